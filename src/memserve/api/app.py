@@ -1,0 +1,155 @@
+"""The HTTP surface as one ASGI application. ``docs/api.md`` is its description for users."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from typing import Any
+
+import attrs
+import msgspec
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from memserve.api import errors
+from memserve.api.bodies import SEED_BITS, Body, ChatBody, CompletionBody, read_body
+from memserve.api.chat import ChatTemplate
+from memserve.api.choices import Choice
+from memserve.api.errors import ApiError
+from memserve.api.generation import Generation, Order
+from memserve.api.guard import CACHE_SCOPE, Guard
+from memserve.api.prompts import Model, Prompt, chat_prompt, completion_prompts
+from memserve.api.service import ApiSettings, Service
+from memserve.api.wire import ChatWire, CompletionWire, Wire
+from memserve.engine.spec import ModelSpec
+from memserve.engine.tokenizer import Tokenizer
+
+_METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+def build_app(service: Service, tokenizer: Tokenizer, spec: ModelSpec, settings: ApiSettings) -> Starlette:
+    """The application. Raises UserError when the model's chat template does not compile."""
+    api = Api(service, Model(spec, tokenizer, ChatTemplate.of(spec, tokenizer), settings))
+    app = Starlette(
+        routes=[
+            Route("/v1/completions", api.completions, methods=["POST"]),
+            Route("/v1/chat/completions", api.chat, methods=["POST"]),
+            Route("/v1/models", api.models),
+            Route("/v1/models/{model:path}", api.model),
+            Route("/health", api.health),
+            Route("/metrics", api.metrics),
+            Route("/cluster", api.cluster),
+        ],
+        middleware=[Middleware(Guard, settings=settings)],
+        exception_handlers=errors.handlers(),
+    )
+    app.router.redirect_slashes = False
+    return app
+
+
+class _Answer(Response):
+    """What lets a Generation be returned by an endpoint: Starlette only ever calls it."""
+
+    def __init__(self, generation: Generation) -> None:
+        super().__init__()
+        self._generation = generation
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._generation(scope, receive, send)
+
+
+@attrs.frozen
+class Api:
+    """One method per endpoint."""
+
+    service: Service
+    served: Model
+    created: int = attrs.field(factory=lambda: int(time.time()))
+
+    async def completions(self, request: Request) -> Response:
+        """POST /v1/completions."""
+        body = await self._body(request, CompletionBody)
+        prompts = await completion_prompts(body, self.served, _draw_seed)
+        return self._generate(request, body, prompts, CompletionWire(prompts, bool(body.return_token_ids)))
+
+    async def chat(self, request: Request) -> Response:
+        """POST /v1/chat/completions."""
+        body = await self._body(request, ChatBody)
+        prompt = await chat_prompt(body, self.served, _draw_seed)
+        return self._generate(request, body, [prompt], ChatWire(prompt, bool(body.return_token_ids)))
+
+    async def models(self, _request: Request) -> Response:
+        """GET /v1/models."""
+        return _json({"object": "list", "data": [self._model_card()]})
+
+    async def model(self, request: Request) -> Response:
+        """GET /v1/models/{model}."""
+        self._check_model(request.path_params["model"])
+        return _json(self._model_card())
+
+    async def health(self, _request: Request) -> Response:
+        """GET /health: 200 only when a request sent now could be served."""
+        healthy = self.service.healthy()
+        return _json({"status": "ok" if healthy else "unavailable"}, 200 if healthy else 503)
+
+    async def metrics(self, _request: Request) -> Response:
+        """GET /metrics."""
+        return Response(self.service.metrics(), media_type=_METRICS_TYPE)
+
+    async def cluster(self, _request: Request) -> Response:
+        """GET /cluster: every actor with its state and load."""
+        return _json({"members": self.service.cluster()})
+
+    async def _body(self, request: Request, kind: type[Body]) -> Body:
+        body = read_body(await request.body(), kind)
+        if body.model is not None:
+            self._check_model(body.model)
+        return body
+
+    def _check_model(self, name: str) -> None:
+        served = self.served.settings.model
+        if name != served:
+            message = f"The model `{name[:100]}` does not exist; this server has `{served}`"
+            raise ApiError(message, "model", 404, "model_not_found")
+
+    def _generate(
+        self, request: Request, body: CompletionBody | ChatBody, prompts: list[Prompt], wire: Wire
+    ) -> Response:
+        order = Order(
+            prompts=prompts,
+            n=body.n or 1,
+            stops=body.stops,
+            wire=wire,
+            model=self.served.settings.model,
+            stream=bool(body.stream),
+            include_usage=body.stream_options is not None and bool(body.stream_options.include_usage),
+            cache_scope=request.scope[CACHE_SCOPE],
+            ping_s=self.served.settings.ping_s,
+        )
+        piece = self.served.tokenizer.piece
+        choices = [
+            Choice(index, index // order.n, piece, order.stops) for index in range(len(prompts) * order.n)
+        ]
+        return _Answer(Generation(self.service, order, choices))
+
+    def _model_card(self) -> dict[str, Any]:
+        settings = self.served.settings
+        return {
+            "id": settings.model,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "memserve",
+            "max_model_len": settings.max_context,
+        }
+
+
+def _draw_seed() -> int:
+    return secrets.randbits(SEED_BITS)
+
+
+def _json(document: dict[str, Any], status: int = 200) -> Response:
+    return Response(msgspec.json.encode(document), status, media_type="application/json")

@@ -1,0 +1,197 @@
+"""The request bodies: every field that is read, its type and its range. ``docs/api.md`` explains each.
+
+Unknown fields are ignored, as OpenAI's servers do. Fields of OpenAI's and vLLM's that would change the answer
+and are not served here are refused, unless they hold the value that asks for nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal, TypeVar
+
+import attrs
+import msgspec
+from msgspec import Meta
+
+from memserve.api.errors import ApiError, unsupported
+from memserve.engine.detokenizer import check_stops
+
+CHOICES_MAX = 64
+"""Answers that one HTTP request may ask for: prompts times ``n``."""
+SEED_BITS = 63
+
+REFUSED: dict[str, tuple[object, ...]] = {
+    "audio": (),
+    "best_of": (1,),
+    "continue_final_message": (False,),
+    "frequency_penalty": (0, 0.0),
+    "function_call": ("none",),
+    "functions": ([],),
+    "guided_json": (),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "min_p": (0, 0.0),
+    "min_tokens": (0,),
+    "modalities": (["text"],),
+    "presence_penalty": (0, 0.0),
+    "prompt_embeds": (),
+    "prompt_logprobs": (),
+    "repetition_penalty": (1, 1.0),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": (),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+}
+"""Fields that are not served, with the values that ask for nothing and pass (null always does)."""
+
+ROLES = ("system", "developer", "user", "assistant")
+"""Who may speak in a chat. A fixed set, because templates write roles among their control tokens."""
+
+Count = Annotated[int, Meta(ge=1)]
+
+
+@attrs.frozen(kw_only=True)
+class StreamOptions:
+    """``stream_options``."""
+
+    include_usage: bool | None = None
+
+
+@attrs.frozen(kw_only=True)
+class _Body:
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Meta(ge=1, le=CHOICES_MAX)] | None = None
+    max_tokens: Count | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=-1)] | None = None
+    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    stop: str | tuple[str, ...] | None = None
+    stop_token_ids: tuple[int, ...] | None = None
+    ignore_eos: bool | None = None
+    return_token_ids: bool | None = None
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings, however they were written."""
+        return (self.stop,) if isinstance(self.stop, str) else self.stop or ()
+
+
+@attrs.frozen(kw_only=True)
+class CompletionBody(_Body):
+    """POST /v1/completions."""
+
+    prompt: Any
+    """Text, texts, token ids, or lists of token ids; :mod:`memserve.api.prompts` reads it."""
+    echo: bool | None = None
+
+
+@attrs.frozen(kw_only=True)
+class TextPart:
+    """One part of a message's content."""
+
+    type: Literal["text"]
+    text: str
+
+
+@attrs.frozen(kw_only=True)
+class ChatMessage:
+    """One message of a chat."""
+
+    role: Literal[ROLES]  # type: ignore[valid-type]
+    content: str | tuple[TextPart, ...]
+    name: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The content; several parts are joined by line breaks, as vLLM does."""
+        if isinstance(self.content, str):
+            return self.content
+        return "\n".join(part.text for part in self.content)
+
+
+@attrs.frozen(kw_only=True)
+class ChatBody(_Body):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[tuple[ChatMessage, ...], Meta(min_length=1)]
+    max_completion_tokens: Count | None = None
+
+
+Body = TypeVar("Body", CompletionBody, ChatBody)
+
+
+def read_body(data: bytes, kind: type[Body]) -> Body:
+    """The body in ``data``. Raises ApiError (400) that names the field, the rule and the value."""
+    raw = _read_json(data)
+    _refuse(raw)
+    try:
+        body = msgspec.convert(raw, kind)
+    except msgspec.ValidationError as error:
+        raise _invalid(raw, str(error)) from error
+    try:
+        check_stops(body.stops)
+    except ValueError as error:
+        raise ApiError(f"stop: {error}", "stop", code="invalid_value") from error
+    if body.stream_options is not None and not body.stream:
+        raise ApiError("stream_options: only allowed when stream is true", "stream_options")
+    return body
+
+
+def _read_json(data: bytes) -> dict[str, Any]:
+    try:
+        raw = msgspec.json.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ApiError(f"The body is not valid JSON: {error}", code="invalid_json") from error
+    if not isinstance(raw, dict):
+        raise ApiError("The body must be a JSON object", code="invalid_json")
+    return raw
+
+
+def _refuse(raw: dict[str, Any]) -> None:
+    for name in raw.keys() & REFUSED.keys():
+        value = raw[name]
+        neutral = any(type(value) is type(passes) and value == passes for passes in REFUSED[name])
+        if value is not None and not neutral:
+            raise unsupported(name)
+    messages = raw.get("messages")
+    for index, message in enumerate(messages if isinstance(messages, list) else ()):
+        if not isinstance(message, dict):
+            continue
+        for name in ("tool_calls", "tool_call_id", "function_call"):
+            if message.get(name):
+                raise unsupported(f"messages[{index}].{name}", "send the conversation as text")
+
+
+def _invalid(raw: dict[str, Any], text: str) -> ApiError:
+    """msgspec's error, told as ours: it reads "Expected `int` >= 1 - at `$.max_tokens`"."""
+    rule, _, path = text.partition(" - at `$.")
+    param = path.rstrip("`") or None
+    if missing := re.fullmatch(r"Object missing required field `(\w+)`(?: - at `\$\.?(.*)`)?", text):
+        param = f"{missing[2]}.{missing[1]}" if missing[2] else missing[1]
+        return ApiError(f"{param}: this field is required", param, code="missing_required_parameter")
+    rule = rule[0].lower() + rule[1:].replace("`", "")
+    if param is None:
+        return ApiError(rule)
+    if rule.startswith("invalid enum value"):
+        rule = "expected one of " + ", ".join(ROLES if param.endswith("role") else ("text",))
+    return ApiError(f"{param}: {rule}, got {_shown(_at(raw, param))}", param, code="invalid_value")
+
+
+def _at(raw: Any, path: str) -> Any:
+    for name, index in re.findall(r"([^.\[\]]+)|\[(\d+)\]", path):
+        try:
+            raw = raw[int(index)] if index else raw[name]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return raw
+
+
+def _shown(value: object) -> str:
+    """``value`` as JSON, cut where it is long."""
+    text = msgspec.json.encode(value).decode()
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,126 @@
+"""Messages to prompt tokens: the model's own chat template, in a sandbox, proof against what messages say.
+
+A message must not be able to close its own turn by writing ``<|im_end|>``. Every string that a client wrote is
+disarmed before the template sees it (:meth:`memserve.engine.tokenizer.Tokenizer.disarm`); special tokens are
+then read in the rendered text, where only the template's own are whole; last, the marks are taken out again.
+So harmless messages get exactly the tokens they would get anyway, and control tokens arrive as characters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime
+from typing import Any, NoReturn
+
+import attrs
+import jinja2
+import msgspec
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from memserve.api.bodies import ChatMessage
+from memserve.api.errors import ApiError
+from memserve.engine.spec import ModelSpec
+from memserve.engine.tokenizer import Tokenizer
+from memserve.errors import UserError
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+"""For models that bring no template."""
+
+_MARKS = range(0xF0000, 0xFFFFE)
+"""Private-use characters: one of them that no message holds is a request's mark."""
+
+
+def _raise(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _now(pattern: str) -> str:
+    return datetime.now().astimezone().strftime(pattern)
+
+
+def _to_json(value: Any, indent: int | None = None, **_ignored: Any) -> str:
+    text = msgspec.json.encode(value)
+    return (msgspec.json.format(text, indent=indent) if indent else text).decode()
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    """What templates are written for: the settings and helpers of transformers' apply_chat_template."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals.update(raise_exception=_raise, strftime_now=_now)
+    return environment
+
+
+@attrs.frozen
+class ChatTemplate:
+    """A compiled template with the tokenizer it is for."""
+
+    template: jinja2.Template
+    tokenizer: Tokenizer
+    names: dict[str, str]
+    """``bos_token`` and ``eos_token``, as templates know them."""
+
+    @classmethod
+    def of(cls, spec: ModelSpec, tokenizer: Tokenizer) -> ChatTemplate:
+        """The model's template, or ChatML. Raises UserError when it does not compile."""
+        try:
+            template = _environment().from_string(spec.chat_template or CHATML)
+        except jinja2.TemplateError as error:
+            raise UserError(f"{spec.name}: the model's chat template does not compile: {error}") from error
+        eos = spec.eos[0] if spec.eos else None
+        names = {"bos_token": _text(tokenizer, spec.bos), "eos_token": _text(tokenizer, eos)}
+        return cls(template, tokenizer, names)
+
+    def render(self, messages: Sequence[ChatMessage]) -> Rendered:
+        """The prompt's text. Raises ApiError (400) when the template refuses the messages."""
+        mark = _mark(text for message in messages for text in (message.text, message.name or ""))
+        disarm: Callable[[str], str] = lambda text: self.tokenizer.disarm(text, mark)  # noqa: E731
+        variables = [_variables(message, disarm) for message in messages]
+        try:
+            text = self.template.render(messages=variables, add_generation_prompt=True, **self.names)
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, RecursionError) as error:
+            message = f"messages: the model's chat template refuses them: {error}"
+            raise ApiError(message, "messages") from error
+        return Rendered(text, mark)
+
+    def encode(self, rendered: Rendered) -> list[int]:
+        """The prompt's tokens, with BOS where the model wants one and the template has not written it."""
+        tokens = self.tokenizer.encode(rendered.text, allow_special=True, mark=rendered.mark)
+        bos = list(self.tokenizer.bos)
+        return tokens if tokens[: len(bos)] == bos else bos + tokens
+
+
+@attrs.frozen
+class Rendered:
+    """What a template wrote, in which ``mark`` disarms what clients wrote."""
+
+    text: str
+    mark: str
+
+
+def _variables(message: ChatMessage, disarm: Callable[[str], str]) -> dict[str, str]:
+    # Templates older than the developer role know its meaning as system's.
+    role = "system" if message.role == "developer" else message.role
+    variables = {"role": role, "content": disarm(message.text)}
+    if message.name is not None:
+        variables["name"] = disarm(message.name)
+    return variables
+
+
+def _mark(texts: Iterable[str]) -> str:
+    used = {character for text in texts if not text.isascii() for character in text}
+    for code in _MARKS:
+        if chr(code) not in used:
+            return chr(code)
+    raise ApiError("messages: they use every private-use character of plane 15; leave one out", "messages")
+
+
+def _text(tokenizer: Tokenizer, token: int | None) -> str:
+    return "" if token is None else tokenizer.piece(token, skip_special=False).decode("utf-8", "replace")

@@ -1,0 +1,99 @@
+"""What stands before every handler: keys, and limits on what a client may send. Pure ASGI middleware."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+
+import trio
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from memserve.api.errors import ApiError
+from memserve.api.service import ApiSettings
+
+OPEN_PATHS = ("/health", "/metrics")
+"""Asked by load balancers and scrapers, who have no key."""
+
+CACHE_SCOPE = "memserve.cache_scope"
+"""Where in the ASGI scope the request's cache scope is."""
+
+
+def cache_scope(key: str) -> str:
+    """The root of a key's cache: the same in every Frontend, and not the key."""
+    return hashlib.blake2b(key.encode(), digest_size=16, person=b"memserve-scope").hexdigest()
+
+
+class Guard:
+    """Refuses what no handler is to see; limits the rest while it is read."""
+
+    def __init__(self, app: ASGIApp, settings: ApiSettings) -> None:
+        self._app = app
+        self._settings = settings
+        self._keys = [(hashlib.sha256(key.encode()).digest(), cache_scope(key)) for key in settings.api_keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on, or answer with an error."""
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        headers: list[tuple[bytes, bytes]] = scope["headers"]
+        try:
+            scope[CACHE_SCOPE] = "" if scope["path"] in OPEN_PATHS else self._authenticate(headers)
+            self._check_framing(headers)
+        except ApiError as error:
+            return await error.response()(scope, receive, send)
+        return await self._app(scope, _Limited(receive, self._settings), send)
+
+    def _authenticate(self, headers: list[tuple[bytes, bytes]]) -> str:
+        """The cache scope of the request's key."""
+        if not self._keys:
+            return ""
+        given = next((value for name, value in headers if name == b"authorization"), b"")
+        scheme, _, key = given.partition(b" ")
+        digest = hashlib.sha256(key.strip()).digest()
+        # Every key is compared, and in constant time: the time tells nothing about which was close.
+        scopes = [scope for known, scope in self._keys if hmac.compare_digest(known, digest)]
+        if scheme.lower() == b"bearer" and scopes:
+            return scopes[0]
+        message = "Give a valid API key: Authorization: Bearer YOUR_KEY"
+        raise ApiError(message, None, 401, "invalid_api_key", {"www-authenticate": "Bearer"})
+
+    def _check_framing(self, headers: list[tuple[bytes, bytes]]) -> None:
+        lengths = [value for name, value in headers if name == b"content-length"]
+        if lengths and any(name == b"transfer-encoding" for name, _ in headers):
+            # Two lengths for one body: what request smuggling is made of (RFC 9112, 6.1).
+            message = "Content-Length and Transfer-Encoding in one request; send one of them"
+            raise ApiError(message, None, 400, "invalid_framing", {"connection": "close"})
+        if lengths and lengths[0].isdigit() and int(lengths[0]) > self._settings.body_bytes_max:
+            raise _too_large(self._settings)
+
+
+class _Limited:
+    """``receive`` that raises ApiError when the body grows too large or takes too long."""
+
+    def __init__(self, receive: Receive, settings: ApiSettings) -> None:
+        self._receive = receive
+        self._settings = settings
+        self._bytes = 0
+        self._more = True
+        self._deadline = trio.current_time() + settings.body_timeout_s
+
+    async def __call__(self) -> Message:
+        if not self._more:
+            # Nothing but the client's leaving can come now; it may take as long as it likes.
+            return await self._receive()
+        with trio.move_on_at(self._deadline):
+            return self._counted(await self._receive())
+        message = f"The body was not there after {self._settings.body_timeout_s:g} s"
+        raise ApiError(message, None, 408, "body_timeout", {"connection": "close"})
+
+    def _counted(self, message: Message) -> Message:
+        self._bytes += len(message.get("body", b""))
+        self._more = message.get("more_body", False)
+        if self._bytes > self._settings.body_bytes_max:
+            raise _too_large(self._settings)
+        return message
+
+
+def _too_large(settings: ApiSettings) -> ApiError:
+    message = f"The body is larger than {settings.body_bytes_max} bytes"
+    return ApiError(message, None, 413, "body_too_large", {"connection": "close"})

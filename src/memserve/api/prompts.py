@@ -1,0 +1,180 @@
+"""What a request asks for, checked and tokenized: the step between a body and the service."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+import trio
+
+from memserve import tokens as packed
+from memserve.api.bodies import CHOICES_MAX, SEED_BITS, ChatBody, CompletionBody
+from memserve.api.chat import ChatTemplate
+from memserve.api.errors import ApiError
+from memserve.api.service import ApiSettings, GenerationParams
+from memserve.engine.spec import ModelSpec
+from memserve.engine.tokenizer import LONG_TEXT, Tokenizer
+from memserve.messages import Sampling
+
+COMPLETION_TOKENS = 16
+"""``max_tokens`` of a completion that names none: OpenAI's default."""
+
+
+@attrs.frozen
+class Model:
+    """The served model, as prompts need it."""
+
+    spec: ModelSpec
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    settings: ApiSettings
+    encoders: trio.CapacityLimiter = attrs.field(factory=lambda: trio.CapacityLimiter(1))
+    """Long texts are encoded one at a time, in a thread, so that streams go on meanwhile."""
+
+
+@attrs.frozen
+class Prompt:
+    """One prompt, ready to be submitted."""
+
+    tokens: tuple[int, ...]
+    params: GenerationParams
+    echo: str = ""
+    """What the answer's text begins with."""
+
+    @property
+    def packed(self) -> bytes:
+        """The tokens as they travel."""
+        return packed.pack(self.tokens)
+
+
+async def completion_prompts(body: CompletionBody, model: Model, draw: Callable[[], int]) -> list[Prompt]:
+    """The prompts of a completion. ``draw`` gives a seed where the body has none. Raises ApiError (400)."""
+    items, single = _items(body.prompt)
+    if len(items) * (body.n or 1) > CHOICES_MAX:
+        message = f"prompt: {len(items)} prompts times n = {body.n or 1} is over {CHOICES_MAX} answers"
+        raise ApiError(message, "prompt", code="invalid_value")
+    prompts = []
+    for index, item in enumerate(items):
+        name = "prompt" if single else f"prompt[{index}]"
+        if isinstance(item, str):
+            tokens = [*model.tokenizer.bos, *await _encode(item, name, model)]
+        else:
+            tokens = _token_ids(item, name, model.spec.vocab)
+        left = _left(tokens, name, model.settings.max_context)
+        max_tokens = _answer(body.max_tokens, "max_tokens", left, COMPLETION_TOKENS, model)
+        params = _params(body, model, max_tokens, draw)
+        prompts.append(Prompt(tuple(tokens), params, _echo(item, model.tokenizer) if body.echo else ""))
+    return prompts
+
+
+async def chat_prompt(body: ChatBody, model: Model, draw: Callable[[], int]) -> Prompt:
+    """The prompt of a chat. ``draw`` gives a seed where the body has none. Raises ApiError (400)."""
+    rendered = model.template.render(body.messages)
+    _not_hopeless(rendered.text, "messages", model)
+    if len(rendered.text) < LONG_TEXT:
+        tokens = model.template.encode(rendered)
+    else:
+        tokens = await trio.to_thread.run_sync(model.template.encode, rendered, limiter=model.encoders)
+    left = _left(tokens, "messages", model.settings.max_context)
+    name = "max_completion_tokens" if body.max_completion_tokens is not None else "max_tokens"
+    asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    return Prompt(tuple(tokens), _params(body, model, _answer(asked, name, left, left, model), draw))
+
+
+def _items(prompt: Any) -> tuple[list[Any], bool]:
+    """The single prompts in ``prompt``, and whether it was just one."""
+    if isinstance(prompt, str):
+        return [prompt], True
+    if not isinstance(prompt, list) or not prompt:
+        raise _prompt_error("prompt")
+    if type(prompt[0]) is int:
+        return [prompt], True
+    kind = type(prompt[0])
+    if kind not in (str, list) or any(type(item) is not kind for item in prompt):
+        raise _prompt_error("prompt")
+    return prompt, False
+
+
+def _prompt_error(name: str) -> ApiError:
+    rule = "expected text, a list of texts, a list of token ids, or a list of such lists; none of them empty"
+    return ApiError(f"{name}: {rule}", "prompt", code="invalid_value")
+
+
+def _token_ids(item: list[Any], name: str, vocabulary: int) -> list[int]:
+    for index, token in enumerate(item):
+        if type(token) is not int or not 0 <= token < vocabulary:
+            rule = f"expected a token id from 0 to {vocabulary - 1}"
+            raise ApiError(f"{name}[{index}]: {rule}, got {str(token)[:60]}", "prompt", code="invalid_value")
+    return item
+
+
+async def _encode(text: str, name: str, model: Model) -> list[int]:
+    _not_hopeless(text, name, model)
+    if len(text) < LONG_TEXT:
+        return model.tokenizer.encode(text, True)
+    return await trio.to_thread.run_sync(model.tokenizer.encode, text, True, limiter=model.encoders)
+
+
+def _not_hopeless(text: str, name: str, model: Model) -> None:
+    """Refuse what is too long however it tokenizes, before seconds are spent on tokenizing it."""
+    fewest = len(text) // model.tokenizer.piece_bytes_max
+    if fewest > model.settings.max_context:
+        raise _too_long(name, f"at least {fewest}", model.settings.max_context)
+
+
+def _left(tokens: list[int], name: str, context: int) -> int:
+    """Tokens that an answer may have, at least 1."""
+    if not tokens:
+        raise _prompt_error(name)
+    if len(tokens) >= context:
+        raise _too_long(name, str(len(tokens)), context)
+    return context - len(tokens)
+
+
+def _too_long(name: str, tokens: str, context: int) -> ApiError:
+    message = (
+        f"{name}: the prompt has {tokens} tokens, and the context of {context} must hold it and at least "
+        "one token of the answer; shorten it"
+    )
+    return ApiError(message, name.partition("[")[0], code="context_length_exceeded")
+
+
+def _answer(asked: int | None, name: str, left: int, default: int, model: Model) -> int:
+    """How many tokens the answer may have."""
+    if asked is None:
+        return min(default, left)
+    if asked > left:
+        context = model.settings.max_context
+        message = (
+            f"{name}: {asked} asked for, but a prompt of {context - left} tokens leaves {left} of {context}"
+        )
+        raise ApiError(message, name, code="context_length_exceeded")
+    return asked
+
+
+def _params(
+    body: CompletionBody | ChatBody, model: Model, max_tokens: int, draw: Callable[[], int]
+) -> GenerationParams:
+    for index, token in enumerate(body.stop_token_ids or ()):
+        if not 0 <= token < model.spec.vocab:
+            name = f"stop_token_ids[{index}]"
+            raise ApiError(f"{name}: expected a token id from 0 to {model.spec.vocab - 1}, got {token}", name)
+    sampling = Sampling(
+        temperature=1.0 if body.temperature is None else body.temperature,
+        top_k=max(body.top_k or 0, 0),
+        top_p=1.0 if body.top_p is None else body.top_p,
+        seed=(draw() if body.seed is None else body.seed) % 2**SEED_BITS,
+    )
+    ends = () if body.ignore_eos else model.spec.eos
+    return GenerationParams(sampling, max_tokens, tuple(dict.fromkeys((*ends, *(body.stop_token_ids or ())))))
+
+
+def of_choice(params: GenerationParams, number: int) -> GenerationParams:
+    """The parameters of a prompt's answer ``number``: each has another seed, or all would be the same."""
+    seed = (params.sampling.seed + number) % 2**SEED_BITS
+    return attrs.evolve(params, sampling=attrs.evolve(params.sampling, seed=seed))
+
+
+def _echo(item: str | list[int], tokenizer: Tokenizer) -> str:
+    return item if isinstance(item, str) else tokenizer.decode(item, skip_special=False)

@@ -1,0 +1,84 @@
+"""What the HTTP surface needs from whoever answers requests. The Frontend actor is one; the tests have another."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
+from typing import Protocol
+
+import attrs
+
+from memserve.messages import Member, Sampling
+
+
+@attrs.frozen
+class GenerationParams:
+    """How one answer is to be generated."""
+
+    sampling: Sampling
+    max_tokens: int
+    """At least 1; prompt and answer together fit the context."""
+    stop_tokens: tuple[int, ...]
+    """Ids that end the answer; empty with ignore_eos."""
+
+
+@attrs.frozen
+class Chunk:
+    """New tokens of one answer, in order."""
+
+    tokens: tuple[int, ...]
+    finish: str | None = None
+    """``stop`` or ``length`` on the last chunk."""
+    cached_tokens: int = 0
+    """Prompt tokens that were found in the pool."""
+
+
+class Stream(Protocol):
+    """One answer on its way."""
+
+    id: str
+    """Of the request, as the logs have it."""
+
+    def __aiter__(self) -> AsyncIterator[Chunk]:
+        """The chunks, up to the one with ``finish``. Raises RequestFailed when the request fails."""
+
+    def stop(self) -> None:
+        """A stop string was found: the request ends as ``stop``, not as cancelled. The context is left next."""
+
+
+class Service(Protocol):
+    """Generates answers, and knows the cluster."""
+
+    def open(
+        self, prompt: bytes, params: GenerationParams, scope: str
+    ) -> AbstractAsyncContextManager[Stream]:
+        """Submit packed prompt tokens. Entering raises RequestFailed when refused (429, 503).
+
+        Leaving the context before the stream has ended cancels the request. ``scope`` is its cache's root.
+        """
+
+    def healthy(self) -> bool:
+        """Whether a request sent now could be served."""
+
+    def cluster(self) -> list[Member]:
+        """Every actor known."""
+
+    def metrics(self) -> bytes:
+        """The metrics of the cluster in Prometheus' text format."""
+
+
+@attrs.frozen(kw_only=True)
+class ApiSettings:
+    """What the HTTP surface is told by the configuration."""
+
+    model: str
+    """The name that requests give and /v1/models shows."""
+    max_context: int
+    """Tokens, prompt and answer together."""
+    api_keys: tuple[str, ...] = ()
+    """Accepted bearer keys; empty: no key is asked for."""
+    body_bytes_max: int = 8 << 20
+    body_timeout_s: float = 30.0
+    """From the head of a request to the end of its body."""
+    ping_s: float = 15.0
+    """A silent stream gets a comment so often, so that proxies keep it open and a dead client is noticed."""

@@ -1,0 +1,162 @@
+"""The JSON of answers: OpenAI's objects for completions and chats, with vLLM's token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import attrs
+import msgspec
+
+from memserve.api.choices import Choice, Delta
+from memserve.api.prompts import Prompt
+
+DONE = b"data: [DONE]\n\n"
+PING = b": waiting\n\n"
+
+
+@attrs.frozen
+class Head:
+    """What all objects of one response share."""
+
+    id: str
+    created: int
+    """Unix time in seconds."""
+    model: str
+
+
+class Wire(Protocol):
+    """One of the two dialects."""
+
+    @property
+    def token_ids(self) -> bool:
+        """Whether the client asked for token ids."""
+
+    def opening(self, head: Head, choice: Choice) -> dict[str, Any] | None:
+        """The chunk that a choice's stream begins with, if any."""
+
+    def chunk(self, head: Head, choice: Choice, delta: Delta) -> dict[str, Any]:
+        """A chunk of a choice's stream."""
+
+    def whole(self, head: Head, answers: Sequence[tuple[Choice, Delta]]) -> dict[str, Any]:
+        """A response that is not streamed, but for its usage."""
+
+    def last(self, head: Head) -> dict[str, Any]:
+        """The chunk without choices that carries a stream's usage."""
+
+
+@attrs.frozen
+class CompletionWire:
+    """/v1/completions."""
+
+    prompts: Sequence[Prompt]
+    token_ids: bool
+
+    def opening(self, head: Head, choice: Choice) -> dict[str, Any] | None:
+        """The echoed prompt and its ids, where they were asked for."""
+        prompt = self.prompts[choice.prompt]
+        if not prompt.echo and not self.token_ids:
+            return None
+        answer = self._choice(choice, Delta(prompt.echo))
+        if self.token_ids:
+            answer["prompt_token_ids"] = prompt.tokens
+        return self._object(head, [answer])
+
+    def chunk(self, head: Head, choice: Choice, delta: Delta) -> dict[str, Any]:
+        return self._object(head, [self._choice(choice, delta)])
+
+    def whole(self, head: Head, answers: Sequence[tuple[Choice, Delta]]) -> dict[str, Any]:
+        choices = []
+        for choice, delta in answers:
+            prompt = self.prompts[choice.prompt]
+            answer = self._choice(choice, attrs.evolve(delta, text=prompt.echo + delta.text))
+            if self.token_ids:
+                answer["prompt_token_ids"] = prompt.tokens
+            choices.append(answer)
+        return self._object(head, choices)
+
+    def last(self, head: Head) -> dict[str, Any]:
+        return self._object(head, [])
+
+    def _choice(self, choice: Choice, delta: Delta) -> dict[str, Any]:
+        answer = {"index": choice.index, "text": delta.text, "logprobs": None, "finish_reason": delta.finish}
+        return answer | {"token_ids": delta.tokens} if self.token_ids else answer
+
+    def _object(self, head: Head, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": f"cmpl-{head.id}",
+            "object": "text_completion",
+            "created": head.created,
+            "model": head.model,
+            "choices": choices,
+        }
+
+
+@attrs.frozen
+class ChatWire:
+    """/v1/chat/completions."""
+
+    prompt: Prompt
+    token_ids: bool
+
+    def opening(self, head: Head, choice: Choice) -> dict[str, Any] | None:
+        """The role; in the first of them also the prompt's ids, where they were asked for."""
+        answer = {"index": choice.index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+        opening = self._object(head, "chat.completion.chunk", [answer])
+        if self.token_ids and choice.index == 0:
+            opening["prompt_token_ids"] = self.prompt.tokens
+        return opening
+
+    def chunk(self, head: Head, choice: Choice, delta: Delta) -> dict[str, Any]:
+        content = {"content": delta.text} if delta.text or not delta.finish else {}
+        answer: dict[str, Any] = {"index": choice.index, "delta": content, "finish_reason": delta.finish}
+        if self.token_ids:
+            answer["token_ids"] = delta.tokens
+        return self._object(head, "chat.completion.chunk", [answer])
+
+    def whole(self, head: Head, answers: Sequence[tuple[Choice, Delta]]) -> dict[str, Any]:
+        choices = []
+        for choice, delta in answers:
+            message = {"role": "assistant", "content": delta.text, "refusal": None}
+            answer = {"index": choice.index, "message": message, "finish_reason": delta.finish}
+            choices.append(answer | {"token_ids": delta.tokens} if self.token_ids else answer)
+        whole = self._object(head, "chat.completion", choices)
+        return whole | {"prompt_token_ids": self.prompt.tokens} if self.token_ids else whole
+
+    def last(self, head: Head) -> dict[str, Any]:
+        return self._object(head, "chat.completion.chunk", [])
+
+    def _object(self, head: Head, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": f"chatcmpl-{head.id}",
+            "object": kind,
+            "created": head.created,
+            "model": head.model,
+            "choices": choices,
+        }
+
+
+def usage(prompts: Sequence[Prompt], choices: Sequence[Choice]) -> dict[str, Any]:
+    """Tokens of a whole response: each prompt once, however many answers it has."""
+    prompt_tokens = sum(len(prompt.tokens) for prompt in prompts)
+    output_tokens = sum(choice.output_tokens for choice in choices)
+    # A prompt's second answer finds what the first has just cached; the fewest is what was there before.
+    cached = 0
+    for index in range(len(prompts)):
+        cached += min(choice.cached_tokens for choice in choices if choice.prompt == index)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": output_tokens,
+        "total_tokens": prompt_tokens + output_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
+
+
+def event(document: dict[str, Any]) -> bytes:
+    """One server-sent event."""
+    return b"data: " + msgspec.json.encode(document) + b"\n\n"
+
+
+def error_event(body: bytes) -> bytes:
+    """The event that ends a stream which failed; no [DONE] follows it."""
+    return b"event: error\ndata: " + body + b"\n\n"

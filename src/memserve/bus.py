@@ -1,0 +1,321 @@
+"""ZeroMQ under trio, and its in-memory twin.
+
+Every actor binds one ROUTER, its inbox, and sends through one DEALER a peer, so that a slow peer fills its own
+bounded queue and nobody else's. Messages are one-way values (:mod:`memserve.messages`); an answer is a message
+the other way. Delivery is at most once and in order a pair; what must arrive is repeated or checked for gaps
+by the cores.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Protocol
+
+import attrs
+import trio
+import zmq
+
+from memserve.errors import PeerError, PeerFull, PeerUnreachable
+from memserve.messages import PROTOCOL_VERSION, ActorId, Message, decode, encode
+
+INBOX_MESSAGES = 10_000
+"""Receive high-water mark of an inbox; beyond it senders' own queues fill."""
+PEER_MESSAGES = 10_000
+"""Send high-water mark a peer; beyond it ``send`` raises PeerFull."""
+BATCH_MESSAGES = 64
+"""Messages taken from the inbox between two checkpoints."""
+HELLO = bytes([PROTOCOL_VERSION]) + b"hello"
+"""Kind of a connection's first message: the sender's own endpoint, so that it can be answered before it is announced."""
+FRAME_BYTES_MAX = 64 << 20
+"""Longest frame accepted; a longer one disconnects its sender."""
+LINGER_MS = 300
+"""How long unsent replies outlive their socket. Never -1: a socket with an unreachable peer would hang the exit."""
+
+
+class ZSocket:
+    """trio over one pyzmq socket.
+
+    A ZeroMQ descriptor is edge-triggered, and *every* call on the socket (send, receive, reading EVENTS)
+    processes its commands and so may eat the edge that a parked task waits for. The rule that keeps tasks
+    from sleeping for ever: after each call made while somebody is parked, EVENTS is read and both lots are
+    served. Cancellation points come before a message is taken and never after, so a cancelled receive loses
+    nothing and a cancelled send has not been sent.
+    """
+
+    def __init__(self, socket: zmq.Socket[bytes]) -> None:
+        self.socket = socket
+        self._readers = trio.lowlevel.ParkingLot()
+        self._writers = trio.lowlevel.ParkingLot()
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Wake parked tasks when the descriptor stirs. One task a socket, in its owner's nursery."""
+        task_status.started()
+        descriptor = self.socket.FD
+        while True:
+            self._serve_parked()
+            await trio.lowlevel.wait_readable(descriptor)
+
+    def _serve_parked(self) -> int:
+        events = int(self.socket.EVENTS)
+        if events & zmq.POLLIN and self._readers:
+            self._readers.unpark_all()
+        if events & zmq.POLLOUT and self._writers:
+            self._writers.unpark_all()
+        return events
+
+    async def receive(self) -> list[bytes]:
+        """One multipart message."""
+        await trio.lowlevel.checkpoint()
+        while True:
+            try:
+                frames = self.socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                if not self._serve_parked() & zmq.POLLIN:
+                    await self._readers.park()
+            else:
+                self._after_call()
+                return frames
+
+    async def receive_batch(self, limit: int = BATCH_MESSAGES) -> list[list[bytes]]:
+        """At least one message, and up to ``limit`` that wait already. No await once the first is taken."""
+        batch = [await self.receive()]
+        try:
+            while len(batch) < limit:
+                batch.append(self.socket.recv_multipart(zmq.NOBLOCK))
+        except zmq.Again:
+            pass
+        self._after_call()
+        return batch
+
+    async def send(self, frames: list[bytes]) -> None:
+        """Send, waiting while the socket is at its high-water mark."""
+        await trio.lowlevel.checkpoint()
+        while True:
+            try:
+                self.socket.send_multipart(frames, zmq.NOBLOCK)
+            except zmq.Again:
+                if not self._serve_parked() & zmq.POLLOUT:
+                    await self._writers.park()
+            else:
+                self._after_call()
+                return
+
+    def send_nowait(self, frames: list[bytes]) -> None:
+        """Send or raise zmq.Again at the high-water mark: what to do then is the caller's policy."""
+        self.socket.send_multipart(frames, zmq.NOBLOCK)
+        self._after_call()
+
+    def _after_call(self) -> None:
+        if self._readers or self._writers:
+            self._serve_parked()
+
+
+@attrs.frozen
+class Received:
+    """A message and who sent it."""
+
+    sender: ActorId
+    message: Message
+
+
+class Link(Protocol):
+    """What an actor needs of the bus; :class:`ZmqLink` and :class:`MemoryLink` are the two kinds."""
+
+    actor: ActorId
+    endpoint: str
+    refused: int
+    """Frames dropped because they were not messages of ours."""
+
+    def connect(self, actor: ActorId, endpoint: str) -> None:
+        """From now on ``send`` reaches ``actor``. Repeating it with the same endpoint does nothing."""
+
+    def forget(self, actor: ActorId) -> None:
+        """Drop the connection and what is queued on it. An unknown actor is no error."""
+
+    def send(self, to: ActorId, message: Message) -> None:
+        """Queue a message. Raises PeerUnreachable without a connection and PeerFull at the limit."""
+
+    async def receive(self) -> list[Received]:
+        """Wait for at least one message; take what else is there."""
+
+
+class ZmqLink:
+    """A bound inbox and one outgoing connection a peer. :func:`open_link` makes one with its pump running."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], actor: ActorId, endpoint: str) -> None:
+        self.actor = actor
+        self.endpoint = endpoint
+        self.refused = 0
+        self._context = context
+        self._inbox = ZSocket(self._make_inbox())
+        self._directory: dict[ActorId, str] = {}
+        self._peers: dict[ActorId, zmq.Socket[bytes]] = {}
+
+    def _make_inbox(self) -> zmq.Socket[bytes]:
+        inbox = self._context.socket(zmq.ROUTER)
+        inbox.setsockopt(zmq.LINGER, 0)
+        inbox.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        inbox.setsockopt(zmq.RCVHWM, INBOX_MESSAGES)
+        inbox.setsockopt(zmq.MAXMSGSIZE, FRAME_BYTES_MAX)
+        bind_private(inbox, self.endpoint)
+        return inbox
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Pump the inbox; one task in the actor's nursery."""
+        await self._inbox.run(task_status=task_status)
+
+    def connect(self, actor: ActorId, endpoint: str) -> None:
+        if self._directory.get(actor) != endpoint:
+            self.forget(actor)
+            self._directory[actor] = endpoint
+
+    def forget(self, actor: ActorId) -> None:
+        self._directory.pop(actor, None)
+        dealer = self._peers.pop(actor, None)
+        if dealer is not None:
+            dealer.close()
+
+    def send(self, to: ActorId, message: Message) -> None:
+        dealer = self._peers.get(to) or self._dial(to)
+        try:
+            dealer.send_multipart(encode(message), zmq.NOBLOCK)
+        except zmq.Again as full:
+            raise PeerFull(to) from full
+
+    def _dial(self, to: ActorId) -> zmq.Socket[bytes]:
+        """Open the connection at the first message, and say first where an answer goes."""
+        endpoint = self._directory.get(to)
+        if endpoint is None:
+            raise PeerUnreachable(to)
+        dealer = self._peers[to] = self._context.socket(zmq.DEALER)
+        dealer.setsockopt(zmq.LINGER, LINGER_MS)
+        dealer.setsockopt(zmq.SNDHWM, PEER_MESSAGES)
+        dealer.setsockopt(zmq.IDENTITY, self.actor.encode())
+        dealer.connect(endpoint)
+        dealer.send_multipart([HELLO, self.endpoint.encode()], zmq.NOBLOCK)
+        return dealer
+
+    async def receive(self) -> list[Received]:
+        while True:
+            received = [self._decoded(frames) for frames in await self._inbox.receive_batch()]
+            messages = [one for one in received if one is not None]
+            if messages:
+                return messages
+
+    def _decoded(self, frames: list[bytes]) -> Received | None:
+        try:
+            identity, kind, body = frames
+            sender = ActorId(identity.decode())
+            if kind == HELLO:
+                self._directory.setdefault(sender, body.decode())
+                return None
+            return Received(sender, decode(kind, body))
+        except (ValueError, PeerError):
+            self.refused += 1
+            return None
+
+    def close(self) -> None:
+        """Close every socket; replies already queued get LINGER_MS to leave."""
+        for dealer in self._peers.values():
+            dealer.close()
+        self._peers.clear()
+        self._inbox.socket.close()
+
+
+@asynccontextmanager
+async def open_link(actor: ActorId, endpoint: str) -> AsyncIterator[ZmqLink]:
+    """A bound link with its pump running; on leaving, queued replies get LINGER_MS, then everything is closed."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    link = ZmqLink(context, actor, endpoint)
+    try:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(link.run)
+            yield link
+            nursery.cancel_scope.cancel()
+    finally:
+        link.close()
+        context.term()
+
+
+def bind_private(socket: zmq.Socket[bytes], endpoint: str) -> None:
+    """Bind; an ipc socket must lie in a directory that only its owner can enter (mode 0700)."""
+    if endpoint.startswith("ipc://"):
+        mode = os.stat(Path(endpoint.removeprefix("ipc://")).parent).st_mode
+        if stat.S_IMODE(mode) & 0o077:
+            raise PermissionError(f"{endpoint}: its directory has mode {stat.S_IMODE(mode):o}, must be 0700")
+    socket.bind(endpoint)
+
+
+class MemoryBus:
+    """An in-memory bus for tests: same rules as ZeroMQ (bounded, in order a pair, lost when the peer is gone)."""
+
+    def __init__(self, limit: int = INBOX_MESSAGES) -> None:
+        self.limit = limit
+        self._inboxes: dict[str, MemoryLink] = {}
+
+    def link(self, actor: ActorId) -> MemoryLink:
+        """A link bound at ``memory://<actor>``."""
+        link = MemoryLink(self, actor)
+        self._inboxes[link.endpoint] = link
+        return link
+
+    def endpoint_of(self, actor: ActorId) -> str | None:
+        """Where ``actor`` is bound: what a hello would say."""
+        endpoint = f"memory://{actor}"
+        return endpoint if endpoint in self._inboxes else None
+
+    def unbind(self, link: MemoryLink) -> None:
+        """What is sent to it from now on is lost, as to a dead process."""
+        self._inboxes.pop(link.endpoint, None)
+
+    def deliver(self, endpoint: str, received: Received) -> None:
+        """Put a message into the inbox at ``endpoint``. Raises PeerFull."""
+        inbox = self._inboxes.get(endpoint)
+        if inbox is not None:
+            inbox.put(received)
+
+
+class MemoryLink:
+    """The in-memory Link. Messages still pass through the codec, so that tests see what the wire would carry."""
+
+    def __init__(self, bus: MemoryBus, actor: ActorId) -> None:
+        self.actor = actor
+        self.endpoint = f"memory://{actor}"
+        self.refused = 0
+        self._bus = bus
+        self._peers: dict[ActorId, str] = {}
+        self._waiting: deque[Received] = deque()
+        self._arrived = trio.lowlevel.ParkingLot()
+
+    def connect(self, actor: ActorId, endpoint: str) -> None:
+        self._peers[actor] = endpoint
+
+    def forget(self, actor: ActorId) -> None:
+        self._peers.pop(actor, None)
+
+    def send(self, to: ActorId, message: Message) -> None:
+        endpoint = self._peers.get(to)
+        if endpoint is None:
+            raise PeerUnreachable(to)
+        self._bus.deliver(endpoint, Received(self.actor, decode(*encode(message))))
+
+    def put(self, received: Received) -> None:
+        """Called by the bus."""
+        if len(self._waiting) >= self._bus.limit:
+            raise PeerFull(self.actor)
+        sender = self._bus.endpoint_of(received.sender)
+        if sender is not None:
+            self._peers.setdefault(received.sender, sender)
+        self._waiting.append(received)
+        self._arrived.unpark_all()
+
+    async def receive(self) -> list[Received]:
+        await trio.lowlevel.checkpoint()
+        while not self._waiting:
+            await self._arrived.park()
+        return [self._waiting.popleft() for _ in range(min(BATCH_MESSAGES, len(self._waiting)))]

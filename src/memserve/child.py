@@ -1,0 +1,180 @@
+"""One actor as its supervisor sees it: a row of incarnations, each a process with a lifeline and an output pipe."""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from pathlib import Path
+
+import attrs
+import structlog
+import trio
+
+from memserve.lifecycle import STATUS_CRASHED, WORKER_KINDS, ActorSpec, RestartPolicy
+from memserve.messages import ActorId
+from memserve.place import Place
+from memserve.process import EventSocket
+
+log = structlog.get_logger()
+
+OUTPUT_TAIL_BYTES = 8 << 10
+"""Of a child's stderr and stdout, kept to show when it dies."""
+OUTPUT_SHOWN_LINES = 20
+"""Of the tail, printed when a child dies."""
+OUTPUT_LOGGED_BYTES = 64 << 10
+"""Of one process's output, copied into the log as it comes."""
+REAP_S = 5.0
+"""Longest wait for a process after its SIGKILL; only an unfinished system call can take so long."""
+OUTPUT_GRACE_S = 0.5
+"""How long a dead child's pipe is read on: something it started may hold it open."""
+
+
+@attrs.define(eq=False)
+class Child:
+    """One actor across its incarnations."""
+
+    spec: ActorSpec
+    policy: RestartPolicy = attrs.field(factory=RestartPolicy)
+    process: trio.Process | None = None
+    """None between two incarnations."""
+    events: EventSocket | None = None
+    """Our end of its lifeline."""
+    id: ActorId | None = None
+    started_at: float = 0.0
+    ready_at: float = math.inf
+    restarts: int = 0
+    url: str | None = None
+    """Frontends: where it serves."""
+    tail: bytes = b""
+    leaving: trio.Event = attrs.field(factory=trio.Event)
+    """It was asked to end: no further incarnation."""
+    gone: trio.Event = attrs.field(factory=trio.Event)
+    """It has ended, for good."""
+
+    def ready_s(self, now: float) -> float:
+        """For how long it has been ready."""
+        return max(0.0, now - self.ready_at)
+
+    def text(self) -> str:
+        """The last of what it printed."""
+        return self.tail.decode(errors="replace").strip()
+
+    def ask_to_drain(self) -> None:
+        """End it for good, politely. One that is not ready yet has nothing to finish and may not listen: it is killed."""
+        self.leaving.set()
+        if self.events is None or self.ready_at == math.inf or not self.events.send(event="drain"):
+            self.kill()
+
+    def hang_up(self) -> None:
+        """End it for good, at once: it cancels what it does and removes its sockets."""
+        self.leaving.set()
+        if self.events is not None:
+            self.events.hang_up()
+
+    def kill(self) -> None:
+        """End this incarnation by SIGKILL."""
+        if self.process is not None:
+            self.process.kill()
+
+    async def live(self, launch: Launch, listen: Callable[[Child], Awaitable[None]]) -> int:
+        """One incarnation, until its process has ended; the return code. ``listen`` takes in what it says meanwhile."""
+        ours, theirs = socket.socketpair()
+        with ours:
+            self._begin(EventSocket(ours))
+            with theirs:
+                try:
+                    process = self.process = await launch.start(self.spec, theirs)
+                except OSError as error:  # out of processes or memory: no reason to take the others down
+                    self.tail = str(error).encode()
+                    return STATUS_CRASHED
+            log.info("actor started", child=self.spec.name, child_pid=process.pid)
+            try:
+                if self.leaving.is_set():  # asked to while it was being started
+                    self.kill()
+                return await self._watch(process, listen)
+            finally:
+                await _reap(process)
+                self.process = self.events = None
+
+    def _begin(self, events: EventSocket) -> None:
+        """Forget the previous incarnation."""
+        self.events, self.id, self.tail = events, None, b""
+        self.started_at, self.ready_at = trio.current_time(), math.inf
+
+    async def _watch(self, process: trio.Process, listen: Callable[[Child], Awaitable[None]]) -> int:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(listen, self)
+            nursery.start_soon(self._read_output, process)
+            returncode = await process.wait()
+            nursery.cancel_scope.deadline = trio.current_time() + OUTPUT_GRACE_S
+        return returncode
+
+    async def _read_output(self, process: trio.Process) -> None:
+        """Keep the end of what a process prints, and log its beginning."""
+        assert process.stdout is not None
+        logged = 0
+        async for chunk in process.stdout:
+            self.tail = (self.tail + chunk)[-OUTPUT_TAIL_BYTES:]
+            if logged < OUTPUT_LOGGED_BYTES:
+                logged += len(chunk)
+                text = chunk[:OUTPUT_TAIL_BYTES].decode(errors="replace")
+                log.info("actor output", child=self.id or self.spec.name, text=text)
+
+
+async def all_gone(children: Iterable[Child], limit_s: float = math.inf) -> None:
+    """Wait until every one of ``children`` has ended for good, or for ``limit_s``."""
+    with trio.move_on_after(limit_s):
+        for child in children:
+            await child.gone.wait()
+
+
+async def _reap(process: trio.Process) -> None:
+    """Leave no process behind, whatever ended the watch over it."""
+    if process.returncode is None:
+        process.kill()
+        with trio.move_on_after(REAP_S, shield=True):
+            await process.wait()
+    if process.stdout is not None:
+        await trio.aclose_forcefully(process.stdout)
+
+
+# ---- how an actor is started ---------------------------------------------------------------------------------
+
+
+def actor_argv(name: str, runtime_dir: Path, lifeline_fd: int) -> list[str]:
+    """The command line of an actor."""
+    command = [sys.executable, "-m", "memserve", "actor", name]
+    return [*command, "--runtime-dir", str(runtime_dir), "--lifeline", str(lifeline_fd)]
+
+
+def actor_environment(spec: ActorSpec) -> dict[str, str]:
+    """The environment of an actor: workers get the settings that a maths library reads once, when it is loaded."""
+    if spec.kind not in WORKER_KINDS:
+        return dict(os.environ)
+    from memserve.engine.cores import engine_environment
+
+    return {**os.environ, **engine_environment()}
+
+
+@attrs.frozen
+class Launch:
+    """How actors are started in one place."""
+
+    place: Place
+    argv: Callable[[str, Path, int], Sequence[str]] = actor_argv
+    environment: Callable[[ActorSpec], dict[str, str]] = actor_environment
+
+    async def start(self, spec: ActorSpec, lifeline: socket.socket) -> trio.Process:
+        """Start an actor's process. It inherits its lifeline, and the claim: the place is taken while it lives."""
+        return await trio.lowlevel.open_process(
+            list(self.argv(spec.name, self.place.path, lifeline.fileno())),
+            env=self.environment(spec),
+            pass_fds=(lifeline.fileno(), self.place.fileno()),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )

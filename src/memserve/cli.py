@@ -1,0 +1,208 @@
+"""The command line: five verbs for people. Each imports what it needs when it is called, so that --help is quick."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import App, CycloptsError, Parameter
+
+from memserve import __version__
+from memserve.errors import UserError
+
+if TYPE_CHECKING:
+    from memserve.inspect import Filter, Tally
+
+STATUS_USER_ERROR = 2
+STATUS_INTERRUPTED = 130
+STATUS_BROKEN_PIPE = 141
+
+app = App(
+    name="memserve",
+    help="Serve large language models from a pool of KV pages that outlives any one request and any one process.",
+    version=__version__,
+    help_format="plaintext",
+    result_action="return_value",
+    suppress_keyboard_interrupt=False,
+)
+
+ConfigPath = Annotated[
+    str,
+    Parameter(
+        name=["--config", "-c"], help="A TOML file, or the name of a configuration that comes with memserve."
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    Parameter(
+        name="--set",
+        negative=(),
+        help="KEY=VALUE over the file's, such as frontend.port=8123; may be repeated.",
+    ),
+]
+Level = Literal["debug", "info", "warning", "error", "critical"]
+
+
+def run(words: Sequence[str]) -> int:
+    """Run one command; the exit status. A wrong command line or setting is explained on stderr, without a traceback."""
+    try:
+        status = app(list(words), exit_on_error=False, print_error=False)
+    except (UserError, CycloptsError) as error:
+        print(error, file=sys.stderr)
+        return STATUS_USER_ERROR
+    except KeyboardInterrupt:
+        return STATUS_INTERRUPTED
+    except BrokenPipeError:
+        # The reader (head, less) has left; Python would complain when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return STATUS_BROKEN_PIPE
+    return status if isinstance(status, int) else 0
+
+
+@app.command
+def up(*, config: ConfigPath = "demo", set_: Overrides = None) -> int:
+    """Start a cluster and serve until Ctrl-C or SIGTERM, which finish what is in flight first."""
+    from memserve import supervisor
+
+    return supervisor.up(config, set_ or [])
+
+
+@app.command
+def check(*, config: ConfigPath = "demo", set_: Overrides = None) -> None:
+    """Check a configuration; print every setting, and what was decided from it on this machine and why."""
+    from memserve import config as configuration
+    from memserve import show
+
+    written = configuration.load(config, set_ or [])
+    resolved = configuration.resolve(written)
+    rows = [
+        (
+            path,
+            "(hidden)" if field.metadata["secret"] and value else setting_text(value),
+            field.metadata["unit"],
+        )
+        for path, value, field in configuration.settings(written)
+    ]
+    show.table(("setting", "value", "unit"), rows)
+    show.say("")
+    show.table(("decided", "value", "because"), [(r.key, r.value, r.why) for r in resolved.reasons])
+
+
+@app.command
+def status(
+    *,
+    url: str | None = None,
+    api_key: Annotated[str | None, Parameter(env_var="MEMSERVE_API_KEY")] = None,
+    log_dir: Path = Path("logs"),
+    json: bool = False,
+) -> None:
+    """List the actors of a running cluster: name, kind, pid, state and load.
+
+    Parameters
+    ----------
+    url
+        The cluster's address, such as http://127.0.0.1:8080; without it, the one that runs from this directory.
+    api_key
+        One of the keys in [frontend] api_keys, if there are any.
+    log_dir
+        The [logging] dir of the cluster to find when no --url is given.
+    json
+        Print what the cluster answered, for machines.
+    """
+    from memserve import show
+    from memserve import status as cluster
+
+    members = cluster.fetch(url, api_key, log_dir)
+    if json:
+        print_json({"members": members})
+    else:
+        show.members(members)
+
+
+@app.command
+def logs(
+    directory: Path = Path("logs"),
+    /,
+    *,
+    follow: Annotated[bool, Parameter(name=["--follow", "-f"], negative=())] = False,
+    actor: str = "",
+    level: Level = "debug",
+    request: str = "",
+    timeline: Annotated[bool, Parameter(negative=())] = False,
+    summary: Annotated[bool, Parameter(negative=())] = False,
+    json: Annotated[bool, Parameter(negative=())] = False,
+) -> None:
+    """Read a run's logs: all actors' lines in order of time, one request's life, or a summary of the run.
+
+    Parameters
+    ----------
+    directory
+        A run's directory, or a [logging] dir, of which the newest run is taken.
+    follow
+        Go on with lines that are yet to come, until Ctrl-C.
+    actor
+        Only this actor's lines: a name such as p0, or the beginning of an id such as p0.9f3a1c22.
+    level
+        Only lines of this level and graver ones.
+    request
+        Only lines about this request: its id, or the beginning of it.
+    timeline
+        Show the life of the one --request across the actors.
+    summary
+        Show requests by outcome, latency percentiles, the cached share and what each worker did.
+    json
+        Print JSON: one line a record, or one object for --timeline and --summary.
+    """
+    from memserve import inspect, show
+
+    if timeline and not request:
+        raise UserError("--timeline needs the --request whose life it should show")
+    if timeline + summary + follow > 1:
+        raise UserError("--timeline, --summary and --follow exclude each other: give one of them")
+    run_dir, tally = inspect.find_run(directory), inspect.Tally()
+    wanted = inspect.Filter(actor=actor, level=level, request=request)
+    if timeline:
+        life = inspect.timeline(inspect.read_run(run_dir, tally), request)
+        print_json(life.to_dict()) if json else show.timeline(life)
+    elif summary:
+        facts = inspect.summarize(filter(wanted, inspect.read_run(run_dir, tally))).to_dict()
+        print_json({"run": run_dir.name, **facts}) if json else show.summary(run_dir.name, facts)
+    else:
+        print_lines(run_dir, tally, wanted, follow, json)
+    show.complain(tally.complaint())
+
+
+@app.command
+def version() -> None:
+    """Print the version."""
+    print(__version__)
+
+
+def print_lines(run_dir: Path, tally: Tally, wanted: Filter, follow: bool, json: bool) -> None:
+    """The records that are wanted, as they are or for people."""
+    from memserve import inspect, show
+
+    read = inspect.follow if follow else inspect.read_run
+    records = filter(wanted, read(run_dir, tally))
+    if not json:
+        show.records(records)
+        return
+    for record in records:
+        print_json(record)
+
+
+def print_json(value: Any) -> None:
+    """One JSON value on one line."""
+    from memserve.observe import to_json
+
+    print(to_json(value).decode(), flush=True)
+
+
+def setting_text(value: Any) -> str:
+    """A setting's value for `memserve check`."""
+    if value is None:
+        return "(unset)"
+    return ", ".join(value) or "(none)" if isinstance(value, tuple) else str(value)

@@ -1,0 +1,412 @@
+"""Every setting of a cluster: its name, type, default, unit, rule and meaning.
+
+``Config`` is what the user wrote; ``Resolved`` is what was decided from it on one machine, and what the actors read
+from ``cluster.json``. Neither is ever changed. Reading a TOML file (:mod:`memserve.configfile`) and looking at the
+machine (:mod:`memserve.resolve`) happen in the supervisor alone, so :func:`load` and :func:`resolve` import them
+when called: an actor that only reads its ``Resolved`` stays small.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import msgspec
+
+from memserve.engine.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from memserve.resolve import Machine
+
+GIB = 1 << 30
+SIZE_UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": GIB, "TiB": 1 << 40}
+
+
+class RuleError(ValueError):
+    """A value breaks its setting's rule. ``rule`` reads after "must"; ``known`` are the values that would do."""
+
+    def __init__(self, rule: str, known: Sequence[str] = ()) -> None:
+        super().__init__(f"must {rule}")
+        self.rule = rule
+        self.known = tuple(known)
+
+
+# ---- rules: each is an attrs validator -----------------------------------------------------------------------
+
+Rule = Callable[[Any, Any, Any], None]
+
+
+def one_of(*known: str | int) -> Rule:
+    """One of the listed values."""
+
+    def rule(_instance: object, _attribute: object, value: object) -> None:
+        if value not in known:
+            raise RuleError(f"be one of {', '.join(map(str, known))}", [str(k) for k in known])
+
+    return rule
+
+
+def between(low: float, high: float) -> Rule:
+    """From ``low`` to ``high``, both included; None passes where the setting is optional."""
+
+    def rule(_instance: object, _attribute: object, value: float | None) -> None:
+        if value is not None and not low <= value <= high:
+            raise RuleError(f"be between {low} and {high}")
+
+    return rule
+
+
+def matching(pattern: str, meaning: str) -> Rule:
+    """A string that matches ``pattern`` as a whole; ``meaning`` is what the user reads."""
+    compiled = re.compile(pattern)
+
+    def rule(_instance: object, _attribute: object, value: str) -> None:
+        if not compiled.fullmatch(value):
+            raise RuleError(meaning)
+
+    return rule
+
+
+def is_host(_instance: object, _attribute: object, value: str) -> None:
+    """An IP address or a host name."""
+    try:
+        ipaddress.ip_address(value)
+    except ValueError:
+        if not re.fullmatch(r"(?!\d+(\.\d+)*$)[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?", value):
+            raise RuleError("be an IP address or a host name, without a port") from None
+
+
+def are_keys(_instance: object, _attribute: object, value: tuple[str, ...]) -> None:
+    """API keys that fit in an Authorization header, each once."""
+    if any(not re.fullmatch(r"[\x21-\x7e]{1,256}", key) for key in value):
+        raise RuleError("hold keys of 1 to 256 printable ASCII characters without blanks")
+    if len(set(value)) < len(value):
+        raise RuleError("hold each key once")
+
+
+a_name = matching(
+    "[a-z][a-z0-9-]{0,31}", "be 1 to 32 characters: a lower-case letter, then letters, digits or '-'"
+)
+
+
+def parse_size(value: object) -> int:
+    """Bytes from ``"1GiB"``, ``"512MiB"`` or a whole number of bytes. Raises RuleError."""
+    rule = 'be a size such as "512MiB" or "2GiB", or a whole number of bytes'
+    if type(value) is int:
+        return value
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]*)", value) if isinstance(value, str) else None
+    if match is None:
+        raise RuleError(rule)
+    if match[2] not in SIZE_UNITS:
+        raise RuleError(rule, [match[1] + unit for unit in SIZE_UNITS if unit])
+    return int(float(match[1]) * SIZE_UNITS[match[2]])
+
+
+def parse_mode(value: object) -> object:
+    """Caching modes are names, but 1, 2 and 3 may be written as numbers."""
+    return str(value) if type(value) is int else value
+
+
+# ---- settings ------------------------------------------------------------------------------------------------
+
+
+def setting(
+    default: Any = attrs.NOTHING,
+    *,
+    help: str,
+    unit: str = "",
+    rule: Rule | None = None,
+    parse: Callable[[object], object] | None = None,
+    secret: bool = False,
+) -> Any:
+    """One key of the file. ``parse`` turns what TOML gave into the field's type; a secret's value is never shown."""
+    metadata = {"help": help, "unit": unit, "parse": parse, "secret": secret}
+    return attrs.field(default=default, validator=rule, metadata=metadata)
+
+
+@attrs.frozen(kw_only=True)
+class ModelConfig:
+    """``[model]``: what is served."""
+
+    path: str = setting(
+        rule=matching(".+", "name a .gguf file"),
+        help="a .gguf file, or package:MODULE/FILE for one inside an installed Python package",
+    )
+    dtype: str = setting(
+        "bfloat16",
+        rule=one_of("bfloat16", "float32"),
+        help="type of weights, activations and KV; float32 gives the exact tokens of the reference run",
+    )
+    max_context: int | None = setting(
+        None,
+        unit="tokens",
+        rule=between(16, 1 << 24),
+        help="prompt and answer together, at most; unset: what the model was trained for",
+    )
+
+
+@attrs.frozen(kw_only=True)
+class PoolConfig:
+    """``[pool]``: how every shard manages its pages."""
+
+    page_tokens: int = setting(
+        16,
+        unit="tokens",
+        rule=one_of(8, 16, 32, 64, 128),
+        help="tokens a page holds: the unit of allocation, sharing and matching",
+    )
+    lease_s: float = setting(
+        10.0,
+        unit="seconds",
+        rule=between(2, 3600),
+        help="a worker that is silent for so long loses its pages; heartbeats come each second",
+    )
+
+
+@attrs.frozen(kw_only=True)
+class ShardConfig:
+    """``[[shard]]``: one MemPoolShard, the owner of one memory domain."""
+
+    name: str = setting(rule=a_name, help="its name in logs, status and [[worker]] shard")
+    device: str = setting("cpu", rule=one_of("cpu"), help="where its pages live")
+    memory: int = setting(
+        GIB,
+        unit="bytes",
+        parse=parse_size,
+        rule=between(1 << 20, 1 << 50),
+        help='size of its arena, taken at start: "512MiB", "2GiB" or bytes',
+    )
+
+
+@attrs.frozen(kw_only=True)
+class WorkerConfig:
+    """``[[worker]]``: one worker process, an instance."""
+
+    name: str = setting(rule=a_name, help="its name in logs and status")
+    role: str = setting(
+        "both",
+        rule=one_of("prefill", "decode", "both"),
+        help="prefill: runs prompts and hands them over; decode: continues them; both: keeps its requests",
+    )
+    shard: str = setting("", help="the [[shard]] whose pages it maps; unset: the only one")
+    threads: int | None = setting(
+        None,
+        unit="threads",
+        rule=between(1, 1024),
+        help="most cores that one of its steps may take; unset: all, shared with the other workers as they fall idle",
+    )
+
+
+@attrs.frozen(kw_only=True)
+class SchedulerConfig:
+    """``[scheduler]``: who gets a request."""
+
+    policy: str = setting(
+        "least_load",
+        rule=one_of("least_load", "round_robin"),
+        help="least_load: the worker with the least waiting work; round_robin: each in turn",
+    )
+    count: int = setting(1, unit="processes", rule=between(1, 16), help="GlobalSchedulers")
+
+
+@attrs.frozen(kw_only=True)
+class CacheConfig:
+    """``[cache]``: what is kept of finished requests."""
+
+    mode: str = setting(
+        "3",
+        parse=parse_mode,
+        rule=one_of("off", "1", "2", "3"),
+        help="off: nothing; 1: prefill workers keep prompts; 2: and decode workers keep answers; "
+        "3: and prefill workers find those answers too",
+    )
+
+
+@attrs.frozen(kw_only=True)
+class BatchConfig:
+    """``[batch]``: what one model step may hold."""
+
+    chunk_tokens: int = setting(
+        256,
+        unit="tokens",
+        rule=between(1, 1 << 16),
+        help="prompt tokens in one step; smaller keeps running streams smoother, larger is a little faster",
+    )
+    rows: int = setting(
+        64,
+        unit="sequences",
+        rule=between(1, 1024),
+        help="sequences in one step, at most; more wait their turn",
+    )
+
+
+@attrs.frozen(kw_only=True)
+class FrontendConfig:
+    """``[frontend]``: the HTTP surface."""
+
+    host: str = setting("127.0.0.1", rule=is_host, help="address to listen on; 0.0.0.0 for every interface")
+    port: int = setting(8080, rule=between(0, 65535), help="TCP port; 0 takes any free one")
+    api_keys: tuple[str, ...] = setting(
+        (),
+        rule=are_keys,
+        secret=True,
+        help="accepted bearer keys, each with a cache of its own; empty: no key is asked for",
+    )
+    count: int = setting(1, unit="processes", rule=between(1, 16), help="Frontends, all on the same port")
+    max_requests: int = setting(
+        1024, unit="requests", rule=between(1, 1 << 20), help="in flight in one Frontend; beyond it, 429"
+    )
+    drain_s: float = setting(
+        30.0, unit="seconds", rule=between(0, 86_400), help="how long a stop waits for requests in flight"
+    )
+
+
+@attrs.frozen(kw_only=True)
+class LoggingConfig:
+    """``[logging]``: where each run leaves its JSON lines."""
+
+    dir: str = setting(
+        "logs",
+        rule=matching(".+", "name a directory"),
+        help="each run makes a directory in it; clusters with the same one cannot run at the same time",
+    )
+    level: str = setting(
+        "info", rule=one_of("debug", "info", "warning", "error"), help="lines below it are not written"
+    )
+
+
+DEFAULT_SHARDS = (ShardConfig(name="s0"),)
+DEFAULT_WORKERS = (WorkerConfig(name="w0", shard="s0"),)
+
+
+@attrs.frozen(kw_only=True)
+class Config:
+    """A whole cluster, as written. Relative paths count from the directory memserve was started in."""
+
+    model: ModelConfig = setting(help="what is served")
+    pool: PoolConfig = setting(PoolConfig(), help="how every shard manages its pages")
+    shard: tuple[ShardConfig, ...] = setting(DEFAULT_SHARDS, help="memory domains, one table each")
+    worker: tuple[WorkerConfig, ...] = setting(DEFAULT_WORKERS, help="worker processes, one table each")
+    scheduler: SchedulerConfig = setting(SchedulerConfig(), help="who gets a request")
+    cache: CacheConfig = setting(CacheConfig(), help="what is kept of finished requests")
+    batch: BatchConfig = setting(BatchConfig(), help="what one model step may hold")
+    frontend: FrontendConfig = setting(FrontendConfig(), help="the HTTP surface")
+    logging: LoggingConfig = setting(LoggingConfig(), help="where each run leaves its logs")
+
+    @property
+    def frontend_names(self) -> tuple[str, ...]:
+        """Actor names of the Frontends."""
+        return tuple(f"frontend-{i}" for i in range(self.frontend.count))
+
+    @property
+    def scheduler_names(self) -> tuple[str, ...]:
+        """Actor names of the GlobalSchedulers."""
+        return tuple(f"scheduler-{i}" for i in range(self.scheduler.count))
+
+
+RESERVED_NAME = re.compile(r"(frontend|scheduler|supervisor)(-\d+)?")
+"""Names that shards and workers may not have: they are other actors' log files and sockets."""
+
+
+def section_types() -> dict[str, type[attrs.AttrsInstance]]:
+    """The class behind each top-level table, in the order of the file."""
+    return {
+        "model": ModelConfig,
+        "pool": PoolConfig,
+        "shard": ShardConfig,
+        "worker": WorkerConfig,
+        "scheduler": SchedulerConfig,
+        "cache": CacheConfig,
+        "batch": BatchConfig,
+        "frontend": FrontendConfig,
+        "logging": LoggingConfig,
+    }
+
+
+def settings(config: Config) -> Iterator[tuple[str, Any, attrs.Attribute[Any]]]:
+    """Every setting with its value: (path as errors write it, value, field)."""
+    for section in section_types():
+        value = getattr(config, section)
+        labelled = (
+            [(f"{section}[{i}]", v) for i, v in enumerate(value)]
+            if isinstance(value, tuple)
+            else [(section, value)]
+        )
+        for label, part in labelled:
+            for field in attrs.fields(type(part)):
+                yield f"{label}.{field.name}", getattr(part, field.name), field
+
+
+# ---- what was decided ----------------------------------------------------------------------------------------
+
+
+@attrs.frozen
+class Reason:
+    """One decision for `memserve check` to print."""
+
+    key: str
+    value: str
+    why: str
+
+
+@attrs.frozen(kw_only=True)
+class Resolved:
+    """A configuration on one machine. All paths are absolute; sizes are in bytes."""
+
+    config: Config
+    model_path: str
+    """The .gguf file itself."""
+    spec: ModelSpec
+    max_context: int
+    """Tokens, prompt and answer together."""
+    page_bytes: int
+    shard_pages: dict[str, int]
+    """Pages in each shard's arena, by shard name."""
+    threads: dict[str, int]
+    """Most threads of a step, by worker name."""
+    cores: int
+    """Cores that this process may use."""
+    run: str
+    """Name of this run, unique within ``log_dir``."""
+    log_dir: str
+    """``[logging] dir``; each run has a directory in it."""
+    runtime_dir: str
+    """Sockets, lock and cluster.json; gone when the cluster is."""
+    reasons: tuple[Reason, ...]
+
+    @property
+    def run_dir(self) -> str:
+        """Where this run's log files are."""
+        return f"{self.log_dir}/{self.run}"
+
+    def to_json(self) -> bytes:
+        """For ``cluster.json``. It holds the API keys: write it where only the owner can read."""
+        return msgspec.json.encode(self)
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Resolved:
+        """The inverse of :meth:`to_json`. Raises msgspec.MsgspecError on anything else."""
+        return msgspec.json.decode(data, type=cls)
+
+
+def load(path: str, overrides: Sequence[str] = ()) -> Config:
+    """Read a configuration: a TOML file, or the name of one that is shipped (``demo``), with ``key=value`` overrides.
+
+    Raises ConfigError with every problem found, one a line.
+    """
+    from memserve.configfile import read
+
+    return read(path, overrides)
+
+
+def resolve(config: Config, machine: Machine | None = None) -> Resolved:
+    """Decide everything that the configuration leaves open, on this machine unless another is given.
+
+    Raises ConfigError with every problem found, one a line.
+    """
+    from memserve.resolve import Machine, decide
+
+    return decide(config, machine or Machine.here(config.logging.dir))

@@ -1,0 +1,417 @@
+"""TOML and ``--set`` overrides into a :class:`~memserve.config.Config`, with every mistake named at once."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import tomllib
+import types
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import attrs
+import cattrs
+from cattrs.errors import (
+    ClassValidationError,
+    ForbiddenExtraKeysError,
+    IterableValidationError,
+    IterableValidationNote,
+)
+from cattrs.gen import make_dict_structure_fn, override
+
+from memserve.config import (
+    DEFAULT_SHARDS,
+    DEFAULT_WORKERS,
+    RESERVED_NAME,
+    Config,
+    RuleError,
+    ShardConfig,
+    WorkerConfig,
+    section_types,
+)
+from memserve.errors import ConfigError
+
+Tree = dict[str, Any]
+
+
+@attrs.frozen
+class Problem:
+    """One mistake: where it is, and what to say about it."""
+
+    path: str
+    text: str
+    source: str = ""
+    """Set when the mistake is in an override; otherwise it is in the file."""
+
+    def line(self, file: str) -> str:
+        """The text that the user sees."""
+        return f"{self.source or file}: {self.path} {self.text}"
+
+
+def read(path: str, overrides: Sequence[str] = ()) -> Config:
+    """Read the file (or shipped configuration) ``path`` and apply ``key=value`` overrides. Raises ConfigError."""
+    file = find(path)
+    tree = parse(file)
+    origins, problems = apply_overrides(tree, overrides)
+    fill_in(tree)
+    config, wrong = structure(tree)
+    problems += wrong + cross_check(tree)
+    if problems:
+        located = (attrs.evolve(p, source=p.source or origin_of(p.path, origins)) for p in problems)
+        raise ConfigError("\n".join(dict.fromkeys(problem.line(str(file)) for problem in located)))
+    assert config is not None
+    return config
+
+
+# ---- the file ------------------------------------------------------------------------------------------------
+
+
+def shipped() -> dict[str, Path]:
+    """The configurations that come with memserve, by name: in the wheel, or in ``configs/`` of a checkout."""
+    here = Path(__file__).parent
+    for folder in (here / "configs", here.parents[1] / "configs"):
+        if files := sorted(folder.glob("*.toml")):
+            return {file.stem: file for file in files}
+    return {}
+
+
+def find(path: str) -> Path:
+    """The file that the user means. Raises ConfigError when there is none."""
+    file = Path(path).expanduser()
+    if file.is_file():
+        return file
+    names = shipped()
+    if path in names:
+        return names[path]
+    near = f"; did you mean {guess}?" if (guess := nearest(path, list(names))) else ""
+    known = (
+        f"shipped with memserve: {', '.join(names)}" if names else "none is shipped with this installation"
+    )
+    raise ConfigError(f"{path}: there is no such file{near} ({known})")
+
+
+def parse(file: Path) -> Tree:
+    """The tables of a TOML file. Raises ConfigError with line and column."""
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{file}: not valid TOML: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: not UTF-8 text, at byte {error.start}") from error
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read: {error.strerror}") from error
+
+
+def fill_in(tree: Tree) -> None:
+    """Write what follows from other keys: a worker that names no shard takes the only one."""
+    tree.setdefault("worker", default_tables("worker"))
+    names = (
+        [shard.get("name") for shard in tables(tree, "shard")]
+        if "shard" in tree
+        else [DEFAULT_SHARDS[0].name]
+    )
+    if len(names) == 1 and isinstance(names[0], str):
+        for worker in tables(tree, "worker"):
+            worker.setdefault("shard", names[0])
+
+
+def tables(tree: Tree, key: str) -> list[Tree]:
+    """The well-formed tables of ``[[key]]``; the others are reported by :func:`structure`."""
+    value = tree.get(key)
+    return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
+
+
+def default_tables(key: str) -> list[Tree]:
+    """The default of ``[[key]]`` as it would stand in a file, without what fill_in adds."""
+    parts: tuple[ShardConfig, ...] | tuple[WorkerConfig, ...] = (
+        DEFAULT_SHARDS if key == "shard" else DEFAULT_WORKERS
+    )
+    return [{k: v for k, v in attrs.asdict(p).items() if v is not None and k != "shard"} for p in parts]
+
+
+# ---- overrides -----------------------------------------------------------------------------------------------
+
+
+def apply_overrides(tree: Tree, overrides: Sequence[str]) -> tuple[dict[str, str], list[Problem]]:
+    """Write each ``a.b=value`` into ``tree``. Answers where the paths they wrote came from, and what was wrong."""
+    origins: dict[str, str] = {}
+    problems: list[Problem] = []
+    for override_ in overrides:
+        key, equals, value = override_.partition("=")
+        source = f"--set {key}"
+        if not equals or not all(key.split(".")):
+            problems.append(Problem(key, "must be written KEY=VALUE, such as frontend.port=8123", source))
+            continue
+        try:
+            origins[put(tree, key.strip().split("."), toml_value(value.strip()))] = source
+        except RuleError as error:
+            problems.append(Problem(key, str(error), source))
+    return origins, problems
+
+
+def toml_value(text: str) -> Any:
+    """``text`` as a TOML value, or as a string when it is none: --set values need no quotes."""
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    return parsed["value"] if len(parsed) == 1 else text
+
+
+def put(tree: Tree, keys: list[str], value: Any) -> str:
+    """Set one value; answers its path as errors write it. Raises RuleError when the way there does not exist."""
+    if keys[0] in ("shard", "worker") and keys[0] not in tree:
+        tree[keys[0]] = default_tables(keys[0])
+    here: Any = tree
+    path = ""
+    for depth, key in enumerate(keys):
+        at: str | int = key
+        if isinstance(here, list):
+            at = element(here, keys[depth - 1], key)
+        elif not isinstance(here, dict):
+            raise RuleError(f"name a key: {path} is not a table")
+        path += f"[{at}]" if isinstance(at, int) else f".{at}" if path else at
+        if depth == len(keys) - 1:
+            here[at] = value
+        elif isinstance(at, str):
+            here = here.setdefault(at, {})
+        else:
+            here = here[at]
+    return path
+
+
+def element(array: list[Any], section: str, key: str) -> int:
+    """The place in ``array`` that an index or a table's name means. Raises RuleError."""
+    names = [each.get("name") for each in array if isinstance(each, dict)]
+    if key in names:
+        return names.index(key)
+    if key.isdecimal() and int(key) < len(array):
+        return int(key)
+    raise RuleError(
+        f"name a {section} by name ({', '.join(map(str, names))}) or number (0 to {len(array) - 1})"
+    )
+
+
+def origin_of(path: str, origins: dict[str, str]) -> str:
+    """The override that wrote ``path``, a table around it or a key in it; or nothing."""
+    for written, source in origins.items():
+        within = path.startswith(written) and path[len(written) :][:1] in ("", ".", "[")
+        if within or written.startswith(f"{path}."):
+            return source
+    return ""
+
+
+# ---- from tables to classes ----------------------------------------------------------------------------------
+
+
+def structure(tree: Tree) -> tuple[Config | None, list[Problem]]:
+    """The configuration, or every key and value that does not fit it."""
+    try:
+        return _converter.structure(tree, Config), []
+    except ClassValidationError as error:
+        return None, [explain(path, cause, tree) for path, cause in leaves(error, ())]
+
+
+def _strict(kind: type, rule: str) -> Callable[[Any, Any], Any]:
+    def hook(value: Any, _: Any) -> Any:
+        if type(value) is not kind:
+            raise RuleError(rule)
+        return value
+
+    return hook
+
+
+def _number(value: Any, _: Any) -> float:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise RuleError("be a number")
+    return float(value)
+
+
+def _table(cls: type[attrs.AttrsInstance]) -> Callable[[Any, Any], Any]:
+    """cattrs' hook for one settings class, with each field's own parser and rule in it, so that all of them report."""
+    attrs.resolve_types(cls)
+    fields: Any = {field.name: override(struct_hook=_field(field)) for field in attrs.fields(cls)}
+    build: Any = make_dict_structure_fn(cls, _converter, _cattrs_forbid_extra_keys=True, **fields)
+
+    def hook(value: Any, kind: Any) -> Any:
+        if not isinstance(value, dict):
+            raise RuleError("be a table")
+        return build(value, kind)
+
+    return hook
+
+
+def _field(field: attrs.Attribute[Any]) -> Callable[[Any, Any], Any]:
+    parse, check = field.metadata["parse"], field.validator
+
+    def hook(value: Any, kind: Any) -> Any:
+        value = _converter.structure(parse(value) if parse else value, kind)
+        if check is not None:
+            check(None, field, value)
+        return value
+
+    return hook
+
+
+def _array(kind: Any) -> Callable[[Any, Any], Any]:
+    strings = get_args(kind)[0] is str
+    as_list: Any = types.GenericAlias(list, get_args(kind)[:1])
+    inner = _converter.get_structure_hook(as_list)
+    what = "strings" if strings else "tables: write its name in double brackets"
+
+    def hook(value: Any, _: Any) -> Any:
+        if not isinstance(value, list):
+            raise RuleError(f"be an array of {what}")
+        if not (value or strings):
+            raise RuleError("hold at least one table")
+        return tuple(inner(value, as_list))
+
+    return hook
+
+
+def _is_array(kind: Any) -> bool:
+    return get_origin(kind) is tuple
+
+
+_converter = cattrs.Converter(forbid_extra_keys=True)
+_converter.register_structure_hook(int, _strict(int, "be a whole number"))
+_converter.register_structure_hook(str, _strict(str, "be a string"))
+_converter.register_structure_hook(bool, _strict(bool, "be true or false"))
+_converter.register_structure_hook(float, _number)
+_converter.register_structure_hook_factory(attrs.has, _table)
+_converter.register_structure_hook_factory(_is_array, _array)
+
+# ---- from exceptions to lines --------------------------------------------------------------------------------
+
+Path_ = tuple[str | int, ...]
+
+
+def leaves(error: Exception, path: Path_) -> Iterator[tuple[Path_, Exception]]:
+    """Every single mistake inside cattrs' nested groups, with the path to it."""
+    if not isinstance(error, ClassValidationError | IterableValidationError):
+        yield path, error
+        return
+    noted, others = error.group_exceptions()
+    for cause, note in noted:
+        yield from leaves(
+            cause, (*path, note.index if isinstance(note, IterableValidationNote) else note.name)
+        )
+    for cause in others:
+        if isinstance(cause, ForbiddenExtraKeysError):
+            for key in sorted(cause.extra_fields):
+                yield (*path, key), cause
+        else:
+            yield from leaves(cause, path)
+
+
+def explain(path: Path_, cause: Exception, tree: Tree) -> Problem:
+    """One mistake in words."""
+    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
+    value = look_up(tree, path)
+    if isinstance(cause, ForbiddenExtraKeysError):
+        return Problem(
+            where, f"is not a known key (value {show(value)}){suggest_key(str(path[-1]), cause.cl)}"
+        )
+    if isinstance(cause, KeyError):
+        return Problem(where, "is required and missing")
+    if isinstance(cause, RuleError):
+        guess = nearest(value, cause.known) if isinstance(value, str) else ""
+        hint = f"; did you mean {json.dumps(guess)}?" if guess else ""
+        return Problem(where, f"{cause}, not {show(value, is_secret(path))}{hint}")
+    raise cause
+
+
+def look_up(tree: Any, path: Path_) -> Any:
+    """What stands at ``path``, or None."""
+    for part in path:
+        try:
+            tree = tree[part]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return tree
+
+
+def show(value: Any, secret: bool = False) -> str:
+    """A value as the user would write it, cut at 60 characters."""
+    if secret:
+        return "the given value (hidden)"
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def is_secret(path: Path_) -> bool:
+    """Whether ``path`` is in a setting whose value must not be shown."""
+    section = section_types().get(str(path[0]))
+    names = [field.name for field in attrs.fields(section) if field.metadata["secret"]] if section else []
+    return any(part in names for part in path[1:]) or (len(path) == 1 and bool(names))
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """The likeliest of ``known`` that was meant, or nothing."""
+    lowered = {each.lower(): each for each in known}
+    found = difflib.get_close_matches(word.lower(), lowered, n=1, cutoff=0.5)
+    return lowered[found[0]] if found else ""
+
+
+def suggest_key(word: str, cls: type) -> str:
+    """The nearest known key of a table, or of another table when that fits exactly, or all there are."""
+    names = [field.name for field in attrs.fields(cls)]
+    if guess := nearest(word, names):
+        return f"; did you mean {guess}?"
+    elsewhere = {
+        f.name: f"{table}.{f.name}" for table, kind in section_types().items() for f in attrs.fields(kind)
+    }
+    if close := difflib.get_close_matches(word, elsewhere, n=1, cutoff=0.8):
+        return f"; did you mean {elsewhere[close[0]]}?"
+    return f"; known: {', '.join(names)}"
+
+
+# ---- rules between tables ------------------------------------------------------------------------------------
+
+
+def cross_check(tree: Tree) -> list[Problem]:
+    """Rules that need more than one table. They pass over what is malformed: that is reported already."""
+    return [*check_names(tree), *check_shards(tree)]
+
+
+def check_names(tree: Tree) -> Iterator[Problem]:
+    """Names are sockets and log files: each is one actor's alone."""
+    seen: dict[str, str] = {}
+    for section in ("shard", "worker"):
+        for i, table in enumerate(tables(tree, section)):
+            name, path = table.get("name"), f"{section}[{i}].name"
+            if not isinstance(name, str):
+                continue
+            if RESERVED_NAME.fullmatch(name):
+                yield Problem(path, f"must not be {show(name)}: the name of another actor")
+            elif name in seen:
+                yield Problem(path, f"must be unique, not {show(name)}: {seen[name]} has it already")
+            seen.setdefault(name, path)
+
+
+def check_shards(tree: Tree) -> Iterator[Problem]:
+    """Every worker has a shard, and every shard that has workers can both prefill and decode."""
+    names = [t.get("name") for t in tables(tree, "shard") or default_tables("shard")]
+    known = list(dict.fromkeys(name for name in names if isinstance(name, str)))
+    roles: dict[str, set[str]] = {}
+    for i, worker in enumerate(tables(tree, "worker")):
+        shard = worker.get("shard")
+        if shard is None:
+            yield Problem(
+                f"worker[{i}].shard", f"is required with more than one shard; known: {', '.join(known)}"
+            )
+        elif isinstance(shard, str) and shard not in known:
+            guess = f"; did you mean {show(hint)}?" if (hint := nearest(shard, known)) else ""
+            yield Problem(
+                f"worker[{i}].shard", f"must name a [[shard]] ({', '.join(known)}), not {show(shard)}{guess}"
+            )
+        elif isinstance(shard, str):
+            roles.setdefault(shard, set()).add(str(worker.get("role", "both")))
+    for shard, present in roles.items():
+        if present <= {"prefill", "decode"} and len(present) == 1:
+            missing = "decode" if "prefill" in present else "prefill"
+            yield Problem(
+                "worker", f"must hold one on shard {show(shard)} that can {missing}, not only {present.pop()}"
+            )

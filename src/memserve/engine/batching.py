@@ -1,0 +1,51 @@
+"""Which rows a step runs: continuous batching with chunked prefill under a token budget.
+
+Decode rows go first, so that a long prompt never holds up a running stream by more than one chunk; the rest of
+the budget goes to prompts, first come first served. Rows of both kinds share one step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import attrs
+
+from memserve.engine.plans import BatchPlan
+from memserve.engine.sequence import Sequence
+
+
+@attrs.frozen
+class BatchLimits:
+    """How large a step may be."""
+
+    chunk_tokens: int
+    """Prefill tokens a step."""
+    rows: int
+    """Sequences a step."""
+
+
+@attrs.frozen
+class Batch:
+    """A plan and the sequences behind its rows, in order."""
+
+    plan: BatchPlan
+    sequences: tuple[Sequence, ...]
+    ends: tuple[int, ...]
+    """Tokens computed of each once the step is done."""
+
+
+def form_batch(ready: Iterable[Sequence], limits: BatchLimits, page_tokens: int) -> Batch | None:
+    """The next step over ``ready`` (longest-waiting decode rows first, prompts in arrival order), or None."""
+    runnable = [one for one in ready if one.room(page_tokens) > 0 and one.computed < one.length]
+    chosen: list[tuple[Sequence, int]] = [(one, 1) for one in runnable if one.decoding][: limits.rows]
+    budget = limits.chunk_tokens
+    for one in sorted((one for one in runnable if not one.decoding), key=lambda one: one.order):
+        if not budget or len(chosen) == limits.rows:
+            break
+        chunk = min(budget, one.length - one.computed, one.room(page_tokens))
+        chosen.append((one, chunk))
+        budget -= chunk
+    if not chosen:
+        return None
+    rows = tuple(one.row(limit) for one, limit in chosen)
+    return Batch(BatchPlan(rows), tuple(one for one, _ in chosen), tuple(row.end for row in rows))

@@ -1,0 +1,110 @@
+"""Token ids to text, one at a time: never half a character, never a part of what may become a stop string.
+
+Both classes take constant time per token on average: nothing that was given out is looked at again.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Callable, Sequence
+
+import attrs
+
+STOPS_MAX = 16
+"""Stop strings of one request."""
+STOP_CHARACTERS_MAX = 256
+"""Length of one stop string: so much text may be held back."""
+
+
+def check_stops(stops: Sequence[str]) -> None:
+    """Raise ValueError, naming what is wrong, unless these can be a request's stop strings."""
+    if len(stops) > STOPS_MAX:
+        raise ValueError(f"at most {STOPS_MAX} stop strings, got {len(stops)}")
+    for index, stop in enumerate(stops):
+        if not stop:
+            raise ValueError(f"stop string {index} is empty; leave it out instead")
+        if len(stop) > STOP_CHARACTERS_MAX:
+            raise ValueError(f"stop string {index} has {len(stop)} characters, at most {STOP_CHARACTERS_MAX}")
+
+
+class Detokenizer:
+    """The text of a growing sequence of tokens. Bytes that never become UTF-8 come out as U+FFFD."""
+
+    def __init__(self, piece: Callable[[int], bytes]) -> None:
+        """``piece`` gives the bytes of a token, as :meth:`memserve.engine.tokenizer.Tokenizer.piece` does."""
+        self._piece = piece
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token: int) -> str:
+        """The characters that ``token`` completes, perhaps none."""
+        return self._decoder.decode(self._piece(token))
+
+    def finish(self) -> str:
+        """What is left when no token follows: U+FFFD for a character cut short, or nothing."""
+        return self._decoder.decode(b"", final=True)
+
+
+class StopScanner:
+    """Lets text through up to the first stop string; what may be the beginning of one waits.
+
+    The stop string that is complete first wins, of two complete at the same character the longer one: the
+    outcome does not depend on how the text was cut into pushes. One Knuth-Morris-Pratt automaton each.
+    """
+
+    def __init__(self, stops: Sequence[str] = ()) -> None:
+        """``stops`` are not empty; see :func:`check_stops`."""
+        self._matchers = [_Matcher.of(stop) for stop in sorted(set(stops), key=len, reverse=True)]
+        self._held = ""
+        self.matched: str | None = None
+        """The stop string that was found; from then on nothing comes out."""
+
+    def push(self, text: str) -> str:
+        """The text that is now known to come before any stop string."""
+        if self.matched is not None:
+            return ""
+        if not self._matchers:
+            return text
+        start = len(self._held)
+        held = self._held + text
+        for end, character in enumerate(text, start + 1):
+            for matcher in self._matchers:
+                if matcher.step(character) and self.matched is None:
+                    self.matched = matcher.stop
+            if self.matched is not None:
+                self._held = ""
+                return held[: end - len(self.matched)]
+        keep = max(matcher.state for matcher in self._matchers)
+        self._held = held[len(held) - keep :]
+        return held[: len(held) - keep]
+
+    def finish(self) -> str:
+        """What was held back, when no text follows."""
+        held, self._held = self._held, ""
+        return held
+
+
+@attrs.define
+class _Matcher:
+    stop: str
+    failure: list[int]
+    """``failure[n]``: length of the longest proper border of the stop string's first n characters."""
+    state: int = 0
+    """Length of the stop string's longest beginning that the text so far ends with."""
+
+    @classmethod
+    def of(cls, stop: str) -> _Matcher:
+        failure = [0, 0]
+        border = 0
+        for character in stop[1:]:
+            while border and stop[border] != character:
+                border = failure[border]
+            border += stop[border] == character
+            failure.append(border)
+        return cls(stop, failure)
+
+    def step(self, character: str) -> bool:
+        """Take one character; true when it completes the stop string, after which there must be no other."""
+        while self.state and self.stop[self.state] != character:
+            self.state = self.failure[self.state]
+        self.state += self.stop[self.state] == character
+        return self.state == len(self.stop)

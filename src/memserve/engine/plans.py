@@ -1,0 +1,60 @@
+"""What a worker's core asks of its step engine: one value in, one value out, no arrays."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import attrs
+
+from memserve.messages import Sampling
+from memserve.tokens import count
+
+
+@attrs.frozen
+class Row:
+    """One sequence's part of a step: a prefill chunk (many tokens) or a decode row (one)."""
+
+    tokens: bytes
+    """Tokens to run, packed."""
+    start: int
+    """Position of the first of them; the KV of all earlier ones is in ``pages`` already."""
+    pages: tuple[int, ...]
+    """Page table; ``pages[i]`` holds positions ``i * page_tokens`` onwards. Covers at least ``start + len(tokens)``."""
+    sample: Sampling | None
+    """How to draw the token after the last one, or None when nobody wants it (not the prompt's last chunk)."""
+
+    @property
+    def end(self) -> int:
+        """Position of the token that a draw would produce; with the seed it decides the draw."""
+        return self.start + count(self.tokens)
+
+
+@attrs.frozen
+class BatchPlan:
+    """One step: any mix of prefill chunks and decode rows."""
+
+    rows: tuple[Row, ...]
+
+
+@attrs.frozen
+class BatchResult:
+    """What a step produced."""
+
+    tokens: tuple[int | None, ...]
+    """One per row, in order; None where ``sample`` was None."""
+    step_ms: float
+    threads: int
+    """Cores the step ran on."""
+
+
+class StepEngine(Protocol):
+    """Runs steps on the pages of one arena. Called from one thread at a time, never the event loop's."""
+
+    def run(self, plan: BatchPlan) -> BatchResult:
+        """Append the KV of every row to its pages and draw the wanted tokens. Blocks for the whole step."""
+
+    def rest(self) -> None:
+        """No step is wanted at present: give this engine's share of the cores to others."""
+
+    def close(self) -> None:
+        """Let go of the arena and the weights."""

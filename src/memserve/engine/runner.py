@@ -1,0 +1,124 @@
+"""The CPU step engine: batch plans in, tokens out, on the pages of one arena."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from mmap import mmap
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from memserve.engine import sampling
+from memserve.engine.model import Batch, Llama
+from memserve.engine.plans import BatchPlan, BatchResult, Row
+from memserve.engine.spec import ModelSpec
+from memserve.engine.weights import map_weights
+from memserve.kernels.cpu import CpuAttention
+from memserve.messages import Sampling
+from memserve.tokens import count, pack, pages_for, unpack
+
+if TYPE_CHECKING:
+    from memserve.engine.cores import Cores
+
+
+class CpuEngine:
+    """A :class:`~memserve.engine.plans.StepEngine` on CPU cores. All calls come from one thread at a time.
+
+    The arena belongs to the shard, which outlives the engine; the weights are a mapping shared with other workers.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights_path: Path,
+        arena: memoryview | mmap,
+        pages: int,
+        page_tokens: int,
+        dtype: str,
+        cores: Cores | None = None,
+        threads: int = 1,
+    ) -> None:
+        """``arena``: writable, ``pages`` pages of ``spec.page_shape(page_tokens)``; ``threads``: without ``cores``."""
+        expected = pages * spec.page_bytes(page_tokens, dtype)
+        if len(memoryview(arena).cast("B")) < expected:
+            raise ValueError(f"the arena has {len(memoryview(arena))} bytes; {pages} pages take {expected}")
+        self._spec, self._pages, self._page_tokens = spec, pages, page_tokens
+        self._cores, self._threads = cores, threads
+        self._dtype: torch.dtype = getattr(torch, dtype)
+        values = pages * spec.kv_values_per_token * page_tokens
+        flat = torch.frombuffer(arena, dtype=self._dtype, count=values)
+        self._arena: torch.Tensor | None = flat.view(pages, *spec.page_shape(page_tokens))
+        self._attention: CpuAttention | None = CpuAttention(self._arena, spec.heads)
+        self._model: Llama | None = Llama(spec, map_weights(weights_path))
+
+    def run(self, plan: BatchPlan) -> BatchResult:
+        """One step. Raises ValueError, naming the row, for a plan that would read or write what is not its own."""
+        assert self._attention is not None, "the engine is closed"
+        self._check(plan)
+        with self._hold() as threads:
+            began = time.perf_counter()
+            tokens = self._step(plan, self._attention)
+            return BatchResult(tokens, (time.perf_counter() - began) * 1000, threads)
+
+    def warm_up(self) -> None:
+        """Run a chunk and a decode row on pages of their own, so that the first request finds everything loaded."""
+        length = min(self._page_tokens, self._spec.max_context - 1)
+        scratch = torch.zeros(1, *self._spec.page_shape(self._page_tokens), dtype=self._dtype)
+        attention = CpuAttention(scratch, self._spec.heads)
+        greedy = Sampling(temperature=0.0)
+        with self._hold():
+            self._step(BatchPlan((Row(pack([0] * (length - 1)), 0, (0,), None),)), attention)
+            self._step(BatchPlan((Row(pack([0]), length - 1, (0,), greedy),)), attention)
+
+    def close(self) -> None:
+        """Let go of the arena and the weights."""
+        self._attention = self._model = self._arena = None
+
+    @contextmanager
+    def _hold(self) -> Iterator[int]:
+        if self._cores is None:
+            torch.set_num_threads(self._threads)
+            yield self._threads
+            return
+        with self._cores.hold() as threads:
+            torch.set_num_threads(threads)
+            yield threads
+
+    def _step(self, plan: BatchPlan, attention: CpuAttention) -> tuple[int | None, ...]:
+        assert self._model is not None, "the engine is closed"
+        wanted = [row for row in plan.rows if row.sample is not None]
+        with torch.inference_mode():
+            logits = self._model.forward(Batch.of(plan), attention.plan(plan), attention)
+            settings = [row.sample for row in wanted if row.sample is not None]
+            drawn = iter(sampling.draw(logits, settings, [row.end for row in wanted]) if wanted else ())
+        return tuple(None if row.sample is None else next(drawn) for row in plan.rows)
+
+    def _check(self, plan: BatchPlan) -> None:
+        """Hold the plan against the arena: a wrong page id would corrupt another request's tokens in silence."""
+        if not plan.rows:
+            raise ValueError("a step needs at least one row")
+        written: set[int] = set()
+        for number, row in enumerate(plan.rows):
+            self._check_row(number, row)
+            pages = row.pages[row.start // self._page_tokens : pages_for(row.end, self._page_tokens)]
+            if not written.isdisjoint(pages) or len(set(pages)) < len(pages):
+                raise ValueError(f"row {number}: writes to a page that the step writes to already: {pages}")
+            written.update(pages)
+
+    def _check_row(self, number: int, row: Row) -> None:
+        tokens = count(row.tokens)
+        if tokens < 1 or row.start < 0 or row.end > self._spec.max_context:
+            raise ValueError(
+                f"row {number}: {tokens} tokens from position {row.start}; "
+                f"expected at least one, within {self._spec.max_context} positions"
+            )
+        if len(row.pages) < pages_for(row.end, self._page_tokens):
+            raise ValueError(f"row {number}: {len(row.pages)} pages of {self._page_tokens} do not hold {row.end} tokens")
+        if min(row.pages) < 0 or max(row.pages) >= self._pages:
+            raise ValueError(f"row {number}: pages {row.pages}; the arena has 0 to {self._pages - 1}")
+        ids = unpack(row.tokens)
+        if min(ids) < 0 or max(ids) >= self._spec.vocab:
+            raise ValueError(f"row {number}: token ids {min(ids)} to {max(ids)}; the vocabulary has {self._spec.vocab}")

@@ -1,0 +1,316 @@
+"""The core of a Frontend: the journal of its requests.
+
+An entry holds the prompt, every token already sent to the client, and the attempt under way. That is all it
+takes to go on after any worker's death: the request is submitted again as prompt plus tokens sent, and since a
+draw depends on (seed, position) alone, the stream continues with the tokens it would have had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+
+from memserve.actions import Action, Deliver, Log, Send
+from memserve.errors import RequestFailed
+from memserve.messages import (
+    ActorId,
+    Cancel,
+    Cluster,
+    Failed,
+    Gone,
+    Member,
+    Message,
+    Plan,
+    Planned,
+    Rejected,
+    Request,
+    Submit,
+    Timings,
+    Tokens,
+    TokenUpdate,
+)
+from memserve.scheduling.membership import pairs
+from memserve.scheduling.presence import Presence
+from memserve.tokens import count, unpack
+
+SUBMIT_REPEAT_S = 1.0
+"""How long a Submit may stay unanswered before it is sent again, to the next scheduler if there are several."""
+ATTEMPTS_MAX = 8
+"""Attempts before a request fails: one that kills its workers must not do so for ever."""
+
+
+@attrs.define
+class Entry:
+    """One request's journal."""
+
+    request: Request
+    """As first submitted: ``tokens`` is the prompt."""
+    received_at: float
+    sent: bytes = b""
+    """Tokens delivered to the client."""
+    attempt: int = 0
+    plan: Plan | None = None
+    asked_at: float = 0.0
+    cached_tokens: int = 0
+    fed_by_decode: bool = False
+    """The decode worker of this attempt has sent tokens."""
+    first_token_at: float | None = None
+    last_token_at: float | None = None
+    timings: Timings = Timings()
+
+    def current(self) -> Request:
+        """The request as the attempt under way carries it."""
+        return attrs.evolve(self.request, attempt=self.attempt, tokens=self.request.tokens + self.sent)
+
+
+@attrs.define
+class FrontendCore:
+    """See the module's text."""
+
+    presence: Presence
+    requests_max: int
+    """Requests open at once; beyond it ``open`` refuses."""
+    _entries: dict[str, Entry] = attrs.field(factory=dict, init=False)
+    _view: dict[ActorId, dict[ActorId, Member]] = attrs.field(factory=dict, init=False)
+    _actions: list[Action] = attrs.field(factory=list, init=False)
+    counters: dict[str, float] = attrs.field(factory=dict, init=False)
+
+    # ---- the HTTP side --------------------------------------------------------------------------------------
+
+    def open(self, request: Request, now: float) -> None:
+        """Take a request in and submit it. Raises RequestFailed (429) at ``requests_max``."""
+        if len(self._entries) >= self.requests_max:
+            text = f"this server has {self.requests_max} requests open, its limit (frontend.max_requests)"
+            raise RequestFailed("overloaded", text, 429, retry_after_s=1.0)
+        entry = self._entries[request.id] = Entry(request, now)
+        self._count("requests_total")
+        self._count("prompt_tokens_total", request.prompt_tokens)
+        limits = {"prompt_tokens": request.prompt_tokens, "max_tokens": request.max_tokens}
+        self._log("info", "request received", entry, **limits)
+        self._submit(entry, now)
+        self.presence.changed()
+
+    def close(self, request: str, outcome: str, now: float) -> None:
+        """The client wants no more: ``stop`` (a stop string was found) or ``cancelled`` (it left). Late calls do nothing."""
+        entry = self._entries.get(request)
+        if entry is not None:
+            self._tell_attempt(entry, Cancel(request, entry.attempt))
+            self._finish(entry, outcome, now)
+
+    def members(self) -> list[Member]:
+        """Everyone alive, by the newest word of each scheduler."""
+        found: dict[ActorId, Member] = {}
+        for view in self._view.values():
+            found |= view
+        return list(found.values())
+
+    def healthy(self) -> bool:
+        """Whether a request submitted now could be placed."""
+        return self.presence.member.state == "ready" and bool(pairs(self.members()))
+
+    # ---- the five verbs -------------------------------------------------------------------------------------
+
+    def receive(self, sender: ActorId, message: Message, now: float) -> None:
+        """Take one message in. Kinds that no Frontend handles are ignored."""
+        handler = _HANDLERS.get(type(message))
+        if handler is not None:
+            handler(self, sender, message, now)
+
+    def advance(self, now: float) -> None:
+        """Repeat unanswered Submits."""
+        for entry in list(self._entries.values()):
+            if entry.plan is None and now >= entry.asked_at + SUBMIT_REPEAT_S:
+                self._rotate_schedulers()
+                self._submit(entry, now)
+
+    def take(self) -> list[Action]:
+        """Everything to be done now."""
+        actions, self._actions = self._actions, []
+        return actions
+
+    @property
+    def deadline(self) -> float:
+        """When ``advance`` must be called next."""
+        unplanned = (one.asked_at for one in self._entries.values() if one.plan is None)
+        return min(unplanned, default=float("inf")) + SUBMIT_REPEAT_S
+
+    @property
+    def idle(self) -> bool:
+        """No request is open."""
+        return not self._entries
+
+    def check(self) -> None:
+        """Assert every invariant."""
+        assert len(self._entries) <= self.requests_max, "more requests open than allowed"
+        for entry in self._entries.values():
+            assert entry.attempt < ATTEMPTS_MAX, entry.request.id
+            assert count(entry.sent) <= entry.request.max_tokens, f"{entry.request.id}: more tokens than asked for"
+
+    def gauges(self) -> dict[str, float]:
+        """Load and counters for the heartbeat."""
+        return {"requests_open": float(len(self._entries)), **self.counters}
+
+    # ---- plans ----------------------------------------------------------------------------------------------
+
+    def _submit(self, entry: Entry, now: float) -> None:
+        entry.plan, entry.fed_by_decode, entry.asked_at = None, False, now
+        self._actions.append(Send(self.presence.schedulers[0], Submit(entry.current())))
+
+    def _rotate_schedulers(self) -> None:
+        first, *others = self.presence.schedulers
+        self.presence.schedulers = (*others, first)
+
+    def _on_planned(self, sender: ActorId, message: Planned, now: float) -> None:
+        entry = self._current(message.request, message.attempt)
+        if entry is not None and entry.plan is None:
+            entry.plan = message.plan
+            self._log("info", "request planned", entry, prefill=message.plan.prefill, decode=message.plan.decode)
+
+    def _on_rejected(self, sender: ActorId, message: Rejected, now: float) -> None:
+        entry = self._current(message.request, message.attempt)
+        if entry is not None:
+            failure = RequestFailed(message.code, message.message, message.status, message.retry_after_s)
+            self._fail(entry, failure, now)
+
+    def _resubmit(self, entry: Entry, reason: str, now: float) -> None:
+        """Plan what is left of a request anew; the higher attempt fences off whatever still runs of the old one."""
+        self._tell_attempt(entry, Cancel(entry.request.id, entry.attempt))
+        if entry.attempt + 1 >= ATTEMPTS_MAX:
+            text = f"gave up after {ATTEMPTS_MAX} attempts, the last ended with: {reason}"
+            self._fail(entry, RequestFailed("attempts_exhausted", text, 503, retry_after_s=5.0), now)
+            return
+        entry.attempt += 1
+        self._count("resubmissions_total")
+        self._log("warning", "request resubmitted", entry, reason=reason, sent_tokens=count(entry.sent))
+        self._submit(entry, now)
+
+    # ---- tokens ---------------------------------------------------------------------------------------------
+
+    def _on_tokens(self, sender: ActorId, message: Tokens, now: float) -> None:
+        for update in message.updates:
+            entry = self._current(update.request, update.attempt)
+            if entry is not None:
+                entry.fed_by_decode |= entry.plan is not None and sender == entry.plan.decode
+                self._take_tokens(entry, update, now)
+
+    def _take_tokens(self, entry: Entry, update: TokenUpdate, now: float) -> None:
+        """Deliver what is new. Positions tell repeats from gaps: a repeat is dropped, a gap means another attempt."""
+        have = entry.request.prompt_tokens + count(entry.sent)
+        if update.position > have:
+            self._resubmit(entry, f"tokens {have} to {update.position} never arrived", now)
+            return
+        fresh = update.tokens[(have - update.position) * 4 :]
+        if not fresh:
+            return
+        self._note_first_token(entry, update, now)
+        entry.last_token_at = now
+        entry.sent += fresh
+        entry.timings = update.timings or entry.timings
+        self._count("output_tokens_total", count(fresh))
+        self._actions.append(Deliver(entry.request.id, tuple(unpack(fresh)), update.finish, entry.cached_tokens))
+        if update.finish is not None:
+            self._finish(entry, update.finish, now)
+
+    def _note_first_token(self, entry: Entry, update: TokenUpdate, now: float) -> None:
+        if entry.first_token_at is None:
+            entry.first_token_at = now
+            entry.cached_tokens = update.cached_tokens
+            self._count("cached_tokens_total", update.cached_tokens)
+            self._log("info", "first token", entry, ttft_ms=(now - entry.received_at) * 1e3)
+
+    # ---- ends -----------------------------------------------------------------------------------------------
+
+    def _on_failed(self, sender: ActorId, message: Failed, now: float) -> None:
+        entry = self._current(message.request, message.attempt)
+        if entry is None:
+            return
+        if message.retry:
+            self._resubmit(entry, f"{message.code}: {message.message}", now)
+        else:
+            failure = RequestFailed(message.code, message.message, message.status, message.retry_after_s)
+            self._fail(entry, failure, now)
+
+    def _on_cluster(self, sender: ActorId, message: Cluster, now: float) -> None:
+        self._view[message.scheduler] = {one.id: one for one in message.members}
+
+    def _on_gone(self, sender: ActorId, message: Gone, now: float) -> None:
+        gone = set(message.actors)
+        for actor in gone:
+            self._view.pop(actor, None)
+        for view in self._view.values():
+            for actor in gone & view.keys():
+                del view[actor]
+        for entry in list(self._entries.values()):
+            dead = sorted(gone & _needed(entry))
+            if dead:
+                self._resubmit(entry, f"{', '.join(dead)} gone", now)
+
+    def _fail(self, entry: Entry, failure: RequestFailed, now: float) -> None:
+        self._actions.append(Deliver(entry.request.id, (), None, entry.cached_tokens, failure))
+        self._finish(entry, "error", now, code=failure.code)
+
+    def _finish(self, entry: Entry, outcome: str, now: float, **extra: object) -> None:
+        del self._entries[entry.request.id]
+        self._count(f"requests_{outcome}_total")
+        self._log("info", "request finished", entry, outcome=outcome, **extra, **_canonical(entry, now))
+        self.presence.changed()
+
+    def undeliverable(self, to: ActorId, message: Message, now: float) -> None:
+        """The shell could not send ``message``; an unanswered Submit is repeated anyway."""
+        self._count("undeliverable_total")
+
+    # ---- small helpers --------------------------------------------------------------------------------------
+
+    def _current(self, request: str, attempt: int) -> Entry | None:
+        entry = self._entries.get(request)
+        return entry if entry is not None and entry.attempt == attempt else None
+
+    def _tell_attempt(self, entry: Entry, message: Cancel) -> None:
+        if entry.plan is None:
+            self._actions += [Send(one, message) for one in self.presence.schedulers]
+        else:
+            self._actions += [Send(one, message) for one in dict.fromkeys((entry.plan.prefill, entry.plan.decode))]
+
+    def _count(self, name: str, amount: float = 1.0) -> None:
+        self.counters[name] = self.counters.get(name, 0.0) + amount
+
+    def _log(self, level: str, event: str, entry: Entry, **data: object) -> None:
+        self._actions.append(Log(level, event, {"request": entry.request.id, "attempt": entry.attempt, **data}))
+
+
+def _needed(entry: Entry) -> set[ActorId]:
+    """Without which actors an attempt cannot go on. A stream that its decode worker feeds no longer needs the prefill worker."""
+    if entry.plan is None:
+        return set()
+    needed = {entry.plan.decode, entry.plan.shard}
+    return needed if entry.fed_by_decode else needed | {entry.plan.prefill}
+
+
+def _canonical(entry: Entry, now: float) -> dict[str, object]:
+    """Everything about a finished request, for its one line in the log."""
+    first, last, output = entry.first_token_at, entry.last_token_at, count(entry.sent)
+    between = None if first is None or last is None or output < 2 else (last - first) * 1e3 / (output - 1)
+    return {
+        "prompt_tokens": entry.request.prompt_tokens,
+        "cached_tokens": entry.cached_tokens,
+        "output_tokens": output,
+        "ttft_ms": None if first is None else (first - entry.received_at) * 1e3,
+        "tpot_ms": between,
+        "total_ms": (now - entry.received_at) * 1e3,
+        **attrs.asdict(entry.timings),
+        "attempts": entry.attempt + 1,
+        "prefill": entry.plan.prefill if entry.plan else None,
+        "decode": entry.plan.decode if entry.plan else None,
+    }
+
+
+_HANDLERS: dict[type[Any], Callable[[FrontendCore, ActorId, Any, float], None]] = {
+    Planned: FrontendCore._on_planned,
+    Rejected: FrontendCore._on_rejected,
+    Tokens: FrontendCore._on_tokens,
+    Failed: FrontendCore._on_failed,
+    Cluster: FrontendCore._on_cluster,
+    Gone: FrontendCore._on_gone,
+}

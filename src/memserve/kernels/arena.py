@@ -1,0 +1,306 @@
+"""The arena: one shard's KV pages as a sealed memfd that the shard creates and its workers map.
+
+Lifetime: the kernel frees the memory when the last descriptor and the last mapping of it are gone, however
+the processes ended. A killed shard leaves nothing behind, and its workers' mappings stay valid until they let
+go. Nobody can shrink the memfd under a reader (it is sealed), so a mapping never faults with SIGBUS.
+
+The descriptor travels over a Unix socket (SCM_RIGHTS) to processes of the same user, in one packet with an
+:class:`ArenaHeader`. Nothing here interprets the bytes: a page is ``page_bytes`` bytes, laid out by the
+engine as ``[layers, 2, kv_heads, page_tokens, head_dim]``.
+"""
+
+from __future__ import annotations
+
+import array
+import errno
+import fcntl
+import mmap
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import attrs
+import trio
+
+from memserve.errors import PeerError, PeerUnreachable, UserError
+from memserve.messages import ActorId
+
+MAGIC = b"MEMSARNA"
+LAYOUT_VERSION = 1
+"""Raised whenever the meaning of a page's bytes changes."""
+
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+_FIXED = struct.Struct("<8sIIQQQ")
+_UCRED = struct.Struct("3i")
+"""struct ucred: pid, uid, gid."""
+_MADV_POPULATE_WRITE = 23
+"""Linux 5.14; Python has no name for it before 3.14."""
+_POPULATE_BYTES = 2 << 20
+"""Populated at a time: the call holds the interpreter lock, here for about 1 ms."""
+_HANDSHAKE_S = 1.0
+_HEADROOM_BYTES = 64 << 20
+"""Left to the system beside the arena."""
+
+
+@attrs.frozen
+class ArenaHeader:
+    """What an attaching process must agree with before it maps anything."""
+
+    shard: ActorId
+    pages: int
+    page_bytes: int
+    size: int
+    """Bytes of the memfd: all pages, rounded up to the system's page size."""
+
+    def encode(self) -> bytes:
+        """The header as it travels beside the descriptor."""
+        shard = self.shard.encode()
+        return _FIXED.pack(MAGIC, LAYOUT_VERSION, len(shard), self.pages, self.page_bytes, self.size) + shard
+
+    @classmethod
+    def decode(cls, packet: bytes) -> ArenaHeader:
+        """Read a header. Raises PeerError when it is not one, or of another layout version."""
+        if len(packet) < _FIXED.size or not packet.startswith(MAGIC):
+            raise PeerError(f"not an arena: the socket answered {packet[:16]!r}")
+        _, version, length, pages, page_bytes, size = _FIXED.unpack_from(packet)
+        if version != LAYOUT_VERSION:
+            raise PeerError(
+                f"the arena has page layout version {version}, this process needs {LAYOUT_VERSION}"
+            )
+        shard = packet[_FIXED.size :]
+        if len(shard) != length or pages * page_bytes > size:
+            raise PeerError(f"the arena's header is damaged: {packet!r}")
+        return cls(ActorId(shard.decode()), pages, page_bytes, size)
+
+
+@attrs.define(eq=False)
+class Arena:
+    """A mapped arena.
+
+    Made by :meth:`create` (the shard) or :func:`attach_arena` (a worker); closed by whoever made it.
+    """
+
+    header: ArenaHeader
+    fd: int
+    _map: mmap.mmap
+
+    @classmethod
+    def create(cls, shard: ActorId, pages: int, page_bytes: int) -> Arena:
+        """Allocate, seal and prefault an arena. Takes up to a few seconds a GiB: call it off the event loop.
+
+        Raises UserError when the machine has not enough memory for it.
+        """
+        assert pages > 0, f"an arena of {pages} pages"
+        assert page_bytes > 0, f"pages of {page_bytes} bytes"
+        size = -(-pages * page_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        check_memory(shard, size)
+        fd = os.memfd_create(f"memserve-{shard}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(fd, size)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+            # All of it now: later a first touch would cost a step a fault a page, or its process its life.
+            os.posix_fallocate(fd, 0, size)
+            arena = cls(ArenaHeader(shard, pages, page_bytes, size), fd, mmap.mmap(fd, size))
+            _populate(arena._map)
+        except OSError as error:
+            os.close(fd)
+            if error.errno in (errno.ENOMEM, errno.ENOSPC):
+                raise _too_little(shard, size, memory_available()) from error
+            raise
+        return arena
+
+    @property
+    def memory(self) -> memoryview:
+        """All pages, writable, ``pages * page_bytes`` bytes; page ``i`` starts at ``i * page_bytes``.
+
+        The first byte is aligned to the system's page size. Wrap it without copying, e.g. with
+        ``torch.frombuffer``; every wrapper keeps the mapping alive.
+        """
+        return memoryview(self._map)[: self.header.pages * self.header.page_bytes]
+
+    def close(self) -> None:
+        """Let go of descriptor and mapping; wrappers of :attr:`memory` keep the mapping until they go."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+        try:
+            self._map.close()
+        except BufferError:
+            pass  # exported: the mapping ends with the last wrapper, or with the process
+
+
+# ---- memory ------------------------------------------------------------------------------------------------
+
+
+def check_memory(shard: ActorId, size: int) -> None:
+    """Raise UserError when ``size`` bytes are more than the machine (or this container) has to give now."""
+    available = memory_available()
+    if size + _HEADROOM_BYTES > available:
+        raise _too_little(shard, size, available)
+
+
+def memory_available() -> int:
+    """Bytes that can be allocated now without swapping, by the machine's and the control groups' accounts."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    machine = int(fields["MemAvailable"].split()[0]) * 1024
+    return min([machine, *_cgroup_rooms()])
+
+
+def _cgroup_rooms() -> Iterator[int]:
+    """Bytes left in each control group (v2) that limits this process; droppable page cache counts as left."""
+    entry = next(
+        (line for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::")), None
+    )
+    if entry is None:
+        return
+    root = Path("/sys/fs/cgroup")
+    group = root / entry[3:].lstrip("/")
+    for level in [group, *group.parents]:
+        try:
+            limit = (level / "memory.max").read_text().strip()
+            if limit != "max":
+                used = int((level / "memory.current").read_text())
+                counts = dict(line.split() for line in (level / "memory.stat").read_text().splitlines())
+                yield max(int(limit) - used + int(counts.get("inactive_file", 0)), 0)
+        except OSError:
+            pass  # the root group has no limit files, and a container may hide some
+        if level == root:
+            return
+
+
+def _too_little(shard: ActorId, size: int, available: int) -> UserError:
+    return UserError(
+        f"[[shard]] memory of {shard.rpartition('.')[0]!r} is too much for this machine: the arena needs "
+        f"{size >> 20} MiB, {available >> 20} MiB are available, and {_HEADROOM_BYTES >> 20} MiB stay free. "
+        "Set a smaller memory, or stop something else."
+    )
+
+
+def _populate(memory: mmap.mmap) -> None:
+    """Fill this process's page tables, changing no byte. A kernel before 5.14 leaves that to the steps."""
+    for start in range(0, len(memory), _POPULATE_BYTES):
+        try:
+            memory.madvise(_MADV_POPULATE_WRITE, start, min(_POPULATE_BYTES, len(memory) - start))
+        except OSError as error:
+            if error.errno == errno.EINVAL:
+                return
+            raise
+
+
+# ---- handing it out ----------------------------------------------------------------------------------------
+
+
+async def serve_arena(
+    arena: Arena,
+    socket_path: Path,
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Hand the arena's descriptor to every process of this user that connects, until cancelled.
+
+    The socket file is made before ``started()`` and removed at the end. Raises UserError when ``socket_path``
+    is taken or too long.
+    """
+    packet = arena.header.encode()
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [arena.fd]).tobytes())]
+    with trio.socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        await _bind(listener, socket_path)
+        try:
+            listener.listen(128)
+            task_status.started()
+            while True:
+                connection, _ = await listener.accept()
+                with connection:
+                    if _peer_uid(connection) == os.getuid():
+                        await _send_packet(connection, packet, rights)
+        finally:
+            os.unlink(socket_path)
+
+
+async def _bind(listener: trio.socket.SocketType, path: Path) -> None:
+    try:
+        await listener.bind(str(path))
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise UserError(f"{path} exists: another shard serves its arena there") from error
+        if "too long" in str(error):
+            raise UserError(
+                f"{path} is too long for a socket's address: use a shorter runtime directory"
+            ) from error
+        raise
+    os.chmod(path, 0o600)
+
+
+async def _send_packet(
+    connection: trio.socket.SocketType, packet: bytes, rights: list[tuple[int, int, bytes]]
+) -> None:
+    """Send without waiting for a slow peer: the packet fits a fresh connection's buffer."""
+    try:
+        with trio.move_on_after(_HANDSHAKE_S):
+            await connection.sendmsg([packet], rights)
+    except OSError:
+        pass  # the peer left before it was served: nobody is waiting for an answer
+
+
+def attach_arena(socket_path: Path, page_bytes: int, *, timeout_s: float = 5.0) -> Arena:
+    """Map the arena served at ``socket_path``. Blocks for up to ``timeout_s``: call it off the event loop.
+
+    Raises PeerUnreachable when nobody serves it, PeerError when what is served is not a sealed arena whose
+    pages have ``page_bytes`` bytes.
+    """
+    packet, fd = _receive(socket_path, timeout_s)
+    try:
+        header = ArenaHeader.decode(packet)
+        _validate(header, fd, page_bytes)
+        arena = Arena(header, fd, mmap.mmap(fd, header.size))
+        _populate(arena._map)
+    except BaseException:
+        os.close(fd)
+        raise
+    return arena
+
+
+def _receive(path: Path, timeout_s: float) -> tuple[bytes, int]:
+    """The header packet and the descriptor beside it."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+        connection.settimeout(timeout_s)
+        with _unreachable(path):
+            connection.connect(str(path))
+            uid = _peer_uid(connection)
+            if uid != os.getuid():
+                raise PeerError(f"{path} is served by user {uid}, not by {os.getuid()}")
+            packet, fds, _, _ = socket.recv_fds(connection, 4096, 1, socket.MSG_CMSG_CLOEXEC)
+    if not fds:
+        raise PeerError(f"{path} served no arena: {packet[:64]!r}")
+    return packet, fds[0]
+
+
+@contextmanager
+def _unreachable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise PeerUnreachable(f"no arena at {path}: {error.strerror or error}") from error
+
+
+def _peer_uid(connection: socket.socket | trio.socket.SocketType) -> int:
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    uid: int = _UCRED.unpack(credentials)[1]
+    return uid
+
+
+def _validate(header: ArenaHeader, fd: int, page_bytes: int) -> None:
+    actual = os.fstat(fd).st_size
+    if actual != header.size:
+        raise PeerError(f"the arena of {header.shard} has {actual} bytes, its header says {header.size}")
+    seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    if seals & _SEALS != _SEALS:
+        raise PeerError(f"the arena of {header.shard} is not sealed: it could shrink under its readers")
+    if header.page_bytes != page_bytes:
+        raise PeerError(
+            f"pages of {header.shard} have {header.page_bytes} bytes, this worker's have {page_bytes}: "
+            "both must run the same [model] path and dtype and the same [pool] page_tokens"
+        )

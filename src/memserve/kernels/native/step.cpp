@@ -1,0 +1,474 @@
+// One forward step of a Llama-like model in bfloat16, for few tokens: what decoding spends its time on.
+//
+// With few tokens a step is one pass over the weights, so that memory bandwidth is its limit; torch 2.13 reaches a
+// third of it. Here one call runs all layers on a few threads, and reads the weights where they are: row-major, in the
+// one mapping that all workers of a host share. Nothing is packed or copied.
+//
+// Every token is a row of its own: its K and V are appended first, then it attends to its own and all earlier
+// positions. So a decode row and a short prefill chunk are the same thing, and chunks need no mask.
+//
+// Results do not depend on the company a token has: every sum is taken in one fixed order, whatever the number of
+// rows or threads (one accumulator an output; attention in parts of PART positions, merged in order).
+//
+// Needs AVX-512 F, BW, VL, DQ and BF16; the loader checks. No dependency but libstdc++ and Linux futexes.
+
+#include <immintrin.h>
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <climits>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <thread>
+#include <vector>
+
+namespace {
+
+using bf16 = uint16_t;
+
+constexpr int PART = 256;       // positions of one attention task
+constexpr int GROUP_MAX = 16;   // query heads that share a kv head
+constexpr int HEAD_MAX = 256;   // head_dim
+constexpr int COLUMNS = 32;     // outputs of one task of a linear
+constexpr int SPIN = 1000;      // pauses before a waiting thread sleeps: some 20 microseconds
+
+// ---- vectors ---------------------------------------------------------------------------------------------
+
+inline __m512bh load(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
+
+inline __m512 widen(const bf16* p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+}
+
+inline void narrow(bf16* p, __m512 v) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(v)); }
+
+// The sums of four vectors.
+inline __m128 sum4(__m512 a, __m512 b, __m512 c, __m512 d) {
+    __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    __m512d lo = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    __m512d hi = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    __m512 all = _mm512_add_ps(_mm512_castpd_ps(lo), _mm512_castpd_ps(hi));
+    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+// e^x, to about 2 units in the last place: 2^n times the Taylor series of 2^f for f in [-0.5, 0.5].
+inline __m512 exponential(__m512 x) {
+    x = _mm512_max_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _mm512_set1_ps(-126.f));
+    x = _mm512_min_ps(x, _mm512_set1_ps(127.f));
+    __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m512 f = _mm512_sub_ps(x, n), y = _mm512_set1_ps(1.5403530e-4f);
+    for (float c : {1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.f})
+        y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(c));
+    return _mm512_scalef_ps(y, n);
+}
+
+// ---- dot products ----------------------------------------------------------------------------------------
+
+// out[m][0..3] = w[0..3] . x[m] for M rows of x. The next four rows of w are prefetched on the way: they follow in
+// memory, but the hardware's prefetcher stops at every page.
+template <int M>
+inline void dots(const bf16* w, int K, const bf16* x, float* out, long stride) {
+    __m512 sums[4][M];
+    for (auto& row : sums)
+        for (auto& sum : row) sum = _mm512_setzero_ps();
+    for (int k = 0; k < K; k += 32) {
+        __m512bh rows[4];
+        for (int r = 0; r < 4; r++) {
+            rows[r] = load(w + (long)r * K + k);
+            _mm_prefetch((const char*)(w + (long)(r + 4) * K + k), _MM_HINT_T0);
+        }
+        for (int m = 0; m < M; m++) {
+            __m512bh value = load(x + (long)m * K + k);
+            for (int r = 0; r < 4; r++) sums[r][m] = _mm512_dpbf16_ps(sums[r][m], rows[r], value);
+        }
+    }
+    for (int m = 0; m < M; m++)
+        _mm_storeu_ps(out + m * stride, sum4(sums[0][m], sums[1][m], sums[2][m], sums[3][m]));
+}
+
+// out[m][0..count) = w . x[m] for `count` rows of w (a multiple of 4) and all rows of x: (rows, K).
+void linear(const bf16* w, int count, int K, const bf16* x, int rows, float* out, long stride) {
+    for (int n = 0; n < count; n += 4, w += 4L * K)
+        for (int m = 0; m < rows;) {
+            const bf16* from = x + (long)m * K;
+            float* to = out + m * stride + n;
+            switch (std::min(rows - m, 6)) {
+                case 1: dots<1>(w, K, from, to, stride); m += 1; break;
+                case 2: dots<2>(w, K, from, to, stride); m += 2; break;
+                case 3: dots<3>(w, K, from, to, stride); m += 3; break;
+                case 4: dots<4>(w, K, from, to, stride); m += 4; break;
+                case 5: dots<5>(w, K, from, to, stride); m += 5; break;
+                default: dots<6>(w, K, from, to, stride); m += 6;
+            }
+        }
+}
+
+// ---- threads ---------------------------------------------------------------------------------------------
+
+void sleep_while(std::atomic<int>& word, int value) {
+    syscall(SYS_futex, (int*)&word, FUTEX_WAIT_PRIVATE, value, nullptr, nullptr, 0);
+}
+
+void wake_all(std::atomic<int>& word) {
+    syscall(SYS_futex, (int*)&word, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+}
+
+// Waits until `word` is no longer `value`: spins briefly, then sleeps, so that a thread that is not running (its core
+// taken by another process) costs the others a wake-up and not a core.
+void wait_change(std::atomic<int>& word, int value) {
+    for (int i = 0; i < SPIN; i++) {
+        if (word.load(std::memory_order_acquire) != value) return;
+        _mm_pause();
+    }
+    while (word.load(std::memory_order_acquire) == value) sleep_while(word, value);
+}
+
+struct alignas(64) Word {
+    std::atomic<int> value{0};
+};
+
+struct Barrier {
+    Word arrived, phase;
+    void wait(int threads) {
+        if (threads == 1) return;
+        int phase_now = phase.value.load(std::memory_order_acquire);
+        if (arrived.value.fetch_add(1, std::memory_order_acq_rel) == threads - 1) {
+            arrived.value.store(0, std::memory_order_relaxed);
+            phase.value.store(phase_now + 1, std::memory_order_release);
+            wake_all(phase.value);
+        } else {
+            wait_change(phase.value, phase_now);
+        }
+    }
+};
+
+// ---- the model -------------------------------------------------------------------------------------------
+
+}  // namespace
+
+extern "C" struct ms_config {
+    int32_t layers, hidden, intermediate, heads, kv_heads, head_dim, vocab, page_tokens, max_rows, max_threads;
+    float rms_eps;
+};
+
+extern "C" struct ms_layer {
+    const float* attn_norm;
+    const bf16 *qkv, *o;
+    const float* mlp_norm;
+    const bf16 *gate_up, *down;
+};
+
+extern "C" struct ms_batch {
+    int32_t rows, wanted, threads;
+    const int32_t* ids;        // (rows,)
+    const int32_t* positions;  // (rows,)
+    const int32_t* tables;     // all page tables, one after another
+    const int32_t* table_at;   // (rows,) where each row's table starts
+    const int32_t* wanted_at;  // (wanted,) rows whose logits are wanted
+    bf16* arena;               // (pages, layers, 2, kv_heads, page_tokens, head_dim)
+    float* logits;             // (wanted, vocab)
+};
+
+namespace {
+
+// What one thread needs for itself.
+struct Scratch {
+    std::vector<bf16> x;      // (rows, widest input): normed or merged activations
+    std::vector<float> tile;  // (rows, 2 * COLUMNS or head_dim)
+};
+
+struct Engine {
+    ms_config c;
+    std::vector<ms_layer> layers;
+    const bf16 *embed, *head;
+    const float *norm, *cosines, *sines;  // (max_context, head_dim / 2)
+
+    std::vector<float> residual;  // (rows, hidden)
+    std::vector<bf16> q;          // (rows, heads, head_dim)
+    std::vector<bf16> hidden;     // (rows, intermediate)
+    std::vector<float> parts;     // (tasks, group, 2 + head_dim): maximum, sum, weighted V of each attention task
+    std::vector<int> part_at;     // (rows + 1,) first part of each row
+    std::vector<int> part_row;    // (parts,) the row of each part
+    std::vector<Scratch> scratch;
+    std::vector<Word> counters;   // tasks taken, one for each stage of a step
+
+    ms_batch b;
+    Barrier barrier;
+    Word epoch;
+    std::atomic<bool> closing{false};
+    std::vector<std::thread> threads;
+
+    int group() const { return c.heads / c.kv_heads; }
+    int part_size() const { return group() * (2 + c.head_dim); }
+
+    // Runs task(i) for every i below count, each on whichever thread comes first: a thread that lost its core for a
+    // while takes fewer. All threads must pass the same stages in the same order.
+    template <class F>
+    void stage(int index, int count, F task) {
+        auto& taken = counters[index].value;
+        for (int i; (i = taken.fetch_add(1, std::memory_order_relaxed)) < count;) task(i);
+        barrier.wait(b.threads);
+    }
+
+    bf16* slot(int row, int position, int layer, int half, int head) {
+        long page = b.tables[b.table_at[row] + position / c.page_tokens];
+        long block = ((page * c.layers + layer) * 2 + half) * c.kv_heads + head;
+        return b.arena + (block * c.page_tokens + position % c.page_tokens) * c.head_dim;
+    }
+
+    // RMS norm of one row of the residual stream, to bfloat16.
+    void normed(const float* x, const float* weight, bf16* out) {
+        __m512 squares = _mm512_setzero_ps();
+        for (int i = 0; i < c.hidden; i += 16) {
+            __m512 v = _mm512_loadu_ps(x + i);
+            squares = _mm512_fmadd_ps(v, v, squares);
+        }
+        __m512 scale = _mm512_set1_ps(1.f / std::sqrt(_mm512_reduce_add_ps(squares) / c.hidden + c.rms_eps));
+        for (int i = 0; i < c.hidden; i += 16)
+            narrow(out + i, _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(x + i), scale), _mm512_loadu_ps(weight + i)));
+    }
+
+    // Every thread norms all rows for itself: cheaper than one more barrier.
+    const bf16* norm_all(const float* weight, Scratch& mine) {
+        for (int row = 0; row < b.rows; row++)
+            normed(&residual[(long)row * c.hidden], weight, &mine.x[(long)row * c.hidden]);
+        return mine.x.data();
+    }
+
+    // One head of q, k or v for all rows: rotated if q or k, then to the q buffer or to its page.
+    void project(const ms_layer& weights, int layer, int head, const bf16* x, Scratch& mine) {
+        int D = c.head_dim, half = D / 2;
+        linear(weights.qkv + (long)head * D * c.hidden, D, c.hidden, x, b.rows, mine.tile.data(), D);
+        for (int row = 0; row < b.rows; row++) {
+            float* y = &mine.tile[(long)row * D];
+            int position = b.positions[row], kv = head - c.heads;
+            if (kv < c.kv_heads) {
+                const float *cosine = cosines + (long)position * half, *sine = sines + (long)position * half;
+                for (int i = 0; i < half; i += 16) {
+                    __m512 lo = _mm512_loadu_ps(y + i), hi = _mm512_loadu_ps(y + half + i);
+                    __m512 cs = _mm512_loadu_ps(cosine + i), sn = _mm512_loadu_ps(sine + i);
+                    _mm512_storeu_ps(y + i, _mm512_fmsub_ps(lo, cs, _mm512_mul_ps(hi, sn)));
+                    _mm512_storeu_ps(y + half + i, _mm512_fmadd_ps(hi, cs, _mm512_mul_ps(lo, sn)));
+                }
+            }
+            bf16* to = kv < 0 ? &q[((long)row * c.heads + head) * D]
+                              : slot(row, position, layer, kv >= c.kv_heads, kv % c.kv_heads);
+            for (int i = 0; i < D; i += 16) narrow(to + i, _mm512_loadu_ps(y + i));
+        }
+    }
+
+    // One row's queries of one kv head against PART positions. Never reads past the row's own position.
+    void attend(int layer, int part, int kv) {
+        int D = c.head_dim, G = group(), row = part_row[part];
+        int first = (part - part_at[row]) * PART, count = std::min(PART, b.positions[row] + 1 - first);
+        const bf16* queries = &q[((long)row * c.heads + kv * G) * D];
+        alignas(64) float scores[GROUP_MAX][PART];
+        float scale = 1.f / std::sqrt((float)D);
+        for (int t = 0; t < count; t += 4) {
+            const bf16* keys[4];
+            for (int i = 0; i < 4; i++) keys[i] = slot(row, first + std::min(t + i, count - 1), layer, 0, kv);
+            _mm_prefetch((const char*)(keys[3] + D), _MM_HINT_T0);
+            for (int g = 0; g < G; g++) {
+                __m512 sums[4] = {};
+                for (int i = 0; i < 4; i++)
+                    for (int d = 0; d < D; d += 32)
+                        sums[i] = _mm512_dpbf16_ps(sums[i], load(queries + g * D + d), load(keys[i] + d));
+                _mm_store_ps(scores[g] + t, _mm_mul_ps(sum4(sums[0], sums[1], sums[2], sums[3]), _mm_set1_ps(scale)));
+            }
+        }
+        float* out = &parts[((long)part * c.kv_heads + kv) * part_size()];
+        for (int g = 0; g < G; g++) {
+            softmax(scores[g], count, out + g * (2 + D));
+            std::memset(out + g * (2 + D) + 2, 0, D * sizeof(float));
+        }
+        weigh(layer, row, kv, first, count, scores, out);
+    }
+
+    // Scores become weights in place; out[0] is their maximum, out[1] the sum of weights.
+    static void softmax(float* scores, int count, float* out) {
+        for (int i = count; i % 16; i++) scores[i] = -INFINITY;
+        __m512 most = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
+        for (int i = 0; i < count; i += 16) most = _mm512_max_ps(most, _mm512_load_ps(scores + i));
+        out[0] = _mm512_reduce_max_ps(most);
+        for (int i = 0; i < count; i += 16) {
+            __mmask16 real = count - i >= 16 ? 0xFFFF : (1 << (count - i)) - 1;
+            __m512 shifted = _mm512_sub_ps(_mm512_load_ps(scores + i), _mm512_set1_ps(out[0]));
+            __m512 weight = _mm512_maskz_mov_ps(real, exponential(shifted));
+            _mm512_store_ps(scores + i, weight);
+            sum = _mm512_add_ps(sum, weight);
+        }
+        out[1] = _mm512_reduce_add_ps(sum);
+    }
+
+    // Adds weights times V, 64 dimensions at a time, which is what fits in registers for four heads.
+    void weigh(int layer, int row, int kv, int first, int count, float (*weights)[PART], float* out) {
+        int D = c.head_dim, G = group();
+        for (int d0 = 0; d0 < D; d0 += 64)
+            for (int g0 = 0; g0 < G; g0 += 4) {
+                int wide = std::min(64, D - d0) / 16, heads = std::min(4, G - g0);
+                __m512 sums[4][4] = {};
+                for (int t = 0; t < count; t++) {
+                    const bf16* value = slot(row, first + t, layer, 1, kv) + d0;
+                    for (int i = 0; i < wide; i++) {
+                        __m512 v = widen(value + i * 16);
+                        for (int g = 0; g < heads; g++)
+                            sums[g][i] = _mm512_fmadd_ps(_mm512_set1_ps(weights[g0 + g][t]), v, sums[g][i]);
+                    }
+                }
+                for (int g = 0; g < heads; g++)
+                    for (int i = 0; i < wide; i++)
+                        _mm512_storeu_ps(out + (g0 + g) * (2 + D) + 2 + d0 + i * 16, sums[g][i]);
+            }
+    }
+
+    // The attention parts of all rows, merged in order: (rows, heads * head_dim) in this thread's scratch.
+    const bf16* merge_all(Scratch& mine) {
+        int D = c.head_dim, G = group();
+        for (int row = 0; row < b.rows; row++)
+            for (int head = 0; head < c.heads; head++) {
+                auto at = [&](int part) {
+                    return &parts[((long)part * c.kv_heads + head / G) * part_size() + head % G * (2 + D)];
+                };
+                float most = -INFINITY, total = 0, factors[1];
+                for (int p = part_at[row]; p < part_at[row + 1]; p++) most = std::max(most, at(p)[0]);
+                alignas(64) float sums[HEAD_MAX] = {};
+                for (int p = part_at[row]; p < part_at[row + 1]; p++) {
+                    const float* part = at(p);
+                    factors[0] = std::exp(part[0] - most);
+                    total += factors[0] * part[1];
+                    for (int i = 0; i < D; i++) sums[i] += factors[0] * part[2 + i];
+                }
+                bf16* to = &mine.x[((long)row * c.heads + head) * D];
+                __m512 share = _mm512_set1_ps(1.f / total);
+                for (int i = 0; i < D; i += 16) narrow(to + i, _mm512_mul_ps(_mm512_load_ps(sums + i), share));
+            }
+        return mine.x.data();
+    }
+
+    // COLUMNS outputs of a linear, added to the residual stream.
+    void add(const bf16* weight, int K, int task, const bf16* x, Scratch& mine) {
+        int first = task * COLUMNS, count = std::min(COLUMNS, c.hidden - first);
+        linear(weight + (long)first * K, count, K, x, b.rows, mine.tile.data(), COLUMNS);
+        for (int row = 0; row < b.rows; row++) {
+            float *to = &residual[(long)row * c.hidden + first], *from = &mine.tile[row * COLUMNS];
+            for (int i = 0; i < count; i++) to[i] += from[i];
+        }
+    }
+
+    // COLUMNS values of silu(gate) * up.
+    void gate(const bf16* weight, int task, const bf16* x, Scratch& mine) {
+        int first = task * COLUMNS, count = std::min(COLUMNS, c.intermediate - first);
+        float *gates = mine.tile.data(), *ups = gates + (long)b.rows * COLUMNS;
+        linear(weight + (long)first * c.hidden, count, c.hidden, x, b.rows, gates, COLUMNS);
+        linear(weight + (long)(c.intermediate + first) * c.hidden, count, c.hidden, x, b.rows, ups, COLUMNS);
+        for (int row = 0; row < b.rows; row++)
+            for (int i = 0; i < count; i += 16) {
+                __m512 g = _mm512_loadu_ps(gates + row * COLUMNS + i), u = _mm512_loadu_ps(ups + row * COLUMNS + i);
+                __m512 down = _mm512_add_ps(_mm512_set1_ps(1.f), exponential(_mm512_sub_ps(_mm512_setzero_ps(), g)));
+                narrow(&hidden[(long)row * c.intermediate + first + i], _mm512_div_ps(_mm512_mul_ps(g, u), down));
+            }
+    }
+
+    void run(int me) {
+        Scratch& mine = scratch[me];
+        int at = 0, tasks = (c.hidden + COLUMNS - 1) / COLUMNS, width = c.heads * c.head_dim;
+        stage(at++, b.rows, [&](int row) {
+            const bf16* from = embed + (long)b.ids[row] * c.hidden;
+            for (int i = 0; i < c.hidden; i += 16) _mm512_storeu_ps(&residual[(long)row * c.hidden + i], widen(from + i));
+        });
+        for (int layer = 0; layer < c.layers; layer++) {
+            const ms_layer& w = layers[layer];
+            const bf16* x = norm_all(w.attn_norm, mine);
+            stage(at++, c.heads + 2 * c.kv_heads, [&](int head) { project(w, layer, head, x, mine); });
+            stage(at++, part_at[b.rows] * c.kv_heads, [&](int i) { attend(layer, i / c.kv_heads, i % c.kv_heads); });
+            x = merge_all(mine);
+            stage(at++, tasks, [&](int task) { add(w.o, width, task, x, mine); });
+            x = norm_all(w.mlp_norm, mine);
+            stage(at++, (c.intermediate + COLUMNS - 1) / COLUMNS, [&](int task) { gate(w.gate_up, task, x, mine); });
+            stage(at++, tasks, [&](int task) { add(w.down, c.intermediate, task, hidden.data(), mine); });
+        }
+        for (int i = 0; i < b.wanted; i++)
+            normed(&residual[(long)b.wanted_at[i] * c.hidden], norm, &mine.x[(long)i * c.hidden]);
+        int columns = 8 * COLUMNS;
+        stage(at, b.wanted ? (c.vocab + columns - 1) / columns : 0, [&](int task) {
+            int first = task * columns, count = std::min(columns, c.vocab - first);
+            linear(head + (long)first * c.hidden, count, c.hidden, mine.x.data(), b.wanted, b.logits + first, c.vocab);
+        });
+    }
+
+    void serve(int me) {
+        for (int seen = 0;;) {
+            while (epoch.value.load(std::memory_order_acquire) == seen) sleep_while(epoch.value, seen);
+            seen = epoch.value.load(std::memory_order_acquire);
+            if (closing) return;
+            if (me < b.threads) run(me);
+        }
+    }
+
+    void step(const ms_batch& batch) {
+        b = batch;
+        part_at.assign(1, 0);
+        part_row.clear();
+        for (int row = 0; row < b.rows; row++) {
+            part_row.insert(part_row.end(), b.positions[row] / PART + 1, row);
+            part_at.push_back((int)part_row.size());
+        }
+        parts.resize((size_t)part_at[b.rows] * c.kv_heads * part_size());
+        for (auto& counter : counters) counter.value.store(0, std::memory_order_relaxed);
+        if (b.threads > 1) {
+            epoch.value.fetch_add(1, std::memory_order_release);
+            wake_all(epoch.value);
+        }
+        run(0);
+    }
+};
+
+}  // namespace
+
+extern "C" {
+
+// The weights stay the caller's and must outlive the engine. Returns null when memory or threads are short.
+Engine* ms_open(const ms_config* config, const ms_layer* layers, const bf16* embed, const bf16* head,
+                const float* norm, const float* cosines, const float* sines) {
+    try {
+        auto engine = std::make_unique<Engine>();
+        const ms_config& c = engine->c = *config;
+        engine->layers.assign(layers, layers + c.layers);
+        engine->embed = embed, engine->head = head, engine->norm = norm;
+        engine->cosines = cosines, engine->sines = sines;
+        engine->residual.resize((size_t)c.max_rows * c.hidden);
+        engine->q.resize((size_t)c.max_rows * c.heads * c.head_dim);
+        engine->hidden.resize((size_t)c.max_rows * c.intermediate);
+        engine->scratch.resize(c.max_threads);
+        for (auto& scratch : engine->scratch) {
+            scratch.x.resize((size_t)c.max_rows * std::max(c.hidden, c.heads * c.head_dim));
+            scratch.tile.resize((size_t)c.max_rows * std::max(2 * COLUMNS, c.head_dim));
+        }
+        engine->counters = std::vector<Word>(2 + 5 * c.layers);
+        for (int i = 1; i < c.max_threads; i++) engine->threads.emplace_back(&Engine::serve, engine.get(), i);
+        return engine.release();
+    } catch (const std::exception&) {
+        return nullptr;
+    }
+}
+
+// One step. The batch is checked by the caller. Not for two threads at once.
+void ms_step(Engine* engine, const ms_batch* batch) { engine->step(*batch); }
+
+void ms_close(Engine* engine) {
+    engine->closing = true;
+    engine->epoch.value.fetch_add(1, std::memory_order_release);
+    wake_all(engine->epoch.value);
+    for (auto& thread : engine->threads) thread.join();
+    delete engine;
+}
+
+}  // extern "C"

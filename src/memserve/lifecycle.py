@@ -1,0 +1,120 @@
+"""What the supervisor decides: which actors there are, when to restart one, in which order to drain, when to stop.
+
+Plain values and classes: the time is passed in, and nothing here touches a process.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections import deque
+from collections.abc import Iterable
+
+import attrs
+
+from memserve.config import Resolved
+
+STATUS_DRAINED = 0
+STATUS_CRASHED = 1
+STATUS_USER_ERROR = 2
+STATUS_RESTART = 3
+"""Nothing is broken here, but this incarnation is of no more use: start another."""
+
+
+@attrs.frozen
+class ActorSpec:
+    """One actor of the configuration."""
+
+    name: str
+    kind: str
+
+
+def roster(resolved: Resolved) -> tuple[ActorSpec, ...]:
+    """Every actor that the configuration asks for."""
+    config = resolved.config
+    kinds = {"prefill": "PrefillWorker", "decode": "DecodeWorker", "both": "DecodeWorker"}
+    return (
+        *(ActorSpec(name, "GlobalScheduler") for name in config.scheduler_names),
+        *(ActorSpec(shard.name, "MemPoolShard") for shard in config.shard),
+        *(ActorSpec(worker.name, kinds[worker.role]) for worker in config.worker),
+        *(ActorSpec(name, "Frontend") for name in config.frontend_names),
+    )
+
+
+
+@attrs.frozen
+class Restart:
+    """What to do about a death."""
+
+    delay_s: float
+    looping: bool
+    """It dies again and again: tried at the slowest pace from now on, until it lives."""
+    newly_looping: bool
+    """True once for each crash loop: the moment to tell the user."""
+
+
+@attrs.define
+class RestartPolicy:
+    """When to start one actor again: soon at first, later and later while it keeps dying."""
+
+    first_s: float = 0.2
+    slowest_s: float = 10.0
+    healthy_s: float = 30.0
+    """Having been ready for so long clears an actor's record."""
+    loop_deaths: int = 5
+    loop_window_s: float = 30.0
+    _in_a_row: int = attrs.field(init=False, default=0)
+    _recent: deque[float] = attrs.field(init=False, factory=deque)
+    """Times of the last ``loop_deaths`` deaths."""
+    _looping: bool = attrs.field(init=False, default=False)
+
+    def died(self, ready_s: float, now: float) -> Restart:
+        """Take in a death; ``ready_s`` is for how long the actor had been ready, 0 if it never was."""
+        if ready_s >= self.healthy_s:
+            self._in_a_row, self._looping = 0, False
+            self._recent.clear()
+        self._in_a_row += 1
+        self._recent.append(now)
+        if len(self._recent) > self.loop_deaths:
+            self._recent.popleft()
+        loops = len(self._recent) == self.loop_deaths and now - self._recent[0] <= self.loop_window_s
+        newly = loops and not self._looping
+        self._looping |= loops
+        # The exponent is bounded because a float is not: an actor may die a thousand times.
+        delay_s = min(self.slowest_s, self.first_s * 2.0 ** min(self._in_a_row - 1, 32))
+        return Restart(self.slowest_s if self._looping else delay_s, self._looping, newly)
+
+
+WORKER_KINDS = ("PrefillWorker", "DecodeWorker")
+DRAIN_ORDER = (("Frontend",), WORKER_KINDS, ("MemPoolShard",), ("GlobalScheduler",))
+"""Each stage needs the ones after it until it is done: requests need workers, workers pages, all of them a scheduler."""
+
+
+def drain_stages(actors: Iterable[ActorSpec]) -> list[list[ActorSpec]]:
+    """The actors, in the order in which they are drained; those of one stage drain together."""
+    everyone = list(actors)
+    stages = [[actor for actor in everyone if actor.kind in kinds] for kinds in DRAIN_ORDER]
+    return [stage for stage in stages if stage]
+
+
+@attrs.define
+class StopSignals:
+    """What a signal means: the first drains, a later one stops at once."""
+
+    echo_s: float = 0.5
+    """Further signals within it are the first one's echo: ``timeout`` signals its child and then its whole group."""
+    _first_at: float | None = attrs.field(init=False, default=None)
+
+    def received(self, now: float) -> str:
+        """``drain``, ``stop`` or ``ignore``."""
+        if self._first_at is None:
+            self._first_at = now
+            return "drain"
+        return "stop" if now - self._first_at > self.echo_s else "ignore"
+
+
+def describe_end(returncode: int) -> str:
+    """How a process ended, in words."""
+    if returncode < 0:
+        return f"was killed by {signal.Signals(-returncode).name}"
+    known = {STATUS_DRAINED: "ended by itself", STATUS_RESTART: "lost its shard or was fenced off"}
+    return known.get(returncode, f"ended with status {returncode}")

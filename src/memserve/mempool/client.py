@@ -1,0 +1,65 @@
+"""A worker's side of the pool calls: numbers them, and remembers what each was for until it is answered."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Generic, TypeVar
+
+import attrs
+
+from memserve.messages import Acquire, ActorId, Adopt, AllocMem, FreeMem, Insert
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+@attrs.define
+class ShardCalls(Generic[Key]):
+    """Builds the messages to one shard. ``key`` is whatever the worker finds its request by.
+
+    Numbers are never used twice within an incarnation: the shard takes a number that it knows for a repeat.
+    """
+
+    _last: int = attrs.field(default=0, init=False)
+    _pending: dict[int, tuple[Key, bool]] = attrs.field(factory=dict, init=False)
+    """Call to (key, whether it is an Acquire)."""
+
+    def __len__(self) -> int:
+        """Calls without an answer."""
+        return len(self._pending)
+
+    def acquire(self, key: Key, scope: str, tokens: bytes, extra_pages: int) -> Acquire:
+        """Ask for a lease on pages for ``tokens`` and ``extra_pages`` more; the answer may take its time."""
+        return Acquire(self._number(key, acquire=True), scope, tokens, extra_pages)
+
+    def alloc(self, key: Key, lease: int, pages: int) -> AllocMem:
+        """Ask for ``pages`` more pages of a lease."""
+        return AllocMem(self._number(key), lease, pages)
+
+    def insert(self, key: Key, lease: int, start: int, tokens: bytes) -> Insert:
+        """Retire whole pages: ``tokens`` from position ``start``."""
+        return Insert(self._number(key), lease, start, tokens)
+
+    def adopt(self, key: Key, lease: int, previous: ActorId) -> Adopt:
+        """Take over a lease from ``previous``."""
+        return Adopt(self._number(key), lease, previous)
+
+    def answered(self, call: int) -> Key | None:
+        """Whose call this answer ends.
+
+        None for one that nobody waits for: an Acquired then must be given back.
+        """
+        key, _ = self._pending.pop(call, (None, False))
+        return key
+
+    def forget(self, key: Key) -> tuple[FreeMem, ...]:
+        """Stop waiting for every call of ``key``. Send what this returns: it withdraws its Acquires."""
+        ended = [call for call, (owner, _) in self._pending.items() if owner == key]
+        withdrawn = tuple(FreeMem(lease=0, call=call) for call in ended if self._pending[call][1])
+        for call in ended:
+            del self._pending[call]
+        return withdrawn
+
+    def _number(self, key: Key, acquire: bool = False) -> int:
+        self._last += 1
+        self._pending[self._last] = (key, acquire)
+        return self._last

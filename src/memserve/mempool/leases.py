@@ -1,0 +1,134 @@
+"""Leases: pages granted to an owner until a deadline.
+
+An owner's heartbeat renews all it holds; silence ends them all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import attrs
+
+from memserve.errors import PoolError
+from memserve.mempool.prompt_tree import Pin
+from memserve.messages import ActorId
+
+
+@attrs.define(eq=False)
+class Lease:
+    """One request's pages. ``pages[i]`` holds tokens ``i * page_tokens`` onwards.
+
+    Who owns which page of the table, with R = ``retired_tokens // page_tokens``::
+
+        pages[:R]   retired: in the index and pinned, but for those in ``kept``, which this lease alone reads
+        and owns pages[R:]   private to this lease: filled, being filled, or still empty
+    """
+
+    id: int
+    owner: ActorId
+    scope: str
+    pages: list[int]
+    pin: Pin
+    """Covers every token that was matched or retired; ends with the lease."""
+    retired_tokens: int
+    kept: list[int] = attrs.field(factory=list)
+    """Retired pages that stayed private: the index has their tokens in other pages, or caching is off."""
+
+    def private(self, page_tokens: int) -> list[int]:
+        """The pages that nobody else can reach: they come free when the lease ends."""
+        return self.kept + self.pages[self.retired_tokens // page_tokens :]
+
+
+@attrs.define
+class _Owner:
+    deadline: float
+    leases: dict[int, Lease] = attrs.field(factory=dict)
+
+
+@attrs.define
+class Leases:
+    """Every lease, by id and by owner. Times are the caller's clock, in seconds."""
+
+    lease_s: float
+    """How long an owner may be silent."""
+    _next_id: int
+    _by_id: dict[int, Lease] = attrs.field(factory=dict, init=False)
+    _owners: dict[ActorId, _Owner] = attrs.field(factory=dict, init=False)
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def __iter__(self) -> Iterator[Lease]:
+        return iter(self._by_id.values())
+
+    @property
+    def deadline(self) -> float:
+        """When the next owner falls silent, unless it is renewed; infinity when there is none."""
+        return min((owner.deadline for owner in self._owners.values()), default=math.inf)
+
+    def renew(self, owner: ActorId, now: float) -> None:
+        """The owner was heard from: everything it holds lives for another ``lease_s``."""
+        deadline = now + self.lease_s
+        held = self._owners.get(owner)
+        if held is None:
+            self._owners[owner] = _Owner(deadline)
+        else:
+            held.deadline = max(held.deadline, deadline)
+
+    def open(self, owner: ActorId, scope: str, pages: list[int], pin: Pin, now: float) -> Lease:
+        """A new lease whose first ``pin.tokens`` tokens are in the index already."""
+        lease = Lease(self._next_id, owner, scope, pages, pin, pin.tokens)
+        self._next_id += 1
+        self.renew(owner, now)
+        self._by_id[lease.id] = self._owners[owner].leases[lease.id] = lease
+        return lease
+
+    def get(self, owner: ActorId, lease: int) -> Lease:
+        """The lease, if it is this owner's. Raises PoolError (UNKNOWN_LEASE, NOT_OWNER)."""
+        held = self._by_id.get(lease)
+        if held is None:
+            raise PoolError(PoolError.UNKNOWN_LEASE, f"lease {lease} does not exist: it ended, or never was")
+        if held.owner != owner:
+            raise PoolError(PoolError.NOT_OWNER, f"lease {lease} belongs to {held.owner}, not to {owner}")
+        return held
+
+    def owner_of(self, lease: int) -> ActorId | None:
+        """Who holds a lease; None when it does not exist."""
+        held = self._by_id.get(lease)
+        return None if held is None else held.owner
+
+    def move(self, lease: Lease, owner: ActorId, now: float) -> None:
+        """Make ``owner`` the holder; the pages stay as they are."""
+        self.renew(owner, now)
+        del self._owners[lease.owner].leases[lease.id]
+        self._owners[owner].leases[lease.id] = lease
+        lease.owner = owner
+
+    def close(self, lease: Lease) -> None:
+        """Forget a lease; its pages and its pin are the caller's to return."""
+        del self._by_id[lease.id]
+        del self._owners[lease.owner].leases[lease.id]
+
+    def silent(self, now: float) -> list[ActorId]:
+        """Owners whose deadline has passed, with or without leases."""
+        return [actor for actor, owner in self._owners.items() if owner.deadline <= now]
+
+    def drop(self, owner: ActorId) -> list[Lease]:
+        """Forget an owner and its leases; the pages and pins of those are the caller's to return."""
+        held = self._owners.pop(owner, None)
+        leases = [] if held is None else list(held.leases.values())
+        for lease in leases:
+            del self._by_id[lease.id]
+        return leases
+
+    def check(self) -> None:
+        """Assert that both ways of finding a lease agree."""
+        by_owner = {lease.id: lease for owner in self._owners.values() for lease in owner.leases.values()}
+        assert by_owner == self._by_id, "leases by owner differ from leases by id"
+        for actor, owner in self._owners.items():
+            assert all(lease.owner == actor for lease in owner.leases.values()), (
+                f"a lease is filed under {actor} wrongly"
+            )
+        for lease in self._by_id.values():
+            assert len(set(lease.pages)) == len(lease.pages), f"lease {lease.id} names a page twice"

@@ -1,0 +1,386 @@
+"""Every message the actors exchange, and how it becomes bytes. Read this file to know what the system can say.
+
+Frames on the wire: ``[sender identity (added by ZeroMQ), kind, body]``. ``kind`` is the class name behind
+a version byte, ``body`` its msgpack. Unknown body keys are ignored, so that a newer peer may add fields;
+an unknown kind or another version is a :class:`~memserve.errors.PeerError`. Nothing is ever pickled.
+
+Who says what::
+
+    Frontend -> GlobalScheduler   Submit, Cancel            GlobalScheduler -> Frontend   Planned, Rejected
+    GlobalScheduler -> worker     Prefill                   worker -> Frontend            Tokens, Failed
+    prefill worker -> decode      Handoff                   decode -> prefill worker      HandoffTaken
+    Frontend -> worker            Cancel                    everyone -> GlobalScheduler   Load
+    worker -> MemPoolShard        Acquire, AllocMem, Insert, Adopt, FreeMem
+    MemPoolShard -> worker        Acquired, Allocated, Inserted, Adopted, PoolRefused
+    GlobalScheduler -> everyone   Cluster, Gone
+
+Token fields are packed int32 (see :mod:`memserve.tokens`). Times in ``_ms`` are durations; ``_at`` are
+seconds on the host's monotonic clock, comparable between the processes of one host.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NewType
+
+import attrs
+import msgspec
+
+from memserve.errors import PeerError
+
+PROTOCOL_VERSION = 1
+
+ActorId = NewType("ActorId", str)
+"""``name.incarnation``: two runs of one actor never share an id, so that the old one can be fenced off."""
+
+
+def actor_name(actor: ActorId) -> str:
+    """The configured name within an actor id."""
+    return actor.rpartition(".")[0]
+
+
+# ---- values that travel inside messages ---------------------------------------------------------------------
+
+
+@attrs.frozen
+class Sampling:
+    """How the next token is drawn. The draw is a function of (seed, position), so a resumed stream continues alike."""
+
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_k: int = 0
+    """0 is no limit."""
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@attrs.frozen
+class Request:
+    """One generation, as an attempt carries it."""
+
+    id: str
+    attempt: int
+    """Counts from 0; a higher one fences off the lower ones."""
+    frontend: ActorId
+    """Where tokens go."""
+    scope: str
+    """Root of the prefix index, derived from the API key: one tenant cannot see another's cache."""
+    tokens: bytes
+    """The prompt and every token already sent."""
+    prompt_tokens: int
+    """How many of ``tokens`` are the prompt."""
+    max_tokens: int
+    """New tokens in all, over every attempt."""
+    stop_tokens: tuple[int, ...]
+    """Ids that end the stream; empty with ignore_eos."""
+    sampling: Sampling
+
+
+@attrs.frozen
+class Plan:
+    """What the scheduler decided for one attempt. It travels with the request: nobody downstream asks upstream."""
+
+    prefill: ActorId
+    decode: ActorId
+    """Equal to ``prefill`` when one worker does both and nothing is handed over."""
+    shard: ActorId
+    scheduler: ActorId
+
+
+@attrs.frozen
+class Timings:
+    """Where a request's time went, filled in by each worker on its way."""
+
+    queue_ms: float = 0.0
+    """From arrival at the prefill worker to its first batch."""
+    prefill_ms: float = 0.0
+    """From the first batch to the first token."""
+    handoff_ms: float = 0.0
+    """From the first token to the decode worker owning the lease."""
+    decode_ms: float = 0.0
+    """From there to the last token."""
+
+
+@attrs.frozen
+class TokenUpdate:
+    """New tokens of one request."""
+
+    request: str
+    attempt: int
+    position: int
+    """Index in the whole sequence of the first of ``tokens``; a gap before it means that a message was lost."""
+    tokens: bytes
+    cached_tokens: int
+    """Prompt tokens that were found in the pool."""
+    finish: str | None = None
+    """``stop`` or ``length`` on the last update."""
+    timings: Timings | None = None
+    """Set with ``finish``."""
+
+
+@attrs.frozen
+class Member:
+    """One running actor, as the cluster knows it."""
+
+    id: ActorId
+    kind: str
+    """Frontend, GlobalScheduler, PrefillWorker, DecodeWorker or MemPoolShard."""
+    endpoint: str
+    """Where its inbox is bound."""
+    pid: int
+    state: str
+    """``starting``, ``ready`` or ``draining``."""
+    role: str = ""
+    """Workers: prefill, decode or both."""
+    shard: str = ""
+    """Workers: the id of the shard they are attached to, once they are."""
+    load: dict[str, float] = attrs.field(factory=dict)
+    """Gauges and counters by metric name, units in the names."""
+
+
+# ---- requests on their way ----------------------------------------------------------------------------------
+
+
+@attrs.frozen
+class Submit:
+    """A request that wants a plan. Repeated until Planned or Rejected answers it."""
+
+    request: Request
+
+
+@attrs.frozen
+class Planned:
+    """The plan for an attempt, told to its Frontend."""
+
+    request: str
+    attempt: int
+    plan: Plan
+
+
+@attrs.frozen
+class Rejected:
+    """The scheduler will not place this attempt."""
+
+    request: str
+    attempt: int
+    code: str
+    message: str
+    status: int
+    retry_after_s: float | None = None
+
+
+@attrs.frozen
+class Prefill:
+    """Run this request's prompt; then hand it over, or keep it, as the plan says."""
+
+    request: Request
+    plan: Plan
+
+
+@attrs.frozen
+class Handoff:
+    """A prefilled request with its lease. The sender keeps the lease until HandoffTaken, so that it is never nobody's."""
+
+    request: Request
+    plan: Plan
+    lease: int
+    pages: tuple[int, ...]
+    generated: bytes
+    """Tokens sampled so far, already sent to the Frontend."""
+    retired_tokens: int
+    """Tokens of the sequence whose pages are already in the index."""
+    cached_tokens: int
+    timings: Timings
+    first_token_at: float
+
+
+@attrs.frozen
+class HandoffTaken:
+    """The decode worker's answer: it owns the lease now, or it has no use for it and the sender frees it."""
+
+    request: str
+    attempt: int
+    adopted: bool
+
+
+@attrs.frozen
+class Tokens:
+    """One step's new tokens for one Frontend."""
+
+    updates: tuple[TokenUpdate, ...]
+
+
+@attrs.frozen
+class Failed:
+    """This attempt is over without its tokens. ``retry`` says that another attempt may succeed at once."""
+
+    request: str
+    attempt: int
+    code: str
+    message: str
+    status: int
+    retry: bool = False
+    retry_after_s: float | None = None
+
+
+@attrs.frozen
+class Cancel:
+    """Nobody wants this request any more: drop every attempt up to this one and free its pages."""
+
+    request: str
+    attempt: int
+
+
+# ---- pool calls ---------------------------------------------------------------------------------------------
+
+
+@attrs.frozen
+class Acquire:
+    """match + pin + alloc_mem: pages for all of ``tokens`` and ``extra_pages`` more, cached ones first.
+
+    Answered by Acquired (perhaps later, when pages come free) or PoolRefused. FreeMem with the same ``call``
+    as ``lease=0`` withdraws a waiting one.
+    """
+
+    call: int
+    scope: str
+    tokens: bytes
+    extra_pages: int
+
+
+@attrs.frozen
+class Acquired:
+    """A new lease. ``pages[i]`` holds tokens ``i * page_tokens`` onwards; the first ``cached_tokens`` are filled."""
+
+    call: int
+    lease: int
+    pages: tuple[int, ...]
+    cached_tokens: int
+
+
+@attrs.frozen
+class AllocMem:
+    """``pages`` more pages at the end of a lease's table, all or nothing."""
+
+    call: int
+    lease: int
+    pages: int
+
+
+@attrs.frozen
+class Allocated:
+    """The pages added to the lease."""
+
+    call: int
+    lease: int
+    pages: tuple[int, ...]
+
+
+@attrs.frozen
+class Insert:
+    """Retire whole pages of a lease into the index: ``tokens`` follow the ``start`` tokens retired before."""
+
+    call: int
+    lease: int
+    start: int
+    tokens: bytes
+
+
+@attrs.frozen
+class Inserted:
+    """How many of the inserted tokens the index already had, in other pages."""
+
+    call: int
+    already_tokens: int
+
+
+@attrs.frozen
+class Adopt:
+    """The sender takes over a lease that was handed to it."""
+
+    call: int
+    lease: int
+    previous: ActorId
+
+
+@attrs.frozen
+class Adopted:
+    """The lease is the sender's now."""
+
+    call: int
+    lease: int
+
+
+@attrs.frozen
+class FreeMem:
+    """End a lease: unpin what is indexed, free the rest. With ``lease=0``, withdraw the waiting Acquire ``call``."""
+
+    lease: int
+    call: int = 0
+
+
+@attrs.frozen
+class PoolRefused:
+    """A pool call that changed nothing, and why (a code of :class:`~memserve.errors.PoolError`)."""
+
+    call: int
+    code: str
+    message: str
+
+
+# ---- membership ---------------------------------------------------------------------------------------------
+
+
+@attrs.frozen
+class Load:
+    """A heartbeat: who I am and how busy. It registers, renews the sender's leases, and carries its metrics."""
+
+    member: Member
+
+
+@attrs.frozen
+class Cluster:
+    """Everyone the scheduler knows. Absence means nothing: only ``gone`` and Gone say that an actor is dead."""
+
+    scheduler: ActorId
+    members: tuple[Member, ...]
+    gone: tuple[ActorId, ...] = ()
+    """The dead of the last minute again, for whoever missed the Gone."""
+
+
+@attrs.frozen
+class Gone:
+    """These actors are dead or fenced off; whoever holds something of theirs lets go of it."""
+
+    actors: tuple[ActorId, ...]
+
+
+# ---- codec --------------------------------------------------------------------------------------------------
+
+Message = (
+    Submit | Planned | Rejected | Prefill | Handoff | HandoffTaken | Tokens | Failed | Cancel
+    | Acquire | Acquired | AllocMem | Allocated | Insert | Inserted | Adopt | Adopted | FreeMem | PoolRefused
+    | Load | Cluster | Gone
+)  # fmt: skip
+
+_encode = msgspec.msgpack.Encoder().encode
+_kinds: dict[type[Any], bytes] = {
+    kind: bytes([PROTOCOL_VERSION]) + kind.__name__.encode() for kind in Message.__args__
+}
+_decoders = {frame: msgspec.msgpack.Decoder(kind) for kind, frame in _kinds.items()}
+
+
+def encode(message: Message) -> tuple[bytes, bytes]:
+    """The kind frame and the body frame of a message."""
+    return _kinds[type(message)], _encode(message)
+
+
+def decode(kind: bytes, body: bytes) -> Message:
+    """The message in two frames. Raises PeerError when it is not one of ours."""
+    decoder = _decoders.get(kind)
+    if decoder is None:
+        raise PeerError(f"unknown message kind {kind[:64]!r}: this actor speaks version {PROTOCOL_VERSION}")
+    try:
+        message: Message = decoder.decode(body)
+    except msgspec.MsgspecError as error:
+        raise PeerError(f"{kind[1:].decode()} does not decode: {error}") from error
+    return message

@@ -1,0 +1,301 @@
+"""The runtime directory of one cluster, "the place": who may run here, where its sockets are, and who cleans up.
+
+Two locks, both ``flock`` and both dropped by the kernel however a process ends:
+
+* *The claim*: exclusive, on the directory itself. The supervisor takes it and every actor inherits the descriptor
+  (one open file description), so it is free again only when the last process of the cluster is gone. A second
+  ``up`` therefore never meets half of an older cluster.
+* *The roll*: shared, on the file ``roll``, taken by each process for itself. Whoever leaves tries to turn its share
+  into an exclusive lock. A failed try still gives up the share, so of any number of processes leaving in any order
+  exactly the last one succeeds; it removes whatever is still there, sockets of killed processes included.
+
+Only when every process was killed at once is anything left, and then the next claim removes it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import fcntl
+import hashlib
+import json
+import os
+import stat
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from memserve.errors import UserError
+from memserve.messages import ActorId, actor_name
+
+INFO_FILE = "cluster.json"
+ROLL_FILE = "roll"
+
+SOCKET_PATH_BYTES_MAX = 107
+"""Linux' ``sun_path`` is 108 bytes with its closing NUL (unix(7))."""
+SOCKET_NAME_BYTES = 48
+"""Room kept for ``/<name>.<8 hex>.arena`` when the directory is chosen: every configurable name (32 bytes) fits."""
+
+_CLAIM_TRIES = 15
+_CLAIM_PAUSE_S = 0.02
+
+
+class PlaceGone(Exception):
+    """The cluster of this directory has ended: there is nothing left to join."""
+
+
+def place_path(log_dir: Path) -> Path:
+    """The runtime directory of the cluster that logs to ``log_dir``; the same for every process of one user.
+
+    ``$XDG_RUNTIME_DIR``, else the temp directory, else ``/tmp``: the first that exists and is short enough
+    for socket paths. Raises UserError when none is.
+    """
+    digest = hashlib.sha256(os.fsencode(log_dir.expanduser().resolve())).hexdigest()[:12]
+    bases = [os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp"]
+    for base in filter(None, bases):
+        path = Path(base).absolute() / f"memserve-{os.getuid()}-{digest}"
+        short_enough = len(os.fsencode(path)) + SOCKET_NAME_BYTES <= SOCKET_PATH_BYTES_MAX
+        if short_enough and os.access(base, os.W_OK | os.X_OK):
+            return path
+    raise UserError(
+        f"no directory for sockets: tried {', '.join(filter(None, bases))}, but each is missing, not writable, or"
+        f" longer than the {SOCKET_PATH_BYTES_MAX} bytes of a socket path allow. Set XDG_RUNTIME_DIR to a short,"
+        " private directory."
+    )
+
+
+@attrs.define(eq=False)
+class Place:
+    """One process's hold on the runtime directory. Make it with :meth:`claim` or :meth:`join`, end it with :meth:`leave`."""
+
+    path: Path
+    _claim_fd: int | None
+    """The claimed directory; None in an actor, which holds the claim through its inherited descriptor alone."""
+    _roll_fd: int
+
+    @classmethod
+    def claim(cls, log_dir: Path) -> Place:
+        """Take the place for a new cluster, and clear what a dead one left in it.
+
+        Raises UserError when a cluster runs here or is still ending, or when the directory is not private.
+        """
+        path = place_path(log_dir)
+        claim_fd = _claim_directory(path)
+        try:
+            for stale in path.iterdir():
+                _remove(stale)
+            return cls(path, claim_fd, _sign_roll(path, os.O_CREAT | os.O_EXCL))
+        except BaseException:
+            os.close(claim_fd)
+            raise
+
+    @classmethod
+    def join(cls, path: Path) -> Place:
+        """Enter a claimed place as one of its actors. Raises PlaceGone when its cluster has ended meanwhile."""
+        try:
+            return cls(path, None, _sign_roll(path, 0))
+        except (FileNotFoundError, BlockingIOError) as error:
+            raise PlaceGone(f"{path} is gone: its cluster has ended") from error
+
+    def fileno(self) -> int:
+        """The claim's descriptor, for the actors to inherit."""
+        assert self._claim_fd is not None, "only the supervisor holds the claim"
+        return self._claim_fd
+
+    def write_info(self, info: dict[str, Any]) -> None:
+        """Replace cluster.json in one step: a reader sees the old or the new one. It may hold keys, so it is private."""
+        new = self.path / f"{INFO_FILE}.new"
+        new.touch(mode=0o600)
+        new.write_text(json.dumps(info))
+        new.replace(self.path / INFO_FILE)
+
+    def read_info(self) -> dict[str, Any]:
+        """cluster.json. Raises PlaceGone when the cluster has ended."""
+        info = _read_info(self.path)
+        if info is None:
+            raise PlaceGone(f"{self.path / INFO_FILE} is gone: its cluster has ended")
+        return info
+
+    def socket_path(self, name: str) -> Path:
+        """Where a socket or lock file called ``name`` belongs. Raises UserError when that is too long for a socket."""
+        path = self.path / name
+        size = len(os.fsencode(path))
+        if size > SOCKET_PATH_BYTES_MAX:
+            raise UserError(
+                f"the socket path {path} has {size} bytes, and at most {SOCKET_PATH_BYTES_MAX} are possible:"
+                " shorten the actor's name, or set XDG_RUNTIME_DIR to a shorter directory"
+            )
+        return path
+
+    def endpoint(self, actor: str) -> str:
+        """The ZeroMQ address of an actor's inbox; ``actor`` is its id, or a scheduler's well-known name."""
+        return f"ipc://{self.socket_path(f'{actor}.sock')}"
+
+    def remove_files_of(self, actor: ActorId) -> None:
+        """Remove the sockets of an actor that is gone or about to be: those of its id, and its well-known one."""
+        well_known = f"{actor_name(actor)}.sock"
+        for file in _entries(self.path):
+            if file.name.startswith(f"{actor}.") or file.name == well_known:
+                _remove(file)
+
+    def leave(self, actor: ActorId | None = None) -> None:
+        """Remove the caller's own files; if nobody else is left here, remove everything. A second call does nothing."""
+        if self._roll_fd < 0:
+            return
+        if actor is not None:
+            self.remove_files_of(actor)
+        if _try_lock(self._roll_fd, fcntl.LOCK_EX):
+            for file in _entries(self.path):
+                _remove(file)
+            _remove_directory(self.path)
+        os.close(self._roll_fd)
+        self._roll_fd = -1
+        if self._claim_fd is not None:
+            os.close(self._claim_fd)
+            self._claim_fd = None
+
+
+def find_running(log_dir: Path) -> dict[str, Any] | None:
+    """cluster.json of the cluster that logs to ``log_dir``, or None when there is none with a living supervisor."""
+    path = place_path(log_dir)
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        if os.fstat(fd).st_uid != os.getuid() or _try_lock(fd, fcntl.LOCK_SH):
+            return None
+        info = _read_info(path)
+    finally:
+        os.close(fd)
+    return info if info is not None and _alive(info["pid"]) else None
+
+
+def now_utc() -> str:
+    """The time as cluster.json keeps it: ISO 8601, UTC, whole seconds."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+# ---- locks and files ----------------------------------------------------------------------------------------
+
+
+def _claim_directory(path: Path) -> int:
+    """Make and lock the directory; its descriptor. Retries cover ``status`` looking at the lock for an instant."""
+    for _ in range(_CLAIM_TRIES):
+        fd = _open_directory(path)
+        if not _try_lock(fd, fcntl.LOCK_EX):
+            os.close(fd)
+            time.sleep(_CLAIM_PAUSE_S)
+        elif _is_still(path, fd):
+            return fd
+        else:  # the last process of the old cluster removed the directory between our open and our lock
+            os.close(fd)
+    raise UserError(_occupied(path))
+
+
+def _open_directory(path: Path) -> int:
+    """Open the directory, made if need be. Raises UserError unless it is the caller's own and closed to all others."""
+    try:
+        path.mkdir(mode=0o700)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise UserError(f"cannot make the runtime directory {path}: {error.strerror}") from error
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return _open_directory(path)  # removed by the last process of the old cluster just now
+    except OSError as error:
+        raise UserError(f"{path} is in the way: it is not a directory of this user; remove it") from error
+    found = os.fstat(fd)
+    if found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
+        os.close(fd)
+        raise UserError(
+            f"the runtime directory {path} is not private: it has owner {found.st_uid} and mode"
+            f" {stat.S_IMODE(found.st_mode):04o}, must have owner {os.getuid()} and mode 0700; remove it, or set"
+            " XDG_RUNTIME_DIR to a directory of your own"
+        )
+    return fd
+
+
+def _is_still(path: Path, fd: int) -> bool:
+    """Whether ``path`` leads to the open directory ``fd``."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(fd))
+    except FileNotFoundError:
+        return False
+
+
+def _sign_roll(path: Path, flags: int) -> int:
+    """Take a share of the roll. Raises FileNotFoundError or BlockingIOError when the last process is leaving or gone."""
+    fd = os.open(path / ROLL_FILE, os.O_RDWR | flags, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        # Locked but unlinked: the cleaner was between our open and our lock. Linked: no cleaner can get past us.
+        if os.fstat(fd).st_nlink == 0:
+            raise FileNotFoundError(path / ROLL_FILE)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _try_lock(fd: int, kind: int) -> bool:
+    """Take the lock without waiting; whether it was free."""
+    try:
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _occupied(path: Path) -> str:
+    """Why the place cannot be claimed, and what to do about it."""
+    info = _read_info(path)
+    if info is None or info.get("state") == "draining" or not _alive(info["pid"]):
+        return f"the previous memserve here is still shutting down (runtime directory {path}); try again in a moment"
+    url = info.get("url") or f"still {info.get('state', 'starting')}"
+    return (
+        f"memserve already runs here: pid {info['pid']}, {url}, since {info['started_at']};"
+        f" stop it with `kill {info['pid']}`, or choose another [logging] dir"
+    )
+
+
+def _alive(pid: int) -> bool:
+    """Whether a process of this number exists."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _read_info(path: Path) -> dict[str, Any] | None:
+    try:
+        info: dict[str, Any] = json.loads((path / INFO_FILE).read_text())
+    except FileNotFoundError:
+        return None
+    return info
+
+
+def _entries(path: Path) -> list[Path]:
+    try:
+        return list(path.iterdir())
+    except FileNotFoundError:
+        return []
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a socket, which another process may have removed already."""
+    path.unlink(missing_ok=True)
+
+
+def _remove_directory(path: Path) -> None:
+    try:
+        path.rmdir()
+    except OSError:
+        pass  # a process that was just starting put a socket here; it removes it, and the directory, as it leaves

@@ -1,0 +1,242 @@
+"""What a configuration leaves open, decided on one machine: pages from memory, threads from cores, places from names."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import attrs
+
+from memserve.config import Config, Reason, Resolved
+from memserve.engine.spec import DTYPE_BYTES, ModelSpec, find_model, read_spec
+from memserve.errors import ConfigError, UserError
+from memserve.place import place_path
+from memserve.tokens import pages_for
+
+
+@attrs.frozen(kw_only=True)
+class Machine:
+    """What the decisions depend on, so that a test can be another machine."""
+
+    cores: int
+    free_bytes: int
+    log_dir: str
+    """``[logging] dir``, absolute."""
+    runtime_dir: str
+    """For sockets and locks; see :func:`memserve.place.place_path`."""
+    run: str
+    """Name of the run to be."""
+
+    @classmethod
+    def here(cls, log_dir: str) -> Machine:
+        """This machine, now, within the limits of this process's control groups.
+
+        Raises UserError when there is no usable directory for sockets.
+        """
+        absolute = Path(log_dir).expanduser().resolve()
+        return cls(
+            cores=usable_cores(),
+            free_bytes=free_memory(),
+            log_dir=str(absolute),
+            runtime_dir=str(place_path(absolute)),
+            run=f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}",
+        )
+
+
+# ---- the machine ---------------------------------------------------------------------------------------------
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on: its affinity, or a control group's quota where that is less (at least 1)."""
+    cores = float(len(os.sched_getaffinity(0)))
+    for folder in control_groups():
+        quota, _, period = read_line(folder / "cpu.max").partition(" ")
+        if quota.isdecimal() and period.isdecimal():
+            cores = min(cores, int(quota) / int(period))
+    return max(1, int(cores))
+
+
+def free_memory() -> int:
+    """Bytes that can still be taken without swapping, or a control group's limit where that is less."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    for folder in control_groups():
+        limit, used = read_line(folder / "memory.max"), read_line(folder / "memory.current")
+        if limit.isdecimal() and used.isdecimal():
+            free = min(free, int(limit) - int(used) + reclaimable(folder))
+    return max(0, free)
+
+
+def control_groups() -> Iterator[Path]:
+    """The control groups (version 2) that this process is in, from its own up to the root."""
+    root = Path("/sys/fs/cgroup")
+    yield root
+    own = next((line[3:] for line in read_lines(Path("/proc/self/cgroup")) if line[:3] == "0::"), "/")
+    folder = root / own.strip("/")
+    while folder != root and root in folder.parents:
+        yield folder
+        folder = folder.parent
+
+
+def reclaimable(folder: Path) -> int:
+    """File cache of a control group that the kernel gives up first."""
+    for line in read_lines(folder / "memory.stat"):
+        key, _, value = line.partition(" ")
+        if key == "inactive_file":
+            return int(value)
+    return 0
+
+
+def read_lines(file: Path) -> list[str]:
+    """The lines of a file under /proc or /sys, or none where it is absent."""
+    with contextlib.suppress(OSError):
+        return file.read_text().splitlines()
+    return []
+
+
+def read_line(file: Path) -> str:
+    """The first line of such a file, or an empty one."""
+    return next(iter(read_lines(file)), "")
+
+
+# ---- decisions -----------------------------------------------------------------------------------------------
+
+
+def decide(config: Config, machine: Machine) -> Resolved:
+    """All decisions for ``config`` on ``machine``. Raises ConfigError with every problem found."""
+    try:
+        model_path = find_model(config.model.path)
+        spec = read_spec(model_path)
+    except UserError as error:
+        others = [*memory_problems(config, 0, machine), *log_problems(machine)]
+        raise ConfigError("\n".join([str(error), *others])) from error
+    page_bytes = spec.page_bytes(config.pool.page_tokens, config.model.dtype)
+    resolved = Resolved(
+        config=config,
+        model_path=str(model_path),
+        spec=spec,
+        max_context=config.model.max_context or spec.max_context,
+        page_bytes=page_bytes,
+        shard_pages={shard.name: shard.memory // page_bytes for shard in config.shard},
+        threads={
+            worker.name: min(worker.threads or machine.cores, machine.cores) for worker in config.worker
+        },
+        cores=machine.cores,
+        run=machine.run,
+        log_dir=machine.log_dir,
+        runtime_dir=machine.runtime_dir,
+        reasons=(),
+    )
+    weights = weight_bytes(spec, config.model.dtype)
+    problems = [
+        *context_problems(resolved),
+        *memory_problems(config, weights, machine),
+        *log_problems(machine),
+    ]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return attrs.evolve(resolved, reasons=tuple(reasons(resolved, weights, machine)))
+
+
+def weight_bytes(spec: ModelSpec, dtype: str) -> int:
+    """Bytes of the weights, which all workers of a host map once."""
+    attention = 2 * spec.hidden * spec.head_dim * (spec.heads + spec.kv_heads)
+    layer = attention + 3 * spec.hidden * spec.intermediate + 2 * spec.hidden
+    tables = 1 if spec.tied_embeddings else 2
+    return (tables * spec.vocab * spec.hidden + spec.layers * layer + spec.hidden) * DTYPE_BYTES[dtype]
+
+
+def context_problems(resolved: Resolved) -> Iterator[str]:
+    """A request of the greatest length must be possible, and fit in every shard."""
+    asked, trained = resolved.max_context, resolved.spec.max_context
+    if asked > trained:
+        yield f"model.max_context must be at most what the model was trained for ({trained} tokens), not {asked}"
+        return
+    page_tokens = resolved.config.pool.page_tokens
+    needed = pages_for(asked, page_tokens)
+    for i, shard in enumerate(resolved.config.shard):
+        pages = resolved.shard_pages[shard.name]
+        if pages < needed:
+            yield (
+                f"shard[{i}].memory must hold one context of {asked} tokens ({size(needed * resolved.page_bytes)}), "
+                f"not {size(shard.memory)}: raise it, or set model.max_context to at most {pages * page_tokens}"
+            )
+
+
+def memory_problems(config: Config, weights: int, machine: Machine) -> Iterator[str]:
+    """Arenas are taken whole at start, so all of them and the weights must fit in memory now."""
+    arenas = sum(shard.memory for shard in config.shard)
+    if arenas + weights > machine.free_bytes:
+        beside = f" beside the weights ({size(weights)})" if weights else ""
+        yield (
+            f"shard.memory must fit in the machine's free memory ({size(machine.free_bytes)}){beside}, "
+            f"not {size(arenas)} in all: lower it in one of the shards"
+        )
+
+
+def log_problems(machine: Machine) -> Iterator[str]:
+    """Logs must have a place that can be written."""
+    folder = Path(machine.log_dir)
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not existing.is_dir():
+        yield f"logging.dir must be a directory, not {folder}: {existing} is a file"
+    elif not os.access(existing, os.W_OK | os.X_OK):
+        yield f"logging.dir must be a directory that can be written, not {folder}: no right to write in {existing}"
+
+
+# ---- for `memserve check` ------------------------------------------------------------------------------------
+
+
+def reasons(resolved: Resolved, weights: int, machine: Machine) -> Iterator[Reason]:
+    """Why each value that the user did not write is what it is."""
+    config, spec, page_tokens = resolved.config, resolved.spec, resolved.config.pool.page_tokens
+    yield Reason("model", resolved.model_path, f"{spec.name}: {spec.layers} layers, {spec.kv_heads} kv heads")
+    yield Reason("model.weights", size(weights), f"as {config.model.dtype}, mapped once for all workers")
+    why = "model.max_context" if config.model.max_context else "what the model was trained for"
+    yield Reason("model.max_context", f"{resolved.max_context} tokens", why)
+    per_token = (
+        f"{spec.layers} layers x 2 x {spec.kv_heads} heads x {spec.head_dim} values of {config.model.dtype}"
+    )
+    yield Reason("pool.page", size(resolved.page_bytes), f"{page_tokens} tokens x {per_token}")
+    for shard in config.shard:
+        pages = resolved.shard_pages[shard.name]
+        contexts = pages * page_tokens / resolved.max_context
+        why = f"{size(shard.memory)} of memory: {pages * page_tokens} tokens, {contexts:.1f} full contexts"
+        yield Reason(f"shard.{shard.name}", f"{pages} pages", why)
+    for worker in config.worker:
+        why = threads_why(worker.threads, machine)
+        yield Reason(f"worker.{worker.name}.threads", str(resolved.threads[worker.name]), why)
+    yield Reason(
+        "memory", f"{size(machine.free_bytes)} free", "what the system and control groups leave, before start"
+    )
+    yield Reason("logging.dir", resolved.log_dir, "a directory for each run")
+    yield Reason(
+        "runtime directory", resolved.runtime_dir, "from the user and logging.dir; one cluster at a time"
+    )
+    if not config.frontend.api_keys:
+        yield Reason(
+            "frontend.api_keys", "none", "whoever reaches the port may use it, and all share one cache"
+        )
+
+
+def threads_why(asked: int | None, machine: Machine) -> str:
+    """Why a worker has as many threads as it has."""
+    if asked is None:
+        return (
+            f"the machine's usable cores ({machine.cores}), shared with the other workers as they fall idle"
+        )
+    if asked > machine.cores:
+        return f"{asked} asked for, but this process may use {machine.cores} cores"
+    return "as written"
+
+
+def size(count: int) -> str:
+    """Bytes for people."""
+    for unit, shift in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if count >= 1 << shift:
+            return f"{count / (1 << shift):.4g} {unit}"
+    return f"{count} bytes"

@@ -1,0 +1,50 @@
+"""The core of a worker that is not one yet: learns which incarnation of its shard is alive."""
+
+from __future__ import annotations
+
+import attrs
+
+from memserve.actions import Action, Stop
+from memserve.messages import ActorId, Cluster, Gone, Message, actor_name
+
+
+@attrs.define
+class JoiningCore:
+    """In charge until the worker's own core takes over. ``shard`` is the configured name."""
+
+    me: ActorId
+    shard: str
+    found: ActorId | None = None
+    """The shard to attach to, once a scheduler knows it as ready."""
+    _actions: list[Action] = attrs.field(factory=list, init=False)
+
+    def receive(self, sender: ActorId, message: Message, now: float) -> None:
+        """Take one message in; only those about members matter yet."""
+        match message:
+            case Gone(actors) if self.found in actors:
+                self._actions.append(Stop(f"the shard {self.found} died while this worker started"))
+            case Gone(actors) if self.me in actors:
+                self._actions.append(Stop("fenced off: the cluster holds this worker for dead"))
+            case Cluster(_, members) if self.found is None:
+                shards = (one for one in members if one.kind == "MemPoolShard" and one.state == "ready")
+                self.found = next((one.id for one in shards if actor_name(one.id) == self.shard), None)
+
+    def advance(self, now: float) -> None:
+        """Nothing here waits for time."""
+
+    def take(self) -> list[Action]:
+        """Everything to be done now."""
+        actions, self._actions = self._actions, []
+        return actions
+
+    @property
+    def deadline(self) -> float:
+        """When ``advance`` must be called next."""
+        return float("inf")
+
+    def gauges(self) -> dict[str, float]:
+        """No load yet."""
+        return {}
+
+    def undeliverable(self, to: ActorId, message: Message, now: float) -> None:
+        """It sends nothing of its own."""

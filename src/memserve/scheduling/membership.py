@@ -1,0 +1,89 @@
+"""Who is in the cluster: soft state, rebuilt from heartbeats, so that a restarted scheduler knows all within a second."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+
+import attrs
+
+from memserve.messages import ActorId, Member, actor_name
+
+DEAD_AFTER_S = 5.0
+"""Silence after which a member is held for dead and fenced off."""
+GONE_REMEMBERED = 1_000
+"""Dead incarnations remembered, so that one that wakes up is told."""
+GONE_REPEATED_S = 60.0
+"""How long the dead are named in every view, for whoever missed the announcement."""
+
+PREFILLS = ("prefill", "both")
+DECODES = ("decode", "both")
+
+
+@attrs.frozen
+class Pair:
+    """A prefill and a decode worker that reach the same shard; the same worker twice when it does both."""
+
+    prefill: Member
+    decode: Member
+    shard: Member
+
+
+def pairs(members: Iterable[Member]) -> list[Pair]:
+    """Every placement that can serve a request now. A worker of role ``both`` keeps what it prefills."""
+    ready = [one for one in members if one.state == "ready"]
+    shards = {one.id: one for one in ready if one.kind == "MemPoolShard"}
+    workers = [one for one in ready if one.shard in shards]
+    found = []
+    for prefill in (one for one in workers if one.role in PREFILLS):
+        decoders = [prefill] if prefill.role == "both" else [one for one in workers if one.role in DECODES]
+        found += [Pair(prefill, one, shards[one.shard]) for one in decoders if one.shard == prefill.shard]
+    return found
+
+
+@attrs.define
+class Membership:
+    """Members by id, and when each was heard last."""
+
+    members: dict[ActorId, Member] = attrs.field(factory=dict)
+    _heard_at: dict[ActorId, float] = attrs.field(factory=dict)
+    _gone: OrderedDict[ActorId, float] = attrs.field(factory=OrderedDict)
+
+    def hear(self, member: Member, now: float) -> tuple[bool, tuple[ActorId, ...]]:
+        """Take a heartbeat in: whether the view changed beyond the load, and which older incarnations it replaces."""
+        known = self.members.get(member.id)
+        replaced = tuple(
+            one for one in self.members if one != member.id and actor_name(one) == actor_name(member.id)
+        )
+        self.members[member.id] = member
+        self._heard_at[member.id] = now
+        changed = known is None or attrs.evolve(known, load={}) != attrs.evolve(member, load={})
+        return changed, replaced
+
+    def is_gone(self, actor: ActorId) -> bool:
+        """Whether this incarnation was declared dead before."""
+        return actor in self._gone
+
+    def recently_gone(self, now: float) -> tuple[ActorId, ...]:
+        """The dead of the last GONE_REPEATED_S."""
+        return tuple(one for one, at in self._gone.items() if now - at < GONE_REPEATED_S)
+
+    def bury(self, actors: Iterable[ActorId], now: float) -> tuple[ActorId, ...]:
+        """Remove actors for good; returns those that were not buried before."""
+        fresh = tuple(one for one in actors if one not in self._gone)
+        for one in fresh:
+            self._gone[one] = now
+            self.members.pop(one, None)
+            self._heard_at.pop(one, None)
+        while len(self._gone) > GONE_REMEMBERED:
+            self._gone.popitem(last=False)
+        return fresh
+
+    def silent(self, now: float) -> tuple[ActorId, ...]:
+        """Members not heard of for DEAD_AFTER_S."""
+        return tuple(one for one, at in self._heard_at.items() if now - at >= DEAD_AFTER_S)
+
+    @property
+    def deadline(self) -> float:
+        """When the next member would count as silent."""
+        return min(self._heard_at.values(), default=float("inf")) + DEAD_AFTER_S

@@ -1,0 +1,113 @@
+"""How an actor makes itself known: Load to every scheduler, each interval and soon after a change."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import attrs
+
+from memserve.actions import Action, Send
+from memserve.messages import ActorId, Load, Member, Message
+
+HEARTBEAT_S = 1.0
+"""Longest silence of a live actor."""
+CHANGE_S = 0.05
+"""Least time between two reports, however fast the load changes."""
+
+
+def seed_id(scheduler: str) -> ActorId:
+    """How others address a scheduler before, and across, its incarnations: by name."""
+    return ActorId(f"{scheduler}.seed")
+
+
+@attrs.define
+class Presence:
+    """Decides when to report. ``member.load`` is filled in by the caller at the time of the report."""
+
+    member: Member
+    schedulers: tuple[ActorId, ...]
+    also: tuple[ActorId, ...] = ()
+    """Who else must hear that this actor lives: a worker's shard, which renews its leases by it."""
+    deadline: float = 0.0
+    """When the next report is due; at once after start."""
+    _reported_at: float = float("-inf")
+
+    def changed(self) -> None:
+        """The load is worth reporting before the next heartbeat."""
+        self.deadline = min(self.deadline, self._reported_at + CHANGE_S)
+
+    def become(self, state: str, **changes: str) -> None:
+        """Enter a state (starting, ready, draining) and report it, with other fields of the member that change."""
+        self.member = attrs.evolve(self.member, state=state, **changes)
+        self.changed()
+
+    def due(self, now: float) -> bool:
+        """Whether a report should go out now."""
+        return now >= self.deadline
+
+    def report(self, now: float, load: dict[str, float]) -> list[Send]:
+        """The report for everyone concerned; the next is due an interval later."""
+        self.member = attrs.evolve(self.member, load=load)
+        self._reported_at, self.deadline = now, now + HEARTBEAT_S
+        return [Send(one, Load(self.member)) for one in (*self.schedulers, *self.also)]
+
+
+class Core(Protocol):
+    """What decides (DESIGN section 3): no sockets, clock, randomness, threads or arrays inside."""
+
+    def receive(self, sender: ActorId, message: Any, now: float) -> None:
+        """Take one message in; never blocks."""
+
+    def advance(self, now: float) -> None:
+        """Let time pass: fire deadlines, form batches."""
+
+    def take(self) -> list[Action]:
+        """Messages to send and work to run."""
+
+    @property
+    def deadline(self) -> float:
+        """When ``advance`` must be called next; infinity when nothing waits for time."""
+
+    def undeliverable(self, to: ActorId, message: Message, now: float) -> None:
+        """A Send that could not be performed."""
+
+    def gauges(self) -> dict[str, float]:
+        """Load and counters, units in the names; ``_total`` ones only grow."""
+
+
+@attrs.define
+class Reporting:
+    """Any core, with its heartbeats: a core like the one within."""
+
+    core: Core
+    presence: Presence
+    _reports: list[Send] = attrs.field(factory=list, init=False)
+
+    def receive(self, sender: ActorId, message: Any, now: float) -> None:
+        """Pass a message on."""
+        self.core.receive(sender, message, now)
+
+    def advance(self, now: float) -> None:
+        """Let time pass."""
+        self.core.advance(now)
+        if self.presence.due(now):
+            self._reports += self.presence.report(now, self.core.gauges())
+
+    def take(self) -> list[Action]:
+        """The core's actions, then the report that is due."""
+        reports, self._reports = self._reports, []
+        return [*self.core.take(), *reports]
+
+    @property
+    def deadline(self) -> float:
+        """The core's, or the next report's."""
+        return min(self.core.deadline, self.presence.deadline)
+
+    def undeliverable(self, to: ActorId, message: Message, now: float) -> None:
+        """Tell the core; a report that was lost is followed by the next."""
+        if not isinstance(message, Load):
+            self.core.undeliverable(to, message, now)
+
+    def gauges(self) -> dict[str, float]:
+        """The core's."""
+        return self.core.gauges()

@@ -1,0 +1,213 @@
+"""The core of the GlobalScheduler: knows who is there, places requests, announces the dead.
+
+It keeps no request: a plan leaves with the request, and a scheduler that restarts has forgotten nothing that
+others need. What it holds are plans already made (to answer a repeated Submit alike) and requests that no
+worker can take yet.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+
+from memserve.actions import Action, Died, Log, Send
+from memserve.messages import (
+    ActorId,
+    Cancel,
+    Cluster,
+    Gone,
+    Load,
+    Member,
+    Message,
+    Plan,
+    Planned,
+    Prefill,
+    Rejected,
+    Submit,
+)
+from memserve.scheduling.membership import Membership, pairs
+from memserve.scheduling.policies import Policy
+from memserve.scheduling.presence import HEARTBEAT_S
+
+PLANS_REMEMBERED = 10_000
+"""Plans kept to answer repeated Submits."""
+HELD_MAX = 1_024
+"""Requests held while no worker is ready; beyond it they are rejected at once."""
+HELD_S = 20.0
+"""Longest time a request is held so."""
+
+
+@attrs.frozen
+class Held:
+    """A Submit that waits for a worker."""
+
+    submit: Submit
+    until: float
+
+
+@attrs.define
+class SchedulerCore:
+    """See the module's text. ``me`` is this scheduler as it lists itself in the cluster."""
+
+    me: Member
+    policy_name: str
+    policy: Policy
+    membership: Membership = attrs.field(factory=Membership, init=False)
+    counters: dict[str, float] = attrs.field(factory=dict, init=False)
+    _plans: OrderedDict[tuple[str, int], Planned] = attrs.field(factory=OrderedDict, init=False)
+    _held: OrderedDict[tuple[str, int], Held] = attrs.field(factory=OrderedDict, init=False)
+    _actions: list[Action] = attrs.field(factory=list, init=False)
+    _publish_at: float = attrs.field(default=0.0, init=False)
+
+    # ---- the five verbs -------------------------------------------------------------------------------------
+
+    def receive(self, sender: ActorId, message: Message | Died, now: float) -> None:
+        """Take one message in. Kinds that no scheduler handles are ignored."""
+        handler = _HANDLERS.get(type(message))
+        if handler is not None:
+            handler(self, sender, message, now)
+
+    def advance(self, now: float) -> None:
+        """Declare the silent dead, reject what was held too long, publish the view."""
+        self._bury(self.membership.silent(now), "silent", now)
+        for key, held in list(self._held.items()):
+            if now >= held.until:
+                del self._held[key]
+                self._reject(held.submit, f"no worker became ready within {HELD_S:.0f} s")
+        if now >= self._publish_at:
+            self._publish_at = now + HEARTBEAT_S
+            self._publish([one.id for one in self.membership.members.values() if one.kind == "Frontend"], now)
+
+    def take(self) -> list[Action]:
+        """Everything to be done now."""
+        actions, self._actions = self._actions, []
+        return actions
+
+    @property
+    def deadline(self) -> float:
+        """When ``advance`` must be called next."""
+        held = min((one.until for one in self._held.values()), default=float("inf"))
+        publish = self._publish_at if self.membership.members else float("inf")
+        return min(held, publish, self.membership.deadline)
+
+    def check(self) -> None:
+        """Assert every invariant."""
+        assert not any(self.membership.is_gone(one) for one in self.membership.members), "a dead member is listed"
+        assert not self._held.keys() & self._plans.keys(), "a request both planned and held"
+
+    # ---- requests -------------------------------------------------------------------------------------------
+
+    def _on_submit(self, sender: ActorId, message: Submit, now: float) -> None:
+        key = (message.request.id, message.request.attempt)
+        planned = self._plans.get(key)
+        if planned is not None:
+            self._actions += [Send(sender, planned), Send(planned.plan.prefill, Prefill(message.request, planned.plan))]
+        elif not self._place(message, now) and key not in self._held:
+            if len(self._held) >= HELD_MAX:
+                self._reject(message, f"{HELD_MAX} requests wait for a worker already")
+            else:
+                self._held[key] = Held(message, now + HELD_S)
+
+    def _place(self, message: Submit, now: float) -> bool:
+        request = message.request
+        candidates = pairs(self.membership.members.values())
+        if not candidates:
+            return False
+        chosen = self.policy.choose(candidates, request, now)
+        plan = Plan(chosen.prefill.id, chosen.decode.id, chosen.shard.id, self.me.id)
+        planned = Planned(request.id, request.attempt, plan)
+        self._plans[request.id, request.attempt] = planned
+        while len(self._plans) > PLANS_REMEMBERED:
+            self._plans.popitem(last=False)
+        self._actions += [Send(plan.prefill, Prefill(request, plan)), Send(request.frontend, planned)]
+        self._count("requests_placed_total")
+        data = {"request": request.id, "attempt": request.attempt, "prefill": plan.prefill, "decode": plan.decode}
+        self._log("info", "request placed", **data, policy=self.policy_name, candidates=len(candidates))
+        return True
+
+    def _reject(self, message: Submit, text: str) -> None:
+        request = message.request
+        answer = Rejected(request.id, request.attempt, "no_capacity", text, 503, retry_after_s=2.0)
+        self._actions.append(Send(request.frontend, answer))
+        self._count("requests_rejected_total")
+        self._log("warning", "request rejected", request=request.id, attempt=request.attempt, reason=text)
+
+    def _on_cancel(self, sender: ActorId, message: Cancel, now: float) -> None:
+        """From a Frontend that knows no plan yet; one that was made meanwhile is followed by the Cancel."""
+        for attempt in range(message.attempt + 1):
+            self._held.pop((message.request, attempt), None)
+        planned = self._plans.get((message.request, message.attempt))
+        if planned is not None:
+            workers = dict.fromkeys((planned.plan.prefill, planned.plan.decode))
+            self._actions += [Send(one, message) for one in workers]
+
+    # ---- members --------------------------------------------------------------------------------------------
+
+    def _on_load(self, sender: ActorId, message: Load, now: float) -> None:
+        member = message.member
+        if self.membership.is_gone(member.id):
+            self._actions.append(Send(member.id, Gone((member.id,))))
+            return
+        joined = member.id not in self.membership.members
+        changed, replaced = self.membership.hear(member, now)
+        self._bury(replaced, "replaced", now)
+        if joined:
+            self._log("info", "member joined", member=member.id, member_kind=member.kind, member_pid=member.pid)
+        if changed:
+            self._publish(list(self.membership.members), now)
+            self._place_held(now)
+
+    def _place_held(self, now: float) -> None:
+        for key, held in list(self._held.items()):
+            if not self._place(held.submit, now):
+                break
+            del self._held[key]
+
+    def _on_died(self, sender: ActorId, message: Died, now: float) -> None:
+        self._bury((message.actor,), "died", now)
+
+    def _bury(self, actors: tuple[ActorId, ...], reason: str, now: float) -> None:
+        known = [self.membership.members.get(one) for one in actors]
+        gone = self.membership.bury(actors, now)
+        if not gone:
+            return
+        for one in gone:
+            self._log("warning", "member gone", member=one, reason=reason)
+        frontends = {one.id for one in known if one is not None and one.kind == "Frontend"}
+        for key, held in list(self._held.items()):
+            if held.submit.request.frontend in frontends:
+                del self._held[key]
+        self._count("members_gone_total", len(gone))
+        for member in self.membership.members:
+            self._actions.append(Send(member, Gone(gone)))
+        for one in gone:  # one that only slept learns that it is fenced off
+            self._actions.append(Send(one, Gone((one,))))
+        self._publish(list(self.membership.members), now)
+
+    def _publish(self, to: list[ActorId], now: float) -> None:
+        me = attrs.evolve(self.me, load={"requests_held": float(len(self._held)), **self.counters})
+        view = Cluster(self.me.id, (me, *self.membership.members.values()), self.membership.recently_gone(now))
+        self._actions += [Send(one, view) for one in to]
+
+    def undeliverable(self, to: ActorId, message: Message, now: float) -> None:
+        """The shell could not send ``message``: Frontends repeat a Submit, heartbeats repeat themselves."""
+        self._count("undeliverable_total")
+        if not isinstance(message, Gone):
+            self._log("warning", "message undeliverable", to=to, kind=type(message).__name__)
+
+    def _count(self, name: str, amount: float = 1.0) -> None:
+        self.counters[name] = self.counters.get(name, 0.0) + amount
+
+    def _log(self, level: str, event: str, **data: object) -> None:
+        self._actions.append(Log(level, event, data))
+
+
+_HANDLERS: dict[type[Any], Callable[[SchedulerCore, ActorId, Any, float], None]] = {
+    Submit: SchedulerCore._on_submit,
+    Cancel: SchedulerCore._on_cancel,
+    Load: SchedulerCore._on_load,
+    Died: SchedulerCore._on_died,
+}

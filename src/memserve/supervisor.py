@@ -1,0 +1,332 @@
+"""``memserve up``: one process per actor, started at once, restarted when they die, drained in order, none left behind.
+
+What to do is decided in :mod:`memserve.lifecycle`; this does it. The supervisor only ever waits, for its children's
+pidfds, lifelines and output and for signals, so that an idle cluster costs it nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+
+import attrs
+import structlog
+import trio
+
+from memserve import config, observe
+from memserve.child import OUTPUT_TAIL_BYTES, Child, Launch, all_gone
+from memserve.config import Resolved
+from memserve.errors import UserError
+from memserve.lifecycle import (
+    STATUS_USER_ERROR,
+    Restart,
+    RestartPolicy,
+    StopSignals,
+    describe_end,
+    drain_stages,
+    roster,
+)
+from memserve.messages import ActorId
+from memserve.place import Place, now_utc
+from memserve.process import leaves
+
+log = structlog.get_logger()
+
+LATE_S = 0.5
+"""What takes longer is said while it lasts."""
+OUTPUT_SHOWN_LINES = 20
+"""Of a dead actor's last output, printed."""
+
+
+def say(line: str) -> None:
+    """Tell the user. A closed pipe or terminal is no reason to stop serving."""
+    with contextlib.suppress(OSError):
+        print(line, flush=True)
+
+
+@attrs.define(eq=False)
+class Supervisor:
+    """Runs one cluster until told to stop. The place is claimed before and left after."""
+
+    resolved: Resolved
+    launch: Launch
+    prepare_argv: Sequence[str] = ()
+    """Command that readies the weights before any actor starts; empty for none."""
+    policy: Callable[[], RestartPolicy] = RestartPolicy
+    say: Callable[[str], None] = say
+    stage_s: float = 5.0
+    """Longest drain of a stage after the Frontends', whose limit is frontend.drain_s."""
+    stop_s: float = 2.0
+    """From a second signal to SIGKILL."""
+    _children: dict[str, Child] = attrs.field(init=False)
+    _begun: str = attrs.field(init=False, factory=now_utc)
+    _begun_at: float = attrs.field(init=False, default=0.0)
+    _started: bool = attrs.field(init=False, default=False)
+    """Whether there is any actor that would have to be drained."""
+    _serving: trio.Event = attrs.field(init=False, factory=trio.Event)
+    """Set for good when every Frontend has served once: start-up is over."""
+
+    def __attrs_post_init__(self) -> None:
+        self._children = {spec.name: Child(spec, self.policy()) for spec in roster(self.resolved)}
+
+    async def run(self) -> None:
+        """Start everything and supervise it; returns when a signal has ended it and nothing is left.
+
+        Raises UserError, within exception groups, when an actor cannot start for a reason that the user can remove.
+        """
+        self._begun_at = trio.current_time()
+        self._write_info("starting")
+        with trio.open_signal_receiver(*_stop_signals()) as signals:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._obey, signals, nursery.cancel_scope)
+                await self._prepare()
+                self.say(f"memserve: starting {len(self._children)} actors; logs are in {self.resolved.run_dir}")
+                self._started = True
+                nursery.start_soon(self._announce)
+                await self._keep_all()
+                nursery.cancel_scope.cancel()
+        log.info("cluster stopped")
+        self.say("memserve: stopped")
+
+    def _write_info(self, state: str) -> None:
+        """Tell other commands, and the actors, about this cluster."""
+        self.launch.place.write_info(
+            {
+                "pid": os.getpid(),
+                "state": state,
+                "url": self._url(),
+                "started_at": self._begun,
+                "resolved": json.loads(self.resolved.to_json()),
+            }
+        )
+
+    def _url(self) -> str | None:
+        return next((child.url for child in self._children.values() if child.url), None)
+
+    def _of_kind(self, kind: str) -> list[Child]:
+        return [child for child in self._children.values() if child.spec.kind == kind]
+
+    # -- start-up --
+
+    async def _prepare(self) -> None:
+        """Ready the weights in a process of their own, so that this one stays small. Raises UserError."""
+        if not self.prepare_argv:
+            return
+        stdin, alive = os.pipe()  # the process ends when ``alive`` is closed, by us or by our death
+        try:
+            async with self._saying(f"converting the weights of {self.resolved.model_path}; this is done once"):
+                done = await trio.run_process(
+                    list(self.prepare_argv), stdin=stdin, capture_stdout=True, stderr=subprocess.STDOUT, check=False
+                )
+        finally:
+            os.close(stdin)
+            os.close(alive)
+        if done.returncode != 0:
+            text = done.stdout[-OUTPUT_TAIL_BYTES:].decode(errors="replace").strip()
+            log.error("weights not ready", returncode=done.returncode, output=text)
+            known = done.returncode == STATUS_USER_ERROR
+            raise UserError(text if known else f"preparing the weights {describe_end(done.returncode)}:\n{text}")
+
+    async def _announce(self) -> None:
+        """Tell the user, once, where to send a request."""
+        await self._serving.wait()
+        self._write_info("ready")
+        seconds = trio.current_time() - self._begun_at
+        urls = [child.url for child in self._children.values() if child.url]
+        log.info("cluster ready", url=urls[0], ready_s=round(seconds, 2))
+        self.say(f"memserve: ready in {seconds:.1f} s at {', '.join(dict.fromkeys(urls))}; Ctrl-C drains and stops it\n")
+        self.say(curl(urls[0], self.resolved))
+
+    @contextlib.asynccontextmanager
+    async def _saying(self, text: str) -> AsyncIterator[None]:
+        """Say what is being waited for, once it takes long."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._say_late, text)
+            yield
+            nursery.cancel_scope.cancel()
+
+    async def _say_late(self, text: str) -> None:
+        await trio.sleep(LATE_S)
+        self.say(f"memserve: {text}")
+
+    # -- keeping actors running --
+
+    async def _keep_all(self) -> None:
+        async with trio.open_nursery() as nursery:
+            for child in self._children.values():
+                nursery.start_soon(self._keep, child)
+
+    async def _keep(self, child: Child) -> None:
+        """Keep one actor running until it is asked to leave."""
+        while not child.leaving.is_set():
+            returncode = await self._incarnation(child)
+            if child.leaving.is_set():
+                break
+            if returncode == STATUS_USER_ERROR and not self._serving.is_set():
+                raise UserError(child.text())
+            now = trio.current_time()
+            restart = child.policy.died(child.ready_s(now), now)
+            self._report(child, returncode, restart)
+            with trio.move_on_after(restart.delay_s):
+                await child.leaving.wait()
+        child.gone.set()
+
+    async def _incarnation(self, child: Child) -> int:
+        try:
+            return await child.live(self.launch, self._listen)
+        finally:
+            self._bury(child)
+
+    async def _listen(self, child: Child) -> None:
+        """Act on what an actor says on its lifeline."""
+        assert child.events is not None
+        while (event := await child.events.receive()) is not None:
+            if event["event"] == "hello":
+                child.id = ActorId(event["id"])
+            elif event["event"] == "ready":
+                self._ready(child)
+            elif event["event"] == "serving":
+                child.url = event["url"]
+                if all(frontend.url for frontend in self._of_kind("Frontend")):
+                    self._serving.set()
+
+    def _ready(self, child: Child) -> None:
+        child.ready_at = trio.current_time()
+        seconds = child.ready_at - child.started_at
+        log.info("actor ready", child=child.id, ready_s=round(seconds, 2))
+        if child.restarts and self._serving.is_set():
+            self.say(f"memserve: {child.spec.name} is back, {seconds:.1f} s after its restart")
+
+    def _bury(self, child: Child) -> None:
+        """Announce a death and remove what it left in the place."""
+        if child.id is None:
+            return
+        self.launch.place.remove_files_of(child.id)
+        for scheduler in self._of_kind("GlobalScheduler"):
+            if scheduler.events is not None:
+                scheduler.events.send(event="died", id=child.id)
+
+    def _report(self, child: Child, returncode: int, restart: Restart) -> None:
+        """One line for the user and one for the log, with the last words of the dead."""
+        name, end = child.spec.name, describe_end(returncode)
+        fields = {"child": child.id or name, "returncode": returncode, "restart_in_s": restart.delay_s}
+        log.warning("actor died", **fields, looping=restart.looping, output=child.text())
+        child.restarts += 1
+        if restart.looping and not restart.newly_looping:
+            return
+        words = "".join(f"\n  {name} | {line}" for line in child.text().splitlines()[-OUTPUT_SHOWN_LINES:])
+        next_step = f"restarting it in {restart.delay_s:g} s"
+        if restart.newly_looping:
+            next_step = (
+                f"the {child.policy.loop_deaths}th time in {child.policy.loop_window_s:g} s; the others go on, and it is"
+                f" tried again every {restart.delay_s:g} s, see {self.resolved.run_dir}/{name}.jsonl"
+            )
+        self.say(f"memserve: {name} {end}; {next_step}{words}")
+
+    # -- stopping --
+
+    async def _obey(self, signals: AsyncIterator[int], everything: trio.CancelScope) -> None:
+        """Drain at the first signal, stop at once at the second."""
+        meaning = StopSignals()
+        async with trio.open_nursery() as nursery:
+            async for number in signals:
+                step = meaning.received(trio.current_time())
+                log.info("signal received", signal=signal.Signals(number).name, step=step)
+                if step == "drain" and not self._started:
+                    everything.cancel()
+                elif step == "drain":
+                    nursery.start_soon(self._drain)
+                elif step == "stop":
+                    nursery.cancel_scope.cancel()
+                    break
+        await self._stop_now()
+
+    async def _drain(self) -> None:
+        """End the actors stage by stage, each with a limit."""
+        self.say("memserve: draining; a second Ctrl-C stops at once")
+        self._write_info("draining")
+        for stage in drain_stages(child.spec for child in self._children.values()):
+            frontends = stage[0].kind == "Frontend"
+            limit_s = self.resolved.config.frontend.drain_s if frontends else self.stage_s
+            await self._drain_stage([self._children[spec.name] for spec in stage], limit_s)
+
+    async def _drain_stage(self, stage: list[Child], limit_s: float) -> None:
+        names = ", ".join(child.spec.name for child in stage)
+        for child in stage:
+            child.ask_to_drain()
+        async with self._saying(f"waiting for {names} to finish, at most {limit_s:g} s"):
+            await all_gone(stage, limit_s)
+        for child in stage:
+            if not child.gone.is_set():
+                log.warning("actor did not drain", child=child.id, limit_s=limit_s)
+                self.say(f"memserve: {child.spec.name} did not finish within {limit_s:g} s and is killed")
+                child.kill()
+        await all_gone(stage)
+
+    async def _stop_now(self) -> None:
+        """End every actor at once: by its lifeline, and what is still there after ``stop_s`` by SIGKILL."""
+        everyone = list(self._children.values())
+        self.say("memserve: stopping at once")
+        for child in everyone:
+            child.hang_up()
+        await all_gone(everyone, self.stop_s)
+        for child in everyone:
+            child.kill()
+
+
+def _stop_signals() -> list[int]:
+    """The signals that end a cluster: not SIGHUP if it was started to survive its terminal (nohup)."""
+    hangup = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]
+    return [signal.SIGINT, signal.SIGTERM, *hangup]
+
+
+def curl(url: str, resolved: Resolved) -> str:
+    """A first request to copy into a shell. Keys are not shown: the user knows them."""
+    question = [{"role": "user", "content": "What is virtual memory?"}]
+    body = json.dumps({"model": resolved.spec.name, "messages": question, "max_tokens": 64})
+    key = " \\\n    -H 'Authorization: Bearer YOUR_API_KEY'" if resolved.config.frontend.api_keys else ""
+    return f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} \\\n    -d '{body}'\n"
+
+
+# ---- the command ---------------------------------------------------------------------------------------------
+
+PREPARE = "import sys; from memserve.process import prepare_weights; sys.exit(prepare_weights(*sys.argv[1:]))"
+
+
+def up(config_path: str, overrides: Sequence[str] = ()) -> int:
+    """Run the cluster of a configuration until it is stopped; the exit status.
+
+    Raises UserError for a wrong configuration, a place that is taken, or an actor that cannot start because of
+    something the user can change.
+    """
+    settings = config.load(config_path, overrides)
+    place = Place.claim(Path(settings.logging.dir))
+    try:
+        resolved = config.resolve(settings)
+        prepare = [sys.executable, "-c", PREPARE, resolved.model_path, settings.model.dtype]
+        supervise(Supervisor(resolved, Launch(place), prepare_argv=prepare))
+    except KeyboardInterrupt:  # before trio took over the signals: nothing has been started
+        return 128 + signal.SIGINT
+    finally:
+        place.leave()
+    return 0
+
+
+def supervise(supervisor: Supervisor) -> None:
+    """Open the log and run a supervisor to its end. Raises the UserErrors of its actors as one."""
+    resolved = supervisor.resolved
+    log_file, level = Path(resolved.run_dir) / "supervisor.jsonl", resolved.config.logging.level
+    observe.configure(log_file, level, actor="supervisor", kind="Supervisor", pid=os.getpid())
+    try:
+        trio.run(supervisor.run)
+    except BaseExceptionGroup as group:
+        wrong, others = group.split(UserError)
+        if wrong is None or others is not None:
+            raise
+        raise UserError("\n".join(dict.fromkeys(str(error) for error in leaves(wrong)))) from None

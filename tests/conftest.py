@@ -1,0 +1,40 @@
+"""Shared by all tests: async tests run under trio, with a virtual clock where they ask for one."""
+
+from __future__ import annotations
+
+import inspect
+from functools import partial
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+TEST_TIMEOUT_S = 60.0
+"""Real seconds after which an async test counts as hung."""
+
+
+@pytest.fixture
+def autojump_clock() -> trio.testing.MockClock:
+    """A clock that jumps to the next deadline whenever every task waits. Not for real sockets or processes."""
+    return trio.testing.MockClock(autojump_threshold=0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run ``async def`` tests under trio."""
+    if not inspect.iscoroutinefunction(pyfuncitem.obj):
+        return None
+    names = inspect.signature(pyfuncitem.obj).parameters
+    arguments: dict[str, Any] = {name: pyfuncitem.funcargs[name] for name in names}
+    clock = next((one for one in arguments.values() if isinstance(one, trio.testing.MockClock)), None)
+    trio.run(partial(_limited, pyfuncitem.obj, arguments, clock is None), clock=clock)
+    return True
+
+
+async def _limited(test: Any, arguments: dict[str, Any], real_clock: bool) -> None:
+    if not real_clock:
+        await test(**arguments)
+        return
+    with trio.fail_after(TEST_TIMEOUT_S):
+        await test(**arguments)

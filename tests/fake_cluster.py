@@ -1,0 +1,119 @@
+"""A cluster of real processes whose actors only live and die: for the tests of the supervisor and of an actor's process.
+
+``python fake_cluster.py up LOG_DIR BEHAVIOUR`` supervises; ``python fake_cluster.py actor NAME DIR FD`` is an actor.
+BEHAVIOUR is a JSON object ``{actor name: word}``, see ``main``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import trio
+
+from memserve import process
+from memserve.child import Launch
+from memserve.config import Config, FrontendConfig, ModelConfig, Resolved, ShardConfig, WorkerConfig
+from memserve.engine.spec import ModelSpec
+from memserve.errors import UserError
+from memserve.place import Place, place_path
+from memserve.process import ActorContext, RestartNeeded
+from memserve.supervisor import Supervisor, supervise
+
+SPEC = ModelSpec("fake", "llama", 1, 8, 8, 1, 1, 8, 16, 1e4, 1e-5, 64, True, None, (), None)
+
+
+def resolved(log_dir: Path, workers: int = 1, drain_s: float = 5.0) -> Resolved:
+    """One scheduler, one shard, one Frontend and ``workers`` workers."""
+    config = Config(
+        model=ModelConfig(path="fake.gguf"),
+        shard=(ShardConfig(name="s0"),),
+        worker=tuple(WorkerConfig(name=f"w{i}", shard="s0") for i in range(workers)),
+        frontend=FrontendConfig(drain_s=drain_s),
+    )
+    return Resolved(
+        config=config,
+        model_path="fake.gguf",
+        spec=SPEC,
+        max_context=64,
+        page_bytes=1,
+        shard_pages={"s0": 1},
+        threads={},
+        cores=1,
+        run="run",
+        log_dir=str(log_dir),
+        runtime_dir=str(place_path(log_dir)),
+        reasons=(),
+    )
+
+
+def argv(name: str, runtime_dir: Path, lifeline_fd: int) -> list[str]:
+    return [sys.executable, __file__, "actor", name, str(runtime_dir), str(lifeline_fd)]
+
+
+def environment(behaviour: dict[str, str]):
+    """The environment that tells the actors how to behave."""
+    return lambda spec: {**os.environ, "FAKE_BEHAVIOUR": json.dumps(behaviour)}
+
+
+def note(context: ActorContext, word: str) -> None:
+    """One line in LOG_DIR/notes; a single append, so that lines of several actors keep their order."""
+    with (Path(context.resolved.log_dir) / "notes").open("a") as notes:
+        notes.write(f"{word} {context.name} {os.getpid()}\n")
+
+
+async def main(context: ActorContext, *, task_status: trio.TaskStatus[None]) -> None:
+    """An actor with a socket file, which does as it is told and otherwise drains when asked."""
+    word = json.loads(os.environ["FAKE_BEHAVIOUR"]).get(context.name)
+    context.place.socket_path(f"{context.id}.sock").touch()
+    if word == "user error":
+        raise UserError("frontend.port: 80 is taken; choose another with --set frontend.port=8081")
+    if word == "crash":
+        raise RuntimeError("the crash of the test")
+    if word == "restart":
+        raise RestartNeeded("shard s0 is gone")
+    task_status.started()
+    note(context, "ready")
+    if context.kind == "Frontend":
+        context.lifeline.serving("http://127.0.0.1:1")
+    async with trio.open_nursery() as nursery:
+        if context.kind == "GlobalScheduler":
+            nursery.start_soon(note_deaths, context)
+        if word == "hung":
+            nursery.start_soon(trio.to_thread.run_sync, time.sleep, 60)
+        if word == "deaf":
+            await trio.sleep_forever()
+        await context.lifeline.drain.wait()
+        nursery.cancel_scope.cancel()
+    note(context, "drained")
+
+
+async def note_deaths(context: ActorContext) -> None:
+    async for actor in context.lifeline.died:
+        note(context, f"died:{actor}")
+
+
+def up(log_dir: Path, behaviour: dict[str, str]) -> int:
+    """Supervise until a signal comes."""
+    try:
+        place = Place.claim(log_dir)
+        try:
+            launch = Launch(place, argv, environment(behaviour))
+            supervise(Supervisor(resolved(log_dir), launch, stage_s=0.3, stop_s=0.3))
+        finally:
+            place.leave()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "up":
+        sys.exit(up(Path(sys.argv[2]), json.loads(sys.argv[3])))
+    else:
+        process.MODULES = dict.fromkeys(process.MODULES, "fake_cluster")
+        sys.exit(process.run_actor(sys.argv[2], sys.argv[3], int(sys.argv[4])))

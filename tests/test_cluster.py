@@ -1,0 +1,251 @@
+"""The whole protocol in virtual time: right tokens, nothing lost, nothing leaked, whoever dies whenever."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import trio
+from memory_cluster import baseline, generate, memory_cluster, reference
+from trio.testing import MockClock
+
+from memserve.api.service import GenerationParams
+from memserve.errors import RequestFailed
+from memserve.messages import Sampling
+from memserve.tokens import pack
+
+PD = (("p0", "prefill"), ("d0", "decode"))
+PD2 = (("p0", "prefill"), ("p1", "prefill"), ("d0", "decode"), ("d1", "decode"))
+BOTH = (("w0", "both"),)
+
+
+def prompt(seed: int, length: int) -> list[int]:
+    """Some tokens."""
+    rng = random.Random(seed)
+    return [rng.randrange(2, 50_000) for _ in range(length)]
+
+
+@pytest.mark.parametrize("workers", [PD, PD2, BOTH])
+@pytest.mark.parametrize("chunk_tokens", [3, 16, 1000])
+async def test_tokens_are_those_of_an_undisturbed_run(autojump_clock: MockClock, workers, chunk_tokens) -> None:
+    """Layout and chunk size must not show in the tokens, and no page may stay leased."""
+    async with memory_cluster(*workers, chunk_tokens=chunk_tokens) as (cluster, frontend):
+        for length, new in [(1, 9), (4, 1), (17, 30), (60, 5), (16, 16)]:
+            assert await generate(frontend, prompt(length, length), new) == reference(prompt(length, length), new)
+        await baseline(cluster)
+
+
+@pytest.mark.parametrize("workers", [PD, BOTH])
+async def test_many_at_once_share_batches_and_prefixes(autojump_clock: MockClock, workers) -> None:
+    """Batched with others, with half of the prompt shared: still every stream's own tokens."""
+    async with memory_cluster(*workers) as (cluster, frontend):
+        common = prompt(0, 22)
+        results: dict[int, list[int]] = {}
+
+        async def one(i: int) -> None:
+            await trio.sleep(i * 0.013)
+            results[i] = await generate(frontend, common + prompt(i, i % 7), 5 + i, seed=i % 3)
+
+        async with trio.open_nursery() as nursery:
+            for i in range(16):
+                nursery.start_soon(one, i)
+        for i, tokens in results.items():
+            assert tokens == reference(common + prompt(i, i % 7), 5 + i, seed=i % 3)
+        await baseline(cluster)
+
+
+async def cached(frontend, tokens: list[int], new: int) -> int:
+    """Cached prompt tokens of one request."""
+    params = GenerationParams(Sampling(0.0), new, ())
+    async with frontend.open(pack(tokens), params, "") as stream:
+        async for chunk in stream:
+            last = chunk
+    return last.cached_tokens
+
+
+@pytest.mark.parametrize(("retire", "expected"), [("all", 48), ("prompt", 28), ("none", 0)])
+async def test_a_second_turn_finds_prompt_and_answer(autojump_clock: MockClock, retire, expected) -> None:
+    """The next turn must not compute again what the last one left, as far as the caching mode keeps it."""
+    async with memory_cluster(*PD, retire=retire) as (cluster, frontend):
+        first = prompt(1, 30)
+        answer = await generate(frontend, first, 20)
+        assert await cached(frontend, first + answer + prompt(2, 5), 3) == expected
+        await baseline(cluster)
+
+
+async def test_handing_over_copies_nothing(autojump_clock: MockClock) -> None:
+    """Prefill hands decode its pages by moving the lease."""
+    async with memory_cluster(*PD) as (cluster, frontend):
+        await generate(frontend, prompt(1, 30), 20)
+        gauges = cluster.actors["s0"].core.gauges()
+        assert gauges["handed_over_pages_total"] == 9  # 30 tokens in 8 pages, and one ahead
+        assert gauges["handoff_bytes_copied_total"] == 0
+
+
+@pytest.mark.parametrize("workers", [PD, BOTH, PD2])
+async def test_a_pool_too_small_for_all_serves_all(autojump_clock: MockClock, workers) -> None:
+    """When pages run out, requests queue and the youngest give way; everyone finishes with the right tokens."""
+    async with memory_cluster(*workers, pages=40) as (cluster, frontend):
+        results: dict[int, list[int]] = {}
+
+        async def one(i: int) -> None:
+            results[i] = await generate(frontend, prompt(i, 20), 60)
+
+        async with trio.open_nursery() as nursery:
+            for i in range(12):
+                nursery.start_soon(one, i)
+        assert results == {i: reference(prompt(i, 20), 60) for i in range(12)}
+        await baseline(cluster)
+
+
+async def test_a_request_larger_than_the_pool_is_refused(autojump_clock: MockClock) -> None:
+    """What can never fit must not wait for ever."""
+    async with memory_cluster(*BOTH, pages=10) as (cluster, frontend):
+        with pytest.raises(RequestFailed, match="too_large") as caught:
+            await generate(frontend, prompt(1, 60), 5)
+        assert caught.value.status == 400
+        with pytest.raises(RequestFailed, match="too_large"):
+            await generate(frontend, prompt(2, 30), 100)
+        await baseline(cluster)
+
+
+@pytest.mark.parametrize("after", [0.0, 0.005, 0.02, 0.1, 0.2, 0.4])
+@pytest.mark.parametrize("workers", [PD, BOTH])
+async def test_a_client_that_leaves_frees_its_pages(autojump_clock: MockClock, after, workers) -> None:
+    """Cancel at every phase; pages come back at once and others go on."""
+    async with memory_cluster(*workers) as (cluster, frontend):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(generate, frontend, prompt(1, 60), 100)
+            with trio.move_on_after(after):
+                await generate(frontend, prompt(2, 60), 100)
+            at = trio.current_time()
+            await trio.sleep(0.03)  # a step under way, and one more
+            held = sum(len(one._live) for one in (a.core for a in cluster.actors.values()) if hasattr(one, "_live"))
+            assert held <= 1, f"still held {trio.current_time() - at} s after the client left"
+        await baseline(cluster)
+
+
+@pytest.mark.parametrize("victim", ["p0", "d0", "p1", "d1"])
+@pytest.mark.parametrize("after", [0.001, 0.02, 0.04, 0.08, 0.3])
+@pytest.mark.parametrize("announced", [True, False])
+async def test_killing_a_worker_costs_no_token(autojump_clock: MockClock, victim, after, announced) -> None:
+    """kill -9 at any phase: every stream completes with the tokens of an undisturbed run, none twice, none missing."""
+    async with memory_cluster(*PD2, announce_deaths=announced) as (cluster, frontend):
+        results: dict[int, list[int]] = {}
+
+        async def one(i: int) -> None:
+            await trio.sleep(i * 0.01)
+            results[i] = await generate(frontend, prompt(i, 40), 30, seed=i)
+
+        async with trio.open_nursery() as nursery:
+            for i in range(8):
+                nursery.start_soon(one, i)
+            await trio.sleep(after)
+            cluster.kill(victim)
+        assert results == {i: reference(prompt(i, 40), 30, seed=i) for i in range(8)}
+        await baseline(cluster)
+
+
+async def test_the_only_worker_dies_and_returns(autojump_clock: MockClock) -> None:
+    """Requests wait for the restarted worker instead of failing."""
+    async with memory_cluster(*BOTH) as (cluster, frontend), trio.open_nursery() as nursery:
+        results: list[list[int]] = []
+
+        async def one() -> None:
+            results.append(await generate(frontend, prompt(1, 40), 50))
+
+        nursery.start_soon(one)
+        await trio.sleep(0.2)
+        cluster.kill("w0")
+        assert not frontend.healthy() or await trio.sleep(0.1) or not frontend.healthy()
+        await trio.sleep(3)
+        await cluster.worker("w0", "both")
+        with trio.fail_after(20):
+            while not results:
+                await trio.sleep(0.1)
+        assert results == [reference(prompt(1, 40), 50)]
+        await baseline(cluster)
+
+
+async def test_a_scheduler_that_restarts_interrupts_no_stream(autojump_clock: MockClock) -> None:
+    """Membership is soft state: streams go on without a scheduler, and a new one knows all within a second or two."""
+    async with memory_cluster(*PD) as (cluster, frontend), trio.open_nursery() as nursery:
+        old = cluster.actors["scheduler-0"]
+        results: dict[int, list[int]] = {}
+
+        async def one(i: int) -> None:
+            results[i] = await generate(frontend, prompt(i, 40), 40)
+
+        nursery.start_soon(one, 1)
+        await trio.sleep(0.1)
+        cluster.kill("scheduler-0")
+        nursery.start_soon(one, 2)  # submitted while there is none
+        await trio.sleep(1)
+        new = await cluster.scheduler()
+        for actor in cluster.actors.values():  # the well-known address of real sockets
+            actor.shell.link.connect(actor.shell.link.actor.__class__("scheduler-0.seed"), new.shell.link.endpoint)
+        assert old.id != new.id
+        with trio.fail_after(20):
+            while len(results) < 2:
+                await trio.sleep(0.1)
+        assert results == {i: reference(prompt(i, 40), 40) for i in (1, 2)}
+
+
+async def test_the_dead_frontend_s_requests_are_dropped(autojump_clock: MockClock) -> None:
+    """Nobody reads those tokens any more: the workers let go and the pages come back."""
+    async with memory_cluster(*PD) as (cluster, frontend):
+        other = await cluster.frontend("frontend-1")
+        await cluster.settled(other)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(generate, other, prompt(1, 60), 100)
+            await trio.sleep(0.1)
+            cluster.kill("frontend-1")
+            await trio.sleep(0.2)
+            assert cluster.actors["d0"].core.idle
+            nursery.cancel_scope.cancel()
+        await baseline(cluster)
+        assert await generate(frontend, prompt(3, 9), 5) == reference(prompt(3, 9), 5)
+
+
+async def test_a_full_frontend_refuses(autojump_clock: MockClock) -> None:
+    """Beyond frontend.max_requests a client is told 429 and when to come again, and nobody else notices."""
+    async with memory_cluster(*BOTH) as (_, frontend), trio.open_nursery() as nursery:
+        for i in range(64):
+            nursery.start_soon(generate, frontend, prompt(i, 5), 50)
+        await trio.testing.wait_all_tasks_blocked()
+        with pytest.raises(RequestFailed, match="overloaded") as caught:
+            await generate(frontend, prompt(99, 5), 5)
+        assert (caught.value.status, caught.value.retry_after_s) == (429, 1.0)
+
+
+@pytest.mark.parametrize("seed", range(12))
+async def test_random_clients_and_kills(autojump_clock: MockClock, seed: int) -> None:
+    """Clients that come, share prefixes and leave, a small pool, workers that die and return: all tokens right, no leak."""
+    rng = random.Random(seed)
+    async with memory_cluster(*PD2, pages=rng.choice([60, 400]), rows=rng.choice([3, 8])) as (cluster, frontend):
+        trunks = [prompt(1000 + i, 30) for i in range(3)]
+
+        async def client(i: int) -> None:
+            for turn in range(3):
+                text = rng.choice(trunks)[: rng.randrange(1, 30)] + prompt(i * 10 + turn, rng.randrange(1, 20))
+                new = rng.randrange(1, 40)
+                with trio.move_on_after(rng.choice([0.05, 0.3, 1e4])) as patience:
+                    got = await generate(frontend, text, new, seed=i % 3)
+                if not patience.cancelled_caught:
+                    assert got == reference(text, new, seed=i % 3)
+
+        async def killer(names: dict[str, str]) -> None:
+            for _ in range(4):
+                await trio.sleep(rng.random() * 0.4)
+                name = rng.choice(sorted(names))
+                cluster.kill(name)
+                await trio.sleep(rng.random() * 0.3)
+                await cluster.worker(name, names[name])
+
+        async with trio.open_nursery() as nursery:
+            for i in range(10):
+                nursery.start_soon(client, i)
+            nursery.start_soon(killer, dict(PD2))
+        await baseline(cluster)
+
+

@@ -1,0 +1,343 @@
+"""Configurations: what is accepted, what is refused and in which words, and what a machine makes of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import attrs
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memserve import config, configfile, resolve
+from memserve.config import Config, ModelConfig, Resolved
+from memserve.engine.spec import ModelSpec
+from memserve.errors import ConfigError
+
+MINIMAL = '[model]\npath = "m.gguf"\n'
+SPEC = ModelSpec(
+    name="toy",
+    architecture="llama",
+    layers=2,
+    hidden=64,
+    intermediate=128,
+    heads=4,
+    kv_heads=2,
+    head_dim=16,
+    vocab=100,
+    rope_theta=10000.0,
+    rms_eps=1e-5,
+    max_context=2048,
+    tied_embeddings=True,
+    bos=None,
+    eos=(2,),
+    chat_template="{{ messages }}",
+)
+MACHINE = resolve.Machine(
+    cores=4,
+    free_bytes=8 << 30,
+    log_dir="/tmp/logs",
+    runtime_dir="/tmp/memserve-0-x",
+    run="20260101-000000-beef",
+)
+
+
+@pytest.fixture
+def written(tmp_path):
+    """Writes a TOML file; answers its path."""
+
+    def write(text: str) -> str:
+        path = tmp_path / "cluster.toml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def toy_model(monkeypatch):
+    """Every path is a toy model's."""
+    monkeypatch.setattr(resolve, "find_model", lambda path: Path("/models") / path)
+    monkeypatch.setattr(resolve, "read_spec", lambda path: SPEC)
+
+
+def problems(path: str, *overrides: str) -> list[str]:
+    """The lines of the error, without the file's name where they begin with it."""
+    with pytest.raises(ConfigError) as caught:
+        config.load(path, overrides)
+    return [line.removeprefix(f"{path}: ") for line in str(caught.value).splitlines()]
+
+
+def test_defaults_need_only_a_model(written):
+    """If it failed, the shortest file that the documentation shows would not start."""
+    loaded = config.load(written(MINIMAL))
+    assert loaded == Config(model=ModelConfig(path="m.gguf"))
+    assert [worker.shard for worker in loaded.worker] == [loaded.shard[0].name]
+
+
+def test_every_mistake_is_reported_at_once_with_path_rule_value_and_hint(written):
+    """If it failed, users would repair one key a try, or not learn which of the tables is meant."""
+    text = """
+    [model]
+    pth = "x"
+    dtype = "bfloat61"
+    [pool]
+    page_tokens = 4.7
+    [[shard]]
+    name = "s0"
+    memory = "1GB"
+    [[shard]]
+    name = "s0"
+    [[worker]]
+    name = "w0"
+    role = "prefil"
+    shard = "s1"
+    polcy = "least_load"
+    [schduler]
+    count = 1
+    [frontend]
+    port = 99999
+    """
+    assert problems(written(text)) == [
+        "model.path is required and missing",
+        'model.dtype must be one of bfloat16, float32, not "bfloat61"; did you mean "bfloat16"?',
+        'model.pth is not a known key (value "x"); did you mean path?',
+        "pool.page_tokens must be a whole number, not 4.7",
+        'shard[0].memory must be a size such as "512MiB" or "2GiB", or a whole number of bytes, not "1GB"; '
+        'did you mean "1GiB"?',
+        'worker[0].role must be one of prefill, decode, both, not "prefil"; did you mean "prefill"?',
+        'worker[0].polcy is not a known key (value "least_load"); did you mean scheduler.policy?',
+        "frontend.port must be between 0 and 65535, not 99999",
+        'schduler is not a known key (value {"count": 1}); did you mean scheduler?',
+        'shard[1].name must be unique, not "s0": shard[0].name has it already',
+        'worker[0].shard must name a [[shard]] (s0), not "s1"; did you mean "s0"?',
+    ]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("frontend.port", "4.7"),
+        ("frontend.port", '"80"'),
+        ("frontend.port", "true"),
+        ("frontend.port", "{ a = 1 }"),
+        ("pool.lease_s", '"10"'),
+        ("pool.lease_s", "nan"),
+        ("pool.lease_s", "true"),
+        ("model.path", "3"),
+        ("model.path", '""'),
+        ("model.dtype", "2020-01-01"),
+        ("model", "3"),
+        ("cache.mode", "4"),
+        ("cache.mode", "true"),
+        ("shard.0.memory", "0"),
+        ("shard.0.memory", '"1 GIB"'),
+        ("shard.0.name", '"S0"'),
+        ("shard.0.device", '"cuda"'),
+        ("worker", "[]"),
+        ("worker", '{ name = "w0" }'),
+        ("worker.0", "3"),
+        ("worker.0.name", '"frontend-0"'),
+        ("frontend.api_keys", '"one"'),
+        ("frontend.api_keys", "[1]"),
+        ("frontend.api_keys", '["a b"]'),
+        ("frontend.api_keys", '["a", "a"]'),
+        ("frontend.host", '"localhost:80"'),
+        ("frontend.host", '"300.1.1.1"'),
+        ("pool.page_tokens", "12"),
+    ],
+)
+def test_wrong_values_are_refused_not_converted(written, key, value):
+    """If it failed, 4.7 would become port 4, or a wrong value would surface as a traceback in some actor."""
+    (line,) = problems(written(MINIMAL), f"{key}={value}")
+    assert line.startswith(f"--set {key}: ")
+    assert "must" in line
+
+
+def test_overrides_take_toml_values_bare_strings_names_and_indexes(written):
+    """If it failed, `--set` could not reach some keys, or would need quotes within quotes."""
+    text = MINIMAL + '[[shard]]\nname = "s0"\n[[worker]]\nname = "p0"\n[[worker]]\nname = "d0"\n'
+    loaded = config.load(
+        written(text),
+        [
+            "frontend.port=8123",
+            "model.dtype=float32",
+            "worker.0.threads=1",
+            "worker.d0.threads = 2",
+            'frontend.api_keys=["a", "b"]',
+            "frontend.host=0.0.0.0",
+            "shard.s0.memory=2GiB",
+            "cache.mode=2",
+            "logging.dir=a=b",
+        ],
+    )
+    assert loaded.frontend.port == 8123
+    assert loaded.model.dtype == "float32"
+    assert [worker.threads for worker in loaded.worker] == [1, 2]
+    assert loaded.frontend.api_keys == ("a", "b")
+    assert loaded.frontend.host == "0.0.0.0"
+    assert loaded.shard[0].memory == 2 << 30
+    assert loaded.cache.mode == "2"
+    assert loaded.logging.dir == "a=b"
+
+
+def test_overrides_reach_the_default_tables(written):
+    """If it failed, `--set worker.w0.threads=1` would only work in files that spell the worker out."""
+    loaded = config.load(written(MINIMAL), ["worker.w0.threads=1", "shard.0.memory=4MiB"])
+    assert loaded.worker[0].threads == 1
+    assert loaded.shard[0].memory == 4 << 20
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("frontend.port", "must be written KEY=VALUE"),
+        (".port=1", "must be written KEY=VALUE"),
+        ("worker.p9.threads=1", "must name a worker by name (w0) or number (0 to 0)"),
+        ("worker.7.threads=1", "must name a worker by name (w0) or number (0 to 0)"),
+        ("frontend.prt=1", "is not a known key (value 1); did you mean port?"),
+        ("frontned.port=1", "did you mean frontend?"),
+        ("model.path.x=1", "model.path is not a table"),
+    ],
+)
+def test_wrong_overrides_are_named_as_such(written, override, said):
+    """If it failed, a user would look for the mistake in the file."""
+    (line,) = problems(written(MINIMAL), override)
+    assert line.startswith("--set ")
+    assert said in line
+
+
+def test_roles_must_be_complete_on_each_shard(written):
+    """If it failed, a cluster would start in which no request can ever finish."""
+    text = MINIMAL + '[[shard]]\nname = "s0"\n[[worker]]\nname = "p0"\nrole = "prefill"\n'
+    assert problems(written(text)) == ['worker must hold one on shard "s0" that can decode, not only prefill']
+
+
+def test_a_worker_must_say_which_of_several_shards_it_uses(written):
+    """If it failed, workers would land on a shard by accident of order."""
+    text = MINIMAL + '[[shard]]\nname = "a"\n[[shard]]\nname = "b"\n[[worker]]\nname = "w0"\n'
+    assert problems(written(text)) == ["worker[0].shard is required with more than one shard; known: a, b"]
+
+
+def test_api_keys_never_appear_in_errors(written):
+    """If it failed, keys would end in terminals' histories and CI logs."""
+    path = written(MINIMAL)
+    for value in ('["s3cret key"]', '"s3cret"', '["s3cret", "s3cret"]', "[3, 's3cret']"):
+        assert "s3cret" not in "\n".join(problems(path, f"frontend.api_keys={value}"))
+
+
+def test_syntax_errors_say_line_and_column(written):
+    """If it failed, a missing quote would have to be found by eye."""
+    (line,) = problems(written('[model]\npath = "m\n'))
+    assert "not valid TOML" in line
+    assert "line 2, column" in line
+
+
+def test_missing_files_list_what_is_shipped(tmp_path):
+    """If it failed, `up -c dmo` would not lead to demo."""
+    (line,) = problems("dmo")
+    assert "there is no such file; did you mean demo?" in line
+    assert "cannot be read" in problems(str(tmp_path / "x"), "a=b")[0] or "no such file" in line
+
+
+@pytest.mark.parametrize("name", ["demo", "colocated", "2p2d"])
+def test_shipped_configurations_load_by_name(name):
+    """If it failed, an installed memserve could not run its own examples."""
+    assert name in configfile.shipped()
+    assert config.load(name).model.path.startswith("package:")
+
+
+def test_every_setting_has_help_and_numbers_have_units():
+    """If it failed, a setting would be explained nowhere."""
+    for section, cls in config.section_types().items():
+        for field in attrs.fields(cls):
+            assert field.metadata["help"], f"{section}.{field.name}"
+            if field.name.endswith("_s"):
+                assert field.metadata["unit"] == "seconds", f"{section}.{field.name}"
+
+
+words = st.sampled_from(["", "x", "s0", "w0", "name", "path", "role", "shard", "both", "prefill", "1GiB"])
+scalars = st.booleans() | st.integers(-1, 99) | st.just(0.5) | words
+some_tables = st.dictionaries(words, scalars | st.lists(scalars, max_size=2), max_size=3)
+sections = st.sampled_from([*config.section_types(), "x"])
+
+
+@given(
+    st.dictionaries(sections, scalars | some_tables | st.lists(some_tables | scalars, max_size=3), max_size=5)
+)
+def test_no_tree_of_values_escapes_as_anything_but_problems(tree):
+    """If it failed, some wrong file would give a traceback instead of a list of mistakes."""
+    configfile.fill_in(tree)
+    loaded, wrong = configfile.structure(tree)
+    assert (loaded is None) == bool(wrong)
+    assert all(problem.text for problem in [*wrong, *configfile.cross_check(tree)])
+
+
+# ---- resolving -----------------------------------------------------------------------------------------------
+
+
+def test_resolved_counts_pages_and_threads_and_says_why(written, toy_model):
+    """If it failed, `check` would not explain a cluster, or actors would disagree on page counts."""
+    loaded = config.load(written(MINIMAL), ["shard.s0.memory=1MiB", "worker.w0.threads=99"])
+    resolved = config.resolve(loaded, MACHINE)
+    assert resolved.page_bytes == SPEC.layers * 2 * SPEC.kv_heads * 16 * SPEC.head_dim * 2 == 4096 * 1
+    assert resolved.shard_pages == {"s0": 256}
+    assert resolved.threads == {"w0": 4}
+    assert resolved.max_context == 2048
+    assert resolved.run_dir == "/tmp/logs/20260101-000000-beef"
+    why = {reason.key: reason.why for reason in resolved.reasons}
+    assert why["worker.w0.threads"] == "99 asked for, but this process may use 4 cores"
+    assert "4096 tokens, 2.0 full contexts" in why["shard.s0"]
+
+
+def test_resolved_survives_json(written, toy_model):
+    """If it failed, actors would run with other settings than the supervisor decided."""
+    loaded = config.load(written(MINIMAL), ['frontend.api_keys=["k"]', "pool.lease_s=3"])
+    resolved = config.resolve(loaded, MACHINE)
+    assert Resolved.from_json(resolved.to_json()) == resolved
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (
+            ["shard.s0.memory=1MiB", "pool.page_tokens=8", "model.dtype=float32", "model.max_context=4096"],
+            "2048",
+        ),
+        (["shard.s0.memory=9GiB"], "shard.memory must fit in the machine's free memory (8 GiB)"),
+        (["shard.s0.memory=1MiB", "model.dtype=float32"], ""),
+    ],
+)
+def test_what_the_machine_cannot_do_is_refused(written, toy_model, overrides, said):
+    """If it failed, a cluster would be killed for want of memory, or its longest request would never fit."""
+    if not said:
+        assert config.resolve(config.load(written(MINIMAL), overrides), MACHINE).shard_pages == {"s0": 128}
+        return
+    with pytest.raises(ConfigError, match=said.replace("(", r"\(").replace(")", r"\)")):
+        config.resolve(config.load(written(MINIMAL), overrides), MACHINE)
+
+
+def test_a_shard_too_small_for_one_context_says_what_would_fit(written, toy_model, monkeypatch):
+    """If it failed, the user would have to guess the size that is enough."""
+    monkeypatch.setattr(resolve, "read_spec", lambda path: attrs.evolve(SPEC, max_context=8192))
+    with pytest.raises(ConfigError) as caught:
+        config.resolve(config.load(written(MINIMAL), ["shard.s0.memory=1MiB"]), MACHINE)
+    assert str(caught.value) == (
+        "shard[0].memory must hold one context of 8192 tokens (2 MiB), not 1 MiB: "
+        "raise it, or set model.max_context to at most 4096"
+    )
+
+
+def test_a_missing_model_is_a_config_error(written):
+    """If it failed, a wrong path would be a traceback."""
+    with pytest.raises(ConfigError, match=r"no file 'm\.gguf'"):
+        config.resolve(config.load(written(MINIMAL)), MACHINE)
+
+
+def test_this_machine_is_measured():
+    """If it failed, threads or memory would be planned for another machine."""
+    machine = resolve.Machine.here("logs")
+    assert machine.cores >= 1
+    assert machine.free_bytes > 0
+    assert Path(machine.log_dir).is_absolute()
+    assert Path(machine.runtime_dir).is_absolute()

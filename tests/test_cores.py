@@ -1,0 +1,151 @@
+"""The core budget between real processes, killed ones among them."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from memserve.engine.cores import Cores
+
+Start = Callable[[int, str], "subprocess.Popen[str]"]
+
+CHILD = """if True:
+    import sys, time
+    from pathlib import Path
+    from memserve.engine.cores import Cores
+    cores = Cores(Path(sys.argv[1]), 2, 2, int(sys.argv[2]))
+    {what}
+"""
+HOLD_FOR_EVER = "with cores.hold() as k: print(k, flush=True); time.sleep(60)"
+LOOP = """
+    steps = 0
+    end = time.monotonic() + 1.5
+    print(0, flush=True)
+    while time.monotonic() < end:
+        with cores.hold():
+            time.sleep(0.01)
+        steps += 1
+    print(steps, flush=True)
+"""
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts a worker process in a slot and waits until it printed a line, which is left unread."""
+    children = []
+
+    def run(slot: int, what: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", CHILD.format(what=what), str(tmp_path / "cores"), str(slot)]
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        children.append(child)
+        return child
+
+    yield run
+    for child in children:
+        child.kill()
+        child.communicate()
+
+
+def _line(child: subprocess.Popen[str]) -> int:
+    assert child.stdout is not None
+    return int(child.stdout.readline())
+
+
+def test_a_lone_worker_takes_every_core(tmp_path: Path) -> None:
+    """Idle workers' cores must go to the one that has work."""
+    mine, idle = Cores(tmp_path / "c", 4, 4, 0), Cores(tmp_path / "c", 4, 4, 1)
+    idle.busy(True)
+    idle.busy(False)
+
+    with mine.hold() as held:
+        assert held == 4
+
+
+def test_busy_workers_share_evenly(tmp_path: Path) -> None:
+    """More threads than cores collapse both steps."""
+    workers = [Cores(tmp_path / "c", 8, 8, slot) for slot in range(3)]
+    for worker in workers:
+        worker.busy(True)
+
+    with workers[0].hold() as a, workers[1].hold() as b, workers[2].hold() as c:
+        assert (a, b, c) == (2, 2, 2)
+    workers[2].busy(False)
+    with workers[0].hold() as a, workers[1].hold() as b:
+        assert (a, b) == (4, 4)
+
+
+def test_a_worker_takes_no_more_than_it_wants(tmp_path: Path) -> None:
+    """The threads setting of a worker is an upper limit."""
+    with Cores(tmp_path / "c", 4, 3, 0).hold() as held:
+        assert held == 3
+
+
+def test_a_step_takes_what_is_left(tmp_path: Path) -> None:
+    """A worker that becomes busy during another's step must not run more threads than are free."""
+    first, second = Cores(tmp_path / "c", 3, 2, 0), Cores(tmp_path / "c", 3, 3, 1)
+    with first.hold() as a, second.hold() as b:
+        assert (a, b) == (2, 1)
+
+
+def test_cores_come_back_after_an_error(tmp_path: Path) -> None:
+    """A failed step must not shrink the host."""
+    mine = Cores(tmp_path / "c", 2, 2, 0)
+    with pytest.raises(ZeroDivisionError), mine.hold():
+        raise ZeroDivisionError
+    with mine.hold() as held:
+        assert held == 2
+
+
+def test_a_slot_belongs_to_one_worker(tmp_path: Path) -> None:
+    """Two workers in one slot would count as one, and both take all cores."""
+    first = Cores(tmp_path / "c", 2, 2, 5)
+    first.busy(True)
+    with pytest.raises(RuntimeError, match="slot 5 is another worker's"):
+        Cores(tmp_path / "c", 2, 2, 5).busy(True)
+
+
+def test_kill_9_in_a_step_gives_the_cores_back(start: Start, tmp_path: Path) -> None:
+    """A killed worker would take its cores with it for ever."""
+    child = start(1, HOLD_FOR_EVER)
+    assert _line(child) == 2
+    mine = Cores(tmp_path / "cores", 2, 2, 0)
+    mine.busy(True)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    with mine.hold() as held:
+        assert held == 2
+
+
+def test_waiting_ends_when_a_core_comes_free(start: Start, tmp_path: Path) -> None:
+    """A step must wait for a core, and not longer than it takes."""
+    child = start(1, "with cores.hold() as k: print(k, flush=True); time.sleep(0.5)")
+    assert _line(child) == 2
+    began = time.monotonic()
+    with Cores(tmp_path / "cores", 2, 2, 0).hold() as held:
+        assert held >= 1
+    assert 0.2 < time.monotonic() - began < 5
+
+
+def test_a_stopped_holder_does_not_stop_the_others(start: Start, tmp_path: Path) -> None:
+    """One paused process would pause the whole host."""
+    child = start(1, HOLD_FOR_EVER)
+    assert _line(child) == 2
+    child.send_signal(signal.SIGSTOP)
+    with Cores(tmp_path / "cores", 2, 2, 0, patience_s=0.2).hold() as held:
+        assert held == 1
+
+
+def test_three_workers_on_two_cores_all_advance(start: Start) -> None:
+    """A worker that takes its cores again at once would starve the one that waits."""
+    children = [start(slot, LOOP) for slot in range(3)]
+    for child in children:
+        _line(child)
+    steps = [_line(child) for child in children]
+
+    assert min(steps) > 0.25 * max(steps), steps

@@ -1,0 +1,140 @@
+"""Text from tokens one at a time: whole characters only, and nothing of a stop string."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from fake_service import demo_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memserve.engine.detokenizer import STOP_CHARACTERS_MAX, STOPS_MAX, Detokenizer, StopScanner, check_stops
+
+
+def cut(data, places):
+    """``data`` cut at the given places, which may repeat and lie beyond the end."""
+    edges = [0, *sorted(place % (len(data) + 1) for place in places), len(data)]
+    return [data[start:end] for start, end in zip(edges, edges[1:], strict=False)]
+
+
+@given(st.text(), st.lists(st.integers(0, 1000)))
+def test_any_cut_of_any_text_comes_out_whole(text, places):
+    """A character would be lost, or shown as two broken halves, where a token ends within it."""
+    pieces = cut(text.encode(), places)
+    detokenizer = Detokenizer(pieces.__getitem__)
+    outputs = [detokenizer.push(token) for token in range(len(pieces))]
+
+    assert "".join(outputs) + detokenizer.finish() == text
+    for count in range(len(outputs) + 1):
+        assert text.startswith("".join(outputs[:count]))
+
+
+@given(st.binary(), st.lists(st.integers(0, 1000)))
+def test_bytes_that_are_no_text_come_out_as_replacement_characters(data, places):
+    """A model that emits half a character would end its stream with an exception, or with other text than whole."""
+    pieces = cut(data, places)
+    detokenizer = Detokenizer(pieces.__getitem__)
+    outputs = [detokenizer.push(token) for token in range(len(pieces))]
+
+    assert "".join(outputs) + detokenizer.finish() == data.decode("utf-8", "replace")
+
+
+def test_a_character_of_several_tokens_waits_for_its_last():
+    """Clients would see replacement characters flicker in streamed CJK and emoji."""
+    tokenizer = demo_tokenizer()
+    tokens = tokenizer.encode("日🚀", allow_special=False)
+    assert len(tokens) > 3
+    detokenizer = Detokenizer(tokenizer.piece)
+
+    outputs = [detokenizer.push(token) for token in tokens]
+
+    assert [output for output in outputs if output] == ["日", "🚀"]
+    assert detokenizer.finish() == ""
+    detokenizer.push(tokens[0])
+    assert detokenizer.finish() == "�"
+
+
+def test_time_per_token_does_not_grow():
+    """A stream would slow down as it gets longer, as it does where everything is decoded again for each token."""
+    detokenizer = Detokenizer(lambda _token: b"word ")
+    scanner = StopScanner(["\n\nUser:"])
+
+    def run(count):
+        start = time.perf_counter()
+        for token in range(count):
+            scanner.push(detokenizer.push(token))
+        return time.perf_counter() - start
+
+    first = min(run(5000) for _ in range(3))
+    run(100_000)
+    assert min(run(5000) for _ in range(3)) < 5 * first
+
+
+def naive(text, stops):
+    """The text up to the stop string that is complete first, the longest of those, by trying every end."""
+    for end in range(len(text) + 1):
+        matches = [stop for stop in stops if text[:end].endswith(stop)]
+        if matches:
+            longest = max(matches, key=len)
+            return text[: end - len(longest)], longest
+    return text, None
+
+
+letters = st.text("ab", max_size=40)
+stops = st.lists(st.text("ab", min_size=1, max_size=5), max_size=4)
+
+
+@given(letters, stops, st.lists(st.integers(0, 1000), max_size=8))
+def test_stop_strings_are_found_however_the_text_is_cut(text, stops, places):
+    """A stop string across two tokens would be missed, or a part of it would reach the client."""
+    scanner = StopScanner(stops)
+    outputs = [scanner.push(part) for part in cut(text, places)]
+    before, matched = naive(text, stops)
+
+    assert scanner.matched == matched
+    assert "".join(outputs) + scanner.finish() == before
+    sent = ""
+    for part, output in zip(cut(text, places), outputs, strict=True):
+        sent += output
+        assert before.startswith(sent), (part, output)
+
+
+@given(letters, stops)
+def test_only_what_may_become_a_stop_string_is_held_back(text, stops):
+    """Streaming with a stop string would stutter: text would wait though nothing can come of it."""
+    scanner = StopScanner(stops)
+    output = scanner.push(text)
+    if scanner.matched is None:
+        held = text[len(output) :]
+        longer = [text[i:] for i in range(len(text)) if any(stop.startswith(text[i:]) for stop in stops)]
+        assert held == max(longer, key=len, default="")
+
+
+def test_nothing_comes_out_after_a_stop():
+    """Text after the stop string would reach the client when tokens were already on their way."""
+    scanner = StopScanner(["STOP"])
+
+    assert scanner.push("one STOP two") == "one "
+    assert scanner.push("three") == ""
+    assert scanner.finish() == ""
+
+
+@pytest.mark.parametrize(
+    ("stops", "text"),
+    [
+        (["x"] * (STOPS_MAX + 1), f"at most {STOPS_MAX} stop strings, got {STOPS_MAX + 1}"),
+        (["ok", ""], "stop string 1 is empty"),
+        (["x" * (STOP_CHARACTERS_MAX + 1)], f"has {STOP_CHARACTERS_MAX + 1} characters, at most"),
+    ],
+)
+def test_stop_strings_have_limits(stops, text):
+    """A request could make every token of its stream expensive, or hold its text back for ever."""
+    with pytest.raises(ValueError, match=text):
+        check_stops(stops)
+
+
+def test_the_limits_themselves_are_allowed():
+    """A documented limit would be off by one."""
+    check_stops(["x" * STOP_CHARACTERS_MAX] * STOPS_MAX)
+    check_stops([])

@@ -1,0 +1,206 @@
+"""Reading logs back: order, damage, one request's life, and the sums of a run."""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import UTC, datetime, timedelta
+from itertools import islice
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memserve import inspect
+from memserve.errors import UserError
+from memserve.inspect import Filter, Tally
+
+START = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+def line(at_ms: float, actor: str, event: str, level: str = "info", **data) -> dict:
+    """One record as an actor writes it."""
+    ts = (START + timedelta(milliseconds=at_ms)).isoformat(timespec="microseconds").replace("+00:00", "Z")
+    return {"ts": ts, "level": level, "event": event, "actor": f"{actor}.00000001", "kind": "K", "pid": 1, **data}
+
+
+def finished(at_ms: float, request: str, outcome: str = "stop", **data) -> dict:
+    """A canonical line."""
+    base = {"prompt_tokens": 100, "cached_tokens": 25, "output_tokens": 10, "ttft_ms": 20.0, "tpot_ms": 2.0}
+    base |= {"total_ms": 40.0, "prefill": "p0.00000001", "decode": "d0.00000001"}
+    return line(at_ms, "frontend-0", "request finished", request=request, outcome=outcome, **(base | data))
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Writes records into a run's files by actor; answers its directory."""
+
+    def write(*records: dict, name: str = "run1"):
+        folder = tmp_path / "logs" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for record in records:
+            with (folder / f"{record['actor'].partition('.')[0]}.jsonl").open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        return folder
+
+    return write
+
+
+LIFE = (
+    line(0, "frontend-0", "request received", request="abc1", attempt=0, prompt_tokens=100, max_tokens=10),
+    line(1, "scheduler-0", "request placed", request="abc1", attempt=0, prefill="p0.1", decode="d0.1", policy="least_load"),
+    line(2, "p0", "prefill started", request="abc1", attempt=0, cached_tokens=25),
+    line(20, "p0", "prefill finished", request="abc1", attempt=0, prefill_ms=18.0),
+    line(20.5, "frontend-0", "first token", request="abc1", attempt=0, ttft_ms=20.5),
+    line(21, "d0", "decode started", request="abc1", attempt=0, handoff_ms=1.0),
+    line(40, "d0", "decode finished", request="abc1", attempt=0, output_tokens=10, decode_ms=19.0),
+    finished(40, "abc1", attempt=0),
+)
+
+
+def events(folder, wanted=None, tally=None):
+    return [record["event"] for record in filter(wanted, inspect.read_run(folder, tally or Tally()))]
+
+
+def test_files_are_merged_by_time(run):
+    """If it failed, a request would seem to be decoded before it was received."""
+    folder = run(*reversed(LIFE[::2]), name="other") and run(*LIFE)
+    assert events(folder) == [record["event"] for record in LIFE]
+
+
+def test_damaged_lines_are_counted_and_passed_over(run):
+    """If it failed, one line cut by a full disk would hide a whole log."""
+    folder = run(*LIFE)
+    with (folder / "p0.jsonl").open("ab") as file:
+        file.write(b'garbage\n\xff\xfe\n[1]\n{"event":"x"}\n{"ts":3,"event":"x"}\n\n' + b"x" * (3 << 20) + b"\n")
+        file.write(json.dumps(line(50, "p0", "after the damage")).encode() + b'\n{"ts":"2026')
+    tally = Tally()
+    assert events(folder, tally=tally)[-1] == "after the damage"
+    assert (tally.lines, tally.corrupt, tally.torn) == (9, 6, 1)
+    assert tally.complaint() == "passed over 6 corrupt lines and 1 unfinished line"
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_can_be_read(data):
+    """If it failed, some damage would be a traceback."""
+    record = inspect.parse(data, Tally())
+    assert record is None or "ts" in record
+
+
+def test_following_shows_old_new_and_half_written_lines_once(run):
+    """If it failed, `logs --follow` would miss lines, repeat them, or show half of one."""
+    folder = run(LIFE[0])
+    path = folder / "frontend-0.jsonl"
+    half = json.dumps(LIFE[4]).encode()
+
+    def sleep(_seconds, turns=iter(range(9))):
+        turn = next(turns)
+        with path.open("ab") as file:
+            file.write((half[:30], half[30:] + b"\n", b"")[min(turn, 2)])
+        if turn == 2:
+            run(LIFE[2])
+
+    followed = inspect.follow(folder, Tally(), sleep)
+    assert [record["event"] for record in islice(followed, 3)] == ["request received", "first token", "prefill started"]
+    followed.close()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "count"),
+    [
+        (Filter(actor="p0"), 2),
+        (Filter(actor="p0.0000"), 2),
+        (Filter(actor="p"), 0),
+        (Filter(actor="p0.1"), 0),
+        (Filter(request="abc"), 8),
+        (Filter(request="abd"), 0),
+        (Filter(level="warning"), 0),
+        (Filter(actor="d0", request="abc1"), 2),
+    ],
+)
+def test_filters_narrow_by_actor_level_and_request(run, wanted, count):
+    """If it failed, the options of `memserve logs` would show other lines than asked for."""
+    assert len(events(run(*LIFE), wanted)) == count
+
+
+def test_a_timeline_shows_one_life_across_actors(run):
+    """If it failed, where a request's time went could not be seen."""
+    folder = run(*LIFE, line(5, "p0", "prefill started", request="abcdef"))
+    life = inspect.timeline(inspect.read_run(folder, Tally()), "abc1")
+    assert (life.request, life.total_ms) == ("abc1", pytest.approx(40))
+    assert [(moment.actor, moment.at_ms) for moment in life.moments][:3] == [
+        ("frontend-0", pytest.approx(0)),
+        ("scheduler-0", pytest.approx(1)),
+        ("p0", pytest.approx(2)),
+    ]
+    assert life.moments[2].until_ms == pytest.approx(20)
+    assert life.moments[2].data == {"attempt": 0, "cached_tokens": 25}
+
+
+def test_an_ambiguous_or_unknown_request_is_a_users_error(run):
+    """If it failed, the timeline would mix two requests, or be empty without a word."""
+    folder = run(*LIFE, line(5, "p0", "prefill started", request="abc2"))
+    with pytest.raises(UserError, match="'abc' begins 2 requests: abc1, abc2"):
+        inspect.timeline(inspect.read_run(folder, Tally()), "abc")
+    with pytest.raises(UserError, match="no line of this run is about a request 'zzz'"):
+        inspect.timeline(inspect.read_run(folder, Tally()), "zzz")
+
+
+def test_bars_lie_where_their_time_lies():
+    """If it failed, the picture would contradict the figures."""
+    assert inspect.bar(0, 5, 10, 10) == "█████·····"
+    assert inspect.bar(5, 10, 10, 10) == "·····█████"
+    assert inspect.bar(10, 10, 10, 10) == "·········█"
+    assert inspect.bar(0, 0, 0, 4) == "█···"
+
+
+def test_a_summary_counts_outcomes_times_tokens_and_workers(run):
+    """If it failed, a run would look better or worse than it was."""
+    records = [line(i, "frontend-0", "request received", request=f"r{i}") for i in range(101)]
+    records += [finished(1000 + i, f"r{i}", ttft_ms=float(i + 1)) for i in range(98)]
+    records += [finished(2000, "r98", "error", code="overloaded", ttft_ms=None, tpot_ms=None, prefill=None, decode=None)]
+    records += [finished(2001, "r99", "cancelled", ttft_ms=99.0, prompt_tokens="?")]
+    records += [line(3000, "d0", "lease expired", "warning")]
+    facts = inspect.summarize(inspect.read_run(run(*records), Tally())).to_dict()
+    assert facts["requests"] == {
+        "received": 101,
+        "finished": 100,
+        "unfinished": 1,
+        "resubmitted": 0,
+        "outcomes": {"stop": 98, "error: overloaded": 1, "cancelled": 1},
+    }
+    assert facts["ttft_ms"] == {"p50": 50.0, "p90": 90.0, "p99": 99.0}
+    assert facts["cached_share"] == pytest.approx(2500 / 9900, abs=1e-4)
+    assert facts["output_tokens"] == 1000
+    assert facts["workers"] == {"d0": {"prefills": 0, "decodes": 99}, "p0": {"prefills": 99, "decodes": 0}}
+    assert facts["troubles"] == {"warning: lease expired": 1}
+    assert facts["elapsed_s"] == 3.0
+
+
+def test_the_newest_run_is_found(run, tmp_path):
+    """If it failed, `memserve logs` would show an old run."""
+    old, new = run(LIFE[0], name="b-old"), run(LIFE[0], name="a-new")
+    os.utime(old / "frontend-0.jsonl", (1, 1))
+    (tmp_path / "logs" / "empty").mkdir()
+    assert inspect.find_run(tmp_path / "logs") == new
+    assert inspect.find_run(old) == old
+    with pytest.raises(UserError, match="there is no log directory"):
+        inspect.find_run(tmp_path / "nothing")
+    with pytest.raises(UserError, match="holds no run"):
+        inspect.find_run(tmp_path / "logs" / "empty")
+
+
+def test_memory_does_not_grow_with_the_run(run):
+    """If it failed, a long run's log could not be read on the machine that wrote it."""
+    import tracemalloc
+
+    folder = run(LIFE[0])
+    with (folder / "p0.jsonl").open("w") as file:
+        for i in range(30_000):
+            file.write(json.dumps(line(i, "p0", "steps", request=f"r{i}", text="x" * 200)) + "\n")
+    tracemalloc.start()
+    try:
+        assert inspect.summarize(inspect.read_run(folder, Tally())).to_dict()["requests"]["received"] == 1
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()

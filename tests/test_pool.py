@@ -1,0 +1,299 @@
+"""The pool's calls, against a model that also writes and reads the pages."""
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from memserve.errors import PoolError
+from memserve.mempool.pool import Pool
+from memserve.tokens import count, pack, pages_for, span
+
+PAGE = 2
+TOTAL = 12
+LEASE_S = 5.0
+owners = st.sampled_from(["p.1", "d.1", "d.2"])
+scopes = st.sampled_from(["anne", "bob"])
+prompts = st.lists(st.integers(0, 1), max_size=12).map(pack)
+
+
+class ModelLease:
+    """What the owner of a lease knows: its scope, its tokens so far, its page table, how much it has retired."""
+
+    def __init__(self, owner, scope, tokens, pages, retired):
+        self.owner, self.scope, self.tokens, self.pages, self.retired = owner, scope, tokens, list(pages), retired
+
+
+class PoolAgainstModel(RuleBasedStateMachine):
+    """Workers that die, fall silent, hand over and share prefixes, and one memory that all of them write.
+
+    A page's content is what the KV of its tokens depends on: the scope and every token up to them. Reading anything
+    else through a page table is the bug that this machine hunts.
+    """
+
+    caching = True
+
+    def __init__(self):
+        super().__init__()
+        self.pool = Pool(TOTAL, PAGE, LEASE_S, caching=self.caching, incarnation=3)
+        self.content: dict[int, tuple[str, bytes]] = {}
+        self.leases: dict[int, ModelLease] = {}
+        self.deadlines: dict[str, float] = {}
+        self.now = 0.0
+
+    def write(self, lease, start):
+        """Fill the pages of tokens ``start`` onwards, as a step would."""
+        for index in range(start // PAGE, pages_for(count(lease.tokens), PAGE)):
+            self.content[lease.pages[index]] = (lease.scope, span(lease.tokens, 0, (index + 1) * PAGE))
+
+    def heard(self, owner):
+        self.deadlines[owner] = self.now + LEASE_S
+
+    def lose(self, owner):
+        """Forget an owner's leases; the pages that must come free."""
+        free = self.pool.free_pages
+        self.deadlines.pop(owner, None)
+        for number in [number for number, lease in self.leases.items() if lease.owner == owner]:
+            del self.leases[number]
+        return free
+
+    def draw_lease(self, data):
+        return data.draw(st.sampled_from(sorted(self.leases)))
+
+    @rule(owner=owners, scope=scopes, tokens=prompts, extra=st.integers(0, 4))
+    def acquire(self, owner, scope, tokens, extra):
+        need = pages_for(count(tokens), PAGE) + extra
+        room = self.pool.free_pages + self.pool.evictable_pages
+        matchable = max(count(tokens) - 1, 0) // PAGE * PAGE
+        expected = self.pool.match(scope, span(tokens, 0, matchable))
+        grant = self.pool.acquire(owner, scope, tokens, extra, self.now)
+        if grant is None:
+            assert need > room
+            return
+        self.heard(owner)
+        assert len(grant.pages) == need
+        assert (grant.cached_tokens, grant.pages[: len(expected.pages)]) == (expected.tokens, expected.pages)
+        lease = ModelLease(owner, scope, tokens, grant.pages, grant.cached_tokens)
+        self.leases[grant.lease] = lease
+        self.write(lease, grant.cached_tokens)
+
+    @rule(owner=owners, tokens=st.integers(0, 4), extra=st.integers(TOTAL, TOTAL + 3))
+    def acquire_too_much(self, owner, tokens, extra):
+        if pages_for(tokens, PAGE) + extra > TOTAL:
+            with pytest.raises(PoolError, match="too_large"):
+                self.pool.acquire(owner, "anne", pack([0] * tokens), extra, self.now)
+
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data(), n=st.integers(0, 3), more=prompts)
+    def alloc_and_generate(self, data, n, more):
+        number = self.draw_lease(data)
+        lease = self.leases[number]
+        room = self.pool.free_pages + self.pool.evictable_pages
+        try:
+            lease.pages += self.pool.alloc_mem(lease.owner, number, n, self.now)
+            self.heard(lease.owner)
+        except PoolError as refused:
+            assert (refused.code == "no_pages" and n > room) or (
+                refused.code == "too_large" and len(lease.pages) + n > TOTAL
+            )
+        start = count(lease.tokens)
+        lease.tokens += span(more, 0, len(lease.pages) * PAGE - start)
+        self.write(lease, start)
+
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data())
+    def insert(self, data):
+        number = self.draw_lease(data)
+        lease = self.leases[number]
+        full = count(lease.tokens) // PAGE * PAGE
+        start = data.draw(st.integers(0, lease.retired // PAGE)) * PAGE
+        stop = data.draw(st.integers(start // PAGE, full // PAGE)) * PAGE
+        known = self.pool.match(lease.scope, span(lease.tokens, 0, stop)).tokens
+        already = self.pool.insert(lease.owner, number, start, span(lease.tokens, start, stop))
+        assert already == max(min(known, stop) - start, 0)
+        lease.retired = max(lease.retired, stop)
+
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data(), ragged=st.integers(1, PAGE * 4 - 1))
+    def insert_wrongly(self, data, ragged):
+        number = self.draw_lease(data)
+        lease = self.leases[number]
+        room = len(lease.pages) * PAGE - lease.retired
+        page = pack([7] * PAGE)
+        wrong = [
+            (lease.owner, number, lease.retired, page[:ragged], "not_whole_pages"),
+            (lease.owner, number, lease.retired + 1, page, "not_whole_pages"),
+            (lease.owner, number, lease.retired, page * (room // PAGE + 1), "not_whole_pages"),
+            (lease.owner, number, lease.retired + PAGE, page, "not_contiguous"),
+            (lease.owner, number, -PAGE, page, "not_contiguous"),
+            ("p.9", number, lease.retired, page, "not_owner"),
+            (lease.owner, number + 1000, lease.retired, page, "unknown_lease"),
+        ]
+        if lease.retired and self.caching:
+            wrong.append((lease.owner, number, 0, page, "not_contiguous"))  # other tokens than were retired
+        owner, lease_id, start, tokens, code = data.draw(st.sampled_from(wrong))
+        with pytest.raises(PoolError, match=code):
+            self.pool.insert(owner, lease_id, start, tokens)
+
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data(), new=owners, wrong=owners)
+    def adopt(self, data, new, wrong):
+        number = self.draw_lease(data)
+        lease = self.leases[number]
+        if wrong not in (lease.owner, new) and new != lease.owner:
+            with pytest.raises(PoolError, match="not_owner"):
+                self.pool.adopt(new, number, wrong, self.now)
+        handed = self.pool.counters.handed_over_pages
+        moves = new != lease.owner
+        self.pool.adopt(new, number, lease.owner, self.now)
+        self.pool.adopt(new, number, lease.owner, self.now)  # a repeat
+        if moves:
+            self.heard(new)
+        lease.owner = new
+        assert self.pool.counters.handed_over_pages - handed == moves * len(lease.pages)
+        assert self.pool.counters.handed_over_bytes_copied == 0
+
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data())
+    def free_mem(self, data):
+        number = self.draw_lease(data)
+        lease = self.leases.pop(number)
+        with pytest.raises(PoolError, match="not_owner"):
+            self.pool.free_mem("p.9", number)
+        free = self.pool.free_pages
+        assert self.pool.free_mem(lease.owner, number) == self.pool.free_pages - free
+        with pytest.raises(PoolError, match="unknown_lease"):
+            self.pool.free_mem(lease.owner, number)
+
+    @rule(owner=owners)
+    def drop_owner(self, owner):
+        held = sum(lease.owner == owner for lease in self.leases.values())
+        free = self.lose(owner)
+        lost = self.pool.drop_owner(owner)
+        assert (lost.leases, lost.pages) == (held, self.pool.free_pages - free)
+
+    @rule(owner=owners)
+    def renew(self, owner):
+        self.pool.renew(owner, self.now)
+        self.heard(owner)
+
+    @rule(passed=st.integers(0, 4))
+    def expire(self, passed):
+        self.now += passed
+        silent = {owner for owner, deadline in self.deadlines.items() if deadline <= self.now}
+        for owner in silent:
+            self.lose(owner)
+        assert {lost.owner for lost in self.pool.expire(self.now)} == silent
+        assert self.pool.deadline > self.now
+
+    @rule(n=st.integers(0, 4))
+    def evict(self, n):
+        evictable = self.pool.evictable_pages
+        assert self.pool.evict(n) == min(n, evictable)
+
+    @rule(scope=scopes, tokens=prompts)
+    def delete(self, scope, tokens):
+        free = self.pool.free_pages
+        assert self.pool.delete(scope, tokens) == self.pool.free_pages - free
+
+    @rule(scope=scopes, tokens=prompts)
+    def match(self, scope, tokens):
+        found = self.pool.match(scope, tokens)
+        for index, page in enumerate(found.pages):
+            assert self.content[page] == (scope, span(tokens, 0, (index + 1) * PAGE))
+
+    @invariant()
+    def accounts_balance(self):
+        self.pool.check()
+        assert self.pool.free_pages + self.pool.leased_pages + self.pool.indexed_pages == TOTAL
+        assert self.pool.leases == len(self.leases)
+
+    @invariant()
+    def every_running_request_reads_its_own_tokens(self):
+        for lease in self.leases.values():
+            for index in range(pages_for(count(lease.tokens), PAGE)):
+                expected = (lease.scope, span(lease.tokens, 0, (index + 1) * PAGE))
+                assert self.content[lease.pages[index]] == expected
+
+
+class PoolWithoutCaching(PoolAgainstModel):
+    """The same with caching off: nothing is ever indexed."""
+
+    caching = False
+
+    @invariant()
+    def nothing_is_indexed(self):
+        assert self.pool.indexed_pages == 0
+
+
+RUN = settings(max_examples=80, stateful_step_count=40, deadline=None)
+PoolAgainstModel.TestCase.settings = RUN
+PoolWithoutCaching.TestCase.settings = settings(RUN, max_examples=25)
+TestPool = PoolAgainstModel.TestCase
+TestPool.__doc__ = "A page in two places is one request reading another's KV; a page in none is lost for ever."
+TestPoolWithoutCaching = PoolWithoutCaching.TestCase
+TestPoolWithoutCaching.__doc__ = "A comparison without caching would be worthless if something were cached."
+
+
+def test_one_token_is_always_left_to_compute():
+    """If a whole prompt could be cached, there would be no position to sample the first token from."""
+    pool = Pool(10, 4, LEASE_S)
+    grant = pool.acquire("p.1", "anne", pack(range(8)), 0, 0.0)
+    pool.insert("p.1", grant.lease, 0, pack(range(8)))
+
+    assert pool.acquire("p.1", "anne", pack(range(8)), 0, 0.0).cached_tokens == 4
+    assert pool.acquire("p.1", "anne", pack(range(9)), 0, 0.0).cached_tokens == 8
+    assert (pool.counters.requested_tokens, pool.counters.matched_tokens) == (25, 12)
+
+
+def test_a_duplicate_page_stays_with_its_request():
+    """If the loser of a race were switched to the other's page, or its page freed, its running step would read garbage."""
+    pool = Pool(10, 4, LEASE_S)
+    first = pool.acquire("p.1", "anne", pack(range(8)), 0, 0.0)
+    second = pool.acquire("p.2", "anne", pack(range(12)), 0, 0.0)
+    pool.insert("p.1", first.lease, 0, pack(range(8)))
+
+    assert pool.insert("p.2", second.lease, 0, pack(range(12))) == 8
+    assert pool.match("anne", pack(range(12))).pages == (*first.pages, second.pages[2])
+    assert pool.leased_pages == 2
+    assert pool.free_mem("p.2", second.lease) == 2
+    pool.check()
+
+
+def test_the_next_turn_finds_prompt_and_answer():
+    """If generated pages were not retired, every turn of a chat would recompute the last answer."""
+    pool = Pool(10, 4, LEASE_S)
+    grant = pool.acquire("p.1", "anne", pack(range(6)), 1, 0.0)
+    pool.insert("p.1", grant.lease, 0, pack(range(4)))
+    pool.adopt("d.1", grant.lease, "p.1", 0.0)
+    pool.insert("d.1", grant.lease, 4, pack(range(4, 12)))
+    pool.free_mem("d.1", grant.lease)
+
+    assert pool.acquire("p.1", "anne", pack(range(20)), 0, 0.0).cached_tokens == 12
+    assert pool.counters.handed_over_pages == 3
+    assert pool.counters.handed_over_bytes_copied == 0
+
+
+def test_acquire_never_evicts_what_it_has_just_matched():
+    """If it did, the grant would name pages whose KV is being overwritten."""
+    pool = Pool(4, 2, LEASE_S)
+    for tokens in ([1, 1, 1, 1], [2, 2, 2, 2]):
+        grant = pool.acquire("p.1", "anne", pack(tokens), 0, 0.0)
+        pool.insert("p.1", grant.lease, 0, pack(tokens))
+        pool.free_mem("p.1", grant.lease)
+    grant = pool.acquire("p.1", "anne", pack([1, 1, 1, 1, 5]), 1, 0.0)
+
+    assert grant.cached_tokens == 4
+    assert pool.match("anne", pack([2, 2, 2, 2])).tokens == 0
+    assert pool.acquire("p.1", "anne", pack([1, 1, 1]), 0, 0.0) is None
+    pool.check()
+
+
+def test_leases_of_an_earlier_run_are_unknown():
+    """If ids started over, a worker's late free would end a stranger's request in the restarted shard."""
+    old = Pool(4, 2, LEASE_S, incarnation=0x9F3A1C22).acquire("p.1", "anne", pack([1]), 0, 0.0)
+    new = Pool(4, 2, LEASE_S, incarnation=0x00000001)
+    new.acquire("p.1", "anne", pack([1]), 0, 0.0)
+
+    with pytest.raises(PoolError, match="unknown_lease"):
+        new.free_mem("p.1", old.lease)

@@ -1,0 +1,177 @@
+"""An actor's side of its lifeline, and the ways in which its process ends. (As a whole: test_supervisor.py.)"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+
+import pytest
+import trio
+import trio.testing
+
+from memserve.errors import UserError
+from memserve.lifecycle import STATUS_CRASHED
+from memserve.messages import ActorId
+from memserve.process import (
+    DIED_MESSAGES,
+    EventSocket,
+    Lifeline,
+    RestartNeeded,
+    _explain,
+)
+
+
+@pytest.fixture
+def ends():
+    """Both ends of a lifeline: a raw socket, and what an actor has."""
+    raw, theirs = socket.socketpair()
+    with raw, theirs:
+        yield raw, EventSocket(theirs)
+
+
+async def test_events_arrive_whole_however_they_are_cut(ends):
+    """A drain that comes in two pieces would crash the actor or be lost."""
+    raw, events = ends
+    raw.send(b'{"event": "drain"}\n{"event": "di')
+    assert await events.receive() == {"event": "drain"}
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(check_next, events, {"event": "died", "id": "w0.1"})
+        await trio.testing.wait_all_tasks_blocked()
+        raw.send(b'ed", "id": "w0.1"}\n')
+
+
+async def check_next(events: EventSocket, expected: dict[str, str] | None) -> None:
+    assert await events.receive() == expected
+
+
+@pytest.mark.parametrize("cut", [b"", b'{"event": "dr'])
+async def test_end_of_file_is_the_end(ends, cut):
+    """An actor would not notice that its supervisor is gone."""
+    raw, events = ends
+    raw.send(cut or b'{"event": "drain"}\n')
+    raw.close()
+    if not cut:
+        assert await events.receive() is not None
+
+    assert await events.receive() is None
+    assert not events.send(event="ready")
+
+
+async def test_endless_line_is_the_end(ends):
+    """A broken supervisor could fill the actor's memory."""
+    raw, events = ends
+    raw.setblocking(False)
+    stream = trio.SocketStream(trio.socket.from_stdlib_socket(raw))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(stream.send_all, b"x" * (1 << 20))
+        assert await events.receive() is None
+        nursery.cancel_scope.cancel()
+
+
+async def test_send_never_blocks(ends):
+    """A hung actor would hang its supervisor, and with it everybody."""
+    _, events = ends
+
+    lines = 0
+    while events.send(event="died", id="w0.1"):
+        lines += 1
+    assert lines > 100
+    raw = ends[0]
+    assert raw.recv(1 << 24).endswith(b'"w0.1"}\n')
+
+
+async def test_lifeline_tells_what_the_supervisor_says(ends):
+    """An actor would not drain, or a scheduler would not hear of a death."""
+    raw, events = ends
+    lifeline = Lifeline(ActorId("scheduler-0.1"), events)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(lifeline.listen)
+        for i in range(DIED_MESSAGES + 50):
+            raw.send(b'{"event": "died", "id": "w%d.1"}\n' % i)
+        raw.send(b'{"event": "drain"}\n')
+        await lifeline.drain.wait()
+        assert not lifeline.gone.is_set()
+        raw.close()
+
+    assert lifeline.gone.is_set()
+    assert lifeline.died.receive_nowait() == "w0.1"
+    assert lifeline.died.statistics().current_buffer_used == DIED_MESSAGES - 1
+
+
+def test_ready_is_told_once(ends):
+    """The supervisor would take an actor that has been up for an hour for a new one."""
+    raw, events = ends
+    lifeline = Lifeline(ActorId("w0.1"), events)
+
+    lifeline.ready()
+    lifeline.ready()
+    assert raw.recv(1000) == b'{"event": "ready", "id": "w0.1"}\n'
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "text"),
+    [
+        (UserError("the port is taken"), 2, "the port is taken\n"),
+        (ExceptionGroup("", [ExceptionGroup("", [UserError("the port is taken")])]), 2, "the port is taken\n"),
+        (ExceptionGroup("", [RestartNeeded("s0 is gone"), RestartNeeded("s0 is gone")]), 3, "s0 is gone\n"),
+        (ExceptionGroup("", [UserError("no"), KeyError("bug")]), 1, "KeyError: 'bug'"),
+        (ValueError("bug"), 1, "ValueError: bug\n"),
+    ],
+)
+def test_exit_status_says_how_an_actor_failed(error, status, text, capsys):
+    """A bug would look like a user's mistake, or a user's mistake be restarted for ever with a traceback."""
+    assert _explain(error) == status
+    shown = capsys.readouterr().err
+    assert text in shown
+    assert ("Traceback" in shown or "ValueError" in shown) == (status == 1)
+
+
+def test_actor_of_an_ended_cluster_does_not_start():
+    """An actor that starts slowly would outlive its cluster."""
+    code = "import sys; from memserve.process import run_actor; sys.exit(run_actor(*sys.argv[1:3], int(sys.argv[3])))"
+    with tempfile.TemporaryDirectory() as empty:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            command = [sys.executable, "-c", code, "w0", empty, str(theirs.fileno())]
+            done = subprocess.run(command, pass_fds=[theirs.fileno()], env=environment(), check=False)
+    assert done.returncode == STATUS_CRASHED
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+
+PREPARE = "import sys; from memserve.process import prepare_weights; sys.exit(prepare_weights(*sys.argv[1:]))"
+
+
+def test_weights_that_cannot_be_used_are_a_user_error(tmp_path):
+    """A mistyped model path would end in a traceback."""
+    command = [sys.executable, "-c", PREPARE, str(tmp_path / "absent.gguf"), "bfloat16"]
+    read, write = os.pipe()
+    done = subprocess.run(command, stdin=read, env=environment(), capture_output=True, text=True, check=False)
+    os.close(read)
+    os.close(write)
+    assert done.returncode == 2, done.stderr
+    assert "absent.gguf" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_weights_are_given_up_with_the_supervisor(tmp_path):
+    """A conversion of minutes would go on for nobody."""
+    waiting = tmp_path / "never-written.gguf"
+    os.mkfifo(waiting)
+    command = [sys.executable, "-c", PREPARE, str(waiting), "bfloat16"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, env=environment(), stderr=subprocess.DEVNULL) as child:
+        child.stdin.close()
+        assert child.wait(10) == 1
+
+
+def test_supervisor_and_actor_processes_start_without_torch():
+    """Five processes would each take 300 MB and two seconds before they do anything."""
+    code = "import sys, memserve.supervisor; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], env=environment(), check=True)

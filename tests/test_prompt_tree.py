@@ -1,0 +1,227 @@
+"""The prefix index, against a plain dict from whole prefixes to pages."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from memserve.mempool.prompt_tree import PromptTree
+from memserve.tokens import pack
+
+PAGE = 2
+PAGE_BYTES = PAGE * 4
+prompts = st.lists(st.integers(0, 1), max_size=14).map(pack)
+scopes = st.sampled_from(["anne", "bob"])
+
+
+def prefixes(tokens: bytes) -> list[bytes]:
+    """All prefixes of ``tokens`` in whole pages, the shortest first."""
+    return [tokens[:end] for end in range(PAGE_BYTES, len(tokens) + 1, PAGE_BYTES)]
+
+
+def whole(tokens: bytes) -> bytes:
+    """``tokens`` without the tail that fills no page."""
+    return tokens[: len(tokens) // PAGE_BYTES * PAGE_BYTES]
+
+
+class TreeAgainstModel(RuleBasedStateMachine):
+    """The model maps (scope, prefix) to a page, and remembers the prefix of every pin."""
+
+    def __init__(self):
+        super().__init__()
+        self.tree = PromptTree(PAGE)
+        self.model: dict[tuple[str, bytes], int] = {}
+        self.pins = {}
+        self.fresh = 0
+
+    def longest(self, scope, tokens):
+        found = [prefix for prefix in prefixes(tokens) if (scope, prefix) in self.model]
+        return found[-1] if found else b""
+
+    def pages(self, scope, tokens):
+        return [self.model[scope, prefix] for prefix in prefixes(tokens)]
+
+    def pinned(self):
+        return {(scope, prefix) for scope, tokens in self.pins.values() for prefix in prefixes(tokens)}
+
+    def remove(self, pages):
+        gone = {key for key, page in self.model.items() if page in pages}
+        assert len(gone) == len(pages) == len(set(pages))
+        assert not gone & self.pinned()
+        for key in gone:
+            del self.model[key]
+        for scope, tokens in self.model:  # what is left is still reachable
+            assert all((scope, prefix) in self.model for prefix in prefixes(tokens))
+        return gone
+
+    @rule(scope=scopes, tokens=prompts)
+    def match(self, scope, tokens):
+        found = self.tree.match(scope, tokens)
+        expected = self.longest(scope, tokens)
+        assert found.tokens == len(expected) // 4
+        assert list(found.pages) == self.pages(scope, expected)
+
+    @rule(scope=scopes, tokens=prompts)
+    def pin(self, scope, tokens):
+        expected = self.longest(scope, tokens)
+        pin = self.tree.pin(scope, tokens)
+        assert pin.tokens == len(expected) // 4
+        self.pins[pin] = (scope, expected)
+
+    @precondition(lambda self: self.pins)
+    @rule(data=st.data())
+    def unpin(self, data):
+        pin = data.draw(st.sampled_from(list(self.pins)))
+        self.tree.unpin(pin)
+        del self.pins[pin]
+
+    @precondition(lambda self: self.pins)
+    @rule(data=st.data(), more=prompts)
+    def insert(self, data, more):
+        pin = data.draw(st.sampled_from(list(self.pins)))
+        scope, before = self.pins[pin]
+        more = whole(more)
+        pages = list(range(self.fresh, self.fresh + len(more) // PAGE_BYTES))
+        self.fresh += len(pages)
+        already = len(self.longest(scope, before + more)) - len(before)
+        found = self.tree.insert(pin, more, pages)
+        assert found.already_tokens == already // 4
+        assert list(found.duplicates) == pages[: already // PAGE_BYTES]
+        for prefix, page in zip(prefixes(before + more)[len(before) // PAGE_BYTES :], pages, strict=True):
+            self.model.setdefault((scope, prefix), page)
+        self.pins[pin] = (scope, before + more)
+
+    @rule(n=st.integers(0, 8))
+    def evict(self, n):
+        free = len(self.model) - len(self.pinned())
+        freed = self.tree.evict(n)
+        assert len(freed) == min(n, free)
+        self.remove(freed)
+
+    @rule(scope=scopes, tokens=prompts)
+    def delete(self, scope, tokens):
+        gone = self.remove(self.tree.delete(scope, tokens))
+        prompt = whole(tokens)
+        assert all(where == scope for where, _ in gone)
+        if prompt:
+            left = {key for key in self.model if key[0] == scope and key[1].startswith(prompt)}
+            assert left <= self.pinned(), "a prompt can be found after it was deleted"
+
+    @invariant()
+    def agrees(self):
+        self.tree.check()
+        assert self.tree.pages_total == len(self.model)
+        assert self.tree.pinned_pages == len(self.pinned())
+        for pin, (scope, tokens) in self.pins.items():
+            assert pin.tokens == len(tokens) // 4
+            assert self.tree.pages_of(pin) == self.pages(scope, tokens)
+            assert self.tree.spells(pin, 0, tokens)
+            assert not tokens or self.tree.spells(pin, PAGE, tokens[PAGE_BYTES:])
+            assert not self.tree.spells(pin, 0, tokens + b"\1\0\0\0")
+
+
+TreeAgainstModel.TestCase.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+TestTree = TreeAgainstModel.TestCase
+TestTree.__doc__ = "A wrong page for a prefix would give a request another prompt's KV."
+
+
+def store(tree, tokens, pages, scope="anne"):
+    """Insert and let go: what a finished request leaves behind."""
+    pin = tree.pin(scope, b"")
+    tree.insert(pin, pack(tokens), pages)
+    tree.unpin(pin)
+
+
+@given(order=st.lists(st.integers(0, 5), max_size=20), n=st.integers(1, 12))
+def test_eviction_goes_by_last_use(order, n):
+    """If a recently used prompt went first, the busiest conversations would be recomputed."""
+    tree = PromptTree(PAGE)
+    prompt = {i: [i, i, i, i] for i in range(6)}
+    age = list(range(6))
+    for i in age:
+        store(tree, prompt[i], [2 * i, 2 * i + 1])
+    for i in order:
+        tree.match("anne", pack(prompt[i]))
+        age.remove(i)
+        age.append(i)
+
+    freed = tree.evict(n)
+
+    assert [page // 2 for page in freed] == [i for i in age for _ in range(2)][:n]
+    tree.check()
+
+
+def test_eviction_trims_the_tail_of_a_long_leaf():
+    """If a whole long leaf went for one page, a long chat's cache would vanish at the first pressure."""
+    tree = PromptTree(PAGE)
+    store(tree, [1, 2, 3, 4, 5, 6, 7, 8], [0, 1, 2, 3])
+
+    assert tree.evict(1) == [3]
+    assert tree.match("anne", pack([1, 2, 3, 4, 5, 6, 7, 8])).pages == (0, 1, 2)
+    tree.check()
+
+
+def test_a_pin_survives_a_split_below_it():
+    """If split made the old object the prefix, a running request's pin would lose its last pages to eviction."""
+    tree = PromptTree(PAGE)
+    pin = tree.pin("anne", b"")
+    tree.insert(pin, pack([1, 2, 3, 4]), [0, 1])
+    store(tree, [1, 2, 9, 9], [7, 2])
+
+    assert tree.pages_of(pin) == [0, 1]
+    assert tree.evict(10) == [2]
+    assert tree.pages_of(pin) == [0, 1]
+
+
+def test_a_chat_that_grows_page_by_page_stays_one_node():
+    """If each retired page made a node, matching a long chat would be a loop over its pages."""
+    tree = PromptTree(PAGE)
+    pin = tree.pin("anne", b"")
+    for page in range(100):
+        tree.insert(pin, pack([page, page]), [page])
+
+    assert len(list(tree._walk(tree._roots["anne"]))) == 2
+
+
+def test_scopes_do_not_see_each_other():
+    """If they did, one tenant could read and time another's cache."""
+    tree = PromptTree(PAGE)
+    store(tree, [1, 2], [0], scope="anne")
+
+    assert tree.match("bob", pack([1, 2])).tokens == 0
+    assert tree.delete("bob", pack([1, 2])) == []
+    assert tree.match("anne", pack([1, 2])).tokens == 2
+
+
+def test_deleting_a_prompt_keeps_what_others_share():
+    """If the shared part went too, deleting one chat would slow every chat with the same system prompt."""
+    tree = PromptTree(PAGE)
+    store(tree, [1, 2, 3, 4], [0, 1])
+    store(tree, [1, 2, 5, 6, 7, 8], [9, 2, 3])
+
+    assert sorted(tree.delete("anne", pack([1, 2, 5, 6]))) == [2, 3]
+    assert tree.match("anne", pack([1, 2, 3, 4])).pages == (0, 1)
+    assert tree.delete("anne", pack([1])) == []  # no whole page: not a wish to delete everything
+    tree.check()
+
+
+def test_deletions_leave_no_heap_entries_behind():
+    """If dead entries piled up, a shard that deletes a lot would grow without limit."""
+    tree = PromptTree(PAGE)
+    for i in range(200):
+        store(tree, [i, i, i, i], [0, 1])
+        tree.delete("anne", pack([i, i, i, i]))
+
+    tree.check()
+    assert len(tree._idle) < 4
+    assert tree.pages_total == 0
+
+
+def test_ending_a_pin_twice_is_a_bug():
+    """If it passed, another lease's pages would become evictable under it."""
+    tree = PromptTree(PAGE)
+    pin = tree.pin("anne", pack([1, 2]))
+    tree.unpin(pin)
+
+    with pytest.raises(AssertionError):
+        tree.unpin(pin)

@@ -1,0 +1,106 @@
+"""The step engine at its border: shapes checked, threads taken, draws returned."""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+
+import pytest
+import torch
+from test_model import GREEDY, prompt, tiny_spec
+
+from memserve.engine.cores import Cores
+from memserve.engine.plans import BatchPlan, Row
+from memserve.engine.runner import CpuEngine
+from memserve.engine.weights import random_weights, save_weights
+from memserve.messages import Sampling
+from memserve.tokens import pack
+
+PAGES = 16
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> CpuEngine:
+    """A random model over an arena of 16 pages of 16 tokens."""
+    spec = tiny_spec()
+    save_weights(random_weights(spec, "float32", 1), tmp_path / "w")
+    arena = mmap.mmap(-1, PAGES * spec.page_bytes(16, "float32"))
+    return CpuEngine(spec, tmp_path / "w", arena, PAGES, 16, "float32", Cores(tmp_path / "cores", 2, 2, 0))
+
+
+def test_a_step_returns_a_token_where_one_is_wanted(engine: CpuEngine) -> None:
+    """Tokens given to the wrong row are another user's answer."""
+    rows = (
+        Row(pack(prompt(20, 1)), 0, (3, 1), GREEDY),
+        Row(pack(prompt(9, 2)), 0, (4,), None),
+        Row(pack(prompt(5, 3)), 0, (5,), Sampling(seed=4)),
+    )
+    result = engine.run(BatchPlan(rows))
+    alone = [engine.run(BatchPlan((row,))).tokens[0] for row in rows]
+
+    assert list(result.tokens) == alone
+    assert result.tokens[1] is None
+    assert result.threads == 2
+    assert result.step_ms > 0
+
+
+def test_draws_follow_seed_and_position(engine: CpuEngine) -> None:
+    """A stream resumed elsewhere must go on with the very tokens it would have had."""
+    ids, how = prompt(12, 1), Sampling(temperature=1.5, seed=9)
+    first = engine.run(BatchPlan((Row(pack(ids), 0, (0,), how),))).tokens[0]
+    assert first is not None
+    second = engine.run(BatchPlan((Row(pack([first]), 12, (0,), how),))).tokens[0]
+    resumed = engine.run(BatchPlan((Row(pack([*ids, first]), 0, (7,), how),))).tokens[0]
+
+    assert second == resumed
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (Row(b"", 0, (0,), None), "row 1: 0 tokens from position 0"),
+        (Row(pack([1]), 512, (0,) * 33, None), "row 1: 1 tokens from position 512"),
+        (Row(pack([1] * 17), 0, (4,), None), "row 1: 1 pages of 16 do not hold 17 tokens"),
+        (Row(pack([1]), 0, (16,), None), r"row 1: pages \(16,\); the arena has 0 to 15"),
+        (Row(pack([1]), 0, (-1,), None), r"row 1: pages \(-1,\)"),
+        (Row(pack([131]), 0, (4,), None), "row 1: token ids 131 to 131; the vocabulary has 131"),
+        (Row(pack([1]), 0, (2,), None), r"row 1: writes to a page that the step writes to already"),
+        (Row(pack([1] * 20), 0, (4, 4), None), r"row 1: writes to a page that the step writes to already"),
+    ],
+)
+def test_a_plan_that_leaves_its_pages_is_refused(engine: CpuEngine, row: Row, message: str) -> None:
+    """A wrong page id corrupts another request's answer in silence."""
+    with pytest.raises(ValueError, match=message):
+        engine.run(BatchPlan((Row(pack([1]), 0, (2,), None), row)))
+
+
+def test_warming_up_touches_no_page(tmp_path: Path) -> None:
+    """The arena may hold other requests' KV already when a worker joins."""
+    spec = tiny_spec()
+    save_weights(random_weights(spec, "bfloat16", 1), tmp_path / "w")
+    arena = mmap.mmap(-1, spec.page_bytes(16, "bfloat16"))
+    arena[:] = b"\x5a" * len(arena)
+    engine = CpuEngine(spec, tmp_path / "w", arena, 1, 16, "bfloat16", threads=1)
+    engine.warm_up()
+
+    assert arena[:] == b"\x5a" * len(arena)
+    engine.close()
+    del engine
+    arena.close()  # BufferError if a tensor still held it
+
+
+def test_a_step_runs_on_the_cores_it_holds(tmp_path: Path) -> None:
+    """More threads than free cores make a step 5 to 30 times slower."""
+    spec = tiny_spec()
+    save_weights(random_weights(spec, "float32", 1), tmp_path / "w")
+    arena = mmap.mmap(-1, spec.page_bytes(16, "float32"))
+    mine, other = Cores(tmp_path / "cores", 2, 2, 0), Cores(tmp_path / "cores", 2, 2, 1)
+    engine = CpuEngine(spec, tmp_path / "w", arena, 1, 16, "float32", mine)
+    row = Row(pack([1, 2]), 0, (0,), GREEDY)
+    assert engine.run(BatchPlan((row,))).threads == 2
+    with other.hold() as held:
+        assert held == 1
+        assert engine.run(BatchPlan((row,))).threads == 1
+        assert torch.get_num_threads() == 1
+    other.busy(False)
+    assert engine.run(BatchPlan((row,))).threads == 2

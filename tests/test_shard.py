@@ -1,0 +1,337 @@
+"""The shard's core: what it answers, to whom, how often, and what time does to it. And the caller's side, which it serves."""
+
+import math
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from memserve.actions import Log, Send
+from memserve.errors import PoolError
+from memserve.mempool.client import ShardCalls
+from memserve.mempool.pool import Pool
+from memserve.mempool.shard import ShardCore
+from memserve.messages import (
+    Acquire,
+    Acquired,
+    Adopt,
+    Adopted,
+    Allocated,
+    AllocMem,
+    Cluster,
+    FreeMem,
+    Gone,
+    Insert,
+    Inserted,
+    Load,
+    Member,
+    Planned,
+    PoolRefused,
+)
+from memserve.tokens import pack
+
+PAGE = 4
+PROMPT = pack(range(9))  # three pages
+
+
+class Shard:
+    """A core with a clock that the test moves."""
+
+    def __init__(self, pages=8, **limits):
+        self.core = ShardCore(Pool(pages, PAGE, 5.0), **limits)
+        self.now = 0.0
+
+    def say(self, sender, message):
+        self.core.receive(sender, message, self.now)
+        self.core.check()
+        return self.heard()
+
+    def wait(self, seconds):
+        self.now += seconds
+        self.core.advance(self.now)
+        self.core.check()
+        return self.heard()
+
+    def heard(self):
+        """(to, message) of every Send; log events as plain text."""
+        return [(act.to, act.message) if isinstance(act, Send) else act.event for act in self.core.take()]
+
+
+def load(actor):
+    return Load(Member(actor, "PrefillWorker", "", 1, "ready"))
+
+
+def test_the_way_of_one_request():
+    """If any of these answers were wrong, no request could go from prefill to decode."""
+    shard = Shard()
+    [(_, acquired)] = shard.say("p.1", Acquire(1, "anne", PROMPT, 1))
+    lease = acquired.lease
+
+    assert acquired == Acquired(1, lease, (0, 1, 2, 3), 0)
+    assert shard.say("p.1", Insert(2, lease, 0, PROMPT[:32])) == [("p.1", Inserted(2, 0))]
+    assert shard.say("d.1", Adopt(1, lease, "p.1")) == [("d.1", Adopted(1, lease))]
+    assert shard.say("d.1", AllocMem(2, lease, 2)) == [("d.1", Allocated(2, lease, (4, 5)))]
+    assert shard.say("d.1", FreeMem(lease)) == []
+    gauges = shard.core.gauges()
+    assert (gauges["pages_total"], gauges["pages_free"], gauges["pages_indexed"]) == (8, 6, 2)
+    assert (gauges["handed_over_pages_total"], gauges["handoff_bytes_copied_total"]) == (4, 0)
+    assert gauges["leases"] == gauges["waiting_acquires"] == gauges["pages_leased"] == 0
+
+
+def test_waiting_acquires_are_granted_in_order():
+    """If a small one overtook, a long prompt could starve behind a stream of short ones."""
+    shard = Shard(pages=4)
+    [(_, first)] = shard.say("p.1", Acquire(1, "anne", PROMPT, 0))
+
+    assert shard.say("p.2", Acquire(1, "anne", PROMPT, 1)) == []
+    assert shard.say("p.1", Acquire(2, "anne", pack([1]), 0)) == []  # would fit, but is not first
+    assert shard.core.gauges()["waiting_acquires"] == 2
+    assert [to for to, _ in shard.say("p.1", FreeMem(first.lease))] == ["p.2"]
+
+
+def test_an_acquire_is_granted_once_however_often_it_is_repeated():
+    """If a repeat made a second lease, its pages would be held by nobody for as long as the worker lives."""
+    shard = Shard(pages=4)
+    [granted] = shard.say("p.1", Acquire(1, "anne", PROMPT, 0))
+
+    assert shard.say("p.1", Acquire(1, "anne", PROMPT, 0)) == [granted]
+    shard.say("p.1", Acquire(2, "anne", PROMPT, 0))
+    assert shard.say("p.1", Acquire(2, "anne", PROMPT, 0)) == []  # waits; once is enough
+    [(_, second)] = shard.say("p.1", FreeMem(granted[1].lease))
+    assert second.call == 2
+    [(_, refused)] = shard.say("p.1", Acquire(1, "anne", PROMPT, 0))
+    assert (refused.call, refused.code) == (1, PoolError.UNKNOWN_LEASE)
+    assert shard.core.gauges()["leases"] == 1
+
+
+def test_a_repeated_alloc_mem_adds_no_pages():
+    """If it did, the shard's page table would be longer than the worker's, and the next pages off by one."""
+    shard = Shard()
+    [(_, granted)] = shard.say("p.1", Acquire(1, "anne", PROMPT, 0))
+    answer = shard.say("p.1", AllocMem(2, granted.lease, 2))
+
+    assert shard.say("p.1", AllocMem(2, granted.lease, 2)) == answer
+    assert shard.core.gauges()["pages_leased"] == 5
+
+
+def test_a_withdrawn_acquire_is_not_granted():
+    """If it were, a cancelled request would take pages from those that wait."""
+    shard = Shard(pages=4)
+    [(_, first)] = shard.say("p.1", Acquire(1, "anne", PROMPT, 0))
+    shard.say("p.1", Acquire(2, "anne", PROMPT, 0))
+    shard.say("p.2", Acquire(1, "anne", pack([1]), 0))
+
+    assert shard.say("p.1", FreeMem(lease=0, call=2)) == [("p.2", Acquired(1, 2, (3,), 0))]
+    assert shard.say("p.1", Acquire(2, "anne", PROMPT, 0)) == []  # a late repeat of it
+    assert shard.say("p.1", FreeMem(first.lease)) == []
+
+
+def test_a_withdrawal_that_crosses_the_grant_ends_the_lease():
+    """If it did not, nobody would: the worker has forgotten the call when the answer arrives."""
+    shard = Shard()
+    [(_, granted)] = shard.say("p.1", Acquire(1, "anne", PROMPT, 0))
+
+    assert shard.say("p.1", FreeMem(lease=0, call=1)) == []
+    assert shard.core.gauges()["pages_free"] == 8
+    assert shard.say("p.1", FreeMem(granted.lease)) == ["free refused"]  # the worker's own, on the late answer
+
+
+def test_the_queue_has_a_limit():
+    """If it had none, a stuck pool would take all memory before anyone noticed."""
+    shard = Shard(pages=3, waiting_max=1)
+    shard.say("p.1", Acquire(1, "anne", PROMPT, 0))
+    shard.say("p.1", Acquire(2, "anne", PROMPT, 0))
+    [(to, refused)] = shard.say("p.1", Acquire(3, "anne", PROMPT, 0))
+
+    assert (to, refused.call, refused.code) == ("p.1", 3, PoolError.QUEUE_FULL)
+    [(_, refused)] = shard.say("p.1", Acquire(4, "anne", PROMPT, 1))
+    assert refused.code == PoolError.TOO_LARGE  # at once: no wait could help
+
+
+def test_alloc_mem_never_waits():
+    """If it did, two running requests could wait for each other's pages for ever."""
+    shard = Shard(pages=3)
+    [(_, granted)] = shard.say("p.1", Acquire(1, "anne", PROMPT, 0))
+    [(_, refused)] = shard.say("p.1", AllocMem(2, granted.lease, 0 + 1))
+
+    assert (refused.call, refused.code) == (2, PoolError.TOO_LARGE)
+    shard = Shard(pages=4)
+    [(_, granted)] = shard.say("p.1", Acquire(1, "anne", pack([1]), 0))
+    shard.say("p.1", Acquire(2, "bob", PROMPT, 0))
+    [(_, refused)] = shard.say("p.1", AllocMem(3, granted.lease, 1))
+    assert (refused.call, refused.code) == (3, PoolError.NO_PAGES)
+
+
+def test_a_silent_owner_loses_its_leases_on_the_timer():
+    """If reclaim needed new work to run, an idle cluster would never get a dead worker's pages back."""
+    shard = Shard()
+    shard.say("p.1", Acquire(1, "anne", PROMPT, 0))
+    assert shard.core.deadline == 5.0
+    shard.now = 4.0
+    shard.say("p.1", load("p.1"))
+    assert shard.core.deadline == 9.0
+
+    assert shard.wait(4.9) == []
+    assert shard.wait(0.1) == ["lease expired"]
+    assert shard.core.deadline == math.inf
+    assert shard.core.gauges()["pages_free"] == 8
+
+
+def test_a_silent_waiter_leaves_the_queue():
+    """If the dead kept their place, those behind them would wait for a grant that nobody takes."""
+    shard = Shard(pages=3)
+    shard.say("p.1", Acquire(1, "anne", PROMPT, 0))
+    shard.say("p.2", Acquire(1, "anne", PROMPT, 0))
+    shard.now = 3.0
+    shard.say("p.1", load("p.1"))
+
+    assert shard.wait(2.0) == ["lease expired"]
+    assert shard.core.gauges()["waiting_acquires"] == 0
+
+
+def test_the_pages_of_the_gone_go_to_the_waiting():
+    """If they did not, a worker's death would cost the cluster its memory until the lease ran out."""
+    shard = Shard(pages=3)
+    shard.say("p.1", Acquire(1, "anne", PROMPT, 0))
+    shard.say("p.1", Acquire(2, "anne", PROMPT, 0))
+    shard.say("p.2", Acquire(1, "anne", PROMPT, 0))
+    event, (to, granted) = shard.say("g.1", Gone(("p.1", "f.1")))
+
+    assert (event, to, granted.call) == ("owner gone", "p.2", 1)
+    assert shard.say("g.1", Gone(("p.1",))) == []
+
+
+def test_misuse_is_refused_and_logged():
+    """If a stale free went through, it would end another request."""
+    shard = Shard()
+    [(_, granted)] = shard.say("p.1", Acquire(1, "anne", PROMPT, 0))
+
+    assert shard.say("p.2", FreeMem(granted.lease)) == ["free refused"]
+    [(_, refused)] = shard.say("p.2", Insert(1, granted.lease, 0, PROMPT[:16]))
+    assert refused.code == PoolError.NOT_OWNER
+    [(_, refused)] = shard.say("p.2", Adopt(2, granted.lease, "p.9"))
+    assert refused.code == PoolError.NOT_OWNER
+    assert shard.say("f.1", Planned("r", 0, None)) == ["unexpected message"]
+    assert shard.say("g.1", Cluster("g.1", ())) == []
+
+
+def test_old_answers_are_forgotten_but_not_granted_again():
+    """If forgetting an answer made its call new, a very late repeat would leak a lease; the memory must be bounded."""
+    shard = Shard(remembered_max=4)
+    for call in range(1, 11):
+        [(_, granted)] = shard.say("p.1", Acquire(call, "anne", PROMPT, 0))
+        shard.say("p.1", FreeMem(granted.lease))
+    [(_, refused)] = shard.say("p.1", Acquire(1, "anne", PROMPT, 0))
+
+    assert refused.code == PoolError.UNKNOWN_LEASE
+    assert shard.core.gauges()["leases"] == 0
+
+
+class ShardUnderFire(RuleBasedStateMachine):
+    """Workers that send, repeat, withdraw, die and fall silent in any order; no lease may outlive all knowledge of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.shard = Shard(pages=6, waiting_max=3, remembered_max=8)
+        self.calls = {name: ShardCalls() for name in ("p.1", "d.1")}
+        self.sent: list[tuple[str, Acquire | AllocMem]] = []
+        self.leases: dict[int, str] = {}
+
+    def hear(self, heard):
+        """Workers take their answers; a grant that nobody waits for is given back, as the contract says."""
+        while heard:
+            item = heard.pop(0)
+            if isinstance(item, str):
+                continue
+            to, answer = item
+            key = self.calls[to].answered(answer.call)
+            if isinstance(answer, Acquired) and key is not None:
+                self.leases[answer.lease] = to
+            elif isinstance(answer, Acquired) and self.leases.get(answer.lease) != to:
+                heard += self.shard.say(to, FreeMem(answer.lease))
+
+    def tell(self, sender, message):
+        if isinstance(message, Acquire | AllocMem):
+            self.sent.append((sender, message))
+        self.hear(self.shard.say(sender, message))
+
+    @rule(sender=st.sampled_from(["p.1", "d.1"]), tokens=st.integers(1, 20), extra=st.integers(0, 2))
+    def acquire(self, sender, tokens, extra):
+        key = len(self.sent) % 5
+        self.tell(sender, self.calls[sender].acquire(key, "anne", pack(range(tokens)), extra))
+
+    @precondition(lambda self: self.sent)
+    @rule(data=st.data())
+    def repeat(self, data):
+        self.tell(*data.draw(st.sampled_from(self.sent)))
+
+    @rule(sender=st.sampled_from(["p.1", "d.1"]), key=st.integers(0, 4))
+    def give_up(self, sender, key):
+        for withdrawal in self.calls[sender].forget(key):
+            self.tell(sender, withdrawal)
+
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data(), n=st.integers(0, 3))
+    def alloc(self, data, n):
+        lease = data.draw(st.sampled_from(sorted(self.leases)))
+        sender = self.leases[lease]
+        self.tell(sender, self.calls[sender].alloc("a", lease, n))
+
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data())
+    def free(self, data):
+        lease = data.draw(st.sampled_from(sorted(self.leases)))
+        self.tell(self.leases.pop(lease), FreeMem(lease))
+
+    @rule(actor=st.sampled_from(["p.1", "d.1"]))
+    def die(self, actor):
+        """A dead actor is replaced under the same name with new numbers; the old one's repeats stop."""
+        self.leases = {lease: owner for lease, owner in self.leases.items() if owner != actor}
+        self.sent = [(sender, message) for sender, message in self.sent if sender != actor]
+        self.calls[actor] = ShardCalls()
+        self.hear(self.shard.say("g.1", Gone((actor,))))
+
+    @rule(seconds=st.integers(1, 3))
+    def live(self, seconds):
+        for actor in ("p.1", "d.1"):
+            self.hear(self.shard.say(actor, load(actor)))
+        self.hear(self.shard.wait(seconds))
+
+    @invariant()
+    def every_lease_is_known_to_its_owner(self):
+        assert self.shard.core.pool.leases == len(self.leases)
+        waiting = self.shard.core.gauges()["waiting_acquires"]
+        assert waiting == sum(len(calls) for calls in self.calls.values())
+
+
+ShardUnderFire.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestShardUnderFire = ShardUnderFire.TestCase
+TestShardUnderFire.__doc__ = "A lease that only the shard knows of is memory lost until its worker dies."
+
+
+def test_calls_remember_what_they_are_for():
+    """If an answer found the wrong request, it would get another's pages."""
+    calls = ShardCalls()
+    acquire, alloc = calls.acquire("r1", "anne", PROMPT, 2), calls.alloc("r2", 7, 3)
+
+    assert acquire == Acquire(1, "anne", PROMPT, 2)
+    assert alloc == AllocMem(2, 7, 3)
+    assert calls.insert("r1", 7, 16, PROMPT) == Insert(3, 7, 16, PROMPT)
+    assert calls.adopt("r2", 7, "p.1") == Adopt(4, 7, "p.1")
+    assert calls.answered(2) == "r2"
+    assert calls.answered(2) is None
+    assert calls.forget("r1") == (FreeMem(lease=0, call=1),)
+    assert calls.answered(1) is None
+    assert len(calls) == 1
+
+
+def test_log_lines_carry_their_figures():
+    """If they did not, nobody could tell from the logs where the pages went."""
+    shard = Shard()
+    shard.core.receive("p.1", Acquire(1, "anne", PROMPT, 0), 0.0)
+    shard.core.take()
+    shard.core.advance(5.0)
+
+    data = {"owner": "p.1", "leases": 1, "pages_freed": 3, "waiting_acquires": 0}
+    assert shard.core.take() == [Log("warning", "lease expired", data)]
+    assert isinstance(PoolRefused(1, "x", "y"), PoolRefused)

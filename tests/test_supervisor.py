@@ -1,0 +1,236 @@
+"""A supervisor and its actors as real processes; the actors do nothing but live and die (see fake_cluster.py)."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import attrs
+import pytest
+
+import fake_cluster
+from memserve.errors import UserError
+from memserve.place import Place, find_running, place_path
+
+PATIENCE_S = 20.0
+
+
+def until(condition: Callable[[], object]) -> float:
+    """Wait for other processes; the seconds it took."""
+    begun = time.monotonic()
+    while not condition():
+        assert time.monotonic() < begun + PATIENCE_S, "it did not happen"
+        time.sleep(0.01)
+    return time.monotonic() - begun
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; a zombie does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@attrs.define
+class Cluster:
+    """A running fake cluster."""
+
+    log_dir: Path
+    process: subprocess.Popen[str]
+
+    @property
+    def output(self) -> str:
+        return (self.log_dir / "output").read_text()
+
+    @property
+    def notes(self) -> list[list[str]]:
+        """What the actors wrote: [word, name, pid]."""
+        file = self.log_dir / "notes"
+        return [line.split() for line in file.read_text().splitlines()] if file.exists() else []
+
+    def names(self, word: str) -> list[str]:
+        return [name for found, name, _ in self.notes if found == word]
+
+    def pid(self, actor: str) -> int:
+        """Of the actor's last incarnation."""
+        return next(int(pid) for word, name, pid in reversed(self.notes) if word == "ready" and name == actor)
+
+    @property
+    def events(self) -> list[dict[str, object]]:
+        file = self.log_dir / "run" / "supervisor.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    @property
+    def pids(self) -> list[int]:
+        """Of every actor ever started."""
+        return [int(str(line["child_pid"])) for line in self.events if line["event"] == "actor started"]
+
+    def until_ready(self, actors: int = 4) -> None:
+        until(lambda: len(self.names("ready")) == actors and "curl" in self.output)
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        """Send a signal and wait; the exit status."""
+        self.process.send_signal(number)
+        return self.process.wait(PATIENCE_S)
+
+    def left(self) -> list[object]:
+        """What a cluster must not leave behind."""
+        return [*filter(alive, self.pids), *place_path(self.log_dir).parent.iterdir()]
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch) -> Iterator[Callable[..., Cluster]]:
+    """Start a fake cluster with the given behaviour of its actors; nothing of it may be left after the test."""
+    clusters: list[Cluster] = []
+    with tempfile.TemporaryDirectory(prefix="mst") as base:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", base)
+
+        def started(**behaviour: str) -> Cluster:
+            words = {name.replace("_", "-"): word for name, word in behaviour.items()}
+            command = [sys.executable, fake_cluster.__file__, "up", str(tmp_path), json.dumps(words)]
+            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+            with (tmp_path / "output").open("w") as output:
+                process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, text=True)
+            clusters.append(Cluster(tmp_path, process))
+            return clusters[-1]
+
+        yield started
+        for cluster in clusters:
+            if cluster.process.poll() is None:
+                cluster.process.kill()
+                cluster.process.wait()
+            until(lambda: not cluster.left())  # noqa: B023
+
+
+def test_life_of_a_cluster(start):
+    """A cluster could not be found, started twice, would burn CPU while idle, or stop in an order that loses requests."""
+    cluster = start()
+    cluster.until_ready()
+    assert find_running(cluster.log_dir)["url"] == "http://127.0.0.1:1"
+    with pytest.raises(UserError, match=rf"already runs here: pid {cluster.process.pid}, http://127.0.0.1:1, since"):
+        Place.claim(cluster.log_dir)
+    assert "curl http://127.0.0.1:1/v1/chat/completions" in cluster.output
+    assert idle_share([cluster.process.pid, *cluster.pids]) < 0.02
+
+    assert cluster.end(signal.SIGINT) == 0
+    assert cluster.names("drained") == ["frontend-0", "w0", "s0", "scheduler-0"]
+    assert cluster.left() == []
+    assert cluster.output.endswith("memserve: stopped\n")
+
+
+def idle_share(pids: list[int]) -> float:
+    """Cores that the processes take while nothing happens, measured over half a second."""
+
+    def used_ns() -> int:
+        return sum(int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) for pid in pids)
+
+    time.sleep(0.3)
+    before, begun = used_ns(), time.monotonic()
+    time.sleep(0.5)
+    return (used_ns() - before) / 1e9 / (time.monotonic() - begun)
+
+
+def test_killed_actor_comes_back_and_its_death_is_announced(start):
+    """kill -9 of a worker would cost its capacity for good, or requests would wait for the dead until they time out."""
+    cluster = start()
+    cluster.until_ready()
+    killed = cluster.pid("w0")
+    os.kill(killed, signal.SIGKILL)
+
+    until(lambda: cluster.names("ready").count("w0") == 2)
+    assert [word[:8] for word, name, _ in cluster.notes if name == "scheduler-0"] == ["ready", "died:w0."]
+    assert len(list(place_path(cluster.log_dir).glob("w0.*"))) == 1
+    assert "w0 was killed by SIGKILL; restarting it in 0.2 s" in cluster.output
+    assert cluster.end() == 0
+
+
+def test_kill_of_the_supervisor_leaves_nothing(start):
+    """Actors would go on in the background, hold their port and memory, and block the next start."""
+    cluster = start(w0="hung")
+    cluster.until_ready()
+    os.kill(cluster.pid("s0"), signal.SIGSTOP)
+    os.kill(cluster.process.pid, signal.SIGKILL)
+    cluster.process.wait()
+    # A stopped process still holds the place: its successor may not start, and it ends as soon as it runs again.
+    until(lambda: sum(map(alive, cluster.pids)) == 1)
+    with pytest.raises(UserError, match="still shutting down"):
+        Place.claim(cluster.log_dir)
+    os.kill(cluster.pid("s0"), signal.SIGCONT)
+
+    assert until(lambda: not cluster.left()) < 1.5
+
+
+def test_actor_that_ignores_the_drain_is_killed(start):
+    """One stuck actor would keep Ctrl-C from ever ending."""
+    cluster = start(w0="deaf")
+    cluster.until_ready()
+
+    assert cluster.end() == 0
+    assert "w0 did not finish within 0.3 s and is killed" in cluster.output
+    assert cluster.names("drained") == ["frontend-0", "s0", "scheduler-0"]
+
+
+def test_second_signal_stops_at_once(start):
+    """The user would have to wait for requests that they have given up."""
+    cluster = start(frontend_0="deaf", w0="hung")
+    cluster.until_ready()
+    cluster.process.terminate()
+    until(lambda: "waiting for frontend-0 to finish, at most 5 s" in cluster.output)
+    begun = time.monotonic()
+
+    assert cluster.end() == 0
+    assert time.monotonic() - begun < 1.5
+    assert cluster.left() == []
+
+
+def test_user_error_of_an_actor_ends_the_start(start):
+    """A port in use would be a crash loop with tracebacks instead of one sentence."""
+    cluster = start(frontend_0="user error")
+
+    assert cluster.process.wait(PATIENCE_S) == 2
+    assert cluster.output.splitlines()[1:] == [
+        "frontend.port: 80 is taken; choose another with --set frontend.port=8081"
+    ]
+    assert cluster.left() == []
+
+
+def test_crashing_actor_is_shown_and_takes_nobody_along(start):
+    """The user would not see why an actor fails, or one bad actor would end the cluster."""
+    cluster = start(w0="crash", s0="restart")
+    until(lambda: {"ended", "lost"} <= set(cluster.output.split()) and "scheduler-0" in cluster.names("ready"))
+
+    assert "  w0 | RuntimeError: the crash of the test" in cluster.output
+    assert "s0 lost its shard or was fenced off; restarting it in 0.2 s\n  s0 | shard s0 is gone" in cluster.output
+    crash = (cluster.log_dir / "run" / "w0.jsonl").read_text()
+    assert "actor crashed" in crash
+    assert cluster.end() == 0
+    assert cluster.names("drained") == ["frontend-0", "scheduler-0"]
+
+
+def test_signal_during_the_start_ends_it(start):
+    """Ctrl-C in the first second would be ignored, or leave half a cluster."""
+    cluster = start()
+    until(lambda: cluster.pids)
+
+    assert cluster.end() == 0
+    assert cluster.left() == []
+
+
+def test_actor_told_to_end_by_hand_is_replaced(start):
+    """`kill` of one actor, to make room or reload, would leave the cluster without it."""
+    cluster = start()
+    cluster.until_ready()
+    os.kill(cluster.pid("w0"), signal.SIGTERM)
+
+    until(lambda: cluster.names("ready").count("w0") == 2)
+    assert cluster.names("drained") == ["w0"]
+    assert "w0 ended by itself; restarting it" in cluster.output
+    assert cluster.end() == 0

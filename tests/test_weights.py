@@ -1,0 +1,176 @@
+"""Conversion: what the cached file holds, and that it is made once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from test_gguf import DEMO, LLAMA, write_gguf
+
+from memserve.engine import weights as under_test
+from memserve.engine.spec import find_model, read_spec
+from memserve.engine.weights import map_weights, prepare, random_weights, save_weights, weight_shapes
+from memserve.errors import UserError
+
+TOKENIZER = {
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": "smollm",
+    "tokenizer.ggml.tokens": ["<|endoftext|>", "a", "b", "ab"],
+    "tokenizer.ggml.token_type": [3, 1, 1, 1],
+    "tokenizer.ggml.merges": ["a b"],
+    "tokenizer.ggml.eos_token_id": 0,
+}
+
+
+def _tensors(tied: bool) -> dict[str, np.ndarray]:
+    """GGUF tensors of the tiny Llama in ``LLAMA``: hidden 64, 4 heads, 2 kv heads, 2 layers, vocabulary 4."""
+    random = np.random.default_rng(0)
+    shapes = {"token_embd.weight": (4, 64), "output_norm.weight": (64,)}
+    for layer in range(2):
+        block = f"blk.{layer}."
+        shapes |= {
+            block + "attn_norm.weight": (64,),
+            block + "attn_q.weight": (64, 64),
+            block + "attn_k.weight": (32, 64),
+            block + "attn_v.weight": (32, 64),
+            block + "attn_output.weight": (64, 64),
+            block + "ffn_norm.weight": (64,),
+            block + "ffn_gate.weight": (96, 64),
+            block + "ffn_up.weight": (96, 64),
+            block + "ffn_down.weight": (64, 96),
+        }
+    if not tied:
+        shapes["output.weight"] = (4, 64)
+    return {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def _write(path: Path, tensors: dict[str, np.ndarray]) -> Path:
+    raw = {name: ("F32", value.shape, value.tobytes()) for name, value in tensors.items()}
+    return write_gguf(path, LLAMA | TOKENIZER, raw)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_converted_tensors_are_the_files(tmp_path: Path, tied: bool) -> None:
+    """A wrong concatenation, permutation or rounding is a model that talks nonsense."""
+    source = _tensors(tied)
+    files = prepare(_write(tmp_path / "tiny.gguf", source), "float32", tmp_path / "cache")
+    found = map_weights(files.weights)
+
+    assert files.spec.name == "tiny"
+    assert files.spec.tied_embeddings is tied
+    assert {name: tuple(tensor.shape) for name, tensor in found.items()} == weight_shapes(files.spec)
+    q = source["blk.1.attn_q.weight"].reshape(4, 8, 2, 64).swapaxes(1, 2).reshape(64, 64)
+    k = source["blk.1.attn_k.weight"].reshape(2, 8, 2, 64).swapaxes(1, 2).reshape(32, 64)
+    assert np.array_equal(found["1.qkv"].numpy(), np.concatenate([q, k, source["blk.1.attn_v.weight"]]))
+    gate_up = np.concatenate([source["blk.0.ffn_gate.weight"], source["blk.0.ffn_up.weight"]])
+    assert np.array_equal(found["0.gate_up"].numpy(), gate_up)
+    assert np.array_equal(found["embed"].numpy(), source["token_embd.weight"])
+    assert ("head" in found) is not tied
+
+
+def test_bfloat16_equals_torchs_rounding(tmp_path: Path) -> None:
+    """The two roundings must agree, or a float32 and a bfloat16 run are of different models."""
+    source = _tensors(True)
+    path = _write(tmp_path / "tiny.gguf", source)
+    found = map_weights(prepare(path, "bfloat16", tmp_path / "cache").weights)
+
+    assert torch.equal(found["embed"], torch.from_numpy(source["token_embd.weight"]).bfloat16())
+    assert found["norm"].dtype == torch.float32
+
+
+def test_the_file_is_safetensors_and_aligned(tmp_path: Path) -> None:
+    """Other tools must be able to open it, and no matrix row may straddle a cache line for nothing."""
+    files = prepare(_write(tmp_path / "tiny.gguf", _tensors(True)), "bfloat16", tmp_path / "cache")
+
+    with safe_open(files.weights, "pt") as file:  # type: ignore[no-untyped-call]
+        assert {name for name in file.keys() if not name.startswith("_")} == set(weight_shapes(files.spec))
+    assert all(tensor.data_ptr() % under_test.ALIGNMENT == 0 for tensor in map_weights(files.weights).values())
+
+
+def test_a_second_call_converts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every start would take seconds; and a renamed copy of a file is the same model."""
+    path = _write(tmp_path / "tiny.gguf", _tensors(True))
+    first = prepare(path, "float32", tmp_path / "cache")
+    monkeypatch.setattr(under_test, "_convert", lambda *_: pytest.fail("converted again"))
+    copy = tmp_path / "other.gguf"
+    copy.write_bytes(path.read_bytes())
+
+    assert prepare(path, "float32", tmp_path / "cache") == first
+    assert prepare(copy, "float32", tmp_path / "cache").weights == first.weights
+    assert prepare(copy, "float32", tmp_path / "cache").spec.name == "other"
+
+
+def test_a_damaged_conversion_is_made_again(tmp_path: Path) -> None:
+    """A machine that lost power while converting must come back by itself."""
+    path = _write(tmp_path / "tiny.gguf", _tensors(True))
+    files = prepare(path, "float32", tmp_path / "cache")
+    whole = files.weights.read_bytes()
+    for damaged in (whole[:-64], b"", whole[:4] + b"\xff" * 60):
+        files.weights.write_bytes(damaged)
+        assert prepare(path, "float32", tmp_path / "cache").weights.read_bytes() == whole
+
+
+def test_two_processes_convert_once(tmp_path: Path) -> None:
+    """Workers that start together would write over each other's files."""
+    path = _write(tmp_path / "tiny.gguf", _tensors(True))
+    code = "import sys; from memserve.engine.weights import prepare; from pathlib import Path\n"
+    code += "print(prepare(sys.argv[1], 'float32', Path(sys.argv[2])).weights.stat().st_ino)"
+    command = [sys.executable, "-c", code, str(path), str(tmp_path / "cache")]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    inodes = [process.communicate(timeout=60)[0].strip() for process in both]
+
+    assert inodes[0] == inodes[1] != ""
+
+
+def test_foreign_and_missing_tensors_are_named(tmp_path: Path) -> None:
+    """A model with biases would run without them and answer nonsense."""
+    tensors = _tensors(True)
+    extra = tensors | {"blk.0.attn_q.bias": np.zeros(64, np.float32)}
+    with pytest.raises(UserError, match=r"blk\.0\.attn_q\.bias"):
+        prepare(_write(tmp_path / "a.gguf", extra), "float32", tmp_path / "cache")
+    del tensors["blk.1.ffn_up.weight"]
+    with pytest.raises(UserError, match=r"missing: blk\.1\.ffn_up\.weight"):
+        prepare(_write(tmp_path / "b.gguf", tensors), "float32", tmp_path / "cache")
+    assert not list((tmp_path / "cache" / "models").glob("*/weights.safetensors"))
+
+
+def test_an_unwritable_cache_is_a_user_error(tmp_path: Path) -> None:
+    """A full or read-only disk must be named with the way out."""
+    path = _write(tmp_path / "tiny.gguf", _tensors(True))
+    (tmp_path / "cache").write_text("a file, not a folder")
+
+    with pytest.raises(UserError, match="MEMSERVE_CACHE"):
+        prepare(path, "float32", tmp_path / "cache")
+
+
+def test_written_weights_come_back(tmp_path: Path) -> None:
+    """Tests of random models would run on other weights than they compare with."""
+    spec = read_spec(_write(tmp_path / "tiny.gguf", _tensors(False)))
+    weights = random_weights(spec, "bfloat16", 3)
+    save_weights(weights, tmp_path / "w")
+    found = map_weights(tmp_path / "w")
+
+    assert weights.keys() == found.keys()
+    assert all(torch.equal(weights[name], found[name]) for name in weights)
+
+
+def test_demo_model_converts_in_seconds_without_torch(tmp_path: Path) -> None:
+    """The first start would be slow, and the supervisor, which converts, would carry torch in its memory."""
+    code = """if True:
+        import resource, sys
+        from pathlib import Path
+        from memserve.engine.weights import prepare
+        prepare(sys.argv[1], "bfloat16", Path(sys.argv[2]))
+        assert "torch" not in sys.modules
+        peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        assert peak_mib < 450, peak_mib
+    """
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code, str(find_model(DEMO)), str(tmp_path)], check=True, timeout=120)
+    assert time.perf_counter() - began < 20  # 2 s where nothing else runs
