@@ -9,7 +9,7 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
-SOURCES := src tests $(wildcard loadgen)
+SOURCES := src tests $(wildcard bench loadgen)
 
 .DEFAULT_GOAL := check
 .PHONY: help up setup setup-test check lint test fix bench-engine wheel clean
@@ -60,7 +60,7 @@ fix: setup-test
 	$(BIN)/ruff format $(SOURCES)
 
 bench-engine: setup
-	$(BIN)/python -m memserve.engine.bench $(ARGS)
+	$(BIN)/python bench/engine.py $(ARGS)
 
 wheel: setup-test
 	$(BIN)/python -m build --wheel

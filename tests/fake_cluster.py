@@ -84,6 +84,8 @@ async def main(context: ActorContext, *, task_status: trio.TaskStatus[None]) -> 
             nursery.start_soon(note_deaths, context)
         if word == "hung":
             nursery.start_soon(trio.to_thread.run_sync, time.sleep, 60)
+        if word == "blocked":
+            time.sleep(60)  # noqa: ASYNC251 - the point
         if word == "deaf":
             await trio.sleep_forever()
         await context.lifeline.drain.wait()

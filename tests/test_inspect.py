@@ -4,31 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from datetime import UTC, datetime, timedelta
 from itertools import islice
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from log_lines import LIFE, finished, line
 from memserve import inspect
 from memserve.errors import UserError
 from memserve.inspect import Filter, Tally
-
-START = datetime(2026, 1, 1, tzinfo=UTC)
-
-
-def line(at_ms: float, actor: str, event: str, level: str = "info", **data) -> dict:
-    """One record as an actor writes it."""
-    ts = (START + timedelta(milliseconds=at_ms)).isoformat(timespec="microseconds").replace("+00:00", "Z")
-    return {"ts": ts, "level": level, "event": event, "actor": f"{actor}.00000001", "kind": "K", "pid": 1, **data}
-
-
-def finished(at_ms: float, request: str, outcome: str = "stop", **data) -> dict:
-    """A canonical line."""
-    base = {"prompt_tokens": 100, "cached_tokens": 25, "output_tokens": 10, "ttft_ms": 20.0, "tpot_ms": 2.0}
-    base |= {"total_ms": 40.0, "prefill": "p0.00000001", "decode": "d0.00000001"}
-    return line(at_ms, "frontend-0", "request finished", request=request, outcome=outcome, **(base | data))
 
 
 @pytest.fixture
@@ -46,18 +31,6 @@ def run(tmp_path):
     return write
 
 
-LIFE = (
-    line(0, "frontend-0", "request received", request="abc1", attempt=0, prompt_tokens=100, max_tokens=10),
-    line(1, "scheduler-0", "request placed", request="abc1", attempt=0, prefill="p0.1", decode="d0.1", policy="least_load"),
-    line(2, "p0", "prefill started", request="abc1", attempt=0, cached_tokens=25),
-    line(20, "p0", "prefill finished", request="abc1", attempt=0, prefill_ms=18.0),
-    line(20.5, "frontend-0", "first token", request="abc1", attempt=0, ttft_ms=20.5),
-    line(21, "d0", "decode started", request="abc1", attempt=0, handoff_ms=1.0),
-    line(40, "d0", "decode finished", request="abc1", attempt=0, output_tokens=10, decode_ms=19.0),
-    finished(40, "abc1", attempt=0),
-)
-
-
 def events(folder, wanted=None, tally=None):
     return [record["event"] for record in filter(wanted, inspect.read_run(folder, tally or Tally()))]
 
@@ -72,7 +45,9 @@ def test_damaged_lines_are_counted_and_passed_over(run):
     """If it failed, one line cut by a full disk would hide a whole log."""
     folder = run(*LIFE)
     with (folder / "p0.jsonl").open("ab") as file:
-        file.write(b'garbage\n\xff\xfe\n[1]\n{"event":"x"}\n{"ts":3,"event":"x"}\n\n' + b"x" * (3 << 20) + b"\n")
+        file.write(
+            b'garbage\n\xff\xfe\n[1]\n{"event":"x"}\n{"ts":3,"event":"x"}\n\n' + b"x" * (3 << 20) + b"\n"
+        )
         file.write(json.dumps(line(50, "p0", "after the damage")).encode() + b'\n{"ts":"2026')
     tally = Tally()
     assert events(folder, tally=tally)[-1] == "after the damage"
@@ -93,15 +68,21 @@ def test_following_shows_old_new_and_half_written_lines_once(run):
     path = folder / "frontend-0.jsonl"
     half = json.dumps(LIFE[4]).encode()
 
-    def sleep(_seconds, turns=iter(range(9))):
-        turn = next(turns)
+    def append(*parts: bytes) -> None:
         with path.open("ab") as file:
-            file.write((half[:30], half[30:] + b"\n", b"")[min(turn, 2)])
-        if turn == 2:
-            run(LIFE[2])
+            file.writelines(parts)
+
+    later = iter([lambda: append(half[:30]), lambda: append(half[30:], b"\n"), lambda: run(LIFE[2])])
+
+    def sleep(_seconds: float) -> None:
+        next(later)()
 
     followed = inspect.follow(folder, Tally(), sleep)
-    assert [record["event"] for record in islice(followed, 3)] == ["request received", "first token", "prefill started"]
+    assert [record["event"] for record in islice(followed, 3)] == [
+        "request received",
+        "first token",
+        "prefill started",
+    ]
     followed.close()
 
 
@@ -158,7 +139,11 @@ def test_a_summary_counts_outcomes_times_tokens_and_workers(run):
     """If it failed, a run would look better or worse than it was."""
     records = [line(i, "frontend-0", "request received", request=f"r{i}") for i in range(101)]
     records += [finished(1000 + i, f"r{i}", ttft_ms=float(i + 1)) for i in range(98)]
-    records += [finished(2000, "r98", "error", code="overloaded", ttft_ms=None, tpot_ms=None, prefill=None, decode=None)]
+    records += [
+        finished(
+            2000, "r98", "error", code="overloaded", ttft_ms=None, tpot_ms=None, prefill=None, decode=None
+        )
+    ]
     records += [finished(2001, "r99", "cancelled", ttft_ms=99.0, prompt_tokens="?")]
     records += [line(3000, "d0", "lease expired", "warning")]
     facts = inspect.summarize(inspect.read_run(run(*records), Tally())).to_dict()

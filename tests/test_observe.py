@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import os
@@ -24,8 +23,8 @@ def logged(tmp_path):
     root, before = logging.getLogger(), (logging.getLogger().handlers[:], logging.getLogger().level)
     path = tmp_path / "run" / "p0.jsonl"
 
-    def configure(level="info", **more):
-        observe.configure(path, level, actor="p0.9f3a1c22", kind="PrefillWorker", pid=7, **more)
+    def configure(level="info"):
+        observe.configure(path, level, actor="p0.9f3a1c22", kind="PrefillWorker", pid=7)
         return lambda: [json.loads(line) for line in path.read_bytes().splitlines()]
 
     yield configure
@@ -40,12 +39,15 @@ def test_a_line_says_when_who_and_what_in_a_fixed_order(logged):
     with structlog.contextvars.bound_contextvars(request="r1"):
         structlog.get_logger().info("prefill finished", prefill_ms=1.5, attempt=0)
     (line,) = read()
-    assert list(line) == ["ts", "level", "event", "actor", "kind", "pid", "prefill_ms", "attempt", "request"] or list(
-        line
-    )[:6] == ["ts", "level", "event", "actor", "kind", "pid"]
+    assert list(line)[:6] == ["ts", "level", "event", "actor", "kind", "pid"]
     assert line["ts"].endswith("Z")
     assert datetime.fromisoformat(line["ts"]).tzinfo is not None
-    assert (line["level"], line["event"], line["actor"], line["pid"]) == ("info", "prefill finished", "p0.9f3a1c22", 7)
+    assert (line["level"], line["event"], line["actor"], line["pid"]) == (
+        "info",
+        "prefill finished",
+        "p0.9f3a1c22",
+        7,
+    )
     assert line["request"] == "r1"
 
 
@@ -85,37 +87,22 @@ def test_other_libraries_warnings_are_lines_too(logged):
     assert [(line["library"], line["message"]) for line in read()] == [("some.library", "careful: 1")]
 
 
-def test_a_terminal_gets_text_and_the_file_json(logged):
-    """If it failed, `memserve up` would show JSON to people, or nothing."""
-    screen = io.StringIO()
-    read = logged(terminal=screen)
-    structlog.get_logger().warning("actor ended", child="p0", text="two words")
-    assert re.fullmatch(r'\d\d:\d\d:\d\d warning: actor ended child=p0 text="two words"\n', screen.getvalue())
-    assert len(read()) == 1
-    screen.close()
-    structlog.get_logger().info("still here")
-    assert len(read()) == 2
-
-
 def test_a_full_disk_loses_lines_but_neither_the_actor_nor_the_next_line():
     """If it failed, a full disk would end requests, or leave a file that cannot be parsed from there on."""
-    out, into = os.pipe()
+    disk, into = os.pipe()  # holds 64 KiB, then takes part of a line, then nothing: as a disk does
     os.set_blocking(into, False)
     sink = LineFile(into, {"actor": "p0"})
-    line = b'{"n":' + b"1" * 70_000 + b"}"
-    sink.write(line)  # more than the pipe holds: torn
-    sink.write(line)
+    for _ in range(2):
+        sink.write(b'{"n":"' + b"1" * 70_000 + b'"}')
     assert sink.lost == 2
-    os.set_blocking(out, False)
-    while sink.lost or not (data := os.read(out, 1 << 20)).endswith(b'{"ok":1}\n'):
-        try:
-            os.read(out, 1 << 20)
-        except BlockingIOError:
-            pass
-        sink.write(b'{"ok":1}')
-    notice, *_ = [json.loads(one) for one in data.splitlines() if b"log lines lost" in one] or [{"lines": 2}]
-    assert notice["lines"] >= 2
-    os.close(out)
+    os.read(disk, 1 << 20)
+    sink.write(b'{"ok":1}')
+    end_of_torn, notice, line = os.read(disk, 1 << 20).splitlines()
+    assert end_of_torn == b""
+    assert json.loads(notice)["event"] == "log lines lost"
+    assert json.loads(notice)["lines"] == 2
+    assert (line, sink.lost) == (b'{"ok":1}', 0)
+    os.close(disk)
     os.close(into)
     sink.write(b"{}")
     assert sink.lost == 1
@@ -148,9 +135,14 @@ def parse(text: bytes) -> dict[str, float]:
                 assert match[3] == "counter"
             assert match[2] == current
             continue
-        match = re.fullmatch(r'([a-zA-Z_:][a-zA-Z0-9_:]*)(\{(?:[a-z_]+="(?:[^"\\\n]|\\.)*",?)*\})? (\S+)', line)
+        match = re.fullmatch(
+            r'([a-zA-Z_:][a-zA-Z0-9_:]*)(\{(?:[a-z_]+="(?:[^"\\\n]|\\.)*",?)*\})? (\S+)', line
+        )
         assert match, line
-        assert re.sub(r"_(bucket|sum|count)$", "", match[1]) in (current, re.sub(r"_(bucket|sum|count)$", "", current))
+        assert re.sub(r"_(bucket|sum|count)$", "", match[1]) in (
+            current,
+            re.sub(r"_(bucket|sum|count)$", "", current),
+        )
         key = match[1] + (match[2] or "")
         assert key not in samples, "each sample must be there once"
         samples[key] = float(match[3])
@@ -163,7 +155,13 @@ def test_members_load_becomes_metrics_with_actor_and_kind():
     samples = parse(
         render_metrics(
             [
-                member("p0", "PrefillWorker", requests_running=1.0, cached_tokens_total=30.0, requested_tokens_total=50.0),
+                member(
+                    "p0",
+                    "PrefillWorker",
+                    requests_running=1.0,
+                    cached_tokens_total=30.0,
+                    requested_tokens_total=50.0,
+                ),
                 member("d0", "DecodeWorker", "draining", requests_running=2.0, requests_waiting=1.0),
                 member("s0", "MemPoolShard", pages_total=10, pages_free=5, pages_evictable=3),
             ],

@@ -18,17 +18,23 @@ prompts = st.lists(st.integers(0, 1), max_size=12).map(pack)
 
 
 class ModelLease:
-    """What the owner of a lease knows: its scope, its tokens so far, its page table, how much it has retired."""
+    """What the owner of a lease knows: scope, tokens so far, page table, how much it has retired."""
 
     def __init__(self, owner, scope, tokens, pages, retired):
-        self.owner, self.scope, self.tokens, self.pages, self.retired = owner, scope, tokens, list(pages), retired
+        self.owner, self.scope, self.tokens, self.pages, self.retired = (
+            owner,
+            scope,
+            tokens,
+            list(pages),
+            retired,
+        )
 
 
 class PoolAgainstModel(RuleBasedStateMachine):
     """Workers that die, fall silent, hand over and share prefixes, and one memory that all of them write.
 
-    A page's content is what the KV of its tokens depends on: the scope and every token up to them. Reading anything
-    else through a page table is the bug that this machine hunts.
+    A page's content is what the KV of its tokens depends on: the scope and every token up to them. Reading
+    anything else through a page table is the bug that this machine hunts.
     """
 
     caching = True
@@ -57,6 +63,14 @@ class PoolAgainstModel(RuleBasedStateMachine):
             del self.leases[number]
         return free
 
+    def accounts(self):
+        return (
+            self.pool.free_pages,
+            self.pool.leased_pages,
+            self.pool.indexed_pages,
+            self.pool.evictable_pages,
+        )
+
     def draw_lease(self, data):
         return data.draw(st.sampled_from(sorted(self.leases)))
 
@@ -66,9 +80,11 @@ class PoolAgainstModel(RuleBasedStateMachine):
         room = self.pool.free_pages + self.pool.evictable_pages
         matchable = max(count(tokens) - 1, 0) // PAGE * PAGE
         expected = self.pool.match(scope, span(tokens, 0, matchable))
+        before = self.accounts()
         grant = self.pool.acquire(owner, scope, tokens, extra, self.now)
         if grant is None:
             assert need > room
+            assert self.accounts() == before, "an acquire that was not granted evicted something"
             return
         self.heard(owner)
         assert len(grant.pages) == need
@@ -89,13 +105,14 @@ class PoolAgainstModel(RuleBasedStateMachine):
         number = self.draw_lease(data)
         lease = self.leases[number]
         room = self.pool.free_pages + self.pool.evictable_pages
-        try:
+        before = self.accounts()
+        if len(lease.pages) + n > TOTAL or n > room:
+            with pytest.raises(PoolError, match="too_large" if len(lease.pages) + n > TOTAL else "no_pages"):
+                self.pool.alloc_mem(lease.owner, number, n, self.now)
+            assert self.accounts() == before, "a refused call changed something"
+        else:
             lease.pages += self.pool.alloc_mem(lease.owner, number, n, self.now)
             self.heard(lease.owner)
-        except PoolError as refused:
-            assert (refused.code == "no_pages" and n > room) or (
-                refused.code == "too_large" and len(lease.pages) + n > TOTAL
-            )
         start = count(lease.tokens)
         lease.tokens += span(more, 0, len(lease.pages) * PAGE - start)
         self.write(lease, start)
@@ -230,7 +247,9 @@ RUN = settings(max_examples=80, stateful_step_count=40, deadline=None)
 PoolAgainstModel.TestCase.settings = RUN
 PoolWithoutCaching.TestCase.settings = settings(RUN, max_examples=25)
 TestPool = PoolAgainstModel.TestCase
-TestPool.__doc__ = "A page in two places is one request reading another's KV; a page in none is lost for ever."
+TestPool.__doc__ = (
+    "A page in two places is one request reading another's KV; a page in none is lost for ever."
+)
 TestPoolWithoutCaching = PoolWithoutCaching.TestCase
 TestPoolWithoutCaching.__doc__ = "A comparison without caching would be worthless if something were cached."
 
@@ -247,7 +266,7 @@ def test_one_token_is_always_left_to_compute():
 
 
 def test_a_duplicate_page_stays_with_its_request():
-    """If the loser of a race were switched to the other's page, or its page freed, its running step would read garbage."""
+    """If the page that lost the race were freed or swapped, a running step would read garbage."""
     pool = Pool(10, 4, LEASE_S)
     first = pool.acquire("p.1", "anne", pack(range(8)), 0, 0.0)
     second = pool.acquire("p.2", "anne", pack(range(12)), 0, 0.0)

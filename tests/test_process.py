@@ -91,9 +91,8 @@ async def test_lifeline_tells_what_the_supervisor_says(ends):
     lifeline = Lifeline(ActorId("scheduler-0.1"), events)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(lifeline.listen)
-        for i in range(DIED_MESSAGES + 50):
-            raw.send(b'{"event": "died", "id": "w%d.1"}\n' % i)
-        raw.send(b'{"event": "drain"}\n')
+        died = [b'{"event": "died", "id": "w%d.1"}\n' % i for i in range(DIED_MESSAGES + 50)]
+        raw.send(b"".join(died) + b'{"event": "drain"}\n')
         await lifeline.drain.wait()
         assert not lifeline.gone.is_set()
         raw.close()
@@ -127,8 +126,7 @@ def test_exit_status_says_how_an_actor_failed(error, status, text, capsys):
     """A bug would look like a user's mistake, or a user's mistake be restarted for ever with a traceback."""
     assert _explain(error) == status
     shown = capsys.readouterr().err
-    assert text in shown
-    assert ("Traceback" in shown or "ValueError" in shown) == (status == 1)
+    assert text in shown if status == STATUS_CRASHED else text == shown
 
 
 def test_actor_of_an_ended_cluster_does_not_start():

@@ -162,7 +162,7 @@ def test_eviction_trims_the_tail_of_a_long_leaf():
 
 
 def test_a_pin_survives_a_split_below_it():
-    """If split made the old object the prefix, a running request's pin would lose its last pages to eviction."""
+    """If split made the old object the prefix, a running request would lose its last pages to eviction."""
     tree = PromptTree(PAGE)
     pin = tree.pin("anne", b"")
     tree.insert(pin, pack([1, 2, 3, 4]), [0, 1])

@@ -1,4 +1,4 @@
-"""The shard's core: what it answers, to whom, how often, and what time does to it. And the caller's side, which it serves."""
+"""The shard's core: what it answers, to whom, how often; what time does to it; and the caller's side."""
 
 import math
 
@@ -26,7 +26,6 @@ from memserve.messages import (
     Load,
     Member,
     Planned,
-    PoolRefused,
 )
 from memserve.tokens import pack
 
@@ -133,7 +132,9 @@ def test_a_withdrawal_that_crosses_the_grant_ends_the_lease():
 
     assert shard.say("p.1", FreeMem(lease=0, call=1)) == []
     assert shard.core.gauges()["pages_free"] == 8
-    assert shard.say("p.1", FreeMem(granted.lease)) == ["free refused"]  # the worker's own, on the late answer
+    assert shard.say("p.1", FreeMem(granted.lease)) == [
+        "free refused"
+    ]  # the worker's own, on the late answer
 
 
 def test_the_queue_has_a_limit():
@@ -152,7 +153,7 @@ def test_alloc_mem_never_waits():
     """If it did, two running requests could wait for each other's pages for ever."""
     shard = Shard(pages=3)
     [(_, granted)] = shard.say("p.1", Acquire(1, "anne", PROMPT, 0))
-    [(_, refused)] = shard.say("p.1", AllocMem(2, granted.lease, 0 + 1))
+    [(_, refused)] = shard.say("p.1", AllocMem(2, granted.lease, 1))
 
     assert (refused.call, refused.code) == (2, PoolError.TOO_LARGE)
     shard = Shard(pages=4)
@@ -216,7 +217,7 @@ def test_misuse_is_refused_and_logged():
 
 
 def test_old_answers_are_forgotten_but_not_granted_again():
-    """If forgetting an answer made its call new, a very late repeat would leak a lease; the memory must be bounded."""
+    """If forgetting an answer made its call new, a very late repeat would leak a lease."""
     shard = Shard(remembered_max=4)
     for call in range(1, 11):
         [(_, granted)] = shard.say("p.1", Acquire(call, "anne", PROMPT, 0))
@@ -228,7 +229,7 @@ def test_old_answers_are_forgotten_but_not_granted_again():
 
 
 class ShardUnderFire(RuleBasedStateMachine):
-    """Workers that send, repeat, withdraw, die and fall silent in any order; no lease may outlive all knowledge of it."""
+    """Workers that send, repeat, withdraw and die in any order; no lease may outlive all knowledge of it."""
 
     def __init__(self):
         super().__init__()
@@ -334,4 +335,3 @@ def test_log_lines_carry_their_figures():
 
     data = {"owner": "p.1", "leases": 1, "pages_freed": 3, "waiting_acquires": 0}
     assert shard.core.take() == [Log("warning", "lease expired", data)]
-    assert isinstance(PoolRefused(1, "x", "y"), PoolRefused)

@@ -154,7 +154,7 @@ def test_killed_actor_comes_back_and_its_death_is_announced(start):
 
 def test_kill_of_the_supervisor_leaves_nothing(start):
     """Actors would go on in the background, hold their port and memory, and block the next start."""
-    cluster = start(w0="hung")
+    cluster = start(w0="hung", scheduler_0="blocked")
     cluster.until_ready()
     os.kill(cluster.pid("s0"), signal.SIGSTOP)
     os.kill(cluster.process.pid, signal.SIGKILL)

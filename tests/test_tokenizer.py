@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import cache
 
 import pytest
-from fake_service import IM_END, IM_START, MODEL_PATH, demo_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fake_service import IM_END, IM_START, MODEL_PATH, demo_tokenizer
 from memserve.engine.gguf import read_gguf
 from memserve.engine.spec import find_model
 from memserve.engine.tokenizer import Tokenizer, build_tokenizer
@@ -32,17 +33,11 @@ def reference_bpe(words):
     for word in words:
         parts = [stand_in(byte) for byte in word.encode()]
         while True:
-            pairs = {
-                ranks[pair]: at
-                for at, pair in enumerate(zip(parts, parts[1:], strict=False))
-                if pair in ranks
-            }
+            pairs = {ranks[pair]: at for at, pair in enumerate(itertools.pairwise(parts)) if pair in ranks}
             if not pairs:
                 break
             rank = min(pairs)
-            at = next(
-                i for i, pair in enumerate(zip(parts, parts[1:], strict=False)) if ranks.get(pair) == rank
-            )
+            at = next(i for i, pair in enumerate(itertools.pairwise(parts)) if ranks.get(pair) == rank)
             parts[at : at + 2] = ["".join(parts[at : at + 2])]
         yield from (ids[part] for part in parts)
 

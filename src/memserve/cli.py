@@ -97,7 +97,7 @@ def status(
     url: str | None = None,
     api_key: Annotated[str | None, Parameter(env_var="MEMSERVE_API_KEY")] = None,
     log_dir: Path = Path("logs"),
-    json: bool = False,
+    json: Annotated[bool, Parameter(negative=())] = False,
 ) -> None:
     """List the actors of a running cluster: name, kind, pid, state and load.
 

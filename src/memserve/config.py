@@ -34,62 +34,60 @@ class RuleError(ValueError):
         self.known = tuple(known)
 
 
-# ---- rules: each is an attrs validator -----------------------------------------------------------------------
+# ---- rules ---------------------------------------------------------------------------------------------------
 
-Rule = Callable[[Any, Any, Any], None]
+
+@attrs.frozen
+class Rule:
+    """What a setting's value must be: an attrs validator, with a text for errors and for the documentation."""
+
+    text: str
+    """Reads after "must"."""
+    holds: Callable[[Any], bool]
+    known: tuple[str, ...] = ()
+
+    def __call__(self, _instance: object, _attribute: object, value: Any) -> None:
+        if not self.holds(value):
+            raise RuleError(self.text, self.known)
 
 
 def one_of(*known: str | int) -> Rule:
     """One of the listed values."""
-
-    def rule(_instance: object, _attribute: object, value: object) -> None:
-        if value not in known:
-            raise RuleError(f"be one of {', '.join(map(str, known))}", [str(k) for k in known])
-
-    return rule
+    names = tuple(map(str, known))
+    return Rule(f"be one of {', '.join(names)}", lambda value: value in known, names)
 
 
 def between(low: float, high: float) -> Rule:
     """From ``low`` to ``high``, both included; None passes where the setting is optional."""
-
-    def rule(_instance: object, _attribute: object, value: float | None) -> None:
-        if value is not None and not low <= value <= high:
-            raise RuleError(f"be between {low} and {high}")
-
-    return rule
+    return Rule(f"be between {low} and {high}", lambda value: value is None or low <= value <= high)
 
 
-def matching(pattern: str, meaning: str) -> Rule:
-    """A string that matches ``pattern`` as a whole; ``meaning`` is what the user reads."""
+def matching(pattern: str, text: str) -> Rule:
+    """A string that matches ``pattern`` as a whole."""
     compiled = re.compile(pattern)
-
-    def rule(_instance: object, _attribute: object, value: str) -> None:
-        if not compiled.fullmatch(value):
-            raise RuleError(meaning)
-
-    return rule
+    return Rule(text, lambda value: compiled.fullmatch(value) is not None)
 
 
-def is_host(_instance: object, _attribute: object, value: str) -> None:
-    """An IP address or a host name."""
+def is_host(value: str) -> bool:
+    """Whether ``value`` is an IP address or a host name. Digits and dots alone are no name: a mistyped address."""
     try:
         ipaddress.ip_address(value)
     except ValueError:
-        if not re.fullmatch(r"(?!\d+(\.\d+)*$)[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?", value):
-            raise RuleError("be an IP address or a host name, without a port") from None
+        name = r"(?!\d+(\.\d+)*$)[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?"
+        return re.fullmatch(name, value) is not None
+    return True
 
 
-def are_keys(_instance: object, _attribute: object, value: tuple[str, ...]) -> None:
-    """API keys that fit in an Authorization header, each once."""
-    if any(not re.fullmatch(r"[\x21-\x7e]{1,256}", key) for key in value):
-        raise RuleError("hold keys of 1 to 256 printable ASCII characters without blanks")
-    if len(set(value)) < len(value):
-        raise RuleError("hold each key once")
+def are_keys(value: tuple[str, ...]) -> bool:
+    """Whether all of ``value`` fit in an Authorization header, and none is there twice."""
+    return len(set(value)) == len(value) and all(re.fullmatch(r"[\x21-\x7e]{1,256}", key) for key in value)
 
 
 a_name = matching(
     "[a-z][a-z0-9-]{0,31}", "be 1 to 32 characters: a lower-case letter, then letters, digits or '-'"
 )
+a_host = Rule("be an IP address or a host name, without a port", is_host)
+some_keys = Rule("hold keys of 1 to 256 printable ASCII characters without blanks, each once", are_keys)
 
 
 def parse_size(value: object) -> int:
@@ -123,7 +121,7 @@ def setting(
     secret: bool = False,
 ) -> Any:
     """One key of the file. ``parse`` turns what TOML gave into the field's type; a secret's value is never shown."""
-    metadata = {"help": help, "unit": unit, "parse": parse, "secret": secret}
+    metadata = {"help": help, "unit": unit, "rule": rule, "parse": parse, "secret": secret}
     return attrs.field(default=default, validator=rule, metadata=metadata)
 
 
@@ -132,7 +130,7 @@ class ModelConfig:
     """``[model]``: what is served."""
 
     path: str = setting(
-        rule=matching(".+", "name a .gguf file"),
+        rule=matching(".+", "not be empty"),
         help="a .gguf file, or package:MODULE/FILE for one inside an installed Python package",
     )
     dtype: str = setting(
@@ -220,8 +218,7 @@ class CacheConfig:
         "3",
         parse=parse_mode,
         rule=one_of("off", "1", "2", "3"),
-        help="off: nothing; 1: prefill workers keep prompts; 2: and decode workers keep answers; "
-        "3: and prefill workers find those answers too",
+        help="off: nothing; 1: prompts; 2: answers too, where they were made; 3: answers too, for every worker",
     )
 
 
@@ -247,11 +244,11 @@ class BatchConfig:
 class FrontendConfig:
     """``[frontend]``: the HTTP surface."""
 
-    host: str = setting("127.0.0.1", rule=is_host, help="address to listen on; 0.0.0.0 for every interface")
+    host: str = setting("127.0.0.1", rule=a_host, help="address to listen on; 0.0.0.0 for every interface")
     port: int = setting(8080, rule=between(0, 65535), help="TCP port; 0 takes any free one")
     api_keys: tuple[str, ...] = setting(
         (),
-        rule=are_keys,
+        rule=some_keys,
         secret=True,
         help="accepted bearer keys, each with a cache of its own; empty: no key is asked for",
     )
@@ -270,7 +267,7 @@ class LoggingConfig:
 
     dir: str = setting(
         "logs",
-        rule=matching(".+", "name a directory"),
+        rule=matching(".+", "not be empty"),
         help="each run makes a directory in it; clusters with the same one cannot run at the same time",
     )
     level: str = setting(

@@ -30,6 +30,7 @@ from memserve.messages import (
     Timings,
     Tokens,
     TokenUpdate,
+    actor_name,
 )
 from memserve.scheduling.membership import pairs
 from memserve.scheduling.presence import Presence
@@ -233,6 +234,8 @@ class FrontendCore:
             self._fail(entry, failure, now)
 
     def _on_cluster(self, sender: ActorId, message: Cluster, now: float) -> None:
+        for scheduler in [one for one in self._view if actor_name(one) == actor_name(message.scheduler)]:
+            del self._view[scheduler]  # an earlier incarnation knows nothing newer
         self._view[message.scheduler] = {one.id: one for one in message.members}
 
     def _on_gone(self, sender: ActorId, message: Gone, now: float) -> None:

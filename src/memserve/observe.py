@@ -14,7 +14,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import attrs
 import orjson
@@ -33,18 +33,10 @@ FIRST_KEYS = ("ts", "level", "event", "actor", "kind", "pid")
 # ---- logs ----------------------------------------------------------------------------------------------------
 
 
-def configure(
-    path: str | Path,
-    level: str,
-    *,
-    actor: str,
-    kind: str,
-    pid: int | None = None,
-    terminal: TextIO | None = None,
-) -> None:
+def configure(path: str | Path, level: str, *, actor: str, kind: str, pid: int | None = None) -> None:
     """Send this process's structlog lines, and warnings of other libraries, to the file ``path`` as JSON lines.
 
-    With ``terminal`` they also go there, as text for people. Raises UserError when the file cannot be opened.
+    Raises UserError when the file cannot be opened.
     """
     identity = {"actor": actor, "kind": kind, "pid": os.getpid() if pid is None else pid}
     sink = LineFile.open(Path(path), identity)
@@ -55,11 +47,10 @@ def configure(
         # Locals are left out: they hold prompts and keys.
         structlog.processors.ExceptionRenderer(ExceptionDictTransformer(show_locals=False, max_frames=30)),
         _identified(identity),
+        _rendered,
     ]
-    if terminal is not None:
-        processors.append(_shown_on(terminal))
     structlog.configure(
-        processors=[*processors, _rendered],
+        processors=processors,
         wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]),
         logger_factory=lambda *_: sink,
         cache_logger_on_first_use=False,
@@ -159,40 +150,6 @@ def to_json(value: Any) -> bytes:
         return orjson.dumps(value, default=repr)
     except TypeError:  # an integer beyond 64 bits, a key that is no string, half of a surrogate pair
         return json.dumps(value, default=repr, skipkeys=True).encode()
-
-
-def _shown_on(terminal: TextIO) -> Processor:
-    """Copies each line to a terminal; one that is gone is no reason to stop."""
-
-    def processor(_logger: Any, _method: str, event: EventDict) -> EventDict:
-        try:
-            terminal.write(human(event) + "\n")
-            terminal.flush()
-        except (OSError, ValueError):
-            pass
-        return event
-
-    return processor
-
-
-def human(record: Mapping[str, Any]) -> str:
-    """One line for people: local time, level where it matters, event, data."""
-    moment = datetime.fromisoformat(record["ts"]).astimezone()
-    level = record["level"]
-    mark = "" if level in ("debug", "info") else f"{level}: "
-    data = [
-        f"{key}={_short(value)}" for key, value in record.items() if key not in (*FIRST_KEYS, "exception")
-    ]
-    trouble = [
-        f"{e['exc_type']}: {e['exc_value']}" for e in record.get("exception", ()) if isinstance(e, dict)
-    ]
-    return " ".join([f"{moment:%H:%M:%S}", mark + record["event"], *data, *trouble])
-
-
-def _short(value: object) -> str:
-    plain = isinstance(value, str) and value.isprintable() and not any(c.isspace() for c in value)
-    text = str(value) if plain else to_json(value).decode()
-    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 # ---- metrics -------------------------------------------------------------------------------------------------

@@ -5,22 +5,31 @@ from __future__ import annotations
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 import attrs
+import structlog
 import trio
+from starlette.applications import Starlette
 
 from memserve import observe
 from memserve.actions import Deliver
 from memserve.actors.loop import Shell
 from memserve.actors.worker import introduce
-from memserve.api.service import Chunk, GenerationParams
+from memserve.api.app import build_app
+from memserve.api.server import serve_http
+from memserve.api.service import ApiSettings, Chunk, GenerationParams
 from memserve.bus import open_link
+from memserve.engine.tokenizer import Tokenizer
+from memserve.engine.weights import prepare
 from memserve.errors import RequestFailed
 from memserve.journal import FrontendCore
 from memserve.messages import Member, Request, actor_name
 from memserve.process import ActorContext
 from memserve.scheduling.presence import Reporting
 from memserve.tokens import count
+
+log = structlog.get_logger()
 
 
 @attrs.define(eq=False)
@@ -120,7 +129,7 @@ class FrontendService:
 
 
 async def main(context: ActorContext, *, task_status: trio.TaskStatus[None]) -> None:
-    """Serve HTTP until drained: new requests are refused then, open ones finish within frontend.drain_s."""
+    """Serve HTTP until drained: new requests are refused then, open ones may finish within frontend.drain_s."""
     config = context.resolved.config.frontend
     async with open_link(context.id, context.place.endpoint(context.id)) as link:
         core = FrontendCore(introduce(context, link), config.max_requests)
@@ -129,22 +138,52 @@ async def main(context: ActorContext, *, task_status: trio.TaskStatus[None]) -> 
         shell.perform[Deliver] = service.deliver
         async with trio.open_nursery() as nursery:
             await nursery.start(shell.run)
-            url = await nursery.start(serve_api, context, service)
+            app = await trio.to_thread.run_sync(make_app, context, service)
+            serve = partial(
+                serve_http,
+                shutdown=context.lifeline.drain,
+                reuse_port=config.count > 1,
+                graceful_s=config.drain_s,
+            )
+            port = await nursery.start(serve, app, config.host, config.port)
+            log.info("http listening", host=config.host, port=port)
             core.presence.become("ready")
             shell.turn()
             task_status.started()
-            nursery.start_soon(_announce_serving, context, shell, service, url)
-            await context.lifeline.drain.wait()
-            core.presence.become("draining")
-            shell.turn()
-            with trio.move_on_after(config.drain_s):
-                while not core.idle:
-                    await shell.turned.wait()
+            nursery.start_soon(announce_serving, context, service, f"http://{url_host(config.host)}:{port}")
+            await drained(context, shell, core)
             nursery.cancel_scope.cancel()
 
 
-async def _announce_serving(context: ActorContext, shell: Shell, service: FrontendService, url: str) -> None:
+def make_app(context: ActorContext, service: FrontendService) -> Starlette:
+    """The HTTP surface, with the tokenizer loaded: takes a moment, so off the event loop."""
+    resolved = context.resolved
+    files = prepare(resolved.model_path, resolved.config.model.dtype)
+    tokenizer = Tokenizer.load(files.tokenizer)
+    keys = resolved.config.frontend.api_keys
+    settings = ApiSettings(model=resolved.spec.name, max_context=resolved.max_context, api_keys=keys)
+    return build_app(service, tokenizer, resolved.spec, settings)
+
+
+def url_host(host: str) -> str:
+    """The host as a client on this machine would write it."""
+    if host in ("0.0.0.0", "::"):
+        return "127.0.0.1"
+    return f"[{host}]" if ":" in host else host
+
+
+async def announce_serving(context: ActorContext, service: FrontendService, url: str) -> None:
     """Tell the supervisor once /health is true."""
     while not service.healthy():
-        await shell.turned.wait()
+        await service.shell.turned.wait()
     context.lifeline.serving(url)
+
+
+async def drained(context: ActorContext, shell: Shell, core: FrontendCore) -> None:
+    """Wait for the word, then for the open requests, frontend.drain_s at most."""
+    await context.lifeline.drain.wait()
+    core.presence.become("draining")
+    shell.turn()
+    with trio.move_on_after(context.resolved.config.frontend.drain_s):
+        while not core.idle:
+            await shell.turned.wait()

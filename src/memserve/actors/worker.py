@@ -5,6 +5,7 @@ Start-up: find the shard, attach to its arena, map the weights, run a step to wa
 
 from __future__ import annotations
 
+import importlib
 import os
 from functools import partial
 
@@ -40,6 +41,7 @@ async def run_worker(context: ActorContext, task_status: trio.TaskStatus[None]) 
         shell = Shell(Reporting(joining, presence), link)
         async with trio.open_nursery() as nursery:
             await nursery.start(shell.run)
+            nursery.start_soon(trio.to_thread.run_sync, import_engine)
             shard = await shard_found(shell, joining)
             engine = EngineThread(partial(start_engine, context, shard))
             await nursery.start(engine.run)
@@ -74,6 +76,11 @@ def settings_of(resolved: Resolved) -> WorkerSettings:
     config = resolved.config
     limits = BatchLimits(config.batch.chunk_tokens, config.batch.rows)
     return WorkerSettings(limits, config.pool.page_tokens, resolved.max_context, RETIRE[config.cache.mode])
+
+
+def import_engine() -> None:
+    """Import torch while the shard still fills its arena: each takes seconds."""
+    importlib.import_module("memserve.engine.runner")
 
 
 def start_engine(context: ActorContext, shard: ActorId) -> StepEngine:

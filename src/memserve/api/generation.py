@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
 from functools import cached_property
 
 import attrs
@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 from memserve.api.choices import Choice
 from memserve.api.errors import ApiError, from_failure
 from memserve.api.prompts import Prompt, of_choice
-from memserve.api.service import Service
+from memserve.api.service import Chunk, Service
 from memserve.api.wire import DONE, PING, Head, Wire, error_event, event, usage
 from memserve.errors import RequestFailed
 
@@ -75,9 +75,10 @@ class Generation:
         prompt = self._order.prompts[choice.prompt]
         params = of_choice(prompt.params, choice.index % self._order.n)
         try:
-            async with self._service.open(prompt.packed, params, self._order.cache_scope) as stream:
+            opening = self._service.open(prompt.packed, params, self._order.cache_scope)
+            async with opening as stream, _closing(aiter(stream)) as chunks:
                 self._id = self._id or stream.id
-                async for chunk in stream:
+                async for chunk in chunks:
                     choice.feed(chunk)
                     self._news.set()
                     if choice.stopped:
@@ -169,6 +170,16 @@ class Generation:
 
     def _id_header(self) -> list[tuple[bytes, bytes]]:
         return [(b"x-request-id", self._id.encode())] if self._id else []
+
+
+@asynccontextmanager
+async def _closing(chunks: AsyncIterator[Chunk]) -> AsyncIterator[AsyncIterator[Chunk]]:
+    """Closes what is an async generator: left in the middle, it must not wait for the garbage collector."""
+    try:
+        yield chunks
+    finally:
+        if isinstance(chunks, AsyncGenerator):
+            await chunks.aclose()
 
 
 async def _cancel_when_gone(receive: Receive, watching: trio.CancelScope, request: trio.CancelScope) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 import socket
+from typing import Any
 
 import anycorn
 import attrs
 import trio
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from memserve.errors import UserError
 
@@ -46,7 +47,23 @@ async def serve_http(
     config.backlog = BACKLOG
     config.graceful_timeout = graceful_s
     started = _Started(task_status, bound)
-    await anycorn.serve(app, config, shutdown_trigger=shutdown.wait, mode="asgi", task_status=started)  # type: ignore[arg-type]
+    framework: Any = _WithoutLifespan(app)
+    await anycorn.serve(framework, config, shutdown_trigger=shutdown.wait, mode="asgi", task_status=started)
+
+
+@attrs.frozen
+class _WithoutLifespan:
+    """Answers anycorn's start-up and shutdown questions itself: Starlette reports a cancellation as a failure."""
+
+    app: ASGIApp
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "lifespan":
+            return await self.app(scope, receive, send)
+        for _ in ("startup", "shutdown"):
+            message = await receive()
+            await send({"type": f"{message['type']}.complete"})
+        return None
 
 
 @attrs.frozen

@@ -31,6 +31,15 @@ _AFTER_YOU_S = 0.003
 """Longer than a waiter's poll, so that a waiter is served before the one that had its turn."""
 
 
+def engine_environment() -> dict[str, str]:
+    """Environment of a process that will run an engine, to be set before it imports torch.
+
+    torch's OpenMP threads spin for milliseconds after every parallel region by default, and take the core from the
+    native step's threads, from the other workers and from the event loop. Passive ones sleep at once.
+    """
+    return {"OMP_WAIT_POLICY": "PASSIVE"}
+
+
 class Cores:
     """One worker's access to the host's cores. For the thread that runs its steps only: ``hold`` may block."""
 
@@ -110,3 +119,12 @@ class Cores:
                 sides = ((begin, start), (start + length, end))
                 ranges += [(low, high) for low, high in sides if low < high]
         return found
+
+
+def engine_environment() -> dict[str, str]:
+    """What a worker's environment must say before torch is imported.
+
+    A passive wait policy: OpenMP's idle threads sleep at once, instead of spinning on a core that by then is another
+    worker's.
+    """
+    return {"OMP_WAIT_POLICY": "passive"}

@@ -7,7 +7,7 @@ the tests. The residual stream and the norms are float32 also in a bfloat16 run:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import attrs
@@ -81,10 +81,11 @@ class Llama:
         self._layers = [
             _Layer(**{name: weights[f"{layer}.{name}"] for name in names}) for layer in range(spec.layers)
         ]
-        cosines, sines = rope_table(spec)
+        self.rope = cosines, sines = rope_table(spec)
         # Rotation by halves: x * cos + swap(x) * sin, the first half's sine negated here once instead of x each time.
-        sines[:, : spec.head_dim // 2].neg_()
-        self._cosines, self._sines = cosines.to(self._embed.device), sines.to(self._embed.device)
+        signs = torch.ones(spec.head_dim)
+        signs[: spec.head_dim // 2] = -1
+        self._cosines, self._sines = cosines.to(self._embed.device), (sines * signs).to(self._embed.device)
 
     def forward(self, batch: Batch, plan: Any, attention: AttentionBackend[Any]) -> torch.Tensor:
         """Logits (wanted rows, vocab) float32. Appends every token's K and V to the pages that ``plan`` names."""
@@ -113,9 +114,3 @@ class Llama:
         half = self.spec.head_dim // 2
         swapped = torch.cat((x[..., half:], x[..., :half]), dim=-1)
         return (x * cosines).addcmul_(swapped, sines).to(self.dtype)
-
-
-def greedy(logits: torch.Tensor) -> Sequence[int]:
-    """The most probable token of each row; the lowest id among equals."""
-    ids: list[int] = logits.argmax(dim=-1).tolist()
-    return ids

@@ -15,8 +15,9 @@ from memserve.engine import sampling
 from memserve.engine.model import Batch, Llama
 from memserve.engine.plans import BatchPlan, BatchResult, Row
 from memserve.engine.spec import ModelSpec
-from memserve.engine.weights import map_weights
+from memserve.engine.weights import default_cache_dir, map_weights
 from memserve.kernels.cpu import CpuAttention
+from memserve.kernels.native import MAX_ROWS, NativeStep, open_step
 from memserve.messages import Sampling
 from memserve.tokens import count, pack, pages_for, unpack
 
@@ -40,8 +41,13 @@ class CpuEngine:
         dtype: str,
         cores: Cores | None = None,
         threads: int = 1,
+        native: bool = True,
     ) -> None:
-        """``arena``: writable, ``pages`` pages of ``spec.page_shape(page_tokens)``; ``threads``: without ``cores``."""
+        """``arena``: writable, ``pages`` pages of ``spec.page_shape(page_tokens)``.
+
+        ``threads``: the most a step runs on, and what it runs on without ``cores``. ``native``: use the native step
+        where there is one.
+        """
         expected = pages * spec.page_bytes(page_tokens, dtype)
         if len(memoryview(arena).cast("B")) < expected:
             raise ValueError(f"the arena has {len(memoryview(arena))} bytes; {pages} pages take {expected}")
@@ -52,30 +58,43 @@ class CpuEngine:
         flat = torch.frombuffer(arena, dtype=self._dtype, count=values)
         self._arena: torch.Tensor | None = flat.view(pages, *spec.page_shape(page_tokens))
         self._attention: CpuAttention | None = CpuAttention(self._arena, spec.heads)
-        self._model: Llama | None = Llama(spec, map_weights(weights_path))
+        weights = map_weights(weights_path)
+        self._model: Llama | None = Llama(spec, weights)
+        self._native: NativeStep | None = None
+        if native and self._dtype == torch.bfloat16:
+            rope = self._model.rope
+            self._native = open_step(spec, weights, rope, page_tokens, threads, default_cache_dir())
 
     def run(self, plan: BatchPlan) -> BatchResult:
         """One step. Raises ValueError, naming the row, for a plan that would read or write what is not its own."""
-        assert self._attention is not None, "the engine is closed"
+        assert self._attention is not None and self._arena is not None, "the engine is closed"
         self._check(plan)
         with self._hold() as threads:
             began = time.perf_counter()
-            tokens = self._step(plan, self._attention)
+            tokens = self._step(plan, self._attention, self._arena, threads)
             return BatchResult(tokens, (time.perf_counter() - began) * 1000, threads)
 
     def warm_up(self) -> None:
         """Run a chunk and a decode row on pages of their own, so that the first request finds everything loaded."""
-        length = min(self._page_tokens, self._spec.max_context - 1)
-        scratch = torch.zeros(1, *self._spec.page_shape(self._page_tokens), dtype=self._dtype)
+        length = min(2 * MAX_ROWS, self._spec.max_context - 1)  # too many tokens for the native step: torch warms too
+        pages = tuple(range(pages_for(length + 1, self._page_tokens)))
+        scratch = torch.zeros(len(pages), *self._spec.page_shape(self._page_tokens), dtype=self._dtype)
         attention = CpuAttention(scratch, self._spec.heads)
         greedy = Sampling(temperature=0.0)
-        with self._hold():
-            self._step(BatchPlan((Row(pack([0] * (length - 1)), 0, (0,), None),)), attention)
-            self._step(BatchPlan((Row(pack([0]), length - 1, (0,), greedy),)), attention)
+        with self._hold() as threads:
+            self._step(BatchPlan((Row(pack([0] * length), 0, pages, None),)), attention, scratch, threads)
+            self._step(BatchPlan((Row(pack([0]), length, pages, greedy),)), attention, scratch, threads)
+
+    def rest(self) -> None:
+        """No step is wanted at present: this worker's share of the cores goes to the others."""
+        if self._cores is not None:
+            self._cores.busy(False)
 
     def close(self) -> None:
         """Let go of the arena and the weights."""
-        self._attention = self._model = self._arena = None
+        if self._native is not None:
+            self._native.close()
+        self._attention = self._model = self._arena = self._native = None
 
     @contextmanager
     def _hold(self) -> Iterator[int]:
@@ -87,11 +106,16 @@ class CpuEngine:
             torch.set_num_threads(threads)
             yield threads
 
-    def _step(self, plan: BatchPlan, attention: CpuAttention) -> tuple[int | None, ...]:
+    def _step(
+        self, plan: BatchPlan, attention: CpuAttention, arena: torch.Tensor, threads: int
+    ) -> tuple[int | None, ...]:
         assert self._model is not None, "the engine is closed"
         wanted = [row for row in plan.rows if row.sample is not None]
         with torch.inference_mode():
-            logits = self._model.forward(Batch.of(plan), attention.plan(plan), attention)
+            if self._native is not None and sum(count(row.tokens) for row in plan.rows) <= MAX_ROWS:
+                logits = self._native.forward(plan, arena, threads)
+            else:
+                logits = self._model.forward(Batch.of(plan), attention.plan(plan), attention)
             settings = [row.sample for row in wanted if row.sample is not None]
             drawn = iter(sampling.draw(logits, settings, [row.end for row in wanted]) if wanted else ())
         return tuple(None if row.sample is None else next(drawn) for row in plan.rows)

@@ -80,7 +80,7 @@ def prepare(path: str | Path, dtype: str, cache_dir: Path | None = None) -> Mode
     Safe to call from several processes at once: one converts, the others wait. Raises UserError when the file
     cannot be used or the cache cannot be written.
     """
-    path, cache = Path(path), cache_dir or _cache_dir()
+    path, cache = Path(path), cache_dir or default_cache_dir()
     if dtype not in DTYPE_BYTES:
         raise UserError(f"model.dtype: {dtype!r} is not supported; supported: {', '.join(DTYPE_BYTES)}")
     try:
@@ -160,7 +160,8 @@ def save_weights(tensors: dict[str, torch.Tensor], path: Path) -> None:
 # ---- the cache ----------------------------------------------------------------------------------------------
 
 
-def _cache_dir() -> Path:
+def default_cache_dir() -> Path:
+    """Where converted models and built kernels are kept: MEMSERVE_CACHE, or memserve in the user's cache folder."""
     if named := os.environ.get("MEMSERVE_CACHE"):
         return Path(named)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "memserve"
@@ -201,8 +202,9 @@ def _is_complete(folder: Path) -> bool:
     except (ValueError, KeyError):
         return False
     end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
-    whole = (folder / "weights.safetensors").stat().st_size == base + end
-    return whole and header.get("__metadata__", {}).get("converter") == _converter()
+    whole: bool = (folder / "weights.safetensors").stat().st_size == base + end
+    made_by = header.get("__metadata__", {}).get("converter")
+    return whole and bool(made_by == _converter())
 
 
 @contextmanager

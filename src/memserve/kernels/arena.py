@@ -149,15 +149,14 @@ def memory_available() -> int:
     return min([machine, *_cgroup_rooms()])
 
 
-def _cgroup_rooms() -> Iterator[int]:
+def _cgroup_rooms(
+    membership: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
+) -> Iterator[int]:
     """Bytes left in each control group (v2) that limits this process; droppable page cache counts as left."""
-    entry = next(
-        (line for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::")), None
-    )
-    if entry is None:
+    paths = [line[3:] for line in membership.read_text().splitlines() if line.startswith("0::")]
+    if not paths:
         return
-    root = Path("/sys/fs/cgroup")
-    group = root / entry[3:].lstrip("/")
+    group = root / paths[0].lstrip("/")
     for level in [group, *group.parents]:
         try:
             limit = (level / "memory.max").read_text().strip()

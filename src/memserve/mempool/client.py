@@ -44,9 +44,9 @@ class ShardCalls(Generic[Key]):
         return Adopt(self._number(key), lease, previous)
 
     def answered(self, call: int) -> Key | None:
-        """Whose call this answer ends.
+        """Whose call this answer ends; None when nobody waits for it.
 
-        None for one that nobody waits for: an Acquired then must be given back.
+        Then, if it is an Acquired with a lease that the worker does not hold, the lease must be given back.
         """
         key, _ = self._pending.pop(call, (None, False))
         return key

@@ -271,6 +271,7 @@ class Pool:
         self._pages.check()
         self._tree.check()
         self._leases.check()
+        assert self._tree.pins == len(self._leases), f"{self._tree.pins} pins for {len(self._leases)} leases"
         private = [page for lease in self._leases for page in lease.private(self.page_tokens)]
         indexed = self._tree.all_pages()
         assert len(set(private)) == len(private), "a page is private to two leases"

@@ -117,6 +117,11 @@ class PromptTree:
         """Pages that at least one pin covers."""
         return self.pages_total - self.evictable_pages
 
+    @property
+    def pins(self) -> int:
+        """Pins that have not ended."""
+        return len(self._pins)
+
     # ---- reading -------------------------------------------------------------------------------------------
 
     def match(self, scope: str, tokens: bytes) -> Match:

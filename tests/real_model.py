@@ -1,0 +1,22 @@
+"""The demo model in transformers, with our float32 weights: what memserve's tokens are held to."""
+
+from __future__ import annotations
+
+import torch
+from test_model import DEMO, load_reference
+
+from memserve.engine.spec import find_model
+from memserve.engine.weights import map_weights, prepare
+
+
+def greedy(prompt: list[int], new: int) -> list[int]:
+    """The reference's next ``new`` tokens, end-of-text tokens included."""
+    files = prepare(find_model(DEMO), "float32")
+    model = load_reference(files.spec, map_weights(files.weights))
+    with torch.inference_mode():
+        whole = model.generate(
+            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=new, min_new_tokens=new,
+            do_sample=False, pad_token_id=0, eos_token_id=None,
+        )  # fmt: skip
+    tokens: list[int] = whole[0, len(prompt) :].tolist()
+    return tokens

@@ -1,0 +1,219 @@
+"""The commands as users run them: what they print, how they refuse, and what they cost to start."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from log_lines import LIFE, line
+from memserve import __version__, cli, status
+from memserve.errors import UserError
+
+MEMBERS = [
+    {
+        "id": "p0.00000001",
+        "kind": "PrefillWorker",
+        "endpoint": "ipc://x",
+        "pid": 12,
+        "state": "ready",
+        "role": "prefill",
+        "shard": "s0",
+        "load": {"requests_running": 2.0, "requests_waiting": 1.0},
+    },
+    {
+        "id": "s0.00000002",
+        "kind": "MemPoolShard",
+        "endpoint": "ipc://y",
+        "pid": 13,
+        "state": "ready",
+        "role": "",
+        "shard": "",
+        "load": {"pages_total": 100.0, "pages_free": 60.0, "pages_indexed": 30.0, "pages_evictable": 25.0},
+    },
+]
+
+
+@pytest.fixture
+def logs(tmp_path) -> Path:
+    """A [logging] dir with one run in it."""
+    folder = tmp_path / "logs" / "run1"
+    folder.mkdir(parents=True)
+    for record in (*LIFE, line(60, "d0", "lease expired", "warning")):
+        with (folder / f"{record['actor'].partition('.')[0]}.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")
+    return folder.parent
+
+
+@pytest.fixture
+def cluster():
+    """A server that answers GET /cluster; keys it asks for go into its ``keys``."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            allowed = not self.server.keys or self.headers.get("Authorization") in self.server.keys
+            body = json.dumps({"members": MEMBERS} if self.path == "/cluster" else {}).encode()
+            self.send_response(200 if allowed else 401)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    server.keys = []
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_logs_are_shown_in_order_and_filtered(logs, capsys):
+    """If it failed, the first thing one does after a fault would show the wrong lines."""
+    assert cli.run(["logs", str(logs)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 9
+    assert "request received abc1" in lines[0]
+    assert cli.run(["logs", str(logs), "--actor", "d0", "--level", "warning", "--json"]) == 0
+    (only,) = capsys.readouterr().out.splitlines()
+    assert json.loads(only)["event"] == "lease expired"
+
+
+def test_logs_timeline_and_summary_for_people_and_machines(logs, capsys):
+    """If it failed, neither a person nor a script could see where a request's time went."""
+    assert cli.run(["logs", str(logs), "--request", "ab", "--timeline"]) == 0
+    shown = capsys.readouterr().out
+    assert "request abc1: 40.0 ms" in shown
+    assert "█" in shown
+    assert cli.run(["logs", str(logs), "--request", "ab", "--timeline", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["moments"]) == 8
+    assert cli.run(["logs", str(logs), "--summary"]) == 0
+    shown = capsys.readouterr().out
+    assert "1 received, 1 finished, 0 unfinished" in shown
+    assert "25 of them cached (25.0%)" in shown
+    assert cli.run(["logs", str(logs), "--summary", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["run"] == "run1"
+
+
+def test_damage_is_said_on_stderr(logs, capsys):
+    """If it failed, a summary of half a log would look like one of a whole log."""
+    with (logs / "run1" / "p0.jsonl").open("a") as file:
+        file.write("garbage\n")
+    assert cli.run(["logs", str(logs), "--summary"]) == 0
+    assert capsys.readouterr().err == "passed over 1 corrupt line\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["logs", "/nowhere"], "there is no log directory /nowhere"),
+        (["logs", "--timeline"], "--timeline needs the --request"),
+        (["logs", "--summary", "--follow"], "exclude each other"),
+        (["logs", "--level", "loud"], "loud"),
+        (["check", "-c", "dmo"], "did you mean demo?"),
+        (["check", "--set", "frontend.prt=1"], "did you mean port?"),
+        (["up", "-c", "dmo"], "did you mean demo?"),
+        (["status", "--url", "localhost:1"], "--url must begin with http://"),
+        (["status", "--url", "http://127.0.0.1:1"], "nothing answers at http://127.0.0.1:1"),
+        (["stauts"], "status"),
+        (["logs", "--actr", "x"], "--actor"),
+    ],
+)
+def test_mistakes_exit_2_with_one_clear_text(words, said, capsys):
+    """If it failed, a typing mistake would be answered by a traceback, or by success."""
+    assert cli.run(words) == 2
+    out, err = capsys.readouterr()
+    assert said in err
+    assert "Traceback" not in err
+    assert out == ""
+
+
+def test_check_prints_every_setting_and_every_decision(capsys):
+    """If it failed, what a cluster will do could not be known before it does it."""
+    assert cli.run(["check", "--set", "frontend.port=8123", "--set", 'frontend.api_keys=["s3cret"]']) == 0
+    shown = capsys.readouterr().out
+    for expected in (
+        "frontend.port",
+        "8123",
+        "worker[1].role",
+        "shard.s0",
+        "2912 pages",
+        "runtime directory",
+    ):
+        assert expected in shown
+    assert "s3cret" not in shown
+
+
+def test_status_lists_the_actors(cluster, capsys):
+    """If it failed, nobody could see who is in a cluster and how busy."""
+    assert cli.run(["status", "--url", cluster.url]) == 0
+    head, shard, worker = capsys.readouterr().out.splitlines()
+    assert head.split() == ["name", "kind", "pid", "state", "load"]
+    assert "s0" in shard
+    assert "pages 15 in use, 30 cached, 60 free of 100" in shard
+    assert "PrefillWorker (prefill)" in worker
+    assert "requests running 2, requests waiting 1" in worker
+    assert cli.run(["status", "--url", cluster.url, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"members": MEMBERS}
+
+
+def test_status_finds_the_cluster_of_this_directory_and_its_key(cluster, capsys, monkeypatch, tmp_path):
+    """If it failed, `memserve status` would need an address that only `up` printed."""
+    cluster.keys = ["Bearer k1"]
+    info = {"pid": 1, "url": cluster.url, "resolved": {"config": {"frontend": {"api_keys": ["k1"]}}}}
+    monkeypatch.setattr("memserve.place.find_running", lambda log_dir: info)
+    assert cli.run(["status", "--log-dir", str(tmp_path)]) == 0
+    capsys.readouterr()
+    assert cli.run(["status", "--url", cluster.url]) == 2
+    assert "asks for a key: give --api-key" in capsys.readouterr().err
+    assert cli.run(["status", "--url", cluster.url, "--api-key", "k1"]) == 0
+
+
+def test_status_without_a_cluster_says_so(monkeypatch, tmp_path):
+    """If it failed, "nothing runs" could not be told from "it is broken"."""
+    monkeypatch.setattr("memserve.place.find_running", lambda log_dir: None)
+    with pytest.raises(UserError, match="no memserve runs that logs to"):
+        status.fetch(None, None, tmp_path)
+    monkeypatch.setattr("memserve.place.find_running", lambda log_dir: {"pid": 7, "url": None})
+    with pytest.raises(UserError, match=r"pid 7\) but does not serve yet"):
+        status.fetch(None, None, tmp_path)
+
+
+def test_ctrl_c_is_130_and_a_closed_pipe_is_quiet(monkeypatch, logs):
+    """If it failed, ending `logs --follow` or piping into head would print a traceback."""
+    monkeypatch.setattr("memserve.inspect.find_run", lambda place: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert cli.run(["logs"]) == 130
+    command = f"{sys.executable} -m memserve logs {logs} | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode in (0, 141)
+    assert done.stderr == ""
+
+
+def test_version(capsys):
+    """If it failed, a bug report could not name what ran."""
+    assert cli.run(["version"]) == 0
+    assert capsys.readouterr().out.strip() == __version__
+
+
+def test_the_command_line_loads_nothing_heavy():
+    """If it failed, every --help and every status would wait for torch, and each actor would carry rich and cyclopts."""
+    code = (
+        "import sys, memserve.cli; memserve.cli.run(['--help']);"
+        "print(*sorted({'torch','numpy','zmq','trio','starlette'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=dict(os.environ)
+    )
+    assert done.stdout.splitlines()[-1] == ""
+    code = "import sys, memserve.__main__; print(*sorted({'cyclopts', 'rich', 'cattrs'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""

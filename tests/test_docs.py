@@ -1,0 +1,106 @@
+"""The documentation held to the code: settings, commands, events and file names."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import attrs
+import pytest
+
+from memserve import cli, config
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+OUTSIDE = {"cluster.toml", "logs/"}
+"""Files that users have, not the repository."""
+WALKS = (ROOT / "README.md", DOCS / "one-request.md", DOCS / "operations.md", DOCS / "configuration.md")
+
+
+def text(path: Path) -> str:
+    """A page's text; a page that lacks is a failure."""
+    assert path.is_file(), f"{path.relative_to(ROOT)} lacks"
+    return path.read_text()
+
+
+def setting_row(field: attrs.Attribute) -> str:
+    """The line of docs/configuration.md about one setting, as its code has it."""
+    default, rule = field.default, field.metadata["rule"]
+    shown = {attrs.NOTHING: "required", None: "unset", (): "none", "": "unset"}.get(default, f"`{default}`")
+    if field.name == "memory":
+        shown = '`"1GiB"`'
+    must = rule.text if rule else ""
+    return f"| `{field.name}` | {shown} | {field.metadata['unit']} | {must} | {field.metadata['help']} |"
+
+
+@pytest.mark.parametrize("section", config.section_types())
+def test_every_setting_is_documented_as_it_is(section):
+    """If it failed, docs/configuration.md would lack a setting, or name another default, unit, rule or meaning."""
+    page = text(DOCS / "configuration.md")
+    heading = f"## `[[{section}]]`" if section in ("shard", "worker") else f"## `[{section}]`"
+    assert heading in page, heading
+    part = page.partition(heading)[2].partition("\n## ")[0]
+    for field in attrs.fields(config.section_types()[section]):
+        assert setting_row(field) in part.splitlines(), (
+            f"expected this line under {heading}:\n{setting_row(field)}"
+        )
+
+
+def commands() -> dict[str, list[str]]:
+    """Each command's options, by their long names."""
+    found = {}
+    for name in ("up", "check", "status", "logs", "version"):
+        arguments = cli.app[name].assemble_argument_collection()
+        found[name] = [
+            option for argument in arguments for option in argument.names if option.startswith("--")
+        ]
+    return found
+
+
+def test_every_command_and_option_is_documented():
+    """If it failed, an option could only be found by reading the source."""
+    page = text(DOCS / "operations.md")
+    for command, options in commands().items():
+        heading = f"## `memserve {command}`"
+        assert heading in page
+        part = page.partition(heading)[2].partition("\n## ")[0]
+        for option in options:
+            assert f"`{option}" in part, f"{option} under {heading}"
+
+
+def test_every_documented_event_is_one_that_is_logged():
+    """If it failed, someone would search the logs for a line that is never written."""
+    part = text(DOCS / "operations.md").partition("### Events")[2].partition("\n## ")[0]
+    source = "\n".join(path.read_text() for path in (ROOT / "src").rglob("*.py"))
+    events = [
+        event
+        for cell in re.findall(r"^\| ([^|]+) \|", part, re.M)
+        for event in re.findall(r"`([^`]+)`", cell)
+    ]
+    assert len(events) > 10
+    assert not [event for event in events if f'"{event}"' not in source]
+
+
+@pytest.mark.parametrize("page", WALKS, ids=lambda path: path.name)
+def test_every_file_that_is_mentioned_exists(page):
+    """If it failed, a newcomer would be sent to a file that is not there."""
+    mentioned = set(re.findall(r"`((?:[\w.-]+/)*[\w.-]+\.(?:py|toml|md|cpp|txt)|(?:[\w.-]+/)+)`", text(page)))
+    mentioned |= set(re.findall(r"\]\(([^)#:]+)\)", text(page)))
+    places = (ROOT, ROOT / "src" / "memserve", ROOT / "docs")
+    missing = [name for name in mentioned - OUTSIDE if not any((place / name).exists() for place in places)]
+    assert not missing
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.name)
+def test_every_shipped_configuration_loads(path):
+    """If it failed, the first command of the README could end in an error."""
+    loaded = config.load(str(path))
+    assert loaded.worker
+    assert path.read_text().startswith("# "), "it must say what it is for"
+
+
+def test_the_readme_names_the_commands_that_exist():
+    """If it failed, the README's first commands would not work."""
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    named = set(re.findall(r"\bmake ([a-z-]+)", text(ROOT / "README.md")))
+    assert {"up", "check"} <= named <= targets

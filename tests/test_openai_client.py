@@ -1,0 +1,150 @@
+"""The official openai client against a real server: what users of OpenAI's API will do first."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import openai
+import outcome
+import pytest
+import trio
+
+from fake_service import IM_END, FakeService, demo_tokenizer, says, served
+from memserve.errors import RequestFailed
+
+MESSAGES = [{"role": "user", "content": "Hi"}]
+
+
+async def with_client(service, use, **changes):
+    """Run ``use(client)`` in a thread while the server runs."""
+    async with served(service, **changes) as url:
+
+        def in_thread():
+            with openai.OpenAI(base_url=f"{url}/v1", api_key="k1", max_retries=0, timeout=20) as client:
+                return use(client)
+
+        result = await trio.to_thread.run_sync(outcome.capture, in_thread)
+    # Not before the server is gone: its nursery would wrap the error in a group.
+    return result.unwrap()
+
+
+def greeting(**changes):
+    return FakeService(lambda _request: says("Hello there, 日本", cached=3, **changes))
+
+
+async def test_completions():
+    """The client would not parse a completion."""
+    answer = await with_client(
+        greeting(), lambda c: c.completions.create(model="demo", prompt="Say it", max_tokens=9)
+    )
+
+    assert answer.choices[0].text == "Hello there, 日本"
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage.prompt_tokens_details.cached_tokens == 3
+    assert answer._request_id == "r1"
+
+
+async def test_streamed_completions():
+    """The client would not parse a streamed completion, or lose a part of it."""
+
+    def use(client):
+        extra = {"return_token_ids": True}
+        options = {"include_usage": True}
+        return list(
+            client.completions.create(
+                model="demo", prompt=[40, 41], stream=True, stream_options=options, extra_body=extra
+            )
+        )
+
+    chunks = await with_client(greeting(delay_s=0.005), use)
+
+    assert "".join(choice.text for chunk in chunks for choice in chunk.choices) == "Hello there, 日本"
+    ids = [token for chunk in chunks for choice in chunk.choices for token in choice.token_ids]
+    assert ids == [*demo_tokenizer().encode("Hello there, 日本", False), IM_END]
+    assert chunks[-1].usage.completion_tokens == len(ids)
+    assert len(chunks) > 4
+
+
+async def test_chat():
+    """The client would not parse a chat answer."""
+    answer = await with_client(
+        greeting(), lambda c: c.chat.completions.create(model="demo", messages=MESSAGES, n=2)
+    )
+
+    assert [choice.message.content for choice in answer.choices] == ["Hello there, 日本"] * 2
+    assert answer.choices[0].message.role == "assistant"
+
+
+async def test_streamed_chat():
+    """The client would not parse a streamed chat answer."""
+    create = partial(lambda c: list(c.chat.completions.create(model="demo", messages=MESSAGES, stream=True)))
+    chunks = await with_client(greeting(delay_s=0.005), create)
+
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "Hello there, 日本"
+    assert chunks[-1].choices[0].finish_reason == "stop"
+
+
+async def test_models():
+    """The client would not list what is served."""
+    models = await with_client(greeting(), lambda client: list(client.models.list()))
+
+    assert [model.id for model in models] == ["demo"]
+    assert models[0].max_model_len == 8192
+
+
+@pytest.mark.parametrize(
+    ("use", "error", "param"),
+    [
+        (lambda c: c.completions.create(model="gpt-4", prompt="x"), openai.NotFoundError, "model"),
+        (lambda c: c.completions.create(model="demo", prompt="x", temperature=3), openai.BadRequestError, "temperature"),
+        (lambda c: c.chat.completions.create(model="demo", messages=MESSAGES, tools=[{}]), openai.BadRequestError, "tools"),
+    ],
+)  # fmt: skip
+async def test_errors_are_the_clients_own(use, error, param):
+    """The client would raise a generic error, without the field at fault."""
+    with pytest.raises(error) as caught:
+        await with_client(greeting(), use)
+    assert caught.value.param == param
+
+
+async def test_keys_and_refusals():
+    """The client would not tell a wrong key from an overload."""
+
+    def use(client):
+        return client.completions.create(model="demo", prompt="x")
+
+    with pytest.raises(openai.AuthenticationError):
+        await with_client(greeting(), use, api_keys=("k2",))
+    assert await with_client(greeting(), use, api_keys=("k1",))
+    busy = FakeService(lambda _request: [], RequestFailed("overloaded", "Try later", 429, 2.0))
+    with pytest.raises(openai.RateLimitError) as caught:
+        await with_client(busy, use)
+    assert caught.value.response.headers["retry-after"] == "2"
+
+
+async def test_a_stream_that_fails_raises():
+    """The client would take half an answer for a whole one."""
+    script = [
+        *says("so far", "length", delay_s=0.01)[:2],
+        0.05,
+        RequestFailed("worker_lost", "It is gone", 503),
+    ]
+    with pytest.raises(openai.APIError, match="It is gone"):
+        await with_client(
+            FakeService(lambda _request: script),
+            lambda c: list(c.completions.create(model="demo", prompt="x", stream=True)),
+        )
+
+
+async def test_closing_a_stream_cancels_its_request():
+    """A user who presses stop would still pay for the rest of the answer."""
+    service = FakeService(lambda _request: says("word " * 1000, delay_s=0.005))
+
+    def use(client):
+        with client.chat.completions.create(model="demo", messages=MESSAGES, stream=True) as stream:
+            next(iter(stream))
+
+    await with_client(service, use)
+
+    assert service.opened[0].outcome == "cancelled"

@@ -1,0 +1,65 @@
+"""The wheel: what is in it, and that it runs outside of the checkout."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PARTS = ("src", "configs", "pyproject.toml", "README.md", "LICENSE")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> zipfile.ZipFile:
+    """A wheel built from a copy of the checkout, so that nothing is written into it."""
+    place = tmp_path_factory.mktemp("wheel")
+    for name in PARTS:
+        part = ROOT / name
+        (shutil.copytree if part.is_dir() else shutil.copy)(part, place / name)
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", "dist"]
+    built = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stdout + built.stderr
+    (path,) = (place / "dist").glob("*.whl")
+    return zipfile.ZipFile(path)
+
+
+def test_the_wheel_holds_every_module_configuration_and_kernel(wheel):
+    """If it failed, an installed memserve would lack what a checkout has."""
+    held = set(wheel.namelist())
+    package = ROOT / "src" / "memserve"
+    wanted = {
+        f"memserve/{path.relative_to(package)}"
+        for kind in ("*.py", "*.cpp", "*.h")
+        for path in package.rglob(kind)
+    }
+    wanted |= {f"memserve/configs/{path.name}" for path in (ROOT / "configs").glob("*.toml")}
+    assert wanted <= held
+    assert "memserve/py.typed" in held
+    assert not [name for name in held if name.endswith((".pyc", ".so")) or name.startswith("tests/")]
+
+
+def test_the_wheel_names_its_licence_and_command(wheel):
+    """If it failed, nobody could tell under which terms it may be used, or start it."""
+    held = {name.rpartition("/")[2]: name for name in wheel.namelist() if ".dist-info/" in name}
+    metadata = wheel.read(held["METADATA"]).decode()
+    assert "License-Expression: Apache-2.0" in metadata
+    assert "Requires-Python: >=3.11" in metadata
+    assert "LICENSE" in held
+    assert "memserve = memserve.__main__:main" in wheel.read(held["entry_points.txt"]).decode()
+
+
+def test_the_wheel_runs_outside_of_the_checkout(wheel, tmp_path):
+    """If it failed, memserve would only work where it was written."""
+    wheel.extractall(tmp_path / "installed")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path / 'installed')!r}); from memserve import __main__, config;"
+    code += "print(__main__.__file__, config.load('demo').worker[0].name, config.load('2p2d').worker[3].name)"
+    command = [sys.executable, "-I", "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    place, first, last = done.stdout.split()
+    assert Path(place).is_relative_to(tmp_path)
+    assert (first, last) == ("p0", "d1")

@@ -1,0 +1,299 @@
+"""The project's own rules, which no linter knows: who may import whom, what is banned, and how long things may be."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "memserve"
+MODULES = {
+    str(path.relative_to(SOURCE).with_suffix("")).replace("/", ".").removesuffix(".__init__"): path
+    for path in sorted(SOURCE.rglob("*.py"))
+}
+TESTS = sorted((ROOT / "tests").glob("*.py"))
+
+LAYERS = {
+    "words": ("__init__", "errors", "tokens", "messages", "actions", "engine", "engine.plans"),
+    "cores": ("engine.worker", "engine.sequence", "engine.batching", "mempool*", "scheduling*", "journal"),
+    "settings": ("config", "configfile", "resolve", "place", "observe", "engine.spec", "engine.gguf"),
+    "engine": ("engine.*", "kernels*"),
+    "links": ("bus", "api*", "transfer*"),
+    "process": ("process", "lifecycle"),
+    "actors": ("actors*",),
+    "top": ("supervisor", "child", "cli", "__main__", "inspect", "show", "status"),
+}
+"""The first layer with a matching pattern is a module's own."""
+
+MAY_IMPORT = {
+    "words": {"words"},
+    "cores": {"words", "cores"},
+    "settings": {"words", "settings"},
+    "engine": {"words", "cores", "settings", "engine"},
+    "links": {"words", "cores", "settings", "engine", "links"},
+    "process": {"words", "settings", "engine", "process"},
+    "actors": {"words", "cores", "settings", "engine", "links", "process", "actors"},
+    "top": {"words", "cores", "settings", "engine", "links", "process", "top"},
+}
+
+IMPURE = {
+    "asyncio", "datetime", "io", "logging", "multiprocessing", "numpy", "os", "random", "secrets", "signal", "socket",
+    "structlog", "subprocess", "threading", "time", "torch", "trio", "uuid", "zmq",
+}  # fmt: skip
+"""A core that imports one of these cannot be replayed under a virtual clock."""
+
+MAY_IMPORT_TORCH = {"engine.model", "engine.runner", "engine.sampling", "engine.weights"}
+MAY_PRINT = {"cli", "show", "supervisor", "process", "__main__"}
+FUNCTION_LINES_MAX = 60
+FILE_LINES_MAX = 450
+DISTRIBUTIONS = {"zmq": "pyzmq"}
+"""Packages whose import name is not their own."""
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    """The syntax tree of a file."""
+    return ast.parse(path.read_text(), str(path))
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module that a file imports anywhere, outside of ``if TYPE_CHECKING``."""
+    only_types = {
+        id(inner)
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree(path)):
+        if id(node) in only_types:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def own_imports(path: Path) -> Iterator[str]:
+    """The modules of memserve that a file imports, by their names within it."""
+    for name in imports(path):
+        if name.partition(".")[0] == "memserve":
+            inner = name.removeprefix("memserve").removeprefix(".")
+            while inner and inner not in MODULES:
+                inner = inner.rpartition(".")[0]
+            yield inner or "__init__"
+
+
+def layer(module: str) -> str:
+    """The layer of a module; a new module must be put into one."""
+    for name, patterns in LAYERS.items():
+        if any(fnmatch(module, pattern) for pattern in patterns):
+            return name
+    raise AssertionError(f"memserve.{module} is in no layer: add it to LAYERS")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_one_way(module):
+    """If it failed, a core could come to depend on sockets or on an actor, and the simulator could not run it."""
+    allowed = MAY_IMPORT[layer(module)]
+    wrong = {name for name in own_imports(MODULES[module]) if layer(name) not in allowed}
+    assert not wrong, f"{module} ({layer(module)}) may import {sorted(allowed)} only"
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if layer(name) in ("words", "cores")])
+def test_cores_are_pure(module):
+    """If it failed, a core would see the clock, chance or the network, and its tests would not be reproducible."""
+    used = {name.partition(".")[0] for name in imports(MODULES[module])}
+    assert not used & IMPURE - ({"sys"} if module == "tokens" else set())
+
+
+def test_torch_stays_in_the_engine():
+    """If it failed, actors without a model would take 200 MiB more and start seconds later."""
+    found = {
+        name for name, path in MODULES.items() if any(one.split(".")[0] == "torch" for one in imports(path))
+    }
+    assert {name for name in found if not name.startswith("kernels")} <= MAY_IMPORT_TORCH
+
+
+def test_processes_without_a_model_do_not_load_torch():
+    """If it failed, Frontend, GlobalScheduler, MemPoolShard or supervisor would break their memory limit."""
+    actors = "frontend, global_scheduler, mempool_shard"
+    code = f"import sys; from memserve import supervisor; from memserve.actors import {actors}; print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT / "src"
+    )
+    assert done.stdout.strip() == "False"
+
+
+def test_nothing_is_ever_pickled():
+    """If it failed, a peer's message or a file could run code."""
+    banned = {"pickle", "cloudpickle", "dill", "shelve", "marshal"}
+    calls = re.compile(r"send_pyobj|recv_pyobj|allow_pickle|weights_only=False|torch\.load\(")
+    for path in MODULES.values():
+        assert not {name.partition(".")[0] for name in imports(path)} & banned, path
+        assert not calls.search(path.read_text()), path
+
+
+def test_only_commands_print():
+    """If it failed, a forgotten print would go where nobody reads it, or into a command's JSON."""
+    for module, path in MODULES.items():
+        if module not in MAY_PRINT:
+            called = {
+                node.func.id
+                for node in ast.walk(tree(path))
+                if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+            }
+            assert not called & {"print", "breakpoint"}, path
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Every function and method of a file."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+def test_functions_and_files_stay_short():
+    """If it failed, a function or a file would have grown beyond what a newcomer reads in one go."""
+    long_functions = [
+        f"{path.relative_to(ROOT)}:{node.lineno} {node.name}: {node.end_lineno - node.lineno + 1} lines"
+        for path in [*MODULES.values(), *TESTS]
+        for node in functions(path)
+        if node.end_lineno - node.lineno >= FUNCTION_LINES_MAX
+    ]
+    assert not long_functions
+    lengths = {path: len(path.read_text().splitlines()) for path in [*MODULES.values(), *TESTS]}
+    assert not {str(path.relative_to(ROOT)): n for path, n in lengths.items() if n > FILE_LINES_MAX}
+
+
+def test_public_things_have_docstrings():
+    """If it failed, a newcomer would have to read a thing's code to learn what it is for."""
+    explained = set(protocol_methods())
+    missing = [
+        f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 1)}"
+        for path in MODULES.values()
+        for node in public(tree(path))
+        if not ast.get_docstring(node) and getattr(node, "name", "") not in explained
+    ]
+    assert not missing
+
+
+def protocol_methods() -> Iterator[str]:
+    """Methods that a Protocol explains for all of its implementations."""
+    for path in MODULES.values():
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.ClassDef) and any("Protocol" in ast.unparse(base) for base in node.bases):
+                yield from (method.name for method in functions_in(node) if ast.get_docstring(method))
+
+
+def public(
+    part: ast.Module | ast.ClassDef,
+) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
+    """What must explain itself: a module with anything in it, and its public classes, functions and methods.
+
+    Methods of a class with a base are left out: the base explains them.
+    """
+    if part.body:
+        yield part
+    yield from (
+        node for node in functions_in(part) if not node.name.startswith("_") and not is_overload(node)
+    )
+    for node in part.body:
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            yield from [node] if node.bases else public(node)
+
+
+def functions_in(part: ast.Module | ast.ClassDef) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """The functions that stand directly in a module or class."""
+    yield from (node for node in part.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+
+
+def is_overload(node: ast.AST) -> bool:
+    """Whether a function only repeats another's signature."""
+    return any("overload" in ast.unparse(one) for one in getattr(node, "decorator_list", ()))
+
+
+def test_every_test_says_what_would_be_wrong():
+    """If it failed, a failing test would name a symptom but not the harm."""
+    silent = [
+        f"{path.name}:{node.lineno} {node.name}"
+        for path in TESTS
+        for node in functions(path)
+        if node.name.startswith("test_") and not ast.get_docstring(node)
+    ]
+    assert not silent
+
+
+def files() -> list[Path]:
+    """Everything that is, or would be, in the repository."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    return [path for name in listed.stdout.split("\0") if name and (path := ROOT / name).is_file()]
+
+
+def test_no_file_names_a_place_on_somebodys_machine():
+    """If it failed, a command or a figure would only be true on the machine that it was written on."""
+    places = re.compile(rb"(?<![\w.}])/(" + rb"|".join((b"home", b"root", b"Users", b"work")) + rb")/[\w.-]")
+    found = [str(path.relative_to(ROOT)) for path in files() if places.search(path.read_bytes())]
+    assert not found
+
+
+def test_nothing_is_left_for_later():
+    """If it failed, unfinished work would hide in a comment instead of standing in an issue."""
+    words = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|XX" + r"X|HA" + r"CK)\b")
+    assert not [
+        str(path)
+        for path in files()
+        if path.suffix in (".py", ".toml", ".md", ".cpp") and words.search(path.read_text())
+    ]
+
+
+# ---- dependencies --------------------------------------------------------------------------------------------
+
+
+def project() -> dict:
+    """pyproject.toml's [project] table."""
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def names(requirements: list[str]) -> set[str]:
+    """The bare names of requirements."""
+    return {re.match(r"[A-Za-z0-9-]+", one)[0].lower() for one in requirements}
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
+    """If it failed, the wheel would not run in a clean environment, or would install what nothing uses."""
+    used = {name.partition(".")[0] for path in MODULES.values() for name in imports(path)}
+    foreign = used - set(sys.stdlib_module_names) - {"memserve"}
+    extras = names(project()["optional-dependencies"]["cuda"])
+    assert {DISTRIBUTIONS.get(name, name) for name in foreign} - extras == names(project()["dependencies"])
+
+
+def test_every_dependency_is_pinned_for_installation():
+    """If it failed, two installations of one commit could behave differently."""
+    pins = dict(
+        line.lower().split("==")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    )
+    pinned = {name.replace("_", "-") for name in pins}
+    assert names(project()["dependencies"]) | names(project()["optional-dependencies"]["test"]) <= pinned
+    assert pins["torch"] == "2.13.0"
+
+
+def test_the_version_is_the_same_everywhere():
+    """If it failed, `memserve version` and the wheel's name would disagree."""
+    from memserve import __version__
+
+    assert project()["version"] == __version__

@@ -1,0 +1,218 @@
+"""`memserve up` as a user meets it: real processes, real ZeroMQ, the real model, `kill -9` among them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from clusters import Cluster, actor_processes, command, running, start
+from real_model import greedy
+
+from memserve.place import place_path
+
+FLOAT32 = "model.dtype=float32"
+CAPITAL = [504, 3575, 282, 4649, 314]
+"""The capital of France is"""
+PREFIX = [(i * 37) % 40_000 + 20 for i in range(150)]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """One prefill and one decode worker on a shard, exact."""
+    with running("demo.toml", tmp_path_factory.mktemp("demo"), FLOAT32) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, list[int]]:
+    """What transformers says, greedily, on the same weights."""
+    return {
+        "capital": greedy(CAPITAL, 20),
+        "long": greedy(PREFIX + CAPITAL, 20),
+        "other": greedy(PREFIX + CAPITAL[::-1], 20),
+    }
+
+
+def test_tokens_equal_transformers_cold_and_warm(demo: Cluster, expected: dict[str, list[int]]) -> None:
+    """Whatever is cached, greedy float32 output is that of a single-process reference run."""
+    assert demo.tokens(CAPITAL, 20) == expected["capital"]
+    cold = demo.complete(PREFIX + CAPITAL, 20, ignore_eos=True)
+    warm = demo.complete(PREFIX + CAPITAL, 20, ignore_eos=True)
+    shared = demo.complete(PREFIX + CAPITAL[::-1], 20, ignore_eos=True)
+    assert cold["choices"][0]["token_ids"] == warm["choices"][0]["token_ids"] == expected["long"]
+    assert shared["choices"][0]["token_ids"] == expected["other"]
+    cached = [one["usage"]["prompt_tokens_details"]["cached_tokens"] for one in (cold, warm, shared)]
+    assert cached == [0, 144, 144]
+
+
+def test_tokens_equal_in_a_full_batch(demo: Cluster, expected: dict[str, list[int]]) -> None:
+    """A stream's tokens do not depend on the fifteen others beside it."""
+    with ThreadPoolExecutor(16) as pool:
+        others = [pool.submit(demo.tokens, [i + 50, *PREFIX[: i * 9]], 25) for i in range(15)]
+        assert demo.tokens(PREFIX + CAPITAL, 20) == expected["long"]
+        alone = [demo.tokens([i + 50, *PREFIX[: i * 9]], 25) for i in range(0, 15, 7)]
+        assert [others[i].result() for i in range(0, 15, 7)] == alone
+
+
+@pytest.mark.parametrize(
+    ("config", "settings"),
+    [
+        ("colocated.toml", ("pool.page_tokens=8", "batch.chunk_tokens=48")),
+        ("2p2d.toml", ("pool.page_tokens=32", "batch.chunk_tokens=17", "worker.0.threads=1")),
+    ],
+)
+def test_tokens_equal_in_other_layouts(
+    tmp_path: Path, expected: dict[str, list[int]], config: str, settings: tuple[str, ...]
+) -> None:
+    """Colocated or disaggregated, any page size and chunk: the same tokens."""
+    with running(config, tmp_path, FLOAT32, *settings) as cluster:
+        for _ in range(2):
+            assert cluster.tokens(PREFIX + CAPITAL, 20) == expected["long"]
+        assert cluster.tokens(PREFIX + CAPITAL[::-1], 20) == expected["other"]
+        assert cluster.tokens(CAPITAL, 20) == expected["capital"]
+        cluster.wait_idle()
+
+
+def test_a_second_chat_turn_is_cached(demo: Cluster) -> None:
+    """The first turn's prompt and answer are found by the next, through the official client."""
+    client = openai.OpenAI(base_url=f"{demo.url}/v1", api_key="none")
+    model = client.models.list().data[0].id
+    talk = [{"role": "user", "content": "Name three rivers of Europe, with one sentence about each."}]
+    first = client.chat.completions.create(model=model, messages=talk, max_tokens=60, temperature=0)
+    talk += [
+        {"role": "assistant", "content": first.choices[0].message.content},
+        {"role": "user", "content": "Which is the longest?"},
+    ]
+    second = client.chat.completions.create(model=model, messages=talk, max_tokens=8, temperature=0)
+    known = first.usage.prompt_tokens + first.usage.completion_tokens
+    assert second.usage.prompt_tokens_details.cached_tokens >= known // 16 * 16 - 16
+    streamed = client.chat.completions.create(model=model, messages=talk, max_tokens=8, temperature=0, stream=True)
+    text = "".join(one.choices[0].delta.content or "" for one in streamed)
+    assert text == second.choices[0].message.content
+
+
+def test_seeded_draws_repeat(demo: Cluster) -> None:
+    """A seed makes a sampled answer repeatable, cold or warm, and another seed another answer."""
+    one, two, other = (demo.tokens(CAPITAL, 16, temperature=1.0, top_p=0.9, seed=seed) for seed in (7, 7, 8))
+    assert one == two != other
+
+
+def test_64_streams_and_back_to_the_baseline(demo: Cluster) -> None:
+    """Many at once finish without an error, and every page comes back."""
+    before = demo.wait_idle()
+    with ThreadPoolExecutor(64) as pool:
+        answers = list(pool.map(lambda i: demo.tokens([i + 90, i + 3, 7], 12), range(64)))
+    assert [len(one) for one in answers] == [12] * 64
+    after = demo.wait_idle()
+    assert after["pages_total"] == after["pages_free"] + after["pages_indexed"]
+    assert after["pages_total"] == before["pages_total"]
+
+
+def test_a_client_that_leaves_frees_its_pages(demo: Cluster) -> None:
+    """Nobody reads that stream any more, so nothing may work on it."""
+    stream = demo.stream(PREFIX[:40], 4000)
+    next(stream)
+    stream.close()
+    demo.wait_idle()
+    assert [line["outcome"] for line in demo.lines() if line["event"] == "request finished"][-1] == "cancelled"
+
+
+@pytest.mark.parametrize("victim", ["d0", "p0"])
+def test_kill_9_costs_no_token(demo: Cluster, victim: str) -> None:
+    """A worker killed in the middle of streams: all of them complete with the tokens of an undisturbed run."""
+    undisturbed = [demo.tokens([i + 200, 5, 6], 60) for i in range(4)]
+    done: dict[int, list[int]] = {}
+
+    def follow(i: int) -> None:
+        done[i] = [token for event in demo.stream([i + 200, 5, 6], 60) for token in event]
+
+    threads = [threading.Thread(target=follow, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.8)
+    os.kill(demo.pid(victim), signal.SIGKILL)
+    for thread in threads:
+        thread.join(60)
+    assert [done.get(i) for i in range(4)] == undisturbed
+    demo.wait_idle()
+    wait_healthy(demo)
+
+
+def wait_healthy(cluster: Cluster) -> None:
+    """After a restart. Fails after a minute."""
+    deadline = time.monotonic() + 60
+    while httpx.get(f"{cluster.url}/health").status_code != 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def test_no_torch_where_it_is_not_needed(demo: Cluster) -> None:
+    """Frontend, GlobalScheduler and a CPU shard stay small beside the arena: under 120 MiB, without torch."""
+    for name in ("frontend-0", "scheduler-0", "s0"):
+        maps = Path(f"/proc/{demo.pid(name)}/maps").read_text()
+        status = Path(f"/proc/{demo.pid(name)}/status").read_text()
+        kib = {line.split(":")[0]: int(line.split()[1]) for line in status.splitlines() if line.startswith("Rss")}
+        assert "libtorch" not in maps, name
+        assert kib["RssAnon"] + kib["RssFile"] < 120 * 1024, (name, kib)
+
+
+def test_logs_tell_every_request_s_life(demo: Cluster) -> None:
+    """One canonical line a finished request, the id on every line about it, and no byte copied at a hand-over."""
+    answer = demo.complete(PREFIX[:33], 12, ignore_eos=True)
+    request = answer["id"].partition("-")[2]
+    lines = [line for line in demo.lines() if line.get("request") == request]
+    events = {line["event"] for line in lines}
+    assert events >= {"request received", "request placed", "prefill started", "handed over", "decode started"}
+    (last,) = [line for line in lines if line["event"] == "request finished"]
+    assert (last["prompt_tokens"], last["output_tokens"], last["outcome"]) == (33, 12, "length")
+    assert min(last[key] for key in ("ttft_ms", "tpot_ms", "prefill_ms", "handoff_ms", "decode_ms")) > 0
+    (handed,) = [line for line in lines if line["event"] == "handed over"]
+    assert handed["copied_bytes"] == 0
+    metrics = httpx.get(f"{demo.url}/metrics").text
+    assert "memserve_handed_over_pages_total" in metrics
+    assert 'memserve_handoff_bytes_copied_total{actor="s0",kind="MemPoolShard"} 0\n' in metrics
+
+
+def test_a_second_up_says_so(demo: Cluster) -> None:
+    """Two clusters in one place would mix their sockets; the message names the one that runs."""
+    second = subprocess.run(command("demo.toml", demo.logs, FLOAT32), capture_output=True, text=True, timeout=60)
+    assert second.returncode == 2
+    assert "already runs" in second.stderr
+    assert str(demo.process.pid) in second.stderr
+    assert demo.url in second.stderr
+
+
+def test_sigterm_drains_and_leaves_nothing(tmp_path: Path) -> None:
+    """A stream under way finishes, then every process, socket and file is gone, and the status is 0."""
+    cluster = start("colocated.toml", tmp_path)
+    stream = cluster.stream(CAPITAL, 50)
+    tokens = next(stream)
+    cluster.process.send_signal(signal.SIGTERM)
+    tokens += [token for event in stream for token in event]
+    assert len(tokens) == 50
+    assert cluster.process.wait(timeout=30) == 0
+    assert actor_processes(tmp_path) == []
+    assert not place_path(tmp_path).exists()
+    cluster.close()
+
+
+def test_sigkill_of_the_supervisor_leaves_nothing(tmp_path: Path) -> None:
+    """Nobody is left to clean up but the actors themselves, and they do."""
+    cluster = start("colocated.toml", tmp_path)
+    assert len(actor_processes(tmp_path)) == 4
+    cluster.process.kill()
+    deadline = time.monotonic() + 15
+    while actor_processes(tmp_path) or place_path(tmp_path).exists():
+        assert time.monotonic() < deadline, (actor_processes(tmp_path), list(place_path(tmp_path).iterdir()))
+        time.sleep(0.1)
+    cluster.process.wait(timeout=10)
+    cluster.close()
