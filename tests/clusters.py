@@ -32,7 +32,13 @@ class Cluster:
 
     def complete(self, prompt: list[int] | str, max_tokens: int, **more: Any) -> dict[str, Any]:
         """One whole /v1/completions answer: greedy, with token ids."""
-        body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "return_token_ids": True, **more}
+        body = {
+            "prompt": prompt,
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "return_token_ids": True,
+            **more,
+        }
         answer = httpx.post(f"{self.url}/v1/completions", json=body, timeout=120)
         assert answer.status_code == 200, answer.text
         found: dict[str, Any] = answer.json()
@@ -45,7 +51,13 @@ class Cluster:
 
     def stream(self, prompt: list[int], max_tokens: int, **more: Any) -> Iterator[list[int]]:
         """The ids of a streamed answer, event by event; stop iterating to leave as a client does."""
-        body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "stream": True, "ignore_eos": True}
+        body = {
+            "prompt": prompt,
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "stream": True,
+            "ignore_eos": True,
+        }
         body |= {"return_token_ids": True, **more}
         with httpx.stream("POST", f"{self.url}/v1/completions", json=body, timeout=120) as answer:
             assert answer.status_code == 200, answer.read()
@@ -84,7 +96,9 @@ class Cluster:
     def lines(self) -> list[dict[str, Any]]:
         """Every log line of the run."""
         run = max(self.logs.iterdir())
-        return [json.loads(line) for file in sorted(run.glob("*.jsonl")) for line in file.read_text().splitlines()]
+        return [
+            json.loads(line) for file in sorted(run.glob("*.jsonl")) for line in file.read_text().splitlines()
+        ]
 
 
 def command(config: str, logs: Path, *settings: str) -> list[str]:

@@ -200,9 +200,9 @@ class MemoryCluster:
 
 
 @asynccontextmanager
-async def memory_cluster(*workers: tuple[str, str], pages: int = 400, **settings) -> AsyncIterator[
-    tuple[MemoryCluster, FrontendService]
-]:
+async def memory_cluster(
+    *workers: tuple[str, str], pages: int = 400, **settings
+) -> AsyncIterator[tuple[MemoryCluster, FrontendService]]:
     """One scheduler, one shard, the given (name, role) workers, one Frontend; ready."""
     async with trio.open_nursery() as nursery:
         cluster = MemoryCluster(nursery, pages, **settings)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from test_model import DEMO, load_reference
 
 from memserve.engine.spec import find_model
 from memserve.engine.weights import map_weights, prepare
+from test_model import DEMO, load_reference
 
 
 def greedy(prompt: list[int], new: int) -> list[int]:

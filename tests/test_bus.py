@@ -14,7 +14,19 @@ import zmq
 
 from memserve.bus import Link, MemoryBus, Received, ZmqLink, ZSocket, bind_private, open_link
 from memserve.errors import PeerError, PeerFull, PeerUnreachable
-from memserve.messages import ActorId, Cancel, Cluster, Failed, Member, Request, Sampling, Submit, Tokens, decode, encode
+from memserve.messages import (
+    ActorId,
+    Cancel,
+    Cluster,
+    Failed,
+    Member,
+    Request,
+    Sampling,
+    Submit,
+    Tokens,
+    decode,
+    encode,
+)
 
 
 @pytest.fixture
@@ -168,7 +180,13 @@ async def test_garbage_is_counted_and_survived(private: Path) -> None:
         rogue = context.socket(zmq.DEALER)
         rogue.setsockopt(zmq.LINGER, 0)
         rogue.connect(b.endpoint)
-        for frames in ([b"x"], [b"\1Nope", b""], [b"\2Submit", b"\x80"], [b"\1Submit", b"\xc1"], [b"\1Cancel", b"\x80"]):
+        for frames in (
+            [b"x"],
+            [b"\1Nope", b""],
+            [b"\2Submit", b"\x80"],
+            [b"\1Submit", b"\xc1"],
+            [b"\1Cancel", b"\x80"],
+        ):
             rogue.send_multipart(frames)
         await trio.sleep(0.1)
         a.send(b.actor, Cancel("r", 0))
@@ -182,7 +200,11 @@ async def test_garbage_is_counted_and_survived(private: Path) -> None:
 def test_an_open_directory_is_refused(tmp_path: Path) -> None:
     """Whoever can reach an ipc socket controls the cluster, so its directory must be closed to others."""
     tmp_path.chmod(0o755)
-    with zmq.Context() as context, context.socket(zmq.ROUTER) as socket, pytest.raises(PermissionError, match="0700"):
+    with (
+        zmq.Context() as context,
+        context.socket(zmq.ROUTER) as socket,
+        pytest.raises(PermissionError, match="0700"),
+    ):
         bind_private(socket, f"ipc://{tmp_path}/x.sock")
 
 
@@ -198,7 +220,9 @@ def test_every_message_has_public_fields_only() -> None:
 
 def test_codec_round_trip_and_refusals() -> None:
     """Nested values survive the wire; wrong kinds, versions and bodies are PeerErrors that say what was wrong."""
-    member = Member(ActorId("p0.1"), "PrefillWorker", "ipc://x", 1, "ready", "prefill", "s0", {"waiting_tokens": 2.0})
+    member = Member(
+        ActorId("p0.1"), "PrefillWorker", "ipc://x", 1, "ready", "prefill", "s0", {"waiting_tokens": 2.0}
+    )
     for message in (Cluster(ActorId("s.1"), (member,)), Tokens(()), Failed("r", 1, "c", "m", 503, True, 1.5)):
         assert decode(*encode(message)) == message
     with pytest.raises(PeerError, match="unknown message kind"):

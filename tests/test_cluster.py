@@ -6,9 +6,9 @@ import random
 
 import pytest
 import trio
-from memory_cluster import baseline, generate, memory_cluster, reference
 from trio.testing import MockClock
 
+from memory_cluster import baseline, generate, memory_cluster, reference
 from memserve.api.service import GenerationParams
 from memserve.errors import RequestFailed
 from memserve.messages import Sampling
@@ -27,11 +27,15 @@ def prompt(seed: int, length: int) -> list[int]:
 
 @pytest.mark.parametrize("workers", [PD, PD2, BOTH])
 @pytest.mark.parametrize("chunk_tokens", [3, 16, 1000])
-async def test_tokens_are_those_of_an_undisturbed_run(autojump_clock: MockClock, workers, chunk_tokens) -> None:
+async def test_tokens_are_those_of_an_undisturbed_run(
+    autojump_clock: MockClock, workers, chunk_tokens
+) -> None:
     """Layout and chunk size must not show in the tokens, and no page may stay leased."""
     async with memory_cluster(*workers, chunk_tokens=chunk_tokens) as (cluster, frontend):
         for length, new in [(1, 9), (4, 1), (17, 30), (60, 5), (16, 16)]:
-            assert await generate(frontend, prompt(length, length), new) == reference(prompt(length, length), new)
+            assert await generate(frontend, prompt(length, length), new) == reference(
+                prompt(length, length), new
+            )
         await baseline(cluster)
 
 
@@ -120,7 +124,9 @@ async def test_a_client_that_leaves_frees_its_pages(autojump_clock: MockClock, a
                 await generate(frontend, prompt(2, 60), 100)
             at = trio.current_time()
             await trio.sleep(0.03)  # a step under way, and one more
-            held = sum(len(one._live) for one in (a.core for a in cluster.actors.values()) if hasattr(one, "_live"))
+            held = sum(
+                len(one._live) for one in (a.core for a in cluster.actors.values()) if hasattr(one, "_live")
+            )
             assert held <= 1, f"still held {trio.current_time() - at} s after the client left"
         await baseline(cluster)
 
@@ -183,7 +189,9 @@ async def test_a_scheduler_that_restarts_interrupts_no_stream(autojump_clock: Mo
         await trio.sleep(1)
         new = await cluster.scheduler()
         for actor in cluster.actors.values():  # the well-known address of real sockets
-            actor.shell.link.connect(actor.shell.link.actor.__class__("scheduler-0.seed"), new.shell.link.endpoint)
+            actor.shell.link.connect(
+                actor.shell.link.actor.__class__("scheduler-0.seed"), new.shell.link.endpoint
+            )
         assert old.id != new.id
         with trio.fail_after(20):
             while len(results) < 2:
@@ -222,12 +230,17 @@ async def test_a_full_frontend_refuses(autojump_clock: MockClock) -> None:
 async def test_random_clients_and_kills(autojump_clock: MockClock, seed: int) -> None:
     """Clients that come, share prefixes and leave, a small pool, workers that die and return: all tokens right, no leak."""
     rng = random.Random(seed)
-    async with memory_cluster(*PD2, pages=rng.choice([60, 400]), rows=rng.choice([3, 8])) as (cluster, frontend):
+    async with memory_cluster(*PD2, pages=rng.choice([60, 400]), rows=rng.choice([3, 8])) as (
+        cluster,
+        frontend,
+    ):
         trunks = [prompt(1000 + i, 30) for i in range(3)]
 
         async def client(i: int) -> None:
             for turn in range(3):
-                text = rng.choice(trunks)[: rng.randrange(1, 30)] + prompt(i * 10 + turn, rng.randrange(1, 20))
+                text = rng.choice(trunks)[: rng.randrange(1, 30)] + prompt(
+                    i * 10 + turn, rng.randrange(1, 20)
+                )
                 new = rng.randrange(1, 40)
                 with trio.move_on_after(rng.choice([0.05, 0.3, 1e4])) as patience:
                     got = await generate(frontend, text, new, seed=i % 3)
@@ -247,5 +260,3 @@ async def test_random_clients_and_kills(autojump_clock: MockClock, seed: int) ->
                 nursery.start_soon(client, i)
             nursery.start_soon(killer, dict(PD2))
         await baseline(cluster)
-
-

@@ -316,3 +316,20 @@ def test_leases_of_an_earlier_run_are_unknown():
 
     with pytest.raises(PoolError, match="unknown_lease"):
         new.free_mem("p.1", old.lease)
+
+
+def test_an_acquire_that_must_wait_evicts_nothing():
+    """If it did, every retry of a waiting request would empty the cache a little more, for nothing."""
+    pool = Pool(6, 2, LEASE_S)
+    running = pool.acquire("p.1", "anne", pack([1, 1, 1, 1]), 2, 0.0)
+    pool.insert("p.1", running.lease, 0, pack([1, 1, 1, 1]))
+    ended = pool.acquire("p.1", "anne", pack([2, 2]), 0, 0.0)
+    pool.insert("p.1", ended.lease, 0, pack([2, 2]))
+    pool.free_mem("p.1", ended.lease)
+
+    assert (pool.free_pages, pool.evictable_pages) == (1, 1)
+    assert pool.acquire("p.1", "anne", pack([3, 3]), 2, 0.0) is None
+    other = pool.acquire("p.2", "bob", b"", 0, 0.0)
+    with pytest.raises(PoolError, match="no_pages"):
+        pool.alloc_mem("p.2", other.lease, 3, 0.0)
+    assert (pool.free_pages, pool.evictable_pages) == (1, 1)

@@ -14,10 +14,10 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from clusters import Cluster, actor_processes, command, running, start
-from real_model import greedy
 
+from clusters import Cluster, actor_processes, command, running, start
 from memserve.place import place_path
+from real_model import greedy
 
 FLOAT32 = "model.dtype=float32"
 CAPITAL = [504, 3575, 282, 4649, 314]
@@ -95,7 +95,9 @@ def test_a_second_chat_turn_is_cached(demo: Cluster) -> None:
     second = client.chat.completions.create(model=model, messages=talk, max_tokens=8, temperature=0)
     known = first.usage.prompt_tokens + first.usage.completion_tokens
     assert second.usage.prompt_tokens_details.cached_tokens >= known // 16 * 16 - 16
-    streamed = client.chat.completions.create(model=model, messages=talk, max_tokens=8, temperature=0, stream=True)
+    streamed = client.chat.completions.create(
+        model=model, messages=talk, max_tokens=8, temperature=0, stream=True
+    )
     text = "".join(one.choices[0].delta.content or "" for one in streamed)
     assert text == second.choices[0].message.content
 
@@ -123,7 +125,9 @@ def test_a_client_that_leaves_frees_its_pages(demo: Cluster) -> None:
     next(stream)
     stream.close()
     demo.wait_idle()
-    assert [line["outcome"] for line in demo.lines() if line["event"] == "request finished"][-1] == "cancelled"
+    assert [line["outcome"] for line in demo.lines() if line["event"] == "request finished"][
+        -1
+    ] == "cancelled"
 
 
 @pytest.mark.parametrize("victim", ["d0", "p0"])
@@ -160,7 +164,9 @@ def test_no_torch_where_it_is_not_needed(demo: Cluster) -> None:
     for name in ("frontend-0", "scheduler-0", "s0"):
         maps = Path(f"/proc/{demo.pid(name)}/maps").read_text()
         status = Path(f"/proc/{demo.pid(name)}/status").read_text()
-        kib = {line.split(":")[0]: int(line.split()[1]) for line in status.splitlines() if line.startswith("Rss")}
+        kib = {
+            line.split(":")[0]: int(line.split()[1]) for line in status.splitlines() if line.startswith("Rss")
+        }
         assert "libtorch" not in maps, name
         assert kib["RssAnon"] + kib["RssFile"] < 120 * 1024, (name, kib)
 
@@ -171,7 +177,13 @@ def test_logs_tell_every_request_s_life(demo: Cluster) -> None:
     request = answer["id"].partition("-")[2]
     lines = [line for line in demo.lines() if line.get("request") == request]
     events = {line["event"] for line in lines}
-    assert events >= {"request received", "request placed", "prefill started", "handed over", "decode started"}
+    assert events >= {
+        "request received",
+        "request placed",
+        "prefill started",
+        "handed over",
+        "decode started",
+    }
     (last,) = [line for line in lines if line["event"] == "request finished"]
     assert (last["prompt_tokens"], last["output_tokens"], last["outcome"]) == (33, 12, "length")
     assert min(last[key] for key in ("ttft_ms", "tpot_ms", "prefill_ms", "handoff_ms", "decode_ms")) > 0
@@ -184,7 +196,9 @@ def test_logs_tell_every_request_s_life(demo: Cluster) -> None:
 
 def test_a_second_up_says_so(demo: Cluster) -> None:
     """Two clusters in one place would mix their sockets; the message names the one that runs."""
-    second = subprocess.run(command("demo.toml", demo.logs, FLOAT32), capture_output=True, text=True, timeout=60)
+    second = subprocess.run(
+        command("demo.toml", demo.logs, FLOAT32), capture_output=True, text=True, timeout=60
+    )
     assert second.returncode == 2
     assert "already runs" in second.stderr
     assert str(demo.process.pid) in second.stderr

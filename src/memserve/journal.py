@@ -147,7 +147,9 @@ class FrontendCore:
         assert len(self._entries) <= self.requests_max, "more requests open than allowed"
         for entry in self._entries.values():
             assert entry.attempt < ATTEMPTS_MAX, entry.request.id
-            assert count(entry.sent) <= entry.request.max_tokens, f"{entry.request.id}: more tokens than asked for"
+            assert count(entry.sent) <= entry.request.max_tokens, (
+                f"{entry.request.id}: more tokens than asked for"
+            )
 
     def gauges(self) -> dict[str, float]:
         """Load and counters for the heartbeat."""
@@ -167,7 +169,9 @@ class FrontendCore:
         entry = self._current(message.request, message.attempt)
         if entry is not None and entry.plan is None:
             entry.plan = message.plan
-            self._log("info", "request planned", entry, prefill=message.plan.prefill, decode=message.plan.decode)
+            self._log(
+                "info", "request planned", entry, prefill=message.plan.prefill, decode=message.plan.decode
+            )
 
     def _on_rejected(self, sender: ActorId, message: Rejected, now: float) -> None:
         entry = self._current(message.request, message.attempt)
@@ -210,7 +214,9 @@ class FrontendCore:
         entry.sent += fresh
         entry.timings = update.timings or entry.timings
         self._count("output_tokens_total", count(fresh))
-        self._actions.append(Deliver(entry.request.id, tuple(unpack(fresh)), update.finish, entry.cached_tokens))
+        self._actions.append(
+            Deliver(entry.request.id, tuple(unpack(fresh)), update.finish, entry.cached_tokens)
+        )
         if update.finish is not None:
             self._finish(entry, update.finish, now)
 
@@ -274,13 +280,17 @@ class FrontendCore:
         if entry.plan is None:
             self._actions += [Send(one, message) for one in self.presence.schedulers]
         else:
-            self._actions += [Send(one, message) for one in dict.fromkeys((entry.plan.prefill, entry.plan.decode))]
+            self._actions += [
+                Send(one, message) for one in dict.fromkeys((entry.plan.prefill, entry.plan.decode))
+            ]
 
     def _count(self, name: str, amount: float = 1.0) -> None:
         self.counters[name] = self.counters.get(name, 0.0) + amount
 
     def _log(self, level: str, event: str, entry: Entry, **data: object) -> None:
-        self._actions.append(Log(level, event, {"request": entry.request.id, "attempt": entry.attempt, **data}))
+        self._actions.append(
+            Log(level, event, {"request": entry.request.id, "attempt": entry.attempt, **data})
+        )
 
 
 def _needed(entry: Entry) -> set[ActorId]:

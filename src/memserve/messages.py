@@ -131,7 +131,7 @@ class Member:
     """``starting``, ``ready`` or ``draining``."""
     role: str = ""
     """Workers: prefill, decode or both."""
-    shard: str = ""
+    shard: ActorId = ActorId("")
     """Workers: the id of the shard they are attached to, once they are."""
     load: dict[str, float] = attrs.field(factory=dict)
     """Gauges and counters by metric name, units in the names."""

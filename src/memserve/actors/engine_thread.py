@@ -9,6 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
+from functools import partial
 
 import trio
 
@@ -52,7 +53,7 @@ class EngineThread:
             self._soon(self._ready.set)
             while (plan := self._next(engine)) is not None:
                 result = engine.run(plan)
-                self._soon(lambda result=result: self._deliver(result))
+                self._soon(partial(self._deliver, result))
             engine.close()
         except BaseException as failure:
             self._failure = failure
@@ -67,7 +68,7 @@ class EngineThread:
             engine.rest()
             return self._plans.get()
 
-    def _soon(self, call: Callable[[], None]) -> None:
+    def _soon(self, call: Callable[[], object]) -> None:
         try:
             self._token.run_sync_soon(call)
         except trio.RunFinishedError:

@@ -125,7 +125,9 @@ class FrontendService:
     def metrics(self) -> bytes:
         """The whole cluster's metrics."""
         who = {"actor": actor_name(self.shell.link.actor), "kind": "Frontend"}
-        return observe.render_metrics(self.core.members(), {"vllm:time_to_first_token_seconds": self.ttft_s}, who)
+        return observe.render_metrics(
+            self.core.members(), {"vllm:time_to_first_token_seconds": self.ttft_s}, who
+        )
 
 
 async def main(context: ActorContext, *, task_status: trio.TaskStatus[None]) -> None:

@@ -51,7 +51,8 @@ class Cores:
         """
         if cores < 1 or not 0 <= slot < _SLOTS:
             raise ValueError(f"needs at least one core and a slot below {_SLOTS}, got {cores} and {slot}")
-        self._cores, self._want, self._slot, self._patience_s = cores, want, slot, patience_s
+        self.want = want
+        self._cores, self._slot, self._patience_s = cores, slot, patience_s
         # Never inherited: a child of a killed worker would keep its cores.
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._is_busy = False
@@ -85,7 +86,7 @@ class Cores:
     def _take(self, held: list[int]) -> None:
         deadline = time.monotonic() + self._patience_s
         while True:
-            share = max(1, min(self._want, self._cores // (1 + self._others(_BUSY))))
+            share = max(1, min(self.want, self._cores // (1 + self._others(_BUSY))))
             for offset in range(self._cores):
                 core = (self._slot + offset) % self._cores
                 if len(held) < share and self._set(core, True):
@@ -119,12 +120,3 @@ class Cores:
                 sides = ((begin, start), (start + length, end))
                 ranges += [(low, high) for low, high in sides if low < high]
         return found
-
-
-def engine_environment() -> dict[str, str]:
-    """What a worker's environment must say before torch is imported.
-
-    A passive wait policy: OpenMP's idle threads sleep at once, instead of spinning on a core that by then is another
-    worker's.
-    """
-    return {"OMP_WAIT_POLICY": "passive"}

@@ -45,8 +45,7 @@ class CpuEngine:
     ) -> None:
         """``arena``: writable, ``pages`` pages of ``spec.page_shape(page_tokens)``.
 
-        ``threads``: the most a step runs on, and what it runs on without ``cores``. ``native``: use the native step
-        where there is one.
+        ``threads``: what a step runs on where no ``cores`` decide. ``native``: use the native step where it can be had.
         """
         expected = pages * spec.page_bytes(page_tokens, dtype)
         if len(memoryview(arena).cast("B")) < expected:
@@ -63,7 +62,8 @@ class CpuEngine:
         self._native: NativeStep | None = None
         if native and self._dtype == torch.bfloat16:
             rope = self._model.rope
-            self._native = open_step(spec, weights, rope, page_tokens, threads, default_cache_dir())
+            most = cores.want if cores is not None else threads
+            self._native = open_step(spec, weights, rope, page_tokens, most, default_cache_dir())
 
     def run(self, plan: BatchPlan) -> BatchResult:
         """One step. Raises ValueError, naming the row, for a plan that would read or write what is not its own."""

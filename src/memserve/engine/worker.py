@@ -16,19 +16,19 @@ from typing import Any
 
 import attrs
 
-from memserve.actions import Action, BatchDone, Log, RunBatch, Send, Stop
+from memserve.actions import Action, BatchDone, Log, RunBatch, Stop
 from memserve.engine.batching import Batch, BatchLimits, form_batch
+from memserve.engine.outbox import Outbox
+from memserve.engine.paging import Paging
 from memserve.engine.sequence import Phase, Sequence
 from memserve.errors import PoolError
-from memserve.mempool.client import ShardCalls
 from memserve.messages import (
-    ActorId,
     Acquired,
+    ActorId,
     Adopted,
     Allocated,
     Cancel,
     Failed,
-    FreeMem,
     Gone,
     Handoff,
     HandoffTaken,
@@ -37,20 +37,15 @@ from memserve.messages import (
     PoolRefused,
     Prefill,
     Timings,
-    Tokens,
     TokenUpdate,
 )
 from memserve.scheduling.presence import Presence
-from memserve.tokens import count, pack, span
+from memserve.tokens import count, pack
 
 ENDED_REMEMBERED = 10_000
 """Ended requests remembered, so that late messages about them are recognised."""
 HANDOFF_REPEAT_S = 2.0
 """How long a Handoff may stay unanswered before it is sent again."""
-SHORTAGE_RETRY_S = 0.05
-"""How often a sequence without a page asks again."""
-SHORTAGE_YIELD_S = 1.0
-"""How long the only sequence of a worker starves before it gives its pages back and queues for all of them."""
 
 
 @attrs.frozen
@@ -73,16 +68,16 @@ class WorkerCore:
     presence: Presence
     shard: ActorId
     settings: WorkerSettings
+    _outbox: Outbox = attrs.field(factory=Outbox, init=False)
+    _paging: Paging = attrs.field(init=False)
     _live: dict[tuple[str, int], Sequence] = attrs.field(factory=dict, init=False)
     _ended: OrderedDict[str, int] = attrs.field(factory=OrderedDict, init=False)
-    _calls: ShardCalls[Sequence] = attrs.field(factory=ShardCalls, init=False)
     _batch: Batch | None = attrs.field(default=None, init=False)
-    _updates: dict[ActorId, list[TokenUpdate]] = attrs.field(factory=dict, init=False)
-    _actions: list[Action] = attrs.field(factory=list, init=False)
     _arrivals: int = attrs.field(default=0, init=False)
-    _relief_at: float = attrs.field(default=0.0, init=False)
-    _starving_since: float | None = attrs.field(default=None, init=False)
-    counters: dict[str, float] = attrs.field(factory=dict, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        told = self.settings
+        self._paging = Paging(self.shard, told.page_tokens, told.max_context, told.retire, self._outbox)
 
     # ---- the five verbs -------------------------------------------------------------------------------------
 
@@ -96,23 +91,18 @@ class WorkerCore:
         """Fire deadlines, and start a step when none is under way."""
         self._repeat_handoffs(now)
         if self._batch is None:
-            self._relieve_shortage(now)
+            self._paging.relieve_shortage(self._in_phase(Phase.READY), now)
             self._start_batch(now)
 
     def take(self) -> list[Action]:
         """Everything to be done now; new tokens as one message a Frontend."""
-        actions, self._actions = self._actions, []
-        actions += [Send(to, Tokens(tuple(updates))) for to, updates in self._updates.items()]
-        self._updates.clear()
-        return actions
+        return self._outbox.take()
 
     @property
     def deadline(self) -> float:
         """When ``advance`` must be called next."""
-        times = [one.asked_at + HANDOFF_REPEAT_S for one in self._in_phase(Phase.LEAVING)]
-        if self._starving_since is not None and self._batch is None:
-            times.append(self._relief_at)
-        return min(times, default=float("inf"))
+        repeats = [one.asked_at + HANDOFF_REPEAT_S for one in self._in_phase(Phase.LEAVING)]
+        return min(repeats + ([self._paging.deadline] if self._batch is None else []), default=float("inf"))
 
     @property
     def idle(self) -> bool:
@@ -138,7 +128,7 @@ class WorkerCore:
             "requests_waiting": float(phases.count(Phase.WAITING) + phases.count(Phase.ADOPTING)),
             "requests_leaving": float(phases.count(Phase.LEAVING)),
             "waiting_tokens": float(waiting_tokens),
-            **self.counters,
+            **self._outbox.counters,
         }
 
     # ---- requests come --------------------------------------------------------------------------------------
@@ -148,20 +138,22 @@ class WorkerCore:
         if self._outdated(request.id, request.attempt):
             return
         if len(self._live) >= self.settings.requests_max:
-            self._actions.append(Send(request.frontend, _overloaded(request.id, request.attempt)))
+            self._outbox.send(request.frontend, _overloaded(request.id, request.attempt))
             return
-        one = self._admit(Sequence(request, message.plan, request.tokens, Phase.WAITING, now, self._next_order()))
-        self._acquire(one)
+        one = self._admit(
+            Sequence(request, message.plan, request.tokens, Phase.WAITING, now, self._next_order())
+        )
+        self._paging.acquire(one)
 
     def _on_handoff(self, sender: ActorId, message: Handoff, now: float) -> None:
         request = message.request
         known = self._live.get((request.id, request.attempt))
         if known is not None:
             if known.phase is not Phase.ADOPTING:
-                self._actions.append(Send(sender, HandoffTaken(*known.key, adopted=True)))
+                self._outbox.send(sender, HandoffTaken(*known.key, adopted=True))
             return
         if self._outdated(request.id, request.attempt):
-            self._actions.append(Send(sender, HandoffTaken(request.id, request.attempt, adopted=False)))
+            self._outbox.send(sender, HandoffTaken(request.id, request.attempt, adopted=False))
             return
         tokens = request.tokens + message.generated
         one = Sequence(request, message.plan, tokens, Phase.ADOPTING, now, self._next_order())
@@ -170,7 +162,7 @@ class WorkerCore:
         one.cached_tokens, one.timings = message.cached_tokens, message.timings
         one.started_at, one.token_at = now, message.first_token_at
         self._admit(one)
-        self._send_shard(self._calls.adopt(one, one.lease, sender))
+        self._paging.adopt(one, sender)
 
     def _admit(self, one: Sequence) -> Sequence:
         for older in self._attempts(one.request.id):
@@ -192,12 +184,8 @@ class WorkerCore:
 
     # ---- the shard's answers --------------------------------------------------------------------------------
 
-    def _acquire(self, one: Sequence) -> None:
-        extra = one.headroom(self.settings.page_tokens, self.settings.max_context)
-        self._send_shard(self._calls.acquire(one, one.request.scope, one.tokens, extra))
-
     def _on_acquired(self, sender: ActorId, message: Acquired, now: float) -> None:
-        one = self._calls.answered(message.call)
+        one = self._paging.answered(message.call)
         if one is None:
             return  # withdrawn meanwhile: the shard has ended this lease
         one.go(Phase.READY)
@@ -205,35 +193,35 @@ class WorkerCore:
         one.computed = one.retired = message.cached_tokens
         if one.token_at is None:
             one.cached_tokens = min(message.cached_tokens, one.request.prompt_tokens)
-        self._count("requested_tokens_total", one.length)
-        self._count("cached_tokens_total", message.cached_tokens)
+        self._outbox.count("requested_tokens_total", one.length)
+        self._outbox.count("cached_tokens_total", message.cached_tokens)
 
     def _on_allocated(self, sender: ActorId, message: Allocated, now: float) -> None:
-        one = self._calls.answered(message.call)
+        one = self._paging.answered(message.call)
         if one is not None:
             one.growing = one.starved = False
             one.pages += message.pages
 
     def _on_inserted(self, sender: ActorId, message: Inserted, now: float) -> None:
-        self._calls.answered(message.call)
+        self._paging.answered(message.call)
 
     def _on_adopted(self, sender: ActorId, message: Adopted, now: float) -> None:
-        one = self._calls.answered(message.call)
+        one = self._paging.answered(message.call)
         if one is None:
             return
-        self._actions.append(Send(one.plan.prefill, HandoffTaken(*one.key, adopted=True)))
+        self._outbox.send(one.plan.prefill, HandoffTaken(*one.key, adopted=True))
         one.go(Phase.READY)
         one.owned_at = now
         if one.dropped:
             self._let_go(one)
             return
         one.timings = attrs.evolve(one.timings, handoff_ms=(now - (one.token_at or now)) * 1e3)
-        self._log("decode started", one, handoff_ms=one.timings.handoff_ms)
-        self._count("handoffs_taken_total", 1)
-        self._grow(one)
+        self._outbox.log("decode started", one, handoff_ms=one.timings.handoff_ms)
+        self._outbox.count("handoffs_taken_total", 1)
+        self._paging.grow(one)
 
     def _on_refused(self, sender: ActorId, message: PoolRefused, now: float) -> None:
-        one = self._calls.answered(message.call)
+        one = self._paging.answered(message.call)
         if one is None:
             return
         if one.phase is Phase.WAITING:
@@ -243,7 +231,7 @@ class WorkerCore:
             one.growing, one.starved = False, True
         else:  # the lease is not ours (any more)
             if one.phase is Phase.ADOPTING:
-                self._actions.append(Send(one.plan.prefill, HandoffTaken(*one.key, adopted=False)))
+                self._outbox.send(one.plan.prefill, HandoffTaken(*one.key, adopted=False))
                 one.go(Phase.READY)
             self._fail(one, "lease_lost", message.message, status=503, retry=True)
 
@@ -258,24 +246,24 @@ class WorkerCore:
                 one.started_at = now
                 queued = (now - one.arrived_at) * 1e3
                 one.timings = attrs.evolve(one.timings, queue_ms=queued)
-                self._log("prefill started", one, cached_tokens=one.cached_tokens, queue_ms=queued)
+                self._outbox.log("prefill started", one, cached_tokens=one.cached_tokens, queue_ms=queued)
             self._live[one.key] = self._live.pop(one.key)  # behind those that did not get a row
         self._batch = batch
-        self._actions.append(RunBatch(batch.plan))
+        self._outbox.add(RunBatch(batch.plan))
 
     def _on_batch_done(self, sender: ActorId, message: BatchDone, now: float) -> None:
         batch, self._batch = self._batch, None
         assert batch is not None, "a batch is done that was never started"
-        self._count("steps_total", 1)
-        self._count("step_ms_total", message.result.step_ms)
+        self._outbox.count("steps_total", 1)
+        self._outbox.count("step_ms_total", message.result.step_ms)
         for one, end, token in zip(batch.sequences, batch.ends, message.result.tokens, strict=True):
             if not one.decoding:
-                self._count("prefill_tokens_total", end - one.computed)
+                self._outbox.count("prefill_tokens_total", end - one.computed)
             one.computed = end
             if one.dropped:
                 self._let_go(one)
                 continue
-            self._retire(one)
+            self._paging.retire(one)
             if token is not None:
                 self._take_token(one, token, now)
 
@@ -284,9 +272,9 @@ class WorkerCore:
             one.token_at = one.owned_at = now
             prefill_ms = (now - (one.started_at or now)) * 1e3
             one.timings = attrs.evolve(one.timings, prefill_ms=prefill_ms)
-            self._log("prefill finished", one, prefill_ms=prefill_ms)
+            self._outbox.log("prefill finished", one, prefill_ms=prefill_ms)
         one.append(token)
-        self._count("generated_tokens_total", 1)
+        self._outbox.count("generated_tokens_total", 1)
         finish = one.finish_reason(self.settings.max_context)
         if finish is not None:
             self._finish(one, token, finish, now)
@@ -295,78 +283,25 @@ class WorkerCore:
         if one.plan.decode != self.presence.member.id:
             self._hand_over(one, now)
         else:
-            self._grow(one)
+            self._paging.grow(one)
 
     def _finish(self, one: Sequence, token: int, finish: str, now: float) -> None:
         decode_ms = (now - (one.owned_at or now)) * 1e3
         self._update(one, token, finish, attrs.evolve(one.timings, decode_ms=decode_ms))
         if count(one.fresh) > 1:
-            self._log("decode finished", one, output_tokens=one.generated, decode_ms=decode_ms)
+            self._outbox.log("decode finished", one, output_tokens=one.generated, decode_ms=decode_ms)
         self._end(one)
 
     def _update(self, one: Sequence, token: int, finish: str | None, timings: Timings | None) -> None:
         update = TokenUpdate(*one.key, one.length - 1, pack([token]), one.cached_tokens, finish, timings)
-        self._updates.setdefault(one.request.frontend, []).append(update)
-
-    # ---- pages ----------------------------------------------------------------------------------------------
-
-    def _retire(self, one: Sequence) -> None:
-        """Give the pages that are full by now to the index."""
-        size = self.settings.page_tokens
-        limit = {"none": 0, "prompt": one.request.prompt_tokens, "all": one.computed}[self.settings.retire]
-        full = min(one.computed, limit) // size * size
-        if full > one.retired:
-            tokens = span(one.tokens, one.retired, full)
-            self._send_shard(self._calls.insert(one, one.lease, one.retired, tokens))
-            one.retired = full
-
-    def _grow(self, one: Sequence) -> None:
-        """Ask for the next page while the last one fills, so that no step waits for the shard."""
-        if not one.growing and one.pages_wanted(self.settings.page_tokens, self.settings.max_context):
-            one.growing = True
-            self._send_shard(self._calls.alloc(one, one.lease, 1))
-
-    def _relieve_shortage(self, now: float) -> None:
-        """When a sequence cannot go on for want of a page: preempt the youngest here, and ask again.
-
-        The oldest is never preempted while another is left, so it always reaches its end. A worker's only
-        sequence gives way after SHORTAGE_YIELD_S and queues for all its pages, so that two workers
-        holding one half each cannot wait for one another for ever.
-        """
-        ready = self._in_phase(Phase.READY)
-        starving = [one for one in ready if one.starved and one.room(self.settings.page_tokens) <= 0]
-        if not starving:
-            self._starving_since = None
-            return
-        if self._starving_since is None:
-            self._starving_since = now
-        if now < self._relief_at:
-            return
-        self._relief_at = now + SHORTAGE_RETRY_S
-        youngest = max(ready, key=lambda one: one.order)
-        if len(ready) > 1 or now - self._starving_since >= SHORTAGE_YIELD_S:
-            self._preempt(youngest)
-        for one in starving:
-            if one.phase is Phase.READY:
-                self._grow(one)
-
-    def _preempt(self, one: Sequence) -> None:
-        """Give a sequence's pages back and queue for them again; what is indexed by now is likely found again."""
-        self._log("request preempted", one, computed_tokens=one.computed)
-        self._count("preemptions_total", 1)
-        self._calls.forget(one)
-        self._send_shard(FreeMem(one.lease))
-        one.go(Phase.WAITING)
-        one.lease, one.pages, one.computed, one.retired = 0, (), 0, 0
-        one.growing = one.starved = False
-        self._acquire(one)
+        self._outbox.update(one.request.frontend, update)
 
     # ---- hand-over ------------------------------------------------------------------------------------------
 
     def _hand_over(self, one: Sequence, now: float) -> None:
         one.go(Phase.LEAVING)
-        self._log("handed over", one, to=one.plan.decode, pages=len(one.pages), copied_bytes=0)
-        self._count("handoffs_total", 1)
+        self._outbox.log("handed over", one, to=one.plan.decode, pages=len(one.pages), copied_bytes=0)
+        self._outbox.count("handoffs_total", 1)
         self._send_handoff(one, now)
 
     def _send_handoff(self, one: Sequence, now: float) -> None:
@@ -375,7 +310,7 @@ class WorkerCore:
             one.request, one.plan, one.lease, one.pages, one.fresh, one.retired, one.cached_tokens, one.timings,
             one.token_at or now,
         )  # fmt: skip
-        self._actions.append(Send(one.plan.decode, message))
+        self._outbox.send(one.plan.decode, message)
 
     def _repeat_handoffs(self, now: float) -> None:
         for one in self._in_phase(Phase.LEAVING):
@@ -392,7 +327,7 @@ class WorkerCore:
     def _on_cancel(self, sender: ActorId, message: Cancel, now: float) -> None:
         for one in self._attempts(message.request):
             if one.request.attempt <= message.attempt and one.phase is not Phase.LEAVING:
-                self._log("request cancelled", one, output_tokens=one.generated)
+                self._outbox.log("request cancelled", one, output_tokens=one.generated)
                 self._end(one)
         self._remember(message.request, message.attempt)
 
@@ -400,9 +335,9 @@ class WorkerCore:
         """Let go of what the dead were part of; their Frontends, if alive, plan those requests anew."""
         gone = set(message.actors)
         if self.presence.member.id in gone:
-            self._actions.append(Stop("fenced off: the cluster holds this worker for dead"))
+            self._outbox.add(Stop("fenced off: the cluster holds this worker for dead"))
         elif self.shard in gone:
-            self._actions.append(Stop(f"the shard {self.shard} is gone"))
+            self._outbox.add(Stop(f"the shard {self.shard} is gone"))
         else:
             for one in list(self._live.values()):
                 leaving_to_dead = one.phase is Phase.LEAVING and one.plan.decode in gone
@@ -414,13 +349,13 @@ class WorkerCore:
 
     def undeliverable(self, to: ActorId, message: Message, now: float) -> None:
         """The shell could not send ``message``. A lost Tokens shows as a gap at the Frontend, a lost Handoff is repeated."""
-        self._actions.append(Log("warning", "message undeliverable", {"to": to, "kind": type(message).__name__}))
-        self._count("undeliverable_total", 1)
+        self._outbox.add(Log("warning", "message undeliverable", {"to": to, "kind": type(message).__name__}))
+        self._outbox.count("undeliverable_total", 1)
 
     def _fail(self, one: Sequence, code: str, text: str, *, status: int, retry: bool = False) -> None:
         if not one.dropped:
-            self._log("request failed", one, code=code, reason=text)
-            self._actions.append(Send(one.request.frontend, Failed(*one.key, code, text, status, retry)))
+            self._outbox.log("request failed", one, level="warning", code=code, reason=text)
+            self._outbox.send(one.request.frontend, Failed(*one.key, code, text, status, retry))
         self._end(one)
 
     def _end(self, one: Sequence) -> None:
@@ -435,10 +370,10 @@ class WorkerCore:
         self._remove(one, free=True)
 
     def _remove(self, one: Sequence, *, free: bool) -> None:
-        for withdrawal in self._calls.forget(one):
-            self._send_shard(withdrawal)
-        if free and one.lease:
-            self._send_shard(FreeMem(one.lease))
+        if free:
+            self._paging.release(one)
+        else:
+            self._paging.forget(one)
         one.go(Phase.ENDED)
         del self._live[one.key]
         self._remember(*one.key)
@@ -453,17 +388,6 @@ class WorkerCore:
 
     def _in_phase(self, phase: Phase) -> list[Sequence]:
         return [one for one in self._live.values() if one.phase is phase]
-
-    def _send_shard(self, message: Message) -> None:
-        self._actions.append(Send(self.shard, message))
-
-    def _count(self, name: str, amount: float) -> None:
-        self.counters[name] = self.counters.get(name, 0.0) + amount
-
-    def _log(self, event: str, one: Sequence, **data: object) -> None:
-        level = "warning" if event in ("request failed", "request preempted") else "info"
-        data = {"request": one.request.id, "attempt": one.request.attempt, **data}
-        self._actions.append(Log(level, event, data))
 
 
 def _overloaded(request: str, attempt: int) -> Failed:

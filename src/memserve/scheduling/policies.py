@@ -32,7 +32,9 @@ class RoundRobin:
     def choose(self, candidates: list[Pair], request: Request, now: float) -> Pair:
         prefills = sorted({one.prefill.id for one in candidates})
         prefill = prefills[self._prefills % len(prefills)]
-        decodes = sorted((one for one in candidates if one.prefill.id == prefill), key=lambda one: one.decode.id)
+        decodes = sorted(
+            (one for one in candidates if one.prefill.id == prefill), key=lambda one: one.decode.id
+        )
         chosen = decodes[self._decodes % len(decodes)]
         self._prefills += 1
         self._decodes += self._prefills % len(prefills) == 0
@@ -58,7 +60,9 @@ class LeastLoad:
 
     def _price(self, pair: Pair, now: float) -> tuple[float, float, float, str, str]:
         prefill, decode = pair.prefill, pair.decode
-        tokens = prefill.load.get("waiting_tokens", 0.0) + sum(size for _, size in self._since(prefill.id, now))
+        tokens = prefill.load.get("waiting_tokens", 0.0) + sum(
+            size for _, size in self._since(prefill.id, now)
+        )
         placed = len(self._since(decode.id, now)) if decode is not prefill else 0
         return tokens, _sequences(decode) + placed, _sequences(prefill), prefill.id, decode.id
 

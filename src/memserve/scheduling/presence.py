@@ -36,9 +36,9 @@ class Presence:
         """The load is worth reporting before the next heartbeat."""
         self.deadline = min(self.deadline, self._reported_at + CHANGE_S)
 
-    def become(self, state: str, **changes: str) -> None:
-        """Enter a state (starting, ready, draining) and report it, with other fields of the member that change."""
-        self.member = attrs.evolve(self.member, state=state, **changes)
+    def become(self, state: str, shard: ActorId | None = None) -> None:
+        """Enter a state (starting, ready, draining), on a shard if given, and report it."""
+        self.member = attrs.evolve(self.member, state=state, shard=shard or self.member.shard)
         self.changed()
 
     def due(self, now: float) -> bool:

@@ -95,8 +95,14 @@ class SchedulerCore:
 
     def check(self) -> None:
         """Assert every invariant."""
-        assert not any(self.membership.is_gone(one) for one in self.membership.members), "a dead member is listed"
+        assert not any(self.membership.is_gone(one) for one in self.membership.members), (
+            "a dead member is listed"
+        )
         assert not self._held.keys() & self._plans.keys(), "a request both planned and held"
+
+    def gauges(self) -> dict[str, float]:
+        """Load and counters for the view that it publishes."""
+        return {"requests_held": float(len(self._held)), **self.counters}
 
     # ---- requests -------------------------------------------------------------------------------------------
 
@@ -104,7 +110,10 @@ class SchedulerCore:
         key = (message.request.id, message.request.attempt)
         planned = self._plans.get(key)
         if planned is not None:
-            self._actions += [Send(sender, planned), Send(planned.plan.prefill, Prefill(message.request, planned.plan))]
+            self._actions += [
+                Send(sender, planned),
+                Send(planned.plan.prefill, Prefill(message.request, planned.plan)),
+            ]
         elif not self._place(message, now) and key not in self._held:
             if len(self._held) >= HELD_MAX:
                 self._reject(message, f"{HELD_MAX} requests wait for a worker already")
@@ -124,7 +133,12 @@ class SchedulerCore:
             self._plans.popitem(last=False)
         self._actions += [Send(plan.prefill, Prefill(request, plan)), Send(request.frontend, planned)]
         self._count("requests_placed_total")
-        data = {"request": request.id, "attempt": request.attempt, "prefill": plan.prefill, "decode": plan.decode}
+        data = {
+            "request": request.id,
+            "attempt": request.attempt,
+            "prefill": plan.prefill,
+            "decode": plan.decode,
+        }
         self._log("info", "request placed", **data, policy=self.policy_name, candidates=len(candidates))
         return True
 
@@ -155,7 +169,9 @@ class SchedulerCore:
         changed, replaced = self.membership.hear(member, now)
         self._bury(replaced, "replaced", now)
         if joined:
-            self._log("info", "member joined", member=member.id, member_kind=member.kind, member_pid=member.pid)
+            self._log(
+                "info", "member joined", member=member.id, member_kind=member.kind, member_pid=member.pid
+            )
         if changed:
             self._publish(list(self.membership.members), now)
             self._place_held(now)
@@ -188,8 +204,10 @@ class SchedulerCore:
         self._publish(list(self.membership.members), now)
 
     def _publish(self, to: list[ActorId], now: float) -> None:
-        me = attrs.evolve(self.me, load={"requests_held": float(len(self._held)), **self.counters})
-        view = Cluster(self.me.id, (me, *self.membership.members.values()), self.membership.recently_gone(now))
+        me = attrs.evolve(self.me, load=self.gauges())
+        view = Cluster(
+            self.me.id, (me, *self.membership.members.values()), self.membership.recently_gone(now)
+        )
         self._actions += [Send(one, view) for one in to]
 
     def undeliverable(self, to: ActorId, message: Message, now: float) -> None:

@@ -1,0 +1,48 @@
+"""What a worker's core has to say since the last ``take()``: messages, log lines, counts, and tokens by Frontend."""
+
+from __future__ import annotations
+
+import attrs
+
+from memserve.actions import Action, Log, Send
+from memserve.engine.sequence import Sequence
+from memserve.messages import ActorId, Message, Tokens, TokenUpdate
+
+
+@attrs.define
+class Outbox:
+    """Shared by the parts of one core."""
+
+    counters: dict[str, float] = attrs.field(factory=dict)
+    """Running totals since start."""
+    _actions: list[Action] = attrs.field(factory=list)
+    _updates: dict[ActorId, list[TokenUpdate]] = attrs.field(factory=dict)
+
+    def add(self, action: Action) -> None:
+        """Any action."""
+        self._actions.append(action)
+
+    def send(self, to: ActorId, message: Message) -> None:
+        """One message."""
+        self._actions.append(Send(to, message))
+
+    def update(self, frontend: ActorId, update: TokenUpdate) -> None:
+        """New tokens; all that one step makes for a Frontend leave as one message."""
+        self._updates.setdefault(frontend, []).append(update)
+
+    def log(self, event: str, one: Sequence, *, level: str = "info", **data: object) -> None:
+        """A line about a request."""
+        self._actions.append(
+            Log(level, event, {"request": one.request.id, "attempt": one.request.attempt, **data})
+        )
+
+    def count(self, name: str, amount: float = 1.0) -> None:
+        """Add to a counter."""
+        self.counters[name] = self.counters.get(name, 0.0) + amount
+
+    def take(self) -> list[Action]:
+        """Everything, once."""
+        actions, self._actions = self._actions, []
+        actions += [Send(to, Tokens(tuple(updates))) for to, updates in self._updates.items()]
+        self._updates.clear()
+        return actions

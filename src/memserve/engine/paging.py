@@ -1,0 +1,110 @@
+"""A worker's dealings with its shard: leases taken, grown, retired from, adopted and given back.
+
+Pages are asked for one ahead, while the last one fills, so that no step waits for the shard. When the pool has
+none to give, the youngest sequence gives way: its pages go back (what is indexed will likely be found again)
+and it queues for all of them anew.
+"""
+
+from __future__ import annotations
+
+import attrs
+
+from memserve.engine.outbox import Outbox
+from memserve.engine.sequence import Phase, Sequence
+from memserve.mempool.client import ShardCalls
+from memserve.messages import ActorId, FreeMem, Message
+from memserve.tokens import span
+
+SHORTAGE_RETRY_S = 0.05
+"""How often a sequence without a page asks again."""
+SHORTAGE_YIELD_S = 1.0
+"""How long the only sequence of a worker starves before it gives its pages back and queues for all of them."""
+
+
+@attrs.define
+class Paging:
+    """One worker's calls to the shard whose pages its engine can reach."""
+
+    shard: ActorId
+    page_tokens: int
+    max_context: int
+    retire_what: str
+    """Which pages go into the index: ``none``, ``prompt`` or ``all``."""
+    outbox: Outbox
+    deadline: float = attrs.field(default=float("inf"), init=False)
+    """When a shortage must be looked at again."""
+    _calls: ShardCalls[Sequence] = attrs.field(factory=ShardCalls, init=False)
+    _starving_since: float | None = attrs.field(default=None, init=False)
+    _relief_at: float = attrs.field(default=0.0, init=False)
+
+    def answered(self, call: int) -> Sequence | None:
+        """Whose call this ends; None when it was withdrawn meanwhile."""
+        return self._calls.answered(call)
+
+    def acquire(self, one: Sequence) -> None:
+        """Ask for a lease on pages for all of a sequence's tokens, cached ones first."""
+        extra = one.headroom(self.page_tokens, self.max_context)
+        self._send(self._calls.acquire(one, one.request.scope, one.tokens, extra))
+
+    def adopt(self, one: Sequence, previous: ActorId) -> None:
+        """Ask for the lease that ``previous`` handed over."""
+        self._send(self._calls.adopt(one, one.lease, previous))
+
+    def grow(self, one: Sequence) -> None:
+        """Ask for the next page if the last one is in use."""
+        if not one.growing and one.pages_wanted(self.page_tokens, self.max_context):
+            one.growing = True
+            self._send(self._calls.alloc(one, one.lease, 1))
+
+    def retire(self, one: Sequence) -> None:
+        """Give the pages that are full by now to the index."""
+        limit = {"none": 0, "prompt": one.request.prompt_tokens, "all": one.computed}[self.retire_what]
+        full = min(one.computed, limit) // self.page_tokens * self.page_tokens
+        if full > one.retired:
+            self._send(self._calls.insert(one, one.lease, one.retired, span(one.tokens, one.retired, full)))
+            one.retired = full
+
+    def release(self, one: Sequence) -> None:
+        """End the lease: unpin what is indexed, free the rest."""
+        self.forget(one)
+        if one.lease:
+            self._send(FreeMem(one.lease))
+
+    def forget(self, one: Sequence) -> None:
+        """Stop waiting for answers about a sequence; a waiting acquire is withdrawn."""
+        for withdrawal in self._calls.forget(one):
+            self._send(withdrawal)
+
+    def relieve_shortage(self, ready: list[Sequence], now: float) -> None:
+        """When one of the ``ready`` cannot go on for want of a page: preempt the youngest, and ask again.
+
+        No step may be under way. The oldest is never preempted while another is left, so it always reaches its end.
+        A worker's only sequence gives way after SHORTAGE_YIELD_S and queues for all its pages, so that two
+        workers holding one half each cannot wait for one another for ever.
+        """
+        starving = [one for one in ready if one.starved and one.room(self.page_tokens) <= 0]
+        if not starving:
+            self._starving_since, self.deadline = None, float("inf")
+            return
+        if self._starving_since is None:
+            self._starving_since = now
+        if now >= self._relief_at:
+            self._relief_at = now + SHORTAGE_RETRY_S
+            if len(ready) > 1 or now - self._starving_since >= SHORTAGE_YIELD_S:
+                self._preempt(max(ready, key=lambda one: one.order))
+            for one in starving:
+                if one.phase is Phase.READY:
+                    self.grow(one)
+        self.deadline = self._relief_at
+
+    def _preempt(self, one: Sequence) -> None:
+        self.outbox.log("request preempted", one, level="warning", computed_tokens=one.computed)
+        self.outbox.count("preemptions_total")
+        self.release(one)
+        one.go(Phase.WAITING)
+        one.lease, one.pages, one.computed, one.retired = 0, (), 0, 0
+        one.growing = one.starved = False
+        self.acquire(one)
+
+    def _send(self, message: Message) -> None:
+        self.outbox.send(self.shard, message)

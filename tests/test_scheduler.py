@@ -1,0 +1,168 @@
+"""The GlobalScheduler's core: who is there, who gets what, who is announced dead."""
+
+from __future__ import annotations
+
+import attrs
+import pytest
+
+from memserve.actions import Died, Send
+from memserve.messages import (
+    ActorId,
+    Cancel,
+    Cluster,
+    Gone,
+    Load,
+    Member,
+    Planned,
+    Prefill,
+    Rejected,
+    Request,
+    Sampling,
+    Submit,
+)
+from memserve.scheduling.membership import DEAD_AFTER_S, pairs
+from memserve.scheduling.policies import LeastLoad, RoundRobin
+from memserve.scheduling.scheduler import HELD_S, SchedulerCore
+from memserve.tokens import pack
+
+ME = Member(ActorId("scheduler-0.1"), "GlobalScheduler", "ipc://s", 1, "ready")
+
+
+def member(
+    name: str, kind: str, role: str = "", shard: str = "s0.1", state: str = "ready", **load: float
+) -> Member:
+    """A member of incarnation 1."""
+    return Member(ActorId(f"{name}.1"), kind, f"ipc://{name}", 1, state, role, shard if role else "", load)
+
+
+SHARD = member("s0", "MemPoolShard")
+FRONTEND = member("frontend-0", "Frontend")
+
+
+def prefill(name: str, **more) -> Member:
+    """A prefill worker."""
+    return member(name, "PrefillWorker", "prefill", **more)
+
+
+def decode(name: str, **more) -> Member:
+    """A decode worker."""
+    return member(name, "DecodeWorker", "decode", **more)
+
+
+def submit(name: str, attempt: int = 0, tokens: int = 10) -> Submit:
+    """A request of some tokens."""
+    return Submit(Request(name, attempt, FRONTEND.id, "", pack(range(tokens)), tokens, 5, (), Sampling()))
+
+
+def scheduler(*members: Member, policy=None) -> SchedulerCore:
+    """A core that has heard of the members at time 0."""
+    core = SchedulerCore(ME, "least_load", policy or LeastLoad())
+    for one in members:
+        core.receive(one.id, Load(one), 0.0)
+    core.take()
+    return core
+
+
+def sent(core: SchedulerCore, kind: type) -> list[Send]:
+    """What it sends of one kind."""
+    core.check()
+    return [one for one in core.take() if isinstance(one, Send) and isinstance(one.message, kind)]
+
+
+def test_pairs_share_a_ready_shard() -> None:
+    """A hand-over between workers on different shards would hand over pages the other cannot see."""
+    other = member("s1", "MemPoolShard")
+    workers = [prefill("p0"), prefill("p1", shard="s1.1"), decode("d0"), decode("d1", shard="s1.1")]
+    starting = decode("d2", state="starting")
+    homeless = decode("d3", shard="s9.1")
+    both = member("w0", "DecodeWorker", "both")
+    found = {
+        (one.prefill.id, one.decode.id) for one in pairs([SHARD, other, *workers, starting, homeless, both])
+    }
+    assert found == {("p0.1", "d0.1"), ("p0.1", "w0.1"), ("p1.1", "d1.1"), ("w0.1", "w0.1")}
+
+
+def test_a_plan_goes_to_worker_and_frontend_and_repeats_alike() -> None:
+    """A repeated Submit must not start a second attempt elsewhere."""
+    core = scheduler(SHARD, FRONTEND, prefill("p0"), prefill("p1"), decode("d0"))
+    core.receive(FRONTEND.id, submit("r"), 1.0)
+    first = core.take()
+    core.receive(FRONTEND.id, submit("r"), 2.0)
+    again = [one for one in core.take() if isinstance(one, Send)]
+    assert {type(one.message) for one in first if isinstance(one, Send)} == {Planned, Prefill}
+    assert {attrs.astuple(one, recurse=False) for one in again} == {
+        attrs.astuple(one, recurse=False) for one in first if isinstance(one, Send)
+    }
+
+
+def test_least_load_spreads_a_burst() -> None:
+    """Reports lag; without counting its own placements a burst would land on one worker."""
+    core = scheduler(SHARD, prefill("p0", waiting_tokens=30.0), prefill("p1"), decode("d0"), decode("d1"))
+    for i in range(9):
+        core.receive(FRONTEND.id, submit(f"r{i}"), 1.0)
+    placed = [one.to for one in sent(core, Prefill)]
+    assert (placed.count("p0.1"), placed.count("p1.1")) == (3, 6)
+
+
+def test_round_robin_takes_turns() -> None:
+    """Every worker gets the same number of requests, and every pair its turn."""
+    core = scheduler(SHARD, prefill("p0"), prefill("p1"), decode("d0"), decode("d1"), policy=RoundRobin())
+    for i in range(8):
+        core.receive(FRONTEND.id, submit(f"r{i}"), 1.0)
+    plans = [(one.message.plan.prefill, one.message.plan.decode) for one in sent(core, Planned)]
+    assert sorted(plans) == sorted(2 * [(p, d) for p in ("p0.1", "p1.1") for d in ("d0.1", "d1.1")])
+
+
+def test_requests_wait_for_a_worker_then_are_refused() -> None:
+    """While a worker restarts a request waits; for ever would be lost."""
+    core = scheduler(SHARD, FRONTEND)
+    core.receive(FRONTEND.id, submit("placed"), 0.0)
+    core.receive(FRONTEND.id, submit("cancelled"), 0.0)
+    core.receive(FRONTEND.id, Cancel("cancelled", 0), 0.5)
+    assert sent(core, Planned) == []
+    worker = member("w0", "DecodeWorker", "both")
+    core.receive(worker.id, Load(worker), 1.0)
+    assert [one.message.request for one in sent(core, Planned)] == ["placed"]
+    core.receive(ActorId("x"), Died(worker.id), 2.0)
+    core.receive(FRONTEND.id, submit("late"), 2.0)
+    assert sent(core, Rejected) == []
+    core.receive(FRONTEND.id, Load(FRONTEND), 2.0 + HELD_S)
+    assert core.deadline <= 2.0 + HELD_S
+    core.advance(2.0 + HELD_S)
+    (refusal,) = sent(core, Rejected)
+    assert (refusal.message.status, refusal.message.retry_after_s) == (503, 2.0)
+
+
+def test_a_cancel_that_crosses_the_plan_follows_it() -> None:
+    """A client that leaves before its Frontend knows the plan would otherwise be served to the end."""
+    core = scheduler(SHARD, FRONTEND, prefill("p0"), decode("d0"))
+    core.receive(FRONTEND.id, submit("r"), 1.0)
+    core.take()
+    core.receive(FRONTEND.id, Cancel("r", 0), 1.0)
+    assert {one.to for one in sent(core, Cancel)} == {"p0.1", "d0.1"}
+
+
+@pytest.mark.parametrize("how", ["silent", "died", "replaced"])
+def test_the_dead_are_announced_and_fenced_off(how: str) -> None:
+    """Whoever waits for a dead actor must learn of it; one that wakes up must not go on."""
+    core = scheduler(SHARD, FRONTEND, prefill("p0"), decode("d0"))
+    now = 1.0
+    if how == "died":
+        core.receive(ActorId("scheduler-0.1"), Died(ActorId("d0.1")), now)
+    elif how == "replaced":
+        successor = attrs.evolve(decode("d0"), id=ActorId("d0.2"))
+        core.receive(successor.id, Load(successor), now)
+    else:
+        now = DEAD_AFTER_S
+        for one in (SHARD, FRONTEND, prefill("p0")):
+            core.receive(one.id, Load(one), now - 1)
+        assert core.deadline <= now
+        core.advance(now)
+    announced = [one for one in core.take() if isinstance(one, Send)]
+    told = {one.to for one in announced if isinstance(one.message, Gone) and "d0.1" in one.message.actors}
+    assert told >= {SHARD.id, FRONTEND.id, "p0.1", "d0.1"}
+    views = [one.message for one in announced if isinstance(one.message, Cluster) and one.to == FRONTEND.id]
+    assert "d0.1" in views[-1].gone
+    assert "d0.1" not in {one.id for one in views[-1].members}
+    core.receive(ActorId("d0.1"), Load(decode("d0")), now + 1)
+    assert [(one.to, one.message.actors) for one in sent(core, Gone)] == [("d0.1", ("d0.1",))]
