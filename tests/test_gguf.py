@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import time
 from pathlib import Path
@@ -76,7 +77,15 @@ def _one(path: Path, kind: str, shape: tuple[int, ...], raw: bytes) -> np.ndarra
 
 def test_metadata_of_every_kind_is_read(tmp_path: Path) -> None:
     """A misread length or type shifts everything after it."""
-    metadata = {"a": 7, "b": 1.5, "c": True, "d": "x é", "e": ["one", "", "three"], "f": [-1, 2], "g": [1] * 5000}
+    metadata = {
+        "a": 7,
+        "b": 1.5,
+        "c": True,
+        "d": "x é",
+        "e": ["one", "", "three"],
+        "f": [-1, 2],
+        "g": [1] * 5000,
+    }
     with read_gguf(write_gguf(tmp_path / "m.gguf", metadata)) as file:
         assert metadata == file.metadata
 
@@ -118,10 +127,14 @@ def test_four_bit_blocks_hold_low_nibbles_first(tmp_path: Path, kind: str) -> No
 
 def test_bfloat16_rounds_to_nearest_even() -> None:
     """Truncation instead of rounding biases every weight towards zero."""
-    bits = np.array([0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF, 0xBF80C000, 0x7F800000, 0x7FBFFFFF], np.uint32)
+    bits = np.array(
+        [0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF, 0xBF80C000, 0x7F800000, 0x7FBFFFFF], np.uint32
+    )
     rounded = round_to_bfloat16(bits.view(np.float32))
 
-    assert [hex(value) for value in rounded] == [hex(v) for v in (0x3F80, 0x3F82, 0x3F81, 0x3F80, 0xBF81, 0x7F80, 0x7FC0)]
+    assert [hex(value) for value in rounded] == [
+        hex(v) for v in (0x3F80, 0x3F82, 0x3F81, 0x3F80, 0xBF81, 0x7F80, 0x7FC0)
+    ]
 
 
 def test_an_unsupported_type_is_named_with_what_is_supported(tmp_path: Path) -> None:
@@ -140,7 +153,7 @@ def test_what_is_not_gguf_is_a_user_error(tmp_path: Path, what: str) -> None:
         contents = {"empty": b"", "other": b"PK\3\4" * 99, "version": b"GGUF" + struct.pack(">IQQ", 3, 0, 0)}
         path.write_bytes(contents[what])
 
-    with pytest.raises(UserError, match=str(path)):
+    with pytest.raises(UserError, match=re.escape(str(path))):
         read_gguf(path)
 
 
@@ -179,7 +192,13 @@ def test_demo_model_header_is_read_at_once() -> None:
 
     assert time.perf_counter() - began < 1.0  # 0.1 s where nothing else runs
     assert (spec.layers, spec.hidden, spec.heads, spec.kv_heads, spec.head_dim) == (30, 576, 9, 3, 64)
-    assert (spec.vocab, spec.max_context, spec.tied_embeddings, spec.bos, spec.eos) == (49152, 8192, True, 1, (2,))
+    assert (spec.vocab, spec.max_context, spec.tied_embeddings, spec.bos, spec.eos) == (
+        49152,
+        8192,
+        True,
+        1,
+        (2,),
+    )
     assert spec.kv_values_per_token == 11_520
     assert spec.page_bytes(16, "bfloat16") == 16 * 23_040
     assert spec == msgspec.json.decode(msgspec.json.encode(spec), type=ModelSpec)
@@ -196,7 +215,9 @@ def test_demo_model_header_is_read_at_once() -> None:
         ("llama.attention.head_count_kv", 3, "multiple of kv heads"),
     ],
 )
-def test_a_model_that_would_give_wrong_tokens_is_refused(tmp_path: Path, key: str, value: Any, message: str) -> None:
+def test_a_model_that_would_give_wrong_tokens_is_refused(
+    tmp_path: Path, key: str, value: Any, message: str
+) -> None:
     """A variant that is ignored runs and answers nonsense."""
     path = write_gguf(tmp_path / "m.gguf", LLAMA | {key: value})
 

@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from collections.abc import Iterator
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,12 @@ class Runner:
     """A model with an arena of its own, whose unused pages and page tails hold NaN."""
 
     def __init__(
-        self, spec: ModelSpec, weights: dict[str, torch.Tensor], page_tokens: int = 16, pages: int = 128, seed: int = 0
+        self,
+        spec: ModelSpec,
+        weights: dict[str, torch.Tensor],
+        page_tokens: int = 16,
+        pages: int = 128,
+        seed: int = 0,
     ) -> None:
         self.page_tokens = page_tokens
         self.model = Llama(spec, weights)
@@ -142,7 +148,8 @@ def prompt(length: int, seed: int, vocab: int = 131) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim", "tied"), [(4, 2, 16, True), (6, 2, 8, False), (3, 3, 16, True), (8, 1, 32, False)]
+    ("heads", "kv_heads", "head_dim", "tied"),
+    [(4, 2, 16, True), (6, 2, 8, False), (3, 3, 16, True), (8, 1, 32, False)],
 )
 def test_logits_equal_transformers(heads: int, kv_heads: int, head_dim: int, tied: bool) -> None:
     """The model would not be the one whose weights it has: prefill, cached chunk and cached decode alike."""
@@ -154,7 +161,7 @@ def test_logits_equal_transformers(heads: int, kv_heads: int, head_dim: int, tie
     runner = Runner(spec, weights)
     pages = runner.pages(len(ids))
     cuts = [0, 37, 60, *range(61, 76)]  # a chunk from nothing, a chunk on a cache, then single tokens
-    for start, end in zip(cuts, cuts[1:], strict=False):
+    for start, end in pairwise(cuts):
         logits = runner.step(Row(pack(ids[start:end]), start, pages, GREEDY))
         assert float((logits[0] - expected[end - 1]).abs().max()) < 1e-4
 
@@ -190,7 +197,9 @@ def test_long_chunks_run_in_query_blocks(
 
 def test_company_changes_no_token(tiny: tuple[ModelSpec, dict[str, torch.Tensor]]) -> None:
     """Sixteen sequences of all lengths, prefilling and decoding in the same steps, each as if it were alone."""
-    prompts = [prompt(length, length) for length in (1, 2, 15, 16, 17, 31, 33, 40, 64, 90, 3, 5, 129, 8, 70, 48)]
+    prompts = [
+        prompt(length, length) for length in (1, 2, 15, 16, 17, 31, 33, 40, 64, 90, 3, 5, 129, 8, 70, 48)
+    ]
     alone = [Runner(*tiny).generate(ids, 8) for ids in prompts]
     runner = Runner(*tiny, pages=256)
     tables = [runner.pages(len(ids) + 8) for ids in prompts]
@@ -241,7 +250,8 @@ def test_bfloat16_stays_near_float32() -> None:
     exact = {name: tensor.float() for name, tensor in weights.items()}
     row = pack(prompt(60, 9))
     rough, fine = (
-        runner.step(Row(row, 0, runner.pages(60), GREEDY)) for runner in (Runner(spec, weights), Runner(spec, exact))
+        runner.step(Row(row, 0, runner.pages(60), GREEDY))
+        for runner in (Runner(spec, weights), Runner(spec, exact))
     )
 
     assert float((rough - fine).norm() / fine.norm()) < 0.02

@@ -65,7 +65,13 @@ def test_second_claim_tells_who_runs_here(log_dir):
         Place.claim(log_dir)
     place.leave()
 
-    for part in (str(os.getpid()), "http://h:1", "2026-01-02T03:04:05", f"kill {os.getpid()}", "[logging] dir"):
+    for part in (
+        str(os.getpid()),
+        "http://h:1",
+        "2026-01-02T03:04:05",
+        f"kill {os.getpid()}",
+        "[logging] dir",
+    ):
         assert part in str(caught.value)
 
 

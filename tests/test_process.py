@@ -116,7 +116,11 @@ def test_ready_is_told_once(ends):
     ("error", "status", "text"),
     [
         (UserError("the port is taken"), 2, "the port is taken\n"),
-        (ExceptionGroup("", [ExceptionGroup("", [UserError("the port is taken")])]), 2, "the port is taken\n"),
+        (
+            ExceptionGroup("", [ExceptionGroup("", [UserError("the port is taken")])]),
+            2,
+            "the port is taken\n",
+        ),
         (ExceptionGroup("", [RestartNeeded("s0 is gone"), RestartNeeded("s0 is gone")]), 3, "s0 is gone\n"),
         (ExceptionGroup("", [UserError("no"), KeyError("bug")]), 1, "KeyError: 'bug'"),
         (ValueError("bug"), 1, "ValueError: bug\n"),
@@ -164,7 +168,9 @@ def test_weights_are_given_up_with_the_supervisor(tmp_path):
     waiting = tmp_path / "never-written.gguf"
     os.mkfifo(waiting)
     command = [sys.executable, "-c", PREPARE, str(waiting), "bfloat16"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, env=environment(), stderr=subprocess.DEVNULL) as child:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, env=environment(), stderr=subprocess.DEVNULL
+    ) as child:
         child.stdin.close()
         assert child.wait(10) == 1
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_model import GREEDY, prompt, tiny_spec
 
 from memserve.engine.cores import Cores
 from memserve.engine.plans import BatchPlan, Row
@@ -15,6 +14,7 @@ from memserve.engine.runner import CpuEngine
 from memserve.engine.weights import random_weights, save_weights
 from memserve.messages import Sampling
 from memserve.tokens import pack
+from test_model import GREEDY, prompt, tiny_spec
 
 PAGES = 16
 

@@ -50,7 +50,7 @@ def test_uniform_is_uniform_and_uncorrelated() -> None:
     """Neighbouring seeds or positions that give neighbouring numbers make streams alike."""
     grid = torch.tensor([[uniform(seed, position) for position in range(400)] for seed in range(50)])
 
-    assert 0 <= float(grid.min()) and float(grid.max()) < 1
+    assert float(grid.min()) >= 0 and float(grid.max()) < 1
     assert abs(float(grid.mean()) - 0.5) < 0.01
     assert abs(float(grid.var()) - 1 / 12) < 0.005
     assert float(torch.corrcoef(grid).fill_diagonal_(0).abs().max()) < 0.25

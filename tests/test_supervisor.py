@@ -115,7 +115,9 @@ def test_life_of_a_cluster(start):
     cluster = start()
     cluster.until_ready()
     assert find_running(cluster.log_dir)["url"] == "http://127.0.0.1:1"
-    with pytest.raises(UserError, match=rf"already runs here: pid {cluster.process.pid}, http://127.0.0.1:1, since"):
+    with pytest.raises(
+        UserError, match=rf"already runs here: pid {cluster.process.pid}, http://127.0.0.1:1, since"
+    ):
         Place.claim(cluster.log_dir)
     assert "curl http://127.0.0.1:1/v1/chat/completions" in cluster.output
     assert idle_share([cluster.process.pid, *cluster.pids]) < 0.02
@@ -205,10 +207,15 @@ def test_user_error_of_an_actor_ends_the_start(start):
 def test_crashing_actor_is_shown_and_takes_nobody_along(start):
     """The user would not see why an actor fails, or one bad actor would end the cluster."""
     cluster = start(w0="crash", s0="restart")
-    until(lambda: {"ended", "lost"} <= set(cluster.output.split()) and "scheduler-0" in cluster.names("ready"))
+    until(
+        lambda: {"ended", "lost"} <= set(cluster.output.split()) and "scheduler-0" in cluster.names("ready")
+    )
 
     assert "  w0 | RuntimeError: the crash of the test" in cluster.output
-    assert "s0 lost its shard or was fenced off; restarting it in 0.2 s\n  s0 | shard s0 is gone" in cluster.output
+    assert (
+        "s0 lost its shard or was fenced off; restarting it in 0.2 s\n  s0 | shard s0 is gone"
+        in cluster.output
+    )
     crash = (cluster.log_dir / "run" / "w0.jsonl").read_text()
     assert "actor crashed" in crash
     assert cluster.end() == 0

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from test_gguf import DEMO, LLAMA, write_gguf
 
 from memserve.engine import weights as under_test
 from memserve.engine.spec import find_model, read_spec
 from memserve.engine.weights import map_weights, prepare, random_weights, save_weights, weight_shapes
 from memserve.errors import UserError
+from test_gguf import DEMO, LLAMA, write_gguf
 
 TOKENIZER = {
     "tokenizer.ggml.model": "gpt2",
@@ -88,9 +88,12 @@ def test_the_file_is_safetensors_and_aligned(tmp_path: Path) -> None:
     """Other tools must be able to open it, and no matrix row may straddle a cache line for nothing."""
     files = prepare(_write(tmp_path / "tiny.gguf", _tensors(True)), "bfloat16", tmp_path / "cache")
 
-    with safe_open(files.weights, "pt") as file:  # type: ignore[no-untyped-call]
-        assert {name for name in file.keys() if not name.startswith("_")} == set(weight_shapes(files.spec))
-    assert all(tensor.data_ptr() % under_test.ALIGNMENT == 0 for tensor in map_weights(files.weights).values())
+    with safe_open(files.weights, "pt") as file:
+        names = set(file.keys())
+    assert {name for name in names if not name.startswith("_")} == set(weight_shapes(files.spec))
+    assert all(
+        tensor.data_ptr() % under_test.ALIGNMENT == 0 for tensor in map_weights(files.weights).values()
+    )
 
 
 def test_a_second_call_converts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,5 +175,7 @@ def test_demo_model_converts_in_seconds_without_torch(tmp_path: Path) -> None:
         assert peak_mib < 450, peak_mib
     """
     began = time.perf_counter()
-    subprocess.run([sys.executable, "-c", code, str(find_model(DEMO)), str(tmp_path)], check=True, timeout=120)
+    subprocess.run(
+        [sys.executable, "-c", code, str(find_model(DEMO)), str(tmp_path)], check=True, timeout=120
+    )
     assert time.perf_counter() - began < 20  # 2 s where nothing else runs

@@ -40,7 +40,6 @@ def roster(resolved: Resolved) -> tuple[ActorSpec, ...]:
     )
 
 
-
 @attrs.frozen
 class Restart:
     """What to do about a death."""

@@ -67,6 +67,7 @@ class Supervisor:
     _children: dict[str, Child] = attrs.field(init=False)
     _begun: str = attrs.field(init=False, factory=now_utc)
     _begun_at: float = attrs.field(init=False, default=0.0)
+    _state: str = attrs.field(init=False, default="starting")
     _started: bool = attrs.field(init=False, default=False)
     """Whether there is any actor that would have to be drained."""
     _serving: trio.Event = attrs.field(init=False, factory=trio.Event)
@@ -81,12 +82,14 @@ class Supervisor:
         Raises UserError, within exception groups, when an actor cannot start for a reason that the user can remove.
         """
         self._begun_at = trio.current_time()
-        self._write_info("starting")
+        self._enter("starting")
         with trio.open_signal_receiver(*_stop_signals()) as signals:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._obey, signals, nursery.cancel_scope)
                 await self._prepare()
-                self.say(f"memserve: starting {len(self._children)} actors; logs are in {self.resolved.run_dir}")
+                self.say(
+                    f"memserve: starting {len(self._children)} actors; logs are in {self.resolved.run_dir}"
+                )
                 self._started = True
                 nursery.start_soon(self._announce)
                 await self._keep_all()
@@ -94,12 +97,16 @@ class Supervisor:
         log.info("cluster stopped")
         self.say("memserve: stopped")
 
-    def _write_info(self, state: str) -> None:
-        """Tell other commands, and the actors, about this cluster."""
+    def _enter(self, state: str) -> None:
+        """Go on to ``starting``, ``ready`` or ``draining``, and tell other commands and the actors."""
+        self._state = state
+        self._write_info()
+
+    def _write_info(self) -> None:
         self.launch.place.write_info(
             {
                 "pid": os.getpid(),
-                "state": state,
+                "state": self._state,
                 "url": self._url(),
                 "started_at": self._begun,
                 "resolved": json.loads(self.resolved.to_json()),
@@ -120,9 +127,14 @@ class Supervisor:
             return
         stdin, alive = os.pipe()  # the process ends when ``alive`` is closed, by us or by our death
         try:
-            async with self._saying(f"converting the weights of {self.resolved.model_path}; this is done once"):
+            # Not "converting": on a busy machine it can take this long to find that they are converted already.
+            async with self._saying(f"readying the weights of {self.resolved.model_path} (converted once)"):
                 done = await trio.run_process(
-                    list(self.prepare_argv), stdin=stdin, capture_stdout=True, stderr=subprocess.STDOUT, check=False
+                    list(self.prepare_argv),
+                    stdin=stdin,
+                    capture_stdout=True,
+                    stderr=subprocess.STDOUT,
+                    check=False,
                 )
         finally:
             os.close(stdin)
@@ -131,16 +143,20 @@ class Supervisor:
             text = done.stdout[-OUTPUT_TAIL_BYTES:].decode(errors="replace").strip()
             log.error("weights not ready", returncode=done.returncode, output=text)
             known = done.returncode == STATUS_USER_ERROR
-            raise UserError(text if known else f"preparing the weights {describe_end(done.returncode)}:\n{text}")
+            raise UserError(
+                text if known else f"preparing the weights {describe_end(done.returncode)}:\n{text}"
+            )
 
     async def _announce(self) -> None:
         """Tell the user, once, where to send a request."""
         await self._serving.wait()
-        self._write_info("ready")
+        self._enter("ready")
         seconds = trio.current_time() - self._begun_at
         urls = [child.url for child in self._children.values() if child.url]
         log.info("cluster ready", url=urls[0], ready_s=round(seconds, 2))
-        self.say(f"memserve: ready in {seconds:.1f} s at {', '.join(dict.fromkeys(urls))}; Ctrl-C drains and stops it\n")
+        self.say(
+            f"memserve: ready in {seconds:.1f} s at {', '.join(dict.fromkeys(urls))}; Ctrl-C drains and stops it\n"
+        )
         self.say(curl(urls[0], self.resolved))
 
     @contextlib.asynccontextmanager
@@ -193,6 +209,7 @@ class Supervisor:
                 self._ready(child)
             elif event["event"] == "serving":
                 child.url = event["url"]
+                self._write_info()  # a successor may serve on another port, with frontend.port = 0
                 if all(frontend.url for frontend in self._of_kind("Frontend")):
                     self._serving.set()
 
@@ -250,7 +267,7 @@ class Supervisor:
     async def _drain(self) -> None:
         """End the actors stage by stage, each with a limit."""
         self.say("memserve: draining; a second Ctrl-C stops at once")
-        self._write_info("draining")
+        self._enter("draining")
         for stage in drain_stages(child.spec for child in self._children.values()):
             frontends = stage[0].kind == "Frontend"
             limit_s = self.resolved.config.frontend.drain_s if frontends else self.stage_s

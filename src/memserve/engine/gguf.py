@@ -68,7 +68,9 @@ class Gguf:
     def __enter__(self) -> Gguf:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         # On an error, views of the mapping may live in the traceback; it goes with them then.
         if error is None:
             self.mapping.close()
@@ -128,7 +130,9 @@ class _Header:
     def _check_count(self, what: str, count: int, bytes_each: int) -> None:
         # Before any loop or allocation of that size: a damaged count must not cost minutes or all memory.
         if count * bytes_each > len(self._buffer) - self._at:
-            raise self._wrong(f"damaged or truncated: {count} {what} do not fit in the file's {len(self._buffer)} bytes")
+            raise self._wrong(
+                f"damaged or truncated: {count} {what} do not fit in the file's {len(self._buffer)} bytes"
+            )
 
     def _string(self) -> str:
         length = self._take("Q")
@@ -199,7 +203,9 @@ class _Header:
         for name, shape, type_name, offset in infos:
             values, size = BLOCKS[type_name]
             if shape[-1] % values or 0 in shape:
-                raise self._wrong(f"tensor {name!r}: shape {shape} is not whole blocks of {values} {type_name} values")
+                raise self._wrong(
+                    f"tensor {name!r}: shape {shape} is not whole blocks of {values} {type_name} values"
+                )
             nbytes = prod(shape) // values * size
             if base + offset + nbytes > len(self._buffer):
                 raise self._wrong(f"damaged or truncated: tensor {name!r} reaches past the end of the file")

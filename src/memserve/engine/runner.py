@@ -76,7 +76,9 @@ class CpuEngine:
 
     def warm_up(self) -> None:
         """Run a chunk and a decode row on pages of their own, so that the first request finds everything loaded."""
-        length = min(2 * MAX_ROWS, self._spec.max_context - 1)  # too many tokens for the native step: torch warms too
+        length = min(
+            2 * MAX_ROWS, self._spec.max_context - 1
+        )  # too many tokens for the native step: torch warms too
         pages = tuple(range(pages_for(length + 1, self._page_tokens)))
         scratch = torch.zeros(len(pages), *self._spec.page_shape(self._page_tokens), dtype=self._dtype)
         attention = CpuAttention(scratch, self._spec.heads)
@@ -140,9 +142,13 @@ class CpuEngine:
                 f"expected at least one, within {self._spec.max_context} positions"
             )
         if len(row.pages) < pages_for(row.end, self._page_tokens):
-            raise ValueError(f"row {number}: {len(row.pages)} pages of {self._page_tokens} do not hold {row.end} tokens")
+            raise ValueError(
+                f"row {number}: {len(row.pages)} pages of {self._page_tokens} do not hold {row.end} tokens"
+            )
         if min(row.pages) < 0 or max(row.pages) >= self._pages:
             raise ValueError(f"row {number}: pages {row.pages}; the arena has 0 to {self._pages - 1}")
         ids = unpack(row.tokens)
         if min(ids) < 0 or max(ids) >= self._spec.vocab:
-            raise ValueError(f"row {number}: token ids {min(ids)} to {max(ids)}; the vocabulary has {self._spec.vocab}")
+            raise ValueError(
+                f"row {number}: token ids {min(ids)} to {max(ids)}; the vocabulary has {self._spec.vocab}"
+            )

@@ -78,7 +78,9 @@ def find_model(path: str) -> Path:
     for folder in spec.submodule_search_locations:
         if (candidate := Path(folder, file)).is_file():
             return candidate.resolve()
-    raise UserError(f"model.path: the package {package!r} has no file {file!r}; perhaps another version: {remedy}")
+    raise UserError(
+        f"model.path: the package {package!r} has no file {file!r}; perhaps another version: {remedy}"
+    )
 
 
 def read_spec(path: str | Path) -> ModelSpec:
@@ -127,7 +129,9 @@ def _ends(metadata: dict[str, Any]) -> tuple[int, ...]:
 def _refuse_variants(keys: _Keys, spec: ModelSpec) -> None:
     """Raise UserError for what would run and give wrong tokens: a Llama that differs where this engine does not look."""
     keys.must_be("llama.rope.dimension_count", spec.head_dim, "rope over part of a head is not supported")
-    keys.must_be("llama.attention.value_length", spec.head_dim, "keys and values of unequal size are not supported")
+    keys.must_be(
+        "llama.attention.value_length", spec.head_dim, "keys and values of unequal size are not supported"
+    )
     keys.must_be("llama.expert_count", 0, "mixtures of experts are not supported")
     keys.must_be("llama.rope.scaling.type", "none", "rope scaling is not supported")
     if spec.heads % spec.kv_heads or spec.head_dim % 2:

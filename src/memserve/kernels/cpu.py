@@ -137,7 +137,8 @@ class CpuAttention:
             row * self._kv_heads * slots + slot
             for row, end in enumerate(ends)
             for slot in range(
-                end, pages_for(end, self._page_tokens) * self._page_tokens if end > self._page_tokens else slots
+                end,
+                pages_for(end, self._page_tokens) * self._page_tokens if end > self._page_tokens else slots,
             )
         ]
         heads = torch.arange(self._kv_heads)[:, None] * slots

@@ -62,7 +62,10 @@ class _Layer(Structure):
 class _Batch(Structure):
     _fields_ = [
         *((name, c_int32) for name in ("rows", "wanted", "threads")),
-        *((name, c_void_p) for name in ("ids", "positions", "tables", "table_at", "wanted_at", "arena", "logits")),
+        *(
+            (name, c_void_p)
+            for name in ("ids", "positions", "tables", "table_at", "wanted_at", "arena", "logits")
+        ),
     ]
 
 
@@ -88,7 +91,10 @@ class NativeStep:
             spec.vocab, page_tokens, MAX_ROWS, threads, spec.rms_eps,
         )  # fmt: skip
         layers = (_Layer * spec.layers)(
-            *(_Layer(*(self._at(f"{layer}.{name}") for name in _LAYER_FIELDS)) for layer in range(spec.layers))
+            *(
+                _Layer(*(self._at(f"{layer}.{name}") for name in _LAYER_FIELDS))
+                for layer in range(spec.layers)
+            )
         )
         head = "embed" if spec.tied_embeddings else "head"
         tables = [table.data_ptr() for table in self._rope]
@@ -101,7 +107,9 @@ class NativeStep:
     def forward(self, plan: BatchPlan, arena: torch.Tensor, threads: int) -> torch.Tensor:
         """As ``Llama.forward``: logits (wanted rows, vocab) float32. ``plan`` is checked and has few tokens."""
         lengths = [count(row.tokens) for row in plan.rows]
-        starts = np.repeat([row.start - end for row, end in zip(plan.rows, _before(lengths), strict=True)], lengths)
+        starts = np.repeat(
+            [row.start - end for row, end in zip(plan.rows, _before(lengths), strict=True)], lengths
+        )
         positions = (starts + np.arange(sum(lengths))).astype(np.int32)
         tables = [row.pages for row in plan.rows]
         ends = list(accumulate(lengths))
@@ -111,7 +119,10 @@ class NativeStep:
             positions,
             np.concatenate(tables).astype(np.int32),
             np.repeat(_before([len(table) for table in tables]), lengths).astype(np.int32),
-            np.array([end - 1 for row, end in zip(plan.rows, ends, strict=True) if row.sample is not None], np.int32),
+            np.array(
+                [end - 1 for row, end in zip(plan.rows, ends, strict=True) if row.sample is not None],
+                np.int32,
+            ),
         ]
         batch = _Batch(
             ends[-1],
@@ -154,7 +165,9 @@ def open_step(
         _check_model(spec, weights["embed"].dtype)
         return NativeStep(load(cache_dir), spec, weights, rope, page_tokens, threads)
     except NativeUnavailable as reason:
-        log.warning("native step unavailable", reason=str(reason), consequence="decoding runs on torch, slower")
+        log.warning(
+            "native step unavailable", reason=str(reason), consequence="decoding runs on torch, slower"
+        )
         return None
 
 
@@ -163,7 +176,9 @@ def _check_model(spec: ModelSpec, dtype: torch.dtype) -> None:
         raise NativeUnavailable(f"it computes in bfloat16, the model is {dtype}")
     widths = (spec.hidden, spec.intermediate, spec.head_dim)
     if any(width % 32 for width in widths) or spec.head_dim > 256 or spec.vocab % 4:
-        raise NativeUnavailable(f"widths {widths} must be multiples of 32, heads at most 256, {spec.vocab} of 4")
+        raise NativeUnavailable(
+            f"widths {widths} must be multiples of 32, heads at most 256, {spec.vocab} of 4"
+        )
     if spec.heads // spec.kv_heads > 16:
         raise NativeUnavailable(f"{spec.heads} heads on {spec.kv_heads} kv heads; at most 16 may share one")
 
