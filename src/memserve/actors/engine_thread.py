@@ -39,6 +39,8 @@ class EngineThread:
             await self._ended.wait()
         finally:
             self._plans.put(None)
+            with trio.move_on_after(STEP_S_MAX, shield=True):
+                await self._ended.wait()  # an interpreter that ends under a native thread aborts
         if self._failure is not None:
             raise self._failure
 
@@ -75,5 +77,7 @@ class EngineThread:
             pass  # the actor ended while a step was under way; nobody waits for it
 
 
+STEP_S_MAX = 30.0
+"""How long an ending actor waits for the step under way."""
 IDLE_S = 0.002
 """Pause between steps after which a worker counts as idle; one turn of the event loop takes far less."""
