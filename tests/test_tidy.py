@@ -24,7 +24,16 @@ TESTS = sorted((ROOT / "tests").glob("*.py"))
 
 LAYERS = {
     "words": ("__init__", "errors", "tokens", "messages", "actions", "engine", "engine.plans"),
-    "cores": ("engine.worker", "engine.sequence", "engine.batching", "mempool*", "scheduling*", "journal"),
+    "cores": (
+        "engine.worker",
+        "engine.sequence",
+        "engine.batching",
+        "engine.outbox",
+        "engine.paging",
+        "mempool*",
+        "scheduling*",
+        "journal",
+    ),  # fmt: skip
     "settings": ("config", "configfile", "resolve", "place", "observe", "engine.spec", "engine.gguf"),
     "engine": ("engine.*", "kernels*"),
     "links": ("bus", "api*", "transfer*"),

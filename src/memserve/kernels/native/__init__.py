@@ -26,7 +26,7 @@ from memserve.engine.plans import BatchPlan
 from memserve.engine.spec import ModelSpec
 from memserve.tokens import count
 
-MAX_ROWS = 32
+MAX_ROWS = 64
 """Tokens of a step up to which it is faster than torch."""
 
 _SOURCE = Path(__file__).with_name("step.cpp")

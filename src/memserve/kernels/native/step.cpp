@@ -37,6 +37,7 @@ constexpr int GROUP_MAX = 16;   // query heads that share a kv head
 constexpr int HEAD_MAX = 256;   // head_dim
 constexpr int COLUMNS = 32;     // outputs of one task of a linear
 constexpr int AHEAD = 12288;    // bytes of weights between what is prefetched and what is used
+constexpr int KEYS_AHEAD = 32;  // tokens
 constexpr int SPIN = 1000;      // pauses before a waiting thread sleeps: some 20 microseconds
 
 // ---- vectors ---------------------------------------------------------------------------------------------
@@ -275,16 +276,30 @@ struct Engine {
         int first = (part - part_at[row]) * PART, count = std::min(PART, b.positions[row] + 1 - first);
         const bf16* queries = &q[((long)row * c.heads + kv * G) * D];
         alignas(64) float scores[GROUP_MAX][PART];
+        const bf16* keys[PART];
+        for (int t = 0; t < count;) {
+            const bf16* key = slot(row, first + t, layer, 0, kv);
+            for (int left = c.page_tokens - (first + t) % c.page_tokens; left > 0 && t < count; left--, key += D)
+                keys[t++] = key;
+        }
+        long to_value = (long)c.kv_heads * c.page_tokens * D;  // from a token's K to its V
         float scale = 1.f / std::sqrt((float)D);
         for (int t = 0; t < count; t += 4) {
-            const bf16* keys[4];
-            for (int i = 0; i < 4; i++) keys[i] = slot(row, first + std::min(t + i, count - 1), layer, 0, kv);
-            _mm_prefetch((const char*)(keys[3] + D), _MM_HINT_T0);
+            const bf16* four[4];
+            for (int i = 0; i < 4; i++) {
+                four[i] = keys[std::min(t + i, count - 1)];
+                // Pages lie anywhere: fetch the V needed below, and K some pages ahead.
+                const bf16* ahead = keys[std::min(t + i + KEYS_AHEAD, count - 1)];
+                for (int d = 0; d < D; d += 32) {
+                    _mm_prefetch((const char*)(four[i] + to_value + d), _MM_HINT_T1);
+                    _mm_prefetch((const char*)(ahead + d), _MM_HINT_T1);
+                }
+            }
             for (int g = 0; g < G; g++) {
                 __m512 sums[4] = {};
                 for (int i = 0; i < 4; i++)
                     for (int d = 0; d < D; d += 32)
-                        sums[i] = _mm512_dpbf16_ps(sums[i], load(queries + g * D + d), load(keys[i] + d));
+                        sums[i] = _mm512_dpbf16_ps(sums[i], load(queries + g * D + d), load(four[i] + d));
                 _mm_store_ps(scores[g] + t, _mm_mul_ps(sum4(sums[0], sums[1], sums[2], sums[3]), _mm_set1_ps(scale)));
             }
         }
@@ -293,7 +308,7 @@ struct Engine {
             softmax(scores[g], count, out + g * (2 + D));
             std::memset(out + g * (2 + D) + 2, 0, D * sizeof(float));
         }
-        weigh(layer, row, kv, first, count, scores, out);
+        weigh(keys, to_value, count, scores, out);
     }
 
     // Scores become weights in place; out[0] is their maximum, out[1] the sum of weights.
@@ -313,14 +328,14 @@ struct Engine {
     }
 
     // Adds weights times V, 64 dimensions at a time, which is what fits in registers for four heads.
-    void weigh(int layer, int row, int kv, int first, int count, float (*weights)[PART], float* out) {
+    void weigh(const bf16* const* keys, long to_value, int count, float (*weights)[PART], float* out) {
         int D = c.head_dim, G = group();
         for (int d0 = 0; d0 < D; d0 += 64)
             for (int g0 = 0; g0 < G; g0 += 4) {
                 int wide = std::min(64, D - d0) / 16, heads = std::min(4, G - g0);
                 __m512 sums[4][4] = {};
                 for (int t = 0; t < count; t++) {
-                    const bf16* value = slot(row, first + t, layer, 1, kv) + d0;
+                    const bf16* value = keys[t] + to_value + d0;
                     for (int i = 0; i < wide; i++) {
                         __m512 v = widen(value + i * 16);
                         for (int g = 0; g < heads; g++)

@@ -1,0 +1,221 @@
+"""How the HTTP surface refuses: every error names its field, in OpenAI's shape."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import trio
+
+from api_client import CHAT, HI, asking, post
+from fake_service import (
+    FakeService,
+    says,
+)
+from memserve.api.bodies import REFUSED
+from memserve.api.guard import cache_scope
+from memserve.errors import RequestFailed
+
+# ---- refusals ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_refused_request_has_its_status_and_retry_after(stream):
+    """An overloaded cluster would look broken, and clients would not know when to try again."""
+    service = FakeService(lambda _r: [], RequestFailed("overloaded", "Too many requests", 429, 1.5))
+    response = await post({"prompt": "x", "stream": stream}, service=service)
+
+    assert response.status_code == 429
+    assert response.headers["retry-after"] == "2"
+    assert response.json() == {
+        "error": {
+            "message": "Too many requests",
+            "type": "rate_limit_error",
+            "param": None,
+            "code": "overloaded",
+        }
+    }
+
+
+async def test_one_failed_answer_ends_them_all():
+    """The other answers of the request would run on for nobody."""
+    service = FakeService(
+        lambda request: [RequestFailed("boom", "no", 500)] if request.params.sampling.seed == 1 else [60.0]
+    )
+    with trio.fail_after(5):
+        response = await post({"prompt": "x", "n": 3, "seed": 0}, service=service)
+
+    assert response.status_code == 500
+    assert sorted(request.outcome for request in service.opened) == ["cancelled", "cancelled", "failed"]
+
+
+BAD = [
+    ({}, "prompt", "prompt: this field is required"),
+    ({"prompt": []}, "prompt", "none of them empty"),
+    ({"prompt": ""}, "prompt", "none of them empty"),
+    ({"prompt": ["a", 1]}, "prompt", "prompt: expected text"),
+    ({"prompt": [1, 49152]}, "prompt", r"prompt\[1\]: expected a token id from 0 to 49151, got 49152"),
+    ({"prompt": [[1], [True]]}, "prompt", r"prompt\[1\]\[0\]: expected a token id"),
+    ({"prompt": "x", "max_tokens": 0}, "max_tokens", "max_tokens: expected int >= 1, got 0"),
+    ({"prompt": "x", "max_tokens": "9"}, "max_tokens", 'max_tokens: expected int .*, got "9"'),
+    ({"prompt": "x", "max_tokens": 8192}, "max_tokens", "8192 asked for, but a prompt of 1 tokens leaves 8191 of 8192"),
+    ({"prompt": [1] * 8192}, "prompt", "prompt has 8192 tokens, and the context of 8192"),
+    ({"prompt": "x" * 700_000}, "prompt", r"at least 8641 tokens"),
+    ({"prompt": "x", "temperature": 2.5}, "temperature", "temperature: expected float <= 2.0, got 2.5"),
+    ({"prompt": "x", "top_p": 0}, "top_p", "top_p: expected float > 0"),
+    ({"prompt": "x", "n": 65}, "n", "n: expected int <= 64, got 65"),
+    ({"prompt": ["x"] * 5, "n": 13}, "prompt", "5 prompts times n = 13 is over 64 answers"),
+    ({"prompt": "x", "stop": [""]}, "stop", "stop string 0 is empty"),
+    ({"prompt": "x", "stop": ["a"] * 17}, "stop", "at most 16 stop strings, got 17"),
+    ({"prompt": "x", "stop": ["a", 5]}, "stop[1]", "expected str, got int, got 5"),
+    ({"prompt": "x", "stop_token_ids": [49152]}, "stop_token_ids[0]", "from 0 to 49151, got 49152"),
+    ({"prompt": "x", "stream_options": {}}, "stream_options", "only allowed when stream is true"),
+    ({"prompt": "x", "logprobs": 1}, "logprobs", "logprobs is not supported"),
+    ({"prompt": "x", "suffix": "y"}, "suffix", "suffix is not supported"),
+]  # fmt: skip
+
+BAD_CHATS = [
+    ({"messages": []}, "messages", "length >= 1"),
+    ({"messages": "x"}, "messages", "messages: expected array, got str"),
+    ({"messages": [{"content": "x"}]}, "messages[0].role", "this field is required"),
+    ({"messages": [{"role": "root", "content": "x"}]}, "messages[0].role", "system, developer, user, assistant, got"),
+    ({"messages": [*HI, {"role": "user"}]}, "messages[1].content", "this field is required"),
+    ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "got null"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type", "one of text"),
+    ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "messages[0].tool_calls", "not supported"),
+    ({"messages": HI, "tools": [{"type": "function"}]}, "tools", "tools is not supported"),
+    ({"messages": HI, "response_format": {"type": "json_object"}}, "response_format", "not supported"),
+    ({"messages": HI, "logprobs": True}, "logprobs", "not supported"),
+    ({"messages": HI, "max_completion_tokens": 9000}, "max_completion_tokens", "9000 asked for"),
+    ({"messages": [{"role": "user", "content": "x y " * 5000}]}, "messages", "must hold it"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "body", "param", "text"), [
+    *(("/v1/completions", *bad) for bad in BAD), *((CHAT, *bad) for bad in BAD_CHATS),
+])  # fmt: skip
+async def test_bad_fields_are_named(path, body, param, text):
+    """A user would have to guess which field of the request is wrong, or a wrong one would be ignored."""
+    service = FakeService(lambda _r: says("x"))
+    response = await post(body, path, service)
+
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert error["param"] == param
+    assert re.search(text, error["message"]), error["message"]
+    assert error["type"] == "invalid_request_error"
+    assert service.opened == []
+
+
+async def test_values_that_ask_for_nothing_pass():
+    """Clients that always send every field with its default would be refused."""
+    neutral = {name: values[0] for name, values in REFUSED.items() if values}
+    nulls = dict.fromkeys(REFUSED, None)
+
+    assert (await post({"messages": HI, "user": "me", "store": False} | neutral, CHAT)).status_code == 200
+    assert (await post({"messages": HI} | nulls, CHAT)).status_code == 200
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b'{"prompt": "\\ud800"}', b"\xff", b"[" * 100_000])
+async def test_what_is_not_json_is_refused(data):
+    """A broken body would end in a 500."""
+    async with asking() as client:
+        response = await client.post("/v1/completions", content=data)
+
+    assert response.status_code == 400
+    assert response.json()["error"]["code"] == "invalid_json"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("GET", "/v1/nothing", 404, "unknown_url"),
+        ("GET", "/v1/completions", 405, "method_not_allowed"),
+        ("POST", "/health", 405, "method_not_allowed"),
+        ("GET", "/v1/models/", 404, "model_not_found"),
+        ("GET", "/v1/models/other", 404, "model_not_found"),
+    ],
+)
+async def test_unknown_paths_methods_and_models_have_openais_error_shape(method, path, status, code):
+    """Clients that parse the error would fail on its shape instead of telling it."""
+    async with asking() as client:
+        response = await client.request(method, path)
+
+    assert response.status_code == status
+    assert response.json()["error"]["code"] == code
+    assert status != 405 or response.headers["allow"]
+
+
+async def test_an_unknown_model_is_not_served_by_another():
+    """A client that asked for a large model would be answered by a small one."""
+    response = await post({"prompt": "x", "model": "gpt-4"})
+
+    assert response.status_code == 404
+    assert response.json()["error"]["param"] == "model"
+
+
+async def test_a_bug_is_a_500_in_the_same_shape():
+    """A crash would leave the client with a bare connection error."""
+    async with asking(FakeService(lambda _r: 1 / 0)) as client:
+        response = await client.post("/v1/completions", json={"prompt": "x"})
+
+    assert response.status_code == 500
+    assert response.json()["error"]["type"] == "server_error"
+
+
+# ---- keys, health, cluster -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("header", [None, "Bearer wrong", "Bearer ", "Basic k1", "k1"])
+async def test_without_a_key_nothing_but_health_and_metrics_answers(header):
+    """Anyone could use the cluster, or read who else does."""
+    headers = {"authorization": header} if header else {}
+    async with asking(api_keys=("k1", "k2")) as client:
+        for method, path in (
+            ("POST", "/v1/completions"),
+            ("GET", "/v1/models"),
+            ("GET", "/cluster"),
+            ("GET", "/x"),
+        ):
+            response = await client.request(method, path, headers=headers)
+            assert response.status_code == 401
+            assert response.json()["error"]["code"] == "invalid_api_key"
+        for path in ("/health", "/metrics"):
+            assert (await client.get(path, headers=headers)).status_code == 200
+
+
+async def test_each_key_has_a_cache_of_its_own():
+    """One tenant could find out by timing what another has asked."""
+    service = FakeService(lambda _r: says("x"))
+    async with asking(service, api_keys=("k1", "k2")) as client:
+        for key in ("k1", "k2", "k1"):
+            headers = {"authorization": f"Bearer {key}"}
+            assert (
+                await client.post("/v1/completions", json={"prompt": "x"}, headers=headers)
+            ).status_code == 200
+    await post({"prompt": "x"}, service=service)
+    first, second, again, without = (request.scope for request in service.opened)
+
+    assert first == again == cache_scope("k1")
+    assert second == cache_scope("k2") != first
+    assert "k1" not in first
+    assert without == ""
+
+
+async def test_health_models_metrics_and_cluster():
+    """A load balancer would send requests to a cluster that cannot serve, or an operator would see nothing."""
+    service = FakeService(lambda _r: [])
+    async with asking(service) as client:
+        assert (await client.get("/health")).status_code == 200
+        service.is_healthy = False
+        assert (await client.get("/health")).status_code == 503
+        (card,) = (await client.get("/v1/models")).json()["data"]
+        assert (await client.get("/v1/models/demo")).json() == card
+        assert card["id"] == "demo"
+        assert card["max_model_len"] == 8192
+        metrics = await client.get("/metrics")
+        assert metrics.text == "memserve_up 1\n"
+        assert metrics.headers["content-type"].startswith("text/plain; version=0.0.4")
+        (member,) = (await client.get("/cluster")).json()["members"]
+        assert member["id"] == "d0.0011aabb"
+        assert member["load"] == {"running": 1.0}

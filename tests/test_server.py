@@ -1,0 +1,157 @@
+"""The HTTP server on a real socket: limits, clients that leave, shutdown."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import trio
+
+from fake_service import (
+    FakeService,
+    demo_spec,
+    demo_tokenizer,
+    says,
+    served,
+    settings,
+)
+from memserve.api.app import build_app
+from memserve.api.server import serve_http
+from memserve.api.service import Chunk
+from memserve.errors import UserError
+
+# ---- the server ----------------------------------------------------------------------------------------------
+
+
+async def raw(url, *parts, until=b"", wait_s=5.0):
+    """Send bytes on a new connection; what came back until ``until`` was in it or the end."""
+    host, port = url.removeprefix("http://").split(":")
+    stream = await trio.open_tcp_stream(host, int(port))
+    received = b""
+    async with stream:
+        for part in parts:
+            await stream.send_all(part)
+        with trio.move_on_after(wait_s):
+            while (data := await stream.receive_some()) and not (until and until in received + data):
+                received += data
+            received += data
+    return received
+
+
+def head(length, extra=""):
+    return f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n{extra}\r\n".encode()
+
+
+async def test_bodies_are_limited_in_size_time_and_framing():
+    """One client could fill the Frontend's memory, hold its connections, or smuggle requests past a proxy."""
+    service = FakeService(lambda _r: says("x"))
+    async with served(service, body_bytes_max=1000, body_timeout_s=0.2) as url:
+        too_large = await raw(url, head(1001))
+        chunked = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+        grown = await raw(url, chunked, *([b"1F4\r\n" + b" " * 500 + b"\r\n"] * 3))
+        slow = await raw(url, head(100), b"{")
+        both = await raw(url, head(2, "Transfer-Encoding: chunked\r\n"), b"0\r\n\r\n")
+        fine = await raw(url, head(15), b'{"prompt": "x"}', until=b"usage")
+
+    assert too_large.startswith(b"HTTP/1.1 413 ")
+    assert grown.startswith(b"HTTP/1.1 413 ")
+    assert slow.startswith(b"HTTP/1.1 408 ")
+    assert both.startswith(b"HTTP/1.1 400 ")
+    assert b"invalid_framing" in both
+    assert fine.startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("script", ["silent", "talking"])
+async def test_a_client_that_leaves_cancels_its_request(stream, script):
+    """Workers would go on generating for nobody, and pages would stay taken."""
+    talk = [step for _ in range(2000) for step in (Chunk((29,)), 0.005)]
+    service = FakeService(lambda _r: talk if script == "talking" else [600.0])
+    body = json.dumps({"prompt": "x", "stream": stream, "n": 2}).encode()
+    async with served(service) as url:
+        host, port = url.removeprefix("http://").split(":")
+        client = await trio.open_tcp_stream(host, int(port))
+        await client.send_all(head(len(body)) + body)
+        while len(service.opened) < 2:
+            await trio.sleep(0.01)
+        await trio.sleep(0.05)
+        left = trio.current_time()
+        await client.aclose()
+        await service.ended.wait()
+
+        assert trio.current_time() - left < 0.5
+        await trio.sleep(0.05)
+        assert [request.outcome for request in service.opened] == ["cancelled", "cancelled"]
+
+
+async def test_a_client_that_leaves_in_the_middle_of_its_body_harms_nobody():
+    """A half-sent request would be run, or end in an error that hides real ones."""
+    service = FakeService(lambda _r: says("x"))
+    async with served(service) as url:
+        host, port = url.removeprefix("http://").split(":")
+        async with await trio.open_tcp_stream(host, int(port)) as client:
+            await client.send_all(head(100) + b"{")
+        assert (await raw(url, head(15), b'{"prompt": "x"}', until=b"usage")).startswith(b"HTTP/1.1 200 ")
+    assert len(service.opened) == 1
+
+
+async def test_shutdown_lets_running_streams_finish_and_refuses_new_ones():
+    """Ctrl-C would cut answers that were a second from their end."""
+    app = build_app(
+        FakeService(lambda _r: says("one two three", delay_s=0.1)), demo_tokenizer(), demo_spec(), settings()
+    )
+    shutdown = trio.Event()
+    received = []
+    async with trio.open_nursery() as nursery:
+
+        async def serve(task_status):
+            await serve_http(app, "127.0.0.1", 0, shutdown=shutdown, graceful_s=5, task_status=task_status)
+
+        port = await nursery.start(serve)
+        body = b'{"prompt": "x", "stream": true}'
+
+        async def ask():
+            received.append(await raw(f"http://127.0.0.1:{port}", head(len(body)) + body, until=b"[DONE]"))
+
+        nursery.start_soon(ask)
+        await trio.sleep(0.15)
+        shutdown.set()
+        await trio.sleep(0.05)
+        with pytest.raises(OSError):
+            await trio.open_tcp_stream("127.0.0.1", port)
+
+    assert b"[DONE]" in received[0]
+
+
+async def test_a_client_that_stops_reading_cannot_keep_the_server_from_ending(monkeypatch):
+    """One suspended curl would make Ctrl-C hang for good: the server's writes cannot be cancelled."""
+    monkeypatch.setattr("memserve.api.server.SILENT_CLIENT_S", 1)
+    flood = [step for _ in range(300) for step in (Chunk(tuple(range(300, 5300))), 0.0)]
+    service = FakeService(lambda _r: [*flood, 600.0])
+    body = json.dumps({"prompt": "x", "stream": True, "return_token_ids": True}).encode()
+    with trio.fail_after(20):
+        async with served(service) as url:
+            host, port = url.removeprefix("http://").split(":")
+            client = trio.socket.socket()
+            client.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_RCVBUF, 4096)
+            await client.connect((host, int(port)))
+            await client.send(head(len(body)) + body)
+            await trio.sleep(0.5)
+        assert service.opened[0].outcome == "cancelled"
+    client.close()
+
+
+async def test_an_address_that_cannot_be_bound_is_named():
+    """A second server would end in a traceback instead of saying which setting to change."""
+    service, shutdown = FakeService(lambda _r: []), trio.Event()
+    async with served(service) as url:
+        port = int(url.rpartition(":")[2])
+        with pytest.raises(UserError, match=f"frontend.port: {port} on 127.0.0.1 is in use already"):
+            await serve_http(
+                build_app(service, demo_tokenizer(), demo_spec(), settings()),
+                "127.0.0.1",
+                port,
+                shutdown=shutdown,
+            )
+    with pytest.raises(UserError, match=r"frontend.host: cannot listen on '192\.0\.2\.1'"):
+        await serve_http(lambda *_: None, "192.0.2.1", 0, shutdown=shutdown)
