@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from functools import partial
 
 import attrs
 import structlog
@@ -141,20 +140,42 @@ async def main(context: ActorContext, *, task_status: trio.TaskStatus[None]) -> 
         async with trio.open_nursery() as nursery:
             await nursery.start(shell.run)
             app = await trio.to_thread.run_sync(make_app, context, service)
-            serve = partial(
-                serve_http,
-                shutdown=context.lifeline.drain,
-                reuse_port=config.count > 1,
-                graceful_s=config.drain_s,
-            )
-            port = await nursery.start(serve, app, config.host, config.port)
+            http = Http(app, context)
+            port = await nursery.start(http.serve)
             log.info("http listening", host=config.host, port=port)
             core.presence.become("ready")
             shell.turn()
             task_status.started()
             nursery.start_soon(announce_serving, context, service, f"http://{url_host(config.host)}:{port}")
-            await drained(context, shell, core)
+            await context.lifeline.drain.wait()
+            core.presence.become("draining")
+            shell.turn()
+            await http.ended.wait()
             nursery.cancel_scope.cancel()
+
+
+@attrs.define(eq=False)
+class Http:
+    """The listening server. Told to drain it takes no new connection and lets open ones finish for frontend.drain_s."""
+
+    app: Starlette
+    context: ActorContext
+    ended: trio.Event = attrs.field(factory=trio.Event, init=False)
+    """Set when the last answer has left, not merely been generated."""
+
+    async def serve(self, *, task_status: trio.TaskStatus[int]) -> None:
+        """Serve until drained; reports the port."""
+        config = self.context.resolved.config.frontend
+        await serve_http(
+            self.app,
+            config.host,
+            config.port,
+            shutdown=self.context.lifeline.drain,
+            reuse_port=config.count > 1,
+            graceful_s=config.drain_s,
+            task_status=task_status,
+        )
+        self.ended.set()
 
 
 def make_app(context: ActorContext, service: FrontendService) -> Starlette:
@@ -179,13 +200,3 @@ async def announce_serving(context: ActorContext, service: FrontendService, url:
     while not service.healthy():
         await service.shell.turned.wait()
     context.lifeline.serving(url)
-
-
-async def drained(context: ActorContext, shell: Shell, core: FrontendCore) -> None:
-    """Wait for the word, then for the open requests, frontend.drain_s at most."""
-    await context.lifeline.drain.wait()
-    core.presence.become("draining")
-    shell.turn()
-    with trio.move_on_after(context.resolved.config.frontend.drain_s):
-        while not core.idle:
-            await shell.turned.wait()
