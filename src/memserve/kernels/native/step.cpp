@@ -36,6 +36,8 @@ constexpr int PART = 256;       // positions of one attention task
 constexpr int GROUP_MAX = 16;   // query heads that share a kv head
 constexpr int HEAD_MAX = 256;   // head_dim
 constexpr int COLUMNS = 32;     // outputs of one task of a linear
+constexpr int PANEL = 24;       // rows of x that a linear works on at a time
+constexpr int FEW = 16;         // rows up to which every thread prepares all inputs for itself
 constexpr int AHEAD = 12288;    // bytes of weights between what is prefetched and what is used
 constexpr int KEYS_AHEAD = 32;  // tokens
 constexpr int SPIN = 1000;      // pauses before a waiting thread sleeps: some 20 microseconds
@@ -77,7 +79,7 @@ inline __m512 exponential(__m512 x) {
 // out[m][0..3] = w[0..3] . x[m] for M rows of x. What lies AHEAD bytes further is prefetched on the way, which doubles
 // the rate: four rows at once are no stream to the hardware's prefetcher, and it stops at every page. Into the second
 // level, because more lines can be under way to it (measured on Zen 4; distances of 8 to 64 KB differ little).
-template <int M>
+template <int M, bool FETCH>
 inline void dots(const bf16* w, int K, const bf16* x, float* out, long stride) {
     __m512 sums[4][M];
     for (auto& row : sums)
@@ -86,7 +88,7 @@ inline void dots(const bf16* w, int K, const bf16* x, float* out, long stride) {
         __m512bh rows[4];
         for (int r = 0; r < 4; r++) {
             rows[r] = load(w + (long)r * K + k);
-            _mm_prefetch((const char*)w + AHEAD + k * 8 + r * 64, _MM_HINT_T1);
+            if (FETCH) _mm_prefetch((const char*)w + AHEAD + k * 8 + r * 64, _MM_HINT_T1);
         }
         for (int m = 0; m < M; m++) {
             __m512bh value = load(x + (long)m * K + k);
@@ -97,21 +99,29 @@ inline void dots(const bf16* w, int K, const bf16* x, float* out, long stride) {
         _mm_storeu_ps(out + m * stride, sum4(sums[0][m], sums[1][m], sums[2][m], sums[3][m]));
 }
 
-// out[m][0..count) = w . x[m] for `count` rows of w (a multiple of 4) and all rows of x: (rows, K).
+template <bool FETCH>
+inline void tile(int rows, const bf16* w, int K, const bf16* x, float* out, long stride) {
+    switch (rows) {
+        case 1: return dots<1, FETCH>(w, K, x, out, stride);
+        case 2: return dots<2, FETCH>(w, K, x, out, stride);
+        case 3: return dots<3, FETCH>(w, K, x, out, stride);
+        case 4: return dots<4, FETCH>(w, K, x, out, stride);
+        case 5: return dots<5, FETCH>(w, K, x, out, stride);
+        default: return dots<6, FETCH>(w, K, x, out, stride);
+    }
+}
+
+// out[m][0..count) = w . x[m] for `count` rows of w (a multiple of 4) and all rows of x: (rows, K). Rows of x go in
+// panels that fit in the first-level cache, against which the task's rows of w pass from the second.
 void linear(const bf16* w, int count, int K, const bf16* x, int rows, float* out, long stride) {
-    for (int n = 0; n < count; n += 4, w += 4L * K)
-        for (int m = 0; m < rows;) {
-            const bf16* from = x + (long)m * K;
-            float* to = out + m * stride + n;
-            switch (std::min(rows - m, 6)) {
-                case 1: dots<1>(w, K, from, to, stride); m += 1; break;
-                case 2: dots<2>(w, K, from, to, stride); m += 2; break;
-                case 3: dots<3>(w, K, from, to, stride); m += 3; break;
-                case 4: dots<4>(w, K, from, to, stride); m += 4; break;
-                case 5: dots<5>(w, K, from, to, stride); m += 5; break;
-                default: dots<6>(w, K, from, to, stride); m += 6;
+    for (int panel = 0; panel < rows; panel += PANEL) {
+        int end = std::min(rows, panel + PANEL);
+        for (int n = 0; n < count; n += 4)
+            for (int m = panel; m < end; m += 6) {
+                auto run = m == 0 ? tile<true> : tile<false>;
+                run(std::min(6, end - m), w + (long)n * K, K, x + (long)m * K, out + m * stride + n, stride);
             }
-        }
+    }
 }
 
 // ---- threads ---------------------------------------------------------------------------------------------
@@ -186,7 +196,7 @@ namespace {
 
 // What one thread needs for itself.
 struct Scratch {
-    std::vector<bf16> x;      // (rows, widest input): normed or merged activations
+    std::vector<bf16> x;      // (rows, widest input): a linear's input when rows are few, and the head's
     std::vector<float> tile;  // (rows, 2 * COLUMNS or head_dim)
 };
 
@@ -199,6 +209,7 @@ struct Engine {
     std::vector<float> residual;  // (rows, hidden)
     std::vector<bf16> q;          // (rows, heads, head_dim)
     std::vector<bf16> hidden;     // (rows, intermediate)
+    std::vector<bf16> shared;     // (rows, widest input): a linear's input when rows are many
     std::vector<float> parts;     // (tasks, group, 2 + head_dim): maximum, sum, weighted V of each attention task
     std::vector<int> part_at;     // (rows + 1,) first part of each row
     std::vector<int> part_row;    // (parts,) the row of each part
@@ -230,7 +241,8 @@ struct Engine {
     }
 
     // RMS norm of one row of the residual stream, to bfloat16.
-    void normed(const float* x, const float* weight, bf16* out) {
+    void normed(int row, const float* weight, bf16* out) {
+        const float* x = &residual[(long)row * c.hidden];
         __m512 squares = _mm512_setzero_ps();
         for (int i = 0; i < c.hidden; i += 16) {
             __m512 v = _mm512_loadu_ps(x + i);
@@ -241,10 +253,15 @@ struct Engine {
             narrow(out + i, _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(x + i), scale), _mm512_loadu_ps(weight + i)));
     }
 
-    // Every thread norms all rows for itself: cheaper than one more barrier.
-    const bf16* norm_all(const float* weight, Scratch& mine) {
-        for (int row = 0; row < b.rows; row++)
-            normed(&residual[(long)row * c.hidden], weight, &mine.x[(long)row * c.hidden]);
+    // A linear's input, of which fill(row, to) makes one row. For few rows every thread makes all for itself, which
+    // is cheaper than one more barrier; many are shared out.
+    template <class F>
+    const bf16* input(int index, int width, Scratch& mine, F fill) {
+        if (b.rows > FEW) {
+            stage(index, b.rows, [&](int row) { fill(row, &shared[(long)row * width]); });
+            return shared.data();
+        }
+        for (int row = 0; row < b.rows; row++) fill(row, &mine.x[(long)row * width]);
         return mine.x.data();
     }
 
@@ -348,28 +365,25 @@ struct Engine {
             }
     }
 
-    // The attention parts of all rows, merged in order: (rows, heads * head_dim) in this thread's scratch.
-    const bf16* merge_all(Scratch& mine) {
+    // The attention parts of one row, merged in order: (heads * head_dim,).
+    void merge(int row, bf16* to) {
         int D = c.head_dim, G = group();
-        for (int row = 0; row < b.rows; row++)
-            for (int head = 0; head < c.heads; head++) {
-                auto at = [&](int part) {
-                    return &parts[((long)part * c.kv_heads + head / G) * part_size() + head % G * (2 + D)];
-                };
-                float most = -INFINITY, total = 0;
-                for (int p = part_at[row]; p < part_at[row + 1]; p++) most = std::max(most, at(p)[0]);
-                alignas(64) float sums[HEAD_MAX] = {};
-                for (int p = part_at[row]; p < part_at[row + 1]; p++) {
-                    const float* part = at(p);
-                    float factor = std::exp(part[0] - most);
-                    total += factor * part[1];
-                    for (int i = 0; i < D; i++) sums[i] += factor * part[2 + i];
-                }
-                bf16* to = &mine.x[((long)row * c.heads + head) * D];
-                __m512 share = _mm512_set1_ps(1.f / total);
-                for (int i = 0; i < D; i += 16) narrow(to + i, _mm512_mul_ps(_mm512_load_ps(sums + i), share));
+        for (int head = 0; head < c.heads; head++, to += D) {
+            auto at = [&](int part) {
+                return &parts[((long)part * c.kv_heads + head / G) * part_size() + head % G * (2 + D)];
+            };
+            float most = -INFINITY, total = 0;
+            for (int p = part_at[row]; p < part_at[row + 1]; p++) most = std::max(most, at(p)[0]);
+            alignas(64) float sums[HEAD_MAX] = {};
+            for (int p = part_at[row]; p < part_at[row + 1]; p++) {
+                const float* part = at(p);
+                float factor = std::exp(part[0] - most);
+                total += factor * part[1];
+                for (int i = 0; i < D; i++) sums[i] += factor * part[2 + i];
             }
-        return mine.x.data();
+            __m512 share = _mm512_set1_ps(1.f / total);
+            for (int i = 0; i < D; i += 16) narrow(to + i, _mm512_mul_ps(_mm512_load_ps(sums + i), share));
+        }
     }
 
     // COLUMNS outputs of a linear, added to the residual stream.
@@ -405,17 +419,17 @@ struct Engine {
         });
         for (int layer = 0; layer < c.layers; layer++) {
             const ms_layer& w = layers[layer];
-            const bf16* x = norm_all(w.attn_norm, mine);
+            const bf16* x = input(at++, c.hidden, mine, [&](int row, bf16* to) { normed(row, w.attn_norm, to); });
             stage(at++, c.heads + 2 * c.kv_heads, [&](int head) { project(w, layer, head, x, mine); });
             stage(at++, part_at[b.rows] * c.kv_heads, [&](int i) { attend(layer, i / c.kv_heads, i % c.kv_heads); });
-            x = merge_all(mine);
+            x = input(at++, width, mine, [&](int row, bf16* to) { merge(row, to); });
             stage(at++, tasks, [&](int task) { add(w.o, width, task, x, mine); });
-            x = norm_all(w.mlp_norm, mine);
+            x = input(at++, c.hidden, mine, [&](int row, bf16* to) { normed(row, w.mlp_norm, to); });
             stage(at++, (c.intermediate + COLUMNS - 1) / COLUMNS, [&](int task) { gate(w.gate_up, task, x, mine); });
             stage(at++, tasks, [&](int task) { add(w.down, c.intermediate, task, hidden.data(), mine); });
         }
         for (int i = 0; i < b.wanted; i++)
-            normed(&residual[(long)b.wanted_at[i] * c.hidden], norm, &mine.x[(long)i * c.hidden]);
+            normed(b.wanted_at[i], norm, &mine.x[(long)i * c.hidden]);
         int columns = 8 * COLUMNS;
         stage(at, b.wanted ? (c.vocab + columns - 1) / columns : 0, [&](int task) {
             int first = task * columns, count = std::min(columns, c.vocab - first);
@@ -469,12 +483,13 @@ Engine* ms_open(const ms_config* config, const ms_layer* layers, const bf16* emb
         engine->residual.resize((size_t)c.max_rows * c.hidden);
         engine->q.resize((size_t)c.max_rows * c.heads * c.head_dim);
         engine->hidden.resize((size_t)c.max_rows * c.intermediate);
+        engine->shared.resize((size_t)c.max_rows * std::max(c.hidden, c.heads * c.head_dim));
         engine->scratch.resize(c.max_threads);
         for (auto& scratch : engine->scratch) {
             scratch.x.resize((size_t)c.max_rows * std::max(c.hidden, c.heads * c.head_dim));
             scratch.tile.resize((size_t)c.max_rows * std::max(2 * COLUMNS, c.head_dim));
         }
-        engine->counters = std::vector<Word>(2 + 5 * c.layers);
+        engine->counters = std::vector<Word>(2 + 8 * c.layers);
         for (int i = 1; i < c.max_threads; i++) engine->threads.emplace_back(&Engine::serve, engine.get(), i);
         return engine.release();
     } catch (const std::exception&) {

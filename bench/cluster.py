@@ -1,0 +1,184 @@
+"""What a whole cluster costs and gives on this machine: ``make bench-cluster``.
+
+Starts ``memserve up`` on a free port and measures from outside: time until ready, CPU of the idle cluster, memory by
+actor and of one more worker, time to first token of a prompt whose long prefix is cold and then warm, one stream
+alone, and many at once. Latencies are medians of several rounds; the client runs on the same cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import attrs
+import httpx
+
+ROOT = Path(__file__).parent.parent
+IDLE_S = 10.0
+ROUNDS = 5
+PREFIX_TOKENS = 1500
+STREAMS = 64
+
+
+@attrs.frozen
+class Running:
+    """A started cluster."""
+
+    url: str
+    ready_s: float
+
+    def members(self) -> list[dict[str, Any]]:
+        """Every actor, as ``memserve status`` has it."""
+        found: list[dict[str, Any]] = httpx.get(f"{self.url}/cluster").json()["members"]
+        return found
+
+
+@contextmanager
+def cluster(config: str, *settings: str) -> Iterator[Running]:
+    """``memserve up`` with a configuration of this project."""
+    with tempfile.TemporaryDirectory() as logs:
+        overrides = [f"--set={one}" for one in ("frontend.port=0", f"logging.dir={logs}", *settings)]
+        began = time.monotonic()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "memserve", "up", "-c", str(ROOT / "configs" / config), *overrides],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            assert process.stdout is not None
+            found = next(filter(None, (re.search(r"at (http://\S+?);", line) for line in process.stdout)))
+            yield Running(found[1], time.monotonic() - began)
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(60)
+
+
+def cpu_s(pids: list[int]) -> float:
+    """CPU seconds that the processes have used."""
+    ticks = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13] for pid in pids]
+    return sum(int(user) + int(system) for user, system in ticks) / os.sysconf("SC_CLK_TCK")
+
+
+def memory_mib(pid: int) -> dict[str, float]:
+    """Resident memory without shared mappings' arena, and the proportional set size."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    resident = sum(int(kib) for kib in re.findall(r"Rss(?:Anon|File):\s+(\d+)", status))
+    proportional = int(re.search(r"Pss:\s+(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text())[1])  # type: ignore[index]
+    return {"rss_without_arena": resident / 1024, "pss": proportional / 1024}
+
+
+def stream(url: str, prompt: list[int], max_tokens: int) -> tuple[float, float, int]:
+    """Seconds to the first and to the last token, and how many cached prompt tokens it had."""
+    body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True, "stream": True}
+    body["stream_options"] = {"include_usage": True}
+    began, first, cached = time.perf_counter(), 0.0, 0
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=300) as answer:
+        answer.raise_for_status()
+        for line in answer.iter_lines():
+            if line.startswith("data: {"):
+                first = first or time.perf_counter() - began
+                usage = json.loads(line[6:]).get("usage")
+                cached = usage["prompt_tokens_details"]["cached_tokens"] if usage else cached
+    return first, time.perf_counter() - began, cached
+
+
+def idle(running: Running) -> dict[str, float]:
+    """CPU of all processes while nothing is asked for, as a share of one core."""
+    pids = [one["pid"] for one in running.members()]
+    time.sleep(2)
+    before = cpu_s(pids)
+    time.sleep(IDLE_S)
+    return {"idle_cpu_percent": (cpu_s(pids) - before) / IDLE_S * 100}
+
+
+def prefix(running: Running) -> dict[str, float]:
+    """Time to first token with a shared prefix that is new, and that was there before."""
+    cold, warm = [], []
+    for i in range(ROUNDS):
+        shared = [(i * 7919 + k * 31) % 40_000 + 20 for k in range(PREFIX_TOKENS)]
+        cold.append(stream(running.url, [*shared, *range(100, 108)], 1)[0])
+        first, _, cached = stream(running.url, [*shared, *range(200, 208)], 1)
+        assert cached >= PREFIX_TOKENS // 16 * 16, cached
+        warm.append(first)
+    cold_ms, warm_ms = statistics.median(cold) * 1e3, statistics.median(warm) * 1e3
+    return {"ttft_cold_ms": cold_ms, "ttft_warm_ms": warm_ms, "cold_over_warm": cold_ms / warm_ms}
+
+
+def throughput(running: Running) -> dict[str, float]:
+    """Decode rate of one stream, and of many at once, prompts included."""
+    alone = []
+    for _ in range(ROUNDS):
+        first, last, _ = stream(running.url, list(range(100, 120)), 64)
+        alone.append(63 / (last - first))
+    began = time.perf_counter()
+    with ThreadPoolExecutor(STREAMS) as pool:
+        done = list(pool.map(lambda i: stream(running.url, [i + 20, *range(300, 330)], 32), range(STREAMS)))
+    took = time.perf_counter() - began
+    return {
+        "one_stream_tok_s": statistics.median(alone),
+        f"{STREAMS}_streams_tok_s": STREAMS * 32 / took,
+        f"{STREAMS}_streams_ttft_p50_ms": statistics.median(first for first, _, _ in done) * 1e3,
+    }
+
+
+def measure() -> dict[str, Any]:
+    """Everything."""
+    found: dict[str, Any] = {}
+    with cluster("demo.toml") as running:
+        found["ready_s"] = running.ready_s
+        found |= idle(running)
+        found["memory_mib"] = {
+            one["id"].rpartition(".")[0]: memory_mib(one["pid"]) for one in running.members()
+        }
+        found |= prefix(running)
+        found |= throughput(running)
+    found |= one_more_worker()
+    return found
+
+
+def one_more_worker() -> dict[str, float]:
+    """How much more memory each further worker takes: the PSS of all actors, which counts shared pages once."""
+    sums = []
+    for config in ("demo.toml", "2p2d.toml"):  # two workers, four workers, on one shard of one size
+        with cluster(config, "shard.0.memory=1GiB") as running:
+            stream(running.url, list(range(100, 300)), 8)
+            sums.append(sum(memory_mib(one["pid"])["pss"] for one in running.members()))
+    return {"a_further_worker_pss_mib": (sums[1] - sums[0]) / 2}
+
+
+def main() -> None:
+    """Measure, print, and write JSON if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    options = parser.parse_args()
+    found = measure()
+    machine = f"{os.cpu_count()} cores, {platform.machine()}, Linux {platform.release()}"
+    print(f"{machine}; {ROUNDS} rounds, medians")
+    for name, value in found.items():
+        if isinstance(value, dict):
+            for actor, figures in value.items():
+                print(
+                    f"{name:<28} {actor:<12} " + "  ".join(f"{key} {one:.0f}" for key, one in figures.items())
+                )
+        else:
+            print(f"{name:<28} {value:.1f}")
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
