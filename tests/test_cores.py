@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -11,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from memserve.engine.cores import Cores
+from memserve.engine.cores import Cores, Outsiders
 
 Start = Callable[[int, str], "subprocess.Popen[str]"]
 
 CHILD = """if True:
     import sys, time
     from pathlib import Path
-    from memserve.engine.cores import Cores
+    from memserve.engine.cores import Cores, Outsiders
     cores = Cores(Path(sys.argv[1]), 2, 2, int(sys.argv[2]))
     {what}
 """
@@ -149,3 +150,43 @@ def test_three_workers_on_two_cores_all_advance(start: Start) -> None:
     steps = [_line(child) for child in children]
 
     assert min(steps) > 0.25 * max(steps), steps
+
+
+def test_cores_that_outsiders_use_are_left_to_them(tmp_path: Path) -> None:
+    """A step with more threads than free cores waits at every barrier for one that does not run."""
+    runnable = 4
+    now = 0.0
+    outsiders = Outsiders(lambda: f"1.0 1.0 1.0 {runnable}/99 1", lambda: now)
+    mine, other = (Cores(tmp_path / "cores", 4, 4, slot, outsiders=outsiders) for slot in (0, 1))
+    got = []
+    for _ in range(100):
+        now += 0.01
+        with mine.hold() as threads:
+            got.append(threads)
+    assert got[0] == 4  # one moment proves nothing
+    assert got[-1] == 1  # three outsiders beside this thread
+    runnable = 1
+    for _ in range(100):
+        now += 0.01
+        with mine.hold() as threads:
+            got.append(threads)
+    assert got[-1] == 4
+    with mine.hold() as held:  # a worker's threads are no outsiders
+        assert held == 4
+        runnable = 5
+        assert outsiders.cores(1 + other._others(0)) == 0
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) != os.cpu_count(), reason="runs on a part of the host's cores")
+def test_a_busy_process_is_noticed() -> None:
+    """The format is the kernel's; if it were read wrongly, no outsider would ever be seen."""
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        outsiders = Outsiders()
+        deadline = time.monotonic() + 10
+        while outsiders.cores(workers=1) == 0:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        busy.kill()
+        busy.wait()

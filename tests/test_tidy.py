@@ -33,7 +33,7 @@ LAYERS = {
         "mempool*",
         "scheduling*",
         "journal",
-    ),  # fmt: skip
+    ),
     "settings": ("config", "configfile", "resolve", "place", "observe", "engine.spec", "engine.gguf"),
     "engine": ("engine.*", "kernels*"),
     "links": ("bus", "api*", "transfer*"),

@@ -22,6 +22,8 @@ from real_model import greedy
 FLOAT32 = "model.dtype=float32"
 CAPITAL = [504, 3575, 282, 4649, 314]
 """The capital of France is"""
+NEW = 12
+"""Tokens generated where every one of them is compared."""
 PREFIX = [(i * 37) % 40_000 + 20 for i in range(150)]
 
 
@@ -36,18 +38,18 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 def expected() -> dict[str, list[int]]:
     """What transformers says, greedily, on the same weights."""
     return {
-        "capital": greedy(CAPITAL, 20),
-        "long": greedy(PREFIX + CAPITAL, 20),
-        "other": greedy(PREFIX + CAPITAL[::-1], 20),
+        "capital": greedy(CAPITAL, NEW),
+        "long": greedy(PREFIX + CAPITAL, NEW),
+        "other": greedy(PREFIX + CAPITAL[::-1], NEW),
     }
 
 
 def test_tokens_equal_transformers_cold_and_warm(demo: Cluster, expected: dict[str, list[int]]) -> None:
     """Whatever is cached, greedy float32 output is that of a single-process reference run."""
-    assert demo.tokens(CAPITAL, 20) == expected["capital"]
-    cold = demo.complete(PREFIX + CAPITAL, 20, ignore_eos=True)
-    warm = demo.complete(PREFIX + CAPITAL, 20, ignore_eos=True)
-    shared = demo.complete(PREFIX + CAPITAL[::-1], 20, ignore_eos=True)
+    assert demo.tokens(CAPITAL, NEW) == expected["capital"]
+    cold = demo.complete(PREFIX + CAPITAL, NEW, ignore_eos=True)
+    warm = demo.complete(PREFIX + CAPITAL, NEW, ignore_eos=True)
+    shared = demo.complete(PREFIX + CAPITAL[::-1], NEW, ignore_eos=True)
     assert cold["choices"][0]["token_ids"] == warm["choices"][0]["token_ids"] == expected["long"]
     assert shared["choices"][0]["token_ids"] == expected["other"]
     cached = [one["usage"]["prompt_tokens_details"]["cached_tokens"] for one in (cold, warm, shared)]
@@ -57,9 +59,9 @@ def test_tokens_equal_transformers_cold_and_warm(demo: Cluster, expected: dict[s
 def test_tokens_equal_in_a_full_batch(demo: Cluster, expected: dict[str, list[int]]) -> None:
     """A stream's tokens do not depend on the fifteen others beside it."""
     with ThreadPoolExecutor(16) as pool:
-        others = [pool.submit(demo.tokens, [i + 50, *PREFIX[: i * 9]], 25) for i in range(15)]
-        assert demo.tokens(PREFIX + CAPITAL, 20) == expected["long"]
-        alone = [demo.tokens([i + 50, *PREFIX[: i * 9]], 25) for i in range(0, 15, 7)]
+        others = [pool.submit(demo.tokens, [i + 50, *PREFIX[: i * 9]], 12) for i in range(15)]
+        assert demo.tokens(PREFIX + CAPITAL, NEW) == expected["long"]
+        alone = [demo.tokens([i + 50, *PREFIX[: i * 9]], 12) for i in range(0, 15, 7)]
         assert [others[i].result() for i in range(0, 15, 7)] == alone
 
 
@@ -76,9 +78,9 @@ def test_tokens_equal_in_other_layouts(
     """Colocated or disaggregated, any page size and chunk: the same tokens."""
     with running(config, tmp_path, FLOAT32, *settings) as cluster:
         for _ in range(2):
-            assert cluster.tokens(PREFIX + CAPITAL, 20) == expected["long"]
-        assert cluster.tokens(PREFIX + CAPITAL[::-1], 20) == expected["other"]
-        assert cluster.tokens(CAPITAL, 20) == expected["capital"]
+            assert cluster.tokens(PREFIX + CAPITAL, NEW) == expected["long"]
+        assert cluster.tokens(PREFIX + CAPITAL[::-1], NEW) == expected["other"]
+        assert cluster.tokens(CAPITAL, NEW) == expected["capital"]
         cluster.wait_idle()
 
 
@@ -87,7 +89,7 @@ def test_a_second_chat_turn_is_cached(demo: Cluster) -> None:
     client = openai.OpenAI(base_url=f"{demo.url}/v1", api_key="none")
     model = client.models.list().data[0].id
     talk = [{"role": "user", "content": "Name three rivers of Europe, with one sentence about each."}]
-    first = client.chat.completions.create(model=model, messages=talk, max_tokens=60, temperature=0)
+    first = client.chat.completions.create(model=model, messages=talk, max_tokens=40, temperature=0)
     talk += [
         {"role": "assistant", "content": first.choices[0].message.content},
         {"role": "user", "content": "Which is the longest?"},
@@ -104,7 +106,7 @@ def test_a_second_chat_turn_is_cached(demo: Cluster) -> None:
 
 def test_seeded_draws_repeat(demo: Cluster) -> None:
     """A seed makes a sampled answer repeatable, cold or warm, and another seed another answer."""
-    one, two, other = (demo.tokens(CAPITAL, 16, temperature=1.0, top_p=0.9, seed=seed) for seed in (7, 7, 8))
+    one, two, other = (demo.tokens(CAPITAL, 10, temperature=1.0, top_p=0.9, seed=seed) for seed in (7, 7, 8))
     assert one == two != other
 
 
@@ -112,8 +114,8 @@ def test_64_streams_and_back_to_the_baseline(demo: Cluster) -> None:
     """Many at once finish without an error, and every page comes back."""
     before = demo.wait_idle()
     with ThreadPoolExecutor(64) as pool:
-        answers = list(pool.map(lambda i: demo.tokens([i + 90, i + 3, 7], 12), range(64)))
-    assert [len(one) for one in answers] == [12] * 64
+        answers = list(pool.map(lambda i: demo.tokens([i + 90, i + 3, 7], 8), range(64)))
+    assert [len(one) for one in answers] == [8] * 64
     after = demo.wait_idle()
     assert after["pages_total"] == after["pages_free"] + after["pages_indexed"]
     assert after["pages_total"] == before["pages_total"]
@@ -133,22 +135,28 @@ def test_a_client_that_leaves_frees_its_pages(demo: Cluster) -> None:
 @pytest.mark.parametrize("victim", ["d0", "p0"])
 def test_kill_9_costs_no_token(demo: Cluster, victim: str) -> None:
     """A worker killed in the middle of streams: all of them complete with the tokens of an undisturbed run."""
-    undisturbed = [demo.tokens([i + 200, 5, 6], 60) for i in range(4)]
+    prompts = [[i + 200, *PREFIX[:60], ord(victim[0])] for i in range(4)]
     done: dict[int, list[int]] = {}
+    begun = threading.Barrier(5)
 
     def follow(i: int) -> None:
-        done[i] = [token for event in demo.stream([i + 200, 5, 6], 60) for token in event]
+        stream = demo.stream(prompts[i], 24)
+        done[i] = next(stream)
+        begun.wait(30)
+        done[i] += [token for event in stream for token in event]
 
     threads = [threading.Thread(target=follow, args=(i,)) for i in range(4)]
     for thread in threads:
         thread.start()
-    time.sleep(0.8)
+    begun.wait(30)
     os.kill(demo.pid(victim), signal.SIGKILL)
     for thread in threads:
         thread.join(60)
-    assert [done.get(i) for i in range(4)] == undisturbed
     demo.wait_idle()
     wait_healthy(demo)
+    with ThreadPoolExecutor(4) as pool:
+        undisturbed = list(pool.map(lambda prompt: demo.tokens(prompt, 24), prompts))
+    assert [done.get(i) for i in range(4)] == undisturbed
 
 
 def wait_healthy(cluster: Cluster) -> None:

@@ -85,7 +85,7 @@ def import_engine() -> None:
 
 def start_engine(context: ActorContext, shard: ActorId) -> StepEngine:
     """Attach to the shard's arena and make the engine ready. Imports torch, and blocks: for a thread."""
-    from memserve.engine.cores import Cores
+    from memserve.engine.cores import Cores, Outsiders
     from memserve.engine.runner import CpuEngine
     from memserve.engine.weights import prepare
     from memserve.kernels.arena import attach_arena
@@ -98,7 +98,8 @@ def start_engine(context: ActorContext, shard: ActorId) -> StepEngine:
     dtype, page_tokens = resolved.config.model.dtype, resolved.config.pool.page_tokens
     files = prepare(resolved.model_path, dtype)
     slot = [one.name for one in resolved.config.worker].index(context.name)
-    cores = Cores(context.place.path / CORES_FILE, resolved.cores, resolved.threads[context.name], slot)
+    threads = resolved.threads[context.name]
+    cores = Cores(context.place.path / CORES_FILE, resolved.cores, threads, slot, outsiders=Outsiders())
     pages = arena.header.pages
     engine = CpuEngine(files.spec, files.weights, arena.memory, pages, page_tokens, dtype, cores)
     engine.warm_up()
