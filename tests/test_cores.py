@@ -177,7 +177,9 @@ def test_cores_that_outsiders_use_are_left_to_them(tmp_path: Path) -> None:
         assert outsiders.cores(1 + other._others(0)) == 0
 
 
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) != os.cpu_count(), reason="runs on a part of the host's cores")
+@pytest.mark.skipif(
+    len(os.sched_getaffinity(0)) != os.cpu_count(), reason="runs on a part of the host's cores"
+)
 def test_a_busy_process_is_noticed() -> None:
     """The format is the kernel's; if it were read wrongly, no outsider would ever be seen."""
     busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
