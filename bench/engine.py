@@ -145,10 +145,10 @@ def _engine_cases(spec: ModelSpec, engines: dict[str, CpuEngine], options: argpa
                 run = _repeat(lambda engine=engine, plan=plan: engine.run(plan), options, batch)  # type: ignore[misc]
                 share = _decode_share(spec, options.dtype, batch)
                 cases.append(Case(f"decode B={batch} ctx {context} {name}", "tok/s", run, share))
-    engine = engines.get("native", engines["torch"])
-    for prompt in PROMPTS:
-        run = _repeat(_prefill(spec, engine, prompt, options.chunk), options, prompt)
-        cases.append(Case(f"prefill {prompt}", "tok/s", run, _prefill_share(spec, options.dtype, prompt)))
+        for prompt in PROMPTS:
+            run = _repeat(_prefill(spec, engine, prompt, options.chunk), options, prompt)
+            share = _prefill_share(spec, options.dtype, prompt)
+            cases.append(Case(f"prefill {prompt} {name}", "tok/s", run, share))
     return cases
 
 

@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from memserve.engine.plans import BatchPlan, Row
 from memserve.tokens import count, pages_for
 
-QUERY_BLOCK = 256
+QUERY_BLOCK = 128
 """Queries of a chunk that run at once; smaller skips more of the masked triangle, larger calls less often."""
 
 

@@ -1,14 +1,15 @@
-// One forward step of a Llama-like model in bfloat16, for few tokens: what decoding spends its time on.
+// One forward step of a Llama-like model in bfloat16: decode rows, prefill chunks, or both.
 //
 // With few tokens a step is one pass over the weights, so that memory bandwidth is its limit; torch 2.13 reaches a
-// third of it. Here one call runs all layers on a few threads, and reads the weights where they are: row-major, in the
+// fifth of it. Here one call runs all layers on a few threads, and reads the weights where they are: row-major, in the
 // one mapping that all workers of a host share. Nothing is packed or copied.
 //
 // Every token is a row of its own: its K and V are appended first, then it attends to its own and all earlier
-// positions. So a decode row and a short prefill chunk are the same thing, and chunks need no mask.
+// positions. So a decode row and a prefill chunk are the same thing, and chunks need no mask.
 //
-// Results do not depend on the company a token has: every sum is taken in one fixed order, whatever the number of
-// rows or threads (one accumulator an output; attention in parts of PART positions, merged in order).
+// Results do not depend on the company a sequence has: every sum is taken in one fixed order, whatever the number of
+// other rows or of threads (one accumulator an output; attention in parts of PART positions, merged in order). Only
+// how a sequence itself is cut into chunks shows, in the last bits: a chunk's rows attend together, see `attend_block`.
 //
 // Needs AVX-512 F, BW, VL, DQ and BF16; the loader checks. No dependency but libstdc++ and Linux futexes.
 
@@ -40,6 +41,8 @@ constexpr int PANEL = 24;       // rows of x that a linear works on at a time
 constexpr int FEW = 16;         // rows up to which every thread prepares all inputs for itself
 constexpr int AHEAD = 12288;    // bytes of weights between what is prefetched and what is used
 constexpr int KEYS_AHEAD = 32;  // tokens
+constexpr int BLOCK = 16;       // rows of a chunk that attend together
+constexpr int BLOCK_MIN = 4;    // fewer attend alone: rearranging K and V would cost more than it saves
 constexpr int SPIN = 1000;      // pauses before a waiting thread sleeps: some 20 microseconds
 
 // ---- vectors ---------------------------------------------------------------------------------------------
@@ -51,6 +54,33 @@ inline __m512 widen(const bf16* p) {
 }
 
 inline void narrow(bf16* p, __m512 v) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(v)); }
+
+// A 16 x 16 matrix of 32-bit values, transposed; the strides are in values.
+inline void transpose(const int32_t* from, long from_stride, int32_t* to, long to_stride) {
+    __m512i a[16], b[16];
+    for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(from + i * from_stride);
+    for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + 2 + j]);
+            a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + 2 + j]);
+        }
+    for (int i = 0; i < 4; i++) {
+        b[i] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
+        b[i + 4] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
+        b[i + 8] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
+        b[i + 12] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; i++) {
+        _mm512_storeu_si512(to + i * to_stride, _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88));
+        _mm512_storeu_si512(to + (i + 8) * to_stride, _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
+        _mm512_storeu_si512(to + (i + 4) * to_stride, _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0x88));
+        _mm512_storeu_si512(to + (i + 12) * to_stride, _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0xdd));
+    }
+}
 
 // The sums of four vectors.
 inline __m128 sum4(__m512 a, __m512 b, __m512 c, __m512 d) {
@@ -122,6 +152,22 @@ void linear(const bf16* w, int count, int K, const bf16* x, int rows, float* out
                 run(std::min(6, end - m), w + (long)n * K, K, x + (long)m * K, out + m * stride + n, stride);
             }
     }
+}
+
+// out[q][16 j + i] = x[q] . column 16 j + i, for four rows of x and four times 16 columns. `pairs` holds 32-bit pairs of
+// values: (count, PART), two values of every column a row.
+inline void outer(const int32_t* const* x, const int32_t* pairs, long width, int count, float* const* out) {
+    __m512 sums[4][4] = {};
+    for (int k = 0; k < count; k++) {
+        __m512bh columns[4];
+        for (int j = 0; j < 4; j++) columns[j] = (__m512bh)_mm512_loadu_si512(pairs + k * width + 16 * j);
+        for (int i = 0; i < 4; i++) {
+            __m512bh value = (__m512bh)_mm512_set1_epi32(x[i][k]);
+            for (int j = 0; j < 4; j++) sums[i][j] = _mm512_dpbf16_ps(sums[i][j], value, columns[j]);
+        }
+    }
+    for (int i = 0; i < 4; i++)
+        for (int j = 0; j < 4; j++) _mm512_storeu_ps(out[i] + 16 * j, sums[i][j]);
 }
 
 // ---- threads ---------------------------------------------------------------------------------------------
@@ -198,6 +244,15 @@ namespace {
 struct Scratch {
     std::vector<bf16> x;      // (rows, widest input): a linear's input when rows are few, and the head's
     std::vector<float> tile;  // (rows, 2 * COLUMNS or head_dim)
+    // Of attend_block:
+    std::vector<int32_t> keys, values;  // (head_dim / 2, PART) and (PART / 2, head_dim), pairs of bfloat16
+    std::vector<float> scores;          // (4, PART)
+    std::vector<bf16> weights;          // (4, PART)
+};
+
+// Queries of `rows` consecutive rows against part number `part` of their sequence.
+struct Attend {
+    int row, rows, part;
 };
 
 struct Engine {
@@ -212,7 +267,7 @@ struct Engine {
     std::vector<bf16> shared;     // (rows, widest input): a linear's input when rows are many
     std::vector<float> parts;     // (tasks, group, 2 + head_dim): maximum, sum, weighted V of each attention task
     std::vector<int> part_at;     // (rows + 1,) first part of each row
-    std::vector<int> part_row;    // (parts,) the row of each part
+    std::vector<Attend> attends;  // attention tasks of a layer, each for every kv head
     std::vector<Scratch> scratch;
     std::vector<Word> counters;   // tasks taken, one for each stage of a step
 
@@ -287,19 +342,38 @@ struct Engine {
         }
     }
 
-    // One row's queries of one kv head against PART positions. Never reads past the row's own position.
-    void attend(int layer, int part, int kv) {
-        int D = c.head_dim, G = group(), row = part_row[part];
-        int first = (part - part_at[row]) * PART, count = std::min(PART, b.positions[row] + 1 - first);
+    float* part_of(int row, int part, int kv) {
+        return &parts[((long)(part_at[row] + part) * c.kv_heads + kv) * part_size()];
+    }
+
+    // Where the K of the positions from `first` on lies. Never past the row's own position, nor past PART.
+    int find_keys(int layer, int row, int first, int kv, const bf16** keys) {
+        int count = std::min(PART, b.positions[row] + 1 - first);
+        for (int t = 0; t < count;) {
+            const bf16* key = slot(row, first + t, layer, 0, kv);
+            int left = c.page_tokens - (first + t) % c.page_tokens;
+            for (; left > 0 && t < count; left--, key += c.head_dim) keys[t++] = key;
+        }
+        return count;
+    }
+
+    // From a token's K to its V.
+    long to_value() const { return (long)c.kv_heads * c.page_tokens * c.head_dim; }
+
+    void attend(int layer, const Attend& task, int kv, Scratch& mine) {
+        if (task.rows > 1)
+            attend_block(layer, task, kv, mine);
+        else
+            attend_one(layer, task.row, task.part, kv);
+    }
+
+    // One row's queries of one kv head.
+    void attend_one(int layer, int row, int part, int kv) {
+        int D = c.head_dim, G = group();
         const bf16* queries = &q[((long)row * c.heads + kv * G) * D];
         alignas(64) float scores[GROUP_MAX][PART];
         const bf16* keys[PART];
-        for (int t = 0; t < count;) {
-            const bf16* key = slot(row, first + t, layer, 0, kv);
-            for (int left = c.page_tokens - (first + t) % c.page_tokens; left > 0 && t < count; left--, key += D)
-                keys[t++] = key;
-        }
-        long to_value = (long)c.kv_heads * c.page_tokens * D;  // from a token's K to its V
+        int count = find_keys(layer, row, part * PART, kv, keys);
         float scale = 1.f / std::sqrt((float)D);
         for (int t = 0; t < count; t += 4) {
             const bf16* four[4];
@@ -308,7 +382,7 @@ struct Engine {
                 // Pages lie anywhere: fetch the V needed below, and K some pages ahead.
                 const bf16* ahead = keys[std::min(t + i + KEYS_AHEAD, count - 1)];
                 for (int d = 0; d < D; d += 32) {
-                    _mm_prefetch((const char*)(four[i] + to_value + d), _MM_HINT_T1);
+                    _mm_prefetch((const char*)(four[i] + to_value() + d), _MM_HINT_T1);
                     _mm_prefetch((const char*)(ahead + d), _MM_HINT_T1);
                 }
             }
@@ -320,39 +394,114 @@ struct Engine {
                 _mm_store_ps(scores[g] + t, _mm_mul_ps(sum4(sums[0], sums[1], sums[2], sums[3]), _mm_set1_ps(scale)));
             }
         }
-        float* out = &parts[((long)part * c.kv_heads + kv) * part_size()];
-        for (int g = 0; g < G; g++) {
-            softmax(scores[g], count, out + g * (2 + D));
-            std::memset(out + g * (2 + D) + 2, 0, D * sizeof(float));
+        float* out = part_of(row, part, kv);
+        for (int g = 0; g < G; g++) softmax(scores[g], count, out + g * (2 + D));
+        weigh(keys, count, scores, out);
+    }
+
+    // Several rows of a chunk: K is transposed and V paired once for all their queries, so that scores and outputs are
+    // matrix products without sums across a vector.
+    void attend_block(int layer, const Attend& task, int kv, Scratch& mine) {
+        int D = c.head_dim, G = group(), last = task.row + task.rows - 1, first = task.part * PART;
+        const bf16* keys[PART];
+        int count = find_keys(layer, last, first, kv, keys), padded = (count + 63) / 64 * 64;
+        rearrange(keys, count, padded, mine);
+        float scale = 1.f / std::sqrt((float)D);
+        alignas(64) float sums[4][64];
+        for (int at = 0; at < task.rows * G; at += 4) {
+            const int32_t *queries[4], *weights[4];
+            float *scores[4], *outs[4], *rows_out[4];
+            int counts[4], here = std::min(4, task.rows * G - at);
+            for (int i = 0; i < 4; i++) {
+                int j = at + std::min(i, here - 1), row = task.row + j / G, head = kv * G + j % G;
+                queries[i] = (const int32_t*)&q[((long)row * c.heads + head) * D];
+                counts[i] = std::min(count, b.positions[row] + 1 - first);
+                scores[i] = &mine.scores[(long)i * PART];
+                weights[i] = (const int32_t*)&mine.weights[(long)i * PART];
+                outs[i] = sums[i];
+                rows_out[i] = counts[i] > 0 ? part_of(row, task.part, kv) + j % G * (2 + D) : nullptr;
+            }
+            for (int t = 0; t < padded; t += 64) {
+                float* to[4] = {scores[0] + t, scores[1] + t, scores[2] + t, scores[3] + t};
+                outer(queries, &mine.keys[t], PART, D / 2, to);
+            }
+            for (int i = 0; i < here; i++)
+                if (rows_out[i]) weigh_one(scores[i], counts[i], padded, scale, rows_out[i], (bf16*)weights[i]);
+            for (int d = 0; d < D; d += 64) {
+                outer(weights, &mine.values[d], value_width(), padded / 2, outs);
+                for (int i = 0; i < here; i++)
+                    if (rows_out[i]) std::memcpy(rows_out[i] + 2 + d, outs[i], std::min(64, D - d) * sizeof(float));
+            }
         }
-        weigh(keys, to_value, count, scores, out);
+    }
+
+    int value_width() const { return (c.head_dim + 63) / 64 * 64; }
+
+    // K to (D / 2, PART) and V to (PART / 2, D), both in pairs of values; zeros from `count` to `padded`.
+    void rearrange(const bf16* const* keys, int count, int padded, Scratch& mine) {
+        int D = c.head_dim;
+        const __m512i low = interleaved(0), high = interleaved(16);
+        for (int t = 0; t < padded; t += 16)
+            for (int d = 0; d < D / 2; d += 16) {
+                alignas(64) int32_t square[16][16];
+                for (int i = 0; i < 16; i++) {
+                    __m512i row = t + i < count ? _mm512_loadu_si512(keys[t + i] + 2 * d) : _mm512_setzero_si512();
+                    _mm512_store_si512(square[i], row);
+                }
+                transpose(square[0], 16, &mine.keys[(long)d * PART + t], PART);
+            }
+        for (int t = 0; t < padded; t += 2)
+            for (int d = 0; d < D; d += 32) {
+                __m512i zero = _mm512_setzero_si512();
+                __m512i a = t < count ? _mm512_loadu_si512(keys[t] + to_value() + d) : zero;
+                __m512i z = t + 1 < count ? _mm512_loadu_si512(keys[t + 1] + to_value() + d) : zero;
+                int32_t* to = &mine.values[(long)t / 2 * value_width() + d];
+                _mm512_storeu_si512(to, _mm512_permutex2var_epi16(a, low, z));
+                _mm512_storeu_si512(to + 16, _mm512_permutex2var_epi16(a, high, z));
+            }
+    }
+
+    // Indices for permutex2var that pair value i of one vector with value i of another, from value `start` on.
+    static __m512i interleaved(int start) {
+        alignas(64) int16_t index[32];
+        for (int i = 0; i < 32; i++) index[i] = start + i / 2 + (i % 2 ? 32 : 0);
+        return _mm512_load_si512(index);
+    }
+
+    // One query's scores to bfloat16 weights, zero past its own position; out[0] and out[1] as in softmax.
+    static void weigh_one(float* scores, int count, int padded, float scale, float* out, bf16* weights) {
+        for (int i = 0; i < padded; i += 16)
+            _mm512_storeu_ps(scores + i, _mm512_mul_ps(_mm512_loadu_ps(scores + i), _mm512_set1_ps(scale)));
+        softmax(scores, count, out);
+        for (int i = (count + 15) / 16 * 16; i < padded; i += 16) _mm512_storeu_ps(scores + i, _mm512_setzero_ps());
+        for (int i = 0; i < padded; i += 16) narrow(weights + i, _mm512_loadu_ps(scores + i));
     }
 
     // Scores become weights in place; out[0] is their maximum, out[1] the sum of weights.
     static void softmax(float* scores, int count, float* out) {
         for (int i = count; i % 16; i++) scores[i] = -INFINITY;
         __m512 most = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
-        for (int i = 0; i < count; i += 16) most = _mm512_max_ps(most, _mm512_load_ps(scores + i));
+        for (int i = 0; i < count; i += 16) most = _mm512_max_ps(most, _mm512_loadu_ps(scores + i));
         out[0] = _mm512_reduce_max_ps(most);
         for (int i = 0; i < count; i += 16) {
             __mmask16 real = count - i >= 16 ? 0xFFFF : (1 << (count - i)) - 1;
-            __m512 shifted = _mm512_sub_ps(_mm512_load_ps(scores + i), _mm512_set1_ps(out[0]));
+            __m512 shifted = _mm512_sub_ps(_mm512_loadu_ps(scores + i), _mm512_set1_ps(out[0]));
             __m512 weight = _mm512_maskz_mov_ps(real, exponential(shifted));
-            _mm512_store_ps(scores + i, weight);
+            _mm512_storeu_ps(scores + i, weight);
             sum = _mm512_add_ps(sum, weight);
         }
         out[1] = _mm512_reduce_add_ps(sum);
     }
 
-    // Adds weights times V, 64 dimensions at a time, which is what fits in registers for four heads.
-    void weigh(const bf16* const* keys, long to_value, int count, float (*weights)[PART], float* out) {
+    // Weights times V, 64 dimensions at a time, which is what fits in registers for four heads.
+    void weigh(const bf16* const* keys, int count, float (*weights)[PART], float* out) {
         int D = c.head_dim, G = group();
         for (int d0 = 0; d0 < D; d0 += 64)
             for (int g0 = 0; g0 < G; g0 += 4) {
                 int wide = std::min(64, D - d0) / 16, heads = std::min(4, G - g0);
                 __m512 sums[4][4] = {};
                 for (int t = 0; t < count; t++) {
-                    const bf16* value = keys[t] + to_value + d0;
+                    const bf16* value = keys[t] + to_value() + d0;
                     for (int i = 0; i < wide; i++) {
                         __m512 v = widen(value + i * 16);
                         for (int g = 0; g < heads; g++)
@@ -421,7 +570,8 @@ struct Engine {
             const ms_layer& w = layers[layer];
             const bf16* x = input(at++, c.hidden, mine, [&](int row, bf16* to) { normed(row, w.attn_norm, to); });
             stage(at++, c.heads + 2 * c.kv_heads, [&](int head) { project(w, layer, head, x, mine); });
-            stage(at++, part_at[b.rows] * c.kv_heads, [&](int i) { attend(layer, i / c.kv_heads, i % c.kv_heads); });
+            int heads = c.kv_heads, count = (int)attends.size() * heads;
+            stage(at++, count, [&](int i) { attend(layer, attends[i / heads], i % heads, mine); });
             x = input(at++, width, mine, [&](int row, bf16* to) { merge(row, to); });
             stage(at++, tasks, [&](int task) { add(w.o, width, task, x, mine); });
             x = input(at++, c.hidden, mine, [&](int row, bf16* to) { normed(row, w.mlp_norm, to); });
@@ -448,14 +598,22 @@ struct Engine {
         }
     }
 
+    // Cuts the step's attention into tasks: rows of one chunk in blocks, others one by one, all in parts.
+    void share_out() {
+        part_at.assign(1, 0);
+        for (int row = 0; row < b.rows; row++) part_at.push_back(part_at.back() + b.positions[row] / PART + 1);
+        attends.clear();
+        for (int row = 0, rows; row < b.rows; row += rows) {
+            for (rows = 1; rows < BLOCK && row + rows < b.rows; rows++)
+                if (b.table_at[row + rows] != b.table_at[row] || b.positions[row + rows] != b.positions[row] + rows) break;
+            if (rows < BLOCK_MIN) rows = 1;
+            for (int part = 0; part <= b.positions[row + rows - 1] / PART; part++) attends.push_back({row, rows, part});
+        }
+    }
+
     void step(const ms_batch& batch) {
         b = batch;
-        part_at.assign(1, 0);
-        part_row.clear();
-        for (int row = 0; row < b.rows; row++) {
-            part_row.insert(part_row.end(), b.positions[row] / PART + 1, row);
-            part_at.push_back((int)part_row.size());
-        }
+        share_out();
         parts.resize((size_t)part_at[b.rows] * c.kv_heads * part_size());
         for (auto& counter : counters) counter.value.store(0, std::memory_order_relaxed);
         if (b.threads > 1) {
@@ -488,6 +646,10 @@ Engine* ms_open(const ms_config* config, const ms_layer* layers, const bf16* emb
         for (auto& scratch : engine->scratch) {
             scratch.x.resize((size_t)c.max_rows * std::max(c.hidden, c.heads * c.head_dim));
             scratch.tile.resize((size_t)c.max_rows * std::max(2 * COLUMNS, c.head_dim));
+            scratch.keys.resize((size_t)c.head_dim / 2 * PART);
+            scratch.values.resize((size_t)engine->value_width() * PART / 2);
+            scratch.scores.resize(4 * PART);
+            scratch.weights.resize(4 * PART);
         }
         engine->counters = std::vector<Word>(2 + 8 * c.layers);
         for (int i = 1; i < c.max_threads; i++) engine->threads.emplace_back(&Engine::serve, engine.get(), i);
