@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from memserve.engine.gguf import Gguf, TensorInfo
+from memserve.engine.gguf import TensorInfo
 
 Floats = NDArray[np.float32]
 
@@ -19,10 +19,9 @@ _PIECE = 1 << 18
 """Values rounded at a time."""
 
 
-def dequantise(file: Gguf, tensor: TensorInfo) -> Floats:
-    """The tensor's values as float32 in ``tensor.shape``: a copy of its own, never a view of the file."""
-    raw = np.frombuffer(file.data(tensor), np.uint8)
-    return _READERS[tensor.type](raw).reshape(tensor.shape)
+def dequantise(data: memoryview, tensor: TensorInfo) -> Floats:
+    """A tensor's bytes as float32 in ``tensor.shape``: a copy of its own, never a view of the file."""
+    return _READERS[tensor.type](np.frombuffer(data, np.uint8)).reshape(tensor.shape)
 
 
 def round_to_bfloat16(values: Floats) -> NDArray[np.uint16]:

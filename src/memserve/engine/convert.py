@@ -1,0 +1,124 @@
+"""From a checkpoint's tensors to the engine's weights, one tensor in memory at a time."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import attrs
+import numpy as np
+from numpy.typing import NDArray
+
+from memserve.engine.checkpoint import Checkpoint
+from memserve.engine.quants import dequantise, round_to_bfloat16
+from memserve.engine.spec import DTYPE_BYTES, ModelSpec
+from memserve.errors import UserError
+
+Values = NDArray[Any]
+"""float32, or bfloat16 as the bits of uint16."""
+
+
+@attrs.frozen
+class Tensor:
+    """One tensor of the converted file; its values are made only when they are written."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    make: Callable[[], Values]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its values."""
+        return prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+def weight_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every weight, matrices as (out, in). The model's whole vocabulary of names.
+
+    Vectors (norm weights and biases) are float32, matrices have the run's dtype.
+    """
+    q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    shapes: dict[str, tuple[int, ...]] = {"embed": (spec.vocab, spec.hidden)}
+    for layer in range(spec.layers):
+        shapes |= {
+            f"{layer}.attn_norm": (spec.hidden,),
+            f"{layer}.qkv": (q + 2 * kv, spec.hidden),
+            f"{layer}.o": (spec.hidden, q),
+            f"{layer}.mlp_norm": (spec.hidden,),
+            f"{layer}.gate_up": (2 * spec.intermediate, spec.hidden),
+            f"{layer}.down": (spec.hidden, spec.intermediate),
+        }
+        if spec.qkv_bias:
+            shapes[f"{layer}.qkv_bias"] = (q + 2 * kv,)
+        if spec.qk_norm:
+            shapes |= {f"{layer}.q_norm": (spec.head_dim,), f"{layer}.k_norm": (spec.head_dim,)}
+    shapes["norm"] = (spec.hidden,)
+    if not spec.tied_embeddings:
+        shapes["head"] = (spec.vocab, spec.hidden)
+    return shapes
+
+
+def conversion(model: Checkpoint, dtype: str) -> list[Tensor]:
+    """What to write, after checking that the checkpoint holds exactly this model's tensors in the right shapes.
+
+    The tensors' ``make`` reads the checkpoint, so it must stay open. Raises UserError.
+    """
+    parts = {part for sources in model.sources.values() for part in sources}
+    if missing := sorted(parts - model.tensors.keys()):
+        raise UserError(f"{model.path}: tensors are missing: {', '.join(missing[:4])}")
+    unknown = [name for name in model.tensors if name not in parts and not name.endswith(model.passed_over)]
+    if unknown:
+        raise UserError(
+            f"{model.path}: {len(unknown)} tensors are not part of a {model.spec.architecture} model as it is "
+            f"supported, {unknown[0]!r} for one; without them it would answer nonsense"
+        )
+    return [_planned(model, name, shape, dtype) for name, shape in weight_shapes(model.spec).items()]
+
+
+def _planned(model: Checkpoint, name: str, shape: tuple[int, ...], dtype: str) -> Tensor:
+    parts = model.sources[name]
+    found = [model.tensors[part].shape for part in parts]
+    if sum(one[0] for one in found if one) != shape[0] or {one[1:] for one in found} != {shape[1:]}:
+        raise UserError(f"{model.path}: {parts} have shapes {found}, expected {shape} together")
+    target = dtype if len(shape) > 1 else "float32"
+
+    def make() -> Values:
+        values = [_values(model, part, target) for part in parts]
+        return values[0] if len(values) == 1 else np.concatenate(values)
+
+    return Tensor(name, shape, target, make)
+
+
+def _values(model: Checkpoint, part: str, dtype: str) -> Values:
+    tensor = model.tensors[part]
+    raw = model.data(tensor)
+    values: Values
+    if tensor.type == "BF16" and dtype == "bfloat16":
+        values = np.frombuffer(raw, "<u2").reshape(tensor.shape).copy()
+    else:
+        floats = dequantise(raw, tensor)
+        values = round_to_bfloat16(floats) if dtype == "bfloat16" else floats
+    return _unpermute(values, model.spec.head_dim) if part.endswith(model.interleaved) else values
+
+
+def _unpermute(weight: Values, head_dim: int) -> Values:
+    """Undo llama.cpp's reordering of q and k rows, (heads * head_dim, in), which interleaves the two rope halves."""
+    out, inner = weight.shape
+    pairs = weight.reshape(out // head_dim, head_dim // 2, 2, inner)
+    return pairs.swapaxes(1, 2).reshape(out, inner)
+
+
+def save_tokenizer(model: Checkpoint, path: Path) -> None:
+    """Write the model's tokenizer.json. Raises UserError when it cannot be had or served."""
+    # Only a conversion needs the tokenizer library.
+    from memserve.engine.tokenizer import Tokenizer, build_tokenizer
+
+    if isinstance(model.tokenizer, Path):
+        Tokenizer.load(model.tokenizer)  # what cannot be served is refused now, not by a Frontend later
+        shutil.copyfile(model.tokenizer, path)
+    else:
+        build_tokenizer(model.tokenizer).save(str(path))

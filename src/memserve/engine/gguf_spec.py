@@ -1,0 +1,79 @@
+"""The spec in a GGUF file: metadata keys are ``<architecture>.<key>``, the same for every architecture."""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from typing import Any
+
+from memserve.engine.families import family_of
+from memserve.engine.gguf import Gguf
+from memserve.engine.spec import Keys, ModelSpec, check_spec, name_of
+from memserve.errors import UserError
+
+ROPE_FACTORS = "rope_freqs.weight"
+"""The tensor in which converters of Llama 3.1 and later put the divisors of rope's inverse frequencies."""
+
+
+def gguf_spec(file: Gguf) -> ModelSpec:
+    """The spec of an open file. Raises UserError when it is of a kind that would run and give wrong tokens."""
+    metadata, source = file.metadata, str(file.path)
+    family = family_of("gguf", metadata.get("general.architecture"), source)
+    a, keys = family.gguf, Keys(metadata, source)
+    hidden, heads = keys.count(f"{a}.embedding_length"), keys.count(f"{a}.attention.head_count")
+    head_dim = keys.count(f"{a}.attention.key_length", hidden // heads)
+    context = keys.count(f"{a}.context_length")
+    window = keys.count(f"{a}.attention.sliding_window", context)
+    spec = ModelSpec(
+        name=name_of(file.path),
+        architecture=family.name,
+        layers=keys.count(f"{a}.block_count"),
+        hidden=hidden,
+        intermediate=keys.count(f"{a}.feed_forward_length"),
+        heads=heads,
+        kv_heads=keys.count(f"{a}.attention.head_count_kv", heads),
+        head_dim=head_dim,
+        vocab=keys.count(f"{a}.vocab_size", len(metadata.get("tokenizer.ggml.tokens", ()))),
+        rope_theta=keys.number(f"{a}.rope.freq_base", 10000.0),
+        rms_eps=keys.number(f"{a}.attention.layer_norm_rms_epsilon", 1e-5),
+        max_context=min(context, window),
+        tied_embeddings=not set(family.tables["head"].gguf) <= file.tensors.keys(),
+        bos=metadata.get("tokenizer.ggml.bos_token_id"),
+        eos=_ends(metadata),
+        chat_template=metadata.get("tokenizer.chat_template"),
+        qkv_bias=family.qkv_bias,
+        qk_norm=family.qk_norm,
+        rope_factors=_rope_factors(file, keys, f"{a}.rope.", head_dim // 2),
+        sliding_window=window if window < context else None,
+    )
+    keys.must_be(f"{a}.rope.dimension_count", head_dim, "rope over part of a head is not supported")
+    keys.must_be(f"{a}.attention.value_length", head_dim, "keys and values of unequal size are not supported")
+    keys.must_be(f"{a}.expert_count", 0, "mixtures of experts are not supported")
+    return check_spec(spec, source)
+
+
+def _ends(metadata: dict[str, Any]) -> tuple[int, ...]:
+    keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
+    return tuple(dict.fromkeys(metadata[key] for key in keys if key in metadata))
+
+
+def _rope_factors(file: Gguf, keys: Keys, prefix: str, half: int) -> tuple[float, ...] | None:
+    # A factor without a type is linear, as in llama.cpp; one of 1 is how some converters write none.
+    factor = keys.number(prefix + "scaling.factor", keys.number(prefix + "scale_linear", 1.0))
+    kind = file.metadata.get(prefix + "scaling.type", "linear")
+    if kind not in ("none", "linear"):
+        raise UserError(
+            f"{keys.source}: {prefix}scaling.type {kind!r} is not supported; supported: none, linear, "
+            f"and Llama 3's, which is a tensor {ROPE_FACTORS}"
+        )
+    factor = factor if kind == "linear" else 1.0
+    if (tensor := file.tensors.get(ROPE_FACTORS)) is None:
+        return None if factor == 1.0 else (factor,) * half
+    if tensor.type != "F32":
+        raise UserError(f"{keys.source}: {ROPE_FACTORS} has type {tensor.type}, expected F32")
+    values = array("f", bytes(file.data(tensor)))
+    if sys.byteorder == "big":
+        values.byteswap()
+    if not all(value > 0 for value in values):
+        raise UserError(f"{keys.source}: {ROPE_FACTORS} holds values that are not positive: it is damaged")
+    return tuple(factor * value for value in values)

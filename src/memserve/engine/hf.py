@@ -1,0 +1,262 @@
+"""A Hugging Face directory: its files, and the spec in its JSON.
+
+    config.json                                             the shape
+    model.safetensors, or shards and model.safetensors.index.json
+    tokenizer.json                                          of the ``tokenizers`` library
+    tokenizer_config.json, chat_template.jinja              the chat template, BOS and EOS by their text
+    generation_config.json                                  the ids that end a stream
+
+The last three may lack. Key names are those of transformers, versions 4 and 5.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from memserve.engine.families import Family, family_of
+from memserve.engine.safetensors import Safetensors
+from memserve.engine.spec import Keys, ModelSpec, check_spec
+from memserve.errors import UserError
+
+ROPE_TYPES = ("default", "linear", "llama3")
+"""Values of ``rope_type`` that can be served."""
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_JSON_BYTES_MAX = 64 << 20
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files that make the model, weights last. Raises UserError naming every one that is missing."""
+    missing = []
+    if not (folder / "config.json").is_file():
+        missing.append("config.json")
+    if not (folder / "tokenizer.json").is_file():
+        missing.append("tokenizer.json" + _tokenizer_remedy(folder))
+    shards = [folder / name for name in _shards(folder)]
+    if not shards:
+        missing.append(f"{_SINGLE} (or {_INDEX} with its shards)" + _weights_remedy(folder))
+    missing += [shard.name for shard in shards if not shard.is_file()]
+    if missing:
+        raise UserError(
+            f"{folder}: not a model directory that can be served: missing {'; missing '.join(missing)}"
+        )
+    optional = ("tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+    present = [folder / name for name in optional if (folder / name).is_file()]
+    return [folder / "config.json", folder / "tokenizer.json", *present, *shards]
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a directory that has been checked."""
+    return [path for path in model_files(folder) if path.suffix == ".safetensors"]
+
+
+def _shards(folder: Path) -> list[str]:
+    if not (folder / _INDEX).is_file():
+        return [_SINGLE] if (folder / _SINGLE).is_file() else []
+    files = _read(folder / _INDEX).get("weight_map")
+    if not isinstance(files, dict) or not files:
+        raise UserError(
+            f"{folder / _INDEX}: weight_map must name the file of each tensor, got {str(files)[:60]}"
+        )
+    names = sorted({str(name) for name in files.values()})
+    # A name is a file beside the index: one with a path in it could be any file of this machine.
+    if outside := [name for name in names if Path(name).name != name]:
+        raise UserError(f"{folder / _INDEX}: weight_map names {outside[0]!r}, which is not a plain file name")
+    return names
+
+
+def _tokenizer_remedy(folder: Path) -> str:
+    if not (folder / "tokenizer.model").is_file():
+        return ""
+    return (
+        " (a SentencePiece tokenizer.model alone is not read; write one with transformers: "
+        "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR))"
+    )
+
+
+def _weights_remedy(folder: Path) -> str:
+    if not any(folder.glob("*.bin")):
+        return ""
+    return (
+        " (.bin files are pickles and not read; convert them with transformers: "
+        "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(DIR))"
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises UserError when it is none."""
+    try:
+        if path.stat().st_size > _JSON_BYTES_MAX:
+            raise ValueError(f"larger than {_JSON_BYTES_MAX} bytes")
+        value = json.loads(path.read_text("utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("expected an object")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON: {error}") from error
+    return value
+
+
+def _read_if_there(path: Path) -> dict[str, Any]:
+    return _read(path) if path.is_file() else {}
+
+
+# ---- config.json ---------------------------------------------------------------------------------------------
+
+
+def hf_spec(folder: Path, weights: Safetensors) -> ModelSpec:
+    """The spec of a directory. Raises UserError when it is of a kind that would run and give wrong tokens."""
+    source = str(folder / "config.json")
+    written = _read(folder / "config.json")
+    family = family_of("hf", written.get("model_type"), source)
+    # transformers writes null for what is to be derived.
+    config = {**family.defaults, **{key: value for key, value in written.items() if value is not None}}
+    if "sliding_window" in written and written["sliding_window"] is None:
+        config.pop("sliding_window", None)
+    keys = Keys(config, source)
+    _refuse_variants(keys)
+    hidden, heads = keys.count("hidden_size"), keys.count("num_attention_heads")
+    head_dim = keys.count("head_dim", hidden // heads)
+    context = keys.count("max_position_embeddings")
+    slides = "sliding_window" in config and config.get("use_sliding_window", False)
+    window = keys.count("sliding_window") if slides else context
+    theta, factors = _rope(keys, head_dim, context)
+    bos, eos, template = _texts(folder, config)
+    spec = ModelSpec(
+        name=folder.name,
+        architecture=family.name,
+        layers=keys.count("num_hidden_layers"),
+        hidden=hidden,
+        intermediate=keys.count("intermediate_size"),
+        heads=heads,
+        kv_heads=keys.count("num_key_value_heads", heads),
+        head_dim=head_dim,
+        vocab=keys.count("vocab_size"),
+        rope_theta=theta,
+        rms_eps=keys.number("rms_norm_eps", 1e-6),
+        max_context=min(context, window),
+        tied_embeddings=_tied(family, config, weights),
+        bos=bos,
+        eos=eos,
+        chat_template=template,
+        qkv_bias=family.qkv_bias,
+        qk_norm=family.qk_norm,
+        rope_factors=factors,
+        sliding_window=window if window < context else None,
+    )
+    return check_spec(spec, source)
+
+
+def _refuse_variants(keys: Keys) -> None:
+    for name in keys.metadata.get("architectures", ()):
+        if not str(name).endswith("ForCausalLM"):
+            raise UserError(
+                f"{keys.source}: architectures names {name!r}; only ...ForCausalLM generates text"
+            )
+    keys.must_be("hidden_act", "silu", "other activations are not supported")
+    keys.must_be("attention_bias", False, "a family has its own biases, others are not supported")
+    keys.must_be("mlp_bias", False, "biases of the MLP are not supported")
+    if "quantization_config" in keys.metadata:
+        raise UserError(
+            f"{keys.source}: quantization_config: quantised safetensors are not supported; take the model in "
+            "BF16, F16 or F32, or a GGUF file in Q8_0, Q4_0 or Q4_1"
+        )
+
+
+def _tied(family: Family, config: dict[str, Any], weights: Safetensors) -> bool:
+    (head,) = family.tables["head"].hf
+    tied = config.get("tie_word_embeddings", head not in weights.tensors)
+    return bool(tied)
+
+
+# ---- rope ----------------------------------------------------------------------------------------------------
+
+
+def _rope(keys: Keys, head_dim: int, context: int) -> tuple[float, tuple[float, ...] | None]:
+    """Theta, and the divisors of the inverse frequencies."""
+    # rope_parameters since transformers 5; before, rope_theta and, where scaled, rope_scaling.
+    given = keys.metadata.get("rope_parameters", keys.metadata.get("rope_scaling", {}))
+    if not isinstance(given, dict):
+        raise UserError(f"{keys.source}: rope_parameters must be an object, got {given!r}")
+    rope = Keys(given, keys.source)
+    theta = rope.number("rope_theta", keys.number("rope_theta", 10000.0))
+    rope.must_be("partial_rotary_factor", 1.0, "rope over part of a head is not supported")
+    keys.must_be("partial_rotary_factor", 1.0, "rope over part of a head is not supported")
+    kind = given.get("rope_type", given.get("type", "default"))
+    if kind not in ROPE_TYPES:
+        raise UserError(
+            f"{keys.source}: rope_type {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}"
+        )
+    if kind == "default":
+        return theta, None
+    factor = rope.number("factor")
+    if kind == "linear":
+        return theta, (factor,) * (head_dim // 2)
+    low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+    if not low < high:
+        raise UserError(f"{keys.source}: low_freq_factor {low} must be below high_freq_factor {high}")
+    trained = rope.number("original_max_position_embeddings", context)
+    return theta, llama3_factors(theta, head_dim, factor, low, high, trained)
+
+
+def llama3_factors(
+    theta: float, head_dim: int, factor: float, low: float, high: float, trained: float
+) -> tuple[float, ...]:
+    """Llama 3.1's rule: divide slow frequencies by ``factor``, keep fast ones, and go smoothly from one to the other.
+
+    Fast is a wavelength below ``trained / high`` positions, slow is one above ``trained / low``; ``trained`` is the
+    context before the scaling. As transformers' rope type ``llama3``.
+    """
+    factors = []
+    for index in range(head_dim // 2):
+        wavelength = 2 * math.pi * theta ** (2 * index / head_dim)
+        smooth = min(max((trained / wavelength - low) / (high - low), 0.0), 1.0)
+        factors.append(1 / ((1 - smooth) / factor + smooth))
+    return tuple(factors)
+
+
+# ---- tokens and texts ----------------------------------------------------------------------------------------
+
+
+def _texts(folder: Path, config: dict[str, Any]) -> tuple[int | None, tuple[int, ...], str | None]:
+    """BOS, the ids that end a stream, and the chat template."""
+    generation = _read_if_there(folder / "generation_config.json")
+    tokenizer = _read_if_there(folder / "tokenizer_config.json")
+    ids = _added_tokens(folder, tokenizer)
+    # The tokenizer's EOS comes first: it is what chat templates mean by eos_token.
+    ends = [ids.get(_content(tokenizer.get("eos_token")))]
+    for place in (generation, config):
+        value = place.get("eos_token_id")
+        ends += value if isinstance(value, list) else [value]
+    eos = tuple(dict.fromkeys(one for one in ends if isinstance(one, int)))
+    bos = ids.get(_content(tokenizer.get("bos_token")), config.get("bos_token_id"))
+    template = folder / "chat_template.jinja"
+    text = template.read_text("utf-8") if template.is_file() else _template(tokenizer.get("chat_template"))
+    return bos if isinstance(bos, int) else None, eos, text
+
+
+def _added_tokens(folder: Path, tokenizer: dict[str, Any]) -> dict[str, int]:
+    """Ids of the added tokens by their text. tokenizer.json is large, so it is read only for a name to look up."""
+    if not (_content(tokenizer.get("eos_token")) or _content(tokenizer.get("bos_token"))):
+        return {}
+    if isinstance(decoder := tokenizer.get("added_tokens_decoder"), dict):
+        return {_content(token): int(id) for id, token in decoder.items()}
+    added = _read(folder / "tokenizer.json").get("added_tokens") or []
+    return {token["content"]: token["id"] for token in added}
+
+
+def _content(token: Any) -> str:
+    """A token's text: tokenizer_config.json has it bare, or in an object."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else ""
+
+
+def _template(value: Any) -> str | None:
+    """The template in tokenizer_config.json: a text, or a list of named ones."""
+    if isinstance(value, list):
+        named = {one.get("name"): one.get("template") for one in value if isinstance(one, dict)}
+        value = named.get("default")
+    return value if isinstance(value, str) else None

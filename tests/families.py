@@ -1,0 +1,152 @@
+"""Tiny models of every family with random weights: as transformers saves them, and as llama.cpp's converter would."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from memserve.engine.families import family_named
+from memserve.engine.spec import ModelSpec
+from test_gguf import write_gguf
+
+VOCAB = 133
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+LINEAR_ROPE = {"rope_type": "linear", "factor": 4.0}
+
+TINY = {
+    "llama": {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "tie_word_embeddings": True,
+    },
+    "llama3": {"num_attention_heads": 4, "num_key_value_heads": 1, "rope_parameters": LLAMA3_ROPE},
+    "linear": {"num_attention_heads": 2, "num_key_value_heads": 2, "rope_parameters": LINEAR_ROPE},
+    "mistral": {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 128, "sliding_window": None},
+    "qwen2": {"num_attention_heads": 6, "num_key_value_heads": 3, "tie_word_embeddings": True},
+    "qwen3": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 256},
+}
+"""What each model differs in from ``_COMMON``; the key is its family, or Llama with a scaled rope."""
+
+_COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 96,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+}
+
+
+@cache
+def reference(name: str, seed: int = 0) -> Any:
+    """transformers' model of a name in ``TINY``, in float32 on random weights of a size that makes logits of about 1."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    changes = dict(TINY[name])
+    rope = {"rope_type": "default", "rope_theta": 10_000.0, **changes.pop("rope_parameters", {})}
+    family = "llama" if name in ("llama3", "linear") else name
+    config = AutoConfig.for_model(family, **_COMMON | changes, rope_parameters=rope)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for key, tensor in model.named_parameters():
+            values = torch.randn(tensor.shape, generator=generator)
+            if key.endswith("norm.weight"):
+                tensor.copy_(1 + 0.2 * values)
+            elif key.endswith("bias"):
+                tensor.copy_(values)
+            else:
+                tensor.copy_(values * (1.0 if "embed" in key else tensor.shape[1] ** -0.5))
+    return model
+
+
+@cache
+def tokenizer_json() -> str:
+    """A byte-level tokenizer of ``VOCAB`` tokens that covers ASCII."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    texts = ["<|bos|>", "<|eos|>", *(chr(code) for code in range(0x21, 0x7F)), "Ġ", "Ċ"]
+    texts += [f"<|extra{number}|>" for number in range(VOCAB - len(texts))]
+    built = Tokenizer(models.BPE({text: id for id, text in enumerate(texts)}, []))
+    built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    built.decoder = decoders.ByteLevel()
+    built.add_special_tokens(
+        [AddedToken(text, special=True, normalized=False) for text in texts if len(text) > 1]
+    )
+    return str(built.to_str())
+
+
+def save_hf(name: str, folder: Path, **options: Any) -> Path:
+    """A Hugging Face directory of a model in ``TINY``, as transformers writes it."""
+    reference(name).save_pretrained(folder, **options)
+    (folder / "tokenizer.json").write_text(tokenizer_json())
+    return folder
+
+
+def save_gguf(name: str, spec: ModelSpec, path: Path) -> Path:
+    """The same model as a GGUF file. ``spec`` is the one of its Hugging Face directory."""
+    state = {key: tensor.detach().numpy() for key, tensor in reference(name).state_dict().items()}
+    family = family_named("llama" if spec.architecture == "mistral" else spec.architecture)
+    hf = family.sources("hf", spec.layers, spec.tied_embeddings)
+    gguf = family.sources("gguf", spec.layers, spec.tied_embeddings)
+    tensors = {}
+    for ours, names in gguf.items():
+        for source, target in zip(hf[ours], names, strict=True):
+            values = state[source]
+            if family.name == "llama" and target.endswith(("attn_q.weight", "attn_k.weight")):
+                values = _permuted(values, spec.head_dim)
+            tensors[target] = ("F32", values.shape, np.ascontiguousarray(values).tobytes())
+    if name == "llama3":
+        factors = np.array(spec.rope_factors, np.float32)
+        tensors["rope_freqs.weight"] = ("F32", factors.shape, factors.tobytes())
+    return write_gguf(path, _metadata(name, spec, str(family.gguf)), tensors)
+
+
+def _permuted(weight: np.ndarray, head_dim: int) -> np.ndarray:
+    """As llama.cpp's converter: within a head, row 2 i is i of the first half, row 2 i + 1 is i of the second."""
+    heads = weight.reshape(-1, head_dim, weight.shape[1])
+    first, second = np.split(heads, 2, axis=1)
+    return np.stack([first, second], axis=2).reshape(weight.shape)
+
+
+def _metadata(name: str, spec: ModelSpec, a: str) -> dict[str, Any]:
+    texts = ["<|bos|>", "<|eos|>", "a", "b", "ab", *("c" * number for number in range(1, VOCAB - 4))]
+    scaled = {f"{a}.rope.scaling.type": "linear", f"{a}.rope.scaling.factor": LINEAR_ROPE["factor"]}
+    return {
+        "general.architecture": a,
+        f"{a}.block_count": spec.layers,
+        f"{a}.embedding_length": spec.hidden,
+        f"{a}.feed_forward_length": spec.intermediate,
+        f"{a}.attention.head_count": spec.heads,
+        f"{a}.attention.head_count_kv": spec.kv_heads,
+        f"{a}.attention.key_length": spec.head_dim,
+        f"{a}.attention.value_length": spec.head_dim,
+        f"{a}.attention.layer_norm_rms_epsilon": spec.rms_eps,
+        f"{a}.rope.freq_base": spec.rope_theta,
+        f"{a}.context_length": spec.max_context,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": texts,
+        "tokenizer.ggml.token_type": [3, 3, *[1] * (VOCAB - 2)],
+        "tokenizer.ggml.merges": ["a b"],
+        "tokenizer.ggml.eos_token_id": 1,
+    } | (scaled if name == "linear" else {})

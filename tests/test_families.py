@@ -1,0 +1,123 @@
+"""Every family against transformers, from a Hugging Face directory and from GGUF, and against itself in every batch."""
+
+from __future__ import annotations
+
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from families import TINY, VOCAB, reference, save_gguf, save_hf
+from memserve.engine.plans import Row
+from memserve.engine.spec import ModelSpec
+from memserve.engine.weights import map_weights, prepare
+from memserve.tokens import pack
+from test_model import GREEDY, Runner, prompt
+
+PREFILL, DECODED = 70, 64
+
+Loaded = tuple[ModelSpec, dict[str, torch.Tensor]]
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory: pytest.TempPathFactory):
+    """A model in ``TINY`` through its Hugging Face directory, in float32."""
+    place = tmp_path_factory.mktemp("models")
+
+    @cache
+    def loaded(name: str) -> Loaded:
+        files = prepare(save_hf(name, place / name), "float32", place / "cache")
+        return files.spec, map_weights(files.weights)
+
+    return loaded
+
+
+@cache
+def expected(name: str) -> tuple[list[int], torch.Tensor]:
+    """Ids, and transformers' logits for each of them."""
+    ids = prompt(PREFILL + DECODED, len(name), VOCAB)
+    with torch.inference_mode():
+        return ids, reference(name)(torch.tensor([ids])).logits[0]
+
+
+def distance(loaded: Loaded, name: str, cuts: list[int]) -> float:
+    """The greatest difference of our logits from transformers' at the ends of pieces."""
+    ids, logits = expected(name)
+    runner = Runner(*loaded)
+    pages = runner.pages(len(ids))
+    return max(
+        float((runner.step(Row(pack(ids[a:b]), a, pages, GREEDY))[0] - logits[b - 1]).abs().max())
+        for a, b in pairwise(cuts)
+    )
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_prefill_and_cached_decode_equal_transformers(load, name: str) -> None:
+    """The family would not be the one whose weights it has, and answer nonsense that looks like language."""
+    assert distance(load(name), name, [0, PREFILL, *range(PREFILL + 1, PREFILL + DECODED + 1)]) < 1e-4
+    assert distance(load(name), name, [0, 33, 65, PREFILL + DECODED]) < 1e-4
+
+
+def test_the_tiny_models_differ_as_they_should(load) -> None:
+    """Equality with transformers would prove nothing of a feature that no model has."""
+    specs = {name: load(name)[0] for name in TINY}
+
+    assert {spec.head_dim for spec in specs.values()} >= {16, 64, 128, 256}
+    assert {spec.heads // spec.kv_heads for spec in specs.values()} == {1, 2, 3, 4}
+    assert specs["qwen2"].qkv_bias and specs["qwen2"].tied_embeddings
+    assert specs["qwen3"].qk_norm and specs["qwen3"].head_dim * specs["qwen3"].heads != specs["qwen3"].hidden
+    assert specs["linear"].rope_factors == (4.0,) * 24
+    factors = specs["llama3"].rope_factors
+    assert factors is not None
+    assert factors[0] == 1.0 and factors[-1] == 8.0 and any(1 < factor < 8 for factor in factors)
+    assert specs["mistral"].max_context == 512 and specs["mistral"].sliding_window is None
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_gguf_is_the_same_model(load, tmp_path: Path, name: str) -> None:
+    """The same weights would answer differently, depending on where they were downloaded."""
+    spec, weights = load(name)
+    files = prepare(save_gguf(name, spec, tmp_path / f"{name}.gguf"), "float32", tmp_path / "cache")
+    found = map_weights(files.weights)
+
+    assert found.keys() == weights.keys()
+    assert all(torch.equal(found[key], weights[key]) for key in weights)
+    assert distance((files.spec, found), name, [0, 40, 41]) < 1e-4
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_chunks_pages_and_company_change_no_token(load, name: str) -> None:
+    """What else the machine does would decide what a user reads."""
+    model, new = load(name), 6
+    prompts = [prompt(length, length, VOCAB) for length in (3, 17, 64, 41)]
+    alone = [Runner(*model).generate(ids, new) for ids in prompts]
+    with torch.inference_mode():
+        whole = reference(name).generate(
+            torch.tensor(prompts[2:3]), attention_mask=torch.ones(1, 64), max_new_tokens=new, min_new_tokens=new,
+            do_sample=False, pad_token_id=0, eos_token_id=None,
+        )  # fmt: skip
+    assert whole[0, 64:].tolist() == alone[2]
+    for page_tokens, chunk in ((8, 5), (16, 16), (32, 50)):
+        runner = Runner(*model, page_tokens=page_tokens, seed=chunk)
+        assert runner.generate(prompts[2], new, chunk) == alone[2]
+        assert in_company(Runner(*model, page_tokens=page_tokens), prompts, new, chunk) == alone
+
+
+def in_company(runner: Runner, prompts: list[list[int]], new: int, chunk: int) -> list[list[int]]:
+    """Greedy tokens of all prompts in the same steps, each a chunk, then a token at a time."""
+    tables = [runner.pages(len(ids) + new) for ids in prompts]
+    texts, ran = [list(ids) for ids in prompts], [0] * len(prompts)
+    while busy := [i for i, ids in enumerate(prompts) if len(texts[i]) < len(ids) + new]:
+        rows = []
+        for i in busy:
+            part = texts[i][ran[i] : ran[i] + chunk]
+            whole = ran[i] + len(part) == len(texts[i])
+            rows.append(Row(pack(part), ran[i], tables[i], GREEDY if whole else None))
+            ran[i] += len(part)
+        logits = iter(runner.step(*rows))
+        for i, row in zip(busy, rows, strict=True):
+            if row.sample is not None:
+                texts[i].append(int(next(logits).argmax()))
+    return [text[len(ids) :] for text, ids in zip(texts, prompts, strict=True)]
