@@ -13,8 +13,9 @@ from memserve.api.app import build_app
 from memserve.api.server import serve_http
 from memserve.api.service import ApiSettings, Chunk, GenerationParams
 from memserve.engine.gguf import read_gguf
+from memserve.engine.gguf_tokenizer import build_tokenizer
 from memserve.engine.spec import ModelSpec, find_model, read_spec
-from memserve.engine.tokenizer import Tokenizer, build_tokenizer
+from memserve.engine.tokenizer import Tokenizer
 from memserve.errors import RequestFailed
 from memserve.messages import ActorId, Member
 from memserve.tokens import unpack

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from fake_service import IM_END, IM_START, MODEL_PATH, demo_tokenizer
 from memserve.engine.gguf import read_gguf
+from memserve.engine.gguf_tokenizer import build_tokenizer
 from memserve.engine.spec import find_model
-from memserve.engine.tokenizer import Tokenizer, build_tokenizer
+from memserve.engine.tokenizer import Tokenizer
 from memserve.errors import UserError
 
 MARK = chr(0xF0000)
@@ -170,8 +171,10 @@ def test_user_defined_tokens_are_one_token_wherever_they_are_written():
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"model": "llama"}, "tokenizer.ggml.model: 'llama' is not supported; supported: gpt2"),
-        ({"pre": "qwen2"}, "tokenizer.ggml.pre: 'qwen2' is not supported; supported: smollm"),
+        ({"model": "t5"}, "tokenizer.ggml.model: 't5' is not supported; supported: gpt2, llama"),
+        ({"pre": "tekken"}, "tokenizer.ggml.pre: 'tekken' is not supported; supported: smollm"),
+        ({"model": "llama"}, "tokenizer.ggml.scores: missing"),
+        ({"merges": ["a nonsense"]}, "tokenizer.ggml.merges: .* damaged"),
         ({"tokens": ["a", "a"]}, "tokenizer.ggml.tokens: 2 tokens, 1 of them distinct"),
         ({"tokens": ["a"], "token_type": [3], "merges": []}, "at least two characters"),
         ({"add_bos_token": True, "bos_token_id": 10**6}, "outside the vocabulary"),

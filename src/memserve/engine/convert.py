@@ -115,7 +115,8 @@ def _unpermute(weight: Values, head_dim: int) -> Values:
 def save_tokenizer(model: Checkpoint, path: Path) -> None:
     """Write the model's tokenizer.json. Raises UserError when it cannot be had or served."""
     # Only a conversion needs the tokenizer library.
-    from memserve.engine.tokenizer import Tokenizer, build_tokenizer
+    from memserve.engine.gguf_tokenizer import build_tokenizer
+    from memserve.engine.tokenizer import Tokenizer
 
     if isinstance(model.tokenizer, Path):
         Tokenizer.load(model.tokenizer)  # what cannot be served is refused now, not by a Frontend later

@@ -1,4 +1,4 @@
-"""Text to token ids and back: byte-level BPE built from GGUF metadata, equal to llama.cpp's tokenizer.
+"""Text to token ids and back: byte-level BPE, and BPE with byte fallback (SentencePiece's), from a tokenizer.json.
 
 Special tokens (``<|im_end|>``) are recognised here and nowhere else: the ``tokenizers`` library is told to leave
 them alone, and this wrapper splits the text at them only where the caller vouches for it. What a chat template
@@ -10,94 +10,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import attrs
 import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
+from tokenizers import models, pre_tokenizers
 
 from memserve.errors import UserError
 
-CONTROL, USER_DEFINED = 3, 4
-"""Token types of GGUF that are matched in the text before BPE sees it."""
-
 LONG_TEXT = 16_384
 """Characters from which encoding takes milliseconds: call it from a thread then; the others go on."""
-
-MODELS = ("gpt2",)
-"""Values of ``tokenizer.ggml.model`` that can be built."""
-
-
-def _smollm() -> pre_tokenizers.PreTokenizer:
-    # llama.cpp splits at \p{N} and then by GPT-2's rule; ByteLevel holds the latter.
-    return pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-
-
-PRE_TOKENIZERS = {"smollm": _smollm}
-"""How text is cut before BPE, by ``tokenizer.ggml.pre``. Each was held against llama.cpp first."""
-
-
-def build_tokenizer(metadata: dict[str, Any]) -> tokenizers.Tokenizer:
-    """The tokenizer in a GGUF file's metadata; its ``save(path)`` writes what :meth:`Tokenizer.load` reads.
-
-    Raises UserError when the metadata lacks a key or names a tokenizer that is not supported.
-    """
-    _supported(metadata, "tokenizer.ggml.model", MODELS)
-    pre = _supported(metadata, "tokenizer.ggml.pre", tuple(PRE_TOKENIZERS))
-    texts: list[str] = list(_needed(metadata, "tokenizer.ggml.tokens"))
-    types: list[int] = list(metadata.get("tokenizer.ggml.token_type", ()))
-    merges = [_merge(merge) for merge in _needed(metadata, "tokenizer.ggml.merges")]
-    vocabulary = {text: token for token, text in enumerate(texts)}
-    if len(vocabulary) != len(texts) or (types and len(types) != len(texts)):
-        raise UserError(
-            f"tokenizer.ggml.tokens: {len(texts)} tokens, {len(vocabulary)} of them distinct, {len(types)} "
-            "types; the three must agree: the model file is damaged"
-        )
-    built = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
-    built.pre_tokenizer = PRE_TOKENIZERS[pre]()
-    built.decoder = decoders.ByteLevel()
-    # add_tokens finds the text in the vocabulary and keeps its id.
-    for text, kind in zip(texts, types, strict=False):
-        if kind == CONTROL and len(text) < 2:
-            raise UserError(
-                f"tokenizer.ggml.tokens: control token {text!r} must have at least two characters"
-            )
-        if kind == CONTROL:
-            built.add_special_tokens([AddedToken(text, normalized=False, special=True)])
-        elif kind == USER_DEFINED:
-            built.add_tokens([AddedToken(text, normalized=False)])
-    _add_bos(built, metadata, texts)
-    return built
-
-
-def _add_bos(built: tokenizers.Tokenizer, metadata: dict[str, Any], texts: list[str]) -> None:
-    if not metadata.get("tokenizer.ggml.add_bos_token", False):
-        return
-    token = _needed(metadata, "tokenizer.ggml.bos_token_id")
-    if not 0 <= token < len(texts):
-        raise UserError(f"tokenizer.ggml.bos_token_id: {token} is outside the vocabulary of {len(texts)}")
-    bos = texts[token]
-    built.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, token)])
-
-
-def _merge(merge: str) -> tuple[str, str]:
-    left, _, right = merge.partition(" ")
-    return left, right
-
-
-def _needed(metadata: dict[str, Any], key: str) -> Any:
-    if key not in metadata:
-        raise UserError(f"{key}: missing in the model file; it holds no usable tokenizer")
-    return metadata[key]
-
-
-def _supported(metadata: dict[str, Any], key: str, known: tuple[str, ...]) -> str:
-    value = _needed(metadata, key)
-    if value not in known:
-        raise UserError(f"{key}: {value!r} is not supported; supported: {', '.join(known)}")
-    return str(value)
 
 
 def _bytes_of_characters() -> dict[str, int]:
@@ -109,6 +30,9 @@ def _bytes_of_characters() -> dict[str, int]:
 
 
 _BYTES = _bytes_of_characters()
+_BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
+SPACE = "\u2581"
+"""SentencePiece's stand-in for a blank."""
 
 
 class Tokenizer:
@@ -118,6 +42,8 @@ class Tokenizer:
         # From here on the library never sees a special token; encode() below finds them.
         built.encode_special_tokens = True
         self._built = built
+        self._later = _without_prefix(built)
+        self._byte_fallback: bool = built.model.byte_fallback
         self._added = dict(built.get_added_tokens_decoder())
         self._specials = {token.content: id for id, token in self._added.items() if token.special}
         self._split = _alternation(self._specials)
@@ -125,7 +51,7 @@ class Tokenizer:
         self._pieces: dict[int, bytes] = {}
         self.vocabulary = built.get_vocab_size()
         """Ids run from 0 to below this."""
-        self.bos: tuple[int, ...] = tuple(built.encode("", add_special_tokens=True).ids)
+        self.bos: tuple[int, ...] = _before_text(built)
         """What this model wants before every prompt: one id, or none."""
         self.piece_bytes_max = max(len(self._piece(token)) for token in range(self.vocabulary))
         """No token stands for more bytes, so a text of n bytes has at least n / piece_bytes_max tokens."""
@@ -134,7 +60,15 @@ class Tokenizer:
     def load(cls, tokenizer_json: Path) -> Tokenizer:
         """Read a ``tokenizer.json``. Raises UserError when it cannot be read as one."""
         try:
-            return cls(tokenizers.Tokenizer.from_file(str(tokenizer_json)))
+            built = tokenizers.Tokenizer.from_file(str(tokenizer_json))
+            if not isinstance(built.model, models.BPE):
+                raise UserError(
+                    f"{tokenizer_json}: a tokenizer of type {type(built.model).__name__} is not supported; supported: "
+                    "BPE, byte-level or with byte fallback"
+                )
+            return cls(built)
+        except UserError:
+            raise
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"{tokenizer_json}: not a readable tokenizer.json: {error}") from error
 
@@ -154,7 +88,8 @@ class Tokenizer:
             if index % 2:
                 tokens.append(self._specials[part])
             elif part:
-                tokens.extend(self._encode_plain(part.replace(mark, "") if mark else part))
+                built = self._later if index else self._built
+                tokens.extend(_encode_plain(built, part.replace(mark, "") if mark else part))
         return tokens
 
     def disarm(self, text: str, mark: str) -> str:
@@ -166,14 +101,6 @@ class Tokenizer:
         while any(special in text for special in self._specials):
             text = self._split.sub(lambda match: match[0][0] + mark + match[0][1:], text)
         return self._edges.disarm(text, mark)
-
-    def _encode_plain(self, text: str) -> list[int]:
-        if len(text) < LONG_TEXT:
-            ids: list[int] = self._built.encode(text, add_special_tokens=False).ids
-        else:
-            # Only the batch call lets other threads run meanwhile.
-            ids = self._built.encode_batch_fast([text], add_special_tokens=False)[0].ids
-        return ids
 
     def decode(self, tokens: Iterable[int], skip_special: bool = True) -> str:
         """The text of ``tokens``; bytes that are not UTF-8 become U+FFFD."""
@@ -192,7 +119,39 @@ class Tokenizer:
             return self._added[token].content.encode()
         text = self._built.id_to_token(token) if token >= 0 else None
         # Models pad their vocabulary: an id without a text can be drawn, and says nothing.
-        return b"" if text is None else bytes(_BYTES[character] for character in text)
+        if text is None:
+            return b""
+        if not self._byte_fallback:
+            return bytes(_BYTES[character] for character in text)
+        byte = _BYTE_TOKEN.fullmatch(text)
+        return bytes([int(byte[1], 16)]) if byte else text.replace(SPACE, " ").encode()
+
+
+def _encode_plain(built: tokenizers.Tokenizer, text: str) -> list[int]:
+    if len(text) < LONG_TEXT:
+        ids: list[int] = built.encode(text, add_special_tokens=False).ids
+    else:
+        # Only the batch call lets other threads run meanwhile.
+        ids = built.encode_batch_fast([text], add_special_tokens=False)[0].ids
+    return ids
+
+
+def _before_text(built: tokenizers.Tokenizer) -> tuple[int, ...]:
+    plain = built.encode("a", add_special_tokens=False).ids
+    whole = built.encode("a", add_special_tokens=True).ids
+    starts = (at for at in range(len(whole)) if whole[at : at + len(plain)] == plain)
+    return tuple(whole[: next(starts, 0)])
+
+
+def _without_prefix(built: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """The tokenizer for text behind a special token: some put a blank only before the text's very beginning."""
+    cut = built.pre_tokenizer
+    if not isinstance(cut, pre_tokenizers.Metaspace) or cut.prepend_scheme != "first":
+        return built
+    later = tokenizers.Tokenizer.from_str(built.to_str())
+    later.encode_special_tokens = True
+    later.pre_tokenizer = pre_tokenizers.Metaspace(cut.replacement, "never", cut.split)
+    return later
 
 
 def _alternation(specials: Iterable[str]) -> re.Pattern[str]:

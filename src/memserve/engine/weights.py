@@ -41,7 +41,16 @@ ALIGNMENT = 64
 """Bytes; a cache line, so that no row of a matrix starts in the middle of one."""
 
 CONVERTER = (
-    *("checkpoint.py", "convert.py", "families.py", "gguf.py", "gguf_spec.py", "hf.py", "quants.py"),
+    *(
+        "checkpoint.py",
+        "convert.py",
+        "families.py",
+        "gguf.py",
+        "gguf_spec.py",
+        "gguf_tokenizer.py",
+        "hf.py",
+        "quants.py",
+    ),
     *("safetensors.py", "spec.py", "tokenizer.py", "weights.py"),
 )
 """The code that a conversion depends on."""
