@@ -328,6 +328,24 @@ def test_a_shard_too_small_for_one_context_says_what_would_fit(written, toy_mode
     )
 
 
+def test_a_sliding_window_is_said_to_be_the_limit(written, toy_model, monkeypatch):
+    """If it failed, nobody would know why a model of 32768 tokens takes 4096."""
+    windowed = attrs.evolve(SPEC, sliding_window=2048)
+    monkeypatch.setattr(resolve, "read_spec", lambda path: windowed)
+    why = {one.key: one.why for one in config.resolve(config.load(written(MINIMAL)), MACHINE).reasons}
+    assert why["model.max_context"] == "the model's sliding window, as attention here is full"
+    with pytest.raises(ConfigError, match=r"sliding window, .* \(2048 tokens\), not 4096"):
+        config.resolve(config.load(written(MINIMAL), ["model.max_context=4096"]), MACHINE)
+
+
+def test_a_directory_is_checked_and_named(written, tmp_path):
+    """If it failed, `check` would pass over a directory that `up` cannot serve, or not say what it lacks."""
+    with pytest.raises(
+        ConfigError, match=r"missing config\.json; missing tokenizer\.json; missing model\.saf"
+    ):
+        config.resolve(config.load(written(f'[model]\npath = "{tmp_path}"\n')), MACHINE)
+
+
 def test_a_missing_model_is_a_config_error(written):
     """If it failed, a wrong path would be a traceback."""
     with pytest.raises(ConfigError, match=r"no file 'm\.gguf'"):

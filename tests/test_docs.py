@@ -9,12 +9,20 @@ import attrs
 import pytest
 
 from memserve import cli, config
+from memserve.engine.families import FAMILIES
+from memserve.engine.gguf import BLOCKS
+from memserve.engine.gguf_tokenizer import MODELS, PRE_TOKENIZERS
+from memserve.engine.hf import ROPE_TYPES
+from memserve.engine.safetensors import DTYPES
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 OUTSIDE = {"cluster.toml", "logs/"}
 """Files that users have, not the repository."""
-WALKS = (ROOT / "README.md", DOCS / "one-request.md", DOCS / "operations.md", DOCS / "configuration.md")
+WALKS = (
+    ROOT / "README.md",
+    *(DOCS / f"{name}.md" for name in ("one-request", "operations", "configuration", "models")),
+)
 
 
 def text(path: Path) -> str:
@@ -89,6 +97,39 @@ def test_every_file_that_is_mentioned_exists(page):
     places = (ROOT, ROOT / "src" / "memserve", ROOT / "docs")
     missing = [name for name in mentioned - OUTSIDE if not any((place / name).exists() for place in places)]
     assert not missing
+
+
+def test_what_loads_is_documented_as_it_is():
+    """If it failed, someone would download a model that does not load, or not try one that does."""
+    page = text(DOCS / "models.md")
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \| (as )?`(\w+)` \|", page, re.M)
+    assert [(name, None if other else gguf) for name, _, other, gguf in rows] == [
+        (family.name, family.gguf) for family in FAMILIES
+    ]
+    assert f"Tensor types: {', '.join(f'`{one}`' for one in BLOCKS)}." in page
+    assert f"Data types: {', '.join(f'`{one}`' for one in DTYPES)}." in page
+    assert f"`rope_type` is one of {', '.join(f'`{one}`' for one in ROPE_TYPES)}." in page
+    assert not [one for one in (*PRE_TOKENIZERS, *MODELS) if f"`{one}`" not in page]
+
+
+def test_the_family_that_is_shown_is_the_code():
+    """If it failed, the page that explains how to add a family would explain another engine."""
+    blocks = re.findall(r"```python\n(.*?)```", text(DOCS / "models.md"), re.S)
+    code = text(ROOT / "src" / "memserve" / "engine" / "families.py")
+    assert len(blocks) == 2
+    assert not [block for block in blocks if block not in code]
+
+
+def test_only_one_file_knows_the_families():
+    """If it failed, adding a family would take a search through the engine."""
+    names = {family.name for family in FAMILIES}
+    elsewhere = {
+        path.name
+        for path in (ROOT / "src").rglob("*.py")
+        if re.search("|".join(f"[\"']{name}[\"']" for name in names), path.read_text())
+    }
+    # gguf_tokenizer.py has tokenizers of the same names.
+    assert elsewhere <= {"families.py", "gguf_tokenizer.py"}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.name)

@@ -131,7 +131,7 @@ class ModelConfig:
 
     path: str = setting(
         rule=matching(".+", "not be empty"),
-        help="a .gguf file, or package:MODULE/FILE for one inside an installed Python package",
+        help="a .gguf file, a Hugging Face directory, or package:MODULE/FILE for either in an installed Python package",
     )
     dtype: str = setting(
         "bfloat16",
@@ -355,7 +355,7 @@ class Resolved:
 
     config: Config
     model_path: str
-    """The .gguf file itself."""
+    """The .gguf file or the directory itself."""
     spec: ModelSpec
     max_context: int
     """Tokens, prompt and answer together."""

@@ -152,9 +152,9 @@ def weight_bytes(spec: ModelSpec, dtype: str) -> int:
 
 def context_problems(resolved: Resolved) -> Iterator[str]:
     """A request of the greatest length must be possible, and fit in every shard."""
-    asked, trained = resolved.max_context, resolved.spec.max_context
-    if asked > trained:
-        yield f"model.max_context must be at most what the model was trained for ({trained} tokens), not {asked}"
+    asked, most = resolved.max_context, resolved.spec.max_context
+    if asked > most:
+        yield f"model.max_context must be at most {longest(resolved.spec)} ({most} tokens), not {asked}"
         return
     page_tokens = resolved.config.pool.page_tokens
     needed = pages_for(asked, page_tokens)
@@ -194,9 +194,11 @@ def log_problems(machine: Machine) -> Iterator[str]:
 def reasons(resolved: Resolved, weights: int, machine: Machine) -> Iterator[Reason]:
     """Why each value that the user did not write is what it is."""
     config, spec, page_tokens = resolved.config, resolved.spec, resolved.config.pool.page_tokens
-    yield Reason("model", resolved.model_path, f"{spec.name}: {spec.layers} layers, {spec.kv_heads} kv heads")
+    form = "Hugging Face directory" if Path(resolved.model_path).is_dir() else "GGUF file"
+    shape = f"{spec.architecture}, {spec.layers} layers, {spec.kv_heads} kv heads"
+    yield Reason("model", resolved.model_path, f"{spec.name}: {form}, {shape}")
     yield Reason("model.weights", size(weights), f"as {config.model.dtype}, mapped once for all workers")
-    why = "model.max_context" if config.model.max_context else "what the model was trained for"
+    why = "model.max_context" if config.model.max_context else longest(spec)
     yield Reason("model.max_context", f"{resolved.max_context} tokens", why)
     per_token = (
         f"{spec.layers} layers x 2 x {spec.kv_heads} heads x {spec.head_dim} values of {config.model.dtype}"
@@ -221,6 +223,13 @@ def reasons(resolved: Resolved, weights: int, machine: Machine) -> Iterator[Reas
         yield Reason(
             "frontend.api_keys", "none", "whoever reaches the port may use it, and all share one cache"
         )
+
+
+def longest(spec: ModelSpec) -> str:
+    """What limits a model's context."""
+    if spec.sliding_window is None:
+        return "what the model was trained for"
+    return "the model's sliding window, as attention here is full"
 
 
 def threads_why(asked: int | None, machine: Machine) -> str:

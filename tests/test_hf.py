@@ -1,0 +1,240 @@
+"""Hugging Face directories: what is in their JSON, and what is said of those that cannot be served."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+import torch
+
+from families import LLAMA3_ROPE, save_hf
+from memserve.engine.hf import llama3_factors
+from memserve.engine.safetensors import Safetensors
+from memserve.engine.spec import find_model, read_spec
+from memserve.engine.tokenizer import Tokenizer
+from memserve.engine.weights import map_weights, prepare
+from memserve.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Mistral, not tied, in one file."""
+    return save_hf("mistral", tmp_path_factory.mktemp("hf") / "tiny-7.5b")
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    """A copy to change."""
+    copy = tmp_path / saved.name
+    copy.mkdir()
+    for file in saved.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    return copy
+
+
+def change(path: Path, **keys: Any) -> Path:
+    """Set keys of a JSON file; ``...`` removes one."""
+    value = (json.loads(path.read_text()) if path.exists() else {}) | keys
+    path.write_text(json.dumps({key: one for key, one in value.items() if one is not ...}))
+    return path.parent
+
+
+def test_shards_are_one_model(saved: Path, tmp_path: Path) -> None:
+    """Large models, which come in many files, would not load, or without the tensors of all but one."""
+    sharded = save_hf("mistral", tmp_path / "shards", max_shard_size="200KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 2
+    whole, parts = (map_weights(prepare(path, "float32", tmp_path).weights) for path in (saved, sharded))
+
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_read_exactly(folder: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    """Nearly every model is published in bfloat16."""
+    from safetensors.torch import load_file, save_file
+
+    halved = {name: one.to(dtype) for name, one in load_file(folder / "model.safetensors").items()}
+    save_file(halved, folder / "model.safetensors")
+    exact = map_weights(prepare(folder, "float32", tmp_path / "cache").weights)
+    rounded = map_weights(prepare(folder, "bfloat16", tmp_path / "cache").weights)
+
+    assert torch.equal(exact["head"], halved["lm_head.weight"].float())
+    assert torch.equal(rounded["head"], halved["lm_head.weight"].bfloat16())
+    assert rounded["norm"].dtype == torch.float32
+
+
+def test_names_and_ends_and_template_are_found(folder: Path) -> None:
+    """Answers would not end, or chats would be written in another model's form."""
+    change(folder / "config.json", eos_token_id=7, bos_token_id=5)
+    change(folder / "generation_config.json", eos_token_id=[7, 9])
+    change(
+        folder / "tokenizer_config.json",
+        eos_token={"content": "<|eos|>"},
+        bos_token="<|bos|>",
+        chat_template=[{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}],
+    )
+    spec = read_spec(folder)
+    assert (spec.name, spec.bos, spec.eos, spec.chat_template) == ("tiny-7.5b", 0, (1, 7, 9), "d")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    assert read_spec(folder).chat_template == "{{ messages }}"
+
+
+def test_old_and_new_configurations_mean_the_same(folder: Path) -> None:
+    """Models published before transformers 5 would run with plain rope and answer worse the longer the text."""
+    new = {**LLAMA3_ROPE, "rope_theta": 5e5}
+    spec = read_spec(change(folder / "config.json", rope_parameters=new))
+    old = change(folder / "config.json", rope_parameters=..., rope_scaling=LLAMA3_ROPE, rope_theta=5e5)
+    assert read_spec(old) == spec
+    assert spec.rope_theta == 5e5
+    assert spec.rope_factors == llama3_factors(5e5, 128, 8, 1, 4, 64)
+    legacy = {"type": "linear", "factor": 2.0}
+    assert read_spec(change(folder / "config.json", rope_scaling=legacy)).rope_factors == (2.0,) * 64
+
+
+@pytest.mark.parametrize(
+    ("keys", "context", "window"),
+    [
+        ({"sliding_window": 100}, 100, 100),
+        ({"sliding_window": 4096}, 512, None),
+        ({"sliding_window": None}, 512, None),
+        ({"sliding_window": 100, "use_sliding_window": False}, 512, None),
+        ({"model_type": "llama", "sliding_window": 100}, 512, None),
+        ({"sliding_window": ..., "max_position_embeddings": 32768}, 4096, 4096),
+    ],
+)
+def test_a_sliding_window_is_the_longest_context(
+    folder: Path, keys: dict[str, Any], context: int, window: int | None
+) -> None:
+    """Past its window the model would see what it was never trained to see."""
+    spec = read_spec(change(folder / "config.json", **keys))
+    assert (spec.max_context, spec.sliding_window) == (context, window)
+
+
+def test_a_tied_head_that_is_stored_is_not_served_twice(folder: Path, tmp_path: Path) -> None:
+    """Some tools store the head of a tied model once more; it would be refused, or take memory."""
+    files = prepare(change(folder / "config.json", tie_word_embeddings=True), "float32", tmp_path / "cache")
+    assert files.spec.tied_embeddings
+    assert "head" not in map_weights(files.weights)
+
+
+def test_conversion_is_keyed_by_content_and_needs_no_torch(folder: Path, tmp_path: Path) -> None:
+    """Every start would convert anew, an edited model would be served as it was, or the supervisor would load torch."""
+    code = "import sys; from pathlib import Path; from memserve.engine.weights import prepare\n"
+    code += "prepare(sys.argv[1], 'float32', Path(sys.argv[2])); assert 'torch' not in sys.modules"
+    cache = tmp_path / "cache"
+    subprocess.run([sys.executable, "-c", code, str(folder), str(cache)], check=True, timeout=60)
+    first = prepare(folder, "float32", cache)
+    assert len(list((cache / "models").glob("*/spec.json"))) == 1
+    assert first.tokenizer.read_bytes() == (folder / "tokenizer.json").read_bytes()
+    change(folder / "config.json", eos_token_id=3)
+    assert prepare(folder, "float32", cache).spec == attrs.evolve(first.spec, eos=(1, 3))
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (
+            {"model_type": "mamba"},
+            "model_type 'mamba' is not supported; supported: llama, mistral, qwen2, qwen3",
+        ),
+        ({"architectures": ["MistralForSequenceClassification"]}, "only ...ForCausalLM"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
+            "'yarn' is not supported; supported: default, ",
+        ),
+        ({"rope_parameters": {"rope_type": "linear"}}, "factor must be a positive number, got None"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope over part of a head"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu', expected 'silu'"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"quantization_config": {"quant_method": "awq"}}, "take the model in BF16, F16 or F32"),
+        ({"num_attention_heads": "3"}, "num_attention_heads must be a positive integer, got '3'"),
+        ({"num_key_value_heads": 2}, "multiple of kv heads"),
+    ],
+)
+def test_what_would_answer_nonsense_is_refused_by_key(folder: Path, keys: dict[str, Any], said: str) -> None:
+    """A variant that is ignored runs and answers nonsense."""
+    change(folder / "config.json", **keys)
+    with pytest.raises(UserError) as caught:
+        read_spec(folder)
+    assert said in str(caught.value) and str(folder / "config.json") in str(caught.value)
+
+
+def test_what_a_directory_lacks_is_named_all_at_once(tmp_path: Path) -> None:
+    """The user would repair one thing at a time, and not learn what to do about a pickle or a SentencePiece file."""
+    (tmp_path / "tokenizer.model").touch()
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(UserError) as caught:
+        read_spec(find_model(str(tmp_path)))
+    for part in (
+        "missing config.json",
+        "AutoTokenizer",
+        "model.safetensors.index.json",
+        "AutoModelForCausalLM",
+    ):
+        assert part in str(caught.value)
+
+
+def test_a_missing_shard_is_named_and_a_path_as_one_refused(folder: Path) -> None:
+    """A download that stopped half way would be a traceback, and an index could have any file read."""
+    index = folder / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"a": "model-2.safetensors"}}')
+    with pytest.raises(UserError, match=r"missing model-2\.safetensors"):
+        read_spec(folder)
+    index.write_text('{"weight_map": {"a": "../other.safetensors"}}')
+    with pytest.raises(UserError, match="not a plain file name"):
+        read_spec(folder)
+
+
+def test_foreign_tensors_and_shapes_are_refused(folder: Path, tmp_path: Path) -> None:
+    """A Qwen2 called a Llama would run without its biases."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    save_file(
+        tensors | {"model.layers.0.self_attn.q_proj.bias": torch.zeros(384)}, folder / "model.safetensors"
+    )
+    with pytest.raises(UserError, match=r"not part of a mistral model.*q_proj\.bias"):
+        prepare(folder, "float32", tmp_path / "cache")
+    old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(64)}
+    save_file(tensors | old, folder / "model.safetensors")
+    prepare(folder, "float32", tmp_path / "cache")
+    with pytest.raises(UserError, match=r"shapes.*expected \(300, 96\)"):
+        prepare(change(folder / "config.json", vocab_size=300), "float32", tmp_path / "cache")
+
+
+def test_every_truncation_of_a_file_is_a_user_error(tmp_path: Path) -> None:
+    """A half-downloaded file must be said to be one, wherever it ends."""
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.ones(3, 4), "b": torch.ones(2, dtype=torch.bfloat16)}, tmp_path / "w")
+    whole, cut = (tmp_path / "w").read_bytes(), tmp_path / "cut"
+    for length in range(len(whole)):
+        cut.write_bytes(whole[:length])
+        with pytest.raises(UserError):
+            Safetensors.open([cut])
+    save_file({"a": torch.ones(3, dtype=torch.int64)}, tmp_path / "w")
+    with pytest.raises(UserError, match="data type I64, which is not supported; supported: F32, F16, BF16"):
+        Safetensors.open([tmp_path / "w"])
+
+
+def test_a_tokenizer_that_cannot_be_served_is_refused_at_conversion(folder: Path, tmp_path: Path) -> None:
+    """It would be refused by the Frontend, minutes later, when all else has started."""
+    from tokenizers import Tokenizer as Built
+    from tokenizers import models
+
+    Built(models.WordLevel({"a": 0}, "a")).save(str(folder / "tokenizer.json"))
+    with pytest.raises(UserError, match="type WordLevel is not supported"):
+        prepare(folder, "float32", tmp_path / "cache")
+
+
+def test_the_directorys_tokenizer_serves(saved: Path, tmp_path: Path) -> None:
+    """The Frontend would not start on a directory."""
+    tokenizer = Tokenizer.load(prepare(saved, "float32", tmp_path).tokenizer)
+    assert tokenizer.decode(tokenizer.encode("Hi there<|eos|>", True), False) == "Hi there<|eos|>"
+    assert tokenizer.specials["<|eos|>"] == 1

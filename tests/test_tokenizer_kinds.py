@@ -1,0 +1,142 @@
+"""The kinds of tokenizer that models come with, each against its definition or the library's own reading of it."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, pre_tokenizers, processors
+from tokenizers import Tokenizer as Built
+
+from memserve.engine.detokenizer import Detokenizer
+from memserve.engine.gguf_tokenizer import build_tokenizer
+from memserve.engine.tokenizer import SPACE, Tokenizer, _bytes_of_characters
+from memserve.errors import UserError
+
+WORDS = ("a", "b", "c", SPACE, "ab", "bc", "abc", "ca", SPACE + "a", SPACE + "ab", "cab", "bca", "aa", "aaa")
+BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
+TEXTS = ("<unk>", "<s>", "</s>", *BYTES, *WORDS)
+SCORES = [0.0] * (3 + 256) + [-float(5 * at % len(WORDS)) for at in range(len(WORDS))]
+SPM = {
+    "tokenizer.ggml.model": "llama",
+    "tokenizer.ggml.tokens": list(TEXTS),
+    "tokenizer.ggml.scores": SCORES,
+    "tokenizer.ggml.token_type": [2, 3, 3, *[6] * 256, *[1] * len(WORDS)],
+    "tokenizer.ggml.bos_token_id": 1,
+}
+
+
+def sentencepiece(text: str) -> list[str]:
+    """SentencePiece by its definition: join the neighbours that make the token of highest score until there are none."""
+    parts = list(SPACE + text.replace(" ", SPACE))
+    score = dict(zip(TEXTS, SCORES, strict=True))
+    while ways := [(score[a + b], -at) for at, (a, b) in enumerate(pairwise(parts)) if a + b in WORDS]:
+        at = -max(ways)[1]
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    known = [[part] if part in WORDS else [f"<0x{byte:02X}>" for byte in part.encode()] for part in parts]
+    return [one for part in known for one in part]
+
+
+@given(st.text("abc é日", min_size=1, max_size=30))
+def test_scores_give_sentencepieces_tokens(text):
+    """Llama 2 and Mistral from GGUF would read other tokens than they were trained on."""
+    tokenizer = Tokenizer(build_tokenizer(SPM))
+    tokens = tokenizer.encode(text, allow_special=True)
+
+    assert [TEXTS[token] for token in tokens] == sentencepiece(text)
+    assert tokenizer.decode(tokens) == " " + text
+
+
+def test_sentencepieces_pieces_are_bytes_and_bos_is_wanted():
+    """A character in several byte tokens would come out as their names, and prompts would lack their first token."""
+    tokenizer = Tokenizer(build_tokenizer(SPM))
+    tokens = tokenizer.encode("a日", allow_special=True)
+
+    assert tokenizer.bos == (1,)
+    assert [tokenizer.piece(token) for token in tokens[-3:]] == [b"\xe6", b"\x97", b"\xa5"]
+    assert tokenizer.piece(TEXTS.index(SPACE + "a")) == b" a"
+    assert tokenizer.piece(1) == b""
+    stream = Detokenizer(tokenizer.piece)
+    assert "".join(stream.push(token) for token in tokens) == " a日"
+
+
+def test_a_blank_comes_before_the_text_only_where_the_model_has_it_so():
+    """After each special token, Mistral would read a blank that nobody wrote."""
+    model = build_tokenizer(SPM).model
+    for scheme in ("first", "always", "never"):
+        built = Built(model)
+        built.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, scheme, split=False)
+        built.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(SPACE, scheme)])
+        built.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])
+        library = Built.from_str(built.to_str())
+        tokenizer = Tokenizer(built)
+        for text in ("ab", "ab c</s>ab", "</s>ab</s> c", " a"):
+            assert tokenizer.encode(text, True) == library.encode(text, add_special_tokens=False).ids, (
+                scheme,
+                text,
+            )
+
+
+ALPHABET = sorted(_bytes_of_characters())
+
+
+def byte_level(pre: str, words: tuple[str, ...], merges: tuple[str, ...], **more: object) -> Tokenizer:
+    """A GGUF byte-level tokenizer of all bytes and some words."""
+    metadata = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": [*ALPHABET, *words, "<|bos|>"],
+        "tokenizer.ggml.token_type": [*[1] * (256 + len(words)), 3],
+        "tokenizer.ggml.merges": list(merges),
+        "tokenizer.ggml.bos_token_id": 256 + len(words),
+    }
+    return Tokenizer(build_tokenizer(metadata | more))
+
+
+def pieces(tokenizer: Tokenizer, text: str) -> list[str]:
+    """The texts of a text's tokens."""
+    return [tokenizer.piece(token).decode() for token in tokenizer.encode(text, True)]
+
+
+DIGITS = (("12", "123", "1234"), ("1 2", "12 3", "123 4"))
+
+
+def test_llama3_keeps_three_digits_together_and_qwen_none():
+    """Numbers would be read as other tokens than in training, and arithmetic would suffer."""
+    assert pieces(byte_level("llama-bpe", *DIGITS), "12345") == ["123", "4", "5"]
+    assert pieces(byte_level("qwen2", *DIGITS), "1234") == ["1", "2", "3", "4"]
+
+
+def test_llama3_prefers_whole_words_and_wants_bos():
+    """Words without merges of their own, which Llama 3 has, would fall apart; prompts would lack their first token."""
+    llama = byte_level("llama-bpe", ("abc",), ())
+    assert pieces(llama, "abc") == ["abc"]
+    assert llama.bos == (257,)
+    assert byte_level("llama-bpe", ("abc",), (), **{"tokenizer.ggml.add_bos_token": False}).bos == ()
+    qwen = byte_level("qwen2", ("abc",), ())
+    assert pieces(qwen, "abc") == ["a", "b", "c"]
+    assert qwen.bos == ()
+
+
+def test_qwen_composes_accents():
+    """The same word, typed on another system, would be other tokens."""
+    assert byte_level("qwen2", (), ()).encode("e\u0301", True) == byte_level("qwen2", (), ()).encode(
+        "é", True
+    )
+
+
+def test_what_a_post_processor_puts_behind_a_text_is_no_bos():
+    """A tokenizer that ends texts would have every prompt begin with an end."""
+    built = build_tokenizer(SPM)
+    built.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    assert Tokenizer(built).bos == (1,)
+
+
+def test_scores_must_be_complete():
+    """A damaged file would be a traceback."""
+    with pytest.raises(UserError, match="1 scores and 273 types for 273 tokens"):
+        build_tokenizer(SPM | {"tokenizer.ggml.scores": [0.0]})
