@@ -17,7 +17,7 @@ from memserve.engine.families import family_named
 from memserve.engine.spec import ModelSpec
 from test_gguf import write_gguf
 
-VOCAB = 133
+VOCAB = 132
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -34,10 +34,10 @@ TINY = {
         "head_dim": 64,
         "tie_word_embeddings": True,
     },
-    "llama3": {"num_attention_heads": 4, "num_key_value_heads": 1, "rope_parameters": LLAMA3_ROPE},
-    "linear": {"num_attention_heads": 2, "num_key_value_heads": 2, "rope_parameters": LINEAR_ROPE},
-    "mistral": {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 128, "sliding_window": None},
-    "qwen2": {"num_attention_heads": 6, "num_key_value_heads": 3, "tie_word_embeddings": True},
+    "llama3": {"num_attention_heads": 3, "num_key_value_heads": 1, "rope_parameters": LLAMA3_ROPE},
+    "linear": {"num_attention_heads": 3, "num_key_value_heads": 3, "rope_parameters": LINEAR_ROPE},
+    "mistral": {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 128, "sliding_window": None},
+    "qwen2": {"num_attention_heads": 3, "num_key_value_heads": 1, "tie_word_embeddings": True},
     "qwen3": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 256},
 }
 """What each model differs in from ``_COMMON``; the key is its family, or Llama with a scaled rope."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -10,9 +11,10 @@ import pytest
 import torch
 
 from families import TINY, VOCAB, reference, save_gguf, save_hf
-from memserve.engine.plans import Row
+from memserve.engine.plans import BatchPlan, Row
+from memserve.engine.runner import CpuEngine
 from memserve.engine.spec import ModelSpec
-from memserve.engine.weights import map_weights, prepare
+from memserve.engine.weights import map_weights, prepare, save_weights
 from memserve.tokens import pack
 from test_model import GREEDY, Runner, prompt
 
@@ -64,11 +66,11 @@ def test_the_tiny_models_differ_as_they_should(load) -> None:
     """Equality with transformers would prove nothing of a feature that no model has."""
     specs = {name: load(name)[0] for name in TINY}
 
-    assert {spec.head_dim for spec in specs.values()} >= {16, 64, 128, 256}
+    assert {spec.head_dim for spec in specs.values()} >= {32, 64, 128, 256}
     assert {spec.heads // spec.kv_heads for spec in specs.values()} == {1, 2, 3, 4}
     assert specs["qwen2"].qkv_bias and specs["qwen2"].tied_embeddings
     assert specs["qwen3"].qk_norm and specs["qwen3"].head_dim * specs["qwen3"].heads != specs["qwen3"].hidden
-    assert specs["linear"].rope_factors == (4.0,) * 24
+    assert specs["linear"].rope_factors == (4.0,) * 16
     factors = specs["llama3"].rope_factors
     assert factors is not None
     assert factors[0] == 1.0 and factors[-1] == 8.0 and any(1 < factor < 8 for factor in factors)
@@ -103,6 +105,23 @@ def test_chunks_pages_and_company_change_no_token(load, name: str) -> None:
         runner = Runner(*model, page_tokens=page_tokens, seed=chunk)
         assert runner.generate(prompts[2], new, chunk) == alone[2]
         assert in_company(Runner(*model, page_tokens=page_tokens), prompts, new, chunk) == alone
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_family_serves_in_bfloat16(load, tmp_path: Path, name: str) -> None:
+    """The default type would fail to start, or answer visibly worse than the exact one, on whichever path serves it."""
+    spec, weights = load(name)
+    rounded = {key: one.bfloat16() if one.ndim > 1 else one for key, one in weights.items()}
+    save_weights(rounded, tmp_path / "w")
+    ids, logits = expected(name)
+    arena = mmap.mmap(-1, 16 * spec.page_bytes(16, "bfloat16"))
+    engine = CpuEngine(spec, tmp_path / "w", arena, 16, 16, "bfloat16")
+    for length in (1, 40, PREFILL + DECODED):
+        row = Row(pack(ids[:length]), 0, tuple(range(9)), GREEDY)
+        (token,) = engine.run(BatchPlan((row,))).tokens
+        assert token is not None
+        assert float(logits[length - 1].max() - logits[length - 1, token]) < 0.2
+    engine.close()
 
 
 def in_company(runner: Runner, prompts: list[list[int]], new: int, chunk: int) -> list[list[int]]:

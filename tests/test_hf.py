@@ -154,7 +154,7 @@ def test_conversion_is_keyed_by_content_and_needs_no_torch(folder: Path, tmp_pat
         ({"attention_bias": True}, "attention_bias"),
         ({"quantization_config": {"quant_method": "awq"}}, "take the model in BF16, F16 or F32"),
         ({"num_attention_heads": "3"}, "num_attention_heads must be a positive integer, got '3'"),
-        ({"num_key_value_heads": 2}, "multiple of kv heads"),
+        ({"num_key_value_heads": 3}, "multiple of kv heads"),
     ],
 )
 def test_what_would_answer_nonsense_is_refused_by_key(folder: Path, keys: dict[str, Any], said: str) -> None:
@@ -197,7 +197,7 @@ def test_foreign_tensors_and_shapes_are_refused(folder: Path, tmp_path: Path) ->
 
     tensors = load_file(folder / "model.safetensors")
     save_file(
-        tensors | {"model.layers.0.self_attn.q_proj.bias": torch.zeros(384)}, folder / "model.safetensors"
+        tensors | {"model.layers.0.self_attn.q_proj.bias": torch.zeros(512)}, folder / "model.safetensors"
     )
     with pytest.raises(UserError, match=r"not part of a mistral model.*q_proj\.bias"):
         prepare(folder, "float32", tmp_path / "cache")
@@ -230,6 +230,17 @@ def test_a_tokenizer_that_cannot_be_served_is_refused_at_conversion(folder: Path
 
     Built(models.WordLevel({"a": 0}, "a")).save(str(folder / "tokenizer.json"))
     with pytest.raises(UserError, match="type WordLevel is not supported"):
+        prepare(folder, "float32", tmp_path / "cache")
+
+
+def test_a_tokenizer_of_more_ids_than_the_model_is_refused(folder: Path, tmp_path: Path) -> None:
+    """A prompt with such a token would end the worker's step, and so everybody's."""
+    from tokenizers import Tokenizer as Built
+
+    built = Built.from_file(str(folder / "tokenizer.json"))
+    built.add_special_tokens(["<pad>"])
+    built.save(str(folder / "tokenizer.json"))
+    with pytest.raises(UserError, match="ids up to 132, the embedding table up to 131"):
         prepare(folder, "float32", tmp_path / "cache")
 
 

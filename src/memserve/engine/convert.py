@@ -119,7 +119,15 @@ def save_tokenizer(model: Checkpoint, path: Path) -> None:
     from memserve.engine.tokenizer import Tokenizer
 
     if isinstance(model.tokenizer, Path):
-        Tokenizer.load(model.tokenizer)  # what cannot be served is refused now, not by a Frontend later
+        # What cannot be served is refused now, not by a Frontend when all else has started.
+        ids = Tokenizer.load(model.tokenizer).vocabulary
         shutil.copyfile(model.tokenizer, path)
     else:
-        build_tokenizer(model.tokenizer).save(str(path))
+        built = build_tokenizer(model.tokenizer)
+        ids = built.get_vocab_size()
+        built.save(str(path))
+    if ids > model.spec.vocab:
+        raise UserError(
+            f"{model.path}: the tokenizer has ids up to {ids - 1}, the embedding table up to {model.spec.vocab - 1}: they "
+            "are not of one model; where it is an added token that is too many, take it out of tokenizer.json"
+        )

@@ -49,7 +49,8 @@ class Tokenizer:
         self._split = _alternation(self._specials)
         self._edges = _Edges.of(self._specials)
         self._pieces: dict[int, bytes] = {}
-        self.vocabulary = built.get_vocab_size()
+        # Not the number of tokens: some tokenizers leave ids out.
+        self.vocabulary = 1 + max(built.get_vocab().values(), default=-1)
         """Ids run from 0 to below this."""
         self.bos: tuple[int, ...] = _before_text(built)
         """What this model wants before every prompt: one id, or none."""
