@@ -165,14 +165,25 @@ def test_what_would_answer_nonsense_is_refused_by_key(folder: Path, keys: dict[s
     assert said in str(caught.value) and str(folder / "config.json") in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "generation_config.json"])
+@pytest.mark.parametrize("content", [b"", b"[1]", b"{", b"\xff\xfe", b"[" * 100_000])
+def test_damaged_json_is_a_user_error(folder: Path, name: str, content: bytes) -> None:
+    """A directory copied from a full disk would end in a traceback."""
+    (folder / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name}: not readable as JSON"):
+        read_spec(folder)
+
+
 def test_what_a_directory_lacks_is_named_all_at_once(tmp_path: Path) -> None:
     """The user would repair one thing at a time, and not learn what to do about a pickle or a SentencePiece file."""
     (tmp_path / "tokenizer.model").touch()
     (tmp_path / "pytorch_model.bin").touch()
+    (tmp_path / "m.gguf").touch()
     with pytest.raises(UserError) as caught:
         read_spec(find_model(str(tmp_path)))
     for part in (
         "missing config.json",
+        "m.gguf",
         "AutoTokenizer",
         "model.safetensors.index.json",
         "AutoModelForCausalLM",

@@ -33,7 +33,7 @@ def model_files(folder: Path) -> list[Path]:
     """The files that make the model, weights last. Raises UserError naming every one that is missing."""
     missing = []
     if not (folder / "config.json").is_file():
-        missing.append("config.json")
+        missing.append("config.json" + _gguf_remedy(folder))
     if not (folder / "tokenizer.json").is_file():
         missing.append("tokenizer.json" + _tokenizer_remedy(folder))
     shards = [folder / name for name in _shards(folder)]
@@ -69,6 +69,11 @@ def _shards(folder: Path) -> list[str]:
     return names
 
 
+def _gguf_remedy(folder: Path) -> str:
+    found = sorted(folder.glob("*.gguf"))
+    return f" (to serve a GGUF file in it, name the file: {found[0]})" if found else ""
+
+
 def _tokenizer_remedy(folder: Path) -> str:
     if not (folder / "tokenizer.model").is_file():
         return ""
@@ -95,7 +100,7 @@ def _read(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text("utf-8"))
         if not isinstance(value, dict):
             raise ValueError("expected an object")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON: {error}") from error
     return value
 
@@ -233,8 +238,7 @@ def _texts(folder: Path, config: dict[str, Any]) -> tuple[int | None, tuple[int,
         ends += value if isinstance(value, list) else [value]
     eos = tuple(dict.fromkeys(one for one in ends if isinstance(one, int)))
     bos = ids.get(_content(tokenizer.get("bos_token")), config.get("bos_token_id"))
-    template = folder / "chat_template.jinja"
-    text = template.read_text("utf-8") if template.is_file() else _template(tokenizer.get("chat_template"))
+    text = _written_template(folder / "chat_template.jinja") or _template(tokenizer.get("chat_template"))
     return bos if isinstance(bos, int) else None, eos, text
 
 
@@ -243,15 +247,23 @@ def _added_tokens(folder: Path, tokenizer: dict[str, Any]) -> dict[str, int]:
     if not (_content(tokenizer.get("eos_token")) or _content(tokenizer.get("bos_token"))):
         return {}
     if isinstance(decoder := tokenizer.get("added_tokens_decoder"), dict):
-        return {_content(token): int(id) for id, token in decoder.items()}
-    added = _read(folder / "tokenizer.json").get("added_tokens") or []
-    return {token["content"]: token["id"] for token in added}
+        return {_content(token): int(id) for id, token in decoder.items() if id.isdecimal()}
+    added = _read(folder / "tokenizer.json").get("added_tokens")
+    tokens = [one for one in added if isinstance(one, dict)] if isinstance(added, list) else []
+    return {_content(token): token["id"] for token in tokens if isinstance(token.get("id"), int)}
 
 
 def _content(token: Any) -> str:
     """A token's text: tokenizer_config.json has it bare, or in an object."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else ""
+
+
+def _written_template(path: Path) -> str | None:
+    try:
+        return path.read_text("utf-8") if path.is_file() else None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as text: {error}") from error
 
 
 def _template(value: Any) -> str | None:

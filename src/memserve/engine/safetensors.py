@@ -56,7 +56,7 @@ class Safetensors:
                 header, base = read_header(path)
                 with path.open("rb") as file:
                     mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, RecursionError) as error:
                 raise UserError(f"{path}: cannot be read as a safetensors file: {error}") from error
             for name, entry in header.items():
                 if name == "__metadata__":
