@@ -215,14 +215,15 @@ def test_a_second_up_says_so(demo: Cluster) -> None:
     assert demo.url in second.stderr
 
 
-def test_sigterm_drains_and_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("whole_group", [False, True])
+def test_sigterm_drains_and_leaves_nothing(tmp_path: Path, whole_group: bool) -> None:
     """A stream under way finishes, then every process, socket and file is gone, and the status is 0."""
     cluster = start("colocated.toml", tmp_path)
-    stream = cluster.stream(CAPITAL, 50)
+    stream = cluster.stream(CAPITAL, 150)
     tokens = next(stream)
-    cluster.process.send_signal(signal.SIGTERM)
+    (os.killpg if whole_group else os.kill)(cluster.process.pid, signal.SIGTERM)
     tokens += [token for event in stream for token in event]
-    assert len(tokens) == 50
+    assert len(tokens) == 150
     assert cluster.process.wait(timeout=30) == 0
     assert actor_processes(tmp_path) == []
     assert not place_path(tmp_path).exists()
