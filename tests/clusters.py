@@ -111,7 +111,11 @@ def command(config: str, logs: Path, *settings: str) -> list[str]:
 def start(config: str, logs: Path, *settings: str) -> Cluster:
     """Start and wait until it says where it serves."""
     process = subprocess.Popen(
-        command(config, logs, *settings), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command(config, logs, *settings),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
     said = []
     assert process.stdout is not None

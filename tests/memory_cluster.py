@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 import attrs
 import trio
 
-from memserve.actions import BatchDone, Deliver, RunBatch
+from memserve.actions import BatchDone, Deliver, Kill, RunBatch
 from memserve.actors.frontend import FrontendService
 from memserve.actors.loop import Shell
 from memserve.api.service import GenerationParams
@@ -35,6 +35,8 @@ from memserve.tokens import pack, unpack
 PAGE_TOKENS = 4
 MAX_CONTEXT = 200
 STOP_TOKEN = 1
+PAUSE_S = 12.0
+"""A paused worker wakes after it was declared dead and its leases have ended, and finishes its step."""
 
 
 def next_token(tokens: list[int], seed: int) -> int:
@@ -79,6 +81,7 @@ class Actor:
     shell: Shell
     scope: trio.CancelScope
     core: object
+    paused: bool = False
 
 
 @attrs.define(eq=False)
@@ -111,6 +114,7 @@ class MemoryCluster:
 
     async def _start(self, name: str, link, core, reporting) -> Actor:
         shell = Shell(reporting, link, clock=trio.current_time)
+        shell.perform[Kill] = lambda action: self._fence(action.actor)
         actor = self.actors[name] = Actor(link.actor, shell, trio.CancelScope(), core)
 
         async def live(task_status: trio.TaskStatus[None]) -> None:
@@ -154,6 +158,8 @@ class MemoryCluster:
         async def step(plan: BatchPlan) -> None:
             with trio.CancelScope() as scope:
                 await trio.sleep(self.step_s)
+                if actor.paused:
+                    await trio.sleep(PAUSE_S)
             if not actor.scope.cancel_called and not scope.cancelled_caught:
                 core.check()
                 actor.shell.tell(BatchDone(engine.run(plan)))
@@ -170,6 +176,18 @@ class MemoryCluster:
         service = FrontendService(core, actor.shell)
         actor.shell.perform[Deliver] = service.deliver
         return service
+
+    def _fence(self, actor: ActorId) -> None:
+        """What a shard does to a worker that is held for dead."""
+        found = next((one for one in self.actors.values() if one.id == actor), None)
+        if found is not None:
+            self.kill(actor.rpartition(".")[0])
+
+    def pause(self, name: str) -> None:
+        """SIGSTOP: it hears and says nothing, and its step stays unfinished; wakes only to be found dead."""
+        self.actors[name].paused = True
+        self.bus.unbind(self.actors[name].shell.link)
+        self.actors[name].shell.link.send = lambda to, message: None
 
     def kill(self, name: str) -> None:
         """The process is gone; the supervisor notices at once."""

@@ -152,6 +152,31 @@ async def test_killing_a_worker_costs_no_token(autojump_clock: MockClock, victim
         await baseline(cluster)
 
 
+@pytest.mark.parametrize("announced_by", ["scheduler", "shard"])
+@pytest.mark.parametrize("after", [0.02, 0.1, 0.3])
+async def test_a_paused_worker_writes_to_nobody_elses_pages(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, after, announced_by
+) -> None:
+    """SIGSTOP in the middle of a step, SIGCONT when its pages are another's: it must have been killed by then."""
+    if announced_by == "shard":  # nobody declares it dead: its leases expire
+        monkeypatch.setattr("memserve.scheduling.membership.DEAD_AFTER_S", 100.0)
+    async with memory_cluster(("w0", "both"), ("w1", "both"), pages=40) as (cluster, frontend):
+        results: dict[int, list[int]] = {}
+
+        async def one(i: int) -> None:
+            await trio.sleep(i * 0.7 if i > 3 else 0)
+            results[i] = await generate(frontend, prompt(i, 30), 40)
+
+        async with trio.open_nursery() as nursery:
+            for i in range(30):
+                nursery.start_soon(one, i)
+            await trio.sleep(after)
+            cluster.pause("w0")
+        assert results == {i: reference(prompt(i, 30), 40) for i in range(30)}
+        assert "w0" not in cluster.actors
+        await baseline(cluster)
+
+
 async def test_the_only_worker_dies_and_returns(autojump_clock: MockClock) -> None:
     """Requests wait for the restarted worker instead of failing."""
     async with memory_cluster(*BOTH) as (cluster, frontend), trio.open_nursery() as nursery:

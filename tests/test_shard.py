@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from memserve.actions import Log, Send
+from memserve.actions import Kill, Log, Send
 from memserve.errors import PoolError
 from memserve.mempool.client import ShardCalls
 from memserve.mempool.pool import Pool
@@ -52,8 +52,18 @@ class Shard:
         return self.heard()
 
     def heard(self):
-        """(to, message) of every Send; log events as plain text."""
-        return [(act.to, act.message) if isinstance(act, Send) else act.event for act in self.core.take()]
+        """(to, message) of every Send, every Kill and log event as plain text."""
+        return [_plain(action) for action in self.core.take()]
+
+
+def _plain(action):
+    match action:
+        case Send(to, message):
+            return to, message
+        case Kill(actor):
+            return f"{actor} killed"
+        case Log(_, event):
+            return event
 
 
 def load(actor):
@@ -173,7 +183,7 @@ def test_a_silent_owner_loses_its_leases_on_the_timer():
     assert shard.core.deadline == 9.0
 
     assert shard.wait(4.9) == []
-    assert shard.wait(0.1) == ["lease expired"]
+    assert shard.wait(0.1) == ["p.1 killed", "lease expired"]
     assert shard.core.deadline == math.inf
     assert shard.core.gauges()["pages_free"] == 8
 

@@ -132,10 +132,12 @@ def test_a_client_that_leaves_frees_its_pages(demo: Cluster) -> None:
     ] == "cancelled"
 
 
-@pytest.mark.parametrize("victim", ["d0", "p0"])
-def test_kill_9_costs_no_token(demo: Cluster, victim: str) -> None:
-    """A worker killed in the middle of streams: all of them complete with the tokens of an undisturbed run."""
-    prompts = [[i + 200, *PREFIX[:60], ord(victim[0])] for i in range(4)]
+@pytest.mark.parametrize(
+    ("victim", "how"), [("d0", signal.SIGKILL), ("p0", signal.SIGKILL), ("d0", signal.SIGSTOP)]
+)
+def test_a_lost_worker_costs_no_token(demo: Cluster, victim: str, how: signal.Signals) -> None:
+    """A worker killed or stopped in the middle of streams: all complete with the tokens of an undisturbed run."""
+    prompts = [[i + 200, *PREFIX[:60], ord(victim[0]), how] for i in range(4)]
     done: dict[int, list[int]] = {}
     begun = threading.Barrier(5)
 
@@ -149,7 +151,7 @@ def test_kill_9_costs_no_token(demo: Cluster, victim: str) -> None:
     for thread in threads:
         thread.start()
     begun.wait(30)
-    os.kill(demo.pid(victim), signal.SIGKILL)
+    os.kill(demo.pid(victim), how)
     for thread in threads:
         thread.join(60)
     demo.wait_idle()
@@ -213,14 +215,15 @@ def test_a_second_up_says_so(demo: Cluster) -> None:
     assert demo.url in second.stderr
 
 
-def test_sigterm_drains_and_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("whole_group", [False, True])
+def test_sigterm_drains_and_leaves_nothing(tmp_path: Path, whole_group: bool) -> None:
     """A stream under way finishes, then every process, socket and file is gone, and the status is 0."""
     cluster = start("colocated.toml", tmp_path)
-    stream = cluster.stream(CAPITAL, 50)
+    stream = cluster.stream(CAPITAL, 150)
     tokens = next(stream)
-    cluster.process.send_signal(signal.SIGTERM)
+    (os.killpg if whole_group else os.kill)(cluster.process.pid, signal.SIGTERM)
     tokens += [token for event in stream for token in event]
-    assert len(tokens) == 50
+    assert len(tokens) == 150
     assert cluster.process.wait(timeout=30) == 0
     assert actor_processes(tmp_path) == []
     assert not place_path(tmp_path).exists()

@@ -65,4 +65,12 @@ class Died:
     actor: ActorId
 
 
-Action = Send | Log | Stop | RunBatch | Deliver
+@attrs.frozen
+class Kill:
+    """End a process that was declared dead but may only sleep, before the pages it could still write to are granted anew."""
+
+    actor: ActorId
+    pid: int
+
+
+Action = Send | Log | Stop | RunBatch | Deliver | Kill

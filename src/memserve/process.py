@@ -55,6 +55,8 @@ log = structlog.get_logger()
 
 GONE_GRACE_S = 0.5
 """From the supervisor's death to ``os._exit``, whatever the actor or one of its threads is doing."""
+GROUP_SIGNAL_S = 0.5
+"""Within this time the supervisor has said that it drains the cluster, if it got the same signal."""
 DIED_MESSAGES = 256
 """Announcements kept for a scheduler that is busy. More are dropped: missed heartbeats tell it the same, later."""
 LINE_BYTES_MAX = 64 << 10
@@ -246,7 +248,7 @@ async def _run(context: ActorContext, main: ActorMain) -> None:
     with trio.open_signal_receiver(signal.SIGTERM) as signals:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_stop_when_alone, lifeline, nursery.cancel_scope)
-            nursery.start_soon(_drain_on, signals, lifeline)
+            nursery.start_soon(_drain_on, signals, context)
             await main(context, task_status=_Started(lifeline))
             nursery.cancel_scope.cancel()
 
@@ -270,9 +272,16 @@ def _exit_when_alone(lifeline_fd: int, leave: Callable[[], None]) -> None:
     os._exit(STATUS_CRASHED)
 
 
-async def _drain_on(signals: AsyncIterator[int], lifeline: Lifeline) -> None:
+async def _drain_on(signals: AsyncIterator[int], context: ActorContext) -> None:
+    """SIGTERM to this actor alone drains it; one to the whole group (systemd, timeout) is the supervisor's to answer.
+
+    A shard that drained at once would end under the streams that the supervisor lets finish first.
+    """
     async for _ in signals:
-        lifeline.drain.set()
+        await trio.sleep(GROUP_SIGNAL_S)
+        with contextlib.suppress(PlaceGone):
+            if context.place.read_info()["state"] != "draining":
+                context.lifeline.drain.set()
 
 
 @attrs.frozen

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 
 import attrs
 
-from memserve.actions import Action, Log, Send
+from memserve.actions import Action, Kill, Log, Send
 from memserve.errors import PoolError
 from memserve.mempool.pool import Grant, Pool, Reclaimed
 from memserve.messages import (
@@ -93,6 +93,8 @@ class ShardCore:
     """By (sender, call), the longest waiting first."""
     _memories: dict[ActorId, _Memory] = attrs.field(factory=dict, init=False)
     _actions: list[Action] = attrs.field(factory=list, init=False)
+    _pids: dict[ActorId, int] = attrs.field(factory=dict, init=False)
+    """Processes that report here: the workers that map the arena."""
 
     # ---- verbs ---------------------------------------------------------------------------------------------
 
@@ -108,6 +110,7 @@ class ShardCore:
                 self._call(sender, message, now)
                 self._grant_waiting(now)
             case Load(member):
+                self._pids[member.id] = member.pid
                 self.pool.renew(member.id, now)
             case Gone(actors):
                 self._bury(actors)
@@ -123,6 +126,7 @@ class ShardCore:
         if now < self.pool.deadline:
             return
         for reclaimed in self.pool.expire(now):
+            self._fence(reclaimed.owner)
             self._log_reclaimed("lease expired", reclaimed, self._forget(reclaimed.owner))
         self._grant_waiting(now)
 
@@ -286,8 +290,18 @@ class ShardCore:
         One that comes back after all is heard again, but its old leases are unknown.
         """
         for actor in actors:
+            self._fence(actor)
             reclaimed = self.pool.drop_owner(actor)
             self._log_reclaimed("owner gone", reclaimed, self._forget(actor))
+
+    def _fence(self, owner: ActorId) -> None:
+        """Make sure that an owner never writes to its pages again: it may be stopped in the middle of a step.
+
+        Comes before every grant of what is freed here, because actions are performed in order.
+        """
+        pid = self._pids.pop(owner, None)
+        if pid is not None:
+            self._actions.append(Kill(owner, pid))
 
     def _log_reclaimed(self, event: str, reclaimed: Reclaimed, waited: int) -> None:
         if reclaimed.leases or waited:
