@@ -100,9 +100,9 @@ class NativeStep:
             spec.layers, spec.hidden, spec.intermediate, spec.heads, spec.kv_heads, spec.head_dim,
             spec.vocab, spec.max_context, page_tokens, MAX_ROWS, threads, spec.rms_eps,
         )  # fmt: skip
-        names = [
-            name for name in _LAYER_FIELDS if getattr(spec, _OPTIONAL.get(name, ""), name not in _OPTIONAL)
-        ]
+        # A field that is not named stays a null pointer, which says that the model has no such weight.
+        absent = {name for name, field in _OPTIONAL.items() if not getattr(spec, field, False)}
+        names = [name for name in _LAYER_FIELDS if name not in absent]
         layers = (_Layer * spec.layers)(
             *(_Layer(**{name: self._at(f"{layer}.{name}") for name in names}) for layer in range(spec.layers))
         )

@@ -49,9 +49,14 @@ inline __m512 finish(__m512 a, __m512 b, __m512 c, __m512 d) {
     return _mm512_permutexvar_ps(order, mixed);
 }
 
-// out[m][0..4 Q) for M rows of x and 4 Q rows of w, in place. What lies AHEAD bytes further is prefetched on the way,
-// which doubles the rate: several rows at once are no stream to the hardware's prefetcher, and it stops at every page.
-// Into the second level, because more lines can be under way to it (Zen 4; distances of 8 to 64 KB differ little).
+// What lies AHEAD bytes further is prefetched on the way through weights, which doubles the rate: several rows at once
+// are no stream to the hardware's prefetcher, and it stops at every page. Into the second level, because more lines can
+// be under way to it (Zen 4; distances of 8 to 64 KB differ little).
+inline void prefetch(const bf16* w, long bytes, int lines) {
+    for (int i = 0; i < lines; i++) _mm_prefetch((const char*)w + AHEAD + bytes + i * 64, _MM_HINT_T1);
+}
+
+// out[m][0..4 Q) for M rows of x and 4 Q rows of w, in place.
 template <int Q, int M, bool FETCH>
 inline void in_place(const bf16* w, long K, const bf16* x, float* out, long stride) {
     __m512 sums[Q][M];
@@ -60,8 +65,7 @@ inline void in_place(const bf16* w, long K, const bf16* x, float* out, long stri
     for (long k = 0; k < K; k += 32) {
         __m512bh weights[Q][4];
         for (int q = 0; q < Q; q++) quads(w + 4 * q * K + k, K, weights[q]);
-        for (int r = 0; FETCH && r < 4 * Q; r++)
-            _mm_prefetch((const char*)w + AHEAD + k * 8 * Q + r * 64, _MM_HINT_T1);
+        if (FETCH) prefetch(w, k * 8 * Q, 4 * Q);
         for (int s = 0; s < 4; s++)
             for (int m = 0; m < M; m++) {
                 __m512bh value = eight(x + m * K + k + 8 * s);
@@ -99,31 +103,36 @@ inline void pack(const bf16* w, int groups, long K, bf16* to) {
         for (long k = 0; k < K; k += 32) {
             __m512bh four[4];
             quads(from + k, K, four);
+            prefetch(from, k * 8, 4);
             for (int s = 0; s < 4; s++) _mm512_storeu_si512(to + ((k / 8 + s) * 4 + g) * 32, (__m512i)four[s]);
         }
     }
 }
 
-// Calls run(std::integral_constant) with `rows`, at most TILE.
+// Calls run(first row, std::integral_constant of rows) for all rows, in as few tiles as there can be, of equal sizes.
 template <class F>
-inline void by_rows(int rows, F run) {
-    switch (rows) {
-        case 1: return run(std::integral_constant<int, 1>());
-        case 2: return run(std::integral_constant<int, 2>());
-        case 3: return run(std::integral_constant<int, 3>());
-        case 4: return run(std::integral_constant<int, 4>());
-        case 5: return run(std::integral_constant<int, 5>());
-        default: return run(std::integral_constant<int, 6>());
+inline void tiles(int rows, F run) {
+    int count = (rows + TILE - 1) / TILE;
+    for (int i = 0, m = 0; i < count; i++) {
+        int here = (rows - m + count - i - 1) / (count - i);
+        switch (here) {
+            case 1: run(m, std::integral_constant<int, 1>()); break;
+            case 2: run(m, std::integral_constant<int, 2>()); break;
+            case 3: run(m, std::integral_constant<int, 3>()); break;
+            case 4: run(m, std::integral_constant<int, 4>()); break;
+            case 5: run(m, std::integral_constant<int, 5>()); break;
+            default: run(m, std::integral_constant<int, 6>());
+        }
+        m += here;
     }
 }
 
 template <int Q>
 inline void few_rows(const bf16* w, long K, const bf16* x, int rows, float* out, long stride) {
-    for (int m = 0; m < rows; m += TILE)
-        by_rows(std::min(TILE, rows - m), [&](auto M) {
-            auto run = m == 0 ? in_place<Q, M.value, true> : in_place<Q, M.value, false>;
-            run(w, K, x + m * K, out + m * stride, stride);
-        });
+    tiles(rows, [&](int m, auto M) {
+        auto run = m == 0 ? in_place<Q, M.value, true> : in_place<Q, M.value, false>;
+        run(w, K, x + m * K, out + m * stride, stride);
+    });
 }
 
 // out[m][0..count) = w . x[m] for `count` rows of w (a multiple of 4) and `rows` rows of x, K values each (a multiple
@@ -137,10 +146,9 @@ inline void linear(const bf16* w, int count, long K, const bf16* x, int rows, fl
     }
     for (int n = 0; n < count; n += 16) {
         pack(w + n * K, std::min(4, (count - n) / 4), K, buffer);
-        for (int m = 0; m < rows; m += TILE)
-            by_rows(std::min(TILE, rows - m), [&](auto M) {
-                packed<M.value>(buffer, K, x + m * K, out + m * stride + n, stride, first_lanes(count - n));
-            });
+        tiles(rows, [&](int m, auto M) {
+            packed<M.value>(buffer, K, x + m * K, out + m * stride + n, stride, first_lanes(count - n));
+        });
     }
 }
 
