@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from structlog.testing import capture_logs
 
-from memserve.engine.model import Batch, Llama
+from memserve.engine.model import Batch, Llama, rope_table
 from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.spec import ModelSpec
 from memserve.engine.weights import default_cache_dir, random_weights
@@ -20,7 +21,7 @@ from memserve.kernels.native import NativeStep, NativeUnavailable, load, open_st
 from memserve.tokens import pack, pages_for
 from test_model import GREEDY, prompt, tiny_spec
 
-SHAPES = [(4, 2, 32), (6, 2, 64), (3, 3, 32), (9, 1, 96)]
+SHAPES = [(4, 2, 32), (6, 2, 64), (3, 3, 32), (9, 1, 96), (2, 1, 128), (2, 2, 256), (34, 2, 32)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -71,7 +72,7 @@ class Twin:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("page_tokens", [8, 16, 32])
+@pytest.mark.parametrize("page_tokens", [8, 32, 128])
 def test_logits_are_near_the_reference(shape: tuple[int, int, int], page_tokens: int) -> None:
     """Chunks from nothing, chunks on a cache and decode rows, past one attention part: all must be this model."""
     twin = Twin(native_spec(*shape), page_tokens)
@@ -122,6 +123,155 @@ def test_company_and_threads_change_no_bit() -> None:
         results.append(together)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+def in_chunks(
+    twin: Twin, ids: list[int], cuts: Iterable[int], pages: tuple[int, ...]
+) -> dict[int, torch.Tensor]:
+    """Logits of the last token before each cut."""
+    return {
+        end: twin.native(Row(pack(ids[start:end]), start, pages, GREEDY))[0]
+        for start, end in pairwise([0, *cuts])
+    }
+
+
+@pytest.mark.parametrize("shape", [(6, 2, 64), (9, 1, 96), (5, 5, 32)])
+@pytest.mark.parametrize("page_tokens", [8, 16, 32])
+def test_chunks_change_no_bit(shape: tuple[int, int, int], page_tokens: int) -> None:
+    """A token would depend on how busy the server was when its prompt was cut, or on what was cached."""
+    generator = random.Random(page_tokens)
+    twin = Twin(native_spec(*shape), page_tokens, pages=1000)
+    ids = prompt(600, page_tokens)
+    token_by_token = in_chunks(twin, ids, range(1, 601), twin.pages(600))
+
+    cuttings = [range(size, 601, size) for size in (600, 300, 100, 40, 25, 15, 12, 4)]
+    for cuts in [*cuttings, sorted({*generator.sample(range(1, 600), 9), 600})]:
+        twin.threads = 1 + len(cuts) % 2
+        for end, logits in in_chunks(twin, ids, cuts, twin.pages(600)).items():
+            assert torch.equal(logits, token_by_token[end]), (cuts, end)
+
+
+def test_cache_and_company_of_chunks_change_no_bit() -> None:
+    """A resumed or cached sequence would diverge from the same one served in one go, alone."""
+    twin = Twin(native_spec(6, 2, 64), pages=400)
+    ids, other = prompt(420, 1), prompt(420, 2)
+    whole = in_chunks(twin, ids, [420], twin.pages(420))[420]
+    pages, others = twin.pages(420), twin.pages(420)
+    in_chunks(twin, ids, [7, 160, 320], pages)  # what an earlier request left
+    in_chunks(twin, other, [300], others)
+
+    mixed = twin.native(
+        Row(pack(other[300:333]), 300, others, None),
+        Row(pack(ids[320:420]), 320, pages, GREEDY),
+        Row(pack([5]), 0, twin.pages(1), GREEDY),
+    )
+    assert torch.equal(mixed[0], whole)
+    again = twin.native(Row(pack(ids[419:]), 419, pages, GREEDY))  # as a decode row, over its own K and V
+    assert torch.equal(again[0], whole)
+
+
+def test_steps_beyond_its_buffers_change_no_bit() -> None:
+    """A large step would fail, or give other tokens than the same rows in small steps."""
+    twin = Twin(native_spec(4, 2, 32), pages=400)
+    prompts = [prompt(length, length) for length in (1, 511, 700, 1, 320)]
+    alone = [twin.native(Row(pack(ids), 0, twin.pages(len(ids)), GREEDY)) for ids in prompts]
+    rows = [Row(pack(ids), 0, twin.pages(len(ids)), GREEDY if i else None) for i, ids in enumerate(prompts)]
+
+    assert torch.equal(twin.native(*rows), torch.cat(alone[1:]))
+
+
+def test_what_is_not_there_is_refused() -> None:
+    """A wrong page, token or position would read or write the memory of others."""
+    twin = Twin(native_spec(4, 2, 32), pages=4)
+    for row in (
+        Row(pack([1]), 0, (4,), GREEDY),
+        Row(pack([1]), 0, (-1,), GREEDY),
+        Row(pack([132]), 0, (0,), GREEDY),
+        Row(pack([-1]), 0, (0,), GREEDY),
+        Row(pack([1]), 16, (0,), GREEDY),
+        Row(pack([1]), -1, (0,), GREEDY),
+        Row(pack([1]), 1024, (0,) * 65, GREEDY),
+    ):
+        with pytest.raises(ValueError, match="not there"):
+            twin.native(row)
+    for threads in (0, 99):  # more than it has is fewer, none is one
+        twin.threads = threads
+        assert twin.native(Row(pack([1]), 0, (0,), GREEDY)).isfinite().all()
+
+
+@attrs.frozen
+class Variant(ModelSpec):
+    """A spec that says which optional weights there are."""
+
+    qkv_bias: bool = False
+    qk_norm: bool = False
+
+
+def variant_logits(spec: Variant, weights: dict[str, torch.Tensor], ids: list[int]) -> torch.Tensor:
+    """Logits of every position, float32, written out."""
+    w = {name: tensor.float() for name, tensor in weights.items()}
+    tokens, half, eps = len(ids), spec.head_dim // 2, spec.rms_eps
+    angles = torch.outer(
+        torch.arange(tokens).float(), spec.rope_theta ** (-torch.arange(half).float() * 2 / spec.head_dim)
+    )
+    cosines, sines = angles.cos()[:, None], angles.sin()[:, None]
+
+    def rotated(x: torch.Tensor) -> torch.Tensor:
+        a, b = x[..., :half], x[..., half:]
+        return torch.cat((a * cosines - b * sines, b * cosines + a * sines), -1)
+
+    def normed(x: torch.Tensor, name: str) -> torch.Tensor:
+        return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * w[name]
+
+    x = w["embed"][ids]
+    for layer in range(spec.layers):
+        qkv = normed(x, f"{layer}.attn_norm") @ w[f"{layer}.qkv"].T
+        if spec.qkv_bias:
+            qkv = qkv + w[f"{layer}.qkv_bias"]
+        sizes = [spec.heads, spec.kv_heads, spec.kv_heads]
+        q, k, v = qkv.view(tokens, -1, spec.head_dim).split(sizes, 1)
+        if spec.qk_norm:
+            q, k = normed(q, f"{layer}.q_norm"), normed(k, f"{layer}.k_norm")
+        q, k, v = (
+            part.repeat_interleave(spec.heads // part.shape[1], 1).transpose(0, 1)
+            for part in (rotated(q), rotated(k), v)
+        )
+        scores = q @ k.transpose(1, 2) / spec.head_dim**0.5
+        hidden = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
+        attended = scores.masked_fill(hidden, float("-inf")).softmax(-1) @ v
+        x = x + attended.transpose(0, 1).reshape(tokens, -1) @ w[f"{layer}.o"].T
+        gate, up = (normed(x, f"{layer}.mlp_norm") @ w[f"{layer}.gate_up"].T).chunk(2, -1)
+        x = x + (gate * gate.sigmoid() * up) @ w[f"{layer}.down"].T
+    return normed(x, "norm") @ w.get("head", w["embed"]).T
+
+
+@pytest.mark.parametrize(
+    ("qkv_bias", "qk_norm"), [(False, False), (True, False), (False, True), (True, True)]
+)
+@pytest.mark.parametrize("shape", [(4, 2, 64), (2, 1, 256), (18, 1, 32)])
+def test_families_are_near_float32(shape: tuple[int, int, int], qkv_bias: bool, qk_norm: bool) -> None:
+    """Qwen2's biases and Qwen3's norms of q and k must be applied, in the right order, to the right heads."""
+    plain = native_spec(*shape)
+    spec = Variant(**attrs.asdict(plain) | {"qkv_bias": qkv_bias, "qk_norm": qk_norm})
+    weights = random_weights(spec, "bfloat16", 1)
+    generator = torch.Generator().manual_seed(2)
+    for layer in range(spec.layers):
+        width = (spec.heads + 2 * spec.kv_heads) * spec.head_dim
+        if qkv_bias:
+            weights[f"{layer}.qkv_bias"] = torch.randn(width, generator=generator)
+        if qk_norm:
+            for name in ("q_norm", "k_norm"):
+                weights[f"{layer}.{name}"] = 1 + 0.5 * torch.randn(spec.head_dim, generator=generator)
+    step = open_step(spec, weights, rope_table(spec), 16, 2, default_cache_dir())
+    assert step is not None
+    ids, arena = prompt(40, 5), torch.full((3, *spec.page_shape(16)), float("nan"), dtype=torch.bfloat16)
+    found = [
+        step.forward(BatchPlan((Row(pack(ids[start:end]), start, (2, 0, 1), GREEDY),)), arena, 2)[0]
+        for start, end in pairwise([0, 30, *range(31, 41)])
+    ]
+    expected = variant_logits(spec, weights, ids)[29:]
+    errors = (torch.stack(found) - expected).norm(dim=1) / expected.norm(dim=1)
+    assert float(errors.max()) < 0.03, errors
 
 
 def test_thread_counts_may_change_from_step_to_step() -> None:

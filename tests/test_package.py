@@ -34,7 +34,7 @@ def test_the_wheel_holds_every_module_configuration_and_kernel(wheel):
     package = ROOT / "src" / "memserve"
     wanted = {
         f"memserve/{path.relative_to(package)}"
-        for kind in ("*.py", "*.cpp", "*.h")
+        for kind in ("*.py", "*.cpp", "*.hpp")
         for path in package.rglob(kind)
     }
     wanted |= {f"memserve/configs/{path.name}" for path in (ROOT / "configs").glob("*.toml")}

@@ -76,9 +76,7 @@ class CpuEngine:
 
     def warm_up(self) -> None:
         """Run a chunk and a decode row on pages of their own, so that the first request finds everything loaded."""
-        length = min(
-            2 * MAX_ROWS, self._spec.max_context - 1
-        )  # too many tokens for the native step: torch warms too
+        length = min(2 * MAX_ROWS, self._spec.max_context - 1)  # twice what the native step takes at once
         pages = tuple(range(pages_for(length + 1, self._page_tokens)))
         scratch = torch.zeros(len(pages), *self._spec.page_shape(self._page_tokens), dtype=self._dtype)
         attention = CpuAttention(scratch, self._spec.heads)
@@ -114,7 +112,7 @@ class CpuEngine:
         assert self._model is not None, "the engine is closed"
         wanted = [row for row in plan.rows if row.sample is not None]
         with torch.inference_mode():
-            if self._native is not None and sum(count(row.tokens) for row in plan.rows) <= MAX_ROWS:
+            if self._native is not None:
                 logits = self._native.forward(plan, arena, threads)
             else:
                 logits = self._model.forward(Batch.of(plan), attention.plan(plan), attention)

@@ -1,6 +1,6 @@
-"""The native step: ``step.cpp``, built on the machine it runs on, called through ctypes.
+"""The native step: ``step.cpp`` and its headers, built on the machine it runs on, called through ctypes.
 
-Built at the first start, in about 4 s, into the user's cache, keyed by source and compiler; without a compiler or
+Built at the first start, in about 4 s, into the user's cache, keyed by sources and compiler; without a compiler or
 the instructions, ``open_step`` says so once in the log and the engine runs on torch alone: right, but slower.
 """
 
@@ -11,31 +11,37 @@ import fcntl
 import hashlib
 import os
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from ctypes import POINTER, Structure, byref, c_float, c_int32, c_void_p
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
 
+import attrs
 import numpy as np
 import structlog
 import torch
 from numpy.typing import NDArray
 
-from memserve.engine.plans import BatchPlan
+from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.spec import ModelSpec
-from memserve.tokens import count
+from memserve.tokens import count, span
 
 MAX_ROWS = 512
-"""Tokens of a step that its buffers hold; a larger step runs on torch, at about half the rate."""
+"""Tokens that its buffers hold; a larger step runs in several, with the same results."""
 
 _SOURCE = Path(__file__).with_name("step.cpp")
+SOURCES = sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".cpp", ".hpp"))
 _INSTRUCTIONS = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "fma")
-_FLAGS = (
-    *("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread"),
+FLAGS = (
+    # No contraction: whether a product and a sum are rounded once or twice must not depend on what is inlined where.
+    *("-std=c++17", "-pthread", "-ffp-contract=off"),
     *(f"-m{name.replace('_', '')}" for name in _INSTRUCTIONS),
 )
+"""What every build of the sources needs, that of the tests' driver too."""
+_LIBRARY_FLAGS = ("-O3", "-shared", "-fPIC", *FLAGS)
 _BUILD_S_MAX = 120
+_NO_MEMORY = 2
 
 log = structlog.get_logger()
 
@@ -47,12 +53,16 @@ class NativeUnavailable(Exception):
 class _Config(Structure):
     _fields_ = [
         *((name, c_int32) for name in ("layers", "hidden", "intermediate", "heads", "kv_heads", "head_dim")),
-        *((name, c_int32) for name in ("vocab", "page_tokens", "max_rows", "max_threads")),
+        *((name, c_int32) for name in ("vocab", "max_context", "page_tokens", "max_rows", "max_threads")),
         ("rms_eps", c_float),
     ]
 
 
-_LAYER_FIELDS = ("attn_norm", "qkv", "o", "mlp_norm", "gate_up", "down")
+_LAYER_FIELDS = (
+    "attn_norm", "qkv", "qkv_bias", "q_norm", "k_norm", "o", "mlp_norm", "gate_up", "down",
+)  # fmt: skip
+_OPTIONAL = {"qkv_bias": "qkv_bias", "q_norm": "qk_norm", "k_norm": "qk_norm"}
+"""Weights that only some models have, with the field of the spec that says so."""
 
 
 class _Layer(Structure):
@@ -61,7 +71,7 @@ class _Layer(Structure):
 
 class _Batch(Structure):
     _fields_ = [
-        *((name, c_int32) for name in ("rows", "wanted", "threads")),
+        *((name, c_int32) for name in ("rows", "wanted", "threads", "pages", "tables_length")),
         *(
             (name, c_void_p)
             for name in ("ids", "positions", "tables", "table_at", "wanted_at", "arena", "logits")
@@ -88,13 +98,13 @@ class NativeStep:
         self._rope = [table[:, :half].contiguous() for table in rope]
         config = _Config(
             spec.layers, spec.hidden, spec.intermediate, spec.heads, spec.kv_heads, spec.head_dim,
-            spec.vocab, page_tokens, MAX_ROWS, threads, spec.rms_eps,
+            spec.vocab, spec.max_context, page_tokens, MAX_ROWS, threads, spec.rms_eps,
         )  # fmt: skip
+        # A field that is not named stays a null pointer, which says that the model has no such weight.
+        absent = {name for name, field in _OPTIONAL.items() if not getattr(spec, field, False)}
+        names = [name for name in _LAYER_FIELDS if name not in absent]
         layers = (_Layer * spec.layers)(
-            *(
-                _Layer(*(self._at(f"{layer}.{name}") for name in _LAYER_FIELDS))
-                for layer in range(spec.layers)
-            )
+            *(_Layer(**{name: self._at(f"{layer}.{name}") for name in names}) for layer in range(spec.layers))
         )
         head = "embed" if spec.tied_embeddings else "head"
         tables = [table.data_ptr() for table in self._rope]
@@ -102,40 +112,51 @@ class NativeStep:
             byref(config), layers, self._at("embed"), self._at(head), self._at("norm"), *tables
         )
         if not self._engine:
-            raise NativeUnavailable("no memory or no threads")
+            raise NativeUnavailable("no memory, no threads, or more than 255 of them")
 
     def forward(self, plan: BatchPlan, arena: torch.Tensor, threads: int) -> torch.Tensor:
-        """As ``Llama.forward``: logits (wanted rows, vocab) float32. ``plan`` is checked and has few tokens."""
-        lengths = [count(row.tokens) for row in plan.rows]
-        if sum(lengths) > MAX_ROWS:  # its buffers end there
-            raise ValueError(f"{sum(lengths)} tokens in a step of at most {MAX_ROWS} tokens")
-        starts = np.repeat(
-            [row.start - end for row, end in zip(plan.rows, _before(lengths), strict=True)], lengths
-        )
-        positions = (starts + np.arange(sum(lengths))).astype(np.int32)
-        tables = [row.pages for row in plan.rows]
-        ends = list(accumulate(lengths))
+        """As ``Llama.forward``: logits (wanted rows, vocab) float32.
+
+        Raises ValueError, computing nothing more, for a plan that reaches out of the arena or the model.
+        """
         logits = torch.empty(sum(row.sample is not None for row in plan.rows), self._vocab)
+        done = 0
+        for rows in _pieces(plan.rows):
+            wanted = sum(row.sample is not None for row in rows)
+            self._run(rows, arena, logits[done : done + wanted], threads)
+            done += wanted
+        return logits
+
+    def _run(self, rows: Sequence[Row], arena: torch.Tensor, logits: torch.Tensor, threads: int) -> None:
+        """One call: at most ``MAX_ROWS`` tokens."""
+        lengths = [count(row.tokens) for row in rows]
+        starts = [row.start - before for row, before in zip(rows, _before(lengths), strict=True)]
+        tables = [row.pages for row in rows]
+        ends = zip(rows, accumulate(lengths), strict=True)
         arrays: list[NDArray[np.int32]] = [
-            np.frombuffer(b"".join(row.tokens for row in plan.rows), np.int32),
-            positions,
+            np.frombuffer(b"".join(row.tokens for row in rows), np.int32),
+            (np.repeat(starts, lengths) + np.arange(sum(lengths))).astype(np.int32),
             np.concatenate(tables).astype(np.int32),
             np.repeat(_before([len(table) for table in tables]), lengths).astype(np.int32),
-            np.array(
-                [end - 1 for row, end in zip(plan.rows, ends, strict=True) if row.sample is not None],
-                np.int32,
-            ),
+            np.array([end - 1 for row, end in ends if row.sample is not None], np.int32),
         ]
         batch = _Batch(
-            ends[-1],
+            sum(lengths),
             len(logits),
-            min(threads, self._threads),
+            max(1, min(threads, self._threads)),
+            len(arena),
+            sum(len(table) for table in tables),
             *(array.ctypes.data for array in arrays),
             arena.data_ptr(),
             logits.data_ptr(),
         )
-        self._library.ms_step(self._engine, byref(batch))
-        return logits
+        refused = self._library.ms_step(self._engine, byref(batch))
+        if refused == _NO_MEMORY:
+            raise MemoryError("the native step")
+        if refused:
+            raise ValueError(
+                f"a step of rows, token ids, positions or pages that are not there: {_outline(rows)}"
+            )
 
     def close(self) -> None:
         """End its threads."""
@@ -147,6 +168,30 @@ class NativeStep:
         tensor = self._weights[name]
         assert tensor.is_contiguous(), name
         return tensor.data_ptr()
+
+
+def _pieces(rows: Sequence[Row]) -> Iterator[list[Row]]:
+    """The rows in order, long ones cut, in pieces of at most ``MAX_ROWS`` tokens."""
+    piece: list[Row] = []
+    room = MAX_ROWS
+    for row in rows:
+        start, tokens = 0, count(row.tokens)
+        while tokens - start > room:
+            part = span(row.tokens, start, start + room)
+            yield [*piece, attrs.evolve(row, tokens=part, start=row.start + start, sample=None)]
+            start += room
+            piece, room = [], MAX_ROWS
+        piece.append(attrs.evolve(row, tokens=span(row.tokens, start, tokens), start=row.start + start))
+        room -= tokens - start
+        if not room:
+            yield piece
+            piece, room = [], MAX_ROWS
+    if piece:
+        yield piece
+
+
+def _outline(rows: Sequence[Row]) -> str:
+    return ", ".join(f"{count(row.tokens)} tokens at {row.start} on pages {row.pages}" for row in rows)
 
 
 def _before(lengths: Sequence[int]) -> list[int]:
@@ -183,8 +228,6 @@ def _check_model(spec: ModelSpec, dtype: torch.dtype) -> None:
         raise NativeUnavailable(
             f"widths {widths} must be multiples of 32, heads at most 256, {spec.vocab} of 4"
         )
-    if spec.heads // spec.kv_heads > 16:
-        raise NativeUnavailable(f"{spec.heads} heads on {spec.kv_heads} kv heads; at most 16 may share one")
 
 
 @cache
@@ -199,7 +242,8 @@ def load(cache_dir: Path) -> ctypes.CDLL:
         raise NativeUnavailable(str(error)) from error
     library.ms_open.restype = c_void_p
     library.ms_open.argtypes = [POINTER(_Config), POINTER(_Layer), *[c_void_p] * 5]
-    library.ms_step.restype = library.ms_close.restype = None
+    library.ms_step.restype = c_int32
+    library.ms_close.restype = None
     library.ms_step.argtypes = [c_void_p, POINTER(_Batch)]
     library.ms_close.argtypes = [c_void_p]
     return library
@@ -219,7 +263,8 @@ def _build(cache_dir: Path) -> Path:
         version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=20).stdout
     except (OSError, subprocess.SubprocessError) as error:
         raise NativeUnavailable(f"no C++ compiler: {error}") from error
-    key = hashlib.sha256(_SOURCE.read_bytes() + version + " ".join(_FLAGS).encode()).hexdigest()[:16]
+    sources = b"".join(path.read_bytes() for path in SOURCES)
+    key = hashlib.sha256(sources + version + " ".join(_LIBRARY_FLAGS).encode()).hexdigest()[:16]
     folder = cache_dir / "native"
     library = folder / f"step-{key}.so"
     folder.mkdir(parents=True, exist_ok=True)
@@ -228,7 +273,7 @@ def _build(cache_dir: Path) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
             partial = library.with_suffix(".partial")
-            command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(partial)]
+            command = [compiler, *_LIBRARY_FLAGS, str(_SOURCE), "-o", str(partial)]
             built = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_S_MAX, check=False)
             if built.returncode:
                 raise NativeUnavailable(f"{compiler} failed: {built.stderr[-500:]}")

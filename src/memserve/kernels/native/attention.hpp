@@ -1,0 +1,190 @@
+// Attention of a few queries to one part of a sequence: PART positions, or fewer at its end.
+//
+// All queries of a kv head go through the same code, be they one decode row's or a chunk's. K is rearranged to columns
+// and V to pairs of tokens, so that scores and outputs are matrix products without sums across a vector. Each value is
+// one sum in one order (along head_dim, along the tokens), whichever queries are beside it; what is padded adds zeros.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "vectors.hpp"
+
+namespace {
+
+constexpr int PART = 256;       // positions of one attention task: a multiple of STRIP
+constexpr int STRIP = 64;       // columns that are worked on together
+constexpr int QUERIES = 6;      // queries that are worked on together: with a strip 24 accumulators
+constexpr int KEYS_AHEAD = 32;  // tokens
+
+// One thread's memory for it.
+struct Attention {
+    Buffer<int32_t> keys;    // (PART / STRIP, head_dim / 2, STRIP): pairs of values along head_dim
+    Buffer<int32_t> values;  // (head_dim up to a multiple of STRIP / STRIP, PART / 2, STRIP): pairs of tokens
+    Buffer<float> scores;    // (QUERIES, PART)
+    Buffer<bf16> weights;    // (QUERIES, PART)
+
+    void resize(int head_dim) {
+        keys.resize((size_t)head_dim / 2 * PART);
+        values.resize((size_t)(head_dim + STRIP - 1) / STRIP * STRIP * PART / 2);
+        scores.resize(QUERIES * PART);
+        weights.resize(QUERIES * PART);
+    }
+};
+
+// One query's part in a task: to `count` positions. `out`: (2 + head_dim,): maximum, sum of weights, weighted V.
+struct Query {
+    const bf16* q;
+    int count;
+    float* out;
+};
+
+inline int whole_strips(int count) { return (count + STRIP - 1) / STRIP * STRIP; }
+
+// 16 rows of 16 32-bit values, transposed to rows of a strip. Rows of null are zeros.
+inline void transpose(const bf16* const* rows, int d, int32_t* to) {
+    __m512i a[16], b[16];
+    for (int i = 0; i < 16; i++) a[i] = rows[i] ? _mm512_loadu_si512(rows[i] + d) : _mm512_setzero_si512();
+    for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + 2 + j]);
+            a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + 2 + j]);
+        }
+    for (int i = 0; i < 4; i++) {
+        b[i] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
+        b[i + 4] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
+        b[i + 8] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
+        b[i + 12] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; i++) {
+        _mm512_storeu_si512(to + i * STRIP, _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88));
+        _mm512_storeu_si512(to + (i + 8) * STRIP, _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
+        _mm512_storeu_si512(to + (i + 4) * STRIP, _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0x88));
+        _mm512_storeu_si512(to + (i + 12) * STRIP, _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0xdd));
+    }
+}
+
+// keys[i]: the K of token i, `to_value` values before its V. Tokens may lie anywhere: their V, needed next, and the K
+// some tokens ahead are prefetched.
+inline void rearrange_keys(const bf16* const* keys, int count, int head_dim, long to_value, Attention& mine) {
+    for (int t = 0; t < whole_strips(count); t += 16) {
+        const bf16* rows[16];
+        for (int i = 0; i < 16; i++) {
+            rows[i] = t + i < count ? keys[t + i] : nullptr;
+            if (!rows[i]) continue;
+            const bf16* ahead = keys[std::min(t + i + KEYS_AHEAD, count - 1)];
+            for (int d = 0; d < head_dim; d += 32) {
+                _mm_prefetch((const char*)(rows[i] + to_value + d), _MM_HINT_T1);
+                _mm_prefetch((const char*)(ahead + d), _MM_HINT_T1);
+            }
+        }
+        int32_t* to = &mine.keys[(size_t)t / STRIP * STRIP * (head_dim / 2) + t % STRIP];
+        for (int d = 0; d < head_dim; d += 32) transpose(rows, d, to + d / 2 * STRIP);
+    }
+}
+
+// Indices for permutex2var that pair value i of one vector with value i of another, from value `start` on.
+inline __m512i interleaved(int start) {
+    alignas(64) int16_t index[32];
+    for (int i = 0; i < 32; i++) index[i] = (int16_t)(start + i / 2 + (i % 2 ? 32 : 0));
+    return _mm512_load_si512(index);
+}
+
+inline void rearrange_values(const bf16* const* keys, int count, int head_dim, long to_value, Attention& mine) {
+    const __m512i low = interleaved(0), high = interleaved(16), zero = _mm512_setzero_si512();
+    for (int t = 0; t < whole_strips(count); t += 2)
+        for (int d = 0; d < head_dim; d += 32) {
+            __m512i a = t < count ? _mm512_loadu_si512(keys[t] + to_value + d) : zero;
+            __m512i b = t + 1 < count ? _mm512_loadu_si512(keys[t + 1] + to_value + d) : zero;
+            int32_t* to = &mine.values[((size_t)d / STRIP * (PART / 2) + t / 2) * STRIP + d % STRIP];
+            _mm512_storeu_si512(to, _mm512_permutex2var_epi16(a, low, b));
+            _mm512_storeu_si512(to + 16, _mm512_permutex2var_epi16(a, high, b));
+        }
+}
+
+// out[n][0..STRIP) = sum over k < count of the pair x[n][k] times the pairs of strip row k, for N rows of x. Stores
+// `width` of them.
+template <int N>
+inline void outer(const bf16* const* x, const int32_t* strip, int count, float* const* out, int width) {
+    __m512 sums[N][4];
+    for (auto& row : sums)
+        for (auto& sum : row) sum = _mm512_setzero_ps();
+    for (int k = 0; k < count; k++, strip += STRIP) {
+        __m512bh columns[4] = {load(strip), load(strip + 16), load(strip + 32), load(strip + 48)};
+        for (int n = 0; n < N; n++) {
+            int32_t pair;
+            std::memcpy(&pair, x[n] + 2 * k, sizeof pair);
+            __m512bh value = (__m512bh)_mm512_set1_epi32(pair);
+            for (int j = 0; j < 4; j++) sums[n][j] = _mm512_dpbf16_ps(sums[n][j], value, columns[j]);
+        }
+    }
+    for (int n = 0; n < N; n++)
+        for (int j = 0; j < width / 16; j++) _mm512_storeu_ps(out[n] + 16 * j, sums[n][j]);
+}
+
+// Scores of `count` positions to bfloat16 weights 2^(factor (score - maximum)), zeros up to `padded`; out[0] becomes
+// the maximum times factor, out[1] the sum of weights.
+inline void softmax(const float* scores, int count, int padded, float factor, float* out, bf16* weights) {
+    const __m512 least = _mm512_set1_ps(-INFINITY), scale = _mm512_set1_ps(factor);
+    __m512 most = least, sum = _mm512_setzero_ps();
+    for (int i = 0; i < count; i += 16)
+        most = _mm512_max_ps(most, _mm512_mask_loadu_ps(least, first_lanes(count - i), scores + i));
+    out[0] = factor * _mm512_reduce_max_ps(most);
+    const __m512 maximum = _mm512_set1_ps(out[0]);
+    int i = 0;
+    for (; i < count; i += 16) {
+        __m512 shifted = _mm512_fmsub_ps(_mm512_loadu_ps(scores + i), scale, maximum);
+        __m512 weight = _mm512_maskz_mov_ps(first_lanes(count - i), power_of_two(shifted));
+        narrow(weights + i, weight);
+        sum = _mm512_add_ps(sum, weight);
+    }
+    for (; i < padded; i += 16) narrow(weights + i, _mm512_setzero_ps());
+    out[1] = _mm512_reduce_add_ps(sum);
+}
+
+// N queries against the rearranged part.
+template <int N>
+inline void attend_queries(const Query* queries, int padded, int head_dim, Attention& mine) {
+    const bf16 *x[N], *weights[N];
+    for (int n = 0; n < N; n++) x[n] = queries[n].q, weights[n] = &mine.weights[n * PART];
+    float* to[N];
+    for (int t = 0; t < padded; t += STRIP) {
+        for (int n = 0; n < N; n++) to[n] = &mine.scores[n * PART + t];
+        outer<N>(x, &mine.keys[(size_t)t * (head_dim / 2)], head_dim / 2, to, STRIP);
+    }
+    float factor = 1.44269504f / std::sqrt((float)head_dim);
+    for (int n = 0; n < N; n++)
+        softmax(&mine.scores[n * PART], queries[n].count, padded, factor, queries[n].out, &mine.weights[n * PART]);
+    for (int d = 0; d < head_dim; d += STRIP) {
+        for (int n = 0; n < N; n++) to[n] = queries[n].out + 2 + d;
+        outer<N>(weights, &mine.values[(size_t)d * (PART / 2)], padded / 2, to, std::min(STRIP, head_dim - d));
+    }
+}
+
+// `queries` against the tokens whose K is at keys[0..count). No query's count is above `count`; each is at least one.
+inline void attend(const Query* queries, int number, const bf16* const* keys, int count, int head_dim, long to_value,
+                   Attention& mine) {
+    rearrange_keys(keys, count, head_dim, to_value, mine);
+    rearrange_values(keys, count, head_dim, to_value, mine);
+    for (int n = 0; n < number; n += QUERIES) {
+        int most = 0, here = std::min(QUERIES, number - n);
+        for (int i = n; i < n + here; i++) most = std::max(most, queries[i].count);
+        int padded = whole_strips(most);
+        switch (here) {
+            case 1: attend_queries<1>(queries + n, padded, head_dim, mine); break;
+            case 2: attend_queries<2>(queries + n, padded, head_dim, mine); break;
+            case 3: attend_queries<3>(queries + n, padded, head_dim, mine); break;
+            case 4: attend_queries<4>(queries + n, padded, head_dim, mine); break;
+            case 5: attend_queries<5>(queries + n, padded, head_dim, mine); break;
+            default: attend_queries<6>(queries + n, padded, head_dim, mine); break;
+        }
+    }
+}
+
+}  // namespace

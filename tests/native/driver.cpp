@@ -1,0 +1,103 @@
+// Steps of a tiny random model, in a program of its own so that a sanitizer sees all of it: chunks, decode rows and both
+// together, on changing threads and scattered pages. Ends with 1 when a token's logits depend on how it was computed,
+// or when a bad batch is taken.
+
+#include "step.cpp"
+
+#include <cstdio>
+#include <random>
+
+namespace {
+
+constexpr int LAYERS = 2, HIDDEN = 64, INNER = 96, HEADS = 6, KV_HEADS = 2, HEAD = 32, VOCAB = 132, CONTEXT = 320;
+constexpr int PAGE = 8, PAGES = 2 * CONTEXT / PAGE, MAX_ROWS = 64, THREADS = 3, TOKENS = 300;
+
+std::mt19937 random_numbers(1);
+
+std::vector<bf16> matrix(size_t size) {
+    std::vector<bf16> values(size);
+    for (auto& value : values) {
+        float number = std::uniform_real_distribution<float>(-0.2f, 0.2f)(random_numbers);
+        uint32_t bits;
+        std::memcpy(&bits, &number, sizeof bits);
+        value = (bf16)(bits >> 16);
+    }
+    return values;
+}
+
+struct Model {
+    std::vector<bf16> embed = matrix(VOCAB * HIDDEN), qkv = matrix((HEADS + 2 * KV_HEADS) * HEAD * HIDDEN),
+                      o = matrix(HIDDEN * HEADS * HEAD), gate_up = matrix(2 * INNER * HIDDEN),
+                      down = matrix(HIDDEN * INNER);
+    std::vector<float> norm = std::vector<float>(HIDDEN, 1.1f), head_norm = std::vector<float>(HEAD, 0.9f),
+                       bias = std::vector<float>((HEADS + 2 * KV_HEADS) * HEAD, 0.05f),
+                       cosines = std::vector<float>(CONTEXT * HEAD / 2, 0.8f),
+                       sines = std::vector<float>(CONTEXT * HEAD / 2, 0.6f);
+    std::vector<bf16> arena = std::vector<bf16>((size_t)PAGES * LAYERS * 2 * KV_HEADS * PAGE * HEAD, 0x7fc0);  // NaN
+    std::vector<int32_t> tables = std::vector<int32_t>(PAGES), ids = std::vector<int32_t>(TOKENS);
+    Engine* engine = nullptr;
+
+    Model() {
+        for (int i = 0; i < PAGES; i++) tables[i] = i * 37 % PAGES;
+        for (int i = 0; i < TOKENS; i++) ids[i] = i * 29 % VOCAB;
+        ms_config config = {LAYERS, HIDDEN, INNER, HEADS, KV_HEADS, HEAD, VOCAB, CONTEXT, PAGE, MAX_ROWS, THREADS, 1e-5f};
+        ms_layer layer = {norm.data(), qkv.data(), bias.data(), head_norm.data(), head_norm.data(),
+                          o.data(),    norm.data(), gate_up.data(), down.data()};
+        std::vector<ms_layer> layers(LAYERS, layer);
+        engine = ms_open(&config, layers.data(), embed.data(), embed.data(), norm.data(), cosines.data(), sines.data());
+    }
+    ~Model() { ms_close(engine); }
+
+    // Tokens `start` to `end` of sequence 0, and in the same step token `other`, if any, of sequence 1, which has the
+    // same ids. Logits of the last of each.
+    int step(int start, int end, int other, int threads, std::vector<float>& logits) {
+        std::vector<int32_t> tokens, positions, table_at, wanted;
+        auto row = [&](int position, int sequence) {
+            tokens.push_back(ids[position]), positions.push_back(position), table_at.push_back(sequence * PAGES / 2);
+        };
+        for (int position = start; position < end; position++) row(position, 0);
+        wanted.push_back((int)tokens.size() - 1);
+        if (other >= 0) row(other, 1), wanted.push_back((int)tokens.size() - 1);
+        logits.resize(wanted.size() * VOCAB);
+        ms_batch batch = {(int)tokens.size(), (int)wanted.size(), threads, PAGES, PAGES, tokens.data(), positions.data(),
+                          tables.data(), table_at.data(), wanted.data(), arena.data(), logits.data()};
+        return ms_step(engine, &batch);
+    }
+};
+
+bool refuses_what_is_not_there() {
+    Model model;
+    std::vector<float> logits;
+    bool taken = !model.step(0, MAX_ROWS + 1, -1, 1, logits) || !model.step(0, 1, -1, THREADS + 1, logits) ||
+                 !model.step(0, 1, -1, 0, logits);
+    model.ids[0] = VOCAB;
+    taken |= !model.step(0, 1, -1, 1, logits);
+    model.ids[0] = 0, model.tables[3] = PAGES;
+    return !taken && model.step(0, 1, -1, 1, logits);
+}
+
+// Sequence 0 in chunks, sequence 1 token by token beside it; then whether both gave the same logits.
+bool agrees() {
+    Model model;
+    std::vector<float> logits;
+    std::vector<std::vector<float>> alone(TOKENS), chunked(TOKENS);
+    int start = 0, token = 0, failed = 0;
+    for (int turn = 0; token < TOKENS; turn++) {
+        if (start == TOKENS) start--;  // its last token again, over its own K and V
+        int end = std::min(TOKENS, start + 1 + turn * 13 % 63);
+        failed |= model.step(start, end, token, 1 + turn % THREADS, logits);
+        chunked[end - 1].assign(logits.begin(), logits.begin() + VOCAB);
+        alone[token++].assign(logits.begin() + VOCAB, logits.end());
+        start = end;
+    }
+    for (int i = 0; i < TOKENS; i++) failed |= !chunked[i].empty() && chunked[i] != alone[i];
+    return !failed;
+}
+
+}  // namespace
+
+int main() {
+    if (!refuses_what_is_not_there()) return std::puts("a bad batch was taken"), 1;
+    if (!agrees()) return std::puts("logits depend on how a token was computed"), 1;
+    return 0;
+}

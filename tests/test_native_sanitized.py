@@ -1,0 +1,40 @@
+"""The native step's C++ under the compiler's sanitizers, in a program of its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from memserve.engine.weights import default_cache_dir
+from memserve.kernels.native import FLAGS, SOURCES, NativeUnavailable, load
+
+DRIVER = Path(__file__).parent / "native" / "driver.cpp"
+
+
+@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+def test_steps_are_clean(sanitizer: str, tmp_path: Path) -> None:
+    """A read past a buffer, undefined behaviour or a race would corrupt other requests, rarely and unexplained."""
+    try:
+        load(default_cache_dir())
+    except NativeUnavailable as reason:
+        pytest.skip(f"no native step here: {reason}")
+    compiler, flag = os.environ.get("CXX", "g++"), f"-fsanitize={sanitizer}"
+    (tmp_path / "empty.cpp").write_text("int main() { return 0; }\n")
+    if not shutil.which(compiler) or _run(
+        compiler, flag, str(tmp_path / "empty.cpp"), "-o", str(tmp_path / "empty")
+    ):
+        pytest.skip(f"{compiler} has no {sanitizer} sanitizer here")
+    program = str(tmp_path / "driver")
+    build = ("-O1", "-g", "-fno-sanitize-recover=all", flag, *FLAGS, f"-I{SOURCES[0].parent}", str(DRIVER))
+    assert not (output := _run(compiler, *build, "-o", program)), output
+    assert not (output := _run(program)), output
+
+
+def _run(*command: str) -> str:
+    """What it said, when it failed."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return (done.stdout + done.stderr or f"exit status {done.returncode}") if done.returncode else ""
