@@ -221,8 +221,6 @@ def open_step(
 def _check_model(spec: ModelSpec, dtype: torch.dtype) -> None:
     if dtype != torch.bfloat16:
         raise NativeUnavailable(f"it computes in bfloat16, the model is {dtype}")
-    if spec.qkv_bias or spec.qk_norm:
-        raise NativeUnavailable(f"the biases or q and k norms of {spec.architecture} are not in it")
     widths = (spec.hidden, spec.intermediate, spec.head_dim)
     if any(width % 32 for width in widths) or spec.head_dim > 256 or spec.vocab % 4:
         raise NativeUnavailable(
