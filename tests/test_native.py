@@ -17,7 +17,8 @@ from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.spec import ModelSpec
 from memserve.engine.weights import default_cache_dir, random_weights
 from memserve.kernels.cpu import CpuAttention
-from memserve.kernels.native import NativeStep, NativeUnavailable, load, open_step
+from memserve.kernels.native import NativeStep, load, open_step
+from memserve.kernels.native_build import NativeUnavailable
 from memserve.tokens import pack, pages_for
 from test_model import GREEDY, prompt, tiny_spec
 

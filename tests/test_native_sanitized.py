@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from memserve.engine.weights import default_cache_dir
-from memserve.kernels.native import FLAGS, SOURCES, NativeUnavailable, load
+from memserve.kernels.native import load
+from memserve.kernels.native_build import FLAGS, SOURCES, NativeUnavailable
 
 DRIVER = Path(__file__).parent / "native" / "driver.cpp"
 

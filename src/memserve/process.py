@@ -347,20 +347,32 @@ def leaves(error: BaseException) -> Iterator[BaseException]:
 
 
 def prepare_weights(path: str, dtype: str) -> int:
-    """Convert the weights if they are not in the cache yet; the exit status. A process of its own, for its memory.
+    """Convert the weights and compile the native step if they are not in the cache yet; the exit status.
+
+    A process of its own, for its memory.
 
     Its lifeline is its standard input: at the end of file its supervisor is gone, and so is the need for it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_at_end_of_input, daemon=True).start()
-    from memserve.engine.weights import prepare
+    from memserve.engine.weights import default_cache_dir, prepare
 
+    compiling = threading.Thread(target=_compile_native, args=[default_cache_dir()])
+    if dtype == "bfloat16":
+        compiling.start()  # beside the conversion: each takes seconds on one core
     try:
         prepare(Path(path), dtype)
     except UserError as error:
         print(error, file=sys.stderr)
         return STATUS_USER_ERROR
     return 0
+
+
+def _compile_native(cache_dir: Path) -> None:
+    from memserve.kernels.native_build import NativeUnavailable, built_library
+
+    with contextlib.suppress(NativeUnavailable):  # the workers say so, and serve on torch
+        built_library(cache_dir)
 
 
 def _exit_at_end_of_input() -> None:

@@ -7,10 +7,6 @@ the instructions, ``open_step`` says so once in the log and the engine runs on t
 from __future__ import annotations
 
 import ctypes
-import fcntl
-import hashlib
-import os
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from ctypes import POINTER, Structure, byref, c_float, c_int32, c_void_p
 from functools import cache
@@ -25,29 +21,15 @@ from numpy.typing import NDArray
 
 from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.spec import ModelSpec
+from memserve.kernels.native_build import NativeUnavailable, built_library
 from memserve.tokens import count, span
 
 MAX_ROWS = 512
 """Tokens that its buffers hold; a larger step runs in several, with the same results."""
 
-_SOURCE = Path(__file__).with_name("step.cpp")
-SOURCES = sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".cpp", ".hpp"))
-_INSTRUCTIONS = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "fma")
-FLAGS = (
-    # No contraction: whether a product and a sum are rounded once or twice must not depend on what is inlined where.
-    *("-std=c++17", "-pthread", "-ffp-contract=off"),
-    *(f"-m{name.replace('_', '')}" for name in _INSTRUCTIONS),
-)
-"""What every build of the sources needs, that of the tests' driver too."""
-_LIBRARY_FLAGS = ("-O3", "-shared", "-fPIC", *FLAGS)
-_BUILD_S_MAX = 120
 _NO_MEMORY = 2
 
 log = structlog.get_logger()
-
-
-class NativeUnavailable(Exception):
-    """Why this machine or model cannot have the native step."""
 
 
 class _Config(Structure):
@@ -231,11 +213,8 @@ def _check_model(spec: ModelSpec, dtype: torch.dtype) -> None:
 @cache
 def load(cache_dir: Path) -> ctypes.CDLL:
     """Build the library if it is not there, and load it. Raises NativeUnavailable."""
-    missing = set(_INSTRUCTIONS) - _processor_flags()
-    if missing:
-        raise NativeUnavailable(f"the processor lacks {', '.join(sorted(missing))}")
     try:
-        library = ctypes.CDLL(str(_build(cache_dir)))
+        library = ctypes.CDLL(str(built_library(cache_dir)))
     except OSError as error:
         raise NativeUnavailable(str(error)) from error
     library.ms_open.restype = c_void_p
@@ -244,36 +223,4 @@ def load(cache_dir: Path) -> ctypes.CDLL:
     library.ms_close.restype = None
     library.ms_step.argtypes = [c_void_p, POINTER(_Batch)]
     library.ms_close.argtypes = [c_void_p]
-    return library
-
-
-def _processor_flags() -> set[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return set()
-    return next((set(line.split()) for line in lines if line.startswith("flags")), set())
-
-
-def _build(cache_dir: Path) -> Path:
-    compiler = os.environ.get("CXX", "g++")
-    try:
-        version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=20).stdout
-    except (OSError, subprocess.SubprocessError) as error:
-        raise NativeUnavailable(f"no C++ compiler: {error}") from error
-    sources = b"".join(path.read_bytes() for path in SOURCES)
-    key = hashlib.sha256(sources + version + " ".join(_LIBRARY_FLAGS).encode()).hexdigest()[:16]
-    folder = cache_dir / "native"
-    library = folder / f"step-{key}.so"
-    folder.mkdir(parents=True, exist_ok=True)
-    # Workers start together: one builds, the others wait for it.
-    with library.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not library.exists():
-            partial = library.with_suffix(".partial")
-            command = [compiler, *_LIBRARY_FLAGS, str(_SOURCE), "-o", str(partial)]
-            built = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_S_MAX, check=False)
-            if built.returncode:
-                raise NativeUnavailable(f"{compiler} failed: {built.stderr[-500:]}")
-            partial.rename(library)
     return library

@@ -1,0 +1,67 @@
+"""Compiles the native step into the user's cache. Without torch, so that it can be done before any worker starts."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import subprocess
+from pathlib import Path
+
+_FOLDER = Path(__file__).with_name("native")
+SOURCES = sorted(path for path in _FOLDER.iterdir() if path.suffix in (".cpp", ".hpp"))
+_INSTRUCTIONS = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "fma")
+FLAGS = (
+    # No contraction: whether a product and a sum are rounded once or twice must not depend on what is inlined where.
+    *("-std=c++17", "-pthread", "-ffp-contract=off"),
+    *(f"-m{name.replace('_', '')}" for name in _INSTRUCTIONS),
+)
+"""What every build of the sources needs, that of the tests' driver too."""
+_LIBRARY_FLAGS = ("-O3", "-shared", "-fPIC", *FLAGS)
+_BUILD_S_MAX = 120
+
+
+class NativeUnavailable(Exception):
+    """Why this machine or model cannot have the native step."""
+
+
+def built_library(cache_dir: Path) -> Path:
+    """The shared library, built if it is not there: about 4 s, once. Raises NativeUnavailable."""
+    missing = set(_INSTRUCTIONS) - _processor_flags()
+    if missing:
+        raise NativeUnavailable(f"the processor lacks {', '.join(sorted(missing))}")
+    compiler = os.environ.get("CXX", "g++")
+    try:
+        version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise NativeUnavailable(f"no C++ compiler: {error}") from error
+    sources = b"".join(path.read_bytes() for path in SOURCES)
+    key = hashlib.sha256(sources + version + " ".join(_LIBRARY_FLAGS).encode()).hexdigest()[:16]
+    library = cache_dir / "native" / f"step-{key}.so"
+    library.parent.mkdir(parents=True, exist_ok=True)
+    # Several processes may want it at once: one builds, the others wait for it.
+    with library.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            _compile(compiler, library)
+    return library
+
+
+def _compile(compiler: str, library: Path) -> None:
+    partial = library.with_suffix(".partial")
+    command = [compiler, *_LIBRARY_FLAGS, str(_FOLDER / "step.cpp"), "-o", str(partial)]
+    try:
+        built = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_S_MAX, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise NativeUnavailable(f"{compiler} took more than {_BUILD_S_MAX} s") from error
+    if built.returncode:
+        raise NativeUnavailable(f"{compiler} failed: {built.stderr[-500:]}")
+    partial.rename(library)
+
+
+def _processor_flags() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return next((set(line.split()) for line in lines if line.startswith("flags")), set())
