@@ -154,27 +154,18 @@ def test_three_workers_on_two_cores_all_advance(start: Start) -> None:
 
 def test_cores_that_outsiders_use_are_left_to_them(tmp_path: Path) -> None:
     """A step with more threads than free cores waits at every barrier for one that does not run."""
-    runnable = 4
-    now = 0.0
-    outsiders = Outsiders(lambda: f"1.0 1.0 1.0 {runnable}/99 1", lambda: now)
-    mine, other = (Cores(tmp_path / "cores", 4, 4, slot, outsiders=outsiders) for slot in (0, 1))
-    got = []
-    for _ in range(100):
+    outside, now = 3, 0.0
+    got: list[int] = []
+    outsiders = Outsiders(lambda: f"1.0 1.0 1.0 {got[-1] + outside}/99 1", lambda: now)
+    mine = Cores(tmp_path / "cores", 4, 4, 0, outsiders=outsiders)
+    for step in range(200):
+        outside = 3 if step < 100 else 0
         now += 0.01
-        with mine.hold() as threads:
+        with mine.hold() as threads:  # a worker's own threads are no outsiders
             got.append(threads)
     assert got[0] == 4  # one moment proves nothing
-    assert got[-1] == 1  # three outsiders beside this thread
-    runnable = 1
-    for _ in range(100):
-        now += 0.01
-        with mine.hold() as threads:
-            got.append(threads)
+    assert got[99] == 1  # three outsiders beside this thread
     assert got[-1] == 4
-    with mine.hold() as held:  # a worker's threads are no outsiders
-        assert held == 4
-        runnable = 5
-        assert outsiders.cores(1 + other._others(0)) == 0
 
 
 @pytest.mark.skipif(
@@ -186,8 +177,9 @@ def test_a_busy_process_is_noticed() -> None:
     try:
         outsiders = Outsiders()
         deadline = time.monotonic() + 10
-        while outsiders.cores(workers=1) == 0:
+        while outsiders.cores == 0:
             assert time.monotonic() < deadline
+            outsiders.sample(workers=1)
             time.sleep(0.01)
     finally:
         busy.kill()

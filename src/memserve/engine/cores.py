@@ -46,7 +46,8 @@ def engine_environment() -> dict[str, str]:
 class Outsiders:
     """How many of the host's cores are taken by processes that are not workers, smoothed over some tens of samples.
 
-    Counted are runnable threads (the fourth field of /proc/loadavg) at the start of a step. Where this process may
+    Counted are runnable threads (the fourth field of /proc/loadavg) at the end of a step, when the actors around it
+    sleep; at its start they have just handed it its work, and would be taken for outsiders. Where this process may
     run on a part of the host's cores only, the count says nothing about that part, and the answer is always 0.
     """
 
@@ -64,14 +65,18 @@ class Outsiders:
         self._sampled_at = float("-inf")
         self._cores = 0.0
 
-    def cores(self, workers: int) -> int:
-        """Cores in use by outsiders, to the nearest; ``workers``: threads of workers that run now, the caller's included."""
+    @property
+    def cores(self) -> int:
+        """Cores in use by outsiders, to the nearest."""
+        return round(self._cores)
+
+    def sample(self, workers: int) -> None:
+        """Count now; ``workers``: threads of workers that run at this moment, the caller's included."""
         now = self._clock()
         if self._whole_host and now - self._sampled_at >= self.SAMPLE_S:
             self._sampled_at = now
             runnable = int(self._read().split()[3].partition("/")[0])
             self._cores += self.WEIGHT * (max(0, runnable - workers) - self._cores)
-        return round(self._cores)
 
 
 class Cores:
@@ -121,6 +126,8 @@ class Cores:
             self._take(held)
             yield max(1, len(held))
         finally:
+            if self._outsiders is not None:
+                self._outsiders.sample(max(1, len(held)) + self._others(0))
             for core in held:
                 self._set(core, False)
 
@@ -144,7 +151,7 @@ class Cores:
 
     def _share(self) -> int:
         """Cores for this worker's next step: those that outsiders leave, divided among the workers that have work."""
-        outside = self._outsiders.cores(1 + self._others(0)) if self._outsiders is not None else 0
+        outside = self._outsiders.cores if self._outsiders is not None else 0
         return max(1, min(self.want, (self._cores - outside) // (1 + self._others(_BUSY))))
 
     def _set(self, byte: int, locked: bool) -> bool:

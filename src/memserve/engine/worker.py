@@ -256,6 +256,7 @@ class WorkerCore:
         assert batch is not None, "a batch is done that was never started"
         self._outbox.count("steps_total", 1)
         self._outbox.count("step_ms_total", message.result.step_ms)
+        self._outbox.count("step_threads_total", message.result.threads)
         for one, end, token in zip(batch.sequences, batch.ends, message.result.tokens, strict=True):
             if not one.decoding:
                 self._outbox.count("prefill_tokens_total", end - one.computed)
