@@ -166,3 +166,14 @@ def test_the_dead_are_announced_and_fenced_off(how: str) -> None:
     assert "d0.1" not in {one.id for one in views[-1].members}
     core.receive(ActorId("d0.1"), Load(decode("d0")), now + 1)
     assert [(one.to, one.message.actors) for one in sent(core, Gone)] == [("d0.1", ("d0.1",))]
+
+
+def test_the_dead_leave_no_trace_in_the_policy() -> None:
+    """Every restart has a new id: a scheduler that remembered them all would grow for ever."""
+    policy = LeastLoad()
+    core = scheduler(SHARD, FRONTEND, prefill("p0"), decode("d0"), policy=policy)
+    core.receive(FRONTEND.id, submit("r"), 1.0)
+    assert set(policy._recent) == {"p0.1", "d0.1"}
+    for one in ("p0.1", "d0.1"):
+        core.receive(ME.id, Died(ActorId(one)), 1.1)
+    assert policy._recent == {}

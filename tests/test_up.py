@@ -197,8 +197,6 @@ def test_logs_tell_every_request_s_life(demo: Cluster) -> None:
     (last,) = [line for line in lines if line["event"] == "request finished"]
     assert (last["prompt_tokens"], last["output_tokens"], last["outcome"]) == (33, 12, "length")
     assert min(last[key] for key in ("ttft_ms", "tpot_ms", "prefill_ms", "handoff_ms", "decode_ms")) > 0
-    (handed,) = [line for line in lines if line["event"] == "handed over"]
-    assert handed["copied_bytes"] == 0
     metrics = httpx.get(f"{demo.url}/metrics").text
     assert "memserve_handed_over_pages_total" in metrics
     assert 'memserve_handoff_bytes_copied_total{actor="s0",kind="MemPoolShard"} 0\n' in metrics

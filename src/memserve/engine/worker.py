@@ -301,7 +301,7 @@ class WorkerCore:
 
     def _hand_over(self, one: Sequence, now: float) -> None:
         one.go(Phase.LEAVING)
-        self._outbox.log("handed over", one, to=one.plan.decode, pages=len(one.pages), copied_bytes=0)
+        self._outbox.log("handed over", one, to=one.plan.decode, pages=len(one.pages))
         self._outbox.count("handoffs_total", 1)
         self._send_handoff(one, now)
 

@@ -21,6 +21,9 @@ class Policy(Protocol):
     def choose(self, candidates: list[Pair], request: Request, now: float) -> Pair:
         """The pair to serve ``request``; the policy remembers its choice as load."""
 
+    def forget(self, actor: ActorId) -> None:
+        """Drop what is remembered of an actor that is gone."""
+
 
 @attrs.define
 class RoundRobin:
@@ -39,6 +42,9 @@ class RoundRobin:
         self._prefills += 1
         self._decodes += self._prefills % len(prefills) == 0
         return chosen
+
+    def forget(self, actor: ActorId) -> None:
+        """Turns are counted, not actors."""
 
 
 @attrs.define

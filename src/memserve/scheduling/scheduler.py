@@ -192,6 +192,7 @@ class SchedulerCore:
             return
         for one in gone:
             self._log("warning", "member gone", member=one, reason=reason)
+            self.policy.forget(one)
         frontends = {one.id for one in known if one is not None and one.kind == "Frontend"}
         for key, held in list(self._held.items()):
             if held.submit.request.frontend in frontends:
