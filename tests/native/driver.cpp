@@ -14,8 +14,9 @@ constexpr int PAGE = 8, PAGES = 2 * CONTEXT / PAGE, MAX_ROWS = 64, THREADS = 3, 
 
 std::mt19937 random_numbers(1);
 
-std::vector<bf16> matrix(size_t size) {
-    std::vector<bf16> values(size);
+// Values of a matrix in tiles, which random ones may be called.
+Buffer<bf16> matrix(size_t outputs, size_t width) {
+    Buffer<bf16> values(whole_tiles((int)outputs) * width);
     for (auto& value : values) {
         float number = std::uniform_real_distribution<float>(-0.2f, 0.2f)(random_numbers);
         uint32_t bits;
@@ -26,9 +27,8 @@ std::vector<bf16> matrix(size_t size) {
 }
 
 struct Model {
-    std::vector<bf16> embed = matrix(VOCAB * HIDDEN), qkv = matrix((HEADS + 2 * KV_HEADS) * HEAD * HIDDEN),
-                      o = matrix(HIDDEN * HEADS * HEAD), gate_up = matrix(2 * INNER * HIDDEN),
-                      down = matrix(HIDDEN * INNER);
+    Buffer<bf16> embed = matrix(VOCAB, HIDDEN), qkv = matrix((HEADS + 2 * KV_HEADS) * HEAD, HIDDEN),
+                 o = matrix(HIDDEN, HEADS * HEAD), gate_up = matrix(2 * INNER, HIDDEN), down = matrix(HIDDEN, INNER);
     std::vector<float> norm = std::vector<float>(HIDDEN, 1.1f), head_norm = std::vector<float>(HEAD, 0.9f),
                        bias = std::vector<float>((HEADS + 2 * KV_HEADS) * HEAD, 0.05f),
                        cosines = std::vector<float>(CONTEXT * HEAD / 2, 0.8f),
@@ -37,14 +37,17 @@ struct Model {
     std::vector<int32_t> tables = std::vector<int32_t>(PAGES), ids = std::vector<int32_t>(TOKENS);
     Engine* engine = nullptr;
 
-    Model() {
+    explicit Model(bool amx) {
         for (int i = 0; i < PAGES; i++) tables[i] = i * 37 % PAGES;
         for (int i = 0; i < TOKENS; i++) ids[i] = i * 29 % VOCAB;
-        ms_config config = {LAYERS, HIDDEN, INNER, HEADS, KV_HEADS, HEAD, VOCAB, CONTEXT, PAGE, MAX_ROWS, THREADS, 1e-5f};
-        ms_layer layer = {norm.data(), qkv.data(), bias.data(), head_norm.data(), head_norm.data(),
-                          o.data(),    norm.data(), gate_up.data(), down.data()};
+        ms_config config = {LAYERS, HIDDEN, INNER, HEADS, KV_HEADS, HEAD, VOCAB, CONTEXT, PAGE, MAX_ROWS, THREADS, amx,
+                            1e-5f};
+        auto in_bfloat16 = [](const Buffer<bf16>& values) { return Matrix{values.data(), nullptr}; };
+        ms_layer layer = {norm.data(), in_bfloat16(qkv), bias.data(), head_norm.data(), head_norm.data(),
+                          in_bfloat16(o), norm.data(), in_bfloat16(gate_up), in_bfloat16(down)};
         std::vector<ms_layer> layers(LAYERS, layer);
-        engine = ms_open(&config, layers.data(), embed.data(), embed.data(), norm.data(), cosines.data(), sines.data());
+        Matrix table = in_bfloat16(embed);
+        engine = ms_open(&config, layers.data(), &table, &table, norm.data(), cosines.data(), sines.data());
     }
     ~Model() { ms_close(engine); }
 
@@ -65,8 +68,8 @@ struct Model {
     }
 };
 
-bool refuses_what_is_not_there() {
-    Model model;
+bool refuses_what_is_not_there(bool amx) {
+    Model model(amx);
     std::vector<float> logits;
     bool taken = !model.step(0, MAX_ROWS + 1, -1, 1, logits) || !model.step(0, 1, -1, THREADS + 1, logits) ||
                  !model.step(0, 1, -1, 0, logits);
@@ -77,8 +80,8 @@ bool refuses_what_is_not_there() {
 }
 
 // Sequence 0 in chunks, sequence 1 token by token beside it; then whether both gave the same logits.
-bool agrees() {
-    Model model;
+bool agrees(bool amx) {
+    Model model(amx);
     std::vector<float> logits;
     std::vector<std::vector<float>> alone(TOKENS), chunked(TOKENS);
     int start = 0, token = 0, failed = 0;
@@ -97,7 +100,9 @@ bool agrees() {
 }  // namespace
 
 int main() {
-    if (!refuses_what_is_not_there()) return std::puts("a bad batch was taken"), 1;
-    if (!agrees()) return std::puts("logits depend on how a token was computed"), 1;
+    for (bool amx : {false, true}) {
+        if (!refuses_what_is_not_there(amx)) return std::puts("a bad batch was taken"), 1;
+        if (!agrees(amx)) return std::puts("logits depend on how a token was computed"), 1;
+    }
     return 0;
 }

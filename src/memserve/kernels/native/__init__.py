@@ -12,6 +12,7 @@ from ctypes import POINTER, Structure, byref, c_float, c_int32, c_void_p
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import attrs
 import numpy as np
@@ -27,6 +28,9 @@ from memserve.tokens import count, span
 MAX_ROWS = 512
 """Tokens that its buffers hold; a larger step runs in several, with the same results."""
 
+TILE, TILE_K = 16, 32
+"""Outputs of a strip of weights, and values along k of a tile: tiles.hpp says why."""
+
 _NO_MEMORY = 2
 
 log = structlog.get_logger()
@@ -35,20 +39,25 @@ log = structlog.get_logger()
 class _Config(Structure):
     _fields_ = [
         *((name, c_int32) for name in ("layers", "hidden", "intermediate", "heads", "kv_heads", "head_dim")),
-        *((name, c_int32) for name in ("vocab", "max_context", "page_tokens", "max_rows", "max_threads")),
+        *((name, c_int32) for name in ("vocab", "max_context", "page_tokens", "max_rows", "max_threads", "amx")),
         ("rms_eps", c_float),
     ]
+
+
+class _Matrix(Structure):
+    _fields_ = [("values", c_void_p), ("scales", c_void_p)]
 
 
 _LAYER_FIELDS = (
     "attn_norm", "qkv", "qkv_bias", "q_norm", "k_norm", "o", "mlp_norm", "gate_up", "down",
 )  # fmt: skip
+_MATRICES = {"qkv", "o", "gate_up", "down"}
 _OPTIONAL = {"qkv_bias": "qkv_bias", "q_norm": "qk_norm", "k_norm": "qk_norm"}
 """Weights that only some models have, with the field of the spec that says so."""
 
 
 class _Layer(Structure):
-    _fields_ = [(name, c_void_p) for name in _LAYER_FIELDS]
+    _fields_ = [(name, _Matrix if name in _MATRICES else c_void_p) for name in _LAYER_FIELDS]
 
 
 class _Batch(Structure):
@@ -72,15 +81,17 @@ class NativeStep:
         rope: tuple[torch.Tensor, torch.Tensor],
         page_tokens: int,
         threads: int,
+        amx: bool = True,
     ) -> None:
+        """``weights``: matrices as rows, which are copied, or in tiles. ``amx``: use it where it can be had."""
         half = spec.head_dim // 2
         self._library, self._vocab, self._threads = library, spec.vocab, threads
         # What the native side points to; it lives as long as this does.
-        self._weights = dict(weights)
+        self._weights = tiled(weights)
         self._rope = [table[:, :half].contiguous() for table in rope]
         config = _Config(
             spec.layers, spec.hidden, spec.intermediate, spec.heads, spec.kv_heads, spec.head_dim,
-            spec.vocab, spec.max_context, page_tokens, MAX_ROWS, threads, spec.rms_eps,
+            spec.vocab, spec.max_context, page_tokens, MAX_ROWS, threads, amx, spec.rms_eps,
         )  # fmt: skip
         # A field that is not named stays a null pointer, which says that the model has no such weight.
         absent = {name for name, field in _OPTIONAL.items() if not getattr(spec, field, False)}
@@ -88,10 +99,10 @@ class NativeStep:
         layers = (_Layer * spec.layers)(
             *(_Layer(**{name: self._at(f"{layer}.{name}") for name in names}) for layer in range(spec.layers))
         )
-        head = "embed" if spec.tied_embeddings else "head"
+        embed, head = self._at("embed"), self._at("embed" if spec.tied_embeddings else "head")
         tables = [table.data_ptr() for table in self._rope]
         self._engine: int | None = library.ms_open(
-            byref(config), layers, self._at("embed"), self._at(head), self._at("norm"), *tables
+            byref(config), layers, byref(embed), byref(head), self._at("norm"), *tables
         )
         if not self._engine:
             raise NativeUnavailable("no memory, no threads, or more than 255 of them")
@@ -146,10 +157,39 @@ class NativeStep:
             self._library.ms_close(self._engine)
             self._engine = None
 
-    def _at(self, name: str) -> int:
+    def _at(self, name: str) -> Any:
+        """What the native side takes for a weight: where it is, and its scales if it is a matrix."""
         tensor = self._weights[name]
         assert tensor.is_contiguous(), name
-        return tensor.data_ptr()
+        if tensor.dim() == 1:
+            return tensor.data_ptr()
+        scales = self._weights.get(f"{name}.scale")
+        return _Matrix(tensor.data_ptr(), None if scales is None else scales.data_ptr())
+
+
+def tiled(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights with every matrix in tiles (see tiles.hpp); what is in tiles already stays where it is."""
+    return {
+        name: _tiles(tensor)
+        if tensor.dim() == 2
+        else _whole(tensor)
+        if name.endswith(".scale")
+        else tensor
+        for name, tensor in weights.items()
+    }
+
+
+def _tiles(matrix: torch.Tensor) -> torch.Tensor:
+    """(out, in) to (strips, tiles, pairs, outputs of a strip, values of a pair)."""
+    matrix = _whole(matrix)
+    strips, tiles = len(matrix) // TILE, matrix.shape[1] // TILE_K
+    return matrix.view(strips, TILE, tiles, TILE_K // 2, 2).permute(0, 2, 3, 1, 4).contiguous()
+
+
+def _whole(outputs: torch.Tensor) -> torch.Tensor:
+    """With zeros up to a whole number of strips."""
+    missing = -len(outputs) % TILE
+    return torch.cat((outputs, outputs.new_zeros(missing, *outputs.shape[1:]))) if missing else outputs
 
 
 def _pieces(rows: Sequence[Row]) -> Iterator[list[Row]]:
@@ -204,10 +244,8 @@ def _check_model(spec: ModelSpec, dtype: torch.dtype) -> None:
     if dtype != torch.bfloat16:
         raise NativeUnavailable(f"it computes in bfloat16, the model is {dtype}")
     widths = (spec.hidden, spec.intermediate, spec.head_dim)
-    if any(width % 32 for width in widths) or spec.head_dim > 256 or spec.vocab % 4:
-        raise NativeUnavailable(
-            f"widths {widths} must be multiples of 32, heads at most 256, {spec.vocab} of 4"
-        )
+    if any(width % TILE_K for width in widths) or spec.head_dim > 256:
+        raise NativeUnavailable(f"widths {widths} must be multiples of {TILE_K}, heads at most 256")
 
 
 @cache
@@ -218,7 +256,7 @@ def load(cache_dir: Path) -> ctypes.CDLL:
     except OSError as error:
         raise NativeUnavailable(str(error)) from error
     library.ms_open.restype = c_void_p
-    library.ms_open.argtypes = [POINTER(_Config), POINTER(_Layer), *[c_void_p] * 5]
+    library.ms_open.argtypes = [POINTER(_Config), POINTER(_Layer), POINTER(_Matrix), POINTER(_Matrix), *[c_void_p] * 3]
     library.ms_step.restype = c_int32
     library.ms_close.restype = None
     library.ms_step.argtypes = [c_void_p, POINTER(_Batch)]

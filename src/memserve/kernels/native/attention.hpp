@@ -10,27 +10,32 @@
 #include <cmath>
 #include <cstring>
 
-#include "vectors.hpp"
+#include "amx.hpp"
 
 namespace {
 
 constexpr int PART = 256;       // positions of one attention task: a multiple of STRIP
 constexpr int STRIP = 64;       // columns that are worked on together
-constexpr int QUERIES = 6;      // queries that are worked on together: with a strip 24 accumulators
+constexpr int QUERIES = 6;      // queries that AVX-512 works on together: with a strip 24 accumulators
 constexpr int KEYS_AHEAD = 32;  // tokens
 
 // One thread's memory for it.
 struct Attention {
+    bool amx = false;
     Buffer<int32_t> keys;    // (PART / STRIP, head_dim / 2, STRIP): pairs of values along head_dim
     Buffer<int32_t> values;  // (head_dim up to a multiple of STRIP / STRIP, PART / 2, STRIP): pairs of tokens
-    Buffer<float> scores;    // (QUERIES, PART)
-    Buffer<bf16> weights;    // (QUERIES, PART)
+    Buffer<float> scores;    // (TILE, PART)
+    Buffer<bf16> weights;    // (TILE, PART)
+    Buffer<bf16> queries;    // (TILE, head_dim)
+    Buffer<float> outs;      // (TILE, head_dim)
 
     void resize(int head_dim) {
         keys.resize((size_t)head_dim / 2 * PART);
         values.resize((size_t)(head_dim + STRIP - 1) / STRIP * STRIP * PART / 2);
-        scores.resize(QUERIES * PART);
-        weights.resize(QUERIES * PART);
+        scores.resize(TILE * PART);
+        weights.resize(TILE * PART);
+        queries.resize((size_t)TILE * head_dim);
+        outs.resize((size_t)TILE * head_dim);
     }
 };
 
@@ -167,15 +172,39 @@ inline void attend_queries(const Query* queries, int padded, int head_dim, Atten
     }
 }
 
+// The same on AMX, for up to TILE queries. Rows of missing queries are left as they are: they reach only themselves.
+inline void attend_tile(const Query* queries, int number, int padded, int head_dim, Attention& mine) {
+    for (int n = 0; n < number; n++)
+        std::memcpy(&mine.queries[(size_t)n * head_dim], queries[n].q, head_dim * sizeof(bf16));
+    for (int t = 0; t < padded; t += STRIP)
+        amx_pairs<4>(mine.queries.data(), TILE_K, head_dim * 2, &mine.keys[(size_t)t * (head_dim / 2)], STRIP, head_dim,
+                     &mine.scores[t], PART);
+    float factor = 1.44269504f / std::sqrt((float)head_dim);
+    for (int n = 0; n < number; n++)
+        softmax(&mine.scores[n * PART], queries[n].count, padded, factor, queries[n].out, &mine.weights[n * PART]);
+    for (int d = 0; d < head_dim; d += STRIP) {
+        auto run = head_dim - d < STRIP ? amx_pairs<2> : amx_pairs<4>;
+        run(mine.weights.data(), TILE_K, PART * 2, &mine.values[(size_t)d * (PART / 2)], STRIP, padded, &mine.outs[d],
+            head_dim);
+    }
+    for (int n = 0; n < number; n++)
+        std::memcpy(queries[n].out + 2, &mine.outs[(size_t)n * head_dim], head_dim * sizeof(float));
+}
+
 // `queries` against the tokens whose K is at keys[0..count). No query's count is above `count`; each is at least one.
 inline void attend(const Query* queries, int number, const bf16* const* keys, int count, int head_dim, long to_value,
                    Attention& mine) {
     rearrange_keys(keys, count, head_dim, to_value, mine);
     rearrange_values(keys, count, head_dim, to_value, mine);
-    for (int n = 0; n < number; n += QUERIES) {
-        int most = 0, here = std::min(QUERIES, number - n);
+    const int together = mine.amx ? TILE : QUERIES;
+    for (int n = 0; n < number; n += together) {
+        int most = 0, here = std::min(together, number - n);
         for (int i = n; i < n + here; i++) most = std::max(most, queries[i].count);
         int padded = whole_strips(most);
+        if (mine.amx) {
+            attend_tile(queries + n, here, padded, head_dim, mine);
+            continue;
+        }
         switch (here) {
             case 1: attend_queries<1>(queries + n, padded, head_dim, mine); break;
             case 2: attend_queries<2>(queries + n, padded, head_dim, mine); break;

@@ -1,8 +1,8 @@
 // One forward step of a Llama-like model in bfloat16: decode rows, prefill chunks, or both.
 //
 // With few tokens a step is one pass over the weights, so that memory bandwidth is its limit; torch 2.13 reaches a
-// fifth of it. Here one call runs all layers on a few threads, and reads the weights where they are: row-major, in the
-// one mapping that all workers of a host share.
+// fifth of it. Here one call runs all layers on a few threads, and reads the weights where they are, in the one mapping
+// that all workers of a host share, in the order in which they are stored (tiles.hpp).
 //
 // Every token is a row of its own: its K and V are appended first, then it attends to its own and all earlier
 // positions. So a decode row and a prefill chunk are the same thing, and chunks need no mask.
@@ -11,7 +11,8 @@
 // chunks, on which pages it has, nor on the threads. Every sum is taken in one order (see linear.hpp and
 // attention.hpp); attention goes in parts of PART positions, fixed from position 0, merged in order.
 //
-// Needs AVX-512 F, BW, VL, DQ and BF16; the loader checks. No dependency but libstdc++ and Linux futexes.
+// Needs AVX-512 F, BW, VL, DQ and BF16, which the loader checks, and uses AMX where the processor has it. No dependency
+// but libstdc++ and Linux futexes.
 
 #include <cstring>
 #include <memory>
@@ -27,17 +28,17 @@
 
 extern "C" struct ms_config {
     int32_t layers, hidden, intermediate, heads, kv_heads, head_dim, vocab, max_context, page_tokens;
-    int32_t max_rows, max_threads;
+    int32_t max_rows, max_threads, amx;  // amx: use it where it can be had
     float rms_eps;
 };
 
 extern "C" struct ms_layer {
     const float* attn_norm;
-    const bf16* qkv;
+    Matrix qkv;
     const float *qkv_bias, *q_norm, *k_norm;  // null where the model has none
-    const bf16* o;
+    Matrix o;
     const float* mlp_norm;
-    const bf16 *gate_up, *down;
+    Matrix gate_up, down;
 };
 
 extern "C" struct ms_batch {
@@ -59,14 +60,15 @@ constexpr int HEAD_MAX = 256;      // head_dim
 constexpr int FEW = 16;            // rows up to which every thread prepares all inputs for itself
 constexpr int CHUNK_ROWS = 32;     // rows of a chunk that attend together
 constexpr int BLOCK = 256;         // rows of one task of a linear: their inputs and outputs stay in the second level
+constexpr int HEAD_COLUMNS = 8 * COLUMNS;  // outputs of one task of the head
 constexpr int THREADS_MAX = 0xFF;  // what fits beside the count of steps
 
 // What one thread needs for itself.
 struct Scratch {
-    Buffer<bf16> x;       // (max_rows, widest input): a linear's input when rows are few, and the head's
-    Buffer<bf16> packed;  // (16, widest input)
-    Buffer<float> tile;   // (BLOCK, 2 COLUMNS or head_dim)
+    Linear linear;
     Attention attention;
+    Buffer<bf16> x;      // (max_rows, widest input): a linear's input when rows are few, and the head's
+    Buffer<float> outs;  // (BLOCK, 2 COLUMNS or head_dim): a linear's
     std::vector<Query> queries;
 };
 
@@ -78,13 +80,14 @@ struct Attend {
 struct Engine {
     ms_config c;
     std::vector<ms_layer> layers;
-    const bf16 *embed, *head;
+    Matrix embed, head;
     const float *norm, *cosines, *sines;  // (max_context, head_dim / 2)
+    bool amx;
 
     Buffer<float> residual;       // (max_rows, hidden)
     Buffer<bf16> q;               // (max_rows, heads, head_dim)
-    Buffer<bf16> hidden;          // (max_rows, intermediate)
-    Buffer<bf16> shared;          // (max_rows, widest input): a linear's input when rows are many
+    Buffer<bf16> hidden;          // (max_rows, intermediate) in tiles
+    Buffer<bf16> shared;          // (max_rows, widest input) in tiles: a linear's input when rows are many
     Buffer<float> parts;          // (parts, kv_heads, group, 2 + head_dim): see Query
     std::vector<int> part_at;     // (rows + 1,) first part of each row
     std::vector<Attend> attends;  // attention tasks of a layer, each for every kv head
@@ -127,9 +130,9 @@ struct Engine {
     }
 
     // One row of the residual stream, normed, to bfloat16.
-    void normed(int row, const float* weight, bf16* to) {
+    void normed(int row, const float* weight, InputRow to) {
         rms_norm(&residual[(long)row * c.hidden], weight, c.hidden, c.rms_eps,
-                 [&](int i, __m512 v) { narrow(to + i, v); });
+                 [&](int i, __m512 v) { narrow(to.at(i), v); });
     }
 
     // A linear's input, of which fill(row, to) makes one row. For few rows every thread makes all for itself, which
@@ -137,20 +140,19 @@ struct Engine {
     template <class F>
     const bf16* input(int index, int width, Scratch& mine, F fill) {
         if (b.rows > FEW) {
-            stage(index, b.rows, [&](int row) { fill(row, &shared[(long)row * width]); });
+            stage(index, b.rows, [&](int row) { fill(row, InputRow(shared.data(), row, width)); });
             return shared.data();
         }
-        for (int row = 0; row < b.rows; row++) fill(row, &mine.x[(long)row * width]);
+        for (int row = 0; row < b.rows; row++) fill(row, InputRow(mine.x.data(), row, width));
         return mine.x.data();
     }
 
     // One head of q, k or v: biased, normed and rotated as the model has it, to the q buffer or to its page.
     void project(const ms_layer& w, int layer, int head, const bf16* x, int first, int rows, Scratch& mine) {
         int D = c.head_dim, kv = head - c.heads;
-        const bf16* weight = w.qkv + (long)head * D * c.hidden;
-        linear(weight, D, c.hidden, x + (long)first * c.hidden, rows, mine.tile.data(), D, mine.packed.data());
+        mine.linear(w.qkv, (long)head * D, D, c.hidden, x + (long)first * c.hidden, rows, mine.outs.data(), D);
         for (int i = 0; i < rows; i++) {
-            float* y = &mine.tile[(long)i * D];
+            float* y = &mine.outs[(long)i * D];
             int row = first + i, position = b.positions[row];
             if (w.qkv_bias) add_bias(y, w.qkv_bias + (long)head * D);
             if (kv < c.kv_heads) {
@@ -209,9 +211,9 @@ struct Engine {
     }
 
     // The attention parts of one row, merged in order: (heads * head_dim,).
-    void merge(int row, bf16* to) {
+    void merge(int row, InputRow to) {
         int D = c.head_dim, G = group();
-        for (int head = 0; head < c.heads; head++, to += D) {
+        for (int head = 0; head < c.heads; head++) {
             auto at = [&](int part) {
                 return &parts[((long)part * c.kv_heads + head / G) * part_size() + head % G * (2 + D)];
             };
@@ -226,15 +228,15 @@ struct Engine {
                     sums[i] = _mm512_fmadd_ps(_mm512_set1_ps(factor), _mm512_loadu_ps(part + 2 + 16 * i), sums[i]);
             }
             __m512 share = _mm512_set1_ps(1.f / total);
-            for (int i = 0; i < D / 16; i++) narrow(to + 16 * i, _mm512_mul_ps(sums[i], share));
+            for (int i = 0; i < D / 16; i++) narrow(to.at(head * D + 16 * i), _mm512_mul_ps(sums[i], share));
         }
     }
 
     // COLUMNS outputs of a linear, added to the residual stream.
-    void add(const bf16* weight, int K, int task, const bf16* x, int row, int rows, Scratch& mine) {
+    void add(const Matrix& weight, int K, int task, const bf16* x, int row, int rows, Scratch& mine) {
         int first = task * COLUMNS, count = std::min(COLUMNS, c.hidden - first);
-        float* outs = mine.tile.data();
-        linear(weight + (long)first * K, count, K, x + (long)row * K, rows, outs, COLUMNS, mine.packed.data());
+        float* outs = mine.outs.data();
+        mine.linear(weight, first, count, K, x + (long)row * K, rows, outs, COLUMNS);
         for (int i = 0; i < rows; i++) {
             float* to = &residual[(long)(row + i) * c.hidden + first];
             for (int n = 0; n < count; n += 16)
@@ -243,49 +245,59 @@ struct Engine {
     }
 
     // COLUMNS values of silu(gate) * up.
-    void gate(const bf16* weight, int task, const bf16* x, int row, int rows, Scratch& mine) {
+    void gate(const Matrix& weight, int task, const bf16* x, int row, int rows, Scratch& mine) {
         int first = task * COLUMNS, count = std::min(COLUMNS, c.intermediate - first), width = 2 * COLUMNS;
-        const bf16 *from = x + (long)row * c.hidden, *up = weight + (long)(c.intermediate + first) * c.hidden;
-        float* outs = mine.tile.data();
-        linear(weight + (long)first * c.hidden, count, c.hidden, from, rows, outs, width, mine.packed.data());
-        linear(up, count, c.hidden, from, rows, outs + COLUMNS, width, mine.packed.data());
+        const bf16* from = x + (long)row * c.hidden;
+        float* outs = mine.outs.data();
+        mine.linear(weight, first, count, c.hidden, from, rows, outs, width);
+        mine.linear(weight, c.intermediate + first, count, c.hidden, from, rows, outs + COLUMNS, width);
         for (int i = 0; i < rows; i++, outs += width)
             for (int n = 0; n < count; n += 16) {
                 __m512 g = _mm512_loadu_ps(outs + n), u = _mm512_loadu_ps(outs + COLUMNS + n);
                 __m512 down = _mm512_add_ps(_mm512_set1_ps(1.f), exponential(_mm512_sub_ps(_mm512_setzero_ps(), g)));
-                narrow(&hidden[(long)(row + i) * c.intermediate + first + n], _mm512_div_ps(_mm512_mul_ps(g, u), down));
+                InputRow to(hidden.data(), row + i, c.intermediate);
+                narrow(to.at(first + n), _mm512_div_ps(_mm512_mul_ps(g, u), down));
             }
     }
 
     void run(int me) {
+        Tiles tiles(amx);
         Scratch& mine = scratch[me];
         int at = 0;
-        stage(at++, b.rows, [&](int row) {
-            const bf16* from = embed + (long)b.ids[row] * c.hidden;
-            for (int i = 0; i < c.hidden; i += 16) _mm512_storeu_ps(&residual[(long)row * c.hidden + i], widen(from + i));
-        });
+        stage(at++, b.rows,
+              [&](int row) { read_output(embed, b.ids[row], c.hidden, &residual[(long)row * c.hidden]); });
         for (int layer = 0; layer < c.layers; layer++) at = run_layer(layer, at, mine);
-        for (int i = 0; i < b.wanted; i++) normed(b.wanted_at[i], norm, &mine.x[(long)i * c.hidden]);
-        int columns = 8 * COLUMNS;
-        stage(at, b.wanted ? (c.vocab + columns - 1) / columns : 0, [&](int task) {
-            int first = task * columns, count = std::min(columns, c.vocab - first);
-            linear(head + (long)first * c.hidden, count, c.hidden, mine.x.data(), b.wanted, b.logits + first, c.vocab,
-                   mine.packed.data());
+        for (int i = 0; i < b.wanted; i++) normed(b.wanted_at[i], norm, InputRow(mine.x.data(), i, c.hidden));
+        int tasks = (c.vocab + HEAD_COLUMNS - 1) / HEAD_COLUMNS;
+        stage(at, b.wanted ? tasks : 0, [&](int task) {
+            for (int row = 0; row < b.wanted; row += BLOCK) logits(task, row, std::min(BLOCK, b.wanted - row), mine);
         });
+    }
+
+    // HEAD_COLUMNS logits of some of the wanted rows.
+    void logits(int task, int row, int rows, Scratch& mine) {
+        int end = std::min((task + 1) * HEAD_COLUMNS, c.vocab);
+        for (int first = task * HEAD_COLUMNS; first < end; first += COLUMNS) {
+            int count = std::min(COLUMNS, end - first);
+            const bf16* x = mine.x.data() + (long)row * c.hidden;
+            mine.linear(head, first, count, c.hidden, x, rows, mine.outs.data(), COLUMNS);
+            for (int i = 0; i < rows; i++)
+                std::memcpy(b.logits + (long)(row + i) * c.vocab + first, &mine.outs[i * COLUMNS], count * sizeof(float));
+        }
     }
 
     // Stages `at` to at + 8; the next stage's number.
     int run_layer(int layer, int at, Scratch& mine) {
         const ms_layer& w = layers[layer];
         int tasks = (c.hidden + COLUMNS - 1) / COLUMNS, width = c.heads * c.head_dim, heads = c.kv_heads;
-        const bf16* x = input(at++, c.hidden, mine, [&](int row, bf16* to) { normed(row, w.attn_norm, to); });
+        const bf16* x = input(at++, c.hidden, mine, [&](int row, InputRow to) { normed(row, w.attn_norm, to); });
         blocks(at++, c.heads + 2 * heads,
                [&](int head, int row, int rows) { project(w, layer, head, x, row, rows, mine); });
         stage(at++, (int)attends.size() * heads,
               [&](int i) { attend_task(layer, attends[i / heads], i % heads, mine); });
-        x = input(at++, width, mine, [&](int row, bf16* to) { merge(row, to); });
+        x = input(at++, width, mine, [&](int row, InputRow to) { merge(row, to); });
         blocks(at++, tasks, [&](int task, int row, int rows) { add(w.o, width, task, x, row, rows, mine); });
-        x = input(at++, c.hidden, mine, [&](int row, bf16* to) { normed(row, w.mlp_norm, to); });
+        x = input(at++, c.hidden, mine, [&](int row, InputRow to) { normed(row, w.mlp_norm, to); });
         blocks(at++, (c.intermediate + COLUMNS - 1) / COLUMNS,
                [&](int task, int row, int rows) { gate(w.gate_up, task, x, row, rows, mine); });
         blocks(at++, tasks, [&](int task, int row, int rows) {
@@ -352,7 +364,7 @@ bool possible(const ms_config& c) {
     for (int width : {c.hidden, c.intermediate, c.head_dim})
         if (width < 32 || width % 32) return false;
     return c.layers > 0 && c.head_dim <= HEAD_MAX && c.kv_heads > 0 && c.heads > 0 && c.heads % c.kv_heads == 0 &&
-           c.vocab > 0 && c.vocab % 4 == 0 && c.page_tokens > 0 && c.max_context > 0 && c.max_rows > 0 &&
+           c.vocab > 0 && c.page_tokens > 0 && c.max_context > 0 && c.max_rows > 0 &&
            c.max_threads > 0 && c.max_threads <= THREADS_MAX;
 }
 
@@ -364,7 +376,7 @@ void ms_close(Engine* engine);
 
 // The weights stay the caller's and must outlive the engine. Returns null when memory or threads are short, or for
 // widths that it cannot compute.
-Engine* ms_open(const ms_config* config, const ms_layer* layers, const bf16* embed, const bf16* head,
+Engine* ms_open(const ms_config* config, const ms_layer* layers, const Matrix* embed, const Matrix* head,
                 const float* norm, const float* cosines, const float* sines) {
     if (!possible(*config)) return nullptr;
     auto engine = std::unique_ptr<Engine>();
@@ -372,9 +384,10 @@ Engine* ms_open(const ms_config* config, const ms_layer* layers, const bf16* emb
         engine = std::make_unique<Engine>();
         const ms_config& c = engine->c = *config;
         engine->layers.assign(layers, layers + c.layers);
-        engine->embed = embed, engine->head = head, engine->norm = norm;
+        engine->embed = *embed, engine->head = *head, engine->norm = norm;
         engine->cosines = cosines, engine->sines = sines;
-        size_t rows = c.max_rows, width = std::max(c.hidden, c.heads * c.head_dim);
+        engine->amx = c.amx && amx_granted();
+        size_t rows = whole_tiles(c.max_rows), width = std::max(c.hidden, c.heads * c.head_dim);
         engine->residual.resize(rows * c.hidden);
         engine->q.resize(rows * c.heads * c.head_dim);
         engine->hidden.resize(rows * c.intermediate);
@@ -382,8 +395,9 @@ Engine* ms_open(const ms_config* config, const ms_layer* layers, const bf16* emb
         engine->scratch.resize(c.max_threads);
         for (auto& scratch : engine->scratch) {
             scratch.x.resize(rows * width);
-            scratch.packed.resize((size_t)16 * engine->widest());
-            scratch.tile.resize((size_t)BLOCK * std::max(2 * COLUMNS, c.head_dim));
+            scratch.outs.resize((size_t)BLOCK * std::max(2 * COLUMNS, c.head_dim));
+            scratch.linear.amx = scratch.attention.amx = engine->amx;
+            scratch.linear.widened.resize((size_t)COLUMNS * engine->widest());
             scratch.attention.resize(c.head_dim);
             scratch.queries.reserve((size_t)CHUNK_ROWS * engine->group());
         }

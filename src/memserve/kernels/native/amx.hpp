@@ -1,0 +1,119 @@
+// Matrix products on AMX tiles: 16 rows times 16 columns times 32 values of k in one instruction.
+//
+// An element of a product is summed along k in one order, whatever is beside it and however many rows there are; so a
+// row's results do not depend on the rows it is computed with.
+
+#pragma once
+
+#include <asm/prctl.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "tiles.hpp"
+
+namespace {
+
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__)
+constexpr bool AMX = true;
+#else
+constexpr bool AMX = false;
+#endif
+
+constexpr long ASK_FOR_STATE = 0x1023, TILE_STATE = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+
+// Asks the kernel for the tile registers, for all threads of this process.
+inline bool amx_granted() { return AMX && syscall(SYS_arch_prctl, ASK_FOR_STATE, TILE_STATE) == 0; }
+
+// All eight tile registers are 16 rows of 64 bytes.
+struct alignas(64) TileConfig {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+const TileConfig TILE_CONFIG;
+
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__)
+
+// The compiler must have stored what a tile is loaded from: the intrinsics do not tell it that they read memory.
+inline void stores_done() { asm volatile("" ::: "memory"); }
+
+// Holds the tile registers of a thread. Given back between steps, so that the kernel need not save them.
+struct Tiles {
+    bool held;
+    explicit Tiles(bool wanted) : held(wanted) {
+        if (held) _tile_loadconfig(&TILE_CONFIG);
+    }
+    ~Tiles() {
+        if (held) _tile_release();
+    }
+};
+
+// One or two strips of weights times one or two blocks of 16 rows. The inputs stream through: it is the weights that
+// are wanted again, for the next rows.
+template <int STRIPS, int BLOCKS>
+inline void amx_product(const bf16* w, long K, const bf16* x, float* out, long stride) {
+    const bf16 *w2 = w + TILE * K, *x2 = x + TILE * K;
+    stores_done();
+    _tile_zero(0);
+    if constexpr (STRIPS > 1) _tile_zero(1);
+    if constexpr (BLOCKS > 1) _tile_zero(2);
+    if constexpr (STRIPS > 1 && BLOCKS > 1) _tile_zero(3);
+    for (long at = 0; at < TILE * K; at += TILE_VALUES) {
+        _tile_loadd(6, w + at, 64);
+        if constexpr (STRIPS > 1) _tile_loadd(7, w2 + at, 64);
+        _tile_stream_loadd(4, x + at, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        if constexpr (STRIPS > 1) _tile_dpbf16ps(1, 4, 7);
+        if constexpr (BLOCKS > 1) _tile_stream_loadd(5, x2 + at, 64);
+        if constexpr (BLOCKS > 1) _tile_dpbf16ps(2, 5, 6);
+        if constexpr (STRIPS > 1 && BLOCKS > 1) _tile_dpbf16ps(3, 5, 7);
+    }
+    float* out2 = out + TILE * stride;
+    _tile_stored(0, out, stride * 4);
+    if constexpr (STRIPS > 1) _tile_stored(1, out + TILE, stride * 4);
+    if constexpr (BLOCKS > 1) _tile_stored(2, out2, stride * 4);
+    if constexpr (STRIPS > 1 && BLOCKS > 1) _tile_stored(3, out2 + TILE, stride * 4);
+}
+
+// out[16][COLUMNS * 16): 16 rows of x, `depth` values each (a multiple of 32), times vectors of pairs: row i of `pairs`
+// holds the pairs of values 2 i and 2 i + 1, one a column. Steps are those of x's tiles along k, and in bytes.
+template <int COLUMNS>
+inline void amx_pairs(const bf16* x, long x_step, long x_bytes, const int32_t* pairs, long pairs_stride, int depth,
+                      float* out, long stride) {
+    stores_done();
+    _tile_zero(0);
+    _tile_zero(1);
+    if constexpr (COLUMNS > 2) _tile_zero(2);
+    if constexpr (COLUMNS > 2) _tile_zero(3);
+    for (int k = 0; k < depth; k += TILE_K, x += x_step, pairs += TILE * pairs_stride) {
+        _tile_loadd(4, x, x_bytes);
+        _tile_loadd(5, pairs, pairs_stride * 4);
+        _tile_loadd(6, pairs + TILE, pairs_stride * 4);
+        _tile_dpbf16ps(0, 4, 5);
+        _tile_dpbf16ps(1, 4, 6);
+        if constexpr (COLUMNS > 2) {
+            _tile_loadd(7, pairs + 2 * TILE, pairs_stride * 4);
+            _tile_loadd(5, pairs + 3 * TILE, pairs_stride * 4);
+            _tile_dpbf16ps(2, 4, 7);
+            _tile_dpbf16ps(3, 4, 5);
+        }
+    }
+    _tile_stored(0, out, stride * 4);
+    _tile_stored(1, out + TILE, stride * 4);
+    if constexpr (COLUMNS > 2) _tile_stored(2, out + 2 * TILE, stride * 4);
+    if constexpr (COLUMNS > 2) _tile_stored(3, out + 3 * TILE, stride * 4);
+}
+
+#else  // built for a processor, or by a compiler, without AMX: amx_granted() says no, so nobody calls these
+
+struct Tiles {
+    explicit Tiles(bool) {}
+};
+template <int STRIPS, int BLOCKS>
+inline void amx_product(const bf16*, long, const bf16*, float*, long) {}
+template <int COLUMNS>
+inline void amx_pairs(const bf16*, long, long, const int32_t*, long, int, float*, long) {}
+
+#endif
+
+}  // namespace
