@@ -104,6 +104,18 @@ inline void amx_pairs(const bf16* x, long x_step, long x_bytes, const int32_t* p
     if constexpr (COLUMNS > 2) _tile_stored(3, out + 3 * TILE, stride * 4);
 }
 
+// out[16][16]: 16 rows of `depth` values, one after another, times one column tile of pairs as in amx_pairs.
+inline void amx_tile(const bf16* rows, int depth, const int32_t* pairs, long pairs_stride, float* out) {
+    stores_done();
+    _tile_zero(0);
+    for (int k = 0; k < depth; k += TILE_K, pairs += TILE * pairs_stride) {
+        _tile_loadd(4, rows + k, depth * 2);
+        _tile_loadd(5, pairs, pairs_stride * 4);
+        _tile_dpbf16ps(0, 4, 5);
+    }
+    _tile_stored(0, out, TILE * 4);
+}
+
 #else  // built for a processor, or by a compiler, without AMX: amx_granted() says no, so nobody calls these
 
 struct Tiles {
@@ -113,6 +125,7 @@ template <int STRIPS, int BLOCKS>
 inline void amx_product(const bf16*, long, const bf16*, float*, long) {}
 template <int COLUMNS>
 inline void amx_pairs(const bf16*, long, long, const int32_t*, long, int, float*, long) {}
+inline void amx_tile(const bf16*, int, const int32_t*, long, float*) {}
 
 #endif
 

@@ -11,6 +11,9 @@
 // chunks, on which pages it has, nor on the threads. Every sum is taken in one order (see linear.hpp and
 // attention.hpp); attention goes in parts of PART positions, fixed from position 0, merged in order.
 //
+// Many rows are cut into blocks, one or more a thread, which the thread takes through all stages where it can: what it
+// reads is then what it wrote. A thread that is done with its own blocks takes tasks of the others.
+//
 // Needs AVX-512 F, BW, VL, DQ and BF16, which the loader checks, and uses AMX where the processor has it. No dependency
 // but libstdc++ and Linux futexes.
 
@@ -59,7 +62,9 @@ namespace {
 constexpr int HEAD_MAX = 256;      // head_dim
 constexpr int FEW = 16;            // rows up to which every thread prepares all inputs for itself
 constexpr int CHUNK_ROWS = 32;     // rows of a chunk that attend together
-constexpr int BLOCK = 256;         // rows of one task of a linear: their inputs and outputs stay in the second level
+constexpr int BLOCK_MIN = 64;      // rows of a block: weights are read once for each
+constexpr int BLOCK = 256;         // most: their inputs and outputs stay in the second level
+constexpr int TASKS_MIN = 2;       // tasks of attention for each thread
 constexpr int HEAD_COLUMNS = 8 * COLUMNS;  // outputs of one task of the head
 constexpr int THREADS_MAX = 0xFF;  // what fits beside the count of steps
 
@@ -70,11 +75,13 @@ struct Scratch {
     Buffer<bf16> x;      // (max_rows, widest input): a linear's input when rows are few, and the head's
     Buffer<float> outs;  // (BLOCK, 2 COLUMNS or head_dim): a linear's
     std::vector<Query> queries;
+    Buffer<float> sums;  // (CHUNK_ROWS, group, 2 + head_dim): attention so far, and beside it a part of it
+    Buffer<float> part;
 };
 
-// Queries of `rows` consecutive rows against part number `part` of their sequence.
+// Queries of `rows` consecutive rows against parts [part, end) of their sequence.
 struct Attend {
-    int row, rows, part;
+    int row, rows, part, end;
 };
 
 struct Engine {
@@ -91,8 +98,11 @@ struct Engine {
     Buffer<float> parts;          // (parts, kv_heads, group, 2 + head_dim): see Query
     std::vector<int> part_at;     // (rows + 1,) first part of each row
     std::vector<Attend> attends;  // attention tasks of a layer, each for every kv head
+    std::vector<int> attend_at;   // (blocks + 1,) first of each block
+    bool whole;                   // whether a task attends to all parts
+    int block_rows, blocks;       // how the rows are cut
     std::vector<Scratch> scratch;
-    std::vector<Word> counters;  // tasks taken, one for each stage of a step
+    std::vector<Word> counters;  // tasks taken, one for each block of each stage of a step
 
     ms_batch b;
     Barrier barrier;
@@ -104,24 +114,36 @@ struct Engine {
     int part_size() const { return group() * (2 + c.head_dim); }
     int widest() const { return std::max({c.hidden, c.heads * c.head_dim, c.intermediate}); }
 
-    // Runs task(i) for every i below count, each on whichever thread comes first: a thread that lost its core for a
-    // while takes fewer. All threads must pass the same stages in the same order.
-    template <class F>
-    void stage(int index, int count, F task) {
-        auto& taken = counters[index].value;
-        for (int i; (i = taken.fetch_add(1, std::memory_order_relaxed)) < count;) task(i);
+    // Runs task(block, i) for every i below count(block), each on whichever thread comes first, its own blocks' first: a
+    // thread that lost its core for a while takes fewer. All threads must pass the same stages in the same order.
+    template <class Count, class F>
+    void stage(int index, int me, int blocks_here, Count count, F task) {
+        for (int k = 0; k < blocks_here; k++) {
+            int block = (me + k) % blocks_here, end = count(block);
+            auto& taken = counters[(size_t)index * most_blocks() + block].value;
+            for (int i; (i = taken.fetch_add(1, std::memory_order_relaxed)) < end;) task(block, i);
+        }
         barrier.wait(b.threads);
     }
 
-    // A stage over `columns` times blocks of rows: task(column, first row, rows).
+    // A stage over `columns` for each block: task(column, first row, rows).
     template <class F>
-    void blocks(int index, int columns, F task) {
-        int count = (b.rows + BLOCK - 1) / BLOCK;
-        stage(index, columns * count, [&](int i) {
-            int row = i % count * BLOCK;
-            task(i / count, row, std::min(BLOCK, b.rows - row));
+    void columns(int index, int me, int columns, F task) {
+        stage(index, me, blocks, [&](int) { return columns; }, [&](int block, int column) {
+            int row = block * block_rows;
+            task(column, row, std::min(block_rows, b.rows - row));
         });
     }
+
+    // A stage over all rows, TILE of them a task.
+    template <class F>
+    void each_row(int index, int me, F task) {
+        columns(index, me, block_rows / TILE, [&](int tile, int row, int rows) {
+            for (int i = tile * TILE; i < std::min(rows, (tile + 1) * TILE); i++) task(row + i);
+        });
+    }
+
+    int most_blocks() const { return c.max_rows / BLOCK_MIN + 1; }
 
     bf16* slot(int row, int position, int layer, int half, int head) {
         long page = b.tables[b.table_at[row] + position / c.page_tokens];
@@ -138,9 +160,10 @@ struct Engine {
     // A linear's input, of which fill(row, to) makes one row. For few rows every thread makes all for itself, which
     // is cheaper than one more barrier; many are shared out.
     template <class F>
-    const bf16* input(int index, int width, Scratch& mine, F fill) {
+    const bf16* input(int index, int me, int width, F fill) {
+        Scratch& mine = scratch[me];
         if (b.rows > FEW) {
-            stage(index, b.rows, [&](int row) { fill(row, InputRow(shared.data(), row, width)); });
+            each_row(index, me, [&](int row) { fill(row, InputRow(shared.data(), row, width)); });
             return shared.data();
         }
         for (int row = 0; row < b.rows; row++) fill(row, InputRow(mine.x.data(), row, width));
@@ -182,26 +205,47 @@ struct Engine {
         }
     }
 
-    // A task's queries of one kv head.
+    // A task's queries of one kv head: to the input of the next linear, or, when others attend to other parts, to
+    // `parts`.
     void attend_task(int layer, const Attend& task, int kv, Scratch& mine) {
-        int D = c.head_dim, G = group(), first = task.part * PART;
-        const bf16* keys[PART];
+        int D = c.head_dim, G = group(), size = 2 + D;
+        for (int part = task.part; part < task.end; part++) {
+            auto to = [&](int row) {
+                if (!whole) return &parts[((long)(part_at[row] + part) * c.kv_heads + kv) * part_size()];
+                return &(part ? mine.part : mine.sums)[(long)(row - task.row) * part_size()];
+            };
+            attend_part(layer, task, part, kv, to, mine);
+            if (!whole || !part) continue;
+            for (const Query& query : mine.queries) merge(&mine.sums[query.out - mine.part.data()], query.out, D);
+        }
+        if (!whole) return;
+        for (int row = task.row; row < task.row + task.rows; row++)
+            for (int g = 0; g < G; g++)
+                share(&mine.sums[(long)((row - task.row) * G + g) * size], D,
+                      InputRow(shared.data(), row, c.heads * D), (kv * G + g) * D);
+    }
+
+    // A task's queries of one kv head against one part; to(row): where the row's results go.
+    template <class F>
+    void attend_part(int layer, const Attend& task, int part, int kv, F to, Scratch& mine) {
+        int D = c.head_dim, G = group(), first = part * PART;
+        const bf16* keys[PART + KEYS_AHEAD];
         int count = find_keys(layer, task.row + task.rows - 1, first, kv, keys);
         mine.queries.clear();
         for (int row = task.row; row < task.row + task.rows; row++) {
-            int mine_count = std::min(count, b.positions[row] + 1 - first);
-            if (mine_count <= 0) continue;  // this part begins after the row's own position
-            float* out = &parts[((long)(part_at[row] + task.part) * c.kv_heads + kv) * part_size()];
+            int to_here = std::min(PART, b.positions[row] + 1 - first);
+            if (to_here <= 0) continue;  // this part begins after the row's own position
             const bf16* from = &q[((long)row * c.heads + kv * G) * D];
-            for (int g = 0; g < G; g++) mine.queries.push_back({from + g * D, mine_count, out + g * (2 + D)});
+            for (int g = 0; g < G; g++) mine.queries.push_back({from + g * D, to_here, to(row) + g * (2 + D)});
         }
         long to_value = (long)c.kv_heads * c.page_tokens * D;
-        attend(mine.queries.data(), (int)mine.queries.size(), keys, count, D, to_value, mine.attention);
+        Keys all = {keys, std::min(count, PART), count, to_value, c.page_tokens % TILE == 0};
+        attend(mine.queries.data(), (int)mine.queries.size(), all, D, mine.attention);
     }
 
-    // Where the K of the positions from `first` on lies. Never past the row's own position, nor past PART.
+    // Where the K of the positions from `first` on lies: a part's, and KEYS_AHEAD more. Never past the row's own.
     int find_keys(int layer, int row, int first, int kv, const bf16** keys) {
-        int count = std::min(PART, b.positions[row] + 1 - first);
+        int count = std::min(PART + KEYS_AHEAD, b.positions[row] + 1 - first);
         for (int t = 0; t < count;) {
             const bf16* key = slot(row, first + t, layer, 0, kv);
             int left = c.page_tokens - (first + t) % c.page_tokens;
@@ -211,25 +255,24 @@ struct Engine {
     }
 
     // The attention parts of one row, merged in order: (heads * head_dim,).
-    void merge(int row, InputRow to) {
+    void merge_row(int row, InputRow to, Scratch& mine) {
         int D = c.head_dim, G = group();
         for (int head = 0; head < c.heads; head++) {
-            auto at = [&](int part) {
-                return &parts[((long)part * c.kv_heads + head / G) * part_size() + head % G * (2 + D)];
-            };
-            float most = -INFINITY, total = 0;
-            for (int p = part_at[row]; p < part_at[row + 1]; p++) most = std::max(most, at(p)[0]);
-            __m512 sums[HEAD_MAX / 16] = {};
+            float* sums = mine.sums.data();
             for (int p = part_at[row]; p < part_at[row + 1]; p++) {
-                const float* part = at(p);
-                float factor = std::exp2(part[0] - most);
-                total += factor * part[1];
-                for (int i = 0; i < D / 16; i++)
-                    sums[i] = _mm512_fmadd_ps(_mm512_set1_ps(factor), _mm512_loadu_ps(part + 2 + 16 * i), sums[i]);
+                const float* part = &parts[((long)p * c.kv_heads + head / G) * part_size() + head % G * (2 + D)];
+                if (p == part_at[row]) std::memcpy(sums, part, (2 + D) * sizeof(float));
+                else merge(sums, part, D);
             }
-            __m512 share = _mm512_set1_ps(1.f / total);
-            for (int i = 0; i < D / 16; i++) narrow(to.at(head * D + 16 * i), _mm512_mul_ps(sums[i], share));
+            share(sums, D, to, head * D);
         }
+    }
+
+    // Attention's outcome of one head, to values `at` onwards of a linear's input.
+    static void share(const float* sums, int head_dim, InputRow to, int at) {
+        __m512 share = _mm512_set1_ps(1.f / sums[1]);
+        for (int i = 0; i < head_dim; i += 16)
+            narrow(to.at(at + i), _mm512_mul_ps(_mm512_loadu_ps(sums + 2 + i), share));
     }
 
     // COLUMNS outputs of a linear, added to the residual stream.
@@ -264,12 +307,11 @@ struct Engine {
         Tiles tiles(amx);
         Scratch& mine = scratch[me];
         int at = 0;
-        stage(at++, b.rows,
-              [&](int row) { read_output(embed, b.ids[row], c.hidden, &residual[(long)row * c.hidden]); });
-        for (int layer = 0; layer < c.layers; layer++) at = run_layer(layer, at, mine);
+        each_row(at++, me, [&](int row) { read_output(embed, b.ids[row], c.hidden, &residual[(long)row * c.hidden]); });
+        for (int layer = 0; layer < c.layers; layer++) at = run_layer(layer, at, me);
         for (int i = 0; i < b.wanted; i++) normed(b.wanted_at[i], norm, InputRow(mine.x.data(), i, c.hidden));
-        int tasks = (c.vocab + HEAD_COLUMNS - 1) / HEAD_COLUMNS;
-        stage(at, b.wanted ? tasks : 0, [&](int task) {
+        int tasks = b.wanted ? (c.vocab + HEAD_COLUMNS - 1) / HEAD_COLUMNS : 0;
+        stage(at, me, 1, [&](int) { return tasks; }, [&](int, int task) {
             for (int row = 0; row < b.wanted; row += BLOCK) logits(task, row, std::min(BLOCK, b.wanted - row), mine);
         });
     }
@@ -287,20 +329,25 @@ struct Engine {
     }
 
     // Stages `at` to at + 8; the next stage's number.
-    int run_layer(int layer, int at, Scratch& mine) {
+    int run_layer(int layer, int at, int me) {
         const ms_layer& w = layers[layer];
+        Scratch& mine = scratch[me];
         int tasks = (c.hidden + COLUMNS - 1) / COLUMNS, width = c.heads * c.head_dim, heads = c.kv_heads;
-        const bf16* x = input(at++, c.hidden, mine, [&](int row, InputRow to) { normed(row, w.attn_norm, to); });
-        blocks(at++, c.heads + 2 * heads,
-               [&](int head, int row, int rows) { project(w, layer, head, x, row, rows, mine); });
-        stage(at++, (int)attends.size() * heads,
-              [&](int i) { attend_task(layer, attends[i / heads], i % heads, mine); });
-        x = input(at++, width, mine, [&](int row, InputRow to) { merge(row, to); });
-        blocks(at++, tasks, [&](int task, int row, int rows) { add(w.o, width, task, x, row, rows, mine); });
-        x = input(at++, c.hidden, mine, [&](int row, InputRow to) { normed(row, w.mlp_norm, to); });
-        blocks(at++, (c.intermediate + COLUMNS - 1) / COLUMNS,
-               [&](int task, int row, int rows) { gate(w.gate_up, task, x, row, rows, mine); });
-        blocks(at++, tasks, [&](int task, int row, int rows) {
+        const bf16* x = input(at++, me, c.hidden, [&](int row, InputRow to) { normed(row, w.attn_norm, to); });
+        columns(at++, me, c.heads + 2 * heads,
+                [&](int head, int row, int rows) { project(w, layer, head, x, row, rows, mine); });
+        stage(at++, me, blocks, [&](int block) { return (attend_at[block + 1] - attend_at[block]) * heads; },
+              [&](int block, int i) {
+                  attend_task(layer, attends[attend_at[block] + i / heads], i % heads, mine);
+              });
+        x = shared.data();
+        if (!whole) x = input(at, me, width, [&](int row, InputRow to) { merge_row(row, to, mine); });
+        at++;
+        columns(at++, me, tasks, [&](int task, int row, int rows) { add(w.o, width, task, x, row, rows, mine); });
+        x = input(at++, me, c.hidden, [&](int row, InputRow to) { normed(row, w.mlp_norm, to); });
+        columns(at++, me, (c.intermediate + COLUMNS - 1) / COLUMNS,
+                [&](int task, int row, int rows) { gate(w.gate_up, task, x, row, rows, mine); });
+        columns(at++, me, tasks, [&](int task, int row, int rows) {
             add(w.down, c.intermediate, task, hidden.data(), row, rows, mine);
         });
         return at;
@@ -333,21 +380,60 @@ struct Engine {
         return true;
     }
 
-    // Cuts the step's attention into tasks: rows of one chunk together, others one by one, all in parts.
+    // Cuts the step's rows into blocks, as many as there are threads where that leaves enough for each.
+    void cut() {
+        int wanted = std::max((b.rows + BLOCK - 1) / BLOCK, std::min<int>(b.threads, b.rows / BLOCK_MIN));
+        block_rows = whole_tiles((b.rows + std::max(wanted, 1) - 1) / std::max(wanted, 1));
+        blocks = (b.rows + block_rows - 1) / block_rows;
+    }
+
+    // Cuts the step's attention into tasks: rows of one chunk together, others one by one. Tasks take whole sequences
+    // unless there are so few that threads would have none.
     void share_out() {
         part_at.assign(1, 0);
         for (int row = 0; row < b.rows; row++) part_at.push_back(part_at.back() + b.positions[row] / PART + 1);
-        parts.resize((size_t)part_at[b.rows] * c.kv_heads * part_size());
-        attends.clear();
-        for (int row = 0, rows; row < b.rows; row += rows) {
-            for (rows = 1; rows < CHUNK_ROWS && row + rows < b.rows; rows++)
-                if (b.table_at[row + rows] != b.table_at[row] || b.positions[row + rows] != b.positions[row] + rows) break;
-            for (int part = 0; part <= b.positions[row + rows - 1] / PART; part++) attends.push_back({row, rows, part});
+        attends.clear(), attend_at.clear();
+        for (int block = 0; block < blocks; block++) {
+            attend_at.push_back((int)attends.size());
+            int end = std::min((block + 1) * block_rows, b.rows);
+            for (int row = block * block_rows, rows; row < end; row += rows) {
+                rows = chunk(row, std::min(end, row + CHUNK_ROWS));
+                attends.push_back({row, rows, 0, b.positions[row + rows - 1] / PART + 1});
+            }
         }
+        attend_at.push_back((int)attends.size());
+        whole = (int)attends.size() * c.kv_heads >= TASKS_MIN * b.threads;
+        if (whole) return;
+        parts.resize((size_t)part_at[b.rows] * c.kv_heads * part_size());
+        split();
+    }
+
+    // Rows from `row` on, before `end`, that are consecutive positions of one sequence.
+    int chunk(int row, int end) const {
+        int rows = 1;
+        while (row + rows < end && b.table_at[row + rows] == b.table_at[row] &&
+               b.positions[row + rows] == b.positions[row] + rows)
+            rows++;
+        return rows;
+    }
+
+    // A task for every part of every sequence.
+    void split() {
+        std::vector<Attend> tasks;
+        tasks.swap(attends);
+        for (size_t block = 0, i = 0; block + 1 < attend_at.size(); block++) {
+            size_t end = attend_at[block + 1];
+            attend_at[block] = (int)attends.size();
+            for (; i < end; i++)
+                for (int part = 0; part < tasks[i].end; part++)
+                    attends.push_back({tasks[i].row, tasks[i].rows, part, part + 1});
+        }
+        attend_at.back() = (int)attends.size();
     }
 
     void step(const ms_batch& batch) {
         b = batch;
+        cut();
         share_out();
         for (auto& counter : counters) counter.value.store(0, std::memory_order_relaxed);
         if (b.threads > 1) {
@@ -400,8 +486,10 @@ Engine* ms_open(const ms_config* config, const ms_layer* layers, const Matrix* e
             scratch.linear.widened.resize((size_t)COLUMNS * engine->widest());
             scratch.attention.resize(c.head_dim);
             scratch.queries.reserve((size_t)CHUNK_ROWS * engine->group());
+            scratch.sums.resize((size_t)CHUNK_ROWS * engine->part_size());
+            scratch.part.resize((size_t)CHUNK_ROWS * engine->part_size());
         }
-        engine->counters = std::vector<Word>(2 + 8 * c.layers);
+        engine->counters = std::vector<Word>((size_t)(2 + 8 * c.layers) * engine->most_blocks());
         for (int i = 1; i < c.max_threads; i++) engine->threads.emplace_back(&Engine::serve, engine.get(), i);
         return engine.release();
     } catch (const std::exception&) {
