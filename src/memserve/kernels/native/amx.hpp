@@ -75,33 +75,30 @@ inline void amx_product(const bf16* w, long K, const bf16* x, float* out, long s
     if constexpr (STRIPS > 1 && BLOCKS > 1) _tile_stored(3, out2 + TILE, stride * 4);
 }
 
-// out[16][COLUMNS * 16): 16 rows of x, `depth` values each (a multiple of 32), times vectors of pairs: row i of `pairs`
-// holds the pairs of values 2 i and 2 i + 1, one a column. Steps are those of x's tiles along k, and in bytes.
-template <int COLUMNS>
-inline void amx_pairs(const bf16* x, long x_step, long x_bytes, const int32_t* pairs, long pairs_stride, int depth,
-                      float* out, long stride) {
+// out[0..16 BLOCKS)[0..32): rows of `depth` values (a multiple of 32), `x_stride` values from one to the next, times pairs:
+// row i of `pairs` holds the values 2 i and 2 i + 1 of each column.
+template <int BLOCKS>
+inline void amx_pairs(const bf16* x, long x_stride, const int32_t* pairs, long pairs_stride, int depth, float* out,
+                      long stride) {
     stores_done();
     _tile_zero(0);
     _tile_zero(1);
-    if constexpr (COLUMNS > 2) _tile_zero(2);
-    if constexpr (COLUMNS > 2) _tile_zero(3);
-    for (int k = 0; k < depth; k += TILE_K, x += x_step, pairs += TILE * pairs_stride) {
-        _tile_loadd(4, x, x_bytes);
-        _tile_loadd(5, pairs, pairs_stride * 4);
-        _tile_loadd(6, pairs + TILE, pairs_stride * 4);
-        _tile_dpbf16ps(0, 4, 5);
-        _tile_dpbf16ps(1, 4, 6);
-        if constexpr (COLUMNS > 2) {
-            _tile_loadd(7, pairs + 2 * TILE, pairs_stride * 4);
-            _tile_loadd(5, pairs + 3 * TILE, pairs_stride * 4);
-            _tile_dpbf16ps(2, 4, 7);
-            _tile_dpbf16ps(3, 4, 5);
-        }
+    if constexpr (BLOCKS > 1) _tile_zero(2);
+    if constexpr (BLOCKS > 1) _tile_zero(3);
+    for (int k = 0; k < depth; k += TILE_K, pairs += TILE * pairs_stride) {
+        _tile_loadd(6, pairs, pairs_stride * 4);
+        _tile_loadd(7, pairs + TILE, pairs_stride * 4);
+        _tile_loadd(4, x + k, x_stride * 2);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        if constexpr (BLOCKS > 1) _tile_loadd(5, x + TILE * x_stride + k, x_stride * 2);
+        if constexpr (BLOCKS > 1) _tile_dpbf16ps(2, 5, 6);
+        if constexpr (BLOCKS > 1) _tile_dpbf16ps(3, 5, 7);
     }
     _tile_stored(0, out, stride * 4);
     _tile_stored(1, out + TILE, stride * 4);
-    if constexpr (COLUMNS > 2) _tile_stored(2, out + 2 * TILE, stride * 4);
-    if constexpr (COLUMNS > 2) _tile_stored(3, out + 3 * TILE, stride * 4);
+    if constexpr (BLOCKS > 1) _tile_stored(2, out + TILE * stride, stride * 4);
+    if constexpr (BLOCKS > 1) _tile_stored(3, out + TILE * stride + TILE, stride * 4);
 }
 
 // out[16][16]: 16 rows of `depth` values, one after another, times one column tile of pairs as in amx_pairs.
@@ -123,8 +120,8 @@ struct Tiles {
 };
 template <int STRIPS, int BLOCKS>
 inline void amx_product(const bf16*, long, const bf16*, float*, long) {}
-template <int COLUMNS>
-inline void amx_pairs(const bf16*, long, long, const int32_t*, long, int, float*, long) {}
+template <int BLOCKS>
+inline void amx_pairs(const bf16*, long, const int32_t*, long, int, float*, long) {}
 inline void amx_tile(const bf16*, int, const int32_t*, long, float*) {}
 
 #endif

@@ -17,6 +17,7 @@ namespace {
 constexpr int PART = 256;       // positions of one attention task: a multiple of STRIP
 constexpr int STRIP = 64;       // columns that are worked on together
 constexpr int QUERIES = 6;      // queries that AVX-512 works on together: with a strip 24 accumulators
+constexpr int TOGETHER = 32;    // queries that AMX works on together: two tiles
 constexpr int KEYS_AHEAD = 32;  // tokens
 
 // One thread's memory for it.
@@ -24,19 +25,19 @@ struct Attention {
     bool amx = false;
     Buffer<int32_t> keys;    // (PART / STRIP, head_dim / 2, STRIP): pairs of values along head_dim
     Buffer<int32_t> values;  // (head_dim up to a multiple of STRIP / STRIP, PART / 2, STRIP): pairs of tokens
-    Buffer<float> scores;    // (TILE, PART)
-    Buffer<bf16> weights;    // (TILE, PART)
-    Buffer<bf16> queries;    // (TILE, head_dim)
-    Buffer<float> outs;      // (TILE, head_dim)
+    Buffer<float> scores;    // (TOGETHER, PART)
+    Buffer<bf16> weights;    // (TOGETHER, PART)
+    Buffer<bf16> queries;    // (TOGETHER, head_dim)
+    Buffer<float> outs;      // (TOGETHER, head_dim)
     Buffer<float> columns;   // (TILE, TILE)
 
     void resize(int head_dim) {
         keys.resize((size_t)head_dim / 2 * PART);
         values.resize((size_t)(head_dim + STRIP - 1) / STRIP * STRIP * PART / 2);
-        scores.resize(TILE * PART);
-        weights.resize(TILE * PART);
-        queries.resize((size_t)TILE * head_dim);
-        outs.resize((size_t)TILE * head_dim);
+        scores.resize(TOGETHER * PART);
+        weights.resize(TOGETHER * PART);
+        queries.resize((size_t)TOGETHER * head_dim);
+        outs.resize((size_t)TOGETHER * head_dim);
         columns.resize(TILE * TILE);
     }
 };
@@ -182,29 +183,31 @@ inline void attend_queries(const Query* queries, int padded, int head_dim, Atten
     }
 }
 
-// Weights of up to TILE queries from their scores, then their sums of V.
-inline void weigh_tile(const Query* queries, int number, int padded, int head_dim, Attention& mine) {
+// Weights of up to TOGETHER queries from their scores, then their sums of V.
+inline void weigh_tiles(const Query* queries, int number, int padded, int head_dim, Attention& mine) {
     float factor = 1.44269504f / std::sqrt((float)head_dim);
     for (int n = 0; n < number; n++)
         softmax(&mine.scores[n * PART], queries[n].count, padded, factor, queries[n].out, &mine.weights[n * PART]);
-    for (int d = 0; d < head_dim; d += STRIP) {
-        auto run = head_dim - d < STRIP ? amx_pairs<2> : amx_pairs<4>;
-        run(mine.weights.data(), TILE_K, PART * 2, &mine.values[(size_t)d * (PART / 2)], STRIP, padded, &mine.outs[d],
-            head_dim);
+    auto run = number > TILE ? amx_pairs<2> : amx_pairs<1>;
+    for (int d = 0; d < head_dim; d += 2 * TILE) {
+        const int32_t* values = &mine.values[(size_t)d / STRIP * STRIP * (PART / 2) + d % STRIP];
+        run(mine.weights.data(), PART, values, STRIP, padded, &mine.outs[d], head_dim);
     }
     for (int n = 0; n < number; n++)
         std::memcpy(queries[n].out + 2, &mine.outs[(size_t)n * head_dim], head_dim * sizeof(float));
 }
 
-// Up to TILE queries against the rearranged part, on AMX. Rows of missing queries are left as they are: they reach only
-// themselves.
-inline void attend_tile(const Query* queries, int number, int padded, int head_dim, Attention& mine) {
+// Up to TOGETHER queries against the rearranged part, on AMX. Rows of missing queries are left as they are: they reach
+// only themselves.
+inline void attend_tiles(const Query* queries, int number, int padded, int head_dim, Attention& mine) {
     for (int n = 0; n < number; n++)
         std::memcpy(&mine.queries[(size_t)n * head_dim], queries[n].q, head_dim * sizeof(bf16));
-    for (int t = 0; t < padded; t += STRIP)
-        amx_pairs<4>(mine.queries.data(), TILE_K, head_dim * 2, &mine.keys[(size_t)t * (head_dim / 2)], STRIP, head_dim,
-                     &mine.scores[t], PART);
-    weigh_tile(queries, number, padded, head_dim, mine);
+    auto run = number > TILE ? amx_pairs<2> : amx_pairs<1>;
+    for (int t = 0; t < padded; t += 2 * TILE) {
+        const int32_t* keys = &mine.keys[(size_t)t / STRIP * STRIP * (head_dim / 2) + t % STRIP];
+        run(mine.queries.data(), head_dim, keys, STRIP, head_dim, &mine.scores[t], PART);
+    }
+    weigh_tiles(queries, number, padded, head_dim, mine);
 }
 
 // Few queries on AMX, against K where it lies: the queries are what is rearranged. The same products and sums.
@@ -221,7 +224,7 @@ inline void attend_in_place(const Query* queries, int number, const Keys& keys, 
             _mm512_storeu_ps(&mine.scores[n * PART + t], _mm512_i32gather_ps(lines, &mine.columns[n], 4));
     }
     rearrange_values(keys, head_dim, mine);
-    weigh_tile(queries, number, whole_strips(keys.count), head_dim, mine);
+    weigh_tiles(queries, number, whole_strips(keys.count), head_dim, mine);
 }
 
 // `queries` against a part. No query's count is above the part's; each is at least one.
@@ -229,13 +232,13 @@ inline void attend(const Query* queries, int number, const Keys& keys, int head_
     if (mine.amx && number <= TILE && keys.tiles) return attend_in_place(queries, number, keys, head_dim, mine);
     rearrange_keys(keys, head_dim, mine);
     rearrange_values(keys, head_dim, mine);
-    const int together = mine.amx ? TILE : QUERIES;
+    const int together = mine.amx ? TOGETHER : QUERIES;
     for (int n = 0; n < number; n += together) {
         int most = 0, here = std::min(together, number - n);
         for (int i = n; i < n + here; i++) most = std::max(most, queries[i].count);
         int padded = whole_strips(most);
         if (mine.amx) {
-            attend_tile(queries + n, here, padded, head_dim, mine);
+            attend_tiles(queries + n, here, padded, head_dim, mine);
             continue;
         }
         switch (here) {
