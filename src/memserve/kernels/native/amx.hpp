@@ -48,19 +48,32 @@ struct Tiles {
     }
 };
 
+// A tile of weights as bfloat16: where it is, or widened to `to`.
+inline const bf16* tile_of(const bf16* from, bf16*) { return from; }
+inline const bf16* tile_of(const int8_t* from, bf16* to) {
+    for (int i = 0; i < TILE_VALUES; i += TILE_K) _mm512_store_si512(to + i, (__m512i)widen_int8(from + i));
+    stores_done();
+    return to;
+}
+
 // One or two strips of weights times one or two blocks of 16 rows. The inputs stream through: it is the weights that
-// are wanted again, for the next rows.
-template <int STRIPS, int BLOCKS>
-inline void amx_product(const bf16* w, long K, const bf16* x, float* out, long stride) {
-    const bf16 *w2 = w + TILE * K, *x2 = x + TILE * K;
+// are wanted again, for the next rows. Fetches lines [fetch, fetch_end) of every tile's place in the strips that follow.
+template <int STRIPS, int BLOCKS, class Weight>
+inline void amx_product(const Weight* w, long K, const bf16* x, float* out, long stride, int fetch, int fetch_end) {
+    alignas(64) bf16 widened[2][STRIPS][TILE_VALUES];  // by turns, so that none waits for the one before
+    const Weight* w2 = w + TILE * K;
+    const bf16* x2 = x + TILE * K;
     stores_done();
     _tile_zero(0);
     if constexpr (STRIPS > 1) _tile_zero(1);
     if constexpr (BLOCKS > 1) _tile_zero(2);
     if constexpr (STRIPS > 1 && BLOCKS > 1) _tile_zero(3);
     for (long at = 0; at < TILE * K; at += TILE_VALUES) {
-        _tile_loadd(6, w + at, 64);
-        if constexpr (STRIPS > 1) _tile_loadd(7, w2 + at, 64);
+        auto& turn = widened[at / TILE_VALUES % 2];
+        const char* next = (const char*)(w + STRIPS * (TILE * K + at));
+        for (int line = fetch; line < fetch_end; line++) _mm_prefetch(next + line * 64, _MM_HINT_T1);
+        _tile_loadd(6, tile_of(w + at, turn[0]), 64);
+        if constexpr (STRIPS > 1) _tile_loadd(7, tile_of(w2 + at, turn[STRIPS - 1]), 64);
         _tile_stream_loadd(4, x + at, 64);
         _tile_dpbf16ps(0, 4, 6);
         if constexpr (STRIPS > 1) _tile_dpbf16ps(1, 4, 7);
@@ -118,8 +131,8 @@ inline void amx_tile(const bf16* rows, int depth, const int32_t* pairs, long pai
 struct Tiles {
     explicit Tiles(bool) {}
 };
-template <int STRIPS, int BLOCKS>
-inline void amx_product(const bf16*, long, const bf16*, float*, long) {}
+template <int STRIPS, int BLOCKS, class Weight>
+inline void amx_product(const Weight*, long, const bf16*, float*, long, int, int) {}
 template <int BLOCKS>
 inline void amx_pairs(const bf16*, long, const int32_t*, long, int, float*, long) {}
 inline void amx_tile(const bf16*, int, const int32_t*, long, float*) {}

@@ -16,10 +16,14 @@ constexpr int COLUMNS = 2 * TILE;  // outputs of one task of a linear
 constexpr int ROWS = 8;            // rows of x that AVX-512 works on together: with two strips 16 accumulators
 constexpr int AHEAD = 8192;        // bytes of weights between what is prefetched and what is used
 
+// A pair of each output of a tile.
+inline __m512bh pair_of(const bf16* from) { return load(from); }
+inline __m512bh pair_of(const int8_t* from) { return widen_int8(from); }
+
 // STRIPS strips of weights times M rows of one block. The first pass over weights fetches what comes AHEAD: the
 // hardware's prefetcher stops at every page.
-template <int STRIPS, int M, bool FETCH>
-inline void avx_product(const bf16* w, long K, const bf16* x, float* out, long stride) {
+template <int STRIPS, int M, bool FETCH, class Weight>
+inline void avx_product(const Weight* w, long K, const bf16* x, float* out, long stride) {
     __m512 sums[STRIPS][M];
     for (auto& strip : sums)
         for (auto& sum : strip) sum = _mm512_setzero_ps();
@@ -27,8 +31,8 @@ inline void avx_product(const bf16* w, long K, const bf16* x, float* out, long s
         for (int pair = 0; pair < TILE; pair++) {
             __m512bh weights[STRIPS];
             for (int s = 0; s < STRIPS; s++) {
-                const bf16* from = w + s * TILE * K + tile + pair * 2 * TILE;
-                weights[s] = load(from);
+                const Weight* from = w + s * TILE * K + tile + pair * 2 * TILE;
+                weights[s] = pair_of(from);
                 if (FETCH) _mm_prefetch((const char*)from + AHEAD, _MM_HINT_T1);
             }
             for (int m = 0; m < M; m++) {
@@ -63,21 +67,26 @@ inline void parts_of_block(int rows, F run) {
     }
 }
 
-template <int STRIPS>
-inline void avx_rows(const bf16* w, long K, const bf16* x, int rows, float* out, long stride) {
+template <int STRIPS, class Weight>
+inline void avx_rows(const Weight* w, long K, const bf16* x, int rows, float* out, long stride) {
     for (int block = 0; block < rows; block += TILE)
         parts_of_block(std::min(TILE, rows - block), [&](int m, auto M) {
-            auto run = block + m == 0 ? avx_product<STRIPS, M.value, true> : avx_product<STRIPS, M.value, false>;
+            auto run = block + m == 0 ? avx_product<STRIPS, M.value, true, Weight>
+                                      : avx_product<STRIPS, M.value, false, Weight>;
             run(w, K, x + block * K + m * TILE_K, out + (block + m) * stride, stride);
         });
 }
 
-// Computes whole blocks: rows of padding too.
-template <int STRIPS>
-inline void amx_rows(const bf16* w, long K, const bf16* x, int rows, float* out, long stride) {
-    int m = 0;
-    for (; m + TILE < rows; m += 2 * TILE) amx_product<STRIPS, 2>(w, K, x + m * K, out + m * stride, stride);
-    if (m < rows) amx_product<STRIPS, 1>(w, K, x + m * K, out + m * stride, stride);
+// Computes whole blocks: rows of padding too. Where weights are used more than once, each pass fetches a share of those
+// of the next task; where once, the hardware's prefetcher is the better one.
+template <int STRIPS, class Weight>
+inline void amx_rows(const Weight* w, long K, const bf16* x, int rows, float* out, long stride) {
+    int passes = (rows + 2 * TILE - 1) / (2 * TILE), lines = passes > 1 ? STRIPS * TILE_VALUES * sizeof(Weight) / 64 : 0;
+    for (int pass = 0; pass < passes; pass++) {
+        int m = pass * 2 * TILE;
+        auto run = m + TILE < rows ? amx_product<STRIPS, 2, Weight> : amx_product<STRIPS, 1, Weight>;
+        run(w, K, x + m * K, out + m * stride, stride, pass * lines / passes, (pass + 1) * lines / passes);
+    }
 }
 
 // A thread's linears.
@@ -90,30 +99,35 @@ struct Linear {
     // beyond the real ones is undefined.
     void operator()(const Matrix& w, long first, int count, long K, const bf16* x, int rows, float* out, long stride) {
         for (int n = 0; n < count; n += COLUMNS) {
-            bool two = count - n > TILE;
-            const bf16* weights = strips(w, first + n, two ? 2 : 1, K);
-            auto run = amx ? (two ? amx_rows<2> : amx_rows<1>) : (two ? avx_rows<2> : avx_rows<1>);
-            run(weights, K, x, rows, out + n, stride);
-            if (w.scales) scale(w.scales + first + n, two ? 2 : 1, rows, out + n, stride);
+            if (count - n > TILE) strips<2>(w, first + n, K, x, rows, out + n, stride);
+            else strips<1>(w, first + n, K, x, rows, out + n, stride);
         }
     }
 
-    const bf16* strips(const Matrix& w, long first, int number, long K) {
-        if (!w.scales) return (const bf16*)w.values + first * K;
-        const int8_t* from = (const int8_t*)w.values + first * K;
-        for (long i = 0; i < number * TILE * K; i += 2 * TILE) {
-            _mm_prefetch((const char*)from + i + AHEAD, _MM_HINT_T1);
-            _mm512_storeu_si512(widened.data() + i, (__m512i)widen_int8(from + i));
-        }
-        return widened.data();
-    }
-
-    static void scale(const float* scales, int strips, int rows, float* out, long stride) {
-        for (int m = 0; m < rows; m++)
-            for (int n = 0; n < strips * TILE; n += TILE) {
-                float* to = out + m * stride + n;
-                _mm512_storeu_ps(to, _mm512_mul_ps(_mm512_loadu_ps(to), _mm512_loadu_ps(scales + n)));
+    template <int STRIPS>
+    void strips(const Matrix& w, long first, long K, const bf16* x, int rows, float* out, long stride) {
+        if (!w.scales) return run<STRIPS>((const bf16*)w.values + first * K, K, x, rows, out, stride);
+        const int8_t* weights = (const int8_t*)w.values + first * K;
+        if (rows <= (amx ? 2 * TILE : ROWS)) {  // each value is used once: it is widened on its way
+            run<STRIPS>(weights, K, x, rows, out, stride);
+        } else {
+            for (long i = 0; i < STRIPS * TILE * K; i += TILE_K) {
+                _mm_prefetch((const char*)weights + i + AHEAD, _MM_HINT_T1);
+                _mm512_storeu_si512(widened.data() + i, (__m512i)widen_int8(weights + i));
             }
+            run<STRIPS>((const bf16*)widened.data(), K, x, rows, out, stride);
+        }
+        for (int m = 0; m < rows; m++)
+            for (int n = 0; n < STRIPS * TILE; n += TILE) {
+                float* to = out + m * stride + n;
+                _mm512_storeu_ps(to, _mm512_mul_ps(_mm512_loadu_ps(to), _mm512_loadu_ps(w.scales + first + n)));
+            }
+    }
+
+    template <int STRIPS, class Weight>
+    void run(const Weight* w, long K, const bf16* x, int rows, float* out, long stride) {
+        if (amx) amx_rows<STRIPS>(w, K, x, rows, out, stride);
+        else avx_rows<STRIPS>(w, K, x, rows, out, stride);
     }
 };
 
