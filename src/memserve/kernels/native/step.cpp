@@ -20,6 +20,7 @@
 
 #include "attention.hpp"
 #include "linear.hpp"
+#include "sampling.hpp"
 #include "threads.hpp"
 #include "vectors.hpp"
 
@@ -46,9 +47,11 @@ extern "C" struct ms_batch {
     const int32_t* positions;  // (rows,)
     const int32_t* tables;     // (tables_length,) all page tables, one after another
     const int32_t* table_at;   // (rows,) where each row's table starts
-    const int32_t* wanted_at;  // (wanted,) rows whose logits are wanted
+    const int32_t* wanted_at;  // (wanted,) rows after which a token is wanted
     bf16* arena;               // (pages, layers, 2, kv_heads, page_tokens, head_dim)
-    float* logits;             // (wanted, vocab)
+    float* logits;             // (wanted, vocab), or null where nobody wants them
+    const ms_sampling* how;    // (wanted,)
+    int32_t* tokens;           // (wanted,) drawn, -1 where the largest logit is not finite; or null: none is drawn
 };
 
 // ---- the model -------------------------------------------------------------------------------------------
@@ -68,6 +71,7 @@ struct Scratch {
     Buffer<float> tile;   // (BLOCK, 2 COLUMNS or head_dim)
     Attention attention;
     std::vector<Query> queries;
+    Sampler sampler;
 };
 
 // Queries of `rows` consecutive rows against part number `part` of their sequence.
@@ -86,6 +90,7 @@ struct Engine {
     Buffer<bf16> hidden;          // (max_rows, intermediate)
     Buffer<bf16> shared;          // (max_rows, widest input): a linear's input when rows are many
     Buffer<float> parts;          // (parts, kv_heads, group, 2 + head_dim): see Query
+    Buffer<float> logits;         // (most wanted so far, vocab): where the caller wants none
     std::vector<int> part_at;     // (rows + 1,) first part of each row
     std::vector<Attend> attends;  // attention tasks of a layer, each for every kv head
     std::vector<Scratch> scratch;
@@ -267,10 +272,14 @@ struct Engine {
         for (int layer = 0; layer < c.layers; layer++) at = run_layer(layer, at, mine);
         for (int i = 0; i < b.wanted; i++) normed(b.wanted_at[i], norm, &mine.x[(long)i * c.hidden]);
         int columns = 8 * COLUMNS;
-        stage(at, b.wanted ? (c.vocab + columns - 1) / columns : 0, [&](int task) {
+        stage(at++, b.wanted ? (c.vocab + columns - 1) / columns : 0, [&](int task) {
             int first = task * columns, count = std::min(columns, c.vocab - first);
             linear(head + (long)first * c.hidden, count, c.hidden, mine.x.data(), b.wanted, b.logits + first, c.vocab,
                    mine.packed.data());
+        });
+        stage(at++, b.tokens ? b.wanted : 0, [&](int i) {
+            int position = b.positions[b.wanted_at[i]] + 1;
+            b.tokens[i] = draw(b.logits + (long)i * c.vocab, b.how[i], position, mine.sampler);
         });
     }
 
@@ -337,6 +346,10 @@ struct Engine {
     void step(const ms_batch& batch) {
         b = batch;
         share_out();
+        if (!b.logits) {
+            logits.resize(std::max(logits.size(), (size_t)b.wanted * c.vocab));
+            b.logits = logits.data();
+        }
         for (auto& counter : counters) counter.value.store(0, std::memory_order_relaxed);
         if (b.threads > 1) {
             unsigned steps = (unsigned)epoch.value.load(std::memory_order_relaxed) >> 8;
@@ -386,8 +399,9 @@ Engine* ms_open(const ms_config* config, const ms_layer* layers, const bf16* emb
             scratch.tile.resize((size_t)BLOCK * std::max(2 * COLUMNS, c.head_dim));
             scratch.attention.resize(c.head_dim);
             scratch.queries.reserve((size_t)CHUNK_ROWS * engine->group());
+            scratch.sampler.resize(c.vocab);
         }
-        engine->counters = std::vector<Word>(2 + 8 * c.layers);
+        engine->counters = std::vector<Word>(3 + 8 * c.layers);
         for (int i = 1; i < c.max_threads; i++) engine->threads.emplace_back(&Engine::serve, engine.get(), i);
         return engine.release();
     } catch (const std::exception&) {
@@ -403,7 +417,7 @@ int ms_step(Engine* engine, const ms_batch* batch) {
     try {
         engine->step(*batch);
         return 0;
-    } catch (const std::bad_alloc&) {  // before any thread started: only share_out() allocates
+    } catch (const std::bad_alloc&) {  // before any thread started
         return 2;
     }
 }
