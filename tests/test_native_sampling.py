@@ -25,7 +25,7 @@ from test_native import Twin, native_spec
 Draw = Callable[[torch.Tensor, list[Sampling], list[int]], list[int]]
 NATIVE = Path(__file__).parent / "native"
 INF = float("inf")
-VOCABS = (1, 2, 7, 8, 9, 63, 64, 65, 100, 255, 256, 257, 1000, 5003)
+VOCABS = (1, 2, 7, 8, 9, 63, 64, 65, 100, 255, 256, 257, 1000, 3001)
 TEMPERATURES = (1e-300, 0.01, 0.3, 0.7, 1.0, 2.0, 100.0, 1e4)
 
 
@@ -146,23 +146,23 @@ def test_greedy_takes_the_lowest_of_the_largest(native: Draw, vocab: int) -> Non
     """Greedy output must be reproducible to the token, the last of the vocabulary included."""
     generator = random.Random(vocab)
     settings = [Sampling(temperature=0.0), Sampling(top_k=1), Sampling(temperature=-1.0), Sampling(temperature=0.0)]
-    for _ in range(50):
-        logits = torch.randn(4, vocab)
+    for turn in range(20):
+        logits = torch.randn(4, vocab, generator=torch.Generator().manual_seed(turn))
         for row in range(4):
             ties = sorted(generator.randrange(vocab) for _ in range(3))
             logits[row, ties] = generator.choice((9.0, 0.0))
             if generator.random() < 0.3:
-                logits[row, [at for at in range(vocab) if at != ties[-1]]] = -INF
+                logits[row, : ties[-1]] = logits[row, ties[-1] + 1 :] = -INF
         assert native(logits, settings, [0] * 4) == logits.max(dim=-1).indices.tolist()
 
 
-@pytest.mark.parametrize("vocab", [1, 8, 100, 5003])
+@pytest.mark.parametrize("vocab", [1, 8, 100, 3001])
 @pytest.mark.parametrize("strange", [float("nan"), INF, -float("nan")])
 def test_logits_that_are_not_numbers_give_no_token(native: Draw, vocab: int, strange: float) -> None:
     """A broken kernel must end its request with an error, not with a token."""
     generator = random.Random(vocab)
     for how in (Sampling(temperature=0.0), Sampling()):
-        logits = torch.randn(3, vocab)
+        logits = torch.randn(3, vocab, generator=torch.Generator().manual_seed(vocab))
         logits[1, generator.randrange(vocab)] = strange
         tokens = native(logits, [how] * 3, [0] * 3)
         assert tokens[1] == -1 and tokens[0] >= 0 and tokens[2] >= 0
