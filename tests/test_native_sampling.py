@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import random
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from memserve.engine.plans import Row
+from memserve.engine.plans import BatchPlan, Row
+from memserve.engine.runner import CpuEngine
 from memserve.engine.sampling import draw, uniform
-from memserve.engine.weights import default_cache_dir
+from memserve.engine.weights import default_cache_dir, random_weights, save_weights
 from memserve.kernels.native import MAX_ROWS, load, sampling_bytes
 from memserve.kernels.native_build import FLAGS, SOURCES, NativeUnavailable
 from memserve.messages import Sampling
@@ -58,7 +62,9 @@ def some_logits(generator: random.Random, vocab: int) -> torch.Tensor:
     noise = torch.randn(vocab, generator=torch.Generator().manual_seed(generator.randrange(2**32)))
     shape = generator.randrange(7)
     if shape == 0:
-        return noise * generator.choice((1e-3, 0.1, 1.0, 3.0, 10.0, 100.0)) + generator.choice((0.0, -40.0, 1e4))
+        return noise * generator.choice((1e-3, 0.1, 1.0, 3.0, 10.0, 100.0)) + generator.choice(
+            (0.0, -40.0, 1e4)
+        )
     if shape == 1:
         return (noise * generator.choice((1, 2, 5))).round()  # many ties in a few steps
     if shape == 2:
@@ -145,7 +151,12 @@ def test_equal_logits_are_ordered_by_id(native: Draw) -> None:
 def test_greedy_takes_the_lowest_of_the_largest(native: Draw, vocab: int) -> None:
     """Greedy output must be reproducible to the token, the last of the vocabulary included."""
     generator = random.Random(vocab)
-    settings = [Sampling(temperature=0.0), Sampling(top_k=1), Sampling(temperature=-1.0), Sampling(temperature=0.0)]
+    settings = [
+        Sampling(temperature=0.0),
+        Sampling(top_k=1),
+        Sampling(temperature=-1.0),
+        Sampling(temperature=0.0),
+    ]
     for turn in range(20):
         logits = torch.randn(4, vocab, generator=torch.Generator().manual_seed(turn))
         for row in range(4):
@@ -210,3 +221,38 @@ def test_a_step_with_logits_that_are_not_numbers_names_its_row() -> None:
     fine = Row(pack([5]), 0, twin.pages(1), GREEDY)
     with pytest.raises(FloatingPointError, match="row 1: the largest logit is not a finite number"):
         twin.drawn(fine, Row(pack([1]), 3, pages, GREEDY), fine)
+
+
+class Recorder(TorchDispatchMode):
+    """Notes every operation of torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Note it and go on."""
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.usefixtures("native")
+def test_an_engine_with_a_native_step_leaves_torch_alone(tmp_path: Path) -> None:
+    """Torch's threads would wake beside the step's own, on the same cores; and draws cost milliseconds there."""
+    spec = native_spec(4, 2, 32)
+    save_weights(random_weights(spec, "bfloat16", 1), tmp_path / "w")
+    arena = mmap.mmap(-1, 8 * spec.page_bytes(16, "bfloat16"))
+    engine = CpuEngine(spec, tmp_path / "w", arena, 8, 16, "bfloat16", threads=2)
+    rows = (
+        Row(pack(prompt(20, 1)), 0, (3, 1), Sampling(seed=4)),
+        Row(pack(prompt(9, 2)), 0, (4,), None),
+        Row(pack(prompt(5, 3)), 0, (5,), GREEDY),
+    )
+    with Recorder() as torch_ops:
+        together = engine.run(BatchPlan(rows)).tokens
+        alone = tuple(engine.run(BatchPlan((row,))).tokens[0] for row in rows)
+
+    assert torch_ops.seen == []
+    assert together == alone
+    assert [token is None for token in together] == [False, True, False]
+    engine.close()
