@@ -61,7 +61,8 @@ struct Model {
         if (other >= 0) row(other, 1), wanted.push_back((int)tokens.size() - 1);
         logits.resize(wanted.size() * VOCAB);
         ms_batch batch = {(int)tokens.size(), (int)wanted.size(), threads, PAGES, PAGES, tokens.data(), positions.data(),
-                          tables.data(), table_at.data(), wanted.data(), arena.data(), logits.data(), nullptr, nullptr};
+                          tables.data(), table_at.data(), wanted.data(), arena.data(), logits.data(), nullptr,
+                          nullptr};
         int refused = ms_step(engine, &batch);
         if (refused || !draws) return refused;
         ms_sampling how = {1.5, 0.9, 7, 0};

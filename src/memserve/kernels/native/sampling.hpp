@@ -1,9 +1,10 @@
 // The next token of a row from its logits, by the same rules as memserve/engine/sampling.py.
 //
 // Inverse of the cumulative distribution over tokens by falling weight, then rising id, for one uniform number that is
-// a function of (seed, position) alone; all in float64. Nothing is sorted but a few tokens: a histogram over the leading
-// bits of the weights, which order as the weights do, says in which bucket the answer lies, and its members alone are
-// looked at again, by finer buckets while they are many. So a flat distribution costs little more than a peaked one.
+// a function of (seed, position) alone; all in float64. Nothing is sorted but a few tokens: a histogram over the
+// leading bits of the weights, which order as the weights do, says in which bucket the answer lies, and its members
+// alone are looked at again, by finer buckets while they are many. So a flat distribution costs little more than a
+// peaked one, and the order is the weights' own: logits that differ may have equal weights.
 //
 // A draw is one thread's work from its first logit to its token, and sums in one order: neither the threads nor the
 // rows beside it can change it.
@@ -26,15 +27,15 @@ extern "C" struct ms_sampling {
 
 namespace {
 
-constexpr int BUCKETS = 2048;     // of a histogram
-constexpr int FEW_TOKENS = 64;    // that are sorted instead of looked at by finer buckets
-constexpr int NOT_A_TOKEN = -1;   // drawn where the largest logit is not finite
+constexpr int BUCKETS = 2048;      // of a histogram
+constexpr int FEW_TOKENS = 64;     // that are sorted instead of looked at by finer buckets
+constexpr int NOT_A_TOKEN = -1;    // drawn where the largest logit is not finite
 constexpr double LEAST = 0x1p-63;  // smaller weights share a bucket: all of them together are hardly ever drawn
 
 inline uint64_t mix(uint64_t value) {
-    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9;
-    value = (value ^ value >> 27) * 0x94D049BB133111EB;
-    return value ^ value >> 31;
+    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9;
+    value = (value ^ (value >> 27)) * 0x94D049BB133111EB;
+    return value ^ (value >> 31);
 }
 
 // A number in [0, 1): see `uniform` in sampling.py, which says why the seed is mixed first.
@@ -79,7 +80,8 @@ inline uint64_t bits(double value) {
     return number;
 }
 
-// Weights by their leading bits, read as integers, above `low`; the lowest bucket takes all that is below it too.
+// Counts and sums of weights by their distance above `low`, both read as integers, in steps of 2^shift. A bucket
+// further up holds larger weights; the lowest takes all that is below `low` too.
 struct Histogram {
     uint64_t low;
     int shift;
@@ -110,7 +112,7 @@ struct Place {
 
 // One thread's memory for draws.
 struct Sampler {
-    Buffer<double> weights;   // (vocab up to a multiple of 8,) e^((logit - largest) / temperature); 0 where there is none
+    Buffer<double> weights;   // (vocab up to a multiple of 8,) e^((logit - largest) / temperature), at the end zeros
     Buffer<int32_t> members;  // (vocab + 8,) ids, rising, of the bucket that is being looked at
     Histogram whole, part;
     int vocab = 0;
