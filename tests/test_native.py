@@ -65,6 +65,10 @@ class Twin:
         """Logits of the native step."""
         return self.step.forward(BatchPlan(rows), self.arena, self.threads)
 
+    def drawn(self, *rows: Row) -> list[int]:
+        """Tokens of the native step."""
+        return self.step.step(BatchPlan(rows), self.arena, self.threads)
+
     def exact(self, *rows: Row) -> torch.Tensor:
         """Logits of the reference."""
         plan = BatchPlan(rows)

@@ -99,25 +99,24 @@ class CpuEngine:
     @contextmanager
     def _hold(self) -> Iterator[int]:
         if self._cores is None:
-            torch.set_num_threads(self._threads)
             yield self._threads
             return
         with self._cores.hold() as threads:
-            torch.set_num_threads(threads)
             yield threads
 
     def _step(
         self, plan: BatchPlan, attention: CpuAttention, arena: torch.Tensor, threads: int
     ) -> tuple[int | None, ...]:
         assert self._model is not None, "the engine is closed"
-        wanted = [row for row in plan.rows if row.sample is not None]
-        with torch.inference_mode():
-            if self._native is not None:
-                logits = self._native.forward(plan, arena, threads)
-            else:
-                logits = self._model.forward(Batch.of(plan), attention.plan(plan), attention)
+        if self._native is not None:
+            drawn = iter(self._native.step(plan, arena, threads))
+        else:
+            torch.set_num_threads(threads)
+            wanted = [row for row in plan.rows if row.sample is not None]
             settings = [row.sample for row in wanted if row.sample is not None]
-            drawn = iter(sampling.draw(logits, settings, [row.end for row in wanted]) if wanted else ())
+            with torch.inference_mode():
+                logits = self._model.forward(Batch.of(plan), attention.plan(plan), attention)
+                drawn = iter(sampling.draw(logits, settings, [row.end for row in wanted]) if wanted else ())
         return tuple(None if row.sample is None else next(drawn) for row in plan.rows)
 
     def _check(self, plan: BatchPlan) -> None:

@@ -24,6 +24,7 @@
 
 #include "attention.hpp"
 #include "linear.hpp"
+#include "sampling.hpp"
 #include "threads.hpp"
 #include "vectors.hpp"
 
@@ -50,9 +51,11 @@ extern "C" struct ms_batch {
     const int32_t* positions;  // (rows,)
     const int32_t* tables;     // (tables_length,) all page tables, one after another
     const int32_t* table_at;   // (rows,) where each row's table starts
-    const int32_t* wanted_at;  // (wanted,) rows whose logits are wanted
+    const int32_t* wanted_at;  // (wanted,) rows after which a token is wanted
     bf16* arena;               // (pages, layers, 2, kv_heads, page_tokens, head_dim)
-    float* logits;             // (wanted, vocab)
+    float* logits;             // (wanted, vocab), or null where nobody wants them
+    const ms_sampling* how;    // (wanted,)
+    int32_t* tokens;           // (wanted,) drawn, -1 where the largest logit is not finite; or null: none is drawn
 };
 
 // ---- the model -------------------------------------------------------------------------------------------
@@ -77,6 +80,7 @@ struct Scratch {
     std::vector<Query> queries;
     Buffer<float> sums;  // (CHUNK_ROWS, group, 2 + head_dim): attention so far, and beside it a part of it
     Buffer<float> part;
+    Sampler sampler;
 };
 
 // Queries of `rows` consecutive rows against parts [part, end) of their sequence.
@@ -96,6 +100,7 @@ struct Engine {
     Buffer<bf16> hidden;          // (max_rows, intermediate) in tiles
     Buffer<bf16> shared;          // (max_rows, widest input) in tiles: a linear's input when rows are many
     Buffer<float> parts;          // (parts, kv_heads, group, 2 + head_dim): see Query
+    Buffer<float> logits;         // (most wanted so far, vocab): where the caller wants none
     std::vector<int> part_at;     // (rows + 1,) first part of each row
     std::vector<Attend> attends;  // attention tasks of a layer, each for every kv head
     std::vector<int> attend_at;   // (blocks + 1,) first of each block
@@ -311,13 +316,17 @@ struct Engine {
         for (int layer = 0; layer < c.layers; layer++) at = run_layer(layer, at, me);
         for (int i = 0; i < b.wanted; i++) normed(b.wanted_at[i], norm, InputRow(mine.x.data(), i, c.hidden));
         int tasks = b.wanted ? (c.vocab + HEAD_COLUMNS - 1) / HEAD_COLUMNS : 0;
-        stage(at, me, 1, [&](int) { return tasks; }, [&](int, int task) {
-            for (int row = 0; row < b.wanted; row += BLOCK) logits(task, row, std::min(BLOCK, b.wanted - row), mine);
+        stage(at++, me, 1, [&](int) { return tasks; }, [&](int, int task) {
+            for (int row = 0; row < b.wanted; row += BLOCK) head_task(task, row, std::min(BLOCK, b.wanted - row), mine);
+        });
+        stage(at++, me, 1, [&](int) { return b.tokens ? b.wanted : 0; }, [&](int, int i) {
+            int position = b.positions[b.wanted_at[i]] + 1;
+            b.tokens[i] = draw(b.logits + (long)i * c.vocab, b.how[i], position, mine.sampler);
         });
     }
 
     // HEAD_COLUMNS logits of some of the wanted rows.
-    void logits(int task, int row, int rows, Scratch& mine) {
+    void head_task(int task, int row, int rows, Scratch& mine) {
         int end = std::min((task + 1) * HEAD_COLUMNS, c.vocab);
         for (int first = task * HEAD_COLUMNS; first < end; first += COLUMNS) {
             int count = std::min(COLUMNS, end - first);
@@ -435,6 +444,10 @@ struct Engine {
         b = batch;
         cut();
         share_out();
+        if (!b.logits) {
+            logits.resize(std::max(logits.size(), (size_t)b.wanted * c.vocab));
+            b.logits = logits.data();
+        }
         for (auto& counter : counters) counter.value.store(0, std::memory_order_relaxed);
         if (b.threads > 1) {
             unsigned steps = (unsigned)epoch.value.load(std::memory_order_relaxed) >> 8;
@@ -488,8 +501,9 @@ Engine* ms_open(const ms_config* config, const ms_layer* layers, const Matrix* e
             scratch.queries.reserve((size_t)CHUNK_ROWS * engine->group());
             scratch.sums.resize((size_t)CHUNK_ROWS * engine->part_size());
             scratch.part.resize((size_t)CHUNK_ROWS * engine->part_size());
+            scratch.sampler.resize(c.vocab);
         }
-        engine->counters = std::vector<Word>((size_t)(2 + 8 * c.layers) * engine->most_blocks());
+        engine->counters = std::vector<Word>((size_t)(3 + 8 * c.layers) * engine->most_blocks());
         for (int i = 1; i < c.max_threads; i++) engine->threads.emplace_back(&Engine::serve, engine.get(), i);
         return engine.release();
     } catch (const std::exception&) {
@@ -505,7 +519,7 @@ int ms_step(Engine* engine, const ms_batch* batch) {
     try {
         engine->step(*batch);
         return 0;
-    } catch (const std::bad_alloc&) {  // before any thread started: only share_out() allocates
+    } catch (const std::bad_alloc&) {  // before any thread started
         return 2;
     }
 }
