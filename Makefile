@@ -21,7 +21,7 @@ help:
 	@echo 'make lint          ruff and mypy'
 	@echo 'make fix           let ruff repair what it can'
 	@echo 'make bench-engine  speed of the engine beside what the machine can do'
-	@echo 'make bench-quality what bfloat16 costs in quality, on real text'
+	@echo 'make bench-quality what bfloat16 and int8 cost in quality, on real text'
 	@echo 'make bench-cluster memory, idle CPU, latency and throughput of a whole cluster'
 	@echo 'make wheel         build dist/memserve-*.whl'
 	@echo 'make clean         remove .venv and everything built'

@@ -3,7 +3,7 @@
 Every way reads the same real text, a page of Python's own help a document, and says at each position what comes next
 (teacher-forced: after the text's own tokens, not after its own guesses). Compared are the negative log-likelihood of
 the token that follows (nats), how often the likeliest token is float32's, and the distance of the logits from
-float32's, which torch computes on the weights as they were published.
+float32's, which torch computes on the weights as they were published. int8 weights run in bfloat16.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ Logits = Callable[[list[int]], torch.Tensor]
 # ---- the ways -----------------------------------------------------------------------------------------------
 
 
-def torch_logits(files: ModelFiles) -> Logits:
-    """The torch path: a document is one prefill chunk, all of whose logits are wanted."""
-    model = Llama(files.spec, map_weights(files.weights))
+def torch_logits(files: ModelFiles, dtype: torch.dtype) -> Logits:
+    """The torch path in ``dtype``: a document is one prefill chunk, all of whose logits are wanted."""
+    model = Llama(files.spec, map_weights(files.weights), dtype)
 
     def run(ids: list[int]) -> torch.Tensor:
         row, arena = _chunk(files, ids, model.dtype)
@@ -162,11 +162,13 @@ def main() -> None:
     options = _options()
     torch.set_num_threads(options.threads)
     path = find_model(options.model)
-    exact, rounded = prepare(path, "float32"), prepare(path, "bfloat16")
+    exact, rounded, int8 = (prepare(path, stored) for stored in ("float32", "bfloat16", "int8"))
     ways = {
-        "torch float32": torch_logits(exact),
-        "torch bfloat16": torch_logits(rounded),
+        "torch float32": torch_logits(exact, torch.float32),
+        "torch bfloat16": torch_logits(rounded, torch.bfloat16),
         "native bfloat16": native_logits(rounded, options.threads),
+        "torch int8": torch_logits(int8, torch.bfloat16),
+        "native int8": native_logits(int8, options.threads),
     }
     texts = documents(exact.tokenizer, DOCUMENTS[: options.documents], options.tokens)
     report(compare({name: way for name, way in ways.items() if way}, texts), options)

@@ -155,7 +155,7 @@ PREPARE = "import sys; from memserve.process import prepare_weights; sys.exit(pr
 
 def prepare(path, **more):
     """The command that readies the weights, to its end, with an open lifeline."""
-    command = [sys.executable, "-c", PREPARE, str(path), "bfloat16"]
+    command = [sys.executable, "-c", PREPARE, str(path), "bfloat16", "bfloat16"]
     read, write = os.pipe()
     done = subprocess.run(
         command, stdin=read, env=environment() | more, capture_output=True, text=True, check=False
@@ -183,7 +183,7 @@ def test_weights_are_given_up_with_the_supervisor(tmp_path):
     """A conversion of minutes would go on for nobody."""
     waiting = tmp_path / "never-written.gguf"
     os.mkfifo(waiting)
-    command = [sys.executable, "-c", PREPARE, str(waiting), "bfloat16"]
+    command = [sys.executable, "-c", PREPARE, str(waiting), "bfloat16", "bfloat16"]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, env=environment(), stderr=subprocess.DEVNULL
     ) as child:

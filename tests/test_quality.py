@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from memserve.engine.spec import find_model
 from memserve.engine.weights import prepare
@@ -18,7 +19,11 @@ def test_the_native_step_is_as_near_to_float32_as_torch() -> None:
     native = native_logits(rounded, threads=2)
     if native is None:
         pytest.skip("no native step here: see the log")
-    ways = {"float32": torch_logits(exact), "torch": torch_logits(rounded), "native": native}
+    ways = {
+        "float32": torch_logits(exact, torch.float32),
+        "torch": torch_logits(rounded, torch.bfloat16),
+        "native": native,
+    }
     found = compare(ways, documents(exact.tokenizer, ("types",), POSITIONS))
 
     figures = {name: quality.figures for name, quality in found.items()}
