@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constr
 SOURCES := src tests $(wildcard bench loadgen)
 
 .DEFAULT_GOAL := check
-.PHONY: help up setup setup-test check lint test fix bench-engine bench-cluster wheel clean
+.PHONY: help up setup setup-test check lint test fix bench-engine bench-quality bench-cluster wheel clean
 
 help:
 	@echo 'make up            set up, then serve $$CONFIG (configs/demo.toml); ARGS="--set frontend.port=8123"'
@@ -21,6 +21,7 @@ help:
 	@echo 'make lint          ruff and mypy'
 	@echo 'make fix           let ruff repair what it can'
 	@echo 'make bench-engine  speed of the engine beside what the machine can do'
+	@echo 'make bench-quality what bfloat16 and int8 cost in quality, on real text'
 	@echo 'make bench-cluster memory, idle CPU, latency and throughput of a whole cluster'
 	@echo 'make wheel         build dist/memserve-*.whl'
 	@echo 'make clean         remove .venv and everything built'
@@ -62,6 +63,9 @@ fix: setup-test
 
 bench-engine: setup
 	$(BIN)/python bench/engine.py $(ARGS)
+
+bench-quality: setup
+	$(BIN)/python bench/quality.py $(ARGS)
 
 bench-cluster: setup-test
 	$(BIN)/python bench/cluster.py $(ARGS)

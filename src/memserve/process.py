@@ -346,10 +346,10 @@ def leaves(error: BaseException) -> Iterator[BaseException]:
 # ---- the weights ---------------------------------------------------------------------------------------------
 
 
-def prepare_weights(path: str, dtype: str) -> int:
+def prepare_weights(path: str, stored: str, dtype: str) -> int:
     """Convert the weights and compile the native step if they are not in the cache yet; the exit status.
 
-    A process of its own, for its memory.
+    ``stored``: the type of the matrices; ``dtype``: that of the run. A process of its own, for its memory.
 
     Its lifeline is its standard input: at the end of file its supervisor is gone, and so is the need for it.
     """
@@ -361,7 +361,7 @@ def prepare_weights(path: str, dtype: str) -> int:
     if dtype == "bfloat16":
         compiling.start()  # beside the conversion: each takes seconds on one core
     try:
-        prepare(Path(path), dtype)
+        prepare(Path(path), stored)
     except UserError as error:
         print(error, file=sys.stderr)
         return STATUS_USER_ERROR

@@ -181,7 +181,7 @@ class Http:
 def make_app(context: ActorContext, service: FrontendService) -> Starlette:
     """The HTTP surface, with the tokenizer loaded: takes a moment, so off the event loop."""
     resolved = context.resolved
-    files = prepare(resolved.model_path, resolved.config.model.dtype)
+    files = prepare(resolved.model_path, resolved.config.model.stored)
     tokenizer = Tokenizer.load(files.tokenizer)
     keys = resolved.config.frontend.api_keys
     settings = ApiSettings(model=resolved.spec.name, max_context=resolved.max_context, api_keys=keys)

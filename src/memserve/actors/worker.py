@@ -96,7 +96,7 @@ def start_engine(context: ActorContext, shard: ActorId) -> StepEngine:
     except (PeerError, PeerUnreachable) as error:
         raise RestartNeeded(str(error)) from error
     dtype, page_tokens = resolved.config.model.dtype, resolved.config.pool.page_tokens
-    files = prepare(resolved.model_path, dtype)
+    files = prepare(resolved.model_path, resolved.config.model.stored)
     slot = [one.name for one in resolved.config.worker].index(context.name)
     threads = resolved.threads[context.name]
     cores = Cores(context.place.path / CORES_FILE, resolved.cores, threads, slot, outsiders=Outsiders())

@@ -58,12 +58,17 @@ class CpuEngine:
         self._arena: torch.Tensor | None = flat.view(pages, *spec.page_shape(page_tokens))
         self._attention: CpuAttention | None = CpuAttention(self._arena, spec.heads)
         weights = map_weights(weights_path)
-        self._model: Llama | None = Llama(spec, weights)
+        self._model: Llama | None = Llama(spec, weights, self._dtype)
         self._native: NativeStep | None = None
         if native and self._dtype == torch.bfloat16:
             rope = self._model.rope
             most = cores.want if cores is not None else threads
             self._native = open_step(spec, weights, rope, page_tokens, most, default_cache_dir())
+
+    @property
+    def native(self) -> bool:
+        """Whether its steps are the native step's."""
+        return self._native is not None
 
     def run(self, plan: BatchPlan) -> BatchResult:
         """One step. Raises ValueError, naming the row, for a plan that would read or write what is not its own."""
