@@ -15,7 +15,7 @@ from memserve.engine.model import rope_table
 from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.runner import CpuEngine
 from memserve.engine.spec import ModelSpec
-from memserve.engine.weights import random_weights, save_weights
+from memserve.engine.weights import in_tiles, random_weights, save_weights
 from memserve.kernels import native_build
 from memserve.kernels.native import open_step
 from memserve.tokens import pack
@@ -68,7 +68,7 @@ def test_the_engine_serves_without_the_native_step(reason: str, tmp_path: Path) 
     """A machine without a compiler would not start, answer otherwise than it should, or be slow without a word."""
     spec = native_shape()
     weights = random_weights(spec, "bfloat16", 1)
-    save_weights(weights, tmp_path / "w")
+    save_weights(in_tiles(weights), tmp_path / "w")  # converted before its compiler failed
     ids = prompt(40, 3, spec.vocab)
     with capture_logs() as logs:
         arena = mmap.mmap(-1, PAGES * spec.page_bytes(16, "bfloat16"))
@@ -96,13 +96,11 @@ def test_a_model_that_the_native_step_cannot_run_is_named(tmp_path: Path) -> Non
     rope = rope_table(spec)
     with capture_logs() as logs:
         assert open_step(attrs.evolve(spec, hidden=40), weights, rope, 16, 2, tmp_path) is None
-        assert open_step(attrs.evolve(spec, vocab=131), weights, rope, 16, 2, tmp_path) is None
         assert open_step(spec, {"embed": weights["embed"].float()}, rope, 16, 2, tmp_path) is None
 
-    assert [entry["event"] for entry in logs] == ["native step unavailable"] * 3
+    assert [entry["event"] for entry in logs] == ["native step unavailable"] * 2
     assert "multiples of 32" in logs[0]["reason"]
-    assert "131 of 4" in logs[1]["reason"]
-    assert "float32" in logs[2]["reason"]
+    assert "float32" in logs[1]["reason"]
     assert not (tmp_path / "native").exists()  # nothing is compiled for a model that cannot have it
 
 

@@ -41,7 +41,14 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Draw:
     except NativeUnavailable as reason:
         pytest.skip(f"no native step here: {reason}")
     built = tmp_path_factory.mktemp("draws") / "draws.so"
-    command = [os.environ.get("CXX", "g++"), "-O2", "-shared", "-fPIC", *target_flags(), f"-I{SOURCES[0].parent}"]
+    command = [
+        os.environ.get("CXX", "g++"),
+        "-O2",
+        "-shared",
+        "-fPIC",
+        *target_flags(),
+        f"-I{SOURCES[0].parent}",
+    ]
     subprocess.run([*command, str(NATIVE / "draws.cpp"), "-o", str(built)], check=True, timeout=120)
     library = ctypes.CDLL(str(built))
     library.draws.restype = None

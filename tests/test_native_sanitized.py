@@ -30,7 +30,15 @@ def test_steps_are_clean(sanitizer: str, tmp_path: Path) -> None:
     ):
         pytest.skip(f"{compiler} has no {sanitizer} sanitizer here")
     program = str(tmp_path / "driver")
-    build = ("-O1", "-g", "-fno-sanitize-recover=all", flag, *target_flags(), f"-I{SOURCES[0].parent}", str(DRIVER))
+    build = (
+        "-O1",
+        "-g",
+        "-fno-sanitize-recover=all",
+        flag,
+        *target_flags(),
+        f"-I{SOURCES[0].parent}",
+        str(DRIVER),
+    )
     assert not (output := _run(compiler, *build, "-o", program)), output
     assert not (output := _run(program)), output
 

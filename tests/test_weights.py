@@ -15,7 +15,15 @@ from safetensors import safe_open
 from memserve.engine import weights as under_test
 from memserve.engine.convert import SCALE
 from memserve.engine.spec import find_model, read_spec
-from memserve.engine.weights import map_weights, prepare, random_weights, save_weights, weight_shapes
+from memserve.engine.weights import (
+    in_rows,
+    in_tiles,
+    map_weights,
+    prepare,
+    random_weights,
+    save_weights,
+    weight_shapes,
+)
 from memserve.errors import UserError
 from test_gguf import DEMO, LLAMA, write_gguf
 
@@ -218,3 +226,25 @@ def test_demo_model_converts_in_seconds_without_torch(tmp_path: Path, stored: st
         [sys.executable, "-c", code, str(find_model(DEMO)), str(tmp_path), stored], check=True, timeout=120
     )
     assert time.perf_counter() - began < 20  # 2 s where nothing else runs
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "int8"])
+def test_tiles_hold_the_rows(tmp_path: Path, stored: str) -> None:
+    """A value in the wrong place of a tile is a model that talks nonsense, on some machines only."""
+    path = _write(tmp_path / "tiny.gguf", _tensors(False))
+    rows, tiles = (
+        prepare(path, stored, tmp_path / "cache"),
+        prepare(path, stored, tmp_path / "cache", tiled=True),
+    )
+    expected, found = map_weights(rows.weights), map_weights(tiles.weights)
+
+    assert found["embed"].shape == (1, 2, 16, 16, 2)  # a vocabulary of 4, padded
+    gate_up = expected["1.gate_up"]
+    for output, value in ((0, 0), (17, 33), (191, 63), (100, 40)):
+        place = (output // 16, value // 32, value % 32 // 2, output % 16, value % 2)
+        assert found["1.gate_up"][place] == gate_up[output, value]
+    back = in_rows(found, rows.spec)
+    assert back.keys() == expected.keys()
+    assert all(torch.equal(back[name], expected[name]) for name in expected)
+    again = in_tiles(expected)
+    assert all(torch.equal(again[name], found[name]) for name in found)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from memserve.engine.checkpoint import Checkpoint
 from memserve.engine.quants import dequantise, quantise_rows, round_to_bfloat16
 from memserve.engine.spec import STORED_BYTES, ModelSpec
+from memserve.engine.tiles import STRIP, tiles_shape, to_tiles, whole_strips
 from memserve.errors import UserError
 
 Values = NDArray[Any]
@@ -74,10 +75,10 @@ def weight_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def conversion(model: Checkpoint, stored: str) -> list[Weight]:
+def conversion(model: Checkpoint, stored: str, tiled: bool) -> list[Weight]:
     """What to write, after checking that the checkpoint holds exactly this model's tensors in the right shapes.
 
-    ``stored``: the type of matrices. ``make`` reads the checkpoint, so it must stay open. Raises UserError.
+    ``stored``: the type of matrices; ``tiled``: they go in tiles, not as rows. ``make`` reads the checkpoint, so it must stay open. Raises UserError.
     """
     parts = {part for sources in model.sources.values() for part in sources}
     if missing := sorted(parts - model.tensors.keys()):
@@ -88,7 +89,8 @@ def conversion(model: Checkpoint, stored: str) -> list[Weight]:
             f"{model.path}: {len(unknown)} tensors are not part of a {model.spec.architecture} model as it is "
             f"supported, {unknown[0]!r} for one; without them it would answer nonsense"
         )
-    return [_planned(model, name, shape, stored) for name, shape in weight_shapes(model.spec).items()]
+    weights = [_planned(model, name, shape, stored) for name, shape in weight_shapes(model.spec).items()]
+    return [_tiled(weight) if tiled and len(weight.tensors[0].shape) > 1 else weight for weight in weights]
 
 
 def _planned(model: Checkpoint, name: str, shape: tuple[int, ...], stored: str) -> Weight:
@@ -109,6 +111,19 @@ def _planned(model: Checkpoint, name: str, shape: tuple[int, ...], stored: str) 
         return tuple(one[0] if len(one) == 1 else np.concatenate(one) for one in zip(*made, strict=True))
 
     return Weight(tuple(tensors), make)
+
+
+def _tiled(weight: Weight) -> Weight:
+    """A matrix in tiles, and its scales, if it has any, for whole strips."""
+    matrix, *scales = weight.tensors
+    whole = [attrs.evolve(scale, shape=(-(-scale.shape[0] // STRIP) * STRIP,)) for scale in scales]
+
+    def make() -> tuple[Values, ...]:
+        values, *scales = weight.make()
+        return to_tiles(values), *(whole_strips(scale) for scale in scales)
+
+    tiles = attrs.evolve(matrix, shape=tiles_shape(*matrix.shape))
+    return Weight((tiles, *whole), make)
 
 
 def _quantised(model: Checkpoint, part: str) -> tuple[Values, ...]:

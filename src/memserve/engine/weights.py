@@ -2,10 +2,11 @@
 
 The converted form is what the engine wants and nothing else: q|k|v and gate|up concatenated, llama.cpp's q/k
 permutation undone, a tied head not stored twice, tensors aligned to cache lines. Matrices have the run's dtype, or
-are int8 with a float32 scale for each row; norm weights and biases stay float32. It lies in the user's cache, keyed by
+are int8 with a float32 scale for each row; norm weights and biases stay float32. For the native step matrices lie in
+tiles (see ``tiles.py``). It lies in the user's cache, keyed by
 the content of the model's files:
 
-    <cache>/models/<digest>-<type of matrices>/{weights.safetensors, tokenizer.json, spec.json}
+    <cache>/models/<digest>-<type of matrices>[-tiles]/{weights.safetensors, tokenizer.json, spec.json}
     <cache>/seen/<digest of path, size, mtime>      the content digest of a file seen before
 
 Nothing here imports torch but ``map_weights`` and ``random_weights``.
@@ -20,20 +21,23 @@ import mmap
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
 import msgspec
+from numpy.typing import NDArray
 
 from memserve.engine.checkpoint import checkpoint_files, open_checkpoint
 from memserve.engine.convert import SCALE, Tensor, Weight, conversion, save_tokenizer, weight_shapes
 from memserve.engine.quants import quantise_rows
 from memserve.engine.safetensors import read_header
 from memserve.engine.spec import STORED_BYTES, ModelSpec, name_of
+from memserve.engine.tiles import to_rows, to_tiles, whole_strips
 from memserve.errors import UserError
 
 if TYPE_CHECKING:
@@ -53,7 +57,7 @@ CONVERTER = (
         "hf.py",
         "quants.py",
     ),
-    *("safetensors.py", "spec.py", "tokenizer.py", "weights.py"),
+    *("safetensors.py", "spec.py", "tiles.py", "tokenizer.py", "weights.py"),
 )
 """The code that a conversion depends on."""
 
@@ -71,10 +75,13 @@ class ModelFiles:
     """tokenizer.json of the ``tokenizers`` library."""
 
 
-def prepare(path: str | Path, stored: str, cache_dir: Path | None = None) -> ModelFiles:
+def prepare(
+    path: str | Path, stored: str, cache_dir: Path | None = None, *, tiled: bool = False
+) -> ModelFiles:
     """The files of a model, converted on the first call and found in milliseconds afterwards.
 
-    ``stored``: the type of its matrices, one of ``STORED_BYTES``; int8 serves a run in either dtype.
+    ``stored``: the type of its matrices, one of ``STORED_BYTES``; int8 serves a run in either dtype. ``tiled``: they
+    lie in tiles, which only models take whose widths the native step takes.
 
     Safe to call from several processes at once: one converts, the others wait. Raises UserError when the file
     cannot be used or the cache cannot be written.
@@ -83,11 +90,11 @@ def prepare(path: str | Path, stored: str, cache_dir: Path | None = None) -> Mod
     if stored not in STORED_BYTES:
         raise UserError(f"weights of type {stored!r} are not supported; supported: {', '.join(STORED_BYTES)}")
     try:
-        folder = cache / "models" / f"{_digest(path, cache)}-{stored}"
+        folder = cache / "models" / f"{_digest(path, cache)}-{stored}{'-tiles' if tiled else ''}"
         if not _is_complete(folder):
             with _only_one(folder):
                 if not _is_complete(folder):
-                    _convert(path, stored, folder)
+                    _convert(path, stored, tiled, folder)
     except OSError as error:
         raise UserError(
             f"{path}: the converted model cannot be written to {cache}: {error}; "
@@ -122,6 +129,38 @@ def map_weights(path: Path) -> dict[str, torch.Tensor]:
             flat = torch.frombuffer(mapping, dtype=dtypes[entry["dtype"]], count=count, offset=base + start)
             tensors[name] = flat.view(entry["shape"])
     return tensors
+
+
+def in_tiles(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights with matrices in tiles and scales for whole strips; what is so already stays where it is."""
+    return {
+        name: _with_values(tensor, to_tiles)
+        if tensor.dim() == 2
+        else _with_values(tensor, whole_strips)
+        if name.endswith(SCALE)
+        else tensor
+        for name, tensor in weights.items()
+    }
+
+
+def in_rows(weights: Mapping[str, torch.Tensor], spec: ModelSpec) -> dict[str, torch.Tensor]:
+    """The weights with matrices as rows, as torch takes them; what is so already stays where it is."""
+    shapes = weight_shapes(spec)
+    found = dict(weights)
+    for name, tensor in weights.items():
+        if tensor.dim() > 2:
+            found[name] = _with_values(tensor, partial(to_rows, outputs=shapes[name][0]))
+        elif name.endswith(SCALE):
+            found[name] = tensor[: shapes[name.removesuffix(SCALE)][0]]
+    return found
+
+
+def _with_values(tensor: torch.Tensor, change: Callable[[NDArray[Any]], NDArray[Any]]) -> torch.Tensor:
+    """The tensor with its values moved about; numpy knows no bfloat16, so it moves their bits."""
+    import torch
+
+    bits = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
+    return torch.from_numpy(change(bits.numpy())).view(tensor.dtype)
 
 
 def random_weights(spec: ModelSpec, stored: str, seed: int) -> dict[str, torch.Tensor]:
@@ -226,12 +265,12 @@ def _only_one(folder: Path) -> Iterator[None]:
         yield
 
 
-def _convert(path: Path, stored: str, folder: Path) -> None:
+def _convert(path: Path, stored: str, tiled: bool, folder: Path) -> None:
     temporary = folder.with_suffix(".partial")
     shutil.rmtree(temporary, ignore_errors=True)  # of a converter that was killed: we hold the lock
     temporary.mkdir(mode=0o700)
     with open_checkpoint(path) as model:
-        _write_safetensors(conversion(model, stored), temporary / "weights.safetensors")
+        _write_safetensors(conversion(model, stored, tiled), temporary / "weights.safetensors")
         save_tokenizer(model, temporary / "tokenizer.json")
         (temporary / "spec.json").write_bytes(msgspec.json.encode(model.spec))
     shutil.rmtree(folder, ignore_errors=True)

@@ -5,8 +5,15 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import shutil
 import subprocess
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from memserve.engine.tiles import TILE
+
+if TYPE_CHECKING:
+    from memserve.engine.spec import ModelSpec
 
 _FOLDER = Path(__file__).with_name("native")
 SOURCES = sorted(path for path in _FOLDER.iterdir() if path.suffix in (".cpp", ".hpp"))
@@ -19,6 +26,9 @@ _AMX = {"amx_tile": "-mamx-tile", "amx_bf16": "-mamx-bf16"}
 """What it uses where the processor has it."""
 _FLAGS = ("-O3", "-shared", "-fPIC")
 _BUILD_S_MAX = 120
+
+HEAD_MAX = 256
+"""The widest head; step.cpp has the same."""
 
 
 def target_flags() -> tuple[str, ...]:
@@ -35,10 +45,30 @@ class NativeUnavailable(Exception):
     """Why this machine or model cannot have the native step."""
 
 
+def why_not(spec: ModelSpec, dtype: str) -> str | None:
+    """Why a model can't run in ``dtype`` on the native step of this machine, as far as can be told without a build."""
+    widths = (spec.hidden, spec.intermediate, spec.head_dim)
+    if dtype != "bfloat16":
+        return f"it computes in bfloat16, the model in {dtype}"
+    if any(width % TILE for width in widths) or spec.head_dim > HEAD_MAX:
+        return f"widths {widths} must be multiples of {TILE}, heads at most {HEAD_MAX}"
+    if shutil.which(_compiler()) is None:
+        return f"no C++ compiler: there is no {_compiler()}"
+    try:
+        target_flags()
+    except NativeUnavailable as reason:
+        return str(reason)
+    return None
+
+
+def _compiler() -> str:
+    return os.environ.get("CXX", "g++")
+
+
 def built_library(cache_dir: Path) -> Path:
     """The shared library, built if it is not there: about 4 s, once. Raises NativeUnavailable."""
     flags = (*_FLAGS, *target_flags())
-    compiler = os.environ.get("CXX", "g++")
+    compiler = _compiler()
     try:
         version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=20).stdout
     except (OSError, subprocess.SubprocessError) as error:

@@ -22,15 +22,13 @@ import torch
 
 from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.spec import ModelSpec
-from memserve.kernels.native_build import NativeUnavailable, built_library
+from memserve.engine.weights import in_tiles
+from memserve.kernels.native_build import NativeUnavailable, built_library, why_not
 from memserve.messages import Sampling
 from memserve.tokens import TOKEN_BYTES, count, span
 
 MAX_ROWS = 512
 """Tokens that its buffers hold; a larger step runs in several, with the same results."""
-
-TILE, TILE_K = 16, 32
-"""Outputs of a strip of weights, and values along k of a tile: tiles.hpp says why."""
 
 _NO_MEMORY = 2
 _NOT_A_TOKEN = -1
@@ -43,7 +41,10 @@ log = structlog.get_logger()
 class _Config(Structure):
     _fields_ = [
         *((name, c_int32) for name in ("layers", "hidden", "intermediate", "heads", "kv_heads", "head_dim")),
-        *((name, c_int32) for name in ("vocab", "max_context", "page_tokens", "max_rows", "max_threads", "amx")),
+        *(
+            (name, c_int32)
+            for name in ("vocab", "max_context", "page_tokens", "max_rows", "max_threads", "amx")
+        ),
         ("rms_eps", c_float),
     ]
 
@@ -119,7 +120,7 @@ class NativeStep:
         self._arena, self._arena_at, self._pages = ref(torch.empty(0)), 0, 0
         self._library, self._vocab, self._threads = library, spec.vocab, threads
         # What the native side points to; it lives as long as this does.
-        self._weights = tiled(weights)
+        self._weights = in_tiles(weights)
         self._rope = [table[:, :half].contiguous() for table in rope]
         config = _Config(
             spec.layers, spec.hidden, spec.intermediate, spec.heads, spec.kv_heads, spec.head_dim,
@@ -138,6 +139,11 @@ class NativeStep:
         )
         if not self._engine:
             raise NativeUnavailable("no memory, no threads, or more than 255 of them")
+
+    @property
+    def amx(self) -> bool:
+        """Whether it multiplies on AMX."""
+        return bool(self._library.ms_amx(self._engine))
 
     def step(self, plan: BatchPlan, arena: torch.Tensor, threads: int) -> list[int]:
         """As ``forward`` and ``sampling.draw``: the next token of each wanted row.
@@ -219,31 +225,6 @@ class NativeStep:
         return _Matrix(tensor.data_ptr(), None if scales is None else scales.data_ptr())
 
 
-def tiled(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights with every matrix in tiles (see tiles.hpp); what is in tiles already stays where it is."""
-    return {
-        name: _tiles(tensor)
-        if tensor.dim() == 2
-        else _whole(tensor)
-        if name.endswith(".scale")
-        else tensor
-        for name, tensor in weights.items()
-    }
-
-
-def _tiles(matrix: torch.Tensor) -> torch.Tensor:
-    """(out, in) to (strips, tiles, pairs, outputs of a strip, values of a pair)."""
-    matrix = _whole(matrix)
-    strips, tiles = len(matrix) // TILE, matrix.shape[1] // TILE_K
-    return matrix.view(strips, TILE, tiles, TILE_K // 2, 2).permute(0, 2, 3, 1, 4).contiguous()
-
-
-def _whole(outputs: torch.Tensor) -> torch.Tensor:
-    """With zeros up to a whole number of strips."""
-    missing = -len(outputs) % TILE
-    return torch.cat((outputs, outputs.new_zeros(missing, *outputs.shape[1:]))) if missing else outputs
-
-
 def _pieces(rows: Sequence[Row]) -> Iterator[list[Row]]:
     """The rows in order, long ones cut, in pieces of at most ``MAX_ROWS`` tokens."""
     piece: list[Row] = []
@@ -282,22 +263,16 @@ def open_step(
     cache_dir: Path,
 ) -> NativeStep | None:
     """The native step for a model, or None, with the reason in the log, where there can be none."""
+    dtype = "bfloat16" if weights["embed"].dtype == torch.int8 else str(weights["embed"].dtype)
     try:
-        _check_model(spec, weights["embed"].dtype)
+        if reason := why_not(spec, dtype.removeprefix("torch.")):
+            raise NativeUnavailable(reason)
         return NativeStep(load(cache_dir), spec, weights, rope, page_tokens, threads)
     except NativeUnavailable as reason:
         log.warning(
             "native step unavailable", reason=str(reason), consequence="decoding runs on torch, slower"
         )
         return None
-
-
-def _check_model(spec: ModelSpec, dtype: torch.dtype) -> None:
-    if dtype != torch.bfloat16:
-        raise NativeUnavailable(f"it computes in bfloat16, the model is {dtype}")
-    widths = (spec.hidden, spec.intermediate, spec.head_dim)
-    if any(width % TILE_K for width in widths) or spec.head_dim > 256:
-        raise NativeUnavailable(f"widths {widths} must be multiples of {TILE_K}, heads at most 256")
 
 
 @cache
@@ -308,9 +283,17 @@ def load(cache_dir: Path) -> ctypes.CDLL:
     except OSError as error:
         raise NativeUnavailable(str(error)) from error
     library.ms_open.restype = c_void_p
-    library.ms_open.argtypes = [POINTER(_Config), POINTER(_Layer), POINTER(_Matrix), POINTER(_Matrix), *[c_void_p] * 3]
+    library.ms_open.argtypes = [
+        POINTER(_Config),
+        POINTER(_Layer),
+        POINTER(_Matrix),
+        POINTER(_Matrix),
+        *[c_void_p] * 3,
+    ]
     library.ms_step.restype = c_int32
     library.ms_close.restype = None
+    library.ms_amx.restype = c_int32
+    library.ms_amx.argtypes = [c_void_p]
     library.ms_step.argtypes = [c_void_p, POINTER(_Batch)]
     library.ms_close.argtypes = [c_void_p]
     return library

@@ -524,6 +524,9 @@ int ms_step(Engine* engine, const ms_batch* batch) {
     }
 }
 
+// Whether it multiplies on AMX.
+int ms_amx(const Engine* engine) { return engine->amx; }
+
 void ms_close(Engine* engine) {
     engine->closing = true;
     engine->epoch.value.fetch_xor(1 << 8, std::memory_order_release);
