@@ -74,7 +74,7 @@ class Matrix:
         """``x``, (rows, in), times the matrix: (rows, out), in the dtype of ``x``."""
         if self.scale is None:
             return linear(x, self.values)
-        if len(x) <= _IN_PLACE and x.dtype == torch.bfloat16 and self._can_be_read_in_place:
+        if 0 < len(x) <= _IN_PLACE and x.dtype == torch.bfloat16 and self._can_be_read_in_place:
             return torch._weight_int8pack_mm(x, self.values, self.scale)
         parts = torch.split(self.values, max(1, _WIDENED // self.values.shape[1]))
         # bfloat16 holds every int8 exactly, and the scales multiply what has been summed up.
