@@ -178,7 +178,6 @@ def identity(options: RunOptions, work: Workload, plan: Arrivals, manner: Manner
         "body": {name: value for name, value in manner.body.items() if name != "return_token_ids"},
         "arrivals": f"{plan.describe()}, seed {plan.seed}",
         "window": f"warm-up {options.arrivals.warmup_s:g} s, duration {options.arrivals.duration_s or 'whole'}",
-        "slos_ms": build.objectives(options.measures.slo),
     }
 
 
