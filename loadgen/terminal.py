@@ -14,6 +14,7 @@ from rich.console import Console, Group
 from rich.live import Live as RichLive
 from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
 from loadgen.compare import Row
 from loadgen.measures import LATENCIES, NAMES
@@ -62,14 +63,12 @@ class Live:
         bar = ProgressBar(total=progress.planned, completed=over)
         if self.duration_s is not None:
             bar = ProgressBar(total=self.duration_s, completed=min(elapsed_s, self.duration_s))
-        table = Table(
-            title=f"{self.title}, {elapsed_s:.0f} s", title_justify="left", box=None, show_header=False
-        )
+        table = Table(box=None, show_header=False)
         for name, value in self.cells(progress, elapsed_s):
             table.add_row(name, value)
         for kind, count in progress.errors.items():
             table.add_row(f"[red]{kind}[/red]", str(count))
-        return Group(table, bar)
+        return Group(Text(f"{self.title}, {elapsed_s:.0f} s"), table, bar)
 
     def cells(self, progress: Progress, elapsed_s: float) -> list[tuple[str, str]]:
         """Names and values."""
