@@ -24,6 +24,8 @@ Floats = NDArray[np.float64]
 REPLICATES = 1000
 CELLS_MAX = 50_000_000
 """Values times replicates: more than this, and there are fewer replicates, 100 at least."""
+PART_CELLS_MAX = 4_000_000
+"""Values times replicates that are in memory at once, 8 bytes each and a few copies."""
 CONFIDENCE = 0.95
 SLICES = 20
 """Stretches of a run's window, over which rates are resampled."""
@@ -158,13 +160,19 @@ def _latency_rows(measure: str, runs: Sequence[Sequence[Record]], replicates: in
     rows = []
     for name, statistic in STATISTICS.items():
         points = [_point(one.values, name) for one in samples]
-        replicas = [statistic(one, weights) for one in samples]
+        replicas = [_in_parts(statistic, one, weights) for one in samples]
         ratios = [
             interval(points[0], one, replicas[0], many)
             for one, many in zip(points[1:], replicas[1:], strict=True)
         ]
         rows.append(Row(f"{measures.NAMES[measure]} {name}", "ms", tuple(points), tuple(ratios)))
     return rows
+
+
+def _in_parts(statistic: Statistic, sample: Sample, weights: Floats) -> Floats:
+    """A statistic of all replicates, a few at a time: values times replicates would not fit into memory."""
+    parts = -(-len(weights) * len(sample.values) // PART_CELLS_MAX)
+    return np.concatenate([statistic(sample, part) for part in np.array_split(weights, parts)])
 
 
 def _point(values: Floats, name: str) -> float:
