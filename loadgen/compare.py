@@ -22,7 +22,7 @@ from loadgen.rundir import Run
 Floats = NDArray[np.float64]
 
 REPLICATES = 1000
-CELLS_MAX = 50_000_000
+CELLS_MAX = 20_000_000
 """Values times replicates: more than this, and there are fewer replicates, 100 at least."""
 PART_CELLS_MAX = 4_000_000
 """Values times replicates that are in memory at once, 8 bytes each and a few copies."""
