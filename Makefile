@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constr
 SOURCES := src tests $(wildcard bench loadgen)
 
 .DEFAULT_GOAL := check
-.PHONY: help up setup setup-test check lint test fix bench-engine bench-quality bench-cluster wheel clean
+.PHONY: help up setup setup-test check lint test fix bench-engine bench-quality bench-cluster bench-loadgen wheel clean
 
 help:
 	@echo 'make up            set up, then serve $$CONFIG (configs/demo.toml); ARGS="--set frontend.port=8123"'
@@ -23,6 +23,7 @@ help:
 	@echo 'make bench-engine  speed of the engine beside what the machine can do'
 	@echo 'make bench-quality what bfloat16 and int8 cost in quality, on real text'
 	@echo 'make bench-cluster memory, idle CPU, latency and throughput of a whole cluster'
+	@echo 'make bench-loadgen how many streams and events the load generator takes on one core'
 	@echo 'make wheel         build dist/memserve-*.whl'
 	@echo 'make clean         remove .venv and everything built'
 	@echo 'PYTHON=python3.12 make ...  another interpreter, 3.11 or later'
@@ -69,6 +70,9 @@ bench-quality: setup
 
 bench-cluster: setup-test
 	$(BIN)/python bench/cluster.py $(ARGS)
+
+bench-loadgen: setup-test
+	$(BIN)/python bench/load_generator.py $(ARGS)
 
 wheel: setup-test
 	$(BIN)/python -m build --wheel
