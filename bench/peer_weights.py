@@ -35,12 +35,10 @@ def write_hf_directory(files: ModelFiles, folder: Path) -> Path:
 def hf_tensors(spec: ModelSpec, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The engine's weights under their Hugging Face names: fused matrices cut apart, everything bfloat16."""
     sources = family_named(spec.architecture).sources("hf", spec.layers, spec.tied_embeddings)
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name, parts in sources.items():
-        rows = weights[name].split(_rows_of_parts(spec, name, weights[name]))
-        tensors |= {
-            part: one.to(torch.bfloat16).contiguous() for part, one in zip(parts, rows, strict=True)
-        }
+        rows = torch.split(weights[name], _rows_of_parts(spec, name, weights[name]))
+        tensors |= {part: one.to(torch.bfloat16).contiguous() for part, one in zip(parts, rows, strict=True)}
     return tensors
 
 
