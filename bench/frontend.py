@@ -31,8 +31,8 @@ from raw_client import Stream, closed_loop, request_bytes, run_streams
 
 STREAM_TOKENS = 256
 """Answer of one stream where tokens a second are measured."""
-PACE_MS = 25.0
-"""A step of the paced runs: 256 streams then ask for 10,240 tokens a second."""
+PACE_MS = 20.0
+"""A step of the paced runs: 256 streams then ask for 12,800 tokens a second."""
 CLUSTER = (
     "worker=[{name='w0', role='both', shard='s0'}]",
     "shard=[{name='s0', memory='2GiB'}]",
@@ -175,18 +175,17 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for frontends in (1, 2):
         count = f"frontend.count={frontends}"
+        label = f"{frontends} Frontend{'s' if frontends > 1 else ''}"
         with cluster(0.0, count) as running:
             if frontends == 1:
                 run_streams(running.port, [completion(k, 16, 8) for k in range(8)])
                 found["alone"] = added_ttft(running, 10 * options.rounds)
-            found[f"{frontends} frontends, requests"] = requests_a_second(running, options.seconds)
+            found[f"{label}, requests"] = requests_a_second(running, options.seconds)
             for streams in (64, 256):
-                found[f"{frontends} frontends, {streams} streams"] = throughput(
-                    running, streams, options.rounds
-                )
+                found[f"{label}, {streams} streams"] = throughput(running, streams, options.rounds)
         with cluster(PACE_MS, count) as running:
             for streams in (1, 8, 256):
-                name = f"{frontends} frontends, {streams} streams, a step each {PACE_MS:g} ms"
+                name = f"{label}, {streams} stream{'s' if streams > 1 else ''}, a step each {PACE_MS:g} ms"
                 found[name] = throughput(running, streams, options.rounds)
     return found
 

@@ -6,6 +6,7 @@ had to be set beyond the defaults, and why, is said beside it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -206,14 +207,16 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     """End a process and whatever it started: its group is its own."""
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(STOP_S)
-        except subprocess.TimeoutExpired:
-            pass
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
+        process.wait()
+        # The next server is to have the memory and the cores: wait for the orphans, who are not ours to reap.
+        deadline = time.monotonic() + STOP_S
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, 0)
+            time.sleep(0.02)
     process.wait()
 
 

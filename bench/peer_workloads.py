@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Callable, Sequence
 
 import attrs
+
 from loadgen.conversation import one_turn
 from loadgen.records import Record
 from loadgen.workload import Message, Piece, Session, Turn
@@ -137,7 +138,7 @@ def decode_rate(records: Sequence[Record]) -> float:
 def prefill_rate(records: Sequence[Record]) -> float:
     """Prompt tokens a second until the first token."""
     [one] = records
-    return _told(one.prompt_tokens) / _told(one.ttft_ms) * 1e3
+    return _told(one.prompt_tokens) / first_ms(one) * 1e3
 
 
 def total_rate(records: Sequence[Record]) -> float:
@@ -152,7 +153,12 @@ def wall_s(records: Sequence[Record]) -> float:
 
 def ttft_s(records: Sequence[Record]) -> float:
     """Median time to first token, seconds."""
-    return statistics.median(_told(one.ttft_ms) for one in records) / 1e3
+    return statistics.median(first_ms(one) for one in records) / 1e3
+
+
+def first_ms(record: Record) -> float:
+    """Time to first token, milliseconds. A sole token without text (half a character) makes no event but the end."""
+    return _told(record.jct_ms if record.ttft_ms is None and record.asked_tokens == 1 else record.ttft_ms)
 
 
 def ttft_of(session: str) -> Callable[[Sequence[Record]], float]:

@@ -20,6 +20,8 @@ from typing import Any
 
 import attrs
 import trio
+
+from install_peers import default_folder
 from loadgen.arrivals import Arrivals
 from loadgen.client import Client
 from loadgen.content import Filler
@@ -28,8 +30,6 @@ from loadgen.errors import LoadgenError
 from loadgen.records import Record
 from loadgen.runner import Manner, Player
 from loadgen.workload import Session, Workload
-
-from install_peers import default_folder
 from notes import Note, number, table
 from peer_servers import Absent, NotReady, Server, find_servers, running
 from peer_workloads import CASES, Case, Figure, Wrong
@@ -37,7 +37,7 @@ from peer_workloads import CASES, Case, Figure, Wrong
 PROMPT = "The three states of matter are"
 """Answered by each server, to show that they run the same weights."""
 SAME_TOKENS = 24
-TIMEOUT_S = 300.0
+TIMEOUT_S = 120.0
 """Of one request; a server that takes longer for one of these has failed."""
 OURS = "memserve"
 
@@ -93,17 +93,17 @@ async def play(
         await client.aclose()
 
 
-def ask(url: str, measured: Measured, case: Case, key: str) -> None:
-    """Run a case once and keep its figures; a case that failed once is not asked again."""
+def ask(url: str, measured: Measured, case: Case, key: str) -> list[Record]:
+    """Run a case once; its answers, checked. A case that failed once is not asked again, and answers nothing."""
     if case.name in measured.failed:
-        return
+        return []
     try:
         records = trio.run(play, url, measured.server, case.sessions(key), case.clients)
         case.check(records)
-        for figure in case.figures:
-            measured.samples.setdefault(row_name(case, figure), []).append(figure.read(records))
+        return records
     except (Wrong, LoadgenError) as error:
         measured.failed[case.name] = str(error)
+        return []
 
 
 def run_round(measured: Measured, cases: Sequence[Case], turn: int, logs: Path) -> None:
@@ -115,10 +115,16 @@ def run_round(measured: Measured, cases: Sequence[Case], turn: int, logs: Path) 
             [said] = trio.run(play, url, server, (one_turn("same", PROMPT, SAME_TOKENS),), 1)
             measured.answer = said.answer or f"({said.error}: {said.detail})"
             for case in cases[:4]:  # threads started, code paged in, shapes compiled
-                trio.run(play, url, server, case.sessions("warm-up"), case.clients)
+                ask(url, measured, case, "warm-up")
             for case in cases:
                 for repeat in range(case.repeats):
-                    ask(url, measured, case, f"{turn}.{repeat} {case.name}")
+                    keep(measured, case, ask(url, measured, case, f"{turn}.{repeat} {case.name}"))
+
+
+def keep(measured: Measured, case: Case, records: Sequence[Record]) -> None:
+    """Add the figures of one run of a case."""
+    for figure in case.figures if records else ():
+        measured.samples.setdefault(row_name(case, figure), []).append(figure.read(records))
 
 
 def measure(servers: Sequence[Server], cases: Sequence[Case], rounds: int, logs: Path) -> list[Measured]:
@@ -132,7 +138,7 @@ def measure(servers: Sequence[Server], cases: Sequence[Case], rounds: int, logs:
             except NotReady as error:
                 one.failed |= {case.name: f"did not start: {error}" for case in cases}
             for name, why in one.failed.items():
-                print(f"  {name}: {why}", flush=True)
+                print(f"  failed: {name}: {why}", flush=True)
     return found
 
 
