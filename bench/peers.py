@@ -93,17 +93,17 @@ async def play(
         await client.aclose()
 
 
-def ask(url: str, measured: Measured, case: Case, key: str) -> list[Record]:
-    """Run a case once; its answers, checked. A case that failed once is not asked again, and answers nothing."""
+def ask(url: str, measured: Measured, case: Case, key: str) -> dict[str, float]:
+    """Run a case once; its figures by row. A case that failed once is not asked again, and has none."""
     if case.name in measured.failed:
-        return []
+        return {}
     try:
         records = trio.run(play, url, measured.server, case.sessions(key), case.clients)
         case.check(records)
-        return records
+        return {row_name(case, figure): figure.read(records) for figure in case.figures}
     except (Wrong, LoadgenError) as error:
         measured.failed[case.name] = str(error)
-        return []
+        return {}
 
 
 def run_round(measured: Measured, cases: Sequence[Case], turn: int, logs: Path) -> None:
@@ -118,13 +118,8 @@ def run_round(measured: Measured, cases: Sequence[Case], turn: int, logs: Path) 
                 ask(url, measured, case, "warm-up")
             for case in cases:
                 for repeat in range(case.repeats):
-                    keep(measured, case, ask(url, measured, case, f"{turn}.{repeat} {case.name}"))
-
-
-def keep(measured: Measured, case: Case, records: Sequence[Record]) -> None:
-    """Add the figures of one run of a case."""
-    for figure in case.figures if records else ():
-        measured.samples.setdefault(row_name(case, figure), []).append(figure.read(records))
+                    for row, value in ask(url, measured, case, f"{turn}.{repeat} {case.name}").items():
+                        measured.samples.setdefault(row, []).append(value)
 
 
 def measure(servers: Sequence[Server], cases: Sequence[Case], rounds: int, logs: Path) -> list[Measured]:
