@@ -14,7 +14,7 @@ import signal
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +122,10 @@ def run_round(measured: Measured, cases: Sequence[Case], turn: int, logs: Path) 
                         measured.samples.setdefault(row, []).append(value)
 
 
-def measure(servers: Sequence[Server], cases: Sequence[Case], rounds: int, logs: Path) -> list[Measured]:
-    """All servers, in rounds; each round begins with another one."""
+def measure(
+    servers: Sequence[Server], cases: Sequence[Case], rounds: int, logs: Path
+) -> Iterator[tuple[int, list[Measured]]]:
+    """All servers, in rounds, each of which begins with another one; after each, the rounds done and all figures."""
     found = [Measured(one) for one in servers]
     for turn in range(rounds):
         for one in found[turn % len(found) :] + found[: turn % len(found)]:
@@ -134,7 +136,7 @@ def measure(servers: Sequence[Server], cases: Sequence[Case], rounds: int, logs:
                 one.failed |= {case.name: f"did not start: {error}" for case in cases}
             for name, why in one.failed.items():
                 print(f"  failed: {name}: {why}", flush=True)
-    return found
+        yield turn + 1, found
 
 
 # ---- the note ------------------------------------------------------------------------------------------------
@@ -240,6 +242,14 @@ def write_note(
 # ---- the command ---------------------------------------------------------------------------------------------
 
 
+def positive(text: str) -> int:
+    """A whole number from 1. Raises ValueError, which argparse reports."""
+    value = int(text)
+    if value < 1:
+        raise ValueError(text)
+    return value
+
+
 def options_of(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -248,7 +258,7 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--folder", type=Path, default=default_folder(), help="where `make peers` installed them"
     )
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=positive, default=3)
     parser.add_argument("--servers", default="", help="only these, by comma")
     parser.add_argument("--cases", default="", help="only rows whose name has one of these in it, by comma")
     parser.add_argument("--cores", default="", help="such as 0,1; unset: all that this process may use")
@@ -298,13 +308,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         logs = options.logs or Path(scratch)
         logs.mkdir(parents=True, exist_ok=True)
-        found = measure(servers, cases, options.rounds, logs)
-    if options.json:
-        options.json.write_text(json.dumps(samples_of(found), indent=1) + "\n")
-    command = " ".join(
-        ["make bench-peers", *([f'ARGS="--rounds {options.rounds}"'] if options.rounds != 3 else [])]
-    )
-    print(write_note(found, absent, cases, command, options.rounds).read_text())
+        # After each round, so that a run that is ended early leaves what it has.
+        for done, found in measure(servers, cases, options.rounds, logs):
+            path = write_note(found, absent, cases, command_of(options), done)
+            if options.json:
+                options.json.write_text(json.dumps(samples_of(found), indent=1) + "\n")
+    print(path.read_text())
 
 
 if __name__ == "__main__":
