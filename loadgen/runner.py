@@ -268,8 +268,9 @@ def _verdict(exchange: Exchange, answer: Answer) -> tuple[str, str]:
         return answer.error, answer.detail
     if exchange.body:
         return "not a stream", _said(bytes(exchange.body))
-    if not answer.done:
-        return "incomplete", "the stream ended without [DONE]"
+    # Some servers (transformers) send no [DONE]; a body that came to its end and said why it ended is whole.
+    if not answer.done and not answer.finish_reason:
+        return "incomplete", "the stream ended without [DONE] and without a finish_reason"
     return "", ""
 
 
