@@ -240,7 +240,7 @@ class BatchConfig:
         256,
         unit="tokens",
         rule=between(1, 1 << 16),
-        help="prompt tokens in one step; smaller keeps running streams smoother, larger is a little faster",
+        help="prompt tokens in a step beside running streams, twice as many without; smaller keeps streams smoother",
     )
     rows: int = setting(
         64,
