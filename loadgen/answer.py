@@ -72,9 +72,8 @@ class Answer:
 
     @property
     def digest(self) -> str:
-        """A short digest of the answer: of its token ids where they were sent, or else of its text."""
-        source = orjson.dumps(self.ids) if self.ids is not None else self.text.encode()
-        return hashlib.sha256(source).hexdigest()[:16]
+        """A short digest of the answer's text."""
+        return hashlib.sha256(self.text.encode()).hexdigest()[:16]
 
     def tokens(self, key: str) -> int | None:
         """A count of the usage, such as ``prompt_tokens``; None where the server told none."""

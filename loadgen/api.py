@@ -172,13 +172,12 @@ def identity(options: RunOptions, work: Workload, plan: Arrivals, manner: Manner
     given = options.workload
     return {
         "workload": work.fingerprint(),
-        "content": f"seed {given.seed}, salt {given.salt!r}, vocabulary {given.vocabulary}, corpus {given.corpus}",
+        "content": f"seed {given.seed}, salt {given.salt!r}, vocabulary {given.vocabulary}, {f'corpus {given.corpus.name}' if given.corpus else 'random words'}",
         "prompts": f"{manner.style.endpoint}, generated content as {manner.style.form}",
         "answers": manner.style.answers,
         "body": {name: value for name, value in manner.body.items() if name != "return_token_ids"},
         "arrivals": f"{plan.describe()}, seed {plan.seed}",
         "window": f"warm-up {options.arrivals.warmup_s:g} s, duration {options.arrivals.duration_s or 'whole'}",
-        "slos_ms": build.objectives(options.measures.slo),
     }
 
 

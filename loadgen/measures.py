@@ -218,6 +218,8 @@ def against(records: Iterable[Record], reference: Iterable[Record]) -> dict[str,
 
 
 def _same_answer(one: Record, wanted: Record) -> bool:
+    if one.token_ids is not None and wanted.token_ids is not None:
+        return one.token_ids == wanted.token_ids
     if one.answer is not None and wanted.answer is not None:
         return one.answer == wanted.answer
     return one.answer_digest == wanted.answer_digest

@@ -163,6 +163,7 @@ class Player:
                 self.outcome.overflowed += 1
                 self.outcome.abandoned += len(session.turns)
                 continue
+            self._under_way += 1
             nursery.start_soon(self._session, session, at_s)
 
     def _closed_loop(self, nursery: trio.Nursery) -> None:
@@ -174,10 +175,10 @@ class Player:
         for session in waiting:
             if self._over(self._now()):
                 return
+            self._under_way += 1
             await self._session(session, self._now())
 
     async def _session(self, session: Session, at_s: float) -> None:
-        self._under_way += 1
         conversation = Conversation(session, self.manner.style, self.filler)
         due_s = at_s
         try:
@@ -195,16 +196,17 @@ class Player:
     async def _turn(self, conversation: Conversation, number: int, turn: Turn, due_s: float) -> bool:
         """Ask once; whether the session can go on."""
         prompt = conversation.prompt(turn)
+        # Before the time of sending is taken: making a long prompt counts as the generator's lag, not the server's time.
+        body, told = self._body(prompt, turn), digest(prompt)
         session = conversation.session
-        record = Record(session.id, number, session.tenant, due_s, self._now(), turn.output_tokens)
-        record.prompt_digest = digest(prompt)
+        record = Record(session.id, number, session.tenant, due_s, self._now(), turn.output_tokens, told)
         self.outcome.last_due_s = max(self.outcome.last_due_s, due_s)
         answer = Answer()
         self.progress.sent += 1
         self.progress.in_flight += 1
         self.progress.lag_max_s = max(self.progress.lag_max_s, record.lag_s)
         try:
-            await self._ask(record, answer, self._body(prompt, turn))
+            await self._ask(record, answer, body)
         except trio.Cancelled:
             record.error, record.detail = "unfinished", "the run ended before the answer did"
             raise

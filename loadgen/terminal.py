@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
+import attrs
 import numpy as np
+import orjson
 import trio
 from rich.console import Console, Group
 from rich.live import Live as RichLive
 from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
+from loadgen.compare import Row
 from loadgen.measures import LATENCIES, NAMES
 from loadgen.options import RunOptions
 from loadgen.rundir import Run
@@ -58,14 +63,12 @@ class Live:
         bar = ProgressBar(total=progress.planned, completed=over)
         if self.duration_s is not None:
             bar = ProgressBar(total=self.duration_s, completed=min(elapsed_s, self.duration_s))
-        table = Table(
-            title=f"{self.title}, {elapsed_s:.0f} s", title_justify="left", box=None, show_header=False
-        )
+        table = Table(box=None, show_header=False)
         for name, value in self.cells(progress, elapsed_s):
             table.add_row(name, value)
         for kind, count in progress.errors.items():
             table.add_row(f"[red]{kind}[/red]", str(count))
-        return Group(table, bar)
+        return Group(Text(f"{self.title}, {elapsed_s:.0f} s"), table, bar)
 
     def cells(self, progress: Progress, elapsed_s: float) -> list[tuple[str, str]]:
         """Names and values."""
@@ -162,3 +165,44 @@ def told(found: dict[str, Any]) -> list[str]:
             f"{check['other_prompt']} to another prompt, {check['missing']} not in it"
         )
     return lines
+
+
+def comparison(runs: Sequence[Run], rows: Sequence[Row]) -> None:
+    """Runs side by side, on stdout."""
+    console = Console()
+    table = Table("", runs[0].label, box=None)
+    for run in runs[1:]:
+        table.add_column(run.label)
+        table.add_column("ratio")
+        table.add_column("95 % interval")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        cells = [_figure(row, row.values[0])]
+        for value, ratio in zip(row.values[1:], row.ratios, strict=True):
+            cells.append(_figure(row, value))
+            cells += ["-", ""] if ratio is None else [
+                f"{ratio.ratio:.3f}", f"{ratio.low:.3f} to {ratio.high:.3f}{' *' if ratio.differs else ''}"
+            ]  # fmt: skip
+        table.add_row(row.name if row.unit == "share" else f"{row.name}, {row.unit}", *cells)
+    console.print(table)
+    console.print("* differs from 1 with 95 % confidence", highlight=False)
+    for run in runs:
+        for warning in run.summary["warnings"]:
+            console.print(f"! {run.label}: {warning}", style="yellow", highlight=False, markup=False)
+
+
+def _figure(row: Row, value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.1%}" if row.unit == "share" else f"{value:,.1f}"
+
+
+def comparison_document(runs: Sequence[Run], rows: Sequence[Row]) -> dict[str, Any]:
+    """A comparison as plain values."""
+    return {"runs": [one.label for one in runs], "rows": [attrs.asdict(row) for row in rows]}
+
+
+def print_json(document: Any) -> None:
+    """JSON on stdout."""
+    print(orjson.dumps(document, option=orjson.OPT_INDENT_2).decode())

@@ -37,7 +37,9 @@ def options(
     )
 
 
-async def played(stub: Stub, given: RunOptions, out: Path | None = None) -> Run:
+async def played(
+    stub: Stub, given: RunOptions, out: Path | None = None, watch: api.Watch | None = None
+) -> Run:
     """A run against a stub over memory streams; with ``autojump_clock``, in virtual time."""
     async with trio.open_nursery() as nursery:
 
@@ -46,7 +48,7 @@ async def played(stub: Stub, given: RunOptions, out: Path | None = None) -> Run:
             nursery.start_soon(stub.converse, theirs)
             return ours
 
-        run = await api.play(given, out, connect=connect)
+        run = await api.play(given, out, watch, connect=connect)
         nursery.cancel_scope.cancel()
     return run
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
+
 import attrs
 import orjson
 import pytest
 import trio
+from rich.console import Console
 
-from loadgen import api, records, rundir
+from loadgen import api, records, rundir, terminal
 from loadgen.errors import LoadgenError
 from loadgen.options import ArrivalOptions, MeasureOptions, ServerOptions
 from loadgen.stub import Behaviour, Stub
@@ -117,6 +120,33 @@ async def test_a_run_ends_after_its_duration_and_its_drain(autojump_clock):
     ends = {one.session: one.error for one in run.records}
     assert sorted(ends.values()) == ["", "", "unfinished", "unfinished"]
     assert run.summary["outcome"]["ended_s"] == pytest.approx(14.5)
+
+
+async def test_sessions_above_the_limit_are_counted_and_not_played(autojump_clock):
+    """If it failed, a server that hangs would fill the generator's memory, or requests would be lost from the account."""
+    arrivals = ArrivalOptions(rate=1000.0, arrival="constant", in_flight_max=2)
+    run = await played(with_(ttft_s=10.0), options(arrivals=arrivals))
+    assert len(run.records) == 2
+    assert (run.summary["outcome"]["overflowed"], run.summary["outcome"]["abandoned"]) == (4, 4)
+    assert "4 sessions were not played: 2 were under way." in run.summary["warnings"]
+
+
+async def test_the_terminal_tells_how_a_run_goes(autojump_clock):
+    """If it failed, a person would wait an hour for a run that fails from its beginning."""
+    shown = []
+
+    async def watch(progress):
+        await trio.sleep(3.05)
+        live = terminal.Live(options())
+        console = Console(width=100, file=io.StringIO())
+        console.print(live.page(progress, 3.05))
+        shown.extend([console.file.getvalue(), live.line(progress, 3.55)])
+
+    run = await played(with_(ttft_s=1.0, refuse_every=3), options(), watch=watch)
+    page, line = shown
+    assert " 5 of 6" in page and "http 429" in page
+    assert "ok 3" in line and "failed 1" in line and "TTFT p50/p99 1,000/1,000 ms" in line
+    assert "http 429: 2, for example: too much to do" in terminal.told(run.summary)
 
 
 async def test_the_warm_up_is_not_measured(autojump_clock):

@@ -78,7 +78,8 @@ def _id(row: Record, name: str, index: int) -> str:
 
 
 def _spoken(message: Record) -> str:
-    calls = [call["function"] for call in message.get("tool_calls") or ()]
+    # Some copies of the data sets leave the wrapping out.
+    calls = [call.get("function", call) for call in message.get("tool_calls") or ()]
     called = "\n".join(f"{one['name']}({one['arguments']})" for one in calls)
     return "\n".join(filter(None, (message.get("content"), called)))
 

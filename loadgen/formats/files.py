@@ -79,7 +79,7 @@ def records(path: Path) -> list[Record]:
     elif "," in text.partition("\n")[0]:
         found = list(csv.DictReader(io.StringIO(text)))
     else:
-        found = [{"transcript": text}]
+        found = [{"transcript": text}] if start else []
     if not found or not all(isinstance(one, dict) for one in found):
         raise LoadgenError(
             f"--data {path}: holds no records: JSON objects, or rows under a header, are expected"
