@@ -14,7 +14,6 @@ import attrs
 from memserve.engine.plans import BatchPlan
 from memserve.engine.sequence import Sequence
 
-
 ALONE = 2
 """Chunks that a step takes while no stream runs."""
 
