@@ -20,56 +20,17 @@
 #include <cstring>
 #include <memory>
 #include <thread>
-#include <type_traits>
 
-#include "attention.hpp"
+#include "cut.hpp"
 #include "linear.hpp"
-#include "sampling.hpp"
 #include "threads.hpp"
-#include "vectors.hpp"
-
-// ---- the interface; memserve/kernels/native/__init__.py mirrors these structs ----------------------------
-
-extern "C" struct ms_config {
-    int32_t layers, hidden, intermediate, heads, kv_heads, head_dim, vocab, max_context, page_tokens;
-    int32_t max_rows, max_threads, amx;  // amx: use it where it can be had
-    float rms_eps;
-};
-
-extern "C" struct ms_layer {
-    const float* attn_norm;
-    Matrix qkv;
-    const float *qkv_bias, *q_norm, *k_norm;  // null where the model has none
-    Matrix o;
-    const float* mlp_norm;
-    Matrix gate_up, down;
-};
-
-extern "C" struct ms_batch {
-    int32_t rows, wanted, threads, pages, tables_length;
-    const int32_t* ids;        // (rows,)
-    const int32_t* positions;  // (rows,)
-    const int32_t* tables;     // (tables_length,) all page tables, one after another
-    const int32_t* table_at;   // (rows,) where each row's table starts
-    const int32_t* wanted_at;  // (wanted,) rows after which a token is wanted
-    bf16* arena;               // (pages, layers, 2, kv_heads, page_tokens, head_dim)
-    float* logits;             // (wanted, vocab), or null where nobody wants them
-    const ms_sampling* how;    // (wanted,)
-    int32_t* tokens;           // (wanted,) drawn, -1 where the largest logit is not finite; or null: none is drawn
-};
 
 // ---- the model -------------------------------------------------------------------------------------------
 
 namespace {
 
-constexpr int HEAD_MAX = 256;      // head_dim
-constexpr int FEW = 16;            // rows up to which every thread prepares all inputs for itself
-constexpr int CHUNK_ROWS = 32;     // rows of a chunk that attend together
-constexpr int BLOCK_MIN = 64;      // rows of a block: weights are read once for each
-constexpr int BLOCK = 256;         // most: their inputs and outputs stay in the second level
-constexpr int TASKS_MIN = 2;       // tasks of attention for each thread
+constexpr int FEW = 16;                    // rows up to which every thread prepares all inputs for itself
 constexpr int HEAD_COLUMNS = 8 * COLUMNS;  // outputs of one task of the head
-constexpr int THREADS_MAX = 0xFF;  // what fits beside the count of steps
 
 // What one thread needs for itself.
 struct Scratch {
@@ -81,11 +42,6 @@ struct Scratch {
     Buffer<float> sums;  // (CHUNK_ROWS, group, 2 + head_dim): attention so far, and beside it a part of it
     Buffer<float> part;
     Sampler sampler;
-};
-
-// Queries of `rows` consecutive rows against parts [part, end) of their sequence.
-struct Attend {
-    int row, rows, part, end;
 };
 
 struct Engine {
@@ -101,11 +57,7 @@ struct Engine {
     Buffer<bf16> shared;          // (max_rows, widest input) in tiles: a linear's input when rows are many
     Buffer<float> parts;          // (parts, kv_heads, group, 2 + head_dim): see Query
     Buffer<float> logits;         // (most wanted so far, vocab): where the caller wants none
-    std::vector<int> part_at;     // (rows + 1,) first part of each row
-    std::vector<Attend> attends;  // attention tasks of a layer, each for every kv head
-    std::vector<int> attend_at;   // (blocks + 1,) first of each block
-    bool whole;                   // whether a task attends to all parts
-    int block_rows, blocks;       // how the rows are cut
+    Cut cut;
     std::vector<Scratch> scratch;
     std::vector<Word> counters;  // tasks taken, one for each block of each stage of a step
 
@@ -125,7 +77,7 @@ struct Engine {
     void stage(int index, int me, int blocks_here, Count count, F task) {
         for (int k = 0; k < blocks_here; k++) {
             int block = (me + k) % blocks_here, end = count(block);
-            auto& taken = counters[(size_t)index * most_blocks() + block].value;
+            auto& taken = counters[(size_t)index * Cut::most_blocks(c.max_rows) + block].value;
             for (int i; (i = taken.fetch_add(1, std::memory_order_relaxed)) < end;) task(block, i);
         }
         barrier.wait(b.threads);
@@ -134,21 +86,19 @@ struct Engine {
     // A stage over `columns` for each block: task(column, first row, rows).
     template <class F>
     void columns(int index, int me, int columns, F task) {
-        stage(index, me, blocks, [&](int) { return columns; }, [&](int block, int column) {
-            int row = block * block_rows;
-            task(column, row, std::min(block_rows, b.rows - row));
+        stage(index, me, cut.blocks, [&](int) { return columns; }, [&](int block, int column) {
+            int row = block * cut.block_rows;
+            task(column, row, std::min(cut.block_rows, b.rows - row));
         });
     }
 
     // A stage over all rows, TILE of them a task.
     template <class F>
     void each_row(int index, int me, F task) {
-        columns(index, me, block_rows / TILE, [&](int tile, int row, int rows) {
+        columns(index, me, cut.block_rows / TILE, [&](int tile, int row, int rows) {
             for (int i = tile * TILE; i < std::min(rows, (tile + 1) * TILE); i++) task(row + i);
         });
     }
-
-    int most_blocks() const { return c.max_rows / BLOCK_MIN + 1; }
 
     bf16* slot(int row, int position, int layer, int half, int head) {
         long page = b.tables[b.table_at[row] + position / c.page_tokens];
@@ -216,14 +166,14 @@ struct Engine {
         int D = c.head_dim, G = group(), size = 2 + D;
         for (int part = task.part; part < task.end; part++) {
             auto to = [&](int row) {
-                if (!whole) return &parts[((long)(part_at[row] + part) * c.kv_heads + kv) * part_size()];
+                if (!cut.whole) return &parts[((long)(cut.part_at[row] + part) * c.kv_heads + kv) * part_size()];
                 return &(part ? mine.part : mine.sums)[(long)(row - task.row) * part_size()];
             };
             attend_part(layer, task, part, kv, to, mine);
-            if (!whole || !part) continue;
+            if (!cut.whole || !part) continue;
             for (const Query& query : mine.queries) merge(&mine.sums[query.out - mine.part.data()], query.out, D);
         }
-        if (!whole) return;
+        if (!cut.whole) return;
         for (int row = task.row; row < task.row + task.rows; row++)
             for (int g = 0; g < G; g++)
                 share(&mine.sums[(long)((row - task.row) * G + g) * size], D,
@@ -264,9 +214,9 @@ struct Engine {
         int D = c.head_dim, G = group();
         for (int head = 0; head < c.heads; head++) {
             float* sums = mine.sums.data();
-            for (int p = part_at[row]; p < part_at[row + 1]; p++) {
+            for (int p = cut.part_at[row]; p < cut.part_at[row + 1]; p++) {
                 const float* part = &parts[((long)p * c.kv_heads + head / G) * part_size() + head % G * (2 + D)];
-                if (p == part_at[row]) std::memcpy(sums, part, (2 + D) * sizeof(float));
+                if (p == cut.part_at[row]) std::memcpy(sums, part, (2 + D) * sizeof(float));
                 else merge(sums, part, D);
             }
             share(sums, D, to, head * D);
@@ -345,12 +295,12 @@ struct Engine {
         const bf16* x = input(at++, me, c.hidden, [&](int row, InputRow to) { normed(row, w.attn_norm, to); });
         columns(at++, me, c.heads + 2 * heads,
                 [&](int head, int row, int rows) { project(w, layer, head, x, row, rows, mine); });
-        stage(at++, me, blocks, [&](int block) { return (attend_at[block + 1] - attend_at[block]) * heads; },
+        stage(at++, me, cut.blocks, [&](int block) { return (cut.attend_at[block + 1] - cut.attend_at[block]) * heads; },
               [&](int block, int i) {
-                  attend_task(layer, attends[attend_at[block] + i / heads], i % heads, mine);
+                  attend_task(layer, cut.attends[cut.attend_at[block] + i / heads], i % heads, mine);
               });
         x = shared.data();
-        if (!whole) x = input(at, me, width, [&](int row, InputRow to) { merge_row(row, to, mine); });
+        if (!cut.whole) x = input(at, me, width, [&](int row, InputRow to) { merge_row(row, to, mine); });
         at++;
         columns(at++, me, tasks, [&](int task, int row, int rows) { add(w.o, width, task, x, row, rows, mine); });
         x = input(at++, me, c.hidden, [&](int row, InputRow to) { normed(row, w.mlp_norm, to); });
@@ -373,77 +323,10 @@ struct Engine {
         }
     }
 
-    // Whether every row, token id, position and page of a batch is inside of what there is.
-    bool fits(const ms_batch& batch) const {
-        if (batch.rows < 1 || batch.rows > c.max_rows || batch.wanted < 0 || batch.wanted > batch.rows) return false;
-        if (batch.threads < 1 || batch.threads > c.max_threads) return false;
-        for (int i = 0; i < batch.wanted; i++)
-            if (batch.wanted_at[i] < 0 || batch.wanted_at[i] >= batch.rows) return false;
-        for (int i = 0; i < batch.tables_length; i++)
-            if (batch.tables[i] < 0 || batch.tables[i] >= batch.pages) return false;
-        for (int row = 0; row < batch.rows; row++) {
-            int position = batch.positions[row], page_at = batch.table_at[row];
-            if (position < 0 || position >= c.max_context || batch.ids[row] < 0 || batch.ids[row] >= c.vocab) return false;
-            if (page_at < 0 || page_at >= batch.tables_length - position / c.page_tokens) return false;
-        }
-        return true;
-    }
-
-    // Cuts the step's rows into blocks, as many as there are threads where that leaves enough for each.
-    void cut() {
-        int wanted = std::max((b.rows + BLOCK - 1) / BLOCK, std::min<int>(b.threads, b.rows / BLOCK_MIN));
-        block_rows = whole_tiles((b.rows + std::max(wanted, 1) - 1) / std::max(wanted, 1));
-        blocks = (b.rows + block_rows - 1) / block_rows;
-    }
-
-    // Cuts the step's attention into tasks: rows of one chunk together, others one by one. Tasks take whole sequences
-    // unless there are so few that threads would have none.
-    void share_out() {
-        part_at.assign(1, 0);
-        for (int row = 0; row < b.rows; row++) part_at.push_back(part_at.back() + b.positions[row] / PART + 1);
-        attends.clear(), attend_at.clear();
-        for (int block = 0; block < blocks; block++) {
-            attend_at.push_back((int)attends.size());
-            int end = std::min((block + 1) * block_rows, b.rows);
-            for (int row = block * block_rows, rows; row < end; row += rows) {
-                rows = chunk(row, std::min(end, row + CHUNK_ROWS));
-                attends.push_back({row, rows, 0, b.positions[row + rows - 1] / PART + 1});
-            }
-        }
-        attend_at.push_back((int)attends.size());
-        whole = (int)attends.size() * c.kv_heads >= TASKS_MIN * b.threads;
-        if (whole) return;
-        parts.resize((size_t)part_at[b.rows] * c.kv_heads * part_size());
-        split();
-    }
-
-    // Rows from `row` on, before `end`, that are consecutive positions of one sequence.
-    int chunk(int row, int end) const {
-        int rows = 1;
-        while (row + rows < end && b.table_at[row + rows] == b.table_at[row] &&
-               b.positions[row + rows] == b.positions[row] + rows)
-            rows++;
-        return rows;
-    }
-
-    // A task for every part of every sequence.
-    void split() {
-        std::vector<Attend> tasks;
-        tasks.swap(attends);
-        for (size_t block = 0, i = 0; block + 1 < attend_at.size(); block++) {
-            size_t end = attend_at[block + 1];
-            attend_at[block] = (int)attends.size();
-            for (; i < end; i++)
-                for (int part = 0; part < tasks[i].end; part++)
-                    attends.push_back({tasks[i].row, tasks[i].rows, part, part + 1});
-        }
-        attend_at.back() = (int)attends.size();
-    }
-
     void step(const ms_batch& batch) {
         b = batch;
-        cut();
-        share_out();
+        cut.make(b, c.kv_heads);
+        if (!cut.whole) parts.resize((size_t)cut.part_at[b.rows] * c.kv_heads * part_size());
         if (!b.logits) {
             logits.resize(std::max(logits.size(), (size_t)b.wanted * c.vocab));
             b.logits = logits.data();
@@ -457,15 +340,6 @@ struct Engine {
         run(0);
     }
 };
-
-// Whether the step can compute a model of these widths.
-bool possible(const ms_config& c) {
-    for (int width : {c.hidden, c.intermediate, c.head_dim})
-        if (width < 32 || width % 32) return false;
-    return c.layers > 0 && c.head_dim <= HEAD_MAX && c.kv_heads > 0 && c.heads > 0 && c.heads % c.kv_heads == 0 &&
-           c.vocab > 0 && c.page_tokens > 0 && c.max_context > 0 && c.max_rows > 0 &&
-           c.max_threads > 0 && c.max_threads <= THREADS_MAX;
-}
 
 }  // namespace
 
@@ -503,7 +377,7 @@ Engine* ms_open(const ms_config* config, const ms_layer* layers, const Matrix* e
             scratch.part.resize((size_t)CHUNK_ROWS * engine->part_size());
             scratch.sampler.resize(c.vocab);
         }
-        engine->counters = std::vector<Word>((size_t)(3 + 8 * c.layers) * engine->most_blocks());
+        engine->counters = std::vector<Word>((size_t)(3 + 8 * c.layers) * Cut::most_blocks(c.max_rows));
         for (int i = 1; i < c.max_threads; i++) engine->threads.emplace_back(&Engine::serve, engine.get(), i);
         return engine.release();
     } catch (const std::exception&) {
@@ -515,7 +389,7 @@ Engine* ms_open(const ms_config* config, const ms_layer* layers, const Matrix* e
 // One step. Not for two threads at once. 0, or 1 for a batch that is not inside of the engine's bounds, or 2 where
 // memory is short; then nothing was computed.
 int ms_step(Engine* engine, const ms_batch* batch) {
-    if (!engine->fits(*batch)) return 1;
+    if (!fits(engine->c, *batch)) return 1;
     try {
         engine->step(*batch);
         return 0;

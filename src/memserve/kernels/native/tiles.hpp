@@ -15,6 +15,12 @@
 
 #include "vectors.hpp"
 
+// One matrix of weights, in tiles: bfloat16, or int8 with a float32 scale for each output.
+struct Matrix {
+    const void* values;
+    const float* scales;  // null for bfloat16
+};
+
 namespace {
 
 constexpr int TILE = 16;     // outputs of a strip, rows of a block
@@ -22,12 +28,6 @@ constexpr int TILE_K = 32;   // values along k
 constexpr int TILE_VALUES = TILE * TILE_K;
 
 inline int whole_tiles(int rows) { return (rows + TILE - 1) / TILE * TILE; }
-
-// One matrix of weights, in tiles: bfloat16, or int8 with a float32 scale for each output.
-struct Matrix {
-    const void* values;
-    const float* scales;  // null for bfloat16
-};
 
 // One row of a linear's input.
 struct InputRow {

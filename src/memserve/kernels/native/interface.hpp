@@ -1,0 +1,67 @@
+// What the caller and the step say to each other, and what of it is refused. memserve/kernels/native/__init__.py mirrors
+// these structs.
+
+#pragma once
+
+#include "sampling.hpp"
+#include "tiles.hpp"
+
+extern "C" struct ms_config {
+    int32_t layers, hidden, intermediate, heads, kv_heads, head_dim, vocab, max_context, page_tokens;
+    int32_t max_rows, max_threads, amx;  // amx: use it where it can be had
+    float rms_eps;
+};
+
+extern "C" struct ms_layer {
+    const float* attn_norm;
+    Matrix qkv;
+    const float *qkv_bias, *q_norm, *k_norm;  // null where the model has none
+    Matrix o;
+    const float* mlp_norm;
+    Matrix gate_up, down;
+};
+
+extern "C" struct ms_batch {
+    int32_t rows, wanted, threads, pages, tables_length;
+    const int32_t* ids;        // (rows,)
+    const int32_t* positions;  // (rows,)
+    const int32_t* tables;     // (tables_length,) all page tables, one after another
+    const int32_t* table_at;   // (rows,) where each row's table starts
+    const int32_t* wanted_at;  // (wanted,) rows after which a token is wanted
+    bf16* arena;               // (pages, layers, 2, kv_heads, page_tokens, head_dim)
+    float* logits;             // (wanted, vocab), or null where nobody wants them
+    const ms_sampling* how;    // (wanted,)
+    int32_t* tokens;           // (wanted,) drawn, -1 where the largest logit is not finite; or null: none is drawn
+};
+
+namespace {
+
+constexpr int HEAD_MAX = 256;      // head_dim
+constexpr int THREADS_MAX = 0xFF;  // what fits beside the count of steps
+
+// Whether the step can compute a model of these widths.
+inline bool possible(const ms_config& c) {
+    for (int width : {c.hidden, c.intermediate, c.head_dim})
+        if (width < 32 || width % 32) return false;
+    return c.layers > 0 && c.head_dim <= HEAD_MAX && c.kv_heads > 0 && c.heads > 0 && c.heads % c.kv_heads == 0 &&
+           c.vocab > 0 && c.page_tokens > 0 && c.max_context > 0 && c.max_rows > 0 &&
+           c.max_threads > 0 && c.max_threads <= THREADS_MAX;
+}
+
+// Whether every row, token id, position and page of a batch is inside of what there is.
+inline bool fits(const ms_config& c, const ms_batch& batch) {
+    if (batch.rows < 1 || batch.rows > c.max_rows || batch.wanted < 0 || batch.wanted > batch.rows) return false;
+    if (batch.threads < 1 || batch.threads > c.max_threads) return false;
+    for (int i = 0; i < batch.wanted; i++)
+        if (batch.wanted_at[i] < 0 || batch.wanted_at[i] >= batch.rows) return false;
+    for (int i = 0; i < batch.tables_length; i++)
+        if (batch.tables[i] < 0 || batch.tables[i] >= batch.pages) return false;
+    for (int row = 0; row < batch.rows; row++) {
+        int position = batch.positions[row], page_at = batch.table_at[row];
+        if (position < 0 || position >= c.max_context || batch.ids[row] < 0 || batch.ids[row] >= c.vocab) return false;
+        if (page_at < 0 || page_at >= batch.tables_length - position / c.page_tokens) return false;
+    }
+    return true;
+}
+
+}  // namespace
