@@ -6,6 +6,7 @@ import json
 
 import pytest
 import trio
+import trio.testing
 
 from fake_service import (
     FakeService,
@@ -121,6 +122,31 @@ async def test_shutdown_lets_running_streams_finish_and_refuses_new_ones():
             await trio.open_tcp_stream("127.0.0.1", port)
 
     assert b"[DONE]" in received[0]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_shutdown_does_not_wait_for_idle_connections(stream):
+    """Every client keeps its connection after an answer: each stop would take frontend.drain_s, and end by force."""
+    app = build_app(FakeService(lambda _r: says("x")), demo_tokenizer(), demo_spec(), settings())
+    shutdown, ended = trio.Event(), trio.Event()
+    body = json.dumps({"prompt": "x", "stream": stream}).encode()
+
+    async def serve(task_status):
+        await serve_http(app, "127.0.0.1", 0, shutdown=shutdown, graceful_s=600, task_status=task_status)
+        ended.set()
+
+    async with trio.open_nursery() as nursery:
+        port = await nursery.start(serve)
+        async with await trio.open_tcp_stream("127.0.0.1", port) as client:
+            for _ in range(2):
+                await client.send_all(head(len(body)) + body)
+                received = b""
+                while not (b"[DONE]" in received if stream else b"usage" in received):
+                    received += await client.receive_some()
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            shutdown.set()
+            with trio.fail_after(20):
+                await ended.wait()
 
 
 async def test_a_client_that_stops_reading_cannot_keep_the_server_from_ending(monkeypatch):

@@ -60,7 +60,7 @@ class Generation:
         """Leaving the nursery, for whatever reason, leaves every stream's context: what runs is cancelled."""
         watching = trio.CancelScope()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_cancel_when_gone, receive, watching, nursery.cancel_scope)
+            nursery.start_soon(self._cancel_when_gone, receive, watching, nursery.cancel_scope)
             for choice in self._choices:
                 nursery.start_soon(self._run, choice)
             # OSError: the client is gone in the middle of a write.
@@ -68,6 +68,20 @@ class Generation:
                 await (self._write_stream(send) if self._order.stream else self._write_whole(send))
             # A whole answer's stream leaves its context in its own time; only what failed is cut off.
             (watching if self._whole else nursery.cancel_scope).cancel()
+
+    async def _cancel_when_gone(
+        self, receive: Receive, watching: trio.CancelScope, request: trio.CancelScope
+    ) -> None:
+        """The only way to learn that the client left while there is nothing to write.
+
+        The end of the last write is told in the same words, from within that write: cancelled there, the server would
+        take the connection for busy for ever, and wait for it when it is told to end.
+        """
+        with watching:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            if not self._over:
+                request.cancel()
 
     # ---- reading -------------------------------------------------------------------------------------------
 
@@ -180,14 +194,6 @@ async def _closing(chunks: AsyncIterator[Chunk]) -> AsyncIterator[AsyncIterator[
     finally:
         if isinstance(chunks, AsyncGenerator):
             await chunks.aclose()
-
-
-async def _cancel_when_gone(receive: Receive, watching: trio.CancelScope, request: trio.CancelScope) -> None:
-    """The only way to learn that the client left while there is nothing to write."""
-    with watching:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        request.cancel()
 
 
 async def _send_error(send: Send, error: ApiError) -> None:
