@@ -248,6 +248,6 @@ async def generate(frontend: FrontendService, prompt: list[int], max_tokens: int
 async def baseline(cluster: MemoryCluster) -> None:
     """Wait until nothing is leased any more; fails when that does not come."""
     with trio.fail_after(60):
-        while cluster.pool().leased_pages or cluster.pool().leases:
+        while cluster.pool().leased_pages or len(cluster.pool().leases):
             await trio.sleep(0.05)
     cluster.check()

@@ -23,7 +23,17 @@ MODULES = {
 TESTS = sorted((ROOT / "tests").glob("*.py"))
 
 LAYERS = {
-    "words": ("__init__", "errors", "tokens", "messages", "actions", "engine", "engine.plans"),
+    "words": (
+        "__init__",
+        "errors",
+        "identity",
+        "tokens",
+        "messages",
+        "pool_messages",
+        "actions",
+        "engine",
+        "engine.plans",
+    ),
     "cores": (
         "engine.worker",
         "engine.sequence",

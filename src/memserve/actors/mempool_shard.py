@@ -16,6 +16,7 @@ from memserve.actors.loop import Shell
 from memserve.actors.worker import introduce
 from memserve.bus import open_link
 from memserve.kernels.arena import Arena, serve_arena
+from memserve.mempool.addresses import Home
 from memserve.mempool.pool import Pool
 from memserve.mempool.shard import ShardCore
 from memserve.messages import actor_name
@@ -36,10 +37,8 @@ async def main(context: ActorContext, *, task_status: trio.TaskStatus[None]) -> 
         presence = introduce(context, link)
         config = resolved.config
         caching = config.cache.mode != "off"
-        incarnation = int(context.incarnation, 16)
-        pool = Pool(
-            pages, config.pool.page_tokens, config.pool.lease_s, caching=caching, incarnation=incarnation
-        )
+        home = Home([shard.name for shard in config.shard].index(context.name), int(context.incarnation, 16))
+        pool = Pool(pages, config.pool.page_tokens, config.pool.lease_s, caching=caching, home=home)
         core = ShardCore(pool)
         shell = Shell(Reporting(core, presence), link)
         shell.perform[Kill] = fence

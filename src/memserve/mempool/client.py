@@ -7,7 +7,8 @@ from typing import Generic, TypeVar
 
 import attrs
 
-from memserve.messages import Acquire, ActorId, Adopt, AllocMem, FreeMem, Insert
+from memserve.messages import ActorId
+from memserve.pool_messages import Acquire, Adopt, AllocMem, FreeMem, Insert
 
 Key = TypeVar("Key", bound=Hashable)
 
