@@ -59,7 +59,7 @@ LAYERS = {
         "engine.checkpoint",
     ),
     "engine": ("engine.*", "kernels*"),
-    "links": ("bus", "api*", "transfer*"),
+    "links": ("bus", "api*", "transfer*", "client"),
     "process": ("process", "lifecycle"),
     "actors": ("actors*",),
     "top": ("supervisor", "child", "cli", "__main__", "inspect", "show", "status"),

@@ -193,6 +193,8 @@ class PoolDescribed:
     """By tier."""
     arenas: tuple[str, ...]
     """By tier: the socket that hands out its arena on the shard's host; empty for one that cannot be mapped."""
+    lease_s: float = 10.0
+    """How long a caller may be silent before it loses its leases."""
 
 
 @attrs.frozen

@@ -70,6 +70,14 @@ async def main(context: ActorContext, *, task_status: trio.TaskStatus[None]) -> 
         async with trio.open_nursery() as nursery:
             await nursery.start(shell.run)
             await nursery.start(keep_pages, shell, context.id, settings, sockets)
+            sizes = settings.capacity
+            log.info(
+                "arena ready",
+                pages=sizes.device,
+                bytes=sizes.device * settings.page_bytes,
+                host_pages=sizes.host,
+                disk_pages=sizes.disk,
+            )
             presence.become("ready")
             shell.turn()
             task_status.started()
@@ -156,14 +164,6 @@ async def keep_pages(
             copiers.store = PageStore(settings.page_bytes, memory, disk)
             for tier, arena in arenas.items():
                 await nursery.start(serve_arena, arena, sockets[tier])
-            sizes = settings.capacity
-            log.info(
-                "arena ready",
-                pages=sizes.device,
-                bytes=sizes.device * settings.page_bytes,
-                host_pages=sizes.host,
-                disk_pages=sizes.disk,
-            )
             ready.set()
             task_status.started()
             await trio.sleep_forever()

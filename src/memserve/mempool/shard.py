@@ -227,12 +227,10 @@ class ShardCore:
         return None
 
     def _describe(self, sender: ActorId, call: DescribePool, now: float) -> Answer:
-        pool = self.pool
+        pool, home = self.pool, self.pool.home
         pages = tuple(pool.room.total(tier) for tier in Tier)
-        home = pool.home
-        return PoolDescribed(
-            call.call, home.shard, home.incarnation, pool.page_tokens, self.page_bytes, pages, self.arenas
-        )
+        sizes = (pool.page_tokens, self.page_bytes, pages, self.arenas, pool.leases.lease_s)
+        return PoolDescribed(call.call, home.shard, home.incarnation, *sizes)
 
     def _wait(self, sender: ActorId, call: _Waiting, now: float) -> Answer | None:
         """Grant a call that may wait, unless it would overtake another."""
