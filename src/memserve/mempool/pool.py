@@ -97,9 +97,7 @@ class Pool:
         Raises PoolError (TOO_LARGE, NOT_WHOLE_PAGES, BAD_COUNT) if it never could.
         """
         if len(tokens) % TOKEN_BYTES:
-            raise PoolError(
-                PoolError.NOT_WHOLE_PAGES, f"{len(tokens)} bytes of tokens are no multiple of {TOKEN_BYTES}"
-            )
+            raise _ragged(tokens)
         need = pages_for(count(tokens), self.page_tokens) + _counted(extra_pages)
         self._fits(need)
         return need
@@ -121,11 +119,13 @@ class Pool:
     def match(self, owner: ActorId, scope: str, tokens: bytes, now: float) -> Grant | None:
         """The longest cached prefix in whole pages, pinned for the caller by a lease on just these pages.
 
-        Pages in host memory stay there; pages on disk, which nobody can read, are brought in. None when device pages
-        for those are short at present. Raises PoolError (NOT_WHOLE_PAGES).
+        Pages in host memory stay there; pages on disk, which nobody can read, are brought in. At most as many pages as the
+        device tier has. None when device pages for those on disk are short at present. Raises PoolError (NOT_WHOLE_PAGES).
         """
-        self.demand(tokens[: self.total * self.page_tokens * TOKEN_BYTES], 0)
-        pin = self._pin(scope, tokens, Tier.HOST)
+        if len(tokens) % TOKEN_BYTES:
+            raise _ragged(tokens)
+        # A longer prefix might never fit, and would wait at the head of the queue for ever.
+        pin = self._pin(scope, span(tokens, 0, self.total * self.page_tokens), Tier.HOST)
         return self._open(owner, scope, pin, 0, Tier.HOST, now, tokens)
 
     def alloc_mem(self, owner: ActorId, lease: int, n: int, now: float, tier: int = 0) -> tuple[int, ...]:
@@ -202,10 +202,11 @@ class Pool:
             raise PoolError(PoolError.BAD_TIER, f"pages of tier {where.name} have no slower tier to go to")
         return self.room.send_out(where, _counted(n), urgent=True)
 
-    def swap_in(self, owner: ActorId, lease: int, now: float) -> Grant | None:
+    def swap_in(self, owner: ActorId, lease: int, now: float) -> Grant:
         """Bring a lease's indexed pages into the device tier; they get new addresses there.
 
-        None when device pages are short at present. Raises PoolError (UNKNOWN_LEASE, NOT_OWNER, MOVING, PINNED).
+        Never waits for pages, because the caller holds some that others may wait for. Raises PoolError (UNKNOWN_LEASE,
+        NOT_OWNER, MOVING, PINNED, NO_PAGES).
         """
         held = self.leases.get(owner, lease)
         nodes = [node for node in held.pin.node.path() if node.tier > Tier.DEVICE]
@@ -213,9 +214,10 @@ class Pool:
             raise PoolError(
                 PoolError.PINNED, f"others hold pages of lease {lease} at their present addresses"
             )
-        slots = self.room.secure(sum(len(node.pages) for node in nodes))
+        needed = sum(len(node.pages) for node in nodes)
+        slots = self.room.secure(needed)
         if slots is None:
-            return None
+            slots = self._taken(needed, Tier.DEVICE)
         self.leases.renew(owner, now)
         if nodes:
             self.room.swaps.bring_in(nodes, slots)
@@ -422,6 +424,11 @@ class Pool:
                 PoolError.BAD_TIER, "pages on disk cannot be leased: nobody can write to them in place"
             )
         return self._existing(tier)
+
+
+def _ragged(tokens: bytes) -> PoolError:
+    text = f"{len(tokens)} bytes of tokens are no multiple of {TOKEN_BYTES}"
+    return PoolError(PoolError.NOT_WHOLE_PAGES, text)
 
 
 def _counted(n: int) -> int:

@@ -3,10 +3,10 @@
 A call is known by ``(sender, call)`` and acted on once. A repeat gets the same answer again (as long as a
 granted lease lives) and never a second grant, which nobody would know to free.
 
-An Acquire that finds the pool short waits in one bounded queue (and so do Match and SwapIn), granted strictly in order:
-a large one is not overtaken for ever by small ones. One whose pages must be brought in leaves the queue with its pages
-reserved, and is answered when the copy is over; those behind it do not wait for that. AllocMem never waits, because
-the running request that asks already holds pages that others wait for.
+An Acquire or a Match that finds the pool short waits in one bounded queue, granted strictly in order: a large one is not
+overtaken for ever by small ones. One whose pages must be brought in leaves the queue with its pages
+reserved, and is answered when the copy is over; those behind it do not wait for that. AllocMem and SwapIn never
+wait for pages, because whoever asks already holds some that others wait for.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ from memserve.pool_messages import (
     SwapOut,
 )
 
-_Waiting = Acquire | Match | SwapIn
-"""Calls that may wait for pages, and for copies."""
+_Waiting = Acquire | Match
+"""Calls that may wait for pages."""
 
 PREFETCHER = ActorId("prefetch.0")
 """Owner of the leases under which pages are brought in ahead."""
@@ -86,7 +86,7 @@ class ShardCore:
     """Where clients map the memory of each tier."""
     _waiting: dict[tuple[ActorId, int], _Waiting] = attrs.field(factory=dict, init=False)
     """By (sender, call), the longest waiting first."""
-    _loading: dict[int, tuple[ActorId, _Waiting | None]] = attrs.field(factory=dict, init=False)
+    _loading: dict[int, tuple[ActorId, _Waiting | SwapIn | None]] = attrs.field(factory=dict, init=False)
     """Calls whose pages are being brought in, by lease; None for a Prefetch."""
     _outs: list[_Out] = attrs.field(factory=list, init=False)
     _memories: dict[ActorId, Answers] = attrs.field(factory=dict, init=False)
@@ -240,11 +240,14 @@ class ShardCore:
             grant = self._try(sender, call, now)
             if grant is not None:
                 return self._granted(sender, call, grant)
-        # Those whose pages are being brought in count: they come back to the queue if the bytes are lost.
-        if (waiting := len(self._waiting) + len(self._loading)) >= self.waiting_max:
-            raise PoolError(PoolError.QUEUE_FULL, f"{waiting} calls wait for pages already")
+        self._check_queue()
         self._waiting[sender, call.call] = call
         return None
+
+    def _check_queue(self) -> None:
+        """Calls whose pages are being brought in count: they come back to the queue if the bytes are lost."""
+        if (waiting := len(self._waiting) + len(self._loading)) >= self.waiting_max:
+            raise PoolError(PoolError.QUEUE_FULL, f"{waiting} calls wait for pages already")
 
     def _try(self, sender: ActorId, call: _Waiting, now: float) -> Grant | None:
         match call:
@@ -252,10 +255,12 @@ class ShardCore:
                 return self.pool.acquire(sender, scope, tokens, extra_pages, now)
             case Match(_, scope, tokens):
                 return self.pool.match(sender, scope, tokens, now)
-            case SwapIn(_, lease):
-                return self.pool.swap_in(sender, lease, now)
 
-    def _granted(self, sender: ActorId, call: _Waiting, grant: Grant) -> Answer | None:
+    def _swap_in(self, sender: ActorId, call: SwapIn, now: float) -> Answer | None:
+        self._check_queue()
+        return self._granted(sender, call, self.pool.swap_in(sender, call.lease, now))
+
+    def _granted(self, sender: ActorId, call: _Waiting | SwapIn, grant: Grant) -> Answer | None:
         if grant.ready:
             return _acquired(call.call, grant)
         self._loading[grant.lease] = (sender, call)
@@ -274,15 +279,11 @@ class ShardCore:
         """Grant the queue's head as often as the pool can."""
         while self._waiting:
             (sender, number), call = next(iter(self._waiting.items()))
-            try:
-                grant = self._try(sender, call, now)
-                answer = None if grant is None else self._granted(sender, call, grant)
-            except PoolError as refused:  # what it names has ended while it waited
-                grant, answer = None, PoolRefused(number, refused.code, refused.message)
-            if grant is None and answer is None:
+            grant = self._try(sender, call, now)
+            if grant is None:
                 return
             del self._waiting[sender, number]
-            if answer is not None:
+            if (answer := self._granted(sender, call, grant)) is not None:
                 self._reply(sender, answer)
 
     def _copied(self, done: CopyDone) -> None:
@@ -292,7 +293,7 @@ class ShardCore:
         if swaps.bad_pages > bad:
             self._actions.append(Log("warning", "damaged pages dropped", {"pages": swaps.bad_pages - bad}))
         for sender, call in reversed(again):  # their bytes are lost: first in the queue, to find what is left
-            if call is not None:
+            if isinstance(call, Acquire | Match):
                 self._waiting = {(sender, call.call): call, **self._waiting}
         for grant in self.pool.settle():
             self._loaded(grant)
@@ -432,7 +433,6 @@ def _acquired(call: int, grant: Grant) -> Acquired:
 _CALLS: dict[type[Any], Callable[[ShardCore, ActorId, Any, float], Answer | None]] = {
     Acquire: ShardCore._wait,
     Match: ShardCore._wait,
-    SwapIn: ShardCore._wait,
     AllocMem: ShardCore._alloc_mem,
     FreeMem: ShardCore._free_mem,
     Insert: ShardCore._insert,
@@ -440,5 +440,6 @@ _CALLS: dict[type[Any], Callable[[ShardCore, ActorId, Any, float], Answer | None
     Delete: ShardCore._delete,
     Evict: ShardCore._evict,
     SwapOut: ShardCore._swap_out,
+    SwapIn: ShardCore._swap_in,
     DescribePool: ShardCore._describe,
 }
