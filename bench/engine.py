@@ -4,6 +4,8 @@ Measures in one run, in interleaved rounds so that a noisy neighbour disturbs al
 bandwidth and GEMM peak, then decode steps and prefills of the real model. A step is one ``CpuEngine.run``: attention,
 head and greedy draw included; HTTP, tokenizer and scheduling not.
 
+With ``--int8``, int8 weights are measured beside those in ``--dtype``, in the same rounds, in fewer cases.
+
 Shares are of two rooflines: decoding cannot be faster than reading all weights once a step, prefilling not faster
 than its floating point operations (attention's causal half included) at the GEMM peak.
 """
@@ -32,7 +34,7 @@ import torch
 
 from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.runner import CpuEngine
-from memserve.engine.spec import DTYPE_BYTES, ModelSpec, find_model
+from memserve.engine.spec import DTYPE_BYTES, STORED_BYTES, ModelSpec, find_model
 from memserve.engine.weights import ModelFiles, prepare, weight_shapes
 from memserve.messages import Sampling
 from memserve.tokens import pack, pages_for
@@ -42,7 +44,19 @@ PAGE_TOKENS = 16
 BATCHES = (1, 4, 8, 16)
 CONTEXTS = (128, 512)
 PROMPTS = (512, 2048)
+BESIDE_INT8 = {"batches": (1, 8), "prompts": (512,)}
+"""What is measured with both kinds of weights: the whole takes twice as long otherwise."""
 GREEDY = Sampling(temperature=0.0)
+
+
+@attrs.frozen
+class Contender:
+    """An engine with one kind of weights."""
+
+    name: str
+    stored: str
+    """The type of its matrices."""
+    engine: CpuEngine
 
 
 @attrs.frozen
@@ -59,11 +73,17 @@ class Case:
 def main() -> None:
     options = _options()
     torch.set_num_threads(options.threads)
-    files = prepare(find_model(options.model), options.dtype)
-    engines = {"torch": _engine(files, options, native=False)}
-    if options.dtype == "bfloat16":
-        engines["native"] = _engine(files, options, native=True)
-    cases = _machine(options) + _engine_cases(files.spec, engines, options)
+    contenders, spec = [], None
+    for stored in (options.dtype, "int8") if options.int8 else (options.dtype,):
+        files = prepare(find_model(options.model), stored)
+        spec = files.spec
+        for native in (False, True) if options.dtype == "bfloat16" else (False,):
+            engine = _engine(files, options, native)
+            if engine.native == native:  # not where the native step is not to be had
+                name = f"{'native' if native else 'torch'}{' int8' if stored == 'int8' else ''}"
+                contenders.append(Contender(name, stored, engine))
+    assert spec is not None
+    cases = _machine(options) + _engine_cases(spec, contenders, options)
     samples: dict[str, list[float]] = {case.name: [] for case in cases}
     for _ in range(options.rounds):
         for case in cases:
@@ -77,6 +97,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--model", default=DEMO)
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPE_BYTES)
+    parser.add_argument("--int8", action="store_true", help="int8 weights beside those in DTYPE")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--chunk", type=int, default=512, help="tokens of a prompt that run in one step")
@@ -136,19 +157,21 @@ def _repeat(call: Callable[[], object], options: argparse.Namespace, amount: flo
 # ---- the engine ---------------------------------------------------------------------------------------------
 
 
-def _engine_cases(spec: ModelSpec, engines: dict[str, CpuEngine], options: argparse.Namespace) -> list[Case]:
+def _engine_cases(spec: ModelSpec, contenders: list[Contender], options: argparse.Namespace) -> list[Case]:
+    batches = BESIDE_INT8["batches"] if options.int8 else BATCHES
+    prompts = BESIDE_INT8["prompts"] if options.int8 else PROMPTS
     cases = []
-    for name, engine in engines.items():
+    for one in contenders:
         for context in CONTEXTS:
-            for batch in BATCHES:
+            for batch in batches:
                 plan = _decode_plan(spec, batch, context)
-                run = _repeat(lambda engine=engine, plan=plan: engine.run(plan), options, batch)  # type: ignore[misc]
-                share = _decode_share(spec, options.dtype, batch)
-                cases.append(Case(f"decode B={batch} ctx {context} {name}", "tok/s", run, share))
-        for prompt in PROMPTS:
-            run = _repeat(_prefill(spec, engine, prompt, options.chunk), options, prompt)
+                run = _repeat(lambda one=one, plan=plan: one.engine.run(plan), options, batch)  # type: ignore[misc]
+                share = _decode_share(spec, one.stored, batch)
+                cases.append(Case(f"decode B={batch} ctx {context} {one.name}", "tok/s", run, share))
+        for prompt in prompts:
+            run = _repeat(_prefill(spec, one.engine, prompt, options.chunk), options, prompt)
             share = _prefill_share(spec, options.dtype, prompt)
-            cases.append(Case(f"prefill {prompt} {name}", "tok/s", run, share))
+            cases.append(Case(f"prefill {prompt} {one.name}", "tok/s", run, share))
     return cases
 
 
@@ -180,11 +203,11 @@ def _prefill(spec: ModelSpec, engine: CpuEngine, prompt: int, chunk: int) -> Cal
     return run
 
 
-def _decode_share(spec: ModelSpec, dtype: str, batch: int) -> Callable[[float, dict[str, float]], float]:
+def _decode_share(spec: ModelSpec, stored: str, batch: int) -> Callable[[float, dict[str, float]], float]:
     values = sum(shape[0] * shape[1] for shape in weight_shapes(spec).values() if len(shape) == 2)
     if not spec.tied_embeddings:
         values -= spec.vocab * spec.hidden  # only single rows of a separate embedding table are read
-    gigabytes = values * DTYPE_BYTES[dtype] / 1e9
+    gigabytes = values * STORED_BYTES[stored] / 1e9
     return lambda rate, machine: rate / batch * gigabytes / machine["read bandwidth"]
 
 
@@ -203,7 +226,7 @@ def _prefill_share(spec: ModelSpec, dtype: str, prompt: int) -> Callable[[float,
 
 def _report(cases: list[Case], samples: dict[str, list[float]], options: argparse.Namespace) -> None:
     medians = {name: statistics.median(values) for name, values in samples.items()}
-    title = f"{options.dtype}, {options.threads} threads, {options.rounds} interleaved rounds, torch {torch.__version__}"
+    title = f"{options.dtype}{' and int8' if options.int8 else ''}, {options.threads} threads, {options.rounds} interleaved rounds, torch {torch.__version__}"
     print(f"{title}\n{'':34}{'median':>9} {'range':>19}  unit     of roofline")
     figures = {}
     for case in cases:
@@ -222,6 +245,7 @@ def _report(cases: list[Case], samples: dict[str, list[float]], options: argpars
         }
         settings = {
             "dtype": options.dtype,
+            "int8": options.int8,
             "threads": options.threads,
             "rounds": options.rounds,
             "chunk": options.chunk,

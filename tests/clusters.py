@@ -93,6 +93,13 @@ class Cluster:
             assert time.monotonic() < deadline, f"pages still leased: {shard}"
             time.sleep(0.1)
 
+    def wait_healthy(self) -> None:
+        """Wait until it serves again after a restart. Fails after a minute."""
+        deadline = time.monotonic() + 60
+        while httpx.get(f"{self.url}/health").status_code != 200:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+
     def lines(self) -> list[dict[str, Any]]:
         """Every log line of the run."""
         run = max(self.logs.iterdir())

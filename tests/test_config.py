@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from memserve import config, configfile, resolve
 from memserve.config import Config, ModelConfig, Resolved
 from memserve.engine.spec import ModelSpec
+from memserve.engine.weights import random_weights
 from memserve.errors import ConfigError
 
 MINIMAL = '[model]\npath = "m.gguf"\n'
@@ -81,6 +82,7 @@ def test_every_mistake_is_reported_at_once_with_path_rule_value_and_hint(written
     [model]
     pth = "x"
     dtype = "bfloat61"
+    weights = "int4"
     [pool]
     page_tokens = 4.7
     [[shard]]
@@ -101,6 +103,7 @@ def test_every_mistake_is_reported_at_once_with_path_rule_value_and_hint(written
     assert problems(written(text)) == [
         "model.path is required and missing",
         'model.dtype must be one of bfloat16, float32, not "bfloat61"; did you mean "bfloat16"?',
+        'model.weights must be one of dtype, int8, not "int4"; did you mean "int8"?',
         'model.pth is not a known key (value "x"); did you mean path?',
         "pool.page_tokens must be a whole number, not 4.7",
         'shard[0].memory must be a size such as "512MiB" or "2GiB", or a whole number of bytes, not "1GB"; '
@@ -344,6 +347,23 @@ def test_a_directory_is_checked_and_named(written, tmp_path):
         ConfigError, match=r"missing config\.json; missing tokenizer\.json; missing model\.saf"
     ):
         config.resolve(config.load(written(f'[model]\npath = "{tmp_path}"\n')), MACHINE)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("weights", ["dtype", "int8"])
+def test_weights_take_what_is_said(written, toy_model, monkeypatch, tied, dtype, weights):
+    """If it failed, a machine would be taken for large enough that is not, or the other way round."""
+    spec = attrs.evolve(SPEC, tied_embeddings=tied)
+    monkeypatch.setattr(resolve, "read_spec", lambda path: spec)
+    loaded = config.load(written(MINIMAL), [f"model.dtype={dtype}", f"model.weights={weights}"])
+    resolved = config.resolve(loaded, MACHINE)
+    whole = sum(tensor.nbytes for tensor in random_weights(spec, loaded.model.stored, 0).values())
+    assert resolve.weight_bytes(spec, loaded.model.stored) == whole
+    (said,) = [one for one in resolved.reasons if one.key == "model.weights"]
+    assert said.why == f"as {loaded.model.stored}, mapped once for all workers"
+    assert said.value == resolve.size(whole)
+    assert resolved.page_bytes == spec.page_bytes(16, dtype)
 
 
 def test_a_missing_model_is_a_config_error(written):

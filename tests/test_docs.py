@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+import shlex
 from pathlib import Path
+from typing import get_args
 
 import attrs
 import pytest
 
+from loadgen import build
+from loadgen import cli as loadgen_cli
+from loadgen import options as loadgen_options
 from memserve import cli, config
 from memserve.engine.families import FAMILIES
 from memserve.engine.gguf import BLOCKS
@@ -21,7 +27,10 @@ OUTSIDE = {"cluster.toml", "logs/"}
 """Files that users have, not the repository."""
 WALKS = (
     ROOT / "README.md",
-    *(DOCS / f"{name}.md" for name in ("one-request", "operations", "configuration", "models", "mempool")),
+    *(
+        DOCS / f"{name}.md"
+        for name in ("one-request", "operations", "configuration", "models", "benchmarking", "mempool")
+    ),
 )
 
 
@@ -145,3 +154,51 @@ def test_the_readme_names_the_commands_that_exist():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     named = set(re.findall(r"\bmake ([a-z-]+)", text(ROOT / "README.md")))
     assert {"up", "check"} <= named <= targets
+
+
+def choices(hint: object) -> list[object]:
+    """The values of a Literal, or of one that may be None."""
+    return [value for one in get_args(hint) for value in (get_args(one) or [one])]
+
+
+def loadgen_rows(command: str) -> list[str]:
+    """The lines of docs/benchmarking.md about one command's own options, as its code has them."""
+    rows = []
+    for argument in loadgen_cli.app[command].assemble_argument_collection():
+        names = [name for name in argument.names if name.startswith("--") and not name.startswith("--no-")]
+        if names and argument.parameter.help:
+            negative = "".join(f", `{name}`" for name in argument.names if name.startswith("--no-"))
+            default = argument.field_info.default
+            unset = default is False or default is inspect.Parameter.empty or default in (None, "", ())
+            shown = "" if unset else "on" if default is True else f"`{default}`"
+            words = [one for one in choices(argument.hint) if isinstance(one, str)]
+            may_be = f" ({', '.join(f'`{one}`' for one in words)})" if words else ""
+            rows.append(f"| `{names[0]}`{negative}{may_be} | {shown} | {argument.parameter.help} |")
+    return rows
+
+
+def test_every_option_of_the_load_generator_is_documented_as_it_is():
+    """If it failed, docs/benchmarking.md would lack an option, or name another default or meaning."""
+    page = text(DOCS / "benchmarking.md").splitlines()
+    for command in ("run", "sweep", "compare", "report"):
+        assert f"## `memserve-loadgen {command}`" in page
+        missing = [row for row in loadgen_rows(command) if row not in page]
+        assert not missing, "expected these lines:\n" + "\n".join(missing)
+
+
+def test_every_workload_of_the_load_generator_is_documented():
+    """If it failed, a workload or a file format could only be found by reading the source."""
+    page = text(DOCS / "benchmarking.md")
+    kinds = get_args(loadgen_options.Kind)
+    assert not [kind for kind in kinds if f"| `{kind}` |" not in page]
+    formats = [one for known in build.FORMATS.values() for one in known]
+    assert not [one.name for one in formats if f"| {one.name} |" not in page]
+
+
+def test_every_documented_command_of_the_load_generator_is_understood():
+    """If it failed, an example would end in an error."""
+    examples = re.findall(r"^memserve-loadgen .+?(?<!\\)$", text(DOCS / "benchmarking.md"), re.M | re.S)
+    assert len(examples) >= 8
+    for example in examples:
+        words = shlex.split(example.replace("\\\n", " "), comments=True)[1:]
+        loadgen_cli.app.parse_args(words, exit_on_error=False, print_error=False)

@@ -107,15 +107,16 @@ def test_chunks_pages_and_company_change_no_token(load, name: str) -> None:
         assert in_company(Runner(*model, page_tokens=page_tokens), prompts, new, chunk) == alone
 
 
+@pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("name", TINY)
-def test_every_family_serves_in_bfloat16(load, tmp_path: Path, name: str) -> None:
+def test_every_family_serves_in_bfloat16(load, tmp_path: Path, name: str, native: bool) -> None:
     """The default type would fail to start, or answer visibly worse than the exact one, on whichever path serves it."""
     spec, weights = load(name)
     rounded = {key: one.bfloat16() if one.ndim > 1 else one for key, one in weights.items()}
     save_weights(rounded, tmp_path / "w")
     ids, logits = expected(name)
     arena = mmap.mmap(-1, 16 * spec.page_bytes(16, "bfloat16"))
-    engine = CpuEngine(spec, tmp_path / "w", arena, 16, 16, "bfloat16")
+    engine = CpuEngine(spec, tmp_path / "w", arena, 16, 16, "bfloat16", native=native)
     for length in (1, 40, PREFILL + DECODED):
         row = Row(pack(ids[:length]), 0, tuple(range(9)), GREEDY)
         (token,) = engine.run(BatchPlan((row,))).tokens

@@ -12,11 +12,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import attrs
+import numpy as np
 import pytest
 import torch
 
-from memserve.engine.model import Batch, Llama
+from memserve.engine.convert import SCALE
+from memserve.engine.model import Batch, Llama, Matrix
 from memserve.engine.plans import BatchPlan, Row
+from memserve.engine.quants import quantise_rows
 from memserve.engine.spec import ModelSpec, find_model
 from memserve.engine.weights import map_weights, prepare, random_weights
 from memserve.kernels.cpu import CpuAttention
@@ -112,9 +116,10 @@ class Runner:
         page_tokens: int = 16,
         pages: int = 128,
         seed: int = 0,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.page_tokens = page_tokens
-        self.model = Llama(spec, weights)
+        self.model = Llama(spec, weights, dtype)
         arena = torch.full((pages, *spec.page_shape(page_tokens)), float("nan"), dtype=self.model.dtype)
         self.attention = CpuAttention(arena, spec.heads)
         order = torch.randperm(pages, generator=torch.Generator().manual_seed(seed))
@@ -255,6 +260,57 @@ def test_bfloat16_stays_near_float32() -> None:
     )
 
     assert float((rough - fine).norm() / fine.norm()) < 0.02
+
+
+def widened(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What int8 weights stand for, in float32."""
+    return {
+        name: tensor.float() * weights[name + SCALE][:, None] if name + SCALE in weights else tensor
+        for name, tensor in weights.items()
+        if not name.endswith(SCALE)
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(130, 48), (7, 64), (96, 192), (20_000, 64)])
+def test_int8_matrices_multiply_as_what_they_stand_for(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Some widths and alignments are read past their ends by torch's own int8 product, and would end the process."""
+    weights = dict(zip(("w", "w.scale"), map(torch.from_numpy, quantise_rows(_normal(shape))), strict=True))
+    exact = widened(weights)["w"].double()
+    apart = torch.empty(weights["w"].numel() + 1, dtype=torch.int8)[1:].view(shape)  # at an odd address
+    apart.copy_(weights["w"])
+    for values in (weights["w"], apart):
+        matrix = Matrix.of(weights | {"w": values}, "w", dtype)
+        assert torch.equal(matrix.rows(torch.tensor([3, 0, 3])), exact[[3, 0, 3]].float())
+        for rows in (0, 1, 3, 16, 17, 40):
+            x = torch.from_numpy(_normal((rows, shape[1]))).to(dtype)
+            found, expected = matrix.apply(x), x.double() @ exact.T
+            assert found.dtype == dtype and found.shape == expected.shape
+            errors = (found - expected).norm(dim=1) / expected.norm(dim=1)
+            assert bool((errors < (0.006 if dtype == torch.bfloat16 else 1e-6)).all()), (rows, errors)
+
+
+def _normal(shape: tuple[int, int]) -> np.ndarray:
+    return np.random.default_rng(shape[0]).standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_int8_weights_are_the_model_they_stand_for(tied: bool) -> None:
+    """A scale at the wrong row, or forgotten in one place, is a model that talks nonsense."""
+    spec = attrs.evolve(tiny_spec(tied=tied), hidden=64, qkv_bias=True, qk_norm=True)
+    weights = random_weights(spec, "int8", 1)
+    ids = prompt(101, 5)
+    expected = Runner(spec, widened(weights)).generate(ids, 12)
+    assert Runner(spec, weights, dtype=torch.float32).generate(ids, 12, chunk=30) == expected
+    row = Row(pack(ids), 0, tuple(range(7)), GREEDY)
+    fine = Runner(spec, widened(weights)).step(row)
+    for chunk in (101, 5):  # many rows, and few
+        rough = Runner(spec, weights, dtype=torch.bfloat16)
+        for start in range(0, 101, chunk):
+            found = rough.step(Row(pack(ids[start : start + chunk]), start, tuple(range(7)), GREEDY))
+        assert float((found - fine).norm() / fine.norm()) < 0.03
+    with pytest.raises(ValueError, match="int8"):
+        Llama(spec, weights)
 
 
 @pytest.fixture(scope="module")

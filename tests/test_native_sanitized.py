@@ -11,7 +11,7 @@ import pytest
 
 from memserve.engine.weights import default_cache_dir
 from memserve.kernels.native import load
-from memserve.kernels.native_build import FLAGS, SOURCES, NativeUnavailable
+from memserve.kernels.native_build import SOURCES, NativeUnavailable, target_flags
 
 DRIVER = Path(__file__).parent / "native" / "driver.cpp"
 
@@ -30,7 +30,15 @@ def test_steps_are_clean(sanitizer: str, tmp_path: Path) -> None:
     ):
         pytest.skip(f"{compiler} has no {sanitizer} sanitizer here")
     program = str(tmp_path / "driver")
-    build = ("-O1", "-g", "-fno-sanitize-recover=all", flag, *FLAGS, f"-I{SOURCES[0].parent}", str(DRIVER))
+    build = (
+        "-O1",
+        "-g",
+        "-fno-sanitize-recover=all",
+        flag,
+        *target_flags(),
+        f"-I{SOURCES[0].parent}",
+        str(DRIVER),
+    )
     assert not (output := _run(compiler, *build, "-o", program)), output
     assert not (output := _run(program)), output
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("src", "configs", "pyproject.toml", "README.md", "LICENSE")
+PARTS = ("src", "loadgen", "configs", "pyproject.toml", "README.md", "LICENSE")
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +37,11 @@ def test_the_wheel_holds_every_module_configuration_and_kernel(wheel):
         for kind in ("*.py", "*.cpp", "*.hpp")
         for path in package.rglob(kind)
     }
+    wanted |= {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "loadgen").rglob("*")
+        if path.is_file() and path.suffix != ".pyc"
+    }
     wanted |= {f"memserve/configs/{path.name}" for path in (ROOT / "configs").glob("*.toml")}
     assert wanted <= held
     assert "memserve/py.typed" in held
@@ -50,7 +55,9 @@ def test_the_wheel_names_its_licence_and_command(wheel):
     assert "License-Expression: Apache-2.0" in metadata
     assert "Requires-Python: >=3.11" in metadata
     assert "LICENSE" in held
-    assert "memserve = memserve.__main__:main" in wheel.read(held["entry_points.txt"]).decode()
+    commands = wheel.read(held["entry_points.txt"]).decode()
+    assert "memserve = memserve.__main__:main" in commands
+    assert "memserve-loadgen = loadgen.__main__:main" in commands
 
 
 def test_the_wheel_runs_outside_of_the_checkout(wheel, tmp_path):
@@ -63,3 +70,14 @@ def test_the_wheel_runs_outside_of_the_checkout(wheel, tmp_path):
     place, first, last = done.stdout.split()
     assert Path(place).is_relative_to(tmp_path)
     assert (first, last) == ("p0", "d1")
+
+
+def test_the_load_generator_runs_outside_of_the_checkout(wheel, tmp_path):
+    """If it failed, `memserve-loadgen` would only work where it was written."""
+    wheel.extractall(tmp_path / "installed")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path / 'installed')!r}); sys.argv = ['loadgen', 'run', '--help'];"
+    code += "import loadgen.__main__ as it; print(it.__file__); sys.exit(it.main())"
+    command = [sys.executable, "-I", "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert Path(done.stdout.splitlines()[0]).is_relative_to(tmp_path)
+    assert "--rate" in done.stdout

@@ -12,6 +12,7 @@ import pytest
 import trio
 import trio.testing
 
+from memserve.engine.spec import find_model
 from memserve.errors import UserError
 from memserve.lifecycle import STATUS_CRASHED
 from memserve.messages import ActorId
@@ -22,6 +23,7 @@ from memserve.process import (
     RestartNeeded,
     _explain,
 )
+from test_gguf import DEMO
 
 
 @pytest.fixture
@@ -151,13 +153,27 @@ def environment() -> dict[str, str]:
 PREPARE = "import sys; from memserve.process import prepare_weights; sys.exit(prepare_weights(*sys.argv[1:]))"
 
 
-def test_weights_that_cannot_be_used_are_a_user_error(tmp_path):
-    """A mistyped model path would end in a traceback."""
-    command = [sys.executable, "-c", PREPARE, str(tmp_path / "absent.gguf"), "bfloat16"]
+def prepare(path, **more):
+    """The command that readies the weights, to its end, with an open lifeline."""
+    command = [sys.executable, "-c", PREPARE, str(path), "bfloat16", "bfloat16"]
     read, write = os.pipe()
-    done = subprocess.run(command, stdin=read, env=environment(), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, stdin=read, env=environment() | more, capture_output=True, text=True, check=False
+    )
     os.close(read)
     os.close(write)
+    return done
+
+
+def test_weights_are_ready_without_a_compiler():
+    """`memserve up` would end before its first actor starts, over a compiler that it can do without."""
+    done = prepare(find_model(DEMO), CXX="/nonexistent/g++")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_weights_that_cannot_be_used_are_a_user_error(tmp_path):
+    """A mistyped model path would end in a traceback."""
+    done = prepare(tmp_path / "absent.gguf")
     assert done.returncode == 2, done.stderr
     assert "absent.gguf" in done.stderr
     assert "Traceback" not in done.stderr
@@ -167,7 +183,7 @@ def test_weights_are_given_up_with_the_supervisor(tmp_path):
     """A conversion of minutes would go on for nobody."""
     waiting = tmp_path / "never-written.gguf"
     os.mkfifo(waiting)
-    command = [sys.executable, "-c", PREPARE, str(waiting), "bfloat16"]
+    command = [sys.executable, "-c", PREPARE, str(waiting), "bfloat16", "bfloat16"]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, env=environment(), stderr=subprocess.DEVNULL
     ) as child:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 from pathlib import Path
 
+import attrs
 import pytest
 import torch
 
@@ -14,7 +15,7 @@ from memserve.engine.runner import CpuEngine
 from memserve.engine.weights import random_weights, save_weights
 from memserve.messages import Sampling
 from memserve.tokens import pack
-from test_model import GREEDY, prompt, tiny_spec
+from test_model import GREEDY, Runner, prompt, tiny_spec, widened
 
 PAGES = 16
 
@@ -87,6 +88,25 @@ def test_warming_up_touches_no_page(tmp_path: Path) -> None:
     engine.close()
     del engine
     arena.close()  # BufferError if a tensor still held it
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_int8_weights_serve_in_either_dtype(tmp_path: Path, dtype: str) -> None:
+    """`[model] weights = "int8"` would end at the first step, or answer as another model."""
+    spec = attrs.evolve(tiny_spec(4, 2, 32), hidden=96, intermediate=160, vocab=132)
+    weights = random_weights(spec, "int8", 1)
+    save_weights(weights, tmp_path / "w")
+    arena = mmap.mmap(-1, PAGES * spec.page_bytes(16, dtype))
+    engine = CpuEngine(spec, tmp_path / "w", arena, PAGES, 16, dtype, threads=2)
+    engine.warm_up()
+    exact = Runner(spec, widened(weights))
+    for length in (1, 40, 90):
+        row = Row(pack(prompt(length, length)), 0, tuple(range(6)), GREEDY)
+        (token,) = engine.run(BatchPlan((row,))).tokens
+        (logits,) = exact.step(row)
+        assert token is not None
+        assert float(logits.max() - logits[token]) < (0.1 if dtype == "bfloat16" else 1e-5)
+    engine.close()
 
 
 def test_a_step_runs_on_the_cores_it_holds(tmp_path: Path) -> None:

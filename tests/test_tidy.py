@@ -21,6 +21,11 @@ MODULES = {
     for path in sorted(SOURCE.rglob("*.py"))
 }
 TESTS = sorted((ROOT / "tests").glob("*.py"))
+LOADGEN = sorted((ROOT / "loadgen").rglob("*.py"))
+LOADGEN_CORES = {
+    "answer", "arrivals", "compare", "content", "conversation", "generated", "measures", "wire", "workload", "chat", "longdoc",
+    "agent", "traces",
+}  # fmt: skip
 
 LAYERS = {
     "words": (
@@ -148,6 +153,17 @@ def test_cores_are_pure(module):
     assert not used & IMPURE - ({"sys"} if module == "tokens" else set())
 
 
+def test_the_cores_of_the_load_generator_are_pure():
+    """If it failed, a workload or a statistic would depend on a clock, a socket or unseeded chance."""
+    cores = [path for path in LOADGEN if path.stem in LOADGEN_CORES]
+    assert len(cores) == len(LOADGEN_CORES)
+    for path in cores:
+        used = {name.partition(".")[0] for name in imports(path)}
+        # NumPy's generators are seeded, and `datetime` reads time stamps of files.
+        assert not used & IMPURE - {"numpy", "datetime"}, path
+        assert "default_rng()" not in path.read_text(), path
+
+
 def test_torch_stays_in_the_engine():
     """If it failed, actors without a model would take 200 MiB more and start seconds later."""
     found = {
@@ -170,7 +186,7 @@ def test_nothing_is_ever_pickled():
     """If it failed, a peer's message or a file could run code."""
     banned = {"pickle", "cloudpickle", "dill", "shelve", "marshal"}
     calls = re.compile(r"send_pyobj|recv_pyobj|allow_pickle|weights_only=False|torch\.load\(")
-    for path in MODULES.values():
+    for path in [*MODULES.values(), *LOADGEN]:
         assert not {name.partition(".")[0] for name in imports(path)} & banned, path
         assert not calls.search(path.read_text()), path
 
@@ -198,12 +214,12 @@ def test_functions_and_files_stay_short():
     """If it failed, a function or a file would have grown beyond what a newcomer reads in one go."""
     long_functions = [
         f"{path.relative_to(ROOT)}:{node.lineno} {node.name}: {node.end_lineno - node.lineno + 1} lines"
-        for path in [*MODULES.values(), *TESTS]
+        for path in [*MODULES.values(), *LOADGEN, *TESTS]
         for node in functions(path)
         if node.end_lineno - node.lineno >= FUNCTION_LINES_MAX
     ]
     assert not long_functions
-    lengths = {path: len(path.read_text().splitlines()) for path in [*MODULES.values(), *TESTS]}
+    lengths = {path: len(path.read_text().splitlines()) for path in [*MODULES.values(), *LOADGEN, *TESTS]}
     assert not {str(path.relative_to(ROOT)): n for path, n in lengths.items() if n > FILE_LINES_MAX}
 
 
@@ -212,7 +228,7 @@ def test_public_things_have_docstrings():
     explained = set(protocol_methods())
     missing = [
         f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 1)}"
-        for path in MODULES.values()
+        for path in [*MODULES.values(), *LOADGEN]
         for node in public(tree(path))
         if not ast.get_docstring(node) and getattr(node, "name", "") not in explained
     ]
@@ -310,6 +326,16 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
     foreign = used - set(sys.stdlib_module_names) - {"memserve"}
     extras = names(project()["optional-dependencies"]["cuda"])
     assert {DISTRIBUTIONS.get(name, name) for name in foreign} - extras == names(project()["dependencies"])
+
+
+def test_what_the_load_generator_imports_is_declared():
+    """If it failed, `pip install 'memserve[loadgen]'` would not be enough to run it."""
+    used = {name.partition(".")[0] for path in LOADGEN for name in imports(path)}
+    foreign = used - set(sys.stdlib_module_names) - {"memserve", "loadgen"}
+    given = project()
+    extra = names(given["optional-dependencies"]["loadgen"])
+    assert foreign <= names(given["dependencies"]) | extra
+    assert extra <= foreign & names(given["optional-dependencies"]["test"])
 
 
 def test_every_dependency_is_pinned_for_installation():

@@ -155,18 +155,10 @@ def test_a_lost_worker_costs_no_token(demo: Cluster, victim: str, how: signal.Si
     for thread in threads:
         thread.join(60)
     demo.wait_idle()
-    wait_healthy(demo)
+    demo.wait_healthy()
     with ThreadPoolExecutor(4) as pool:
         undisturbed = list(pool.map(lambda prompt: demo.tokens(prompt, 24), prompts))
     assert [done.get(i) for i in range(4)] == undisturbed
-
-
-def wait_healthy(cluster: Cluster) -> None:
-    """After a restart. Fails after a minute."""
-    deadline = time.monotonic() + 60
-    while httpx.get(f"{cluster.url}/health").status_code != 200:
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
 
 
 def test_no_torch_where_it_is_not_needed(demo: Cluster) -> None:

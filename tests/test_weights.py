@@ -13,8 +13,17 @@ import torch
 from safetensors import safe_open
 
 from memserve.engine import weights as under_test
+from memserve.engine.convert import SCALE
 from memserve.engine.spec import find_model, read_spec
-from memserve.engine.weights import map_weights, prepare, random_weights, save_weights, weight_shapes
+from memserve.engine.weights import (
+    in_rows,
+    in_tiles,
+    map_weights,
+    prepare,
+    random_weights,
+    save_weights,
+    weight_shapes,
+)
 from memserve.errors import UserError
 from test_gguf import DEMO, LLAMA, write_gguf
 
@@ -84,13 +93,48 @@ def test_bfloat16_equals_torchs_rounding(tmp_path: Path) -> None:
     assert found["norm"].dtype == torch.float32
 
 
-def test_the_file_is_safetensors_and_aligned(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tied", [True, False])
+def test_int8_is_the_nearest(tmp_path: Path, tied: bool) -> None:
+    """Rounded otherwise, or by another row's scale, the model would answer worse than it must."""
+    source = _tensors(tied)
+    source["blk.0.ffn_down.weight"][3] = 0
+    source["blk.1.attn_v.weight"][5] *= 1000
+    path = _write(tmp_path / "tiny.gguf", source)
+    exact, found = (
+        map_weights(prepare(path, stored, tmp_path / "cache").weights) for stored in ("float32", "int8")
+    )
+    matrices = {name for name, tensor in exact.items() if tensor.ndim == 2}
+    assert found.keys() == exact.keys() | {name + SCALE for name in matrices}
+    assert all(torch.equal(found[name], exact[name]) for name in exact.keys() - matrices)
+    for name in matrices:
+        values, scale = found[name], found[name + SCALE]
+        assert (values.dtype, scale.dtype) == (torch.int8, torch.float32)
+        assert torch.equal(scale, scale.bfloat16().float())  # torch multiplies by bfloat16
+        step = exact[name].abs().amax(1) / 127
+        assert torch.allclose(scale, step, rtol=2**-8, atol=0)
+        assert int(values.abs().max()) == 127
+        # Nearest: at most half a step off, where bfloat16's scale does not clip the greatest of a row.
+        error = (values.float() * scale[:, None] - exact[name]).abs()
+        assert bool((error <= 0.5001 * scale[:, None]).all()), name
+
+
+def test_int8_of_what_is_not_finite_is_refused(tmp_path: Path) -> None:
+    """A damaged model would be turned into one that answers nonsense."""
+    source = _tensors(True)
+    source["blk.1.ffn_up.weight"][7, 7] = np.nan
+    with pytest.raises(UserError, match=r"blk\.1\.ffn_up\.weight.*not finite.*model\.weights"):
+        prepare(_write(tmp_path / "tiny.gguf", source), "int8", tmp_path / "cache")
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "int8"])
+def test_the_file_is_safetensors_and_aligned(tmp_path: Path, stored: str) -> None:
     """Other tools must be able to open it, and no matrix row may straddle a cache line for nothing."""
-    files = prepare(_write(tmp_path / "tiny.gguf", _tensors(True)), "bfloat16", tmp_path / "cache")
+    files = prepare(_write(tmp_path / "tiny.gguf", _tensors(True)), stored, tmp_path / "cache")
 
     with safe_open(files.weights, "pt") as file:
         names = set(file.keys())
-    assert {name for name in names if not name.startswith("_")} == set(weight_shapes(files.spec))
+    named = {name.removesuffix(SCALE) for name in names if not name.startswith("_")}
+    assert named == set(weight_shapes(files.spec))
     assert all(
         tensor.data_ptr() % under_test.ALIGNMENT == 0 for tensor in map_weights(files.weights).values()
     )
@@ -152,10 +196,11 @@ def test_an_unwritable_cache_is_a_user_error(tmp_path: Path) -> None:
         prepare(path, "float32", tmp_path / "cache")
 
 
-def test_written_weights_come_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stored", ["bfloat16", "int8"])
+def test_written_weights_come_back(tmp_path: Path, stored: str) -> None:
     """Tests of random models would run on other weights than they compare with."""
     spec = read_spec(_write(tmp_path / "tiny.gguf", _tensors(False)))
-    weights = random_weights(spec, "bfloat16", 3)
+    weights = random_weights(spec, stored, 3)
     save_weights(weights, tmp_path / "w")
     found = map_weights(tmp_path / "w")
 
@@ -163,13 +208,14 @@ def test_written_weights_come_back(tmp_path: Path) -> None:
     assert all(torch.equal(weights[name], found[name]) for name in weights)
 
 
-def test_demo_model_converts_in_seconds_without_torch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stored", ["bfloat16", "int8"])
+def test_demo_model_converts_in_seconds_without_torch(tmp_path: Path, stored: str) -> None:
     """The first start would be slow, and the supervisor, which converts, would carry torch in its memory."""
     code = """if True:
         import sys
         from pathlib import Path
         from memserve.engine.weights import prepare
-        prepare(sys.argv[1], "bfloat16", Path(sys.argv[2]))
+        prepare(sys.argv[1], sys.argv[3], Path(sys.argv[2]))
         assert "torch" not in sys.modules
         status = Path("/proc/self/status").read_text()  # ru_maxrss would be the parent's, from before exec
         peak_mib = int(status.split("VmHWM:")[1].split()[0]) / 1024
@@ -177,6 +223,28 @@ def test_demo_model_converts_in_seconds_without_torch(tmp_path: Path) -> None:
     """
     began = time.perf_counter()
     subprocess.run(
-        [sys.executable, "-c", code, str(find_model(DEMO)), str(tmp_path)], check=True, timeout=120
+        [sys.executable, "-c", code, str(find_model(DEMO)), str(tmp_path), stored], check=True, timeout=120
     )
     assert time.perf_counter() - began < 20  # 2 s where nothing else runs
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "int8"])
+def test_tiles_hold_the_rows(tmp_path: Path, stored: str) -> None:
+    """A value in the wrong place of a tile is a model that talks nonsense, on some machines only."""
+    path = _write(tmp_path / "tiny.gguf", _tensors(False))
+    rows, tiles = (
+        prepare(path, stored, tmp_path / "cache"),
+        prepare(path, stored, tmp_path / "cache", tiled=True),
+    )
+    expected, found = map_weights(rows.weights), map_weights(tiles.weights)
+
+    assert found["embed"].shape == (1, 2, 16, 16, 2)  # a vocabulary of 4, padded
+    gate_up = expected["1.gate_up"]
+    for output, value in ((0, 0), (17, 33), (191, 63), (100, 40)):
+        place = (output // 16, value // 32, value % 32 // 2, output % 16, value % 2)
+        assert found["1.gate_up"][place] == gate_up[output, value]
+    back = in_rows(found, rows.spec)
+    assert back.keys() == expected.keys()
+    assert all(torch.equal(back[name], expected[name]) for name in expected)
+    again = in_tiles(expected)
+    assert all(torch.equal(again[name], found[name]) for name in found)

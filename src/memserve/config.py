@@ -138,12 +138,22 @@ class ModelConfig:
         rule=one_of("bfloat16", "float32"),
         help="type of weights, activations and KV; float32 gives the exact tokens of the reference run",
     )
+    weights: str = setting(
+        "dtype",
+        rule=one_of("dtype", "int8"),
+        help="how matrices are stored: dtype, in that type; int8, in half the memory of bfloat16, a little less exactly",
+    )
     max_context: int | None = setting(
         None,
         unit="tokens",
         rule=between(16, 1 << 24),
         help="prompt and answer together, at most; unset: what the model was trained for",
     )
+
+    @property
+    def stored(self) -> str:
+        """The type that matrices are stored in, one of STORED_BYTES."""
+        return self.dtype if self.weights == "dtype" else self.weights
 
 
 @attrs.frozen(kw_only=True)
@@ -253,7 +263,7 @@ class BatchConfig:
         256,
         unit="tokens",
         rule=between(1, 1 << 16),
-        help="prompt tokens in one step; smaller keeps running streams smoother, larger is a little faster",
+        help="prompt tokens in a step beside running streams, twice as many without; smaller keeps streams smoother",
     )
     rows: int = setting(
         64,

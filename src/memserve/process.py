@@ -32,7 +32,7 @@ import traceback
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import attrs
 import structlog
@@ -50,6 +50,10 @@ from memserve.lifecycle import (
 )
 from memserve.messages import ActorId
 from memserve.place import Place, PlaceGone
+
+if TYPE_CHECKING:
+    from memserve.engine.spec import ModelSpec
+    from memserve.engine.weights import ModelFiles
 
 log = structlog.get_logger()
 
@@ -346,26 +350,38 @@ def leaves(error: BaseException) -> Iterator[BaseException]:
 # ---- the weights ---------------------------------------------------------------------------------------------
 
 
-def prepare_weights(path: str, dtype: str) -> int:
+def prepare_weights(path: str, stored: str, dtype: str) -> int:
     """Convert the weights and compile the native step if they are not in the cache yet; the exit status.
 
-    A process of its own, for its memory.
+    ``stored``: the type of the matrices; ``dtype``: that of the run. A process of its own, for its memory.
 
     Its lifeline is its standard input: at the end of file its supervisor is gone, and so is the need for it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_at_end_of_input, daemon=True).start()
-    from memserve.engine.weights import default_cache_dir, prepare
+    from memserve.engine.spec import read_spec
+    from memserve.engine.weights import default_cache_dir
 
     compiling = threading.Thread(target=_compile_native, args=[default_cache_dir()])
     if dtype == "bfloat16":
         compiling.start()  # beside the conversion: each takes seconds on one core
     try:
-        prepare(Path(path), dtype)
+        ready_model(path, read_spec(path), stored, dtype)
     except UserError as error:
         print(error, file=sys.stderr)
         return STATUS_USER_ERROR
     return 0
+
+
+def ready_model(path: str, spec: ModelSpec, stored: str, dtype: str) -> ModelFiles:
+    """The model's files as every process of this host takes them: matrices as ``stored``, for a run in ``dtype``.
+
+    In tiles where the native step can run it. Raises UserError as ``prepare`` does.
+    """
+    from memserve.engine.weights import prepare
+    from memserve.kernels.native_build import why_not
+
+    return prepare(path, stored, tiled=why_not(spec, dtype) is None)
 
 
 def _compile_native(cache_dir: Path) -> None:

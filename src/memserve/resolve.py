@@ -13,7 +13,7 @@ from pathlib import Path
 import attrs
 
 from memserve.config import Config, Reason, Resolved
-from memserve.engine.spec import DTYPE_BYTES, ModelSpec, find_model, read_spec
+from memserve.engine.spec import STORED_BYTES, ModelSpec, find_model, read_spec
 from memserve.errors import ConfigError, UserError
 from memserve.place import place_path
 from memserve.tokens import pages_for
@@ -137,7 +137,7 @@ def decide(config: Config, machine: Machine) -> Resolved:
             Path(config.pool.disk_path).expanduser().resolve() if config.pool.disk_path else machine.log_dir
         ),
     )
-    weights = weight_bytes(spec, config.model.dtype)
+    weights = weight_bytes(spec, config.model.stored)
     problems = [
         *context_problems(resolved),
         *memory_problems(config, weights, machine),
@@ -149,12 +149,18 @@ def decide(config: Config, machine: Machine) -> Resolved:
     return attrs.evolve(resolved, reasons=tuple(reasons(resolved, weights, machine)))
 
 
-def weight_bytes(spec: ModelSpec, dtype: str) -> int:
+def weight_bytes(spec: ModelSpec, stored: str) -> int:
     """Bytes of the weights, which all workers of a host map once."""
     attention = 2 * spec.hidden * spec.head_dim * (spec.heads + spec.kv_heads)
-    layer = attention + 3 * spec.hidden * spec.intermediate + 2 * spec.hidden
+    rows = spec.head_dim * (spec.heads + 2 * spec.kv_heads) + 2 * spec.intermediate + 2 * spec.hidden
     tables = 1 if spec.tied_embeddings else 2
-    return (tables * spec.vocab * spec.hidden + spec.layers * layer + spec.hidden) * DTYPE_BYTES[dtype]
+    matrices = tables * spec.vocab * spec.hidden + spec.layers * (
+        attention + 3 * spec.hidden * spec.intermediate
+    )
+    float32s = (2 * spec.layers + 1) * spec.hidden
+    if stored == "int8":
+        float32s += tables * spec.vocab + spec.layers * rows  # the scales
+    return matrices * STORED_BYTES[stored] + float32s * STORED_BYTES["float32"]
 
 
 def context_problems(resolved: Resolved) -> Iterator[str]:
@@ -218,7 +224,7 @@ def reasons(resolved: Resolved, weights: int, machine: Machine) -> Iterator[Reas
     form = "Hugging Face directory" if Path(resolved.model_path).is_dir() else "GGUF file"
     shape = f"{spec.architecture}, {spec.layers} layers, {spec.kv_heads} kv heads"
     yield Reason("model", resolved.model_path, f"{spec.name}: {form}, {shape}")
-    yield Reason("model.weights", size(weights), f"as {config.model.dtype}, mapped once for all workers")
+    yield Reason("model.weights", size(weights), f"as {config.model.stored}, mapped once for all workers")
     why = "model.max_context" if config.model.max_context else longest(spec)
     yield Reason("model.max_context", f"{resolved.max_context} tokens", why)
     per_token = (

@@ -326,7 +326,8 @@ def up(config_path: str, overrides: Sequence[str] = ()) -> int:
     place = Place.claim(Path(settings.logging.dir))
     try:
         resolved = config.resolve(settings)
-        prepare = [sys.executable, "-c", PREPARE, resolved.model_path, settings.model.dtype]
+        model = settings.model
+        prepare = [sys.executable, "-c", PREPARE, resolved.model_path, model.stored, model.dtype]
         supervise(Supervisor(resolved, Launch(place), prepare_argv=prepare))
     except KeyboardInterrupt:  # before trio took over the signals: nothing has been started
         return 128 + signal.SIGINT

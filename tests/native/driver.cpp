@@ -1,6 +1,6 @@
 // Steps of a tiny random model, in a program of its own so that a sanitizer sees all of it: chunks, decode rows and both
-// together, on changing threads and scattered pages. Ends with 1 when a token's logits depend on how it was computed,
-// or when a bad batch is taken.
+// together, on changing threads and scattered pages, and draws from logits of all shapes and sizes. Ends with 1 when a
+// token's logits, or the token drawn from them, depend on how it was computed, or when a bad batch is taken.
 
 #include "step.cpp"
 
@@ -14,8 +14,9 @@ constexpr int PAGE = 8, PAGES = 2 * CONTEXT / PAGE, MAX_ROWS = 64, THREADS = 3, 
 
 std::mt19937 random_numbers(1);
 
-std::vector<bf16> matrix(size_t size) {
-    std::vector<bf16> values(size);
+// Values of a matrix in tiles, which random ones may be called.
+Buffer<bf16> matrix(size_t outputs, size_t width) {
+    Buffer<bf16> values(whole_tiles((int)outputs) * width);
     for (auto& value : values) {
         float number = std::uniform_real_distribution<float>(-0.2f, 0.2f)(random_numbers);
         uint32_t bits;
@@ -26,31 +27,34 @@ std::vector<bf16> matrix(size_t size) {
 }
 
 struct Model {
-    std::vector<bf16> embed = matrix(VOCAB * HIDDEN), qkv = matrix((HEADS + 2 * KV_HEADS) * HEAD * HIDDEN),
-                      o = matrix(HIDDEN * HEADS * HEAD), gate_up = matrix(2 * INNER * HIDDEN),
-                      down = matrix(HIDDEN * INNER);
+    Buffer<bf16> embed = matrix(VOCAB, HIDDEN), qkv = matrix((HEADS + 2 * KV_HEADS) * HEAD, HIDDEN),
+                 o = matrix(HIDDEN, HEADS * HEAD), gate_up = matrix(2 * INNER, HIDDEN), down = matrix(HIDDEN, INNER);
     std::vector<float> norm = std::vector<float>(HIDDEN, 1.1f), head_norm = std::vector<float>(HEAD, 0.9f),
                        bias = std::vector<float>((HEADS + 2 * KV_HEADS) * HEAD, 0.05f),
                        cosines = std::vector<float>(CONTEXT * HEAD / 2, 0.8f),
                        sines = std::vector<float>(CONTEXT * HEAD / 2, 0.6f);
     std::vector<bf16> arena = std::vector<bf16>((size_t)PAGES * LAYERS * 2 * KV_HEADS * PAGE * HEAD, 0x7fc0);  // NaN
     std::vector<int32_t> tables = std::vector<int32_t>(PAGES), ids = std::vector<int32_t>(TOKENS);
+    std::vector<int32_t> drawn;
     Engine* engine = nullptr;
 
-    Model() {
+    explicit Model(bool amx) {
         for (int i = 0; i < PAGES; i++) tables[i] = i * 37 % PAGES;
         for (int i = 0; i < TOKENS; i++) ids[i] = i * 29 % VOCAB;
-        ms_config config = {LAYERS, HIDDEN, INNER, HEADS, KV_HEADS, HEAD, VOCAB, CONTEXT, PAGE, MAX_ROWS, THREADS, 1e-5f};
-        ms_layer layer = {norm.data(), qkv.data(), bias.data(), head_norm.data(), head_norm.data(),
-                          o.data(),    norm.data(), gate_up.data(), down.data()};
+        ms_config config = {LAYERS, HIDDEN, INNER, HEADS, KV_HEADS, HEAD, VOCAB, CONTEXT, PAGE, MAX_ROWS, THREADS, amx,
+                            1e-5f};
+        auto in_bfloat16 = [](const Buffer<bf16>& values) { return Matrix{values.data(), nullptr}; };
+        ms_layer layer = {norm.data(), in_bfloat16(qkv), bias.data(), head_norm.data(), head_norm.data(),
+                          in_bfloat16(o), norm.data(), in_bfloat16(gate_up), in_bfloat16(down)};
         std::vector<ms_layer> layers(LAYERS, layer);
-        engine = ms_open(&config, layers.data(), embed.data(), embed.data(), norm.data(), cosines.data(), sines.data());
+        Matrix table = in_bfloat16(embed);
+        engine = ms_open(&config, layers.data(), &table, &table, norm.data(), cosines.data(), sines.data());
     }
     ~Model() { ms_close(engine); }
 
     // Tokens `start` to `end` of sequence 0, and in the same step token `other`, if any, of sequence 1, which has the
-    // same ids. Logits of the last of each.
-    int step(int start, int end, int other, int threads, std::vector<float>& logits) {
+    // same ids. Logits of the last of each, and with `draws` in a second step the tokens drawn from them.
+    int step(int start, int end, int other, int threads, std::vector<float>& logits, bool draws = false) {
         std::vector<int32_t> tokens, positions, table_at, wanted;
         auto row = [&](int position, int sequence) {
             tokens.push_back(ids[position]), positions.push_back(position), table_at.push_back(sequence * PAGES / 2);
@@ -60,13 +64,20 @@ struct Model {
         if (other >= 0) row(other, 1), wanted.push_back((int)tokens.size() - 1);
         logits.resize(wanted.size() * VOCAB);
         ms_batch batch = {(int)tokens.size(), (int)wanted.size(), threads, PAGES, PAGES, tokens.data(), positions.data(),
-                          tables.data(), table_at.data(), wanted.data(), arena.data(), logits.data()};
+                          tables.data(), table_at.data(), wanted.data(), arena.data(), logits.data(), nullptr,
+                          nullptr};
+        int refused = ms_step(engine, &batch);
+        if (refused || !draws) return refused;
+        ms_sampling how = {1.5, 0.9, 7, 0};
+        std::vector<ms_sampling> hows(wanted.size(), how);
+        drawn.assign(wanted.size(), -2);
+        batch.logits = nullptr, batch.how = hows.data(), batch.tokens = drawn.data();
         return ms_step(engine, &batch);
     }
 };
 
-bool refuses_what_is_not_there() {
-    Model model;
+bool refuses_what_is_not_there(bool amx) {
+    Model model(amx);
     std::vector<float> logits;
     bool taken = !model.step(0, MAX_ROWS + 1, -1, 1, logits) || !model.step(0, 1, -1, THREADS + 1, logits) ||
                  !model.step(0, 1, -1, 0, logits);
@@ -77,27 +88,61 @@ bool refuses_what_is_not_there() {
 }
 
 // Sequence 0 in chunks, sequence 1 token by token beside it; then whether both gave the same logits.
-bool agrees() {
-    Model model;
+bool agrees(bool amx) {
+    Model model(amx);
     std::vector<float> logits;
     std::vector<std::vector<float>> alone(TOKENS), chunked(TOKENS);
+    std::vector<int32_t> drawn(TOKENS), drawn_chunked(TOKENS, -1);
     int start = 0, token = 0, failed = 0;
     for (int turn = 0; token < TOKENS; turn++) {
         if (start == TOKENS) start--;  // its last token again, over its own K and V
         int end = std::min(TOKENS, start + 1 + turn * 13 % 63);
-        failed |= model.step(start, end, token, 1 + turn % THREADS, logits);
+        failed |= model.step(start, end, token, 1 + turn % THREADS, logits, true);
         chunked[end - 1].assign(logits.begin(), logits.begin() + VOCAB);
+        drawn_chunked[end - 1] = model.drawn[0], drawn[token] = model.drawn[1];
         alone[token++].assign(logits.begin() + VOCAB, logits.end());
         start = end;
     }
-    for (int i = 0; i < TOKENS; i++) failed |= !chunked[i].empty() && chunked[i] != alone[i];
+    for (int i = 0; i < TOKENS; i++) {
+        failed |= drawn[i] < 0 || drawn[i] >= VOCAB;
+        failed |= !chunked[i].empty() && (chunked[i] != alone[i] || drawn_chunked[i] != drawn[i]);
+    }
     return !failed;
+}
+
+// Bells, ties and exclusions; a draw must not leave the vocabulary, nor take what is excluded.
+bool draws_what_there_is() {
+    std::normal_distribution<float> normal;
+    for (int vocab = 1; vocab < 700; vocab += vocab < 70 ? 1 : 97)
+        for (int shape = 0; shape < 4; shape++) {
+            Sampler sampler;
+            sampler.resize(vocab);
+            std::vector<float> logits(vocab);  // its end is the end of its memory
+            for (float& logit : logits) {
+                logit = normal(random_numbers) * 3;
+                if (shape == 1) logit = std::round(logit);
+                if (shape == 2) logit = 0;
+                if (shape == 3 && logit < 0) logit = -INFINITY;
+            }
+            for (double temperature : {0., 1e-300, 0.7, 1e300})
+                for (double top_p : {1e-9, 0.9, 1.})
+                    for (int top_k : {0, 2, 70}) {
+                        int token = draw(logits.data(), {temperature, top_p, 3, top_k}, vocab, sampler);
+                        bool none = largest(logits.data(), vocab) < 0;
+                        if (none ? token != NOT_A_TOKEN : token < 0 || token >= vocab || logits[token] == -INFINITY)
+                            return false;
+                    }
+        }
+    return true;
 }
 
 }  // namespace
 
 int main() {
-    if (!refuses_what_is_not_there()) return std::puts("a bad batch was taken"), 1;
-    if (!agrees()) return std::puts("logits depend on how a token was computed"), 1;
+    for (bool amx : {false, true}) {
+        if (!refuses_what_is_not_there(amx)) return std::puts("a bad batch was taken"), 1;
+        if (!agrees(amx)) return std::puts("logits depend on how a token was computed"), 1;
+    }
+    if (!draws_what_there_is()) return std::puts("a token was drawn that is not there"), 1;
     return 0;
 }

@@ -20,11 +20,10 @@ from memserve.api.server import serve_http
 from memserve.api.service import ApiSettings, Chunk, GenerationParams
 from memserve.bus import open_link
 from memserve.engine.tokenizer import Tokenizer
-from memserve.engine.weights import prepare
 from memserve.errors import RequestFailed
 from memserve.journal import FrontendCore
 from memserve.messages import Member, Request, actor_name
-from memserve.process import ActorContext
+from memserve.process import ActorContext, ready_model
 from memserve.scheduling.presence import Reporting
 from memserve.tokens import count
 
@@ -181,7 +180,8 @@ class Http:
 def make_app(context: ActorContext, service: FrontendService) -> Starlette:
     """The HTTP surface, with the tokenizer loaded: takes a moment, so off the event loop."""
     resolved = context.resolved
-    files = prepare(resolved.model_path, resolved.config.model.dtype)
+    model = resolved.config.model
+    files = ready_model(resolved.model_path, resolved.spec, model.stored, model.dtype)
     tokenizer = Tokenizer.load(files.tokenizer)
     keys = resolved.config.frontend.api_keys
     settings = ApiSettings(model=resolved.spec.name, max_context=resolved.max_context, api_keys=keys)

@@ -21,7 +21,7 @@ from memserve.engine.plans import StepEngine
 from memserve.engine.worker import WorkerCore, WorkerSettings
 from memserve.errors import PeerError, PeerUnreachable
 from memserve.messages import ActorId, Member
-from memserve.process import ActorContext, RestartNeeded
+from memserve.process import ActorContext, RestartNeeded, ready_model
 from memserve.scheduling.joining import JoiningCore
 from memserve.scheduling.presence import Presence, Reporting, seed_id
 
@@ -87,7 +87,6 @@ def start_engine(context: ActorContext, shard: ActorId) -> StepEngine:
     """Attach to the shard's arena and make the engine ready. Imports torch, and blocks: for a thread."""
     from memserve.engine.cores import Cores, Outsiders
     from memserve.engine.runner import CpuEngine
-    from memserve.engine.weights import prepare
     from memserve.kernels.arena import attach_arena
 
     resolved = context.resolved
@@ -95,13 +94,13 @@ def start_engine(context: ActorContext, shard: ActorId) -> StepEngine:
         arena = attach_arena(context.place.socket_path(f"{shard}.arena"), resolved.page_bytes)
     except (PeerError, PeerUnreachable) as error:
         raise RestartNeeded(str(error)) from error
-    dtype, page_tokens = resolved.config.model.dtype, resolved.config.pool.page_tokens
-    files = prepare(resolved.model_path, dtype)
+    model, page_tokens = resolved.config.model, resolved.config.pool.page_tokens
+    files = ready_model(resolved.model_path, resolved.spec, model.stored, model.dtype)
     slot = [one.name for one in resolved.config.worker].index(context.name)
     threads = resolved.threads[context.name]
     cores = Cores(context.place.path / CORES_FILE, resolved.cores, threads, slot, outsiders=Outsiders())
     pages = arena.header.pages
-    engine = CpuEngine(files.spec, files.weights, arena.memory, pages, page_tokens, dtype, cores)
+    engine = CpuEngine(files.spec, files.weights, arena.memory, pages, page_tokens, model.dtype, cores)
     engine.warm_up()
     return engine
 

@@ -1,7 +1,8 @@
 """Which rows a step runs: continuous batching with chunked prefill under a token budget.
 
 Decode rows go first, so that a long prompt never holds up a running stream by more than one chunk; the rest of
-the budget goes to prompts, first come first served. Rows of both kinds share one step.
+the budget goes to prompts, first come first served. Rows of both kinds share one step. While no stream runs there
+is nobody to hold up, and the budget is twice as large: a step's pass over the weights then serves more tokens.
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ import attrs
 from memserve.engine.plans import BatchPlan
 from memserve.engine.sequence import Sequence
 
+ALONE = 2
+"""Chunks that a step takes while no stream runs."""
+
 
 @attrs.frozen
 class BatchLimits:
     """How large a step may be."""
 
     chunk_tokens: int
-    """Prefill tokens a step."""
+    """Prefill tokens a step beside running streams."""
     rows: int
     """Sequences a step."""
 
@@ -38,7 +42,7 @@ def form_batch(ready: Iterable[Sequence], limits: BatchLimits, page_tokens: int)
     """The next step over ``ready`` (longest-waiting decode rows first, prompts in arrival order), or None."""
     runnable = [one for one in ready if one.room(page_tokens) > 0 and one.computed < one.length]
     chosen: list[tuple[Sequence, int]] = [(one, 1) for one in runnable if one.decoding][: limits.rows]
-    budget = limits.chunk_tokens
+    budget = limits.chunk_tokens if chosen else ALONE * limits.chunk_tokens
     for one in sorted((one for one in runnable if not one.decoding), key=lambda one: one.order):
         if not budget or len(chosen) == limits.rows:
             break

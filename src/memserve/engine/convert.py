@@ -13,33 +13,46 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memserve.engine.checkpoint import Checkpoint
-from memserve.engine.quants import dequantise, round_to_bfloat16
-from memserve.engine.spec import DTYPE_BYTES, ModelSpec
+from memserve.engine.quants import dequantise, quantise_rows, round_to_bfloat16
+from memserve.engine.spec import STORED_BYTES, ModelSpec
+from memserve.engine.tiles import STRIP, tiles_shape, to_tiles, whole_strips
 from memserve.errors import UserError
 
 Values = NDArray[Any]
-"""float32, or bfloat16 as the bits of uint16."""
+"""float32, bfloat16 as the bits of uint16, or int8."""
+
+SCALE = ".scale"
+"""Ends the name of an int8 matrix's scales, (out,) float32."""
 
 
 @attrs.frozen
 class Tensor:
-    """One tensor of the converted file; its values are made only when they are written."""
+    """One tensor of the converted file."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
-    make: Callable[[], Values]
 
     @property
     def nbytes(self) -> int:
         """Bytes of its values."""
-        return prod(self.shape) * DTYPE_BYTES[self.dtype]
+        return prod(self.shape) * STORED_BYTES[self.dtype]
+
+
+@attrs.frozen
+class Weight:
+    """What is converted at once: one tensor, or an int8 matrix and its scales."""
+
+    tensors: tuple[Tensor, ...]
+    make: Callable[[], tuple[Values, ...]]
+    """The values of each; made only when they are written."""
 
 
 def weight_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Name and shape of every weight, matrices as (out, in). The model's whole vocabulary of names.
 
-    Vectors (norm weights and biases) are float32, matrices have the run's dtype.
+    Vectors (norm weights and biases) are float32, matrices have the type that is asked for; int8 ones have their scales
+    beside them, under their name and ``SCALE``.
     """
     q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     shapes: dict[str, tuple[int, ...]] = {"embed": (spec.vocab, spec.hidden)}
@@ -62,10 +75,10 @@ def weight_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def conversion(model: Checkpoint, dtype: str) -> list[Tensor]:
+def conversion(model: Checkpoint, stored: str, tiled: bool) -> list[Weight]:
     """What to write, after checking that the checkpoint holds exactly this model's tensors in the right shapes.
 
-    The tensors' ``make`` reads the checkpoint, so it must stay open. Raises UserError.
+    ``stored``: the type of matrices; ``tiled``: they go in tiles, not as rows. ``make`` reads the checkpoint, so it must stay open. Raises UserError.
     """
     parts = {part for sources in model.sources.values() for part in sources}
     if missing := sorted(parts - model.tensors.keys()):
@@ -76,21 +89,51 @@ def conversion(model: Checkpoint, dtype: str) -> list[Tensor]:
             f"{model.path}: {len(unknown)} tensors are not part of a {model.spec.architecture} model as it is "
             f"supported, {unknown[0]!r} for one; without them it would answer nonsense"
         )
-    return [_planned(model, name, shape, dtype) for name, shape in weight_shapes(model.spec).items()]
+    weights = [_planned(model, name, shape, stored) for name, shape in weight_shapes(model.spec).items()]
+    return [_tiled(weight) if tiled and len(weight.tensors[0].shape) > 1 else weight for weight in weights]
 
 
-def _planned(model: Checkpoint, name: str, shape: tuple[int, ...], dtype: str) -> Tensor:
+def _planned(model: Checkpoint, name: str, shape: tuple[int, ...], stored: str) -> Weight:
     parts = model.sources[name]
     found = [model.tensors[part].shape for part in parts]
     if sum(one[0] for one in found if one) != shape[0] or {one[1:] for one in found} != {shape[1:]}:
         raise UserError(f"{model.path}: {parts} have shapes {found}, expected {shape} together")
-    target = dtype if len(shape) > 1 else "float32"
+    target = stored if len(shape) > 1 else "float32"
+    tensors = [Tensor(name, shape, target)]
+    if target == "int8":
+        tensors.append(Tensor(name + SCALE, shape[:1], "float32"))
 
-    def make() -> Values:
-        values = [_values(model, part, target) for part in parts]
-        return values[0] if len(values) == 1 else np.concatenate(values)
+    def make() -> tuple[Values, ...]:
+        # The parts are rows, and rows are quantised each by itself: so less of a matrix is float32 at a time.
+        made = [
+            _quantised(model, part) if target == "int8" else (_values(model, part, target),) for part in parts
+        ]
+        return tuple(one[0] if len(one) == 1 else np.concatenate(one) for one in zip(*made, strict=True))
 
-    return Tensor(name, shape, target, make)
+    return Weight(tuple(tensors), make)
+
+
+def _tiled(weight: Weight) -> Weight:
+    """A matrix in tiles, and its scales, if it has any, for whole strips."""
+    matrix, *scales = weight.tensors
+    whole = [attrs.evolve(scale, shape=(-(-scale.shape[0] // STRIP) * STRIP,)) for scale in scales]
+
+    def make() -> tuple[Values, ...]:
+        values, *scales = weight.make()
+        return to_tiles(values), *(whole_strips(scale) for scale in scales)
+
+    tiles = attrs.evolve(matrix, shape=tiles_shape(*matrix.shape))
+    return Weight((tiles, *whole), make)
+
+
+def _quantised(model: Checkpoint, part: str) -> tuple[Values, ...]:
+    values = _values(model, part, "float32")
+    try:
+        return quantise_rows(values)
+    except ValueError as error:
+        raise UserError(
+            f'{model.path}: tensor {part!r} holds {error}, which int8 cannot hold: set model.weights to "dtype"'
+        ) from error
 
 
 def _values(model: Checkpoint, part: str, dtype: str) -> Values:

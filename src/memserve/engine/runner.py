@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from memserve.engine import sampling
-from memserve.engine.model import Batch, Llama
+from memserve.engine.model import Batch, Llama, rope_table
 from memserve.engine.plans import BatchPlan, BatchResult, Row
 from memserve.engine.spec import ModelSpec
-from memserve.engine.weights import default_cache_dir, map_weights
+from memserve.engine.weights import default_cache_dir, in_rows, map_weights
 from memserve.kernels.cpu import CpuAttention
 from memserve.kernels.native import MAX_ROWS, NativeStep, open_step
 from memserve.messages import Sampling
@@ -57,13 +57,18 @@ class CpuEngine:
         flat = torch.frombuffer(arena, dtype=self._dtype, count=values)
         self._arena: torch.Tensor | None = flat.view(pages, *spec.page_shape(page_tokens))
         self._attention: CpuAttention | None = CpuAttention(self._arena, spec.heads)
-        weights = map_weights(weights_path)
-        self._model: Llama | None = Llama(spec, weights)
+        weights, rope = map_weights(weights_path), rope_table(spec)
         self._native: NativeStep | None = None
         if native and self._dtype == torch.bfloat16:
-            rope = self._model.rope
             most = cores.want if cores is not None else threads
             self._native = open_step(spec, weights, rope, page_tokens, most, default_cache_dir())
+        # Matrices in tiles are copied, which happens only where the native step's build failed.
+        self._model = None if self._native else Llama(spec, in_rows(weights, spec), self._dtype)
+
+    @property
+    def native(self) -> bool:
+        """Whether its steps are the native step's."""
+        return self._native is not None
 
     def run(self, plan: BatchPlan) -> BatchResult:
         """One step. Raises ValueError, naming the row, for a plan that would read or write what is not its own."""
@@ -99,25 +104,24 @@ class CpuEngine:
     @contextmanager
     def _hold(self) -> Iterator[int]:
         if self._cores is None:
-            torch.set_num_threads(self._threads)
             yield self._threads
             return
         with self._cores.hold() as threads:
-            torch.set_num_threads(threads)
             yield threads
 
     def _step(
         self, plan: BatchPlan, attention: CpuAttention, arena: torch.Tensor, threads: int
     ) -> tuple[int | None, ...]:
-        assert self._model is not None, "the engine is closed"
-        wanted = [row for row in plan.rows if row.sample is not None]
-        with torch.inference_mode():
-            if self._native is not None:
-                logits = self._native.forward(plan, arena, threads)
-            else:
-                logits = self._model.forward(Batch.of(plan), attention.plan(plan), attention)
+        if self._native is not None:
+            drawn = iter(self._native.step(plan, arena, threads))
+        else:
+            assert self._model is not None, "the engine is closed"
+            torch.set_num_threads(threads)
+            wanted = [row for row in plan.rows if row.sample is not None]
             settings = [row.sample for row in wanted if row.sample is not None]
-            drawn = iter(sampling.draw(logits, settings, [row.end for row in wanted]) if wanted else ())
+            with torch.inference_mode():
+                logits = self._model.forward(Batch.of(plan), attention.plan(plan), attention)
+                drawn = iter(sampling.draw(logits, settings, [row.end for row in wanted]) if wanted else ())
         return tuple(None if row.sample is None else next(drawn) for row in plan.rows)
 
     def _check(self, plan: BatchPlan) -> None:

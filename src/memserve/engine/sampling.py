@@ -1,8 +1,8 @@
 """Draws the next token of each row from its logits.
 
 A draw uses one uniform number that is a function of (seed, position) alone, so that a stream resumed by another
-worker continues with the very tokens it would have had. ``uniform`` is integer arithmetic on 64 bits, for a GPU
-kernel to repeat exactly; nothing at module level imports torch.
+worker continues with the very tokens it would have had. ``uniform`` is integer arithmetic on 64 bits, for other
+kernels to repeat exactly, as ``kernels/native/sampling.hpp`` does; nothing at module level imports torch.
 """
 
 from __future__ import annotations

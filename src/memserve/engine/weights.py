@@ -1,10 +1,12 @@
 """Converts a model once into a safetensors file that every worker of a host maps, and maps it.
 
 The converted form is what the engine wants and nothing else: q|k|v and gate|up concatenated, llama.cpp's q/k
-permutation undone, a tied head not stored twice, tensors aligned to cache lines. Matrices have the run's dtype; norm
-weights and biases stay float32. It lies in the user's cache, keyed by the content of the model's files:
+permutation undone, a tied head not stored twice, tensors aligned to cache lines. Matrices have the run's dtype, or
+are int8 with a float32 scale for each row; norm weights and biases stay float32. For the native step matrices lie in
+tiles (see ``tiles.py``). It lies in the user's cache, keyed by
+the content of the model's files:
 
-    <cache>/models/<digest>-<dtype>/{weights.safetensors, tokenizer.json, spec.json}
+    <cache>/models/<digest>-<type of matrices>[-tiles]/{weights.safetensors, tokenizer.json, spec.json}
     <cache>/seen/<digest of path, size, mtime>      the content digest of a file seen before
 
 Nothing here imports torch but ``map_weights`` and ``random_weights``.
@@ -19,19 +21,23 @@ import mmap
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
 import msgspec
+from numpy.typing import NDArray
 
 from memserve.engine.checkpoint import checkpoint_files, open_checkpoint
-from memserve.engine.convert import Tensor, conversion, save_tokenizer, weight_shapes
+from memserve.engine.convert import SCALE, Tensor, Weight, conversion, save_tokenizer, weight_shapes
+from memserve.engine.quants import quantise_rows
 from memserve.engine.safetensors import read_header
-from memserve.engine.spec import DTYPE_BYTES, ModelSpec, name_of
+from memserve.engine.spec import STORED_BYTES, ModelSpec, name_of
+from memserve.engine.tiles import to_rows, to_tiles, whole_strips
 from memserve.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,11 +57,11 @@ CONVERTER = (
         "hf.py",
         "quants.py",
     ),
-    *("safetensors.py", "spec.py", "tokenizer.py", "weights.py"),
+    *("safetensors.py", "spec.py", "tiles.py", "tokenizer.py", "weights.py"),
 )
 """The code that a conversion depends on."""
 
-_SAFETENSORS_NAMES = {"bfloat16": "BF16", "float32": "F32"}
+_SAFETENSORS_NAMES = {"bfloat16": "BF16", "float32": "F32", "int8": "I8"}
 
 
 @attrs.frozen
@@ -69,21 +75,26 @@ class ModelFiles:
     """tokenizer.json of the ``tokenizers`` library."""
 
 
-def prepare(path: str | Path, dtype: str, cache_dir: Path | None = None) -> ModelFiles:
+def prepare(
+    path: str | Path, stored: str, cache_dir: Path | None = None, *, tiled: bool = False
+) -> ModelFiles:
     """The files of a model, converted on the first call and found in milliseconds afterwards.
+
+    ``stored``: the type of its matrices, one of ``STORED_BYTES``; int8 serves a run in either dtype. ``tiled``: they
+    lie in tiles, which only models take whose widths the native step takes.
 
     Safe to call from several processes at once: one converts, the others wait. Raises UserError when the file
     cannot be used or the cache cannot be written.
     """
     path, cache = Path(path), cache_dir or default_cache_dir()
-    if dtype not in DTYPE_BYTES:
-        raise UserError(f"model.dtype: {dtype!r} is not supported; supported: {', '.join(DTYPE_BYTES)}")
+    if stored not in STORED_BYTES:
+        raise UserError(f"weights of type {stored!r} are not supported; supported: {', '.join(STORED_BYTES)}")
     try:
-        folder = cache / "models" / f"{_digest(path, cache)}-{dtype}"
+        folder = cache / "models" / f"{_digest(path, cache)}-{stored}{'-tiles' if tiled else ''}"
         if not _is_complete(folder):
             with _only_one(folder):
                 if not _is_complete(folder):
-                    _convert(path, dtype, folder)
+                    _convert(path, stored, tiled, folder)
     except OSError as error:
         raise UserError(
             f"{path}: the converted model cannot be written to {cache}: {error}; "
@@ -106,7 +117,7 @@ def map_weights(path: Path) -> dict[str, torch.Tensor]:
     header, base = read_header(path)
     with path.open("rb") as file:
         mapping = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, prot=mmap.PROT_READ)
-    dtypes = {"BF16": torch.bfloat16, "F32": torch.float32}
+    dtypes = {"BF16": torch.bfloat16, "F32": torch.float32, "I8": torch.int8}
     tensors = {}
     with warnings.catch_warnings():
         # torch warns that writes to a read-only buffer are undefined. Nobody writes: the model has no gradients.
@@ -120,8 +131,40 @@ def map_weights(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def random_weights(spec: ModelSpec, dtype: str, seed: int) -> dict[str, torch.Tensor]:
-    """Weights of the right shapes with no sense in them, for tests."""
+def in_tiles(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights with matrices in tiles and scales for whole strips; what is so already stays where it is."""
+    return {
+        name: _with_values(tensor, to_tiles)
+        if tensor.dim() == 2
+        else _with_values(tensor, whole_strips)
+        if name.endswith(SCALE)
+        else tensor
+        for name, tensor in weights.items()
+    }
+
+
+def in_rows(weights: Mapping[str, torch.Tensor], spec: ModelSpec) -> dict[str, torch.Tensor]:
+    """The weights with matrices as rows, as torch takes them; what is so already stays where it is."""
+    shapes = weight_shapes(spec)
+    found = dict(weights)
+    for name, tensor in weights.items():
+        if tensor.dim() > 2:
+            found[name] = _with_values(tensor, partial(to_rows, outputs=shapes[name][0]))
+        elif name.endswith(SCALE):
+            found[name] = tensor[: shapes[name.removesuffix(SCALE)][0]]
+    return found
+
+
+def _with_values(tensor: torch.Tensor, change: Callable[[NDArray[Any]], NDArray[Any]]) -> torch.Tensor:
+    """The tensor with its values moved about; numpy knows no bfloat16, so it moves their bits."""
+    import torch
+
+    bits = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
+    return torch.from_numpy(change(bits.numpy())).view(tensor.dtype)
+
+
+def random_weights(spec: ModelSpec, stored: str, seed: int) -> dict[str, torch.Tensor]:
+    """Weights of the right shapes with no sense in them, for tests. A seed means the same model in every type."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -132,7 +175,12 @@ def random_weights(spec: ModelSpec, dtype: str, seed: int) -> dict[str, torch.Te
             weights[name] = centre + 0.1 * torch.randn(shape, generator=generator)
         else:
             scale = 1.0 if name == "embed" else shape[1] ** -0.5
-            weights[name] = (scale * torch.randn(shape, generator=generator)).to(getattr(torch, dtype))
+            values = scale * torch.randn(shape, generator=generator)
+            if stored == "int8":
+                quantised, scales = quantise_rows(values.numpy())
+                weights |= {name: torch.from_numpy(quantised), name + SCALE: torch.from_numpy(scales)}
+            else:
+                weights[name] = values.to(getattr(torch, stored))
     return weights
 
 
@@ -140,13 +188,11 @@ def save_weights(tensors: dict[str, torch.Tensor], path: Path) -> None:
     """Write tensors in the converted form, for tests and benchmarks of random models."""
     import torch
 
-    names = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
+    names = {torch.bfloat16: "bfloat16", torch.float32: "float32", torch.int8: "int8"}
     planned = [
-        Tensor(
-            name,
-            tuple(tensor.shape),
-            names[tensor.dtype],
-            lambda tensor=tensor: tensor.contiguous().view(torch.uint8).numpy(),  # type: ignore[misc]
+        Weight(
+            (Tensor(name, tuple(tensor.shape), names[tensor.dtype]),),
+            lambda tensor=tensor: (tensor.contiguous().view(torch.uint8).numpy(),),  # type: ignore[misc]
         )
         for name, tensor in tensors.items()
     ]
@@ -219,12 +265,12 @@ def _only_one(folder: Path) -> Iterator[None]:
         yield
 
 
-def _convert(path: Path, dtype: str, folder: Path) -> None:
+def _convert(path: Path, stored: str, tiled: bool, folder: Path) -> None:
     temporary = folder.with_suffix(".partial")
     shutil.rmtree(temporary, ignore_errors=True)  # of a converter that was killed: we hold the lock
     temporary.mkdir(mode=0o700)
     with open_checkpoint(path) as model:
-        _write_safetensors(conversion(model, dtype), temporary / "weights.safetensors")
+        _write_safetensors(conversion(model, stored, tiled), temporary / "weights.safetensors")
         save_tokenizer(model, temporary / "tokenizer.json")
         (temporary / "spec.json").write_bytes(msgspec.json.encode(model.spec))
     shutil.rmtree(folder, ignore_errors=True)
@@ -234,10 +280,10 @@ def _convert(path: Path, dtype: str, folder: Path) -> None:
 # ---- the converted file --------------------------------------------------------------------------------------
 
 
-def _write_safetensors(tensors: list[Tensor], path: Path) -> None:
+def _write_safetensors(weights: list[Weight], path: Path) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "memserve", "converter": _converter()}}
     offset = 0
-    for tensor in tensors:
+    for tensor in (tensor for weight in weights for tensor in weight.tensors):
         end = offset + tensor.nbytes
         header[tensor.name] = {
             "dtype": _SAFETENSORS_NAMES[tensor.dtype],
@@ -252,6 +298,7 @@ def _write_safetensors(tensors: list[Tensor], path: Path) -> None:
     text += b" " * (-(len(text) + 8) % ALIGNMENT)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors:
-            file.write(memoryview(tensor.make()).cast("B"))  # type: ignore[arg-type]
-            file.write(b"\0" * (-tensor.nbytes % ALIGNMENT))
+        for weight in weights:
+            for tensor, values in zip(weight.tensors, weight.make(), strict=True):
+                file.write(memoryview(values).cast("B"))  # type: ignore[arg-type]
+                file.write(b"\0" * (-tensor.nbytes % ALIGNMENT))

@@ -5,51 +5,89 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import shutil
 import subprocess
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from memserve.engine.tiles import TILE
+
+if TYPE_CHECKING:
+    from memserve.engine.spec import ModelSpec
 
 _FOLDER = Path(__file__).with_name("native")
 SOURCES = sorted(path for path in _FOLDER.iterdir() if path.suffix in (".cpp", ".hpp"))
-_INSTRUCTIONS = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "fma")
-FLAGS = (
-    # No contraction: whether a product and a sum are rounded once or twice must not depend on what is inlined where.
-    *("-std=c++17", "-pthread", "-ffp-contract=off"),
-    *(f"-m{name.replace('_', '')}" for name in _INSTRUCTIONS),
-)
-"""What every build of the sources needs, that of the tests' driver too."""
-_LIBRARY_FLAGS = ("-O3", "-shared", "-fPIC", *FLAGS)
+_INSTRUCTIONS = {
+    **{name: f"-m{name}" for name in ("avx512f", "avx512bw", "avx512vl", "avx512dq", "fma")},
+    "avx512_bf16": "-mavx512bf16",
+}
+"""What the step needs, as the kernel and as the compiler call it."""
+_AMX = {"amx_tile": "-mamx-tile", "amx_bf16": "-mamx-bf16"}
+"""What it uses where the processor has it."""
+_FLAGS = ("-O3", "-shared", "-fPIC")
 _BUILD_S_MAX = 120
+
+HEAD_MAX = 256
+"""The widest head; step.cpp has the same."""
+
+
+def target_flags() -> tuple[str, ...]:
+    """What every build of the sources for this processor needs. Raises NativeUnavailable."""
+    has = _processor_flags()
+    if missing := _INSTRUCTIONS.keys() - has:
+        raise NativeUnavailable(f"the processor lacks {', '.join(sorted(missing))}")
+    amx = _AMX.values() if _AMX.keys() <= has else ()
+    # No contraction: whether a product and a sum are rounded once or twice must not depend on what is inlined where.
+    return ("-std=c++17", "-pthread", "-ffp-contract=off", *_INSTRUCTIONS.values(), *amx)
 
 
 class NativeUnavailable(Exception):
     """Why this machine or model cannot have the native step."""
 
 
+def why_not(spec: ModelSpec, dtype: str) -> str | None:
+    """Why a model can't run in ``dtype`` on the native step of this machine, as far as can be told without a build."""
+    widths = (spec.hidden, spec.intermediate, spec.head_dim)
+    if dtype != "bfloat16":
+        return f"it computes in bfloat16, the model in {dtype}"
+    if any(width % TILE for width in widths) or spec.head_dim > HEAD_MAX:
+        return f"widths {widths} must be multiples of {TILE}, heads at most {HEAD_MAX}"
+    if shutil.which(_compiler()) is None:
+        return f"no C++ compiler: there is no {_compiler()}"
+    try:
+        target_flags()
+    except NativeUnavailable as reason:
+        return str(reason)
+    return None
+
+
+def _compiler() -> str:
+    return os.environ.get("CXX", "g++")
+
+
 def built_library(cache_dir: Path) -> Path:
     """The shared library, built if it is not there: about 4 s, once. Raises NativeUnavailable."""
-    missing = set(_INSTRUCTIONS) - _processor_flags()
-    if missing:
-        raise NativeUnavailable(f"the processor lacks {', '.join(sorted(missing))}")
-    compiler = os.environ.get("CXX", "g++")
+    flags = (*_FLAGS, *target_flags())
+    compiler = _compiler()
     try:
         version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=20).stdout
     except (OSError, subprocess.SubprocessError) as error:
         raise NativeUnavailable(f"no C++ compiler: {error}") from error
     sources = b"".join(path.read_bytes() for path in SOURCES)
-    key = hashlib.sha256(sources + version + " ".join(_LIBRARY_FLAGS).encode()).hexdigest()[:16]
+    key = hashlib.sha256(sources + version + " ".join(flags).encode()).hexdigest()[:16]
     library = cache_dir / "native" / f"step-{key}.so"
     library.parent.mkdir(parents=True, exist_ok=True)
     # Several processes may want it at once: one builds, the others wait for it.
     with library.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
-            _compile(compiler, library)
+            _compile(compiler, flags, library)
     return library
 
 
-def _compile(compiler: str, library: Path) -> None:
+def _compile(compiler: str, flags: tuple[str, ...], library: Path) -> None:
     partial = library.with_suffix(".partial")
-    command = [compiler, *_LIBRARY_FLAGS, str(_FOLDER / "step.cpp"), "-o", str(partial)]
+    command = [compiler, *flags, str(_FOLDER / "step.cpp"), "-o", str(partial)]
     try:
         built = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_S_MAX, check=False)
     except subprocess.TimeoutExpired as error:

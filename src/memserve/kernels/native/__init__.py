@@ -7,27 +7,33 @@ the instructions, ``open_step`` says so once in the log and the engine runs on t
 from __future__ import annotations
 
 import ctypes
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from ctypes import POINTER, Structure, byref, c_float, c_int32, c_void_p
+from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int32, c_void_p
 from functools import cache
-from itertools import accumulate
 from pathlib import Path
+from struct import Struct
+from typing import Any
+from weakref import ref
 
 import attrs
-import numpy as np
 import structlog
 import torch
-from numpy.typing import NDArray
 
 from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.spec import ModelSpec
-from memserve.kernels.native_build import NativeUnavailable, built_library
-from memserve.tokens import count, span
+from memserve.engine.weights import in_tiles
+from memserve.kernels.native_build import NativeUnavailable, built_library, why_not
+from memserve.messages import Sampling
+from memserve.tokens import TOKEN_BYTES, count, span
 
 MAX_ROWS = 512
 """Tokens that its buffers hold; a larger step runs in several, with the same results."""
 
 _NO_MEMORY = 2
+_NOT_A_TOKEN = -1
+_SEED_MASK = 2**64 - 1
+_TOP_K_MAX = 2**63 - 1
 
 log = structlog.get_logger()
 
@@ -35,30 +41,64 @@ log = structlog.get_logger()
 class _Config(Structure):
     _fields_ = [
         *((name, c_int32) for name in ("layers", "hidden", "intermediate", "heads", "kv_heads", "head_dim")),
-        *((name, c_int32) for name in ("vocab", "max_context", "page_tokens", "max_rows", "max_threads")),
+        *(
+            (name, c_int32)
+            for name in ("vocab", "max_context", "page_tokens", "max_rows", "max_threads", "amx")
+        ),
         ("rms_eps", c_float),
     ]
+
+
+class _Matrix(Structure):
+    _fields_ = [("values", c_void_p), ("scales", c_void_p)]
 
 
 _LAYER_FIELDS = (
     "attn_norm", "qkv", "qkv_bias", "q_norm", "k_norm", "o", "mlp_norm", "gate_up", "down",
 )  # fmt: skip
+_MATRICES = {"qkv", "o", "gate_up", "down"}
 _OPTIONAL = {"qkv_bias": "qkv_bias", "q_norm": "qk_norm", "k_norm": "qk_norm"}
 """Weights that only some models have, with the field of the spec that says so."""
 
 
 class _Layer(Structure):
-    _fields_ = [(name, c_void_p) for name in _LAYER_FIELDS]
+    _fields_ = [(name, _Matrix if name in _MATRICES else c_void_p) for name in _LAYER_FIELDS]
 
 
 class _Batch(Structure):
     _fields_ = [
         *((name, c_int32) for name in ("rows", "wanted", "threads", "pages", "tables_length")),
-        *(
-            (name, c_void_p)
-            for name in ("ids", "positions", "tables", "table_at", "wanted_at", "arena", "logits")
-        ),
+        ("ids", c_char_p),
+        *((name, c_void_p) for name in ("positions", "tables", "table_at", "wanted_at", "arena", "logits")),
+        ("how", c_char_p),
+        ("tokens", c_void_p),
     ]
+
+
+_pack_sampling = Struct("=ddQq").pack
+
+
+def sampling_bytes(how: Sampling) -> bytes:
+    """``ms_sampling``. No vocabulary has as many tokens as the largest top_k that it holds."""
+    return _pack_sampling(how.temperature, how.top_p, how.seed & _SEED_MASK, min(how.top_k, _TOP_K_MAX))
+
+
+class _Inputs:
+    """What a step of ``rows`` reads, laid out as ``ms_batch`` has it."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.rows = rows
+        self.ids = b"".join([row.tokens for row in rows])
+        self.positions, self.tables, self.table_at, self.wanted_at = (array("i") for _ in range(4))
+        self.how: list[bytes] = []
+        for row in rows:
+            length = count(row.tokens)
+            self.positions.extend(range(row.start, row.start + length))
+            self.table_at.extend([len(self.tables)] * length)
+            self.tables.extend(row.pages)
+            if (how := row.sample) is not None:
+                self.wanted_at.append(len(self.positions) - 1)
+                self.how.append(sampling_bytes(how))
 
 
 class NativeStep:
@@ -72,15 +112,19 @@ class NativeStep:
         rope: tuple[torch.Tensor, torch.Tensor],
         page_tokens: int,
         threads: int,
+        amx: bool = True,
     ) -> None:
+        """``weights``: matrices as rows, which are copied, or in tiles. ``amx``: use it where it can be had."""
         half = spec.head_dim // 2
+        # Of the last step, because asking torch again costs 0.1 ms while its code is in no cache.
+        self._arena, self._arena_at, self._pages = ref(torch.empty(0)), 0, 0
         self._library, self._vocab, self._threads = library, spec.vocab, threads
         # What the native side points to; it lives as long as this does.
-        self._weights = dict(weights)
+        self._weights = in_tiles(weights)
         self._rope = [table[:, :half].contiguous() for table in rope]
         config = _Config(
             spec.layers, spec.hidden, spec.intermediate, spec.heads, spec.kv_heads, spec.head_dim,
-            spec.vocab, spec.max_context, page_tokens, MAX_ROWS, threads, spec.rms_eps,
+            spec.vocab, spec.max_context, page_tokens, MAX_ROWS, threads, amx, spec.rms_eps,
         )  # fmt: skip
         # A field that is not named stays a null pointer, which says that the model has no such weight.
         absent = {name for name, field in _OPTIONAL.items() if not getattr(spec, field, False)}
@@ -88,56 +132,81 @@ class NativeStep:
         layers = (_Layer * spec.layers)(
             *(_Layer(**{name: self._at(f"{layer}.{name}") for name in names}) for layer in range(spec.layers))
         )
-        head = "embed" if spec.tied_embeddings else "head"
+        embed, head = self._at("embed"), self._at("embed" if spec.tied_embeddings else "head")
         tables = [table.data_ptr() for table in self._rope]
         self._engine: int | None = library.ms_open(
-            byref(config), layers, self._at("embed"), self._at(head), self._at("norm"), *tables
+            byref(config), layers, byref(embed), byref(head), self._at("norm"), *tables
         )
         if not self._engine:
             raise NativeUnavailable("no memory, no threads, or more than 255 of them")
 
-    def forward(self, plan: BatchPlan, arena: torch.Tensor, threads: int) -> torch.Tensor:
-        """As ``Llama.forward``: logits (wanted rows, vocab) float32.
+    @property
+    def amx(self) -> bool:
+        """Whether it multiplies on AMX."""
+        return bool(self._library.ms_amx(self._engine))
 
-        Raises ValueError, computing nothing more, for a plan that reaches out of the arena or the model.
+    def step(self, plan: BatchPlan, arena: torch.Tensor, threads: int) -> list[int]:
+        """As ``forward`` and ``sampling.draw``: the next token of each wanted row.
+
+        Raises ValueError, computing nothing more, for a plan that reaches out of the arena or the model, and
+        FloatingPointError, naming the row, when logits are not numbers.
         """
+        drawn: list[int] = []
+        for rows in _pieces(plan.rows):
+            inputs = _Inputs(rows)
+            tokens = array("i", bytes(TOKEN_BYTES * len(inputs.wanted_at)))
+            self._run(inputs, arena, threads, how=b"".join(inputs.how), tokens=tokens.buffer_info()[0])
+            drawn += tokens
+        if _NOT_A_TOKEN in drawn:
+            raise FloatingPointError(
+                f"row {drawn.index(_NOT_A_TOKEN)}: the largest logit is not a finite number"
+            )
+        return drawn
+
+    def forward(self, plan: BatchPlan, arena: torch.Tensor, threads: int) -> torch.Tensor:
+        """As ``Llama.forward``: logits (wanted rows, vocab) float32. Raises ValueError as ``step``."""
         logits = torch.empty(sum(row.sample is not None for row in plan.rows), self._vocab)
         done = 0
         for rows in _pieces(plan.rows):
-            wanted = sum(row.sample is not None for row in rows)
-            self._run(rows, arena, logits[done : done + wanted], threads)
-            done += wanted
+            inputs = _Inputs(rows)
+            self._run(inputs, arena, threads, logits=logits[done:].data_ptr())
+            done += len(inputs.wanted_at)
         return logits
 
-    def _run(self, rows: Sequence[Row], arena: torch.Tensor, logits: torch.Tensor, threads: int) -> None:
-        """One call: at most ``MAX_ROWS`` tokens."""
-        lengths = [count(row.tokens) for row in rows]
-        starts = [row.start - before for row, before in zip(rows, _before(lengths), strict=True)]
-        tables = [row.pages for row in rows]
-        ends = zip(rows, accumulate(lengths), strict=True)
-        arrays: list[NDArray[np.int32]] = [
-            np.frombuffer(b"".join(row.tokens for row in rows), np.int32),
-            (np.repeat(starts, lengths) + np.arange(sum(lengths))).astype(np.int32),
-            np.concatenate(tables).astype(np.int32),
-            np.repeat(_before([len(table) for table in tables]), lengths).astype(np.int32),
-            np.array([end - 1 for row, end in ends if row.sample is not None], np.int32),
-        ]
+    def _run(
+        self,
+        inputs: _Inputs,
+        arena: torch.Tensor,
+        threads: int,
+        logits: int = 0,
+        how: bytes = b"",
+        tokens: int = 0,
+    ) -> None:
+        """One call: at most ``MAX_ROWS`` tokens. ``logits``, ``tokens``: where they go; 0 where nobody wants them."""
+        if self._arena() is not arena:
+            self._arena, self._arena_at, self._pages = ref(arena), arena.data_ptr(), len(arena)
         batch = _Batch(
-            sum(lengths),
-            len(logits),
+            len(inputs.positions),
+            len(inputs.wanted_at),
             max(1, min(threads, self._threads)),
-            len(arena),
-            sum(len(table) for table in tables),
-            *(array.ctypes.data for array in arrays),
-            arena.data_ptr(),
-            logits.data_ptr(),
+            self._pages,
+            len(inputs.tables),
+            inputs.ids,
+            *(
+                values.buffer_info()[0]
+                for values in (inputs.positions, inputs.tables, inputs.table_at, inputs.wanted_at)
+            ),
+            self._arena_at,
+            logits,
+            how,
+            tokens,
         )
         refused = self._library.ms_step(self._engine, byref(batch))
         if refused == _NO_MEMORY:
             raise MemoryError("the native step")
         if refused:
             raise ValueError(
-                f"a step of rows, token ids, positions or pages that are not there: {_outline(rows)}"
+                f"a step of rows, token ids, positions or pages that are not there: {_outline(inputs.rows)}"
             )
 
     def close(self) -> None:
@@ -146,10 +215,14 @@ class NativeStep:
             self._library.ms_close(self._engine)
             self._engine = None
 
-    def _at(self, name: str) -> int:
+    def _at(self, name: str) -> Any:
+        """What the native side takes for a weight: where it is, and its scales if it is a matrix."""
         tensor = self._weights[name]
         assert tensor.is_contiguous(), name
-        return tensor.data_ptr()
+        if tensor.dim() == 1:
+            return tensor.data_ptr()
+        scales = self._weights.get(f"{name}.scale")
+        return _Matrix(tensor.data_ptr(), None if scales is None else scales.data_ptr())
 
 
 def _pieces(rows: Sequence[Row]) -> Iterator[list[Row]]:
@@ -163,7 +236,12 @@ def _pieces(rows: Sequence[Row]) -> Iterator[list[Row]]:
             yield [*piece, attrs.evolve(row, tokens=part, start=row.start + start, sample=None)]
             start += room
             piece, room = [], MAX_ROWS
-        piece.append(attrs.evolve(row, tokens=span(row.tokens, start, tokens), start=row.start + start))
+        rest = (
+            attrs.evolve(row, tokens=span(row.tokens, start, tokens), start=row.start + start)
+            if start
+            else row
+        )
+        piece.append(rest)
         room -= tokens - start
         if not room:
             yield piece
@@ -176,11 +254,6 @@ def _outline(rows: Sequence[Row]) -> str:
     return ", ".join(f"{count(row.tokens)} tokens at {row.start} on pages {row.pages}" for row in rows)
 
 
-def _before(lengths: Sequence[int]) -> list[int]:
-    """The sum of all earlier lengths, for each."""
-    return [0, *accumulate(lengths)][: len(lengths)]
-
-
 def open_step(
     spec: ModelSpec,
     weights: Mapping[str, torch.Tensor],
@@ -190,24 +263,16 @@ def open_step(
     cache_dir: Path,
 ) -> NativeStep | None:
     """The native step for a model, or None, with the reason in the log, where there can be none."""
+    dtype = "bfloat16" if weights["embed"].dtype == torch.int8 else str(weights["embed"].dtype)
     try:
-        _check_model(spec, weights["embed"].dtype)
+        if reason := why_not(spec, dtype.removeprefix("torch.")):
+            raise NativeUnavailable(reason)
         return NativeStep(load(cache_dir), spec, weights, rope, page_tokens, threads)
     except NativeUnavailable as reason:
         log.warning(
             "native step unavailable", reason=str(reason), consequence="decoding runs on torch, slower"
         )
         return None
-
-
-def _check_model(spec: ModelSpec, dtype: torch.dtype) -> None:
-    if dtype != torch.bfloat16:
-        raise NativeUnavailable(f"it computes in bfloat16, the model is {dtype}")
-    widths = (spec.hidden, spec.intermediate, spec.head_dim)
-    if any(width % 32 for width in widths) or spec.head_dim > 256 or spec.vocab % 4:
-        raise NativeUnavailable(
-            f"widths {widths} must be multiples of 32, heads at most 256, {spec.vocab} of 4"
-        )
 
 
 @cache
@@ -218,9 +283,17 @@ def load(cache_dir: Path) -> ctypes.CDLL:
     except OSError as error:
         raise NativeUnavailable(str(error)) from error
     library.ms_open.restype = c_void_p
-    library.ms_open.argtypes = [POINTER(_Config), POINTER(_Layer), *[c_void_p] * 5]
+    library.ms_open.argtypes = [
+        POINTER(_Config),
+        POINTER(_Layer),
+        POINTER(_Matrix),
+        POINTER(_Matrix),
+        *[c_void_p] * 3,
+    ]
     library.ms_step.restype = c_int32
     library.ms_close.restype = None
+    library.ms_amx.restype = c_int32
+    library.ms_amx.argtypes = [c_void_p]
     library.ms_step.argtypes = [c_void_p, POINTER(_Batch)]
     library.ms_close.argtypes = [c_void_p]
     return library

@@ -1,8 +1,8 @@
 // One forward step of a Llama-like model in bfloat16: decode rows, prefill chunks, or both.
 //
 // With few tokens a step is one pass over the weights, so that memory bandwidth is its limit; torch 2.13 reaches a
-// fifth of it. Here one call runs all layers on a few threads, and reads the weights where they are: row-major, in the
-// one mapping that all workers of a host share.
+// fifth of it. Here one call runs all layers on a few threads, and reads the weights where they are, in the one mapping
+// that all workers of a host share, in the order in which they are stored (tiles.hpp).
 //
 // Every token is a row of its own: its K and V are appended first, then it attends to its own and all earlier
 // positions. So a decode row and a prefill chunk are the same thing, and chunks need no mask.
@@ -11,7 +11,11 @@
 // chunks, on which pages it has, nor on the threads. Every sum is taken in one order (see linear.hpp and
 // attention.hpp); attention goes in parts of PART positions, fixed from position 0, merged in order.
 //
-// Needs AVX-512 F, BW, VL, DQ and BF16; the loader checks. No dependency but libstdc++ and Linux futexes.
+// Many rows are cut into blocks, one or more a thread, which the thread takes through all stages where it can: what it
+// reads is then what it wrote. A thread that is done with its own blocks takes tasks of the others.
+//
+// Needs AVX-512 F, BW, VL, DQ and BF16, which the loader checks, and uses AMX where the processor has it. No dependency
+// but libstdc++ and Linux futexes.
 
 #include <cstring>
 #include <memory>
@@ -20,6 +24,7 @@
 
 #include "attention.hpp"
 #include "linear.hpp"
+#include "sampling.hpp"
 #include "threads.hpp"
 #include "vectors.hpp"
 
@@ -27,17 +32,17 @@
 
 extern "C" struct ms_config {
     int32_t layers, hidden, intermediate, heads, kv_heads, head_dim, vocab, max_context, page_tokens;
-    int32_t max_rows, max_threads;
+    int32_t max_rows, max_threads, amx;  // amx: use it where it can be had
     float rms_eps;
 };
 
 extern "C" struct ms_layer {
     const float* attn_norm;
-    const bf16* qkv;
+    Matrix qkv;
     const float *qkv_bias, *q_norm, *k_norm;  // null where the model has none
-    const bf16* o;
+    Matrix o;
     const float* mlp_norm;
-    const bf16 *gate_up, *down;
+    Matrix gate_up, down;
 };
 
 extern "C" struct ms_batch {
@@ -46,9 +51,11 @@ extern "C" struct ms_batch {
     const int32_t* positions;  // (rows,)
     const int32_t* tables;     // (tables_length,) all page tables, one after another
     const int32_t* table_at;   // (rows,) where each row's table starts
-    const int32_t* wanted_at;  // (wanted,) rows whose logits are wanted
+    const int32_t* wanted_at;  // (wanted,) rows after which a token is wanted
     bf16* arena;               // (pages, layers, 2, kv_heads, page_tokens, head_dim)
-    float* logits;             // (wanted, vocab)
+    float* logits;             // (wanted, vocab), or null where nobody wants them
+    const ms_sampling* how;    // (wanted,)
+    int32_t* tokens;           // (wanted,) drawn, -1 where the largest logit is not finite; or null: none is drawn
 };
 
 // ---- the model -------------------------------------------------------------------------------------------
@@ -58,38 +65,49 @@ namespace {
 constexpr int HEAD_MAX = 256;      // head_dim
 constexpr int FEW = 16;            // rows up to which every thread prepares all inputs for itself
 constexpr int CHUNK_ROWS = 32;     // rows of a chunk that attend together
-constexpr int BLOCK = 256;         // rows of one task of a linear: their inputs and outputs stay in the second level
+constexpr int BLOCK_MIN = 64;      // rows of a block: weights are read once for each
+constexpr int BLOCK = 256;         // most: their inputs and outputs stay in the second level
+constexpr int TASKS_MIN = 2;       // tasks of attention for each thread
+constexpr int HEAD_COLUMNS = 8 * COLUMNS;  // outputs of one task of the head
 constexpr int THREADS_MAX = 0xFF;  // what fits beside the count of steps
 
 // What one thread needs for itself.
 struct Scratch {
-    Buffer<bf16> x;       // (max_rows, widest input): a linear's input when rows are few, and the head's
-    Buffer<bf16> packed;  // (16, widest input)
-    Buffer<float> tile;   // (BLOCK, 2 COLUMNS or head_dim)
+    Linear linear;
     Attention attention;
+    Buffer<bf16> x;      // (max_rows, widest input): a linear's input when rows are few, and the head's
+    Buffer<float> outs;  // (BLOCK, 2 COLUMNS or head_dim): a linear's
     std::vector<Query> queries;
+    Buffer<float> sums;  // (CHUNK_ROWS, group, 2 + head_dim): attention so far, and beside it a part of it
+    Buffer<float> part;
+    Sampler sampler;
 };
 
-// Queries of `rows` consecutive rows against part number `part` of their sequence.
+// Queries of `rows` consecutive rows against parts [part, end) of their sequence.
 struct Attend {
-    int row, rows, part;
+    int row, rows, part, end;
 };
 
 struct Engine {
     ms_config c;
     std::vector<ms_layer> layers;
-    const bf16 *embed, *head;
+    Matrix embed, head;
     const float *norm, *cosines, *sines;  // (max_context, head_dim / 2)
+    bool amx;
 
     Buffer<float> residual;       // (max_rows, hidden)
     Buffer<bf16> q;               // (max_rows, heads, head_dim)
-    Buffer<bf16> hidden;          // (max_rows, intermediate)
-    Buffer<bf16> shared;          // (max_rows, widest input): a linear's input when rows are many
+    Buffer<bf16> hidden;          // (max_rows, intermediate) in tiles
+    Buffer<bf16> shared;          // (max_rows, widest input) in tiles: a linear's input when rows are many
     Buffer<float> parts;          // (parts, kv_heads, group, 2 + head_dim): see Query
+    Buffer<float> logits;         // (most wanted so far, vocab): where the caller wants none
     std::vector<int> part_at;     // (rows + 1,) first part of each row
     std::vector<Attend> attends;  // attention tasks of a layer, each for every kv head
+    std::vector<int> attend_at;   // (blocks + 1,) first of each block
+    bool whole;                   // whether a task attends to all parts
+    int block_rows, blocks;       // how the rows are cut
     std::vector<Scratch> scratch;
-    std::vector<Word> counters;  // tasks taken, one for each stage of a step
+    std::vector<Word> counters;  // tasks taken, one for each block of each stage of a step
 
     ms_batch b;
     Barrier barrier;
@@ -101,24 +119,36 @@ struct Engine {
     int part_size() const { return group() * (2 + c.head_dim); }
     int widest() const { return std::max({c.hidden, c.heads * c.head_dim, c.intermediate}); }
 
-    // Runs task(i) for every i below count, each on whichever thread comes first: a thread that lost its core for a
-    // while takes fewer. All threads must pass the same stages in the same order.
-    template <class F>
-    void stage(int index, int count, F task) {
-        auto& taken = counters[index].value;
-        for (int i; (i = taken.fetch_add(1, std::memory_order_relaxed)) < count;) task(i);
+    // Runs task(block, i) for every i below count(block), each on whichever thread comes first, its own blocks' first: a
+    // thread that lost its core for a while takes fewer. All threads must pass the same stages in the same order.
+    template <class Count, class F>
+    void stage(int index, int me, int blocks_here, Count count, F task) {
+        for (int k = 0; k < blocks_here; k++) {
+            int block = (me + k) % blocks_here, end = count(block);
+            auto& taken = counters[(size_t)index * most_blocks() + block].value;
+            for (int i; (i = taken.fetch_add(1, std::memory_order_relaxed)) < end;) task(block, i);
+        }
         barrier.wait(b.threads);
     }
 
-    // A stage over `columns` times blocks of rows: task(column, first row, rows).
+    // A stage over `columns` for each block: task(column, first row, rows).
     template <class F>
-    void blocks(int index, int columns, F task) {
-        int count = (b.rows + BLOCK - 1) / BLOCK;
-        stage(index, columns * count, [&](int i) {
-            int row = i % count * BLOCK;
-            task(i / count, row, std::min(BLOCK, b.rows - row));
+    void columns(int index, int me, int columns, F task) {
+        stage(index, me, blocks, [&](int) { return columns; }, [&](int block, int column) {
+            int row = block * block_rows;
+            task(column, row, std::min(block_rows, b.rows - row));
         });
     }
+
+    // A stage over all rows, TILE of them a task.
+    template <class F>
+    void each_row(int index, int me, F task) {
+        columns(index, me, block_rows / TILE, [&](int tile, int row, int rows) {
+            for (int i = tile * TILE; i < std::min(rows, (tile + 1) * TILE); i++) task(row + i);
+        });
+    }
+
+    int most_blocks() const { return c.max_rows / BLOCK_MIN + 1; }
 
     bf16* slot(int row, int position, int layer, int half, int head) {
         long page = b.tables[b.table_at[row] + position / c.page_tokens];
@@ -127,30 +157,30 @@ struct Engine {
     }
 
     // One row of the residual stream, normed, to bfloat16.
-    void normed(int row, const float* weight, bf16* to) {
+    void normed(int row, const float* weight, InputRow to) {
         rms_norm(&residual[(long)row * c.hidden], weight, c.hidden, c.rms_eps,
-                 [&](int i, __m512 v) { narrow(to + i, v); });
+                 [&](int i, __m512 v) { narrow(to.at(i), v); });
     }
 
     // A linear's input, of which fill(row, to) makes one row. For few rows every thread makes all for itself, which
     // is cheaper than one more barrier; many are shared out.
     template <class F>
-    const bf16* input(int index, int width, Scratch& mine, F fill) {
+    const bf16* input(int index, int me, int width, F fill) {
+        Scratch& mine = scratch[me];
         if (b.rows > FEW) {
-            stage(index, b.rows, [&](int row) { fill(row, &shared[(long)row * width]); });
+            each_row(index, me, [&](int row) { fill(row, InputRow(shared.data(), row, width)); });
             return shared.data();
         }
-        for (int row = 0; row < b.rows; row++) fill(row, &mine.x[(long)row * width]);
+        for (int row = 0; row < b.rows; row++) fill(row, InputRow(mine.x.data(), row, width));
         return mine.x.data();
     }
 
     // One head of q, k or v: biased, normed and rotated as the model has it, to the q buffer or to its page.
     void project(const ms_layer& w, int layer, int head, const bf16* x, int first, int rows, Scratch& mine) {
         int D = c.head_dim, kv = head - c.heads;
-        const bf16* weight = w.qkv + (long)head * D * c.hidden;
-        linear(weight, D, c.hidden, x + (long)first * c.hidden, rows, mine.tile.data(), D, mine.packed.data());
+        mine.linear(w.qkv, (long)head * D, D, c.hidden, x + (long)first * c.hidden, rows, mine.outs.data(), D);
         for (int i = 0; i < rows; i++) {
-            float* y = &mine.tile[(long)i * D];
+            float* y = &mine.outs[(long)i * D];
             int row = first + i, position = b.positions[row];
             if (w.qkv_bias) add_bias(y, w.qkv_bias + (long)head * D);
             if (kv < c.kv_heads) {
@@ -180,26 +210,47 @@ struct Engine {
         }
     }
 
-    // A task's queries of one kv head.
+    // A task's queries of one kv head: to the input of the next linear, or, when others attend to other parts, to
+    // `parts`.
     void attend_task(int layer, const Attend& task, int kv, Scratch& mine) {
-        int D = c.head_dim, G = group(), first = task.part * PART;
-        const bf16* keys[PART];
+        int D = c.head_dim, G = group(), size = 2 + D;
+        for (int part = task.part; part < task.end; part++) {
+            auto to = [&](int row) {
+                if (!whole) return &parts[((long)(part_at[row] + part) * c.kv_heads + kv) * part_size()];
+                return &(part ? mine.part : mine.sums)[(long)(row - task.row) * part_size()];
+            };
+            attend_part(layer, task, part, kv, to, mine);
+            if (!whole || !part) continue;
+            for (const Query& query : mine.queries) merge(&mine.sums[query.out - mine.part.data()], query.out, D);
+        }
+        if (!whole) return;
+        for (int row = task.row; row < task.row + task.rows; row++)
+            for (int g = 0; g < G; g++)
+                share(&mine.sums[(long)((row - task.row) * G + g) * size], D,
+                      InputRow(shared.data(), row, c.heads * D), (kv * G + g) * D);
+    }
+
+    // A task's queries of one kv head against one part; to(row): where the row's results go.
+    template <class F>
+    void attend_part(int layer, const Attend& task, int part, int kv, F to, Scratch& mine) {
+        int D = c.head_dim, G = group(), first = part * PART;
+        const bf16* keys[PART + KEYS_AHEAD];
         int count = find_keys(layer, task.row + task.rows - 1, first, kv, keys);
         mine.queries.clear();
         for (int row = task.row; row < task.row + task.rows; row++) {
-            int mine_count = std::min(count, b.positions[row] + 1 - first);
-            if (mine_count <= 0) continue;  // this part begins after the row's own position
-            float* out = &parts[((long)(part_at[row] + task.part) * c.kv_heads + kv) * part_size()];
+            int to_here = std::min(PART, b.positions[row] + 1 - first);
+            if (to_here <= 0) continue;  // this part begins after the row's own position
             const bf16* from = &q[((long)row * c.heads + kv * G) * D];
-            for (int g = 0; g < G; g++) mine.queries.push_back({from + g * D, mine_count, out + g * (2 + D)});
+            for (int g = 0; g < G; g++) mine.queries.push_back({from + g * D, to_here, to(row) + g * (2 + D)});
         }
         long to_value = (long)c.kv_heads * c.page_tokens * D;
-        attend(mine.queries.data(), (int)mine.queries.size(), keys, count, D, to_value, mine.attention);
+        Keys all = {keys, std::min(count, PART), count, to_value, c.page_tokens % TILE == 0};
+        attend(mine.queries.data(), (int)mine.queries.size(), all, D, mine.attention);
     }
 
-    // Where the K of the positions from `first` on lies. Never past the row's own position, nor past PART.
+    // Where the K of the positions from `first` on lies: a part's, and KEYS_AHEAD more. Never past the row's own.
     int find_keys(int layer, int row, int first, int kv, const bf16** keys) {
-        int count = std::min(PART, b.positions[row] + 1 - first);
+        int count = std::min(PART + KEYS_AHEAD, b.positions[row] + 1 - first);
         for (int t = 0; t < count;) {
             const bf16* key = slot(row, first + t, layer, 0, kv);
             int left = c.page_tokens - (first + t) % c.page_tokens;
@@ -209,32 +260,31 @@ struct Engine {
     }
 
     // The attention parts of one row, merged in order: (heads * head_dim,).
-    void merge(int row, bf16* to) {
+    void merge_row(int row, InputRow to, Scratch& mine) {
         int D = c.head_dim, G = group();
-        for (int head = 0; head < c.heads; head++, to += D) {
-            auto at = [&](int part) {
-                return &parts[((long)part * c.kv_heads + head / G) * part_size() + head % G * (2 + D)];
-            };
-            float most = -INFINITY, total = 0;
-            for (int p = part_at[row]; p < part_at[row + 1]; p++) most = std::max(most, at(p)[0]);
-            __m512 sums[HEAD_MAX / 16] = {};
+        for (int head = 0; head < c.heads; head++) {
+            float* sums = mine.sums.data();
             for (int p = part_at[row]; p < part_at[row + 1]; p++) {
-                const float* part = at(p);
-                float factor = std::exp2(part[0] - most);
-                total += factor * part[1];
-                for (int i = 0; i < D / 16; i++)
-                    sums[i] = _mm512_fmadd_ps(_mm512_set1_ps(factor), _mm512_loadu_ps(part + 2 + 16 * i), sums[i]);
+                const float* part = &parts[((long)p * c.kv_heads + head / G) * part_size() + head % G * (2 + D)];
+                if (p == part_at[row]) std::memcpy(sums, part, (2 + D) * sizeof(float));
+                else merge(sums, part, D);
             }
-            __m512 share = _mm512_set1_ps(1.f / total);
-            for (int i = 0; i < D / 16; i++) narrow(to + 16 * i, _mm512_mul_ps(sums[i], share));
+            share(sums, D, to, head * D);
         }
     }
 
+    // Attention's outcome of one head, to values `at` onwards of a linear's input.
+    static void share(const float* sums, int head_dim, InputRow to, int at) {
+        __m512 share = _mm512_set1_ps(1.f / sums[1]);
+        for (int i = 0; i < head_dim; i += 16)
+            narrow(to.at(at + i), _mm512_mul_ps(_mm512_loadu_ps(sums + 2 + i), share));
+    }
+
     // COLUMNS outputs of a linear, added to the residual stream.
-    void add(const bf16* weight, int K, int task, const bf16* x, int row, int rows, Scratch& mine) {
+    void add(const Matrix& weight, int K, int task, const bf16* x, int row, int rows, Scratch& mine) {
         int first = task * COLUMNS, count = std::min(COLUMNS, c.hidden - first);
-        float* outs = mine.tile.data();
-        linear(weight + (long)first * K, count, K, x + (long)row * K, rows, outs, COLUMNS, mine.packed.data());
+        float* outs = mine.outs.data();
+        mine.linear(weight, first, count, K, x + (long)row * K, rows, outs, COLUMNS);
         for (int i = 0; i < rows; i++) {
             float* to = &residual[(long)(row + i) * c.hidden + first];
             for (int n = 0; n < count; n += 16)
@@ -243,52 +293,70 @@ struct Engine {
     }
 
     // COLUMNS values of silu(gate) * up.
-    void gate(const bf16* weight, int task, const bf16* x, int row, int rows, Scratch& mine) {
+    void gate(const Matrix& weight, int task, const bf16* x, int row, int rows, Scratch& mine) {
         int first = task * COLUMNS, count = std::min(COLUMNS, c.intermediate - first), width = 2 * COLUMNS;
-        const bf16 *from = x + (long)row * c.hidden, *up = weight + (long)(c.intermediate + first) * c.hidden;
-        float* outs = mine.tile.data();
-        linear(weight + (long)first * c.hidden, count, c.hidden, from, rows, outs, width, mine.packed.data());
-        linear(up, count, c.hidden, from, rows, outs + COLUMNS, width, mine.packed.data());
+        const bf16* from = x + (long)row * c.hidden;
+        float* outs = mine.outs.data();
+        mine.linear(weight, first, count, c.hidden, from, rows, outs, width);
+        mine.linear(weight, c.intermediate + first, count, c.hidden, from, rows, outs + COLUMNS, width);
         for (int i = 0; i < rows; i++, outs += width)
             for (int n = 0; n < count; n += 16) {
                 __m512 g = _mm512_loadu_ps(outs + n), u = _mm512_loadu_ps(outs + COLUMNS + n);
                 __m512 down = _mm512_add_ps(_mm512_set1_ps(1.f), exponential(_mm512_sub_ps(_mm512_setzero_ps(), g)));
-                narrow(&hidden[(long)(row + i) * c.intermediate + first + n], _mm512_div_ps(_mm512_mul_ps(g, u), down));
+                InputRow to(hidden.data(), row + i, c.intermediate);
+                narrow(to.at(first + n), _mm512_div_ps(_mm512_mul_ps(g, u), down));
             }
     }
 
     void run(int me) {
+        Tiles tiles(amx);
         Scratch& mine = scratch[me];
         int at = 0;
-        stage(at++, b.rows, [&](int row) {
-            const bf16* from = embed + (long)b.ids[row] * c.hidden;
-            for (int i = 0; i < c.hidden; i += 16) _mm512_storeu_ps(&residual[(long)row * c.hidden + i], widen(from + i));
+        each_row(at++, me, [&](int row) { read_output(embed, b.ids[row], c.hidden, &residual[(long)row * c.hidden]); });
+        for (int layer = 0; layer < c.layers; layer++) at = run_layer(layer, at, me);
+        for (int i = 0; i < b.wanted; i++) normed(b.wanted_at[i], norm, InputRow(mine.x.data(), i, c.hidden));
+        int tasks = b.wanted ? (c.vocab + HEAD_COLUMNS - 1) / HEAD_COLUMNS : 0;
+        stage(at++, me, 1, [&](int) { return tasks; }, [&](int, int task) {
+            for (int row = 0; row < b.wanted; row += BLOCK) head_task(task, row, std::min(BLOCK, b.wanted - row), mine);
         });
-        for (int layer = 0; layer < c.layers; layer++) at = run_layer(layer, at, mine);
-        for (int i = 0; i < b.wanted; i++) normed(b.wanted_at[i], norm, &mine.x[(long)i * c.hidden]);
-        int columns = 8 * COLUMNS;
-        stage(at, b.wanted ? (c.vocab + columns - 1) / columns : 0, [&](int task) {
-            int first = task * columns, count = std::min(columns, c.vocab - first);
-            linear(head + (long)first * c.hidden, count, c.hidden, mine.x.data(), b.wanted, b.logits + first, c.vocab,
-                   mine.packed.data());
+        stage(at++, me, 1, [&](int) { return b.tokens ? b.wanted : 0; }, [&](int, int i) {
+            int position = b.positions[b.wanted_at[i]] + 1;
+            b.tokens[i] = draw(b.logits + (long)i * c.vocab, b.how[i], position, mine.sampler);
         });
     }
 
+    // HEAD_COLUMNS logits of some of the wanted rows.
+    void head_task(int task, int row, int rows, Scratch& mine) {
+        int end = std::min((task + 1) * HEAD_COLUMNS, c.vocab);
+        for (int first = task * HEAD_COLUMNS; first < end; first += COLUMNS) {
+            int count = std::min(COLUMNS, end - first);
+            const bf16* x = mine.x.data() + (long)row * c.hidden;
+            mine.linear(head, first, count, c.hidden, x, rows, mine.outs.data(), COLUMNS);
+            for (int i = 0; i < rows; i++)
+                std::memcpy(b.logits + (long)(row + i) * c.vocab + first, &mine.outs[i * COLUMNS], count * sizeof(float));
+        }
+    }
+
     // Stages `at` to at + 8; the next stage's number.
-    int run_layer(int layer, int at, Scratch& mine) {
+    int run_layer(int layer, int at, int me) {
         const ms_layer& w = layers[layer];
+        Scratch& mine = scratch[me];
         int tasks = (c.hidden + COLUMNS - 1) / COLUMNS, width = c.heads * c.head_dim, heads = c.kv_heads;
-        const bf16* x = input(at++, c.hidden, mine, [&](int row, bf16* to) { normed(row, w.attn_norm, to); });
-        blocks(at++, c.heads + 2 * heads,
-               [&](int head, int row, int rows) { project(w, layer, head, x, row, rows, mine); });
-        stage(at++, (int)attends.size() * heads,
-              [&](int i) { attend_task(layer, attends[i / heads], i % heads, mine); });
-        x = input(at++, width, mine, [&](int row, bf16* to) { merge(row, to); });
-        blocks(at++, tasks, [&](int task, int row, int rows) { add(w.o, width, task, x, row, rows, mine); });
-        x = input(at++, c.hidden, mine, [&](int row, bf16* to) { normed(row, w.mlp_norm, to); });
-        blocks(at++, (c.intermediate + COLUMNS - 1) / COLUMNS,
-               [&](int task, int row, int rows) { gate(w.gate_up, task, x, row, rows, mine); });
-        blocks(at++, tasks, [&](int task, int row, int rows) {
+        const bf16* x = input(at++, me, c.hidden, [&](int row, InputRow to) { normed(row, w.attn_norm, to); });
+        columns(at++, me, c.heads + 2 * heads,
+                [&](int head, int row, int rows) { project(w, layer, head, x, row, rows, mine); });
+        stage(at++, me, blocks, [&](int block) { return (attend_at[block + 1] - attend_at[block]) * heads; },
+              [&](int block, int i) {
+                  attend_task(layer, attends[attend_at[block] + i / heads], i % heads, mine);
+              });
+        x = shared.data();
+        if (!whole) x = input(at, me, width, [&](int row, InputRow to) { merge_row(row, to, mine); });
+        at++;
+        columns(at++, me, tasks, [&](int task, int row, int rows) { add(w.o, width, task, x, row, rows, mine); });
+        x = input(at++, me, c.hidden, [&](int row, InputRow to) { normed(row, w.mlp_norm, to); });
+        columns(at++, me, (c.intermediate + COLUMNS - 1) / COLUMNS,
+                [&](int task, int row, int rows) { gate(w.gate_up, task, x, row, rows, mine); });
+        columns(at++, me, tasks, [&](int task, int row, int rows) {
             add(w.down, c.intermediate, task, hidden.data(), row, rows, mine);
         });
         return at;
@@ -321,22 +389,65 @@ struct Engine {
         return true;
     }
 
-    // Cuts the step's attention into tasks: rows of one chunk together, others one by one, all in parts.
+    // Cuts the step's rows into blocks, as many as there are threads where that leaves enough for each.
+    void cut() {
+        int wanted = std::max((b.rows + BLOCK - 1) / BLOCK, std::min<int>(b.threads, b.rows / BLOCK_MIN));
+        block_rows = whole_tiles((b.rows + std::max(wanted, 1) - 1) / std::max(wanted, 1));
+        blocks = (b.rows + block_rows - 1) / block_rows;
+    }
+
+    // Cuts the step's attention into tasks: rows of one chunk together, others one by one. Tasks take whole sequences
+    // unless there are so few that threads would have none.
     void share_out() {
         part_at.assign(1, 0);
         for (int row = 0; row < b.rows; row++) part_at.push_back(part_at.back() + b.positions[row] / PART + 1);
-        parts.resize((size_t)part_at[b.rows] * c.kv_heads * part_size());
-        attends.clear();
-        for (int row = 0, rows; row < b.rows; row += rows) {
-            for (rows = 1; rows < CHUNK_ROWS && row + rows < b.rows; rows++)
-                if (b.table_at[row + rows] != b.table_at[row] || b.positions[row + rows] != b.positions[row] + rows) break;
-            for (int part = 0; part <= b.positions[row + rows - 1] / PART; part++) attends.push_back({row, rows, part});
+        attends.clear(), attend_at.clear();
+        for (int block = 0; block < blocks; block++) {
+            attend_at.push_back((int)attends.size());
+            int end = std::min((block + 1) * block_rows, b.rows);
+            for (int row = block * block_rows, rows; row < end; row += rows) {
+                rows = chunk(row, std::min(end, row + CHUNK_ROWS));
+                attends.push_back({row, rows, 0, b.positions[row + rows - 1] / PART + 1});
+            }
         }
+        attend_at.push_back((int)attends.size());
+        whole = (int)attends.size() * c.kv_heads >= TASKS_MIN * b.threads;
+        if (whole) return;
+        parts.resize((size_t)part_at[b.rows] * c.kv_heads * part_size());
+        split();
+    }
+
+    // Rows from `row` on, before `end`, that are consecutive positions of one sequence.
+    int chunk(int row, int end) const {
+        int rows = 1;
+        while (row + rows < end && b.table_at[row + rows] == b.table_at[row] &&
+               b.positions[row + rows] == b.positions[row] + rows)
+            rows++;
+        return rows;
+    }
+
+    // A task for every part of every sequence.
+    void split() {
+        std::vector<Attend> tasks;
+        tasks.swap(attends);
+        for (size_t block = 0, i = 0; block + 1 < attend_at.size(); block++) {
+            size_t end = attend_at[block + 1];
+            attend_at[block] = (int)attends.size();
+            for (; i < end; i++)
+                for (int part = 0; part < tasks[i].end; part++)
+                    attends.push_back({tasks[i].row, tasks[i].rows, part, part + 1});
+        }
+        attend_at.back() = (int)attends.size();
     }
 
     void step(const ms_batch& batch) {
         b = batch;
+        cut();
         share_out();
+        if (!b.logits) {
+            logits.resize(std::max(logits.size(), (size_t)b.wanted * c.vocab));
+            b.logits = logits.data();
+        }
         for (auto& counter : counters) counter.value.store(0, std::memory_order_relaxed);
         if (b.threads > 1) {
             unsigned steps = (unsigned)epoch.value.load(std::memory_order_relaxed) >> 8;
@@ -352,7 +463,7 @@ bool possible(const ms_config& c) {
     for (int width : {c.hidden, c.intermediate, c.head_dim})
         if (width < 32 || width % 32) return false;
     return c.layers > 0 && c.head_dim <= HEAD_MAX && c.kv_heads > 0 && c.heads > 0 && c.heads % c.kv_heads == 0 &&
-           c.vocab > 0 && c.vocab % 4 == 0 && c.page_tokens > 0 && c.max_context > 0 && c.max_rows > 0 &&
+           c.vocab > 0 && c.page_tokens > 0 && c.max_context > 0 && c.max_rows > 0 &&
            c.max_threads > 0 && c.max_threads <= THREADS_MAX;
 }
 
@@ -364,7 +475,7 @@ void ms_close(Engine* engine);
 
 // The weights stay the caller's and must outlive the engine. Returns null when memory or threads are short, or for
 // widths that it cannot compute.
-Engine* ms_open(const ms_config* config, const ms_layer* layers, const bf16* embed, const bf16* head,
+Engine* ms_open(const ms_config* config, const ms_layer* layers, const Matrix* embed, const Matrix* head,
                 const float* norm, const float* cosines, const float* sines) {
     if (!possible(*config)) return nullptr;
     auto engine = std::unique_ptr<Engine>();
@@ -372,9 +483,10 @@ Engine* ms_open(const ms_config* config, const ms_layer* layers, const bf16* emb
         engine = std::make_unique<Engine>();
         const ms_config& c = engine->c = *config;
         engine->layers.assign(layers, layers + c.layers);
-        engine->embed = embed, engine->head = head, engine->norm = norm;
+        engine->embed = *embed, engine->head = *head, engine->norm = norm;
         engine->cosines = cosines, engine->sines = sines;
-        size_t rows = c.max_rows, width = std::max(c.hidden, c.heads * c.head_dim);
+        engine->amx = c.amx && amx_granted();
+        size_t rows = whole_tiles(c.max_rows), width = std::max(c.hidden, c.heads * c.head_dim);
         engine->residual.resize(rows * c.hidden);
         engine->q.resize(rows * c.heads * c.head_dim);
         engine->hidden.resize(rows * c.intermediate);
@@ -382,12 +494,16 @@ Engine* ms_open(const ms_config* config, const ms_layer* layers, const bf16* emb
         engine->scratch.resize(c.max_threads);
         for (auto& scratch : engine->scratch) {
             scratch.x.resize(rows * width);
-            scratch.packed.resize((size_t)16 * engine->widest());
-            scratch.tile.resize((size_t)BLOCK * std::max(2 * COLUMNS, c.head_dim));
+            scratch.outs.resize((size_t)BLOCK * std::max(2 * COLUMNS, c.head_dim));
+            scratch.linear.amx = scratch.attention.amx = engine->amx;
+            scratch.linear.widened.resize((size_t)COLUMNS * engine->widest());
             scratch.attention.resize(c.head_dim);
             scratch.queries.reserve((size_t)CHUNK_ROWS * engine->group());
+            scratch.sums.resize((size_t)CHUNK_ROWS * engine->part_size());
+            scratch.part.resize((size_t)CHUNK_ROWS * engine->part_size());
+            scratch.sampler.resize(c.vocab);
         }
-        engine->counters = std::vector<Word>(2 + 8 * c.layers);
+        engine->counters = std::vector<Word>((size_t)(3 + 8 * c.layers) * engine->most_blocks());
         for (int i = 1; i < c.max_threads; i++) engine->threads.emplace_back(&Engine::serve, engine.get(), i);
         return engine.release();
     } catch (const std::exception&) {
@@ -403,10 +519,13 @@ int ms_step(Engine* engine, const ms_batch* batch) {
     try {
         engine->step(*batch);
         return 0;
-    } catch (const std::bad_alloc&) {  // before any thread started: only share_out() allocates
+    } catch (const std::bad_alloc&) {  // before any thread started
         return 2;
     }
 }
+
+// Whether it multiplies on AMX.
+int ms_amx(const Engine* engine) { return engine->amx; }
 
 void ms_close(Engine* engine) {
     engine->closing = true;

@@ -31,10 +31,6 @@ using Buffer = std::vector<T, Lines<T>>;
 
 inline __m512bh load(const void* p) { return (__m512bh)_mm512_loadu_si512(p); }
 
-inline __m512 widen(const bf16* p) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
-}
-
 inline void narrow(bf16* p, __m512 v) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(v)); }
 
 // The first `n` lanes; all of them from 16 on.

@@ -1,0 +1,86 @@
+"""What every note under docs/measurements begins with, and how its tables are written."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import attrs
+
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "docs" / "measurements"
+INSTRUCTIONS = ("amx_bf16", "amx_int8", "avx512_bf16", "avx512f", "avx2")
+"""Of the CPU's flags, those that decide how fast a model can run."""
+
+
+@attrs.frozen
+class Note:
+    """One file of measurements: ``<date>-<name>.md`` and plots beside it."""
+
+    name: str
+    folder: Path = FOLDER
+    date: str = attrs.field(factory=lambda: f"{datetime.now(UTC):%Y-%m-%d}")
+
+    @property
+    def path(self) -> Path:
+        """The note itself."""
+        return self.folder / f"{self.date}-{self.name}.md"
+
+    def plot(self, what: str) -> Path:
+        """Where a plot of it goes."""
+        return self.folder / f"{self.date}-{self.name}-{what}.svg"
+
+    def write(self, title: str, command: str, *parts: str) -> Path:
+        """Write the note: title, machine, commit, command, then ``parts``, each a paragraph, table or image."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        head = f"Machine: {machine()}. Commit {commit()}. Command: `{command}`."
+        self.path.write_text("\n\n".join([f"# {title} ({self.date})", head, *parts]) + "\n")
+        return self.path
+
+
+def machine() -> str:
+    """This machine in a line: CPU, cores, instruction sets, memory, system, Python."""
+    cpu = Path("/proc/cpuinfo").read_text()
+    model = re.search(r"^model name\s*:\s*(.+)$", cpu, re.MULTILINE)
+    flags = re.search(r"^flags\s*:\s*(.+)$", cpu, re.MULTILINE)
+    sets = [one for one in INSTRUCTIONS if flags and one in flags[1].split()]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    parts = [
+        f"{len(os.sched_getaffinity(0))} cores of {model[1] if model else platform.machine()}",
+        f"({', '.join(sets)})" if sets else "",
+        f"{memory:.0f} GiB, Linux {platform.release()}, Python {platform.python_version()}",
+    ]
+    return " ".join(filter(None, parts))
+
+
+def commit() -> str:
+    """The commit that is checked out, with a mark when files differ from it."""
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=7", "--exclude=*"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return described.stdout.strip() or "unknown"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table. Raises ValueError when a row is longer or shorter than the head."""
+    if wrong := [row for row in rows if len(row) != len(head)]:
+        raise ValueError(f"a table of {len(head)} columns got the row {wrong[0]}")
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def number(value: float) -> str:
+    """Three significant digits, or whole numbers with their thousands apart."""
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    digits = 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
+    return f"{value:.{digits}f}"

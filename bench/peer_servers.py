@@ -1,0 +1,231 @@
+"""How memserve and each of its peers is started for ``make bench-peers``: the same weights, the same cores, bfloat16.
+
+One server runs at a time. Each gets the settings that its own documentation gives for a machine without a GPU; what
+had to be set beyond the defaults, and why, is said beside it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+ROOT = Path(__file__).parent.parent
+READY_S = 600.0
+"""Longest start: vLLM compiles at its first."""
+STOP_S = 30.0
+CONTEXT = 8192
+"""Tokens of one sequence, the model's own limit."""
+SLOTS = 8
+"""Sequences that llama-server holds at once: as many as the workloads ask for."""
+KV_GIB = 2
+"""Of vLLM's KV cache: 91,000 tokens of the demo model."""
+
+
+@attrs.frozen
+class Server:
+    """One server: how it is started, and what a request to it needs beyond OpenAI's fields."""
+
+    name: str
+    what: str
+    """Version, precision and settings, for the note."""
+    argv: tuple[str, ...]
+    """``{port}`` stands for the port."""
+    body: Mapping[str, Any]
+    """Added to every request: greedy sampling, and an answer that never ends early."""
+    model: str = ""
+    """What it is asked for by; empty: the first of its /v1/models."""
+    environment: Mapping[str, str] = attrs.field(factory=dict)
+
+
+@attrs.frozen
+class Absent:
+    """A peer that is not installed."""
+
+    name: str
+    why: str
+
+
+def find_servers(folder: Path, cores: Sequence[int]) -> list[Server | Absent]:
+    """memserve, in both layouts of one machine, and every peer of ``folder``."""
+    peers = (llama_server, vllm_cpu, transformers_serve)
+    return [memserve("demo"), memserve("colocated"), *(peer(folder, cores) for peer in peers)]
+
+
+def memserve(config: str) -> Server:
+    """This project, as shipped, with one of its configurations."""
+    command = (sys.executable, "-m", "memserve", "up", "--config", str(ROOT / "configs" / f"{config}.toml"))
+    return Server(
+        name="memserve" if config == "demo" else f"memserve {config}",
+        what=f"configs/{config}.toml as shipped, bfloat16",
+        argv=(*command, "--set", "frontend.port={port}", "--set", "logging.dir={scratch}"),
+        body={"temperature": 0, "ignore_eos": True},
+    )
+
+
+def llama_server(folder: Path, cores: Sequence[int]) -> Server | Absent:
+    """llama.cpp's server."""
+    program, weights = folder / "llama-server" / "bin" / "llama-server", sorted(folder.glob("models/*.gguf"))
+    if not program.is_file() or not weights:
+        return Absent("llama-server", f"no {program.name} with weights in the peers' folder")
+    threads = str(len(cores))
+    return Server(
+        name="llama-server",
+        what=f"llama-cpp-python {_installed(folder, 'llama-server', 'llama-cpp-python')}'s llama.cpp, BF16, -t {threads} "
+        f"-np {SLOTS} -c {SLOTS * CONTEXT}",
+        argv=(
+            *(str(program), "--model", str(weights[0]), "--host", "127.0.0.1", "--port", "{port}"),
+            *("--threads", threads, "--parallel", str(SLOTS), "--ctx-size", str(SLOTS * CONTEXT), "--no-ui"),
+        ),
+        body={"temperature": 0, "ignore_eos": True},
+    )
+
+
+def vllm_cpu(folder: Path, cores: Sequence[int]) -> Server | Absent:
+    """vLLM's CPU backend. Its engine compiles for minutes at the first start, and keeps what it compiled."""
+    bin, model = folder / "vllm-cpu" / "bin", _hf_model(folder)
+    if not (bin / "vllm").is_file() or model is None:
+        return Absent("vllm-cpu", "no environment with weights in the peers' folder")
+    return Server(
+        name="vllm-cpu",
+        what=f"vllm-cpu {_installed(folder, 'vllm-cpu', 'vllm-cpu')}, bfloat16, cores {_ranges(cores)}, {KV_GIB} GiB of KV",
+        argv=(
+            *(str(bin / "vllm"), "serve", str(model), "--served-model-name", "demo", "--dtype", "bfloat16"),
+            *("--host", "127.0.0.1", "--port", "{port}", "--max-model-len", str(CONTEXT)),
+            *("--enable-prompt-tokens-details", "--disable-uvicorn-access-log"),
+        ),
+        body={"temperature": 0, "ignore_eos": True},
+        environment={
+            "PATH": f"{bin}:{os.environ['PATH']}",  # it runs ninja from there
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_CPU_KVCACHE_SPACE": str(KV_GIB),
+            # Left to itself it keeps a core back for its own processes; the peers get both.
+            "VLLM_CPU_OMP_THREADS_BIND": _ranges(cores),
+        },
+    )
+
+
+def transformers_serve(folder: Path, cores: Sequence[int]) -> Server | Absent:
+    """transformers' own server with continuous batching, and a paged cache of 64k tokens: unset, it takes all memory."""
+    program, model = folder / "transformers" / "bin" / "transformers", _hf_model(folder)
+    if not program.is_file() or model is None:
+        return Absent("transformers", "no environment with weights in the peers' folder")
+    # It knows no ignore_eos: a generation config whose end is no token stands in for it.
+    endless = json.dumps({"eos_token_id": -1, "do_sample": False})
+    return Server(
+        name="transformers",
+        what=f"transformers serve {_installed(folder, 'transformers', 'transformers')}, bfloat16, --continuous-batching",
+        argv=(
+            *(str(program), "serve", str(model), "--continuous-batching", "--device", "cpu"),
+            *("--dtype", "bfloat16", "--host", "127.0.0.1", "--port", "{port}"),
+            *("--cb-block-size", "32", "--cb-num-blocks", "2048", "--cb-max-batch-tokens", "2048"),
+        ),
+        body={"temperature": 0, "generation_config": endless},
+        model=str(model),
+        environment={"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(len(cores))},
+    )
+
+
+def _hf_model(folder: Path) -> Path | None:
+    return next((one.parent for one in sorted(folder.glob("models/*-hf/config.json"))), None)
+
+
+def _installed(folder: Path, part: str, package: str) -> str:
+    """The version that install_peers.py wrote down."""
+    stamp = folder / f"{part}.json"
+    return str(json.loads(stamp.read_text())[package]) if stamp.is_file() else "(version unknown)"
+
+
+def _ranges(cores: Sequence[int]) -> str:
+    """Cores as vLLM wants them: ``0-3`` or ``0,2``."""
+    ordered = sorted(cores)
+    whole = ordered == list(range(ordered[0], ordered[-1] + 1)) and len(ordered) > 1
+    return f"{ordered[0]}-{ordered[-1]}" if whole else ",".join(map(str, ordered))
+
+
+# ---- running one ---------------------------------------------------------------------------------------------
+
+
+class NotReady(Exception):
+    """A server that did not start; the text has the last of what it said."""
+
+
+@contextmanager
+def running(server: Server, log: Path, scratch: Path) -> Iterator[str]:
+    """The server's URL, once /health answers 200. Ended by SIGTERM, what is left by SIGKILL, as a process group.
+
+    Its output goes to ``log``. Raises NotReady.
+    """
+    port = free_port()
+    argv = [word.format(port=port, scratch=scratch) for word in server.argv]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            argv,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **server.environment},
+            start_new_session=True,
+        )
+        try:
+            wait_ready(process, f"http://127.0.0.1:{port}/health", log)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            stop(process)
+
+
+def wait_ready(process: subprocess.Popen[bytes], health: str, log: Path) -> None:
+    """Wait for a 200. Raises NotReady when the process ends first, or after READY_S."""
+    deadline = time.monotonic() + READY_S
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise NotReady(f"it ended with status {process.returncode}: {_tail(log)}")
+        try:
+            with urllib.request.urlopen(health, timeout=5) as answer:
+                if answer.status == 200:
+                    return
+        except (urllib.error.URLError, OSError):
+            pass
+        time.sleep(0.2)
+    raise NotReady(f"it was not ready after {READY_S:.0f} s: {_tail(log)}")
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a process and whatever it started: its group is its own."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_S)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        # The next server is to have the memory and the cores: wait for the orphans, who are not ours to reap.
+        deadline = time.monotonic() + STOP_S
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, 0)
+            time.sleep(0.02)
+    process.wait()
+
+
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def _tail(log: Path) -> str:
+    return log.read_text(errors="replace")[-1500:]

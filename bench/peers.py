@@ -1,0 +1,320 @@
+"""memserve beside its peers: ``make bench-peers``.
+
+Each round starts every server in turn, alone, on the same cores, with the same weights in bfloat16; warms it up; and
+asks it what ``peer_workloads.py`` has, through the load generator, which runs on the same cores. Peers are installed by
+``make peers``; one that is absent is left out, and the note says so. Writes docs/measurements/<date>-peers.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+import trio
+
+from install_peers import default_folder
+from loadgen.arrivals import Arrivals
+from loadgen.client import Client
+from loadgen.content import Filler
+from loadgen.conversation import Style, one_turn
+from loadgen.errors import LoadgenError
+from loadgen.records import Record
+from loadgen.runner import Manner, Player
+from loadgen.workload import Session, Workload
+from notes import Note, number, table
+from peer_servers import Absent, NotReady, Server, find_servers, running
+from peer_workloads import CASES, Case, Figure, Wrong
+
+PROMPT = "The three states of matter are"
+"""Answered by each server, to show that they run the same weights."""
+SAME_TOKENS = 24
+TIMEOUT_S = 120.0
+"""Of one request; a server that takes longer for one of these has failed."""
+OURS = "memserve"
+
+
+@attrs.define
+class Measured:
+    """What one server gave, over all rounds."""
+
+    server: Server
+    samples: dict[str, list[float]] = attrs.field(factory=dict)
+    """By row: :func:`row_name`."""
+    failed: dict[str, str] = attrs.field(factory=dict)
+    """By case, why it has no figures."""
+    answer: str = ""
+    """To PROMPT."""
+
+    def value(self, case: Case, figure: Figure) -> float | None:
+        """The median, or None where there is none."""
+        found = self.samples.get(row_name(case, figure))
+        return statistics.median(found) if found and case.name not in self.failed else None
+
+
+def row_name(case: Case, figure: Figure) -> str:
+    """What a row of the table is called."""
+    return f"{case.name}: {figure.name}, {figure.unit}"
+
+
+# ---- asking --------------------------------------------------------------------------------------------------
+
+
+async def play(
+    url: str, server: Server, sessions: tuple[Session, ...], clients: int, seed: int = 0
+) -> list[Record]:
+    """Ask a server for these sessions, and take the answers in."""
+    client = Client(url)
+    try:
+        model = server.model or str((await client.get_json("/v1/models"))["data"][0]["id"])
+        # The model's own answers, because that is what is in a server's cache.
+        style = Style("completions", "text", "own")
+        manner = Manner(model, style, dict(server.body), timeout_s=TIMEOUT_S, keep_answers=True)
+        records: list[Record] = []
+        player = Player(
+            Workload("peers", sessions),
+            Arrivals("closed", clients=clients),
+            manner,
+            client,
+            Filler(seed),
+            records.append,
+        )
+        await player.play()
+        return records
+    finally:
+        await client.aclose()
+
+
+def ask(url: str, measured: Measured, case: Case, key: str) -> dict[str, float]:
+    """Run a case once; its figures by row. A case that failed once is not asked again, and has none."""
+    if case.name in measured.failed:
+        return {}
+    try:
+        records = trio.run(play, url, measured.server, case.sessions(key), case.clients)
+        case.check(records)
+        return {row_name(case, figure): figure.read(records) for figure in case.figures}
+    except (Wrong, LoadgenError) as error:
+        measured.failed[case.name] = str(error)
+        return {}
+
+
+def run_round(measured: Measured, cases: Sequence[Case], turn: int, logs: Path) -> None:
+    """Start a server, warm it up, ask it everything, end it."""
+    server = measured.server
+    with tempfile.TemporaryDirectory() as scratch:
+        log = logs / f"{server.name.replace(' ', '-')}-{turn}.log"
+        with running(server, log, Path(scratch)) as url:
+            [said] = trio.run(play, url, server, (one_turn("same", PROMPT, SAME_TOKENS),), 1)
+            measured.answer = said.answer or f"({said.error}: {said.detail})"
+            for case in cases[:4]:  # threads started, code paged in, shapes compiled
+                ask(url, measured, case, "warm-up")
+            for case in cases:
+                for repeat in range(case.repeats):
+                    for row, value in ask(url, measured, case, f"{turn}.{repeat} {case.name}").items():
+                        measured.samples.setdefault(row, []).append(value)
+
+
+def measure(
+    servers: Sequence[Server], cases: Sequence[Case], rounds: int, logs: Path
+) -> Iterator[tuple[int, list[Measured]]]:
+    """All servers, in rounds, each of which begins with another one; after each, the rounds done and all figures."""
+    found = [Measured(one) for one in servers]
+    for turn in range(rounds):
+        for one in found[turn % len(found) :] + found[: turn % len(found)]:
+            print(f"round {turn + 1} of {rounds}: {one.server.name}", flush=True)
+            try:
+                run_round(one, cases, turn, logs)
+            except NotReady as error:
+                one.failed |= {case.name: f"did not start: {error}" for case in cases}
+            for name, why in one.failed.items():
+                print(f"  failed: {name}: {why}", flush=True)
+        yield turn + 1, found
+
+
+# ---- the note ------------------------------------------------------------------------------------------------
+
+
+def best_peer(case: Case, figure: Figure, found: Sequence[Measured]) -> float | None:
+    """The best value of a row among those who are not memserve."""
+    values = [one.value(case, figure) for one in found if not one.server.name.startswith(OURS)]
+    told = [one for one in values if one is not None]
+    return (max if figure.higher_is_better else min)(told) if told else None
+
+
+def ahead(value: float | None, best: float | None, figure: Figure) -> float | None:
+    """How many times better ``value`` is than ``best``: above 1 is ahead, for rates and for times."""
+    if value is None or best is None:
+        return None
+    return value / best if figure.higher_is_better else best / value
+
+
+def cell(measured: Measured, case: Case, figure: Figure) -> str:
+    """Median and range."""
+    value = measured.value(case, figure)
+    if value is None:
+        return "failed" if case.name in measured.failed else "not run"
+    samples = measured.samples[row_name(case, figure)]
+    return f"{number(value)} ({number(min(samples))} to {number(max(samples))})"
+
+
+def results(found: Sequence[Measured], cases: Sequence[Case]) -> str:
+    """The table: a row a figure, a column a server, and how far memserve is ahead of the best peer."""
+    ours = [one for one in found if one.server.name.startswith(OURS)]
+    head = ["", *(one.server.name for one in found), *(f"{one.server.name} / best peer" for one in ours)]
+    rows = []
+    for case in cases:
+        for figure in case.figures:
+            best = best_peer(case, figure, found)
+            ratios = [ahead(one.value(case, figure), best, figure) for one in ours]
+            shown = [f"**{one:.2f}**" if one is not None else "" for one in ratios]
+            rows.append([row_name(case, figure), *(cell(one, case, figure) for one in found), *shown])
+    return table(head, rows)
+
+
+def remarks(found: Sequence[Measured], absent: Sequence[Absent]) -> str:
+    """How each server was run, what failed, who was left out, and what each answered."""
+    lines = [f"- **{one.server.name}**: {one.server.what}." for one in found]
+    lines += [f"- {one.name} is left out: {one.why}." for one in absent]
+    lines += [
+        f"- {one.server.name}, {name}: failed: {' '.join(why.split())[:300]}"
+        for one in found
+        for name, why in one.failed.items()
+    ]
+    answers: dict[str, list[str]] = {}
+    for one in found:
+        answers.setdefault(one.answer, []).append(one.server.name)
+    lines += [f"- {', '.join(names)} answered {PROMPT!r} with {text!r}." for text, names in answers.items()]
+    return "\n".join(lines)
+
+
+def draw(found: Sequence[Measured], cases: Sequence[Case], path: Path) -> None:
+    """Every server's figures relative to the best peer's; to the right is better."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [(case, figure) for case in cases for figure in case.figures]
+    figure_, axes = pyplot.subplots(figsize=(10, 0.5 * len(rows) + 1.5), layout="constrained")
+    for one in found:
+        relative = [ahead(one.value(*row), best_peer(*row, found), row[1]) for row in rows]
+        shown = [(value, y) for y, value in enumerate(relative) if value is not None]
+        mark = "D" if one.server.name.startswith(OURS) else "o"
+        axes.plot([x for x, _ in shown], [y for _, y in shown], mark, label=one.server.name, alpha=0.8)
+    axes.axvline(1.0, color="grey", linewidth=1)
+    axes.set_xscale("log")
+    axes.set_xlabel("times the best peer: to the right of 1 is better")
+    axes.set_yticks(range(len(rows)), [row_name(*row) for row in rows])
+    axes.invert_yaxis()
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure_.savefig(path)
+    pyplot.close(figure_)
+
+
+def write_note(
+    found: Sequence[Measured], absent: Sequence[Absent], cases: Sequence[Case], command: str, rounds: int
+) -> Path:
+    """Write docs/measurements/<date>-peers.md with its plot."""
+    note = Note("peers")
+    plot = note.plot("ratios")
+    draw(found, cases, plot)
+    return note.write(
+        "memserve beside its peers",
+        command,
+        f"One server at a time, the load generator on the same cores, {rounds} interleaved rounds; medians (range). Greedy, "
+        "answers of fixed length, the same prompts for all; token counts were checked in every answer. In the last columns "
+        "more than 1 is memserve ahead, for rates and for times.",
+        results(found, cases),
+        remarks(found, absent),
+        f"![relative to the best peer]({plot.name})",
+    )
+
+
+# ---- the command ---------------------------------------------------------------------------------------------
+
+
+def positive(text: str) -> int:
+    """A whole number from 1. Raises ValueError, which argparse reports."""
+    value = int(text)
+    if value < 1:
+        raise ValueError(text)
+    return value
+
+
+def options_of(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=default_folder(), help="where `make peers` installed them"
+    )
+    parser.add_argument("--rounds", type=positive, default=3)
+    parser.add_argument("--servers", default="", help="only these, by comma")
+    parser.add_argument("--cases", default="", help="only rows whose name has one of these in it, by comma")
+    parser.add_argument("--cores", default="", help="such as 0,1; unset: all that this process may use")
+    parser.add_argument("--json", type=Path, help="also write all samples to this file")
+    parser.add_argument("--logs", type=Path, help="keep what the servers print in this folder")
+    return parser.parse_args(arguments)
+
+
+def chosen(options: argparse.Namespace) -> tuple[list[Server], list[Absent], list[Case]]:
+    """Servers to run, peers to leave out, rows. Ends the program when a name is not known."""
+    everyone = find_servers(options.folder, sorted(os.sched_getaffinity(0)))
+    names = [one for one in options.servers.split(",") if one]
+    if unknown := set(names) - {one.name for one in everyone}:
+        sys.exit(f"--servers: {', '.join(unknown)} is not one of {', '.join(one.name for one in everyone)}")
+    wanted = [one for one in everyone if not names or one.name in names]
+    parts = options.cases.split(",")
+    cases = [case for case in CASES if any(part in case.name for part in parts)]
+    servers = [one for one in wanted if isinstance(one, Server)]
+    return servers, [one for one in wanted if isinstance(one, Absent)], cases
+
+
+def command_of(options: argparse.Namespace) -> str:
+    """The command that does this again, without the paths of this machine."""
+    usual = options_of([])
+    names = [
+        one for one in ("rounds", "servers", "cases", "cores") if getattr(options, one) != getattr(usual, one)
+    ]
+    words = " ".join(f"--{one} '{getattr(options, one)}'" for one in names)
+    return f'make bench-peers ARGS="{words}"' if words else "make bench-peers"
+
+
+def samples_of(found: Sequence[Measured]) -> dict[str, Any]:
+    """Everything measured, by server."""
+    return {
+        one.server.name: {"samples": one.samples, "failed": one.failed, "answer": one.answer} for one in found
+    }
+
+
+def main() -> None:
+    """Measure and write the note."""
+    # Ended by a signal, it still ends the server that it started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    options = options_of(sys.argv[1:])
+    if options.cores:
+        os.sched_setaffinity(0, {int(one) for one in options.cores.split(",")})
+    servers, absent, cases = chosen(options)
+    with tempfile.TemporaryDirectory() as scratch:
+        logs = options.logs or Path(scratch)
+        logs.mkdir(parents=True, exist_ok=True)
+        # After each round, so that a run that is ended early leaves what it has.
+        for done, found in measure(servers, cases, options.rounds, logs):
+            path = write_note(found, absent, cases, command_of(options), done)
+            if options.json:
+                options.json.write_text(json.dumps(samples_of(found), indent=1) + "\n")
+    print(path.read_text())
+
+
+if __name__ == "__main__":
+    main()

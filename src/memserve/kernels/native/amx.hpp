@@ -1,0 +1,142 @@
+// Matrix products on AMX tiles: 16 rows times 16 columns times 32 values of k in one instruction.
+//
+// An element of a product is summed along k in one order, whatever is beside it and however many rows there are; so a
+// row's results do not depend on the rows it is computed with.
+
+#pragma once
+
+#include <asm/prctl.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "tiles.hpp"
+
+namespace {
+
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__)
+constexpr bool AMX = true;
+#else
+constexpr bool AMX = false;
+#endif
+
+constexpr long ASK_FOR_STATE = 0x1023, TILE_STATE = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+
+// Asks the kernel for the tile registers, for all threads of this process.
+inline bool amx_granted() { return AMX && syscall(SYS_arch_prctl, ASK_FOR_STATE, TILE_STATE) == 0; }
+
+// All eight tile registers are 16 rows of 64 bytes.
+struct alignas(64) TileConfig {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+const TileConfig TILE_CONFIG;
+
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__)
+
+// The compiler must have stored what a tile is loaded from: the intrinsics do not tell it that they read memory.
+inline void stores_done() { asm volatile("" ::: "memory"); }
+
+// Holds the tile registers of a thread. Given back between steps, so that the kernel need not save them.
+struct Tiles {
+    bool held;
+    explicit Tiles(bool wanted) : held(wanted) {
+        if (held) _tile_loadconfig(&TILE_CONFIG);
+    }
+    ~Tiles() {
+        if (held) _tile_release();
+    }
+};
+
+// A tile of weights as bfloat16: where it is, or widened to `to`.
+inline const bf16* tile_of(const bf16* from, bf16*) { return from; }
+inline const bf16* tile_of(const int8_t* from, bf16* to) {
+    for (int i = 0; i < TILE_VALUES; i += TILE_K) _mm512_store_si512(to + i, (__m512i)widen_int8(from + i));
+    stores_done();
+    return to;
+}
+
+// One or two strips of weights times one or two blocks of 16 rows. The inputs stream through: it is the weights that
+// are wanted again, for the next rows. Fetches lines [fetch, fetch_end) of every tile's place in the strips that follow.
+template <int STRIPS, int BLOCKS, class Weight>
+inline void amx_product(const Weight* w, long K, const bf16* x, float* out, long stride, int fetch, int fetch_end) {
+    alignas(64) bf16 widened[2][STRIPS][TILE_VALUES];  // by turns, so that none waits for the one before
+    const Weight* w2 = w + TILE * K;
+    const bf16* x2 = x + TILE * K;
+    stores_done();
+    _tile_zero(0);
+    if constexpr (STRIPS > 1) _tile_zero(1);
+    if constexpr (BLOCKS > 1) _tile_zero(2);
+    if constexpr (STRIPS > 1 && BLOCKS > 1) _tile_zero(3);
+    for (long at = 0; at < TILE * K; at += TILE_VALUES) {
+        auto& turn = widened[at / TILE_VALUES % 2];
+        const char* next = (const char*)(w + STRIPS * (TILE * K + at));
+        for (int line = fetch; line < fetch_end; line++) _mm_prefetch(next + line * 64, _MM_HINT_T1);
+        _tile_loadd(6, tile_of(w + at, turn[0]), 64);
+        if constexpr (STRIPS > 1) _tile_loadd(7, tile_of(w2 + at, turn[STRIPS - 1]), 64);
+        _tile_stream_loadd(4, x + at, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        if constexpr (STRIPS > 1) _tile_dpbf16ps(1, 4, 7);
+        if constexpr (BLOCKS > 1) _tile_stream_loadd(5, x2 + at, 64);
+        if constexpr (BLOCKS > 1) _tile_dpbf16ps(2, 5, 6);
+        if constexpr (STRIPS > 1 && BLOCKS > 1) _tile_dpbf16ps(3, 5, 7);
+    }
+    float* out2 = out + TILE * stride;
+    _tile_stored(0, out, stride * 4);
+    if constexpr (STRIPS > 1) _tile_stored(1, out + TILE, stride * 4);
+    if constexpr (BLOCKS > 1) _tile_stored(2, out2, stride * 4);
+    if constexpr (STRIPS > 1 && BLOCKS > 1) _tile_stored(3, out2 + TILE, stride * 4);
+}
+
+// out[0..16 BLOCKS)[0..32): rows of `depth` values (a multiple of 32), `x_stride` values from one to the next, times pairs:
+// row i of `pairs` holds the values 2 i and 2 i + 1 of each column.
+template <int BLOCKS>
+inline void amx_pairs(const bf16* x, long x_stride, const int32_t* pairs, long pairs_stride, int depth, float* out,
+                      long stride) {
+    stores_done();
+    _tile_zero(0);
+    _tile_zero(1);
+    if constexpr (BLOCKS > 1) _tile_zero(2);
+    if constexpr (BLOCKS > 1) _tile_zero(3);
+    for (int k = 0; k < depth; k += TILE_K, pairs += TILE * pairs_stride) {
+        _tile_loadd(6, pairs, pairs_stride * 4);
+        _tile_loadd(7, pairs + TILE, pairs_stride * 4);
+        _tile_loadd(4, x + k, x_stride * 2);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        if constexpr (BLOCKS > 1) _tile_loadd(5, x + TILE * x_stride + k, x_stride * 2);
+        if constexpr (BLOCKS > 1) _tile_dpbf16ps(2, 5, 6);
+        if constexpr (BLOCKS > 1) _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, out, stride * 4);
+    _tile_stored(1, out + TILE, stride * 4);
+    if constexpr (BLOCKS > 1) _tile_stored(2, out + TILE * stride, stride * 4);
+    if constexpr (BLOCKS > 1) _tile_stored(3, out + TILE * stride + TILE, stride * 4);
+}
+
+// out[16][16]: 16 rows of `depth` values, one after another, times one column tile of pairs as in amx_pairs.
+inline void amx_tile(const bf16* rows, int depth, const int32_t* pairs, long pairs_stride, float* out) {
+    stores_done();
+    _tile_zero(0);
+    for (int k = 0; k < depth; k += TILE_K, pairs += TILE * pairs_stride) {
+        _tile_loadd(4, rows + k, depth * 2);
+        _tile_loadd(5, pairs, pairs_stride * 4);
+        _tile_dpbf16ps(0, 4, 5);
+    }
+    _tile_stored(0, out, TILE * 4);
+}
+
+#else  // built for a processor, or by a compiler, without AMX: amx_granted() says no, so nobody calls these
+
+struct Tiles {
+    explicit Tiles(bool) {}
+};
+template <int STRIPS, int BLOCKS, class Weight>
+inline void amx_product(const Weight*, long, const bf16*, float*, long, int, int) {}
+template <int BLOCKS>
+inline void amx_pairs(const bf16*, long, const int32_t*, long, int, float*, long) {}
+inline void amx_tile(const bf16*, int, const int32_t*, long, float*) {}
+
+#endif
+
+}  // namespace

@@ -1,0 +1,221 @@
+// The next token of a row from its logits, by the same rules as memserve/engine/sampling.py.
+//
+// Inverse of the cumulative distribution over tokens by falling weight, then rising id, for one uniform number that is
+// a function of (seed, position) alone; all in float64. Nothing is sorted but a few tokens: a histogram over the
+// leading bits of the weights, which order as the weights do, says in which bucket the answer lies, and its members
+// alone are looked at again, by finer buckets while they are many. So a flat distribution costs little more than a
+// peaked one, and the order is the weights' own: logits that differ may have equal weights.
+//
+// A draw is one thread's work from its first logit to its token, and sums in one order: neither the threads nor the
+// rows beside it can change it.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "vectors.hpp"
+
+// How a row's token is drawn; memserve/kernels/native/__init__.py mirrors it.
+extern "C" struct ms_sampling {
+    double temperature;  // 0 is greedy
+    double top_p;        // from 1 on no limit
+    uint64_t seed;
+    int64_t top_k;  // 0 is no limit
+};
+
+namespace {
+
+constexpr int BUCKETS = 2048;      // of a histogram
+constexpr int FEW_TOKENS = 64;     // that are sorted instead of looked at by finer buckets
+constexpr int NOT_A_TOKEN = -1;    // drawn where the largest logit is not finite
+constexpr double LEAST = 0x1p-63;  // smaller weights share a bucket: all of them together are hardly ever drawn
+
+inline uint64_t mix(uint64_t value) {
+    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9;
+    value = (value ^ (value >> 27)) * 0x94D049BB133111EB;
+    return value ^ (value >> 31);
+}
+
+// A number in [0, 1): see `uniform` in sampling.py, which says why the seed is mixed first.
+inline double uniform(uint64_t seed, int64_t position) {
+    return (mix(mix(seed) + (uint64_t)(position + 1) * 0x9E3779B97F4A7C15) >> 11) * 0x1p-53;
+}
+
+// The first of the largest logits, or NOT_A_TOKEN where that is not finite or one is not a number.
+inline int largest(const float* logits, int vocab) {
+    const __m512 least = _mm512_set1_ps(-INFINITY);
+    __m512 most[4] = {least, least, least, least};
+    __mmask16 strange = 0;
+    for (int i = 0; i < vocab; i += 64)
+        for (int j = 0; j < 4; j++) {
+            __m512 v = _mm512_mask_loadu_ps(least, first_lanes(std::max(0, vocab - i - 16 * j)), logits + i + 16 * j);
+            strange |= _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+            most[j] = _mm512_max_ps(most[j], v);
+        }
+    float top = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_max_ps(most[0], most[1]), _mm512_max_ps(most[2], most[3])));
+    if (strange || !std::isfinite(top)) return NOT_A_TOKEN;
+    for (int i = 0;; i += 16) {
+        __m512 v = _mm512_mask_loadu_ps(least, first_lanes(vocab - i), logits + i);
+        if (__mmask16 here = _mm512_cmp_ps_mask(v, _mm512_set1_ps(top), _CMP_EQ_OQ)) return i + __builtin_ctz(here);
+    }
+}
+
+// e^x for x <= 0, within one unit in the last place: 2^n times the Taylor series of e^r for r in [-ln 2 / 2, ln 2 / 2].
+inline __m512d exponential(__m512d x) {
+    x = _mm512_max_pd(x, _mm512_set1_pd(-1100));  // from -746 on it is 0; infinities would make r no number
+    __m512d n = _mm512_roundscale_pd(_mm512_mul_pd(x, _mm512_set1_pd(0x1.71547652b82fep0)), _MM_FROUND_TO_NEAREST_INT);
+    __m512d r = _mm512_fnmadd_pd(n, _mm512_set1_pd(0x1.62e42fefa39efp-1), x);
+    r = _mm512_fnmadd_pd(n, _mm512_set1_pd(0x1.abc9e3b39803fp-56), r);
+    __m512d y = _mm512_set1_pd(1. / 6227020800);  // 1 / 13!
+    for (double factorial : {479001600., 39916800., 3628800., 362880., 40320., 5040., 720., 120., 24., 6., 2., 1., 1.})
+        y = _mm512_fmadd_pd(y, r, _mm512_set1_pd(1 / factorial));
+    return _mm512_scalef_pd(y, n);
+}
+
+inline uint64_t bits(double value) {
+    uint64_t number;
+    std::memcpy(&number, &value, sizeof number);
+    return number;
+}
+
+// Counts and sums of weights by their distance above `low`, both read as integers, in steps of 2^shift. A bucket
+// further up holds larger weights; the lowest takes all that is below `low` too.
+struct Histogram {
+    uint64_t low;
+    int shift;
+    int32_t counts[BUCKETS];
+    double sums[BUCKETS];
+
+    void clear(double least, double most) {
+        low = bits(least), shift = 0;
+        while ((bits(most) - low) >> shift >= BUCKETS) shift++;
+        std::fill_n(counts, BUCKETS, 0);
+        std::fill_n(sums, BUCKETS, 0.);
+    }
+    int bucket(double weight) const { return bits(weight) > low ? (int)((bits(weight) - low) >> shift) : 0; }
+    void add(double weight) {
+        int at = bucket(weight);
+        counts[at]++, sums[at] += weight;
+    }
+    // First and last of a bucket's weights, as integers.
+    uint64_t first(int bucket) const { return bucket ? low + ((uint64_t)bucket << shift) : 0; }
+    uint64_t last(int bucket) const { return low + ((uint64_t)(bucket + 1) << shift) - 1; }
+};
+
+// A place in the order of tokens: how many there are up to and with `id`, and their weight.
+struct Place {
+    int id, count;
+    double sum;
+};
+
+// One thread's memory for draws.
+struct Sampler {
+    Buffer<double> weights;   // (vocab up to a multiple of 8,) e^((logit - largest) / temperature), at the end zeros
+    Buffer<int32_t> members;  // (vocab + 8,) ids, rising, of the bucket that is being looked at
+    Histogram whole, part;
+    int vocab = 0;
+
+    void resize(int size) {
+        vocab = size;
+        weights.resize((size_t)(size + 7) / 8 * 8);
+        members.resize((size_t)size + 8);
+    }
+
+    // Weights of all tokens, and their histogram; the sum of them. `most`: the largest logit.
+    double weigh(const float* logits, float most, double temperature) {
+        const __m256 none = _mm256_set1_ps(-INFINITY), top = _mm256_set1_ps(most);
+        __m512d least = _mm512_set1_pd(1);
+        for (int i = 0; i < vocab; i += 8) {
+            __m256 v = _mm256_mask_loadu_ps(none, (__mmask8)first_lanes(vocab - i), logits + i);
+            __m512d below = _mm512_cvtps_pd(_mm256_sub_ps(v, top));  // in float32, as sampling.py
+            __m512d weight = exponential(_mm512_div_pd(below, _mm512_set1_pd(temperature)));
+            _mm512_storeu_pd(&weights[i], weight);
+            least = _mm512_min_pd(least, weight);
+        }
+        whole.clear(std::max(LEAST, _mm512_reduce_min_pd(least)), 1);
+        for (int i = 0; i < vocab; i++) whole.add(weights[i]);
+        double sum = 0;
+        for (int bucket = BUCKETS; bucket--;) sum += whole.sums[bucket];
+        return sum;
+    }
+
+    // The first place with a sum above `target` (not negative), or place number `limit` (at least 1) if that is before.
+    Place find(int limit, double target) {
+        Place at = {0, 0, 0};
+        int count = select(pass(whole, limit, target, at));
+        while (count > FEW_TOKENS) {
+            double least = 1, most = 0;
+            for (int i = 0; i < count; i++) {
+                least = std::min(least, weights[members[i]]);
+                most = std::max(most, weights[members[i]]);
+            }
+            if (least == most) break;
+            part.clear(least, most);
+            for (int i = 0; i < count; i++) part.add(weights[members[i]]);
+            count = narrow_to(pass(part, limit, target, at), count);
+        }
+        if (count <= FEW_TOKENS)  // or they are all equal, and in order
+            std::sort(&members[0], &members[count], [&](int a, int b) {
+                return weights[a] > weights[b] || (weights[a] == weights[b] && a < b);
+            });
+        for (int i = 0;; i++) {
+            at = {members[i], at.count + 1, at.sum + weights[members[i]]};
+            // A bucket's sum is rounded otherwise than its tokens one by one, which may just fail to pass the target.
+            if (at.sum > target || at.count == limit || i == count - 1) return at;
+        }
+    }
+
+    // The bucket in which `limit` or `target` is reached. Adds to `at` what comes before. The lowest bucket, which is
+    // never empty, where rounding keeps the sum below a target that lies at the very end.
+    static int pass(const Histogram& all, int limit, double target, Place& at) {
+        int bucket = BUCKETS - 1;
+        for (; bucket > 0; bucket--) {
+            if (at.count + all.counts[bucket] >= limit || at.sum + all.sums[bucket] > target) break;
+            at.count += all.counts[bucket], at.sum += all.sums[bucket];
+        }
+        return bucket;
+    }
+
+    // Makes the members those of a bucket of `whole`; how many.
+    int select(int bucket) {
+        const __m512i first = _mm512_set1_epi64(whole.first(bucket)), last = _mm512_set1_epi64(whole.last(bucket));
+        const __m256i eight = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+        int count = 0;
+        for (int i = 0; i < vocab; i += 8) {
+            __m512i keys = _mm512_loadu_si512(&weights[i]);
+            __mmask8 in = _mm512_cmpge_epu64_mask(keys, first) & _mm512_cmple_epu64_mask(keys, last);
+            in &= (__mmask8)first_lanes(vocab - i);
+            if (!in) continue;
+            __m256i ids = _mm256_add_epi32(_mm256_set1_epi32(i), eight);
+            _mm256_storeu_si256((__m256i*)&members[count], _mm256_maskz_compress_epi32(in, ids));
+            count += __builtin_popcount(in);
+        }
+        return count;
+    }
+
+    // Keeps those of `count` members that are in a bucket of `part`; how many.
+    int narrow_to(int bucket, int count) {
+        auto end = std::remove_if(&members[0], &members[count],
+                                  [&](int id) { return part.bucket(weights[id]) != bucket; });
+        return (int)(end - &members[0]);
+    }
+};
+
+// The token at `position` of a sequence, given its logits, or NOT_A_TOKEN.
+inline int draw(const float* logits, const ms_sampling& how, int64_t position, Sampler& mine) {
+    int best = largest(logits, mine.vocab);
+    if (best == NOT_A_TOKEN || !(how.temperature > 0) || how.top_k == 1) return best;
+    double mass = mine.weigh(logits, logits[best], how.temperature);
+    int kept = how.top_k > 0 && how.top_k < mine.vocab ? (int)how.top_k : mine.vocab;
+    if (kept < mine.vocab) mass = mine.find(kept, INFINITY).sum;
+    if (how.top_p < 1) {
+        // The token that reaches the share is kept: the first above the number that comes before the share.
+        Place last = mine.find(kept, std::max(0., std::nextafter(how.top_p * mass, 0.)));
+        kept = last.count, mass = last.sum;
+    }
+    return mine.find(kept, uniform(how.seed, position) * mass).id;
+}
+
+}  // namespace

