@@ -13,7 +13,7 @@ SOURCES := src tests $(wildcard bench loadgen)
 
 .DEFAULT_GOAL := check
 .PHONY: help up setup setup-test check lint test fix wheel clean peers \
-	bench-engine bench-quality bench-cluster bench-frontend bench-loadgen bench-peers
+	bench-engine bench-quality bench-cluster bench-mempool bench-frontend bench-loadgen bench-peers
 
 help:
 	@echo 'make up            set up, then serve $$CONFIG (configs/demo.toml); ARGS="--set frontend.port=8123"'
@@ -24,6 +24,7 @@ help:
 	@echo 'make bench-engine    speed of the engine beside what the machine can do'
 	@echo 'make bench-quality   what bfloat16 and int8 cost in quality, on real text'
 	@echo 'make bench-cluster   memory, idle CPU, latency and throughput of a whole cluster'
+	@echo 'make bench-mempool   match, insert, acquire, swaps; ARGS="--ttft" adds time to first token by cached share'
 	@echo 'make bench-frontend  the control plane alone, on an engine that answers at once'
 	@echo 'make bench-loadgen   how many streams and events the load generator takes on one core'
 	@echo 'make peers           install the servers that memserve is compared with; ARGS="FOLDER --only llama-server"'
@@ -74,6 +75,9 @@ bench-quality: setup
 
 bench-cluster: setup-test
 	$(BIN)/python bench/cluster.py $(ARGS)
+
+bench-mempool: setup
+	$(BIN)/python bench/mempool.py $(ARGS)
 
 bench-frontend: setup-test
 	$(BIN)/python bench/frontend.py $(ARGS)
