@@ -189,14 +189,14 @@ class Outgoing:
         if one is None or one.state not in (_State.OFFERING, _State.WRITING) or not one.order.fed:
             return  # it ended meanwhile
         try:
-            one.coverage.add_all(pieces)
+            new = tuple(piece for piece in pieces if one.coverage.add(piece))
         except ValueError as error:
             self._give_up(number, Failure.REFUSED, str(error))
             return
-        if one.state is _State.WRITING:
-            self._actions.append(Feed(number, pieces))
-        else:
-            one.announced += pieces
+        if one.state is _State.OFFERING:
+            one.announced += new
+        elif new:
+            self._actions.append(Feed(number, new))
 
     # ---- the receiver's answers ------------------------------------------------------------------------------
 

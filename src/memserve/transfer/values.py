@@ -14,7 +14,7 @@ by_request   one K or V    every block by itself, the paper's ``2 * layers`` ope
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import attrs
 
@@ -258,8 +258,3 @@ class Coverage:
         self._missing -= new
         self._there[start : start + piece.pages] = b"\1" * piece.pages
         return new > 0
-
-    def add_all(self, some: Iterable[Piece]) -> None:
-        """Count pieces in. Raises ValueError at the first that is not of this transfer."""
-        for piece in some:
-            self.add(piece)
