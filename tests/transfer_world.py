@@ -342,7 +342,9 @@ class World:
         """Tell everybody that an actor is gone, true or not."""
         for other in list(self.shards.values()):
             if other.id != actor:
-                self.at(min(self.delay() * 10, 20.0), lambda other=other: other.tell("scheduler", Gone((actor,))))
+                self.at(
+                    min(self.delay() * 10, 20.0), lambda other=other: other.tell("scheduler", Gone((actor,)))
+                )
 
     def pause(self, actor: str, seconds: float) -> None:
         """SIGSTOP, and SIGCONT later."""

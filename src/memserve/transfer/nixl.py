@@ -54,8 +54,7 @@ class NixlAgent:
     _registered: Any = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        from nixl._api import nixl_agent, nixl_agent_config
-        from nixl._bindings import nixl_thread_sync_t
+        from nixl._api import nixl_agent, nixl_agent_config, nixl_thread_sync_t
 
         # Connecting may take long, so it happens in a thread while the loop polls other transfers.
         sync = nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT
