@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constr
 SOURCES := src tests $(wildcard bench loadgen)
 
 .DEFAULT_GOAL := check
-.PHONY: help up setup setup-test check lint test fix bench-engine bench-cluster wheel clean
+.PHONY: help up setup setup-test check lint test fix bench-engine bench-cluster bench-transfer wheel clean
 
 help:
 	@echo 'make up            set up, then serve $$CONFIG (configs/demo.toml); ARGS="--set frontend.port=8123"'
@@ -22,6 +22,7 @@ help:
 	@echo 'make fix           let ruff repair what it can'
 	@echo 'make bench-engine  speed of the engine beside what the machine can do'
 	@echo 'make bench-cluster memory, idle CPU, latency and throughput of a whole cluster'
+	@echo 'make bench-transfer how fast pages move between two shards, every way there is'
 	@echo 'make wheel         build dist/memserve-*.whl'
 	@echo 'make clean         remove .venv and everything built'
 	@echo 'PYTHON=python3.12 make ...  another interpreter, 3.11 or later'
@@ -65,6 +66,9 @@ bench-engine: setup
 
 bench-cluster: setup-test
 	$(BIN)/python bench/cluster.py $(ARGS)
+
+bench-transfer: setup
+	$(BIN)/python bench/transfer.py $(ARGS)
 
 wheel: setup-test
 	$(BIN)/python -m build --wheel
