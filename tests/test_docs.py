@@ -21,7 +21,7 @@ OUTSIDE = {"cluster.toml", "logs/"}
 """Files that users have, not the repository."""
 WALKS = (
     ROOT / "README.md",
-    *(DOCS / f"{name}.md" for name in ("one-request", "operations", "configuration", "models")),
+    *(DOCS / f"{name}.md" for name in ("one-request", "operations", "configuration", "models", "transfers")),
 )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import attrs
 import pytest
 import trio
@@ -14,6 +16,11 @@ from movers import GEOMETRY, PAGES, PATHS, pair
 pytestmark = pytest.mark.parametrize("path", PATHS)
 
 SCATTERED = ([7, 8, 9, 3, 30, 2, 39, 0], [1, 2, 3, 9, 8, 7, 0, 39])
+
+
+def mappings(name):
+    """How often a memfd is mapped here."""
+    return Path("/proc/self/maps").read_text().count(f"/memfd:{name} ")
 
 
 @pytest.fixture
@@ -139,6 +146,7 @@ async def test_what_is_known_of_a_receiver_can_be_forgotten(path, place):
         assert isinstance(await both.send(both.transfer([1], [2])), TransferDone)
         both.mover.forget(both.way)
         both.mover.forget(both.way)
+        assert path != "mapped" or mappings("memserve-b.1") == 1, "only its owner's is left"
         both.destination[:] = bytes(len(both.destination))
         again = both.transfer([3], [4])
         assert isinstance(await both.send(again), TransferDone)

@@ -28,6 +28,7 @@ from memserve.transfer.incoming import Incoming
 from memserve.transfer.messages import (
     Expect,
     Feed,
+    Forget,
     Order,
     Post,
     Ready,
@@ -50,7 +51,7 @@ from memserve.transfer.values import Geometry, Granularity, Piece
 GEOMETRY = Geometry(page_bytes=64_000, layers=8)
 PAGES = 64
 KINDS = {kind.__name__: kind for kind in (*messages.ToReceiver.__args__, *messages.ToSender.__args__)}
-MOVER_ACTIONS = (Write, Feed, StopWriting, Expect, StopReceiving)
+MOVER_ACTIONS = (Write, Feed, StopWriting, Forget, Expect, StopReceiving)
 TO_OUTGOING = (*messages.ToSender.__args__, Gone, Order, Ready, Withdraw, Wrote, WriteFailed)
 TO_INCOMING = (*messages.ToReceiver.__args__, Gone, Received, ReceiveFailed)
 

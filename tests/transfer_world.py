@@ -19,6 +19,7 @@ from memserve.transfer.incoming import Incoming, LandingRefused
 from memserve.transfer.messages import (
     Expect,
     Feed,
+    Forget,
     Order,
     Post,
     Ready,
@@ -191,6 +192,8 @@ class Shard:
             case StopWriting(number):
                 if number in self.streams:
                     self.streams[number].stopped = True
+            case Forget(way):
+                assert way.address in self.world.shards
             case Expect():
                 self.expected[action.sender, action.id] = action
             case StopReceiving(sender, number):

@@ -34,9 +34,13 @@ class _Peer:
     address: int
     """Of its first byte, in this process."""
     users: int = 0
+    forgotten: bool = False
+    """Its shard is gone: the mapping ends with the last copy into it, or the dead arena's memory would stay."""
 
-    def close(self) -> None:
-        self.arena.close()
+    def release(self) -> None:
+        """Unmap it, if that is due."""
+        if self.forgotten and not self.users:
+            self.arena.close()
 
 
 @attrs.define(eq=False)
@@ -56,11 +60,11 @@ class MappedMover:
         return await settle(transfer, deadline_s, partial(self._move, transfer, way, feed))
 
     def forget(self, way: Way) -> None:
-        """Unmap an arena, unless a copy into it is under way: then it goes when others need its place."""
-        peer = self._peers.get(way.address)
-        if peer is not None and not peer.users:
-            del self._peers[way.address]
-            peer.close()
+        """Unmap an arena: now, or when the last copy into it has ended."""
+        peer = self._peers.pop(way.address, None)
+        if peer is not None:
+            peer.forgotten = True
+            peer.release()
 
     async def _move(self, transfer: Transfer, way: Way, feed: PieceFeed) -> int:
         check_pages(transfer, self.memory.pages)
@@ -73,6 +77,7 @@ class MappedMover:
             return await self._copy_all(transfer, peer, feed)
         finally:
             peer.users -= 1
+            peer.release()
 
     async def _copy_all(self, transfer: Transfer, peer: _Peer, feed: PieceFeed) -> int:
         moved = 0
@@ -112,14 +117,12 @@ class MappedMover:
             if len(self._peers) <= ARENAS_MAX:
                 return
             if not peer.users:
-                del self._peers[address]
-                peer.close()
+                self.forget(Way("mapped", address))
 
     def close(self) -> None:
         """Unmap everything; no transfer may be under way."""
-        for peer in self._peers.values():
-            peer.close()
-        self._peers.clear()
+        for address in list(self._peers):
+            self.forget(Way("mapped", address))
 
 
 def _address(view: memoryview) -> int:

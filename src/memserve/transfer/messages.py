@@ -211,6 +211,13 @@ class StopWriting:
 
 
 @attrs.frozen
+class Forget:
+    """The receiver behind this way is gone: let go of what was kept for it, such as a mapping of its arena."""
+
+    way: Way
+
+
+@attrs.frozen
 class Expect:
     """Let this transfer's bytes in; answered by Received or ReceiveFailed, exactly once."""
 
@@ -236,5 +243,5 @@ class Report:
     result: Result
 
 
-OutgoingAction = Post | Write | Feed | StopWriting | Report
+OutgoingAction = Post | Write | Feed | StopWriting | Forget | Report
 IncomingAction = Post | Expect | StopReceiving | Kill

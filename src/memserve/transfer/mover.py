@@ -92,6 +92,9 @@ class Mover(Protocol):
     def forget(self, way: Way) -> None:
         """The receiver behind ``way`` is gone: let go of what was kept for it."""
 
+    def close(self) -> None:
+        """Let go of everything; no transfer is under way any more."""
+
 
 async def settle(transfer: Transfer, deadline_s: float, move: Callable[[], Awaitable[int]]) -> Result:
     """Run ``move``, which returns the bytes it moved, and make a result of whatever happens."""

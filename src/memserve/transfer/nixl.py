@@ -94,6 +94,12 @@ class NixlMover:
         if name is not None:
             self._raw.remove_remote_agent(name)
 
+    def close(self) -> None:
+        """Disconnect from everybody and let go of this process's arena."""
+        for data in list(self._peers):
+            self.forget(Way("nixl", "", data))
+        self.agent.close()
+
     @property
     def _raw(self) -> Any:
         return self.agent._agent

@@ -20,6 +20,7 @@ import attrs
 from memserve.messages import ActorId, Gone
 from memserve.transfer.messages import (
     Feed,
+    Forget,
     Order,
     OutgoingAction,
     Post,
@@ -94,6 +95,8 @@ class Outgoing:
     sending_max: int = 64
     """Transfers under way; one more is refused at once."""
     _sending: dict[int, _Sending] = attrs.field(factory=dict, init=False)
+    _ways: dict[ActorId, Way] = attrs.field(factory=dict, init=False)
+    """The last way to each living receiver; nobody unmaps a dead one's arena but who is told to."""
     _last_id: int = attrs.field(default=0, init=False)
     _actions: list[OutgoingAction] = attrs.field(factory=list, init=False)
 
@@ -227,6 +230,7 @@ class Outgoing:
             self._give_up(number, Failure.REFUSED, f"the receiver's grant is wrong: {error}")
             return
         one.state, one.repeat_at = _State.WRITING, math.inf
+        self._ways[order.to] = way
         self._actions.append(Write(transfer, way, order.deadline, order.fed))
         if one.announced:
             self._actions.append(Feed(number, tuple(one.announced)))
@@ -248,6 +252,8 @@ class Outgoing:
         for number, one in list(self._sending.items()):
             if one.order.to in actors:
                 self._give_up(number, Failure.PEER_GONE, f"{one.order.to} is gone")
+        for actor in actors & self._ways.keys():
+            self._actions.append(Forget(self._ways.pop(actor)))
 
     # ---- the mover's answers ---------------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """Does what the two transfer cores ask for: runs movers, lets transfers in, tells how each ended.
 
-Whoever owns the cores (a shard) gives every Write, Feed, StopWriting, Expect and StopReceiving to :attr:`perform`
+Whoever owns the cores (a shard) gives every Write, Feed, StopWriting, Forget, Expect and StopReceiving to :attr:`perform`
 and gets Wrote, WriteFailed, Received and ReceiveFailed back through ``tell``, always from a task of its own and never
 from within ``perform``, so that a core's turn is not entered twice.
 """
@@ -25,6 +25,7 @@ from memserve.transfer.mapped import MappedMover
 from memserve.transfer.messages import (
     Expect,
     Feed,
+    Forget,
     Received,
     ReceiveFailed,
     StopReceiving,
@@ -74,6 +75,7 @@ class TransferShell:
             Write: self._write,
             Feed: self._feed,
             StopWriting: self._stop_writing,
+            Forget: self._forget,
             Expect: self._expect,
             StopReceiving: self._stop_receiving,
         }
@@ -98,6 +100,11 @@ class TransferShell:
         one = self._writing.get(stop.id)
         if one is not None:
             one.scope.cancel()
+
+    def _forget(self, forget: Forget) -> None:
+        mover = self.movers.get(forget.way.path)
+        if mover is not None:
+            mover.forget(forget.way)
 
     async def _move(self, write: Write, one: _Writing) -> None:
         number = write.transfer.id
@@ -150,16 +157,16 @@ async def open_transfers(
     when ``[transfer] path`` names a path that this machine does not have.
     """
     memory = Memory(arena.memory, geometry)
-    async with trio.open_nursery() as nursery:
-        shell = TransferShell(memory, {}, (), None, tell, nursery)
-        try:
+    movers: dict[str, Mover] = {}
+    try:
+        async with trio.open_nursery() as nursery:
+            shell = TransferShell(memory, movers, (), None, tell, nursery)
             for path in chosen_paths(config.path, _available(config)):
                 await _OPEN[path](shell, config, arena, socket_path)
             yield shell
-        finally:
             nursery.cancel_scope.cancel()
-    for mover in shell.movers.values():
-        if isinstance(mover, MappedMover):
+    finally:
+        for mover in movers.values():
             mover.close()
 
 

@@ -57,6 +57,9 @@ class TcpMover:
     def forget(self, way: Way) -> None:
         """Nothing is kept for a receiver."""
 
+    def close(self) -> None:
+        """Nothing is kept at all."""
+
     async def _move(self, transfer: Transfer, way: Way, feed: PieceFeed) -> int:
         check_pages(transfer, self.memory.pages)
         sent = 0
