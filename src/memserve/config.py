@@ -87,6 +87,10 @@ a_name = matching(
     "[a-z][a-z0-9-]{0,31}", "be 1 to 32 characters: a lower-case letter, then letters, digits or '-'"
 )
 a_host = Rule("be an IP address or a host name, without a port", is_host)
+a_reachable_host = Rule(
+    "be an IP address or a host name, without a port, and not 0.0.0.0 or ::",
+    lambda value: is_host(value) and value not in ("0.0.0.0", "::"),
+)
 some_keys = Rule("hold keys of 1 to 256 printable ASCII characters without blanks, each once", are_keys)
 
 
@@ -233,6 +237,33 @@ class CacheConfig:
 
 
 @attrs.frozen(kw_only=True)
+class TransferConfig:
+    """``[transfer]``: how pages move between shards."""
+
+    path: str = setting(
+        "auto",
+        rule=one_of("auto", "mapped", "tcp", "nixl"),
+        help="auto: the fastest that both shards have; mapped: copies on one host; tcp: between any two; nixl: RDMA",
+    )
+    granularity: str = setting(
+        "aggregated",
+        rule=one_of("aggregated", "by_layer", "by_request"),
+        help="aggregated: whole pages; by_layer: each layer as soon as it is computed; by_request: block by block",
+    )
+    deadline_s: float = setting(
+        30.0,
+        unit="seconds",
+        rule=between(0.1, 3600),
+        help="a transfer that takes longer has failed: what it would have brought is computed again",
+    )
+    host: str = setting(
+        "127.0.0.1",
+        rule=a_reachable_host,
+        help="address that shards listen on for tcp transfers, and at which the others reach them",
+    )
+
+
+@attrs.frozen(kw_only=True)
 class BatchConfig:
     """``[batch]``: what one model step may hold."""
 
@@ -299,6 +330,7 @@ class Config:
     worker: tuple[WorkerConfig, ...] = setting(DEFAULT_WORKERS, help="worker processes, one table each")
     scheduler: SchedulerConfig = setting(SchedulerConfig(), help="who gets a request")
     cache: CacheConfig = setting(CacheConfig(), help="what is kept of finished requests")
+    transfer: TransferConfig = setting(TransferConfig(), help="how pages move between shards")
     batch: BatchConfig = setting(BatchConfig(), help="what one model step may hold")
     frontend: FrontendConfig = setting(FrontendConfig(), help="the HTTP surface")
     logging: LoggingConfig = setting(LoggingConfig(), help="where each run leaves its logs")
@@ -327,6 +359,7 @@ def section_types() -> dict[str, type[attrs.AttrsInstance]]:
         "worker": WorkerConfig,
         "scheduler": SchedulerConfig,
         "cache": CacheConfig,
+        "transfer": TransferConfig,
         "batch": BatchConfig,
         "frontend": FrontendConfig,
         "logging": LoggingConfig,
