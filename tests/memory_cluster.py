@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 import attrs
 import trio
 
-from memserve.actions import BatchDone, Deliver, Kill, RunBatch
+from memserve.actions import BatchDone, Copy, CopyDone, Deliver, Kill, RunBatch
 from memserve.actors.frontend import FrontendService
 from memserve.actors.loop import Shell
 from memserve.api.service import GenerationParams
@@ -23,7 +23,9 @@ from memserve.engine.batching import BatchLimits
 from memserve.engine.plans import BatchPlan, BatchResult
 from memserve.engine.worker import WorkerCore, WorkerSettings
 from memserve.journal import FrontendCore
+from memserve.mempool.addresses import Tier, slot, tier_of
 from memserve.mempool.pool import Pool
+from memserve.mempool.room import Capacity
 from memserve.mempool.shard import ShardCore
 from memserve.messages import ActorId, Member, Sampling
 from memserve.process import RestartNeeded
@@ -57,7 +59,7 @@ def reference(prompt: list[int], max_tokens: int, seed: int = 0) -> list[int]:
 class PageEngine:
     """A StepEngine on a list of pages that all workers of a shard share."""
 
-    arena: list[list[int]]
+    arena: dict[int, list[int]]
 
     def run(self, plan: BatchPlan) -> BatchResult:
         """Write the rows' tokens into their pages; draw from what the pages hold."""
@@ -96,9 +98,13 @@ class MemoryCluster:
     step_s: float = 0.01
     policy: str = "least_load"
     announce_deaths: bool = True
+    host_pages: int = 0
+    disk_pages: int = 0
+    copy_s: float = 0.02
+    """How long a copy between tiers takes; now and then a page from disk comes damaged."""
     bus: MemoryBus = attrs.field(factory=MemoryBus)
     actors: dict[str, Actor] = attrs.field(factory=dict)
-    arenas: dict[str, list[list[int]]] = attrs.field(factory=dict)
+    arenas: dict[str, dict[int, list[int]]] = attrs.field(factory=dict)
     incarnations: int = 0
 
     def _presence(self, link, kind: str, role: str = "", shard: str = "") -> Presence:
@@ -138,9 +144,28 @@ class MemoryCluster:
     async def shard(self, name: str = "s0") -> Actor:
         """A MemPoolShard with ``pages`` pages."""
         link = self._new_link(name)
-        self.arenas[link.actor] = [[0] * PAGE_TOKENS for _ in range(self.pages)]
-        core = ShardCore(Pool(self.pages, PAGE_TOKENS, 10.0, caching=self.retire != "none"))
-        return await self._start(name, link, core, Reporting(core, self._presence(link, "MemPoolShard")))
+        sizes = Capacity(self.pages, self.host_pages, self.disk_pages, 0.1, 0.2)
+        counts = zip(Tier, (sizes.device, sizes.host, sizes.disk), strict=True)
+        slots = [slot(tier, page) for tier, pages in counts for page in range(pages)]
+        self.arenas[link.actor] = {one: [0] * PAGE_TOKENS for one in slots}
+        presence = self._presence(link, "MemPoolShard")
+        caching = self.retire != "none"
+        core = ShardCore(Pool(sizes, PAGE_TOKENS, 10.0, caching=caching), schedulers=presence.schedulers)
+        actor = await self._start(name, link, core, Reporting(core, presence))
+        actor.shell.perform[Copy] = lambda action: self.nursery.start_soon(self._copy, actor, action)
+        return actor
+
+    async def _copy(self, shard: Actor, copy: Copy) -> None:
+        """Copies end late, and some of what was on disk is damaged; the pages are read when the copy ends."""
+        await trio.sleep(self.copy_s * (1 + copy.id % 3))
+        arena, bad = self.arenas[shard.id], []
+        for source, target, pages in copy.runs:
+            for i in range(pages):
+                damaged = tier_of(source) == Tier.DISK and (source + i) % 13 == 0
+                bad += [source + i] if damaged else []
+                arena[target + i][:] = [-1] * PAGE_TOKENS if damaged else arena[source + i]
+        shard.core.check()
+        shard.shell.tell(CopyDone(copy.id, tuple(bad)))
 
     async def worker(self, name: str, role: str, shard: str = "s0") -> Actor:
         """A worker of any role on ``shard``."""
@@ -248,6 +273,6 @@ async def generate(frontend: FrontendService, prompt: list[int], max_tokens: int
 async def baseline(cluster: MemoryCluster) -> None:
     """Wait until nothing is leased any more; fails when that does not come."""
     with trio.fail_after(60):
-        while cluster.pool().leased_pages or cluster.pool().leases:
+        while cluster.pool().leased_pages or len(cluster.pool().leases):
             await trio.sleep(0.05)
     cluster.check()

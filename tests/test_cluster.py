@@ -102,6 +102,31 @@ async def test_a_pool_too_small_for_all_serves_all(autojump_clock: MockClock, wo
         await baseline(cluster)
 
 
+@pytest.mark.parametrize("workers", [PD, BOTH, PD2])
+async def test_what_left_the_arena_comes_back(autojump_clock: MockClock, workers) -> None:
+    """Prompts that return after their pages went to host memory and disk, some of them damaged: the right tokens, less work."""
+    async with memory_cluster(*workers, pages=60, host_pages=30, disk_pages=200) as (cluster, frontend):
+        for order in (1, -1, 1):  # backwards finds the latest in host memory, forwards the oldest on disk
+            results: dict[int, list[int]] = {}
+
+            async def one(i: int, results: dict[int, list[int]], order: int) -> None:
+                await trio.sleep(i * order % 12 * 0.05)
+                results[i] = await generate(frontend, prompt(i, 60), 10)
+
+            async with trio.open_nursery() as nursery:
+                for i in range(12):
+                    nursery.start_soon(one, i, results, order)
+            assert results == {i: reference(prompt(i, 60), 10) for i in range(12)}
+        gauges = cluster.actors["s0"].core.gauges()
+        assert gauges["matched_host_tokens_total"] > 0
+        assert gauges["matched_disk_tokens_total"] > 0
+        assert gauges["bad_pages_total"] > 0
+        scheduler = cluster.actors["scheduler-0"].core
+        assert scheduler.index.is_whole(cluster.actors["s0"].id)
+        assert scheduler.index.events > 0
+        await baseline(cluster)
+
+
 async def test_a_request_larger_than_the_pool_is_refused(autojump_clock: MockClock) -> None:
     """What can never fit must not wait for ever."""
     async with memory_cluster(*BOTH, pages=10) as (cluster, frontend):
@@ -255,7 +280,8 @@ async def test_a_full_frontend_refuses(autojump_clock: MockClock) -> None:
 async def test_random_clients_and_kills(autojump_clock: MockClock, seed: int) -> None:
     """Clients that come, share prefixes and leave, a small pool, workers that die and return: all tokens right, no leak."""
     rng = random.Random(seed)
-    async with memory_cluster(*PD2, pages=rng.choice([60, 400]), rows=rng.choice([3, 8])) as (
+    tiers = {"host_pages": rng.choice([0, 30]), "disk_pages": rng.choice([0, 60])}
+    async with memory_cluster(*PD2, pages=rng.choice([60, 400]), rows=rng.choice([3, 8]), **tiers) as (
         cluster,
         frontend,
     ):

@@ -29,7 +29,7 @@ WALKS = (
     ROOT / "README.md",
     *(
         DOCS / f"{name}.md"
-        for name in ("one-request", "operations", "configuration", "models", "benchmarking", "transfers")
+        for name in ("one-request", "operations", "configuration", "models", "benchmarking", "mempool", "transfers")
     ),
 )
 

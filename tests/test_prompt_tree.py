@@ -1,15 +1,22 @@
 """The prefix index, against a plain dict from whole prefixes to pages."""
 
+import attrs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from index_mirror import Mirror
+from memserve.mempool.addresses import Tier, slot
+from memserve.mempool.nodes import Job, Move
 from memserve.mempool.prompt_tree import PromptTree
+from memserve.mempool.tree_audit import check_tree
 from memserve.tokens import pack
 
 PAGE = 2
 PAGE_BYTES = PAGE * 4
+HOST = slot(Tier.HOST, 0)
+"""Slots from here on are not in the device tier."""
 prompts = st.lists(st.integers(0, 1), max_size=14).map(pack)
 scopes = st.sampled_from(["anne", "bob"])
 
@@ -29,10 +36,12 @@ class TreeAgainstModel(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.tree = PromptTree(PAGE)
+        self.tree = PromptTree(PAGE, events=[])
         self.model: dict[tuple[str, bytes], int] = {}
         self.pins = {}
         self.fresh = 0
+        self.jobs = []
+        self.mirror = Mirror(PAGE_BYTES)
 
     def longest(self, scope, tokens):
         found = [prefix for prefix in prefixes(tokens) if (scope, prefix) in self.model]
@@ -84,18 +93,73 @@ class TreeAgainstModel(RuleBasedStateMachine):
         pages = list(range(self.fresh, self.fresh + len(more) // PAGE_BYTES))
         self.fresh += len(pages)
         already = len(self.longest(scope, before + more)) - len(before)
+        offered = dict(zip(prefixes(before + more)[len(before) // PAGE_BYTES :], pages, strict=True))
+        pinned, coming = self.pinned(), self.sources(inbound=True)
         found = self.tree.insert(pin, more, pages)
         assert found.already_tokens == already // 4
-        assert list(found.duplicates) == pages[: already // PAGE_BYTES]
-        for prefix, page in zip(prefixes(before + more)[len(before) // PAGE_BYTES :], pages, strict=True):
-            self.model.setdefault((scope, prefix), page)
+        duplicates, replaced = [], []
+        for prefix, page in offered.items():
+            there = self.model.setdefault((scope, prefix), page)
+            if there == page:
+                continue
+            if there >= HOST and ((scope, prefix) not in pinned or there in coming):
+                self.model[scope, prefix] = page
+                replaced.append(there)
+            else:
+                duplicates.append(page)
+        assert list(found.duplicates) == duplicates
+        assert sorted(found.replaced) == sorted(replaced)
         self.pins[pin] = (scope, before + more)
+
+    def sources(self, inbound):
+        """Slots under copy in one direction, whose result is still wanted."""
+        moves = [move for job in self.jobs for move in job.moves if move.node is not None]
+        return {page for move in moves if move.inbound == inbound for page in move.source}
+
+    def begin(self, nodes, tier):
+        """Start moving nodes to a tier, as the pool does."""
+        job = Job(len(self.jobs))
+        for node in nodes:
+            targets = [slot(tier, self.fresh + i) for i in range(len(node.pages))]
+            self.fresh += len(targets)
+            node.moving = Move(job, node, node.pages, targets)
+            job.moves.append(node.moving)
+            if tier:
+                self.tree.depart(node)
+        self.jobs.append(job)
+
+    @rule(n=st.integers(1, 6))
+    def move_out(self, n):
+        nodes = self.tree.coldest(n, Tier.DEVICE)
+        pages = {page for node in nodes for page in node.pages}
+        assert len(pages) <= n
+        assert not pages & {self.model[key] for key in self.pinned()} | pages & self.sources(inbound=False)
+        self.begin(nodes, Tier.HOST)
+
+    @precondition(lambda self: self.pins)
+    @rule(data=st.data())
+    def move_in(self, data):
+        pin = data.draw(st.sampled_from(list(self.pins)))
+        self.begin([node for node in pin.node.path() if node.tier and not node.moving], Tier.DEVICE)
+
+    @precondition(lambda self: self.jobs)
+    @rule(data=st.data())
+    def arrive(self, data):
+        job = self.jobs.pop(data.draw(st.integers(0, len(self.jobs) - 1)))
+        for move in job.moves:
+            if move.node is not None:
+                where = dict(zip(move.source, move.target, strict=True))
+                assert self.tree.arrive(move.node, move.target) == move.source
+                self.model = {key: where.get(page, page) for key, page in self.model.items()}
 
     @rule(n=st.integers(0, 8))
     def evict(self, n):
-        free = len(self.model) - len(self.pinned())
+        free = {page for key, page in self.model.items() if key not in self.pinned() and page < HOST}
         freed = self.tree.evict(n)
-        assert len(freed) == min(n, free)
+        gone = {page for page in freed if page < HOST}
+        assert gone <= free
+        assert len(gone) >= min(n, len(free))
+        assert len(gone) == len(freed) or len(gone) >= n  # more goes only with what it continued
         self.remove(freed)
 
     @rule(scope=scopes, tokens=prompts)
@@ -109,9 +173,15 @@ class TreeAgainstModel(RuleBasedStateMachine):
 
     @invariant()
     def agrees(self):
-        self.tree.check()
+        check_tree(self.tree)
         assert self.tree.pages_total == len(self.model)
-        assert self.tree.pinned_pages == len(self.pinned())
+        assert sum(self.tree.evictable) == len(self.model) - len(self.pinned())
+        self.mirror.apply(self.tree.events)
+        self.tree.events.clear()
+        assert self.mirror.prefixes() == {key: int(page >= HOST) for key, page in self.model.items()}
+        again = Mirror(PAGE_BYTES)
+        again.apply(list(self.tree.snapshot()))
+        assert again == attrs.evolve(self.mirror, next=0)
         for pin, (scope, tokens) in self.pins.items():
             assert pin.tokens == len(tokens) // 4
             assert self.tree.pages_of(pin) == self.pages(scope, tokens)
@@ -148,7 +218,7 @@ def test_eviction_goes_by_last_use(order, n):
     freed = tree.evict(n)
 
     assert [page // 2 for page in freed] == [i for i in age for _ in range(2)][:n]
-    tree.check()
+    check_tree(tree)
 
 
 def test_eviction_trims_the_tail_of_a_long_leaf():
@@ -158,7 +228,7 @@ def test_eviction_trims_the_tail_of_a_long_leaf():
 
     assert tree.evict(1) == [3]
     assert tree.match("anne", pack([1, 2, 3, 4, 5, 6, 7, 8])).pages == (0, 1, 2)
-    tree.check()
+    check_tree(tree)
 
 
 def test_a_pin_survives_a_split_below_it():
@@ -180,7 +250,7 @@ def test_a_chat_that_grows_page_by_page_stays_one_node():
     for page in range(100):
         tree.insert(pin, pack([page, page]), [page])
 
-    assert len(list(tree._walk(tree._roots["anne"]))) == 2
+    assert len(list(tree.nodes())) == 2
 
 
 def test_scopes_do_not_see_each_other():
@@ -202,7 +272,7 @@ def test_deleting_a_prompt_keeps_what_others_share():
     assert sorted(tree.delete("anne", pack([1, 2, 5, 6]))) == [2, 3]
     assert tree.match("anne", pack([1, 2, 3, 4])).pages == (0, 1)
     assert tree.delete("anne", pack([1])) == []  # no whole page: not a wish to delete everything
-    tree.check()
+    check_tree(tree)
 
 
 def test_deletions_leave_no_heap_entries_behind():
@@ -212,8 +282,8 @@ def test_deletions_leave_no_heap_entries_behind():
         store(tree, [i, i, i, i], [0, 1])
         tree.delete("anne", pack([i, i, i, i]))
 
-    tree.check()
-    assert len(tree._idle) < 4
+    check_tree(tree)
+    assert len(tree.lru[0]) < 4
     assert tree.pages_total == 0
 
 

@@ -11,21 +11,17 @@ from memserve.errors import PoolError
 from memserve.mempool.client import ShardCalls
 from memserve.mempool.pool import Pool
 from memserve.mempool.shard import ShardCore
-from memserve.messages import (
+from memserve.messages import Cluster, Gone, Load, Member, Planned
+from memserve.pool_messages import (
     Acquire,
     Acquired,
     Adopt,
     Adopted,
     Allocated,
     AllocMem,
-    Cluster,
     FreeMem,
-    Gone,
     Insert,
     Inserted,
-    Load,
-    Member,
-    Planned,
 )
 from memserve.tokens import pack
 
@@ -310,7 +306,7 @@ class ShardUnderFire(RuleBasedStateMachine):
 
     @invariant()
     def every_lease_is_known_to_its_owner(self):
-        assert self.shard.core.pool.leases == len(self.leases)
+        assert len(self.shard.core.pool.leases) == len(self.leases)
         waiting = self.shard.core.gauges()["waiting_acquires"]
         assert waiting == sum(len(calls) for calls in self.calls.values())
 

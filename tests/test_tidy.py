@@ -28,7 +28,17 @@ LOADGEN_CORES = {
 }  # fmt: skip
 
 LAYERS = {
-    "words": ("__init__", "errors", "tokens", "messages", "actions", "engine", "engine.plans"),
+    "words": (
+        "__init__",
+        "errors",
+        "identity",
+        "tokens",
+        "messages",
+        "pool_messages",
+        "actions",
+        "engine",
+        "engine.plans",
+    ),
     "cores": (
         "engine.worker",
         "engine.sequence",
@@ -58,7 +68,7 @@ LAYERS = {
         "engine.checkpoint",
     ),
     "engine": ("engine.*", "kernels*"),
-    "links": ("bus", "api*", "transfer*"),
+    "links": ("bus", "api*", "transfer*", "client"),
     "process": ("process", "lifecycle"),
     "actors": ("actors*",),
     "top": ("supervisor", "child", "cli", "__main__", "inspect", "show", "status"),

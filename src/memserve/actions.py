@@ -73,4 +73,22 @@ class Kill:
     pid: int
 
 
-Action = Send | Log | Stop | RunBatch | Deliver | Kill
+@attrs.frozen
+class Copy:
+    """Copy pages between the tiers of a shard; the end comes back to the core as :class:`CopyDone`, whatever happens."""
+
+    id: int
+    runs: tuple[tuple[int, int, int], ...]
+    """(first source slot, first target slot, pages): neighbours in one piece."""
+
+
+@attrs.frozen
+class CopyDone:
+    """Not an action but its answer: all that could be copied is."""
+
+    id: int
+    bad: tuple[int, ...] = ()
+    """Source slots whose bytes did not arrive: unreadable, damaged, or not writable to where they should go."""
+
+
+Action = Send | Log | Stop | RunBatch | Deliver | Kill | Copy

@@ -176,6 +176,29 @@ class PoolConfig:
         rule=between(2, 3600),
         help="a worker that is silent for so long loses its pages; heartbeats come each second",
     )
+    host_bytes: int = setting(
+        0,
+        unit="bytes",
+        parse=parse_size,
+        rule=between(0, 1 << 50),
+        help="memory beside each shard's arena for cached pages that leave it, taken at start; 0: none",
+    )
+    disk_bytes: int = setting(
+        0,
+        unit="bytes",
+        parse=parse_size,
+        rule=between(0, 1 << 50),
+        help="size of each shard's file for cached pages that leave its memory, taken at start; 0: none",
+    )
+    disk_path: str = setting("", help="directory for these files; unset: `[logging] dir`")
+    swap_low: float = setting(
+        0.05,
+        rule=between(0, 1),
+        help="cached pages begin to leave a tier when less than this share of it is free",
+    )
+    swap_high: float = setting(
+        0.1, rule=between(0, 1), help="and go on leaving until this share is free; not below swap_low"
+    )
 
 
 @attrs.frozen(kw_only=True)
@@ -416,6 +439,12 @@ class Resolved:
     runtime_dir: str
     """Sockets, lock and cluster.json; gone when the cluster is."""
     reasons: tuple[Reason, ...]
+    host_pages: int = 0
+    """Pages in each shard's host memory, beside its arena."""
+    disk_pages: int = 0
+    """Pages in each shard's file."""
+    disk_dir: str = ""
+    """Where those files are made."""
 
     @property
     def run_dir(self) -> str:

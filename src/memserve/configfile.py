@@ -26,6 +26,7 @@ from memserve.config import (
     DEFAULT_WORKERS,
     RESERVED_NAME,
     Config,
+    PoolConfig,
     RuleError,
     ShardConfig,
     WorkerConfig,
@@ -373,7 +374,17 @@ def suggest_key(word: str, cls: type) -> str:
 
 def cross_check(tree: Tree) -> list[Problem]:
     """Rules that need more than one table. They pass over what is malformed: that is reported already."""
-    return [*check_names(tree), *check_shards(tree)]
+    return [*check_names(tree), *check_shards(tree), *check_pool(tree)]
+
+
+def check_pool(tree: Tree) -> Iterator[Problem]:
+    """The watermarks are in order."""
+    pool = tree.get("pool")
+    if not isinstance(pool, dict):
+        return
+    low, high = pool.get("swap_low", PoolConfig().swap_low), pool.get("swap_high", PoolConfig().swap_high)
+    if isinstance(low, int | float) and isinstance(high, int | float) and low > high:
+        yield Problem("pool.swap_high", f"must not be below pool.swap_low ({show(low)}), not {show(high)}")
 
 
 def check_names(tree: Tree) -> Iterator[Problem]:

@@ -1,4 +1,5 @@
-"""Every message the actors exchange, and how it becomes bytes. Read this file to know what the system can say.
+"""Every message the actors exchange, and how it becomes bytes. Read this file to know what the system can say; the calls to a
+shard are in :mod:`memserve.pool_messages`.
 
 Frames on the wire: ``[sender identity (added by ZeroMQ), kind, body]``. ``kind`` is the class name behind
 a version byte, ``body`` its msgpack. Unknown body keys are ignored, so that a newer peer may add fields;
@@ -11,7 +12,9 @@ Who says what::
     prefill worker -> decode      Handoff                   decode -> prefill worker      HandoffTaken
     Frontend -> worker            Cancel                    everyone -> GlobalScheduler   Load
     worker -> MemPoolShard        Acquire, AllocMem, Insert, Adopt, FreeMem
-    MemPoolShard -> worker        Acquired, Allocated, Inserted, Adopted, PoolRefused
+    MemPoolShard -> worker        Acquired, Allocated, Inserted, Adopted, Freed, PoolRefused
+    any client -> MemPoolShard    those, Match, Delete, Evict, SwapOut, SwapIn, Prefetch, DescribePool
+    MemPoolShard -> scheduler     IndexDelta, IndexSnapshot scheduler -> MemPoolShard     IndexWanted
     GlobalScheduler -> everyone   Cluster, Gone
 
 Token fields are packed int32 (see :mod:`memserve.tokens`). Times in ``_ms`` are durations; ``_at`` are
@@ -20,22 +23,40 @@ seconds on the host's monotonic clock, comparable between the processes of one h
 
 from __future__ import annotations
 
-from typing import Any, NewType
+from typing import Any
 
 import attrs
 import msgspec
 
 from memserve.errors import PeerError
+from memserve.identity import ActorId as ActorId
+from memserve.identity import actor_name as actor_name
+from memserve.pool_messages import (
+    Acquire,
+    Acquired,
+    Adopt,
+    Adopted,
+    Allocated,
+    AllocMem,
+    Delete,
+    DescribePool,
+    Evict,
+    Freed,
+    FreeMem,
+    IndexDelta,
+    IndexSnapshot,
+    IndexWanted,
+    Insert,
+    Inserted,
+    Match,
+    PoolDescribed,
+    PoolRefused,
+    Prefetch,
+    SwapIn,
+    SwapOut,
+)
 
 PROTOCOL_VERSION = 1
-
-ActorId = NewType("ActorId", str)
-"""``name.incarnation``: two runs of one actor never share an id, so that the old one can be fenced off."""
-
-
-def actor_name(actor: ActorId) -> str:
-    """The configured name within an actor id."""
-    return actor.rpartition(".")[0]
 
 
 # ---- values that travel inside messages ---------------------------------------------------------------------
@@ -230,103 +251,6 @@ class Cancel:
     attempt: int
 
 
-# ---- pool calls ---------------------------------------------------------------------------------------------
-
-
-@attrs.frozen
-class Acquire:
-    """match + pin + alloc_mem: pages for all of ``tokens`` and ``extra_pages`` more, cached ones first.
-
-    Answered by Acquired (perhaps later, when pages come free) or PoolRefused. FreeMem with the same ``call``
-    as ``lease=0`` withdraws a waiting one.
-    """
-
-    call: int
-    scope: str
-    tokens: bytes
-    extra_pages: int
-
-
-@attrs.frozen
-class Acquired:
-    """A new lease. ``pages[i]`` holds tokens ``i * page_tokens`` onwards; the first ``cached_tokens`` are filled."""
-
-    call: int
-    lease: int
-    pages: tuple[int, ...]
-    cached_tokens: int
-
-
-@attrs.frozen
-class AllocMem:
-    """``pages`` more pages at the end of a lease's table, all or nothing."""
-
-    call: int
-    lease: int
-    pages: int
-
-
-@attrs.frozen
-class Allocated:
-    """The pages added to the lease."""
-
-    call: int
-    lease: int
-    pages: tuple[int, ...]
-
-
-@attrs.frozen
-class Insert:
-    """Retire whole pages of a lease into the index: ``tokens`` follow the ``start`` tokens retired before."""
-
-    call: int
-    lease: int
-    start: int
-    tokens: bytes
-
-
-@attrs.frozen
-class Inserted:
-    """How many of the inserted tokens the index already had, in other pages."""
-
-    call: int
-    already_tokens: int
-
-
-@attrs.frozen
-class Adopt:
-    """The sender takes over a lease that was handed to it."""
-
-    call: int
-    lease: int
-    previous: ActorId
-
-
-@attrs.frozen
-class Adopted:
-    """The lease is the sender's now."""
-
-    call: int
-    lease: int
-
-
-@attrs.frozen
-class FreeMem:
-    """End a lease: unpin what is indexed, free the rest. With ``lease=0``, withdraw the waiting Acquire ``call``."""
-
-    lease: int
-    call: int = 0
-
-
-@attrs.frozen
-class PoolRefused:
-    """A pool call that changed nothing, and why (a code of :class:`~memserve.errors.PoolError`)."""
-
-    call: int
-    code: str
-    message: str
-
-
 # ---- membership ---------------------------------------------------------------------------------------------
 
 
@@ -358,8 +282,9 @@ class Gone:
 
 Message = (
     Submit | Planned | Rejected | Prefill | Handoff | HandoffTaken | Tokens | Failed | Cancel
-    | Acquire | Acquired | AllocMem | Allocated | Insert | Inserted | Adopt | Adopted | FreeMem | PoolRefused
-    | Load | Cluster | Gone
+    | Acquire | Match | Acquired | AllocMem | Allocated | Insert | Inserted | Adopt | Adopted | FreeMem | Freed
+    | Delete | Evict | SwapOut | SwapIn | Prefetch | DescribePool | PoolDescribed | PoolRefused
+    | IndexDelta | IndexWanted | IndexSnapshot | Load | Cluster | Gone
 )  # fmt: skip
 
 _encode = msgspec.msgpack.Encoder().encode

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -130,12 +131,18 @@ def decide(config: Config, machine: Machine) -> Resolved:
         log_dir=machine.log_dir,
         runtime_dir=machine.runtime_dir,
         reasons=(),
+        host_pages=config.pool.host_bytes // page_bytes,
+        disk_pages=config.pool.disk_bytes // page_bytes,
+        disk_dir=str(
+            Path(config.pool.disk_path).expanduser().resolve() if config.pool.disk_path else machine.log_dir
+        ),
     )
     weights = weight_bytes(spec, config.model.stored)
     problems = [
         *context_problems(resolved),
         *memory_problems(config, weights, machine),
         *log_problems(machine),
+        *disk_problems(resolved),
     ]
     if problems:
         raise ConfigError("\n".join(problems))
@@ -175,13 +182,27 @@ def context_problems(resolved: Resolved) -> Iterator[str]:
 
 def memory_problems(config: Config, weights: int, machine: Machine) -> Iterator[str]:
     """Arenas are taken whole at start, so all of them and the weights must fit in memory now."""
-    arenas = sum(shard.memory for shard in config.shard)
+    arenas = sum(shard.memory + config.pool.host_bytes for shard in config.shard)
     if arenas + weights > machine.free_bytes:
+        with_host = " with pool.host_bytes" if config.pool.host_bytes else ""
         beside = f" beside the weights ({size(weights)})" if weights else ""
         yield (
             f"shard.memory must fit in the machine's free memory ({size(machine.free_bytes)}){beside}, "
-            f"not {size(arenas)} in all: lower it in one of the shards"
+            f"not {size(arenas)} in all{with_host}: lower it in one of the shards"
         )
+
+
+def disk_problems(resolved: Resolved) -> Iterator[str]:
+    """The files of the disk tier are taken whole at start, so all of them must have room now."""
+    needed = resolved.config.pool.disk_bytes * len(resolved.config.shard)
+    if not needed:
+        return
+    folder = Path(resolved.disk_dir)
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        yield f"pool.disk_path must be a directory that can be written, not {folder}"
+    elif (room := shutil.disk_usage(existing).free) < needed:
+        yield f"pool.disk_bytes must fit in the {size(room)} that are free in {folder}, not {size(needed)} in all"
 
 
 def log_problems(machine: Machine) -> Iterator[str]:
@@ -215,6 +236,15 @@ def reasons(resolved: Resolved, weights: int, machine: Machine) -> Iterator[Reas
         contexts = pages * page_tokens / resolved.max_context
         why = f"{size(shard.memory)} of memory: {pages * page_tokens} tokens, {contexts:.1f} full contexts"
         yield Reason(f"shard.{shard.name}", f"{pages} pages", why)
+    for tier, pages, where in (
+        ("host", resolved.host_pages, "memory"),
+        ("disk", resolved.disk_pages, resolved.disk_dir),
+    ):
+        if pages:
+            why = (
+                f"{size(pages * resolved.page_bytes)} in {where} for each shard: {pages * page_tokens} tokens"
+            )
+            yield Reason(f"pool.{tier}", f"{pages} pages", why)
     for worker in config.worker:
         why = threads_why(worker.threads, machine)
         yield Reason(f"worker.{worker.name}.threads", str(resolved.threads[worker.name]), why)

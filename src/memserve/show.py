@@ -179,4 +179,9 @@ def load(gauges: Mapping[str, float]) -> str:
         shown.append(
             f"pages {used:.0f} in use, {cached:.0f} cached, {gauges.get('pages_free', 0):.0f} free of {total:.0f}"
         )
+    shown += [
+        f"{tier} {gauges.get(f'{tier}_pages_indexed', 0):.0f} cached of {total:.0f}"
+        for tier in ("host", "disk")
+        if (total := gauges.get(f"{tier}_pages_total"))
+    ]
     return ", ".join(shown)

@@ -1,24 +1,35 @@
-"""The MemPoolShard: owns one arena of KV pages, says whose each page is, and hands the arena's memory to workers."""
+"""The MemPoolShard: owns one memory domain's KV pages, says whose each page is, copies them between tiers, and hands the
+memory of its arenas to workers and clients.
+
+:func:`open_shard` is a shard by itself, for a program that uses a pool and nothing else of memserve.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import select
 import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 
+import attrs
 import structlog
 import trio
 
-from memserve.actions import Kill
+from memserve.actions import Copy, CopyDone, Kill
 from memserve.actors.loop import Shell
 from memserve.actors.worker import introduce
 from memserve.bus import open_link
 from memserve.kernels.arena import Arena, serve_arena
+from memserve.kernels.page_store import DiskFile, PageStore
+from memserve.mempool.addresses import Home, Tier, tier_of
 from memserve.mempool.pool import Pool
+from memserve.mempool.room import Capacity
 from memserve.mempool.shard import ShardCore
-from memserve.messages import actor_name
+from memserve.messages import ActorId, actor_name
 from memserve.process import ActorContext
 from memserve.scheduling.presence import Reporting
 
@@ -28,34 +39,170 @@ KILL_S = 1.0
 """Longest wait for a killed process to be gone; it takes microseconds unless the kernel is in trouble."""
 
 
+@attrs.frozen(kw_only=True)
+class ShardSettings:
+    """What a shard is told at start."""
+
+    capacity: Capacity
+    """Pages of each tier."""
+    page_tokens: int
+    page_bytes: int
+    lease_s: float = 10.0
+    """A client that is silent for so long loses its leases."""
+    caching: bool = True
+    number: int = 0
+    """Its number in addresses: unique among the shards that a client uses."""
+    disk_dir: Path = Path(".")
+    """Where the disk tier's file is made."""
+
+
+# ---- the actor -----------------------------------------------------------------------------------------------
+
+
 async def main(context: ActorContext, *, task_status: trio.TaskStatus[None]) -> None:
     """Serve pool calls until told to drain; by then the supervisor has drained the workers."""
-    resolved = context.resolved
-    pages = resolved.shard_pages[context.name]
+    settings = settings_of(context)
     async with open_link(context.id, context.place.endpoint(context.id)) as link:
         presence = introduce(context, link)
-        config = resolved.config
-        caching = config.cache.mode != "off"
-        incarnation = int(context.incarnation, 16)
-        pool = Pool(
-            pages, config.pool.page_tokens, config.pool.lease_s, caching=caching, incarnation=incarnation
-        )
-        core = ShardCore(pool)
+        sockets = arena_sockets(context.id, settings, context.place.socket_path)
+        core = make_core(context.id, settings, sockets, presence.schedulers)
         shell = Shell(Reporting(core, presence), link)
-        shell.perform[Kill] = fence
         async with trio.open_nursery() as nursery:
             await nursery.start(shell.run)
-            # Prefaulting takes a second a GiB: in a thread, while heartbeats go out.
-            arena = await trio.to_thread.run_sync(Arena.create, context.id, pages, resolved.page_bytes)
-            await nursery.start(serve_arena, arena, context.place.socket_path(f"{context.id}.arena"))
-            log.info("arena ready", pages=pages, bytes=pages * resolved.page_bytes)
+            await nursery.start(keep_pages, shell, context.id, settings, sockets)
+            sizes = settings.capacity
+            log.info(
+                "arena ready",
+                pages=sizes.device,
+                bytes=sizes.device * settings.page_bytes,
+                host_pages=sizes.host,
+                disk_pages=sizes.disk,
+            )
             presence.become("ready")
             shell.turn()
             task_status.started()
             await context.lifeline.drain.wait()
             nursery.cancel_scope.cancel()
-        arena.close()
         core.check()
+
+
+def settings_of(context: ActorContext) -> ShardSettings:
+    """The shard's settings out of the configuration."""
+    resolved = context.resolved
+    pool = resolved.config.pool
+    device = resolved.shard_pages[context.name]
+    return ShardSettings(
+        capacity=Capacity(device, resolved.host_pages, resolved.disk_pages, pool.swap_low, pool.swap_high),
+        page_tokens=pool.page_tokens,
+        page_bytes=resolved.page_bytes,
+        lease_s=pool.lease_s,
+        caching=resolved.config.cache.mode != "off",
+        number=[shard.name for shard in resolved.config.shard].index(context.name),
+        disk_dir=Path(resolved.disk_dir),
+    )
+
+
+@asynccontextmanager
+async def open_shard(name: str, folder: Path, settings: ShardSettings) -> AsyncIterator[str]:
+    """A shard in this program, for a ``with`` block; its endpoint. ``folder``, for sockets, must have mode 0700."""
+    actor = ActorId(f"{name}.{secrets.token_hex(4)}")
+    endpoint = f"ipc://{folder / actor}.sock"
+    sockets = arena_sockets(actor, settings, lambda file: folder / file)
+    async with open_link(actor, endpoint) as link, trio.open_nursery() as nursery:
+        core = make_core(actor, settings, sockets, ())
+        shell = Shell(core, link)
+        await nursery.start(shell.run)
+        await nursery.start(keep_pages, shell, actor, settings, sockets)
+        yield endpoint
+        nursery.cancel_scope.cancel()
+
+
+# ---- its parts -----------------------------------------------------------------------------------------------
+
+
+def arena_sockets(actor: ActorId, settings: ShardSettings, place: Callable[[str], Path]) -> dict[Tier, Path]:
+    """Where the arena of each tier in memory is handed out."""
+    sockets = {Tier.DEVICE: place(f"{actor}.arena")}
+    if settings.capacity.host:
+        sockets[Tier.HOST] = place(f"{actor}.host.arena")
+    return sockets
+
+
+def make_core(
+    actor: ActorId, settings: ShardSettings, sockets: dict[Tier, Path], schedulers: tuple[ActorId, ...]
+) -> ShardCore:
+    """The core of one run of a shard."""
+    home = Home(settings.number, int(actor.rpartition(".")[2], 16))
+    pool = Pool(
+        settings.capacity, settings.page_tokens, settings.lease_s, caching=settings.caching, home=home
+    )
+    arenas = tuple(str(sockets.get(tier, "")) for tier in Tier)
+    return ShardCore(pool, schedulers=schedulers, page_bytes=settings.page_bytes, arenas=arenas)
+
+
+async def keep_pages(
+    shell: Shell,
+    actor: ActorId,
+    settings: ShardSettings,
+    sockets: dict[Tier, Path],
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Hold the bytes of all tiers, hand out the arenas, copy what the core says; until cancelled.
+
+    Raises UserError when there is not enough memory, or no room on the disk.
+    """
+    ready = trio.Event()
+    copiers = Copiers(shell, ready)
+    shell.perform[Kill] = fence
+    async with trio.open_nursery() as nursery:
+        shell.perform[Copy] = lambda copy: nursery.start_soon(copiers.copy, copy)
+        # Prefaulting takes a second a GiB: in a thread, while heartbeats go out.
+        arenas, disk = await trio.to_thread.run_sync(allocate, actor, settings)
+        try:
+            memory = {tier: arena.memory for tier, arena in arenas.items()}
+            copiers.store = PageStore(settings.page_bytes, memory, disk)
+            for tier, arena in arenas.items():
+                await nursery.start(serve_arena, arena, sockets[tier])
+            ready.set()
+            task_status.started()
+            await trio.sleep_forever()
+        finally:
+            copiers.store = None
+            memory.clear()
+            for arena in arenas.values():
+                arena.close()
+            if disk is not None:
+                disk.close()
+
+
+def allocate(actor: ActorId, settings: ShardSettings) -> tuple[dict[Tier, Arena], DiskFile | None]:
+    """Everything that pages will be in. Blocks. Raises UserError when the machine has not enough."""
+    sizes, page_bytes = settings.capacity, settings.page_bytes
+    disk = DiskFile.create(settings.disk_dir, sizes.disk, page_bytes) if sizes.disk else None
+    pages = {Tier.DEVICE: sizes.device, Tier.HOST: sizes.host}
+    arenas = {tier: Arena.create(actor, n, page_bytes) for tier, n in pages.items() if n}
+    return arenas, disk
+
+
+@attrs.define(eq=False)
+class Copiers:
+    """Copies in threads: one for what a request waits for, one for what makes room, so that neither waits for the other."""
+
+    shell: Shell
+    ready: trio.Event
+    store: PageStore | None = None
+    _in: trio.CapacityLimiter = attrs.field(factory=lambda: trio.CapacityLimiter(1), init=False)
+    _out: trio.CapacityLimiter = attrs.field(factory=lambda: trio.CapacityLimiter(1), init=False)
+
+    async def copy(self, copy: Copy) -> None:
+        """Do one copy, and tell the core."""
+        await self.ready.wait()
+        assert self.store is not None, "pages are copied after the store was closed"
+        source, target, _ = copy.runs[0]
+        limiter = self._in if tier_of(target) < tier_of(source) else self._out
+        bad = await trio.to_thread.run_sync(self.store.copy, copy.runs, limiter=limiter)
+        self.shell.tell(CopyDone(copy.id, bad))
 
 
 def fence(kill: Kill) -> None:

@@ -12,7 +12,8 @@ import attrs
 from memserve.engine.outbox import Outbox
 from memserve.engine.sequence import Phase, Sequence
 from memserve.mempool.client import ShardCalls
-from memserve.messages import ActorId, FreeMem, Message
+from memserve.messages import ActorId, Message
+from memserve.pool_messages import FreeMem
 from memserve.tokens import span
 
 SHORTAGE_RETRY_S = 0.05

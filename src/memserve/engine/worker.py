@@ -23,22 +23,18 @@ from memserve.engine.paging import Paging
 from memserve.engine.sequence import Phase, Sequence
 from memserve.errors import PoolError
 from memserve.messages import (
-    Acquired,
     ActorId,
-    Adopted,
-    Allocated,
     Cancel,
     Failed,
     Gone,
     Handoff,
     HandoffTaken,
-    Inserted,
     Message,
-    PoolRefused,
     Prefill,
     Timings,
     TokenUpdate,
 )
+from memserve.pool_messages import Acquired, Adopted, Allocated, Inserted, PoolRefused
 from memserve.scheduling.presence import Presence
 from memserve.tokens import count, pack
 

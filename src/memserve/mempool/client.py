@@ -1,35 +1,41 @@
-"""A worker's side of the pool calls: numbers them, and remembers what each was for until it is answered."""
+"""The caller's side of the pool calls: numbers them, and remembers what each was for until it is answered."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
 
 import attrs
 
-from memserve.messages import Acquire, ActorId, Adopt, AllocMem, FreeMem, Insert
+from memserve.messages import ActorId
+from memserve.pool_messages import Acquire, Adopt, AllocMem, FreeMem, Insert
 
 Key = TypeVar("Key", bound=Hashable)
+Call = TypeVar("Call")
 
 
 @attrs.define
 class ShardCalls(Generic[Key]):
-    """Builds the messages to one shard. ``key`` is whatever the worker finds its request by.
+    """Builds the messages to shards. ``key`` is whatever the caller finds its request by.
 
     Numbers are never used twice within an incarnation: the shard takes a number that it knows for a repeat.
     """
 
     _last: int = attrs.field(default=0, init=False)
     _pending: dict[int, tuple[Key, bool]] = attrs.field(factory=dict, init=False)
-    """Call to (key, whether it is an Acquire)."""
+    """Call to (key, whether its answer may be a new lease)."""
 
     def __len__(self) -> int:
         """Calls without an answer."""
         return len(self._pending)
 
+    def ask(self, key: Key, make: Callable[[int], Call], *, grants: bool = False) -> Call:
+        """Any call; ``grants``: its answer may be a new lease."""
+        return make(self._number(key, grants))
+
     def acquire(self, key: Key, scope: str, tokens: bytes, extra_pages: int) -> Acquire:
         """Ask for a lease on pages for ``tokens`` and ``extra_pages`` more; the answer may take its time."""
-        return Acquire(self._number(key, acquire=True), scope, tokens, extra_pages)
+        return Acquire(self._number(key, grants=True), scope, tokens, extra_pages)
 
     def alloc(self, key: Key, lease: int, pages: int) -> AllocMem:
         """Ask for ``pages`` more pages of a lease."""
@@ -46,20 +52,20 @@ class ShardCalls(Generic[Key]):
     def answered(self, call: int) -> Key | None:
         """Whose call this answer ends; None when nobody waits for it.
 
-        Then, if it is an Acquired with a lease that the worker does not hold, the lease must be given back.
+        Then, if it is an Acquired with a lease that the caller does not hold, the lease must be given back.
         """
         key, _ = self._pending.pop(call, (None, False))
         return key
 
     def forget(self, key: Key) -> tuple[FreeMem, ...]:
-        """Stop waiting for every call of ``key``. Send what this returns: it withdraws its Acquires."""
+        """Stop waiting for every call of ``key``. Send what this returns: it withdraws those that may be granted."""
         ended = [call for call, (owner, _) in self._pending.items() if owner == key]
         withdrawn = tuple(FreeMem(lease=0, call=call) for call in ended if self._pending[call][1])
         for call in ended:
             del self._pending[call]
         return withdrawn
 
-    def _number(self, key: Key, acquire: bool = False) -> int:
+    def _number(self, key: Key, grants: bool = False) -> int:
         self._last += 1
-        self._pending[self._last] = (key, acquire)
+        self._pending[self._last] = (key, grants)
         return self._last

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 import attrs
 
 from memserve.errors import PoolError
-from memserve.mempool.prompt_tree import Pin
+from memserve.mempool.nodes import Pin
 from memserve.messages import ActorId
 
 
 @attrs.define(eq=False)
 class Lease:
-    """One request's pages. ``pages[i]`` holds tokens ``i * page_tokens`` onwards.
+    """One request's pages, as slots. ``pages[i]`` holds tokens ``i * page_tokens`` onwards.
 
     Who owns which page of the table, with R = ``retired_tokens // page_tokens``::
 
@@ -34,6 +34,12 @@ class Lease:
     retired_tokens: int
     kept: list[int] = attrs.field(factory=list)
     """Retired pages that stayed private: the index has their tokens in other pages, or caching is off."""
+    floor: int | None = None
+    """The slowest tier that its owner can use, while pinned pages of slower ones are brought in; None once all are there."""
+    requested_tokens: int = 0
+    """What it was asked for, for the counters."""
+    found_pages: tuple[int, ...] = (0, 0, 0)
+    """What was matched for it, by tier."""
 
     def private(self, page_tokens: int) -> list[int]:
         """The pages that nobody else can reach: they come free when the lease ends."""
@@ -85,7 +91,14 @@ class Leases:
         return lease
 
     def get(self, owner: ActorId, lease: int) -> Lease:
-        """The lease, if it is this owner's. Raises PoolError (UNKNOWN_LEASE, NOT_OWNER)."""
+        """The lease, if it is this owner's and at rest. Raises PoolError (UNKNOWN_LEASE, NOT_OWNER, MOVING)."""
+        held = self.any(owner, lease)
+        if held.floor is not None:
+            raise PoolError(PoolError.MOVING, f"pages of lease {lease} are being brought in")
+        return held
+
+    def any(self, owner: ActorId, lease: int) -> Lease:
+        """The same, at rest or not. Raises PoolError (UNKNOWN_LEASE, NOT_OWNER)."""
         held = self._by_id.get(lease)
         if held is None:
             raise PoolError(PoolError.UNKNOWN_LEASE, f"lease {lease} does not exist: it ended, or never was")

@@ -1,368 +1,442 @@
-"""The MemPool of one shard: pages, index and leases together, and the calls that move pages between them.
+"""The MemPool of one shard: pages, index, leases and copies together, and the calls that move pages between them.
 
-Every page is exactly one of
+In every tier each page is exactly one of
 
-    free      in :class:`Pages`
-    leased    private to one lease: being filled, or a duplicate of what the index holds
+    free      in :class:`~memserve.mempool.tiers.Tiers`
+    leased    private to one lease (being filled, or a duplicate of what the index holds), or to a copy that fills it
     indexed   in :class:`PromptTree`, pinned by any number of leases or by none (then it is evictable)
 
 and after every call ``free + leased + indexed == total``. A refused call raises PoolError and has changed
-nothing. The pool holds page numbers only: bytes are written and read by the workers that map the arena.
+nothing. The pool holds slots only (:mod:`memserve.mempool.addresses`): bytes are written and read by those who map the
+arenas, and copied between tiers by the shell, which does what :meth:`Pool.take_copies` says and answers.
+
 """
 
 from __future__ import annotations
 
-import attrs
+from collections.abc import Sequence
 
+from memserve.actions import Copy, CopyDone
 from memserve.errors import PoolError
+from memserve.mempool.addresses import Address, Home, Tier, tier_of
+from memserve.mempool.grants import Counters, Grant, Reclaimed
 from memserve.mempool.leases import Lease, Leases
-from memserve.mempool.pages import Pages
-from memserve.mempool.prompt_tree import Match, PromptTree
+from memserve.mempool.nodes import Match, Pin
+from memserve.mempool.prompt_tree import PromptTree
+from memserve.mempool.retiring import Retiring
+from memserve.mempool.room import Capacity, Room
 from memserve.messages import ActorId
 from memserve.tokens import TOKEN_BYTES, count, pages_for, span
 
 
-@attrs.frozen
-class Grant:
-    """A new lease.
-
-    ``pages[i]`` holds tokens ``i * page_tokens`` onwards; the first ``cached_tokens`` are filled.
-    """
-
-    lease: int
-    pages: tuple[int, ...]
-    cached_tokens: int
-
-
-@attrs.frozen
-class Reclaimed:
-    """What an owner left behind."""
-
-    owner: ActorId
-    leases: int
-    pages: int
-    """Pages that came free; the retired ones stay in the index."""
-
-
-@attrs.define
-class Counters:
-    """Running totals since the shard started."""
-
-    requested_tokens: int = 0
-    """Prompt tokens of all granted acquires."""
-    matched_tokens: int = 0
-    """Those of them that were cached."""
-    inserted_pages: int = 0
-    duplicate_pages: int = 0
-    """Retired pages whose tokens the index had in other pages."""
-    skipped_pages: int = 0
-    """Retired pages that were not indexed because caching is off."""
-    evicted_pages: int = 0
-    deleted_pages: int = 0
-    reclaimed_pages: int = 0
-    """Pages of leases that ended because their owner died or fell silent."""
-    expired_leases: int = 0
-    handed_over_pages: int = 0
-    handed_over_bytes_copied: int = 0
-    """Bytes of KV moved by hand-overs.
-
-    :meth:`Pool.adopt` moves none; whoever adds a copying path adds to this.
-    """
-
-
 class Pool:
-    """The calls of the paper's MemPool on one shard of ``pages`` pages of ``page_tokens`` tokens.
+    """The calls of the paper's MemPool on one shard.
 
     ``lease_s``: seconds an owner may be silent before it loses its leases. ``caching``: without it nothing is
-    matched and retired pages stay with their lease. ``incarnation``: a number of at most 32 bits drawn at
-    process start; lease ids carry it in their upper half, so that a lease of an earlier run is unknown rather
+    matched and retired pages stay with their lease. ``home``: the shard's number, and the incarnation of at most 32 bits
+    drawn at process start; lease ids carry it in their upper half, so that a lease of an earlier run is unknown rather
     than somebody else's.
     """
 
     def __init__(
-        self, pages: int, page_tokens: int, lease_s: float, *, caching: bool = True, incarnation: int = 0
+        self,
+        pages: int | Capacity,
+        page_tokens: int,
+        lease_s: float,
+        *,
+        caching: bool = True,
+        home: Home | None = None,
+        events: bool = False,
     ) -> None:
-        assert 0 <= incarnation < 2**32, f"incarnation {incarnation} does not fit 32 bits"
-        self.total = pages
+        home = home or Home(0, 0)
+        assert 0 <= home.incarnation < 2**32, f"incarnation {home.incarnation} does not fit 32 bits"
         self.page_tokens = page_tokens
         self.caching = caching
+        self.home = home
         self.counters = Counters()
-        self._pages = Pages(pages)
-        self._tree = PromptTree(page_tokens)
-        self._leases = Leases(lease_s, (incarnation << 32) + 1)
+        self.tree = PromptTree(page_tokens, [] if events else None)
+        self.room = Room(pages if isinstance(pages, Capacity) else Capacity(pages), self.tree)
+        self.total = self.room.capacity.device
+        self.leases = Leases(lease_s, (home.incarnation << 32) + 1)
+        self._retiring = Retiring(self.tree, caching)
+        self.loading: dict[int, Lease] = {}
+        """Leases whose pages are being brought in, by id."""
 
     # ---- the accounts --------------------------------------------------------------------------------------
 
     @property
     def free_pages(self) -> int:
-        """Pages that hold nothing."""
-        return self._pages.free_count
+        """Device pages that hold nothing."""
+        return self.room.free(Tier.DEVICE)
 
     @property
     def indexed_pages(self) -> int:
-        """Pages in the index, pinned or not."""
-        return self._tree.pages_total
+        """Device pages in the index, pinned or not."""
+        return self.tree.indexed[Tier.DEVICE]
 
     @property
     def evictable_pages(self) -> int:
-        """Pages in the index that no lease pins."""
-        return self._tree.evictable_pages
+        """Device pages in the index that no lease pins."""
+        return self.tree.evictable[Tier.DEVICE]
 
     @property
     def leased_pages(self) -> int:
-        """Pages private to a lease."""
-        return self.total - self.free_pages - self.indexed_pages
-
-    @property
-    def leases(self) -> int:
-        """How many leases there are."""
-        return len(self._leases)
+        """Device pages private to a lease, or to a copy."""
+        return self.room.leased(Tier.DEVICE)
 
     @property
     def deadline(self) -> float:
         """When :meth:`expire` must be called next; infinity when nobody is known."""
-        return self._leases.deadline
+        return self.leases.deadline
 
     # ---- granting ------------------------------------------------------------------------------------------
 
     def demand(self, tokens: bytes, extra_pages: int) -> int:
         """Pages that :meth:`acquire` would grant.
 
-        Raises PoolError (TOO_LARGE, NOT_WHOLE_PAGES) if it never could.
+        Raises PoolError (TOO_LARGE, NOT_WHOLE_PAGES, BAD_COUNT) if it never could.
         """
-        if len(tokens) % TOKEN_BYTES or extra_pages < 0:
-            raise PoolError(
-                PoolError.NOT_WHOLE_PAGES,
-                f"{len(tokens)} bytes of tokens and {extra_pages} extra pages: expected multiples of "
-                f"{TOKEN_BYTES} bytes and 0 pages or more",
-            )
-        need = pages_for(count(tokens), self.page_tokens) + extra_pages
+        if len(tokens) % TOKEN_BYTES:
+            raise _ragged(tokens)
+        need = pages_for(count(tokens), self.page_tokens) + _counted(extra_pages)
         self._fits(need)
         return need
 
     def acquire(
         self, owner: ActorId, scope: str, tokens: bytes, extra_pages: int, now: float
     ) -> Grant | None:
-        """match + pin + alloc_mem: pages for all of ``tokens`` and ``extra_pages`` more, all or nothing.
+        """match + pin + alloc_mem: device pages for all of ``tokens`` and ``extra_pages`` more, all or nothing.
 
-        At least one token is left to compute, so that there is a position to sample from. Evicts when free
-        pages are short. None when pages are short at present; raises PoolError when they always would be (see
-        :meth:`demand`).
+        At least one token is left to compute, so that there is a position to sample from. What is cached in slower
+        tiers is brought in: then the grant is not ``ready``. None when pages are short at present (some may be on their
+        way out); raises PoolError when they always would be (see :meth:`demand`).
         """
         need = self.demand(tokens, extra_pages)
-        pin = self._tree.pin(scope, self._matchable(tokens))
-        pages = self._tree.pages_of(pin)
-        fresh = self._take(need - len(pages))
-        if fresh is None:
-            self._tree.unpin(pin)
-            return None
-        lease = self._leases.open(owner, scope, pages + fresh, pin, now)
-        self.counters.requested_tokens += count(tokens)
-        self.counters.matched_tokens += pin.tokens
-        return Grant(lease.id, tuple(lease.pages), pin.tokens)
+        matchable = max(count(tokens) - 1, 0) // self.page_tokens * self.page_tokens
+        pin = self._pin(scope, span(tokens, 0, matchable), Tier.DEVICE)
+        return self._open(owner, scope, pin, need - pin.tokens // self.page_tokens, Tier.DEVICE, now, tokens)
 
-    def alloc_mem(self, owner: ActorId, lease: int, n: int, now: float) -> tuple[int, ...]:
+    def match(self, owner: ActorId, scope: str, tokens: bytes, now: float) -> Grant | None:
+        """The longest cached prefix in whole pages, pinned for the caller by a lease on just these pages.
+
+        Pages in host memory stay there; pages on disk, which nobody can read, are brought in. At most as many pages as the
+        device tier has. None when device pages for those on disk are short at present. Raises PoolError (NOT_WHOLE_PAGES).
+        """
+        if len(tokens) % TOKEN_BYTES:
+            raise _ragged(tokens)
+        # A longer prefix might never fit, and would wait at the head of the queue for ever.
+        pin = self._pin(scope, span(tokens, 0, self.total * self.page_tokens), Tier.HOST)
+        return self._open(owner, scope, pin, 0, Tier.HOST, now, tokens)
+
+    def alloc_mem(self, owner: ActorId, lease: int, n: int, now: float, tier: int = 0) -> tuple[int, ...]:
         """``n`` more pages at the end of a lease's table, all or nothing; renews the owner.
 
-        Raises PoolError (UNKNOWN_LEASE, NOT_OWNER, TOO_LARGE, NO_PAGES).
+        Never waits: evicts at once what is missing. Raises PoolError (UNKNOWN_LEASE, NOT_OWNER, MOVING, BAD_COUNT,
+        BAD_TIER, TOO_LARGE, NO_PAGES).
         """
-        held = self._leases.get(owner, lease)
-        if n < 0:
-            raise PoolError(
-                PoolError.NOT_WHOLE_PAGES, f"{n} pages asked for lease {lease}: expected 0 or more"
-            )
-        self._fits(len(held.pages) + n)
-        fresh = self._take(n)
-        if fresh is None:
-            raise PoolError(
-                PoolError.NO_PAGES,
-                f"lease {lease} asked for {n}: {self.free_pages} free, {self.evictable_pages} evictable",
-            )
-        self._leases.renew(owner, now)
+        held = self.leases.get(owner, lease)
+        where = self._leasable(tier)
+        self._fits(sum(tier_of(page) == tier for page in held.pages) + _counted(n), where)
+        fresh = self._taken(n, where)
+        self.leases.renew(owner, now)
         held.pages += fresh
         return tuple(fresh)
 
+    def alloc_new(self, owner: ActorId, scope: str, n: int, tier: int, now: float) -> Grant:
+        """``n`` pages of a tier under a lease of their own; otherwise as :meth:`alloc_mem`."""
+        where = self._leasable(tier)
+        self._fits(_counted(n), where)
+        fresh = self._taken(n, where)
+        lease = self.leases.open(owner, scope, fresh, self.tree.pin(scope, b""), now)
+        return Grant(lease.id, tuple(fresh), 0)
+
     # ---- index ---------------------------------------------------------------------------------------------
 
-    def insert(self, owner: ActorId, lease: int, start: int, tokens: bytes) -> int:
+    def insert(
+        self, owner: ActorId, lease: int, start: int, tokens: bytes, addresses: Sequence[Address] = ()
+    ) -> int:
         """Retire whole pages of a lease: ``tokens``, at position ``start``, are filled and will not change.
 
-        Answers how many of these tokens the index already had. Their pages stay private to the lease, which
-        goes on reading them; deeper new pages go below the ones that were there first. A repeat, or an
-        overlap with what was retired before, counts as already there. Raises PoolError (UNKNOWN_LEASE,
-        NOT_OWNER, NOT_CONTIGUOUS, NOT_WHOLE_PAGES).
+        ``addresses`` says which pages hold them, where that is not the table's order; the first of them may be pages
+        that the index holds for these tokens, as a match of the caller's found them. Answers how many of these tokens the
+        index already had. Their pages stay private to the lease, which goes on reading them, unless they are in a faster
+        tier than the index's. A repeat, or an overlap with what was retired before, counts as already there. Raises
+        PoolError (UNKNOWN_LEASE, NOT_OWNER, MOVING, NOT_CONTIGUOUS, NOT_WHOLE_PAGES, DOES_NOT_FIT, TOKENS_CHANGED,
+        FOREIGN_ADDRESS, STALE_ADDRESS, NOT_HELD).
         """
-        held = self._leases.get(owner, lease)
-        self._check_span(held, start, tokens)
-        repeated = min(held.retired_tokens - start, count(tokens))
-        fresh = span(tokens, repeated, count(tokens))
-        if not self.caching:
-            self._keep(held, fresh)
-            return 0
-        if repeated and not self._tree.spells(held.pin, start, span(tokens, 0, repeated)):
-            raise PoolError(
-                PoolError.NOT_CONTIGUOUS, f"lease {lease} retired other tokens at position {start} before"
-            )
-        return repeated + self._retire(held, fresh)
+        held = self.leases.get(owner, lease)
+        done = self._retiring.insert(held, start, tokens, self.home.slots(addresses))
+        self.room.give(done.replaced)
+        self.counters.inserted_pages += done.new_pages
+        self.counters.duplicate_pages += done.duplicate_pages
+        self.counters.skipped_pages += done.skipped_pages
+        return done.already_tokens
 
-    def match(self, scope: str, tokens: bytes) -> Match:
-        """The longest cached prefix at this moment. Nothing is pinned: :meth:`acquire` is what keeps it."""
-        return self._tree.match(scope, tokens) if self.caching else Match(0, ())
+    def peek(self, scope: str, tokens: bytes) -> Match:
+        """The longest cached prefix at this moment. Nothing is pinned: :meth:`match` is what keeps it."""
+        return self.tree.match(scope, tokens) if self.caching else Match(0, ())
 
     def delete(self, scope: str, tokens: bytes) -> int:
         """Drop a prompt and all that continues it, but for what is pinned or shared; the pages freed."""
-        pages = self._tree.delete(scope, tokens)
-        self._pages.give(pages)
+        pages = self.tree.delete(scope, tokens)
+        self.room.give(pages)
         self.counters.deleted_pages += len(pages)
         return len(pages)
 
-    def evict(self, n: int) -> int:
-        """Free up to ``n`` unpinned pages, least recently used leaves first; the pages freed."""
-        pages = self._tree.evict(n)
-        self._pages.give(pages)
-        self.counters.evicted_pages += len(pages)
-        return len(pages)
+    def evict(self, n: int, tier: int = Tier.DEVICE) -> int:
+        """Free up to ``n`` unpinned pages of a tier, least recently used leaves first; the pages freed.
+
+        Raises PoolError (BAD_COUNT, BAD_TIER).
+        """
+        return self.room.evict(_counted(n), self._existing(tier))
+
+    # ---- tiers ---------------------------------------------------------------------------------------------
+
+    def swap_out(self, n: int, tier: int = Tier.DEVICE) -> list[int]:
+        """Begin to move up to ``n`` unpinned pages, the least recently used, to the next tier; the copies begun.
+
+        Raises PoolError (BAD_COUNT, BAD_TIER) where there is no next tier.
+        """
+        where = self._existing(tier)
+        if self.room.swaps.below(where) is None:
+            raise PoolError(PoolError.BAD_TIER, f"pages of tier {where.name} have no slower tier to go to")
+        return self.room.send_out(where, _counted(n), urgent=True)
+
+    def swap_in(self, owner: ActorId, lease: int, now: float) -> Grant:
+        """Bring a lease's indexed pages into the device tier; they get new addresses there.
+
+        Never waits for pages, because the caller holds some that others may wait for. Raises PoolError (UNKNOWN_LEASE,
+        NOT_OWNER, MOVING, PINNED, NO_PAGES).
+        """
+        held = self.leases.get(owner, lease)
+        nodes = [node for node in held.pin.node.path() if node.tier > Tier.DEVICE]
+        if any(node.pins > 1 for node in nodes):
+            raise PoolError(
+                PoolError.PINNED, f"others hold pages of lease {lease} at their present addresses"
+            )
+        needed = sum(len(node.pages) for node in nodes)
+        slots = self.room.secure(needed)
+        if slots is None:
+            slots = self._taken(needed, Tier.DEVICE)
+        self.leases.renew(owner, now)
+        if nodes:
+            self.room.swaps.bring_in(nodes, slots)
+            self._load(held, Tier.DEVICE)
+        return self._grant(held)
+
+    def prefetch(self, owner: ActorId, scope: str, tokens: bytes, now: float) -> Grant | None:
+        """Bring a prefix in ahead of the acquire that will want it, if free pages suffice. End the lease when it is ready."""
+        slow = sum(tier_of(page) > Tier.DEVICE for page in self.peek(scope, tokens).pages)
+        if not 0 < slow <= self.free_pages:
+            return None
+        grant = self._open(owner, scope, self._pin(scope, tokens, Tier.DEVICE), 0, Tier.DEVICE, now, b"")
+        if grant is not None and grant.ready:  # others hold the slow pages where they are
+            self.free_mem(owner, grant.lease)
+            return None
+        return grant
+
+    def take_copies(self) -> list[Copy]:
+        """What the shell is to copy, once; each is answered by :meth:`copied`."""
+        return self.room.swaps.take_copies()
+
+    def copied(self, done: CopyDone) -> list[int]:
+        """A copy is over. Leases that waited for bytes which are lost have ended: their ids, to be asked for anew."""
+        ended = []
+        for node in self.room.swaps.finish(done):
+            for lease in [one for one in self.loading.values() if node in one.pin.node.path()]:
+                ended.append(lease.id)
+                self._close(lease)
+            if node.parent is not None:
+                self.room.give(self.tree.fell(node))
+        return ended
+
+    def settle(self) -> list[Grant]:
+        """Leases whose pages are all there by now."""
+        ready = []
+        for lease in list(self.loading.values()):
+            assert lease.floor is not None, "a lease at rest is filed as loading"
+            if not _slow(lease.pin, lease.floor):
+                del self.loading[lease.id]
+                lease.floor = None
+                self._reseat(lease)
+                ready.append(self._grant(lease))
+        return ready
 
     # ---- owners --------------------------------------------------------------------------------------------
 
     def adopt(self, owner: ActorId, lease: int, previous: ActorId, now: float) -> None:
         """Move a lease from ``previous`` to ``owner``; no page is touched. A repeat changes nothing.
 
-        Raises PoolError (UNKNOWN_LEASE, NOT_OWNER).
+        Raises PoolError (UNKNOWN_LEASE, NOT_OWNER, MOVING).
         """
-        if self._leases.owner_of(lease) == owner:
+        if self.leases.owner_of(lease) == owner:
             return
-        held = self._leases.get(previous, lease)
-        self._leases.move(held, owner, now)
+        held = self.leases.get(previous, lease)
+        self.leases.move(held, owner, now)
         self.counters.handed_over_pages += len(held.pages)
 
-    def free_mem(self, owner: ActorId, lease: int) -> int:
-        """End a lease: unpin what is indexed, free the rest; the pages freed.
+    def free_mem(self, owner: ActorId, lease: int, addresses: Sequence[Address] = ()) -> int:
+        """End a lease, or give some of its pages back: unpin what is indexed, free the rest; the pages freed.
 
-        Raises PoolError (UNKNOWN_LEASE, NOT_OWNER).
+        Pages that were retired go with the lease only. Raises PoolError (UNKNOWN_LEASE, NOT_OWNER; with addresses also
+        MOVING, FOREIGN_ADDRESS, STALE_ADDRESS, NOT_HELD, RETIRED).
         """
-        held = self._leases.get(owner, lease)
-        self._leases.close(held)
-        return self._release(held)
+        held = self.leases.any(owner, lease)
+        if addresses and not self._is_all_of(held, slots := self.home.slots(addresses)):
+            return self._give_back(self.leases.get(owner, lease), slots)
+        return self._close(held)
 
     def owner_of(self, lease: int) -> ActorId | None:
         """Who holds a lease; None when it has ended."""
-        return self._leases.owner_of(lease)
+        return self.leases.owner_of(lease)
 
     def renew(self, owner: ActorId, now: float) -> None:
         """The owner was heard from."""
-        self._leases.renew(owner, now)
+        self.leases.renew(owner, now)
 
     def expire(self, now: float) -> tuple[Reclaimed, ...]:
         """End the leases of owners silent for ``lease_s``; one entry an owner, with or without leases."""
-        reclaimed = tuple(self.drop_owner(owner) for owner in self._leases.silent(now))
+        reclaimed = tuple(self.drop_owner(owner) for owner in self.leases.silent(now))
         self.counters.expired_leases += sum(owner.leases for owner in reclaimed)
         return reclaimed
 
     def drop_owner(self, owner: ActorId) -> Reclaimed:
         """The owner is gone: end all of its leases."""
-        leases = self._leases.drop(owner)
+        leases = self.leases.drop(owner)
         pages = sum(self._release(lease) for lease in leases)
         self.counters.reclaimed_pages += pages
         return Reclaimed(owner, len(leases), pages)
 
-    def check(self) -> None:
-        """Assert that the parts are sound, that every page is in one place, and that the accounts balance."""
-        self._pages.check()
-        self._tree.check()
-        self._leases.check()
-        assert self._tree.pins == len(self._leases), f"{self._tree.pins} pins for {len(self._leases)} leases"
-        private = [page for lease in self._leases for page in lease.private(self.page_tokens)]
-        indexed = self._tree.all_pages()
-        assert len(set(private)) == len(private), "a page is private to two leases"
-        assert not set(private) & set(indexed), "a page is private to a lease and indexed"
-        balance = self.free_pages + len(private) + len(indexed)
-        assert balance == self.total, (
-            f"{self.free_pages} free + {len(private)} leased + {len(indexed)} indexed, not {self.total}"
-        )
-        for lease in self._leases:
-            self._check_lease(lease)
-
     # ---- inside --------------------------------------------------------------------------------------------
 
-    def _check_lease(self, lease: Lease) -> None:
-        retired = lease.retired_tokens // self.page_tokens
-        assert retired <= len(lease.pages), f"lease {lease.id} retired more pages than it has"
-        if not self.caching:
-            assert lease.kept == lease.pages[:retired], f"lease {lease.id} lost pages without caching"
-            assert not lease.pin.tokens, f"lease {lease.id} pins without caching"
-            return
-        assert lease.pin.tokens == lease.retired_tokens, f"lease {lease.id} does not pin all it retired"
-        kept = set(lease.kept)
-        own = [page for page in lease.pages[:retired] if page in kept]
-        assert own == lease.kept, f"lease {lease.id} keeps pages outside its retired part"
-        for page, canonical in zip(lease.pages, self._tree.pages_of(lease.pin), strict=False):
-            assert page == canonical or page in kept, (
-                f"lease {lease.id} reads page {page}, which it does not hold"
-            )
+    def _pin(self, scope: str, tokens: bytes, floor: Tier) -> Pin:
+        """Pin the longest cached prefix that can be had in tiers down to ``floor``.
 
-    def _fits(self, pages: int) -> None:
-        if pages > self.total:
-            raise PoolError(PoolError.TOO_LARGE, f"{pages} pages needed, and the whole pool has {self.total}")
+        It ends before pages that would have to be moved there, but are held by others at their present addresses.
+        """
+        pin = self.tree.pin(scope, tokens if self.caching else b"")
+        end = 0
+        for node in reversed(list(pin.node.path())):
+            if node.tier > floor and node.moving is None and node.pins > 1:
+                self.tree.unpin(pin)
+                return self.tree.pin(scope, tokens[:end])
+            end += len(node.key)
+        return pin
 
-    def _matchable(self, tokens: bytes) -> bytes:
-        """The whole pages before the last token, or nothing without caching."""
-        if not self.caching:
-            return b""
-        return span(tokens, 0, max(count(tokens) - 1, 0) // self.page_tokens * self.page_tokens)
+    def _open(
+        self, owner: ActorId, scope: str, pin: Pin, fresh: int, floor: Tier, now: float, asked: bytes
+    ) -> Grant | None:
+        """A lease on a pinned prefix and ``fresh`` device pages, which brings in what lies below ``floor``.
 
-    def _take(self, n: int) -> list[int] | None:
-        """``n`` free pages, evicting just as many as are missing; None when even that would not do."""
-        missing = n - self.free_pages
-        if missing > self.evictable_pages:
+        None, and the pin ended, when the device pages for that are short at present.
+        """
+        path = list(pin.node.path())
+        nodes = [node for node in reversed(path) if node.tier > floor and node.moving is None]
+        slots = self.room.secure(fresh + sum(len(node.pages) for node in nodes))
+        if slots is None:
+            self.tree.unpin(pin)
             return None
-        if missing > 0:
-            self.evict(missing)
-        return self._pages.take(n)
+        lease = self.leases.open(owner, scope, self.tree.pages_of(pin) + slots[:fresh], pin, now)
+        lease.requested_tokens = count(asked)
+        lease.found_pages = tuple(sum(len(n.pages) for n in path if n.tier == tier) for tier in Tier)
+        if _slow(pin, floor):
+            self.room.swaps.bring_in(nodes, slots[fresh:])
+            self._load(lease, floor)
+        return self._grant(lease)
 
-    def _check_span(self, lease: Lease, start: int, tokens: bytes) -> None:
-        page_bytes = self.page_tokens * TOKEN_BYTES
-        if len(tokens) % page_bytes or start % self.page_tokens:
+    def _load(self, lease: Lease, floor: Tier) -> None:
+        lease.floor = floor
+        self.loading[lease.id] = lease
+
+    def _grant(self, lease: Lease) -> Grant:
+        ready = lease.floor is None
+        if ready and lease.requested_tokens:
+            self.counters.requested_tokens += lease.requested_tokens
+            self.counters.matched_tokens += lease.retired_tokens
+            self.counters.matched_host_tokens += lease.found_pages[Tier.HOST] * self.page_tokens
+            self.counters.matched_disk_tokens += lease.found_pages[Tier.DISK] * self.page_tokens
+            lease.requested_tokens = 0
+        return Grant(lease.id, tuple(lease.pages), lease.retired_tokens, ready)
+
+    def _reseat(self, lease: Lease) -> None:
+        """Write the present slots of the pinned prefix into a lease's table, but for the pages that it keeps."""
+        kept = set(lease.kept)
+        for i, page in enumerate(self.tree.pages_of(lease.pin)):
+            if lease.pages[i] not in kept:
+                lease.pages[i] = page
+
+    def _is_all_of(self, lease: Lease, slots: Sequence[int]) -> bool:
+        return len(slots) == len(lease.pages) and set(slots) == set(lease.pages)
+
+    def _give_back(self, lease: Lease, slots: Sequence[int]) -> int:
+        """Free some of a lease's pages that it has not retired."""
+        retired = lease.retired_tokens // self.page_tokens
+        own, gone = set(lease.pages[retired:]), set(slots)
+        if not gone.isdisjoint(lease.pages[:retired]):
             raise PoolError(
-                PoolError.NOT_WHOLE_PAGES,
-                f"{len(tokens)} bytes of tokens at {start} are not whole pages of {self.page_tokens} tokens",
+                PoolError.RETIRED, f"pages that lease {lease.id} has retired go with the lease only"
             )
-        if not 0 <= start <= lease.retired_tokens:
+        if len(gone) < len(slots) or not gone <= own:
             raise PoolError(
-                PoolError.NOT_CONTIGUOUS,
-                f"insert at position {start}, but lease {lease.id} has retired {lease.retired_tokens} tokens",
+                PoolError.NOT_HELD, f"lease {lease.id} does not hold all of these pages, or not twice"
             )
-        if start + count(tokens) > len(lease.pages) * self.page_tokens:
-            raise PoolError(
-                PoolError.NOT_WHOLE_PAGES,
-                f"insert up to {start + count(tokens)}, but lease {lease.id} has {len(lease.pages)} pages",
-            )
+        lease.pages = [page for page in lease.pages if page not in gone]
+        self.room.give(list(slots))
+        return len(slots)
 
-    def _offered(self, lease: Lease, tokens: bytes) -> list[int]:
-        """The lease's own pages that ``tokens``, next to be retired, are in."""
-        first = lease.retired_tokens // self.page_tokens
-        return lease.pages[first : first + count(tokens) // self.page_tokens]
-
-    def _keep(self, lease: Lease, tokens: bytes) -> None:
-        """Retire ``tokens`` without indexing them."""
-        pages = self._offered(lease, tokens)
-        lease.kept += pages
-        lease.retired_tokens += count(tokens)
-        self.counters.skipped_pages += len(pages)
-
-    def _retire(self, lease: Lease, tokens: bytes) -> int:
-        """Put ``tokens`` into the index; how many of them were there already."""
-        pages = self._offered(lease, tokens)
-        found = self._tree.insert(lease.pin, tokens, pages)
-        lease.kept += found.duplicates
-        lease.retired_tokens += count(tokens)
-        self.counters.duplicate_pages += len(found.duplicates)
-        self.counters.inserted_pages += len(pages) - len(found.duplicates)
-        return found.already_tokens
+    def _close(self, lease: Lease) -> int:
+        self.leases.close(lease)
+        return self._release(lease)
 
     def _release(self, lease: Lease) -> int:
         """Return the pages and the pin of a lease that is no longer in the books."""
+        self.loading.pop(lease.id, None)
         private = lease.private(self.page_tokens)
-        self._pages.give(private)
-        self._tree.unpin(lease.pin)
+        self.room.give(private)
+        self.tree.unpin(lease.pin)
         return len(private)
+
+    def _taken(self, n: int, tier: Tier) -> list[int]:
+        slots = self.room.take(n, tier)
+        if slots is None:
+            free, evictable = self.room.free(tier), self.tree.evictable[tier]
+            raise PoolError(
+                PoolError.NO_PAGES,
+                f"{n} pages of tier {tier.name} asked for: {free} free, {evictable} evictable",
+            )
+        return slots
+
+    def _fits(self, pages: int, tier: Tier = Tier.DEVICE) -> None:
+        total = self.room.total(tier)
+        if pages > total:
+            raise PoolError(
+                PoolError.TOO_LARGE, f"{pages} pages needed, and tier {tier.name} has {total} in all"
+            )
+
+    def _existing(self, tier: int) -> Tier:
+        if tier not in self.room.tiers:
+            raise PoolError(PoolError.BAD_TIER, f"this shard has no tier {tier}")
+        return Tier(tier)
+
+    def _leasable(self, tier: int) -> Tier:
+        if tier == Tier.DISK:
+            raise PoolError(
+                PoolError.BAD_TIER, "pages on disk cannot be leased: nobody can write to them in place"
+            )
+        return self._existing(tier)
+
+
+def _ragged(tokens: bytes) -> PoolError:
+    text = f"{len(tokens)} bytes of tokens are no multiple of {TOKEN_BYTES}"
+    return PoolError(PoolError.NOT_WHOLE_PAGES, text)
+
+
+def _counted(n: int) -> int:
+    if n < 0:
+        raise PoolError(PoolError.BAD_COUNT, f"{n} pages: expected 0 or more")
+    return n
+
+
+def _slow(pin: Pin, floor: int) -> bool:
+    """Whether pages of a pinned prefix are not where they will stay: below ``floor``, or on their way up."""
+    return any(node.tier > floor or node.moving is not None for node in pin.node.path())

@@ -2,147 +2,80 @@
 
 Keys are packed int32 tokens (:mod:`memserve.tokens`) in whole pages; a child is found by the bytes of its
 first page, and a node's key is compared with one ``memcmp``, so no step of a look-up is a Python loop over
-tokens. Each scope has a root of its own: one tenant's look-up cannot reach another's nodes.
+tokens. Each scope has a root of its own: one tenant's look-up cannot reach another's nodes. A node's pages lie
+in one tier; moving a part of them splits it.
 
-Three rules hold the structure together:
+Four rules hold the structure together:
 
 * **Split keeps the old object as the suffix.** A new parent takes the front half and a copy of the pin count.
   Pins that were given out end at the old object, so they go on naming the same tokens.
-* **A pin covers its whole path.** Whatever is above a pinned node is pinned too, so the unpinned pages are
-  exactly those that eviction can reach from the leaves, and ``evictable_pages`` needs no walk.
+* **A pin covers its whole path.** Whatever is above a pinned node is pinned too, so below an unpinned node
+  nothing is pinned: it can go with all that continues it, and ``evictable`` needs no walk.
 * **A leaf that only the inserting pin holds grows in place.** A conversation that retires a page at a time
-  stays one node however long it gets. Eviction trims leaves from the tail, so long nodes do not make it
-  coarse.
+  stays one node however long it gets. Eviction takes the tail of a leaf, so long nodes do not make it coarse.
+* **What is pinned stays where it is**, but for pages that are brought in for those who pin them.
+
+With ``events`` on, every change is noted as an :class:`~memserve.messages.IndexEvent`.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterator, Sequence
 
 import attrs
 
+from memserve.mempool.addresses import Tier, tier_of
+from memserve.mempool.lru import Lru
+from memserve.mempool.nodes import Inserted, Match, Node, Pin, Root
+from memserve.pool_messages import IndexEvent
 from memserve.tokens import TOKEN_BYTES
-
-
-@attrs.define(eq=False)
-class Node:
-    """A run of whole pages below ``parent``. Private to this module."""
-
-    key: bytes
-    """Packed tokens; ``len(pages)`` whole pages of them."""
-    pages: list[int]
-    parent: Node | None
-    """None for a root, and for a node that left the tree."""
-    children: dict[bytes, Node] = attrs.field(factory=dict)
-    """By the bytes of each child's first page."""
-    pins: int = 0
-    """How many pins end here or below."""
-    last_use: int = 0
-    """The tree's use counter at the last touch; never more than the parent's."""
-    queued: bool = False
-    """Whether an entry of the eviction heap names this node. At most one does."""
-
-
-@attrs.define(eq=False)
-class Root(Node):
-    """The empty prefix of one scope."""
-
-    scope: str = ""
-
-
-@attrs.define(eq=False)
-class Pin:
-    """A claim on one prefix: none of its pages is evicted until :meth:`PromptTree.unpin`.
-
-    Owned by one lease.
-    """
-
-    _node: Node
-    tokens: int
-    """Length of the prefix, always whole pages."""
-
-
-@attrs.frozen
-class Match:
-    """The longest cached prefix of a prompt, as it was at the moment of asking."""
-
-    tokens: int
-    pages: tuple[int, ...]
-
-
-@attrs.frozen
-class Inserted:
-    """What :meth:`PromptTree.insert` found.
-
-    The caller still owns ``duplicates``; the index owns the other pages now.
-    """
-
-    already_tokens: int
-    duplicates: tuple[int, ...]
-    """The offered pages whose tokens the index holds in other pages; always the first of those offered."""
 
 
 @attrs.define
 class PromptTree:
-    """Token prefixes to pages, with pins and least-recently-used eviction.
-
-    Uses a counter of its own as clock.
-    """
+    """Token prefixes to pages, with pins and least-recently-used eviction. A counter of its own is its clock."""
 
     page_tokens: int
-    pages_total: int = attrs.field(default=0, init=False)
-    """Pages in the index, pinned or not."""
-    evictable_pages: int = attrs.field(default=0, init=False)
-    """Pages that no pin covers: :meth:`evict` can free every one of them."""
-    _page_bytes: int = attrs.field(init=False)
-    _roots: dict[str, Root] = attrs.field(factory=dict, init=False)
-    _pins: set[Pin] = attrs.field(factory=set, init=False)
+    events: list[IndexEvent] | None = None
+    """Changes since the owner took them last; None when nobody wants them."""
+    indexed: list[int] = attrs.field(factory=lambda: [0] * len(Tier), init=False)
+    """Pages in the index by tier, pinned or not."""
+    evictable: list[int] = attrs.field(factory=lambda: [0] * len(Tier), init=False)
+    """Those of them that no pin covers: :meth:`evict` can free every one."""
+    roots: dict[str, Root] = attrs.field(factory=dict, init=False)
+    pins: set[Pin] = attrs.field(factory=set, init=False)
+    """Those that have not ended."""
+    lru: tuple[Lru, ...] = attrs.field(factory=lambda: tuple(Lru(tier) for tier in Tier), init=False)
+    page_bytes: int = attrs.field(init=False)
+    """Bytes of a page's tokens."""
     _uses: int = attrs.field(default=0, init=False)
-    _idle: list[tuple[int, int, Node]] = attrs.field(factory=list, init=False)
-    """Heap of (use when queued, tie-break, leaf).
-
-    Entries are lazy: pinned, grown and touched nodes stay in until popped.
-    """
-    _pushes: int = attrs.field(default=0, init=False)
-    _dead: int = attrs.field(default=0, init=False)
-    """Heap entries whose node left the tree."""
+    _entries: int = attrs.field(default=0, init=False)
 
     def __attrs_post_init__(self) -> None:
         assert self.page_tokens >= 1, f"page_tokens must be at least 1, is {self.page_tokens}"
-        self._page_bytes = self.page_tokens * TOKEN_BYTES
-
-    @property
-    def pinned_pages(self) -> int:
-        """Pages that at least one pin covers."""
-        return self.pages_total - self.evictable_pages
-
-    @property
-    def pins(self) -> int:
-        """Pins that have not ended."""
-        return len(self._pins)
+        self.page_bytes = self.page_tokens * TOKEN_BYTES
 
     # ---- reading -------------------------------------------------------------------------------------------
 
     def match(self, scope: str, tokens: bytes) -> Match:
         """The longest cached prefix of ``tokens`` in whole pages. Counts as a use; changes nothing else."""
-        root = self._roots.get(scope)
+        root = self.roots.get(scope)
         if root is None:
             return Match(0, ())
         node, inside, at = self._descend(root, tokens)
         self._touch(node)
         pages = self._pages_to(node)
-        spare = (len(node.key) - inside) // self._page_bytes
+        spare = (len(node.key) - inside) // self.page_bytes
         return Match(at // TOKEN_BYTES, tuple(pages[: len(pages) - spare]))
 
     def pages_of(self, pin: Pin) -> list[int]:
-        """The pages of a pinned prefix, in token order."""
-        return self._pages_to(pin._node)
+        """The slots of a pinned prefix, in token order."""
+        return self._pages_to(pin.node)
 
     def spells(self, pin: Pin, start: int, tokens: bytes) -> bool:
         """Whether the pinned prefix has exactly ``tokens`` from position ``start`` on."""
         parts: list[bytes] = []
-        node, begin, position = pin._node, start * TOKEN_BYTES, pin.tokens * TOKEN_BYTES
+        node, begin, position = pin.node, start * TOKEN_BYTES, pin.tokens * TOKEN_BYTES
         while position > begin and node.parent is not None:
             parts.append(node.key)
             position -= len(node.key)
@@ -156,70 +89,123 @@ class PromptTree:
 
         Splits a node that matches in part.
         """
-        root = self._roots.get(scope)
+        root = self.roots.get(scope)
         if root is None:
-            root = self._roots[scope] = Root(key=b"", pages=[], parent=None, scope=scope)
+            root = self.roots[scope] = Root(key=b"", pages=[], parent=None, scope=scope)
         node, inside, at = self._descend(root, tokens)
         if inside < len(node.key):
-            node = self._split(node, inside)
+            node = self.split(node, inside)
         self._hold(node, until=None)
         self._touch(node)
         pin = Pin(node, at // TOKEN_BYTES)
-        self._pins.add(pin)
+        self.pins.add(pin)
         return pin
 
     def unpin(self, pin: Pin) -> None:
         """End a pin. Its pages stay in the index, evictable once no other pin covers them."""
-        assert pin in self._pins, f"a pin of {pin.tokens} tokens was ended twice"
-        self._pins.remove(pin)
-        self._touch(pin._node)
-        node: Node | None = pin._node
-        while node is not None:
+        assert pin in self.pins, f"a pin of {pin.tokens} tokens was ended twice"
+        self.pins.remove(pin)
+        self._touch(pin.node)
+        for node in pin.node.path():
             node.pins -= 1
             if not node.pins:
-                self.evictable_pages += len(node.pages)
-            node = node.parent
-        self._settle(pin._node)
+                self.evictable[node.tier] += len(node.pages)
+                self._settle(node)
 
     def insert(self, pin: Pin, tokens: bytes, pages: Sequence[int]) -> Inserted:
         """Add ``tokens``, in whole pages, right after the pinned prefix, and move the pin to their end.
 
-        Pages whose tokens are already in the index are handed back as duplicates; deeper ones go below the
-        nodes that were there first. ``pages`` must not be in the index.
+        Pages whose tokens are in the index already are handed back as duplicates, unless they are in a faster tier
+        than what is there and nobody pins that: then they take its place. ``pages`` must not be in the index.
         """
-        width = self._page_bytes
-        assert pin in self._pins, "insert with a pin that has ended"
-        assert len(tokens) == len(pages) * width, f"{len(tokens)} token bytes do not fill {len(pages)} pages"
-        node, inside, at = self._descend(pin._node, tokens)
+        assert pin in self.pins, "insert with a pin that has ended"
+        assert len(tokens) == len(pages) * self.page_bytes, (
+            f"{len(tokens)} token bytes do not fill {len(pages)} pages"
+        )
+        node, inside, at = self._descend(pin.node, tokens)
         if inside < len(node.key):
-            node = self._split(node, inside)
-        self._hold(node, until=pin._node)
-        pin._node = node
+            node = self.split(node, inside)
+        already = at // self.page_bytes
+        duplicates, replaced = self._improve(node, pin.node, pages[:already]) if already else ([], [])
+        self._hold(node, until=pin.node)
+        pin.node = node
         pin.tokens += len(tokens) // TOKEN_BYTES
-        already = at // width
         if at < len(tokens):
-            pin._node = self._grow(node, tokens[at:], pages[already:])
-        self._touch(pin._node)
-        return Inserted(at // TOKEN_BYTES, tuple(pages[:already]))
+            pin.node = self._extend(node, tokens[at:], pages[already:])
+        self._touch(pin.node)
+        return Inserted(at // TOKEN_BYTES, tuple(duplicates), tuple(replaced))
 
     # ---- taking pages out ----------------------------------------------------------------------------------
 
-    def evict(self, n: int) -> list[int]:
-        """Take up to ``n`` unpinned pages out, from the tails of the least recently used leaves.
+    def evict(self, n: int, tier: int = Tier.DEVICE) -> list[int]:
+        """Take unpinned pages out until ``n`` of ``tier`` are, from the tails of the least recently used leaves.
 
-        The caller owns them.
+        What continues a page goes with it, in whatever tier it is. The caller owns the pages returned.
         """
         freed: list[int] = []
-        while len(freed) < n and self._idle:
-            used, _, leaf = heapq.heappop(self._idle)
-            leaf.queued = False
-            if leaf.parent is None:
-                self._dead -= 1
-            elif used != leaf.last_use:
-                self._settle(leaf)  # used since it was queued: back in with its real age
-            elif not leaf.pins and not leaf.children:
-                freed += self._trim(leaf, n - len(freed))
+        goal = self.indexed[tier] - n
+        while self.indexed[tier] > goal and (leaf := self.lru[tier].pop()) is not None:
+            if leaf.pins or leaf.kin:
+                continue
+            spare = len(leaf.pages) - (self.indexed[tier] - goal)
+            if spare > 0:
+                self.split(leaf, spare * self.page_bytes)
+            freed += self.fell(leaf)
         return freed
+
+    def coldest(self, n: int, tier: int) -> list[Node]:
+        """Unpinned nodes of ``tier`` with ``n`` pages in all, or fewer, to be moved out; the least recently used.
+
+        The caller gives each of them a move by :meth:`depart` before it calls anything else.
+        """
+        chosen: list[Node] = []
+        passed: list[Node] = []
+        while n > 0 and (leaf := self.lru[tier].pop()) is not None:
+            if leaf.pins or leaf.kin:
+                continue
+            if leaf.moving is not None:
+                passed.append(leaf)
+                continue
+            if len(leaf.pages) > n:
+                self.split(leaf, (len(leaf.pages) - n) * self.page_bytes)
+            n -= len(leaf.pages)
+            chosen.append(leaf)
+        for leaf in (*passed, *chosen):
+            self._settle(leaf)
+        return chosen
+
+    def depart(self, node: Node) -> None:
+        """``node.moving`` was set to a way out: what it continues may follow it now."""
+        parent = node.parent
+        if parent is not None and parent.tier == node.tier:
+            parent.kin -= 1
+            self._settle(parent)
+
+    def stay(self, node: Node) -> None:
+        """Call off the way out of ``node``."""
+        assert node.moving is not None, "a node that does not move stays"
+        node.moving.abandon()
+        if node.parent is not None and node.parent.tier == node.tier:
+            node.parent.kin += 1
+
+    def arrive(self, node: Node, pages: list[int]) -> list[int]:
+        """The pages of ``node`` are in other slots now, all of one tier; the caller owns the old ones."""
+        old, parent = node.pages, node.parent
+        assert parent is not None, "a root has no pages to move"
+        if parent.tier == node.tier and not node.leaving:
+            parent.kin -= 1
+        if node.moving is not None:
+            node.moving.abandon()
+        self.lru[node.tier].forget(node)
+        self._account(node, -len(old))
+        node.pages, node.tier = pages, tier_of(pages[0])
+        self._account(node, len(pages))
+        node.kin = sum(child.tier == node.tier and not child.leaving for child in node.children.values())
+        parent.kin += parent.tier == node.tier
+        self._settle(node)
+        self._settle(parent)
+        self._note("moved", node, tier=node.tier)
+        return old
 
     def delete(self, scope: str, tokens: bytes) -> list[int]:
         """Take a prompt, and all that continues it, out of the index. The caller owns the pages returned.
@@ -227,16 +213,16 @@ class PromptTree:
         Pinned pages stay, and so does the part of the prompt's prefix that other prompts share. A tail of
         ``tokens`` that fills no page, or that was never cached, is ignored.
         """
-        root = self._roots.get(scope)
+        root = self.roots.get(scope)
         if root is None:
             return []
         node, inside, at = self._descend(root, tokens)
-        whole = len(tokens) // self._page_bytes * self._page_bytes
+        whole = len(tokens) // self.page_bytes * self.page_bytes
         if whole == 0 or (at < whole and inside < len(node.key)):
             return []
         if at == whole:
-            node = self._split(node, inside) if inside < len(node.key) else node
-            beyond = list(self._walk(node))[1:]
+            node = self.split(node, inside) if inside < len(node.key) else node
+            beyond = list(node.walk())[1:]
         else:
             beyond = []  # the prompt was cached in part; what hangs below that part are other prompts
         freed: list[int] = []
@@ -246,72 +232,34 @@ class PromptTree:
             parent = node.parent
             freed += self._drop(node)
             node = parent
-        self._sweep()
         return freed
+
+    def fell(self, node: Node) -> list[int]:
+        """Take an unpinned node and all that continues it out of the index. The caller owns the pages returned."""
+        assert not node.pins, "a pinned node is felled"
+        return [page for doomed in reversed(list(node.walk())) for page in self._drop(doomed)]
 
     # ---- the accounts --------------------------------------------------------------------------------------
 
+    @property
+    def pages_total(self) -> int:
+        """Pages in the index, of all tiers."""
+        return sum(self.indexed)
+
+    def nodes(self) -> Iterator[Node]:
+        """Every node, parents before their children."""
+        for root in self.roots.values():
+            yield from root.walk()
+
     def all_pages(self) -> list[int]:
-        """Every page in the index, in no particular order."""
-        return [page for root in self._roots.values() for node in self._walk(root) for page in node.pages]
-
-    def check(self) -> None:
-        """Assert every invariant of the tree; walks all of it."""
-        pins: dict[Node, int] = {}
-        for pin in self._pins:
-            path = list(self._path(pin._node))
-            assert isinstance(path[-1], Root), "a pin's node left the tree"
-            assert sum(len(node.key) for node in path) == pin.tokens * TOKEN_BYTES, (
-                "a pin does not end at its node's end"
-            )
-            for node in path:
-                pins[node] = pins.get(node, 0) + 1
-        nodes = [node for root in self._roots.values() for node in self._walk(root)]
-        for node in nodes:
-            assert node.pins == pins.pop(node, 0), f"{node.pins} pins counted wrongly"
-            self._check_node(node)
-        assert not pins, "a pinned root is not in the tree"
-        pages = [page for node in nodes for page in node.pages]
-        assert len(set(pages)) == len(pages) == self.pages_total, (
-            "a page is in the index twice, or the count is wrong"
-        )
-        free = sum(len(node.pages) for node in nodes if not node.pins)
-        assert free == self.evictable_pages, f"{free} pages are unpinned, {self.evictable_pages} counted"
-        self._check_heap(nodes)
-
-    def _check_node(self, node: Node) -> None:
-        assert len(node.key) == len(node.pages) * self._page_bytes, "a key does not fill its node's pages"
-        if isinstance(node, Root):
-            assert not node.key, "a root has tokens"
-            assert node.parent is None, "a root hangs below a node"
-            assert self._roots[node.scope] is node, "a root is filed under another scope"
-            assert node.pins or node.children, f"the empty root of scope {node.scope!r} was kept"
-        else:
-            assert node.key, "a node without pages was kept"
-        for first, child in node.children.items():
-            assert child.parent is node, "a child names another parent"
-            assert child.key[: self._page_bytes] == first, "a child is filed under another page"
-            assert child.pins <= node.pins, "a child is pinned more often than its parent"
-            assert child.last_use <= node.last_use, "a child was used after its parent"
-
-    def _check_heap(self, nodes: list[Node]) -> None:
-        queued = [leaf for _, _, leaf in self._idle]
-        assert len(set(queued)) == len(queued), "a leaf is queued twice"
-        assert sum(leaf.parent is None for leaf in queued) == self._dead, "dead heap entries are miscounted"
-        assert all(used <= leaf.last_use for used, _, leaf in self._idle), (
-            "a leaf is queued younger than it is"
-        )
-        waiting = set(queued)
-        for node in nodes:
-            assert node.queued == (node in waiting), "a node's queued flag is wrong"
-            if not isinstance(node, Root) and not node.pins and not node.children:
-                assert node in waiting, "an evictable leaf is not queued: it would never be evicted"
+        """Every slot in the index, in no particular order."""
+        return [page for node in self.nodes() for page in node.pages]
 
     # ---- inside --------------------------------------------------------------------------------------------
 
     def _descend(self, node: Node, tokens: bytes) -> tuple[Node, int, int]:
         """Follow ``tokens`` from the end of ``node``: (last node, bytes of its key, bytes of tokens)."""
-        width = self._page_bytes
+        width = self.page_bytes
         at = 0
         while (child := node.children.get(tokens[at : at + width])) is not None:
             node = child
@@ -326,7 +274,7 @@ class PromptTree:
 
         Bisection over slices compared in C: at most twice the differing part is read, however the two differ.
         """
-        width = self._page_bytes
+        width = self.page_bytes
         low, high = 1, min(len(key), len(tokens) - at) // width
         while low < high:
             middle = (low + high + 1) // 2
@@ -336,113 +284,167 @@ class PromptTree:
                 high = middle - 1
         return low * width
 
-    def _split(self, node: Node, at: int) -> Node:
-        """Give the first ``at`` bytes of ``node`` to a new parent, and return that.
+    def split(self, node: Node, at: int) -> Node:
+        """Give the first ``at`` bytes of ``node``, whole pages, to a new parent, and return that.
 
         ``node`` stays the suffix: pins end there.
         """
-        width = self._page_bytes
-        assert node.parent is not None, "a root cannot be split"
+        width = self.page_bytes
+        parent = node.parent
+        assert parent is not None, "a root cannot be split"
         assert 0 < at < len(node.key), f"cannot split a key of {len(node.key)} bytes at {at}"
-        front = Node(
-            node.key[:at], node.pages[: at // width], node.parent, pins=node.pins, last_use=node.last_use
-        )
-        node.parent.children[front.key[:width]] = front
+        front = Node(node.key[:at], node.pages[: at // width], parent, node.tier, self._entry())
+        front.pins, front.last_use = node.pins, node.last_use
+        parent.children[front.key[:width]] = front
         node.key, node.pages, node.parent = node.key[at:], node.pages[at // width :], front
         front.children[node.key[:width]] = node
+        if node.moving is not None:
+            front.moving = node.moving.split(front, at // width)
+        front.kin = int(not node.leaving)
+        self._note("split", node, parent=front.id, pages=at // width)
+        self._settle(front)
         return front
 
-    def _grow(self, node: Node, tokens: bytes, pages: Sequence[int]) -> Node:
-        """Put new pages after ``node``, which the inserting pin holds; the node they are in, held too."""
-        self.pages_total += len(pages)
-        if node.parent is not None and node.pins == 1 and not node.children:
+    def _extend(self, node: Node, tokens: bytes, pages: Sequence[int]) -> Node:
+        """Put new pages after ``node``, which the inserting pin holds; the last node they are in, held too."""
+        start = 0
+        while start < len(pages):
+            stop, tier = start + 1, tier_of(pages[start])
+            while stop < len(pages) and tier_of(pages[stop]) == tier:
+                stop += 1
+            key = tokens[start * self.page_bytes : stop * self.page_bytes]
+            node = self._grow(node, key, pages[start:stop], tier)
+            start = stop
+        return node
+
+    def _grow(self, node: Node, tokens: bytes, pages: Sequence[int], tier: int) -> Node:
+        """Put new pages of one tier after ``node``."""
+        self.indexed[tier] += len(pages)
+        alone = node.pins == 1 and not node.children and node.moving is None
+        if node.parent is not None and alone and node.tier == tier:
             node.key += tokens
             node.pages.extend(pages)
+            self._note("stored", node, tokens=tokens, tier=tier)
             return node
-        child = Node(tokens, list(pages), node, pins=1)
-        node.children[tokens[: self._page_bytes]] = child
+        child = Node(tokens, list(pages), node, tier, self._entry(), pins=1)
+        node.children[tokens[: self.page_bytes]] = child
+        node.kin += node.tier == tier
+        self._note("stored", child, parent=node.id, scope=self._scope(node), tokens=tokens, tier=tier)
         return child
+
+    def _improve(self, node: Node, until: Node, pages: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Offer ``pages`` to the nodes from below ``until`` to ``node``: (duplicates, pages that they replace)."""
+        duplicates: list[int] = []
+        replaced: list[int] = []
+        end = len(pages)
+        while node is not until:
+            tier, first = tier_of(pages[end - 1]), end - len(node.pages)
+            start = end - 1
+            while start > first and tier_of(pages[start - 1]) == tier:
+                start -= 1
+            if start > first:  # offered in several tiers: one node each
+                self.split(node, (start - first) * self.page_bytes)
+            offered = list(pages[start:end])
+            end = start
+            free = not node.pins or (node.moving is not None and node.moving.inbound)
+            if free and tier < node.tier:
+                replaced += self.arrive(node, offered)
+            else:
+                duplicates = offered + duplicates
+            assert node.parent is not None, "a pin's node is not above what was found below it"
+            node = node.parent
+        return duplicates, replaced
 
     def _hold(self, node: Node, until: Node | None) -> None:
         """Count one more pin on the path from ``node`` up to ``until``, which is not counted."""
         above: Node | None = node
         while above is not None and above is not until:
             if not above.pins:
-                self.evictable_pages -= len(above.pages)
+                self.evictable[above.tier] -= len(above.pages)
+                if above.leaving:
+                    self.stay(above)
             above.pins += 1
             above = above.parent
 
     def _touch(self, node: Node) -> None:
         self._uses += 1
-        for used in self._path(node):
-            used.last_use = self._uses
-
-    def _path(self, node: Node) -> Iterator[Node]:
-        """``node`` and everything above it, the root last."""
         above: Node | None = node
         while above is not None:
-            yield above
+            above.last_use = self._uses
             above = above.parent
 
     def _pages_to(self, node: Node) -> list[int]:
         """The pages of the whole path, the root's end first."""
-        runs = [above.pages for above in self._path(node)]
+        runs = []
+        above: Node | None = node
+        while above is not None:
+            runs.append(above.pages)
+            above = above.parent
         pages: list[int] = []
         for run in reversed(runs):
             pages += run
         return pages
 
-    def _walk(self, node: Node) -> Iterator[Node]:
-        """``node`` and everything below it, parents before their children."""
-        stack = [node]
-        while stack:
-            node = stack.pop()
-            yield node
-            stack.extend(node.children.values())
+    def _account(self, node: Node, pages: int) -> None:
+        self.indexed[node.tier] += pages
+        if not node.pins:
+            self.evictable[node.tier] += pages
 
     def _settle(self, node: Node) -> None:
-        """Note that ``node`` may have become idle: queue an evictable leaf, forget an empty root."""
-        if node.pins or node.children or node.queued:
+        """Note that ``node`` may have become idle: queue it if it can go next, forget an empty root."""
+        if node.pins or node.ticket:
             return
-        if isinstance(node, Root):
-            del self._roots[node.scope]
-        elif node.parent is not None:
-            self._pushes += 1
-            node.queued = True
-            heapq.heappush(self._idle, (node.last_use, self._pushes, node))
-
-    def _trim(self, leaf: Node, want: int) -> list[int]:
-        """Take up to ``want`` pages off the tail of an idle leaf."""
-        keep = len(leaf.pages) - want
-        if keep <= 0:
-            return self._drop(leaf)
-        freed = leaf.pages[keep:]
-        del leaf.pages[keep:]
-        leaf.key = leaf.key[: keep * self._page_bytes]
-        self.pages_total -= want
-        self.evictable_pages -= want
-        self._settle(leaf)
-        return freed
+        if node.parent is not None:
+            if not node.kin:
+                self.lru[node.tier].push(node)
+        elif isinstance(node, Root) and not node.children:
+            self.roots.pop(node.scope, None)
 
     def _drop(self, node: Node) -> list[int]:
-        """Take ``node`` out of the tree, unless it is pinned or others hang below it.
-
-        The caller owns its pages.
-        """
+        """Take ``node`` out of the tree, unless it is pinned or others hang below it; its pages, the caller's now."""
         parent = node.parent
         if parent is None or node.pins or node.children:
             return []
-        del parent.children[node.key[: self._page_bytes]]
+        del parent.children[node.key[: self.page_bytes]]
+        if parent.tier == node.tier and not node.leaving:
+            parent.kin -= 1
         node.parent = None
-        self._dead += node.queued
-        self.pages_total -= len(node.pages)
-        self.evictable_pages -= len(node.pages)
+        if node.moving is not None:
+            node.moving.abandon()
+        self.lru[node.tier].forget(node)
+        self._account(node, -len(node.pages))
+        self._note("removed", node)
         self._settle(parent)
         return node.pages
 
-    def _sweep(self) -> None:
-        """Rebuild the heap once most of it names nodes that are gone, so that deletions do not pile up."""
-        if 2 * self._dead > len(self._idle):
-            self._idle = [entry for entry in self._idle if entry[2].parent is not None]
-            heapq.heapify(self._idle)
-            self._dead = 0
+    # ---- events --------------------------------------------------------------------------------------------
+
+    def snapshot(self) -> Iterator[IndexEvent]:
+        """The whole index as events, each entry after the one that it continues."""
+        for root in self.roots.values():
+            for node in root.walk():
+                if node.parent is not None:
+                    yield IndexEvent("stored", node.id, node.parent.id, root.scope, node.key, node.tier)
+
+    def _entry(self) -> int:
+        self._entries += 1
+        return self._entries
+
+    def _note(
+        self,
+        kind: str,
+        node: Node,
+        parent: int = 0,
+        scope: str = "",
+        tokens: bytes = b"",
+        tier: int = 0,
+        pages: int = 0,
+    ) -> None:
+        if self.events is not None:
+            self.events.append(IndexEvent(kind, node.id, parent, scope, tokens, tier, pages))
+
+    def _scope(self, node: Node) -> str:
+        if node.parent is not None:
+            return ""
+        assert isinstance(node, Root), "a node left the tree"
+        return node.scope

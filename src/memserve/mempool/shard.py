@@ -3,78 +3,68 @@
 A call is known by ``(sender, call)`` and acted on once. A repeat gets the same answer again (as long as a
 granted lease lives) and never a second grant, which nobody would know to free.
 
-An Acquire that finds the pool short waits in one bounded queue, granted strictly in order: a large one is not
-overtaken for ever by small ones. AllocMem never waits, because the running request that asks already holds
-pages that others wait for.
+An Acquire or a Match that finds the pool short waits in one bounded queue, granted strictly in order: a large one is not
+overtaken for ever by small ones. One whose pages must be brought in leaves the queue with its pages
+reserved, and is answered when the copy is over; those behind it do not wait for that. AllocMem and SwapIn never
+wait for pages, because whoever asks already holds some that others wait for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import attrs
 
-from memserve.actions import Action, Kill, Log, Send
+from memserve.actions import Action, CopyDone, Kill, Log, Send
 from memserve.errors import PoolError
-from memserve.mempool.pool import Grant, Pool, Reclaimed
-from memserve.messages import (
+from memserve.mempool.addresses import Address, Tier
+from memserve.mempool.answers import Answer, Answers
+from memserve.mempool.audit import check_pool
+from memserve.mempool.gauges import pool_gauges
+from memserve.mempool.grants import Grant, Reclaimed
+from memserve.mempool.pool import Pool
+from memserve.mempool.publishing import Publisher
+from memserve.messages import ActorId, Cluster, Gone, Load, Message
+from memserve.pool_messages import (
     Acquire,
     Acquired,
-    ActorId,
     Adopt,
     Adopted,
     Allocated,
     AllocMem,
-    Cluster,
+    Delete,
+    DescribePool,
+    Evict,
+    Freed,
     FreeMem,
-    Gone,
+    IndexWanted,
     Insert,
     Inserted,
-    Load,
-    Message,
+    Match,
+    PoolDescribed,
     PoolRefused,
+    Prefetch,
+    SwapIn,
+    SwapOut,
 )
 
-_Answerable = Acquire | AllocMem | Insert | Adopt
-_Call = _Answerable | FreeMem
-_Answer = Acquired | Allocated | Inserted | Adopted | PoolRefused
+_Waiting = Acquire | Match
+"""Calls that may wait for pages."""
+
+PREFETCHER = ActorId("prefetch.0")
+"""Owner of the leases under which pages are brought in ahead."""
 
 
 @attrs.define
-class _Memory:
-    """What one sender was told, so that no repeat is acted on twice.
+class _Out:
+    """A SwapOut that is answered when its copies are over."""
 
-    A sender's call numbers only ever grow.
-    """
-
-    limit: int
-    _answers: dict[int, _Answer | None] = attrs.field(factory=dict, init=False)
-    """Oldest first. None for a call that was withdrawn."""
-    _forgotten: int = attrs.field(default=0, init=False)
-    """The highest call whose answer was dropped to keep the limit; calls up to it cannot be new."""
-
-    def __contains__(self, call: int) -> bool:
-        return call in self._answers or call <= self._forgotten
-
-    def __len__(self) -> int:
-        return len(self._answers)
-
-    def answer(self, call: int) -> _Answer | None:
-        """What was said; None for a call that was withdrawn, forgotten, or is new."""
-        return self._answers.get(call)
-
-    def remembers(self, call: int) -> bool:
-        """Whether :meth:`answer` still knows: False for one that is forgotten or new."""
-        return call in self._answers
-
-    def put(self, call: int, answer: _Answer | None) -> None:
-        """Remember an answer, forgetting the oldest at the limit."""
-        self._answers.pop(call, None)
-        self._answers[call] = answer
-        if len(self._answers) > self.limit:
-            oldest = next(iter(self._answers))
-            del self._answers[oldest]
-            self._forgotten = max(self._forgotten, oldest)
+    sender: ActorId
+    call: int
+    copies: set[int]
+    pages: int = 0
+    """Moved so far."""
 
 
 @attrs.define
@@ -86,49 +76,69 @@ class ShardCore:
 
     pool: Pool
     waiting_max: int = 1024
-    """Acquires that may wait for pages; one more is refused with QUEUE_FULL."""
+    """Calls that may wait for pages or copies; one more is refused with QUEUE_FULL."""
     remembered_max: int = 1024
     """Answers remembered for each sender. A repeat of an older call is ignored."""
-    _waiting: dict[tuple[ActorId, int], Acquire] = attrs.field(factory=dict, init=False)
+    schedulers: tuple[ActorId, ...] = ()
+    """Who is told what the index holds."""
+    page_bytes: int = 0
+    arenas: tuple[str, ...] = ()
+    """Where clients map the memory of each tier."""
+    _waiting: dict[tuple[ActorId, int], _Waiting] = attrs.field(factory=dict, init=False)
     """By (sender, call), the longest waiting first."""
-    _memories: dict[ActorId, _Memory] = attrs.field(factory=dict, init=False)
+    _loading: dict[int, tuple[ActorId, _Waiting | SwapIn | None]] = attrs.field(factory=dict, init=False)
+    """Calls whose pages are being brought in, by lease; None for a Prefetch."""
+    _outs: list[_Out] = attrs.field(factory=list, init=False)
+    _memories: dict[ActorId, Answers] = attrs.field(factory=dict, init=False)
     _actions: list[Action] = attrs.field(factory=list, init=False)
     _pids: dict[ActorId, int] = attrs.field(factory=dict, init=False)
-    """Processes that report here: the workers that map the arena."""
+    """Processes that report here: those that map the arena."""
+    _publisher: Publisher = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._publisher = Publisher(self.pool.tree, self.schedulers)
 
     # ---- verbs ---------------------------------------------------------------------------------------------
 
     @property
     def deadline(self) -> float:
         """When :meth:`advance` must be called next; infinity when nobody holds anything."""
-        return self.pool.deadline
+        return min(self.pool.deadline, self._publisher.deadline)
 
-    def receive(self, sender: ActorId, message: Message, now: float) -> None:
+    def receive(self, sender: ActorId, message: Message | CopyDone, now: float) -> None:
         """Take one message in. A heartbeat is believed for the member it names, whoever passed it on."""
         match message:
-            case Acquire() | AllocMem() | Insert() | Adopt() | FreeMem():
-                self._call(sender, message, now)
-                self._grant_waiting(now)
+            case FreeMem():
+                self._free(sender, message, now)
+            case CopyDone():
+                self._copied(message)
+            case Prefetch(scope, tokens):
+                self._prefetch(scope, tokens, now)
             case Load(member):
                 self._pids[member.id] = member.pid
                 self.pool.renew(member.id, now)
             case Gone(actors):
                 self._bury(actors)
-                self._grant_waiting(now)
+            case IndexWanted():
+                self._actions += self._publisher.snapshot(sender)
             case Cluster():
                 pass  # sent to everyone; a shard has no use for it
+            case _ if type(message) in _CALLS:
+                self._call(sender, message, now)
             case _:
                 data: dict[str, object] = {"sender": sender, "kind": type(message).__name__}
                 self._actions.append(Log("warning", "unexpected message", data))
+        self._go_on(now)
 
     def advance(self, now: float) -> None:
         """End the leases of owners that fell silent, whether or not anybody waits for their pages."""
+        self._actions += self._publisher.advance(now)
         if now < self.pool.deadline:
             return
         for reclaimed in self.pool.expire(now):
             self._fence(reclaimed.owner)
             self._log_reclaimed("lease expired", reclaimed, self._forget(reclaimed.owner))
-        self._grant_waiting(now)
+        self._go_on(now)
 
     def take(self) -> list[Action]:
         """What there is to do, once."""
@@ -142,146 +152,248 @@ class ShardCore:
 
     def gauges(self) -> dict[str, float]:
         """The shard's figures for its heartbeat; units in the names, ``_total`` ones only grow."""
-        pool, counters = self.pool, self.pool.counters
-        figures = attrs.asdict(counters)
-        figures["handoff_bytes_copied"] = figures.pop("handed_over_bytes_copied")
         return {
-            "pages_total": pool.total,
-            "pages_free": pool.free_pages,
-            "pages_leased": pool.leased_pages,
-            "pages_indexed": pool.indexed_pages,
-            "pages_evictable": pool.evictable_pages,
-            "leases": pool.leases,
+            **pool_gauges(self.pool),
             "waiting_acquires": len(self._waiting),
-            **{f"{name}_total": value for name, value in figures.items()},
+            "loading_acquires": len(self._loading),
         }
 
     def check(self) -> None:
         """Assert every invariant of the shard and of its pool; walks all of it."""
-        self.pool.check()
-        assert len(self._waiting) <= self.waiting_max, (
-            f"{len(self._waiting)} acquires wait, {self.waiting_max} may"
-        )
+        check_pool(self.pool)
+        waiting = len(self._waiting) + len(self._loading)
+        assert waiting <= self.waiting_max, f"{waiting} calls wait, {self.waiting_max} may"
         for sender, call in self._waiting:
             memory = self._memories.get(sender)
             assert memory is None or not memory.remembers(call), (
                 f"call {call} of {sender} is answered and waits"
             )
+        assert self._loading.keys() == self.pool.loading.keys(), "leases that load are filed wrongly"
+        assert all(copy in self.pool.room.swaps for out in self._outs for copy in out.copies), (
+            "a copy is lost"
+        )
         for sender, memory in self._memories.items():
             assert len(memory) <= self.remembered_max, f"{len(memory)} answers to {sender} are remembered"
 
     # ---- calls ---------------------------------------------------------------------------------------------
 
-    def _call(self, sender: ActorId, call: _Call, now: float) -> None:
+    def _call(self, sender: ActorId, call: Any, now: float) -> None:
         self.pool.renew(sender, now)
-        if isinstance(call, FreeMem):
-            if call.lease:
-                self._free_mem(sender, call.lease)
-            else:
-                self._withdraw(sender, call.call)
-            return
-        if (sender, call.call) in self._waiting:
+        if self._is_under_way(sender, call.call):
             return  # a repeat, not yet answered
         if call.call in self._memory(sender):
             self._repeat(sender, call.call)
             return
         try:
-            answer = self._answer(sender, call, now)
+            answer = _CALLS[type(call)](self, sender, call, now)
         except PoolError as refused:
             answer = PoolRefused(call.call, refused.code, refused.message)
         if answer is not None:
             self._reply(sender, answer)
 
-    def _answer(self, sender: ActorId, call: _Answerable, now: float) -> _Answer | None:
-        """Do what a new call asks; None when it has to wait. Raises PoolError when it is refused."""
-        match call:
-            case Acquire():
-                return self._acquire(sender, call, now)
-            case AllocMem(number, lease, pages):
-                return Allocated(number, lease, self.pool.alloc_mem(sender, lease, pages, now))
-            case Insert(number, lease, start, tokens):
-                return Inserted(number, self.pool.insert(sender, lease, start, tokens))
-            case Adopt(number, lease, previous):
-                self.pool.adopt(sender, lease, previous, now)
-                return Adopted(number, lease)
+    def _is_under_way(self, sender: ActorId, call: int) -> bool:
+        return (
+            (sender, call) in self._waiting
+            or any(who == sender and held and held.call == call for who, held in self._loading.values())
+            or any(out.sender == sender and out.call == call for out in self._outs)
+        )
 
-    def _acquire(self, sender: ActorId, call: Acquire, now: float) -> Acquired | None:
-        self.pool.demand(
-            call.tokens, call.extra_pages
-        )  # what can never be granted must not stand in the queue
-        if not self._waiting:
-            grant = self.pool.acquire(sender, call.scope, call.tokens, call.extra_pages, now)
+    def _alloc_mem(self, sender: ActorId, call: AllocMem, now: float) -> Answer:
+        if call.lease:
+            pages = self.pool.alloc_mem(sender, call.lease, call.pages, now, call.tier)
+            return Allocated(call.call, call.lease, pages)
+        return _acquired(call.call, self.pool.alloc_new(sender, call.scope, call.pages, call.tier, now))
+
+    def _insert(self, sender: ActorId, call: Insert, now: float) -> Answer:
+        addresses = [Address(address) for address in call.addresses]
+        already = self.pool.insert(sender, call.lease, call.start, call.tokens, addresses)
+        return Inserted(call.call, already)
+
+    def _adopt(self, sender: ActorId, call: Adopt, now: float) -> Answer:
+        self.pool.adopt(sender, call.lease, call.previous, now)
+        return Adopted(call.call, call.lease)
+
+    def _delete(self, sender: ActorId, call: Delete, now: float) -> Answer:
+        return Freed(call.call, self.pool.delete(call.scope, call.tokens))
+
+    def _evict(self, sender: ActorId, call: Evict, now: float) -> Answer:
+        return Freed(call.call, self.pool.evict(call.pages, call.tier))
+
+    def _swap_out(self, sender: ActorId, call: SwapOut, now: float) -> Answer | None:
+        copies = set(self.pool.swap_out(call.pages, call.tier))
+        if not copies:
+            return Freed(call.call, 0)
+        self._outs.append(_Out(sender, call.call, copies))
+        return None
+
+    def _describe(self, sender: ActorId, call: DescribePool, now: float) -> Answer:
+        pool, home = self.pool, self.pool.home
+        pages = tuple(pool.room.total(tier) for tier in Tier)
+        sizes = (pool.page_tokens, self.page_bytes, pages, self.arenas, pool.leases.lease_s)
+        return PoolDescribed(call.call, home.shard, home.incarnation, *sizes)
+
+    def _wait(self, sender: ActorId, call: _Waiting, now: float) -> Answer | None:
+        """Grant a call that may wait, unless it would overtake another."""
+        if isinstance(call, Acquire):
+            self.pool.demand(call.tokens, call.extra_pages)  # what never fits must not stand in the queue
+        if not self._waiting and len(self._loading) < self.waiting_max:
+            grant = self._try(sender, call, now)
             if grant is not None:
-                return _acquired(call, grant)
-        if len(self._waiting) >= self.waiting_max:
-            raise PoolError(PoolError.QUEUE_FULL, f"{len(self._waiting)} acquires wait for pages already")
+                return self._granted(sender, call, grant)
+        self._check_queue()
         self._waiting[sender, call.call] = call
         return None
+
+    def _check_queue(self) -> None:
+        """Calls whose pages are being brought in count: they come back to the queue if the bytes are lost."""
+        if (waiting := len(self._waiting) + len(self._loading)) >= self.waiting_max:
+            raise PoolError(PoolError.QUEUE_FULL, f"{waiting} calls wait for pages already")
+
+    def _try(self, sender: ActorId, call: _Waiting, now: float) -> Grant | None:
+        match call:
+            case Acquire(_, scope, tokens, extra_pages):
+                return self.pool.acquire(sender, scope, tokens, extra_pages, now)
+            case Match(_, scope, tokens):
+                return self.pool.match(sender, scope, tokens, now)
+
+    def _swap_in(self, sender: ActorId, call: SwapIn, now: float) -> Answer | None:
+        self._check_queue()
+        return self._granted(sender, call, self.pool.swap_in(sender, call.lease, now))
+
+    def _granted(self, sender: ActorId, call: _Waiting | SwapIn, grant: Grant) -> Answer | None:
+        if grant.ready:
+            return _acquired(call.call, grant)
+        self._loading[grant.lease] = (sender, call)
+        return None
+
+    # ---- going on ------------------------------------------------------------------------------------------
+
+    def _go_on(self, now: float) -> None:
+        """After every change: grant what can be granted now, keep some pages free, have copied what must move."""
+        self._grant_waiting(now)
+        self.pool.room.balance()
+        self._actions += self.pool.take_copies()
+        self._publisher.changed(now)
 
     def _grant_waiting(self, now: float) -> None:
         """Grant the queue's head as often as the pool can."""
         while self._waiting:
-            (sender, _), call = next(iter(self._waiting.items()))
-            grant = self.pool.acquire(sender, call.scope, call.tokens, call.extra_pages, now)
+            (sender, number), call = next(iter(self._waiting.items()))
+            grant = self._try(sender, call, now)
             if grant is None:
                 return
-            del self._waiting[sender, call.call]
-            self._reply(sender, _acquired(call, grant))
+            del self._waiting[sender, number]
+            if (answer := self._granted(sender, call, grant)) is not None:
+                self._reply(sender, answer)
+
+    def _copied(self, done: CopyDone) -> None:
+        swaps = self.pool.room.swaps
+        bad, moved = swaps.bad_pages, swaps.out_pages
+        again = [self._loading.pop(lease) for lease in self.pool.copied(done)]
+        if swaps.bad_pages > bad:
+            self._actions.append(Log("warning", "damaged pages dropped", {"pages": swaps.bad_pages - bad}))
+        for sender, call in reversed(again):  # their bytes are lost: first in the queue, to find what is left
+            if isinstance(call, Acquire | Match):
+                self._waiting = {(sender, call.call): call, **self._waiting}
+        for grant in self.pool.settle():
+            self._loaded(grant)
+        self._answer_outs(done.id, swaps.out_pages - moved)
+
+    def _loaded(self, grant: Grant) -> None:
+        sender, call = self._loading.pop(grant.lease)
+        if call is None:
+            self.pool.free_mem(sender, grant.lease)
+        else:
+            self._reply(sender, _acquired(call.call, grant))
+
+    def _answer_outs(self, copy: int, pages: int) -> None:
+        for out in [one for one in self._outs if copy in one.copies]:
+            out.copies.remove(copy)
+            out.pages += pages
+            if not out.copies:
+                self._outs.remove(out)
+                self._reply(out.sender, Freed(out.call, out.pages))
+
+    def _prefetch(self, scope: str, tokens: bytes, now: float) -> None:
+        full = len(self._waiting) + len(self._loading) >= self.waiting_max
+        grant = None if full else self.pool.prefetch(PREFETCHER, scope, tokens, now)
+        if grant is not None:
+            self._loading[grant.lease] = (PREFETCHER, None)
+
+    # ---- giving back ---------------------------------------------------------------------------------------
+
+    def _free(self, sender: ActorId, message: FreeMem, now: float) -> None:
+        self.pool.renew(sender, now)
+        if not message.lease:
+            self._withdraw(sender, message.call)
+        elif message.call:
+            self._call(sender, message, now)
+        else:
+            try:
+                self._free_mem(sender, message, now)
+            except PoolError as refused:
+                # A second free, or one that crossed an expiry: harmless, and worth a line.
+                data: dict[str, object] = {"sender": sender, "lease": message.lease, "code": refused.code}
+                self._actions.append(Log("warning", "free refused", data))
+
+    def _free_mem(self, sender: ActorId, call: FreeMem, now: float) -> Answer:
+        addresses = [Address(address) for address in call.addresses]
+        pages = self.pool.free_mem(sender, call.lease, addresses)
+        if self.pool.owner_of(call.lease) is None:
+            self._loading.pop(call.lease, None)
+        return Freed(call.call, pages)
+
+    def _withdraw(self, sender: ActorId, number: int) -> None:
+        """Nobody waits for this call any more.
+
+        Its answer may have crossed the withdrawal: then the lease ends here.
+        """
+        memory = self._memory(sender)
+        answer = memory.answer(number)
+        lease = answer.lease if isinstance(answer, Acquired) else 0
+        for loading, (who, held) in self._loading.items():
+            if who == sender and held is not None and held.call == number:
+                lease = loading
+        if lease and self.pool.owner_of(lease) == sender:
+            self.pool.free_mem(sender, lease)
+        self._loading.pop(lease, None)
+        self._waiting.pop((sender, number), None)
+        memory.put(number, None)
+
+    # ---- senders -------------------------------------------------------------------------------------------
+
+    def _reply(self, sender: ActorId, answer: Answer) -> None:
+        self._memory(sender).put(answer.call, answer)
+        self._actions.append(Send(sender, answer))
 
     def _repeat(self, sender: ActorId, number: int) -> None:
         """Answer a call that was answered before, in the same words while they hold."""
         memory = self._memory(sender)
         answer = memory.answer(number)
         if not memory.remembers(number):
-            answer = PoolRefused(
-                number, PoolError.UNKNOWN_LEASE, f"call {number} is too old to be remembered"
-            )
+            text = f"call {number} is too old to be remembered"
+            answer = PoolRefused(number, PoolError.UNKNOWN_LEASE, text)
         elif answer is None:
             return  # withdrawn: the sender waits for nothing
         elif isinstance(answer, Acquired | Allocated) and self.pool.owner_of(answer.lease) != sender:
-            answer = PoolRefused(
-                number, PoolError.UNKNOWN_LEASE, f"lease {answer.lease} of call {number} has ended"
-            )
+            text = f"lease {answer.lease} of call {number} has ended"
+            answer = PoolRefused(number, PoolError.UNKNOWN_LEASE, text)
         self._actions.append(Send(sender, answer))
 
-    def _withdraw(self, sender: ActorId, number: int) -> None:
-        """Nobody waits for this Acquire any more.
-
-        Its answer may have crossed the withdrawal: then the lease ends here.
-        """
-        memory = self._memory(sender)
-        answer = memory.answer(number)
-        if isinstance(answer, Acquired) and self.pool.owner_of(answer.lease) == sender:
-            self.pool.free_mem(sender, answer.lease)
-        self._waiting.pop((sender, number), None)
-        memory.put(number, None)
-
-    def _free_mem(self, sender: ActorId, lease: int) -> None:
-        try:
-            self.pool.free_mem(sender, lease)
-        except PoolError as refused:
-            # A second free, or one that crossed an expiry: harmless, and worth a line.
-            data: dict[str, object] = {"sender": sender, "lease": lease, "code": refused.code}
-            self._actions.append(Log("warning", "free refused", data))
-
-    # ---- senders -------------------------------------------------------------------------------------------
-
-    def _reply(self, sender: ActorId, answer: _Answer) -> None:
-        self._memory(sender).put(answer.call, answer)
-        self._actions.append(Send(sender, answer))
-
-    def _memory(self, sender: ActorId) -> _Memory:
+    def _memory(self, sender: ActorId) -> Answers:
         memory = self._memories.get(sender)
         if memory is None:
-            memory = self._memories[sender] = _Memory(self.remembered_max)
+            memory = self._memories[sender] = Answers(self.remembered_max)
         return memory
 
     def _forget(self, owner: ActorId) -> int:
-        """Drop an owner's waiting acquires and the answers it was given; how many waited."""
+        """Drop an owner's calls and the answers it was given; how many waited for pages."""
         self._memories.pop(owner, None)
         waiting = [key for key in self._waiting if key[0] == owner]
         for key in waiting:
             del self._waiting[key]
+        self._loading = {lease: held for lease, held in self._loading.items() if held[0] != owner}
+        self._outs = [out for out in self._outs if out.sender != owner]
         return len(waiting)
 
     def _bury(self, actors: Iterable[ActorId]) -> None:
@@ -297,7 +409,7 @@ class ShardCore:
     def _fence(self, owner: ActorId) -> None:
         """Make sure that an owner never writes to its pages again: it may be stopped in the middle of a step.
 
-        Comes before every grant of what is freed here, because actions are performed in order.
+        Comes before every grant of, and copy into, what is freed here, because actions are performed in order.
         """
         pid = self._pids.pop(owner, None)
         if pid is not None:
@@ -314,5 +426,20 @@ class ShardCore:
             self._actions.append(Log("warning", event, data))
 
 
-def _acquired(call: Acquire, grant: Grant) -> Acquired:
-    return Acquired(call.call, grant.lease, grant.pages, grant.cached_tokens)
+def _acquired(call: int, grant: Grant) -> Acquired:
+    return Acquired(call, grant.lease, grant.pages, grant.cached_tokens)
+
+
+_CALLS: dict[type[Any], Callable[[ShardCore, ActorId, Any, float], Answer | None]] = {
+    Acquire: ShardCore._wait,
+    Match: ShardCore._wait,
+    AllocMem: ShardCore._alloc_mem,
+    FreeMem: ShardCore._free_mem,
+    Insert: ShardCore._insert,
+    Adopt: ShardCore._adopt,
+    Delete: ShardCore._delete,
+    Evict: ShardCore._evict,
+    SwapOut: ShardCore._swap_out,
+    SwapIn: ShardCore._swap_in,
+    DescribePool: ShardCore._describe,
+}

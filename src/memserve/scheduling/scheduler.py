@@ -28,6 +28,8 @@ from memserve.messages import (
     Rejected,
     Submit,
 )
+from memserve.pool_messages import IndexDelta, IndexSnapshot
+from memserve.scheduling.index_feed import IndexFeed
 from memserve.scheduling.membership import Membership, pairs
 from memserve.scheduling.policies import Policy
 from memserve.scheduling.presence import HEARTBEAT_S
@@ -56,6 +58,7 @@ class SchedulerCore:
     policy_name: str
     policy: Policy
     membership: Membership = attrs.field(factory=Membership, init=False)
+    index: IndexFeed = attrs.field(factory=IndexFeed, init=False)
     counters: dict[str, float] = attrs.field(factory=dict, init=False)
     _plans: OrderedDict[tuple[str, int], Planned] = attrs.field(factory=OrderedDict, init=False)
     _held: OrderedDict[tuple[str, int], Held] = attrs.field(factory=OrderedDict, init=False)
@@ -102,7 +105,13 @@ class SchedulerCore:
 
     def gauges(self) -> dict[str, float]:
         """Load and counters for the view that it publishes."""
-        return {"requests_held": float(len(self._held)), **self.counters}
+        index = self.index
+        return {
+            "requests_held": float(len(self._held)),
+            "index_events_total": float(index.events),
+            "index_gaps_total": float(index.gaps),
+            **self.counters,
+        }
 
     # ---- requests -------------------------------------------------------------------------------------------
 
@@ -176,6 +185,12 @@ class SchedulerCore:
             self._publish(list(self.membership.members), now)
             self._place_held(now)
 
+    def _on_index_delta(self, sender: ActorId, message: IndexDelta, now: float) -> None:
+        self._actions += self.index.delta(sender, message, now)
+
+    def _on_index_snapshot(self, sender: ActorId, message: IndexSnapshot, now: float) -> None:
+        self.index.snapshot(sender, message)
+
     def _place_held(self, now: float) -> None:
         for key, held in list(self._held.items()):
             if not self._place(held.submit, now):
@@ -193,6 +208,7 @@ class SchedulerCore:
         for one in gone:
             self._log("warning", "member gone", member=one, reason=reason)
             self.policy.forget(one)
+            self.index.forget(one)
         frontends = {one.id for one in known if one is not None and one.kind == "Frontend"}
         for key, held in list(self._held.items()):
             if held.submit.request.frontend in frontends:
@@ -229,4 +245,6 @@ _HANDLERS: dict[type[Any], Callable[[SchedulerCore, ActorId, Any, float], None]]
     Cancel: SchedulerCore._on_cancel,
     Load: SchedulerCore._on_load,
     Died: SchedulerCore._on_died,
+    IndexDelta: SchedulerCore._on_index_delta,
+    IndexSnapshot: SchedulerCore._on_index_snapshot,
 }

@@ -1,0 +1,194 @@
+"""Other systems' prefix indexes, for ``bench/mempool.py``; each takes part where it is installed, none is needed.
+
+Dynamo: ``pip install ai-dynamo-runtime==1.6.1``. SGLang's wheel wants a GPU's libraries to be imported as a whole, so its
+radix cache is loaded by itself out of an unpacked wheel: ``pip download --no-deps sglang==0.5.23``, unpack it, and name the
+directory in ``SGLANG_DIR``. What a peer needs beside its index (its hash of the tokens) is part of its time, as ours is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import json
+import os
+import sys
+import types
+from array import array
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class Peer(Protocol):
+    """An index with prompts in it."""
+
+    name: str
+
+    def matcher(self, asked: Sequence[bytes]) -> Callable[[int], object]:
+        """A call that finds prompt ``i`` of ``asked``, which is stored."""
+
+    def inserter(self, new: Sequence[bytes]) -> Callable[[int], object]:
+        """A call that stores prompt ``i`` of ``new``."""
+
+
+def available() -> list[Callable[[Sequence[bytes], int], Peer]]:
+    """What is installed."""
+    found: list[Callable[[Sequence[bytes], int], Peer]] = []
+    if importlib.util.find_spec("dynamo") is not None:
+        found.append(Dynamo)
+    if os.environ.get("SGLANG_DIR"):
+        found.append(SGLang)
+    return found
+
+
+def _ids(packed: bytes) -> list[int]:
+    return array("i", packed).tolist()
+
+
+class Dynamo:
+    """The router's RadixTree: one worker holds everything. Stored by events, as its workers report them."""
+
+    name = "Dynamo RadixTree"
+
+    def __init__(self, texts: Sequence[bytes], page_tokens: int) -> None:
+        from dynamo._core import RadixTree, compute_block_hash_for_seq
+
+        self._hash, self._page = compute_block_hash_for_seq, page_tokens
+        self._tree = RadixTree()
+        store = self.inserter(texts)
+        for i in range(len(texts)):
+            store(i)
+
+    def matcher(self, asked: Sequence[bytes]) -> Callable[[int], object]:
+        """Hash and find."""
+        ids = [_ids(one) for one in asked]
+        return lambda i: self._tree.find_matches(self._hash(ids[i], self._page))
+
+    def inserter(self, new: Sequence[bytes]) -> Callable[[int], object]:
+        """Take an event in; writing it is not counted."""
+        events = [self._event(i, self._hash(_ids(one), self._page)) for i, one in enumerate(new)]
+        return lambda i: self._tree.apply_event(0, events[i])
+
+    def _event(self, number: int, hashes: Sequence[int]) -> bytes:
+        blocks, parent = [], b""
+        for one in hashes:
+            parent = hashlib.blake2b(parent + one.to_bytes(8, "little"), digest_size=8).digest()
+            chained = int.from_bytes(parent, "little") >> 1
+            blocks.append({"block_hash": chained, "tokens_hash": one, "mm_extra_info": None})
+        stored = {"stored": {"parent_hash": None, "blocks": blocks}}
+        return json.dumps({"event_id": number, "data": stored, "dp_rank": 0}).encode()
+
+
+class SGLang:
+    """The scheduler's RadixCache, pages as ours."""
+
+    name = "SGLang RadixCache"
+
+    def __init__(self, texts: Sequence[bytes], page_tokens: int) -> None:
+        self._load()
+        import sglang.srt.mem_cache.radix_cache as radix
+        import torch
+        from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams
+
+        torch.set_num_threads(1)
+        radix.KVCacheEventRecorder = lambda **_: _Silent()
+        self._radix, self._insert, self._match = radix, InsertParams, MatchPrefixParams
+        self._values = torch.arange(len(texts[0]) // 4, dtype=torch.int64)
+        self._cache = radix.RadixCache(
+            types.SimpleNamespace(
+                disable=False, req_to_token_pool=None, token_to_kv_pool_allocator=None, page_size=page_tokens,
+                is_eagle=False, eviction_policy="lru", eviction_policy_config=None, enable_kv_cache_events=False,
+                dynamo_kv_event_format=False, kv_event_lora_names=None, enable_metrics=False,
+            )
+        )  # fmt: skip
+        store = self.inserter(texts)
+        for i in range(len(texts)):
+            store(i)
+
+    def matcher(self, asked: Sequence[bytes]) -> Callable[[int], object]:
+        """Find."""
+        keys = [self._key(one) for one in asked]
+        return lambda i: self._cache.match_prefix(self._match(key=self._radix.RadixKey(keys[i])))
+
+    def inserter(self, new: Sequence[bytes]) -> Callable[[int], object]:
+        """Store."""
+        keys = [self._key(one) for one in new]
+        return lambda i: self._cache.insert(
+            self._insert(key=self._radix.RadixKey(keys[i]), value=self._values)
+        )
+
+    def _key(self, packed: bytes) -> array[int]:
+        return array("q", array("i", packed))
+
+    def _load(self) -> None:
+        """Let the few files of its index be imported, and nothing else of it."""
+        folder = Path(os.environ["SGLANG_DIR"])
+        names = ("radix_cache", "base_prefix_cache", "cache_init_params", "utils", "evict_policy")
+        real = {f"sglang.srt.mem_cache.{name}" for name in names}
+        sys.meta_path.insert(0, _Alone(folder, real))
+        common = types.ModuleType("sglang.srt.utils.common")
+        common.ceil_align = lambda value, to: (value + to - 1) // to * to  # type: ignore[attr-defined]
+        sys.modules[common.__name__] = common
+
+
+class _Silent:
+    """Takes every call and does nothing: its event recorder."""
+
+    enabled = False
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_, **__: None
+
+
+class _Anything(type):
+    """A class whose every attribute is such a class: for what is imported but not used."""
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return cls
+
+
+class _Absent(types.ModuleType):
+    """A module of a package whose files are not wanted."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def init(self: Any, *_: Any, **__: Any) -> None:
+            return None
+
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return args[0] if len(args) == 1 and callable(args[0]) else self
+
+        body = {"__init__": init, "__call__": call, "__class_getitem__": classmethod(lambda cls, _: cls)}
+        return _Anything(name, (), body)
+
+
+class _Alone(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Imports the ``real`` modules of sglang from ``folder``; every other one, and triton, is empty."""
+
+    def __init__(self, folder: Path, real: set[str]) -> None:
+        self._folder, self._real = folder, real
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        """Where a module comes from."""
+        if name.partition(".")[0] not in ("sglang", "triton"):
+            return None
+        if name in self._real:
+            return importlib.util.spec_from_file_location(
+                name, self._folder.joinpath(*name.split(".")).with_suffix(".py")
+            )
+        return importlib.machinery.ModuleSpec(name, self, is_package=True)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
+        """An empty package."""
+        module = _Absent(spec.name)
+        module.__path__ = []
+        return module
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        """Nothing to run."""

@@ -1,0 +1,77 @@
+"""Tells schedulers what a shard's index holds: numbered deltas, and the whole of it to whoever missed one."""
+
+from __future__ import annotations
+
+import math
+
+import attrs
+
+from memserve.actions import Action, Send
+from memserve.mempool.prompt_tree import PromptTree
+from memserve.messages import ActorId
+from memserve.pool_messages import IndexDelta, IndexEvent, IndexSnapshot
+
+GATHER_S = 0.05
+"""How long a change may wait for others to travel with it."""
+QUIET_S = 1.0
+"""After the last delta an empty one follows, once, so that the loss of the last is noticed."""
+EVENTS_MAX = 512
+"""Events in one message. One holds the tokens of a node, at most a context's."""
+
+
+@attrs.define
+class Publisher:
+    """Deltas of one tree's ``events`` for ``schedulers``; without any, nothing is noted and nothing sent."""
+
+    tree: PromptTree
+    schedulers: tuple[ActorId, ...]
+    deadline: float = attrs.field(default=math.inf, init=False)
+    """When :meth:`advance` must be called next."""
+    _next: int = attrs.field(default=0, init=False)
+    """Number of the next event."""
+    _gathering: bool = attrs.field(default=False, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.tree.events = [] if self.schedulers else None
+
+    def changed(self, now: float) -> None:
+        """There may be events: send them a little later, or now if they are many."""
+        events = self.tree.events
+        if events and not self._gathering:
+            self._gathering, self.deadline = True, now + GATHER_S
+        if events and len(events) >= EVENTS_MAX:
+            self.deadline = now
+
+    def advance(self, now: float) -> list[Action]:
+        """What is due."""
+        if now < self.deadline:
+            return []
+        if not self._gathering:
+            self.deadline = math.inf
+            return self._to_all(())
+        self._gathering, self.deadline = False, now + QUIET_S
+        return self._flush()
+
+    def snapshot(self, to: ActorId) -> list[Action]:
+        """The whole index for one scheduler, after what others are still to be told, so that the numbers agree."""
+        flushed = self._flush() if self.tree.events else []
+        events = tuple(self.tree.snapshot())
+        parts = _parts(events) or [()]
+        return flushed + [
+            Send(to, IndexSnapshot(self._next, number, len(parts), part)) for number, part in enumerate(parts)
+        ]
+
+    def _flush(self) -> list[Action]:
+        events = self.tree.events or []
+        actions = [action for part in _parts(tuple(events)) for action in self._to_all(part)]
+        events.clear()
+        return actions
+
+    def _to_all(self, events: tuple[IndexEvent, ...]) -> list[Action]:
+        delta = IndexDelta(self._next, events)
+        self._next += len(events)
+        return [Send(scheduler, delta) for scheduler in self.schedulers]
+
+
+def _parts(events: tuple[IndexEvent, ...]) -> list[tuple[IndexEvent, ...]]:
+    return [events[start : start + EVENTS_MAX] for start in range(0, len(events), EVENTS_MAX)]

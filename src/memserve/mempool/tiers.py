@@ -1,0 +1,66 @@
+"""The pages of all tiers of one shard, as slots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import attrs
+
+from memserve.mempool.addresses import PAGES_MAX, Tier, page_of, slot, tier_of
+from memserve.mempool.pages import Pages
+
+
+@attrs.define
+class Tiers:
+    """One allocator a tier. A tier of no pages does not exist."""
+
+    _pages: dict[Tier, Pages]
+
+    @classmethod
+    def of(cls, device: int, host: int = 0, disk: int = 0) -> Tiers:
+        """So many pages in each tier."""
+        counts = {Tier.DEVICE: device, Tier.HOST: host, Tier.DISK: disk}
+        assert max(counts.values()) <= PAGES_MAX, f"more than {PAGES_MAX} pages in a tier"
+        return cls({tier: Pages(count) for tier, count in counts.items() if count})
+
+    def __contains__(self, tier: int) -> bool:
+        return tier in self._pages
+
+    @property
+    def names(self) -> tuple[Tier, ...]:
+        """The tiers that exist, the fastest first."""
+        return tuple(self._pages)
+
+    def below(self, tier: Tier) -> Tier | None:
+        """The next slower tier that exists."""
+        return next((lower for lower in self._pages if lower > tier), None)
+
+    def total(self, tier: Tier) -> int:
+        """Pages of a tier; 0 for one that does not exist."""
+        return self._pages[tier].count if tier in self._pages else 0
+
+    def free(self, tier: Tier) -> int:
+        """Pages of a tier that nobody has."""
+        return self._pages[tier].free_count if tier in self._pages else 0
+
+    def take(self, n: int, tier: Tier = Tier.DEVICE) -> list[int] | None:
+        """``n`` free slots of a tier, or None (and nothing taken) when fewer are free."""
+        pages = self._pages[tier].take(n)
+        if tier is Tier.DEVICE or pages is None:
+            return pages
+        return [slot(tier, page) for page in pages]
+
+    def give(self, slots: Sequence[int]) -> None:
+        """Give slots of any tiers back. All of them must be taken and named once."""
+        if not slots:
+            return
+        if max(slots) < PAGES_MAX:
+            self._pages[Tier.DEVICE].give(slots)
+            return
+        for tier, pages in self._pages.items():
+            pages.give([page_of(where) for where in slots if tier_of(where) == tier])
+
+    def check(self) -> None:
+        """Assert that every allocator is sound."""
+        for pages in self._pages.values():
+            pages.check()

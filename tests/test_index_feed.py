@@ -1,0 +1,138 @@
+"""What a shard tells of its index, and what a scheduler makes of gaps."""
+
+import random
+
+from index_mirror import Mirror
+from memserve.actions import Send
+from memserve.mempool.pool import Pool
+from memserve.mempool.publishing import EVENTS_MAX, GATHER_S, QUIET_S
+from memserve.mempool.shard import ShardCore
+from memserve.messages import ActorId
+from memserve.pool_messages import (
+    Acquire,
+    Acquired,
+    FreeMem,
+    IndexDelta,
+    IndexEvent,
+    IndexSnapshot,
+    IndexWanted,
+    Insert,
+)
+from memserve.scheduling.index_feed import ASK_AGAIN_S, IndexFeed
+from memserve.tokens import TOKEN_BYTES, pack
+
+SEED = ActorId("scheduler-0.seed")
+EVENT = IndexEvent("stored", 1, tokens=b"....", scope="anne")
+
+
+class Told:
+    """A shard whose deltas a scheduler hears, and a copy of its index made from them."""
+
+    def __init__(self):
+        self.core = ShardCore(Pool(3000, 1, 5.0), schedulers=(SEED,))
+        self.feed, self.mirror = IndexFeed(), Mirror(TOKEN_BYTES)
+        self.now, self.calls = 0.0, 0
+
+    def store(self, *prompt):
+        """A request comes and goes."""
+        self.calls += 2
+        self.core.receive("p.1", Acquire(self.calls, "anne", pack(prompt), 0), self.now)
+        lease = next(a.message.lease for a in self.heard() if isinstance(a.message, Acquired))
+        self.core.receive("p.1", Insert(self.calls + 1, lease, 0, pack(prompt)), self.now)
+        self.core.receive("p.1", FreeMem(lease), self.now)
+        self.heard()
+
+    def heard(self):
+        """Actions; those for the scheduler are answered as it would."""
+        actions = self.core.take()
+        for action in actions:
+            if isinstance(action.message, IndexDelta | IndexSnapshot):
+                self.tell(action)
+        return actions
+
+    def tell(self, action):
+        """A message reaches the scheduler."""
+        self.mirror.hear(action.message)
+        if isinstance(action.message, IndexSnapshot):
+            self.feed.snapshot("s0.1", action.message)
+            return
+        for ask in self.feed.delta("s0.1", action.message, self.now):
+            self.core.receive(SEED, ask.message, self.now)
+            self.heard()
+
+    def wait(self, seconds):
+        """Time passes."""
+        self.now += seconds
+        self.core.advance(self.now)
+        return self.heard()
+
+
+def test_changes_travel_together_and_soon():
+    """If each had its own message, decoding would send one for every page of every stream."""
+    told = Told()
+    told.store(1, 2)
+    told.store(1, 3)
+    assert told.core.deadline <= told.now + GATHER_S
+    (delta,) = told.wait(GATHER_S)
+
+    assert (delta.to, delta.message.first) == (SEED, 0)
+    assert told.mirror.prefixes() == {("anne", pack(tokens)): 0 for tokens in ([1], [1, 2], [1, 3])}
+
+
+def test_a_lost_delta_is_noticed_and_made_good():
+    """If it were not, the scheduler would route by an index that is not there."""
+    told = Told()
+    told.store(1, 2)
+    told.now += GATHER_S
+    told.core.advance(told.now)
+    told.core.take()  # lost, and nothing follows it but silence
+    assert told.wait(QUIET_S) != []
+    assert told.feed.is_whole("s0.1")
+    assert (told.feed.gaps, told.feed.snapshots) == (1, 1)
+    assert told.mirror.prefixes() == {("anne", pack([1])): 0, ("anne", pack([1, 2])): 0}
+    assert told.wait(60.0) == []
+    told.store(1, 5)
+    told.wait(GATHER_S)
+    assert ("anne", pack([1, 5])) in told.mirror.prefixes()
+
+
+def test_a_large_index_comes_in_parts():
+    """If it came in one, its message could be larger than the bus takes."""
+    told = Told()
+    rng = random.Random(1)
+    for _ in range(EVENTS_MAX + 100):
+        told.store(rng.randrange(10_000))
+    told.wait(GATHER_S)
+    told.core.receive(ActorId("scheduler-0.2"), IndexWanted(0), told.now)
+    parts = [action.message for action in told.core.take()]
+
+    assert [(part.part, part.parts) for part in parts] == [(0, 2), (1, 2)]
+    again = Mirror(TOKEN_BYTES)
+    assert not any(again.hear(part) for part in parts)
+    assert (again.prefixes(), again.next) == (told.mirror.prefixes(), told.mirror.next)
+
+
+def test_a_scheduler_asks_once_and_again_when_nothing_comes():
+    """If it asked at every delta, a busy shard would send its whole index many times a second."""
+    feed = IndexFeed()
+    assert feed.delta("s0.1", IndexDelta(7, (EVENT,)), 0.0) == [Send("s0.1", IndexWanted(0))]
+    assert feed.delta("s0.1", IndexDelta(8, (EVENT,)), 1.0) == []
+    assert feed.delta("s0.1", IndexDelta(9, (EVENT,)), ASK_AGAIN_S) == [Send("s0.1", IndexWanted(0))]
+    feed.snapshot("s0.1", IndexSnapshot(10, 1, 2, ()))  # its first part was lost
+    assert not feed.is_whole("s0.1")
+    feed.snapshot("s0.1", IndexSnapshot(10, 0, 2, ()))
+    feed.snapshot("s0.1", IndexSnapshot(10, 1, 2, ()))
+    assert feed.is_whole("s0.1")
+    assert feed.delta("s0.1", IndexDelta(10, (EVENT, EVENT)), 5.0) == []
+    feed.forget("s0.1")
+    assert not feed.is_whole("s0.1")
+    assert (feed.events, feed.gaps) == (2, 1)
+
+
+def test_without_schedulers_nothing_is_noted():
+    """If it were, a shard by itself would remember every change for ever."""
+    core = ShardCore(Pool(8, 4, 5.0))
+    core.receive("p.1", Acquire(1, "anne", pack(range(9)), 0), 0.0)
+    core.receive("p.1", Insert(2, 1, 0, pack(range(8))), 0.0)
+    assert core.pool.tree.events is None
+    assert core.deadline == 5.0

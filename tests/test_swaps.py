@@ -1,0 +1,114 @@
+"""Copies between tiers, one at a time: what waits for what, what is asked of the shell, what happens when it fails."""
+
+import pytest
+
+from memserve.actions import Copy, CopyDone, Kill, Log
+from memserve.errors import PoolError
+from memserve.mempool.addresses import Tier, slot
+from memserve.mempool.audit import check_pool
+from memserve.mempool.pool import Pool
+from memserve.mempool.room import Capacity
+from memserve.mempool.shard import ShardCore
+from memserve.messages import Gone, Load, Member
+from memserve.pool_messages import Acquire
+from memserve.tokens import pack
+
+PAGE = 2
+
+
+def stored(pool, tokens, tiers):
+    """Put a prompt into the index and move its tail down, pages a tier as given."""
+    grant = pool.acquire("p.1", "anne", tokens, 0, 0.0)
+    pool.insert("p.1", grant.lease, 0, tokens)
+    pool.free_mem("p.1", grant.lease)
+    for tier, pages in tiers:
+        pool.swap_out(pages, tier)
+        for copy in pool.take_copies():
+            pool.copied(CopyDone(copy.id))
+
+
+def test_a_match_longer_than_the_arena_is_cut_and_does_not_wait_for_ever():
+    """If it waited for more device pages than there are, everyone behind it would wait for ever too."""
+    pool = Pool(Capacity(6, 6, 12, 0.0, 0.0), PAGE, 10.0)
+    first, second = pack(range(12)), pack(range(24))
+    stored(pool, first, [(0, 6), (1, 6)])
+    lease = pool.alloc_new("p.2", "anne", 6, 0, 0.0)
+    pin = pool.tree.pin("anne", first)
+    slots = pool.room.take(6, Tier.DISK)
+    pool.tree.insert(pin, second[len(first) :], slots)
+    pool.tree.unpin(pin)
+    pool.free_mem("p.2", lease.lease)
+    assert pool.peek("anne", second).tokens == 24
+
+    grant = pool.match("p.1", "anne", second, 0.0)
+    assert not grant.ready
+    assert grant.cached_tokens == 12
+    check_pool(pool)
+
+
+def test_two_who_hold_half_each_do_not_wait_for_one_another():
+    """If a swap-in queued for pages while its caller holds some, two callers could wait for each other for ever."""
+    pool = Pool(Capacity(4, 4, 0, 0.0, 0.0), PAGE, 10.0)
+    leases = []
+    for owner, token in (("p.1", 1), ("p.2", 2)):
+        stored(pool, pack([token] * 4), [(0, 2)])
+        leases.append((owner, pool.match(owner, "anne", pack([token] * 4), 0.0).lease))
+        assert pool.acquire(owner, "anne", b"", 2, 0.0).ready
+    for owner, lease in leases:
+        with pytest.raises(PoolError, match="no_pages"):
+            pool.swap_in(owner, lease, 0.0)
+
+
+def test_a_page_is_in_one_piece_with_its_neighbours():
+    """If every page were a copy of its own, a swap would take a call a page instead of one."""
+    pool = Pool(Capacity(8, 8, 0, 0.0, 0.0), PAGE, 10.0)
+    grant = pool.acquire("p.1", "anne", pack(range(16)), 0, 0.0)
+    pool.insert("p.1", grant.lease, 0, pack(range(16)))
+    pool.free_mem("p.1", grant.lease)
+    pool.swap_out(8)
+    (copy,) = pool.take_copies()
+    assert copy.runs == ((0, slot(Tier.HOST, 0), 8),)
+
+
+def test_a_disk_that_cannot_be_written_is_left_alone_and_nothing_is_lost():
+    """If a failing disk were tried again and again, or pages were dropped for it, it would take the pool with it."""
+    pool = Pool(Capacity(4, 0, 8, 0.0, 0.0), PAGE, 10.0)
+    grant = pool.acquire("p.1", "anne", pack(range(8)), 0, 0.0)
+    pool.insert("p.1", grant.lease, 0, pack(range(8)))
+    pool.free_mem("p.1", grant.lease)
+    pool.swap_out(4)
+    (copy,) = pool.take_copies()
+    pool.copied(CopyDone(copy.id, (1,)))
+    check_pool(pool)
+
+    assert pool.peek("anne", pack(range(8))).pages == (0, 1, 2, 3)
+    with pytest.raises(PoolError, match="bad_tier"):
+        pool.swap_out(1)
+    assert len(pool.acquire("p.1", "bob", pack(range(8)), 0, 0.0).pages) == 4  # drops instead
+
+
+def test_a_grant_waits_for_its_own_room_and_the_next_one_goes_on():
+    """If a request waited for another's swap-in, one cold prompt would stop a warm server."""
+    core = ShardCore(Pool(Capacity(6, 6, 0, 0.0, 0.0), PAGE, 10.0))
+    stored(core.pool, pack([1] * 8), [(0, 4)])
+    core.receive("p.1", Acquire(1, "anne", pack([1] * 9), 0), 0.0)  # brings four pages in
+    core.receive("p.2", Acquire(1, "anne", pack([2]), 0), 0.0)
+    copy, answer = core.take()
+    assert isinstance(copy, Copy)
+    assert (answer.to, answer.message.call) == ("p.2", 1)
+    core.receive("s0.1", CopyDone(copy.id), 0.0)
+    (answer,) = core.take()
+    assert (answer.to, answer.message.cached_tokens) == ("p.1", 8)
+    core.check()
+
+
+def test_the_dead_are_killed_before_anything_is_copied_into_their_pages():
+    """If a copy went first, a worker that wakes up could still write over what was brought in."""
+    core = ShardCore(Pool(Capacity(4, 4, 0, 0.0, 0.0), PAGE, 10.0))
+    stored(core.pool, pack([1] * 8), [(0, 4)])
+    core.receive("p.1", Load(Member("p.1", "PrefillWorker", "", 1, "ready")), 0.0)
+    core.receive("p.1", Acquire(1, "anne", b"", 4), 0.0)
+    core.receive("p.2", Acquire(1, "anne", pack([1] * 8), 0), 0.0)
+    core.take()
+    core.receive("g.1", Gone(("p.1",)), 0.0)
+    assert [type(action) for action in core.take()] == [Kill, Log, Copy]
