@@ -56,6 +56,7 @@ LAYERS = {
     "settings": (
         "config",
         "configfile",
+        "rules",
         "resolve",
         "place",
         "observe",
