@@ -7,9 +7,9 @@ from contextlib import asynccontextmanager
 import pytest
 import trio
 
-from memserve.config import TransferConfig
 from memserve.errors import UserError
 from memserve.kernels.arena import Arena, serve_arena
+from memserve.rules import RuleError
 from memserve.transfer import nixl
 from memserve.transfer.messages import (
     Expect,
@@ -22,6 +22,7 @@ from memserve.transfer.messages import (
     WriteFailed,
     Wrote,
 )
+from memserve.transfer.settings import TransferSettings
 from memserve.transfer.shell import open_transfers
 from memserve.transfer.values import Failure, Granularity, Piece, Transfer, Way
 from movers import GEOMETRY, PAGES
@@ -42,7 +43,7 @@ async def shell(place, **settings):
     told = []
     async with trio.open_nursery() as nursery:
         await nursery.start(serve_arena, arena, place)
-        async with open_transfers(TransferConfig(**settings), arena, GEOMETRY, place, told.append) as one:
+        async with open_transfers(TransferSettings(**settings), arena, GEOMETRY, place, told.append) as one:
             yield one, arena.memory, told
         nursery.cancel_scope.cancel()
     arena.close()
@@ -107,7 +108,7 @@ async def test_a_way_that_this_process_does_not_have_is_refused(place):
     async with shell(place, path="tcp") as (one, _, told):
         one.perform[Write](write(Way("mapped", str(place))))
         await until(told, 1)
-        assert told[0].failure is Failure.REFUSED and "[transfer] path" in told[0].message
+        assert told[0].failure is Failure.REFUSED and "TransferSettings" in told[0].message
 
 
 async def test_what_is_expected_and_stopped_is_answered_once(place):
@@ -131,4 +132,11 @@ async def test_settings_that_this_machine_cannot_keep_are_the_users_error(place,
     with pytest.RaisesGroup(UserError, flatten_subgroups=True) as caught:
         async with shell(place, path="tcp", host="192.0.2.1"):
             pass
-    assert "[transfer] host '192.0.2.1'" in str(leaf(caught.value))
+    assert "transfer host '192.0.2.1'" in str(leaf(caught.value))
+
+
+@pytest.mark.parametrize("wrong", [{"path": "pigeon"}, {"host": "0.0.0.0"}, {"host": "10.0.0.1:99"}])
+def test_settings_that_cannot_work_are_refused_at_once(wrong):
+    """If it failed, a shard would announce an address that nobody can reach, or no path at all."""
+    with pytest.raises(RuleError, match="must be"):
+        TransferSettings(**wrong)

@@ -20,7 +20,6 @@ import trio
 
 from memserve.actions import Kill
 from memserve.actors.mempool_shard import fence
-from memserve.config import TransferConfig
 from memserve.kernels.arena import Arena, serve_arena
 from memserve.messages import Gone
 from memserve.transfer import messages
@@ -45,6 +44,7 @@ from memserve.transfer.messages import (
 )
 from memserve.transfer.mover import host_identity
 from memserve.transfer.outgoing import Outgoing
+from memserve.transfer.settings import TransferSettings
 from memserve.transfer.shell import open_transfers
 from memserve.transfer.values import Geometry, Granularity, Piece
 
@@ -222,7 +222,7 @@ async def main(name, incarnation, path, address, peer=""):
         Incoming(GEOMETRY, identity, landing, ()),
     )
     async with trio.open_nursery() as nursery:
-        config = TransferConfig(path=path, host=host)
+        config = TransferSettings(path=path, host=host)
         await nursery.start(serve_arena, arena, socket_path)
         async with open_transfers(config, arena, GEOMETRY, socket_path, node.tell) as shell:
             node.perform = shell.perform

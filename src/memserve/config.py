@@ -21,7 +21,6 @@ from memserve.rules import (
     Rule,
     a_host,
     a_name,
-    a_reachable_host,
     between,
     matching,
     one_of,
@@ -186,33 +185,6 @@ class CacheConfig:
 
 
 @attrs.frozen(kw_only=True)
-class TransferConfig:
-    """``[transfer]``: how pages move between shards."""
-
-    path: str = setting(
-        "auto",
-        rule=one_of("auto", "mapped", "tcp", "nixl"),
-        help="auto: the fastest that both shards have; mapped: copies on one host; tcp: between any two; nixl: RDMA",
-    )
-    granularity: str = setting(
-        "aggregated",
-        rule=one_of("aggregated", "by_layer", "by_request"),
-        help="aggregated: whole pages; by_layer: each layer as soon as it is computed; by_request: block by block",
-    )
-    deadline_s: float = setting(
-        30.0,
-        unit="seconds",
-        rule=between(0.1, 3600),
-        help="a transfer that takes longer has failed: what it would have brought is computed again",
-    )
-    host: str = setting(
-        "127.0.0.1",
-        rule=a_reachable_host,
-        help="address that shards listen on for tcp transfers, and at which the others reach them",
-    )
-
-
-@attrs.frozen(kw_only=True)
 class BatchConfig:
     """``[batch]``: what one model step may hold."""
 
@@ -279,7 +251,6 @@ class Config:
     worker: tuple[WorkerConfig, ...] = setting(DEFAULT_WORKERS, help="worker processes, one table each")
     scheduler: SchedulerConfig = setting(SchedulerConfig(), help="who gets a request")
     cache: CacheConfig = setting(CacheConfig(), help="what is kept of finished requests")
-    transfer: TransferConfig = setting(TransferConfig(), help="how pages move between shards")
     batch: BatchConfig = setting(BatchConfig(), help="what one model step may hold")
     frontend: FrontendConfig = setting(FrontendConfig(), help="the HTTP surface")
     logging: LoggingConfig = setting(LoggingConfig(), help="where each run leaves its logs")
@@ -308,7 +279,6 @@ def section_types() -> dict[str, type[attrs.AttrsInstance]]:
         "worker": WorkerConfig,
         "scheduler": SchedulerConfig,
         "cache": CacheConfig,
-        "transfer": TransferConfig,
         "batch": BatchConfig,
         "frontend": FrontendConfig,
         "logging": LoggingConfig,

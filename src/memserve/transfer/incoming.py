@@ -252,7 +252,7 @@ class Incoming:
         mine = ", ".join(way.path for way in self.ways)
         raise LandingRefused(
             Failure.REFUSED,
-            f"no common path: {', '.join(offer.paths)} there, {mine} here; see [transfer] path",
+            f"no common path: {', '.join(offer.paths)} there, {mine} here; see path in their TransferSettings",
         )
 
     def _sent(self, key: Key) -> None:

@@ -135,5 +135,5 @@ def host_identity() -> str:
 
 
 def chosen_paths(path: str, available: tuple[str, ...]) -> tuple[str, ...]:
-    """What ``[transfer] path`` allows of the paths that this process has, the fastest first."""
+    """What ``path`` of the settings allows of the paths that this process has, the fastest first."""
     return tuple(one for one in PATHS if one in available and path in ("auto", one))

@@ -17,7 +17,6 @@ from typing import Any
 import attrs
 import trio
 
-from memserve.config import TransferConfig
 from memserve.errors import UserError
 from memserve.kernels.arena import Arena
 from memserve.transfer import nixl
@@ -35,6 +34,7 @@ from memserve.transfer.messages import (
     Wrote,
 )
 from memserve.transfer.mover import Memory, Mover, PieceFeed, chosen_paths
+from memserve.transfer.settings import TransferSettings
 from memserve.transfer.tcp import TcpMover, TcpReceiver
 from memserve.transfer.values import Failure, Geometry, Result, TransferDone, Way
 
@@ -117,7 +117,7 @@ class TransferShell:
     async def _moved(self, write: Write, one: _Writing) -> Told:
         mover = self.movers.get(write.way.path)
         if mover is None:
-            text = f"no {write.way.path} path here; see [transfer] path"
+            text = f"no {write.way.path} path here; see path in its TransferSettings"
             return WriteFailed(write.transfer.id, Failure.REFUSED, text)
         return _told(await mover.send(write.transfer, write.way, one.feed, write.deadline - self.clock()))
 
@@ -145,24 +145,24 @@ def _told(result: Result) -> Told:
 
 @asynccontextmanager
 async def open_transfers(
-    config: TransferConfig,
+    settings: TransferSettings,
     arena: Arena,
     geometry: Geometry,
     socket_path: Path,
     tell: Callable[[Told], None],
 ) -> AsyncIterator[TransferShell]:
-    """Movers and ways for one shard, as ``[transfer]`` says. ``socket_path`` is where the arena is served.
+    """Movers and ways for one shard, as ``settings`` says. ``socket_path`` is where the arena is served.
 
     On leaving, transfers under way are stopped without a word: the cores that own them end too. Raises UserError
-    when ``[transfer] path`` names a path that this machine does not have.
+    when ``settings.path`` names a path that this machine does not have.
     """
     memory = Memory(arena.memory, geometry)
     movers: dict[str, Mover] = {}
     try:
         async with trio.open_nursery() as nursery:
             shell = TransferShell(memory, movers, (), None, tell, nursery)
-            for path in chosen_paths(config.path, _available(config)):
-                await _OPEN[path](shell, config, arena, socket_path)
+            for path in chosen_paths(settings.path, _available(settings)):
+                await _OPEN[path](shell, settings, arena, socket_path)
             yield shell
             nursery.cancel_scope.cancel()
     finally:
@@ -170,37 +170,37 @@ async def open_transfers(
             mover.close()
 
 
-def _available(config: TransferConfig) -> tuple[str, ...]:
+def _available(settings: TransferSettings) -> tuple[str, ...]:
     """The paths that this machine has. NIXL without RDMA is slower than plain TCP: it must be asked for."""
     installed = nixl.available()
-    if config.path == "nixl" and not installed:
+    if settings.path == "nixl" and not installed:
         raise UserError(
-            '[transfer] path is "nixl", but the package is not installed: pip install "memserve[multihost]"'
+            'transfer path is "nixl", but the package is not installed: pip install "memserve[multihost]"'
         )
-    if installed and (config.path == "nixl" or nixl.has_rdma()):
+    if installed and (settings.path == "nixl" or nixl.has_rdma()):
         return ("mapped", "nixl", "tcp")
     return ("mapped", "tcp")
 
 
-async def _open_mapped(shell: TransferShell, _: TransferConfig, arena: Arena, socket_path: Path) -> None:
+async def _open_mapped(shell: TransferShell, _: TransferSettings, arena: Arena, socket_path: Path) -> None:
     shell.movers["mapped"] = MappedMover(shell.memory)
     shell.ways += (Way("mapped", str(socket_path)),)
 
 
-async def _open_tcp(shell: TransferShell, config: TransferConfig, _: Arena, __: Path) -> None:
-    shell.receiver = TcpReceiver(shell.memory, config.host)
+async def _open_tcp(shell: TransferShell, settings: TransferSettings, _: Arena, __: Path) -> None:
+    shell.receiver = TcpReceiver(shell.memory, settings.host)
     try:
         way = await shell.nursery.start(shell.receiver.serve)
     except OSError as error:
         raise UserError(
-            f"[transfer] host {config.host!r} cannot be listened on: {error}. "
+            f"transfer host {settings.host!r} cannot be listened on: {error}. "
             "It must be an address of this machine, at which the other shards reach it."
         ) from error
     shell.movers["tcp"] = TcpMover(shell.memory)
     shell.ways += (way,)
 
 
-async def _open_nixl(shell: TransferShell, _: TransferConfig, arena: Arena, __: Path) -> None:
+async def _open_nixl(shell: TransferShell, _: TransferSettings, arena: Arena, __: Path) -> None:
     make = partial(nixl.NixlAgent, arena.header.shard, shell.memory)
     agent = await trio.to_thread.run_sync(make)
     shell.movers["nixl"] = nixl.NixlMover(agent)
