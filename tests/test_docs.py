@@ -29,7 +29,15 @@ WALKS = (
     ROOT / "README.md",
     *(
         DOCS / f"{name}.md"
-        for name in ("one-request", "operations", "configuration", "models", "benchmarking", "mempool")
+        for name in (
+            "one-request",
+            "operations",
+            "configuration",
+            "models",
+            "benchmarking",
+            "mempool",
+            "transfers",
+        )
     ),
 )
 

@@ -47,11 +47,16 @@ LAYERS = {
         "engine.paging",
         "mempool*",
         "scheduling*",
+        "transfer.values",
+        "transfer.messages",
+        "transfer.outgoing",
+        "transfer.incoming",
         "journal",
     ),
     "settings": (
         "config",
         "configfile",
+        "rules",
         "resolve",
         "place",
         "observe",
@@ -324,7 +329,8 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
     """If it failed, the wheel would not run in a clean environment, or would install what nothing uses."""
     used = {name.partition(".")[0] for path in MODULES.values() for name in imports(path)}
     foreign = used - set(sys.stdlib_module_names) - {"memserve"}
-    extras = names(project()["optional-dependencies"]["cuda"])
+    optional = project()["optional-dependencies"]
+    extras = names(optional["cuda"]) | names(optional["multihost"])
     assert {DISTRIBUTIONS.get(name, name) for name in foreign} - extras == names(project()["dependencies"])
 
 

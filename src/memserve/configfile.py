@@ -27,12 +27,12 @@ from memserve.config import (
     RESERVED_NAME,
     Config,
     PoolConfig,
-    RuleError,
     ShardConfig,
     WorkerConfig,
     section_types,
 )
 from memserve.errors import ConfigError
+from memserve.rules import RuleError
 
 Tree = dict[str, Any]
 

@@ -1,0 +1,92 @@
+"""What values of settings must be: rules, which are attrs validators with a text, and sizes as users write them."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import attrs
+
+GIB = 1 << 30
+SIZE_UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": GIB, "TiB": 1 << 40}
+
+
+class RuleError(ValueError):
+    """A value breaks its setting's rule. ``rule`` reads after "must"; ``known`` are the values that would do."""
+
+    def __init__(self, rule: str, known: Sequence[str] = ()) -> None:
+        super().__init__(f"must {rule}")
+        self.rule = rule
+        self.known = tuple(known)
+
+
+@attrs.frozen
+class Rule:
+    """What a setting's value must be: an attrs validator, with a text for errors and for the documentation."""
+
+    text: str
+    """Reads after "must"."""
+    holds: Callable[[Any], bool]
+    known: tuple[str, ...] = ()
+
+    def __call__(self, _instance: object, _attribute: object, value: Any) -> None:
+        if not self.holds(value):
+            raise RuleError(self.text, self.known)
+
+
+def one_of(*known: str | int) -> Rule:
+    """One of the listed values."""
+    names = tuple(map(str, known))
+    return Rule(f"be one of {', '.join(names)}", lambda value: value in known, names)
+
+
+def between(low: float, high: float) -> Rule:
+    """From ``low`` to ``high``, both included; None passes where the setting is optional."""
+    return Rule(f"be between {low} and {high}", lambda value: value is None or low <= value <= high)
+
+
+def matching(pattern: str, text: str) -> Rule:
+    """A string that matches ``pattern`` as a whole."""
+    compiled = re.compile(pattern)
+    return Rule(text, lambda value: compiled.fullmatch(value) is not None)
+
+
+def is_host(value: str) -> bool:
+    """Whether ``value`` is an IP address or a host name. Digits and dots alone are no name: a mistyped address."""
+    try:
+        ipaddress.ip_address(value)
+    except ValueError:
+        name = r"(?!\d+(\.\d+)*$)[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?"
+        return re.fullmatch(name, value) is not None
+    return True
+
+
+def are_keys(value: tuple[str, ...]) -> bool:
+    """Whether all of ``value`` fit in an Authorization header, and none is there twice."""
+    return len(set(value)) == len(value) and all(re.fullmatch(r"[\x21-\x7e]{1,256}", key) for key in value)
+
+
+a_name = matching(
+    "[a-z][a-z0-9-]{0,31}", "be 1 to 32 characters: a lower-case letter, then letters, digits or '-'"
+)
+a_host = Rule("be an IP address or a host name, without a port", is_host)
+a_reachable_host = Rule(
+    "be an IP address or a host name, without a port, and not 0.0.0.0 or ::",
+    lambda value: is_host(value) and value not in ("0.0.0.0", "::"),
+)
+some_keys = Rule("hold keys of 1 to 256 printable ASCII characters without blanks, each once", are_keys)
+
+
+def parse_size(value: object) -> int:
+    """Bytes from ``"1GiB"``, ``"512MiB"`` or a whole number of bytes. Raises RuleError."""
+    rule = 'be a size such as "512MiB" or "2GiB", or a whole number of bytes'
+    if type(value) is int:
+        return value
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]*)", value) if isinstance(value, str) else None
+    if match is None:
+        raise RuleError(rule)
+    if match[2] not in SIZE_UNITS:
+        raise RuleError(rule, [match[1] + unit for unit in SIZE_UNITS if unit])
+    return int(float(match[1]) * SIZE_UNITS[match[2]])

@@ -1,0 +1,389 @@
+"""The receiver's side of transfers: grant pages, let the bytes in, insert, and only then say that they arrived.
+
+A transfer's pages belong to it from the grant to its end; what ends it, and when they may be used for others::
+
+    every byte is there     the landing commits them: they are the pool's from then on
+    tcp: cut, late          once this process has stopped reading into them
+    mapped, nixl: late      once the sender says that it has stopped writing (TransferWithdrawn, TransferSent)
+    mapped: sender dead     once its process is killed for good: a paused one would go on writing when it wakes
+    nixl: sender dead       after QUARANTINE_S, when no network card still has a write of it under way
+
+Ended transfers are remembered, so that a late or repeated message gets the same answer and never a second grant.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Protocol
+
+import attrs
+
+from memserve.actions import Kill
+from memserve.messages import ActorId, Gone
+from memserve.transfer.messages import (
+    Expect,
+    IncomingAction,
+    Post,
+    Received,
+    ReceiveFailed,
+    StopReceiving,
+    ToReceiver,
+    TransferArrived,
+    TransferGranted,
+    TransferMessage,
+    TransferOffer,
+    TransferRefused,
+    TransferSent,
+    TransferStop,
+    TransferWithdrawn,
+)
+from memserve.transfer.values import WRITTEN_BY_SENDER, Failure, Geometry, Way
+
+STOP_REPEAT_S = 0.2
+"""First pause before an unanswered TransferStop is repeated; it doubles up to STOP_REPEAT_MAX_S."""
+STOP_REPEAT_MAX_S = 5.0
+QUARANTINE_S = 30.0
+"""Longer than a network card retries a write to a peer that does not answer."""
+
+GONE_REMEMBERED = 1024
+"""Dead senders whose last messages may still be on their way."""
+
+Key = tuple[ActorId, int]
+"""A transfer: its sender and its id."""
+Ended = TransferArrived | TransferRefused
+
+
+@attrs.frozen
+class LandingRefused(Exception):
+    """The pool will not give or take the pages."""
+
+    failure: Failure
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.failure}: {self.message}"
+
+
+class Landing(Protocol):
+    """Whose pages the bytes come into: the receiving shard's pool. Called in the core's turn; nothing waits."""
+
+    def grant(self, key: Key, offer: TransferOffer) -> tuple[int, ...]:
+        """``offer.pages`` pages for this transfer alone; those of ``offer.destination`` if it names some.
+
+        Raises LandingRefused, all or nothing.
+        """
+
+    def commit(self, key: Key, offer: TransferOffer, pages: tuple[int, ...]) -> None:
+        """The pages are complete: insert ``offer.tokens``, or hand them to whom ``offer.private`` says.
+
+        Raises LandingRefused, having taken none; ``release`` follows.
+        """
+
+    def release(self, key: Key, pages: tuple[int, ...]) -> None:
+        """The pages are not complete and nobody writes to them any more: free them."""
+
+
+@attrs.define(eq=False)
+class _Receiving:
+    offer: TransferOffer
+    pages: tuple[int, ...]
+    way: Way
+    deadline: float
+    failed: TransferRefused | None = None
+    """Set once it cannot succeed any more and only waits for its writer to stop."""
+    repeat_at: float = math.inf
+    pause_s: float = STOP_REPEAT_S
+    release_at: float = math.inf
+    """Of a quarantined one."""
+
+    @property
+    def written_here(self) -> bool:
+        """Whether this process puts the bytes into the pages, and so can stop doing so."""
+        return self.way.path not in WRITTEN_BY_SENDER
+
+
+@attrs.define
+class _Memory:
+    """How one sender's last transfers ended. Its ids only grow."""
+
+    limit: int
+    _ended: dict[int, Ended] = attrs.field(factory=dict, init=False)
+    _forgotten: int = attrs.field(default=0, init=False)
+
+    def answer(self, number: int) -> Ended | None:
+        """How a transfer ended; None for one that is new."""
+        if number <= self._forgotten and number not in self._ended:
+            return TransferRefused(number, Failure.REFUSED, f"transfer {number} is too old to be remembered")
+        return self._ended.get(number)
+
+    def put(self, ended: Ended) -> None:
+        """Remember an end, forgetting the oldest at the limit."""
+        self._ended.setdefault(ended.id, ended)
+        if len(self._ended) > self.limit:
+            oldest = next(iter(self._ended))
+            del self._ended[oldest]
+            self._forgotten = max(self._forgotten, oldest)
+
+
+@attrs.define
+class Incoming:
+    """Every transfer that comes to this shard.
+
+    Verbs: receive, advance, take, deadline, check. ``receive`` takes :data:`ToReceiver` from other shards, Gone,
+    and Received, ReceiveFailed from this one.
+    """
+
+    geometry: Geometry
+    host: str
+    landing: Landing
+    ways: tuple[Way, ...]
+    """To this shard's arena, the best first."""
+    receiving_max: int = 64
+    """Transfers under way; one more is refused with RECEIVER_FULL."""
+    remembered_max: int = 1024
+    """Ends remembered for each sender."""
+    _receiving: dict[Key, _Receiving] = attrs.field(factory=dict, init=False)
+    _memories: dict[ActorId, _Memory] = attrs.field(factory=dict, init=False)
+    _gone: dict[ActorId, None] = attrs.field(factory=dict, init=False)
+    """The oldest first. What they offer would never end: nobody is left to withdraw it."""
+    _actions: list[IncomingAction] = attrs.field(factory=list, init=False)
+
+    # ---- verbs -----------------------------------------------------------------------------------------------
+
+    @property
+    def deadline(self) -> float:
+        """When :meth:`advance` must be called next; infinity when nothing is under way."""
+        return min((_due(one) for one in self._receiving.values()), default=math.inf)
+
+    def receive(
+        self, sender: ActorId, message: ToReceiver | Gone | Received | ReceiveFailed, now: float
+    ) -> None:
+        """Take one message in. What is late or repeated is answered as before."""
+        match message:
+            case TransferOffer():
+                self._offered((sender, message.id), message, now)
+            case TransferSent(number):
+                self._sent((sender, number))
+            case TransferWithdrawn(number):
+                self._withdrawn((sender, number), now)
+            case Received(source, number):
+                self._received((source, number))
+            case ReceiveFailed(source, number, failure, text):
+                self._receive_failed((source, number), failure, text)
+            case Gone(actors):
+                self._bury(actors, now)
+
+    def advance(self, now: float) -> None:
+        """End what is past its deadline, and ask again whoever may still write."""
+        for key, one in list(self._receiving.items()):
+            if now >= one.release_at:
+                self._release(key)
+            elif one.failed is None and now >= one.deadline:
+                self._fail(key, Failure.DEADLINE, "not complete in time", now)
+            elif now >= one.repeat_at:
+                self._ask_to_stop(key, one, now)
+
+    def take(self) -> list[IncomingAction]:
+        """What there is to do, once."""
+        actions, self._actions = self._actions, []
+        return actions
+
+    def check(self) -> None:
+        """Assert every invariant."""
+        assert len(self._receiving) <= self.receiving_max
+        held = [page for one in self._receiving.values() for page in one.pages]
+        assert len(held) == len(set(held)), "two transfers hold one page"
+        for (sender, number), one in self._receiving.items():
+            assert len(one.pages) == one.offer.pages
+            memory = self._memories.get(sender)
+            assert memory is None or memory.answer(number) is None, f"transfer {number} ended and goes on"
+        assert not self._gone.keys() & self._memories.keys()
+        assert len(self._gone) <= GONE_REMEMBERED
+
+    def __len__(self) -> int:
+        """Transfers that hold pages, those that only wait for their writer to stop included."""
+        return len(self._receiving)
+
+    # ---- messages --------------------------------------------------------------------------------------------
+
+    def _offered(self, key: Key, offer: TransferOffer, now: float) -> None:
+        sender, number = key
+        one = self._receiving.get(key)
+        ended = self._answer(key)
+        if ended is not None:
+            self._post(sender, ended)
+        elif one is None:
+            self._grant(key, offer, now)
+        elif one.failed is None:
+            self._post(sender, TransferGranted(number, one.pages, one.way))
+        elif not one.written_here:
+            self._post(sender, TransferStop(number))
+
+    def _grant(self, key: Key, offer: TransferOffer, now: float) -> None:
+        try:
+            way = self._way(offer)
+            pages = self.landing.grant(key, offer)
+        except LandingRefused as refused:
+            self._end(key, TransferRefused(offer.id, refused.failure, refused.message))
+            return
+        deadline = now + offer.remaining_s
+        one = self._receiving[key] = _Receiving(offer, pages, way, deadline)
+        if one.written_here:
+            self._actions.append(Expect(*key, pages, offer.granularity, deadline))
+        self._post(key[0], TransferGranted(offer.id, pages, way))
+
+    def _way(self, offer: TransferOffer) -> Way:
+        """The best way that this sender can take. Raises LandingRefused."""
+        if len(self._receiving) >= self.receiving_max:
+            raise LandingRefused(
+                Failure.RECEIVER_FULL, f"{self.receiving_max} transfers are under way already"
+            )
+        theirs = Geometry(offer.page_bytes, offer.layers) if _divides(offer) else None
+        if theirs != self.geometry or offer.pages < 1:
+            raise LandingRefused(
+                Failure.REFUSED,
+                f"{offer.pages} pages of {offer.page_bytes} bytes in {offer.layers} layers: "
+                f"they must have {self.geometry.page_bytes} bytes in {self.geometry.layers} layers",
+            )
+        for way in self.ways:
+            if way.path in offer.paths and (way.path != "mapped" or offer.host == self.host):
+                return way
+        mine = ", ".join(way.path for way in self.ways)
+        raise LandingRefused(
+            Failure.REFUSED,
+            f"no common path: {', '.join(offer.paths)} there, {mine} here; see path in their TransferSettings",
+        )
+
+    def _sent(self, key: Key) -> None:
+        sender, number = key
+        one = self._receiving.get(key)
+        if one is None:
+            unknown = TransferRefused(number, Failure.REFUSED, f"transfer {number} is not known here")
+            self._post(sender, self._answer(key) or unknown)
+        elif one.failed is not None and not one.written_here:
+            self._release(key)  # it came too late, but its sender has stopped writing
+        elif not one.written_here:
+            self._commit(key)
+        # Written here: complete when this process has read it all, which it knows better than the sender.
+
+    def _withdrawn(self, key: Key, now: float) -> None:
+        one = self._receiving.get(key)
+        if one is None:
+            # Remembered, so that an offer that comes after its own withdrawal is not granted.
+            self._remember(key, _refused(key, Failure.WITHDRAWN, "the sender withdrew it"))
+            return
+        if one.failed is None:
+            self._fail(key, Failure.WITHDRAWN, "the sender withdrew it", now)
+        if not one.written_here:
+            self._release(key)
+
+    def _bury(self, actors: Iterable[ActorId], now: float) -> None:
+        for actor in actors:
+            mine = [key for key in self._receiving if key[0] == actor]
+            mapped = [key for key in mine if self._receiving[key].way.path == "mapped"]
+            if mapped:
+                # Before any release, and actions are performed in order: the kill is over before the pages are
+                # granted again.
+                self._actions.append(Kill(actor, self._receiving[mapped[0]].offer.pid))
+            self._gone[actor] = None
+            self._memories.pop(actor, None)
+            for key in mine:
+                self._bury_one(key, now)
+        while len(self._gone) > GONE_REMEMBERED:
+            del self._gone[next(iter(self._gone))]
+
+    def _bury_one(self, key: Key, now: float) -> None:
+        one = self._receiving[key]
+        if one.failed is None:
+            self._fail(key, Failure.PEER_GONE, f"{key[0]} is gone", now)
+        if one.way.path == "mapped":
+            self._release(key)
+        elif not one.written_here:
+            one.repeat_at, one.release_at = math.inf, min(one.release_at, now + QUARANTINE_S)
+
+    # ---- this process's own reading --------------------------------------------------------------------------
+
+    def _received(self, key: Key) -> None:
+        one = self._receiving.get(key)
+        if one is None:
+            return
+        if one.failed is None:
+            self._commit(key)
+        else:
+            self._release(key)
+
+    def _receive_failed(self, key: Key, failure: Failure, text: str) -> None:
+        one = self._receiving.get(key)
+        if one is None:
+            return
+        if one.failed is None:
+            one.failed = _refused(key, failure, text)
+        self._release(key)
+
+    # ---- ends ------------------------------------------------------------------------------------------------
+
+    def _commit(self, key: Key) -> None:
+        """Insert, then acknowledge: in this order, or a sender would count on pages that nobody can match."""
+        one = self._receiving[key]
+        try:
+            self.landing.commit(key, one.offer, one.pages)
+        except LandingRefused as refused:
+            one.failed = _refused(key, refused.failure, refused.message)
+            self._release(key)
+            return
+        del self._receiving[key]
+        self._end(key, TransferArrived(key[1]))
+
+    def _fail(self, key: Key, failure: Failure, text: str, now: float) -> None:
+        """It cannot succeed any more; its pages stay taken until its writer has stopped."""
+        one = self._receiving[key]
+        one.failed = _refused(key, failure, text)
+        if one.written_here:
+            self._actions.append(StopReceiving(*key))
+        else:
+            self._ask_to_stop(key, one, now)
+
+    def _ask_to_stop(self, key: Key, one: _Receiving, now: float) -> None:
+        self._post(key[0], TransferStop(key[1]))
+        one.repeat_at = now + one.pause_s
+        one.pause_s = min(2 * one.pause_s, STOP_REPEAT_MAX_S)
+
+    def _release(self, key: Key) -> None:
+        one = self._receiving.pop(key)
+        assert one.failed is not None, f"{key} is released without a reason"
+        self.landing.release(key, one.pages)
+        self._end(key, one.failed)
+
+    def _end(self, key: Key, ended: Ended) -> None:
+        self._remember(key, ended)
+        self._post(key[0], ended)
+
+    def _answer(self, key: Key) -> Ended | None:
+        """How a transfer ended, or that it must not begin; None for a new one."""
+        sender, number = key
+        if sender in self._gone:
+            return _refused(key, Failure.PEER_GONE, f"{sender} was declared gone here")
+        memory = self._memories.get(sender)
+        return memory.answer(number) if memory else None
+
+    def _remember(self, key: Key, ended: Ended) -> None:
+        if key[0] not in self._gone:
+            self._memories.setdefault(key[0], _Memory(self.remembered_max)).put(ended)
+
+    def _post(self, to: ActorId, message: TransferMessage) -> None:
+        self._actions.append(Post(to, message))
+
+
+def _due(one: _Receiving) -> float:
+    if one.failed is None:
+        return one.deadline
+    return min(one.repeat_at, one.release_at)
+
+
+def _divides(offer: TransferOffer) -> bool:
+    return offer.page_bytes > 0 and offer.layers > 0 and offer.page_bytes % (2 * offer.layers) == 0
+
+
+def _refused(key: Key, failure: Failure, text: str) -> TransferRefused:
+    return TransferRefused(key[1], failure, text)

@@ -1,0 +1,139 @@
+"""The one interface of all movers, and the choice between them.
+
+A mover is the sender's shell of one path: it carries a transfer's pieces from this process's arena into pages that
+the receiver has granted, within a deadline, and answers with a result and never with an exception. It says nothing
+to anybody about what the bytes mean: see :mod:`memserve.transfer.outgoing`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Protocol
+
+import attrs
+import trio
+
+from memserve.transfer.values import (
+    Coverage,
+    Failure,
+    Geometry,
+    Piece,
+    Result,
+    Transfer,
+    TransferDone,
+    TransferFailed,
+    Way,
+    pieces,
+)
+
+PATHS = ("mapped", "nixl", "tcp")
+"""Fastest first; ``auto`` takes the first that both sides have."""
+
+
+class MoveError(Exception):
+    """Inside a mover: the transfer failed, and why."""
+
+    def __init__(self, failure: Failure, message: str) -> None:
+        super().__init__(message)
+        self.failure = failure
+
+
+class PieceFeed:
+    """The pieces of one transfer that may be moved, in the order in which they became final.
+
+    Ends by itself once the whole transfer was fed. ``take`` may be cancelled: what it would have returned stays.
+    """
+
+    def __init__(self, pages: int, parts: int) -> None:
+        self._coverage = Coverage(pages, parts)
+        self._waiting: list[Piece] = []
+        self._stirred = trio.Event()
+
+    @classmethod
+    def whole(cls, transfer: Transfer, geometry: Geometry) -> PieceFeed:
+        """A feed of a transfer whose pages are all final."""
+        feed = cls(len(transfer.source), geometry.parts(transfer.granularity))
+        feed.put(pieces(transfer, geometry))
+        return feed
+
+    def put(self, some: tuple[Piece, ...]) -> None:
+        """Add pieces. Raises ValueError for one that is not of this transfer.
+
+        Bounded by the transfer: what was fed before is dropped.
+        """
+        for piece in some:
+            if self._coverage.add(piece):
+                self._waiting.append(piece)
+        self._stirred.set()
+
+    async def take(self) -> list[Piece]:
+        """Wait for pieces and take all there are; an empty list at the end."""
+        while not self._waiting and not self._coverage.complete:
+            self._stirred = trio.Event()
+            await self._stirred.wait()
+        taken, self._waiting = self._waiting, []
+        return taken
+
+
+class Mover(Protocol):
+    """The sender's end of one path. Used by many transfers at a time."""
+
+    path: str
+
+    async def send(self, transfer: Transfer, way: Way, feed: PieceFeed, deadline_s: float) -> Result:
+        """Move everything that ``feed`` brings into the receiver's pages.
+
+        Answers within ``deadline_s`` seconds, or soon after, when no byte is being written any more; the same
+        holds when it is cancelled.
+        """
+
+    def forget(self, way: Way) -> None:
+        """The receiver behind ``way`` is gone: let go of what was kept for it."""
+
+    def close(self) -> None:
+        """Let go of everything; no transfer is under way any more."""
+
+
+async def settle(transfer: Transfer, deadline_s: float, move: Callable[[], Awaitable[int]]) -> Result:
+    """Run ``move``, which returns the bytes it moved, and make a result of whatever happens."""
+    try:
+        with trio.fail_after(deadline_s):
+            return TransferDone(transfer.id, await move())
+    except trio.TooSlowError:
+        return TransferFailed(transfer.id, Failure.DEADLINE, f"not written within {deadline_s:.3g} s")
+    except MoveError as error:
+        return TransferFailed(transfer.id, error.failure, str(error))
+
+
+def check_pages(transfer: Transfer, pages: int) -> None:
+    """Raise MoveError unless every source page is one of the arena's ``pages``."""
+    wrong = [page for page in transfer.source if not 0 <= page < pages]
+    if wrong:
+        raise MoveError(Failure.REFUSED, f"page {wrong[0]} is not one of this arena's {pages}")
+
+
+@attrs.frozen
+class Memory:
+    """A process's own arena, as movers see it."""
+
+    view: memoryview
+    """All pages; page ``i`` starts at ``i * geometry.page_bytes``."""
+    geometry: Geometry
+
+    @property
+    def pages(self) -> int:
+        """How many pages it has."""
+        return self.view.nbytes // self.geometry.page_bytes
+
+
+def host_identity() -> str:
+    """The same for two processes exactly if one can open the other's sockets by their paths."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot}/{os.readlink('/proc/self/ns/mnt')}"
+
+
+def chosen_paths(path: str, available: tuple[str, ...]) -> tuple[str, ...]:
+    """What ``path`` of the settings allows of the paths that this process has, the fastest first."""
+    return tuple(one for one in PATHS if one in available and path in ("auto", one))

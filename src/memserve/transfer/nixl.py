@@ -1,0 +1,173 @@
+"""The mover over NIXL, for hosts with RDMA: the optional extra ``[multihost]``.
+
+The receiver's agent describes its arena in *metadata*, a byte string that travels on the bus with the grant, so no
+metadata server is needed. The sender writes (NIXL over plain TCP emulates reads, badly); the receiver's agent needs
+its progress thread for that where the network card has no RDMA. An agent serves both directions.
+
+Importing this module does not import nixl; making a :class:`NixlAgent` does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import attrs
+import trio
+
+from memserve.messages import ActorId
+from memserve.transfer.mover import Memory, MoveError, PieceFeed, check_pages, settle
+from memserve.transfer.values import Failure, Result, Transfer, Way, extents
+
+POLL_S = 50e-6
+"""First pause between two looks at a transfer; it doubles up to POLL_MAX_S."""
+POLL_MAX_S = 1e-3
+
+
+def available() -> bool:
+    """Whether the package is installed."""
+    return importlib.util.find_spec("nixl") is not None
+
+
+def has_rdma() -> bool:
+    """Whether this machine has a network card that NIXL is made for."""
+    devices = Path("/sys/class/infiniband")
+    return devices.is_dir() and any(devices.iterdir())
+
+
+@attrs.define(eq=False)
+class NixlAgent:
+    """This process's agent, with its arena registered. Made off the event loop: it pins the arena's memory.
+
+    Raises ImportError when nixl is not installed for this machine's CUDA.
+    """
+
+    name: ActorId
+    """Unique among all agents that meet: the shard's id, incarnation included."""
+    memory: Memory
+    way: Way = attrs.field(init=False, repr=False)
+    """To this arena, as senders are told."""
+    _agent: Any = attrs.field(init=False)
+    _registered: Any = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        from nixl._api import nixl_agent, nixl_agent_config, nixl_thread_sync_t
+
+        # Connecting may take long, so it happens in a thread while the loop polls other transfers.
+        sync = nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT
+        self._agent = nixl_agent(self.name, nixl_agent_config(backends=["UCX"], sync_mode=sync))
+        base = self.address
+        self._registered = self._agent.register_memory(
+            [(base, self.memory.view.nbytes, 0, "")], mem_type="DRAM"
+        )
+        self.way = Way("nixl", f"{base:x}", self._agent.get_agent_metadata())
+
+    @property
+    def address(self) -> int:
+        """Of the arena's first byte in this process."""
+        return ctypes.addressof(ctypes.c_char.from_buffer(self.memory.view))
+
+    def close(self) -> None:
+        """Let go of the arena. Senders' writes fail from now on."""
+        self._agent.deregister_memory(self._registered)
+
+
+@attrs.define(eq=False)
+class NixlMover:
+    """Writes from the agent's arena into those of other agents."""
+
+    agent: NixlAgent
+    path: str = attrs.field(default="nixl", init=False)
+    _peers: dict[bytes, str] = attrs.field(factory=dict, init=False)
+    """Agents' names by their metadata."""
+
+    async def send(self, transfer: Transfer, way: Way, feed: PieceFeed, deadline_s: float) -> Result:
+        """See Mover. Fails with PEER_GONE when the agent cannot be reached, CUT when a write breaks off."""
+        return await settle(transfer, deadline_s, partial(self._move, transfer, way, feed))
+
+    def forget(self, way: Way) -> None:
+        """Disconnect from an agent."""
+        name = self._peers.pop(way.data, None)
+        if name is not None:
+            self._raw.remove_remote_agent(name)
+
+    def close(self) -> None:
+        """Disconnect from everybody and let go of this process's arena."""
+        for data in list(self._peers):
+            self.forget(Way("nixl", "", data))
+        self.agent.close()
+
+    @property
+    def _raw(self) -> Any:
+        return self.agent._agent
+
+    async def _move(self, transfer: Transfer, way: Way, feed: PieceFeed) -> int:
+        check_pages(transfer, self.agent.memory.pages)
+        name = await self._known(way)
+        moved = 0
+        while some := await feed.take():
+            todo = [one for piece in some for one in extents(piece, transfer, self.agent.memory.geometry)]
+            here = [(self.agent.address + one.source, one.nbytes, 0) for one in todo]
+            there = [(int(way.address, 16) + one.destination, one.nbytes, 0) for one in todo]
+            await self._write(here, there, name)
+            moved += sum(one.nbytes for one in todo)
+        return moved
+
+    async def _known(self, way: Way) -> str:
+        if way.data not in self._peers:
+            try:
+                name = await trio.to_thread.run_sync(self._raw.add_remote_agent, way.data)
+            except Exception as error:
+                raise MoveError(
+                    Failure.PEER_GONE, f"NIXL does not take the receiver's metadata: {error}"
+                ) from error
+            self._peers[way.data] = name.decode() if isinstance(name, bytes) else name
+        return self._peers[way.data]
+
+    async def _write(self, here: list[Any], there: list[Any], name: str) -> None:
+        """One operation, until nothing of it is under way any more, whatever happens."""
+        handle = None
+        try:
+            # NIXL's errors share no class of their own.
+            try:
+                handle = await trio.to_thread.run_sync(self._post, here, there, name)
+                await self._finish(handle)
+            except Exception as error:
+                if isinstance(error, MoveError):
+                    raise
+                raise MoveError(Failure.CUT, f"NIXL: {type(error).__name__}: {error}") from error
+        finally:
+            if handle is not None:
+                with trio.CancelScope(shield=True):
+                    await self._release(handle)
+
+    def _post(self, here: list[Any], there: list[Any], name: str) -> Any:
+        local = self._raw.get_xfer_descs(here, mem_type="DRAM")
+        remote = self._raw.get_xfer_descs(there, mem_type="DRAM")
+        handle = self._raw.initialize_xfer("WRITE", local, remote, name)
+        self._raw.transfer(handle)
+        return handle
+
+    async def _finish(self, handle: Any) -> None:
+        if await self._ended(handle) != "DONE":
+            raise MoveError(Failure.CUT, "NIXL broke the write off")
+
+    async def _ended(self, handle: Any) -> str:
+        pause_s = POLL_S
+        while (state := str(self._raw.check_xfer_state(handle))) == "PROC":
+            await trio.sleep(pause_s)
+            pause_s = min(2 * pause_s, POLL_MAX_S)
+        return state
+
+    async def _release(self, handle: Any) -> None:
+        """Take a write back if it is still under way; one that cannot be is waited for."""
+        while True:
+            try:
+                self._raw.release_xfer_handle(handle)
+            except Exception:  # see above: it could not be aborted
+                await trio.sleep(POLL_MAX_S)
+            else:
+                return

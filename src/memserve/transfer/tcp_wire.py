@@ -1,0 +1,205 @@
+"""What goes over a transfer's connection, and how both ends move bytes between sockets and arenas.
+
+One connection carries one transfer: what cuts it ends that transfer and no other. ::
+
+    sender -> receiver   hello (with the token), then frames: header + payload; a header of no pages says "still here"
+    receiver -> sender   A accepted, "." still here, then D done or F failed (failure and text), once
+
+Everything but the text is fixed-size little-endian. A payload is the bytes of one piece, page after page, and its
+header has their CRC-32.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+import struct
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import attrs
+import trio
+
+from memserve.messages import ActorId
+from memserve.transfer.mover import MoveError
+from memserve.transfer.values import Failure, Piece
+
+MAGIC = b"MEMSXFER"
+VERSION = 1
+TOKEN_BYTES = 32
+SENDER_BYTES_MAX = 256
+TEXT_BYTES_MAX = 1024
+STALL_S = 3.0
+"""A connection on which the other end says nothing for so long is cut. Each end speaks three times as often."""
+VIEWS_MAX = 512
+"""Pieces of memory in one system call; the kernel allows 1,024."""
+FRAME_BYTES = 256 << 10
+"""Longest payload, unless one page's part is longer: small enough that the checksum finds it in the core's cache."""
+
+_HELLO = struct.Struct(f"<8sI{TOKEN_BYTES}sQIIQI")
+_HEADER = struct.Struct("<IIII")
+_TEXT = struct.Struct("<H")
+
+ACCEPTED, ALIVE, DONE, FAILED = b"A", b".", b"D", b"F"
+
+
+# ---- values --------------------------------------------------------------------------------------------------
+
+
+@attrs.frozen
+class Hello:
+    """Who sends what to whom; the receiver must have granted exactly this."""
+
+    token: bytes
+    sender: ActorId
+    id: int
+    pages: int
+    page_bytes: int
+    parts: int
+
+    def encode(self) -> bytes:
+        """As it travels."""
+        name = self.sender.encode()
+        fixed = _HELLO.pack(
+            MAGIC, VERSION, self.token, self.id, self.pages, self.parts, self.page_bytes, len(name)
+        )
+        return fixed + name
+
+
+async def read_hello(connection: Connection) -> Hello:
+    """Read a hello. Raises MoveError when it is none."""
+    fixed = await connection.read(_HELLO.size)
+    magic, version, token, number, pages, parts, page_bytes, length = _HELLO.unpack(fixed)
+    if magic != MAGIC or version != VERSION or length > SENDER_BYTES_MAX:
+        raise MoveError(Failure.REFUSED, "not a transfer, or of another version")
+    try:
+        sender = ActorId((await connection.read(length)).decode())
+    except UnicodeDecodeError as error:
+        raise MoveError(Failure.REFUSED, "not a transfer: its sender's name is no text") from error
+    return Hello(token, sender, number, pages, page_bytes, parts)
+
+
+@attrs.frozen
+class Header:
+    """Announces a payload: a piece and the CRC-32 of its bytes. ``pages == 0`` only says "still here"."""
+
+    piece: Piece
+    checksum: int
+
+    def encode(self) -> bytes:
+        """As it travels."""
+        return _HEADER.pack(self.piece.first, self.piece.pages, self.piece.part, self.checksum)
+
+
+STILL_HERE = _HEADER.pack(0, 0, 0, 0)
+
+
+async def read_header(connection: Connection) -> Header:
+    """The next header that announces a payload."""
+    while True:
+        first, pages, part, checksum = _HEADER.unpack(await connection.read(_HEADER.size))
+        if pages:
+            return Header(Piece(first, pages, part), checksum)
+
+
+def encode_failure(error: MoveError) -> bytes:
+    """A receiver's last word on a transfer that failed."""
+    text = f"{error.failure} {error}".encode()[:TEXT_BYTES_MAX]
+    return FAILED + _TEXT.pack(len(text)) + text
+
+
+async def read_verdict(connection: Connection) -> bytes:
+    """The receiver's next word that says something: ACCEPTED or DONE. Raises MoveError with its failure."""
+    while (word := await connection.read(1)) == ALIVE:
+        pass
+    if word == FAILED:
+        (length,) = _TEXT.unpack(await connection.read(_TEXT.size))
+        failure, _, text = (await connection.read(length)).decode(errors="replace").partition(" ")
+        raise MoveError({str(one): one for one in Failure}.get(failure, Failure.REFUSED), text)
+    if word not in (ACCEPTED, DONE):
+        raise MoveError(Failure.REFUSED, f"the receiver answered {word!r}")
+    return word
+
+
+# ---- connections ---------------------------------------------------------------------------------------------
+
+
+@attrs.define(eq=False)
+class Connection:
+    """A socket that is watched: bytes that come in put off the moment at which it counts as cut."""
+
+    socket: trio.socket.SocketType
+    watch: trio.CancelScope = attrs.field(factory=trio.CancelScope, init=False)
+    _writing: trio.Lock = attrs.field(factory=trio.Lock, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(STALL_S * 1000))
+        self._heard()
+
+    def _heard(self) -> None:
+        self.watch.deadline = trio.current_time() + STALL_S
+
+    async def read(self, nbytes: int) -> bytes:
+        """Exactly so many bytes. Raises MoveError when the connection ends before."""
+        buffer = bytearray(nbytes)
+        await self.read_into([memoryview(buffer)])
+        return bytes(buffer)
+
+    async def read_into(self, views: Sequence[memoryview]) -> None:
+        """Fill every view, straight from the socket. Raises MoveError when the connection ends before."""
+        left = [view for view in views if view.nbytes]
+        start = 0
+        while start < len(left):
+            with cut_means_cut():
+                got, *_ = await self.socket.recvmsg_into(left[start : start + VIEWS_MAX])
+            if not got:
+                raise MoveError(Failure.CUT, "the other end closed the connection")
+            self._heard()
+            start = _consume(left, start, got)
+
+    async def write(self, views: Sequence[bytes | memoryview]) -> None:
+        """Send every view, straight from its memory, with nobody else's bytes in between."""
+        left = [memoryview(view) for view in views if len(view)]
+        async with self._writing:
+            start = 0
+            while start < len(left):
+                with cut_means_cut():
+                    sent = await self.socket.sendmsg(left[start : start + VIEWS_MAX])
+                start = _consume(left, start, sent)
+
+    async def keep_alive(self, word: bytes) -> None:
+        """Say ``word`` often enough for the other end's watch, until cancelled or cut."""
+        while True:
+            await trio.sleep(STALL_S / 3)
+            try:
+                await self.write([word])
+            except MoveError:
+                return  # whoever reads learns it too
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Within it, a silent other end raises MoveError(CUT)."""
+        with self.watch:
+            yield
+        if self.watch.cancelled_caught:
+            raise MoveError(Failure.CUT, f"nothing came from the other end for {STALL_S:g} s")
+
+
+def _consume(views: list[memoryview], start: int, nbytes: int) -> int:
+    """Take ``nbytes`` off the front of ``views[start:]``; where what is left begins."""
+    while start < len(views) and nbytes >= views[start].nbytes:
+        nbytes -= views[start].nbytes
+        start += 1
+    if nbytes:
+        views[start] = views[start][nbytes:]
+    return start
+
+
+@contextmanager
+def cut_means_cut() -> Iterator[None]:
+    """Raise MoveError(CUT) for what the kernel says about a broken connection."""
+    try:
+        yield
+    except OSError as error:
+        name = errno.errorcode.get(error.errno or 0, "?")
+        raise MoveError(Failure.CUT, f"the connection broke: {error.strerror or error} ({name})") from error

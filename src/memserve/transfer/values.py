@@ -1,0 +1,260 @@
+"""What a transfer is made of, as values: runs of neighbouring pages, parts of pages, ways to a receiver, results.
+
+A transfer is a list of pages of one arena and an equally long list of pages of another. A page's bytes are
+``[layers, 2, kv_heads, page_tokens, head_dim]``, so the page, each layer of it and each layer's K or V are one
+contiguous block. The granularity says in which of these a transfer moves (after MemServe, section 5.2):
+
+===========  ============  =================================================================================
+aggregated   whole pages   neighbours travel together, one copy or a few large frames a run
+by_layer     one layer     layer by layer over all pages; the only one that can start before the pages are full
+by_request   one K or V    every block by itself, the paper's ``2 * layers`` operations a page; kept to compare
+===========  ============  =================================================================================
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator, Sequence
+
+import attrs
+
+from memserve.messages import ActorId
+
+
+class Granularity(enum.StrEnum):
+    """In what portions a transfer's pages move; see the module's table."""
+
+    AGGREGATED = "aggregated"
+    BY_LAYER = "by_layer"
+    BY_REQUEST = "by_request"
+
+
+class Failure(enum.StrEnum):
+    """Why a transfer did not happen. Its destination pages were never reported complete."""
+
+    RECEIVER_FULL = "receiver_full"
+    """The receiver has no pages, or as many transfers under way as it allows. Later may do."""
+    PEER_GONE = "peer_gone"
+    """The other shard is dead, or nobody listens where it was announced."""
+    CUT = "cut"
+    """The connection broke or stood still."""
+    DEADLINE = "deadline"
+    """Not finished in time. When only the acknowledgement is late, the receiver may have the pages after all."""
+    REFUSED = "refused"
+    """One side holds the other's request for wrong: another layout, a stale token, an unknown page or transfer."""
+    CHECKSUM = "checksum"
+    """Bytes arrived damaged."""
+    WITHDRAWN = "withdrawn"
+    """The sender's own caller gave it up."""
+
+
+@attrs.frozen
+class TransferDone:
+    """Every byte is in the receiver's pages."""
+
+    id: int
+    nbytes: int
+
+
+@attrs.frozen
+class TransferFailed:
+    """The transfer is over without its pages."""
+
+    id: int
+    failure: Failure
+    message: str
+
+
+Result = TransferDone | TransferFailed
+
+
+@attrs.frozen
+class Geometry:
+    """How a page divides. Raises ValueError unless ``page_bytes`` is a multiple of ``2 * layers``."""
+
+    page_bytes: int
+    layers: int
+
+    def __attrs_post_init__(self) -> None:
+        if self.page_bytes < 1 or self.layers < 1 or self.page_bytes % (2 * self.layers):
+            raise ValueError(
+                f"a page of {self.page_bytes} bytes does not divide into K and V of {self.layers} layers"
+            )
+
+    def parts(self, granularity: Granularity) -> int:
+        """Into how many parts of equal size a page is cut."""
+        match granularity:
+            case Granularity.AGGREGATED:
+                return 1
+            case Granularity.BY_LAYER:
+                return self.layers
+            case Granularity.BY_REQUEST:
+                return 2 * self.layers
+
+
+@attrs.frozen
+class Transfer:
+    """``source[i]`` of the sender's arena goes to ``destination[i]`` of the receiver's.
+
+    Known by ``(sender, id)`` for ever: a sender's ids only grow within its incarnation.
+    Raises ValueError for lists of different lengths, an empty one, or a page named twice in ``destination``.
+    """
+
+    sender: ActorId
+    id: int
+    source: tuple[int, ...]
+    destination: tuple[int, ...]
+    granularity: Granularity = Granularity.AGGREGATED
+
+    def __attrs_post_init__(self) -> None:
+        if not self.source or len(self.source) != len(self.destination):
+            raise ValueError(
+                f"transfer {self.id} goes from {len(self.source)} pages to {len(self.destination)}: "
+                "it must be as many, and at least one"
+            )
+        if len(set(self.destination)) < len(self.destination):
+            raise ValueError(f"transfer {self.id} names a destination page twice")
+
+
+@attrs.frozen
+class Way:
+    """How a sender reaches one receiver's arena: announced by the receiver with the pages it grants."""
+
+    path: str
+    """``mapped``, ``tcp`` or ``nixl``."""
+    address: str
+    """mapped: the arena's socket; tcp: ``host:port``; nixl: the arena's first byte in the receiver, in hex."""
+    data: bytes = b""
+    """tcp: the receiver's token; nixl: its agent's metadata."""
+
+
+WRITTEN_BY_SENDER = frozenset({"mapped", "nixl"})
+"""Paths on which the sender stores into the receiver's memory itself.
+
+The receiver cannot stop it, so its pages stay taken until the sender says that it has stopped, or is dead.
+"""
+
+
+# ---- runs ----------------------------------------------------------------------------------------------------
+
+
+@attrs.frozen
+class Run:
+    """``pages`` pages that are neighbours, in the same order, on both sides."""
+
+    source: int
+    destination: int
+    pages: int
+
+
+def runs(source: Sequence[int], destination: Sequence[int]) -> list[Run]:
+    """The fewest runs that pair ``source[i]`` with ``destination[i]``, in the lists' order."""
+    found: list[Run] = []
+    start = 0
+    for i in range(1, len(source) + 1):
+        ends = i == len(source)
+        if ends or source[i] != source[i - 1] + 1 or destination[i] != destination[i - 1] + 1:
+            found.append(Run(source[start], destination[start], i - start))
+            start = i
+    return found
+
+
+# ---- pieces --------------------------------------------------------------------------------------------------
+
+
+@attrs.frozen
+class Piece:
+    """Part ``part`` of each of the ``pages`` pages from position ``first`` of a transfer's lists."""
+
+    first: int
+    pages: int
+    part: int = 0
+
+
+@attrs.frozen
+class Extent:
+    """``nbytes`` adjacent bytes, by their offsets in the two arenas."""
+
+    source: int
+    destination: int
+    nbytes: int
+
+
+def pieces(transfer: Transfer, geometry: Geometry) -> tuple[Piece, ...]:
+    """Everything of a transfer whose pages are all full, in the portions that its granularity names."""
+    pages, parts = len(transfer.source), geometry.parts(transfer.granularity)
+    if transfer.granularity is Granularity.BY_REQUEST:
+        return tuple(Piece(page, 1, part) for page in range(pages) for part in range(parts))
+    return tuple(Piece(0, pages, part) for part in range(parts))
+
+
+def split(piece: Piece, pages_max: int) -> Iterator[Piece]:
+    """The same in pieces of at most ``pages_max`` pages."""
+    end = piece.first + piece.pages
+    for first in range(piece.first, end, pages_max):
+        yield Piece(first, min(pages_max, end - first), piece.part)
+
+
+def extents(piece: Piece, transfer: Transfer, geometry: Geometry) -> list[Extent]:
+    """The copies that a piece takes: one a run of whole pages, else one a page."""
+    span = slice(piece.first, piece.first + piece.pages)
+    parts = geometry.parts(transfer.granularity)
+    size = geometry.page_bytes
+    found = runs(transfer.source[span], transfer.destination[span])
+    if parts == 1:
+        return [Extent(run.source * size, run.destination * size, run.pages * size) for run in found]
+    part_bytes = size // parts
+    shift = piece.part * part_bytes
+    return [
+        Extent((run.source + i) * size + shift, (run.destination + i) * size + shift, part_bytes)
+        for run in found
+        for i in range(run.pages)
+    ]
+
+
+def spans(piece: Piece, pages: Sequence[int], page_bytes: int, parts: int) -> list[tuple[int, int]]:
+    """(offset, bytes) of a piece in one arena, whose side of the transfer is ``pages``; neighbours are joined."""
+    part_bytes = page_bytes // parts
+    shift = piece.part * part_bytes
+    found: list[tuple[int, int]] = []
+    for page in pages[piece.first : piece.first + piece.pages]:
+        start = page * page_bytes + shift
+        if found and sum(found[-1]) == start:
+            found[-1] = (found[-1][0], found[-1][1] + part_bytes)
+        else:
+            found.append((start, part_bytes))
+    return found
+
+
+@attrs.define
+class Coverage:
+    """Which parts of which pages are there. Repeats are allowed and count once."""
+
+    pages: int
+    parts: int
+    _there: bytearray = attrs.field(init=False)
+    _missing: int = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._missing = self.pages * self.parts
+        self._there = bytearray(self._missing)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every part of every page is there."""
+        return self._missing == 0
+
+    def holds(self, piece: Piece) -> bool:
+        """Whether a piece lies within the transfer."""
+        inside = piece.first >= 0 and piece.pages >= 1 and piece.first + piece.pages <= self.pages
+        return inside and 0 <= piece.part < self.parts
+
+    def add(self, piece: Piece) -> bool:
+        """Count a piece in; whether any of it is new. Raises ValueError for one that is not of this transfer."""
+        if not self.holds(piece):
+            raise ValueError(f"{piece} is not within {self.pages} pages of {self.parts} parts")
+        start = piece.part * self.pages + piece.first
+        new = self._there[start : start + piece.pages].count(0)
+        self._missing -= new
+        self._there[start : start + piece.pages] = b"\1" * piece.pages
+        return new > 0

@@ -1,0 +1,89 @@
+"""One sender's arena and one receiver's, and every path between them, for tests of movers."""
+
+from __future__ import annotations
+
+import random
+from contextlib import asynccontextmanager
+
+import attrs
+import pytest
+import trio
+
+from memserve.kernels.arena import Arena, serve_arena
+from memserve.transfer import nixl
+from memserve.transfer.mapped import MappedMover
+from memserve.transfer.messages import Expect
+from memserve.transfer.mover import Memory, Mover, PieceFeed
+from memserve.transfer.tcp import TcpMover, TcpReceiver
+from memserve.transfer.values import Geometry, Granularity, Result, Transfer, Way
+
+GEOMETRY = Geometry(page_bytes=24_000, layers=4)  # no multiple of a system page
+PAGES = 40
+
+PATHS = [
+    "mapped",
+    "tcp",
+    pytest.param(
+        "nixl",
+        marks=pytest.mark.skipif(
+            not nixl.available(), reason="nixl, the extra [multihost], is not installed"
+        ),
+    ),
+]
+
+
+@attrs.define(eq=False)
+class Pair:
+    """A mover from one arena to another."""
+
+    mover: Mover
+    way: Way
+    source: memoryview
+    destination: memoryview
+    receiver: TcpReceiver | None
+    told: list = attrs.field(factory=list)
+    """What the receiving side made of it, for paths where it takes part."""
+    number: int = 0
+
+    def transfer(self, source, destination, granularity=Granularity.AGGREGATED) -> Transfer:
+        """The next transfer, expected on the other side."""
+        self.number += 1
+        one = Transfer("a.1", self.number, tuple(source), tuple(destination), granularity)
+        if self.receiver is not None:
+            self.receiver.expect(Expect("a.1", one.id, one.destination, granularity, 0.0), self.told.append)
+        return one
+
+    async def send(self, transfer, feed=None, deadline_s=20.0) -> Result:
+        """Move it."""
+        feed = feed or PieceFeed.whole(transfer, GEOMETRY)
+        return await self.mover.send(transfer, self.way, feed, deadline_s)
+
+    def assert_moved(self, transfer) -> None:
+        """Exactly the destination pages changed, and they hold what the source pages hold."""
+        size = GEOMETRY.page_bytes
+        expected = bytearray(len(self.destination))
+        for source, destination in zip(transfer.source, transfer.destination, strict=True):
+            expected[destination * size : (destination + 1) * size] = self.source[source * size :][:size]
+        assert self.destination == expected
+
+
+@asynccontextmanager
+async def pair(path, directory):
+    """Two arenas in this process and the mover between them."""
+    arenas = [Arena.create(f"{name}.1", PAGES, GEOMETRY.page_bytes) for name in "ab"]
+    here, there = (Memory(arena.memory, GEOMETRY) for arena in arenas)
+    here.view[:] = random.Random(1).randbytes(len(here.view))
+    async with trio.open_nursery() as nursery:
+        if path == "mapped":
+            await nursery.start(serve_arena, arenas[1], directory / "b")
+            yield Pair(MappedMover(here), Way("mapped", str(directory / "b")), here.view, there.view, None)
+        elif path == "tcp":
+            receiver = TcpReceiver(there, "127.0.0.1")
+            way = await nursery.start(receiver.serve)
+            yield Pair(TcpMover(here), way, here.view, there.view, receiver)
+        else:
+            agents = [nixl.NixlAgent(f"{name}.1", memory) for name, memory in (("a", here), ("b", there))]
+            yield Pair(nixl.NixlMover(agents[0]), agents[1].way, here.view, there.view, None)
+        nursery.cancel_scope.cancel()
+    for arena in arenas:
+        arena.close()

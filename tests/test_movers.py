@@ -1,0 +1,163 @@
+"""All movers, held to the same tests: what arrives, what is refused, and what happens within a deadline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import attrs
+import pytest
+import trio
+
+from memserve.transfer.mover import PATHS as ALL_PATHS
+from memserve.transfer.mover import PieceFeed, chosen_paths, host_identity
+from memserve.transfer.values import Failure, Granularity, Piece, TransferDone, Way
+from movers import GEOMETRY, PAGES, PATHS, pair
+
+pytestmark = pytest.mark.parametrize("path", PATHS)
+
+SCATTERED = ([7, 8, 9, 3, 30, 2, 39, 0], [1, 2, 3, 9, 8, 7, 0, 39])
+
+
+def mappings(name):
+    """How often a memfd is mapped here."""
+    return Path("/proc/self/maps").read_text().count(f"/memfd:{name} ")
+
+
+@pytest.fixture
+def place(tmp_path_factory):
+    """A directory short enough for sockets."""
+    return tmp_path_factory.mktemp("m")
+
+
+@pytest.mark.parametrize("granularity", Granularity)
+async def test_pages_arrive_whole_and_nothing_else_changes(path, granularity, place):
+    """If a byte were missing or out of place, a prefix would be served with wrong KV."""
+    async with pair(path, place) as both:
+        transfer = both.transfer(*SCATTERED, granularity)
+        result = await both.send(transfer)
+        assert result == TransferDone(1, len(SCATTERED[0]) * GEOMETRY.page_bytes)
+        both.assert_moved(transfer)
+
+
+async def test_a_whole_arena_moves_in_one_run(path, place):
+    """If only small transfers worked, long prompts would not."""
+    async with pair(path, place) as both:
+        transfer = both.transfer(range(PAGES), range(PAGES))
+        assert isinstance(await both.send(transfer), TransferDone)
+        both.assert_moved(transfer)
+
+
+async def test_many_transfers_at_a_time(path, place):
+    """If two at a time disturbed each other, a busy shard would mix up its requests."""
+    async with pair(path, place) as both:
+        results = []
+
+        async def one(transfer):
+            results.append(await both.send(transfer))
+
+        whole = [both.transfer([PAGES - 1 - i], [i], list(Granularity)[i % 3]) for i in range(PAGES)]
+        async with trio.open_nursery() as nursery:
+            for transfer in whole:
+                nursery.start_soon(one, transfer)
+        assert sorted(result.id for result in results) == [transfer.id for transfer in whole]
+        assert all(isinstance(result, TransferDone) for result in results)
+        everything = attrs.evolve(
+            whole[0], source=tuple(reversed(range(PAGES))), destination=tuple(range(PAGES))
+        )
+        both.assert_moved(everything)
+
+
+async def test_layers_leave_as_they_become_ready(path, place):
+    """If the mover waited for the last layer, by_layer would overlap with nothing."""
+    async with pair(path, place) as both:
+        transfer = both.transfer(*SCATTERED, Granularity.BY_LAYER)
+        feed = PieceFeed(len(transfer.source), GEOMETRY.layers)
+        outcome = []
+        part = GEOMETRY.page_bytes // GEOMETRY.layers
+
+        async def send():
+            outcome.append(await both.send(transfer, feed))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(send)
+            for layer in range(GEOMETRY.layers):
+                feed.put((Piece(0, 5, layer),))
+                feed.put((Piece(0, 8, layer),))  # the first five again: harmless
+                for source, destination in zip(*SCATTERED, strict=True):
+                    shift = layer * part
+                    there = both.destination[destination * GEOMETRY.page_bytes + shift :][:part]
+                    here = both.source[source * GEOMETRY.page_bytes + shift :][:part]
+                    while there != here:
+                        await trio.sleep(0.001)
+                assert not (outcome and layer < GEOMETRY.layers - 1), outcome
+        assert isinstance(outcome[0], TransferDone)
+        both.assert_moved(transfer)
+
+
+async def test_what_is_never_ready_ends_at_the_deadline(path, place):
+    """If it did not, a prefill that died would leave its transfer behind."""
+    async with pair(path, place) as both:
+        transfer = both.transfer(*SCATTERED, Granularity.BY_LAYER)
+        feed = PieceFeed(len(transfer.source), GEOMETRY.layers)
+        feed.put((Piece(0, 8, 0),))
+        result = await both.send(transfer, feed, deadline_s=0.2)
+        assert result.failure is Failure.DEADLINE
+
+
+async def test_pages_that_are_not_ones_own_are_refused(path, place):
+    """If they were read, a sender's bug would put the process's other memory on the network."""
+    async with pair(path, place) as both:
+        transfer = both.transfer([0, PAGES], [0, 1])
+        result = await both.send(transfer)
+        assert result.failure is Failure.REFUSED and f"page {PAGES} is not one of" in result.message
+        assert not any(both.destination)
+
+
+async def test_nobody_there_is_a_peer_gone(path, place):
+    """If it were anything else, the sender would wait, or try again, for a shard that is dead."""
+    nowhere = {
+        "mapped": Way("mapped", str(place / "gone")),
+        "tcp": Way("tcp", "127.0.0.1:9", bytes(32)),
+        "nixl": Way("nixl", "0", b"no metadata"),
+    }
+    async with pair(path, place) as both:
+        both.way = nowhere[path]
+        result = await both.send(both.transfer([0], [0]))
+        assert result.failure is Failure.PEER_GONE
+
+
+async def test_a_cancelled_send_leaves_nothing_running(path, place):
+    """If bytes still moved afterwards, they would land in pages that are somebody else's by then."""
+    async with pair(path, place) as both:
+        transfer = both.transfer(range(PAGES), range(PAGES), Granularity.BY_LAYER)
+        feed = PieceFeed(PAGES, GEOMETRY.layers)
+        feed.put((Piece(0, PAGES, 0),))
+        with trio.move_on_after(0.05):
+            await both.send(transfer, feed)
+        both.destination[:] = bytes(len(both.destination))
+        feed.put((Piece(0, PAGES, 1),))
+        await trio.sleep(0.05)
+        assert not any(both.destination)
+
+
+async def test_what_is_known_of_a_receiver_can_be_forgotten(path, place):
+    """If it could not, a shard would keep every arena mapped that it ever sent to."""
+    async with pair(path, place) as both:
+        before = mappings("memserve-b.1")
+        assert isinstance(await both.send(both.transfer([1], [2])), TransferDone)
+        assert mappings("memserve-b.1") == before + (path == "mapped")
+        both.mover.forget(both.way)
+        both.mover.forget(both.way)
+        assert mappings("memserve-b.1") == before
+        both.destination[:] = bytes(len(both.destination))
+        again = both.transfer([3], [4])
+        assert isinstance(await both.send(again), TransferDone)
+        both.assert_moved(again)
+
+
+def test_a_path_is_chosen_by_the_setting(path):
+    """If the setting did not decide, an experiment would measure another path than it names."""
+    assert chosen_paths(path, ALL_PATHS) == (path,)
+    assert path in chosen_paths("auto", ALL_PATHS)
+    assert chosen_paths(path, ()) == ()
+    assert host_identity() == host_identity()

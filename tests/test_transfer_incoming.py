@@ -1,0 +1,250 @@
+"""The receiver's core, step by step: what it grants, when pages are complete, and when they are free again."""
+
+from __future__ import annotations
+
+import attrs
+import pytest
+
+from memserve.actions import Kill
+from memserve.messages import Gone
+from memserve.transfer.incoming import GONE_REMEMBERED, QUARANTINE_S, Incoming, LandingRefused
+from memserve.transfer.messages import (
+    Expect,
+    Post,
+    Received,
+    ReceiveFailed,
+    StopReceiving,
+    TransferArrived,
+    TransferGranted,
+    TransferOffer,
+    TransferRefused,
+    TransferSent,
+    TransferStop,
+    TransferWithdrawn,
+)
+from memserve.transfer.values import (
+    Failure,
+    Granularity,
+    Way,
+)
+from transfer_world import GEOMETRY
+
+MAPPED, TCP, NIXL = Way("mapped", "m"), Way("tcp", "t"), Way("nixl", "n")
+OFFER = TransferOffer(
+    1,
+    2,
+    GEOMETRY.page_bytes,
+    GEOMETRY.layers,
+    Granularity.AGGREGATED,
+    "host",
+    7,
+    ("mapped", "tcp", "nixl"),
+    5.0,
+)
+
+
+class Landing:
+    """Grants pages 0, 1, 2, ... and writes down what it is told."""
+
+    def __init__(self, refuse=None):
+        self.calls, self.next, self.refuse = [], 0, refuse
+
+    def grant(self, key, offer):
+        """See the protocol."""
+        if self.refuse == "grant":
+            raise LandingRefused(Failure.RECEIVER_FULL, "full")
+        self.next += offer.pages
+        return tuple(range(self.next - offer.pages, self.next))
+
+    def commit(self, key, offer, pages):
+        """See the protocol."""
+        if self.refuse == "commit":
+            raise LandingRefused(Failure.REFUSED, "the tokens do not fit")
+        self.calls.append(("commit", key, pages))
+
+    def release(self, key, pages):
+        """See the protocol."""
+        self.calls.append(("release", key, pages))
+
+
+def incoming(*ways, refuse=None, **limits):
+    """A receiver's core, and its landing."""
+    landing = Landing(refuse)
+    return Incoming(GEOMETRY, "host", landing, ways, **limits), landing
+
+
+def test_written_by_the_sender_it_is_complete_when_the_sender_says_so():
+    """If anything were acknowledged before, a sender could count on pages that cannot be matched."""
+    core, landing = incoming(MAPPED, TCP)
+    core.receive("a.1", OFFER, 0.0)
+    assert core.take() == [Post("a.1", TransferGranted(1, (0, 1), MAPPED))]
+    core.receive("a.1", TransferSent(1), 1.0)
+
+    assert landing.calls == [("commit", ("a.1", 1), (0, 1))]
+    assert core.take() == [Post("a.1", TransferArrived(1))]
+    assert core.deadline == float("inf")
+
+
+def test_read_here_it_is_complete_when_it_was_read():
+    """If the sender's word counted, bytes that are still in a socket would be served."""
+    core, landing = incoming(TCP)
+    core.receive("a.1", OFFER, 0.0)
+    expect = Expect("a.1", 1, (0, 1), Granularity.AGGREGATED, 5.0)
+    assert core.take() == [expect, Post("a.1", TransferGranted(1, (0, 1), TCP))]
+    core.receive("a.1", TransferSent(1), 1.0)
+    assert landing.calls == [] and core.take() == []
+    core.receive("b.1", Received("a.1", 1), 1.0)
+
+    assert landing.calls == [("commit", ("a.1", 1), (0, 1))]
+    assert core.take() == [Post("a.1", TransferArrived(1))]
+
+
+def test_every_repeat_gets_the_same_answer_and_no_second_grant():
+    """If a lost answer led to a second grant, the first pages would leak."""
+    core, landing = incoming(MAPPED)
+    for _ in range(3):
+        core.receive("a.1", OFFER, 0.0)
+        assert core.take() == [Post("a.1", TransferGranted(1, (0, 1), MAPPED))]
+    for _ in range(3):
+        core.receive("a.1", TransferSent(1), 1.0)
+        assert core.take() == [Post("a.1", TransferArrived(1))]
+    core.receive("a.1", OFFER, 2.0)
+
+    assert core.take() == [Post("a.1", TransferArrived(1))]
+    assert landing.calls == [("commit", ("a.1", 1), (0, 1))]
+
+
+def test_late_pages_stay_taken_until_their_writer_has_stopped():
+    """If they were freed at the deadline, a slow sender would write into another request's KV."""
+    core, landing = incoming(MAPPED)
+    core.receive("a.1", OFFER, 0.0)
+    core.take()
+    core.advance(5.0)
+    assert core.take() == [Post("a.1", TransferStop(1))]
+    core.advance(core.deadline)
+    assert core.take() == [Post("a.1", TransferStop(1))]
+    assert landing.calls == []
+    core.receive("a.1", TransferWithdrawn(1), 7.0)
+
+    assert landing.calls == [("release", ("a.1", 1), (0, 1))]
+    assert [post.message.failure for post in core.take()] == [Failure.DEADLINE]
+    assert len(core) == 0
+
+
+def test_what_is_read_here_stops_here():
+    """If the pages were freed before the socket is left alone, its bytes would land in another request's KV."""
+    core, landing = incoming(TCP)
+    core.receive("a.1", OFFER, 0.0)
+    core.take()
+    core.advance(5.0)
+    assert core.take() == [StopReceiving("a.1", 1)] and landing.calls == []
+    core.receive("b.1", ReceiveFailed("a.1", 1, Failure.WITHDRAWN, "stopped"), 5.0)
+
+    assert landing.calls == [("release", ("a.1", 1), (0, 1))]
+    assert [post.message.failure for post in core.take()] == [Failure.DEADLINE]
+
+
+def test_a_dead_sender_is_killed_for_good_before_its_pages_are_free():
+    """If it only slept, it would go on copying when it wakes, into pages that are somebody else's."""
+    core, landing = incoming(MAPPED)
+    for number in (1, 2):
+        core.receive("a.1", attrs.evolve(OFFER, id=number), 0.0)
+    core.take()
+    core.receive("scheduler", Gone(("a.1",)), 1.0)
+
+    assert core.take()[0] == Kill("a.1", 7)
+    assert [call[0] for call in landing.calls] == ["release", "release"]
+    core.receive("a.1", attrs.evolve(OFFER, id=3), 2.0)  # was still on its way
+    assert [post.message.failure for post in core.take()] == [Failure.PEER_GONE]
+    assert len(core) == 0
+
+
+def test_a_dead_sender_with_rdma_is_waited_for():
+    """If its pages were freed at once, a write that its network card still repeats would land in them."""
+    core, landing = incoming(NIXL)
+    core.receive("a.1", OFFER, 0.0)
+    core.receive("scheduler", Gone(("a.1",)), 1.0)
+    core.advance(QUARANTINE_S)
+    assert landing.calls == []
+    assert core.deadline == 1.0 + QUARANTINE_S
+    core.advance(1.0 + QUARANTINE_S)
+
+    assert landing.calls == [("release", ("a.1", 1), (0, 1))]
+    core.check()
+
+
+def test_the_dead_are_remembered_within_limits():
+    """If every dead actor were remembered, a shard would grow as long as its cluster lives."""
+    core, _ = incoming(MAPPED)
+    core.receive("scheduler", Gone(tuple(f"a.{i}" for i in range(GONE_REMEMBERED + 10))), 1.0)
+    core.check()
+
+
+def test_an_offer_after_its_own_withdrawal_is_not_granted():
+    """If it were, its pages would be held until a deadline for nobody."""
+    core, _ = incoming(MAPPED)
+    core.receive("a.1", TransferWithdrawn(1), 0.0)
+    core.receive("a.1", OFFER, 0.1)
+
+    assert [post.message.failure for post in core.take()] == [Failure.WITHDRAWN]
+
+
+@pytest.mark.parametrize(
+    ("offer", "ways", "refuse", "failure", "text"),
+    [
+        (
+            attrs.evolve(OFFER, page_bytes=8),
+            (MAPPED,),
+            None,
+            Failure.REFUSED,
+            "must have 4 bytes in 2 layers",
+        ),
+        (attrs.evolve(OFFER, layers=0), (MAPPED,), None, Failure.REFUSED, "4 bytes in 0 layers"),
+        (attrs.evolve(OFFER, pages=0), (MAPPED,), None, Failure.REFUSED, "0 pages"),
+        (attrs.evolve(OFFER, host="other"), (MAPPED,), None, Failure.REFUSED, "no common path"),
+        (attrs.evolve(OFFER, paths=("nixl",)), (TCP,), None, Failure.REFUSED, "nixl there, tcp here"),
+        (OFFER, (MAPPED,), "grant", Failure.RECEIVER_FULL, "full"),
+    ],
+)
+def test_what_cannot_be_received_is_refused_with_a_reason(offer, ways, refuse, failure, text):
+    """If the sender were told nothing, or granted what does not fit, it would wait, or write across page borders."""
+    core, _ = incoming(*ways, refuse=refuse)
+    core.receive("a.1", offer, 0.0)
+    [post] = core.take()
+    assert post.message.failure is failure and text in post.message.message
+    assert len(core) == 0
+
+
+def test_transfers_under_way_are_limited():
+    """If they were not, one shard's senders could fill another's memory with its records."""
+    core, _ = incoming(MAPPED, receiving_max=1)
+    core.receive("a.1", OFFER, 0.0)
+    core.take()
+    core.receive("a.1", attrs.evolve(OFFER, id=2), 0.0)
+    assert [post.message.failure for post in core.take()] == [Failure.RECEIVER_FULL]
+
+
+def test_a_refused_insert_is_no_arrival():
+    """If it were acknowledged, the sender would free pages that nobody has."""
+    core, landing = incoming(MAPPED, refuse="commit")
+    core.receive("a.1", OFFER, 0.0)
+    core.take()
+    core.receive("a.1", TransferSent(1), 0.0)
+
+    assert [post.message for post in core.take()] == [
+        TransferRefused(1, Failure.REFUSED, "the tokens do not fit")
+    ]
+    assert landing.calls == [("release", ("a.1", 1), (0, 1))]
+
+
+def test_what_is_too_old_to_be_remembered_does_not_begin_again():
+    """If a message from long ago were granted again, its pages would be held for nobody."""
+    core, _ = incoming(MAPPED, remembered_max=2)
+    for number in (1, 2, 3):
+        core.receive("a.1", attrs.evolve(OFFER, id=number), 0.0)
+        core.receive("a.1", TransferSent(number), 0.0)
+    core.take()
+    core.receive("a.1", OFFER, 1.0)
+
+    [post] = core.take()
+    assert "too old" in post.message.message and len(core) == 0

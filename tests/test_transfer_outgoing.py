@@ -1,0 +1,219 @@
+"""The sender's core, step by step: what it says, repeats and reports, and when it says that it has stopped."""
+
+from __future__ import annotations
+
+import attrs
+import pytest
+
+from memserve.messages import Gone
+from memserve.transfer.messages import (
+    Forget,
+    Order,
+    Post,
+    Ready,
+    Report,
+    StopWriting,
+    TransferArrived,
+    TransferGranted,
+    TransferOffer,
+    TransferRefused,
+    TransferSent,
+    TransferStop,
+    TransferWithdrawn,
+    Withdraw,
+    Write,
+    WriteFailed,
+    Wrote,
+)
+from memserve.transfer.outgoing import Outgoing
+from memserve.transfer.values import (
+    Failure,
+    Granularity,
+    Piece,
+    TransferDone,
+    TransferFailed,
+    Way,
+)
+from transfer_world import GEOMETRY
+
+MAPPED = Way("mapped", "m")
+
+
+ORDER = Order("b.1", 1, (4, 5), 10.0)
+
+
+def outgoing(**limits):
+    """A sender's core."""
+    return Outgoing("a.1", GEOMETRY, "host", 7, ("mapped", "tcp"), **limits)
+
+
+def started(core, order=ORDER):
+    """Begin a transfer and have it granted; the actions of the grant."""
+    core.receive("a.1", order, 0.0)
+    core.take()
+    core.receive("b.1", TransferGranted(order.id, (0, 1), MAPPED), 0.0)
+    return core.take()
+
+
+def messages(core):
+    """What a core posts now."""
+    return [action.message for action in core.take() if isinstance(action, Post)]
+
+
+def reports(core):
+    """What a core reports now."""
+    return [action.result for action in core.take() if isinstance(action, Report)]
+
+
+def test_it_sends_and_asks_until_it_is_answered():
+    """If anything were said once only, one lost message would cost a whole transfer."""
+    core = outgoing()
+    core.receive("a.1", ORDER, 0.0)
+    core.advance(core.deadline)
+    assert [type(one) for one in messages(core)] == [TransferOffer, TransferOffer]
+    core.receive("b.1", TransferGranted(1, (0, 1), MAPPED), 1.0)
+    [write] = core.take()
+    assert (write.transfer.source, write.transfer.destination) == ((4, 5), (0, 1))
+    assert write.deadline == 10.0
+    core.receive("a.1", Wrote(1, 8), 2.0)
+    core.advance(core.deadline)
+    assert messages(core) == [TransferSent(1), TransferSent(1)]
+    core.receive("b.1", TransferArrived(1), 3.0)
+
+    assert reports(core) == [TransferDone(1, 2 * GEOMETRY.page_bytes)]
+    assert len(core) == 0
+
+
+def test_stopped_is_said_when_it_is_true_and_not_before():
+    """If it were said while the mover still runs, the receiver would free pages that are being written to."""
+    core = outgoing()
+    started(core)
+    core.receive("b.1", TransferStop(1), 5.0)
+    assert core.take() == [
+        StopWriting(1),
+        Report(TransferFailed(1, Failure.DEADLINE, "the receiver's deadline passed first")),
+    ]
+    core.receive("b.1", TransferStop(1), 5.5)
+    assert core.take() == []
+    core.receive("a.1", WriteFailed(1, Failure.WITHDRAWN, "stopped"), 6.0)
+
+    assert core.take() == [Post("b.1", TransferWithdrawn(1))]
+    core.receive("b.1", TransferStop(1), 7.0)
+    assert core.take() == [Post("b.1", TransferWithdrawn(1))], "the first may have been lost"
+
+
+def test_the_result_comes_at_the_deadline_even_if_the_mover_does_not_stop():
+    """If the result waited for the mover, a stuck copy would hang its request."""
+    core = outgoing()
+    started(core)
+    core.advance(10.0)
+    stop, report = core.take()
+    assert stop == StopWriting(1) and report.result.failure is Failure.DEADLINE
+    core.receive("a.1", Wrote(1, 8), 11.0)
+
+    assert core.take() == [Post("b.1", TransferWithdrawn(1))], "finished after the result: not sent"
+
+
+@pytest.mark.parametrize("state", ["offered", "writing", "sent"])
+@pytest.mark.parametrize(
+    ("said", "failure"),
+    [
+        (("scheduler", Gone(("b.1",))), Failure.PEER_GONE),
+        (("b.1", TransferRefused(1, Failure.CHECKSUM, "damaged")), Failure.CHECKSUM),
+        (("a.1", Withdraw(1)), Failure.WITHDRAWN),
+    ],
+)
+def test_every_end_is_reported_once_in_every_state(state, said, failure):
+    """If an end were missed, the request behind it would wait for its deadline; told twice, it would end twice."""
+    core = outgoing()
+    core.receive("a.1", ORDER, 0.0)
+    if state != "offered":
+        core.receive("b.1", TransferGranted(1, (0, 1), MAPPED), 0.0)
+    if state == "sent":
+        core.receive("a.1", Wrote(1, 8), 1.0)
+    core.take()
+    for _ in range(2):
+        core.receive(*said, 2.0)
+    core.receive("b.1", TransferArrived(1), 3.0)
+    core.advance(20.0)
+
+    assert [one.failure for one in reports(core)] == [failure]
+    assert len(core) == (state == "writing")
+
+
+def test_what_is_kept_for_a_receiver_goes_with_it():
+    """If it stayed, every shard that ever died would leave its whole arena mapped in the others."""
+    core = outgoing()
+    started(core)
+    core.receive("a.1", Wrote(1, 8), 1.0)
+    core.receive("b.1", TransferArrived(1), 1.0)
+    core.take()
+    core.receive("scheduler", Gone(("b.1", "c.1")), 2.0)
+    assert core.take() == [Forget(MAPPED)]
+    core.receive("scheduler", Gone(("b.1",)), 3.0)
+    assert core.take() == []
+
+
+def test_a_mover_that_fails_ends_it():
+    """If a cut were not passed on, the receiver would hold its pages until the deadline."""
+    core = outgoing()
+    started(core)
+    core.receive("a.1", WriteFailed(1, Failure.CUT, "the connection broke"), 1.0)
+    assert core.take() == [
+        Report(TransferFailed(1, Failure.CUT, "the connection broke")),
+        Post("b.1", TransferWithdrawn(1)),
+    ]
+
+
+def test_layers_are_passed_on_as_they_come_and_kept_until_there_is_somewhere_to_send_them():
+    """If those that are ready before the grant were dropped, the transfer would never be whole."""
+    core = outgoing()
+    order = attrs.evolve(ORDER, granularity=Granularity.BY_LAYER, fed=True)
+    core.receive("a.1", order, 0.0)
+    core.receive("a.1", Ready(1, (Piece(0, 2, 0),)), 0.1)
+    core.take()
+    core.receive("b.1", TransferGranted(1, (0, 1), MAPPED), 0.2)
+    write, first = core.take()
+    core.receive("a.1", Ready(1, (Piece(0, 2, 1),)), 0.3)
+    [second] = core.take()
+
+    assert isinstance(write, Write) and write.fed
+    assert (first.pieces, second.pieces) == ((Piece(0, 2, 0),), (Piece(0, 2, 1),))
+
+
+@pytest.mark.parametrize(
+    ("order", "text"),
+    [
+        (attrs.evolve(ORDER, source=()), "at least one"),
+        (attrs.evolve(ORDER, destination=(1,)), "from 2 pages to 1"),
+        (attrs.evolve(ORDER, destination=(1, 1)), "twice"),
+        (attrs.evolve(ORDER, fed=True), "only by_layer"),
+    ],
+)
+def test_a_wrong_order_is_refused_here(order, text):
+    """If it went out, the receiver would allocate for something that cannot be sent."""
+    core = outgoing()
+    core.receive("a.1", order, 0.0)
+    [report] = core.take()
+    assert report.result.failure is Failure.REFUSED and text in report.result.message
+
+
+def test_a_piece_outside_the_transfer_ends_it():
+    """If it were moved, it would be somebody else's page."""
+    core = outgoing()
+    started(core, attrs.evolve(ORDER, granularity=Granularity.BY_LAYER, fed=True))
+    core.receive("a.1", Ready(1, (Piece(1, 2, 0),)), 0.1)
+    assert [one.failure for one in reports(core)] == [Failure.REFUSED]
+
+
+def test_too_many_at_a_time_and_wrong_grants_are_refused():
+    """If they were not, a queue would have no limit, and a faulty receiver could mix up pages."""
+    core = outgoing(sending_max=1)
+    core.receive("a.1", ORDER, 0.0)
+    core.take()
+    core.receive("a.1", attrs.evolve(ORDER, id=2), 0.0)
+    assert [one.failure for one in reports(core)] == [Failure.REFUSED]
+    core.receive("c.1", TransferGranted(1, (0, 1), MAPPED), 0.0)  # not whom it was offered to
+    assert core.take() == []
+    core.receive("b.1", TransferGranted(1, (0, 0), MAPPED), 0.0)
+    assert [one.failure for one in reports(core)] == [Failure.REFUSED]

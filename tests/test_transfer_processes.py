@@ -1,0 +1,220 @@
+"""Transfers between real processes: killed in the middle, and between two hosts whose link goes down in the middle."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import attrs
+import pytest
+
+import memserve
+
+HOST = Path(__file__).with_name("transfer_host.py")
+LAYERS, PAGES = 8, 32
+DEADLINE_S = 8.0
+"""Of transfers in these tests."""
+SLACK_S = 8.0
+"""For a busy machine."""
+WATCHDOG_S = 60.0
+
+
+@attrs.define(eq=False)
+class Process:
+    """A shard process of tests/transfer_host.py, and what it said."""
+
+    id: str
+    process: subprocess.Popen
+    port: int = 0
+
+    def command(self, *words):
+        """Tell it something."""
+        self.process.stdin.write(" ".join(map(str, words)) + "\n")
+        self.process.stdin.flush()
+
+    def wait_for(self, event):
+        """The next line about ``event``; other lines pass by."""
+        for line in self.process.stdout:
+            said = json.loads(line)
+            if said["event"] == event:
+                return said
+        raise AssertionError(f"{self.id} ended before it said {event!r}")
+
+    def kill(self):
+        """SIGKILL, and wait until it is gone."""
+        self.process.kill()
+        self.process.wait()
+
+
+@contextlib.contextmanager
+def started(actor, path, address, peer="", prefix=()):
+    """A process, ended with the block."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(memserve.__file__).parents[1])}
+    command = [
+        *prefix,
+        sys.executable,
+        str(HOST),
+        *actor.split("."),
+        path,
+        address,
+        *([peer] if peer else []),
+    ]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
+    ) as process:
+        watchdog = threading.Timer(WATCHDOG_S, process.kill)  # so that no test waits for ever
+        watchdog.start()
+        try:
+            one = Process(actor, process)
+            one.port = one.wait_for("ready")["port"]
+            yield one
+        finally:
+            watchdog.cancel()
+            process.kill()
+
+
+@contextlib.contextmanager
+def two(path, hosts=("127.0.0.1", "127.0.0.1"), prefixes=((), ())):
+    """A sender and a receiver."""
+    with started("b.1", path, f"{hosts[1]}:0", prefix=prefixes[1]) as receiver:
+        peer = f"b.1@{hosts[1]}:{receiver.port}"
+        with started("a.1", path, f"{hosts[0]}:0", peer, prefix=prefixes[0]) as sender:
+            yield sender, receiver
+
+
+def half_way(sender, receiver):
+    """Begin a transfer and bring it to where some layers are there and others are not; when it must be over."""
+    until = time.monotonic() + DEADLINE_S + SLACK_S
+    sender.command("send", 1, PAGES, DEADLINE_S, receiver.id)
+    sender.command("layers", 1, 0, LAYERS // 2, PAGES)
+    receiver.wait_for("half")
+    return until
+
+
+@pytest.mark.parametrize("path", ["mapped", "tcp"])
+def test_it_arrives_between_processes(path):
+    """If it did not, the tests below would only show that nothing ever works."""
+    with two(path) as (sender, receiver):
+        half_way(sender, receiver)
+        sender.command("layers", 1, LAYERS // 2, LAYERS, PAGES)
+        assert receiver.wait_for("commit")["whole"]
+        assert sender.wait_for("report")["failure"] is None
+
+
+@pytest.mark.parametrize("path", ["mapped", "tcp"])
+def test_a_sender_killed_in_the_middle(path):
+    """If its half-written pages leaked or were inserted, every crash would cost memory or wrong answers."""
+    with two(path) as (sender, receiver):
+        until = half_way(sender, receiver)
+        sender.kill()
+        if path == "mapped":  # no connection tells: the membership does
+            receiver.command("gone", sender.id)
+        released = receiver.wait_for("release")
+        assert released["free"] == 64 and time.monotonic() < until
+        assert receiver.wait_for("refused")["failure"] == ("peer_gone" if path == "mapped" else "cut")
+
+
+def test_a_sender_that_sleeps_is_ended_before_its_pages_are_used_again():
+    """If it only slept, it would wake up and write into pages that are somebody else's by then."""
+    with two("mapped") as (sender, receiver):
+        half_way(sender, receiver)
+        os.kill(sender.process.pid, signal.SIGSTOP)
+        receiver.command("gone", sender.id)
+        assert receiver.wait_for("release")["free"] == 64
+        assert sender.process.wait(SLACK_S) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("path", "announced", "failure"),
+    [("mapped", True, "peer_gone"), ("mapped", False, "deadline"), ("tcp", False, "cut")],
+)
+def test_a_receiver_killed_in_the_middle(path, announced, failure):
+    """If the sender waited for ever, or took it for done, its request would hang or lose its KV."""
+    with two(path) as (sender, receiver):
+        until = half_way(sender, receiver)
+        receiver.kill()
+        sender.command("layers", 1, LAYERS // 2, LAYERS, PAGES)
+        if announced:
+            sender.command("gone", receiver.id)
+        assert sender.wait_for("report")["failure"] == failure
+        assert time.monotonic() < until
+
+
+# ---- two hosts -----------------------------------------------------------------------------------------------
+
+
+def ip(*words, check=True):
+    """Run iproute2's ``ip``."""
+    return subprocess.run(["ip", *words], check=check, capture_output=True, text=True)
+
+
+@pytest.fixture
+def hosts():
+    """Two network namespaces with a link between them: a name, an address and a command prefix each."""
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("network namespaces need root and iproute2")
+    names = [f"memserve-{os.getpid()}-{side}" for side in "ab"]
+    links = [f"ms{os.getpid()}{side}" for side in "ab"]
+    try:
+        if ip("netns", "add", names[0], check=False).returncode:
+            pytest.skip("this kernel or container allows no network namespaces")
+        ip("netns", "add", names[1])
+        ip(
+            "link",
+            "add",
+            links[0],
+            "netns",
+            names[0],
+            "type",
+            "veth",
+            "peer",
+            "name",
+            links[1],
+            "netns",
+            names[1],
+        )
+        for i, (name, link) in enumerate(zip(names, links, strict=True)):
+            ip("-n", name, "address", "add", f"10.117.0.{i + 1}/24", "dev", link)
+            ip("-n", name, "link", "set", link, "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield names, links
+    finally:
+        for name in names:
+            ip("netns", "delete", name, check=False)
+
+
+def between(hosts):
+    """A sender on one host, a receiver on the other."""
+    prefixes = [("ip", "netns", "exec", name) for name in hosts[0]]
+    return two("tcp", ("10.117.0.1", "10.117.0.2"), prefixes)
+
+
+def test_it_arrives_between_two_hosts(hosts):
+    """If it did not, memserve would be a system for one machine."""
+    with between(hosts) as (sender, receiver):
+        half_way(sender, receiver)
+        sender.command("layers", 1, LAYERS // 2, LAYERS, PAGES)
+        assert receiver.wait_for("commit")["whole"]
+        assert sender.wait_for("report")["failure"] is None
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_the_link_goes_down_in_the_middle(hosts, side):
+    """If either side waited for the other, a pulled cable would hold a request and its pages."""
+    names, links = hosts
+    with between(hosts) as (sender, receiver):
+        until = half_way(sender, receiver)
+        ip("-n", names[side], "link", "set", links[side], "down")
+        sender.command("layers", 1, LAYERS // 2, LAYERS, PAGES)
+        assert sender.wait_for("report")["failure"] == "cut"
+        assert receiver.wait_for("release")["free"] == 64
+        assert receiver.wait_for("refused")["failure"] == "cut"
+        assert time.monotonic() < until
