@@ -159,7 +159,10 @@ class TreeAgainstModel(RuleBasedStateMachine):
         gone = {page for page in freed if page < HOST}
         assert gone <= free
         assert len(gone) >= min(n, len(free))
-        assert len(gone) == len(freed) or len(gone) >= n  # more goes only with what it continued
+        roots = [key for key, page in self.model.items() if page in gone]
+        for scope, tokens in (key for key, page in self.model.items() if page in freed and page not in gone):
+            # What lies elsewhere goes only with what it continued.
+            assert any(scope == where and tokens.startswith(start) for where, start in roots)
         self.remove(freed)
 
     @rule(scope=scopes, tokens=prompts)
