@@ -104,7 +104,16 @@ class Plan:
     decode: ActorId
     """Equal to ``prefill`` when one worker does both and nothing is handed over."""
     shard: ActorId
+    """Where the prompt's pages are: the prefill worker's."""
     scheduler: ActorId
+    decode_shard: ActorId = ActorId("")
+    """The decode worker's, where it is another one: the pages move there. Empty: ``shard``, and nothing moves."""
+    source: ActorId = ActorId("")
+    """A shard that holds more of the prompt than ``shard``, worth fetching before the rest is computed. Empty: none."""
+    source_tokens: int = 0
+    """How many of the prompt's tokens ``source`` is expected to hold."""
+    expected_tokens: int = 0
+    """How many of them ``shard`` is expected to hold; what it really holds tells a stale hint."""
 
 
 @attrs.frozen
