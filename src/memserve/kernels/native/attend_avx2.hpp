@@ -105,6 +105,8 @@ inline void parts_of_queries(int number, F run) {
 inline void attend(const Query* queries, int number, const Keys& keys, int head_dim, Attention& mine) {
     float factor = 1.44269504f / std::sqrt((float)head_dim);
     float *weights = mine.weights.data(), *parts = mine.queries.data();
+    for (int t = 0; t < keys.count; t += TILE)
+        for (long at : {0L, keys.to_value}) _mm_prefetch((const char*)(keys.at[t] + at), _MM_HINT_T1);
     for (int first = 0; first < number; first += TOGETHER, queries += TOGETHER) {
         int most = 0, here = std::min(TOGETHER, number - first);
         for (int n = 0; n < here; n++) {
