@@ -58,6 +58,7 @@ LAYERS = {
         "configfile",
         "rules",
         "resolve",
+        "lifecycle",
         "place",
         "observe",
         "engine.spec",
@@ -70,7 +71,8 @@ LAYERS = {
     ),
     "engine": ("engine.*", "kernels*"),
     "links": ("bus", "api*", "transfer*", "client"),
-    "process": ("process", "lifecycle"),
+    "process": ("process",),
+    "sim": ("sim*",),
     "actors": ("actors*",),
     "top": ("supervisor", "child", "cli", "__main__", "inspect", "show", "status"),
 }
@@ -83,8 +85,9 @@ MAY_IMPORT = {
     "engine": {"words", "cores", "settings", "engine"},
     "links": {"words", "cores", "settings", "engine", "links"},
     "process": {"words", "settings", "engine", "process"},
+    "sim": {"words", "cores", "settings", "sim"},
     "actors": {"words", "cores", "settings", "engine", "links", "process", "actors"},
-    "top": {"words", "cores", "settings", "engine", "links", "process", "top"},
+    "top": {"words", "cores", "settings", "engine", "links", "process", "sim", "top"},
 }
 
 IMPURE = {

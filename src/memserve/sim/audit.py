@@ -101,7 +101,11 @@ def _trouble(core: object) -> str:
         case FrontendCore():
             return "" if core.idle and core.healthy() else "is not healthy"
         case SchedulerCore():
-            return f"still holds {core.gauges()['requests_held']:.0f} requests" if core.gauges()["requests_held"] else ""
+            return (
+                f"still holds {core.gauges()['requests_held']:.0f} requests"
+                if core.gauges()["requests_held"]
+                else ""
+            )
     return "is not ready"
 
 

@@ -163,7 +163,7 @@ class Cluster:
         home = Home([one.name for one in layout.shards].index(plan.name), self._incarnations)
         pool = Pool(sizes, layout.page_tokens, layout.lease_s, caching=layout.caching != "off", home=home)
         core = self.cores[plan.name] = ShardCore(
-            pool, schedulers=presence.schedulers, page_bytes=layout.page_bytes
+            pool, schedulers=presence.schedulers, page_bytes=layout.page_bytes, me=id
         )
         if self.pages_checked:
             counts = zip(Tier, (plan.pages, plan.host_pages, plan.disk_pages), strict=True)
@@ -213,7 +213,9 @@ class Cluster:
 
     def _start_worker(self, plan: WorkerPlan) -> None:
         id = self._id(plan.name)
-        presence = self._presence(id, "PrefillWorker" if plan.role == "prefill" else "DecodeWorker", plan.role)
+        presence = self._presence(
+            id, "PrefillWorker" if plan.role == "prefill" else "DecodeWorker", plan.role
+        )
         joining = JoiningCore(id, plan.shard)
         self.cores[plan.name] = joining
         actor = Actor(id, presence.member.kind, Reporting(joining, presence))
@@ -308,7 +310,12 @@ class Cluster:
         core = self.cores[home.name]
         assert isinstance(core, ShardCore), f"{home.name} is no shard"
         pool = core.pool
-        own = {page for lease in pool.leases if lease.owner == actor.id for page in lease.private(pool.page_tokens)}
+        own = {
+            page
+            for lease in pool.leases
+            if lease.owner == actor.id
+            for page in lease.private(pool.page_tokens)
+        }
         if not own.issuperset(written):
             wrong = sorted(set(written) - own)
             raise Violation(f"{actor.id} writes to pages {wrong} of {shard}, which no lease of its own holds")

@@ -99,7 +99,8 @@ class Faults:
         self._count("pause")
         world = self.cluster.world
         world.pause(actor)
-        world.after(self.random.choice((0.3, 3.0, 7.0, 14.0)) * self.random.random(), world.resume, actor)
+        seconds = self.random.choice((0.3, 3.0, 7.0, 14.0)) * (0.5 + self.random.random() / 2)
+        world.after(seconds, world.resume, actor)
 
     def _partition(self) -> None:
         names = self.cluster.names

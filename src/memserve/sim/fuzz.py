@@ -16,7 +16,9 @@ from memserve.sim.network import LinkCosts, Network
 from memserve.sim.workloads import Piece, Session, Turn
 from memserve.sim.world import Violation, World
 
-COSTS = LinearCosts(token_s=2e-4, attention_s=0.0, weights_s=4e-3, context_s=1e-6, row_s=1e-4, step_fixed_s=1e-3)
+COSTS = LinearCosts(
+    token_s=1e-3, attention_s=0.0, weights_s=3e-2, context_s=1e-6, row_s=1e-4, step_fixed_s=1e-3
+)
 FAULTS_S = 12.0
 """Things go wrong for so long."""
 ENDS_S = 240.0
@@ -72,13 +74,18 @@ def small_sessions(rng: random.Random) -> list[Session]:
     for i in range(rng.randint(3, 10)):
         turns = [
             Turn(
-                (Piece(f"trunk/{rng.randrange(3)}", rng.randint(1, 24)), Piece(f"{i}/{turn}", rng.randint(1, 12))),
+                (
+                    Piece(f"trunk/{rng.randrange(3)}", rng.randint(1, 24)),
+                    Piece(f"{i}/{turn}", rng.randint(1, 12)),
+                ),
                 rng.randint(1, 24),
                 wait_s=rng.random(),
             )
             for turn in range(rng.randint(1, 2))
         ]
-        made.append(Session(f"r{i}", rng.random() * 6.0 + 0.2, tuple(turns), scope=rng.choice(("", "", "other"))))
+        made.append(
+            Session(f"r{i}", rng.random() * 6.0 + 0.2, tuple(turns), scope=rng.choice(("", "", "other")))
+        )
     return made
 
 

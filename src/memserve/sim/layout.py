@@ -78,7 +78,9 @@ class Times:
     copy_fixed_s: float = 1e-4
 
 
-FAST = Times(shard_start_s=0.02, worker_start_s=0.05, frontend_start_s=0.01, copy_page_s=0.005, disk_page_s=0.01)
+FAST = Times(
+    shard_start_s=0.02, worker_start_s=0.05, frontend_start_s=0.01, copy_page_s=0.005, disk_page_s=0.01
+)
 """For small clusters in which things go wrong: little time passes between a death and the return."""
 
 

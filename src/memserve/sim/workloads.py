@@ -59,16 +59,17 @@ class Session:
 # ---- traces --------------------------------------------------------------------------------------------------
 
 
-def read_trace(path: Path, *, block_tokens: int, speed: float = 1.0, first: int | None = None) -> list[Session]:
+def read_trace(
+    path: Path, *, block_tokens: int, speed: float = 1.0, first: int | None = None
+) -> list[Session]:
     """Sessions of one turn each from a trace in Mooncake's format, JSON lines or gzipped ones.
 
     Lengths are scaled by ``block_tokens`` / 512, time is divided by ``speed``. A line without ``hash_ids`` shares nothing.
     Raises UserError naming the line that is wrong.
     """
-    opened = gzip.open(path, "rt") if path.suffix == ".gz" else path.open()
     sessions: list[Session] = []
     try:
-        with opened as lines:
+        with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as lines:
             for number, line in enumerate(lines, 1):
                 if first is not None and len(sessions) == first:
                     break
@@ -102,7 +103,9 @@ def trace_session(row: dict[str, Any], id: str, block_tokens: int, speed: float 
         return Session(id, row["timestamp"] / 1000 / speed, (Turn((Piece(id, tokens),), scaled),))
     ids = row["hash_ids"]
     if len(ids) != pages_for(length, TRACE_BLOCK_TOKENS) or length < 1:
-        raise ValueError(f"{len(ids)} hash_ids for input_length {length}, expected {pages_for(length, TRACE_BLOCK_TOKENS)}")
+        raise ValueError(
+            f"{len(ids)} hash_ids for input_length {length}, expected {pages_for(length, TRACE_BLOCK_TOKENS)}"
+        )
     last = length - (len(ids) - 1) * TRACE_BLOCK_TOKENS
     pieces = [Piece(f"block/{one}", block_tokens) for one in ids[:-1]]
     pieces.append(Piece(f"block/{ids[-1]}", max(1, last * block_tokens // TRACE_BLOCK_TOKENS)))
@@ -117,7 +120,11 @@ def sharegpt(rng: random.Random, i: int) -> list[Turn]:
     turns = min(8, 1 + int(rng.expovariate(1 / 2.2)))
     made = []
     for turn in range(turns):
-        prompt = min(3000, int(rng.lognormvariate(5.0, 1.1))) if turn == 0 else min(1500, int(rng.lognormvariate(4.2, 1.0)))
+        prompt = (
+            min(3000, int(rng.lognormvariate(5.0, 1.1)))
+            if turn == 0
+            else min(1500, int(rng.lognormvariate(4.2, 1.0)))
+        )
         answer = min(1000, max(20, int(rng.lognormvariate(5.5, 0.75))))
         made.append(Turn((Piece(f"chat/{i}/{turn}", 1 + prompt),), answer, wait_s=5.0))
     return made
@@ -144,7 +151,11 @@ def react(rng: random.Random, i: int) -> list[Turn]:
     return made
 
 
-KINDS: dict[str, Callable[[random.Random, int], list[Turn]]] = {"sharegpt": sharegpt, "loogle": loogle, "react": react}
+KINDS: dict[str, Callable[[random.Random, int], list[Turn]]] = {
+    "sharegpt": sharegpt,
+    "loogle": loogle,
+    "react": react,
+}
 """What ``--workload`` may name."""
 
 

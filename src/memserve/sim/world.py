@@ -166,14 +166,13 @@ class World:
 
     def turn(self, actor: Actor) -> None:
         """Let the core advance, perform everything that it asks for, and set its timer."""
-        core = actor.core
         actor.note_turn(self.now)
-        core.advance(self.now)
-        while actor.alive and (actions := core.take()):
+        actor.core.advance(self.now)
+        while actions := actor.core.take():
             for action in actions:
                 self._perform(actor, action)
-                if not actor.alive:
-                    return
+                if self._by_id.get(actor.id) is None:
+                    return  # it has stopped
         self._set_timer(actor)
         actor.turned()
         self.after_turn(actor)
