@@ -32,6 +32,7 @@ LAYERS = {
         "__init__",
         "errors",
         "identity",
+        "costs",
         "tokens",
         "messages",
         "pool_messages",
