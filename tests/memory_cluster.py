@@ -8,13 +8,13 @@ filled therefore shows as a wrong token, as it would with a model.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import attrs
 import trio
 
-from memserve.actions import BatchDone, Copy, CopyDone, Deliver, Kill, RunBatch
+from memserve.actions import BatchDone, Copy, CopyDone, Deliver, Kill, Move, RunBatch
 from memserve.actors.frontend import FrontendService
 from memserve.actors.loop import Shell
 from memserve.api.service import GenerationParams
@@ -23,7 +23,9 @@ from memserve.engine.batching import BatchLimits
 from memserve.engine.plans import BatchPlan, BatchResult
 from memserve.engine.worker import WorkerCore, WorkerSettings
 from memserve.journal import FrontendCore
-from memserve.mempool.addresses import Tier, slot, tier_of
+from memserve.mempool.addresses import Home, Tier, slot, tier_of
+from memserve.mempool.exchange import Exchange
+from memserve.mempool.exchanging import ExchangingShard
 from memserve.mempool.pool import Pool
 from memserve.mempool.room import Capacity
 from memserve.mempool.shard import ShardCore
@@ -33,8 +35,11 @@ from memserve.scheduling.policies import LeastLoad, RoundRobin
 from memserve.scheduling.presence import Presence, Reporting, seed_id
 from memserve.scheduling.scheduler import SchedulerCore
 from memserve.tokens import pack, unpack
+from memserve.transfer.messages import StopWriting, Write, WriteFailed, Wrote
+from memserve.transfer.values import Failure, Geometry, Way
 
 PAGE_TOKENS = 4
+PAGE_BYTES = 16
 MAX_CONTEXT = 200
 STOP_TOKEN = 1
 PAUSE_S = 12.0
@@ -95,6 +100,7 @@ class MemoryCluster:
     chunk_tokens: int = 16
     rows: int = 8
     retire: str = "all"
+    returns: bool = False
     step_s: float = 0.01
     policy: str = "least_load"
     announce_deaths: bool = True
@@ -102,6 +108,11 @@ class MemoryCluster:
     disk_pages: int = 0
     copy_s: float = 0.02
     """How long a copy between tiers takes; now and then a page from disk comes damaged."""
+    fetch_s: float = 5.0
+    move_s: float = 0.01
+    """How long a transfer between shards takes."""
+    move_fails: Callable[[int], bool] = lambda number: False
+    """Which transfers, by their number in their shard, break in the middle."""
     bus: MemoryBus = attrs.field(factory=MemoryBus)
     actors: dict[str, Actor] = attrs.field(factory=dict)
     arenas: dict[str, dict[int, list[int]]] = attrs.field(factory=dict)
@@ -150,10 +161,42 @@ class MemoryCluster:
         self.arenas[link.actor] = {one: [0] * PAGE_TOKENS for one in slots}
         presence = self._presence(link, "MemPoolShard")
         caching = self.retire != "none"
-        core = ShardCore(Pool(sizes, PAGE_TOKENS, 10.0, caching=caching), schedulers=presence.schedulers)
+        pool = Pool(sizes, PAGE_TOKENS, 10.0, caching=caching, home=Home(len(self.arenas), self.incarnations))
+        exchange = Exchange(pool, link.actor, Geometry(PAGE_BYTES, 1), "host", 1)
+        exchange.open(("mapped",), (Way("mapped", link.actor),))
+        core = ExchangingShard(pool, schedulers=presence.schedulers, me=link.actor, exchange=exchange)
         actor = await self._start(name, link, core, Reporting(core, presence))
+        moving: dict[int, trio.CancelScope] = {}
+
+        def move(action: Move) -> None:
+            match action.order:
+                case Write():
+                    self.nursery.start_soon(self._move, actor, action.order, moving)
+                case StopWriting(number) if number in moving:
+                    moving[number].cancel()
+
+        actor.shell.perform[Move] = move
         actor.shell.perform[Copy] = lambda action: self.nursery.start_soon(self._copy, actor, action)
         return actor
+
+    async def _move(self, shard: Actor, write: Write, moving: dict[int, trio.CancelScope]) -> None:
+        """A mover: page by page, each when its time has come; what is broken off leaves half of them written."""
+        transfer, told = write.transfer, None
+        source, target = self.arenas[shard.id], self.arenas[write.way.address]
+        broken = len(transfer.source) // 2 if self.move_fails(transfer.id) else -1
+        with trio.CancelScope() as moving[transfer.id]:
+            for i, (page, there) in enumerate(zip(transfer.source, transfer.destination, strict=True)):
+                await trio.sleep(self.move_s / len(transfer.source))
+                if shard.scope.cancel_called:
+                    return
+                target[there][:] = [-2] * PAGE_TOKENS if i == broken else source[page]
+                if i == broken:
+                    told = WriteFailed(transfer.id, Failure.CUT, "broken off")
+                    break
+            else:
+                told = Wrote(transfer.id, len(transfer.source) * PAGE_BYTES)
+        if not shard.scope.cancel_called:
+            shard.shell.tell(told or WriteFailed(transfer.id, Failure.WITHDRAWN, "stopped"))
 
     async def _copy(self, shard: Actor, copy: Copy) -> None:
         """Copies end late, and some of what was on disk is damaged; the pages are read when the copy ends."""
@@ -176,7 +219,10 @@ class MemoryCluster:
         presence = self._presence(link, kind, role, home.id)
         presence.also = (home.id,)
         limits = BatchLimits(self.chunk_tokens, self.rows)
-        core = WorkerCore(presence, home.id, WorkerSettings(limits, PAGE_TOKENS, MAX_CONTEXT, self.retire))
+        told = WorkerSettings(
+            limits, PAGE_TOKENS, MAX_CONTEXT, self.retire, fetch_s=self.fetch_s, returns=self.returns
+        )
+        core = WorkerCore(presence, home.id, told)
         engine = PageEngine(self.arenas[home.id])
         actor = await self._start(name, link, core, Reporting(core, presence))
 
@@ -244,15 +290,17 @@ class MemoryCluster:
 
 @asynccontextmanager
 async def memory_cluster(
-    *workers: tuple[str, str], pages: int = 400, **settings
+    *workers: tuple[str, str] | tuple[str, str, str], pages: int = 400, **settings
 ) -> AsyncIterator[tuple[MemoryCluster, FrontendService]]:
-    """One scheduler, one shard, the given (name, role) workers, one Frontend; ready."""
+    """One scheduler, the given (name, role, shard) workers and their shards, s0 unless named, one Frontend; ready."""
     async with trio.open_nursery() as nursery:
         cluster = MemoryCluster(nursery, pages, **settings)
         await cluster.scheduler()
-        await cluster.shard()
-        for name, role in workers:
-            await cluster.worker(name, role)
+        homes = [(*one, "s0")[2] for one in workers]
+        for shard in dict.fromkeys(["s0", *homes]):
+            await cluster.shard(shard)
+        for (name, role, *_), shard in zip(workers, homes, strict=True):
+            await cluster.worker(name, role, shard)
         frontend = await cluster.frontend()
         await cluster.settled(frontend)
         yield cluster, frontend
@@ -272,7 +320,8 @@ async def generate(frontend: FrontendService, prompt: list[int], max_tokens: int
 
 async def baseline(cluster: MemoryCluster) -> None:
     """Wait until nothing is leased any more; fails when that does not come."""
+    pools = [one.core.pool for one in cluster.actors.values() if isinstance(one.core, ShardCore)]
     with trio.fail_after(60):
-        while cluster.pool().leased_pages or len(cluster.pool().leases):
+        while any(pool.leased_pages or len(pool.leases) for pool in pools):
             await trio.sleep(0.05)
     cluster.check()

@@ -91,4 +91,11 @@ class CopyDone:
     """Source slots whose bytes did not arrive: unreadable, damaged, or not writable to where they should go."""
 
 
-Action = Send | Log | Stop | RunBatch | Deliver | Kill | Copy
+@attrs.frozen
+class Move:
+    """For the movers of a shard: one of the orders in :mod:`memserve.transfer.messages`."""
+
+    order: object
+
+
+Action = Send | Log | Stop | RunBatch | Deliver | Kill | Copy | Move

@@ -15,6 +15,9 @@ Who says what::
     worker -> MemPoolShard        Acquire, AllocMem, Insert, Adopt, FreeMem
     MemPoolShard -> worker        Acquired, Allocated, Inserted, Adopted, Freed, PoolRefused
     any client -> MemPoolShard    those, Match, Delete, Evict, SwapOut, SwapIn, Prefetch, DescribePool
+    worker -> MemPoolShard        Return                    MemPoolShard -> MemPoolShard  Prefetch, Pull, PullRefused
+    MemPoolShard -> MemPoolShard  TransferOffer, TransferGranted, TransferSent, TransferArrived, TransferRefused,
+                                  TransferStop, TransferWithdrawn
     MemPoolShard -> scheduler     IndexDelta, IndexSnapshot scheduler -> MemPoolShard     IndexWanted
     GlobalScheduler -> everyone   Cluster, Gone
 
@@ -53,8 +56,20 @@ from memserve.pool_messages import (
     PoolDescribed,
     PoolRefused,
     Prefetch,
+    Return,
     SwapIn,
     SwapOut,
+)
+from memserve.transfer_messages import (
+    Pull,
+    PullRefused,
+    TransferArrived,
+    TransferGranted,
+    TransferOffer,
+    TransferRefused,
+    TransferSent,
+    TransferStop,
+    TransferWithdrawn,
 )
 
 PROTOCOL_VERSION = 1
@@ -312,6 +327,8 @@ Message = (
     | Inquire | Inquired
     | Acquire | Match | Acquired | AllocMem | Allocated | Insert | Inserted | Adopt | Adopted | FreeMem | Freed
     | Delete | Evict | SwapOut | SwapIn | Prefetch | DescribePool | PoolDescribed | PoolRefused
+    | Pull | PullRefused | TransferOffer | TransferGranted | TransferSent | TransferArrived | TransferRefused
+    | TransferStop | TransferWithdrawn | Return
     | IndexDelta | IndexWanted | IndexSnapshot | Load | Cluster | Gone
 )  # fmt: skip
 

@@ -15,6 +15,22 @@ from memserve.identity import ActorId
 
 
 @attrs.frozen
+class Source:
+    """Another shard, from which pages that are missing here are to be fetched before a call is answered."""
+
+    shard: ActorId
+    tokens: int
+    """Tokens from position 0 that it is expected to hold, the last page perhaps in part where ``lease`` says so."""
+    deadline_s: float
+    """After so long the call is answered without them: a fetch that fails costs a recompute, never the request."""
+    lease: int = 0
+    """There: take the pages of this lease of ``owner``, full or not. 0: what the index holds."""
+    owner: ActorId = ActorId("")
+    insert: bool = True
+    """Whether whole pages that arrive go into the index here."""
+
+
+@attrs.frozen
 class Acquire:
     """match + pin + alloc_mem: pages for all of ``tokens`` and ``extra_pages`` more, cached ones first.
 
@@ -26,6 +42,7 @@ class Acquire:
     scope: str
     tokens: bytes
     extra_pages: int
+    source: Source | None = None
 
 
 @attrs.frozen
@@ -48,6 +65,10 @@ class Acquired:
     lease: int
     pages: tuple[int, ...]
     cached_tokens: int
+    fetched_tokens: int = 0
+    """So many tokens more are filled too: they came from another shard, and are not retired yet."""
+    fetched_bytes: int = 0
+    """Moved to this shard for the call."""
 
 
 @attrs.frozen
@@ -163,6 +184,21 @@ class Prefetch:
 
     scope: str
     tokens: bytes
+    source: Source | None = None
+    """Where to fetch what no tier here holds."""
+
+
+@attrs.frozen
+class Return:
+    """A request has ended: let the shard ``to`` have what it lacks of this prefix, in the background. Never answered.
+
+    It is told by a Prefetch that names this shard as its source, after the sender's inserts, which came before.
+    """
+
+    scope: str
+    tokens: bytes
+    to: ActorId
+    deadline_s: float
 
 
 @attrs.frozen

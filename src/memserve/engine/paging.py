@@ -14,7 +14,7 @@ from memserve.engine.outbox import Outbox
 from memserve.engine.sequence import Phase, Sequence
 from memserve.mempool.client import ShardCalls
 from memserve.messages import ActorId
-from memserve.pool_messages import Acquire, Adopt, AllocMem, FreeMem, Insert
+from memserve.pool_messages import Acquire, Adopt, AllocMem, FreeMem, Insert, Return, Source
 from memserve.tokens import count, span
 
 _Call = Acquire | Adopt | AllocMem | FreeMem | Insert
@@ -37,6 +37,8 @@ class Paging:
     retire_what: str
     """Which pages go into the index: ``none``, ``prompt`` or ``all``."""
     outbox: Outbox
+    fetch_s: float = 5.0
+    """How long pages of another shard are waited for."""
     deadline: float = attrs.field(default=float("inf"), init=False)
     """When a shortage must be looked at again."""
     now: float = attrs.field(default=0.0, init=False)
@@ -81,10 +83,29 @@ class Paging:
             return sent_at + CALL_REPEAT_S
         return float("inf")
 
-    def acquire(self, one: Sequence) -> None:
-        """Ask for a lease on pages for all of a sequence's tokens, cached ones first."""
+    def acquire(self, one: Sequence, source: Source | None = None) -> None:
+        """Ask for a lease on pages for all of a sequence's tokens, cached ones first, and from ``source`` what is missing."""
         extra = one.headroom(self.page_tokens, self.max_context)
-        self._send(self._calls.acquire(one, one.request.scope, one.tokens, extra))
+        self._send(self._calls.acquire(one, one.request.scope, one.tokens, extra, source))
+
+    def fetch(self, one: Sequence) -> None:
+        """Acquire, with what the plan says to fetch before the prompt runs."""
+        plan = one.plan
+        held = min(plan.source_tokens, one.length - 1) // self.page_tokens * self.page_tokens
+        wanted = plan.source not in ("", self.shard) and held > 0
+        self.acquire(one, Source(plan.source, held, self.fetch_s) if wanted else None)
+
+    def move(self, one: Sequence, lease: int, owner: ActorId) -> None:
+        """Acquire pages here for a sequence that was handed over, filled from ``lease`` of ``owner`` on the plan's shard."""
+        insert = self.retire_what == "all"
+        self.acquire(one, Source(one.plan.shard, one.length - 1, self.fetch_s, lease, owner, insert))
+
+    def give_back(self, one: Sequence) -> None:
+        """Let the shard of the prefill have the answer's pages, in the background: the last use of this lease."""
+        full = one.acknowledged if self.retire_what != "all" else one.retired
+        if full:
+            tokens = span(one.tokens, 0, full)
+            self.outbox.send(self.shard, Return(one.request.scope, tokens, one.plan.shard, self.fetch_s))
 
     def adopt(self, one: Sequence, previous: ActorId) -> None:
         """Ask for the lease that ``previous`` handed over."""
@@ -98,7 +119,8 @@ class Paging:
 
     def retire(self, one: Sequence) -> None:
         """Give the pages that are full by now to the index: all that the shard has not acknowledged, as a call may be lost."""
-        limit = {"none": 0, "prompt": one.request.prompt_tokens, "all": one.computed}[self.retire_what]
+        prompt = 0 if one.came_with and one.crosses else one.request.prompt_tokens  # indexed there
+        limit = {"none": 0, "prompt": prompt, "all": one.computed}[self.retire_what]
         full = min(one.computed, limit) // self.page_tokens * self.page_tokens
         if full > one.retired:
             start = one.acknowledged

@@ -76,6 +76,12 @@ class Sequence:
     """Decode began here."""
     asked_at: float = 0.0
     """When the Handoff was last sent."""
+    came_with: int = 0
+    """The lease that its Handoff named; 0: it came by a Prefill."""
+    arriving: bool = False
+    """It came by Handoff from another shard, and its pages are still fetched from there."""
+    moved_bytes: int = 0
+    """KV that was moved to this worker's shard for it."""
 
     @property
     def key(self) -> tuple[str, int]:
@@ -117,6 +123,11 @@ class Sequence:
             pages=self.pages,
             sample=self.request.sampling if stop == self.length else None,
         )
+
+    @property
+    def crosses(self) -> bool:
+        """Whether its prefill and its decode are on different shards."""
+        return self.plan.decode_shard not in ("", self.plan.shard)
 
     def append(self, token: int) -> None:
         """Take a drawn token."""

@@ -55,6 +55,10 @@ class WorkerSettings:
     max_context: int
     retire: str
     """Which pages go into the index: ``none``, ``prompt`` or ``all``."""
+    fetch_s: float = 5.0
+    """How long pages of another shard are waited for, before they are computed instead."""
+    returns: bool = False
+    """Whether a request that was handed over from another shard leaves its answer's pages there too (mode 3)."""
     requests_max: int = 1024
     """Sequences held at once; beyond it a Prefill is answered with Failed (overloaded)."""
 
@@ -75,7 +79,9 @@ class WorkerCore:
 
     def __attrs_post_init__(self) -> None:
         told = self.settings
-        self._paging = Paging(self.shard, told.page_tokens, told.max_context, told.retire, self._outbox)
+        self._paging = Paging(
+            self.shard, told.page_tokens, told.max_context, told.retire, self._outbox, told.fetch_s
+        )
 
     # ---- the five verbs -------------------------------------------------------------------------------------
 
@@ -124,7 +130,8 @@ class WorkerCore:
     def gauges(self) -> dict[str, float]:
         """Load and counters for the heartbeat."""
         phases = [one.phase for one in self._live.values()]
-        waiting_tokens = sum(one.length - one.computed for one in self._live.values() if not one.decoding)
+        coming = [one for one in self._live.values() if not (one.decoding or one.arriving)]
+        waiting_tokens = sum(one.length - one.computed for one in coming)
         return {
             "requests_running": float(phases.count(Phase.READY)),
             "requests_waiting": float(phases.count(Phase.WAITING) + phases.count(Phase.ADOPTING)),
@@ -145,16 +152,15 @@ class WorkerCore:
         one = self._admit(
             Sequence(request, message.plan, request.tokens, Phase.WAITING, now, self._next_order())
         )
-        self._paging.acquire(one)
+        self._paging.fetch(one)
 
     def _on_handoff(self, sender: ActorId, message: Handoff, now: float) -> None:
         request = message.request
         known = self._live.get((request.id, request.attempt))
         if known is not None:
-            mine = (
-                known.lease == message.lease
-            )  # else two schedulers planned one attempt, and this lease is too many
-            if known.phase is not Phase.ADOPTING or not mine:
+            # Of another lease: two schedulers planned one attempt, and this lease is too many.
+            mine = known.came_with == message.lease
+            if not (mine and (known.phase is Phase.ADOPTING or known.arriving)):
                 self._outbox.send(sender, HandoffTaken(*known.key, adopted=mine))
             return
         if self._outdated(request.id, request.attempt):
@@ -162,11 +168,16 @@ class WorkerCore:
             return
         tokens = request.tokens + message.generated
         one = Sequence(request, message.plan, tokens, Phase.ADOPTING, now, self._next_order())
+        one.came_with, one.cached_tokens, one.timings = message.lease, message.cached_tokens, message.timings
+        one.started_at, one.token_at = now, message.first_token_at
+        if one.crosses:
+            one.phase, one.arriving = Phase.WAITING, True
+            self._admit(one)
+            self._paging.move(one, message.lease, sender)
+            return
         one.lease, one.pages = message.lease, message.pages
         one.computed, one.retired = count(tokens) - 1, message.retired_tokens
         one.acknowledged = message.retired_tokens
-        one.cached_tokens, one.timings = message.cached_tokens, message.timings
-        one.started_at, one.token_at = now, message.first_token_at
         self._admit(one)
         self._paging.adopt(one, sender)
 
@@ -196,11 +207,17 @@ class WorkerCore:
             return  # withdrawn meanwhile: the shard has ended this lease
         one.go(Phase.READY)
         one.lease, one.pages = message.lease, message.pages
-        one.computed = one.retired = one.acknowledged = message.cached_tokens
+        one.retired = one.acknowledged = message.cached_tokens
+        one.computed = message.cached_tokens + message.fetched_tokens
+        one.moved_bytes += message.fetched_bytes
+        if one.arriving:
+            one.arriving = False
+            self._taken(one, now)
+            return
         if one.token_at is None:
-            one.cached_tokens = min(message.cached_tokens, one.request.prompt_tokens)
+            one.cached_tokens = min(one.computed, one.request.prompt_tokens)
         self._outbox.count("requested_tokens_total", one.length)
-        self._outbox.count("cached_tokens_total", message.cached_tokens)
+        self._outbox.count("cached_tokens_total", one.computed)
 
     def _on_allocated(self, sender: ActorId, message: Allocated, now: float) -> None:
         one = self._paging.answered(message.call)
@@ -216,16 +233,20 @@ class WorkerCore:
 
     def _on_adopted(self, sender: ActorId, message: Adopted, now: float) -> None:
         one = self._paging.answered(message.call)
-        if one is None:
-            return
+        if one is not None:
+            one.go(Phase.READY)
+            self._taken(one, now)
+
+    def _taken(self, one: Sequence, now: float) -> None:
+        """It is this worker's now: by its old lease, or by one of its own that holds what was fetched."""
         self._outbox.send(one.plan.prefill, HandoffTaken(*one.key, adopted=True))
-        one.go(Phase.READY)
         one.owned_at = now
         if one.dropped:
             self._let_go(one)
             return
         one.timings = attrs.evolve(one.timings, handoff_ms=(now - (one.token_at or now)) * 1e3)
-        self._outbox.log("decode started", one, handoff_ms=one.timings.handoff_ms)
+        took = one.timings.handoff_ms
+        self._outbox.log("decode started", one, handoff_ms=took, moved_bytes=one.moved_bytes)
         self._outbox.count("handoffs_taken_total", 1)
         self._paging.grow(one)
 
@@ -234,6 +255,8 @@ class WorkerCore:
         if one is None or one.phase is Phase.LEAVING:
             return  # of one that leaves: the next owner was faster than our last insert, and repeats it
         if one.phase is Phase.WAITING:
+            if one.arriving:
+                self._outbox.send(one.plan.prefill, HandoffTaken(*one.key, adopted=False))
             status = 400 if message.code == PoolError.TOO_LARGE else 503
             self._fail(one, message.code, message.message, status=status)
         elif message.code == PoolError.NO_PAGES:
@@ -300,6 +323,8 @@ class WorkerCore:
         self._update(one, token, finish, attrs.evolve(one.timings, decode_ms=decode_ms))
         if count(one.fresh) > 1:
             self._outbox.log("decode finished", one, output_tokens=one.generated, decode_ms=decode_ms)
+        if self.settings.returns and one.crosses and one.came_with:
+            self._paging.give_back(one)
         self._end(one)
 
     def _update(self, one: Sequence, token: int, finish: str | None, timings: Timings | None) -> None:
@@ -330,7 +355,7 @@ class WorkerCore:
     def _on_handoff_taken(self, sender: ActorId, message: HandoffTaken, now: float) -> None:
         one = self._live.get((message.request, message.attempt))
         if one is not None and one.phase is Phase.LEAVING:
-            self._remove(one, free=not message.adopted)
+            self._remove(one, free=one.crosses or not message.adopted)
 
     # ---- ends -----------------------------------------------------------------------------------------------
 

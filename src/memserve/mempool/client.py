@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 import attrs
 
 from memserve.messages import ActorId
-from memserve.pool_messages import Acquire, Adopt, AllocMem, FreeMem, Insert
+from memserve.pool_messages import Acquire, Adopt, AllocMem, FreeMem, Insert, Source
 
 Key = TypeVar("Key", bound=Hashable)
 Call = TypeVar("Call")
@@ -33,9 +33,11 @@ class ShardCalls(Generic[Key]):
         """Any call; ``grants``: its answer may be a new lease."""
         return make(self._number(key, grants))
 
-    def acquire(self, key: Key, scope: str, tokens: bytes, extra_pages: int) -> Acquire:
+    def acquire(
+        self, key: Key, scope: str, tokens: bytes, extra_pages: int, source: Source | None = None
+    ) -> Acquire:
         """Ask for a lease on pages for ``tokens`` and ``extra_pages`` more; the answer may take its time."""
-        return Acquire(self._number(key, grants=True), scope, tokens, extra_pages)
+        return Acquire(self._number(key, grants=True), scope, tokens, extra_pages, source)
 
     def alloc(self, key: Key, lease: int, pages: int) -> AllocMem:
         """Ask for ``pages`` more pages of a lease."""

@@ -14,6 +14,9 @@ from memserve.errors import PoolError
 from memserve.mempool.nodes import Pin
 from memserve.messages import ActorId
 
+LENDER = ActorId("lender.0")
+"""Owner of leases that have ended while their pages were lent: a mover still reads or fills them."""
+
 
 @attrs.define(eq=False)
 class Lease:
@@ -40,6 +43,8 @@ class Lease:
     """What it was asked for, for the counters."""
     found_pages: tuple[int, ...] = (0, 0, 0)
     """What was matched for it, by tier."""
+    lent: int = 0
+    """Transfers that read or fill its pages: until they are over the pages stay where they are, whoever ends the lease."""
 
     def private(self, page_tokens: int) -> list[int]:
         """The pages that nobody else can reach: they come free when the lease ends."""
@@ -97,6 +102,22 @@ class Leases:
             raise PoolError(PoolError.MOVING, f"pages of lease {lease} are being brought in")
         return held
 
+    def unlent(self, owner: ActorId, lease: int) -> Lease:
+        """The same, if no transfer reads or fills its pages. Raises PoolError (UNKNOWN_LEASE, NOT_OWNER, MOVING)."""
+        held = self.get(owner, lease)
+        if held.lent:
+            raise PoolError(PoolError.MOVING, f"pages of lease {lease} are read or filled by a transfer")
+        return held
+
+    def find(self, lease: int) -> Lease | None:
+        """The lease, whoever owns it."""
+        return self._by_id.get(lease)
+
+    def keep(self, lease: Lease) -> None:
+        """Its owner has ended a lease whose pages are lent: it is the lender's from now on."""
+        if lease.owner != LENDER:
+            self.move(lease, LENDER, math.inf)
+
     def any(self, owner: ActorId, lease: int) -> Lease:
         """The same, at rest or not. Raises PoolError (UNKNOWN_LEASE, NOT_OWNER)."""
         held = self._by_id.get(lease)
@@ -128,8 +149,15 @@ class Leases:
         return [actor for actor, owner in self._owners.items() if owner.deadline <= now]
 
     def drop(self, owner: ActorId) -> list[Lease]:
-        """Forget an owner and its leases; the pages and pins of those are the caller's to return."""
-        held = self._owners.pop(owner, None)
+        """Forget an owner and its leases; the pages and pins of those are the caller's to return.
+
+        What is lent becomes the lender's instead.
+        """
+        held = self._owners.get(owner)
+        for lease in [] if held is None else list(held.leases.values()):
+            if lease.lent:
+                self.keep(lease)
+        self._owners.pop(owner, None)
         leases = [] if held is None else list(held.leases.values())
         for lease in leases:
             del self._by_id[lease.id]

@@ -9,7 +9,6 @@ In every tier each page is exactly one of
 and after every call ``free + leased + indexed == total``. A refused call raises PoolError and has changed
 nothing. The pool holds slots only (:mod:`memserve.mempool.addresses`): bytes are written and read by those who map the
 arenas, and copied between tiers by the shell, which does what :meth:`Pool.take_copies` says and answers.
-
 """
 
 from __future__ import annotations
@@ -172,6 +171,12 @@ class Pool:
         self.counters.skipped_pages += done.skipped_pages
         return done.already_tokens
 
+    def lend_prefix(self, owner: ActorId, scope: str, tokens: bytes, pages: int, now: float) -> Grant | None:
+        """The longest cached prefix in device pages, and fresh ones up to ``pages`` in all; None when they are short."""
+        pin = self._pin(scope, tokens, Tier.DEVICE)
+        fresh = max(0, pages - pin.tokens // self.page_tokens)
+        return self._open(owner, scope, pin, fresh, Tier.DEVICE, now, b"")
+
     def peek(self, scope: str, tokens: bytes) -> Match:
         """The longest cached prefix at this moment. Nothing is pinned: :meth:`match` is what keeps it."""
         return self.tree.match(scope, tokens) if self.caching else Match(0, ())
@@ -208,7 +213,7 @@ class Pool:
         Never waits for pages, because the caller holds some that others may wait for. Raises PoolError (UNKNOWN_LEASE,
         NOT_OWNER, MOVING, PINNED, NO_PAGES).
         """
-        held = self.leases.get(owner, lease)
+        held = self.leases.unlent(owner, lease)
         nodes = [node for node in held.pin.node.path() if node.tier > Tier.DEVICE]
         if any(node.pins > 1 for node in nodes):
             raise PoolError(
@@ -283,7 +288,7 @@ class Pool:
         """
         held = self.leases.any(owner, lease)
         if addresses and not self._is_all_of(held, slots := self.home.slots(addresses)):
-            return self._give_back(self.leases.get(owner, lease), slots)
+            return self._give_back(self.leases.unlent(owner, lease), slots)
         return self._close(held)
 
     def owner_of(self, lease: int) -> ActorId | None:
@@ -385,6 +390,9 @@ class Pool:
         return len(slots)
 
     def _close(self, lease: Lease) -> int:
+        if lease.lent:
+            self.leases.keep(lease)
+            return 0
         self.leases.close(lease)
         return self._release(lease)
 

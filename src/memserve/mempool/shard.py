@@ -19,7 +19,7 @@ import attrs
 from memserve.actions import Action, CopyDone, Kill, Log, Send, Stop
 from memserve.errors import PoolError
 from memserve.mempool.addresses import Address, Tier
-from memserve.mempool.answers import Answer, Answers
+from memserve.mempool.answers import Answer, Replies
 from memserve.mempool.audit import check_pool
 from memserve.mempool.gauges import pool_gauges
 from memserve.mempool.grants import Grant, Reclaimed
@@ -45,11 +45,12 @@ from memserve.pool_messages import (
     PoolDescribed,
     PoolRefused,
     Prefetch,
+    Source,
     SwapIn,
     SwapOut,
 )
 
-_Waiting = Acquire | Match
+Waiting = Acquire | Match
 """Calls that may wait for pages."""
 
 PREFETCHER = ActorId("prefetch.0")
@@ -85,12 +86,12 @@ class ShardCore:
     arenas: tuple[str, ...] = ()
     """Where clients map the memory of each tier."""
     me: ActorId | None = None  # to know when it is itself held for dead
-    _waiting: dict[tuple[ActorId, int], _Waiting] = attrs.field(factory=dict, init=False)
+    _waiting: dict[tuple[ActorId, int], Waiting] = attrs.field(factory=dict, init=False)
     """By (sender, call), the longest waiting first."""
-    _loading: dict[int, tuple[ActorId, _Waiting | SwapIn | None]] = attrs.field(factory=dict, init=False)
+    _loading: dict[int, tuple[ActorId, Waiting | SwapIn | None]] = attrs.field(factory=dict, init=False)
     """Calls whose pages are being brought in, by lease; None for a Prefetch."""
     _outs: list[_Out] = attrs.field(factory=list, init=False)
-    _memories: dict[ActorId, Answers] = attrs.field(factory=dict, init=False)
+    _replies: Replies = attrs.field(init=False)
     _actions: list[Action] = attrs.field(factory=list, init=False)
     _pids: dict[ActorId, int] = attrs.field(factory=dict, init=False)
     """Processes that report here: those that map the arena."""
@@ -98,6 +99,7 @@ class ShardCore:
 
     def __attrs_post_init__(self) -> None:
         self._publisher = Publisher(self.pool.tree, self.schedulers)
+        self._replies = Replies(self.remembered_max)
 
     # ---- verbs ---------------------------------------------------------------------------------------------
 
@@ -106,15 +108,15 @@ class ShardCore:
         """When :meth:`advance` must be called next; infinity when nobody holds anything."""
         return min(self.pool.deadline, self._publisher.deadline)
 
-    def receive(self, sender: ActorId, message: Message | CopyDone, now: float) -> None:
+    def receive(self, sender: ActorId, message: Message | CopyDone | object, now: float) -> None:
         """Take one message in. A heartbeat is believed for the member it names, whoever passed it on."""
         match message:
             case FreeMem():
                 self._free(sender, message, now)
             case CopyDone():
-                self._copied(message)
-            case Prefetch(scope, tokens):
-                self._prefetch(scope, tokens, now)
+                self._copied(message, now)
+            case Prefetch(scope, tokens, source):
+                self._prefetch(scope, tokens, source, now)
             case Load(member):
                 self._pids[member.id] = member.pid
                 self.pool.renew(member.id, now)
@@ -163,19 +165,15 @@ class ShardCore:
     def check(self) -> None:
         """Assert every invariant of the shard and of its pool; walks all of it."""
         check_pool(self.pool)
-        waiting = len(self._waiting) + len(self._loading)
+        waiting = self._unanswered
         assert waiting <= self.waiting_max, f"{waiting} calls wait, {self.waiting_max} may"
         for sender, call in self._waiting:
-            memory = self._memories.get(sender)
-            assert memory is None or not memory.remembers(call), (
-                f"call {call} of {sender} is answered and waits"
-            )
+            assert not self._replies.remembers(sender, call), f"call {call} of {sender} is answered and waits"
         assert self._loading.keys() == self.pool.loading.keys(), "leases that load are filed wrongly"
         assert all(copy in self.pool.room.swaps for out in self._outs for copy in out.copies), (
             "a copy is lost"
         )
-        for sender, memory in self._memories.items():
-            assert len(memory) <= self.remembered_max, f"{len(memory)} answers to {sender} are remembered"
+        self._replies.check()
 
     # ---- calls ---------------------------------------------------------------------------------------------
 
@@ -183,8 +181,9 @@ class ShardCore:
         self.pool.renew(sender, now)
         if self._is_under_way(sender, call.call):
             return  # a repeat, not yet answered
-        if call.call in self._memory(sender):
-            self._repeat(sender, call.call)
+        if call.call in self._replies.of(sender):
+            again = self._replies.again(sender, call.call, self.pool.owner_of)
+            self._actions += [Send(sender, again)] if again is not None else []
             return
         try:
             answer = _CALLS[type(call)](self, sender, call, now)
@@ -199,6 +198,11 @@ class ShardCore:
             or any(who == sender and held and held.call == call for who, held in self._loading.values())
             or any(out.sender == sender and out.call == call for out in self._outs)
         )
+
+    @property
+    def _unanswered(self) -> int:
+        """Calls that wait, for pages or for copies."""
+        return len(self._waiting) + len(self._loading)
 
     def _alloc_mem(self, sender: ActorId, call: AllocMem, now: float) -> Answer:
         if call.lease:
@@ -234,39 +238,39 @@ class ShardCore:
         sizes = (pool.page_tokens, self.page_bytes, pages, self.arenas, pool.leases.lease_s)
         return PoolDescribed(call.call, home.shard, home.incarnation, *sizes)
 
-    def _wait(self, sender: ActorId, call: _Waiting, now: float) -> Answer | None:
+    def _wait(self, sender: ActorId, call: Waiting, now: float) -> Answer | None:
         """Grant a call that may wait, unless it would overtake another."""
         if isinstance(call, Acquire):
             self.pool.demand(call.tokens, call.extra_pages)  # what never fits must not stand in the queue
-        if not self._waiting and len(self._loading) < self.waiting_max:
+        if not self._waiting and self._unanswered < self.waiting_max:
             grant = self._try(sender, call, now)
             if grant is not None:
-                return self._granted(sender, call, grant)
+                return self._granted(sender, call, grant, now)
         self._check_queue()
         self._waiting[sender, call.call] = call
         return None
 
     def _check_queue(self) -> None:
         """Calls whose pages are being brought in count: they come back to the queue if the bytes are lost."""
-        if (waiting := len(self._waiting) + len(self._loading)) >= self.waiting_max:
+        if (waiting := self._unanswered) >= self.waiting_max:
             raise PoolError(PoolError.QUEUE_FULL, f"{waiting} calls wait for pages already")
 
-    def _try(self, sender: ActorId, call: _Waiting, now: float) -> Grant | None:
+    def _try(self, sender: ActorId, call: Waiting, now: float) -> Grant | None:
         match call:
-            case Acquire(_, scope, tokens, extra_pages):
+            case Acquire(_, scope, tokens, extra_pages, _):
                 return self.pool.acquire(sender, scope, tokens, extra_pages, now)
             case Match(_, scope, tokens):
                 return self.pool.match(sender, scope, tokens, now)
 
     def _swap_in(self, sender: ActorId, call: SwapIn, now: float) -> Answer | None:
         self._check_queue()
-        return self._granted(sender, call, self.pool.swap_in(sender, call.lease, now))
+        return self._granted(sender, call, self.pool.swap_in(sender, call.lease, now), now)
 
-    def _granted(self, sender: ActorId, call: _Waiting | SwapIn, grant: Grant) -> Answer | None:
-        if grant.ready:
-            return _acquired(call.call, grant)
-        self._loading[grant.lease] = (sender, call)
-        return None
+    def _granted(self, sender: ActorId, call: Waiting | SwapIn, grant: Grant, now: float) -> Answer | None:
+        if not grant.ready:
+            self._loading[grant.lease] = (sender, call)
+            return None
+        return _acquired(call.call, grant)
 
     # ---- going on ------------------------------------------------------------------------------------------
 
@@ -285,28 +289,31 @@ class ShardCore:
             if grant is None:
                 return
             del self._waiting[sender, number]
-            if (answer := self._granted(sender, call, grant)) is not None:
+            if (answer := self._granted(sender, call, grant, now)) is not None:
                 self._reply(sender, answer)
 
-    def _copied(self, done: CopyDone) -> None:
+    def _copied(self, done: CopyDone, now: float) -> None:
         swaps = self.pool.room.swaps
         bad, moved = swaps.bad_pages, swaps.out_pages
-        again = [self._loading.pop(lease) for lease in self.pool.copied(done)]
+        again = [self._lost(lease) for lease in self.pool.copied(done)]
         if swaps.bad_pages > bad:
             self._actions.append(Log("warning", "damaged pages dropped", {"pages": swaps.bad_pages - bad}))
         for sender, call in reversed(again):  # their bytes are lost: first in the queue, to find what is left
             if isinstance(call, Acquire | Match):
                 self._waiting = {(sender, call.call): call, **self._waiting}
         for grant in self.pool.settle():
-            self._loaded(grant)
+            self._loaded(grant, now)
         self._answer_outs(done.id, swaps.out_pages - moved)
 
-    def _loaded(self, grant: Grant) -> None:
+    def _lost(self, lease: int) -> tuple[ActorId, Waiting | SwapIn | None]:
+        return self._loading.pop(lease)
+
+    def _loaded(self, grant: Grant, now: float) -> None:
         sender, call = self._loading.pop(grant.lease)
         if call is None:
             self.pool.free_mem(sender, grant.lease)
-        else:
-            self._reply(sender, _acquired(call.call, grant))
+        elif (answer := self._granted(sender, call, grant, now)) is not None:
+            self._reply(sender, answer)
 
     def _answer_outs(self, copy: int, pages: int) -> None:
         for out in [one for one in self._outs if copy in one.copies]:
@@ -316,8 +323,8 @@ class ShardCore:
                 self._outs.remove(out)
                 self._reply(out.sender, Freed(out.call, out.pages))
 
-    def _prefetch(self, scope: str, tokens: bytes, now: float) -> None:
-        full = len(self._waiting) + len(self._loading) >= self.waiting_max
+    def _prefetch(self, scope: str, tokens: bytes, source: Source | None, now: float) -> None:
+        full = self._unanswered >= self.waiting_max
         grant = None if full else self.pool.prefetch(PREFETCHER, scope, tokens, now)
         if grant is not None:
             self._loading[grant.lease] = (PREFETCHER, None)
@@ -350,7 +357,7 @@ class ShardCore:
 
         Its answer may have crossed the withdrawal: then the lease ends here.
         """
-        memory = self._memory(sender)
+        memory = self._replies.of(sender)
         answer = memory.answer(number)
         lease = answer.lease if isinstance(answer, Acquired) else 0
         for loading, (who, held) in self._loading.items():
@@ -366,32 +373,12 @@ class ShardCore:
     # ---- senders -------------------------------------------------------------------------------------------
 
     def _reply(self, sender: ActorId, answer: Answer) -> None:
-        self._memory(sender).put(answer.call, answer)
+        self._replies.of(sender).put(answer.call, answer)
         self._actions.append(Send(sender, answer))
-
-    def _repeat(self, sender: ActorId, number: int) -> None:
-        """Answer a call that was answered before, in the same words while they hold."""
-        memory = self._memory(sender)
-        answer = memory.answer(number)
-        if not memory.remembers(number):
-            text = f"call {number} is too old to be remembered"
-            answer = PoolRefused(number, PoolError.UNKNOWN_LEASE, text)
-        elif answer is None:
-            return  # withdrawn: the sender waits for nothing
-        elif isinstance(answer, Acquired | Allocated) and self.pool.owner_of(answer.lease) != sender:
-            text = f"lease {answer.lease} of call {number} has ended"
-            answer = PoolRefused(number, PoolError.UNKNOWN_LEASE, text)
-        self._actions.append(Send(sender, answer))
-
-    def _memory(self, sender: ActorId) -> Answers:
-        memory = self._memories.get(sender)
-        if memory is None:
-            memory = self._memories[sender] = Answers(self.remembered_max)
-        return memory
 
     def _forget(self, owner: ActorId) -> int:
         """Drop an owner's calls and the answers it was given; how many waited for pages."""
-        self._memories.pop(owner, None)
+        self._replies.forget(owner)
         waiting = [key for key in self._waiting if key[0] == owner]
         for key in waiting:
             del self._waiting[key]

@@ -22,22 +22,27 @@ DECODES = ("decode", "both")
 
 @attrs.frozen
 class Pair:
-    """A prefill and a decode worker that reach the same shard; the same worker twice when it does both."""
+    """A prefill and a decode worker; the same worker twice when it does both."""
 
     prefill: Member
     decode: Member
     shard: Member
+    """The prefill worker's. Where the decode worker's is another, the pages move there."""
 
 
 def pairs(members: Iterable[Member]) -> list[Pair]:
-    """Every placement that can serve a request now. A worker of role ``both`` keeps what it prefills."""
+    """Every placement that can serve a request now. A worker of role ``both`` keeps what it prefills.
+
+    Prefill workers that have a decode worker on their own shard are paired with those only: there nothing moves.
+    """
     ready = [one for one in members if one.state == "ready"]
     shards = {one.id: one for one in ready if one.kind == "MemPoolShard"}
     workers = [one for one in ready if one.shard in shards]
     found = []
     for prefill in (one for one in workers if one.role in PREFILLS):
         decoders = [prefill] if prefill.role == "both" else [one for one in workers if one.role in DECODES]
-        found += [Pair(prefill, one, shards[one.shard]) for one in decoders if one.shard == prefill.shard]
+        near = [one for one in decoders if one.shard == prefill.shard]
+        found += [Pair(prefill, one, shards[prefill.shard]) for one in near or decoders]
     return found
 
 

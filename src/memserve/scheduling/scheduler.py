@@ -141,7 +141,8 @@ class SchedulerCore:
         if not candidates:
             return False
         chosen = self.policy.choose(candidates, request, now)
-        plan = Plan(chosen.prefill.id, chosen.decode.id, chosen.shard.id, self.me.id)
+        there = chosen.decode.shard if chosen.decode.shard != chosen.shard.id else ActorId("")
+        plan = Plan(chosen.prefill.id, chosen.decode.id, chosen.shard.id, self.me.id, there)
         planned = Planned(request.id, request.attempt, plan)
         self._plans[request.id, request.attempt] = planned
         while len(self._plans) > PLANS_REMEMBERED:

@@ -20,7 +20,8 @@ from typing import Protocol
 import attrs
 
 from memserve.actions import Kill
-from memserve.messages import ActorId, Gone
+from memserve.identity import ActorId
+from memserve.messages import Gone
 from memserve.transfer.messages import (
     Expect,
     IncomingAction,

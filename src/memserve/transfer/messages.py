@@ -18,88 +18,19 @@ from __future__ import annotations
 import attrs
 
 from memserve.actions import Kill
-from memserve.messages import ActorId
-from memserve.transfer.values import Failure, Granularity, Piece, Result, Transfer, Way
-
-# ---- between shards ------------------------------------------------------------------------------------------
-
-
-@attrs.frozen
-class TransferOffer:
-    """Take these pages. Repeated until TransferGranted or TransferRefused."""
-
-    id: int
-    pages: int
-    page_bytes: int
-    layers: int
-    granularity: Granularity
-    host: str
-    """Identity of the sender's host: a mapped way leads to the same one only."""
-    pid: int
-    """So that the receiver can end a dead sender that may only sleep, before it uses the pages for others."""
-    paths: tuple[str, ...]
-    """Paths that the sender can take."""
-    remaining_s: float
-    """Seconds until the sender gives up. A duration, because the clocks of two hosts differ."""
-    destination: tuple[int, ...] = ()
-    """Pages that the sender was granted before; empty: the receiver allocates."""
-    scope: str = ""
-    tokens: bytes = b""
-    """Packed tokens to insert with the pages (``transfer_with_insert``); empty: nothing is inserted."""
-    private: bytes = b""
-    """The caller's own data, handed to the receiver's landing untouched."""
-
-
-@attrs.frozen
-class TransferGranted:
-    """These pages are the transfer's until it ends."""
-
-    id: int
-    pages: tuple[int, ...]
-    way: Way
-
-
-@attrs.frozen
-class TransferSent:
-    """Every byte is in the granted pages and the sender writes no more. Repeated until answered."""
-
-    id: int
-
-
-@attrs.frozen
-class TransferArrived:
-    """The receiver has every byte, and has inserted the tokens if there were any."""
-
-    id: int
-
-
-@attrs.frozen
-class TransferRefused:
-    """The receiver will not take the transfer, or not any more."""
-
-    id: int
-    failure: Failure
-    message: str
-
-
-@attrs.frozen
-class TransferStop:
-    """Write no more, and say so (TransferWithdrawn). Repeated until answered."""
-
-    id: int
-
-
-@attrs.frozen
-class TransferWithdrawn:
-    """The sender writes no more for this transfer, and never will."""
-
-    id: int
-
-
-ToReceiver = TransferOffer | TransferSent | TransferWithdrawn
-ToSender = TransferGranted | TransferArrived | TransferRefused | TransferStop
-TransferMessage = ToReceiver | ToSender
-
+from memserve.identity import ActorId
+from memserve.transfer.values import Piece, Result, Transfer
+from memserve.transfer_messages import Failure, Granularity, Way
+from memserve.transfer_messages import ToReceiver as ToReceiver
+from memserve.transfer_messages import ToSender as ToSender
+from memserve.transfer_messages import TransferArrived as TransferArrived
+from memserve.transfer_messages import TransferGranted as TransferGranted
+from memserve.transfer_messages import TransferMessage as TransferMessage
+from memserve.transfer_messages import TransferOffer as TransferOffer
+from memserve.transfer_messages import TransferRefused as TransferRefused
+from memserve.transfer_messages import TransferSent as TransferSent
+from memserve.transfer_messages import TransferStop as TransferStop
+from memserve.transfer_messages import TransferWithdrawn as TransferWithdrawn
 
 # ---- told to a core by its own process -----------------------------------------------------------------------
 

@@ -17,7 +17,8 @@ import math
 
 import attrs
 
-from memserve.messages import ActorId, Gone
+from memserve.identity import ActorId
+from memserve.messages import Gone
 from memserve.transfer.messages import (
     Feed,
     Forget,

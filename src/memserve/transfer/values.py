@@ -13,39 +13,14 @@ by_request   one K or V    every block by itself, the paper's ``2 * layers`` ope
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Iterator, Sequence
 
 import attrs
 
-from memserve.messages import ActorId
-
-
-class Granularity(enum.StrEnum):
-    """In what portions a transfer's pages move; see the module's table."""
-
-    AGGREGATED = "aggregated"
-    BY_LAYER = "by_layer"
-    BY_REQUEST = "by_request"
-
-
-class Failure(enum.StrEnum):
-    """Why a transfer did not happen. Its destination pages were never reported complete."""
-
-    RECEIVER_FULL = "receiver_full"
-    """The receiver has no pages, or as many transfers under way as it allows. Later may do."""
-    PEER_GONE = "peer_gone"
-    """The other shard is dead, or nobody listens where it was announced."""
-    CUT = "cut"
-    """The connection broke or stood still."""
-    DEADLINE = "deadline"
-    """Not finished in time. When only the acknowledgement is late, the receiver may have the pages after all."""
-    REFUSED = "refused"
-    """One side holds the other's request for wrong: another layout, a stale token, an unknown page or transfer."""
-    CHECKSUM = "checksum"
-    """Bytes arrived damaged."""
-    WITHDRAWN = "withdrawn"
-    """The sender's own caller gave it up."""
+from memserve.identity import ActorId
+from memserve.transfer_messages import Failure as Failure
+from memserve.transfer_messages import Granularity as Granularity
+from memserve.transfer_messages import Way as Way
 
 
 @attrs.frozen
@@ -114,18 +89,6 @@ class Transfer:
             )
         if len(set(self.destination)) < len(self.destination):
             raise ValueError(f"transfer {self.id} names a destination page twice")
-
-
-@attrs.frozen
-class Way:
-    """How a sender reaches one receiver's arena: announced by the receiver with the pages it grants."""
-
-    path: str
-    """``mapped``, ``tcp`` or ``nixl``."""
-    address: str
-    """mapped: the arena's socket; tcp: ``host:port``; nixl: the arena's first byte in the receiver, in hex."""
-    data: bytes = b""
-    """tcp: the receiver's token; nixl: its agent's metadata."""
 
 
 WRITTEN_BY_SENDER = frozenset({"mapped", "nixl"})

@@ -1,0 +1,413 @@
+"""Pages that come from other shards and go to them: what a shard's pool and its two transfer cores do together.
+
+A shard that lacks pages asks for them (Pull), and the one that has them sends: allocate, send, insert, acknowledge.
+Who holds what meanwhile::
+
+    the pages that are filled    the lease of the call that waits for them, which is not answered yet
+    the pages that are read      the lease that was named, or one of this shard's own on what its index holds
+
+Both are *lent* to the transfer: if their owner ends them, or dies, they stay as they are until the mover has let go.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+
+import attrs
+
+from memserve.actions import Action, Kill, Log, Move, Send
+from memserve.mempool.addresses import Tier, tier_of
+from memserve.mempool.grants import Grant
+from memserve.mempool.leases import LENDER
+from memserve.mempool.pool import Pool
+from memserve.messages import ActorId, Gone
+from memserve.pool_messages import Acquire, Source
+from memserve.tokens import count, pages_for, span
+from memserve.transfer.incoming import Incoming, Key, LandingRefused
+from memserve.transfer.messages import (
+    Order,
+    Post,
+    Received,
+    ReceiveFailed,
+    Report,
+    WriteFailed,
+    Wrote,
+)
+from memserve.transfer.outgoing import Outgoing
+from memserve.transfer.values import Failure, Geometry, Granularity, TransferDone, Way
+from memserve.transfer_messages import (
+    Pull,
+    PullRefused,
+    TransferArrived,
+    TransferGranted,
+    TransferOffer,
+    TransferRefused,
+    TransferSent,
+    TransferStop,
+    TransferWithdrawn,
+)
+
+EXCHANGER = ActorId("exchange.0")
+"""Owner of the leases under which a shard itself reads and fills pages for others."""
+PULL_REPEAT_S = 0.5
+"""How long a Pull may stay unanswered before it is sent again."""
+PULLS_REMEMBERED = 4096
+"""Pulls of others that are known for repeats."""
+
+_TO_INCOMING = (TransferOffer, TransferSent, TransferWithdrawn, Received, ReceiveFailed)
+_TO_OUTGOING = (TransferGranted, TransferArrived, TransferRefused, TransferStop, Wrote, WriteFailed)
+HEARD = (*_TO_INCOMING, *_TO_OUTGOING, Pull, PullRefused)
+"""What :meth:`Exchange.receive` takes beside Gone."""
+
+
+@attrs.define(eq=False)
+class Fetch:
+    """A call that waits for pages of another shard."""
+
+    id: int
+    sender: ActorId
+    call: Acquire
+    source: Source
+    grant: Grant
+    deadline: float
+    repeat_at: float
+    key: Key | None = None
+    """The transfer that fills its pages, once it was offered."""
+    filled_tokens: int = 0
+    """Tokens from position 0 that are there, at its end."""
+    nbytes: int = 0
+    over: bool = False
+
+    def pull(self, page_tokens: int, now: float) -> Pull:
+        """What to ask the other shard for."""
+        first = self.grant.cached_tokens // page_tokens
+        pages = pages_for(self.source.tokens, page_tokens) - first
+        left, told = self.deadline - now, self.source
+        return Pull(self.id, self.call.scope, self.call.tokens, first, pages, left, told.lease, told.owner)
+
+
+@attrs.define(eq=False)
+class _Sending:
+    to: ActorId
+    pull: Pull
+    lease: int
+    pages: int = 0
+    order: int = 0
+    """0 while its pages are brought in."""
+
+
+@attrs.define
+class Exchange:
+    """Verbs: receive, advance, take, deadline, check; and ``begin`` a fetch, whose end ``take_over`` tells."""
+
+    pool: Pool
+    me: ActorId
+    geometry: Geometry
+    host: str
+    pid: int
+    granularity: Granularity = Granularity.AGGREGATED
+    received_bytes: int = 0
+    sent_bytes: int = 0
+    handed_over_bytes: int = 0
+    """Those of the received ones that came with a request which was handed over."""
+    failed_fetches: int = 0
+    outgoing: Outgoing = attrs.field(init=False)
+    incoming: Incoming = attrs.field(init=False)
+    _fetches: dict[int, Fetch] = attrs.field(factory=dict, init=False)
+    _over: list[Fetch] = attrs.field(factory=list, init=False)
+    _landings: dict[Key, int] = attrs.field(factory=dict, init=False)
+    """The lease that each incoming transfer fills."""
+    _pulls: OrderedDict[tuple[ActorId, int], None] = attrs.field(factory=OrderedDict, init=False)
+    _warming: dict[int, _Sending] = attrs.field(factory=dict, init=False)
+    """By lease: what is brought into the device tier before it is sent."""
+    _sending: dict[int, _Sending] = attrs.field(factory=dict, init=False)
+    """By order."""
+    _last: int = attrs.field(default=0, init=False)
+    _actions: list[Action] = attrs.field(factory=list, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.outgoing = Outgoing(self.me, self.geometry, self.host, self.pid, ())
+        self.incoming = Incoming(self.geometry, self.host, self, ())
+
+    def open(self, paths: tuple[str, ...], ways: tuple[Way, ...]) -> None:
+        """The movers run: transfers are possible from now on, by ``paths`` to others and by ``ways`` to here."""
+        self.outgoing.paths, self.incoming.ways = paths, ways
+
+    # ---- verbs ---------------------------------------------------------------------------------------------
+
+    @property
+    def deadline(self) -> float:
+        """When :meth:`advance` must be called next; infinity when nothing is under way."""
+        fetches = min((min(one.deadline, one.repeat_at) for one in self._fetches.values()), default=math.inf)
+        return min(fetches, self.outgoing.deadline, self.incoming.deadline)
+
+    def receive(self, sender: ActorId, message: object, now: float) -> None:
+        """Take one of HEARD, or Gone, in."""
+        match message:
+            case Pull():
+                self._pulled(sender, message, now)
+            case PullRefused(number, _, text):
+                one = self._fetches.get(number)
+                if one is not None and one.source.shard == sender:
+                    self._fail(one, text)
+            case Gone(actors):
+                self.outgoing.receive(sender, message, now)
+                self.incoming.receive(sender, message, now)
+                self._bury(set(actors))
+            case _ if isinstance(message, _TO_INCOMING):
+                self.incoming.receive(sender, message, now)
+            case _ if isinstance(message, _TO_OUTGOING):
+                self.outgoing.receive(sender, message, now)
+        self._pass_on(now)
+
+    def advance(self, now: float) -> None:
+        """Give up fetches that are late, repeat what is not answered."""
+        self.outgoing.advance(now)
+        self.incoming.advance(now)
+        for one in list(self._fetches.values()):
+            if now >= one.deadline:
+                self._fail(one, "not there in time")
+            elif now >= one.repeat_at:
+                self._ask(one, now)
+        self._pass_on(now)
+
+    def take(self) -> list[Action]:
+        """What there is to do, once."""
+        actions, self._actions = self._actions, []
+        return actions
+
+    def take_over(self) -> list[Fetch]:
+        """Fetches that have ended, well or not, once."""
+        over, self._over = self._over, []
+        return over
+
+    def gauges(self) -> dict[str, float]:
+        """For the heartbeat."""
+        return {
+            "fetches_under_way": len(self._fetches),
+            "transfers_out_under_way": len(self.outgoing),
+            "transfers_in_under_way": len(self.incoming),
+            "transfer_in_bytes_total": self.received_bytes,
+            "transfer_out_bytes_total": self.sent_bytes,
+            "handoff_bytes_copied_total": self.handed_over_bytes,
+            "fetches_failed_total": self.failed_fetches,
+        }
+
+    def check(self) -> None:
+        """Assert every invariant."""
+        self.outgoing.check()
+        self.incoming.check()
+        assert len(self._landings) == len(self.incoming), "a landing without a transfer, or the reverse"
+        lent = [*self._landings.values(), *(one.lease for one in self._sending.values())]
+        for lease in self.pool.leases:
+            assert lease.lent == lent.count(lease.id), f"lease {lease.id} is lent to nobody, or not to all"
+        for one in self._fetches.values():
+            assert self.pool.owner_of(one.grant.lease) == one.sender, f"fetch {one.id} has lost its lease"
+
+    # ---- fetching ------------------------------------------------------------------------------------------
+
+    def begin(self, sender: ActorId, call: Acquire, grant: Grant, now: float) -> bool:
+        """Fetch what a granted call still lacks; False when there is nothing to be fetched."""
+        source, page_tokens = call.source, self.pool.page_tokens
+        if source is None or source.shard == self.me or not self.incoming.ways:
+            return False
+        least = 0 if source.lease else page_tokens - 1
+        if source.tokens <= grant.cached_tokens + least or source.tokens > count(call.tokens):
+            return False
+        if any(tier_of(page) != Tier.DEVICE for page in grant.pages):
+            return False
+        self._last += 1
+        one = Fetch(self._last, sender, call, source, grant, now + source.deadline_s, math.inf)
+        self._fetches[one.id] = one
+        self._ask(one, now)
+        return True
+
+    def fetch_of(self, sender: ActorId, call: int) -> Fetch | None:
+        """The fetch that a call waits for."""
+        mine = (one for one in self._fetches.values() if one.sender == sender and one.call.call == call)
+        return next(mine, None)
+
+    def forget(self, sender: ActorId, call: int | None = None) -> None:
+        """Nobody waits for a sender's fetches any more, or for that of one call; its lease is the caller's to end."""
+        for one in list(self._fetches.values()):
+            if one.sender == sender and call in (None, one.call.call):
+                del self._fetches[one.id]
+
+    def unreachable(self, to: ActorId, message: object) -> None:
+        """A message of this core's could not be sent: whatever is not a Pull is repeated, or asked for again."""
+        if isinstance(message, Pull) and (one := self._fetches.get(message.id)) is not None:
+            self._fail(one, f"{to} cannot be reached")
+
+    def bring(self, scope: str, tokens: bytes, now: float) -> Grant | None:
+        """Pages for a prefix that nobody waits for, under a lease of this shard's own; None where they are short."""
+        pages = count(tokens) // self.pool.page_tokens
+        if pages > self.pool.free_pages + self.pool.evictable_pages:
+            return None
+        grant = self.pool.lend_prefix(EXCHANGER, scope, tokens, pages, now)
+        self.pool.renew(EXCHANGER, math.inf)
+        return grant
+
+    def __len__(self) -> int:
+        """Calls that wait for other shards."""
+        return len(self._fetches)
+
+    def _ask(self, one: Fetch, now: float) -> None:
+        self._actions.append(Send(one.source.shard, one.pull(self.pool.page_tokens, now)))
+        one.repeat_at = now + PULL_REPEAT_S
+
+    def _fail(self, one: Fetch, text: str) -> None:
+        self.failed_fetches += 1
+        data: dict[str, object] = {"source": one.source.shard, "call": one.call.call, "reason": text}
+        self._actions.append(Log("warning", "fetch failed", data))
+        self._finish(one)
+
+    def _finish(self, one: Fetch) -> None:
+        del self._fetches[one.id]
+        one.over = True
+        self._over.append(one)
+
+    # ---- landing (see Landing in transfer/incoming.py) -----------------------------------------------------
+
+    def grant(self, key: Key, offer: TransferOffer) -> tuple[int, ...]:
+        """The pages of the fetch that asked for this transfer."""
+        one = self._fetches.get(int.from_bytes(offer.private, "little"))
+        if one is None or one.key is not None or one.source.shard != key[0]:
+            raise LandingRefused(Failure.REFUSED, "nobody here waits for this transfer")
+        first = one.grant.cached_tokens // self.pool.page_tokens
+        pages = one.grant.pages[first : first + offer.pages]
+        asked = pages_for(one.source.tokens, self.pool.page_tokens) - first
+        if len(pages) != offer.pages or offer.pages > asked:
+            raise LandingRefused(Failure.REFUSED, f"{offer.pages} pages are more than were asked for")
+        one.key, one.repeat_at = key, math.inf
+        self._lend(one.grant.lease)
+        self._landings[key] = one.grant.lease
+        return pages
+
+    def commit(self, key: Key, offer: TransferOffer, pages: tuple[int, ...]) -> None:
+        """The pages are complete: they may be inserted, and the call that waits for them answered."""
+        one = self._landed(key)
+        nbytes = len(pages) * self.geometry.page_bytes
+        self.received_bytes += nbytes
+        if one is None:
+            return  # given up meanwhile; the pages go with their lease
+        there = one.grant.cached_tokens + len(pages) * self.pool.page_tokens
+        one.filled_tokens, one.nbytes = min(there, one.source.tokens), nbytes
+        self.handed_over_bytes += nbytes if one.source.lease else 0
+        if one.source.insert:
+            whole = one.filled_tokens // self.pool.page_tokens * self.pool.page_tokens
+            start = one.grant.cached_tokens
+            self.pool.insert(one.sender, one.grant.lease, start, span(one.call.tokens, start, whole))
+        self._finish(one)
+
+    def release(self, key: Key, pages: tuple[int, ...]) -> None:
+        """Nobody writes to the pages any more, and they are not complete."""
+        one = self._landed(key)
+        if one is not None:
+            self._fail(one, "the transfer failed")
+
+    def _landed(self, key: Key) -> Fetch | None:
+        self._take_back(self._landings.pop(key))
+        return next((one for one in self._fetches.values() if one.key == key), None)
+
+    # ---- sending -------------------------------------------------------------------------------------------
+
+    def _pulled(self, sender: ActorId, pull: Pull, now: float) -> None:
+        if (sender, pull.id) in self._pulls:
+            return
+        self._pulls[sender, pull.id] = None
+        while len(self._pulls) > PULLS_REMEMBERED:
+            self._pulls.popitem(last=False)
+        held = self.pool.leases.find(pull.lease) if pull.lease else None
+        if held is not None and held.owner == pull.owner and held.floor is None:
+            pages = tuple(held.pages[pull.first_page : pull.first_page + pull.pages])
+            self._send(_Sending(sender, pull, held.id), pages, now)
+            return
+        last = (pull.first_page + pull.pages) * self.pool.page_tokens
+        tokens = span(pull.tokens, 0, min(last, count(pull.tokens)))
+        grant = self.pool.lend_prefix(EXCHANGER, pull.scope, tokens, 0, now)
+        if grant is None:
+            self._refuse(sender, pull, Failure.RECEIVER_FULL, "no pages to bring the prefix in")
+            return
+        self.pool.renew(EXCHANGER, math.inf)
+        one = _Sending(sender, pull, grant.lease)
+        if grant.ready:
+            self.warm(grant, now, one)
+        else:
+            self._warming[grant.lease] = one
+
+    @property
+    def warming(self) -> tuple[int, ...]:
+        """The leases whose pages are brought in for Pulls."""
+        return tuple(self._warming)
+
+    def cooled(self, lease: int) -> None:
+        """What was to be brought in is lost, and its lease has ended."""
+        one = self._warming.pop(lease)
+        self._refuse(one.to, one.pull, Failure.REFUSED, "the pages are damaged")
+
+    def warm(self, grant: Grant, now: float, one: _Sending | None = None) -> None:
+        """The pages of one of EXCHANGER's leases are in the device tier: send them."""
+        one = one or self._warming.pop(grant.lease)
+        self._send(one, grant.pages[one.pull.first_page :], now)
+        self.pool.free_mem(EXCHANGER, grant.lease)  # lent by now, or of no use
+
+    def _send(self, one: _Sending, pages: tuple[int, ...], now: float) -> None:
+        if not pages or any(tier_of(page) != Tier.DEVICE for page in pages):
+            self._refuse(one.to, one.pull, Failure.REFUSED, "none of the pages is here")
+            return
+        self._last += 1
+        one.order, one.pages = self._last, len(pages)
+        self._lend(one.lease)
+        self._sending[one.order] = one
+        private = one.pull.id.to_bytes(8, "little")
+        order = Order(one.to, one.order, pages, now + one.pull.remaining_s, self.granularity, private=private)
+        self.outgoing.receive(self.me, order, now)
+        self._pass_on(now)
+
+    def _reported(self, result: object) -> None:
+        number = getattr(result, "id", 0)
+        one = self._sending.pop(number)
+        self._take_back(one.lease)
+        if isinstance(result, TransferDone):
+            self.sent_bytes += result.nbytes
+        else:
+            failure, text = getattr(result, "failure", Failure.REFUSED), getattr(result, "message", "")
+            self._refuse(one.to, one.pull, failure, text)
+
+    def _refuse(self, to: ActorId, pull: Pull, failure: Failure, text: str) -> None:
+        self._actions.append(Send(to, PullRefused(pull.id, failure, text)))
+
+    # ---- inside --------------------------------------------------------------------------------------------
+
+    def _bury(self, actors: set[ActorId]) -> None:
+        for one in [one for one in self._fetches.values() if one.source.shard in actors]:
+            self._fail(one, f"{one.source.shard} is gone")
+        for key in [key for key in self._pulls if key[0] in actors]:
+            del self._pulls[key]
+
+    def _pass_on(self, now: float) -> None:
+        """Turn what the transfer cores ask for into actions of this shard."""
+        while actions := [*self.outgoing.take(), *self.incoming.take()]:
+            for action in actions:
+                match action:
+                    case Post(to, message):
+                        self._actions.append(Send(to, message))
+                    case Report(result):
+                        self._reported(result)
+                    case Kill():
+                        self._actions.append(action)
+                    case _:
+                        self._actions.append(Move(action))
+
+    def _lend(self, lease: int) -> None:
+        held = self.pool.leases.find(lease)
+        assert held is not None, f"lease {lease} is lent after its end"
+        held.lent += 1
+
+    def _take_back(self, lease: int) -> None:
+        held = self.pool.leases.find(lease)
+        assert held is not None and held.lent, f"lease {lease} was not lent"
+        held.lent -= 1
+        if not held.lent and held.owner == LENDER:
+            self.pool.free_mem(LENDER, lease)

@@ -1,0 +1,152 @@
+"""A shard that fetches pages from other shards, and sends them its own: :class:`ShardCore` with an :class:`Exchange`.
+
+Where the two meet: a granted Acquire that names a source is answered when the pages have come, or can come no more.
+"""
+
+from __future__ import annotations
+
+import attrs
+
+from memserve.actions import Action, CopyDone, Send
+from memserve.mempool.answers import Answer
+from memserve.mempool.exchange import EXCHANGER, HEARD, Exchange, Fetch
+from memserve.mempool.grants import Grant
+from memserve.mempool.shard import ShardCore, Waiting
+from memserve.messages import ActorId, Gone, Message
+from memserve.pool_messages import Acquire, Acquired, Prefetch, Return, Source, SwapIn
+from memserve.tokens import count
+
+
+@attrs.define
+class ExchangingShard(ShardCore):
+    """See the module's text. Verbs as ShardCore's."""
+
+    exchange: Exchange = attrs.field(kw_only=True)
+
+    # ---- verbs -----------------------------------------------------------------------------------------------
+
+    @property
+    def deadline(self) -> float:
+        """When :meth:`advance` must be called next."""
+        return min(super().deadline, self.exchange.deadline)
+
+    def receive(self, sender: ActorId, message: Message | CopyDone | object, now: float) -> None:
+        """Take one message in, from others or from this shard's movers."""
+        match message:
+            case Return(scope, tokens, to, deadline_s):
+                back = Source(self.exchange.me, count(tokens), deadline_s)
+                self._actions.append(Send(to, Prefetch(scope, tokens, back)))
+            case _ if isinstance(message, HEARD):
+                self.exchange.receive(sender, message, now)
+                for lease in self.exchange.warming:
+                    self._loading.setdefault(lease, (EXCHANGER, None))
+                self._go_on(now)
+            case _:
+                super().receive(sender, message, now)
+                if isinstance(message, Gone):
+                    self.exchange.receive(sender, message, now)
+                    self._go_on(now)
+
+    def advance(self, now: float) -> None:
+        """Let time pass: for leases, and for what is fetched."""
+        if now >= self.exchange.deadline:
+            self.exchange.advance(now)
+            self._go_on(now)
+        super().advance(now)
+
+    def take(self) -> list[Action]:
+        """What there is to do, once. A mover that must stop does so before anything else."""
+        return [*self.exchange.take(), *super().take()]
+
+    def undeliverable(self, to: ActorId, message: Message, now: float) -> None:
+        """The shell could not send a message: a fetch from there ends at once."""
+        super().undeliverable(to, message, now)
+        self.exchange.unreachable(to, message)
+        self._go_on(now)
+
+    def gauges(self) -> dict[str, float]:
+        """The shard's figures, with those of what moved."""
+        return {**super().gauges(), **self.exchange.gauges()}
+
+    def check(self) -> None:
+        """Assert every invariant."""
+        super().check()
+        self.exchange.check()
+
+    # ---- calls -----------------------------------------------------------------------------------------------
+
+    def _is_under_way(self, sender: ActorId, call: int) -> bool:
+        return super()._is_under_way(sender, call) or self.exchange.fetch_of(sender, call) is not None
+
+    @property
+    def _unanswered(self) -> int:
+        return len(self._waiting) + len(self._loading) + len(self.exchange)
+
+    def _granted(self, sender: ActorId, call: Waiting | SwapIn, grant: Grant, now: float) -> Answer | None:
+        if grant.ready and isinstance(call, Acquire) and self.exchange.begin(sender, call, grant, now):
+            return None
+        return super()._granted(sender, call, grant, now)
+
+    def _reply(self, sender: ActorId, answer: Answer) -> None:
+        """Answer; where this shard itself has asked, end what it was given."""
+        if sender == EXCHANGER and isinstance(answer, Acquired):
+            self.pool.free_mem(sender, answer.lease)
+        else:
+            super()._reply(sender, answer)
+
+    def _prefetch(self, scope: str, tokens: bytes, source: Source | None, now: float) -> None:
+        if source is None:
+            super()._prefetch(scope, tokens, source, now)
+        elif self._unanswered < self.waiting_max and len(tokens) % self.pool.tree.page_bytes == 0:
+            grant = self.exchange.bring(scope, tokens, now)
+            if grant is not None:
+                call = Acquire(0, scope, tokens, 0, source)
+                if (answer := self._granted(EXCHANGER, call, grant, now)) is not None:
+                    self._reply(EXCHANGER, answer)
+
+    def _withdraw(self, sender: ActorId, number: int) -> None:
+        fetch = self.exchange.fetch_of(sender, number)
+        if fetch is not None:
+            self.exchange.forget(sender, number)
+            self.pool.free_mem(sender, fetch.grant.lease)
+        super()._withdraw(sender, number)
+
+    def _forget(self, owner: ActorId) -> int:
+        self.exchange.forget(owner)
+        return super()._forget(owner)
+
+    # ---- going on --------------------------------------------------------------------------------------------
+
+    def _grant_waiting(self, now: float) -> None:
+        """Answer what waited for another shard, with what came or without; then grant what can be granted."""
+        super()._grant_waiting(now)
+        while over := self.exchange.take_over():
+            for fetch in over:
+                self._end_fetch(fetch)
+            super()._grant_waiting(now)
+
+    def _end_fetch(self, fetch: Fetch) -> None:
+        sender, call, number = fetch.sender, fetch.call, fetch.grant.lease
+        lease = self.pool.leases.find(number)
+        if lease is None or lease.owner != sender:
+            return  # its owner has ended it meanwhile
+        if not lease.lent:
+            retired = lease.retired_tokens
+            more = max(0, fetch.filled_tokens - retired)
+            self._reply(sender, Acquired(call.call, number, fetch.grant.pages, retired, more, fetch.nbytes))
+            return
+        self.pool.free_mem(sender, number)  # a slow sender still writes to these pages: others, then
+        if sender != EXCHANGER:
+            self._waiting = {(sender, call.call): attrs.evolve(call, source=None), **self._waiting}
+
+    def _lost(self, lease: int) -> tuple[ActorId, Waiting | SwapIn | None]:
+        if lease in self.exchange.warming:
+            self.exchange.cooled(lease)
+        return super()._lost(lease)
+
+    def _loaded(self, grant: Grant, now: float) -> None:
+        if grant.lease in self.exchange.warming:
+            del self._loading[grant.lease]
+            self.exchange.warm(grant, now)
+        else:
+            super()._loaded(grant, now)

@@ -1,0 +1,134 @@
+"""The whole protocol over two shards, in virtual time: pages that move, or fail to, and always the right tokens."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from memory_cluster import PAGE_BYTES, baseline, generate, memory_cluster, reference
+
+APART = (("p0", "prefill", "s0"), ("d0", "decode", "s1"))
+APART2 = (
+    ("p0", "prefill", "s0"),
+    ("p1", "prefill", "s0"),
+    ("d0", "decode", "s1"),
+    ("d1", "decode", "s1"),
+)
+MODES = {
+    "off": {"retire": "none"},
+    "1": {"retire": "prompt"},
+    "2": {"retire": "all"},
+    "3": {"retire": "all", "returns": True},
+}
+
+
+def prompt(seed: int, length: int) -> list[int]:
+    """Some tokens."""
+    rng = random.Random(seed)
+    return [rng.randrange(2, 50_000) for _ in range(length)]
+
+
+async def chat(cluster, frontend, turns: int = 4) -> list[tuple[int, int, int]]:
+    """Turns of one chat, each checked; of each (prefilled by p0, bytes to s1, bytes to s0)."""
+    tokens, spent = [], []
+
+    def figures() -> tuple[int, int, int]:
+        moved = [cluster.actors[one].core.gauges()["transfer_in_bytes_total"] for one in ("s1", "s0")]
+        return int(cluster.actors["p0"].core.gauges().get("prefill_tokens_total", 0)), *map(int, moved)
+
+    for turn in range(turns):
+        tokens += prompt(turn, 30)
+        before = figures()
+        answer = await generate(frontend, tokens, 18)
+        assert answer == reference(tokens, 18)
+        tokens += answer
+        await trio.sleep(1)  # what returns does so in the background
+        spent.append(tuple(after - then for after, then in zip(figures(), before, strict=True)))
+    await baseline(cluster)
+    return spent
+
+
+@pytest.mark.parametrize("mode", MODES)
+async def test_a_chat_over_two_shards(autojump_clock: MockClock, mode) -> None:
+    """The same tokens in every mode; what is computed and moved is what the mode says."""
+    async with memory_cluster(*APART, **MODES[mode]) as (cluster, frontend):
+        spent = await chat(cluster, frontend)
+        decoded = cluster.actors["d0"].core.gauges().get("prefill_tokens_total", 0)
+        assert decoded == 0, "D computed what P had sent it"
+        assert cluster.actors["s1"].core.gauges()["handoff_bytes_copied_total"] == sum(one[1] for one in spent)
+    for turn, (prefilled, to_decode, back) in enumerate(spent):
+        length = 30 + 48 * turn
+        whole = -(-length // 4) * PAGE_BYTES
+        if mode == "off":
+            assert (prefilled, to_decode, back) == (length, whole, 0)
+        elif mode == "1":
+            assert prefilled <= (30 if turn == 0 else 48 + 4)
+            assert (to_decode, back) == (whole, 0)
+        elif turn:
+            assert to_decode <= (34 + 4) // 4 * PAGE_BYTES
+            if mode == "2":
+                assert prefilled <= 48 + 4 and back == 0
+            else:
+                assert prefilled < 30 + 1 + 4, "more than the new user tokens and a page"
+                assert 0 < back <= (18 + 4) // 4 * PAGE_BYTES + PAGE_BYTES
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("fails", [lambda n: True, lambda n: n % 2 == 0])
+async def test_transfers_that_break_cost_time_only(autojump_clock: MockClock, mode, fails) -> None:
+    """A fetch that fails is computed again: the same tokens, and nothing stays leased."""
+    async with memory_cluster(*APART, move_fails=fails, **MODES[mode]) as (cluster, frontend):
+        await chat(cluster, frontend)
+
+
+@pytest.mark.parametrize("mode", MODES)
+async def test_transfers_that_are_late_cost_time_only(autojump_clock: MockClock, mode) -> None:
+    """Past the deadline the pages that a slow sender still writes to are nobody else's."""
+    async with memory_cluster(*APART, move_s=3.0, fetch_s=0.7, **MODES[mode]) as (cluster, frontend):
+        await chat(cluster, frontend, 3)
+
+
+@pytest.mark.parametrize("mode", ["off", "3"])
+@pytest.mark.parametrize("victim", ["p0", "d0", "s0", "s1"])
+@pytest.mark.parametrize("after", [0.021, 0.041, 0.055, 0.065, 0.075, 0.09, 0.2, 0.5])
+async def test_any_death_at_any_phase(autojump_clock: MockClock, mode, victim, after) -> None:
+    """kill -9 of any worker or shard while pages move: every stream completes with the tokens of an undisturbed run."""
+    async with memory_cluster(*APART2, move_s=0.03, pages=90, **MODES[mode]) as (cluster, frontend):
+        results: dict[int, list[int]] = {}
+
+        async def one(i: int) -> None:
+            await trio.sleep(i * 0.01)
+            results[i] = await generate(frontend, prompt(i, 40), 30, seed=i)
+
+        async with trio.open_nursery() as nursery:
+            for i in range(8):
+                nursery.start_soon(one, i)
+            await trio.sleep(after)
+            cluster.kill(victim)
+            if victim in ("s0", "s1"):  # the supervisor starts it again, and its workers with it
+                await trio.sleep(0.5)
+                await cluster.shard(victim)
+                for name, role, shard in APART2:
+                    if shard == victim:
+                        await cluster.worker(name, role, shard)
+        assert results == {i: reference(prompt(i, 40), 30, seed=i) for i in range(8)}
+        await baseline(cluster)
+
+
+@pytest.mark.parametrize("mode", ["2", "3"])
+async def test_small_pools_serve_all(autojump_clock: MockClock, mode) -> None:
+    """Two pools too small for everyone, one waiting for the other: all finish."""
+    async with memory_cluster(*APART2, pages=40, **MODES[mode]) as (cluster, frontend):
+        results: dict[int, list[int]] = {}
+
+        async def one(i: int) -> None:
+            results[i] = await generate(frontend, prompt(i, 20), 60)
+
+        async with trio.open_nursery() as nursery:
+            for i in range(12):
+                nursery.start_soon(one, i)
+        assert results == {i: reference(prompt(i, 20), 60) for i in range(12)}
+        await baseline(cluster)
