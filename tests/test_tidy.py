@@ -77,7 +77,7 @@ LAYERS = {
     "process": ("process",),
     "sim": ("sim*",),
     "actors": ("actors*",),
-    "top": ("supervisor", "child", "cli", "__main__", "inspect", "show", "status"),
+    "top": ("supervisor", "child", "cli", "__main__", "inspect", "show", "simulate", "status"),
 }
 """The first layer with a matching pattern is a module's own."""
 
