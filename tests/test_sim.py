@@ -48,6 +48,11 @@ def test_whatever_goes_wrong_nothing_is_lost(kinds, seeds) -> None:
         ),
         ("partition", 14, "a scheduler span when a member's silence ended between two floats"),
         ("partition", 0, "a worker that missed the one view that named its shard waited for ever"),
+        (
+            "all",
+            230,
+            "a decode worker with another lease of an attempt said that it had taken this one too: it leaked",
+        ),
         ("loss", 1, "an AllocMem that was lost was never repeated, and its stream stood still"),
         ("loss", 4, "a Prefill or a last Tokens that was lost was missed by nobody"),
         ("loss", 10, "an Acquire that was lost was never repeated"),

@@ -12,6 +12,7 @@ from cyclopts import App, CycloptsError, Parameter
 
 from memserve import __version__
 from memserve.errors import UserError
+from memserve.sim_options import SimOptions
 
 if TYPE_CHECKING:
     from memserve.inspect import Filter, Tally
@@ -176,96 +177,11 @@ def logs(
 
 
 @app.command
-def sim(
-    *,
-    config: Annotated[
-        list[str] | None,
-        Parameter(name=["--config", "-c"], negative=(), help="A configuration; several are compared."),
-    ] = None,
-    set_: Overrides = None,
-    policy: Annotated[
-        str, Parameter(help="Instead of the configuration's; several, with commas, are compared.")
-    ] = "",
-    trace: Path | None = None,
-    workload: str = "",
-    rate: float = 4.0,
-    requests: int | None = None,
-    scale: float | None = None,
-    speed: float = 1.0,
-    seed: int = 0,
-    faults: str = "none",
-    pages: int | None = None,
-    costs: Path | None = None,
-    error: float = 0.0,
-    slo: str = "",
-    checked: Annotated[bool, Parameter(negative=())] = False,
-    serial: Annotated[bool, Parameter(negative=())] = False,
-    runs: int | None = None,
-    jobs: int = 1,
-    json: Annotated[bool, Parameter(negative=())] = False,
-) -> int:
-    """Run a cluster's cores under a virtual clock: plan capacity on a trace, compare policies, search for faults.
-
-    Parameters
-    ----------
-    trace
-        A trace in Mooncake's format: JSON lines, or gzipped ones.
-    workload
-        A generated workload instead: sharegpt, loogle or react.
-    rate
-        Requests a second of a --workload, on average.
-    requests
-        Requests of a --workload (300 unless set), or the first ones of a --trace (all unless set).
-    scale
-        Length of prompts and answers of a --trace against what it says: 0.03125 makes blocks of 16 tokens.
-    speed
-        How many times faster than it says a --trace arrives.
-    seed
-        Decides everything that is drawn: the same one gives the same run, byte for byte.
-    faults
-        What goes wrong: all, none, or of delay, loss, duplication, partition, crash, pause, slow, damage, cancel.
-    pages
-        Pages of each shard, instead of what its memory holds.
-    costs
-        A TOML table of what steps cost on the machine to plan for; unset: a 13B model on two H800.
-    error
-        Share by which each worker's steps may differ from what the scheduler is told.
-    slo
-        What the 99th percentiles may be, in seconds, such as ttft=0.5,tpot=0.05: says who meets it.
-    checked
-        Keep the content of every page and check every core as it goes: slower.
-    serial
-        Sessions come one after another, each when the one before has ended: how much could be reused.
-    runs
-        So many small clusters with --faults, one a seed from --seed on, instead of a configuration; exit status 1 if one fails.
-    jobs
-        Processes for --runs.
-    json
-        Print JSON: one object a run.
-    """
+def sim(options: SimOptions | None = None) -> int:
+    """Run a cluster's cores under a virtual clock: plan capacity on a trace, compare policies, search for faults."""
     from memserve import simulate
 
-    if runs is not None:
-        found = simulate.search(seed, runs, faults, jobs, lambda done: None)
-        if json:
-            for outcome in found:
-                print_json(outcome)
-            return int(any(outcome.violation for outcome in found))
-        return int(simulate.show_search(found, faults) > 0)
-    wanted = simulate.parse_slo(slo)
-    count = requests if requests is not None else (0 if trace is not None else 300)
-    asked = simulate.Asked(
-        configs=tuple(config or ["demo"]), overrides=tuple(set_ or ()), policies=tuple(filter(None, policy.split(","))),
-        trace=trace, workload=workload, rate=rate, requests=count, scale=scale, speed=speed, seed=seed, faults=faults,
-        pages=pages, costs=costs, error=error, checked=checked, serial=serial,
-    )  # fmt: skip
-    reports = simulate.run(asked)
-    if json:
-        for one in reports:
-            print_json({**one.to_dict(), **({"meets_slo": one.meets(wanted)} if wanted else {})})
-    else:
-        simulate.show_reports(reports, wanted)
-    return 0
+    return simulate.command(options or SimOptions(), print_json)
 
 
 @app.command

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import attrs
 
@@ -23,54 +24,38 @@ from memserve.sim.report import Report, Spread
 from memserve.sim.run import Run, simulate
 from memserve.sim.workloads import KINDS, TRACE_BLOCK_TOKENS, Session, generated, read_trace
 from memserve.sim.world import Violation
+from memserve.sim_options import SimOptions
 
 SLO_NAMES = ("ttft", "tpot", "jct")
 VIOLATIONS_SHOWN = 10
-
-
-@attrs.frozen(kw_only=True)
-class Asked:
-    """The command line."""
-
-    configs: tuple[str, ...]
-    overrides: tuple[str, ...] = ()
-    policies: tuple[str, ...] = ()
-    """Instead of each configuration's own."""
-    trace: Path | None = None
-    workload: str = ""
-    rate: float = 4.0
-    requests: int = 300
-    scale: float | None = None
-    speed: float = 1.0
-    seed: int = 0
-    faults: str = "none"
-    pages: int | None = None
-    costs: Path | None = None
-    error: float = 0.0
-    checked: bool = False
-    serial: bool = False
+REQUESTS = 300
+"""Of a generated workload."""
 
 
 # ---- the workload and the layouts ----------------------------------------------------------------------------
 
 
-def sessions_of(asked: Asked) -> tuple[Session, ...]:
+def sessions_of(asked: SimOptions) -> tuple[Session, ...]:
     """What clients will ask. Raises UserError."""
     if (asked.trace is None) == (not asked.workload):
         raise UserError("give either --trace FILE or --workload, one of them")
     if asked.trace is not None:
-        block_tokens = round(TRACE_BLOCK_TOKENS * (asked.scale if asked.scale is not None else 1.0))
+        block_tokens = round(TRACE_BLOCK_TOKENS * asked.scale)
         if block_tokens < 1:
             raise UserError(
                 f"--scale must leave a block of {TRACE_BLOCK_TOKENS} at least one token, not {asked.scale}"
             )
-        first = asked.requests or None
-        return tuple(read_trace(asked.trace, block_tokens=block_tokens, speed=asked.speed, first=first))
+        if asked.speed <= 0:
+            raise UserError(f"--speed must be above 0, not {asked.speed:g}")
+        return tuple(
+            read_trace(asked.trace, block_tokens=block_tokens, speed=asked.speed, first=asked.requests)
+        )
     if asked.workload not in KINDS:
         raise UserError(f"--workload must be one of {', '.join(KINDS)}, not {asked.workload!r}")
-    if asked.rate <= 0 or asked.requests < 1:
+    requests = REQUESTS if asked.requests is None else asked.requests
+    if asked.rate <= 0 or requests < 1:
         raise UserError("--rate must be above 0, and --requests at least 1")
-    return tuple(generated(asked.workload, rate=asked.rate, requests=asked.requests, seed=asked.seed))
+    return tuple(generated(asked.workload, rate=asked.rate, requests=requests, seed=asked.seed))
 
 
 def layout_of(name: str, config: Config, pages: int | None) -> Layout:
@@ -121,12 +106,12 @@ def costs_of(path: Path | None) -> CostModel:
         raise UserError(f"--costs {path} is no table of step costs: {error}") from error
 
 
-def runs_of(asked: Asked) -> list[Run]:
+def runs_of(asked: SimOptions) -> list[Run]:
     """Each configuration with each policy."""
     sessions, costs, kinds = sessions_of(asked), costs_of(asked.costs), faults.parse(asked.faults)
     found = []
-    for name in asked.configs:
-        for policy in asked.policies or ("",):
+    for name in asked.config:
+        for policy in asked.policy.split(","):
             words = [*asked.overrides, f"scheduler.policy={policy}"] if policy else list(asked.overrides)
             layout = layout_of(Path(name).stem, configuration.load(name, words), asked.pages)
             found.append(
@@ -138,10 +123,31 @@ def runs_of(asked: Asked) -> list[Run]:
     return found
 
 
+# ---- the command ---------------------------------------------------------------------------------------------
+
+
+def command(asked: SimOptions, print_json: Callable[[Any], None]) -> int:
+    """Do what was asked; the exit status. Raises UserError."""
+    if asked.runs is not None:
+        found = search(asked.seed, asked.runs, asked.faults, asked.jobs)
+        if not asked.json:
+            show_search(found, asked.faults)
+        for outcome in found if asked.json else ():
+            print_json(outcome)
+        return int(any(outcome.violation for outcome in found))
+    slo = parse_slo(asked.slo)
+    reports = run(asked)
+    if not asked.json:
+        show_reports(reports, slo)
+    for one in reports if asked.json else ():
+        print_json({**one.to_dict(), **({"meets_slo": one.meets(slo)} if slo else {})})
+    return 0
+
+
 # ---- running and showing -------------------------------------------------------------------------------------
 
 
-def run(asked: Asked) -> list[Report]:
+def run(asked: SimOptions) -> list[Report]:
     """One report for each layout and policy. Raises UserError for a wrong command line, and when an invariant breaks."""
     reports = []
     for one in runs_of(asked):
@@ -249,28 +255,17 @@ def errors(one: Report) -> int:
 # ---- many seeds ----------------------------------------------------------------------------------------------
 
 
-def search(
-    first: int, runs: int, words: str, jobs: int, progress: Callable[[int], None]
-) -> list[fuzz.Outcome]:
+def search(first: int, runs: int, words: str, jobs: int) -> list[fuzz.Outcome]:
     """``runs`` small clusters with faults, one a seed, in ``jobs`` processes."""
-    kinds = faults.parse(words)
-    seeds = range(first, first + runs)
-    one = partial(fuzz.fuzz, kinds=kinds)
-    found: list[fuzz.Outcome] = []
+    seeds, one = range(first, first + runs), partial(fuzz.fuzz, kinds=faults.parse(words))
     if jobs <= 1:
-        for seed in seeds:
-            found.append(one(seed))
-            progress(len(found))
-        return found
+        return [one(seed) for seed in seeds]
     with ProcessPoolExecutor(jobs) as pool:
-        for outcome in pool.map(one, seeds, chunksize=16):
-            found.append(outcome)
-            progress(len(found))
-    return found
+        return list(pool.map(one, seeds, chunksize=16))
 
 
-def show_search(found: Sequence[fuzz.Outcome], words: str) -> int:
-    """What the seeds found; the number that broke something."""
+def show_search(found: Sequence[fuzz.Outcome], words: str) -> None:
+    """What the seeds found."""
     bad = [one for one in found if one.violation]
     for one in bad[:VIOLATIONS_SHOWN]:
         show.say(f"memserve sim --faults {words} --runs 1 --seed {one.seed}: {one.violation}")
@@ -285,4 +280,3 @@ def show_search(found: Sequence[fuzz.Outcome], words: str) -> int:
     )
     show.say(f"{len(found)} runs, {len(bad)} with a violation: {totals}")
     show.say("requests: " + ", ".join(f"{name} {number}" for name, number in sorted(outcomes.items())))
-    return len(bad)
