@@ -59,6 +59,7 @@ LAYERS = {
         "configfile",
         "rules",
         "resolve",
+        "lifecycle",
         "gpus",
         "gpu_room",
         "place",
@@ -73,9 +74,10 @@ LAYERS = {
     ),
     "engine": ("engine.*", "kernels*"),
     "links": ("bus", "api*", "transfer*", "client"),
-    "process": ("process", "lifecycle"),
+    "process": ("process",),
+    "sim": ("sim", "sim.*"),
     "actors": ("actors*",),
-    "top": ("supervisor", "child", "cli", "__main__", "inspect", "show", "status"),
+    "top": ("supervisor", "child", "cli", "__main__", "inspect", "show", "sim_options", "simulate", "status"),
 }
 """The first layer with a matching pattern is a module's own."""
 
@@ -86,8 +88,9 @@ MAY_IMPORT = {
     "engine": {"words", "cores", "settings", "engine"},
     "links": {"words", "cores", "settings", "engine", "links"},
     "process": {"words", "settings", "engine", "process"},
+    "sim": {"words", "cores", "settings", "sim"},
     "actors": {"words", "cores", "settings", "engine", "links", "process", "actors"},
-    "top": {"words", "cores", "settings", "engine", "links", "process", "top"},
+    "top": {"words", "cores", "settings", "engine", "links", "process", "sim", "top"},
 }
 
 IMPURE = {
