@@ -13,24 +13,32 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Protocol
 
 import attrs
 import numpy as np
 import torch
+from torch.utils.dlpack import from_dlpack
 
+from memserve.config import Resolved
 from memserve.engine import sampling
 from memserve.engine.model import Batch, Llama
 from memserve.engine.plan_check import check_plan
 from memserve.engine.plans import BatchPlan, BatchResult, Row
+from memserve.engine.safetensors import read_header
 from memserve.engine.spec import ModelSpec
+from memserve.engine.weights import ModelFiles
 from memserve.kernels.flashinfer_kit import (
     CapturedDecode,
     FlashInferAttention,
     FlashInferOps,
     Library,
+    load_flashinfer,
     norms_as,
+    prefill_backend,
 )
+from memserve.kernels.gpu_memory import SCRATCH_PAGES, GpuArena, attach_gpu_arena
 from memserve.kernels.page_tables import StepTables, Table, bucket_of, buckets_up_to, continues
 from memserve.messages import Sampling
 from memserve.tokens import count, pack, pages_for
@@ -124,11 +132,13 @@ class CudaEngine:
         rows: int,
         backend: str,
         max_context: int | None = None,
+        release: Callable[[], None] = lambda: None,
     ) -> None:
         """``arena``: (pages + 1, layers, 2, kv_heads, page_tokens, head_dim); the last page is scratch, nobody's.
 
         ``weights``: on the arena's device, matrices in its dtype. ``rows``: of a step, at most; ``backend``: of
         prefill, fa2 or fa3. ``max_context``: tokens of a row, at most; unset, what the model was made for.
+        ``release``: called by ``close``, when nothing uses arena and weights any more.
         """
         self._spec, self._graphs = spec, graphs
         self._pages, self._page_tokens = len(arena) - 1, arena.shape[4]
@@ -141,6 +151,7 @@ class CudaEngine:
         self._row_pages = pages_for(min(max_context or spec.max_context, spec.max_context), self._page_tokens)
         self._steps: dict[int, _DecodeStep] = {}
         self._ahead: _Ahead | None = None
+        self._release = release
 
     def run(self, plan: BatchPlan) -> BatchResult:
         """One step. Raises ValueError, naming the row, for a plan that would read or write what is not its own."""
@@ -181,6 +192,7 @@ class CudaEngine:
         self._graphs.mark()()
         self._steps, self._ahead = {}, None
         self._attention = self._model = None
+        self._release()
 
     # ---- any mix of rows -------------------------------------------------------------------------------------
 
@@ -284,6 +296,55 @@ class CudaEngine:
             for i, token in zip(some, found, strict=True):
                 tokens[i] = token
         return tokens
+
+
+def open_engine(resolved: Resolved, files: ModelFiles, socket: Path, device: int) -> CudaEngine:
+    """Attach to the shard's pages and weights on ``cuda:device`` and make an engine ready. Blocks for seconds.
+
+    Raises PeerUnreachable, PeerError and UserError as ``attach_gpu_arena`` does.
+    """
+    where = torch.device("cuda", device)
+    torch.cuda.init()  # type: ignore[no-untyped-call]
+    torch.cuda.set_device(where)  # torch and CuPy share the device's primary context
+    capability = torch.cuda.get_device_capability(where)
+    total = torch.cuda.get_device_properties(where).total_memory
+    # torch's allocator does not know the arena, so it is held to what was planned for this worker.
+    torch.cuda.set_per_process_memory_fraction(min(1.0, resolved.gpu_worker_bytes / total), where)
+    shared = attach_gpu_arena(socket, device, resolved.page_bytes, files.weights)
+    spec, page_tokens = files.spec, resolved.config.pool.page_tokens
+    engine = CudaEngine(
+        spec,
+        weights_of(shared, files.weights),
+        pages_of(shared, spec, page_tokens, getattr(torch, resolved.config.model.dtype)),
+        load_flashinfer(capability),
+        CudaGraphs(where),
+        rows=resolved.config.batch.rows,
+        backend=prefill_backend(capability),
+        max_context=resolved.max_context,
+        release=shared.close,
+    )
+    engine.warm_up()
+    return engine
+
+
+def pages_of(shared: GpuArena, spec: ModelSpec, page_tokens: int, dtype: torch.dtype) -> torch.Tensor:
+    """A shard's pages, the scratch page last: (pages + 1, layers, 2, kv_heads, page_tokens, head_dim)."""
+    pages = shared.header.pages + SCRATCH_PAGES
+    raw = from_dlpack(shared.bytes_at(shared.pages_at, pages * shared.header.page_bytes))
+    return raw.view(dtype).view(pages, *spec.page_shape(page_tokens))  # CuPy has no bfloat16, hence bytes
+
+
+def weights_of(shared: GpuArena, file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of the converted ``file``, by name, as views of the shard's copy of it."""
+    header, base = read_header(file)
+    raw = from_dlpack(shared.bytes_at(shared.weights_at, shared.header.weights_bytes))
+    dtypes = {"BF16": torch.bfloat16, "F32": torch.float32}
+    found = {}
+    for name, entry in header.items():
+        if not name.startswith("_"):
+            begin, end = (base + offset for offset in entry["data_offsets"])
+            found[name] = raw[begin:end].view(dtypes[entry["dtype"]]).view(entry["shape"])
+    return found
 
 
 def _attention(library: Library, heads: int, backend: str, arena: torch.Tensor) -> FlashInferAttention:
