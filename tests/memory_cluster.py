@@ -19,9 +19,9 @@ from memserve.actors.frontend import FrontendService
 from memserve.actors.loop import Shell
 from memserve.api.service import GenerationParams
 from memserve.bus import MemoryBus
-from memserve.engine.batching import BatchLimits
+from memserve.engine.batching import BatchLimits, WorkerSettings
 from memserve.engine.plans import BatchPlan, BatchResult
-from memserve.engine.worker import WorkerCore, WorkerSettings
+from memserve.engine.worker import WorkerCore
 from memserve.journal import FrontendCore
 from memserve.mempool.addresses import Home, Tier, slot, tier_of
 from memserve.mempool.exchange import Exchange

@@ -58,7 +58,9 @@ async def test_a_chat_over_two_shards(autojump_clock: MockClock, mode) -> None:
         spent = await chat(cluster, frontend)
         decoded = cluster.actors["d0"].core.gauges().get("prefill_tokens_total", 0)
         assert decoded == 0, "D computed what P had sent it"
-        assert cluster.actors["s1"].core.gauges()["handoff_bytes_copied_total"] == sum(one[1] for one in spent)
+        assert cluster.actors["s1"].core.gauges()["handoff_bytes_copied_total"] == sum(
+            one[1] for one in spent
+        )
     for turn, (prefilled, to_decode, back) in enumerate(spent):
         length = 30 + 48 * turn
         whole = -(-length // 4) * PAGE_BYTES

@@ -36,6 +36,7 @@ LAYERS = {
         "tokens",
         "messages",
         "pool_messages",
+        "transfer_messages",
         "actions",
         "engine",
         "engine.plans",
@@ -75,9 +76,9 @@ LAYERS = {
     "engine": ("engine.*", "kernels*"),
     "links": ("bus", "api*", "transfer*", "client"),
     "process": ("process",),
-    "sim": ("sim*",),
+    "sim": ("sim", "sim.*"),
     "actors": ("actors*",),
-    "top": ("supervisor", "child", "cli", "__main__", "inspect", "show", "status"),
+    "top": ("supervisor", "child", "cli", "__main__", "inspect", "show", "sim_options", "simulate", "status"),
 }
 """The first layer with a matching pattern is a module's own."""
 
@@ -99,7 +100,14 @@ IMPURE = {
 }  # fmt: skip
 """A core that imports one of these cannot be replayed under a virtual clock."""
 
-MAY_IMPORT_TORCH = {"engine.model", "engine.runner", "engine.sampling", "engine.weights"}
+MAY_IMPORT_TORCH = {
+    "engine.model",
+    "engine.ops",
+    "engine.cuda",
+    "engine.runner",
+    "engine.sampling",
+    "engine.weights",
+}
 MAY_IMPORT_GPU = {
     "kernels.gpu_memory": {"cupy"},
     "kernels.flashinfer_kit": {"flashinfer"},

@@ -21,6 +21,7 @@ from memserve.rules import (
     Rule,
     a_host,
     a_name,
+    a_reachable_host,
     between,
     matching,
     one_of,
@@ -199,6 +200,31 @@ class CacheConfig:
 
 
 @attrs.frozen(kw_only=True)
+class TransferConfig:
+    """``[transfer]``: how pages move from one shard to another."""
+
+    path: str = setting(
+        "auto",
+        rule=one_of("auto", "mapped", "tcp", "nixl"),
+        help="auto: the fastest that both shards have; mapped: copies on one host; tcp: between any; nixl: RDMA",
+    )
+    host: str = setting(
+        "127.0.0.1", rule=a_reachable_host, help="address that tcp listens on, and others reach this host by"
+    )
+    granularity: str = setting(
+        "by_request_agg",
+        rule=one_of("by_request_agg", "by_request", "by_layer"),
+        help="by_request_agg: whole pages; by_request: each layer's K and V by itself; by_layer: layer by layer",
+    )
+    deadline_s: float = setting(
+        5.0,
+        unit="seconds",
+        rule=between(0.05, 600),
+        help="how long a request waits for pages of another shard, before it computes them instead",
+    )
+
+
+@attrs.frozen(kw_only=True)
 class BatchConfig:
     """``[batch]``: what one model step may hold."""
 
@@ -265,6 +291,7 @@ class Config:
     worker: tuple[WorkerConfig, ...] = setting(DEFAULT_WORKERS, help="worker processes, one table each")
     scheduler: SchedulerConfig = setting(SchedulerConfig(), help="who gets a request")
     cache: CacheConfig = setting(CacheConfig(), help="what is kept of finished requests")
+    transfer: TransferConfig = setting(TransferConfig(), help="how pages move between shards")
     batch: BatchConfig = setting(BatchConfig(), help="what one model step may hold")
     frontend: FrontendConfig = setting(FrontendConfig(), help="the HTTP surface")
     logging: LoggingConfig = setting(LoggingConfig(), help="where each run leaves its logs")
@@ -293,6 +320,7 @@ def section_types() -> dict[str, type[attrs.AttrsInstance]]:
         "worker": WorkerConfig,
         "scheduler": SchedulerConfig,
         "cache": CacheConfig,
+        "transfer": TransferConfig,
         "batch": BatchConfig,
         "frontend": FrontendConfig,
         "logging": LoggingConfig,

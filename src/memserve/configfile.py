@@ -403,10 +403,10 @@ def check_names(tree: Tree) -> Iterator[Problem]:
 
 
 def check_shards(tree: Tree) -> Iterator[Problem]:
-    """Every worker has a shard, and every shard that has workers can both prefill and decode."""
+    """Every worker has a shard, and the workers of all shards together can both prefill and decode."""
     names = [t.get("name") for t in tables(tree, "shard") or default_tables("shard")]
     known = list(dict.fromkeys(name for name in names if isinstance(name, str)))
-    roles: dict[str, set[str]] = {}
+    roles: set[str] = set()
     for i, worker in enumerate(tables(tree, "worker")):
         shard = worker.get("shard")
         if shard is None:
@@ -419,10 +419,7 @@ def check_shards(tree: Tree) -> Iterator[Problem]:
                 f"worker[{i}].shard", f"must name a [[shard]] ({', '.join(known)}), not {show(shard)}{guess}"
             )
         elif isinstance(shard, str):
-            roles.setdefault(shard, set()).add(str(worker.get("role", "both")))
-    for shard, present in roles.items():
-        if present <= {"prefill", "decode"} and len(present) == 1:
-            missing = "decode" if "prefill" in present else "prefill"
-            yield Problem(
-                "worker", f"must hold one on shard {show(shard)} that can {missing}, not only {present.pop()}"
-            )
+            roles.add(str(worker.get("role", "both")))
+    if len(roles) == 1 and roles <= {"prefill", "decode"}:
+        missing = "decode" if "prefill" in roles else "prefill"
+        yield Problem("worker", f"must hold one that can {missing}, not only {roles.pop()}")

@@ -13,28 +13,42 @@ import select
 import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import attrs
 import structlog
 import trio
 
-from memserve.actions import Copy, CopyDone, Kill
+from memserve.actions import Copy, CopyDone, Kill, Move
 from memserve.actors.loop import Shell
 from memserve.actors.worker import introduce
 from memserve.bus import open_link
-from memserve.kernels.arena import Arena, serve_arena
+from memserve.gpus import device_index
+from memserve.kernels.arena import Arena, serve_arena, serve_packet
+from memserve.kernels.gpu_memory import GpuArena
+from memserve.kernels.gpu_store import GpuPageStore, open_gpu_store
 from memserve.kernels.page_store import DiskFile, PageStore
 from memserve.mempool.addresses import Home, Tier, tier_of
+from memserve.mempool.exchange import Exchange
+from memserve.mempool.exchanging import ExchangingShard
 from memserve.mempool.pool import Pool
 from memserve.mempool.room import Capacity
-from memserve.mempool.shard import ShardCore
 from memserve.messages import ActorId, actor_name
-from memserve.process import ActorContext
+from memserve.process import ActorContext, ready_model
 from memserve.scheduling.presence import Reporting
+from memserve.transfer.mover import host_identity
+from memserve.transfer.settings import TransferSettings
+from memserve.transfer.shell import open_transfers
+from memserve.transfer.values import Geometry, Granularity
 
 log = structlog.get_logger()
 
+GRANULARITY = {
+    "by_request_agg": Granularity.AGGREGATED,
+    "by_request": Granularity.BY_REQUEST,
+    "by_layer": Granularity.BY_LAYER,
+}
 KILL_S = 1.0
 """Longest wait for a killed process to be gone; it takes microseconds unless the kernel is in trouble."""
 
@@ -54,6 +68,15 @@ class ShardSettings:
     """Its number in addresses: unique among the shards that a client uses."""
     disk_dir: Path = Path(".")
     """Where the disk tier's file is made."""
+    layers: int = 1
+    """Into which a page divides, in their order."""
+    transfer: TransferSettings = attrs.field(factory=TransferSettings)
+    granularity: Granularity = Granularity.AGGREGATED
+    """In what portions pages go to other shards."""
+    gpu: int | None = None
+    """The GPU that its pages live on; None: host memory."""
+    weights: Callable[[], Path] | None = None
+    """Finds the file of the weights that a GPU's shard holds for its workers. Blocks."""
 
 
 # ---- the actor -----------------------------------------------------------------------------------------------
@@ -69,7 +92,7 @@ async def main(context: ActorContext, *, task_status: trio.TaskStatus[None]) -> 
         shell = Shell(Reporting(core, presence), link)
         async with trio.open_nursery() as nursery:
             await nursery.start(shell.run)
-            await nursery.start(keep_pages, shell, context.id, settings, sockets)
+            await nursery.start(keep_pages, shell, core.exchange, settings, sockets)
             sizes = settings.capacity
             log.info(
                 "arena ready",
@@ -89,7 +112,7 @@ async def main(context: ActorContext, *, task_status: trio.TaskStatus[None]) -> 
 def settings_of(context: ActorContext) -> ShardSettings:
     """The shard's settings out of the configuration."""
     resolved = context.resolved
-    pool = resolved.config.pool
+    pool, transfer = resolved.config.pool, resolved.config.transfer
     device = resolved.shard_pages[context.name]
     return ShardSettings(
         capacity=Capacity(device, resolved.host_pages, resolved.disk_pages, pool.swap_low, pool.swap_high),
@@ -99,7 +122,18 @@ def settings_of(context: ActorContext) -> ShardSettings:
         caching=resolved.config.cache.mode != "off",
         number=[shard.name for shard in resolved.config.shard].index(context.name),
         disk_dir=Path(resolved.disk_dir),
+        layers=resolved.spec.layers,
+        transfer=TransferSettings(path=transfer.path, host=transfer.host),
+        granularity=GRANULARITY[transfer.granularity],
+        gpu=device_index(resolved.shard(context.name).device),
+        weights=partial(weights_of, context),
     )
+
+
+def weights_of(context: ActorContext) -> Path:
+    """The converted weights as a GPU takes them."""
+    resolved, model = context.resolved, context.resolved.config.model
+    return ready_model(resolved.model_path, resolved.spec, model.stored, model.dtype, on_gpus=True).weights
 
 
 @asynccontextmanager
@@ -112,7 +146,7 @@ async def open_shard(name: str, folder: Path, settings: ShardSettings) -> AsyncI
         core = make_core(actor, settings, sockets, ())
         shell = Shell(core, link)
         await nursery.start(shell.run)
-        await nursery.start(keep_pages, shell, actor, settings, sockets)
+        await nursery.start(keep_pages, shell, core.exchange, settings, sockets)
         yield endpoint
         nursery.cancel_scope.cancel()
 
@@ -130,19 +164,28 @@ def arena_sockets(actor: ActorId, settings: ShardSettings, place: Callable[[str]
 
 def make_core(
     actor: ActorId, settings: ShardSettings, sockets: dict[Tier, Path], schedulers: tuple[ActorId, ...]
-) -> ShardCore:
+) -> ExchangingShard:
     """The core of one run of a shard."""
     home = Home(settings.number, int(actor.rpartition(".")[2], 16))
     pool = Pool(
         settings.capacity, settings.page_tokens, settings.lease_s, caching=settings.caching, home=home
     )
     arenas = tuple(str(sockets.get(tier, "")) for tier in Tier)
-    return ShardCore(pool, schedulers=schedulers, page_bytes=settings.page_bytes, arenas=arenas, me=actor)
+    geometry = Geometry(settings.page_bytes, settings.layers)
+    exchange = Exchange(pool, actor, geometry, host_identity(), os.getpid(), settings.granularity)
+    return ExchangingShard(
+        pool,
+        schedulers=schedulers,
+        page_bytes=settings.page_bytes,
+        arenas=arenas,
+        me=actor,
+        exchange=exchange,
+    )
 
 
 async def keep_pages(
     shell: Shell,
-    actor: ActorId,
+    exchange: Exchange,
     settings: ShardSettings,
     sockets: dict[Tier, Path],
     *,
@@ -152,6 +195,7 @@ async def keep_pages(
 
     Raises UserError when there is not enough memory, or no room on the disk.
     """
+    actor = exchange.me
     ready = trio.Event()
     copiers = Copiers(shell, ready)
     shell.perform[Kill] = fence
@@ -159,30 +203,70 @@ async def keep_pages(
         shell.perform[Copy] = lambda copy: nursery.start_soon(copiers.copy, copy)
         # Prefaulting takes a second a GiB: in a thread, while heartbeats go out.
         arenas, disk = await trio.to_thread.run_sync(allocate, actor, settings)
+        memory = {tier: arena.memory for tier, arena in arenas.items()}
+        gpu: GpuArena | None = None
         try:
-            memory = {tier: arena.memory for tier, arena in arenas.items()}
-            copiers.store = PageStore(settings.page_bytes, memory, disk)
+            if settings.gpu is None:
+                copiers.store = PageStore(settings.page_bytes, memory, disk)
+            else:
+                gpu = await trio.to_thread.run_sync(allocate_on_gpu, actor, settings)
+                host = memory.get(Tier.HOST)
+                copiers.store = await trio.to_thread.run_sync(open_gpu_store, gpu, host, disk)
+                await nursery.start(serve_packet, gpu.header.encode(), (), sockets[Tier.DEVICE])
             for tier, arena in arenas.items():
                 await nursery.start(serve_arena, arena, sockets[tier])
+            if settings.gpu is None:
+                device = arenas[Tier.DEVICE]
+                await nursery.start(move_pages, shell, exchange, settings, device, sockets[Tier.DEVICE])
             ready.set()
             task_status.started()
             await trio.sleep_forever()
         finally:
+            if isinstance(copiers.store, GpuPageStore):
+                copiers.store.close()
             copiers.store = None
             memory.clear()
+            if gpu is not None:
+                gpu.close()
             for arena in arenas.values():
                 arena.close()
             if disk is not None:
                 disk.close()
 
 
+async def move_pages(
+    shell: Shell,
+    exchange: Exchange,
+    settings: ShardSettings,
+    arena: Arena,
+    socket: Path,
+    *,
+    task_status: trio.TaskStatus[None],
+) -> None:
+    """Move pages to and from other shards as the core says, until cancelled. A GPU's shard does not: pages are computed anew."""
+    async with open_transfers(settings.transfer, arena, exchange.geometry, socket, shell.tell) as transfers:
+        perform = transfers.perform
+        shell.perform[Move] = lambda move: perform[type(move.order)](move.order)
+        exchange.open(transfers.paths, transfers.ways)
+        task_status.started()
+        await trio.sleep_forever()
+
+
 def allocate(actor: ActorId, settings: ShardSettings) -> tuple[dict[Tier, Arena], DiskFile | None]:
     """Everything that pages will be in. Blocks. Raises UserError when the machine has not enough."""
     sizes, page_bytes = settings.capacity, settings.page_bytes
     disk = DiskFile.create(settings.disk_dir, sizes.disk, page_bytes) if sizes.disk else None
-    pages = {Tier.DEVICE: sizes.device, Tier.HOST: sizes.host}
+    pages = {Tier.DEVICE: sizes.device if settings.gpu is None else 0, Tier.HOST: sizes.host}
     arenas = {tier: Arena.create(actor, n, page_bytes) for tier, n in pages.items() if n}
     return arenas, disk
+
+
+def allocate_on_gpu(actor: ActorId, settings: ShardSettings) -> GpuArena:
+    """The pages and the weights of a GPU's shard. Blocks. Raises UserError when there is no room, or no sharing."""
+    assert settings.gpu is not None and settings.weights is not None, "a shard without a GPU"
+    return GpuArena.create(
+        actor, settings.gpu, settings.capacity.device, settings.page_bytes, settings.weights()
+    )
 
 
 @attrs.define(eq=False)
@@ -191,7 +275,7 @@ class Copiers:
 
     shell: Shell
     ready: trio.Event
-    store: PageStore | None = None
+    store: PageStore | GpuPageStore | None = None
     _in: trio.CapacityLimiter = attrs.field(factory=lambda: trio.CapacityLimiter(1), init=False)
     _out: trio.CapacityLimiter = attrs.field(factory=lambda: trio.CapacityLimiter(1), init=False)
 

@@ -29,6 +29,23 @@ class BatchLimits:
 
 
 @attrs.frozen
+class WorkerSettings:
+    """What a worker is told at start."""
+
+    limits: BatchLimits
+    page_tokens: int
+    max_context: int
+    retire: str
+    """Which pages go into the index: ``none``, ``prompt`` or ``all``."""
+    fetch_s: float = 5.0
+    """How long pages of another shard are waited for, before they are computed instead."""
+    returns: bool = False
+    """Whether a request that was handed over from another shard leaves its answer's pages there too (mode 3)."""
+    requests_max: int = 1024
+    """Sequences held at once; beyond it a Prefill is answered with Failed (overloaded)."""
+
+
+@attrs.frozen
 class Batch:
     """A plan and the sequences behind its rows, in order."""
 

@@ -17,7 +17,7 @@ from typing import Any
 import attrs
 
 from memserve.actions import Action, BatchDone, Log, RunBatch, Stop
-from memserve.engine.batching import Batch, BatchLimits, form_batch
+from memserve.engine.batching import Batch, WorkerSettings, form_batch
 from memserve.engine.outbox import Outbox
 from memserve.engine.paging import Paging
 from memserve.engine.sequence import Phase, Sequence
@@ -44,23 +44,6 @@ ENDED_REMEMBERED = 10_000
 """Ended requests remembered, so that late messages about them are recognised."""
 HANDOFF_REPEAT_S = 2.0
 """How long a Handoff may stay unanswered before it is sent again."""
-
-
-@attrs.frozen
-class WorkerSettings:
-    """What a worker is told at start."""
-
-    limits: BatchLimits
-    page_tokens: int
-    max_context: int
-    retire: str
-    """Which pages go into the index: ``none``, ``prompt`` or ``all``."""
-    fetch_s: float = 5.0
-    """How long pages of another shard are waited for, before they are computed instead."""
-    returns: bool = False
-    """Whether a request that was handed over from another shard leaves its answer's pages there too (mode 3)."""
-    requests_max: int = 1024
-    """Sequences held at once; beyond it a Prefill is answered with Failed (overloaded)."""
 
 
 @attrs.define

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import attrs
 
 from memserve.actions import BatchDone, Copy, CopyDone, Deliver, Died, Kill, RunBatch
-from memserve.engine.batching import BatchLimits
+from memserve.engine.batching import BatchLimits, WorkerSettings
 from memserve.engine.plans import BatchPlan, BatchResult
-from memserve.engine.worker import WorkerCore, WorkerSettings
+from memserve.engine.worker import WorkerCore
 from memserve.journal import FrontendCore
 from memserve.lifecycle import RestartPolicy
 from memserve.mempool.addresses import Home, Tier, slot, tier_of
@@ -17,11 +17,12 @@ from memserve.mempool.pool import Pool
 from memserve.mempool.room import Capacity
 from memserve.mempool.shard import ShardCore
 from memserve.messages import ActorId, Member
+from memserve.scheduling.cost_model import CostModel
 from memserve.scheduling.joining import JoiningCore
 from memserve.scheduling.policies import POLICIES
 from memserve.scheduling.presence import Presence, Reporting, seed_id
 from memserve.scheduling.scheduler import SchedulerCore
-from memserve.sim.engines import DrawEngine, Engine, PageEngine, StepCosts, shape
+from memserve.sim.engines import DrawEngine, Engine, PageEngine, shape
 from memserve.sim.layout import RETIRE, Layout, ShardPlan, Times, WorkerPlan
 from memserve.sim.world import Actor, Violation, World
 from memserve.tokens import TOKEN_BYTES
@@ -47,7 +48,7 @@ class Cluster:
 
     world: World
     layout: Layout
-    costs: StepCosts
+    costs: CostModel
     times: Times = Times()
     pages_checked: bool = True
     """Keep the pages' content, and look at who writes to which."""
@@ -56,8 +57,8 @@ class Cluster:
     """Told of each actor that ended."""
     damaged: Callable[[int], bool] = lambda slot: False
     """Whether a page is read back wrongly from disk."""
-    noise: Callable[[], float] = lambda: 1.0
-    """What each step's seconds are multiplied by."""
+    noise: dict[str, float] = attrs.field(factory=dict)
+    """What the seconds of each worker's steps are multiplied by."""
     cores: dict[str, object] = attrs.field(factory=dict)
     """The cores themselves, without their heartbeats, by name."""
     busy: dict[str, Busy] = attrs.field(factory=dict)
@@ -261,7 +262,7 @@ class Cluster:
 
     def _step(self, actor: Actor, shard: ActorId, engine: Engine, plan: BatchPlan) -> None:
         rows = shape(plan)
-        seconds = self.costs.step_s(rows) * actor.slowness * self.noise()
+        seconds = self.costs.step_s(rows) * actor.slowness * self.noise.get(actor.name, 1.0)
         done = self.busy.setdefault(actor.name, Busy())
         done.steps += 1
         done.busy_s += seconds
