@@ -189,7 +189,7 @@ class SchedulerCore:
         self._actions += self.index.delta(sender, message, now)
 
     def _on_index_snapshot(self, sender: ActorId, message: IndexSnapshot, now: float) -> None:
-        self.index.snapshot(sender, message)
+        self._actions += self.index.snapshot(sender, message, now)
 
     def _place_held(self, now: float) -> None:
         for key, held in list(self._held.items()):
