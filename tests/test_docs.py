@@ -37,6 +37,7 @@ WALKS = (
             "benchmarking",
             "mempool",
             "transfers",
+            "gpu",
         )
     ),
 )
@@ -52,8 +53,6 @@ def setting_row(field: attrs.Attribute) -> str:
     """The line of docs/configuration.md about one setting, as its code has it."""
     default, rule = field.default, field.metadata["rule"]
     shown = {attrs.NOTHING: "required", None: "unset", (): "none", "": "unset"}.get(default, f"`{default}`")
-    if field.name == "memory":
-        shown = '`"1GiB"`'
     must = rule.text if rule else ""
     return f"| `{field.name}` | {shown} | {field.metadata['unit']} | {must} | {field.metadata['help']} |"
 

@@ -48,7 +48,9 @@ def cases(chunk_tokens: int, rows: int, context: int) -> list[Rows]:
     return [one for one in found if all(new + before <= context and before >= 0 for new, before in one)]
 
 
-def measure(run: TimeStep, chunk_tokens: int, rows: int, context: int, token_bytes: int) -> tuple[StepCosts, int]:
+def measure(
+    run: TimeStep, chunk_tokens: int, rows: int, context: int, token_bytes: int
+) -> tuple[StepCosts, int]:
     """Calibrate an engine: its figures, and the fewest threads that a step of it had.
 
     Sizes that cost more than the budget allows are left out; beyond the largest measured, costs go on in a line.
@@ -71,7 +73,11 @@ def measure(run: TimeStep, chunk_tokens: int, rows: int, context: int, token_byt
         samples.append(Sample(case, best))
         per_token = best / tokens
     most = max(sum(new for new, _ in one.rows) for one in samples)
-    knots = [1.0, *(float(one) for one in (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048) if one < most), float(most)]
+    knots = [
+        1.0,
+        *(float(one) for one in (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048) if one < most),
+        float(most),
+    ]
     return fit_steps(samples, knots, chunk_tokens, token_bytes), fewest
 
 
@@ -115,4 +121,3 @@ def _write(path: Path, data: bytes) -> None:
     part = path.with_suffix(f".{os.getpid()}")
     part.write_bytes(data)
     part.replace(path)
-

@@ -27,7 +27,9 @@ class Sample:
     seconds: float
 
 
-def fit_steps(samples: Sequence[Sample], knots: Sequence[float], chunk_tokens: int, token_bytes: int) -> StepCosts:
+def fit_steps(
+    samples: Sequence[Sample], knots: Sequence[float], chunk_tokens: int, token_bytes: int
+) -> StepCosts:
     """The StepCosts with its table at ``knots`` that misses ``samples`` least, relative to what each took.
 
     No figure is below 0: one that would be is left out, and the others fitted again. Raises ValueError with fewer
@@ -65,14 +67,18 @@ def _features(rows: Rows, knots: Sequence[float]) -> list[float]:
     return [*shares, float(len(rows)), float(context), pairs]
 
 
-def _least_squares(features: list[list[float]], samples: Sequence[Sample], unknowns: list[int]) -> list[float]:
+def _least_squares(
+    features: list[list[float]], samples: Sequence[Sample], unknowns: list[int]
+) -> list[float]:
     """Of relative misses, by the normal equations, each unknown in units of its own size."""
     sizes = [_size(features, one) or 1.0 for one in unknowns]
     rows = [
         [one[k] / size / sample.seconds for k, size in zip(unknowns, sizes, strict=True)]
         for one, sample in zip(features, samples, strict=True)
     ]
-    matrix = [[sum(row[i] * row[j] for row in rows) for j in range(len(unknowns))] for i in range(len(unknowns))]
+    matrix = [
+        [sum(row[i] * row[j] for row in rows) for j in range(len(unknowns))] for i in range(len(unknowns))
+    ]
     for i, line in enumerate(matrix):
         line[i] += RIDGE * (line[i] or 1.0)
         line.append(sum(row[i] for row in rows))

@@ -28,6 +28,8 @@ class _Shard:
     """Parts of the snapshot that have come."""
     snapshot: list[IndexEvent] = attrs.field(factory=list)
     """What was in them. Until it is whole, what was known before the gap serves on: hints, mostly right."""
+    snapshot_next: int = 0
+    """Which snapshot they are of."""
     asked_at: float = float("-inf")
 
 
@@ -61,14 +63,23 @@ class IndexFeed:
             shard.next += len(delta.events)
             self.events += len(delta.events)
             return self._apply(sender, shard, delta.events, now)
+        if shard.whole and delta.first + len(delta.events) <= shard.next:
+            return []  # known: it came twice
         return self._ask(sender, shard, now)
+
+    def reported(self, sender: ActorId, published: int, now: float) -> list[Send]:
+        """A shard's heartbeat says how many events it has sent: a question when the last of them have not come."""
+        shard = self._known(sender)
+        return [] if shard.whole and published <= shard.next else self._ask(sender, shard, now)
 
     def snapshot(self, sender: ActorId, part: IndexSnapshot, now: float) -> list[Send]:
         """Take a part of a snapshot in; the last one ends the gap."""
         shard = self._known(sender)
+        if shard.whole and part.next <= shard.next:
+            return []  # known: it came late, or twice
         if part.part == 0:
-            shard.parts, shard.snapshot = 0, []
-        if part.part != shard.parts:
+            shard.parts, shard.snapshot, shard.snapshot_next = 0, [], part.next
+        if part.part != shard.parts or part.next != shard.snapshot_next:
             return []  # a part was lost: the next delta asks again
         shard.parts += 1
         shard.snapshot += part.events

@@ -16,7 +16,7 @@ the prompt, each with the decode workers that it reaches at the least cost.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import attrs
 
@@ -25,7 +25,7 @@ from memserve.messages import Request
 from memserve.scheduling.fleet import SURE_S, Fleet, Worker
 from memserve.scheduling.global_tree import Match
 from memserve.scheduling.outputs import OutputLengths
-from memserve.scheduling.policies import Choice, note
+from memserve.scheduling.policies import PLAIN, Choice, Policy, note
 from memserve.tokens import count
 
 BY_QUEUE = 3
@@ -208,3 +208,7 @@ def _shown(price: float, handed: bool, used_at: float, decode: ActorId, start: S
     way = f"{start.worker.member.id}>{decode}" if handed else start.worker.member.id
     bring = f", {start.source_tokens} from {start.source}" if start.source else ""
     return f"{way} {price * 1e3:.1f} ms (first token {start.ttft * 1e3:.1f}, cached {start.expected}{bring})"
+
+
+POLICIES: dict[str, Callable[[], Policy]] = {"cost": Cost, **PLAIN}
+"""The values of ``scheduler.policy``."""

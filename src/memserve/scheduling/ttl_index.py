@@ -65,6 +65,10 @@ class TtlIndex:
         """Not listened to."""
         return []
 
+    def reported(self, sender: ActorId, published: int, now: float) -> list[Send]:
+        """Not listened to."""
+        return []
+
     def snapshot(self, sender: ActorId, part: IndexSnapshot, now: float) -> list[Send]:
         """Not listened to."""
         return []
