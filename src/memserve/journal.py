@@ -19,6 +19,7 @@ from memserve.messages import (
     Cancel,
     Cluster,
     Failed,
+    Finished,
     Gone,
     Inquire,
     Inquired,
@@ -310,6 +311,9 @@ class FrontendCore:
     def _finish(self, entry: Entry, outcome: str, now: float, **extra: object) -> None:
         del self._entries[entry.request.id]
         self._count(f"requests_{outcome}_total")
+        if outcome in ("stop", "length"):
+            ended = Finished(entry.request.id, entry.request.scope, count(entry.sent))
+            self._actions += [Send(one, ended) for one in self.presence.schedulers]
         self._log("info", "request finished", entry, outcome=outcome, **extra, **_canonical(entry, now))
         self.presence.changed()
 

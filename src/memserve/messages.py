@@ -7,7 +7,7 @@ an unknown kind or another version is a :class:`~memserve.errors.PeerError`. Not
 
 Who says what::
 
-    Frontend -> GlobalScheduler   Submit, Cancel            GlobalScheduler -> Frontend   Planned, Rejected
+    Frontend -> GlobalScheduler   Submit, Cancel, Finished  GlobalScheduler -> Frontend   Planned, Rejected
     GlobalScheduler -> worker     Prefill                   worker -> Frontend            Tokens, Failed
     prefill worker -> decode      Handoff                   decode -> prefill worker      HandoffTaken
     Frontend -> worker            Cancel, Inquire           worker -> Frontend            Inquired
@@ -29,6 +29,7 @@ from typing import Any
 import attrs
 import msgspec
 
+from memserve.costs import StepCosts
 from memserve.errors import PeerError
 from memserve.identity import ActorId as ActorId
 from memserve.identity import actor_name as actor_name
@@ -166,6 +167,8 @@ class Member:
     """Workers: the id of the shard they are attached to, once they are."""
     load: dict[str, float] = attrs.field(factory=dict)
     """Gauges and counters by metric name, units in the names."""
+    costs: StepCosts | None = None
+    """Workers: what their steps cost, as measured at their start."""
 
 
 # ---- requests on their way ----------------------------------------------------------------------------------
@@ -185,6 +188,15 @@ class Planned:
     request: str
     attempt: int
     plan: Plan
+
+
+@attrs.frozen
+class Finished:
+    """A request has ended with its last token: schedulers learn from it how long a tenant's answers are."""
+
+    request: str
+    scope: str
+    output_tokens: int
 
 
 @attrs.frozen
@@ -308,7 +320,7 @@ class Gone:
 # ---- codec --------------------------------------------------------------------------------------------------
 
 Message = (
-    Submit | Planned | Rejected | Prefill | Handoff | HandoffTaken | Tokens | Failed | Cancel
+    Submit | Planned | Finished | Rejected | Prefill | Handoff | HandoffTaken | Tokens | Failed | Cancel
     | Inquire | Inquired
     | Acquire | Match | Acquired | AllocMem | Allocated | Insert | Inserted | Adopt | Adopted | FreeMem | Freed
     | Delete | Evict | SwapOut | SwapIn | Prefetch | DescribePool | PoolDescribed | PoolRefused

@@ -18,6 +18,7 @@ import attrs
 
 from memserve.actions import Action, BatchDone, Log, RunBatch, Stop
 from memserve.engine.batching import Batch, BatchLimits, form_batch
+from memserve.engine.load import load_of
 from memserve.engine.outbox import Outbox
 from memserve.engine.paging import Paging
 from memserve.engine.sequence import Phase, Sequence
@@ -123,15 +124,7 @@ class WorkerCore:
 
     def gauges(self) -> dict[str, float]:
         """Load and counters for the heartbeat."""
-        phases = [one.phase for one in self._live.values()]
-        waiting_tokens = sum(one.length - one.computed for one in self._live.values() if not one.decoding)
-        return {
-            "requests_running": float(phases.count(Phase.READY)),
-            "requests_waiting": float(phases.count(Phase.WAITING) + phases.count(Phase.ADOPTING)),
-            "requests_leaving": float(phases.count(Phase.LEAVING)),
-            "waiting_tokens": float(waiting_tokens),
-            **self._outbox.counters,
-        }
+        return {**load_of(self._live.values(), self.presence.member.id), **self._outbox.counters}
 
     # ---- requests come --------------------------------------------------------------------------------------
 
@@ -200,6 +193,11 @@ class WorkerCore:
             one.cached_tokens = min(message.cached_tokens, one.request.prompt_tokens)
         self._outbox.count("requested_tokens_total", one.length)
         self._outbox.count("cached_tokens_total", message.cached_tokens)
+        expected = one.plan.expected_tokens
+        if message.cached_tokens < expected and one.token_at is None:
+            found = message.cached_tokens
+            self._outbox.log("hint was stale", one, expected_tokens=expected, found_tokens=found)
+            self._outbox.count("stale_hints_total")
 
     def _on_allocated(self, sender: ActorId, message: Allocated, now: float) -> None:
         one = self._paging.answered(message.call)

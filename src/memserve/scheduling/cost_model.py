@@ -111,6 +111,17 @@ class CostModel:
         beside = steps * (known.row_s * rows + known.read_s * context + known.pair_s * (context + rows / 2))
         return self.scale * (dense + own + beside)
 
+    def queue_s(self, tokens: float, pairs: float, rows: float = 0, context: float = 0) -> float:
+        """Seconds until ``tokens`` of several prompts, with ``pairs`` in all, are run beside ``rows`` streams."""
+        if tokens <= 0:
+            return 0.0
+        chunk = self.steps.chunk_tokens * (1 if rows else ALONE)
+        full, rest = divmod(tokens, chunk)
+        dense = full * self._dense(chunk + rows) + (self._dense(rest + rows) if rest else 0.0)
+        known, steps = self.steps, full + (rest > 0)
+        beside = known.row_s * (1 + rows) + known.read_s * context + known.pair_s * (context + rows / 2)
+        return self.scale * (dense + known.pair_s * pairs + steps * beside)
+
     def _dense(self, tokens: float) -> float:
         table = self.steps.dense
         after = bisect_right(self._tokens, tokens)
