@@ -100,9 +100,13 @@ class Ranking:
 
     def put(self, worker: ActorId, figure: float, used_at: float) -> None:
         """Place ``worker`` anew; of equal figures, the one that was used longest ago is first."""
-        self.drop(worker)
-        key = self._key[worker] = (figure, used_at, worker)
-        insort(self.keys, key)
+        key = (figure, used_at, worker)
+        if len(self.keys) == 1 and worker in self._key:
+            self.keys[0] = self._key[worker] = key
+        elif self._key.get(worker) != key:
+            self.drop(worker)
+            self._key[worker] = key
+            insort(self.keys, key)
 
     def drop(self, worker: ActorId) -> None:
         """Forget one."""
@@ -127,7 +131,10 @@ class Side:
         """Rank a worker, if its role is this side's."""
         if member.role in self.roles:
             self.every.put(member.id, figure, used_at)
-            self.of_shard.setdefault(member.shard, Ranking()).put(member.id, figure, used_at)
+            shard = self.of_shard.get(member.shard)
+            if shard is None:
+                shard = self.of_shard[member.shard] = Ranking()
+            shard.put(member.id, figure, used_at)
 
     def drop(self, member: Member) -> None:
         """Forget a worker."""
