@@ -76,9 +76,9 @@ LAYERS = {
     "engine": ("engine.*", "kernels*"),
     "links": ("bus", "api*", "transfer*", "client"),
     "process": ("process",),
-    "sim": ("sim*",),
+    "sim": ("sim", "sim.*"),
     "actors": ("actors*",),
-    "top": ("supervisor", "child", "cli", "__main__", "inspect", "show", "status"),
+    "top": ("supervisor", "child", "cli", "__main__", "inspect", "show", "sim_options", "simulate", "status"),
 }
 """The first layer with a matching pattern is a module's own."""
 

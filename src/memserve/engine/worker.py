@@ -146,9 +146,8 @@ class WorkerCore:
         request = message.request
         known = self._live.get((request.id, request.attempt))
         if known is not None:
-            mine = (
-                known.lease == message.lease
-            )  # else two schedulers planned one attempt, and this lease is too many
+            # Two schedulers may have planned one attempt: then this lease is one too many.
+            mine = known.lease == message.lease
             if known.phase is not Phase.ADOPTING or not mine:
                 self._outbox.send(sender, HandoffTaken(*known.key, adopted=mine))
             return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import attrs
 
@@ -64,6 +64,8 @@ class Clients:
     seed: int
     patience: Callable[[Call], float | None] = lambda call: None
     """How long a client waits before it leaves; None for ever."""
+    serial: bool = False
+    """Sessions come one after another, each when the one before has ended, whatever their times say."""
     calls: list[Call] = attrs.field(factory=list)
     """In order of asking."""
     open_calls: dict[str, Call] = attrs.field(factory=dict)
@@ -71,14 +73,17 @@ class Clients:
     """Turns to be asked at a time that is known."""
     _turns: int = 0
     _known: dict[str, Call] = attrs.field(factory=dict)
+    _following: Iterator[Session] = attrs.field(factory=lambda: iter(()))
 
     def __attrs_post_init__(self) -> None:
         self.cluster.deliver = self._delivered
         self.cluster.lost = self._lost
         self.cluster.world.logged = self._logged
-        for session in self.sessions:
+        self._following = iter(self.sessions if self.serial else ())
+        for session in self.sessions[:1] if self.serial else self.sessions:
             self.waiting += 1
             self.cluster.world.at(session.at_s, self._ask, session, 0, b"")
+        next(self._following, None)
 
     @property
     def done(self) -> bool:
@@ -184,6 +189,9 @@ class Clients:
             self.waiting += 1
             wait = session.turns[following].wait_s
             world.after(wait, self._ask, session, following, call.prompt + call.answer)
+        elif (after := next(self._following, None)) is not None:
+            self.waiting += 1
+            world.after(0.0, self._ask, after, 0, b"")
 
     def _lost(self, actor: Actor) -> None:
         """A Frontend died: its clients' connections end."""

@@ -17,13 +17,14 @@ from memserve.mempool.pool import Pool
 from memserve.mempool.room import Capacity
 from memserve.mempool.shard import ShardCore
 from memserve.messages import ActorId, Member
+from memserve.scheduling.cost_model import CostModel
 from memserve.scheduling.global_tree import GlobalTree
 from memserve.scheduling.index_feed import IndexFeed
 from memserve.scheduling.joining import JoiningCore
 from memserve.scheduling.presence import Presence, Reporting, seed_id
 from memserve.scheduling.pricing import POLICIES
 from memserve.scheduling.scheduler import SchedulerCore
-from memserve.sim.engines import DrawEngine, Engine, PageEngine, StepCosts, shape
+from memserve.sim.engines import DrawEngine, Engine, PageEngine, shape
 from memserve.sim.layout import RETIRE, Layout, ShardPlan, Times, WorkerPlan
 from memserve.sim.world import Actor, Violation, World
 from memserve.tokens import TOKEN_BYTES
@@ -49,7 +50,7 @@ class Cluster:
 
     world: World
     layout: Layout
-    costs: StepCosts
+    costs: CostModel
     times: Times = Times()
     pages_checked: bool = True
     """Keep the pages' content, and look at who writes to which."""
@@ -58,8 +59,8 @@ class Cluster:
     """Told of each actor that ended."""
     damaged: Callable[[int], bool] = lambda slot: False
     """Whether a page is read back wrongly from disk."""
-    noise: Callable[[], float] = lambda: 1.0
-    """What each step's seconds are multiplied by."""
+    noise: dict[str, float] = attrs.field(factory=dict)
+    """What the seconds of each worker's steps are multiplied by."""
     cores: dict[str, object] = attrs.field(factory=dict)
     """The cores themselves, without their heartbeats, by name."""
     busy: dict[str, Busy] = attrs.field(factory=dict)
@@ -250,6 +251,7 @@ class Cluster:
         settings = WorkerSettings(limits, layout.page_tokens, layout.max_context, RETIRE[layout.caching])
         core = self.cores[actor.name] = WorkerCore(presence, shard, settings)
         presence.also = (shard,)
+        presence.member = attrs.evolve(presence.member, costs=self.costs.steps)
         presence.become("ready", shard=shard)
         actor.core = Reporting(core, presence)
         engine = self._engine(shard)
@@ -264,7 +266,7 @@ class Cluster:
 
     def _step(self, actor: Actor, shard: ActorId, engine: Engine, plan: BatchPlan) -> None:
         rows = shape(plan)
-        seconds = self.costs.step_s(rows) * actor.slowness * self.noise()
+        seconds = self.costs.step_s(rows) * actor.slowness * self.noise.get(actor.name, 1.0)
         done = self.busy.setdefault(actor.name, Busy())
         done.steps += 1
         done.busy_s += seconds

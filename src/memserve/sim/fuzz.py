@@ -6,19 +6,18 @@ import random
 
 import attrs
 
+from memserve.costs import StepCosts
+from memserve.scheduling.cost_model import CostModel
 from memserve.sim.audit import Audit
 from memserve.sim.clients import Clients
 from memserve.sim.cluster import Cluster
-from memserve.sim.engines import LinearCosts
 from memserve.sim.faults import KINDS, Faults
 from memserve.sim.layout import FAST, Layout, ShardPlan, WorkerPlan
 from memserve.sim.network import LinkCosts, Network
 from memserve.sim.workloads import Piece, Session, Turn
 from memserve.sim.world import Violation, World
 
-COSTS = LinearCosts(
-    token_s=1e-3, attention_s=0.0, weights_s=3e-2, context_s=1e-6, row_s=1e-4, step_fixed_s=1e-3
-)
+COSTS = CostModel(StepCosts(dense=((1, 0.031), (30, 0.031), (1030, 1.031)), row_s=1e-4, read_s=1e-6))
 FAULTS_S = 12.0
 """Things go wrong for so long."""
 ENDS_S = 240.0
@@ -59,7 +58,7 @@ def small_layout(rng: random.Random) -> Layout:
         workers=workers,
         frontends=rng.choice((1, 1, 2)),
         schedulers=rng.choice((1, 1, 2)),
-        policy=rng.choice(("least_load", "round_robin")),
+        policy=rng.choice(("cost", "cost", "longest_prefix", "session", "least_load", "round_robin")),
         caching=rng.choice(("3", "3", "1", "off")),
         page_tokens=4,
         chunk_tokens=rng.choice((3, 16, 64)),
