@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import tomllib
 from pathlib import Path
@@ -178,6 +179,9 @@ def test_a_measurement_is_made_once_and_kept_if_it_had_its_threads(tmp_path: Pat
 
     name: dict[str, object] = {"model": "m"}
     assert calibrated(tmp_path, name, lambda: measuring(1), 2) == COSTS
+    assert calibrated(tmp_path, name, lambda: measuring(5), 2) == COSTS
+    (rough,) = tmp_path.glob("*.rough")
+    os.utime(rough, (0, 0))
     assert calibrated(tmp_path, name, lambda: measuring(2), 2) == COSTS
     assert calibrated(tmp_path, name, lambda: measuring(3), 2) == COSTS
     assert calibrated(tmp_path, {"model": "other"}, lambda: measuring(4), 2) == COSTS

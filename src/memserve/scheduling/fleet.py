@@ -56,10 +56,10 @@ class Worker:
 
     def heard(self, member: Member, now: float) -> None:
         """Take a report in."""
-        load, scale = member.load, member.load.get("step_cost_scale", 1.0)
+        load = member.load
         if member.costs is not None and member.costs != self.member.costs:
             self.model = CostModel(member.costs)
-        self.model.scale = scale
+        self.model.scale = load.get("step_cost_scale", 1.0)
         self.member = member
         self.since = [one for one in self.since if one.sure_at > now]
         self.tokens = load.get("waiting_tokens", 0.0) + sum(one.tokens for one in self.since)
