@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import os
 import platform
 import time
@@ -23,11 +24,13 @@ from memserve.costs import StepCosts
 from memserve.engine.batching import ALONE
 from memserve.scheduling.cost_fit import Rows, Sample, fit_steps
 
-BUDGET_S = 4.0
+BUDGET_S = 3.0
 """Measuring ends about then, with fewer sizes on a slow machine."""
-REPEATS = 3
+REPEATS = 2
 """The least of so many is taken of what is short: noise only ever adds."""
 SHORT_S = 0.15
+ROUGH_S = 600.0
+"""What was measured on fewer cores than a worker may have serves so long: the workers of one start need not all measure."""
 VERSION = 1
 """Of what is measured and how."""
 
@@ -41,7 +44,8 @@ def cases(chunk_tokens: int, rows: int, context: int) -> list[Rows]:
     most = ALONE * chunk_tokens
     chunks = [tokens for tokens in (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048) if tokens < most]
     far = context - 1
-    found: list[Rows] = [((1, before),) * count for count in streams for before in (16, far // 4, far)]
+    found: list[Rows] = [((1, before),) * count for count in streams for before in (16, far)]
+    found += [((1, far // 4),) * min(8, rows)]
     found += [((tokens, 0),) for tokens in [*chunks, most] if tokens <= context]
     found += [((tokens, context - tokens),) for tokens in (16, 64, min(256, most)) if tokens < context]
     found += [((min(64, chunk_tokens), far // 2 - 64), *((1, far // 4),) * count) for count in streams[1:5]]
@@ -62,7 +66,7 @@ def measure(
     for case in sorted(cases(chunk_tokens, rows, context), key=lambda one: sum(new for new, _ in one)):
         tokens = sum(new for new, _ in case)
         left = BUDGET_S - (time.monotonic() - began)
-        if len(samples) > 20 and per_token * tokens > left:
+        if samples and per_token * tokens > left:
             break
         best = float("inf")
         for _ in range(REPEATS):
@@ -78,34 +82,35 @@ def measure(
         *(float(one) for one in (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048) if one < most),
         float(most),
     ]
+    samples *= -(-(len(knots) + 3) // len(samples))  # an engine of few sizes: as many equations as unknowns
     return fit_steps(samples, knots, chunk_tokens, token_bytes), fewest
 
 
 def calibrated(
     cache_dir: Path, name: dict[str, object], measuring: Callable[[], tuple[StepCosts, int]], threads: int
 ) -> StepCosts:
-    """What is remembered under ``name``, or else measured now; remembered if it had all of its ``threads``."""
+    """What is remembered under ``name``, or else measured now; remembered for good if it had all of its ``threads``."""
     told = {"version": VERSION, "machine": machine(), "threads": threads, **name}
     key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
     path = cache_dir / f"costs-{key}.json"
+    rough = path.with_suffix(".rough")
     with _alone(cache_dir):
-        try:
-            return msgspec.json.decode(path.read_bytes(), type=StepCosts)
-        except (OSError, msgspec.MsgspecError):
-            costs, fewest = measuring()
-            if fewest >= threads:
-                _write(path, msgspec.json.encode(costs))
-            return costs
+        known = _read(path) or _read(rough, younger_s=ROUGH_S)
+        if known is not None:
+            return known
+        costs, fewest = measuring()
+        _write(path if fewest >= threads else rough, msgspec.json.encode(costs))
+        return costs
 
 
 def machine() -> str:
-    """What makes another machine's figures worthless here."""
+    """What makes another machine's figures worthless here: its processor, with the instructions that it has."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return f"{platform.machine()} {model} {os.cpu_count()}"
+    told = [line for line in dict.fromkeys(lines) if line.startswith(("model name", "flags", "Features"))]
+    return f"{platform.machine()} {os.cpu_count()} {' '.join(told)}"
 
 
 @contextmanager
@@ -114,6 +119,15 @@ def _alone(cache_dir: Path) -> Iterator[None]:
     with open(cache_dir / "costs.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def _read(path: Path, younger_s: float = math.inf) -> StepCosts | None:
+    try:
+        if time.time() - path.stat().st_mtime > younger_s:
+            return None
+        return msgspec.json.decode(path.read_bytes(), type=StepCosts)
+    except (OSError, msgspec.MsgspecError):
+        return None
 
 
 def _write(path: Path, data: bytes) -> None:

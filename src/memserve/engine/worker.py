@@ -18,7 +18,7 @@ import attrs
 
 from memserve.actions import Action, BatchDone, Log, RunBatch, Stop
 from memserve.engine.batching import Batch, BatchLimits, form_batch
-from memserve.engine.load import load_of
+from memserve.engine.load import StepWatch, load_of
 from memserve.engine.outbox import Outbox
 from memserve.engine.paging import Paging
 from memserve.engine.sequence import Phase, Sequence
@@ -72,6 +72,7 @@ class WorkerCore:
     _live: dict[tuple[str, int], Sequence] = attrs.field(factory=dict, init=False)
     _ended: OrderedDict[str, int] = attrs.field(factory=OrderedDict, init=False)
     _batch: Batch | None = attrs.field(default=None, init=False)
+    _watch: StepWatch = attrs.field(factory=StepWatch, init=False)
     _arrivals: int = attrs.field(default=0, init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -124,7 +125,8 @@ class WorkerCore:
 
     def gauges(self) -> dict[str, float]:
         """Load and counters for the heartbeat."""
-        return {**load_of(self._live.values(), self.presence.member.id), **self._outbox.counters}
+        load = load_of(self._live.values(), self.presence.member.id)
+        return {**load, **self._watch.gauges(), **self._outbox.counters}
 
     # ---- requests come --------------------------------------------------------------------------------------
 
@@ -255,11 +257,13 @@ class WorkerCore:
                 self._outbox.log("prefill started", one, cached_tokens=one.cached_tokens, queue_ms=queued)
             self._live[one.key] = self._live.pop(one.key)  # behind those that did not get a row
         self._batch = batch
+        self._watch.began(self.presence.member.costs, batch.plan, now)
         self._outbox.add(RunBatch(batch.plan))
 
     def _on_batch_done(self, sender: ActorId, message: BatchDone, now: float) -> None:
         batch, self._batch = self._batch, None
         assert batch is not None, "a batch is done that was never started"
+        self._watch.ended(now)
         self._outbox.count("steps_total", 1)
         self._outbox.count("step_ms_total", message.result.step_ms)
         self._outbox.count("step_threads_total", message.result.threads)

@@ -51,12 +51,16 @@ class CostModel:
     links: Mapping[str, Link] = attrs.field(factory=lambda: LINKS)
     swap: Link = SWAP
     _tokens: tuple[float, ...] = attrs.field(init=False, repr=False)
+    _lines: tuple[tuple[float, float, float], ...] = attrs.field(init=False, repr=False)
+    """What is right of each entry of the table: its tokens, its seconds, seconds a token."""
 
     def __attrs_post_init__(self) -> None:
         table = self.steps.dense
         if not table or any(before[0] >= after[0] for before, after in pairwise(table)):
             raise ValueError(f"dense needs (tokens, seconds) with growing tokens, got {table}")
+        slopes = [(high[1] - low[1]) / (high[0] - low[0]) for low, high in pairwise(table)] or [0.0]
         self._tokens = tuple(tokens for tokens, _ in table)
+        self._lines = tuple((*one, slope) for one, slope in zip(table, [*slopes, slopes[-1]], strict=False))
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any]) -> CostModel:
@@ -123,12 +127,11 @@ class CostModel:
         return self.scale * (dense + known.pair_s * pairs + steps * beside)
 
     def _dense(self, tokens: float) -> float:
-        table = self.steps.dense
         after = bisect_right(self._tokens, tokens)
-        if after == 0 or len(table) == 1:
-            return table[0][1]
-        (low, low_s), (high, high_s) = table[after - 1 : after + 1] if after < len(table) else table[-2:]
-        return low_s + (high_s - low_s) * (tokens - low) / (high - low)
+        if not after:
+            return self._lines[0][1]
+        start, seconds, slope = self._lines[after - 1]
+        return seconds + slope * (tokens - start)
 
     # ---- bytes ----------------------------------------------------------------------------------------------
 

@@ -56,10 +56,10 @@ class Worker:
 
     def heard(self, member: Member, now: float) -> None:
         """Take a report in."""
-        load, scale = member.load, member.load.get("step_cost_scale", 1.0)
+        load = member.load
         if member.costs is not None and member.costs != self.member.costs:
             self.model = CostModel(member.costs)
-        self.model.scale = scale
+        self.model.scale = load.get("step_cost_scale", 1.0)
         self.member = member
         self.since = [one for one in self.since if one.sure_at > now]
         self.tokens = load.get("waiting_tokens", 0.0) + sum(one.tokens for one in self.since)
@@ -100,9 +100,13 @@ class Ranking:
 
     def put(self, worker: ActorId, figure: float, used_at: float) -> None:
         """Place ``worker`` anew; of equal figures, the one that was used longest ago is first."""
-        self.drop(worker)
-        key = self._key[worker] = (figure, used_at, worker)
-        insort(self.keys, key)
+        key = (figure, used_at, worker)
+        if len(self.keys) == 1 and worker in self._key:
+            self.keys[0] = self._key[worker] = key
+        elif self._key.get(worker) != key:
+            self.drop(worker)
+            self._key[worker] = key
+            insort(self.keys, key)
 
     def drop(self, worker: ActorId) -> None:
         """Forget one."""
@@ -127,7 +131,10 @@ class Side:
         """Rank a worker, if its role is this side's."""
         if member.role in self.roles:
             self.every.put(member.id, figure, used_at)
-            self.of_shard.setdefault(member.shard, Ranking()).put(member.id, figure, used_at)
+            shard = self.of_shard.get(member.shard)
+            if shard is None:
+                shard = self.of_shard[member.shard] = Ranking()
+            shard.put(member.id, figure, used_at)
 
     def drop(self, member: Member) -> None:
         """Forget a worker."""
