@@ -102,7 +102,8 @@ def _report(run: TimeStep, costs: StepCosts, token_s: float, options: argparse.N
     print(
         "| steps not measured before | number | mean error | 90 % below | bias | one figure a token |\n|---|---|---|---|---|---|"
     )
-    for kind, found in [*errors.items(), ("all", [one for kind in errors.values() for one in kind])]:
+    every = [one for found in errors.values() for one in found]
+    for kind, found in [*errors.items(), ("all", every)]:
         misses = sorted(abs(one) for one, _ in found)
         plain = statistics.mean(abs(one) for _, one in found)
         bias = statistics.mean(one for one, _ in found)
