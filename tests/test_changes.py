@@ -126,6 +126,12 @@ def test_role_and_drain_of_processes(tmp_path: Path) -> None:
 
     threads = [f"worker.{i}.threads=1" for i in range(4)]
     with running("2p2d.toml", tmp_path, *threads) as cluster, ThreadPoolExecutor(6) as pool:
+        deadline = (
+            time.monotonic() + 120
+        )  # one pair is enough to serve, and a slow machine starts the rest later
+        while [one["state"] for one in cluster.members() if one["role"]] != ["ready"] * 4:
+            assert time.monotonic() < deadline, cluster.members()
+            time.sleep(0.2)
         prompts = [[i + 300, *range(50, 90)] for i in range(6)]
         undisturbed = list(pool.map(lambda prompt: cluster.tokens(prompt, 24), prompts))
         again = [pool.submit(cluster.tokens, prompt, 24) for prompt in prompts for _ in range(3)]
