@@ -121,7 +121,7 @@ ARCH ?= 9.0a
 # What the server and FlashInfer need beyond a usual CUDA image (torch, cupy, numpy, attrs, pytest); gpu-check installs
 # them beside it. Python 3.12 on x86-64.
 GPU_WHEELS := trio outcome sniffio sortedcontainers pyzmq msgspec structlog anycorn starlette h2 hpack hyperframe priority \
-	wsproto h11 cattrs cyclopts docstring-parser rich-rst orjson hypothesis flashinfer-python==0.6.9 apache-tvm-ffi==0.1.12
+	wsproto h11 cattrs cyclopts docstring-parser rich-rst rich-click orjson flashinfer-python==0.6.9 apache-tvm-ffi==0.1.12
 MANYLINUX := $(foreach n,_2_28 _2_27 _2_26 _2_24 _2_17 2014,--platform manylinux$(n)_x86_64)
 
 gpu-kernels:
@@ -129,7 +129,7 @@ gpu-kernels:
 
 gpu-wheels:
 	$(GPU_PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
-		$(MANYLINUX) -d .gpu/wheels $(GPU_WHEELS)
+		$(MANYLINUX) --constraint constraints.txt -d .gpu/wheels $(GPU_WHEELS)
 
 gpu-check:
 	$(GPU_PYTHON) bench/gpu_check.py

@@ -26,7 +26,7 @@ from memserve.engine.worker import WorkerCore, WorkerSettings
 from memserve.errors import PeerError, PeerUnreachable
 from memserve.gpus import device_index
 from memserve.messages import ActorId, Member
-from memserve.process import ActorContext, RestartNeeded, ready_model
+from memserve.process import ActorContext, Lifeline, RestartNeeded, ready_model
 from memserve.scheduling.joining import JoiningCore
 from memserve.scheduling.presence import Presence, Reporting, seed_id
 
@@ -37,6 +37,8 @@ RETIRE = {"off": "none", "1": "prompt", "2": "all", "3": "all"}
 """Which pages each caching mode gives to the index. On a shared shard modes 2 and 3 do the same, moving no byte."""
 SHARD_WAIT_S = 60.0
 """How long a starting worker waits for its shard before it asks to be restarted."""
+PLANNED_S = 0.3
+"""A draining worker stays for so long at least: what was planned before the scheduler knew of it still arrives."""
 CORES_FILE = "cores.lock"
 CALIBRATED_ROWS = 32
 """Streams in a step, at most, when it is measured what steps cost; more are reckoned from these."""
@@ -62,7 +64,7 @@ async def run_worker(context: ActorContext, task_status: trio.TaskStatus[None]) 
             core = WorkerCore(presence, shard, settings_of(context.resolved))
             take_charge(shell, core, engine)
             task_status.started()
-            await until_drained(shell, core, context.lifeline.drain)
+            await until_drained(shell, core, context.lifeline)
             nursery.cancel_scope.cancel()
 
 
@@ -185,10 +187,21 @@ def take_charge(shell: Shell, core: WorkerCore, engine: EngineThread) -> None:
     shell.turn()
 
 
-async def until_drained(shell: Shell, core: WorkerCore, drain: trio.Event) -> None:
-    """Wait for the word, then for the last sequence to end or leave."""
-    await drain.wait()
-    core.presence.become("draining")
-    shell.turn()
+async def until_drained(shell: Shell, core: WorkerCore, lifeline: Lifeline) -> None:
+    """Wait for the word, from the supervisor or from an operator, then for the last sequence to end or leave."""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_drain_when_told, shell, core, lifeline)
+        while core.presence.member.state != "draining":
+            await shell.turned.wait()
+        nursery.cancel_scope.cancel()
+    if not lifeline.drain.is_set():
+        lifeline.leaving()
+        await trio.sleep(PLANNED_S)
     while not core.idle:
         await shell.turned.wait()
+
+
+async def _drain_when_told(shell: Shell, core: WorkerCore, lifeline: Lifeline) -> None:
+    await lifeline.drain.wait()
+    core.presence.become("draining")
+    shell.turn()
