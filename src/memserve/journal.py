@@ -17,6 +17,7 @@ from memserve.errors import RequestFailed
 from memserve.messages import (
     ActorId,
     Cancel,
+    Change,
     Cluster,
     Failed,
     Finished,
@@ -131,6 +132,10 @@ class FrontendCore:
     def healthy(self) -> bool:
         """Whether a request submitted now could be placed."""
         return self.presence.member.state == "ready" and bool(pairs(self.members()))
+
+    def order(self, worker: ActorId, change: Change) -> None:
+        """Pass an operator's wish on to a worker; repeated by the caller until the view shows it."""
+        self._actions.append(Send(worker, change))
 
     # ---- the five verbs -------------------------------------------------------------------------------------
 

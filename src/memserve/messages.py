@@ -10,7 +10,7 @@ Who says what::
     Frontend -> GlobalScheduler   Submit, Cancel, Finished  GlobalScheduler -> Frontend   Planned, Rejected
     GlobalScheduler -> worker     Prefill                   worker -> Frontend            Tokens, Failed
     prefill worker -> decode      Handoff                   decode -> prefill worker      HandoffTaken
-    Frontend -> worker            Cancel, Inquire           worker -> Frontend            Inquired
+    Frontend -> worker            Cancel, Inquire, Change   worker -> Frontend            Inquired
     everyone -> GlobalScheduler   Load                      worker -> MemPoolShard        Load
     worker -> MemPoolShard        Acquire, AllocMem, Insert, Adopt, FreeMem
     MemPoolShard -> worker        Acquired, Allocated, Inserted, Adopted, Freed, PoolRefused
@@ -317,6 +317,16 @@ class Gone:
     actors: tuple[ActorId, ...]
 
 
+@attrs.frozen
+class Change:
+    """What an operator wants of a worker, see :mod:`memserve.scheduling.changes`. Nothing answers it: heartbeats show it."""
+
+    role: str = ""
+    """prefill, decode or both; empty leaves the role as it is."""
+    drain: bool = False
+    """Take no new request, finish or hand over those under way, then leave for good."""
+
+
 # ---- codec --------------------------------------------------------------------------------------------------
 
 Message = (
@@ -324,7 +334,7 @@ Message = (
     | Inquire | Inquired
     | Acquire | Match | Acquired | AllocMem | Allocated | Insert | Inserted | Adopt | Adopted | FreeMem | Freed
     | Delete | Evict | SwapOut | SwapIn | Prefetch | DescribePool | PoolDescribed | PoolRefused
-    | IndexDelta | IndexWanted | IndexSnapshot | Load | Cluster | Gone
+    | IndexDelta | IndexWanted | IndexSnapshot | Load | Cluster | Gone | Change
 )  # fmt: skip
 
 _encode = msgspec.msgpack.Encoder().encode

@@ -18,14 +18,15 @@ from memserve.actions import BatchDone, RunBatch
 from memserve.actors.engine_thread import EngineThread
 from memserve.actors.loop import Shell
 from memserve.bus import Link, open_link
-from memserve.config import Resolved
+from memserve.config import Resolved, ShardConfig
 from memserve.costs import StepCosts
 from memserve.engine.batching import BatchLimits
 from memserve.engine.plans import StepEngine
 from memserve.engine.worker import WorkerCore, WorkerSettings
 from memserve.errors import PeerError, PeerUnreachable
+from memserve.gpus import device_index
 from memserve.messages import ActorId, Member
-from memserve.process import ActorContext, RestartNeeded, ready_model
+from memserve.process import ActorContext, Lifeline, RestartNeeded, ready_model
 from memserve.scheduling.joining import JoiningCore
 from memserve.scheduling.presence import Presence, Reporting, seed_id
 
@@ -36,6 +37,8 @@ RETIRE = {"off": "none", "1": "prompt", "2": "all", "3": "all"}
 """Which pages each caching mode gives to the index. On a shared shard modes 2 and 3 do the same, moving no byte."""
 SHARD_WAIT_S = 60.0
 """How long a starting worker waits for its shard before it asks to be restarted."""
+PLANNED_S = 0.3
+"""A draining worker stays for so long at least: what was planned before the scheduler knew of it still arrives."""
 CORES_FILE = "cores.lock"
 CALIBRATED_ROWS = 32
 """Streams in a step, at most, when it is measured what steps cost; more are reckoned from these."""
@@ -52,16 +55,16 @@ async def run_worker(context: ActorContext, task_status: trio.TaskStatus[None]) 
         shell = Shell(Reporting(joining, presence), link)
         async with trio.open_nursery() as nursery:
             await nursery.start(shell.run)
-            nursery.start_soon(trio.to_thread.run_sync, import_engine)
+            nursery.start_soon(trio.to_thread.run_sync, import_engine, shard_of(context).on_gpu)
             shard = await shard_found(shell, joining)
             costs: list[StepCosts] = []
             engine = EngineThread(partial(start_engine, context, shard, costs.append))
             await nursery.start(engine.run)
-            presence.member = attrs.evolve(presence.member, costs=costs[0])
+            presence.member = attrs.evolve(presence.member, costs=costs[0] if costs else None)
             core = WorkerCore(presence, shard, settings_of(context.resolved))
             take_charge(shell, core, engine)
             task_status.started()
-            await until_drained(shell, core, context.lifeline.drain)
+            await until_drained(shell, core, context.lifeline)
             nursery.cancel_scope.cancel()
 
 
@@ -91,9 +94,9 @@ def settings_of(resolved: Resolved) -> WorkerSettings:
     return WorkerSettings(limits, config.pool.page_tokens, resolved.max_context, RETIRE[config.cache.mode])
 
 
-def import_engine() -> None:
+def import_engine(on_gpu: bool) -> None:
     """Import torch while the shard still fills its arena: each takes seconds."""
-    importlib.import_module("memserve.engine.runner")
+    importlib.import_module("memserve.engine.cuda" if on_gpu else "memserve.engine.runner")
 
 
 def start_engine(context: ActorContext, shard: ActorId, measured: Callable[[StepCosts], None]) -> StepEngine:
@@ -103,6 +106,8 @@ def start_engine(context: ActorContext, shard: ActorId, measured: Callable[[Step
     from memserve.kernels.arena import attach_arena
 
     resolved = context.resolved
+    if shard_of(context).on_gpu:
+        return start_engine_on_gpu(context, shard)
     try:
         arena = attach_arena(context.place.socket_path(f"{shard}.arena"), resolved.page_bytes)
     except (PeerError, PeerUnreachable) as error:
@@ -149,6 +154,26 @@ def calibrate(engine: CpuEngine, resolved: Resolved, threads: int) -> StepCosts:
     return costs
 
 
+def shard_of(context: ActorContext) -> ShardConfig:
+    """The configuration of the shard whose pages this worker uses."""
+    config = next(one for one in context.resolved.config.worker if one.name == context.name)
+    return context.resolved.shard(config.shard)
+
+
+def start_engine_on_gpu(context: ActorContext, shard: ActorId) -> StepEngine:
+    """The same for a shard on a GPU, which holds the weights too."""
+    from memserve.engine.cuda import open_engine
+
+    resolved, model = context.resolved, context.resolved.config.model
+    files = ready_model(resolved.model_path, resolved.spec, model.stored, model.dtype, on_gpus=True)
+    device = device_index(shard_of(context).device)
+    assert device is not None, "a worker of a shard that is on no GPU"
+    try:
+        return open_engine(resolved, files, context.place.socket_path(f"{shard}.arena"), device)
+    except (PeerError, PeerUnreachable) as error:
+        raise RestartNeeded(str(error)) from error
+
+
 def take_charge(shell: Shell, core: WorkerCore, engine: EngineThread) -> None:
     """Put the worker's own core in charge: what it plans, the engine runs, and the result comes back to it."""
 
@@ -162,10 +187,21 @@ def take_charge(shell: Shell, core: WorkerCore, engine: EngineThread) -> None:
     shell.turn()
 
 
-async def until_drained(shell: Shell, core: WorkerCore, drain: trio.Event) -> None:
-    """Wait for the word, then for the last sequence to end or leave."""
-    await drain.wait()
-    core.presence.become("draining")
-    shell.turn()
+async def until_drained(shell: Shell, core: WorkerCore, lifeline: Lifeline) -> None:
+    """Wait for the word, from the supervisor or from an operator, then for the last sequence to end or leave."""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_drain_when_told, shell, core, lifeline)
+        while core.presence.member.state != "draining":
+            await shell.turned.wait()
+        nursery.cancel_scope.cancel()
+    if not lifeline.drain.is_set():
+        lifeline.leaving()
+        await trio.sleep(PLANNED_S)
     while not core.idle:
         await shell.turned.wait()
+
+
+async def _drain_when_told(shell: Shell, core: WorkerCore, lifeline: Lifeline) -> None:
+    await lifeline.drain.wait()
+    core.presence.become("draining")
+    shell.turn()

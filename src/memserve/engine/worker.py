@@ -26,6 +26,7 @@ from memserve.errors import PoolError
 from memserve.messages import (
     ActorId,
     Cancel,
+    Change,
     Failed,
     Gone,
     Handoff,
@@ -333,6 +334,13 @@ class WorkerCore:
         if one is not None and one.phase is Phase.LEAVING:
             self._remove(one, free=not message.adopted)
 
+    # ---- an operator's changes ------------------------------------------------------------------------------
+
+    def _on_change(self, sender: ActorId, message: Change, now: float) -> None:
+        if self.presence.change(message):
+            member = self.presence.member
+            self._outbox.add(Log("info", "worker changed", {"role": member.role, "state": member.state}))
+
     # ---- ends -----------------------------------------------------------------------------------------------
 
     def _on_inquire(self, sender: ActorId, message: Inquire, now: float) -> None:
@@ -415,6 +423,7 @@ _HANDLERS: dict[type[Any], Callable[[WorkerCore, ActorId, Any, float], None]] = 
     Handoff: WorkerCore._on_handoff,
     HandoffTaken: WorkerCore._on_handoff_taken,
     Cancel: WorkerCore._on_cancel,
+    Change: WorkerCore._on_change,
     Inquire: WorkerCore._on_inquire,
     Acquired: WorkerCore._on_acquired,
     Allocated: WorkerCore._on_allocated,

@@ -23,7 +23,7 @@ UNKNOWN = StepCosts(((1.0, 0.02), (32.0, 0.03), (256.0, 0.15)), row_s=1e-4, read
 """Of a worker that has measured nothing: some small machine. Its measured scale corrects the worst of it."""
 
 
-@attrs.frozen
+@attrs.define
 class Placed:
     """What one placement adds to a worker until its reports include it."""
 

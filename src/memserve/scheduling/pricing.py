@@ -30,7 +30,7 @@ from memserve.tokens import count
 
 BY_QUEUE = 3
 """Prefill workers looked at for their short queue."""
-BY_PREFIX = 3
+BY_PREFIX = 2
 """Shards looked at for what they hold."""
 DECODES_EACH = 2
 """Decode workers looked at for each prefill worker."""
@@ -50,7 +50,7 @@ class Weights:
     """Whether a prefix may be fetched from another shard, and a stream continued on one."""
 
 
-@attrs.frozen
+@attrs.define
 class Start:
     """Running the prompt on one worker: what it costs, and how its prefix comes there."""
 
@@ -118,6 +118,9 @@ class Cost:
         member = prefill.member
         found = {member.id: None} if member.role == "both" else {}
         ranking = fleet.decodes.of_shard.get(member.shard)
+        if found and not self.weights.fetch and ranking is not None and len(ranking.keys) == 1:
+            yield prefill  # alone on its shard
+            return
         if ranking is not None:
             found |= dict.fromkeys(ranking.first(DECODES_EACH))
         if self.weights.fetch:
