@@ -16,7 +16,7 @@ from typing import Any
 
 import attrs
 
-from memserve.actions import Action, CopyDone, Kill, Log, Send
+from memserve.actions import Action, CopyDone, Kill, Log, Overslept, Send
 from memserve.errors import PoolError
 from memserve.mempool.addresses import Address, Tier
 from memserve.mempool.answers import Answer, Answers
@@ -105,7 +105,7 @@ class ShardCore:
         """When :meth:`advance` must be called next; infinity when nobody holds anything."""
         return min(self.pool.deadline, self._publisher.deadline)
 
-    def receive(self, sender: ActorId, message: Message | CopyDone, now: float) -> None:
+    def receive(self, sender: ActorId, message: Message | CopyDone | Overslept, now: float) -> None:
         """Take one message in. A heartbeat is believed for the member it names, whoever passed it on."""
         match message:
             case FreeMem():
@@ -119,6 +119,8 @@ class ShardCore:
                 self.pool.renew(member.id, now)
             case Gone(actors):
                 self._bury(actors)
+            case Overslept():
+                self.pool.leases.excuse(now)
             case IndexWanted():
                 self._actions += self._publisher.snapshot(sender)
             case Cluster():

@@ -32,7 +32,7 @@ from memserve.pool_messages import IndexDelta, IndexSnapshot
 from memserve.scheduling.index_feed import IndexFeed
 from memserve.scheduling.membership import Membership, pairs
 from memserve.scheduling.policies import Policy
-from memserve.scheduling.presence import HEARTBEAT_S
+from memserve.scheduling.presence import HEARTBEAT_S, Wakefulness
 
 PLANS_REMEMBERED = 10_000
 """Plans kept to answer repeated Submits."""
@@ -64,6 +64,7 @@ class SchedulerCore:
     _held: OrderedDict[tuple[str, int], Held] = attrs.field(factory=OrderedDict, init=False)
     _actions: list[Action] = attrs.field(factory=list, init=False)
     _publish_at: float = attrs.field(default=0.0, init=False)
+    _wakefulness: Wakefulness = attrs.field(factory=Wakefulness, init=False)
 
     # ---- the five verbs -------------------------------------------------------------------------------------
 
@@ -75,6 +76,8 @@ class SchedulerCore:
 
     def advance(self, now: float) -> None:
         """Declare the silent dead, reject what was held too long, publish the view."""
+        if self._wakefulness.overslept(now):
+            self.membership.excuse(now)
         self._bury(self.membership.silent(now), "silent", now)
         for key, held in list(self._held.items()):
             if now >= held.until:
