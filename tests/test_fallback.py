@@ -39,14 +39,14 @@ def broken_compiler(patch: Patch) -> None:
 
 
 def old_processor(patch: Patch) -> None:
-    """As on a processor without bfloat16 instructions."""
-    patch.setattr(native_build, "_processor_flags", lambda: {"fma", "avx512f"})
+    """As on a processor from before AVX2."""
+    patch.setattr(native_build, "_processor_flags", lambda: {"avx", "sse4_2"})
 
 
 LACKING: dict[Callable[[Patch], None], str] = {
     no_compiler: "no C++ compiler",
     broken_compiler: "no room left",
-    old_processor: "the processor lacks avx512_bf16, avx512bw, avx512dq, avx512vl",
+    old_processor: "the processor lacks avx2, fma",
 }
 
 
@@ -54,7 +54,7 @@ LACKING: dict[Callable[[Patch], None], str] = {
 def reason(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: Patch) -> str:
     """This machine with something missing, and an empty cache; what the log must say of it."""
     monkeypatch.setenv("MEMSERVE_CACHE", str(tmp_path))
-    monkeypatch.setattr(native_build, "_processor_flags", lambda: set(native_build._INSTRUCTIONS))
+    monkeypatch.setattr(native_build, "_processor_flags", lambda: set(native_build._AVX2))
     request.param(monkeypatch)
     return LACKING[request.param]
 

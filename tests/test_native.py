@@ -27,7 +27,7 @@ AMX = False
 """Whether the steps of the running test are to use AMX."""
 
 
-@pytest.fixture(params=[False, True], ids=["avx512", "amx"], scope="module", autouse=True)
+@pytest.fixture(params=[False, True], ids=["vectors", "amx"], scope="module", autouse=True)
 def _instructions(request: pytest.FixtureRequest) -> Iterator[None]:
     """Every test on each of the instruction sets that there are here."""
     global AMX

@@ -19,6 +19,7 @@ from memserve.pool_messages import (
     Adopted,
     Allocated,
     AllocMem,
+    Freed,
     FreeMem,
     Insert,
     Inserted,
@@ -126,7 +127,9 @@ def test_a_withdrawn_acquire_is_not_granted():
     shard.say("p.1", Acquire(2, "anne", PROMPT, 0))
     shard.say("p.2", Acquire(1, "anne", pack([1]), 0))
 
-    assert shard.say("p.1", FreeMem(lease=0, call=2)) == [("p.2", Acquired(1, 2, (3,), 0))]
+    withdrawn = ("p.1", Freed(2, 0))
+    assert shard.say("p.1", FreeMem(lease=0, call=2)) == [withdrawn, ("p.2", Acquired(1, 2, (3,), 0))]
+    assert shard.say("p.1", FreeMem(lease=0, call=2)) == [withdrawn]  # its answer was lost
     assert shard.say("p.1", Acquire(2, "anne", PROMPT, 0)) == []  # a late repeat of it
     assert shard.say("p.1", FreeMem(first.lease)) == []
 
@@ -136,7 +139,7 @@ def test_a_withdrawal_that_crosses_the_grant_ends_the_lease():
     shard = Shard()
     [(_, granted)] = shard.say("p.1", Acquire(1, "anne", PROMPT, 0))
 
-    assert shard.say("p.1", FreeMem(lease=0, call=1)) == []
+    assert shard.say("p.1", FreeMem(lease=0, call=1)) == [("p.1", Freed(1, 0))]
     assert shard.core.gauges()["pages_free"] == 8
     assert shard.say("p.1", FreeMem(granted.lease)) == [
         "free refused"

@@ -32,6 +32,7 @@ LAYERS = {
         "__init__",
         "errors",
         "identity",
+        "costs",
         "tokens",
         "messages",
         "pool_messages",
@@ -58,6 +59,9 @@ LAYERS = {
         "configfile",
         "rules",
         "resolve",
+        "lifecycle",
+        "gpus",
+        "gpu_room",
         "place",
         "observe",
         "engine.spec",
@@ -70,9 +74,10 @@ LAYERS = {
     ),
     "engine": ("engine.*", "kernels*"),
     "links": ("bus", "api*", "transfer*", "client"),
-    "process": ("process", "lifecycle"),
+    "process": ("process",),
+    "sim": ("sim", "sim.*"),
     "actors": ("actors*",),
-    "top": ("supervisor", "child", "cli", "__main__", "inspect", "show", "status"),
+    "top": ("supervisor", "child", "cli", "__main__", "inspect", "show", "sim_options", "simulate", "status"),
 }
 """The first layer with a matching pattern is a module's own."""
 
@@ -83,8 +88,9 @@ MAY_IMPORT = {
     "engine": {"words", "cores", "settings", "engine"},
     "links": {"words", "cores", "settings", "engine", "links"},
     "process": {"words", "settings", "engine", "process"},
+    "sim": {"words", "cores", "settings", "sim"},
     "actors": {"words", "cores", "settings", "engine", "links", "process", "actors"},
-    "top": {"words", "cores", "settings", "engine", "links", "process", "top"},
+    "top": {"words", "cores", "settings", "engine", "links", "process", "sim", "top"},
 }
 
 IMPURE = {
@@ -94,10 +100,15 @@ IMPURE = {
 """A core that imports one of these cannot be replayed under a virtual clock."""
 
 MAY_IMPORT_TORCH = {"engine.model", "engine.runner", "engine.sampling", "engine.weights"}
+MAY_IMPORT_GPU = {
+    "kernels.gpu_memory": {"cupy"},
+    "kernels.flashinfer_kit": {"flashinfer"},
+}
+"""cupy and flashinfer are optional, and importing them can make a CUDA context: nothing else may."""
 MAY_PRINT = {"cli", "show", "supervisor", "process", "__main__"}
 FUNCTION_LINES_MAX = 60
 FILE_LINES_MAX = 450
-DISTRIBUTIONS = {"zmq": "pyzmq"}
+DISTRIBUTIONS = {"zmq": "pyzmq", "cupy": "cupy-cuda13x", "flashinfer": "flashinfer-python"}
 """Packages whose import name is not their own."""
 
 
@@ -185,6 +196,17 @@ def test_processes_without_a_model_do_not_load_torch():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT / "src"
     )
     assert done.stdout.strip() == "False"
+
+
+def test_gpu_libraries_stay_in_the_gpu_backend():
+    """If it failed, memserve would not start on a machine without them, or each actor would hold a CUDA context."""
+    for module, path in MODULES.items():
+        used = {name.partition(".")[0] for name in imports(path)} & {"cupy", "flashinfer"}
+        assert used <= MAY_IMPORT_GPU.get(module, set()), module
+        at_once = {
+            name.name for node in tree(path).body if isinstance(node, ast.Import) for name in node.names
+        }
+        assert not {name.partition(".")[0] for name in at_once} & {"cupy", "flashinfer"}, module
 
 
 def test_nothing_is_ever_pickled():

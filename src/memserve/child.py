@@ -14,6 +14,7 @@ import attrs
 import structlog
 import trio
 
+from memserve.gpus import gpu_environment
 from memserve.lifecycle import HUNG_S, HUNG_STARTING_S, STATUS_CRASHED, WORKER_KINDS, ActorSpec, RestartPolicy
 from memserve.messages import ActorId
 from memserve.place import Place
@@ -178,12 +179,12 @@ def actor_argv(name: str, runtime_dir: Path, lifeline_fd: int) -> list[str]:
 
 
 def actor_environment(spec: ActorSpec) -> dict[str, str]:
-    """The environment of an actor: workers get the settings that a maths library reads once, when it is loaded."""
+    """The environment of an actor: what CUDA, and in workers a maths library, reads once, when it is loaded."""
     if spec.kind not in WORKER_KINDS:
-        return dict(os.environ)
+        return {**os.environ, **gpu_environment()}
     from memserve.engine.cores import engine_environment
 
-    return {**os.environ, **engine_environment()}
+    return {**os.environ, **gpu_environment(), **engine_environment()}
 
 
 @attrs.frozen

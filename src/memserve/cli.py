@@ -1,4 +1,4 @@
-"""The command line: five verbs for people. Each imports what it needs when it is called, so that --help is quick."""
+"""The command line: six verbs for people. Each imports what it needs when it is called, so that --help is quick."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from cyclopts import App, CycloptsError, Parameter
 
 from memserve import __version__
 from memserve.errors import UserError
+from memserve.sim_options import SimOptions
 
 if TYPE_CHECKING:
     from memserve.inspect import Filter, Tally
@@ -173,6 +174,14 @@ def logs(
     else:
         print_lines(run_dir, tally, wanted, follow, json)
     show.complain(tally.complaint())
+
+
+@app.command
+def sim(options: SimOptions | None = None) -> int:
+    """Run a cluster's cores under a virtual clock: plan capacity on a trace, compare policies, search for faults."""
+    from memserve import simulate
+
+    return simulate.command(options or SimOptions(), print_json)
 
 
 @app.command

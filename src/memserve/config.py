@@ -131,14 +131,28 @@ class ShardConfig:
     """``[[shard]]``: one MemPoolShard, the owner of one memory domain."""
 
     name: str = setting(rule=a_name, help="its name in logs, status and [[worker]] shard")
-    device: str = setting("cpu", rule=one_of("cpu"), help="where its pages live")
-    memory: int = setting(
-        GIB,
+    device: str = setting(
+        "cpu",
+        rule=matching("cpu|cuda:[0-9]{1,2}", "be cpu, or cuda:N for the GPU of that number"),
+        help="where its pages live and its workers compute: the host's memory and cores, or a GPU",
+    )
+    memory: int | None = setting(
+        None,
         unit="bytes",
         parse=parse_size,
         rule=between(1 << 20, 1 << 50),
-        help='size of its arena, taken at start: "512MiB", "2GiB" or bytes',
+        help='size of its arena, taken at start: "512MiB", "2GiB" or bytes; unset: 1 GiB on cpu, on a GPU what is left',
     )
+
+    @property
+    def host_memory(self) -> int:
+        """Bytes of the host's memory that its arena takes."""
+        return 0 if self.on_gpu else self.memory or GIB
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether its pages live on a GPU."""
+        return self.device != "cpu"
 
 
 @attrs.frozen(kw_only=True)
@@ -335,12 +349,23 @@ class Resolved:
     runtime_dir: str
     """Sockets, lock and cluster.json; gone when the cluster is."""
     reasons: tuple[Reason, ...]
+    gpu_worker_bytes: int = 0
+    """What a worker may take of a GPU's memory, beside the weights and the pages that it shares."""
     host_pages: int = 0
     """Pages in each shard's host memory, beside its arena."""
     disk_pages: int = 0
     """Pages in each shard's file."""
     disk_dir: str = ""
     """Where those files are made."""
+
+    def shard(self, name: str) -> ShardConfig:
+        """The shard of that name."""
+        return next(shard for shard in self.config.shard if shard.name == name)
+
+    @property
+    def on_gpus(self) -> bool:
+        """Whether every shard is on a GPU, so that nothing needs the model in the form for CPUs."""
+        return all(shard.on_gpu for shard in self.config.shard)
 
     @property
     def run_dir(self) -> str:

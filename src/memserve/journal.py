@@ -20,6 +20,8 @@ from memserve.messages import (
     Cluster,
     Failed,
     Gone,
+    Inquire,
+    Inquired,
     Member,
     Message,
     Plan,
@@ -38,6 +40,10 @@ from memserve.tokens import count, unpack
 
 SUBMIT_REPEAT_S = 1.0
 """How long a Submit may stay unanswered before it is sent again, to the next scheduler if there are several."""
+STALL_S = 3.0
+"""How long an attempt may be silent before its worker is asked whether it still holds it."""
+LOST_S = 8.0
+"""How long it may stay silent, the question unanswered, before it is planned anew."""
 ATTEMPTS_MAX = 8
 """Attempts before a request fails: one that kills its workers must not do so for ever."""
 
@@ -54,12 +60,24 @@ class Entry:
     attempt: int = 0
     plan: Plan | None = None
     asked_at: float = 0.0
+    """Of the last Submit, or of the last Inquire since there is a plan."""
+    heard_at: float = 0.0
+    """When the attempt showed a sign of life."""
     cached_tokens: int = 0
     fed_by_decode: bool = False
     """The decode worker of this attempt has sent tokens."""
     first_token_at: float | None = None
     last_token_at: float | None = None
     timings: Timings = Timings()
+
+    @property
+    def due(self) -> float:
+        """When something must be asked again, or given up."""
+        return (
+            self.asked_at + SUBMIT_REPEAT_S
+            if self.plan is None
+            else max(self.asked_at, self.heard_at) + STALL_S
+        )
 
     def current(self) -> Request:
         """The request as the attempt under way carries it."""
@@ -76,6 +94,8 @@ class FrontendCore:
     _entries: dict[str, Entry] = attrs.field(factory=dict, init=False)
     _view: dict[ActorId, dict[ActorId, Member]] = attrs.field(factory=dict, init=False)
     _actions: list[Action] = attrs.field(factory=list, init=False)
+    _look_at: float = attrs.field(default=float("inf"), init=False)
+    """No entry is due before."""
     counters: dict[str, float] = attrs.field(factory=dict, init=False)
 
     # ---- the HTTP side --------------------------------------------------------------------------------------
@@ -120,11 +140,19 @@ class FrontendCore:
             handler(self, sender, message, now)
 
     def advance(self, now: float) -> None:
-        """Repeat unanswered Submits."""
-        for entry in list(self._entries.values()):
-            if entry.plan is None and now >= entry.asked_at + SUBMIT_REPEAT_S:
+        """Repeat unanswered Submits, and ask after attempts that are silent."""
+        if now < self._look_at:
+            return
+        for entry in [one for one in self._entries.values() if now >= one.due]:
+            if entry.plan is None:
                 self._rotate_schedulers()
                 self._submit(entry, now)
+            elif now >= entry.heard_at + LOST_S:
+                self._resubmit(entry, f"not heard of for {now - entry.heard_at:.1f} s", now)
+            else:
+                whom = entry.plan.decode if entry.fed_by_decode else entry.plan.prefill
+                self._inquire(entry, whom, now)
+        self._look_at = min((one.due for one in self._entries.values()), default=float("inf"))
 
     def take(self) -> list[Action]:
         """Everything to be done now."""
@@ -134,8 +162,7 @@ class FrontendCore:
     @property
     def deadline(self) -> float:
         """When ``advance`` must be called next."""
-        unplanned = (one.asked_at for one in self._entries.values() if one.plan is None)
-        return min(unplanned, default=float("inf")) + SUBMIT_REPEAT_S
+        return self._look_at if self._entries else float("inf")
 
     @property
     def idle(self) -> bool:
@@ -159,6 +186,7 @@ class FrontendCore:
 
     def _submit(self, entry: Entry, now: float) -> None:
         entry.plan, entry.fed_by_decode, entry.asked_at = None, False, now
+        self._look_at = min(self._look_at, entry.due)
         self._actions.append(Send(self.presence.schedulers[0], Submit(entry.current())))
 
     def _rotate_schedulers(self) -> None:
@@ -168,7 +196,7 @@ class FrontendCore:
     def _on_planned(self, sender: ActorId, message: Planned, now: float) -> None:
         entry = self._current(message.request, message.attempt)
         if entry is not None and entry.plan is None:
-            entry.plan = message.plan
+            entry.plan, entry.heard_at = message.plan, now
             self._log(
                 "info", "request planned", entry, prefill=message.plan.prefill, decode=message.plan.decode
             )
@@ -191,12 +219,29 @@ class FrontendCore:
         self._log("warning", "request resubmitted", entry, reason=reason, sent_tokens=count(entry.sent))
         self._submit(entry, now)
 
+    def _inquire(self, entry: Entry, whom: ActorId, now: float) -> None:
+        entry.asked_at = now
+        self._actions.append(Send(whom, Inquire(entry.request.id, entry.attempt)))
+
+    def _on_inquired(self, sender: ActorId, message: Inquired, now: float) -> None:
+        """The prefill worker is asked before the decode worker: it holds a request until the other has taken it."""
+        entry = self._current(message.request, message.attempt)
+        if entry is None or entry.plan is None:
+            return
+        if message.held:
+            entry.heard_at = now
+        elif sender != entry.plan.decode:
+            self._inquire(entry, entry.plan.decode, now)
+        else:
+            self._resubmit(entry, "no worker holds it", now)
+
     # ---- tokens ---------------------------------------------------------------------------------------------
 
     def _on_tokens(self, sender: ActorId, message: Tokens, now: float) -> None:
         for update in message.updates:
             entry = self._current(update.request, update.attempt)
             if entry is not None:
+                entry.heard_at = now
                 entry.fed_by_decode |= entry.plan is not None and sender == entry.plan.decode
                 self._take_tokens(entry, update, now)
 
@@ -251,6 +296,8 @@ class FrontendCore:
         for view in self._view.values():
             for actor in gone & view.keys():
                 del view[actor]
+        if self.presence.member.id in gone:  # it was held for dead while it slept, and the workers let go
+            gone = {one for entry in self._entries.values() for one in _needed(entry)}
         for entry in list(self._entries.values()):
             dead = sorted(gone & _needed(entry))
             if dead:
@@ -323,6 +370,7 @@ _HANDLERS: dict[type[Any], Callable[[FrontendCore, ActorId, Any, float], None]] 
     Planned: FrontendCore._on_planned,
     Rejected: FrontendCore._on_rejected,
     Tokens: FrontendCore._on_tokens,
+    Inquired: FrontendCore._on_inquired,
     Failed: FrontendCore._on_failed,
     Cluster: FrontendCore._on_cluster,
     Gone: FrontendCore._on_gone,

@@ -10,7 +10,8 @@ Who says what::
     Frontend -> GlobalScheduler   Submit, Cancel            GlobalScheduler -> Frontend   Planned, Rejected
     GlobalScheduler -> worker     Prefill                   worker -> Frontend            Tokens, Failed
     prefill worker -> decode      Handoff                   decode -> prefill worker      HandoffTaken
-    Frontend -> worker            Cancel                    everyone -> GlobalScheduler   Load
+    Frontend -> worker            Cancel, Inquire           worker -> Frontend            Inquired
+    everyone -> GlobalScheduler   Load                      worker -> MemPoolShard        Load
     worker -> MemPoolShard        Acquire, AllocMem, Insert, Adopt, FreeMem
     MemPoolShard -> worker        Acquired, Allocated, Inserted, Adopted, Freed, PoolRefused
     any client -> MemPoolShard    those, Match, Delete, Evict, SwapOut, SwapIn, Prefetch, DescribePool
@@ -217,7 +218,7 @@ class Handoff:
     generated: bytes
     """Tokens sampled so far, already sent to the Frontend."""
     retired_tokens: int
-    """Tokens of the sequence whose pages are already in the index."""
+    """Tokens of the sequence of which the shard has said that their pages are in the index."""
     cached_tokens: int
     timings: Timings
     first_token_at: float
@@ -260,6 +261,23 @@ class Cancel:
     attempt: int
 
 
+@attrs.frozen
+class Inquire:
+    """Nothing was heard of this attempt for a while: do you hold it? Answered by Inquired."""
+
+    request: str
+    attempt: int
+
+
+@attrs.frozen
+class Inquired:
+    """Whether the sender holds this attempt. When nobody does, something was lost, and the Frontend plans it anew."""
+
+    request: str
+    attempt: int
+    held: bool
+
+
 # ---- membership ---------------------------------------------------------------------------------------------
 
 
@@ -291,6 +309,7 @@ class Gone:
 
 Message = (
     Submit | Planned | Rejected | Prefill | Handoff | HandoffTaken | Tokens | Failed | Cancel
+    | Inquire | Inquired
     | Acquire | Match | Acquired | AllocMem | Allocated | Insert | Inserted | Adopt | Adopted | FreeMem | Freed
     | Delete | Evict | SwapOut | SwapIn | Prefetch | DescribePool | PoolDescribed | PoolRefused
     | IndexDelta | IndexWanted | IndexSnapshot | Load | Cluster | Gone

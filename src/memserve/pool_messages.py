@@ -113,7 +113,7 @@ class Adopted:
 class FreeMem:
     """End a lease: unpin what is indexed, free the rest. With ``lease=0``, withdraw the call ``call``.
 
-    With both, it is answered by Freed or PoolRefused; without ``call`` by nothing.
+    With ``call`` it is answered by Freed or, for a lease, PoolRefused; without by nothing.
     """
 
     lease: int

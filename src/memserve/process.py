@@ -358,10 +358,11 @@ def leaves(error: BaseException) -> Iterator[BaseException]:
 # ---- the weights ---------------------------------------------------------------------------------------------
 
 
-def prepare_weights(path: str, stored: str, dtype: str) -> int:
+def prepare_weights(path: str, stored: str, dtype: str, on_gpus: str = "") -> int:
     """Convert the weights and compile the native step if they are not in the cache yet; the exit status.
 
-    ``stored``: the type of the matrices; ``dtype``: that of the run. A process of its own, for its memory.
+    ``stored``: the type of the matrices; ``dtype``: that of the run; ``on_gpus``: not empty where all shards are on
+    GPUs, which take no native step. A process of its own, for its memory.
 
     Its lifeline is its standard input: at the end of file its supervisor is gone, and so is the need for it.
     """
@@ -371,25 +372,25 @@ def prepare_weights(path: str, stored: str, dtype: str) -> int:
     from memserve.engine.weights import default_cache_dir
 
     compiling = threading.Thread(target=_compile_native, args=[default_cache_dir()])
-    if dtype == "bfloat16":
+    if dtype == "bfloat16" and not on_gpus:
         compiling.start()  # beside the conversion: each takes seconds on one core
     try:
-        ready_model(path, read_spec(path), stored, dtype)
+        ready_model(path, read_spec(path), stored, dtype, on_gpus=bool(on_gpus))
     except UserError as error:
         print(error, file=sys.stderr)
         return STATUS_USER_ERROR
     return 0
 
 
-def ready_model(path: str, spec: ModelSpec, stored: str, dtype: str) -> ModelFiles:
+def ready_model(path: str, spec: ModelSpec, stored: str, dtype: str, *, on_gpus: bool) -> ModelFiles:
     """The model's files as every process of this host takes them: matrices as ``stored``, for a run in ``dtype``.
 
-    In tiles where the native step can run it. Raises UserError as ``prepare`` does.
+    In tiles where the native step can run it and a shard is on the host. Raises UserError as ``prepare`` does.
     """
     from memserve.engine.weights import prepare
     from memserve.kernels.native_build import why_not
 
-    return prepare(path, stored, tiled=why_not(spec, dtype) is None)
+    return prepare(path, stored, tiled=not on_gpus and why_not(spec, dtype) is None)
 
 
 def _compile_native(cache_dir: Path) -> None:

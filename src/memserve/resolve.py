@@ -6,15 +6,17 @@ import contextlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
 import attrs
 
-from memserve.config import Config, Reason, Resolved
+from memserve.config import Config, Reason, Resolved, ShardConfig
 from memserve.engine.spec import STORED_BYTES, ModelSpec, find_model, read_spec
 from memserve.errors import ConfigError, UserError
+from memserve.gpu_room import gpu_pages, gpu_problems, worker_bytes
+from memserve.gpus import Gpus, find_gpus
 from memserve.place import place_path
 from memserve.tokens import pages_for
 
@@ -31,6 +33,8 @@ class Machine:
     """For sockets and locks; see :func:`memserve.place.place_path`."""
     run: str
     """Name of the run to be."""
+    gpus: Callable[[], Gpus] = find_gpus
+    """Looks for GPUs; called only where a shard is on one, because it takes a second."""
 
     @classmethod
     def here(cls, log_dir: str) -> Machine:
@@ -114,15 +118,26 @@ def decide(config: Config, machine: Machine) -> Resolved:
         spec = read_spec(model_path)
     except UserError as error:
         others = [*memory_problems(config, 0, machine), *log_problems(machine)]
+        if any(shard.on_gpu for shard in config.shard):
+            others += gpu_problems(config, None, machine.gpus())
         raise ConfigError("\n".join([str(error), *others])) from error
     page_bytes = spec.page_bytes(config.pool.page_tokens, config.model.dtype)
+    weights = weight_bytes(spec, config.model.stored)
+    gpus = machine.gpus() if any(shard.on_gpu for shard in config.shard) else Gpus()
+    for_worker = worker_bytes(spec, config.batch)
     resolved = Resolved(
         config=config,
         model_path=str(model_path),
         spec=spec,
         max_context=config.model.max_context or spec.max_context,
         page_bytes=page_bytes,
-        shard_pages={shard.name: shard.memory // page_bytes for shard in config.shard},
+        shard_pages={
+            shard.name: gpu_pages(config, shard, gpus, weights, for_worker, page_bytes)
+            if shard.on_gpu
+            else shard.host_memory // page_bytes
+            for shard in config.shard
+        },
+        gpu_worker_bytes=for_worker,
         threads={
             worker.name: min(worker.threads or machine.cores, machine.cores) for worker in config.worker
         },
@@ -137,9 +152,9 @@ def decide(config: Config, machine: Machine) -> Resolved:
             Path(config.pool.disk_path).expanduser().resolve() if config.pool.disk_path else machine.log_dir
         ),
     )
-    weights = weight_bytes(spec, config.model.stored)
     problems = [
-        *context_problems(resolved),
+        *gpu_problems(config, spec, gpus, weights, for_worker),
+        *context_problems(resolved, gpus),
         *memory_problems(config, weights, machine),
         *log_problems(machine),
         *disk_problems(resolved),
@@ -163,8 +178,8 @@ def weight_bytes(spec: ModelSpec, stored: str) -> int:
     return matrices * STORED_BYTES[stored] + float32s * STORED_BYTES["float32"]
 
 
-def context_problems(resolved: Resolved) -> Iterator[str]:
-    """A request of the greatest length must be possible, and fit in every shard."""
+def context_problems(resolved: Resolved, gpus: Gpus) -> Iterator[str]:
+    """A request of the greatest length must be possible, and fit in every shard; a GPU that is not there has no size."""
     asked, most = resolved.max_context, resolved.spec.max_context
     if asked > most:
         yield f"model.max_context must be at most {longest(resolved.spec)} ({most} tokens), not {asked}"
@@ -173,16 +188,18 @@ def context_problems(resolved: Resolved) -> Iterator[str]:
     needed = pages_for(asked, page_tokens)
     for i, shard in enumerate(resolved.config.shard):
         pages = resolved.shard_pages[shard.name]
-        if pages < needed:
+        if pages < needed and not (shard.on_gpu and (gpus.problem or not gpus.found)):
             yield (
                 f"shard[{i}].memory must hold one context of {asked} tokens ({size(needed * resolved.page_bytes)}), "
-                f"not {size(shard.memory)}: raise it, or set model.max_context to at most {pages * page_tokens}"
+                f"not {size(arena_bytes(resolved, shard))}: raise it, or set model.max_context to at most {pages * page_tokens}"
             )
 
 
 def memory_problems(config: Config, weights: int, machine: Machine) -> Iterator[str]:
     """Arenas are taken whole at start, so all of them and the weights must fit in memory now."""
-    arenas = sum(shard.memory + config.pool.host_bytes for shard in config.shard)
+    arenas = sum(shard.host_memory + config.pool.host_bytes for shard in config.shard)
+    if config.shard and all(shard.on_gpu for shard in config.shard):
+        weights = 0  # read once, page by page, into GPU memory
     if arenas + weights > machine.free_bytes:
         with_host = " with pool.host_bytes" if config.pool.host_bytes else ""
         beside = f" beside the weights ({size(weights)})" if weights else ""
@@ -190,6 +207,13 @@ def memory_problems(config: Config, weights: int, machine: Machine) -> Iterator[
             f"shard.memory must fit in the machine's free memory ({size(machine.free_bytes)}){beside}, "
             f"not {size(arenas)} in all{with_host}: lower it in one of the shards"
         )
+
+
+def arena_bytes(resolved: Resolved, shard: ShardConfig) -> int:
+    """What the shard's arena was to take: as written, or what was found for it."""
+    if shard.on_gpu:
+        return shard.memory or resolved.shard_pages[shard.name] * resolved.page_bytes
+    return shard.host_memory
 
 
 def disk_problems(resolved: Resolved) -> Iterator[str]:
@@ -224,7 +248,8 @@ def reasons(resolved: Resolved, weights: int, machine: Machine) -> Iterator[Reas
     form = "Hugging Face directory" if Path(resolved.model_path).is_dir() else "GGUF file"
     shape = f"{spec.architecture}, {spec.layers} layers, {spec.kv_heads} kv heads"
     yield Reason("model", resolved.model_path, f"{spec.name}: {form}, {shape}")
-    yield Reason("model.weights", size(weights), f"as {config.model.stored}, mapped once for all workers")
+    where = "once on each GPU, shared by its workers" if resolved.on_gpus else "mapped once for all workers"
+    yield Reason("model.weights", size(weights), f"as {config.model.stored}, {where}")
     why = "model.max_context" if config.model.max_context else longest(spec)
     yield Reason("model.max_context", f"{resolved.max_context} tokens", why)
     per_token = (
@@ -234,7 +259,8 @@ def reasons(resolved: Resolved, weights: int, machine: Machine) -> Iterator[Reas
     for shard in config.shard:
         pages = resolved.shard_pages[shard.name]
         contexts = pages * page_tokens / resolved.max_context
-        why = f"{size(shard.memory)} of memory: {pages * page_tokens} tokens, {contexts:.1f} full contexts"
+        where = f"{size(arena_bytes(resolved, shard))} of {'memory' if not shard.on_gpu else shard.device}"
+        why = f"{where}: {pages * page_tokens} tokens, {contexts:.1f} full contexts"
         yield Reason(f"shard.{shard.name}", f"{pages} pages", why)
     for tier, pages, where in (
         ("host", resolved.host_pages, "memory"),
@@ -246,6 +272,10 @@ def reasons(resolved: Resolved, weights: int, machine: Machine) -> Iterator[Reas
             )
             yield Reason(f"pool.{tier}", f"{pages} pages", why)
     for worker in config.worker:
+        if resolved.shard(worker.shard).on_gpu:
+            room = f"{size(resolved.gpu_worker_bytes)} of {resolved.shard(worker.shard).device}"
+            yield Reason(f"worker.{worker.name}", room, "its workspaces, activations and CUDA context")
+            continue
         why = threads_why(worker.threads, machine)
         yield Reason(f"worker.{worker.name}.threads", str(resolved.threads[worker.name]), why)
     yield Reason(

@@ -334,6 +334,7 @@ def up(config_path: str, overrides: Sequence[str] = ()) -> int:
         resolved = config.resolve(settings)
         model = settings.model
         prepare = [sys.executable, "-c", PREPARE, resolved.model_path, model.stored, model.dtype]
+        prepare += ["on GPUs"] if resolved.on_gpus else []
         supervise(Supervisor(resolved, Launch(place), prepare_argv=prepare))
     except KeyboardInterrupt:  # before trio took over the signals: nothing has been started
         return 128 + signal.SIGINT

@@ -181,7 +181,9 @@ def make_app(context: ActorContext, service: FrontendService) -> Starlette:
     """The HTTP surface, with the tokenizer loaded: takes a moment, so off the event loop."""
     resolved = context.resolved
     model = resolved.config.model
-    files = ready_model(resolved.model_path, resolved.spec, model.stored, model.dtype)
+    files = ready_model(
+        resolved.model_path, resolved.spec, model.stored, model.dtype, on_gpus=resolved.on_gpus
+    )
     tokenizer = Tokenizer.load(files.tokenizer)
     keys = resolved.config.frontend.api_keys
     settings = ApiSettings(model=resolved.spec.name, max_context=resolved.max_context, api_keys=keys)

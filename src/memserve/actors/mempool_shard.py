@@ -137,7 +137,7 @@ def make_core(
         settings.capacity, settings.page_tokens, settings.lease_s, caching=settings.caching, home=home
     )
     arenas = tuple(str(sockets.get(tier, "")) for tier in Tier)
-    return ShardCore(pool, schedulers=schedulers, page_bytes=settings.page_bytes, arenas=arenas)
+    return ShardCore(pool, schedulers=schedulers, page_bytes=settings.page_bytes, arenas=arenas, me=actor)
 
 
 async def keep_pages(

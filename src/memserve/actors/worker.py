@@ -95,7 +95,9 @@ def start_engine(context: ActorContext, shard: ActorId) -> StepEngine:
     except (PeerError, PeerUnreachable) as error:
         raise RestartNeeded(str(error)) from error
     model, page_tokens = resolved.config.model, resolved.config.pool.page_tokens
-    files = ready_model(resolved.model_path, resolved.spec, model.stored, model.dtype)
+    files = ready_model(
+        resolved.model_path, resolved.spec, model.stored, model.dtype, on_gpus=resolved.on_gpus
+    )
     slot = [one.name for one in resolved.config.worker].index(context.name)
     threads = resolved.threads[context.name]
     cores = Cores(context.place.path / CORES_FILE, resolved.cores, threads, slot, outsiders=Outsiders())

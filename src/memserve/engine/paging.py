@@ -1,6 +1,7 @@
 """A worker's dealings with its shard: leases taken, grown, retired from, adopted and given back.
 
-Pages are asked for one ahead, while the last one fills, so that no step waits for the shard. When the pool has
+Every call is repeated until it is answered: the shard acts on it once. Pages are asked for one ahead, while the last
+one fills, so that no step waits for the shard. When the pool has
 none to give, the youngest sequence gives way: its pages go back (what is indexed will likely be found again)
 and it queues for all of them anew.
 """
@@ -12,10 +13,14 @@ import attrs
 from memserve.engine.outbox import Outbox
 from memserve.engine.sequence import Phase, Sequence
 from memserve.mempool.client import ShardCalls
-from memserve.messages import ActorId, Message
-from memserve.pool_messages import FreeMem
-from memserve.tokens import span
+from memserve.messages import ActorId
+from memserve.pool_messages import Acquire, Adopt, AllocMem, FreeMem, Insert
+from memserve.tokens import count, span
 
+_Call = Acquire | Adopt | AllocMem | FreeMem | Insert
+
+CALL_REPEAT_S = 1.0
+"""How long a call may stay unanswered before it is sent again."""
 SHORTAGE_RETRY_S = 0.05
 """How often a sequence without a page asks again."""
 SHORTAGE_YIELD_S = 1.0
@@ -34,13 +39,47 @@ class Paging:
     outbox: Outbox
     deadline: float = attrs.field(default=float("inf"), init=False)
     """When a shortage must be looked at again."""
-    _calls: ShardCalls[Sequence] = attrs.field(factory=ShardCalls, init=False)
+    now: float = attrs.field(default=0.0, init=False)
+    """Set by the owner before each of its verbs: when calls are sent."""
+    _calls: ShardCalls[Sequence | None] = attrs.field(factory=ShardCalls, init=False)
+    """Of None: the end of a lease, for which no sequence waits."""
+    _unanswered: dict[int, tuple[float, _Call]] = attrs.field(factory=dict, init=False)
+    """By call: when it was sent last, the longest ago first, and what was sent."""
     _starving_since: float | None = attrs.field(default=None, init=False)
     _relief_at: float = attrs.field(default=0.0, init=False)
 
     def answered(self, call: int) -> Sequence | None:
-        """Whose call this ends; None when it was withdrawn meanwhile."""
+        """Whose call this ends; None when it was withdrawn meanwhile, and then only :meth:`freed` ends it."""
+        _, message = self._unanswered.get(call, (0.0, None))
+        if not isinstance(message, FreeMem) or message.lease:
+            self._unanswered.pop(call, None)
         return self._calls.answered(call)
+
+    def freed(self, call: int) -> None:
+        """The shard has ended a lease, or knows that a call was withdrawn."""
+        self._unanswered.pop(call, None)
+        self._calls.answered(call)
+
+    def inserted(self, call: int) -> None:
+        """The shard has retired what this call said."""
+        _, message = self._unanswered.get(call, (0.0, None))
+        one = self.answered(call)
+        if one is not None and isinstance(message, Insert):
+            one.acknowledged = max(one.acknowledged, message.start + count(message.tokens))
+
+    def repeat(self) -> None:
+        """Send again what has waited too long for its answer."""
+        for call, (sent_at, message) in list(self._unanswered.items()):
+            if self.now < sent_at + CALL_REPEAT_S:
+                break
+            self._resend(call, message)
+
+    @property
+    def repeat_at(self) -> float:
+        """When :meth:`repeat` must be called next."""
+        for sent_at, _ in self._unanswered.values():
+            return sent_at + CALL_REPEAT_S
+        return float("inf")
 
     def acquire(self, one: Sequence) -> None:
         """Ask for a lease on pages for all of a sequence's tokens, cached ones first."""
@@ -58,21 +97,26 @@ class Paging:
             self._send(self._calls.alloc(one, one.lease, 1))
 
     def retire(self, one: Sequence) -> None:
-        """Give the pages that are full by now to the index."""
+        """Give the pages that are full by now to the index: all that the shard has not acknowledged, as a call may be lost."""
         limit = {"none": 0, "prompt": one.request.prompt_tokens, "all": one.computed}[self.retire_what]
         full = min(one.computed, limit) // self.page_tokens * self.page_tokens
         if full > one.retired:
-            self._send(self._calls.insert(one, one.lease, one.retired, span(one.tokens, one.retired, full)))
+            start = one.acknowledged
+            self._send(self._calls.insert(one, one.lease, start, span(one.tokens, start, full)))
             one.retired = full
 
     def release(self, one: Sequence) -> None:
         """End the lease: unpin what is indexed, free the rest."""
         self.forget(one)
         if one.lease:
-            self._send(FreeMem(one.lease))
+            lease = one.lease
+            self._send(self._calls.ask(None, lambda call: FreeMem(lease, call)))
 
     def forget(self, one: Sequence) -> None:
         """Stop waiting for answers about a sequence; a waiting acquire is withdrawn."""
+        ended = self._calls.of(one)
+        for call in ended:
+            self._unanswered.pop(call, None)
         for withdrawal in self._calls.forget(one):
             self._send(withdrawal)
 
@@ -103,9 +147,14 @@ class Paging:
         self.outbox.count("preemptions_total")
         self.release(one)
         one.go(Phase.WAITING)
-        one.lease, one.pages, one.computed, one.retired = 0, (), 0, 0
+        one.lease, one.pages, one.computed, one.retired, one.acknowledged = 0, (), 0, 0, 0
         one.growing = one.starved = False
         self.acquire(one)
 
-    def _send(self, message: Message) -> None:
+    def _send(self, message: _Call) -> None:
+        self._resend(message.call, message)
+
+    def _resend(self, call: int, message: _Call) -> None:
+        self._unanswered.pop(call, None)
+        self._unanswered[call] = (self.now, message)
         self.outbox.send(self.shard, message)

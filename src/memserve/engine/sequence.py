@@ -57,6 +57,8 @@ class Sequence:
     """Tokens whose KV is in the pages."""
     retired: int = 0
     """Tokens whose pages were given to the index; whole pages."""
+    acknowledged: int = 0
+    """Those of them that the shard has answered for."""
     cached_tokens: int = 0
     """Prompt tokens that the first acquire found in the index."""
     growing: bool = False

@@ -29,12 +29,14 @@ from memserve.messages import (
     Gone,
     Handoff,
     HandoffTaken,
+    Inquire,
+    Inquired,
     Message,
     Prefill,
     Timings,
     TokenUpdate,
 )
-from memserve.pool_messages import Acquired, Adopted, Allocated, Inserted, PoolRefused
+from memserve.pool_messages import Acquired, Adopted, Allocated, Freed, Inserted, PoolRefused
 from memserve.scheduling.presence import Presence
 from memserve.tokens import count, pack
 
@@ -79,12 +81,15 @@ class WorkerCore:
 
     def receive(self, sender: ActorId, message: Message | BatchDone, now: float) -> None:
         """Take one message in. Kinds that no worker handles are ignored."""
+        self._paging.now = now
         handler = _HANDLERS.get(type(message))
         if handler is not None:
             handler(self, sender, message, now)
 
     def advance(self, now: float) -> None:
         """Fire deadlines, and start a step when none is under way."""
+        self._paging.now = now
+        self._paging.repeat()
         self._repeat_handoffs(now)
         if self._batch is None:
             self._paging.relieve_shortage(self._in_phase(Phase.READY), now)
@@ -98,7 +103,8 @@ class WorkerCore:
     def deadline(self) -> float:
         """When ``advance`` must be called next."""
         repeats = [one.asked_at + HANDOFF_REPEAT_S for one in self._in_phase(Phase.LEAVING)]
-        return min(repeats + ([self._paging.deadline] if self._batch is None else []), default=float("inf"))
+        shortage = self._paging.deadline if self._batch is None else float("inf")
+        return min([self._paging.repeat_at, shortage, *repeats])
 
     @property
     def idle(self) -> bool:
@@ -109,7 +115,7 @@ class WorkerCore:
         """Assert every invariant."""
         for one in self._live.values():
             assert one.phase is not Phase.ENDED, one.key
-            assert 0 <= one.retired <= one.computed <= one.length, one.key
+            assert 0 <= one.acknowledged <= one.retired <= one.computed <= one.length, one.key
             assert one.computed <= len(one.pages) * self.settings.page_tokens, one.key
             assert (one.lease == 0) == (one.phase is Phase.WAITING), one.key
         in_batch = self._batch.sequences if self._batch else ()
@@ -145,8 +151,10 @@ class WorkerCore:
         request = message.request
         known = self._live.get((request.id, request.attempt))
         if known is not None:
-            if known.phase is not Phase.ADOPTING:
-                self._outbox.send(sender, HandoffTaken(*known.key, adopted=True))
+            # Two schedulers may have planned one attempt: then this lease is one too many.
+            mine = known.lease == message.lease
+            if known.phase is not Phase.ADOPTING or not mine:
+                self._outbox.send(sender, HandoffTaken(*known.key, adopted=mine))
             return
         if self._outdated(request.id, request.attempt):
             self._outbox.send(sender, HandoffTaken(request.id, request.attempt, adopted=False))
@@ -155,6 +163,7 @@ class WorkerCore:
         one = Sequence(request, message.plan, tokens, Phase.ADOPTING, now, self._next_order())
         one.lease, one.pages = message.lease, message.pages
         one.computed, one.retired = count(tokens) - 1, message.retired_tokens
+        one.acknowledged = message.retired_tokens
         one.cached_tokens, one.timings = message.cached_tokens, message.timings
         one.started_at, one.token_at = now, message.first_token_at
         self._admit(one)
@@ -186,7 +195,7 @@ class WorkerCore:
             return  # withdrawn meanwhile: the shard has ended this lease
         one.go(Phase.READY)
         one.lease, one.pages = message.lease, message.pages
-        one.computed = one.retired = message.cached_tokens
+        one.computed = one.retired = one.acknowledged = message.cached_tokens
         if one.token_at is None:
             one.cached_tokens = min(message.cached_tokens, one.request.prompt_tokens)
         self._outbox.count("requested_tokens_total", one.length)
@@ -199,7 +208,10 @@ class WorkerCore:
             one.pages += message.pages
 
     def _on_inserted(self, sender: ActorId, message: Inserted, now: float) -> None:
-        self._paging.answered(message.call)
+        self._paging.inserted(message.call)
+
+    def _on_freed(self, sender: ActorId, message: Freed, now: float) -> None:
+        self._paging.freed(message.call)
 
     def _on_adopted(self, sender: ActorId, message: Adopted, now: float) -> None:
         one = self._paging.answered(message.call)
@@ -218,8 +230,8 @@ class WorkerCore:
 
     def _on_refused(self, sender: ActorId, message: PoolRefused, now: float) -> None:
         one = self._paging.answered(message.call)
-        if one is None:
-            return
+        if one is None or one.phase is Phase.LEAVING:
+            return  # of one that leaves: the next owner was faster than our last insert, and repeats it
         if one.phase is Phase.WAITING:
             status = 400 if message.code == PoolError.TOO_LARGE else 503
             self._fail(one, message.code, message.message, status=status)
@@ -304,8 +316,8 @@ class WorkerCore:
     def _send_handoff(self, one: Sequence, now: float) -> None:
         one.asked_at = now
         message = Handoff(
-            one.request, one.plan, one.lease, one.pages, one.fresh, one.retired, one.cached_tokens, one.timings,
-            one.token_at or now,
+            one.request, one.plan, one.lease, one.pages, one.fresh, one.acknowledged, one.cached_tokens,
+            one.timings, one.token_at or now,
         )  # fmt: skip
         self._outbox.send(one.plan.decode, message)
 
@@ -321,9 +333,13 @@ class WorkerCore:
 
     # ---- ends -----------------------------------------------------------------------------------------------
 
+    def _on_inquire(self, sender: ActorId, message: Inquire, now: float) -> None:
+        held = (message.request, message.attempt) in self._live
+        self._outbox.send(sender, Inquired(message.request, message.attempt, held))
+
     def _on_cancel(self, sender: ActorId, message: Cancel, now: float) -> None:
         for one in self._attempts(message.request):
-            if one.request.attempt <= message.attempt and one.phase is not Phase.LEAVING:
+            if one.request.attempt <= message.attempt:
                 self._outbox.log("request cancelled", one, output_tokens=one.generated)
                 self._end(one)
         self._remember(message.request, message.attempt)
@@ -397,9 +413,11 @@ _HANDLERS: dict[type[Any], Callable[[WorkerCore, ActorId, Any, float], None]] = 
     Handoff: WorkerCore._on_handoff,
     HandoffTaken: WorkerCore._on_handoff_taken,
     Cancel: WorkerCore._on_cancel,
+    Inquire: WorkerCore._on_inquire,
     Acquired: WorkerCore._on_acquired,
     Allocated: WorkerCore._on_allocated,
     Inserted: WorkerCore._on_inserted,
+    Freed: WorkerCore._on_freed,
     Adopted: WorkerCore._on_adopted,
     PoolRefused: WorkerCore._on_refused,
     BatchDone: WorkerCore._on_batch_done,

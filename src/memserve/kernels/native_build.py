@@ -17,13 +17,15 @@ if TYPE_CHECKING:
 
 _FOLDER = Path(__file__).with_name("native")
 SOURCES = sorted(path for path in _FOLDER.iterdir() if path.suffix in (".cpp", ".hpp"))
-_INSTRUCTIONS = {
+_AVX2 = {"avx2": "-mavx2", "fma": "-mfma"}
+"""What the step needs, as the kernel and as the compiler call it."""
+_AVX512 = {
     **{name: f"-m{name}" for name in ("avx512f", "avx512bw", "avx512vl", "avx512dq", "fma")},
     "avx512_bf16": "-mavx512bf16",
 }
-"""What the step needs, as the kernel and as the compiler call it."""
+"""What it uses instead where the processor has all of it,"""
 _AMX = {"amx_tile": "-mamx-tile", "amx_bf16": "-mamx-bf16"}
-"""What it uses where the processor has it."""
+"""and beside that."""
 _FLAGS = ("-O3", "-shared", "-fPIC")
 _BUILD_S_MAX = 120
 
@@ -34,11 +36,14 @@ HEAD_MAX = 256
 def target_flags() -> tuple[str, ...]:
     """What every build of the sources for this processor needs. Raises NativeUnavailable."""
     has = _processor_flags()
-    if missing := _INSTRUCTIONS.keys() - has:
-        raise NativeUnavailable(f"the processor lacks {', '.join(sorted(missing))}")
-    amx = _AMX.values() if _AMX.keys() <= has else ()
+    if has >= _AVX512.keys():
+        instructions = _AVX512 | (_AMX if has >= _AMX.keys() else {})
+    elif has >= _AVX2.keys():
+        instructions = _AVX2
+    else:
+        raise NativeUnavailable(f"the processor lacks {', '.join(sorted(_AVX2.keys() - has))}")
     # No contraction: whether a product and a sum are rounded once or twice must not depend on what is inlined where.
-    return ("-std=c++17", "-pthread", "-ffp-contract=off", *_INSTRUCTIONS.values(), *amx)
+    return ("-std=c++17", "-pthread", "-ffp-contract=off", *instructions.values())
 
 
 class NativeUnavailable(Exception):
@@ -66,7 +71,7 @@ def _compiler() -> str:
 
 
 def built_library(cache_dir: Path) -> Path:
-    """The shared library, built if it is not there: about 4 s, once. Raises NativeUnavailable."""
+    """The shared library, built if it is not there: 4 to 8 s, once. Raises NativeUnavailable."""
     flags = (*_FLAGS, *target_flags())
     compiler = _compiler()
     try:

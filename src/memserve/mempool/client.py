@@ -57,9 +57,13 @@ class ShardCalls(Generic[Key]):
         key, _ = self._pending.pop(call, (None, False))
         return key
 
+    def of(self, key: Key) -> list[int]:
+        """The calls of ``key`` that have no answer yet."""
+        return [call for call, (owner, _) in self._pending.items() if owner == key]
+
     def forget(self, key: Key) -> tuple[FreeMem, ...]:
         """Stop waiting for every call of ``key``. Send what this returns: it withdraws those that may be granted."""
-        ended = [call for call, (owner, _) in self._pending.items() if owner == key]
+        ended = self.of(key)
         withdrawn = tuple(FreeMem(lease=0, call=call) for call in ended if self._pending[call][1])
         for call in ended:
             del self._pending[call]

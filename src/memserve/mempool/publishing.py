@@ -34,6 +34,11 @@ class Publisher:
     def __attrs_post_init__(self) -> None:
         self.tree.events = [] if self.schedulers else None
 
+    @property
+    def published(self) -> int:
+        """Events sent so far; in each heartbeat, so that a scheduler that missed the last of them asks."""
+        return self._next
+
     def changed(self, now: float) -> None:
         """There may be events: send them a little later, or now if they are many."""
         events = self.tree.events

@@ -16,7 +16,7 @@ from typing import Any
 
 import attrs
 
-from memserve.actions import Action, CopyDone, Kill, Log, Overslept, Send
+from memserve.actions import Action, CopyDone, Kill, Log, Overslept, Send, Stop
 from memserve.errors import PoolError
 from memserve.mempool.addresses import Address, Tier
 from memserve.mempool.answers import Answer, Answers
@@ -84,6 +84,7 @@ class ShardCore:
     page_bytes: int = 0
     arenas: tuple[str, ...] = ()
     """Where clients map the memory of each tier."""
+    me: ActorId | None = None  # to know when it is itself held for dead
     _waiting: dict[tuple[ActorId, int], _Waiting] = attrs.field(factory=dict, init=False)
     """By (sender, call), the longest waiting first."""
     _loading: dict[int, tuple[ActorId, _Waiting | SwapIn | None]] = attrs.field(factory=dict, init=False)
@@ -156,6 +157,7 @@ class ShardCore:
         """The shard's figures for its heartbeat; units in the names, ``_total`` ones only grow."""
         return {
             **pool_gauges(self.pool),
+            "index_published_total": self._publisher.published,
             "waiting_acquires": len(self._waiting),
             "loading_acquires": len(self._loading),
         }
@@ -361,6 +363,7 @@ class ShardCore:
         self._loading.pop(lease, None)
         self._waiting.pop((sender, number), None)
         memory.put(number, None)
+        self._actions.append(Send(sender, Freed(number, 0)))
 
     # ---- senders -------------------------------------------------------------------------------------------
 
@@ -403,6 +406,8 @@ class ShardCore:
 
         One that comes back after all is heard again, but its old leases are unknown.
         """
+        if self.me and self.me in actors:  # its workers have left, and nobody places anything here any more
+            self._actions.append(Stop("fenced off: the cluster holds this shard for dead"))
         for actor in actors:
             self._fence(actor)
             reclaimed = self.pool.drop_owner(actor)

@@ -49,6 +49,16 @@ class IndexFeed:
             shard.next += len(delta.events)
             self.events += len(delta.events)
             return []
+        if shard.whole and delta.first + len(delta.events) <= shard.next:
+            return []  # known: it came twice
+        return self._ask(sender, shard, now)
+
+    def reported(self, sender: ActorId, published: int, now: float) -> list[Send]:
+        """A shard's heartbeat says how many events it has sent: a question when the last of them have not come."""
+        shard = self._shards.setdefault(sender, _Shard())
+        return [] if shard.whole and published <= shard.next else self._ask(sender, shard, now)
+
+    def _ask(self, sender: ActorId, shard: _Shard, now: float) -> list[Send]:
         self.gaps += shard.whole
         shard.whole = False
         if now < shard.asked_at + ASK_AGAIN_S:

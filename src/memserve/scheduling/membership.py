@@ -59,12 +59,19 @@ class Membership:
         )
         self.members[member.id] = member
         self._heard_at[member.id] = now
+        if member.shard and member.shard not in self._gone:
+            # Its shard may have died with the last scheduler, which alone was told: then its silence begins here.
+            self._heard_at.setdefault(member.shard, now)
         changed = known is None or attrs.evolve(known, load={}) != attrs.evolve(member, load={})
         return changed, replaced
 
     def is_gone(self, actor: ActorId) -> bool:
         """Whether this incarnation was declared dead before."""
         return actor in self._gone
+
+    def revive(self, actor: ActorId) -> None:
+        """One that only slept, and owned nothing that was given to others, is a member again."""
+        self._gone.pop(actor, None)
 
     def recently_gone(self, now: float) -> tuple[ActorId, ...]:
         """The dead of the last GONE_REPEATED_S."""

@@ -40,6 +40,11 @@ HELD_MAX = 1_024
 """Requests held while no worker is ready; beyond it they are rejected at once."""
 HELD_S = 20.0
 """Longest time a request is held so."""
+AGAIN_S = 5.0
+"""How often everyone is sent the view again, in case a change was lost; less often in a large cluster."""
+AGAIN_S_MAX = 20.0
+MEMBERS_A_SECOND = 20
+"""Members for which the view is sent again each second, on average."""
 
 
 @attrs.frozen
@@ -65,6 +70,7 @@ class SchedulerCore:
     _actions: list[Action] = attrs.field(factory=list, init=False)
     _publish_at: float = attrs.field(default=0.0, init=False)
     _wakefulness: Wakefulness = attrs.field(factory=Wakefulness, init=False)
+    _again_at: float = attrs.field(default=0.0, init=False)
 
     # ---- the five verbs -------------------------------------------------------------------------------------
 
@@ -85,7 +91,7 @@ class SchedulerCore:
                 self._reject(held.submit, f"no worker became ready within {HELD_S:.0f} s")
         if now >= self._publish_at:
             self._publish_at = now + HEARTBEAT_S
-            self._publish([one.id for one in self.membership.members.values() if one.kind == "Frontend"], now)
+            self._publish(self._listeners(now), now)
 
     def take(self) -> list[Action]:
         """Everything to be done now."""
@@ -176,7 +182,11 @@ class SchedulerCore:
         member = message.member
         if self.membership.is_gone(member.id):
             self._actions.append(Send(member.id, Gone((member.id,))))
-            return
+            if member.kind != "Frontend":
+                return
+            self.membership.revive(
+                member.id
+            )  # it owns no pages; told that its requests were dropped, it repeats them
         joined = member.id not in self.membership.members
         changed, replaced = self.membership.hear(member, now)
         self._bury(replaced, "replaced", now)
@@ -184,6 +194,9 @@ class SchedulerCore:
             self._log(
                 "info", "member joined", member=member.id, member_kind=member.kind, member_pid=member.pid
             )
+        if member.kind == "MemPoolShard":
+            published = int(member.load.get("index_published_total", 0))
+            self._actions += self.index.reported(member.id, published, now)
         if changed:
             self._publish(list(self.membership.members), now)
             self._place_held(now)
@@ -222,6 +235,14 @@ class SchedulerCore:
         for one in gone:  # one that only slept learns that it is fenced off
             self._actions.append(Send(one, Gone((one,))))
         self._publish(list(self.membership.members), now)
+
+    def _listeners(self, now: float) -> list[ActorId]:
+        """Who hears the view each second: Frontends, and those that wait for another; now and then everyone."""
+        members = self.membership.members
+        if now >= self._again_at:
+            self._again_at = now + min(AGAIN_S_MAX, max(AGAIN_S, len(members) / MEMBERS_A_SECOND))
+            return list(members)
+        return [one.id for one in members.values() if one.kind == "Frontend" or one.state == "starting"]
 
     def _publish(self, to: list[ActorId], now: float) -> None:
         me = attrs.evolve(self.me, load=self.gauges())

@@ -51,7 +51,7 @@ struct Tiles {
 // A tile of weights as bfloat16: where it is, or widened to `to`.
 inline const bf16* tile_of(const bf16* from, bf16*) { return from; }
 inline const bf16* tile_of(const int8_t* from, bf16* to) {
-    for (int i = 0; i < TILE_VALUES; i += TILE_K) _mm512_store_si512(to + i, (__m512i)widen_int8(from + i));
+    for (int i = 0; i < TILE_VALUES; i += TILE_K) widen(to + i, from + i);
     stores_done();
     return to;
 }
@@ -132,10 +132,10 @@ struct Tiles {
     explicit Tiles(bool) {}
 };
 template <int STRIPS, int BLOCKS, class Weight>
-inline void amx_product(const Weight*, long, const bf16*, float*, long, int, int) {}
+inline void amx_product(const Weight*, long, const Operand*, float*, long, int, int) {}
 template <int BLOCKS>
-inline void amx_pairs(const bf16*, long, const int32_t*, long, int, float*, long) {}
-inline void amx_tile(const bf16*, int, const int32_t*, long, float*) {}
+inline void amx_pairs(const Operand*, long, const int32_t*, long, int, float*, long) {}
+inline void amx_tile(const Operand*, int, const int32_t*, long, float*) {}
 
 #endif
 

@@ -12,8 +12,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
-#include <cstring>
 
 #include "vectors.hpp"
 
@@ -45,33 +43,34 @@ inline double uniform(uint64_t seed, int64_t position) {
 
 // The first of the largest logits, or NOT_A_TOKEN where that is not finite or one is not a number.
 inline int largest(const float* logits, int vocab) {
-    const __m512 least = _mm512_set1_ps(-INFINITY);
-    __m512 most[4] = {least, least, least, least};
-    __mmask16 strange = 0;
+    const Floats least = every(-INFINITY);
+    Floats most[4] = {least, least, least, least};
+    unsigned no_number = 0;
     for (int i = 0; i < vocab; i += 64)
         for (int j = 0; j < 4; j++) {
-            __m512 v = _mm512_mask_loadu_ps(least, first_lanes(std::max(0, vocab - i - 16 * j)), logits + i + 16 * j);
-            strange |= _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-            most[j] = _mm512_max_ps(most[j], v);
+            int at = i + 16 * j;
+            Floats v = load_first(logits + at, std::max(0, vocab - at), -INFINITY);
+            no_number |= strange(v);
+            most[j] = larger(most[j], v);
         }
-    float top = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_max_ps(most[0], most[1]), _mm512_max_ps(most[2], most[3])));
-    if (strange || !std::isfinite(top)) return NOT_A_TOKEN;
+    float top = largest(larger(larger(most[0], most[1]), larger(most[2], most[3])));
+    if (no_number || !std::isfinite(top)) return NOT_A_TOKEN;
     for (int i = 0;; i += 16) {
-        __m512 v = _mm512_mask_loadu_ps(least, first_lanes(vocab - i), logits + i);
-        if (__mmask16 here = _mm512_cmp_ps_mask(v, _mm512_set1_ps(top), _CMP_EQ_OQ)) return i + __builtin_ctz(here);
+        Floats v = load_first(logits + i, vocab - i, -INFINITY);
+        if (unsigned here = equal(v, every(top))) return i + __builtin_ctz(here);
     }
 }
 
 // e^x for x <= 0, within one unit in the last place: 2^n times the Taylor series of e^r for r in [-ln 2 / 2, ln 2 / 2].
-inline __m512d exponential(__m512d x) {
-    x = _mm512_max_pd(x, _mm512_set1_pd(-1100));  // from -746 on it is 0; infinities would make r no number
-    __m512d n = _mm512_roundscale_pd(_mm512_mul_pd(x, _mm512_set1_pd(0x1.71547652b82fep0)), _MM_FROUND_TO_NEAREST_INT);
-    __m512d r = _mm512_fnmadd_pd(n, _mm512_set1_pd(0x1.62e42fefa39efp-1), x);
-    r = _mm512_fnmadd_pd(n, _mm512_set1_pd(0x1.abc9e3b39803fp-56), r);
-    __m512d y = _mm512_set1_pd(1. / 6227020800);  // 1 / 13!
+inline Doubles exponential(Doubles x) {
+    x = larger(x, every(-1100.));  // from -746 on it is 0; infinities would make r no number
+    Doubles n = rounded(x * every(0x1.71547652b82fep0));
+    Doubles r = minus_product(x, n, every(0x1.62e42fefa39efp-1));
+    r = minus_product(r, n, every(0x1.abc9e3b39803fp-56));
+    Doubles y = every(1. / 6227020800);  // 1 / 13!
     for (double factorial : {479001600., 39916800., 3628800., 362880., 40320., 5040., 720., 120., 24., 6., 2., 1., 1.})
-        y = _mm512_fmadd_pd(y, r, _mm512_set1_pd(1 / factorial));
-    return _mm512_scalef_pd(y, n);
+        y = fma(y, r, every(1 / factorial));
+    return scaled(y, n);
 }
 
 inline uint64_t bits(double value) {
@@ -125,16 +124,14 @@ struct Sampler {
 
     // Weights of all tokens, and their histogram; the sum of them. `most`: the largest logit.
     double weigh(const float* logits, float most, double temperature) {
-        const __m256 none = _mm256_set1_ps(-INFINITY), top = _mm256_set1_ps(most);
-        __m512d least = _mm512_set1_pd(1);
+        Doubles least = every(1.);
         for (int i = 0; i < vocab; i += 8) {
-            __m256 v = _mm256_mask_loadu_ps(none, (__mmask8)first_lanes(vocab - i), logits + i);
-            __m512d below = _mm512_cvtps_pd(_mm256_sub_ps(v, top));  // in float32, as sampling.py
-            __m512d weight = exponential(_mm512_div_pd(below, _mm512_set1_pd(temperature)));
-            _mm512_storeu_pd(&weights[i], weight);
-            least = _mm512_min_pd(least, weight);
+            Doubles below = distances(logits + i, vocab - i, -INFINITY, most);  // in float32, as sampling.py
+            Doubles weight = exponential(below / every(temperature));
+            store(&weights[i], weight);
+            least = smaller(least, weight);
         }
-        whole.clear(std::max(LEAST, _mm512_reduce_min_pd(least)), 1);
+        whole.clear(std::max(LEAST, smallest(least)), 1);
         for (int i = 0; i < vocab; i++) whole.add(weights[i]);
         double sum = 0;
         for (int bucket = BUCKETS; bucket--;) sum += whole.sums[bucket];
@@ -180,16 +177,12 @@ struct Sampler {
 
     // Makes the members those of a bucket of `whole`; how many.
     int select(int bucket) {
-        const __m512i first = _mm512_set1_epi64(whole.first(bucket)), last = _mm512_set1_epi64(whole.last(bucket));
-        const __m256i eight = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+        const uint64_t first = whole.first(bucket), last = whole.last(bucket);
         int count = 0;
         for (int i = 0; i < vocab; i += 8) {
-            __m512i keys = _mm512_loadu_si512(&weights[i]);
-            __mmask8 in = _mm512_cmpge_epu64_mask(keys, first) & _mm512_cmple_epu64_mask(keys, last);
-            in &= (__mmask8)first_lanes(vocab - i);
+            unsigned in = between(&weights[i], first, last) & ((1u << std::min(vocab - i, 8)) - 1);
             if (!in) continue;
-            __m256i ids = _mm256_add_epi32(_mm256_set1_epi32(i), eight);
-            _mm256_storeu_si256((__m256i*)&members[count], _mm256_maskz_compress_epi32(in, ids));
+            write_places(&members[count], i, in);
             count += __builtin_popcount(in);
         }
         return count;

@@ -14,10 +14,9 @@
 // Many rows are cut into blocks, one or more a thread, which the thread takes through all stages where it can: what it
 // reads is then what it wrote. A thread that is done with its own blocks takes tasks of the others.
 //
-// Needs AVX-512 F, BW, VL, DQ and BF16, which the loader checks, and uses AMX where the processor has it. No dependency
-// but libstdc++ and Linux futexes.
+// Needs AVX2 and FMA, or AVX-512 F, BW, VL, DQ and BF16, and uses AMX where the processor has it; the loader builds it for
+// what there is (vectors.hpp). No dependency but libstdc++ and Linux futexes.
 
-#include <cstring>
 #include <memory>
 #include <thread>
 
@@ -36,7 +35,7 @@ constexpr int HEAD_COLUMNS = 8 * COLUMNS;  // outputs of one task of the head
 struct Scratch {
     Linear linear;
     Attention attention;
-    Buffer<bf16> x;      // (max_rows, widest input): a linear's input when rows are few, and the head's
+    Buffer<Operand> x;   // (max_rows, widest input): a linear's input when rows are few, and the head's
     Buffer<float> outs;  // (BLOCK, 2 COLUMNS or head_dim): a linear's
     std::vector<Query> queries;
     Buffer<float> sums;  // (CHUNK_ROWS, group, 2 + head_dim): attention so far, and beside it a part of it
@@ -52,9 +51,9 @@ struct Engine {
     bool amx;
 
     Buffer<float> residual;       // (max_rows, hidden)
-    Buffer<bf16> q;               // (max_rows, heads, head_dim)
-    Buffer<bf16> hidden;          // (max_rows, intermediate) in tiles
-    Buffer<bf16> shared;          // (max_rows, widest input) in tiles: a linear's input when rows are many
+    Buffer<Operand> q;            // (max_rows, heads, head_dim)
+    Buffer<Operand> hidden;       // (max_rows, intermediate) in tiles
+    Buffer<Operand> shared;       // (max_rows, widest input) in tiles: a linear's input when rows are many
     Buffer<float> parts;          // (parts, kv_heads, group, 2 + head_dim): see Query
     Buffer<float> logits;         // (most wanted so far, vocab): where the caller wants none
     Cut cut;
@@ -106,16 +105,16 @@ struct Engine {
         return b.arena + (block * c.page_tokens + position % c.page_tokens) * c.head_dim;
     }
 
-    // One row of the residual stream, normed, to bfloat16.
+    // One row of the residual stream, normed.
     void normed(int row, const float* weight, InputRow to) {
         rms_norm(&residual[(long)row * c.hidden], weight, c.hidden, c.rms_eps,
-                 [&](int i, __m512 v) { narrow(to.at(i), v); });
+                 [&](int i, Floats v) { store(to.at(i), v); });
     }
 
     // A linear's input, of which fill(row, to) makes one row. For few rows every thread makes all for itself, which
     // is cheaper than one more barrier; many are shared out.
     template <class F>
-    const bf16* input(int index, int me, int width, F fill) {
+    const Operand* input(int index, int me, int width, F fill) {
         Scratch& mine = scratch[me];
         if (b.rows > FEW) {
             each_row(index, me, [&](int row) { fill(row, InputRow(shared.data(), row, width)); });
@@ -126,7 +125,7 @@ struct Engine {
     }
 
     // One head of q, k or v: biased, normed and rotated as the model has it, to the q buffer or to its page.
-    void project(const ms_layer& w, int layer, int head, const bf16* x, int first, int rows, Scratch& mine) {
+    void project(const ms_layer& w, int layer, int head, const Operand* x, int first, int rows, Scratch& mine) {
         int D = c.head_dim, kv = head - c.heads;
         mine.linear(w.qkv, (long)head * D, D, c.hidden, x + (long)first * c.hidden, rows, mine.outs.data(), D);
         for (int i = 0; i < rows; i++) {
@@ -135,28 +134,30 @@ struct Engine {
             if (w.qkv_bias) add_bias(y, w.qkv_bias + (long)head * D);
             if (kv < c.kv_heads) {
                 if (const float* weight = kv < 0 ? w.q_norm : w.k_norm)
-                    rms_norm(y, weight, D, c.rms_eps, [&](int d, __m512 v) { _mm512_storeu_ps(y + d, v); });
+                    rms_norm(y, weight, D, c.rms_eps, [&](int d, Floats v) { store(y + d, v); });
                 rotate(y, position);
             }
-            bf16* to = kv < 0 ? &q[((long)row * c.heads + head) * D]
-                              : slot(row, position, layer, kv >= c.kv_heads, kv % c.kv_heads);
-            for (int d = 0; d < D; d += 16) narrow(to + d, _mm512_loadu_ps(y + d));
+            if (kv < 0) copy(y, &q[((long)row * c.heads + head) * D]);
+            else copy(y, slot(row, position, layer, kv >= c.kv_heads, kv % c.kv_heads));
         }
     }
 
+    template <class Value>
+    void copy(const float* y, Value* to) {
+        for (int d = 0; d < c.head_dim; d += 16) store(to + d, load(y + d));
+    }
+
     void add_bias(float* y, const float* bias) {
-        for (int d = 0; d < c.head_dim; d += 16)
-            _mm512_storeu_ps(y + d, _mm512_add_ps(_mm512_loadu_ps(y + d), _mm512_loadu_ps(bias + d)));
+        for (int d = 0; d < c.head_dim; d += 16) store(y + d, load(y + d) + load(bias + d));
     }
 
     void rotate(float* y, int position) {
         int half = c.head_dim / 2;
         const float *cosine = cosines + (long)position * half, *sine = sines + (long)position * half;
         for (int i = 0; i < half; i += 16) {
-            __m512 lo = _mm512_loadu_ps(y + i), hi = _mm512_loadu_ps(y + half + i);
-            __m512 cs = _mm512_loadu_ps(cosine + i), sn = _mm512_loadu_ps(sine + i);
-            _mm512_storeu_ps(y + i, _mm512_fmsub_ps(lo, cs, _mm512_mul_ps(hi, sn)));
-            _mm512_storeu_ps(y + half + i, _mm512_fmadd_ps(hi, cs, _mm512_mul_ps(lo, sn)));
+            Floats lo = load(y + i), hi = load(y + half + i), cs = load(cosine + i), sn = load(sine + i);
+            store(y + i, fms(lo, cs, hi * sn));
+            store(y + half + i, fma(hi, cs, lo * sn));
         }
     }
 
@@ -190,7 +191,7 @@ struct Engine {
         for (int row = task.row; row < task.row + task.rows; row++) {
             int to_here = std::min(PART, b.positions[row] + 1 - first);
             if (to_here <= 0) continue;  // this part begins after the row's own position
-            const bf16* from = &q[((long)row * c.heads + kv * G) * D];
+            const Operand* from = &q[((long)row * c.heads + kv * G) * D];
             for (int g = 0; g < G; g++) mine.queries.push_back({from + g * D, to_here, to(row) + g * (2 + D)});
         }
         long to_value = (long)c.kv_heads * c.page_tokens * D;
@@ -225,36 +226,34 @@ struct Engine {
 
     // Attention's outcome of one head, to values `at` onwards of a linear's input.
     static void share(const float* sums, int head_dim, InputRow to, int at) {
-        __m512 share = _mm512_set1_ps(1.f / sums[1]);
-        for (int i = 0; i < head_dim; i += 16)
-            narrow(to.at(at + i), _mm512_mul_ps(_mm512_loadu_ps(sums + 2 + i), share));
+        Floats share = every(1.f / sums[1]);
+        for (int i = 0; i < head_dim; i += 16) store(to.at(at + i), load(sums + 2 + i) * share);
     }
 
     // COLUMNS outputs of a linear, added to the residual stream.
-    void add(const Matrix& weight, int K, int task, const bf16* x, int row, int rows, Scratch& mine) {
+    void add(const Matrix& weight, int K, int task, const Operand* x, int row, int rows, Scratch& mine) {
         int first = task * COLUMNS, count = std::min(COLUMNS, c.hidden - first);
         float* outs = mine.outs.data();
         mine.linear(weight, first, count, K, x + (long)row * K, rows, outs, COLUMNS);
         for (int i = 0; i < rows; i++) {
             float* to = &residual[(long)(row + i) * c.hidden + first];
             for (int n = 0; n < count; n += 16)
-                _mm512_storeu_ps(to + n, _mm512_add_ps(_mm512_loadu_ps(to + n), _mm512_loadu_ps(outs + i * COLUMNS + n)));
+                store(to + n, load(to + n) + load(outs + i * COLUMNS + n));
         }
     }
 
     // COLUMNS values of silu(gate) * up.
-    void gate(const Matrix& weight, int task, const bf16* x, int row, int rows, Scratch& mine) {
+    void gate(const Matrix& weight, int task, const Operand* x, int row, int rows, Scratch& mine) {
         int first = task * COLUMNS, count = std::min(COLUMNS, c.intermediate - first), width = 2 * COLUMNS;
-        const bf16* from = x + (long)row * c.hidden;
+        const Operand* from = x + (long)row * c.hidden;
         float* outs = mine.outs.data();
         mine.linear(weight, first, count, c.hidden, from, rows, outs, width);
         mine.linear(weight, c.intermediate + first, count, c.hidden, from, rows, outs + COLUMNS, width);
         for (int i = 0; i < rows; i++, outs += width)
             for (int n = 0; n < count; n += 16) {
-                __m512 g = _mm512_loadu_ps(outs + n), u = _mm512_loadu_ps(outs + COLUMNS + n);
-                __m512 down = _mm512_add_ps(_mm512_set1_ps(1.f), exponential(_mm512_sub_ps(_mm512_setzero_ps(), g)));
+                Floats g = load(outs + n), u = load(outs + COLUMNS + n);
                 InputRow to(hidden.data(), row + i, c.intermediate);
-                narrow(to.at(first + n), _mm512_div_ps(_mm512_mul_ps(g, u), down));
+                store(to.at(first + n), g * u / (every(1.f) + exponential(every(0.f) - g)));
             }
     }
 
@@ -280,7 +279,7 @@ struct Engine {
         int end = std::min((task + 1) * HEAD_COLUMNS, c.vocab);
         for (int first = task * HEAD_COLUMNS; first < end; first += COLUMNS) {
             int count = std::min(COLUMNS, end - first);
-            const bf16* x = mine.x.data() + (long)row * c.hidden;
+            const Operand* x = mine.x.data() + (long)row * c.hidden;
             mine.linear(head, first, count, c.hidden, x, rows, mine.outs.data(), COLUMNS);
             for (int i = 0; i < rows; i++)
                 std::memcpy(b.logits + (long)(row + i) * c.vocab + first, &mine.outs[i * COLUMNS], count * sizeof(float));
@@ -292,7 +291,7 @@ struct Engine {
         const ms_layer& w = layers[layer];
         Scratch& mine = scratch[me];
         int tasks = (c.hidden + COLUMNS - 1) / COLUMNS, width = c.heads * c.head_dim, heads = c.kv_heads;
-        const bf16* x = input(at++, me, c.hidden, [&](int row, InputRow to) { normed(row, w.attn_norm, to); });
+        const Operand* x = input(at++, me, c.hidden, [&](int row, InputRow to) { normed(row, w.attn_norm, to); });
         columns(at++, me, c.heads + 2 * heads,
                 [&](int head, int row, int rows) { project(w, layer, head, x, row, rows, mine); });
         stage(at++, me, cut.blocks, [&](int block) { return (cut.attend_at[block + 1] - cut.attend_at[block]) * heads; },

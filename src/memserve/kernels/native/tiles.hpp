@@ -6,12 +6,10 @@
 // A linear's input (rows, K) is blocks of 16 rows; a block is K / 32 tiles of 32 values of each row:
 //                                          [rows / 16][K / 32][row 16][32]
 //
-// Both are what AMX multiplies. For AVX-512 a pair of a weight tile is one vector, against which a pair of an input row
+// Both are what AMX multiplies. Otherwise a pair of a weight tile is one vector, against which a pair of an input row
 // is broadcast. Outputs and rows are padded to 16; what padding holds reaches nothing but padding.
 
 #pragma once
-
-#include <cstring>
 
 #include "vectors.hpp"
 
@@ -31,18 +29,11 @@ inline int whole_tiles(int rows) { return (rows + TILE - 1) / TILE * TILE; }
 
 // One row of a linear's input.
 struct InputRow {
-    bf16* start;
-    InputRow(bf16* inputs, int row, long K)
+    Operand* start;
+    InputRow(Operand* inputs, int row, long K)
         : start(inputs + row / TILE * TILE * K + row % TILE * TILE_K) {}
-    bf16* at(long k) const { return start + k / TILE_K * TILE_VALUES + k % TILE_K; }
+    Operand* at(long k) const { return start + k / TILE_K * TILE_VALUES + k % TILE_K; }
 };
-
-// 32 int8 values to bfloat16, which holds each of them exactly.
-inline __m512bh widen_int8(const int8_t* from) {
-    __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
-    __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(from + TILE))));
-    return _mm512_cvtne2ps_pbh(high, low);
-}
 
 // The weights of one output, as they are used: of an embedding table, one token's row. `to` takes K values.
 inline void read_output(const Matrix& w, long output, long K, float* to) {

@@ -1,0 +1,102 @@
+"""What fits on a GPU: pages from the memory that weights and workers leave, and why a shard cannot be there.
+
+Estimates of what a worker takes beside them are stated here and nowhere else; the worker holds its allocator to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from memserve.config import BatchConfig, Config, ShardConfig
+from memserve.engine.spec import ModelSpec
+from memserve.gpus import CAPABILITY_MIN, CPU_REMEDY, Gpu, Gpus, device_index
+
+CONTEXT_BYTES = 768 << 20
+"""A CUDA context with the modules of torch and FlashInfer; an estimate, about half a gigabyte on Hopper."""
+WORKSPACE_BYTES = 512 << 20
+"""FlashInfer's float workspaces for decode and prefill, and its integer ones for every captured batch size."""
+SPARE = 0.03
+"""Of a GPU's free memory: left for fragmentation and for what is not accounted here."""
+HEAD_DIMS = (64, 128, 256)
+"""What FlashInfer's fa2 and fa3 kernels are built for."""
+SCRATCH_PAGES = 1
+"""Beyond the pool's pages: where the padding rows of a captured batch write."""
+
+
+def worker_bytes(spec: ModelSpec, batch: BatchConfig) -> int:
+    """What one worker takes of a GPU beside the shared weights and pages: context, workspaces, a step's activations."""
+    tokens = 2 * batch.chunk_tokens + batch.rows
+    wide = 3 * spec.intermediate + 6 * spec.hidden + 2 * spec.head_dim * (spec.heads + 2 * spec.kv_heads)
+    # Of the logits: bfloat16, float32, and float64 weights and sums of those that are drawn, 8 rows at a time.
+    logits = batch.rows * spec.vocab * 6 + 8 * spec.vocab * 64
+    return CONTEXT_BYTES + WORKSPACE_BYTES + 2 * tokens * wide + logits
+
+
+def gpu_pages(
+    config: Config, shard: ShardConfig, gpus: Gpus, weights: int, for_worker: int, page_bytes: int
+) -> int:
+    """Pages of a GPU's shard: of the memory written, or of what the GPU has left. 0 when there is no such GPU."""
+    if shard.memory is not None:
+        return shard.memory // page_bytes
+    gpu = gpus.get(device_index(shard.device) or 0)
+    return max(0, room(config, shard, gpu, weights, for_worker) // page_bytes - SCRATCH_PAGES) if gpu else 0
+
+
+def room(config: Config, shard: ShardConfig, gpu: Gpu, weights: int, for_worker: int) -> int:
+    """Bytes that the shard's pages may take on the GPU."""
+    workers = sum(worker.shard == shard.name for worker in config.worker)
+    return int(gpu.free_bytes * (1 - SPARE)) - weights - workers * for_worker - CONTEXT_BYTES
+
+
+def gpu_problems(
+    config: Config, spec: ModelSpec | None, gpus: Gpus, weights: int = 0, for_worker: int = 0
+) -> Iterator[str]:
+    """Why shards cannot be on the GPUs that they name. ``spec``: None where the model could not be read."""
+    taken: dict[int, int] = {}
+    for i, shard in enumerate(config.shard):
+        index = device_index(shard.device)
+        if index is None:
+            continue
+        if index in taken:
+            yield f"shard[{i}].device must be another than shard[{taken[index]}]'s: one shard owns a GPU, {shard.device}"
+        elif (why := _unusable(gpus, index, i)) is not None:
+            yield why
+        elif (
+            (gpu := gpus.get(index))
+            and shard.memory
+            and shard.memory > (left := room(config, shard, gpu, weights, for_worker))
+        ):
+            yield (
+                f"shard[{i}].memory must fit in what weights and workers leave of {shard.device} "
+                f"({max(left, 0) >> 20} MiB), not {shard.memory >> 20} MiB: lower it, or leave it out"
+            )
+        taken.setdefault(index, i)
+        yield from _unsuited(config, spec, i, shard.device)
+        if gpus.problem:
+            return  # one line is enough
+
+
+def _unusable(gpus: Gpus, index: int, i: int) -> str | None:
+    asked = f"shard[{i}].device is cuda:{index}"
+    if gpus.problem:
+        return f"{asked}, but {gpus.problem}; {CPU_REMEDY}"
+    gpu = gpus.get(index)
+    if gpu is None:
+        known = ", ".join(f"cuda:{one.index}" for one in gpus.found)
+        return f"{asked}, but this machine has {known}; {CPU_REMEDY}"
+    if gpu.capability < CAPABILITY_MIN:
+        need = ".".join(map(str, CAPABILITY_MIN))
+        have = ".".join(map(str, gpu.capability))
+        return f"{asked}, a {gpu.name} of compute capability {have}: {need} or more is needed; {CPU_REMEDY}"
+    return None
+
+
+def _unsuited(config: Config, spec: ModelSpec | None, i: int, device: str) -> Iterator[str]:
+    on = f"with shard[{i}] on {device}"
+    if config.model.dtype != "bfloat16":
+        yield f"model.dtype must be bfloat16 {on}, not {config.model.dtype}: FlashInfer has no float32 attention"
+    if config.model.weights != "dtype":
+        yield f"model.weights must be dtype {on}, not {config.model.weights}: int8 is for CPUs"
+    if spec is not None and spec.head_dim not in HEAD_DIMS:
+        known = ", ".join(map(str, HEAD_DIMS))
+        yield f"model.path must name a model with heads of {known} {on}, not of {spec.head_dim}; {CPU_REMEDY}"

@@ -1,0 +1,130 @@
+// Attention's products on AVX2: K and V are read where they lie.
+//
+// A score is a sum of 8 lanes along head_dim, added up in one order; an output is summed along the tokens. Both take 16
+// values of bfloat16 at a time, first the 8 even ones, then the 8 odd ones.
+
+#pragma once
+
+namespace {
+
+constexpr int QUERIES = 3;         // that are worked on together: with four tokens, or 32 values, 12 accumulators
+constexpr int SCORED = 4;          // tokens
+constexpr int TOGETHER = 12;       // queries that take turns while K and V are in the first level
+constexpr int DEPTH = 32;          // values of V that are worked on together
+
+// One thread's memory for attention.
+struct Attention {
+    bool amx = false;       // never here
+    Buffer<float> queries;  // (TOGETHER, head_dim): of every 16 values first the even ones
+    Buffer<float> weights;  // (TOGETHER, PART): scores, then weights
+
+    void resize(int head_dim) {
+        queries.resize((size_t)TOGETHER * head_dim);
+        weights.resize(TOGETHER * PART);
+    }
+};
+
+// 16 values, the even ones first, and back.
+inline Floats parted(const float* p) {
+    __m256 a = _mm256_loadu_ps(p), b = _mm256_loadu_ps(p + 8);
+    __m256 low = _mm256_permute2f128_ps(a, b, 0x20), high = _mm256_permute2f128_ps(a, b, 0x31);
+    return {_mm256_shuffle_ps(low, high, 0x88), _mm256_shuffle_ps(low, high, 0xDD)};
+}
+inline Floats joined(Floats parts) {
+    __m256 a = _mm256_unpacklo_ps(parts.low, parts.high), b = _mm256_unpackhi_ps(parts.low, parts.high);
+    return {_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31)};
+}
+
+// The sums of four vectors.
+inline __m128 sums_of(const __m256* a) {
+    __m256 b[2];
+    for (int i = 0; i < 2; i++)
+        b[i] = _mm256_add_ps(_mm256_unpacklo_ps(a[2 * i], a[2 * i + 1]), _mm256_unpackhi_ps(a[2 * i], a[2 * i + 1]));
+    __m256 c = _mm256_add_ps(_mm256_shuffle_ps(b[0], b[1], 0x44), _mm256_shuffle_ps(b[0], b[1], 0xEE));
+    return _mm_add_ps(_mm256_castps256_ps128(c), _mm256_extractf128_ps(c, 1));
+}
+
+// Scores of N queries with the tokens [start, end), in steps of SCORED: up to that many more are written.
+template <int N>
+inline void score(const float* queries, const Keys& keys, int start, int end, int head_dim, float* scores) {
+    for (int t = start; t < end; t += SCORED) {
+        const bf16* at[SCORED];
+        for (int i = 0; i < SCORED; i++) at[i] = keys.at[std::min(t + i, keys.count - 1)];
+        __m256 sums[N][SCORED];
+        for (auto& row : sums)
+            for (auto& sum : row) sum = _mm256_setzero_ps();
+        for (int d = 0; d < head_dim; d += 16)
+            each_pass([&](auto pass) {
+                __m256 values[N];
+                for (int n = 0; n < N; n++) values[n] = _mm256_load_ps(queries + n * head_dim + d + 8 * pass.value);
+                for (int i = 0; i < SCORED; i++) {
+                    __m256 key = half<pass.value>(at[i] + d);
+                    for (int n = 0; n < N; n++) sums[n][i] = _mm256_fmadd_ps(key, values[n], sums[n][i]);
+                }
+            });
+        for (int n = 0; n < N; n++) _mm_storeu_ps(scores + n * PART + t, sums_of(sums[n]));
+    }
+}
+
+// The sums of V of N queries over `count` tokens.
+template <int N>
+inline void weigh(const Query* queries, const float* weights, const Keys& keys, int count, int head_dim) {
+    constexpr int GROUPS = DEPTH / 16;
+    for (int d = 0; d < head_dim; d += DEPTH) {
+        Floats sums[N][GROUPS];
+        for (auto& row : sums)
+            for (auto& sum : row) sum = every(0.f);
+        for (int t = 0; t < count; t++) {
+            const bf16* from = keys.at[t] + keys.to_value + d;
+            __m256 weight[N];
+            for (int n = 0; n < N; n++) weight[n] = _mm256_broadcast_ss(weights + n * PART + t);
+            for (int j = 0; j < GROUPS; j++) {
+                __m256 even = half<0>(from + 16 * j), odd = half<1>(from + 16 * j);
+                for (int n = 0; n < N; n++) sums[n][j].low = _mm256_fmadd_ps(weight[n], even, sums[n][j].low);
+                for (int n = 0; n < N; n++) sums[n][j].high = _mm256_fmadd_ps(weight[n], odd, sums[n][j].high);
+            }
+        }
+        for (int n = 0; n < N; n++)
+            for (int j = 0; j < GROUPS; j++) store(queries[n].out + 2 + d + 16 * j, joined(sums[n][j]));
+    }
+}
+
+// Calls run(first, std::integral_constant of queries) for `number` queries, in as few parts of equal sizes as can be.
+template <class F>
+inline void parts_of_queries(int number, F run) {
+    int count = (number + QUERIES - 1) / QUERIES;
+    for (int i = 0, n = 0, here; i < count; i++, n += here) {
+        here = (number - n + count - i - 1) / (count - i);
+        if (here == 1) run(n, std::integral_constant<int, 1>());
+        else if (here == 2) run(n, std::integral_constant<int, 2>());
+        else run(n, std::integral_constant<int, 3>());
+    }
+}
+
+// `queries` against a part. No query's count is above the part's; each is at least one.
+inline void attend(const Query* queries, int number, const Keys& keys, int head_dim, Attention& mine) {
+    float factor = 1.44269504f / std::sqrt((float)head_dim);
+    float *weights = mine.weights.data(), *parts = mine.queries.data();
+    for (int t = 0; t < keys.count; t += TILE)
+        for (long at : {0L, keys.to_value}) _mm_prefetch((const char*)(keys.at[t] + at), _MM_HINT_T1);
+    for (int first = 0; first < number; first += TOGETHER, queries += TOGETHER) {
+        int most = 0, here = std::min(TOGETHER, number - first);
+        for (int n = 0; n < here; n++) {
+            most = std::max(most, queries[n].count);
+            for (int d = 0; d < head_dim; d += 16) store(parts + n * head_dim + d, parted(queries[n].q + d));
+        }
+        for (int t = 0; t < most; t += TILE) {
+            if (!first) fetch(keys, t, head_dim);
+            parts_of_queries(here, [&](int n, auto N) {
+                score<N.value>(parts + n * head_dim, keys, t, std::min(most, t + TILE), head_dim, weights + n * PART);
+            });
+        }
+        for (int n = 0; n < here; n++)
+            softmax(weights + n * PART, queries[n].count, most, factor, queries[n].out, weights + n * PART);
+        parts_of_queries(here, [&](int n, auto N) {
+            weigh<N.value>(queries + n, weights + n * PART, keys, most, head_dim);
+        });
+    }
+}
+
+}  // namespace

@@ -1,0 +1,134 @@
+"""What things cost on one instance, in seconds: steps, prefills, transfers, swap-ins. Arithmetic on fitted figures only.
+
+``prefill_s`` is the paper's ``exec(x, y)`` (MemServe, 5.3), for an engine that runs prompts in chunks beside its streams.
+Where the paper sums operators over a prompt, this sums steps: each reads the weights once, so a prompt costs a fixed
+part for every step, a part linear in its tokens and a quadratic one for attention.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+from typing import Any
+
+import attrs
+
+from memserve.costs import StepCosts
+from memserve.engine.batching import ALONE
+
+
+@attrs.frozen
+class Link:
+    """One way for bytes: a fixed time for each use, and a time for each byte."""
+
+    fixed_s: float = 0.0
+    byte_s: float = 0.0
+
+    def seconds(self, size: float, queued: float = 0.0) -> float:
+        """Until ``size`` bytes are through, when ``queued`` bytes are on this way before them."""
+        return self.fixed_s + self.byte_s * (size + queued)
+
+
+LINKS: Mapping[str, Link] = {
+    "shared": Link(0.001),
+    "mapped": Link(0.002, 1 / 4e9),
+    "tcp": Link(0.004, 1 / 1e9),
+    "nixl": Link(0.001, 1 / 20e9),
+}
+"""Between shards, by path (docs/transfers.md), and ``shared``: workers of one shard, where no byte moves. What is assumed
+until something else is said."""
+SWAP = Link(0.001, 1 / 2e9)
+"""From the host tier into the arena."""
+
+
+@attrs.define
+class CostModel:
+    """The costs of one instance. ``scale`` is how much longer than ``steps`` says its steps take at present."""
+
+    steps: StepCosts
+    scale: float = 1.0
+    links: Mapping[str, Link] = attrs.field(factory=lambda: LINKS)
+    swap: Link = SWAP
+    _tokens: tuple[float, ...] = attrs.field(init=False, repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        table = self.steps.dense
+        if not table or any(before[0] >= after[0] for before, after in pairwise(table)):
+            raise ValueError(f"dense needs (tokens, seconds) with growing tokens, got {table}")
+        self._tokens = tuple(tokens for tokens, _ in table)
+
+    @classmethod
+    def from_table(cls, table: Mapping[str, Any]) -> CostModel:
+        """Out of a TOML table of StepCosts' fields, with ``links`` and ``swap`` as tables of Link's.
+
+        Raises TypeError for an unknown key, ValueError for a wrong table.
+        """
+        told = dict(table)
+        links = {path: Link(**one) for path, one in told.pop("links", {}).items()}
+        swap = Link(**told.pop("swap")) if "swap" in told else SWAP
+        told["dense"] = tuple((float(tokens), float(seconds)) for tokens, seconds in told["dense"])
+        return cls(StepCosts(**told), links={**LINKS, **links}, swap=swap)
+
+    # ---- steps ----------------------------------------------------------------------------------------------
+
+    def step_s(self, rows: Iterable[tuple[int, int]]) -> float:
+        """Seconds of one step of any mix of rows, each (new tokens, tokens of context before them)."""
+        tokens = number = context = 0
+        pairs = 0.0
+        for new, before in rows:
+            tokens += new
+            number += 1
+            context += before
+            pairs += new * (before + new / 2)
+        return self.batch_s(tokens, number, context, pairs)
+
+    def batch_s(self, tokens: float, rows: float, context: float, pairs: float) -> float:
+        """Seconds of one step by its sums: new tokens, rows, tokens of context, pairs (see StepCosts)."""
+        known = self.steps
+        attention = known.read_s * context + known.pair_s * pairs
+        return self.scale * (self._dense(tokens) + known.row_s * rows + attention)
+
+    def decode_s(self, rows: float, context: float) -> float:
+        """Seconds of a step of ``rows`` streams with ``context`` tokens in all; 0 for none."""
+        return self.batch_s(rows, rows, context, context + rows / 2) if rows else 0.0
+
+    def prefill_s(self, tokens: int, cached: int, rows: float = 0, context: float = 0) -> float:
+        """Seconds to run a prompt of ``tokens`` of which ``cached`` are there, beside ``rows`` streams of ``context`` tokens.
+
+        The last token always runs: its logits are wanted. The streams' own steps meanwhile are in the result.
+        """
+        cached = max(0, min(cached, tokens - 1))
+        left = tokens - cached
+        chunk = self.steps.chunk_tokens * (1 if rows else ALONE)
+        full, rest = divmod(left, chunk)
+        known = self.steps
+        steps = full + (rest > 0)
+        dense = full * self._dense(chunk + rows) + (self._dense(rest + rows) if rest else 0.0)
+        # Contexts before the chunks: cached, cached + chunk, and so on; their sum is read.
+        read = steps * cached + chunk * steps * (steps - 1) / 2
+        own = known.row_s * steps + known.read_s * read + known.pair_s * left * (cached + left / 2)
+        beside = steps * (known.row_s * rows + known.read_s * context + known.pair_s * (context + rows / 2))
+        return self.scale * (dense + own + beside)
+
+    def _dense(self, tokens: float) -> float:
+        table = self.steps.dense
+        after = bisect_right(self._tokens, tokens)
+        if after == 0 or len(table) == 1:
+            return table[0][1]
+        (low, low_s), (high, high_s) = table[after - 1 : after + 1] if after < len(table) else table[-2:]
+        return low_s + (high_s - low_s) * (tokens - low) / (high - low)
+
+    # ---- bytes ----------------------------------------------------------------------------------------------
+
+    def transfer_s(self, size: float, path: str, queued: float = 0.0) -> float:
+        """Seconds until ``size`` bytes are at another shard by ``path``, behind ``queued`` bytes. KeyError: no such path."""
+        return self.links[path].seconds(size, queued)
+
+    def handoff_s(self, size: float, path: str = "shared", queued: float = 0.0) -> float:
+        """Seconds from the first token to the decode worker owning the request; ``size``: bytes that it lacks."""
+        return self.links["shared"].fixed_s + (self.transfer_s(size, path, queued) if size else 0.0)
+
+    def swap_in_s(self, size: float, queued: float = 0.0) -> float:
+        """Seconds until ``size`` bytes of a slower tier are in the arena."""
+        return self.swap.seconds(size, queued) if size else 0.0

@@ -1,0 +1,123 @@
+"""What must hold in every run, at every step and at its end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+
+from memserve.engine.worker import WorkerCore
+from memserve.journal import FrontendCore
+from memserve.mempool.shard import ShardCore
+from memserve.scheduling.scheduler import SchedulerCore
+from memserve.sim.clients import Clients
+from memserve.sim.cluster import Cluster
+from memserve.sim.world import Actor, Violation
+
+SETTLE_S = 30.0
+"""How long after the last request pools may take to be idle and schedulers to know the index: leases of the dead end by then."""
+
+
+@attrs.define(eq=False)
+class Audit:
+    """Checks each core after its turns: every one of them, or every ``every``-th of a shard, whose check walks its pool."""
+
+    cluster: Cluster
+    every: int = 1
+    checks: int = 0
+    _turns: int = 0
+
+    def __attrs_post_init__(self) -> None:
+        if self.every:
+            self.cluster.world.after_turn = self._after_turn
+
+    def _after_turn(self, actor: Actor) -> None:
+        core: Any = self.cluster.cores.get(actor.name)
+        if not hasattr(core, "check"):
+            return
+        if isinstance(core, ShardCore):
+            self._turns += 1
+            if self._turns % self.every:
+                return
+        self._check(actor, core)
+
+    def _check(self, actor: Actor, core: Any) -> None:
+        self.checks += 1
+        try:
+            core.check()
+        except AssertionError as broken:
+            raise Violation(f"{actor.id}: {broken}") from broken
+
+    def settled(self) -> str:
+        """What is not yet as it must be when nobody wants anything; empty when all is."""
+        for name in self.cluster.names:
+            actor, core = self.cluster.world.actors.get(name), self.cluster.cores.get(name)
+            if actor is None or core is None:
+                return f"{name} does not live"
+            trouble = _trouble(core)
+            if trouble:
+                return f"{name} {trouble}"
+        return self._feed()
+
+    def _feed(self) -> str:
+        """Every scheduler must know all that the shards have said about their indexes."""
+        for name, scheduler in self.cluster.cores.items():
+            if not isinstance(scheduler, SchedulerCore):
+                continue
+            for shard, core in self.cluster.cores.items():
+                if not isinstance(core, ShardCore) or not core.pool.tree.pages_total:
+                    continue
+                id = self.cluster.world.actors[shard].id
+                if not scheduler.index.is_whole(id):
+                    return f"{name} does not know the index of {id}"
+        return ""
+
+    def finish(self, clients: Clients, until: float) -> None:
+        """Let a run go on until all has ended and come to rest. Raises Violation when it does not by ``until``."""
+        world = self.cluster.world
+        world.run(until, lambda: clients.done)
+        if not clients.done:
+            raise Violation(f"at {world.now:.1f} s not ended: {_open(self.cluster, clients)}")
+        rest = world.now + SETTLE_S
+        while world.now < rest and self.settled():
+            at = world.now
+            world.run(min(at + 0.5, rest))
+            world.now = min(at + 0.5, rest)
+        if trouble := self.settled():
+            raise Violation(f"{SETTLE_S:g} s after the last request {trouble}")
+        for name, core in self.cluster.cores.items():
+            if hasattr(core, "check"):
+                self._check(world.actors[name], core)
+
+
+def _trouble(core: object) -> str:
+    match core:
+        case ShardCore(pool=pool):
+            if len(pool.leases):
+                return f"still has {len(pool.leases)} leases"
+            return f"still has {pool.leased_pages} leased pages" if pool.leased_pages else ""
+        case WorkerCore():
+            return "" if core.idle else "still holds requests"
+        case FrontendCore():
+            return "" if core.idle and core.healthy() else "is not healthy"
+        case SchedulerCore():
+            return (
+                f"still holds {core.gauges()['requests_held']:.0f} requests"
+                if core.gauges()["requests_held"]
+                else ""
+            )
+    return "is not ready"
+
+
+def _open(cluster: Cluster, clients: Clients) -> str:
+    """The first request that has not ended, and who holds it."""
+    for call in clients.open_calls.values():
+        holders = [
+            f"{name}: {one.phase.value} attempt {one.request.attempt} computed {one.computed} of {one.length}"
+            for name, core in cluster.cores.items()
+            if isinstance(core, WorkerCore)
+            for one in core._live.values()
+            if one.request.id == call.id
+        ]
+        return f"{call.id} ({len(clients.open_calls)} in all), held by {holders or 'nobody'}"
+    return f"{clients.waiting} turns that were never asked"

@@ -1,0 +1,326 @@
+"""A cluster of real cores in a virtual world: starts its actors, does what their shells do, restarts the dead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import attrs
+
+from memserve.actions import BatchDone, Copy, CopyDone, Deliver, Died, Kill, RunBatch
+from memserve.engine.batching import BatchLimits
+from memserve.engine.plans import BatchPlan, BatchResult
+from memserve.engine.worker import WorkerCore, WorkerSettings
+from memserve.journal import FrontendCore
+from memserve.lifecycle import RestartPolicy
+from memserve.mempool.addresses import Home, Tier, slot, tier_of
+from memserve.mempool.pool import Pool
+from memserve.mempool.room import Capacity
+from memserve.mempool.shard import ShardCore
+from memserve.messages import ActorId, Member
+from memserve.scheduling.cost_model import CostModel
+from memserve.scheduling.joining import JoiningCore
+from memserve.scheduling.policies import POLICIES
+from memserve.scheduling.presence import Presence, Reporting, seed_id
+from memserve.scheduling.scheduler import SchedulerCore
+from memserve.sim.engines import DrawEngine, Engine, PageEngine, shape
+from memserve.sim.layout import RETIRE, Layout, ShardPlan, Times, WorkerPlan
+from memserve.sim.world import Actor, Violation, World
+from memserve.tokens import TOKEN_BYTES
+
+SHARD_WAIT_S = 60.0
+"""How long a starting worker waits for its shard before it asks to be restarted, as a real one."""
+RESTART_S_MAX = 10.0
+
+
+@attrs.define
+class Busy:
+    """What one worker did, over all of its incarnations."""
+
+    steps: int = 0
+    busy_s: float = 0.0
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+
+
+@attrs.define(eq=False)
+class Cluster:
+    """See the module's text. ``deliver`` gets what Frontends pass on to their clients."""
+
+    world: World
+    layout: Layout
+    costs: CostModel
+    times: Times = Times()
+    pages_checked: bool = True
+    """Keep the pages' content, and look at who writes to which."""
+    deliver: Callable[[Actor, Deliver], None] = lambda actor, delivery: None
+    lost: Callable[[Actor], None] = lambda actor: None
+    """Told of each actor that ended."""
+    damaged: Callable[[int], bool] = lambda slot: False
+    """Whether a page is read back wrongly from disk."""
+    noise: dict[str, float] = attrs.field(factory=dict)
+    """What the seconds of each worker's steps are multiplied by."""
+    cores: dict[str, object] = attrs.field(factory=dict)
+    """The cores themselves, without their heartbeats, by name."""
+    busy: dict[str, Busy] = attrs.field(factory=dict)
+    deaths: int = 0
+    fenced: int = 0
+    _arenas: dict[ActorId, dict[int, bytearray]] = attrs.field(factory=dict)
+    _writing: dict[tuple[ActorId, int], ActorId] = attrs.field(factory=dict)
+    """Pages that a step under way will write to, and whose step it is."""
+    _policies: dict[str, RestartPolicy] = attrs.field(factory=dict)
+    _ready_at: dict[ActorId, float] = attrs.field(factory=dict)
+    _copiers: dict[tuple[ActorId, bool], float] = attrs.field(factory=dict)
+    """When the copier of a shard and direction is free again."""
+    _incarnations: int = 0
+    _start: dict[str, Callable[[], None]] = attrs.field(factory=dict)
+
+    def __attrs_post_init__(self) -> None:
+        self.world.kill = self.kill
+        for name in self.layout.scheduler_names:
+            self._start[name] = lambda name=name: self._start_scheduler(name)  # type: ignore[misc]
+        for shard in self.layout.shards:
+            self._start[shard.name] = lambda shard=shard: self._start_shard(shard)  # type: ignore[misc]
+        for worker in self.layout.workers:
+            self._start[worker.name] = lambda worker=worker: self._start_worker(worker)  # type: ignore[misc]
+        for name in self.layout.frontend_names:
+            self._start[name] = lambda name=name: self._start_frontend(name)  # type: ignore[misc]
+
+    # ---- life ----------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start every actor."""
+        for start in self._start.values():
+            start()
+
+    @property
+    def names(self) -> list[str]:
+        """Of all actors."""
+        return list(self._start)
+
+    def kill(self, actor: Actor) -> None:
+        """SIGKILL, or an end of its own: the supervisor tells schedulers at once and starts a successor later."""
+        if not actor.alive:
+            return
+        self.world.remove(actor)
+        del self.cores[actor.name]
+        self._arenas.pop(actor.id, None)
+        self._writing = {page: who for page, who in self._writing.items() if who != actor.id}
+        self.deaths += 1
+        self.lost(actor)
+        self.world.after(self.times.death_told_s, self._announce, Died(actor.id))
+        policy = self._policies.setdefault(actor.name, RestartPolicy(slowest_s=RESTART_S_MAX))
+        ready_at = self._ready_at.pop(actor.id, None)
+        ready_s = 0.0 if ready_at is None else self.world.now - ready_at
+        self.world.after(policy.died(ready_s, self.world.now).delay_s, self._start[actor.name])
+
+    def _announce(self, died: Died) -> None:
+        for name in self.layout.scheduler_names:
+            scheduler = self.world.actors.get(name)
+            if scheduler is not None:
+                self.world.tell(scheduler, died)
+
+    def _id(self, name: str) -> ActorId:
+        self._incarnations += 1
+        return ActorId(f"{name}.{self._incarnations:08x}")
+
+    def _presence(self, id: ActorId, kind: str, role: str = "") -> Presence:
+        me = Member(id, kind, f"sim://{id}", self._incarnations, "starting", role)
+        return Presence(me, tuple(seed_id(name) for name in self.layout.scheduler_names))
+
+    def _ready(self, actor: Actor, presence: Presence) -> None:
+        if not actor.alive:
+            return
+        if actor.paused:
+            actor.held.append(lambda: self._ready(actor, presence))
+            return
+        self._ready_at[actor.id] = self.world.now
+        presence.become("ready")
+        self.world.turn(actor)
+
+    # ---- schedulers, frontends -----------------------------------------------------------------------------
+
+    def _start_scheduler(self, name: str) -> None:
+        id = self._id(name)
+        me = Member(id, "GlobalScheduler", f"sim://{id}", self._incarnations, "ready")
+        core = self.cores[name] = SchedulerCore(me, self.layout.policy, POLICIES[self.layout.policy]())
+        self._ready_at[id] = self.world.now
+        self.world.start(Actor(id, me.kind, core))
+
+    def _start_frontend(self, name: str) -> None:
+        id = self._id(name)
+        presence = self._presence(id, "Frontend")
+        core = self.cores[name] = FrontendCore(presence, self.layout.requests_max)
+        actor = Actor(id, "Frontend", Reporting(core, presence))
+        actor.perform[Deliver] = lambda delivery: self.deliver(actor, delivery)
+        self.world.start(actor)
+        self.world.after(self.times.frontend_start_s, self._ready, actor, presence)
+
+    # ---- shards --------------------------------------------------------------------------------------------
+
+    def _start_shard(self, plan: ShardPlan) -> None:
+        id, layout = self._id(plan.name), self.layout
+        presence = self._presence(id, "MemPoolShard")
+        sizes = Capacity(plan.pages, plan.host_pages, plan.disk_pages, layout.swap_low, layout.swap_high)
+        home = Home([one.name for one in layout.shards].index(plan.name), self._incarnations)
+        pool = Pool(sizes, layout.page_tokens, layout.lease_s, caching=layout.caching != "off", home=home)
+        core = self.cores[plan.name] = ShardCore(
+            pool, schedulers=presence.schedulers, page_bytes=layout.page_bytes, me=id
+        )
+        if self.pages_checked:
+            counts = zip(Tier, (plan.pages, plan.host_pages, plan.disk_pages), strict=True)
+            width = layout.page_tokens * TOKEN_BYTES
+            slots = [slot(tier, page) for tier, pages in counts for page in range(pages)]
+            self._arenas[id] = {one: bytearray(width) for one in slots}
+        actor = Actor(id, "MemPoolShard", Reporting(core, presence))
+        actor.perform[Kill] = self._fence
+        actor.perform[Copy] = lambda copy: self._copy(actor, copy)
+        self.world.start(actor)
+        self.world.after(self.times.shard_start_s, self._ready, actor, presence)
+
+    def _fence(self, kill: Kill) -> None:
+        found = self.world.find(kill.actor)
+        if found is not None:
+            self.fenced += 1
+            self.kill(found)
+
+    def _copy(self, shard: Actor, copy: Copy) -> None:
+        """One copier for pages that come in and one for those that go out, each with a queue."""
+        source, target, _ = copy.runs[0]
+        inbound = tier_of(target) < tier_of(source)
+        on_disk = max(tier_of(source), tier_of(target)) == Tier.DISK
+        pages = sum(run[2] for run in copy.runs)
+        page_s = self.times.disk_page_s if on_disk else self.times.copy_page_s
+        begin = max(self.world.now, self._copiers.get((shard.id, inbound), 0.0))
+        end = self._copiers[shard.id, inbound] = begin + self.times.copy_fixed_s + pages * page_s
+        self.world.at(end, self._copied, shard, copy)
+
+    def _copied(self, shard: Actor, copy: Copy) -> None:
+        if not shard.alive:
+            return
+        if shard.paused:
+            shard.held.append(lambda: self._copied(shard, copy))
+            return
+        arena, bad = self._arenas.get(shard.id), []
+        for source, target, pages in copy.runs:
+            for i in range(pages):
+                damaged = tier_of(source) == Tier.DISK and self.damaged(source + i)
+                if damaged:
+                    bad.append(source + i)
+                if arena is not None:
+                    arena[target + i][:] = bytes(len(arena[target + i])) if damaged else arena[source + i]
+        self.world.tell(shard, CopyDone(copy.id, tuple(bad)))
+
+    # ---- workers -------------------------------------------------------------------------------------------
+
+    def _start_worker(self, plan: WorkerPlan) -> None:
+        id = self._id(plan.name)
+        presence = self._presence(
+            id, "PrefillWorker" if plan.role == "prefill" else "DecodeWorker", plan.role
+        )
+        joining = JoiningCore(id, plan.shard)
+        self.cores[plan.name] = joining
+        actor = Actor(id, presence.member.kind, Reporting(joining, presence))
+        actor.turned = lambda: self._await_shard(actor, joining, presence)
+        self.world.start(actor)
+        self.world.after(SHARD_WAIT_S, self._give_up, actor, joining)
+
+    def _give_up(self, actor: Actor, joining: JoiningCore) -> None:
+        if actor.alive and joining.found is None:
+            self.kill(actor)
+
+    def _await_shard(self, actor: Actor, joining: JoiningCore, presence: Presence) -> None:
+        if joining.found is not None:
+            actor.turned = lambda: None
+            self.world.after(self.times.worker_start_s, self._take_charge, actor, joining.found, presence)
+
+    def _take_charge(self, actor: Actor, shard: ActorId, presence: Presence) -> None:
+        """The engine is ready: the worker's own core takes over, on the arena that it could attach to."""
+        if not actor.alive:
+            return
+        if actor.paused:
+            actor.held.append(lambda: self._take_charge(actor, shard, presence))
+            return
+        if self.world.find(shard) is None:
+            self.kill(actor)  # its arena cannot be attached to
+            return
+        layout = self.layout
+        limits = BatchLimits(layout.chunk_tokens, layout.rows)
+        settings = WorkerSettings(limits, layout.page_tokens, layout.max_context, RETIRE[layout.caching])
+        core = self.cores[actor.name] = WorkerCore(presence, shard, settings)
+        presence.also = (shard,)
+        presence.become("ready", shard=shard)
+        actor.core = Reporting(core, presence)
+        engine = self._engine(shard)
+        actor.perform[RunBatch] = lambda action: self._step(actor, shard, engine, action.plan)
+        self._ready_at[actor.id] = self.world.now
+        self.world.turn(actor)
+
+    def _engine(self, shard: ActorId) -> Engine:
+        if not self.pages_checked:
+            return DrawEngine()
+        return PageEngine(self.layout.page_tokens * TOKEN_BYTES, self._arenas[shard])
+
+    def _step(self, actor: Actor, shard: ActorId, engine: Engine, plan: BatchPlan) -> None:
+        rows = shape(plan)
+        seconds = self.costs.step_s(rows) * actor.slowness * self.noise.get(actor.name, 1.0)
+        done = self.busy.setdefault(actor.name, Busy())
+        done.steps += 1
+        done.busy_s += seconds
+        for tokens, _ in rows:
+            if tokens > 1:
+                done.prefill_tokens += tokens
+            else:
+                done.decode_tokens += 1
+        if self.pages_checked:
+            self._claim(actor, shard, plan)
+        self.world.after(seconds, self._stepped, actor, shard, engine, plan, seconds)
+
+    def _stepped(self, actor: Actor, shard: ActorId, engine: Engine, plan: BatchPlan, seconds: float) -> None:
+        """The step is over: its pages are written now, as late as can be."""
+        if not actor.alive:
+            return
+        if actor.paused:
+            actor.held.append(lambda: self._stepped(actor, shard, engine, plan, seconds))
+            return
+        if self.pages_checked:
+            self._check_owner(actor, shard, plan)
+        self.world.tell(actor, BatchDone(BatchResult(engine.draw(plan), seconds * 1e3, 1)))
+
+    # ---- one page has one writer ---------------------------------------------------------------------------
+
+    def _written(self, plan: BatchPlan) -> list[int]:
+        size = self.layout.page_tokens
+        return [
+            page for row in plan.rows for page in row.pages[row.start // size : (row.end - 1) // size + 1]
+        ]
+
+    def _claim(self, actor: Actor, shard: ActorId, plan: BatchPlan) -> None:
+        for page in self._written(plan):
+            other = self._writing.setdefault((shard, page), actor.id)
+            if other != actor.id:
+                raise Violation(f"page {page} of {shard} is written by {actor.id} and {other} at once")
+
+    def _check_owner(self, actor: Actor, shard: ActorId, plan: BatchPlan) -> None:
+        """Pages that a step writes to must be private to leases of its worker, as long as their shard lives."""
+        written = self._written(plan)
+        for page in written:
+            self._writing.pop((shard, page), None)
+        home = self.world.find(shard)
+        if home is None:
+            return
+        core = self.cores[home.name]
+        assert isinstance(core, ShardCore), f"{home.name} is no shard"
+        pool = core.pool
+        own = {
+            page
+            for lease in pool.leases
+            if lease.owner == actor.id
+            for page in lease.private(pool.page_tokens)
+        }
+        if not own.issuperset(written):
+            wrong = sorted(set(written) - own)
+            raise Violation(f"{actor.id} writes to pages {wrong} of {shard}, which no lease of its own holds")
+
+    def pools(self) -> dict[str, Pool]:
+        """The pools of the shards that live, by name."""
+        return {name: core.pool for name, core in self.cores.items() if isinstance(core, ShardCore)}

@@ -1,0 +1,92 @@
+"""Step engines without a model: what a step costs in virtual seconds, and which tokens it draws.
+
+:class:`PageEngine` has real pages: it writes each token into the page that the plan names, and draws the next token
+from what the pages hold for the whole sequence. A page that was freed too early, shared wrongly or not filled
+therefore shows as a wrong token, as it would with a model. :class:`DrawEngine` draws from the last token alone, for
+runs too large to look at every page.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from typing import Protocol
+
+import attrs
+
+from memserve.costs import StepCosts
+from memserve.engine.plans import BatchPlan, Row
+from memserve.scheduling.cost_model import CostModel
+from memserve.tokens import TOKEN_BYTES, count
+
+FIRST_TOKEN = 2
+"""Token ids below it are never drawn: tests use them as stop tokens."""
+TOKENS = 50_000
+
+
+PAPER = CostModel(
+    StepCosts(
+        dense=((1, 0.0113), (300, 0.0113), (10_300, 0.3613)), row_s=20e-6, read_s=0.12e-6, pair_s=2e-9, chunk_tokens=512,
+        token_bytes=820_000,
+    )
+)  # fmt: skip
+"""Of a 13B model on two H800, set from the paper's TTFT and TPOT at low load: reading the weights takes as long as
+computing 300 tokens. What is assumed until figures of another machine are given."""
+
+
+def shape(plan: BatchPlan) -> list[tuple[int, int]]:
+    """The rows of a plan as :meth:`CostModel.step_s` takes them."""
+    return [(count(row.tokens), row.start) for row in plan.rows]
+
+
+def next_token(sequence: bytes, seed: int) -> int:
+    """What the make-believe model says after a packed sequence: any change of any token changes it."""
+    digest = hashlib.blake2b(sequence, digest_size=4, salt=seed.to_bytes(8, "little")).digest()
+    return FIRST_TOKEN + int.from_bytes(digest, "little") % TOKENS
+
+
+def drawn_token(last: bytes, end: int, seed: int) -> int:
+    """The same from the last token alone, its position and the request's seed."""
+    return FIRST_TOKEN + zlib.crc32(last + end.to_bytes(4, "little") + seed.to_bytes(8, "little")) % TOKENS
+
+
+class Engine(Protocol):
+    """Runs the rows of a step and checks a request's tokens against an undisturbed run."""
+
+    def draw(self, plan: BatchPlan) -> tuple[int | None, ...]:
+        """The tokens of a step, one a row."""
+
+
+@attrs.define(eq=False)
+class PageEngine:
+    """On the pages of one shard, slot to packed tokens, which all of its workers share."""
+
+    page_bytes: int
+    arena: dict[int, bytearray]
+
+    def draw(self, plan: BatchPlan) -> tuple[int | None, ...]:
+        return tuple(self._row(row) for row in plan.rows)
+
+    def _row(self, row: Row) -> int | None:
+        width, at, end = self.page_bytes, row.start * TOKEN_BYTES, row.end * TOKEN_BYTES
+        source = 0
+        while at < end:
+            inside = at % width
+            piece = min(width - inside, end - at)
+            page = self.arena[row.pages[at // width]]
+            page[inside : inside + piece] = row.tokens[source : source + piece]
+            at, source = at + piece, source + piece
+        if row.sample is None:
+            return None
+        whole = b"".join(self.arena[page] for page in row.pages[: -(-end // width)])
+        return next_token(whole[:end], row.sample.seed)
+
+
+class DrawEngine:
+    """Without pages."""
+
+    def draw(self, plan: BatchPlan) -> tuple[int | None, ...]:
+        return tuple(
+            None if row.sample is None else drawn_token(row.tokens[-TOKEN_BYTES:], row.end, row.sample.seed)
+            for row in plan.rows
+        )

@@ -1,0 +1,136 @@
+"""Small clusters in which everything goes wrong: one run a seed, each with a layout, sessions and faults of its own."""
+
+from __future__ import annotations
+
+import random
+
+import attrs
+
+from memserve.costs import StepCosts
+from memserve.scheduling.cost_model import CostModel
+from memserve.sim.audit import Audit
+from memserve.sim.clients import Clients
+from memserve.sim.cluster import Cluster
+from memserve.sim.faults import KINDS, Faults
+from memserve.sim.layout import FAST, Layout, ShardPlan, WorkerPlan
+from memserve.sim.network import LinkCosts, Network
+from memserve.sim.workloads import Piece, Session, Turn
+from memserve.sim.world import Violation, World
+
+COSTS = CostModel(StepCosts(dense=((1, 0.031), (30, 0.031), (1030, 1.031)), row_s=1e-4, read_s=1e-6))
+FAULTS_S = 12.0
+"""Things go wrong for so long."""
+ENDS_S = 240.0
+"""All that began must have ended by then."""
+
+ROLES: tuple[tuple[tuple[str, str, str], ...], ...] = (
+    (("p0", "prefill", "s0"), ("d0", "decode", "s0")),
+    (("p0", "prefill", "s0"), ("p1", "prefill", "s0"), ("d0", "decode", "s0"), ("d1", "decode", "s0")),
+    (("w0", "both", "s0"), ("w1", "both", "s0")),
+    (("w0", "both", "s0"), ("w1", "both", "s1"), ("p0", "prefill", "s1"), ("d0", "decode", "s1")),
+)
+
+
+@attrs.frozen
+class Outcome:
+    """What came of one seed."""
+
+    seed: int
+    violation: str = ""
+    """Empty: none."""
+    events: int = 0
+    virtual_s: float = 0.0
+    checks: int = 0
+    deaths: int = 0
+    resubmissions: int = 0
+    outcomes: dict[str, int] = attrs.field(factory=dict)
+    faults: dict[str, int] = attrs.field(factory=dict)
+    digest: str = ""
+
+
+def small_layout(rng: random.Random) -> Layout:
+    """A cluster of two to four workers and a pool that is too small now and then."""
+    workers = tuple(WorkerPlan(*one) for one in rng.choice(ROLES))
+    tiers = (rng.choice((0, 0, 20)), rng.choice((0, 0, 40)))
+    pages = rng.choice((40, 60, 300))
+    return Layout(
+        shards=tuple(ShardPlan(name, pages, *tiers) for name in sorted({one.shard for one in workers})),
+        workers=workers,
+        frontends=rng.choice((1, 1, 2)),
+        schedulers=rng.choice((1, 1, 2)),
+        policy=rng.choice(("least_load", "round_robin")),
+        caching=rng.choice(("3", "3", "1", "off")),
+        page_tokens=4,
+        chunk_tokens=rng.choice((3, 16, 64)),
+        rows=rng.choice((3, 8)),
+        max_context=150,
+    )
+
+
+def small_sessions(rng: random.Random) -> list[Session]:
+    """Some chats that share beginnings."""
+    made = []
+    for i in range(rng.randint(3, 10)):
+        turns = [
+            Turn(
+                (
+                    Piece(f"trunk/{rng.randrange(3)}", rng.randint(1, 24)),
+                    Piece(f"{i}/{turn}", rng.randint(1, 12)),
+                ),
+                rng.randint(1, 24),
+                wait_s=rng.random(),
+            )
+            for turn in range(rng.randint(1, 2))
+        ]
+        made.append(
+            Session(f"r{i}", rng.random() * 6.0 + 0.2, tuple(turns), scope=rng.choice(("", "", "other")))
+        )
+    return made
+
+
+@attrs.define(eq=False)
+class Trial:
+    """One seed's cluster, before it runs."""
+
+    seed: int
+    kinds: tuple[str, ...] = KINDS
+    every: int = 8
+    cluster: Cluster = attrs.field(init=False)
+    clients: Clients = attrs.field(init=False)
+    faults: Faults = attrs.field(init=False)
+    audit: Audit = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        rng = random.Random(f"{self.seed}/layout")
+        network = Network(random.Random(f"{self.seed}/network"), LinkCosts(), through_codec=True)
+        self.cluster = Cluster(World(network), small_layout(rng), COSTS, FAST)
+        self.clients = Clients(self.cluster, small_sessions(rng), self.seed)
+        self.faults = Faults(self.cluster, random.Random(f"{self.seed}/faults"), self.kinds, FAULTS_S)
+        self.clients.patience = self.faults.patience
+        self.audit = Audit(self.cluster, self.every)
+
+    def run(self) -> Outcome:
+        """Run it to its end."""
+        world, violation = self.cluster.world, ""
+        try:
+            self.cluster.start()
+            self.faults.arrange()
+            self.audit.finish(self.clients, ENDS_S)
+        except (AssertionError, KeyError, IndexError, TypeError, ValueError) as broken:
+            violation = f"at {world.now:.3f} s: {type(broken).__name__}: {broken}"
+        outcomes: dict[str, int] = {}
+        for call in self.clients.calls:
+            outcomes[call.outcome or "open"] = outcomes.get(call.outcome or "open", 0) + 1
+        resubmitted = sum(call.attempts - 1 for call in self.clients.calls)
+        return Outcome(
+            self.seed, violation, world.events, world.now, self.audit.checks, self.cluster.deaths, resubmitted,
+            outcomes, self.faults.happened, world.digest,
+        )  # fmt: skip
+
+
+def fuzz(seed: int, kinds: tuple[str, ...] = KINDS, every: int = 8) -> Outcome:
+    """One run. A Violation, or any error of a core, is in the outcome."""
+    return Trial(seed, kinds, every).run()
+
+
+__all__ = ["Outcome", "Trial", "Violation", "fuzz"]

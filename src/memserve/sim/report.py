@@ -1,0 +1,165 @@
+"""What a run is summed up to: latencies, reuse, bytes, and what each worker did."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import attrs
+
+from memserve.mempool.pool import Pool
+from memserve.sim.clients import Call, Clients
+from memserve.sim.cluster import Cluster
+from memserve.tokens import count
+
+SHARES = (0.5, 0.9, 0.99)
+
+
+@attrs.frozen
+class Spread:
+    """Mean and percentiles of some seconds; all 0 without any."""
+
+    mean: float
+    p50: float
+    p90: float
+    p99: float
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Spread:
+        """By nearest rank."""
+        if not seconds:
+            return cls(0.0, 0.0, 0.0, 0.0)
+        ordered = sorted(seconds)
+        ranks = [ordered[max(0, math.ceil(share * len(ordered)) - 1)] for share in SHARES]
+        return cls(sum(ordered) / len(ordered), *ranks)
+
+
+@attrs.frozen
+class WorkerReport:
+    """One worker, over all of its incarnations."""
+
+    name: str
+    role: str
+    steps: int
+    busy: float
+    """Share of the run's time in which a step ran."""
+    prefill_tokens: int
+    decode_tokens: int
+
+
+@attrs.frozen(kw_only=True)
+class Report:
+    """One run. Equal seeds and inputs give equal reports, byte for byte."""
+
+    layout: str
+    policy: str
+    seed: int
+    requests: int
+    outcomes: dict[str, int]
+    ttft_s: Spread
+    tpot_s: Spread
+    jct_s: Spread
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    resubmissions: int
+    handed_over_bytes: int
+    """KV of requests that changed their worker within a shard, which moves nothing."""
+    moved_bytes: int
+    """KV copied between shards."""
+    swapped_bytes: int
+    """KV copied between tiers."""
+    evicted_pages: int
+    workers: tuple[WorkerReport, ...]
+    imbalance: float
+    """The busiest worker's time in steps over the mean one's, among workers of a role; the worst role."""
+    faults: dict[str, int]
+    deaths: int
+    virtual_s: float
+    events: int
+    messages: dict[str, int]
+    digest: str
+    """Of the event log."""
+
+    @property
+    def hit_share(self) -> float:
+        """Of prompt tokens."""
+        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+
+    def meets(self, slo: dict[str, float]) -> bool:
+        """Whether every P99 that ``slo`` names (ttft, tpot, jct) is within its seconds, and every request was answered."""
+        found = {"ttft": self.ttft_s, "tpot": self.tpot_s, "jct": self.jct_s}
+        answered = set(self.outcomes) <= {"length", "cancelled"}
+        return answered and all(found[name].p99 <= most for name, most in slo.items())
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**attrs.asdict(self), "hit_share": self.hit_share}
+
+
+def report(cluster: Cluster, clients: Clients, seed: int, faults: dict[str, int], warm: int = 0) -> Report:
+    """Sum a run up, without its first ``warm`` requests."""
+    calls = clients.calls[warm:]
+    done = [call for call in calls if call.complete]
+    world, pools = cluster.world, list(cluster.pools().values())
+    workers = _workers(cluster)
+    outcomes: dict[str, int] = {}
+    for call in calls:
+        outcomes[call.outcome] = outcomes.get(call.outcome, 0) + 1
+    return Report(
+        layout=cluster.layout.name,
+        policy=cluster.layout.policy,
+        seed=seed,
+        requests=len(calls),
+        outcomes=dict(sorted(outcomes.items())),
+        ttft_s=Spread.of([call.first_at - call.asked_at for call in done]),
+        tpot_s=Spread.of([tpot_s(call) for call in done if count(call.answer) > 1]),
+        jct_s=Spread.of([call.last_at - call.asked_at for call in done]),
+        prompt_tokens=sum(count(call.prompt) for call in done),
+        cached_tokens=sum(call.cached_tokens for call in done),
+        output_tokens=sum(count(call.answer) for call in done),
+        resubmissions=sum(call.attempts - 1 for call in calls),
+        handed_over_bytes=_pages(pools, "handed_over_pages") * cluster.layout.page_bytes,
+        moved_bytes=_pages(pools, "handed_over_bytes_copied"),
+        swapped_bytes=sum(pool.room.swaps.in_pages + pool.room.swaps.out_pages for pool in pools)
+        * cluster.layout.page_bytes,
+        evicted_pages=sum(pool.room.evicted_pages for pool in pools),
+        workers=workers,
+        imbalance=_imbalance(workers),
+        faults=dict(sorted(faults.items())),
+        deaths=cluster.deaths,
+        virtual_s=world.now,
+        events=world.events,
+        messages=dict(sorted(world.messages.items())),
+        digest=world.digest,
+    )
+
+
+def tpot_s(call: Call) -> float:
+    """Seconds from one token to the next, on average."""
+    return (call.last_at - call.first_at) / (count(call.answer) - 1)
+
+
+def _pages(pools: Sequence[Pool], name: str) -> int:
+    return sum(int(getattr(pool.counters, name)) for pool in pools)
+
+
+def _workers(cluster: Cluster) -> tuple[WorkerReport, ...]:
+    total = max(cluster.world.now, 1e-9)
+    return tuple(
+        WorkerReport(
+            plan.name, plan.role, one.steps, one.busy_s / total, one.prefill_tokens, one.decode_tokens
+        )
+        for plan in cluster.layout.workers
+        if (one := cluster.busy.get(plan.name)) is not None
+    )
+
+
+def _imbalance(workers: Sequence[WorkerReport]) -> float:
+    worst = 1.0
+    for role in {one.role for one in workers}:
+        busy = [one.busy for one in workers if one.role == role]
+        mean = sum(busy) / len(busy)
+        worst = max(worst, max(busy) / mean if mean else 1.0)
+    return worst

@@ -1,0 +1,262 @@
+"""The simulator: hundreds of seeded runs in which everything goes wrong, and proof that it would notice."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from memserve import cli
+from memserve.engine.paging import Paging
+from memserve.errors import UserError
+from memserve.mempool.shard import ShardCore
+from memserve.scheduling.index_feed import IndexFeed
+from memserve.sim.faults import KINDS, parse
+from memserve.sim.fuzz import fuzz
+from memserve.sim.layout import fixed
+from memserve.sim.run import Run, simulate
+from memserve.sim.workloads import one_pool_bound, read_trace
+
+ROOT = Path(__file__).parents[1]
+GROUPS = [(f"{kind}:{start}", (kind,), range(start, start + 10)) for kind in KINDS for start in (0,)]
+GROUPS += [(f"all:{start}", KINDS, range(start, start + 20)) for start in range(0, 160, 20)]
+
+
+@pytest.mark.parametrize(("kinds", "seeds"), [one[1:] for one in GROUPS], ids=[one[0] for one in GROUPS])
+def test_whatever_goes_wrong_nothing_is_lost(kinds, seeds) -> None:
+    """Each request ends once with the right tokens, no page has two writers, all comes to rest: else the seed is printed."""
+    bad = [(one.seed, one.violation) for one in (fuzz(seed, kinds) for seed in seeds) if one.violation]
+    assert not bad, f"memserve sim --faults {','.join(kinds)} --runs 1 --seed {bad[0][0]}: {bad[0][1]}"
+
+
+@pytest.mark.parametrize(
+    ("kinds", "seed", "harm"),
+    [
+        (
+            "pause",
+            39,
+            "a shard that was held for dead while it slept was never told to leave, and no worker could join it",
+        ),
+        (
+            "pause",
+            34,
+            "a Frontend that was held for dead while it slept went on without a view, its requests dropped",
+        ),
+        ("partition", 14, "a scheduler span when a member's silence ended between two floats"),
+        ("partition", 0, "a worker that missed the one view that named its shard waited for ever"),
+        (
+            "all",
+            230,
+            "a decode worker with another lease of an attempt said that it had taken this one too: it leaked",
+        ),
+        ("loss", 1, "an AllocMem that was lost was never repeated, and its stream stood still"),
+        ("loss", 4, "a Prefill or a last Tokens that was lost was missed by nobody"),
+        ("loss", 10, "an Acquire that was lost was never repeated"),
+        (
+            "duplication",
+            0,
+            "a delta that came twice asked for a snapshot, and nobody asked again when that was lost",
+        ),
+        (
+            "all",
+            258,
+            "a shard that died together with the scheduler was mourned by nobody, and its workers stayed with it",
+        ),
+    ],
+)
+def test_what_the_simulator_found_stays_mended(kinds, seed, harm) -> None:
+    """These seeds failed once, for the reason given."""
+    assert fuzz(seed, parse(kinds)).violation == "", harm
+
+
+def caught(kinds: str, seeds: range) -> list[str]:
+    """What the runs complain about."""
+    return [one.violation for one in (fuzz(seed, parse(kinds)) for seed in seeds) if one.violation]
+
+
+def test_a_lost_release_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If it were not, a worker that forgets to give pages back would empty the pool unseen."""
+    monkeypatch.setattr(Paging, "release", Paging.forget)
+    assert any("leases" in one for one in caught("none", range(6)))
+
+
+def test_a_missing_fence_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If it were not, a worker that wakes up would write to pages that are another's by now."""
+    monkeypatch.setattr(ShardCore, "_fence", lambda self, owner: None)
+    assert any("is written by" in one or "writes to pages" in one for one in caught("pause", range(20)))
+
+
+def test_a_skipped_snapshot_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If it were not, a scheduler would route by an index that it does not know."""
+    monkeypatch.setattr(IndexFeed, "snapshot", lambda self, sender, part: None)
+    assert any("does not know the index" in one for one in caught("loss", range(20)))
+
+
+def test_one_seed_is_one_run() -> None:
+    """Byte for byte, whatever order sets of this process have: else a seed that failed could not be looked at."""
+    code = "from memserve.sim.fuzz import fuzz; print([fuzz(seed) for seed in (3, 5)])"
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={"PYTHONHASHSEED": salt, "PYTHONPATH": str(ROOT / "src")},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for salt in ("1", "2")
+    }
+    assert len(found) == 1 and "digest" in found.pop()
+
+
+# ---- traces --------------------------------------------------------------------------------------------------
+
+
+def made_up_trace(lines: int) -> list[dict]:
+    """Requests whose hash ids chain as in Mooncake's traces: an id stands for a block and all before it."""
+    rng = random.Random(7)
+    ids: dict[tuple[int, ...], int] = {}
+    rows = []
+    for i in range(lines):
+        blocks = [0, *(rng.randrange(2) for _ in range(rng.randrange(6)))]
+        last = rng.choice((512, 512, rng.randrange(1, 512)))
+        chain = [tuple(blocks[:end]) for end in range(1, len(blocks) + 1)]
+        if last < 512:
+            chain[-1] = (*chain[-1], 1000 + i)
+        found = [ids.setdefault(one, len(ids)) for one in chain]
+        length = (len(found) - 1) * 512 + last
+        rows.append({"timestamp": 50 * i, "input_length": length, "output_length": 96, "hash_ids": found})
+    return rows
+
+
+def reused_blocks(rows: list[dict]) -> int:
+    """Full blocks at the beginning of each prompt that came before, by the ids alone; a last token is always computed."""
+    seen: set[int] = set()
+    hits = 0
+    for row in rows:
+        full = row["hash_ids"][: row["input_length"] // 512]
+        usable = full[:-1] if row["input_length"] % 512 == 0 else full
+        for one in usable:
+            if one not in seen:
+                break
+            hits += 1
+        seen.update(full)
+    return hits
+
+
+@pytest.mark.parametrize("layout", ["colocated", "1P1D"])
+def test_a_trace_finds_exactly_what_its_ids_say(tmp_path: Path, layout: str) -> None:
+    """If it failed, tokens of different blocks would be alike, or pages would be lost, and no hit share could be trusted."""
+    rows = made_up_trace(80)
+    path = tmp_path / "trace.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    sessions = tuple(read_trace(path, block_tokens=16))
+    found = simulate(
+        Run(layout=fixed(layout, 2, pages=4000, shared=True, caching="1"), sessions=sessions, serial=True)
+    )
+    assert reused_blocks(rows) > 100
+    assert found.cached_tokens == 16 * reused_blocks(rows)
+    assert found.outcomes == {"length": 80}
+    assert one_pool_bound(sessions, 16) == (16 * reused_blocks(rows), found.prompt_tokens)
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        (
+            '{"timestamp": 0, "input_length": 600, "output_length": 3, "hash_ids": [1]}',
+            "1 hash_ids for input_length 600",
+        ),
+        ('{"timestamp": 0, "output_length": 3, "hash_ids": [1]}', "lacks 'input_length'"),
+        ("timestamp,input", "expected an object with timestamp"),
+    ],
+)
+def test_a_wrong_line_of_a_trace_is_named(tmp_path: Path, line: str, complaint: str) -> None:
+    """Someone with a file of another format must learn at once which line is wrong and what it should be."""
+    path = tmp_path / "trace.jsonl"
+    path.write_text(line)
+    with pytest.raises(UserError, match="line 1") as caught_error:
+        read_trace(path, block_tokens=16)
+    assert complaint in str(caught_error.value)
+
+
+# ---- the command ---------------------------------------------------------------------------------------------
+
+
+def sim(*words: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """Exit status and output of `memserve sim`."""
+    status = cli.run(["sim", *words])
+    said = capsys.readouterr()
+    return status, said.out + said.err
+
+
+def test_a_run_with_faults_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    """The whole way of the command, on a real configuration; twice the same words give the same bytes."""
+    words = (
+        "--workload",
+        "react",
+        "--rate",
+        "8",
+        "--requests",
+        "12",
+        "--faults",
+        "crash,pause",
+        "--checked",
+        "--pages",
+        "3000",
+    )
+    status, said = sim("-c", str(ROOT / "configs/2p2d.toml"), *words, "--seed", "4", capsys=capsys)
+    assert status == 0, said
+    assert "TTFT" in said and "event log" in said
+    assert sim("-c", str(ROOT / "configs/2p2d.toml"), *words, "--seed", "4", capsys=capsys) == (0, said)
+
+
+def test_layouts_and_policies_are_compared_by_an_slo(capsys: pytest.CaptureFixture[str]) -> None:
+    """Capacity planning: one table says which layout and policy keeps a promise, and which does not."""
+    configs = [str(ROOT / "configs" / name) for name in ("colocated.toml", "2p2d.toml")]
+    words = ("--workload", "loogle", "--rate", "40", "--requests", "60", "--pages", "4000", "--json")
+    status, said = sim(
+        "-c", configs[0], "-c", configs[1], "--policy", "round_robin,least_load", "--slo", "ttft=0.2,tpot=0.05", *words,
+        capsys=capsys,
+    )  # fmt: skip
+    assert status == 0, said
+    found = [json.loads(line) for line in said.splitlines()]
+    assert [(one["layout"], one["policy"]) for one in found] == [
+        (layout, policy) for layout in ("colocated", "2p2d") for policy in ("round_robin", "least_load")
+    ]
+    assert {one["meets_slo"] for one in found} == {True, False}
+    for one in found:
+        within = one["ttft_s"]["p99"] <= 0.2 and one["tpot_s"]["p99"] <= 0.05
+        assert one["meets_slo"] == within
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (("--workload", "poetry"), "must be one of sharegpt, loogle, react"),
+        ((), "give either --trace FILE or --workload"),
+        (("--workload", "react", "--faults", "flood"), "--faults must be all, none or of"),
+        (("--workload", "react", "--slo", "speed=1"), "--slo knows ttft, tpot, jct"),
+        (("--trace", "/nowhere.jsonl"), "cannot be read"),
+        (("--workload", "react", "--costs", "/nowhere.toml"), "--costs /nowhere.toml"),
+    ],
+)
+def test_what_cannot_be_simulated_is_explained(words, complaint, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line that names the option, no traceback."""
+    status, said = sim(*words, capsys=capsys)
+    assert status == cli.STATUS_USER_ERROR
+    assert complaint in said and "Traceback" not in said
+
+
+def test_the_search_names_the_seed_that_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The nightly run must end with an error and with the command that shows it again."""
+    assert sim("--faults", "all", "--runs", "3", capsys=capsys)[0] == 0
+    monkeypatch.setattr(Paging, "release", Paging.forget)
+    status, said = sim("--faults", "none", "--runs", "2", capsys=capsys)
+    assert status == 1
+    assert "memserve sim --faults none --runs 1 --seed 0: " in said
