@@ -167,7 +167,9 @@ class Lifeline:
 
     async def beat(self) -> None:
         """Tell the supervisor, for as long as the event loop turns, that it does."""
-        while self._events.send(event="alive"):
+        while True:
+            if not self._events.send(event="alive"):
+                return
             await trio.sleep(BEAT_S)
 
     def serving(self, url: str) -> None:

@@ -424,12 +424,8 @@ class ShardCore:
 
     def _log_reclaimed(self, event: str, reclaimed: Reclaimed, waited: int) -> None:
         if reclaimed.leases or waited:
-            data: dict[str, object] = {
-                "owner": reclaimed.owner,
-                "leases": reclaimed.leases,
-                "pages_freed": reclaimed.pages,
-                "waiting_acquires": waited,
-            }
+            freed = {"leases": reclaimed.leases, "pages_freed": reclaimed.pages}
+            data: dict[str, object] = {"owner": reclaimed.owner, **freed, "waiting_acquires": waited}
             self._actions.append(Log("warning", event, data))
 
 

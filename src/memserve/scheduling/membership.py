@@ -102,5 +102,6 @@ class Membership:
         return min(map(self._silent_at, self._heard_at), default=float("inf"))
 
     def _silent_at(self, actor: ActorId) -> float:
-        starting = self.members[actor].state == "starting"
+        member = self.members.get(actor)  # none yet, of one that only others have named
+        starting = member is not None and member.state == "starting"
         return self._heard_at[actor] + (DEAD_STARTING_S if starting else DEAD_AFTER_S)
