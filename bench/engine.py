@@ -78,10 +78,11 @@ def main() -> None:
     for stored in (options.dtype, "int8") if options.int8 else (options.dtype,):
         files = prepare(find_model(options.model), stored)
         spec = files.spec
-        for native in (False, True) if options.dtype == "bfloat16" else (False,):
+        for path in options.paths.split(",") if options.dtype == "bfloat16" else ("torch",):
+            native = path == "native"
             engine = _engine(files, options, native)
             if engine.native == native:  # not where the native step is not to be had
-                name = f"{'native' if native else 'torch'}{' int8' if stored == 'int8' else ''}"
+                name = f"{path}{' int8' if stored == 'int8' else ''}"
                 contenders.append(Contender(name, stored, engine))
     assert spec is not None
     cases = _machine(options) + _engine_cases(spec, contenders, options)
@@ -103,6 +104,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--chunk", type=int, default=512, help="tokens of a prompt that run in one step")
     parser.add_argument("--seconds", type=float, default=0.3, help="of each measurement in each round")
+    parser.add_argument("--paths", default="torch,native", help="only these, by comma")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     return parser.parse_args()
 

@@ -25,7 +25,8 @@ os.environ.update(engine_environment())
 
 import torch
 
-from memserve.engine.model import Batch, Llama, rope_table
+from memserve.engine.model import Batch, Llama
+from memserve.engine.ops import rope_table
 from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.spec import find_model
 from memserve.engine.tokenizer import Tokenizer

@@ -11,7 +11,7 @@ import attrs
 import pytest
 from structlog.testing import capture_logs
 
-from memserve.engine.model import rope_table
+from memserve.engine.ops import rope_table
 from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.runner import CpuEngine
 from memserve.engine.spec import ModelSpec

@@ -10,7 +10,8 @@ import attrs
 import pytest
 import torch
 
-from memserve.engine.model import Batch, Llama, rope_table
+from memserve.engine.model import Batch, Llama
+from memserve.engine.ops import rope_table
 from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.spec import ModelSpec
 from memserve.engine.weights import default_cache_dir, random_weights

@@ -99,7 +99,14 @@ IMPURE = {
 }  # fmt: skip
 """A core that imports one of these cannot be replayed under a virtual clock."""
 
-MAY_IMPORT_TORCH = {"engine.model", "engine.runner", "engine.sampling", "engine.weights"}
+MAY_IMPORT_TORCH = {
+    "engine.model",
+    "engine.ops",
+    "engine.cuda",
+    "engine.runner",
+    "engine.sampling",
+    "engine.weights",
+}
 MAY_IMPORT_GPU = {
     "kernels.gpu_memory": {"cupy"},
     "kernels.flashinfer_kit": {"flashinfer"},

@@ -13,6 +13,7 @@ import select
 import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import attrs
@@ -23,14 +24,17 @@ from memserve.actions import Copy, CopyDone, Kill
 from memserve.actors.loop import Shell
 from memserve.actors.worker import introduce
 from memserve.bus import open_link
-from memserve.kernels.arena import Arena, serve_arena
+from memserve.gpus import device_index
+from memserve.kernels.arena import Arena, serve_arena, serve_packet
+from memserve.kernels.gpu_memory import GpuArena
+from memserve.kernels.gpu_store import GpuPageStore, open_gpu_store
 from memserve.kernels.page_store import DiskFile, PageStore
 from memserve.mempool.addresses import Home, Tier, tier_of
 from memserve.mempool.pool import Pool
 from memserve.mempool.room import Capacity
 from memserve.mempool.shard import ShardCore
 from memserve.messages import ActorId, actor_name
-from memserve.process import ActorContext
+from memserve.process import ActorContext, ready_model
 from memserve.scheduling.presence import Reporting
 
 log = structlog.get_logger()
@@ -54,6 +58,10 @@ class ShardSettings:
     """Its number in addresses: unique among the shards that a client uses."""
     disk_dir: Path = Path(".")
     """Where the disk tier's file is made."""
+    gpu: int | None = None
+    """The GPU that its pages live on; None: host memory."""
+    weights: Callable[[], Path] | None = None
+    """Finds the file of the weights that a GPU's shard holds for its workers. Blocks."""
 
 
 # ---- the actor -----------------------------------------------------------------------------------------------
@@ -99,7 +107,15 @@ def settings_of(context: ActorContext) -> ShardSettings:
         caching=resolved.config.cache.mode != "off",
         number=[shard.name for shard in resolved.config.shard].index(context.name),
         disk_dir=Path(resolved.disk_dir),
+        gpu=device_index(resolved.shard(context.name).device),
+        weights=partial(weights_of, context),
     )
+
+
+def weights_of(context: ActorContext) -> Path:
+    """The converted weights as a GPU takes them."""
+    resolved, model = context.resolved, context.resolved.config.model
+    return ready_model(resolved.model_path, resolved.spec, model.stored, model.dtype, on_gpus=True).weights
 
 
 @asynccontextmanager
@@ -159,17 +175,28 @@ async def keep_pages(
         shell.perform[Copy] = lambda copy: nursery.start_soon(copiers.copy, copy)
         # Prefaulting takes a second a GiB: in a thread, while heartbeats go out.
         arenas, disk = await trio.to_thread.run_sync(allocate, actor, settings)
+        memory = {tier: arena.memory for tier, arena in arenas.items()}
+        gpu: GpuArena | None = None
         try:
-            memory = {tier: arena.memory for tier, arena in arenas.items()}
-            copiers.store = PageStore(settings.page_bytes, memory, disk)
+            if settings.gpu is None:
+                copiers.store = PageStore(settings.page_bytes, memory, disk)
+            else:
+                gpu = await trio.to_thread.run_sync(allocate_on_gpu, actor, settings)
+                host = memory.get(Tier.HOST)
+                copiers.store = await trio.to_thread.run_sync(open_gpu_store, gpu, host, disk)
+                await nursery.start(serve_packet, gpu.header.encode(), (), sockets[Tier.DEVICE])
             for tier, arena in arenas.items():
                 await nursery.start(serve_arena, arena, sockets[tier])
             ready.set()
             task_status.started()
             await trio.sleep_forever()
         finally:
+            if isinstance(copiers.store, GpuPageStore):
+                copiers.store.close()
             copiers.store = None
             memory.clear()
+            if gpu is not None:
+                gpu.close()
             for arena in arenas.values():
                 arena.close()
             if disk is not None:
@@ -180,9 +207,17 @@ def allocate(actor: ActorId, settings: ShardSettings) -> tuple[dict[Tier, Arena]
     """Everything that pages will be in. Blocks. Raises UserError when the machine has not enough."""
     sizes, page_bytes = settings.capacity, settings.page_bytes
     disk = DiskFile.create(settings.disk_dir, sizes.disk, page_bytes) if sizes.disk else None
-    pages = {Tier.DEVICE: sizes.device, Tier.HOST: sizes.host}
+    pages = {Tier.DEVICE: sizes.device if settings.gpu is None else 0, Tier.HOST: sizes.host}
     arenas = {tier: Arena.create(actor, n, page_bytes) for tier, n in pages.items() if n}
     return arenas, disk
+
+
+def allocate_on_gpu(actor: ActorId, settings: ShardSettings) -> GpuArena:
+    """The pages and the weights of a GPU's shard. Blocks. Raises UserError when there is no room, or no sharing."""
+    assert settings.gpu is not None and settings.weights is not None, "a shard without a GPU"
+    return GpuArena.create(
+        actor, settings.gpu, settings.capacity.device, settings.page_bytes, settings.weights()
+    )
 
 
 @attrs.define(eq=False)
@@ -191,7 +226,7 @@ class Copiers:
 
     shell: Shell
     ready: trio.Event
-    store: PageStore | None = None
+    store: PageStore | GpuPageStore | None = None
     _in: trio.CapacityLimiter = attrs.field(factory=lambda: trio.CapacityLimiter(1), init=False)
     _out: trio.CapacityLimiter = attrs.field(factory=lambda: trio.CapacityLimiter(1), init=False)
 

@@ -15,11 +15,12 @@ from memserve.actions import BatchDone, RunBatch
 from memserve.actors.engine_thread import EngineThread
 from memserve.actors.loop import Shell
 from memserve.bus import Link, open_link
-from memserve.config import Resolved
+from memserve.config import Resolved, ShardConfig
 from memserve.engine.batching import BatchLimits
 from memserve.engine.plans import StepEngine
 from memserve.engine.worker import WorkerCore, WorkerSettings
 from memserve.errors import PeerError, PeerUnreachable
+from memserve.gpus import device_index
 from memserve.messages import ActorId, Member
 from memserve.process import ActorContext, RestartNeeded, ready_model
 from memserve.scheduling.joining import JoiningCore
@@ -41,7 +42,7 @@ async def run_worker(context: ActorContext, task_status: trio.TaskStatus[None]) 
         shell = Shell(Reporting(joining, presence), link)
         async with trio.open_nursery() as nursery:
             await nursery.start(shell.run)
-            nursery.start_soon(trio.to_thread.run_sync, import_engine)
+            nursery.start_soon(trio.to_thread.run_sync, import_engine, shard_of(context).on_gpu)
             shard = await shard_found(shell, joining)
             engine = EngineThread(partial(start_engine, context, shard))
             await nursery.start(engine.run)
@@ -78,9 +79,9 @@ def settings_of(resolved: Resolved) -> WorkerSettings:
     return WorkerSettings(limits, config.pool.page_tokens, resolved.max_context, RETIRE[config.cache.mode])
 
 
-def import_engine() -> None:
+def import_engine(on_gpu: bool) -> None:
     """Import torch while the shard still fills its arena: each takes seconds."""
-    importlib.import_module("memserve.engine.runner")
+    importlib.import_module("memserve.engine.cuda" if on_gpu else "memserve.engine.runner")
 
 
 def start_engine(context: ActorContext, shard: ActorId) -> StepEngine:
@@ -90,6 +91,8 @@ def start_engine(context: ActorContext, shard: ActorId) -> StepEngine:
     from memserve.kernels.arena import attach_arena
 
     resolved = context.resolved
+    if shard_of(context).on_gpu:
+        return start_engine_on_gpu(context, shard)
     try:
         arena = attach_arena(context.place.socket_path(f"{shard}.arena"), resolved.page_bytes)
     except (PeerError, PeerUnreachable) as error:
@@ -105,6 +108,26 @@ def start_engine(context: ActorContext, shard: ActorId) -> StepEngine:
     engine = CpuEngine(files.spec, files.weights, arena.memory, pages, page_tokens, model.dtype, cores)
     engine.warm_up()
     return engine
+
+
+def shard_of(context: ActorContext) -> ShardConfig:
+    """The configuration of the shard whose pages this worker uses."""
+    config = next(one for one in context.resolved.config.worker if one.name == context.name)
+    return context.resolved.shard(config.shard)
+
+
+def start_engine_on_gpu(context: ActorContext, shard: ActorId) -> StepEngine:
+    """The same for a shard on a GPU, which holds the weights too."""
+    from memserve.engine.cuda import open_engine
+
+    resolved, model = context.resolved, context.resolved.config.model
+    files = ready_model(resolved.model_path, resolved.spec, model.stored, model.dtype, on_gpus=True)
+    device = device_index(shard_of(context).device)
+    assert device is not None, "a worker of a shard that is on no GPU"
+    try:
+        return open_engine(resolved, files, context.place.socket_path(f"{shard}.arena"), device)
+    except (PeerError, PeerUnreachable) as error:
+        raise RestartNeeded(str(error)) from error
 
 
 def take_charge(shell: Shell, core: WorkerCore, engine: EngineThread) -> None:

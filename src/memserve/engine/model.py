@@ -1,8 +1,9 @@
 """Llama and its relatives in one file: token ids and paged KV in, logits out.
 
 Written from the architecture's description (Touvron et al., 2023); what a family does beyond it (biases, norms of q
-and k) is in the spec's features. Held to transformers' models in the tests. The residual stream and the norms are float32 also in a bfloat16 run: they cost little, and the error of
-30 additions in bfloat16 would not. Weights are those of :mod:`memserve.engine.weights`; nothing here owns them.
+and k) is in the spec's features. Held to transformers' models in the tests. One forward pass serves CPUs and GPUs: what
+differs is the attention backend and the :class:`~memserve.engine.ops.Ops`. Weights are those of
+:mod:`memserve.engine.weights`; nothing here owns them.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from typing import Any
 
 import attrs
 import torch
-from torch.nn.functional import embedding, linear, rms_norm, silu
+from torch.nn.functional import embedding, linear
 
 from memserve.engine.convert import SCALE
+from memserve.engine.ops import Ops, TorchOps
 from memserve.engine.plans import BatchPlan
 from memserve.engine.spec import ModelSpec
 from memserve.kernels import AttentionBackend
@@ -65,10 +67,10 @@ class Matrix:
         scale = weights.get(name + SCALE)
         return cls(weights[name], None if scale is None else scale.to(dtype))
 
-    def rows(self, ids: torch.Tensor) -> torch.Tensor:
-        """The rows of these numbers, (ids, in) float32."""
-        found = embedding(ids, self.values).float()
-        return found if self.scale is None else found.mul_(self.scale[ids].float()[:, None])
+    def rows(self, ids: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The rows of these numbers, (ids, in) in ``dtype``."""
+        found = embedding(ids, self.values).to(dtype)
+        return found if self.scale is None else found.mul_(self.scale[ids].to(dtype)[:, None])
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """``x``, (rows, in), times the matrix: (rows, out), in the dtype of ``x``."""
@@ -88,7 +90,9 @@ class Matrix:
 
 
 @attrs.frozen
-class _Layer:
+class Layer:
+    """The weights of one layer."""
+
     attn_norm: torch.Tensor  # (hidden,) float32
     qkv: Matrix  # ((heads + 2 * kv_heads) * head_dim, hidden)
     o: Matrix  # (hidden, heads * head_dim)
@@ -100,7 +104,7 @@ class _Layer:
     k_norm: torch.Tensor | None = None  # (head_dim,) float32
 
     @classmethod
-    def of(cls, weights: Mapping[str, torch.Tensor], layer: int, dtype: torch.dtype) -> _Layer:
+    def of(cls, weights: Mapping[str, torch.Tensor], layer: int, dtype: torch.dtype) -> Layer:
         """The weights of one layer that the model has."""
         found: dict[str, Any] = {}
         for field in attrs.fields(cls):
@@ -110,24 +114,17 @@ class _Layer:
         return cls(**found)
 
 
-def rope_table(spec: ModelSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines of every position, (max_context, head_dim) float32, each half of the head alike."""
-    exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.int64).float() / spec.head_dim
-    frequencies = 1.0 / spec.rope_theta**exponents  # (head_dim / 2,)
-    if spec.rope_factors is not None:
-        frequencies /= torch.tensor(spec.rope_factors)
-    angles = torch.arange(spec.max_context).float()[:, None] * frequencies  # (max_context, head_dim / 2)
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos(), angles.sin()
-
-
 class Llama:
     """The forward pass. Runs on whatever device its weights are on."""
 
     def __init__(
-        self, spec: ModelSpec, weights: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None
+        self,
+        spec: ModelSpec,
+        weights: Mapping[str, torch.Tensor],
+        dtype: torch.dtype | None = None,
+        ops: Ops | None = None,
     ) -> None:
-        """``dtype``: of activations and KV; unset, that of the matrices. Needed where these are int8."""
+        """``dtype``: of activations and KV; unset, that of the matrices. Needed where these are int8. ``ops``: unset, torch's."""
         self.spec = spec
         self.dtype = dtype or weights["embed"].dtype
         if not self.dtype.is_floating_point:
@@ -135,53 +132,23 @@ class Llama:
         self._embed = Matrix.of(weights, "embed", self.dtype)  # (vocab, hidden)
         self._head = Matrix.of(weights, "head", self.dtype) if "head" in weights else self._embed
         self._norm = weights["norm"]  # (hidden,)
-        self._layers = [_Layer.of(weights, layer, self.dtype) for layer in range(spec.layers)]
-        self.rope = cosines, sines = rope_table(spec)
-        # Rotation by halves: x * cos + swap(x) * sin, the first half's sine negated here once instead of x each time.
-        signs = torch.ones(spec.head_dim)
-        signs[: spec.head_dim // 2] = -1
-        device = self._norm.device
-        self._cosines, self._sines = cosines.to(device), (sines * signs).to(device)
+        self._layers = [Layer.of(weights, layer, self.dtype) for layer in range(spec.layers)]
+        self._ops = ops or TorchOps(spec, self.dtype, self._norm.device)
 
     def forward(self, batch: Batch, plan: Any, attention: AttentionBackend[Any]) -> torch.Tensor:
         """Logits (wanted rows, vocab) float32. Appends every token's K and V to the pages that ``plan`` names."""
-        spec = self.spec
-        x = self._embed.rows(batch.ids)  # (tokens, hidden)
-        cosines = self._cosines[batch.positions][:, None, :]  # (tokens, 1, head_dim)
-        sines = self._sines[batch.positions][:, None, :]
-        attended = torch.empty(len(x), spec.heads, spec.head_dim, dtype=self.dtype, device=x.device)
+        spec, ops, dtype = self.spec, self._ops, self.dtype
+        x = self._embed.rows(batch.ids, ops.residual)  # (tokens, hidden)
+        rotation = ops.rotation(batch.positions)
+        attended = torch.empty(len(x), spec.heads, spec.head_dim, dtype=dtype, device=x.device)
+        delta = None
         for index, layer in enumerate(self._layers):
-            qk, v = self._project(x, layer)
-            rotated = self._rotate(qk, cosines, sines)
-            q, k = rotated[:, : spec.heads], rotated[:, spec.heads :]
+            normed = ops.add_norm(x, delta, layer.attn_norm, dtype)
+            q, k, v = ops.qkv(layer.qkv.apply(normed), layer, rotation)
             attention.run(plan, index, q, k, v, attended)
-            x += layer.o.apply(attended.view(len(x), -1))
-            gate, up = layer.gate_up.apply(self._normed(x, layer.mlp_norm)).chunk(2, dim=-1)
-            x += layer.down.apply(silu(gate).mul_(up))  # (tokens, intermediate) -> (tokens, hidden)
-        return self._head.apply(self._normed(x[batch.wanted], self._norm)).float()
-
-    def _project(self, x: torch.Tensor, layer: _Layer) -> tuple[torch.Tensor, torch.Tensor]:
-        """q and k side by side, (tokens, heads + kv_heads, head_dim), and v in the model's dtype."""
-        spec = self.spec
-        qkv = layer.qkv.apply(self._normed(x, layer.attn_norm))
-        if layer.qkv_bias is not None:
-            # In float32, and so it stays until rope is done: biases of k in the hundreds would eat bfloat16's digits.
-            qkv = qkv.float().add_(layer.qkv_bias)
-        qkv = qkv.view(len(x), -1, spec.head_dim)
-        qk, v = qkv[:, : spec.heads + spec.kv_heads], qkv[:, spec.heads + spec.kv_heads :]
-        if layer.q_norm is not None and layer.k_norm is not None:
-            qk = qk.float()
-            q = rms_norm(qk[:, : spec.heads], (spec.head_dim,), layer.q_norm, spec.rms_eps)
-            k = rms_norm(qk[:, spec.heads :], (spec.head_dim,), layer.k_norm, spec.rms_eps)
-            qk = torch.cat((q, k), dim=1)
-        return qk, v.to(self.dtype)
-
-    def _normed(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, (self.spec.hidden,), weight, self.spec.rms_eps).to(self.dtype)
-
-    def _rotate(self, x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
-        """Rotary position embedding of (tokens, heads, head_dim), computed in float32."""
-        x = x.float()
-        half = self.spec.head_dim // 2
-        swapped = torch.cat((x[..., half:], x[..., :half]), dim=-1)
-        return (x * cosines).addcmul_(swapped, sines).to(self.dtype)
+            normed = ops.add_norm(x, layer.o.apply(attended.view(len(x), -1)), layer.mlp_norm, dtype)
+            # (tokens, intermediate) -> (tokens, hidden)
+            delta = layer.down.apply(ops.swiglu(layer.gate_up.apply(normed)))
+        assert delta is not None, "a model without layers"
+        normed = ops.add_norm(x[batch.wanted], delta[batch.wanted], self._norm, dtype)
+        return self._head.apply(normed).float()

@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from memserve.engine import sampling
-from memserve.engine.model import Batch, Llama, rope_table
+from memserve.engine.model import Batch, Llama
+from memserve.engine.ops import rope_table
+from memserve.engine.plan_check import check_plan
 from memserve.engine.plans import BatchPlan, BatchResult, Row
 from memserve.engine.spec import ModelSpec
 from memserve.engine.weights import default_cache_dir, in_rows, map_weights
 from memserve.kernels.cpu import CpuAttention
 from memserve.kernels.native import MAX_ROWS, NativeStep, open_step
 from memserve.messages import Sampling
-from memserve.tokens import count, pack, pages_for, unpack
+from memserve.tokens import pack, pages_for
 
 if TYPE_CHECKING:
     from memserve.engine.cores import Cores
@@ -73,7 +75,7 @@ class CpuEngine:
     def run(self, plan: BatchPlan) -> BatchResult:
         """One step. Raises ValueError, naming the row, for a plan that would read or write what is not its own."""
         assert self._attention is not None and self._arena is not None, "the engine is closed"
-        self._check(plan)
+        check_plan(plan, self._spec, self._pages, self._page_tokens)
         with self._hold() as threads:
             began = time.perf_counter()
             tokens = self._step(plan, self._attention, self._arena, threads)
@@ -123,34 +125,3 @@ class CpuEngine:
                 logits = self._model.forward(Batch.of(plan), attention.plan(plan), attention)
                 drawn = iter(sampling.draw(logits, settings, [row.end for row in wanted]) if wanted else ())
         return tuple(None if row.sample is None else next(drawn) for row in plan.rows)
-
-    def _check(self, plan: BatchPlan) -> None:
-        """Hold the plan against the arena: a wrong page id would corrupt another request's tokens in silence."""
-        if not plan.rows:
-            raise ValueError("a step needs at least one row")
-        written: set[int] = set()
-        for number, row in enumerate(plan.rows):
-            self._check_row(number, row)
-            pages = row.pages[row.start // self._page_tokens : pages_for(row.end, self._page_tokens)]
-            if not written.isdisjoint(pages) or len(set(pages)) < len(pages):
-                raise ValueError(f"row {number}: writes to a page that the step writes to already: {pages}")
-            written.update(pages)
-
-    def _check_row(self, number: int, row: Row) -> None:
-        tokens = count(row.tokens)
-        if tokens < 1 or row.start < 0 or row.end > self._spec.max_context:
-            raise ValueError(
-                f"row {number}: {tokens} tokens from position {row.start}; "
-                f"expected at least one, within {self._spec.max_context} positions"
-            )
-        if len(row.pages) < pages_for(row.end, self._page_tokens):
-            raise ValueError(
-                f"row {number}: {len(row.pages)} pages of {self._page_tokens} do not hold {row.end} tokens"
-            )
-        if min(row.pages) < 0 or max(row.pages) >= self._pages:
-            raise ValueError(f"row {number}: pages {row.pages}; the arena has 0 to {self._pages - 1}")
-        ids = unpack(row.tokens)
-        if min(ids) < 0 or max(ids) >= self._spec.vocab:
-            raise ValueError(
-                f"row {number}: token ids {min(ids)} to {max(ids)}; the vocabulary has {self._spec.vocab}"
-            )

@@ -53,6 +53,69 @@ def draw(logits: torch.Tensor, settings: Sequence[Sampling], positions: Sequence
     return tokens
 
 
+def draw_together(logits: torch.Tensor, settings: Sequence[Sampling], positions: Sequence[int]) -> list[int]:
+    """The draws of :func:`draw` for rows that all have a temperature, with one answer from the device instead of one a row.
+
+    ``logits``: (rows, vocab) float32, finite. A row whose token is not among the most probable is drawn by itself.
+    """
+    import torch
+
+    us = [uniform(how.seed, position) for how, position in zip(settings, positions, strict=True)]
+    vocab = logits.shape[1]
+    columns = torch.tensor(
+        [
+            [how.temperature, min(how.top_k or vocab, vocab), how.top_p, how.top_k > 0, u]
+            for how, u in zip(settings, us, strict=True)
+        ],
+        dtype=torch.float64,
+    ).to(logits.device)
+    tokens, found = _draw_near(logits, *columns[:, :, None].unbind(1))
+    # One read-back: a token's id is exact in float64.
+    answer = torch.where(found, tokens.double(), -1.0).tolist()
+    return [
+        int(token) if token >= 0 else _draw_one(logits[row], settings[row], us[row])
+        for row, token in enumerate(answer)
+    ]
+
+
+def _draw_near(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    limit: torch.Tensor,
+    top_p: torch.Tensor,
+    has_top_k: torch.Tensor,
+    u: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``_draw_one`` on the ``_HEAD`` most probable tokens of all rows at once; parameters are (rows, 1) float64.
+
+    Returns (rows,) tokens and whether each is the answer.
+    """
+    import torch
+
+    weights = ((logits - logits.max(dim=-1, keepdim=True).values).double() / temperature).exp()
+    vocab = weights.shape[1]
+    ids = weights.topk(min(_HEAD, vocab), dim=-1, sorted=False).indices.sort(dim=-1).values
+    order = weights.gather(1, ids).sort(dim=-1, descending=True, stable=True)
+    ordered, ids = order.values, ids.gather(1, order.indices)
+    # What equals the smallest of a partial selection is left out: which of those were selected is arbitrary.
+    whole = ordered.shape[1] == vocab
+    known = torch.full_like(limit, vocab) if whole else (ordered > ordered[:, -1:]).sum(-1, keepdim=True)
+    complete = known >= limit
+    taken = torch.where(complete, limit, known.double())
+    inside = torch.arange(ordered.shape[1], device=ordered.device) < taken
+    ordered = ordered * inside
+    sums = ordered.cumsum(-1)
+    mass = torch.where(complete, ordered.sum(-1, keepdim=True), weights.sum(-1, keepdim=True))
+    reached = ((sums < top_p * mass) & inside).sum(-1, keepdim=True)
+    cut = top_p < 1.0
+    last = torch.where(cut, reached, taken.long() - 1).clamp(max=taken.long() - 1).clamp(min=0)
+    beyond = cut & (reached == taken) & ~complete
+    mass = torch.where(cut, sums.gather(1, last), mass)
+    found = ((sums <= u * mass) & inside).sum(-1, keepdim=True)
+    beyond |= (found == taken) & ~complete | (~complete & (has_top_k > 0))
+    return ids.gather(1, torch.minimum(found, last))[:, 0], ~beyond[:, 0]
+
+
 def _draw_one(logits: torch.Tensor, how: Sampling, u: float) -> int:
     """Inverse of the cumulative distribution over tokens by falling probability, then rising id.
 

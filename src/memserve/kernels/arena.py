@@ -18,7 +18,7 @@ import mmap
 import os
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -203,8 +203,18 @@ async def serve_arena(
     The socket file is made before ``started()`` and removed at the end. Raises UserError when ``socket_path``
     is taken or too long.
     """
-    packet = arena.header.encode()
-    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [arena.fd]).tobytes())]
+    await serve_packet(arena.header.encode(), [arena.fd], socket_path, task_status=task_status)
+
+
+async def serve_packet(
+    packet: bytes,
+    fds: Sequence[int],
+    socket_path: Path,
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Hand ``packet`` with these descriptors to every process of this user that connects; see :func:`serve_arena`."""
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds).tobytes())] if fds else []
     with trio.socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         await _bind(listener, socket_path)
         try:
@@ -250,7 +260,10 @@ def attach_arena(socket_path: Path, page_bytes: int, *, timeout_s: float = 5.0) 
     Raises PeerUnreachable when nobody serves it, PeerError when what is served is not a sealed arena whose
     pages have ``page_bytes`` bytes.
     """
-    packet, fd = _receive(socket_path, timeout_s)
+    packet, fds = receive_packet(socket_path, timeout_s)
+    if not fds:
+        raise PeerError(f"{socket_path} served no arena: {packet[:64]!r}")
+    fd = fds[0]
     try:
         header = ArenaHeader.decode(packet)
         _validate(header, fd, page_bytes)
@@ -262,8 +275,11 @@ def attach_arena(socket_path: Path, page_bytes: int, *, timeout_s: float = 5.0) 
     return arena
 
 
-def _receive(path: Path, timeout_s: float) -> tuple[bytes, int]:
-    """The header packet and the descriptor beside it."""
+def receive_packet(path: Path, timeout_s: float) -> tuple[bytes, list[int]]:
+    """What is served at ``path``, and the descriptors beside it, which the caller closes.
+
+    Raises PeerUnreachable when nobody serves it, PeerError when it is another user's.
+    """
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
         connection.settimeout(timeout_s)
         with _unreachable(path):
@@ -272,9 +288,7 @@ def _receive(path: Path, timeout_s: float) -> tuple[bytes, int]:
             if uid != os.getuid():
                 raise PeerError(f"{path} is served by user {uid}, not by {os.getuid()}")
             packet, fds, _, _ = socket.recv_fds(connection, 4096, 1, socket.MSG_CMSG_CLOEXEC)
-    if not fds:
-        raise PeerError(f"{path} served no arena: {packet[:64]!r}")
-    return packet, fds[0]
+    return packet, fds
 
 
 @contextmanager

@@ -7,10 +7,10 @@
 
 namespace {
 
-constexpr int QUERIES = 3;         // that are worked on together: with four tokens, or 32 values, 12 accumulators
-constexpr int SCORED = 4;          // tokens
-constexpr int TOGETHER = 12;       // queries that take turns while K and V are in the first level
-constexpr int DEPTH = 32;          // values of V that are worked on together
+constexpr int QUERIES = 3;    // that are worked on together: with four tokens, or 32 values, 12 accumulators
+constexpr int SCORED = 4;     // tokens
+constexpr int TOGETHER = 12;  // queries that take turns while K and V are in the first level
+constexpr int DEPTH = 32;     // values of V that are worked on together
 
 // One thread's memory for attention.
 struct Attention {
@@ -101,12 +101,18 @@ inline void parts_of_queries(int number, F run) {
     }
 }
 
+// Has the addresses of a part's K and V translated, several at a time: in pages of 4 KB, one after another as they are
+// come to, that was half of a decode row's attention.
+inline void touch(const Keys& keys) {
+    for (int t = 0; t < keys.count; t += TILE)
+        for (long at : {0L, keys.to_value}) _mm_prefetch((const char*)(keys.at[t] + at), _MM_HINT_T1);
+}
+
 // `queries` against a part. No query's count is above the part's; each is at least one.
 inline void attend(const Query* queries, int number, const Keys& keys, int head_dim, Attention& mine) {
     float factor = 1.44269504f / std::sqrt((float)head_dim);
     float *weights = mine.weights.data(), *parts = mine.queries.data();
-    for (int t = 0; t < keys.count; t += TILE)
-        for (long at : {0L, keys.to_value}) _mm_prefetch((const char*)(keys.at[t] + at), _MM_HINT_T1);
+    touch(keys);
     for (int first = 0; first < number; first += TOGETHER, queries += TOGETHER) {
         int most = 0, here = std::min(TOGETHER, number - first);
         for (int n = 0; n < here; n++) {

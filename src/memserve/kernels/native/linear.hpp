@@ -11,9 +11,9 @@
 
 namespace {
 
-constexpr int COLUMNS = 2 * TILE;  // outputs of one task of a linear
+constexpr int COLUMNS = 2 * TILE;        // outputs of one task of a linear
 constexpr int ROWS = std::min(8, SUMS);  // rows of x that vectors work on together
-constexpr int AHEAD = 8192;        // bytes of weights between what is prefetched and what is used
+constexpr int AHEAD = 8192;              // bytes of weights between what is prefetched and what is used
 
 // STRIPS strips of weights times M rows of one block. The first pass over weights fetches what comes AHEAD: the
 // hardware's prefetcher stops at every page.

@@ -1,0 +1,357 @@
+"""The CUDA step engine: batch plans in, tokens out, on pages in a GPU's memory that a shard owns.
+
+A step of decode rows alone is one CUDA graph, captured at start for each batch size in ``page_tables.BUCKETS``; padding
+rows write to a scratch page behind the pool's. Any other step launches its kernels one by one. While the GPU runs a
+decode step, the host plans the next one, which is taken if the next step's rows are the same, one token further.
+
+:meth:`CudaEngine.run` returns when the GPU has finished: a page that it says was written can be read by any process,
+and one that it read can be given to another.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import attrs
+import numpy as np
+import torch
+from torch.utils.dlpack import from_dlpack
+
+from memserve.config import Resolved
+from memserve.engine import sampling
+from memserve.engine.model import Batch, Llama
+from memserve.engine.plan_check import check_plan
+from memserve.engine.plans import BatchPlan, BatchResult, Row
+from memserve.engine.safetensors import read_header
+from memserve.engine.spec import ModelSpec
+from memserve.engine.weights import ModelFiles
+from memserve.kernels.flashinfer_kit import (
+    CapturedDecode,
+    FlashInferAttention,
+    FlashInferOps,
+    Library,
+    load_flashinfer,
+    norms_as,
+    prefill_backend,
+)
+from memserve.kernels.gpu_memory import SCRATCH_PAGES, GpuArena, attach_gpu_arena
+from memserve.kernels.page_tables import StepTables, Table, bucket_of, buckets_up_to, continues
+from memserve.messages import Sampling
+from memserve.tokens import count, pack, pages_for
+
+DRAWN_TOGETHER = 8
+"""Rows whose tokens are drawn at once: a row of 128k tokens takes some 5 MiB in float64 and its indices."""
+WARM_TOKENS = 512
+"""Of the chunk that a start runs, so that the first request finds kernels and libraries loaded."""
+
+
+class Graphs(Protocol):
+    """What the engine needs of a device's streams; :class:`CudaGraphs` on a GPU."""
+
+    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+        """Record what ``run`` launches; what is returned launches it again, on the same addresses."""
+
+    def mark(self) -> Callable[[], None]:
+        """Note what was launched up to now; what is returned waits until the device has done it."""
+
+
+class CudaGraphs:
+    """CUDA graphs and events on one GPU. The graphs share one memory pool: they run one after another."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._kept: list[torch.cuda.CUDAGraph] = []
+
+    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            run()  # what is made at a first use must not be captured
+        current.wait_stream(self._stream)
+        torch.cuda.synchronize(self._device)
+        graph = torch.cuda.CUDAGraph()
+        pool = self._kept[0].pool() if self._kept else None
+        with torch.cuda.graph(graph, pool=pool, stream=self._stream):
+            run()
+        self._kept.append(graph)
+        replay: Callable[[], None] = graph.replay
+        return replay
+
+    def mark(self) -> Callable[[], None]:
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        wait: Callable[[], None] = event.synchronize
+        return wait
+
+
+@attrs.define(eq=False)
+class _DecodeStep:
+    """A captured batch size: its arrays at fixed addresses, and the graph that reads and writes them."""
+
+    arrays: CapturedDecode
+    logits: torch.Tensor | None = None
+    """(rows, vocab) float32, as the last run left them."""
+    best: torch.Tensor | None = None
+    """(2, rows) float64: the largest logit of each row, and its token."""
+    replay: Callable[[], None] = lambda: None
+
+    @property
+    def rows(self) -> int:
+        """The batch size."""
+        return self.arrays.rows
+
+
+@attrs.frozen(eq=False)
+class _Ahead:
+    """A step that was planned before its tokens were known."""
+
+    step: _DecodeStep
+    before: tuple[Row, ...]
+    """The rows of the step that it follows."""
+
+
+class CudaEngine:
+    """A :class:`~memserve.engine.plans.StepEngine` on one GPU. All calls come from one thread.
+
+    Arena and weights belong to the shard, which outlives the engine. ``close`` lets go of both.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: Mapping[str, torch.Tensor],
+        arena: torch.Tensor,
+        library: Library,
+        graphs: Graphs,
+        *,
+        rows: int,
+        backend: str,
+        max_context: int | None = None,
+        release: Callable[[], None] = lambda: None,
+    ) -> None:
+        """``arena``: (pages + 1, layers, 2, kv_heads, page_tokens, head_dim); the last page is scratch, nobody's.
+
+        ``weights``: on the arena's device, matrices in its dtype. ``rows``: of a step, at most; ``backend``: of
+        prefill, fa2 or fa3. ``max_context``: tokens of a row, at most; unset, what the model was made for.
+        ``release``: called by ``close``, when nothing uses arena and weights any more.
+        """
+        self._spec, self._graphs = spec, graphs
+        self._pages, self._page_tokens = len(arena) - 1, arena.shape[4]
+        self._device, dtype = arena.device, arena.dtype
+        ops = FlashInferOps(library, spec, dtype, arena.device)
+        self._model: Llama | None = Llama(spec, norms_as(weights, dtype), dtype, ops)
+        self._attention: FlashInferAttention | None = FlashInferAttention(library, arena, spec.heads, backend)
+        self._fresh = partial(_attention, library, spec.heads, backend)
+        self._buckets = buckets_up_to(rows)
+        self._row_pages = pages_for(min(max_context or spec.max_context, spec.max_context), self._page_tokens)
+        self._steps: dict[int, _DecodeStep] = {}
+        self._ahead: _Ahead | None = None
+        self._release = release
+
+    def run(self, plan: BatchPlan) -> BatchResult:
+        """One step. Raises ValueError, naming the row, for a plan that would read or write what is not its own."""
+        assert self._attention is not None, "the engine is closed"
+        check_plan(plan, self._spec, self._pages, self._page_tokens)
+        began = time.perf_counter()
+        ahead, self._ahead = self._ahead, None
+        bucket = bucket_of(len(plan.rows), tuple(self._steps))
+        with torch.inference_mode():
+            if bucket is not None and all(count(row.tokens) == 1 for row in plan.rows):
+                tokens = self._run_captured(plan, self._steps[bucket], ahead)
+            else:
+                tokens = self._run_any(plan, self._attention)
+        return BatchResult(tokens, (time.perf_counter() - began) * 1000, 1)
+
+    def warm_up(self) -> None:
+        """Load every kernel and capture every batch size, touching no page but the scratch page."""
+        assert self._attention is not None, "the engine is closed"
+        length = min(WARM_TOKENS, self._spec.max_context - 1)
+        pages = tuple(range(pages_for(length + 1, self._page_tokens)))
+        shape = self._spec.page_shape(self._page_tokens)
+        own = torch.zeros(len(pages), *shape, dtype=self._attention.shape.dtype, device=self._device)
+        attention = self._fresh(own)
+        with torch.inference_mode():
+            for row in (
+                Row(pack([0] * length), 0, pages, None),
+                Row(pack([0]), length, pages, Sampling(temperature=1.0, seed=1)),
+            ):
+                self._run_any(BatchPlan((row,)), attention)
+            found = {rows: self._capture(rows) for rows in sorted(self._buckets, reverse=True)}
+        self._steps = {rows: found[rows] for rows in self._buckets}
+
+    def rest(self) -> None:
+        """Nothing to give back: the GPU is shared in time, and an idle engine launches nothing."""
+
+    def close(self) -> None:
+        """Let go of the arena and the weights."""
+        self._graphs.mark()()
+        self._steps, self._ahead = {}, None
+        self._attention = self._model = None
+        self._release()
+
+    # ---- any mix of rows -------------------------------------------------------------------------------------
+
+    def _run_any(self, plan: BatchPlan, attention: FlashInferAttention) -> tuple[int | None, ...]:
+        assert self._model is not None, "the engine is closed"
+        tables = StepTables.of(plan, self._page_tokens)
+        planned = attention.plan_tables(tables)
+        batch = Batch(
+            torch.from_numpy(tables.ids.copy()).to(self._device),
+            planned.append.positions,
+            torch.from_numpy(tables.wanted).to(self._device),
+        )
+        logits = self._model.forward(batch, planned, attention)
+        wanted = [i for i in tables.order if plan.rows[i].sample is not None]
+        drawn: list[int | None] = [None] * len(plan.rows)
+        if wanted:
+            found = self._draw(logits, best_of(logits), [plan.rows[i] for i in wanted], wanted)
+            for i, token in zip(wanted, found, strict=True):
+                drawn[i] = token
+        else:
+            self._graphs.mark()()  # pages of a prompt's earlier chunks are published too, so they must be written
+        return tuple(drawn)
+
+    # ---- decode rows alone -----------------------------------------------------------------------------------
+
+    def _capture(self, rows: int) -> _DecodeStep:
+        assert self._model is not None and self._attention is not None, "the engine is closed"
+        arrays = self._attention.captured(rows, self._buckets[-1] * self._row_pages)
+        step = _DecodeStep(arrays)
+        arrays.load(Table.of((), self._page_tokens).padded(rows, self._pages), np.zeros(rows, np.int32))
+        batch = Batch(arrays.ids, arrays.positions, torch.arange(rows, device=self._device))
+        model, attention = self._model, self._attention
+
+        def launch() -> None:
+            logits = model.forward(batch, arrays.plan, attention)
+            step.logits, step.best = logits, best_of(logits)
+
+        step.replay = self._graphs.capture(launch)
+        return step
+
+    def _run_captured(
+        self, plan: BatchPlan, step: _DecodeStep, ahead: _Ahead | None
+    ) -> tuple[int | None, ...]:
+        planned = (
+            ahead is not None and ahead.step is step and continues(plan.rows, ahead.before, self._page_tokens)
+        )
+        if not planned:
+            self._load(plan.rows, step)
+        ids = np.zeros(step.rows, np.int32)
+        ids[: len(plan.rows)] = np.frombuffer(b"".join(row.tokens for row in plan.rows), np.int32)
+        step.arrays.load_ids(ids)
+        loaded = self._graphs.mark()
+        step.replay()
+        if all(len(row.pages) * self._page_tokens > row.end for row in plan.rows):
+            loaded()  # FlashInfer plans in one pinned buffer, which must have been read before it is written again
+            self._load([Row(row.tokens, row.end, row.pages, None) for row in plan.rows], step)
+            self._ahead = _Ahead(step, plan.rows)
+        assert step.logits is not None and step.best is not None, "a captured step that never ran"
+        wanted = [i for i, row in enumerate(plan.rows) if row.sample is not None]
+        drawn: list[int | None] = [None] * len(plan.rows)
+        found = self._draw(step.logits, step.best, [plan.rows[i] for i in wanted], wanted, wanted)
+        for i, token in zip(wanted, found, strict=True):
+            drawn[i] = token
+        return tuple(drawn)
+
+    def _load(self, rows: Sequence[Row], step: _DecodeStep) -> None:
+        positions = np.zeros(step.rows, np.int32)
+        positions[: len(rows)] = [row.start for row in rows]
+        step.arrays.load(Table.of(rows, self._page_tokens).padded(step.rows, self._pages), positions)
+
+    # ---- draws -----------------------------------------------------------------------------------------------
+
+    def _draw(
+        self,
+        logits: torch.Tensor,
+        best: torch.Tensor,
+        rows: Sequence[Row],
+        numbers: Sequence[int],
+        at: Sequence[int] | None = None,
+    ) -> list[int]:
+        """The tokens of ``rows``, whose numbers in the plan are ``numbers`` and whose logits are rows ``at`` of ``logits``.
+
+        Waits for the device. Raises FloatingPointError, naming the row, when logits are not numbers.
+        """
+        values, ids = best.tolist()  # waits
+        places = list(range(len(rows))) if at is None else list(at)
+        for number, place in zip(numbers, places, strict=True):
+            if not np.isfinite(values[place]):
+                raise FloatingPointError(f"row {number}: the largest logit is {values[place]}")
+        tokens = [int(ids[place]) for place in places]
+        drawn = [
+            i
+            for i, row in enumerate(rows)
+            if row.sample and row.sample.temperature > 0 and row.sample.top_k != 1
+        ]
+        for first in range(0, len(drawn), DRAWN_TOGETHER):
+            some = drawn[first : first + DRAWN_TOGETHER]
+            settings = [how for i in some if (how := rows[i].sample) is not None]
+            chosen = logits[torch.tensor([places[i] for i in some], device=logits.device)]
+            found = sampling.draw_together(chosen, settings, [rows[i].end for i in some])
+            for i, token in zip(some, found, strict=True):
+                tokens[i] = token
+        return tokens
+
+
+def open_engine(resolved: Resolved, files: ModelFiles, socket: Path, device: int) -> CudaEngine:
+    """Attach to the shard's pages and weights on ``cuda:device`` and make an engine ready. Blocks for seconds.
+
+    Raises PeerUnreachable, PeerError and UserError as ``attach_gpu_arena`` does.
+    """
+    where = torch.device("cuda", device)
+    torch.cuda.init()  # type: ignore[no-untyped-call]
+    torch.cuda.set_device(where)  # torch and CuPy share the device's primary context
+    capability = torch.cuda.get_device_capability(where)
+    total = torch.cuda.get_device_properties(where).total_memory
+    # torch's allocator does not know the arena, so it is held to what was planned for this worker.
+    torch.cuda.set_per_process_memory_fraction(min(1.0, resolved.gpu_worker_bytes / total), where)
+    shared = attach_gpu_arena(socket, device, resolved.page_bytes, files.weights)
+    spec, page_tokens = files.spec, resolved.config.pool.page_tokens
+    engine = CudaEngine(
+        spec,
+        weights_of(shared, files.weights),
+        pages_of(shared, spec, page_tokens, getattr(torch, resolved.config.model.dtype)),
+        load_flashinfer(capability),
+        CudaGraphs(where),
+        rows=resolved.config.batch.rows,
+        backend=prefill_backend(capability),
+        max_context=resolved.max_context,
+        release=shared.close,
+    )
+    engine.warm_up()
+    return engine
+
+
+def pages_of(shared: GpuArena, spec: ModelSpec, page_tokens: int, dtype: torch.dtype) -> torch.Tensor:
+    """A shard's pages, the scratch page last: (pages + 1, layers, 2, kv_heads, page_tokens, head_dim)."""
+    pages = shared.header.pages + SCRATCH_PAGES
+    raw = from_dlpack(shared.bytes_at(shared.pages_at, pages * shared.header.page_bytes))
+    return raw.view(dtype).view(pages, *spec.page_shape(page_tokens))  # CuPy has no bfloat16, hence bytes
+
+
+def weights_of(shared: GpuArena, file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of the converted ``file``, by name, as views of the shard's copy of it."""
+    header, base = read_header(file)
+    raw = from_dlpack(shared.bytes_at(shared.weights_at, shared.header.weights_bytes))
+    dtypes = {"BF16": torch.bfloat16, "F32": torch.float32}
+    found = {}
+    for name, entry in header.items():
+        if not name.startswith("_"):
+            begin, end = (base + offset for offset in entry["data_offsets"])
+            found[name] = raw[begin:end].view(dtypes[entry["dtype"]]).view(entry["shape"])
+    return found
+
+
+def _attention(library: Library, heads: int, backend: str, arena: torch.Tensor) -> FlashInferAttention:
+    return FlashInferAttention(library, arena, heads, backend)
+
+
+def best_of(logits: torch.Tensor) -> torch.Tensor:
+    """The largest logit of each row and its token, (2, rows) float64, which holds both exactly: one copy to the host."""
+    values, ids = logits.max(dim=-1)
+    return torch.stack((values.double(), ids.double()))

@@ -1,0 +1,117 @@
+"""The parts of a layer that are neither matrix products nor attention: norms, rope, activation.
+
+:class:`TorchOps` is the definition of right on any device; a GPU's backend replaces what its kernels do faster. The
+residual stream and the norms are float32 here also in a bfloat16 run: they cost little on a CPU, and the error of 30
+additions in bfloat16 would not.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch.nn.functional import rms_norm, silu
+
+from memserve.engine.spec import ModelSpec
+
+
+class HeadWeights(Protocol):
+    """What a layer does to q and k beside their projection; see :class:`memserve.engine.model.Layer`."""
+
+    @property
+    def qkv_bias(self) -> torch.Tensor | None:
+        """((heads + 2 * kv_heads) * head_dim,) float32."""
+
+    @property
+    def q_norm(self) -> torch.Tensor | None:
+        """(head_dim,)."""
+
+    @property
+    def k_norm(self) -> torch.Tensor | None:
+        """(head_dim,)."""
+
+
+class Ops(Protocol):
+    """One way to compute these parts. Tokens are in the batch's order."""
+
+    residual: torch.dtype
+    """Of the residual stream."""
+
+    def add_norm(
+        self, x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Add ``delta`` to the residual stream ``x`` in place, (tokens, hidden); its norm in ``dtype``. May overwrite ``delta``."""
+
+    def rotation(self, positions: torch.Tensor) -> Any:
+        """Once a step: what ``qkv`` needs of the tokens' positions, (tokens,)."""
+
+    def qkv(
+        self, projected: torch.Tensor, layer: HeadWeights, rotation: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q (tokens, heads, head_dim), k and v (tokens, kv_heads, head_dim), q and k rotated. May overwrite ``projected``."""
+
+    def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """silu(gate) * up of (tokens, 2 * intermediate), gate first: (tokens, intermediate)."""
+
+
+def rope_table(spec: ModelSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of every position, (max_context, head_dim) float32, each half of the head alike."""
+    exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.int64).float() / spec.head_dim
+    frequencies = 1.0 / spec.rope_theta**exponents  # (head_dim / 2,)
+    if spec.rope_factors is not None:
+        frequencies /= torch.tensor(spec.rope_factors)
+    angles = torch.arange(spec.max_context).float()[:, None] * frequencies  # (max_context, head_dim / 2)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+class TorchOps:
+    """These parts in torch; see :class:`Ops`."""
+
+    residual = torch.float32
+
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
+        self.spec, self.dtype = spec, dtype
+        cosines, sines = rope_table(spec)
+        # Rotation by halves: x * cos + swap(x) * sin, the first half's sine negated here once instead of x each time.
+        signs = torch.ones(spec.head_dim)
+        signs[: spec.head_dim // 2] = -1
+        self._cosines, self._sines = cosines.to(device), (sines * signs).to(device)
+
+    def add_norm(
+        self, x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        if delta is not None:
+            x += delta
+        return rms_norm(x, (self.spec.hidden,), weight, self.spec.rms_eps).to(dtype)
+
+    def rotation(self, positions: torch.Tensor) -> Any:
+        return self._cosines[positions][:, None, :], self._sines[positions][:, None, :]
+
+    def qkv(
+        self, projected: torch.Tensor, layer: HeadWeights, rotation: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        spec = self.spec
+        if layer.qkv_bias is not None:
+            # In float32, and so it stays until rope is done: biases of k in the hundreds would eat bfloat16's digits.
+            projected = projected.float().add_(layer.qkv_bias)
+        heads = projected.view(len(projected), -1, spec.head_dim)
+        qk, v = heads[:, : spec.heads + spec.kv_heads], heads[:, spec.heads + spec.kv_heads :]
+        if layer.q_norm is not None and layer.k_norm is not None:
+            qk = qk.float()
+            q = rms_norm(qk[:, : spec.heads], (spec.head_dim,), layer.q_norm, spec.rms_eps)
+            k = rms_norm(qk[:, spec.heads :], (spec.head_dim,), layer.k_norm, spec.rms_eps)
+            qk = torch.cat((q, k), dim=1)
+        rotated = self._rotate(qk, *rotation)
+        return rotated[:, : spec.heads], rotated[:, spec.heads :], v.to(self.dtype)
+
+    def _rotate(self, x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+        """Rotary position embedding of (tokens, heads, head_dim), computed in float32."""
+        x = x.float()
+        half = self.spec.head_dim // 2
+        swapped = torch.cat((x[..., half:], x[..., :half]), dim=-1)
+        return (x * cosines).addcmul_(swapped, sines).to(self.dtype)
+
+    def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return silu(gate).mul_(up)

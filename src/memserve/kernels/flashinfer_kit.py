@@ -1,0 +1,365 @@
+"""Attention and a layer's other parts on a GPU with FlashInfer. The only module that imports flashinfer.
+
+Planned once a batch on the host, run once a layer. FlashInfer is given a layer's strided view of the arena,
+``arena[:, layer]``, and takes its strides (``kv_layout="HND"``). Every call names its optional arguments, so that
+versions 0.6.9 to 0.7 are served alike.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import attrs
+import numpy as np
+import torch
+
+from memserve.engine.ops import HeadWeights, TorchOps, rope_table
+from memserve.engine.plans import BatchPlan
+from memserve.engine.spec import ModelSpec
+from memserve.kernels.page_tables import Ints, StepTables, Table
+
+WORKSPACE_BYTES = 128 << 20
+"""Float workspace, as FlashInfer's documentation advises; all wrappers share one, since they run one after another."""
+DECODE_GROUPS = (1, 2, 3, 4, 8)
+"""Query heads a kv head that the CUDA-core decode kernel of 0.6.9 is built for."""
+TENSOR_CORES_FROM = 4
+"""Query heads a kv head from which decode on tensor cores reads the same KV with less arithmetic in the way."""
+
+
+class Library(Protocol):
+    """What is used of flashinfer."""
+
+    BatchDecodeWithPagedKVCacheWrapper: Any
+    BatchPrefillWithPagedKVCacheWrapper: Any
+    append_paged_kv_cache: Any
+    rmsnorm: Any
+    fused_add_rmsnorm: Any
+    silu_and_mul: Any
+    apply_rope_with_cos_sin_cache_inplace: Any
+
+
+def load_flashinfer(capability: tuple[int, int]) -> Library:
+    """Import flashinfer for GPUs of this compute capability, without a search for them or a compiler in a request.
+
+    Where kernels were compiled ahead (``data/aot``), a missing one is an error at start rather than minutes of nvcc.
+    """
+    arch = f"{capability[0]}.{capability[1]}" + ("a" if capability[0] >= 9 else "")
+    os.environ.setdefault("FLASHINFER_CUDA_ARCH_LIST", arch)
+    if compiled_ahead():
+        os.environ.setdefault("FLASHINFER_DISABLE_JIT", "1")
+    import flashinfer
+
+    library: Library = flashinfer
+    return library
+
+
+def compiled_ahead() -> bool:
+    """Whether the installed flashinfer has kernels that were compiled before."""
+    from importlib.util import find_spec
+
+    spec = find_spec("flashinfer")
+    folders = (spec.submodule_search_locations if spec else None) or ()
+    return any(next(Path(folder, "data", "aot").glob("*/*.so"), None) is not None for folder in folders)
+
+
+def prefill_backend(capability: tuple[int, int]) -> str:
+    """fa3 where its kernels run (Hopper), fa2 elsewhere. Never "auto", which may take paths that misread strided pages."""
+    return "fa3" if capability == (9, 0) else "fa2"
+
+
+def with_tensor_cores(group: int) -> bool:
+    """Whether decode of ``group`` query heads a kv head runs on tensor cores."""
+    return group >= TENSOR_CORES_FROM or group not in DECODE_GROUPS
+
+
+# ---- attention -----------------------------------------------------------------------------------------------
+
+
+@attrs.define(eq=False)
+class Append:
+    """Where the batch's K and V go, on the device."""
+
+    batch_indices: torch.Tensor
+    positions: torch.Tensor
+    indices: torch.Tensor
+    indptr: torch.Tensor
+    last_page_len: torch.Tensor
+
+
+@attrs.frozen(eq=False)
+class FlashInferPlan:
+    """A planned batch: which of the wrappers run, and on which tokens."""
+
+    append: Append
+    decodes: int
+    """Tokens of rows that are decoded; they come first."""
+    tokens: int
+    decode: Any = None
+    prefill: Any = None
+
+
+@attrs.frozen(kw_only=True)
+class Shape:
+    """The numbers that a plan needs of a model."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    page_tokens: int
+    dtype: torch.dtype
+
+    def decode(self) -> dict[str, Any]:
+        """Arguments of a decode wrapper's ``plan`` that are the same for all batches."""
+        return {
+            "num_qo_heads": self.heads,
+            "num_kv_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "page_size": self.page_tokens,
+            "q_data_type": self.dtype,
+            "kv_data_type": self.dtype,
+        }
+
+    def prefill(self) -> dict[str, Any]:
+        """The same of a prefill wrapper's."""
+        given = self.decode()
+        given["head_dim_qk"] = given.pop("head_dim")
+        return given | {"causal": True}
+
+
+class FlashInferAttention:
+    """Attention on the pages of one arena on one GPU; see :class:`~memserve.kernels.AttentionBackend`.
+
+    :meth:`run` launches kernels and returns; the arena and a plan's arrays must live until they have run.
+    """
+
+    def __init__(self, library: Library, arena: torch.Tensor, heads: int, backend: str) -> None:
+        """``arena``: (pages, layers, 2, kv_heads, page_tokens, head_dim) on the GPU. ``backend``: of prefill, fa2 or fa3."""
+        self._library, self._arena = library, arena
+        self.device = arena.device
+        _, self._layers, _, kv_heads, page_tokens, head_dim = arena.shape
+        self.shape = Shape(
+            heads=heads, kv_heads=kv_heads, head_dim=head_dim, page_tokens=page_tokens, dtype=arena.dtype
+        )
+        self._tensor_cores = with_tensor_cores(heads // kv_heads)
+        self._workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=self.device)
+        self._shared: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+        self._decode = self._decode_wrapper()
+        self._prefill = library.BatchPrefillWithPagedKVCacheWrapper(self._workspace, "HND", backend=backend)
+
+    def _decode_wrapper(self, **graph: Any) -> Any:
+        return self._library.BatchDecodeWithPagedKVCacheWrapper(
+            self._workspace, "HND", use_tensor_cores=self._tensor_cores, **graph
+        )
+
+    def plan(self, batch: BatchPlan) -> FlashInferPlan:
+        """See the protocol."""
+        return self.plan_tables(StepTables.of(batch, self.shape.page_tokens))
+
+    def plan_tables(self, tables: StepTables) -> FlashInferPlan:
+        """A plan for any mix of rows, in the order of ``tables``."""
+        everything = tables.all_rows
+        append = Append(
+            self._sent(tables.batch_indices),
+            self._sent(tables.positions),
+            *map(self._sent, (everything.indices, everything.indptr, everything.last_page_len)),
+        )
+        decode = prefill = None
+        if tables.decodes:
+            # Host arrays: from the device they would be read back, which waits for the GPU.
+            decode, rows = self._decode, tables.decode
+            decode.plan(
+                indptr=torch.from_numpy(rows.indptr),
+                indices=torch.from_numpy(rows.indices),
+                last_page_len=torch.from_numpy(rows.last_page_len),
+                **self.shape.decode(),
+            )
+        if tables.decodes < len(tables.order):
+            prefill, chunks = self._prefill, tables.chunks
+            prefill.plan(
+                qo_indptr=torch.from_numpy(tables.qo_indptr),
+                paged_kv_indptr=torch.from_numpy(chunks.indptr),
+                paged_kv_indices=torch.from_numpy(chunks.indices),
+                paged_kv_last_page_len=torch.from_numpy(chunks.last_page_len),
+                **self.shape.prefill(),
+            )
+        return FlashInferPlan(append, tables.decodes, len(tables.ids), decode, prefill)
+
+    def captured(self, rows: int, most_pages: int) -> CapturedDecode:
+        """Fixed arrays and a wrapper of their own for steps of ``rows`` decode rows with at most ``most_pages`` pages in all."""
+        return CapturedDecode(self, rows, most_pages)
+
+    def shared_indices(self, most: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Arrays of ``most`` page numbers, the same at every call: what kernels read, what is copied there, and the host's."""
+        if self._shared is None:
+            on_device = torch.zeros(2, most, dtype=torch.int32, device=self.device)
+            self._shared = on_device[0], on_device[1], _pinned(most, self.device)
+        assert len(self._shared[0]) >= most, "captured batches differ in how many pages they may have"
+        return self._shared
+
+    def _sent(self, values: Ints) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)).to(self.device)
+
+    def run(
+        self,
+        plan: FlashInferPlan,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """See the protocol."""
+        pages = self._arena[:, layer]  # (pages, 2, kv_heads, page_tokens, head_dim), strided
+        to = plan.append
+        self._library.append_paged_kv_cache(
+            append_key=k,
+            append_value=v,
+            batch_indices=to.batch_indices,
+            positions=to.positions,
+            paged_kv_cache=pages,
+            kv_indices=to.indices,
+            kv_indptr=to.indptr,
+            kv_last_page_len=to.last_page_len,
+            kv_layout="HND",
+        )
+        if plan.decode is not None:
+            plan.decode.run(q[: plan.decodes], pages, out=out[: plan.decodes])
+        if plan.prefill is not None:
+            plan.prefill.run(q[plan.decodes : plan.tokens], pages, out=out[plan.decodes : plan.tokens])
+
+
+class CapturedDecode:
+    """Arrays at fixed addresses for one batch size, so that a CUDA graph that reads them can be run again.
+
+    :meth:`load` writes them in the stream's order: after the step before has read them. It never waits for the GPU:
+    what it copies lies in pinned memory, which may be written again once the copies are done.
+    """
+
+    def __init__(self, attention: FlashInferAttention, rows: int, most_pages: int) -> None:
+        self._attention, self.rows = attention, rows
+        device = attention.device
+        # One array of page numbers serves all batch sizes: it can be large, and only one step at a time is loaded.
+        indices, self._staged, self._numbers = attention.shared_indices(most_pages)
+        self._append = Append(
+            torch.arange(rows, dtype=torch.int32, device=device),
+            torch.zeros(rows, dtype=torch.int32, device=device),
+            indices,
+            torch.zeros(rows + 1, dtype=torch.int32, device=device),
+            torch.zeros(rows, dtype=torch.int32, device=device),
+        )
+        self.ids = torch.zeros(rows, dtype=torch.int32, device=device)
+        """(rows,): of the tokens."""
+        self._host = [_pinned(size, device) for size in (rows + 1, rows, rows, rows)]
+        # FlashInfer copies a plan's arrays into these very buffers, where append reads them too.
+        self._wrapper = attention._decode_wrapper(
+            use_cuda_graph=True,
+            paged_kv_indptr_buffer=self._append.indptr,
+            paged_kv_indices_buffer=self._append.indices,
+            paged_kv_last_page_len_buffer=self._append.last_page_len,
+        )
+        self.plan = FlashInferPlan(self._append, rows, rows, self._wrapper, None)
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """(rows,) int32: of the tokens, for rope and append."""
+        return self._append.positions
+
+    def load(self, table: Table, positions: Ints) -> None:
+        """Take the page tables and positions of a step, padded to ``rows`` rows."""
+        indptr, last_page_len, at, _ = self._host
+        used = len(table.indices)
+        staged = self._staged[:used]
+        staged.copy_(_filled(self._numbers, table.indices), non_blocking=True)
+        # Page numbers from the host would make FlashInfer wait for the GPU; it copies the others without waiting.
+        self._wrapper.plan(
+            indptr=_filled(indptr, table.indptr),
+            indices=staged,
+            last_page_len=_filled(last_page_len, table.last_page_len),
+            **self._attention.shape.decode(),
+        )
+        self._append.positions.copy_(_filled(at, positions), non_blocking=True)
+
+    def load_ids(self, ids: Ints) -> None:
+        """Take the tokens of a step, padded to ``rows`` rows."""
+        self.ids.copy_(_filled(self._host[3], ids), non_blocking=True)
+
+
+def _pinned(size: int, device: torch.device) -> torch.Tensor:
+    return torch.zeros(size, dtype=torch.int32, pin_memory=device.type == "cuda")
+
+
+def _filled(buffer: torch.Tensor, values: Ints) -> torch.Tensor:
+    """The beginning of a host buffer, holding ``values``."""
+    part = buffer[: len(values)]
+    part.numpy()[:] = values
+    return part
+
+
+# ---- the other parts of a layer --------------------------------------------------------------------------------
+
+
+class FlashInferOps(TorchOps):
+    """Norms, rope and activation in fused kernels; see :class:`~memserve.engine.ops.Ops`.
+
+    The residual stream is bfloat16, as the fused norm wants it. Where q and k have biases they stay with torch, in
+    float32 until rope is done.
+    """
+
+    def __init__(self, library: Library, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(spec, dtype, device)
+        self.residual = dtype
+        self._library = library
+        cosines, sines = rope_table(spec)
+        half = spec.head_dim // 2
+        self._cos_sin = torch.cat((cosines[:, :half], sines[:, :half]), dim=-1).to(device).contiguous()
+
+    def add_norm(
+        self, x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        if not len(x):
+            return torch.empty_like(x)  # no kernel is launched on nothing
+        eps = self.spec.rms_eps
+        if delta is None:
+            normed: torch.Tensor = self._library.rmsnorm(x, weight, eps=eps)
+            return normed
+        self._library.fused_add_rmsnorm(delta, x, weight, eps=eps)
+        return delta
+
+    def rotation(self, positions: torch.Tensor) -> Any:
+        return super().rotation(positions) if self.spec.qkv_bias else positions
+
+    def qkv(
+        self, projected: torch.Tensor, layer: HeadWeights, rotation: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if layer.qkv_bias is not None:
+            return super().qkv(projected, layer, rotation)
+        spec = self.spec
+        heads = projected.view(len(projected), -1, spec.head_dim)
+        q, k = heads[:, : spec.heads], heads[:, spec.heads : spec.heads + spec.kv_heads]
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q = self._library.rmsnorm(q, layer.q_norm, eps=spec.rms_eps)
+            k = self._library.rmsnorm(k, layer.k_norm, eps=spec.rms_eps)
+        self._library.apply_rope_with_cos_sin_cache_inplace(
+            positions=rotation,
+            query=q.view(len(projected), -1),
+            key=k.view(len(projected), -1),
+            head_size=spec.head_dim,
+            cos_sin_cache=self._cos_sin,
+            is_neox=True,
+        )
+        return q, k, heads[:, spec.heads + spec.kv_heads :]
+
+    def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self._library.silu_and_mul(gate_up)
+        return found
+
+
+def norms_as(weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The weights with those of norms in ``dtype``, which FlashInfer's norms read; biases stay float32."""
+    return {
+        name: tensor.to(dtype) if tensor.dim() == 1 and not name.endswith("_bias") else tensor
+        for name, tensor in weights.items()
+    }

@@ -1,0 +1,259 @@
+"""A GPU shard's memory: its pages and one copy of the weights, shared with its workers by CUDA IPC. The only module that imports cupy.
+
+The shard allocates both with plain cudaMalloc, each a block of its own (a handle is of a whole allocation, and of none
+that a pool carved up), and hands the handles out over the socket that hands out a memfd on CPU. A worker opens them once
+and sees them as tensors. Handles are worth nothing to a process of another user: the socket is the shard user's own.
+
+Lifetime: the blocks live as long as the shard's process. When it dies its workers are told, and end; a mapping that is
+open then stays readable until its process ends, and its contents are nobody's. A worker that dies leaves nothing behind
+but leases, which the shard reclaims. A restarted shard makes new blocks and a new socket.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+import msgspec
+
+from memserve.engine.safetensors import read_header
+from memserve.errors import PeerError, UserError
+from memserve.kernels.arena import LAYOUT_VERSION, receive_packet
+from memserve.messages import ActorId
+
+MAGIC = b"MEMSCUDA"
+ALIGN = 2 << 20
+"""Allocations are rounded up to it: smaller ones may share a block, which a handle would expose whole."""
+SCRATCH_PAGES = 1
+"""Behind the pool's pages: where padding rows of captured steps write."""
+_COPY_BYTES = 64 << 20
+"""Of the weights' file, copied at a time."""
+
+
+@attrs.frozen(kw_only=True)
+class GpuHeader:
+    """What an attaching worker must agree with before it opens anything."""
+
+    version: int = LAYOUT_VERSION
+    shard: ActorId
+    pages: int
+    """The pool's; the block holds ``SCRATCH_PAGES`` more."""
+    page_bytes: int
+    weights: str
+    """Digest of the weights' header: names, types, shapes and places."""
+    weights_bytes: int
+    arena_handle: bytes
+    """64 bytes of cudaIpcMemHandle_t."""
+    weights_handle: bytes
+
+    def encode(self) -> bytes:
+        """The header as it travels."""
+        return MAGIC + msgspec.msgpack.encode(self)
+
+    @classmethod
+    def decode(cls, packet: bytes) -> GpuHeader:
+        """Read a header. Raises PeerError when it is not one, or of another layout version."""
+        if not packet.startswith(MAGIC):
+            raise PeerError(f"not a GPU's arena: the socket answered {packet[:16]!r}")
+        try:
+            header = msgspec.msgpack.decode(packet[len(MAGIC) :], type=cls)
+        except msgspec.MsgspecError as error:
+            raise PeerError(f"the GPU arena's header is damaged: {error}") from error
+        if header.version != LAYOUT_VERSION:
+            raise PeerError(
+                f"the arena has page layout version {header.version}, this process needs {LAYOUT_VERSION}"
+            )
+        return header
+
+
+def load_runtime() -> Any:
+    """CuPy, for its runtime calls; imported when the first GPU is used."""
+    import cupy
+
+    return cupy
+
+
+@attrs.define(eq=False)
+class GpuArena:
+    """The shard's or a worker's view of both blocks. Made by :meth:`create` or :func:`attach_gpu_arena`."""
+
+    header: GpuHeader
+    device: int
+    pages_at: int
+    """Device address of page 0; different in every process."""
+    weights_at: int
+    _cupy: Any
+    _release: Callable[[], None]
+
+    @classmethod
+    def create(
+        cls, shard: ActorId, device: int, pages: int, page_bytes: int, weights: Path, cupy: Any = None
+    ) -> GpuArena:
+        """Allocate, and load the weights. Takes seconds: call it in a thread.
+
+        Raises UserError when the GPU has not enough memory, or when this machine lets no process share it.
+        """
+        cupy = cupy or load_runtime()
+        runtime = cupy.cuda.runtime
+        size, blocks = os.path.getsize(weights), list[Any]()
+        try:
+            runtime.setDevice(device)
+            for wanted in ((pages + SCRATCH_PAGES) * page_bytes, size):
+                blocks.append(cupy.cuda.Memory(-(-wanted // ALIGN) * ALIGN))
+        except runtime.CUDARuntimeError as error:
+            raise UserError(
+                f"cuda:{device} has no room for {pages} pages of {page_bytes} bytes beside {size >> 20} MiB of weights: "
+                f"{error}. Set a smaller [[shard]] memory, or stop what else uses the GPU."
+            ) from error
+        handles = [_exported(runtime, block.ptr, device) for block in blocks]
+        _load(runtime, weights, blocks[1].ptr)
+        header = GpuHeader(
+            shard=shard, pages=pages, page_bytes=page_bytes, weights=weights_digest(weights), weights_bytes=size,
+            arena_handle=handles[0], weights_handle=handles[1],
+        )  # fmt: skip
+        # CuPy frees a block when its Memory object goes.
+        return cls(header, device, blocks[0].ptr, blocks[1].ptr, cupy, blocks.clear)
+
+    @property
+    def runtime(self) -> Any:
+        """CuPy's CUDA runtime calls."""
+        return self._cupy.cuda.runtime
+
+    def bytes_at(self, address: int, nbytes: int) -> Any:
+        """``nbytes`` of device memory as a CuPy array of bytes, for ``torch.from_dlpack``; valid while the arena is open."""
+        memory = self._cupy.cuda.UnownedMemory(address, nbytes, self, self.device)
+        pointer = self._cupy.cuda.MemoryPointer(memory, 0)
+        return self._cupy.ndarray((nbytes,), self._cupy.uint8, pointer)
+
+    def close(self) -> None:
+        """Let go. Nothing may use the memory any more: no tensor, no captured graph, no copy."""
+        release, self._release = self._release, lambda: None
+        release()
+
+
+def _exported(runtime: Any, pointer: int, device: int) -> bytes:
+    try:
+        handle: bytes = runtime.ipcGetMemHandle(pointer)
+    except runtime.CUDARuntimeError as error:
+        raise UserError(
+            f"this machine does not let processes share memory of cuda:{device} (cudaIpcGetMemHandle: {error}); a GPU "
+            "shard needs that: not under WSL, nor across MIG instances; containers need one PID namespace for all actors"
+        ) from error
+    return handle
+
+
+def _load(runtime: Any, file: Path, target: int) -> None:
+    """Copy a file to device memory, through the page cache that other processes may share."""
+    with (
+        file.open("rb") as opened,
+        mmap.mmap(opened.fileno(), 0, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ) as source,
+    ):
+        for start in range(0, len(source), _COPY_BYTES):
+            part = source[start : start + _COPY_BYTES]
+            runtime.memcpy(target + start, _address(part), len(part), runtime.memcpyHostToDevice)
+        runtime.deviceSynchronize()
+
+
+def _address(data: bytes) -> int:
+    import numpy as np
+
+    return int(np.frombuffer(data, np.uint8).ctypes.data)
+
+
+def weights_digest(file: Path) -> str:
+    """A digest of a converted file's header, which says where each tensor lies."""
+    import hashlib
+
+    header, base = read_header(file)
+    return hashlib.sha256(msgspec.json.encode([header, base])).hexdigest()[:32]
+
+
+def attach_gpu_arena(
+    socket_path: Path,
+    device: int,
+    page_bytes: int,
+    weights: Path,
+    *,
+    timeout_s: float = 5.0,
+    cupy: Any = None,
+) -> GpuArena:
+    """Open the blocks served at ``socket_path`` in this process's context on ``cuda:device``. Blocks.
+
+    Raises PeerUnreachable when nobody serves them, PeerError when they are of another model or layout, UserError when
+    this machine does not let processes share them.
+    """
+    packet, fds = receive_packet(socket_path, timeout_s)
+    for fd in fds:
+        os.close(fd)
+    header = GpuHeader.decode(packet)
+    if header.page_bytes != page_bytes or header.weights != weights_digest(weights):
+        raise PeerError(
+            f"the arena of {header.shard} is of another model or page size: "
+            "both must run the same [model] path and dtype and the same [pool] page_tokens"
+        )
+    cupy = cupy or load_runtime()
+    runtime = cupy.cuda.runtime
+    opened: list[int] = []
+
+    def release() -> None:
+        while opened:
+            runtime.ipcCloseMemHandle(opened.pop())
+
+    try:
+        runtime.setDevice(device)
+        opened.append(runtime.ipcOpenMemHandle(header.arena_handle))
+        opened.append(runtime.ipcOpenMemHandle(header.weights_handle))
+    except runtime.CUDARuntimeError as error:
+        release()
+        raise UserError(
+            f"the memory of {header.shard} on cuda:{device} cannot be opened (cudaIpcOpenMemHandle: {error}): shard and "
+            "worker must see the same GPU and each other's process ids"
+        ) from error
+    return GpuArena(header, device, opened[0], opened[1], cupy, release)
+
+
+# ---- pages between tiers ---------------------------------------------------------------------------------------
+
+
+@attrs.define(eq=False)
+class PinnedMemory:
+    """Host memory registered with CUDA, so that copies to and from it run beside kernels."""
+
+    view: memoryview
+    address: int
+    _runtime: Any
+
+    @classmethod
+    def register(cls, view: memoryview, runtime: Any, device: int) -> PinnedMemory:
+        """Pin ``view``, which must be writable and stay mapped until :meth:`close`. Raises UserError when it cannot be."""
+        import ctypes
+
+        address = ctypes.addressof(ctypes.c_char.from_buffer(view))
+        try:
+            runtime.setDevice(device)
+            runtime.hostRegister(address, view.nbytes, 0)
+        except runtime.CUDARuntimeError as error:
+            raise UserError(
+                f"[pool] host_bytes: {view.nbytes >> 20} MiB cannot be pinned ({error}); set a smaller host_bytes, "
+                "or raise the limit of locked memory"
+            ) from error
+        return cls(view, address, runtime)
+
+    def close(self) -> None:
+        """Unpin."""
+        self._runtime.hostUnregister(self.address)
+
+
+def coalesced(runs: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """Runs (first source, first target, pages) with those that follow one another on both sides joined: fewer copies."""
+    found: list[tuple[int, int, int]] = []
+    for source, target, pages in runs:
+        if found and found[-1][0] + found[-1][2] == source and found[-1][1] + found[-1][2] == target:
+            found[-1] = (found[-1][0], found[-1][1], found[-1][2] + pages)
+        else:
+            found.append((source, target, pages))
+    return found

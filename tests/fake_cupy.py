@@ -1,0 +1,111 @@
+"""CuPy's calls as memserve makes them, on host memory. Asynchronous copies happen when their stream is synchronised."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from types import SimpleNamespace
+from typing import Any
+
+
+class CUDARuntimeError(RuntimeError):
+    """As CuPy's."""
+
+
+class Runtime:
+    """``cupy.cuda.runtime``."""
+
+    CUDARuntimeError = CUDARuntimeError
+    memcpyHostToDevice, memcpyDeviceToHost, memcpyDeviceToDevice = 1, 2, 3
+    streamNonBlocking = 1
+
+    def __init__(self) -> None:
+        self.queued: dict[int, list[tuple[int, int, int]]] = {}
+        self.copies: list[tuple[int, int]] = []
+        self.opened: list[int] = []
+        self.registered: list[int] = []
+        self.device: int | None = None
+        self.shares = True
+        self.pins = True
+
+    def setDevice(self, device: int) -> None:
+        if device > 0:
+            raise CUDARuntimeError("cudaErrorInvalidDevice: invalid device ordinal")
+        self.device = device
+
+    def ipcGetMemHandle(self, pointer: int) -> bytes:
+        if not self.shares:
+            raise CUDARuntimeError("cudaErrorNotSupported: operation not supported")
+        return struct.pack("<Q56x", pointer)
+
+    def ipcOpenMemHandle(self, handle: bytes) -> int:
+        assert len(handle) == 64
+        if not self.shares:
+            raise CUDARuntimeError("cudaErrorMapBufferObjectFailed: mapping of buffer object failed")
+        pointer: int = struct.unpack_from("<Q", handle)[0]
+        self.opened.append(pointer)
+        return pointer
+
+    def ipcCloseMemHandle(self, pointer: int) -> None:
+        self.opened.remove(pointer)
+
+    def memcpy(self, target: int, source: int, size: int, kind: int) -> None:
+        ctypes.memmove(target, source, size)
+
+    def memcpyAsync(self, target: int, source: int, size: int, kind: int, stream: int) -> None:
+        assert self.device is not None, "no device was set"
+        self.copies.append((kind, size))
+        self.queued[stream].append((target, source, size))
+
+    def streamCreateWithFlags(self, flags: int) -> int:
+        assert flags == self.streamNonBlocking
+        self.queued[stream := 100 + len(self.queued)] = []
+        return stream
+
+    def streamSynchronize(self, stream: int) -> None:
+        for copy in self.queued[stream]:
+            ctypes.memmove(*copy)
+        self.queued[stream].clear()
+
+    def streamDestroy(self, stream: int) -> None:
+        assert not self.queued.pop(stream), "a copy was never waited for"
+
+    def deviceSynchronize(self) -> None:
+        pass
+
+    def hostRegister(self, pointer: int, size: int, flags: int) -> None:
+        if not self.pins:
+            raise CUDARuntimeError("cudaErrorMemoryAllocation: out of memory")
+        self.registered.append(pointer)
+
+    def hostUnregister(self, pointer: int) -> None:
+        self.registered.remove(pointer)
+
+
+def fake_cupy(room: int = 1 << 30) -> Any:
+    """A module ``cupy`` of a GPU with ``room`` bytes."""
+    import numpy as np
+
+    left = [room]
+
+    class Memory:
+        """``cupy.cuda.Memory``: one allocation."""
+
+        def __init__(self, size: int) -> None:
+            assert size % (2 << 20) == 0, "a smaller allocation may share its block"
+            left[0] -= size
+            if left[0] < 0:
+                raise CUDARuntimeError("cudaErrorMemoryAllocation: out of memory")
+            self._bytes = np.full(size, 0xFF, np.uint8)
+            self.ptr = int(self._bytes.ctypes.data)
+
+    def ndarray(shape: tuple[int], dtype: Any, pointer: Any) -> np.ndarray:
+        return np.ctypeslib.as_array((ctypes.c_uint8 * shape[0]).from_address(pointer.address))
+
+    cuda = SimpleNamespace(
+        runtime=Runtime(),
+        Memory=Memory,
+        UnownedMemory=lambda address, nbytes, owner, device: SimpleNamespace(address=address),
+        MemoryPointer=lambda memory, offset: SimpleNamespace(address=memory.address + offset),
+    )
+    return SimpleNamespace(cuda=cuda, uint8=np.uint8, ndarray=ndarray)

@@ -1,0 +1,216 @@
+"""The calls of FlashInfer that memserve makes, computed with torch on the CPU from the very same arrays and strides.
+
+As strict as the C++ side: types, shapes, strides and where an array must lie are checked. A graph in :class:`Replays`
+runs its Python function again, on the same tensors, so that what a captured step reads must really be at fixed addresses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+class Replays:
+    """Stands for CUDA graphs and events: a replay runs the function again."""
+
+    def __init__(self) -> None:
+        self.captured = 0
+        self.replays = 0
+        self.waits = 0
+
+    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+        """Run it twice, as a capture with a warm-up does."""
+        self.captured += 1
+        run()
+        run()
+
+        def replay() -> None:
+            self.replays += 1
+            run()
+
+        return replay
+
+    def mark(self) -> Callable[[], None]:
+        """A wait that only counts."""
+
+        def wait() -> None:
+            self.waits += 1
+
+        return wait
+
+
+def _ints(*tensors: torch.Tensor) -> None:
+    for tensor in tensors:
+        assert tensor.dtype == torch.int32 and tensor.dim() == 1 and tensor.is_contiguous()
+
+
+def _halves(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V of a layer's view, (pages, kv_heads, page_tokens, head_dim), as the kernels take them: same strides, last one 1."""
+    assert cache.dim() == 5 and cache.shape[1] == 2
+    k, v = cache.unbind(1)
+    assert k.stride() == v.stride() and k.stride(-1) == 1
+    assert k.data_ptr() % 16 == 0 and all(step * k.element_size() % 16 == 0 for step in k.stride()[:3])
+    return k, v
+
+
+class _Attention:
+    """What both wrappers share: planned page tables, and attention over them."""
+
+    def __init__(self, float_workspace_buffer: torch.Tensor, kv_layout: str = "NHD") -> None:
+        assert float_workspace_buffer.dtype == torch.uint8 and kv_layout == "HND"
+        self.device = float_workspace_buffer.device
+        self.tables: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+
+    def _attend(self, q: torch.Tensor, cache: torch.Tensor, out: torch.Tensor, qo: list[int]) -> None:
+        assert self.tables is not None, "run before plan"
+        k, v = _halves(cache)
+        indptr, indices, last = (table.tolist() for table in self.tables)
+        assert q.dtype == self.dtype == k.dtype == out.dtype and q.stride(-1) == 1
+        assert q.shape == out.shape == (qo[-1], *self.heads[:1], self.heads[2])
+        group = self.heads[0] // self.heads[1]
+        for row in range(len(last)):
+            pages = indices[indptr[row] : indptr[row + 1]]
+            assert 1 <= last[row] <= self.page_size and pages
+            length = (len(pages) - 1) * self.page_size + last[row]
+            # (kv_heads, length, head_dim): what lies behind the last token is never read.
+            keys, values = (
+                half[pages].transpose(0, 1).reshape(self.heads[1], -1, self.heads[2])[:, :length].double()
+                for half in (k, v)
+            )
+            queries = q[qo[row] : qo[row + 1]].transpose(0, 1).double()
+            scores = queries @ keys.repeat_interleave(group, 0).transpose(1, 2) * self.heads[2] ** -0.5
+            seen = length - queries.shape[1] + torch.arange(queries.shape[1])[:, None]
+            scores.masked_fill_(torch.arange(length) > seen, float("-inf"))  # aligned to the end
+            found = scores.softmax(-1) @ values.repeat_interleave(group, 0)
+            out[qo[row] : qo[row + 1]] = found.transpose(0, 1).to(out.dtype)
+
+    def _planned(self, heads: tuple[int, int, int], page_size: int, q_type: Any, kv_type: Any) -> None:
+        assert q_type == kv_type
+        self.heads, self.page_size, self.dtype = heads, page_size, q_type
+
+
+class BatchDecodeWithPagedKVCacheWrapper(_Attention):
+    """One query a row."""
+
+    def __init__(
+        self, float_workspace_buffer: torch.Tensor, kv_layout: str = "NHD", use_cuda_graph: bool = False,
+        use_tensor_cores: bool = False, paged_kv_indptr_buffer: torch.Tensor | None = None,
+        paged_kv_indices_buffer: torch.Tensor | None = None, paged_kv_last_page_len_buffer: torch.Tensor | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(float_workspace_buffer, kv_layout)
+        self.tensor_cores = use_tensor_cores
+        buffers = paged_kv_indptr_buffer, paged_kv_indices_buffer, paged_kv_last_page_len_buffer
+        self.fixed = [one for one in buffers if one is not None] if use_cuda_graph else None
+        assert self.fixed is None or len(self.fixed[0]) == len(self.fixed[2]) + 1
+
+    def plan(
+        self, indptr: torch.Tensor, indices: torch.Tensor, last_page_len: torch.Tensor, num_qo_heads: int,
+        num_kv_heads: int, head_dim: int, page_size: int, q_data_type: Any, kv_data_type: Any,
+    ) -> None:  # fmt: skip
+        """Take the tables, into the fixed buffers where there are some."""
+        _ints(indptr, indices, last_page_len)
+        group = num_qo_heads // num_kv_heads
+        assert self.tensor_cores or group in (1, 2, 3, 4, 8), "Unsupported group_size"
+        self._planned((num_qo_heads, num_kv_heads, head_dim), page_size, q_data_type, kv_data_type)
+        if self.fixed is None:
+            self.tables = indptr.clone(), indices.clone(), last_page_len.clone()
+            return
+        assert len(last_page_len) == len(self.fixed[2]), "the batch size is fixed"
+        self.fixed[0].copy_(indptr)
+        self.fixed[1][: len(indices)].copy_(indices)
+        self.fixed[2].copy_(last_page_len)
+        self.tables = self.fixed[0], self.fixed[1], self.fixed[2]
+
+    def run(self, q: torch.Tensor, paged_kv_cache: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+        """Attend."""
+        self._attend(q, paged_kv_cache, out, list(range(len(q) + 1)))
+        return out
+
+
+class BatchPrefillWithPagedKVCacheWrapper(_Attention):
+    """Many queries a row, causal."""
+
+    def __init__(
+        self, float_workspace_buffer: torch.Tensor, kv_layout: str = "NHD", backend: str = "auto"
+    ) -> None:
+        super().__init__(float_workspace_buffer, kv_layout)
+        assert backend in ("fa2", "fa3")
+
+    def plan(
+        self, qo_indptr: torch.Tensor, paged_kv_indptr: torch.Tensor, paged_kv_indices: torch.Tensor,
+        paged_kv_last_page_len: torch.Tensor, num_qo_heads: int, num_kv_heads: int, head_dim_qk: int,
+        page_size: int, causal: bool, q_data_type: Any, kv_data_type: Any,
+    ) -> None:  # fmt: skip
+        """Take the tables."""
+        _ints(qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len)
+        assert causal and int(qo_indptr[0]) == 0 and len(qo_indptr) == len(paged_kv_indptr)
+        self.qo: list[int] = qo_indptr.tolist()
+        self.tables = paged_kv_indptr.clone(), paged_kv_indices.clone(), paged_kv_last_page_len.clone()
+        self._planned((num_qo_heads, num_kv_heads, head_dim_qk), page_size, q_data_type, kv_data_type)
+
+    def run(self, q: torch.Tensor, paged_kv_cache: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+        """Attend."""
+        self._attend(q, paged_kv_cache, out, self.qo)
+        return out
+
+
+def append_paged_kv_cache(
+    append_key: torch.Tensor, append_value: torch.Tensor, batch_indices: torch.Tensor, positions: torch.Tensor,
+    paged_kv_cache: torch.Tensor, kv_indices: torch.Tensor, kv_indptr: torch.Tensor, kv_last_page_len: torch.Tensor,
+    kv_layout: str = "NHD",
+) -> None:  # fmt: skip
+    """Write each token's K and V to its row's page."""
+    assert kv_layout == "HND"
+    _ints(batch_indices, positions, kv_indices, kv_indptr, kv_last_page_len)
+    k, v = _halves(paged_kv_cache)
+    assert append_key.stride(-1) == append_value.stride(-1) == 1 and append_key.dtype == k.dtype
+    assert len(append_key) == len(append_value) == len(batch_indices) == len(positions)
+    page_size = k.shape[2]
+    for token, (row, position) in enumerate(zip(batch_indices.tolist(), positions.tolist(), strict=True)):
+        first, last = int(kv_indptr[row]), int(kv_indptr[row + 1])
+        assert position < (last - first - 1) * page_size + int(kv_last_page_len[row])
+        page = int(kv_indices[first + position // page_size])
+        k[page, :, position % page_size] = append_key[token]
+        v[page, :, position % page_size] = append_value[token]
+
+
+def rmsnorm(input: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+    """The norm of (tokens, hidden) or (tokens, heads, head_dim)."""
+    assert input.dim() in (2, 3) and len(input) and weight.dtype == input.dtype and input.stride(-1) == 1
+    x = input.float()
+    return (x * (x.pow(2).mean(-1, keepdim=True) + eps).rsqrt() * weight.float()).to(input.dtype)
+
+
+def fused_add_rmsnorm(
+    input: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6
+) -> None:
+    """residual += input; input = its norm."""
+    assert input.dim() == residual.dim() == 2 and input.dtype == residual.dtype
+    total = input.float() + residual.float()
+    residual.copy_(total)
+    normed = total * (total.pow(2).mean(-1, keepdim=True) + eps).rsqrt() * weight.float()
+    input.copy_(normed)
+
+
+def silu_and_mul(input: torch.Tensor) -> torch.Tensor:
+    """silu of the first half times the second."""
+    assert input.is_contiguous() and input.shape[-1] // 2 * input.element_size() % 16 == 0
+    gate, up = input.float().chunk(2, -1)
+    return (torch.nn.functional.silu(gate) * up).to(input.dtype)
+
+
+def apply_rope_with_cos_sin_cache_inplace(
+    positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor, head_size: int, cos_sin_cache: torch.Tensor,
+    is_neox: bool = True,
+) -> None:  # fmt: skip
+    """Rotate q and k where they are."""
+    _ints(positions)
+    assert cos_sin_cache.dtype == torch.float32 and is_neox
+    cosines, sines = cos_sin_cache[positions.long()].chunk(2, -1)
+    for tensor in (query, key):
+        heads = tensor.view(len(tensor), -1, head_size)
+        first, second = heads.float().chunk(2, -1)
+        c, s = cosines[:, None], sines[:, None]
+        heads.copy_(torch.cat((first * c - second * s, second * c + first * s), -1))

@@ -1,0 +1,284 @@
+"""The CUDA engine on CPU tensors, with FlashInfer's calls computed by torch: everything of it but the kernels and the GPU."""
+
+from __future__ import annotations
+
+import random
+from functools import cache
+from itertools import pairwise
+
+import attrs
+import pytest
+import torch
+
+import fake_flashinfer
+from fake_flashinfer import Replays
+from families import TINY, VOCAB, save_hf
+from memserve.engine.cuda import CudaEngine
+from memserve.engine.model import Llama
+from memserve.engine.plans import BatchPlan, Row
+from memserve.engine.sampling import draw, draw_together
+from memserve.engine.spec import ModelSpec
+from memserve.engine.weights import map_weights, prepare, random_weights
+from memserve.kernels.flashinfer_kit import (
+    FlashInferAttention,
+    FlashInferOps,
+    norms_as,
+    prefill_backend,
+    with_tensor_cores,
+)
+from memserve.messages import Sampling
+from memserve.tokens import pack, pages_for
+from test_model import GREEDY, Runner, prompt, tiny_spec
+
+PAGES, PAGE_TOKENS = 96, 16
+CPU = torch.device("cpu")
+
+
+class FlashRunner(Runner):
+    """``Runner`` with FlashInfer's attention and ops in place of the CPU's."""
+
+    def __init__(
+        self, spec: ModelSpec, weights: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__(spec, weights, pages=128, dtype=dtype)
+        arena = torch.full((128, *spec.page_shape(16)), float("nan"), dtype=dtype)
+        self.model = Llama(
+            spec, norms_as(weights, dtype), dtype, FlashInferOps(fake_flashinfer, spec, dtype, CPU)
+        )
+        self.attention = FlashInferAttention(fake_flashinfer, arena, spec.heads, "fa2")
+
+    def step(self, *rows: Row) -> torch.Tensor:
+        """Logits of the rows that want them, in the order of the rows."""
+        from memserve.engine.model import Batch
+        from memserve.kernels.page_tables import StepTables
+
+        tables = StepTables.of(BatchPlan(rows), 16)
+        planned = self.attention.plan_tables(tables)
+        batch = Batch(
+            torch.from_numpy(tables.ids.copy()), planned.append.positions, torch.from_numpy(tables.wanted)
+        )
+        with torch.inference_mode():
+            logits = self.model.forward(batch, planned, self.attention)
+        wanted = [i for i in tables.order if rows[i].sample is not None]
+        return logits[[wanted.index(i) for i in sorted(wanted)]]
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory):
+    """A model of every family in float32."""
+    place = tmp_path_factory.mktemp("models")
+
+    @cache
+    def loaded(name: str):
+        files = prepare(save_hf(name, place / name), "float32", place / "cache")
+        return files.spec, map_weights(files.weights)
+
+    return loaded
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_family_gives_the_logits_of_the_cpu(load, name):
+    """If it failed, a family's rope, biases, norms or head groups would be computed otherwise on a GPU."""
+    spec, weights = load(name)
+    ids = prompt(90, len(name), VOCAB)
+    ours, theirs = FlashRunner(spec, weights), Runner(spec, weights)
+    ours_pages, their_pages = ours.pages(90), theirs.pages(90)
+    for a, b in pairwise([0, 33, 65, *range(66, 91)]):
+        part = pack(ids[a:b])
+        found = ours.step(Row(part, a, ours_pages, GREEDY))
+        assert float((found - theirs.step(Row(part, a, their_pages, GREEDY))).abs().max()) < 1e-4
+
+
+def test_bfloat16_stays_near_float32():
+    """If it failed, the residual stream in bfloat16 would cost more than roundings."""
+    spec = attrs.evolve(tiny_spec(4, 2, 64), layers=6)
+    weights = random_weights(spec, "bfloat16", 2)
+    exact = {name: tensor.float() for name, tensor in weights.items()}
+    row = pack(prompt(60, 9))
+    rough = FlashRunner(spec, weights, torch.bfloat16)
+    fine = Runner(spec, exact)
+    rough_logits = rough.step(Row(row, 0, rough.pages(60), GREEDY))
+    fine_logits = fine.step(Row(row, 0, fine.pages(60), GREEDY))
+    assert float((rough_logits - fine_logits).norm() / fine_logits.norm()) < 0.03
+
+
+def test_mixed_batches_keep_rows_apart():
+    """If it failed, tokens of a chunk would attend to a decode row's pages, or the other way round."""
+    spec = tiny_spec(4, 2, 16)
+    weights = random_weights(spec, "float32", 1)
+    ours, theirs = FlashRunner(spec, weights), Runner(spec, weights)
+    lengths = [1, 40, 1, 17, 16, 1, 90]
+    tables = [(ours.pages(120), theirs.pages(120)) for _ in lengths]
+    for at in range(2):
+        rows = [[], []]
+        for i, length in enumerate(lengths):
+            ids = prompt(length, 10 * at + i, 131)
+            start = at * length
+            for which in range(2):
+                rows[which].append(
+                    Row(
+                        pack(ids),
+                        start,
+                        tables[i][which]
+                        if length < 60 or not at
+                        else tables[i][which] + (tables[i][which][:0]),
+                        GREEDY if i % 2 or at else None,
+                    )
+                )
+        keep = [i for i, length in enumerate(lengths) if (at + 1) * length <= 112]
+        found = ours.step(*[rows[0][i] for i in keep])
+        expected = theirs.step(*[rows[1][i] for i in keep])
+        assert found.shape == expected.shape
+        assert float((found - expected).abs().max()) < 1e-4
+
+
+# ---- the engine ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """A random model and its weights."""
+    spec = tiny_spec(6, 2, 16)
+    return spec, random_weights(spec, "float32", 3)
+
+
+def make_engine(tiny, rows: int = 8) -> tuple[CudaEngine, torch.Tensor, Replays]:
+    """An engine over an arena whose unused bytes are NaN."""
+    spec, weights = tiny
+    arena = torch.full((PAGES + 1, *spec.page_shape(PAGE_TOKENS)), float("nan"))
+    graphs = Replays()
+    engine = CudaEngine(spec, weights, arena, fake_flashinfer, graphs, rows=rows, backend="fa3")
+    return engine, arena, graphs
+
+
+def test_warming_up_touches_no_page_of_the_pool(tiny):
+    """If it failed, a worker that joins would write into other requests' pages."""
+    engine, arena, graphs = make_engine(tiny)
+    engine.warm_up()
+    assert bool(arena[:PAGES].isnan().all())
+    assert graphs.captured == len([1, 2, 4, 8])
+    engine.close()
+
+
+def drive(engine, spec, seed: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Sequences that prefill in chunks, decode together, join and leave; what was drawn, and prompts with their draws."""
+    chance = random.Random(seed)
+    free = list(range(PAGES))
+    chance.shuffle(free)
+    prompts = [prompt(length, length, spec.vocab) for length in (1, 30, 16, 47, 5, 64)]
+    hows = [GREEDY, Sampling(temperature=0.9, seed=5), Sampling(temperature=1.3, top_k=20, seed=6), GREEDY,
+            Sampling(temperature=1.1, top_p=0.8, seed=7), Sampling(temperature=0.7, top_k=1)]  # fmt: skip
+    ends = [len(ids) + 14 + 5 * i for i, ids in enumerate(prompts)]
+    tables = [tuple(free.pop() for _ in range(pages_for(end + 1, PAGE_TOKENS))) for end in ends]
+    sequences, ran = [list(ids) for ids in prompts], [0] * len(prompts)
+    step = 0
+    while any(len(tokens) < end for tokens, end in zip(sequences, ends, strict=True)):
+        turns = [i for i in range(len(prompts)) if len(sequences[i]) < ends[i] and step >= 3 * i]
+        rows = []
+        for i in turns:
+            part = sequences[i][ran[i] : ran[i] + 20]
+            ran[i] += len(part)
+            used = pages_for(ran[i] + (step % 3 > 0), PAGE_TOKENS)  # sometimes the next page is not there yet
+            rows.append(
+                Row(
+                    pack(part),
+                    ran[i] - len(part),
+                    tables[i][:used],
+                    hows[i] if ran[i] == len(sequences[i]) else None,
+                )
+            )
+        for i, row, token in zip(turns, rows, engine.run(BatchPlan(tuple(rows))).tokens, strict=True):
+            assert (token is None) == (row.sample is None)
+            if token is not None:
+                sequences[i].append(token)
+        step += 1
+    return [tokens[len(ids) :] for tokens, ids in zip(sequences, prompts, strict=True)], sequences
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whole_conversations_give_the_tokens_of_the_torch_model(tiny, seed):
+    """If it failed, captured steps, steps planned ahead or draws would give other tokens than the definition of right."""
+    spec, weights = tiny
+    engine, _, graphs = make_engine(tiny)
+    engine.warm_up()
+    drawn, sequences = drive(engine, spec, seed)
+    assert graphs.replays > 20
+    hows = [GREEDY, Sampling(temperature=0.9, seed=5), Sampling(temperature=1.3, top_k=20, seed=6), GREEDY,
+            Sampling(temperature=1.1, top_p=0.8, seed=7), Sampling(temperature=0.7, top_k=1)]  # fmt: skip
+    for tokens, whole, how in zip(drawn, sequences, hows, strict=True):
+        runner = Runner(spec, weights)
+        pages, first = runner.pages(len(whole)), len(whole) - len(tokens)
+        for at in range(first, len(whole)):
+            start = 0 if at == first else at - 1
+            logits = runner.step(Row(pack(whole[start:at]), start, pages, GREEDY))
+            assert draw(logits, [how], [at]) == [whole[at]]
+
+
+def test_the_next_decode_step_is_planned_while_this_one_runs(tiny, monkeypatch):
+    """If it failed, the GPU would wait for the host's planning at every token, or run on tables of another step."""
+    engine, _, _ = make_engine(tiny)
+    engine.warm_up()
+    loads = []
+    real = fake_flashinfer.BatchDecodeWithPagedKVCacheWrapper.plan
+    monkeypatch.setattr(
+        fake_flashinfer.BatchDecodeWithPagedKVCacheWrapper,
+        "plan",
+        lambda self, **given: (loads.append(given["last_page_len"].tolist()), real(self, **given))[1],
+    )
+    row = Row(pack([5]), 0, (3, 4), GREEDY)
+    for position in range(20):
+        engine.run(BatchPlan((attrs.evolve(row, start=position),)))
+    # One plan for the first step, then each ahead of its step.
+    assert [one[0] for one in loads] == [i % 16 + 1 for i in range(21)]
+    loads.clear()
+    engine.run(BatchPlan((Row(pack([5]), 7, (3,), GREEDY),)))  # another row: planned anew, and ahead again
+    assert [one[0] for one in loads] == [8, 9]
+
+
+def test_not_a_number_names_the_row(tiny):
+    """If it failed, a broken page would go on as token 0."""
+    engine, _, _ = make_engine(tiny)
+    engine.warm_up()
+    good, bad = Row(pack([1]), 0, (0,), GREEDY), Row(pack([1]), 5, (1,), GREEDY)  # page 1 was never written
+    with pytest.raises(FloatingPointError, match="row 1: the largest logit is nan"):
+        engine.run(BatchPlan((good, bad)))
+    with pytest.raises(FloatingPointError, match="row 0: the largest logit is nan"):
+        engine.run(BatchPlan((bad, Row(pack([1, 2]), 0, (2,), GREEDY))))
+
+
+def test_plans_are_checked_and_the_scratch_page_is_nobodys(tiny):
+    """If it failed, a wrong page number would corrupt another request's answer in silence."""
+    engine, _, _ = make_engine(tiny)
+    with pytest.raises(ValueError, match=f"the arena has 0 to {PAGES - 1}"):
+        engine.run(BatchPlan((Row(pack([1]), 0, (PAGES,), GREEDY),)))
+
+
+def test_draws_together_are_the_draws_one_by_one():
+    """If it failed, a stream that moves between a GPU and a CPU, or between batches, would go on with other tokens."""
+    generator = torch.Generator().manual_seed(4)
+    chance = random.Random(9)
+    for vocab in (7, 100, 257, 3000):
+        for sharpness in (0.05, 1.0, 6.0):
+            logits = sharpness * torch.randn(24, vocab, generator=generator)
+            logits[::3] = logits[::3].round()  # ties
+            settings = [
+                Sampling(
+                    temperature=chance.choice([0.3, 1.0, 2.0]), top_k=chance.choice([0, 0, 2, 40, 300, 5000]),
+                    top_p=chance.choice([1.0, 0.05, 0.5, 0.95]), seed=chance.randrange(1 << 63),
+                )
+                for _ in range(24)
+            ]  # fmt: skip
+            positions = [chance.randrange(10**6) for _ in range(24)]
+            assert draw_together(logits, settings, positions) == draw(logits, settings, positions)
+
+
+def test_kernels_are_chosen_by_the_device_and_the_head_groups():
+    """If it failed, a step would end with "Unsupported group_size", or run fa3 where it cannot."""
+    assert [prefill_backend(one) for one in ((8, 0), (8, 9), (9, 0), (10, 0), (12, 0))] == [
+        "fa2",
+        "fa2",
+        "fa3",
+        "fa2",
+        "fa2",
+    ]
+    assert [group for group in range(1, 17) if not with_tensor_cores(group)] == [1, 2, 3]

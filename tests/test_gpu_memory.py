@@ -1,0 +1,216 @@
+"""A GPU shard's memory without a GPU: the handles' way to a worker, what is refused, and copies between tiers."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import attrs
+import numpy as np
+import pytest
+import torch
+import trio
+
+from fake_cupy import fake_cupy
+from memserve.engine.cuda import pages_of, weights_of
+from memserve.engine.weights import map_weights, random_weights, save_weights
+from memserve.errors import PeerError, PeerUnreachable, UserError
+from memserve.kernels import gpu_store
+from memserve.kernels.arena import Arena, attach_arena, serve_arena, serve_packet
+from memserve.kernels.gpu_memory import GpuArena, GpuHeader, attach_gpu_arena, coalesced
+from memserve.kernels.gpu_store import open_gpu_store
+from memserve.kernels.page_store import DiskFile
+from memserve.mempool.addresses import Tier, slot
+from memserve.messages import ActorId
+from test_model import tiny_spec
+
+SHARD = ActorId("g0.00000001")
+SPEC = tiny_spec(4, 2, 64)
+PAGE_BYTES = SPEC.page_bytes(16, "bfloat16")
+DEVICE, HOST, DISK = (partial(slot, tier) for tier in Tier)
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """A converted model of random weights."""
+    path = tmp_path / "w.safetensors"
+    save_weights(random_weights(SPEC, "bfloat16", 1), path)
+    return path
+
+
+@pytest.fixture
+def place(tmp_path_factory):
+    """A socket path short enough for the kernel."""
+    return tmp_path_factory.mktemp("g") / "a.sock"
+
+
+async def attached(arena: GpuArena, place: Path, *arguments, **more) -> GpuArena:
+    """What a worker gets of a served arena."""
+    async with trio.open_nursery() as nursery:
+        await nursery.start(serve_packet, arena.header.encode(), (), place)
+        try:
+            return await trio.to_thread.run_sync(partial(attach_gpu_arena, place, *arguments, **more))
+        finally:
+            nursery.cancel_scope.cancel()
+
+
+async def test_a_worker_sees_the_pages_and_weights_of_its_shard(weights, place):
+    """If it failed, a worker would compute with other weights, or write KV where the shard does not look."""
+    cupy = fake_cupy()
+    arena = GpuArena.create(SHARD, 0, 5, PAGE_BYTES, weights, cupy)
+    seen = await attached(arena, place, 0, PAGE_BYTES, weights, cupy=cupy)
+    pages = pages_of(seen, SPEC, 16, torch.bfloat16)
+    assert pages.shape == (6, *SPEC.page_shape(16)) and pages.dtype == torch.bfloat16
+    pages[3] = 2.5
+    raw = (ctypes.c_uint8 * PAGE_BYTES).from_address(arena.pages_at + 3 * PAGE_BYTES)
+    assert bytes(raw) == np.full(PAGE_BYTES // 2, 0x4020, np.uint16).tobytes()
+
+    expected = map_weights(weights)
+    found = weights_of(seen, weights)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert all(found[name].data_ptr() % 16 == 0 for name in found)
+    assert len(cupy.cuda.runtime.opened) == 2
+    seen.close()
+    seen.close()
+    assert not cupy.cuda.runtime.opened
+
+
+async def test_a_worker_of_another_model_or_page_size_is_told_why(weights, place, tmp_path):
+    """If it attached anyway, it would read other tensors as its own, or write across page borders."""
+    cupy = fake_cupy()
+    arena = GpuArena.create(SHARD, 0, 2, PAGE_BYTES, weights, cupy)
+    other = tmp_path / "other"
+    save_weights(random_weights(tiny_spec(4, 2, 128), "bfloat16", 1), other)
+    for page_bytes, file in ((PAGE_BYTES * 2, weights), (PAGE_BYTES, other)):
+        with pytest.raises(ExceptionGroup) as caught:
+            await attached(arena, place, 0, page_bytes, file, cupy=cupy)
+        assert isinstance(caught.value.exceptions[0], PeerError)
+        assert "is of another model or page size" in str(caught.value.exceptions[0])
+    assert not cupy.cuda.runtime.opened
+
+
+async def test_arenas_of_the_other_kind_are_refused(weights, place):
+    """If they were taken, a worker would read a memfd as a handle, or the other way round."""
+    cupy = fake_cupy()
+    memory = Arena.create(SHARD, 1, PAGE_BYTES)
+    gpu = GpuArena.create(SHARD, 0, 2, PAGE_BYTES, weights, cupy)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(serve_arena, memory, place)
+        attach = partial(attach_gpu_arena, place, 0, PAGE_BYTES, weights, cupy=cupy)
+        with pytest.raises(PeerError, match="not a GPU's arena"):
+            await trio.to_thread.run_sync(attach)
+        nursery.cancel_scope.cancel()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(serve_packet, gpu.header.encode(), (), place)
+        with pytest.raises(PeerError, match="served no arena"):
+            await trio.to_thread.run_sync(attach_arena, place, PAGE_BYTES)
+        nursery.cancel_scope.cancel()
+    with pytest.raises(PeerUnreachable):
+        await trio.to_thread.run_sync(attach)
+    memory.close()
+
+
+def test_a_damaged_or_foreign_header_is_refused():
+    """If it were taken, a handle of another layout would be opened."""
+    header = GpuHeader(
+        shard=SHARD, pages=1, page_bytes=2, weights="", weights_bytes=3, arena_handle=b"", weights_handle=b""
+    )
+    assert GpuHeader.decode(header.encode()) == header
+    with pytest.raises(PeerError, match="damaged"):
+        GpuHeader.decode(header.encode()[:-3])
+    with pytest.raises(PeerError, match="page layout version 99"):
+        GpuHeader.decode(attrs.evolve(header, version=99).encode())
+
+
+async def test_where_memory_cannot_be_shared_or_had_it_is_said(weights, place):
+    """If it failed, the user would read a CUDA error number in a worker's log."""
+    cupy = fake_cupy()
+    arena = GpuArena.create(SHARD, 0, 2, PAGE_BYTES, weights, cupy)
+    cupy.cuda.runtime.shares = False
+    with pytest.raises(UserError, match=r"does not let processes share memory of cuda:0 .*PID namespace"):
+        GpuArena.create(SHARD, 0, 2, PAGE_BYTES, weights, cupy)
+    with pytest.raises(ExceptionGroup) as caught:
+        await attached(arena, place, 0, PAGE_BYTES, weights, cupy=cupy)
+    assert "cudaIpcOpenMemHandle" in str(caught.value.exceptions[0])
+    with pytest.raises(UserError, match=r"cuda:0 has no room for 99 pages .*smaller \[\[shard\]\] memory"):
+        GpuArena.create(SHARD, 0, 99, PAGE_BYTES, weights, fake_cupy(room=2 << 20))
+    with pytest.raises(UserError, match="invalid device ordinal"):
+        GpuArena.create(SHARD, 3, 2, PAGE_BYTES, weights, fake_cupy())
+
+
+# ---- tiers -----------------------------------------------------------------------------------------------------
+
+PAGES = 6
+
+
+@pytest.fixture
+def store(weights, tmp_path, monkeypatch):
+    """Six pages in each tier; device page i is full of the byte i + 1. Two pages at a time lie between GPU and disk."""
+    monkeypatch.setattr(gpu_store, "STAGED_PAGES", 2)
+    gpu = GpuArena.create(SHARD, 0, PAGES, PAGE_BYTES, weights, fake_cupy())
+    for i in range(PAGES):
+        ctypes.memset(gpu.pages_at + i * PAGE_BYTES, i + 1, PAGE_BYTES)
+    disk = DiskFile.create(tmp_path, PAGES, PAGE_BYTES)
+    made = open_gpu_store(gpu, memoryview(bytearray(PAGES * PAGE_BYTES)), disk)
+    yield made
+    made.close()
+    assert not gpu.runtime.registered
+    disk.close()
+
+
+def on_device(store, number: int) -> bytes:
+    """A device page's bytes."""
+    return ctypes.string_at(store.gpu.pages_at + number * PAGE_BYTES, PAGE_BYTES)
+
+
+def test_pages_travel_through_all_tiers(store):
+    """If a run were cut or ordered wrongly, a request would read another page's KV."""
+    assert store.copy([(DEVICE(0), HOST(3), 2), (DEVICE(4), HOST(0), 1)]) == ()
+    assert bytes(store.host.view[3 * PAGE_BYTES : 5 * PAGE_BYTES]) == b"\1" * PAGE_BYTES + b"\2" * PAGE_BYTES
+    assert store.copy([(HOST(3), DISK(1), 2), (HOST(0), DISK(5), 1)]) == ()
+    assert store.copy([(DISK(1), DEVICE(2), 2), (DISK(5), DEVICE(0), 1)]) == ()
+    assert [on_device(store, i)[0] for i in range(PAGES)] == [5, 2, 1, 2, 5, 6]
+    assert store.copy([(DEVICE(1), DISK(0), 5)]) == ()
+    assert store.copy([(DISK(0), HOST(0), 5), (HOST(0), DEVICE(0), 5), (DEVICE(0), HOST(5), 1)]) == ()
+    assert [on_device(store, i)[0] for i in range(PAGES)] == [2, 1, 2, 5, 6, 6]
+    assert bytes(store.host.view[5 * PAGE_BYTES :]) == b"\2" * PAGE_BYTES
+    assert store.copy([(DEVICE(3), DEVICE(5), 1)]) == ()
+    assert on_device(store, 5) == b"\5" * PAGE_BYTES
+
+
+def test_one_copy_moves_a_run(store):
+    """If it failed, a swap would launch a copy a page and never reach the link's rate."""
+    store.copy([(DEVICE(i), HOST(i), 1) for i in range(4)])
+    assert store.gpu.runtime.copies == [(2, 4 * PAGE_BYTES)]
+    assert coalesced([(0, 5, 1), (1, 6, 2), (3, 9, 1), (4, 8, 1)]) == [(0, 5, 3), (3, 9, 1), (4, 8, 1)]
+
+
+def test_damaged_and_unwritable_pages_are_reported(store, monkeypatch):
+    """If it failed, a request would go on from KV that nobody computed."""
+    assert store.copy([(DEVICE(0), DISK(0), 5)]) == ()
+    store.disk._checksums[3] ^= 1
+    assert store.copy([(DISK(0), DEVICE(0), 5)]) == (DISK(3),)
+
+    def full(*_):
+        raise OSError("no room")
+
+    monkeypatch.setattr(DiskFile, "write", full)
+    assert store.copy([(DEVICE(1), DISK(0), 3)]) == (DEVICE(1), DEVICE(2), DEVICE(3))
+
+
+def test_host_memory_that_cannot_be_pinned_is_a_user_error(weights):
+    """If it failed, the shard would crash with a CUDA error, or copy at half the rate unnoticed."""
+    gpu = GpuArena.create(SHARD, 0, 1, PAGE_BYTES, weights, fake_cupy())
+    gpu.runtime.pins = False
+    with pytest.raises(UserError, match="smaller host_bytes"):
+        open_gpu_store(gpu, memoryview(bytearray(PAGE_BYTES)), None)
+
+
+def test_the_gpu_backend_is_importable_without_its_libraries():
+    """If it failed, every process would need cupy and flashinfer."""
+    code = "import sys, memserve.engine.cuda, memserve.actors.mempool_shard; sys.exit('cupy' in sys.modules or 'flashinfer' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1] / "src")

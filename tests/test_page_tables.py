@@ -1,0 +1,125 @@
+"""FlashInfer's index arrays against what they mean, position by position."""
+
+from __future__ import annotations
+
+import attrs
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memserve.engine.plans import BatchPlan, Row
+from memserve.kernels.page_tables import BUCKETS, StepTables, Table, bucket_of, buckets_up_to, continues
+from memserve.messages import Sampling
+from memserve.tokens import count, pack, pages_for, unpack
+
+GREEDY = Sampling(temperature=0.0)
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> tuple[BatchPlan, int]:
+    """Rows of any lengths on pages of their own, and the size of a page."""
+    page_tokens = draw(st.sampled_from([8, 16, 32]))
+    rows, page = [], 0
+    for length, start, spare, wanted in draw(
+        st.lists(
+            st.tuples(st.sampled_from([1, 1, 1, 2, 7, 40]), st.integers(0, 90), st.integers(0, 2), st.booleans()),
+            min_size=1, max_size=12,
+        )
+    ):  # fmt: skip
+        pages = tuple(range(page, page + pages_for(start + length, page_tokens) + spare))
+        page += len(pages)
+        tokens = pack(range(1000 * len(rows), 1000 * len(rows) + length))
+        rows.append(Row(tokens, start, pages[::-1], GREEDY if wanted else None))
+    return BatchPlan(tuple(rows)), page_tokens
+
+
+def positions_of(table: Table, row: int, page_tokens: int) -> list[tuple[int, int]]:
+    """Page and slot of every position that FlashInfer sees in a row: the meaning of its three arrays."""
+    pages = table.indices[table.indptr[row] : table.indptr[row + 1]].tolist()
+    length = (len(pages) - 1) * page_tokens + int(table.last_page_len[row])
+    return [(pages[i // page_tokens], i % page_tokens) for i in range(length)]
+
+
+@settings(deadline=None)  # a busy machine is no fault of the arrays
+@given(plans())
+def test_the_arrays_mean_what_the_plan_says(case):
+    """If it failed, a kernel would read or write another request's pages, in silence."""
+    plan, page_tokens = case
+    tables = StepTables.of(plan, page_tokens)
+    rows = [plan.rows[i] for i in tables.order]
+    assert sorted(tables.order) == list(range(len(plan.rows)))
+    assert [count(row.tokens) == 1 for row in rows] == [i < tables.decodes for i in range(len(rows))]
+
+    token = 0
+    for number, row in enumerate(rows):
+        expected = [(row.pages[i // page_tokens], i % page_tokens) for i in range(row.end)]
+        assert positions_of(tables.all_rows, number, page_tokens) == expected
+        own, at = (
+            (tables.decode, number) if number < tables.decodes else (tables.chunks, number - tables.decodes)
+        )
+        assert positions_of(own, at, page_tokens) == expected
+        for offset, id in enumerate(unpack(row.tokens)):
+            assert (tables.ids[token], tables.positions[token]) == (id, row.start + offset)
+            assert tables.batch_indices[token] == number
+            token += 1
+        if number >= tables.decodes:
+            begin, end = tables.qo_indptr[at : at + 2].tolist()
+            assert (end - begin, end + tables.decodes) == (count(row.tokens), token)
+    wanted = [row for row in rows if row.sample is not None]
+    assert [tables.batch_indices[at] for at in tables.wanted] == [rows.index(row) for row in wanted]
+    assert all(tables.positions[at] == row.end - 1 for at, row in zip(tables.wanted, wanted, strict=True))
+    arrays = [tables.qo_indptr, tables.ids, tables.positions, tables.batch_indices, tables.wanted]
+    for table in (tables.decode, tables.chunks, tables.all_rows):
+        arrays += [table.indptr, table.indices, table.last_page_len]
+        assert ((table.last_page_len >= 1) & (table.last_page_len <= page_tokens)).all()
+    assert {array.dtype for array in arrays} == {np.dtype(np.int32)}
+
+
+@settings(deadline=None)  # a busy machine is no fault of the arrays
+@given(plans(), st.integers(0, 5))
+def test_padding_rows_see_only_the_scratch_page(case, more):
+    """If it failed, a padding row would write into a page that is somebody's."""
+    plan, page_tokens = case
+    table = StepTables.of(plan, page_tokens).all_rows
+    rows = len(plan.rows)
+    padded = table.padded(rows + more, 10**6)
+    for row in range(rows):
+        assert positions_of(padded, row, page_tokens) == positions_of(table, row, page_tokens)
+    for row in range(rows, rows + more):
+        assert positions_of(padded, row, page_tokens) == [(10**6, 0)]
+
+
+def test_every_batch_has_a_bucket_that_is_not_much_larger():
+    """If it failed, a step would be captured while a request waits, or pay for rows that are not there."""
+    for most in (1, 3, 64, 65, 1000, 1024):
+        buckets = buckets_up_to(most)
+        assert list(buckets) == sorted(set(buckets)) and set(buckets) <= set(BUCKETS)
+        for rows in range(1, most + 1):
+            bucket = bucket_of(rows, buckets)
+            assert bucket is not None and rows <= bucket <= max(2 * rows, 1) and bucket - rows < max(8, rows)
+        assert bucket_of(buckets[-1] + 1, buckets) is None
+
+
+@settings(deadline=None)  # a busy machine is no fault of the arrays
+@given(plans())
+def test_the_next_step_is_recognised_only_when_it_is_the_next(case):
+    """If it failed, a step would run on page tables made for other positions or other pages."""
+    plan, page_tokens = case
+    before = [row for row in plan.rows if len(row.pages) >= pages_for(row.end + 1, page_tokens)]
+    after = [Row(pack([7]), row.end, row.pages, row.sample) for row in before]
+    assert continues(after, before, page_tokens)
+    ahead = Table.of([Row(pack([0]), row.end, row.pages, None) for row in before], page_tokens)
+    real = Table.of(after, page_tokens)
+    for one, other in zip(
+        attrs.astuple(ahead, recurse=False), attrs.astuple(real, recurse=False), strict=True
+    ):
+        assert (one == other).all()
+    if after:
+        first = after[0]
+        for wrong in (
+            Row(first.tokens, first.start + 1, (*first.pages, 10**6, 10**6 + 1), None),
+            Row(first.tokens, first.start, (10**6, *first.pages[1:]), None),
+            Row(pack([1, 2]), first.start, (*first.pages, 10**6), None),
+        ):
+            assert not continues([wrong, *after[1:]], before, page_tokens)
+        assert not continues(after[1:], before, page_tokens)
