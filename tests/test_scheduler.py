@@ -20,6 +20,9 @@ from memserve.messages import (
     Sampling,
     Submit,
 )
+from memserve.pool_messages import IndexDelta, IndexEvent
+from memserve.scheduling.fleet import Fleet
+from memserve.scheduling.global_tree import GlobalTree
 from memserve.scheduling.membership import DEAD_AFTER_S, DEAD_STARTING_S, pairs
 from memserve.scheduling.policies import LeastLoad, RoundRobin
 from memserve.scheduling.scheduler import HELD_S, SchedulerCore
@@ -168,15 +171,18 @@ def test_the_dead_are_announced_and_fenced_off(how: str) -> None:
     assert [(one.to, one.message.actors) for one in sent(core, Gone)] == [("d0.1", ("d0.1",))]
 
 
-def test_the_dead_leave_no_trace_in_the_policy() -> None:
+def test_the_dead_leave_no_trace() -> None:
     """Every restart has a new id: a scheduler that remembered them all would grow for ever."""
-    policy = LeastLoad()
-    core = scheduler(SHARD, FRONTEND, prefill("p0"), decode("d0"), policy=policy)
+    core = scheduler(SHARD, FRONTEND, prefill("p0"), decode("d0"))
+    stored = IndexEvent("stored", 1, tokens=pack(range(16)))
+    core.receive(SHARD.id, IndexDelta(0, (stored,)), 1.0)
     core.receive(FRONTEND.id, submit("r"), 1.0)
-    assert set(policy._recent) == {"p0.1", "d0.1"}
-    for one in ("p0.1", "d0.1"):
+    assert set(core.fleet.workers) == {"p0.1", "d0.1"}
+    assert core.gauges()["index_pages"] == 1
+    for one in ("p0.1", "d0.1", SHARD.id):
         core.receive(ME.id, Died(ActorId(one)), 1.1)
-    assert policy._recent == {}
+    assert core.fleet == Fleet()
+    assert core.index.tree == GlobalTree()
 
 
 def test_a_scheduler_that_was_stopped_calls_nobody_silent() -> None:

@@ -179,9 +179,34 @@ class SchedulerConfig:
     """``[scheduler]``: who gets a request."""
 
     policy: str = setting(
-        "least_load",
-        rule=one_of("least_load", "round_robin"),
-        help="least_load: the worker with the least waiting work; round_robin: each in turn",
+        "cost",
+        rule=one_of("cost", "longest_prefix", "session", "least_load", "round_robin"),
+        help="cost: the least predicted cost; longest_prefix: where most is cached; session: a chat stays where it began; "
+        "least_load: the worker with the least waiting work; round_robin: each in turn",
+    )
+    index: str = setting(
+        "events",
+        rule=one_of("events", "ttl"),
+        help="how it is known what is cached where; events: the shards tell; ttl: it is assumed of every placement, for a while",
+    )
+    index_ttl_s: float = setting(
+        300.0, unit="seconds", rule=between(1, 86_400), help='for how long, with `index = "ttl"`'
+    )
+    ttft_weight: float = setting(
+        3.0,
+        rule=between(0, 1000),
+        help="policy cost: a second before a request's first token, against one after it",
+    )
+    others_weight: float = setting(
+        0.3,
+        rule=between(0, 1000),
+        help="policy cost: a second that other streams lose, against one that the request waits",
+    )
+    handoff_margin_ms: float = setting(
+        20.0,
+        unit="milliseconds",
+        rule=between(0, 60_000),
+        help="policy cost: what a hand-over to another worker must save at least",
     )
     count: int = setting(1, unit="processes", rule=between(1, 16), help="GlobalSchedulers")
 

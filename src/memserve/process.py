@@ -4,6 +4,7 @@ The *lifeline* is a stream socket to the supervisor that carries one JSON object
 
     actor -> supervisor   {"event": "hello", "id": "p0.9f3a1c22"}   at once, so that its death can be announced
                           {"event": "ready", "id": "p0.9f3a1c22"}
+                          {"event": "leaving"}                       a worker told to drain: it is not to be restarted
                           {"event": "serving", "url": "http://..."}  Frontends, once /health is true
                           {"event": "alive"}                         every BEAT_S
     supervisor -> actor   {"event": "drain"}
@@ -175,6 +176,10 @@ class Lifeline:
     def serving(self, url: str) -> None:
         """A Frontend answers requests at ``url``, and /health is true."""
         self._events.send(event="serving", url=url)
+
+    def leaving(self) -> None:
+        """The actor ends for good once it has finished what it holds: no successor is to be started."""
+        self._events.send(event="leaving")
 
     async def listen(self) -> None:
         """Take in what the supervisor says, until it is gone."""

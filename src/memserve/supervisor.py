@@ -188,6 +188,7 @@ class Supervisor:
         while not child.leaving.is_set():
             returncode = await self._incarnation(child)
             if child.leaving.is_set():
+                self._farewell(child, returncode)
                 break
             if returncode == STATUS_USER_ERROR and not self._serving.is_set():
                 raise UserError(child.text())
@@ -213,6 +214,9 @@ class Supervisor:
                 child.id = ActorId(event["id"])
             elif event["event"] == "ready":
                 self._ready(child)
+            elif event["event"] == "leaving":
+                child.leaving.set()
+                log.info("actor leaves", child=child.id)
             elif event["event"] == "serving":
                 child.url = event["url"]
                 self._write_info()  # a successor may serve on another port, with frontend.port = 0
@@ -225,6 +229,12 @@ class Supervisor:
         log.info("actor ready", child=child.id, ready_s=round(seconds, 2))
         if child.restarts and self._serving.is_set():
             self.say(f"memserve: {child.spec.name} is back, {seconds:.1f} s after its restart")
+
+    def _farewell(self, child: Child, returncode: int) -> None:
+        """Of an actor that an operator drained, in a cluster that goes on."""
+        if self._state != "draining":
+            log.info("actor left", child=child.id, returncode=returncode)
+            self.say(f"memserve: {child.spec.name} was drained and {describe_end(returncode)}")
 
     def _bury(self, child: Child) -> None:
         """Announce a death and remove what it left in the place."""

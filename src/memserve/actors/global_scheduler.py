@@ -12,25 +12,46 @@ import trio
 from memserve.actions import Died
 from memserve.actors.loop import Shell
 from memserve.bus import open_link
+from memserve.config import Config, SchedulerConfig
 from memserve.messages import Member
 from memserve.process import ActorContext
-from memserve.scheduling.policies import POLICIES
+from memserve.scheduling.global_tree import GlobalTree
+from memserve.scheduling.index_feed import IndexFeed
+from memserve.scheduling.policies import PLAIN, Policy
+from memserve.scheduling.pricing import Cost, Weights
 from memserve.scheduling.scheduler import SchedulerCore
+from memserve.scheduling.ttl_index import TtlIndex
 
 
 async def main(context: ActorContext, *, task_status: trio.TaskStatus[None]) -> None:
     """Schedule until told to drain; by then the supervisor has drained everyone else."""
     endpoint = context.place.endpoint(context.name)
-    policy = context.resolved.config.scheduler.policy
+    config = context.resolved.config
     async with open_link(context.id, endpoint) as link:
         me = Member(context.id, context.kind, endpoint, os.getpid(), "ready")
-        shell = Shell(SchedulerCore(me, policy, POLICIES[policy]()), link)
+        policy, index = make_policy(config.scheduler), make_index(config)
+        shell = Shell(SchedulerCore(me, config.scheduler.policy, policy, index), link)
         async with trio.open_nursery() as nursery:
             await nursery.start(shell.run)
             nursery.start_soon(_announce_deaths, context, shell)
             task_status.started()
             await context.lifeline.drain.wait()
             nursery.cancel_scope.cancel()
+
+
+def make_policy(config: SchedulerConfig) -> Policy:
+    """The policy that is configured."""
+    if config.policy != "cost":
+        return PLAIN[config.policy]()
+    return Cost(Weights(config.ttft_weight, config.others_weight, config.handoff_margin_ms / 1e3))
+
+
+def make_index(config: Config) -> IndexFeed | TtlIndex:
+    """Where the scheduler keeps what is cached where."""
+    tree = GlobalTree(config.pool.page_tokens)
+    if config.scheduler.index == "ttl":
+        return TtlIndex(tree, config.scheduler.index_ttl_s)
+    return IndexFeed(tree)
 
 
 async def _announce_deaths(context: ActorContext, shell: Shell) -> None:

@@ -54,9 +54,10 @@ class Membership:
     def hear(self, member: Member, now: float) -> tuple[bool, tuple[ActorId, ...]]:
         """Take a heartbeat in: whether the view changed beyond the load, and which older incarnations it replaces."""
         known = self.members.get(member.id)
-        replaced = tuple(
-            one for one in self.members if one != member.id and actor_name(one) == actor_name(member.id)
-        )
+        replaced: tuple[ActorId, ...] = ()
+        if known is None:  # seldom: with a thousand members there are two thousand heartbeats a second
+            name = actor_name(member.id)
+            replaced = tuple(one for one in self.members if actor_name(one) == name)
         self.members[member.id] = member
         self._heard_at[member.id] = now
         if member.shard and member.shard not in self._gone:

@@ -7,7 +7,8 @@ from typing import Any, Protocol
 import attrs
 
 from memserve.actions import Action, Overslept, Send
-from memserve.messages import ActorId, Load, Member, Message
+from memserve.messages import ActorId, Change, Load, Member, Message
+from memserve.scheduling.changes import changed
 
 HEARTBEAT_S = 1.0
 """Longest silence of a live actor."""
@@ -59,6 +60,14 @@ class Presence:
         """Enter a state (starting, ready, draining), on a shard if given, and report it."""
         self.member = attrs.evolve(self.member, state=state, shard=shard or self.member.shard)
         self.changed()
+
+    def change(self, change: Change) -> bool:
+        """Do what an operator wants, and report it; whether anything had to change."""
+        before, self.member = self.member, changed(self.member, change)
+        if self.member == before:
+            return False
+        self.changed()
+        return True
 
     def due(self, now: float) -> bool:
         """Whether a report should go out now."""

@@ -70,6 +70,9 @@ class Audit:
                 id = self.cluster.world.actors[shard].id
                 if not scheduler.index.is_whole(id):
                     return f"{name} does not know the index of {id}"
+                known = scheduler.index.tree.pages.get(id, 0)
+                if known != core.pool.tree.pages_total:
+                    return f"{name} believes that {id} holds {known} pages, not {core.pool.tree.pages_total}"
         return ""
 
     def finish(self, clients: Clients, until: float) -> None:

@@ -37,7 +37,7 @@ class Layout:
     workers: tuple[WorkerPlan, ...]
     frontends: int = 1
     schedulers: int = 1
-    policy: str = "least_load"
+    policy: str = "cost"
     caching: str = "3"
     """off, 1, 2 or 3."""
     page_tokens: int = 16

@@ -1,0 +1,105 @@
+"""Compiles FlashInfer's kernels that memserve uses for one architecture, on a machine with nvcc and no GPU.
+
+    make gpu-kernels ARCH=9.0a ARGS="--only page,decode --head-dims 128"
+
+Libraries go to ``.gpu/aot/<name>/<name>.so``, which git ignores, and together to ``.gpu/aot.tar.xz``. They depend on
+neither Python nor torch; ``make gpu-check`` puts them where FlashInfer looks first. Needed: nvcc, ninja, torch,
+``flashinfer-python`` and ``apache-tvm-ffi`` of the versions that will run them, cuRAND's headers not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import tarfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+OUT = ROOT / ".gpu"
+KINDS = ("page", "activation", "norm", "rope", "decode", "fa2", "fa3")
+
+
+def options() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--arch", default="9.0a", help="compute capability, 9.0a for Hopper")
+    parser.add_argument("--only", default=",".join(KINDS), help=f"some of {', '.join(KINDS)}")
+    parser.add_argument("--head-dims", default="64,128")
+    return parser.parse_args()
+
+
+def environment(arch: str) -> None:
+    """What FlashInfer's build reads; with stand-ins for a driver and for headers that are included and not used."""
+    extra = OUT / "stand-ins"
+    extra.mkdir(parents=True, exist_ok=True)
+    for header in ("cublasLt.h", "cublas_v2.h"):
+        (extra / header).touch()
+    stub = extra / "libcuda.so"
+    command = ["gcc", "-shared", "-fPIC", "-x", "c", "-", "-o", str(stub), "-Wl,-soname,libcuda.so.1"]
+    subprocess.run(command, input=b"", check=True)
+    os.environ.update(
+        FLASHINFER_CUDA_ARCH_LIST=arch,
+        FLASHINFER_WORKSPACE_BASE=str(OUT / "workspace"),
+        FLASHINFER_EXTRA_CUDAFLAGS=f"-I{extra} -Xfatbin=-compress-all --compress-mode=size",
+        FLASHINFER_EXTRA_LDFLAGS=f"-L{extra}",
+        TVM_FFI_DISABLE_TORCH_C_DLPACK="1",
+    )
+    os.environ.setdefault("CUDA_HOME", "/usr/local/cuda")
+    os.environ.setdefault("MAX_JOBS", "1")
+
+
+def specs(kinds: list[str], head_dims: list[int]) -> list[Any]:
+    """What to build, the quickest first."""
+    import torch
+    from flashinfer.jit import activation, norm, page, rope
+    from flashinfer.jit.attention import modules
+
+    alone = {
+        "page": page.gen_page_module,
+        "activation": lambda: activation.gen_act_and_mul_module("silu"),
+        "norm": norm.gen_norm_module,
+        "rope": rope.gen_rope_module,
+    }
+    found = [make() for kind, make in alone.items() if kind in kinds]
+    types = (torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.int32)
+    for size in head_dims:
+        if "decode" in kinds:
+            found.append(modules.gen_batch_decode_module(*types, size, size, 0, False, False))
+        found += [
+            modules.gen_batch_prefill_module(kind, *types, size, size, 0, False, False, False)
+            for kind in ("fa2", "fa3")
+            if kind in kinds
+        ]
+    return found
+
+
+def main() -> None:
+    """Build, strip, pack."""
+    given = options()
+    environment(given.arch)
+    kinds = [kind for kind in given.only.split(",") if kind != "fa3" or given.arch.startswith("9.0")]
+    for spec in specs(kinds, [int(size) for size in given.head_dims.split(",")]):
+        folder = OUT / "aot" / spec.name
+        target = folder / f"{spec.name}.so"
+        if target.exists():
+            print(f"{spec.name}: there already")
+            continue
+        began = time.perf_counter()
+        spec.build(False)
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(spec.jit_library_path, target)
+        subprocess.run(["strip", "--strip-unneeded", str(target)], check=True)
+        print(
+            f"{spec.name}: {time.perf_counter() - began:.0f} s, {target.stat().st_size >> 10} KiB", flush=True
+        )
+    with tarfile.open(OUT / "aot.tar.xz", "w:xz") as archive:
+        archive.add(OUT / "aot", arcname=".")
+    print(f"{OUT / 'aot.tar.xz'}: {(OUT / 'aot.tar.xz').stat().st_size >> 10} KiB")
+
+
+if __name__ == "__main__":
+    main()

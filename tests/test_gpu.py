@@ -1,0 +1,219 @@
+"""The GPU backend on a GPU, held to the torch model on CPU. ``make gpu-check`` runs these and prints a table."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import attrs
+import pytest
+import torch
+
+import fake_flashinfer
+from memserve.engine.plans import BatchPlan, Row
+from memserve.engine.weights import map_weights, random_weights, save_weights
+from memserve.gpus import find_gpus
+from memserve.kernels.arena import serve_packet
+from memserve.messages import ActorId, Sampling
+from memserve.tokens import pack, pages_for
+from test_model import GREEDY, Runner, prompt, tiny_spec
+
+PROBLEM = None if torch.cuda.is_available() else find_gpus().problem or "torch sees no GPU"
+needs_gpu = pytest.mark.skipif(PROBLEM is not None, reason=f"no GPU: {PROBLEM}")
+SPEC = attrs.evolve(tiny_spec(8, 2, 64), hidden=128, intermediate=256, vocab=1024, max_context=2048)
+SHARD = ActorId("g0.00000001")
+
+WORKER = """
+    import sys, torch
+    from pathlib import Path
+    from memserve.engine.cuda import pages_of
+    from memserve.engine.weights import map_weights
+    from memserve.kernels.gpu_memory import attach_gpu_arena
+    from test_gpu import SPEC
+    torch.cuda.init()
+    torch.cuda.set_device(0)
+    shared = attach_gpu_arena(Path(sys.argv[1]), 0, int(sys.argv[2]), Path(sys.argv[3]))
+    pages = pages_of(shared, SPEC, 16, torch.bfloat16)
+    assert float(pages[1].float().sum()) == 0.0
+    pages[2] = 1.5
+    torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.skipif(find_spec("flashinfer") is None, reason="flashinfer is not installed")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "append_paged_kv_cache",
+        "rmsnorm",
+        "fused_add_rmsnorm",
+        "silu_and_mul",
+        "apply_rope_with_cos_sin_cache_inplace",
+    ],
+)
+def test_the_stand_in_has_flashinfers_functions(name):
+    """If it failed, the tests without a GPU would prove calls that FlashInfer does not have."""
+    import flashinfer
+
+    ours = inspect.signature(getattr(fake_flashinfer, name)).parameters
+    theirs = inspect.signature(getattr(flashinfer, name)).parameters
+    assert set(ours) <= set(theirs)
+    assert [p for p in theirs.values() if p.default is p.empty and p.name not in ours] == []
+
+
+@pytest.mark.skipif(find_spec("flashinfer") is None, reason="flashinfer is not installed")
+@pytest.mark.parametrize(
+    "name", ["BatchDecodeWithPagedKVCacheWrapper", "BatchPrefillWithPagedKVCacheWrapper"]
+)
+@pytest.mark.parametrize("method", ["__init__", "plan", "run"])
+def test_the_stand_in_has_flashinfers_wrappers(name, method):
+    """If it failed, a step would end with an unexpected keyword at its first plan."""
+    import flashinfer
+
+    ours = inspect.signature(getattr(getattr(fake_flashinfer, name), method)).parameters
+    theirs = inspect.signature(getattr(getattr(flashinfer, name), method)).parameters
+    assert set(ours) <= set(theirs)
+
+
+@pytest.fixture(scope="module")
+def shard(tmp_path_factory):
+    """A shard's memory with a random model in it, and its file."""
+    from memserve.kernels.gpu_memory import GpuArena
+
+    path = tmp_path_factory.mktemp("gpu") / "w"
+    save_weights(random_weights(SPEC, "bfloat16", 5), path)
+    arena = GpuArena.create(SHARD, 0, 200, SPEC.page_bytes(16, "bfloat16"), path)
+    yield arena, path
+    arena.close()
+
+
+def make_engine(shard, backend: str, rows: int = 8):
+    """An engine on the shard's own memory, whose pages are NaN at first."""
+    from memserve.engine.cuda import CudaEngine, CudaGraphs, pages_of, weights_of
+    from memserve.kernels.flashinfer_kit import load_flashinfer
+
+    arena, path = shard
+    device = torch.device("cuda", 0)
+    torch.cuda.set_device(device)
+    pages = pages_of(arena, SPEC, 16, torch.bfloat16)
+    pages.fill_(float("nan"))
+    library = load_flashinfer(torch.cuda.get_device_capability(device))
+    engine = CudaEngine(
+        SPEC, weights_of(arena, path), pages, library, CudaGraphs(device), rows=rows, backend=backend
+    )
+    engine.warm_up()
+    return engine, pages
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("backend", ["fa2", "fa3"])
+def test_chunks_and_graphs_give_nearly_the_best_token_of_the_cpu(shard, backend):
+    """If it failed, strides, page tables, rope or a captured graph would be wrong on the real kernels."""
+    if backend == "fa3" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("fa3 is for Hopper")
+    engine, _ = make_engine(shard, backend)
+    exact = {name: tensor.float() for name, tensor in map_weights(shard[1]).items()}
+    lengths, used = (1, 17, 16, 200, 333), 0
+    sequences, tables, runners = [], [], []
+    for length in lengths:
+        sequences.append(prompt(length, length, SPEC.vocab))
+        pages = pages_for(length + 20, 16)
+        tables.append(tuple(range(used, used + pages))[::-1])
+        used += pages
+        runners.append(Runner(SPEC, exact))
+    own = [runner.pages(len(ids) + 20) for runner, ids in zip(runners, sequences, strict=True)]
+    ran = [0] * len(lengths)
+    for _ in range(12):
+        rows = [
+            Row(pack(ids[at : at + 150]), at, pages, GREEDY)
+            for ids, at, pages in zip(sequences, ran, tables, strict=True)
+        ]
+        tokens = engine.run(BatchPlan(tuple(rows))).tokens
+        for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+            (logits,) = runners[i].step(attrs.evolve(row, pages=own[i]))
+            assert float(logits.max() - logits[token]) < 0.15, (i, row.start)
+            ran[i] = row.end
+            if row.end == len(sequences[i]):
+                sequences[i].append(int(logits.argmax()))
+    engine.close()
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_draws_follow_seed_and_position(shard):
+    """If it failed, a resumed stream would go on with other tokens."""
+    engine, _ = make_engine(shard, "fa2")
+    ids, how = prompt(40, 1, SPEC.vocab), Sampling(temperature=1.0, seed=9)
+    first = engine.run(BatchPlan((Row(pack(ids), 0, (0, 1, 2), how),))).tokens
+    assert first == engine.run(BatchPlan((Row(pack(ids), 0, (5, 6, 7), how),))).tokens
+    engine.close()
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_warming_up_touches_no_page_of_the_pool(shard):
+    """If it failed, a worker that joins would write into other requests' pages."""
+    engine, pages = make_engine(shard, "fa2")
+    assert bool(pages[:-1].isnan().all())
+    engine.close()
+
+
+@pytest.mark.gpu
+@needs_gpu
+async def test_another_process_sees_and_writes_the_pages(shard, tmp_path_factory):
+    """If it failed, hand-over without copying would hand over nothing on this machine."""
+    import textwrap
+
+    import trio
+
+    from memserve.engine.cuda import pages_of
+
+    arena, path = shard
+    pages = pages_of(arena, SPEC, 16, torch.bfloat16)
+    pages.zero_()
+    torch.cuda.synchronize()
+    place = tmp_path_factory.mktemp("s") / "a.sock"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    command = [
+        sys.executable,
+        "-c",
+        textwrap.dedent(WORKER),
+        str(place),
+        str(arena.header.page_bytes),
+        str(path),
+    ]
+    async with trio.open_nursery() as nursery:
+        await nursery.start(serve_packet, arena.header.encode(), (), place)
+        await trio.run_process(command, env=environment, stderr=subprocess.STDOUT)
+        nursery.cancel_scope.cancel()
+    assert bool((pages[2] == 1.5).all()) and not bool(pages[3].any())
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_pages_come_back_from_host_and_disk_as_they_were(shard, tmp_path):
+    """If it failed, a swapped-out prefix would come back as another's."""
+    from memserve.engine.cuda import pages_of
+    from memserve.kernels.gpu_store import open_gpu_store
+    from memserve.kernels.page_store import DiskFile
+    from memserve.mempool.addresses import Tier, slot
+
+    arena, _ = shard
+    pages = pages_of(arena, SPEC, 16, torch.bfloat16)
+    pages.copy_(torch.randn(pages.shape, device=pages.device))
+    torch.cuda.synchronize()
+    before = pages[:8].clone()
+    disk = DiskFile.create(tmp_path, 8, arena.header.page_bytes)
+    store = open_gpu_store(arena, memoryview(bytearray(8 * arena.header.page_bytes)), disk)
+    assert store.copy([(0, slot(Tier.HOST, 0), 4), (4, slot(Tier.DISK, 0), 4)]) == ()
+    pages[:8] = 0
+    torch.cuda.synchronize()
+    assert store.copy([(slot(Tier.HOST, 0), 0, 4), (slot(Tier.DISK, 0), 4, 4)]) == ()
+    assert torch.equal(pages[:8], before)
+    store.close()
+    disk.close()
