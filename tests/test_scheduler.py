@@ -23,7 +23,7 @@ from memserve.messages import (
 from memserve.pool_messages import IndexDelta, IndexEvent
 from memserve.scheduling.fleet import Fleet
 from memserve.scheduling.global_tree import GlobalTree
-from memserve.scheduling.membership import DEAD_AFTER_S, pairs
+from memserve.scheduling.membership import DEAD_AFTER_S, DEAD_STARTING_S, pairs
 from memserve.scheduling.policies import LeastLoad, RoundRobin
 from memserve.scheduling.scheduler import HELD_S, SchedulerCore
 from memserve.tokens import pack
@@ -183,3 +183,28 @@ def test_the_dead_leave_no_trace() -> None:
         core.receive(ME.id, Died(ActorId(one)), 1.1)
     assert core.fleet == Fleet()
     assert core.index.tree == GlobalTree()
+
+
+def test_a_scheduler_that_was_stopped_calls_nobody_silent() -> None:
+    """On waking it would bury the whole cluster: what everyone said meanwhile is still in its inbox."""
+    core = scheduler(SHARD, prefill("p0"), decode("d0"))
+    for second in range(3):
+        core.advance(float(second))
+    core.advance(100.0)
+    assert not sent(core, Gone)
+    core.receive(SHARD.id, Load(SHARD), 101.0)
+    for tenth in range(1000, 1000 + int(10 * DEAD_AFTER_S) + 1):
+        core.advance(tenth / 10)
+    (gone,) = {one.message.actors for one in sent(core, Gone) if one.to == SHARD.id}
+    assert set(gone) == {prefill("p0").id, decode("d0").id}
+
+
+def test_one_that_still_starts_may_be_silent_for_longer() -> None:
+    """On a busy machine its imports block it for seconds: fenced off, it would begin anew, and again."""
+    core = scheduler(SHARD, decode("d0", state="starting"))
+    for second in range(int(DEAD_STARTING_S)):
+        core.receive(SHARD.id, Load(SHARD), float(second))
+        core.advance(float(second))
+        assert not sent(core, Gone)
+    core.advance(DEAD_STARTING_S)
+    assert {one.message.actors for one in sent(core, Gone)} == {(decode("d0").id,)}

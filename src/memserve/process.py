@@ -6,6 +6,7 @@ The *lifeline* is a stream socket to the supervisor that carries one JSON object
                           {"event": "ready", "id": "p0.9f3a1c22"}
                           {"event": "leaving"}                       a worker told to drain: it is not to be restarted
                           {"event": "serving", "url": "http://..."}  Frontends, once /health is true
+                          {"event": "alive"}                         every BEAT_S
     supervisor -> actor   {"event": "drain"}
                           {"event": "died", "id": "p0.9f3a1c22"}     GlobalSchedulers
 
@@ -43,6 +44,7 @@ from memserve import observe
 from memserve.config import Resolved
 from memserve.errors import UserError
 from memserve.lifecycle import (
+    BEAT_S,
     STATUS_CRASHED,
     STATUS_DRAINED,
     STATUS_RESTART,
@@ -164,6 +166,13 @@ class Lifeline:
             self._settle()
             self._events.send(event="ready", id=self.actor)
 
+    async def beat(self) -> None:
+        """Tell the supervisor, for as long as the event loop turns, that it does."""
+        while True:
+            if not self._events.send(event="alive"):
+                return
+            await trio.sleep(BEAT_S)
+
     def serving(self, url: str) -> None:
         """A Frontend answers requests at ``url``, and /health is true."""
         self._events.send(event="serving", url=url)
@@ -258,6 +267,7 @@ async def _run(context: ActorContext, main: ActorMain) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_stop_when_alone, lifeline, nursery.cancel_scope)
             nursery.start_soon(_drain_on, signals, context)
+            nursery.start_soon(lifeline.beat)
             await main(context, task_status=_Started(lifeline))
             nursery.cancel_scope.cancel()
 

@@ -24,6 +24,7 @@ from memserve.child import OUTPUT_TAIL_BYTES, Child, Launch, all_gone
 from memserve.config import Resolved
 from memserve.errors import UserError
 from memserve.lifecycle import (
+    HUNG_S,
     STATUS_USER_ERROR,
     Restart,
     RestartPolicy,
@@ -64,6 +65,8 @@ class Supervisor:
     """Longest drain of a stage after the Frontends', whose limit is frontend.drain_s."""
     stop_s: float = 2.0
     """From a second signal to SIGKILL."""
+    hung_s: float = HUNG_S
+    """Longest silence of a ready actor on its lifeline."""
     _children: dict[str, Child] = attrs.field(init=False)
     _begun: str = attrs.field(init=False, factory=now_utc)
     _begun_at: float = attrs.field(init=False, default=0.0)
@@ -74,7 +77,9 @@ class Supervisor:
     """Set for good when every Frontend has served once: start-up is over."""
 
     def __attrs_post_init__(self) -> None:
-        self._children = {spec.name: Child(spec, self.policy()) for spec in roster(self.resolved)}
+        self._children = {
+            spec.name: Child(spec, self.policy(), self.hung_s) for spec in roster(self.resolved)
+        }
 
     async def run(self) -> None:
         """Start everything and supervise it; returns when a signal has ended it and nothing is left.
@@ -204,6 +209,7 @@ class Supervisor:
         """Act on what an actor says on its lifeline."""
         assert child.events is not None
         while (event := await child.events.receive()) is not None:
+            child.heard_at = trio.current_time()
             if event["event"] == "hello":
                 child.id = ActorId(event["id"])
             elif event["event"] == "ready":
@@ -241,7 +247,7 @@ class Supervisor:
 
     def _report(self, child: Child, returncode: int, restart: Restart) -> None:
         """One line for the user and one for the log, with the last words of the dead."""
-        name, end = child.spec.name, describe_end(returncode)
+        name, end = child.spec.name, "hung and was killed" if child.hung else describe_end(returncode)
         fields = {"child": child.id or name, "returncode": returncode, "restart_in_s": restart.delay_s}
         log.warning("actor died", **fields, looping=restart.looping, output=child.text())
         child.restarts += 1

@@ -35,7 +35,7 @@ from memserve.scheduling.global_tree import Match
 from memserve.scheduling.index_feed import IndexFeed
 from memserve.scheduling.membership import Membership
 from memserve.scheduling.policies import Choice, Policy
-from memserve.scheduling.presence import HEARTBEAT_S
+from memserve.scheduling.presence import HEARTBEAT_S, Wakefulness
 from memserve.scheduling.ttl_index import TtlIndex
 
 PLANS_REMEMBERED = 10_000
@@ -74,6 +74,7 @@ class SchedulerCore:
     _held: OrderedDict[tuple[str, int], Held] = attrs.field(factory=OrderedDict, init=False)
     _actions: list[Action] = attrs.field(factory=list, init=False)
     _publish_at: float = attrs.field(default=0.0, init=False)
+    _wakefulness: Wakefulness = attrs.field(factory=Wakefulness, init=False)
     _again_at: float = attrs.field(default=0.0, init=False)
 
     # ---- the five verbs -------------------------------------------------------------------------------------
@@ -86,6 +87,8 @@ class SchedulerCore:
 
     def advance(self, now: float) -> None:
         """Declare the silent dead, reject what was held too long, publish the view."""
+        if self._wakefulness.overslept(now):
+            self.membership.excuse(now)
         self._bury(self.membership.silent(now), "silent", now)
         for key, held in list(self._held.items()):
             if now >= held.until:
