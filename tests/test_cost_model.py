@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from memserve.costs import StepCosts
 from memserve.engine.batching import ALONE
 from memserve.engine.calibration import calibrated, cases, measure
-from memserve.scheduling.cost_fit import Drift, Sample, fit_steps
+from memserve.scheduling.cost_fit import Drift, Rows, Sample, fit_steps
 from memserve.scheduling.cost_model import CostModel, Link
 
 COSTS = StepCosts(
@@ -198,3 +198,16 @@ def test_the_smallest_engines_are_measured_too(chunk: int, rows: int, context: i
         MODEL.decode_s(1, context // 2), rel=0.1
     )
     assert all(new + before <= context for case in cases(chunk, rows, context) for new, before in case)
+
+
+def test_an_engine_that_is_slower_than_the_budget_still_gives_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One size alone prices a long prompt like a short one; two entries of one size are no table at all."""
+    now = [0.0]
+    monkeypatch.setattr("memserve.engine.calibration.time.monotonic", lambda: now[0])
+
+    def slow(shape: Rows) -> tuple[float, int]:
+        now[0] += 5.0 * MODEL.step_s(shape) / MODEL.step_s([(1, 16)])
+        return MODEL.step_s(shape), 1
+
+    fitted = CostModel(measure(slow, 64, 32, 512, 9)[0])
+    assert fitted.step_s([(16, 0)]) == pytest.approx(MODEL.step_s([(16, 0)]), rel=0.1)

@@ -265,3 +265,10 @@ def test_lengths_of_answers_are_learned_by_tenant() -> None:
     for i in range(TENANTS_MAX + 5):
         lengths.learn(f"t{i}", 1)
     assert len(lengths._means) == TENANTS_MAX
+
+
+def test_a_worker_with_senseless_figures_is_priced_like_one_without() -> None:
+    """One worker's bad heartbeat would end the scheduler, and its successor, and so the cluster."""
+    world = World("w0")
+    world.report("w1", costs=attrs.evolve(COSTS, dense=((1.0, 0.01), (1.0, 0.01))))
+    assert {one.member.id for one in world.fleet.workers.values()} == {"w0.1", "w1.1"}

@@ -31,7 +31,7 @@ REPEATS = 2
 SHORT_S = 0.15
 ROUGH_S = 600.0
 """What was measured on fewer cores than a worker may have serves so long: the workers of one start need not all measure."""
-VERSION = 1
+VERSION = 2
 """Of what is measured and how."""
 
 TimeStep = Callable[[Rows], tuple[float, int]]
@@ -63,10 +63,15 @@ def measure(
     samples: list[Sample] = []
     fewest = 1 << 30
     per_token = 0.0
-    for case in sorted(cases(chunk_tokens, rows, context), key=lambda one: sum(new for new, _ in one)):
+    always: list[Rows] = [
+        ((1, 16),),
+        ((min(16, context), 0),),
+    ]  # two sizes make a line, however slow the engine
+    others = sorted(cases(chunk_tokens, rows, context), key=lambda one: sum(new for new, _ in one))
+    for case in always + others:
         tokens = sum(new for new, _ in case)
         left = BUDGET_S - (time.monotonic() - began)
-        if samples and per_token * tokens > left:
+        if len(samples) >= len(always) and per_token * tokens > left:
             break
         best = float("inf")
         for _ in range(REPEATS):
@@ -77,11 +82,8 @@ def measure(
         samples.append(Sample(case, best))
         per_token = best / tokens
     most = max(sum(new for new, _ in one.rows) for one in samples)
-    knots = [
-        1.0,
-        *(float(one) for one in (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048) if one < most),
-        float(most),
-    ]
+    knots = [float(one) for one in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048) if one < most]
+    knots.append(float(most))
     samples *= -(-(len(knots) + 3) // len(samples))  # an engine of few sizes: as many equations as unknowns
     return fit_steps(samples, knots, chunk_tokens, token_bytes), fewest
 

@@ -175,7 +175,7 @@ class Fleet:
                 self.forget(member.id)
                 return
             if known is None:
-                known = self.workers[member.id] = Worker(member, CostModel(member.costs or UNKNOWN))
+                known = self.workers[member.id] = Worker(member, _costs(member))
             known.heard(member, now)
             self._rank(known, now)
 
@@ -201,3 +201,11 @@ class Fleet:
     def _unrank(self, member: Member) -> None:
         self.prefills.drop(member)
         self.decodes.drop(member)
+
+
+def _costs(member: Member) -> CostModel:
+    """By its own figures; one whose figures make no sense is priced like one that sent none, not refused."""
+    try:
+        return CostModel(member.costs or UNKNOWN)
+    except ValueError:
+        return CostModel(UNKNOWN)
