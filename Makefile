@@ -13,7 +13,7 @@ SOURCES := src tests $(wildcard bench loadgen)
 
 .DEFAULT_GOAL := check
 .PHONY: help up setup setup-test check lint test fix wheel clean peers \
-	sim-nightly bench-sim bench-engine bench-quality bench-cluster bench-frontend bench-loadgen bench-peers bench-mempool bench-transfer
+	sim-nightly bench-sim bench-engine bench-quality bench-cluster bench-frontend bench-loadgen bench-peers bench-mempool bench-transfer bench-costmodel bench-scheduler
 
 help:
 	@echo 'make up            set up, then serve $$CONFIG (configs/demo.toml); ARGS="--set frontend.port=8123"'
@@ -25,6 +25,8 @@ help:
 	@echo 'make bench-quality   what bfloat16 and int8 cost in quality, on real text'
 	@echo 'make bench-cluster   memory, idle CPU, latency and throughput of a whole cluster'
 	@echo 'make bench-mempool   match, insert, acquire, swaps; ARGS="--ttft" adds time to first token by cached share'
+	@echo 'make bench-costmodel how well a worker forecasts what its steps take'
+	@echo 'make bench-scheduler placements a second, by instances and cached pages; ARGS="--svg FILE" plots them'
 	@echo 'make bench-frontend  the control plane alone, on an engine that answers at once'
 	@echo 'make bench-loadgen   how many streams and events the load generator takes on one core'
 	@echo 'make bench-transfer  how fast pages move between two shards, every way there is'
@@ -101,6 +103,12 @@ sim-nightly: setup
 bench-sim: setup-test
 	$(BIN)/python bench/sim_study.py $(ARGS)
 
+bench-costmodel: setup
+	$(BIN)/python bench/cost_model.py $(ARGS)
+
+bench-scheduler: setup-test
+	$(BIN)/python bench/scheduler.py $(ARGS)
+
 peers: setup-test
 	$(BIN)/python bench/install_peers.py $(ARGS)
 
@@ -113,7 +121,7 @@ ARCH ?= 9.0a
 # What the server and FlashInfer need beyond a usual CUDA image (torch, cupy, numpy, attrs, pytest); gpu-check installs
 # them beside it. Python 3.12 on x86-64.
 GPU_WHEELS := trio outcome sniffio sortedcontainers pyzmq msgspec structlog anycorn starlette h2 hpack hyperframe priority \
-	wsproto h11 cattrs cyclopts docstring-parser rich-rst orjson hypothesis flashinfer-python==0.6.9 apache-tvm-ffi==0.1.12
+	wsproto h11 cattrs cyclopts docstring-parser rich-rst rich-click orjson flashinfer-python==0.6.9 apache-tvm-ffi==0.1.12
 MANYLINUX := $(foreach n,_2_28 _2_27 _2_26 _2_24 _2_17 2014,--platform manylinux$(n)_x86_64)
 
 gpu-kernels:
@@ -121,7 +129,7 @@ gpu-kernels:
 
 gpu-wheels:
 	$(GPU_PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
-		$(MANYLINUX) -d .gpu/wheels $(GPU_WHEELS)
+		$(MANYLINUX) --constraint constraints.txt -d .gpu/wheels $(GPU_WHEELS)
 
 gpu-check:
 	$(GPU_PYTHON) bench/gpu_check.py

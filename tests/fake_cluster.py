@@ -23,6 +23,8 @@ from memserve.place import Place, place_path
 from memserve.process import ActorContext, RestartNeeded
 from memserve.supervisor import Supervisor, supervise
 
+HUNG_S = 4.0
+"""Two beats of an actor."""
 SPEC = ModelSpec("fake", "llama", 1, 8, 8, 1, 1, 8, 16, 1e4, 1e-5, 64, True, None, (), None)
 
 
@@ -104,7 +106,7 @@ def up(log_dir: Path, behaviour: dict[str, str]) -> int:
         place = Place.claim(log_dir)
         try:
             launch = Launch(place, argv, environment(behaviour))
-            supervise(Supervisor(resolved(log_dir), launch, stage_s=0.3, stop_s=0.3))
+            supervise(Supervisor(resolved(log_dir), launch, stage_s=0.3, stop_s=0.3, hung_s=HUNG_S))
         finally:
             place.leave()
     except UserError as error:

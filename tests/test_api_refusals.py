@@ -15,6 +15,7 @@ from fake_service import (
 from memserve.api.bodies import REFUSED
 from memserve.api.guard import cache_scope
 from memserve.errors import RequestFailed
+from memserve.messages import Change
 
 # ---- refusals ------------------------------------------------------------------------------------------------
 
@@ -175,6 +176,7 @@ async def test_without_a_key_nothing_but_health_and_metrics_answers(header):
             ("POST", "/v1/completions"),
             ("GET", "/v1/models"),
             ("GET", "/cluster"),
+            ("POST", "/cluster/p0"),
             ("GET", "/x"),
         ):
             response = await client.request(method, path, headers=headers)
@@ -219,3 +221,30 @@ async def test_health_models_metrics_and_cluster():
         (member,) = (await client.get("/cluster")).json()["members"]
         assert member["id"] == "d0.0011aabb"
         assert member["load"] == {"running": 1.0}
+
+
+async def test_changes_of_workers():
+    """An operator's order would be lost or misread, or a page in a browser could give one."""
+    service = FakeService(lambda _r: [])
+    async with asking(service) as client:
+        done = await client.post("/cluster/d0", json={"role": "both"})
+        assert (done.status_code, done.json()) == (200, {"worker": "d0", "role": "both", "drain": False})
+        assert (await client.post("/cluster/d0", json={"drain": True})).status_code == 200
+        assert service.changes == [Change("both"), Change("", drain=True)]
+        wrong = (
+            {},
+            {"role": "boss"},
+            {"drain": True, "role": "both"},
+            {"drains": True},
+            [],
+            {"drain": False},
+        )
+        for body in wrong:
+            assert (await client.post("/cluster/d0", json=body)).status_code == 400, body
+        plain = await client.post(
+            "/cluster/d0", content='{"drain": true}', headers={"content-type": "text/plain"}
+        )
+        assert plain.status_code == 415
+        unknown = await client.post("/cluster/x9", json={"drain": True})
+        assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "worker_not_found")
+        assert len(service.changes) == 2

@@ -63,11 +63,19 @@ def cluster():
             self.end_headers()
             self.wfile.write(body)
 
+        def do_POST(self) -> None:
+            asked = self.rfile.read(int(self.headers["Content-Length"]))
+            self.server.asked.append((self.path, self.headers["Content-Type"], json.loads(asked)))
+            error = {"error": {"message": "no worker is called 'x9'; there are: p0"}}
+            self.send_response(404 if self.path.endswith("x9") else 200)
+            self.end_headers()
+            self.wfile.write(json.dumps(error if self.path.endswith("x9") else {}).encode())
+
         def log_message(self, *_: object) -> None:
             pass
 
     server = HTTPServer(("127.0.0.1", 0), Handler)
-    server.keys = []
+    server.keys, server.asked = [], []
     server.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -178,14 +186,28 @@ def test_status_finds_the_cluster_of_this_directory_and_its_key(cluster, capsys,
     assert cli.run(["status", "--url", cluster.url, "--api-key", "k1"]) == 0
 
 
+def test_role_and_drain_ask_the_cluster_and_pass_on_its_refusals(cluster, capsys):
+    """If it failed, a worker could not be changed from the command line, or nobody would learn why not."""
+    assert cli.run(["role", "p0", "both", "--url", cluster.url]) == 0
+    assert cli.run(["drain", "gone", "--url", cluster.url]) == 0
+    assert cluster.asked == [
+        ("/cluster/p0", "application/json", {"role": "both"}),
+        ("/cluster/gone", "application/json", {"drain": True}),
+    ]
+    assert "gone has left" in capsys.readouterr().out
+    assert cli.run(["role", "x9", "both", "--url", cluster.url]) == 2
+    assert "there are: p0" in capsys.readouterr().err
+    assert cli.run(["role", "p0", "boss", "--url", cluster.url]) == 2
+
+
 def test_status_without_a_cluster_says_so(monkeypatch, tmp_path):
     """If it failed, "nothing runs" could not be told from "it is broken"."""
     monkeypatch.setattr("memserve.place.find_running", lambda log_dir: None)
     with pytest.raises(UserError, match="no memserve runs that logs to"):
-        status.fetch(None, None, tmp_path)
+        status.Target.find(None, None, tmp_path)
     monkeypatch.setattr("memserve.place.find_running", lambda log_dir: {"pid": 7, "url": None})
     with pytest.raises(UserError, match=r"pid 7\) but does not serve yet"):
-        status.fetch(None, None, tmp_path)
+        status.Target.find(None, None, tmp_path)
 
 
 def test_ctrl_c_is_130_and_a_closed_pipe_is_quiet(monkeypatch, logs):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import random
 import tomllib
 from pathlib import Path
 
@@ -12,6 +14,8 @@ from hypothesis import strategies as st
 
 from memserve.costs import StepCosts
 from memserve.engine.batching import ALONE
+from memserve.engine.calibration import calibrated, cases, measure
+from memserve.scheduling.cost_fit import Drift, Rows, Sample, fit_steps
 from memserve.scheduling.cost_model import CostModel, Link
 
 COSTS = StepCosts(
@@ -88,3 +92,122 @@ def test_a_wrong_table_is_refused() -> None:
         CostModel(attrs.evolve(COSTS, dense=((8, 0.1), (8, 0.2))))
     with pytest.raises(TypeError):
         CostModel.from_table({"dense": [[1, 1]], "rows": 1})
+
+
+# ---- fitting -------------------------------------------------------------------------------------------------
+
+KNOTS = (1, 8, 64, 512)
+
+
+def sampled(costs: StepCosts, rng: random.Random, number: int, noise: float) -> list[Sample]:
+    """Steps of all kinds, as an engine with these costs would take, give or take ``noise``."""
+    model = CostModel(costs)
+    shapes = []
+    for _ in range(number):
+        streams = [(1, rng.randrange(1, 2000)) for _ in range(rng.choice((0, 1, 2, 7, 30)))]
+        prompts = (
+            [(rng.randrange(1, 450), rng.randrange(0, 1500))] if not streams or rng.random() < 0.5 else []
+        )
+        shapes.append([*prompts, *streams])
+    return [Sample(one, model.step_s(one) * (1 + rng.uniform(-noise, noise))) for one in shapes]
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.05])
+def test_the_fit_finds_the_costs_that_made_the_samples(noise: float) -> None:
+    """If it failed, every price would be wrong from the start."""
+    rng = random.Random(3)
+    found = fit_steps(sampled(COSTS, rng, 60, noise), KNOTS, 64, 7)
+    assert (found.chunk_tokens, found.token_bytes) == (64, 7)
+    if not noise:
+        assert found.pair_s == pytest.approx(COSTS.pair_s, rel=1e-3)
+        assert found.read_s == pytest.approx(COSTS.read_s, rel=1e-3)
+        assert [one for _, one in found.dense] == pytest.approx([one for _, one in COSTS.dense], rel=1e-3)
+    fresh = sampled(COSTS, random.Random(4), 200, 0.0)
+    model = CostModel(found)
+    errors = [abs(model.step_s(one.rows) / one.seconds - 1) for one in fresh]
+    assert sum(errors) / len(errors) < (0.001 if not noise else 0.03)
+
+
+def test_no_figure_is_below_zero() -> None:
+    """If one were, a longer prompt could be cheaper than a shorter one, and all would go there."""
+    rng = random.Random(5)
+    costs = attrs.evolve(COSTS, row_s=0.0, read_s=0.0)
+    found = fit_steps(sampled(costs, rng, 40, 0.3), KNOTS, 64, 0)
+    assert min(found.row_s, found.read_s, found.pair_s, *(one for _, one in found.dense)) >= 0
+    seconds = [one for _, one in found.dense]
+    assert seconds == sorted(seconds)
+    with pytest.raises(ValueError, match="cannot tell"):
+        fit_steps(sampled(costs, rng, 5, 0.0), KNOTS, 64, 0)
+
+
+def test_drift_follows_slowly_and_shrugs_at_outliers() -> None:
+    """If it failed, one page fault would send a minute's requests elsewhere; or a slow machine would never be known as one."""
+    drift = Drift()
+    drift.saw(0.01, 10.0)
+    assert 1.0 < drift.scale < 1.02
+    for _ in range(400):
+        drift.saw(0.01, 0.02)
+    assert drift.scale == pytest.approx(2.0, rel=0.02)
+    for _ in range(20_000):
+        drift.saw(0.01, 1e9)
+    assert drift.scale == pytest.approx(16.0)
+    drift.saw(0.0, 1.0)
+    assert drift.scale == pytest.approx(16.0)
+
+
+# ---- calibration -----------------------------------------------------------------------------------------------
+
+
+def test_measuring_finds_an_engine_of_known_costs() -> None:
+    """If it failed, what a worker tells of itself would be wrong."""
+    costs = attrs.evolve(COSTS, dense=((1, 0.010), (8, 0.012), (64, 0.040), (128, 0.100)))
+    model = CostModel(costs)
+    found, threads = measure(lambda rows: (model.step_s(rows), 2), 64, 32, 512, 9)
+    assert (threads, found.token_bytes, found.chunk_tokens) == (2, 9, 64)
+    fitted = CostModel(found)
+    for rows in ([(1, 300)], [(1, 30)] * 5, [(100, 0)], [(64, 400), (1, 200), (1, 100)], [(128, 0)]):
+        assert fitted.step_s(rows) == pytest.approx(model.step_s(rows), rel=0.02)
+
+
+def test_a_measurement_is_made_once_and_kept_if_it_had_its_threads(tmp_path: Path) -> None:
+    """If it failed, each start would take seconds longer; or one made on half the cores would serve for ever."""
+    calls = []
+
+    def measuring(threads: int):
+        calls.append(threads)
+        return COSTS, threads
+
+    name: dict[str, object] = {"model": "m"}
+    assert calibrated(tmp_path, name, lambda: measuring(1), 2) == COSTS
+    assert calibrated(tmp_path, name, lambda: measuring(5), 2) == COSTS
+    (rough,) = tmp_path.glob("*.rough")
+    os.utime(rough, (0, 0))
+    assert calibrated(tmp_path, name, lambda: measuring(2), 2) == COSTS
+    assert calibrated(tmp_path, name, lambda: measuring(3), 2) == COSTS
+    assert calibrated(tmp_path, {"model": "other"}, lambda: measuring(4), 2) == COSTS
+    assert calls == [1, 2, 4]
+
+
+@pytest.mark.parametrize(
+    ("chunk", "rows", "context"), [(1, 1, 16), (16, 4, 64), (4096, 64, 16), (256, 32, 1024)]
+)
+def test_the_smallest_engines_are_measured_too(chunk: int, rows: int, context: int) -> None:
+    """If it failed, a worker with an odd configuration would not start."""
+    found, _ = measure(lambda shape: (MODEL.step_s(shape), 1), chunk, rows, context, 1)
+    assert CostModel(found).decode_s(1, context // 2) == pytest.approx(
+        MODEL.decode_s(1, context // 2), rel=0.1
+    )
+    assert all(new + before <= context for case in cases(chunk, rows, context) for new, before in case)
+
+
+def test_an_engine_that_is_slower_than_the_budget_still_gives_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One size alone prices a long prompt like a short one; two entries of one size are no table at all."""
+    now = [0.0]
+    monkeypatch.setattr("memserve.engine.calibration.time.monotonic", lambda: now[0])
+
+    def slow(shape: Rows) -> tuple[float, int]:
+        now[0] += 5.0 * MODEL.step_s(shape) / MODEL.step_s([(1, 16)])
+        return MODEL.step_s(shape), 1
+
+    fitted = CostModel(measure(slow, 64, 32, 512, 9)[0])
+    assert fitted.step_s([(16, 0)]) == pytest.approx(MODEL.step_s([(16, 0)]), rel=0.1)

@@ -19,6 +19,7 @@ from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.sampling import draw, draw_together
 from memserve.engine.spec import ModelSpec
 from memserve.engine.weights import map_weights, prepare, random_weights
+from memserve.kernels import flashinfer_kit
 from memserve.kernels.flashinfer_kit import (
     FlashInferAttention,
     FlashInferOps,
@@ -282,3 +283,18 @@ def test_kernels_are_chosen_by_the_device_and_the_head_groups():
         "fa2",
     ]
     assert [group for group in range(1, 17) if not with_tensor_cores(group)] == [1, 2, 3]
+
+
+def test_kernels_count_as_compiled_only_when_each_kind_is_there(tmp_path, monkeypatch):
+    """If it failed, one library of many would forbid flashinfer to compile the others, and no worker would start."""
+    from types import SimpleNamespace
+
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    )
+    for kind in flashinfer_kit.COMPILED:
+        assert not flashinfer_kit.compiled_ahead()
+        folder = tmp_path / "data" / "aot" / kind
+        folder.mkdir(parents=True)
+        (folder / f"{kind}.so").touch()
+    assert flashinfer_kit.compiled_ahead()

@@ -18,6 +18,7 @@ from memserve.pool_messages import (
     IndexWanted,
     Insert,
 )
+from memserve.scheduling.global_tree import GlobalTree
 from memserve.scheduling.index_feed import ASK_AGAIN_S, IndexFeed
 from memserve.tokens import TOKEN_BYTES, pack
 
@@ -30,7 +31,7 @@ class Told:
 
     def __init__(self):
         self.core = ShardCore(Pool(3000, 1, 5.0), schedulers=(SEED,))
-        self.feed, self.mirror = IndexFeed(), Mirror(TOKEN_BYTES)
+        self.feed, self.mirror = IndexFeed(GlobalTree(1)), Mirror(TOKEN_BYTES)
         self.now, self.calls = 0.0, 0
 
     def store(self, *prompt):
@@ -54,7 +55,7 @@ class Told:
         """A message reaches the scheduler."""
         self.mirror.hear(action.message)
         if isinstance(action.message, IndexSnapshot):
-            self.feed.snapshot("s0.1", action.message)
+            self.feed.snapshot("s0.1", action.message, self.now)
             return
         for ask in self.feed.delta("s0.1", action.message, self.now):
             self.core.receive(SEED, ask.message, self.now)
@@ -114,14 +115,14 @@ def test_a_large_index_comes_in_parts():
 
 def test_a_scheduler_asks_once_and_again_when_nothing_comes():
     """If it asked at every delta, a busy shard would send its whole index many times a second."""
-    feed = IndexFeed()
+    feed = IndexFeed(GlobalTree(1))
     assert feed.delta("s0.1", IndexDelta(7, (EVENT,)), 0.0) == [Send("s0.1", IndexWanted(0))]
     assert feed.delta("s0.1", IndexDelta(8, (EVENT,)), 1.0) == []
     assert feed.delta("s0.1", IndexDelta(9, (EVENT,)), ASK_AGAIN_S) == [Send("s0.1", IndexWanted(0))]
-    feed.snapshot("s0.1", IndexSnapshot(10, 1, 2, ()))  # its first part was lost
+    feed.snapshot("s0.1", IndexSnapshot(10, 1, 2, ()), 2.0)  # its first part was lost
     assert not feed.is_whole("s0.1")
-    feed.snapshot("s0.1", IndexSnapshot(10, 0, 2, ()))
-    feed.snapshot("s0.1", IndexSnapshot(10, 1, 2, ()))
+    feed.snapshot("s0.1", IndexSnapshot(10, 0, 2, ()), 2.0)
+    feed.snapshot("s0.1", IndexSnapshot(10, 1, 2, ()), 2.0)
     assert feed.is_whole("s0.1")
     assert feed.delta("s0.1", IndexDelta(10, (EVENT, EVENT)), 5.0) == []
     feed.forget("s0.1")

@@ -124,3 +124,13 @@ def test_a_step_runs_on_the_cores_it_holds(tmp_path: Path) -> None:
         assert torch.get_num_threads() == 1
     other.busy(False)
     assert engine.run(BatchPlan((row,))).threads == 2
+
+
+def test_steps_are_timed_on_pages_of_their_own(engine: CpuEngine) -> None:
+    """If it failed, measuring what steps cost would write over what the shard has cached."""
+    before = engine.run(BatchPlan((Row(pack(prompt(20, 1)), 0, (3, 1), GREEDY),))).tokens
+    run = engine.timer(rows=4, context=64)
+    for shape in ([(16, 0)], [(1, 63)] * 4, [(30, 30), (1, 40), (1, 17)]):
+        seconds, threads = run(shape)
+        assert 0 < seconds < 60 and threads == 2
+    assert engine.run(BatchPlan((Row(pack(prompt(20, 1)[16:]), 16, (3, 1), GREEDY),))).tokens == before

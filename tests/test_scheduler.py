@@ -20,7 +20,10 @@ from memserve.messages import (
     Sampling,
     Submit,
 )
-from memserve.scheduling.membership import DEAD_AFTER_S, pairs
+from memserve.pool_messages import IndexDelta, IndexEvent
+from memserve.scheduling.fleet import Fleet
+from memserve.scheduling.global_tree import GlobalTree
+from memserve.scheduling.membership import DEAD_AFTER_S, DEAD_STARTING_S, pairs
 from memserve.scheduling.policies import LeastLoad, RoundRobin
 from memserve.scheduling.scheduler import HELD_S, SchedulerCore
 from memserve.tokens import pack
@@ -168,12 +171,40 @@ def test_the_dead_are_announced_and_fenced_off(how: str) -> None:
     assert [(one.to, one.message.actors) for one in sent(core, Gone)] == [("d0.1", ("d0.1",))]
 
 
-def test_the_dead_leave_no_trace_in_the_policy() -> None:
+def test_the_dead_leave_no_trace() -> None:
     """Every restart has a new id: a scheduler that remembered them all would grow for ever."""
-    policy = LeastLoad()
-    core = scheduler(SHARD, FRONTEND, prefill("p0"), decode("d0"), policy=policy)
+    core = scheduler(SHARD, FRONTEND, prefill("p0"), decode("d0"))
+    stored = IndexEvent("stored", 1, tokens=pack(range(16)))
+    core.receive(SHARD.id, IndexDelta(0, (stored,)), 1.0)
     core.receive(FRONTEND.id, submit("r"), 1.0)
-    assert set(policy._recent) == {"p0.1", "d0.1"}
-    for one in ("p0.1", "d0.1"):
+    assert set(core.fleet.workers) == {"p0.1", "d0.1"}
+    assert core.gauges()["index_pages"] == 1
+    for one in ("p0.1", "d0.1", SHARD.id):
         core.receive(ME.id, Died(ActorId(one)), 1.1)
-    assert policy._recent == {}
+    assert core.fleet == Fleet()
+    assert core.index.tree == GlobalTree()
+
+
+def test_a_scheduler_that_was_stopped_calls_nobody_silent() -> None:
+    """On waking it would bury the whole cluster: what everyone said meanwhile is still in its inbox."""
+    core = scheduler(SHARD, prefill("p0"), decode("d0"))
+    for second in range(3):
+        core.advance(float(second))
+    core.advance(100.0)
+    assert not sent(core, Gone)
+    core.receive(SHARD.id, Load(SHARD), 101.0)
+    for tenth in range(1000, 1000 + int(10 * DEAD_AFTER_S) + 1):
+        core.advance(tenth / 10)
+    (gone,) = {one.message.actors for one in sent(core, Gone) if one.to == SHARD.id}
+    assert set(gone) == {prefill("p0").id, decode("d0").id}
+
+
+def test_one_that_still_starts_may_be_silent_for_longer() -> None:
+    """On a busy machine its imports block it for seconds: fenced off, it would begin anew, and again."""
+    core = scheduler(SHARD, decode("d0", state="starting"))
+    for second in range(int(DEAD_STARTING_S)):
+        core.receive(SHARD.id, Load(SHARD), float(second))
+        core.advance(float(second))
+        assert not sent(core, Gone)
+    core.advance(DEAD_STARTING_S)
+    assert {one.message.actors for one in sent(core, Gone)} == {(decode("d0").id,)}

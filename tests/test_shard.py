@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from memserve.actions import Kill, Log, Send
+from memserve.actions import Kill, Log, Overslept, Send
 from memserve.errors import PoolError
 from memserve.mempool.client import ShardCalls
 from memserve.mempool.pool import Pool
@@ -333,6 +333,17 @@ def test_calls_remember_what_they_are_for():
     assert calls.forget("r1") == (FreeMem(lease=0, call=1),)
     assert calls.answered(1) is None
     assert len(calls) == 1
+
+
+def test_a_shard_that_was_stopped_ends_nobodys_leases():
+    """On waking it would kill every worker: their heartbeats are still in its inbox."""
+    shard = Shard()
+    shard.say("p.1", Acquire(1, "anne", PROMPT, 0))
+    shard.now = 60.0
+    shard.say("s0.1", Overslept())
+    assert shard.wait(4.9) == []
+    assert "p.1 killed" not in shard.wait(0.2)  # it never reported a process
+    assert len(shard.core.pool.leases) == 0
 
 
 def test_log_lines_carry_their_figures():

@@ -92,7 +92,7 @@ def test_a_missing_fence_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_skipped_snapshot_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """If it were not, a scheduler would route by an index that it does not know."""
-    monkeypatch.setattr(IndexFeed, "snapshot", lambda self, sender, part: None)
+    monkeypatch.setattr(IndexFeed, "snapshot", lambda self, sender, part, now: [])
     assert any("does not know the index" in one for one in caught("loss", range(20)))
 
 

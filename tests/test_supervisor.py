@@ -170,6 +170,36 @@ def test_kill_of_the_supervisor_leaves_nothing(start):
     assert until(lambda: not cluster.left()) < 1.5
 
 
+@pytest.mark.parametrize("actor", ["scheduler-0", "s0"])
+def test_an_actor_that_stands_still_is_replaced(start, actor):
+    """Its process exists, so nobody else would ever start another: requests would wait for it for good."""
+    cluster = start()
+    cluster.until_ready()
+    os.kill(cluster.pid(actor), signal.SIGSTOP)
+
+    until(lambda: cluster.names("ready").count(actor) == 2)
+    assert f"{actor} hung and was killed; restarting it" in cluster.output
+    assert len(cluster.names("ready")) == 5  # nobody else
+    assert cluster.end() == 0
+
+
+def test_a_cluster_that_was_stopped_as_a_whole_goes_on(start):
+    """Ctrl-Z and fg: nobody could speak meanwhile, so nobody may be taken for hung."""
+    cluster = start()
+    cluster.until_ready()
+    everyone = [cluster.process.pid, *cluster.pids]
+    for pid in everyone:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(fake_cluster.HUNG_S + 1)
+    for pid in everyone:
+        os.kill(pid, signal.SIGCONT)
+    time.sleep(1.5)
+
+    assert "hung" not in cluster.output
+    assert len(cluster.names("ready")) == 4
+    assert cluster.end() == 0
+
+
 def test_actor_that_ignores_the_drain_is_killed(start):
     """One stuck actor would keep Ctrl-C from ever ending."""
     cluster = start(w0="deaf")

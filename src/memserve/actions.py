@@ -66,6 +66,11 @@ class Died:
 
 
 @attrs.frozen
+class Overslept:
+    """From this actor's own clock: it was stopped for a while, and has not heard what others said meanwhile."""
+
+
+@attrs.frozen
 class Kill:
     """End a process that was declared dead but may only sleep, before the pages it could still write to are granted anew."""
 

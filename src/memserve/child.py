@@ -15,7 +15,7 @@ import structlog
 import trio
 
 from memserve.gpus import gpu_environment
-from memserve.lifecycle import STATUS_CRASHED, WORKER_KINDS, ActorSpec, RestartPolicy
+from memserve.lifecycle import HUNG_S, HUNG_STARTING_S, STATUS_CRASHED, WORKER_KINDS, ActorSpec, RestartPolicy
 from memserve.messages import ActorId
 from memserve.place import Place
 from memserve.process import EventSocket
@@ -30,6 +30,8 @@ OUTPUT_LOGGED_BYTES = 64 << 10
 """Of one process's output, copied into the log as it comes."""
 REAP_S = 5.0
 """Longest wait for a process after its SIGKILL; only an unfinished system call can take so long."""
+OVERSLEPT_S = 1.0
+"""Waking later than this, the supervisor was stopped itself and has yet to read what its actors said."""
 OUTPUT_GRACE_S = 0.5
 """How long a dead child's pipe is read on: something it started may hold it open."""
 
@@ -40,6 +42,8 @@ class Child:
 
     spec: ActorSpec
     policy: RestartPolicy = attrs.field(factory=RestartPolicy)
+    hung_s: float = HUNG_S
+    """How long it may say nothing once it is ready."""
     process: trio.Process | None = None
     """None between two incarnations."""
     events: EventSocket | None = None
@@ -47,6 +51,10 @@ class Child:
     id: ActorId | None = None
     started_at: float = 0.0
     ready_at: float = math.inf
+    heard_at: float = 0.0
+    """When it last said anything."""
+    hung: bool = False
+    """This incarnation was ended because it said nothing any more."""
     restarts: int = 0
     url: str | None = None
     """Frontends: where it serves."""
@@ -105,14 +113,32 @@ class Child:
         """Forget the previous incarnation."""
         self.events, self.id, self.tail = events, None, b""
         self.started_at, self.ready_at = trio.current_time(), math.inf
+        self.heard_at, self.hung = self.started_at, False
 
     async def _watch(self, process: trio.Process, listen: Callable[[Child], Awaitable[None]]) -> int:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(listen, self)
             nursery.start_soon(self._read_output, process)
+            nursery.start_soon(self._end_when_hung)
             returncode = await process.wait()
             nursery.cancel_scope.deadline = trio.current_time() + OUTPUT_GRACE_S
         return returncode
+
+    async def _end_when_hung(self) -> None:
+        """End an incarnation whose event loop has stopped turning, so that a successor takes its place."""
+        while not self.hung:
+            wake_at = min(self._hung_at(), trio.current_time() + self.hung_s)
+            await trio.sleep_until(wake_at)
+            if trio.current_time() > wake_at + OVERSLEPT_S:
+                self.heard_at = trio.current_time()
+            self.hung = trio.current_time() >= self._hung_at()
+        log.warning(
+            "actor hung", child=self.id or self.spec.name, silent_s=trio.current_time() - self.heard_at
+        )
+        self.kill()
+
+    def _hung_at(self) -> float:
+        return self.heard_at + (self.hung_s if self.ready_at < math.inf else HUNG_STARTING_S)
 
     async def _read_output(self, process: trio.Process) -> None:
         """Keep the end of what a process prints, and log its beginning."""

@@ -1,4 +1,4 @@
-"""The command line: six verbs for people. Each imports what it needs when it is called, so that --help is quick."""
+"""The command line: eight verbs for people. Each imports what it needs when it is called, so that --help is quick."""
 
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ Overrides = Annotated[
         help="KEY=VALUE over the file's, such as frontend.port=8123; may be repeated.",
     ),
 ]
+ApiKey = Annotated[str | None, Parameter(env_var="MEMSERVE_API_KEY")]
 Level = Literal["debug", "info", "warning", "error", "critical"]
 
 
@@ -96,7 +97,7 @@ def check(*, config: ConfigPath = "demo", set_: Overrides = None) -> None:
 def status(
     *,
     url: str | None = None,
-    api_key: Annotated[str | None, Parameter(env_var="MEMSERVE_API_KEY")] = None,
+    api_key: ApiKey = None,
     log_dir: Path = Path("logs"),
     json: Annotated[bool, Parameter(negative=())] = False,
 ) -> None:
@@ -116,11 +117,77 @@ def status(
     from memserve import show
     from memserve import status as cluster
 
-    members = cluster.fetch(url, api_key, log_dir)
+    members = cluster.Target.find(url, api_key, log_dir).members()
     if json:
         print_json({"members": members})
     else:
         show.members(members)
+
+
+@app.command
+def role(
+    name: str,
+    role: Literal["prefill", "decode", "both"],
+    /,
+    *,
+    url: str | None = None,
+    api_key: ApiKey = None,
+    log_dir: Path = Path("logs"),
+) -> None:
+    """Give a running worker another role; requests under way end where they are.
+
+    Parameters
+    ----------
+    name
+        The worker, such as d1.
+    role
+        What it does for new requests from now on: prefill, decode or both.
+    url
+        The cluster's address, such as http://127.0.0.1:8080; without it, the one that runs from this directory.
+    api_key
+        One of the keys in [frontend] api_keys, if there are any.
+    log_dir
+        The [logging] dir of the cluster to find when no --url is given.
+    """
+    from memserve import show
+    from memserve.status import Target
+
+    Target.find(url, api_key, log_dir).change(name, {"role": role})
+    show.say(f"{name} has the role {role} now")
+
+
+@app.command
+def drain(
+    name: str,
+    /,
+    *,
+    url: str | None = None,
+    api_key: ApiKey = None,
+    log_dir: Path = Path("logs"),
+) -> None:
+    """Let a worker finish what it has, and leave the cluster for good; returns when it has left.
+
+    Parameters
+    ----------
+    name
+        The worker, such as p1.
+    url
+        The cluster's address, such as http://127.0.0.1:8080; without it, the one that runs from this directory.
+    api_key
+        One of the keys in [frontend] api_keys, if there are any.
+    log_dir
+        The [logging] dir of the cluster to find when no --url is given.
+    """
+    from memserve import show
+    from memserve.status import Target
+
+    target = Target.find(url, api_key, log_dir)
+    target.change(name, {"drain": True})
+    show.say(
+        f"{name} takes no new request; waiting for those it has (Ctrl-C stops the waiting, not the drain)"
+    )
+    target.wait_gone(name)
+    show.say(f"{name} has left")
 
 
 @app.command

@@ -1,9 +1,8 @@
 """Every setting of a cluster: its name, type, default, unit, rule and meaning.
 
 ``Config`` is what the user wrote; ``Resolved`` is what was decided from it on one machine, and what the actors read
-from ``cluster.json``. Neither is ever changed. Reading a TOML file (:mod:`memserve.configfile`) and looking at the
-machine (:mod:`memserve.resolve`) happen in the supervisor alone, so :func:`load` and :func:`resolve` import them
-when called: an actor that only reads its ``Resolved`` stays small.
+from ``cluster.json``. Neither is ever changed. :func:`load` and :func:`resolve`, for the supervisor alone, import
+what reads TOML and looks at the machine when called: an actor that only reads its ``Resolved`` stays small.
 """
 
 from __future__ import annotations
@@ -25,17 +24,13 @@ from memserve.rules import (
     between,
     matching,
     one_of,
+    parse_mode,
     parse_size,
     some_keys,
 )
 
 if TYPE_CHECKING:
     from memserve.resolve import Machine
-
-
-def parse_mode(value: object) -> object:
-    """Caching modes are names, but 1, 2 and 3 may be written as numbers."""
-    return str(value) if type(value) is int else value
 
 
 # ---- settings ------------------------------------------------------------------------------------------------
@@ -180,9 +175,34 @@ class SchedulerConfig:
     """``[scheduler]``: who gets a request."""
 
     policy: str = setting(
-        "least_load",
-        rule=one_of("least_load", "round_robin"),
-        help="least_load: the worker with the least waiting work; round_robin: each in turn",
+        "cost",
+        rule=one_of("cost", "longest_prefix", "session", "least_load", "round_robin"),
+        help="cost: the least predicted cost; longest_prefix: where most is cached; session: a chat stays where it began; "
+        "least_load: the worker with the least waiting work; round_robin: each in turn",
+    )
+    index: str = setting(
+        "events",
+        rule=one_of("events", "ttl"),
+        help="how it is known what is cached where; events: the shards tell; ttl: it is assumed of every placement, for a while",
+    )
+    index_ttl_s: float = setting(
+        300.0, unit="seconds", rule=between(1, 86_400), help='for how long, with `index = "ttl"`'
+    )
+    ttft_weight: float = setting(
+        3.0,
+        rule=between(0, 1000),
+        help="policy cost: a second before a request's first token, against one after it",
+    )
+    others_weight: float = setting(
+        0.3,
+        rule=between(0, 1000),
+        help="policy cost: a second that other streams lose, against one that the request waits",
+    )
+    handoff_margin_ms: float = setting(
+        20.0,
+        unit="milliseconds",
+        rule=between(0, 60_000),
+        help="policy cost: what a hand-over to another worker must save at least",
     )
     count: int = setting(1, unit="processes", rule=between(1, 16), help="GlobalSchedulers")
 
@@ -209,7 +229,7 @@ class TransferConfig:
         help="auto: the fastest that both shards have; mapped: copies on one host; tcp: between any; nixl: RDMA",
     )
     host: str = setting(
-        "127.0.0.1", rule=a_reachable_host, help="address that tcp listens on, and others reach this host by"
+        "127.0.0.1", rule=a_reachable_host, help="where tcp listens, and others reach this host"
     )
     granularity: str = setting(
         "by_request_agg",

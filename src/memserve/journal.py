@@ -17,8 +17,10 @@ from memserve.errors import RequestFailed
 from memserve.messages import (
     ActorId,
     Cancel,
+    Change,
     Cluster,
     Failed,
+    Finished,
     Gone,
     Inquire,
     Inquired,
@@ -130,6 +132,10 @@ class FrontendCore:
     def healthy(self) -> bool:
         """Whether a request submitted now could be placed."""
         return self.presence.member.state == "ready" and bool(pairs(self.members()))
+
+    def order(self, worker: ActorId, change: Change) -> None:
+        """Pass an operator's wish on to a worker; repeated by the caller until the view shows it."""
+        self._actions.append(Send(worker, change))
 
     # ---- the five verbs -------------------------------------------------------------------------------------
 
@@ -310,6 +316,9 @@ class FrontendCore:
     def _finish(self, entry: Entry, outcome: str, now: float, **extra: object) -> None:
         del self._entries[entry.request.id]
         self._count(f"requests_{outcome}_total")
+        if outcome in ("stop", "length"):
+            ended = Finished(entry.request.id, entry.request.scope, count(entry.sent))
+            self._actions += [Send(one, ended) for one in self.presence.schedulers]
         self._log("info", "request finished", entry, outcome=outcome, **extra, **_canonical(entry, now))
         self.presence.changed()
 

@@ -20,6 +20,14 @@ STATUS_RESTART = 3
 """Nothing is broken here, but this incarnation is of no more use: start another."""
 
 
+BEAT_S = 2.0
+"""How often an actor tells its supervisor that its event loop turns."""
+HUNG_S = 10.0
+"""Silence after which a ready actor is held for hung: stopped, deadlocked, or swapped out for good."""
+HUNG_STARTING_S = 120.0
+"""The same for one that still starts: imports and large allocations block its loop for long."""
+
+
 @attrs.frozen
 class ActorSpec:
     """One actor of the configuration."""

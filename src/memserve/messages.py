@@ -7,10 +7,10 @@ an unknown kind or another version is a :class:`~memserve.errors.PeerError`. Not
 
 Who says what::
 
-    Frontend -> GlobalScheduler   Submit, Cancel            GlobalScheduler -> Frontend   Planned, Rejected
+    Frontend -> GlobalScheduler   Submit, Cancel, Finished  GlobalScheduler -> Frontend   Planned, Rejected
     GlobalScheduler -> worker     Prefill                   worker -> Frontend            Tokens, Failed
     prefill worker -> decode      Handoff                   decode -> prefill worker      HandoffTaken
-    Frontend -> worker            Cancel, Inquire           worker -> Frontend            Inquired
+    Frontend -> worker            Cancel, Inquire, Change   worker -> Frontend            Inquired
     everyone -> GlobalScheduler   Load                      worker -> MemPoolShard        Load
     worker -> MemPoolShard        Acquire, AllocMem, Insert, Adopt, FreeMem
     MemPoolShard -> worker        Acquired, Allocated, Inserted, Adopted, Freed, PoolRefused
@@ -32,6 +32,7 @@ from typing import Any
 import attrs
 import msgspec
 
+from memserve.costs import StepCosts
 from memserve.errors import PeerError
 from memserve.identity import ActorId as ActorId
 from memserve.identity import actor_name as actor_name
@@ -181,6 +182,8 @@ class Member:
     """Workers: the id of the shard they are attached to, once they are."""
     load: dict[str, float] = attrs.field(factory=dict)
     """Gauges and counters by metric name, units in the names."""
+    costs: StepCosts | None = None
+    """Workers: what their steps cost, as measured at their start."""
 
 
 # ---- requests on their way ----------------------------------------------------------------------------------
@@ -200,6 +203,15 @@ class Planned:
     request: str
     attempt: int
     plan: Plan
+
+
+@attrs.frozen
+class Finished:
+    """A request has ended with its last token: schedulers learn from it how long a tenant's answers are."""
+
+    request: str
+    scope: str
+    output_tokens: int
 
 
 @attrs.frozen
@@ -320,16 +332,26 @@ class Gone:
     actors: tuple[ActorId, ...]
 
 
+@attrs.frozen
+class Change:
+    """What an operator wants of a worker, see :mod:`memserve.scheduling.changes`. Nothing answers it: heartbeats show it."""
+
+    role: str = ""
+    """prefill, decode or both; empty leaves the role as it is."""
+    drain: bool = False
+    """Take no new request, finish or hand over those under way, then leave for good."""
+
+
 # ---- codec --------------------------------------------------------------------------------------------------
 
 Message = (
-    Submit | Planned | Rejected | Prefill | Handoff | HandoffTaken | Tokens | Failed | Cancel
+    Submit | Planned | Finished | Rejected | Prefill | Handoff | HandoffTaken | Tokens | Failed | Cancel
     | Inquire | Inquired
     | Acquire | Match | Acquired | AllocMem | Allocated | Insert | Inserted | Adopt | Adopted | FreeMem | Freed
     | Delete | Evict | SwapOut | SwapIn | Prefetch | DescribePool | PoolDescribed | PoolRefused
     | Pull | PullRefused | TransferOffer | TransferGranted | TransferSent | TransferArrived | TransferRefused
     | TransferStop | TransferWithdrawn | Return
-    | IndexDelta | IndexWanted | IndexSnapshot | Load | Cluster | Gone
+    | IndexDelta | IndexWanted | IndexSnapshot | Load | Cluster | Gone | Change
 )  # fmt: skip
 
 _encode = msgspec.msgpack.Encoder().encode

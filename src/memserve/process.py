@@ -4,7 +4,9 @@ The *lifeline* is a stream socket to the supervisor that carries one JSON object
 
     actor -> supervisor   {"event": "hello", "id": "p0.9f3a1c22"}   at once, so that its death can be announced
                           {"event": "ready", "id": "p0.9f3a1c22"}
+                          {"event": "leaving"}                       a worker told to drain: it is not to be restarted
                           {"event": "serving", "url": "http://..."}  Frontends, once /health is true
+                          {"event": "alive"}                         every BEAT_S
     supervisor -> actor   {"event": "drain"}
                           {"event": "died", "id": "p0.9f3a1c22"}     GlobalSchedulers
 
@@ -42,6 +44,7 @@ from memserve import observe
 from memserve.config import Resolved
 from memserve.errors import UserError
 from memserve.lifecycle import (
+    BEAT_S,
     STATUS_CRASHED,
     STATUS_DRAINED,
     STATUS_RESTART,
@@ -163,9 +166,20 @@ class Lifeline:
             self._settle()
             self._events.send(event="ready", id=self.actor)
 
+    async def beat(self) -> None:
+        """Tell the supervisor, for as long as the event loop turns, that it does."""
+        while True:
+            if not self._events.send(event="alive"):
+                return
+            await trio.sleep(BEAT_S)
+
     def serving(self, url: str) -> None:
         """A Frontend answers requests at ``url``, and /health is true."""
         self._events.send(event="serving", url=url)
+
+    def leaving(self) -> None:
+        """The actor ends for good once it has finished what it holds: no successor is to be started."""
+        self._events.send(event="leaving")
 
     async def listen(self) -> None:
         """Take in what the supervisor says, until it is gone."""
@@ -253,6 +267,7 @@ async def _run(context: ActorContext, main: ActorMain) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_stop_when_alone, lifeline, nursery.cancel_scope)
             nursery.start_soon(_drain_on, signals, context)
+            nursery.start_soon(lifeline.beat)
             await main(context, task_status=_Started(lifeline))
             nursery.cancel_scope.cancel()
 

@@ -90,3 +90,8 @@ def parse_size(value: object) -> int:
     if match[2] not in SIZE_UNITS:
         raise RuleError(rule, [match[1] + unit for unit in SIZE_UNITS if unit])
     return int(float(match[1]) * SIZE_UNITS[match[2]])
+
+
+def parse_mode(value: object) -> object:
+    """Caching modes are names, but 1, 2 and 3 may be written as numbers."""
+    return str(value) if type(value) is int else value

@@ -17,6 +17,7 @@ from memserve.config import Config, ShardConfig
 from memserve.engine.spec import find_model, read_spec
 from memserve.errors import UserError
 from memserve.scheduling.cost_model import CostModel
+from memserve.scheduling.pricing import Weights
 from memserve.sim import faults, fuzz
 from memserve.sim.engines import PAPER
 from memserve.sim.layout import Layout, ShardPlan, WorkerPlan
@@ -78,6 +79,11 @@ def layout_of(name: str, config: Config, pages: int | None) -> Layout:
         frontends=config.frontend.count,
         schedulers=config.scheduler.count,
         policy=config.scheduler.policy,
+        weights=Weights(
+            config.scheduler.ttft_weight,
+            config.scheduler.others_weight,
+            config.scheduler.handoff_margin_ms / 1e3,
+        ),
         caching=config.cache.mode,
         page_tokens=config.pool.page_tokens,
         page_bytes=page_bytes,

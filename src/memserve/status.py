@@ -1,42 +1,82 @@
-"""Asks a running cluster who is in it, for `memserve status`."""
+"""Asks a running cluster who is in it, and to change its workers: `memserve status`, `role` and `drain`."""
 
 from __future__ import annotations
 
 import json
+import time
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 from urllib.request import ProxyHandler, Request, build_opener
+
+import attrs
 
 from memserve.errors import UserError
 
-TIMEOUT_S = 5.0
+TIMEOUT_S = 15.0
+"""More than a Frontend waits for a worker to change."""
 ANSWER_BYTES_MAX = 16 << 20
 
 
-def fetch(url: str | None, api_key: str | None, log_dir: Path) -> list[dict[str, Any]]:
-    """The members of the cluster at ``url``, or of the one that logs to ``log_dir``. Raises UserError with a remedy."""
-    if url is None:
-        url, key = find(log_dir)
-        api_key = api_key or key
-    elif urlsplit(url).scheme not in ("http", "https"):
-        raise UserError(f"--url must begin with http:// or https://, not {url!r}")
-    request = Request(f"{url.rstrip('/')}/cluster")
-    if api_key:
-        request.add_header("Authorization", f"Bearer {api_key}")
-    try:
-        # No proxy: a cluster is reached directly, and proxies break 127.0.0.1.
-        with build_opener(ProxyHandler({})).open(request, timeout=TIMEOUT_S) as answer:
-            members: list[dict[str, Any]] = json.loads(answer.read(ANSWER_BYTES_MAX))["members"]
-    except HTTPError as error:
-        raise UserError(refusal(url, error.code)) from error
-    except (OSError, HTTPException) as error:
-        raise UserError(f"nothing answers at {url}: {getattr(error, 'reason', error)}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"what answers at {url} is not memserve") from error
-    return members
+LEAVE_POLL_S = 0.2
+"""Between two looks at whether a drained worker has left."""
+
+
+@attrs.frozen
+class Target:
+    """A cluster's address and a key for it."""
+
+    url: str
+    api_key: str | None
+
+    @classmethod
+    def find(cls, url: str | None, api_key: str | None, log_dir: Path) -> Target:
+        """The cluster at ``url``, or the one that logs to ``log_dir``. Raises UserError."""
+        if url is None:
+            found, key = find(log_dir)
+            return cls(found, api_key or key)
+        if urlsplit(url).scheme not in ("http", "https"):
+            raise UserError(f"--url must begin with http:// or https://, not {url!r}")
+        return cls(url, api_key)
+
+    def ask(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The JSON that the cluster answers to a GET, or to a POST of ``body``. Raises UserError with a remedy."""
+        request = Request(f"{self.url.rstrip('/')}{path}")
+        if self.api_key:
+            request.add_header("Authorization", f"Bearer {self.api_key}")
+        if body is not None:
+            request.data = json.dumps(body).encode()
+            request.add_header("Content-Type", "application/json")
+        try:
+            # No proxy: a cluster is reached directly, and proxies break 127.0.0.1.
+            with build_opener(ProxyHandler({})).open(request, timeout=TIMEOUT_S) as answer:
+                found: dict[str, Any] = json.loads(answer.read(ANSWER_BYTES_MAX))
+        except HTTPError as error:
+            raise UserError(refusal(self.url, error.code, error.read(ANSWER_BYTES_MAX))) from error
+        except (OSError, HTTPException) as error:
+            raise UserError(f"nothing answers at {self.url}: {getattr(error, 'reason', error)}") from error
+        except ValueError as error:
+            raise UserError(f"what answers at {self.url} is not memserve") from error
+        return found
+
+    def members(self) -> list[dict[str, Any]]:
+        """Every actor of the cluster. Raises UserError."""
+        try:
+            members: list[dict[str, Any]] = self.ask("/cluster")["members"]
+        except (KeyError, TypeError) as error:
+            raise UserError(f"what answers at {self.url} is not memserve") from error
+        return members
+
+    def change(self, worker: str, body: dict[str, Any]) -> None:
+        """Change a worker; returns when it is in force. Raises UserError with the cluster's reason."""
+        self.ask(f"/cluster/{quote(worker, safe='')}", body)
+
+    def wait_gone(self, worker: str) -> None:
+        """Wait until no member has this name. Raises UserError."""
+        while any(str(one["id"]).rpartition(".")[0] == worker for one in self.members()):
+            time.sleep(LEAVE_POLL_S)
 
 
 def find(log_dir: Path) -> tuple[str, str]:
@@ -54,8 +94,12 @@ def find(log_dir: Path) -> tuple[str, str]:
     return running["url"], keys[0]
 
 
-def refusal(url: str, code: int) -> str:
-    """Why a cluster did not answer, and what to do."""
+def refusal(url: str, code: int, body: bytes = b"") -> str:
+    """Why a cluster did not answer, and what to do: in its own words where it has any."""
     if code in (401, 403):
         return f"{url} asks for a key: give --api-key, or set MEMSERVE_API_KEY"
+    try:
+        return str(json.loads(body)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        pass
     return f"{url} answered with HTTP status {code}; is it memserve?"

@@ -24,6 +24,7 @@ from memserve.child import OUTPUT_TAIL_BYTES, Child, Launch, all_gone
 from memserve.config import Resolved
 from memserve.errors import UserError
 from memserve.lifecycle import (
+    HUNG_S,
     STATUS_USER_ERROR,
     Restart,
     RestartPolicy,
@@ -64,6 +65,8 @@ class Supervisor:
     """Longest drain of a stage after the Frontends', whose limit is frontend.drain_s."""
     stop_s: float = 2.0
     """From a second signal to SIGKILL."""
+    hung_s: float = HUNG_S
+    """Longest silence of a ready actor on its lifeline."""
     _children: dict[str, Child] = attrs.field(init=False)
     _begun: str = attrs.field(init=False, factory=now_utc)
     _begun_at: float = attrs.field(init=False, default=0.0)
@@ -74,7 +77,9 @@ class Supervisor:
     """Set for good when every Frontend has served once: start-up is over."""
 
     def __attrs_post_init__(self) -> None:
-        self._children = {spec.name: Child(spec, self.policy()) for spec in roster(self.resolved)}
+        self._children = {
+            spec.name: Child(spec, self.policy(), self.hung_s) for spec in roster(self.resolved)
+        }
 
     async def run(self) -> None:
         """Start everything and supervise it; returns when a signal has ended it and nothing is left.
@@ -183,6 +188,7 @@ class Supervisor:
         while not child.leaving.is_set():
             returncode = await self._incarnation(child)
             if child.leaving.is_set():
+                self._farewell(child, returncode)
                 break
             if returncode == STATUS_USER_ERROR and not self._serving.is_set():
                 raise UserError(child.text())
@@ -203,10 +209,14 @@ class Supervisor:
         """Act on what an actor says on its lifeline."""
         assert child.events is not None
         while (event := await child.events.receive()) is not None:
+            child.heard_at = trio.current_time()
             if event["event"] == "hello":
                 child.id = ActorId(event["id"])
             elif event["event"] == "ready":
                 self._ready(child)
+            elif event["event"] == "leaving":
+                child.leaving.set()
+                log.info("actor leaves", child=child.id)
             elif event["event"] == "serving":
                 child.url = event["url"]
                 self._write_info()  # a successor may serve on another port, with frontend.port = 0
@@ -220,6 +230,12 @@ class Supervisor:
         if child.restarts and self._serving.is_set():
             self.say(f"memserve: {child.spec.name} is back, {seconds:.1f} s after its restart")
 
+    def _farewell(self, child: Child, returncode: int) -> None:
+        """Of an actor that an operator drained, in a cluster that goes on."""
+        if self._state != "draining":
+            log.info("actor left", child=child.id, returncode=returncode)
+            self.say(f"memserve: {child.spec.name} was drained and {describe_end(returncode)}")
+
     def _bury(self, child: Child) -> None:
         """Announce a death and remove what it left in the place."""
         if child.id is None:
@@ -231,7 +247,7 @@ class Supervisor:
 
     def _report(self, child: Child, returncode: int, restart: Restart) -> None:
         """One line for the user and one for the log, with the last words of the dead."""
-        name, end = child.spec.name, describe_end(returncode)
+        name, end = child.spec.name, "hung and was killed" if child.hung else describe_end(returncode)
         fields = {"child": child.id or name, "returncode": returncode, "restart_in_s": restart.delay_s}
         log.warning("actor died", **fields, looping=restart.looping, output=child.text())
         child.restarts += 1

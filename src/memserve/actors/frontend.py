@@ -22,12 +22,18 @@ from memserve.bus import open_link
 from memserve.engine.tokenizer import Tokenizer
 from memserve.errors import RequestFailed
 from memserve.journal import FrontendCore
-from memserve.messages import Member, Request, actor_name
+from memserve.messages import ActorId, Change, Member, Request, actor_name
 from memserve.process import ActorContext, ready_model
+from memserve.scheduling.changes import find_worker, in_force
 from memserve.scheduling.presence import Reporting
 from memserve.tokens import count
 
 log = structlog.get_logger()
+
+CHANGE_S = 10.0
+"""How long a worker may take to do what an operator asks of it."""
+CHANGE_REPEAT_S = 1.0
+"""After this it is asked again: the message may be lost."""
 
 
 @attrs.define(eq=False)
@@ -119,6 +125,23 @@ class FrontendService:
     def cluster(self) -> list[Member]:
         """Every actor known."""
         return self.core.members()
+
+    async def change(self, worker: str, change: Change) -> None:
+        """Order a change, and wait until the scheduler's view shows it."""
+        whom = find_worker(worker, change, self.core.members()).id
+        with trio.move_on_after(CHANGE_S):
+            while not in_force(whom, change, self.core.members()):
+                self.core.order(whom, change)
+                self.shell.turn()
+                with trio.move_on_after(CHANGE_REPEAT_S):
+                    await self._seen(whom, change)
+            return
+        text = f"{worker} did not change within {CHANGE_S:g} s; `memserve status` shows whether it does later"
+        raise RequestFailed("change_unconfirmed", text, 504)
+
+    async def _seen(self, whom: ActorId, change: Change) -> None:
+        while not in_force(whom, change, self.core.members()):
+            await self.shell.turned.wait()
 
     def metrics(self) -> bytes:
         """The whole cluster's metrics."""

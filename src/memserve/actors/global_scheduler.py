@@ -12,25 +12,49 @@ import trio
 from memserve.actions import Died
 from memserve.actors.loop import Shell
 from memserve.bus import open_link
+from memserve.config import Config
+from memserve.gpus import device_index
 from memserve.messages import Member
 from memserve.process import ActorContext
-from memserve.scheduling.policies import POLICIES
+from memserve.scheduling.global_tree import GlobalTree
+from memserve.scheduling.index_feed import IndexFeed
+from memserve.scheduling.policies import PLAIN, Policy
+from memserve.scheduling.pricing import Cost, Weights
 from memserve.scheduling.scheduler import SchedulerCore
+from memserve.scheduling.ttl_index import TtlIndex
 
 
 async def main(context: ActorContext, *, task_status: trio.TaskStatus[None]) -> None:
     """Schedule until told to drain; by then the supervisor has drained everyone else."""
     endpoint = context.place.endpoint(context.name)
-    policy = context.resolved.config.scheduler.policy
+    config = context.resolved.config
     async with open_link(context.id, endpoint) as link:
         me = Member(context.id, context.kind, endpoint, os.getpid(), "ready")
-        shell = Shell(SchedulerCore(me, policy, POLICIES[policy]()), link)
+        policy, index = make_policy(config), make_index(config)
+        shell = Shell(SchedulerCore(me, config.scheduler.policy, policy, index), link)
         async with trio.open_nursery() as nursery:
             await nursery.start(shell.run)
             nursery.start_soon(_announce_deaths, context, shell)
             task_status.started()
             await context.lifeline.drain.wait()
             nursery.cancel_scope.cancel()
+
+
+def make_policy(config: Config) -> Policy:
+    """The policy that is configured."""
+    told = config.scheduler
+    if told.policy != "cost":
+        return PLAIN[told.policy]()
+    movable = sum(device_index(shard.device) is None for shard in config.shard) > 1
+    return Cost(Weights(told.ttft_weight, told.others_weight, told.handoff_margin_ms / 1e3, movable))
+
+
+def make_index(config: Config) -> IndexFeed | TtlIndex:
+    """Where the scheduler keeps what is cached where."""
+    tree = GlobalTree(config.pool.page_tokens)
+    if config.scheduler.index == "ttl":
+        return TtlIndex(tree, config.scheduler.index_ttl_s)
+    return IndexFeed(tree)
 
 
 async def _announce_deaths(context: ActorContext, shell: Shell) -> None:

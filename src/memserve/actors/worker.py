@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
+import attrs
 import trio
 
 from memserve.actions import BatchDone, RunBatch
@@ -16,21 +19,31 @@ from memserve.actors.engine_thread import EngineThread
 from memserve.actors.loop import Shell
 from memserve.bus import Link, open_link
 from memserve.config import Resolved, ShardConfig
+from memserve.costs import StepCosts
 from memserve.engine.batching import BatchLimits, WorkerSettings
 from memserve.engine.plans import StepEngine
 from memserve.engine.worker import WorkerCore
 from memserve.errors import PeerError, PeerUnreachable
 from memserve.gpus import device_index
 from memserve.messages import ActorId, Member
-from memserve.process import ActorContext, RestartNeeded, ready_model
+from memserve.process import ActorContext, Lifeline, RestartNeeded, ready_model
 from memserve.scheduling.joining import JoiningCore
 from memserve.scheduling.presence import Presence, Reporting, seed_id
+
+if TYPE_CHECKING:
+    from memserve.engine.runner import CpuEngine
 
 RETIRE = {"off": "none", "1": "prompt", "2": "all", "3": "all"}
 """Which pages each caching mode gives to the index. On a shared shard modes 2 and 3 do the same, moving no byte; across shards 3 also returns answers to the prefill's."""
 SHARD_WAIT_S = 60.0
 """How long a starting worker waits for its shard before it asks to be restarted."""
+PLANNED_S = 0.3
+"""A draining worker stays for so long at least: what was planned before the scheduler knew of it still arrives."""
 CORES_FILE = "cores.lock"
+CALIBRATED_ROWS = 32
+"""Streams in a step, at most, when it is measured what steps cost; more are reckoned from these."""
+CALIBRATED_CONTEXT = 1024
+"""Tokens of context, likewise."""
 
 
 async def run_worker(context: ActorContext, task_status: trio.TaskStatus[None]) -> None:
@@ -44,12 +57,14 @@ async def run_worker(context: ActorContext, task_status: trio.TaskStatus[None]) 
             await nursery.start(shell.run)
             nursery.start_soon(trio.to_thread.run_sync, import_engine, shard_of(context).on_gpu)
             shard = await shard_found(shell, joining)
-            engine = EngineThread(partial(start_engine, context, shard))
+            costs: list[StepCosts] = []
+            engine = EngineThread(partial(start_engine, context, shard, costs.append))
             await nursery.start(engine.run)
+            presence.member = attrs.evolve(presence.member, costs=costs[0] if costs else None)
             core = WorkerCore(presence, shard, settings_of(context.resolved))
             take_charge(shell, core, engine)
             task_status.started()
-            await until_drained(shell, core, context.lifeline.drain)
+            await until_drained(shell, core, context.lifeline)
             nursery.cancel_scope.cancel()
 
 
@@ -91,8 +106,8 @@ def import_engine(on_gpu: bool) -> None:
     importlib.import_module("memserve.engine.cuda" if on_gpu else "memserve.engine.runner")
 
 
-def start_engine(context: ActorContext, shard: ActorId) -> StepEngine:
-    """Attach to the shard's arena and make the engine ready. Imports torch, and blocks: for a thread."""
+def start_engine(context: ActorContext, shard: ActorId, measured: Callable[[StepCosts], None]) -> StepEngine:
+    """Attach to the shard's arena, make the engine ready and measure it. Imports torch, and blocks: for a thread."""
     from memserve.engine.cores import Cores, Outsiders
     from memserve.engine.runner import CpuEngine
     from memserve.kernels.arena import attach_arena
@@ -114,7 +129,36 @@ def start_engine(context: ActorContext, shard: ActorId) -> StepEngine:
     pages = arena.header.pages
     engine = CpuEngine(files.spec, files.weights, arena.memory, pages, page_tokens, model.dtype, cores)
     engine.warm_up()
+    measured(calibrate(engine, resolved, threads))
     return engine
+
+
+def calibrate(engine: CpuEngine, resolved: Resolved, threads: int) -> StepCosts:
+    """What its steps cost: remembered, or measured now, when no other worker of this host measures."""
+    from memserve.engine.calibration import calibrated, measure
+    from memserve.engine.weights import default_cache_dir
+
+    config, spec = resolved.config, resolved.spec
+    token_bytes = spec.kv_values_per_token * (4 if config.model.dtype == "float32" else 2)
+    chunk, rows = config.batch.chunk_tokens, min(config.batch.rows, CALIBRATED_ROWS)
+    context = min(resolved.max_context, CALIBRATED_CONTEXT)
+    name: dict[str, object] = {
+        "model": attrs.asdict(spec),
+        "dtype": config.model.dtype,
+        "weights": config.model.stored,
+        "page_tokens": config.pool.page_tokens,
+        "engine": "native" if engine.native else "torch",
+        "batch": [chunk, rows, context],
+    }
+    engine.rest()  # while it waits for its turn, its cores are another's
+    costs = calibrated(
+        default_cache_dir(),
+        name,
+        lambda: measure(engine.timer(rows, context), chunk, rows, context, token_bytes),
+        threads,
+    )
+    engine.rest()
+    return costs
 
 
 def shard_of(context: ActorContext) -> ShardConfig:
@@ -150,10 +194,21 @@ def take_charge(shell: Shell, core: WorkerCore, engine: EngineThread) -> None:
     shell.turn()
 
 
-async def until_drained(shell: Shell, core: WorkerCore, drain: trio.Event) -> None:
-    """Wait for the word, then for the last sequence to end or leave."""
-    await drain.wait()
-    core.presence.become("draining")
-    shell.turn()
+async def until_drained(shell: Shell, core: WorkerCore, lifeline: Lifeline) -> None:
+    """Wait for the word, from the supervisor or from an operator, then for the last sequence to end or leave."""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_drain_when_told, shell, core, lifeline)
+        while core.presence.member.state != "draining":
+            await shell.turned.wait()
+        nursery.cancel_scope.cancel()
+    if not lifeline.drain.is_set():
+        lifeline.leaving()
+        await trio.sleep(PLANNED_S)
     while not core.idle:
         await shell.turned.wait()
+
+
+async def _drain_when_told(shell: Shell, core: WorkerCore, lifeline: Lifeline) -> None:
+    await lifeline.drain.wait()
+    core.presence.become("draining")
+    shell.turn()

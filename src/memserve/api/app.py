@@ -16,10 +16,11 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from memserve.api import errors
+from memserve.api.administration import read_change
 from memserve.api.bodies import SEED_BITS, Body, ChatBody, CompletionBody, read_body
 from memserve.api.chat import ChatTemplate
 from memserve.api.choices import Choice
-from memserve.api.errors import ApiError
+from memserve.api.errors import ApiError, from_failure
 from memserve.api.generation import Generation, Order
 from memserve.api.guard import CACHE_SCOPE, Guard
 from memserve.api.prompts import Model, Prompt, chat_prompt, completion_prompts
@@ -27,6 +28,7 @@ from memserve.api.service import ApiSettings, Service
 from memserve.api.wire import ChatWire, CompletionWire, Wire
 from memserve.engine.spec import ModelSpec
 from memserve.engine.tokenizer import Tokenizer
+from memserve.errors import RequestFailed
 
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -43,6 +45,7 @@ def build_app(service: Service, tokenizer: Tokenizer, spec: ModelSpec, settings:
             Route("/health", api.health),
             Route("/metrics", api.metrics),
             Route("/cluster", api.cluster),
+            Route("/cluster/{worker}", api.change, methods=["POST"]),
         ],
         middleware=[Middleware(Guard, settings=settings)],
         exception_handlers=errors.handlers(),
@@ -103,6 +106,15 @@ class Api:
     async def cluster(self, _request: Request) -> Response:
         """GET /cluster: every actor with its state and load."""
         return _json({"members": self.service.cluster()})
+
+    async def change(self, request: Request) -> Response:
+        """POST /cluster/{worker}: another role, or drain; answered when it is in force."""
+        body = await read_change(request)
+        try:
+            await self.service.change(request.path_params["worker"], body)
+        except RequestFailed as failure:
+            raise from_failure(failure) from failure
+        return _json({"worker": request.path_params["worker"], "role": body.role, "drain": body.drain})
 
     async def _body(self, request: Request, kind: type[Body]) -> Body:
         body = read_body(await request.body(), kind)

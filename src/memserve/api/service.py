@@ -8,7 +8,7 @@ from typing import Protocol
 
 import attrs
 
-from memserve.messages import Member, Sampling
+from memserve.messages import Change, Member, Sampling
 
 
 @attrs.frozen
@@ -62,6 +62,9 @@ class Service(Protocol):
 
     def cluster(self) -> list[Member]:
         """Every actor known."""
+
+    async def change(self, worker: str, change: Change) -> None:
+        """Change the worker of this name; returns when it is in force. Raises RequestFailed (404, 409, 504)."""
 
     def metrics(self) -> bytes:
         """The metrics of the cluster in Prometheus' text format."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from mmap import mmap
 from pathlib import Path
@@ -25,6 +25,9 @@ from memserve.tokens import pack, pages_for
 
 if TYPE_CHECKING:
     from memserve.engine.cores import Cores
+
+SCRATCH_BYTES = 96 << 20
+"""Pages that steps are timed on: more than caches hold."""
 
 
 class CpuEngine:
@@ -91,6 +94,35 @@ class CpuEngine:
         with self._hold() as threads:
             self._step(BatchPlan((Row(pack([0] * length), 0, pages, None),)), attention, scratch, threads)
             self._step(BatchPlan((Row(pack([0]), length, pages, greedy),)), attention, scratch, threads)
+
+    def timer(self, rows: int, context: int) -> Callable[[Sequence[tuple[int, int]]], tuple[float, int]]:
+        """A function that times one step of rows, each (new tokens, tokens before them); seconds, and the threads it had.
+
+        On pages of its own, of as many tokens as the caches of a machine do not hold: each row reads from another place.
+        """
+        token_bytes = (
+            self._spec.page_bytes(self._page_tokens, str(self._dtype).removeprefix("torch."))
+            / self._page_tokens
+        )
+        shared = pages_for(max(context, int(SCRATCH_BYTES / token_bytes)), self._page_tokens)
+        scratch = torch.zeros(shared + rows, *self._spec.page_shape(self._page_tokens), dtype=self._dtype)
+        attention = CpuAttention(scratch, self._spec.heads)
+        greedy = Sampling(temperature=0.0)
+
+        def run(shapes: Sequence[tuple[int, int]]) -> tuple[float, int]:
+            plan = []
+            for number, (new, before) in enumerate(shapes):
+                length = pages_for(before + new, self._page_tokens)
+                pages = [(number * length + i) % shared for i in range(length)]
+                if len(shapes) > 1 and new == 1:
+                    pages[-1] = shared + number  # what one row writes no other may read or write
+                plan.append(Row(pack([0] * new), before, tuple(pages), greedy))
+            with self._hold() as threads:
+                began = time.perf_counter()
+                self._step(BatchPlan(tuple(plan)), attention, scratch, threads)
+                return time.perf_counter() - began, threads
+
+        return run
 
     def rest(self) -> None:
         """No step is wanted at present: this worker's share of the cores goes to the others."""

@@ -18,6 +18,7 @@ import attrs
 
 from memserve.actions import Action, BatchDone, Log, RunBatch, Stop
 from memserve.engine.batching import Batch, WorkerSettings, form_batch
+from memserve.engine.load import StepWatch, load_of
 from memserve.engine.outbox import Outbox
 from memserve.engine.paging import Paging
 from memserve.engine.sequence import Phase, Sequence
@@ -25,6 +26,7 @@ from memserve.errors import PoolError
 from memserve.messages import (
     ActorId,
     Cancel,
+    Change,
     Failed,
     Gone,
     Handoff,
@@ -58,6 +60,7 @@ class WorkerCore:
     _live: dict[tuple[str, int], Sequence] = attrs.field(factory=dict, init=False)
     _ended: OrderedDict[str, int] = attrs.field(factory=OrderedDict, init=False)
     _batch: Batch | None = attrs.field(default=None, init=False)
+    _watch: StepWatch = attrs.field(factory=StepWatch, init=False)
     _arrivals: int = attrs.field(default=0, init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -112,16 +115,8 @@ class WorkerCore:
 
     def gauges(self) -> dict[str, float]:
         """Load and counters for the heartbeat."""
-        phases = [one.phase for one in self._live.values()]
-        coming = [one for one in self._live.values() if not (one.decoding or one.arriving)]
-        waiting_tokens = sum(one.length - one.computed for one in coming)
-        return {
-            "requests_running": float(phases.count(Phase.READY)),
-            "requests_waiting": float(phases.count(Phase.WAITING) + phases.count(Phase.ADOPTING)),
-            "requests_leaving": float(phases.count(Phase.LEAVING)),
-            "waiting_tokens": float(waiting_tokens),
-            **self._outbox.counters,
-        }
+        load = load_of(self._live.values(), self.presence.member.id)
+        return {**load, **self._watch.gauges(), **self._outbox.counters}
 
     # ---- requests come --------------------------------------------------------------------------------------
 
@@ -201,6 +196,11 @@ class WorkerCore:
             one.cached_tokens = min(one.computed, one.request.prompt_tokens)
         self._outbox.count("requested_tokens_total", one.length)
         self._outbox.count("cached_tokens_total", one.computed)
+        expected = one.plan.expected_tokens
+        if message.cached_tokens < expected and one.token_at is None:
+            found = message.cached_tokens
+            self._outbox.log("hint was stale", one, expected_tokens=expected, found_tokens=found)
+            self._outbox.count("stale_hints_total")
 
     def _on_allocated(self, sender: ActorId, message: Allocated, now: float) -> None:
         one = self._paging.answered(message.call)
@@ -264,11 +264,13 @@ class WorkerCore:
                 self._outbox.log("prefill started", one, cached_tokens=one.cached_tokens, queue_ms=queued)
             self._live[one.key] = self._live.pop(one.key)  # behind those that did not get a row
         self._batch = batch
+        self._watch.began(self.presence.member.costs, batch.plan, now)
         self._outbox.add(RunBatch(batch.plan))
 
     def _on_batch_done(self, sender: ActorId, message: BatchDone, now: float) -> None:
         batch, self._batch = self._batch, None
         assert batch is not None, "a batch is done that was never started"
+        self._watch.ended(now)
         self._outbox.count("steps_total", 1)
         self._outbox.count("step_ms_total", message.result.step_ms)
         self._outbox.count("step_threads_total", message.result.threads)
@@ -339,6 +341,13 @@ class WorkerCore:
         one = self._live.get((message.request, message.attempt))
         if one is not None and one.phase is Phase.LEAVING:
             self._remove(one, free=one.crosses or not message.adopted)
+
+    # ---- an operator's changes ------------------------------------------------------------------------------
+
+    def _on_change(self, sender: ActorId, message: Change, now: float) -> None:
+        if self.presence.change(message):
+            member = self.presence.member
+            self._outbox.add(Log("info", "worker changed", {"role": member.role, "state": member.state}))
 
     # ---- ends -----------------------------------------------------------------------------------------------
 
@@ -422,6 +431,7 @@ _HANDLERS: dict[type[Any], Callable[[WorkerCore, ActorId, Any, float], None]] = 
     Handoff: WorkerCore._on_handoff,
     HandoffTaken: WorkerCore._on_handoff_taken,
     Cancel: WorkerCore._on_cancel,
+    Change: WorkerCore._on_change,
     Inquire: WorkerCore._on_inquire,
     Acquired: WorkerCore._on_acquired,
     Allocated: WorkerCore._on_allocated,

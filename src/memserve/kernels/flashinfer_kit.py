@@ -25,6 +25,8 @@ WORKSPACE_BYTES = 128 << 20
 """Float workspace, as FlashInfer's documentation advises; all wrappers share one, since they run one after another."""
 DECODE_GROUPS = (1, 2, 3, 4, 8)
 """Query heads a kv head that the CUDA-core decode kernel of 0.6.9 is built for."""
+COMPILED = ("page", "norm", "rope", "silu_and_mul", "batch_decode", "batch_prefill")
+"""How the names of the libraries begin that flashinfer compiles for what is called here."""
 TENSOR_CORES_FROM = 4
 """Query heads a kv head from which decode on tensor cores reads the same KV with less arithmetic in the way."""
 
@@ -57,12 +59,13 @@ def load_flashinfer(capability: tuple[int, int]) -> Library:
 
 
 def compiled_ahead() -> bool:
-    """Whether the installed flashinfer has kernels that were compiled before."""
+    """Whether the installed flashinfer has a library of each kind that is used, compiled before."""
     from importlib.util import find_spec
 
     spec = find_spec("flashinfer")
     folders = (spec.submodule_search_locations if spec else None) or ()
-    return any(next(Path(folder, "data", "aot").glob("*/*.so"), None) is not None for folder in folders)
+    names = {path.stem for folder in folders for path in Path(folder, "data", "aot").glob("*/*.so")}
+    return all(any(name.startswith(kind) for name in names) for kind in COMPILED)
 
 
 def prefill_backend(capability: tuple[int, int]) -> str:

@@ -87,6 +87,11 @@ class Leases:
         else:
             held.deadline = max(held.deadline, deadline)
 
+    def excuse(self, now: float) -> None:
+        """Everyone's silence counts from now: it was this shard that heard nothing."""
+        for owner in self._owners:
+            self.renew(owner, now)
+
     def open(self, owner: ActorId, scope: str, pages: list[int], pin: Pin, now: float) -> Lease:
         """A new lease whose first ``pin.tokens`` tokens are in the index already."""
         lease = Lease(self._next_id, owner, scope, pages, pin, pin.tokens)

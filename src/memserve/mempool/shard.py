@@ -16,7 +16,7 @@ from typing import Any
 
 import attrs
 
-from memserve.actions import Action, CopyDone, Kill, Log, Send, Stop
+from memserve.actions import Action, CopyDone, Kill, Log, Overslept, Send, Stop
 from memserve.errors import PoolError
 from memserve.mempool.addresses import Address, Tier
 from memserve.mempool.answers import Answer, Replies
@@ -122,6 +122,8 @@ class ShardCore:
                 self.pool.renew(member.id, now)
             case Gone(actors):
                 self._bury(actors)
+            case Overslept():
+                self.pool.leases.excuse(now)
             case IndexWanted():
                 self._actions += self._publisher.snapshot(sender)
             case Cluster():
@@ -409,12 +411,8 @@ class ShardCore:
 
     def _log_reclaimed(self, event: str, reclaimed: Reclaimed, waited: int) -> None:
         if reclaimed.leases or waited:
-            data: dict[str, object] = {
-                "owner": reclaimed.owner,
-                "leases": reclaimed.leases,
-                "pages_freed": reclaimed.pages,
-                "waiting_acquires": waited,
-            }
+            freed = {"leases": reclaimed.leases, "pages_freed": reclaimed.pages}
+            data: dict[str, object] = {"owner": reclaimed.owner, **freed, "waiting_acquires": waited}
             self._actions.append(Log("warning", event, data))
 
 

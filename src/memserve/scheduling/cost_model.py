@@ -51,12 +51,16 @@ class CostModel:
     links: Mapping[str, Link] = attrs.field(factory=lambda: LINKS)
     swap: Link = SWAP
     _tokens: tuple[float, ...] = attrs.field(init=False, repr=False)
+    _lines: tuple[tuple[float, float, float], ...] = attrs.field(init=False, repr=False)
+    """What is right of each entry of the table: its tokens, its seconds, seconds a token."""
 
     def __attrs_post_init__(self) -> None:
         table = self.steps.dense
         if not table or any(before[0] >= after[0] for before, after in pairwise(table)):
             raise ValueError(f"dense needs (tokens, seconds) with growing tokens, got {table}")
+        slopes = [(high[1] - low[1]) / (high[0] - low[0]) for low, high in pairwise(table)] or [0.0]
         self._tokens = tuple(tokens for tokens, _ in table)
+        self._lines = tuple((*one, slope) for one, slope in zip(table, [*slopes, slopes[-1]], strict=False))
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any]) -> CostModel:
@@ -111,13 +115,23 @@ class CostModel:
         beside = steps * (known.row_s * rows + known.read_s * context + known.pair_s * (context + rows / 2))
         return self.scale * (dense + own + beside)
 
+    def queue_s(self, tokens: float, pairs: float, rows: float = 0, context: float = 0) -> float:
+        """Seconds until ``tokens`` of several prompts, with ``pairs`` in all, are run beside ``rows`` streams."""
+        if tokens <= 0:
+            return 0.0
+        chunk = self.steps.chunk_tokens * (1 if rows else ALONE)
+        full, rest = divmod(tokens, chunk)
+        dense = full * self._dense(chunk + rows) + (self._dense(rest + rows) if rest else 0.0)
+        known, steps = self.steps, full + (rest > 0)
+        beside = known.row_s * (1 + rows) + known.read_s * context + known.pair_s * (context + rows / 2)
+        return self.scale * (dense + known.pair_s * pairs + steps * beside)
+
     def _dense(self, tokens: float) -> float:
-        table = self.steps.dense
         after = bisect_right(self._tokens, tokens)
-        if after == 0 or len(table) == 1:
-            return table[0][1]
-        (low, low_s), (high, high_s) = table[after - 1 : after + 1] if after < len(table) else table[-2:]
-        return low_s + (high_s - low_s) * (tokens - low) / (high - low)
+        if not after:
+            return self._lines[0][1]
+        start, seconds, slope = self._lines[after - 1]
+        return seconds + slope * (tokens - start)
 
     # ---- bytes ----------------------------------------------------------------------------------------------
 

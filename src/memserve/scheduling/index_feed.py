@@ -1,6 +1,5 @@
-"""What schedulers are told of the shards' indexes: which events have come, and when to ask for all of them again.
-
-It checks the numbers and counts; nothing is routed by it.
+"""What schedulers are told of the shards' indexes: which events have come, when to ask for all of them again, and the
+global tree that they make.
 """
 
 from __future__ import annotations
@@ -9,7 +8,9 @@ import attrs
 
 from memserve.actions import Send
 from memserve.messages import ActorId
-from memserve.pool_messages import IndexDelta, IndexSnapshot, IndexWanted
+from memserve.pool_messages import IndexDelta, IndexEvent, IndexSnapshot, IndexWanted
+from memserve.scheduling.global_tree import GlobalTree, Match
+from memserve.scheduling.holdings import EventsDoNotFit, Holdings
 
 ASK_AGAIN_S = 2.0
 """How long a snapshot may take before it is asked for again."""
@@ -19,23 +20,36 @@ ASK_AGAIN_S = 2.0
 class _Shard:
     """One incarnation of a shard. ``next`` is the number of the event expected."""
 
+    holdings: Holdings
     next: int = 0
     whole: bool = True
     """False after a gap, until a snapshot has come."""
     parts: int = 0
     """Parts of the snapshot that have come."""
+    snapshot: list[IndexEvent] = attrs.field(factory=list)
+    """What was in them. Until it is whole, what was known before the gap serves on: hints, mostly right."""
+    snapshot_next: int = 0
+    """Which snapshot they are of."""
     asked_at: float = float("-inf")
 
 
 @attrs.define
 class IndexFeed:
-    """Sequence numbers by shard."""
+    """Sequence numbers by shard, and the tree: exact to within the events that are on their way."""
 
+    tree: GlobalTree = attrs.field(factory=GlobalTree)
     events: int = 0
     """Events that came in order."""
     gaps: int = 0
     snapshots: int = 0
     _shards: dict[ActorId, _Shard] = attrs.field(factory=dict, init=False)
+
+    def match(self, scope: str, tokens: bytes, now: float) -> Match:
+        """Who holds what of a prompt."""
+        return self.tree.match(scope, tokens)
+
+    def placed(self, shard: ActorId, scope: str, tokens: bytes, now: float) -> None:
+        """A prompt was placed: its shard will tell what became of it."""
 
     def is_whole(self, shard: ActorId) -> bool:
         """Whether everything that a shard has said was heard."""
@@ -44,38 +58,64 @@ class IndexFeed:
 
     def delta(self, sender: ActorId, delta: IndexDelta, now: float) -> list[Send]:
         """Take events in; a question when some are missing."""
-        shard = self._shards.setdefault(sender, _Shard())
+        shard = self._known(sender)
         if shard.whole and delta.first == shard.next:
             shard.next += len(delta.events)
             self.events += len(delta.events)
-            return []
+            return self._apply(sender, shard, delta.events, now)
         if shard.whole and delta.first + len(delta.events) <= shard.next:
             return []  # known: it came twice
         return self._ask(sender, shard, now)
 
     def reported(self, sender: ActorId, published: int, now: float) -> list[Send]:
         """A shard's heartbeat says how many events it has sent: a question when the last of them have not come."""
-        shard = self._shards.setdefault(sender, _Shard())
+        shard = self._known(sender)
         return [] if shard.whole and published <= shard.next else self._ask(sender, shard, now)
+
+    def snapshot(self, sender: ActorId, part: IndexSnapshot, now: float) -> list[Send]:
+        """Take a part of a snapshot in; the last one ends the gap."""
+        shard = self._known(sender)
+        if shard.whole and part.next <= shard.next:
+            return []  # known: it came late, or twice
+        if part.part == 0:
+            shard.parts, shard.snapshot, shard.snapshot_next = 0, [], part.next
+        if part.part != shard.parts or part.next != shard.snapshot_next:
+            return []  # a part was lost: the next delta asks again
+        shard.parts += 1
+        shard.snapshot += part.events
+        if shard.parts < part.parts:
+            return []
+        events, shard.snapshot, shard.parts = shard.snapshot, [], 0
+        shard.holdings.drop()
+        shard.next, shard.whole = part.next, True
+        self.snapshots += 1
+        return self._apply(sender, shard, events, now)
+
+    def forget(self, shard: ActorId) -> None:
+        """A shard is gone, and all that it held; its successor counts from 0 again."""
+        known = self._shards.pop(shard, None)
+        if known is not None:
+            known.holdings.drop()
+
+    def _known(self, sender: ActorId) -> _Shard:
+        shard = self._shards.get(sender)
+        if shard is None:
+            shard = self._shards[sender] = _Shard(Holdings(sender, self.tree))
+        return shard
+
+    def _apply(
+        self, sender: ActorId, shard: _Shard, events: list[IndexEvent] | tuple[IndexEvent, ...], now: float
+    ) -> list[Send]:
+        try:
+            shard.holdings.apply(events)
+        except EventsDoNotFit:
+            return self._ask(sender, shard, now)
+        return []
 
     def _ask(self, sender: ActorId, shard: _Shard, now: float) -> list[Send]:
         self.gaps += shard.whole
         shard.whole = False
         if now < shard.asked_at + ASK_AGAIN_S:
             return []
-        shard.asked_at, shard.parts = now, 0
+        shard.asked_at, shard.parts, shard.snapshot = now, 0, []
         return [Send(sender, IndexWanted(shard.next))]
-
-    def snapshot(self, sender: ActorId, part: IndexSnapshot) -> None:
-        """Take a part of a snapshot in; the last one ends the gap."""
-        shard = self._shards.setdefault(sender, _Shard(whole=False))
-        if part.part != shard.parts:
-            return  # a part was lost: the next delta asks again
-        shard.parts += 1
-        if shard.parts == part.parts:
-            shard.next, shard.whole, shard.parts = part.next, True, 0
-            self.snapshots += 1
-
-    def forget(self, shard: ActorId) -> None:
-        """A shard is gone; its successor counts from 0 again."""
-        self._shards.pop(shard, None)

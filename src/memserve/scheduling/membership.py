@@ -11,6 +11,8 @@ from memserve.messages import ActorId, Member, actor_name
 
 DEAD_AFTER_S = 5.0
 """Silence after which a member is held for dead and fenced off."""
+DEAD_STARTING_S = 60.0
+"""The same for one that still starts: it owns nothing yet, and its imports may keep its event loop from turning."""
 GONE_REMEMBERED = 1_000
 """Dead incarnations remembered, so that one that wakes up is told."""
 GONE_REPEATED_S = 60.0
@@ -57,9 +59,10 @@ class Membership:
     def hear(self, member: Member, now: float) -> tuple[bool, tuple[ActorId, ...]]:
         """Take a heartbeat in: whether the view changed beyond the load, and which older incarnations it replaces."""
         known = self.members.get(member.id)
-        replaced = tuple(
-            one for one in self.members if one != member.id and actor_name(one) == actor_name(member.id)
-        )
+        replaced: tuple[ActorId, ...] = ()
+        if known is None:  # seldom: with a thousand members there are two thousand heartbeats a second
+            name = actor_name(member.id)
+            replaced = tuple(one for one in self.members if actor_name(one) == name)
         self.members[member.id] = member
         self._heard_at[member.id] = now
         if member.shard and member.shard not in self._gone:
@@ -91,11 +94,20 @@ class Membership:
             self._gone.popitem(last=False)
         return fresh
 
+    def excuse(self, now: float) -> None:
+        """Everyone's silence counts from now: it was this scheduler that heard nothing."""
+        self._heard_at = dict.fromkeys(self._heard_at, now)
+
     def silent(self, now: float) -> tuple[ActorId, ...]:
-        """Members not heard of for DEAD_AFTER_S."""
-        return tuple(one for one, at in self._heard_at.items() if now >= at + DEAD_AFTER_S)
+        """Members not heard of for DEAD_AFTER_S, or DEAD_STARTING_S."""
+        return tuple(one for one in self._heard_at if now >= self._silent_at(one))
 
     @property
     def deadline(self) -> float:
         """When the next member would count as silent."""
-        return min(self._heard_at.values(), default=float("inf")) + DEAD_AFTER_S
+        return min(map(self._silent_at, self._heard_at), default=float("inf"))
+
+    def _silent_at(self, actor: ActorId) -> float:
+        member = self.members.get(actor)  # none yet, of one that only others have named
+        starting = member is not None and member.state == "starting"
+        return self._heard_at[actor] + (DEAD_STARTING_S if starting else DEAD_AFTER_S)

@@ -1,94 +1,182 @@
-"""Which pair serves a request. A policy is a value: a name in the configuration, a class here."""
+"""Which workers serve a request. A policy is a value: a name in the configuration, a class here.
+
+Four that are easy to understand, to be compared with; the default, which prices everything, is in
+:mod:`memserve.scheduling.pricing`.
+"""
 
 from __future__ import annotations
 
-from collections import deque
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable
 from typing import Protocol
 
 import attrs
 
-from memserve.messages import ActorId, Member, Request
+from memserve.identity import ActorId
+from memserve.messages import Request
+from memserve.scheduling.fleet import SURE_S, Fleet, Placed
+from memserve.scheduling.global_tree import Match
 from memserve.scheduling.membership import Pair
-from memserve.tokens import count
+from memserve.scheduling.membership import pairs as all_pairs
+from memserve.tokens import TOKEN_BYTES, count
 
-RECENT_S = 0.25
-"""How long a placement counts on top of a worker's own report: about one report's delay."""
+
+@attrs.frozen
+class Choice:
+    """Where a request goes, and why. Fields as in :class:`~memserve.messages.Plan`."""
+
+    prefill: ActorId
+    decode: ActorId
+    shard: ActorId
+    decode_shard: ActorId = ActorId("")
+    source: ActorId = ActorId("")
+    source_tokens: int = 0
+    expected_tokens: int = 0
+    seconds: float = 0.0
+    """Predicted time to the first token; 0 where nothing was predicted."""
+    candidates: str = ""
+    """What the best few would have cost."""
 
 
 class Policy(Protocol):
-    """Chooses among at least one pair."""
+    """Chooses among the workers of a fleet."""
 
-    def choose(self, candidates: list[Pair], request: Request, now: float) -> Pair:
-        """The pair to serve ``request``; the policy remembers its choice as load."""
+    def choose(self, fleet: Fleet, request: Request, match: Match, now: float) -> Choice | None:
+        """Where ``request`` goes; None where nobody can take it."""
+
+    def learn(self, scope: str, tokens: int) -> None:
+        """An answer of a tenant had so many tokens."""
 
     def forget(self, actor: ActorId) -> None:
         """Drop what is remembered of an actor that is gone."""
 
 
 @attrs.define
-class RoundRobin:
+class PairPolicy:
+    """Chooses among all pairs, which it lists: fine for tens of workers."""
+
+    def choose(self, fleet: Fleet, request: Request, match: Match, now: float) -> Choice | None:
+        pairs = all_pairs(fleet.members())
+        if not pairs:
+            return None
+        pair = self.pick(fleet, pairs, request, match)
+        shard, other = pair.prefill.shard, pair.decode.shard
+        held = match.held(shard).tokens
+        choice = Choice(
+            pair.prefill.id,
+            pair.decode.id,
+            shard,
+            other if other != shard else ActorId(""),
+            expected_tokens=held,
+        )
+        note(fleet, choice, request, held, SURE_S, now)
+        return choice
+
+    def pick(self, fleet: Fleet, pairs: list[Pair], request: Request, match: Match) -> Pair:
+        """One of at least one pair."""
+        raise NotImplementedError
+
+    def learn(self, scope: str, tokens: int) -> None:
+        """Lengths of answers are not looked at."""
+
+    def forget(self, actor: ActorId) -> None:
+        """Nothing is remembered of actors."""
+
+
+@attrs.define
+class RoundRobin(PairPolicy):
     """Every prefill worker in turn, and every decode worker of its shard in turn."""
 
     _prefills: int = 0
     _decodes: int = 0
 
-    def choose(self, candidates: list[Pair], request: Request, now: float) -> Pair:
-        prefills = sorted({one.prefill.id for one in candidates})
+    def pick(self, fleet: Fleet, pairs: list[Pair], request: Request, match: Match) -> Pair:
+        prefills = sorted({one.prefill.id for one in pairs})
         prefill = prefills[self._prefills % len(prefills)]
-        decodes = sorted(
-            (one for one in candidates if one.prefill.id == prefill), key=lambda one: one.decode.id
-        )
+        decodes = sorted((one for one in pairs if one.prefill.id == prefill), key=lambda one: one.decode.id)
         chosen = decodes[self._decodes % len(decodes)]
         self._prefills += 1
         self._decodes += self._prefills % len(prefills) == 0
         return chosen
 
-    def forget(self, actor: ActorId) -> None:
-        """Turns are counted, not actors."""
+
+@attrs.define
+class LeastLoad(PairPolicy):
+    """The prefill worker with the fewest tokens to run, then the decode worker with the fewest streams."""
+
+    def pick(self, fleet: Fleet, pairs: list[Pair], request: Request, match: Match) -> Pair:
+        return min(pairs, key=lambda one: _load(fleet, one))
 
 
 @attrs.define
-class LeastLoad:
-    """The prefill worker with the fewest tokens to run, then the decode worker with the fewest sequences.
+class LongestPrefix(PairPolicy):
+    """The worker whose shard holds the most of the prompt, whatever its load; of equals, the least loaded."""
 
-    A worker's load is its last report plus what was placed on it since: reports lag by their interval, and
-    without the second part a burst would land on one worker.
+    def pick(self, fleet: Fleet, pairs: list[Pair], request: Request, match: Match) -> Pair:
+        return min(pairs, key=lambda one: (-match.held(one.prefill.shard).tokens, *_load(fleet, one)))
+
+
+SESSIONS_MAX = 100_000
+OPENING_TOKENS = 32
+"""Prompts are looked up by so many first tokens."""
+ALIKE_MAX = 64
+"""Sessions kept that begin alike."""
+
+
+@attrs.define
+class Session(LeastLoad):
+    """A session stays with its worker, whatever the load; a new one goes to the least loaded.
+
+    Nobody names sessions to us, so a request belongs to the one whose last prompt its own begins with.
     """
 
-    _recent: dict[ActorId, deque[tuple[float, int]]] = attrs.field(factory=dict)
+    _sessions: OrderedDict[bytes, OrderedDict[bytes, ActorId]] = attrs.field(factory=OrderedDict)
+    """By the opening: the last prompts, and their prefill workers."""
 
-    def choose(self, candidates: list[Pair], request: Request, now: float) -> Pair:
-        chosen = min(candidates, key=lambda one: self._price(one, now))
-        self._place(chosen.prefill.id, now, count(request.tokens))
-        if chosen.decode.id != chosen.prefill.id:
-            self._place(chosen.decode.id, now, 1)
+    def pick(self, fleet: Fleet, pairs: list[Pair], request: Request, match: Match) -> Pair:
+        opening = request.tokens[: OPENING_TOKENS * TOKEN_BYTES]
+        key = hashlib.blake2b(opening, digest_size=16, key=request.scope.encode()[:64]).digest()
+        alike = self._sessions.pop(key, None)
+        if alike is None:
+            alike = OrderedDict()
+        self._sessions[key] = alike
+        known = [prompt for prompt in alike if request.tokens.startswith(prompt)]
+        home = alike.pop(max(known, key=len)) if known else None
+        chosen = super().pick(
+            fleet, [one for one in pairs if one.prefill.id == home] or pairs, request, match
+        )
+        alike[request.tokens] = chosen.prefill.id
+        if len(alike) > ALIKE_MAX:
+            alike.popitem(last=False)
+        if len(self._sessions) > SESSIONS_MAX:
+            self._sessions.popitem(last=False)
         return chosen
 
-    def _price(self, pair: Pair, now: float) -> tuple[float, float, float, str, str]:
-        prefill, decode = pair.prefill, pair.decode
-        tokens = prefill.load.get("waiting_tokens", 0.0) + sum(
-            size for _, size in self._since(prefill.id, now)
-        )
-        placed = len(self._since(decode.id, now)) if decode is not prefill else 0
-        return tokens, _sequences(decode) + placed, _sequences(prefill), prefill.id, decode.id
 
-    def _since(self, actor: ActorId, now: float) -> deque[tuple[float, int]]:
-        recent = self._recent.setdefault(actor, deque())
-        while recent and now - recent[0][0] > RECENT_S:
-            recent.popleft()
-        return recent
-
-    def _place(self, actor: ActorId, now: float, size: int) -> None:
-        self._since(actor, now).append((now, size))
-
-    def forget(self, actor: ActorId) -> None:
-        """Drop what is remembered of an actor that is gone."""
-        self._recent.pop(actor, None)
+def note(
+    fleet: Fleet, choice: Choice, request: Request, cached: int, decode_sure_s: float, now: float
+) -> None:
+    """Count a placement on top of what its workers report."""
+    tokens = count(request.tokens)
+    missing = max(1, tokens - cached)
+    pairs = missing * (tokens - missing / 2)
+    if choice.decode == choice.prefill:
+        fleet.placed(choice.prefill, Placed(now + SURE_S, missing, pairs, 1, tokens), now)
+    else:
+        fleet.placed(choice.prefill, Placed(now + SURE_S, missing, pairs), now)
+        fleet.placed(choice.decode, Placed(now + decode_sure_s, rows=1, context=tokens), now)
 
 
-def _sequences(worker: Member) -> float:
-    return worker.load.get("requests_running", 0.0) + worker.load.get("requests_waiting", 0.0)
+def _load(fleet: Fleet, pair: Pair) -> tuple[float, float, float, ActorId, ActorId]:
+    prefill, decode = fleet.workers[pair.prefill.id], fleet.workers[pair.decode.id]
+    return prefill.tokens, decode.rows, prefill.rows, pair.prefill.id, pair.decode.id
 
 
-POLICIES: dict[str, type[RoundRobin] | type[LeastLoad]] = {"round_robin": RoundRobin, "least_load": LeastLoad}
-"""The values of ``scheduler.policy``."""
+PLAIN: dict[str, Callable[[], Policy]] = {
+    "round_robin": RoundRobin,
+    "least_load": LeastLoad,
+    "session": Session,
+    "longest_prefix": LongestPrefix,
+}
+"""The values of ``scheduler.policy``, but for ``cost``."""

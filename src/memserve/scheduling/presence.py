@@ -6,13 +6,33 @@ from typing import Any, Protocol
 
 import attrs
 
-from memserve.actions import Action, Send
-from memserve.messages import ActorId, Load, Member, Message
+from memserve.actions import Action, Overslept, Send
+from memserve.messages import ActorId, Change, Load, Member, Message
+from memserve.scheduling.changes import changed
 
 HEARTBEAT_S = 1.0
 """Longest silence of a live actor."""
 CHANGE_S = 0.05
 """Least time between two reports, however fast the load changes."""
+
+OVERSLEPT_S = 2.5
+"""An actor takes a turn at least every HEARTBEAT_S; a longer gap means that it was stopped."""
+
+
+@attrs.define
+class Wakefulness:
+    """Tells an actor that it was stopped itself (SIGSTOP, a frozen container, Ctrl-Z and fg).
+
+    What others said meanwhile is still in its inbox, and they may have been stopped with it: it must not call them
+    silent before they had the time to speak.
+    """
+
+    _turn_at: float | None = None
+
+    def overslept(self, now: float) -> bool:
+        """Whether the turn at ``now`` comes far too late after the one before."""
+        before, self._turn_at = self._turn_at, now
+        return before is not None and now - before > OVERSLEPT_S
 
 
 def seed_id(scheduler: str) -> ActorId:
@@ -40,6 +60,14 @@ class Presence:
         """Enter a state (starting, ready, draining), on a shard if given, and report it."""
         self.member = attrs.evolve(self.member, state=state, shard=shard or self.member.shard)
         self.changed()
+
+    def change(self, change: Change) -> bool:
+        """Do what an operator wants, and report it; whether anything had to change."""
+        before, self.member = self.member, changed(self.member, change)
+        if self.member == before:
+            return False
+        self.changed()
+        return True
 
     def due(self, now: float) -> bool:
         """Whether a report should go out now."""
@@ -77,11 +105,12 @@ class Core(Protocol):
 
 @attrs.define
 class Reporting:
-    """Any core, with its heartbeats: a core like the one within."""
+    """Any core, with its heartbeats: a core like the one within, which is told when it was stopped."""
 
     core: Core
     presence: Presence
     _reports: list[Send] = attrs.field(factory=list, init=False)
+    _wakefulness: Wakefulness = attrs.field(factory=Wakefulness, init=False)
 
     def receive(self, sender: ActorId, message: Any, now: float) -> None:
         """Pass a message on."""
@@ -89,6 +118,8 @@ class Reporting:
 
     def advance(self, now: float) -> None:
         """Let time pass."""
+        if self._wakefulness.overslept(now):
+            self.core.receive(self.presence.member.id, Overslept(), now)
         self.core.advance(now)
         if self.presence.due(now):
             self._reports += self.presence.report(now, self.core.gauges())

@@ -18,6 +18,7 @@ from memserve.messages import (
     ActorId,
     Cancel,
     Cluster,
+    Finished,
     Gone,
     Load,
     Member,
@@ -29,16 +30,19 @@ from memserve.messages import (
     Submit,
 )
 from memserve.pool_messages import IndexDelta, IndexSnapshot
+from memserve.scheduling.fleet import Fleet
+from memserve.scheduling.global_tree import Match
 from memserve.scheduling.index_feed import IndexFeed
-from memserve.scheduling.membership import Membership, pairs
-from memserve.scheduling.policies import Policy
-from memserve.scheduling.presence import HEARTBEAT_S
+from memserve.scheduling.membership import Membership
+from memserve.scheduling.policies import Choice, Policy
+from memserve.scheduling.presence import HEARTBEAT_S, Wakefulness
+from memserve.scheduling.ttl_index import TtlIndex
 
 PLANS_REMEMBERED = 10_000
 """Plans kept to answer repeated Submits."""
 HELD_MAX = 1_024
 """Requests held while no worker is ready; beyond it they are rejected at once."""
-HELD_S = 20.0
+HELD_S = 60.0
 """Longest time a request is held so."""
 AGAIN_S = 5.0
 """How often everyone is sent the view again, in case a change was lost; less often in a large cluster."""
@@ -62,13 +66,15 @@ class SchedulerCore:
     me: Member
     policy_name: str
     policy: Policy
+    index: IndexFeed | TtlIndex = attrs.field(factory=IndexFeed)
     membership: Membership = attrs.field(factory=Membership, init=False)
-    index: IndexFeed = attrs.field(factory=IndexFeed, init=False)
+    fleet: Fleet = attrs.field(factory=Fleet, init=False)
     counters: dict[str, float] = attrs.field(factory=dict, init=False)
     _plans: OrderedDict[tuple[str, int], Planned] = attrs.field(factory=OrderedDict, init=False)
     _held: OrderedDict[tuple[str, int], Held] = attrs.field(factory=OrderedDict, init=False)
     _actions: list[Action] = attrs.field(factory=list, init=False)
     _publish_at: float = attrs.field(default=0.0, init=False)
+    _wakefulness: Wakefulness = attrs.field(factory=Wakefulness, init=False)
     _again_at: float = attrs.field(default=0.0, init=False)
 
     # ---- the five verbs -------------------------------------------------------------------------------------
@@ -81,6 +87,8 @@ class SchedulerCore:
 
     def advance(self, now: float) -> None:
         """Declare the silent dead, reject what was held too long, publish the view."""
+        if self._wakefulness.overslept(now):
+            self.membership.excuse(now)
         self._bury(self.membership.silent(now), "silent", now)
         for key, held in list(self._held.items()):
             if now >= held.until:
@@ -116,6 +124,7 @@ class SchedulerCore:
             "requests_held": float(len(self._held)),
             "index_events_total": float(index.events),
             "index_gaps_total": float(index.gaps),
+            "index_pages": float(sum(index.tree.pages.values())),
             **self.counters,
         }
 
@@ -137,25 +146,24 @@ class SchedulerCore:
 
     def _place(self, message: Submit, now: float) -> bool:
         request = message.request
-        candidates = pairs(self.membership.members.values())
-        if not candidates:
+        match = self.index.match(request.scope, request.tokens, now)
+        choice = self.policy.choose(self.fleet, request, match, now)
+        if choice is None:
             return False
-        chosen = self.policy.choose(candidates, request, now)
-        there = chosen.decode.shard if chosen.decode.shard != chosen.shard.id else ActorId("")
-        plan = Plan(chosen.prefill.id, chosen.decode.id, chosen.shard.id, self.me.id, there)
+        plan = Plan(
+            choice.prefill, choice.decode, choice.shard, self.me.id,
+            choice.decode_shard, choice.source, choice.source_tokens, choice.expected_tokens,
+        )  # fmt: skip
+        for shard in filter(None, (choice.shard, choice.decode_shard)):
+            self.index.placed(shard, request.scope, request.tokens, now)
         planned = Planned(request.id, request.attempt, plan)
         self._plans[request.id, request.attempt] = planned
         while len(self._plans) > PLANS_REMEMBERED:
             self._plans.popitem(last=False)
         self._actions += [Send(plan.prefill, Prefill(request, plan)), Send(request.frontend, planned)]
         self._count("requests_placed_total")
-        data = {
-            "request": request.id,
-            "attempt": request.attempt,
-            "prefill": plan.prefill,
-            "decode": plan.decode,
-        }
-        self._log("info", "request placed", **data, policy=self.policy_name, candidates=len(candidates))
+        data = {"request": request.id, "attempt": request.attempt, "policy": self.policy_name}
+        self._log("info", "request placed", **data, **_explained(choice, match))
         return True
 
     def _reject(self, message: Submit, text: str) -> None:
@@ -164,6 +172,9 @@ class SchedulerCore:
         self._actions.append(Send(request.frontend, answer))
         self._count("requests_rejected_total")
         self._log("warning", "request rejected", request=request.id, attempt=request.attempt, reason=text)
+
+    def _on_finished(self, sender: ActorId, message: Finished, now: float) -> None:
+        self.policy.learn(message.scope, message.output_tokens)
 
     def _on_cancel(self, sender: ActorId, message: Cancel, now: float) -> None:
         """From a Frontend that knows no plan yet; one that was made meanwhile is followed by the Cancel."""
@@ -187,6 +198,7 @@ class SchedulerCore:
             )  # it owns no pages; told that its requests were dropped, it repeats them
         joined = member.id not in self.membership.members
         changed, replaced = self.membership.hear(member, now)
+        self.fleet.heard(member, now)
         self._bury(replaced, "replaced", now)
         if joined:
             self._log(
@@ -203,7 +215,7 @@ class SchedulerCore:
         self._actions += self.index.delta(sender, message, now)
 
     def _on_index_snapshot(self, sender: ActorId, message: IndexSnapshot, now: float) -> None:
-        self.index.snapshot(sender, message)
+        self._actions += self.index.snapshot(sender, message, now)
 
     def _place_held(self, now: float) -> None:
         for key, held in list(self._held.items()):
@@ -222,6 +234,7 @@ class SchedulerCore:
         for one in gone:
             self._log("warning", "member gone", member=one, reason=reason)
             self.policy.forget(one)
+            self.fleet.forget(one)
             self.index.forget(one)
         frontends = {one.id for one in known if one is not None and one.kind == "Frontend"}
         for key, held in list(self._held.items()):
@@ -262,9 +275,33 @@ class SchedulerCore:
         self._actions.append(Log(level, event, data))
 
 
+def _explained(choice: Choice, match: Match) -> dict[str, object]:
+    """Why: what else there was, and whether a cached prefix was used, left where it is, or not there at all."""
+    used = max(choice.expected_tokens, choice.source_tokens)
+    if not match.tokens:
+        reuse = "nothing cached"
+    elif used < match.tokens:
+        reuse = "routed away"
+    else:
+        reuse = "fetched" if choice.source else "cached"
+    said: dict[str, object] = {
+        "prefill": choice.prefill,
+        "decode": choice.decode,
+        "reuse": reuse,
+        "expected_tokens": choice.expected_tokens,
+        "best_tokens": match.tokens,
+    }
+    if choice.source:
+        said |= {"source": choice.source, "source_tokens": choice.source_tokens}
+    if choice.candidates:
+        said |= {"predicted_ttft_ms": choice.seconds * 1e3, "candidates": choice.candidates}
+    return said
+
+
 _HANDLERS: dict[type[Any], Callable[[SchedulerCore, ActorId, Any, float], None]] = {
     Submit: SchedulerCore._on_submit,
     Cancel: SchedulerCore._on_cancel,
+    Finished: SchedulerCore._on_finished,
     Load: SchedulerCore._on_load,
     Died: SchedulerCore._on_died,
     IndexDelta: SchedulerCore._on_index_delta,

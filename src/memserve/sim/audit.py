@@ -9,10 +9,14 @@ import attrs
 from memserve.engine.worker import WorkerCore
 from memserve.journal import FrontendCore
 from memserve.mempool.shard import ShardCore
+from memserve.messages import ActorId
+from memserve.scheduling.global_tree import GlobalTree
+from memserve.scheduling.index_feed import IndexFeed
 from memserve.scheduling.scheduler import SchedulerCore
 from memserve.sim.clients import Clients
 from memserve.sim.cluster import Cluster
 from memserve.sim.world import Actor, Violation
+from memserve.tokens import count
 
 SETTLE_S = 30.0
 """How long after the last request pools may take to be idle and schedulers to know the index: leases of the dead end by then."""
@@ -68,7 +72,8 @@ class Audit:
                 if not isinstance(core, ShardCore) or not core.pool.tree.pages_total:
                     continue
                 id = self.cluster.world.actors[shard].id
-                if not scheduler.index.is_whole(id):
+                index = scheduler.index
+                if not isinstance(index, IndexFeed) or not index.is_whole(id) or wrong(index.tree, id, core):
                     return f"{name} does not know the index of {id}"
         return ""
 
@@ -88,6 +93,18 @@ class Audit:
         for name, core in self.cluster.cores.items():
             if hasattr(core, "check"):
                 self._check(world.actors[name], core)
+
+
+def wrong(tree: GlobalTree, id: ActorId, shard: ShardCore) -> bool:
+    """Whether a scheduler's tree differs from what a shard holds: in a prompt, or in how many pages there are."""
+    truth = shard.pool.tree
+    for scope, root in truth.roots.items():
+        for node in root.walk():
+            if not node.children and node is not root:
+                tokens = b"".join(reversed([one.key for one in node.path()]))
+                if tree.match(scope, tokens).held(id).tokens != count(tokens):
+                    return True
+    return tree.pages.get(id, 0) != truth.pages_total
 
 
 def _trouble(core: object) -> str:

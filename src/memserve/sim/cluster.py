@@ -18,9 +18,11 @@ from memserve.mempool.room import Capacity
 from memserve.mempool.shard import ShardCore
 from memserve.messages import ActorId, Member
 from memserve.scheduling.cost_model import CostModel
+from memserve.scheduling.global_tree import GlobalTree
+from memserve.scheduling.index_feed import IndexFeed
 from memserve.scheduling.joining import JoiningCore
-from memserve.scheduling.policies import POLICIES
 from memserve.scheduling.presence import Presence, Reporting, seed_id
+from memserve.scheduling.pricing import POLICIES, Cost
 from memserve.scheduling.scheduler import SchedulerCore
 from memserve.sim.engines import DrawEngine, Engine, PageEngine, shape
 from memserve.sim.layout import RETIRE, Layout, ShardPlan, Times, WorkerPlan
@@ -142,7 +144,9 @@ class Cluster:
     def _start_scheduler(self, name: str) -> None:
         id = self._id(name)
         me = Member(id, "GlobalScheduler", f"sim://{id}", self._incarnations, "ready")
-        core = self.cores[name] = SchedulerCore(me, self.layout.policy, POLICIES[self.layout.policy]())
+        kind, index = self.layout.policy, IndexFeed(GlobalTree(self.layout.page_tokens))
+        policy = Cost(self.layout.weights) if kind == "cost" else POLICIES[kind]()
+        core = self.cores[name] = SchedulerCore(me, self.layout.policy, policy, index)
         self._ready_at[id] = self.world.now
         self.world.start(Actor(id, me.kind, core))
 
@@ -248,6 +252,8 @@ class Cluster:
         settings = WorkerSettings(limits, layout.page_tokens, layout.max_context, RETIRE[layout.caching])
         core = self.cores[actor.name] = WorkerCore(presence, shard, settings)
         presence.also = (shard,)
+        steps = attrs.evolve(self.costs.steps, chunk_tokens=layout.chunk_tokens)
+        presence.member = attrs.evolve(presence.member, costs=steps)
         presence.become("ready", shard=shard)
         actor.core = Reporting(core, presence)
         engine = self._engine(shard)

@@ -58,7 +58,7 @@ def small_layout(rng: random.Random) -> Layout:
         workers=workers,
         frontends=rng.choice((1, 1, 2)),
         schedulers=rng.choice((1, 1, 2)),
-        policy=rng.choice(("least_load", "round_robin")),
+        policy=rng.choice(("cost", "cost", "longest_prefix", "session", "least_load", "round_robin")),
         caching=rng.choice(("3", "3", "1", "off")),
         page_tokens=4,
         chunk_tokens=rng.choice((3, 16, 64)),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import attrs
 
+from memserve.scheduling.pricing import Weights
+
 RETIRE = {"off": "none", "1": "prompt", "2": "all", "3": "all"}
 """Which pages each caching mode gives to the index, as for real workers."""
 
@@ -37,7 +39,7 @@ class Layout:
     workers: tuple[WorkerPlan, ...]
     frontends: int = 1
     schedulers: int = 1
-    policy: str = "least_load"
+    policy: str = "cost"
     caching: str = "3"
     """off, 1, 2 or 3."""
     page_tokens: int = 16
@@ -46,6 +48,8 @@ class Layout:
     chunk_tokens: int = 512
     rows: int = 256
     max_context: int = 1 << 20
+    weights: Weights = Weights()
+    """Of the policy ``cost``."""
     lease_s: float = 10.0
     requests_max: int = 100_000
     """Open at once in one Frontend."""

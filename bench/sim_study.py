@@ -1,0 +1,305 @@
+"""Policies and layouts in the simulator: the paper's scheduler experiment, a trace on up to a thousand instances, and the
+adaptive policy against the best fixed layout at every load. Writes docs/measurements/<date>-simulator.md and plots.
+
+Everything is seeded: the same commit gives the same figures on any machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from memserve.scheduling.pricing import Weights
+from memserve.sim.layout import Layout, ShardPlan, WorkerPlan, fixed
+from memserve.sim.report import Report
+from memserve.sim.run import Run, simulate
+from memserve.sim.workloads import generated, one_pool_bound, read_trace, shared_documents
+from notes import Note, table
+
+SEEDS = (1, 2, 3)
+POLICIES = ("round_robin", "least_load", "session", "longest_prefix", "cost")
+
+
+# ---- 1: the paper's scheduler experiment ---------------------------------------------------------------------
+
+SHARES = (1, 2, 3)
+PAGES_EACH = 2_500
+"""40,000 tokens of KV on each instance: about twenty documents."""
+
+
+def three_prefills(policy: str) -> Layout:
+    """Three prefill instances, each with a pool and a decode instance of its own."""
+    return Layout(
+        name="3P3D",
+        policy=policy,
+        shards=tuple(ShardPlan(f"s{i}", PAGES_EACH) for i in range(3)),
+        workers=tuple(
+            WorkerPlan(f"{role[0]}{i}", role, f"s{i}") for i in range(3) for role in ("prefill", "decode")
+        ),
+    )
+
+
+def scheduler_run(policy: str, share: int, rate: float, seed: int) -> Run:
+    """80 LooGLE-like sessions of which ``share`` ask about the same document; ``rate`` sessions a second."""
+    sessions = tuple(shared_documents(sessions=80, share=share, rate=rate, seed=seed))
+    return Run(layout=three_prefills(policy), sessions=sessions, seed=seed)
+
+
+RATES = (12.0, 25.0)
+"""Sessions a second: prefill instances busy for a third, and for two thirds of the time."""
+
+
+def scheduler_part(map_runs: Callable[..., list[Report]], note: Note) -> str:
+    """TTFT by policy and share ratio: the mean over seeds of each run's percentiles."""
+    cases = [
+        (policy, share, rate, seed)
+        for policy in POLICIES
+        for share in SHARES
+        for rate in RATES
+        for seed in SEEDS
+    ]
+    found = dict(zip(cases, map_runs([scheduler_run(*one) for one in cases]), strict=True))
+    parts = [
+        "## The paper's scheduler experiment",
+        f"80 LooGLE-like sessions (about 240 requests, documents of 1,700 tokens) on three prefill instances, each with a pool of "
+        f"{PAGES_EACH * 16:,} tokens and a decode instance of its own (the paper has one decode instance for all; requests do not "
+        f"change their shard here). Mean over {len(SEEDS)} seeds. The paper's own gain is 59 % of P99 against session at share ratio 3.",
+    ]
+    for rate in RATES:
+        rows, p99s = [], {}
+        for policy in POLICIES:
+            by_share = [[found[policy, share, rate, seed] for seed in SEEDS] for share in SHARES]
+            p50 = [mean(one.ttft_s.p50 for one in runs) for runs in by_share]
+            p99 = p99s[policy] = [mean(one.ttft_s.p99 for one in runs) for runs in by_share]
+            hits = [mean(one.hit_share for one in runs) for runs in by_share]
+            cells = zip(p50, p99, hits, strict=True)
+            rows.append([policy, *(f"{a * 1e3:.1f}; {b * 1e3:.1f}; {c:.0%}" for a, b, c in cells)])
+            plt.plot(SHARES, [one * 1e3 for one in p99], marker="o", label=policy)
+        plot = note.plot(f"scheduler-{rate:g}")
+        save(plot, "sessions that share a document", "P99 time to first token, ms", xticks=SHARES)
+        head = (
+            f"{rate:g} sessions/s: P50; P99 of TTFT, ms; hit share",
+            *(f"share ratio {one}" for one in SHARES),
+        )
+        parts += [table(head, rows), gains(p99s), image(plot)]
+    return "\n\n".join(parts)
+
+
+def gains(p99s: dict[str, list[float]]) -> str:
+    """What `cost` saves of the others' P99."""
+    said = [
+        f"{1 - p99s['cost'][i] / p99s[other][i]:.0%} against {other} at share ratio {share}"
+        for i, share in enumerate(SHARES)
+        for other in ("round_robin", "session")
+    ]
+    return f"`cost` saves of the P99: {', '.join(said)}."
+
+
+# ---- 2: a trace on many instances ----------------------------------------------------------------------------
+
+INSTANCES = ((4, 8.0), (16, 32.0), (64, 64.0), (256, 64.0), (1000, 64.0))
+"""Instances, and how many times faster than it says the trace arrives."""
+
+
+def trace_part(trace: Path, map_runs: Callable[..., list[Report]], note: Note) -> str:
+    """Hit share against one pool's, and how even the load is."""
+    bound: float | None = None
+    rows = []
+    for instances, speed in INSTANCES:
+        sessions = tuple(read_trace(trace, block_tokens=16, speed=speed))
+        if bound is None:
+            found, total = one_pool_bound(sessions, 16)
+            bound = found / total
+        policies = ("cost", "least_load") if instances <= 64 else ("cost",)
+        for policy in policies:
+            layout = fixed("colocated", instances, pages=30_000 if instances <= 16 else 8_000, policy=policy)
+            began = time.perf_counter()
+            one = map_runs([Run(layout=layout, sessions=sessions)])[0]
+            wall = time.perf_counter() - began
+            rows.append(
+                [str(instances), policy, f"{speed:g}x", f"{one.hit_share:.1%}", f"{one.hit_share / bound:.0%}", f"{one.imbalance:.2f}",
+                 f"{one.ttft_s.p50 * 1e3:.0f}; {one.ttft_s.p99 * 1e3:.0f}", f"{one.events:,}", f"{wall:.0f}"]
+            )  # fmt: skip
+    head = (
+        "instances",
+        "policy",
+        "speed",
+        "hit share",
+        "of one pool's",
+        "imbalance",
+        "TTFT P50; P99, ms",
+        "events",
+        "wall s",
+    )
+    text = (
+        f"`{trace.name}` with blocks of 16 tokens, so 1/32 of its lengths; every instance runs prompts and streams on a pool of its own. One pool "
+        f"without limits, one request after another, would find {bound or 0:.1%}. The trace arrives as many times faster as there are more instances, "
+        "up to 64 times; beyond 64 instances the load of each falls. Imbalance: the busiest instance's time in steps over the mean."
+    )
+    return "\n\n".join(("## A trace on many instances", text, table(head, rows)))
+
+
+# ---- 3: one adaptive policy against the best fixed layout ----------------------------------------------------
+
+LOADS: dict[str, tuple[float, ...]] = {"sharegpt": (4, 40), "loogle": (10, 100), "react": (6, 60)}
+"""Requests a second over all four instances."""
+METRICS = ("mean JCT", "P99 JCT", "P99 TPOT", "mean TTFT")
+FIXED = (
+    *((kind, "cost", "3") for kind in ("1P3D", "2P2D", "3P1D")),
+    ("colocated", "least_load", "3"),
+    ("colocated", "least_load", "off"),
+    ("2P2D", "least_load", "off"),
+)
+POOL_PAGES = 3_000
+"""A fourth of the pool that the four instances share: 192,000 tokens in all."""
+
+
+def layout_run(kind: str, policy: str, caching: str, workload: str, rate: float, requests: int) -> Run:
+    """One layout of four instances under bursts, each instance up to a fifth faster or slower than the scheduler is told."""
+    sessions = tuple(generated(workload, rate=rate, requests=requests, seed=1, burst=3.0))
+    layout = fixed(
+        kind,
+        4,
+        pages=POOL_PAGES,
+        shared=True,
+        policy=policy,
+        caching=caching,
+        weights=WEIGHTS,
+        page_bytes=16 * 820_000,
+    )
+    return Run(layout=layout, sessions=sessions, seed=1, error=0.2, warm=0.1)
+
+
+WEIGHTS = Weights()
+
+
+def measures(one: Report) -> tuple[float, ...]:
+    """In METRICS' order. Seconds."""
+    return one.jct_s.mean, one.jct_s.p99, one.tpot_s.p99, one.ttft_s.mean
+
+
+def layouts_part(map_runs: Callable[..., list[Report]], note: Note, requests: int) -> str:
+    """Ratios of the adaptive policy to the best fixed layout, metric by metric."""
+    places = [(workload, rate) for workload, rates in LOADS.items() for rate in rates]
+    kinds = (("colocated", "cost", "3"), *FIXED)
+    cases = [(*kind, *place, requests) for place in places for kind in kinds]
+    found = dict(zip(cases, map_runs([layout_run(*one) for one in cases]), strict=True))
+    rows, ratios = [], {}
+    for place in places:
+        ours = measures(found[*kinds[0], *place, requests])
+        others = {kind: measures(found[*kind, *place, requests]) for kind in FIXED}
+        best = [min((values[i], kind) for kind, values in others.items()) for i in range(len(METRICS))]
+        ratios[place] = [mine / theirs[0] for mine, theirs in zip(ours, best, strict=True)]
+        cells = [
+            f"**{ratio:.2f}** ({mine * 1e3:.1f} ms; {label(kind)} {value * 1e3:.1f})"
+            for ratio, mine, (value, kind) in zip(ratios[place], ours, best, strict=True)
+        ]
+        rows.append([place[0], f"{place[1]:g}", *cells])
+    plot_ratios(ratios, note)
+    text = (
+        f"Four equal instances on one pool of {4 * POOL_PAGES * 16:,} tokens, {requests} requests a run, bursts of three times the calm rate, every "
+        "instance up to 20 % faster or slower than the scheduler is told. *Adaptive*: every instance may prefill and decode, `cost` decides for each "
+        "request. *Fixed*: colocated (`least_load`), 1P3D, 2P2D and 3P1D (`cost` within the roles) with caching, colocated and 2P2D (`least_load`) without; 1P1D is "
+        "2P2D here, for equal instances. Each cell: adaptive / best fixed for that metric (adaptive; which one and its value)."
+    )
+    head = ("workload", "req/s", *METRICS)
+    worst = ", ".join(
+        f"{name} {max(one[i] for one in ratios.values()):.2f}" for i, name in enumerate(METRICS)
+    )
+    return "\n\n".join(
+        (
+            "## Adaptive against the best fixed layout",
+            text,
+            table(head, rows),
+            f"Worst ratios: {worst}.",
+            image(note.plot("layouts")),
+        )
+    )
+
+
+def label(kind: tuple[str, str, str]) -> str:
+    """A fixed layout in a word or two."""
+    name, policy, caching = kind
+    return " ".join(
+        [
+            name,
+            *([policy] if name != "colocated" and policy == "cost" else []),
+            *(["uncached"] if caching == "off" else []),
+        ]
+    )
+
+
+def plot_ratios(ratios: dict[tuple[str, float], list[float]], note: Note) -> None:
+    """One line a metric over workloads and loads."""
+    names = [f"{workload}\n{rate:g}/s" for workload, rate in ratios]
+    plt.figure(figsize=(8, 4))
+    for i, metric in enumerate(METRICS):
+        plt.plot(names, [one[i] for one in ratios.values()], marker="o", label=metric)
+    plt.axhline(1.0, color="grey", linewidth=1)
+    save(note.plot("layouts"), "", "adaptive / best fixed layout")
+
+
+# ---- the note ------------------------------------------------------------------------------------------------
+
+
+def mean(values: Iterable[float]) -> float:
+    """Of at least one."""
+    found = list(values)
+    return math.fsum(found) / len(found)
+
+
+def save(path: Path, xlabel: str, ylabel: str, xticks: Sequence[float] = ()) -> None:
+    """Finish a plot."""
+    plt.xlabel(xlabel)
+    plt.ylabel(ylabel)
+    if xticks:
+        plt.xticks(list(xticks))
+    plt.ylim(bottom=0)
+    plt.legend()
+    plt.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plt.savefig(path)
+    plt.close()
+
+
+def image(path: Path) -> str:
+    """A plot in the note."""
+    return f"![{path.stem}]({path.name})"
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run the parts that are asked for, and write the note."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--trace", type=Path, help="a Mooncake-format trace; without it that part is left out"
+    )
+    parser.add_argument("--requests", type=int, default=80, help="requests of each run of the third part")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--name", default="simulator", help="of the note")
+    asked = parser.parse_args(words)
+    note = Note(asked.name)
+    with ProcessPoolExecutor(asked.jobs) as pool:
+
+        def map_runs(runs: list[Run]) -> list[Any]:
+            return list(pool.map(simulate, runs))
+
+        parts = [scheduler_part(map_runs, note)]
+        if asked.trace is not None:
+            parts.append(trace_part(asked.trace, map_runs, note))
+        parts.append(layouts_part(map_runs, note, asked.requests))
+    command = f'make bench-sim ARGS="{"--trace " + asked.trace.name if asked.trace else ""}"'
+    print(note.write("Policies and layouts in the simulator", command, *parts))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""What an operator sends: the bodies of POST /cluster/{worker}."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+from starlette.requests import Request
+
+from memserve.api.errors import ApiError
+from memserve.messages import Change
+
+
+class ChangeBody(msgspec.Struct, forbid_unknown_fields=True):
+    """``{"role": "prefill"}``, or ``{"drain": true}``."""
+
+    role: Literal["prefill", "decode", "both"] | None = None
+    drain: bool = False
+
+
+async def read_change(request: Request) -> Change:
+    """The change in a request's body. Raises ApiError (400, 415).
+
+    Only application/json is taken: a page in somebody's browser cannot send that to another origin unasked.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise ApiError("Send Content-Type: application/json", None, 415, "unsupported_media_type")
+    try:
+        body = msgspec.json.decode(await request.body(), type=ChangeBody)
+    except msgspec.DecodeError as error:
+        message = f'The body must be {{"role": "prefill" | "decode" | "both"}} or {{"drain": true}}: {error}'
+        raise ApiError(message) from error
+    if (body.role is not None) == body.drain:
+        raise ApiError("Give either role, or drain as true", "role")
+    return Change(body.role or "", body.drain)

@@ -1,0 +1,139 @@
+"""What an engine's steps cost, measured at a worker's start within a few seconds, and remembered on disk.
+
+A measurement is known by everything that it depends on: the model's weights, dtype, the engine, its threads, the machine.
+Workers of one host measure one after another, so that none takes the cores of another; those with the same answer
+then find it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+
+from memserve.costs import StepCosts
+from memserve.engine.batching import ALONE
+from memserve.scheduling.cost_fit import Rows, Sample, fit_steps
+
+BUDGET_S = 3.0
+"""Measuring ends about then, with fewer sizes on a slow machine."""
+REPEATS = 2
+"""The least of so many is taken of what is short: noise only ever adds."""
+SHORT_S = 0.15
+ROUGH_S = 600.0
+"""What was measured on fewer cores than a worker may have serves so long: the workers of one start need not all measure."""
+VERSION = 2
+"""Of what is measured and how."""
+
+TimeStep = Callable[[Rows], tuple[float, int]]
+"""Runs a step of such rows; seconds, and the threads it had."""
+
+
+def cases(chunk_tokens: int, rows: int, context: int) -> list[Rows]:
+    """Steps to measure, the cheap ones first. ``context``: the longest worth asking for."""
+    streams = [count for count in (1, 2, 4, 8, 16, 32, 64) if count <= rows]
+    most = ALONE * chunk_tokens
+    chunks = [tokens for tokens in (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048) if tokens < most]
+    far = context - 1
+    found: list[Rows] = [((1, before),) * count for count in streams for before in (16, far)]
+    found += [((1, far // 4),) * min(8, rows)]
+    found += [((tokens, 0),) for tokens in [*chunks, most] if tokens <= context]
+    found += [((tokens, context - tokens),) for tokens in (16, 64, min(256, most)) if tokens < context]
+    found += [((min(64, chunk_tokens), far // 2 - 64), *((1, far // 4),) * count) for count in streams[1:5]]
+    return [one for one in found if all(new + before <= context and before >= 0 for new, before in one)]
+
+
+def measure(
+    run: TimeStep, chunk_tokens: int, rows: int, context: int, token_bytes: int
+) -> tuple[StepCosts, int]:
+    """Calibrate an engine: its figures, and the fewest threads that a step of it had.
+
+    Sizes that cost more than the budget allows are left out; beyond the largest measured, costs go on in a line.
+    """
+    began = time.monotonic()
+    samples: list[Sample] = []
+    fewest = 1 << 30
+    per_token = 0.0
+    always: list[Rows] = [
+        ((1, 16),),
+        ((min(16, context), 0),),
+    ]  # two sizes make a line, however slow the engine
+    others = sorted(cases(chunk_tokens, rows, context), key=lambda one: sum(new for new, _ in one))
+    for case in always + others:
+        tokens = sum(new for new, _ in case)
+        left = BUDGET_S - (time.monotonic() - began)
+        if len(samples) >= len(always) and per_token * tokens > left:
+            break
+        best = float("inf")
+        for _ in range(REPEATS):
+            seconds, threads = run(case)
+            best, fewest = min(best, seconds), min(fewest, threads)
+            if seconds > SHORT_S:
+                break
+        samples.append(Sample(case, best))
+        per_token = best / tokens
+    most = max(sum(new for new, _ in one.rows) for one in samples)
+    knots = [float(one) for one in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048) if one < most]
+    knots.append(float(most))
+    samples *= -(-(len(knots) + 3) // len(samples))  # an engine of few sizes: as many equations as unknowns
+    return fit_steps(samples, knots, chunk_tokens, token_bytes), fewest
+
+
+def calibrated(
+    cache_dir: Path, name: dict[str, object], measuring: Callable[[], tuple[StepCosts, int]], threads: int
+) -> StepCosts:
+    """What is remembered under ``name``, or else measured now; remembered for good if it had all of its ``threads``."""
+    told = {"version": VERSION, "machine": machine(), "threads": threads, **name}
+    key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+    path = cache_dir / f"costs-{key}.json"
+    rough = path.with_suffix(".rough")
+    with _alone(cache_dir):
+        known = _read(path) or _read(rough, younger_s=ROUGH_S)
+        if known is not None:
+            return known
+        costs, fewest = measuring()
+        _write(path if fewest >= threads else rough, msgspec.json.encode(costs))
+        return costs
+
+
+def machine() -> str:
+    """What makes another machine's figures worthless here: its processor, with the instructions that it has."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    told = [line for line in dict.fromkeys(lines) if line.startswith(("model name", "flags", "Features"))]
+    return f"{platform.machine()} {os.cpu_count()} {' '.join(told)}"
+
+
+@contextmanager
+def _alone(cache_dir: Path) -> Iterator[None]:
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    with open(cache_dir / "costs.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _read(path: Path, younger_s: float = math.inf) -> StepCosts | None:
+    try:
+        if time.time() - path.stat().st_mtime > younger_s:
+            return None
+        return msgspec.json.decode(path.read_bytes(), type=StepCosts)
+    except (OSError, msgspec.MsgspecError):
+        return None
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Whole or not at all."""
+    part = path.with_suffix(f".{os.getpid()}")
+    part.write_bytes(data)
+    part.replace(path)

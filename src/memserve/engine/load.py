@@ -1,0 +1,63 @@
+"""How busy a worker is, as its heartbeats say it and schedulers price it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import attrs
+
+from memserve.costs import StepCosts
+from memserve.engine.plans import BatchPlan
+from memserve.engine.sequence import Phase, Sequence
+from memserve.messages import ActorId
+from memserve.scheduling.cost_fit import Drift
+from memserve.scheduling.cost_model import CostModel
+from memserve.tokens import count
+
+_TO_RUN = (Phase.WAITING, Phase.READY)
+"""Phases in which a prompt is still to be run here."""
+
+
+def load_of(live: Collection[Sequence], me: ActorId) -> dict[str, float]:
+    """Gauges of the sequences that worker ``me`` holds."""
+    phases = [one.phase for one in live]
+    prompts = [one for one in live if not (one.decoding or one.arriving) and one.phase in _TO_RUN]
+    kept = [one for one in live if one.plan.decode == me]
+    return {
+        "requests_running": float(phases.count(Phase.READY)),
+        "requests_waiting": float(phases.count(Phase.WAITING) + phases.count(Phase.ADOPTING)),
+        "requests_leaving": float(phases.count(Phase.LEAVING)),
+        "waiting_tokens": float(sum(one.length - one.computed for one in prompts)),
+        # Each token to run attends to all before it: the quadratic part of what waits.
+        "waiting_pairs": float(sum((one.length**2 - one.computed**2) // 2 for one in prompts)),
+        # Streams that are, or will be, continued here, whoever runs their prompt.
+        "decode_rows": float(len(kept)),
+        "context_tokens": float(sum(one.length for one in kept)),
+    }
+
+
+@attrs.define
+class StepWatch:
+    """Compares each step with what the worker's figures say: the scale in its heartbeats."""
+
+    drift: Drift = attrs.field(factory=Drift)
+    _model: CostModel | None = None
+    _predicted_s: float = 0.0
+    _began: float = 0.0
+
+    def began(self, costs: StepCosts | None, plan: BatchPlan, now: float) -> None:
+        """A step begins."""
+        if costs is None:
+            return
+        if self._model is None or self._model.steps is not costs:
+            self._model = CostModel(costs)
+        self._predicted_s = self._model.step_s([(count(row.tokens), row.start) for row in plan.rows])
+        self._began = now
+
+    def ended(self, now: float) -> None:
+        """And is over."""
+        self.drift.saw(self._predicted_s, now - self._began)
+
+    def gauges(self) -> dict[str, float]:
+        """1 is as measured at start."""
+        return {} if self._model is None else {"step_cost_scale": self.drift.scale}

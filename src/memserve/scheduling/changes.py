@@ -1,0 +1,59 @@
+"""Changes to a running worker, asked for by an operator: another role, or to drain and leave.
+
+A change is a state that is wanted, not an event: it may be sent any number of times, and it is in force when the
+scheduler's view of the cluster shows it. The worker alone changes; placements follow what it reports, and requests
+under way keep the plans they have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import attrs
+
+from memserve.errors import RequestFailed
+from memserve.messages import ActorId, Change, Member, actor_name
+from memserve.scheduling.membership import pairs
+
+ROLES = ("prefill", "decode", "both")
+
+
+def changed(member: Member, change: Change) -> Member:
+    """The worker as the change wants it; the member itself when that is so already."""
+    state = "draining" if change.drain else member.state
+    return attrs.evolve(member, role=change.role or member.role, state=state)
+
+
+def find_worker(name: str, change: Change, members: Iterable[Member]) -> Member:
+    """The worker that a change is about.
+
+    Raises RequestFailed: 404 ``worker_not_found``, 409 ``worker_not_ready``, or 409 ``no_pair_left`` when nobody
+    could prefill or decode afterwards.
+    """
+    everyone = list(members)
+    workers = {actor_name(one.id): one for one in everyone if one.role}
+    worker = workers.get(name)
+    if worker is None:
+        known = ", ".join(sorted(workers)) or "none"
+        raise RequestFailed(
+            "worker_not_found", f"no worker is called {name[:100]!r}; there are: {known}", 404
+        )
+    wanted = changed(worker, change)
+    if wanted == worker:
+        return worker
+    if worker.state != "ready":
+        text = f"{name} is {worker.state}; only a ready worker can be changed, try again when it is"
+        raise RequestFailed("worker_not_ready", text, 409, retry_after_s=1.0)
+    if pairs(everyone) and not pairs([wanted if one is worker else one for one in everyone]):
+        text = (
+            f"without {name} as {worker.role}, no worker could prefill, or none decode, on a common shard; change"
+            " or add another worker first"
+        )
+        raise RequestFailed("no_pair_left", text, 409)
+    return worker
+
+
+def in_force(worker: ActorId, change: Change, members: Iterable[Member]) -> bool:
+    """Whether the view shows the change. One that drained and left has done what was asked."""
+    found = next((one for one in members if one.id == worker), None)
+    return change.drain if found is None else changed(found, change) == found

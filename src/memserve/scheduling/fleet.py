@@ -1,0 +1,211 @@
+"""What a scheduler believes of each worker: its last report, and what was placed on it since, as queues and prices.
+
+Reports lag. Without what was placed since, a burst would land on one worker; so a placement counts on top of a worker's
+reports until one has come that surely includes it.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterable
+from itertools import chain
+
+import attrs
+
+from memserve.costs import StepCosts
+from memserve.messages import ActorId, Member
+from memserve.scheduling.cost_model import CostModel
+from memserve.scheduling.membership import DECODES, PREFILLS
+
+SURE_S = 0.1
+"""After so long a report includes a placement: workers report a change within 50 ms."""
+UNKNOWN = StepCosts(((1.0, 0.02), (32.0, 0.03), (256.0, 0.15)), row_s=1e-4, read_s=5e-7, pair_s=2e-7)
+"""Of a worker that has measured nothing: some small machine. Its measured scale corrects the worst of it."""
+
+
+@attrs.define
+class Placed:
+    """What one placement adds to a worker until its reports include it."""
+
+    sure_at: float
+    tokens: float = 0.0
+    """Prompt tokens to run."""
+    pairs: float = 0.0
+    """See :class:`~memserve.costs.StepCosts`."""
+    rows: int = 0
+    context: float = 0.0
+
+
+@attrs.define(eq=False)
+class Worker:
+    """One worker, as it stands by its report and by what was placed since."""
+
+    member: Member
+    model: CostModel
+    tokens: float = 0.0
+    pairs: float = 0.0
+    rows: float = 0.0
+    context: float = 0.0
+    queue_until: float = 0.0
+    """When the prompts it has are run."""
+    step_s: float = 0.0
+    """Of its streams alone."""
+    used_at: float = 0.0
+    """The last placement: of equals, the one that waited longest is next."""
+    since: list[Placed] = attrs.field(factory=list)
+
+    def heard(self, member: Member, now: float) -> None:
+        """Take a report in."""
+        load = member.load
+        if member.costs is not None and member.costs != self.member.costs:
+            self.model = CostModel(member.costs)
+        self.model.scale = load.get("step_cost_scale", 1.0)
+        self.member = member
+        self.since = [one for one in self.since if one.sure_at > now]
+        self.tokens = load.get("waiting_tokens", 0.0) + sum(one.tokens for one in self.since)
+        self.pairs = load.get("waiting_pairs", 0.0) + sum(one.pairs for one in self.since)
+        self.rows = load.get("decode_rows", 0.0) + sum(one.rows for one in self.since)
+        self.context = load.get("context_tokens", 0.0) + sum(one.context for one in self.since)
+        self._settle(now)
+
+    def placed(self, one: Placed, now: float) -> None:
+        """Count a placement on top of the report."""
+        self.since.append(one)
+        self.used_at = now
+        self.tokens += one.tokens
+        self.pairs += one.pairs
+        self.rows += one.rows
+        self.context += one.context
+        self._settle(now, added=one)
+
+    def queue_s(self, now: float) -> float:
+        """Seconds until a prompt placed now would begin to run."""
+        return max(0.0, self.queue_until - now)
+
+    def _settle(self, now: float, added: Placed | None = None) -> None:
+        self.step_s = self.model.decode_s(self.rows, self.context)
+        if added is None:
+            self.queue_until = now + self.model.queue_s(self.tokens, self.pairs, self.rows, self.context)
+        elif added.tokens:
+            seconds = self.model.queue_s(added.tokens, added.pairs, self.rows, self.context)
+            self.queue_until = max(now, self.queue_until) + seconds
+
+
+@attrs.define
+class Ranking:
+    """Workers in order of a figure that changes."""
+
+    keys: list[tuple[float, float, ActorId]] = attrs.field(factory=list)
+    _key: dict[ActorId, tuple[float, float, ActorId]] = attrs.field(factory=dict)
+
+    def put(self, worker: ActorId, figure: float, used_at: float) -> None:
+        """Place ``worker`` anew; of equal figures, the one that was used longest ago is first."""
+        key = (figure, used_at, worker)
+        if len(self.keys) == 1 and worker in self._key:
+            self.keys[0] = self._key[worker] = key
+        elif self._key.get(worker) != key:
+            self.drop(worker)
+            self._key[worker] = key
+            insort(self.keys, key)
+
+    def drop(self, worker: ActorId) -> None:
+        """Forget one."""
+        key = self._key.pop(worker, None)
+        if key is not None:
+            del self.keys[bisect_left(self.keys, key)]
+
+    def first(self, limit: int) -> list[ActorId]:
+        """The best few."""
+        return [worker for _, _, worker in self.keys[:limit]]
+
+
+@attrs.define
+class Side:
+    """Those that may prefill, or those that may decode: all, and by shard."""
+
+    roles: tuple[str, ...]
+    every: Ranking = attrs.field(factory=Ranking)
+    of_shard: dict[ActorId, Ranking] = attrs.field(factory=dict)
+
+    def put(self, member: Member, figure: float, used_at: float) -> None:
+        """Rank a worker, if its role is this side's."""
+        if member.role in self.roles:
+            self.every.put(member.id, figure, used_at)
+            shard = self.of_shard.get(member.shard)
+            if shard is None:
+                shard = self.of_shard[member.shard] = Ranking()
+            shard.put(member.id, figure, used_at)
+
+    def drop(self, member: Member) -> None:
+        """Forget a worker."""
+        self.every.drop(member.id)
+        shard = self.of_shard.get(member.shard)
+        if shard is not None:
+            shard.drop(member.id)
+            if not shard.keys:
+                del self.of_shard[member.shard]
+
+
+@attrs.define
+class Fleet:
+    """All workers that can take requests now, ranked by what a request would wait for."""
+
+    workers: dict[ActorId, Worker] = attrs.field(factory=dict)
+    prefills: Side = attrs.field(factory=lambda: Side(PREFILLS))
+    decodes: Side = attrs.field(factory=lambda: Side(DECODES))
+    shards: dict[ActorId, Member] = attrs.field(factory=dict)
+    """Those that are ready."""
+
+    def members(self) -> Iterable[Member]:
+        """The last reports of all of them, shards included."""
+        return chain(self.shards.values(), (one.member for one in self.workers.values()))
+
+    def heard(self, member: Member, now: float) -> None:
+        """Take a heartbeat in. A worker counts while it is ready; its shard is looked at when a pair is made."""
+        if member.kind == "MemPoolShard":
+            if member.state == "ready":
+                self.shards[member.id] = member
+            else:
+                self.shards.pop(member.id, None)
+        elif member.role:
+            known = self.workers.get(member.id)
+            if known is not None and (known.member.role, known.member.shard) != (member.role, member.shard):
+                self._unrank(known.member)
+            if member.state != "ready":
+                self.forget(member.id)
+                return
+            if known is None:
+                known = self.workers[member.id] = Worker(member, _costs(member))
+            known.heard(member, now)
+            self._rank(known, now)
+
+    def placed(self, worker: ActorId, one: Placed, now: float) -> None:
+        """Count a placement."""
+        known = self.workers.get(worker)
+        if known is not None:
+            known.placed(one, now)
+            self._rank(known, now)
+
+    def forget(self, actor: ActorId) -> None:
+        """An actor is gone."""
+        self.shards.pop(actor, None)
+        known = self.workers.pop(actor, None)
+        if known is not None:
+            self._unrank(known.member)
+
+    def _rank(self, one: Worker, now: float) -> None:
+        queue = one.queue_s(now)
+        self.prefills.put(one.member, round(queue + one.step_s, 3), one.used_at)
+        self.decodes.put(one.member, round(one.step_s + queue / 8, 3), one.used_at)
+
+    def _unrank(self, member: Member) -> None:
+        self.prefills.drop(member)
+        self.decodes.drop(member)
+
+
+def _costs(member: Member) -> CostModel:
+    """By its own figures; one whose figures make no sense is priced like one that sent none, not refused."""
+    try:
+        return CostModel(member.costs or UNKNOWN)
+    except ValueError:
+        return CostModel(UNKNOWN)

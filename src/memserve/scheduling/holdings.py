@@ -1,0 +1,129 @@
+"""One shard's index as its IndexEvents tell it, kept in the global tree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import attrs
+
+from memserve.messages import ActorId
+from memserve.pool_messages import IndexEvent
+from memserve.scheduling.global_tree import GlobalTree, Node
+
+
+class EventsDoNotFit(Exception):
+    """Events that cannot follow what was told before: something is missing, and only a snapshot can tell what."""
+
+
+@attrs.define(eq=False)
+class Entry:
+    """A run of pages that the shard's index keeps as one. It ends where ``end`` ends, and is ``size`` bytes long."""
+
+    end: Node
+    size: int
+
+
+@attrs.define
+class Holdings:
+    """The entries of one incarnation of a shard."""
+
+    shard: ActorId
+    tree: GlobalTree
+    entries: dict[int, Entry] = attrs.field(factory=dict, init=False)
+
+    def apply(self, events: Iterable[IndexEvent]) -> None:
+        """Take events in, in order. Raises EventsDoNotFit; what came before the misfit is in."""
+        for event in events:
+            try:
+                _APPLY[event.kind](self, event)
+            except KeyError as error:
+                raise EventsDoNotFit(f"{event.kind} of entry {event.entry}: {error} is not known") from error
+
+    def drop(self) -> None:
+        """The shard holds nothing any more."""
+        for number in reversed(list(self.entries)):
+            self._remove(self.entries.pop(number))
+
+    def _stored(self, event: IndexEvent) -> None:
+        size = len(event.tokens)
+        if not size or size % self.tree.width:
+            raise EventsDoNotFit(f"{size} bytes are no whole pages of {self.tree.page_tokens} tokens")
+        entry = self.entries.get(event.entry)
+        if entry is None:
+            start = self.entries[event.parent].end if event.parent else self.tree.root(event.scope)
+        else:
+            start = entry.end
+        held = self.tree.hold(start, event.tokens, self.shard, event.tier)
+        held[-1].ends += 1
+        if entry is None:
+            self.entries[event.entry] = Entry(held[-1], size)
+        else:
+            entry.end, entry.size = held[-1], entry.size + size
+            start.ends -= 1
+        for node in (start, *held):  # upper ones first, so that a run of equals becomes one
+            if node.parent is not None:
+                self.tree.tidy(node)
+
+    def _split(self, event: IndexEvent) -> None:
+        entry = self.entries[event.entry]
+        front = event.pages * self.tree.width
+        if not 0 < front < entry.size:
+            raise EventsDoNotFit(f"entry {event.entry} of {entry.size} bytes cannot be split at {front}")
+        entry.size -= front
+        end = self._above(entry)
+        end.ends += 1
+        self.entries[event.parent] = Entry(end, front)
+
+    def _moved(self, event: IndexEvent) -> None:
+        nodes = list(self._run(self.entries[event.entry]))
+        for node in nodes:
+            self.tree.mark(node, self.shard, event.tier)
+        self._tidy(nodes)
+
+    def _removed(self, event: IndexEvent) -> None:
+        self._remove(self.entries.pop(event.entry))
+
+    def _remove(self, entry: Entry) -> None:
+        nodes = list(self._run(entry))
+        above = nodes[-1].parent
+        entry.end.ends -= 1
+        for node in nodes:
+            self.tree.unmark(node, self.shard)
+        self._tidy(nodes)
+        if above is not None:
+            self.tree.tidy(above)
+
+    def _tidy(self, nodes: list[Node]) -> None:
+        for node in nodes:
+            self.tree.tidy(node)
+
+    def _above(self, entry: Entry) -> Node:
+        """The node that ends where ``entry`` begins; a node is split for it if need be."""
+        left, node = entry.size, entry.end
+        while left >= len(node.key):
+            left -= len(node.key)
+            if node.parent is None:
+                raise EventsDoNotFit("an entry longer than its prefix")
+            node = node.parent
+            if not left:
+                return node
+        return self.tree.split(node, len(node.key) - left)
+
+    def _run(self, entry: Entry) -> Iterator[Node]:
+        """The nodes of an entry, the last first."""
+        left, node = entry.size, entry.end
+        while left > 0:
+            yield node
+            left -= len(node.key)
+            if node.parent is None:
+                raise EventsDoNotFit("an entry longer than its prefix")
+            node = node.parent
+        assert left == 0, "an entry begins inside a node"
+
+
+_APPLY = {
+    "stored": Holdings._stored,
+    "split": Holdings._split,
+    "moved": Holdings._moved,
+    "removed": Holdings._removed,
+}

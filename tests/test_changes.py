@@ -1,0 +1,152 @@
+"""Workers that change while they run: another role, or drained; in the core, in virtual time, and as processes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import attrs
+import pytest
+import trio
+from trio.testing import MockClock
+
+from clusters import running
+from memory_cluster import baseline, generate, memory_cluster, reference
+from memserve.errors import RequestFailed
+from memserve.messages import ActorId, Change, Member, actor_name
+from memserve.scheduling.changes import find_worker, in_force
+
+SHARD = Member(ActorId("s0.1"), "MemPoolShard", "ipc://s", 1, "ready")
+DRAIN = Change(drain=True)
+
+
+def worker(name: str, role: str, state: str = "ready") -> Member:
+    """A worker on the shard."""
+    return Member(ActorId(f"{name}.1"), "DecodeWorker", "ipc://w", 1, state, role, SHARD.id)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "code"),
+    [
+        ("p9", DRAIN, "worker_not_found"),
+        ("s0", DRAIN, "worker_not_found"),
+        ("p1", DRAIN, "worker_not_ready"),
+        ("p0", DRAIN, "no_pair_left"),
+        ("p0", Change("decode"), "no_pair_left"),
+        ("d0", Change("prefill"), None),
+        ("p0", Change("both"), None),
+        ("p1", Change("prefill"), None),
+    ],
+)
+def test_what_may_be_changed(name, change, code):
+    """A typing error, or draining the last prefill worker, would stop the cluster."""
+    everyone = [SHARD, worker("p0", "prefill"), worker("p1", "prefill", "starting")]
+    everyone += [worker("d0", "decode"), worker("d1", "decode")]
+    if code is None:
+        assert find_worker(name, change, everyone).id == f"{name}.1"
+        return
+    with pytest.raises(RequestFailed) as caught:
+        find_worker(name, change, everyone)
+    assert caught.value.code == code
+
+
+def test_in_force():
+    """An operator would be told of a change that nobody places by yet, or wait for one for ever."""
+    before = worker("d0", "decode")
+    assert not in_force(before.id, Change("both"), [before])
+    assert in_force(before.id, Change("both"), [attrs.evolve(before, role="both")])
+    assert in_force(before.id, DRAIN, [attrs.evolve(before, state="draining")])
+    assert in_force(before.id, DRAIN, [])
+    assert not in_force(before.id, Change("both"), [])
+
+
+async def test_roles_change_under_load(autojump_clock: MockClock) -> None:
+    """A request would be lost, repeated or changed because the worker under it took another role."""
+    pd2 = (("p0", "prefill"), ("p1", "prefill"), ("d0", "decode"), ("d1", "decode"))
+    async with memory_cluster(*pd2) as (cluster, frontend):
+        results: dict[int, list[int]] = {}
+
+        async def one(i: int) -> None:
+            await trio.sleep(i * 0.02)
+            results[i] = await generate(frontend, [i + 5] * (20 + i), 30, seed=i)
+
+        async with trio.open_nursery() as nursery:
+            for i in range(40):
+                nursery.start_soon(one, i)
+            for name, role in (("d1", "prefill"), ("p1", "decode"), ("p0", "both"), ("d1", "both")):
+                await trio.sleep(0.15)
+                await frontend.change(name, Change(role))
+                assert {actor_name(one.id): one.role for one in frontend.cluster()}[name] == role
+        assert results == {i: reference([i + 5] * (20 + i), 30, seed=i) for i in range(40)}
+        assert cluster.actors["frontend-0"].core.counters.get("resubmissions_total", 0) == 0
+        assert cluster.actors["p1"].core.gauges()["handoffs_taken_total"] > 0
+        await baseline(cluster)
+
+
+@pytest.mark.parametrize("name", ["p1", "d1"])
+async def test_a_drained_worker_gets_no_request_and_loses_none(autojump_clock: MockClock, name: str) -> None:
+    """Taking a worker out would cost tokens, or it would never become idle under load."""
+    pd2 = (("p0", "prefill"), ("p1", "prefill"), ("d0", "decode"), ("d1", "decode"))
+    async with memory_cluster(*pd2) as (cluster, frontend):
+        results: dict[int, list[int]] = {}
+
+        async def one(i: int) -> None:
+            await trio.sleep(i * 0.02)
+            results[i] = await generate(frontend, [i + 5] * 30, 20, seed=i)
+
+        async with trio.open_nursery() as nursery:
+            for i in range(60):
+                nursery.start_soon(one, i)
+            await trio.sleep(0.3)
+            await frontend.change(name, DRAIN)
+            core = cluster.actors[name].core
+            with trio.fail_after(1.0):
+                while not core.idle:
+                    await trio.sleep(0.01)
+            taken = core.gauges()["steps_total"]
+            await trio.sleep(0.3)  # the load goes on, on the others
+            assert (core.idle, core.gauges()["steps_total"]) == (True, taken)
+            assert len(results) < 60
+            cluster.kill(name)
+        assert results == {i: reference([i + 5] * 30, 20, seed=i) for i in range(60)}
+        await baseline(cluster)
+
+
+def test_role_and_drain_of_processes(tmp_path: Path) -> None:
+    """`memserve role` and `memserve drain` would lose requests, or the supervisor restart what was drained."""
+
+    def memserve(*words: str) -> str:
+        command = [sys.executable, "-m", "memserve", *words, "--log-dir", str(tmp_path)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    threads = [f"worker.{i}.threads=1" for i in range(4)]
+    with running("2p2d.toml", tmp_path, *threads) as cluster, ThreadPoolExecutor(6) as pool:
+        deadline = (
+            time.monotonic() + 120
+        )  # one pair is enough to serve, and a slow machine starts the rest later
+        while [one["state"] for one in cluster.members() if one["role"]] != ["ready"] * 4:
+            assert time.monotonic() < deadline, cluster.members()
+            time.sleep(0.2)
+        prompts = [[i + 300, *range(50, 90)] for i in range(6)]
+        undisturbed = list(pool.map(lambda prompt: cluster.tokens(prompt, 24), prompts))
+        again = [pool.submit(cluster.tokens, prompt, 24) for prompt in prompts for _ in range(3)]
+        assert "d1 has the role prefill" in memserve("role", "d1", "prefill")
+        assert "p0 has left" in memserve("drain", "p0")
+        assert [one.result() for one in again] == [tokens for tokens in undisturbed for _ in range(3)]
+        shown = memserve("status")
+        assert "DecodeWorker (prefill)" in shown
+        assert not [line for line in shown.splitlines() if line.startswith("p0 ")]
+        (left,) = [line for line in cluster.lines() if line["event"] == "actor left"]
+        assert left["returncode"] == 0
+        time.sleep(1.0)  # a restart would come after 0.2 s
+        started = [
+            line for line in cluster.lines() if line["event"] == "actor started" and line["child"] == "p0"
+        ]
+        assert len(started) == 1
+        cluster.wait_idle()
+        assert cluster.tokens(prompts[0], 24) == undisturbed[0]
