@@ -12,18 +12,20 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constr
 SOURCES := src tests $(wildcard bench loadgen)
 
 .DEFAULT_GOAL := check
-.PHONY: help up setup setup-test check lint test fix wheel clean peers \
-	sim-nightly bench-sim bench-engine bench-quality bench-cluster bench-frontend bench-loadgen bench-peers bench-mempool bench-transfer bench-costmodel bench-scheduler
+.PHONY: help up setup setup-test check lint test kill-matrix fix wheel clean peers \
+	sim-nightly bench-sim bench-engine bench-quality bench-cluster bench-frontend bench-loadgen bench-peers bench-mempool bench-serving bench-transfer bench-costmodel bench-scheduler
 
 help:
 	@echo 'make up            set up, then serve $$CONFIG (configs/demo.toml); ARGS="--set frontend.port=8123"'
 	@echo 'make check         set up, then lint, types and tests: what CI runs'
 	@echo 'make test          set up, then the tests; ARGS="-k config"'
+	@echo 'make kill-matrix   every kind of actor killed and stopped under load, as real processes'
 	@echo 'make lint          ruff and mypy'
 	@echo 'make fix           let ruff repair what it can'
 	@echo 'make bench-engine    speed of the engine beside what the machine can do'
 	@echo 'make bench-quality   what bfloat16 and int8 cost in quality, on real text'
 	@echo 'make bench-cluster   memory, idle CPU, latency and throughput of a whole cluster'
+	@echo 'make bench-serving   layouts and caching modes under the three workloads of the paper, at several rates'
 	@echo 'make bench-mempool   match, insert, acquire, swaps; ARGS="--ttft" adds time to first token by cached share'
 	@echo 'make bench-costmodel how well a worker forecasts what its steps take'
 	@echo 'make bench-scheduler placements a second, by instances and cached pages; ARGS="--svg FILE" plots them'
@@ -72,6 +74,9 @@ lint: setup-test
 test: setup-test
 	$(BIN)/python -m pytest $(ARGS)
 
+kill-matrix: setup-test
+	MEMSERVE_KILL_MATRIX=all $(BIN)/python -m pytest tests/test_kill_matrix.py $(ARGS)
+
 fix: setup-test
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
@@ -90,6 +95,9 @@ bench-frontend: setup-test
 
 bench-loadgen: setup-test
 	$(BIN)/python bench/load_generator.py $(ARGS)
+
+bench-serving: setup-test
+	$(BIN)/python bench/serving.py $(ARGS)
 
 bench-mempool: setup
 	$(BIN)/python bench/mempool.py $(ARGS)
