@@ -43,6 +43,7 @@ from memserve.pool_messages import (
     Adopted,
     Allocated,
     AllocMem,
+    Arrival,
     Delete,
     DescribePool,
     Evict,
@@ -54,12 +55,16 @@ from memserve.pool_messages import (
     Insert,
     Inserted,
     Match,
+    Meet,
+    NextArrival,
     PoolDescribed,
     PoolRefused,
     Prefetch,
     Return,
     SwapIn,
     SwapOut,
+    Transfer,
+    Transferred,
 )
 from memserve.transfer_messages import (
     Pull,
@@ -350,7 +355,7 @@ Message = (
     | Acquire | Match | Acquired | AllocMem | Allocated | Insert | Inserted | Adopt | Adopted | FreeMem | Freed
     | Delete | Evict | SwapOut | SwapIn | Prefetch | DescribePool | PoolDescribed | PoolRefused
     | Pull | PullRefused | TransferOffer | TransferGranted | TransferSent | TransferArrived | TransferRefused
-    | TransferStop | TransferWithdrawn | Return
+    | TransferStop | TransferWithdrawn | Return | Transfer | Transferred | NextArrival | Arrival | Meet
     | IndexDelta | IndexWanted | IndexSnapshot | Load | Cluster | Gone | Change
 )  # fmt: skip
 
