@@ -184,6 +184,8 @@ class Member:
     """Gauges and counters by metric name, units in the names."""
     costs: StepCosts | None = None
     """Workers: what their steps cost, as measured at their start."""
+    needs: tuple[ActorId, ...] = ()
+    """Without whose answer, or whose announced death, something that this actor holds never ends."""
 
 
 # ---- requests on their way ----------------------------------------------------------------------------------

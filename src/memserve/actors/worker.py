@@ -191,7 +191,7 @@ def take_charge(shell: Shell, core: WorkerCore, engine: EngineThread) -> None:
     shell.perform[RunBatch] = run_batch
     core.presence.also = (core.shard,)
     core.presence.become("ready", shard=core.shard)
-    shell.core = Reporting(core, core.presence)
+    shell.core = Reporting(core, core.presence, core.needs)
     shell.turn()
 
 
