@@ -168,7 +168,7 @@ class MemoryCluster:
         exchange = Exchange(pool, link.actor, Geometry(PAGE_BYTES, 1), "host", 1)
         exchange.open(("mapped",), (Way("mapped", link.actor),))
         core = ExchangingShard(pool, schedulers=presence.schedulers, me=link.actor, exchange=exchange)
-        actor = await self._start(name, link, core, Reporting(core, presence))
+        actor = await self._start(name, link, core, Reporting(core, presence, core.needs))
         moving: dict[int, trio.CancelScope] = {}
 
         def move(action: Move) -> None:
@@ -227,7 +227,7 @@ class MemoryCluster:
         )
         core = WorkerCore(presence, home.id, told)
         engine = PageEngine(self.arenas[home.id])
-        actor = await self._start(name, link, core, Reporting(core, presence))
+        actor = await self._start(name, link, core, Reporting(core, presence, core.needs))
 
         async def step(plan: BatchPlan) -> None:
             with trio.CancelScope() as scope:

@@ -58,6 +58,7 @@ LAYERS = {
     ),
     "settings": (
         "config",
+        "sections",
         "configfile",
         "rules",
         "resolve",

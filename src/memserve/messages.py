@@ -192,6 +192,8 @@ class Member:
     """Workers, in a scheduler's view: the role that it was asked to take and has not yet."""
     joined: bool = False
     """Workers: `memserve join` brought it."""
+    needs: tuple[ActorId, ...] = ()
+    """Without whose answer, or whose announced death, something that this actor holds never ends."""
 
 
 # ---- requests on their way ----------------------------------------------------------------------------------

@@ -208,6 +208,8 @@ class SchedulerCore:
             self._log(
                 "info", "member joined", member=member.id, member_kind=member.kind, member_pid=member.pid
             )
+        if missed := tuple(one for one in member.needs if self.membership.is_gone(one)):
+            self._actions.append(Send(member.id, Gone(missed)))
         if member.kind == "MemPoolShard":
             published = int(member.load.get("index_published_total", 0))
             self._actions += self.index.reported(member.id, published, now)

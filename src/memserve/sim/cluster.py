@@ -255,7 +255,7 @@ class Cluster:
         steps = attrs.evolve(self.costs.steps, chunk_tokens=layout.chunk_tokens)
         presence.member = attrs.evolve(presence.member, costs=steps)
         presence.become("ready", shard=shard)
-        actor.core = Reporting(core, presence)
+        actor.core = Reporting(core, presence, core.needs)
         engine = self._engine(shard)
         actor.perform[RunBatch] = lambda action: self._step(actor, shard, engine, action.plan)
         self._ready_at[actor.id] = self.world.now
