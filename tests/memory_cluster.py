@@ -125,7 +125,7 @@ class MemoryCluster:
         schedulers = [one for one in self.actors.values() if isinstance(one.core, SchedulerCore)]
         for one in schedulers:
             link.connect(seed_id(one.id.rpartition(".")[0]), one.shell.link.endpoint)
-        me = Member(link.actor, kind, link.endpoint, 1, "ready", role, shard)
+        me = Member(link.actor, kind, link.endpoint, 1, "ready", role, shard, role_configured=role)
         return Presence(me, tuple(seed_id(one.id.rpartition(".")[0]) for one in schedulers))
 
     def _new_link(self, name: str):
@@ -168,7 +168,7 @@ class MemoryCluster:
         exchange = Exchange(pool, link.actor, Geometry(PAGE_BYTES, 1), "host", 1)
         exchange.open(("mapped",), (Way("mapped", link.actor),))
         core = ExchangingShard(pool, schedulers=presence.schedulers, me=link.actor, exchange=exchange)
-        actor = await self._start(name, link, core, Reporting(core, presence))
+        actor = await self._start(name, link, core, Reporting(core, presence, core.needs))
         moving: dict[int, trio.CancelScope] = {}
 
         def move(action: Move) -> None:
@@ -227,7 +227,7 @@ class MemoryCluster:
         )
         core = WorkerCore(presence, home.id, told)
         engine = PageEngine(self.arenas[home.id])
-        actor = await self._start(name, link, core, Reporting(core, presence))
+        actor = await self._start(name, link, core, Reporting(core, presence, core.needs))
 
         async def step(plan: BatchPlan) -> None:
             with trio.CancelScope() as scope:

@@ -171,6 +171,21 @@ def test_the_dead_are_announced_and_fenced_off(how: str) -> None:
     assert [(one.to, one.message.actors) for one in sent(core, Gone)] == [("d0.1", ("d0.1",))]
 
 
+def test_one_that_died_unseen_is_declared_dead_when_somebody_waits_for_it() -> None:
+    """It died while no scheduler lived: whoever hands a request over to it would offer that for ever."""
+    waiting = attrs.evolve(prefill("p0"), needs=(ActorId("d0.0"),))
+    core = scheduler(SHARD, waiting)
+    for second in range(1, int(DEAD_AFTER_S) + 1):
+        core.receive(SHARD.id, Load(SHARD), float(second))
+        core.receive(waiting.id, Load(waiting), float(second))
+        core.advance(second - 0.01)
+    assert not sent(core, Gone), "it may only be slow to register again"
+    core.advance(DEAD_AFTER_S)
+    assert ("p0.1", ("d0.0",)) in [(one.to, one.message.actors) for one in sent(core, Gone)]
+    core.receive(waiting.id, Load(waiting), 100.0)  # it missed that, and every repeat
+    assert [(one.to, one.message.actors) for one in sent(core, Gone)] == [("p0.1", ("d0.0",))]
+
+
 def test_the_dead_leave_no_trace() -> None:
     """Every restart has a new id: a scheduler that remembered them all would grow for ever."""
     core = scheduler(SHARD, FRONTEND, prefill("p0"), decode("d0"))

@@ -66,6 +66,11 @@ def test_whatever_goes_wrong_nothing_is_lost(kinds, seeds) -> None:
             258,
             "a shard that died together with the scheduler was mourned by nobody, and its workers stayed with it",
         ),
+        (
+            "all",
+            1118,
+            "a decode worker that died together with the scheduler was mourned by nobody, and offered a request for ever",
+        ),
     ],
 )
 def test_what_the_simulator_found_stays_mended(kinds, seed, harm) -> None:

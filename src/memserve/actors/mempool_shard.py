@@ -89,7 +89,7 @@ async def main(context: ActorContext, *, task_status: trio.TaskStatus[None]) -> 
         presence = introduce(context, link)
         sockets = arena_sockets(context.id, settings, context.place.socket_path)
         core = make_core(context.id, settings, sockets, presence.schedulers)
-        shell = Shell(Reporting(core, presence), link)
+        shell = Shell(Reporting(core, presence, core.needs), link)
         async with trio.open_nursery() as nursery:
             await nursery.start(shell.run)
             await nursery.start(keep_pages, shell, core.exchange, settings, sockets)

@@ -118,6 +118,10 @@ class WorkerCore:
         load = load_of(self._live.values(), self.presence.member.id)
         return {**load, **self._watch.gauges(), **self._outbox.counters}
 
+    def needs(self) -> tuple[ActorId, ...]:
+        """Those that hand-overs wait for: alive, they answer in the end; dead, somebody must say so."""
+        return tuple(dict.fromkeys(one.plan.decode for one in self._in_phase(Phase.LEAVING)))
+
     # ---- requests come --------------------------------------------------------------------------------------
 
     def _on_prefill(self, sender: ActorId, message: Prefill, now: float) -> None:

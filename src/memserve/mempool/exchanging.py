@@ -78,6 +78,10 @@ class ExchangingShard(ShardCore):
         """The shard's figures, with those of what moved."""
         return {**super().gauges(), **self.exchange.gauges()}
 
+    def needs(self) -> tuple[ActorId, ...]:
+        """Those that may still write to pages here."""
+        return self.exchange.incoming.writers
+
     def check(self) -> None:
         """Assert every invariant."""
         super().check()

@@ -126,7 +126,7 @@ class Cluster:
         return ActorId(f"{name}.{self._incarnations:08x}")
 
     def _presence(self, id: ActorId, kind: str, role: str = "") -> Presence:
-        me = Member(id, kind, f"sim://{id}", self._incarnations, "starting", role)
+        me = Member(id, kind, f"sim://{id}", self._incarnations, "starting", role, role_configured=role)
         return Presence(me, tuple(seed_id(name) for name in self.layout.scheduler_names))
 
     def _ready(self, actor: Actor, presence: Presence) -> None:
@@ -255,7 +255,7 @@ class Cluster:
         steps = attrs.evolve(self.costs.steps, chunk_tokens=layout.chunk_tokens)
         presence.member = attrs.evolve(presence.member, costs=steps)
         presence.become("ready", shard=shard)
-        actor.core = Reporting(core, presence)
+        actor.core = Reporting(core, presence, core.needs)
         engine = self._engine(shard)
         actor.perform[RunBatch] = lambda action: self._step(actor, shard, engine, action.plan)
         self._ready_at[actor.id] = self.world.now

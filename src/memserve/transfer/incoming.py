@@ -208,6 +208,15 @@ class Incoming:
         """Transfers that hold pages, those that only wait for their writer to stop included."""
         return len(self._receiving)
 
+    @property
+    def writers(self) -> tuple[ActorId, ...]:
+        """Whose transfers hold pages until they say, or others say of them, that they write no more."""
+        return tuple(
+            dict.fromkeys(
+                key[0] for key, one in self._receiving.items() if one.failed and not one.written_here
+            )
+        )
+
     # ---- messages --------------------------------------------------------------------------------------------
 
     def _offered(self, key: Key, offer: TransferOffer, now: float) -> None:
