@@ -85,8 +85,9 @@ class Movers:
                 one = self._writing.get((shard.id, number))
                 if one is not None and not one.over:
                     self._break(one, Failure.WITHDRAWN)
-            case Expect(sender, number):
+            case Expect(sender, number, pages):
                 self._expected[shard.id, (sender, number)] = None
+                self.arenas.claim(shard.id, pages, (sender, number))
             case StopReceiving(sender, number):
                 self._refuse(shard, (sender, number), Failure.WITHDRAWN)
 
@@ -108,7 +109,8 @@ class Movers:
         through = begin + link.byte_s * len(transfer.source) * self.page_bytes
         self._free_at.update(dict.fromkeys(ways, through))
         self._writing[one.key] = one
-        self.arenas.claim(one.to, transfer.destination, one.key)
+        if one.path != "tcp":  # there it is the receiver that writes, while it expects this
+            self.arenas.claim(one.to, transfer.destination, one.key)
         self.world.at(through + link.fixed_s, self._arrive, one)
 
     def _arrive(self, one: Writing) -> None:
@@ -144,7 +146,7 @@ class Movers:
         self._end(one)
         receiver = self.world.find(one.to)
         if one.path == "tcp" and receiver is not None:
-            del self._expected[one.to, one.key]
+            self._close(receiver, one.key)
             self.world.tell(receiver, Received(*one.key))
         self.world.tell(one.sender, Wrote(transfer.id, size))
 
@@ -163,11 +165,16 @@ class Movers:
     def _end(self, one: Writing) -> None:
         one.over = True
         del self._writing[one.key]
-        self.arenas.let_go(one.key)
+        if one.path != "tcp":
+            self.arenas.let_go(one.key)
 
     def _refuse(self, receiver: Actor, key: Key, why: Failure) -> None:
-        self._expected.pop((receiver.id, key), None)
+        self._close(receiver, key)
         self._later(receiver, ReceiveFailed(*key, why, "no more is read"))
+
+    def _close(self, receiver: Actor, key: Key) -> None:
+        self._expected.pop((receiver.id, key), None)
+        self.arenas.let_go(key)
 
     def _later(self, actor: Actor, message: object) -> None:
         """Never from within an order: a core's turn is not entered twice."""
