@@ -16,11 +16,12 @@ import trio
 
 from memserve import process
 from memserve.child import Launch
-from memserve.config import Config, FrontendConfig, ModelConfig, Resolved, ShardConfig, WorkerConfig
+from memserve.config import Config, Resolved
 from memserve.engine.spec import ModelSpec
 from memserve.errors import UserError
 from memserve.place import Place, place_path
 from memserve.process import ActorContext, RestartNeeded
+from memserve.sections import FrontendConfig, ModelConfig, ShardConfig, WorkerConfig
 from memserve.supervisor import Supervisor, supervise
 
 HUNG_S = 4.0

@@ -58,6 +58,7 @@ LAYERS = {
     ),
     "settings": (
         "config",
+        "sections",
         "configfile",
         "rules",
         "resolve",
@@ -75,11 +76,22 @@ LAYERS = {
         "engine.checkpoint",
     ),
     "engine": ("engine.*", "kernels*"),
-    "links": ("bus", "api*", "transfer*", "client"),
+    "links": ("bus", "api*", "transfer*", "client*"),
     "process": ("process",),
     "sim": ("sim", "sim.*"),
     "actors": ("actors*",),
-    "top": ("supervisor", "child", "cli", "__main__", "inspect", "show", "sim_options", "simulate", "status"),
+    "top": (
+        "supervisor",
+        "child",
+        "cli",
+        "__main__",
+        "cluster_options",
+        "inspect",
+        "show",
+        "sim_options",
+        "simulate",
+        "status",
+    ),
 }
 """The first layer with a matching pattern is a module's own."""
 

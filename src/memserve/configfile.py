@@ -21,18 +21,10 @@ from cattrs.errors import (
 )
 from cattrs.gen import make_dict_structure_fn, override
 
-from memserve.config import (
-    DEFAULT_SHARDS,
-    DEFAULT_WORKERS,
-    RESERVED_NAME,
-    Config,
-    PoolConfig,
-    ShardConfig,
-    WorkerConfig,
-    section_types,
-)
+from memserve.config import RESERVED_NAME, Config, section_types
 from memserve.errors import ConfigError
 from memserve.rules import RuleError
+from memserve.sections import DEFAULT_SHARDS, DEFAULT_WORKERS, PoolConfig, ShardConfig, WorkerConfig
 
 Tree = dict[str, Any]
 

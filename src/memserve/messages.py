@@ -8,7 +8,7 @@ an unknown kind or another version is a :class:`~memserve.errors.PeerError`. Not
 Who says what::
 
     Frontend -> GlobalScheduler   Submit, Cancel, Finished  GlobalScheduler -> Frontend   Planned, Rejected
-    GlobalScheduler -> worker     Prefill                   worker -> Frontend            Tokens, Failed
+    GlobalScheduler -> worker     Prefill, Change           worker -> Frontend            Tokens, Failed
     prefill worker -> decode      Handoff                   decode -> prefill worker      HandoffTaken
     Frontend -> worker            Cancel, Inquire, Change   worker -> Frontend            Inquired
     everyone -> GlobalScheduler   Load                      worker -> MemPoolShard        Load
@@ -43,6 +43,7 @@ from memserve.pool_messages import (
     Adopted,
     Allocated,
     AllocMem,
+    Arrival,
     Delete,
     DescribePool,
     Evict,
@@ -54,12 +55,16 @@ from memserve.pool_messages import (
     Insert,
     Inserted,
     Match,
+    Meet,
+    NextArrival,
     PoolDescribed,
     PoolRefused,
     Prefetch,
     Return,
     SwapIn,
     SwapOut,
+    Transfer,
+    Transferred,
 )
 from memserve.transfer_messages import (
     Pull,
@@ -184,6 +189,14 @@ class Member:
     """Gauges and counters by metric name, units in the names."""
     costs: StepCosts | None = None
     """Workers: what their steps cost, as measured at their start."""
+    role_by: str = ""
+    """Workers: who gave it its role while it ran, ``hand`` or ``scheduler``; empty: its configuration did."""
+    role_configured: str = ""
+    """Workers: the role that it started with."""
+    role_wanted: str = ""
+    """Workers, in a scheduler's view: the role that it was asked to take and has not yet."""
+    joined: bool = False
+    """Workers: `memserve join` brought it."""
     needs: tuple[ActorId, ...] = ()
     """Without whose answer, or whose announced death, something that this actor holds never ends."""
 
@@ -336,12 +349,14 @@ class Gone:
 
 @attrs.frozen
 class Change:
-    """What an operator wants of a worker, see :mod:`memserve.scheduling.changes`. Nothing answers it: heartbeats show it."""
+    """What is wanted of a worker, see :mod:`memserve.scheduling.changes`. Nothing answers it: heartbeats show it."""
 
     role: str = ""
-    """prefill, decode or both; empty leaves the role as it is."""
+    """prefill, decode or both; ``auto``: the one it started with, until a scheduler says another; empty: as it is."""
     drain: bool = False
     """Take no new request, finish or hand over those under way, then leave for good."""
+    by: str = "hand"
+    """Who wants it: ``hand``, an operator; or ``scheduler``, which a role given by hand outweighs."""
 
 
 # ---- codec --------------------------------------------------------------------------------------------------
@@ -352,7 +367,7 @@ Message = (
     | Acquire | Match | Acquired | AllocMem | Allocated | Insert | Inserted | Adopt | Adopted | FreeMem | Freed
     | Delete | Evict | SwapOut | SwapIn | Prefetch | DescribePool | PoolDescribed | PoolRefused
     | Pull | PullRefused | TransferOffer | TransferGranted | TransferSent | TransferArrived | TransferRefused
-    | TransferStop | TransferWithdrawn | Return
+    | TransferStop | TransferWithdrawn | Return | Transfer | Transferred | NextArrival | Arrival | Meet
     | IndexDelta | IndexWanted | IndexSnapshot | Load | Cluster | Gone | Change
 )  # fmt: skip
 

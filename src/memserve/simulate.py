@@ -13,11 +13,12 @@ import attrs
 
 from memserve import config as configuration
 from memserve import show
-from memserve.config import Config, ShardConfig
+from memserve.config import Config
 from memserve.engine.spec import find_model, read_spec
 from memserve.errors import UserError
 from memserve.scheduling.cost_model import CostModel
 from memserve.scheduling.pricing import Weights
+from memserve.sections import ShardConfig
 from memserve.sim import faults, fuzz
 from memserve.sim.engines import PAPER
 from memserve.sim.layout import Layout, ShardPlan, WorkerPlan

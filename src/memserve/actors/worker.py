@@ -18,7 +18,7 @@ from memserve.actions import BatchDone, RunBatch
 from memserve.actors.engine_thread import EngineThread
 from memserve.actors.loop import Shell
 from memserve.bus import Link, open_link
-from memserve.config import Resolved, ShardConfig
+from memserve.config import Resolved
 from memserve.costs import StepCosts
 from memserve.engine.batching import BatchLimits, WorkerSettings
 from memserve.engine.plans import StepEngine
@@ -29,6 +29,7 @@ from memserve.messages import ActorId, Member
 from memserve.process import ActorContext, Lifeline, RestartNeeded, ready_model
 from memserve.scheduling.joining import JoiningCore
 from memserve.scheduling.presence import Presence, Reporting, seed_id
+from memserve.sections import ShardConfig
 
 if TYPE_CHECKING:
     from memserve.engine.runner import CpuEngine
@@ -73,7 +74,7 @@ def introduce(context: ActorContext, link: Link, role: str = "") -> Presence:
     schedulers = context.resolved.config.scheduler_names
     for name in schedulers:
         link.connect(seed_id(name), context.place.endpoint(name))
-    me = Member(context.id, context.kind, link.endpoint, os.getpid(), "starting", role)
+    me = Member(context.id, context.kind, link.endpoint, os.getpid(), "starting", role, role_configured=role)
     return Presence(me, tuple(seed_id(name) for name in schedulers))
 
 

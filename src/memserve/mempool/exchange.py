@@ -17,12 +17,13 @@ from collections import OrderedDict
 import attrs
 
 from memserve.actions import Action, Kill, Log, Move, Send
+from memserve.errors import PoolError
 from memserve.mempool.addresses import Tier, tier_of
 from memserve.mempool.grants import Grant
-from memserve.mempool.leases import LENDER
 from memserve.mempool.pool import Pool
+from memserve.mempool.pushing import Lending, Pushing
 from memserve.messages import ActorId, Gone
-from memserve.pool_messages import Acquire, Source
+from memserve.pool_messages import Acquire, Source, Transfer
 from memserve.tokens import count, pages_for, span
 from memserve.transfer.incoming import Incoming, Key, LandingRefused
 from memserve.transfer.messages import (
@@ -31,11 +32,12 @@ from memserve.transfer.messages import (
     Received,
     ReceiveFailed,
     Report,
+    Withdraw,
     WriteFailed,
     Wrote,
 )
 from memserve.transfer.outgoing import Outgoing
-from memserve.transfer.values import Failure, Geometry, Granularity, TransferDone, Way
+from memserve.transfer.values import Failure, Geometry, Granularity, TransferDone, TransferFailed, Way
 from memserve.transfer_messages import (
     Pull,
     PullRefused,
@@ -112,6 +114,8 @@ class Exchange:
     handed_over_bytes: int = 0
     """Those of the received ones that came with a request which was handed over."""
     failed_fetches: int = 0
+    lending: Lending = attrs.field(init=False)
+    pushing: Pushing = attrs.field(init=False)
     outgoing: Outgoing = attrs.field(init=False)
     incoming: Incoming = attrs.field(init=False)
     _fetches: dict[int, Fetch] = attrs.field(factory=dict, init=False)
@@ -124,9 +128,12 @@ class Exchange:
     _sending: dict[int, _Sending] = attrs.field(factory=dict, init=False)
     """By order."""
     _last: int = attrs.field(default=0, init=False)
+    _now: float = attrs.field(default=0.0, init=False)
     _actions: list[Action] = attrs.field(factory=list, init=False)
 
     def __attrs_post_init__(self) -> None:
+        self.lending = Lending(self.pool)
+        self.pushing = Pushing(self.pool, self.lending, self.granularity)
         self.outgoing = Outgoing(self.me, self.geometry, self.host, self.pid, ())
         self.incoming = Incoming(self.geometry, self.host, self, ())
 
@@ -140,10 +147,11 @@ class Exchange:
     def deadline(self) -> float:
         """When :meth:`advance` must be called next; infinity when nothing is under way."""
         fetches = min((min(one.deadline, one.repeat_at) for one in self._fetches.values()), default=math.inf)
-        return min(fetches, self.outgoing.deadline, self.incoming.deadline)
+        return min(fetches, self.outgoing.deadline, self.incoming.deadline, self.pushing.deadline)
 
     def receive(self, sender: ActorId, message: object, now: float) -> None:
         """Take one of HEARD, or Gone, in."""
+        self._now = now
         match message:
             case Pull():
                 self._pulled(sender, message, now)
@@ -163,6 +171,8 @@ class Exchange:
 
     def advance(self, now: float) -> None:
         """Give up fetches that are late, repeat what is not answered."""
+        self._now = now
+        self.pushing.advance(now)
         self.outgoing.advance(now)
         self.incoming.advance(now)
         for one in list(self._fetches.values()):
@@ -198,8 +208,10 @@ class Exchange:
         """Assert every invariant."""
         self.outgoing.check()
         self.incoming.check()
-        assert len(self._landings) == len(self.incoming), "a landing without a transfer, or the reverse"
+        landings = len(self._landings) + self.pushing.landings
+        assert landings == len(self.incoming), "a landing without a transfer, or the reverse"
         lent = [*self._landings.values(), *(one.lease for one in self._sending.values())]
+        lent += self.pushing.lent()
         for lease in self.pool.leases:
             assert lease.lent == lent.count(lease.id), f"lease {lease.id} is lent to nobody, or not to all"
         for one in self._fetches.values():
@@ -233,11 +245,18 @@ class Exchange:
         for one in list(self._fetches.values()):
             if one.sender == sender and call in (None, one.call.call):
                 del self._fetches[one.id]
+        for order in self.pushing.forget(sender, call):
+            self.outgoing.receive(self.me, Withdraw(order), self._now)
+        self._pass_on(self._now)
 
-    def unreachable(self, to: ActorId, message: object) -> None:
-        """A message of this core's could not be sent: whatever is not a Pull is repeated, or asked for again."""
+    def unreachable(self, to: ActorId, message: object, now: float) -> None:
+        """A message of this core's could not be sent: what is neither Pull nor offer is repeated, or asked for again."""
+        text = f"{to} cannot be reached"
         if isinstance(message, Pull) and (one := self._fetches.get(message.id)) is not None:
-            self._fail(one, f"{to} cannot be reached")
+            self._fail(one, text)
+        elif isinstance(message, TransferOffer):
+            self.outgoing.receive(to, TransferRefused(message.id, Failure.PEER_GONE, text), now)
+            self._pass_on(now)
 
     def bring(self, scope: str, tokens: bytes, now: float) -> Grant | None:
         """Pages for a prefix that nobody waits for, under a lease of this shard's own; None where they are short."""
@@ -270,7 +289,9 @@ class Exchange:
     # ---- landing (see Landing in transfer/incoming.py) -----------------------------------------------------
 
     def grant(self, key: Key, offer: TransferOffer) -> tuple[int, ...]:
-        """The pages of the fetch that asked for this transfer."""
+        """The pages of the fetch that asked for this transfer, or of the owner that it names."""
+        if offer.owner:
+            return self.pushing.grant(key, offer, self._now)
         one = self._fetches.get(int.from_bytes(offer.private, "little"))
         if one is None or one.key is not None or one.source.shard != key[0]:
             raise LandingRefused(Failure.REFUSED, "nobody here waits for this transfer")
@@ -280,17 +301,21 @@ class Exchange:
         if len(pages) != offer.pages or offer.pages > asked:
             raise LandingRefused(Failure.REFUSED, f"{offer.pages} pages are more than were asked for")
         one.key, one.repeat_at = key, math.inf
-        self._lend(one.grant.lease)
+        self.lending.lend(one.grant.lease)
         self._landings[key] = one.grant.lease
         return pages
 
-    def commit(self, key: Key, offer: TransferOffer, pages: tuple[int, ...]) -> None:
+    def commit(self, key: Key, offer: TransferOffer, pages: tuple[int, ...]) -> int:
         """The pages are complete: they may be inserted, and the call that waits for them answered."""
+        if offer.owner:
+            lease = self.pushing.commit(key, offer, pages, self._now)
+            self.received_bytes += len(pages) * self.geometry.page_bytes
+            return lease
         one = self._landed(key)
         nbytes = len(pages) * self.geometry.page_bytes
         self.received_bytes += nbytes
         if one is None:
-            return  # given up meanwhile; the pages go with their lease
+            return 0  # given up meanwhile; the pages go with their lease
         there = one.grant.cached_tokens + len(pages) * self.pool.page_tokens
         one.filled_tokens, one.nbytes = min(there, one.source.tokens), nbytes
         self.handed_over_bytes += nbytes if one.source.lease else 0
@@ -299,15 +324,19 @@ class Exchange:
             start = one.grant.cached_tokens
             self.pool.insert(one.sender, one.grant.lease, start, span(one.call.tokens, start, whole))
         self._finish(one)
+        return one.grant.lease
 
-    def release(self, key: Key, pages: tuple[int, ...]) -> None:
+    def release(self, key: Key, offer: TransferOffer, pages: tuple[int, ...]) -> None:
         """Nobody writes to the pages any more, and they are not complete."""
+        if offer.owner:
+            self.pushing.release(key, offer)
+            return
         one = self._landed(key)
         if one is not None:
             self._fail(one, "the transfer failed")
 
     def _landed(self, key: Key) -> Fetch | None:
-        self._take_back(self._landings.pop(key))
+        self.lending.take_back(self._landings.pop(key))
         return next((one for one in self._fetches.values() if one.key == key), None)
 
     # ---- sending -------------------------------------------------------------------------------------------
@@ -358,22 +387,33 @@ class Exchange:
             return
         self._last += 1
         one.order, one.pages = self._last, len(pages)
-        self._lend(one.lease)
+        self.lending.lend(one.lease)
         self._sending[one.order] = one
         private = one.pull.id.to_bytes(8, "little")
         order = Order(one.to, one.order, pages, now + one.pull.remaining_s, self.granularity, private=private)
         self.outgoing.receive(self.me, order, now)
         self._pass_on(now)
 
-    def _reported(self, result: object) -> None:
-        number = getattr(result, "id", 0)
-        one = self._sending.pop(number)
-        self._take_back(one.lease)
+    def _reported(self, result: TransferDone | TransferFailed) -> None:
         if isinstance(result, TransferDone):
             self.sent_bytes += result.nbytes
-        else:
-            failure, text = getattr(result, "failure", Failure.REFUSED), getattr(result, "message", "")
-            self._refuse(one.to, one.pull, failure, text)
+        if self.pushing.reported(result):
+            return
+        one = self._sending.pop(result.id)
+        self.lending.take_back(one.lease)
+        if isinstance(result, TransferFailed):
+            self._refuse(one.to, one.pull, result.failure, result.message)
+
+    def push(self, sender: ActorId, call: Transfer, now: float) -> None:
+        """Begin a Transfer; ``pushing`` tells how it ended. Raises PoolError."""
+        if call.to == self.me or not self.outgoing.paths:
+            raise PoolError(PoolError.NO_PATH, f"pages do not move from {self.me} to {call.to}")
+        if len(self.outgoing) >= self.outgoing.sending_max:
+            raise PoolError(PoolError.QUEUE_FULL, f"{len(self.outgoing)} transfers are under way already")
+        order = self.pushing.order(self._last + 1, sender, call, now)
+        self._last += 1
+        self.outgoing.receive(self.me, order, now)
+        self._pass_on(now)
 
     def _refuse(self, to: ActorId, pull: Pull, failure: Failure, text: str) -> None:
         self._actions.append(Send(to, PullRefused(pull.id, failure, text)))
@@ -399,15 +439,3 @@ class Exchange:
                         self._actions.append(action)
                     case _:
                         self._actions.append(Move(action))
-
-    def _lend(self, lease: int) -> None:
-        held = self.pool.leases.find(lease)
-        assert held is not None, f"lease {lease} is lent after its end"
-        held.lent += 1
-
-    def _take_back(self, lease: int) -> None:
-        held = self.pool.leases.find(lease)
-        assert held is not None and held.lent, f"lease {lease} was not lent"
-        held.lent -= 1
-        if not held.lent and held.owner == LENDER:
-            self.pool.free_mem(LENDER, lease)

@@ -13,7 +13,17 @@ from memserve.mempool.exchange import EXCHANGER, HEARD, Exchange, Fetch
 from memserve.mempool.grants import Grant
 from memserve.mempool.shard import ShardCore, Waiting
 from memserve.messages import ActorId, Gone, Message
-from memserve.pool_messages import Acquire, Acquired, Prefetch, Return, Source, SwapIn
+from memserve.pool_messages import (
+    Acquire,
+    Acquired,
+    Adopt,
+    NextArrival,
+    Prefetch,
+    Return,
+    Source,
+    SwapIn,
+    Transfer,
+)
 from memserve.tokens import count
 
 
@@ -61,7 +71,7 @@ class ExchangingShard(ShardCore):
     def undeliverable(self, to: ActorId, message: Message, now: float) -> None:
         """The shell could not send a message: a fetch from there ends at once."""
         super().undeliverable(to, message, now)
-        self.exchange.unreachable(to, message)
+        self.exchange.unreachable(to, message, now)
         self._go_on(now)
 
     def gauges(self) -> dict[str, float]:
@@ -80,11 +90,27 @@ class ExchangingShard(ShardCore):
     # ---- calls -----------------------------------------------------------------------------------------------
 
     def _is_under_way(self, sender: ActorId, call: int) -> bool:
-        return super()._is_under_way(sender, call) or self.exchange.fetch_of(sender, call) is not None
+        exchange = self.exchange
+        known = exchange.fetch_of(sender, call) is not None or exchange.pushing.has(sender, call)
+        return known or super()._is_under_way(sender, call)
 
     @property
     def _unanswered(self) -> int:
-        return len(self._waiting) + len(self._loading) + len(self.exchange)
+        moving = len(self.exchange) + len(self.exchange.pushing)
+        return len(self._waiting) + len(self._loading) + moving
+
+    def _transfer(self, sender: ActorId, call: Transfer, now: float) -> None:
+        self._check_queue()
+        self.exchange.push(sender, call, now)
+
+    def _next_arrival(self, sender: ActorId, call: NextArrival, now: float) -> None:
+        self._check_queue()
+        self.exchange.pushing.wait(sender, call)
+
+    def _adopt(self, sender: ActorId, call: Adopt, now: float) -> Answer:
+        answer = super()._adopt(sender, call, now)
+        self.exchange.pushing.claimed(call.lease)
+        return answer
 
     def _granted(self, sender: ActorId, call: Waiting | SwapIn, grant: Grant, now: float) -> Answer | None:
         if grant.ready and isinstance(call, Acquire) and self.exchange.begin(sender, call, grant, now):
@@ -111,8 +137,8 @@ class ExchangingShard(ShardCore):
     def _withdraw(self, sender: ActorId, number: int) -> None:
         fetch = self.exchange.fetch_of(sender, number)
         if fetch is not None:
-            self.exchange.forget(sender, number)
             self.pool.free_mem(sender, fetch.grant.lease)
+        self.exchange.forget(sender, number)
         super()._withdraw(sender, number)
 
     def _forget(self, owner: ActorId) -> int:
@@ -124,6 +150,8 @@ class ExchangingShard(ShardCore):
     def _grant_waiting(self, now: float) -> None:
         """Answer what waited for another shard, with what came or without; then grant what can be granted."""
         super()._grant_waiting(now)
+        for sender, answer in self.exchange.pushing.take_answers():
+            self._reply(sender, answer)
         while over := self.exchange.take_over():
             for fetch in over:
                 self._end_fetch(fetch)
@@ -154,3 +182,11 @@ class ExchangingShard(ShardCore):
             self.exchange.warm(grant, now)
         else:
             super()._loaded(grant, now)
+
+
+ExchangingShard.calls = {
+    **ShardCore.calls,
+    Adopt: ExchangingShard._adopt,
+    Transfer: ExchangingShard._transfer,
+    NextArrival: ExchangingShard._next_arrival,
+}

@@ -11,15 +11,15 @@ wait for pages, because whoever asks already holds some that others wait for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar
 
 import attrs
 
 from memserve.actions import Action, CopyDone, Kill, Log, Overslept, Send, Stop
 from memserve.errors import PoolError
 from memserve.mempool.addresses import Address, Tier
-from memserve.mempool.answers import Answer, Replies
+from memserve.mempool.answers import Answer, Granting, Replies
 from memserve.mempool.audit import check_pool
 from memserve.mempool.gauges import pool_gauges
 from memserve.mempool.grants import Grant, Reclaimed
@@ -42,6 +42,7 @@ from memserve.pool_messages import (
     Insert,
     Inserted,
     Match,
+    Meet,
     PoolDescribed,
     PoolRefused,
     Prefetch,
@@ -75,6 +76,8 @@ class ShardCore:
     Verbs: receive, advance, take, deadline, check.
     """
 
+    calls: ClassVar[Mapping[type[Any], Callable[..., Answer | None]]]
+    """What is done for each kind of call; None: it is answered later."""
     pool: Pool
     waiting_max: int = 1024
     """Calls that may wait for pages or copies; one more is refused with QUEUE_FULL."""
@@ -126,9 +129,9 @@ class ShardCore:
                 self.pool.leases.excuse(now)
             case IndexWanted():
                 self._actions += self._publisher.snapshot(sender)
-            case Cluster():
-                pass  # sent to everyone; a shard has no use for it
-            case _ if type(message) in _CALLS:
+            case Cluster() | Meet():
+                pass  # the shell has noted it
+            case _ if type(message) in self.calls:
                 self._call(sender, message, now)
             case _:
                 data: dict[str, object] = {"sender": sender, "kind": type(message).__name__}
@@ -188,7 +191,7 @@ class ShardCore:
             self._actions += [Send(sender, again)] if again is not None else []
             return
         try:
-            answer = _CALLS[type(call)](self, sender, call, now)
+            answer = self.calls[type(call)](self, sender, call, now)
         except PoolError as refused:
             answer = PoolRefused(call.call, refused.code, refused.message)
         if answer is not None:
@@ -237,7 +240,8 @@ class ShardCore:
     def _describe(self, sender: ActorId, call: DescribePool, now: float) -> Answer:
         pool, home = self.pool, self.pool.home
         pages = tuple(pool.room.total(tier) for tier in Tier)
-        sizes = (pool.page_tokens, self.page_bytes, pages, self.arenas, pool.leases.lease_s)
+        me, lease_s = self.me or ActorId(""), pool.leases.lease_s
+        sizes = (pool.page_tokens, self.page_bytes, pages, self.arenas, me, lease_s)
         return PoolDescribed(call.call, home.shard, home.incarnation, *sizes)
 
     def _wait(self, sender: ActorId, call: Waiting, now: float) -> Answer | None:
@@ -361,7 +365,7 @@ class ShardCore:
         """
         memory = self._replies.of(sender)
         answer = memory.answer(number)
-        lease = answer.lease if isinstance(answer, Acquired) else 0
+        lease = answer.lease if isinstance(answer, Granting) else 0
         for loading, (who, held) in self._loading.items():
             if who == sender and held is not None and held.call == number:
                 lease = loading
@@ -420,7 +424,7 @@ def _acquired(call: int, grant: Grant) -> Acquired:
     return Acquired(call, grant.lease, grant.pages, grant.cached_tokens)
 
 
-_CALLS: dict[type[Any], Callable[[ShardCore, ActorId, Any, float], Answer | None]] = {
+ShardCore.calls = {
     Acquire: ShardCore._wait,
     Match: ShardCore._wait,
     AllocMem: ShardCore._alloc_mem,

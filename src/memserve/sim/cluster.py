@@ -134,7 +134,7 @@ class Cluster:
         return ActorId(f"{name}.{self._incarnations:08x}")
 
     def _presence(self, id: ActorId, kind: str, role: str = "") -> Presence:
-        me = Member(id, kind, f"sim://{id}", self._incarnations, "starting", role)
+        me = Member(id, kind, f"sim://{id}", self._incarnations, "starting", role, role_configured=role)
         return Presence(me, tuple(seed_id(name) for name in self.layout.scheduler_names))
 
     def _ready(self, actor: Actor, presence: Presence) -> None:
