@@ -157,6 +157,7 @@ class Site(World):
         if leases:
             owner, lease, held = self.rng.choice(leases)
             if count(held.tokens) and count(held.tokens) <= len(held.pages) * PAGE:
+                self.pair.read_from.add(lease)
                 more = held.tokens + pack([self.rng.randrange(3)])
                 told = (self.patience(), lease, owner.id, self.rng.random() < 0.5)
                 self.acquire_from(
@@ -226,7 +227,11 @@ class Site(World):
         for lease, held in client.leases.items():
             enough = len(held.pages) >= len(sent.pages) > 0 and held.scope == sent.scope
             careless = self.rng.random() < 0.1
-            if enough and (careless or not (held.retired or any(map(tier_of, held.pages)))):
+            if (
+                lease not in self.pair.read_from
+                and enough
+                and (careless or not (held.retired or any(map(tier_of, held.pages))))
+            ):
                 return lease
         return 0
 
@@ -289,6 +294,8 @@ class Pair:
     sites: list[Site] = attrs.field(factory=list)
     wire: list[tuple[Site, object]] = attrs.field(factory=list)
     sent: list[tuple[Held, bool]] = attrs.field(factory=list)
+    read_from: set[int] = attrs.field(factory=set)
+    """Leases that requests were handed over with: their owner does not overwrite them."""
     lossless: bool = False
 
     def __attrs_post_init__(self) -> None:
