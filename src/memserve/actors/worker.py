@@ -25,8 +25,9 @@ from memserve.engine.plans import StepEngine
 from memserve.engine.worker import WorkerCore
 from memserve.errors import PeerError, PeerUnreachable
 from memserve.gpus import device_index
+from memserve.lifeline import Lifeline
 from memserve.messages import ActorId, Member
-from memserve.process import ActorContext, Lifeline, RestartNeeded, ready_model
+from memserve.process import ActorContext, RestartNeeded, ready_model
 from memserve.scheduling.joining import JoiningCore
 from memserve.scheduling.presence import Presence, Reporting, seed_id
 from memserve.sections import ShardConfig
@@ -59,13 +60,14 @@ async def run_worker(context: ActorContext, task_status: trio.TaskStatus[None]) 
             nursery.start_soon(trio.to_thread.run_sync, import_engine, shard_of(context).on_gpu)
             shard = await shard_found(shell, joining)
             costs: list[StepCosts] = []
-            engine = EngineThread(partial(start_engine, context, shard, costs.append))
+            at_work = partial(getattr, joining, "at_work")
+            engine = EngineThread(partial(start_engine, context, shard, costs.append, at_work))
             await nursery.start(engine.run)
             presence.member = attrs.evolve(presence.member, costs=costs[0] if costs else None)
             core = WorkerCore(presence, shard, settings_of(context.resolved))
             take_charge(shell, core, engine)
             task_status.started()
-            await until_drained(shell, core, context.lifeline)
+            await until_drained(shell, core, context)
             nursery.cancel_scope.cancel()
 
 
@@ -74,7 +76,17 @@ def introduce(context: ActorContext, link: Link, role: str = "") -> Presence:
     schedulers = context.resolved.config.scheduler_names
     for name in schedulers:
         link.connect(seed_id(name), context.place.endpoint(name))
-    me = Member(context.id, context.kind, link.endpoint, os.getpid(), "starting", role, role_configured=role)
+    joined = context.name in context.resolved.joined
+    me = Member(
+        context.id,
+        context.kind,
+        link.endpoint,
+        os.getpid(),
+        "starting",
+        role,
+        role_configured=role,
+        joined=joined,
+    )
     return Presence(me, tuple(seed_id(name) for name in schedulers))
 
 
@@ -107,7 +119,12 @@ def import_engine(on_gpu: bool) -> None:
     importlib.import_module("memserve.engine.cuda" if on_gpu else "memserve.engine.runner")
 
 
-def start_engine(context: ActorContext, shard: ActorId, measured: Callable[[StepCosts], None]) -> StepEngine:
+def start_engine(
+    context: ActorContext,
+    shard: ActorId,
+    measured: Callable[[StepCosts], None],
+    at_work: Callable[[], StepCosts | None],
+) -> StepEngine:
     """Attach to the shard's arena, make the engine ready and measure it. Imports torch, and blocks: for a thread."""
     from memserve.engine.cores import Cores, Outsiders
     from memserve.engine.runner import CpuEngine
@@ -124,18 +141,19 @@ def start_engine(context: ActorContext, shard: ActorId, measured: Callable[[Step
     files = ready_model(
         resolved.model_path, resolved.spec, model.stored, model.dtype, on_gpus=resolved.on_gpus
     )
-    slot = [one.name for one in resolved.config.worker].index(context.name)
     threads = resolved.threads[context.name]
-    cores = Cores(context.place.path / CORES_FILE, resolved.cores, threads, slot, outsiders=Outsiders())
+    cores = Cores(context.place.path / CORES_FILE, resolved.cores, threads, outsiders=Outsiders())
     pages = arena.header.pages
     engine = CpuEngine(files.spec, files.weights, arena.memory, pages, page_tokens, model.dtype, cores)
     engine.warm_up()
-    measured(calibrate(engine, resolved, threads))
+    measured(calibrate(engine, resolved, threads, at_work))
     return engine
 
 
-def calibrate(engine: CpuEngine, resolved: Resolved, threads: int) -> StepCosts:
-    """What its steps cost: remembered, or measured now, when no other worker of this host measures."""
+def calibrate(
+    engine: CpuEngine, resolved: Resolved, threads: int, at_work: Callable[[], StepCosts | None]
+) -> StepCosts:
+    """What its steps cost: remembered, taken from a worker that is at work, or measured, when no other one measures."""
     from memserve.engine.calibration import calibrated, measure
     from memserve.engine.weights import default_cache_dir
 
@@ -157,6 +175,7 @@ def calibrate(engine: CpuEngine, resolved: Resolved, threads: int) -> StepCosts:
         name,
         lambda: measure(engine.timer(rows, context), chunk, rows, context, token_bytes),
         threads,
+        at_work,
     )
     engine.rest()
     return costs
@@ -195,8 +214,9 @@ def take_charge(shell: Shell, core: WorkerCore, engine: EngineThread) -> None:
     shell.turn()
 
 
-async def until_drained(shell: Shell, core: WorkerCore, lifeline: Lifeline) -> None:
+async def until_drained(shell: Shell, core: WorkerCore, context: ActorContext) -> None:
     """Wait for the word, from the supervisor or from an operator, then for the last sequence to end or leave."""
+    lifeline = context.lifeline
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_drain_when_told, shell, core, lifeline)
         while core.presence.member.state != "draining":
@@ -204,6 +224,7 @@ async def until_drained(shell: Shell, core: WorkerCore, lifeline: Lifeline) -> N
         nursery.cancel_scope.cancel()
     if not lifeline.drain.is_set():
         lifeline.leaving()
+    if not context.cluster_drains():
         await trio.sleep(PLANNED_S)
     while not core.idle:
         await shell.turned.wait()
