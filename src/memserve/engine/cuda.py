@@ -29,6 +29,7 @@ from memserve.engine.plans import BatchPlan, BatchResult, Row
 from memserve.engine.safetensors import read_header
 from memserve.engine.spec import ModelSpec
 from memserve.engine.weights import ModelFiles
+from memserve.gpu_room import SCRATCH_PAGES
 from memserve.kernels.flashinfer_kit import (
     CapturedDecode,
     FlashInferAttention,
@@ -38,7 +39,7 @@ from memserve.kernels.flashinfer_kit import (
     norms_as,
     prefill_backend,
 )
-from memserve.kernels.gpu_memory import SCRATCH_PAGES, GpuArena, attach_gpu_arena
+from memserve.kernels.gpu_memory import GpuArena, attach_gpu_arena
 from memserve.kernels.page_tables import StepTables, Table, bucket_of, buckets_up_to, continues
 from memserve.messages import Sampling
 from memserve.tokens import count, pack, pages_for
