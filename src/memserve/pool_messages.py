@@ -28,6 +28,10 @@ class Source:
     owner: ActorId = ActorId("")
     insert: bool = True
     """Whether whole pages that arrive go into the index here."""
+    request: str = ""
+    """Whose tokens they are, for the log."""
+    tries: int = 1
+    """Of a Prefetch: how often it may be begun."""
 
 
 @attrs.frozen
@@ -69,6 +73,8 @@ class Acquired:
     """So many tokens more are filled too: they came from another shard, and are not retired yet."""
     fetched_bytes: int = 0
     """Moved to this shard for the call."""
+    found_pages: tuple[int, ...] = (0, 0, 0)
+    """The cached ones, by the tier in which they were found."""
 
 
 @attrs.frozen
@@ -199,6 +205,8 @@ class Return:
     tokens: bytes
     to: ActorId
     deadline_s: float
+    request: str = ""
+    """For the log."""
 
 
 @attrs.frozen

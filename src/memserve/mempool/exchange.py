@@ -11,8 +11,9 @@ Both are *lent* to the transfer: if their owner ends them, or dies, they stay as
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections import OrderedDict
+from collections.abc import Iterator
 
 import attrs
 
@@ -22,12 +23,12 @@ from memserve.mempool.addresses import Tier, tier_of
 from memserve.mempool.grants import Grant
 from memserve.mempool.pool import Pool
 from memserve.mempool.pushing import Lending, Pushing
+from memserve.mempool.serving import EXCHANGER, Serving
 from memserve.messages import ActorId, Gone
 from memserve.pool_messages import Acquire, Source, Transfer
 from memserve.tokens import count, pages_for, span
 from memserve.transfer.incoming import Incoming, Key, LandingRefused
 from memserve.transfer.messages import (
-    Order,
     Post,
     Received,
     ReceiveFailed,
@@ -50,12 +51,8 @@ from memserve.transfer_messages import (
     TransferWithdrawn,
 )
 
-EXCHANGER = ActorId("exchange.0")
-"""Owner of the leases under which a shard itself reads and fills pages for others."""
 PULL_REPEAT_S = 0.5
 """How long a Pull may stay unanswered before it is sent again."""
-PULLS_REMEMBERED = 4096
-"""Pulls of others that are known for repeats."""
 
 _TO_INCOMING = (TransferOffer, TransferSent, TransferWithdrawn, Received, ReceiveFailed)
 _TO_OUTGOING = (TransferGranted, TransferArrived, TransferRefused, TransferStop, Wrote, WriteFailed)
@@ -79,7 +76,7 @@ class Fetch:
     filled_tokens: int = 0
     """Tokens from position 0 that are there, at its end."""
     nbytes: int = 0
-    over: bool = False
+    failed: bool = False
 
     def pull(self, page_tokens: int, now: float) -> Pull:
         """What to ask the other shard for."""
@@ -87,16 +84,6 @@ class Fetch:
         pages = pages_for(self.source.tokens, page_tokens) - first
         left, told = self.deadline - now, self.source
         return Pull(self.id, self.call.scope, self.call.tokens, first, pages, left, told.lease, told.owner)
-
-
-@attrs.define(eq=False)
-class _Sending:
-    to: ActorId
-    pull: Pull
-    lease: int
-    pages: int = 0
-    order: int = 0
-    """0 while its pages are brought in."""
 
 
 @attrs.define
@@ -113,21 +100,24 @@ class Exchange:
     sent_bytes: int = 0
     handed_over_bytes: int = 0
     """Those of the received ones that came with a request which was handed over."""
+    returned_bytes: int = 0
+    """Those that came because a request had ended at the other shard."""
     failed_fetches: int = 0
+    failed_returns: int = 0
+    """Prefixes that nobody waited for, and that did not come."""
     lending: Lending = attrs.field(init=False)
     pushing: Pushing = attrs.field(init=False)
+    serving: Serving = attrs.field(init=False)
     outgoing: Outgoing = attrs.field(init=False)
     incoming: Incoming = attrs.field(init=False)
     _fetches: dict[int, Fetch] = attrs.field(factory=dict, init=False)
     _over: list[Fetch] = attrs.field(factory=list, init=False)
     _landings: dict[Key, int] = attrs.field(factory=dict, init=False)
     """The lease that each incoming transfer fills."""
-    _pulls: OrderedDict[tuple[ActorId, int], None] = attrs.field(factory=OrderedDict, init=False)
-    _warming: dict[int, _Sending] = attrs.field(factory=dict, init=False)
-    """By lease: what is brought into the device tier before it is sent."""
-    _sending: dict[int, _Sending] = attrs.field(factory=dict, init=False)
-    """By order."""
+    _orders: Iterator[int] = attrs.field(factory=lambda: itertools.count(1), init=False)
+    """Numbers of transfers that go out."""
     _last: int = attrs.field(default=0, init=False)
+    """Number of the newest fetch."""
     _now: float = attrs.field(default=0.0, init=False)
     _actions: list[Action] = attrs.field(factory=list, init=False)
 
@@ -135,6 +125,9 @@ class Exchange:
         self.lending = Lending(self.pool)
         self.pushing = Pushing(self.pool, self.lending, self.granularity)
         self.outgoing = Outgoing(self.me, self.geometry, self.host, self.pid, ())
+        self.serving = Serving(
+            self.pool, self.lending, self.me, self.outgoing, self._orders, self.granularity
+        )
         self.incoming = Incoming(self.geometry, self.host, self, ())
 
     def open(self, paths: tuple[str, ...], ways: tuple[Way, ...]) -> None:
@@ -154,7 +147,7 @@ class Exchange:
         self._now = now
         match message:
             case Pull():
-                self._pulled(sender, message, now)
+                self.serving.pulled(sender, message, now)
             case PullRefused(number, _, text):
                 one = self._fetches.get(number)
                 if one is not None and one.source.shard == sender:
@@ -184,7 +177,7 @@ class Exchange:
 
     def take(self) -> list[Action]:
         """What there is to do, once."""
-        actions, self._actions = self._actions, []
+        actions, self._actions = [*self.serving.take(), *self._actions], []
         return actions
 
     def take_over(self) -> list[Fetch]:
@@ -201,7 +194,9 @@ class Exchange:
             "transfer_in_bytes_total": self.received_bytes,
             "transfer_out_bytes_total": self.sent_bytes,
             "handoff_bytes_copied_total": self.handed_over_bytes,
+            "returned_bytes_total": self.returned_bytes,
             "fetches_failed_total": self.failed_fetches,
+            "returns_failed_total": self.failed_returns,
         }
 
     def check(self) -> None:
@@ -210,8 +205,7 @@ class Exchange:
         self.incoming.check()
         landings = len(self._landings) + self.pushing.landings
         assert landings == len(self.incoming), "a landing without a transfer, or the reverse"
-        lent = [*self._landings.values(), *(one.lease for one in self._sending.values())]
-        lent += self.pushing.lent()
+        lent = [*self._landings.values(), *self.pushing.lent(), *self.serving.lent()]
         for lease in self.pool.leases:
             assert lease.lent == lent.count(lease.id), f"lease {lease.id} is lent to nobody, or not to all"
         for one in self._fetches.values():
@@ -277,13 +271,18 @@ class Exchange:
 
     def _fail(self, one: Fetch, text: str) -> None:
         self.failed_fetches += 1
-        data: dict[str, object] = {"source": one.source.shard, "call": one.call.call, "reason": text}
+        one.failed = True
+        data: dict[str, object] = {
+            "request": one.source.request,
+            "source": one.source.shard,
+            "call": one.call.call,
+            "reason": text,
+        }
         self._actions.append(Log("warning", "fetch failed", data))
         self._finish(one)
 
     def _finish(self, one: Fetch) -> None:
         del self._fetches[one.id]
-        one.over = True
         self._over.append(one)
 
     # ---- landing (see Landing in transfer/incoming.py) -----------------------------------------------------
@@ -341,90 +340,33 @@ class Exchange:
 
     # ---- sending -------------------------------------------------------------------------------------------
 
-    def _pulled(self, sender: ActorId, pull: Pull, now: float) -> None:
-        if (sender, pull.id) in self._pulls:
-            return
-        self._pulls[sender, pull.id] = None
-        while len(self._pulls) > PULLS_REMEMBERED:
-            self._pulls.popitem(last=False)
-        held = self.pool.leases.find(pull.lease) if pull.lease else None
-        if held is not None and held.owner == pull.owner and held.floor is None:
-            pages = tuple(held.pages[pull.first_page : pull.first_page + pull.pages])
-            self._send(_Sending(sender, pull, held.id), pages, now)
-            return
-        last = (pull.first_page + pull.pages) * self.pool.page_tokens
-        tokens = span(pull.tokens, 0, min(last, count(pull.tokens)))
-        grant = self.pool.lend_prefix(EXCHANGER, pull.scope, tokens, 0, now)
-        if grant is None:
-            self._refuse(sender, pull, Failure.RECEIVER_FULL, "no pages to bring the prefix in")
-            return
-        self.pool.renew(EXCHANGER, math.inf)
-        one = _Sending(sender, pull, grant.lease)
-        if grant.ready:
-            self.warm(grant, now, one)
-        else:
-            self._warming[grant.lease] = one
-
-    @property
-    def warming(self) -> tuple[int, ...]:
-        """The leases whose pages are brought in for Pulls."""
-        return tuple(self._warming)
-
-    def cooled(self, lease: int) -> None:
-        """What was to be brought in is lost, and its lease has ended."""
-        one = self._warming.pop(lease)
-        self._refuse(one.to, one.pull, Failure.REFUSED, "the pages are damaged")
-
-    def warm(self, grant: Grant, now: float, one: _Sending | None = None) -> None:
-        """The pages of one of EXCHANGER's leases are in the device tier: send them."""
-        one = one or self._warming.pop(grant.lease)
-        self._send(one, grant.pages[one.pull.first_page :], now)
-        self.pool.free_mem(EXCHANGER, grant.lease)  # lent by now, or of no use
-
-    def _send(self, one: _Sending, pages: tuple[int, ...], now: float) -> None:
-        if not pages or any(tier_of(page) != Tier.DEVICE for page in pages):
-            self._refuse(one.to, one.pull, Failure.REFUSED, "none of the pages is here")
-            return
-        self._last += 1
-        one.order, one.pages = self._last, len(pages)
-        self.lending.lend(one.lease)
-        self._sending[one.order] = one
-        private = one.pull.id.to_bytes(8, "little")
-        order = Order(one.to, one.order, pages, now + one.pull.remaining_s, self.granularity, private=private)
-        self.outgoing.receive(self.me, order, now)
-        self._pass_on(now)
-
-    def _reported(self, result: TransferDone | TransferFailed) -> None:
-        if isinstance(result, TransferDone):
-            self.sent_bytes += result.nbytes
-        if self.pushing.reported(result):
-            return
-        one = self._sending.pop(result.id)
-        self.lending.take_back(one.lease)
-        if isinstance(result, TransferFailed):
-            self._refuse(one.to, one.pull, result.failure, result.message)
-
     def push(self, sender: ActorId, call: Transfer, now: float) -> None:
         """Begin a Transfer; ``pushing`` tells how it ended. Raises PoolError."""
         if call.to == self.me or not self.outgoing.paths:
             raise PoolError(PoolError.NO_PATH, f"pages do not move from {self.me} to {call.to}")
         if len(self.outgoing) >= self.outgoing.sending_max:
             raise PoolError(PoolError.QUEUE_FULL, f"{len(self.outgoing)} transfers are under way already")
-        order = self.pushing.order(self._last + 1, sender, call, now)
-        self._last += 1
+        order = self.pushing.order(next(self._orders), sender, call, now)
         self.outgoing.receive(self.me, order, now)
         self._pass_on(now)
 
-    def _refuse(self, to: ActorId, pull: Pull, failure: Failure, text: str) -> None:
-        self._actions.append(Send(to, PullRefused(pull.id, failure, text)))
+    def warm(self, grant: Grant, now: float) -> None:
+        """Pages that were brought in for a Pull are there."""
+        self.serving.warm(grant, now)
+        self._pass_on(now)
+
+    def _reported(self, result: TransferDone | TransferFailed) -> None:
+        if isinstance(result, TransferDone):
+            self.sent_bytes += result.nbytes
+        if not self.pushing.reported(result):
+            self.serving.reported(result)
 
     # ---- inside --------------------------------------------------------------------------------------------
 
     def _bury(self, actors: set[ActorId]) -> None:
         for one in [one for one in self._fetches.values() if one.source.shard in actors]:
             self._fail(one, f"{one.source.shard} is gone")
-        for key in [key for key in self._pulls if key[0] in actors]:
-            del self._pulls[key]
+        self.serving.bury(actors)
 
     def _pass_on(self, now: float) -> None:
         """Turn what the transfer cores ask for into actions of this shard."""

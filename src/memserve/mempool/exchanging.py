@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import attrs
 
-from memserve.actions import Action, CopyDone, Send
+from memserve.actions import Action, CopyDone, Log, Send
 from memserve.mempool.answers import Answer
-from memserve.mempool.exchange import EXCHANGER, HEARD, Exchange, Fetch
+from memserve.mempool.exchange import HEARD, Exchange, Fetch
 from memserve.mempool.grants import Grant
+from memserve.mempool.serving import EXCHANGER
 from memserve.mempool.shard import ShardCore, Waiting
 from memserve.messages import ActorId, Gone, Message
 from memserve.pool_messages import (
@@ -25,6 +26,9 @@ from memserve.pool_messages import (
     Transfer,
 )
 from memserve.tokens import count
+
+RETURN_TRIES = 2
+"""How often the pages of an answer are asked for: what is lost would be computed in the next turn of the chat."""
 
 
 @attrs.define
@@ -43,12 +47,14 @@ class ExchangingShard(ShardCore):
     def receive(self, sender: ActorId, message: Message | CopyDone | object, now: float) -> None:
         """Take one message in, from others or from this shard's movers."""
         match message:
-            case Return(scope, tokens, to, deadline_s):
-                back = Source(self.exchange.me, count(tokens), deadline_s)
+            case Return(scope, tokens, to, deadline_s, request):
+                back = Source(
+                    self.exchange.me, count(tokens), deadline_s, request=request, tries=RETURN_TRIES
+                )
                 self._actions.append(Send(to, Prefetch(scope, tokens, back)))
             case _ if isinstance(message, HEARD):
                 self.exchange.receive(sender, message, now)
-                for lease in self.exchange.warming:
+                for lease in self.exchange.serving.warming:
                     self._loading.setdefault(lease, (EXCHANGER, None))
                 self._go_on(now)
             case _:
@@ -127,12 +133,14 @@ class ExchangingShard(ShardCore):
     def _prefetch(self, scope: str, tokens: bytes, source: Source | None, now: float) -> None:
         if source is None:
             super()._prefetch(scope, tokens, source, now)
-        elif self._unanswered < self.waiting_max and len(tokens) % self.pool.tree.page_bytes == 0:
-            grant = self.exchange.bring(scope, tokens, now)
-            if grant is not None:
-                call = Acquire(0, scope, tokens, 0, source)
-                if (answer := self._granted(EXCHANGER, call, grant, now)) is not None:
-                    self._reply(EXCHANGER, answer)
+        elif len(tokens) % self.pool.tree.page_bytes == 0:
+            room = self._unanswered < self.waiting_max
+            grant = self.exchange.bring(scope, tokens, now) if room else None
+            call = Acquire(0, scope, tokens, 0, source)
+            if grant is None:
+                self.exchange.failed_returns += 1
+            elif (answer := self._granted(EXCHANGER, call, grant, now)) is not None:
+                self._reply(EXCHANGER, answer)
 
     def _withdraw(self, sender: ActorId, number: int) -> None:
         fetch = self.exchange.fetch_of(sender, number)
@@ -155,7 +163,22 @@ class ExchangingShard(ShardCore):
         while over := self.exchange.take_over():
             for fetch in over:
                 self._end_fetch(fetch)
+                if fetch.sender == EXCHANGER:
+                    self._returned(fetch, now)
             super()._grant_waiting(now)
+
+    def _returned(self, fetch: Fetch, now: float) -> None:
+        """A prefix that nobody waits for has come, or is tried once more."""
+        source = fetch.source
+        if not fetch.failed:
+            self.exchange.returned_bytes += fetch.nbytes
+            data: dict[str, object] = {"source": source.shard, "moved_bytes": fetch.nbytes}
+            self._actions.append(Log("info", "answer returned", {"request": source.request, **data}))
+        elif source.tries > 1:
+            again = attrs.evolve(source, tries=source.tries - 1)
+            self._prefetch(fetch.call.scope, fetch.call.tokens, again, now)
+        else:
+            self.exchange.failed_returns += 1
 
     def _end_fetch(self, fetch: Fetch) -> None:
         sender, call, number = fetch.sender, fetch.call, fetch.grant.lease
@@ -165,19 +188,20 @@ class ExchangingShard(ShardCore):
         if not lease.lent:
             retired = lease.retired_tokens
             more = max(0, fetch.filled_tokens - retired)
-            self._reply(sender, Acquired(call.call, number, fetch.grant.pages, retired, more, fetch.nbytes))
+            table, found = fetch.grant.pages, fetch.grant.found_pages
+            self._reply(sender, Acquired(call.call, number, table, retired, more, fetch.nbytes, found))
             return
         self.pool.free_mem(sender, number)  # a slow sender still writes to these pages: others, then
         if sender != EXCHANGER:
             self._waiting = {(sender, call.call): attrs.evolve(call, source=None), **self._waiting}
 
     def _lost(self, lease: int) -> tuple[ActorId, Waiting | SwapIn | None]:
-        if lease in self.exchange.warming:
-            self.exchange.cooled(lease)
+        if lease in self.exchange.serving.warming:
+            self.exchange.serving.cooled(lease)
         return super()._lost(lease)
 
     def _loaded(self, grant: Grant, now: float) -> None:
-        if grant.lease in self.exchange.warming:
+        if grant.lease in self.exchange.serving.warming:
             del self._loading[grant.lease]
             self.exchange.warm(grant, now)
         else:

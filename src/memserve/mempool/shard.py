@@ -427,7 +427,7 @@ class ShardCore:
 
 
 def _acquired(call: int, grant: Grant) -> Acquired:
-    return Acquired(call, grant.lease, grant.pages, grant.cached_tokens)
+    return Acquired(call, grant.lease, grant.pages, grant.cached_tokens, found_pages=grant.found_pages)
 
 
 ShardCore.calls = {
