@@ -98,6 +98,7 @@ def settings_of(resolved: Resolved) -> WorkerSettings:
         RETIRE[config.cache.mode],
         fetch_s=config.transfer.deadline_s,
         returns=config.cache.mode == "3",
+        page_bytes=resolved.page_bytes,
     )
 
 

@@ -29,6 +29,10 @@ class TransferDone:
 
     id: int
     nbytes: int
+    pages: tuple[int, ...] = ()
+    """There; as the receiver granted them."""
+    lease: int = 0
+    """That holds them there."""
 
 
 @attrs.frozen
@@ -38,6 +42,8 @@ class TransferFailed:
     id: int
     failure: Failure
     message: str
+    code: str = ""
+    """Of the PoolError, where the receiver's pool refused the pages."""
 
 
 Result = TransferDone | TransferFailed
