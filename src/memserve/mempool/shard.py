@@ -6,7 +6,8 @@ granted lease lives) and never a second grant, which nobody would know to free.
 An Acquire or a Match that finds the pool short waits in one bounded queue, granted strictly in order: a large one is not
 overtaken for ever by small ones. One whose pages must be brought in leaves the queue with its pages
 reserved, and is answered when the copy is over; those behind it do not wait for that. AllocMem and SwapIn never
-wait for pages, because whoever asks already holds some that others wait for.
+wait for pages, because whoever asks already holds some that others wait for. A lease that was refused pages comes before the
+queue when some come free, or whoever gave way to it would be granted the very pages that it gave up.
 """
 
 from __future__ import annotations
@@ -193,6 +194,8 @@ class ShardCore:
         try:
             answer = self.calls[type(call)](self, sender, call, now)
         except PoolError as refused:
+            if refused.code == PoolError.NO_PAGES and isinstance(call, AllocMem):
+                self.pool.leases.lack(call.lease, now)
             answer = PoolRefused(call.call, refused.code, refused.message)
         if answer is not None:
             self._reply(sender, answer)
@@ -212,6 +215,7 @@ class ShardCore:
     def _alloc_mem(self, sender: ActorId, call: AllocMem, now: float) -> Answer:
         if call.lease:
             pages = self.pool.alloc_mem(sender, call.lease, call.pages, now, call.tier)
+            self.pool.leases.has_enough(call.lease)
             return Allocated(call.call, call.lease, pages)
         return _acquired(call.call, self.pool.alloc_new(sender, call.scope, call.pages, call.tier, now))
 
@@ -262,6 +266,8 @@ class ShardCore:
             raise PoolError(PoolError.QUEUE_FULL, f"{waiting} calls wait for pages already")
 
     def _try(self, sender: ActorId, call: Waiting, now: float) -> Grant | None:
+        if self.pool.leases.any_lacks(now):
+            return None
         match call:
             case Acquire(_, scope, tokens, extra_pages, _):
                 return self.pool.acquire(sender, scope, tokens, extra_pages, now)

@@ -140,7 +140,9 @@ class SchedulerCore:
                 Send(sender, planned),
                 Send(planned.plan.prefill, Prefill(message.request, planned.plan)),
             ]
-        elif not self._place(message, now) and key not in self._held:
+        elif self._place(message, now):
+            self._held.pop(key, None)
+        elif key not in self._held:
             if len(self._held) >= HELD_MAX:
                 self._reject(message, f"{HELD_MAX} requests wait for a worker already")
             else:

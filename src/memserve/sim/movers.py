@@ -95,7 +95,7 @@ class Movers:
         """An actor is dead: what its process wrote breaks off; what its card sends does not."""
         for one in list(self._writing.values()):
             if one.sender is actor and one.path != "nixl":
-                self._break(one, Failure.CUT)
+                self._break(one, Failure.CUT, killed=True)
         for receiver, key in list(self._expected):
             if receiver == actor.id:
                 del self._expected[receiver, key]
@@ -150,11 +150,14 @@ class Movers:
             self.world.tell(receiver, Received(*one.key))
         self.world.tell(one.sender, Wrote(transfer.id, size))
 
-    def _break(self, one: Writing, why: Failure) -> None:
+    def _break(self, one: Writing, why: Failure, killed: bool = False) -> None:
         """Half of the pages are written in part, the others not at all."""
         pages = one.order.transfer.destination
         if self.world.find(one.to) is not None and not self._uninvited(one):
-            self._check_landing(one)
+            if (
+                not killed
+            ):  # else the receiver may just have let go of them: it kills before it grants them anew
+                self._check_landing(one)
             self.arenas.spoil(one.to, pages[: len(pages) // 2 + 1])
         self._end(one)
         receiver = self.world.find(one.to)
