@@ -21,11 +21,12 @@ from memserve.messages import (
     Submit,
 )
 from memserve.pool_messages import IndexDelta, IndexEvent
+from memserve.scheduling.admission import HELD_S
 from memserve.scheduling.fleet import Fleet
 from memserve.scheduling.global_tree import GlobalTree
 from memserve.scheduling.membership import DEAD_AFTER_S, DEAD_STARTING_S, pairs
 from memserve.scheduling.policies import LeastLoad, RoundRobin
-from memserve.scheduling.scheduler import HELD_S, SchedulerCore
+from memserve.scheduling.scheduler import SchedulerCore
 from memserve.tokens import pack
 
 ME = Member(ActorId("scheduler-0.1"), "GlobalScheduler", "ipc://s", 1, "ready")
