@@ -125,7 +125,7 @@ class MemoryCluster:
         schedulers = [one for one in self.actors.values() if isinstance(one.core, SchedulerCore)]
         for one in schedulers:
             link.connect(seed_id(one.id.rpartition(".")[0]), one.shell.link.endpoint)
-        me = Member(link.actor, kind, link.endpoint, 1, "ready", role, shard)
+        me = Member(link.actor, kind, link.endpoint, 1, "ready", role, shard, role_configured=role)
         return Presence(me, tuple(seed_id(one.id.rpartition(".")[0]) for one in schedulers))
 
     def _new_link(self, name: str):

@@ -80,7 +80,18 @@ LAYERS = {
     "process": ("process",),
     "sim": ("sim", "sim.*"),
     "actors": ("actors*",),
-    "top": ("supervisor", "child", "cli", "__main__", "inspect", "show", "sim_options", "simulate", "status"),
+    "top": (
+        "supervisor",
+        "child",
+        "cli",
+        "__main__",
+        "cluster_options",
+        "inspect",
+        "show",
+        "sim_options",
+        "simulate",
+        "status",
+    ),
 }
 """The first layer with a matching pattern is a module's own."""
 

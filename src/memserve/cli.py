@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import App, CycloptsError, Parameter
 
 from memserve import __version__
+from memserve.cluster_options import ClusterOptions
 from memserve.errors import UserError
 from memserve.sim_options import SimOptions
 
@@ -44,7 +45,6 @@ Overrides = Annotated[
         help="KEY=VALUE over the file's, such as frontend.port=8123; may be repeated.",
     ),
 ]
-ApiKey = Annotated[str | None, Parameter(env_var="MEMSERVE_API_KEY")]
 Level = Literal["debug", "info", "warning", "error", "critical"]
 
 
@@ -95,29 +95,18 @@ def check(*, config: ConfigPath = "demo", set_: Overrides = None) -> None:
 
 @app.command
 def status(
-    *,
-    url: str | None = None,
-    api_key: ApiKey = None,
-    log_dir: Path = Path("logs"),
-    json: Annotated[bool, Parameter(negative=())] = False,
+    cluster: ClusterOptions | None = None, *, json: Annotated[bool, Parameter(negative=())] = False
 ) -> None:
-    """List the actors of a running cluster: name, kind, pid, state and load.
+    """List the actors of a running cluster: name, kind, role, pid, state and load.
 
     Parameters
     ----------
-    url
-        The cluster's address, such as http://127.0.0.1:8080; without it, the one that runs from this directory.
-    api_key
-        One of the keys in [frontend] api_keys, if there are any.
-    log_dir
-        The [logging] dir of the cluster to find when no --url is given.
     json
         Print what the cluster answered, for machines.
     """
     from memserve import show
-    from memserve import status as cluster
 
-    members = cluster.Target.find(url, api_key, log_dir).members()
+    members = (cluster or ClusterOptions()).target().members()
     if json:
         print_json({"members": members})
     else:
@@ -127,12 +116,9 @@ def status(
 @app.command
 def role(
     name: str,
-    role: Literal["prefill", "decode", "both"],
+    role: Literal["prefill", "decode", "both", "auto"],
     /,
-    *,
-    url: str | None = None,
-    api_key: ApiKey = None,
-    log_dir: Path = Path("logs"),
+    cluster: ClusterOptions | None = None,
 ) -> None:
     """Give a running worker another role; requests under way end where they are.
 
@@ -141,47 +127,27 @@ def role(
     name
         The worker, such as d1.
     role
-        What it does for new requests from now on: prefill, decode or both.
-    url
-        The cluster's address, such as http://127.0.0.1:8080; without it, the one that runs from this directory.
-    api_key
-        One of the keys in [frontend] api_keys, if there are any.
-    log_dir
-        The [logging] dir of the cluster to find when no --url is given.
+        What it does for new requests from now on: prefill, decode or both; auto gives it back the role of its
+        configuration, and to the scheduler where roles are its business.
     """
     from memserve import show
-    from memserve.status import Target
 
-    Target.find(url, api_key, log_dir).change(name, {"role": role})
-    show.say(f"{name} has the role {role} now")
+    (cluster or ClusterOptions()).target().change(name, {"role": role})
+    show.say(f"{name} has the role {role} now" if role != "auto" else f"{name} has its own role again")
 
 
 @app.command
-def drain(
-    name: str,
-    /,
-    *,
-    url: str | None = None,
-    api_key: ApiKey = None,
-    log_dir: Path = Path("logs"),
-) -> None:
+def drain(name: str, /, cluster: ClusterOptions | None = None) -> None:
     """Let a worker finish what it has, and leave the cluster for good; returns when it has left.
 
     Parameters
     ----------
     name
         The worker, such as p1.
-    url
-        The cluster's address, such as http://127.0.0.1:8080; without it, the one that runs from this directory.
-    api_key
-        One of the keys in [frontend] api_keys, if there are any.
-    log_dir
-        The [logging] dir of the cluster to find when no --url is given.
     """
     from memserve import show
-    from memserve.status import Target
 
-    target = Target.find(url, api_key, log_dir)
+    target = (cluster or ClusterOptions()).target()
     target.change(name, {"drain": True})
     show.say(
         f"{name} takes no new request; waiting for those it has (Ctrl-C stops the waiting, not the drain)"

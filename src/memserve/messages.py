@@ -9,7 +9,7 @@ Who says what::
 
     Frontend -> GlobalScheduler   Submit, Cancel, Finished, Inquire
     GlobalScheduler -> Frontend   Planned, Rejected, Inquired
-    GlobalScheduler -> worker     Prefill                   worker -> Frontend            Tokens, Failed
+    GlobalScheduler -> worker     Prefill, Change           worker -> Frontend            Tokens, Failed
     prefill worker -> decode      Handoff                   decode -> prefill worker      HandoffTaken
     Frontend -> worker            Cancel, Inquire, Change   worker -> Frontend            Inquired
     everyone -> GlobalScheduler   Load                      worker -> MemPoolShard        Load
@@ -189,6 +189,14 @@ class Member:
     """Gauges and counters by metric name, units in the names."""
     costs: StepCosts | None = None
     """Workers: what their steps cost, as measured at their start."""
+    role_by: str = ""
+    """Workers: who gave it its role while it ran, ``hand`` or ``scheduler``; empty: its configuration did."""
+    role_configured: str = ""
+    """Workers: the role that it started with."""
+    role_wanted: str = ""
+    """Workers, in a scheduler's view: the role that it was asked to take and has not yet."""
+    joined: bool = False
+    """Workers: `memserve join` brought it."""
     needs: tuple[ActorId, ...] = ()
     """Without whose answer, or whose announced death, something that this actor holds never ends."""
 
@@ -345,12 +353,14 @@ class Gone:
 
 @attrs.frozen
 class Change:
-    """What an operator wants of a worker, see :mod:`memserve.scheduling.changes`. Nothing answers it: heartbeats show it."""
+    """What is wanted of a worker, see :mod:`memserve.scheduling.changes`. Nothing answers it: heartbeats show it."""
 
     role: str = ""
-    """prefill, decode or both; empty leaves the role as it is."""
+    """prefill, decode or both; ``auto``: the one it started with, until a scheduler says another; empty: as it is."""
     drain: bool = False
     """Take no new request, finish or hand over those under way, then leave for good."""
+    by: str = "hand"
+    """Who wants it: ``hand``, an operator; or ``scheduler``, which a role given by hand outweighs."""
 
 
 # ---- codec --------------------------------------------------------------------------------------------------

@@ -190,6 +190,18 @@ class SchedulerConfig:
         rule=between(0, 60_000),
         help="policy cost: what a hand-over to another worker must save at least",
     )
+    hold_back_s: float = setting(
+        2.0,
+        unit="seconds",
+        rule=between(0, 3600),
+        help="requests wait in the scheduler, by priority and fair shares, while every worker's prompts take longer to run",
+    )
+    held_max: int = setting(
+        2048,
+        unit="requests",
+        rule=between(1, 1 << 20),
+        help="that may wait in one scheduler; beyond it 503, and 429 for a key that has as many waiting as places are free",
+    )
     count: int = setting(1, unit="processes", rule=between(1, 16), help="GlobalSchedulers")
 
 

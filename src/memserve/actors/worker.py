@@ -74,7 +74,7 @@ def introduce(context: ActorContext, link: Link, role: str = "") -> Presence:
     schedulers = context.resolved.config.scheduler_names
     for name in schedulers:
         link.connect(seed_id(name), context.place.endpoint(name))
-    me = Member(context.id, context.kind, link.endpoint, os.getpid(), "starting", role)
+    me = Member(context.id, context.kind, link.endpoint, os.getpid(), "starting", role, role_configured=role)
     return Presence(me, tuple(seed_id(name) for name in schedulers))
 
 

@@ -24,6 +24,8 @@ HELD_S = 60.0
 """Longest time that a request waits while no worker is ready."""
 FORGOTTEN_S = 12.0
 """A request is forgotten that no Frontend has asked after for so long: four times what lies between two questions."""
+ADMISSION_CODES = ("cluster_full", "tenant_full", "deadline_unreachable", "deadline_missed")
+"""Reasons for which a request that has begun is never refused."""
 RESUMED = -1_000
 """The class of attempts after the first, before any that a client can ask for: their streams have begun."""
 PACE_S = 2.0

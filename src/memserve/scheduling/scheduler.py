@@ -42,6 +42,7 @@ from memserve.scheduling.outlook import first_token_s, room, run_s
 from memserve.scheduling.outputs import OutputLengths
 from memserve.scheduling.policies import Choice, Policy
 from memserve.scheduling.presence import HEARTBEAT_S, Wakefulness
+from memserve.scheduling.roles import Roles
 from memserve.scheduling.ttl_index import TtlIndex
 from memserve.tokens import count
 
@@ -67,6 +68,7 @@ class SchedulerCore:
     """Requests wait here while every worker's prompts take longer than this to run; see ``[scheduler]``."""
     membership: Membership = attrs.field(factory=Membership, init=False)
     fleet: Fleet = attrs.field(factory=Fleet, init=False)
+    roles: Roles = attrs.field(factory=Roles)
     counters: dict[str, float] = attrs.field(factory=dict, init=False)
     _plans: OrderedDict[tuple[str, int], Planned] = attrs.field(factory=OrderedDict, init=False)
     _lengths: OutputLengths = attrs.field(factory=OutputLengths, init=False)
@@ -266,6 +268,8 @@ class SchedulerCore:
         joined = member.id not in self.membership.members
         changed, replaced = self.membership.hear(member, now)
         self.fleet.heard(member, now)
+        if member.role:
+            self._actions += self.roles.heard(member, now)
         self._bury(replaced, "replaced", now)
         if joined:
             self._log(
@@ -319,9 +323,8 @@ class SchedulerCore:
 
     def _publish(self, to: list[ActorId], now: float) -> None:
         me = attrs.evolve(self.me, load=self.gauges())
-        view = Cluster(
-            self.me.id, (me, *self.membership.members.values()), self.membership.recently_gone(now)
-        )
+        members = map(self.roles.seen, self.membership.members.values())
+        view = Cluster(self.me.id, (me, *members), self.membership.recently_gone(now))
         self._actions += [Send(one, view) for one in to]
 
     def undeliverable(self, to: ActorId, message: Message, now: float) -> None:

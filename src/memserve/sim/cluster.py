@@ -17,6 +17,7 @@ from memserve.mempool.pool import Pool
 from memserve.mempool.room import Capacity
 from memserve.mempool.shard import ShardCore
 from memserve.messages import ActorId, Member
+from memserve.scheduling.admission import Admission
 from memserve.scheduling.cost_model import CostModel
 from memserve.scheduling.global_tree import GlobalTree
 from memserve.scheduling.index_feed import IndexFeed
@@ -126,7 +127,7 @@ class Cluster:
         return ActorId(f"{name}.{self._incarnations:08x}")
 
     def _presence(self, id: ActorId, kind: str, role: str = "") -> Presence:
-        me = Member(id, kind, f"sim://{id}", self._incarnations, "starting", role)
+        me = Member(id, kind, f"sim://{id}", self._incarnations, "starting", role, role_configured=role)
         return Presence(me, tuple(seed_id(name) for name in self.layout.scheduler_names))
 
     def _ready(self, actor: Actor, presence: Presence) -> None:
@@ -146,7 +147,10 @@ class Cluster:
         me = Member(id, "GlobalScheduler", f"sim://{id}", self._incarnations, "ready")
         kind, index = self.layout.policy, IndexFeed(GlobalTree(self.layout.page_tokens))
         policy = Cost(self.layout.weights) if kind == "cost" else POLICIES[kind]()
-        core = self.cores[name] = SchedulerCore(me, self.layout.policy, policy, index)
+        admission = Admission(self.layout.held_max)
+        core = self.cores[name] = SchedulerCore(
+            me, self.layout.policy, policy, index, admission, self.layout.hold_back_s
+        )
         self._ready_at[id] = self.world.now
         self.world.start(Actor(id, me.kind, core))
 
