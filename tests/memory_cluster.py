@@ -287,7 +287,7 @@ class MemoryCluster:
     async def settled(self, frontend: FrontendService) -> None:
         """Wait until requests can be placed."""
         with trio.fail_after(30):
-            while not frontend.healthy():
+            while not frontend.health().serves:
                 await trio.sleep(0.01)
 
 

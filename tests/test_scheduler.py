@@ -11,6 +11,8 @@ from memserve.messages import (
     Cancel,
     Cluster,
     Gone,
+    Inquire,
+    Inquired,
     Load,
     Member,
     Planned,
@@ -129,8 +131,13 @@ def test_requests_wait_for_a_worker_then_are_refused() -> None:
     assert [one.message.request for one in sent(core, Planned)] == ["placed"]
     core.receive(ActorId("x"), Died(worker.id), 2.0)
     core.receive(FRONTEND.id, submit("late"), 2.0)
+    core.advance(2.0)
     assert sent(core, Rejected) == []
-    core.receive(FRONTEND.id, Load(FRONTEND), 2.0 + HELD_S)
+    for second in range(3, 2 + int(HELD_S)):
+        core.receive(FRONTEND.id, Load(FRONTEND), float(second))
+        core.receive(FRONTEND.id, Inquire("late", 0), float(second))
+        core.advance(float(second))
+    assert {one.message for one in sent(core, Inquired)} == {Inquired("late", 0, held=True)}
     assert core.deadline <= 2.0 + HELD_S
     core.advance(2.0 + HELD_S)
     (refusal,) = sent(core, Rejected)

@@ -7,7 +7,8 @@ draw depends on (seed, position) alone, the stream continues with the tokens it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import attrs
@@ -34,10 +35,9 @@ from memserve.messages import (
     Timings,
     Tokens,
     TokenUpdate,
-    actor_name,
 )
-from memserve.scheduling.membership import pairs
 from memserve.scheduling.presence import Presence
+from memserve.scheduling.view import ClusterView, Health
 from memserve.tokens import count, unpack
 
 SUBMIT_REPEAT_S = 1.0
@@ -100,7 +100,7 @@ class FrontendCore:
     requests_max: int
     """Requests open at once; beyond it ``open`` refuses."""
     _entries: dict[str, Entry] = attrs.field(factory=dict, init=False)
-    _view: dict[ActorId, dict[ActorId, Member]] = attrs.field(factory=dict, init=False)
+    _view: ClusterView = attrs.field(factory=ClusterView, init=False)
     _actions: list[Action] = attrs.field(factory=list, init=False)
     _look_at: float = attrs.field(default=float("inf"), init=False)
     """No entry is due before."""
@@ -140,14 +140,11 @@ class FrontendCore:
 
     def members(self) -> list[Member]:
         """Everyone alive, by the newest word of each scheduler."""
-        found: dict[ActorId, Member] = {}
-        for view in self._view.values():
-            found |= view
-        return list(found.values())
+        return self._view.members()
 
-    def healthy(self) -> bool:
-        """Whether a request submitted now could be placed."""
-        return self.presence.member.state == "ready" and bool(pairs(self.members()))
+    def health(self, now: float, down: Mapping[str, str] = MappingProxyType({})) -> Health:
+        """Whether a request submitted now could be served. ``down``: what a supervisor says of actors that do not live."""
+        return self._view.health(self.presence.member, down, now)
 
     def order(self, worker: ActorId, change: Change) -> None:
         """Pass an operator's wish on to a worker; repeated by the caller until the view shows it."""
@@ -331,20 +328,11 @@ class FrontendCore:
             self._fail(entry, failure, now)
 
     def _on_cluster(self, sender: ActorId, message: Cluster, now: float) -> None:
-        name = actor_name(message.scheduler)
-        earlier = [one for one in self._view if actor_name(one) == name and one != message.scheduler]
-        for scheduler in earlier:
-            del self._view[scheduler]  # it knows nothing newer
-        self._submit_held_by(earlier, now)
-        self._view[message.scheduler] = {one.id: one for one in message.members}
+        self._submit_held_by(self._view.heard(message, now), now)
 
     def _on_gone(self, sender: ActorId, message: Gone, now: float) -> None:
         gone = set(message.actors)
-        for actor in gone:
-            self._view.pop(actor, None)
-        for view in self._view.values():
-            for actor in gone & view.keys():
-                del view[actor]
+        self._view.gone(gone)
         self._submit_held_by(gone, now)
         if self.presence.member.id in gone:  # it was held for dead while it slept, and the workers let go
             self._submit_held_by({one.holder for one in self._entries.values() if one.holder}, now)

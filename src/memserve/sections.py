@@ -272,6 +272,24 @@ class FrontendConfig:
         secret=True,
         help="accepted bearer keys, each with a cache of its own; empty: no key is asked for",
     )
+    admin_keys: tuple[str, ...] = setting(
+        (),
+        rule=some_keys,
+        secret=True,
+        help="those of api_keys that may change workers (memserve role, memserve drain); empty: all of them",
+    )
+    priority_keys: tuple[str, ...] = setting(
+        (),
+        rule=some_keys,
+        secret=True,
+        help="those of api_keys that may ask for a priority below 0, before all others; empty: all of them",
+    )
+    ttft_ms: float | None = setting(
+        None,
+        unit="milliseconds",
+        rule=between(1, 86_400_000),
+        help="by when the first token of a request is wanted that has no x-slo-ttft-ms; unset: whenever it comes",
+    )
     count: int = setting(1, unit="processes", rule=between(1, 16), help="Frontends, all on the same port")
     max_requests: int = setting(
         1024, unit="requests", rule=between(1, 1 << 20), help="in flight in one Frontend; beyond it, 429"

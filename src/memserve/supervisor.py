@@ -212,6 +212,7 @@ class Supervisor:
             child.heard_at = trio.current_time()
             if event["event"] == "hello":
                 child.id = ActorId(event["id"])
+                self._tell_down(child)
             elif event["event"] == "ready":
                 self._ready(child)
             elif event["event"] == "leaving":
@@ -223,8 +224,18 @@ class Supervisor:
                 if all(frontend.url for frontend in self._of_kind("Frontend")):
                     self._serving.set()
 
+    def _tell_down(self, frontend: Child) -> None:
+        """Tell a Frontend who does not live, for its /health; one that begins knows nothing yet."""
+        if frontend.spec.kind == "Frontend" and frontend.events is not None:
+            for child in self._children.values():
+                if child.down:
+                    frontend.events.send(event="down", name=child.spec.name, why=child.down)
+
     def _ready(self, child: Child) -> None:
-        child.ready_at = trio.current_time()
+        child.ready_at, child.down = trio.current_time(), ""
+        for frontend in self._of_kind("Frontend"):
+            if frontend.events is not None:
+                frontend.events.send(event="up", name=child.spec.name)
         seconds = child.ready_at - child.started_at
         log.info("actor ready", child=child.id, ready_s=round(seconds, 2))
         if child.restarts and self._serving.is_set():
@@ -251,6 +262,11 @@ class Supervisor:
         fields = {"child": child.id or name, "returncode": returncode, "restart_in_s": restart.delay_s}
         log.warning("actor died", **fields, looping=restart.looping, output=child.text())
         child.restarts += 1
+        child.down = f"{end} and is being restarted"
+        if restart.looping:
+            child.down = f"{end} again and again; it is tried every {restart.delay_s:g} s"
+        for frontend in self._of_kind("Frontend"):
+            self._tell_down(frontend)
         if restart.looping and not restart.newly_looping:
             return
         words = "".join(f"\n  {name} | {line}" for line in child.text().splitlines()[-OUTPUT_SHOWN_LINES:])

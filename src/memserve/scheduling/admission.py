@@ -193,10 +193,9 @@ class Admission:
 
     def advance(self, served: bool, now: float) -> list[Refusal]:
         """Refuse what waited too long, forget what nobody wants. ``served``: some worker is ready."""
-        if served:
-            self._nobody_since = None
-        elif self._nobody_since is None:
-            self._nobody_since, self._look_at = now, now
+        if served != (self._nobody_since is None):
+            self._nobody_since, self._look_at = None if served else now, now
+            self._pace = Pace()  # how fast requests leave while nobody takes them says nothing
         if now < self._look_at:
             return []
         refused = []
