@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,14 @@ TEST_TIMEOUT_S = 60.0
 def autojump_clock() -> trio.testing.MockClock:
     """A clock that jumps to the next deadline whenever every task waits. Not for real sockets or processes."""
     return trio.testing.MockClock(autojump_threshold=0)
+
+
+@pytest.fixture
+def folder(tmp_path_factory) -> Path:
+    """A short path that only we can enter."""
+    path = tmp_path_factory.mktemp("p")
+    path.chmod(0o700)
+    return path
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -223,7 +223,7 @@ class MemoryCluster:
         presence.also = (home.id,)
         limits = BatchLimits(self.chunk_tokens, self.rows)
         told = WorkerSettings(
-            limits, PAGE_TOKENS, MAX_CONTEXT, self.retire, fetch_s=self.fetch_s, returns=self.returns
+            limits, PAGE_TOKENS, MAX_CONTEXT, self.retire, self.fetch_s, self.returns, PAGE_BYTES
         )
         core = WorkerCore(presence, home.id, told)
         engine = PageEngine(self.arenas[home.id])

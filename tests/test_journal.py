@@ -16,6 +16,7 @@ from memserve.messages import (
     Inquire,
     Inquired,
     Member,
+    Origins,
     Plan,
     Planned,
     Rejected,
@@ -50,7 +51,8 @@ def request(name: str) -> Request:
 def update(position: int, *tokens: int, attempt: int = 0, finish: str | None = None) -> Tokens:
     """New tokens of ``r``."""
     timings = Timings(1, 2, 3, 4) if finish else None
-    return Tokens((TokenUpdate("r", attempt, position, pack(tokens), 2, finish, timings),))
+    origins = Origins(*range(11, 20)) if finish else None
+    return Tokens((TokenUpdate("r", attempt, position, pack(tokens), 2, finish, timings, origins),))
 
 
 def took(core: FrontendCore, kind: type) -> list:
@@ -163,6 +165,8 @@ def test_the_canonical_line_tells_everything() -> None:
         "request": "r", "attempt": 0, "outcome": "length", "prompt_tokens": 3, "cached_tokens": 2, "output_tokens": 2,
         "held_ms": 100.0, "ttft_ms": 1000.0, "tpot_ms": 500.0, "total_ms": 1500.0, "queue_ms": 1, "prefill_ms": 2, "handoff_ms": 3,
         "decode_ms": 4, "attempts": 1, "prefill": P, "decode": D,
+        "matched_device_tokens": 11, "matched_host_tokens": 12, "matched_disk_tokens": 13, "fetched_tokens": 14,
+        "matched_decode_tokens": 15, "bytes_fetched": 16, "bytes_to_decode": 17, "bytes_to_prefill": 18, "bytes_saved": 19,
     }  # fmt: skip
 
 

@@ -144,6 +144,18 @@ def test_requests_wait_for_a_worker_then_are_refused() -> None:
     assert (refusal.message.status, refusal.message.retry_after_s) == (503, 2.0)
 
 
+def test_a_request_that_waits_is_placed_when_it_is_asked_for_again() -> None:
+    """A worker may have become able to take it unannounced; held on as well, it would be placed a second time."""
+    core = scheduler(SHARD, FRONTEND)
+    core.receive(FRONTEND.id, submit("r"), 0.0)
+    core.fleet.heard(decode("w0"), 0.5)
+    core.fleet.heard(prefill("p0"), 0.5)
+    core.receive(FRONTEND.id, submit("r"), 1.0)
+    core.advance(1.0)
+    assert [one.message.request for one in sent(core, Planned)] == ["r"]
+    assert core.gauges()["requests_held"] == 0
+
+
 def test_a_cancel_that_crosses_the_plan_follows_it() -> None:
     """A client that leaves before its Frontend knows the plan would otherwise be served to the end."""
     core = scheduler(SHARD, FRONTEND, prefill("p0"), decode("d0"))

@@ -6,6 +6,7 @@ import random
 
 import pytest
 import trio
+from structlog.testing import capture_logs
 from trio.testing import MockClock
 
 from memory_cluster import PAGE_BYTES, baseline, generate, memory_cluster, reference
@@ -32,7 +33,10 @@ def prompt(seed: int, length: int) -> list[int]:
 
 
 async def chat(cluster, frontend, turns: int = 4) -> list[tuple[int, int, int]]:
-    """Turns of one chat, each checked; of each (prefilled by p0, bytes to s1, bytes to s0)."""
+    """Turns of one chat, each checked; of each (prefilled by p0, bytes to s1, bytes to s0).
+
+    What the request's line in the log says must be what the shards have counted.
+    """
     tokens, spent = [], []
 
     def figures() -> tuple[int, int, int]:
@@ -42,13 +46,27 @@ async def chat(cluster, frontend, turns: int = 4) -> list[tuple[int, int, int]]:
     for turn in range(turns):
         tokens += prompt(turn, 30)
         before = figures()
-        answer = await generate(frontend, tokens, 18)
+        with capture_logs() as lines:
+            answer = await generate(frontend, tokens, 18)
         assert answer == reference(tokens, 18)
-        tokens += answer
         await trio.sleep(1)  # what returns does so in the background
         spent.append(tuple(after - then for after, then in zip(figures(), before, strict=True)))
+        check_line(lines, len(tokens), *spent[-1])
+        tokens += answer
     await baseline(cluster)
     return spent
+
+
+def check_line(lines, prompt_tokens, prefilled, to_decode, back) -> None:
+    """The canonical line accounts for every token and every byte, unless a transfer failed."""
+    if any(one["event"] in ("fetch failed", "request resubmitted") for one in lines):
+        return
+    (line,) = [one for one in lines if one["event"] == "request finished"]
+    assert line["matched_device_tokens"] + line["fetched_tokens"] + prefilled == prompt_tokens
+    assert (line["bytes_to_decode"], line["bytes_to_prefill"]) == (to_decode, back)
+    whole = -(-prompt_tokens // 4) * PAGE_BYTES
+    assert line["bytes_saved"] + line["bytes_to_decode"] == whole
+    assert line["matched_decode_tokens"] * PAGE_BYTES == 4 * line["bytes_saved"]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -136,4 +154,22 @@ async def test_small_pools_serve_all(autojump_clock: MockClock, mode) -> None:
             for i in range(12):
                 nursery.start_soon(one, i)
         assert results == {i: reference(prompt(i, 20), 60) for i in range(12)}
+        await baseline(cluster)
+
+
+@pytest.mark.parametrize(("fails", "returned"), [(lambda n: n == 1, 2), (lambda n: True, 0)])
+async def test_an_answer_that_does_not_come_back_is_asked_for_once_more(
+    autojump_clock: MockClock, fails, returned
+) -> None:
+    """One broken transfer costs the next turn nothing; one that breaks always is counted."""
+    async with memory_cluster(*APART, move_fails=fails, **MODES["3"]) as (cluster, frontend):
+        with capture_logs() as lines:
+            await generate(frontend, prompt(0, 8), 9)
+            await trio.sleep(1)
+        gauges = cluster.actors["s0"].core.gauges()
+        back = [one["moved_bytes"] for one in lines if one["event"] == "answer returned"]
+        assert back == [returned * PAGE_BYTES] * (returned > 0)
+        assert gauges["returned_bytes_total"] == returned * PAGE_BYTES
+        assert gauges["fetches_failed_total"] == (1 if returned else 2)
+        assert gauges["returns_failed_total"] == (0 if returned else 1)
         await baseline(cluster)

@@ -76,7 +76,7 @@ LAYERS = {
         "engine.checkpoint",
     ),
     "engine": ("engine.*", "kernels*"),
-    "links": ("bus", "api*", "transfer*", "client"),
+    "links": ("bus", "api*", "transfer*", "client*"),
     "process": ("process",),
     "sim": ("sim", "sim.*"),
     "actors": ("actors*",),

@@ -27,6 +27,7 @@ from memserve.messages import (
     Inquired,
     Member,
     Message,
+    Origins,
     Plan,
     Planned,
     Rejected,
@@ -77,6 +78,7 @@ class Entry:
     first_token_at: float | None = None
     last_token_at: float | None = None
     timings: Timings = Timings()
+    origins: Origins = attrs.field(factory=Origins)
 
     @property
     def due(self) -> float:
@@ -301,6 +303,7 @@ class FrontendCore:
         entry.last_token_at = now
         entry.sent += fresh
         entry.timings = update.timings or entry.timings
+        entry.origins = update.origins or entry.origins
         self._count("output_tokens_total", count(fresh))
         self._actions.append(
             Deliver(entry.request.id, tuple(unpack(fresh)), update.finish, entry.cached_tokens)
@@ -403,6 +406,7 @@ def _canonical(entry: Entry, now: float) -> dict[str, object]:
         "tpot_ms": between,
         "total_ms": (now - entry.received_at) * 1e3,
         **attrs.asdict(entry.timings),
+        **attrs.asdict(entry.origins),
         "attempts": entry.attempt + 1,
         "prefill": entry.plan.prefill if entry.plan else None,
         "decode": entry.plan.decode if entry.plan else None,

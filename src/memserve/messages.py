@@ -44,6 +44,7 @@ from memserve.pool_messages import (
     Adopted,
     Allocated,
     AllocMem,
+    Arrival,
     Delete,
     DescribePool,
     Evict,
@@ -55,12 +56,16 @@ from memserve.pool_messages import (
     Insert,
     Inserted,
     Match,
+    Meet,
+    NextArrival,
     PoolDescribed,
     PoolRefused,
     Prefetch,
     Return,
     SwapIn,
     SwapOut,
+    Transfer,
+    Transferred,
 )
 from memserve.transfer_messages import (
     Pull,
@@ -153,6 +158,31 @@ class Timings:
 
 
 @attrs.frozen
+class Origins:
+    """Where the KV of a request's prompt came from, and what was moved for it; filled in by each worker on its way.
+
+    Of the last attempt; all of it is in the request's line in the log.
+    """
+
+    matched_device_tokens: int = 0
+    """Found at the prefill worker's shard, in the arena."""
+    matched_host_tokens: int = 0
+    matched_disk_tokens: int = 0
+    fetched_tokens: int = 0
+    """Brought to that shard from another before the prompt ran."""
+    matched_decode_tokens: int = 0
+    """Found at the decode worker's shard when the request was handed over from another."""
+    bytes_fetched: int = 0
+    """Moved for ``fetched_tokens``."""
+    bytes_to_decode: int = 0
+    """Moved by the hand-over."""
+    bytes_to_prefill: int = 0
+    """The answer's pages that are returned behind the request's end (mode 3), unless that fails."""
+    bytes_saved: int = 0
+    """Of the pages that were handed over without being moved."""
+
+
+@attrs.frozen
 class TokenUpdate:
     """New tokens of one request."""
 
@@ -166,6 +196,8 @@ class TokenUpdate:
     finish: str | None = None
     """``stop`` or ``length`` on the last update."""
     timings: Timings | None = None
+    """Set with ``finish``."""
+    origins: Origins | None = None
     """Set with ``finish``."""
 
 
@@ -267,6 +299,7 @@ class Handoff:
     """Tokens of the sequence of which the shard has said that their pages are in the index."""
     cached_tokens: int
     timings: Timings
+    origins: Origins
     first_token_at: float
 
 
@@ -371,7 +404,7 @@ Message = (
     | Acquire | Match | Acquired | AllocMem | Allocated | Insert | Inserted | Adopt | Adopted | FreeMem | Freed
     | Delete | Evict | SwapOut | SwapIn | Prefetch | DescribePool | PoolDescribed | PoolRefused
     | Pull | PullRefused | TransferOffer | TransferGranted | TransferSent | TransferArrived | TransferRefused
-    | TransferStop | TransferWithdrawn | Return
+    | TransferStop | TransferWithdrawn | Return | Transfer | Transferred | NextArrival | Arrival | Meet
     | IndexDelta | IndexWanted | IndexSnapshot | Load | Cluster | Gone | Change
 )  # fmt: skip
 

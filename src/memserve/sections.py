@@ -223,8 +223,8 @@ class TransferConfig:
 
     path: str = setting(
         "auto",
-        rule=one_of("auto", "mapped", "tcp", "nixl"),
-        help="auto: the fastest that both shards have; mapped: copies on one host; tcp: between any; nixl: RDMA",
+        rule=one_of("auto", "mapped", "cuda", "tcp", "nixl"),
+        help="auto: the fastest that both shards have; mapped: copies on one host, cuda: between its GPUs; tcp: any; nixl: RDMA",
     )
     host: str = setting(
         "127.0.0.1", rule=a_reachable_host, help="where tcp listens, and others reach this host"

@@ -90,6 +90,8 @@ def layout_of(name: str, config: Config, pages: int | None) -> Layout:
         caching=config.cache.mode,
         page_tokens=config.pool.page_tokens,
         page_bytes=page_bytes,
+        path="mapped" if config.transfer.path == "auto" else config.transfer.path,
+        fetch_s=config.transfer.deadline_s,
         chunk_tokens=config.batch.chunk_tokens,
         rows=config.batch.rows,
         lease_s=config.pool.lease_s,

@@ -32,6 +32,7 @@ from memserve.scheduling.presence import Presence, Reporting, seed_id
 from memserve.sections import ShardConfig
 
 if TYPE_CHECKING:
+    from memserve.engine.cuda import CudaEngine
     from memserve.engine.runner import CpuEngine
 
 RETIRE = {"off": "none", "1": "prompt", "2": "all", "3": "all"}
@@ -41,10 +42,8 @@ SHARD_WAIT_S = 60.0
 PLANNED_S = 0.3
 """A draining worker stays for so long at least: what was planned before the scheduler knew of it still arrives."""
 CORES_FILE = "cores.lock"
-CALIBRATED_ROWS = 32
-"""Streams in a step, at most, when it is measured what steps cost; more are reckoned from these."""
-CALIBRATED_CONTEXT = 1024
-"""Tokens of context, likewise."""
+CALIBRATED = {False: (32, 1024), True: (256, 8192)}
+"""Streams and tokens of context, at most, on a CPU and on a GPU; beyond, costs go on as they grew up to there."""
 
 
 async def run_worker(context: ActorContext, task_status: trio.TaskStatus[None]) -> None:
@@ -99,6 +98,7 @@ def settings_of(resolved: Resolved) -> WorkerSettings:
         RETIRE[config.cache.mode],
         fetch_s=config.transfer.deadline_s,
         returns=config.cache.mode == "3",
+        page_bytes=resolved.page_bytes,
     )
 
 
@@ -115,7 +115,7 @@ def start_engine(context: ActorContext, shard: ActorId, measured: Callable[[Step
 
     resolved = context.resolved
     if shard_of(context).on_gpu:
-        return start_engine_on_gpu(context, shard)
+        return start_engine_on_gpu(context, shard, measured)
     try:
         arena = attach_arena(context.place.socket_path(f"{shard}.arena"), resolved.page_bytes)
     except (PeerError, PeerUnreachable) as error:
@@ -130,25 +130,29 @@ def start_engine(context: ActorContext, shard: ActorId, measured: Callable[[Step
     pages = arena.header.pages
     engine = CpuEngine(files.spec, files.weights, arena.memory, pages, page_tokens, model.dtype, cores)
     engine.warm_up()
-    measured(calibrate(engine, resolved, threads))
+    measured(calibrate(engine, resolved, threads, "native" if engine.native else "torch"))
     return engine
 
 
-def calibrate(engine: CpuEngine, resolved: Resolved, threads: int) -> StepCosts:
-    """What its steps cost: remembered, or measured now, when no other worker of this host measures."""
+def calibrate(engine: CpuEngine | CudaEngine, resolved: Resolved, threads: int, kind: str) -> StepCosts:
+    """What its steps cost: remembered, or measured now, when no other worker of this host measures.
+
+    ``kind``: of engine, and what it runs on beside the host.
+    """
     from memserve.engine.calibration import calibrated, measure
     from memserve.engine.weights import default_cache_dir
 
     config, spec = resolved.config, resolved.spec
     token_bytes = spec.kv_values_per_token * (4 if config.model.dtype == "float32" else 2)
-    chunk, rows = config.batch.chunk_tokens, min(config.batch.rows, CALIBRATED_ROWS)
-    context = min(resolved.max_context, CALIBRATED_CONTEXT)
+    most_rows, most_context = CALIBRATED[resolved.on_gpus]
+    chunk, rows = config.batch.chunk_tokens, min(config.batch.rows, most_rows)
+    context = min(resolved.max_context, most_context)
     name: dict[str, object] = {
         "model": attrs.asdict(spec),
         "dtype": config.model.dtype,
         "weights": config.model.stored,
         "page_tokens": config.pool.page_tokens,
-        "engine": "native" if engine.native else "torch",
+        "engine": kind,
         "batch": [chunk, rows, context],
     }
     engine.rest()  # while it waits for its turn, its cores are another's
@@ -168,7 +172,9 @@ def shard_of(context: ActorContext) -> ShardConfig:
     return context.resolved.shard(config.shard)
 
 
-def start_engine_on_gpu(context: ActorContext, shard: ActorId) -> StepEngine:
+def start_engine_on_gpu(
+    context: ActorContext, shard: ActorId, measured: Callable[[StepCosts], None]
+) -> StepEngine:
     """The same for a shard on a GPU, which holds the weights too."""
     from memserve.engine.cuda import open_engine
 
@@ -177,9 +183,11 @@ def start_engine_on_gpu(context: ActorContext, shard: ActorId) -> StepEngine:
     device = device_index(shard_of(context).device)
     assert device is not None, "a worker of a shard that is on no GPU"
     try:
-        return open_engine(resolved, files, context.place.socket_path(f"{shard}.arena"), device)
+        engine = open_engine(resolved, files, context.place.socket_path(f"{shard}.arena"), device)
     except (PeerError, PeerUnreachable) as error:
         raise RestartNeeded(str(error)) from error
+    measured(calibrate(engine, resolved, 1, f"flashinfer on {engine.device_name}"))
+    return engine
 
 
 def take_charge(shell: Shell, core: WorkerCore, engine: EngineThread) -> None:

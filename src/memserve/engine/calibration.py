@@ -40,7 +40,7 @@ TimeStep = Callable[[Rows], tuple[float, int]]
 
 def cases(chunk_tokens: int, rows: int, context: int) -> list[Rows]:
     """Steps to measure, the cheap ones first. ``context``: the longest worth asking for."""
-    streams = [count for count in (1, 2, 4, 8, 16, 32, 64) if count <= rows]
+    streams = [count for count in (1, 2, 4, 8, 16, 32, 64, 128, 256) if count <= rows]
     most = ALONE * chunk_tokens
     chunks = [tokens for tokens in (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048) if tokens < most]
     far = context - 1

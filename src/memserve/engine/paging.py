@@ -93,19 +93,22 @@ class Paging:
         plan = one.plan
         held = min(plan.source_tokens, one.length - 1) // self.page_tokens * self.page_tokens
         wanted = plan.source not in ("", self.shard) and held > 0
-        self.acquire(one, Source(plan.source, held, self.fetch_s) if wanted else None)
+        source = Source(plan.source, held, self.fetch_s, request=one.request.id)
+        self.acquire(one, source if wanted else None)
 
     def move(self, one: Sequence, lease: int, owner: ActorId) -> None:
         """Acquire pages here for a sequence that was handed over, filled from ``lease`` of ``owner`` on the plan's shard."""
         insert = self.retire_what == "all"
-        self.acquire(one, Source(one.plan.shard, one.length - 1, self.fetch_s, lease, owner, insert))
+        shard, request = one.plan.shard, one.request.id
+        self.acquire(one, Source(shard, one.length - 1, self.fetch_s, lease, owner, insert, request))
 
-    def give_back(self, one: Sequence) -> None:
+    def give_back(self, one: Sequence, page_bytes: int) -> None:
         """Let the shard of the prefill have the answer's pages, in the background: the last use of this lease."""
         full = one.acknowledged if self.retire_what != "all" else one.retired
         if full:
-            tokens = span(one.tokens, 0, full)
-            self.outbox.send(self.shard, Return(one.request.scope, tokens, one.plan.shard, self.fetch_s))
+            tokens, to = span(one.tokens, 0, full), one.plan.shard
+            self.outbox.send(self.shard, Return(one.request.scope, tokens, to, self.fetch_s, one.request.id))
+            one.returns(full, self.page_tokens, page_bytes)
 
     def adopt(self, one: Sequence, previous: ActorId) -> None:
         """Ask for the lease that ``previous`` handed over."""

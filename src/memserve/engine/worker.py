@@ -35,7 +35,6 @@ from memserve.messages import (
     Inquired,
     Message,
     Prefill,
-    Timings,
     TokenUpdate,
 )
 from memserve.pool_messages import Acquired, Adopted, Allocated, Freed, Inserted, PoolRefused
@@ -152,7 +151,7 @@ class WorkerCore:
         tokens = request.tokens + message.generated
         one = Sequence(request, message.plan, tokens, Phase.ADOPTING, now, self._next_order())
         one.came_with, one.cached_tokens, one.timings = message.lease, message.cached_tokens, message.timings
-        one.started_at, one.token_at = now, message.first_token_at
+        one.origins, one.started_at, one.token_at = message.origins, now, message.first_token_at
         if one.crosses:
             one.phase, one.arriving = Phase.WAITING, True
             self._admit(one)
@@ -188,17 +187,11 @@ class WorkerCore:
         one = self._paging.answered(message.call)
         if one is None:
             return  # withdrawn meanwhile: the shard has ended this lease
-        one.go(Phase.READY)
-        one.lease, one.pages = message.lease, message.pages
-        one.retired = one.acknowledged = message.cached_tokens
-        one.computed = message.cached_tokens + message.fetched_tokens
-        one.moved_bytes += message.fetched_bytes
+        one.granted(message, self.settings.page_tokens, self.settings.page_bytes)
         if one.arriving:
             one.arriving = False
             self._taken(one, now)
             return
-        if one.token_at is None:
-            one.cached_tokens = min(one.computed, one.request.prompt_tokens)
         self._outbox.count("requested_tokens_total", one.length)
         self._outbox.count("cached_tokens_total", one.computed)
         expected = one.plan.expected_tokens
@@ -222,7 +215,7 @@ class WorkerCore:
     def _on_adopted(self, sender: ActorId, message: Adopted, now: float) -> None:
         one = self._paging.answered(message.call)
         if one is not None:
-            one.go(Phase.READY)
+            one.adopted(self.settings.page_tokens, self.settings.page_bytes)
             self._taken(one, now)
 
     def _taken(self, one: Sequence, now: float) -> None:
@@ -234,8 +227,9 @@ class WorkerCore:
             return
         one.timings = attrs.evolve(one.timings, handoff_ms=(now - (one.token_at or now)) * 1e3)
         took = one.timings.handoff_ms
-        self._outbox.log("decode started", one, handoff_ms=took, moved_bytes=one.moved_bytes)
+        self._outbox.log("decode started", one, handoff_ms=took, moved_bytes=one.origins.bytes_to_decode)
         self._outbox.count("handoffs_taken_total", 1)
+        self._outbox.count("handoff_bytes_saved_total", one.origins.bytes_saved)
         self._paging.grow(one)
 
     def _on_refused(self, sender: ActorId, message: PoolRefused, now: float) -> None:
@@ -302,7 +296,7 @@ class WorkerCore:
         if finish is not None:
             self._finish(one, token, finish, now)
             return
-        self._update(one, token, None, None)
+        self._update(one, token)
         if one.plan.decode != self.presence.member.id:
             self._hand_over(one, now)
         else:
@@ -310,15 +304,17 @@ class WorkerCore:
 
     def _finish(self, one: Sequence, token: int, finish: str, now: float) -> None:
         decode_ms = (now - (one.owned_at or now)) * 1e3
-        self._update(one, token, finish, attrs.evolve(one.timings, decode_ms=decode_ms))
+        one.timings = attrs.evolve(one.timings, decode_ms=decode_ms)
         if count(one.fresh) > 1:
             self._outbox.log("decode finished", one, output_tokens=one.generated, decode_ms=decode_ms)
         if self.settings.returns and one.crosses and one.came_with:
-            self._paging.give_back(one)
+            self._paging.give_back(one, self.settings.page_bytes)
+        self._update(one, token, finish)
         self._end(one)
 
-    def _update(self, one: Sequence, token: int, finish: str | None, timings: Timings | None) -> None:
-        update = TokenUpdate(*one.key, one.length - 1, pack([token]), one.cached_tokens, finish, timings)
+    def _update(self, one: Sequence, token: int, finish: str | None = None) -> None:
+        told = (one.timings, one.origins) if finish else (None, None)
+        update = TokenUpdate(*one.key, one.length - 1, pack([token]), one.cached_tokens, finish, *told)
         self._outbox.update(one.request.frontend, update)
 
     # ---- hand-over ------------------------------------------------------------------------------------------
@@ -333,7 +329,7 @@ class WorkerCore:
         one.asked_at = now
         message = Handoff(
             one.request, one.plan, one.lease, one.pages, one.fresh, one.acknowledged, one.cached_tokens,
-            one.timings, one.token_at or now,
+            one.timings, one.origins, one.token_at or now,
         )  # fmt: skip
         self._outbox.send(one.plan.decode, message)
 

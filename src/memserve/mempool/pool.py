@@ -361,7 +361,7 @@ class Pool:
             self.counters.matched_host_tokens += lease.found_pages[Tier.HOST] * self.page_tokens
             self.counters.matched_disk_tokens += lease.found_pages[Tier.DISK] * self.page_tokens
             lease.requested_tokens = 0
-        return Grant(lease.id, tuple(lease.pages), lease.retired_tokens, ready)
+        return Grant(lease.id, tuple(lease.pages), lease.retired_tokens, ready, lease.found_pages)
 
     def _reseat(self, lease: Lease) -> None:
         """Write the present slots of the pinned prefix into a lease's table, but for the pages that it keeps."""

@@ -6,20 +6,21 @@ granted lease lives) and never a second grant, which nobody would know to free.
 An Acquire or a Match that finds the pool short waits in one bounded queue, granted strictly in order: a large one is not
 overtaken for ever by small ones. One whose pages must be brought in leaves the queue with its pages
 reserved, and is answered when the copy is over; those behind it do not wait for that. AllocMem and SwapIn never
-wait for pages, because whoever asks already holds some that others wait for.
+wait for pages, because whoever asks already holds some that others wait for. A lease that was refused pages comes before the
+queue when some come free, or whoever gave way to it would be granted the very pages that it gave up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar
 
 import attrs
 
 from memserve.actions import Action, CopyDone, Kill, Log, Overslept, Send, Stop
 from memserve.errors import PoolError
 from memserve.mempool.addresses import Address, Tier
-from memserve.mempool.answers import Answer, Replies
+from memserve.mempool.answers import Answer, Granting, Replies
 from memserve.mempool.audit import check_pool
 from memserve.mempool.gauges import pool_gauges
 from memserve.mempool.grants import Grant, Reclaimed
@@ -42,6 +43,7 @@ from memserve.pool_messages import (
     Insert,
     Inserted,
     Match,
+    Meet,
     PoolDescribed,
     PoolRefused,
     Prefetch,
@@ -75,6 +77,8 @@ class ShardCore:
     Verbs: receive, advance, take, deadline, check.
     """
 
+    calls: ClassVar[Mapping[type[Any], Callable[..., Answer | None]]]
+    """What is done for each kind of call; None: it is answered later."""
     pool: Pool
     waiting_max: int = 1024
     """Calls that may wait for pages or copies; one more is refused with QUEUE_FULL."""
@@ -126,9 +130,9 @@ class ShardCore:
                 self.pool.leases.excuse(now)
             case IndexWanted():
                 self._actions += self._publisher.snapshot(sender)
-            case Cluster():
-                pass  # sent to everyone; a shard has no use for it
-            case _ if type(message) in _CALLS:
+            case Cluster() | Meet():
+                pass  # the shell has noted it
+            case _ if type(message) in self.calls:
                 self._call(sender, message, now)
             case _:
                 data: dict[str, object] = {"sender": sender, "kind": type(message).__name__}
@@ -188,8 +192,10 @@ class ShardCore:
             self._actions += [Send(sender, again)] if again is not None else []
             return
         try:
-            answer = _CALLS[type(call)](self, sender, call, now)
+            answer = self.calls[type(call)](self, sender, call, now)
         except PoolError as refused:
+            if refused.code == PoolError.NO_PAGES and isinstance(call, AllocMem):
+                self.pool.leases.lack(call.lease, now)
             answer = PoolRefused(call.call, refused.code, refused.message)
         if answer is not None:
             self._reply(sender, answer)
@@ -209,6 +215,7 @@ class ShardCore:
     def _alloc_mem(self, sender: ActorId, call: AllocMem, now: float) -> Answer:
         if call.lease:
             pages = self.pool.alloc_mem(sender, call.lease, call.pages, now, call.tier)
+            self.pool.leases.has_enough(call.lease)
             return Allocated(call.call, call.lease, pages)
         return _acquired(call.call, self.pool.alloc_new(sender, call.scope, call.pages, call.tier, now))
 
@@ -237,7 +244,8 @@ class ShardCore:
     def _describe(self, sender: ActorId, call: DescribePool, now: float) -> Answer:
         pool, home = self.pool, self.pool.home
         pages = tuple(pool.room.total(tier) for tier in Tier)
-        sizes = (pool.page_tokens, self.page_bytes, pages, self.arenas, pool.leases.lease_s)
+        me, lease_s = self.me or ActorId(""), pool.leases.lease_s
+        sizes = (pool.page_tokens, self.page_bytes, pages, self.arenas, me, lease_s)
         return PoolDescribed(call.call, home.shard, home.incarnation, *sizes)
 
     def _wait(self, sender: ActorId, call: Waiting, now: float) -> Answer | None:
@@ -258,6 +266,8 @@ class ShardCore:
             raise PoolError(PoolError.QUEUE_FULL, f"{waiting} calls wait for pages already")
 
     def _try(self, sender: ActorId, call: Waiting, now: float) -> Grant | None:
+        if self.pool.leases.any_lacks(now):
+            return None
         match call:
             case Acquire(_, scope, tokens, extra_pages, _):
                 return self.pool.acquire(sender, scope, tokens, extra_pages, now)
@@ -361,7 +371,7 @@ class ShardCore:
         """
         memory = self._replies.of(sender)
         answer = memory.answer(number)
-        lease = answer.lease if isinstance(answer, Acquired) else 0
+        lease = answer.lease if isinstance(answer, Granting) else 0
         for loading, (who, held) in self._loading.items():
             if who == sender and held is not None and held.call == number:
                 lease = loading
@@ -417,10 +427,10 @@ class ShardCore:
 
 
 def _acquired(call: int, grant: Grant) -> Acquired:
-    return Acquired(call, grant.lease, grant.pages, grant.cached_tokens)
+    return Acquired(call, grant.lease, grant.pages, grant.cached_tokens, found_pages=grant.found_pages)
 
 
-_CALLS: dict[type[Any], Callable[[ShardCore, ActorId, Any, float], Answer | None]] = {
+ShardCore.calls = {
     Acquire: ShardCore._wait,
     Match: ShardCore._wait,
     AllocMem: ShardCore._alloc_mem,

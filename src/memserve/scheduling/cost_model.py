@@ -33,6 +33,7 @@ class Link:
 LINKS: Mapping[str, Link] = {
     "shared": Link(0.001),
     "mapped": Link(0.002, 1 / 4e9),
+    "cuda": Link(0.001, 1 / 20e9),
     "tcp": Link(0.004, 1 / 1e9),
     "nixl": Link(0.001, 1 / 20e9),
 }

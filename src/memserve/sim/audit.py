@@ -51,6 +51,8 @@ class Audit:
             core.check()
         except AssertionError as broken:
             raise Violation(f"{actor.id}: {broken}") from broken
+        if isinstance(core, ShardCore):
+            self.cluster.arenas.check_index(actor.id, core.pool)
 
     def settled(self) -> str:
         """What is not yet as it must be when nobody wants anything; empty when all is."""

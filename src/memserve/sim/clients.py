@@ -14,6 +14,7 @@ from memserve.messages import Request, Sampling
 from memserve.scheduling.admission import ADMISSION_CODES
 from memserve.sim.cluster import Cluster
 from memserve.sim.engines import drawn_token, next_token
+from memserve.sim.pages import content_of
 from memserve.sim.workloads import Session, Turn
 from memserve.sim.world import Actor, Violation
 from memserve.tokens import TOKEN_BYTES, count, pack
@@ -36,6 +37,8 @@ class Call:
     """When the client first wanted to ask."""
     frontend: Actor | None = None
     answer: bytes = b""
+    content: bytes = b""
+    """What pages must hold for the prompt and the answer so far, where that is looked at."""
     first_at: float = 0.0
     last_at: float = 0.0
     cached_tokens: int = 0
@@ -174,7 +177,8 @@ class Clients:
         sequence = call.prompt + call.answer
         for token in tokens:
             if self.cluster.pages_checked:
-                expected = next_token(sequence, call.seed)
+                call.content += content_of(sequence[len(call.content) :], call.content)
+                expected = next_token(call.content, call.seed)
             else:
                 expected = drawn_token(sequence[-TOKEN_BYTES:], count(sequence), call.seed)
             if token != expected:

@@ -43,8 +43,12 @@ class Layout:
     caching: str = "3"
     """off, 1, 2 or 3."""
     page_tokens: int = 16
-    page_bytes: int = 1
+    page_bytes: int = 2
     """KV of one page, for the bytes moved."""
+    path: str = "mapped"
+    """How pages go from one shard to another: ``mapped``, ``tcp`` or ``nixl``."""
+    fetch_s: float = 5.0
+    """How long a request waits for pages of another shard."""
     chunk_tokens: int = 512
     rows: int = 256
     max_context: int = 1 << 20
