@@ -34,6 +34,17 @@ class Room:
     """When it will, unless a report says otherwise; infinity where only a report can tell."""
 
 
+def is_open(fleet: Fleet, hold_back_s: float, now: float) -> bool:
+    """Whether a worker wants another prompt now: what is asked for each request, so the first of each side are tried first."""
+    prefills, decodes = fleet.prefills.every.keys, fleet.decodes.every.keys
+    if prefills and decodes:
+        prefill, decode = fleet.workers[prefills[0][2]], fleet.workers[decodes[0][2]]
+        ready = prefill.member.shard in fleet.shards and decode.member.shard in fleet.shards
+        if ready and prefill.queue_until - hold_back_s <= now and _takes_streams(decode):
+            return True
+    return room(fleet, hold_back_s, now).open
+
+
 def room(fleet: Fleet, hold_back_s: float, now: float) -> Room:
     """Whether the cluster has room for a prompt."""
     prefills, decodes = list(_best(fleet, fleet.prefills)), list(_best(fleet, fleet.decodes))

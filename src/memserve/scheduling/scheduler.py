@@ -38,7 +38,7 @@ from memserve.scheduling.fleet import Fleet
 from memserve.scheduling.global_tree import Match
 from memserve.scheduling.index_feed import IndexFeed
 from memserve.scheduling.membership import Membership
-from memserve.scheduling.outlook import first_token_s, room, run_s
+from memserve.scheduling.outlook import first_token_s, is_open, room, run_s
 from memserve.scheduling.outputs import OutputLengths
 from memserve.scheduling.policies import Choice, Policy
 from memserve.scheduling.presence import HEARTBEAT_S, Wakefulness
@@ -162,7 +162,7 @@ class SchedulerCore:
         """Place a request at once where a worker has room and none waits before it; else let it wait, or refuse it."""
         request, again = submit.request, submit.request.attempt > 0
         match = self.index.match(request.scope, request.tokens, now)
-        at_once = again or (not len(self.admission) and room(self.fleet, self.hold_back_s, now).open)
+        at_once = again or (not len(self.admission) and is_open(self.fleet, self.hold_back_s, now))
         if at_once and not again and request.ttft_s is not None:
             soonest = first_token_s(self.fleet, match, count(request.tokens), now)
             if submit.age_s + soonest > request.ttft_s:
