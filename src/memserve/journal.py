@@ -233,7 +233,11 @@ class FrontendCore:
     def _on_rejected(self, sender: ActorId, message: Rejected, now: float) -> None:
         """Of a request that another scheduler has planned or holds, a refusal says nothing."""
         entry = self._current(message.request, message.attempt)
-        if entry is not None and entry.plan is None and entry.holder in (None, sender):
+        if entry is None or entry.plan is not None or entry.holder not in (None, sender):
+            return
+        if entry.sent and not entry.attempt:  # its tokens overtook the plan, which was lost
+            self._resubmit(entry, f"refused with {message.code} after it had begun", now)
+        else:
             failure = RequestFailed(message.code, message.message, message.status, message.retry_after_s)
             self._fail(entry, failure, now)
 
