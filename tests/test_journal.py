@@ -251,6 +251,16 @@ def test_the_refusal_of_a_second_scheduler_ends_nothing() -> None:
         assert not core.idle
 
 
+def test_a_stream_that_has_begun_is_not_ended_by_a_refusal() -> None:
+    """Its plan was lost, so it was submitted again, to a scheduler that does not know that it runs."""
+    core = frontend()
+    core.receive(P, update(3, 50), 0.5)
+    core.receive(OTHER, Rejected("r", 0, "deadline_unreachable", "m", 503, 2.0), 1.2)
+    ((_, submit),) = [(to, one) for to, one in took(core, Submit) if one.request.attempt]
+    assert submit.request.tokens == pack([7, 8, 9, 50])
+    assert not core.idle
+
+
 def test_a_plan_for_a_request_that_has_ended_is_cancelled() -> None:
     """A scheduler that missed the Cancel would have it run to its end for nobody."""
     core = waiting()
