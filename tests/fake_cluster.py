@@ -1,6 +1,7 @@
 """A cluster of real processes whose actors only live and die: for the tests of the supervisor and of an actor's process.
 
-``python fake_cluster.py up LOG_DIR BEHAVIOUR`` supervises; ``python fake_cluster.py actor NAME DIR FD`` is an actor.
+``python fake_cluster.py up LOG_DIR BEHAVIOUR`` supervises; ``python fake_cluster.py join LOG_DIR BEHAVIOUR NAME`` adds a
+worker; ``python fake_cluster.py actor NAME DIR FD`` is an actor.
 BEHAVIOUR is a JSON object ``{actor name: word}``, see ``main``.
 """
 
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import trio
 
-from memserve import process
+from memserve import join, process
 from memserve.child import Launch
 from memserve.config import Config, Resolved
 from memserve.engine.spec import ModelSpec
@@ -116,9 +117,23 @@ def up(log_dir: Path, behaviour: dict[str, str]) -> int:
     return 0
 
 
+def join_cluster(log_dir: Path, behaviour: dict[str, str], name: str) -> int:
+    """Keep one more worker until it leaves."""
+    worker = {"name": name, "role": "decode", "shard": "", "threads": None}
+    try:
+        return join.join(
+            worker, log_dir, lambda place: Launch(place, argv, environment(behaviour)), hung_s=HUNG_S
+        )
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "up":
         sys.exit(up(Path(sys.argv[2]), json.loads(sys.argv[3])))
+    elif sys.argv[1] == "join":
+        sys.exit(join_cluster(Path(sys.argv[2]), json.loads(sys.argv[3]), sys.argv[4]))
     else:
         process.MODULES = dict.fromkeys(process.MODULES, "fake_cluster")
         sys.exit(process.run_actor(sys.argv[2], sys.argv[3], int(sys.argv[4])))

@@ -161,7 +161,7 @@ class MemoryCluster:
         sizes = Capacity(self.pages, self.host_pages, self.disk_pages, 0.1, 0.2)
         counts = zip(Tier, (sizes.device, sizes.host, sizes.disk), strict=True)
         slots = [slot(tier, page) for tier, pages in counts for page in range(pages)]
-        self.arenas[link.actor] = {one: [0] * PAGE_TOKENS for one in slots}
+        self.arenas[link.actor] = self.make_arena(slots)
         presence = self._presence(link, "MemPoolShard")
         caching = self.retire != "none"
         pool = Pool(sizes, PAGE_TOKENS, 10.0, caching=caching, home=Home(len(self.arenas), self.incarnations))
@@ -226,7 +226,7 @@ class MemoryCluster:
             limits, PAGE_TOKENS, MAX_CONTEXT, self.retire, self.fetch_s, self.returns, PAGE_BYTES
         )
         core = WorkerCore(presence, home.id, told)
-        engine = PageEngine(self.arenas[home.id])
+        engine = self.make_engine(self.arenas[home.id])
         actor = await self._start(name, link, core, Reporting(core, presence, core.needs))
 
         async def step(plan: BatchPlan) -> None:
@@ -240,6 +240,14 @@ class MemoryCluster:
 
         actor.shell.perform[RunBatch] = lambda action: self.nursery.start_soon(step, action.plan)
         return actor
+
+    def make_arena(self, slots: list[int]):
+        """Pages by slot."""
+        return {one: [0] * PAGE_TOKENS for one in slots}
+
+    def make_engine(self, arena):
+        """What runs steps on the pages of an arena."""
+        return PageEngine(arena)
 
     async def frontend(self, name: str = "frontend-0") -> FrontendService:
         """A Frontend without HTTP: the service that HTTP handlers call."""
@@ -293,11 +301,11 @@ class MemoryCluster:
 
 @asynccontextmanager
 async def memory_cluster(
-    *workers: tuple[str, str] | tuple[str, str, str], pages: int = 400, **settings
+    *workers: tuple[str, str] | tuple[str, str, str], pages: int = 400, kind=MemoryCluster, **settings
 ) -> AsyncIterator[tuple[MemoryCluster, FrontendService]]:
     """One scheduler, the given (name, role, shard) workers and their shards, s0 unless named, one Frontend; ready."""
     async with trio.open_nursery() as nursery:
-        cluster = MemoryCluster(nursery, pages, **settings)
+        cluster = kind(nursery, pages, **settings)
         await cluster.scheduler()
         homes = [(*one, "s0")[2] for one in workers]
         for shard in dict.fromkeys(["s0", *homes]):

@@ -89,15 +89,24 @@ def measure(
 
 
 def calibrated(
-    cache_dir: Path, name: dict[str, object], measuring: Callable[[], tuple[StepCosts, int]], threads: int
+    cache_dir: Path,
+    name: dict[str, object],
+    measuring: Callable[[], tuple[StepCosts, int]],
+    threads: int,
+    at_work: Callable[[], StepCosts | None] = lambda: None,
 ) -> StepCosts:
-    """What is remembered under ``name``, or else measured now; remembered for good if it had all of its ``threads``."""
+    """What is remembered under ``name``, or else measured now; remembered for good if it had all of its ``threads``.
+
+    ``at_work``: the figures of a like worker that runs requests at this moment. Then nothing is measured, but they are
+    taken: beside its streams every step takes several times as long, and figures from such steps, these or those of an
+    earlier start, would keep requests away from this worker, so that it could never find out better.
+    """
     told = {"version": VERSION, "machine": machine(), "threads": threads, **name}
     key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
     path = cache_dir / f"costs-{key}.json"
     rough = path.with_suffix(".rough")
     with _alone(cache_dir):
-        known = _read(path) or _read(rough, younger_s=ROUGH_S)
+        known = _read(path) or at_work() or _read(rough, younger_s=ROUGH_S)
         if known is not None:
             return known
         costs, fewest = measuring()

@@ -103,7 +103,7 @@ class ExchangingShard(ShardCore):
     @property
     def _unanswered(self) -> int:
         moving = len(self.exchange) + len(self.exchange.pushing)
-        return len(self._waiting) + len(self._loading) + moving
+        return super()._unanswered + moving - len(self.exchange.serving.warming)
 
     def _transfer(self, sender: ActorId, call: Transfer, now: float) -> None:
         self._check_queue()
