@@ -128,7 +128,7 @@ def runs_of(asked: SimOptions) -> list[Run]:
             found.append(
                 Run(
                     layout=layout, sessions=sessions, seed=asked.seed, costs=costs, faults=kinds, error=asked.error,
-                    checked=asked.checked, serial=asked.serial,
+                    crowding=asked.crowding, checked=asked.checked, serial=asked.serial,
                 )
             )  # fmt: skip
     return found

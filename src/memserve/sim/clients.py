@@ -98,7 +98,9 @@ class Clients:
 
     def _ask(self, session: Session, number: int, before: bytes) -> None:
         id = f"{session.id}/{number}"
-        prompt = before + b"".join(piece.make(self.seed) for piece in session.turns[number].pieces)
+        turn = session.turns[number]
+        asked = b"".join(piece.make(self.seed) for piece in turn.pieces)
+        prompt = asked if turn.fresh else before + asked
         call = Call(id, session, number, prompt, zlib.crc32(id.encode()), self.cluster.world.now)
         self.waiting -= 1
         self.calls.append(call)

@@ -44,6 +44,8 @@ class Turn:
     output: int
     wait_s: float = 0.0
     """After the answer to the turn before."""
+    fresh: bool = False
+    """The pieces are the whole prompt: earlier turns and answers are not part of it."""
 
 
 @attrs.frozen
