@@ -115,6 +115,7 @@ class WorkerCore:
     def gauges(self) -> dict[str, float]:
         """Load and counters for the heartbeat."""
         load = load_of(self._live.values(), self.presence.member.id)
+        load["rows_max"] = float(self.settings.limits.rows)
         return {**load, **self._watch.gauges(), **self._outbox.counters}
 
     def needs(self) -> tuple[ActorId, ...]:
