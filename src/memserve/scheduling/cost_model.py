@@ -150,8 +150,10 @@ class CostModel:
         return self.swap.seconds(size, queued) if size else 0.0
 
     def swap_break_even(self) -> float:
-        """Tokens from which bringing them in is sooner than computing them; infinity where it never is."""
-        chunk = self.steps.chunk_tokens
-        token_s = (self.prefill_s(2 * chunk, 0) - self.prefill_s(chunk, 0)) / chunk
-        saved_s = token_s - self.swap.byte_s * self.steps.token_bytes
+        """Tokens from which bringing them in is sooner than computing them; infinity where it never is.
+
+        A token costs its share of a full step: the difference of two measured steps may be noise.
+        """
+        whole = ALONE * self.steps.chunk_tokens
+        saved_s = self.prefill_s(whole, 0) / whole - self.swap.byte_s * self.steps.token_bytes
         return self.swap.fixed_s / saved_s if saved_s > 0 else math.inf
