@@ -39,6 +39,8 @@ class Paging:
     outbox: Outbox
     fetch_s: float = 5.0
     """How long pages of another shard are waited for."""
+    ahead: bool = False
+    """Whether full pages go to the decode worker's shard while the rest of a prompt is computed."""
     swap_least: int = 0
     """Cached tokens of slower tiers that are worth bringing in."""
     deadline: float = attrs.field(default=float("inf"), init=False)
@@ -132,6 +134,11 @@ class Paging:
             start = one.acknowledged
             self._send(self._calls.insert(one, one.lease, start, span(one.tokens, start, full)))
             one.retired = full
+            if self.ahead and one.crosses and not one.came_with and one.computed < one.length:
+                tokens, to = span(one.tokens, 0, full), one.plan.decode_shard
+                self.outbox.send(
+                    self.shard, Return(one.request.scope, tokens, to, self.fetch_s, one.request.id, True)
+                )
 
     def release(self, one: Sequence) -> None:
         """End the lease: unpin what is indexed, free the rest."""

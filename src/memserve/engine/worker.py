@@ -65,7 +65,14 @@ class WorkerCore:
     def __attrs_post_init__(self) -> None:
         told, least = self.settings, swap_least(self.presence.member.costs, self.settings.max_context)
         self._paging = Paging(
-            self.shard, told.page_tokens, told.max_context, told.retire, self._outbox, told.fetch_s, least
+            self.shard,
+            told.page_tokens,
+            told.max_context,
+            told.retire,
+            self._outbox,
+            told.fetch_s,
+            told.ahead,
+            least,
         )
 
     # ---- the five verbs -------------------------------------------------------------------------------------
