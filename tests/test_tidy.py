@@ -77,7 +77,7 @@ LAYERS = {
     ),
     "engine": ("engine.*", "kernels*"),
     "links": ("bus", "api*", "transfer*", "client*"),
-    "process": ("process",),
+    "process": ("process", "lifeline"),
     "sim": ("sim", "sim.*"),
     "actors": ("actors*",),
     "top": (
@@ -86,6 +86,9 @@ LAYERS = {
         "cli",
         "__main__",
         "cluster_options",
+        "gate",
+        "join",
+        "keeping",
         "inspect",
         "show",
         "sim_options",
@@ -126,7 +129,7 @@ MAY_IMPORT_GPU = {
     "kernels.flashinfer_kit": {"flashinfer"},
 }
 """cupy and flashinfer are optional, and importing them can make a CUDA context: nothing else may."""
-MAY_PRINT = {"cli", "show", "supervisor", "process", "__main__"}
+MAY_PRINT = {"cli", "show", "keeping", "process", "__main__"}
 FUNCTION_LINES_MAX = 60
 FILE_LINES_MAX = 450
 DISTRIBUTIONS = {"zmq": "pyzmq", "cupy": "cupy-cuda13x", "flashinfer": "flashinfer-python"}

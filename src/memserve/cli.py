@@ -1,4 +1,4 @@
-"""The command line: eight verbs for people. Each imports what it needs when it is called, so that --help is quick."""
+"""The command line: the verbs for people. Each imports what it needs when it is called, so that --help is quick."""
 
 from __future__ import annotations
 
@@ -70,6 +70,46 @@ def up(*, config: ConfigPath = "demo", set_: Overrides = None) -> int:
     from memserve import supervisor
 
     return supervisor.up(config, set_ or [])
+
+
+@app.command
+def join(
+    head: str = "",
+    /,
+    *,
+    name: str,
+    role: Literal["prefill", "decode", "both"] = "both",
+    shard: str = "",
+    threads: int | None = None,
+    config: Annotated[str | None, Parameter(name=["--config", "-c"])] = None,
+    set_: Overrides = None,
+    log_dir: Path | None = None,
+) -> int:
+    """Add a worker to a cluster that runs on this host; returns when it has left: Ctrl-C drains it, as `memserve drain` does.
+
+    Parameters
+    ----------
+    head
+        Of a cluster on another host, tcp://HOST:PORT; refused so far.
+    name
+        The worker's name; none that the cluster has already.
+    role
+        What it does: prefill, decode or both.
+    shard
+        The shard whose pages it maps; the only one unless given.
+    threads
+        Most cores that one of its steps may take; all unless given.
+    config
+        The configuration that the cluster was started with, for its [logging] dir.
+    log_dir
+        The [logging] dir of the cluster to find when no --config is given.
+    """
+    from memserve import join
+
+    if head:
+        raise UserError(join.far_away(head))
+    worker = {"name": name, "role": role, "shard": shard, "threads": threads}
+    return join.join(worker, join.log_dir_of(config, set_ or [], log_dir))
 
 
 @app.command

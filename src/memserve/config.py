@@ -64,7 +64,7 @@ class Config:
         return tuple(f"scheduler-{i}" for i in range(self.scheduler.count))
 
 
-RESERVED_NAME = re.compile(r"(frontend|scheduler|supervisor)(-\d+)?")
+RESERVED_NAME = re.compile(r"(frontend|scheduler)(-\d+)?|supervisor(-.*)?")
 """Names that shards and workers may not have: they are other actors' log files and sockets."""
 
 
@@ -142,6 +142,24 @@ class Resolved:
     """Pages in each shard's file."""
     disk_dir: str = ""
     """Where those files are made."""
+    joined: tuple[str, ...] = ()
+    """Names of the workers that `memserve join` brought; they are in ``config`` as the others are."""
+
+    def with_worker(self, worker: WorkerConfig, cores: int) -> Resolved:
+        """The cluster with one more worker, of whose process ``cores`` may be used."""
+        config = attrs.evolve(self.config, worker=(*self.config.worker, worker))
+        cores = min(cores, self.cores)
+        threads = {**self.threads, worker.name: min(worker.threads or cores, cores)}
+        return attrs.evolve(self, config=config, threads=threads, joined=(*self.joined, worker.name))
+
+    def without_worker(self, name: str) -> Resolved:
+        """The cluster without a worker that had joined."""
+        config = attrs.evolve(
+            self.config, worker=tuple(one for one in self.config.worker if one.name != name)
+        )
+        threads = {one: count for one, count in self.threads.items() if one != name}
+        joined = tuple(one for one in self.joined if one != name)
+        return attrs.evolve(self, config=config, threads=threads, joined=joined)
 
     def shard(self, name: str) -> ShardConfig:
         """The shard of that name."""

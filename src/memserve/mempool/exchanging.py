@@ -103,7 +103,7 @@ class ExchangingShard(ShardCore):
     @property
     def _unanswered(self) -> int:
         moving = len(self.exchange) + len(self.exchange.pushing)
-        return len(self._waiting) + len(self._loading) + moving
+        return super()._unanswered + moving - len(self.exchange.serving.warming)
 
     def _transfer(self, sender: ActorId, call: Transfer, now: float) -> None:
         self._check_queue()
@@ -158,8 +158,7 @@ class ExchangingShard(ShardCore):
     def _grant_waiting(self, now: float) -> None:
         """Answer what waited for another shard, with what came or without; then grant what can be granted."""
         super()._grant_waiting(now)
-        for sender, answer in self.exchange.pushing.take_answers():
-            self._reply(sender, answer)
+        self._reply_all(self.exchange.pushing.take_answers())
         while over := self.exchange.take_over():
             for fetch in over:
                 self._end_fetch(fetch)

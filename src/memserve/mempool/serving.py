@@ -24,6 +24,8 @@ EXCHANGER = ActorId("exchange.0")
 """Owner of the leases under which a shard itself reads and fills pages for others."""
 PULLS_REMEMBERED = 4096
 """Pulls of others that are known for repeats."""
+WARMING_MAX = 64
+"""Pulls whose pages are brought in at a time; one more is refused."""
 
 
 @attrs.define(eq=False)
@@ -81,9 +83,10 @@ class Serving:
             return
         last = (pull.first_page + pull.pages) * self.pool.page_tokens
         tokens = span(pull.tokens, 0, min(last, count(pull.tokens)))
-        grant = self.pool.lend_prefix(EXCHANGER, pull.scope, tokens, 0, now)
+        room = len(self._warming) < WARMING_MAX
+        grant = self.pool.lend_prefix(EXCHANGER, pull.scope, tokens, 0, now) if room else None
         if grant is None:
-            self._refuse(sender, pull, Failure.RECEIVER_FULL, "no pages to bring the prefix in")
+            self._refuse(sender, pull, Failure.RECEIVER_FULL, "no room to bring the prefix in")
             return
         self.pool.renew(EXCHANGER, math.inf)
         one = _Sending(sender, pull, grant.lease)

@@ -19,6 +19,7 @@ from memserve.mempool.pool import Pool
 from memserve.mempool.room import Capacity
 from memserve.mempool.shard import ShardCore
 from memserve.messages import ActorId, Member
+from memserve.scheduling.admission import Admission
 from memserve.scheduling.cost_model import CostModel
 from memserve.scheduling.global_tree import GlobalTree
 from memserve.scheduling.index_feed import IndexFeed
@@ -66,6 +67,8 @@ class Cluster:
     """Whether a page is read back wrongly from disk."""
     noise: dict[str, float] = attrs.field(factory=dict)
     """What the seconds of each worker's steps are multiplied by."""
+    crowding: float = 0.0
+    """By which share each other worker in a step makes a step longer: 1 where all workers run on the same cores."""
     cores: dict[str, object] = attrs.field(factory=dict)
     """The cores themselves, without their heartbeats, by name."""
     busy: dict[str, Busy] = attrs.field(factory=dict)
@@ -73,6 +76,8 @@ class Cluster:
     fenced: int = 0
     arenas: Arenas = attrs.field(init=False)
     movers: Movers = attrs.field(init=False)
+    _stepping: dict[str, float] = attrs.field(factory=dict)
+    """When each worker's last step ends."""
     _policies: dict[str, RestartPolicy] = attrs.field(factory=dict)
     _ready_at: dict[ActorId, float] = attrs.field(factory=dict)
     _copiers: dict[tuple[ActorId, bool], float] = attrs.field(factory=dict)
@@ -156,7 +161,10 @@ class Cluster:
         movable = len(self.layout.shards) > 1
         weights = attrs.evolve(self.layout.weights, fetch=movable, path=self.layout.path)
         policy = Cost(weights, self.costs.links) if kind == "cost" else POLICIES[kind]()
-        core = self.cores[name] = SchedulerCore(me, self.layout.policy, policy, index)
+        admission = Admission(self.layout.held_max)
+        core = self.cores[name] = SchedulerCore(
+            me, self.layout.policy, policy, index, admission, self.layout.hold_back_s
+        )
         self._ready_at[id] = self.world.now
         self.world.start(Actor(id, me.kind, core))
 
@@ -279,7 +287,10 @@ class Cluster:
 
     def _step(self, actor: Actor, shard: ActorId, engine: Engine, plan: BatchPlan) -> None:
         rows = shape(plan)
-        seconds = self.costs.step_s(rows) * actor.slowness * self.noise.get(actor.name, 1.0)
+        others = sum(end > self.world.now for name, end in self._stepping.items() if name != actor.name)
+        crowded = 1.0 + self.crowding * others
+        seconds = self.costs.step_s(rows) * actor.slowness * self.noise.get(actor.name, 1.0) * crowded
+        self._stepping[actor.name] = self.world.now + seconds
         done = self.busy.setdefault(actor.name, Busy())
         done.steps += 1
         done.busy_s += seconds

@@ -39,7 +39,7 @@ from memserve.transfer.messages import (
     TransferStop,
     TransferWithdrawn,
 )
-from memserve.transfer.values import WRITTEN_BY_SENDER, Failure, Geometry, Way
+from memserve.transfer.values import ON_ONE_HOST, WRITTEN_BY_SENDER, Failure, Geometry, Way
 
 STOP_REPEAT_S = 0.2
 """First pause before an unanswered TransferStop is repeated; it doubles up to STOP_REPEAT_MAX_S."""
@@ -259,7 +259,7 @@ class Incoming:
                 f"they must have {self.geometry.page_bytes} bytes in {self.geometry.layers} layers",
             )
         for way in self.ways:
-            if way.path in offer.paths and (way.path != "mapped" or offer.host == self.host):
+            if way.path in offer.paths and (way.path not in ON_ONE_HOST or offer.host == self.host):
                 return way
         mine = ", ".join(way.path for way in self.ways)
         raise LandingRefused(
@@ -293,11 +293,11 @@ class Incoming:
     def _bury(self, actors: Iterable[ActorId], now: float) -> None:
         for actor in actors:
             mine = [key for key in self._receiving if key[0] == actor]
-            mapped = [key for key in mine if self._receiving[key].way.path == "mapped"]
-            if mapped:
+            here = [key for key in mine if self._receiving[key].way.path in ON_ONE_HOST]
+            if here:
                 # Before any release, and actions are performed in order: the kill is over before the pages are
                 # granted again.
-                self._actions.append(Kill(actor, self._receiving[mapped[0]].offer.pid))
+                self._actions.append(Kill(actor, self._receiving[here[0]].offer.pid))
             self._gone[actor] = None
             self._memories.pop(actor, None)
             for key in mine:
@@ -309,7 +309,7 @@ class Incoming:
         one = self._receiving[key]
         if one.failed is None:
             self._fail(key, Failure.PEER_GONE, f"{key[0]} is gone", now)
-        if one.way.path == "mapped":
+        if one.way.path in ON_ONE_HOST:
             self._release(key)
         elif not one.written_here:
             one.repeat_at, one.release_at = math.inf, min(one.release_at, now + QUARANTINE_S)

@@ -97,7 +97,9 @@ class Transfer:
             raise ValueError(f"transfer {self.id} names a destination page twice")
 
 
-WRITTEN_BY_SENDER = frozenset({"mapped", "nixl"})
+ON_ONE_HOST = frozenset({"mapped", "cuda"})
+"""Paths between processes of one host only: a sender that is held for dead can be killed for good there."""
+WRITTEN_BY_SENDER = ON_ONE_HOST | {"nixl"}
 """Paths on which the sender stores into the receiver's memory itself.
 
 The receiver cannot stop it, so its pages stay taken until the sender says that it has stopped, or is dead.
