@@ -95,11 +95,17 @@ class Paging:
 
     def fetch(self, one: Sequence) -> None:
         """Acquire, with what the plan says to fetch before the prompt runs."""
-        plan = one.plan
-        held = min(plan.source_tokens, one.length - 1) // self.page_tokens * self.page_tokens
-        wanted = plan.source not in ("", self.shard) and held > 0
-        source = Source(plan.source, held, self.fetch_s, request=one.request.id)
-        self.acquire(one, source if wanted else None)
+        shard, held = one.plan.source, self._usable(one, one.plan.source_tokens)
+        source = Source(shard, held, self.fetch_s, request=one.request.id)
+        self.acquire(one, source if held and shard not in ("", self.shard) else None)
+
+    def hinted(self, one: Sequence) -> int:
+        """How many of its tokens its plan says will be there before it runs, fetched ones included."""
+        return self._usable(one, max(one.plan.expected_tokens, one.plan.source_tokens))
+
+    def _usable(self, one: Sequence, tokens: int) -> int:
+        """Of cached tokens, those in whole pages that leave one to compute."""
+        return min(tokens, one.length - 1) // self.page_tokens * self.page_tokens
 
     def move(self, one: Sequence, lease: int, owner: ActorId) -> None:
         """Acquire pages here for a sequence that was handed over, filled from ``lease`` of ``owner`` on the plan's shard."""

@@ -120,6 +120,7 @@ class WorkerCore:
     def gauges(self) -> dict[str, float]:
         """Load and counters for the heartbeat."""
         load = load_of(self._live.values(), self.presence.member.id)
+        load["waiting_tokens"] = max(0.0, load["waiting_tokens"] - self._watch.done_tokens(self._paging.now))
         load["rows_max"] = float(self.settings.limits.rows)
         return {**load, **self._watch.gauges(), **self._outbox.counters}
 
@@ -139,6 +140,7 @@ class WorkerCore:
         one = self._admit(
             Sequence(request, message.plan, request.tokens, Phase.WAITING, now, self._next_order())
         )
+        self._outbox.count("prompts_taken_total")
         self._paging.fetch(one)
 
     def _on_handoff(self, sender: ActorId, message: Handoff, now: float) -> None:
@@ -199,10 +201,9 @@ class WorkerCore:
             return
         self._outbox.count("requested_tokens_total", one.length)
         self._outbox.count("cached_tokens_total", one.computed)
-        expected = one.plan.expected_tokens
-        if message.cached_tokens < expected and one.token_at is None:
-            found = message.cached_tokens
-            self._outbox.log("hint was stale", one, expected_tokens=expected, found_tokens=found)
+        expected = self._paging.hinted(one)
+        if one.computed < expected and one.token_at is None:
+            self._outbox.log("hint was stale", one, expected_tokens=expected, found_tokens=one.computed)
             self._outbox.count("stale_hints_total")
 
     def _on_allocated(self, sender: ActorId, message: Allocated, now: float) -> None:

@@ -76,6 +76,11 @@ class CostModel:
         told["dense"] = tuple((float(tokens), float(seconds)) for tokens, seconds in told["dense"])
         return cls(StepCosts(**told), links={**LINKS, **links}, swap=swap)
 
+    @property
+    def token_s(self) -> float:
+        """Seconds that one more prompt token takes where there are many."""
+        return self.scale * self._lines[-1][2]
+
     # ---- steps ----------------------------------------------------------------------------------------------
 
     def step_s(self, rows: Iterable[tuple[int, int]]) -> float:
@@ -116,6 +121,20 @@ class CostModel:
         own = known.row_s * steps + known.read_s * read + known.pair_s * left * (cached + left / 2)
         beside = steps * (known.row_s * rows + known.read_s * context + known.pair_s * (context + rows / 2))
         return self.scale * (dense + own + beside)
+
+    def shared_s(self, queued: float, left_s: float, tokens: float, rows: float = 0) -> float:
+        """Seconds that ``tokens`` save by running in the last step of a queue of ``queued`` tokens, not in one of their own.
+
+        ``left_s``: until the queue is run; 0 when its last step has begun, or has no room for them.
+        """
+        chunk = self.steps.chunk_tokens * (1 if rows else ALONE)
+        rest = queued % chunk
+        if left_s <= 0 or not rest or rest + tokens > chunk:
+            return 0.0
+        last = self._dense(rest + rows)
+        if left_s <= self.scale * last:
+            return 0.0
+        return self.scale * max(0.0, last + self._dense(tokens + rows) - self._dense(rest + tokens + rows))
 
     def queue_s(self, tokens: float, pairs: float, rows: float = 0, context: float = 0) -> float:
         """Seconds until ``tokens`` of several prompts, with ``pairs`` in all, are run beside ``rows`` streams."""
