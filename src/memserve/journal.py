@@ -346,7 +346,7 @@ class FrontendCore:
 
     def _on_gone(self, sender: ActorId, message: Gone, now: float) -> None:
         gone = set(message.actors)
-        self._view.gone(gone)
+        self._view.gone(gone, now)
         self._submit_held_by(gone, now)
         if self.presence.member.id in gone:  # it was held for dead while it slept, and the workers let go
             self._submit_held_by({one.holder for one in self._entries.values() if one.holder}, now)
