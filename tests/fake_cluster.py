@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -20,6 +21,7 @@ from memserve.child import Launch
 from memserve.config import Config, Resolved
 from memserve.engine.spec import ModelSpec
 from memserve.errors import UserError
+from memserve.lifecycle import RestartPolicy
 from memserve.place import Place, place_path
 from memserve.process import ActorContext, RestartNeeded
 from memserve.sections import FrontendConfig, ModelConfig, ShardConfig, WorkerConfig
@@ -86,6 +88,8 @@ async def main(context: ActorContext, *, task_status: trio.TaskStatus[None]) -> 
     async with trio.open_nursery() as nursery:
         if context.kind == "GlobalScheduler":
             nursery.start_soon(note_deaths, context)
+        if context.kind == "Frontend":
+            nursery.start_soon(note_down, context)
         if word == "hung":
             nursery.start_soon(trio.to_thread.run_sync, time.sleep, 60)
         if word == "blocked":
@@ -102,13 +106,27 @@ async def note_deaths(context: ActorContext) -> None:
         note(context, f"died:{actor}")
 
 
+async def note_down(context: ActorContext) -> None:
+    """A line in LOG_DIR/down whenever the supervisor says something else about who does not live."""
+    known: dict[str, str] = {}
+    while True:
+        if known != context.lifeline.down:
+            known = dict(context.lifeline.down)
+            with (Path(context.resolved.log_dir) / "down").open("a") as lines:
+                lines.write(json.dumps(known) + "\n")
+        await trio.sleep(0.005)
+
+
 def up(log_dir: Path, behaviour: dict[str, str]) -> int:
     """Supervise until a signal comes."""
     try:
         place = Place.claim(log_dir)
         try:
             launch = Launch(place, argv, environment(behaviour))
-            supervise(Supervisor(resolved(log_dir), launch, stage_s=0.3, stop_s=0.3, hung_s=HUNG_S))
+            policy = partial(RestartPolicy, loop_deaths=3)
+            supervise(
+                Supervisor(resolved(log_dir), launch, policy=policy, stage_s=0.3, stop_s=0.3, hung_s=HUNG_S)
+            )
         finally:
             place.leave()
     except UserError as error:

@@ -31,6 +31,7 @@ from memserve.mempool.room import Capacity
 from memserve.mempool.shard import ShardCore
 from memserve.messages import ActorId, Member, Sampling
 from memserve.process import RestartNeeded
+from memserve.scheduling.admission import Admission
 from memserve.scheduling.global_tree import GlobalTree
 from memserve.scheduling.index_feed import IndexFeed
 from memserve.scheduling.policies import PLAIN
@@ -52,7 +53,7 @@ PAUSE_S = 12.0
 def next_token(tokens: list[int], seed: int) -> int:
     """What the make-believe model says after ``tokens``: any change of any token changes it."""
     digest = hashlib.sha256(pack(tokens) + bytes([seed])).digest()
-    return 2 + int.from_bytes(digest[:4], "little") % 50_000
+    return 2 + int.from_bytes(digest[:4], "little") % 49_000
 
 
 def reference(prompt: list[int], max_tokens: int, seed: int = 0) -> list[int]:
@@ -106,6 +107,8 @@ class MemoryCluster:
     returns: bool = False
     step_s: float = 0.01
     policy: str = "cost"
+    hold_back_s: float = 2.0
+    held_max: int = 2_048
     announce_deaths: bool = True
     host_pages: int = 0
     disk_pages: int = 0
@@ -152,7 +155,8 @@ class MemoryCluster:
         link = self._new_link(name)
         me = Member(link.actor, "GlobalScheduler", link.endpoint, 1, "ready")
         policy = Cost(Weights(fetch=True)) if self.policy == "cost" else PLAIN[self.policy]()
-        core = SchedulerCore(me, self.policy, policy, IndexFeed(GlobalTree(PAGE_TOKENS)))
+        index, admission = IndexFeed(GlobalTree(PAGE_TOKENS)), Admission(self.held_max)
+        core = SchedulerCore(me, self.policy, policy, index, admission, self.hold_back_s)
         return await self._start(name, link, core, core)
 
     async def shard(self, name: str = "s0") -> Actor:
@@ -295,7 +299,7 @@ class MemoryCluster:
     async def settled(self, frontend: FrontendService) -> None:
         """Wait until requests can be placed."""
         with trio.fail_after(30):
-            while not frontend.healthy():
+            while not frontend.health().serves:
                 await trio.sleep(0.01)
 
 

@@ -11,6 +11,8 @@ from memserve.messages import (
     Cancel,
     Cluster,
     Gone,
+    Inquire,
+    Inquired,
     Load,
     Member,
     Planned,
@@ -21,11 +23,12 @@ from memserve.messages import (
     Submit,
 )
 from memserve.pool_messages import IndexDelta, IndexEvent
+from memserve.scheduling.admission import HELD_S
 from memserve.scheduling.fleet import Fleet
 from memserve.scheduling.global_tree import GlobalTree
 from memserve.scheduling.membership import DEAD_AFTER_S, DEAD_STARTING_S, pairs
 from memserve.scheduling.policies import LeastLoad, RoundRobin
-from memserve.scheduling.scheduler import HELD_S, SchedulerCore
+from memserve.scheduling.scheduler import SchedulerCore
 from memserve.tokens import pack
 
 ME = Member(ActorId("scheduler-0.1"), "GlobalScheduler", "ipc://s", 1, "ready")
@@ -128,8 +131,13 @@ def test_requests_wait_for_a_worker_then_are_refused() -> None:
     assert [one.message.request for one in sent(core, Planned)] == ["placed"]
     core.receive(ActorId("x"), Died(worker.id), 2.0)
     core.receive(FRONTEND.id, submit("late"), 2.0)
+    core.advance(2.0)
     assert sent(core, Rejected) == []
-    core.receive(FRONTEND.id, Load(FRONTEND), 2.0 + HELD_S)
+    for second in range(3, 2 + int(HELD_S)):
+        core.receive(FRONTEND.id, Load(FRONTEND), float(second))
+        core.receive(FRONTEND.id, Inquire("late", 0), float(second))
+        core.advance(float(second))
+    assert {one.message for one in sent(core, Inquired)} == {Inquired("late", 0, held=True)}
     assert core.deadline <= 2.0 + HELD_S
     core.advance(2.0 + HELD_S)
     (refusal,) = sent(core, Rejected)
@@ -143,7 +151,9 @@ def test_a_request_that_waits_is_placed_when_it_is_asked_for_again() -> None:
     core.fleet.heard(decode("w0"), 0.5)
     core.fleet.heard(prefill("p0"), 0.5)
     core.receive(FRONTEND.id, submit("r"), 1.0)
+    core.advance(1.0)
     assert [one.message.request for one in sent(core, Planned)] == ["r"]
+    assert core.gauges()["requests_held"] == 0
 
 
 def test_a_cancel_that_crosses_the_plan_follows_it() -> None:

@@ -73,6 +73,12 @@ class Cluster:
         file = self.log_dir / "notes"
         return [line.split() for line in file.read_text().splitlines()] if file.exists() else []
 
+    @property
+    def down(self) -> list[dict[str, str]]:
+        """What the Frontends were told of actors that do not live, each change."""
+        file = self.log_dir / "down"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
     def names(self, word: str) -> list[str]:
         return [name for found, name, _ in self.notes if found == word]
 
@@ -170,6 +176,8 @@ def test_killed_actor_comes_back_and_its_death_is_announced(start):
     assert [word[:8] for word, name, _ in cluster.notes if name == "scheduler-0"] == ["ready", "died:w0."]
     assert len(list(place_path(cluster.log_dir).glob("w0.*"))) == 1
     assert "w0 was killed by SIGKILL; restarting it in 0.2 s" in cluster.output
+    until(lambda: len(cluster.down) == 2)
+    assert cluster.down == [{"w0": "was killed by SIGKILL and is being restarted"}, {}]
     assert cluster.end() == 0
 
 
@@ -267,6 +275,14 @@ def test_crashing_actor_is_shown_and_takes_nobody_along(start):
     )
     crash = (cluster.log_dir / "run" / "w0.jsonl").read_text()
     assert "actor crashed" in crash
+    until(lambda: cluster.down and "again and again" in cluster.down[-1].get("w0", ""))
+    assert cluster.down[-1]["w0"] == "ended with status 1 again and again; it is tried every 10 s", (
+        "/health must say so"
+    )
+    first = cluster.pid("frontend-0")
+    os.kill(first, signal.SIGKILL)
+    until(lambda: cluster.names("ready").count("frontend-0") == 2)
+    until(lambda: {"w0", "s0"} <= cluster.down[-1].keys())  # its successor was told all of it
     assert cluster.end() == 0
     assert cluster.names("drained") == ["frontend-0", "scheduler-0"]
 

@@ -57,6 +57,8 @@ class Child:
     hung: bool = False
     """This incarnation was ended because it said nothing any more."""
     restarts: int = 0
+    down: str = ""
+    """Why it does not live at present, and what is done about it."""
     url: str | None = None
     """Frontends: where it serves."""
     tail: bytes = b""

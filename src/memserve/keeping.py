@@ -39,6 +39,8 @@ class Keeper:
     """Told of each incarnation that ended."""
     left: Callable[[Child, int], None] = lambda child, returncode: None
     """Told of an actor that ended as it was asked to, and with which status."""
+    fared: Callable[[Child], None] = lambda child: None
+    """Told of an actor that died, or is ready again: ``child.down`` has the reason, or is empty."""
 
     async def keep(self, child: Child) -> None:
         """Keep one actor running until it is asked to leave. Raises UserError for its own during start-up."""
@@ -79,7 +81,8 @@ class Keeper:
             self.heard(child, event)
 
     def _ready(self, child: Child) -> None:
-        child.ready_at = trio.current_time()
+        child.ready_at, child.down = trio.current_time(), ""
+        self.fared(child)
         seconds = child.ready_at - child.started_at
         log.info("actor ready", child=child.id, ready_s=round(seconds, 2))
         if child.restarts and self.started():
@@ -91,6 +94,10 @@ class Keeper:
         fields = {"child": child.id or name, "returncode": returncode, "restart_in_s": restart.delay_s}
         log.warning("actor died", **fields, looping=restart.looping, output=child.text())
         child.restarts += 1
+        child.down = f"{end} and is being restarted"
+        if restart.looping:
+            child.down = f"{end} again and again; it is tried every {restart.delay_s:g} s"
+        self.fared(child)
         if restart.looping and not restart.newly_looping:
             return
         words = "".join(f"\n  {name} | {line}" for line in child.text().splitlines()[-OUTPUT_SHOWN_LINES:])

@@ -7,6 +7,8 @@
                           {"event": "alive"}                         every BEAT_S
     supervisor -> actor   {"event": "drain"}
                           {"event": "died", "id": "p0.9f3a1c22"}     GlobalSchedulers
+                          {"event": "down", "name": "p0", "why": "..."}  Frontends: an actor does not live
+                          {"event": "up", "name": "p0"}                  and lives again
 
 The kernel closes it however the other side ends, so its end of file is the one reliable word that the supervisor is
 gone; the actor then stops at once. PR_SET_PDEATHSIG would not do: it fires when the *thread* that started the child
@@ -104,6 +106,8 @@ class Lifeline:
     """The supervisor is gone. Everything is being cancelled already; nothing needs to wait for this."""
     died: trio.MemoryReceiveChannel[ActorId] = attrs.field(init=False)
     """Actors whose process has ended, for GlobalSchedulers: faster than their missing heartbeats."""
+    down: dict[str, str] = attrs.field(init=False, factory=dict)
+    """Actors that do not live, and why, for Frontends: ``/health`` says it."""
     _tell_died: trio.MemorySendChannel[ActorId] = attrs.field(init=False)
     _is_ready: bool = attrs.field(init=False, default=False)
 
@@ -144,4 +148,8 @@ class Lifeline:
             elif event["event"] == "died":
                 with contextlib.suppress(trio.WouldBlock):
                     self._tell_died.send_nowait(ActorId(event["id"]))
+            elif event["event"] == "down":
+                self.down[event["name"]] = event["why"]
+            elif event["event"] == "up":
+                self.down.pop(event["name"], None)
         self.gone.set()

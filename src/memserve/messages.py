@@ -7,7 +7,8 @@ an unknown kind or another version is a :class:`~memserve.errors.PeerError`. Not
 
 Who says what::
 
-    Frontend -> GlobalScheduler   Submit, Cancel, Finished  GlobalScheduler -> Frontend   Planned, Rejected
+    Frontend -> GlobalScheduler   Submit, Cancel, Finished, Inquire
+    GlobalScheduler -> Frontend   Planned, Rejected, Inquired
     GlobalScheduler -> worker     Prefill, Change           worker -> Frontend            Tokens, Failed
     prefill worker -> decode      Handoff                   decode -> prefill worker      HandoffTaken
     Frontend -> worker            Cancel, Inquire, Change   worker -> Frontend            Inquired
@@ -116,6 +117,10 @@ class Request:
     stop_tokens: tuple[int, ...]
     """Ids that end the stream; empty with ignore_eos."""
     sampling: Sampling
+    priority: int = 0
+    """Its class while it waits for a worker; lower is earlier."""
+    ttft_s: float | None = None
+    """By when its first token is wanted, in seconds from when its Frontend got it; None: whenever it comes."""
 
 
 @attrs.frozen
@@ -233,9 +238,13 @@ class Member:
 
 @attrs.frozen
 class Submit:
-    """A request that wants a plan. Repeated until Planned or Rejected answers it."""
+    """A request that wants a plan. Answered by Planned, by Rejected, or by Inquired, which says that it waits; repeated until then."""
 
     request: Request
+    age_s: float = 0.0
+    """How long ago its Frontend got it."""
+    held: bool = False
+    """A scheduler that is gone had let it wait: it is not to be refused for lack of a place."""
 
 
 @attrs.frozen
@@ -333,7 +342,7 @@ class Cancel:
 
 @attrs.frozen
 class Inquire:
-    """Nothing was heard of this attempt for a while: do you hold it? Answered by Inquired."""
+    """Nothing was heard of this attempt for a while: do you hold it? Answered by Inquired, or by a scheduler with Planned."""
 
     request: str
     attempt: int

@@ -47,6 +47,9 @@ class Acquire:
     tokens: bytes
     extra_pages: int
     source: Source | None = None
+    swap_least: int = 0
+    """Cached pages of slower tiers are brought in only if they, and what is cached behind them, hold so many tokens;
+    fewer are computed sooner."""
 
 
 @attrs.frozen

@@ -190,6 +190,18 @@ class SchedulerConfig:
         rule=between(0, 60_000),
         help="policy cost: what a hand-over to another worker must save at least",
     )
+    hold_back_s: float = setting(
+        2.0,
+        unit="seconds",
+        rule=between(0, 3600),
+        help="requests wait in the scheduler, by priority and fair shares, while every worker's prompts take longer to run",
+    )
+    held_max: int = setting(
+        2048,
+        unit="requests",
+        rule=between(1, 1 << 20),
+        help="that may wait in one scheduler; beyond it 503, and 429 for a key that has as many waiting as places are free",
+    )
     count: int = setting(1, unit="processes", rule=between(1, 16), help="GlobalSchedulers")
 
 
@@ -259,6 +271,24 @@ class FrontendConfig:
         rule=some_keys,
         secret=True,
         help="accepted bearer keys, each with a cache of its own; empty: no key is asked for",
+    )
+    admin_keys: tuple[str, ...] = setting(
+        (),
+        rule=some_keys,
+        secret=True,
+        help="those of api_keys that may change workers (memserve role, memserve drain); empty: all of them",
+    )
+    priority_keys: tuple[str, ...] = setting(
+        (),
+        rule=some_keys,
+        secret=True,
+        help="those of api_keys that may ask for a priority below 0, before all others; empty: all of them",
+    )
+    ttft_ms: float | None = setting(
+        None,
+        unit="milliseconds",
+        rule=between(1, 86_400_000),
+        help="by when the first token of a request is wanted that has no x-slo-ttft-ms; unset: whenever it comes",
     )
     count: int = setting(1, unit="processes", rule=between(1, 16), help="Frontends, all on the same port")
     max_requests: int = setting(

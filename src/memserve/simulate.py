@@ -85,6 +85,8 @@ def layout_of(name: str, config: Config, pages: int | None) -> Layout:
             config.scheduler.others_weight,
             config.scheduler.handoff_margin_ms / 1e3,
         ),
+        hold_back_s=config.scheduler.hold_back_s,
+        held_max=config.scheduler.held_max,
         caching=config.cache.mode,
         page_tokens=config.pool.page_tokens,
         page_bytes=page_bytes,

@@ -77,7 +77,7 @@ class Supervisor:
         }
         self._keeper = Keeper(
             self.launch, self.resolved.run_dir, self.say, self._serving.is_set, self._heard,
-            self._announce_death, self._left,
+            self._announce_death, self._left, self._tell_frontends,
         )  # fmt: skip
         self._gate = Gate(
             self.launch.place, lambda: self.resolved, self._resolve_anew, self._announce_death,
@@ -192,7 +192,10 @@ class Supervisor:
                 nursery.start_soon(self._keeper.keep, child)
 
     def _heard(self, child: Child, event: dict[str, str]) -> None:
-        if event["event"] == "serving":
+        if event["event"] == "hello" and child.spec.kind == "Frontend":
+            for other in self._children.values():
+                self._tell_fate(child, other)
+        elif event["event"] == "serving":
             child.url = event["url"]
             self._write_info()  # a successor may serve on another port, with frontend.port = 0
             if all(frontend.url for frontend in self._of_kind("Frontend")):
@@ -208,6 +211,19 @@ class Supervisor:
         for scheduler in self._of_kind("GlobalScheduler"):
             if scheduler.events is not None:
                 scheduler.events.send(event="died", id=actor)
+
+    def _tell_frontends(self, child: Child) -> None:
+        """/health says who does not live, and why."""
+        for frontend in self._of_kind("Frontend"):
+            self._tell_fate(frontend, child)
+
+    def _tell_fate(self, frontend: Child, child: Child) -> None:
+        if frontend.events is None:
+            return
+        if child.down:
+            frontend.events.send(event="down", name=child.spec.name, why=child.down)
+        else:
+            frontend.events.send(event="up", name=child.spec.name)
 
     def _resolve_anew(self, resolved: Resolved) -> None:
         """A worker joined or left: actors that start from now on are told so."""

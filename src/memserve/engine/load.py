@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 
 import attrs
@@ -34,6 +35,11 @@ def load_of(live: Collection[Sequence], me: ActorId) -> dict[str, float]:
         "decode_rows": float(len(kept)),
         "context_tokens": float(sum(one.length for one in kept)),
     }
+
+
+def swap_least(costs: StepCosts | None, tokens_max: int) -> int:
+    """Tokens from which cached pages of slower tiers are worth bringing in; 0 where nothing was measured."""
+    return 0 if costs is None else math.ceil(min(CostModel(costs).swap_break_even(), tokens_max))
 
 
 @attrs.define

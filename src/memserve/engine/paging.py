@@ -39,6 +39,8 @@ class Paging:
     outbox: Outbox
     fetch_s: float = 5.0
     """How long pages of another shard are waited for."""
+    swap_least: int = 0
+    """Cached tokens of slower tiers that are worth bringing in."""
     deadline: float = attrs.field(default=float("inf"), init=False)
     """When a shortage must be looked at again."""
     now: float = attrs.field(default=0.0, init=False)
@@ -86,7 +88,8 @@ class Paging:
     def acquire(self, one: Sequence, source: Source | None = None) -> None:
         """Ask for a lease on pages for all of a sequence's tokens, cached ones first, and from ``source`` what is missing."""
         extra = one.headroom(self.page_tokens, self.max_context)
-        self._send(self._calls.acquire(one, one.request.scope, one.tokens, extra, source))
+        scope, least = one.request.scope, self.swap_least
+        self._send(self._calls.acquire(one, scope, one.tokens, extra, source, least))
 
     def fetch(self, one: Sequence) -> None:
         """Acquire, with what the plan says to fetch before the prompt runs."""

@@ -18,7 +18,7 @@ import attrs
 
 from memserve.actions import Action, BatchDone, Log, RunBatch, Stop
 from memserve.engine.batching import Batch, WorkerSettings, form_batch
-from memserve.engine.load import StepWatch, load_of
+from memserve.engine.load import StepWatch, load_of, swap_least
 from memserve.engine.outbox import Outbox
 from memserve.engine.paging import Paging
 from memserve.engine.sequence import Phase, Sequence
@@ -63,9 +63,9 @@ class WorkerCore:
     _arrivals: int = attrs.field(default=0, init=False)
 
     def __attrs_post_init__(self) -> None:
-        told = self.settings
+        told, least = self.settings, swap_least(self.presence.member.costs, self.settings.max_context)
         self._paging = Paging(
-            self.shard, told.page_tokens, told.max_context, told.retire, self._outbox, told.fetch_s
+            self.shard, told.page_tokens, told.max_context, told.retire, self._outbox, told.fetch_s, least
         )
 
     # ---- the five verbs -------------------------------------------------------------------------------------
@@ -115,6 +115,7 @@ class WorkerCore:
     def gauges(self) -> dict[str, float]:
         """Load and counters for the heartbeat."""
         load = load_of(self._live.values(), self.presence.member.id)
+        load["rows_max"] = float(self.settings.limits.rows)
         return {**load, **self._watch.gauges(), **self._outbox.counters}
 
     def needs(self) -> tuple[ActorId, ...]:

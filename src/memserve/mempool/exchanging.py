@@ -158,8 +158,7 @@ class ExchangingShard(ShardCore):
     def _grant_waiting(self, now: float) -> None:
         """Answer what waited for another shard, with what came or without; then grant what can be granted."""
         super()._grant_waiting(now)
-        for sender, answer in self.exchange.pushing.take_answers():
-            self._reply(sender, answer)
+        self._reply_all(self.exchange.pushing.take_answers())
         while over := self.exchange.take_over():
             for fetch in over:
                 self._end_fetch(fetch)

@@ -7,6 +7,7 @@ part for every step, a part linear in its tokens and a quadratic one for attenti
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
@@ -147,3 +148,10 @@ class CostModel:
     def swap_in_s(self, size: float, queued: float = 0.0) -> float:
         """Seconds until ``size`` bytes of a slower tier are in the arena."""
         return self.swap.seconds(size, queued) if size else 0.0
+
+    def swap_break_even(self) -> float:
+        """Tokens from which bringing them in is sooner than computing them; infinity where it never is."""
+        chunk = self.steps.chunk_tokens
+        token_s = (self.prefill_s(2 * chunk, 0) - self.prefill_s(chunk, 0)) / chunk
+        saved_s = token_s - self.swap.byte_s * self.steps.token_bytes
+        return self.swap.fixed_s / saved_s if saved_s > 0 else math.inf

@@ -60,7 +60,7 @@ class Audit:
             actor, core = self.cluster.world.actors.get(name), self.cluster.cores.get(name)
             if actor is None or core is None:
                 return f"{name} does not live"
-            trouble = _trouble(core)
+            trouble = _trouble(core, self.cluster.world.now)
             if trouble:
                 return f"{name} {trouble}"
         return self._feed()
@@ -109,7 +109,7 @@ def wrong(tree: GlobalTree, id: ActorId, shard: ShardCore) -> bool:
     return tree.pages.get(id, 0) != truth.pages_total
 
 
-def _trouble(core: object) -> str:
+def _trouble(core: object, now: float) -> str:
     match core:
         case ShardCore(pool=pool):
             if len(pool.leases):
@@ -118,7 +118,8 @@ def _trouble(core: object) -> str:
         case WorkerCore():
             return "" if core.idle else "still holds requests"
         case FrontendCore():
-            return "" if core.idle and core.healthy() else "is not healthy"
+            health = core.health(now)
+            return health.reason if core.idle else "still has requests open"
         case SchedulerCore():
             return (
                 f"still holds {core.gauges()['requests_held']:.0f} requests"

@@ -11,6 +11,7 @@ from memserve.actions import Deliver, Log
 from memserve.errors import RequestFailed
 from memserve.journal import FrontendCore
 from memserve.messages import Request, Sampling
+from memserve.scheduling.admission import ADMISSION_CODES
 from memserve.sim.cluster import Cluster
 from memserve.sim.engines import drawn_token, next_token
 from memserve.sim.pages import content_of
@@ -118,7 +119,7 @@ class Clients:
         call.frontend = actor
         request = Request(
             call.id, 0, actor.id, call.session.scope, call.prompt, count(call.prompt), call.turn.output, (),
-            Sampling(0.0, seed=call.seed),
+            Sampling(0.0, seed=call.seed), call.session.priority, call.session.ttft_s,
         )  # fmt: skip
         world.note("ask", call.id, actor.id)
         try:
@@ -165,6 +166,8 @@ class Clients:
             call.answer += pack(delivery.tokens)
             call.cached_tokens = delivery.cached_tokens
         if delivery.failure is not None:
+            if call.answer and delivery.failure.code in ADMISSION_CODES:
+                raise Violation(f"{call.id} was refused with {delivery.failure.code} after it had begun")
             self._end(call, delivery.failure.code)
         elif delivery.finish is not None:
             if count(call.answer) != call.turn.output:

@@ -19,6 +19,7 @@ from memserve.mempool.pool import Pool
 from memserve.mempool.room import Capacity
 from memserve.mempool.shard import ShardCore
 from memserve.messages import ActorId, Member
+from memserve.scheduling.admission import Admission
 from memserve.scheduling.cost_model import CostModel
 from memserve.scheduling.global_tree import GlobalTree
 from memserve.scheduling.index_feed import IndexFeed
@@ -159,7 +160,10 @@ class Cluster:
         kind, index = self.layout.policy, IndexFeed(GlobalTree(self.layout.page_tokens))
         weights = attrs.evolve(self.layout.weights, fetch=len(self.layout.shards) > 1)
         policy = Cost(weights) if kind == "cost" else POLICIES[kind]()
-        core = self.cores[name] = SchedulerCore(me, self.layout.policy, policy, index)
+        admission = Admission(self.layout.held_max)
+        core = self.cores[name] = SchedulerCore(
+            me, self.layout.policy, policy, index, admission, self.layout.hold_back_s
+        )
         self._ready_at[id] = self.world.now
         self.world.start(Actor(id, me.kind, core))
 

@@ -123,6 +123,18 @@ def small_sessions(rng: random.Random) -> list[Session]:
     return made
 
 
+def pressed(layout: Layout, sessions: list[Session], rng: random.Random) -> tuple[Layout, list[Session]]:
+    """The same, with little room now and then, so that requests wait, and with priorities and deadlines."""
+    layout = attrs.evolve(
+        layout, hold_back_s=rng.choice((2.0, 0.3, 0.02)), held_max=rng.choice((2_048, 2_048, 4))
+    )
+    wishes = ((0, None), (0, None), (-5, None), (5, None), (0, 0.3), (5, 2.0))
+    return layout, [
+        attrs.evolve(one, priority=priority, ttft_s=ttft_s)
+        for one, (priority, ttft_s) in ((one, rng.choice(wishes)) for one in sessions)
+    ]
+
+
 @attrs.define(eq=False)
 class Trial:
     """One seed's cluster, before it runs."""
@@ -141,8 +153,10 @@ class Trial:
         network = Network(random.Random(f"{self.seed}/network"), LinkCosts(), through_codec=True)
         rng = random.Random(f"{self.seed}/layout")
         near_layout(rng)
-        self.cluster = Cluster(World(network), small_layout(self.seed, self.across), COSTS, FAST)
-        self.clients = Clients(self.cluster, small_sessions(rng), self.seed)
+        layout, sessions = small_layout(self.seed, self.across), small_sessions(rng)
+        layout, sessions = pressed(layout, sessions, random.Random(f"{self.seed}/admission"))
+        self.cluster = Cluster(World(network), layout, COSTS, FAST)
+        self.clients = Clients(self.cluster, sessions, self.seed)
         self.faults = Faults(self.cluster, random.Random(f"{self.seed}/faults"), self.kinds, FAULTS_S)
         self.clients.patience = self.faults.patience
         self.audit = Audit(self.cluster, self.every)

@@ -54,6 +54,8 @@ class Layout:
     max_context: int = 1 << 20
     weights: Weights = Weights()
     """Of the policy ``cost``."""
+    hold_back_s: float = 2.0
+    held_max: int = 2_048
     lease_s: float = 10.0
     requests_max: int = 100_000
     """Open at once in one Frontend."""

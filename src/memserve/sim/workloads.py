@@ -56,6 +56,9 @@ class Session:
     at_s: float
     turns: tuple[Turn, ...]
     scope: str = ""
+    priority: int = 0
+    ttft_s: float | None = None
+    """By when each first token is wanted."""
 
 
 # ---- traces --------------------------------------------------------------------------------------------------
