@@ -15,7 +15,7 @@ SOURCES := src tests $(wildcard bench loadgen)
 
 .DEFAULT_GOAL := check
 .PHONY: help up setup setup-test check lint test kill-matrix fix wheel clean peers \
-	sim-nightly bench-sim bench-engine bench-quality bench-cluster bench-frontend bench-loadgen bench-peers bench-mempool bench-serving bench-transfer bench-costmodel bench-scheduler
+	sim-nightly bench-sim bench-engine bench-quality bench-cluster bench-frontend bench-loadgen bench-peers bench-mempool bench-serving bench-transfer bench-handover bench-costmodel bench-scheduler
 
 help:
 	@echo 'make up            set up, then serve $$CONFIG (configs/demo.toml); ARGS="--set frontend.port=8123"'
@@ -34,6 +34,7 @@ help:
 	@echo 'make bench-frontend  the control plane alone, on an engine that answers at once'
 	@echo 'make bench-loadgen   how many streams and events the load generator takes on one core'
 	@echo 'make bench-transfer  how fast pages move between two shards, every way there is'
+	@echo 'make bench-handover  what a hand-over between two shards costs its request'
 	@echo 'make sim-nightly     10,000 simulated clusters in which everything goes wrong; ARGS="--seed 10000"'
 	@echo 'make bench-sim       policies and layouts in the simulator: docs/measurements/'
 	@echo 'make peers           install the servers that memserve is compared with; ARGS="FOLDER --only llama-server"'
@@ -106,6 +107,9 @@ bench-mempool: setup
 
 bench-transfer: setup
 	$(BIN)/python bench/transfer.py $(ARGS)
+
+bench-handover: setup
+	$(BIN)/python bench/handover.py $(ARGS)
 
 sim-nightly: setup
 	$(BIN)/memserve sim --faults all --runs 10000 --jobs $$(nproc) $(ARGS)

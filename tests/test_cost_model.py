@@ -84,7 +84,7 @@ def test_bytes_wait_for_those_before_them() -> None:
 
 def test_from_where_a_swap_in_pays() -> None:
     """At the break-even both take as long; where bytes are slower than computing them, there is none."""
-    steps = StepCosts(((1, 0.01), (512, 0.521)), chunk_tokens=256, token_bytes=1000)
+    steps = StepCosts(((1, 0.01), (512, 0.512)), chunk_tokens=256, token_bytes=1000)
     model = CostModel(steps, swap=Link(0.02, 1e-7))
     tokens = model.swap_break_even()
     assert model.swap_in_s(tokens * 1000) == pytest.approx(tokens * 0.001)

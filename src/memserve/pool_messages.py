@@ -32,6 +32,8 @@ class Source:
     """Whose tokens they are, for the log."""
     tries: int = 1
     """Of a Prefetch: how often it may be begun."""
+    ahead: bool = False
+    """Of a Prefetch: the request will be handed over to here when its prompt is computed."""
 
 
 @attrs.frozen
@@ -199,9 +201,9 @@ class Prefetch:
 
 @attrs.frozen
 class Return:
-    """A request has ended: let the shard ``to`` have what it lacks of this prefix, in the background. Never answered.
+    """A request has ended, or will be handed over: let the shard ``to`` have what it lacks of this prefix, in the background.
 
-    It is told by a Prefetch that names this shard as its source, after the sender's inserts, which came before.
+    Never answered. It is told by a Prefetch that names this shard as its source, after the sender's inserts, which came before.
     """
 
     scope: str
@@ -210,6 +212,8 @@ class Return:
     deadline_s: float
     request: str = ""
     """For the log."""
+    ahead: bool = False
+    """It will be handed over."""
 
 
 @attrs.frozen

@@ -240,6 +240,10 @@ class TransferConfig:
         rule=between(0.05, 600),
         help="how long a request waits for pages of another shard, before it computes them instead",
     )
+    ahead: bool = setting(
+        True,
+        help="send a prompt's full pages to its decode worker's shard while the rest is computed (cache modes 2 and 3)",
+    )
 
 
 @attrs.frozen(kw_only=True)
