@@ -5,6 +5,8 @@
 PYTHON ?= python3
 CONFIG ?= configs/demo.toml
 ARGS ?=
+# Test files at a time: those that start clusters wait more than they compute.
+JOBS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,7 +20,7 @@ SOURCES := src tests $(wildcard bench loadgen)
 help:
 	@echo 'make up            set up, then serve $$CONFIG (configs/demo.toml); ARGS="--set frontend.port=8123"'
 	@echo 'make check         set up, then lint, types and tests: what CI runs'
-	@echo 'make test          set up, then the tests; ARGS="-k config"'
+	@echo 'make test          set up, then the tests, JOBS=2 files at a time; ARGS="-k config"'
 	@echo 'make kill-matrix   every kind of actor killed and stopped under load, as real processes'
 	@echo 'make lint          ruff and mypy'
 	@echo 'make fix           let ruff repair what it can'
@@ -74,7 +76,7 @@ lint: setup-test
 	$(BIN)/mypy
 
 test: setup-test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 kill-matrix: setup-test
 	MEMSERVE_KILL_MATRIX=all $(BIN)/python -m pytest tests/test_kill_matrix.py $(ARGS)
