@@ -191,7 +191,7 @@ class SchedulerConfig:
         help="policy cost: what a hand-over to another worker must save at least",
     )
     hold_back_s: float = setting(
-        2.0,
+        1.0,
         unit="seconds",
         rule=between(0, 3600),
         help="requests wait in the scheduler, by priority and fair shares, while every worker's prompts take longer to run",
