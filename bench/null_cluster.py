@@ -20,9 +20,8 @@ from memserve import config
 from memserve.actors import worker
 from memserve.child import Launch
 from memserve.engine.plans import BatchPlan, BatchResult, StepEngine
-from memserve.messages import ActorId
 from memserve.place import Place
-from memserve.process import ActorContext, run_actor
+from memserve.process import run_actor
 from memserve.supervisor import Supervisor, supervise
 
 TOKENS = range(1000, 1064)
@@ -52,7 +51,7 @@ class NullEngine:
         """Holds nothing."""
 
 
-def start_null_engine(step_s: float, _context: ActorContext, _shard: ActorId) -> StepEngine:
+def start_null_engine(step_s: float, *_given: object) -> StepEngine:
     """What :func:`memserve.actors.worker.start_engine` is replaced by."""
     return NullEngine(step_s)
 
@@ -76,7 +75,7 @@ def up(step_ms: float, settings: Sequence[str]) -> None:
 def be_actor(step_ms: float, name: str, runtime_dir: str, lifeline: int) -> int:
     """Be one actor; the exit status."""
     worker.start_engine = partial(start_null_engine, step_ms / 1e3)
-    worker.import_engine = lambda: None  # torch is not needed here
+    worker.import_engine = lambda on_gpu: None  # torch is not needed here
     return run_actor(name, runtime_dir, lifeline)
 
 

@@ -3,7 +3,8 @@
 Layouts of the same cores (colocated and disaggregated, caching off and on, the caching modes, the adaptive policy) play the same
 sessions of the paper's three workloads at the same rates, in rounds that begin with another layout each time. Every
 layout of a round starts afresh and caches nothing of another's; rates follow one another in one cluster, each with
-prompts of its own. Writes docs/measurements/<date>-serving.md with a plot a workload.
+prompts of its own. Beside each run stands what the simulator says of it, with the costs that the cluster's own workers have
+measured (bench/prediction.py). Writes docs/measurements/<date>-serving.md with a plot a workload.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from typing import Any
 import attrs
 import httpx
 
-from cluster import Running, cluster
+import prediction
+from cluster import ROOT, Running, cluster
 from loadgen import api
 from loadgen.errors import LoadgenError
 from loadgen.options import ArrivalOptions, Kind, RunOptions, ServerOptions, WorkloadOptions
+from memserve.scheduling.cost_model import CostModel
 from notes import Note, number, table
 
 KINDS: tuple[Kind, ...] = ("sharegpt-like", "loogle-like", "react-like")
@@ -38,6 +41,11 @@ class Layout:
     settings: tuple[str, ...]
     what: str
 
+    @property
+    def path(self) -> str:
+        """Of the configuration."""
+        return str(ROOT / "configs" / self.config)
+
 
 LAYOUTS = (
     Layout("colocated", "demo.toml", (*TWO_BOTH, "cache.mode=off", "scheduler.policy=least_load"), "two workers that do both, nothing cached: the paper's PD-colocated"),
@@ -49,6 +57,8 @@ LAYOUTS = (
     Layout("pd-shared", "demo.toml", ("scheduler.policy=least_load",), "one prefill and one decode worker on one shard: caching, and no byte moved"),
     Layout("cost", "demo.toml", (*TWO_BOTH, "scheduler.policy=cost"), "two workers that may do both, placed by predicted cost"),
 )  # fmt: skip
+THINK_S = 1.0
+"""From an answer to the next turn: in mode 3 an answer's pages come back meanwhile."""
 BASE = "colocated"
 """Whom ratios are to, as in the paper's figure 8."""
 
@@ -87,6 +97,8 @@ class Sample:
     values: dict[str, float]
     """By measure, and ``requests``, ``failed``, ``cached_share``, ``moved_mib``."""
     fell_behind: bool
+    predicted: dict[str, float] = attrs.field(factory=dict)
+    """By measure, and ``cached_share``: what the simulator says of the same run."""
 
 
 # ---- playing -------------------------------------------------------------------------------------------------
@@ -96,7 +108,7 @@ def options_of_run(kind: Kind, rate: float, url: str, salt: str, given: argparse
     """What is asked: the same for every layout of a round."""
     return RunOptions(
         kind=kind,
-        workload=WorkloadOptions(sessions=400, scale=given.scale, answers="own", salt=salt, seed=given.seed),
+        workload=WorkloadOptions(sessions=400, scale=given.scale, answers="own", think_s=THINK_S, salt=salt, seed=given.seed),
         arrivals=ArrivalOptions(rate=rate, per="requests", duration_s=given.seconds, warmup_s=given.seconds / 5),
         server=ServerOptions(url=url, token_ids=True, timeout_s=300),
     )  # fmt: skip
@@ -112,15 +124,28 @@ def play(
     running: Running, layout: Layout, kind: Kind, rate: float, salt: str, given: argparse.Namespace
 ) -> Sample:
     """One run against a started cluster."""
-    before = moved_bytes(running)
-    summary = api.run(options_of_run(kind, rate, running.url, salt, given)).summary
+    before, options = moved_bytes(running), options_of_run(kind, rate, running.url, salt, given)
+    summary = api.run(options).summary
     figures = summary["figures"]
     values = {one.name: value for one in MEASURES if (value := one.read(figures)) is not None}
     values["requests"] = figures["requests"]
     values["failed"] = figures["requests"] - figures["ok"]
     values["cached_share"] = figures["cached_share"] or 0.0
     values["moved_mib"] = (moved_bytes(running) - before) / 2**20
-    return Sample(layout.name, kind, rate, values, summary["lag"]["fell_behind"])
+    words = [*layout.settings, *given.set]
+    predicted = prediction.predict(layout.path, words, pages_of(running), costs_of(running), options)
+    return Sample(layout.name, kind, rate, values, summary["lag"]["fell_behind"], predicted)
+
+
+def pages_of(running: Running) -> int:
+    """Pages of a shard's device tier; all shards of a layout have as many."""
+    shards = [one["load"] for one in running.members() if one["kind"] == "MemPoolShard"]
+    return int(shards[0]["pages_total"])
+
+
+def costs_of(running: Running) -> CostModel:
+    """As the cluster's workers measured at their start."""
+    return prediction.costs_of(running.members())
 
 
 def play_layout(layout: Layout, turn: int, given: argparse.Namespace) -> Iterator[Sample]:
@@ -185,6 +210,52 @@ def results(samples: Sequence[Sample], kind: str, rate: float, layouts: Sequence
     return table(head, rows)
 
 
+def predictions(samples: Sequence[Sample], kind: str, rate: float, layouts: Sequence[Layout]) -> str:
+    """A row a layout: what the simulator says over what was measured."""
+    rows = [
+        [layout.name, *(_share(error_of(samples, layout.name, kind, rate, one.name)) for one in MEASURES)]
+        for layout in layouts
+    ]
+    return table(["predicted / measured", *(one.name for one in MEASURES)], rows)
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def error_of(samples: Sequence[Sample], layout: str, kind: str, rate: float, name: str) -> float | None:
+    """Median over the rounds of predicted over measured."""
+    found = [
+        one.predicted[name] / one.values[name]
+        for one in samples
+        if (one.layout, one.kind, one.rate) == (layout, kind, rate)
+        and name in one.predicted
+        and one.values.get(name)
+    ]
+    return statistics.median(found) if found else None
+
+
+def errors(samples: Sequence[Sample]) -> str:
+    """How far off the predictions are: in absolute terms, and in the ratio to the base that a planner goes by."""
+    cells = sorted({(one.layout, one.kind, one.rate) for one in samples})
+    told = []
+    for one in MEASURES:
+        shares = {cell: share for cell in cells if (share := error_of(samples, *cell, one.name)) is not None}
+        to_base = [share / shares[BASE, kind, rate] for (layout, kind, rate), share in shares.items()
+                   if layout != BASE and (BASE, kind, rate) in shares]  # fmt: skip
+        if shares and to_base:
+            absolute, relative = (
+                statistics.median(abs(share - 1) for share in many) for many in (shares.values(), to_base)
+            )
+            told.append(f"{one.name} {absolute:.0%} ({relative:.0%})")
+    return (
+        "Median error of the predictions (in brackets: of their ratio to "
+        + f"{BASE}): "
+        + ", ".join(told)
+        + "."
+    )
+
+
 def draw(samples: Sequence[Sample], kind: str, layouts: Sequence[Layout], path: Path) -> None:
     """Mean TTFT and JCT and the 99th percentile of TPOT against the rate, a line a layout."""
     import matplotlib
@@ -224,6 +295,7 @@ def write_note(
         parts.append(f"## {kind}")
         for rate in given.rates:
             parts += [f"{rate:g} requests a second:", results(samples, kind, rate, layouts)]
+            parts.append(predictions(samples, kind, rate, layouts))
         parts.append(f"![{kind}]({plot.name})")
     behind = sum(one.fell_behind for one in samples)
     return note.write(
@@ -234,6 +306,7 @@ def write_note(
         f"into the next prompts. Medians over the rounds; in brackets the ratio to {BASE}: below 1 is better. The load "
         f"generator fell behind in {behind} of {len(samples)} runs.",
         "\n".join(f"- **{one.name}**: {one.what}." for one in layouts),
+        errors(samples),
         *parts,
     )
 

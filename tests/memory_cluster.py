@@ -31,6 +31,7 @@ from memserve.mempool.room import Capacity
 from memserve.mempool.shard import ShardCore
 from memserve.messages import ActorId, Member, Sampling
 from memserve.process import RestartNeeded
+from memserve.scheduling.admission import Admission
 from memserve.scheduling.global_tree import GlobalTree
 from memserve.scheduling.index_feed import IndexFeed
 from memserve.scheduling.policies import PLAIN
@@ -52,7 +53,7 @@ PAUSE_S = 12.0
 def next_token(tokens: list[int], seed: int) -> int:
     """What the make-believe model says after ``tokens``: any change of any token changes it."""
     digest = hashlib.sha256(pack(tokens) + bytes([seed])).digest()
-    return 2 + int.from_bytes(digest[:4], "little") % 50_000
+    return 2 + int.from_bytes(digest[:4], "little") % 49_000
 
 
 def reference(prompt: list[int], max_tokens: int, seed: int = 0) -> list[int]:
@@ -106,12 +107,15 @@ class MemoryCluster:
     returns: bool = False
     step_s: float = 0.01
     policy: str = "cost"
+    hold_back_s: float = 1.0
+    held_max: int = 2_048
     announce_deaths: bool = True
     host_pages: int = 0
     disk_pages: int = 0
     copy_s: float = 0.02
     """How long a copy between tiers takes; now and then a page from disk comes damaged."""
     fetch_s: float = 5.0
+    ahead: bool = True
     move_s: float = 0.01
     """How long a transfer between shards takes."""
     move_fails: Callable[[int], bool] = lambda number: False
@@ -125,7 +129,7 @@ class MemoryCluster:
         schedulers = [one for one in self.actors.values() if isinstance(one.core, SchedulerCore)]
         for one in schedulers:
             link.connect(seed_id(one.id.rpartition(".")[0]), one.shell.link.endpoint)
-        me = Member(link.actor, kind, link.endpoint, 1, "ready", role, shard)
+        me = Member(link.actor, kind, link.endpoint, 1, "ready", role, shard, role_configured=role)
         return Presence(me, tuple(seed_id(one.id.rpartition(".")[0]) for one in schedulers))
 
     def _new_link(self, name: str):
@@ -152,7 +156,8 @@ class MemoryCluster:
         link = self._new_link(name)
         me = Member(link.actor, "GlobalScheduler", link.endpoint, 1, "ready")
         policy = Cost(Weights(fetch=True)) if self.policy == "cost" else PLAIN[self.policy]()
-        core = SchedulerCore(me, self.policy, policy, IndexFeed(GlobalTree(PAGE_TOKENS)))
+        index, admission = IndexFeed(GlobalTree(PAGE_TOKENS)), Admission(self.held_max)
+        core = SchedulerCore(me, self.policy, policy, index, admission, self.hold_back_s)
         return await self._start(name, link, core, core)
 
     async def shard(self, name: str = "s0") -> Actor:
@@ -161,14 +166,14 @@ class MemoryCluster:
         sizes = Capacity(self.pages, self.host_pages, self.disk_pages, 0.1, 0.2)
         counts = zip(Tier, (sizes.device, sizes.host, sizes.disk), strict=True)
         slots = [slot(tier, page) for tier, pages in counts for page in range(pages)]
-        self.arenas[link.actor] = {one: [0] * PAGE_TOKENS for one in slots}
+        self.arenas[link.actor] = self.make_arena(slots)
         presence = self._presence(link, "MemPoolShard")
         caching = self.retire != "none"
         pool = Pool(sizes, PAGE_TOKENS, 10.0, caching=caching, home=Home(len(self.arenas), self.incarnations))
         exchange = Exchange(pool, link.actor, Geometry(PAGE_BYTES, 1), "host", 1)
         exchange.open(("mapped",), (Way("mapped", link.actor),))
         core = ExchangingShard(pool, schedulers=presence.schedulers, me=link.actor, exchange=exchange)
-        actor = await self._start(name, link, core, Reporting(core, presence))
+        actor = await self._start(name, link, core, Reporting(core, presence, core.needs))
         moving: dict[int, trio.CancelScope] = {}
 
         def move(action: Move) -> None:
@@ -223,11 +228,18 @@ class MemoryCluster:
         presence.also = (home.id,)
         limits = BatchLimits(self.chunk_tokens, self.rows)
         told = WorkerSettings(
-            limits, PAGE_TOKENS, MAX_CONTEXT, self.retire, fetch_s=self.fetch_s, returns=self.returns
+            limits,
+            PAGE_TOKENS,
+            MAX_CONTEXT,
+            self.retire,
+            self.fetch_s,
+            self.returns,
+            self.ahead and self.retire == "all",
+            PAGE_BYTES,
         )
         core = WorkerCore(presence, home.id, told)
-        engine = PageEngine(self.arenas[home.id])
-        actor = await self._start(name, link, core, Reporting(core, presence))
+        engine = self.make_engine(self.arenas[home.id])
+        actor = await self._start(name, link, core, Reporting(core, presence, core.needs))
 
         async def step(plan: BatchPlan) -> None:
             with trio.CancelScope() as scope:
@@ -240,6 +252,14 @@ class MemoryCluster:
 
         actor.shell.perform[RunBatch] = lambda action: self.nursery.start_soon(step, action.plan)
         return actor
+
+    def make_arena(self, slots: list[int]):
+        """Pages by slot."""
+        return {one: [0] * PAGE_TOKENS for one in slots}
+
+    def make_engine(self, arena):
+        """What runs steps on the pages of an arena."""
+        return PageEngine(arena)
 
     async def frontend(self, name: str = "frontend-0") -> FrontendService:
         """A Frontend without HTTP: the service that HTTP handlers call."""
@@ -287,17 +307,17 @@ class MemoryCluster:
     async def settled(self, frontend: FrontendService) -> None:
         """Wait until requests can be placed."""
         with trio.fail_after(30):
-            while not frontend.healthy():
+            while not frontend.health().serves:
                 await trio.sleep(0.01)
 
 
 @asynccontextmanager
 async def memory_cluster(
-    *workers: tuple[str, str] | tuple[str, str, str], pages: int = 400, **settings
+    *workers: tuple[str, str] | tuple[str, str, str], pages: int = 400, kind=MemoryCluster, **settings
 ) -> AsyncIterator[tuple[MemoryCluster, FrontendService]]:
     """One scheduler, the given (name, role, shard) workers and their shards, s0 unless named, one Frontend; ready."""
     async with trio.open_nursery() as nursery:
-        cluster = MemoryCluster(nursery, pages, **settings)
+        cluster = kind(nursery, pages, **settings)
         await cluster.scheduler()
         homes = [(*one, "s0")[2] for one in workers]
         for shard in dict.fromkeys(["s0", *homes]):

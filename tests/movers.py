@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import random
 from contextlib import asynccontextmanager
+from typing import Any
 
 import attrs
 import pytest
+import torch
 import trio
 
-from memserve.kernels.arena import Arena, serve_arena
+from fake_cupy import fake_cupy
+from memserve.engine.weights import save_weights
+from memserve.kernels.arena import Arena, serve_arena, serve_packet
+from memserve.kernels.gpu_memory import GpuArena
 from memserve.transfer import nixl
-from memserve.transfer.mapped import MappedMover
+from memserve.transfer.cuda import GpuReach
+from memserve.transfer.mapped import HostReach, MappedMover
 from memserve.transfer.messages import Expect
 from memserve.transfer.mover import Memory, Mover, PieceFeed
 from memserve.transfer.tcp import TcpMover, TcpReceiver
@@ -22,6 +28,7 @@ PAGES = 40
 
 PATHS = [
     "mapped",
+    "cuda",
     "tcp",
     pytest.param(
         "nixl",
@@ -44,6 +51,8 @@ class Pair:
     told: list = attrs.field(factory=list)
     """What the receiving side made of it, for paths where it takes part."""
     number: int = 0
+    runtime: Any = None
+    """CuPy's, where the pages are on GPUs."""
 
     def transfer(self, source, destination, granularity=Granularity.AGGREGATED) -> Transfer:
         """The next transfer, expected on the other side."""
@@ -68,6 +77,28 @@ class Pair:
 
 
 @asynccontextmanager
+async def gpus(nursery, directory, devices=2):
+    """Two shards on a GPU each, of a machine with ``devices``: CuPy's calls on host memory."""
+    cupy = fake_cupy()
+    cupy.cuda.runtime.devices = devices
+    weights = directory / "w.safetensors"
+    save_weights({"one": torch.zeros(8)}, weights)
+    sides = [
+        GpuArena.create(f"{name}.1", number % devices, PAGES, GEOMETRY.page_bytes, weights, cupy)
+        for number, name in enumerate("ab")
+    ]
+    await nursery.start(serve_packet, sides[1].header.encode(), (), directory / "b")
+    here, there = (memoryview(one.bytes_at(one.pages_at, PAGES * GEOMETRY.page_bytes)) for one in sides)
+    here[:], there[:] = random.Random(1).randbytes(len(here)), bytes(len(there))
+    mover = MappedMover(GpuReach(sides[0], GEOMETRY), "cuda")
+    yield Pair(mover, Way("cuda", str(directory / "b")), here, there, None, runtime=cupy.cuda.runtime)
+    mover.close()
+    assert not cupy.cuda.runtime.opened and not cupy.cuda.runtime.queued
+    for one in sides:
+        one.close()
+
+
+@asynccontextmanager
 async def pair(path, directory):
     """Two arenas in this process and the mover between them."""
     arenas = [Arena.create(f"{name}.1", PAGES, GEOMETRY.page_bytes) for name in "ab"]
@@ -76,7 +107,12 @@ async def pair(path, directory):
     async with trio.open_nursery() as nursery:
         if path == "mapped":
             await nursery.start(serve_arena, arenas[1], directory / "b")
-            yield Pair(MappedMover(here), Way("mapped", str(directory / "b")), here.view, there.view, None)
+            yield Pair(
+                MappedMover(HostReach(here)), Way("mapped", str(directory / "b")), here.view, there.view, None
+            )
+        elif path == "cuda":
+            async with gpus(nursery, directory) as both:
+                yield both
         elif path == "tcp":
             receiver = TcpReceiver(there, "127.0.0.1")
             way = await nursery.start(receiver.serve)

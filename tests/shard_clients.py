@@ -20,6 +20,7 @@ from memserve.pool_messages import (
     Adopt,
     Allocated,
     AllocMem,
+    Arrival,
     Delete,
     Evict,
     FreeMem,
@@ -28,14 +29,17 @@ from memserve.pool_messages import (
     IndexWanted,
     Insert,
     Match,
+    NextArrival,
     PoolRefused,
     Prefetch,
     SwapIn,
     SwapOut,
+    Transfer,
 )
 from memserve.tokens import TOKEN_BYTES, count, pack, span
 
 PAGE = 4
+MAY_WAIT = Acquire | Match | Transfer | NextArrival
 SCHEDULER = ActorId("scheduler-0.seed")
 
 
@@ -79,8 +83,7 @@ class World:
 
     def __attrs_post_init__(self) -> None:
         self.rng = random.Random(self.seed)
-        pool = Pool(self.capacity, PAGE, 5.0, home=Home(1, self.seed))
-        self.core = ShardCore(pool, waiting_max=6, remembered_max=50, schedulers=(SCHEDULER,))
+        self.core = self.make_core()
         trunks = [[self.rng.randrange(3) for _ in range(20)] for _ in range(3)]
         for _ in range(12):
             trunk = self.rng.choice(trunks)[: self.rng.randrange(20)]
@@ -89,6 +92,11 @@ class World:
             )
         for name in ("a", "b", "c"):
             self.born(name)
+
+    def make_core(self) -> ShardCore:
+        """The shard."""
+        pool = Pool(self.capacity, PAGE, 5.0, home=Home(1, self.seed))
+        return ShardCore(pool, waiting_max=6, remembered_max=50, schedulers=(SCHEDULER,))
 
     # ---- the world -----------------------------------------------------------------------------------------
 
@@ -132,7 +140,7 @@ class World:
         if done is not None:
             self.count(type(message).__name__ if not isinstance(message, PoolRefused) else message.code)
             done(message)
-        elif isinstance(message, Acquired) and message.lease not in client.leases:
+        elif isinstance(message, Acquired | Arrival) and message.lease not in client.leases:
             self.core.receive(to, FreeMem(message.lease), self.now)
 
     def count(self, what: str) -> None:
@@ -255,12 +263,16 @@ class World:
         self.ask(other, lambda call: Adopt(call, lease, client.id), done)
 
     def withdraw(self, client: Client) -> None:
-        """Stop waiting for an acquire or a match."""
-        waiting = [call for call, (_, asked) in client.asked.items() if isinstance(asked, Acquire | Match)]
+        """Stop waiting for an answer."""
+        waiting = [call for call, (_, asked) in client.asked.items() if isinstance(asked, MAY_WAIT)]
         if waiting:
             call = self.rng.choice(waiting)
-            del client.asked[call]
+            _, asked = client.asked.pop(call)
             self.say(client.id, FreeMem(0, call))
+            self.withdrawn(client, asked)
+
+    def withdrawn(self, client: Client, asked: object) -> None:
+        """A call of a client's was withdrawn."""
 
     def repeat(self, client: Client) -> None:
         """A message arrives twice."""

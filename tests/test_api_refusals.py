@@ -16,6 +16,7 @@ from memserve.api.bodies import REFUSED
 from memserve.api.guard import cache_scope
 from memserve.errors import RequestFailed
 from memserve.messages import Change
+from memserve.scheduling.view import Health
 
 # ---- refusals ------------------------------------------------------------------------------------------------
 
@@ -64,6 +65,8 @@ BAD = [
     ({"prompt": "x" * 700_000}, "prompt", r"at least 8641 tokens"),
     ({"prompt": "x", "temperature": 2.5}, "temperature", "temperature: expected float <= 2.0, got 2.5"),
     ({"prompt": "x", "top_p": 0}, "top_p", "top_p: expected float > 0"),
+    ({"prompt": "x", "priority": 101}, "priority", "priority: expected int <= 100, got 101"),
+    ({"prompt": "x", "priority": 0.5}, "priority", r"priority: expected int \| null, got float, got 0.5"),
     ({"prompt": "x", "n": 65}, "n", "n: expected int <= 64, got 65"),
     ({"prompt": ["x"] * 5, "n": 13}, "prompt", "5 prompts times n = 13 is over 64 answers"),
     ({"prompt": "x", "stop": [""]}, "stop", "stop string 0 is empty"),
@@ -204,12 +207,70 @@ async def test_each_key_has_a_cache_of_its_own():
     assert without == ""
 
 
+async def test_priority_and_deadline_reach_the_scheduler():
+    """A client's wish would be ignored, or another request would get it."""
+    service = FakeService(lambda _r: says("x"))
+    async with asking(service, ttft_ms=5000.0) as client:
+        for body, headers in (
+            ({}, {}),
+            ({"priority": -3}, {"x-slo-ttft-ms": "250"}),
+            ({"priority": None}, {"X-SLO-TTFT-MS": "0.5"}),
+        ):
+            answer = await client.post("/v1/completions", json={"prompt": "x", **body}, headers=headers)
+            assert answer.status_code == 200
+        chat = await client.post(CHAT, json={"messages": HI, "priority": 7})
+        assert chat.status_code == 200
+    wishes = [(one.params.priority, one.params.ttft_s) for one in service.opened]
+    assert wishes == [(0, 5.0), (-3, 0.25), (0, 0.0005), (7, 5.0)]
+
+
+@pytest.mark.parametrize("header", ["soon", "0", "-1", "nan", "inf", "86400001", ""])
+async def test_a_deadline_that_is_none_is_refused(header):
+    """A mistyped deadline would be ignored, and its client wait for ever."""
+    async with asking() as client:
+        answer = await client.post("/v1/completions", json={"prompt": "x"}, headers={"x-slo-ttft-ms": header})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "x-slo-ttft-ms"
+    assert "milliseconds" in answer.json()["error"]["message"]
+
+
+async def test_keys_have_the_rights_that_they_were_given():
+    """Every tenant could drain the cluster, or push in before all others."""
+    service = FakeService(lambda _r: says("x"))
+    keys = {"api_keys": ("user", "boss", "fast"), "admin_keys": ("boss",), "priority_keys": ("fast",)}
+    async with asking(service, **keys) as client:
+
+        async def status(key, path, body) -> tuple[int, str]:
+            answer = await client.post(path, json=body, headers={"authorization": f"Bearer {key}"})
+            return answer.status_code, answer.json().get("error", {}).get("code", "")
+
+        for key in ("user", "fast"):
+            assert await status(key, "/cluster/d0", {"drain": True}) == (403, "not_an_administrator")
+        assert await status("boss", "/cluster/d0", {"drain": True}) == (200, "")
+        for key in ("user", "boss"):
+            assert await status(key, "/v1/completions", {"prompt": "x", "priority": -1}) == (
+                403,
+                "priority_not_allowed",
+            )
+            assert await status(key, "/v1/completions", {"prompt": "x", "priority": 1}) == (200, "")
+        assert await status("fast", "/v1/completions", {"prompt": "x", "priority": -1}) == (200, "")
+    assert len(service.changes) == 1
+    assert [one.params.priority for one in service.opened] == [1, 1, -1]
+
+
 async def test_health_models_metrics_and_cluster():
     """A load balancer would send requests to a cluster that cannot serve, or an operator would see nothing."""
     service = FakeService(lambda _r: [])
     async with asking(service) as client:
         assert (await client.get("/health")).status_code == 200
-        service.is_healthy = False
+        assert (await client.get("/health")).json() == {"status": "ok"}
+        service.says_health = Health("degraded", "d1 is starting")
+        degraded = await client.get("/health")
+        assert (degraded.status_code, degraded.json()) == (
+            200,
+            {"status": "degraded", "reason": "d1 is starting"},
+        )
+        service.says_health = Health("unavailable", "no decode worker is ready")
         assert (await client.get("/health")).status_code == 503
         (card,) = (await client.get("/v1/models")).json()["data"]
         assert (await client.get("/v1/models/demo")).json() == card

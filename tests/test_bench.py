@@ -11,6 +11,7 @@ from typing import Any
 
 import attrs
 import httpx
+import msgspec
 import pytest
 import torch
 
@@ -21,15 +22,20 @@ import peer_servers
 import peer_weights
 import peer_workloads
 import peers
+import prediction
 import raw_client
+import serving
+from loadgen import arrivals, build
 from loadgen.content import Filler
 from loadgen.conversation import Conversation, Own, Style
 from loadgen.records import Record
+from memserve.costs import StepCosts
 from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.spec import ModelSpec, find_model
 from memserve.engine.tokenizer import Tokenizer
 from memserve.engine.weights import map_weights, prepare
 from memserve.messages import Sampling
+from memserve.scheduling.cost_model import CostModel
 from memserve.tokens import pack
 from null_cluster import TOKENS, NullEngine
 from peer_workloads import CASES, Wrong
@@ -288,6 +294,54 @@ def test_a_server_that_ends_at_once_says_why(tmp_path: Path) -> None:
 
 
 # ---- the control plane alone ---------------------------------------------------------------------------------
+
+
+# ---- predictions ---------------------------------------------------------------------------------------------
+
+COSTS = CostModel(
+    StepCosts(((1, 0.01), (512, 0.07)), row_s=1e-4, read_s=5e-7, pair_s=2e-8, token_bytes=23040)
+)
+
+
+@pytest.mark.parametrize("kind", serving.KINDS)
+def test_the_simulator_plays_what_the_load_generator_plays(kind: Any) -> None:
+    """If sessions, times or lengths were others, a prediction would be of another run than the one beside it."""
+    options = serving.options_of_run(kind, 2.0, "http://127.0.0.1:1", "salt", serving.options_of([]))
+    played, work = prediction.sessions_of(options), build.workload(kind, options.workload)
+    assert 5 < len(played) < len(work.sessions)  # those that begin in time
+    begin = arrivals.times(build.arrivals(options.arrivals, work, options.workload.seed), work.sessions)
+    for ours, theirs, at in zip(played, work.sessions, begin, strict=False):
+        assert (ours.id, ours.at_s, len(ours.turns)) == (theirs.id, at, len(theirs.turns))
+        for turn, asked in zip(ours.turns, theirs.turns, strict=True):
+            assert (turn.output, turn.wait_s, turn.fresh) == (asked.output_tokens, asked.think_s, asked.fresh)
+            lengths = [
+                [one.tokens for one in message.content] for message in asked.messages if message.content
+            ]
+            assert [one.tokens for one in turn.pieces] == [length for some in lengths for length in some]
+
+
+def test_predictions_are_of_a_layout_and_of_the_costs_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If caching, or that workers share their cores, made no difference, nothing could be planned by it."""
+    options = serving.options_of_run("react-like", 2.0, "http://127.0.0.1:1", "", serving.options_of([]))
+    layouts = {one.name: one for one in serving.LAYOUTS}
+
+    def said(name: str) -> dict[str, float]:
+        layout = layouts[name]
+        return prediction.predict(layout.path, layout.settings, 5000, COSTS, options)
+
+    without, cached = said("colocated"), said("colocated-cc")
+    assert without["cached_share"] == 0 and cached["cached_share"] > 0.5
+    assert cached["TTFT mean"] < without["TTFT mean"]
+    monkeypatch.setattr(prediction, "CROWDING", 0.0)
+    assert said("colocated")["JCT mean"] < without["JCT mean"]
+
+
+def test_a_cluster_that_tells_no_costs_is_said_to() -> None:
+    """If other costs were taken silently, a prediction would be of another machine."""
+    told = {"costs": msgspec.to_builtins(COSTS.steps)}
+    assert prediction.costs_of([{"costs": None}, told]).steps == COSTS.steps
+    with pytest.raises(ValueError, match="no worker"):
+        prediction.costs_of([{"costs": None}])
 
 
 def test_the_null_engine_answers_by_position() -> None:

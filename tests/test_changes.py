@@ -17,7 +17,8 @@ from clusters import running
 from memory_cluster import baseline, generate, memory_cluster, reference
 from memserve.errors import RequestFailed
 from memserve.messages import ActorId, Change, Member, actor_name
-from memserve.scheduling.changes import find_worker, in_force
+from memserve.scheduling.changes import HAND, SCHEDULER, changed, find_worker, in_force
+from memserve.scheduling.roles import Roles
 
 SHARD = Member(ActorId("s0.1"), "MemPoolShard", "ipc://s", 1, "ready")
 DRAIN = Change(drain=True)
@@ -38,7 +39,7 @@ def worker(name: str, role: str, state: str = "ready") -> Member:
         ("p0", Change("decode"), "no_pair_left"),
         ("d0", Change("prefill"), None),
         ("p0", Change("both"), None),
-        ("p1", Change("prefill"), None),
+        ("p1", Change("prefill"), "worker_not_ready"),
     ],
 )
 def test_what_may_be_changed(name, change, code):
@@ -57,10 +58,83 @@ def test_in_force():
     """An operator would be told of a change that nobody places by yet, or wait for one for ever."""
     before = worker("d0", "decode")
     assert not in_force(before.id, Change("both"), [before])
-    assert in_force(before.id, Change("both"), [attrs.evolve(before, role="both")])
+    assert in_force(before.id, Change("both"), [attrs.evolve(before, role="both", role_by=HAND)])
     assert in_force(before.id, DRAIN, [attrs.evolve(before, state="draining")])
     assert in_force(before.id, DRAIN, [])
     assert not in_force(before.id, Change("both"), [])
+
+
+def test_who_gives_a_role_and_who_takes_it_back():
+    """The scheduler would undo what an operator chose, or nobody could hand a worker back to it."""
+    configured = attrs.evolve(worker("d0", "decode"), role_configured="decode")
+    by_scheduler = changed(configured, Change("both", by=SCHEDULER))
+    assert (by_scheduler.role, by_scheduler.role_by) == ("both", SCHEDULER)
+    by_hand = changed(by_scheduler, Change("prefill"))
+    assert (by_hand.role, by_hand.role_by) == ("prefill", HAND)
+    assert changed(by_hand, Change("both", by=SCHEDULER)) == by_hand
+    assert changed(by_hand, Change("auto")) == configured
+    assert changed(by_hand, DRAIN) == attrs.evolve(by_hand, state="draining")
+
+
+def told(roles: Roles, member: Member, now: float) -> Change | None:
+    """What a worker is told when its heartbeat comes."""
+    sends = roles.heard(member, now)
+    return sends[0].message if sends else None
+
+
+def test_a_role_is_given_again_to_the_next_incarnation():
+    """A worker that dies would come back with the role of its configuration, against the operator's will."""
+    before = attrs.evolve(worker("d0", "decode"), role_configured="decode")
+    given, again = changed(before, Change("prefill")), attrs.evolve(before, id=ActorId("d0.2"))
+    roles = Roles()
+    assert told(roles, before, 0.0) is None
+    assert told(roles, given, 1.0) is None
+    assert told(roles, attrs.evolve(again, state="starting"), 2.0) is None
+    assert roles.seen(again).role_wanted == "prefill"
+    assert told(roles, again, 3.0) == Change("prefill")
+    assert told(roles, again, 3.5) is None, "it needs a moment"
+    assert told(roles, again, 4.1) == Change("prefill"), "the first may be lost"
+    taken = changed(again, Change("prefill"))
+    assert told(roles, taken, 5.0) is None
+    assert roles.seen(taken) == taken
+
+
+def test_a_role_that_was_given_back_is_not_given_again():
+    """`memserve role d0 auto`, a drained worker, or another one of its name would fight an old wish for ever."""
+    before = attrs.evolve(worker("d0", "decode"), role_configured="decode")
+    given = changed(before, Change("prefill"))
+    roles = Roles()
+    for end in (
+        before,
+        attrs.evolve(given, state="draining"),
+        attrs.evolve(worker("d0", "both"), role_configured="both", id=ActorId("d0.2")),
+    ):
+        roles.heard(given, 0.0)
+        assert told(roles, end, 1.0) is None
+        assert told(roles, attrs.evolve(before, id=ActorId("d0.3")), 9.0) is None
+
+
+def test_a_scheduler_that_restarts_learns_the_wishes_from_the_workers():
+    """Its death would make the next death of a worker cost the worker its role."""
+    given = changed(attrs.evolve(worker("d0", "decode"), role_configured="decode"), Change("both"))
+    roles = Roles()
+    assert told(roles, given, 0.0) is None
+    again = attrs.evolve(worker("d0", "decode"), role_configured="decode", id=ActorId("d0.2"))
+    assert told(roles, again, 1.0) == Change("both")
+
+
+async def test_a_role_survives_the_worker(autojump_clock: MockClock) -> None:
+    """After a crash, requests would be placed by the role that an operator had taken from the worker."""
+    async with memory_cluster(("p0", "prefill"), ("d0", "decode"), ("d1", "decode")) as (cluster, frontend):
+        await frontend.change("d1", Change("prefill"))
+        cluster.kill("d1")
+        await cluster.worker("d1", "decode")
+        with trio.fail_after(5):
+            while {actor_name(one.id): one.role for one in frontend.cluster()}.get("d1") != "prefill":
+                await trio.sleep(0.01)
+        await frontend.change("d1", Change("auto"))
+        await trio.sleep(3.0)
+        assert {actor_name(one.id): one.role for one in frontend.cluster()}["d1"] == "decode"
 
 
 async def test_roles_change_under_load(autojump_clock: MockClock) -> None:
@@ -139,7 +213,7 @@ def test_role_and_drain_of_processes(tmp_path: Path) -> None:
         assert "p0 has left" in memserve("drain", "p0")
         assert [one.result() for one in again] == [tokens for tokens in undisturbed for _ in range(3)]
         shown = memserve("status")
-        assert "DecodeWorker (prefill)" in shown
+        assert "DecodeWorker   prefill by hand" in shown
         assert not [line for line in shown.splitlines() if line.startswith("p0 ")]
         (left,) = [line for line in cluster.lines() if line["event"] == "actor left"]
         assert left["returncode"] == 0

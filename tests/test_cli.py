@@ -24,6 +24,9 @@ MEMBERS = [
         "pid": 12,
         "state": "ready",
         "role": "prefill",
+        "role_by": "hand",
+        "role_wanted": "both",
+        "joined": True,
         "shard": "s0",
         "load": {"requests_running": 2.0, "requests_waiting": 1.0},
     },
@@ -165,10 +168,15 @@ def test_status_lists_the_actors(cluster, capsys):
     """If it failed, nobody could see who is in a cluster and how busy."""
     assert cli.run(["status", "--url", cluster.url]) == 0
     head, shard, worker = capsys.readouterr().out.splitlines()
-    assert head.split() == ["name", "kind", "pid", "state", "load"]
+    assert head.split() == ["name", "kind", "role", "pid", "state", "load"]
     assert "s0" in shard
     assert "pages 15 in use, 30 cached, 60 free of 100" in shard
-    assert "PrefillWorker (prefill)" in worker
+    assert [one for one in worker.split("  ") if one][:3] == [
+        "p0",
+        "PrefillWorker",
+        "prefill by hand, wanted: both",
+    ]
+    assert "ready, joined" in worker
     assert "requests running 2, requests waiting 1" in worker
     assert cli.run(["status", "--url", cluster.url, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"members": MEMBERS}

@@ -12,6 +12,7 @@ from memory_cluster import baseline, generate, memory_cluster, reference
 from memserve.api.service import GenerationParams
 from memserve.errors import RequestFailed
 from memserve.messages import Sampling
+from memserve.scheduling.view import Health
 from memserve.tokens import pack
 
 PD = (("p0", "prefill"), ("d0", "decode"))
@@ -213,13 +214,17 @@ async def test_the_only_worker_dies_and_returns(autojump_clock: MockClock) -> No
         nursery.start_soon(one)
         await trio.sleep(0.2)
         cluster.kill("w0")
-        assert not frontend.healthy() or await trio.sleep(0.1) or not frontend.healthy()
+        await trio.sleep(0.1)
+        assert frontend.health() == Health(
+            "unavailable", "no prefill and no decode worker is ready; w0 is gone"
+        )
         await trio.sleep(3)
         await cluster.worker("w0", "both")
         with trio.fail_after(20):
             while not results:
                 await trio.sleep(0.1)
         assert results == [reference(prompt(1, 40), 50)]
+        assert frontend.health() == Health("ok")
         await baseline(cluster)
 
 

@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memserve import config, configfile, resolve
-from memserve.config import Config, ModelConfig, Resolved
+from memserve.config import Config, Resolved
 from memserve.engine.spec import ModelSpec
 from memserve.engine.weights import random_weights
 from memserve.errors import ConfigError
+from memserve.sections import ModelConfig
 
 MINIMAL = '[model]\npath = "m.gguf"\n'
 SPEC = ModelSpec(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import tomllib
@@ -15,8 +16,11 @@ from hypothesis import strategies as st
 from memserve.costs import StepCosts
 from memserve.engine.batching import ALONE
 from memserve.engine.calibration import calibrated, cases, measure
+from memserve.engine.load import swap_least
+from memserve.messages import ActorId, Cluster, Member
 from memserve.scheduling.cost_fit import Drift, Rows, Sample, fit_steps
 from memserve.scheduling.cost_model import CostModel, Link
+from memserve.scheduling.joining import JoiningCore
 
 COSTS = StepCosts(
     dense=((1, 0.010), (8, 0.012), (64, 0.040), (512, 0.400)),
@@ -76,6 +80,16 @@ def test_bytes_wait_for_those_before_them() -> None:
     assert model.handoff_s(0, "tcp", queued=2000) == pytest.approx(0.1)
     assert model.handoff_s(1000, "tcp") == pytest.approx(1.6)
     assert (model.swap_in_s(100), model.swap_in_s(0)) == (pytest.approx(1.2), 0.0)
+
+
+def test_from_where_a_swap_in_pays() -> None:
+    """At the break-even both take as long; where bytes are slower than computing them, there is none."""
+    steps = StepCosts(((1, 0.01), (512, 0.512)), chunk_tokens=256, token_bytes=1000)
+    model = CostModel(steps, swap=Link(0.02, 1e-7))
+    tokens = model.swap_break_even()
+    assert model.swap_in_s(tokens * 1000) == pytest.approx(tokens * 0.001)
+    assert CostModel(steps, swap=Link(0.02, 1e-6)).swap_break_even() == math.inf
+    assert swap_least(steps, 100) == 2 and swap_least(None, 100) == 0
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
@@ -186,6 +200,39 @@ def test_a_measurement_is_made_once_and_kept_if_it_had_its_threads(tmp_path: Pat
     assert calibrated(tmp_path, name, lambda: measuring(3), 2) == COSTS
     assert calibrated(tmp_path, {"model": "other"}, lambda: measuring(4), 2) == COSTS
     assert calls == [1, 2, 4]
+
+
+def test_nothing_is_measured_beside_streams(tmp_path: Path) -> None:
+    """If it failed, a worker that joins under load would seem many times slower than it is, and get no request ever."""
+    like = attrs.evolve(COSTS, row_s=7.0)
+
+    def measuring():
+        raise AssertionError("measured")
+
+    assert calibrated(tmp_path, {"model": "m"}, measuring, 2, lambda: like) == like
+    assert calibrated(tmp_path, {"model": "m"}, lambda: (COSTS, 1), 2) == COSTS, "nothing was remembered"
+    assert calibrated(tmp_path, {"model": "m"}, measuring, 2, lambda: like) == like, (
+        "not what may be from such steps"
+    )
+    os.utime(next(tmp_path.glob("*.rough")), (0, 0))
+    assert calibrated(tmp_path, {"model": "m"}, lambda: (COSTS, 2), 2) == COSTS
+    assert calibrated(tmp_path, {"model": "m"}, measuring, 2, lambda: like) == COSTS, "its own are better"
+
+
+@pytest.mark.parametrize(
+    ("load", "shard", "taken"), [(1.0, "s0.1", True), (0.0, "s0.1", False), (1.0, "s1.1", False)]
+)
+def test_whose_figures_a_joining_worker_takes(load: float, shard: str, taken: bool) -> None:
+    """If it failed, those of another device would be taken, or of an idle cluster in which measuring is better."""
+    core = JoiningCore(ActorId("d1.1"), "s0")
+    worker = Member(ActorId("d0.1"), "DecodeWorker", "", 1, "ready", "decode", ActorId(shard))
+    worker = attrs.evolve(worker, load={"requests_running": load}, costs=COSTS)
+    home = Member(ActorId("s0.1"), "MemPoolShard", "", 1, "ready")
+    core.receive(ActorId("scheduler-0.1"), Cluster(ActorId("scheduler-0.1"), (home, worker)), 0.0)
+    assert core.found == home.id
+    assert core.at_work == (COSTS if taken else None)
+    core.receive(ActorId("scheduler-0.1"), Cluster(ActorId("scheduler-0.1"), ()), 1.0)
+    assert (core.found, core.at_work) == (home.id, None)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import torch
 import fake_flashinfer
 from fake_flashinfer import Replays
 from families import TINY, VOCAB, save_hf
+from memserve.engine.calibration import measure
 from memserve.engine.cuda import CudaEngine
 from memserve.engine.model import Llama
 from memserve.engine.plans import BatchPlan, Row
@@ -28,6 +29,7 @@ from memserve.kernels.flashinfer_kit import (
     with_tensor_cores,
 )
 from memserve.messages import Sampling
+from memserve.scheduling.cost_model import CostModel
 from memserve.tokens import pack, pages_for
 from test_model import GREEDY, Runner, prompt, tiny_spec
 
@@ -158,6 +160,21 @@ def test_warming_up_touches_no_page_of_the_pool(tiny):
     engine.warm_up()
     assert bool(arena[:PAGES].isnan().all())
     assert graphs.captured == len([1, 2, 4, 8])
+    engine.close()
+
+
+def test_calibration_writes_no_page_of_the_pool_and_draws_nothing(tiny):
+    """If it failed, a worker that joins would overwrite other requests' KV, or fail on the NaN of unused pages."""
+    engine, arena, _ = make_engine(tiny)
+    engine.warm_up()
+    arena[: PAGES // 2] = 0.5
+    before = arena[:PAGES].clone()
+    run = engine.timer(8, 512)
+    shapes = [((1, 16),), ((1, 511),) * 8, ((40, 0),), ((16, 240), (1, 100), (1, 100)), ((1, 5),) * 3]
+    assert all(run(one)[0] > 0 and run(one)[1] == 1 for one in shapes)
+    assert torch.equal(arena[:PAGES].nan_to_num(7.0), before.nan_to_num(7.0))
+    costs, _ = measure(run, 64, 8, 512, 1024)
+    assert costs.dense[0][0] == 1 and CostModel(costs).step_s(((40, 0), (1, 100))) > 0
     engine.close()
 
 

@@ -53,6 +53,7 @@ def text(path: Path) -> str:
 def setting_row(field: attrs.Attribute) -> str:
     """The line of docs/configuration.md about one setting, as its code has it."""
     default, rule = field.default, field.metadata["rule"]
+    default = str(default).lower() if isinstance(default, bool) else default  # as TOML has it
     shown = {attrs.NOTHING: "required", None: "unset", (): "none", "": "unset"}.get(default, f"`{default}`")
     must = rule.text if rule else ""
     return f"| `{field.name}` | {shown} | {field.metadata['unit']} | {must} | {field.metadata['help']} |"
@@ -74,7 +75,7 @@ def test_every_setting_is_documented_as_it_is(section):
 def commands() -> dict[str, list[str]]:
     """Each command's options, by their long names."""
     found = {}
-    for name in ("up", "check", "status", "role", "drain", "logs", "sim", "version"):
+    for name in ("up", "check", "status", "join", "role", "drain", "logs", "sim", "version"):
         arguments = cli.app[name].assemble_argument_collection()
         found[name] = [
             option for argument in arguments for option in argument.names if option.startswith("--")

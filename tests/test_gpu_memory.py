@@ -25,6 +25,8 @@ from memserve.kernels.gpu_store import open_gpu_store
 from memserve.kernels.page_store import DiskFile
 from memserve.mempool.addresses import Tier, slot
 from memserve.messages import ActorId
+from memserve.transfer.cuda import GpuReach
+from memserve.transfer.values import Geometry
 from test_model import tiny_spec
 
 SHARD = ActorId("g0.00000001")
@@ -114,10 +116,38 @@ async def test_arenas_of_the_other_kind_are_refused(weights, place):
     memory.close()
 
 
+async def test_pages_of_another_gpu_that_cannot_be_reached_say_why(weights, place):
+    """If they were opened all the same, a transfer would write into some other GPU's memory."""
+    cupy = fake_cupy()
+    cupy.cuda.runtime.devices = 2
+    mine, theirs = (GpuArena.create(SHARD, device, 2, PAGE_BYTES, weights, cupy) for device in (0, 1))
+    attach = GpuReach(mine, Geometry(PAGE_BYTES, 1)).attach
+    other_size = GpuReach(mine, Geometry(2 * PAGE_BYTES, 1)).attach
+    async with trio.open_nursery() as nursery:
+        await nursery.start(serve_packet, theirs.header.encode(), (), place)
+        mapped = await trio.to_thread.run_sync(attach, place)
+        assert (mapped.device, mapped.pages) == (1, 2)
+        mapped.unmap()
+        with pytest.raises(PeerError, match=f"pages of {PAGE_BYTES} bytes, this shard of {2 * PAGE_BYTES}"):
+            await trio.to_thread.run_sync(other_size, place)
+        cupy.cuda.runtime.devices = 1
+        with pytest.raises(PeerError, match=r"on GPU 0000:41:00\.0 cannot be opened"):
+            await trio.to_thread.run_sync(attach, place)
+        nursery.cancel_scope.cancel()
+    assert not cupy.cuda.runtime.opened
+
+
 def test_a_damaged_or_foreign_header_is_refused():
     """If it were taken, a handle of another layout would be opened."""
     header = GpuHeader(
-        shard=SHARD, pages=1, page_bytes=2, weights="", weights_bytes=3, arena_handle=b"", weights_handle=b""
+        shard=SHARD,
+        pages=1,
+        page_bytes=2,
+        weights="",
+        weights_bytes=3,
+        bus_id="0000:40:00.0",
+        arena_handle=b"",
+        weights_handle=b"",
     )
     assert GpuHeader.decode(header.encode()) == header
     with pytest.raises(PeerError, match="damaged"):

@@ -10,10 +10,10 @@ import attrs
 import pytest
 
 from memserve import config, gpus, resolve
-from memserve.config import BatchConfig
 from memserve.errors import ConfigError
 from memserve.gpu_room import CONTEXT_BYTES, SPARE, worker_bytes
 from memserve.gpus import Gpu, Gpus, find_gpus, parse, visible
+from memserve.sections import BatchConfig, ModelConfig
 from test_config import MACHINE, SPEC
 
 ANSWER = "0, GPU-aa, NVIDIA H100 80GB HBM3, 81559, 80000, 9.0\n1, GPU-bb, NVIDIA H100 80GB HBM3, 81559, 1024, 9.0\n"
@@ -111,7 +111,7 @@ def test_no_gpu_is_looked_for_where_no_shard_is_on_one(decided):
         raise AssertionError("looked")
 
     machine = attrs.evolve(MACHINE, gpus=never)
-    loaded = config.Config(model=config.ModelConfig(path="m.gguf"))
+    loaded = config.Config(model=ModelConfig(path="m.gguf"))
     assert not config.resolve(loaded, machine).on_gpus
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import attrs
 import pytest
 
 from memserve.actions import Deliver, Log, Send
@@ -13,7 +14,10 @@ from memserve.messages import (
     Cluster,
     Failed,
     Gone,
+    Inquire,
+    Inquired,
     Member,
+    Origins,
     Plan,
     Planned,
     Rejected,
@@ -48,7 +52,8 @@ def request(name: str) -> Request:
 def update(position: int, *tokens: int, attempt: int = 0, finish: str | None = None) -> Tokens:
     """New tokens of ``r``."""
     timings = Timings(1, 2, 3, 4) if finish else None
-    return Tokens((TokenUpdate("r", attempt, position, pack(tokens), 2, finish, timings),))
+    origins = Origins(*range(11, 20)) if finish else None
+    return Tokens((TokenUpdate("r", attempt, position, pack(tokens), 2, finish, timings, origins),))
 
 
 def took(core: FrontendCore, kind: type) -> list:
@@ -159,8 +164,10 @@ def test_the_canonical_line_tells_everything() -> None:
     line = next(one.data for one in took(core, Log) if one.event == "request finished")
     assert line == {
         "request": "r", "attempt": 0, "outcome": "length", "prompt_tokens": 3, "cached_tokens": 2, "output_tokens": 2,
-        "ttft_ms": 1000.0, "tpot_ms": 500.0, "total_ms": 1500.0, "queue_ms": 1, "prefill_ms": 2, "handoff_ms": 3,
+        "held_ms": 100.0, "ttft_ms": 1000.0, "tpot_ms": 500.0, "total_ms": 1500.0, "queue_ms": 1, "prefill_ms": 2, "handoff_ms": 3,
         "decode_ms": 4, "attempts": 1, "prefill": P, "decode": D,
+        "matched_device_tokens": 11, "matched_host_tokens": 12, "matched_disk_tokens": 13, "fetched_tokens": 14,
+        "matched_decode_tokens": 15, "bytes_fetched": 16, "bytes_to_decode": 17, "bytes_to_prefill": 18, "bytes_saved": 19,
     }  # fmt: skip
 
 
@@ -176,17 +183,103 @@ def test_leaving_cancels_the_attempt_once() -> None:
     assert took(core, Deliver) == []
 
 
-def test_health_needs_a_pair_and_forgets_old_schedulers() -> None:
-    """/health must be true only when a request could be placed."""
+def test_its_limit_refuses_and_says_so() -> None:
+    """A request that was refused without a line in the log could be explained by nobody."""
     core = frontend()
-    shard = Member(S, "MemPoolShard", "e", 1, "ready")
-    worker = Member(P, "DecodeWorker", "e", 1, "ready", "both", S)
-    assert not core.healthy()
-    core.receive(GS, Cluster(GS, (shard, worker)), 0.1)
-    assert core.healthy()
-    core.receive(GS, Cluster(ActorId("scheduler-0.2"), (shard,)), 0.2)
-    assert not core.healthy()
-    assert [one.id for one in core.members()] == [S]
     with pytest.raises(RequestFailed, match="max_requests"):
         for i in range(5):
             core.open(request(f"more{i}"), 0.3)
+    (line,) = [one.data for one in took(core, Log) if one.event == "request refused"]
+    assert (line["request"], line["code"], line["status"]) == ("more3", "overloaded", 429)
+    assert core.gauges()["requests_refused_overloaded_total"] == 1
+
+
+# ---- waiting at a scheduler ----------------------------------------------------------------------------------
+
+OTHER = ActorId("scheduler-1.1")
+
+
+def waiting() -> FrontendCore:
+    """A core whose request ``r`` waits at the first scheduler since 0.1."""
+    core = frontend()
+    core.receive(GS, Inquired("r", 0, held=True), 0.1)
+    core.take()
+    return core
+
+
+def test_a_request_that_waits_is_asked_after_and_not_submitted_again() -> None:
+    """Each second its whole prompt would travel again, and every scheduler would come to hold it."""
+    core = waiting()
+    core.advance(2.0)
+    assert took(core, Submit) == []
+    for now in (3.2, 6.4, 9.6):
+        core.advance(now)
+        assert took(core, Inquire) == [(GS, Inquire("r", 0))]
+        core.receive(GS, Inquired("r", 0, held=True), now + 0.1)
+    core.receive(GS, Planned("r", 0, PLAN), 9.9)
+    core.advance(10.0)
+    assert took(core, Submit) == []
+
+
+@pytest.mark.parametrize("how", ["forgotten", "dead", "replaced", "silent", "the Frontend slept"])
+def test_a_request_whose_scheduler_is_no_more_waits_somewhere_else(how: str) -> None:
+    """Its first attempt is submitted again, with its age, as one that is not to be refused for lack of a place."""
+    core, now = waiting(), 4.0
+    match how:
+        case "forgotten":
+            core.receive(GS, Inquired("r", 0, held=False), now)
+        case "dead":
+            core.receive(OTHER, Gone((GS,)), now)
+        case "replaced":
+            core.receive(GS, Cluster(GS, ()), 1.0)
+            core.receive(ActorId("scheduler-0.2"), Cluster(ActorId("scheduler-0.2"), ()), now)
+        case "silent":
+            for now in (3.2, 6.3, 9.4):
+                core.advance(now)
+        case "the Frontend slept":
+            core.receive(GS, Gone((ME,)), now)
+    ((_, submit),) = took(core, Submit)
+    assert (submit.request.attempt, submit.age_s, submit.held) == (0, now, True)
+
+
+def test_the_refusal_of_a_second_scheduler_ends_nothing() -> None:
+    """A Submit that went to two schedulers may be planned by one and refused by the other."""
+    for answer in (Inquired("r", 0, held=True), Planned("r", 0, PLAN)):
+        core = frontend()
+        core.receive(GS, answer, 0.1)
+        core.receive(OTHER, Rejected("r", 0, "cluster_full", "m", 503, 2.0), 0.2)
+        assert took(core, Deliver) == []
+        assert not core.idle
+
+
+def test_a_deadline_passes_although_no_scheduler_answers() -> None:
+    """A client that wants an answer within a second would wait for as long as there is no scheduler."""
+    core = frontend()
+    core.open(attrs.evolve(request("soon"), ttft_s=2.0), 0.0)
+    for now in (1.0, 2.0, 2.9):
+        core.advance(now)
+    assert took(core, Deliver) == []
+    core.advance(core.deadline)
+    (ended,) = took(core, Deliver)
+    assert (ended.request, ended.failure.code, ended.failure.status) == ("soon", "deadline_missed", 503)
+    core.advance(60.0)
+    assert not core.idle, "the other has no deadline"
+
+
+def test_a_stream_that_has_begun_is_not_ended_by_a_refusal() -> None:
+    """Its plan was lost, so it was submitted again, to a scheduler that does not know that it runs."""
+    core = frontend()
+    core.receive(P, update(3, 50), 0.5)
+    core.receive(OTHER, Rejected("r", 0, "deadline_unreachable", "m", 503, 2.0), 1.2)
+    ((_, submit),) = [(to, one) for to, one in took(core, Submit) if one.request.attempt]
+    assert submit.request.tokens == pack([7, 8, 9, 50])
+    assert not core.idle
+
+
+def test_a_plan_for_a_request_that_has_ended_is_cancelled() -> None:
+    """A scheduler that missed the Cancel would have it run to its end for nobody."""
+    core = waiting()
+    core.close("r", "cancelled", 1.0)
+    core.take()
+    core.receive(GS, Planned("r", 0, PLAN), 1.1)
+    assert took(core, Cancel) == [(P, Cancel("r", 0)), (D, Cancel("r", 0))]

@@ -15,14 +15,9 @@ import trio.testing
 from memserve.engine.spec import find_model
 from memserve.errors import UserError
 from memserve.lifecycle import STATUS_CRASHED
+from memserve.lifeline import DIED_MESSAGES, EventSocket, Lifeline
 from memserve.messages import ActorId
-from memserve.process import (
-    DIED_MESSAGES,
-    EventSocket,
-    Lifeline,
-    RestartNeeded,
-    _explain,
-)
+from memserve.process import RestartNeeded, _explain
 from test_gguf import DEMO
 
 

@@ -11,6 +11,8 @@ from memserve.messages import (
     Cancel,
     Cluster,
     Gone,
+    Inquire,
+    Inquired,
     Load,
     Member,
     Planned,
@@ -21,11 +23,12 @@ from memserve.messages import (
     Submit,
 )
 from memserve.pool_messages import IndexDelta, IndexEvent
+from memserve.scheduling.admission import HELD_S
 from memserve.scheduling.fleet import Fleet
 from memserve.scheduling.global_tree import GlobalTree
 from memserve.scheduling.membership import DEAD_AFTER_S, DEAD_STARTING_S, pairs
 from memserve.scheduling.policies import LeastLoad, RoundRobin
-from memserve.scheduling.scheduler import HELD_S, SchedulerCore
+from memserve.scheduling.scheduler import SMALL, SchedulerCore
 from memserve.tokens import pack
 
 ME = Member(ActorId("scheduler-0.1"), "GlobalScheduler", "ipc://s", 1, "ready")
@@ -128,12 +131,29 @@ def test_requests_wait_for_a_worker_then_are_refused() -> None:
     assert [one.message.request for one in sent(core, Planned)] == ["placed"]
     core.receive(ActorId("x"), Died(worker.id), 2.0)
     core.receive(FRONTEND.id, submit("late"), 2.0)
+    core.advance(2.0)
     assert sent(core, Rejected) == []
-    core.receive(FRONTEND.id, Load(FRONTEND), 2.0 + HELD_S)
+    for second in range(3, 2 + int(HELD_S)):
+        core.receive(FRONTEND.id, Load(FRONTEND), float(second))
+        core.receive(FRONTEND.id, Inquire("late", 0), float(second))
+        core.advance(float(second))
+    assert {one.message for one in sent(core, Inquired)} == {Inquired("late", 0, held=True)}
     assert core.deadline <= 2.0 + HELD_S
     core.advance(2.0 + HELD_S)
     (refusal,) = sent(core, Rejected)
     assert (refusal.message.status, refusal.message.retry_after_s) == (503, 2.0)
+
+
+def test_a_request_that_waits_is_placed_when_it_is_asked_for_again() -> None:
+    """A worker may have become able to take it unannounced; held on as well, it would be placed a second time."""
+    core = scheduler(SHARD, FRONTEND)
+    core.receive(FRONTEND.id, submit("r"), 0.0)
+    core.fleet.heard(decode("w0"), 0.5)
+    core.fleet.heard(prefill("p0"), 0.5)
+    core.receive(FRONTEND.id, submit("r"), 1.0)
+    core.advance(1.0)
+    assert [one.message.request for one in sent(core, Planned)] == ["r"]
+    assert core.gauges()["requests_held"] == 0
 
 
 def test_a_cancel_that_crosses_the_plan_follows_it() -> None:
@@ -171,6 +191,21 @@ def test_the_dead_are_announced_and_fenced_off(how: str) -> None:
     assert [(one.to, one.message.actors) for one in sent(core, Gone)] == [("d0.1", ("d0.1",))]
 
 
+def test_one_that_died_unseen_is_declared_dead_when_somebody_waits_for_it() -> None:
+    """It died while no scheduler lived: whoever hands a request over to it would offer that for ever."""
+    waiting = attrs.evolve(prefill("p0"), needs=(ActorId("d0.0"),))
+    core = scheduler(SHARD, waiting)
+    for second in range(1, int(DEAD_AFTER_S) + 1):
+        core.receive(SHARD.id, Load(SHARD), float(second))
+        core.receive(waiting.id, Load(waiting), float(second))
+        core.advance(second - 0.01)
+    assert not sent(core, Gone), "it may only be slow to register again"
+    core.advance(DEAD_AFTER_S)
+    assert ("p0.1", ("d0.0",)) in [(one.to, one.message.actors) for one in sent(core, Gone)]
+    core.receive(waiting.id, Load(waiting), 100.0)  # it missed that, and every repeat
+    assert [(one.to, one.message.actors) for one in sent(core, Gone)] == [("p0.1", ("d0.0",))]
+
+
 def test_the_dead_leave_no_trace() -> None:
     """Every restart has a new id: a scheduler that remembered them all would grow for ever."""
     core = scheduler(SHARD, FRONTEND, prefill("p0"), decode("d0"))
@@ -197,6 +232,24 @@ def test_a_scheduler_that_was_stopped_calls_nobody_silent() -> None:
         core.advance(tenth / 10)
     (gone,) = {one.message.actors for one in sent(core, Gone) if one.to == SHARD.id}
     assert set(gone) == {prefill("p0").id, decode("d0").id}
+
+
+def test_in_a_large_cluster_changes_are_told_together() -> None:
+    """If each of a thousand that start were told to all at once, a view for everyone each time, none would ever be heard."""
+    core = scheduler(SHARD, *(decode(f"d{i}") for i in range(2 * SMALL)))
+    more = [decode(f"e{i}") for i in range(50)]
+    core.advance(0.5)
+    core.take()
+    core.receive(more[0].id, Load(more[0]), 1.0)
+    assert len(sent(core, Cluster)) == 2 * SMALL + 2
+    for one in more[1:]:
+        core.receive(one.id, Load(one), 1.001)
+    assert not sent(core, Cluster)
+    assert core.deadline < 1.1
+    core.advance(core.deadline)
+    views = sent(core, Cluster)
+    assert {one.to for one in views} >= {SHARD.id, more[0].id, more[-1].id}
+    assert len(views[0].message.members) == 2 * SMALL + 52
 
 
 def test_one_that_still_starts_may_be_silent_for_longer() -> None:

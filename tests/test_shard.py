@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from memserve.actions import Kill, Log, Overslept, Send
 from memserve.errors import PoolError
 from memserve.mempool.client import ShardCalls
+from memserve.mempool.leases import LACKING_S
 from memserve.mempool.pool import Pool
 from memserve.mempool.shard import ShardCore
 from memserve.messages import Cluster, Gone, Load, Member, Planned
@@ -170,6 +171,31 @@ def test_alloc_mem_never_waits():
     shard.say("p.1", Acquire(2, "bob", PROMPT, 0))
     [(_, refused)] = shard.say("p.1", AllocMem(3, granted.lease, 1))
     assert (refused.call, refused.code) == (3, PoolError.NO_PAGES)
+
+
+def test_what_comes_free_goes_first_to_a_lease_that_was_refused():
+    """If it went to the queue, one who gives way would be granted the pages that it gave up, again and again."""
+    shard = Shard(pages=4)
+    [(_, old)] = shard.say("p.1", Acquire(1, "anne", pack([1]), 0))
+    [(_, young)] = shard.say("p.1", Acquire(2, "bob", PROMPT, 0))
+    [(_, refused)] = shard.say("p.1", AllocMem(3, old.lease, 1))
+    assert refused.code == PoolError.NO_PAGES
+    shard.say("p.1", FreeMem(young.lease, 4))
+    assert shard.say("p.1", Acquire(5, "bob", PROMPT, 0)) == []
+    assert [type(one) for _, one in shard.say("p.1", AllocMem(6, old.lease, 1))] == [Allocated]
+    assert shard.core.gauges()["waiting_acquires"] == 1
+
+
+def test_a_refused_lease_that_asks_no_more_holds_nobody_up():
+    """If it did, a client that lives with what it has would stop everyone else."""
+    shard = Shard(pages=4)
+    [(_, old)] = shard.say("p.1", Acquire(1, "anne", pack([1]), 0))
+    [(_, young)] = shard.say("p.1", Acquire(2, "bob", PROMPT, 0))
+    shard.say("p.1", AllocMem(3, old.lease, 1))
+    shard.say("p.1", FreeMem(young.lease, 4))
+    assert shard.say("p.1", Acquire(5, "bob", PROMPT, 0)) == []
+    assert shard.core.deadline == LACKING_S
+    assert [type(one) for _, one in shard.wait(LACKING_S)] == [Acquired]
 
 
 def test_a_silent_owner_loses_its_leases_on_the_timer():

@@ -6,6 +6,7 @@ import random
 
 import pytest
 import trio
+from structlog.testing import capture_logs
 from trio.testing import MockClock
 
 from memory_cluster import PAGE_BYTES, baseline, generate, memory_cluster, reference
@@ -28,11 +29,14 @@ MODES = {
 def prompt(seed: int, length: int) -> list[int]:
     """Some tokens."""
     rng = random.Random(seed)
-    return [rng.randrange(2, 50_000) for _ in range(length)]
+    return [rng.randrange(2, 49_000) for _ in range(length)]
 
 
-async def chat(cluster, frontend, turns: int = 4) -> list[tuple[int, int, int]]:
-    """Turns of one chat, each checked; of each (prefilled by p0, bytes to s1, bytes to s0)."""
+async def chat(cluster, frontend, turns: int = 4, expected=reference) -> list[tuple[int, int, int]]:
+    """Turns of one chat, each checked; of each (prefilled by p0, bytes to s1, bytes to s0).
+
+    What the request's line in the log says must be what the shards have counted.
+    """
     tokens, spent = [], []
 
     def figures() -> tuple[int, int, int]:
@@ -42,13 +46,27 @@ async def chat(cluster, frontend, turns: int = 4) -> list[tuple[int, int, int]]:
     for turn in range(turns):
         tokens += prompt(turn, 30)
         before = figures()
-        answer = await generate(frontend, tokens, 18)
-        assert answer == reference(tokens, 18)
-        tokens += answer
+        with capture_logs() as lines:
+            answer = await generate(frontend, tokens, 18)
+        assert answer == expected(tokens, 18)
         await trio.sleep(1)  # what returns does so in the background
         spent.append(tuple(after - then for after, then in zip(figures(), before, strict=True)))
+        check_line(lines, len(tokens), *spent[-1])
+        tokens += answer
     await baseline(cluster)
     return spent
+
+
+def check_line(lines, prompt_tokens, prefilled, to_decode, back) -> None:
+    """The canonical line accounts for every token and every byte, unless a transfer failed."""
+    if any(one["event"] in ("fetch failed", "request resubmitted") for one in lines):
+        return
+    (line,) = [one for one in lines if one["event"] == "request finished"]
+    assert line["matched_device_tokens"] + line["fetched_tokens"] + prefilled == prompt_tokens
+    assert (line["bytes_to_decode"], line["bytes_to_prefill"]) == (to_decode, back)
+    whole = -(-prompt_tokens // 4) * PAGE_BYTES
+    assert line["bytes_saved"] + line["bytes_to_decode"] == whole
+    assert line["matched_decode_tokens"] * PAGE_BYTES == 4 * line["bytes_saved"]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -59,11 +77,14 @@ async def test_a_chat_over_two_shards(autojump_clock: MockClock, mode) -> None:
     """
     async with memory_cluster(*APART, policy="least_load", **MODES[mode]) as (cluster, frontend):
         spent = await chat(cluster, frontend)
-        decoded = cluster.actors["d0"].core.gauges().get("prefill_tokens_total", 0)
-        assert decoded == 0, "D computed what P had sent it"
-        assert cluster.actors["s1"].core.gauges()["handoff_bytes_copied_total"] == sum(
-            one[1] for one in spent
-        )
+        check_mode(cluster, mode, spent)
+
+
+def check_mode(cluster, mode, spent) -> None:
+    """What was computed and moved in each turn is what the mode says."""
+    decoded = cluster.actors["d0"].core.gauges().get("prefill_tokens_total", 0)
+    assert decoded == 0, "D computed what P had sent it"
+    assert cluster.actors["s1"].core.gauges()["handoff_bytes_copied_total"] == sum(one[1] for one in spent)
     for turn, (prefilled, to_decode, back) in enumerate(spent):
         length = 30 + 48 * turn
         whole = -(-length // 4) * PAGE_BYTES
@@ -136,4 +157,43 @@ async def test_small_pools_serve_all(autojump_clock: MockClock, mode) -> None:
             for i in range(12):
                 nursery.start_soon(one, i)
         assert results == {i: reference(prompt(i, 20), 60) for i in range(12)}
+        await baseline(cluster)
+
+
+@pytest.mark.parametrize(("fails", "returned"), [(lambda n: n == 1, 2), (lambda n: True, 0)])
+async def test_an_answer_that_does_not_come_back_is_asked_for_once_more(
+    autojump_clock: MockClock, fails, returned
+) -> None:
+    """One broken transfer costs the next turn nothing; one that breaks always is counted."""
+    async with memory_cluster(*APART, move_fails=fails, **MODES["3"]) as (cluster, frontend):
+        with capture_logs() as lines:
+            await generate(frontend, prompt(0, 8), 9)
+            await trio.sleep(1)
+        gauges = cluster.actors["s0"].core.gauges()
+        back = [one["moved_bytes"] for one in lines if one["event"] == "answer returned"]
+        assert back == [returned * PAGE_BYTES] * (returned > 0)
+        assert gauges["returned_bytes_total"] == returned * PAGE_BYTES
+        assert gauges["fetches_failed_total"] == (1 if returned else 2)
+        assert gauges["returns_failed_total"] == (0 if returned else 1)
+        await baseline(cluster)
+
+
+@pytest.mark.parametrize(
+    ("ahead", "move_s", "transfers"), [(False, 0.01, 1), (True, 0.001, 5), (True, 0.015, 4), (True, 0.2, 2)]
+)
+async def test_pages_go_ahead_of_the_hand_over(autojump_clock: MockClock, ahead, move_s, transfers) -> None:
+    """What is full is sent while the rest of the prompt is computed; no page goes twice, however slow the way is."""
+    moves: list[int] = []
+    settings = {"ahead": ahead, "move_s": move_s, "policy": "least_load", "move_fails": moves.append}
+    async with memory_cluster(*APART, **settings, **MODES["2"]) as (cluster, frontend):
+        tokens = prompt(1, 130)  # five steps
+        with capture_logs() as lines:
+            assert await generate(frontend, tokens, 20) == reference(tokens, 20)
+        (line,) = [one for one in lines if one["event"] == "request finished"]
+        gauges = cluster.actors["s1"].core.gauges()
+        assert line["bytes_to_decode"] == gauges["transfer_in_bytes_total"] == 33 * PAGE_BYTES
+        assert gauges["handoff_bytes_copied_total"] == 33 * PAGE_BYTES
+        assert (line["bytes_saved"], line["matched_decode_tokens"]) == (0, 0)
+        assert len(moves) == transfers
+        assert line["handoff_ms"] < move_s * 2e3 + 1
         await baseline(cluster)

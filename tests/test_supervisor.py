@@ -46,15 +46,38 @@ class Cluster:
     log_dir: Path
     process: subprocess.Popen[str]
 
+    joiners: list[subprocess.Popen[str]] = attrs.field(factory=list)
+
     @property
     def output(self) -> str:
         return (self.log_dir / "output").read_text()
+
+    def said(self, name: str) -> str:
+        """By a `memserve join`."""
+        return (self.log_dir / f"output-{name}").read_text()
+
+    def join(self, name: str, **behaviour: str) -> subprocess.Popen[str]:
+        """Add a worker from another terminal."""
+        command = [sys.executable, fake_cluster.__file__, "join", str(self.log_dir), json.dumps(behaviour)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        with (self.log_dir / f"output-{name}").open("w") as output:
+            process = subprocess.Popen(
+                [*command, name], stdout=output, stderr=output, env=environment, text=True
+            )
+        self.joiners.append(process)
+        return process
 
     @property
     def notes(self) -> list[list[str]]:
         """What the actors wrote: [word, name, pid]."""
         file = self.log_dir / "notes"
         return [line.split() for line in file.read_text().splitlines()] if file.exists() else []
+
+    @property
+    def down(self) -> list[dict[str, str]]:
+        """What the Frontends were told of actors that do not live, each change."""
+        file = self.log_dir / "down"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
     def names(self, word: str) -> list[str]:
         return [name for found, name, _ in self.notes if found == word]
@@ -65,8 +88,8 @@ class Cluster:
 
     @property
     def events(self) -> list[dict[str, object]]:
-        file = self.log_dir / "run" / "supervisor.jsonl"
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        files = (self.log_dir / "run").glob("supervisor*.jsonl")
+        return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
     @property
     def pids(self) -> list[int]:
@@ -107,6 +130,8 @@ def start(tmp_path, monkeypatch) -> Iterator[Callable[..., Cluster]]:
             if cluster.process.poll() is None:
                 cluster.process.kill()
                 cluster.process.wait()
+            for joiner in cluster.joiners:
+                joiner.wait(PATIENCE_S)
             until(lambda: not cluster.left())  # noqa: B023
 
 
@@ -151,6 +176,8 @@ def test_killed_actor_comes_back_and_its_death_is_announced(start):
     assert [word[:8] for word, name, _ in cluster.notes if name == "scheduler-0"] == ["ready", "died:w0."]
     assert len(list(place_path(cluster.log_dir).glob("w0.*"))) == 1
     assert "w0 was killed by SIGKILL; restarting it in 0.2 s" in cluster.output
+    until(lambda: len(cluster.down) == 2)
+    assert cluster.down == [{"w0": "was killed by SIGKILL and is being restarted"}, {}]
     assert cluster.end() == 0
 
 
@@ -248,6 +275,14 @@ def test_crashing_actor_is_shown_and_takes_nobody_along(start):
     )
     crash = (cluster.log_dir / "run" / "w0.jsonl").read_text()
     assert "actor crashed" in crash
+    until(lambda: cluster.down and "again and again" in cluster.down[-1].get("w0", ""))
+    assert cluster.down[-1]["w0"] == "ended with status 1 again and again; it is tried every 10 s", (
+        "/health must say so"
+    )
+    first = cluster.pid("frontend-0")
+    os.kill(first, signal.SIGKILL)
+    until(lambda: cluster.names("ready").count("frontend-0") == 2)
+    until(lambda: {"w0", "s0"} <= cluster.down[-1].keys())  # its successor was told all of it
     assert cluster.end() == 0
     assert cluster.names("drained") == ["frontend-0", "scheduler-0"]
 
@@ -271,3 +306,67 @@ def test_actor_told_to_end_by_hand_is_replaced(start):
     assert cluster.names("drained") == ["w0"]
     assert "w0 ended by itself; restarting it" in cluster.output
     assert cluster.end() == 0
+
+
+# ---- workers that join ---------------------------------------------------------------------------------------
+
+
+def test_life_of_a_joined_worker(start):
+    """It would not be restarted, its death not be announced, or its name stay taken after it left."""
+    cluster = start()
+    cluster.until_ready()
+    joiner = cluster.join("d1")
+    until(lambda: "d1 is ready" in cluster.said("d1"))
+    assert "d1" in find_running(cluster.log_dir)["resolved"]["joined"]
+    os.kill(cluster.pid("d1"), signal.SIGKILL)
+    until(lambda: cluster.names("ready").count("d1") == 2)
+    until(lambda: [word[:8] for word, name, _ in cluster.notes if name == "scheduler-0"][1:] == ["died:d1."])
+    assert "d1 was killed by SIGKILL; restarting it in 0.2 s" in cluster.said("d1")
+    assert idle_share([cluster.process.pid, joiner.pid]) < 0.02
+
+    joiner.send_signal(signal.SIGINT)
+    assert joiner.wait(PATIENCE_S) == 0
+    assert cluster.names("drained") == ["d1"]
+    assert cluster.said("d1").endswith("memserve: d1 has left\n")
+    until(lambda: "memserve: d1 has left" in cluster.output)
+    assert find_running(cluster.log_dir)["resolved"]["joined"] == []
+    again = cluster.join("d1")
+    until(lambda: cluster.names("ready").count("d1") == 3)
+    assert cluster.end() == 0
+    assert again.wait(PATIENCE_S) == 0
+
+
+def test_a_cluster_that_drains_takes_its_joined_workers_along(start):
+    """Ctrl-C would leave workers of other terminals without a shard, or take the shard from under their streams."""
+    cluster = start()
+    cluster.until_ready()
+    joiners = [cluster.join("d1"), cluster.join("d2", d2="deaf")]
+    assert cluster.join("d3", d3="user error").wait(PATIENCE_S) == 2
+    assert "frontend.port: 80 is taken" in cluster.said("d3"), "not a crash loop, but the reason"
+    until(lambda: {"d1", "d2"} <= set(cluster.names("ready")))
+
+    assert cluster.end() == 0
+    assert [one.wait(PATIENCE_S) for one in joiners] == [0, 0]
+    drained = cluster.names("drained")
+    assert sorted(drained[1:3]) == ["d1", "w0"]
+    assert drained[:1] + drained[3:] == ["frontend-0", "s0", "scheduler-0"]
+    assert "d2 did not finish within 0.3 s and is killed" in cluster.output
+    assert cluster.left() == []
+
+
+def test_kill_of_either_supervisor_leaves_no_joined_worker(start):
+    """A worker without a cluster would hold its memory for ever, or one without its supervisor never come back."""
+    cluster = start()
+    cluster.until_ready()
+    first, second = cluster.join("d1", d1="hung"), cluster.join("d2")
+    until(lambda: {"d1", "d2"} <= set(cluster.names("ready")))
+    worker = cluster.pid("d1")
+    first.kill()
+    until(lambda: not alive(worker))
+    until(lambda: "died:d1." in "".join(word for word, _, _ in cluster.notes))
+    until(lambda: "memserve: d1 has left" in cluster.output)
+
+    cluster.process.kill()
+    assert second.wait(PATIENCE_S) == 0
+    assert "the cluster has ended, and d2 with it" in cluster.said("d2")
+    until(lambda: not cluster.left())

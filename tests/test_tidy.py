@@ -45,6 +45,7 @@ LAYERS = {
         "engine.worker",
         "engine.sequence",
         "engine.batching",
+        "engine.ended",
         "engine.load",
         "engine.outbox",
         "engine.paging",
@@ -58,6 +59,7 @@ LAYERS = {
     ),
     "settings": (
         "config",
+        "sections",
         "configfile",
         "rules",
         "resolve",
@@ -75,11 +77,25 @@ LAYERS = {
         "engine.checkpoint",
     ),
     "engine": ("engine.*", "kernels*"),
-    "links": ("bus", "api*", "transfer*", "client"),
-    "process": ("process",),
+    "links": ("bus", "api*", "transfer*", "client*"),
+    "process": ("process", "lifeline"),
     "sim": ("sim", "sim.*"),
     "actors": ("actors*",),
-    "top": ("supervisor", "child", "cli", "__main__", "inspect", "show", "sim_options", "simulate", "status"),
+    "top": (
+        "supervisor",
+        "child",
+        "cli",
+        "__main__",
+        "cluster_options",
+        "gate",
+        "join",
+        "keeping",
+        "inspect",
+        "show",
+        "sim_options",
+        "simulate",
+        "status",
+    ),
 }
 """The first layer with a matching pattern is a module's own."""
 
@@ -114,7 +130,7 @@ MAY_IMPORT_GPU = {
     "kernels.flashinfer_kit": {"flashinfer"},
 }
 """cupy and flashinfer are optional, and importing them can make a CUDA context: nothing else may."""
-MAY_PRINT = {"cli", "show", "supervisor", "process", "__main__"}
+MAY_PRINT = {"cli", "show", "keeping", "process", "__main__"}
 FUNCTION_LINES_MAX = 60
 FILE_LINES_MAX = 450
 DISTRIBUTIONS = {"zmq": "pyzmq", "cupy": "cupy-cuda13x", "flashinfer": "flashinfer-python"}

@@ -42,6 +42,8 @@ OFFER = TransferOffer(
     5.0,
 )
 
+LEASE = 7
+
 
 class Landing:
     """Grants pages 0, 1, 2, ... and writes down what it is told."""
@@ -61,8 +63,9 @@ class Landing:
         if self.refuse == "commit":
             raise LandingRefused(Failure.REFUSED, "the tokens do not fit")
         self.calls.append(("commit", key, pages))
+        return LEASE
 
-    def release(self, key, pages):
+    def release(self, key, offer, pages):
         """See the protocol."""
         self.calls.append(("release", key, pages))
 
@@ -81,7 +84,7 @@ def test_written_by_the_sender_it_is_complete_when_the_sender_says_so():
     core.receive("a.1", TransferSent(1), 1.0)
 
     assert landing.calls == [("commit", ("a.1", 1), (0, 1))]
-    assert core.take() == [Post("a.1", TransferArrived(1))]
+    assert core.take() == [Post("a.1", TransferArrived(1, LEASE))]
     assert core.deadline == float("inf")
 
 
@@ -96,7 +99,7 @@ def test_read_here_it_is_complete_when_it_was_read():
     core.receive("b.1", Received("a.1", 1), 1.0)
 
     assert landing.calls == [("commit", ("a.1", 1), (0, 1))]
-    assert core.take() == [Post("a.1", TransferArrived(1))]
+    assert core.take() == [Post("a.1", TransferArrived(1, LEASE))]
 
 
 def test_every_repeat_gets_the_same_answer_and_no_second_grant():
@@ -107,10 +110,10 @@ def test_every_repeat_gets_the_same_answer_and_no_second_grant():
         assert core.take() == [Post("a.1", TransferGranted(1, (0, 1), MAPPED))]
     for _ in range(3):
         core.receive("a.1", TransferSent(1), 1.0)
-        assert core.take() == [Post("a.1", TransferArrived(1))]
+        assert core.take() == [Post("a.1", TransferArrived(1, LEASE))]
     core.receive("a.1", OFFER, 2.0)
 
-    assert core.take() == [Post("a.1", TransferArrived(1))]
+    assert core.take() == [Post("a.1", TransferArrived(1, LEASE))]
     assert landing.calls == [("commit", ("a.1", 1), (0, 1))]
 
 

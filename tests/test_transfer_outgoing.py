@@ -78,9 +78,9 @@ def test_it_sends_and_asks_until_it_is_answered():
     core.receive("a.1", Wrote(1, 8), 2.0)
     core.advance(core.deadline)
     assert messages(core) == [TransferSent(1), TransferSent(1)]
-    core.receive("b.1", TransferArrived(1), 3.0)
+    core.receive("b.1", TransferArrived(1, 7), 3.0)
 
-    assert reports(core) == [TransferDone(1, 2 * GEOMETRY.page_bytes)]
+    assert reports(core) == [TransferDone(1, 2 * GEOMETRY.page_bytes, (0, 1), 7)]
     assert len(core) == 0
 
 

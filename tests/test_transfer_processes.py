@@ -15,8 +15,12 @@ from pathlib import Path
 
 import attrs
 import pytest
+import trio
 
 import memserve
+from memserve.client import open_pool
+from memserve.errors import PoolError
+from memserve.tokens import pack
 
 HOST = Path(__file__).with_name("transfer_host.py")
 LAYERS, PAGES = 8, 32
@@ -218,3 +222,105 @@ def test_the_link_goes_down_in_the_middle(hosts, side):
         assert receiver.wait_for("release")["free"] == 64
         assert receiver.wait_for("refused")["failure"] == "cut"
         assert time.monotonic() < until
+
+
+# ---- two shards ----------------------------------------------------------------------------------------------
+
+SHARD = """
+import sys, trio
+from pathlib import Path
+from memserve.actors.mempool_shard import ShardSettings, open_shard
+from memserve.mempool.room import Capacity
+from memserve.transfer.settings import TransferSettings
+async def main(name, folder, number, host, pages, page_bytes):
+    settings = ShardSettings(
+        capacity=Capacity(int(pages)), page_tokens=4, page_bytes=int(page_bytes), number=int(number),
+        transfer=TransferSettings(path="tcp", host=host),
+    )
+    async with open_shard(name, Path(folder), settings) as endpoint:
+        print(endpoint, flush=True)
+        await trio.sleep_forever()
+trio.run(main, *sys.argv[1:])
+"""
+SHARD_PAGES, PAGE_BYTES = 32, 65_536
+
+
+@contextlib.contextmanager
+def shards_on(hosts, folder):
+    """A shard on each host; their endpoints. Messages go through the file system, pages over the link."""
+    running, endpoints = [], {}
+    try:
+        for i, name in enumerate(hosts[0]):
+            words = (f"s{i}", folder, i, f"10.117.0.{i + 1}", SHARD_PAGES, PAGE_BYTES)
+            command = ["ip", "netns", "exec", name, sys.executable, "-c", SHARD, *map(str, words)]
+            running.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        for i, one in enumerate(running):
+            endpoints[f"s{i}"] = one.stdout.readline().strip()
+        yield endpoints
+    finally:
+        for one in running:
+            one.kill()
+            one.communicate()
+
+
+async def soon(transfer):
+    """Until it succeeds: a link that was put up again takes a moment."""
+    with trio.fail_after(DEADLINE_S + SLACK_S):
+        while True:
+            try:
+                return await transfer()
+            except PoolError as error:
+                if error.code != PoolError.PEER_GONE:
+                    raise
+                await trio.sleep(0.1)
+
+
+async def test_a_cable_pulled_between_two_shards(hosts, folder):
+    """Half the pages are there when the link goes down: a typed end, nothing to be matched, nothing lost, and it goes on."""
+    names, links = hosts
+    slow = (
+        "tc",
+        "qdisc",
+        "add",
+        "dev",
+        links[0],
+        "root",
+        "tbf",
+        "rate",
+        "50mbit",
+        "burst",
+        "64kb",
+        "latency",
+        "1s",
+    )
+    if ip("netns", "exec", names[0], *slow, check=False).returncode:
+        pytest.skip("this kernel cannot slow a link down")
+    tokens = pack(range(4 * SHARD_PAGES))
+    with shards_on(hosts, folder) as endpoints:
+        async with open_pool("me", folder, endpoints) as pool:
+            mine, there = await pool.alloc_mem(SHARD_PAGES, "s0"), await pool.alloc_mem(SHARD_PAGES, "s1")
+            for address in mine.addresses:
+                pool.write(address, b"k" * PAGE_BYTES)
+            async with trio.open_nursery() as nursery:
+
+                async def cut() -> None:
+                    while pool.read(there.addresses[2])[0] != ord("k"):
+                        await trio.sleep(0.005)
+                    ip("-n", names[1], "link", "set", links[1], "down")
+                    assert pool.read(there.addresses[-1])[-1] == 0, "it had arrived already"
+
+                nursery.start_soon(cut)
+                with pytest.raises(PoolError, match="cut"):
+                    await pool.transfer_with_insert(
+                        "s1", tokens, mine.addresses, there.addresses, deadline_s=DEADLINE_S
+                    )
+            with pytest.raises(PoolError, match="moving"):
+                pool.write(there.addresses[0], b"x")
+            await pool.free_mem(there)
+            ip("-n", names[1], "link", "set", links[1], "up")
+            with trio.fail_after(DEADLINE_S + SLACK_S):
+                again = await pool.acquire(tokens, 0, "s1")  # waits until nobody fills these pages any more
+            assert (again.cached_tokens, len(again.addresses)) == (0, SHARD_PAGES)
+            await pool.free_mem(again)
+            sent = await soon(lambda: pool.transfer_with_insert("s1", tokens, mine.addresses))
+            assert all(bytes(pool.read(one)) == b"k" * PAGE_BYTES for one in sent.addresses)

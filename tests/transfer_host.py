@@ -84,8 +84,9 @@ class Landing:
         size = GEOMETRY.page_bytes
         whole = all(self.memory[page * size :][:size] == content(i) for i, page in enumerate(pages))
         say("commit", id=key[1], whole=whole)
+        return 0
 
-    def release(self, key, pages):
+    def release(self, key, offer, pages):
         """See the protocol."""
         self.free += pages
         self.granted = ()

@@ -80,8 +80,9 @@ class Pool:
             wanted = dict.fromkeys(range(GEOMETRY.layers), (key, i))
             assert self.shard.arena.get(page) == wanted, f"{key}: page {i} is visible, but not complete"
         self.committed[key] = self.held.pop(key)
+        return 0
 
-    def release(self, key, pages):
+    def release(self, key, offer, pages):
         """See Landing."""
         assert self.held.pop(key) == pages
         self.free += pages

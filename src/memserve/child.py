@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import attrs
 import structlog
@@ -16,9 +17,9 @@ import trio
 
 from memserve.gpus import gpu_environment
 from memserve.lifecycle import HUNG_S, HUNG_STARTING_S, STATUS_CRASHED, WORKER_KINDS, ActorSpec, RestartPolicy
+from memserve.lifeline import EventSocket
 from memserve.messages import ActorId
 from memserve.place import Place
-from memserve.process import EventSocket
 
 log = structlog.get_logger()
 
@@ -56,6 +57,8 @@ class Child:
     hung: bool = False
     """This incarnation was ended because it said nothing any more."""
     restarts: int = 0
+    down: str = ""
+    """Why it does not live at present, and what is done about it."""
     url: str | None = None
     """Frontends: where it serves."""
     tail: bytes = b""
@@ -152,7 +155,13 @@ class Child:
                 log.info("actor output", child=self.id or self.spec.name, text=text)
 
 
-async def all_gone(children: Iterable[Child], limit_s: float = math.inf) -> None:
+class Ending(Protocol):
+    """What ends some time."""
+
+    gone: trio.Event
+
+
+async def all_gone(children: Iterable[Ending], limit_s: float = math.inf) -> None:
     """Wait until every one of ``children`` has ended for good, or for ``limit_s``."""
     with trio.move_on_after(limit_s):
         for child in children:

@@ -1,4 +1,4 @@
-"""The command line: eight verbs for people. Each imports what it needs when it is called, so that --help is quick."""
+"""The command line: the verbs for people. Each imports what it needs when it is called, so that --help is quick."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import App, CycloptsError, Parameter
 
 from memserve import __version__
+from memserve.cluster_options import ClusterOptions
 from memserve.errors import UserError
 from memserve.sim_options import SimOptions
 
@@ -44,7 +45,6 @@ Overrides = Annotated[
         help="KEY=VALUE over the file's, such as frontend.port=8123; may be repeated.",
     ),
 ]
-ApiKey = Annotated[str | None, Parameter(env_var="MEMSERVE_API_KEY")]
 Level = Literal["debug", "info", "warning", "error", "critical"]
 
 
@@ -73,6 +73,46 @@ def up(*, config: ConfigPath = "demo", set_: Overrides = None) -> int:
 
 
 @app.command
+def join(
+    head: str = "",
+    /,
+    *,
+    name: str,
+    role: Literal["prefill", "decode", "both"] = "both",
+    shard: str = "",
+    threads: int | None = None,
+    config: Annotated[str | None, Parameter(name=["--config", "-c"])] = None,
+    set_: Overrides = None,
+    log_dir: Path | None = None,
+) -> int:
+    """Add a worker to a cluster that runs on this host; returns when it has left: Ctrl-C drains it, as `memserve drain` does.
+
+    Parameters
+    ----------
+    head
+        Of a cluster on another host, tcp://HOST:PORT; refused so far.
+    name
+        The worker's name; none that the cluster has already.
+    role
+        What it does: prefill, decode or both.
+    shard
+        The shard whose pages it maps; the only one unless given.
+    threads
+        Most cores that one of its steps may take; all unless given.
+    config
+        The configuration that the cluster was started with, for its [logging] dir.
+    log_dir
+        The [logging] dir of the cluster to find when no --config is given.
+    """
+    from memserve import join
+
+    if head:
+        raise UserError(join.far_away(head))
+    worker = {"name": name, "role": role, "shard": shard, "threads": threads}
+    return join.join(worker, join.log_dir_of(config, set_ or [], log_dir))
+
+
+@app.command
 def check(*, config: ConfigPath = "demo", set_: Overrides = None) -> None:
     """Check a configuration; print every setting, and what was decided from it on this machine and why."""
     from memserve import config as configuration
@@ -95,29 +135,18 @@ def check(*, config: ConfigPath = "demo", set_: Overrides = None) -> None:
 
 @app.command
 def status(
-    *,
-    url: str | None = None,
-    api_key: ApiKey = None,
-    log_dir: Path = Path("logs"),
-    json: Annotated[bool, Parameter(negative=())] = False,
+    cluster: ClusterOptions | None = None, *, json: Annotated[bool, Parameter(negative=())] = False
 ) -> None:
-    """List the actors of a running cluster: name, kind, pid, state and load.
+    """List the actors of a running cluster: name, kind, role, pid, state and load.
 
     Parameters
     ----------
-    url
-        The cluster's address, such as http://127.0.0.1:8080; without it, the one that runs from this directory.
-    api_key
-        One of the keys in [frontend] api_keys, if there are any.
-    log_dir
-        The [logging] dir of the cluster to find when no --url is given.
     json
         Print what the cluster answered, for machines.
     """
     from memserve import show
-    from memserve import status as cluster
 
-    members = cluster.Target.find(url, api_key, log_dir).members()
+    members = (cluster or ClusterOptions()).target().members()
     if json:
         print_json({"members": members})
     else:
@@ -127,12 +156,9 @@ def status(
 @app.command
 def role(
     name: str,
-    role: Literal["prefill", "decode", "both"],
+    role: Literal["prefill", "decode", "both", "auto"],
     /,
-    *,
-    url: str | None = None,
-    api_key: ApiKey = None,
-    log_dir: Path = Path("logs"),
+    cluster: ClusterOptions | None = None,
 ) -> None:
     """Give a running worker another role; requests under way end where they are.
 
@@ -141,47 +167,27 @@ def role(
     name
         The worker, such as d1.
     role
-        What it does for new requests from now on: prefill, decode or both.
-    url
-        The cluster's address, such as http://127.0.0.1:8080; without it, the one that runs from this directory.
-    api_key
-        One of the keys in [frontend] api_keys, if there are any.
-    log_dir
-        The [logging] dir of the cluster to find when no --url is given.
+        What it does for new requests from now on: prefill, decode or both; auto gives it back the role of its
+        configuration, and to the scheduler where roles are its business.
     """
     from memserve import show
-    from memserve.status import Target
 
-    Target.find(url, api_key, log_dir).change(name, {"role": role})
-    show.say(f"{name} has the role {role} now")
+    (cluster or ClusterOptions()).target().change(name, {"role": role})
+    show.say(f"{name} has the role {role} now" if role != "auto" else f"{name} has its own role again")
 
 
 @app.command
-def drain(
-    name: str,
-    /,
-    *,
-    url: str | None = None,
-    api_key: ApiKey = None,
-    log_dir: Path = Path("logs"),
-) -> None:
+def drain(name: str, /, cluster: ClusterOptions | None = None) -> None:
     """Let a worker finish what it has, and leave the cluster for good; returns when it has left.
 
     Parameters
     ----------
     name
         The worker, such as p1.
-    url
-        The cluster's address, such as http://127.0.0.1:8080; without it, the one that runs from this directory.
-    api_key
-        One of the keys in [frontend] api_keys, if there are any.
-    log_dir
-        The [logging] dir of the cluster to find when no --url is given.
     """
     from memserve import show
-    from memserve.status import Target
 
-    target = Target.find(url, api_key, log_dir)
+    target = (cluster or ClusterOptions()).target()
     target.change(name, {"drain": True})
     show.say(
         f"{name} takes no new request; waiting for those it has (Ctrl-C stops the waiting, not the drain)"

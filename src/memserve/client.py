@@ -9,7 +9,6 @@ What is leased is kept by a call to every shard each second. A program that was 
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -19,107 +18,60 @@ from typing import Any
 import attrs
 import trio
 
-from memserve.bus import Link, Received, open_link
-from memserve.errors import PeerFull, PeerUnreachable, PoolError
-from memserve.kernels.arena import Arena, attach_arena
-from memserve.mempool.addresses import Address, Home, Tier, page_of, tier_of, unpack
-from memserve.mempool.client import ShardCalls
+from memserve.bus import open_link
+from memserve.client_calls import Conversation
+from memserve.client_leases import Held, Lease, Shard, check_writable
+from memserve.errors import PoolError
+from memserve.mempool.addresses import Address, Tier
 from memserve.messages import ActorId, Message
 from memserve.pool_messages import (
     Acquire,
     Acquired,
+    Adopt,
     AllocMem,
     Delete,
-    DescribePool,
     Evict,
     FreeMem,
     Insert,
     Match,
-    PoolDescribed,
-    PoolRefused,
+    Meet,
+    NextArrival,
     Prefetch,
     SwapIn,
     SwapOut,
+    Transfer,
+    Transferred,
 )
+from memserve.tokens import count
+from memserve.transfer_messages import Granularity
 
-REPEAT_S = 1.0
-"""How long a call waits before it is sent again; a repeat is acted on once."""
-RENEW_S = 1.0
-"""How often every shard is called, so that leases live."""
-OPEN_S = 10.0
-"""How long a shard may take to answer the first call."""
+TRANSFER_S = 30.0
+"""How long a transfer may take where its caller does not say."""
+MAY_WRITE_ON = {PoolError.CUT, PoolError.DEADLINE, PoolError.PEER_GONE, PoolError.CHECKSUM}
+"""After these ends of a transfer its destination may be written for a while yet: it can only be given back."""
 
 
 @attrs.frozen
-class Lease:
-    """Pages that are this program's to use. ``addresses[i]`` has the tokens from ``i`` pages on."""
+class Delivery:
+    """Pages that another program has sent here."""
 
-    shard: str
-    id: int
-    addresses: tuple[Address, ...]
-    cached_tokens: int
-    """The first of them are filled: read them, never write them."""
-
-
-@attrs.define(eq=False)
-class _Waiter:
-    """A call that is under way."""
-
-    arrived: trio.Event = attrs.field(factory=trio.Event)
-    answer: Any = None
+    lease: Lease
+    sender: ActorId
+    private: bytes
+    """What it had to say with them."""
 
 
-@attrs.define(eq=False)
-class _Held:
-    """A lease, and which of its pages may still be written."""
-
-    id: int
-    table: list[Address]
-    private: set[Address]
-
-
-@attrs.define(eq=False)
-class _Shard:
-    """A shard as this program knows it."""
-
-    name: str
-    to: ActorId
-    valid_until: float
-    """Until then our leases live for certain (trio's clock): ``lease_s`` after the last call that was answered."""
-    about: PoolDescribed | None = None
-    arenas: dict[Tier, Arena] = attrs.field(factory=dict)
-    memory: dict[Tier, memoryview] = attrs.field(factory=dict)
-    leases: dict[int, _Held] = attrs.field(factory=dict)
-    lease_of: dict[Address, _Held] = attrs.field(factory=dict)
-
-    @property
-    def known(self) -> PoolDescribed:
-        """What it said of itself."""
-        assert self.about is not None, f"shard {self.name} is used before it was asked what it is"
-        return self.about
-
-    @property
-    def home(self) -> Home:
-        """What its addresses have in common."""
-        return Home(self.known.shard, self.known.incarnation)
-
-
-class MemPool:
+class MemPool(Conversation):
     """See the module's text; :func:`open_pool` makes one. ``scope``: whose prefixes it sees.
 
     Every call raises PoolError when it is refused, and PeerUnreachable when the shard does not answer. Tokens are packed
     (:func:`memserve.tokens.pack`).
     """
 
-    def __init__(self, link: Link, shards: Mapping[str, str], scope: str) -> None:
-        self.scope = scope
-        self._link = link
-        self._calls: ShardCalls[_Waiter] = ShardCalls()
-        self._shards: dict[str, _Shard] = {}
-        for name, endpoint in shards.items():
-            to = ActorId(f"{name}.pool")
-            link.connect(to, endpoint)
-            self._shards[name] = _Shard(name, to, trio.current_time() + OPEN_S)
+    @property
+    def me(self) -> ActorId:
+        """Whom another program sends pages to: see :meth:`send`."""
+        return self._link.actor
 
     # ---- memory --------------------------------------------------------------------------------------------
 
@@ -135,12 +87,9 @@ class MemPool:
             at, lambda call: AllocMem(call, number, size, tier, self.scope), grants=not number
         )
         if not number:
-            return self._hold(at, answer)
-        held = self._held(at, number)
-        new = list(at.home.addresses(answer.pages))
-        held.table += new
-        held.private.update(new)
-        at.lease_of.update(dict.fromkeys(new, held))
+            return at.hold(answer)
+        held = at.held(number)
+        at.grew(held, at.home.addresses(answer.pages))
         return Lease(shard, number, tuple(held.table), lease.cached_tokens if lease else 0)
 
     async def free_mem(self, pages: Lease | Sequence[Address]) -> int:
@@ -156,21 +105,18 @@ class MemPool:
             at, held = self._find(named)
             number = held.id
         answer = await self._ask(at, lambda call: FreeMem(number, call, named))
-        self._let_go(at, number, set(named) or None)
+        at.let_go(number, set(named) or None)
         freed: int = answer.pages
         return freed
 
     def write(self, address: Address, data: bytes | memoryview, offset: int = 0) -> None:
         """Put bytes into a page that this program has leased and not yet inserted.
 
-        Raises PoolError (FOREIGN_ADDRESS, STALE_ADDRESS, NOT_HELD, RETIRED, DOES_NOT_FIT, UNREADABLE).
+        Raises PoolError (FOREIGN_ADDRESS, STALE_ADDRESS, NOT_HELD, MOVING, RETIRED, DOES_NOT_FIT, UNREADABLE).
         """
         at, held = self._find((address,))
-        if address not in held.private:
-            raise PoolError(
-                PoolError.RETIRED, f"page {address:#x} is in the index: its bytes are others' too"
-            )
-        page = self._page(at, address)
+        check_writable(held, address)
+        page = at.page(address)
         if offset < 0 or offset + len(data) > len(page):
             text = f"{len(data)} bytes at {offset} of a page of {len(page)}"
             raise PoolError(PoolError.DOES_NOT_FIT, text)
@@ -182,7 +128,7 @@ class MemPool:
         Raises PoolError (FOREIGN_ADDRESS, STALE_ADDRESS, NOT_HELD, UNREADABLE).
         """
         at, _ = self._find((address,))
-        return self._page(at, address).toreadonly()
+        return at.page(address).toreadonly()
 
     # ---- index ---------------------------------------------------------------------------------------------
 
@@ -192,14 +138,13 @@ class MemPool:
         Waits while the pool is short of pages. Raises PoolError (TOO_LARGE, NOT_WHOLE_PAGES, BAD_COUNT, QUEUE_FULL).
         """
         at = self._shards[shard]
-        return self._hold(
-            at, await self._ask(at, lambda call: Acquire(call, self.scope, tokens, extra_pages), grants=True)
-        )
+        make = lambda call: Acquire(call, self.scope, tokens, extra_pages)  # noqa: E731
+        return at.hold(await self._ask(at, make, grants=True))
 
     async def match(self, tokens: bytes, shard: str) -> Lease:
         """The longest cached prefix in whole pages, pinned until it is given back. Raises PoolError (QUEUE_FULL)."""
         at = self._shards[shard]
-        return self._hold(at, await self._ask(at, lambda call: Match(call, self.scope, tokens), grants=True))
+        return at.hold(await self._ask(at, lambda call: Match(call, self.scope, tokens), grants=True))
 
     async def insert(self, tokens: bytes, addresses: Sequence[Address]) -> int:
         """Put a prompt into the index: ``addresses`` hold all of ``tokens``, from the first on, in whole pages.
@@ -211,10 +156,7 @@ class MemPool:
         at, held = self._find(addresses[-1:])
         named = tuple(addresses)
         answer = await self._ask(at, lambda call: Insert(call, held.id, 0, tokens, named))
-        held.private.difference_update(addresses)
-        own = set(held.table)
-        held.table = [*addresses, *(one for one in held.table if one not in set(addresses))]
-        at.lease_of.update({one: held for one in addresses if one in own or one not in at.lease_of})
+        at.inserted(held, named)
         already: int = answer.already_tokens
         return already
 
@@ -239,12 +181,87 @@ class MemPool:
         """
         at, held = self._find(pages.addresses[:1] if isinstance(pages, Lease) else pages)
         answer = await self._ask(at, lambda call: SwapIn(call, held.id))
-        self._let_go(at, held.id, None)
-        return self._hold(at, answer)
+        at.let_go(held.id, None)
+        return at.hold(answer)
 
     def prefetch(self, tokens: bytes, shard: str) -> None:
         """Say that a prefix will be wanted soon. A hint: nothing is promised, and nothing answered."""
         self._send(self._shards[shard], Prefetch(self.scope, tokens))
+
+    # ---- between shards ------------------------------------------------------------------------------------
+
+    async def transfer(
+        self,
+        shard: str,
+        src: Sequence[Address],
+        dst: Sequence[Address] = (),
+        *,
+        granularity: Granularity | None = None,
+        deadline_s: float = TRANSFER_S,
+    ) -> Lease:
+        """Copy pages to another shard: into ``dst``, pages of one lease there, or else into new ones; the lease that has them.
+
+        ``src``: pages of this program's in the device tier of one shard. Raises PoolError (NOT_HELD, FOREIGN_ADDRESS,
+        STALE_ADDRESS, UNKNOWN_LEASE, MOVING, RETIRED, BAD_TIER, DOES_NOT_FIT, BAD_COUNT, NO_PAGES, TOO_LARGE, QUEUE_FULL,
+        NO_PATH; and PEER_GONE, CUT, DEADLINE, CHECKSUM, after which ``dst`` can only be given back).
+        """
+        return await self.transfer_with_insert(
+            shard, b"", src, dst, granularity=granularity, deadline_s=deadline_s
+        )
+
+    async def transfer_with_insert(
+        self,
+        shard: str,
+        tokens: bytes,
+        src: Sequence[Address],
+        dst: Sequence[Address] = (),
+        *,
+        granularity: Granularity | None = None,
+        deadline_s: float = TRANSFER_S,
+    ) -> Lease:
+        """The same, and then the receiver inserts ``tokens``, which ``src`` holds from the first on, before it acknowledges.
+
+        Raises PoolError as :meth:`transfer`, and NOT_WHOLE_PAGES.
+        """
+        there = self._shards[shard]
+        into = self._destination(there, dst)
+        number = into.id if into else 0
+        call = self._push(
+            there,
+            src,
+            deadline_s,
+            tokens=tokens,
+            destination=tuple(dst),
+            into=number,
+            granularity=granularity or "",
+        )
+        answer = await self._move(call, into)
+        if into is None:
+            return await self._claim(there, answer, count(tokens))
+        if tokens:
+            there.inserted(into, tuple(dst))
+        return Lease(shard, into.id, tuple(into.table), count(tokens))
+
+    async def send(
+        self,
+        shard: str,
+        src: Sequence[Address],
+        to: ActorId,
+        private: bytes = b"",
+        tokens: bytes = b"",
+        *,
+        deadline_s: float = TRANSFER_S,
+    ) -> int:
+        """The same for another program (its ``me``), which takes the pages and ``private`` by :meth:`receive`; bytes moved."""
+        call = self._push(self._shards[shard], src, deadline_s, tokens=tokens, owner=to, private=private)
+        answer = await self._move(call, None)
+        return answer.nbytes
+
+    async def receive(self, shard: str) -> Delivery:
+        """The next pages that another program has sent here; waits for them. Raises PoolError (QUEUE_FULL)."""
+        at = self._shards[shard]
+        answer = await self._ask(at, NextArrival, grants=True)
+        return Delivery(at.hold(answer), answer.sender, answer.private)
 
     # ---- inside --------------------------------------------------------------------------------------------
 
@@ -253,147 +270,55 @@ class MemPool:
         freed: int = answer.pages
         return freed
 
-    async def _ask(self, at: _Shard, make: Callable[[int], Message], *, grants: bool = False) -> Any:
-        """Call, again and again until it is answered. ``grants``: an answer that nobody takes is a lease to give back."""
-        waiter = _Waiter()
-        message = self._calls.ask(waiter, make, grants=grants)
-        sent_at = trio.current_time()
+    def _destination(self, there: Shard, dst: Sequence[Address]) -> Held | None:
+        """The lease of pages that may be written."""
+        if not dst:
+            return None
+        there.home.slots(dst)
+        held = [there.holder(address, trio.current_time()) for address in dst]
+        for one, address in zip(held, dst, strict=True):
+            check_writable(one, address)
+        return held[0]
+
+    def _push(self, there: Shard, src: Sequence[Address], deadline_s: float, **more: Any) -> Transfer:
+        """A Transfer of pages to a shard, without its number."""
+        at, _ = self._find(src[:1])
+        at.home.slots(src)
+        leases = tuple(dict.fromkeys(at.holder(one, trio.current_time()).id for one in src))
+        return Transfer(0, there.known.actor, self.scope, leases, tuple(src), deadline_s, **more)
+
+    async def _move(self, call: Transfer, into: Held | None) -> Transferred:
+        """Ask the shard of the pages to send them; until that is over, neither end may be written."""
+        src, dst = [Address(one) for one in call.addresses], [Address(one) for one in call.destination]
+        at, _ = self._find(src[:1])
+        there = next(one for one in self._shards.values() if one.known.actor == call.to)
+        self._send(at, Meet(call.to, there.endpoint))
+        sending = [(at.lease_of[one], one) for one in src]
+        filling = [(into, one) for one in dst if into]
+        for held, one in (*sending, *filling):
+            held.moving.add(one)
+        settled = False
         try:
-            while not waiter.arrived.is_set():
-                if trio.current_time() >= max(at.valid_until, sent_at + REPEAT_S):
-                    raise PeerUnreachable(at.name)
-                self._send(at, message)
-                with trio.move_on_after(REPEAT_S):
-                    await waiter.arrived.wait()
+            answer: Transferred = await self._ask(
+                at, lambda number: attrs.evolve(call, call=number), grants=True
+            )
+            settled = True
+        except PoolError as refused:
+            settled = refused.code not in MAY_WRITE_ON
+            raise
         finally:
-            for withdrawal in self._calls.forget(waiter):
-                self._send(at, withdrawal)
-        if isinstance(waiter.answer, PoolRefused):
-            raise PoolError(waiter.answer.code, waiter.answer.message)
-        if at.about is not None:
-            self._renewed(at, sent_at)
-        return waiter.answer
+            for held, one in (*sending, *(filling if settled else ())):
+                held.moving.discard(one)
+        return answer
 
-    def _send(self, at: _Shard, message: Message) -> None:
+    async def _claim(self, there: Shard, answer: Transferred, tokens: int) -> Lease:
+        """Let the receiver know that its new lease has found its owner."""
         try:
-            self._link.send(at.to, message)
-        except PeerFull:
-            pass  # it is sent again
-
-    def _renewed(self, at: _Shard, sent_at: float) -> None:
-        """A call sent then was answered. After a longer silence than the shard bears, our leases have ended."""
-        if sent_at >= at.valid_until:
-            at.leases.clear()
-            at.lease_of.clear()
-        at.valid_until = max(at.valid_until, sent_at + at.known.lease_s)
-
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Receive answers and keep the leases alive. :func:`open_pool` starts it."""
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._receive)
-            for shard in self._shards.values():
-                await self._introduce(shard)
-                nursery.start_soon(self._renew, shard)
-            task_status.started()
-
-    async def _introduce(self, at: _Shard) -> None:
-        at.about = about = await self._ask(at, DescribePool)
-        self._renewed(at, trio.current_time())
-        for tier, path in zip(Tier, about.arenas, strict=True):
-            arena = await trio.to_thread.run_sync(_attach, path, about.page_bytes)
-            if arena is not None:
-                at.arenas[tier], at.memory[tier] = arena, arena.memory
-
-    async def _renew(self, at: _Shard) -> None:
-        while True:
-            await trio.sleep(min(RENEW_S, at.known.lease_s / 3))
-            try:
-                await self._ask(at, DescribePool)
-            except PeerUnreachable:
-                pass  # whoever uses the shard is told; it may come back
-
-    async def _receive(self) -> None:
-        while True:
-            for received in await self._link.receive():
-                self._hear(received)
-
-    def _hear(self, received: Received) -> None:
-        answer: Any = received.message
-        waiter = self._calls.answered(getattr(answer, "call", 0))
-        if waiter is not None:
-            waiter.answer = answer
-            waiter.arrived.set()
-        elif isinstance(answer, Acquired) and not any(
-            answer.lease in at.leases for at in self._shards.values()
-        ):
-            self._link.send(received.sender, FreeMem(answer.lease))
-
-    def _hold(self, at: _Shard, answer: Acquired) -> Lease:
-        table = at.home.addresses(answer.pages)
-        cached = answer.cached_tokens // at.known.page_tokens
-        held = at.leases[answer.lease] = _Held(answer.lease, list(table), set(table[cached:]))
-        at.lease_of.update(dict.fromkeys(table, held))
-        return Lease(at.name, answer.lease, table, answer.cached_tokens)
-
-    def _let_go(self, at: _Shard, number: int, gone: set[Address] | None) -> None:
-        """Forget a lease, or these of its pages."""
-        held = at.leases.get(number)
-        if held is None:
-            return
-        gone = set(held.table) if gone is None else gone
-        held.table = [one for one in held.table if one not in gone]
-        held.private -= gone
-        for one in gone:
-            if at.lease_of.get(one) is held:
-                del at.lease_of[one]
-        if not held.table:
-            del at.leases[number]
-
-    def _held(self, at: _Shard, number: int) -> _Held:
-        held = at.leases.get(number)
-        if held is None:
-            raise PoolError(PoolError.UNKNOWN_LEASE, f"lease {number} on {at.name} has ended")
-        return held
-
-    def _find(self, addresses: Sequence[Address]) -> tuple[_Shard, _Held]:
-        """Shard and lease of addresses; of the first one, where they are several's."""
-        if not addresses:
-            raise PoolError(PoolError.NOT_HELD, "no address given")
-        number = unpack(addresses[0]).shard
-        at = next((one for one in self._shards.values() if one.known.shard == number), None)
-        if at is None:
-            raise PoolError(
-                PoolError.FOREIGN_ADDRESS, f"{addresses[0]:#x} is of shard {number}, which is not in use here"
-            )
-        at.home.slots(addresses)
-        held = at.lease_of.get(addresses[0]) if trio.current_time() < at.valid_until else None
-        if held is None:
-            raise PoolError(
-                PoolError.NOT_HELD, f"{addresses[0]:#x} is not, or no longer, leased by this program"
-            )
-        return at, held
-
-    def _page(self, at: _Shard, address: Address) -> memoryview:
-        (slot,) = at.home.slots((address,))
-        memory = at.memory.get(Tier(tier_of(slot)))
-        if memory is None:
-            raise PoolError(PoolError.UNREADABLE, f"{address:#x} is not in memory of this host")
-        size = at.known.page_bytes
-        return memory[page_of(slot) * size : (page_of(slot) + 1) * size]
-
-    def close(self) -> None:
-        """Give all leases back and let go of the memory."""
-        for at in self._shards.values():
-            for lease in at.leases:
-                self._send(at, FreeMem(lease))
-            at.memory.clear()
-            for arena in at.arenas.values():
-                arena.close()
-
-
-def _attach(path: str, page_bytes: int) -> Arena | None:
-    """The arena at ``path``, or None where there is none: the shard is on another host."""
-    return attach_arena(Path(path), page_bytes) if path and os.path.exists(path) else None
+            await self._ask(there, lambda call: Adopt(call, answer.lease, self.me))
+        except BaseException:
+            self._send(there, FreeMem(answer.lease))
+            raise
+        return there.hold(Acquired(0, answer.lease, answer.pages, tokens))
 
 
 @asynccontextmanager

@@ -21,18 +21,10 @@ from cattrs.errors import (
 )
 from cattrs.gen import make_dict_structure_fn, override
 
-from memserve.config import (
-    DEFAULT_SHARDS,
-    DEFAULT_WORKERS,
-    RESERVED_NAME,
-    Config,
-    PoolConfig,
-    ShardConfig,
-    WorkerConfig,
-    section_types,
-)
+from memserve.config import RESERVED_NAME, Config, section_types
 from memserve.errors import ConfigError
 from memserve.rules import RuleError
+from memserve.sections import DEFAULT_SHARDS, DEFAULT_WORKERS, PoolConfig, ShardConfig, WorkerConfig
 
 Tree = dict[str, Any]
 
@@ -374,7 +366,21 @@ def suggest_key(word: str, cls: type) -> str:
 
 def cross_check(tree: Tree) -> list[Problem]:
     """Rules that need more than one table. They pass over what is malformed: that is reported already."""
-    return [*check_names(tree), *check_shards(tree), *check_pool(tree)]
+    return [*check_names(tree), *check_shards(tree), *check_pool(tree), *check_keys(tree)]
+
+
+def check_keys(tree: Tree) -> Iterator[Problem]:
+    """Keys with rights are keys. No key is shown."""
+    frontend = tree.get("frontend")
+    if not isinstance(frontend, dict):
+        return
+    known = frontend.get("api_keys")
+    known = known if isinstance(known, list) else []
+    for name in ("admin_keys", "priority_keys"):
+        keys = frontend.get(name)
+        unknown = [i for i, key in enumerate(keys) if key not in known] if isinstance(keys, list) else []
+        for i in unknown:
+            yield Problem(f"frontend.{name}[{i}]", "must be one of frontend.api_keys; add it there too")
 
 
 def check_pool(tree: Tree) -> Iterator[Problem]:

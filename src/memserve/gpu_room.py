@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from memserve.config import BatchConfig, Config, ShardConfig
+from memserve.config import Config
 from memserve.engine.spec import ModelSpec
 from memserve.gpus import CAPABILITY_MIN, CPU_REMEDY, Gpu, Gpus, device_index
+from memserve.sections import BatchConfig, ShardConfig
 
 CONTEXT_BYTES = 768 << 20
 """A CUDA context with the modules of torch and FlashInfer; an estimate, about half a gigabyte on Hopper."""

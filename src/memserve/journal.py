@@ -7,7 +7,8 @@ draw depends on (seed, position) alone, the stream continues with the tokens it 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import attrs
@@ -26,6 +27,7 @@ from memserve.messages import (
     Inquired,
     Member,
     Message,
+    Origins,
     Plan,
     Planned,
     Rejected,
@@ -34,10 +36,9 @@ from memserve.messages import (
     Timings,
     Tokens,
     TokenUpdate,
-    actor_name,
 )
-from memserve.scheduling.membership import pairs
 from memserve.scheduling.presence import Presence
+from memserve.scheduling.view import ClusterView, Health
 from memserve.tokens import count, unpack
 
 SUBMIT_REPEAT_S = 1.0
@@ -45,7 +46,7 @@ SUBMIT_REPEAT_S = 1.0
 STALL_S = 3.0
 """How long an attempt may be silent before its worker is asked whether it still holds it."""
 LOST_S = 8.0
-"""How long it may stay silent, the question unanswered, before it is planned anew."""
+"""How long it may stay silent, the question unanswered, before it is planned anew; or submitted elsewhere, if it waits."""
 ATTEMPTS_MAX = 8
 """Attempts before a request fails: one that kills its workers must not do so for ever."""
 
@@ -61,25 +62,37 @@ class Entry:
     """Tokens delivered to the client."""
     attempt: int = 0
     plan: Plan | None = None
+    holder: ActorId | None = None
+    """The scheduler where it waits for a worker."""
+    held: bool = False
+    """It was let in once, by the holder or by one that is gone."""
+    planned_at: float | None = None
+    """When its first attempt was planned."""
     asked_at: float = 0.0
-    """Of the last Submit, or of the last Inquire since there is a plan."""
+    """Of the last Submit, or of the last Inquire since there is a plan or a holder."""
     heard_at: float = 0.0
-    """When the attempt showed a sign of life."""
+    """When the attempt showed a sign of life, or its holder."""
     cached_tokens: int = 0
     fed_by_decode: bool = False
     """The decode worker of this attempt has sent tokens."""
     first_token_at: float | None = None
     last_token_at: float | None = None
     timings: Timings = Timings()
+    origins: Origins = attrs.field(factory=Origins)
 
     @property
     def due(self) -> float:
         """When something must be asked again, or given up."""
-        return (
-            self.asked_at + SUBMIT_REPEAT_S
-            if self.plan is None
-            else max(self.asked_at, self.heard_at) + STALL_S
-        )
+        if self.plan is None and self.holder is None:
+            return min(self.asked_at + SUBMIT_REPEAT_S, self.given_up_at)
+        return min(max(self.asked_at, self.heard_at) + STALL_S, self.given_up_at)
+
+    @property
+    def given_up_at(self) -> float:
+        """When its deadline has passed without a plan. A scheduler that hears of it refuses it before."""
+        waits = self.plan is None and not self.attempt and not self.sent
+        ttft_s = self.request.ttft_s if waits else None
+        return float("inf") if ttft_s is None else self.received_at + ttft_s + SUBMIT_REPEAT_S
 
     def current(self) -> Request:
         """The request as the attempt under way carries it."""
@@ -94,7 +107,7 @@ class FrontendCore:
     requests_max: int
     """Requests open at once; beyond it ``open`` refuses."""
     _entries: dict[str, Entry] = attrs.field(factory=dict, init=False)
-    _view: dict[ActorId, dict[ActorId, Member]] = attrs.field(factory=dict, init=False)
+    _view: ClusterView = attrs.field(factory=ClusterView, init=False)
     _actions: list[Action] = attrs.field(factory=list, init=False)
     _look_at: float = attrs.field(default=float("inf"), init=False)
     """No entry is due before."""
@@ -106,7 +119,7 @@ class FrontendCore:
         """Take a request in and submit it. Raises RequestFailed (429) at ``requests_max``."""
         if len(self._entries) >= self.requests_max:
             text = f"this server has {self.requests_max} requests open, its limit (frontend.max_requests)"
-            raise RequestFailed("overloaded", text, 429, retry_after_s=1.0)
+            raise self._refused(request, "overloaded", text, 429)
         entry = self._entries[request.id] = Entry(request, now)
         self._count("requests_total")
         self._count("prompt_tokens_total", request.prompt_tokens)
@@ -114,6 +127,14 @@ class FrontendCore:
         self._log("info", "request received", entry, **limits)
         self._submit(entry, now)
         self.presence.changed()
+
+    def _refused(self, request: Request, code: str, text: str, status: int) -> RequestFailed:
+        failure = RequestFailed(code, text, status, retry_after_s=1.0)
+        said = {"request": request.id, "attempt": request.attempt, "priority": request.priority}
+        said |= {"code": code, "reason": text, "status": status, "prompt_tokens": request.prompt_tokens}
+        self._actions.append(Log("warning", "request refused", said | {"retry_after_s": 1.0}))
+        self._count(f"requests_refused_{code}_total")
+        return failure
 
     def close(self, request: str, outcome: str, now: float) -> None:
         """The client wants no more: ``stop`` (a stop string was found) or ``cancelled`` (it left). Late calls do nothing."""
@@ -124,14 +145,11 @@ class FrontendCore:
 
     def members(self) -> list[Member]:
         """Everyone alive, by the newest word of each scheduler."""
-        found: dict[ActorId, Member] = {}
-        for view in self._view.values():
-            found |= view
-        return list(found.values())
+        return self._view.members()
 
-    def healthy(self) -> bool:
-        """Whether a request submitted now could be placed."""
-        return self.presence.member.state == "ready" and bool(pairs(self.members()))
+    def health(self, now: float, down: Mapping[str, str] = MappingProxyType({})) -> Health:
+        """Whether a request submitted now could be served. ``down``: what a supervisor says of actors that do not live."""
+        return self._view.health(self.presence.member, down, now)
 
     def order(self, worker: ActorId, change: Change) -> None:
         """Pass an operator's wish on to a worker; repeated by the caller until the view shows it."""
@@ -150,10 +168,17 @@ class FrontendCore:
         if now < self._look_at:
             return
         for entry in [one for one in self._entries.values() if now >= one.due]:
-            if entry.plan is None:
+            lost = now >= entry.heard_at + LOST_S
+            if now >= entry.given_up_at:
+                self._tell_attempt(entry, Cancel(entry.request.id, entry.attempt))
+                text = "its deadline has passed, and no GlobalScheduler has planned it"
+                self._fail(entry, self._refused(entry.request, "deadline_missed", text, 503), now)
+            elif entry.plan is None and entry.holder is not None and not lost:
+                self._inquire(entry, entry.holder, now)
+            elif entry.plan is None:
                 self._rotate_schedulers()
                 self._submit(entry, now)
-            elif now >= entry.heard_at + LOST_S:
+            elif lost:
                 self._resubmit(entry, f"not heard of for {now - entry.heard_at:.1f} s", now)
             else:
                 whom = entry.plan.decode if entry.fed_by_decode else entry.plan.prefill
@@ -191,9 +216,10 @@ class FrontendCore:
     # ---- plans ----------------------------------------------------------------------------------------------
 
     def _submit(self, entry: Entry, now: float) -> None:
-        entry.plan, entry.fed_by_decode, entry.asked_at = None, False, now
+        entry.plan, entry.holder, entry.fed_by_decode, entry.asked_at = None, None, False, now
         self._look_at = min(self._look_at, entry.due)
-        self._actions.append(Send(self.presence.schedulers[0], Submit(entry.current())))
+        submit = Submit(entry.current(), now - entry.received_at, entry.held)
+        self._actions.append(Send(self.presence.schedulers[0], submit))
 
     def _rotate_schedulers(self) -> None:
         first, *others = self.presence.schedulers
@@ -201,15 +227,24 @@ class FrontendCore:
 
     def _on_planned(self, sender: ActorId, message: Planned, now: float) -> None:
         entry = self._current(message.request, message.attempt)
-        if entry is not None and entry.plan is None:
-            entry.plan, entry.heard_at = message.plan, now
+        if entry is None:  # planned by a scheduler that did not hear of its end
+            workers = dict.fromkeys((message.plan.prefill, message.plan.decode))
+            self._actions += [Send(one, Cancel(message.request, message.attempt)) for one in workers]
+        elif entry.plan is None:
+            entry.plan, entry.holder, entry.heard_at = message.plan, None, now
+            entry.planned_at = now if entry.planned_at is None else entry.planned_at
             self._log(
                 "info", "request planned", entry, prefill=message.plan.prefill, decode=message.plan.decode
             )
 
     def _on_rejected(self, sender: ActorId, message: Rejected, now: float) -> None:
+        """Of a request that another scheduler has planned or holds, a refusal says nothing."""
         entry = self._current(message.request, message.attempt)
-        if entry is not None:
+        if entry is None or entry.plan is not None or entry.holder not in (None, sender):
+            return
+        if entry.sent and not entry.attempt:  # its tokens overtook the plan, which was lost
+            self._resubmit(entry, f"refused with {message.code} after it had begun", now)
+        else:
             failure = RequestFailed(message.code, message.message, message.status, message.retry_after_s)
             self._fail(entry, failure, now)
 
@@ -232,14 +267,29 @@ class FrontendCore:
     def _on_inquired(self, sender: ActorId, message: Inquired, now: float) -> None:
         """The prefill worker is asked before the decode worker: it holds a request until the other has taken it."""
         entry = self._current(message.request, message.attempt)
-        if entry is None or entry.plan is None:
+        if entry is None:
             return
-        if message.held:
+        if entry.plan is None:
+            self._on_holder(entry, sender, message.held, now)
+        elif message.held:
             entry.heard_at = now
         elif sender != entry.plan.decode:
             self._inquire(entry, entry.plan.decode, now)
         else:
             self._resubmit(entry, "no worker holds it", now)
+
+    def _on_holder(self, entry: Entry, scheduler: ActorId, held: bool, now: float) -> None:
+        """A scheduler says whether a request waits there; the one that holds it may have forgotten it."""
+        if held and entry.holder in (None, scheduler):
+            entry.holder, entry.held, entry.heard_at = scheduler, True, now
+        elif not held and entry.holder == scheduler:
+            self._submit(entry, now)
+
+    def _submit_held_by(self, gone: Collection[ActorId], now: float) -> None:
+        """What waited at schedulers that are no more waits somewhere else."""
+        for entry in self._entries.values():
+            if entry.holder in gone:
+                self._submit(entry, now)
 
     # ---- tokens ---------------------------------------------------------------------------------------------
 
@@ -264,6 +314,7 @@ class FrontendCore:
         entry.last_token_at = now
         entry.sent += fresh
         entry.timings = update.timings or entry.timings
+        entry.origins = update.origins or entry.origins
         self._count("output_tokens_total", count(fresh))
         self._actions.append(
             Deliver(entry.request.id, tuple(unpack(fresh)), update.finish, entry.cached_tokens)
@@ -291,18 +342,14 @@ class FrontendCore:
             self._fail(entry, failure, now)
 
     def _on_cluster(self, sender: ActorId, message: Cluster, now: float) -> None:
-        for scheduler in [one for one in self._view if actor_name(one) == actor_name(message.scheduler)]:
-            del self._view[scheduler]  # an earlier incarnation knows nothing newer
-        self._view[message.scheduler] = {one.id: one for one in message.members}
+        self._submit_held_by(self._view.heard(message, now), now)
 
     def _on_gone(self, sender: ActorId, message: Gone, now: float) -> None:
         gone = set(message.actors)
-        for actor in gone:
-            self._view.pop(actor, None)
-        for view in self._view.values():
-            for actor in gone & view.keys():
-                del view[actor]
+        self._view.gone(gone, now)
+        self._submit_held_by(gone, now)
         if self.presence.member.id in gone:  # it was held for dead while it slept, and the workers let go
+            self._submit_held_by({one.holder for one in self._entries.values() if one.holder}, now)
             gone = {one for entry in self._entries.values() for one in _needed(entry)}
         for entry in list(self._entries.values()):
             dead = sorted(gone & _needed(entry))
@@ -365,10 +412,12 @@ def _canonical(entry: Entry, now: float) -> dict[str, object]:
         "prompt_tokens": entry.request.prompt_tokens,
         "cached_tokens": entry.cached_tokens,
         "output_tokens": output,
+        "held_ms": None if entry.planned_at is None else (entry.planned_at - entry.received_at) * 1e3,
         "ttft_ms": None if first is None else (first - entry.received_at) * 1e3,
         "tpot_ms": between,
         "total_ms": (now - entry.received_at) * 1e3,
         **attrs.asdict(entry.timings),
+        **attrs.asdict(entry.origins),
         "attempts": entry.attempt + 1,
         "prefill": entry.plan.prefill if entry.plan else None,
         "decode": entry.plan.decode if entry.plan else None,

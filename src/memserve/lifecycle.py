@@ -12,6 +12,7 @@ from collections.abc import Iterable
 import attrs
 
 from memserve.config import Resolved
+from memserve.sections import WorkerConfig
 
 STATUS_DRAINED = 0
 STATUS_CRASHED = 1
@@ -36,14 +37,18 @@ class ActorSpec:
     kind: str
 
 
+def worker_spec(worker: WorkerConfig) -> ActorSpec:
+    """A worker as an actor."""
+    return ActorSpec(worker.name, "PrefillWorker" if worker.role == "prefill" else "DecodeWorker")
+
+
 def roster(resolved: Resolved) -> tuple[ActorSpec, ...]:
     """Every actor that the configuration asks for."""
     config = resolved.config
-    kinds = {"prefill": "PrefillWorker", "decode": "DecodeWorker", "both": "DecodeWorker"}
     return (
         *(ActorSpec(name, "GlobalScheduler") for name in config.scheduler_names),
         *(ActorSpec(shard.name, "MemPoolShard") for shard in config.shard),
-        *(ActorSpec(worker.name, kinds[worker.role]) for worker in config.worker),
+        *map(worker_spec, config.worker),
         *(ActorSpec(name, "Frontend") for name in config.frontend_names),
     )
 

@@ -7,8 +7,9 @@ an unknown kind or another version is a :class:`~memserve.errors.PeerError`. Not
 
 Who says what::
 
-    Frontend -> GlobalScheduler   Submit, Cancel, Finished  GlobalScheduler -> Frontend   Planned, Rejected
-    GlobalScheduler -> worker     Prefill                   worker -> Frontend            Tokens, Failed
+    Frontend -> GlobalScheduler   Submit, Cancel, Finished, Inquire
+    GlobalScheduler -> Frontend   Planned, Rejected, Inquired
+    GlobalScheduler -> worker     Prefill, Change           worker -> Frontend            Tokens, Failed
     prefill worker -> decode      Handoff                   decode -> prefill worker      HandoffTaken
     Frontend -> worker            Cancel, Inquire, Change   worker -> Frontend            Inquired
     everyone -> GlobalScheduler   Load                      worker -> MemPoolShard        Load
@@ -43,6 +44,7 @@ from memserve.pool_messages import (
     Adopted,
     Allocated,
     AllocMem,
+    Arrival,
     Delete,
     DescribePool,
     Evict,
@@ -54,12 +56,16 @@ from memserve.pool_messages import (
     Insert,
     Inserted,
     Match,
+    Meet,
+    NextArrival,
     PoolDescribed,
     PoolRefused,
     Prefetch,
     Return,
     SwapIn,
     SwapOut,
+    Transfer,
+    Transferred,
 )
 from memserve.transfer_messages import (
     Pull,
@@ -111,6 +117,10 @@ class Request:
     stop_tokens: tuple[int, ...]
     """Ids that end the stream; empty with ignore_eos."""
     sampling: Sampling
+    priority: int = 0
+    """Its class while it waits for a worker; lower is earlier."""
+    ttft_s: float | None = None
+    """By when its first token is wanted, in seconds from when its Frontend got it; None: whenever it comes."""
 
 
 @attrs.frozen
@@ -148,6 +158,31 @@ class Timings:
 
 
 @attrs.frozen
+class Origins:
+    """Where the KV of a request's prompt came from, and what was moved for it; filled in by each worker on its way.
+
+    Of the last attempt; all of it is in the request's line in the log.
+    """
+
+    matched_device_tokens: int = 0
+    """Found at the prefill worker's shard, in the arena."""
+    matched_host_tokens: int = 0
+    matched_disk_tokens: int = 0
+    fetched_tokens: int = 0
+    """Brought to that shard from another before the prompt ran."""
+    matched_decode_tokens: int = 0
+    """Found at the decode worker's shard when the request was handed over from another."""
+    bytes_fetched: int = 0
+    """Moved for ``fetched_tokens``."""
+    bytes_to_decode: int = 0
+    """Moved by the hand-over."""
+    bytes_to_prefill: int = 0
+    """The answer's pages that are returned behind the request's end (mode 3), unless that fails."""
+    bytes_saved: int = 0
+    """Of the pages that were handed over without being moved."""
+
+
+@attrs.frozen
 class TokenUpdate:
     """New tokens of one request."""
 
@@ -161,6 +196,8 @@ class TokenUpdate:
     finish: str | None = None
     """``stop`` or ``length`` on the last update."""
     timings: Timings | None = None
+    """Set with ``finish``."""
+    origins: Origins | None = None
     """Set with ``finish``."""
 
 
@@ -184,6 +221,16 @@ class Member:
     """Gauges and counters by metric name, units in the names."""
     costs: StepCosts | None = None
     """Workers: what their steps cost, as measured at their start."""
+    role_by: str = ""
+    """Workers: who gave it its role while it ran, ``hand`` or ``scheduler``; empty: its configuration did."""
+    role_configured: str = ""
+    """Workers: the role that it started with."""
+    role_wanted: str = ""
+    """Workers, in a scheduler's view: the role that it was asked to take and has not yet."""
+    joined: bool = False
+    """Workers: `memserve join` brought it."""
+    needs: tuple[ActorId, ...] = ()
+    """Without whose answer, or whose announced death, something that this actor holds never ends."""
 
 
 # ---- requests on their way ----------------------------------------------------------------------------------
@@ -191,9 +238,13 @@ class Member:
 
 @attrs.frozen
 class Submit:
-    """A request that wants a plan. Repeated until Planned or Rejected answers it."""
+    """A request that wants a plan. Answered by Planned, by Rejected, or by Inquired, which says that it waits; repeated until then."""
 
     request: Request
+    age_s: float = 0.0
+    """How long ago its Frontend got it."""
+    held: bool = False
+    """A scheduler that is gone had let it wait: it is not to be refused for lack of a place."""
 
 
 @attrs.frozen
@@ -248,6 +299,7 @@ class Handoff:
     """Tokens of the sequence of which the shard has said that their pages are in the index."""
     cached_tokens: int
     timings: Timings
+    origins: Origins
     first_token_at: float
 
 
@@ -290,7 +342,7 @@ class Cancel:
 
 @attrs.frozen
 class Inquire:
-    """Nothing was heard of this attempt for a while: do you hold it? Answered by Inquired."""
+    """Nothing was heard of this attempt for a while: do you hold it? Answered by Inquired, or by a scheduler with Planned."""
 
     request: str
     attempt: int
@@ -334,12 +386,14 @@ class Gone:
 
 @attrs.frozen
 class Change:
-    """What an operator wants of a worker, see :mod:`memserve.scheduling.changes`. Nothing answers it: heartbeats show it."""
+    """What is wanted of a worker, see :mod:`memserve.scheduling.changes`. Nothing answers it: heartbeats show it."""
 
     role: str = ""
-    """prefill, decode or both; empty leaves the role as it is."""
+    """prefill, decode or both; ``auto``: the one it started with, until a scheduler says another; empty: as it is."""
     drain: bool = False
     """Take no new request, finish or hand over those under way, then leave for good."""
+    by: str = "hand"
+    """Who wants it: ``hand``, an operator; or ``scheduler``, which a role given by hand outweighs."""
 
 
 # ---- codec --------------------------------------------------------------------------------------------------
@@ -350,7 +404,7 @@ Message = (
     | Acquire | Match | Acquired | AllocMem | Allocated | Insert | Inserted | Adopt | Adopted | FreeMem | Freed
     | Delete | Evict | SwapOut | SwapIn | Prefetch | DescribePool | PoolDescribed | PoolRefused
     | Pull | PullRefused | TransferOffer | TransferGranted | TransferSent | TransferArrived | TransferRefused
-    | TransferStop | TransferWithdrawn | Return
+    | TransferStop | TransferWithdrawn | Return | Transfer | Transferred | NextArrival | Arrival | Meet
     | IndexDelta | IndexWanted | IndexSnapshot | Load | Cluster | Gone | Change
 )  # fmt: skip
 

@@ -238,6 +238,7 @@ def vllm_metrics(members: Sequence[Member]) -> dict[str, float]:
     """The members' load under the names that vLLM's dashboards and autoscalers look for."""
     workers = [member.load for member in members if member.kind in ("PrefillWorker", "DecodeWorker")]
     shards = [member.load for member in members if member.kind == "MemPoolShard"]
+    schedulers = [member.load for member in members if member.kind == "GlobalScheduler"]
 
     def total(loads: list[dict[str, float]], name: str) -> float:
         return sum(load.get(name, 0.0) for load in loads)
@@ -246,7 +247,7 @@ def vllm_metrics(members: Sequence[Member]) -> dict[str, float]:
     idle = total(shards, "pages_free") + total(shards, "pages_evictable")
     return {
         "vllm:num_requests_running": total(workers, "requests_running"),
-        "vllm:num_requests_waiting": total(workers, "requests_waiting"),
+        "vllm:num_requests_waiting": total(workers, "requests_waiting") + total(schedulers, "requests_held"),
         "vllm:kv_cache_usage_perc": 1 - idle / pages if pages else 0.0,
         "vllm:prefix_cache_queries_total": total(workers, "requested_tokens_total"),
         "vllm:prefix_cache_hits_total": total(workers, "cached_tokens_total"),
@@ -256,7 +257,7 @@ def vllm_metrics(members: Sequence[Member]) -> dict[str, float]:
 HELP: dict[str, str] = {
     "memserve_up": "1 while the actor is ready, 0 while it starts or drains",
     "vllm:num_requests_running": "Requests in the workers' batches",
-    "vllm:num_requests_waiting": "Requests that wait for pages or for their hand-off",
+    "vllm:num_requests_waiting": "Requests that wait for a worker, for pages or for their hand-off",
     "vllm:kv_cache_usage_perc": "Pages held by running requests, as a share of all (1 is all)",
     "vllm:prefix_cache_queries_total": "Prompt tokens looked up in the pool",
     "vllm:prefix_cache_hits_total": "Prompt tokens found in the pool",

@@ -92,16 +92,19 @@ class Place:
             raise
 
     @classmethod
-    def join(cls, path: Path) -> Place:
-        """Enter a claimed place as one of its actors. Raises PlaceGone when its cluster has ended meanwhile."""
+    def join(cls, path: Path, claim_fd: int | None = None) -> Place:
+        """Enter a claimed place as one of its actors. Raises PlaceGone when its cluster has ended meanwhile.
+
+        ``claim_fd``: the claim's descriptor, of a process that starts actors of its own for the cluster.
+        """
         try:
-            return cls(path, None, _sign_roll(path, 0))
+            return cls(path, claim_fd, _sign_roll(path, 0))
         except (FileNotFoundError, BlockingIOError) as error:
             raise PlaceGone(f"{path} is gone: its cluster has ended") from error
 
     def fileno(self) -> int:
         """The claim's descriptor, for the actors to inherit."""
-        assert self._claim_fd is not None, "only the supervisor holds the claim"
+        assert self._claim_fd is not None, "only a supervisor holds the claim"
         return self._claim_fd
 
     def write_info(self, info: dict[str, Any]) -> None:

@@ -28,6 +28,12 @@ class Source:
     owner: ActorId = ActorId("")
     insert: bool = True
     """Whether whole pages that arrive go into the index here."""
+    request: str = ""
+    """Whose tokens they are, for the log."""
+    tries: int = 1
+    """Of a Prefetch: how often it may be begun."""
+    ahead: bool = False
+    """Of a Prefetch: the request will be handed over to here when its prompt is computed."""
 
 
 @attrs.frozen
@@ -43,6 +49,9 @@ class Acquire:
     tokens: bytes
     extra_pages: int
     source: Source | None = None
+    swap_least: int = 0
+    """Cached pages of slower tiers are brought in only if they, and what is cached behind them, hold so many tokens;
+    fewer are computed sooner."""
 
 
 @attrs.frozen
@@ -69,6 +78,8 @@ class Acquired:
     """So many tokens more are filled too: they came from another shard, and are not retired yet."""
     fetched_bytes: int = 0
     """Moved to this shard for the call."""
+    found_pages: tuple[int, ...] = (0, 0, 0)
+    """The cached ones, by the tier in which they were found."""
 
 
 @attrs.frozen
@@ -190,15 +201,89 @@ class Prefetch:
 
 @attrs.frozen
 class Return:
-    """A request has ended: let the shard ``to`` have what it lacks of this prefix, in the background. Never answered.
+    """A request has ended, or will be handed over: let the shard ``to`` have what it lacks of this prefix, in the background.
 
-    It is told by a Prefetch that names this shard as its source, after the sender's inserts, which came before.
+    Never answered. It is told by a Prefetch that names this shard as its source, after the sender's inserts, which came before.
     """
 
     scope: str
     tokens: bytes
     to: ActorId
     deadline_s: float
+    request: str = ""
+    """For the log."""
+    ahead: bool = False
+    """It will be handed over."""
+
+
+@attrs.frozen
+class Transfer:
+    """Copy pages to another shard: Transferred when they are there. Withdrawn as an Acquire.
+
+    With ``tokens`` the receiver inserts them before it acknowledges: the paper's ``transfer_with_insert``.
+    """
+
+    call: int
+    to: ActorId
+    scope: str
+    leases: tuple[int, ...]
+    """Of the sender's, which hold the pages."""
+    addresses: tuple[int, ...]
+    deadline_s: float
+    tokens: bytes = b""
+    """Whole pages from position 0; as many as there are pages."""
+    destination: tuple[int, ...] = ()
+    """Addresses there; none: the receiver allocates."""
+    into: int = 0
+    """The lease there, of ``owner``'s, that has them."""
+    owner: ActorId = ActorId("")
+    """Whose the pages are there; nobody: the sender's. It claims what was allocated by a NextArrival or an Adopt."""
+    private: bytes = b""
+    """For the owner, with the pages."""
+    granularity: str = ""
+    """Of the values of Granularity; empty: what the shard is set to."""
+
+
+@attrs.frozen
+class Transferred:
+    """The pages are there, under this lease."""
+
+    call: int
+    lease: int
+    pages: tuple[int, ...]
+    """Slots of the receiver's."""
+    nbytes: int
+
+
+@attrs.frozen
+class NextArrival:
+    """What has another sent to me? Arrival, now or when something comes. Withdrawn as an Acquire."""
+
+    call: int
+
+
+@attrs.frozen
+class Arrival:
+    """Pages that another's Transfer has brought for the asker, under a lease of its own."""
+
+    call: int
+    lease: int
+    pages: tuple[int, ...]
+    cached_tokens: int
+    """The first of them are inserted."""
+    shard: ActorId
+    """Where they come from."""
+    sender: ActorId
+    """Whose call it was."""
+    private: bytes
+
+
+@attrs.frozen
+class Meet:
+    """From a client to a shard: another shard, to which it may be told to send pages. Never answered."""
+
+    shard: ActorId
+    endpoint: str
 
 
 @attrs.frozen
@@ -229,6 +314,8 @@ class PoolDescribed:
     """By tier."""
     arenas: tuple[str, ...]
     """By tier: the socket that hands out its arena on the shard's host; empty for one that cannot be mapped."""
+    actor: ActorId = ActorId("")
+    """By which name other shards know it."""
     lease_s: float = 10.0
     """How long a caller may be silent before it loses its leases."""
 

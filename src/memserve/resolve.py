@@ -12,12 +12,13 @@ from pathlib import Path
 
 import attrs
 
-from memserve.config import Config, Reason, Resolved, ShardConfig
+from memserve.config import Config, Reason, Resolved
 from memserve.engine.spec import STORED_BYTES, ModelSpec, find_model, read_spec
 from memserve.errors import ConfigError, UserError
 from memserve.gpu_room import gpu_pages, gpu_problems, worker_bytes
 from memserve.gpus import Gpus, find_gpus
 from memserve.place import place_path
+from memserve.sections import ShardConfig
 from memserve.tokens import pages_for
 
 

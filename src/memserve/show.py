@@ -160,14 +160,22 @@ def members(found: Sequence[Record]) -> None:
     rows = [
         (
             name_of(member["id"]),
-            member["kind"] + (f" ({member['role']})" if member.get("role") else ""),
+            member["kind"],
+            role(member),
             str(member["pid"]),
-            member["state"],
+            member["state"] + (", joined" if member.get("joined") else ""),
             load(member.get("load") or {}),
         )
         for member in sorted(found, key=lambda member: (member["kind"], member["id"]))
     ]
-    table(("name", "kind", "pid", "state", "load"), rows)
+    table(("name", "kind", "role", "pid", "state", "load"), rows)
+
+
+def role(member: Record) -> str:
+    """A worker's role, who gave it where its configuration did not, and the one it is about to take."""
+    given = {"hand": " by hand", "scheduler": " by the scheduler"}.get(member.get("role_by", ""), "")
+    wanted = f", wanted: {member['role_wanted']}" if member.get("role_wanted") else ""
+    return f"{member.get('role', '')}{given}{wanted}"
 
 
 def load(gauges: Mapping[str, float]) -> str:

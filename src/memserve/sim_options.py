@@ -65,6 +65,12 @@ class SimOptions:
     error: Annotated[
         float, _option("Share by which each worker's steps may differ from what the scheduler is told.")
     ] = 0.0
+    crowding: Annotated[
+        float,
+        _option(
+            "Share by which each other worker in a step makes a step longer: 1 where all workers run on the same cores."
+        ),
+    ] = 0.0
     slo: Annotated[
         str,
         _option("What 99th percentiles may be, in seconds, such as ttft=0.5,tpot=0.05: says who keeps it."),

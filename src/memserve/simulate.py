@@ -13,11 +13,12 @@ import attrs
 
 from memserve import config as configuration
 from memserve import show
-from memserve.config import Config, ShardConfig
+from memserve.config import Config
 from memserve.engine.spec import find_model, read_spec
 from memserve.errors import UserError
 from memserve.scheduling.cost_model import CostModel
 from memserve.scheduling.pricing import Weights
+from memserve.sections import ShardConfig
 from memserve.sim import faults, fuzz
 from memserve.sim.engines import PAPER
 from memserve.sim.layout import Layout, ShardPlan, WorkerPlan
@@ -84,9 +85,13 @@ def layout_of(name: str, config: Config, pages: int | None) -> Layout:
             config.scheduler.others_weight,
             config.scheduler.handoff_margin_ms / 1e3,
         ),
+        hold_back_s=config.scheduler.hold_back_s,
+        held_max=config.scheduler.held_max,
         caching=config.cache.mode,
         page_tokens=config.pool.page_tokens,
         page_bytes=page_bytes,
+        path="mapped" if config.transfer.path == "auto" else config.transfer.path,
+        fetch_s=config.transfer.deadline_s,
         chunk_tokens=config.batch.chunk_tokens,
         rows=config.batch.rows,
         lease_s=config.pool.lease_s,
@@ -123,7 +128,7 @@ def runs_of(asked: SimOptions) -> list[Run]:
             found.append(
                 Run(
                     layout=layout, sessions=sessions, seed=asked.seed, costs=costs, faults=kinds, error=asked.error,
-                    checked=asked.checked, serial=asked.serial,
+                    crowding=asked.crowding, checked=asked.checked, serial=asked.serial,
                 )
             )  # fmt: skip
     return found

@@ -90,13 +90,14 @@ def find(log_dir: Path) -> tuple[str, str]:
         raise UserError(
             f"memserve runs here (pid {running['pid']}) but does not serve yet; try again in a moment"
         )
-    keys = running.get("resolved", {}).get("config", {}).get("frontend", {}).get("api_keys") or [""]
+    told = running.get("resolved", {}).get("config", {}).get("frontend", {})
+    keys = told.get("admin_keys") or told.get("api_keys") or [""]
     return running["url"], keys[0]
 
 
 def refusal(url: str, code: int, body: bytes = b"") -> str:
     """Why a cluster did not answer, and what to do: in its own words where it has any."""
-    if code in (401, 403):
+    if code == 401:
         return f"{url} asks for a key: give --api-key, or set MEMSERVE_API_KEY"
     try:
         return str(json.loads(body)["error"]["message"])

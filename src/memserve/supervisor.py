@@ -12,7 +12,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 
 import attrs
@@ -23,10 +23,11 @@ from memserve import config, observe
 from memserve.child import OUTPUT_TAIL_BYTES, Child, Launch, all_gone
 from memserve.config import Resolved
 from memserve.errors import UserError
+from memserve.gate import Gate, Guest
+from memserve.keeping import Keeper, say
 from memserve.lifecycle import (
     HUNG_S,
     STATUS_USER_ERROR,
-    Restart,
     RestartPolicy,
     StopSignals,
     describe_end,
@@ -41,14 +42,6 @@ log = structlog.get_logger()
 
 LATE_S = 0.5
 """What takes longer is said while it lasts."""
-OUTPUT_SHOWN_LINES = 20
-"""Of a dead actor's last output, printed."""
-
-
-def say(line: str) -> None:
-    """Tell the user. A closed pipe or terminal is no reason to stop serving."""
-    with contextlib.suppress(OSError):
-        print(line, flush=True)
 
 
 @attrs.define(eq=False)
@@ -68,6 +61,8 @@ class Supervisor:
     hung_s: float = HUNG_S
     """Longest silence of a ready actor on its lifeline."""
     _children: dict[str, Child] = attrs.field(init=False)
+    _keeper: Keeper = attrs.field(init=False)
+    _gate: Gate = attrs.field(init=False)
     _begun: str = attrs.field(init=False, factory=now_utc)
     _begun_at: float = attrs.field(init=False, default=0.0)
     _state: str = attrs.field(init=False, default="starting")
@@ -80,6 +75,14 @@ class Supervisor:
         self._children = {
             spec.name: Child(spec, self.policy(), self.hung_s) for spec in roster(self.resolved)
         }
+        self._keeper = Keeper(
+            self.launch, self.resolved.run_dir, self.say, self._serving.is_set, self._heard,
+            self._announce_death, self._left, self._tell_frontends,
+        )  # fmt: skip
+        self._gate = Gate(
+            self.launch.place, lambda: self.resolved, self._resolve_anew, self._announce_death,
+            lambda: self._state != "draining", self.say,
+        )  # fmt: skip
 
     async def run(self) -> None:
         """Start everything and supervise it; returns when a signal has ended it and nothing is left.
@@ -88,7 +91,7 @@ class Supervisor:
         """
         self._begun_at = trio.current_time()
         self._enter("starting")
-        with trio.open_signal_receiver(*_stop_signals()) as signals:
+        with trio.open_signal_receiver(*stop_signals()) as signals:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._obey, signals, nursery.cancel_scope)
                 await self._prepare()
@@ -97,6 +100,7 @@ class Supervisor:
                 )
                 self._started = True
                 nursery.start_soon(self._announce)
+                await nursery.start(self._gate.run)
                 await self._keep_all()
                 nursery.cancel_scope.cancel()
         log.info("cluster stopped")
@@ -120,6 +124,10 @@ class Supervisor:
 
     def _url(self) -> str | None:
         return next((child.url for child in self._children.values() if child.url), None)
+
+    def _everyone(self) -> list[Child | Guest]:
+        """All actors, those of other terminals included."""
+        return [*self._children.values(), *self._gate.guests.values()]
 
     def _of_kind(self, kind: str) -> list[Child]:
         return [child for child in self._children.values() if child.spec.kind == kind]
@@ -181,86 +189,46 @@ class Supervisor:
     async def _keep_all(self) -> None:
         async with trio.open_nursery() as nursery:
             for child in self._children.values():
-                nursery.start_soon(self._keep, child)
+                nursery.start_soon(self._keeper.keep, child)
 
-    async def _keep(self, child: Child) -> None:
-        """Keep one actor running until it is asked to leave."""
-        while not child.leaving.is_set():
-            returncode = await self._incarnation(child)
-            if child.leaving.is_set():
-                self._farewell(child, returncode)
-                break
-            if returncode == STATUS_USER_ERROR and not self._serving.is_set():
-                raise UserError(child.text())
-            now = trio.current_time()
-            restart = child.policy.died(child.ready_s(now), now)
-            self._report(child, returncode, restart)
-            with trio.move_on_after(restart.delay_s):
-                await child.leaving.wait()
-        child.gone.set()
+    def _heard(self, child: Child, event: dict[str, str]) -> None:
+        if event["event"] == "hello" and child.spec.kind == "Frontend":
+            for other in self._children.values():
+                self._tell_fate(child, other)
+        elif event["event"] == "serving":
+            child.url = event["url"]
+            self._write_info()  # a successor may serve on another port, with frontend.port = 0
+            if all(frontend.url for frontend in self._of_kind("Frontend")):
+                self._serving.set()
 
-    async def _incarnation(self, child: Child) -> int:
-        try:
-            return await child.live(self.launch, self._listen)
-        finally:
-            self._bury(child)
-
-    async def _listen(self, child: Child) -> None:
-        """Act on what an actor says on its lifeline."""
-        assert child.events is not None
-        while (event := await child.events.receive()) is not None:
-            child.heard_at = trio.current_time()
-            if event["event"] == "hello":
-                child.id = ActorId(event["id"])
-            elif event["event"] == "ready":
-                self._ready(child)
-            elif event["event"] == "leaving":
-                child.leaving.set()
-                log.info("actor leaves", child=child.id)
-            elif event["event"] == "serving":
-                child.url = event["url"]
-                self._write_info()  # a successor may serve on another port, with frontend.port = 0
-                if all(frontend.url for frontend in self._of_kind("Frontend")):
-                    self._serving.set()
-
-    def _ready(self, child: Child) -> None:
-        child.ready_at = trio.current_time()
-        seconds = child.ready_at - child.started_at
-        log.info("actor ready", child=child.id, ready_s=round(seconds, 2))
-        if child.restarts and self._serving.is_set():
-            self.say(f"memserve: {child.spec.name} is back, {seconds:.1f} s after its restart")
-
-    def _farewell(self, child: Child, returncode: int) -> None:
+    def _left(self, child: Child, returncode: int) -> None:
         """Of an actor that an operator drained, in a cluster that goes on."""
         if self._state != "draining":
             log.info("actor left", child=child.id, returncode=returncode)
             self.say(f"memserve: {child.spec.name} was drained and {describe_end(returncode)}")
 
-    def _bury(self, child: Child) -> None:
-        """Announce a death and remove what it left in the place."""
-        if child.id is None:
-            return
-        self.launch.place.remove_files_of(child.id)
+    def _announce_death(self, actor: ActorId) -> None:
         for scheduler in self._of_kind("GlobalScheduler"):
             if scheduler.events is not None:
-                scheduler.events.send(event="died", id=child.id)
+                scheduler.events.send(event="died", id=actor)
 
-    def _report(self, child: Child, returncode: int, restart: Restart) -> None:
-        """One line for the user and one for the log, with the last words of the dead."""
-        name, end = child.spec.name, "hung and was killed" if child.hung else describe_end(returncode)
-        fields = {"child": child.id or name, "returncode": returncode, "restart_in_s": restart.delay_s}
-        log.warning("actor died", **fields, looping=restart.looping, output=child.text())
-        child.restarts += 1
-        if restart.looping and not restart.newly_looping:
+    def _tell_frontends(self, child: Child) -> None:
+        """/health says who does not live, and why."""
+        for frontend in self._of_kind("Frontend"):
+            self._tell_fate(frontend, child)
+
+    def _tell_fate(self, frontend: Child, child: Child) -> None:
+        if frontend.events is None:
             return
-        words = "".join(f"\n  {name} | {line}" for line in child.text().splitlines()[-OUTPUT_SHOWN_LINES:])
-        next_step = f"restarting it in {restart.delay_s:g} s"
-        if restart.newly_looping:
-            next_step = (
-                f"the {child.policy.loop_deaths}th time in {child.policy.loop_window_s:g} s; the others go on, and it is"
-                f" tried again every {restart.delay_s:g} s, see {self.resolved.run_dir}/{name}.jsonl"
-            )
-        self.say(f"memserve: {name} {end}; {next_step}{words}")
+        if child.down:
+            frontend.events.send(event="down", name=child.spec.name, why=child.down)
+        else:
+            frontend.events.send(event="up", name=child.spec.name)
+
+    def _resolve_anew(self, resolved: Resolved) -> None:
+        """A worker joined or left: actors that start from now on are told so."""
+        self.resolved = resolved
+        self._write_info()
 
     # -- stopping --
 
@@ -284,12 +252,13 @@ class Supervisor:
         """End the actors stage by stage, each with a limit."""
         self.say("memserve: draining; a second Ctrl-C stops at once")
         self._enter("draining")
-        for stage in drain_stages(child.spec for child in self._children.values()):
+        everyone = {one.spec.name: one for one in self._everyone()}
+        for stage in drain_stages(one.spec for one in everyone.values()):
             frontends = stage[0].kind == "Frontend"
             limit_s = self.resolved.config.frontend.drain_s if frontends else self.stage_s
-            await self._drain_stage([self._children[spec.name] for spec in stage], limit_s)
+            await self._drain_stage([everyone[spec.name] for spec in stage], limit_s)
 
-    async def _drain_stage(self, stage: list[Child], limit_s: float) -> None:
+    async def _drain_stage(self, stage: Sequence[Child | Guest], limit_s: float) -> None:
         names = ", ".join(child.spec.name for child in stage)
         for child in stage:
             child.ask_to_drain()
@@ -304,7 +273,7 @@ class Supervisor:
 
     async def _stop_now(self) -> None:
         """End every actor at once: by its lifeline, and what is still there after ``stop_s`` by SIGKILL."""
-        everyone = list(self._children.values())
+        everyone = self._everyone()
         self.say("memserve: stopping at once")
         for child in everyone:
             child.hang_up()
@@ -313,8 +282,8 @@ class Supervisor:
             child.kill()
 
 
-def _stop_signals() -> list[int]:
-    """The signals that end a cluster: not SIGHUP if it was started to survive its terminal (nohup)."""
+def stop_signals() -> list[int]:
+    """The signals that end a supervisor: not SIGHUP if it was started to survive its terminal (nohup)."""
     hangup = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]
     return [signal.SIGINT, signal.SIGTERM, *hangup]
 
@@ -354,12 +323,17 @@ def up(config_path: str, overrides: Sequence[str] = ()) -> int:
 
 
 def supervise(supervisor: Supervisor) -> None:
-    """Open the log and run a supervisor to its end. Raises the UserErrors of its actors as one."""
+    """Open the log and run a cluster's supervisor to its end. Raises UserError."""
     resolved = supervisor.resolved
     log_file, level = Path(resolved.run_dir) / "supervisor.jsonl", resolved.config.logging.level
     observe.configure(log_file, level, actor="supervisor", kind="Supervisor", pid=os.getpid())
+    run_supervisor(supervisor.run)
+
+
+def run_supervisor(run: Callable[[], Awaitable[None]]) -> None:
+    """Run a supervisor to its end. Raises the UserErrors of its actors as one."""
     try:
-        trio.run(supervisor.run)
+        trio.run(run)
     except BaseExceptionGroup as group:
         wrong, others = group.split(UserError)
         if wrong is None or others is not None:

@@ -69,12 +69,18 @@ class TransferOffer:
     remaining_s: float
     """Seconds until the sender gives up. A duration, because the clocks of two hosts differ."""
     destination: tuple[int, ...] = ()
-    """Pages that the sender was granted before; empty: the receiver allocates."""
+    """Addresses in a lease of ``owner``'s at the receiver; empty: the receiver allocates."""
+    into: int = 0
+    """That lease."""
+    owner: ActorId = ActorId("")
+    """Whose the pages are at the receiver. Nobody: a Pull asked for them, and ``private`` is its id in 8 bytes."""
+    caller: ActorId = ActorId("")
+    """Whose call this is: who is told, at the sender, how it ended."""
     scope: str = ""
     tokens: bytes = b""
     """Packed tokens to insert with the pages (``transfer_with_insert``); empty: nothing is inserted."""
     private: bytes = b""
-    """The caller's own data, handed to the receiver's landing untouched."""
+    """The caller's own data, given to ``owner`` with the pages."""
 
 
 @attrs.frozen
@@ -98,6 +104,8 @@ class TransferArrived:
     """The receiver has every byte, and has inserted the tokens if there were any."""
 
     id: int
+    lease: int = 0
+    """That holds the pages there."""
 
 
 @attrs.frozen
@@ -107,6 +115,8 @@ class TransferRefused:
     id: int
     failure: Failure
     message: str
+    code: str = ""
+    """Of the PoolError, where the receiver's pool refused the pages."""
 
 
 @attrs.frozen

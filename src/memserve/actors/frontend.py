@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
 import attrs
@@ -26,6 +26,7 @@ from memserve.messages import ActorId, Change, Member, Request, actor_name
 from memserve.process import ActorContext, ready_model
 from memserve.scheduling.changes import find_worker, in_force
 from memserve.scheduling.presence import Reporting
+from memserve.scheduling.view import Health
 from memserve.tokens import count
 
 log = structlog.get_logger()
@@ -81,6 +82,8 @@ class FrontendService:
 
     core: FrontendCore
     shell: Shell
+    down: Mapping[str, str] = attrs.field(factory=dict)
+    """Actors that do not live, and why, by the supervisor."""
     ttft_s: observe.Histogram = attrs.field(factory=observe.Histogram, init=False)
     _streams: dict[str, ClientStream] = attrs.field(factory=dict, init=False)
 
@@ -97,6 +100,8 @@ class FrontendService:
             max_tokens=params.max_tokens,
             stop_tokens=params.stop_tokens,
             sampling=params.sampling,
+            priority=params.priority,
+            ttft_s=params.ttft_s,
         )
         stream = self._streams[request.id] = ClientStream(request.id, self.shell.clock())
         try:
@@ -118,9 +123,9 @@ class FrontendService:
             self.ttft_s.observe(self.shell.clock() - stream.opened_at)
         stream.put(delivery)
 
-    def healthy(self) -> bool:
+    def health(self) -> Health:
         """Whether a request sent now could be served."""
-        return self.core.healthy()
+        return self.core.health(self.shell.clock(), self.down)
 
     def cluster(self) -> list[Member]:
         """Every actor known."""
@@ -157,7 +162,7 @@ async def main(context: ActorContext, *, task_status: trio.TaskStatus[None]) -> 
     async with open_link(context.id, context.place.endpoint(context.id)) as link:
         core = FrontendCore(introduce(context, link), config.max_requests)
         shell = Shell(Reporting(core, core.presence), link)
-        service = FrontendService(core, shell)
+        service = FrontendService(core, shell, context.lifeline.down)
         shell.perform[Deliver] = service.deliver
         async with trio.open_nursery() as nursery:
             await nursery.start(shell.run)
@@ -208,8 +213,15 @@ def make_app(context: ActorContext, service: FrontendService) -> Starlette:
         resolved.model_path, resolved.spec, model.stored, model.dtype, on_gpus=resolved.on_gpus
     )
     tokenizer = Tokenizer.load(files.tokenizer)
-    keys = resolved.config.frontend.api_keys
-    settings = ApiSettings(model=resolved.spec.name, max_context=resolved.max_context, api_keys=keys)
+    told = resolved.config.frontend
+    settings = ApiSettings(
+        model=resolved.spec.name,
+        max_context=resolved.max_context,
+        api_keys=told.api_keys,
+        admin_keys=told.admin_keys,
+        priority_keys=told.priority_keys,
+        ttft_ms=told.ttft_ms,
+    )
     return build_app(service, tokenizer, resolved.spec, settings)
 
 
@@ -222,6 +234,6 @@ def url_host(host: str) -> str:
 
 async def announce_serving(context: ActorContext, service: FrontendService, url: str) -> None:
     """Tell the supervisor once /health is true."""
-    while not service.healthy():
+    while not service.health().serves:
         await service.shell.turned.wait()
     context.lifeline.serving(url)

@@ -16,6 +16,7 @@ from memserve.config import Config
 from memserve.gpus import device_index
 from memserve.messages import Member
 from memserve.process import ActorContext
+from memserve.scheduling.admission import Admission
 from memserve.scheduling.global_tree import GlobalTree
 from memserve.scheduling.index_feed import IndexFeed
 from memserve.scheduling.policies import PLAIN, Policy
@@ -30,8 +31,7 @@ async def main(context: ActorContext, *, task_status: trio.TaskStatus[None]) -> 
     config = context.resolved.config
     async with open_link(context.id, endpoint) as link:
         me = Member(context.id, context.kind, endpoint, os.getpid(), "ready")
-        policy, index = make_policy(config), make_index(config)
-        shell = Shell(SchedulerCore(me, config.scheduler.policy, policy, index), link)
+        shell = Shell(make_core(me, config), link)
         async with trio.open_nursery() as nursery:
             await nursery.start(shell.run)
             nursery.start_soon(_announce_deaths, context, shell)
@@ -40,13 +40,23 @@ async def main(context: ActorContext, *, task_status: trio.TaskStatus[None]) -> 
             nursery.cancel_scope.cancel()
 
 
+def make_core(me: Member, config: Config) -> SchedulerCore:
+    """What decides, as it is configured."""
+    told = config.scheduler
+    admission = Admission(told.held_max)
+    return SchedulerCore(
+        me, told.policy, make_policy(config), make_index(config), admission, told.hold_back_s
+    )
+
+
 def make_policy(config: Config) -> Policy:
     """The policy that is configured."""
     told = config.scheduler
     if told.policy != "cost":
         return PLAIN[told.policy]()
     movable = sum(device_index(shard.device) is None for shard in config.shard) > 1
-    return Cost(Weights(told.ttft_weight, told.others_weight, told.handoff_margin_ms / 1e3, movable))
+    path = "mapped" if config.transfer.path == "auto" else config.transfer.path  # shards are on one host
+    return Cost(Weights(told.ttft_weight, told.others_weight, told.handoff_margin_ms / 1e3, movable, path))
 
 
 def make_index(config: Config) -> IndexFeed | TtlIndex:

@@ -19,6 +19,7 @@ from memserve.actions import Action, Log, Send, Stop
 from memserve.bus import Link, Received
 from memserve.errors import PeerFull, PeerUnreachable
 from memserve.messages import ActorId, Cluster, Gone, Load, Message
+from memserve.pool_messages import Meet
 from memserve.process import RestartNeeded
 from memserve.scheduling.presence import Core
 
@@ -73,6 +74,8 @@ class Shell:
                         self.link.connect(member.id, member.endpoint)
                 if gone:  # again, for whoever missed it
                     self.hear(Received(sender, Gone(gone)))
+            case Meet(shard, endpoint):
+                self.link.connect(shard, endpoint)
             case Load(member):
                 self.link.connect(member.id, member.endpoint)
             case Gone(actors):

@@ -89,7 +89,7 @@ async def main(context: ActorContext, *, task_status: trio.TaskStatus[None]) -> 
         presence = introduce(context, link)
         sockets = arena_sockets(context.id, settings, context.place.socket_path)
         core = make_core(context.id, settings, sockets, presence.schedulers)
-        shell = Shell(Reporting(core, presence), link)
+        shell = Shell(Reporting(core, presence, core.needs), link)
         async with trio.open_nursery() as nursery:
             await nursery.start(shell.run)
             await nursery.start(keep_pages, shell, core.exchange, settings, sockets)
@@ -215,9 +215,8 @@ async def keep_pages(
                 await nursery.start(serve_packet, gpu.header.encode(), (), sockets[Tier.DEVICE])
             for tier, arena in arenas.items():
                 await nursery.start(serve_arena, arena, sockets[tier])
-            if settings.gpu is None:
-                device = arenas[Tier.DEVICE]
-                await nursery.start(move_pages, shell, exchange, settings, device, sockets[Tier.DEVICE])
+            device = gpu or arenas[Tier.DEVICE]
+            await nursery.start(move_pages, shell, exchange, settings, device, sockets[Tier.DEVICE])
             ready.set()
             task_status.started()
             await trio.sleep_forever()
@@ -238,12 +237,12 @@ async def move_pages(
     shell: Shell,
     exchange: Exchange,
     settings: ShardSettings,
-    arena: Arena,
+    arena: Arena | GpuArena,
     socket: Path,
     *,
     task_status: trio.TaskStatus[None],
 ) -> None:
-    """Move pages to and from other shards as the core says, until cancelled. A GPU's shard does not: pages are computed anew."""
+    """Move pages to and from other shards as the core says, until cancelled."""
     async with open_transfers(settings.transfer, arena, exchange.geometry, socket, shell.tell) as transfers:
         perform = transfers.perform
         shell.perform[Move] = lambda move: perform[type(move.order)](move.order)

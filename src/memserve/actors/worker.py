@@ -18,19 +18,22 @@ from memserve.actions import BatchDone, RunBatch
 from memserve.actors.engine_thread import EngineThread
 from memserve.actors.loop import Shell
 from memserve.bus import Link, open_link
-from memserve.config import Resolved, ShardConfig
+from memserve.config import Resolved
 from memserve.costs import StepCosts
 from memserve.engine.batching import BatchLimits, WorkerSettings
 from memserve.engine.plans import StepEngine
 from memserve.engine.worker import WorkerCore
 from memserve.errors import PeerError, PeerUnreachable
 from memserve.gpus import device_index
+from memserve.lifeline import Lifeline
 from memserve.messages import ActorId, Member
-from memserve.process import ActorContext, Lifeline, RestartNeeded, ready_model
+from memserve.process import ActorContext, RestartNeeded, ready_model
 from memserve.scheduling.joining import JoiningCore
 from memserve.scheduling.presence import Presence, Reporting, seed_id
+from memserve.sections import ShardConfig
 
 if TYPE_CHECKING:
+    from memserve.engine.cuda import CudaEngine
     from memserve.engine.runner import CpuEngine
 
 RETIRE = {"off": "none", "1": "prompt", "2": "all", "3": "all"}
@@ -40,10 +43,8 @@ SHARD_WAIT_S = 60.0
 PLANNED_S = 0.3
 """A draining worker stays for so long at least: what was planned before the scheduler knew of it still arrives."""
 CORES_FILE = "cores.lock"
-CALIBRATED_ROWS = 32
-"""Streams in a step, at most, when it is measured what steps cost; more are reckoned from these."""
-CALIBRATED_CONTEXT = 1024
-"""Tokens of context, likewise."""
+CALIBRATED = {False: (32, 1024), True: (256, 8192)}
+"""Streams and tokens of context, at most, on a CPU and on a GPU; beyond, costs go on as they grew up to there."""
 
 
 async def run_worker(context: ActorContext, task_status: trio.TaskStatus[None]) -> None:
@@ -58,13 +59,14 @@ async def run_worker(context: ActorContext, task_status: trio.TaskStatus[None]) 
             nursery.start_soon(trio.to_thread.run_sync, import_engine, shard_of(context).on_gpu)
             shard = await shard_found(shell, joining)
             costs: list[StepCosts] = []
-            engine = EngineThread(partial(start_engine, context, shard, costs.append))
+            at_work = partial(getattr, joining, "at_work")
+            engine = EngineThread(partial(start_engine, context, shard, costs.append, at_work))
             await nursery.start(engine.run)
             presence.member = attrs.evolve(presence.member, costs=costs[0] if costs else None)
             core = WorkerCore(presence, shard, settings_of(context.resolved))
             take_charge(shell, core, engine)
             task_status.started()
-            await until_drained(shell, core, context.lifeline)
+            await until_drained(shell, core, context)
             nursery.cancel_scope.cancel()
 
 
@@ -73,7 +75,17 @@ def introduce(context: ActorContext, link: Link, role: str = "") -> Presence:
     schedulers = context.resolved.config.scheduler_names
     for name in schedulers:
         link.connect(seed_id(name), context.place.endpoint(name))
-    me = Member(context.id, context.kind, link.endpoint, os.getpid(), "starting", role)
+    joined = context.name in context.resolved.joined
+    me = Member(
+        context.id,
+        context.kind,
+        link.endpoint,
+        os.getpid(),
+        "starting",
+        role,
+        role_configured=role,
+        joined=joined,
+    )
     return Presence(me, tuple(seed_id(name) for name in schedulers))
 
 
@@ -98,6 +110,8 @@ def settings_of(resolved: Resolved) -> WorkerSettings:
         RETIRE[config.cache.mode],
         fetch_s=config.transfer.deadline_s,
         returns=config.cache.mode == "3",
+        ahead=config.transfer.ahead and RETIRE[config.cache.mode] == "all",
+        page_bytes=resolved.page_bytes,
     )
 
 
@@ -106,7 +120,12 @@ def import_engine(on_gpu: bool) -> None:
     importlib.import_module("memserve.engine.cuda" if on_gpu else "memserve.engine.runner")
 
 
-def start_engine(context: ActorContext, shard: ActorId, measured: Callable[[StepCosts], None]) -> StepEngine:
+def start_engine(
+    context: ActorContext,
+    shard: ActorId,
+    measured: Callable[[StepCosts], None],
+    at_work: Callable[[], StepCosts | None],
+) -> StepEngine:
     """Attach to the shard's arena, make the engine ready and measure it. Imports torch, and blocks: for a thread."""
     from memserve.engine.cores import Cores, Outsiders
     from memserve.engine.runner import CpuEngine
@@ -114,7 +133,7 @@ def start_engine(context: ActorContext, shard: ActorId, measured: Callable[[Step
 
     resolved = context.resolved
     if shard_of(context).on_gpu:
-        return start_engine_on_gpu(context, shard)
+        return start_engine_on_gpu(context, shard, measured, at_work)
     try:
         arena = attach_arena(context.place.socket_path(f"{shard}.arena"), resolved.page_bytes)
     except (PeerError, PeerUnreachable) as error:
@@ -123,31 +142,40 @@ def start_engine(context: ActorContext, shard: ActorId, measured: Callable[[Step
     files = ready_model(
         resolved.model_path, resolved.spec, model.stored, model.dtype, on_gpus=resolved.on_gpus
     )
-    slot = [one.name for one in resolved.config.worker].index(context.name)
     threads = resolved.threads[context.name]
-    cores = Cores(context.place.path / CORES_FILE, resolved.cores, threads, slot, outsiders=Outsiders())
+    cores = Cores(context.place.path / CORES_FILE, resolved.cores, threads, outsiders=Outsiders())
     pages = arena.header.pages
     engine = CpuEngine(files.spec, files.weights, arena.memory, pages, page_tokens, model.dtype, cores)
     engine.warm_up()
-    measured(calibrate(engine, resolved, threads))
+    measured(calibrate(engine, resolved, threads, "native" if engine.native else "torch", at_work))
     return engine
 
 
-def calibrate(engine: CpuEngine, resolved: Resolved, threads: int) -> StepCosts:
-    """What its steps cost: remembered, or measured now, when no other worker of this host measures."""
+def calibrate(
+    engine: CpuEngine | CudaEngine,
+    resolved: Resolved,
+    threads: int,
+    kind: str,
+    at_work: Callable[[], StepCosts | None],
+) -> StepCosts:
+    """What its steps cost: remembered, taken from a worker that is at work, or measured, when no other one measures.
+
+    ``kind``: of engine, and what it runs on beside the host.
+    """
     from memserve.engine.calibration import calibrated, measure
     from memserve.engine.weights import default_cache_dir
 
     config, spec = resolved.config, resolved.spec
     token_bytes = spec.kv_values_per_token * (4 if config.model.dtype == "float32" else 2)
-    chunk, rows = config.batch.chunk_tokens, min(config.batch.rows, CALIBRATED_ROWS)
-    context = min(resolved.max_context, CALIBRATED_CONTEXT)
+    most_rows, most_context = CALIBRATED[resolved.on_gpus]
+    chunk, rows = config.batch.chunk_tokens, min(config.batch.rows, most_rows)
+    context = min(resolved.max_context, most_context)
     name: dict[str, object] = {
         "model": attrs.asdict(spec),
         "dtype": config.model.dtype,
         "weights": config.model.stored,
         "page_tokens": config.pool.page_tokens,
-        "engine": "native" if engine.native else "torch",
+        "engine": kind,
         "batch": [chunk, rows, context],
     }
     engine.rest()  # while it waits for its turn, its cores are another's
@@ -156,6 +184,7 @@ def calibrate(engine: CpuEngine, resolved: Resolved, threads: int) -> StepCosts:
         name,
         lambda: measure(engine.timer(rows, context), chunk, rows, context, token_bytes),
         threads,
+        at_work,
     )
     engine.rest()
     return costs
@@ -167,7 +196,12 @@ def shard_of(context: ActorContext) -> ShardConfig:
     return context.resolved.shard(config.shard)
 
 
-def start_engine_on_gpu(context: ActorContext, shard: ActorId) -> StepEngine:
+def start_engine_on_gpu(
+    context: ActorContext,
+    shard: ActorId,
+    measured: Callable[[StepCosts], None],
+    at_work: Callable[[], StepCosts | None],
+) -> StepEngine:
     """The same for a shard on a GPU, which holds the weights too."""
     from memserve.engine.cuda import open_engine
 
@@ -176,9 +210,11 @@ def start_engine_on_gpu(context: ActorContext, shard: ActorId) -> StepEngine:
     device = device_index(shard_of(context).device)
     assert device is not None, "a worker of a shard that is on no GPU"
     try:
-        return open_engine(resolved, files, context.place.socket_path(f"{shard}.arena"), device)
+        engine = open_engine(resolved, files, context.place.socket_path(f"{shard}.arena"), device)
     except (PeerError, PeerUnreachable) as error:
         raise RestartNeeded(str(error)) from error
+    measured(calibrate(engine, resolved, 1, f"flashinfer on {engine.device_name}", at_work))
+    return engine
 
 
 def take_charge(shell: Shell, core: WorkerCore, engine: EngineThread) -> None:
@@ -190,12 +226,13 @@ def take_charge(shell: Shell, core: WorkerCore, engine: EngineThread) -> None:
     shell.perform[RunBatch] = run_batch
     core.presence.also = (core.shard,)
     core.presence.become("ready", shard=core.shard)
-    shell.core = Reporting(core, core.presence)
+    shell.core = Reporting(core, core.presence, core.needs)
     shell.turn()
 
 
-async def until_drained(shell: Shell, core: WorkerCore, lifeline: Lifeline) -> None:
+async def until_drained(shell: Shell, core: WorkerCore, context: ActorContext) -> None:
     """Wait for the word, from the supervisor or from an operator, then for the last sequence to end or leave."""
+    lifeline = context.lifeline
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_drain_when_told, shell, core, lifeline)
         while core.presence.member.state != "draining":
@@ -203,6 +240,7 @@ async def until_drained(shell: Shell, core: WorkerCore, lifeline: Lifeline) -> N
         nursery.cancel_scope.cancel()
     if not lifeline.drain.is_set():
         lifeline.leaving()
+    if not context.cluster_drains():
         await trio.sleep(PLANNED_S)
     while not core.idle:
         await shell.turned.wait()

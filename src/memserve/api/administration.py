@@ -14,7 +14,7 @@ from memserve.messages import Change
 class ChangeBody(msgspec.Struct, forbid_unknown_fields=True):
     """``{"role": "prefill"}``, or ``{"drain": true}``."""
 
-    role: Literal["prefill", "decode", "both"] | None = None
+    role: Literal["prefill", "decode", "both", "auto"] | None = None
     drain: bool = False
 
 
@@ -29,7 +29,7 @@ async def read_change(request: Request) -> Change:
     try:
         body = msgspec.json.decode(await request.body(), type=ChangeBody)
     except msgspec.DecodeError as error:
-        message = f'The body must be {{"role": "prefill" | "decode" | "both"}} or {{"drain": true}}: {error}'
+        message = f'The body must be {{"role": "prefill" | "decode" | "both" | "auto"}} or {{"drain": true}}: {error}'
         raise ApiError(message) from error
     if (body.role is not None) == body.drain:
         raise ApiError("Give either role, or drain as true", "role")

@@ -22,9 +22,10 @@ from memserve.api.chat import ChatTemplate
 from memserve.api.choices import Choice
 from memserve.api.errors import ApiError, from_failure
 from memserve.api.generation import Generation, Order
-from memserve.api.guard import CACHE_SCOPE, Guard
+from memserve.api.guard import CALLER, Caller, Guard
 from memserve.api.prompts import Model, Prompt, chat_prompt, completion_prompts
 from memserve.api.service import ApiSettings, Service
+from memserve.api.urgency import TTFT_HEADER, with_urgency
 from memserve.api.wire import ChatWire, CompletionWire, Wire
 from memserve.engine.spec import ModelSpec
 from memserve.engine.tokenizer import Tokenizer
@@ -95,9 +96,10 @@ class Api:
         return _json(self._model_card())
 
     async def health(self, _request: Request) -> Response:
-        """GET /health: 200 only when a request sent now could be served."""
-        healthy = self.service.healthy()
-        return _json({"status": "ok" if healthy else "unavailable"}, 200 if healthy else 503)
+        """GET /health: 200 only when a request sent now could be served; the reason where anything is missing."""
+        health = self.service.health()
+        said = {"status": health.status} | ({"reason": health.reason} if health.reason else {})
+        return _json(said, 200 if health.serves else 503)
 
     async def metrics(self, _request: Request) -> Response:
         """GET /metrics."""
@@ -109,6 +111,10 @@ class Api:
 
     async def change(self, request: Request) -> Response:
         """POST /cluster/{worker}: another role, or drain; answered when it is in force."""
+        caller: Caller = request.scope[CALLER]
+        if not caller.may_administrate:
+            message = "This key may not change workers; use one of frontend.admin_keys"
+            raise ApiError(message, None, 403, "not_an_administrator")
         body = await read_change(request)
         try:
             await self.service.change(request.path_params["worker"], body)
@@ -131,15 +137,17 @@ class Api:
     def _generate(
         self, request: Request, body: CompletionBody | ChatBody, prompts: list[Prompt], wire: Wire
     ) -> Response:
+        caller: Caller = request.scope[CALLER]
+        asked = request.headers.get(TTFT_HEADER)
         order = Order(
-            prompts=prompts,
+            prompts=with_urgency(prompts, body, asked, caller, self.served.settings.ttft_ms),
             n=body.n or 1,
             stops=body.stops,
             wire=wire,
             model=self.served.settings.model,
             stream=bool(body.stream),
             include_usage=body.stream_options is not None and bool(body.stream_options.include_usage),
-            cache_scope=request.scope[CACHE_SCOPE],
+            cache_scope=caller.cache_scope,
             ping_s=self.served.settings.ping_s,
         )
         piece = self.served.tokenizer.piece

@@ -19,6 +19,7 @@ from memserve.engine.detokenizer import check_stops
 CHOICES_MAX = 64
 """Answers that one HTTP request may ask for: prompts times ``n``."""
 SEED_BITS = 63
+PRIORITY_MAX = 100
 
 REFUSED: dict[str, tuple[object, ...]] = {
     "audio": (),
@@ -73,6 +74,7 @@ class _Body:
     stop: str | tuple[str, ...] | None = None
     stop_token_ids: tuple[int, ...] | None = None
     ignore_eos: bool | None = None
+    priority: Annotated[int, Meta(ge=-PRIORITY_MAX, le=PRIORITY_MAX)] | None = None
     return_token_ids: bool | None = None
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 
+import attrs
 import trio
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -14,13 +15,38 @@ from memserve.api.service import ApiSettings
 OPEN_PATHS = ("/health", "/metrics")
 """Asked by load balancers and scrapers, who have no key."""
 
-CACHE_SCOPE = "memserve.cache_scope"
-"""Where in the ASGI scope the request's cache scope is."""
+CALLER = "memserve.caller"
+"""Where in the ASGI scope it is who calls."""
+
+
+@attrs.frozen
+class Caller:
+    """Whose key a request has, and what it may do."""
+
+    cache_scope: str
+    """The tenant: root of its cache."""
+    may_administrate: bool = True
+    """Change workers."""
+    may_hurry: bool = True
+    """Ask for a priority below 0."""
 
 
 def cache_scope(key: str) -> str:
     """The root of a key's cache: the same in every Frontend, and not the key."""
     return hashlib.blake2b(key.encode(), digest_size=16, person=b"memserve-scope").hexdigest()
+
+
+ANYONE = Caller("")
+"""Who calls where no keys are set."""
+
+
+def caller(key: str, settings: ApiSettings) -> Caller:
+    """What a key stands for."""
+    return Caller(
+        cache_scope(key),
+        may_administrate=not settings.admin_keys or key in settings.admin_keys,
+        may_hurry=not settings.priority_keys or key in settings.priority_keys,
+    )
 
 
 class Guard:
@@ -29,7 +55,9 @@ class Guard:
     def __init__(self, app: ASGIApp, settings: ApiSettings) -> None:
         self._app = app
         self._settings = settings
-        self._keys = [(hashlib.sha256(key.encode()).digest(), cache_scope(key)) for key in settings.api_keys]
+        self._keys = [
+            (hashlib.sha256(key.encode()).digest(), caller(key, settings)) for key in settings.api_keys
+        ]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on, or answer with an error."""
@@ -37,23 +65,23 @@ class Guard:
             return await self._app(scope, receive, send)
         headers: list[tuple[bytes, bytes]] = scope["headers"]
         try:
-            scope[CACHE_SCOPE] = "" if scope["path"] in OPEN_PATHS else self._authenticate(headers)
+            scope[CALLER] = ANYONE if scope["path"] in OPEN_PATHS else self._authenticate(headers)
             self._check_framing(headers)
         except ApiError as error:
             return await error.response()(scope, receive, send)
         return await self._app(scope, _Limited(receive, self._settings), send)
 
-    def _authenticate(self, headers: list[tuple[bytes, bytes]]) -> str:
-        """The cache scope of the request's key."""
+    def _authenticate(self, headers: list[tuple[bytes, bytes]]) -> Caller:
+        """Whose key the request has."""
         if not self._keys:
-            return ""
+            return ANYONE
         given = next((value for name, value in headers if name == b"authorization"), b"")
         scheme, _, key = given.partition(b" ")
         digest = hashlib.sha256(key.strip()).digest()
         # Every key is compared, and in constant time: the time tells nothing about which was close.
-        scopes = [scope for known, scope in self._keys if hmac.compare_digest(known, digest)]
-        if scheme.lower() == b"bearer" and scopes:
-            return scopes[0]
+        callers = [one for known, one in self._keys if hmac.compare_digest(known, digest)]
+        if scheme.lower() == b"bearer" and callers:
+            return callers[0]
         message = "Give a valid API key: Authorization: Bearer YOUR_KEY"
         raise ApiError(message, None, 401, "invalid_api_key", {"www-authenticate": "Bearer"})
 

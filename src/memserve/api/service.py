@@ -9,6 +9,7 @@ from typing import Protocol
 import attrs
 
 from memserve.messages import Change, Member, Sampling
+from memserve.scheduling.view import Health
 
 
 @attrs.frozen
@@ -20,6 +21,10 @@ class GenerationParams:
     """At least 1; prompt and answer together fit the context."""
     stop_tokens: tuple[int, ...]
     """Ids that end the answer; empty with ignore_eos."""
+    priority: int = 0
+    """Lower is earlier, as in vLLM's API."""
+    ttft_s: float | None = None
+    """By when the first token is wanted, from now."""
 
 
 @attrs.frozen
@@ -57,8 +62,8 @@ class Service(Protocol):
         Leaving the context before the stream has ended cancels the request. ``scope`` is its cache's root.
         """
 
-    def healthy(self) -> bool:
-        """Whether a request sent now could be served."""
+    def health(self) -> Health:
+        """Whether a request sent now could be served, and what is missing."""
 
     def cluster(self) -> list[Member]:
         """Every actor known."""
@@ -80,6 +85,12 @@ class ApiSettings:
     """Tokens, prompt and answer together."""
     api_keys: tuple[str, ...] = ()
     """Accepted bearer keys; empty: no key is asked for."""
+    admin_keys: tuple[str, ...] = ()
+    """Those that may change workers; empty: all."""
+    priority_keys: tuple[str, ...] = ()
+    """Those that may ask for a priority below 0; empty: all."""
+    ttft_ms: float | None = None
+    """By when the first token of a request that does not say is wanted."""
     body_bytes_max: int = 8 << 20
     body_timeout_s: float = 30.0
     """From the head of a request to the end of its body."""

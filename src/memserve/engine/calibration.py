@@ -40,7 +40,7 @@ TimeStep = Callable[[Rows], tuple[float, int]]
 
 def cases(chunk_tokens: int, rows: int, context: int) -> list[Rows]:
     """Steps to measure, the cheap ones first. ``context``: the longest worth asking for."""
-    streams = [count for count in (1, 2, 4, 8, 16, 32, 64) if count <= rows]
+    streams = [count for count in (1, 2, 4, 8, 16, 32, 64, 128, 256) if count <= rows]
     most = ALONE * chunk_tokens
     chunks = [tokens for tokens in (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048) if tokens < most]
     far = context - 1
@@ -89,15 +89,24 @@ def measure(
 
 
 def calibrated(
-    cache_dir: Path, name: dict[str, object], measuring: Callable[[], tuple[StepCosts, int]], threads: int
+    cache_dir: Path,
+    name: dict[str, object],
+    measuring: Callable[[], tuple[StepCosts, int]],
+    threads: int,
+    at_work: Callable[[], StepCosts | None] = lambda: None,
 ) -> StepCosts:
-    """What is remembered under ``name``, or else measured now; remembered for good if it had all of its ``threads``."""
+    """What is remembered under ``name``, or else measured now; remembered for good if it had all of its ``threads``.
+
+    ``at_work``: the figures of a like worker that runs requests at this moment. Then nothing is measured, but they are
+    taken: beside its streams every step takes several times as long, and figures from such steps, these or those of an
+    earlier start, would keep requests away from this worker, so that it could never find out better.
+    """
     told = {"version": VERSION, "machine": machine(), "threads": threads, **name}
     key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
     path = cache_dir / f"costs-{key}.json"
     rough = path.with_suffix(".rough")
     with _alone(cache_dir):
-        known = _read(path) or _read(rough, younger_s=ROUGH_S)
+        known = _read(path) or at_work() or _read(rough, younger_s=ROUGH_S)
         if known is not None:
             return known
         costs, fewest = measuring()

@@ -5,7 +5,8 @@ every barrier waits for a thread that is not running. So a step takes cores from
 least one, at most its worker's share among the workers that have work now. An idle worker has no share.
 
 The budget is a file of byte-range locks and holds no data: byte ``c`` is locked while core ``c`` is in use by a step,
-``_BUSY + slot`` while that worker has work, ``_WAITING + slot`` while it waits for a core. They are *open file
+``_BUSY + slot`` while that worker has work, ``_WAITING + slot`` while it waits for a core, ``_TAKEN + slot`` as long as it
+lives. They are *open file
 description* locks (fcntl(2), F_OFD_SETLK): the kernel drops them when the last descriptor is closed, which it does
 for a process killed in the middle of a step, so that no core is ever lost; and unlike POSIX locks, another
 descriptor's closing in the same process does not drop them.
@@ -21,7 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_BUSY, _WAITING = 4096, 8192
+_BUSY, _WAITING, _TAKEN = 4096, 8192, 12288
 _SLOTS = 4096
 _FLOCK = "@hhqqi4x"
 """struct flock: type, whence, start, len, pid."""
@@ -87,25 +88,33 @@ class Cores:
         path: Path,
         cores: int,
         want: int,
-        slot: int,
+        slot: int | None = None,
         patience_s: float = 10.0,
         outsiders: Outsiders | None = None,
     ) -> None:
-        """``want``: the most threads a step of this worker runs; ``slot``: this worker's number, unique on the host.
+        """``want``: the most threads a step of this worker runs; ``slot``: its number, unset the first that is free.
 
         ``outsiders``: who else uses the cores; unset, nobody.
 
         After ``patience_s`` without a core, a step runs on one thread without: whoever holds them all for so long is
         stopped (SIGSTOP) rather than running, and needs none.
         """
-        if cores < 1 or not 0 <= slot < _SLOTS:
+        if cores < 1 or not 0 <= (slot or 0) < _SLOTS:
             raise ValueError(f"needs at least one core and a slot below {_SLOTS}, got {cores} and {slot}")
         self.want = want
-        self._cores, self._slot, self._patience_s = cores, slot, patience_s
+        self._cores, self._patience_s = cores, patience_s
         self._outsiders = outsiders
         # Never inherited: a child of a killed worker would keep its cores.
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._is_busy = False
+        self._slot = self._take_slot() if slot is None else slot
+
+    def _take_slot(self) -> int:
+        """Two workers that start at once do not take the same one; that of a dead worker is free again."""
+        for slot in range(_SLOTS):
+            if self._set(_TAKEN + slot, True):
+                return slot
+        raise RuntimeError(f"{_SLOTS} workers share the cores of this host already")
 
     def busy(self, has_work: bool) -> None:
         """Say whether this worker has work, which is what its share of cores depends on. Cheap when nothing changed."""

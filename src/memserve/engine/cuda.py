@@ -29,6 +29,7 @@ from memserve.engine.plans import BatchPlan, BatchResult, Row
 from memserve.engine.safetensors import read_header
 from memserve.engine.spec import ModelSpec
 from memserve.engine.weights import ModelFiles
+from memserve.gpu_room import SCRATCH_PAGES
 from memserve.kernels.flashinfer_kit import (
     CapturedDecode,
     FlashInferAttention,
@@ -38,7 +39,7 @@ from memserve.kernels.flashinfer_kit import (
     norms_as,
     prefill_backend,
 )
-from memserve.kernels.gpu_memory import SCRATCH_PAGES, GpuArena, attach_gpu_arena
+from memserve.kernels.gpu_memory import GpuArena, attach_gpu_arena
 from memserve.kernels.page_tables import StepTables, Table, bucket_of, buckets_up_to, continues
 from memserve.messages import Sampling
 from memserve.tokens import count, pack, pages_for
@@ -153,18 +154,16 @@ class CudaEngine:
         self._ahead: _Ahead | None = None
         self._release = release
 
+    @property
+    def device_name(self) -> str:
+        """What the GPU calls itself."""
+        return torch.cuda.get_device_name(self._device)
+
     def run(self, plan: BatchPlan) -> BatchResult:
         """One step. Raises ValueError, naming the row, for a plan that would read or write what is not its own."""
-        assert self._attention is not None, "the engine is closed"
         check_plan(plan, self._spec, self._pages, self._page_tokens)
         began = time.perf_counter()
-        ahead, self._ahead = self._ahead, None
-        bucket = bucket_of(len(plan.rows), tuple(self._steps))
-        with torch.inference_mode():
-            if bucket is not None and all(count(row.tokens) == 1 for row in plan.rows):
-                tokens = self._run_captured(plan, self._steps[bucket], ahead)
-            else:
-                tokens = self._run_any(plan, self._attention)
+        tokens = self._step(plan)
         return BatchResult(tokens, (time.perf_counter() - began) * 1000, 1)
 
     def warm_up(self) -> None:
@@ -184,6 +183,30 @@ class CudaEngine:
             found = {rows: self._capture(rows) for rows in sorted(self._buckets, reverse=True)}
         self._steps = {rows: found[rows] for rows in self._buckets}
 
+    def timer(self, rows: int, context: int) -> Callable[[Sequence[tuple[int, int]]], tuple[float, int]]:
+        """A function that times one step of rows, each (new tokens, tokens before them); seconds, and 1, its host thread.
+
+        It reads pages of the pool, whatever they hold, and writes the scratch page alone, which all new tokens share;
+        nothing is drawn, because their logits mean nothing.
+        """
+        assert rows <= self._buckets[-1] and context <= self._row_pages * self._page_tokens, (rows, context)
+
+        def run(shapes: Sequence[tuple[int, int]]) -> tuple[float, int]:
+            plan = BatchPlan(tuple(self._timed_row(number, *shape) for number, shape in enumerate(shapes)))
+            began = time.perf_counter()
+            self._step(plan)
+            self._graphs.mark()()
+            seconds, self._ahead = time.perf_counter() - began, None
+            return seconds, 1
+
+        return run
+
+    def _timed_row(self, number: int, new: int, before: int) -> Row:
+        read = before // self._page_tokens
+        pages = [(number * read + i) % self._pages for i in range(read)]
+        pages += [self._pages] * (pages_for(before + new, self._page_tokens) - read)
+        return Row(pack([0] * new), before, tuple(pages), None)
+
     def rest(self) -> None:
         """Nothing to give back: the GPU is shared in time, and an idle engine launches nothing."""
 
@@ -193,6 +216,15 @@ class CudaEngine:
         self._steps, self._ahead = {}, None
         self._attention = self._model = None
         self._release()
+
+    def _step(self, plan: BatchPlan) -> tuple[int | None, ...]:
+        assert self._attention is not None, "the engine is closed"
+        ahead, self._ahead = self._ahead, None
+        bucket = bucket_of(len(plan.rows), tuple(self._steps))
+        with torch.inference_mode():
+            if bucket is not None and all(count(row.tokens) == 1 for row in plan.rows):
+                return self._run_captured(plan, self._steps[bucket], ahead)
+            return self._run_any(plan, self._attention)
 
     # ---- any mix of rows -------------------------------------------------------------------------------------
 
@@ -253,9 +285,10 @@ class CudaEngine:
         assert step.logits is not None and step.best is not None, "a captured step that never ran"
         wanted = [i for i, row in enumerate(plan.rows) if row.sample is not None]
         drawn: list[int | None] = [None] * len(plan.rows)
-        found = self._draw(step.logits, step.best, [plan.rows[i] for i in wanted], wanted, wanted)
-        for i, token in zip(wanted, found, strict=True):
-            drawn[i] = token
+        if wanted:
+            found = self._draw(step.logits, step.best, [plan.rows[i] for i in wanted], wanted, wanted)
+            for i, token in zip(wanted, found, strict=True):
+                drawn[i] = token
         return tuple(drawn)
 
     def _load(self, rows: Sequence[Row], step: _DecodeStep) -> None:

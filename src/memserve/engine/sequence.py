@@ -12,7 +12,8 @@ import enum
 import attrs
 
 from memserve.engine.plans import Row
-from memserve.messages import Plan, Request, Timings
+from memserve.messages import Origins, Plan, Request, Timings
+from memserve.pool_messages import Acquired
 from memserve.tokens import TOKEN_BYTES, count, pack, pages_for, span
 
 
@@ -80,8 +81,7 @@ class Sequence:
     """The lease that its Handoff named; 0: it came by a Prefill."""
     arriving: bool = False
     """It came by Handoff from another shard, and its pages are still fetched from there."""
-    moved_bytes: int = 0
-    """KV that was moved to this worker's shard for it."""
+    origins: Origins = attrs.field(factory=Origins)
 
     @property
     def key(self) -> tuple[str, int]:
@@ -112,6 +112,35 @@ class Sequence:
         """Enter a phase."""
         assert phase in TRANSITIONS[self.phase], f"{self.key}: {self.phase} -> {phase}"
         self.phase = phase
+
+    def granted(self, message: Acquired, page_tokens: int, page_bytes: int) -> None:
+        """Take a lease, and note where what it holds came from."""
+        self.go(Phase.READY)
+        self.lease, self.pages = message.lease, message.pages
+        self.retired = self.acknowledged = message.cached_tokens
+        self.computed = message.cached_tokens + message.fetched_tokens
+        device, host, disk = (pages * page_tokens for pages in message.found_pages)
+        found, moved = device + host + disk, message.fetched_bytes
+        if self.arriving:
+            here = {"matched_decode_tokens": found, "bytes_to_decode": moved}
+            self._note(bytes_saved=found // page_tokens * page_bytes, **here)
+        elif self.token_at is None:
+            self.cached_tokens = min(self.computed, self.request.prompt_tokens)
+            self._note(matched_device_tokens=device, matched_host_tokens=host, matched_disk_tokens=disk)
+            self._note(fetched_tokens=self.computed - found, bytes_fetched=moved)
+
+    def adopted(self, page_tokens: int, page_bytes: int) -> None:
+        """It was handed over on one shard: nothing had to be moved."""
+        self.go(Phase.READY)
+        self._note(bytes_saved=pages_for(self.computed, page_tokens) * page_bytes)
+
+    def returns(self, tokens: int, page_tokens: int, page_bytes: int) -> None:
+        """Its first ``tokens`` tokens are to be where its prompt is."""
+        more = tokens // page_tokens - self.request.prompt_tokens // page_tokens
+        self._note(bytes_to_prefill=max(more, 0) * page_bytes)
+
+    def _note(self, **origins: int) -> None:
+        self.origins = attrs.evolve(self.origins, **origins)
 
     def row(self, limit: int) -> Row:
         """The next row of at most ``limit`` tokens."""

@@ -10,7 +10,6 @@ one. Its owner frees it when the sequence ends; the shard frees it when the owne
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +17,8 @@ import attrs
 
 from memserve.actions import Action, BatchDone, Log, RunBatch, Stop
 from memserve.engine.batching import Batch, WorkerSettings, form_batch
-from memserve.engine.load import StepWatch, load_of
+from memserve.engine.ended import Ended
+from memserve.engine.load import StepWatch, load_of, swap_least
 from memserve.engine.outbox import Outbox
 from memserve.engine.paging import Paging
 from memserve.engine.sequence import Phase, Sequence
@@ -35,15 +35,12 @@ from memserve.messages import (
     Inquired,
     Message,
     Prefill,
-    Timings,
     TokenUpdate,
 )
 from memserve.pool_messages import Acquired, Adopted, Allocated, Freed, Inserted, PoolRefused
 from memserve.scheduling.presence import Presence
 from memserve.tokens import count, pack
 
-ENDED_REMEMBERED = 10_000
-"""Ended requests remembered, so that late messages about them are recognised."""
 HANDOFF_REPEAT_S = 2.0
 """How long a Handoff may stay unanswered before it is sent again."""
 
@@ -58,15 +55,22 @@ class WorkerCore:
     _outbox: Outbox = attrs.field(factory=Outbox, init=False)
     _paging: Paging = attrs.field(init=False)
     _live: dict[tuple[str, int], Sequence] = attrs.field(factory=dict, init=False)
-    _ended: OrderedDict[str, int] = attrs.field(factory=OrderedDict, init=False)
+    _ended: Ended = attrs.field(factory=Ended, init=False)
     _batch: Batch | None = attrs.field(default=None, init=False)
     _watch: StepWatch = attrs.field(factory=StepWatch, init=False)
     _arrivals: int = attrs.field(default=0, init=False)
 
     def __attrs_post_init__(self) -> None:
-        told = self.settings
+        told, least = self.settings, swap_least(self.presence.member.costs, self.settings.max_context)
         self._paging = Paging(
-            self.shard, told.page_tokens, told.max_context, told.retire, self._outbox, told.fetch_s
+            self.shard,
+            told.page_tokens,
+            told.max_context,
+            told.retire,
+            self._outbox,
+            told.fetch_s,
+            told.ahead,
+            least,
         )
 
     # ---- the five verbs -------------------------------------------------------------------------------------
@@ -116,7 +120,13 @@ class WorkerCore:
     def gauges(self) -> dict[str, float]:
         """Load and counters for the heartbeat."""
         load = load_of(self._live.values(), self.presence.member.id)
+        load["waiting_tokens"] = max(0.0, load["waiting_tokens"] - self._watch.done_tokens(self._paging.now))
+        load["rows_max"] = float(self.settings.limits.rows)
         return {**load, **self._watch.gauges(), **self._outbox.counters}
+
+    def needs(self) -> tuple[ActorId, ...]:
+        """Those that hand-overs wait for: alive, they answer in the end; dead, somebody must say so."""
+        return tuple(dict.fromkeys(one.plan.decode for one in self._in_phase(Phase.LEAVING)))
 
     # ---- requests come --------------------------------------------------------------------------------------
 
@@ -130,6 +140,7 @@ class WorkerCore:
         one = self._admit(
             Sequence(request, message.plan, request.tokens, Phase.WAITING, now, self._next_order())
         )
+        self._outbox.count("prompts_taken_total")
         self._paging.fetch(one)
 
     def _on_handoff(self, sender: ActorId, message: Handoff, now: float) -> None:
@@ -147,7 +158,7 @@ class WorkerCore:
         tokens = request.tokens + message.generated
         one = Sequence(request, message.plan, tokens, Phase.ADOPTING, now, self._next_order())
         one.came_with, one.cached_tokens, one.timings = message.lease, message.cached_tokens, message.timings
-        one.started_at, one.token_at = now, message.first_token_at
+        one.origins, one.started_at, one.token_at = message.origins, now, message.first_token_at
         if one.crosses:
             one.phase, one.arriving = Phase.WAITING, True
             self._admit(one)
@@ -168,7 +179,7 @@ class WorkerCore:
 
     def _outdated(self, request: str, attempt: int) -> bool:
         newest = max((one.request.attempt for one in self._attempts(request)), default=-1)
-        return attempt <= max(newest, self._ended.get(request, -1))
+        return attempt <= max(newest, self._ended.attempt(request))
 
     def _attempts(self, request: str) -> list[Sequence]:
         return [one for one in self._live.values() if one.request.id == request]
@@ -183,23 +194,16 @@ class WorkerCore:
         one = self._paging.answered(message.call)
         if one is None:
             return  # withdrawn meanwhile: the shard has ended this lease
-        one.go(Phase.READY)
-        one.lease, one.pages = message.lease, message.pages
-        one.retired = one.acknowledged = message.cached_tokens
-        one.computed = message.cached_tokens + message.fetched_tokens
-        one.moved_bytes += message.fetched_bytes
+        one.granted(message, self.settings.page_tokens, self.settings.page_bytes)
         if one.arriving:
             one.arriving = False
             self._taken(one, now)
             return
-        if one.token_at is None:
-            one.cached_tokens = min(one.computed, one.request.prompt_tokens)
         self._outbox.count("requested_tokens_total", one.length)
         self._outbox.count("cached_tokens_total", one.computed)
-        expected = one.plan.expected_tokens
-        if message.cached_tokens < expected and one.token_at is None:
-            found = message.cached_tokens
-            self._outbox.log("hint was stale", one, expected_tokens=expected, found_tokens=found)
+        expected = self._paging.hinted(one)
+        if one.computed < expected and one.token_at is None:
+            self._outbox.log("hint was stale", one, expected_tokens=expected, found_tokens=one.computed)
             self._outbox.count("stale_hints_total")
 
     def _on_allocated(self, sender: ActorId, message: Allocated, now: float) -> None:
@@ -217,7 +221,7 @@ class WorkerCore:
     def _on_adopted(self, sender: ActorId, message: Adopted, now: float) -> None:
         one = self._paging.answered(message.call)
         if one is not None:
-            one.go(Phase.READY)
+            one.adopted(self.settings.page_tokens, self.settings.page_bytes)
             self._taken(one, now)
 
     def _taken(self, one: Sequence, now: float) -> None:
@@ -229,8 +233,9 @@ class WorkerCore:
             return
         one.timings = attrs.evolve(one.timings, handoff_ms=(now - (one.token_at or now)) * 1e3)
         took = one.timings.handoff_ms
-        self._outbox.log("decode started", one, handoff_ms=took, moved_bytes=one.moved_bytes)
+        self._outbox.log("decode started", one, handoff_ms=took, moved_bytes=one.origins.bytes_to_decode)
         self._outbox.count("handoffs_taken_total", 1)
+        self._outbox.count("handoff_bytes_saved_total", one.origins.bytes_saved)
         self._paging.grow(one)
 
     def _on_refused(self, sender: ActorId, message: PoolRefused, now: float) -> None:
@@ -297,7 +302,7 @@ class WorkerCore:
         if finish is not None:
             self._finish(one, token, finish, now)
             return
-        self._update(one, token, None, None)
+        self._update(one, token)
         if one.plan.decode != self.presence.member.id:
             self._hand_over(one, now)
         else:
@@ -305,15 +310,17 @@ class WorkerCore:
 
     def _finish(self, one: Sequence, token: int, finish: str, now: float) -> None:
         decode_ms = (now - (one.owned_at or now)) * 1e3
-        self._update(one, token, finish, attrs.evolve(one.timings, decode_ms=decode_ms))
+        one.timings = attrs.evolve(one.timings, decode_ms=decode_ms)
         if count(one.fresh) > 1:
             self._outbox.log("decode finished", one, output_tokens=one.generated, decode_ms=decode_ms)
         if self.settings.returns and one.crosses and one.came_with:
-            self._paging.give_back(one)
+            self._paging.give_back(one, self.settings.page_bytes)
+        self._update(one, token, finish)
         self._end(one)
 
-    def _update(self, one: Sequence, token: int, finish: str | None, timings: Timings | None) -> None:
-        update = TokenUpdate(*one.key, one.length - 1, pack([token]), one.cached_tokens, finish, timings)
+    def _update(self, one: Sequence, token: int, finish: str | None = None) -> None:
+        told = (one.timings, one.origins) if finish else (None, None)
+        update = TokenUpdate(*one.key, one.length - 1, pack([token]), one.cached_tokens, finish, *told)
         self._outbox.update(one.request.frontend, update)
 
     # ---- hand-over ------------------------------------------------------------------------------------------
@@ -328,7 +335,7 @@ class WorkerCore:
         one.asked_at = now
         message = Handoff(
             one.request, one.plan, one.lease, one.pages, one.fresh, one.acknowledged, one.cached_tokens,
-            one.timings, one.token_at or now,
+            one.timings, one.origins, one.token_at or now,
         )  # fmt: skip
         self._outbox.send(one.plan.decode, message)
 
@@ -360,7 +367,7 @@ class WorkerCore:
             if one.request.attempt <= message.attempt:
                 self._outbox.log("request cancelled", one, output_tokens=one.generated)
                 self._end(one)
-        self._remember(message.request, message.attempt)
+        self._ended.remember(message.request, message.attempt)
 
     def _on_gone(self, sender: ActorId, message: Gone, now: float) -> None:
         """Let go of what the dead were part of; their Frontends, if alive, plan those requests anew."""
@@ -407,13 +414,8 @@ class WorkerCore:
             self._paging.forget(one)
         one.go(Phase.ENDED)
         del self._live[one.key]
-        self._remember(*one.key)
+        self._ended.remember(*one.key)
         self.presence.changed()
-
-    def _remember(self, request: str, attempt: int) -> None:
-        self._ended[request] = max(attempt, self._ended.pop(request, -1))
-        while len(self._ended) > ENDED_REMEMBERED:
-            self._ended.popitem(last=False)
 
     # ---- small helpers --------------------------------------------------------------------------------------
 

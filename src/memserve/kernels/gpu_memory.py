@@ -22,14 +22,13 @@ import msgspec
 
 from memserve.engine.safetensors import read_header
 from memserve.errors import PeerError, UserError
+from memserve.gpu_room import SCRATCH_PAGES
 from memserve.kernels.arena import LAYOUT_VERSION, receive_packet
 from memserve.messages import ActorId
 
 MAGIC = b"MEMSCUDA"
 ALIGN = 2 << 20
 """Allocations are rounded up to it: smaller ones may share a block, which a handle would expose whole."""
-SCRATCH_PAGES = 1
-"""Behind the pool's pages: where padding rows of captured steps write."""
 _COPY_BYTES = 64 << 20
 """Of the weights' file, copied at a time."""
 
@@ -46,6 +45,8 @@ class GpuHeader:
     weights: str
     """Digest of the weights' header: names, types, shapes and places."""
     weights_bytes: int
+    bus_id: str
+    """The GPU's PCI address: processes may number GPUs differently."""
     arena_handle: bytes
     """64 bytes of cudaIpcMemHandle_t."""
     weights_handle: bytes
@@ -113,7 +114,7 @@ class GpuArena:
         _load(runtime, weights, blocks[1].ptr)
         header = GpuHeader(
             shard=shard, pages=pages, page_bytes=page_bytes, weights=weights_digest(weights), weights_bytes=size,
-            arena_handle=handles[0], weights_handle=handles[1],
+            bus_id=runtime.deviceGetPCIBusId(device), arena_handle=handles[0], weights_handle=handles[1],
         )  # fmt: skip
         # CuPy frees a block when its Memory object goes.
         return cls(header, device, blocks[0].ptr, blocks[1].ptr, cupy, blocks.clear)
@@ -214,6 +215,59 @@ def attach_gpu_arena(
             "worker must see the same GPU and each other's process ids"
         ) from error
     return GpuArena(header, device, opened[0], opened[1], cupy, release)
+
+
+# ---- pages of other shards -------------------------------------------------------------------------------------
+
+
+@attrs.define(eq=False)
+class PeerPages:
+    """Another shard's pages on a GPU of this host, open in this process."""
+
+    device: int
+    """The GPU, as this process counts them."""
+    address: int
+    pages: int
+    page_bytes: int
+    _runtime: Any
+
+    def close(self) -> None:
+        """Let go; no copy may be under way."""
+        self._runtime.ipcCloseMemHandle(self.address)
+
+
+def open_peer_pages(mine: GpuArena, socket_path: Path, *, timeout_s: float = 5.0) -> PeerPages:
+    """Open the pages that another GPU shard serves at ``socket_path``, and let ``mine``'s GPU reach them. Blocks.
+
+    Raises PeerUnreachable when nobody serves them, PeerError when they are not a GPU's, or cannot be reached from here.
+    """
+    packet, fds = receive_packet(socket_path, timeout_s)
+    for fd in fds:
+        os.close(fd)
+    header, runtime = GpuHeader.decode(packet), mine.runtime
+    try:
+        device = runtime.deviceGetByPCIBusId(header.bus_id)
+        runtime.setDevice(device)
+        address = runtime.ipcOpenMemHandle(header.arena_handle)
+        if device != mine.device:
+            _see(runtime, mine.device, device)
+    except runtime.CUDARuntimeError as error:
+        raise PeerError(
+            f"the memory of {header.shard} on GPU {header.bus_id} cannot be opened by {mine.header.shard} ({error}): "
+            "both must see each other's GPU and process ids"
+        ) from error
+    return PeerPages(device, address, header.pages, header.page_bytes, runtime)
+
+
+def _see(runtime: Any, device: int, other: int) -> None:
+    """Let ``device`` copy to ``other`` without the host's memory, where the machine can."""
+    runtime.setDevice(device)
+    if runtime.deviceCanAccessPeer(device, other):
+        try:
+            runtime.deviceEnablePeerAccess(other)
+        except runtime.CUDARuntimeError as error:
+            if "PeerAccessAlreadyEnabled" not in str(error):
+                raise
 
 
 # ---- pages between tiers ---------------------------------------------------------------------------------------

@@ -8,9 +8,23 @@ import attrs
 
 from memserve.errors import PoolError
 from memserve.identity import ActorId
-from memserve.pool_messages import Acquired, Adopted, Allocated, Freed, Inserted, PoolDescribed, PoolRefused
+from memserve.pool_messages import (
+    Acquired,
+    Adopted,
+    Allocated,
+    Arrival,
+    Freed,
+    Inserted,
+    PoolDescribed,
+    PoolRefused,
+    Transferred,
+)
 
-Answer = Acquired | Allocated | Inserted | Adopted | Freed | PoolDescribed | PoolRefused
+Answer = (
+    Acquired | Allocated | Inserted | Adopted | Freed | PoolDescribed | PoolRefused | Transferred | Arrival
+)
+Granting = Acquired | Arrival
+"""Answers that give a lease to whoever asked."""
 
 
 @attrs.define
@@ -78,7 +92,7 @@ class Replies:
         if not memory.remembers(number):
             text = f"call {number} is too old to be remembered"
             return PoolRefused(number, PoolError.UNKNOWN_LEASE, text)
-        if isinstance(answer, Acquired | Allocated) and owner_of(answer.lease) != sender:
+        if isinstance(answer, Acquired | Allocated | Arrival) and owner_of(answer.lease) != sender:
             text = f"lease {answer.lease} of call {number} has ended"
             return PoolRefused(number, PoolError.UNKNOWN_LEASE, text)
         return answer  # None: withdrawn, the sender waits for nothing

@@ -11,31 +11,34 @@ Both are *lent* to the transfer: if their owner ends them, or dies, they stay as
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections import OrderedDict
+from collections.abc import Iterator
 
 import attrs
 
 from memserve.actions import Action, Kill, Log, Move, Send
+from memserve.errors import PoolError
 from memserve.mempool.addresses import Tier, tier_of
 from memserve.mempool.grants import Grant
-from memserve.mempool.leases import LENDER
 from memserve.mempool.pool import Pool
+from memserve.mempool.pushing import Lending, Pushing
+from memserve.mempool.serving import EXCHANGER, Serving
 from memserve.messages import ActorId, Gone
-from memserve.pool_messages import Acquire, Source
+from memserve.pool_messages import Acquire, Source, Transfer
 from memserve.tokens import count, pages_for, span
 from memserve.transfer.incoming import Incoming, Key, LandingRefused
 from memserve.transfer.messages import (
-    Order,
     Post,
     Received,
     ReceiveFailed,
     Report,
+    Withdraw,
     WriteFailed,
     Wrote,
 )
 from memserve.transfer.outgoing import Outgoing
-from memserve.transfer.values import Failure, Geometry, Granularity, TransferDone, Way
+from memserve.transfer.values import Failure, Geometry, Granularity, TransferDone, TransferFailed, Way
 from memserve.transfer_messages import (
     Pull,
     PullRefused,
@@ -48,12 +51,8 @@ from memserve.transfer_messages import (
     TransferWithdrawn,
 )
 
-EXCHANGER = ActorId("exchange.0")
-"""Owner of the leases under which a shard itself reads and fills pages for others."""
 PULL_REPEAT_S = 0.5
 """How long a Pull may stay unanswered before it is sent again."""
-PULLS_REMEMBERED = 4096
-"""Pulls of others that are known for repeats."""
 
 _TO_INCOMING = (TransferOffer, TransferSent, TransferWithdrawn, Received, ReceiveFailed)
 _TO_OUTGOING = (TransferGranted, TransferArrived, TransferRefused, TransferStop, Wrote, WriteFailed)
@@ -77,7 +76,7 @@ class Fetch:
     filled_tokens: int = 0
     """Tokens from position 0 that are there, at its end."""
     nbytes: int = 0
-    over: bool = False
+    failed: bool = False
 
     def pull(self, page_tokens: int, now: float) -> Pull:
         """What to ask the other shard for."""
@@ -85,16 +84,6 @@ class Fetch:
         pages = pages_for(self.source.tokens, page_tokens) - first
         left, told = self.deadline - now, self.source
         return Pull(self.id, self.call.scope, self.call.tokens, first, pages, left, told.lease, told.owner)
-
-
-@attrs.define(eq=False)
-class _Sending:
-    to: ActorId
-    pull: Pull
-    lease: int
-    pages: int = 0
-    order: int = 0
-    """0 while its pages are brought in."""
 
 
 @attrs.define
@@ -111,23 +100,34 @@ class Exchange:
     sent_bytes: int = 0
     handed_over_bytes: int = 0
     """Those of the received ones that came with a request which was handed over."""
+    returned_bytes: int = 0
+    """Those that came because a request had ended at the other shard."""
     failed_fetches: int = 0
+    failed_returns: int = 0
+    """Prefixes that nobody waited for, and that did not come."""
+    lending: Lending = attrs.field(init=False)
+    pushing: Pushing = attrs.field(init=False)
+    serving: Serving = attrs.field(init=False)
     outgoing: Outgoing = attrs.field(init=False)
     incoming: Incoming = attrs.field(init=False)
     _fetches: dict[int, Fetch] = attrs.field(factory=dict, init=False)
     _over: list[Fetch] = attrs.field(factory=list, init=False)
     _landings: dict[Key, int] = attrs.field(factory=dict, init=False)
     """The lease that each incoming transfer fills."""
-    _pulls: OrderedDict[tuple[ActorId, int], None] = attrs.field(factory=OrderedDict, init=False)
-    _warming: dict[int, _Sending] = attrs.field(factory=dict, init=False)
-    """By lease: what is brought into the device tier before it is sent."""
-    _sending: dict[int, _Sending] = attrs.field(factory=dict, init=False)
-    """By order."""
+    _orders: Iterator[int] = attrs.field(factory=lambda: itertools.count(1), init=False)
+    """Numbers of transfers that go out."""
     _last: int = attrs.field(default=0, init=False)
+    """Number of the newest fetch."""
+    _now: float = attrs.field(default=0.0, init=False)
     _actions: list[Action] = attrs.field(factory=list, init=False)
 
     def __attrs_post_init__(self) -> None:
+        self.lending = Lending(self.pool)
+        self.pushing = Pushing(self.pool, self.lending, self.granularity)
         self.outgoing = Outgoing(self.me, self.geometry, self.host, self.pid, ())
+        self.serving = Serving(
+            self.pool, self.lending, self.me, self.outgoing, self._orders, self.granularity
+        )
         self.incoming = Incoming(self.geometry, self.host, self, ())
 
     def open(self, paths: tuple[str, ...], ways: tuple[Way, ...]) -> None:
@@ -140,13 +140,14 @@ class Exchange:
     def deadline(self) -> float:
         """When :meth:`advance` must be called next; infinity when nothing is under way."""
         fetches = min((min(one.deadline, one.repeat_at) for one in self._fetches.values()), default=math.inf)
-        return min(fetches, self.outgoing.deadline, self.incoming.deadline)
+        return min(fetches, self.outgoing.deadline, self.incoming.deadline, self.pushing.deadline)
 
     def receive(self, sender: ActorId, message: object, now: float) -> None:
         """Take one of HEARD, or Gone, in."""
+        self._now = now
         match message:
             case Pull():
-                self._pulled(sender, message, now)
+                self.serving.pulled(sender, message, now)
             case PullRefused(number, _, text):
                 one = self._fetches.get(number)
                 if one is not None and one.source.shard == sender:
@@ -163,6 +164,8 @@ class Exchange:
 
     def advance(self, now: float) -> None:
         """Give up fetches that are late, repeat what is not answered."""
+        self._now = now
+        self.pushing.advance(now)
         self.outgoing.advance(now)
         self.incoming.advance(now)
         for one in list(self._fetches.values()):
@@ -174,7 +177,7 @@ class Exchange:
 
     def take(self) -> list[Action]:
         """What there is to do, once."""
-        actions, self._actions = self._actions, []
+        actions, self._actions = [*self.serving.take(), *self._actions], []
         return actions
 
     def take_over(self) -> list[Fetch]:
@@ -191,15 +194,18 @@ class Exchange:
             "transfer_in_bytes_total": self.received_bytes,
             "transfer_out_bytes_total": self.sent_bytes,
             "handoff_bytes_copied_total": self.handed_over_bytes,
+            "returned_bytes_total": self.returned_bytes,
             "fetches_failed_total": self.failed_fetches,
+            "returns_failed_total": self.failed_returns,
         }
 
     def check(self) -> None:
         """Assert every invariant."""
         self.outgoing.check()
         self.incoming.check()
-        assert len(self._landings) == len(self.incoming), "a landing without a transfer, or the reverse"
-        lent = [*self._landings.values(), *(one.lease for one in self._sending.values())]
+        landings = len(self._landings) + self.pushing.landings
+        assert landings == len(self.incoming), "a landing without a transfer, or the reverse"
+        lent = [*self._landings.values(), *self.pushing.lent(), *self.serving.lent()]
         for lease in self.pool.leases:
             assert lease.lent == lent.count(lease.id), f"lease {lease.id} is lent to nobody, or not to all"
         for one in self._fetches.values():
@@ -233,11 +239,18 @@ class Exchange:
         for one in list(self._fetches.values()):
             if one.sender == sender and call in (None, one.call.call):
                 del self._fetches[one.id]
+        for order in self.pushing.forget(sender, call):
+            self.outgoing.receive(self.me, Withdraw(order), self._now)
+        self._pass_on(self._now)
 
-    def unreachable(self, to: ActorId, message: object) -> None:
-        """A message of this core's could not be sent: whatever is not a Pull is repeated, or asked for again."""
+    def unreachable(self, to: ActorId, message: object, now: float) -> None:
+        """A message of this core's could not be sent: what is neither Pull nor offer is repeated, or asked for again."""
+        text = f"{to} cannot be reached"
         if isinstance(message, Pull) and (one := self._fetches.get(message.id)) is not None:
-            self._fail(one, f"{to} cannot be reached")
+            self._fail(one, text)
+        elif isinstance(message, TransferOffer):
+            self.outgoing.receive(to, TransferRefused(message.id, Failure.PEER_GONE, text), now)
+            self._pass_on(now)
 
     def bring(self, scope: str, tokens: bytes, now: float) -> Grant | None:
         """Pages for a prefix that nobody waits for, under a lease of this shard's own; None where they are short."""
@@ -258,19 +271,26 @@ class Exchange:
 
     def _fail(self, one: Fetch, text: str) -> None:
         self.failed_fetches += 1
-        data: dict[str, object] = {"source": one.source.shard, "call": one.call.call, "reason": text}
+        one.failed = True
+        data: dict[str, object] = {
+            "request": one.source.request,
+            "source": one.source.shard,
+            "call": one.call.call,
+            "reason": text,
+        }
         self._actions.append(Log("warning", "fetch failed", data))
         self._finish(one)
 
     def _finish(self, one: Fetch) -> None:
         del self._fetches[one.id]
-        one.over = True
         self._over.append(one)
 
     # ---- landing (see Landing in transfer/incoming.py) -----------------------------------------------------
 
     def grant(self, key: Key, offer: TransferOffer) -> tuple[int, ...]:
-        """The pages of the fetch that asked for this transfer."""
+        """The pages of the fetch that asked for this transfer, or of the owner that it names."""
+        if offer.owner:
+            return self.pushing.grant(key, offer, self._now)
         one = self._fetches.get(int.from_bytes(offer.private, "little"))
         if one is None or one.key is not None or one.source.shard != key[0]:
             raise LandingRefused(Failure.REFUSED, "nobody here waits for this transfer")
@@ -280,17 +300,21 @@ class Exchange:
         if len(pages) != offer.pages or offer.pages > asked:
             raise LandingRefused(Failure.REFUSED, f"{offer.pages} pages are more than were asked for")
         one.key, one.repeat_at = key, math.inf
-        self._lend(one.grant.lease)
+        self.lending.lend(one.grant.lease)
         self._landings[key] = one.grant.lease
         return pages
 
-    def commit(self, key: Key, offer: TransferOffer, pages: tuple[int, ...]) -> None:
+    def commit(self, key: Key, offer: TransferOffer, pages: tuple[int, ...]) -> int:
         """The pages are complete: they may be inserted, and the call that waits for them answered."""
+        if offer.owner:
+            lease = self.pushing.commit(key, offer, pages, self._now)
+            self.received_bytes += len(pages) * self.geometry.page_bytes
+            return lease
         one = self._landed(key)
         nbytes = len(pages) * self.geometry.page_bytes
         self.received_bytes += nbytes
         if one is None:
-            return  # given up meanwhile; the pages go with their lease
+            return 0  # given up meanwhile; the pages go with their lease
         there = one.grant.cached_tokens + len(pages) * self.pool.page_tokens
         one.filled_tokens, one.nbytes = min(there, one.source.tokens), nbytes
         self.handed_over_bytes += nbytes if one.source.lease else 0
@@ -299,92 +323,50 @@ class Exchange:
             start = one.grant.cached_tokens
             self.pool.insert(one.sender, one.grant.lease, start, span(one.call.tokens, start, whole))
         self._finish(one)
+        return one.grant.lease
 
-    def release(self, key: Key, pages: tuple[int, ...]) -> None:
+    def release(self, key: Key, offer: TransferOffer, pages: tuple[int, ...]) -> None:
         """Nobody writes to the pages any more, and they are not complete."""
+        if offer.owner:
+            self.pushing.release(key, offer)
+            return
         one = self._landed(key)
         if one is not None:
             self._fail(one, "the transfer failed")
 
     def _landed(self, key: Key) -> Fetch | None:
-        self._take_back(self._landings.pop(key))
+        self.lending.take_back(self._landings.pop(key))
         return next((one for one in self._fetches.values() if one.key == key), None)
 
     # ---- sending -------------------------------------------------------------------------------------------
 
-    def _pulled(self, sender: ActorId, pull: Pull, now: float) -> None:
-        if (sender, pull.id) in self._pulls:
-            return
-        self._pulls[sender, pull.id] = None
-        while len(self._pulls) > PULLS_REMEMBERED:
-            self._pulls.popitem(last=False)
-        held = self.pool.leases.find(pull.lease) if pull.lease else None
-        if held is not None and held.owner == pull.owner and held.floor is None:
-            pages = tuple(held.pages[pull.first_page : pull.first_page + pull.pages])
-            self._send(_Sending(sender, pull, held.id), pages, now)
-            return
-        last = (pull.first_page + pull.pages) * self.pool.page_tokens
-        tokens = span(pull.tokens, 0, min(last, count(pull.tokens)))
-        grant = self.pool.lend_prefix(EXCHANGER, pull.scope, tokens, 0, now)
-        if grant is None:
-            self._refuse(sender, pull, Failure.RECEIVER_FULL, "no pages to bring the prefix in")
-            return
-        self.pool.renew(EXCHANGER, math.inf)
-        one = _Sending(sender, pull, grant.lease)
-        if grant.ready:
-            self.warm(grant, now, one)
-        else:
-            self._warming[grant.lease] = one
-
-    @property
-    def warming(self) -> tuple[int, ...]:
-        """The leases whose pages are brought in for Pulls."""
-        return tuple(self._warming)
-
-    def cooled(self, lease: int) -> None:
-        """What was to be brought in is lost, and its lease has ended."""
-        one = self._warming.pop(lease)
-        self._refuse(one.to, one.pull, Failure.REFUSED, "the pages are damaged")
-
-    def warm(self, grant: Grant, now: float, one: _Sending | None = None) -> None:
-        """The pages of one of EXCHANGER's leases are in the device tier: send them."""
-        one = one or self._warming.pop(grant.lease)
-        self._send(one, grant.pages[one.pull.first_page :], now)
-        self.pool.free_mem(EXCHANGER, grant.lease)  # lent by now, or of no use
-
-    def _send(self, one: _Sending, pages: tuple[int, ...], now: float) -> None:
-        if not pages or any(tier_of(page) != Tier.DEVICE for page in pages):
-            self._refuse(one.to, one.pull, Failure.REFUSED, "none of the pages is here")
-            return
-        self._last += 1
-        one.order, one.pages = self._last, len(pages)
-        self._lend(one.lease)
-        self._sending[one.order] = one
-        private = one.pull.id.to_bytes(8, "little")
-        order = Order(one.to, one.order, pages, now + one.pull.remaining_s, self.granularity, private=private)
+    def push(self, sender: ActorId, call: Transfer, now: float) -> None:
+        """Begin a Transfer; ``pushing`` tells how it ended. Raises PoolError."""
+        if call.to == self.me or not self.outgoing.paths:
+            raise PoolError(PoolError.NO_PATH, f"pages do not move from {self.me} to {call.to}")
+        if len(self.outgoing) >= self.outgoing.sending_max:
+            raise PoolError(PoolError.QUEUE_FULL, f"{len(self.outgoing)} transfers are under way already")
+        order = self.pushing.order(next(self._orders), sender, call, now)
         self.outgoing.receive(self.me, order, now)
         self._pass_on(now)
 
-    def _reported(self, result: object) -> None:
-        number = getattr(result, "id", 0)
-        one = self._sending.pop(number)
-        self._take_back(one.lease)
+    def warm(self, grant: Grant, now: float) -> None:
+        """Pages that were brought in for a Pull are there."""
+        self.serving.warm(grant, now)
+        self._pass_on(now)
+
+    def _reported(self, result: TransferDone | TransferFailed) -> None:
         if isinstance(result, TransferDone):
             self.sent_bytes += result.nbytes
-        else:
-            failure, text = getattr(result, "failure", Failure.REFUSED), getattr(result, "message", "")
-            self._refuse(one.to, one.pull, failure, text)
-
-    def _refuse(self, to: ActorId, pull: Pull, failure: Failure, text: str) -> None:
-        self._actions.append(Send(to, PullRefused(pull.id, failure, text)))
+        if not self.pushing.reported(result):
+            self.serving.reported(result)
 
     # ---- inside --------------------------------------------------------------------------------------------
 
     def _bury(self, actors: set[ActorId]) -> None:
         for one in [one for one in self._fetches.values() if one.source.shard in actors]:
             self._fail(one, f"{one.source.shard} is gone")
-        for key in [key for key in self._pulls if key[0] in actors]:
-            del self._pulls[key]
+        self.serving.bury(actors)
 
     def _pass_on(self, now: float) -> None:
         """Turn what the transfer cores ask for into actions of this shard."""
@@ -399,15 +381,3 @@ class Exchange:
                         self._actions.append(action)
                     case _:
                         self._actions.append(Move(action))
-
-    def _lend(self, lease: int) -> None:
-        held = self.pool.leases.find(lease)
-        assert held is not None, f"lease {lease} is lent after its end"
-        held.lent += 1
-
-    def _take_back(self, lease: int) -> None:
-        held = self.pool.leases.find(lease)
-        assert held is not None and held.lent, f"lease {lease} was not lent"
-        held.lent -= 1
-        if not held.lent and held.owner == LENDER:
-            self.pool.free_mem(LENDER, lease)

@@ -17,6 +17,8 @@ class Grant:
     cached_tokens: int
     ready: bool = True
     """False while pages are brought in: :meth:`Pool.settle` says when they are there."""
+    found_pages: tuple[int, ...] = (0, 0, 0)
+    """The cached ones, by the tier in which they were found."""
 
 
 @attrs.frozen

@@ -57,6 +57,10 @@ class _Owner:
     leases: dict[int, Lease] = attrs.field(factory=dict)
 
 
+LACKING_S = 2.0
+"""How long a lease that was refused pages may take to ask again."""
+
+
 @attrs.define
 class Leases:
     """Every lease, by id and by owner. Times are the caller's clock, in seconds."""
@@ -66,6 +70,8 @@ class Leases:
     _next_id: int
     _by_id: dict[int, Lease] = attrs.field(factory=dict, init=False)
     _owners: dict[ActorId, _Owner] = attrs.field(factory=dict, init=False)
+    _lacking: dict[int, float] = attrs.field(factory=dict, init=False)
+    """Leases that were refused more pages: until when those that hold nothing yet come after them."""
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -76,7 +82,20 @@ class Leases:
     @property
     def deadline(self) -> float:
         """When the next owner falls silent, unless it is renewed; infinity when there is none."""
-        return min((owner.deadline for owner in self._owners.values()), default=math.inf)
+        silent = min((owner.deadline for owner in self._owners.values()), default=math.inf)
+        return min(silent, *self._lacking.values()) if self._lacking else silent
+
+    def lack(self, lease: int, now: float) -> None:
+        """There was no page for this lease; its owner asks again. What comes free goes to it, not to new leases."""
+        self._lacking[lease] = now + LACKING_S
+
+    def has_enough(self, lease: int) -> None:
+        """It has got them, or has ended."""
+        self._lacking.pop(lease, None)
+
+    def any_lacks(self, now: float) -> bool:
+        """Whether some lease was refused pages a moment ago and still wants them."""
+        return any(now < until and lease in self._by_id for lease, until in self._lacking.items())
 
     def renew(self, owner: ActorId, now: float) -> None:
         """The owner was heard from: everything it holds lives for another ``lease_s``."""
@@ -146,11 +165,13 @@ class Leases:
 
     def close(self, lease: Lease) -> None:
         """Forget a lease; its pages and its pin are the caller's to return."""
+        self.has_enough(lease.id)
         del self._by_id[lease.id]
         del self._owners[lease.owner].leases[lease.id]
 
     def silent(self, now: float) -> list[ActorId]:
         """Owners whose deadline has passed, with or without leases."""
+        self._lacking = {lease: until for lease, until in self._lacking.items() if now < until}
         return [actor for actor, owner in self._owners.items() if owner.deadline <= now]
 
     def drop(self, owner: ActorId) -> list[Lease]:

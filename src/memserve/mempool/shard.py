@@ -6,21 +6,23 @@ granted lease lives) and never a second grant, which nobody would know to free.
 An Acquire or a Match that finds the pool short waits in one bounded queue, granted strictly in order: a large one is not
 overtaken for ever by small ones. One whose pages must be brought in leaves the queue with its pages
 reserved, and is answered when the copy is over; those behind it do not wait for that. AllocMem and SwapIn never
-wait for pages, because whoever asks already holds some that others wait for.
+wait for others' pages, because whoever asks already holds some that others wait for. A lease that was refused pages comes before the
+queue when some come free, or whoever gave way to it would be granted the very pages that it gave up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar
 
 import attrs
 
 from memserve.actions import Action, CopyDone, Kill, Log, Overslept, Send, Stop
 from memserve.errors import PoolError
 from memserve.mempool.addresses import Address, Tier
-from memserve.mempool.answers import Answer, Replies
+from memserve.mempool.answers import Answer, Granting, Replies
 from memserve.mempool.audit import check_pool
+from memserve.mempool.copy_waits import CopyWaits, acquired
 from memserve.mempool.gauges import pool_gauges
 from memserve.mempool.grants import Grant, Reclaimed
 from memserve.mempool.pool import Pool
@@ -28,10 +30,8 @@ from memserve.mempool.publishing import Publisher
 from memserve.messages import ActorId, Cluster, Gone, Load, Message
 from memserve.pool_messages import (
     Acquire,
-    Acquired,
     Adopt,
     Adopted,
-    Allocated,
     AllocMem,
     Delete,
     DescribePool,
@@ -42,6 +42,7 @@ from memserve.pool_messages import (
     Insert,
     Inserted,
     Match,
+    Meet,
     PoolDescribed,
     PoolRefused,
     Prefetch,
@@ -58,23 +59,14 @@ PREFETCHER = ActorId("prefetch.0")
 
 
 @attrs.define
-class _Out:
-    """A SwapOut that is answered when its copies are over."""
-
-    sender: ActorId
-    call: int
-    copies: set[int]
-    pages: int = 0
-    """Moved so far."""
-
-
-@attrs.define
 class ShardCore:
     """One shard's calls, over the :class:`Pool` that it owns.
 
     Verbs: receive, advance, take, deadline, check.
     """
 
+    calls: ClassVar[Mapping[type[Any], Callable[..., Answer | None]]]
+    """What is done for each kind of call; None: it is answered later."""
     pool: Pool
     waiting_max: int = 1024
     """Calls that may wait for pages or copies; one more is refused with QUEUE_FULL."""
@@ -90,7 +82,7 @@ class ShardCore:
     """By (sender, call), the longest waiting first."""
     _loading: dict[int, tuple[ActorId, Waiting | SwapIn | None]] = attrs.field(factory=dict, init=False)
     """Calls whose pages are being brought in, by lease; None for a Prefetch."""
-    _outs: list[_Out] = attrs.field(factory=list, init=False)
+    _copy_waits: CopyWaits = attrs.field(init=False)
     _replies: Replies = attrs.field(init=False)
     _actions: list[Action] = attrs.field(factory=list, init=False)
     _pids: dict[ActorId, int] = attrs.field(factory=dict, init=False)
@@ -100,6 +92,7 @@ class ShardCore:
     def __attrs_post_init__(self) -> None:
         self._publisher = Publisher(self.pool.tree, self.schedulers)
         self._replies = Replies(self.remembered_max)
+        self._copy_waits = CopyWaits(self.pool)
 
     # ---- verbs ---------------------------------------------------------------------------------------------
 
@@ -126,9 +119,9 @@ class ShardCore:
                 self.pool.leases.excuse(now)
             case IndexWanted():
                 self._actions += self._publisher.snapshot(sender)
-            case Cluster():
-                pass  # sent to everyone; a shard has no use for it
-            case _ if type(message) in _CALLS:
+            case Cluster() | Meet():
+                pass  # the shell has noted it
+            case _ if type(message) in self.calls:
                 self._call(sender, message, now)
             case _:
                 data: dict[str, object] = {"sender": sender, "kind": type(message).__name__}
@@ -172,9 +165,7 @@ class ShardCore:
         for sender, call in self._waiting:
             assert not self._replies.remembers(sender, call), f"call {call} of {sender} is answered and waits"
         assert self._loading.keys() == self.pool.loading.keys(), "leases that load are filed wrongly"
-        assert all(copy in self.pool.room.swaps for out in self._outs for copy in out.copies), (
-            "a copy is lost"
-        )
+        self._copy_waits.check()
         self._replies.check()
 
     # ---- calls ---------------------------------------------------------------------------------------------
@@ -188,7 +179,7 @@ class ShardCore:
             self._actions += [Send(sender, again)] if again is not None else []
             return
         try:
-            answer = _CALLS[type(call)](self, sender, call, now)
+            answer = self.calls[type(call)](self, sender, call, now)
         except PoolError as refused:
             answer = PoolRefused(call.call, refused.code, refused.message)
         if answer is not None:
@@ -198,19 +189,16 @@ class ShardCore:
         return (
             (sender, call) in self._waiting
             or any(who == sender and held and held.call == call for who, held in self._loading.values())
-            or any(out.sender == sender and out.call == call for out in self._outs)
+            or self._copy_waits.has(sender, call)
         )
 
     @property
     def _unanswered(self) -> int:
         """Calls that wait, for pages or for copies."""
-        return len(self._waiting) + len(self._loading)
+        return len(self._waiting) + len(self._loading) + len(self._copy_waits)
 
-    def _alloc_mem(self, sender: ActorId, call: AllocMem, now: float) -> Answer:
-        if call.lease:
-            pages = self.pool.alloc_mem(sender, call.lease, call.pages, now, call.tier)
-            return Allocated(call.call, call.lease, pages)
-        return _acquired(call.call, self.pool.alloc_new(sender, call.scope, call.pages, call.tier, now))
+    def _alloc_mem(self, sender: ActorId, call: AllocMem, now: float) -> Answer | None:
+        return self._copy_waits.alloc(sender, call, now, may_wait=self._unanswered < self.waiting_max)
 
     def _insert(self, sender: ActorId, call: Insert, now: float) -> Answer:
         addresses = [Address(address) for address in call.addresses]
@@ -228,22 +216,21 @@ class ShardCore:
         return Freed(call.call, self.pool.evict(call.pages, call.tier))
 
     def _swap_out(self, sender: ActorId, call: SwapOut, now: float) -> Answer | None:
-        copies = set(self.pool.swap_out(call.pages, call.tier))
-        if not copies:
-            return Freed(call.call, 0)
-        self._outs.append(_Out(sender, call.call, copies))
-        return None
+        return self._copy_waits.swap_out(sender, call)
 
     def _describe(self, sender: ActorId, call: DescribePool, now: float) -> Answer:
         pool, home = self.pool, self.pool.home
         pages = tuple(pool.room.total(tier) for tier in Tier)
-        sizes = (pool.page_tokens, self.page_bytes, pages, self.arenas, pool.leases.lease_s)
+        me, lease_s = self.me or ActorId(""), pool.leases.lease_s
+        sizes = (pool.page_tokens, self.page_bytes, pages, self.arenas, me, lease_s)
         return PoolDescribed(call.call, home.shard, home.incarnation, *sizes)
 
     def _wait(self, sender: ActorId, call: Waiting, now: float) -> Answer | None:
         """Grant a call that may wait, unless it would overtake another."""
         if isinstance(call, Acquire):
-            self.pool.demand(call.tokens, call.extra_pages)  # what never fits must not stand in the queue
+            self.pool.demands.pages(
+                call.tokens, call.extra_pages
+            )  # what never fits must not stand in the queue
         if not self._waiting and self._unanswered < self.waiting_max:
             grant = self._try(sender, call, now)
             if grant is not None:
@@ -258,9 +245,11 @@ class ShardCore:
             raise PoolError(PoolError.QUEUE_FULL, f"{waiting} calls wait for pages already")
 
     def _try(self, sender: ActorId, call: Waiting, now: float) -> Grant | None:
+        if self.pool.leases.any_lacks(now):
+            return None
         match call:
-            case Acquire(_, scope, tokens, extra_pages, _):
-                return self.pool.acquire(sender, scope, tokens, extra_pages, now)
+            case Acquire(_, scope, tokens, extra_pages, _, swap_least):
+                return self.pool.acquire(sender, scope, tokens, extra_pages, now, swap_least)
             case Match(_, scope, tokens):
                 return self.pool.match(sender, scope, tokens, now)
 
@@ -272,12 +261,13 @@ class ShardCore:
         if not grant.ready:
             self._loading[grant.lease] = (sender, call)
             return None
-        return _acquired(call.call, grant)
+        return acquired(call.call, grant)
 
     # ---- going on ------------------------------------------------------------------------------------------
 
     def _go_on(self, now: float) -> None:
         """After every change: grant what can be granted now, keep some pages free, have copied what must move."""
+        self._reply_all(self._copy_waits.grown(now))
         self._grant_waiting(now)
         self.pool.room.balance()
         self._actions += self.pool.take_copies()
@@ -305,7 +295,7 @@ class ShardCore:
                 self._waiting = {(sender, call.call): call, **self._waiting}
         for grant in self.pool.settle():
             self._loaded(grant, now)
-        self._answer_outs(done.id, swaps.out_pages - moved)
+        self._reply_all(self._copy_waits.copied(done.id, swaps.out_pages - moved))
 
     def _lost(self, lease: int) -> tuple[ActorId, Waiting | SwapIn | None]:
         return self._loading.pop(lease)
@@ -316,14 +306,6 @@ class ShardCore:
             self.pool.free_mem(sender, grant.lease)
         elif (answer := self._granted(sender, call, grant, now)) is not None:
             self._reply(sender, answer)
-
-    def _answer_outs(self, copy: int, pages: int) -> None:
-        for out in [one for one in self._outs if copy in one.copies]:
-            out.copies.remove(copy)
-            out.pages += pages
-            if not out.copies:
-                self._outs.remove(out)
-                self._reply(out.sender, Freed(out.call, out.pages))
 
     def _prefetch(self, scope: str, tokens: bytes, source: Source | None, now: float) -> None:
         full = self._unanswered >= self.waiting_max
@@ -361,7 +343,7 @@ class ShardCore:
         """
         memory = self._replies.of(sender)
         answer = memory.answer(number)
-        lease = answer.lease if isinstance(answer, Acquired) else 0
+        lease = answer.lease if isinstance(answer, Granting) else 0
         for loading, (who, held) in self._loading.items():
             if who == sender and held is not None and held.call == number:
                 lease = loading
@@ -369,6 +351,7 @@ class ShardCore:
             self.pool.free_mem(sender, lease)
         self._loading.pop(lease, None)
         self._waiting.pop((sender, number), None)
+        self._copy_waits.withdraw(sender, number)
         memory.put(number, None)
         self._actions.append(Send(sender, Freed(number, 0)))
 
@@ -378,6 +361,10 @@ class ShardCore:
         self._replies.of(sender).put(answer.call, answer)
         self._actions.append(Send(sender, answer))
 
+    def _reply_all(self, answers: Iterable[tuple[ActorId, Answer]]) -> None:
+        for sender, answer in answers:
+            self._reply(sender, answer)
+
     def _forget(self, owner: ActorId) -> int:
         """Drop an owner's calls and the answers it was given; how many waited for pages."""
         self._replies.forget(owner)
@@ -385,7 +372,7 @@ class ShardCore:
         for key in waiting:
             del self._waiting[key]
         self._loading = {lease: held for lease, held in self._loading.items() if held[0] != owner}
-        self._outs = [out for out in self._outs if out.sender != owner]
+        self._copy_waits.forget(owner)
         return len(waiting)
 
     def _bury(self, actors: Iterable[ActorId]) -> None:
@@ -416,11 +403,7 @@ class ShardCore:
             self._actions.append(Log("warning", event, data))
 
 
-def _acquired(call: int, grant: Grant) -> Acquired:
-    return Acquired(call, grant.lease, grant.pages, grant.cached_tokens)
-
-
-_CALLS: dict[type[Any], Callable[[ShardCore, ActorId, Any, float], Answer | None]] = {
+ShardCore.calls = {
     Acquire: ShardCore._wait,
     Match: ShardCore._wait,
     AllocMem: ShardCore._alloc_mem,

@@ -1,4 +1,4 @@
-"""Changes to a running worker, asked for by an operator: another role, or to drain and leave.
+"""Changes to a running worker, asked for by an operator or a scheduler: another role, or to drain and leave.
 
 A change is a state that is wanted, not an event: it may be sent any number of times, and it is in force when the
 scheduler's view of the cluster shows it. The worker alone changes; placements follow what it reports, and requests
@@ -15,13 +15,20 @@ from memserve.errors import RequestFailed
 from memserve.messages import ActorId, Change, Member, actor_name
 from memserve.scheduling.membership import pairs
 
-ROLES = ("prefill", "decode", "both")
+HAND = "hand"
+SCHEDULER = "scheduler"
+"""Who gives roles. An operator's choice stays until the operator gives the role back (``auto``)."""
 
 
 def changed(member: Member, change: Change) -> Member:
     """The worker as the change wants it; the member itself when that is so already."""
-    state = "draining" if change.drain else member.state
-    return attrs.evolve(member, role=change.role or member.role, state=state)
+    if change.drain:
+        member = attrs.evolve(member, state="draining")
+    if not change.role or (change.by == SCHEDULER and member.role_by == HAND):
+        return member
+    if change.role == "auto":
+        return attrs.evolve(member, role=member.role_configured or member.role, role_by="")
+    return attrs.evolve(member, role=change.role, role_by=change.by)
 
 
 def find_worker(name: str, change: Change, members: Iterable[Member]) -> Member:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import attrs
 
 from memserve.actions import Action, Stop
-from memserve.messages import ActorId, Cluster, Gone, Message, actor_name
+from memserve.costs import StepCosts
+from memserve.messages import ActorId, Cluster, Gone, Member, Message, actor_name
 
 
 @attrs.define
@@ -16,6 +17,8 @@ class JoiningCore:
     shard: str
     found: ActorId | None = None
     """The shard to attach to, once a scheduler knows it as ready."""
+    at_work: StepCosts | None = None
+    """What steps cost a worker of the shard that has requests at present; None while none of them has."""
     _actions: list[Action] = attrs.field(factory=list, init=False)
 
     def receive(self, sender: ActorId, message: Message, now: float) -> None:
@@ -25,9 +28,12 @@ class JoiningCore:
                 self._actions.append(Stop(f"the shard {self.found} died while this worker started"))
             case Gone(actors) if self.me in actors:
                 self._actions.append(Stop("fenced off: the cluster holds this worker for dead"))
-            case Cluster(_, members) if self.found is None:
+            case Cluster(_, members):
+                near = [one for one in members if actor_name(one.shard) == self.shard]
+                self.at_work = next((one.costs for one in near if one.costs and _has_requests(one)), None)
                 shards = (one for one in members if one.kind == "MemPoolShard" and one.state == "ready")
-                self.found = next((one.id for one in shards if actor_name(one.id) == self.shard), None)
+                home = next((one.id for one in shards if actor_name(one.id) == self.shard), None)
+                self.found = self.found or home
 
     def advance(self, now: float) -> None:
         """Nothing here waits for time."""
@@ -48,3 +54,7 @@ class JoiningCore:
 
     def undeliverable(self, to: ActorId, message: Message, now: float) -> None:
         """It sends nothing of its own."""
+
+
+def _has_requests(worker: Member) -> bool:
+    return any(worker.load.get(name) for name in ("requests_running", "requests_waiting"))

@@ -65,10 +65,11 @@ class Membership:
             replaced = tuple(one for one in self.members if actor_name(one) == name)
         self.members[member.id] = member
         self._heard_at[member.id] = now
-        if member.shard and member.shard not in self._gone:
-            # Its shard may have died with the last scheduler, which alone was told: then its silence begins here.
-            self._heard_at.setdefault(member.shard, now)
-        changed = known is None or attrs.evolve(known, load={}) != attrs.evolve(member, load={})
+        for one in (*filter(None, (member.shard,)), *member.needs):
+            if one not in self._gone:
+                # It may have died with the last scheduler, which alone was told: then its silence begins here.
+                self._heard_at.setdefault(one, now)
+        changed = known is None or _lasting(known) != _lasting(member)
         return changed, replaced
 
     def is_gone(self, actor: ActorId) -> bool:
@@ -111,3 +112,8 @@ class Membership:
         member = self.members.get(actor)  # none yet, of one that only others have named
         starting = member is not None and member.state == "starting"
         return self._heard_at[actor] + (DEAD_STARTING_S if starting else DEAD_AFTER_S)
+
+
+def _lasting(member: Member) -> Member:
+    """What of a member changes seldom."""
+    return attrs.evolve(member, load={}, needs=())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import attrs
@@ -73,9 +74,9 @@ class Presence:
         """Whether a report should go out now."""
         return now >= self.deadline
 
-    def report(self, now: float, load: dict[str, float]) -> list[Send]:
+    def report(self, now: float, load: dict[str, float], needs: tuple[ActorId, ...] = ()) -> list[Send]:
         """The report for everyone concerned; the next is due an interval later."""
-        self.member = attrs.evolve(self.member, load=load)
+        self.member = attrs.evolve(self.member, load=load, needs=needs)
         self._reported_at, self.deadline = now, now + HEARTBEAT_S
         return [Send(one, Load(self.member)) for one in (*self.schedulers, *self.also)]
 
@@ -109,6 +110,8 @@ class Reporting:
 
     core: Core
     presence: Presence
+    needs: Callable[[], tuple[ActorId, ...]] = tuple
+    """Whose death must not go unannounced, see :class:`~memserve.messages.Member`."""
     _reports: list[Send] = attrs.field(factory=list, init=False)
     _wakefulness: Wakefulness = attrs.field(factory=Wakefulness, init=False)
 
@@ -122,7 +125,7 @@ class Reporting:
             self.core.receive(self.presence.member.id, Overslept(), now)
         self.core.advance(now)
         if self.presence.due(now):
-            self._reports += self.presence.report(now, self.core.gauges())
+            self._reports += self.presence.report(now, self.core.gauges(), self.needs())
 
     def take(self) -> list[Action]:
         """The core's actions, then the report that is due."""

@@ -1,8 +1,8 @@
 """The core of the GlobalScheduler: knows who is there, places requests, announces the dead.
 
-It keeps no request: a plan leaves with the request, and a scheduler that restarts has forgotten nothing that
-others need. What it holds are plans already made (to answer a repeated Submit alike) and requests that no
-worker can take yet.
+A plan leaves with its request, and a scheduler that restarts has forgotten nothing that others need: it keeps the plans
+already made (to answer a repeated Submit alike) and the requests for which no worker has room yet (:mod:`~memserve.scheduling.admission`),
+which their Frontends keep too, and submit again.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from memserve.messages import (
     Cluster,
     Finished,
     Gone,
+    Inquire,
+    Inquired,
     Load,
     Member,
     Message,
@@ -27,36 +29,34 @@ from memserve.messages import (
     Planned,
     Prefill,
     Rejected,
+    Request,
     Submit,
 )
 from memserve.pool_messages import IndexDelta, IndexSnapshot
+from memserve.scheduling.admission import Admission, Refusal, Wish
 from memserve.scheduling.fleet import Fleet
 from memserve.scheduling.global_tree import Match
 from memserve.scheduling.index_feed import IndexFeed
 from memserve.scheduling.membership import Membership
+from memserve.scheduling.outlook import first_token_s, is_open, room, run_s
+from memserve.scheduling.outputs import OutputLengths
 from memserve.scheduling.policies import Choice, Policy
 from memserve.scheduling.presence import HEARTBEAT_S, Wakefulness
+from memserve.scheduling.roles import Roles
 from memserve.scheduling.ttl_index import TtlIndex
+from memserve.tokens import count
 
-PLANS_REMEMBERED = 10_000
-"""Plans kept to answer repeated Submits."""
-HELD_MAX = 1_024
-"""Requests held while no worker is ready; beyond it they are rejected at once."""
-HELD_S = 60.0
-"""Longest time a request is held so."""
+PLANS_REMEMBERED = 50_000
+"""Plans kept to answer repeated Submits and questions: at 5,000 a second those of the last ten seconds."""
 AGAIN_S = 5.0
 """How often everyone is sent the view again, in case a change was lost; less often in a large cluster."""
 AGAIN_S_MAX = 20.0
+SMALL = 100
+"""Members of a cluster in which every change is told at once. In a larger one those that come soon after are told together."""
+CHANGES_MEMBERS_A_SECOND = 10_000
+"""Members for which changes are told each second, at most: each view names all of them, to all of them."""
 MEMBERS_A_SECOND = 20
 """Members for which the view is sent again each second, on average."""
-
-
-@attrs.frozen
-class Held:
-    """A Submit that waits for a worker."""
-
-    submit: Submit
-    until: float
 
 
 @attrs.define
@@ -67,12 +67,22 @@ class SchedulerCore:
     policy_name: str
     policy: Policy
     index: IndexFeed | TtlIndex = attrs.field(factory=IndexFeed)
+    admission: Admission = attrs.field(factory=Admission)
+    hold_back_s: float = float("inf")
+    """Requests wait here while every worker's prompts take longer than this to run; see ``[scheduler]``."""
     membership: Membership = attrs.field(factory=Membership, init=False)
     fleet: Fleet = attrs.field(factory=Fleet, init=False)
+    roles: Roles = attrs.field(factory=Roles)
     counters: dict[str, float] = attrs.field(factory=dict, init=False)
     _plans: OrderedDict[tuple[str, int], Planned] = attrs.field(factory=OrderedDict, init=False)
-    _held: OrderedDict[tuple[str, int], Held] = attrs.field(factory=OrderedDict, init=False)
+    _lengths: OutputLengths = attrs.field(factory=OutputLengths, init=False)
+    _room_at: float = attrs.field(default=float("inf"), init=False)
+    """When a worker will have room for what waits."""
+    _served: bool = attrs.field(default=False, init=False)
+    """Some worker is ready, as far as what waits has found out."""
     _actions: list[Action] = attrs.field(factory=list, init=False)
+    _told_at: float = attrs.field(default=float("-inf"), init=False)
+    """When everyone was sent a view last."""
     _publish_at: float = attrs.field(default=0.0, init=False)
     _wakefulness: Wakefulness = attrs.field(factory=Wakefulness, init=False)
     _again_at: float = attrs.field(default=0.0, init=False)
@@ -86,14 +96,15 @@ class SchedulerCore:
             handler(self, sender, message, now)
 
     def advance(self, now: float) -> None:
-        """Declare the silent dead, reject what was held too long, publish the view."""
+        """Declare the silent dead, place or refuse what waits, publish the view."""
         if self._wakefulness.overslept(now):
             self.membership.excuse(now)
+            self.admission.excuse(now)
         self._bury(self.membership.silent(now), "silent", now)
-        for key, held in list(self._held.items()):
-            if now >= held.until:
-                del self._held[key]
-                self._reject(held.submit, f"no worker became ready within {HELD_S:.0f} s")
+        if len(self.admission):
+            self._place_held(now)
+            for refusal in self.admission.advance(self._served, now):
+                self._refuse(refusal)
         if now >= self._publish_at:
             self._publish_at = now + HEARTBEAT_S
             self._publish(self._listeners(now), now)
@@ -106,7 +117,7 @@ class SchedulerCore:
     @property
     def deadline(self) -> float:
         """When ``advance`` must be called next."""
-        held = min((one.until for one in self._held.values()), default=float("inf"))
+        held = min(self.admission.deadline, self._room_at) if len(self.admission) else float("inf")
         publish = self._publish_at if self.membership.members else float("inf")
         return min(held, publish, self.membership.deadline)
 
@@ -115,16 +126,19 @@ class SchedulerCore:
         assert not any(self.membership.is_gone(one) for one in self.membership.members), (
             "a dead member is listed"
         )
-        assert not self._held.keys() & self._plans.keys(), "a request both planned and held"
+        self.admission.check()
+        assert not any(one.key in self._plans for one in self.admission.queue), (
+            "a request both planned and held"
+        )
 
     def gauges(self) -> dict[str, float]:
         """Load and counters for the view that it publishes."""
         index = self.index
         return {
-            "requests_held": float(len(self._held)),
             "index_events_total": float(index.events),
             "index_gaps_total": float(index.gaps),
             "index_pages": float(sum(index.tree.pages.values())),
+            **self.admission.gauges(),
             **self.counters,
         }
 
@@ -138,15 +152,71 @@ class SchedulerCore:
                 Send(sender, planned),
                 Send(planned.plan.prefill, Prefill(message.request, planned.plan)),
             ]
-        elif not self._place(message, now) and key not in self._held:
-            if len(self._held) >= HELD_MAX:
-                self._reject(message, f"{HELD_MAX} requests wait for a worker already")
-            else:
-                self._held[key] = Held(message, now + HELD_S)
+        elif self.admission.wanted(key, now):
+            self._actions.append(Send(sender, Inquired(*key, held=True)))
+        else:
+            self._admit(message, now)
 
-    def _place(self, message: Submit, now: float) -> bool:
-        request = message.request
+    def _on_inquire(self, sender: ActorId, message: Inquire, now: float) -> None:
+        """Its Frontend was told that a request waits, and nothing since."""
+        key = (message.request, message.attempt)
+        planned = self._plans.get(key)
+        waits = Inquired(*key, held=self.admission.wanted(key, now))
+        self._actions.append(Send(sender, planned or waits))
+
+    def _admit(self, submit: Submit, now: float) -> None:
+        """Place a request at once where a worker has room and none waits before it; else let it wait, or refuse it."""
+        request, again = submit.request, submit.request.attempt > 0
         match = self.index.match(request.scope, request.tokens, now)
+        at_once = again or (not len(self.admission) and is_open(self.fleet, self.hold_back_s, now))
+        if at_once and not again and request.ttft_s is not None:
+            soonest = first_token_s(self.fleet, match, count(request.tokens), now)
+            if submit.age_s + soonest > request.ttft_s:
+                self._refuse(self.admission.late(submit, soonest))
+                return
+        if not (at_once and self._place(request, match, now)):
+            self._hold(submit, match, now)
+
+    def _hold(self, submit: Submit, match: Match, now: float) -> None:
+        request, tokens = submit.request, count(submit.request.tokens)
+        wish = Wish(
+            submit,
+            tokens + self._lengths.expect(request),
+            run_s(self.fleet, match, tokens),
+            first_token_s(self.fleet, match, tokens, now),
+        )
+        refusal = self.admission.ask(wish, len(self.fleet.prefills.every.keys), now)
+        if refusal is not None:
+            self._refuse(refusal)
+            return
+        self._actions.append(Send(request.frontend, Inquired(request.id, request.attempt, held=True)))
+        waiting = len(self.admission)
+        self._log("info", "request held", request=request.id, attempt=request.attempt, waiting=waiting)
+
+    def _place_held(self, now: float) -> None:
+        """Place what waits, in its order, while a worker has room."""
+        self._room_at = float("inf")
+        while len(self.admission):
+            here = room(self.fleet, self.hold_back_s, now)
+            self._served = here.served
+            if not here.open:
+                self._room_at = here.at
+                return
+            one = self.admission.queue.first()
+            request = one.submit.request
+            match = self.index.match(request.scope, request.tokens, now)
+            soonest = now
+            if one.by < float("inf"):
+                soonest = now + first_token_s(self.fleet, match, count(request.tokens), now)
+            if soonest > one.by:
+                self._refuse(self.admission.refuse_first(one, soonest - now, now))
+            elif self._place(request, match, now, held_ms=(now - one.since) * 1e3):
+                self.admission.served(one, now)
+            else:
+                self._served = False
+                return
+
+    def _place(self, request: Request, match: Match, now: float, **said: object) -> bool:
         choice = self.policy.choose(self.fleet, request, match, now)
         if choice is None:
             return False
@@ -162,24 +232,29 @@ class SchedulerCore:
             self._plans.popitem(last=False)
         self._actions += [Send(plan.prefill, Prefill(request, plan)), Send(request.frontend, planned)]
         self._count("requests_placed_total")
-        data = {"request": request.id, "attempt": request.attempt, "policy": self.policy_name}
+        data = {"request": request.id, "attempt": request.attempt, "policy": self.policy_name, **said}
         self._log("info", "request placed", **data, **_explained(choice, match))
         return True
 
-    def _reject(self, message: Submit, text: str) -> None:
-        request = message.request
-        answer = Rejected(request.id, request.attempt, "no_capacity", text, 503, retry_after_s=2.0)
-        self._actions.append(Send(request.frontend, answer))
-        self._count("requests_rejected_total")
-        self._log("warning", "request rejected", request=request.id, attempt=request.attempt, reason=text)
+    def _refuse(self, refusal: Refusal) -> None:
+        answer = Rejected(
+            refusal.submit.request.id,
+            refusal.submit.request.attempt,
+            refusal.code,
+            refusal.message,
+            refusal.status,
+            refusal.retry_after_s,
+        )
+        self._actions.append(Send(refusal.submit.request.frontend, answer))
+        self._log("warning", "request refused", **self.admission.explain(refusal))
 
     def _on_finished(self, sender: ActorId, message: Finished, now: float) -> None:
         self.policy.learn(message.scope, message.output_tokens)
+        self._lengths.learn(message.scope, message.output_tokens)
 
     def _on_cancel(self, sender: ActorId, message: Cancel, now: float) -> None:
         """From a Frontend that knows no plan yet; one that was made meanwhile is followed by the Cancel."""
-        for attempt in range(message.attempt + 1):
-            self._held.pop((message.request, attempt), None)
+        self.admission.withdraw(message.request, message.attempt, now)
         planned = self._plans.get((message.request, message.attempt))
         if planned is not None:
             workers = dict.fromkeys((planned.plan.prefill, planned.plan.decode))
@@ -199,16 +274,21 @@ class SchedulerCore:
         joined = member.id not in self.membership.members
         changed, replaced = self.membership.hear(member, now)
         self.fleet.heard(member, now)
+        if member.role:
+            self._actions += self.roles.heard(member, now)
         self._bury(replaced, "replaced", now)
         if joined:
             self._log(
                 "info", "member joined", member=member.id, member_kind=member.kind, member_pid=member.pid
             )
+        if missed := tuple(one for one in member.needs if self.membership.is_gone(one)):
+            self._actions.append(Send(member.id, Gone(missed)))
         if member.kind == "MemPoolShard":
             published = int(member.load.get("index_published_total", 0))
             self._actions += self.index.reported(member.id, published, now)
         if changed:
-            self._publish(list(self.membership.members), now)
+            self._tell_all(now)
+        if len(self.admission):
             self._place_held(now)
 
     def _on_index_delta(self, sender: ActorId, message: IndexDelta, now: float) -> None:
@@ -216,12 +296,6 @@ class SchedulerCore:
 
     def _on_index_snapshot(self, sender: ActorId, message: IndexSnapshot, now: float) -> None:
         self._actions += self.index.snapshot(sender, message, now)
-
-    def _place_held(self, now: float) -> None:
-        for key, held in list(self._held.items()):
-            if not self._place(held.submit, now):
-                break
-            del self._held[key]
 
     def _on_died(self, sender: ActorId, message: Died, now: float) -> None:
         self._bury((message.actor,), "died", now)
@@ -237,9 +311,7 @@ class SchedulerCore:
             self.fleet.forget(one)
             self.index.forget(one)
         frontends = {one.id for one in known if one is not None and one.kind == "Frontend"}
-        for key, held in list(self._held.items()):
-            if held.submit.request.frontend in frontends:
-                del self._held[key]
+        self.admission.forget_frontends(frontends, now)
         self._count("members_gone_total", len(gone))
         for member in self.membership.members:
             self._actions.append(Send(member, Gone(gone)))
@@ -255,11 +327,20 @@ class SchedulerCore:
             return list(members)
         return [one.id for one in members.values() if one.kind == "Frontend" or one.state == "starting"]
 
+    def _tell_all(self, now: float) -> None:
+        """Something about a member has changed."""
+        number = len(self.membership.members)
+        next_at = self._told_at + number / CHANGES_MEMBERS_A_SECOND
+        if number <= SMALL or now >= next_at:
+            self._told_at = now
+            self._publish(list(self.membership.members), now)
+        else:
+            self._publish_at, self._again_at = min(self._publish_at, next_at), now
+
     def _publish(self, to: list[ActorId], now: float) -> None:
         me = attrs.evolve(self.me, load=self.gauges())
-        view = Cluster(
-            self.me.id, (me, *self.membership.members.values()), self.membership.recently_gone(now)
-        )
+        members = map(self.roles.seen, self.membership.members.values())
+        view = Cluster(self.me.id, (me, *members), self.membership.recently_gone(now))
         self._actions += [Send(one, view) for one in to]
 
     def undeliverable(self, to: ActorId, message: Message, now: float) -> None:
@@ -300,6 +381,7 @@ def _explained(choice: Choice, match: Match) -> dict[str, object]:
 
 _HANDLERS: dict[type[Any], Callable[[SchedulerCore, ActorId, Any, float], None]] = {
     Submit: SchedulerCore._on_submit,
+    Inquire: SchedulerCore._on_inquire,
     Cancel: SchedulerCore._on_cancel,
     Finished: SchedulerCore._on_finished,
     Load: SchedulerCore._on_load,

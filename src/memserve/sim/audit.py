@@ -18,8 +18,9 @@ from memserve.sim.cluster import Cluster
 from memserve.sim.world import Actor, Violation
 from memserve.tokens import count
 
-SETTLE_S = 30.0
-"""How long after the last request pools may take to be idle and schedulers to know the index: leases of the dead end by then."""
+SETTLE_S = 45.0
+"""How long after the last request pools may take to be idle and schedulers to know the index: leases of the dead end by then,
+and so does the quarantine of what a dead card may still write to."""
 
 
 @attrs.define(eq=False)
@@ -51,6 +52,8 @@ class Audit:
             core.check()
         except AssertionError as broken:
             raise Violation(f"{actor.id}: {broken}") from broken
+        if isinstance(core, ShardCore):
+            self.cluster.arenas.check_index(actor.id, core.pool)
 
     def settled(self) -> str:
         """What is not yet as it must be when nobody wants anything; empty when all is."""
@@ -58,7 +61,7 @@ class Audit:
             actor, core = self.cluster.world.actors.get(name), self.cluster.cores.get(name)
             if actor is None or core is None:
                 return f"{name} does not live"
-            trouble = _trouble(core)
+            trouble = _trouble(core, self.cluster.world.now)
             if trouble:
                 return f"{name} {trouble}"
         return self._feed()
@@ -107,7 +110,7 @@ def wrong(tree: GlobalTree, id: ActorId, shard: ShardCore) -> bool:
     return tree.pages.get(id, 0) != truth.pages_total
 
 
-def _trouble(core: object) -> str:
+def _trouble(core: object, now: float) -> str:
     match core:
         case ShardCore(pool=pool):
             if len(pool.leases):
@@ -116,7 +119,8 @@ def _trouble(core: object) -> str:
         case WorkerCore():
             return "" if core.idle else "still holds requests"
         case FrontendCore():
-            return "" if core.idle and core.healthy() else "is not healthy"
+            health = core.health(now)
+            return health.reason if core.idle else "still has requests open"
         case SchedulerCore():
             return (
                 f"still holds {core.gauges()['requests_held']:.0f} requests"

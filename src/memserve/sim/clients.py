@@ -11,8 +11,10 @@ from memserve.actions import Deliver, Log
 from memserve.errors import RequestFailed
 from memserve.journal import FrontendCore
 from memserve.messages import Request, Sampling
+from memserve.scheduling.admission import ADMISSION_CODES
 from memserve.sim.cluster import Cluster
 from memserve.sim.engines import drawn_token, next_token
+from memserve.sim.pages import content_of
 from memserve.sim.workloads import Session, Turn
 from memserve.sim.world import Actor, Violation
 from memserve.tokens import TOKEN_BYTES, count, pack
@@ -35,6 +37,8 @@ class Call:
     """When the client first wanted to ask."""
     frontend: Actor | None = None
     answer: bytes = b""
+    content: bytes = b""
+    """What pages must hold for the prompt and the answer so far, where that is looked at."""
     first_at: float = 0.0
     last_at: float = 0.0
     cached_tokens: int = 0
@@ -94,7 +98,9 @@ class Clients:
 
     def _ask(self, session: Session, number: int, before: bytes) -> None:
         id = f"{session.id}/{number}"
-        prompt = before + b"".join(piece.make(self.seed) for piece in session.turns[number].pieces)
+        turn = session.turns[number]
+        asked = b"".join(piece.make(self.seed) for piece in turn.pieces)
+        prompt = asked if turn.fresh else before + asked
         call = Call(id, session, number, prompt, zlib.crc32(id.encode()), self.cluster.world.now)
         self.waiting -= 1
         self.calls.append(call)
@@ -113,7 +119,7 @@ class Clients:
         call.frontend = actor
         request = Request(
             call.id, 0, actor.id, call.session.scope, call.prompt, count(call.prompt), call.turn.output, (),
-            Sampling(0.0, seed=call.seed),
+            Sampling(0.0, seed=call.seed), call.session.priority, call.session.ttft_s,
         )  # fmt: skip
         world.note("ask", call.id, actor.id)
         try:
@@ -160,6 +166,8 @@ class Clients:
             call.answer += pack(delivery.tokens)
             call.cached_tokens = delivery.cached_tokens
         if delivery.failure is not None:
+            if call.answer and delivery.failure.code in ADMISSION_CODES:
+                raise Violation(f"{call.id} was refused with {delivery.failure.code} after it had begun")
             self._end(call, delivery.failure.code)
         elif delivery.finish is not None:
             if count(call.answer) != call.turn.output:
@@ -171,7 +179,8 @@ class Clients:
         sequence = call.prompt + call.answer
         for token in tokens:
             if self.cluster.pages_checked:
-                expected = next_token(sequence, call.seed)
+                call.content += content_of(sequence[len(call.content) :], call.content)
+                expected = next_token(call.content, call.seed)
             else:
                 expected = drawn_token(sequence[-TOKEN_BYTES:], count(sequence), call.seed)
             if token != expected:

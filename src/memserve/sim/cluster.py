@@ -6,17 +6,20 @@ from collections.abc import Callable
 
 import attrs
 
-from memserve.actions import BatchDone, Copy, CopyDone, Deliver, Died, Kill, RunBatch
+from memserve.actions import BatchDone, Copy, CopyDone, Deliver, Died, Kill, Move, RunBatch
 from memserve.engine.batching import BatchLimits, WorkerSettings
 from memserve.engine.plans import BatchPlan, BatchResult
 from memserve.engine.worker import WorkerCore
 from memserve.journal import FrontendCore
 from memserve.lifecycle import RestartPolicy
-from memserve.mempool.addresses import Home, Tier, slot, tier_of
+from memserve.mempool.addresses import Home, Tier, tier_of
+from memserve.mempool.exchange import Exchange
+from memserve.mempool.exchanging import ExchangingShard
 from memserve.mempool.pool import Pool
 from memserve.mempool.room import Capacity
 from memserve.mempool.shard import ShardCore
 from memserve.messages import ActorId, Member
+from memserve.scheduling.admission import Admission
 from memserve.scheduling.cost_model import CostModel
 from memserve.scheduling.global_tree import GlobalTree
 from memserve.scheduling.index_feed import IndexFeed
@@ -26,8 +29,11 @@ from memserve.scheduling.pricing import POLICIES, Cost
 from memserve.scheduling.scheduler import SchedulerCore
 from memserve.sim.engines import DrawEngine, Engine, PageEngine, shape
 from memserve.sim.layout import RETIRE, Layout, ShardPlan, Times, WorkerPlan
+from memserve.sim.movers import Movers
+from memserve.sim.pages import Arenas
 from memserve.sim.world import Actor, Violation, World
 from memserve.tokens import TOKEN_BYTES
+from memserve.transfer.values import Geometry, Way
 
 SHARD_WAIT_S = 60.0
 """How long a starting worker waits for its shard before it asks to be restarted, as a real one."""
@@ -61,14 +67,17 @@ class Cluster:
     """Whether a page is read back wrongly from disk."""
     noise: dict[str, float] = attrs.field(factory=dict)
     """What the seconds of each worker's steps are multiplied by."""
+    crowding: float = 0.0
+    """By which share each other worker in a step makes a step longer: 1 where all workers run on the same cores."""
     cores: dict[str, object] = attrs.field(factory=dict)
     """The cores themselves, without their heartbeats, by name."""
     busy: dict[str, Busy] = attrs.field(factory=dict)
     deaths: int = 0
     fenced: int = 0
-    _arenas: dict[ActorId, dict[int, bytearray]] = attrs.field(factory=dict)
-    _writing: dict[tuple[ActorId, int], ActorId] = attrs.field(factory=dict)
-    """Pages that a step under way will write to, and whose step it is."""
+    arenas: Arenas = attrs.field(init=False)
+    movers: Movers = attrs.field(init=False)
+    _stepping: dict[str, float] = attrs.field(factory=dict)
+    """When each worker's last step ends."""
     _policies: dict[str, RestartPolicy] = attrs.field(factory=dict)
     _ready_at: dict[ActorId, float] = attrs.field(factory=dict)
     _copiers: dict[tuple[ActorId, bool], float] = attrs.field(factory=dict)
@@ -78,6 +87,10 @@ class Cluster:
 
     def __attrs_post_init__(self) -> None:
         self.world.kill = self.kill
+        self.arenas = Arenas(self.layout.page_tokens * TOKEN_BYTES, self.pages_checked)
+        size, token_bytes = self.layout.page_bytes, self.costs.steps.token_bytes
+        timed = token_bytes * self.layout.page_tokens or size
+        self.movers = Movers(self.world, self.arenas, size, timed, self.costs.links, self.cores.get)
         for name in self.layout.scheduler_names:
             self._start[name] = lambda name=name: self._start_scheduler(name)  # type: ignore[misc]
         for shard in self.layout.shards:
@@ -105,8 +118,8 @@ class Cluster:
             return
         self.world.remove(actor)
         del self.cores[actor.name]
-        self._arenas.pop(actor.id, None)
-        self._writing = {page: who for page, who in self._writing.items() if who != actor.id}
+        self.movers.drop(actor)
+        self.arenas.drop(actor.id)
         self.deaths += 1
         self.lost(actor)
         self.world.after(self.times.death_told_s, self._announce, Died(actor.id))
@@ -126,7 +139,7 @@ class Cluster:
         return ActorId(f"{name}.{self._incarnations:08x}")
 
     def _presence(self, id: ActorId, kind: str, role: str = "") -> Presence:
-        me = Member(id, kind, f"sim://{id}", self._incarnations, "starting", role)
+        me = Member(id, kind, f"sim://{id}", self._incarnations, "starting", role, role_configured=role)
         return Presence(me, tuple(seed_id(name) for name in self.layout.scheduler_names))
 
     def _ready(self, actor: Actor, presence: Presence) -> None:
@@ -145,8 +158,13 @@ class Cluster:
         id = self._id(name)
         me = Member(id, "GlobalScheduler", f"sim://{id}", self._incarnations, "ready")
         kind, index = self.layout.policy, IndexFeed(GlobalTree(self.layout.page_tokens))
-        policy = Cost(self.layout.weights) if kind == "cost" else POLICIES[kind]()
-        core = self.cores[name] = SchedulerCore(me, self.layout.policy, policy, index)
+        movable = len(self.layout.shards) > 1
+        weights = attrs.evolve(self.layout.weights, fetch=movable, path=self.layout.path)
+        policy = Cost(weights, self.costs.links) if kind == "cost" else POLICIES[kind]()
+        admission = Admission(self.layout.held_max)
+        core = self.cores[name] = SchedulerCore(
+            me, self.layout.policy, policy, index, admission, self.layout.hold_back_s
+        )
         self._ready_at[id] = self.world.now
         self.world.start(Actor(id, me.kind, core))
 
@@ -167,15 +185,14 @@ class Cluster:
         sizes = Capacity(plan.pages, plan.host_pages, plan.disk_pages, layout.swap_low, layout.swap_high)
         home = Home([one.name for one in layout.shards].index(plan.name), self._incarnations)
         pool = Pool(sizes, layout.page_tokens, layout.lease_s, caching=layout.caching != "off", home=home)
-        core = self.cores[plan.name] = ShardCore(
-            pool, schedulers=presence.schedulers, page_bytes=layout.page_bytes, me=id
+        exchange = Exchange(pool, id, Geometry(layout.page_bytes, 1), "host", self._incarnations)
+        exchange.open((layout.path,), (Way(layout.path, id),))
+        core = self.cores[plan.name] = ExchangingShard(
+            pool, schedulers=presence.schedulers, page_bytes=layout.page_bytes, me=id, exchange=exchange
         )
-        if self.pages_checked:
-            counts = zip(Tier, (plan.pages, plan.host_pages, plan.disk_pages), strict=True)
-            width = layout.page_tokens * TOKEN_BYTES
-            slots = [slot(tier, page) for tier, pages in counts for page in range(pages)]
-            self._arenas[id] = {one: bytearray(width) for one in slots}
-        actor = Actor(id, "MemPoolShard", Reporting(core, presence))
+        self.arenas.open(id, plan)
+        actor = Actor(id, "MemPoolShard", Reporting(core, presence, core.needs))
+        actor.perform[Move] = lambda move: self.movers.perform(actor, move.order)
         actor.perform[Kill] = self._fence
         actor.perform[Copy] = lambda copy: self._copy(actor, copy)
         self.world.start(actor)
@@ -204,14 +221,13 @@ class Cluster:
         if shard.paused:
             shard.held.append(lambda: self._copied(shard, copy))
             return
-        arena, bad = self._arenas.get(shard.id), []
+        bad = []
         for source, target, pages in copy.runs:
+            self.arenas.copy(shard.id, range(source, source + pages), shard.id, range(target, target + pages))
             for i in range(pages):
-                damaged = tier_of(source) == Tier.DISK and self.damaged(source + i)
-                if damaged:
+                if tier_of(source) == Tier.DISK and self.damaged(source + i):
                     bad.append(source + i)
-                if arena is not None:
-                    arena[target + i][:] = bytes(len(arena[target + i])) if damaged else arena[source + i]
+                    self.arenas.spoil(shard.id, (target + i,))
         self.world.tell(shard, CopyDone(copy.id, tuple(bad)))
 
     # ---- workers -------------------------------------------------------------------------------------------
@@ -249,13 +265,16 @@ class Cluster:
             return
         layout = self.layout
         limits = BatchLimits(layout.chunk_tokens, layout.rows)
-        settings = WorkerSettings(limits, layout.page_tokens, layout.max_context, RETIRE[layout.caching])
+        settings = WorkerSettings(
+            limits, layout.page_tokens, layout.max_context, RETIRE[layout.caching], layout.fetch_s,
+            returns=layout.caching == "3",
+        )  # fmt: skip
         core = self.cores[actor.name] = WorkerCore(presence, shard, settings)
         presence.also = (shard,)
         steps = attrs.evolve(self.costs.steps, chunk_tokens=layout.chunk_tokens)
         presence.member = attrs.evolve(presence.member, costs=steps)
         presence.become("ready", shard=shard)
-        actor.core = Reporting(core, presence)
+        actor.core = Reporting(core, presence, core.needs)
         engine = self._engine(shard)
         actor.perform[RunBatch] = lambda action: self._step(actor, shard, engine, action.plan)
         self._ready_at[actor.id] = self.world.now
@@ -264,11 +283,14 @@ class Cluster:
     def _engine(self, shard: ActorId) -> Engine:
         if not self.pages_checked:
             return DrawEngine()
-        return PageEngine(self.layout.page_tokens * TOKEN_BYTES, self._arenas[shard])
+        return PageEngine(self.arenas.page_bytes, self.arenas.of[shard])
 
     def _step(self, actor: Actor, shard: ActorId, engine: Engine, plan: BatchPlan) -> None:
         rows = shape(plan)
-        seconds = self.costs.step_s(rows) * actor.slowness * self.noise.get(actor.name, 1.0)
+        others = sum(end > self.world.now for name, end in self._stepping.items() if name != actor.name)
+        crowded = 1.0 + self.crowding * others
+        seconds = self.costs.step_s(rows) * actor.slowness * self.noise.get(actor.name, 1.0) * crowded
+        self._stepping[actor.name] = self.world.now + seconds
         done = self.busy.setdefault(actor.name, Busy())
         done.steps += 1
         done.busy_s += seconds
@@ -277,8 +299,7 @@ class Cluster:
                 done.prefill_tokens += tokens
             else:
                 done.decode_tokens += 1
-        if self.pages_checked:
-            self._claim(actor, shard, plan)
+        self.arenas.claim(shard, self._written(plan) if self.pages_checked else (), actor.id)
         self.world.after(seconds, self._stepped, actor, shard, engine, plan, seconds)
 
     def _stepped(self, actor: Actor, shard: ActorId, engine: Engine, plan: BatchPlan, seconds: float) -> None:
@@ -300,17 +321,10 @@ class Cluster:
             page for row in plan.rows for page in row.pages[row.start // size : (row.end - 1) // size + 1]
         ]
 
-    def _claim(self, actor: Actor, shard: ActorId, plan: BatchPlan) -> None:
-        for page in self._written(plan):
-            other = self._writing.setdefault((shard, page), actor.id)
-            if other != actor.id:
-                raise Violation(f"page {page} of {shard} is written by {actor.id} and {other} at once")
-
     def _check_owner(self, actor: Actor, shard: ActorId, plan: BatchPlan) -> None:
         """Pages that a step writes to must be private to leases of its worker, as long as their shard lives."""
         written = self._written(plan)
-        for page in written:
-            self._writing.pop((shard, page), None)
+        self.arenas.let_go(actor.id)
         home = self.world.find(shard)
         if home is None:
             return

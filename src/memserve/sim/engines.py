@@ -1,7 +1,7 @@
 """Step engines without a model: what a step costs in virtual seconds, and which tokens it draws.
 
-:class:`PageEngine` has real pages: it writes each token into the page that the plan names, and draws the next token
-from what the pages hold for the whole sequence. A page that was freed too early, shared wrongly or not filled
+:class:`PageEngine` has real pages: it writes what stands for each token's KV into the page that the plan names, and draws the
+next token from what the pages hold for the whole sequence. A page that was freed too early, shared wrongly or not filled
 therefore shows as a wrong token, as it would with a model. :class:`DrawEngine` draws from the last token alone, for
 runs too large to look at every page.
 """
@@ -16,7 +16,8 @@ import attrs
 
 from memserve.costs import StepCosts
 from memserve.engine.plans import BatchPlan, Row
-from memserve.scheduling.cost_model import CostModel
+from memserve.scheduling.cost_model import LINKS, CostModel, Link
+from memserve.sim.pages import Slots, content_of
 from memserve.tokens import TOKEN_BYTES, count
 
 FIRST_TOKEN = 2
@@ -28,10 +29,11 @@ PAPER = CostModel(
     StepCosts(
         dense=((1, 0.0113), (300, 0.0113), (10_300, 0.3613)), row_s=20e-6, read_s=0.12e-6, pair_s=2e-9, chunk_tokens=512,
         token_bytes=820_000,
-    )
+    ),
+    links={**LINKS, "mapped": Link(0.001, 1 / 100e9)},
 )  # fmt: skip
 """Of a 13B model on two H800, set from the paper's TTFT and TPOT at low load: reading the weights takes as long as
-computing 300 tokens. What is assumed until figures of another machine are given."""
+computing 300 tokens. Pages move over NVLink, at a fourth of its speed. What is assumed until figures of another machine are given."""
 
 
 def shape(plan: BatchPlan) -> list[tuple[int, int]]:
@@ -39,9 +41,9 @@ def shape(plan: BatchPlan) -> list[tuple[int, int]]:
     return [(count(row.tokens), row.start) for row in plan.rows]
 
 
-def next_token(sequence: bytes, seed: int) -> int:
-    """What the make-believe model says after a packed sequence: any change of any token changes it."""
-    digest = hashlib.blake2b(sequence, digest_size=4, salt=seed.to_bytes(8, "little")).digest()
+def next_token(content: bytes, seed: int) -> int:
+    """What the make-believe model says after a sequence with this content (``pages.content_of``): any change changes it."""
+    digest = hashlib.blake2b(content, digest_size=4, salt=seed.to_bytes(8, "little")).digest()
     return FIRST_TOKEN + int.from_bytes(digest, "little") % TOKENS
 
 
@@ -59,27 +61,32 @@ class Engine(Protocol):
 
 @attrs.define(eq=False)
 class PageEngine:
-    """On the pages of one shard, slot to packed tokens, which all of its workers share."""
+    """On the pages of one shard, which all of its workers share."""
 
     page_bytes: int
-    arena: dict[int, bytearray]
+    arena: Slots
 
     def draw(self, plan: BatchPlan) -> tuple[int | None, ...]:
         return tuple(self._row(row) for row in plan.rows)
 
     def _row(self, row: Row) -> int | None:
         width, at, end = self.page_bytes, row.start * TOKEN_BYTES, row.end * TOKEN_BYTES
-        source = 0
+        source, content = 0, content_of(row.tokens, self._before(row))
         while at < end:
             inside = at % width
             piece = min(width - inside, end - at)
             page = self.arena[row.pages[at // width]]
-            page[inside : inside + piece] = row.tokens[source : source + piece]
+            page[inside : inside + piece] = content[source : source + piece]
             at, source = at + piece, source + piece
         if row.sample is None:
             return None
         whole = b"".join(self.arena[page] for page in row.pages[: -(-end // width)])
         return next_token(whole[:end], row.sample.seed)
+
+    def _before(self, row: Row) -> bytes:
+        """What the pages hold for the token before a row's first."""
+        page, inside = divmod((row.start - 1) * TOKEN_BYTES, self.page_bytes)
+        return bytes(self.arena[row.pages[page]][inside : inside + TOKEN_BYTES]) if row.start else b""
 
 
 class DrawEngine:

@@ -12,11 +12,11 @@ from memserve.sim.clients import Call
 from memserve.sim.cluster import Cluster
 from memserve.sim.world import Actor
 
-KINDS = ("delay", "loss", "duplication", "partition", "crash", "pause", "slow", "damage", "cancel")
+KINDS = ("delay", "loss", "duplication", "partition", "crash", "pause", "slow", "damage", "cancel", "tear")
 """``delay``: messages late by up to half a second. ``loss``, ``duplication``: of any message. ``partition``: some actors cannot
 reach the others. ``crash``: SIGKILL, of any kind of actor. ``pause``: SIGSTOP, shorter or longer than it takes to be
 declared dead. ``slow``: a worker's steps take many times as long. ``damage``: pages on disk do not read back as they were
-written. ``cancel``: clients leave."""
+written. ``cancel``: clients leave. ``tear``: transfers between shards break off."""
 
 
 def parse(words: str) -> tuple[str, ...]:
@@ -60,6 +60,9 @@ class Faults:
             self._some(2, self._pause)
         if "partition" in self.kinds:
             self._some(2, self._partition)
+        if "tear" in self.kinds:
+            broken = rng.choice((0.0, 0.1, 0.5))
+            self.cluster.movers.breaks = lambda: not self.healed and rng.random() < broken
         self.cluster.world.at(self.heals_at, self._heal)
 
     def patience(self, call: Call) -> float | None:

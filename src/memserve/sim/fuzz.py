@@ -7,7 +7,7 @@ import random
 import attrs
 
 from memserve.costs import StepCosts
-from memserve.scheduling.cost_model import CostModel
+from memserve.scheduling.cost_model import LINKS, CostModel, Link
 from memserve.sim.audit import Audit
 from memserve.sim.clients import Clients
 from memserve.sim.cluster import Cluster
@@ -17,7 +17,15 @@ from memserve.sim.network import LinkCosts, Network
 from memserve.sim.workloads import Piece, Session, Turn
 from memserve.sim.world import Violation, World
 
-COSTS = CostModel(StepCosts(dense=((1, 0.031), (30, 0.031), (1030, 1.031)), row_s=1e-4, read_s=1e-6))
+PAGE_TOKENS, TOKEN_BYTES = 4, 250
+SLOW = {"mapped": Link(0.005, 1e-5), "tcp": Link(0.02, 4e-5), "nixl": Link(0.002, 2e-5)}
+"""Slow enough for something to go wrong while a page is on its way."""
+COSTS = CostModel(
+    StepCosts(
+        dense=((1, 0.031), (30, 0.031), (1030, 1.031)), row_s=1e-4, read_s=1e-6, token_bytes=TOKEN_BYTES
+    ),
+    links={**LINKS, **SLOW},
+)
 FAULTS_S = 12.0
 """Things go wrong for so long."""
 ENDS_S = 240.0
@@ -29,6 +37,14 @@ ROLES: tuple[tuple[tuple[str, str, str], ...], ...] = (
     (("w0", "both", "s0"), ("w1", "both", "s0")),
     (("w0", "both", "s0"), ("w1", "both", "s1"), ("p0", "prefill", "s1"), ("d0", "decode", "s1")),
 )
+"""Of one shard, or of two whose workers need no other."""
+ACROSS: tuple[tuple[tuple[str, str, str], ...], ...] = (
+    (("p0", "prefill", "s0"), ("d0", "decode", "s1")),
+    (("w0", "both", "s0"), ("w1", "both", "s1")),
+    (("p0", "prefill", "s0"), ("p1", "prefill", "s1"), ("p2", "prefill", "s2"), ("d0", "decode", "s3")),
+    (("p0", "prefill", "s0"), ("w0", "both", "s1"), ("d0", "decode", "s1"), ("d1", "decode", "s2")),
+)
+"""Where pages have to move."""
 
 
 @attrs.frozen
@@ -48,8 +64,25 @@ class Outcome:
     digest: str = ""
 
 
-def small_layout(rng: random.Random) -> Layout:
-    """A cluster of two to four workers and a pool that is too small now and then."""
+def small_layout(seed: int, across: bool | None = None) -> Layout:
+    """A cluster of two to four workers and pools that are too small now and then; across shards or not, or as drawn."""
+    layout, rng = near_layout(random.Random(f"{seed}/layout")), random.Random(f"{seed}/across")
+    if not (rng.random() < 0.6 if across is None else across):
+        return layout
+    workers, (first, *_) = tuple(WorkerPlan(*one) for one in rng.choice(ACROSS)), layout.shards
+    return attrs.evolve(
+        layout,
+        shards=tuple(attrs.evolve(first, name=name) for name in sorted({one.shard for one in workers})),
+        workers=workers,
+        policy=rng.choice(("cost", "cost", "cost", "longest_prefix", "session", "round_robin")),
+        caching=rng.choice(("3", "3", "2", "1", "off")),
+        path=rng.choice(("mapped", "mapped", "tcp", "nixl")),
+        fetch_s=rng.choice((0.3, 2.0, 5.0)),
+    )
+
+
+def near_layout(rng: random.Random) -> Layout:
+    """One in which every prefill worker has a decode worker on its shard."""
     workers = tuple(WorkerPlan(*one) for one in rng.choice(ROLES))
     tiers = (rng.choice((0, 0, 20)), rng.choice((0, 0, 40)))
     pages = rng.choice((40, 60, 300))
@@ -60,7 +93,8 @@ def small_layout(rng: random.Random) -> Layout:
         schedulers=rng.choice((1, 1, 2)),
         policy=rng.choice(("cost", "cost", "longest_prefix", "session", "least_load", "round_robin")),
         caching=rng.choice(("3", "3", "1", "off")),
-        page_tokens=4,
+        page_tokens=PAGE_TOKENS,
+        page_bytes=PAGE_TOKENS * TOKEN_BYTES,
         chunk_tokens=rng.choice((3, 16, 64)),
         rows=rng.choice((3, 8)),
         max_context=150,
@@ -88,6 +122,18 @@ def small_sessions(rng: random.Random) -> list[Session]:
     return made
 
 
+def pressed(layout: Layout, sessions: list[Session], rng: random.Random) -> tuple[Layout, list[Session]]:
+    """The same, with little room now and then, so that requests wait, and with priorities and deadlines."""
+    layout = attrs.evolve(
+        layout, hold_back_s=rng.choice((2.0, 0.3, 0.02)), held_max=rng.choice((2_048, 2_048, 4))
+    )
+    wishes = ((0, None), (0, None), (-5, None), (5, None), (0, 0.3), (5, 2.0))
+    return layout, [
+        attrs.evolve(one, priority=priority, ttft_s=ttft_s)
+        for one, (priority, ttft_s) in ((one, rng.choice(wishes)) for one in sessions)
+    ]
+
+
 @attrs.define(eq=False)
 class Trial:
     """One seed's cluster, before it runs."""
@@ -95,16 +141,21 @@ class Trial:
     seed: int
     kinds: tuple[str, ...] = KINDS
     every: int = 8
+    across: bool | None = None
+    """Whether pages have to move between shards; None: in more than half of the seeds."""
     cluster: Cluster = attrs.field(init=False)
     clients: Clients = attrs.field(init=False)
     faults: Faults = attrs.field(init=False)
     audit: Audit = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        rng = random.Random(f"{self.seed}/layout")
         network = Network(random.Random(f"{self.seed}/network"), LinkCosts(), through_codec=True)
-        self.cluster = Cluster(World(network), small_layout(rng), COSTS, FAST)
-        self.clients = Clients(self.cluster, small_sessions(rng), self.seed)
+        rng = random.Random(f"{self.seed}/layout")
+        near_layout(rng)
+        layout, sessions = small_layout(self.seed, self.across), small_sessions(rng)
+        layout, sessions = pressed(layout, sessions, random.Random(f"{self.seed}/admission"))
+        self.cluster = Cluster(World(network), layout, COSTS, FAST)
+        self.clients = Clients(self.cluster, sessions, self.seed)
         self.faults = Faults(self.cluster, random.Random(f"{self.seed}/faults"), self.kinds, FAULTS_S)
         self.clients.patience = self.faults.patience
         self.audit = Audit(self.cluster, self.every)
@@ -128,9 +179,9 @@ class Trial:
         )  # fmt: skip
 
 
-def fuzz(seed: int, kinds: tuple[str, ...] = KINDS, every: int = 8) -> Outcome:
+def fuzz(seed: int, kinds: tuple[str, ...] = KINDS, every: int = 8, across: bool | None = None) -> Outcome:
     """One run. A Violation, or any error of a core, is in the outcome."""
-    return Trial(seed, kinds, every).run()
+    return Trial(seed, kinds, every, across).run()
 
 
 __all__ = ["Outcome", "Trial", "Violation", "fuzz"]

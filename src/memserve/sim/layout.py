@@ -43,13 +43,19 @@ class Layout:
     caching: str = "3"
     """off, 1, 2 or 3."""
     page_tokens: int = 16
-    page_bytes: int = 1
+    page_bytes: int = 2
     """KV of one page, for the bytes moved."""
+    path: str = "mapped"
+    """How pages go from one shard to another: ``mapped``, ``tcp`` or ``nixl``."""
+    fetch_s: float = 5.0
+    """How long a request waits for pages of another shard."""
     chunk_tokens: int = 512
     rows: int = 256
     max_context: int = 1 << 20
     weights: Weights = Weights()
     """Of the policy ``cost``."""
+    hold_back_s: float = 1.0
+    held_max: int = 2_048
     lease_s: float = 10.0
     requests_max: int = 100_000
     """Open at once in one Frontend."""

@@ -121,7 +121,7 @@ def report(cluster: Cluster, clients: Clients, seed: int, faults: dict[str, int]
         output_tokens=sum(count(call.answer) for call in done),
         resubmissions=sum(call.attempts - 1 for call in calls),
         handed_over_bytes=_pages(pools, "handed_over_pages") * cluster.layout.page_bytes,
-        moved_bytes=_pages(pools, "handed_over_bytes_copied"),
+        moved_bytes=cluster.movers.moved_bytes,
         swapped_bytes=sum(pool.room.swaps.in_pages + pool.room.swaps.out_pages for pool in pools)
         * cluster.layout.page_bytes,
         evicted_pages=sum(pool.room.evicted_pages for pool in pools),

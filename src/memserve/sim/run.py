@@ -37,6 +37,8 @@ class Run:
     faults: tuple[str, ...] = ()
     error: float = 0.0
     """Each worker's steps take up to this share more or less than the costs say, which is what schedulers are told."""
+    crowding: float = 0.0
+    """By which share each other worker in a step makes a step longer: 1 where all workers run on the same cores."""
     checked: bool = False
     """Keep the content of pages and check every core after its turns; else at the end only."""
     serial: bool = False
@@ -48,6 +50,7 @@ class Run:
         """The cluster before its start."""
         network = Network(random.Random(f"{self.seed}/network"), LinkCosts())
         cluster = Cluster(World(network), self.layout, self.costs, self.times, pages_checked=self.checked)
+        cluster.crowding = self.crowding
         if self.error:
             cluster.noise = _errors(self.seed, self.error, [one.name for one in self.layout.workers])
         return cluster
@@ -60,6 +63,12 @@ def _errors(seed: int, error: float, workers: list[str]) -> dict[str, float]:
 
 def simulate(run: Run) -> Report:
     """Run it to its end. Raises Violation when an invariant does not hold on the way, or when something never ends."""
+    clients, happened = play(run)
+    return report(clients.cluster, clients, run.seed, happened, int(run.warm * len(clients.calls)))
+
+
+def play(run: Run) -> tuple[Clients, dict[str, int]]:
+    """The same, with every call as its client saw it, and the faults that happened."""
     cluster = run.cluster()
     sessions = [attrs.evolve(one, at_s=one.at_s + READY_S) for one in run.sessions]
     clients = Clients(cluster, sessions, run.seed, serial=run.serial)
@@ -71,4 +80,4 @@ def simulate(run: Run) -> Report:
         clients.patience = faults.patience
         faults.arrange()
     audit.finish(clients, math.inf if run.serial else last + ENDS_S)
-    return report(cluster, clients, run.seed, faults.happened, int(run.warm * len(clients.calls)))
+    return clients, faults.happened

@@ -44,6 +44,8 @@ class Turn:
     output: int
     wait_s: float = 0.0
     """After the answer to the turn before."""
+    fresh: bool = False
+    """The pieces are the whole prompt: earlier turns and answers are not part of it."""
 
 
 @attrs.frozen
@@ -54,6 +56,9 @@ class Session:
     at_s: float
     turns: tuple[Turn, ...]
     scope: str = ""
+    priority: int = 0
+    ttft_s: float | None = None
+    """By when each first token is wanted."""
 
 
 # ---- traces --------------------------------------------------------------------------------------------------

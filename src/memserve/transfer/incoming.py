@@ -39,7 +39,7 @@ from memserve.transfer.messages import (
     TransferStop,
     TransferWithdrawn,
 )
-from memserve.transfer.values import WRITTEN_BY_SENDER, Failure, Geometry, Way
+from memserve.transfer.values import ON_ONE_HOST, WRITTEN_BY_SENDER, Failure, Geometry, Way
 
 STOP_REPEAT_S = 0.2
 """First pause before an unanswered TransferStop is repeated; it doubles up to STOP_REPEAT_MAX_S."""
@@ -61,6 +61,8 @@ class LandingRefused(Exception):
 
     failure: Failure
     message: str
+    code: str = ""
+    """Of the PoolError that it comes from."""
 
     def __str__(self) -> str:
         return f"{self.failure}: {self.message}"
@@ -75,13 +77,13 @@ class Landing(Protocol):
         Raises LandingRefused, all or nothing.
         """
 
-    def commit(self, key: Key, offer: TransferOffer, pages: tuple[int, ...]) -> None:
-        """The pages are complete: insert ``offer.tokens``, or hand them to whom ``offer.private`` says.
+    def commit(self, key: Key, offer: TransferOffer, pages: tuple[int, ...]) -> int:
+        """The pages are complete: insert ``offer.tokens``, and give them to their owner; the lease that holds them.
 
         Raises LandingRefused, having taken none; ``release`` follows.
         """
 
-    def release(self, key: Key, pages: tuple[int, ...]) -> None:
+    def release(self, key: Key, offer: TransferOffer, pages: tuple[int, ...]) -> None:
         """The pages are not complete and nobody writes to them any more: free them."""
 
 
@@ -206,6 +208,15 @@ class Incoming:
         """Transfers that hold pages, those that only wait for their writer to stop included."""
         return len(self._receiving)
 
+    @property
+    def writers(self) -> tuple[ActorId, ...]:
+        """Whose transfers hold pages until they say, or others say of them, that they write no more."""
+        return tuple(
+            dict.fromkeys(
+                key[0] for key, one in self._receiving.items() if one.failed and not one.written_here
+            )
+        )
+
     # ---- messages --------------------------------------------------------------------------------------------
 
     def _offered(self, key: Key, offer: TransferOffer, now: float) -> None:
@@ -226,7 +237,7 @@ class Incoming:
             way = self._way(offer)
             pages = self.landing.grant(key, offer)
         except LandingRefused as refused:
-            self._end(key, TransferRefused(offer.id, refused.failure, refused.message))
+            self._end(key, TransferRefused(offer.id, refused.failure, refused.message, refused.code))
             return
         deadline = now + offer.remaining_s
         one = self._receiving[key] = _Receiving(offer, pages, way, deadline)
@@ -248,7 +259,7 @@ class Incoming:
                 f"they must have {self.geometry.page_bytes} bytes in {self.geometry.layers} layers",
             )
         for way in self.ways:
-            if way.path in offer.paths and (way.path != "mapped" or offer.host == self.host):
+            if way.path in offer.paths and (way.path not in ON_ONE_HOST or offer.host == self.host):
                 return way
         mine = ", ".join(way.path for way in self.ways)
         raise LandingRefused(
@@ -282,11 +293,11 @@ class Incoming:
     def _bury(self, actors: Iterable[ActorId], now: float) -> None:
         for actor in actors:
             mine = [key for key in self._receiving if key[0] == actor]
-            mapped = [key for key in mine if self._receiving[key].way.path == "mapped"]
-            if mapped:
+            here = [key for key in mine if self._receiving[key].way.path in ON_ONE_HOST]
+            if here:
                 # Before any release, and actions are performed in order: the kill is over before the pages are
                 # granted again.
-                self._actions.append(Kill(actor, self._receiving[mapped[0]].offer.pid))
+                self._actions.append(Kill(actor, self._receiving[here[0]].offer.pid))
             self._gone[actor] = None
             self._memories.pop(actor, None)
             for key in mine:
@@ -298,7 +309,7 @@ class Incoming:
         one = self._receiving[key]
         if one.failed is None:
             self._fail(key, Failure.PEER_GONE, f"{key[0]} is gone", now)
-        if one.way.path == "mapped":
+        if one.way.path in ON_ONE_HOST:
             self._release(key)
         elif not one.written_here:
             one.repeat_at, one.release_at = math.inf, min(one.release_at, now + QUARANTINE_S)
@@ -328,13 +339,13 @@ class Incoming:
         """Insert, then acknowledge: in this order, or a sender would count on pages that nobody can match."""
         one = self._receiving[key]
         try:
-            self.landing.commit(key, one.offer, one.pages)
+            lease = self.landing.commit(key, one.offer, one.pages)
         except LandingRefused as refused:
-            one.failed = _refused(key, refused.failure, refused.message)
+            one.failed = TransferRefused(key[1], refused.failure, refused.message, refused.code)
             self._release(key)
             return
         del self._receiving[key]
-        self._end(key, TransferArrived(key[1]))
+        self._end(key, TransferArrived(key[1], lease))
 
     def _fail(self, key: Key, failure: Failure, text: str, now: float) -> None:
         """It cannot succeed any more; its pages stay taken until its writer has stopped."""
@@ -353,7 +364,7 @@ class Incoming:
     def _release(self, key: Key) -> None:
         one = self._receiving.pop(key)
         assert one.failed is not None, f"{key} is released without a reason"
-        self.landing.release(key, one.pages)
+        self.landing.release(key, one.offer, one.pages)
         self._end(key, one.failed)
 
     def _end(self, key: Key, ended: Ended) -> None:

@@ -1,5 +1,8 @@
 """The mover for one host: map the receiver's arena, copy runs of pages in a thread.
 
+What mapping and copying are is a :class:`Reach`'s: memfds and memmove here, CUDA IPC and the GPUs' copy engines in
+:mod:`memserve.transfer.cuda`.
+
 Who owns what: the receiver's pages are the transfer's until this process says that it has stopped writing, so a copy
 is never abandoned: when it is cancelled or late, it ends at the next COPY_BYTES, and only then there is a result.
 """
@@ -9,16 +12,18 @@ from __future__ import annotations
 import ctypes
 import errno
 from collections import OrderedDict
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import attrs
 import trio
 
 from memserve.errors import PeerError, PeerUnreachable
-from memserve.kernels.arena import Arena, attach_arena
+from memserve.kernels.arena import attach_arena
 from memserve.transfer.mover import Memory, MoveError, PieceFeed, check_pages, settle
-from memserve.transfer.values import Extent, Failure, Result, Transfer, Way, extents
+from memserve.transfer.values import Extent, Failure, Geometry, Result, Transfer, Way, extents
 
 COPY_BYTES = 1 << 20
 """Copied between two looks at whether to go on; about 0.1 ms."""
@@ -27,12 +32,15 @@ ARENAS_MAX = 64
 
 
 @attrs.define(eq=False)
-class _Peer:
+class Mapped:
     """A receiver's arena, mapped here."""
 
-    arena: Arena
     address: int
     """Of its first byte, in this process."""
+    pages: int
+    unmap: Callable[[], None]
+    device: int = 0
+    """The GPU that it is on, as this process counts them."""
     users: int = 0
     forgotten: bool = False
     """Its shard is gone: the mapping ends with the last copy into it, or the dead arena's memory would stay."""
@@ -40,16 +48,37 @@ class _Peer:
     def release(self) -> None:
         """Unmap it, if that is due."""
         if self.forgotten and not self.users:
-            self.arena.close()
+            self.unmap()
+
+
+class Reach(Protocol):
+    """How this process's arena and those of others on its host are reached. Both calls block: they run in threads."""
+
+    @property
+    def geometry(self) -> Geometry:
+        """Of the pages on both sides."""
+
+    @property
+    def pages(self) -> int:
+        """Of this process's arena."""
+
+    def attach(self, socket: Path) -> Mapped:
+        """Map the arena that is handed out at ``socket``.
+
+        Raises PeerUnreachable when nobody serves it, PeerError when its pages are others, MoveError otherwise.
+        """
+
+    def copy(self, there: Mapped, todo: list[Extent]) -> int:
+        """Copy ``todo`` into ``there``; bytes copied. Ends soon, and with nothing under way, when its task is cancelled."""
 
 
 @attrs.define(eq=False)
 class MappedMover:
-    """Copies from ``memory`` into arenas served on this host."""
+    """Copies from this process's arena into arenas served on this host."""
 
-    memory: Memory
-    path: str = attrs.field(default="mapped", init=False)
-    _peers: OrderedDict[str, _Peer] = attrs.field(factory=OrderedDict, init=False)
+    reach: Reach
+    path: str = "mapped"
+    _peers: OrderedDict[str, Mapped] = attrs.field(factory=OrderedDict, init=False)
     """By the socket's address, which names the shard's incarnation; the longest unused first."""
     _attaching: trio.Lock = attrs.field(factory=trio.Lock, init=False)
     _threads: trio.CapacityLimiter = attrs.field(factory=partial(trio.CapacityLimiter, 2), init=False)
@@ -67,11 +96,12 @@ class MappedMover:
             peer.release()
 
     async def _move(self, transfer: Transfer, way: Way, feed: PieceFeed) -> int:
-        check_pages(transfer, self.memory.pages)
+        check_pages(transfer, self.reach.pages)
         peer = await self._attached(way.address)
-        pages = peer.arena.header.pages
-        if any(not 0 <= page < pages for page in transfer.destination):
-            raise MoveError(Failure.REFUSED, f"the receiver granted a page that is not one of its {pages}")
+        if any(not 0 <= page < peer.pages for page in transfer.destination):
+            raise MoveError(
+                Failure.REFUSED, f"the receiver granted a page that is not one of its {peer.pages}"
+            )
         peer.users += 1
         try:
             return await self._copy_all(transfer, peer, feed)
@@ -79,16 +109,15 @@ class MappedMover:
             peer.users -= 1
             peer.release()
 
-    async def _copy_all(self, transfer: Transfer, peer: _Peer, feed: PieceFeed) -> int:
+    async def _copy_all(self, transfer: Transfer, peer: Mapped, feed: PieceFeed) -> int:
         moved = 0
-        source = _address(self.memory.view)
         while some := await feed.take():
-            todo = [one for piece in some for one in extents(piece, transfer, self.memory.geometry)]
-            copying = partial(_copy, peer.address, source, todo)
+            todo = [one for piece in some for one in extents(piece, transfer, self.reach.geometry)]
+            copying = partial(self.reach.copy, peer, todo)
             moved += await trio.to_thread.run_sync(copying, limiter=self._threads)
         return moved
 
-    async def _attached(self, address: str) -> _Peer:
+    async def _attached(self, address: str) -> Mapped:
         async with self._attaching:  # or two transfers would map the same arena twice
             peer = self._peers.get(address)
             if peer is None:
@@ -97,49 +126,69 @@ class MappedMover:
             self._peers.move_to_end(address)
             return peer
 
-    async def _attach(self, address: str) -> _Peer:
-        page_bytes = self.memory.geometry.page_bytes
+    async def _attach(self, address: str) -> Mapped:
         try:
-            # Maps every page of the arena: about 0.2 s a GiB, once a peer.
-            arena = await trio.to_thread.run_sync(attach_arena, Path(address), page_bytes)
+            return await trio.to_thread.run_sync(self.reach.attach, Path(address))
         except PeerUnreachable as error:
             raise MoveError(Failure.PEER_GONE, str(error)) from error
         except PeerError as error:
             raise MoveError(Failure.REFUSED, str(error)) from error
-        except OSError as error:
-            if error.errno != errno.ENOMEM:
-                raise
-            raise MoveError(Failure.REFUSED, f"{address} cannot be mapped: {error.strerror}") from error
-        return _Peer(arena, _address(arena.memory))
 
     def _drop_unused(self) -> None:
         for address, peer in list(self._peers.items()):
             if len(self._peers) <= ARENAS_MAX:
                 return
             if not peer.users:
-                self.forget(Way("mapped", address))
+                self.forget(Way(self.path, address))
 
     def close(self) -> None:
         """Unmap everything; no transfer may be under way."""
         for address in list(self._peers):
-            self.forget(Way("mapped", address))
+            self.forget(Way(self.path, address))
+
+
+@attrs.define(eq=False)
+class HostReach:
+    """Arenas in the host's memory."""
+
+    memory: Memory
+
+    @property
+    def geometry(self) -> Geometry:
+        """See Reach."""
+        return self.memory.geometry
+
+    @property
+    def pages(self) -> int:
+        """See Reach."""
+        return self.memory.pages
+
+    def attach(self, socket: Path) -> Mapped:
+        """See Reach. Maps every page of the arena: about 0.2 s a GiB, once a peer."""
+        try:
+            arena = attach_arena(socket, self.geometry.page_bytes)
+        except OSError as error:
+            if error.errno != errno.ENOMEM:
+                raise
+            raise MoveError(Failure.REFUSED, f"{socket} cannot be mapped: {error.strerror}") from error
+        return Mapped(_address(arena.memory), arena.header.pages, arena.close)
+
+    def copy(self, there: Mapped, todo: list[Extent]) -> int:
+        """See Reach. ``memmove`` runs without the interpreter lock."""
+        source = _address(self.memory.view)
+        moved = unchecked = 0
+        for extent in todo:
+            for done in range(0, extent.nbytes, COPY_BYTES):
+                size = min(COPY_BYTES, extent.nbytes - done)
+                ctypes.memmove(there.address + extent.destination + done, source + extent.source + done, size)
+                moved += size
+                unchecked += size
+                if unchecked >= COPY_BYTES:
+                    unchecked = 0
+                    trio.from_thread.check_cancelled()
+        return moved
 
 
 def _address(view: memoryview) -> int:
     """Of a writable view's first byte. Valid while something keeps the view's memory mapped."""
     return ctypes.addressof(ctypes.c_char.from_buffer(view))
-
-
-def _copy(destination: int, source: int, todo: list[Extent]) -> int:
-    """Copy and count bytes, in a thread of trio's. ``memmove`` runs without the interpreter lock."""
-    moved = unchecked = 0
-    for extent in todo:
-        for done in range(0, extent.nbytes, COPY_BYTES):
-            size = min(COPY_BYTES, extent.nbytes - done)
-            ctypes.memmove(destination + extent.destination + done, source + extent.source + done, size)
-            moved += size
-            unchecked += size
-            if unchecked >= COPY_BYTES:
-                unchecked = 0
-                trio.from_thread.check_cancelled()
-    return moved

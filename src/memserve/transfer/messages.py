@@ -50,6 +50,9 @@ class Order:
     granularity: Granularity = Granularity.AGGREGATED
     fed: bool = False
     destination: tuple[int, ...] = ()
+    into: int = 0
+    owner: ActorId = ActorId("")
+    caller: ActorId = ActorId("")
     scope: str = ""
     tokens: bytes = b""
     private: bytes = b""

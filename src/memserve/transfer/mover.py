@@ -28,7 +28,7 @@ from memserve.transfer.values import (
     pieces,
 )
 
-PATHS = ("mapped", "nixl", "tcp")
+PATHS = ("cuda", "mapped", "nixl", "tcp")
 """Fastest first; ``auto`` takes the first that both sides have."""
 
 

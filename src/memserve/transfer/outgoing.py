@@ -75,6 +75,8 @@ class _Sending:
     announced: list[Piece] = attrs.field(factory=list)
     """Before there was anybody to send it to."""
     nbytes: int = 0
+    pages: tuple[int, ...] = ()
+    """At the receiver, once they are granted."""
     repeat_at: float = math.inf
     pause_s: float = REPEAT_S
 
@@ -215,10 +217,10 @@ class Outgoing:
                 self._granted(message.id, pages, way, now)
             case TransferStop(number):
                 self._give_up(number, Failure.DEADLINE, "the receiver's deadline passed first")
-            case TransferRefused(number, failure, text):
-                self._give_up(number, failure, text)
-            case TransferArrived(number):
-                self._arrived(number)
+            case TransferRefused(number, failure, text, code):
+                self._give_up(number, failure, text, code)
+            case TransferArrived(number, lease):
+                self._arrived(number, lease)
 
     def _granted(self, number: int, pages: tuple[int, ...], way: Way, now: float) -> None:
         one = self._sending[number]
@@ -230,20 +232,20 @@ class Outgoing:
         except ValueError as error:
             self._give_up(number, Failure.REFUSED, f"the receiver's grant is wrong: {error}")
             return
-        one.state, one.repeat_at = _State.WRITING, math.inf
+        one.state, one.repeat_at, one.pages = _State.WRITING, math.inf, pages
         self._ways[order.to] = way
         self._actions.append(Write(transfer, way, order.deadline, order.fed))
         if one.announced:
             self._actions.append(Feed(number, tuple(one.announced)))
             one.announced.clear()
 
-    def _arrived(self, number: int) -> None:
+    def _arrived(self, number: int, lease: int) -> None:
         """Over tcp the receiver knows before the sender's mover does; then the mover ends by itself."""
         one = self._sending.get(number)
         if one is None or one.state not in (_State.SENT, _State.WRITING):
             return
         nbytes = len(one.order.source) * self.geometry.page_bytes
-        self._report(TransferDone(number, nbytes))
+        self._report(TransferDone(number, nbytes, one.pages, lease))
         if one.state is _State.WRITING:
             one.state = _State.STOPPING
         else:
@@ -283,7 +285,7 @@ class Outgoing:
 
     # ---- ends ------------------------------------------------------------------------------------------------
 
-    def _give_up(self, number: int, failure: Failure, text: str) -> None:
+    def _give_up(self, number: int, failure: Failure, text: str, code: str = "") -> None:
         one = self._sending.get(number)
         if one is None or one.state is _State.STOPPING:
             return
@@ -293,7 +295,7 @@ class Outgoing:
             one.state = _State.STOPPING
         else:
             self._stopped(number)
-        self._report(TransferFailed(number, failure, text))
+        self._report(TransferFailed(number, failure, text, code))
 
     def _report(self, result: TransferDone | TransferFailed) -> None:
         self._actions.append(Report(result))
@@ -322,6 +324,9 @@ class Outgoing:
             paths=self.paths,
             remaining_s=order.deadline - now,
             destination=order.destination,
+            into=order.into,
+            owner=order.owner,
+            caller=order.caller,
             scope=order.scope,
             tokens=order.tokens,
             private=order.private,

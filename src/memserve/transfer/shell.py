@@ -8,7 +8,7 @@ from within ``perform``, so that a core's turn is not entered twice.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -19,8 +19,10 @@ import trio
 
 from memserve.errors import UserError
 from memserve.kernels.arena import Arena
+from memserve.kernels.gpu_memory import GpuArena
 from memserve.transfer import nixl
-from memserve.transfer.mapped import MappedMover
+from memserve.transfer.cuda import GpuReach
+from memserve.transfer.mapped import HostReach, MappedMover
 from memserve.transfer.messages import (
     Expect,
     Feed,
@@ -51,7 +53,7 @@ class _Writing:
 class TransferShell:
     """One shard's movers and its receiver. :func:`open_transfers` makes one."""
 
-    memory: Memory
+    geometry: Geometry
     movers: dict[str, Mover]
     """By path, the fastest first."""
     ways: tuple[Way, ...]
@@ -83,7 +85,7 @@ class TransferShell:
     # ---- sending ---------------------------------------------------------------------------------------------
 
     def _write(self, write: Write) -> None:
-        transfer, geometry = write.transfer, self.memory.geometry
+        transfer, geometry = write.transfer, self.geometry
         if write.fed:
             feed = PieceFeed(len(transfer.source), geometry.parts(transfer.granularity))
         else:
@@ -146,7 +148,7 @@ def _told(result: Result) -> Told:
 @asynccontextmanager
 async def open_transfers(
     settings: TransferSettings,
-    arena: Arena,
+    arena: Arena | GpuArena,
     geometry: Geometry,
     socket_path: Path,
     tell: Callable[[Told], None],
@@ -156,12 +158,11 @@ async def open_transfers(
     On leaving, transfers under way are stopped without a word: the cores that own them end too. Raises UserError
     when ``settings.path`` names a path that this machine does not have.
     """
-    memory = Memory(arena.memory, geometry)
     movers: dict[str, Mover] = {}
     try:
         async with trio.open_nursery() as nursery:
-            shell = TransferShell(memory, movers, (), None, tell, nursery)
-            for path in chosen_paths(settings.path, _available(settings)):
+            shell = TransferShell(geometry, movers, (), None, tell, nursery)
+            for path in chosen_paths(settings.path, _available(settings, arena)):
                 await _OPEN[path](shell, settings, arena, socket_path)
             yield shell
             nursery.cancel_scope.cancel()
@@ -170,8 +171,10 @@ async def open_transfers(
             mover.close()
 
 
-def _available(settings: TransferSettings) -> tuple[str, ...]:
-    """The paths that this machine has. NIXL without RDMA is slower than plain TCP: it must be asked for."""
+def _available(settings: TransferSettings, arena: Arena | GpuArena) -> tuple[str, ...]:
+    """The paths to such memory on this machine. NIXL without RDMA is slower than plain TCP: it must be asked for."""
+    if isinstance(arena, GpuArena):
+        return ("cuda",)
     installed = nixl.available()
     if settings.path == "nixl" and not installed:
         raise UserError(
@@ -182,13 +185,19 @@ def _available(settings: TransferSettings) -> tuple[str, ...]:
     return ("mapped", "tcp")
 
 
+async def _open_cuda(shell: TransferShell, _: TransferSettings, arena: GpuArena, socket_path: Path) -> None:
+    shell.movers["cuda"] = MappedMover(GpuReach(arena, shell.geometry), "cuda")
+    shell.ways += (Way("cuda", str(socket_path)),)
+
+
 async def _open_mapped(shell: TransferShell, _: TransferSettings, arena: Arena, socket_path: Path) -> None:
-    shell.movers["mapped"] = MappedMover(shell.memory)
+    shell.movers["mapped"] = MappedMover(HostReach(Memory(arena.memory, shell.geometry)))
     shell.ways += (Way("mapped", str(socket_path)),)
 
 
-async def _open_tcp(shell: TransferShell, settings: TransferSettings, _: Arena, __: Path) -> None:
-    shell.receiver = TcpReceiver(shell.memory, settings.host)
+async def _open_tcp(shell: TransferShell, settings: TransferSettings, arena: Arena, __: Path) -> None:
+    memory = Memory(arena.memory, shell.geometry)
+    shell.receiver = TcpReceiver(memory, settings.host)
     try:
         way = await shell.nursery.start(shell.receiver.serve)
     except OSError as error:
@@ -196,15 +205,20 @@ async def _open_tcp(shell: TransferShell, settings: TransferSettings, _: Arena, 
             f"transfer host {settings.host!r} cannot be listened on: {error}. "
             "It must be an address of this machine, at which the other shards reach it."
         ) from error
-    shell.movers["tcp"] = TcpMover(shell.memory)
+    shell.movers["tcp"] = TcpMover(memory)
     shell.ways += (way,)
 
 
 async def _open_nixl(shell: TransferShell, _: TransferSettings, arena: Arena, __: Path) -> None:
-    make = partial(nixl.NixlAgent, arena.header.shard, shell.memory)
+    make = partial(nixl.NixlAgent, arena.header.shard, Memory(arena.memory, shell.geometry))
     agent = await trio.to_thread.run_sync(make)
     shell.movers["nixl"] = nixl.NixlMover(agent)
     shell.ways += (agent.way,)
 
 
-_OPEN = {"mapped": _open_mapped, "tcp": _open_tcp, "nixl": _open_nixl}
+_OPEN: dict[str, Callable[[TransferShell, TransferSettings, Any, Path], Awaitable[None]]] = {
+    "cuda": _open_cuda,
+    "mapped": _open_mapped,
+    "tcp": _open_tcp,
+    "nixl": _open_nixl,
+}

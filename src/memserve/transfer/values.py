@@ -29,6 +29,10 @@ class TransferDone:
 
     id: int
     nbytes: int
+    pages: tuple[int, ...] = ()
+    """There; as the receiver granted them."""
+    lease: int = 0
+    """That holds them there."""
 
 
 @attrs.frozen
@@ -38,6 +42,8 @@ class TransferFailed:
     id: int
     failure: Failure
     message: str
+    code: str = ""
+    """Of the PoolError, where the receiver's pool refused the pages."""
 
 
 Result = TransferDone | TransferFailed
@@ -91,7 +97,9 @@ class Transfer:
             raise ValueError(f"transfer {self.id} names a destination page twice")
 
 
-WRITTEN_BY_SENDER = frozenset({"mapped", "nixl"})
+ON_ONE_HOST = frozenset({"mapped", "cuda"})
+"""Paths between processes of one host only: a sender that is held for dead can be killed for good there."""
+WRITTEN_BY_SENDER = ON_ONE_HOST | {"nixl"}
 """Paths on which the sender stores into the receiver's memory itself.
 
 The receiver cannot stop it, so its pages stay taken until the sender says that it has stopped, or is dead.

@@ -1,0 +1,92 @@
+"""What the simulator says of a run that bench/serving.py plays on a real cluster: the same sessions, layout and step costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from loadgen import arrivals, build, workload
+from loadgen.errors import LoadgenError
+from loadgen.options import RunOptions
+from memserve import config
+from memserve.costs import StepCosts
+from memserve.scheduling.cost_model import CostModel
+from memserve.sim.clients import Call
+from memserve.sim.report import Spread, tpot_s
+from memserve.sim.run import READY_S, Run, play
+from memserve.sim.workloads import Piece, Session, Turn
+from memserve.simulate import layout_of
+from memserve.tokens import count
+
+CROWDING = 1.0
+"""The workers of these layouts share all cores of the machine."""
+
+
+def costs_of(members: Sequence[dict[str, Any]]) -> CostModel:
+    """What the workers of a running cluster have measured. Raises ValueError when none has."""
+    for one in members:
+        if one.get("costs"):
+            return CostModel(msgspec.convert(one["costs"], StepCosts))
+    raise ValueError("no worker of the cluster tells what its steps cost")
+
+
+def sessions_of(options: RunOptions) -> tuple[Session, ...]:
+    """The sessions that the load generator plays with these options, with answers of the lengths asked for.
+
+    Raises LoadgenError for a workload that is not made of generated pieces.
+    """
+    work = build.workload(options.kind, options.workload)
+    begin = arrivals.times(build.arrivals(options.arrivals, work, options.workload.seed), work.sessions)
+    ends = options.arrivals.duration_s
+    return tuple(
+        Session(one.id, at, tuple(_turn(turn) for turn in one.turns))
+        for one, at in zip(work.sessions, begin, strict=True)
+        if ends is None or at < ends
+    )
+
+
+def _turn(turn: workload.Turn) -> Turn:
+    pieces: list[Piece] = []
+    for message in turn.messages:
+        if isinstance(message.content, str):
+            raise LoadgenError(
+                "a prediction needs generated content: of recorded texts no length is known here"
+            )
+        pieces += [Piece(one.key, one.tokens) for one in message.content]
+    return Turn(tuple(pieces), turn.output_tokens, turn.think_s, turn.fresh)
+
+
+def predict(
+    name: str, settings: Sequence[str], pages: int, costs: CostModel, options: RunOptions
+) -> dict[str, float]:
+    """The figures of bench/serving.py's measures, in milliseconds, of the requests due in the measured window."""
+    layout = layout_of(name, config.load(name, list(settings)), pages)
+    clients, _ = play(
+        Run(layout=layout, sessions=sessions_of(options), seed=0, costs=costs, crowding=CROWDING)
+    )
+    end = options.arrivals.duration_s or float("inf")
+    measured = [
+        one
+        for one in clients.calls
+        if options.arrivals.warmup_s <= one.asked_at - READY_S < end and one.complete
+    ]
+    return figures(measured)
+
+
+def figures(calls: Sequence[Call]) -> dict[str, float]:
+    """Of calls that were answered; empty without any."""
+    if not calls:
+        return {}
+    ttft = Spread.of([one.first_at - one.asked_at for one in calls])
+    jct = Spread.of([one.last_at - one.asked_at for one in calls])
+    tpot = Spread.of([tpot_s(one) for one in calls if count(one.answer) > 1])
+    return {
+        "TTFT mean": ttft.mean * 1e3,
+        "TTFT p99": ttft.p99 * 1e3,
+        "JCT mean": jct.mean * 1e3,
+        "JCT p99": jct.p99 * 1e3,
+        "TPOT p99": tpot.p99 * 1e3,
+        "cached_share": sum(one.cached_tokens for one in calls) / sum(count(one.prompt) for one in calls),
+    }

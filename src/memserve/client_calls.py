@@ -1,0 +1,131 @@
+"""A program's conversation with shards: calls repeated until they are answered, leases kept alive, memory mapped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import attrs
+import trio
+
+from memserve.bus import Link, Received
+from memserve.client_leases import Held, Shard
+from memserve.errors import PeerFull, PeerUnreachable, PoolError
+from memserve.mempool.addresses import Address, unpack
+from memserve.mempool.client import ShardCalls
+from memserve.messages import ActorId, Message
+from memserve.pool_messages import Acquired, Arrival, DescribePool, FreeMem, PoolRefused
+
+REPEAT_S = 1.0
+"""How long a call waits before it is sent again; a repeat is acted on once."""
+RENEW_S = 1.0
+"""How often every shard is called, so that leases live."""
+OPEN_S = 10.0
+"""How long a shard may take to answer the first call."""
+
+
+@attrs.define(eq=False)
+class _Waiter:
+    """A call that is under way."""
+
+    arrived: trio.Event = attrs.field(factory=trio.Event)
+    answer: Any = None
+
+
+class Conversation:
+    """With the shards of one program, by name. ``scope``: whose prefixes it sees."""
+
+    def __init__(self, link: Link, shards: Mapping[str, str], scope: str) -> None:
+        self.scope = scope
+        self._link = link
+        self._calls: ShardCalls[_Waiter] = ShardCalls()
+        self._shards: dict[str, Shard] = {}
+        for name, endpoint in shards.items():
+            to = ActorId(f"{name}.pool")
+            link.connect(to, endpoint)
+            self._shards[name] = Shard(name, to, endpoint, trio.current_time() + OPEN_S)
+
+    async def _ask(self, at: Shard, make: Callable[[int], Message], *, grants: bool = False) -> Any:
+        """Call, again and again until it is answered. ``grants``: an answer that nobody takes is a lease to give back."""
+        waiter = _Waiter()
+        message = self._calls.ask(waiter, make, grants=grants)
+        sent_at = trio.current_time()
+        try:
+            while not waiter.arrived.is_set():
+                if trio.current_time() >= max(at.valid_until, sent_at + REPEAT_S):
+                    raise PeerUnreachable(at.name)
+                self._send(at, message)
+                with trio.move_on_after(REPEAT_S):
+                    await waiter.arrived.wait()
+        finally:
+            for withdrawal in self._calls.forget(waiter):
+                self._send(at, withdrawal)
+        if isinstance(waiter.answer, PoolRefused):
+            raise PoolError(waiter.answer.code, waiter.answer.message)
+        if at.about is not None:
+            at.renewed(sent_at)
+        return waiter.answer
+
+    def _send(self, at: Shard, message: Message) -> None:
+        try:
+            self._link.send(at.to, message)
+        except PeerFull:
+            pass  # it is sent again
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Receive answers and keep the leases alive. :func:`open_pool` starts it."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._receive)
+            for shard in self._shards.values():
+                await self._introduce(shard)
+                nursery.start_soon(self._renew, shard)
+            task_status.started()
+
+    async def _introduce(self, at: Shard) -> None:
+        at.about = await self._ask(at, DescribePool)
+        at.renewed(trio.current_time())
+        await trio.to_thread.run_sync(at.map)
+
+    async def _renew(self, at: Shard) -> None:
+        while True:
+            await trio.sleep(min(RENEW_S, at.known.lease_s / 3))
+            try:
+                await self._ask(at, DescribePool)
+            except PeerUnreachable:
+                pass  # whoever uses the shard is told; it may come back
+
+    async def _receive(self) -> None:
+        while True:
+            for received in await self._link.receive():
+                self._hear(received)
+
+    def _hear(self, received: Received) -> None:
+        answer: Any = received.message
+        waiter = self._calls.answered(getattr(answer, "call", 0))
+        if waiter is not None:
+            waiter.answer = answer
+            waiter.arrived.set()
+        elif isinstance(answer, Acquired | Arrival) and not any(
+            answer.lease in at.leases for at in self._shards.values()
+        ):
+            self._link.send(received.sender, FreeMem(answer.lease))
+
+    def _find(self, addresses: Sequence[Address]) -> tuple[Shard, Held]:
+        """Shard and lease of addresses; of the first one, where they are several's."""
+        if not addresses:
+            raise PoolError(PoolError.NOT_HELD, "no address given")
+        number = unpack(addresses[0]).shard
+        at = next((one for one in self._shards.values() if one.known.shard == number), None)
+        if at is None:
+            raise PoolError(
+                PoolError.FOREIGN_ADDRESS, f"{addresses[0]:#x} is of shard {number}, which is not in use here"
+            )
+        at.home.slots(addresses)
+        return at, at.holder(addresses[0], trio.current_time())
+
+    def close(self) -> None:
+        """Give all leases back and let go of the memory."""
+        for at in self._shards.values():
+            for lease in at.leases:
+                self._send(at, FreeMem(lease))
+            at.unmap()

@@ -1,0 +1,156 @@
+"""What a program holds of each shard: leases, which of their pages it may write, and the memory that they are in."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import attrs
+
+from memserve.errors import PoolError
+from memserve.kernels.arena import Arena, attach_arena
+from memserve.mempool.addresses import Address, Home, Tier, page_of, tier_of
+from memserve.messages import ActorId
+from memserve.pool_messages import Acquired, Arrival, PoolDescribed
+
+
+@attrs.frozen
+class Lease:
+    """Pages that are this program's to use. ``addresses[i]`` has the tokens from ``i`` pages on."""
+
+    shard: str
+    id: int
+    addresses: tuple[Address, ...]
+    cached_tokens: int
+    """The first of them are filled: read them, never write them."""
+
+
+@attrs.define(eq=False)
+class Held:
+    """A lease, and which of its pages may still be written."""
+
+    id: int
+    table: list[Address]
+    private: set[Address]
+    moving: set[Address] = attrs.field(factory=set)
+    """Private ones that a transfer reads or fills, or may still fill after it failed."""
+
+
+@attrs.define(eq=False)
+class Shard:
+    """A shard as this program knows it."""
+
+    name: str
+    to: ActorId
+    endpoint: str
+    valid_until: float
+    """Until then our leases live for certain (trio's clock): ``lease_s`` after the last call that was answered."""
+    about: PoolDescribed | None = None
+    arenas: dict[Tier, Arena] = attrs.field(factory=dict)
+    memory: dict[Tier, memoryview] = attrs.field(factory=dict)
+    leases: dict[int, Held] = attrs.field(factory=dict)
+    lease_of: dict[Address, Held] = attrs.field(factory=dict)
+
+    @property
+    def known(self) -> PoolDescribed:
+        """What it said of itself."""
+        assert self.about is not None, f"shard {self.name} is used before it was asked what it is"
+        return self.about
+
+    @property
+    def home(self) -> Home:
+        """What its addresses have in common."""
+        return Home(self.known.shard, self.known.incarnation)
+
+    def renewed(self, sent_at: float) -> None:
+        """A call sent then was answered. After a longer silence than the shard bears, our leases have ended."""
+        if sent_at >= self.valid_until:
+            self.leases.clear()
+            self.lease_of.clear()
+        self.valid_until = max(self.valid_until, sent_at + self.known.lease_s)
+
+    def map(self) -> None:
+        """Map the memory of every tier that is on this host. Blocks."""
+        for tier, path in zip(Tier, self.known.arenas, strict=True):
+            if path and os.path.exists(path):
+                arena = self.arenas[tier] = attach_arena(Path(path), self.known.page_bytes)
+                self.memory[tier] = arena.memory
+
+    def unmap(self) -> None:
+        """Let go of the memory."""
+        self.memory.clear()
+        for arena in self.arenas.values():
+            arena.close()
+
+    # ---- leases --------------------------------------------------------------------------------------------
+
+    def hold(self, answer: Acquired | Arrival) -> Lease:
+        """A lease was granted."""
+        table = self.home.addresses(answer.pages)
+        cached = answer.cached_tokens // self.known.page_tokens
+        held = self.leases[answer.lease] = Held(answer.lease, list(table), set(table[cached:]))
+        self.lease_of.update(dict.fromkeys(table, held))
+        return Lease(self.name, answer.lease, table, answer.cached_tokens)
+
+    def grew(self, held: Held, new: Iterable[Address]) -> None:
+        """Pages were added to a lease."""
+        new = list(new)
+        held.table += new
+        held.private.update(new)
+        self.lease_of.update(dict.fromkeys(new, held))
+
+    def inserted(self, held: Held, addresses: tuple[Address, ...]) -> None:
+        """These pages are in the index, those of ``held`` among them."""
+        held.private.difference_update(addresses)
+        own, named = set(held.table), set(addresses)
+        held.table = [*addresses, *(one for one in held.table if one not in named)]
+        self.lease_of.update({one: held for one in addresses if one in own or one not in self.lease_of})
+
+    def let_go(self, number: int, gone: set[Address] | None) -> None:
+        """Forget a lease, or these of its pages."""
+        held = self.leases.get(number)
+        if held is None:
+            return
+        gone = set(held.table) if gone is None else gone
+        held.table = [one for one in held.table if one not in gone]
+        held.private -= gone
+        held.moving -= gone
+        for one in gone:
+            if self.lease_of.get(one) is held:
+                del self.lease_of[one]
+        if not held.table:
+            del self.leases[number]
+
+    def held(self, number: int) -> Held:
+        """The lease. Raises PoolError (UNKNOWN_LEASE)."""
+        held = self.leases.get(number)
+        if held is None:
+            raise PoolError(PoolError.UNKNOWN_LEASE, f"lease {number} on {self.name} has ended")
+        return held
+
+    def holder(self, address: Address, now: float) -> Held:
+        """The lease that has a page. Raises PoolError (NOT_HELD)."""
+        held = self.lease_of.get(address) if now < self.valid_until else None
+        if held is None:
+            raise PoolError(PoolError.NOT_HELD, f"{address:#x} is not, or no longer, leased by this program")
+        return held
+
+    # ---- bytes ---------------------------------------------------------------------------------------------
+
+    def page(self, address: Address) -> memoryview:
+        """A page in place. Raises PoolError (STALE_ADDRESS, UNREADABLE)."""
+        (slot,) = self.home.slots((address,))
+        memory = self.memory.get(Tier(tier_of(slot)))
+        if memory is None:
+            raise PoolError(PoolError.UNREADABLE, f"{address:#x} is not in memory of this host")
+        size = self.known.page_bytes
+        return memory[page_of(slot) * size : (page_of(slot) + 1) * size]
+
+
+def check_writable(held: Held, address: Address) -> None:
+    """Raise PoolError (MOVING, RETIRED) unless a page's bytes are this program's alone."""
+    if address in held.moving:
+        raise PoolError(PoolError.MOVING, f"page {address:#x} is read or filled by a transfer, or may be")
+    if address not in held.private:
+        raise PoolError(PoolError.RETIRED, f"page {address:#x} is in the index: its bytes are others' too")

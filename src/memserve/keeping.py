@@ -1,0 +1,110 @@
+"""Keeps one actor running: takes in what it says, starts a successor when it dies, later and later while it keeps dying."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import attrs
+import structlog
+import trio
+
+from memserve.child import OUTPUT_SHOWN_LINES, Child, Launch
+from memserve.errors import UserError
+from memserve.lifecycle import STATUS_USER_ERROR, Restart, describe_end
+from memserve.messages import ActorId
+
+log = structlog.get_logger()
+
+
+def say(line: str) -> None:
+    """Tell the user. A closed pipe or terminal is no reason to stop serving."""
+    with contextlib.suppress(OSError):
+        print(line, flush=True)
+
+
+@attrs.define(eq=False)
+class Keeper:
+    """See the module's text. One serves for all actors of a supervisor."""
+
+    launch: Launch
+    run_dir: str
+    """Where the actors' logs are."""
+    say: Callable[[str], None] = say
+    started: Callable[[], bool] = lambda: False
+    """Whether start-up is over: until then an actor's UserError ends everything, later it is one death more."""
+    heard: Callable[[Child, dict[str, str]], None] = lambda child, event: None
+    """Told of each event of an actor, after the keeper acted on it."""
+    buried: Callable[[ActorId], None] = lambda actor: None
+    """Told of each incarnation that ended."""
+    left: Callable[[Child, int], None] = lambda child, returncode: None
+    """Told of an actor that ended as it was asked to, and with which status."""
+    fared: Callable[[Child], None] = lambda child: None
+    """Told of an actor that died, or is ready again: ``child.down`` has the reason, or is empty."""
+
+    async def keep(self, child: Child) -> None:
+        """Keep one actor running until it is asked to leave. Raises UserError for its own during start-up."""
+        while not child.leaving.is_set():
+            returncode = await self._incarnation(child)
+            if child.leaving.is_set():
+                self.left(child, returncode)
+                break
+            if returncode == STATUS_USER_ERROR and not self.started():
+                raise UserError(child.text())
+            now = trio.current_time()
+            restart = child.policy.died(child.ready_s(now), now)
+            self._report(child, returncode, restart)
+            with trio.move_on_after(restart.delay_s):
+                await child.leaving.wait()
+        child.gone.set()
+
+    async def _incarnation(self, child: Child) -> int:
+        try:
+            return await child.live(self.launch, self._listen)
+        finally:
+            if child.id is not None:
+                self.launch.place.remove_files_of(child.id)
+                self.buried(child.id)
+
+    async def _listen(self, child: Child) -> None:
+        """Act on what an actor says on its lifeline."""
+        assert child.events is not None
+        while (event := await child.events.receive()) is not None:
+            child.heard_at = trio.current_time()
+            if event["event"] == "hello":
+                child.id = ActorId(event["id"])
+            elif event["event"] == "ready":
+                self._ready(child)
+            elif event["event"] == "leaving":
+                child.leaving.set()
+                log.info("actor leaves", child=child.id)
+            self.heard(child, event)
+
+    def _ready(self, child: Child) -> None:
+        child.ready_at, child.down = trio.current_time(), ""
+        self.fared(child)
+        seconds = child.ready_at - child.started_at
+        log.info("actor ready", child=child.id, ready_s=round(seconds, 2))
+        if child.restarts and self.started():
+            self.say(f"memserve: {child.spec.name} is back, {seconds:.1f} s after its restart")
+
+    def _report(self, child: Child, returncode: int, restart: Restart) -> None:
+        """One line for the user and one for the log, with the last words of the dead."""
+        name, end = child.spec.name, "hung and was killed" if child.hung else describe_end(returncode)
+        fields = {"child": child.id or name, "returncode": returncode, "restart_in_s": restart.delay_s}
+        log.warning("actor died", **fields, looping=restart.looping, output=child.text())
+        child.restarts += 1
+        child.down = f"{end} and is being restarted"
+        if restart.looping:
+            child.down = f"{end} again and again; it is tried every {restart.delay_s:g} s"
+        self.fared(child)
+        if restart.looping and not restart.newly_looping:
+            return
+        words = "".join(f"\n  {name} | {line}" for line in child.text().splitlines()[-OUTPUT_SHOWN_LINES:])
+        next_step = f"restarting it in {restart.delay_s:g} s"
+        if restart.newly_looping:
+            next_step = (
+                f"the {child.policy.loop_deaths}th time in {child.policy.loop_window_s:g} s; the others go on, and it is"
+                f" tried again every {restart.delay_s:g} s, see {self.run_dir}/{name}.jsonl"
+            )
+        self.say(f"memserve: {name} {end}; {next_step}{words}")

@@ -1,0 +1,135 @@
+"""What a shard sends because another asks for it (Pull): pages of a lease, or what its index holds."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterator
+
+import attrs
+
+from memserve.actions import Action, Send
+from memserve.mempool.addresses import Tier, tier_of
+from memserve.mempool.grants import Grant
+from memserve.mempool.pool import Pool
+from memserve.mempool.pushing import Lending
+from memserve.messages import ActorId
+from memserve.tokens import count, span
+from memserve.transfer.messages import Order
+from memserve.transfer.outgoing import Outgoing
+from memserve.transfer.values import Failure, Granularity, TransferDone, TransferFailed
+from memserve.transfer_messages import Pull, PullRefused
+
+EXCHANGER = ActorId("exchange.0")
+"""Owner of the leases under which a shard itself reads and fills pages for others."""
+PULLS_REMEMBERED = 4096
+"""Pulls of others that are known for repeats."""
+WARMING_MAX = 64
+"""Pulls whose pages are brought in at a time; one more is refused."""
+
+
+@attrs.define(eq=False)
+class _Sending:
+    to: ActorId
+    pull: Pull
+    lease: int
+    pages: int = 0
+    order: int = 0
+    """0 while its pages are brought in."""
+
+
+@attrs.define
+class Serving:
+    """Pulls that are answered by transfers; ``outgoing`` sends them, and says by :meth:`reported` how they ended."""
+
+    pool: Pool
+    lending: Lending
+    me: ActorId
+    outgoing: Outgoing
+    orders: Iterator[int]
+    granularity: Granularity
+    _pulls: OrderedDict[tuple[ActorId, int], None] = attrs.field(factory=OrderedDict, init=False)
+    _warming: dict[int, _Sending] = attrs.field(factory=dict, init=False)
+    """By lease: what is brought into the device tier before it is sent."""
+    _sending: dict[int, _Sending] = attrs.field(factory=dict, init=False)
+    """By order."""
+    _actions: list[Action] = attrs.field(factory=list, init=False)
+
+    def take(self) -> list[Action]:
+        """Refusals, once."""
+        actions, self._actions = self._actions, []
+        return actions
+
+    def lent(self) -> Iterator[int]:
+        """Every lease that is lent here, as often as it is."""
+        return (one.lease for one in self._sending.values())
+
+    def bury(self, actors: set[ActorId]) -> None:
+        """These shards ask for nothing any more."""
+        for key in [key for key in self._pulls if key[0] in actors]:
+            del self._pulls[key]
+
+    def pulled(self, sender: ActorId, pull: Pull, now: float) -> None:
+        """Send what is asked for, or say that it will not come."""
+        if (sender, pull.id) in self._pulls:
+            return
+        self._pulls[sender, pull.id] = None
+        while len(self._pulls) > PULLS_REMEMBERED:
+            self._pulls.popitem(last=False)
+        held = self.pool.leases.find(pull.lease) if pull.lease else None
+        if held is not None and held.owner == pull.owner and held.floor is None:
+            pages = tuple(held.pages[pull.first_page : pull.first_page + pull.pages])
+            self._send(_Sending(sender, pull, held.id), pages, now)
+            return
+        last = (pull.first_page + pull.pages) * self.pool.page_tokens
+        tokens = span(pull.tokens, 0, min(last, count(pull.tokens)))
+        room = len(self._warming) < WARMING_MAX
+        grant = self.pool.lend_prefix(EXCHANGER, pull.scope, tokens, 0, now) if room else None
+        if grant is None:
+            self._refuse(sender, pull, Failure.RECEIVER_FULL, "no room to bring the prefix in")
+            return
+        self.pool.renew(EXCHANGER, math.inf)
+        one = _Sending(sender, pull, grant.lease)
+        if grant.ready:
+            self._lend(one, grant, now)
+        else:
+            self._warming[grant.lease] = one
+
+    @property
+    def warming(self) -> tuple[int, ...]:
+        """The leases whose pages are brought in for Pulls."""
+        return tuple(self._warming)
+
+    def cooled(self, lease: int) -> None:
+        """What was to be brought in is lost, and its lease has ended."""
+        one = self._warming.pop(lease)
+        self._refuse(one.to, one.pull, Failure.REFUSED, "the pages are damaged")
+
+    def warm(self, grant: Grant, now: float) -> None:
+        """The pages of one of EXCHANGER's leases are in the device tier: send them."""
+        self._lend(self._warming.pop(grant.lease), grant, now)
+
+    def _lend(self, one: _Sending, grant: Grant, now: float) -> None:
+        self._send(one, grant.pages[one.pull.first_page :], now)
+        self.pool.free_mem(EXCHANGER, grant.lease)  # lent by now, or of no use
+
+    def _send(self, one: _Sending, pages: tuple[int, ...], now: float) -> None:
+        if not pages or any(tier_of(page) != Tier.DEVICE for page in pages):
+            self._refuse(one.to, one.pull, Failure.REFUSED, "none of the pages is here")
+            return
+        one.order, one.pages = next(self.orders), len(pages)
+        self.lending.lend(one.lease)
+        self._sending[one.order] = one
+        private = one.pull.id.to_bytes(8, "little")
+        order = Order(one.to, one.order, pages, now + one.pull.remaining_s, self.granularity, private=private)
+        self.outgoing.receive(self.me, order, now)
+
+    def _refuse(self, to: ActorId, pull: Pull, failure: Failure, text: str) -> None:
+        self._actions.append(Send(to, PullRefused(pull.id, failure, text)))
+
+    def reported(self, result: TransferDone | TransferFailed) -> None:
+        """An order is over; its asker hears of the end of one that failed."""
+        one = self._sending.pop(result.id)
+        self.lending.take_back(one.lease)
+        if isinstance(result, TransferFailed):
+            self._refuse(one.to, one.pull, result.failure, result.message)

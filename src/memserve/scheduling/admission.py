@@ -1,0 +1,312 @@
+"""Who may come in, who waits, and who is told to come back later: the scheduler's hold-back queue.
+
+While no worker has room, requests wait here and not at the workers, so that later ones of a higher priority, and tenants who
+have had less, can still come first. Who is next is :mod:`memserve.scheduling.fair_queue`'s to say; this bounds what waits,
+keeps deadlines, and predicts how long waiting takes.
+
+``held_max`` places are there in all. A tenant may take one more while it has fewer than are left free: alone it can have
+half of them, with n others that wait as long an (n + 2)th, and a newcomer always finds some. What does not fit is refused at
+once, and so is what its deadline leaves no time for. Whatever was let in once (an attempt after a worker's death, a request
+that waited at a scheduler that is gone) is never refused for lack of a place.
+
+A Frontend asks after a request that waits (Inquire). One that nobody asks after is forgotten: its Frontend is gone, or
+has taken it to another scheduler; if neither, its next question is answered with no, and it submits it again.
+"""
+
+from __future__ import annotations
+
+import attrs
+
+from memserve.messages import ActorId, Submit
+from memserve.scheduling.fair_queue import FairQueue, Held
+
+HELD_S = 60.0
+"""Longest time that a request waits while no worker is ready."""
+FORGOTTEN_S = 12.0
+"""A request is forgotten that no Frontend has asked after for so long: four times what lies between two questions."""
+ADMISSION_CODES = ("cluster_full", "tenant_full", "deadline_unreachable", "deadline_missed")
+"""Reasons for which a request that has begun is never refused."""
+RESUMED = -1_000
+"""The class of attempts after the first, before any that a client can ask for: their streams have begun."""
+PACE_S = 2.0
+"""The shortest time over which it is measured how fast requests leave."""
+SLOWEST = 0.02
+"""Share of the predicted speed below which a measured one is not believed."""
+RETRY_S = (1.0, 60.0)
+"""Bounds of Retry-After."""
+NOBODY_RETRY_S = 2.0
+"""Retry-After where no worker has been ready for HELD_S."""
+
+
+@attrs.frozen
+class Refusal:
+    """Why a request is not served now, and when it may be."""
+
+    submit: Submit
+    """Its age is that at which it is refused."""
+    code: str
+    message: str
+    status: int
+    retry_after_s: float
+    predicted_s: float
+    """To the first token, had it been let in; infinity where nobody could say."""
+
+
+@attrs.frozen
+class Wish:
+    """A request that comes, as it is seen here."""
+
+    submit: Submit
+    tokens: float
+    """Prompt and expected answer."""
+    run_s: float
+    """Predicted to run its prompt."""
+    soonest_s: float
+    """Predicted to its first token if it were placed now; infinity where no worker is ready."""
+
+
+@attrs.define
+class Pace:
+    """How fast what waits leaves, in seconds of predicted prompts a second: about the number of workers, by prediction."""
+
+    rate: float | None = None
+    """None before it is measured."""
+    _since: float | None = None
+    _left: float = 0.0
+
+    def measure(self, waiting: bool, left_s: float, now: float) -> None:
+        """``left_s`` of prompts have just left; what matters is the time in which something waited."""
+        if self._since is not None:
+            self._left += left_s
+            took = now - self._since
+            if took >= PACE_S:
+                rate = self._left / took
+                self.rate = rate if self.rate is None else (self.rate + rate) / 2
+                self._since, self._left = now, 0.0
+        if not waiting:
+            self._since = None
+        elif self._since is None:
+            self._since, self._left = now, 0.0
+
+    def at(self, workers: int) -> float:
+        """The present rate; what ``workers`` do by prediction, where nothing is measured."""
+        predicted = float(max(1, workers))
+        return predicted if self.rate is None else max(SLOWEST * predicted, self.rate)
+
+
+@attrs.define
+class Admission:
+    """See the module's text."""
+
+    held_max: int = 2_048
+    queue: FairQueue = attrs.field(factory=FairQueue)
+    counters: dict[str, float] = attrs.field(factory=dict)
+    _pace: Pace = attrs.field(factory=Pace)
+    _nobody_since: float | None = None
+    """Since when no worker has been ready."""
+    _look_at: float = float("inf")
+    """Nothing ends by itself before."""
+
+    def __len__(self) -> int:
+        return len(self.queue)
+
+    # ---- in -------------------------------------------------------------------------------------------------
+
+    def ask(self, wish: Wish, workers: int, now: float) -> Refusal | None:
+        """Let a request wait, or refuse it. It must not wait already."""
+        submit, scope = wish.submit, wish.submit.request.scope
+        one = held(wish, now)
+        wait = self.wait_s(one, workers)
+        predicted = wait + wish.soonest_s
+        words = self._no_place(scope) if submit.request.attempt == 0 and not submit.held else None
+        if words is not None:
+            return self._refused(submit, *words, predicted, wait)
+        if wish.soonest_s < float("inf") and now + predicted > one.by:
+            return self.late(submit, predicted)
+        self.queue.add(one)
+        self._look_at = min(self._look_at, self._due(one))
+        self._pace.measure(True, 0.0, now)
+        self._count("requests_held_total")
+        return None
+
+    def _no_place(self, scope: str) -> tuple[str, str, int] | None:
+        """Why there is no place for one more request of a tenant."""
+        free = self.held_max - len(self.queue)
+        rule = f"scheduler.held_max = {self.held_max}"
+        if free <= 0:
+            text = f"the cluster is full: {len(self.queue)} requests wait for a worker already ({rule})"
+            return "cluster_full", text, 503
+        mine = self.queue.of_tenant(scope)
+        if mine >= free:
+            text = f"this key has {mine} requests waiting, and may not have more than places are left free, {free} ({rule})"
+            return "tenant_full", text, 429
+        return None
+
+    def late(self, submit: Submit, predicted_s: float) -> Refusal:
+        """The refusal of a request whose first token would come too late."""
+        wanted = submit.request.ttft_s or 0.0
+        text = (
+            f"the first token is wanted within {wanted * 1e3:.0f} ms of the request, and would come after about"
+            f" {(submit.age_s + predicted_s) * 1e3:.0f} ms"
+        )
+        wait = submit.age_s + predicted_s - wanted
+        return self._refused(submit, "deadline_unreachable", text, 503, predicted_s, wait)
+
+    # ---- out ------------------------------------------------------------------------------------------------
+
+    def served(self, one: Held, now: float) -> None:
+        """``queue.first()`` was placed."""
+        self.queue.serve(one)
+        self._pace.measure(len(self.queue) > 0, one.run_s, now)
+        self._count("held_left_total")
+        self._count("held_waited_s_total", now - one.since)
+
+    def refuse_first(self, one: Held, predicted_s: float, now: float) -> Refusal:
+        """``queue.first()`` would come too late."""
+        self._drop(one, now)
+        return self.late(attrs.evolve(one.submit, age_s=now - one.since), predicted_s)
+
+    def withdraw(self, request: str, attempt: int, now: float) -> None:
+        """Nobody wants this request any more, nor any attempt before."""
+        for number in range(attempt + 1):
+            self._forget((request, number), now)
+
+    def forget_frontends(self, frontends: set[ActorId], now: float) -> None:
+        """They are dead, and their requests with them."""
+        for one in self.queue:
+            if one.submit.request.frontend in frontends:
+                self._drop(one, now)
+
+    def wanted(self, key: tuple[str, int], now: float) -> bool:
+        """Its Frontend asks after a request: whether it waits here."""
+        one = self.queue.get(key)
+        if one is not None:
+            one.heard_at = now
+        return one is not None
+
+    # ---- time -----------------------------------------------------------------------------------------------
+
+    def excuse(self, now: float) -> None:
+        """This scheduler was stopped itself: what its Frontends asked meanwhile is still in its inbox."""
+        for one in self.queue:
+            one.heard_at = now
+
+    def advance(self, served: bool, now: float) -> list[Refusal]:
+        """Refuse what waited too long, forget what nobody wants. ``served``: some worker is ready."""
+        if served != (self._nobody_since is None):
+            self._nobody_since, self._look_at = None if served else now, now
+            self._pace = Pace()  # how fast requests leave while nobody takes them says nothing
+        if now < self._look_at:
+            return []
+        refused = []
+        for one in self.queue:
+            if now >= one.heard_at + FORGOTTEN_S:
+                self._drop(one, now)
+                self._count("held_forgotten_total")
+            elif now >= self._ends_at(one):
+                self._drop(one, now)
+                refused.append(self._too_long(one, now))
+        self._look_at = min((self._due(one) for one in self.queue), default=float("inf"))
+        return refused
+
+    @property
+    def deadline(self) -> float:
+        """When ``advance`` must be called next."""
+        return self._look_at if len(self.queue) else float("inf")
+
+    def _due(self, one: Held) -> float:
+        return min(one.heard_at + FORGOTTEN_S, self._ends_at(one))
+
+    def _ends_at(self, one: Held) -> float:
+        """When it has waited for too long."""
+        nobody = float("inf")
+        if self._nobody_since is not None:
+            nobody = max(self._nobody_since, one.since) + HELD_S
+        return min(nobody, one.latest)
+
+    def _too_long(self, one: Held, now: float) -> Refusal:
+        waited = now - one.since
+        submit = attrs.evolve(one.submit, age_s=waited)
+        if now >= one.latest:
+            text = (
+                f"the first token was wanted within {(submit.request.ttft_s or 0.0) * 1e3:.0f} ms, and no worker had"
+                f" room for the request in time; it waited for {waited * 1e3:.0f} ms"
+            )
+            return self._refused(submit, "deadline_missed", text, 503, one.run_s, one.run_s)
+        text = f"no worker became ready within {HELD_S:.0f} s"
+        return self._refused(submit, "no_capacity", text, 503, float("inf"), NOBODY_RETRY_S)
+
+    # ---- figures --------------------------------------------------------------------------------------------
+
+    def wait_s(self, one: Held, workers: int) -> float:
+        """Predicted seconds until a request that comes now would leave."""
+        if not len(self.queue):
+            return 0.0
+        return self.queue.ahead_s(one.rank, one.scope, one.run_s) / self._pace.at(workers)
+
+    def explain(self, refusal: Refusal) -> dict[str, object]:
+        """Everything about a refusal, for its one line in the log."""
+        submit, request = refusal.submit, refusal.submit.request
+        predicted = refusal.predicted_s
+        return {
+            "request": request.id,
+            "attempt": request.attempt,
+            "code": refusal.code,
+            "reason": refusal.message,
+            "status": refusal.status,
+            "retry_after_s": refusal.retry_after_s,
+            "priority": request.priority,
+            "prompt_tokens": request.prompt_tokens,
+            "waited_ms": submit.age_s * 1e3,
+            "wanted_ttft_ms": None if request.ttft_s is None else request.ttft_s * 1e3,
+            "predicted_ttft_ms": predicted * 1e3 if predicted < float("inf") else None,
+            "waiting": len(self.queue),
+            "waiting_of_tenant": self.queue.of_tenant(request.scope),
+        }
+
+    def gauges(self) -> dict[str, float]:
+        """For the scheduler's own."""
+        return {"requests_held": float(len(self.queue)), **self.counters}
+
+    def check(self) -> None:
+        """Assert every invariant."""
+        self.queue.check()
+        firsts = sum(one.rank != RESUMED and not one.submit.held for one in self.queue)
+        assert firsts <= self.held_max, f"{firsts} requests wait"
+
+    # ---- small helpers --------------------------------------------------------------------------------------
+
+    def _forget(self, key: tuple[str, int], now: float) -> None:
+        one = self.queue.get(key)
+        if one is not None:
+            self._drop(one, now)
+
+    def _drop(self, one: Held, now: float) -> None:
+        self.queue.drop(one)
+        self._pace.measure(len(self.queue) > 0, 0.0, now)
+
+    def _refused(
+        self,
+        submit: Submit,
+        code: str,
+        message: str,
+        status: int,
+        predicted_s: float,
+        retry_s: float,
+    ) -> Refusal:
+        self._count(f"requests_refused_{code}_total")
+        retry = min(max(retry_s, RETRY_S[0]), RETRY_S[1])
+        return Refusal(submit, code, message, status, retry, predicted_s)
+
+    def _count(self, name: str, amount: float = 1.0) -> None:
+        self.counters[name] = self.counters.get(name, 0.0) + amount
+
+
+def held(wish: Wish, now: float) -> Held:
+    """A request as it waits."""
+    request = wish.submit.request
+    since = now - wish.submit.age_s
+    first = request.attempt == 0
+    by = since + request.ttft_s if first and request.ttft_s is not None else float("inf")
+    rank = request.priority if first else RESUMED
+    return Held(wish.submit, rank, wish.tokens, wish.run_s, since, now, by)

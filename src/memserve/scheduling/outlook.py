@@ -1,0 +1,105 @@
+"""What a request that comes now can expect of the workers: whether one of them has room, and when its first token would come.
+
+A worker has room while its prompts are run within ``hold_back_s``, and one that decodes while its batch is not full. That is
+enough to keep it busy; what it had more would only be decided too early. A few workers are looked at, those that are
+ranked best: see :class:`~memserve.scheduling.fleet.Ranking`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import attrs
+
+from memserve.scheduling.fleet import UNKNOWN, Fleet, Side, Worker
+from memserve.scheduling.global_tree import Match
+
+LOOKED_AT = 3
+"""Workers of each side."""
+SKIPPED_MAX = 16
+"""Workers passed over because their shard is not ready."""
+ROWS_AHEAD = 1.25
+"""Streams that a decode worker may have, against the rows of its batch: as one ends, the next must be there."""
+
+
+@attrs.frozen
+class Room:
+    """How full the cluster is."""
+
+    served: bool
+    """Somebody can prefill and somebody decode."""
+    open: bool
+    """Such that a worker wants another prompt now."""
+    at: float = float("inf")
+    """When it will, unless a report says otherwise; infinity where only a report can tell."""
+
+
+def is_open(fleet: Fleet, hold_back_s: float, now: float) -> bool:
+    """Whether a worker wants another prompt now: what is asked for each request, so the first of each side are tried first."""
+    prefills, decodes = fleet.prefills.every.keys, fleet.decodes.every.keys
+    if prefills and decodes:
+        prefill, decode = fleet.workers[prefills[0][2]], fleet.workers[decodes[0][2]]
+        ready = prefill.member.shard in fleet.shards and decode.member.shard in fleet.shards
+        if ready and prefill.queue_until - hold_back_s <= now and _takes_streams(decode):
+            return True
+    return room(fleet, hold_back_s, now).open
+
+
+def room(fleet: Fleet, hold_back_s: float, now: float) -> Room:
+    """Whether the cluster has room for a prompt."""
+    prefills, decodes = list(_best(fleet, fleet.prefills)), list(_best(fleet, fleet.decodes))
+    if not prefills or not decodes:
+        return Room(served=False, open=False)
+    if not any(_takes_streams(one) for one in decodes):
+        return Room(served=True, open=False)
+    at = min(one.queue_until for one in prefills) - hold_back_s
+    return Room(served=True, open=at <= now, at=at)
+
+
+def first_token_s(fleet: Fleet, match: Match, tokens: int, now: float) -> float:
+    """Least predicted seconds to the first token of a prompt placed now; infinity where nobody can take it."""
+    candidates = {one.member.id: one for one in _best(fleet, fleet.prefills)}
+    for shard in match.best(1):
+        ranking = fleet.prefills.of_shard.get(shard)
+        if ranking is not None and shard in fleet.shards:
+            candidates |= {id: fleet.workers[id] for id in ranking.first(1)}
+    return min(
+        (
+            one.step_s / 2 + one.queue_s(now) + _run_s(one, match, tokens, beside=True)
+            for one in candidates.values()
+        ),
+        default=float("inf"),
+    )
+
+
+def run_s(fleet: Fleet, match: Match, tokens: int) -> float:
+    """Seconds to run a prompt where the most of it is cached, without a queue; of some small machine where nobody is known."""
+    for shard in match.best(1):
+        ranking = fleet.prefills.of_shard.get(shard)
+        if ranking is not None:
+            return _run_s(fleet.workers[ranking.first(1)[0]], match, tokens)
+    for one in _best(fleet, fleet.prefills):
+        return _run_s(one, match, tokens)
+    return UNKNOWN.dense[-1][1] / UNKNOWN.dense[-1][0] * tokens
+
+
+def _run_s(one: Worker, match: Match, tokens: int, *, beside: bool = False) -> float:
+    rows, context = (one.rows, one.context) if beside else (0.0, 0.0)
+    return one.model.prefill_s(tokens, match.held(one.member.shard).tokens, rows, context)
+
+
+def _best(fleet: Fleet, side: Side) -> Iterator[Worker]:
+    """The first few of a side's ranking whose shards are ready."""
+    found = 0
+    for one in side.every.first(SKIPPED_MAX):
+        worker = fleet.workers[one]
+        if worker.member.shard in fleet.shards:
+            yield worker
+            found += 1
+            if found == LOOKED_AT:
+                return
+
+
+def _takes_streams(one: Worker) -> bool:
+    rows = one.member.load.get("rows_max", 0.0)
+    return not rows or one.rows < ROWS_AHEAD * rows

@@ -1,0 +1,195 @@
+"""What moves pages between simulated shards: each shard sends one transfer after another, and takes one after another in.
+
+Who stores into the receiver's pages decides what a death or a pause in the middle does (docs/transfers.md): on ``mapped``
+the sender's process, so that one that sleeps goes on when it wakes; on ``tcp`` the receiver's; on ``nixl`` the sender's
+network card, which goes on without its process. What breaks off leaves half of the pages spoiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import attrs
+
+from memserve.mempool.exchanging import ExchangingShard
+from memserve.messages import ActorId
+from memserve.scheduling.cost_model import LINKS, Link
+from memserve.sim.pages import Arenas
+from memserve.sim.world import Actor, Violation, World
+from memserve.transfer.incoming import Key
+from memserve.transfer.messages import (
+    Expect,
+    Received,
+    ReceiveFailed,
+    StopReceiving,
+    StopWriting,
+    Write,
+    WriteFailed,
+    Wrote,
+)
+from memserve.transfer.values import Failure
+
+
+@attrs.define(eq=False)
+class Writing:
+    """One transfer's bytes on their way."""
+
+    sender: Actor
+    order: Write
+    over: bool = False
+
+    @property
+    def key(self) -> Key:
+        """As the receiver knows it."""
+        return self.sender.id, self.order.transfer.id
+
+    @property
+    def to(self) -> ActorId:
+        """The receiving shard."""
+        return ActorId(self.order.way.address)
+
+    @property
+    def path(self) -> str:
+        """``mapped``, ``tcp`` or ``nixl``."""
+        return self.order.way.path
+
+
+@attrs.define(eq=False)
+class Movers:
+    """The movers of all shards. :meth:`perform` takes what a shard's transfer cores order."""
+
+    world: World
+    arenas: Arenas
+    page_bytes: int
+    """KV of a page, as it is counted."""
+    timed_bytes: int
+    """KV of a page of the model whose costs the run has: what takes its time."""
+    links: Mapping[str, Link] = attrs.field(factory=lambda: LINKS)
+    core_of: Callable[[str], object] = lambda name: None
+    """The core of an actor, by name."""
+    breaks: Callable[[], bool] = lambda: False
+    """Whether a transfer breaks off in the middle."""
+    moved_bytes: int = 0
+    """Complete."""
+    _writing: dict[Key, Writing] = attrs.field(factory=dict)
+    _expected: dict[tuple[ActorId, Key], None] = attrs.field(factory=dict)
+    """Over tcp: what each receiver lets in."""
+    _free_at: dict[tuple[ActorId, str], float] = attrs.field(factory=dict)
+    """When a shard's way out, or in, is free again."""
+
+    def perform(self, shard: Actor, order: object) -> None:
+        """Begin what a shard's core wants of its movers."""
+        match order:
+            case Write():
+                self._begin(Writing(shard, order))
+            case StopWriting(number):
+                one = self._writing.get((shard.id, number))
+                if one is not None and not one.over:
+                    self._break(one, Failure.WITHDRAWN)
+            case Expect(sender, number, pages):
+                self._expected[shard.id, (sender, number)] = None
+                self.arenas.claim(shard.id, pages, (sender, number))
+            case StopReceiving(sender, number):
+                self._refuse(shard, (sender, number), Failure.WITHDRAWN)
+
+    def drop(self, actor: Actor) -> None:
+        """An actor is dead: what its process wrote breaks off; what its card sends does not."""
+        for one in list(self._writing.values()):
+            if one.sender is actor and one.path != "nixl":
+                self._break(one, Failure.CUT, killed=True)
+        for receiver, key in list(self._expected):
+            if receiver == actor.id:
+                del self._expected[receiver, key]
+
+    # ---- on the way --------------------------------------------------------------------------------------------
+
+    def _begin(self, one: Writing) -> None:
+        transfer, link, now = one.order.transfer, self.links[one.path], self.world.now
+        ways = (one.sender.id, "out"), (one.to, "in")
+        begin = max(now, *(self._free_at.get(way, 0.0) for way in ways))
+        through = begin + link.byte_s * len(transfer.source) * self.timed_bytes
+        self._free_at.update(dict.fromkeys(ways, through))
+        self._writing[one.key] = one
+        if one.path != "tcp":  # there it is the receiver that writes, while it expects this
+            self.arenas.claim(one.to, transfer.destination, one.key)
+        self.world.at(through + link.fixed_s, self._arrive, one)
+
+    def _arrive(self, one: Writing) -> None:
+        """All bytes would be there now, unless somebody sleeps or the connection is cut."""
+        receiver = self.world.find(one.to)
+        for actor in {"mapped": (one.sender,), "tcp": (one.sender, receiver), "nixl": ()}[one.path]:
+            if actor is not None and actor.paused:
+                actor.held.append(partial(self._arrive, one))
+                return
+        if one.over:
+            return
+        if one.path != "mapped" and (receiver is None or self._is_cut(one) or self._uninvited(one)):
+            self._break(one, Failure.PEER_GONE if receiver is None else Failure.CUT)
+        elif self.breaks():
+            self._break(one, Failure.CUT)
+        else:
+            self._land(one)
+
+    def _is_cut(self, one: Writing) -> bool:
+        cut = self.world.network.cut
+        return (one.sender.name in cut) != (one.to.rpartition(".")[0] in cut)
+
+    def _uninvited(self, one: Writing) -> bool:
+        return one.path == "tcp" and (one.to, one.key) not in self._expected
+
+    # ---- ends --------------------------------------------------------------------------------------------------
+
+    def _land(self, one: Writing) -> None:
+        transfer, size = one.order.transfer, len(one.order.transfer.source) * self.page_bytes
+        self._check_landing(one)
+        self.arenas.copy(one.sender.id, transfer.source, one.to, transfer.destination)
+        self.moved_bytes += size
+        self._end(one)
+        receiver = self.world.find(one.to)
+        if one.path == "tcp" and receiver is not None:
+            self._close(receiver, one.key)
+            self.world.tell(receiver, Received(*one.key))
+        self.world.tell(one.sender, Wrote(transfer.id, size))
+
+    def _break(self, one: Writing, why: Failure, killed: bool = False) -> None:
+        """Half of the pages are written in part, the others not at all."""
+        pages = one.order.transfer.destination
+        if self.world.find(one.to) is not None and not self._uninvited(one):
+            if (
+                not killed
+            ):  # else the receiver may just have let go of them: it kills before it grants them anew
+                self._check_landing(one)
+            self.arenas.spoil(one.to, pages[: len(pages) // 2 + 1])
+        self._end(one)
+        receiver = self.world.find(one.to)
+        if receiver is not None and (one.to, one.key) in self._expected:
+            self._refuse(receiver, one.key, why)
+        self._later(one.sender, WriteFailed(one.order.transfer.id, why, "broken off"))
+
+    def _end(self, one: Writing) -> None:
+        one.over = True
+        del self._writing[one.key]
+        if one.path != "tcp":
+            self.arenas.let_go(one.key)
+
+    def _refuse(self, receiver: Actor, key: Key, why: Failure) -> None:
+        self._close(receiver, key)
+        self._later(receiver, ReceiveFailed(*key, why, "no more is read"))
+
+    def _close(self, receiver: Actor, key: Key) -> None:
+        self._expected.pop((receiver.id, key), None)
+        self.arenas.let_go(key)
+
+    def _later(self, actor: Actor, message: object) -> None:
+        """Never from within an order: a core's turn is not entered twice."""
+        self.world.after(0.0, self.world.tell, actor, message)
+
+    def _check_landing(self, one: Writing) -> None:
+        """The pages written to must be the transfer's own, as long as their shard lives."""
+        receiver = self.world.find(one.to)
+        core = self.core_of(receiver.name) if receiver is not None else None
+        if isinstance(core, ExchangingShard):
+            held = core.exchange.incoming._receiving.get(one.key)
+            if held is None or held.pages != one.order.transfer.destination:
+                raise Violation(f"{one.key} is written to pages of {one.to} that no transfer holds")

@@ -1,0 +1,363 @@
+"""Two shards with make-believe memory and movers, and clients that share both: every call at random, by owners that die.
+
+A site is a shard with its clients (:class:`World`); a client is known at both sites by one id, and dies at both.
+"""
+
+from __future__ import annotations
+
+import random
+
+import attrs
+
+from memserve.actions import Move, Send
+from memserve.client import MAY_WRITE_ON
+from memserve.mempool.addresses import Home, tier_of
+from memserve.mempool.exchange import Exchange
+from memserve.mempool.exchanging import ExchangingShard
+from memserve.mempool.pool import Pool
+from memserve.mempool.room import Capacity
+from memserve.messages import ActorId
+from memserve.pool_messages import (
+    Acquire,
+    Acquired,
+    Adopt,
+    Adopted,
+    AllocMem,
+    Arrival,
+    FreeMem,
+    NextArrival,
+    PoolRefused,
+    Prefetch,
+    Source,
+    Transfer,
+    Transferred,
+)
+from memserve.tokens import count, pack, span
+from memserve.transfer.messages import StopWriting, Write, WriteFailed, Wrote
+from memserve.transfer.values import Failure, Geometry, Way
+from shard_clients import PAGE, SCHEDULER, Client, Held, World
+
+PAGE_BYTES = 16
+
+
+@attrs.define(eq=False)
+class Stream:
+    """A mover at work."""
+
+    write: Write
+    moved: int = 0
+    stopped: bool = False
+
+
+@attrs.define(eq=False)
+class Site(World):
+    """One of the two shards, as its clients see it."""
+
+    number: int = 0
+    pair: Pair | None = None
+    streams: dict[int, Stream] = attrs.field(factory=dict)
+
+    def make_core(self) -> ExchangingShard:
+        """A shard that exchanges pages."""
+        me = ActorId(f"s{self.number}.1")
+        pool = Pool(self.capacity, PAGE, 5.0, home=Home(self.number, self.seed))
+        exchange = Exchange(pool, me, Geometry(PAGE_BYTES, 1), "host", 1)
+        exchange.open(("mapped",), (Way("mapped", me),))
+        return ExchangingShard(
+            pool, waiting_max=12, remembered_max=50, schedulers=(SCHEDULER,), me=me, exchange=exchange
+        )
+
+    @property
+    def other(self) -> Site:
+        """The other shard."""
+        return self.pair.sites[1 - self.number]
+
+    # ---- the world -------------------------------------------------------------------------------------------
+
+    def perform(self, action: object) -> None:
+        """One action; what goes to the other shard is under way for a while."""
+        match action:
+            case Send(to, message) if to == self.other.core.me:
+                self.pair.post(self, message)
+            case Move(Write() as write):
+                self.streams[write.transfer.id] = Stream(write)
+            case Move(StopWriting(number)):
+                if number in self.streams:
+                    self.streams[number].stopped = True
+            case _:
+                super().perform(action)
+
+    def die(self, name: str) -> None:
+        """kill -9 of a client, which each shard notices in its own way."""
+        for site in self.pair.sites:
+            World.die(site, name)
+
+    def live(self, seconds: float) -> None:
+        """Time passes for both."""
+        for site in self.pair.sites:
+            World.live(site, seconds)
+
+    def move(self) -> None:
+        """A mover gets on by a page, breaks, or is done."""
+        number = self.rng.choice(list(self.streams))
+        one = self.streams[number]
+        transfer = one.write.transfer
+        if one.stopped:
+            self._moved(number, WriteFailed(number, Failure.WITHDRAWN, "stopped"))
+        elif self.rng.random() < 0.02:
+            self._moved(number, WriteFailed(number, Failure.CUT, "cut"))
+        elif one.moved < len(transfer.source):
+            source, target = transfer.source[one.moved], transfer.destination[one.moved]
+            self.other.memory[target] = self.memory.get(source)
+            one.moved += 1
+        else:
+            self._moved(number, Wrote(number, PAGE_BYTES * len(transfer.source)))
+
+    def _moved(self, number: int, told: object) -> None:
+        del self.streams[number]
+        self.count(type(told).__name__)
+        self.say(self.core.me, told)
+
+    # ---- calls that concern both shards ----------------------------------------------------------------------
+
+    def step(self) -> None:
+        """One thing happens."""
+        roll = self.rng.random()
+        if self.streams and roll < 0.4:
+            self.move()
+        elif self.pair.wire and roll < 0.6:
+            self.pair.deliver()
+        elif roll < 0.7:
+            self.across(self.clients[self.rng.choice(list(self.clients))])
+        else:
+            super().step()
+
+    def across(self, client: Client) -> None:
+        """One call that concerns the other shard."""
+        if len(client.asked) < 3:
+            call = self.rng.choices(
+                [self.fetch, self.hand_over_from, self.transfer, self.receive], [3, 2, 6, 2]
+            )
+            call[0](client)
+
+    def fetch(self, client: Client) -> None:
+        """A prompt, with what the other shard's index may hold of it; waited for, or ahead."""
+        scope, tokens = self.rng.choice("xy"), self.rng.choice(self.prompts)
+        expected = self.rng.randrange(1, count(tokens) // PAGE * PAGE + 2)
+        source = Source(
+            self.other.core.me, min(expected, count(tokens)), self.patience(), request=self.request()
+        )
+        if self.rng.random() < 0.3:
+            whole = span(tokens, 0, count(tokens) // PAGE * PAGE)
+            ahead = self.rng.random() < 0.5
+            self.say(
+                client.id, Prefetch(scope, whole, attrs.evolve(source, tokens=count(whole), ahead=ahead))
+            )
+        else:
+            self.acquire_from(client, scope, tokens, source)
+
+    def hand_over_from(self, client: Client) -> None:
+        """A prompt, with the pages of a lease that some client has at the other shard."""
+        leases = [(one, *held) for one in self.other.clients.values() for held in one.leases.items()]
+        if leases:
+            owner, lease, held = self.rng.choice(leases)
+            if count(held.tokens) and count(held.tokens) <= len(held.pages) * PAGE:
+                self.pair.read_from.add(lease)
+                more = held.tokens + pack([self.rng.randrange(3)])
+                told = (self.patience(), lease, owner.id, self.rng.random() < 0.5, self.request())
+                self.acquire_from(
+                    client, held.scope, more, Source(self.other.core.me, count(held.tokens), *told)
+                )
+
+    def acquire_from(self, client: Client, scope: str, tokens: bytes, source: Source) -> None:
+        """On the grant, check what was found here and what has come."""
+
+        def done(answer: object) -> None:
+            if isinstance(answer, Acquired):
+                there = answer.cached_tokens + answer.fetched_tokens
+                held = Held(scope, tokens, answer.pages, answer.cached_tokens)
+                self.verify(held, there // PAGE)
+                self.count("fetched") if answer.fetched_bytes else None
+                self.fill(held, there)
+                client.leases[answer.lease] = held
+
+        self.ask(client, lambda call: Acquire(call, scope, tokens, 1, source), done)
+
+    def request(self) -> str:
+        """Whose pages they are said to be: hand-overs wait for what comes ahead of them."""
+        return self.rng.choice(["", "r1", "r2"])
+
+    def patience(self) -> float:
+        """A deadline, in seconds."""
+        return self.rng.choice([0.5, 2.0, 20.0])
+
+    def transfer(self, client: Client) -> None:
+        """The full pages of a lease to the other shard: to new pages or given ones, for oneself or for another."""
+        if not client.leases:
+            return
+        lease, held = self.rng.choice(list(client.leases.items()))
+        pages = min(count(held.tokens) // PAGE, len(held.pages))
+        name = client.id.partition(".")[0]
+        mine = self.other.clients[name]
+        target = self.rng.choice(list(self.other.clients.values()))
+        sent = Held(held.scope, span(held.tokens, 0, pages * PAGE), held.pages[:pages], 0)
+        insert = self.rng.random() < 0.5
+        call = Transfer(
+            0, self.other.core.me, sent.scope, (lease,), self.core.pool.home.addresses(sent.pages), self.patience(),
+            tokens=sent.tokens if insert else b"", owner=target.id, private=self.pair.note(sent, insert),
+        )  # fmt: skip
+        if target is not mine:
+            self._push(client, call, lambda answer: None)
+        elif self.rng.random() < 0.5:
+            self._push(client, call, lambda answer: self.other.claim(mine, sent, insert, answer))
+        elif into := self._room_for(mine, sent):
+            self._fill(client, call, mine, into, sent)
+        else:
+
+            def granted(answer: object) -> None:
+                if isinstance(answer, Acquired):
+                    mine.leases[answer.lease] = Held(sent.scope, b"", answer.pages, 0)
+                    self._fill(client, call, mine, answer.lease, sent)
+
+            self.other.ask(mine, lambda number: AllocMem(number, 0, pages + 1, 0, sent.scope), granted)
+
+    def _fill(self, client: Client, call: Transfer, mine: Client, into: int, sent: Held) -> None:
+        """Send into a lease at the other shard; nothing else is asked of it meanwhile."""
+        held = mine.leases.pop(into)
+        there = self.other.core.pool.home.addresses(held.pages[: len(sent.pages)])
+        call, insert = attrs.evolve(call, destination=there, into=into), bool(call.tokens)
+        self._push(client, call, lambda answer: self.other.filled(mine, into, held, sent, insert, answer))
+
+    def _push(self, client: Client, call: Transfer, done) -> None:
+        self.ask(client, lambda number: attrs.evolve(call, call=number), done)
+
+    def _room_for(self, client: Client, sent: Held) -> int:
+        """A lease whose first pages may be overwritten."""
+        for lease, held in client.leases.items():
+            enough = len(held.pages) >= len(sent.pages) > 0 and held.scope == sent.scope
+            careless = self.rng.random() < 0.1
+            if (
+                lease not in self.pair.read_from
+                and enough
+                and (careless or not (held.retired or any(map(tier_of, held.pages))))
+            ):
+                return lease
+        return 0
+
+    def filled(
+        self, client: Client, lease: int, held: Held, sent: Held, insert: bool, answer: object
+    ) -> None:
+        """A transfer into a lease here is over."""
+        if isinstance(answer, Transferred):
+            held.tokens, held.retired = sent.tokens, count(sent.tokens) if insert else 0
+            self.verify(held, len(sent.pages))
+            self.count("filled")
+        if isinstance(answer, PoolRefused) and answer.code in MAY_WRITE_ON:
+            self.ask(client, lambda call: FreeMem(lease, call), lambda answer: None)
+        else:
+            client.leases[lease] = held
+
+    def claim(self, client: Client, sent: Held, insert: bool, answer: object) -> None:
+        """New pages here: make them known as one's own."""
+        if not isinstance(answer, Transferred):
+            return
+        lease = answer.lease
+        held = Held(sent.scope, sent.tokens, answer.pages, count(sent.tokens) if insert else 0)
+
+        def done(answer: object) -> None:
+            if isinstance(answer, Adopted):
+                self.verify(held, len(held.pages))
+                self.count("claimed")
+                client.leases[lease] = held
+
+        self.ask(client, lambda call: Adopt(call, lease, client.id), done)
+
+    def receive(self, client: Client) -> None:
+        """What another has sent here."""
+
+        def done(answer: object) -> None:
+            if isinstance(answer, Arrival):
+                sent, insert = self.pair.sent[int(answer.private)]
+                assert answer.cached_tokens == (count(sent.tokens) if insert else 0)
+                held = Held(sent.scope, sent.tokens, answer.pages, answer.cached_tokens)
+                self.verify(held, len(held.pages))
+                client.leases[answer.lease] = held
+
+        if not any(isinstance(asked, NextArrival) for _, asked in client.asked.values()):
+            self.ask(client, NextArrival, done)
+
+    def withdrawn(self, client: Client, asked: object) -> None:
+        """A mover may still write into the lease that a transfer was to fill."""
+        if isinstance(asked, Transfer) and asked.into:
+            mine = self.other.clients[client.id.partition(".")[0]]
+            self.other.ask(mine, lambda call: FreeMem(asked.into, call), lambda answer: None)
+
+
+@attrs.define(eq=False)
+class Pair:
+    """Both shards, and the wire between them: messages are late, lost now and then, or come twice."""
+
+    seed: int
+    capacity: tuple[Capacity, Capacity]
+    rng: random.Random = attrs.field(init=False)
+    sites: list[Site] = attrs.field(factory=list)
+    wire: list[tuple[Site, object]] = attrs.field(factory=list)
+    sent: list[tuple[Held, bool]] = attrs.field(factory=list)
+    read_from: set[int] = attrs.field(factory=set)
+    """Leases that requests were handed over with: their owner does not overwrite them."""
+    lossless: bool = False
+
+    def __attrs_post_init__(self) -> None:
+        self.rng = random.Random(self.seed)
+        for number, capacity in enumerate(self.capacity):
+            site = Site(self.seed, capacity, number=number, pair=self)
+            site.rng = self.rng
+            self.sites.append(site)
+        self.sites[1].prompts = self.sites[0].prompts
+
+    def note(self, sent: Held, insert: bool) -> bytes:
+        """What is sent along with pages, so that their receiver knows what they must hold."""
+        self.sent.append((sent, insert))
+        return str(len(self.sent) - 1).encode()
+
+    def post(self, sender: Site, message: object) -> None:
+        """From one shard to the other."""
+        if self.lossless or self.rng.random() > 0.05:
+            self.wire.append((sender, message))
+            if self.rng.random() < 0.05 and not self.lossless:
+                self.wire.append((sender, message))
+
+    def deliver(self) -> None:
+        """The oldest message of one direction arrives: a pair's messages keep their order."""
+        sender = self.rng.choice([one for one, _ in self.wire])
+        i = next(i for i, (one, _) in enumerate(self.wire) if one is sender)
+        _, message = self.wire.pop(i)
+        sender.other.say(sender.core.me, message)
+
+    def run(self, steps: int) -> None:
+        """So many things happen."""
+        for _ in range(steps):
+            self.rng.choice(self.sites).step()
+
+    def end(self) -> None:
+        """Everyone dies, and everything under way ends: nothing may be left."""
+        self.lossless = True
+        for name in ("a", "b", "c"):
+            self.sites[0].die(name)
+        for _ in range(60):
+            self.settle()
+            self.sites[0].live(1.0)
+        for site in self.sites:
+            site.end()
+        self.settle()
+
+    def settle(self) -> None:
+        """What is under way arrives."""
+        while self.wire or any(site.streams or site.copies for site in self.sites):
+            while self.wire:
+                self.deliver()
+            for site in self.sites:
+                if site.streams:
+                    site.move()
+                if site.copies:
+                    site.copy_ends()

@@ -1,0 +1,211 @@
+"""How a worker joins: what is refused and with which words, and what the cluster's supervisor knows of it afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import attrs
+import pytest
+import trio
+
+from fake_cluster import resolved
+from memserve import cli
+from memserve.config import Resolved, ShardConfig
+from memserve.errors import UserError
+from memserve.gate import Gate
+from memserve.gpus import Gpu, Gpus
+from memserve.join import check_machine, checked, far_away, knock, log_dir_of
+from memserve.lifeline import EventSocket
+from memserve.messages import ActorId
+from memserve.place import Place
+from memserve.sections import WorkerConfig
+
+D1 = WorkerConfig(name="d1", role="decode", shard="s0", threads=None)
+
+
+@attrs.define(eq=False)
+class Home:
+    """What stands for the supervisor behind a gate."""
+
+    resolved: Resolved
+    gate: Gate | None = None
+    is_open: bool = True
+    said: list[str] = attrs.field(factory=list)
+    buried: list[ActorId] = attrs.field(factory=list)
+    connections: list[EventSocket] = attrs.field(factory=list)
+
+    def change(self, resolved: Resolved) -> None:
+        """Take in a worker more or less."""
+        self.resolved = resolved
+
+    async def knock(self, worker: WorkerConfig = D1, cores: int = 1) -> EventSocket:
+        """What `memserve join` does."""
+        events, claim = await trio.to_thread.run_sync(knock, self.gate.place.path, worker, cores)
+        assert os.path.samestat(os.fstat(claim), os.fstat(self.gate.place.fileno()))
+        os.close(claim)
+        self.connections.append(events)
+        return events
+
+
+@contextlib.asynccontextmanager
+async def gate(log_dir: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Home]:
+    """A gate with nothing behind it."""
+    with tempfile.TemporaryDirectory(prefix="mst") as base:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", base)
+        place = Place.claim(log_dir)
+        home = Home(resolved(log_dir))
+        home.gate = Gate(
+            place,
+            lambda: home.resolved,
+            home.change,
+            home.buried.append,
+            lambda: home.is_open,
+            home.said.append,
+        )
+        try:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(home.gate.run)
+                yield home
+                nursery.cancel_scope.cancel()
+        finally:
+            for one in home.connections:
+                one.close()
+            place.leave()
+
+
+async def until(condition) -> None:
+    """Wait for the gate's tasks."""
+    with trio.fail_after(10):
+        while not condition():
+            await trio.sleep(0.005)
+
+
+async def test_a_guest_from_its_knock_to_its_end(tmp_path, monkeypatch) -> None:
+    """Its actors would not find their configuration, or its death not be announced, or its name stay taken."""
+    async with gate(tmp_path, monkeypatch) as home:
+        events = await home.knock(cores=3)
+        assert home.resolved.joined == ("d1",)
+        assert home.resolved.config.worker[-1] == D1
+        assert home.resolved.threads["d1"] == 1, "not more than the cluster may use"
+        for number in (1, 2):
+            events.send(event="hello", id=f"d1.{number}")
+            events.send(event="died", id=f"d1.{number}")
+        events.send(event="hello", id="d1.3")
+        guest = home.gate.guests["d1"]
+        await until(lambda: guest.id == "d1.3")
+        guest.ask_to_drain()
+        assert await events.receive() == {"event": "drain"}
+        events.close()
+        await guest.gone.wait()
+        assert home.buried == ["d1.1", "d1.2", "d1.3"]
+        assert (home.resolved.joined, home.gate.guests) == ((), {})
+        assert home.resolved == resolved(tmp_path)
+        await home.knock()
+
+
+@pytest.mark.parametrize("name", ["w0", "s0", "scheduler-7", "frontend-0", "supervisor-d1", "d1"])
+async def test_a_name_that_is_taken_may_not_join(tmp_path, monkeypatch, name) -> None:
+    """Two actors of one name would take turns at replacing one another, or write one log file."""
+    async with gate(tmp_path, monkeypatch) as home:
+        await home.knock()
+        before = home.resolved
+        with pytest.raises(UserError) as caught:
+            await home.knock(attrs.evolve(D1, name=name))
+        taken = "choose a name other than scheduler-0, s0, w0, d1, frontend-0"
+        assert str(caught.value) == f"--name {name} is taken in this cluster: {taken}"
+        assert home.resolved == before
+
+
+async def test_what_else_is_refused(tmp_path, monkeypatch) -> None:
+    """A worker would wait for a shard that never comes, or join a cluster that is going."""
+    async with gate(tmp_path, monkeypatch) as home:
+        with pytest.raises(UserError, match=r"--shard must be one of s0, not 's1'"):
+            await home.knock(attrs.evolve(D1, shard="s1"))
+        monkeypatch.setattr("memserve.gate.GUESTS_MAX", 1)
+        await home.knock()
+        with pytest.raises(UserError, match="1 workers have joined, and more may not"):
+            await home.knock(attrs.evolve(D1, name="d2"))
+        home.is_open = False
+        with pytest.raises(UserError, match="the cluster is shutting down"):
+            await home.knock(attrs.evolve(D1, name="d2"))
+    with pytest.raises(UserError, match="lets no worker in: it is starting or ending"):
+        knock(tmp_path, D1, 1)
+
+
+@pytest.mark.parametrize(
+    "words", [b"hello\n", b"{}\n", b'{"worker": "{}", "cores": "1"}\n', b"[1]\n", b'{"event', b""]
+)
+async def test_what_is_no_request_does_not_get_in(tmp_path, monkeypatch, words) -> None:
+    """One broken connection would end the cluster's supervisor, and everything with it."""
+    async with gate(tmp_path, monkeypatch) as home:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stranger:
+            stranger.connect(str(home.gate.place.path / "supervisor.sock"))
+            stranger.send(words)
+            await trio.sleep(0.01)
+        events = await home.knock()
+        events.send(event="hello")  # without an id
+        await until(lambda: not home.gate.guests)
+
+
+# ---- before the knock ----------------------------------------------------------------------------------------
+
+
+def test_a_worker_as_written(tmp_path) -> None:
+    """A mistake would be found by the cluster's actors, or by nobody."""
+    cluster = resolved(tmp_path)
+    told = {"name": "d1", "role": "decode", "shard": "", "threads": None}
+    assert checked(told, cluster) == D1
+    with pytest.raises(UserError) as caught:
+        checked({**told, "name": "D1", "threads": 0}, cluster)
+    assert [line.partition(" must ")[0] for line in str(caught.value).splitlines()] == ["--name", "--threads"]
+    two = (ShardConfig(name="s0"), ShardConfig(name="s1"))
+    several = attrs.evolve(cluster, config=attrs.evolve(cluster.config, shard=two))
+    with pytest.raises(UserError, match="--shard must be one of s0, s1: the cluster has several"):
+        checked(told, several)
+
+
+def test_what_the_machine_must_have(tmp_path) -> None:
+    """A worker would start without the cores or the GPU memory that it was promised."""
+    cluster = resolved(tmp_path)
+    check_machine(D1, cluster, 1)
+    with pytest.raises(UserError, match=r"--threads must be at most 2, .* not 3"):
+        check_machine(attrs.evolve(D1, threads=3), cluster, 2)
+    on_gpu = attrs.evolve(
+        cluster,
+        config=attrs.evolve(cluster.config, shard=(ShardConfig(name="s0", device="cuda:0"),)),
+        gpu_worker_bytes=2 << 30,
+    )
+    for free, problem in ((3 << 30, ""), (1 << 30, r"takes 2 GiB of cuda:0, and 1 GiB are free")):
+        gpus = Gpus((Gpu(0, "u", "H100", 80 << 30, free, (9, 0)),))
+        with pytest.raises(UserError, match=problem) if problem else contextlib.nullcontext():
+            check_machine(D1, on_gpu, 1, lambda gpus=gpus: gpus)
+    with pytest.raises(UserError, match="on cuda:0, but no driver"):
+        check_machine(D1, on_gpu, 1, lambda: Gpus(problem="no driver"))
+
+
+def test_which_cluster_is_meant(tmp_path, monkeypatch) -> None:
+    """A worker would join another cluster than the one that its configuration started."""
+    assert log_dir_of(None, [], None) == Path("logs")
+    assert log_dir_of(None, [], tmp_path) == tmp_path
+    assert log_dir_of("demo", [f"logging.dir={tmp_path}"], None) == tmp_path
+    with pytest.raises(UserError, match="give either --config or --log-dir"):
+        log_dir_of("demo", [], tmp_path)
+    with pytest.raises(UserError, match="--set goes with --config"):
+        log_dir_of(None, ["frontend.port=1"], None)
+
+
+def test_mistakes_of_the_command_line_exit_2(capsys, tmp_path) -> None:
+    """Somebody would wait for a worker that never comes."""
+    for words, said in (
+        (["join", "--name", "d1", "--log-dir", str(tmp_path)], "no memserve runs that logs to"),
+        (["join", "tcp://h:1", "--name", "d1"], far_away("tcp://h:1")),
+        (["join"], "--name"),
+        (["join", "--name", "d1", "--role", "boss"], "boss"),
+    ):
+        assert cli.run(words) == 2
+        assert said in capsys.readouterr().err

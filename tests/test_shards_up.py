@@ -1,0 +1,37 @@
+"""Two shards as a user starts them, with pages going over TCP: a chat whose second turn finds what the first has left on both."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from clusters import running
+from test_model import prompt
+
+VOCAB = 40_000
+TURN = 40
+"""Tokens of an answer."""
+
+
+def test_a_chat_whose_pages_go_over_tcp(tmp_path: Path) -> None:
+    """If the movers of a real cluster were never started, every hand-over would be computed again, and nobody would notice."""
+    settings = ("transfer.path=tcp", "scheduler.policy=least_load", "model.dtype=float32")
+    with running("2shards.toml", tmp_path, *settings) as cluster:
+        first = prompt(100, 1, VOCAB)
+        answer = cluster.tokens(first, TURN)
+        deadline = time.monotonic() + 20
+        while not (back := [one for one in cluster.lines() if one["event"] == "answer returned"]):
+            assert time.monotonic() < deadline, "the answer's pages never came back"
+            time.sleep(0.1)
+        again = cluster.tokens(first + answer[:20], TURN - 20)
+
+        lines = [one for one in cluster.lines() if one["event"] == "request finished"]
+        metrics = {one["id"].partition(".")[0]: one["load"] for one in cluster.members()}
+    assert again == answer[20:]
+    one, two = lines
+    assert one["bytes_to_decode"] > 0 and one["bytes_saved"] == 0
+    assert two["bytes_saved"] > two["bytes_to_decode"] > 0
+    assert one["bytes_to_prefill"] == back[0]["moved_bytes"] > 0
+    assert two["matched_device_tokens"] == two["matched_decode_tokens"] == 112
+    assert metrics["s0"]["transfer_out_bytes_total"] == one["bytes_to_decode"] + two["bytes_to_decode"]
+    assert metrics["s1"]["fetches_failed_total"] == 0

@@ -1,0 +1,133 @@
+"""What /health says, whatever is missing: the truth, with its reason."""
+
+from __future__ import annotations
+
+import attrs
+import pytest
+
+from memserve.messages import ActorId, Cluster, Member
+from memserve.scheduling.view import MISSED_S, SILENT_S, ClusterView, Health
+
+GS = ActorId("scheduler-0.1")
+ME = Member(ActorId("frontend-0.1"), "Frontend", "e", 1, "ready")
+
+
+def member(name: str, kind: str, role: str = "", *, state: str = "ready", shard: str = "s0.1") -> Member:
+    """A member of incarnation 1, unless ``name`` says another."""
+    id = ActorId(name if "." in name else f"{name}.1")
+    return Member(id, kind, "e", 1, state, role, ActorId(shard if role else ""))
+
+
+SHARD = member("s0", "MemPoolShard")
+P0, P1 = (member(f"p{i}", "PrefillWorker", "prefill") for i in range(2))
+D0, D1 = (member(f"d{i}", "DecodeWorker", "decode") for i in range(2))
+SCHEDULER = member("scheduler-0", "GlobalScheduler")
+WHOLE = (SCHEDULER, ME, SHARD, P0, P1, D0, D1)
+
+
+def seen(*members: Member, now: float = 0.0) -> ClusterView:
+    """A view in which these are there."""
+    view = ClusterView()
+    view.heard(Cluster(GS, members), now)
+    return view
+
+
+def without(*missing: Member) -> tuple[Member, ...]:
+    """All but these."""
+    return tuple(one for one in WHOLE if one not in missing)
+
+
+@pytest.mark.parametrize(
+    ("lacking", "reason"),
+    [
+        ((), ""),
+        ((D0, D1), "no decode worker is ready"),
+        ((P0, P1), "no prefill worker is ready"),
+        ((P0, P1, D0, D1), "no prefill and no decode worker is ready"),
+        ((SHARD,), "no MemPoolShard is ready"),
+    ],
+)
+def test_what_cannot_be_served_is_unavailable(lacking: tuple[Member, ...], reason: str) -> None:
+    """A load balancer would go on sending requests here, and an operator would have to guess."""
+    status = "unavailable" if reason else "ok"
+    assert seen(*without(*lacking)).health(ME, {}, 0.5) == Health(status, reason)
+
+
+def test_workers_that_cannot_reach_each_other_serve_nothing() -> None:
+    """One that prefills and one that decodes are there, and the shard of one is not."""
+    far = attrs.evolve(D0, shard=ActorId("s1.1"))
+    assert seen(SHARD, P0, far).health(ME, {}, 0.0).reason == "no decode worker is ready"
+
+
+def test_a_frontend_alone_serves_nothing() -> None:
+    """It starts before it has heard of anyone, and drains while everyone is there."""
+    assert ClusterView().health(ME, {}, 9.0).reason == "no GlobalScheduler has been heard of yet"
+    draining = attrs.evolve(ME, state="draining")
+    assert seen(*WHOLE).health(draining, {}, 0.0) == Health("unavailable", "frontend-0 is draining")
+
+
+def test_a_view_that_nobody_renews_is_not_trusted() -> None:
+    """A scheduler that is stopped tells of no death: what it said last would be true for ever."""
+    view = seen(*WHOLE)
+    assert view.health(ME, {}, SILENT_S - 0.1) == Health("ok")
+    assert view.health(ME, {}, SILENT_S) == Health(
+        "unavailable", "no GlobalScheduler has been heard of for 3 s"
+    )
+
+
+def test_a_death_is_missed_until_the_successor_is_ready() -> None:
+    """While a worker is away, the others serve: less than all, and said so."""
+    view = seen(*WHOLE)
+    view.gone((D0.id,), 0.1)
+    assert view.health(ME, {}, 0.1) == Health("degraded", "d0 is gone")
+    back = member("d0.2", "DecodeWorker", "decode", state="starting")
+    view.heard(Cluster(GS, (*without(D0), back)), 1.0)
+    assert view.health(ME, {}, 1.0) == Health("degraded", "d0 is starting")
+    view.heard(Cluster(GS, (*without(D0), attrs.evolve(back, state="ready"))), 2.0)
+    assert view.health(ME, {}, 2.0) == Health("ok")
+
+
+def test_who_was_drained_is_not_missed() -> None:
+    """An operator wanted it so: it would be degraded for ever."""
+    view = seen(*without(D0), attrs.evolve(D0, state="draining"))
+    assert view.health(ME, {}, 0.0) == Health("ok")
+    for now in (0.1, 1.1):  # deaths are told again and again
+        view.gone((D0.id,), now)
+        assert view.health(ME, {}, now) == Health("ok")
+
+
+def test_who_left_for_good_is_not_missed_for_ever() -> None:
+    """A joined worker that was killed comes back only if somebody wants it to."""
+    view = seen(*WHOLE)
+    view.gone((D0.id,), 0.1)
+    view.heard(Cluster(GS, without(D0)), MISSED_S)
+    assert view.health(ME, {}, MISSED_S).status == "degraded"
+    assert view.health(ME, {}, MISSED_S + 0.1) == Health("ok")
+
+
+def test_a_death_that_is_told_late_is_not_missed() -> None:
+    """The successor is there already."""
+    view = seen(*without(D0), member("d0.2", "DecodeWorker", "decode"))
+    view.gone((D0.id,), 0.1)
+    assert view.health(ME, {}, 0.0) == Health("ok")
+
+
+def test_the_supervisors_word_comes_before_the_schedulers() -> None:
+    """It sees a process end at once, and a crash loop that no scheduler can know."""
+    view = seen(*WHOLE)
+    down = {"d1": "was killed by SIGKILL and is being restarted"}
+    assert view.health(ME, down, 0.0) == Health("degraded", "d1 was killed by SIGKILL and is being restarted")
+    down["d0"] = "ended with status 1 again and again; it is tried every 10 s"
+    view.gone((D0.id, D1.id), 0.1)
+    found = view.health(ME, down, 0.0)
+    assert found.status == "unavailable"
+    assert found.reason == f"no decode worker is ready; d1 {down['d1']}; d0 {down['d0']}"
+
+
+def test_two_schedulers_make_one_view_and_an_old_one_is_forgotten() -> None:
+    """What a dead scheduler had said would be believed beside what its successor says."""
+    view = seen(SHARD, P0)
+    assert view.heard(Cluster(ActorId("scheduler-1.1"), (SHARD, D0)), 0.0) == []
+    assert view.health(ME, {}, 0.0) == Health("ok")
+    assert view.heard(Cluster(ActorId("scheduler-0.2"), (SHARD,)), 0.1) == [GS]
+    assert {one.id for one in view.members()} == {SHARD.id, D0.id}
