@@ -203,6 +203,18 @@ def test_int8_weights_are_near_the_reference_and_change_no_bit() -> None:
     assert float((token_by_token[300] - expected).norm() / expected.norm()) < 0.03
 
 
+@pytest.mark.parametrize("stored", ["bfloat16", "int8"])
+def test_deep_products_change_no_bit(stored: str) -> None:
+    """Products too deep for the first level are made in parts for many rows: they must sum as they do for few."""
+    spec = attrs.evolve(native_spec(6, 2, 64), intermediate=1600)
+    twin = Twin(spec, stored=stored)
+    ids = prompt(150, 3)
+    few = in_chunks(twin, ids, range(10, 151, 10), twin.pages(150))
+    for size in (150, 50):
+        for end, logits in in_chunks(twin, ids, range(size, 151, size), twin.pages(150)).items():
+            assert torch.equal(logits, few[end]), (size, end)
+
+
 def test_threads_with_rows_of_their_own_change_no_bit() -> None:
     """Many rows are cut into one block a thread: results would depend on how many cores are free."""
     spec = native_spec(6, 2, 64)

@@ -57,18 +57,28 @@ inline const bf16* tile_of(const int8_t* from, bf16* to) {
 }
 
 // One or two strips of weights times one or two blocks of 16 rows. The inputs stream through: it is the weights that
-// are wanted again, for the next rows. Fetches lines [fetch, fetch_end) of every tile's place in the strips that follow.
+// are wanted again, for the next rows. Along k from `start` to `end`, on top of what is in `out` where that is not the
+// beginning. Fetches lines [fetch, fetch_end) of every tile's place in the strips that follow.
 template <int STRIPS, int BLOCKS, class Weight>
-inline void amx_product(const Weight* w, long K, const bf16* x, float* out, long stride, int fetch, int fetch_end) {
+inline void amx_product(const Weight* w, long K, long start, long end, const bf16* x, float* out, long stride, int fetch,
+                        int fetch_end) {
     alignas(64) bf16 widened[2][STRIPS][TILE_VALUES];  // by turns, so that none waits for the one before
     const Weight* w2 = w + TILE * K;
     const bf16* x2 = x + TILE * K;
+    float* out2 = out + TILE * stride;
     stores_done();
-    _tile_zero(0);
-    if constexpr (STRIPS > 1) _tile_zero(1);
-    if constexpr (BLOCKS > 1) _tile_zero(2);
-    if constexpr (STRIPS > 1 && BLOCKS > 1) _tile_zero(3);
-    for (long at = 0; at < TILE * K; at += TILE_VALUES) {
+    if (start) {
+        _tile_loadd(0, out, stride * 4);
+        if constexpr (STRIPS > 1) _tile_loadd(1, out + TILE, stride * 4);
+        if constexpr (BLOCKS > 1) _tile_loadd(2, out2, stride * 4);
+        if constexpr (STRIPS > 1 && BLOCKS > 1) _tile_loadd(3, out2 + TILE, stride * 4);
+    } else {
+        _tile_zero(0);
+        if constexpr (STRIPS > 1) _tile_zero(1);
+        if constexpr (BLOCKS > 1) _tile_zero(2);
+        if constexpr (STRIPS > 1 && BLOCKS > 1) _tile_zero(3);
+    }
+    for (long at = TILE * start; at < TILE * end; at += TILE_VALUES) {
         auto& turn = widened[at / TILE_VALUES % 2];
         const char* next = (const char*)(w + STRIPS * (TILE * K + at));
         for (int line = fetch; line < fetch_end; line++) _mm_prefetch(next + line * 64, _MM_HINT_T1);
@@ -81,7 +91,6 @@ inline void amx_product(const Weight* w, long K, const bf16* x, float* out, long
         if constexpr (BLOCKS > 1) _tile_dpbf16ps(2, 5, 6);
         if constexpr (STRIPS > 1 && BLOCKS > 1) _tile_dpbf16ps(3, 5, 7);
     }
-    float* out2 = out + TILE * stride;
     _tile_stored(0, out, stride * 4);
     if constexpr (STRIPS > 1) _tile_stored(1, out + TILE, stride * 4);
     if constexpr (BLOCKS > 1) _tile_stored(2, out2, stride * 4);
@@ -112,7 +121,7 @@ struct Tiles {
     explicit Tiles(bool) {}
 };
 template <int STRIPS, int BLOCKS, class Weight>
-inline void amx_product(const Weight*, long, const Operand*, float*, long, int, int) {}
+inline void amx_product(const Weight*, long, long, long, const Operand*, float*, long, int, int) {}
 template <int COLUMNS>
 inline void amx_columns(const Operand*, long, const Operand*, long, int, float*, long) {}
 

@@ -13,6 +13,7 @@ namespace {
 
 constexpr int COLUMNS = 2 * TILE;        // outputs of one task of a linear
 constexpr int ROWS = std::min(8, SUMS);  // rows of x that vectors work on together
+constexpr int WEIGHTS_DEPTH = 512;       // values along k of a task's weights that the first level holds beside the inputs
 constexpr int AHEAD = 8192;              // bytes of weights between what is prefetched and what is used
 
 // STRIPS strips of weights times M rows of one block. The first pass over weights fetches what comes AHEAD: the
@@ -80,16 +81,19 @@ inline void vector_rows(const Weight* w, long K, const Operand* x, int rows, flo
         });
 }
 
-// Computes whole blocks: rows of padding too. Where weights are used more than once, each pass fetches a share of those
+// Computes whole blocks: rows of padding too. Deep products go in parts whose weights stay in the first level. Where weights are used more than once, each pass fetches a share of those
 // of the next task; where once, the hardware's prefetcher is the better one.
 template <int STRIPS, class Weight>
 inline void amx_rows(const Weight* w, long K, const Operand* x, int rows, float* out, long stride) {
     int passes = (rows + 2 * TILE - 1) / (2 * TILE), lines = passes > 1 ? STRIPS * TILE_VALUES * sizeof(Weight) / 64 : 0;
-    for (int pass = 0; pass < passes; pass++) {
-        int m = pass * 2 * TILE;
-        auto run = m + TILE < rows ? amx_product<STRIPS, 2, Weight> : amx_product<STRIPS, 1, Weight>;
-        run(w, K, x + m * K, out + m * stride, stride, pass * lines / passes, (pass + 1) * lines / passes);
-    }
+    long depth = passes > 1 && K > 3 * WEIGHTS_DEPTH / 2 ? WEIGHTS_DEPTH : K;
+    for (long start = 0; start < K; start += depth)
+        for (int pass = 0; pass < passes; pass++) {
+            int m = pass * 2 * TILE;
+            auto run = m + TILE < rows ? amx_product<STRIPS, 2, Weight> : amx_product<STRIPS, 1, Weight>;
+            run(w, K, start, std::min(start + depth, K), x + m * K, out + m * stride, stride, pass * lines / passes,
+                (pass + 1) * lines / passes);
+        }
 }
 
 // A thread's linears.
