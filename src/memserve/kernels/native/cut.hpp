@@ -99,8 +99,10 @@ struct Cut {
             size_t end = attend_at[block + 1];
             attend_at[block] = (int)attends.size();
             for (int kv = 0; kv < kv_heads; kv++)
-                for (size_t i = end; i-- > first;)
-                    if (tasks[i].rows > 1 || !together) attends.push_back(tasks[i]), attends.back().kv = kv, attends.back().kv_end = kv + 1;
+                for (size_t i = end; i-- > first;) {
+                    const Attend& task = tasks[i];
+                    if (task.rows > 1 || !together) attends.push_back({task.row, task.rows, task.part, task.end, kv, kv + 1});
+                }
             for (size_t i = first; i < end; i++)
                 if (tasks[i].rows == 1 && together) attends.push_back(tasks[i]);
             first = end;
