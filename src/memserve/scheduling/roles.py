@@ -7,8 +7,10 @@ and only where both die together is a worker's role the configured one again.
 What the load asks for: each side has a price of being crowded, in the seconds that policy ``cost`` reckons with too. A
 prompt waits ``ttft_weight`` times the shortest queue of those that prefill; an answer takes longer by its tokens times
 what a step of the least crowded of those that decode takes more than a stream's alone. Where one side is dear and the
-other is not, a worker of the other takes part in both; when all has been calm for long, it does its own again. From
-there the policy decides request by request, so a worker that takes part in both never has to be given the opposite role.
+other is not, a worker of the other does both. When all of one side do both, the streams of all are disturbed by prompts,
+so that those of the other side may as well do both, too, and the policy decides request by request; a worker never has to
+be given the opposite role. When all has been calm for long, everyone has its own role again, in which streams are not
+disturbed at all.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ TICK_S = 0.5
 """How often prices are looked at."""
 SMOOTH_S = 2.0
 """Time constant of the mean of what was seen: one burst is no mix of load."""
-DEAR_S = 0.5
+DEAR_S = 0.25
 """Price of a side from which on the other side helps."""
 RATIO = 2.0
 """And it is dearer by this factor than the other, which would be crowded by helping."""
@@ -158,61 +160,65 @@ class Roles:
 
     def _widen(self, fleet: Fleet, now: float) -> list[Action]:
         """Where a side is dear, or nobody is there, one of the other takes part in both."""
-        found = self._in_need(fleet)
-        if found is None or now < self._widened_at + WIDEN_S:
+        if now < self._widened_at + WIDEN_S:
             return []
-        side, because = found
-        helpers = fleet.decodes if side is fleet.prefills else fleet.prefills
-        for id in helpers.every.first(len(helpers.every.keys)):
-            member = fleet.workers[id].member
-            if member.role != "both" and self._may_ask(member):
-                if now < self._narrowed_at + self._calm_s:
-                    self._calm_s = min(CALM_S_MAX, 2 * self._calm_s)
-                self._widened_at = now
-                return self._wish(member, "both", because, now)
+        for side, because in self._needs(fleet):
+            helpers = fleet.decodes if side is fleet.prefills else fleet.prefills
+            for id in helpers.every.first(len(helpers.every.keys)):
+                member = fleet.workers[id].member
+                if self._role(member) != "both" and member.role_by != HAND:
+                    if self._widened_at <= self._narrowed_at:
+                        soon = now < self._narrowed_at + self._calm_s
+                        self._calm_s = min(CALM_S_MAX, 2 * self._calm_s) if soon else CALM_S
+                    self._widened_at = now
+                    return self._wish(member, "both", because, now)
         return []
 
-    def _in_need(self, fleet: Fleet) -> tuple[Side, str] | None:
+    def _needs(self, fleet: Fleet) -> Iterator[tuple[Side, str]]:
+        """Sides that need help, the most urgent first, and why."""
         prices = self.prices
         if not fleet.prefills.every.keys:
-            return fleet.prefills, "nobody prefills"
+            yield fleet.prefills, "nobody prefills"
         if not fleet.decodes.every.keys:
-            return fleet.decodes, "nobody decodes"
+            yield fleet.decodes, "nobody decodes"
         if prices.prefill > max(DEAR_S, RATIO * prices.decode):
-            return fleet.prefills, "prompts wait"
+            yield fleet.prefills, "prompts wait"
         if prices.decode > max(DEAR_S, RATIO * prices.prefill):
-            return fleet.decodes, "streams are crowded"
-        return None
+            yield fleet.decodes, "streams are crowded"
+        helped = {one.role_configured for one in self._helping(fleet)}
+        left = {self._role(one.member) for one in fleet.workers.values()} if helped else set()
+        if "decode" in helped and "decode" not in left:
+            yield fleet.decodes, "all that decode prefill, too"
+        if "prefill" in helped and "prefill" not in left:
+            yield fleet.prefills, "all that prefill decode, too"
 
     def _narrow(self, fleet: Fleet, now: float) -> list[Action]:
-        """When all is calm, one that helped does its own again."""
+        """When all is calm, those that helped do their own again."""
         if max(self.prices.prefill, self.prices.decode) > CALM_SHARE * DEAR_S:
             self._calm_since = float("inf")
             return []
         self._calm_since = min(self._calm_since, now)
         if now < max(self._calm_since, self._narrowed_at, self._widened_at) + self._calm_s:
             return []
-        for id in sorted(fleet.workers):
-            member = fleet.workers[id].member
-            own = member.role_configured
-            if (
-                member.role == "both"
-                and member.role_by == SCHEDULER
-                and own != "both"
-                and self._may_ask(member)
-            ):
-                narrow = attrs.evolve(member, role=own)
-                if pairs(narrow if one is member else one for one in fleet.members()):
-                    self._narrowed_at = now
-                    return self._wish(narrow, own, "calm", now)
-        return []
+        own = {one.id: attrs.evolve(one, role=one.role_configured) for one in self._helping(fleet)}
+        if not own or not pairs(own.get(one.id, one) for one in fleet.members()):
+            return []
+        self._narrowed_at = now
+        return [act for one in own.values() for act in self._wish(one, one.role, "calm", now)]
 
-    def _may_ask(self, member: Member) -> bool:
-        """Operators' choices stand, and a worker is asked for one thing at a time."""
+    def _helping(self, fleet: Fleet) -> list[Member]:
+        """Those that do both because the load asked for it."""
+        members = (fleet.workers[id].member for id in sorted(fleet.workers))
+        return [
+            one
+            for one in members
+            if one.role_by == SCHEDULER and self._role(one) == "both" != one.role_configured
+        ]
+
+    def _role(self, member: Member) -> str:
+        """The role that it has, or was asked to take."""
         wish = self._wishes.get(actor_name(member.id))
-        return member.role_by != HAND and (
-            wish is None or (wish.by == SCHEDULER and wish.role == member.role)
-        )
+        return member.role if wish is None else wish.role
 
     def _wish(self, member: Member, role: str, because: str, now: float) -> list[Action]:
         self._wishes[actor_name(member.id)] = Wish(role, SCHEDULER, member.role_configured, asked_at=now)
