@@ -144,10 +144,15 @@ class Site(World):
         """A prompt, with what the other shard's index may hold of it; waited for, or ahead."""
         scope, tokens = self.rng.choice("xy"), self.rng.choice(self.prompts)
         expected = self.rng.randrange(1, count(tokens) // PAGE * PAGE + 2)
-        source = Source(self.other.core.me, min(expected, count(tokens)), self.patience())
+        source = Source(
+            self.other.core.me, min(expected, count(tokens)), self.patience(), request=self.request()
+        )
         if self.rng.random() < 0.3:
             whole = span(tokens, 0, count(tokens) // PAGE * PAGE)
-            self.say(client.id, Prefetch(scope, whole, attrs.evolve(source, tokens=count(whole))))
+            ahead = self.rng.random() < 0.5
+            self.say(
+                client.id, Prefetch(scope, whole, attrs.evolve(source, tokens=count(whole), ahead=ahead))
+            )
         else:
             self.acquire_from(client, scope, tokens, source)
 
@@ -159,7 +164,7 @@ class Site(World):
             if count(held.tokens) and count(held.tokens) <= len(held.pages) * PAGE:
                 self.pair.read_from.add(lease)
                 more = held.tokens + pack([self.rng.randrange(3)])
-                told = (self.patience(), lease, owner.id, self.rng.random() < 0.5)
+                told = (self.patience(), lease, owner.id, self.rng.random() < 0.5, self.request())
                 self.acquire_from(
                     client, held.scope, more, Source(self.other.core.me, count(held.tokens), *told)
                 )
@@ -177,6 +182,10 @@ class Site(World):
                 client.leases[answer.lease] = held
 
         self.ask(client, lambda call: Acquire(call, scope, tokens, 1, source), done)
+
+    def request(self) -> str:
+        """Whose pages they are said to be: hand-overs wait for what comes ahead of them."""
+        return self.rng.choice(["", "r1", "r2"])
 
     def patience(self) -> float:
         """A deadline, in seconds."""

@@ -107,7 +107,7 @@ class MemoryCluster:
     returns: bool = False
     step_s: float = 0.01
     policy: str = "cost"
-    hold_back_s: float = 2.0
+    hold_back_s: float = 1.0
     held_max: int = 2_048
     announce_deaths: bool = True
     host_pages: int = 0
@@ -115,6 +115,7 @@ class MemoryCluster:
     copy_s: float = 0.02
     """How long a copy between tiers takes; now and then a page from disk comes damaged."""
     fetch_s: float = 5.0
+    ahead: bool = True
     move_s: float = 0.01
     """How long a transfer between shards takes."""
     move_fails: Callable[[int], bool] = lambda number: False
@@ -227,7 +228,14 @@ class MemoryCluster:
         presence.also = (home.id,)
         limits = BatchLimits(self.chunk_tokens, self.rows)
         told = WorkerSettings(
-            limits, PAGE_TOKENS, MAX_CONTEXT, self.retire, self.fetch_s, self.returns, PAGE_BYTES
+            limits,
+            PAGE_TOKENS,
+            MAX_CONTEXT,
+            self.retire,
+            self.fetch_s,
+            self.returns,
+            self.ahead and self.retire == "all",
+            PAGE_BYTES,
         )
         core = WorkerCore(presence, home.id, told)
         engine = self.make_engine(self.arenas[home.id])

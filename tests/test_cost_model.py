@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import tomllib
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from memserve.costs import StepCosts
 from memserve.engine.batching import ALONE
 from memserve.engine.calibration import calibrated, cases, measure
+from memserve.engine.load import swap_least
 from memserve.messages import ActorId, Cluster, Member
 from memserve.scheduling.cost_fit import Drift, Rows, Sample, fit_steps
 from memserve.scheduling.cost_model import CostModel, Link
@@ -78,6 +80,16 @@ def test_bytes_wait_for_those_before_them() -> None:
     assert model.handoff_s(0, "tcp", queued=2000) == pytest.approx(0.1)
     assert model.handoff_s(1000, "tcp") == pytest.approx(1.6)
     assert (model.swap_in_s(100), model.swap_in_s(0)) == (pytest.approx(1.2), 0.0)
+
+
+def test_from_where_a_swap_in_pays() -> None:
+    """At the break-even both take as long; where bytes are slower than computing them, there is none."""
+    steps = StepCosts(((1, 0.01), (512, 0.512)), chunk_tokens=256, token_bytes=1000)
+    model = CostModel(steps, swap=Link(0.02, 1e-7))
+    tokens = model.swap_break_even()
+    assert model.swap_in_s(tokens * 1000) == pytest.approx(tokens * 0.001)
+    assert CostModel(steps, swap=Link(0.02, 1e-6)).swap_break_even() == math.inf
+    assert swap_least(steps, 100) == 2 and swap_least(None, 100) == 0
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)

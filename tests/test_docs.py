@@ -53,6 +53,7 @@ def text(path: Path) -> str:
 def setting_row(field: attrs.Attribute) -> str:
     """The line of docs/configuration.md about one setting, as its code has it."""
     default, rule = field.default, field.metadata["rule"]
+    default = str(default).lower() if isinstance(default, bool) else default  # as TOML has it
     shown = {attrs.NOTHING: "required", None: "unset", (): "none", "": "unset"}.get(default, f"`{default}`")
     must = rule.text if rule else ""
     return f"| `{field.name}` | {shown} | {field.metadata['unit']} | {must} | {field.metadata['help']} |"

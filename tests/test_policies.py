@@ -8,7 +8,8 @@ import pytest
 from memserve.costs import StepCosts
 from memserve.messages import ActorId, Member, Request, Sampling
 from memserve.pool_messages import IndexDelta, IndexEvent
-from memserve.scheduling.fleet import SURE_S, Fleet
+from memserve.scheduling.cost_model import LINKS, Link
+from memserve.scheduling.fleet import SURE_S, Fleet, Placed
 from memserve.scheduling.global_tree import GlobalTree
 from memserve.scheduling.index_feed import IndexFeed
 from memserve.scheduling.outputs import TENANTS_MAX, UNKNOWN_TOKENS, OutputLengths
@@ -59,6 +60,13 @@ class World:
         event = IndexEvent("stored", first + 1, 0, "anne", tokens[: len(tokens) // 64 * 64], tier)
         assert self.index.delta(ActorId(f"{shard}.1"), IndexDelta(first, (event,)), self.now) == []
 
+    def evict(self, shard: str) -> None:
+        """A shard tells that what it stored last is gone."""
+        first = self.entries[shard]
+        self.entries[shard] = first + 1
+        event = IndexEvent("removed", first)
+        assert self.index.delta(ActorId(f"{shard}.1"), IndexDelta(first, (event,)), self.now) == []
+
     def place(self, tokens: bytes = DOCUMENT, max_tokens: int = 100) -> Choice:
         """Where a request goes."""
         self.number += 1
@@ -81,6 +89,11 @@ def busy(tokens: float, rows: float = 0) -> dict[str, float]:
         "decode_rows": rows,
         "context_tokens": rows * 500,
     }
+
+
+def fetching(byte_s: float) -> Cost:
+    """The policy where pages move, so many seconds a byte."""
+    return Cost(Weights(fetch=True), {**LINKS, "mapped": Link(0.002, byte_s)})
 
 
 def test_an_idle_worker_with_the_prefix_wins() -> None:
@@ -139,11 +152,8 @@ def test_a_long_prefill_is_run_away_from_many_streams() -> None:
 @pytest.mark.parametrize(("byte_s", "fetched"), [(1 / 4e9, True), (1 / 20e6, False)])
 def test_a_prefix_is_fetched_exactly_when_that_is_cheaper(byte_s: float, fetched: bool) -> None:
     """If it failed, transfers would be made that take longer than computing, or not be made that save seconds."""
-    world = World("w0", "w1", policy=Cost(Weights(fetch=True)))
+    world = World("w0", "w1", policy=fetching(byte_s))
     world.cache("s-w0", DOCUMENT)
-    for one in ("w0", "w1"):
-        model = world.fleet.workers[ActorId(f"{one}.1")].model
-        model.links = {**model.links, "mapped": attrs.evolve(model.links["mapped"], byte_s=byte_s)}
     world.report("w0", **busy(8000))
     choice = world.place()
     assert choice.prefill == "w1.1"
@@ -156,16 +166,64 @@ def test_a_prefix_is_fetched_exactly_when_that_is_cheaper(byte_s: float, fetched
 
 def test_transfers_from_one_shard_wait_for_one_another() -> None:
     """If it failed, a hundred requests would each believe that they have the link to themselves."""
-    world = World("w0", *(f"w{i}" for i in range(1, 9)), policy=Cost(Weights(fetch=True)))
+    world = World("w0", *(f"w{i}" for i in range(1, 9)), policy=fetching(1e-8))
     world.cache("s-w0", DOCUMENT)
     world.report("w0", **busy(80_000))
-    for worker in world.fleet.workers.values():
-        worker.model.links = {
-            **worker.model.links,
-            "mapped": attrs.evolve(worker.model.links["mapped"], byte_s=1e-8),
-        }
     sources = [world.place().source for _ in range(8)]
     assert sources[0] == "s-w0.1" and sources[-1] == ""
+
+
+def test_a_stream_goes_on_where_it_is_rather_than_afar() -> None:
+    """If it failed, pages would be moved for nothing: the last page of a prompt is in nobody's index."""
+    world = World("p0@s0", "d0@s0", "d1@s1", policy=fetching(1e-9))
+    world.cache("s0", DOCUMENT)
+    world.cache("s1", DOCUMENT)
+    world.fleet.placed(ActorId("d0.1"), Placed(world.now), world.now)  # d1 is the one used longest ago
+    choice = world.place()
+    assert (choice.decode, choice.decode_shard) == ("d0.1", "")
+
+
+def test_transfers_are_priced_by_the_path_they_take() -> None:
+    """If it failed, shards that only a slow network joins would be treated like neighbours."""
+    policy = Cost(Weights(fetch=True, path="tcp"), {"mapped": Link(0.0, 0.0), "tcp": Link(9.0, 0.0)})
+    world = World("w0", "w1", policy=policy)
+    world.cache("s-w0", DOCUMENT)
+    world.report("w0", **busy(8000))
+    assert world.place().source == ""
+
+
+def full(world: World, *shards: str) -> None:
+    """Shards report that no page is free."""
+    for one in shards:
+        member = Member(ActorId(f"{one}.1"), "MemPoolShard", "", 1, "ready", load={"pages_free": 0.0})
+        world.fleet.heard(member, world.now)
+
+
+def test_a_second_copy_costs_what_it_evicts() -> None:
+    """If it failed, small pools would fill with copies, and everyone would lose what they come back for."""
+    world = World("w0", "w1")
+    world.cache("s-w0", DOCUMENT)
+    world.report("w0", **busy(1800))
+    assert world.place().prefill == "w1.1"
+    world = World("w0", "w1")
+    world.cache("s-w0", DOCUMENT)
+    world.report("w0", **busy(1800))
+    full(world, "s-w0", "s-w1")
+    assert world.place().prefill == "w0.1"
+
+
+def test_what_nobody_asks_for_again_costs_nothing() -> None:
+    """If it failed, pools full of rubbish would keep a hot prefix on one worker."""
+    world = World("w0", "w1")
+    world.cache("s-w0", DOCUMENT)
+    for number in range(60):
+        rubbish = pack(range(100_000 + 2000 * number, 101_600 + 2000 * number))
+        world.cache("s-w1", rubbish)
+        world.evict("s-w1")
+    assert world.index.losses.share < 0.05
+    world.report("w0", **busy(1800))
+    full(world, "s-w0", "s-w1")
+    assert world.place().prefill == "w1.1"
 
 
 def test_what_lies_in_a_slow_tier_costs_its_way_back() -> None:
@@ -190,6 +248,28 @@ def test_reports_that_lag_are_made_up_for() -> None:
     world.now += SURE_S
     world.report("w0", **busy(900, rows=1))
     assert (worker.tokens, worker.rows) == (900, 1)
+
+
+def test_a_report_that_includes_a_placement_ends_it_at_once() -> None:
+    """If it failed, for a tenth of a second a worker that was just given a prompt would seem twice as busy as it is."""
+    world = World("w0")
+    world.place(pack(range(900)))
+    world.place(pack(range(1000, 1900)))
+    world.report("w0", prompts_taken_total=1.0, **busy(900, rows=1))
+    worker = world.fleet.workers[ActorId("w0.1")]
+    assert (worker.tokens, worker.rows) == (1800, 2)
+    world.report("w0", prompts_taken_total=2.0, **busy(1800, rows=2))
+    assert (worker.tokens, worker.rows) == (1800, 2)
+
+
+def test_a_prompt_that_fits_the_last_step_of_a_queue_is_priced_so() -> None:
+    """If it failed, warm turns would be sent away from a worker that would run them beside what it has, for nothing."""
+    world = World("w0")
+    world.report("w0", **busy(300))
+    worker = world.fleet.workers[ActorId("w0.1")]
+    before = worker.queue_until
+    world.place(pack(range(8)))
+    assert worker.queue_until - before < 0.004 < worker.model.queue_s(8, 32)
 
 
 def test_one_that_only_decodes_gets_no_prompt() -> None:

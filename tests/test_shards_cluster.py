@@ -176,3 +176,24 @@ async def test_an_answer_that_does_not_come_back_is_asked_for_once_more(
         assert gauges["fetches_failed_total"] == (1 if returned else 2)
         assert gauges["returns_failed_total"] == (0 if returned else 1)
         await baseline(cluster)
+
+
+@pytest.mark.parametrize(
+    ("ahead", "move_s", "transfers"), [(False, 0.01, 1), (True, 0.001, 5), (True, 0.015, 4), (True, 0.2, 2)]
+)
+async def test_pages_go_ahead_of_the_hand_over(autojump_clock: MockClock, ahead, move_s, transfers) -> None:
+    """What is full is sent while the rest of the prompt is computed; no page goes twice, however slow the way is."""
+    moves: list[int] = []
+    settings = {"ahead": ahead, "move_s": move_s, "policy": "least_load", "move_fails": moves.append}
+    async with memory_cluster(*APART, **settings, **MODES["2"]) as (cluster, frontend):
+        tokens = prompt(1, 130)  # five steps
+        with capture_logs() as lines:
+            assert await generate(frontend, tokens, 20) == reference(tokens, 20)
+        (line,) = [one for one in lines if one["event"] == "request finished"]
+        gauges = cluster.actors["s1"].core.gauges()
+        assert line["bytes_to_decode"] == gauges["transfer_in_bytes_total"] == 33 * PAGE_BYTES
+        assert gauges["handoff_bytes_copied_total"] == 33 * PAGE_BYTES
+        assert (line["bytes_saved"], line["matched_decode_tokens"]) == (0, 0)
+        assert len(moves) == transfers
+        assert line["handoff_ms"] < move_s * 2e3 + 1
+        await baseline(cluster)

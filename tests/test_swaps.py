@@ -2,7 +2,7 @@
 
 import pytest
 
-from memserve.actions import Copy, CopyDone, Kill, Log
+from memserve.actions import Copy, CopyDone, Kill, Log, Send
 from memserve.errors import PoolError
 from memserve.mempool.addresses import Tier, slot
 from memserve.mempool.audit import check_pool
@@ -10,7 +10,7 @@ from memserve.mempool.pool import Pool
 from memserve.mempool.room import Capacity
 from memserve.mempool.shard import ShardCore
 from memserve.messages import Gone, Load, Member
-from memserve.pool_messages import Acquire
+from memserve.pool_messages import Acquire, Allocated, AllocMem, FreeMem
 from memserve.tokens import pack
 
 PAGE = 2
@@ -112,3 +112,73 @@ def test_the_dead_are_killed_before_anything_is_copied_into_their_pages():
     core.take()
     core.receive("g.1", Gone(("p.1",)), 0.0)
     assert [type(action) for action in core.take()] == [Kill, Log, Copy]
+
+
+class Shard:
+    """A core whose arena is full of what is cached, with a client that holds one page."""
+
+    def __init__(self, host=4):
+        self.core = ShardCore(Pool(Capacity(4, host, 0, 0.0, 0.0), PAGE, 10.0))
+        stored(self.core.pool, pack(range(6)), [])
+        self.lease = self.core.pool.alloc_new("p.1", "anne", 1, 0, 0.0).lease
+
+    def say(self, sender, message):
+        """Every action that follows; other than Copies, as plain messages."""
+        self.core.receive(sender, message, 0.0)
+        self.core.check()
+        actions = self.core.take()
+        return [one for one in actions if isinstance(one, Copy)], [
+            one.message for one in actions if isinstance(one, Send)
+        ]
+
+
+def test_a_lease_that_grows_waits_for_copies_and_drops_nothing():
+    """If it dropped what is cached, the next turn of that chat would be computed again, with room for it in the host tier."""
+    shard = Shard()
+    copies, answers = shard.say("p.1", AllocMem(1, shard.lease, 2))
+    assert answers == [] and len(copies) == 1
+    assert shard.say("p.1", AllocMem(1, shard.lease, 2)) == ([], [])  # a repeat
+    _, [answer] = shard.say("s0.1", CopyDone(copies[0].id))
+    assert isinstance(answer, Allocated) and len(answer.pages) == 2
+    assert shard.core.pool.peek("anne", pack(range(6))).tokens == 6
+    assert shard.core.pool.room.evicted_pages == 0
+
+
+def test_a_lease_that_grows_does_not_wait_for_others():
+    """Where no copy makes room it drops what is cached, and is refused when that is not enough: it holds pages itself."""
+    shard = Shard(host=0)
+    _, [answer] = shard.say("p.1", AllocMem(1, shard.lease, 2))
+    assert isinstance(answer, Allocated) and shard.core.pool.room.evicted_pages == 2
+    shard.core.pool.alloc_new("p.2", "anne", 1, 0, 0.0)
+    _, [answer] = shard.say("p.1", AllocMem(2, shard.lease, 1))
+    assert answer.code == PoolError.NO_PAGES
+
+
+def test_a_copy_that_fails_ends_the_wait():
+    """A disk that is full must not hold a stream: what is cached is dropped then."""
+    shard = Shard()
+    copies, _ = shard.say("p.1", AllocMem(1, shard.lease, 1))
+    _, answers = shard.say("s0.1", CopyDone(copies[0].id, (copies[0].runs[0][0],)))
+    assert [type(one) for one in answers] == [Allocated]
+
+
+@pytest.mark.parametrize("end", [Gone(("p.1",)), FreeMem(0, 1)])
+def test_who_does_not_wait_any_more_gets_nothing(end):
+    """Pages granted to nobody would be lost."""
+    shard = Shard()
+    copies, _ = shard.say("p.1", AllocMem(1, shard.lease, 1))
+    shard.say("p.1", end)
+    _, answers = shard.say("s0.1", CopyDone(copies[0].id))
+    assert answers == []
+    assert shard.core.pool.leased_pages == (0 if isinstance(end, Gone) else 1)
+
+
+@pytest.mark.parametrize(("least", "cached", "ready"), [(0, 8, False), (4, 8, False), (5, 4, True)])
+def test_a_few_tokens_are_not_worth_a_copy(least, cached, ready):
+    """Below the break-even the request would wait longer for its pages than for computing them."""
+    pool = Pool(Capacity(8, 8, 0, 0.0, 0.0), PAGE, 10.0)
+    tokens = pack(range(8))
+    stored(pool, tokens, [(0, 2)])
+    grant = pool.acquire("p.1", "anne", tokens + pack([9]), 0, 0.0, least)
+    assert (grant.cached_tokens, grant.ready) == (cached, ready)
+    check_pool(pool)

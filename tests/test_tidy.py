@@ -45,6 +45,7 @@ LAYERS = {
         "engine.worker",
         "engine.sequence",
         "engine.batching",
+        "engine.ended",
         "engine.load",
         "engine.outbox",
         "engine.paging",

@@ -32,6 +32,8 @@ class Source:
     """Whose tokens they are, for the log."""
     tries: int = 1
     """Of a Prefetch: how often it may be begun."""
+    ahead: bool = False
+    """Of a Prefetch: the request will be handed over to here when its prompt is computed."""
 
 
 @attrs.frozen
@@ -47,6 +49,9 @@ class Acquire:
     tokens: bytes
     extra_pages: int
     source: Source | None = None
+    swap_least: int = 0
+    """Cached pages of slower tiers are brought in only if they, and what is cached behind them, hold so many tokens;
+    fewer are computed sooner."""
 
 
 @attrs.frozen
@@ -196,9 +201,9 @@ class Prefetch:
 
 @attrs.frozen
 class Return:
-    """A request has ended: let the shard ``to`` have what it lacks of this prefix, in the background. Never answered.
+    """A request has ended, or will be handed over: let the shard ``to`` have what it lacks of this prefix, in the background.
 
-    It is told by a Prefetch that names this shard as its source, after the sender's inserts, which came before.
+    Never answered. It is told by a Prefetch that names this shard as its source, after the sender's inserts, which came before.
     """
 
     scope: str
@@ -207,6 +212,8 @@ class Return:
     deadline_s: float
     request: str = ""
     """For the log."""
+    ahead: bool = False
+    """It will be handed over."""
 
 
 @attrs.frozen

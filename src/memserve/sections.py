@@ -196,7 +196,7 @@ class SchedulerConfig:
         help="policy cost: what a hand-over to another worker must save at least",
     )
     hold_back_s: float = setting(
-        2.0,
+        1.0,
         unit="seconds",
         rule=between(0, 3600),
         help="requests wait in the scheduler, by priority and fair shares, while every worker's prompts take longer to run",
@@ -244,6 +244,10 @@ class TransferConfig:
         unit="seconds",
         rule=between(0.05, 600),
         help="how long a request waits for pages of another shard, before it computes them instead",
+    )
+    ahead: bool = setting(
+        True,
+        help="send a prompt's full pages to its decode worker's shard while the rest is computed (cache modes 2 and 3)",
     )
 
 

@@ -68,7 +68,8 @@ def make_policy(config: Config) -> Policy:
     if told.policy != "cost":
         return PLAIN[told.policy]()
     movable = sum(device_index(shard.device) is None for shard in config.shard) > 1
-    return Cost(Weights(told.ttft_weight, told.others_weight, told.handoff_margin_ms / 1e3, movable))
+    path = "mapped" if config.transfer.path == "auto" else config.transfer.path  # shards are on one host
+    return Cost(Weights(told.ttft_weight, told.others_weight, told.handoff_margin_ms / 1e3, movable, path))
 
 
 def make_index(config: Config) -> IndexFeed | TtlIndex:

@@ -110,6 +110,7 @@ def settings_of(resolved: Resolved) -> WorkerSettings:
         RETIRE[config.cache.mode],
         fetch_s=config.transfer.deadline_s,
         returns=config.cache.mode == "3",
+        ahead=config.transfer.ahead and RETIRE[config.cache.mode] == "all",
         page_bytes=resolved.page_bytes,
     )
 

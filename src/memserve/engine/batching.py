@@ -41,6 +41,8 @@ class WorkerSettings:
     """How long pages of another shard are waited for, before they are computed instead."""
     returns: bool = False
     """Whether a request that was handed over from another shard leaves its answer's pages there too (mode 3)."""
+    ahead: bool = False
+    """Whether a prompt's full pages go to a decode worker on another shard while the rest is computed."""
     page_bytes: int = 0
     """Of one page's KV, for the counters."""
     requests_max: int = 1024

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 
 import attrs
@@ -36,6 +37,11 @@ def load_of(live: Collection[Sequence], me: ActorId) -> dict[str, float]:
     }
 
 
+def swap_least(costs: StepCosts | None, tokens_max: int) -> int:
+    """Tokens from which cached pages of slower tiers are worth bringing in; 0 where nothing was measured."""
+    return 0 if costs is None else math.ceil(min(CostModel(costs).swap_break_even(), tokens_max))
+
+
 @attrs.define
 class StepWatch:
     """Compares each step with what the worker's figures say: the scale in its heartbeats."""
@@ -43,6 +49,8 @@ class StepWatch:
     drift: Drift = attrs.field(factory=Drift)
     _model: CostModel | None = None
     _predicted_s: float = 0.0
+    _prompt_tokens: int = 0
+    """Of the step under way."""
     _began: float = 0.0
 
     def began(self, costs: StepCosts | None, plan: BatchPlan, now: float) -> None:
@@ -51,12 +59,19 @@ class StepWatch:
             return
         if self._model is None or self._model.steps is not costs:
             self._model = CostModel(costs)
-        self._predicted_s = self._model.step_s([(count(row.tokens), row.start) for row in plan.rows])
-        self._began = now
+        rows = [(count(row.tokens), row.start) for row in plan.rows]
+        self._predicted_s, self._began = self._model.step_s(rows), now
+        self._prompt_tokens = sum(tokens for tokens, _ in rows if tokens > 1)
 
     def ended(self, now: float) -> None:
         """And is over."""
         self.drift.saw(self._predicted_s, now - self._began)
+        self._prompt_tokens = 0
+
+    def done_tokens(self, now: float) -> float:
+        """Prompt tokens of the step under way that are run by now, if it takes as long as it should."""
+        expected_s = self._predicted_s * self.drift.scale
+        return self._prompt_tokens * min(1.0, (now - self._began) / expected_s) if expected_s else 0.0
 
     def gauges(self) -> dict[str, float]:
         """1 is as measured at start."""

@@ -39,6 +39,10 @@ class Paging:
     outbox: Outbox
     fetch_s: float = 5.0
     """How long pages of another shard are waited for."""
+    ahead: bool = False
+    """Whether full pages go to the decode worker's shard while the rest of a prompt is computed."""
+    swap_least: int = 0
+    """Cached tokens of slower tiers that are worth bringing in."""
     deadline: float = attrs.field(default=float("inf"), init=False)
     """When a shortage must be looked at again."""
     now: float = attrs.field(default=0.0, init=False)
@@ -86,15 +90,22 @@ class Paging:
     def acquire(self, one: Sequence, source: Source | None = None) -> None:
         """Ask for a lease on pages for all of a sequence's tokens, cached ones first, and from ``source`` what is missing."""
         extra = one.headroom(self.page_tokens, self.max_context)
-        self._send(self._calls.acquire(one, one.request.scope, one.tokens, extra, source))
+        scope, least = one.request.scope, self.swap_least
+        self._send(self._calls.acquire(one, scope, one.tokens, extra, source, least))
 
     def fetch(self, one: Sequence) -> None:
         """Acquire, with what the plan says to fetch before the prompt runs."""
-        plan = one.plan
-        held = min(plan.source_tokens, one.length - 1) // self.page_tokens * self.page_tokens
-        wanted = plan.source not in ("", self.shard) and held > 0
-        source = Source(plan.source, held, self.fetch_s, request=one.request.id)
-        self.acquire(one, source if wanted else None)
+        shard, held = one.plan.source, self._usable(one, one.plan.source_tokens)
+        source = Source(shard, held, self.fetch_s, request=one.request.id)
+        self.acquire(one, source if held and shard not in ("", self.shard) else None)
+
+    def hinted(self, one: Sequence) -> int:
+        """How many of its tokens its plan says will be there before it runs, fetched ones included."""
+        return self._usable(one, max(one.plan.expected_tokens, one.plan.source_tokens))
+
+    def _usable(self, one: Sequence, tokens: int) -> int:
+        """Of cached tokens, those in whole pages that leave one to compute."""
+        return min(tokens, one.length - 1) // self.page_tokens * self.page_tokens
 
     def move(self, one: Sequence, lease: int, owner: ActorId) -> None:
         """Acquire pages here for a sequence that was handed over, filled from ``lease`` of ``owner`` on the plan's shard."""
@@ -129,6 +140,11 @@ class Paging:
             start = one.acknowledged
             self._send(self._calls.insert(one, one.lease, start, span(one.tokens, start, full)))
             one.retired = full
+            if self.ahead and one.crosses and not one.came_with and one.computed < one.length:
+                tokens, to = span(one.tokens, 0, full), one.plan.decode_shard
+                self.outbox.send(
+                    self.shard, Return(one.request.scope, tokens, to, self.fetch_s, one.request.id, True)
+                )
 
     def release(self, one: Sequence) -> None:
         """End the lease: unpin what is indexed, free the rest."""

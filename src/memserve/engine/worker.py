@@ -10,7 +10,6 @@ one. Its owner frees it when the sequence ends; the shard frees it when the owne
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +17,8 @@ import attrs
 
 from memserve.actions import Action, BatchDone, Log, RunBatch, Stop
 from memserve.engine.batching import Batch, WorkerSettings, form_batch
-from memserve.engine.load import StepWatch, load_of
+from memserve.engine.ended import Ended
+from memserve.engine.load import StepWatch, load_of, swap_least
 from memserve.engine.outbox import Outbox
 from memserve.engine.paging import Paging
 from memserve.engine.sequence import Phase, Sequence
@@ -41,8 +41,6 @@ from memserve.pool_messages import Acquired, Adopted, Allocated, Freed, Inserted
 from memserve.scheduling.presence import Presence
 from memserve.tokens import count, pack
 
-ENDED_REMEMBERED = 10_000
-"""Ended requests remembered, so that late messages about them are recognised."""
 HANDOFF_REPEAT_S = 2.0
 """How long a Handoff may stay unanswered before it is sent again."""
 
@@ -57,15 +55,22 @@ class WorkerCore:
     _outbox: Outbox = attrs.field(factory=Outbox, init=False)
     _paging: Paging = attrs.field(init=False)
     _live: dict[tuple[str, int], Sequence] = attrs.field(factory=dict, init=False)
-    _ended: OrderedDict[str, int] = attrs.field(factory=OrderedDict, init=False)
+    _ended: Ended = attrs.field(factory=Ended, init=False)
     _batch: Batch | None = attrs.field(default=None, init=False)
     _watch: StepWatch = attrs.field(factory=StepWatch, init=False)
     _arrivals: int = attrs.field(default=0, init=False)
 
     def __attrs_post_init__(self) -> None:
-        told = self.settings
+        told, least = self.settings, swap_least(self.presence.member.costs, self.settings.max_context)
         self._paging = Paging(
-            self.shard, told.page_tokens, told.max_context, told.retire, self._outbox, told.fetch_s
+            self.shard,
+            told.page_tokens,
+            told.max_context,
+            told.retire,
+            self._outbox,
+            told.fetch_s,
+            told.ahead,
+            least,
         )
 
     # ---- the five verbs -------------------------------------------------------------------------------------
@@ -115,6 +120,7 @@ class WorkerCore:
     def gauges(self) -> dict[str, float]:
         """Load and counters for the heartbeat."""
         load = load_of(self._live.values(), self.presence.member.id)
+        load["waiting_tokens"] = max(0.0, load["waiting_tokens"] - self._watch.done_tokens(self._paging.now))
         load["rows_max"] = float(self.settings.limits.rows)
         return {**load, **self._watch.gauges(), **self._outbox.counters}
 
@@ -134,6 +140,7 @@ class WorkerCore:
         one = self._admit(
             Sequence(request, message.plan, request.tokens, Phase.WAITING, now, self._next_order())
         )
+        self._outbox.count("prompts_taken_total")
         self._paging.fetch(one)
 
     def _on_handoff(self, sender: ActorId, message: Handoff, now: float) -> None:
@@ -172,7 +179,7 @@ class WorkerCore:
 
     def _outdated(self, request: str, attempt: int) -> bool:
         newest = max((one.request.attempt for one in self._attempts(request)), default=-1)
-        return attempt <= max(newest, self._ended.get(request, -1))
+        return attempt <= max(newest, self._ended.attempt(request))
 
     def _attempts(self, request: str) -> list[Sequence]:
         return [one for one in self._live.values() if one.request.id == request]
@@ -194,10 +201,9 @@ class WorkerCore:
             return
         self._outbox.count("requested_tokens_total", one.length)
         self._outbox.count("cached_tokens_total", one.computed)
-        expected = one.plan.expected_tokens
-        if message.cached_tokens < expected and one.token_at is None:
-            found = message.cached_tokens
-            self._outbox.log("hint was stale", one, expected_tokens=expected, found_tokens=found)
+        expected = self._paging.hinted(one)
+        if one.computed < expected and one.token_at is None:
+            self._outbox.log("hint was stale", one, expected_tokens=expected, found_tokens=one.computed)
             self._outbox.count("stale_hints_total")
 
     def _on_allocated(self, sender: ActorId, message: Allocated, now: float) -> None:
@@ -361,7 +367,7 @@ class WorkerCore:
             if one.request.attempt <= message.attempt:
                 self._outbox.log("request cancelled", one, output_tokens=one.generated)
                 self._end(one)
-        self._remember(message.request, message.attempt)
+        self._ended.remember(message.request, message.attempt)
 
     def _on_gone(self, sender: ActorId, message: Gone, now: float) -> None:
         """Let go of what the dead were part of; their Frontends, if alive, plan those requests anew."""
@@ -408,13 +414,8 @@ class WorkerCore:
             self._paging.forget(one)
         one.go(Phase.ENDED)
         del self._live[one.key]
-        self._remember(*one.key)
+        self._ended.remember(*one.key)
         self.presence.changed()
-
-    def _remember(self, request: str, attempt: int) -> None:
-        self._ended[request] = max(attempt, self._ended.pop(request, -1))
-        while len(self._ended) > ENDED_REMEMBERED:
-            self._ended.popitem(last=False)
 
     # ---- small helpers --------------------------------------------------------------------------------------
 

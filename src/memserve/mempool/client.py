@@ -34,10 +34,16 @@ class ShardCalls(Generic[Key]):
         return make(self._number(key, grants))
 
     def acquire(
-        self, key: Key, scope: str, tokens: bytes, extra_pages: int, source: Source | None = None
+        self,
+        key: Key,
+        scope: str,
+        tokens: bytes,
+        extra_pages: int,
+        source: Source | None = None,
+        swap_least: int = 0,
     ) -> Acquire:
         """Ask for a lease on pages for ``tokens`` and ``extra_pages`` more; the answer may take its time."""
-        return Acquire(self._number(key, grants=True), scope, tokens, extra_pages, source)
+        return Acquire(self._number(key, grants=True), scope, tokens, extra_pages, source, swap_least)
 
     def alloc(self, key: Key, lease: int, pages: int) -> AllocMem:
         """Ask for ``pages`` more pages of a lease."""

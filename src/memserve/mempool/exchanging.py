@@ -8,6 +8,7 @@ from __future__ import annotations
 import attrs
 
 from memserve.actions import Action, CopyDone, Log, Send
+from memserve.mempool.ahead import Ahead
 from memserve.mempool.answers import Answer
 from memserve.mempool.exchange import HEARD, Exchange, Fetch
 from memserve.mempool.grants import Grant
@@ -36,6 +37,7 @@ class ExchangingShard(ShardCore):
     """See the module's text. Verbs as ShardCore's."""
 
     exchange: Exchange = attrs.field(kw_only=True)
+    _ahead: Ahead = attrs.field(factory=Ahead, init=False)
 
     # ---- verbs -----------------------------------------------------------------------------------------------
 
@@ -47,11 +49,10 @@ class ExchangingShard(ShardCore):
     def receive(self, sender: ActorId, message: Message | CopyDone | object, now: float) -> None:
         """Take one message in, from others or from this shard's movers."""
         match message:
-            case Return(scope, tokens, to, deadline_s, request):
-                back = Source(
-                    self.exchange.me, count(tokens), deadline_s, request=request, tries=RETURN_TRIES
-                )
-                self._actions.append(Send(to, Prefetch(scope, tokens, back)))
+            case Return(scope, tokens, to, deadline_s, request, ahead):
+                tries, here = 1 if ahead else RETURN_TRIES, self.exchange.me
+                told = Source(here, count(tokens), deadline_s, request=request, tries=tries, ahead=ahead)
+                self._actions.append(Send(to, Prefetch(scope, tokens, told)))
             case _ if isinstance(message, HEARD):
                 self.exchange.receive(sender, message, now)
                 for lease in self.exchange.serving.warming:
@@ -92,18 +93,26 @@ class ExchangingShard(ShardCore):
         """Assert every invariant."""
         super().check()
         self.exchange.check()
+        self._ahead.check()
 
     # ---- calls -----------------------------------------------------------------------------------------------
 
     def _is_under_way(self, sender: ActorId, call: int) -> bool:
         exchange = self.exchange
         known = exchange.fetch_of(sender, call) is not None or exchange.pushing.has(sender, call)
-        return known or super()._is_under_way(sender, call)
+        return known or self._ahead.has(sender, call) or super()._is_under_way(sender, call)
 
     @property
     def _unanswered(self) -> int:
-        moving = len(self.exchange) + len(self.exchange.pushing)
+        moving = len(self.exchange) + len(self.exchange.pushing) + len(self._ahead)
         return super()._unanswered + moving - len(self.exchange.serving.warming)
+
+    def _wait(self, sender: ActorId, call: Waiting, now: float) -> Answer | None:
+        if isinstance(call, Acquire) and self._unanswered < self.waiting_max:
+            self.pool.demands.pages(call.tokens, call.extra_pages)
+            if self._ahead.hold(sender, call):
+                return None
+        return super()._wait(sender, call, now)
 
     def _transfer(self, sender: ActorId, call: Transfer, now: float) -> None:
         self._check_queue()
@@ -121,7 +130,13 @@ class ExchangingShard(ShardCore):
     def _granted(self, sender: ActorId, call: Waiting | SwapIn, grant: Grant, now: float) -> Answer | None:
         if grant.ready and isinstance(call, Acquire) and self.exchange.begin(sender, call, grant, now):
             return None
-        return super()._granted(sender, call, grant, now)
+        answer = super()._granted(sender, call, grant, now)
+        if isinstance(answer, Acquired) and isinstance(call, Acquire) and call.source is not None:
+            if call.source.ahead:  # all of it is here
+                self._over_ahead(call.source, 0, now)
+            found, moved = self._ahead.counted(call, grant, self.exchange.geometry.page_bytes)
+            return attrs.evolve(answer, found_pages=found, fetched_bytes=moved)
+        return answer
 
     def _reply(self, sender: ActorId, answer: Answer) -> None:
         """Answer; where this shard itself has asked, end what it was given."""
@@ -134,11 +149,13 @@ class ExchangingShard(ShardCore):
         if source is None:
             super()._prefetch(scope, tokens, source, now)
         elif len(tokens) % self.pool.tree.page_bytes == 0:
+            if source.ahead and not self._ahead.announced(Prefetch(scope, tokens, source)):
+                return
             room = self._unanswered < self.waiting_max
             grant = self.exchange.bring(scope, tokens, now) if room else None
             call = Acquire(0, scope, tokens, 0, source)
             if grant is None:
-                self.exchange.failed_returns += 1
+                self._not_brought(source, now)
             elif (answer := self._granted(EXCHANGER, call, grant, now)) is not None:
                 self._reply(EXCHANGER, answer)
 
@@ -147,10 +164,12 @@ class ExchangingShard(ShardCore):
         if fetch is not None:
             self.pool.free_mem(sender, fetch.grant.lease)
         self.exchange.forget(sender, number)
+        self._ahead.forget(sender, number)
         super()._withdraw(sender, number)
 
     def _forget(self, owner: ActorId) -> int:
         self.exchange.forget(owner)
+        self._ahead.forget(owner)
         return super()._forget(owner)
 
     # ---- going on --------------------------------------------------------------------------------------------
@@ -158,8 +177,7 @@ class ExchangingShard(ShardCore):
     def _grant_waiting(self, now: float) -> None:
         """Answer what waited for another shard, with what came or without; then grant what can be granted."""
         super()._grant_waiting(now)
-        for sender, answer in self.exchange.pushing.take_answers():
-            self._reply(sender, answer)
+        self._reply_all(self.exchange.pushing.take_answers())
         while over := self.exchange.take_over():
             for fetch in over:
                 self._end_fetch(fetch)
@@ -170,7 +188,10 @@ class ExchangingShard(ShardCore):
     def _returned(self, fetch: Fetch, now: float) -> None:
         """A prefix that nobody waits for has come, or is tried once more."""
         source = fetch.source
-        if not fetch.failed:
+        if source.ahead:
+            self.exchange.handed_over_bytes += fetch.nbytes
+            self._over_ahead(source, fetch.nbytes, now)
+        elif not fetch.failed:
             self.exchange.returned_bytes += fetch.nbytes
             data: dict[str, object] = {"source": source.shard, "moved_bytes": fetch.nbytes}
             self._actions.append(Log("info", "answer returned", {"request": source.request, **data}))
@@ -180,6 +201,19 @@ class ExchangingShard(ShardCore):
         else:
             self.exchange.failed_returns += 1
 
+    def _not_brought(self, source: Source, now: float) -> None:
+        """There is no room for a prefix that nobody waits for."""
+        if source.ahead:
+            self._over_ahead(source, 0, now)
+        else:
+            self.exchange.failed_returns += 1
+
+    def _over_ahead(self, source: Source, nbytes: int, now: float) -> None:
+        more, free = self._ahead.over(source.request, nbytes // self.exchange.geometry.page_bytes)
+        self._waiting = {**free, **self._waiting}
+        if more is not None:
+            self._prefetch(more.scope, more.tokens, more.source, now)
+
     def _end_fetch(self, fetch: Fetch) -> None:
         sender, call, number = fetch.sender, fetch.call, fetch.grant.lease
         lease = self.pool.leases.find(number)
@@ -188,8 +222,9 @@ class ExchangingShard(ShardCore):
         if not lease.lent:
             retired = lease.retired_tokens
             more = max(0, fetch.filled_tokens - retired)
-            table, found = fetch.grant.pages, fetch.grant.found_pages
-            self._reply(sender, Acquired(call.call, number, table, retired, more, fetch.nbytes, found))
+            found, early = self._ahead.counted(call, fetch.grant, self.exchange.geometry.page_bytes)
+            moved, table = fetch.nbytes + early, fetch.grant.pages
+            self._reply(sender, Acquired(call.call, number, table, retired, more, moved, found))
             return
         self.pool.free_mem(sender, number)  # a slow sender still writes to these pages: others, then
         if sender != EXCHANGER:
@@ -210,6 +245,7 @@ class ExchangingShard(ShardCore):
 
 ExchangingShard.calls = {
     **ShardCore.calls,
+    Acquire: ExchangingShard._wait,
     Adopt: ExchangingShard._adopt,
     Transfer: ExchangingShard._transfer,
     NextArrival: ExchangingShard._next_arrival,

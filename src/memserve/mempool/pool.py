@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from memserve.actions import Copy, CopyDone
 from memserve.errors import PoolError
 from memserve.mempool.addresses import Address, Home, Tier, tier_of
+from memserve.mempool.demands import Demands, counted, ragged
 from memserve.mempool.grants import Counters, Grant, Reclaimed
 from memserve.mempool.leases import Lease, Leases
 from memserve.mempool.nodes import Match, Pin
@@ -25,7 +26,7 @@ from memserve.mempool.prompt_tree import PromptTree
 from memserve.mempool.retiring import Retiring
 from memserve.mempool.room import Capacity, Room
 from memserve.messages import ActorId
-from memserve.tokens import TOKEN_BYTES, count, pages_for, span
+from memserve.tokens import TOKEN_BYTES, count, span
 
 
 class Pool:
@@ -56,6 +57,7 @@ class Pool:
         self.tree = PromptTree(page_tokens, [] if events else None)
         self.room = Room(pages if isinstance(pages, Capacity) else Capacity(pages), self.tree)
         self.total = self.room.capacity.device
+        self.demands = Demands(self.room, page_tokens)
         self.leases = Leases(lease_s, (home.incarnation << 32) + 1)
         self._retiring = Retiring(self.tree, caching)
         self.loading: dict[int, Lease] = {}
@@ -90,29 +92,18 @@ class Pool:
 
     # ---- granting ------------------------------------------------------------------------------------------
 
-    def demand(self, tokens: bytes, extra_pages: int) -> int:
-        """Pages that :meth:`acquire` would grant.
-
-        Raises PoolError (TOO_LARGE, NOT_WHOLE_PAGES, BAD_COUNT) if it never could.
-        """
-        if len(tokens) % TOKEN_BYTES:
-            raise _ragged(tokens)
-        need = pages_for(count(tokens), self.page_tokens) + _counted(extra_pages)
-        self._fits(need)
-        return need
-
     def acquire(
-        self, owner: ActorId, scope: str, tokens: bytes, extra_pages: int, now: float
+        self, owner: ActorId, scope: str, tokens: bytes, extra_pages: int, now: float, swap_least: int = 0
     ) -> Grant | None:
         """match + pin + alloc_mem: device pages for all of ``tokens`` and ``extra_pages`` more, all or nothing.
 
         At least one token is left to compute, so that there is a position to sample from. What is cached in slower
-        tiers is brought in: then the grant is not ``ready``. None when pages are short at present (some may be on their
-        way out); raises PoolError when they always would be (see :meth:`demand`).
+        tiers is brought in, where it holds ``swap_least`` tokens or more: then the grant is not ``ready``. None when pages are
+        short at present (some may be on their way out); raises PoolError when they always would be (see :class:`Demands`).
         """
-        need = self.demand(tokens, extra_pages)
+        need = self.demands.pages(tokens, extra_pages)
         matchable = max(count(tokens) - 1, 0) // self.page_tokens * self.page_tokens
-        pin = self._pin(scope, span(tokens, 0, matchable), Tier.DEVICE)
+        pin = self._pin(scope, span(tokens, 0, matchable), Tier.DEVICE, swap_least)
         return self._open(owner, scope, pin, need - pin.tokens // self.page_tokens, Tier.DEVICE, now, tokens)
 
     def match(self, owner: ActorId, scope: str, tokens: bytes, now: float) -> Grant | None:
@@ -122,7 +113,7 @@ class Pool:
         device tier has. None when device pages for those on disk are short at present. Raises PoolError (NOT_WHOLE_PAGES).
         """
         if len(tokens) % TOKEN_BYTES:
-            raise _ragged(tokens)
+            raise ragged(tokens)
         # A longer prefix might never fit, and would wait at the head of the queue for ever.
         pin = self._pin(scope, span(tokens, 0, self.total * self.page_tokens), Tier.HOST)
         return self._open(owner, scope, pin, 0, Tier.HOST, now, tokens)
@@ -134,8 +125,8 @@ class Pool:
         BAD_TIER, TOO_LARGE, NO_PAGES).
         """
         held = self.leases.get(owner, lease)
-        where = self._leasable(tier)
-        self._fits(sum(tier_of(page) == tier for page in held.pages) + _counted(n), where)
+        where = self.demands.leasable(tier)
+        self.demands.check_fits(sum(tier_of(page) == tier for page in held.pages) + counted(n), where)
         fresh = self._taken(n, where)
         self.leases.renew(owner, now)
         held.pages += fresh
@@ -143,8 +134,8 @@ class Pool:
 
     def alloc_new(self, owner: ActorId, scope: str, n: int, tier: int, now: float) -> Grant:
         """``n`` pages of a tier under a lease of their own; otherwise as :meth:`alloc_mem`."""
-        where = self._leasable(tier)
-        self._fits(_counted(n), where)
+        where = self.demands.leasable(tier)
+        self.demands.check_fits(counted(n), where)
         fresh = self._taken(n, where)
         lease = self.leases.open(owner, scope, fresh, self.tree.pin(scope, b""), now)
         return Grant(lease.id, tuple(fresh), 0)
@@ -193,7 +184,7 @@ class Pool:
 
         Raises PoolError (BAD_COUNT, BAD_TIER).
         """
-        return self.room.evict(_counted(n), self._existing(tier))
+        return self.room.evict(counted(n), self.demands.existing(tier))
 
     # ---- tiers ---------------------------------------------------------------------------------------------
 
@@ -202,10 +193,10 @@ class Pool:
 
         Raises PoolError (BAD_COUNT, BAD_TIER) where there is no next tier.
         """
-        where = self._existing(tier)
+        where = self.demands.existing(tier)
         if self.room.swaps.below(where) is None:
             raise PoolError(PoolError.BAD_TIER, f"pages of tier {where.name} have no slower tier to go to")
-        return self.room.send_out(where, _counted(n), urgent=True)
+        return self.room.send_out(where, counted(n), urgent=True)
 
     def swap_in(self, owner: ActorId, lease: int, now: float) -> Grant:
         """Bring a lease's indexed pages into the device tier; they get new addresses there.
@@ -314,15 +305,17 @@ class Pool:
 
     # ---- inside --------------------------------------------------------------------------------------------
 
-    def _pin(self, scope: str, tokens: bytes, floor: Tier) -> Pin:
-        """Pin the longest cached prefix that can be had in tiers down to ``floor``.
+    def _pin(self, scope: str, tokens: bytes, floor: Tier, swap_least: int = 0) -> Pin:
+        """Pin the longest cached prefix that can be had in tiers down to ``floor``, and is worth it.
 
-        It ends before pages that would have to be moved there, but are held by others at their present addresses.
+        It ends before pages that would have to be moved there, but are held by others at their present addresses, or have
+        fewer than ``swap_least`` tokens from there on.
         """
         pin = self.tree.pin(scope, tokens if self.caching else b"")
         end = 0
         for node in reversed(list(pin.node.path())):
-            if node.tier > floor and node.moving is None and node.pins > 1:
+            few = pin.tokens - end // TOKEN_BYTES < swap_least
+            if node.tier > floor and node.moving is None and (node.pins > 1 or few):
                 self.tree.unpin(pin)
                 return self.tree.pin(scope, tokens[:end])
             end += len(node.key)
@@ -413,36 +406,6 @@ class Pool:
                 f"{n} pages of tier {tier.name} asked for: {free} free, {evictable} evictable",
             )
         return slots
-
-    def _fits(self, pages: int, tier: Tier = Tier.DEVICE) -> None:
-        total = self.room.total(tier)
-        if pages > total:
-            raise PoolError(
-                PoolError.TOO_LARGE, f"{pages} pages needed, and tier {tier.name} has {total} in all"
-            )
-
-    def _existing(self, tier: int) -> Tier:
-        if tier not in self.room.tiers:
-            raise PoolError(PoolError.BAD_TIER, f"this shard has no tier {tier}")
-        return Tier(tier)
-
-    def _leasable(self, tier: int) -> Tier:
-        if tier == Tier.DISK:
-            raise PoolError(
-                PoolError.BAD_TIER, "pages on disk cannot be leased: nobody can write to them in place"
-            )
-        return self._existing(tier)
-
-
-def _ragged(tokens: bytes) -> PoolError:
-    text = f"{len(tokens)} bytes of tokens are no multiple of {TOKEN_BYTES}"
-    return PoolError(PoolError.NOT_WHOLE_PAGES, text)
-
-
-def _counted(n: int) -> int:
-    if n < 0:
-        raise PoolError(PoolError.BAD_COUNT, f"{n} pages: expected 0 or more")
-    return n
 
 
 def _slow(pin: Pin, floor: int) -> bool:

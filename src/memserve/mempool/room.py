@@ -1,8 +1,8 @@
 """Room for pages: what is free in every tier, and how more of it is made.
 
 A grant takes free pages. Short of those, the least recently used unpinned pages leave for the next tier and the grant
-waits for that copy (:meth:`Room.secure`), or they are dropped at once where nobody may wait (:meth:`Room.take`) or where
-there is no other tier. :meth:`Room.balance` keeps some pages free in the background, so that most grants never wait.
+waits for that copy (:meth:`Room.secure`, :meth:`Room.clears`), or they are dropped at once where nobody may wait
+(:meth:`Room.take`) or where there is no other tier. :meth:`Room.balance` keeps some pages free in the background, so that most grants never wait.
 """
 
 from __future__ import annotations
@@ -74,6 +74,14 @@ class Room:
         if missing > 0:
             self.evict(missing, tier)
         return self.tiers.take(n, tier)
+
+    def clears(self, n: int) -> bool:
+        """Whether ``n`` device slots are not there, but come free when copies end; begins what copies it takes."""
+        missing = n - self.tiers.free(Tier.DEVICE)
+        if missing <= 0:
+            return False
+        self.send_out(Tier.DEVICE, missing - self.swaps.leaving(Tier.DEVICE), urgent=True)
+        return missing <= self.swaps.leaving(Tier.DEVICE)
 
     def secure(self, n: int) -> list[int] | None:
         """``n`` device slots, losing nothing that can be kept.

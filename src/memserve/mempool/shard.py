@@ -6,7 +6,7 @@ granted lease lives) and never a second grant, which nobody would know to free.
 An Acquire or a Match that finds the pool short waits in one bounded queue, granted strictly in order: a large one is not
 overtaken for ever by small ones. One whose pages must be brought in leaves the queue with its pages
 reserved, and is answered when the copy is over; those behind it do not wait for that. AllocMem and SwapIn never
-wait for pages, because whoever asks already holds some that others wait for. A lease that was refused pages comes before the
+wait for others' pages, because whoever asks already holds some that others wait for. A lease that was refused pages comes before the
 queue when some come free, or whoever gave way to it would be granted the very pages that it gave up.
 """
 
@@ -22,6 +22,7 @@ from memserve.errors import PoolError
 from memserve.mempool.addresses import Address, Tier
 from memserve.mempool.answers import Answer, Granting, Replies
 from memserve.mempool.audit import check_pool
+from memserve.mempool.copy_waits import CopyWaits, acquired
 from memserve.mempool.gauges import pool_gauges
 from memserve.mempool.grants import Grant, Reclaimed
 from memserve.mempool.pool import Pool
@@ -29,10 +30,8 @@ from memserve.mempool.publishing import Publisher
 from memserve.messages import ActorId, Cluster, Gone, Load, Message
 from memserve.pool_messages import (
     Acquire,
-    Acquired,
     Adopt,
     Adopted,
-    Allocated,
     AllocMem,
     Delete,
     DescribePool,
@@ -60,17 +59,6 @@ PREFETCHER = ActorId("prefetch.0")
 
 
 @attrs.define
-class _Out:
-    """A SwapOut that is answered when its copies are over."""
-
-    sender: ActorId
-    call: int
-    copies: set[int]
-    pages: int = 0
-    """Moved so far."""
-
-
-@attrs.define
 class ShardCore:
     """One shard's calls, over the :class:`Pool` that it owns.
 
@@ -94,7 +82,7 @@ class ShardCore:
     """By (sender, call), the longest waiting first."""
     _loading: dict[int, tuple[ActorId, Waiting | SwapIn | None]] = attrs.field(factory=dict, init=False)
     """Calls whose pages are being brought in, by lease; None for a Prefetch."""
-    _outs: list[_Out] = attrs.field(factory=list, init=False)
+    _copy_waits: CopyWaits = attrs.field(init=False)
     _replies: Replies = attrs.field(init=False)
     _actions: list[Action] = attrs.field(factory=list, init=False)
     _pids: dict[ActorId, int] = attrs.field(factory=dict, init=False)
@@ -104,6 +92,7 @@ class ShardCore:
     def __attrs_post_init__(self) -> None:
         self._publisher = Publisher(self.pool.tree, self.schedulers)
         self._replies = Replies(self.remembered_max)
+        self._copy_waits = CopyWaits(self.pool)
 
     # ---- verbs ---------------------------------------------------------------------------------------------
 
@@ -176,9 +165,7 @@ class ShardCore:
         for sender, call in self._waiting:
             assert not self._replies.remembers(sender, call), f"call {call} of {sender} is answered and waits"
         assert self._loading.keys() == self.pool.loading.keys(), "leases that load are filed wrongly"
-        assert all(copy in self.pool.room.swaps for out in self._outs for copy in out.copies), (
-            "a copy is lost"
-        )
+        self._copy_waits.check()
         self._replies.check()
 
     # ---- calls ---------------------------------------------------------------------------------------------
@@ -194,8 +181,6 @@ class ShardCore:
         try:
             answer = self.calls[type(call)](self, sender, call, now)
         except PoolError as refused:
-            if refused.code == PoolError.NO_PAGES and isinstance(call, AllocMem):
-                self.pool.leases.lack(call.lease, now)
             answer = PoolRefused(call.call, refused.code, refused.message)
         if answer is not None:
             self._reply(sender, answer)
@@ -204,20 +189,16 @@ class ShardCore:
         return (
             (sender, call) in self._waiting
             or any(who == sender and held and held.call == call for who, held in self._loading.values())
-            or any(out.sender == sender and out.call == call for out in self._outs)
+            or self._copy_waits.has(sender, call)
         )
 
     @property
     def _unanswered(self) -> int:
         """Calls that wait, for pages or for copies."""
-        return len(self._waiting) + len(self._loading)
+        return len(self._waiting) + len(self._loading) + len(self._copy_waits)
 
-    def _alloc_mem(self, sender: ActorId, call: AllocMem, now: float) -> Answer:
-        if call.lease:
-            pages = self.pool.alloc_mem(sender, call.lease, call.pages, now, call.tier)
-            self.pool.leases.has_enough(call.lease)
-            return Allocated(call.call, call.lease, pages)
-        return _acquired(call.call, self.pool.alloc_new(sender, call.scope, call.pages, call.tier, now))
+    def _alloc_mem(self, sender: ActorId, call: AllocMem, now: float) -> Answer | None:
+        return self._copy_waits.alloc(sender, call, now, may_wait=self._unanswered < self.waiting_max)
 
     def _insert(self, sender: ActorId, call: Insert, now: float) -> Answer:
         addresses = [Address(address) for address in call.addresses]
@@ -235,11 +216,7 @@ class ShardCore:
         return Freed(call.call, self.pool.evict(call.pages, call.tier))
 
     def _swap_out(self, sender: ActorId, call: SwapOut, now: float) -> Answer | None:
-        copies = set(self.pool.swap_out(call.pages, call.tier))
-        if not copies:
-            return Freed(call.call, 0)
-        self._outs.append(_Out(sender, call.call, copies))
-        return None
+        return self._copy_waits.swap_out(sender, call)
 
     def _describe(self, sender: ActorId, call: DescribePool, now: float) -> Answer:
         pool, home = self.pool, self.pool.home
@@ -251,7 +228,9 @@ class ShardCore:
     def _wait(self, sender: ActorId, call: Waiting, now: float) -> Answer | None:
         """Grant a call that may wait, unless it would overtake another."""
         if isinstance(call, Acquire):
-            self.pool.demand(call.tokens, call.extra_pages)  # what never fits must not stand in the queue
+            self.pool.demands.pages(
+                call.tokens, call.extra_pages
+            )  # what never fits must not stand in the queue
         if not self._waiting and self._unanswered < self.waiting_max:
             grant = self._try(sender, call, now)
             if grant is not None:
@@ -269,8 +248,8 @@ class ShardCore:
         if self.pool.leases.any_lacks(now):
             return None
         match call:
-            case Acquire(_, scope, tokens, extra_pages, _):
-                return self.pool.acquire(sender, scope, tokens, extra_pages, now)
+            case Acquire(_, scope, tokens, extra_pages, _, swap_least):
+                return self.pool.acquire(sender, scope, tokens, extra_pages, now, swap_least)
             case Match(_, scope, tokens):
                 return self.pool.match(sender, scope, tokens, now)
 
@@ -282,12 +261,13 @@ class ShardCore:
         if not grant.ready:
             self._loading[grant.lease] = (sender, call)
             return None
-        return _acquired(call.call, grant)
+        return acquired(call.call, grant)
 
     # ---- going on ------------------------------------------------------------------------------------------
 
     def _go_on(self, now: float) -> None:
         """After every change: grant what can be granted now, keep some pages free, have copied what must move."""
+        self._reply_all(self._copy_waits.grown(now))
         self._grant_waiting(now)
         self.pool.room.balance()
         self._actions += self.pool.take_copies()
@@ -315,7 +295,7 @@ class ShardCore:
                 self._waiting = {(sender, call.call): call, **self._waiting}
         for grant in self.pool.settle():
             self._loaded(grant, now)
-        self._answer_outs(done.id, swaps.out_pages - moved)
+        self._reply_all(self._copy_waits.copied(done.id, swaps.out_pages - moved))
 
     def _lost(self, lease: int) -> tuple[ActorId, Waiting | SwapIn | None]:
         return self._loading.pop(lease)
@@ -326,14 +306,6 @@ class ShardCore:
             self.pool.free_mem(sender, grant.lease)
         elif (answer := self._granted(sender, call, grant, now)) is not None:
             self._reply(sender, answer)
-
-    def _answer_outs(self, copy: int, pages: int) -> None:
-        for out in [one for one in self._outs if copy in one.copies]:
-            out.copies.remove(copy)
-            out.pages += pages
-            if not out.copies:
-                self._outs.remove(out)
-                self._reply(out.sender, Freed(out.call, out.pages))
 
     def _prefetch(self, scope: str, tokens: bytes, source: Source | None, now: float) -> None:
         full = self._unanswered >= self.waiting_max
@@ -379,6 +351,7 @@ class ShardCore:
             self.pool.free_mem(sender, lease)
         self._loading.pop(lease, None)
         self._waiting.pop((sender, number), None)
+        self._copy_waits.withdraw(sender, number)
         memory.put(number, None)
         self._actions.append(Send(sender, Freed(number, 0)))
 
@@ -388,6 +361,10 @@ class ShardCore:
         self._replies.of(sender).put(answer.call, answer)
         self._actions.append(Send(sender, answer))
 
+    def _reply_all(self, answers: Iterable[tuple[ActorId, Answer]]) -> None:
+        for sender, answer in answers:
+            self._reply(sender, answer)
+
     def _forget(self, owner: ActorId) -> int:
         """Drop an owner's calls and the answers it was given; how many waited for pages."""
         self._replies.forget(owner)
@@ -395,7 +372,7 @@ class ShardCore:
         for key in waiting:
             del self._waiting[key]
         self._loading = {lease: held for lease, held in self._loading.items() if held[0] != owner}
-        self._outs = [out for out in self._outs if out.sender != owner]
+        self._copy_waits.forget(owner)
         return len(waiting)
 
     def _bury(self, actors: Iterable[ActorId]) -> None:
@@ -424,10 +401,6 @@ class ShardCore:
             freed = {"leases": reclaimed.leases, "pages_freed": reclaimed.pages}
             data: dict[str, object] = {"owner": reclaimed.owner, **freed, "waiting_acquires": waited}
             self._actions.append(Log("warning", event, data))
-
-
-def _acquired(call: int, grant: Grant) -> Acquired:
-    return Acquired(call, grant.lease, grant.pages, grant.cached_tokens, found_pages=grant.found_pages)
 
 
 ShardCore.calls = {

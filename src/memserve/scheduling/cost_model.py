@@ -7,6 +7,7 @@ part for every step, a part linear in its tokens and a quadratic one for attenti
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
@@ -75,6 +76,11 @@ class CostModel:
         told["dense"] = tuple((float(tokens), float(seconds)) for tokens, seconds in told["dense"])
         return cls(StepCosts(**told), links={**LINKS, **links}, swap=swap)
 
+    @property
+    def token_s(self) -> float:
+        """Seconds that one more prompt token takes where there are many."""
+        return self.scale * self._lines[-1][2]
+
     # ---- steps ----------------------------------------------------------------------------------------------
 
     def step_s(self, rows: Iterable[tuple[int, int]]) -> float:
@@ -116,6 +122,20 @@ class CostModel:
         beside = steps * (known.row_s * rows + known.read_s * context + known.pair_s * (context + rows / 2))
         return self.scale * (dense + own + beside)
 
+    def shared_s(self, queued: float, left_s: float, tokens: float, rows: float = 0) -> float:
+        """Seconds that ``tokens`` save by running in the last step of a queue of ``queued`` tokens, not in one of their own.
+
+        ``left_s``: until the queue is run; 0 when its last step has begun, or has no room for them.
+        """
+        chunk = self.steps.chunk_tokens * (1 if rows else ALONE)
+        rest = queued % chunk
+        if left_s <= 0 or not rest or rest + tokens > chunk:
+            return 0.0
+        last = self._dense(rest + rows)
+        if left_s <= self.scale * last:
+            return 0.0
+        return self.scale * max(0.0, last + self._dense(tokens + rows) - self._dense(rest + tokens + rows))
+
     def queue_s(self, tokens: float, pairs: float, rows: float = 0, context: float = 0) -> float:
         """Seconds until ``tokens`` of several prompts, with ``pairs`` in all, are run beside ``rows`` streams."""
         if tokens <= 0:
@@ -147,3 +167,12 @@ class CostModel:
     def swap_in_s(self, size: float, queued: float = 0.0) -> float:
         """Seconds until ``size`` bytes of a slower tier are in the arena."""
         return self.swap.seconds(size, queued) if size else 0.0
+
+    def swap_break_even(self) -> float:
+        """Tokens from which bringing them in is sooner than computing them; infinity where it never is.
+
+        A token costs its share of a full step: the difference of two measured steps may be noise.
+        """
+        whole = ALONE * self.steps.chunk_tokens
+        saved_s = self.prefill_s(whole, 0) / whole - self.swap.byte_s * self.steps.token_bytes
+        return self.swap.fixed_s / saved_s if saved_s > 0 else math.inf

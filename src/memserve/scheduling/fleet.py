@@ -6,6 +6,7 @@ reports until one has come that surely includes it.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, insort
 from collections.abc import Iterable
 from itertools import chain
@@ -19,6 +20,10 @@ from memserve.scheduling.membership import DECODES, PREFILLS
 
 SURE_S = 0.1
 """After so long a report includes a placement: workers report a change within 50 ms."""
+RATE_S = 5.0
+"""Over how long placements are counted."""
+FREE_PAGES = ("pages_free", "host_pages_free", "disk_pages_free")
+"""Of a shard's report, by tier: while any is free, what is evicted from a faster one is not lost."""
 UNKNOWN = StepCosts(((1.0, 0.02), (32.0, 0.03), (256.0, 0.15)), row_s=1e-4, read_s=5e-7, pair_s=2e-7)
 """Of a worker that has measured nothing: some small machine. Its measured scale corrects the worst of it."""
 
@@ -53,6 +58,8 @@ class Worker:
     used_at: float = 0.0
     """The last placement: of equals, the one that waited longest is next."""
     since: list[Placed] = attrs.field(factory=list)
+    taken: float = 0.0
+    """Prompts that it has taken in, by its report."""
 
     def heard(self, member: Member, now: float) -> None:
         """Take a report in."""
@@ -61,12 +68,22 @@ class Worker:
             self.model = CostModel(member.costs)
         self.model.scale = load.get("step_cost_scale", 1.0)
         self.member = member
-        self.since = [one for one in self.since if one.sure_at > now]
+        self._confirm(load.get("prompts_taken_total", 0.0), now)
         self.tokens = load.get("waiting_tokens", 0.0) + sum(one.tokens for one in self.since)
         self.pairs = load.get("waiting_pairs", 0.0) + sum(one.pairs for one in self.since)
         self.rows = load.get("decode_rows", 0.0) + sum(one.rows for one in self.since)
         self.context = load.get("context_tokens", 0.0) + sum(one.context for one in self.since)
         self._settle(now)
+
+    def _confirm(self, taken: float, now: float) -> None:
+        """Drop the placements that a report includes: as many prompts as it has taken more, and all that are old."""
+        more, left = taken - self.taken, []
+        for one in self.since:
+            if one.tokens and more > 0:
+                more -= 1
+            elif one.sure_at > now:
+                left.append(one)
+        self.since, self.taken = left, taken
 
     def placed(self, one: Placed, now: float) -> None:
         """Count a placement on top of the report."""
@@ -88,7 +105,13 @@ class Worker:
             self.queue_until = now + self.model.queue_s(self.tokens, self.pairs, self.rows, self.context)
         elif added.tokens:
             seconds = self.model.queue_s(added.tokens, added.pairs, self.rows, self.context)
+            seconds -= self.shared_s(added.tokens, self.tokens - added.tokens, now)
             self.queue_until = max(now, self.queue_until) + seconds
+
+    def shared_s(self, tokens: float, queued: float, now: float) -> float:
+        """Seconds that a prompt saves because the last step of what is queued has room for it."""
+        left_s = self.queue_until - now
+        return self.model.shared_s(queued, left_s, tokens, self.rows) if left_s > 0 else 0.0
 
 
 @attrs.define
@@ -155,6 +178,11 @@ class Fleet:
     decodes: Side = attrs.field(factory=lambda: Side(DECODES))
     shards: dict[ActorId, Member] = attrs.field(factory=dict)
     """Those that are ready."""
+    free_pages: dict[ActorId, float] = attrs.field(factory=dict)
+    """Of each of them, in all tiers: by its last report, less what was placed there since. Below 0: pages that it evicts."""
+    rate: float = attrs.field(default=0.0, eq=False)
+    """Placements a second, lately, over all workers."""
+    _placed_at: float = attrs.field(default=-math.inf, eq=False)
 
     def members(self) -> Iterable[Member]:
         """The last reports of all of them, shards included."""
@@ -165,8 +193,11 @@ class Fleet:
         if member.kind == "MemPoolShard":
             if member.state == "ready":
                 self.shards[member.id] = member
+                told = [member.load[name] for name in FREE_PAGES if name in member.load]
+                self.free_pages[member.id] = sum(told) if told else math.inf
             else:
                 self.shards.pop(member.id, None)
+                self.free_pages.pop(member.id, None)
         elif member.role:
             known = self.workers.get(member.id)
             if known is not None and (known.member.role, known.member.shard) != (member.role, member.shard):
@@ -186,9 +217,20 @@ class Fleet:
             known.placed(one, now)
             self._rank(known, now)
 
+    def took(self, shard: ActorId, pages: float) -> None:
+        """A placement needs so many pages of a shard."""
+        if shard in self.free_pages:
+            self.free_pages[shard] -= pages
+
+    def counted(self, now: float) -> None:
+        """A request was placed."""
+        self.rate = self.rate * math.exp((self._placed_at - now) / RATE_S) + 1.0 / RATE_S
+        self._placed_at = now
+
     def forget(self, actor: ActorId) -> None:
         """An actor is gone."""
         self.shards.pop(actor, None)
+        self.free_pages.pop(actor, None)
         known = self.workers.pop(actor, None)
         if known is not None:
             self._unrank(known.member)

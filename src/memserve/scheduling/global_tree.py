@@ -62,6 +62,9 @@ class Match:
 
     path: tuple[tuple[Node, int], ...] = ()
     """Each node with the tokens of it that the prompt shares, the root's end first."""
+    page_tokens: int = 16
+    loss_share: float = 0.0
+    """The chance that a page which is evicted now will be missed (see :mod:`memserve.scheduling.losses`)."""
 
     def held(self, shard: ActorId) -> Held:
         """What ``shard`` holds of the prompt."""
@@ -88,7 +91,10 @@ class Match:
     @property
     def tokens(self) -> int:
         """What the shard with the most holds."""
-        return sum(shared for _, shared in self.path)
+        tokens = 0
+        for _, shared in self.path:
+            tokens += shared
+        return tokens
 
 
 @attrs.define
@@ -105,7 +111,7 @@ class GlobalTree:
     def __attrs_post_init__(self) -> None:
         self.width = self.page_tokens * TOKEN_BYTES
 
-    def match(self, scope: str, tokens: bytes) -> Match:
+    def match(self, scope: str, tokens: bytes, loss_share: float = 0.0) -> Match:
         """The longest prefix of packed ``tokens`` that any shard holds."""
         node: Node | None = self.roots.get(scope)
         path = []
@@ -117,7 +123,15 @@ class GlobalTree:
             path.append((child, len(child.key) // TOKEN_BYTES))
             at += len(child.key)
             node = child
-        return Match(tuple(path))
+        return Match(tuple(path), self.page_tokens, loss_share)
+
+    def prefix(self, node: Node) -> tuple[bytes, str]:
+        """The tokens before a node, and their scope."""
+        keys, above = [], node.parent
+        while above is not None and above.parent is not None:
+            keys.append(above.key)
+            above = above.parent
+        return b"".join(reversed(keys)), above.scope if isinstance(above, Root) else ""
 
     # ---- holdings -------------------------------------------------------------------------------------------
 

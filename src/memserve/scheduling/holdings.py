@@ -9,6 +9,7 @@ import attrs
 from memserve.messages import ActorId
 from memserve.pool_messages import IndexEvent
 from memserve.scheduling.global_tree import GlobalTree, Node
+from memserve.scheduling.losses import Losses
 
 
 class EventsDoNotFit(Exception):
@@ -29,6 +30,8 @@ class Holdings:
 
     shard: ActorId
     tree: GlobalTree
+    losses: Losses | None = None
+    """Told of evictions."""
     entries: dict[int, Entry] = attrs.field(factory=dict, init=False)
 
     def apply(self, events: Iterable[IndexEvent]) -> None:
@@ -81,7 +84,22 @@ class Holdings:
         self._tidy(nodes)
 
     def _removed(self, event: IndexEvent) -> None:
-        self._remove(self.entries.pop(event.entry))
+        entry = self.entries.pop(event.entry)
+        if self.losses is not None:
+            self._mourn(entry, self.losses)
+        self._remove(entry)
+
+    def _mourn(self, entry: Entry, losses: Losses) -> None:
+        """Tell of pages that this shard evicted, and of those that no other holds."""
+        losses.evicted(entry.size // self.tree.width)
+        first: Node | None = None
+        pages = 0
+        for node in self._run(entry):
+            if len(node.holders) == 1:
+                first, pages = node, pages + len(node.key) // self.tree.width
+        if first is not None:
+            prefix, scope = self.tree.prefix(first)
+            losses.lost(scope, prefix + first.key[: self.tree.width], pages)
 
     def _remove(self, entry: Entry) -> None:
         nodes = list(self._run(entry))

@@ -11,6 +11,8 @@ from memserve.messages import ActorId
 from memserve.pool_messages import IndexDelta, IndexEvent, IndexSnapshot, IndexWanted
 from memserve.scheduling.global_tree import GlobalTree, Match
 from memserve.scheduling.holdings import EventsDoNotFit, Holdings
+from memserve.scheduling.losses import Losses
+from memserve.tokens import TOKEN_BYTES
 
 ASK_AGAIN_S = 2.0
 """How long a snapshot may take before it is asked for again."""
@@ -42,11 +44,17 @@ class IndexFeed:
     """Events that came in order."""
     gaps: int = 0
     snapshots: int = 0
+    losses: Losses = attrs.field(init=False)
     _shards: dict[ActorId, _Shard] = attrs.field(factory=dict, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.losses = Losses(self.tree.width, self.tree.pages)
 
     def match(self, scope: str, tokens: bytes, now: float) -> Match:
         """Who holds what of a prompt."""
-        return self.tree.match(scope, tokens)
+        match = self.tree.match(scope, tokens, self.losses.share)
+        self.losses.missed(scope, tokens, match.tokens * TOKEN_BYTES)
+        return match
 
     def placed(self, shard: ActorId, scope: str, tokens: bytes, now: float) -> None:
         """A prompt was placed: its shard will tell what became of it."""
@@ -100,7 +108,7 @@ class IndexFeed:
     def _known(self, sender: ActorId) -> _Shard:
         shard = self._shards.get(sender)
         if shard is None:
-            shard = self._shards[sender] = _Shard(Holdings(sender, self.tree))
+            shard = self._shards[sender] = _Shard(Holdings(sender, self.tree, self.losses))
         return shard
 
     def _apply(

@@ -158,6 +158,7 @@ def note(
     fleet: Fleet, choice: Choice, request: Request, cached: int, decode_sure_s: float, now: float
 ) -> None:
     """Count a placement on top of what its workers report."""
+    fleet.counted(now)
     tokens = count(request.tokens)
     missing = max(1, tokens - cached)
     pairs = missing * (tokens - missing / 2)
@@ -168,9 +169,10 @@ def note(
         fleet.placed(choice.decode, Placed(now + decode_sure_s, rows=1, context=tokens), now)
 
 
-def _load(fleet: Fleet, pair: Pair) -> tuple[float, float, float, ActorId, ActorId]:
+def _load(fleet: Fleet, pair: Pair) -> tuple[float, float, float, float, ActorId, ActorId]:
+    """Of equals, the one that was used longest ago comes first."""
     prefill, decode = fleet.workers[pair.prefill.id], fleet.workers[pair.decode.id]
-    return prefill.tokens, decode.rows, prefill.rows, pair.prefill.id, pair.decode.id
+    return prefill.tokens, decode.rows, prefill.rows, prefill.used_at, pair.prefill.id, pair.decode.id
 
 
 PLAIN: dict[str, Callable[[], Policy]] = {

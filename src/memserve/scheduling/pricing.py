@@ -2,13 +2,16 @@
 
 For a request, a prefill worker p and a decode worker d (the same one, or two), the price is
 
-    ttft_weight * ttft + handoff + answer * step_d + slow_d + others_weight * (rows_p * added_p + rows_d * answer * longer_d / 2)
+    ttft_weight * (ttft + delayed_p + lost) + handoff + answer * step_d + slow_d
+        + others_weight * (rows_p * added_p + rows_d * answer * longer_d / 2)
 
 ``ttft``: the step under way, what is queued at p (or bringing the prefix, where that takes longer), the missing tokens
 beside p's streams. ``step_d``: a step of d's streams with this one. ``slow_d``: prompts queued at d, which lengthen its
-first steps. The last terms are what others lose: the streams at p while the prompt runs, those at d for as long as this
-one is there. Locality has no weight of its own: a cached prefix makes ``ttft`` and ``added_p`` smaller, a queue makes them
-larger, so a hot prefix is run, or fetched, at a second place as soon as the queue at the first costs more.
+first steps. The other terms are what others lose: ``delayed_p``, those who come to p while this prompt is queued or runs;
+``lost``, those who will find what must be evicted for this one's pages no more (see :mod:`memserve.scheduling.losses`); the
+streams at p while the prompt runs, those at d for as long as this one is there. Locality has no weight of its own: a cached
+prefix makes ``ttft`` and what others lose smaller, a queue makes them larger, so a hot prefix is run, or fetched, at a second
+place as soon as the queue at the first costs more than a second copy of it.
 
 Not all pairs are priced: the few prefill workers with the shortest queues and those of the shards that hold the most of
 the prompt, each with the decode workers that it reaches at the least cost.
@@ -16,12 +19,14 @@ the prompt, each with the decode workers that it reaches at the least cost.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import attrs
 
 from memserve.identity import ActorId
 from memserve.messages import Request
+from memserve.scheduling.cost_model import LINKS, CostModel, Link
 from memserve.scheduling.fleet import SURE_S, Fleet, Worker
 from memserve.scheduling.global_tree import Match
 from memserve.scheduling.outputs import OutputLengths
@@ -34,6 +39,8 @@ BY_PREFIX = 2
 """Shards looked at for what they hold."""
 DECODES_EACH = 2
 """Decode workers looked at for each prefill worker."""
+FETCH_MARGINS = 3
+"""Of these margins: what a fetch must save. While a prefix comes, others may begin before it."""
 SHOWN = 3
 """Candidates in the log."""
 
@@ -48,6 +55,8 @@ class Weights:
     """A hand-over must save so much: less than that is the model's error."""
     fetch: bool = False
     """Whether a prefix may be fetched from another shard, and a stream continued on one."""
+    path: str = "mapped"
+    """How pages move between shards, see :data:`~memserve.scheduling.cost_model.LINKS`."""
 
 
 @attrs.define
@@ -55,16 +64,40 @@ class Start:
     """Running the prompt on one worker: what it costs, and how its prefix comes there."""
 
     worker: Worker
+    price: float
     ttft: float
-    harm: float
     cached: int
     """Tokens that need not be computed."""
     expected: int
     """Tokens that its shard holds."""
     source: ActorId = ActorId("")
     source_tokens: int = 0
-    fetched_s: float = 0.0
-    """For how long the source's link is taken."""
+
+
+Candidate = tuple[float, bool, float, ActorId, Start]
+"""The price, whether the request is handed over, when the decode worker was used last, which it is, and the start."""
+
+
+@attrs.define
+class Ways:
+    """Until when each shard's way out, and its way in, is taken by what was placed."""
+
+    _until: dict[tuple[ActorId, str], float] = attrs.field(factory=dict)
+
+    def wait_s(self, source: ActorId, to: ActorId, now: float) -> float:
+        """Until the next transfer from one to the other can begin."""
+        until = self._until.get
+        return max(0.0, until((source, "out"), 0.0) - now, until((to, "in"), 0.0) - now)
+
+    def take(self, source: ActorId, to: ActorId, seconds: float, now: float) -> None:
+        """A transfer will take them so long."""
+        until = now + self.wait_s(source, to, now) + seconds
+        self._until[source, "out"] = self._until[to, "in"] = until
+
+    def forget(self, shard: ActorId) -> None:
+        """It is gone."""
+        self._until.pop((shard, "out"), None)
+        self._until.pop((shard, "in"), None)
 
 
 @attrs.define
@@ -72,26 +105,25 @@ class Cost:
     """See the module's text."""
 
     weights: Weights = Weights()
+    links: Mapping[str, Link] = attrs.field(factory=lambda: LINKS)
     outputs: OutputLengths = attrs.field(factory=OutputLengths)
-    _link_until: dict[ActorId, float] = attrs.field(factory=dict, init=False)
-    """Until when each shard's link is taken by what was fetched from it."""
+    ways: Ways = attrs.field(factory=Ways, init=False)
+
+    @property
+    def link(self) -> Link:
+        """How pages move between shards."""
+        return self.links[self.weights.path]
 
     def choose(self, fleet: Fleet, request: Request, match: Match, now: float) -> Choice | None:
-        tokens, answer = count(request.tokens), self.outputs.expect(request)
-        steps: dict[ActorId, float] = {}
-        priced = []
-        for worker in self._prefills(fleet, match):
-            start = self._start(worker, match, tokens, now)
-            for decode in self._decodes(fleet, worker):
-                if decode.member.id not in steps:
-                    steps[decode.member.id] = self._stay(decode, tokens, answer, now)
-                handoff = self._handoff(worker, decode, match, tokens)
-                price = self.weights.ttft * start.ttft + start.harm + handoff + steps[decode.member.id]
-                priced.append((price, decode is not worker, decode.used_at, decode.member.id, start))
+        quote = Quote(self, fleet, match, count(request.tokens), self.outputs.expect(request), now)
+        priced = quote.candidates()
         if not priced:
             return None
-        priced.sort(key=lambda one: one[:4])
-        return self._take(fleet, priced, request, now)
+        priced.sort(key=_by_price)
+        choice = quote.take(priced)
+        start, handed = priced[0][4], priced[0][1]
+        note(fleet, choice, request, start.cached, start.ttft + SURE_S if handed else SURE_S, now)
+        return choice
 
     def learn(self, scope: str, tokens: int) -> None:
         """An answer of a tenant had so many tokens."""
@@ -99,111 +131,176 @@ class Cost:
 
     def forget(self, actor: ActorId) -> None:
         """Drop what is remembered of an actor that is gone."""
-        self._link_until.pop(actor, None)
+        self.ways.forget(actor)
+
+
+@attrs.define
+class Quote:
+    """The prices of one request. ``answer``: the new tokens expected."""
+
+    policy: Cost
+    fleet: Fleet
+    match: Match
+    tokens: int
+    answer: float
+    now: float
+    weights: Weights = attrs.field(init=False)
+    rate_each: float = attrs.field(init=False)
+    """Requests a second that come to each prefill worker."""
+    best: int = attrs.field(init=False)
+    """Tokens that the shard with the most holds."""
+    stays: dict[ActorId, float] = attrs.field(factory=dict, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.weights, self.best = self.policy.weights, self.match.tokens
+        self.rate_each = self.fleet.rate / max(1, len(self.fleet.prefills.every.keys))
+
+    def candidates(self) -> list[Candidate]:
+        """Everything that is looked at, in no order."""
+        found = []
+        for worker in self._prefills():
+            start = self._start(worker)
+            for decode in self._decodes(worker):
+                handed = decode is not worker
+                price = start.price + self._stay(decode)
+                if handed:
+                    price += self._handoff(worker, decode)
+                found.append((price, handed, decode.used_at, decode.member.id, start))
+        return found
 
     # ---- who is looked at -----------------------------------------------------------------------------------
 
-    def _prefills(self, fleet: Fleet, match: Match) -> Iterator[Worker]:
-        found = dict.fromkeys(fleet.prefills.every.first(BY_QUEUE))
-        for shard in match.best(BY_PREFIX):
-            ranking = fleet.prefills.of_shard.get(shard)
+    def _prefills(self) -> Iterator[Worker]:
+        sides, workers = self.fleet.prefills, self.fleet.workers
+        found = dict.fromkeys(sides.every.first(BY_QUEUE))
+        for shard in self.match.best(BY_PREFIX):
+            ranking = sides.of_shard.get(shard)
             if ranking is not None:
                 found |= dict.fromkeys(ranking.first(2))
         for one in found:
-            worker = fleet.workers[one]
-            if worker.member.shard in fleet.shards:
+            worker = workers[one]
+            if worker.member.shard in self.fleet.shards:
                 yield worker
 
-    def _decodes(self, fleet: Fleet, prefill: Worker) -> Iterator[Worker]:
-        member = prefill.member
+    def _decodes(self, prefill: Worker) -> Iterable[Worker]:
+        member, sides, workers = prefill.member, self.fleet.decodes, self.fleet.workers
         found = {member.id: None} if member.role == "both" else {}
-        ranking = fleet.decodes.of_shard.get(member.shard)
+        ranking = sides.of_shard.get(member.shard)
         if found and not self.weights.fetch and ranking is not None and len(ranking.keys) == 1:
-            yield prefill  # alone on its shard
-            return
+            return (prefill,)  # alone on its shard
         if ranking is not None:
             found |= dict.fromkeys(ranking.first(DECODES_EACH))
         if self.weights.fetch:
-            found |= dict.fromkeys(fleet.decodes.every.first(DECODES_EACH))
-        for one in found:
-            worker = fleet.workers[one]
-            if worker.member.shard in fleet.shards:
-                yield worker
+            found |= dict.fromkeys(sides.every.first(DECODES_EACH))
+        return [workers[one] for one in found if workers[one].member.shard in self.fleet.shards]
 
     # ---- what it costs --------------------------------------------------------------------------------------
 
-    def _start(self, one: Worker, match: Match, tokens: int, now: float) -> Start:
-        held, model = match.held(one.member.shard), one.model
-        swap_s = model.swap_in_s(held.slow_tokens * model.steps.token_bytes)
-        local = self._run(one, tokens, held.tokens, swap_s, now)
-        start = Start(one, *local, held.tokens, held.tokens)
-        if self.weights.fetch and match.tokens > held.tokens:
-            source = match.best(1)[0]
-            size = (match.tokens - held.tokens) * model.steps.token_bytes
-            wait = max(0.0, self._link_until.get(source, 0.0) - now)
-            fetch_s = model.transfer_s(size, "mapped")
-            ttft, harm = self._run(one, tokens, match.tokens, swap_s + wait + fetch_s, now)
-            if self.weights.ttft * ttft + harm < self.weights.ttft * start.ttft + start.harm:
-                start = Start(one, ttft, harm, match.tokens, held.tokens, source, match.tokens, fetch_s)
+    def _start(self, one: Worker) -> Start:
+        """The cheapest way to begin on a worker: with what its shard holds, or with what another one does."""
+        shard, model = one.member.shard, one.model
+        held = self.match.held(shard)
+        swap_s = model.swap_in_s(held.slow_tokens * model.steps.token_bytes) if held.slow_tokens else 0.0
+        lost = self._lost(one, self.tokens - held.tokens)
+        ttft, harm = self._run(one, held.tokens, swap_s)
+        start = Start(one, self.weights.ttft * (ttft + lost) + harm, ttft, held.tokens, held.tokens)
+        if self.weights.fetch and self.best > held.tokens:
+            source = self.match.best(1)[0]
+            fetch_s = self._transfer_s(source, shard, self.best - held.tokens, model)
+            ttft, harm = self._run(one, self.best, swap_s + fetch_s)
+            price = self.weights.ttft * (ttft + lost) + harm + FETCH_MARGINS * self.weights.margin_s
+            if price < start.price:
+                start = Start(one, price, ttft, self.best, held.tokens, source, self.best)
         return start
 
-    def _run(self, one: Worker, tokens: int, cached: int, bring_s: float, now: float) -> tuple[float, float]:
-        """Seconds to the first token, and the price of what the streams beside it lose."""
-        run_s = one.model.prefill_s(tokens, cached, one.rows, one.context)
-        ttft = one.step_s / 2 + max(one.queue_s(now), bring_s) + run_s
-        if not one.rows:
-            return ttft, 0.0
-        steps = -(-max(1, tokens - cached) // one.model.steps.chunk_tokens)
-        added = max(0.0, run_s - steps * one.step_s)
-        return ttft, self.weights.others * one.rows * added
+    def _run(self, one: Worker, cached: int, bring_s: float) -> tuple[float, float]:
+        """Seconds to the first token, and the price of what others lose while the prompt is queued or runs."""
+        model, queue_s = one.model, one.queue_until - self.now
+        run_s = model.prefill_s(self.tokens, cached, one.rows, one.context)
+        if queue_s <= bring_s:
+            queue_s = max(0.0, queue_s)
+            ttft = one.step_s / 2 + bring_s + run_s
+        else:
+            run_s -= one.shared_s(max(1, self.tokens - cached), one.tokens, self.now)
+            ttft = one.step_s / 2 + queue_s + run_s
+        harm = self.weights.ttft * self.rate_each * run_s * (queue_s + run_s / 2)
+        if one.rows:
+            steps = -(-max(1, self.tokens - cached) // model.steps.chunk_tokens)
+            added = run_s - steps * one.step_s
+            if added > 0:
+                harm += self.weights.others * one.rows * added
+        return ttft, harm
 
-    def _stay(self, one: Worker, tokens: int, answer: float, now: float) -> float:
+    def _lost(self, one: Worker, tokens: float) -> float:
+        """Seconds that later prompts lose, on average, to what a worker's shard evicts for so many new tokens."""
+        free = self.fleet.free_pages.get(one.member.shard, math.inf)
+        short = tokens - max(0.0, free) * self.match.page_tokens
+        return self.match.loss_share * short * one.model.token_s if short > 0 else 0.0
+
+    def _stay(self, one: Worker) -> float:
         """The price of being continued there to the end: for the request and for those beside it."""
-        step_s = one.model.decode_s(one.rows + 1, one.context + tokens + answer / 2)
-        slow = one.queue_s(now)
-        if slow:
-            slow = max(0.0, slow - step_s * -(-one.tokens // one.model.steps.chunk_tokens))
-        longer = max(0.0, step_s - one.step_s) if one.rows else 0.0
-        return answer * step_s + slow + self.weights.others * one.rows * answer * longer / 2
+        known = self.stays.get(one.member.id)
+        if known is not None:
+            return known
+        answer, model = self.answer, one.model
+        step_s = model.decode_s(one.rows + 1, one.context + self.tokens + answer / 2)
+        price, slow = answer * step_s, one.queue_until - self.now
+        if slow > 0:
+            price += max(0.0, slow - step_s * -(-one.tokens // model.steps.chunk_tokens))
+        if one.rows and step_s > one.step_s:
+            price += self.weights.others * one.rows * answer * (step_s - one.step_s) / 2
+        self.stays[one.member.id] = price
+        return price
 
-    def _handoff(self, prefill: Worker, decode: Worker, match: Match, tokens: int) -> float:
-        if decode is prefill:
-            return 0.0
-        model = prefill.model
-        if decode.member.shard == prefill.member.shard:
-            return self.weights.margin_s + model.handoff_s(0)
-        lacking = tokens - match.held(decode.member.shard).tokens
-        return self.weights.margin_s + model.handoff_s(lacking * model.steps.token_bytes, "mapped")
+    def _handoff(self, prefill: Worker, decode: Worker) -> float:
+        """The price of continuing on another worker than the one that runs the prompt."""
+        model, here, there = prefill.model, prefill.member.shard, decode.member.shard
+        price = self.weights.margin_s + model.handoff_s(0)
+        if there == here:
+            return price
+        lacking = self._lacking(there)
+        moved = self._transfer_s(here, there, lacking, model)
+        return price + moved + self.weights.ttft * self._lost(decode, lacking)
+
+    def _lacking(self, shard: ActorId) -> int:
+        """Tokens that a hand-over moves to a shard: the last page at least, which no index has."""
+        return max(self.match.page_tokens, self.tokens - self.match.held(shard).tokens)
+
+    def _transfer_s(self, source: ActorId, to: ActorId, tokens: int, model: CostModel) -> float:
+        wait = self.policy.ways.wait_s(source, to, self.now)
+        return wait + self.policy.link.seconds(tokens * model.steps.token_bytes)
 
     # ---- what is done ---------------------------------------------------------------------------------------
 
-    def _take(
-        self,
-        fleet: Fleet,
-        priced: list[tuple[float, bool, float, ActorId, Start]],
-        request: Request,
-        now: float,
-    ) -> Choice:
+    def take(self, priced: list[Candidate]) -> Choice:
+        """The first of them, counted on the ways and in the room of shards."""
         _, handed, _, decode, start = priced[0]
-        member = start.worker.member
-        decode_shard = fleet.workers[decode].member.shard
-        choice = Choice(
-            member.id,
-            decode,
-            member.shard,
-            decode_shard if decode_shard != member.shard else ActorId(""),
-            start.source,
-            start.source_tokens,
-            start.expected,
-            start.ttft,
-            "; ".join(_shown(*one) for one in priced[:SHOWN]),
-        )
+        member, decode_shard = start.worker.member, self.fleet.workers[decode].member.shard
+        far = handed and decode_shard != member.shard
         if start.source:
-            self._link_until[start.source] = (
-                max(now, self._link_until.get(start.source, now)) + start.fetched_s
+            self._move(start.source, member.shard, start.cached - start.expected, start.worker.model)
+        if far:
+            self._move(member.shard, decode_shard, self._lacking(decode_shard), start.worker.model)
+            self.fleet.took(
+                decode_shard, (self._lacking(decode_shard) + self.answer) / self.match.page_tokens
             )
-        note(fleet, choice, request, start.cached, start.ttft + SURE_S if handed else SURE_S, now)
-        return choice
+        new = self.tokens - start.expected + (0.0 if far else self.answer)
+        self.fleet.took(member.shard, new / self.match.page_tokens)
+        return Choice(
+            member.id, decode, member.shard, decode_shard if far else ActorId(""),
+            start.source, start.source_tokens, start.expected, start.ttft,
+            "; ".join([_shown(*one) for one in priced[:SHOWN]]),
+        )  # fmt: skip
+
+    def _move(self, source: ActorId, to: ActorId, tokens: int, model: CostModel) -> None:
+        """A transfer takes its shards' ways; the fixed part of it does not."""
+        self.policy.ways.take(
+            source, to, tokens * model.steps.token_bytes * self.policy.link.byte_s, self.now
+        )
+
+
+def _by_price(one: Candidate) -> tuple[float, bool, float, ActorId]:
+    return one[:4]
 
 
 def _shown(price: float, handed: bool, used_at: float, decode: ActorId, start: Start) -> str:

@@ -18,8 +18,9 @@ from memserve.sim.cluster import Cluster
 from memserve.sim.world import Actor, Violation
 from memserve.tokens import count
 
-SETTLE_S = 30.0
-"""How long after the last request pools may take to be idle and schedulers to know the index: leases of the dead end by then."""
+SETTLE_S = 45.0
+"""How long after the last request pools may take to be idle and schedulers to know the index: leases of the dead end by then,
+and so does the quarantine of what a dead card may still write to."""
 
 
 @attrs.define(eq=False)

@@ -89,9 +89,9 @@ class Cluster:
     def __attrs_post_init__(self) -> None:
         self.world.kill = self.kill
         self.arenas = Arenas(self.layout.page_tokens * TOKEN_BYTES, self.pages_checked)
-        self.movers = Movers(
-            self.world, self.arenas, self.layout.page_bytes, self.costs.links, self.cores.get
-        )
+        size, token_bytes = self.layout.page_bytes, self.costs.steps.token_bytes
+        timed = token_bytes * self.layout.page_tokens or size
+        self.movers = Movers(self.world, self.arenas, size, timed, self.costs.links, self.cores.get)
         for name in self.layout.scheduler_names:
             self._start[name] = lambda name=name: self._start_scheduler(name)  # type: ignore[misc]
         for shard in self.layout.shards:
@@ -159,8 +159,9 @@ class Cluster:
         id = self._id(name)
         me = Member(id, "GlobalScheduler", f"sim://{id}", self._incarnations, "ready")
         kind, index = self.layout.policy, IndexFeed(GlobalTree(self.layout.page_tokens))
-        weights = attrs.evolve(self.layout.weights, fetch=len(self.layout.shards) > 1)
-        policy = Cost(weights) if kind == "cost" else POLICIES[kind]()
+        movable = len(self.layout.shards) > 1
+        weights = attrs.evolve(self.layout.weights, fetch=movable, path=self.layout.path)
+        policy = Cost(weights, self.costs.links) if kind == "cost" else POLICIES[kind]()
         admission = Admission(self.layout.held_max)
         core = self.cores[name] = SchedulerCore(
             me, self.layout.policy, policy, index, admission, self.layout.hold_back_s, self._roles(name)

@@ -7,8 +7,7 @@ import random
 import attrs
 
 from memserve.costs import StepCosts
-from memserve.scheduling import cost_model as costs
-from memserve.scheduling.cost_model import CostModel, Link
+from memserve.scheduling.cost_model import LINKS, CostModel, Link
 from memserve.sim.audit import Audit
 from memserve.sim.clients import Clients
 from memserve.sim.cluster import Cluster
@@ -19,13 +18,13 @@ from memserve.sim.workloads import Piece, Session, Turn
 from memserve.sim.world import Violation, World
 
 PAGE_TOKENS, TOKEN_BYTES = 4, 250
-LINKS = {"mapped": Link(0.005, 1e-5), "tcp": Link(0.02, 4e-5), "nixl": Link(0.002, 2e-5)}
+SLOW = {"mapped": Link(0.005, 1e-5), "tcp": Link(0.02, 4e-5), "nixl": Link(0.002, 2e-5)}
 """Slow enough for something to go wrong while a page is on its way."""
 COSTS = CostModel(
     StepCosts(
         dense=((1, 0.031), (30, 0.031), (1030, 1.031)), row_s=1e-4, read_s=1e-6, token_bytes=TOKEN_BYTES
     ),
-    links={**costs.LINKS, **LINKS},
+    links={**LINKS, **SLOW},
 )
 FAULTS_S = 12.0
 """Things go wrong for so long."""

@@ -56,7 +56,7 @@ class Layout:
     max_context: int = 1 << 20
     weights: Weights = Weights()
     """Of the policy ``cost``."""
-    hold_back_s: float = 2.0
+    hold_back_s: float = 1.0
     held_max: int = 2_048
     lease_s: float = 10.0
     requests_max: int = 100_000

@@ -62,7 +62,9 @@ class Movers:
     world: World
     arenas: Arenas
     page_bytes: int
-    """KV of a page, for the time that it takes."""
+    """KV of a page, as it is counted."""
+    timed_bytes: int
+    """KV of a page of the model whose costs the run has: what takes its time."""
     links: Mapping[str, Link] = attrs.field(factory=lambda: LINKS)
     core_of: Callable[[str], object] = lambda name: None
     """The core of an actor, by name."""
@@ -106,7 +108,7 @@ class Movers:
         transfer, link, now = one.order.transfer, self.links[one.path], self.world.now
         ways = (one.sender.id, "out"), (one.to, "in")
         begin = max(now, *(self._free_at.get(way, 0.0) for way in ways))
-        through = begin + link.byte_s * len(transfer.source) * self.page_bytes
+        through = begin + link.byte_s * len(transfer.source) * self.timed_bytes
         self._free_at.update(dict.fromkeys(ways, through))
         self._writing[one.key] = one
         if one.path != "tcp":  # there it is the receiver that writes, while it expects this

@@ -1,0 +1,62 @@
+"""What may be asked of a pool at all: checks that change nothing."""
+
+from __future__ import annotations
+
+import attrs
+
+from memserve.errors import PoolError
+from memserve.mempool.addresses import Tier
+from memserve.mempool.room import Room
+from memserve.tokens import TOKEN_BYTES, count, pages_for
+
+
+@attrs.frozen
+class Demands:
+    """Against the tiers that a pool has."""
+
+    room: Room
+    page_tokens: int
+
+    def pages(self, tokens: bytes, extra_pages: int) -> int:
+        """Device pages for ``tokens`` and ``extra_pages`` more.
+
+        Raises PoolError (TOO_LARGE, NOT_WHOLE_PAGES, BAD_COUNT) if they could never be granted.
+        """
+        if len(tokens) % TOKEN_BYTES:
+            raise ragged(tokens)
+        need = pages_for(count(tokens), self.page_tokens) + counted(extra_pages)
+        self.check_fits(need)
+        return need
+
+    def check_fits(self, pages: int, tier: Tier = Tier.DEVICE) -> None:
+        """Raise PoolError (TOO_LARGE) for more pages than a tier has."""
+        total = self.room.total(tier)
+        if pages > total:
+            text = f"{pages} pages needed, and tier {tier.name} has {total} in all"
+            raise PoolError(PoolError.TOO_LARGE, text)
+
+    def existing(self, tier: int) -> Tier:
+        """A tier that there is. Raises PoolError (BAD_TIER)."""
+        if tier not in self.room.tiers:
+            raise PoolError(PoolError.BAD_TIER, f"this shard has no tier {tier}")
+        return Tier(tier)
+
+    def leasable(self, tier: int) -> Tier:
+        """One whose pages can be leased. Raises PoolError (BAD_TIER)."""
+        if tier == Tier.DISK:
+            text = "pages on disk cannot be leased: nobody can write to them in place"
+            raise PoolError(PoolError.BAD_TIER, text)
+        return self.existing(tier)
+
+
+def ragged(tokens: bytes) -> PoolError:
+    """Tokens that are none."""
+    text = f"{len(tokens)} bytes of tokens are no multiple of {TOKEN_BYTES}"
+    return PoolError(PoolError.NOT_WHOLE_PAGES, text)
+
+
+def counted(n: int) -> int:
+    """A number of pages. Raises PoolError (BAD_COUNT)."""
+    if n < 0:
+        raise PoolError(PoolError.BAD_COUNT, f"{n} pages: expected 0 or more")
+    return n
