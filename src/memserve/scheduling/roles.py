@@ -36,6 +36,8 @@ DEAR_S = 0.25
 """Price of a side from which on the other side helps."""
 RATIO = 2.0
 """And it is dearer by this factor than the other, which would be crowded by helping."""
+NOBODY_S = 3.0
+"""A side may be empty for so long: workers that start, or report to a new scheduler, do not all come at once."""
 WIDEN_S = 1.0
 """Least time from one worker that helps to the next."""
 CALM_SHARE = 0.2
@@ -113,6 +115,8 @@ class Roles:
     deadline: float = attrs.field(init=False)
     """When ``advance`` must be called next."""
     _wishes: dict[str, Wish] = attrs.field(factory=dict, init=False)
+    _complete_at: float | None = attrs.field(default=None, init=False)
+    """When there was last somebody on both sides, or this began."""
     _widened_at: float = attrs.field(default=float("-inf"), init=False)
     _narrowed_at: float = attrs.field(default=float("-inf"), init=False)
     _calm_since: float = attrs.field(default=float("inf"), init=False)
@@ -156,17 +160,19 @@ class Roles:
             return []
         self.deadline = now + TICK_S
         self.prices.see(fleet, now)
+        if self._complete_at is None or (fleet.prefills.every.keys and fleet.decodes.every.keys):
+            self._complete_at = now
         return self._widen(fleet, now) or self._narrow(fleet, now)
 
     def _widen(self, fleet: Fleet, now: float) -> list[Action]:
         """Where a side is dear, or nobody is there, one of the other takes part in both."""
         if now < self._widened_at + WIDEN_S:
             return []
-        for side, because in self._needs(fleet):
+        for side, because in self._needs(fleet, now):
             helpers = fleet.decodes if side is fleet.prefills else fleet.prefills
             for id in helpers.every.first(len(helpers.every.keys)):
                 member = fleet.workers[id].member
-                if self._role(member) != "both" and member.role_by != HAND:
+                if self._role(member) != "both" and not self._by_hand(member):
                     if self._widened_at <= self._narrowed_at:
                         soon = now < self._narrowed_at + self._calm_s
                         self._calm_s = min(CALM_S_MAX, 2 * self._calm_s) if soon else CALM_S
@@ -174,13 +180,12 @@ class Roles:
                     return self._wish(member, "both", because, now)
         return []
 
-    def _needs(self, fleet: Fleet) -> Iterator[tuple[Side, str]]:
+    def _needs(self, fleet: Fleet, now: float) -> Iterator[tuple[Side, str]]:
         """Sides that need help, the most urgent first, and why."""
         prices = self.prices
-        if not fleet.prefills.every.keys:
-            yield fleet.prefills, "nobody prefills"
-        if not fleet.decodes.every.keys:
-            yield fleet.decodes, "nobody decodes"
+        if self._complete_at is not None and now >= self._complete_at + NOBODY_S:
+            nobody = not fleet.prefills.every.keys
+            yield (fleet.prefills, "nobody prefills") if nobody else (fleet.decodes, "nobody decodes")
         if prices.prefill > max(DEAR_S, RATIO * prices.decode):
             yield fleet.prefills, "prompts wait"
         if prices.decode > max(DEAR_S, RATIO * prices.prefill):
@@ -212,8 +217,15 @@ class Roles:
         return [
             one
             for one in members
-            if one.role_by == SCHEDULER and self._role(one) == "both" != one.role_configured
+            if one.role_by == SCHEDULER
+            and self._role(one) == "both" != one.role_configured
+            and not self._by_hand(one)
         ]
+
+    def _by_hand(self, member: Member) -> bool:
+        """Whether an operator chose its role, though its successor may not know yet."""
+        wish = self._wishes.get(actor_name(member.id))
+        return HAND in (member.role_by, wish.by if wish is not None else "")
 
     def _role(self, member: Member) -> str:
         """The role that it has, or was asked to take."""
