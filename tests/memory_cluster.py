@@ -107,7 +107,7 @@ class MemoryCluster:
     returns: bool = False
     step_s: float = 0.01
     policy: str = "cost"
-    hold_back_s: float = 2.0
+    hold_back_s: float = 1.0
     held_max: int = 2_048
     announce_deaths: bool = True
     host_pages: int = 0

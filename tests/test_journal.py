@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import attrs
 import pytest
 
 from memserve.actions import Deliver, Log, Send
@@ -249,6 +250,20 @@ def test_the_refusal_of_a_second_scheduler_ends_nothing() -> None:
         core.receive(OTHER, Rejected("r", 0, "cluster_full", "m", 503, 2.0), 0.2)
         assert took(core, Deliver) == []
         assert not core.idle
+
+
+def test_a_deadline_passes_although_no_scheduler_answers() -> None:
+    """A client that wants an answer within a second would wait for as long as there is no scheduler."""
+    core = frontend()
+    core.open(attrs.evolve(request("soon"), ttft_s=2.0), 0.0)
+    for now in (1.0, 2.0, 2.9):
+        core.advance(now)
+    assert took(core, Deliver) == []
+    core.advance(core.deadline)
+    (ended,) = took(core, Deliver)
+    assert (ended.request, ended.failure.code, ended.failure.status) == ("soon", "deadline_missed", 503)
+    core.advance(60.0)
+    assert not core.idle, "the other has no deadline"
 
 
 def test_a_stream_that_has_begun_is_not_ended_by_a_refusal() -> None:

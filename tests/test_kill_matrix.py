@@ -7,6 +7,7 @@ time, exhaustively (test_cluster.py); here the operating system, ZeroMQ and the 
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -14,8 +15,11 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing, suppress
 from datetime import UTC, datetime
+from http.client import HTTPConnection, HTTPException
 from typing import Any
+from urllib.parse import urlsplit
 
 import attrs
 import httpx
@@ -122,6 +126,39 @@ def undisturbed(cluster: Cluster, client: Stream) -> list[int]:
     return cluster.tokens(client.ids, 48, **client.body)
 
 
+@attrs.define
+class HealthLog:
+    """What /health says all the while: each change."""
+
+    cluster: Cluster
+    said: list[tuple[int, str, str]] = attrs.field(factory=list)
+    """HTTP status, status and reason."""
+    _over: threading.Event = attrs.field(factory=threading.Event)
+
+    def follow(self) -> None:
+        """Ask again and again, until told to end; a Frontend that dies cannot answer."""
+        address = urlsplit(self.cluster.url).netloc
+        while not self._over.wait(0.05):
+            with suppress(OSError, HTTPException), closing(HTTPConnection(address, timeout=2.0)) as frontend:
+                frontend.request("GET", "/health")
+                answer = frontend.getresponse()
+                told = json.loads(answer.read())
+                now = (answer.status, told["status"], told.get("reason", ""))
+                if self.said[-1:] != [now]:
+                    self.said.append(now)
+
+    def end(self) -> None:
+        """Wait until all is well again, and check that what was said is what a load balancer and an operator need."""
+        deadline = time.monotonic() + PATIENCE_S
+        while not (self.said and self.said[-1] == (200, "ok", "")):
+            assert time.monotonic() < deadline, self.said
+            time.sleep(0.05)
+        self._over.set()
+        for code, status, reason in self.said:
+            assert code == (503 if status == "unavailable" else 200), self.said
+            assert bool(reason) is (status != "ok"), self.said
+
+
 def recovered(cluster: Cluster) -> None:
     """It serves, and nothing is leased any more."""
     cluster.wait_healthy()
@@ -132,7 +169,8 @@ def recovered(cluster: Cluster) -> None:
 def test_no_token_is_lost(cluster: Cluster, victim: str, how: signal.Signals) -> None:
     """Whoever dies or stands still: each stream goes on to the tokens that it would have had."""
     clients = streams(salt=sum(map(ord, victim)) + int(how))
-    pid, struck = cluster.pid(victim), []
+    pid, struck, health = cluster.pid(victim), [], HealthLog(cluster)
+    threading.Thread(target=health.follow, daemon=True).start()
 
     def blow() -> None:
         struck.append(datetime.now(UTC))
@@ -141,6 +179,13 @@ def test_no_token_is_lost(cluster: Cluster, victim: str, how: signal.Signals) ->
     play(cluster, clients, blow)
     note_phases(cluster, struck[0])
     recovered(cluster)
+    health.end()
+    ways = [
+        f"{victim} {end} and is being restarted" for end in ("was killed by SIGKILL", "hung and was killed")
+    ]
+    assert any(way in reason for _, _, reason in health.said for way in ways), health.said
+    if victim == "s0":
+        assert any(code == 503 for code, _, _ in health.said), "nothing can be served without its only shard"
     if not victim.startswith("frontend"):
         assert [one.broken for one in clients] == [""] * STREAMS
     whole = [one for one in clients if not one.broken]

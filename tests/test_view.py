@@ -6,7 +6,7 @@ import attrs
 import pytest
 
 from memserve.messages import ActorId, Cluster, Member
-from memserve.scheduling.view import SILENT_S, ClusterView, Health
+from memserve.scheduling.view import MISSED_S, SILENT_S, ClusterView, Health
 
 GS = ActorId("scheduler-0.1")
 ME = Member(ActorId("frontend-0.1"), "Frontend", "e", 1, "ready")
@@ -78,7 +78,7 @@ def test_a_view_that_nobody_renews_is_not_trusted() -> None:
 def test_a_death_is_missed_until_the_successor_is_ready() -> None:
     """While a worker is away, the others serve: less than all, and said so."""
     view = seen(*WHOLE)
-    view.gone((D0.id,))
+    view.gone((D0.id,), 0.1)
     assert view.health(ME, {}, 0.1) == Health("degraded", "d0 is gone")
     back = member("d0.2", "DecodeWorker", "decode", state="starting")
     view.heard(Cluster(GS, (*without(D0), back)), 1.0)
@@ -91,14 +91,24 @@ def test_who_was_drained_is_not_missed() -> None:
     """An operator wanted it so: it would be degraded for ever."""
     view = seen(*without(D0), attrs.evolve(D0, state="draining"))
     assert view.health(ME, {}, 0.0) == Health("ok")
-    view.gone((D0.id,))
-    assert view.health(ME, {}, 0.0) == Health("ok")
+    for now in (0.1, 1.1):  # deaths are told again and again
+        view.gone((D0.id,), now)
+        assert view.health(ME, {}, now) == Health("ok")
+
+
+def test_who_left_for_good_is_not_missed_for_ever() -> None:
+    """A joined worker that was killed comes back only if somebody wants it to."""
+    view = seen(*WHOLE)
+    view.gone((D0.id,), 0.1)
+    view.heard(Cluster(GS, without(D0)), MISSED_S)
+    assert view.health(ME, {}, MISSED_S).status == "degraded"
+    assert view.health(ME, {}, MISSED_S + 0.1) == Health("ok")
 
 
 def test_a_death_that_is_told_late_is_not_missed() -> None:
     """The successor is there already."""
     view = seen(*without(D0), member("d0.2", "DecodeWorker", "decode"))
-    view.gone((D0.id,))
+    view.gone((D0.id,), 0.1)
     assert view.health(ME, {}, 0.0) == Health("ok")
 
 
@@ -108,7 +118,7 @@ def test_the_supervisors_word_comes_before_the_schedulers() -> None:
     down = {"d1": "was killed by SIGKILL and is being restarted"}
     assert view.health(ME, down, 0.0) == Health("degraded", "d1 was killed by SIGKILL and is being restarted")
     down["d0"] = "ended with status 1 again and again; it is tried every 10 s"
-    view.gone((D0.id, D1.id))
+    view.gone((D0.id, D1.id), 0.1)
     found = view.health(ME, down, 0.0)
     assert found.status == "unavailable"
     assert found.reason == f"no decode worker is ready; d1 {down['d1']}; d0 {down['d0']}"

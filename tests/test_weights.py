@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -209,8 +208,8 @@ def test_written_weights_come_back(tmp_path: Path, stored: str) -> None:
 
 
 @pytest.mark.parametrize("stored", ["bfloat16", "int8"])
-def test_demo_model_converts_in_seconds_without_torch(tmp_path: Path, stored: str) -> None:
-    """The first start would be slow, and the supervisor, which converts, would carry torch in its memory."""
+def test_the_demo_model_converts_without_torch(tmp_path: Path, stored: str) -> None:
+    """The supervisor, which converts, would carry torch in its memory, or the whole model twice."""
     code = """if True:
         import sys
         from pathlib import Path
@@ -221,11 +220,9 @@ def test_demo_model_converts_in_seconds_without_torch(tmp_path: Path, stored: st
         peak_mib = int(status.split("VmHWM:")[1].split()[0]) / 1024
         assert peak_mib < 450, peak_mib
     """
-    began = time.perf_counter()
     subprocess.run(
         [sys.executable, "-c", code, str(find_model(DEMO)), str(tmp_path), stored], check=True, timeout=120
     )
-    assert time.perf_counter() - began < 20  # 2 s where nothing else runs
 
 
 @pytest.mark.parametrize("stored", ["bfloat16", "int8"])

@@ -83,11 +83,16 @@ class Entry:
     @property
     def due(self) -> float:
         """When something must be asked again, or given up."""
-        return (
-            self.asked_at + SUBMIT_REPEAT_S
-            if self.plan is None and self.holder is None
-            else max(self.asked_at, self.heard_at) + STALL_S
-        )
+        if self.plan is None and self.holder is None:
+            return min(self.asked_at + SUBMIT_REPEAT_S, self.given_up_at)
+        return min(max(self.asked_at, self.heard_at) + STALL_S, self.given_up_at)
+
+    @property
+    def given_up_at(self) -> float:
+        """When its deadline has passed without a plan. A scheduler that hears of it refuses it before."""
+        waits = self.plan is None and not self.attempt and not self.sent
+        ttft_s = self.request.ttft_s if waits else None
+        return float("inf") if ttft_s is None else self.received_at + ttft_s + SUBMIT_REPEAT_S
 
     def current(self) -> Request:
         """The request as the attempt under way carries it."""
@@ -113,7 +118,8 @@ class FrontendCore:
     def open(self, request: Request, now: float) -> None:
         """Take a request in and submit it. Raises RequestFailed (429) at ``requests_max``."""
         if len(self._entries) >= self.requests_max:
-            raise self._full(request)
+            text = f"this server has {self.requests_max} requests open, its limit (frontend.max_requests)"
+            raise self._refused(request, "overloaded", text, 429)
         entry = self._entries[request.id] = Entry(request, now)
         self._count("requests_total")
         self._count("prompt_tokens_total", request.prompt_tokens)
@@ -122,15 +128,12 @@ class FrontendCore:
         self._submit(entry, now)
         self.presence.changed()
 
-    def _full(self, request: Request) -> RequestFailed:
-        text = f"this server has {self.requests_max} requests open, its limit (frontend.max_requests)"
-        failure = RequestFailed("overloaded", text, 429, retry_after_s=1.0)
-        said = {"code": failure.code, "reason": text, "status": failure.status, "retry_after_s": 1.0}
-        said |= {"priority": request.priority, "prompt_tokens": request.prompt_tokens}
-        self._actions.append(
-            Log("warning", "request refused", {"request": request.id, "attempt": request.attempt, **said})
-        )
-        self._count("requests_refused_overloaded_total")
+    def _refused(self, request: Request, code: str, text: str, status: int) -> RequestFailed:
+        failure = RequestFailed(code, text, status, retry_after_s=1.0)
+        said = {"request": request.id, "attempt": request.attempt, "priority": request.priority}
+        said |= {"code": code, "reason": text, "status": status, "prompt_tokens": request.prompt_tokens}
+        self._actions.append(Log("warning", "request refused", said | {"retry_after_s": 1.0}))
+        self._count(f"requests_refused_{code}_total")
         return failure
 
     def close(self, request: str, outcome: str, now: float) -> None:
@@ -166,7 +169,11 @@ class FrontendCore:
             return
         for entry in [one for one in self._entries.values() if now >= one.due]:
             lost = now >= entry.heard_at + LOST_S
-            if entry.plan is None and entry.holder is not None and not lost:
+            if now >= entry.given_up_at:
+                self._tell_attempt(entry, Cancel(entry.request.id, entry.attempt))
+                text = "its deadline has passed, and no GlobalScheduler has planned it"
+                self._fail(entry, self._refused(entry.request, "deadline_missed", text, 503), now)
+            elif entry.plan is None and entry.holder is not None and not lost:
                 self._inquire(entry, entry.holder, now)
             elif entry.plan is None:
                 self._rotate_schedulers()
@@ -339,7 +346,7 @@ class FrontendCore:
 
     def _on_gone(self, sender: ActorId, message: Gone, now: float) -> None:
         gone = set(message.actors)
-        self._view.gone(gone)
+        self._view.gone(gone, now)
         self._submit_held_by(gone, now)
         if self.presence.member.id in gone:  # it was held for dead while it slept, and the workers let go
             self._submit_held_by({one.holder for one in self._entries.values() if one.holder}, now)

@@ -166,6 +166,11 @@ class SchedulerConfig:
         help="cost: the least predicted cost; longest_prefix: where most is cached; session: a chat stays where it began; "
         "least_load: the worker with the least waiting work; round_robin: each in turn",
     )
+    roles: str = setting(
+        "fixed",
+        rule=one_of("fixed", "auto"),
+        help="fixed: as configured, or given by memserve role; auto: a worker that prefills or decodes does both while the load asks for it",
+    )
     index: str = setting(
         "events",
         rule=one_of("events", "ttl"),
@@ -191,7 +196,7 @@ class SchedulerConfig:
         help="policy cost: what a hand-over to another worker must save at least",
     )
     hold_back_s: float = setting(
-        2.0,
+        1.0,
         unit="seconds",
         rule=between(0, 3600),
         help="requests wait in the scheduler, by priority and fair shares, while every worker's prompts take longer to run",

@@ -91,7 +91,10 @@ class Match:
     @property
     def tokens(self) -> int:
         """What the shard with the most holds."""
-        return sum(shared for _, shared in self.path)
+        tokens = 0
+        for _, shared in self.path:
+            tokens += shared
+        return tokens
 
 
 @attrs.define

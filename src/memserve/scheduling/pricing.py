@@ -20,7 +20,7 @@ the prompt, each with the decode workers that it reaches at the least cost.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import attrs
 
@@ -109,6 +109,11 @@ class Cost:
     outputs: OutputLengths = attrs.field(factory=OutputLengths)
     ways: Ways = attrs.field(factory=Ways, init=False)
 
+    @property
+    def link(self) -> Link:
+        """How pages move between shards."""
+        return self.links[self.weights.path]
+
     def choose(self, fleet: Fleet, request: Request, match: Match, now: float) -> Choice | None:
         quote = Quote(self, fleet, match, count(request.tokens), self.outputs.expect(request), now)
         priced = quote.candidates()
@@ -139,13 +144,15 @@ class Quote:
     tokens: int
     answer: float
     now: float
-    link: Link = attrs.field(init=False)
+    weights: Weights = attrs.field(init=False)
     rate_each: float = attrs.field(init=False)
     """Requests a second that come to each prefill worker."""
+    best: int = attrs.field(init=False)
+    """Tokens that the shard with the most holds."""
     stays: dict[ActorId, float] = attrs.field(factory=dict, init=False)
 
     def __attrs_post_init__(self) -> None:
-        self.link = self.policy.links[self.policy.weights.path]
+        self.weights, self.best = self.policy.weights, self.match.tokens
         self.rate_each = self.fleet.rate / max(1, len(self.fleet.prefills.every.keys))
 
     def candidates(self) -> list[Candidate]:
@@ -154,8 +161,11 @@ class Quote:
         for worker in self._prefills():
             start = self._start(worker)
             for decode in self._decodes(worker):
-                price = start.price + self._stay(decode) + self._handoff(worker, decode)
-                found.append((price, decode is not worker, decode.used_at, decode.member.id, start))
+                handed = decode is not worker
+                price = start.price + self._stay(decode)
+                if handed:
+                    price += self._handoff(worker, decode)
+                found.append((price, handed, decode.used_at, decode.member.id, start))
         return found
 
     # ---- who is looked at -----------------------------------------------------------------------------------
@@ -172,92 +182,85 @@ class Quote:
             if worker.member.shard in self.fleet.shards:
                 yield worker
 
-    def _decodes(self, prefill: Worker) -> Iterator[Worker]:
-        member, sides, fetch = prefill.member, self.fleet.decodes, self.policy.weights.fetch
+    def _decodes(self, prefill: Worker) -> Iterable[Worker]:
+        member, sides, workers = prefill.member, self.fleet.decodes, self.fleet.workers
         found = {member.id: None} if member.role == "both" else {}
         ranking = sides.of_shard.get(member.shard)
-        if found and not fetch and ranking is not None and len(ranking.keys) == 1:
-            yield prefill  # alone on its shard
-            return
+        if found and not self.weights.fetch and ranking is not None and len(ranking.keys) == 1:
+            return (prefill,)  # alone on its shard
         if ranking is not None:
             found |= dict.fromkeys(ranking.first(DECODES_EACH))
-        if fetch:
+        if self.weights.fetch:
             found |= dict.fromkeys(sides.every.first(DECODES_EACH))
-        for one in found:
-            worker = self.fleet.workers[one]
-            if worker.member.shard in self.fleet.shards:
-                yield worker
+        return [workers[one] for one in found if workers[one].member.shard in self.fleet.shards]
 
     # ---- what it costs --------------------------------------------------------------------------------------
 
     def _start(self, one: Worker) -> Start:
         """The cheapest way to begin on a worker: with what its shard holds, or with what another one does."""
-        held, model, shard = self.match.held(one.member.shard), one.model, one.member.shard
-        swap_s = model.swap_in_s(held.slow_tokens * model.steps.token_bytes)
+        shard, model = one.member.shard, one.model
+        held = self.match.held(shard)
+        swap_s = model.swap_in_s(held.slow_tokens * model.steps.token_bytes) if held.slow_tokens else 0.0
         lost = self._lost(one, self.tokens - held.tokens)
         ttft, harm = self._run(one, held.tokens, swap_s)
-        start = Start(one, self._weighed(ttft + lost) + harm, ttft, held.tokens, held.tokens)
-        best = self.match.tokens
-        if self.policy.weights.fetch and best > held.tokens:
+        start = Start(one, self.weights.ttft * (ttft + lost) + harm, ttft, held.tokens, held.tokens)
+        if self.weights.fetch and self.best > held.tokens:
             source = self.match.best(1)[0]
-            fetch_s = self._transfer_s(source, shard, best - held.tokens, model)
-            ttft, harm = self._run(one, best, swap_s + fetch_s)
-            price = self._weighed(ttft + lost) + harm + FETCH_MARGINS * self.policy.weights.margin_s
+            fetch_s = self._transfer_s(source, shard, self.best - held.tokens, model)
+            ttft, harm = self._run(one, self.best, swap_s + fetch_s)
+            price = self.weights.ttft * (ttft + lost) + harm + FETCH_MARGINS * self.weights.margin_s
             if price < start.price:
-                start = Start(one, price, ttft, best, held.tokens, source, best)
+                start = Start(one, price, ttft, self.best, held.tokens, source, self.best)
         return start
-
-    def _weighed(self, seconds: float) -> float:
-        return self.policy.weights.ttft * seconds
 
     def _run(self, one: Worker, cached: int, bring_s: float) -> tuple[float, float]:
         """Seconds to the first token, and the price of what others lose while the prompt is queued or runs."""
-        queue_s, run_s = (
-            one.queue_s(self.now),
-            one.model.prefill_s(self.tokens, cached, one.rows, one.context),
-        )
-        if bring_s < queue_s:
+        model, queue_s = one.model, one.queue_until - self.now
+        run_s = model.prefill_s(self.tokens, cached, one.rows, one.context)
+        if queue_s <= bring_s:
+            queue_s = max(0.0, queue_s)
+            ttft = one.step_s / 2 + bring_s + run_s
+        else:
             run_s -= one.shared_s(max(1, self.tokens - cached), one.tokens, self.now)
-        ttft = one.step_s / 2 + max(queue_s, bring_s) + run_s
-        harm = self._weighed(self.rate_each * run_s * (queue_s + run_s / 2))
+            ttft = one.step_s / 2 + queue_s + run_s
+        harm = self.weights.ttft * self.rate_each * run_s * (queue_s + run_s / 2)
         if one.rows:
-            steps = -(-max(1, self.tokens - cached) // one.model.steps.chunk_tokens)
-            harm += self.policy.weights.others * one.rows * max(0.0, run_s - steps * one.step_s)
+            steps = -(-max(1, self.tokens - cached) // model.steps.chunk_tokens)
+            added = run_s - steps * one.step_s
+            if added > 0:
+                harm += self.weights.others * one.rows * added
         return ttft, harm
 
     def _lost(self, one: Worker, tokens: float) -> float:
         """Seconds that later prompts lose, on average, to what a worker's shard evicts for so many new tokens."""
-        size, share = self.match.page_tokens, self.match.loss_share
         free = self.fleet.free_pages.get(one.member.shard, math.inf)
-        return share * max(0.0, tokens - max(0.0, free) * size) * one.model.token_s
+        short = tokens - max(0.0, free) * self.match.page_tokens
+        return self.match.loss_share * short * one.model.token_s if short > 0 else 0.0
 
     def _stay(self, one: Worker) -> float:
         """The price of being continued there to the end: for the request and for those beside it."""
         known = self.stays.get(one.member.id)
         if known is not None:
             return known
-        answer, others = self.answer, self.policy.weights.others * one.rows
-        step_s = one.model.decode_s(one.rows + 1, one.context + self.tokens + answer / 2)
-        slow = one.queue_s(self.now)
-        if slow:
-            slow = max(0.0, slow - step_s * -(-one.tokens // one.model.steps.chunk_tokens))
-        price = answer * step_s + slow
-        if others:
-            price += others * answer * max(0.0, step_s - one.step_s) / 2
+        answer, model = self.answer, one.model
+        step_s = model.decode_s(one.rows + 1, one.context + self.tokens + answer / 2)
+        price, slow = answer * step_s, one.queue_until - self.now
+        if slow > 0:
+            price += max(0.0, slow - step_s * -(-one.tokens // model.steps.chunk_tokens))
+        if one.rows and step_s > one.step_s:
+            price += self.weights.others * one.rows * answer * (step_s - one.step_s) / 2
         self.stays[one.member.id] = price
         return price
 
     def _handoff(self, prefill: Worker, decode: Worker) -> float:
-        if decode is prefill:
-            return 0.0
+        """The price of continuing on another worker than the one that runs the prompt."""
         model, here, there = prefill.model, prefill.member.shard, decode.member.shard
-        price = self.policy.weights.margin_s + model.handoff_s(0)
+        price = self.weights.margin_s + model.handoff_s(0)
         if there == here:
             return price
         lacking = self._lacking(there)
-        return (
-            price + self._transfer_s(here, there, lacking, model) + self._weighed(self._lost(decode, lacking))
-        )
+        moved = self._transfer_s(here, there, lacking, model)
+        return price + moved + self.weights.ttft * self._lost(decode, lacking)
 
     def _lacking(self, shard: ActorId) -> int:
         """Tokens that a hand-over moves to a shard: the last page at least, which no index has."""
@@ -265,7 +268,7 @@ class Quote:
 
     def _transfer_s(self, source: ActorId, to: ActorId, tokens: int, model: CostModel) -> float:
         wait = self.policy.ways.wait_s(source, to, self.now)
-        return wait + self.link.seconds(tokens * model.steps.token_bytes)
+        return wait + self.policy.link.seconds(tokens * model.steps.token_bytes)
 
     # ---- what is done ---------------------------------------------------------------------------------------
 
@@ -291,7 +294,9 @@ class Quote:
 
     def _move(self, source: ActorId, to: ActorId, tokens: int, model: CostModel) -> None:
         """A transfer takes its shards' ways; the fixed part of it does not."""
-        self.policy.ways.take(source, to, tokens * model.steps.token_bytes * self.link.byte_s, self.now)
+        self.policy.ways.take(
+            source, to, tokens * model.steps.token_bytes * self.policy.link.byte_s, self.now
+        )
 
 
 def _by_price(one: Candidate) -> tuple[float, bool, float, ActorId]:

@@ -51,6 +51,10 @@ PLANS_REMEMBERED = 50_000
 AGAIN_S = 5.0
 """How often everyone is sent the view again, in case a change was lost; less often in a large cluster."""
 AGAIN_S_MAX = 20.0
+SMALL = 100
+"""Members of a cluster in which every change is told at once. In a larger one those that come soon after are told together."""
+CHANGES_MEMBERS_A_SECOND = 10_000
+"""Members for which changes are told each second, at most: each view names all of them, to all of them."""
 MEMBERS_A_SECOND = 20
 """Members for which the view is sent again each second, on average."""
 
@@ -77,6 +81,8 @@ class SchedulerCore:
     _served: bool = attrs.field(default=False, init=False)
     """Some worker is ready, as far as what waits has found out."""
     _actions: list[Action] = attrs.field(factory=list, init=False)
+    _told_at: float = attrs.field(default=float("-inf"), init=False)
+    """When everyone was sent a view last."""
     _publish_at: float = attrs.field(default=0.0, init=False)
     _wakefulness: Wakefulness = attrs.field(factory=Wakefulness, init=False)
     _again_at: float = attrs.field(default=0.0, init=False)
@@ -99,6 +105,7 @@ class SchedulerCore:
             self._place_held(now)
             for refusal in self.admission.advance(self._served, now):
                 self._refuse(refusal)
+        self._actions += self.roles.advance(self.fleet, now)
         if now >= self._publish_at:
             self._publish_at = now + HEARTBEAT_S
             self._publish(self._listeners(now), now)
@@ -113,7 +120,7 @@ class SchedulerCore:
         """When ``advance`` must be called next."""
         held = min(self.admission.deadline, self._room_at) if len(self.admission) else float("inf")
         publish = self._publish_at if self.membership.members else float("inf")
-        return min(held, publish, self.membership.deadline)
+        return min(held, publish, self.membership.deadline, self.roles.deadline)
 
     def check(self) -> None:
         """Assert every invariant."""
@@ -245,6 +252,7 @@ class SchedulerCore:
     def _on_finished(self, sender: ActorId, message: Finished, now: float) -> None:
         self.policy.learn(message.scope, message.output_tokens)
         self._lengths.learn(message.scope, message.output_tokens)
+        self.roles.prices.learn(message.output_tokens)
 
     def _on_cancel(self, sender: ActorId, message: Cancel, now: float) -> None:
         """From a Frontend that knows no plan yet; one that was made meanwhile is followed by the Cancel."""
@@ -281,7 +289,7 @@ class SchedulerCore:
             published = int(member.load.get("index_published_total", 0))
             self._actions += self.index.reported(member.id, published, now)
         if changed:
-            self._publish(list(self.membership.members), now)
+            self._tell_all(now)
         if len(self.admission):
             self._place_held(now)
 
@@ -320,6 +328,16 @@ class SchedulerCore:
             self._again_at = now + min(AGAIN_S_MAX, max(AGAIN_S, len(members) / MEMBERS_A_SECOND))
             return list(members)
         return [one.id for one in members.values() if one.kind == "Frontend" or one.state == "starting"]
+
+    def _tell_all(self, now: float) -> None:
+        """Something about a member has changed."""
+        number = len(self.membership.members)
+        next_at = self._told_at + number / CHANGES_MEMBERS_A_SECOND
+        if number <= SMALL or now >= next_at:
+            self._told_at = now
+            self._publish(list(self.membership.members), now)
+        else:
+            self._publish_at, self._again_at = min(self._publish_at, next_at), now
 
     def _publish(self, to: list[ActorId], now: float) -> None:
         me = attrs.evolve(self.me, load=self.gauges())

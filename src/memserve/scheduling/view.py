@@ -9,6 +9,8 @@ import attrs
 from memserve.messages import ActorId, Cluster, Member, actor_name
 from memserve.scheduling.membership import DECODES, PREFILLS, pairs
 
+MISSED_S = 60.0
+"""Who died and has no successor is missed for so long, unless a supervisor goes on naming it: a joined worker may have left."""
 SILENT_S = 3.0
 """A scheduler sends its view each second; after so long without one, none is taken for there."""
 
@@ -35,8 +37,8 @@ class ClusterView:
     _seen: dict[ActorId, dict[ActorId, Member]] = attrs.field(factory=dict)
     _heard_at: float | None = None
     """When a scheduler was heard of last."""
-    _missed: dict[str, None] = attrs.field(factory=dict)
-    """Names of actors that died and have no successor yet that is ready."""
+    _missed: dict[str, float] = attrs.field(factory=dict)
+    """When actors died that have no successor yet that is ready, by name."""
 
     def members(self) -> list[Member]:
         """Everyone alive."""
@@ -58,7 +60,7 @@ class ClusterView:
                 self._missed.pop(actor_name(member.id), None)
         return earlier
 
-    def gone(self, actors: Collection[ActorId]) -> None:
+    def gone(self, actors: Collection[ActorId], now: float) -> None:
         """These are dead. One that was leaving is not missed, nor one whose successor is there."""
         known = {one.id: one for one in self.members()}
         for actor in actors:
@@ -68,9 +70,9 @@ class ClusterView:
                 view.pop(actor, None)
         alive = {actor_name(one.id) for one in self.members() if one.state == "ready"}
         for actor in actors:
-            was = known.get(actor)
-            if actor_name(actor) not in alive and (was is None or was.state != "draining"):
-                self._missed[actor_name(actor)] = None
+            was = known.get(actor)  # none, of one whose death is told again
+            if was is not None and was.state != "draining" and actor_name(actor) not in alive:
+                self._missed.setdefault(actor_name(actor), now)
 
     def health(self, me: Member, down: Mapping[str, str], now: float) -> Health:
         """Whether Frontend ``me`` could serve a request now. ``down``: what its supervisor says of actors that do not live."""
@@ -78,17 +80,18 @@ class ClusterView:
             return Health("unavailable", f"{actor_name(me.id)} is {me.state}")
         silent = _silence(self._heard_at, now)
         members = [one for one in self.members() if actor_name(one.id) not in down]
-        missing = self._missing(members, down)
+        missing = self._missing(members, down, now)
         lacking = silent or _lacking(members)
         if lacking:
             return Health("unavailable", "; ".join((lacking, *missing)))
         return Health("degraded", "; ".join(missing)) if missing else Health("ok")
 
-    def _missing(self, members: list[Member], down: Mapping[str, str]) -> list[str]:
+    def _missing(self, members: list[Member], down: Mapping[str, str], now: float) -> list[str]:
         starting = dict.fromkeys(actor_name(one.id) for one in members if one.state == "starting")
         said = [f"{name} {text}" for name, text in down.items()]
         said += [f"{name} is starting" for name in starting if name not in down]
-        return said + [f"{name} is gone" for name in self._missed if name not in {*down, *starting}]
+        missed = [name for name, at in self._missed.items() if now < at + MISSED_S]
+        return said + [f"{name} is gone" for name in missed if name not in {*down, *starting}]
 
 
 def _silence(heard_at: float | None, now: float) -> str:

@@ -40,6 +40,8 @@ class Layout:
     frontends: int = 1
     schedulers: int = 1
     policy: str = "cost"
+    roles: str = "fixed"
+    """Or ``auto``: see ``[scheduler] roles``."""
     caching: str = "3"
     """off, 1, 2 or 3."""
     page_tokens: int = 16
@@ -54,7 +56,7 @@ class Layout:
     max_context: int = 1 << 20
     weights: Weights = Weights()
     """Of the policy ``cost``."""
-    hold_back_s: float = 2.0
+    hold_back_s: float = 1.0
     held_max: int = 2_048
     lease_s: float = 10.0
     requests_max: int = 100_000

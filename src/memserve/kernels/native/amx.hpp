@@ -88,42 +88,22 @@ inline void amx_product(const Weight* w, long K, const bf16* x, float* out, long
     if constexpr (STRIPS > 1 && BLOCKS > 1) _tile_stored(3, out2 + TILE, stride * 4);
 }
 
-// out[0..16 BLOCKS)[0..32): rows of `depth` values (a multiple of 32), `x_stride` values from one to the next, times pairs:
-// row i of `pairs` holds the values 2 i and 2 i + 1 of each column.
-template <int BLOCKS>
-inline void amx_pairs(const bf16* x, long x_stride, const int32_t* pairs, long pairs_stride, int depth, float* out,
-                      long stride) {
+// out[0..16)[0..16 COLUMNS): rows of `depth` values (a multiple of 32), `x_stride` values from one to the next, times columns
+// in tiles: a column's are one after another, `column` values from the first column's to the second's.
+template <int COLUMNS>
+inline void amx_columns(const bf16* x, long x_stride, const bf16* tiles, long column, int depth, float* out, long stride) {
     stores_done();
     _tile_zero(0);
-    _tile_zero(1);
-    if constexpr (BLOCKS > 1) _tile_zero(2);
-    if constexpr (BLOCKS > 1) _tile_zero(3);
-    for (int k = 0; k < depth; k += TILE_K, pairs += TILE * pairs_stride) {
-        _tile_loadd(6, pairs, pairs_stride * 4);
-        _tile_loadd(7, pairs + TILE, pairs_stride * 4);
+    if constexpr (COLUMNS > 1) _tile_zero(1);
+    for (int k = 0; k < depth; k += TILE_K) {
         _tile_loadd(4, x + k, x_stride * 2);
+        _tile_loadd(6, tiles + TILE * k, 64);
         _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        if constexpr (BLOCKS > 1) _tile_loadd(5, x + TILE * x_stride + k, x_stride * 2);
-        if constexpr (BLOCKS > 1) _tile_dpbf16ps(2, 5, 6);
-        if constexpr (BLOCKS > 1) _tile_dpbf16ps(3, 5, 7);
+        if constexpr (COLUMNS > 1) _tile_loadd(7, tiles + column + TILE * k, 64);
+        if constexpr (COLUMNS > 1) _tile_dpbf16ps(1, 4, 7);
     }
     _tile_stored(0, out, stride * 4);
-    _tile_stored(1, out + TILE, stride * 4);
-    if constexpr (BLOCKS > 1) _tile_stored(2, out + TILE * stride, stride * 4);
-    if constexpr (BLOCKS > 1) _tile_stored(3, out + TILE * stride + TILE, stride * 4);
-}
-
-// out[16][16]: 16 rows of `depth` values, one after another, times one column tile of pairs as in amx_pairs.
-inline void amx_tile(const bf16* rows, int depth, const int32_t* pairs, long pairs_stride, float* out) {
-    stores_done();
-    _tile_zero(0);
-    for (int k = 0; k < depth; k += TILE_K, pairs += TILE * pairs_stride) {
-        _tile_loadd(4, rows + k, depth * 2);
-        _tile_loadd(5, pairs, pairs_stride * 4);
-        _tile_dpbf16ps(0, 4, 5);
-    }
-    _tile_stored(0, out, TILE * 4);
+    if constexpr (COLUMNS > 1) _tile_stored(1, out + TILE, stride * 4);
 }
 
 #else  // built for a processor, or by a compiler, without AMX: amx_granted() says no, so nobody calls these
@@ -133,9 +113,8 @@ struct Tiles {
 };
 template <int STRIPS, int BLOCKS, class Weight>
 inline void amx_product(const Weight*, long, const Operand*, float*, long, int, int) {}
-template <int BLOCKS>
-inline void amx_pairs(const Operand*, long, const int32_t*, long, int, float*, long) {}
-inline void amx_tile(const Operand*, int, const int32_t*, long, float*) {}
+template <int COLUMNS>
+inline void amx_columns(const Operand*, long, const Operand*, long, int, float*, long) {}
 
 #endif
 

@@ -17,10 +17,12 @@ struct Attention {
     bool amx = false;       // never here
     Buffer<float> queries;  // (TOGETHER, head_dim): of every 16 values first the even ones
     Buffer<float> weights;  // (TOGETHER, PART): scores, then weights
+    Buffer<float> outs;     // (TOGETHER, result_size)
 
-    void resize(int head_dim) {
+    void resize(int head_dim, int) {
         queries.resize((size_t)TOGETHER * head_dim);
         weights.resize(TOGETHER * PART);
+        outs.resize((size_t)TOGETHER * result_size(head_dim));
     }
 };
 
@@ -68,7 +70,7 @@ inline void score(const float* queries, const Keys& keys, int start, int end, in
 
 // The sums of V of N queries over `count` tokens.
 template <int N>
-inline void weigh(const Query* queries, const float* weights, const Keys& keys, int count, int head_dim) {
+inline void weigh(const float* weights, const Keys& keys, int count, int head_dim, float* outs) {
     constexpr int GROUPS = DEPTH / 16;
     for (int d = 0; d < head_dim; d += DEPTH) {
         Floats sums[N][GROUPS];
@@ -85,7 +87,7 @@ inline void weigh(const Query* queries, const float* weights, const Keys& keys, 
             }
         }
         for (int n = 0; n < N; n++)
-            for (int j = 0; j < GROUPS; j++) store(queries[n].out + 2 + d + 16 * j, joined(sums[n][j]));
+            for (int j = 0; j < GROUPS; j++) store(outs + n * result_size(head_dim) + d + 16 * j, joined(sums[n][j]));
     }
 }
 
@@ -101,35 +103,30 @@ inline void parts_of_queries(int number, F run) {
     }
 }
 
-// Has the addresses of a part's K and V translated, several at a time: in pages of 4 KB, one after another as they are
-// come to, that was half of a decode row's attention.
-inline void touch(const Keys& keys) {
-    for (int t = 0; t < keys.count; t += TILE)
-        for (long at : {0L, keys.to_value}) _mm_prefetch((const char*)(keys.at[t] + at), _MM_HINT_T1);
-}
-
-// `queries` against a part. No query's count is above the part's; each is at least one.
-inline void attend(const Query* queries, int number, const Keys& keys, int head_dim, Attention& mine) {
+template <class Ahead>
+inline void attend(const Query* queries, int number, const Keys& keys, int head_dim, Attention& mine, Ahead ahead) {
+    for (; !queries->count; number--) queries++;
     float factor = 1.44269504f / std::sqrt((float)head_dim);
-    float *weights = mine.weights.data(), *parts = mine.queries.data();
-    touch(keys);
-    for (int first = 0; first < number; first += TOGETHER, queries += TOGETHER) {
-        int most = 0, here = std::min(TOGETHER, number - first);
+    float *weights = mine.weights.data(), *parts = mine.queries.data(), *outs = mine.outs.data();
+    int size = result_size(head_dim);
+    for (int done = 0; done < number; done += TOGETHER, queries += TOGETHER) {
+        int most = 0, here = std::min(TOGETHER, number - done);
         for (int n = 0; n < here; n++) {
             most = std::max(most, queries[n].count);
             for (int d = 0; d < head_dim; d += 16) store(parts + n * head_dim + d, parted(queries[n].q + d));
         }
         for (int t = 0; t < most; t += TILE) {
-            if (!first) fetch(keys, t, head_dim);
+            if (!done) ahead(t / TILE, (most + TILE - 1) / TILE);
             parts_of_queries(here, [&](int n, auto N) {
                 score<N.value>(parts + n * head_dim, keys, t, std::min(most, t + TILE), head_dim, weights + n * PART);
             });
         }
         for (int n = 0; n < here; n++)
-            softmax(weights + n * PART, queries[n].count, most, factor, queries[n].out, weights + n * PART);
+            softmax(weights + n * PART, queries[n].count, most, factor, outs + n * size + head_dim, weights + n * PART);
         parts_of_queries(here, [&](int n, auto N) {
-            weigh<N.value>(queries + n, weights + n * PART, keys, most, head_dim);
+            weigh<N.value>(weights + n * PART, keys, most, head_dim, outs + n * size);
         });
+        for (int n = 0; n < here; n++) merge(queries[n].out, outs + n * size, head_dim, keys.first);
     }
 }
 

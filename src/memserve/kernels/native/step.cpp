@@ -37,9 +37,9 @@ struct Scratch {
     Attention attention;
     Buffer<Operand> x;   // (max_rows, widest input): a linear's input when rows are few, and the head's
     Buffer<float> outs;  // (BLOCK, 2 COLUMNS or head_dim): a linear's
-    std::vector<Query> queries;
-    Buffer<float> sums;  // (CHUNK_ROWS, group, 2 + head_dim): attention so far, and beside it a part of it
-    Buffer<float> part;
+    std::vector<Query> queries;  // of a task of attention
+    const Attend* fetched;       // the task whose first part is fetched already
+    Buffer<float> sums;          // (queries of a task, result_size): attention so far
     Sampler sampler;
 };
 
@@ -54,7 +54,7 @@ struct Engine {
     Buffer<Operand> q;            // (max_rows, heads, head_dim)
     Buffer<Operand> hidden;       // (max_rows, intermediate) in tiles
     Buffer<Operand> shared;       // (max_rows, widest input) in tiles: a linear's input when rows are many
-    Buffer<float> parts;          // (parts, kv_heads, group, 2 + head_dim): see Query
+    Buffer<float> parts;          // (parts, heads, result_size)
     Buffer<float> logits;         // (most wanted so far, vocab): where the caller wants none
     Cut cut;
     std::vector<Scratch> scratch;
@@ -67,7 +67,6 @@ struct Engine {
     std::vector<std::thread> threads;
 
     int group() const { return c.heads / c.kv_heads; }
-    int part_size() const { return group() * (2 + c.head_dim); }
     int widest() const { return std::max({c.hidden, c.heads * c.head_dim, c.intermediate}); }
 
     // Runs task(block, i) for every i below count(block), each on whichever thread comes first, its own blocks' first: a
@@ -161,47 +160,58 @@ struct Engine {
         }
     }
 
-    // A task's queries of one kv head: to the input of the next linear, or, when others attend to other parts, to
-    // `parts`.
-    void attend_task(int layer, const Attend& task, int kv, Scratch& mine) {
-        int D = c.head_dim, G = group(), size = 2 + D;
-        for (int part = task.part; part < task.end; part++) {
-            auto to = [&](int row) {
-                if (!cut.whole) return &parts[((long)(cut.part_at[row] + part) * c.kv_heads + kv) * part_size()];
-                return &(part ? mine.part : mine.sums)[(long)(row - task.row) * part_size()];
-            };
-            attend_part(layer, task, part, kv, to, mine);
-            if (!cut.whole || !part) continue;
-            for (const Query& query : mine.queries) merge(&mine.sums[query.out - mine.part.data()], query.out, D);
-        }
+    // A task's queries: to the input of the next linear, or, when others attend to other parts, to `parts`. `next`: the task
+    // that the thread will probably take then, if any.
+    void attend_task(int layer, const Attend& task, const Attend* next, Scratch& mine) {
+        int heads = task.kv_end - task.kv;
+        find_queries(task, mine);
+        if (mine.fetched != &task) fetch(layer, task, task.part, 0, 1);
+        for (int part = task.part; part < task.end; part++)
+            for (int head = 0; head < heads; head++)
+                attend_part(layer, task, part, task.kv + head, mine, [&](int share, int shares) {
+                    share += head * shares, shares *= heads;
+                    if (part + 1 < task.end) fetch(layer, task, part + 1, share, shares);
+                    else if (next) fetch(layer, *next, next->part, share, shares);
+                });
+        mine.fetched = next;
         if (!cut.whole) return;
-        for (int row = task.row; row < task.row + task.rows; row++)
-            for (int g = 0; g < G; g++)
-                share(&mine.sums[(long)((row - task.row) * G + g) * size], D,
-                      InputRow(shared.data(), row, c.heads * D), (kv * G + g) * D);
-    }
-
-    // A task's queries of one kv head against one part; to(row): where the row's results go.
-    template <class F>
-    void attend_part(int layer, const Attend& task, int part, int kv, F to, Scratch& mine) {
-        int D = c.head_dim, G = group(), first = part * PART;
-        const bf16* keys[PART + KEYS_AHEAD];
-        int count = find_keys(layer, task.row + task.rows - 1, first, kv, keys);
-        mine.queries.clear();
-        for (int row = task.row; row < task.row + task.rows; row++) {
-            int to_here = std::min(PART, b.positions[row] + 1 - first);
-            if (to_here <= 0) continue;  // this part begins after the row's own position
-            const Operand* from = &q[((long)row * c.heads + kv * G) * D];
-            for (int g = 0; g < G; g++) mine.queries.push_back({from + g * D, to_here, to(row) + g * (2 + D)});
+        int D = c.head_dim, G = group();
+        for (size_t n = 0; n < mine.queries.size(); n++) {
+            int row = task.row + (int)n / G % task.rows, head = (task.kv + (int)n / G / task.rows) * G + (int)n % G;
+            share(mine.queries[n].out, D, InputRow(shared.data(), row, c.heads * D), head * D);
         }
-        long to_value = (long)c.kv_heads * c.page_tokens * D;
-        Keys all = {keys, std::min(count, PART), count, to_value, c.page_tokens % TILE == 0};
-        attend(mine.queries.data(), (int)mine.queries.size(), all, D, mine.attention);
     }
 
-    // Where the K of the positions from `first` on lies: a part's, and KEYS_AHEAD more. Never past the row's own.
+    // A task's queries, by kv head and row. Their results are null where they have nothing to attend to.
+    void find_queries(const Attend& task, Scratch& mine) {
+        int G = group(), size = result_size(c.head_dim);
+        mine.queries.clear();
+        for (int kv = task.kv; kv < task.kv_end; kv++)
+            for (int row = task.row; row < task.row + task.rows; row++) {
+                long part = cut.part_at[row] + task.part, head = kv * G;
+                float* out = &mine.sums[mine.queries.size() * size];
+                if (!cut.whole) out = part < cut.part_at[row + 1] ? &parts[(part * c.heads + head) * size] : nullptr;
+                for (int g = 0; g < G; g++)
+                    mine.queries.push_back({&q[((long)row * c.heads + head + g) * c.head_dim], 0, out ? out + g * size : out});
+            }
+    }
+
+    // A task's queries of one kv head against one part; ahead(share, shares) fetches what comes next.
+    template <class Ahead>
+    void attend_part(int layer, const Attend& task, int part, int kv, Scratch& mine, Ahead ahead) {
+        int G = group(), first = part * PART, number = task.rows * G;
+        const bf16* keys[PART];
+        int count = find_keys(layer, task.row + task.rows - 1, first, kv, keys);
+        Query* queries = &mine.queries[(kv - task.kv) * number];
+        for (int n = 0; n < number; n++) queries[n].count = std::clamp(b.positions[task.row + n / G] + 1 - first, 0, PART);
+        Keys all = {keys, count, (long)c.kv_heads * c.page_tokens * c.head_dim, c.page_tokens % TILE == 0,
+                    part == task.part, part == task.end - 1};
+        attend(queries, number, all, c.head_dim, mine.attention, ahead);
+    }
+
+    // Where the K of a part lies, from position `first` on. Never past the row's own.
     int find_keys(int layer, int row, int first, int kv, const bf16** keys) {
-        int count = std::min(PART + KEYS_AHEAD, b.positions[row] + 1 - first);
+        int count = std::min(PART, b.positions[row] + 1 - first);
         for (int t = 0; t < count;) {
             const bf16* key = slot(row, first + t, layer, 0, kv);
             int left = c.page_tokens - (first + t) % c.page_tokens;
@@ -210,15 +220,29 @@ struct Engine {
         return count;
     }
 
+    // Fetches a share of the K and V of a task's part, in the order in which they lie: memory answers many such requests at
+    // a time, and translates the address of each page of the system's once.
+    void fetch(int layer, const Attend& task, int part, int share, int shares) {
+        int row = task.row + task.rows - 1, first = part * PART, last = std::min(first + PART, b.positions[row] + 1) - 1;
+        int tokens = std::min(c.page_tokens, PART), heads = task.kv_end - task.kv;
+        int pages = last / c.page_tokens - first / c.page_tokens + 1, start = tokens < PART ? 0 : first % c.page_tokens;
+        long run = (long)tokens * c.head_dim * sizeof(bf16) / 64, lines = pages * 2 * heads * run;
+        for (long line = lines * share / shares, end = lines * (share + 1) / shares, here; line < end; line += here) {
+            int block = line / run, page = first / c.page_tokens + block / (2 * heads);
+            const char* from = (const char*)slot(row, page * c.page_tokens + start, layer, block / heads % 2,
+                                                 task.kv + block % heads);
+            here = std::min(end - line, run - line % run);
+            for (long i = line % run; i < line % run + here; i++) _mm_prefetch(from + i * 64, _MM_HINT_T1);
+        }
+    }
+
     // The attention parts of one row, merged in order: (heads * head_dim,).
     void merge_row(int row, InputRow to, Scratch& mine) {
-        int D = c.head_dim, G = group();
+        int D = c.head_dim;
         for (int head = 0; head < c.heads; head++) {
             float* sums = mine.sums.data();
             for (int p = cut.part_at[row]; p < cut.part_at[row + 1]; p++) {
-                const float* part = &parts[((long)p * c.kv_heads + head / G) * part_size() + head % G * (2 + D)];
-                if (p == cut.part_at[row]) std::memcpy(sums, part, (2 + D) * sizeof(float));
-                else merge(sums, part, D);
+                merge(sums, &parts[((long)p * c.heads + head) * result_size(D)], D, p == cut.part_at[row]);
             }
             share(sums, D, to, head * D);
         }
@@ -226,8 +250,8 @@ struct Engine {
 
     // Attention's outcome of one head, to values `at` onwards of a linear's input.
     static void share(const float* sums, int head_dim, InputRow to, int at) {
-        Floats share = every(1.f / sums[1]);
-        for (int i = 0; i < head_dim; i += 16) store(to.at(at + i), load(sums + 2 + i) * share);
+        Floats share = every(1.f / sums[head_dim + TOTAL]);
+        for (int i = 0; i < head_dim; i += 16) store(to.at(at + i), load(sums + i) * share);
     }
 
     // COLUMNS outputs of a linear, added to the residual stream.
@@ -290,13 +314,16 @@ struct Engine {
     int run_layer(int layer, int at, int me) {
         const ms_layer& w = layers[layer];
         Scratch& mine = scratch[me];
-        int tasks = (c.hidden + COLUMNS - 1) / COLUMNS, width = c.heads * c.head_dim, heads = c.kv_heads;
+        int tasks = (c.hidden + COLUMNS - 1) / COLUMNS, width = c.heads * c.head_dim;
         const Operand* x = input(at++, me, c.hidden, [&](int row, InputRow to) { normed(row, w.attn_norm, to); });
-        columns(at++, me, c.heads + 2 * heads,
+        columns(at++, me, c.heads + 2 * c.kv_heads,
                 [&](int head, int row, int rows) { project(w, layer, head, x, row, rows, mine); });
-        stage(at++, me, cut.blocks, [&](int block) { return (cut.attend_at[block + 1] - cut.attend_at[block]) * heads; },
+        mine.fetched = nullptr;
+        stage(at++, me, cut.blocks, [&](int block) { return cut.attend_at[block + 1] - cut.attend_at[block]; },
               [&](int block, int i) {
-                  attend_task(layer, cut.attends[cut.attend_at[block] + i / heads], i % heads, mine);
+                  const Attend* task = &cut.attends[cut.attend_at[block] + i];
+                  bool more = cut.attend_at[block] + i + b.threads < cut.attend_at[block + 1];
+                  attend_task(layer, *task, more ? task + b.threads : nullptr, mine);
               });
         x = shared.data();
         if (!cut.whole) x = input(at, me, width, [&](int row, InputRow to) { merge_row(row, to, mine); });
@@ -324,8 +351,8 @@ struct Engine {
 
     void step(const ms_batch& batch) {
         b = batch;
-        cut.make(b, c.kv_heads);
-        if (!cut.whole) parts.resize((size_t)cut.part_at[b.rows] * c.kv_heads * part_size());
+        cut.make(b, c.kv_heads, group() <= TILE && c.page_tokens % TILE == 0);
+        if (!cut.whole) parts.resize((size_t)cut.part_at[b.rows] * c.heads * result_size(c.head_dim));
         if (!b.logits) {
             logits.resize(std::max(logits.size(), (size_t)b.wanted * c.vocab));
             b.logits = logits.data();
@@ -370,10 +397,10 @@ Engine* ms_open(const ms_config* config, const ms_layer* layers, const Matrix* e
             scratch.outs.resize((size_t)BLOCK * std::max(2 * COLUMNS, c.head_dim));
             scratch.linear.amx = scratch.attention.amx = engine->amx;
             scratch.linear.widened.resize((size_t)COLUMNS * engine->widest());
-            scratch.attention.resize(c.head_dim);
-            scratch.queries.reserve((size_t)CHUNK_ROWS * engine->group());
-            scratch.sums.resize((size_t)CHUNK_ROWS * engine->part_size());
-            scratch.part.resize((size_t)CHUNK_ROWS * engine->part_size());
+            int queries = std::max(CHUNK_ROWS * engine->group(), c.heads);  // of a task: of a chunk, or of all kv heads
+            scratch.attention.resize(c.head_dim, queries);
+            scratch.queries.reserve(queries);
+            scratch.sums.resize((size_t)queries * result_size(c.head_dim));
             scratch.sampler.resize(c.vocab);
         }
         engine->counters = std::vector<Word>((size_t)(3 + 8 * c.layers) * Cut::most_blocks(c.max_rows));

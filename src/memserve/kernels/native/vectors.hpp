@@ -64,6 +64,10 @@ inline Floats power_of_two(Floats x) {
     return scaled(y, n);
 }
 
+#ifndef __AVX512BF16__
+inline Floats weight_of(Floats x) { return power_of_two(x); }
+#endif
+
 // e^x for every x that is a number.
 inline Floats exponential(Floats x) { return power_of_two(smaller(x * every(1.44269504f), every(127.f))); }
 

@@ -30,6 +30,13 @@ inline Floats rounded(Floats a) {
 }
 // a 2^n for whole n.
 inline Floats scaled(Floats a, Floats n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+// 2^x for x <= 0, relative error below 1.1e-4, which is little beside that of rounding to bfloat16: 2^n times a cubic that
+// is 1 at 0 and 2 at 1.
+inline Floats weight_of(Floats x) {
+    Floats f = {_mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};
+    Floats y = fma(f, fma(f, fma(f, every(0.07826796f), every(0.22630769f)), every(0.69542435f)), every(1.f));
+    return {_mm512_scalef_ps(y.v, x.v)};
+}
 inline float sum(Floats a) { return _mm512_reduce_add_ps(a.v); }
 inline float largest(Floats a) { return _mm512_reduce_max_ps(a.v); }
 inline float first(Floats a) { return _mm512_cvtss_f32(a.v); }
@@ -76,6 +83,40 @@ inline Pairs every_pair(const Operand* p) {
     return (__m512bh)_mm512_set1_epi32(pair);
 }
 inline Floats add_products(Floats sum, Pairs a, Pairs b) { return {_mm512_dpbf16_ps(sum.v, a, b)}; }
+
+// 16 rows of 16 32-bit values, transposed.
+inline void transpose(__m512i* a) {
+    __m512i b[16];
+    for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + 2 + j]);
+            a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + 2 + j]);
+        }
+    for (int i = 0; i < 4; i++) {
+        b[i] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
+        b[i + 4] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
+        b[i + 8] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
+        b[i + 12] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; i++) {
+        a[i] = _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88);
+        a[i + 8] = _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd);
+        a[i + 4] = _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0x88);
+        a[i + 12] = _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0xdd);
+    }
+}
+
+// Of 16 rows of bfloat16 the 16 pairs from value d on, transposed to rows that are `stride` apart. Rows of null are zeros.
+inline void transpose(const bf16* const* rows, int d, int32_t* to, long stride) {
+    __m512i a[16];
+    for (int i = 0; i < 16; i++) a[i] = rows[i] ? _mm512_loadu_si512(rows[i] + d) : _mm512_setzero_si512();
+    transpose(a);
+    for (int i = 0; i < 16; i++) _mm512_storeu_si512(to + i * stride, a[i]);
+}
 
 // ---- float64 -------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,203 @@
+"""What holding requests back costs and what it gives, in the simulator: a flood beside a calm tenant, priorities, deadlines
+under too much load, and latencies by ``scheduler.hold_back_s``. Writes docs/measurements/<date>-admission.md.
+
+Everything is seeded: the same commit gives the same figures on any machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+from collections.abc import Callable, Iterable, Sequence
+
+import attrs
+
+from memserve.sim.audit import Audit
+from memserve.sim.clients import Call, Clients
+from memserve.sim.layout import Layout, fixed
+from memserve.sim.run import READY_S, Run
+from memserve.sim.workloads import Piece, Session, Turn, generated
+from notes import Note, table
+
+HOLD_BACKS_S = (0.2, 1.0, 3.0, 3600.0)
+CALM_RATE = 2.0
+CALM_S = 20.0
+FLOOD = 200
+ROWS = 64
+
+
+def layout(kind: str, hold_back_s: float) -> Layout:
+    """Four instances."""
+    return fixed(kind, 4, pages=12_000, rows=ROWS, hold_back_s=hold_back_s, held_max=100_000)
+
+
+def play(sessions: Iterable[Session], where: Layout, seed: int) -> list[Call]:
+    """Every request of a run."""
+    run = Run(layout=where, sessions=tuple(sessions), seed=seed)
+    cluster = run.cluster()
+    later = [attrs.evolve(one, at_s=one.at_s + READY_S) for one in run.sessions]
+    clients = Clients(cluster, later, seed)
+    cluster.start()
+    Audit(cluster, 0).finish(clients, math.inf)
+    return clients.calls
+
+
+def single(name: str, at_s: float, prompt: int, answer: int, **more: object) -> Session:
+    """One request that shares nothing."""
+    return Session(name, at_s, (Turn((Piece(name, prompt),), answer),), **more)  # type: ignore[arg-type]
+
+
+def flood_and_calm(seed: int, **calm: object) -> list[Session]:
+    """A flood at once, and two a second of somebody else."""
+    rng = random.Random(f"{seed}/flood")
+    flood = [
+        single(f"flood/{i}", 1.0, rng.randint(500, 3000), rng.randint(50, 400), scope="flood")
+        for i in range(FLOOD)
+    ]
+    made, at = [], 0.0
+    while at < CALM_S:
+        at += rng.expovariate(CALM_RATE)
+        made.append(single(f"calm/{len(made)}", at, rng.randint(100, 1500), rng.randint(50, 400), **calm))
+    return flood + made
+
+
+# ---- figures -------------------------------------------------------------------------------------------------
+
+
+def ttft_s(call: Call) -> float:
+    return call.first_at - call.asked_at
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """Of at least one value."""
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+
+
+def shown(values: Sequence[float]) -> str:
+    """Median and 99th percentile in seconds."""
+    return f"{percentile(values, 0.5):.2f}; {percentile(values, 0.99):.2f}" if values else "none"
+
+
+def beside_a_flood(seeds: Sequence[int], **calm: object) -> str:
+    """TTFT of both, and when all is done."""
+    rows = []
+    for kind in ("colocated", "2P2D"):
+        for hold_back_s in HOLD_BACKS_S:
+            calls = [
+                call
+                for seed in seeds
+                for call in play(flood_and_calm(seed, **calm), layout(kind, hold_back_s), seed)
+            ]
+            mine = [ttft_s(one) for one in calls if one.id.startswith("calm")]
+            flood = [one for one in calls if one.id.startswith("flood")]
+            done = max(one.last_at for one in flood) - READY_S
+            held = "not held back" if hold_back_s > 1000 else f"{hold_back_s:g} s"
+            rows.append([kind, held, shown(mine), shown([ttft_s(one) for one in flood]), f"{done:.1f}"])
+    head = [
+        "layout",
+        "hold_back_s",
+        "calm tenant: TTFT P50; P99, s",
+        "flood: TTFT P50; P99, s",
+        "all done after, s",
+    ]
+    return table(head, rows)
+
+
+def too_much_load(seeds: Sequence[int]) -> str:
+    """Which share is answered in time, with deadlines that refuse at once and without."""
+    rows = []
+    for rate in (40.0, 80.0, 150.0):
+        for wanted in (1.0, 3.0):
+            cells = [f"{rate:.0f}", f"{wanted:g}"]
+            for told in (wanted, None):
+                calls = [
+                    call
+                    for seed in seeds
+                    for call in play(rushed(rate, seed, told), layout("colocated", 1.0), seed)
+                ]
+                good = [one for one in calls if one.complete and ttft_s(one) <= wanted]
+                late = [one for one in calls if one.complete and ttft_s(one) > wanted]
+                cells += [f"{len(good) / len(calls):.0%}", f"{len(late) / len(calls):.0%}"]
+            rows.append(cells)
+    return table(
+        ["req/s", "wanted TTFT, s", "told: in time", "told: late", "not told: in time", "not told: late"],
+        rows,
+    )
+
+
+def rushed(rate: float, seed: int, told: float | None) -> list[Session]:
+    """A quarter of a minute of requests that share nothing."""
+    rng, at, made = random.Random(f"{seed}/rush"), 0.0, []
+    while at < 15.0:
+        at += rng.expovariate(rate)
+        made.append(single(f"r/{len(made)}", at, rng.randint(200, 2500), rng.randint(50, 300), ttft_s=told))
+    return made
+
+
+def latencies(seeds: Sequence[int]) -> str:
+    """Mean JCT and P99 TTFT on the paper's kinds of workloads, near and beyond what the cluster can do."""
+    rows = []
+    for kind, rates in (("sharegpt", (40.0, 150.0)), ("loogle", (40.0, 150.0)), ("react", (40.0, 150.0))):
+        for rate in rates:
+            for where in ("colocated", "2P2D"):
+                cells = [kind, f"{rate:.0f}", where]
+                for hold_back_s in HOLD_BACKS_S:
+                    calls = [
+                        call
+                        for seed in seeds
+                        for call in play(
+                            generated(kind, rate=rate, requests=150, seed=seed),
+                            layout(where, hold_back_s),
+                            seed,
+                        )
+                    ]
+                    jct = sum(one.last_at - one.asked_at for one in calls) / len(calls)
+                    cells.append(f"{jct:.2f}; {percentile([ttft_s(one) for one in calls], 0.99):.2f}")
+                rows.append(cells)
+    return table(["workload", "req/s", "layout", *(f"{one:g} s" for one in HOLD_BACKS_S)], rows)
+
+
+PARTS: dict[str, tuple[str, Callable[[Sequence[int]], str]]] = {
+    "flood": (
+        f"## A flood beside a calm tenant\n\n{FLOOD} requests of one tenant at once, and {CALM_RATE:g} a second of another for"
+        f" {CALM_S:g} s, on four instances of {ROWS} rows.",
+        beside_a_flood,
+    ),
+    "priority": (
+        "## The same, all of one tenant\n\nThe calm requests have `priority` -1.",
+        lambda seeds: beside_a_flood(seeds, scope="flood", priority=-1),
+    ),
+    "deadline": (
+        "## Deadlines under too much load\n\nFour colocated instances, 15 s. *Told*: requests carry their deadline, and"
+        " those that cannot meet it are refused; *in time* and *late* are shares of all.",
+        too_much_load,
+    ),
+    "latency": (
+        "## What holding back costs\n\nMean JCT; P99 TTFT in seconds, by `hold_back_s`. 3600 s: only full batches hold back.",
+        latencies,
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
+    options = parser.parse_args()
+    parts = []
+    for name in options.only:
+        words, measure = PARTS[name]
+        parts += [words, measure(options.seeds)]
+        print(f"{words}\n\n{parts[-1]}\n", flush=True)
+    if options.only == list(PARTS):
+        path = Note("admission").write(
+            "Waiting in the scheduler, in the simulator", "make bench-admission", *parts
+        )
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
