@@ -25,6 +25,8 @@ class Note:
     name: str
     folder: Path = FOLDER
     date: str = attrs.field(factory=lambda: f"{datetime.now(UTC):%Y-%m-%d}")
+    commit: str = attrs.field(factory=lambda: commit())
+    """As it is when the note is begun: its own plots do not count as changes."""
 
     @property
     def path(self) -> Path:
@@ -38,7 +40,7 @@ class Note:
     def write(self, title: str, command: str, *parts: str) -> Path:
         """Write the note: title, machine, commit, command, then ``parts``, each a paragraph, table or image."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        head = f"Machine: {machine()}. Commit {commit()}. Command: `{command}`."
+        head = f"Machine: {machine()}. Commit {self.commit}. Command: `{command}`."
         self.path.write_text("\n\n".join([f"# {title} ({self.date})", head, *parts]) + "\n")
         return self.path
 

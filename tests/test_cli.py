@@ -194,6 +194,17 @@ def test_status_finds_the_cluster_of_this_directory_and_its_key(cluster, capsys,
     assert cli.run(["status", "--url", cluster.url, "--api-key", "k1"]) == 0
 
 
+def test_who_owns_the_cluster_may_administrate_it(monkeypatch, tmp_path):
+    """If it failed, `memserve drain` would take the first key there is, and be refused once some may not."""
+    told = {"api_keys": ["user", "boss"], "admin_keys": ["boss"]}
+    info = {"pid": 1, "url": "http://here", "resolved": {"config": {"frontend": told}}}
+    monkeypatch.setattr("memserve.place.find_running", lambda log_dir: info)
+    assert status.Target.find(None, None, tmp_path).api_key == "boss"
+    assert status.Target.find(None, "mine", tmp_path).api_key == "mine"
+    body = b'{"error": {"message": "This key may not change workers"}}'
+    assert status.refusal("http://here", 403, body) == "This key may not change workers"
+
+
 def test_role_and_drain_ask_the_cluster_and_pass_on_its_refusals(cluster, capsys):
     """If it failed, a worker could not be changed from the command line, or nobody would learn why not."""
     assert cli.run(["role", "p0", "both", "--url", cluster.url]) == 0

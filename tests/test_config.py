@@ -223,6 +223,19 @@ def test_a_worker_must_say_which_of_several_shards_it_uses(written):
     assert problems(written(text)) == ["worker[0].shard is required with more than one shard; known: a, b"]
 
 
+@pytest.mark.parametrize("name", ["admin_keys", "priority_keys"])
+def test_keys_with_rights_must_be_keys(written, name):
+    """If it failed, a mistyped key would leave nobody with the right, or its holder locked out."""
+    path = written(MINIMAL + f'[frontend]\napi_keys = ["user", "boss"]\n{name} = ["boss"]\n')
+    assert getattr(config.load(path).frontend, name) == ("boss",)
+    for value in ('["boss", "s3cret"]', '["s3cret"]'):
+        (line,) = problems(path, f"frontend.{name}={value}")
+        assert f"frontend.{name}[{value.count(',')}] must be one of frontend.api_keys" in line
+        assert "s3cret" not in line
+    (line,) = problems(written(MINIMAL), f'frontend.{name}=["s3cret"]')
+    assert "frontend.api_keys" in line and "s3cret" not in line
+
+
 def test_api_keys_never_appear_in_errors(written):
     """If it failed, keys would end in terminals' histories and CI logs."""
     path = written(MINIMAL)

@@ -256,7 +256,7 @@ def test_layouts_and_policies_are_compared_by_an_slo(capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (("--workload", "poetry"), "must be one of sharegpt, loogle, react"),
+        (("--workload", "poetry"), "must be one of sharegpt, loogle, react, shifting"),
         ((), "give either --trace FILE or --workload"),
         (("--workload", "react", "--faults", "flood"), "--faults must be all, none or of"),
         (("--workload", "react", "--slo", "speed=1"), "--slo knows ttft, tpot, jct"),

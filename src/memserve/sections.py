@@ -166,6 +166,11 @@ class SchedulerConfig:
         help="cost: the least predicted cost; longest_prefix: where most is cached; session: a chat stays where it began; "
         "least_load: the worker with the least waiting work; round_robin: each in turn",
     )
+    roles: str = setting(
+        "fixed",
+        rule=one_of("fixed", "auto"),
+        help="fixed: as configured, or given by memserve role; auto: a worker that prefills or decodes does both while the load asks for it",
+    )
     index: str = setting(
         "events",
         rule=one_of("events", "ttl"),

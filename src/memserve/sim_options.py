@@ -31,7 +31,9 @@ class SimOptions:
     trace: Annotated[Path | None, _option("A trace in Mooncake's format: JSON lines, or gzipped ones.")] = (
         None
     )
-    workload: Annotated[str, _option("A generated workload instead: sharegpt, loogle or react.")] = ""
+    workload: Annotated[
+        str, _option("A generated workload instead: sharegpt, loogle, react or shifting.")
+    ] = ""
     rate: Annotated[float, _option("Requests a second of a --workload, on average.")] = 4.0
     requests: Annotated[
         int | None,

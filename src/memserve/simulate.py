@@ -80,6 +80,7 @@ def layout_of(name: str, config: Config, pages: int | None) -> Layout:
         frontends=config.frontend.count,
         schedulers=config.scheduler.count,
         policy=config.scheduler.policy,
+        roles=config.scheduler.roles,
         weights=Weights(
             config.scheduler.ttft_weight,
             config.scheduler.others_weight,

@@ -14,13 +14,14 @@ from memserve.actors.loop import Shell
 from memserve.bus import open_link
 from memserve.config import Config
 from memserve.gpus import device_index
-from memserve.messages import Member
+from memserve.messages import Member, actor_name
 from memserve.process import ActorContext
 from memserve.scheduling.admission import Admission
 from memserve.scheduling.global_tree import GlobalTree
 from memserve.scheduling.index_feed import IndexFeed
 from memserve.scheduling.policies import PLAIN, Policy
 from memserve.scheduling.pricing import Cost, Weights
+from memserve.scheduling.roles import Prices, Roles
 from memserve.scheduling.scheduler import SchedulerCore
 from memserve.scheduling.ttl_index import TtlIndex
 
@@ -45,8 +46,20 @@ def make_core(me: Member, config: Config) -> SchedulerCore:
     told = config.scheduler
     admission = Admission(told.held_max)
     return SchedulerCore(
-        me, told.policy, make_policy(config), make_index(config), admission, told.hold_back_s
+        me,
+        told.policy,
+        make_policy(config),
+        make_index(config),
+        admission,
+        told.hold_back_s,
+        make_roles(config, actor_name(me.id)),
     )
+
+
+def make_roles(config: Config, name: str) -> Roles:
+    """The roles as it is configured; of several schedulers, only the first changes them."""
+    auto = config.scheduler.roles == "auto" and name == config.scheduler_names[0]
+    return Roles(auto, Prices(config.scheduler.ttft_weight))
 
 
 def make_policy(config: Config) -> Policy:

@@ -1,20 +1,55 @@
-"""Which role each worker ought to have: what operators gave by hand, and what was decided from the load.
+"""Which role each worker ought to have: what operators gave by hand, and with ``scheduler.roles = "auto"`` what the load asks for.
 
 A role is a wish that is repeated until the worker reports it, and again to the worker's successor, which starts with the
 role of the configuration. Wishes are soft state: a scheduler that restarts hears from the workers what they were given,
 and only where both die together is a worker's role the configured one again.
+
+What the load asks for: each side has a price of being crowded, in the seconds that policy ``cost`` reckons with too. A
+prompt waits ``ttft_weight`` times the shortest queue of those that prefill; an answer takes longer by its tokens times
+what a step of the least crowded of those that decode takes more than a stream's alone. Where one side is dear and the
+other is not, a worker of the other does both. When all of one side do both, the streams of all are disturbed by prompts,
+so that those of the other side may as well do both, too, and the policy decides request by request; a worker never has to
+be given the opposite role. When all has been calm for long, everyone has its own role again, in which streams are not
+disturbed at all.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
 import attrs
 
-from memserve.actions import Action, Send
+from memserve.actions import Action, Log, Send
 from memserve.messages import ActorId, Change, Member, actor_name
 from memserve.scheduling.changes import HAND, SCHEDULER
+from memserve.scheduling.fleet import Fleet, Side, Worker
+from memserve.scheduling.membership import pairs
 
 ASK_AGAIN_S = 1.0
 """How long a worker may take to report what it was asked for."""
+TICK_S = 0.5
+"""How often prices are looked at."""
+SMOOTH_S = 2.0
+"""Time constant of the mean of what was seen: one burst is no mix of load."""
+DEAR_S = 0.25
+"""Price of a side from which on the other side helps."""
+RATIO = 2.0
+"""And it is dearer by this factor than the other, which would be crowded by helping."""
+NOBODY_S = 3.0
+"""A side may be empty for so long: workers that start, or report to a new scheduler, do not all come at once."""
+WIDEN_S = 1.0
+"""Least time from one worker that helps to the next."""
+CALM_SHARE = 0.2
+"""Below this share of DEAR_S a side is calm."""
+CALM_S = 30.0
+"""Both sides must be calm for so long before a worker goes back to its own role, and again before the next."""
+CALM_S_MAX = 960.0
+"""It is doubled up to this whenever help was needed again soon after."""
+ANSWER_TOKENS = 128.0
+"""Length of an answer, until some were seen."""
+ANSWER_WEIGHT = 0.02
+"""Of the newest answer in the mean."""
 
 
 @attrs.define
@@ -32,10 +67,65 @@ class Wish:
 
 
 @attrs.define
-class Roles:
-    """Remembers wishes by the workers' names."""
+class Prices:
+    """What a request loses on each side because others are there, in weighted seconds, smoothed."""
 
-    _wishes: dict[str, Wish] = attrs.field(factory=dict)
+    ttft_weight: float
+    prefill: float = 0.0
+    decode: float = 0.0
+    answer: float = ANSWER_TOKENS
+    """Tokens of an answer, on average."""
+    _seen_at: float = float("-inf")
+
+    def learn(self, tokens: int) -> None:
+        """An answer had so many tokens."""
+        self.answer += ANSWER_WEIGHT * (tokens - self.answer)
+
+    def see(self, fleet: Fleet, now: float) -> None:
+        """Look at the fleet as it stands."""
+        weight = -math.expm1((self._seen_at - now) / SMOOTH_S)
+        self._seen_at = now
+        self.prefill += weight * (self._prefill(fleet, now) - self.prefill)
+        self.decode += weight * (self._decode(fleet) - self.decode)
+
+    def _prefill(self, fleet: Fleet, now: float) -> float:
+        return self.ttft_weight * min(
+            (one.queue_s(now) for one in _first(fleet, fleet.prefills)), default=0.0
+        )
+
+    def _decode(self, fleet: Fleet) -> float:
+        for one in _first(fleet, fleet.decodes):
+            each = one.context / one.rows if one.rows else 0.0
+            longer = one.model.decode_s(one.rows + 1, one.context + each) - one.model.decode_s(1, each)
+            return self.answer * max(0.0, longer)
+        return 0.0
+
+
+def _first(fleet: Fleet, side: Side) -> Iterator[Worker]:
+    return (fleet.workers[one] for one in side.every.first(1))
+
+
+@attrs.define
+class Roles:
+    """See the module's text. Remembers wishes by the workers' names."""
+
+    auto: bool = False
+    """Whether this scheduler decides from the load; of several, one may."""
+    prices: Prices = attrs.field(factory=lambda: Prices(3.0))
+    deadline: float = attrs.field(init=False)
+    """When ``advance`` must be called next."""
+    _wishes: dict[str, Wish] = attrs.field(factory=dict, init=False)
+    _complete_at: float | None = attrs.field(default=None, init=False)
+    """When there was last somebody on both sides, or this began."""
+    _widened_at: float = attrs.field(default=float("-inf"), init=False)
+    _narrowed_at: float = attrs.field(default=float("-inf"), init=False)
+    _calm_since: float = attrs.field(default=float("inf"), init=False)
+    _calm_s: float = attrs.field(default=CALM_S, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.deadline = 0.0 if self.auto else float("inf")
+
+    # ---- wishes ---------------------------------------------------------------------------------------------
 
     def heard(self, member: Member, now: float) -> list[Action]:
         """Take a worker's heartbeat in; a Change where it has not the role that it is to have."""
@@ -61,6 +151,97 @@ class Roles:
         if wish is None or wish.role == member.role:
             return member
         return attrs.evolve(member, role_wanted=wish.role)
+
+    # ---- from the load --------------------------------------------------------------------------------------
+
+    def advance(self, fleet: Fleet, now: float) -> list[Action]:
+        """Let time pass: at most one worker is asked to change."""
+        if now < self.deadline:
+            return []
+        self.deadline = now + TICK_S
+        self.prices.see(fleet, now)
+        if self._complete_at is None or (fleet.prefills.every.keys and fleet.decodes.every.keys):
+            self._complete_at = now
+        return self._widen(fleet, now) or self._narrow(fleet, now)
+
+    def _widen(self, fleet: Fleet, now: float) -> list[Action]:
+        """Where a side is dear, or nobody is there, one of the other takes part in both."""
+        if now < self._widened_at + WIDEN_S:
+            return []
+        for side, because in self._needs(fleet, now):
+            helpers = fleet.decodes if side is fleet.prefills else fleet.prefills
+            for id in helpers.every.first(len(helpers.every.keys)):
+                member = fleet.workers[id].member
+                if self._role(member) != "both" and not self._by_hand(member):
+                    if self._widened_at <= self._narrowed_at:
+                        soon = now < self._narrowed_at + self._calm_s
+                        self._calm_s = min(CALM_S_MAX, 2 * self._calm_s) if soon else CALM_S
+                    self._widened_at = now
+                    return self._wish(member, "both", because, now)
+        return []
+
+    def _needs(self, fleet: Fleet, now: float) -> Iterator[tuple[Side, str]]:
+        """Sides that need help, the most urgent first, and why."""
+        prices = self.prices
+        if self._complete_at is not None and now >= self._complete_at + NOBODY_S:
+            nobody = not fleet.prefills.every.keys
+            yield (fleet.prefills, "nobody prefills") if nobody else (fleet.decodes, "nobody decodes")
+        if prices.prefill > max(DEAR_S, RATIO * prices.decode):
+            yield fleet.prefills, "prompts wait"
+        if prices.decode > max(DEAR_S, RATIO * prices.prefill):
+            yield fleet.decodes, "streams are crowded"
+        helped = {one.role_configured for one in self._helping(fleet)}
+        left = {self._role(one.member) for one in fleet.workers.values()} if helped else set()
+        if "decode" in helped and "decode" not in left:
+            yield fleet.decodes, "all that decode prefill, too"
+        if "prefill" in helped and "prefill" not in left:
+            yield fleet.prefills, "all that prefill decode, too"
+
+    def _narrow(self, fleet: Fleet, now: float) -> list[Action]:
+        """When all is calm, those that helped do their own again."""
+        if max(self.prices.prefill, self.prices.decode) > CALM_SHARE * DEAR_S:
+            self._calm_since = float("inf")
+            return []
+        self._calm_since = min(self._calm_since, now)
+        if now < max(self._calm_since, self._narrowed_at, self._widened_at) + self._calm_s:
+            return []
+        own = {one.id: attrs.evolve(one, role=one.role_configured) for one in self._helping(fleet)}
+        if not own or not pairs(own.get(one.id, one) for one in fleet.members()):
+            return []
+        self._narrowed_at = now
+        return [act for one in own.values() for act in self._wish(one, one.role, "calm", now)]
+
+    def _helping(self, fleet: Fleet) -> list[Member]:
+        """Those that do both because the load asked for it."""
+        members = (fleet.workers[id].member for id in sorted(fleet.workers))
+        return [
+            one
+            for one in members
+            if one.role_by == SCHEDULER
+            and self._role(one) == "both" != one.role_configured
+            and not self._by_hand(one)
+        ]
+
+    def _by_hand(self, member: Member) -> bool:
+        """Whether an operator chose its role, though its successor may not know yet."""
+        wish = self._wishes.get(actor_name(member.id))
+        return HAND in (member.role_by, wish.by if wish is not None else "")
+
+    def _role(self, member: Member) -> str:
+        """The role that it has, or was asked to take."""
+        wish = self._wishes.get(actor_name(member.id))
+        return member.role if wish is None else wish.role
+
+    def _wish(self, member: Member, role: str, because: str, now: float) -> list[Action]:
+        self._wishes[actor_name(member.id)] = Wish(role, SCHEDULER, member.role_configured, asked_at=now)
+        said = {
+            "worker": member.id,
+            "role": role,
+            "reason": because,
+            "prefill_price_ms": self.prices.prefill * 1e3,
+            "decode_price_ms": self.prices.decode * 1e3,
+        }
+        return [Send(member.id, Change(role, by=SCHEDULER)), Log("info", "role wanted", said)]
 
 
 def _is_news(member: Member, wish: Wish | None) -> bool:

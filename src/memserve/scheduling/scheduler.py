@@ -105,6 +105,7 @@ class SchedulerCore:
             self._place_held(now)
             for refusal in self.admission.advance(self._served, now):
                 self._refuse(refusal)
+        self._actions += self.roles.advance(self.fleet, now)
         if now >= self._publish_at:
             self._publish_at = now + HEARTBEAT_S
             self._publish(self._listeners(now), now)
@@ -119,7 +120,7 @@ class SchedulerCore:
         """When ``advance`` must be called next."""
         held = min(self.admission.deadline, self._room_at) if len(self.admission) else float("inf")
         publish = self._publish_at if self.membership.members else float("inf")
-        return min(held, publish, self.membership.deadline)
+        return min(held, publish, self.membership.deadline, self.roles.deadline)
 
     def check(self) -> None:
         """Assert every invariant."""
@@ -251,6 +252,7 @@ class SchedulerCore:
     def _on_finished(self, sender: ActorId, message: Finished, now: float) -> None:
         self.policy.learn(message.scope, message.output_tokens)
         self._lengths.learn(message.scope, message.output_tokens)
+        self.roles.prices.learn(message.output_tokens)
 
     def _on_cancel(self, sender: ActorId, message: Cancel, now: float) -> None:
         """From a Frontend that knows no plan yet; one that was made meanwhile is followed by the Cancel."""

@@ -26,6 +26,7 @@ from memserve.scheduling.index_feed import IndexFeed
 from memserve.scheduling.joining import JoiningCore
 from memserve.scheduling.presence import Presence, Reporting, seed_id
 from memserve.scheduling.pricing import POLICIES, Cost
+from memserve.scheduling.roles import Prices, Roles
 from memserve.scheduling.scheduler import SchedulerCore
 from memserve.sim.engines import DrawEngine, Engine, PageEngine, shape
 from memserve.sim.layout import RETIRE, Layout, ShardPlan, Times, WorkerPlan
@@ -163,10 +164,14 @@ class Cluster:
         policy = Cost(weights, self.costs.links) if kind == "cost" else POLICIES[kind]()
         admission = Admission(self.layout.held_max)
         core = self.cores[name] = SchedulerCore(
-            me, self.layout.policy, policy, index, admission, self.layout.hold_back_s
+            me, self.layout.policy, policy, index, admission, self.layout.hold_back_s, self._roles(name)
         )
         self._ready_at[id] = self.world.now
         self.world.start(Actor(id, me.kind, core))
+
+    def _roles(self, name: str) -> Roles:
+        auto = self.layout.roles == "auto" and name == self.layout.scheduler_names[0]
+        return Roles(auto, Prices(self.layout.weights.ttft))
 
     def _start_frontend(self, name: str) -> None:
         id = self._id(name)

@@ -154,6 +154,9 @@ class Trial:
         near_layout(rng)
         layout, sessions = small_layout(self.seed, self.across), small_sessions(rng)
         layout, sessions = pressed(layout, sessions, random.Random(f"{self.seed}/admission"))
+        if self.across is None:
+            chosen = random.Random(f"{self.seed}/roles").choice(("fixed", "auto"))
+            layout = attrs.evolve(layout, roles=chosen)
         self.cluster = Cluster(World(network), layout, COSTS, FAST)
         self.clients = Clients(self.cluster, sessions, self.seed)
         self.faults = Faults(self.cluster, random.Random(f"{self.seed}/faults"), self.kinds, FAULTS_S)

@@ -40,6 +40,8 @@ class Layout:
     frontends: int = 1
     schedulers: int = 1
     policy: str = "cost"
+    roles: str = "fixed"
+    """Or ``auto``: see ``[scheduler] roles``."""
     caching: str = "3"
     """off, 1, 2 or 3."""
     page_tokens: int = 16

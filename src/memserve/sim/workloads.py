@@ -156,10 +156,22 @@ def react(rng: random.Random, i: int) -> list[Turn]:
     return made
 
 
+BLOCK = 150
+"""Sessions of one kind in a row in a load that shifts."""
+
+
+def shifting(rng: random.Random, i: int) -> list[Turn]:
+    """A load that shifts: long prompts with short answers, then short prompts with long answers, by turns; nothing is shared."""
+    if i // BLOCK % 2 == 0:
+        return [Turn((Piece(f"long/{i}", rng.randint(1500, 4000)),), rng.randint(8, 40))]
+    return [Turn((Piece(f"short/{i}", rng.randint(40, 200)),), rng.randint(200, 600))]
+
+
 KINDS: dict[str, Callable[[random.Random, int], list[Turn]]] = {
     "sharegpt": sharegpt,
     "loogle": loogle,
     "react": react,
+    "shifting": shifting,
 }
 """What ``--workload`` may name."""
 
