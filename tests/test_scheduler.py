@@ -22,7 +22,7 @@ from memserve.messages import (
     Sampling,
     Submit,
 )
-from memserve.pool_messages import IndexDelta, IndexEvent
+from memserve.pool_messages import IndexDelta, IndexEvent, Prefetch
 from memserve.scheduling.admission import HELD_S
 from memserve.scheduling.fleet import Fleet
 from memserve.scheduling.global_tree import GlobalTree
@@ -154,6 +154,19 @@ def test_a_request_that_waits_is_placed_when_it_is_asked_for_again() -> None:
     core.advance(1.0)
     assert [one.message.request for one in sent(core, Planned)] == ["r"]
     assert core.gauges()["requests_held"] == 0
+
+
+def test_what_a_waiting_request_needs_is_brought_in_meanwhile() -> None:
+    """Else it would wait a second time, for pages of a slower tier, when its turn has come."""
+    core = scheduler(SHARD, FRONTEND)
+    for entry, (tier, tokens) in enumerate(((0, pack(range(16))), (1, pack(range(16, 32)))), start=1):
+        event = IndexEvent("stored", entry, entry - 1, tokens=tokens, tier=tier)
+        core.receive(SHARD.id, IndexDelta(entry - 1, (event,)), 0.0)
+    core.receive(FRONTEND.id, submit("near", tokens=16), 0.0)
+    assert sent(core, Prefetch) == []
+    core.receive(FRONTEND.id, submit("far", tokens=40), 0.0)
+    (hint,) = sent(core, Prefetch)
+    assert (hint.to, hint.message) == (SHARD.id, Prefetch("", pack(range(32))))
 
 
 def test_a_cancel_that_crosses_the_plan_follows_it() -> None:

@@ -32,7 +32,7 @@ from memserve.messages import (
     Request,
     Submit,
 )
-from memserve.pool_messages import IndexDelta, IndexSnapshot
+from memserve.pool_messages import IndexDelta, IndexSnapshot, Prefetch
 from memserve.scheduling.admission import Admission, Refusal, Wish
 from memserve.scheduling.fleet import Fleet
 from memserve.scheduling.global_tree import Match
@@ -44,7 +44,7 @@ from memserve.scheduling.policies import Choice, Policy
 from memserve.scheduling.presence import HEARTBEAT_S, Wakefulness
 from memserve.scheduling.roles import Roles
 from memserve.scheduling.ttl_index import TtlIndex
-from memserve.tokens import count
+from memserve.tokens import count, span
 
 PLANS_REMEMBERED = 50_000
 """Plans kept to answer repeated Submits and questions: at 5,000 a second those of the last ten seconds."""
@@ -193,6 +193,16 @@ class SchedulerCore:
         self._actions.append(Send(request.frontend, Inquired(request.id, request.attempt, held=True)))
         waiting = len(self.admission)
         self._log("info", "request held", request=request.id, attempt=request.attempt, waiting=waiting)
+        self._bring_in(request, match)
+
+    def _bring_in(self, request: Request, match: Match) -> None:
+        """While it waits, the shard that holds most of its prompt may bring in what has left the device tier."""
+        for shard in match.best(1):
+            held = match.held(shard)
+            if held.slow_tokens:
+                self._actions.append(
+                    Send(shard, Prefetch(request.scope, span(request.tokens, 0, held.tokens)))
+                )
 
     def _place_held(self, now: float) -> None:
         """Place what waits, in its order, while a worker has room."""
