@@ -4,7 +4,8 @@ Layouts of the same cores (colocated and disaggregated, caching off and on, the 
 sessions of the paper's three workloads at the same rates, in rounds that begin with another layout each time. Every
 layout of a round starts afresh and caches nothing of another's; rates follow one another in one cluster, each with
 prompts of its own. Beside each run stands what the simulator says of it, with the costs that the cluster's own workers have
-measured (bench/prediction.py). Writes docs/measurements/<date>-serving.md with a plot a workload.
+measured (bench/prediction.py). Writes docs/measurements/<date>-serving.md, with a plot a
+workload where there are several rates.
 """
 
 from __future__ import annotations
@@ -290,13 +291,14 @@ def write_note(
     note = Note("serving")
     parts = []
     for kind in given.kinds:
-        plot = note.plot(kind)
-        draw(samples, kind, layouts, plot)
         parts.append(f"## {kind}")
         for rate in given.rates:
             parts += [f"{rate:g} requests a second:", results(samples, kind, rate, layouts)]
             parts.append(predictions(samples, kind, rate, layouts))
-        parts.append(f"![{kind}]({plot.name})")
+        if len(given.rates) > 1:
+            plot = note.plot(kind)
+            draw(samples, kind, layouts, plot)
+            parts.append(f"![{kind}]({plot.name})")
     behind = sum(one.fell_behind for one in samples)
     return note.write(
         "Layouts and caching modes under the paper's workloads",
@@ -347,11 +349,20 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
     return given
 
 
+def told(arguments: Sequence[str]) -> list[str]:
+    """The words that a note repeats: without --json and its path."""
+    return [
+        word
+        for before, word in zip(["", *arguments], arguments, strict=False)
+        if before != "--json" and not word.startswith("--json")
+    ]
+
+
 def main() -> None:
     """Measure and write the note, after each round, so that a run that is ended early leaves what it has."""
     given = options_of(sys.argv[1:])
     layouts = [one for one in LAYOUTS if one.name in given.layouts]
-    words = " ".join(sys.argv[1:])
+    words = " ".join(told(sys.argv[1:]))
     command = f'make bench-serving ARGS="{words}"' if words else "make bench-serving"
     try:
         for samples in measure(layouts, given):

@@ -336,6 +336,12 @@ def test_predictions_are_of_a_layout_and_of_the_costs_told(monkeypatch: pytest.M
     assert said("colocated")["JCT mean"] < without["JCT mean"]
 
 
+def test_a_note_repeats_no_path_of_the_machine() -> None:
+    """If it did, a measurement in the repository would name somebody's folders."""
+    words = ["--rates", "3", "--json", "somewhere/x.json", "--json=x.json", "--seconds", "12"]
+    assert serving.told(words) == ["--rates", "3", "--seconds", "12"]
+
+
 def test_a_cluster_that_tells_no_costs_is_said_to() -> None:
     """If other costs were taken silently, a prediction would be of another machine."""
     told = {"costs": msgspec.to_builtins(COSTS.steps)}
