@@ -14,7 +14,7 @@ import pytest
 import torch
 import trio
 
-from fake_cupy import fake_cupy
+from fake_cupy import CUDARuntimeError, fake_cupy
 from memserve.engine.cuda import pages_of, weights_of
 from memserve.engine.weights import map_weights, random_weights, save_weights
 from memserve.errors import PeerError, PeerUnreachable, UserError
@@ -116,8 +116,12 @@ async def test_arenas_of_the_other_kind_are_refused(weights, place):
     memory.close()
 
 
-async def test_pages_of_another_gpu_that_cannot_be_reached_say_why(weights, place):
+async def test_pages_of_another_gpu_that_cannot_be_reached_say_why(weights, place, monkeypatch):
     """If they were opened all the same, a transfer would write into some other GPU's memory."""
+
+    def refused(other):
+        raise CUDARuntimeError("cudaErrorTooManyPeers: peer mapping resources exhausted")
+
     cupy = fake_cupy()
     cupy.cuda.runtime.devices = 2
     mine, theirs = (GpuArena.create(SHARD, device, 2, PAGE_BYTES, weights, cupy) for device in (0, 1))
@@ -130,6 +134,11 @@ async def test_pages_of_another_gpu_that_cannot_be_reached_say_why(weights, plac
         mapped.unmap()
         with pytest.raises(PeerError, match=f"pages of {PAGE_BYTES} bytes, this shard of {2 * PAGE_BYTES}"):
             await trio.to_thread.run_sync(other_size, place)
+        cupy.cuda.runtime.peers.clear()
+        with monkeypatch.context() as patch, pytest.raises(PeerError, match="cannot be opened"):
+            patch.setattr(cupy.cuda.runtime, "deviceEnablePeerAccess", refused)
+            await trio.to_thread.run_sync(attach, place)
+        assert not cupy.cuda.runtime.opened
         cupy.cuda.runtime.devices = 1
         with pytest.raises(PeerError, match=r"on GPU 0000:41:00\.0 cannot be opened"):
             await trio.to_thread.run_sync(attach, place)

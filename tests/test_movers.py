@@ -169,6 +169,23 @@ async def test_pages_go_from_gpu_to_gpu_without_the_host_where_they_see_each_oth
         assert len(both.runtime.peer_copies) == 6  # a run of neighbours is one copy
 
 
+async def test_a_gpu_that_fails_fails_its_transfer_and_nothing_else(path, place, monkeypatch):
+    """If CUDA's error came out of the mover, the shard would die with everybody's pages."""
+    if path != "cuda":
+        return
+    async with pair(path, place) as both:
+
+        def failing(*_):
+            raise both.runtime.CUDARuntimeError("cudaErrorMemoryAllocation: out of memory")
+
+        for call in ("memcpyPeerAsync", "streamCreateWithFlags"):
+            with monkeypatch.context() as patch:
+                patch.setattr(both.runtime, call, failing)
+                result = await both.send(both.transfer([0], [0]))
+                assert result.failure is Failure.CUT and "out of memory" in result.message
+        assert isinstance(await both.send(both.transfer([0], [0])), TransferDone)
+
+
 def test_a_path_is_chosen_by_the_setting(path):
     """If the setting did not decide, an experiment would measure another path than it names."""
     assert chosen_paths(path, ALL_PATHS) == (path,)

@@ -195,42 +195,46 @@ async def keep_pages(
 
     Raises UserError when there is not enough memory, or no room on the disk.
     """
-    actor = exchange.me
-    ready = trio.Event()
-    copiers = Copiers(shell, ready)
+    copiers = Copiers(shell, trio.Event())
     shell.perform[Kill] = fence
-    async with trio.open_nursery() as nursery:
-        shell.perform[Copy] = lambda copy: nursery.start_soon(copiers.copy, copy)
-        # Prefaulting takes a second a GiB: in a thread, while heartbeats go out.
-        arenas, disk = await trio.to_thread.run_sync(allocate, actor, settings)
-        memory = {tier: arena.memory for tier, arena in arenas.items()}
-        gpu: GpuArena | None = None
-        try:
-            if settings.gpu is None:
-                copiers.store = PageStore(settings.page_bytes, memory, disk)
-            else:
-                gpu = await trio.to_thread.run_sync(allocate_on_gpu, actor, settings)
-                host = memory.get(Tier.HOST)
-                copiers.store = await trio.to_thread.run_sync(open_gpu_store, gpu, host, disk)
-                await nursery.start(serve_packet, gpu.header.encode(), (), sockets[Tier.DEVICE])
+    with contextlib.ExitStack() as held:  # closed when the tasks that use it have ended, threads included
+        async with trio.open_nursery() as nursery:
+            shell.perform[Copy] = lambda copy: nursery.start_soon(copiers.copy, copy)
+            device, arenas = await open_memory(held, copiers, exchange.me, settings)
+            if isinstance(device, GpuArena):
+                await nursery.start(serve_packet, device.header.encode(), (), sockets[Tier.DEVICE])
             for tier, arena in arenas.items():
                 await nursery.start(serve_arena, arena, sockets[tier])
-            device = gpu or arenas[Tier.DEVICE]
             await nursery.start(move_pages, shell, exchange, settings, device, sockets[Tier.DEVICE])
-            ready.set()
+            copiers.ready.set()
             task_status.started()
             await trio.sleep_forever()
-        finally:
-            if isinstance(copiers.store, GpuPageStore):
-                copiers.store.close()
-            copiers.store = None
-            memory.clear()
-            if gpu is not None:
-                gpu.close()
-            for arena in arenas.values():
-                arena.close()
-            if disk is not None:
-                disk.close()
+
+
+async def open_memory(
+    held: contextlib.ExitStack, copiers: Copiers, actor: ActorId, settings: ShardSettings
+) -> tuple[Arena | GpuArena, dict[Tier, Arena]]:
+    """Get the memory of all tiers, which ``held`` closes, and a store over it for ``copiers``; the device tier, and the arenas.
+
+    Raises UserError.
+    """
+    # Prefaulting takes a second a GiB: in a thread, while heartbeats go out.
+    arenas, disk = await trio.to_thread.run_sync(allocate, actor, settings)
+    if disk is not None:
+        held.callback(disk.close)
+    for arena in arenas.values():
+        held.callback(arena.close)
+    memory = {tier: arena.memory for tier, arena in arenas.items()}
+    held.callback(memory.clear)
+    held.callback(copiers.drop)
+    if settings.gpu is None:
+        copiers.store = PageStore(settings.page_bytes, memory, disk)
+        return arenas[Tier.DEVICE], arenas
+    gpu = await trio.to_thread.run_sync(allocate_on_gpu, actor, settings)
+    held.callback(gpu.close)
+    copiers.store = store = await trio.to_thread.run_sync(open_gpu_store, gpu, memory.get(Tier.HOST), disk)
+    held.callback(store.close)
+    return gpu, arenas
 
 
 async def move_pages(
@@ -277,6 +281,10 @@ class Copiers:
     store: PageStore | GpuPageStore | None = None
     _in: trio.CapacityLimiter = attrs.field(factory=lambda: trio.CapacityLimiter(1), init=False)
     _out: trio.CapacityLimiter = attrs.field(factory=lambda: trio.CapacityLimiter(1), init=False)
+
+    def drop(self) -> None:
+        """Let go of the store, which keeps the memory of its tiers mapped."""
+        self.store = None
 
     async def copy(self, copy: Copy) -> None:
         """Do one copy, and tell the core."""

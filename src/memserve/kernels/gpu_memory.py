@@ -247,10 +247,10 @@ def open_peer_pages(mine: GpuArena, socket_path: Path, *, timeout_s: float = 5.0
     header, runtime = GpuHeader.decode(packet), mine.runtime
     try:
         device = runtime.deviceGetByPCIBusId(header.bus_id)
-        runtime.setDevice(device)
-        address = runtime.ipcOpenMemHandle(header.arena_handle)
         if device != mine.device:
             _see(runtime, mine.device, device)
+        runtime.setDevice(device)
+        address = runtime.ipcOpenMemHandle(header.arena_handle)
     except runtime.CUDARuntimeError as error:
         raise PeerError(
             f"the memory of {header.shard} on GPU {header.bus_id} cannot be opened by {mine.header.shard} ({error}): "

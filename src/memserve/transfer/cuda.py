@@ -48,14 +48,15 @@ class GpuReach:
     def copy(self, there: Mapped, todo: list[Extent]) -> int:
         """See Reach. On a stream of its own, beside the steps of workers and other copies."""
         runtime = self.gpu.runtime
-        runtime.setDevice(self.gpu.device)  # a thread's own setting
-        stream = runtime.streamCreateWithFlags(runtime.streamNonBlocking)
         try:
-            return self._copy(there, todo, stream)
+            runtime.setDevice(self.gpu.device)  # a thread's own setting
+            stream = runtime.streamCreateWithFlags(runtime.streamNonBlocking)
+            try:
+                return self._copy(there, todo, stream)
+            finally:
+                runtime.streamDestroy(stream)
         except runtime.CUDARuntimeError as error:
             raise MoveError(Failure.CUT, f"copying from GPU to GPU failed: {error}") from error
-        finally:
-            runtime.streamDestroy(stream)
 
     def _copy(self, there: Mapped, todo: list[Extent], stream: Any) -> int:
         runtime, gpu = self.gpu.runtime, self.gpu
