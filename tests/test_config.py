@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memserve import config, configfile, resolve
+from memserve.actors.global_scheduler import make_policy
 from memserve.config import Config, Resolved
 from memserve.engine.spec import ModelSpec
 from memserve.engine.weights import random_weights
@@ -393,3 +394,21 @@ def test_this_machine_is_measured():
     assert machine.free_bytes > 0
     assert Path(machine.log_dir).is_absolute()
     assert Path(machine.runtime_dir).is_absolute()
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "moves", "path"),
+    [
+        ("demo", (), False, "mapped"),
+        ("2shards", (), True, "mapped"),
+        ("2shards", ("transfer.path=tcp",), True, "tcp"),
+        ("one-gpu", (), False, "cuda"),
+        ("two-gpus", (), True, "cuda"),
+    ],
+)
+def test_schedulers_know_whether_and_how_pages_move(name, settings, moves, path):
+    """Else pages of two GPUs would be computed again that could be fetched, or priced like another machine's."""
+    found = config.load(name, list(settings))
+    assert (found.pages_move, found.transfer_path) == (moves, path)
+    cost = make_policy(found)
+    assert (cost.weights.fetch, cost.weights.path) == (moves, path)

@@ -280,3 +280,41 @@ def test_the_search_names_the_seed_that_fails(
     status, said = sim("--faults", "none", "--runs", "2", capsys=capsys)
     assert status == 1
     assert "memserve sim --faults none --runs 1 --seed 0: " in said
+
+
+def test_the_guide_shows_what_the_command_prints(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever tries the example would doubt that a run is the same everywhere."""
+    monkeypatch.chdir(ROOT)
+    guide = (ROOT / "docs/simulator.md").read_text()
+    command = next(line for line in guide.replace("\\\n", " ").splitlines() if "--slo ttft=0.2" in line)
+    status, said = sim(*command.split()[2:], capsys=capsys)
+    shown = guide.split("```\n")[1]
+    assert status == 0 and [line.split() for line in said.splitlines()] == [
+        line.split() for line in shown.splitlines()
+    ]
+
+
+def test_every_kind_of_fault_is_documented() -> None:
+    """One that is not would be asked for by nobody."""
+    said = (ROOT / "docs/operations.md").read_text(), (ROOT / "docs/simulator.md").read_text()
+    assert all(f"`{kind}`" in text for kind in KINDS for text in said)
+
+
+def test_gpus_of_one_host_move_pages_in_the_simulator_too(capsys: pytest.CaptureFixture[str]) -> None:
+    """A path that real shards have and simulated ones have not could not be planned for."""
+    words = (
+        "--workload",
+        "sharegpt",
+        "--requests",
+        "10",
+        "--pages",
+        "4000",
+        "--set",
+        "transfer.path=cuda",
+        "--json",
+    )
+    status, said = sim("-c", str(ROOT / "configs/2shards.toml"), *words, capsys=capsys)
+    assert status == 0, said
+    assert json.loads(said)["moved_bytes"] > 0

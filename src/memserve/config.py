@@ -63,6 +63,18 @@ class Config:
         """Actor names of the GlobalSchedulers."""
         return tuple(f"scheduler-{i}" for i in range(self.scheduler.count))
 
+    @property
+    def pages_move(self) -> bool:
+        """Whether some shard reaches another's pages: those in host memory one another, and those on GPUs one another."""
+        on_gpus = sum(shard.on_gpu for shard in self.shard)
+        return max(on_gpus, len(self.shard) - on_gpus) > 1
+
+    @property
+    def transfer_path(self) -> str:
+        """The path that pages take, with what auto comes to for shards of one host."""
+        fastest = "cuda" if any(shard.on_gpu for shard in self.shard) else "mapped"
+        return fastest if self.transfer.path == "auto" else self.transfer.path
+
 
 RESERVED_NAME = re.compile(r"(frontend|scheduler)(-\d+)?|supervisor(-.*)?")
 """Names that shards and workers may not have: they are other actors' log files and sockets."""

@@ -54,7 +54,7 @@ class SimOptions:
     faults: Annotated[
         str,
         _option(
-            "What goes wrong: all, none, or of delay, loss, duplication, partition, crash, pause, slow, damage, cancel."
+            "What goes wrong: all, none, or of delay, loss, duplication, partition, crash, pause, slow, damage, cancel, tear."
         ),
     ] = "none"
     pages: Annotated[int | None, _option("Pages of each shard, instead of what its memory holds.")] = None

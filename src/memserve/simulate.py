@@ -91,7 +91,7 @@ def layout_of(name: str, config: Config, pages: int | None) -> Layout:
         caching=config.cache.mode,
         page_tokens=config.pool.page_tokens,
         page_bytes=page_bytes,
-        path="mapped" if config.transfer.path == "auto" else config.transfer.path,
+        path=config.transfer_path,
         fetch_s=config.transfer.deadline_s,
         chunk_tokens=config.batch.chunk_tokens,
         rows=config.batch.rows,

@@ -13,7 +13,6 @@ from memserve.actions import Died
 from memserve.actors.loop import Shell
 from memserve.bus import open_link
 from memserve.config import Config
-from memserve.gpus import device_index
 from memserve.messages import Member, actor_name
 from memserve.process import ActorContext
 from memserve.scheduling.admission import Admission
@@ -67,9 +66,10 @@ def make_policy(config: Config) -> Policy:
     told = config.scheduler
     if told.policy != "cost":
         return PLAIN[told.policy]()
-    movable = sum(device_index(shard.device) is None for shard in config.shard) > 1
-    path = "mapped" if config.transfer.path == "auto" else config.transfer.path  # shards are on one host
-    return Cost(Weights(told.ttft_weight, told.others_weight, told.handoff_margin_ms / 1e3, movable, path))
+    margin_s = told.handoff_margin_ms / 1e3
+    return Cost(
+        Weights(told.ttft_weight, told.others_weight, margin_s, config.pages_move, config.transfer_path)
+    )
 
 
 def make_index(config: Config) -> IndexFeed | TtlIndex:

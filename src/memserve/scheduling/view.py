@@ -62,6 +62,7 @@ class ClusterView:
 
     def gone(self, actors: Collection[ActorId], now: float) -> None:
         """These are dead. One that was leaving is not missed, nor one whose successor is there."""
+        self._missed = {name: at for name, at in self._missed.items() if now < at + MISSED_S}
         known = {one.id: one for one in self.members()}
         for actor in actors:
             self._seen.pop(actor, None)

@@ -28,7 +28,7 @@ from memserve.transfer.messages import (
     WriteFailed,
     Wrote,
 )
-from memserve.transfer.values import Failure
+from memserve.transfer.values import ON_ONE_HOST, Failure
 
 
 @attrs.define(eq=False)
@@ -118,13 +118,14 @@ class Movers:
     def _arrive(self, one: Writing) -> None:
         """All bytes would be there now, unless somebody sleeps or the connection is cut."""
         receiver = self.world.find(one.to)
-        for actor in {"mapped": (one.sender,), "tcp": (one.sender, receiver), "nixl": ()}[one.path]:
+        writers = {"tcp": (one.sender, receiver), "nixl": ()}
+        for actor in writers.get(one.path, (one.sender,)):
             if actor is not None and actor.paused:
                 actor.held.append(partial(self._arrive, one))
                 return
         if one.over:
             return
-        if one.path != "mapped" and (receiver is None or self._is_cut(one) or self._uninvited(one)):
+        if one.path not in ON_ONE_HOST and (receiver is None or self._is_cut(one) or self._uninvited(one)):
             self._break(one, Failure.PEER_GONE if receiver is None else Failure.CUT)
         elif self.breaks():
             self._break(one, Failure.CUT)
