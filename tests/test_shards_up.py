@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from clusters import running
+from clusters import Cluster, running
 from test_model import prompt
 
 VOCAB = 40_000
@@ -25,13 +25,20 @@ def test_a_chat_whose_pages_go_over_tcp(tmp_path: Path) -> None:
             time.sleep(0.1)
         again = cluster.tokens(first + answer[:20], TURN - 20)
 
-        lines = [one for one in cluster.lines() if one["event"] == "request finished"]
-        metrics = {one["id"].partition(".")[0]: one["load"] for one in cluster.members()}
+        one, two = (line for line in cluster.lines() if line["event"] == "request finished")
+        moved = one["bytes_to_decode"] + two["bytes_to_decode"]
+        deadline = time.monotonic() + 20
+        while loads(cluster)["s0"]["transfer_out_bytes_total"] != moved:  # a heartbeat later
+            assert time.monotonic() < deadline, (loads(cluster), moved)
+            time.sleep(0.1)
+        assert loads(cluster)["s1"]["fetches_failed_total"] == 0
     assert again == answer[20:]
-    one, two = lines
     assert one["bytes_to_decode"] > 0 and one["bytes_saved"] == 0
     assert two["bytes_saved"] > two["bytes_to_decode"] > 0
     assert one["bytes_to_prefill"] == back[0]["moved_bytes"] > 0
     assert two["matched_device_tokens"] == two["matched_decode_tokens"] == 112
-    assert metrics["s0"]["transfer_out_bytes_total"] == one["bytes_to_decode"] + two["bytes_to_decode"]
-    assert metrics["s1"]["fetches_failed_total"] == 0
+
+
+def loads(cluster: Cluster) -> dict[str, dict[str, float]]:
+    """What each actor last reported, by its name."""
+    return {one["id"].partition(".")[0]: one["load"] for one in cluster.members()}
