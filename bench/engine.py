@@ -45,6 +45,8 @@ PAGE_TOKENS = 16
 BATCHES = (1, 4, 8, 16)
 CONTEXTS = (128, 512)
 PROMPTS = (512, 2048)
+TOGETHER, COMMON = 8, 384
+"""Rows that begin with the same so many tokens, at the longest context."""
 BESIDE_INT8 = {"batches": (1, 8), "prompts": (512,)}
 """What is measured with both kinds of weights: the whole takes twice as long otherwise."""
 GREEDY = Sampling(temperature=0.0)
@@ -171,6 +173,9 @@ def _engine_cases(spec: ModelSpec, contenders: list[Contender], options: argpars
                 run = _repeat(lambda one=one, plan=plan: one.engine.run(plan), options, batch)  # type: ignore[misc]
                 share = _decode_share(spec, one.stored, batch)
                 cases.append(Case(f"decode B={batch} ctx {context} {one.name}", "tok/s", run, share))
+        plan = _decode_plan(spec, TOGETHER, max(CONTEXTS), COMMON)
+        run = _repeat(lambda one=one, plan=plan: one.engine.run(plan), options, TOGETHER)  # type: ignore[misc]
+        cases.append(Case(f"decode B={TOGETHER} {COMMON} in common {one.name}", "tok/s", run))
         for prompt in prompts:
             run = _repeat(_prefill(spec, one.engine, prompt, options.chunk), options, prompt)
             share = _prefill_share(spec, options.dtype, prompt)
@@ -178,12 +183,14 @@ def _engine_cases(spec: ModelSpec, contenders: list[Contender], options: argpars
     return cases
 
 
-def _decode_plan(spec: ModelSpec, batch: int, context: int) -> BatchPlan:
+def _decode_plan(spec: ModelSpec, batch: int, context: int, common: int = 0) -> BatchPlan:
+    """Rows at the same context, whose first ``common`` tokens are in the same pages."""
     width = pages_for(context, PAGE_TOKENS)
     pages = random.Random(0).sample(
         range(max(BATCHES) * (pages_for(max(CONTEXTS), PAGE_TOKENS) + 1)), batch * width
     )
-    tables = (tuple(pages[row * width : (row + 1) * width]) for row in range(batch))
+    shared = pages[: common // PAGE_TOKENS]
+    tables = ((*shared, *pages[row * width + len(shared) : (row + 1) * width]) for row in range(batch))
     return BatchPlan(
         tuple(Row(pack([row % spec.vocab]), context - 1, t, GREEDY) for row, t in enumerate(tables))
     )

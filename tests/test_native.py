@@ -165,6 +165,44 @@ def test_company_and_threads_change_no_bit() -> None:
     assert torch.equal(results[0], results[2])
 
 
+@pytest.mark.parametrize("shape", [(6, 2, 64), (9, 1, 96), (5, 5, 32)])
+@pytest.mark.parametrize("page_tokens", [8, 16, 32, 256])
+def test_sequences_in_the_same_pages_change_no_bit(shape: tuple[int, int, int], page_tokens: int) -> None:
+    """Those that begin with the same pages attend to them together: they would get other tokens than alone."""
+    twin = Twin(native_spec(*shape), page_tokens, pages=600)
+    shared = twin.pages(512)
+    twin.native(Row(pack(prompt(512, 1)), 0, shared, None))
+    rows = []
+    for i, (kept, own) in enumerate(
+        [(512, 200), (256, 300), (512, 3), (0, 400), (256, 90), (512, 1), (300, 77)]
+    ):
+        kept = kept // page_tokens * page_tokens
+        table = shared[: kept // page_tokens] + twin.pages(own + 20)
+        if own > 1:
+            twin.native(Row(pack(prompt(own - 1, i + 2)), kept, table, None))
+        rows.append(Row(pack([i]), kept + own - 1, table, GREEDY))
+    last = rows[1]  # a chunk beside them, whose rows have a task of their own
+    rows.insert(2, Row(pack(prompt(15, 9)), last.start + 1, last.pages, GREEDY))
+    alone = {row: twin.native(row)[0] for row in rows}
+    for threads in (1, 2, 3):
+        twin.threads = min(threads, 2)
+        for order in (rows, rows[::-1], rows[:2], [rows[0], *rows[3:6]]):
+            together = twin.native(*order)
+            assert all(torch.equal(found, alone[row]) for found, row in zip(together, order, strict=True))
+
+
+def test_more_sequences_than_a_task_takes_change_no_bit() -> None:
+    """Many that share pages are cut into tasks: one at a cut would lose the parts before it."""
+    twin = Twin(native_spec(4, 2, 32), pages=400)
+    shared = twin.pages(256)
+    twin.native(Row(pack(prompt(256, 1)), 0, shared, None))
+    rows = [Row(pack([i % 100]), 256, (*shared, *twin.pages(1)), GREEDY) for i in range(150)]
+    longer = [Row(pack([i]), 128, (*shared[:8], *twin.pages(1)), GREEDY) for i in range(5)]
+    rows[100:100] = longer
+    together = twin.native(*rows)
+    assert all(torch.equal(found, twin.native(row)[0]) for found, row in zip(together, rows, strict=True))
+
+
 def in_chunks(
     twin: Twin, ids: list[int], cuts: Iterable[int], pages: tuple[int, ...]
 ) -> dict[int, torch.Tensor]:

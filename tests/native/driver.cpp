@@ -1,6 +1,7 @@
 // Steps of a tiny random model, in a program of its own so that a sanitizer sees all of it: chunks, decode rows and both
-// together, on changing threads and scattered pages, and draws from logits of all shapes and sizes. Ends with 1 when a
-// token's logits, or the token drawn from them, depend on how it was computed, or when a bad batch is taken.
+// together, on changing threads, scattered pages and pages that sequences share, and draws from logits of all shapes and
+// sizes. Ends with 1 when a token's logits, or the token drawn from them, depend on how it was computed, or when a bad batch
+// is taken.
 
 #include "step.cpp"
 
@@ -11,6 +12,7 @@ namespace {
 
 constexpr int LAYERS = 2, HIDDEN = 64, INNER = 96, HEADS = 6, KV_HEADS = 2, HEAD = 32, VOCAB = 132, CONTEXT = 320;
 constexpr int PAGE = 8, PAGES = 2 * CONTEXT / PAGE, MAX_ROWS = 64, THREADS = 3, TOKENS = 300;
+constexpr int SHARED = 256, SHARING = 5;  // first positions that so many sequences have in the same pages
 
 std::mt19937 random_numbers(1);
 
@@ -33,15 +35,16 @@ struct Model {
                        bias = std::vector<float>((HEADS + 2 * KV_HEADS) * HEAD, 0.05f),
                        cosines = std::vector<float>(CONTEXT * HEAD / 2, 0.8f),
                        sines = std::vector<float>(CONTEXT * HEAD / 2, 0.6f);
-    std::vector<bf16> arena = std::vector<bf16>((size_t)PAGES * LAYERS * 2 * KV_HEADS * PAGE * HEAD, 0x7fc0);  // NaN
+    std::vector<bf16> arena;
     std::vector<int32_t> tables = std::vector<int32_t>(PAGES), ids = std::vector<int32_t>(TOKENS);
     std::vector<int32_t> drawn;
     Engine* engine = nullptr;
 
-    explicit Model(bool amx) {
+    explicit Model(bool amx, int page = PAGE) {
+        arena.assign((size_t)PAGES * LAYERS * 2 * KV_HEADS * page * HEAD, 0x7fc0);  // NaN
         for (int i = 0; i < PAGES; i++) tables[i] = i * 37 % PAGES;
         for (int i = 0; i < TOKENS; i++) ids[i] = i * 29 % VOCAB;
-        ms_config config = {LAYERS, HIDDEN, INNER, HEADS, KV_HEADS, HEAD, VOCAB, CONTEXT, PAGE, MAX_ROWS, THREADS, amx,
+        ms_config config = {LAYERS, HIDDEN, INNER, HEADS, KV_HEADS, HEAD, VOCAB, CONTEXT, page, MAX_ROWS, THREADS, amx,
                             1e-5f};
         auto in_bfloat16 = [](const Buffer<bf16>& values) { return Matrix{values.data(), nullptr}; };
         ms_layer layer = {norm.data(), in_bfloat16(qkv), bias.data(), head_norm.data(), head_norm.data(),
@@ -62,8 +65,20 @@ struct Model {
         for (int position = start; position < end; position++) row(position, 0);
         wanted.push_back((int)tokens.size() - 1);
         if (other >= 0) row(other, 1), wanted.push_back((int)tokens.size() - 1);
+        return run(tokens, positions, table_at, wanted, threads, logits, draws);
+    }
+
+    // One token at position `at[i]` for each sequence, whose tables are at `table_at`.
+    int decode(const std::vector<int32_t>& at, const std::vector<int32_t>& table_at, int threads, std::vector<float>& logits) {
+        std::vector<int32_t> tokens(at.size(), 7), wanted;
+        for (size_t i = 0; i < at.size(); i++) wanted.push_back((int)i);
+        return run(tokens, at, table_at, wanted, threads, logits, false);
+    }
+
+    int run(const std::vector<int32_t>& tokens, const std::vector<int32_t>& positions, const std::vector<int32_t>& table_at,
+            const std::vector<int32_t>& wanted, int threads, std::vector<float>& logits, bool draws) {
         logits.resize(wanted.size() * VOCAB);
-        ms_batch batch = {(int)tokens.size(), (int)wanted.size(), threads, PAGES, PAGES, tokens.data(), positions.data(),
+        ms_batch batch = {(int)tokens.size(), (int)wanted.size(), threads, PAGES, (int)tables.size(), tokens.data(), positions.data(),
                           tables.data(), table_at.data(), wanted.data(), arena.data(), logits.data(), nullptr,
                           nullptr};
         int refused = ms_step(engine, &batch);
@@ -110,6 +125,30 @@ bool agrees(bool amx) {
     return !failed;
 }
 
+// Sequences whose first pages are the same, together and each alone. In pages of 16 tokens, as 8 are not attended to together.
+bool shares_pages(bool amx) {
+    constexpr int TOKENS_A_PAGE = 16, OWN = 2;
+    Model model(amx, TOKENS_A_PAGE);
+    std::vector<float> alone, together;
+    for (int start = 0; start < SHARED; start += MAX_ROWS) model.step(start, start + MAX_ROWS, -1, 1, alone);
+    std::vector<int32_t> at, table_at;
+    for (int i = 0; i < SHARING; i++) {  // the last shares half of them only
+        int pages = (i == SHARING - 1 ? SHARED / 2 : SHARED) / TOKENS_A_PAGE;
+        table_at.push_back((int)model.tables.size()), at.push_back(pages * TOKENS_A_PAGE);
+        for (int shared = 0; shared < pages; shared++) model.tables.push_back(int(model.tables[shared]));
+        for (int own = 0; own < OWN; own++) model.tables.push_back(int(model.tables[SHARED / TOKENS_A_PAGE + OWN * i + own]));
+    }
+    for (int threads = 1; threads <= THREADS; threads++) {
+        if (model.decode(at, table_at, threads, together)) return false;
+        if (model.engine->cut.commons.size() != KV_HEADS * SHARED / PART) return false;
+        for (int i = 0; i < SHARING; i++) {
+            if (model.decode({at[i]}, {table_at[i]}, threads, alone) || !model.engine->cut.commons.empty()) return false;
+            if (std::memcmp(alone.data(), &together[i * VOCAB], VOCAB * sizeof(float))) return false;
+        }
+    }
+    return true;
+}
+
 // Bells, ties and exclusions; a draw must not leave the vocabulary, nor take what is excluded.
 bool draws_what_there_is() {
     std::normal_distribution<float> normal;
@@ -142,6 +181,7 @@ int main() {
     for (bool amx : {false, true}) {
         if (!refuses_what_is_not_there(amx)) return std::puts("a bad batch was taken"), 1;
         if (!agrees(amx)) return std::puts("logits depend on how a token was computed"), 1;
+        if (!shares_pages(amx)) return std::puts("sequences in the same pages attend to them apart, or to others"), 1;
     }
     if (!draws_what_there_is()) return std::puts("a token was drawn that is not there"), 1;
     return 0;

@@ -17,25 +17,37 @@ constexpr int BLOCK = 256;      // most: their inputs and outputs stay in the se
 constexpr int TASKS_MIN = 2;    // tasks of attention for each thread
 constexpr int TASKS = 4;        // as many, where chunks are long enough
 
-// Queries of `rows` consecutive rows against parts [part, end) of their sequence, of kv heads [kv, kv_end).
+// Queries of `rows` rows against parts [part, end) of their sequence, of kv heads [kv, kv_end). They are consecutive rows from
+// `row` on, or, of a `common` task, rows of several sequences, from `row` on in Cut::order, against one part that lies in the
+// same pages for all of them.
 struct Attend {
     int row, rows, part, end, kv, kv_end;
+    bool common;
 };
 
 struct Cut {
     int block_rows, blocks;       // of the step's rows; the last block may be smaller
-    std::vector<int> part_at;     // (rows + 1,) first part of attention of each row
+    std::vector<int> part_at;     // (rows + 1,) where results of each row's parts are kept, as far as they are
     std::vector<Attend> attends;  // attention tasks of a layer
     std::vector<int> attend_at;   // (blocks + 1,) first of each block
-    bool whole;                   // whether a task attends to all parts
+    bool whole;                   // whether these attend to all parts of their rows but the common ones
+    std::vector<Attend> commons;  // before them: one part of several sequences each
+    std::vector<int> order;       // rows that may share parts, those with the same pages side by side
+    std::vector<int> common;      // (rows,) leading parts of each row that those tasks are of
 
     static int most_blocks(int max_rows) { return max_rows / BLOCK_MIN + 1; }
 
-    // `together`: one row's task may be of all kv heads.
-    void make(const ms_batch& b, int kv_heads, bool together) {
+    // `together`: one row's task may be of all kv heads, and go on where another task ended.
+    void make(const ms_batch& b, int kv_heads, int page_tokens, bool together) {
         cut_rows(b);
         cut_attention(b, kv_heads);
+        common.assign(b.rows, 0), commons.clear();
+        if (together) cut_common(b, kv_heads, page_tokens);
+        if (!whole) split();
         cut_heads(b, kv_heads, together);
+        part_at.assign(1, 0);
+        for (int row = 0; row < b.rows; row++)
+            part_at.push_back(part_at.back() + (whole ? common[row] : b.positions[row] / PART + 1));
     }
 
     // Into blocks, as many as there are threads where that leaves enough for each.
@@ -48,8 +60,6 @@ struct Cut {
     // Attention into tasks: rows of one chunk together, others one by one. Tasks take whole sequences
     // unless there are so few that threads would have none.
     void cut_attention(const ms_batch& b, int kv_heads) {
-        part_at.assign(1, 0);
-        for (int row = 0; row < b.rows; row++) part_at.push_back(part_at.back() + b.positions[row] / PART + 1);
         attends.clear(), attend_at.clear();
         int chunk_rows = std::clamp(b.rows * kv_heads / (TASKS * b.threads) / TILE * TILE, CHUNK_MIN, CHUNK_ROWS);
         for (int block = 0; block < blocks; block++) {
@@ -57,12 +67,43 @@ struct Cut {
             int end = std::min((block + 1) * block_rows, b.rows);
             for (int row = block * block_rows, rows; row < end; row += rows) {
                 rows = chunk(b, row, std::min(end, row + chunk_rows));
-                attends.push_back({row, rows, 0, b.positions[row + rows - 1] / PART + 1, 0, kv_heads});
+                attends.push_back({row, rows, 0, b.positions[row + rows - 1] / PART + 1, 0, kv_heads, false});
             }
         }
         attend_at.push_back((int)attends.size());
         whole = (int)attends.size() * kv_heads >= TASKS_MIN * b.threads;
-        if (!whole) split();
+    }
+
+    // Sequences that begin with the same pages (a system prompt, a document, one chat's answers) attend to them together: K
+    // and V are read once for all. Of rows that are tasks of their own; a chunk's read them once for many queries already.
+    void cut_common(const ms_batch& b, int kv_heads, int page_tokens) {
+        order.clear();
+        for (const Attend& task : attends)
+            if (task.rows == 1) order.push_back(task.row);
+        auto pages = [&](int row) { return b.tables + b.table_at[row]; };
+        // Pages that hold whole parts before the row's own position, which its last part is left with.
+        auto whole_pages = [&](int row) { return (b.positions[row] / PART * PART + page_tokens - 1) / page_tokens; };
+        std::sort(order.begin(), order.end(), [&](int x, int y) {
+            return std::lexicographical_compare(pages(x), pages(x) + whole_pages(x), pages(y), pages(y) + whole_pages(y));
+        });
+        std::vector<int> alike;  // parts that each of `order` shares with the one after it
+        for (size_t i = 0; i + 1 < order.size(); i++) {
+            int x = order[i], y = order[i + 1], most = std::min(whole_pages(x), whole_pages(y));
+            bool apart = (i + 1) % CHUNK_ROWS == 0;  // no task has more rows
+            int same = apart ? 0 : int(std::mismatch(pages(x), pages(x) + most, pages(y)).first - pages(x));
+            alike.push_back(std::min(same * page_tokens, std::min(b.positions[x], b.positions[y])) / PART);
+        }
+        int most = alike.empty() ? 0 : *std::max_element(alike.begin(), alike.end());
+        for (int part = 0; part < most; part++)
+            for (size_t first = 0, end; first < alike.size(); first = end) {
+                for (end = first; end < alike.size() && alike[end] > part;) end++;
+                if (end++ == first) continue;
+                for (size_t i = first; i < end; i++) common[order[i]] = part + 1;
+                for (int kv = 0; kv < kv_heads; kv++)
+                    commons.push_back({(int)first, (int)(end - first), part, part + 1, kv, kv + 1, true});
+            }
+        for (Attend& task : attends)
+            if (task.rows == 1) task.part = common[task.row];
     }
 
     // Rows from `row` on, before `end`, that are consecutive positions of one sequence.
@@ -82,8 +123,8 @@ struct Cut {
             size_t end = attend_at[block + 1];
             attend_at[block] = (int)attends.size();
             for (; i < end; i++)
-                for (int part = 0; part < tasks[i].end; part++)
-                    attends.push_back({tasks[i].row, tasks[i].rows, part, part + 1, 0, tasks[i].kv_end});
+                for (int part = tasks[i].part; part < tasks[i].end; part++)
+                    attends.push_back({tasks[i].row, tasks[i].rows, part, part + 1, 0, tasks[i].kv_end, false});
         }
         attend_at.back() = (int)attends.size();
     }
@@ -101,7 +142,7 @@ struct Cut {
             for (int kv = 0; kv < kv_heads; kv++)
                 for (size_t i = end; i-- > first;) {
                     const Attend& task = tasks[i];
-                    if (task.rows > 1 || !together) attends.push_back({task.row, task.rows, task.part, task.end, kv, kv + 1});
+                    if (task.rows > 1 || !together) attends.push_back({task.row, task.rows, task.part, task.end, kv, kv + 1, false});
                 }
             for (size_t i = first; i < end; i++)
                 if (tasks[i].rows == 1 && together) attends.push_back(tasks[i]);

@@ -54,7 +54,7 @@ struct Engine {
     Buffer<Operand> q;            // (max_rows, heads, head_dim)
     Buffer<Operand> hidden;       // (max_rows, intermediate) in tiles
     Buffer<Operand> shared;       // (max_rows, widest input) in tiles: a linear's input when rows are many
-    Buffer<float> parts;          // (parts, heads, result_size)
+    Buffer<float> parts;          // (parts, heads, result_size): see Cut::part_at
     Buffer<float> logits;         // (most wanted so far, vocab): where the caller wants none
     Cut cut;
     std::vector<Scratch> scratch;
@@ -160,6 +160,12 @@ struct Engine {
         }
     }
 
+    // Whether a task's results are kept for others to go on with, as those of a part are.
+    bool kept(const Attend& task) const { return task.common || !cut.whole; }
+
+    // The i-th row of a task.
+    int row_of(const Attend& task, int i) const { return task.common ? cut.order[task.row + i] : task.row + i; }
+
     // A task's queries: to the input of the next linear, or, when others attend to other parts, to `parts`. `next`: the task
     // that the thread will probably take then, if any.
     void attend_task(int layer, const Attend& task, const Attend* next, Scratch& mine) {
@@ -174,7 +180,7 @@ struct Engine {
                     else if (next) fetch(layer, *next, next->part, share, shares);
                 });
         mine.fetched = next;
-        if (!cut.whole) return;
+        if (kept(task)) return;
         int D = c.head_dim, G = group();
         for (size_t n = 0; n < mine.queries.size(); n++) {
             int row = task.row + (int)n / G % task.rows, head = (task.kv + (int)n / G / task.rows) * G + (int)n % G;
@@ -182,15 +188,18 @@ struct Engine {
         }
     }
 
-    // A task's queries, by kv head and row. Their results are null where they have nothing to attend to.
+    // A task's queries, by kv head and row. Their results are null where they have nothing to attend to, and begin with what
+    // common tasks found.
     void find_queries(const Attend& task, Scratch& mine) {
         int G = group(), size = result_size(c.head_dim);
         mine.queries.clear();
         for (int kv = task.kv; kv < task.kv_end; kv++)
-            for (int row = task.row; row < task.row + task.rows; row++) {
+            for (int i = 0; i < task.rows; i++) {
+                int row = row_of(task, i);
                 long part = cut.part_at[row] + task.part, head = kv * G;
                 float* out = &mine.sums[mine.queries.size() * size];
-                if (!cut.whole) out = part < cut.part_at[row + 1] ? &parts[(part * c.heads + head) * size] : nullptr;
+                if (kept(task)) out = part < cut.part_at[row + 1] ? &parts[(part * c.heads + head) * size] : nullptr;
+                else for (int g = 0; g < G; g++) merge_parts(row, kv * G + g, out + g * size);
                 for (int g = 0; g < G; g++)
                     mine.queries.push_back({&q[((long)row * c.heads + head + g) * c.head_dim], 0, out ? out + g * size : out});
             }
@@ -201,11 +210,12 @@ struct Engine {
     void attend_part(int layer, const Attend& task, int part, int kv, Scratch& mine, Ahead ahead) {
         int G = group(), first = part * PART, number = task.rows * G;
         const bf16* keys[PART];
-        int count = find_keys(layer, task.row + task.rows - 1, first, kv, keys);
+        int count = find_keys(layer, row_of(task, task.rows - 1), first, kv, keys);
         Query* queries = &mine.queries[(kv - task.kv) * number];
-        for (int n = 0; n < number; n++) queries[n].count = std::clamp(b.positions[task.row + n / G] + 1 - first, 0, PART);
+        for (int n = 0; n < number; n++)
+            queries[n].count = std::clamp(b.positions[row_of(task, n / G)] + 1 - first, 0, PART);
         Keys all = {keys, count, (long)c.kv_heads * c.page_tokens * c.head_dim, c.page_tokens % TILE == 0,
-                    part == task.part, part == task.end - 1};
+                    kept(task) ? part == task.part : part == 0, part == task.end - 1};
         attend(queries, number, all, c.head_dim, mine.attention, ahead);
     }
 
@@ -223,7 +233,7 @@ struct Engine {
     // Fetches a share of the K and V of a task's part, in the order in which they lie: memory answers many such requests at
     // a time, and translates the address of each page of the system's once.
     void fetch(int layer, const Attend& task, int part, int share, int shares) {
-        int row = task.row + task.rows - 1, first = part * PART, last = std::min(first + PART, b.positions[row] + 1) - 1;
+        int row = row_of(task, task.rows - 1), first = part * PART, last = std::min(first + PART, b.positions[row] + 1) - 1;
         int tokens = std::min(c.page_tokens, PART), heads = task.kv_end - task.kv;
         int pages = last / c.page_tokens - first / c.page_tokens + 1, start = tokens < PART ? 0 : first % c.page_tokens;
         long run = (long)tokens * c.head_dim * sizeof(bf16) / 64, lines = pages * 2 * heads * run;
@@ -236,16 +246,18 @@ struct Engine {
         }
     }
 
-    // The attention parts of one row, merged in order: (heads * head_dim,).
+    // The attention of one row, of whose parts all were kept: (heads * head_dim,).
     void merge_row(int row, InputRow to, Scratch& mine) {
-        int D = c.head_dim;
         for (int head = 0; head < c.heads; head++) {
-            float* sums = mine.sums.data();
-            for (int p = cut.part_at[row]; p < cut.part_at[row + 1]; p++) {
-                merge(sums, &parts[((long)p * c.heads + head) * result_size(D)], D, p == cut.part_at[row]);
-            }
-            share(sums, D, to, head * D);
+            merge_parts(row, head, mine.sums.data());
+            share(mine.sums.data(), c.head_dim, to, head * c.head_dim);
         }
+    }
+
+    // The parts of a row's head that were kept, merged in order. Nothing where none was.
+    void merge_parts(int row, int head, float* sums) {
+        for (int p = cut.part_at[row]; p < cut.part_at[row + 1]; p++)
+            merge(sums, &parts[((long)p * c.heads + head) * result_size(c.head_dim)], c.head_dim, p == cut.part_at[row]);
     }
 
     // Attention's outcome of one head, to values `at` onwards of a linear's input.
@@ -310,7 +322,7 @@ struct Engine {
         }
     }
 
-    // Stages `at` to at + 8; the next stage's number.
+    // Stages `at` to at + 9; the next stage's number.
     int run_layer(int layer, int at, int me) {
         const ms_layer& w = layers[layer];
         Scratch& mine = scratch[me];
@@ -319,6 +331,11 @@ struct Engine {
         columns(at++, me, c.heads + 2 * c.kv_heads,
                 [&](int head, int row, int rows) { project(w, layer, head, x, row, rows, mine); });
         mine.fetched = nullptr;
+        if (int count = (int)cut.commons.size())
+            stage(at, me, 1, [&](int) { return count; }, [&](int, int i) {
+                attend_task(layer, cut.commons[i], i + b.threads < count ? &cut.commons[i + b.threads] : nullptr, mine);
+            });
+        at++;
         stage(at++, me, cut.blocks, [&](int block) { return cut.attend_at[block + 1] - cut.attend_at[block]; },
               [&](int block, int i) {
                   const Attend* task = &cut.attends[cut.attend_at[block] + i];
@@ -351,8 +368,8 @@ struct Engine {
 
     void step(const ms_batch& batch) {
         b = batch;
-        cut.make(b, c.kv_heads, group() <= TILE && c.page_tokens % TILE == 0);
-        if (!cut.whole) parts.resize((size_t)cut.part_at[b.rows] * c.heads * result_size(c.head_dim));
+        cut.make(b, c.kv_heads, c.page_tokens, group() <= TILE && c.page_tokens % TILE == 0);
+        parts.resize((size_t)cut.part_at[b.rows] * c.heads * result_size(c.head_dim));
         if (!b.logits) {
             logits.resize(std::max(logits.size(), (size_t)b.wanted * c.vocab));
             b.logits = logits.data();
@@ -403,7 +420,7 @@ Engine* ms_open(const ms_config* config, const ms_layer* layers, const Matrix* e
             scratch.sums.resize((size_t)queries * result_size(c.head_dim));
             scratch.sampler.resize(c.vocab);
         }
-        engine->counters = std::vector<Word>((size_t)(3 + 8 * c.layers) * Cut::most_blocks(c.max_rows));
+        engine->counters = std::vector<Word>((size_t)(3 + 9 * c.layers) * Cut::most_blocks(c.max_rows));
         for (int i = 1; i < c.max_threads; i++) engine->threads.emplace_back(&Engine::serve, engine.get(), i);
         return engine.release();
     } catch (const std::exception&) {
