@@ -59,6 +59,47 @@ async def test_many_at_once_share_batches_and_prefixes(autojump_clock: MockClock
         await baseline(cluster)
 
 
+@pytest.mark.parametrize("workers", [PD, BOTH])
+async def test_a_burst_computes_what_it_shares_once(autojump_clock: MockClock, workers) -> None:
+    """Before the first of them is in the index, each of many prompts about one document would compute all of it."""
+    async with memory_cluster(*workers) as (cluster, frontend):
+        common, results = prompt(0, 80), {}
+
+        async def one(i: int) -> None:
+            results[i] = await generate(frontend, common + prompt(i, 5 + i), 6)
+
+        async with trio.open_nursery() as nursery:
+            for i in range(6):
+                nursery.start_soon(one, i)
+        assert results == {i: reference(common + prompt(i, 5 + i), 6) for i in range(6)}
+        computed = cluster.actors[workers[0][0]].core.gauges()["prefill_tokens_total"]
+        assert computed == 80 + sum(5 + i for i in range(6))
+        await baseline(cluster)
+
+
+@pytest.mark.parametrize("after", [0.0, 0.004, 0.012, 0.025, 0.045, 0.07])
+@pytest.mark.parametrize("workers", [PD, BOTH])
+async def test_the_first_of_a_burst_may_leave(autojump_clock: MockClock, workers, after) -> None:
+    """Those behind it would wait for ever for pages that nobody computes."""
+    async with memory_cluster(*workers) as (cluster, frontend):
+        common, results = prompt(0, 80), {}
+
+        async def first() -> None:
+            with trio.move_on_after(after):
+                await generate(frontend, common + prompt(9, 5), 6)
+
+        async def one(i: int) -> None:
+            await trio.sleep(0.001)
+            results[i] = await generate(frontend, common + prompt(i, 5), 6)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(first)
+            for i in range(3):
+                nursery.start_soon(one, i)
+        assert results == {i: reference(common + prompt(i, 5), 6) for i in range(3)}
+        await baseline(cluster)
+
+
 async def cached(frontend, tokens: list[int], new: int) -> int:
     """Cached prompt tokens of one request."""
     params = GenerationParams(Sampling(0.0), new, ())

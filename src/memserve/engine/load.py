@@ -28,9 +28,11 @@ def load_of(live: Collection[Sequence], me: ActorId) -> dict[str, float]:
         "requests_running": float(phases.count(Phase.READY)),
         "requests_waiting": float(phases.count(Phase.WAITING) + phases.count(Phase.ADOPTING)),
         "requests_leaving": float(phases.count(Phase.LEAVING)),
-        "waiting_tokens": float(sum(one.length - one.computed for one in prompts)),
+        "waiting_tokens": float(sum(one.to_compute for one in prompts)),
         # Each token to run attends to all before it: the quadratic part of what waits.
-        "waiting_pairs": float(sum((one.length**2 - one.computed**2) // 2 for one in prompts)),
+        "waiting_pairs": float(
+            sum((one.length**2 - (one.length - one.to_compute) ** 2) // 2 for one in prompts)
+        ),
         # Streams that are, or will be, continued here, whoever runs their prompt.
         "decode_rows": float(len(kept)),
         "context_tokens": float(sum(one.length for one in kept)),

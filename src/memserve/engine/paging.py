@@ -66,12 +66,13 @@ class Paging:
         self._unanswered.pop(call, None)
         self._calls.answered(call)
 
-    def inserted(self, call: int) -> None:
-        """The shard has retired what this call said."""
+    def inserted(self, call: int) -> Sequence | None:
+        """The shard has retired what this call said; whose it was, unless that was withdrawn."""
         _, message = self._unanswered.get(call, (0.0, None))
         one = self.answered(call)
         if one is not None and isinstance(message, Insert):
             one.acknowledged = max(one.acknowledged, message.start + count(message.tokens))
+        return one
 
     def repeat(self) -> None:
         """Send again what has waited too long for its answer."""

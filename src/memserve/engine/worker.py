@@ -18,6 +18,7 @@ import attrs
 from memserve.actions import Action, BatchDone, Log, RunBatch, Stop
 from memserve.engine.batching import Batch, WorkerSettings, form_batch
 from memserve.engine.ended import Ended
+from memserve.engine.following import leader_of
 from memserve.engine.load import StepWatch, load_of, swap_least
 from memserve.engine.outbox import Outbox
 from memserve.engine.paging import Paging
@@ -114,6 +115,7 @@ class WorkerCore:
             assert 0 <= one.acknowledged <= one.retired <= one.computed <= one.length, one.key
             assert one.computed <= len(one.pages) * self.settings.page_tokens, one.key
             assert (one.lease == 0) == (one.phase is Phase.WAITING), one.key
+            assert one.behind is None or one.behind.key in self._live, one.key
         in_batch = self._batch.sequences if self._batch else ()
         assert len({id(one) for one in in_batch}) == len(in_batch), "a sequence twice in one batch"
 
@@ -141,7 +143,29 @@ class WorkerCore:
             Sequence(request, message.plan, request.tokens, Phase.WAITING, now, self._next_order())
         )
         self._outbox.count("prompts_taken_total")
-        self._paging.fetch(one)
+        self._acquire(one)
+
+    def _acquire(self, one: Sequence) -> None:
+        """Ask for its pages, or let an earlier prompt that begins like it compute them first."""
+        told = self.settings
+        found = leader_of(one, self._live.values(), told.retire, told.page_tokens)
+        if found is None:
+            one.behind = None
+            self._paging.fetch(one)
+        else:
+            one.behind, one.shares = found
+            one.behind.followers.append(one)
+
+    def _lead_on(self, leader: Sequence) -> None:
+        """Those that wait behind it: it may have what they wait for now, or be gone."""
+        waiting, leader.followers = leader.followers, []
+        for one in waiting:
+            if one.phase is Phase.ENDED:
+                continue
+            if leader.phase is Phase.ENDED or leader.acknowledged >= one.shares:
+                self._acquire(one)
+            else:
+                leader.followers.append(one)
 
     def _on_handoff(self, sender: ActorId, message: Handoff, now: float) -> None:
         request = message.request
@@ -205,6 +229,7 @@ class WorkerCore:
         if one.computed < expected and one.token_at is None:
             self._outbox.log("hint was stale", one, expected_tokens=expected, found_tokens=one.computed)
             self._outbox.count("stale_hints_total")
+        self._lead_on(one)
 
     def _on_allocated(self, sender: ActorId, message: Allocated, now: float) -> None:
         one = self._paging.answered(message.call)
@@ -213,7 +238,9 @@ class WorkerCore:
             one.pages += message.pages
 
     def _on_inserted(self, sender: ActorId, message: Inserted, now: float) -> None:
-        self._paging.inserted(message.call)
+        one = self._paging.inserted(message.call)
+        if one is not None:
+            self._lead_on(one)
 
     def _on_freed(self, sender: ActorId, message: Freed, now: float) -> None:
         self._paging.freed(message.call)
@@ -416,6 +443,7 @@ class WorkerCore:
         del self._live[one.key]
         self._ended.remember(*one.key)
         self.presence.changed()
+        self._lead_on(one)
 
     # ---- small helpers --------------------------------------------------------------------------------------
 
