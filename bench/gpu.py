@@ -181,7 +181,7 @@ def main() -> None:
             "gpu-bench needs an NVIDIA GPU and a torch built with CUDA; make bench-engine measures CPUs"
         )
     torch.cuda.set_device(DEVICE)
-    library = load_flashinfer(torch.cuda.get_device_capability(DEVICE))
+    library = load_flashinfer(torch.cuda.get_device_capability(DEVICE), spec_of("8b"))
     with torch.inference_mode():
         roof = ceilings()
         print(json.dumps(roof), flush=True)

@@ -7,6 +7,7 @@ from functools import cache
 from itertools import pairwise
 
 import attrs
+import numpy as np
 import pytest
 import torch
 
@@ -28,6 +29,7 @@ from memserve.kernels.flashinfer_kit import (
     prefill_backend,
     with_tensor_cores,
 )
+from memserve.kernels.page_tables import Table
 from memserve.messages import Sampling
 from memserve.scheduling.cost_model import CostModel
 from memserve.tokens import pack, pages_for
@@ -220,7 +222,7 @@ def test_whole_conversations_give_the_tokens_of_the_torch_model(tiny, seed):
     engine, _, graphs = make_engine(tiny)
     engine.warm_up()
     drawn, sequences = drive(engine, spec, seed)
-    assert graphs.replays > 20
+    assert graphs.log.count("replay") > 20
     hows = [GREEDY, Sampling(temperature=0.9, seed=5), Sampling(temperature=1.3, top_k=20, seed=6), GREEDY,
             Sampling(temperature=1.1, top_p=0.8, seed=7), Sampling(temperature=0.7, top_k=1)]  # fmt: skip
     for tokens, whole, how in zip(drawn, sequences, hows, strict=True):
@@ -251,6 +253,28 @@ def test_the_next_decode_step_is_planned_while_this_one_runs(tiny, monkeypatch):
     loads.clear()
     engine.run(BatchPlan((Row(pack([5]), 7, (3,), GREEDY),)))  # another row: planned anew, and ahead again
     assert [one[0] for one in loads] == [8, 9]
+
+
+def test_a_step_that_draws_nothing_is_waited_for(tiny):
+    """If it failed, pages would be published, and read by other processes, before the GPU has written them."""
+    engine, _, graphs = make_engine(tiny)
+    engine.warm_up()
+    for row in (Row(pack([1]), 15, (0,), None), Row(pack([1, 2]), 0, (0,), None)):
+        graphs.log.clear()
+        engine.run(BatchPlan((row,)))
+        assert graphs.log[-1] == "wait"
+
+
+@pytest.mark.parametrize("heads", [32, 64])
+def test_the_workspace_holds_the_parts_of_the_largest_captured_batch(heads):
+    """If it failed, a worker with `[batch] rows` in the hundreds would end at its start with FlashInfer's "Buffer overflow"."""
+    arena = torch.zeros(4, 1, 2, 8, 16, 128, dtype=torch.bfloat16)
+    attention = FlashInferAttention(fake_flashinfer, arena, heads, "fa2", 1024)
+    table = Table.of((), 16).padded(1024, 3)
+    attention.captured(1024, 4096).load(table, np.zeros(1024, np.int32))
+    small = FlashInferAttention(fake_flashinfer, arena, heads, "fa2", 8)
+    with pytest.raises(AssertionError, match="Buffer overflow"):
+        small.captured(1024, 4096).load(table, np.zeros(1024, np.int32))
 
 
 def test_not_a_number_names_the_row(tiny):
@@ -309,9 +333,13 @@ def test_kernels_count_as_compiled_only_when_each_kind_is_there(tmp_path, monkey
     monkeypatch.setattr(
         "importlib.util.find_spec", lambda name: SimpleNamespace(submodule_search_locations=[str(tmp_path)])
     )
-    for kind in flashinfer_kit.COMPILED:
-        assert not flashinfer_kit.compiled_ahead()
-        folder = tmp_path / "data" / "aot" / kind
+    needed = flashinfer_kit.libraries(tiny_spec(4, 1, 64), "fa3")
+    assert len(needed) == 6 and sum(name.endswith("_sm90") for name in needed) == 1
+    for name in sorted(needed):
+        assert not flashinfer_kit.compiled_ahead(needed)
+        folder = tmp_path / "data" / "aot" / name
         folder.mkdir(parents=True)
-        (folder / f"{kind}.so").touch()
-    assert flashinfer_kit.compiled_ahead()
+        (folder / f"{name}.so").touch()
+    assert flashinfer_kit.compiled_ahead(needed)
+    # The same kinds of another head size: those of prefill and decode are missing.
+    assert not flashinfer_kit.compiled_ahead(flashinfer_kit.libraries(tiny_spec(4, 1, 128), "fa3"))

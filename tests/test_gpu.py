@@ -101,7 +101,7 @@ def make_engine(shard, backend: str, rows: int = 8):
     torch.cuda.set_device(device)
     pages = pages_of(arena, SPEC, 16, torch.bfloat16)
     pages.fill_(float("nan"))
-    library = load_flashinfer(torch.cuda.get_device_capability(device))
+    library = load_flashinfer(torch.cuda.get_device_capability(device), SPEC)
     engine = CudaEngine(
         SPEC, weights_of(arena, path), pages, library, CudaGraphs(device), rows=rows, backend=backend
     )
