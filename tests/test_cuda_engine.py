@@ -12,20 +12,17 @@ import pytest
 import torch
 
 import fake_flashinfer
+from backends import FlashRunner
 from fake_flashinfer import Replays
 from families import TINY, VOCAB, save_hf
 from memserve.engine.calibration import measure
 from memserve.engine.cuda import CudaEngine
-from memserve.engine.model import Llama
 from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.sampling import draw, draw_together
-from memserve.engine.spec import ModelSpec
 from memserve.engine.weights import map_weights, prepare, random_weights
 from memserve.kernels import flashinfer_kit
 from memserve.kernels.flashinfer_kit import (
     FlashInferAttention,
-    FlashInferOps,
-    norms_as,
     prefill_backend,
     with_tensor_cores,
 )
@@ -37,35 +34,6 @@ from test_model import GREEDY, Runner, prompt, tiny_spec
 
 PAGES, PAGE_TOKENS = 96, 16
 CPU = torch.device("cpu")
-
-
-class FlashRunner(Runner):
-    """``Runner`` with FlashInfer's attention and ops in place of the CPU's."""
-
-    def __init__(
-        self, spec: ModelSpec, weights: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32
-    ) -> None:
-        super().__init__(spec, weights, pages=128, dtype=dtype)
-        arena = torch.full((128, *spec.page_shape(16)), float("nan"), dtype=dtype)
-        self.model = Llama(
-            spec, norms_as(weights, dtype), dtype, FlashInferOps(fake_flashinfer, spec, dtype, CPU)
-        )
-        self.attention = FlashInferAttention(fake_flashinfer, arena, spec.heads, "fa2")
-
-    def step(self, *rows: Row) -> torch.Tensor:
-        """Logits of the rows that want them, in the order of the rows."""
-        from memserve.engine.model import Batch
-        from memserve.kernels.page_tables import StepTables
-
-        tables = StepTables.of(BatchPlan(rows), 16)
-        planned = self.attention.plan_tables(tables)
-        batch = Batch(
-            torch.from_numpy(tables.ids.copy()), planned.append.positions, torch.from_numpy(tables.wanted)
-        )
-        with torch.inference_mode():
-            logits = self.model.forward(batch, planned, self.attention)
-        wanted = [i for i in tables.order if rows[i].sample is not None]
-        return logits[[wanted.index(i) for i in sorted(wanted)]]
 
 
 @pytest.fixture(scope="module")
@@ -105,36 +73,6 @@ def test_bfloat16_stays_near_float32():
     rough_logits = rough.step(Row(row, 0, rough.pages(60), GREEDY))
     fine_logits = fine.step(Row(row, 0, fine.pages(60), GREEDY))
     assert float((rough_logits - fine_logits).norm() / fine_logits.norm()) < 0.03
-
-
-def test_mixed_batches_keep_rows_apart():
-    """If it failed, tokens of a chunk would attend to a decode row's pages, or the other way round."""
-    spec = tiny_spec(4, 2, 16)
-    weights = random_weights(spec, "float32", 1)
-    ours, theirs = FlashRunner(spec, weights), Runner(spec, weights)
-    lengths = [1, 40, 1, 17, 16, 1, 90]
-    tables = [(ours.pages(120), theirs.pages(120)) for _ in lengths]
-    for at in range(2):
-        rows = [[], []]
-        for i, length in enumerate(lengths):
-            ids = prompt(length, 10 * at + i, 131)
-            start = at * length
-            for which in range(2):
-                rows[which].append(
-                    Row(
-                        pack(ids),
-                        start,
-                        tables[i][which]
-                        if length < 60 or not at
-                        else tables[i][which] + (tables[i][which][:0]),
-                        GREEDY if i % 2 or at else None,
-                    )
-                )
-        keep = [i for i, length in enumerate(lengths) if (at + 1) * length <= 112]
-        found = ours.step(*[rows[0][i] for i in keep])
-        expected = theirs.step(*[rows[1][i] for i in keep])
-        assert found.shape == expected.shape
-        assert float((found - expected).abs().max()) < 1e-4
 
 
 # ---- the engine ------------------------------------------------------------------------------------------------
