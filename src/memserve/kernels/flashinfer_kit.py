@@ -20,6 +20,7 @@ from memserve.engine.ops import HeadWeights, TorchOps, rope_table
 from memserve.engine.plans import BatchPlan
 from memserve.engine.spec import ModelSpec
 from memserve.gpu_room import workspace_bytes
+from memserve.gpus import gpu_environment
 from memserve.kernels.page_tables import Ints, StepTables, Table
 
 DECODE_GROUPS = (1, 2, 3, 4, 8)
@@ -46,7 +47,10 @@ def load_flashinfer(capability: tuple[int, int], spec: ModelSpec) -> Library:
     Where all kernels that the model needs were compiled ahead (``data/aot``), nothing is compiled any more.
     """
     arch = f"{capability[0]}.{capability[1]}" + ("a" if capability[0] >= 9 else "")
-    os.environ.setdefault("FLASHINFER_CUDA_ARCH_LIST", arch)
+    for name, value in {**gpu_environment(), "FLASHINFER_CUDA_ARCH_LIST": arch}.items():
+        os.environ.setdefault(
+            name, value
+        )  # a worker has them from its supervisor; a test or a benchmark has not
     if compiled_ahead(libraries(spec, prefill_backend(capability))):
         os.environ.setdefault("FLASHINFER_DISABLE_JIT", "1")
     import flashinfer
