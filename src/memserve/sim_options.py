@@ -68,11 +68,11 @@ class SimOptions:
         float, _option("Share by which each worker's steps may differ from what the scheduler is told.")
     ] = 0.0
     sites: Annotated[
-        int,
+        int | None,
         _option(
             "Sites (cores of a host, or GPUs) that the workers share in turn: those of one site crowd one another. Unset: each has its own."
         ),
-    ] = 0
+    ] = None
     slo: Annotated[
         str,
         _option("What 99th percentiles may be, in seconds, such as ttft=0.5,tpot=0.05: says who keeps it."),

@@ -120,13 +120,16 @@ def costs_of(path: Path | None) -> CostModel:
 
 def runs_of(asked: SimOptions) -> list[Run]:
     """Each configuration with each policy."""
+    if asked.sites is not None and asked.sites < 1:
+        raise UserError(f"--sites must be at least 1, not {asked.sites}")
     sessions, costs, kinds = sessions_of(asked), costs_of(asked.costs), faults.parse(asked.faults)
     found = []
     for name in asked.config:
         for policy in asked.policy.split(","):
             words = [*asked.overrides, f"scheduler.policy={policy}"] if policy else list(asked.overrides)
             layout = layout_of(Path(name).stem, configuration.load(name, words), asked.pages)
-            layout = on_sites(layout, asked.sites)
+            if asked.sites is not None:
+                layout = on_sites(layout, asked.sites)
             found.append(
                 Run(
                     layout=layout, sessions=sessions, seed=asked.seed, costs=costs, faults=kinds, error=asked.error,
