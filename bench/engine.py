@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import mmap
 import os
 import platform
 import random
@@ -37,6 +36,7 @@ from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.runner import CpuEngine
 from memserve.engine.spec import DTYPE_BYTES, STORED_BYTES, ModelSpec, find_model
 from memserve.engine.weights import ModelFiles, prepare, weight_shapes
+from memserve.kernels.mapping import shared_memory
 from memserve.messages import Sampling
 from memserve.tokens import pack, pages_for
 
@@ -113,7 +113,7 @@ def _engine(files: ModelFiles, options: argparse.Namespace, native: bool) -> Cpu
     pages = max(
         max(BATCHES) * (pages_for(max(CONTEXTS), PAGE_TOKENS) + 1), pages_for(max(PROMPTS), PAGE_TOKENS)
     )
-    arena = mmap.mmap(-1, pages * files.spec.page_bytes(PAGE_TOKENS, options.dtype))
+    arena = shared_memory(pages * files.spec.page_bytes(PAGE_TOKENS, options.dtype))
     engine = CpuEngine(
         files.spec,
         files.weights,

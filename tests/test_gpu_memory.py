@@ -221,6 +221,16 @@ def test_pages_travel_through_all_tiers(store):
     assert on_device(store, 5) == b"\5" * PAGE_BYTES
 
 
+def test_a_page_is_refilled_after_its_contents_left_it(store):
+    """If it failed, what was swapped out would be what was swapped in to its place: another prompt's KV."""
+    for number in (2, 3):
+        store.host.view[number * PAGE_BYTES : (number + 1) * PAGE_BYTES] = b"\x09" * PAGE_BYTES
+    assert store.copy([(DEVICE(0), HOST(0), 1), (HOST(2), DEVICE(0), 1)]) == ()
+    assert store.host.view[0] == 1 and on_device(store, 0)[0] == 9
+    assert store.copy([(HOST(3), DEVICE(4), 1), (DEVICE(1), HOST(3), 1), (DEVICE(4), HOST(4), 1)]) == ()
+    assert (store.host.view[3 * PAGE_BYTES], store.host.view[4 * PAGE_BYTES]) == (2, 9)
+
+
 def test_one_copy_moves_a_run(store):
     """If it failed, a swap would launch a copy a page and never reach the link's rate."""
     store.copy([(DEVICE(i), HOST(i), 1) for i in range(4)])

@@ -261,6 +261,8 @@ def allocate(actor: ActorId, settings: ShardSettings) -> tuple[dict[Tier, Arena]
     disk = DiskFile.create(settings.disk_dir, sizes.disk, page_bytes) if sizes.disk else None
     pages = {Tier.DEVICE: sizes.device if settings.gpu is None else 0, Tier.HOST: sizes.host}
     arenas = {tier: Arena.create(actor, n, page_bytes) for tier, n in pages.items() if n}
+    for tier, arena in arenas.items():
+        log.info("memory taken", tier=tier.name.lower(), bytes=arena.header.size, huge_bytes=arena.huge_bytes)
     return arenas, disk
 
 

@@ -62,12 +62,15 @@ class Graphs(Protocol):
 
 
 class CudaGraphs:
-    """CUDA graphs and events on one GPU. The graphs share one memory pool: they run one after another."""
+    """CUDA graphs and events on one GPU. The graphs share one memory pool: they run one after another.
+
+    A graph lives as long as what ``capture`` returned.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._kept: list[torch.cuda.CUDAGraph] = []
+        self._pool = torch.cuda.graph_pool_handle()
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         current = torch.cuda.current_stream(self._device)
@@ -77,16 +80,14 @@ class CudaGraphs:
         current.wait_stream(self._stream)
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
-        pool = self._kept[0].pool() if self._kept else None
-        with torch.cuda.graph(graph, pool=pool, stream=self._stream):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             run()
-        self._kept.append(graph)
         replay: Callable[[], None] = graph.replay
         return replay
 
     def mark(self) -> Callable[[], None]:
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         wait: Callable[[], None] = event.synchronize
         return wait
 
@@ -96,8 +97,6 @@ class _DecodeStep:
     """A captured batch size: its arrays at fixed addresses, and the graph that reads and writes them."""
 
     arrays: CapturedDecode
-    logits: torch.Tensor | None = None
-    """(rows, vocab) float32, as the last run left them."""
     best: torch.Tensor | None = None
     """(2, rows) float64: the largest logit of each row, and its token."""
     replay: Callable[[], None] = lambda: None
@@ -148,9 +147,13 @@ class CudaEngine:
         self._device, dtype = arena.device, arena.dtype
         ops = FlashInferOps(library, spec, dtype, arena.device)
         self._model: Llama | None = Llama(spec, norms_as(weights, dtype), dtype, ops)
-        self._attention: FlashInferAttention | None = FlashInferAttention(library, arena, spec.heads, backend)
-        self._fresh = partial(_attention, library, spec.heads, backend)
         self._buckets = buckets_up_to(rows)
+        self._attention: FlashInferAttention | None = FlashInferAttention(
+            library, arena, spec.heads, backend, self._buckets[-1]
+        )
+        self._fresh = partial(_attention, library, spec.heads, backend)
+        # One array for all captured batch sizes: with a vocabulary of 128k tokens each row takes half a megabyte.
+        self._logits: torch.Tensor | None = None
         self._row_pages = pages_for(min(max_context or spec.max_context, spec.max_context), self._page_tokens)
         self._steps: dict[int, _DecodeStep] = {}
         self._ahead: _Ahead | None = None
@@ -184,6 +187,7 @@ class CudaEngine:
                 Row(pack([0]), length, pages, Sampling(temperature=1.0, seed=1)),
             ):
                 self._run_any(BatchPlan((row,)), attention)
+            self._logits = torch.empty(self._buckets[-1], self._spec.vocab, device=self._device)
             found = {rows: self._capture(rows) for rows in sorted(self._buckets, reverse=True)}
         self._steps = {rows: found[rows] for rows in self._buckets}
 
@@ -220,7 +224,7 @@ class CudaEngine:
         """Let go of the arena and the weights."""
         self._graphs.mark()()
         self._steps, self._ahead = {}, None
-        self._attention = self._model = None
+        self._attention = self._model = self._logits = None
         self._release()
 
     def _step(self, plan: BatchPlan) -> tuple[int | None, ...]:
@@ -257,16 +261,15 @@ class CudaEngine:
     # ---- decode rows alone -----------------------------------------------------------------------------------
 
     def _capture(self, rows: int) -> _DecodeStep:
-        assert self._model is not None and self._attention is not None, "the engine is closed"
+        assert self._model is not None and self._attention is not None and self._logits is not None
         arrays = self._attention.captured(rows, self._buckets[-1] * self._row_pages)
         step = _DecodeStep(arrays)
         arrays.load(Table.of((), self._page_tokens).padded(rows, self._pages), np.zeros(rows, np.int32))
         batch = Batch(arrays.ids, arrays.positions, torch.arange(rows, device=self._device))
-        model, attention = self._model, self._attention
+        model, attention, logits = self._model, self._attention, self._logits[:rows]
 
         def launch() -> None:
-            logits = model.forward(batch, arrays.plan, attention)
-            step.logits, step.best = logits, best_of(logits)
+            step.best = best_of(model.forward(batch, arrays.plan, attention, logits))
 
         step.replay = self._graphs.capture(launch)
         return step
@@ -288,13 +291,15 @@ class CudaEngine:
             loaded()  # FlashInfer plans in one pinned buffer, which must have been read before it is written again
             self._load([Row(row.tokens, row.end, row.pages, None) for row in plan.rows], step)
             self._ahead = _Ahead(step, plan.rows)
-        assert step.logits is not None and step.best is not None, "a captured step that never ran"
+        assert self._logits is not None and step.best is not None, "a captured step that never ran"
         wanted = [i for i, row in enumerate(plan.rows) if row.sample is not None]
         drawn: list[int | None] = [None] * len(plan.rows)
         if wanted:
-            found = self._draw(step.logits, step.best, [plan.rows[i] for i in wanted], wanted, wanted)
+            found = self._draw(self._logits, step.best, [plan.rows[i] for i in wanted], wanted, wanted)
             for i, token in zip(wanted, found, strict=True):
                 drawn[i] = token
+        else:
+            self._graphs.mark()()  # a prompt may end a chunk with one token: its page is published too
         return tuple(drawn)
 
     def _load(self, rows: Sequence[Row], step: _DecodeStep) -> None:
@@ -357,7 +362,7 @@ def open_engine(
         spec,
         weights_of(shared, files.weights),
         pages_of(shared, spec, page_tokens, getattr(torch, resolved.config.model.dtype)),
-        load_flashinfer(capability),
+        load_flashinfer(capability, spec),
         CudaGraphs(where),
         rows=resolved.config.batch.rows,
         backend=prefill_backend(capability),

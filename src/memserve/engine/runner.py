@@ -19,6 +19,7 @@ from memserve.engine.plans import BatchPlan, BatchResult, Row
 from memserve.engine.spec import ModelSpec
 from memserve.engine.weights import default_cache_dir, in_rows, map_weights
 from memserve.kernels.cpu import CpuAttention
+from memserve.kernels.mapping import shared_memory
 from memserve.kernels.native import MAX_ROWS, NativeStep, open_step
 from memserve.messages import Sampling
 from memserve.tokens import pack, pages_for
@@ -89,7 +90,7 @@ class CpuEngine:
         """Run a chunk and a decode row on pages of their own, so that the first request finds everything loaded."""
         length = min(2 * MAX_ROWS, self._spec.max_context - 1)  # twice what the native step takes at once
         pages = tuple(range(pages_for(length + 1, self._page_tokens)))
-        scratch = torch.zeros(len(pages), *self._spec.page_shape(self._page_tokens), dtype=self._dtype)
+        scratch = self._scratch(len(pages))
         attention = CpuAttention(scratch, self._spec.heads)
         greedy = Sampling(temperature=0.0)
         with self._hold() as threads:
@@ -108,7 +109,7 @@ class CpuEngine:
             / self._page_tokens
         )
         shared = pages_for(max(context, int(SCRATCH_BYTES / token_bytes)), self._page_tokens)
-        scratch = torch.zeros(shared + rows, *self._spec.page_shape(self._page_tokens), dtype=self._dtype)
+        scratch = self._scratch(shared + rows)
         attention = CpuAttention(scratch, self._spec.heads)
         greedy = Sampling(temperature=0.0)
 
@@ -127,6 +128,12 @@ class CpuEngine:
                 return time.perf_counter() - began, threads
 
         return run
+
+    def _scratch(self, pages: int) -> torch.Tensor:
+        """Pages of zeros like the arena's, in memory like the arena's: steps on other memory would take other times."""
+        values = pages * self._spec.kv_values_per_token * self._page_tokens
+        flat = torch.frombuffer(shared_memory(values * self._dtype.itemsize), dtype=self._dtype)
+        return flat.view(pages, *self._spec.page_shape(self._page_tokens))
 
     def rest(self) -> None:
         """No step is wanted at present: this worker's share of the cores goes to the others."""

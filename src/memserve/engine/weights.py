@@ -17,7 +17,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import mmap
 import os
 import shutil
 import warnings
@@ -39,6 +38,7 @@ from memserve.engine.safetensors import read_header
 from memserve.engine.spec import STORED_BYTES, ModelSpec, name_of
 from memserve.engine.tiles import to_rows, to_tiles, whole_strips
 from memserve.errors import UserError
+from memserve.kernels.mapping import map_shared
 
 if TYPE_CHECKING:
     import torch
@@ -116,7 +116,9 @@ def map_weights(path: Path) -> dict[str, torch.Tensor]:
 
     header, base = read_header(path)
     with path.open("rb") as file:
-        mapping = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, prot=mmap.PROT_READ)
+        mapping = map_shared(file.fileno(), os.fstat(file.fileno()).st_size, writable=False)
+    mapping.prefer_huge()
+    mapping.populate()
     dtypes = {"BF16": torch.bfloat16, "F32": torch.float32, "I8": torch.int8}
     tensors = {}
     with warnings.catch_warnings():
@@ -126,7 +128,9 @@ def map_weights(path: Path) -> dict[str, torch.Tensor]:
             if name.startswith("_"):
                 continue
             count, (start, _) = prod(entry["shape"]), entry["data_offsets"]
-            flat = torch.frombuffer(mapping, dtype=dtypes[entry["dtype"]], count=count, offset=base + start)
+            flat = torch.frombuffer(
+                mapping.view, dtype=dtypes[entry["dtype"]], count=count, offset=base + start
+            )
             tensors[name] = flat.view(entry["shape"])
     return tensors
 

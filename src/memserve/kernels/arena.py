@@ -26,6 +26,7 @@ import attrs
 import trio
 
 from memserve.errors import PeerError, PeerUnreachable, UserError
+from memserve.kernels.mapping import Mapping, map_shared
 from memserve.messages import ActorId
 
 MAGIC = b"MEMSARNA"
@@ -36,10 +37,6 @@ _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _FIXED = struct.Struct("<8sIIQQQ")
 _UCRED = struct.Struct("3i")
 """struct ucred: pid, uid, gid."""
-_MADV_POPULATE_WRITE = 23
-"""Linux 5.14; Python has no name for it before 3.14."""
-_POPULATE_BYTES = 2 << 20
-"""Populated at a time: the call holds the interpreter lock, here for about 1 ms."""
 _HANDSHAKE_S = 1.0
 _HEADROOM_BYTES = 64 << 20
 """Left to the system beside the arena."""
@@ -85,7 +82,9 @@ class Arena:
 
     header: ArenaHeader
     fd: int
-    _map: mmap.mmap
+    _mapping: Mapping | None
+    huge_bytes: int = 0
+    """Of its memory in huge pages, where this process created it."""
 
     @classmethod
     def create(cls, shard: ActorId, pages: int, page_bytes: int) -> Arena:
@@ -101,35 +100,34 @@ class Arena:
         try:
             os.ftruncate(fd, size)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+            mapping = map_shared(fd, size, writable=True)
             # All of it now: later a first touch would cost a step a fault a page, or its process its life.
+            huge = mapping.make_huge(fd)
             os.posix_fallocate(fd, 0, size)
-            arena = cls(ArenaHeader(shard, pages, page_bytes, size), fd, mmap.mmap(fd, size))
-            _populate(arena._map)
+            mapping.populate()
         except OSError as error:
             os.close(fd)
             if error.errno in (errno.ENOMEM, errno.ENOSPC):
                 raise _too_little(shard, size, memory_available()) from error
             raise
-        return arena
+        return cls(ArenaHeader(shard, pages, page_bytes, size), fd, mapping, huge)
 
     @property
     def memory(self) -> memoryview:
         """All pages, writable, ``pages * page_bytes`` bytes; page ``i`` starts at ``i * page_bytes``.
 
-        The first byte is aligned to the system's page size. Wrap it without copying, e.g. with
-        ``torch.frombuffer``; every wrapper keeps the mapping alive.
+        The first byte is aligned to a huge page. Wrap it without copying, e.g. with ``torch.frombuffer``; every wrapper
+        keeps the mapping alive.
         """
-        return memoryview(self._map)[: self.header.pages * self.header.page_bytes]
+        assert self._mapping is not None, "the arena is closed"
+        return self._mapping.view[: self.header.pages * self.header.page_bytes]
 
     def close(self) -> None:
         """Let go of descriptor and mapping; wrappers of :attr:`memory` keep the mapping until they go."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-        try:
-            self._map.close()
-        except BufferError:
-            pass  # exported: the mapping ends with the last wrapper, or with the process
+        self._mapping = None
 
 
 # ---- memory ------------------------------------------------------------------------------------------------
@@ -176,17 +174,6 @@ def _too_little(shard: ActorId, size: int, available: int) -> UserError:
         f"{size >> 20} MiB, {available >> 20} MiB are available, and {_HEADROOM_BYTES >> 20} MiB stay free. "
         "Set a smaller memory, or stop something else."
     )
-
-
-def _populate(memory: mmap.mmap) -> None:
-    """Fill this process's page tables, changing no byte. A kernel before 5.14 leaves that to the steps."""
-    for start in range(0, len(memory), _POPULATE_BYTES):
-        try:
-            memory.madvise(_MADV_POPULATE_WRITE, start, min(_POPULATE_BYTES, len(memory) - start))
-        except OSError as error:
-            if error.errno == errno.EINVAL:
-                return
-            raise
 
 
 # ---- handing it out ----------------------------------------------------------------------------------------
@@ -267,12 +254,12 @@ def attach_arena(socket_path: Path, page_bytes: int, *, timeout_s: float = 5.0) 
     try:
         header = ArenaHeader.decode(packet)
         _validate(header, fd, page_bytes)
-        arena = Arena(header, fd, mmap.mmap(fd, header.size))
-        _populate(arena._map)
+        mapping = map_shared(fd, header.size, writable=True)
+        mapping.populate()
     except BaseException:
         os.close(fd)
         raise
-    return arena
+    return Arena(header, fd, mapping)
 
 
 def receive_packet(path: Path, timeout_s: float) -> tuple[bytes, list[int]]:

@@ -1,0 +1,110 @@
+"""Shared mappings: aligned, kept by their views, in huge pages where the kernel gives them."""
+
+from __future__ import annotations
+
+import gc
+import os
+
+import pytest
+
+from memserve.kernels import mapping as under_test
+from memserve.kernels.mapping import HUGE_BYTES, map_shared, shared_memory
+
+SIZE = 3 * HUGE_BYTES + 5000
+"""Three huge pages and a rest that is not even one small page."""
+
+
+@pytest.fixture
+def memfd():
+    """A memfd of SIZE bytes."""
+    fd = os.memfd_create("test")
+    os.ftruncate(fd, SIZE)
+    yield fd
+    os.close(fd)
+
+
+def mapped(address: int) -> dict[str, int]:
+    """What the kernel says of the mapping at an address, in KB by field; empty where there is none."""
+    fields: dict[str, int] = {}
+    with open("/proc/self/smaps") as file:
+        inside = False
+        for line in file:
+            word, *rest = line.split()
+            if not word.endswith(":"):
+                inside = int(word.partition("-")[0], 16) == address
+            elif inside and rest[-1] == "kB":
+                fields[word[:-1]] = int(rest[0])
+    return fields
+
+
+def test_a_huge_page_can_start_where_a_mapping_starts(memfd):
+    """If mappings began anywhere, no process would be given the huge pages that the memory lies in."""
+    for _ in range(3):
+        one = map_shared(memfd, SIZE, writable=True)
+        assert one.address % HUGE_BYTES == 0
+        assert one.view.nbytes == SIZE
+        assert not one.view.readonly
+
+
+def test_mappings_of_a_file_share_its_bytes(memfd):
+    """If one of them were a copy, workers would not see each other's KV."""
+    mine, theirs = map_shared(memfd, SIZE, writable=True), map_shared(memfd, SIZE, writable=False)
+    mine.view[SIZE - 3 :] = b"end"
+    assert bytes(theirs.view[SIZE - 3 :]) == b"end"
+    with pytest.raises(TypeError, match="read-only"):
+        theirs.view[0] = 1
+
+
+def test_the_last_view_ends_the_mapping(memfd):
+    """If it ended before, a tensor would read unmapped memory; if never, each attached arena would stay."""
+    one = map_shared(memfd, SIZE, writable=True)
+    address, part = one.address, one.view[10:20]
+    del one
+    gc.collect()
+    part[:] = b"0123456789"
+    assert os.pread(memfd, 10, 10) == b"0123456789"
+    assert mapped(address)
+    del part
+    gc.collect()
+    assert not mapped(address)
+
+
+def test_huge_pages_hold_what_was_there(memfd):
+    """If the change of pages lost bytes, or told more than it did, KV and figures would be wrong."""
+    os.pwrite(memfd, b"before", HUGE_BYTES - 3)
+    one = map_shared(memfd, SIZE, writable=True)
+    huge = one.make_huge(memfd)
+    one.populate()
+    assert bytes(one.view[HUGE_BYTES - 3 : HUGE_BYTES + 3]) == b"before"
+    assert huge % HUGE_BYTES == 0
+    assert mapped(one.address)["ShmemPmdMapped"] * 1024 == huge
+    if huge:  # a second process finds them
+        other = map_shared(memfd, SIZE, writable=True)
+        other.populate()
+        assert mapped(other.address)["ShmemPmdMapped"] * 1024 == huge
+
+
+def test_a_kernel_without_the_advice_serves_in_small_pages(memfd, monkeypatch):
+    """If an older kernel were an error, the server would not start on it."""
+    monkeypatch.setattr(under_test, "_MADV_COLLAPSE", 9999)
+    monkeypatch.setattr(under_test, "_MADV_POPULATE_WRITE", 9999)
+    one = map_shared(memfd, SIZE, writable=True)
+    assert one.make_huge(memfd) == 0
+    one.populate()
+    one.view[SIZE - 1] = 7
+    assert os.pread(memfd, 1, SIZE - 1) == b"\x07"
+
+
+def test_scratch_memory_is_zero():
+    """If it held anything, a calibration would read NaN from it."""
+    assert not any(shared_memory(HUGE_BYTES + 100))
+
+
+def test_a_file_that_cannot_be_mapped_is_an_error(tmp_path):
+    """If it were not, the first read would be a segmentation fault."""
+    fd = os.open(tmp_path, os.O_RDONLY)
+    try:
+        with pytest.raises(OSError, match="No such device"):
+            map_shared(fd, 100, writable=False)
+    finally:
+        os.close(fd)
