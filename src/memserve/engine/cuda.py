@@ -23,6 +23,7 @@ from torch.utils.dlpack import from_dlpack
 
 from memserve.config import Resolved
 from memserve.engine import sampling
+from memserve.engine.cores import Cores
 from memserve.engine.model import Batch, Llama
 from memserve.engine.plan_check import check_plan
 from memserve.engine.plans import BatchPlan, BatchResult, Row
@@ -133,12 +134,13 @@ class CudaEngine:
         backend: str,
         max_context: int | None = None,
         release: Callable[[], None] = lambda: None,
+        shared: Cores | None = None,
     ) -> None:
         """``arena``: (pages + 1, layers, 2, kv_heads, page_tokens, head_dim); the last page is scratch, nobody's.
 
         ``weights``: on the arena's device, matrices in its dtype. ``rows``: of a step, at most; ``backend``: of
         prefill, fa2 or fa3. ``max_context``: tokens of a row, at most; unset, what the model was made for.
-        ``release``: called by ``close``, when nothing uses arena and weights any more.
+        ``release``: called by ``close``, when nothing uses arena and weights any more. ``shared``: who else uses the GPU.
         """
         self._spec, self._graphs = spec, graphs
         self._pages, self._page_tokens = len(arena) - 1, arena.shape[4]
@@ -156,6 +158,7 @@ class CudaEngine:
         self._steps: dict[int, _DecodeStep] = {}
         self._ahead: _Ahead | None = None
         self._release = release
+        self._shared = shared
 
     @property
     def device_name(self) -> str:
@@ -165,9 +168,10 @@ class CudaEngine:
     def run(self, plan: BatchPlan) -> BatchResult:
         """One step. Raises ValueError, naming the row, for a plan that would read or write what is not its own."""
         check_plan(plan, self._spec, self._pages, self._page_tokens)
+        beside = self._shared.look() if self._shared is not None else 0
         began = time.perf_counter()
         tokens = self._step(plan)
-        return BatchResult(tokens, (time.perf_counter() - began) * 1000, 1)
+        return BatchResult(tokens, (time.perf_counter() - began) * 1000, 1, beside)
 
     def warm_up(self) -> None:
         """Load every kernel and capture every batch size, touching no page but the scratch page."""
@@ -212,7 +216,9 @@ class CudaEngine:
         return Row(pack([0] * new), before, tuple(pages), None)
 
     def rest(self) -> None:
-        """Nothing to give back: the GPU is shared in time, and an idle engine launches nothing."""
+        """The GPU is shared in time, and an idle engine launches nothing; only others are told."""
+        if self._shared is not None:
+            self._shared.busy(False)
 
     def close(self) -> None:
         """Let go of the arena and the weights."""
@@ -336,10 +342,12 @@ class CudaEngine:
         return tokens
 
 
-def open_engine(resolved: Resolved, files: ModelFiles, socket: Path, device: int) -> CudaEngine:
+def open_engine(
+    resolved: Resolved, files: ModelFiles, socket: Path, device: int, neighbours: Cores | None = None
+) -> CudaEngine:
     """Attach to the shard's pages and weights on ``cuda:device`` and make an engine ready. Blocks for seconds.
 
-    Raises PeerUnreachable, PeerError and UserError as ``attach_gpu_arena`` does.
+    ``neighbours``: who else uses the GPU. Raises PeerUnreachable, PeerError and UserError as ``attach_gpu_arena`` does.
     """
     where = torch.device("cuda", device)
     torch.cuda.init()  # type: ignore[no-untyped-call]
@@ -360,6 +368,7 @@ def open_engine(resolved: Resolved, files: ModelFiles, socket: Path, device: int
         backend=prefill_backend(capability),
         max_context=resolved.max_context,
         release=shared.close,
+        shared=neighbours,
     )
     engine.warm_up()
     return engine
