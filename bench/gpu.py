@@ -1,7 +1,10 @@
-"""Speed of the GPU backend beside what the GPU can do: ``make gpu-bench``; the ceilings are measured first.
+"""Speed of the GPU backend beside what the GPU can do, and the project's goals: ``make gpu-bench``.
 
-Prints a table with goals beside figures and writes ``$OUT/gpu-bench.json`` (or ``.gpu/gpu-bench.json``). Random weights in
-the shapes of Llama 3.2 1B and Llama 3.1 8B, on pages that this process holds itself.
+    make gpu-bench ARGS="--only attention,steps-8b --seconds 300 --commit abc1234"
+
+Each section is a process of its own with a limit, and the note ``docs/measurements/<date>-gpu.md`` (in ``$OUT`` too, where
+that is set) is written anew after each, so that a run that is cut short keeps what it has. The ceilings are always
+measured first. Random weights in the shapes of Llama 3.2 1B and Llama 3.1 8B, but for the demo model that is served.
 """
 
 from __future__ import annotations
@@ -9,208 +12,234 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
+import attrs
 import torch
 
-from memserve.engine.convert import weight_shapes
-from memserve.engine.cuda import CudaEngine, CudaGraphs
-from memserve.engine.plans import BatchPlan, Row
-from memserve.engine.spec import ModelSpec
-from memserve.kernels.flashinfer_kit import FlashInferAttention, load_flashinfer, prefill_backend
-from memserve.kernels.page_tables import StepTables
-from memserve.messages import Sampling
-from memserve.tokens import pack, pages_for
+import gpu_compute
+import gpu_moving
+from gpu_parts import DEVICE, Ceilings, Figure
+from notes import FOLDER, Note, commit, number, table
 
-DEVICE = torch.device("cuda", 0)
-GREEDY = Sampling(temperature=0.0)
-SHAPES = {"1b": (16, 2048, 8192, 32, 8, 64, 128256), "8b": (32, 4096, 14336, 32, 8, 128, 128256)}
-"""Layers, hidden, intermediate, heads, kv heads, head dim, vocabulary."""
-ROUNDS = 5
+SECONDS = 540.0
+"""Of a whole run, at most: what a command of ten minutes leaves for installing wheels."""
+STOP_S = 10.0
+"""For a section that is told to stop."""
+PACKAGES = ("torch", "flashinfer-python", "apache-tvm-ffi", "cupy-cuda13x", "memserve")
 
 
-def spec_of(name: str) -> ModelSpec:
-    """A Llama of one of the shapes."""
-    layers, hidden, intermediate, heads, kv_heads, head_dim, vocab = SHAPES[name]
-    return ModelSpec(
-        name=name, architecture="llama", layers=layers, hidden=hidden, intermediate=intermediate, heads=heads,
-        kv_heads=kv_heads, head_dim=head_dim, vocab=vocab, rope_theta=500_000.0, rms_eps=1e-5, max_context=16384,
-        tied_embeddings=name == "1b", bos=None, eos=(0,), chat_template=None,
-    )  # fmt: skip
+@attrs.frozen
+class Section:
+    """One part of the note."""
+
+    run: Callable[[Ceilings], Iterator[Figure]]
+    limit_s: float
+    about: str
 
 
-def seconds(run: Callable[[], Any], rounds: int = ROUNDS) -> float:
-    """Median seconds of ``run`` on the device, after one that does not count."""
-    run()
-    found = []
-    for _ in range(rounds):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        found.append(begin.elapsed_time(end) / 1000)
-    return statistics.median(found)
+def _served(roof: Ceilings) -> Iterator[Figure]:
+    from gpu_served import served  # needs what the load generator needs
+
+    yield from served(roof)
 
 
-def ceilings() -> dict[str, float]:
-    """Bytes a second of a copy (read and written), bfloat16 FLOP/s of a product, bytes a second from pinned memory and back."""
-    source, target = (torch.empty(1 << 30, dtype=torch.uint8, device=DEVICE) for _ in range(2))
-    a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
-    host = torch.empty(1 << 30, dtype=torch.uint8, pin_memory=True)
-    return {
-        "copy_bytes_s": 2 * (1 << 30) / seconds(lambda: target.copy_(source)),
-        "matrix_flop_s": 2 * 8192**3 / seconds(lambda: a @ b),
-        "to_device_bytes_s": (1 << 30) / seconds(lambda: target.copy_(host, non_blocking=True)),
-        "to_host_bytes_s": (1 << 30) / seconds(lambda: host.copy_(target, non_blocking=True)),
-    }
+SECTIONS = {
+    "ceilings": Section(gpu_compute.ceilings, 60, "What the GPU and its link do at best; the others are compared with these."),
+    "attention": Section(gpu_compute.attention, 60, "Decode attention alone, eight layers of the 8B model's shape in a CUDA graph."),
+    "steps-8b": Section(partial(gpu_compute.steps, "8b"), 120, "Whole steps through the engine; the roofline counts weights and KV read once."),
+    "steps-1b": Section(partial(gpu_compute.steps, "1b"), 90, "The same of the 1B model."),
+    "handoff": Section(gpu_moving.handoff, 90, "From one worker process to another by page numbers, on pages shared by CUDA IPC; the two take turns on the GPU."),
+    "swap": Section(gpu_moving.swap, 60, "Pages to the pinned host tier and back, 1 GiB at a time."),
+    "shared": Section(gpu_moving.shared, 60, "One decode step on another process's pages and on one's own."),
+    "ttft-8b": Section(partial(gpu_moving.ttft, "8b"), 60, "Figure 13 of the paper: first token by cached share, at the engine."),
+    "ttft-1b": Section(partial(gpu_moving.ttft, "1b"), 60, "The same of the 1B model."),
+    "served": Section(_served, 150, "The demo model behind HTTP, prefill and decode worker on one GPU, under the load generator."),
+}  # fmt: skip
+"""In the order of a run: what has a goal first."""
 
 
-def decode_attention(roof: dict[str, float], library: Any, dense: bool) -> float:
-    """Share of the copy's bandwidth that decode attention reads: 64 rows of 2,048 tokens on scattered pages."""
-    rows, context, layers = 64, 2048, 1 if dense else 8
-    pages = rows * context // 16
-    # Dense: one tensor a layer, eight of them. Strided: eight layers in a page, as the arena has them.
-    arenas = [
-        torch.randn(pages, layers, 2, 8, 16, 128, device=DEVICE, dtype=torch.bfloat16)
-        for _ in range(8 if dense else 1)
+# ---- a section, in a process of its own ---------------------------------------------------------------------------
+
+
+def run_section(name: str, folder: Path) -> None:
+    """Measure, and append each figure to the section's file as it comes."""
+    torch.cuda.set_device(DEVICE)
+    roofs = folder / "ceilings.json"
+    if name == "ceilings":
+        Ceilings.measure().write(roofs)
+    with (folder / f"{name}.jsonl").open("w") as out:
+        for figure in SECTIONS[name].run(Ceilings.read(roofs)):
+            out.write(json.dumps(attrs.asdict(figure)) + "\n")
+            out.flush()
+
+
+# ---- the run ------------------------------------------------------------------------------------------------------
+
+
+@attrs.frozen
+class Ran:
+    """What a section left."""
+
+    name: str
+    figures: tuple[Figure, ...]
+    problem: str | None
+    """Why it did not end, in a line."""
+    took_s: float
+
+
+def run_apart(command: Sequence[str], name: str, folder: Path, limit_s: float) -> Ran:
+    """Run a section's process, and those that it starts, at most ``limit_s``."""
+    began, errors = time.monotonic(), folder / f"{name}.err"
+    with errors.open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        problem = _ended(process, limit_s)
+    if problem and (said := errors.read_text().strip()):
+        problem += f": {said.splitlines()[-1][:300]}"
+        print(said[-3000:], file=sys.stderr)
+    return Ran(name, _figures(folder / f"{name}.jsonl"), problem, time.monotonic() - began)
+
+
+def _ended(process: subprocess.Popen[bytes], limit_s: float) -> str | None:
+    """Wait for it; why it did not end well, if so."""
+    try:
+        status = process.wait(limit_s)
+        return None if status == 0 else f"ended with status {status}"
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGTERM)  # its own group: the workers that it has started end with it
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_S)
+        return f"stopped after {limit_s:.0f} s"
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _figures(path: Path) -> tuple[Figure, ...]:
+    if not path.exists():
+        return ()
+    lines = path.read_text().splitlines(keepends=True)  # the last may be cut off
+    return tuple(Figure(**json.loads(line)) for line in lines if line.endswith("\n"))
+
+
+def device() -> str:
+    """The GPU, its driver, and the versions of what computes on it, without a CUDA context."""
+    asked = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    said = ""
+    with suppress(OSError):
+        said = subprocess.run(asked, capture_output=True, text=True, check=False).stdout
+    name, memory, driver = (*filter(None, map(str.strip, said.partition("\n")[0].split(","))), "?", "?", "?")[
+        :3
     ]
-    order = torch.randperm(pages).tolist()
-    each = context // 16
-    plan = BatchPlan(
-        tuple(
-            Row(pack([1]), context - 1, tuple(order[i * each : (i + 1) * each]), GREEDY) for i in range(rows)
-        )
-    )
-    q, out = (torch.randn(rows, 32, 128, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
-    attentions = [FlashInferAttention(library, arena, 32, "fa2") for arena in arenas]
-    planned = [one.plan_tables(StepTables.of(plan, 16)) for one in attentions]
-
-    def run() -> None:
-        for layer in range(8):
-            at, inner = (layer, 0) if dense else (0, layer)
-            planned[at].decode.run(q, arenas[at][:, inner], out=out)
-
-    graph = CudaGraphs(DEVICE).capture(run)
-    return 8 * rows * context * 2 * 8 * 128 * 2 / seconds(graph, 20) / roof["copy_bytes_s"]
+    return f"GPU: {name}, {memory}, driver {driver}. CUDA {torch.version.cuda} of torch. {', '.join(map(_version, PACKAGES))}."
 
 
-def make_engine(spec: ModelSpec, pages: int, library: Any, rows: int) -> tuple[CudaEngine, int]:
-    """An engine on random weights, and the bytes that a decode step reads of them."""
-    weights = {
-        name: torch.ones(shape, device=DEVICE)
-        if len(shape) == 1
-        else torch.randn(shape, device=DEVICE, dtype=torch.bfloat16).mul_(shape[1] ** -0.5)
-        for name, shape in weight_shapes(spec).items()
-    }
-    read = sum(t.nbytes for name, t in weights.items() if name != "embed" or spec.tied_embeddings)
-    arena = torch.zeros(pages + 1, *spec.page_shape(16), device=DEVICE, dtype=torch.bfloat16)
-    backend = prefill_backend(torch.cuda.get_device_capability(DEVICE))
-    engine = CudaEngine(spec, weights, arena, library, CudaGraphs(DEVICE), rows=rows, backend=backend)
-    engine.warm_up()
-    return engine, read
+def _version(package: str) -> str:
+    try:
+        return f"{package} {version(package)}"
+    except PackageNotFoundError:
+        return f"{package} unknown" if find_spec(package.partition("-")[0]) else f"{package} not there"
 
 
-def steps(
-    engine: CudaEngine, spec: ModelSpec, pages: int, read: int, roof: dict[str, float]
-) -> list[dict[str, Any]]:
-    """Decode steps and prefills through ``CudaEngine.run``, the host's part included."""
-    found: list[dict[str, Any]] = []
-    for batch in (1, 8, 64, 256):
-        for context in (1024, 8192):
-            each = pages_for(context + 40, 16)
-            if batch * each > pages:
-                continue
-            tables = [tuple(range(i * each, (i + 1) * each)) for i in range(batch)]
-            times = []
-            for step in range(30):
-                plan = BatchPlan(tuple(Row(pack([1]), context + step, table, GREEDY) for table in tables))
-                began = time.perf_counter()
-                engine.run(plan)
-                times.append(time.perf_counter() - began)
-            took = statistics.median(times[5:])
-            least = (read + batch * context * spec.kv_values_per_token * 2) / roof["copy_bytes_s"]
-            found.append(
-                {
-                    "what": f"{spec.name} decode, batch {batch}, context {context}",
-                    "ms": took * 1000,
-                    "share": least / took,
-                    "goal": 0.7 if spec.name == "8b" else None,
-                }
-            )
-    layer_flop = sum(
-        shape[0] * shape[1]
-        for name, shape in weight_shapes(spec).items()
-        if len(shape) == 2 and name not in ("embed", "head")
-    )
-    for length in (2048, 8192):
-        if pages_for(length, 16) > pages:
-            continue
-        row = Row(pack([1] * length), 0, tuple(range(pages_for(length, 16))), GREEDY)
-        times = []
-        for _ in range(4):
-            began = time.perf_counter()
-            engine.run(BatchPlan((row,)))
-            times.append(time.perf_counter() - began)
-        took = statistics.median(times[1:])
-        flop = 2 * length * layer_flop + 2 * length**2 * spec.heads * spec.head_dim * spec.layers
-        goal = 0.55 if length == 8192 else None
-        found.append(
-            {
-                "what": f"{spec.name} prefill {length}",
-                "ms": took * 1000,
-                "share": flop / took / roof["matrix_flop_s"],
-                "goal": goal,
-            }
-        )
+def row(figure: Figure) -> list[str]:
+    """A figure as a row of the note."""
+    goal = "" if figure.goal is None else f"{'at most' if figure.at_most else 'at least'} {figure.goal:g}"
+    verdict = {True: "met", False: "**missed**", None: "" if figure.goal is None else "not measured"}[
+        figure.met
+    ]
+    value = "-" if figure.value is None else number(figure.value)
+    return [figure.what, value, figure.unit, goal, verdict, figure.note]
+
+
+def parts_of(ran: Ran) -> list[str]:
+    """A section of the note."""
+    head = ["what", "figure", "unit", "goal", "", "more"]
+    parts = [f"## {ran.name}", f"{SECTIONS[ran.name].about} {ran.took_s:.0f} s."]
+    if ran.problem:
+        parts.append(f"**Not whole: {ran.problem}**")
+    return parts + ([table(head, [row(one) for one in ran.figures])] if ran.figures else [])
+
+
+def write(note: Note, words: str, found: Sequence[Ran]) -> None:
+    """The note as it stands, and a copy where a borrowed machine hands files back."""
+    parts = [part for ran in found for part in parts_of(ran)]
+    path = note.write("The GPU backend", f"make gpu-bench{words}", device(), *parts)
+    out = os.environ.get("OUT")
+    if out:
+        shutil.copy(path, out)
+
+
+def measure(names: Sequence[str], note: Note, words: str, seconds: float) -> list[Ran]:
+    """Run the sections one after another; the note is written after each."""
+    found: list[Ran] = []
+    until = time.monotonic() + seconds
+    with tempfile.TemporaryDirectory(prefix="memserve-gpu-bench-") as place:
+        for name in names:
+            limit = min(SECTIONS[name].limit_s, until - time.monotonic())
+            command = [sys.executable, __file__, "--section", name, "--folder", place]
+            late = Ran(name, (), f"not begun: {seconds:.0f} s are over", 0.0)
+            found.append(run_apart(command, name, Path(place), limit) if limit > STOP_S else late)
+            write(note, words, found)
+            print("\n\n".join(parts_of(found[-1])), flush=True)
     return found
 
 
-def main() -> None:
-    """Measure, print, write."""
+def options() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--shapes", default="1b,8b")
-    parser.add_argument("--pages", type=int, default=20000, help="of 16 tokens")
+    parser.add_argument("--only", default=",".join(SECTIONS), help=f"some of {', '.join(SECTIONS)}")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="of the whole run, at most")
+    parser.add_argument("--commit", default=None, help="for the note, where there is no git")
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--section", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=gpu_moving.WORKERS, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if unknown := set(given.only.split(",")) - set(SECTIONS):
+        parser.error(
+            f"--only: there is no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}"
+        )
+    return given
+
+
+def main() -> int:
+    """Measure and write; 1 when a section did not end or a goal was missed."""
+    given = options()
+    if given.worker:
+        torch.cuda.set_device(DEVICE)
+        with torch.inference_mode():
+            print(gpu_moving.WORKERS[given.worker](given.folder))
+        return 0
+    if given.section:
+        with torch.inference_mode():
+            run_section(given.section, given.folder)
+        return 0
     if not torch.cuda.is_available():
         raise SystemExit(
             "gpu-bench needs an NVIDIA GPU and a torch built with CUDA; make bench-engine measures CPUs"
         )
-    torch.cuda.set_device(DEVICE)
-    library = load_flashinfer(torch.cuda.get_device_capability(DEVICE))
-    with torch.inference_mode():
-        roof = ceilings()
-        print(json.dumps(roof), flush=True)
-        strided, dense = decode_attention(roof, library, False), decode_attention(roof, library, True)
-        rows = [
-            {"what": "decode attention, aggregated pages", "ms": None, "share": strided, "goal": 0.8},
-            {"what": "aggregated pages against dense", "ms": None, "share": strided / dense, "goal": 0.97},
-        ]
-        for name in given.shapes.split(","):
-            spec = spec_of(name)
-            engine, read = make_engine(spec, given.pages, library, 256)
-            rows += steps(engine, spec, given.pages, read, roof)
-            engine.close()
-            del engine
-            torch.cuda.empty_cache()
-    print("\n| what | ms | share of the ceiling | goal |\n|---|---|---|---|")
-    for row in rows:
-        ms = "" if row["ms"] is None else f"{row['ms']:.2f}"
-        print(f"| {row['what']} | {ms} | {row['share']:.2f} | {row['goal'] or ''} |")
-    folder = Path(os.environ.get("OUT") or Path(__file__).parent.parent / ".gpu")
-    folder.mkdir(exist_ok=True)
-    about = {
-        "device": torch.cuda.get_device_name(DEVICE),
-        "torch": torch.__version__,
-        "ceilings": roof,
-        "rows": rows,
-    }
-    (folder / "gpu-bench.json").write_text(json.dumps(about, indent=1))
+    wanted = given.only.split(",")
+    names = ["ceilings", *(name for name in SECTIONS if name in wanted and name != "ceilings")]
+    note = Note("gpu", folder=FOLDER, commit=given.commit or commit())
+    words = f' ARGS="{" ".join(sys.argv[1:])}"' if sys.argv[1:] else ""
+    found = measure(names, note, words, given.seconds)
+    missed = [one.what for ran in found for one in ran.figures if one.met is False]
+    print(
+        f"\n{note.path}: {len(missed)} goals missed, {sum(ran.problem is not None for ran in found)} sections not whole"
+    )
+    return 1 if missed or any(ran.problem for ran in found) else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

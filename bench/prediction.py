@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import attrs
 import msgspec
 
 from loadgen import arrivals, build, workload
 from loadgen.errors import LoadgenError
 from loadgen.options import RunOptions
 from memserve import config
-from memserve.costs import StepCosts
+from memserve.costs import Site, StepCosts
+from memserve.messages import actor_name
 from memserve.scheduling.cost_model import CostModel
 from memserve.sim.clients import Call
 from memserve.sim.report import Spread, tpot_s
@@ -20,9 +22,6 @@ from memserve.sim.workloads import Piece, Session, Turn
 from memserve.simulate import layout_of
 from memserve.tokens import count
 
-CROWDING = 1.0
-"""The workers of these layouts share all cores of the machine."""
-
 
 def costs_of(members: Sequence[dict[str, Any]]) -> CostModel:
     """What the workers of a running cluster have measured. Raises ValueError when none has."""
@@ -30,6 +29,11 @@ def costs_of(members: Sequence[dict[str, Any]]) -> CostModel:
         if one.get("costs"):
             return CostModel(msgspec.convert(one["costs"], StepCosts))
     raise ValueError("no worker of the cluster tells what its steps cost")
+
+
+def sites_of(members: Sequence[dict[str, Any]]) -> dict[str, Site]:
+    """Whose cores each worker of a running cluster runs on, by its name; those that tell none have their own."""
+    return {actor_name(one["id"]): msgspec.convert(one["site"], Site) for one in members if one.get("site")}
 
 
 def sessions_of(options: RunOptions) -> tuple[Session, ...]:
@@ -59,13 +63,18 @@ def _turn(turn: workload.Turn) -> Turn:
 
 
 def predict(
-    name: str, settings: Sequence[str], pages: int, costs: CostModel, options: RunOptions
+    name: str,
+    settings: Sequence[str],
+    pages: int,
+    costs: CostModel,
+    sites: Mapping[str, Site],
+    options: RunOptions,
 ) -> dict[str, float]:
     """The figures of bench/serving.py's measures, in milliseconds, of the requests due in the measured window."""
     layout = layout_of(name, config.load(name, list(settings)), pages)
-    clients, _ = play(
-        Run(layout=layout, sessions=sessions_of(options), seed=0, costs=costs, crowding=CROWDING)
-    )
+    workers = tuple(attrs.evolve(one, site=sites.get(one.name)) for one in layout.workers)
+    layout = attrs.evolve(layout, workers=workers)
+    clients, _ = play(Run(layout=layout, sessions=sessions_of(options), seed=0, costs=costs))
     end = options.arrivals.duration_s or float("inf")
     measured = [
         one

@@ -134,7 +134,8 @@ def play(
     values["cached_share"] = figures["cached_share"] or 0.0
     values["moved_mib"] = (moved_bytes(running) - before) / 2**20
     words = [*layout.settings, *given.set]
-    predicted = prediction.predict(layout.path, words, pages_of(running), costs_of(running), options)
+    sites = prediction.sites_of(running.members())
+    predicted = prediction.predict(layout.path, words, pages_of(running), costs_of(running), sites, options)
     return Sample(layout.name, kind, rate, values, summary["lag"]["fell_behind"], predicted)
 
 

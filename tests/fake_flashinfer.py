@@ -17,8 +17,8 @@ class Replays:
 
     def __init__(self) -> None:
         self.captured = 0
-        self.replays = 0
-        self.waits = 0
+        self.log: list[str] = []
+        """What was launched and waited for, in order: ``replay`` and ``wait``."""
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         """Run it twice, as a capture with a warm-up does."""
@@ -27,18 +27,14 @@ class Replays:
         run()
 
         def replay() -> None:
-            self.replays += 1
+            self.log.append("replay")
             run()
 
         return replay
 
     def mark(self) -> Callable[[], None]:
-        """A wait that only counts."""
-
-        def wait() -> None:
-            self.waits += 1
-
-        return wait
+        """A wait that is only noted."""
+        return lambda: self.log.append("wait")
 
 
 def _ints(*tensors: torch.Tensor) -> None:
@@ -60,7 +56,7 @@ class _Attention:
 
     def __init__(self, float_workspace_buffer: torch.Tensor, kv_layout: str = "NHD") -> None:
         assert float_workspace_buffer.dtype == torch.uint8 and kv_layout == "HND"
-        self.device = float_workspace_buffer.device
+        self.device, self.room = float_workspace_buffer.device, len(float_workspace_buffer)
         self.tables: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     def _attend(self, q: torch.Tensor, cache: torch.Tensor, out: torch.Tensor, qo: list[int]) -> None:
@@ -85,6 +81,12 @@ class _Attention:
             scores.masked_fill_(torch.arange(length) > seen, float("-inf"))  # aligned to the end
             found = scores.softmax(-1) @ values.repeat_interleave(group, 0)
             out[qo[row] : qo[row + 1]] = found.transpose(0, 1).to(out.dtype)
+
+    def _split(self, tiles: int, tile: int) -> None:
+        """Room for the parts of a split context: values and their weights in float32, each array aligned to 16 bytes."""
+        heads, _, head_dim = self.heads
+        taken = heads * tiles * tile * head_dim * 4 + 16 + heads * tiles * tile * 4
+        assert taken <= self.room, f"Buffer overflow: {taken} bytes of parts, {self.room} of workspace"
 
     def _planned(self, heads: tuple[int, int, int], page_size: int, q_type: Any, kv_type: Any) -> None:
         assert q_type == kv_type
@@ -118,6 +120,9 @@ class BatchDecodeWithPagedKVCacheWrapper(_Attention):
             self.tables = indptr.clone(), indices.clone(), last_page_len.clone()
             return
         assert len(last_page_len) == len(self.fixed[2]), "the batch size is fixed"
+        if self.tensor_cores:
+            tile = 16 if group <= 16 else 64
+            self._split(-(-len(last_page_len) * group // tile) + len(last_page_len) - 1, tile)
         self.fixed[0].copy_(indptr)
         self.fixed[1][: len(indices)].copy_(indices)
         self.fixed[2].copy_(last_page_len)

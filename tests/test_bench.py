@@ -29,7 +29,7 @@ from loadgen import arrivals, build
 from loadgen.content import Filler
 from loadgen.conversation import Conversation, Own, Style
 from loadgen.records import Record
-from memserve.costs import StepCosts
+from memserve.costs import Site, StepCosts
 from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.spec import ModelSpec, find_model
 from memserve.engine.tokenizer import Tokenizer
@@ -320,19 +320,20 @@ def test_the_simulator_plays_what_the_load_generator_plays(kind: Any) -> None:
             assert [one.tokens for one in turn.pieces] == [length for some in lengths for length in some]
 
 
-def test_predictions_are_of_a_layout_and_of_the_costs_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_predictions_are_of_a_layout_and_of_the_costs_told() -> None:
     """If caching, or that workers share their cores, made no difference, nothing could be planned by it."""
     options = serving.options_of_run("react-like", 2.0, "http://127.0.0.1:1", "", serving.options_of([]))
     layouts = {one.name: one for one in serving.LAYOUTS}
 
     def said(name: str) -> dict[str, float]:
         layout = layouts[name]
-        return prediction.predict(layout.path, layout.settings, 5000, COSTS, options)
+        return prediction.predict(layout.path, layout.settings, 5000, COSTS, sites, options)
 
+    sites = {"p0": Site("cores", 2, 2), "d0": Site("cores", 2, 2)}
     without, cached = said("colocated"), said("colocated-cc")
     assert without["cached_share"] == 0 and cached["cached_share"] > 0.5
     assert cached["TTFT mean"] < without["TTFT mean"]
-    monkeypatch.setattr(prediction, "CROWDING", 0.0)
+    sites = {}
     assert said("colocated")["JCT mean"] < without["JCT mean"]
 
 

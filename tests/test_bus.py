@@ -8,11 +8,13 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import attrs
 import pytest
 import trio
 import zmq
 
 from memserve.bus import Link, MemoryBus, Received, ZmqLink, ZSocket, bind_private, open_link
+from memserve.costs import Site, StepCosts
 from memserve.errors import PeerError, PeerFull, PeerUnreachable
 from memserve.messages import (
     ActorId,
@@ -221,6 +223,7 @@ def test_codec_round_trip_and_refusals() -> None:
     member = Member(
         ActorId("p0.1"), "PrefillWorker", "ipc://x", 1, "ready", "prefill", "s0", {"waiting_tokens": 2.0}
     )
+    member = attrs.evolve(member, costs=StepCosts(((1.0, 0.1),)), site=Site("cores", 2, 2))
     for message in (Cluster(ActorId("s.1"), (member,)), Tokens(()), Failed("r", 1, "c", "m", 503, True, 1.5)):
         assert decode(*encode(message)) == message
     with pytest.raises(PeerError, match="unknown message kind"):

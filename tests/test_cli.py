@@ -27,6 +27,7 @@ MEMBERS = [
         "role_by": "hand",
         "role_wanted": "both",
         "joined": True,
+        "site": {"key": "5a1e0c77d3b2", "cores": 2.0, "threads": 2.0},
         "shard": "s0",
         "load": {"requests_running": 2.0, "requests_waiting": 1.0},
     },
@@ -168,13 +169,14 @@ def test_status_lists_the_actors(cluster, capsys):
     """If it failed, nobody could see who is in a cluster and how busy."""
     assert cli.run(["status", "--url", cluster.url]) == 0
     head, shard, worker = capsys.readouterr().out.splitlines()
-    assert head.split() == ["name", "kind", "role", "pid", "state", "load"]
+    assert head.split() == ["name", "kind", "role", "site", "pid", "state", "load"]
     assert "s0" in shard
     assert "pages 15 in use, 30 cached, 60 free of 100" in shard
-    assert [one for one in worker.split("  ") if one][:3] == [
+    assert [one for one in worker.split("  ") if one][:4] == [
         "p0",
         "PrefillWorker",
         "prefill by hand, wanted: both",
+        "5a1e0c77d3b2",
     ]
     assert "ready, joined" in worker
     assert "requests running 2, requests waiting 1" in worker

@@ -184,3 +184,17 @@ def test_a_busy_process_is_noticed() -> None:
     finally:
         busy.kill()
         busy.wait()
+
+
+def test_who_shares_cores_tells_the_same_key_and_sees_the_others_work(tmp_path: Path) -> None:
+    """If it failed, a scheduler could not tell which workers crowd one another, or a crowded step would count as drift."""
+    mine, near, far = (Cores(tmp_path / name, 2, 2) for name in ("c", "c", "d"))
+    assert mine.key == near.key != far.key
+    assert str(tmp_path) not in mine.key
+    near.busy(True)
+    far.busy(True)
+    with mine.hold() as held:
+        assert (held, mine.beside) == (1, 1)
+    near.busy(False)
+    assert mine.look() == 0
+    assert near.look() == 1, "who looks has work itself"

@@ -13,14 +13,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memserve.costs import StepCosts
+from memserve.costs import Site, StepCosts
 from memserve.engine.batching import ALONE
-from memserve.engine.calibration import calibrated, cases, measure
-from memserve.engine.load import swap_least
+from memserve.engine.calibration import TimeStep, calibrated, cases, crowding, measure
+from memserve.engine.load import StepWatch, swap_least
+from memserve.engine.plans import BatchPlan, Row
 from memserve.messages import ActorId, Cluster, Member
 from memserve.scheduling.cost_fit import Drift, Rows, Sample, fit_steps
 from memserve.scheduling.cost_model import CostModel, Link
 from memserve.scheduling.joining import JoiningCore
+from memserve.tokens import pack
 
 COSTS = StepCosts(
     dense=((1, 0.010), (8, 0.012), (64, 0.040), (512, 0.400)),
@@ -181,6 +183,37 @@ def test_measuring_finds_an_engine_of_known_costs() -> None:
     fitted = CostModel(found)
     for rows in ([(1, 300)], [(1, 30)] * 5, [(100, 0)], [(64, 400), (1, 200), (1, 100)], [(128, 0)]):
         assert fitted.step_s(rows) == pytest.approx(model.step_s(rows), rel=0.02)
+
+
+def test_measuring_finds_what_crowding_costs() -> None:
+    """If it failed, workers of one host would be priced as machines of their own, or as sharing one core."""
+    costs = attrs.evolve(COSTS, decode_crowding=0.0, prefill_crowding=0.0, chunk_tokens=64)
+
+    def on(threads: int) -> TimeStep:
+        shares = {1: (0.8, 0.5), 2: (0.0, 0.0)}[threads]
+        return lambda rows: (0.01 * (1.0 + shares[len(rows) == 1]), threads)
+
+    found = crowding(costs, on(2), on(1), 512)
+    assert (found.decode_crowding, found.prefill_crowding) == pytest.approx((0.8, 0.5))
+    assert attrs.evolve(found, decode_crowding=0.0, prefill_crowding=0.0) == costs
+    assert crowding(COSTS, on(1), on(1), 512) == COSTS, "a whole that has no more threads tells nothing"
+
+
+def test_a_step_beside_a_neighbour_is_no_drift() -> None:
+    """If it failed, crowding would be priced twice: in the scale that a worker reports, and by its neighbours' work."""
+    costs = attrs.evolve(COSTS, decode_crowding=0.8, prefill_crowding=0.5)
+    site = Site("host", cores=2, threads=2)
+    for tokens, crowded in ((1, 1.8), (64, 1.5)):
+        watch, plan = StepWatch(), BatchPlan((Row(pack([0] * tokens), 0, tuple(range(8)), None),))
+        seconds = CostModel(costs).step_s([(tokens, 0)]) * crowded
+        for at in range(200):
+            watch.began(costs, plan, float(at))
+            watch.ended(at + seconds, site, beside=1)
+        assert watch.gauges()["step_cost_scale"] == pytest.approx(1.0)
+        for at in range(400):
+            watch.began(costs, plan, float(at))
+            watch.ended(at + seconds, site, beside=0)
+        assert watch.gauges()["step_cost_scale"] == pytest.approx(crowded, rel=0.01)
 
 
 def test_a_measurement_is_made_once_and_kept_if_it_had_its_threads(tmp_path: Path) -> None:

@@ -95,6 +95,22 @@ async def test_a_worker_of_another_model_or_page_size_is_told_why(weights, place
     assert not cupy.cuda.runtime.opened
 
 
+async def test_a_worker_that_counts_gpus_otherwise_is_told_so(weights, place):
+    """If it attached anyway, every step would read its pages and weights over the link between two GPUs."""
+    cupy = fake_cupy()
+    cupy.cuda.runtime.devices = 2
+    arena = GpuArena.create(SHARD, 1, 2, PAGE_BYTES, weights, cupy)
+    with pytest.raises(ExceptionGroup) as caught:
+        await attached(arena, place, 0, PAGE_BYTES, weights, cupy=cupy)
+    (error,) = caught.value.exceptions
+    assert isinstance(error, UserError)
+    assert "on GPU 0000:41:00.0, and cuda:0 is 0000:40:00.0 in this process" in str(error)
+    seen = await attached(arena, place, 1, PAGE_BYTES, weights, cupy=cupy)
+    cupy.cuda.runtime.setDevice(0)
+    seen.close()
+    assert not cupy.cuda.runtime.opened
+
+
 async def test_arenas_of_the_other_kind_are_refused(weights, place):
     """If they were taken, a worker would read a memfd as a handle, or the other way round."""
     cupy = fake_cupy()
@@ -131,6 +147,7 @@ async def test_pages_of_another_gpu_that_cannot_be_reached_say_why(weights, plac
         await nursery.start(serve_packet, theirs.header.encode(), (), place)
         mapped = await trio.to_thread.run_sync(attach, place)
         assert (mapped.device, mapped.pages) == (1, 2)
+        cupy.cuda.runtime.setDevice(0)  # as other threads do meanwhile
         mapped.unmap()
         with pytest.raises(PeerError, match=f"pages of {PAGE_BYTES} bytes, this shard of {2 * PAGE_BYTES}"):
             await trio.to_thread.run_sync(other_size, place)
@@ -219,6 +236,16 @@ def test_pages_travel_through_all_tiers(store):
     assert bytes(store.host.view[5 * PAGE_BYTES :]) == b"\2" * PAGE_BYTES
     assert store.copy([(DEVICE(3), DEVICE(5), 1)]) == ()
     assert on_device(store, 5) == b"\5" * PAGE_BYTES
+
+
+def test_a_page_is_refilled_after_its_contents_left_it(store):
+    """If it failed, what was swapped out would be what was swapped in to its place: another prompt's KV."""
+    for number in (2, 3):
+        store.host.view[number * PAGE_BYTES : (number + 1) * PAGE_BYTES] = b"\x09" * PAGE_BYTES
+    assert store.copy([(DEVICE(0), HOST(0), 1), (HOST(2), DEVICE(0), 1)]) == ()
+    assert store.host.view[0] == 1 and on_device(store, 0)[0] == 9
+    assert store.copy([(HOST(3), DEVICE(4), 1), (DEVICE(1), HOST(3), 1), (DEVICE(4), HOST(4), 1)]) == ()
+    assert (store.host.view[3 * PAGE_BYTES], store.host.view[4 * PAGE_BYTES]) == (2, 9)
 
 
 def test_one_copy_moves_a_run(store):

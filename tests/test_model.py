@@ -200,54 +200,6 @@ def test_long_chunks_run_in_query_blocks(
     assert Runner(*tiny).generate(ids, 4, chunk=70) == expected
 
 
-def test_company_changes_no_token(tiny: tuple[ModelSpec, dict[str, torch.Tensor]]) -> None:
-    """Sixteen sequences of all lengths, prefilling and decoding in the same steps, each as if it were alone."""
-    prompts = [
-        prompt(length, length) for length in (1, 2, 15, 16, 17, 31, 33, 40, 64, 90, 3, 5, 129, 8, 70, 48)
-    ]
-    alone = [Runner(*tiny).generate(ids, 8) for ids in prompts]
-    runner = Runner(*tiny, pages=256)
-    tables = [runner.pages(len(ids) + 8) for ids in prompts]
-    sequences = [list(ids) for ids in prompts]
-    ran = [0] * len(prompts)
-    for step in range(200):
-        turns = [i for i in range(16) if (step + i) % 3 and len(sequences[i]) < len(prompts[i]) + 8]
-        rows = []
-        for i in turns:
-            part = sequences[i][ran[i] : ran[i] + 1 + (step + i) % 30]
-            last = ran[i] + len(part) == len(sequences[i])
-            rows.append(Row(pack(part), ran[i], tables[i], GREEDY if last else None))
-            ran[i] += len(part)
-        if rows:
-            logits = iter(runner.step(*rows))
-        for i, row in zip(turns, rows, strict=True):
-            if row.sample is not None:
-                # One token is drawn for each; NaN, from a page that is not the row's, would be token 0.
-                sequences[i].append(int(next(logits).argmax()))
-    assert [tokens[len(ids) :] for tokens, ids in zip(sequences, prompts, strict=True)] == alone
-
-
-def test_prefix_pages_can_be_shared(tiny: tuple[ModelSpec, dict[str, torch.Tensor]]) -> None:
-    """Two conversations on one cached prefix must give what each gives with a prefix of its own."""
-    prefix, tails = prompt(48, 1), [prompt(9, 2), prompt(20, 3)]
-    expected = [Runner(*tiny).generate(prefix + tail, 1) for tail in tails]
-    runner = Runner(*tiny)
-    shared = runner.pages(48)
-    runner.step(Row(pack(prefix), 0, shared, GREEDY))
-    rows = [Row(pack(tail), 48, shared + runner.pages(len(tail)), GREEDY) for tail in tails]
-
-    assert [[int(logits.argmax())] for logits in runner.step(*rows)] == expected
-
-
-def test_only_wanted_rows_have_logits(tiny: tuple[ModelSpec, dict[str, torch.Tensor]]) -> None:
-    """The head over a whole prompt costs as much as several layers."""
-    runner = Runner(*tiny)
-    rows = [Row(pack(prompt(5, i)), 0, runner.pages(5), GREEDY if i % 2 else None) for i in range(4)]
-
-    assert runner.step(*rows).shape == (2, 131)
-    assert runner.step(Row(pack([1]), 5, (0,), None)).shape == (0, 131)
-
-
 def test_bfloat16_stays_near_float32() -> None:
     """The default dtype would answer visibly worse than the exact one."""
     spec = tiny_spec()

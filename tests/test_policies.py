@@ -5,95 +5,14 @@ from __future__ import annotations
 import attrs
 import pytest
 
-from memserve.costs import StepCosts
 from memserve.messages import ActorId, Member, Request, Sampling
-from memserve.pool_messages import IndexDelta, IndexEvent
-from memserve.scheduling.cost_model import LINKS, Link
-from memserve.scheduling.fleet import SURE_S, Fleet, Placed
-from memserve.scheduling.global_tree import GlobalTree
-from memserve.scheduling.index_feed import IndexFeed
+from memserve.scheduling.cost_model import Link
+from memserve.scheduling.fleet import SURE_S, Placed
 from memserve.scheduling.outputs import TENANTS_MAX, UNKNOWN_TOKENS, OutputLengths
-from memserve.scheduling.policies import PLAIN, Choice, LongestPrefix, Policy, Session
+from memserve.scheduling.policies import PLAIN, LongestPrefix, Session
 from memserve.scheduling.pricing import Cost, Weights
 from memserve.tokens import pack
-
-PAGE = 16
-COSTS = StepCosts(
-    dense=((1, 0.010), (16, 0.011), (256, 0.100), (512, 0.200)),
-    row_s=1e-4,
-    read_s=1e-6,
-    pair_s=1e-7,
-    chunk_tokens=256,
-    token_bytes=20_000,
-)
-"""About a small model on a few cores: 2,500 tokens/s, 10 ms a step."""
-DOCUMENT = pack(range(1600))
-
-
-class World:
-    """A fleet and an index, by hand. Workers are ``p…`` (prefill), ``d…`` (decode) and ``w…`` (both), on a shard each
-    unless named ``p0@s1``.
-    """
-
-    def __init__(self, *workers: str, policy: Policy | None = None):
-        self.fleet, self.index, self.policy = Fleet(), IndexFeed(GlobalTree(PAGE)), policy or Cost()
-        self.entries: dict[str, int] = {}
-        self.now = 100.0
-        self.number = 0
-        for one in workers:
-            self.report(one)
-
-    def report(self, worker: str, costs: StepCosts = COSTS, **load: float) -> None:
-        """A heartbeat of a worker, and of its shard."""
-        name, _, shard = worker.partition("@")
-        shard = ActorId(f"{shard or 's-' + name}.1")
-        role = {"p": "prefill", "d": "decode", "w": "both"}[name[0]]
-        self.fleet.heard(Member(shard, "MemPoolShard", "", 1, "ready"), self.now)
-        kind = "DecodeWorker" if role == "decode" else "PrefillWorker"
-        me = Member(ActorId(f"{name}.1"), kind, "", 1, "ready", role, shard, load, costs)
-        self.fleet.heard(me, self.now)
-
-    def cache(self, shard: str, tokens: bytes, tier: int = 0) -> None:
-        """A shard tells that it holds a prompt."""
-        first = self.entries.get(shard, 0)
-        self.entries[shard] = first + 1
-        event = IndexEvent("stored", first + 1, 0, "anne", tokens[: len(tokens) // 64 * 64], tier)
-        assert self.index.delta(ActorId(f"{shard}.1"), IndexDelta(first, (event,)), self.now) == []
-
-    def evict(self, shard: str) -> None:
-        """A shard tells that what it stored last is gone."""
-        first = self.entries[shard]
-        self.entries[shard] = first + 1
-        event = IndexEvent("removed", first)
-        assert self.index.delta(ActorId(f"{shard}.1"), IndexDelta(first, (event,)), self.now) == []
-
-    def place(self, tokens: bytes = DOCUMENT, max_tokens: int = 100) -> Choice:
-        """Where a request goes."""
-        self.number += 1
-        length = len(tokens) // 4
-        request = Request(
-            f"r{self.number}", 0, ActorId("f.1"), "anne", tokens, length, max_tokens, (), Sampling()
-        )
-        match = self.index.match("anne", tokens, self.now)
-        choice = self.policy.choose(self.fleet, request, match, self.now)
-        assert choice is not None
-        self.index.tree.check()
-        return choice
-
-
-def busy(tokens: float, rows: float = 0) -> dict[str, float]:
-    """The load of a worker with so many prompt tokens waiting, in prompts of about 1,000, and streams of 500 tokens."""
-    return {
-        "waiting_tokens": tokens,
-        "waiting_pairs": tokens * 500,
-        "decode_rows": rows,
-        "context_tokens": rows * 500,
-    }
-
-
-def fetching(byte_s: float) -> Cost:
-    """The policy where pages move, so many seconds a byte."""
-    return Cost(Weights(fetch=True), {**LINKS, "mapped": Link(0.002, byte_s)})
+from placement_world import COSTS, DOCUMENT, World, busy, fetching
 
 
 def test_an_idle_worker_with_the_prefix_wins() -> None:

@@ -45,36 +45,6 @@ def test_a_step_returns_a_token_where_one_is_wanted(engine: CpuEngine) -> None:
     assert result.step_ms > 0
 
 
-def test_draws_follow_seed_and_position(engine: CpuEngine) -> None:
-    """A stream resumed elsewhere must go on with the very tokens it would have had."""
-    ids, how = prompt(12, 1), Sampling(temperature=1.5, seed=9)
-    first = engine.run(BatchPlan((Row(pack(ids), 0, (0,), how),))).tokens[0]
-    assert first is not None
-    second = engine.run(BatchPlan((Row(pack([first]), 12, (0,), how),))).tokens[0]
-    resumed = engine.run(BatchPlan((Row(pack([*ids, first]), 0, (7,), how),))).tokens[0]
-
-    assert second == resumed
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        (Row(b"", 0, (0,), None), "row 1: 0 tokens from position 0"),
-        (Row(pack([1]), 512, (0,) * 33, None), "row 1: 1 tokens from position 512"),
-        (Row(pack([1] * 17), 0, (4,), None), "row 1: 1 pages of 16 do not hold 17 tokens"),
-        (Row(pack([1]), 0, (16,), None), r"row 1: pages \(16,\); the arena has 0 to 15"),
-        (Row(pack([1]), 0, (-1,), None), r"row 1: pages \(-1,\)"),
-        (Row(pack([131]), 0, (4,), None), "row 1: token ids 131 to 131; the vocabulary has 131"),
-        (Row(pack([1]), 0, (2,), None), r"row 1: writes to a page that the step writes to already"),
-        (Row(pack([1] * 20), 0, (4, 4), None), r"row 1: writes to a page that the step writes to already"),
-    ],
-)
-def test_a_plan_that_leaves_its_pages_is_refused(engine: CpuEngine, row: Row, message: str) -> None:
-    """A wrong page id corrupts another request's answer in silence."""
-    with pytest.raises(ValueError, match=message):
-        engine.run(BatchPlan((Row(pack([1]), 0, (2,), None), row)))
-
-
 def test_warming_up_touches_no_page(tmp_path: Path) -> None:
     """The arena may hold other requests' KV already when a worker joins."""
     spec = tiny_spec()

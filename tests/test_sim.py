@@ -18,9 +18,11 @@ from memserve.mempool.shard import ShardCore
 from memserve.scheduling.index_feed import IndexFeed
 from memserve.sim.faults import KINDS, parse
 from memserve.sim.fuzz import fuzz
-from memserve.sim.layout import fixed
+from memserve.sim.layout import fixed, on_sites
+from memserve.sim.report import Report
 from memserve.sim.run import Run, simulate
-from memserve.sim.workloads import one_pool_bound, read_trace
+from memserve.sim.workloads import generated, one_pool_bound, read_trace
+from memserve.simulate import costs_of
 from memserve.transfer.incoming import Incoming
 
 ROOT = Path(__file__).parents[1]
@@ -260,6 +262,7 @@ def test_layouts_and_policies_are_compared_by_an_slo(capsys: pytest.CaptureFixtu
         ((), "give either --trace FILE or --workload"),
         (("--workload", "react", "--faults", "flood"), "--faults must be all, none or of"),
         (("--workload", "react", "--slo", "speed=1"), "--slo knows ttft, tpot, jct"),
+        (("--workload", "react", "--sites", "-1"), "--sites must be at least 1"),
         (("--trace", "/nowhere.jsonl"), "cannot be read"),
         (("--workload", "react", "--costs", "/nowhere.toml"), "--costs /nowhere.toml"),
     ],
@@ -269,6 +272,25 @@ def test_what_cannot_be_simulated_is_explained(words, complaint, capsys: pytest.
     status, said = sim(*words, capsys=capsys)
     assert status == cli.STATUS_USER_ERROR
     assert complaint in said and "Traceback" not in said
+
+
+def test_workers_of_one_site_crowd_one_another_and_cost_knows_it() -> None:
+    """If it failed, a plan for one small host would be one for two, and streams would be spread over its workers."""
+    costs = costs_of(ROOT / "configs/costs/135m-two-cores.toml")
+    sessions = tuple(generated("sharegpt", rate=1.5, requests=60, seed=3))
+
+    def run(policy: str, sites: int) -> Report:
+        layout = fixed("colocated", 2, pages=4000, shared=True, policy=policy)
+        return simulate(Run(layout=on_sites(layout, sites), sessions=sessions, costs=costs, seed=3))
+
+    spread, apart = run("least_load", 1), run("least_load", 0)
+    assert spread.jct_s.mean > 1.3 * apart.jct_s.mean
+    assert run("least_load", 2).digest != "" and run("least_load", 2).jct_s == apart.jct_s
+    together = run("cost", 1)
+    assert together.jct_s.mean < 0.85 * spread.jct_s.mean
+    assert max(one.decode_tokens for one in together.workers) > 0.8 * sum(
+        one.decode_tokens for one in together.workers
+    )
 
 
 def test_the_search_names_the_seed_that_fails(

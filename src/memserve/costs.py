@@ -1,4 +1,5 @@
-"""What a worker's steps cost, as figures that travel: fitted by the worker, carried by its heartbeats, read by schedulers.
+"""What a worker's steps cost and where they run, as figures that travel: found by the worker, carried by its heartbeats,
+read by schedulers.
 
 What is computed from them is in :mod:`memserve.scheduling.cost_model`.
 """
@@ -29,3 +30,30 @@ class StepCosts:
     """Prompt tokens a step beside running streams; twice as many without."""
     token_bytes: int = 0
     """KV of one token, for what is moved."""
+    decode_crowding: float = 1.0
+    """By which share a step of streams alone takes longer on half of the cores: 0 is as long, 1 twice as long."""
+    prefill_crowding: float = 1.0
+    """The same of a step with prompt tokens, which cores share less well: part of it runs on one in any case."""
+
+    def crowded(self, slices: float, prompts: bool) -> float:
+        """What a step's seconds are multiplied by on one of so many equal slices of the cores that it has alone.
+
+        ``slices``: see :meth:`Site.slices`. ``prompts``: whether prompt tokens are in the step.
+        """
+        return 1.0 + (self.prefill_crowding if prompts else self.decode_crowding) * (slices - 1.0)
+
+
+@attrs.frozen
+class Site:
+    """The cores, or the GPU, that a worker's steps run on. Workers of one key share them, and so crowd one another."""
+
+    key: str
+    """The same for those that share it, different for all others. Says nothing of where that is."""
+    cores: float = 1.0
+    """In all. A GPU counts as one."""
+    threads: float = 1.0
+    """Of them, the most that one step of this worker takes."""
+
+    def slices(self, others: float) -> float:
+        """How many times fewer cores a step has while ``others`` of the site have work, too, than when it is alone."""
+        return max(1.0, self.threads * (1.0 + others) / self.cores)

@@ -14,8 +14,14 @@ from memserve.sections import BatchConfig, ShardConfig
 
 CONTEXT_BYTES = 768 << 20
 """A CUDA context with the modules of torch and FlashInfer; an estimate, about half a gigabyte on Hopper."""
-WORKSPACE_BYTES = 512 << 20
-"""FlashInfer's float workspaces for decode and prefill, and its integer ones for every captured batch size."""
+PLAN_BYTES = 320 << 20
+"""FlashInfer's integer workspaces, 8 MiB for every captured batch size, and what it allocates at a first use."""
+WORKSPACE_MIN = 128 << 20
+"""FlashInfer's float workspace, as its documentation advises; all wrappers share one: they run one after another."""
+_ALIGNMENT = 1 << 10
+"""Of the two arrays in it."""
+PROCESSORS_MAX = 160
+"""Multiprocessors of the largest GPU; a smaller one's workspace is smaller."""
 SPARE = 0.03
 """Of a GPU's free memory: left for fragmentation and for what is not accounted here."""
 HEAD_DIMS = (64, 128, 256)
@@ -24,13 +30,28 @@ SCRATCH_PAGES = 1
 """Beyond the pool's pages: where the padding rows of a captured batch write."""
 
 
+def workspace_bytes(heads: int, kv_heads: int, head_dim: int, rows: int, processors: int) -> int:
+    """Of FlashInfer's float workspace, where kernels that split a row's context leave their parts before they are merged.
+
+    Its plan ends with an error where it is smaller. A captured decode step always splits, in at least as many tiles as
+    it has rows; fa2's prefill splits into no more tiles than the GPU runs at a time.
+    """
+    group, at_once = heads // kv_heads, 2 * processors // kv_heads
+    decode_tile, prefill_tile = 16 if group <= 16 else 64, 128  # query tokens times ``group``
+    tiles = max(at_once, -(-rows * group // decode_tile) + rows - 1)
+    most = max(tiles * decode_tile, at_once * prefill_tile)
+    return max(WORKSPACE_MIN, most * heads * (head_dim + 1) * 4 + _ALIGNMENT)
+
+
 def worker_bytes(spec: ModelSpec, batch: BatchConfig) -> int:
     """What one worker takes of a GPU beside the shared weights and pages: context, workspaces, a step's activations."""
     tokens = 2 * batch.chunk_tokens + batch.rows
     wide = 3 * spec.intermediate + 6 * spec.hidden + 2 * spec.head_dim * (spec.heads + 2 * spec.kv_heads)
     # Of the logits: bfloat16, float32, and float64 weights and sums of those that are drawn, 8 rows at a time.
-    logits = batch.rows * spec.vocab * 6 + 8 * spec.vocab * 64
-    return CONTEXT_BYTES + WORKSPACE_BYTES + 2 * tokens * wide + logits
+    rows = max(16, batch.rows * 3 // 2)  # of the largest captured batch size, at most
+    logits = rows * spec.vocab * 6 + 8 * spec.vocab * 64
+    workspace = workspace_bytes(spec.heads, spec.kv_heads, spec.head_dim, rows, PROCESSORS_MAX)
+    return CONTEXT_BYTES + PLAN_BYTES + workspace + 2 * tokens * wide + logits
 
 
 def gpu_pages(

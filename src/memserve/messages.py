@@ -33,7 +33,7 @@ from typing import Any
 import attrs
 import msgspec
 
-from memserve.costs import StepCosts
+from memserve.costs import Site, StepCosts
 from memserve.errors import PeerError
 from memserve.identity import ActorId as ActorId
 from memserve.identity import actor_name as actor_name
@@ -221,6 +221,8 @@ class Member:
     """Gauges and counters by metric name, units in the names."""
     costs: StepCosts | None = None
     """Workers: what their steps cost, as measured at their start."""
+    site: Site | None = None
+    """Workers: whose cores, or which GPU, their steps run on. None: unknown, and shared with nobody."""
     role_by: str = ""
     """Workers: who gave it its role while it ran, ``hand`` or ``scheduler``; empty: its configuration did."""
     role_configured: str = ""

@@ -162,13 +162,14 @@ def members(found: Sequence[Record]) -> None:
             name_of(member["id"]),
             member["kind"],
             role(member),
+            (member.get("site") or {}).get("key", ""),
             str(member["pid"]),
             member["state"] + (", joined" if member.get("joined") else ""),
             load(member.get("load") or {}),
         )
         for member in sorted(found, key=lambda member: (member["kind"], member["id"]))
     ]
-    table(("name", "kind", "role", "pid", "state", "load"), rows)
+    table(("name", "kind", "role", "site", "pid", "state", "load"), rows)
 
 
 def role(member: Record) -> str:

@@ -67,12 +67,12 @@ class SimOptions:
     error: Annotated[
         float, _option("Share by which each worker's steps may differ from what the scheduler is told.")
     ] = 0.0
-    crowding: Annotated[
-        float,
+    sites: Annotated[
+        int | None,
         _option(
-            "Share by which each other worker in a step makes a step longer: 1 where all workers run on the same cores."
+            "Sites (cores of a host, or GPUs) that the workers share in turn: those of one site crowd one another. Unset: each has its own."
         ),
-    ] = 0.0
+    ] = None
     slo: Annotated[
         str,
         _option("What 99th percentiles may be, in seconds, such as ttft=0.5,tpot=0.05: says who keeps it."),

@@ -21,7 +21,7 @@ from memserve.scheduling.pricing import Weights
 from memserve.sections import ShardConfig
 from memserve.sim import faults, fuzz
 from memserve.sim.engines import PAPER
-from memserve.sim.layout import Layout, ShardPlan, WorkerPlan
+from memserve.sim.layout import Layout, ShardPlan, WorkerPlan, on_sites
 from memserve.sim.report import Report, Spread
 from memserve.sim.run import Run, simulate
 from memserve.sim.workloads import KINDS, TRACE_BLOCK_TOKENS, Session, generated, read_trace
@@ -120,16 +120,20 @@ def costs_of(path: Path | None) -> CostModel:
 
 def runs_of(asked: SimOptions) -> list[Run]:
     """Each configuration with each policy."""
+    if asked.sites is not None and asked.sites < 1:
+        raise UserError(f"--sites must be at least 1, not {asked.sites}")
     sessions, costs, kinds = sessions_of(asked), costs_of(asked.costs), faults.parse(asked.faults)
     found = []
     for name in asked.config:
         for policy in asked.policy.split(","):
             words = [*asked.overrides, f"scheduler.policy={policy}"] if policy else list(asked.overrides)
             layout = layout_of(Path(name).stem, configuration.load(name, words), asked.pages)
+            if asked.sites is not None:
+                layout = on_sites(layout, asked.sites)
             found.append(
                 Run(
                     layout=layout, sessions=sessions, seed=asked.seed, costs=costs, faults=kinds, error=asked.error,
-                    crowding=asked.crowding, checked=asked.checked, serial=asked.serial,
+                    checked=asked.checked, serial=asked.serial,
                 )
             )  # fmt: skip
     return found

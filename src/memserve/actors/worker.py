@@ -19,7 +19,7 @@ from memserve.actors.engine_thread import EngineThread
 from memserve.actors.loop import Shell
 from memserve.bus import Link, open_link
 from memserve.config import Resolved
-from memserve.costs import StepCosts
+from memserve.costs import Site, StepCosts
 from memserve.engine.batching import BatchLimits, WorkerSettings
 from memserve.engine.plans import StepEngine
 from memserve.engine.worker import WorkerCore
@@ -33,6 +33,7 @@ from memserve.scheduling.presence import Presence, Reporting, seed_id
 from memserve.sections import ShardConfig
 
 if TYPE_CHECKING:
+    from memserve.engine.calibration import TimeStep
     from memserve.engine.cuda import CudaEngine
     from memserve.engine.runner import CpuEngine
 
@@ -43,8 +44,18 @@ SHARD_WAIT_S = 60.0
 PLANNED_S = 0.3
 """A draining worker stays for so long at least: what was planned before the scheduler knew of it still arrives."""
 CORES_FILE = "cores.lock"
+GPU_FILE = "gpu-{}.lock"
+"""Whose workers have work, by GPU."""
 CALIBRATED = {False: (32, 1024), True: (256, 8192)}
 """Streams and tokens of context, at most, on a CPU and on a GPU; beyond, costs go on as they grew up to there."""
+
+
+@attrs.define
+class Found:
+    """What the thread that starts an engine finds out about it, for the worker's heartbeats."""
+
+    costs: StepCosts | None = None
+    site: Site | None = None
 
 
 async def run_worker(context: ActorContext, task_status: trio.TaskStatus[None]) -> None:
@@ -58,11 +69,11 @@ async def run_worker(context: ActorContext, task_status: trio.TaskStatus[None]) 
             await nursery.start(shell.run)
             nursery.start_soon(trio.to_thread.run_sync, import_engine, shard_of(context).on_gpu)
             shard = await shard_found(shell, joining)
-            costs: list[StepCosts] = []
+            found = Found()
             at_work = partial(getattr, joining, "at_work")
-            engine = EngineThread(partial(start_engine, context, shard, costs.append, at_work))
+            engine = EngineThread(partial(start_engine, context, shard, found, at_work))
             await nursery.start(engine.run)
-            presence.member = attrs.evolve(presence.member, costs=costs[0] if costs else None)
+            presence.member = attrs.evolve(presence.member, costs=found.costs, site=found.site)
             core = WorkerCore(presence, shard, settings_of(context.resolved))
             take_charge(shell, core, engine)
             task_status.started()
@@ -123,7 +134,7 @@ def import_engine(on_gpu: bool) -> None:
 def start_engine(
     context: ActorContext,
     shard: ActorId,
-    measured: Callable[[StepCosts], None],
+    found: Found,
     at_work: Callable[[], StepCosts | None],
 ) -> StepEngine:
     """Attach to the shard's arena, make the engine ready and measure it. Imports torch, and blocks: for a thread."""
@@ -133,7 +144,7 @@ def start_engine(
 
     resolved = context.resolved
     if shard_of(context).on_gpu:
-        return start_engine_on_gpu(context, shard, measured, at_work)
+        return start_engine_on_gpu(context, shard, found, at_work)
     try:
         arena = attach_arena(context.place.socket_path(f"{shard}.arena"), resolved.page_bytes)
     except (PeerError, PeerUnreachable) as error:
@@ -147,7 +158,9 @@ def start_engine(
     pages = arena.header.pages
     engine = CpuEngine(files.spec, files.weights, arena.memory, pages, page_tokens, model.dtype, cores)
     engine.warm_up()
-    measured(calibrate(engine, resolved, threads, "native" if engine.native else "torch", at_work))
+    found.site = Site(cores.key, resolved.cores, threads)
+    kind = "native" if engine.native else "torch"
+    found.costs = calibrate(engine, resolved, threads, kind, at_work, sliced=engine.timer)
     return engine
 
 
@@ -157,12 +170,13 @@ def calibrate(
     threads: int,
     kind: str,
     at_work: Callable[[], StepCosts | None],
+    sliced: Callable[[int, int, int], TimeStep] | None = None,
 ) -> StepCosts:
     """What its steps cost: remembered, taken from a worker that is at work, or measured, when no other one measures.
 
-    ``kind``: of engine, and what it runs on beside the host.
+    ``kind``: of engine, and what it runs on beside the host. ``sliced``: a timer of its steps on fewer threads.
     """
-    from memserve.engine.calibration import calibrated, measure
+    from memserve.engine.calibration import SLICED, calibrated, crowding, measure
     from memserve.engine.weights import default_cache_dir
 
     config, spec = resolved.config, resolved.spec
@@ -178,14 +192,16 @@ def calibrate(
         "engine": kind,
         "batch": [chunk, rows, context],
     }
+
+    def measuring() -> tuple[StepCosts, int]:
+        whole = engine.timer(rows, context)
+        costs, fewest = measure(whole, chunk, rows, context, token_bytes)
+        if sliced is None or threads < SLICED:
+            return costs, fewest  # a GPU or a single core is shared in time
+        return crowding(costs, whole, sliced(rows, context, threads // SLICED), context), fewest
+
     engine.rest()  # while it waits for its turn, its cores are another's
-    costs = calibrated(
-        default_cache_dir(),
-        name,
-        lambda: measure(engine.timer(rows, context), chunk, rows, context, token_bytes),
-        threads,
-        at_work,
-    )
+    costs = calibrated(default_cache_dir(), name, measuring, threads, at_work)
     engine.rest()
     return costs
 
@@ -199,10 +215,11 @@ def shard_of(context: ActorContext) -> ShardConfig:
 def start_engine_on_gpu(
     context: ActorContext,
     shard: ActorId,
-    measured: Callable[[StepCosts], None],
+    found: Found,
     at_work: Callable[[], StepCosts | None],
 ) -> StepEngine:
     """The same for a shard on a GPU, which holds the weights too."""
+    from memserve.engine.cores import Cores
     from memserve.engine.cuda import open_engine
 
     resolved, model = context.resolved, context.resolved.config.model
@@ -210,10 +227,12 @@ def start_engine_on_gpu(
     device = device_index(shard_of(context).device)
     assert device is not None, "a worker of a shard that is on no GPU"
     try:
-        engine = open_engine(resolved, files, context.place.socket_path(f"{shard}.arena"), device)
+        shared = Cores(context.place.path / GPU_FILE.format(device), 1, 1)
+        engine = open_engine(resolved, files, context.place.socket_path(f"{shard}.arena"), device, shared)
     except (PeerError, PeerUnreachable) as error:
         raise RestartNeeded(str(error)) from error
-    measured(calibrate(engine, resolved, 1, f"flashinfer on {engine.device_name}", at_work))
+    found.site = Site(shared.key)
+    found.costs = calibrate(engine, resolved, 1, f"flashinfer on {engine.device_name}", at_work)
     return engine
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import attrs
 import msgspec
 
 from memserve.costs import StepCosts
@@ -31,7 +32,10 @@ REPEATS = 2
 SHORT_S = 0.15
 ROUGH_S = 600.0
 """What was measured on fewer cores than a worker may have serves so long: the workers of one start need not all measure."""
-VERSION = 2
+SLICED = 2
+"""Crowding is measured on one of so many slices of a worker's threads."""
+SLICED_REPEATS = 4
+VERSION = 3
 """Of what is measured and how."""
 
 TimeStep = Callable[[Rows], tuple[float, int]]
@@ -86,6 +90,33 @@ def measure(
     knots.append(float(most))
     samples *= -(-(len(knots) + 3) // len(samples))  # an engine of few sizes: as many equations as unknowns
     return fit_steps(samples, knots, chunk_tokens, token_bytes), fewest
+
+
+def crowding(costs: StepCosts, whole: TimeStep, sliced: TimeStep, context: int) -> StepCosts:
+    """The same with what crowding costs: steps of ``sliced``, on a part of the threads, against those of ``whole``.
+
+    Unchanged where the whole never had more threads: nothing was seen. Measured alone: where two workers wait for the
+    same memory, each takes longer than this says, which the scale that it reports shows.
+    """
+    tokens = min(costs.chunk_tokens, context)
+    decode = _stretch(whole, sliced, ((1, min(300, context - 1)),) * 4)
+    prefill = _stretch(whole, sliced, ((tokens, 0),))
+    if decode is None or prefill is None:
+        return costs
+    return attrs.evolve(costs, decode_crowding=decode, prefill_crowding=prefill)
+
+
+def _stretch(whole: TimeStep, sliced: TimeStep, rows: Rows) -> float | None:
+    """By which share a step takes longer for each time that its threads are divided by one more; None if they were not."""
+    best: dict[int, float] = {}
+    for _ in range(SLICED_REPEATS):  # in turn, so that what disturbs one disturbs the other
+        for run in (whole, sliced):
+            seconds, threads = run(rows)
+            best[threads] = min(seconds, best.get(threads, math.inf))
+        if sum(best.values()) > 2 * SHORT_S and len(best) > 1:
+            break
+    most, least = max(best), min(best)
+    return max(0.0, best[least] / best[most] - 1.0) / (most / least - 1.0) if most > least else None
 
 
 def calibrated(

@@ -15,6 +15,7 @@ descriptor's closing in the same process does not drop them.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import struct
 import time
@@ -102,10 +103,13 @@ class Cores:
         if cores < 1 or not 0 <= (slot or 0) < _SLOTS:
             raise ValueError(f"needs at least one core and a slot below {_SLOTS}, got {cores} and {slot}")
         self.want = want
+        self.beside = 0
+        """Other workers that had work when the last step took its cores."""
         self._cores, self._patience_s = cores, patience_s
         self._outsiders = outsiders
         # Never inherited: a child of a killed worker would keep its cores.
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self.key = _key(os.fstat(self._fd))
         self._is_busy = False
         self._slot = self._take_slot() if slot is None else slot
 
@@ -123,6 +127,12 @@ class Cores:
         if not self._set(_BUSY + self._slot, has_work):
             raise RuntimeError(f"slot {self._slot} is another worker's")
         self._is_busy = has_work
+
+    def look(self) -> int:
+        """How many other workers have work: for a site that is shared in time, without steps that wait for one another."""
+        self.busy(True)
+        self.beside = self._others(_BUSY)
+        return self.beside
 
     @contextmanager
     def hold(self) -> Iterator[int]:
@@ -161,7 +171,8 @@ class Cores:
     def _share(self) -> int:
         """Cores for this worker's next step: those that outsiders leave, divided among the workers that have work."""
         outside = self._outsiders.cores if self._outsiders is not None else 0
-        return max(1, min(self.want, (self._cores - outside) // (1 + self._others(_BUSY))))
+        self.beside = self._others(_BUSY)
+        return max(1, min(self.want, (self._cores - outside) // (1 + self.beside)))
 
     def _set(self, byte: int, locked: bool) -> bool:
         """Lock or unlock one byte without waiting. False when another holds it."""
@@ -186,3 +197,10 @@ class Cores:
                 sides = ((begin, start), (start + length, end))
                 ranges += [(low, high) for low, high in sides if low < high]
         return found
+
+
+def _key(budget: os.stat_result) -> str:
+    """Of the budget's file: whoever has opened the same one shares its cores, and nobody else does."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    told = f"{boot} {budget.st_dev} {budget.st_ino}"
+    return hashlib.blake2b(told.encode(), digest_size=6).hexdigest()

@@ -23,6 +23,7 @@ from torch.utils.dlpack import from_dlpack
 
 from memserve.config import Resolved
 from memserve.engine import sampling
+from memserve.engine.cores import Cores
 from memserve.engine.model import Batch, Llama
 from memserve.engine.plan_check import check_plan
 from memserve.engine.plans import BatchPlan, BatchResult, Row
@@ -61,12 +62,15 @@ class Graphs(Protocol):
 
 
 class CudaGraphs:
-    """CUDA graphs and events on one GPU. The graphs share one memory pool: they run one after another."""
+    """CUDA graphs and events on one GPU. The graphs share one memory pool: they run one after another.
+
+    A graph lives as long as what ``capture`` returned.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._kept: list[torch.cuda.CUDAGraph] = []
+        self._pool = torch.cuda.graph_pool_handle()
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         current = torch.cuda.current_stream(self._device)
@@ -76,16 +80,14 @@ class CudaGraphs:
         current.wait_stream(self._stream)
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
-        pool = self._kept[0].pool() if self._kept else None
-        with torch.cuda.graph(graph, pool=pool, stream=self._stream):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             run()
-        self._kept.append(graph)
         replay: Callable[[], None] = graph.replay
         return replay
 
     def mark(self) -> Callable[[], None]:
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         wait: Callable[[], None] = event.synchronize
         return wait
 
@@ -95,8 +97,6 @@ class _DecodeStep:
     """A captured batch size: its arrays at fixed addresses, and the graph that reads and writes them."""
 
     arrays: CapturedDecode
-    logits: torch.Tensor | None = None
-    """(rows, vocab) float32, as the last run left them."""
     best: torch.Tensor | None = None
     """(2, rows) float64: the largest logit of each row, and its token."""
     replay: Callable[[], None] = lambda: None
@@ -134,25 +134,31 @@ class CudaEngine:
         backend: str,
         max_context: int | None = None,
         release: Callable[[], None] = lambda: None,
+        shared: Cores | None = None,
     ) -> None:
         """``arena``: (pages + 1, layers, 2, kv_heads, page_tokens, head_dim); the last page is scratch, nobody's.
 
         ``weights``: on the arena's device, matrices in its dtype. ``rows``: of a step, at most; ``backend``: of
         prefill, fa2 or fa3. ``max_context``: tokens of a row, at most; unset, what the model was made for.
-        ``release``: called by ``close``, when nothing uses arena and weights any more.
+        ``release``: called by ``close``, when nothing uses arena and weights any more. ``shared``: who else uses the GPU.
         """
         self._spec, self._graphs = spec, graphs
         self._pages, self._page_tokens = len(arena) - 1, arena.shape[4]
         self._device, dtype = arena.device, arena.dtype
         ops = FlashInferOps(library, spec, dtype, arena.device)
         self._model: Llama | None = Llama(spec, norms_as(weights, dtype), dtype, ops)
-        self._attention: FlashInferAttention | None = FlashInferAttention(library, arena, spec.heads, backend)
-        self._fresh = partial(_attention, library, spec.heads, backend)
         self._buckets = buckets_up_to(rows)
+        self._attention: FlashInferAttention | None = FlashInferAttention(
+            library, arena, spec.heads, backend, self._buckets[-1]
+        )
+        self._fresh = partial(_attention, library, spec.heads, backend)
+        # One array for all captured batch sizes: with a vocabulary of 128k tokens each row takes half a megabyte.
+        self._logits: torch.Tensor | None = None
         self._row_pages = pages_for(min(max_context or spec.max_context, spec.max_context), self._page_tokens)
         self._steps: dict[int, _DecodeStep] = {}
         self._ahead: _Ahead | None = None
         self._release = release
+        self._shared = shared
 
     @property
     def device_name(self) -> str:
@@ -162,9 +168,10 @@ class CudaEngine:
     def run(self, plan: BatchPlan) -> BatchResult:
         """One step. Raises ValueError, naming the row, for a plan that would read or write what is not its own."""
         check_plan(plan, self._spec, self._pages, self._page_tokens)
+        beside = self._shared.look() if self._shared is not None else 0
         began = time.perf_counter()
         tokens = self._step(plan)
-        return BatchResult(tokens, (time.perf_counter() - began) * 1000, 1)
+        return BatchResult(tokens, (time.perf_counter() - began) * 1000, 1, beside)
 
     def warm_up(self) -> None:
         """Load every kernel and capture every batch size, touching no page but the scratch page."""
@@ -180,6 +187,7 @@ class CudaEngine:
                 Row(pack([0]), length, pages, Sampling(temperature=1.0, seed=1)),
             ):
                 self._run_any(BatchPlan((row,)), attention)
+            self._logits = torch.empty(self._buckets[-1], self._spec.vocab, device=self._device)
             found = {rows: self._capture(rows) for rows in sorted(self._buckets, reverse=True)}
         self._steps = {rows: found[rows] for rows in self._buckets}
 
@@ -208,13 +216,15 @@ class CudaEngine:
         return Row(pack([0] * new), before, tuple(pages), None)
 
     def rest(self) -> None:
-        """Nothing to give back: the GPU is shared in time, and an idle engine launches nothing."""
+        """The GPU is shared in time, and an idle engine launches nothing; only others are told."""
+        if self._shared is not None:
+            self._shared.busy(False)
 
     def close(self) -> None:
         """Let go of the arena and the weights."""
         self._graphs.mark()()
         self._steps, self._ahead = {}, None
-        self._attention = self._model = None
+        self._attention = self._model = self._logits = None
         self._release()
 
     def _step(self, plan: BatchPlan) -> tuple[int | None, ...]:
@@ -251,16 +261,15 @@ class CudaEngine:
     # ---- decode rows alone -----------------------------------------------------------------------------------
 
     def _capture(self, rows: int) -> _DecodeStep:
-        assert self._model is not None and self._attention is not None, "the engine is closed"
+        assert self._model is not None and self._attention is not None and self._logits is not None
         arrays = self._attention.captured(rows, self._buckets[-1] * self._row_pages)
         step = _DecodeStep(arrays)
         arrays.load(Table.of((), self._page_tokens).padded(rows, self._pages), np.zeros(rows, np.int32))
         batch = Batch(arrays.ids, arrays.positions, torch.arange(rows, device=self._device))
-        model, attention = self._model, self._attention
+        model, attention, logits = self._model, self._attention, self._logits[:rows]
 
         def launch() -> None:
-            logits = model.forward(batch, arrays.plan, attention)
-            step.logits, step.best = logits, best_of(logits)
+            step.best = best_of(model.forward(batch, arrays.plan, attention, logits))
 
         step.replay = self._graphs.capture(launch)
         return step
@@ -282,13 +291,15 @@ class CudaEngine:
             loaded()  # FlashInfer plans in one pinned buffer, which must have been read before it is written again
             self._load([Row(row.tokens, row.end, row.pages, None) for row in plan.rows], step)
             self._ahead = _Ahead(step, plan.rows)
-        assert step.logits is not None and step.best is not None, "a captured step that never ran"
+        assert self._logits is not None and step.best is not None, "a captured step that never ran"
         wanted = [i for i, row in enumerate(plan.rows) if row.sample is not None]
         drawn: list[int | None] = [None] * len(plan.rows)
         if wanted:
-            found = self._draw(step.logits, step.best, [plan.rows[i] for i in wanted], wanted, wanted)
+            found = self._draw(self._logits, step.best, [plan.rows[i] for i in wanted], wanted, wanted)
             for i, token in zip(wanted, found, strict=True):
                 drawn[i] = token
+        else:
+            self._graphs.mark()()  # a prompt may end a chunk with one token: its page is published too
         return tuple(drawn)
 
     def _load(self, rows: Sequence[Row], step: _DecodeStep) -> None:
@@ -331,10 +342,12 @@ class CudaEngine:
         return tokens
 
 
-def open_engine(resolved: Resolved, files: ModelFiles, socket: Path, device: int) -> CudaEngine:
+def open_engine(
+    resolved: Resolved, files: ModelFiles, socket: Path, device: int, neighbours: Cores | None = None
+) -> CudaEngine:
     """Attach to the shard's pages and weights on ``cuda:device`` and make an engine ready. Blocks for seconds.
 
-    Raises PeerUnreachable, PeerError and UserError as ``attach_gpu_arena`` does.
+    ``neighbours``: who else uses the GPU. Raises PeerUnreachable, PeerError and UserError as ``attach_gpu_arena`` does.
     """
     where = torch.device("cuda", device)
     torch.cuda.init()  # type: ignore[no-untyped-call]
@@ -349,12 +362,13 @@ def open_engine(resolved: Resolved, files: ModelFiles, socket: Path, device: int
         spec,
         weights_of(shared, files.weights),
         pages_of(shared, spec, page_tokens, getattr(torch, resolved.config.model.dtype)),
-        load_flashinfer(capability),
+        load_flashinfer(capability, spec),
         CudaGraphs(where),
         rows=resolved.config.batch.rows,
         backend=prefill_backend(capability),
         max_context=resolved.max_context,
         release=shared.close,
+        shared=neighbours,
     )
     engine.warm_up()
     return engine

@@ -7,7 +7,7 @@ from collections.abc import Collection
 
 import attrs
 
-from memserve.costs import StepCosts
+from memserve.costs import Site, StepCosts
 from memserve.engine.plans import BatchPlan
 from memserve.engine.sequence import Phase, Sequence
 from memserve.messages import ActorId
@@ -65,9 +65,12 @@ class StepWatch:
         self._predicted_s, self._began = self._model.step_s(rows), now
         self._prompt_tokens = sum(tokens for tokens, _ in rows if tokens > 1)
 
-    def ended(self, now: float) -> None:
-        """And is over."""
-        self.drift.saw(self._predicted_s, now - self._began)
+    def ended(self, now: float, site: Site | None = None, beside: int = 0) -> None:
+        """And is over; ``beside`` others of the site had work. What crowding takes is no drift: schedulers reckon with it."""
+        crowded = 1.0
+        if site is not None and beside and self._model is not None:
+            crowded = self._model.steps.crowded(site.slices(beside), self._prompt_tokens > 0)
+        self.drift.saw(self._predicted_s * crowded, now - self._began)
         self._prompt_tokens = 0
 
     def done_tokens(self, now: float) -> float:

@@ -135,8 +135,13 @@ class Llama:
         self._layers = [Layer.of(weights, layer, self.dtype) for layer in range(spec.layers)]
         self._ops = ops or TorchOps(spec, self.dtype, self._norm.device)
 
-    def forward(self, batch: Batch, plan: Any, attention: AttentionBackend[Any]) -> torch.Tensor:
-        """Logits (wanted rows, vocab) float32. Appends every token's K and V to the pages that ``plan`` names."""
+    def forward(
+        self, batch: Batch, plan: Any, attention: AttentionBackend[Any], out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Logits (wanted rows, vocab) float32, in ``out`` where it is given.
+
+        Appends every token's K and V to the pages that ``plan`` names.
+        """
         spec, ops, dtype = self.spec, self._ops, self.dtype
         x = self._embed.rows(batch.ids, ops.residual)  # (tokens, hidden)
         rotation = ops.rotation(batch.positions)
@@ -151,4 +156,5 @@ class Llama:
             delta = layer.down.apply(ops.swiglu(layer.gate_up.apply(normed)))
         assert delta is not None, "a model without layers"
         normed = ops.add_norm(x[batch.wanted], delta[batch.wanted], self._norm, dtype)
-        return self._head.apply(normed).float()
+        logits = self._head.apply(normed)
+        return logits.float() if out is None else out.copy_(logits)

@@ -45,6 +45,8 @@ class BatchResult:
     step_ms: float
     threads: int
     """Cores the step ran on."""
+    beside: int = 0
+    """Other workers of the same site (see :class:`~memserve.costs.Site`) that had work when it began."""
 
 
 class StepEngine(Protocol):

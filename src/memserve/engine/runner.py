@@ -83,7 +83,8 @@ class CpuEngine:
         with self._hold() as threads:
             began = time.perf_counter()
             tokens = self._step(plan, self._attention, self._arena, threads)
-            return BatchResult(tokens, (time.perf_counter() - began) * 1000, threads)
+            beside = self._cores.beside if self._cores is not None else 0
+            return BatchResult(tokens, (time.perf_counter() - began) * 1000, threads, beside)
 
     def warm_up(self) -> None:
         """Run a chunk and a decode row on pages of their own, so that the first request finds everything loaded."""
@@ -96,10 +97,12 @@ class CpuEngine:
             self._step(BatchPlan((Row(pack([0] * length), 0, pages, None),)), attention, scratch, threads)
             self._step(BatchPlan((Row(pack([0]), length, pages, greedy),)), attention, scratch, threads)
 
-    def timer(self, rows: int, context: int) -> Callable[[Sequence[tuple[int, int]]], tuple[float, int]]:
+    def timer(
+        self, rows: int, context: int, most: int | None = None
+    ) -> Callable[[Sequence[tuple[int, int]]], tuple[float, int]]:
         """A function that times one step of rows, each (new tokens, tokens before them); seconds, and the threads it had.
 
-        On pages of its own, of as many tokens as the caches of a machine do not hold: each row reads from another place.
+        ``most``: threads, where a step is to have fewer than it could. On pages of its own, of as many tokens as the caches of a machine do not hold: each row reads from another place.
         """
         token_bytes = (
             self._spec.page_bytes(self._page_tokens, str(self._dtype).removeprefix("torch."))
@@ -118,7 +121,8 @@ class CpuEngine:
                 if len(shapes) > 1 and new == 1:
                     pages[-1] = shared + number  # what one row writes no other may read or write
                 plan.append(Row(pack([0] * new), before, tuple(pages), greedy))
-            with self._hold() as threads:
+            with self._hold() as held:
+                threads = min(held, most or held)
                 began = time.perf_counter()
                 self._step(BatchPlan(tuple(plan)), attention, scratch, threads)
                 return time.perf_counter() - began, threads

@@ -302,7 +302,7 @@ class WorkerCore:
     def _on_batch_done(self, sender: ActorId, message: BatchDone, now: float) -> None:
         batch, self._batch = self._batch, None
         assert batch is not None, "a batch is done that was never started"
-        self._watch.ended(now)
+        self._watch.ended(now, self.presence.member.site, message.result.beside)
         self._outbox.count("steps_total", 1)
         self._outbox.count("step_ms_total", message.result.step_ms)
         self._outbox.count("step_threads_total", message.result.threads)

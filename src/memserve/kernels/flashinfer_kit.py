@@ -19,14 +19,12 @@ import torch
 from memserve.engine.ops import HeadWeights, TorchOps, rope_table
 from memserve.engine.plans import BatchPlan
 from memserve.engine.spec import ModelSpec
+from memserve.gpu_room import workspace_bytes
+from memserve.gpus import gpu_environment
 from memserve.kernels.page_tables import Ints, StepTables, Table
 
-WORKSPACE_BYTES = 128 << 20
-"""Float workspace, as FlashInfer's documentation advises; all wrappers share one, since they run one after another."""
 DECODE_GROUPS = (1, 2, 3, 4, 8)
 """Query heads a kv head that the CUDA-core decode kernel of 0.6.9 is built for."""
-COMPILED = ("page", "norm", "rope", "silu_and_mul", "batch_decode", "batch_prefill")
-"""How the names of the libraries begin that flashinfer compiles for what is called here."""
 TENSOR_CORES_FROM = 4
 """Query heads a kv head from which decode on tensor cores reads the same KV with less arithmetic in the way."""
 
@@ -43,14 +41,17 @@ class Library(Protocol):
     apply_rope_with_cos_sin_cache_inplace: Any
 
 
-def load_flashinfer(capability: tuple[int, int]) -> Library:
+def load_flashinfer(capability: tuple[int, int], spec: ModelSpec) -> Library:
     """Import flashinfer for GPUs of this compute capability, without a search for them or a compiler in a request.
 
-    Where kernels were compiled ahead (``data/aot``), a missing one is an error at start rather than minutes of nvcc.
+    Where all kernels that the model needs were compiled ahead (``data/aot``), nothing is compiled any more.
     """
     arch = f"{capability[0]}.{capability[1]}" + ("a" if capability[0] >= 9 else "")
-    os.environ.setdefault("FLASHINFER_CUDA_ARCH_LIST", arch)
-    if compiled_ahead():
+    for name, value in {**gpu_environment(), "FLASHINFER_CUDA_ARCH_LIST": arch}.items():
+        os.environ.setdefault(
+            name, value
+        )  # a worker has them from its supervisor; a test or a benchmark has not
+    if compiled_ahead(libraries(spec, prefill_backend(capability))):
         os.environ.setdefault("FLASHINFER_DISABLE_JIT", "1")
     import flashinfer
 
@@ -58,14 +59,27 @@ def load_flashinfer(capability: tuple[int, int]) -> Library:
     return library
 
 
-def compiled_ahead() -> bool:
-    """Whether the installed flashinfer has a library of each kind that is used, compiled before."""
+def libraries(spec: ModelSpec, backend: str) -> set[str]:
+    """The names of the libraries that flashinfer has or compiles for a model's kernels in bfloat16; ``backend``: of prefill."""
+    types = "with_kv_cache_dtype_q_bf16_dtype_kv_bf16_dtype_o_bf16_dtype_idx_i32"
+    heads = f"head_dim_qk_{spec.head_dim}_head_dim_vo_{spec.head_dim}"
+    plain = "posenc_0_use_swa_False_use_logits_cap_False"
+    fa2 = f"batch_prefill_{types}_{heads}_{plain}_f16qk_False"
+    # Decode on tensor cores is fa2's prefill kernel with one query a row.
+    decode = (
+        fa2 if with_tensor_cores(spec.heads // spec.kv_heads) else f"batch_decode_{types}_{heads}_{plain}"
+    )
+    prefill = f"{fa2}_sm90" if backend == "fa3" else fa2
+    return {"page", "norm", "rope", "silu_and_mul", decode, prefill}
+
+
+def compiled_ahead(needed: set[str]) -> bool:
+    """Whether the installed flashinfer has all of these libraries, compiled before."""
     from importlib.util import find_spec
 
     spec = find_spec("flashinfer")
     folders = (spec.submodule_search_locations if spec else None) or ()
-    names = {path.stem for folder in folders for path in Path(folder, "data", "aot").glob("*/*.so")}
-    return all(any(name.startswith(kind) for name in names) for kind in COMPILED)
+    return needed <= {path.stem for folder in folders for path in Path(folder, "data", "aot").glob("*/*.so")}
 
 
 def prefill_backend(capability: tuple[int, int]) -> str:
@@ -138,8 +152,13 @@ class FlashInferAttention:
     :meth:`run` launches kernels and returns; the arena and a plan's arrays must live until they have run.
     """
 
-    def __init__(self, library: Library, arena: torch.Tensor, heads: int, backend: str) -> None:
-        """``arena``: (pages, layers, 2, kv_heads, page_tokens, head_dim) on the GPU. ``backend``: of prefill, fa2 or fa3."""
+    def __init__(
+        self, library: Library, arena: torch.Tensor, heads: int, backend: str, most_rows: int = 1
+    ) -> None:
+        """``arena``: (pages, layers, 2, kv_heads, page_tokens, head_dim) on the GPU. ``backend``: of prefill, fa2 or fa3.
+
+        ``most_rows``: of a captured batch, which decide how large the workspace is.
+        """
         self._library, self._arena = library, arena
         self.device = arena.device
         _, self._layers, _, kv_heads, page_tokens, head_dim = arena.shape
@@ -147,7 +166,8 @@ class FlashInferAttention:
             heads=heads, kv_heads=kv_heads, head_dim=head_dim, page_tokens=page_tokens, dtype=arena.dtype
         )
         self._tensor_cores = with_tensor_cores(heads // kv_heads)
-        self._workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=self.device)
+        size = workspace_bytes(heads, kv_heads, head_dim, most_rows, _processors(self.device))
+        self._workspace = torch.zeros(size, dtype=torch.uint8, device=self.device)
         self._shared: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         self._decode = self._decode_wrapper()
         self._prefill = library.BatchPrefillWithPagedKVCacheWrapper(self._workspace, "HND", backend=backend)
@@ -288,6 +308,10 @@ class CapturedDecode:
     def load_ids(self, ids: Ints) -> None:
         """Take the tokens of a step, padded to ``rows`` rows."""
         self.ids.copy_(_filled(self._host[3], ids), non_blocking=True)
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _pinned(size: int, device: torch.device) -> torch.Tensor:

@@ -45,7 +45,14 @@ class GpuPageStore:
         """Copy runs of pages, in order; the source slots whose bytes did not arrive. Releases the interpreter lock."""
         self.gpu.runtime.setDevice(self.gpu.device)  # a thread's own setting
         bad: list[int] = []
+        up: bool | None = None
         for run in coalesced(runs):
+            before, up = up, tier_of(run[1]) == Tier.DEVICE
+            if before not in (
+                None,
+                up,
+            ):  # streams know no order among them, and a run may fill what one before emptied
+                self.gpu.runtime.streamSynchronize(self._streams[not up])
             bad += self._copy_run(*run)
         for stream in self._streams.values():
             self.gpu.runtime.streamSynchronize(stream)

@@ -2,13 +2,16 @@
 
 Reports lag. Without what was placed since, a burst would land on one worker; so a placement counts on top of a worker's
 reports until one has come that surely includes it.
+
+Workers of one site crowd one another (:class:`~memserve.costs.Site`): a step takes as long as on fewer cores while others
+have work, whatever that is. Whoever has a site of its own is reckoned with as if there were none.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left, insort
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import chain
 
 import attrs
@@ -54,12 +57,16 @@ class Worker:
     queue_until: float = 0.0
     """When the prompts it has are run."""
     step_s: float = 0.0
-    """Of its streams alone."""
+    """Of its streams without a prompt."""
+    alone_s: float = 0.0
+    """The same while no neighbour has work."""
     used_at: float = 0.0
     """The last placement: of equals, the one that waited longest is next."""
     since: list[Placed] = attrs.field(factory=list)
     taken: float = 0.0
     """Prompts that it has taken in, by its report."""
+    site: list[Worker] = attrs.field(factory=list, repr=False)
+    """All workers of its site, itself included."""
 
     def heard(self, member: Member, now: float) -> None:
         """Take a report in."""
@@ -99,19 +106,76 @@ class Worker:
         """Seconds until a prompt placed now would begin to run."""
         return max(0.0, self.queue_until - now)
 
+    def prefill_s(self, tokens: int, cached: int, now: float) -> float:
+        """Seconds to run a prompt placed now, beside its streams and its neighbours, without the queue."""
+        return self.prompts_crowded(now) * self.model.prefill_s(tokens, cached, self.rows, self.context)
+
     def _settle(self, now: float, added: Placed | None = None) -> None:
-        self.step_s = self.model.decode_s(self.rows, self.context)
+        self.settle_step()
         if added is None:
-            self.queue_until = now + self.model.queue_s(self.tokens, self.pairs, self.rows, self.context)
+            queue_s = self.model.queue_s(self.tokens, self.pairs, self.rows, self.context)
+            self.queue_until = now + self.prompts_crowded(now) * queue_s
         elif added.tokens:
             seconds = self.model.queue_s(added.tokens, added.pairs, self.rows, self.context)
+            seconds *= self.prompts_crowded(now)
             seconds -= self.shared_s(added.tokens, self.tokens - added.tokens, now)
             self.queue_until = max(now, self.queue_until) + seconds
+
+    def settle_step(self) -> None:
+        """What a step of its streams takes, with those who have streams beside it."""
+        self.step_s = self.alone_s = self.model.decode_s(self.rows, self.context)
+        if len(self.site) > 1:
+            self.step_s *= self.crowded(sum(one.rows > 0 for one in self.neighbours()), prompts=False)
 
     def shared_s(self, tokens: float, queued: float, now: float) -> float:
         """Seconds that a prompt saves because the last step of what is queued has room for it."""
         left_s = self.queue_until - now
-        return self.model.shared_s(queued, left_s, tokens, self.rows) if left_s > 0 else 0.0
+        if left_s <= 0:
+            return 0.0
+        crowded = self.prompts_crowded(now)
+        return crowded * self.model.shared_s(queued, left_s / crowded, tokens, self.rows)
+
+    # ---- its site -------------------------------------------------------------------------------------------
+
+    def neighbours(self) -> Iterator[Worker]:
+        """The others of its site."""
+        return (one for one in self.site if one is not self)
+
+    def crowded(self, others: float, *, prompts: bool) -> float:
+        """What its steps are multiplied by while so many others of its site have work."""
+        site = self.member.site
+        return 1.0 if site is None else self.model.steps.crowded(site.slices(others), prompts)
+
+    def prompts_crowded(self, now: float) -> float:
+        """The same for steps with prompts, by those that have work now: a prompt is run sooner than they have none."""
+        if len(self.site) <= 1:
+            return 1.0
+        return self.crowded(sum(one.busy(now) for one in self.neighbours()), prompts=True)
+
+    def streams_crowded(self) -> float:
+        """The same for a stream as long as it stays: of a neighbour's m, which end at random times, the last one does
+        after m / (m + 1) of that, on average."""
+        if len(self.site) <= 1:
+            return 1.0
+        return self.crowded(sum(one.rows / (one.rows + 1.0) for one in self.neighbours()), prompts=False)
+
+    def slowed(self, by: Worker, now: float, *, prompts: bool) -> float:
+        """The share of its time that it loses while ``by``, of its site, has work that it had not."""
+        others = sum(one is not by and one.busy(now) for one in self.neighbours())
+        return 1.0 - self.crowded(others, prompts=prompts) / self.crowded(others + 1, prompts=prompts)
+
+    def longer_s(self, by: Worker) -> float:
+        """By how much its steps are longer while ``by``, of its site, has streams."""
+        others = sum(one is not by and one.rows > 0 for one in self.neighbours())
+        return self.alone_s * (self.crowded(others + 1, prompts=False) - self.crowded(others, prompts=False))
+
+    def busy(self, now: float) -> bool:
+        """Whether it has work."""
+        return self.rows > 0 or self.queue_until > now
+
+    def busiest(self) -> Worker:
+        """Who has the most streams of its site: where those of one host are together, the weights are read once a step."""
+        return max(self.site, key=_rows) if len(self.site) > 1 else self
 
 
 @attrs.define
@@ -178,6 +242,8 @@ class Fleet:
     decodes: Side = attrs.field(factory=lambda: Side(DECODES))
     shards: dict[ActorId, Member] = attrs.field(factory=dict)
     """Those that are ready."""
+    sites: dict[str, list[Worker]] = attrs.field(factory=dict)
+    """Their workers, by key."""
     free_pages: dict[ActorId, float] = attrs.field(factory=dict)
     """Of each of them, in all tiers: by its last report, less what was placed there since. Below 0: pages that it evicts."""
     rate: float = attrs.field(default=0.0, eq=False)
@@ -207,15 +273,20 @@ class Fleet:
                 return
             if known is None:
                 known = self.workers[member.id] = Worker(member, _costs(member))
+                self._settle_in(known)
+            before = known.rows
             known.heard(member, now)
             self._rank(known, now)
+            self._tell_neighbours(known, before, now)
 
     def placed(self, worker: ActorId, one: Placed, now: float) -> None:
         """Count a placement."""
         known = self.workers.get(worker)
         if known is not None:
+            before = known.rows
             known.placed(one, now)
             self._rank(known, now)
+            self._tell_neighbours(known, before, now)
 
     def took(self, shard: ActorId, pages: float) -> None:
         """A placement needs so many pages of a shard."""
@@ -234,6 +305,27 @@ class Fleet:
         known = self.workers.pop(actor, None)
         if known is not None:
             self._unrank(known.member)
+            self._move_out(known)
+
+    # ---- sites ----------------------------------------------------------------------------------------------
+
+    def _settle_in(self, one: Worker) -> None:
+        if one.member.site is not None:
+            one.site = self.sites.setdefault(one.member.site.key, [])
+            one.site.append(one)
+
+    def _move_out(self, one: Worker) -> None:
+        if one.member.site is not None:
+            one.site[:] = list(one.neighbours())
+            if not one.site:
+                del self.sites[one.member.site.key]
+
+    def _tell_neighbours(self, one: Worker, rows: float, now: float) -> None:
+        """Steps of its neighbours take another time when its first stream begins or its last one ends."""
+        if len(one.site) > 1 and (rows > 0) != (one.rows > 0):
+            for other in one.neighbours():
+                other.settle_step()
+                self._rank(other, now)
 
     def _rank(self, one: Worker, now: float) -> None:
         queue = one.queue_s(now)
@@ -243,6 +335,10 @@ class Fleet:
     def _unrank(self, member: Member) -> None:
         self.prefills.drop(member)
         self.decodes.drop(member)
+
+
+def _rows(one: Worker) -> float:
+    return one.rows
 
 
 def _costs(member: Member) -> CostModel:

@@ -65,7 +65,9 @@ def first_token_s(fleet: Fleet, match: Match, tokens: int, now: float) -> float:
             candidates |= {id: fleet.workers[id] for id in ranking.first(1)}
     return min(
         (
-            one.step_s / 2 + one.queue_s(now) + _run_s(one, match, tokens, beside=True)
+            one.step_s / 2
+            + one.queue_s(now)
+            + one.prefill_s(tokens, match.held(one.member.shard).tokens, now)
             for one in candidates.values()
         ),
         default=float("inf"),
@@ -83,9 +85,8 @@ def run_s(fleet: Fleet, match: Match, tokens: int) -> float:
     return UNKNOWN.dense[-1][1] / UNKNOWN.dense[-1][0] * tokens
 
 
-def _run_s(one: Worker, match: Match, tokens: int, *, beside: bool = False) -> float:
-    rows, context = (one.rows, one.context) if beside else (0.0, 0.0)
-    return one.model.prefill_s(tokens, match.held(one.member.shard).tokens, rows, context)
+def _run_s(one: Worker, match: Match, tokens: int) -> float:
+    return one.model.prefill_s(tokens, match.held(one.member.shard).tokens)
 
 
 def _best(fleet: Fleet, side: Side) -> Iterator[Worker]:

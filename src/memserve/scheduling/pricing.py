@@ -3,13 +3,15 @@
 For a request, a prefill worker p and a decode worker d (the same one, or two), the price is
 
     ttft_weight * (ttft + delayed_p + lost) + handoff + answer * step_d + slow_d
-        + others_weight * (rows_p * added_p + rows_d * answer * longer_d / 2)
+        + others_weight * (rows_p * added_p + rows_d * answer * longer_d / 2) + crowded
 
 ``ttft``: the step under way, what is queued at p (or bringing the prefix, where that takes longer), the missing tokens
 beside p's streams. ``step_d``: a step of d's streams with this one. ``slow_d``: prompts queued at d, which lengthen its
 first steps. The other terms are what others lose: ``delayed_p``, those who come to p while this prompt is queued or runs;
 ``lost``, those who will find what must be evicted for this one's pages no more (see :mod:`memserve.scheduling.losses`); the
-streams at p while the prompt runs, those at d for as long as this one is there. Locality has no weight of its own: a cached
+streams at p while the prompt runs, those at d for as long as this one is there; ``crowded``, the same of the workers that
+share cores or a GPU with p and d, where these had no streams before. All times are those beside the neighbours that have
+work. Locality has no weight of its own: a cached
 prefix makes ``ttft`` and what others lose smaller, a queue makes them larger, so a hot prefix is run, or fetched, at a second
 place as soon as the queue at the first costs more than a second copy of it.
 
@@ -29,6 +31,7 @@ from memserve.messages import Request
 from memserve.scheduling.cost_model import LINKS, CostModel, Link
 from memserve.scheduling.fleet import SURE_S, Fleet, Worker
 from memserve.scheduling.global_tree import Match
+from memserve.scheduling.membership import DECODES, PREFILLS
 from memserve.scheduling.outputs import OutputLengths
 from memserve.scheduling.policies import PLAIN, Choice, Policy, note
 from memserve.tokens import count
@@ -177,6 +180,10 @@ class Quote:
             ranking = sides.of_shard.get(shard)
             if ranking is not None:
                 found |= dict.fromkeys(ranking.first(2))
+        for one in list(found):
+            busiest = workers[one].busiest().member
+            if busiest.role in PREFILLS:
+                found[busiest.id] = None
         for one in found:
             worker = workers[one]
             if worker.member.shard in self.fleet.shards:
@@ -192,6 +199,9 @@ class Quote:
             found |= dict.fromkeys(ranking.first(DECODES_EACH))
         if self.weights.fetch:
             found |= dict.fromkeys(sides.every.first(DECODES_EACH))
+        busiest = prefill.busiest().member
+        if busiest.role in DECODES and (self.weights.fetch or busiest.shard == member.shard):
+            found[busiest.id] = None
         return [workers[one] for one in found if workers[one].member.shard in self.fleet.shards]
 
     # ---- what it costs --------------------------------------------------------------------------------------
@@ -216,7 +226,7 @@ class Quote:
     def _run(self, one: Worker, cached: int, bring_s: float) -> tuple[float, float]:
         """Seconds to the first token, and the price of what others lose while the prompt is queued or runs."""
         model, queue_s = one.model, one.queue_until - self.now
-        run_s = model.prefill_s(self.tokens, cached, one.rows, one.context)
+        run_s = one.prefill_s(self.tokens, cached, self.now)
         if queue_s <= bring_s:
             queue_s = max(0.0, queue_s)
             ttft = one.step_s / 2 + bring_s + run_s
@@ -229,7 +239,22 @@ class Quote:
             added = run_s - steps * one.step_s
             if added > 0:
                 harm += self.weights.others * one.rows * added
+        elif len(one.site) > 1:
+            harm += self._crowded(one, run_s)
         return ttft, harm
+
+    def _crowded(self, one: Worker, run_s: float) -> float:
+        """The price of what its neighbours lose while a worker without streams runs a prompt."""
+        price, weights = 0.0, self.weights
+        for other in one.neighbours():
+            if other.rows:
+                price += weights.others * other.rows * run_s * other.slowed(one, self.now, prompts=False)
+            queued_s = other.queue_s(self.now)
+            beside_s = min(run_s, queued_s - one.queue_s(self.now))
+            if beside_s > 0:
+                delayed_s = beside_s * other.slowed(one, self.now, prompts=True)
+                price += weights.ttft * delayed_s * (1.0 + self.rate_each * queued_s)
+        return price
 
     def _lost(self, one: Worker, tokens: float) -> float:
         """Seconds that later prompts lose, on average, to what a worker's shard evicts for so many new tokens."""
@@ -243,12 +268,18 @@ class Quote:
         if known is not None:
             return known
         answer, model = self.answer, one.model
-        step_s = model.decode_s(one.rows + 1, one.context + self.tokens + answer / 2)
+        crowded = one.streams_crowded()
+        step_s = crowded * model.decode_s(one.rows + 1, one.context + self.tokens + answer / 2)
         price, slow = answer * step_s, one.queue_until - self.now
         if slow > 0:
             price += max(0.0, slow - step_s * -(-one.tokens // model.steps.chunk_tokens))
-        if one.rows and step_s > one.step_s:
-            price += self.weights.others * one.rows * answer * (step_s - one.step_s) / 2
+        longer_s = step_s - crowded * one.alone_s
+        if one.rows and longer_s > 0:
+            price += self.weights.others * one.rows * answer * longer_s / 2
+        if len(one.site) > 1:
+            # With m streams already there, this one is the last to end, and prolongs them, by one part of m + 1.
+            lost_s = sum(other.rows * other.longer_s(one) for other in one.neighbours())
+            price += self.weights.others * answer * lost_s / (one.rows + 1) / 2
         self.stays[one.member.id] = price
         return price
 

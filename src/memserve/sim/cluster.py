@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import attrs
 
 from memserve.actions import BatchDone, Copy, CopyDone, Deliver, Died, Kill, Move, RunBatch
+from memserve.costs import Site
 from memserve.engine.batching import BatchLimits, WorkerSettings
 from memserve.engine.plans import BatchPlan, BatchResult
 from memserve.engine.worker import WorkerCore
@@ -68,8 +70,6 @@ class Cluster:
     """Whether a page is read back wrongly from disk."""
     noise: dict[str, float] = attrs.field(factory=dict)
     """What the seconds of each worker's steps are multiplied by."""
-    crowding: float = 0.0
-    """By which share each other worker in a step makes a step longer: 1 where all workers run on the same cores."""
     cores: dict[str, object] = attrs.field(factory=dict)
     """The cores themselves, without their heartbeats, by name."""
     busy: dict[str, Busy] = attrs.field(factory=dict)
@@ -77,8 +77,8 @@ class Cluster:
     fenced: int = 0
     arenas: Arenas = attrs.field(init=False)
     movers: Movers = attrs.field(init=False)
-    _stepping: dict[str, float] = attrs.field(factory=dict)
-    """When each worker's last step ends."""
+    _stepping: dict[str, dict[str, float]] = attrs.field(factory=dict)
+    """When the last step of each worker ends, by site."""
     _policies: dict[str, RestartPolicy] = attrs.field(factory=dict)
     _ready_at: dict[ActorId, float] = attrs.field(factory=dict)
     _copiers: dict[tuple[ActorId, bool], float] = attrs.field(factory=dict)
@@ -245,7 +245,7 @@ class Cluster:
         joining = JoiningCore(id, plan.shard)
         self.cores[plan.name] = joining
         actor = Actor(id, presence.member.kind, Reporting(joining, presence))
-        actor.turned = lambda: self._await_shard(actor, joining, presence)
+        actor.turned = lambda: self._await_shard(actor, plan, joining, presence)
         self.world.start(actor)
         self.world.after(SHARD_WAIT_S, self._give_up, actor, joining)
 
@@ -253,17 +253,18 @@ class Cluster:
         if actor.alive and joining.found is None:
             self.kill(actor)
 
-    def _await_shard(self, actor: Actor, joining: JoiningCore, presence: Presence) -> None:
+    def _await_shard(self, actor: Actor, plan: WorkerPlan, joining: JoiningCore, presence: Presence) -> None:
         if joining.found is not None:
             actor.turned = lambda: None
-            self.world.after(self.times.worker_start_s, self._take_charge, actor, joining.found, presence)
+            begin = partial(self._take_charge, actor, plan, joining.found, presence)
+            self.world.after(self.times.worker_start_s, begin)
 
-    def _take_charge(self, actor: Actor, shard: ActorId, presence: Presence) -> None:
+    def _take_charge(self, actor: Actor, plan: WorkerPlan, shard: ActorId, presence: Presence) -> None:
         """The engine is ready: the worker's own core takes over, on the arena that it could attach to."""
         if not actor.alive:
             return
         if actor.paused:
-            actor.held.append(lambda: self._take_charge(actor, shard, presence))
+            actor.held.append(lambda: self._take_charge(actor, plan, shard, presence))
             return
         if self.world.find(shard) is None:
             self.kill(actor)  # its arena cannot be attached to
@@ -277,11 +278,11 @@ class Cluster:
         core = self.cores[actor.name] = WorkerCore(presence, shard, settings)
         presence.also = (shard,)
         steps = attrs.evolve(self.costs.steps, chunk_tokens=layout.chunk_tokens)
-        presence.member = attrs.evolve(presence.member, costs=steps)
+        presence.member = attrs.evolve(presence.member, costs=steps, site=plan.site)
         presence.become("ready", shard=shard)
         actor.core = Reporting(core, presence, core.needs)
         engine = self._engine(shard)
-        actor.perform[RunBatch] = lambda action: self._step(actor, shard, engine, action.plan)
+        actor.perform[RunBatch] = lambda action: self._step(actor, plan.site, shard, engine, action.plan)
         self._ready_at[actor.id] = self.world.now
         self.world.turn(actor)
 
@@ -290,12 +291,13 @@ class Cluster:
             return DrawEngine()
         return PageEngine(self.arenas.page_bytes, self.arenas.of[shard])
 
-    def _step(self, actor: Actor, shard: ActorId, engine: Engine, plan: BatchPlan) -> None:
-        rows = shape(plan)
-        others = sum(end > self.world.now for name, end in self._stepping.items() if name != actor.name)
-        crowded = 1.0 + self.crowding * others
-        seconds = self.costs.step_s(rows) * actor.slowness * self.noise.get(actor.name, 1.0) * crowded
-        self._stepping[actor.name] = self.world.now + seconds
+    def _step(self, actor: Actor, site: Site | None, shard: ActorId, engine: Engine, plan: BatchPlan) -> None:
+        rows, beside = shape(plan), self._beside(actor, site)
+        seconds = self.costs.step_s(rows) * actor.slowness * self.noise.get(actor.name, 1.0)
+        if site is not None:
+            prompts = any(tokens > 1 for tokens, _ in rows)
+            seconds *= self.costs.steps.crowded(site.slices(beside), prompts)
+            self._stepping.setdefault(site.key, {})[actor.name] = self.world.now + seconds
         done = self.busy.setdefault(actor.name, Busy())
         done.steps += 1
         done.busy_s += seconds
@@ -305,18 +307,33 @@ class Cluster:
             else:
                 done.decode_tokens += 1
         self.arenas.claim(shard, self._written(plan) if self.pages_checked else (), actor.id)
-        self.world.after(seconds, self._stepped, actor, shard, engine, plan, seconds)
+        result = partial(BatchResult, step_ms=seconds * 1e3, threads=1, beside=beside)
+        self.world.after(seconds, self._stepped, actor, shard, engine, plan, result)
 
-    def _stepped(self, actor: Actor, shard: ActorId, engine: Engine, plan: BatchPlan, seconds: float) -> None:
+    def _beside(self, actor: Actor, site: Site | None) -> int:
+        """How many others of the site are in a step."""
+        if site is None:
+            return 0
+        ends = self._stepping.get(site.key, {})
+        return sum(end > self.world.now for name, end in ends.items() if name != actor.name)
+
+    def _stepped(
+        self,
+        actor: Actor,
+        shard: ActorId,
+        engine: Engine,
+        plan: BatchPlan,
+        result: Callable[[tuple[int | None, ...]], BatchResult],
+    ) -> None:
         """The step is over: its pages are written now, as late as can be."""
         if not actor.alive:
             return
         if actor.paused:
-            actor.held.append(lambda: self._stepped(actor, shard, engine, plan, seconds))
+            actor.held.append(lambda: self._stepped(actor, shard, engine, plan, result))
             return
         if self.pages_checked:
             self._check_owner(actor, shard, plan)
-        self.world.tell(actor, BatchDone(BatchResult(engine.draw(plan), seconds * 1e3, 1)))
+        self.world.tell(actor, BatchDone(result(engine.draw(plan))))
 
     # ---- one page has one writer ---------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from memserve.sim.audit import Audit
 from memserve.sim.clients import Clients
 from memserve.sim.cluster import Cluster
 from memserve.sim.faults import KINDS, Faults
-from memserve.sim.layout import FAST, Layout, ShardPlan, WorkerPlan
+from memserve.sim.layout import FAST, Layout, ShardPlan, WorkerPlan, on_sites
 from memserve.sim.network import LinkCosts, Network
 from memserve.sim.workloads import Piece, Session, Turn
 from memserve.sim.world import Violation, World
@@ -153,6 +153,7 @@ class Trial:
         rng = random.Random(f"{self.seed}/layout")
         near_layout(rng)
         layout, sessions = small_layout(self.seed, self.across), small_sessions(rng)
+        layout = on_sites(layout, random.Random(f"{self.seed}/sites").choice((0, 0, 0, 1, 2)))
         layout, sessions = pressed(layout, sessions, random.Random(f"{self.seed}/admission"))
         if self.across is None:
             chosen = random.Random(f"{self.seed}/roles").choice(("fixed", "auto"))

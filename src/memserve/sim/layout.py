@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import attrs
 
+from memserve.costs import Site
 from memserve.scheduling.pricing import Weights
 
 RETIRE = {"off": "none", "1": "prompt", "2": "all", "3": "all"}
@@ -28,6 +29,8 @@ class WorkerPlan:
     role: str
     """prefill, decode or both."""
     shard: str
+    site: Site | None = None
+    """Whose cores its steps run on. None: its own."""
 
 
 @attrs.frozen(kw_only=True)
@@ -106,6 +109,14 @@ def fixed(kind: str, instances: int, *, pages: int, shared: bool = False, **sett
         for i, role in enumerate(roles)
     )
     return Layout(name=kind, shards=shards, workers=workers, **settings)  # type: ignore[arg-type]
+
+
+def on_sites(layout: Layout, sites: int) -> Layout:
+    """The layout with its workers in turn on so many sites; 0 leaves each worker its own."""
+    if not sites:
+        return layout
+    workers = tuple(attrs.evolve(one, site=Site(f"site-{i % sites}")) for i, one in enumerate(layout.workers))
+    return attrs.evolve(layout, workers=workers)
 
 
 def _roles(kind: str, instances: int) -> list[str]:

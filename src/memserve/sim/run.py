@@ -37,8 +37,6 @@ class Run:
     faults: tuple[str, ...] = ()
     error: float = 0.0
     """Each worker's steps take up to this share more or less than the costs say, which is what schedulers are told."""
-    crowding: float = 0.0
-    """By which share each other worker in a step makes a step longer: 1 where all workers run on the same cores."""
     checked: bool = False
     """Keep the content of pages and check every core after its turns; else at the end only."""
     serial: bool = False
@@ -50,7 +48,6 @@ class Run:
         """The cluster before its start."""
         network = Network(random.Random(f"{self.seed}/network"), LinkCosts())
         cluster = Cluster(World(network), self.layout, self.costs, self.times, pages_checked=self.checked)
-        cluster.crowding = self.crowding
         if self.error:
             cluster.noise = _errors(self.seed, self.error, [one.name for one in self.layout.workers])
         return cluster

