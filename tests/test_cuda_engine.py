@@ -16,6 +16,7 @@ from backends import FlashRunner
 from fake_flashinfer import Replays
 from families import TINY, VOCAB, save_hf
 from memserve.engine.calibration import measure
+from memserve.engine.cores import Cores
 from memserve.engine.cuda import CudaEngine
 from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.sampling import draw, draw_together
@@ -85,12 +86,14 @@ def tiny():
     return spec, random_weights(spec, "float32", 3)
 
 
-def make_engine(tiny, rows: int = 8) -> tuple[CudaEngine, torch.Tensor, Replays]:
+def make_engine(tiny, rows: int = 8, shared: Cores | None = None) -> tuple[CudaEngine, torch.Tensor, Replays]:
     """An engine over an arena whose unused bytes are NaN."""
     spec, weights = tiny
     arena = torch.full((PAGES + 1, *spec.page_shape(PAGE_TOKENS)), float("nan"))
     graphs = Replays()
-    engine = CudaEngine(spec, weights, arena, fake_flashinfer, graphs, rows=rows, backend="fa3")
+    engine = CudaEngine(
+        spec, weights, arena, fake_flashinfer, graphs, rows=rows, backend="fa3", shared=shared
+    )
     return engine, arena, graphs
 
 
@@ -170,6 +173,21 @@ def test_whole_conversations_give_the_tokens_of_the_torch_model(tiny, seed):
             start = 0 if at == first else at - 1
             logits = runner.step(Row(pack(whole[start:at]), start, pages, GREEDY))
             assert draw(logits, [how], [at]) == [whole[at]]
+
+
+def test_workers_of_one_gpu_see_one_another_at_work(tiny, tmp_path):
+    """If it failed, the time that a neighbour takes from the GPU would count as drift, and be priced twice."""
+    ours, (other, _, _) = (
+        Cores(tmp_path / "gpu", 1, 1),
+        make_engine(tiny, shared=Cores(tmp_path / "gpu", 1, 1)),
+    )
+    engine, _, _ = make_engine(tiny, shared=ours)
+    plan = BatchPlan((Row(pack([5, 6]), 0, (3,), GREEDY),))
+    assert engine.run(plan).beside == 0
+    assert other.run(plan).beside == 1
+    assert engine.run(plan).beside == 1
+    other.rest()
+    assert engine.run(plan).beside == 0
 
 
 def test_the_next_decode_step_is_planned_while_this_one_runs(tiny, monkeypatch):
