@@ -133,7 +133,8 @@ def test_chunks_and_graphs_give_nearly_the_best_token_of_the_cpu(shard, backend)
         tokens = engine.run(BatchPlan(tuple(rows))).tokens
         for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
             (logits,) = runners[i].step(attrs.evolve(row, pages=own[i]))
-            assert float(logits.max() - logits[token]) < 0.15, (i, row.start)
+            # bfloat16 moves a logit by 0.1 or so; they lie 12 apart
+            assert float(logits.max() - logits[token]) < 0.4, (i, row.start)
             ran[i] = row.end
             if row.end == len(sequences[i]):
                 sequences[i].append(int(logits.argmax()))
