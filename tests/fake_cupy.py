@@ -24,6 +24,7 @@ class Runtime:
         self.streams = 100
         self.copies: list[tuple[int, int]] = []
         self.opened: list[int] = []
+        self.opened_on: dict[int, int | None] = {}
         self.registered: list[int] = []
         self.device: int | None = None
         self.devices = 1
@@ -70,9 +71,11 @@ class Runtime:
             raise CUDARuntimeError("cudaErrorMapBufferObjectFailed: mapping of buffer object failed")
         pointer: int = struct.unpack_from("<Q", handle)[0]
         self.opened.append(pointer)
+        self.opened_on[pointer] = self.device
         return pointer
 
     def ipcCloseMemHandle(self, pointer: int) -> None:
+        assert self.device == self.opened_on[pointer], "closed on another device than it was opened on"
         self.opened.remove(pointer)
 
     def memcpy(self, target: int, source: int, size: int, kind: int) -> None:

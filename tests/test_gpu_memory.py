@@ -95,6 +95,22 @@ async def test_a_worker_of_another_model_or_page_size_is_told_why(weights, place
     assert not cupy.cuda.runtime.opened
 
 
+async def test_a_worker_that_counts_gpus_otherwise_is_told_so(weights, place):
+    """If it attached anyway, every step would read its pages and weights over the link between two GPUs."""
+    cupy = fake_cupy()
+    cupy.cuda.runtime.devices = 2
+    arena = GpuArena.create(SHARD, 1, 2, PAGE_BYTES, weights, cupy)
+    with pytest.raises(ExceptionGroup) as caught:
+        await attached(arena, place, 0, PAGE_BYTES, weights, cupy=cupy)
+    (error,) = caught.value.exceptions
+    assert isinstance(error, UserError)
+    assert "on GPU 0000:41:00.0, and cuda:0 is 0000:40:00.0 in this process" in str(error)
+    seen = await attached(arena, place, 1, PAGE_BYTES, weights, cupy=cupy)
+    cupy.cuda.runtime.setDevice(0)
+    seen.close()
+    assert not cupy.cuda.runtime.opened
+
+
 async def test_arenas_of_the_other_kind_are_refused(weights, place):
     """If they were taken, a worker would read a memfd as a handle, or the other way round."""
     cupy = fake_cupy()
@@ -131,6 +147,7 @@ async def test_pages_of_another_gpu_that_cannot_be_reached_say_why(weights, plac
         await nursery.start(serve_packet, theirs.header.encode(), (), place)
         mapped = await trio.to_thread.run_sync(attach, place)
         assert (mapped.device, mapped.pages) == (1, 2)
+        cupy.cuda.runtime.setDevice(0)  # as other threads do meanwhile
         mapped.unmap()
         with pytest.raises(PeerError, match=f"pages of {PAGE_BYTES} bytes, this shard of {2 * PAGE_BYTES}"):
             await trio.to_thread.run_sync(other_size, place)

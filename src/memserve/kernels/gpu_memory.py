@@ -201,11 +201,13 @@ def attach_gpu_arena(
     opened: list[int] = []
 
     def release() -> None:
+        runtime.setDevice(device)  # a thread's own setting; handles are closed where they were opened
         while opened:
             runtime.ipcCloseMemHandle(opened.pop())
 
     try:
         runtime.setDevice(device)
+        _same_gpu(runtime, device, header)
         opened.append(runtime.ipcOpenMemHandle(header.arena_handle))
         opened.append(runtime.ipcOpenMemHandle(header.weights_handle))
     except runtime.CUDARuntimeError as error:
@@ -215,6 +217,15 @@ def attach_gpu_arena(
             "worker must see the same GPU and each other's process ids"
         ) from error
     return GpuArena(header, device, opened[0], opened[1], cupy, release)
+
+
+def _same_gpu(runtime: Any, device: int, header: GpuHeader) -> None:
+    """CUDA would open another GPU's memory just as well, and lead every read through the link between the two."""
+    if (mine := runtime.deviceGetPCIBusId(device)) != header.bus_id:
+        raise UserError(
+            f"{header.shard} is on GPU {header.bus_id}, and cuda:{device} is {mine} in this process: start both with the "
+            "same CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER"
+        )
 
 
 # ---- pages of other shards -------------------------------------------------------------------------------------
@@ -233,6 +244,7 @@ class PeerPages:
 
     def close(self) -> None:
         """Let go; no copy may be under way."""
+        self._runtime.setDevice(self.device)
         self._runtime.ipcCloseMemHandle(self.address)
 
 
