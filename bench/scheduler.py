@@ -20,7 +20,7 @@ from pathlib import Path
 
 import attrs
 
-from memserve.costs import StepCosts
+from memserve.costs import Site, StepCosts
 from memserve.messages import ActorId, Load, Member, Request, Sampling, Submit
 from memserve.pool_messages import IndexDelta, IndexEvent
 from memserve.scheduling.pricing import Cost
@@ -80,6 +80,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--instances", type=int, nargs="+", default=[4, 16, 64, 256, 1000])
     parser.add_argument("--pages", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
+    parser.add_argument("--a-site", type=int, default=1, help="workers that share a host's cores")
     parser.add_argument("--decisions", type=int, default=1000, help="in each round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
@@ -98,7 +99,7 @@ def _measure(instances: int, pages: int, options: argparse.Namespace) -> Result:
     rng = random.Random(1)
     me = Member(ActorId("scheduler-0.1"), "GlobalScheduler", "", 1, "ready")
     core = SchedulerCore(me, "cost", Cost())
-    members = [_heartbeat(core, number, rng) for number in range(instances)]
+    members = [_heartbeat(core, number, options.a_site, rng) for number in range(instances)]
     before = _resident()
     began = time.process_time()
     chats = _fill(core, instances, pages, rng)
@@ -132,11 +133,20 @@ def _measure(instances: int, pages: int, options: argparse.Namespace) -> Result:
     )
 
 
-def _heartbeat(core: SchedulerCore, number: int, rng: random.Random) -> Member:
+def _heartbeat(core: SchedulerCore, number: int, a_site: int, rng: random.Random) -> Member:
     """A shard and a worker join."""
     shard = Member(ActorId(f"s{number}.1"), "MemPoolShard", "", 1, "ready")
     worker = Member(
-        ActorId(f"w{number}.1"), "PrefillWorker", "", 1, "ready", "both", shard.id, _load(rng), COSTS
+        ActorId(f"w{number}.1"),
+        "PrefillWorker",
+        "",
+        1,
+        "ready",
+        "both",
+        shard.id,
+        _load(rng),
+        COSTS,
+        site=Site(f"host-{number // a_site}", 2, 2),
     )
     for one in (shard, worker):
         core.fleet.heard(one, 0.0)

@@ -150,8 +150,8 @@ def test_conversations_get_the_tokens_of_the_reference(made, right):
                 assert token is None
             elif made.exact:
                 assert [token] == draw(logits[None], [row.sample], [row.end])
-            elif row.sample is GREEDY:
-                assert float(logits.max() - logits[token]) < 0.15
+            elif row.sample is GREEDY:  # bfloat16 moves a logit by 0.1 or so; they lie 12 apart
+                assert float(logits.max() - logits[token]) < 0.4
         step += 1
 
 

@@ -351,6 +351,13 @@ def test_a_cluster_that_tells_no_costs_is_said_to() -> None:
         prediction.costs_of([{"costs": None}])
 
 
+def test_a_prediction_knows_whose_cores_the_clusters_workers_run_on() -> None:
+    """If it failed, workers of one host would be predicted as machines of their own."""
+    told = {"id": "p0.00000001", "site": msgspec.to_builtins(Site("host", 2, 2))}
+    others = [{"id": "s0.00000001", "site": None}, {"id": "d0.00000001"}]
+    assert prediction.sites_of([told, *others]) == {"p0": Site("host", 2, 2)}
+
+
 def test_the_null_engine_answers_by_position() -> None:
     """If it failed, the null cluster would answer chunks nobody asked about, or leave streams without tokens."""
     greedy = Sampling(temperature=0.0, top_p=1.0, top_k=0, seed=0)

@@ -5,29 +5,35 @@ from __future__ import annotations
 import random
 from functools import cache
 from itertools import pairwise
+from types import SimpleNamespace
 
 import attrs
 import numpy as np
 import pytest
 import torch
+import trio
 
 import fake_flashinfer
-from backends import FlashRunner
+from backends import SPEC, FlashRunner
+from fake_cupy import fake_cupy
 from fake_flashinfer import Replays
 from families import TINY, VOCAB, save_hf
+from memserve.engine import cuda
 from memserve.engine.calibration import measure
+from memserve.engine.cores import Cores
 from memserve.engine.cuda import CudaEngine
 from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.sampling import draw, draw_together
-from memserve.engine.weights import map_weights, prepare, random_weights
-from memserve.kernels import flashinfer_kit
+from memserve.engine.weights import ModelFiles, map_weights, prepare, random_weights, save_weights
+from memserve.kernels import flashinfer_kit, gpu_memory
+from memserve.kernels.arena import serve_packet
 from memserve.kernels.flashinfer_kit import (
     FlashInferAttention,
     prefill_backend,
     with_tensor_cores,
 )
 from memserve.kernels.page_tables import Table
-from memserve.messages import Sampling
+from memserve.messages import ActorId, Sampling
 from memserve.scheduling.cost_model import CostModel
 from memserve.tokens import pack, pages_for
 from test_model import GREEDY, Runner, prompt, tiny_spec
@@ -85,12 +91,14 @@ def tiny():
     return spec, random_weights(spec, "float32", 3)
 
 
-def make_engine(tiny, rows: int = 8) -> tuple[CudaEngine, torch.Tensor, Replays]:
+def make_engine(tiny, rows: int = 8, shared: Cores | None = None) -> tuple[CudaEngine, torch.Tensor, Replays]:
     """An engine over an arena whose unused bytes are NaN."""
     spec, weights = tiny
     arena = torch.full((PAGES + 1, *spec.page_shape(PAGE_TOKENS)), float("nan"))
     graphs = Replays()
-    engine = CudaEngine(spec, weights, arena, fake_flashinfer, graphs, rows=rows, backend="fa3")
+    engine = CudaEngine(
+        spec, weights, arena, fake_flashinfer, graphs, rows=rows, backend="fa3", shared=shared
+    )
     return engine, arena, graphs
 
 
@@ -170,6 +178,21 @@ def test_whole_conversations_give_the_tokens_of_the_torch_model(tiny, seed):
             start = 0 if at == first else at - 1
             logits = runner.step(Row(pack(whole[start:at]), start, pages, GREEDY))
             assert draw(logits, [how], [at]) == [whole[at]]
+
+
+def test_workers_of_one_gpu_see_one_another_at_work(tiny, tmp_path):
+    """If it failed, the time that a neighbour takes from the GPU would count as drift, and be priced twice."""
+    ours, (other, _, _) = (
+        Cores(tmp_path / "gpu", 1, 1),
+        make_engine(tiny, shared=Cores(tmp_path / "gpu", 1, 1)),
+    )
+    engine, _, _ = make_engine(tiny, shared=ours)
+    plan = BatchPlan((Row(pack([5, 6]), 0, (3,), GREEDY),))
+    assert engine.run(plan).beside == 0
+    assert other.run(plan).beside == 1
+    assert engine.run(plan).beside == 1
+    other.rest()
+    assert engine.run(plan).beside == 0
 
 
 def test_the_next_decode_step_is_planned_while_this_one_runs(tiny, monkeypatch):
@@ -266,8 +289,6 @@ def test_kernels_are_chosen_by_the_device_and_the_head_groups():
 
 def test_kernels_count_as_compiled_only_when_each_kind_is_there(tmp_path, monkeypatch):
     """If it failed, one library of many would forbid flashinfer to compile the others, and no worker would start."""
-    from types import SimpleNamespace
-
     monkeypatch.setattr(
         "importlib.util.find_spec", lambda name: SimpleNamespace(submodule_search_locations=[str(tmp_path)])
     )
@@ -281,3 +302,57 @@ def test_kernels_count_as_compiled_only_when_each_kind_is_there(tmp_path, monkey
     assert flashinfer_kit.compiled_ahead(needed)
     # The same kinds of another head size: those of prefill and decode are missing.
     assert not flashinfer_kit.compiled_ahead(flashinfer_kit.libraries(tiny_spec(4, 1, 128), "fa3"))
+
+
+# ---- how a worker comes by its engine ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def played(monkeypatch):
+    """A GPU of 4 GB whose memory is the host's; what was set of torch."""
+    cupy, told = fake_cupy(), {}
+    monkeypatch.setattr(gpu_memory, "load_runtime", lambda: cupy)
+    monkeypatch.setattr(cuda, "CudaGraphs", lambda device: Replays())
+    monkeypatch.setattr(cuda, "load_flashinfer", lambda capability, spec: fake_flashinfer)
+    properties = SimpleNamespace(total_memory=4 << 30, multi_processor_count=132)
+    for name, answer in (("get_device_capability", (9, 0)), ("get_device_properties", properties)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, answer=answer: answer)
+    for name in ("init", "set_device", "set_per_process_memory_fraction"):
+        monkeypatch.setattr(torch.cuda, name, lambda *given, name=name: told.update({name: given}))
+    return cupy, told
+
+
+async def test_a_worker_opens_its_shards_pages_and_weights(played, tmp_path, folder):
+    """If it failed, a worker would end at its start, run another model, or take the memory of others on its GPU."""
+    cupy, told = played
+    weights = random_weights(SPEC, "bfloat16", 5)
+    save_weights(weights, tmp_path / "w")
+    files = ModelFiles(SPEC, tmp_path / "w", tmp_path / "tokenizer.json")
+    page_bytes = SPEC.page_bytes(PAGE_TOKENS, "bfloat16")
+    shard = gpu_memory.GpuArena.create(ActorId("g0.00000001"), 0, 20, page_bytes, files.weights, cupy)
+    resolved = SimpleNamespace(
+        gpu_worker_bytes=1 << 30, page_bytes=page_bytes, max_context=320,
+        config=SimpleNamespace(
+            pool=SimpleNamespace(page_tokens=PAGE_TOKENS), model=SimpleNamespace(dtype="bfloat16"),
+            batch=SimpleNamespace(rows=2),
+        ),
+    )  # fmt: skip
+    async with trio.open_nursery() as nursery:
+        await nursery.start(serve_packet, shard.header.encode(), (), folder / "a.sock")
+        engine = await trio.to_thread.run_sync(cuda.open_engine, resolved, files, folder / "a.sock", 0)
+        nursery.cancel_scope.cancel()
+    where = torch.device("cuda", 0)
+    assert told == {"init": (), "set_device": (where,), "set_per_process_memory_fraction": (0.25, where)}
+    ids, pages = prompt(40, 3, SPEC.vocab), (4, 7, 1)
+    (token,) = engine.run(BatchPlan((Row(pack(ids), 0, pages, GREEDY),))).tokens
+    exact = Runner(SPEC, {name: one.float() for name, one in weights.items()})
+    (logits,) = exact.step(Row(pack(ids), 0, exact.pages(40), GREEDY))
+    assert token is not None and float(logits.max() - logits[token]) < 0.4
+    mine = cuda.pages_of(shard, SPEC, PAGE_TOKENS, torch.bfloat16)
+    assert [bool(mine[page].isnan().any()) for page in pages[:2]] == [
+        False,
+        False,
+    ]  # written in the shard's memory
+    assert bool(mine[5].isnan().all())
+    engine.close()
+    assert not cupy.cuda.runtime.opened

@@ -121,6 +121,14 @@ def test_64_streams_and_back_to_the_baseline(demo: Cluster) -> None:
     assert after["pages_total"] == before["pages_total"]
 
 
+def test_workers_of_one_host_say_so(demo: Cluster) -> None:
+    """If it failed, they would be taken for machines of their own, and streams be spread over them."""
+    sites = {one["id"]: one["site"] for one in demo.members() if one["role"]}
+    assert len(sites) == 2 and len({one["key"] for one in sites.values()}) == 1
+    cores = len(os.sched_getaffinity(0))
+    assert all(1 <= one["threads"] <= one["cores"] <= cores for one in sites.values())
+
+
 def test_a_client_that_leaves_frees_its_pages(demo: Cluster) -> None:
     """Nobody reads that stream any more, so nothing may work on it."""
     stream = demo.stream(PREFIX[:40], 4000)

@@ -159,14 +159,12 @@ class Worker:
             return 1.0
         return self.crowded(sum(one.rows / (one.rows + 1.0) for one in self.neighbours()), prompts=False)
 
-    def slowed(self, by: Worker, now: float, *, prompts: bool) -> float:
-        """The share of its time that it loses while ``by``, of its site, has work that it had not."""
-        others = sum(one is not by and one.busy(now) for one in self.neighbours())
+    def slowed(self, others: float, *, prompts: bool) -> float:
+        """The share of its time that it loses when one more of its site has work beside so many others."""
         return 1.0 - self.crowded(others, prompts=prompts) / self.crowded(others + 1, prompts=prompts)
 
-    def longer_s(self, by: Worker) -> float:
-        """By how much its steps are longer while ``by``, of its site, has streams."""
-        others = sum(one is not by and one.rows > 0 for one in self.neighbours())
+    def longer_s(self, others: float) -> float:
+        """By how much its steps are longer when one more of its site has streams beside so many others."""
         return self.alone_s * (self.crowded(others + 1, prompts=False) - self.crowded(others, prompts=False))
 
     def busy(self, now: float) -> bool:

@@ -246,13 +246,14 @@ class Quote:
     def _crowded(self, one: Worker, run_s: float) -> float:
         """The price of what its neighbours lose while a worker without streams runs a prompt."""
         price, weights = 0.0, self.weights
-        for other in one.neighbours():
-            if other.rows:
-                price += weights.others * other.rows * run_s * other.slowed(one, self.now, prompts=False)
+        busy = [other for other in one.neighbours() if other.busy(self.now)]
+        beside = len(busy) - 1
+        for other in busy:
+            price += weights.others * other.rows * run_s * other.slowed(beside, prompts=False)
             queued_s = other.queue_s(self.now)
-            beside_s = min(run_s, queued_s - one.queue_s(self.now))
-            if beside_s > 0:
-                delayed_s = beside_s * other.slowed(one, self.now, prompts=True)
+            both_s = min(run_s, queued_s - one.queue_s(self.now))
+            if both_s > 0:
+                delayed_s = both_s * other.slowed(beside, prompts=True)
                 price += weights.ttft * delayed_s * (1.0 + self.rate_each * queued_s)
         return price
 
@@ -278,7 +279,8 @@ class Quote:
             price += self.weights.others * one.rows * answer * longer_s / 2
         if len(one.site) > 1:
             # With m streams already there, this one is the last to end, and prolongs them, by one part of m + 1.
-            lost_s = sum(other.rows * other.longer_s(one) for other in one.neighbours())
+            others = [other for other in one.neighbours() if other.rows]
+            lost_s = sum(other.rows * other.longer_s(len(others) - 1) for other in others)
             price += self.weights.others * answer * lost_s / (one.rows + 1) / 2
         self.stays[one.member.id] = price
         return price
