@@ -46,6 +46,7 @@ LAYERS = {
         "engine.sequence",
         "engine.batching",
         "engine.ended",
+        "engine.following",
         "engine.load",
         "engine.outbox",
         "engine.paging",

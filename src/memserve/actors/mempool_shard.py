@@ -92,12 +92,13 @@ async def main(context: ActorContext, *, task_status: trio.TaskStatus[None]) -> 
         shell = Shell(Reporting(core, presence, core.needs), link)
         async with trio.open_nursery() as nursery:
             await nursery.start(shell.run)
-            await nursery.start(keep_pages, shell, core.exchange, settings, sockets)
+            huge_bytes = await nursery.start(keep_pages, shell, core.exchange, settings, sockets)
             sizes = settings.capacity
             log.info(
                 "arena ready",
                 pages=sizes.device,
                 bytes=sizes.device * settings.page_bytes,
+                huge_bytes=huge_bytes,
                 host_pages=sizes.host,
                 disk_pages=sizes.disk,
             )
@@ -189,11 +190,11 @@ async def keep_pages(
     settings: ShardSettings,
     sockets: dict[Tier, Path],
     *,
-    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Hold the bytes of all tiers, hand out the arenas, copy what the core says; until cancelled.
 
-    Raises UserError when there is not enough memory, or no room on the disk.
+    Once ready it tells how many bytes of host memory are in huge pages. Raises UserError when there is not enough memory, or no room on the disk.
     """
     copiers = Copiers(shell, trio.Event())
     shell.perform[Kill] = fence
@@ -207,7 +208,7 @@ async def keep_pages(
                 await nursery.start(serve_arena, arena, sockets[tier])
             await nursery.start(move_pages, shell, exchange, settings, device, sockets[Tier.DEVICE])
             copiers.ready.set()
-            task_status.started()
+            task_status.started(sum(arena.huge_bytes for arena in arenas.values()))
             await trio.sleep_forever()
 
 
@@ -261,8 +262,6 @@ def allocate(actor: ActorId, settings: ShardSettings) -> tuple[dict[Tier, Arena]
     disk = DiskFile.create(settings.disk_dir, sizes.disk, page_bytes) if sizes.disk else None
     pages = {Tier.DEVICE: sizes.device if settings.gpu is None else 0, Tier.HOST: sizes.host}
     arenas = {tier: Arena.create(actor, n, page_bytes) for tier, n in pages.items() if n}
-    for tier, arena in arenas.items():
-        log.info("memory taken", tier=tier.name.lower(), bytes=arena.header.size, huge_bytes=arena.huge_bytes)
     return arenas, disk
 
 

@@ -7,13 +7,46 @@ earlier one is past what they share: it has no pages meanwhile, and then acquire
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
+import attrs
+
+from memserve.engine.paging import Paging
 from memserve.engine.sequence import Phase, Sequence
 from memserve.tokens import TOKEN_BYTES, span
 
 PAGES_LEAST = 4
 """What fewer pages hold is computed as soon as a later step could find them."""
+
+
+@attrs.frozen
+class Following:
+    """Who of a worker's prompts waits for whom, and when it acquires its pages."""
+
+    paging: Paging
+    retire: str
+    """Which pages go into the index: ``none``, ``prompt`` or ``all``."""
+
+    def acquire(self, one: Sequence, live: Collection[Sequence]) -> None:
+        """Ask for its pages, or let an earlier prompt that begins like it compute them first."""
+        found = leader_of(one, live, self.retire, self.paging.page_tokens)
+        if found is None:
+            one.behind = None
+            self.paging.fetch(one)
+        else:
+            one.behind, one.shares = found
+            one.behind.followers.append(one)
+
+    def lead_on(self, leader: Sequence, live: Collection[Sequence]) -> None:
+        """Those that wait behind it: it may have what they wait for now, or be gone."""
+        waiting, leader.followers = leader.followers, []
+        for one in waiting:
+            if one.phase is Phase.ENDED:
+                continue
+            if leader.phase is Phase.ENDED or leader.acknowledged >= one.shares:
+                self.acquire(one, live)
+            else:
+                leader.followers.append(one)
 
 
 def leader_of(

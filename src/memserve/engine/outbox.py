@@ -22,6 +22,10 @@ class Outbox:
         """Any action."""
         self._actions.append(action)
 
+    def first(self, action: Action) -> None:
+        """One that goes before all others: the engine need not wait until what the last step made is sent."""
+        self._actions.insert(0, action)
+
     def send(self, to: ActorId, message: Message) -> None:
         """One message."""
         self._actions.append(Send(to, message))

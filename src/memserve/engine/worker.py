@@ -18,7 +18,7 @@ import attrs
 from memserve.actions import Action, BatchDone, Log, RunBatch, Stop
 from memserve.engine.batching import Batch, WorkerSettings, form_batch
 from memserve.engine.ended import Ended
-from memserve.engine.following import leader_of
+from memserve.engine.following import Following
 from memserve.engine.load import StepWatch, load_of, swap_least
 from memserve.engine.outbox import Outbox
 from memserve.engine.paging import Paging
@@ -55,6 +55,7 @@ class WorkerCore:
     settings: WorkerSettings
     _outbox: Outbox = attrs.field(factory=Outbox, init=False)
     _paging: Paging = attrs.field(init=False)
+    _following: Following = attrs.field(init=False)
     _live: dict[tuple[str, int], Sequence] = attrs.field(factory=dict, init=False)
     _ended: Ended = attrs.field(factory=Ended, init=False)
     _batch: Batch | None = attrs.field(default=None, init=False)
@@ -64,15 +65,10 @@ class WorkerCore:
     def __attrs_post_init__(self) -> None:
         told, least = self.settings, swap_least(self.presence.member.costs, self.settings.max_context)
         self._paging = Paging(
-            self.shard,
-            told.page_tokens,
-            told.max_context,
-            told.retire,
-            self._outbox,
-            told.fetch_s,
-            told.ahead,
-            least,
-        )
+            self.shard, told.page_tokens, told.max_context, told.retire,
+            self._outbox, told.fetch_s, told.ahead, least,
+        )  # fmt: skip
+        self._following = Following(self._paging, told.retire)
 
     # ---- the five verbs -------------------------------------------------------------------------------------
 
@@ -143,29 +139,7 @@ class WorkerCore:
             Sequence(request, message.plan, request.tokens, Phase.WAITING, now, self._next_order())
         )
         self._outbox.count("prompts_taken_total")
-        self._acquire(one)
-
-    def _acquire(self, one: Sequence) -> None:
-        """Ask for its pages, or let an earlier prompt that begins like it compute them first."""
-        told = self.settings
-        found = leader_of(one, self._live.values(), told.retire, told.page_tokens)
-        if found is None:
-            one.behind = None
-            self._paging.fetch(one)
-        else:
-            one.behind, one.shares = found
-            one.behind.followers.append(one)
-
-    def _lead_on(self, leader: Sequence) -> None:
-        """Those that wait behind it: it may have what they wait for now, or be gone."""
-        waiting, leader.followers = leader.followers, []
-        for one in waiting:
-            if one.phase is Phase.ENDED:
-                continue
-            if leader.phase is Phase.ENDED or leader.acknowledged >= one.shares:
-                self._acquire(one)
-            else:
-                leader.followers.append(one)
+        self._following.acquire(one, self._live.values())
 
     def _on_handoff(self, sender: ActorId, message: Handoff, now: float) -> None:
         request = message.request
@@ -229,7 +203,7 @@ class WorkerCore:
         if one.computed < expected and one.token_at is None:
             self._outbox.log("hint was stale", one, expected_tokens=expected, found_tokens=one.computed)
             self._outbox.count("stale_hints_total")
-        self._lead_on(one)
+        self._following.lead_on(one, self._live.values())
 
     def _on_allocated(self, sender: ActorId, message: Allocated, now: float) -> None:
         one = self._paging.answered(message.call)
@@ -240,7 +214,7 @@ class WorkerCore:
     def _on_inserted(self, sender: ActorId, message: Inserted, now: float) -> None:
         one = self._paging.inserted(message.call)
         if one is not None:
-            self._lead_on(one)
+            self._following.lead_on(one, self._live.values())
 
     def _on_freed(self, sender: ActorId, message: Freed, now: float) -> None:
         self._paging.freed(message.call)
@@ -297,7 +271,7 @@ class WorkerCore:
             self._live[one.key] = self._live.pop(one.key)  # behind those that did not get a row
         self._batch = batch
         self._watch.began(self.presence.member.costs, batch.plan, now)
-        self._outbox.add(RunBatch(batch.plan))
+        self._outbox.first(RunBatch(batch.plan))
 
     def _on_batch_done(self, sender: ActorId, message: BatchDone, now: float) -> None:
         batch, self._batch = self._batch, None
@@ -443,7 +417,7 @@ class WorkerCore:
         del self._live[one.key]
         self._ended.remember(*one.key)
         self.presence.changed()
-        self._lead_on(one)
+        self._following.lead_on(one, self._live.values())
 
     # ---- small helpers --------------------------------------------------------------------------------------
 
