@@ -176,7 +176,7 @@ def calibrate(
 
     ``kind``: of engine, and what it runs on beside the host. ``sliced``: a timer of its steps on fewer threads.
     """
-    from memserve.engine.calibration import SLICED, calibrated, crowding, measure
+    from memserve.engine.calibration import SLICED, calibrated, crowding, measure, patient
     from memserve.engine.weights import default_cache_dir
 
     config, spec = resolved.config, resolved.spec
@@ -194,7 +194,7 @@ def calibrate(
     }
 
     def measuring() -> tuple[StepCosts, int]:
-        whole = engine.timer(rows, context)
+        whole = patient(engine.timer(rows, context), threads)
         costs, fewest = measure(whole, chunk, rows, context, token_bytes)
         if sliced is None or threads < SLICED:
             return costs, fewest  # a GPU or a single core is shared in time

@@ -32,6 +32,9 @@ REPEATS = 2
 SHORT_S = 0.15
 ROUGH_S = 600.0
 """What was measured on fewer cores than a worker may have serves so long: the workers of one start need not all measure."""
+PATIENCE_S = 1.5
+"""How long in all a step is tried again that had not all of its threads: another worker was starting."""
+PATIENCE_STEP_S = 0.02
 SLICED = 2
 """Crowding is measured on one of so many slices of a worker's threads."""
 SLICED_REPEATS = 4
@@ -40,6 +43,25 @@ VERSION = 3
 
 TimeStep = Callable[[Rows], tuple[float, int]]
 """Runs a step of such rows; seconds, and the threads it had."""
+
+
+def patient(run: TimeStep, threads: int, sleep: Callable[[float], None] = time.sleep) -> TimeStep:
+    """The same, but what had fewer than ``threads`` is run again a little later, until PATIENCE_S have gone by in all.
+
+    A cluster's workers start together: while one measures, another still loads its weights or runs its first step.
+    """
+    waited = 0.0
+
+    def undisturbed(rows: Rows) -> tuple[float, int]:
+        nonlocal waited
+        seconds, had = run(rows)
+        while had < threads and waited < PATIENCE_S:
+            sleep(PATIENCE_STEP_S)
+            waited += PATIENCE_STEP_S + seconds
+            seconds, had = run(rows)
+        return seconds, had
+
+    return undisturbed
 
 
 def cases(chunk_tokens: int, rows: int, context: int) -> list[Rows]:
