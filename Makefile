@@ -15,7 +15,7 @@ SOURCES := src tests $(wildcard bench loadgen)
 
 .DEFAULT_GOAL := check
 .PHONY: help up setup setup-test check lint test kill-matrix fix wheel clean peers \
-	sim-nightly bench-sim bench-admission bench-engine bench-quality bench-cluster bench-frontend bench-loadgen bench-peers bench-mempool bench-serving bench-transfer bench-handover bench-costmodel bench-scheduler
+	sim-nightly bench-sim bench-admission bench-engine bench-quality bench-cluster bench-frontend bench-loadgen bench-peers bench-mempool bench-serving bench-policies bench-transfer bench-handover bench-costmodel bench-scheduler
 
 help:
 	@echo 'make up            set up, then serve $$CONFIG (configs/demo.toml); ARGS="--set frontend.port=8123"'
@@ -28,6 +28,7 @@ help:
 	@echo 'make bench-quality   what bfloat16 and int8 cost in quality, on real text'
 	@echo 'make bench-cluster   memory, idle CPU, latency and throughput of a whole cluster'
 	@echo 'make bench-serving   layouts and caching modes under the three workloads of the paper, at several rates'
+	@echo 'make bench-policies  whom prompts go to, on three prefill workers: the paper'"'"'s scheduler experiment'
 	@echo 'make bench-mempool   match, insert, acquire, swaps; ARGS="--ttft" adds time to first token by cached share'
 	@echo 'make bench-costmodel how well a worker forecasts what its steps take'
 	@echo 'make bench-scheduler placements a second, by instances and cached pages; ARGS="--svg FILE" plots them'
@@ -102,6 +103,9 @@ bench-loadgen: setup-test
 
 bench-serving: setup-test
 	$(BIN)/python bench/serving.py $(ARGS)
+
+bench-policies: setup-test
+	$(BIN)/python bench/policies.py $(ARGS)
 
 bench-mempool: setup
 	$(BIN)/python bench/mempool.py $(ARGS)

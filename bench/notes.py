@@ -86,3 +86,12 @@ def number(value: float) -> str:
         return f"{value:,.0f}"
     digits = 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
     return f"{value:.{digits}f}"
+
+
+def told(arguments: Sequence[str]) -> list[str]:
+    """The words that a note repeats: without --json and its path."""
+    return [
+        word
+        for before, word in zip(["", *arguments], arguments, strict=False)
+        if before != "--json" and not word.startswith("--json")
+    ]

@@ -1,0 +1,197 @@
+"""The benches on real clusters: what they ask, what is predicted of it, and the notes that they write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import attrs
+import msgspec
+import pytest
+
+import notes
+import policies
+import prediction
+import serving
+import serving_note
+from loadgen import arrivals, build
+from memserve.costs import Site, StepCosts
+from memserve.scheduling.cost_model import CostModel
+
+COSTS = CostModel(
+    StepCosts(((1, 0.01), (512, 0.07)), row_s=1e-4, read_s=5e-7, pair_s=2e-8, token_bytes=23040)
+)
+
+
+@pytest.mark.parametrize("kind", serving.KINDS)
+def test_the_simulator_plays_what_the_load_generator_plays(kind: Any) -> None:
+    """If sessions, times or lengths were others, a prediction would be of another run than the one beside it."""
+    options = serving.options_of_run(kind, 2.0, "http://127.0.0.1:1", "salt", serving.options_of([]))
+    played, work = prediction.sessions_of(options), build.workload(kind, options.workload)
+    assert 5 < len(played) < len(work.sessions)  # those that begin in time
+    begin = arrivals.times(build.arrivals(options.arrivals, work, options.workload.seed), work.sessions)
+    for ours, theirs, at in zip(played, work.sessions, begin, strict=False):
+        assert (ours.id, ours.at_s, len(ours.turns)) == (theirs.id, at, len(theirs.turns))
+        for turn, asked in zip(ours.turns, theirs.turns, strict=True):
+            assert (turn.output, turn.wait_s, turn.fresh) == (asked.output_tokens, asked.think_s, asked.fresh)
+            lengths = [
+                [one.tokens for one in message.content] for message in asked.messages if message.content
+            ]
+            assert [one.tokens for one in turn.pieces] == [length for some in lengths for length in some]
+
+
+def test_predictions_are_of_a_layout_and_of_the_costs_told() -> None:
+    """If caching, or that workers share their cores, made no difference, nothing could be planned by it."""
+    options = serving.options_of_run("react-like", 2.0, "http://127.0.0.1:1", "", serving.options_of([]))
+    layouts = {one.name: one for one in serving.LAYOUTS}
+
+    def said(name: str) -> dict[str, float]:
+        layout = layouts[name]
+        return prediction.predict(layout.path, layout.settings, 5000, COSTS, sites, options)
+
+    sites = {"p0": Site("cores", 2, 2), "d0": Site("cores", 2, 2)}
+    without, cached = said("colocated"), said("colocated-cc")
+    assert without["cached_share"] == 0 and cached["cached_share"] > 0.5
+    assert cached["TTFT mean"] < without["TTFT mean"]
+    sites = {}
+    assert said("colocated")["JCT mean"] < without["JCT mean"]
+
+
+def a_sample(layout: str, rate: float, ttft: float, **changed: Any) -> serving_note.Sample:
+    """One run of the sharegpt-like sessions."""
+    values = {"TTFT mean": ttft, "requests": 9.0, "failed": 0.0, "cached_share": 0.5, "moved_mib": 1.0}
+    made = serving_note.Sample(
+        layout, "sharegpt-like", rate, values, False, {"TTFT mean": ttft / 2}, 12.0, 0.25, "abc"
+    )
+    return attrs.evolve(made, **changed)
+
+
+def test_a_sweep_may_be_measured_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If pieces lost a sample, or mixed runs that differ, the note of a long sweep would be wrong."""
+    pieces = [
+        [a_sample("colocated", 1.0, 100.0), a_sample("cost", 1.0, 50.0)],
+        [a_sample("colocated", 3.0, 200.0), a_sample("cost", 3.0, 300.0), a_sample("cost", 3.0, 500.0)],
+    ]
+    paths = [tmp_path / f"{i}.json" for i in range(len(pieces))]
+    for piece, path in zip(pieces, paths, strict=True):
+        serving_note.save(piece, path)
+    assert serving_note.merged(paths) == pieces[0] + pieces[1]
+    monkeypatch.setattr(serving_note, "Note", lambda name: notes.Note(name, tmp_path, "2026-01-01", "abc"))
+    text = serving_note.write_note(serving_note.merged(paths), serving.LAYOUTS, "x").read_text()
+    assert "| cost | 50.0 (0.50) |" in text
+    assert "| cost | 400 (2.00) |" in text
+    assert "1 to 2 interleaved rounds of 12 s" in text
+    assert (tmp_path / "2026-01-01-serving-sharegpt-like.svg").is_file()
+    serving_note.save([a_sample("cost", 1.0, 1.0, seconds=30.0)], paths[0])
+    with pytest.raises(ValueError, match="seconds 12, 30"):
+        serving_note.merged(paths)
+
+
+def test_policies_are_asked_what_the_simulator_plays() -> None:
+    """If the sessions were others, or did not share their documents, the prediction would be of another run."""
+    given = policies.options_of(["--sessions", "12"])
+    ours = policies.sessions_of(3, given)
+    theirs = [policies.asked(one) for one in ours]
+    assert len({one.turns[0].pieces[0].key for one in ours}) == 4
+    assert ours[0].turns[0].pieces[0].tokens == 850
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one.id, one.at_s, len(one.turns)) == (other.id, other.at_s, len(other.turns))
+        for turn, asked in zip(one.turns, other.turns, strict=True):
+            assert (turn.output, turn.wait_s) == (asked.output_tokens, asked.think_s)
+            [message] = asked.messages
+            assert [(piece.key, piece.tokens) for piece in turn.pieces] == [
+                (piece.key, piece.tokens) for piece in message.content
+            ]
+
+
+def test_a_note_of_policies_says_what_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If a gain had the wrong sign, the note would praise the worse policy."""
+    values = {
+        "TTFT p50": 10.0,
+        "TTFT p99": 100.0,
+        "JCT mean": 1.0,
+        "cached": 0.5,
+        "requests": 9.0,
+        "failed": 0.0,
+    }
+    samples = [
+        policies.Sample("session", 3, values, {"TTFT p50": 5.0}),
+        policies.Sample("cost", 3, values | {"TTFT p99": 40.0, "TTFT p50": 11.0}, {}),
+    ]
+    monkeypatch.setattr(policies, "Note", lambda name: notes.Note(name, tmp_path, "2026-01-01", "abc"))
+    text = policies.write_note(samples, policies.options_of(["--shares", "3"]), "x").read_text()
+    assert "-10% of the P50 against session at share ratio 3, 60% of the P99 against session" in text
+    assert "| session | 10.0 (0.50) | 100 |" in text
+
+
+def test_a_note_repeats_no_path_of_the_machine() -> None:
+    """If it did, a measurement in the repository would name somebody's folders."""
+    words = ["--rates", "3", "--json", "somewhere/x.json", "--json=x.json", "--seconds", "12"]
+    assert notes.told(words) == ["--rates", "3", "--seconds", "12"]
+
+
+def test_a_cluster_that_tells_no_costs_is_said_to() -> None:
+    """If other costs were taken silently, a prediction would be of another machine."""
+    told = {"costs": msgspec.to_builtins(COSTS.steps)}
+    assert prediction.costs_of([{"costs": None}, told]).steps == COSTS.steps
+    with pytest.raises(ValueError, match="no worker"):
+        prediction.costs_of([{"costs": None}])
+
+
+def test_a_prediction_knows_whose_cores_the_clusters_workers_run_on() -> None:
+    """If it failed, workers of one host would be predicted as machines of their own."""
+    told = {"id": "p0.00000001", "site": msgspec.to_builtins(Site("host", 2, 2))}
+    others = [{"id": "s0.00000001", "site": None}, {"id": "d0.00000001"}]
+    assert prediction.sites_of([told, *others]) == {"p0": Site("host", 2, 2)}
+
+
+def test_the_null_engine_answers_by_position() -> None:
+    """If it failed, the null cluster would answer chunks nobody asked about, or leave streams without tokens."""
+    greedy = Sampling(temperature=0.0, top_p=1.0, top_k=0, seed=0)
+    rows = (Row(pack([5, 6]), 0, (0,), None), Row(pack([7]), 66, (0,), greedy))
+    assert NullEngine().run(BatchPlan(rows)).tokens == (None, TOKENS[3])
+
+
+def test_a_stream_is_read_to_its_end_however_it_is_cut() -> None:
+    """If it failed, rates would depend on how the kernel cuts a stream, or count refused requests."""
+    event = b'data: {"choices": []}\n\n'
+    usage = b'data: {"usage": {"completion_tokens":7}}\n\ndata: [DONE]\n\n'
+    body = b"".join(b"%x\r\n%s\r\n" % (len(one), one) for one in (event, event, usage))
+    whole = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n" + body + raw_client.END
+    stream = raw_client.Stream(None, 0.0)  # type: ignore[arg-type]
+    pieces = [whole[:60], whole[60:-3], whole[-3:]]
+    assert [stream.take(piece, now) for now, piece in enumerate(pieces, 1)] == [False, False, True]
+    assert stream.output_tokens == 7
+    with pytest.raises(ValueError, match="429"):
+        raw_client.Stream(None, 0.0).take(b"HTTP/1.1 429 Too Many\r\n\r\n", 1.0)  # type: ignore[arg-type]
+
+
+def test_a_kept_connection_yields_one_answer_at_a_time() -> None:
+    """If it failed, requests a second would count halves of answers, or errors."""
+    exchange = raw_client.Exchange(None)  # type: ignore[arg-type]
+    whole = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
+    assert [exchange.take(whole[:20]), exchange.take(whole[20:-1]), exchange.take(whole[-1:])] == [
+        False,
+        False,
+        True,
+    ]
+    assert exchange.take(whole)
+    with pytest.raises(ValueError, match="refused"):
+        exchange.take(b"HTTP/1.1 503 No\r\n\r\n")
+
+
+def test_missing_tokens_make_no_rate() -> None:
+    """If it failed, a Frontend that loses tokens would look fast."""
+    stream = raw_client.Stream(None, 0.0, last=2.0, tail=b'"completion_tokens":256}')  # type: ignore[arg-type]
+    assert frontend.rate_of([stream]) == 128.0
+    stream.tail = b'"completion_tokens":255}'
+    with pytest.raises(ValueError, match=r"streams of 256 tokens ended with \[255\]"):
+        frontend.rate_of([stream])
+
+
+def test_quantiles_are_values_that_occurred() -> None:
+    """If it failed, P99 would be off, or an index out of range."""
+    values = [float(one) for one in range(1, 101)]
+    assert frontend.quantile(values, 0.99) == 100.0
+    assert frontend.quantile(values[::-1], 0.5) == 51.0
+    assert frontend.quantile([3.0], 0.99) == 3.0
