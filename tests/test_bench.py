@@ -14,18 +14,24 @@ import httpx
 import pytest
 import torch
 
+import frontend
 import install_peers
 import notes
 import peer_servers
 import peer_weights
 import peer_workloads
 import peers
+import raw_client
 from loadgen.content import Filler
 from loadgen.conversation import Conversation, Own, Style
 from loadgen.records import Record
+from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.spec import ModelSpec, find_model
 from memserve.engine.tokenizer import Tokenizer
 from memserve.engine.weights import map_weights, prepare
+from memserve.messages import Sampling
+from memserve.tokens import pack
+from null_cluster import TOKENS, NullEngine
 from peer_workloads import CASES, Wrong
 from test_model import DEMO
 
@@ -308,3 +314,55 @@ def test_numbers_have_three_digits(value: float, text: str) -> None:
     """If it failed, tables would be unreadable, or round a figure away."""
     assert notes.number(value) == text
     assert float(text.replace(",", "")) == pytest.approx(value, rel=0.01)
+
+
+def test_the_null_engine_answers_by_position() -> None:
+    """If it failed, the null cluster would answer chunks nobody asked about, or leave streams without tokens."""
+    greedy = Sampling(temperature=0.0, top_p=1.0, top_k=0, seed=0)
+    rows = (Row(pack([5, 6]), 0, (0,), None), Row(pack([7]), 66, (0,), greedy))
+    assert NullEngine().run(BatchPlan(rows)).tokens == (None, TOKENS[3])
+
+
+def test_a_stream_is_read_to_its_end_however_it_is_cut() -> None:
+    """If it failed, rates would depend on how the kernel cuts a stream, or count refused requests."""
+    event = b'data: {"choices": []}\n\n'
+    usage = b'data: {"usage": {"completion_tokens":7}}\n\ndata: [DONE]\n\n'
+    body = b"".join(b"%x\r\n%s\r\n" % (len(one), one) for one in (event, event, usage))
+    whole = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n" + body + raw_client.END
+    stream = raw_client.Stream(None, 0.0)  # type: ignore[arg-type]
+    pieces = [whole[:60], whole[60:-3], whole[-3:]]
+    assert [stream.take(piece, now) for now, piece in enumerate(pieces, 1)] == [False, False, True]
+    assert stream.output_tokens == 7
+    with pytest.raises(ValueError, match="429"):
+        raw_client.Stream(None, 0.0).take(b"HTTP/1.1 429 Too Many\r\n\r\n", 1.0)  # type: ignore[arg-type]
+
+
+def test_a_kept_connection_yields_one_answer_at_a_time() -> None:
+    """If it failed, requests a second would count halves of answers, or errors."""
+    exchange = raw_client.Exchange(None)  # type: ignore[arg-type]
+    whole = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
+    assert [exchange.take(whole[:20]), exchange.take(whole[20:-1]), exchange.take(whole[-1:])] == [
+        False,
+        False,
+        True,
+    ]
+    assert exchange.take(whole)
+    with pytest.raises(ValueError, match="refused"):
+        exchange.take(b"HTTP/1.1 503 No\r\n\r\n")
+
+
+def test_missing_tokens_make_no_rate() -> None:
+    """If it failed, a Frontend that loses tokens would look fast."""
+    stream = raw_client.Stream(None, 0.0, last=2.0, tail=b'"completion_tokens":256}')  # type: ignore[arg-type]
+    assert frontend.rate_of([stream]) == 128.0
+    stream.tail = b'"completion_tokens":255}'
+    with pytest.raises(ValueError, match=r"streams of 256 tokens ended with \[255\]"):
+        frontend.rate_of([stream])
+
+
+def test_quantiles_are_values_that_occurred() -> None:
+    """If it failed, P99 would be off, or an index out of range."""
+    values = [float(one) for one in range(1, 101)]
+    assert frontend.quantile(values, 0.99) == 100.0
+    assert frontend.quantile(values[::-1], 0.5) == 51.0
+    assert frontend.quantile([3.0], 0.99) == 3.0
