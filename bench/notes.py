@@ -61,15 +61,15 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """The commit that is checked out, with a mark when files differ from it."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=7", "--exclude=*"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return described.stdout.strip() or "unknown"
+    """The commit that is checked out, with a mark when files differ from it. Notes do not count: a run before may have written them."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", *words], cwd=ROOT, capture_output=True, text=True, check=False
+        ).stdout.strip()
+
+    changed = git("status", "--porcelain", "--", ".", f":(exclude){FOLDER.relative_to(ROOT)}")
+    return (git("rev-parse", "--short=7", "HEAD") or "unknown") + ("-dirty" if changed else "")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import attrs
+import msgspec
 import numpy as np
 import trio
 
@@ -32,7 +33,7 @@ from memserve import config
 from memserve.sim.run import Run, play
 from memserve.sim.workloads import Piece, Session, shared_documents
 from memserve.simulate import layout_of
-from notes import Note, number, table, told
+from notes import Note, commit, number, table, told
 
 CONFIG = "3p1d.toml"
 POLICIES = ("round_robin", "session", "longest_prefix", "cost")
@@ -80,6 +81,7 @@ class Sample:
     values: dict[str, float]
     """By measure, and ``requests``, ``failed``."""
     predicted: dict[str, float]
+    commit: str = ""
 
 
 # ---- playing -------------------------------------------------------------------------------------------------
@@ -165,7 +167,7 @@ def run_policy(policy: str, share: int, given: argparse.Namespace) -> Sample:
         )
     values = {one.name: one.read(well) for one in MEASURES}
     values |= {"requests": float(len(records)), "failed": float(len(records) - len(well))}
-    return Sample(policy, share, values, predicted)
+    return Sample(policy, share, values, predicted, commit())
 
 
 def predict(running: Running, words: Sequence[str], sessions: tuple[Session, ...]) -> dict[str, float]:
@@ -202,35 +204,59 @@ def measure(given: argparse.Namespace) -> Iterator[list[Sample]]:
 # ---- the note ------------------------------------------------------------------------------------------------
 
 
+def runs_of(samples: Sequence[Sample], policy: str, share: int) -> list[Sample]:
+    """All runs of a cell."""
+    return [one for one in samples if (one.policy, one.share) == (policy, share)]
+
+
+def median(runs: Sequence[Sample], name: str) -> float:
+    """Of a measure over a cell's runs."""
+    return statistics.median(one.values[name] for one in runs)
+
+
 def results(samples: Sequence[Sample], share: int) -> str:
     """A row a policy: each measure, and in brackets what was predicted over it."""
-    head = [f"share ratio {share}", *(f"{one.name}, {one.unit}".rstrip(", ") for one in MEASURES), "failed"]
-    rows = [
-        [one.policy, *(cell(one, measure.name) for measure in MEASURES), number(one.values["failed"])]
-        for one in samples
-        if one.share == share
+    head = [
+        f"share ratio {share}",
+        *(f"{one.name}, {one.unit}".rstrip(", ") for one in MEASURES),
+        "runs",
+        "failed",
     ]
+    rows = []
+    for policy in POLICIES:
+        if runs := runs_of(samples, policy, share):
+            failed = sum(one.values["failed"] for one in runs)
+            cells = [cell(runs, measure.name) for measure in MEASURES]
+            rows.append([policy, *cells, str(len(runs)), f"{failed:.0f}"])
     return table(head, rows)
 
 
-def cell(sample: Sample, name: str) -> str:
-    """A value, and how the prediction compares to it."""
-    value = sample.values[name]
-    told = f"{value:.0%}" if name == "cached" else number(value)
-    return f"{told} ({sample.predicted[name] / value:.2f})" if value and name in sample.predicted else told
+def cell(runs: Sequence[Sample], name: str) -> str:
+    """The median over the runs and their range, and how the prediction compares to it."""
+
+    def shown(value: float) -> str:
+        return f"{value:.0%}" if name == "cached" else number(value)
+
+    values, value = [one.values[name] for one in runs], median(runs, name)
+    span = f", {shown(min(values))} to {shown(max(values))}" if min(values) < max(values) else ""
+    predicted = [one.predicted[name] for one in runs if name in one.predicted]
+    share = f" ({statistics.median(predicted) / value:.2f})" if value and predicted else ""
+    return f"{shown(value)}{span}{share}"
 
 
-def gains(samples: Sequence[Sample]) -> str:
+def gains(samples: Sequence[Sample], shares: Sequence[int]) -> str:
     """What `cost` saves of the others' times."""
-    found = {(one.policy, one.share): one.values for one in samples}
-    said = [
-        f"{1 - ours[name] / theirs[name]:.0%} of the {name.split()[1].upper()} against {other} at share ratio {share}"
-        for (policy, share), ours in found.items()
-        if policy == "cost"
-        for other in ("round_robin", "session")
-        if (theirs := found.get((other, share)))
-        for name in ("TTFT p50", "TTFT p99")
-    ]
+    said = []
+    for share in shares:
+        ours = runs_of(samples, "cost", share)
+        for other in ("round_robin", "session"):
+            theirs = runs_of(samples, other, share)
+            for name in ("TTFT p50", "TTFT p99"):
+                if ours and theirs:
+                    saved = 1 - median(ours, name) / median(theirs, name)
+                    said.append(
+                        f"{saved:.0%} of the {name.split()[1].upper()} against {other} at share ratio {share}"
+                    )
     return f"`cost` saves {', '.join(said)}." if said else ""
 
 
@@ -244,7 +270,8 @@ def draw(samples: Sequence[Sample], path: Path) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 4), layout="constrained")
     for axis, name in zip(axes, ("TTFT p50", "TTFT p99"), strict=True):
         for policy in POLICIES:
-            points = sorted((one.share, one.values[name]) for one in samples if one.policy == policy)
+            shares = sorted({one.share for one in samples if one.policy == policy})
+            points = [(share, median(runs_of(samples, policy, share), name)) for share in shares]
             axis.plot(
                 [share for share, _ in points], [value for _, value in points], marker="o", label=policy
             )
@@ -263,17 +290,21 @@ def write_note(samples: Sequence[Sample], given: argparse.Namespace, command: st
     note = Note("policies")
     plot = note.plot("ttft")
     draw(samples, plot)
-    count = int(max(one.values["requests"] for one in samples))
+    count, shares = (
+        int(max(one.values["requests"] for one in samples)),
+        sorted({one.share for one in samples}),
+    )
     return note.write(
         "Policies of the scheduler on a real cluster",
         command,
-        f"{given.sessions} LooGLE-like sessions of two to four questions, {count} requests a cell, {given.rate:g} sessions a second, prompts' "
-        f"lengths times {given.scale:g} (documents of {round(1700 * given.scale):,} tokens), on 3P1D with pools of {', '.join(POOLS)}: four workers and the "
-        "load generator on the same cores. One run a cell: a P99 is the third slowest request or so. In brackets predicted "
-        "over measured: the simulator, with the costs that the cluster's own workers have measured. The paper's own gain is 59 % of P99 against "
-        "session at share ratio 3.",
-        *(results(samples, share) for share in given.shares),
-        gains(samples),
+        f"{given.sessions} LooGLE-like sessions of two to four questions, up to {count} requests a run, {given.rate:g} sessions a second, "
+        f"prompts' lengths times {given.scale:g} (documents of {round(1700 * given.scale):,} tokens), on 3P1D with pools of {', '.join(POOLS)}: four "
+        "workers and the load generator on the same cores. Medians over the runs and their range; the P99 of a run is about its third "
+        "slowest request. In brackets predicted over measured: the simulator, with the costs that the cluster's own workers have "
+        "measured. The paper's own gain is 59 % of P99 against session at share ratio 3. "
+        f"Measured at {', '.join(sorted({one.commit for one in samples}))}.",
+        *(results(samples, share) for share in shares),
+        gains(samples, shares),
         f"![TTFT by share ratio]({plot.name})",
     )
 
@@ -299,7 +330,13 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
         "--policies", type=lambda text: text.split(","), default=list(POLICIES), help="only these, by comma"
     )
     parser.add_argument("--set", action="append", default=[], help="KEY=VALUE over the configuration")
-    parser.add_argument("--json", type=Path, help="also write all samples to this file")
+    parser.add_argument("--json", type=Path, help="write all samples to this file too")
+    parser.add_argument(
+        "--merge",
+        type=Path,
+        nargs="+",
+        help="measure nothing: write the note of these files' samples together",
+    )
     given = parser.parse_args(arguments)
     if unknown := set(given.policies) - set(POLICIES):
         parser.error(f"--policies: {', '.join(sorted(unknown))} is not one of {', '.join(POLICIES)}")
@@ -309,6 +346,12 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
 def main() -> None:
     """Measure and write the note, after each cell, so that a run that is ended early leaves what it has."""
     given = options_of(sys.argv[1:])
+    if given.merge:
+        samples = [
+            one for path in given.merge for one in msgspec.json.decode(path.read_bytes(), type=list[Sample])
+        ]
+        print(write_note(samples, given, "make bench-policies, in pieces").read_text())
+        return
     words = " ".join(told(sys.argv[1:]))
     command = f'make bench-policies ARGS="{words}"' if words else "make bench-policies"
     for samples in measure(given):

@@ -106,15 +106,22 @@ def cell(samples: Sequence[Sample], layout: str, kind: str, rate: float, name: s
 
 def results(samples: Sequence[Sample], kind: str, rate: float, layouts: Sequence[Layout]) -> str:
     """A row a layout: each measure with its ratio to the base, what was cached and what moved."""
-    head = ["", *(f"{one.name}, {one.unit}" for one in MEASURES), "cached", "moved, MiB", "failed"]
+    head = [
+        "",
+        *(f"{one.name}, {one.unit}" for one in MEASURES),
+        "cached",
+        "moved, MiB",
+        "requests",
+        "failed",
+    ]
     rows = []
     for layout in layouts:
         told = [cell(samples, layout.name, kind, rate, one.name) for one in MEASURES]
-        cached, moved, failed = (
+        cached, moved, asked, failed = (
             median(samples, layout.name, kind, rate, name) or 0.0
-            for name in ("cached_share", "moved_mib", "failed")
+            for name in ("cached_share", "moved_mib", "requests", "failed")
         )
-        rows.append([layout.name, *told, f"{cached:.0%}", number(moved), f"{failed:.0f}"])
+        rows.append([layout.name, *told, f"{cached:.0%}", number(moved), f"{asked:.0f}", f"{failed:.0f}"])
     return table(head, rows)
 
 
@@ -183,8 +190,8 @@ def draw(samples: Sequence[Sample], kind: str, layouts: Sequence[Layout], path: 
             )
         axis.set_xlabel("requests a second")
         axis.set_ylabel(f"{one.name}, {one.unit}")
-        axis.set_yscale("log")
-    axes[-1].legend(fontsize="small")
+        axis.set_ylim(bottom=0)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     figure.suptitle(kind)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

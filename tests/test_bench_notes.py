@@ -121,7 +121,10 @@ def test_a_note_of_policies_says_what_is_saved(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(policies, "Note", lambda name: notes.Note(name, tmp_path, "2026-01-01", "abc"))
     text = policies.write_note(samples, policies.options_of(["--shares", "3"]), "x").read_text()
     assert "-10% of the P50 against session at share ratio 3, 60% of the P99 against session" in text
-    assert "| session | 10.0 (0.50) | 100 |" in text
+    assert "| session | 10.0 (0.50) | 100 | 1.00 | 50% | 1 | 0 |" in text
+    samples.append(policies.Sample("session", 3, values | {"TTFT p50": 14.0}, {"TTFT p50": 9.0}))
+    text = policies.write_note(samples, policies.options_of([]), "x").read_text()
+    assert "| session | 12.0, 10.0 to 14.0 (0.58) | 100 | 1.00 | 50% | 2 | 0 |" in text
 
 
 def test_a_note_repeats_no_path_of_the_machine() -> None:
