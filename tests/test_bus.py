@@ -159,6 +159,29 @@ async def test_a_stranger_can_be_answered(private: Path) -> None:
         await _exchange(stranger, known)
 
 
+async def test_an_actor_with_two_ids_hears_both(private: Path) -> None:
+    """A shard's answers to a scheduler, and its heartbeats to the scheduler's name, would go on two connections: one is passed
+    over, and after a restart it may be that of the heartbeats, for good."""
+    seed, said = ActorId("b.seed"), [Cancel("r", number) for number in range(5)]
+    async with zmq_links(private, "a.1") as (a,):
+        async with zmq_links(private, "b.2") as (b,):
+            endpoint = b.endpoint
+            a.connect(seed, endpoint)
+            a.connect(b.actor, endpoint)
+            for number in range(4):
+                a.send((seed, b.actor)[number % 2], said[number])
+            heard: list[Received] = []
+            with trio.fail_after(5):
+                while len(heard) < 4:
+                    heard += await b.receive()
+            assert [one.message for one in heard] == said[:4]
+        async with open_link(ActorId("b.3"), endpoint) as again:  # the next one of that name
+            a.forget(ActorId("b.2"))
+            a.send(seed, said[4])
+            with trio.fail_after(5):
+                assert said[4] in [one.message for one in await again.receive()]
+
+
 async def test_unknown_and_full_peers_are_errors(private: Path) -> None:
     """A message that cannot be sent must be known to be unsent: the caller has a policy for that."""
     async with zmq_links(private, "a.1") as (a,):

@@ -145,7 +145,11 @@ class Link(Protocol):
 
 
 class ZmqLink:
-    """A bound inbox and one outgoing connection a peer. :func:`open_link` makes one with its pump running."""
+    """A bound inbox and one outgoing connection an endpoint. :func:`open_link` makes one with its pump running.
+
+    An actor may go by two ids, as a scheduler does, which has a name that outlives it. Its inbox passes over the second of
+    two connections of one sender without a word, so both ids share one.
+    """
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], actor: ActorId, endpoint: str) -> None:
         self.actor = actor
@@ -154,7 +158,8 @@ class ZmqLink:
         self._context = context
         self._inbox = ZSocket(self._make_inbox())
         self._directory: dict[ActorId, str] = {}
-        self._peers: dict[ActorId, zmq.Socket[bytes]] = {}
+        self._peers: dict[str, zmq.Socket[bytes]] = {}
+        """By endpoint."""
 
     def _make_inbox(self) -> zmq.Socket[bytes]:
         inbox = self._context.socket(zmq.ROUTER)
@@ -175,24 +180,23 @@ class ZmqLink:
             self._directory[actor] = endpoint
 
     def forget(self, actor: ActorId) -> None:
-        self._directory.pop(actor, None)
-        dealer = self._peers.pop(actor, None)
-        if dealer is not None:
-            dealer.close()
+        endpoint = self._directory.pop(actor, None)
+        if endpoint in self._peers and endpoint not in self._directory.values():
+            self._peers.pop(endpoint).close()
 
     def send(self, to: ActorId, message: Message) -> None:
-        dealer = self._peers.get(to) or self._dial(to)
+        endpoint = self._directory.get(to)
+        if endpoint is None:
+            raise PeerUnreachable(to)
+        dealer = self._peers.get(endpoint) or self._dial(endpoint)
         try:
             dealer.send_multipart(encode(message), zmq.NOBLOCK)
         except zmq.Again as full:
             raise PeerFull(to) from full
 
-    def _dial(self, to: ActorId) -> zmq.Socket[bytes]:
+    def _dial(self, endpoint: str) -> zmq.Socket[bytes]:
         """Open the connection at the first message, and say first where an answer goes."""
-        endpoint = self._directory.get(to)
-        if endpoint is None:
-            raise PeerUnreachable(to)
-        dealer = self._peers[to] = self._context.socket(zmq.DEALER)
+        dealer = self._peers[endpoint] = self._context.socket(zmq.DEALER)
         dealer.setsockopt(zmq.LINGER, LINGER_MS)
         dealer.setsockopt(zmq.SNDHWM, PEER_MESSAGES)
         dealer.setsockopt(zmq.IDENTITY, self.actor.encode())
