@@ -15,6 +15,7 @@ import tarfile
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -60,7 +61,11 @@ def run_tests(report: Path, environment: dict[str, str], *more: str) -> int | No
     """Run pytest, at most ``LIMIT_S``; its exit status, or None when it had to be stopped."""
     command = [sys.executable, "-m", "pytest", "-q", *TESTS, "-k", CHOSEN, "-W", "default", *more]
     process = subprocess.Popen(
-        [*command, "-p", "no:cacheprovider", f"--junitxml={report}"], cwd=ROOT, env=environment
+        [*command, "-p", "no:cacheprovider", f"--junitxml={report}"],
+        cwd=ROOT,
+        env=environment,
+        # A shell's background jobs ignore SIGINT, and so would this one, by which it is asked to end.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     try:
         return process.wait(LIMIT_S)

@@ -53,7 +53,7 @@ def test_a_run_that_was_cut_short_still_has_its_table(tmp_path, monkeypatch):
     (tmp_path / "test_it.py").write_text(
         "import time\ndef test_cuda_quick(): pass\ndef test_cuda_slow(): time.sleep(60)\n"
     )
-    for name, value in (("TESTS", (str(tmp_path),)), ("LIMIT_S", 10.0), ("ROOT", tmp_path)):
+    for name, value in (("TESTS", (str(tmp_path),)), ("LIMIT_S", 6.0), ("ROOT", tmp_path)):
         monkeypatch.setattr(gpu_check, name, value)
     report = tmp_path / "report.xml"
     assert gpu_check.run_tests(report, dict(os.environ)) is None
