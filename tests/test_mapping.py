@@ -37,6 +37,12 @@ def mapped(address: int) -> dict[str, int]:
     return fields
 
 
+def reserved() -> int:
+    """Bytes of addresses that this process has taken."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def test_a_huge_page_can_start_where_a_mapping_starts(memfd):
     """If mappings began anywhere, no process would be given the huge pages that the memory lies in."""
     for _ in range(3):
@@ -101,10 +107,13 @@ def test_scratch_memory_is_zero():
 
 
 def test_a_file_that_cannot_be_mapped_is_an_error(tmp_path):
-    """If it were not, the first read would be a segmentation fault."""
+    """If it were not, the first read would be a segmentation fault; addresses stay reserved for nobody."""
     fd = os.open(tmp_path, os.O_RDONLY)
+    size = 1 << 40  # a terabyte of addresses, which only a leak would show
     try:
+        before = reserved()
         with pytest.raises(OSError, match="No such device"):
-            map_shared(fd, 100, writable=False)
+            map_shared(fd, size, writable=False)
+        assert reserved() - before < size
     finally:
         os.close(fd)

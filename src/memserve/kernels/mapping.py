@@ -91,7 +91,11 @@ def map_shared(fd: int, size: int, *, writable: bool) -> Mapping:
     """Map the first ``size`` bytes of ``fd``, which may be closed afterwards. Raises OSError."""
     address = _aligned(size)
     protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-    _checked(_libc.mmap(address, size, protection, mmap.MAP_SHARED | _MAP_FIXED, fd, 0))
+    try:
+        _checked(_libc.mmap(address, size, protection, mmap.MAP_SHARED | _MAP_FIXED, fd, 0))
+    except OSError:
+        _libc.munmap(address, size)  # the reserved addresses
+        raise
     owner = (ctypes.c_char * size).from_address(address)
     # Not at the end of the program: threads may still be reading then.
     weakref.finalize(owner, _libc.munmap, address, size).atexit = False
