@@ -68,14 +68,14 @@ async def completion_prompts(body: CompletionBody, model: Model, draw: Callable[
     return prompts
 
 
-async def chat_prompt(body: ChatBody, model: Model, draw: Callable[[], int]) -> Prompt:
-    """The prompt of a chat. ``draw`` gives a seed where the body has none. Raises ApiError (400)."""
+async def chat_prompt(body: ChatBody, model: Model, scope: str, draw: Callable[[], int]) -> Prompt:
+    """The prompt of a chat of the tenant ``scope``. ``draw`` gives a seed where the body has none. Raises ApiError (400)."""
     rendered = model.template.render(body.messages)
     _not_hopeless(rendered.text, "messages", model)
     if len(rendered.text) < LONG_TEXT:
-        tokens = model.template.encode(rendered)
+        tokens = model.template.encode(rendered, scope)
     else:
-        tokens = await trio.to_thread.run_sync(model.template.encode, rendered, limiter=model.encoders)
+        tokens = await trio.to_thread.run_sync(model.template.encode, rendered, scope, limiter=model.encoders)
     left = _left(tokens, "messages", model.settings.max_context)
     name = "max_completion_tokens" if body.max_completion_tokens is not None else "max_tokens"
     asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import attrs
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
+from memserve.engine.known_texts import KnownTexts
 from memserve.errors import UserError
 
 LONG_TEXT = 16_384
@@ -36,7 +38,7 @@ SPACE = "\u2581"
 
 
 class Tokenizer:
-    """A loaded tokenizer. It never changes, so threads may share it."""
+    """A loaded tokenizer. Threads may share it: nothing but what it remembers ever changes."""
 
     def __init__(self, built: tokenizers.Tokenizer) -> None:
         # From here on the library never sees a special token; encode() below finds them.
@@ -49,6 +51,7 @@ class Tokenizer:
         self._split = _alternation(self._specials)
         self._edges = _Edges.of(self._specials)
         self._pieces: dict[int, bytes] = {}
+        self._known = KnownTexts()
         # Not the number of tokens: some tokenizers leave ids out.
         self.vocabulary = 1 + max(built.get_vocab().values(), default=-1)
         """Ids run from 0 to below this."""
@@ -78,10 +81,11 @@ class Tokenizer:
         """Ids of the special tokens by their text."""
         return self._specials
 
-    def encode(self, text: str, allow_special: bool, mark: str = "") -> list[int]:
+    def encode(self, text: str, allow_special: bool, mark: str = "", scope: str | None = None) -> list[int]:
         """Token ids of ``text``, without BOS. With ``allow_special``, special tokens written in it count.
 
-        ``mark`` is the character that :meth:`disarm` put into parts of the text; it is taken out again.
+        ``mark`` is the character that :meth:`disarm` put into parts of the text; it is taken out again. With a tenant's
+        ``scope``, what is between special tokens is remembered for that tenant's next prompts.
         """
         parts = self._split.split(text) if allow_special else [text]
         tokens: list[int] = []
@@ -89,9 +93,13 @@ class Tokenizer:
             if index % 2:
                 tokens.append(self._specials[part])
             elif part:
-                built = self._later if index else self._built
-                tokens.extend(_encode_plain(built, part.replace(mark, "") if mark else part))
+                plain = part.replace(mark, "") if mark else part
+                tokens.extend(self._encode_part(plain, index > 0, scope))
         return tokens
+
+    def _encode_part(self, text: str, later: bool, scope: str | None) -> Iterable[int]:
+        encode = partial(_encode_plain, self._later if later else self._built)
+        return encode(text) if scope is None else self._known.tokens(scope, later, text, encode)
 
     def disarm(self, text: str, mark: str) -> str:
         """``text`` with ``mark`` put in so that no special token can be read in it, nor across its edges.

@@ -1,0 +1,114 @@
+"""Texts encoded before: the same tokens, in bounded memory, and no tenant learns what another has sent."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import attrs
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fake_service import demo_spec, demo_tokenizer
+from memserve.api.bodies import ChatMessage
+from memserve.api.chat import ChatTemplate
+from memserve.engine import tokenizer as tokenizers
+from memserve.engine.known_texts import CHARACTERS_MIN, KnownTexts
+from memserve.engine.tokenizer import Tokenizer
+
+LONG = "What are the three states of matter, and how does one turn into another? "
+
+
+def fresh() -> Tokenizer:
+    """The demo model's, which remembers nothing yet."""
+    return Tokenizer(demo_tokenizer()._built)
+
+
+@attrs.define
+class Encoder:
+    """Counts what is really encoded."""
+
+    texts: list[str] = attrs.field(factory=list)
+
+    def __call__(self, text: str) -> list[int]:
+        self.texts.append(text)
+        return list(map(ord, text))
+
+
+def test_the_turns_of_a_chat_have_the_tokens_they_always_had(monkeypatch):
+    """A remembered message would change the prompt, or each turn would cost as much as all before it."""
+    encoded: list[str] = []
+    encode_plain = tokenizers._encode_plain
+
+    def counted(built, text):
+        encoded.append(text)
+        return encode_plain(built, text)
+
+    monkeypatch.setattr(tokenizers, "_encode_plain", counted)
+    messages: list[ChatMessage] = []
+    chat = ChatTemplate.of(demo_spec(), fresh())
+    for turn in range(4):
+        role = ("user", "assistant")[turn % 2]
+        messages.append(ChatMessage(role=role, content=f"{turn}: {LONG * 2}<|im_end|> \n"))
+        rendered = chat.render(messages)
+        plain = fresh().encode(rendered.text, allow_special=True, mark=rendered.mark)
+        encoded.clear()
+        assert chat.encode(rendered, "tenant") == plain
+        assert [text for text in encoded if LONG in text] == [text for text in encoded if f"{turn}: " in text]
+    encoded.clear()
+    assert chat.encode(chat.render(messages), "tenant") == plain
+    assert not [text for text in encoded if LONG in text]
+    chat.encode(chat.render(messages), "another")
+    assert len([text for text in encoded if LONG in text]) == 4, "one tenant's messages are quick for another"
+
+
+def test_the_first_part_and_later_ones_are_told_apart():
+    """Some tokenizers put a blank before a prompt's very beginning only."""
+    known, encode = KnownTexts(), Encoder()
+    for later in (False, True, False):
+        assert known.tokens("", later, LONG, encode) is not None
+    assert encode.texts == [LONG, LONG]
+
+
+def test_short_texts_and_those_that_are_too_long_are_not_kept():
+    """What costs as much to keep as to encode would push out what does not."""
+    known, encode = KnownTexts(characters_max=1000), Encoder()
+    for text in ("x" * (CHARACTERS_MIN - 1), "y" * 1001):
+        for _ in range(2):
+            assert list(known.tokens("", False, text, encode)) == list(map(ord, text))
+    assert len(encode.texts) == 4
+    assert known._characters == 0
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("ab"), st.integers(CHARACTERS_MIN, 400), st.booleans()), max_size=40)
+)
+def test_memory_is_bounded_and_the_least_recently_used_go_first(uses):
+    """A Frontend would grow with every message it has ever seen, or forget those of the chats that go on."""
+    known, model = KnownTexts(characters_max=1000), []
+    for scope, length, later in uses:
+        key, encode = (scope, later, "z" * length), Encoder()
+        assert list(known.tokens(scope, later, key[2], encode)) == [ord("z")] * length
+        assert bool(encode.texts) == (key not in model)
+        model = [one for one in model if one != key] + [key]
+        while sum(len(text) for _, _, text in model) > 1000:
+            model.pop(0)
+        assert list(known._tokens) == model
+        assert known._characters == sum(len(text) for _, _, text in model)
+
+
+def test_threads_may_share_it():
+    """Long prompts are encoded in a thread while the event loop encodes short ones."""
+    known = KnownTexts(characters_max=2000)
+    texts = [chr(65 + number) * 300 for number in range(20)]
+
+    def work(shift: int) -> bool:
+        order = texts[shift:] + texts[:shift]
+        return all(
+            list(known.tokens("", False, text, Encoder())) == list(map(ord, text))
+            for _ in range(50)
+            for text in order
+        )
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(0, 20, 5)))
+    assert known._characters == sum(len(text) for _, _, text in known._tokens) <= 2000
