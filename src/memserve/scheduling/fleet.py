@@ -51,7 +51,10 @@ class Worker:
     member: Member
     model: CostModel
     tokens: float = 0.0
+    begun: float = 0.0
+    """Of the tokens, those in the step under way: nothing can share that step any more."""
     pairs: float = 0.0
+    """Of the others."""
     rows: float = 0.0
     context: float = 0.0
     queue_until: float = 0.0
@@ -77,6 +80,7 @@ class Worker:
         self.member = member
         self._confirm(load.get("prompts_taken_total", 0.0), now)
         self.tokens = load.get("waiting_tokens", 0.0) + sum(one.tokens for one in self.since)
+        self.begun = load.get("step_tokens", 0.0)
         self.pairs = load.get("waiting_pairs", 0.0) + sum(one.pairs for one in self.since)
         self.rows = load.get("decode_rows", 0.0) + sum(one.rows for one in self.since)
         self.context = load.get("context_tokens", 0.0) + sum(one.context for one in self.since)
@@ -106,6 +110,11 @@ class Worker:
         """Seconds until a prompt placed now would begin to run."""
         return max(0.0, self.queue_until - now)
 
+    def wait_s(self, now: float) -> float:
+        """The same, where none is queued with the rest of a step of streams: a queue ends when a step does."""
+        queue_s = self.queue_until - now
+        return queue_s if queue_s > 0 else self.step_s / 2
+
     def prefill_s(self, tokens: int, cached: int, now: float) -> float:
         """Seconds to run a prompt placed now, beside its streams and its neighbours, without the queue."""
         return self.prompts_crowded(now) * self.model.prefill_s(tokens, cached, self.rows, self.context)
@@ -113,13 +122,14 @@ class Worker:
     def _settle(self, now: float, added: Placed | None = None) -> None:
         self.settle_step()
         if added is None:
-            queue_s = self.model.queue_s(self.tokens, self.pairs, self.rows, self.context)
-            self.queue_until = now + self.prompts_crowded(now) * queue_s
+            queue_s = self.model.queue_s(self.tokens - self.begun, self.pairs, self.rows, self.context)
+            left_s = self.member.load.get("step_left_s", self.step_s / 2 if queue_s else 0.0)
+            self.queue_until = now + left_s + self.prompts_crowded(now) * queue_s
         elif added.tokens:
             seconds = self.model.queue_s(added.tokens, added.pairs, self.rows, self.context)
             seconds *= self.prompts_crowded(now)
             seconds -= self.shared_s(added.tokens, self.tokens - added.tokens, now)
-            self.queue_until = max(now, self.queue_until) + seconds
+            self.queue_until = now + self.wait_s(now) + seconds
 
     def settle_step(self) -> None:
         """What a step of its streams takes, with those who have streams beside it."""
@@ -133,7 +143,7 @@ class Worker:
         if left_s <= 0:
             return 0.0
         crowded = self.prompts_crowded(now)
-        return crowded * self.model.shared_s(queued, left_s / crowded, tokens, self.rows)
+        return crowded * self.model.shared_s(queued - self.begun, left_s / crowded, tokens, self.rows)
 
     # ---- its site -------------------------------------------------------------------------------------------
 

@@ -232,7 +232,7 @@ class Quote:
             ttft = one.step_s / 2 + bring_s + run_s
         else:
             run_s -= one.shared_s(max(1, self.tokens - cached), one.tokens, self.now)
-            ttft = one.step_s / 2 + queue_s + run_s
+            ttft = queue_s + run_s
         harm = self.weights.ttft * self.rate_each * run_s * (queue_s + run_s / 2)
         if one.rows:
             steps = -(-max(1, self.tokens - cached) // model.steps.chunk_tokens)
