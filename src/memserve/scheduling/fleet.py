@@ -151,6 +151,10 @@ class Worker:
         """The others of its site."""
         return (one for one in self.site if one is not self)
 
+    def shares_with(self, other: Worker) -> bool:
+        """Whether they share cores or a GPU."""
+        return self.member.site is not None and self.site is other.site and self is not other
+
     def crowded(self, others: float, *, prompts: bool) -> float:
         """What its steps are multiplied by while so many others of its site have work."""
         site = self.member.site
