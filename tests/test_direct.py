@@ -131,13 +131,15 @@ class Paper:
         return "".join(way[0] for way, _ in self.written)
 
 
-async def answered(paper: Paper, steps, **body) -> Paper:
-    """A response to one request."""
-    service = FakeService(lambda _r: steps)
+async def answered(paper: Paper, *scripts: list, **body) -> Paper:
+    """A response to one request, of as many answers as there are scripts."""
+    service = FakeService(lambda request: scripts[request.params.sampling.seed])
     app = build_app(service, demo_tokenizer(), demo_spec(), settings())
     transport = httpx.ASGITransport(paper.through(app), raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-        response = await client.post("/v1/completions", json=BODY | body, timeout=None)
+        response = await client.post(
+            "/v1/completions", json=BODY | {"n": len(scripts), "seed": 0} | body, timeout=None
+        )
     assert response.status_code == 200
     return paper
 
@@ -171,6 +173,19 @@ async def test_pings_count_from_the_last_event_by_either_way(autojump_clock):
     assert paper.ways == "sdddddsss"
     assert [data for _, data in paper.written[6:8]] == [b": waiting\n\n"] * 2
     assert tokens_of(paper.text) == list(range(300, 307))
+
+
+async def test_answers_that_end_at_different_times_share_the_short_way(autojump_clock):
+    """The end of the first would be taken for the end of all, or the second would begin without its opening."""
+    scripts = spaced(1.0, 300, 301, 302), [1.5, *spaced(1.0, 400, 401, 402, 403)]
+    paper = await answered(Paper(), *scripts, echo=True)
+    assert paper.ways == "s" + "d" * 5 + "s"
+    choices = [json.loads(one)["choices"][0] for one in sse(paper.text) if one != "[DONE]"]
+    for index, tokens in enumerate(([300, 301, 302], [400, 401, 402, 403])):
+        mine = [one for one in choices if one["index"] == index]
+        assert [token for one in mine for token in one["token_ids"]] == tokens
+        assert mine[0]["text"] == "x"
+        assert [one["finish_reason"] for one in mine] == [None] * len(tokens) + ["length"]
 
 
 async def test_a_failure_after_events_of_the_short_way_is_an_event(autojump_clock):
