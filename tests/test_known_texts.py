@@ -12,7 +12,7 @@ from fake_service import demo_spec, demo_tokenizer
 from memserve.api.bodies import ChatMessage
 from memserve.api.chat import ChatTemplate
 from memserve.engine import tokenizer as tokenizers
-from memserve.engine.known_texts import CHARACTERS_MIN, KnownTexts
+from memserve.engine.known_texts import ENTRY_CHARACTERS, KnownTexts
 from memserve.engine.tokenizer import Tokenizer
 
 LONG = "What are the three states of matter, and how does one turn into another? "
@@ -32,6 +32,11 @@ class Encoder:
     def __call__(self, text: str) -> list[int]:
         self.texts.append(text)
         return list(map(ord, text))
+
+
+def size(keys) -> int:
+    """What these entries count for."""
+    return sum(len(text) + ENTRY_CHARACTERS for _, _, text in keys)
 
 
 def test_the_turns_of_a_chat_have_the_tokens_they_always_had(monkeypatch):
@@ -69,19 +74,16 @@ def test_the_first_part_and_later_ones_are_told_apart():
     assert encode.texts == [LONG, LONG]
 
 
-def test_short_texts_and_those_that_are_too_long_are_not_kept():
-    """What costs as much to keep as to encode would push out what does not."""
+def test_a_text_that_is_too_long_is_not_kept():
+    """It would push out all others."""
     known, encode = KnownTexts(characters_max=1000), Encoder()
-    for text in ("x" * (CHARACTERS_MIN - 1), "y" * 1001):
-        for _ in range(2):
-            assert list(known.tokens("", False, text, encode)) == list(map(ord, text))
-    assert len(encode.texts) == 4
+    for _ in range(2):
+        assert list(known.tokens("", False, "y" * 950, encode)) == [ord("y")] * 950
+    assert len(encode.texts) == 2
     assert known._characters == 0
 
 
-@given(
-    st.lists(st.tuples(st.sampled_from("ab"), st.integers(CHARACTERS_MIN, 400), st.booleans()), max_size=40)
-)
+@given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 400), st.booleans()), max_size=40))
 def test_memory_is_bounded_and_the_least_recently_used_go_first(uses):
     """A Frontend would grow with every message it has ever seen, or forget those of the chats that go on."""
     known, model = KnownTexts(characters_max=1000), []
@@ -90,10 +92,10 @@ def test_memory_is_bounded_and_the_least_recently_used_go_first(uses):
         assert list(known.tokens(scope, later, key[2], encode)) == [ord("z")] * length
         assert bool(encode.texts) == (key not in model)
         model = [one for one in model if one != key] + [key]
-        while sum(len(text) for _, _, text in model) > 1000:
+        while size(model) > 1000:
             model.pop(0)
         assert list(known._tokens) == model
-        assert known._characters == sum(len(text) for _, _, text in model)
+        assert known._characters == size(model)
 
 
 def test_threads_may_share_it():
@@ -111,4 +113,4 @@ def test_threads_may_share_it():
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(work, range(0, 20, 5)))
-    assert known._characters == sum(len(text) for _, _, text in known._tokens) <= 2000
+    assert known._characters == size(known._tokens) <= 2000

@@ -12,8 +12,8 @@ from memserve.tokens import pack, unpack
 
 CHARACTERS_MAX = 4 << 20
 """Of all texts together. Tokens take as much memory again, where a token is four characters."""
-CHARACTERS_MIN = 48
-"""A shorter text is encoded as fast as it is looked up."""
+ENTRY_CHARACTERS = 100
+"""What an entry counts for beside its text: roles and line breaks between messages are worth keeping, but not free."""
 
 Key = tuple[str, bool, str]
 """Whose it is, whether it is the later part of a prompt, and the text."""
@@ -33,7 +33,7 @@ class KnownTexts:
 
     def tokens(self, scope: str, later: bool, text: str, encode: Callable[[str], list[int]]) -> Iterable[int]:
         """What ``encode(text)`` gives, or gave."""
-        if not CHARACTERS_MIN <= len(text) <= self.characters_max:
+        if _size(text) > self.characters_max:
             return encode(text)
         key = (scope, later, text)
         with self._lock:
@@ -47,8 +47,12 @@ class KnownTexts:
     def _remember(self, key: Key, tokens: bytes) -> None:
         with self._lock:
             if key not in self._tokens:
-                self._characters += len(key[2])
+                self._characters += _size(key[2])
             self._tokens[key] = tokens
             while self._characters > self.characters_max:
                 (_, _, text), _ = self._tokens.popitem(last=False)
-                self._characters -= len(text)
+                self._characters -= _size(text)
+
+
+def _size(text: str) -> int:
+    return len(text) + ENTRY_CHARACTERS
