@@ -13,6 +13,7 @@ from memserve.api.bodies import ChatMessage
 from memserve.api.chat import ChatTemplate
 from memserve.engine import tokenizer as tokenizers
 from memserve.engine.known_texts import ENTRY_CHARACTERS, KnownTexts
+from memserve.engine.text_cuts import PART_CHARACTERS
 from memserve.engine.tokenizer import Tokenizer
 
 LONG = "What are the three states of matter, and how does one turn into another? "
@@ -44,26 +45,45 @@ def test_the_turns_of_a_chat_have_the_tokens_they_always_had(monkeypatch):
     encoded: list[str] = []
     encode_plain = tokenizers._encode_plain
 
-    def counted(built, text):
+    def counted(built, in_a_thread, text):
         encoded.append(text)
-        return encode_plain(built, text)
+        return encode_plain(built, in_a_thread, text)
 
     monkeypatch.setattr(tokenizers, "_encode_plain", counted)
     messages: list[ChatMessage] = []
     chat = ChatTemplate.of(demo_spec(), fresh())
     for turn in range(4):
         role = ("user", "assistant")[turn % 2]
-        messages.append(ChatMessage(role=role, content=f"{turn}: {LONG * 2}<|im_end|> \n"))
+        messages.append(ChatMessage(role=role, content=f"{turn}: {LONG * 8}<|im_end|> \n"))
         rendered = chat.render(messages)
         plain = fresh().encode(rendered.text, allow_special=True, mark=rendered.mark)
         encoded.clear()
         assert chat.encode(rendered, "tenant") == plain
-        assert [text for text in encoded if LONG in text] == [text for text in encoded if f"{turn}: " in text]
+        assert 0 < sum(map(len, encoded)) < 700, "more than the new message"
     encoded.clear()
     assert chat.encode(chat.render(messages), "tenant") == plain
-    assert not [text for text in encoded if LONG in text]
+    assert not encoded
     chat.encode(chat.render(messages), "another")
-    assert len([text for text in encoded if LONG in text]) == 4, "one tenant's messages are quick for another"
+    assert sum(map(len, encoded)) > 700, "one tenant's messages are quick for another"
+
+
+def test_a_prompt_that_continues_another_is_encoded_from_there(monkeypatch):
+    """Agents and completion clients send one text that grows; it would cost its whole length each time."""
+    encoded: list[str] = []
+    encode_plain = tokenizers._encode_plain
+
+    def counted(built, in_a_thread, text):
+        encoded.append(text)
+        return encode_plain(built, in_a_thread, text)
+
+    monkeypatch.setattr(tokenizers, "_encode_plain", counted)
+    tokenizer, text = fresh(), LONG * 20
+    for _ in range(3):
+        assert tokenizer.encode(text, True, scope="") == fresh().encode(text, True)
+        encoded.clear()
+        text += LONG
+        tokenizer.encode(text, True, scope="")
+        assert sum(map(len, encoded)) <= PART_CHARACTERS + len(LONG) + 20
 
 
 def test_the_first_part_and_later_ones_are_told_apart():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import attrs
@@ -48,8 +49,10 @@ class Prompt:
         return packed.pack(self.tokens)
 
 
-async def completion_prompts(body: CompletionBody, model: Model, draw: Callable[[], int]) -> list[Prompt]:
-    """The prompts of a completion. ``draw`` gives a seed where the body has none. Raises ApiError (400)."""
+async def completion_prompts(
+    body: CompletionBody, model: Model, scope: str, draw: Callable[[], int]
+) -> list[Prompt]:
+    """The prompts of a completion of the tenant ``scope``. ``draw`` gives a seed where the body has none. Raises ApiError (400)."""
     items, single = _items(body.prompt)
     if len(items) * (body.n or 1) > CHOICES_MAX:
         message = f"prompt: {len(items)} prompts times n = {body.n or 1} is over {CHOICES_MAX} answers"
@@ -58,7 +61,7 @@ async def completion_prompts(body: CompletionBody, model: Model, draw: Callable[
     for index, item in enumerate(items):
         name = "prompt" if single else f"prompt[{index}]"
         if isinstance(item, str):
-            tokens = [*model.tokenizer.bos, *await _encode(item, name, model)]
+            tokens = [*model.tokenizer.bos, *await _encode(item, name, model, scope)]
         else:
             tokens = _token_ids(item, name, model.spec.vocab)
         left = _left(tokens, name, model.settings.max_context)
@@ -109,11 +112,12 @@ def _token_ids(item: list[Any], name: str, vocabulary: int) -> list[int]:
     return item
 
 
-async def _encode(text: str, name: str, model: Model) -> list[int]:
+async def _encode(text: str, name: str, model: Model, scope: str) -> list[int]:
     _not_hopeless(text, name, model)
+    encode = partial(model.tokenizer.encode, text, allow_special=True, scope=scope)
     if len(text) < LONG_TEXT:
-        return model.tokenizer.encode(text, True)
-    return await trio.to_thread.run_sync(model.tokenizer.encode, text, True, limiter=model.encoders)
+        return encode()
+    return await trio.to_thread.run_sync(encode, limiter=model.encoders)
 
 
 def _not_hopeless(text: str, name: str, model: Model) -> None:
