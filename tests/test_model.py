@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from memserve.engine import model
 from memserve.engine.convert import SCALE
 from memserve.engine.model import Batch, Llama, Matrix
 from memserve.engine.plans import BatchPlan, Row
@@ -240,6 +241,35 @@ def test_int8_matrices_multiply_as_what_they_stand_for(shape: tuple[int, int], d
             assert found.dtype == dtype and found.shape == expected.shape
             errors = (found - expected).norm(dim=1) / expected.norm(dim=1)
             assert bool((errors < (0.006 if dtype == torch.bfloat16 else 1e-6)).all()), (rows, errors)
+
+
+@pytest.mark.parametrize("quantised", [False, True], ids=["bfloat16", "int8"])
+def test_a_processor_without_products_of_bfloat16_multiplies_prompts_in_float32(
+    quantised: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Row by row in bfloat16 a prompt takes sixty times as long. Decode reads the matrix as it is, in any case."""
+    values = torch.from_numpy(_normal((96, 192)))
+    weights = {"w": values.bfloat16()}
+    if quantised:
+        numbers, scales = quantise_rows(values.numpy())
+        weights = {"w": torch.tensor(numbers), "w.scale": torch.tensor(scales)}
+    matrix, exact = Matrix.of(weights, "w", torch.bfloat16), widened(weights)["w"].double()
+    multiplied: list[torch.dtype] = []
+
+    def watched(x: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+        multiplied.append(x.dtype)
+        return torch.nn.functional.linear(x, part)
+
+    monkeypatch.setattr(model, "_has_bfloat16_products", lambda: False)
+    monkeypatch.setattr(model, "linear", watched)
+    for rows in (1, 8, 9, 40):
+        x = torch.from_numpy(_normal((rows, 192))).bfloat16()
+        found, expected = matrix.apply(x), x.double() @ exact.T
+        assert found.dtype == torch.bfloat16
+        assert bool(((found - expected).norm(dim=1) / expected.norm(dim=1) < 0.006).all()), rows
+        in_place = 16 if quantised else 8  # rows up to which torch reads the matrix as it is
+        assert (torch.float32 in multiplied) == (rows > in_place)
+        multiplied.clear()
 
 
 def _normal(shape: tuple[int, int]) -> np.ndarray:

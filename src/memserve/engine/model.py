@@ -9,6 +9,7 @@ differs is the attention backend and the :class:`~memserve.engine.ops.Ops`. Weig
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import attrs
@@ -24,8 +25,10 @@ from memserve.tokens import unpack
 
 _IN_PLACE = 16
 """Rows up to which int8 weights are read as they are; for more, turning them into the run's dtype first is faster."""
+_ROW_BY_ROW = 8
+"""Rows up to which bfloat16 weights are read as they are on any processor; for more, widening them first is faster."""
 _WIDENED = 1 << 20
-"""int8 values turned into the run's dtype at a time: they stay in the caches, and add no copy of a whole matrix."""
+"""Values turned into another type at a time: they stay in the caches, and add no copy of a whole matrix."""
 
 
 @attrs.frozen
@@ -74,19 +77,35 @@ class Matrix:
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """``x``, (rows, in), times the matrix: (rows, out), in the dtype of ``x``."""
-        if self.scale is None:
+        wide = _multiplied(x)
+        if self.scale is None and wide == x.dtype:
             return linear(x, self.values)
-        if 0 < len(x) <= _IN_PLACE and x.dtype == torch.bfloat16 and self._can_be_read_in_place:
+        if self.scale is not None and self._is_read_in_place(x):
             return torch._weight_int8pack_mm(x, self.values, self.scale)
         parts = torch.split(self.values, max(1, _WIDENED // self.values.shape[1]))
-        # bfloat16 holds every int8 exactly, and the scales multiply what has been summed up.
-        return torch.cat([linear(x, part.to(x.dtype)) for part in parts], dim=1).mul_(self.scale)
+        # Both types hold every value of a narrower one exactly, and the scales multiply what has been summed up.
+        found = torch.cat([linear(x.to(wide), part.to(wide)) for part in parts], dim=1)
+        return (found if self.scale is None else found.mul_(self.scale)).to(x.dtype)
 
-    @property
-    def _can_be_read_in_place(self) -> bool:
+    def _is_read_in_place(self, x: torch.Tensor) -> bool:
         """torch 2.13 reads rows in aligned pieces and does not check; what is not aligned is a segmentation fault."""
         aligned = self.values.shape[1] % 64 == 0 and self.values.data_ptr() % 64 == 0
-        return aligned and self.values.is_cpu
+        return aligned and self.values.is_cpu and x.dtype == torch.bfloat16 and 0 < len(x) <= _IN_PLACE
+
+
+def _multiplied(x: torch.Tensor) -> torch.dtype:
+    """The type in which rows like these are multiplied: float32 where the processor has no products of bfloat16.
+
+    torch 2.13 multiplies bfloat16 there row by row, which for a prompt takes sixty times as long as float32 does.
+    """
+    many = x.dtype == torch.bfloat16 and x.is_cpu and len(x) > _ROW_BY_ROW
+    return torch.float32 if many and not _has_bfloat16_products() else x.dtype
+
+
+@cache
+def _has_bfloat16_products() -> bool:
+    supported: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return supported
 
 
 @attrs.frozen
