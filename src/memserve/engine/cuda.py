@@ -182,6 +182,14 @@ class CudaEngine:
 
     def warm_up(self) -> None:
         """Load every kernel and capture every batch size, touching no page but the scratch page."""
+        with torch.inference_mode():
+            self._load_kernels()
+            self._logits = torch.empty(self._buckets[-1], self._spec.vocab, device=self._device)
+            found = {rows: self._capture(rows) for rows in sorted(self._buckets, reverse=True)}
+        self._steps = {rows: found[rows] for rows in self._buckets}
+
+    def _load_kernels(self) -> None:
+        """Run a chunk, a decode row, and two that begin alike, on pages and a workspace that are given back before a capture."""
         assert self._attention is not None, "the engine is closed"
         length = min(WARM_TOKENS, self._spec.max_context - 1)
         pages = tuple(range(pages_for(length + 1, self._page_tokens)))
@@ -190,13 +198,9 @@ class CudaEngine:
         attention = self._fresh(own)
         first = Row(pack([0]), length, pages, Sampling(temperature=1.0, seed=1))
         alike = attrs.evolve(first, pages=(*pages[:-1], len(pages)))  # all but the page that it writes
-        with torch.inference_mode():
-            for rows in ((Row(pack([0] * length), 0, pages, None),), (first,), (first, alike)):
-                plan = BatchPlan(rows)
-                self._run_any(plan, self._tables(plan, 1), attention)
-            self._logits = torch.empty(self._buckets[-1], self._spec.vocab, device=self._device)
-            found = {rows: self._capture(rows) for rows in sorted(self._buckets, reverse=True)}
-        self._steps = {rows: found[rows] for rows in self._buckets}
+        for rows in ((Row(pack([0] * length), 0, pages, None),), (first,), (first, alike)):
+            plan = BatchPlan(rows)
+            self._run_any(plan, self._tables(plan, 1), attention)
 
     def timer(self, rows: int, context: int) -> Callable[[Sequence[tuple[int, int]]], tuple[float, int]]:
         """A function that times one step of rows, each (new tokens, tokens before them); seconds, and 1, its host thread.
