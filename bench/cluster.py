@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,22 +51,27 @@ class Running:
 
 @contextmanager
 def cluster(config: str, *settings: str) -> Iterator[Running]:
-    """``memserve up`` with a configuration of this project."""
+    """``memserve up`` with a configuration of this project. Ends the program, saying why, when it does not start."""
     with tempfile.TemporaryDirectory() as logs:
         overrides = [f"--set={one}" for one in ("frontend.port=0", f"logging.dir={logs}", *settings)]
         began = time.monotonic()
-        process = subprocess.Popen(
-            [sys.executable, "-m", "memserve", "up", "-c", str(ROOT / "configs" / config), *overrides],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        try:
+        command = [sys.executable, "-m", "memserve", "up", "-c", str(ROOT / "configs" / config), *overrides]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
-            found = next(filter(None, (re.search(r"at (http://\S+?);", line) for line in process.stdout)))
-            yield Running(found[1], time.monotonic() - began)
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(60)
+            try:
+                yield Running(_url(process.stdout, config), time.monotonic() - began)
+            finally:
+                process.send_signal(signal.SIGTERM)
+                process.wait(60)
+
+
+def _url(output: Iterable[str], config: str) -> str:
+    """Where ``memserve up`` says it can be asked. What it says besides goes to stderr, where its errors are."""
+    for line in output:
+        if found := re.search(r"at (http://\S+?);", line):
+            return found[1]
+        print(line, end="", file=sys.stderr)
+    sys.exit(f"memserve up -c configs/{config} ended before it was ready: see above")
 
 
 def cpu_s(pids: list[int]) -> float:

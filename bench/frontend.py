@@ -4,6 +4,9 @@ A whole cluster (one Frontend or two, GlobalScheduler, MemPoolShard, one worker;
 whose step engine answers at once with fixed tokens. Measured from outside with a client that costs little, on the same
 cores: what is added to the time to first token and to the pace of a stream, tokens a second at 64 and 256 streams,
 requests a second, and the CPU time that each actor spends on a token.
+
+``--beside CHECKOUT`` compares that CPU time with another checkout's (its ``src``, in this environment) in interleaved rounds,
+with answers to chats of several turns beside; it prints tables and writes no note.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from typing import Any
 import attrs
 import httpx
 
-from notes import Note, number, table
+from notes import ROOT, Note, number, table
 from raw_client import Stream, closed_loop, request_bytes, run_streams
 
 STREAM_TOKENS = 256
@@ -61,8 +64,8 @@ class Running:
 
 
 @contextmanager
-def cluster(step_ms: float, *settings: str) -> Iterator[Running]:
-    """The null cluster, ready; ended by its own drain."""
+def cluster(step_ms: float, *settings: str, checkout: Path = ROOT) -> Iterator[Running]:
+    """The null cluster of a checkout, ready; ended by its own drain."""
     with tempfile.TemporaryDirectory() as logs:
         script = Path(__file__).with_name("null_cluster.py")
         words = [
@@ -74,7 +77,12 @@ def cluster(step_ms: float, *settings: str) -> Iterator[Running]:
             *CLUSTER,
             f"logging.dir={logs}",
         ]
-        process = subprocess.Popen([*words, *settings], stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [*words, *settings],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(checkout / "src")},
+        )
         try:
             assert process.stdout is not None
             found = next(filter(None, (re.search(r"at http://\S+?:(\d+)", line) for line in process.stdout)))
@@ -93,9 +101,8 @@ def actors(port: int) -> dict[str, list[int]]:
 
 
 def cpu_s(pid: int) -> float:
-    """CPU seconds that a process has used."""
-    ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
-    return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+    """CPU seconds that a process has used, ended threads included: its clock, as clock_getcpuclockid(3) makes it."""
+    return time.clock_gettime(~pid << 3 | 2)
 
 
 def completion(number: int, prompt_tokens: int, max_tokens: int, *, stream: bool = True) -> bytes:
@@ -190,6 +197,71 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+# ---- beside another checkout ---------------------------------------------------------------------------------
+
+BESIDE_STREAMS = 8
+CHAT_TURNS = 4
+CHAT_WORDS = 80
+"""Of each message."""
+
+
+def chat_turns(running: Running, key: int) -> None:
+    """Chats of several turns, one after another, answered with 32 tokens each."""
+    for chat in range(BESIDE_STREAMS):
+        messages: list[dict[str, str]] = []
+        for turn in range(CHAT_TURNS):
+            words = (f"word{(key * 7919 + chat * 97 + turn * 31 + k) % 997}" for k in range(CHAT_WORDS))
+            messages.append({"role": "user", "content": " ".join(words)})
+            body = {"messages": messages, "max_tokens": 32, "ignore_eos": True, "stream": True}
+            run_streams(
+                running.port,
+                [request_bytes("/v1/chat/completions", body | {"stream_options": {"include_usage": True}})],
+            )
+            messages.append({"role": "assistant", "content": " ".join(["the answer"] * 16)})
+
+
+def beside(other: Path, rounds: int) -> str:
+    """CPU microseconds by kind of actor, of this checkout and of another one; medians of interleaved rounds, and ratios."""
+    streams: dict[Path, list[dict[str, float]]] = {ROOT: [], other: []}
+    chats: dict[Path, list[dict[str, float]]] = {ROOT: [], other: []}
+    for i in range(rounds):
+        for checkout in (ROOT, other) if i % 2 else (other, ROOT):
+            with cluster(PACE_MS, checkout=checkout) as running:
+                run_streams(running.port, [completion(k, 16, 8) for k in range(BESIDE_STREAMS)])
+                streams[checkout].append(throughput(running, BESIDE_STREAMS, 1)["cpu_us_per_token"])
+            with cluster(0.0, checkout=checkout) as running:
+                run_streams(running.port, [completion(k, 16, 8) for k in range(BESIDE_STREAMS)])
+                before = running.cpu_s()
+                chat_turns(running, i)
+                turns = BESIDE_STREAMS * CHAT_TURNS
+                spent = {
+                    kind: (value - before[kind]) / turns * 1e6 for kind, value in running.cpu_s().items()
+                }
+                chats[checkout].append(spent)
+    return "\n\n".join(
+        (
+            ratios(f"{BESIDE_STREAMS} streams, a step each {PACE_MS:g} ms, us a token", streams, other),
+            ratios("a chat's turn of 32 tokens, us a turn", chats, other),
+        )
+    )
+
+
+def ratios(what: str, found: dict[Path, list[dict[str, float]]], other: Path) -> str:
+    """A table: a row a kind of actor."""
+    rows = []
+    for kind in KINDS:
+        values = {one: [spent[kind] for spent in rounds if kind in spent] for one, rounds in found.items()}
+        if not values[ROOT]:
+            continue
+        here, there = (statistics.median(values[one]) for one in (ROOT, other))
+        shown = [
+            f"{number(middle)} ({number(min(values[one]))} to {number(max(values[one]))})"
+            for middle, one in ((there, other), (here, ROOT))
+        ]
+        rows.append([kind, *shown, number(here / there)])
+    return table([what, "the other", "this", "ratio"], rows)
+
+
 # ---- the note ------------------------------------------------------------------------------------------------
 
 KINDS = ("Frontend", "DecodeWorker", "MemPoolShard", "GlobalScheduler", "client")
@@ -282,7 +354,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="of each measurement; medians are shown")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement of requests a second")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--beside", type=Path, metavar="CHECKOUT", help="only compare CPU with this one's")
     options = parser.parse_args()
+    if options.beside:
+        print(beside(options.beside.resolve(), options.rounds))
+        return
     found = measure(options)
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")

@@ -21,14 +21,12 @@ from typing import Any
 import attrs
 import trio
 
+import asking
 from install_peers import default_folder
 from loadgen.arrivals import Arrivals
-from loadgen.client import Client
-from loadgen.content import Filler
-from loadgen.conversation import Style, one_turn
+from loadgen.conversation import one_turn
 from loadgen.errors import LoadgenError
 from loadgen.records import Record
-from loadgen.runner import Manner, Player
 from loadgen.workload import Session, Workload
 from notes import Note, number, table
 from peer_servers import Absent, NotReady, Server, find_servers, running
@@ -37,8 +35,6 @@ from peer_workloads import CASES, Case, Figure, Wrong
 PROMPT = "The three states of matter are"
 """Answered by each server, to show that they run the same weights."""
 SAME_TOKENS = 24
-TIMEOUT_S = 120.0
-"""Of one request; a server that takes longer for one of these has failed."""
 OURS = "memserve"
 
 
@@ -72,25 +68,8 @@ async def play(
     url: str, server: Server, sessions: tuple[Session, ...], clients: int, seed: int = 0
 ) -> list[Record]:
     """Ask a server for these sessions, and take the answers in."""
-    client = Client(url)
-    try:
-        model = server.model or str((await client.get_json("/v1/models"))["data"][0]["id"])
-        # The model's own answers, because that is what is in a server's cache.
-        style = Style("completions", "text", "own")
-        manner = Manner(model, style, dict(server.body), timeout_s=TIMEOUT_S, keep_answers=True)
-        records: list[Record] = []
-        player = Player(
-            Workload("peers", sessions),
-            Arrivals("closed", clients=clients),
-            manner,
-            client,
-            Filler(seed),
-            records.append,
-        )
-        await player.play()
-        return records
-    finally:
-        await client.aclose()
+    work, arrivals = Workload("peers", sessions), Arrivals("closed", clients=clients)
+    return await asking.ask(url, work, arrivals, form="text", body=server.body, model=server.model, seed=seed)
 
 
 def ask(url: str, measured: Measured, case: Case, key: str) -> dict[str, float]:

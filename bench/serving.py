@@ -140,7 +140,7 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--set", action="append", default=[], help="KEY=VALUE over every layout's configuration"
     )
-    parser.add_argument("--json", type=Path, help="also write all samples to this file")
+    parser.add_argument("--json", type=Path, help="write samples to this file, and no note: for --merge")
     parser.add_argument(
         "--merge",
         type=Path,
@@ -165,12 +165,14 @@ def main() -> None:
         words = " ".join(told(sys.argv[1:]))
         command = f'make bench-serving ARGS="{words}"' if words else "make bench-serving"
         for samples in measure(layouts, given):
-            path = write_note(samples, LAYOUTS, command)
             if given.json:
                 save(samples, given.json)
+            else:
+                path = write_note(samples, LAYOUTS, command)
     except (LoadgenError, ValueError) as error:
         sys.exit(f"bench-serving: {error}")
-    print(path.read_text())
+    if not given.json:
+        print(path.read_text())
 
 
 if __name__ == "__main__":

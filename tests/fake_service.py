@@ -11,7 +11,7 @@ import trio
 
 from memserve.api.app import build_app
 from memserve.api.server import serve_http
-from memserve.api.service import ApiSettings, Chunk, GenerationParams
+from memserve.api.service import ApiSettings, Chunk, GenerationParams, Take
 from memserve.engine.gguf import read_gguf
 from memserve.engine.gguf_tokenizer import build_tokenizer
 from memserve.engine.spec import ModelSpec, find_model, read_spec
@@ -111,7 +111,8 @@ class FakeStream:
     request: Opened
     steps: list[Step]
 
-    async def __aiter__(self) -> AsyncIterator[Chunk]:
+    async def listen(self, take: Take) -> None:
+        await trio.lowlevel.checkpoint()
         for step in self.steps:
             if isinstance(step, float | int):
                 await trio.sleep(step)
@@ -121,11 +122,9 @@ class FakeStream:
             else:
                 if step.finish is not None:
                     self.request.outcome = step.finish
-                yield step
-        await trio.lowlevel.checkpoint()
-
-    def stop(self) -> None:
-        self.request.outcome = "stop string"
+                if not take(step):
+                    self.request.outcome = "stop string"
+                    return
 
 
 @asynccontextmanager

@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 import attrs
 import trio
 
-from memserve.actions import BatchDone, Copy, CopyDone, Deliver, Kill, Move, RunBatch
+from memserve.actions import BatchDone, Copy, CopyDone, Kill, Move, RunBatch
 from memserve.actors.frontend import FrontendService
 from memserve.actors.loop import Shell
 from memserve.api.service import GenerationParams
@@ -267,9 +267,7 @@ class MemoryCluster:
         presence = self._presence(link, "Frontend")
         core = FrontendCore(presence, 64)
         actor = await self._start(name, link, core, Reporting(core, presence))
-        service = FrontendService(core, actor.shell)
-        actor.shell.perform[Deliver] = service.deliver
-        return service
+        return FrontendService(core, actor.shell)
 
     def _fence(self, actor: ActorId) -> None:
         """What a shard does to a worker that is held for dead."""
@@ -336,8 +334,7 @@ async def generate(frontend: FrontendService, prompt: list[int], max_tokens: int
     tokens: list[int] = []
     with trio.fail_after(300):
         async with frontend.open(pack(prompt), params, "") as stream:
-            async for chunk in stream:
-                tokens += chunk.tokens
+            await stream.listen(lambda chunk: tokens.extend(chunk.tokens) or True)
     return tokens
 
 

@@ -6,6 +6,8 @@ import importlib.metadata
 import json
 import os
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -366,3 +368,27 @@ def test_quantiles_are_values_that_occurred() -> None:
     assert frontend.quantile(values, 0.99) == 100.0
     assert frontend.quantile(values[::-1], 0.5) == 51.0
     assert frontend.quantile([3.0], 0.99) == 3.0
+
+
+def test_a_comparison_is_of_medians_and_says_which_is_which(tmp_path: Path) -> None:
+    """If it failed, a change for the worse would read as one for the better."""
+    here, there = [{"Frontend": 1.0}, {"Frontend": 2.0}, {"Frontend": 9.0}], [{"Frontend": 8.0}]
+    shown = frontend.ratios("us a token", {frontend.ROOT: here, tmp_path: there}, tmp_path).splitlines()
+    assert shown[0] == "| us a token | the other | this | ratio |"
+    assert shown[2:] == ["| Frontend | 8.00 (8.00 to 8.00) | 2.00 (1.00 to 9.00) | 0.250 |"]
+
+
+def test_the_clock_of_a_process_counts_its_ended_threads() -> None:
+    """If it failed, work done in short-lived threads would cost nothing."""
+    spent: list[float] = []
+
+    def work() -> None:
+        while time.thread_time() < 0.05:
+            sum(range(1000))
+        spent.append(time.thread_time())
+
+    before = frontend.cpu_s(os.getpid())
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert frontend.cpu_s(os.getpid()) - before >= spent[0]

@@ -9,12 +9,15 @@ import attrs
 import msgspec
 import pytest
 
+import cluster
 import notes
 import policies
+import policies_note
 import prediction
 import serving
 import serving_note
 from loadgen import arrivals, build
+from memserve import config
 from memserve.costs import Site, StepCosts
 from memserve.scheduling.cost_model import CostModel
 
@@ -90,7 +93,7 @@ def test_a_sweep_may_be_measured_in_pieces(tmp_path: Path, monkeypatch: pytest.M
 def test_policies_are_asked_what_the_simulator_plays() -> None:
     """If the sessions were others, or did not share their documents, the prediction would be of another run."""
     given = policies.options_of(["--sessions", "12"])
-    ours = policies.sessions_of(3, given)
+    ours = policies.sessions_of(3, 1, given)
     theirs = [policies.asked(one) for one in ours]
     assert len({one.turns[0].pieces[0].key for one in ours}) == 4
     assert ours[0].turns[0].pieces[0].tokens == 850
@@ -115,16 +118,42 @@ def test_a_note_of_policies_says_what_is_saved(tmp_path: Path, monkeypatch: pyte
         "failed": 0.0,
     }
     samples = [
-        policies.Sample("session", 3, values, {"TTFT p50": 5.0}),
-        policies.Sample("cost", 3, values | {"TTFT p99": 40.0, "TTFT p50": 11.0}, {}),
+        policies_note.Sample("session", 3, values, {"TTFT p50": 5.0}),
+        policies_note.Sample("cost", 3, values | {"TTFT p99": 40.0, "TTFT p50": 11.0}, {}),
     ]
-    monkeypatch.setattr(policies, "Note", lambda name: notes.Note(name, tmp_path, "2026-01-01", "abc"))
-    text = policies.write_note(samples, policies.options_of(["--shares", "3"]), "x").read_text()
+    monkeypatch.setattr(policies_note, "Note", lambda name: notes.Note(name, tmp_path, "2026-01-01", "abc"))
+    text = policies_note.write_note(samples, policies.options_of(["--shares", "3"]), "x").read_text()
     assert "-10% of the P50 against session at share ratio 3, 60% of the P99 against session" in text
     assert "| session | 10.0 (0.50) | 100 | 1.00 | 50% | 1 | 0 |" in text
-    samples.append(policies.Sample("session", 3, values | {"TTFT p50": 14.0}, {"TTFT p50": 9.0}))
-    text = policies.write_note(samples, policies.options_of([]), "x").read_text()
+    samples.append(policies_note.Sample("session", 3, values | {"TTFT p50": 14.0}, {"TTFT p50": 9.0}))
+    text = policies_note.write_note(samples, policies.options_of([]), "x").read_text()
     assert "| session | 12.0, 10.0 to 14.0 (0.58) | 100 | 1.00 | 50% | 2 | 0 |" in text
+
+
+@pytest.mark.parametrize("scale", ["0.06", "0.5", "1"])
+def test_pools_of_policies_are_as_short_as_the_prompts(scale: str) -> None:
+    """If a slow machine's short prompts had the pools of long ones, everything would stay cached wherever it went."""
+    words = policies.settings_of("cost", policies.options_of(["--scale", scale]))
+    made = config.load(str(cluster.ROOT / "configs" / policies.CONFIG), words)
+    document = 1700 * float(scale) * 23_040  # bytes
+    assert 8 < made.shard[0].memory / document < 14
+
+
+def test_samples_of_policies_are_read_back_as_they_were(tmp_path: Path) -> None:
+    """If a field were lost on the way, a note merged of pieces would be of other runs than one measured at once."""
+    samples = [
+        policies_note.Sample("cost", 2, {"cached": 0.5}, {"TTFT p50": 5.0}, "abc", seed) for seed in (1, 2)
+    ]
+    for one in samples:
+        policies_note.save([one], tmp_path / str(one.seed))
+    assert policies_note.merged([tmp_path / "1", tmp_path / "2"]) == samples
+
+
+def test_a_cluster_that_does_not_start_says_why(capfd: pytest.CaptureFixture[str]) -> None:
+    """If a bench ended with a traceback of its own, nobody would learn which setting was refused."""
+    with pytest.raises(SystemExit, match=r"demo\.toml ended"), cluster.cluster("demo.toml", "batch.rows=0"):
+        pass
+    assert "batch.rows" in capfd.readouterr().err
 
 
 def test_a_note_repeats_no_path_of_the_machine() -> None:

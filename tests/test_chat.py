@@ -24,7 +24,7 @@ from memserve.errors import UserError
 def chat_tokens(messages, template=None):
     spec = demo_spec() if template is None else attrs.evolve(demo_spec(), chat_template=template or None)
     chat = ChatTemplate.of(spec, demo_tokenizer())
-    return chat.encode(chat.render([ChatMessage(**message) for message in messages]))
+    return chat.encode(chat.render([ChatMessage(**message) for message in messages]), "")
 
 
 def test_the_models_template_is_rendered_as_its_makers_meant():
@@ -99,8 +99,8 @@ def test_bos_is_written_once():
     chat = ChatTemplate.of(demo_spec(), tokenizer)
     tokenizer.bos = (IM_START,)
     try:
-        assert chat.encode(chat.render([ChatMessage(**HI[0])]))[:2] != [IM_START, IM_START]
+        assert chat.encode(chat.render([ChatMessage(**HI[0])]), "")[:2] != [IM_START, IM_START]
         bare = ChatTemplate.of(attrs.evolve(demo_spec(), chat_template="Hi"), tokenizer)
-        assert bare.encode(bare.render([ChatMessage(**HI[0])]))[0] == IM_START
+        assert bare.encode(bare.render([ChatMessage(**HI[0])]), "")[0] == IM_START
     finally:
         tokenizer.bos = ()

@@ -103,10 +103,10 @@ async def test_the_first_of_a_burst_may_leave(autojump_clock: MockClock, workers
 async def cached(frontend, tokens: list[int], new: int) -> int:
     """Cached prompt tokens of one request."""
     params = GenerationParams(Sampling(0.0), new, ())
+    chunks = []
     async with frontend.open(pack(tokens), params, "") as stream:
-        async for chunk in stream:
-            last = chunk
-    return last.cached_tokens
+        await stream.listen(lambda chunk: chunks.append(chunk) or True)
+    return chunks[-1].cached_tokens
 
 
 @pytest.mark.parametrize(("retire", "expected"), [("all", 48), ("prompt", 28), ("none", 0)])

@@ -253,6 +253,18 @@ def test_deep_products_change_no_bit(stored: str) -> None:
             assert torch.equal(logits, few[end]), (size, end)
 
 
+@pytest.mark.parametrize("stored", ["bfloat16", "int8"])
+def test_no_number_of_rows_changes_a_bit(stored: str) -> None:
+    """Rows go in parts of several sizes, int8 weights are widened in two ways: each must sum as a row alone does."""
+    spec = attrs.evolve(native_spec(6, 2, 64), hidden=416, intermediate=800)
+    twin = Twin(spec, stored=stored, pages=400)
+    ids = prompt(36, 3)
+    alone = in_chunks(twin, ids, range(1, 37), twin.pages(36))
+    for rows in range(2, 19):
+        for end, logits in in_chunks(twin, ids, range(rows, 37, rows), twin.pages(36)).items():
+            assert torch.equal(logits, alone[end]), (rows, end)
+
+
 def test_threads_with_rows_of_their_own_change_no_bit() -> None:
     """Many rows are cut into one block a thread: results would depend on how many cores are free."""
     spec = native_spec(6, 2, 64)

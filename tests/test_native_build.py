@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -37,3 +38,20 @@ def test_it_compiles_for_every_processor(name: str, monkeypatch: pytest.MonkeyPa
     command = [compiler, *flags, "-fsyntax-only", str(SOURCES[0].parent / "step.cpp")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_is_to_be_fetched_ahead_is(tmp_path: Path) -> None:
+    """The compiler may take a function that only fetches for one without effects: attention once fetched nothing, unseen."""
+    compiler = os.environ.get("CXX", "g++")
+    if not shutil.which(compiler):
+        pytest.skip(f"no C++ compiler here: there is no {compiler}")
+    (tmp_path / "fetch.cpp").write_text(
+        '#include "vectors.hpp"\n'
+        "[[gnu::noinline]] static void fetch(const char* p) { prefetch(p); }\n"
+        "void twice(const char* p) { fetch(p), fetch(p + 64); }\n"
+    )
+    command = [compiler, "-O3", "-std=c++17", "-mavx2", "-mfma", f"-I{SOURCES[0].parent}", "-S", "-o-"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "fetch.cpp")], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert "prefetcht1" in done.stdout, done.stderr

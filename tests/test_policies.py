@@ -157,6 +157,36 @@ def test_what_lies_in_a_slow_tier_costs_its_way_back() -> None:
     assert world.place().prefill == "w1.1"
 
 
+def test_a_long_prompt_is_kept_from_the_home_of_sessions_that_ask_often() -> None:
+    """If it failed, many short prompts would wait behind a document that could have been read elsewhere."""
+    world = World("p0@s0", "p1@s1", "d0@s0", policy=fetching(1e-10))
+    chats = [pack(range(5000 + 2000 * i, 5000 + 2000 * i + 1600)) for i in range(8)]
+    for i, chat in enumerate(chats):
+        world.cache("s0" if i else "s1", chat)
+    for chat in reversed(chats):
+        assert world.place(chat + pack(range(8))).prefill == ("p1.1" if chat is chats[0] else "p0.1")
+        world.now += 0.2
+        for one in ("p0@s0", "p1@s1", "d0@s0"):
+            world.report(one)
+    assert world.fleet.prefills.every.first(1) == ["p0.1"], "the one used longest ago"
+    assert world.place().prefill == "p1.1"
+
+
+def test_a_worker_is_busy_until_a_fetched_prompt_is_run() -> None:
+    """If it failed, a long prompt would be put before one whose prefix is on its way, because nothing seems to wait there."""
+    world = World("w0", "w1", policy=fetching(1 / 80e6))
+    world.cache("s-w0", DOCUMENT)
+    world.report("w0", **busy(8000))
+    choice = world.place()
+    assert (choice.prefill, choice.source) == ("w1.1", "s-w0.1")
+    worker = world.fleet.workers[ActorId("w1.1")]
+    assert worker.queue_s(world.now) == pytest.approx(choice.seconds, rel=0.01)
+    world.report("w1", prompts_taken_total=1.0, **busy(1, rows=1))
+    assert worker.queue_s(world.now) == pytest.approx(choice.seconds, rel=0.01)
+    world.report("w1", prompts_taken_total=1.0, **busy(0, rows=1))
+    assert worker.queue_s(world.now) == 0.0, "it came sooner"
+
+
 def test_reports_that_lag_are_made_up_for() -> None:
     """If it failed, a burst would land on one worker; and a placement must not count twice for ever."""
     world = World("w0", "w1", "w2", "w3")

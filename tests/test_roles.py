@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memserve.actions import Log
-from memserve.costs import StepCosts
+from memserve.costs import Site, StepCosts
 from memserve.messages import ActorId, Change, Member, actor_name
 from memserve.scheduling.changes import HAND, SCHEDULER, changed
 from memserve.scheduling.fleet import Fleet
@@ -80,6 +80,11 @@ class Office:
                 name = actor_name(action.to)
                 self.members[name] = changed(self.members[name], action.message)
 
+    def settle(self, site: Site, *names: str) -> None:
+        """Let workers share the cores of a site."""
+        for name in names:
+            self.members[name] = attrs.evolve(self.members[name], site=site)
+
 
 def pd(prefills: int, decodes: int) -> Office:
     """Some of each."""
@@ -134,6 +139,39 @@ def test_where_both_sides_are_dear_nobody_helps_the_other():
         office.load(name, waiting=300.0 if name[0] == "p" else 0.0, rows=5.0 if name[0] == "d" else 0.0)
     office.run(10.0)
     assert office.said == []
+
+
+HOST = Site("host", cores=2, threads=2)
+
+
+def test_who_would_help_on_the_same_cores_takes_nothing_off():
+    """Prompts would be run beside streams on one host, twice as slowly each, and nobody would have gained."""
+    apart, together = pd(1, 1), pd(1, 1)
+    together.settle(HOST, "p0", "d0")
+    for office in (apart, together):
+        office.load("p0", waiting=600.0)
+    assert (apart.run(1.0)["d0"], together.run(1.0)["d0"]) == ("both", "decode")
+    together.load("d0", rows=5.0)
+    assert together.run(2.0)["d0"] == "both", (
+        "it is at work already, and slows the queue down whatever it does"
+    )
+
+
+def test_streams_that_neighbours_crowd_are_helped_by_another_host():
+    """Streams at half their speed, beside a host that has nothing to do, would not count as crowded."""
+    crowded = pd(2, 1)
+    crowded.settle(HOST, "p0", "d0")
+    crowded.load("p0", waiting=30.0)
+    crowded.load("d0", rows=1.0)
+    crowded.load("p1", waiting=40.0)
+    crowded.roles.prices.answer = 100.0
+    roles = crowded.run(1.0)
+    assert (roles["p0"], roles["p1"]) == ("prefill", "both"), "not the one that would share their cores"
+    assert {one["reason"] for one in crowded.said} == {"streams are crowded"}
+    alone = pd(2, 1)
+    alone.load("d0", rows=1.0)
+    alone.roles.prices.answer = 100.0
+    assert set(alone.run(2.0).values()) == {"prefill", "decode"}
 
 
 def test_when_all_of_a_side_help_the_other_side_does_too():

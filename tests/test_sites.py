@@ -9,8 +9,9 @@ import pytest
 
 from memserve.costs import Site
 from memserve.messages import ActorId
+from memserve.scheduling.pricing import Cost, Weights
 from memserve.tokens import pack
-from placement_world import COSTS, World, busy, fetching
+from placement_world import COSTS, DOCUMENT, World, busy, fetching
 
 HOST = Site("host", cores=2, threads=2)
 SHARING = attrs.evolve(COSTS, decode_crowding=0.85, prefill_crowding=0.55)
@@ -51,9 +52,18 @@ def test_a_queue_is_shared_with_the_other_worker_of_the_site() -> None:
 def test_streams_are_not_crowded_for_a_prompt_that_gains_little() -> None:
     """If it failed, ten streams would run at half their speed for the sake of one short prompt."""
     world = two_workers(HOST, HOST, **busy(0, 10))
-    assert world.place(pack(range(64)), 2).prefill == "w0.1"
+    assert world.place(pack(range(8)), 2).prefill == "w0.1"
     world.report("w0@s0", SHARING, HOST, **busy(8000, 10))
-    assert world.place(pack(range(64)), 2).prefill == "w1.1", "behind a long queue it gains much"
+    assert world.place(pack(range(8)), 2).prefill == "w1.1", "behind a long queue it gains much"
+
+
+def test_a_warm_turn_runs_in_a_step_of_many_streams_rather_than_beside_it() -> None:
+    """If it failed, an overloaded host would give each warm turn half of its cores, for first tokens at the cost of all answers."""
+    world = two_workers(HOST, HOST, **busy(0, 30))
+    world.cache("s0", DOCUMENT)
+    assert world.place(DOCUMENT + pack(range(4)), 30).prefill == "w0.1"
+    world.policy = Cost(Weights(others=0.3))
+    assert world.place(DOCUMENT + pack(range(4)), 30).prefill == "w1.1", "what the setting is for"
 
 
 def test_times_are_those_beside_busy_neighbours() -> None:

@@ -37,82 +37,41 @@ LINGER_MS = 300
 """How long unsent replies outlive their socket. Never -1: a socket with an unreachable peer would hang the exit."""
 
 
-class ZSocket:
-    """trio over one pyzmq socket.
+class Inbox:
+    """Receives on one pyzmq socket under trio.
 
-    A ZeroMQ descriptor is edge-triggered, and *every* call on the socket (send, receive, reading EVENTS)
-    processes its commands and so may eat the edge that a parked task waits for. The rule that keeps tasks
-    from sleeping for ever: after each call made while somebody is parked, EVENTS is read and both lots are
-    served. Cancellation points come before a message is taken and never after, so a cancelled receive loses
-    nothing and a cancelled send has not been sent.
+    A ZeroMQ descriptor is edge-triggered, and *every* call on the socket (send, receive, reading EVENTS) may eat the
+    edge that a waiting task needs. So one task receives and nobody else calls anything: it waits only after a receive
+    found nothing, which leaves the descriptor readable by whatever comes next.
     """
 
     def __init__(self, socket: zmq.Socket[bytes]) -> None:
         self.socket = socket
-        self._readers = trio.lowlevel.ParkingLot()
-        self._writers = trio.lowlevel.ParkingLot()
+        self._descriptor = socket.FD
+        self._empty = False
+        """The last receive found nothing more."""
 
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Wake parked tasks when the descriptor stirs. One task a socket, in its owner's nursery."""
-        task_status.started()
-        descriptor = self.socket.FD
+    async def receive(self, limit: int = BATCH_MESSAGES) -> list[list[bytes]]:
+        """Wait for a multipart message; up to ``limit`` that are there. Cancelled it has taken none."""
+        if not self._empty:
+            await trio.lowlevel.checkpoint_if_cancelled()
+            if batch := self._take(limit):
+                await trio.lowlevel.cancel_shielded_checkpoint()
+                return batch
         while True:
-            self._serve_parked()
-            await trio.lowlevel.wait_readable(descriptor)
+            await trio.lowlevel.wait_readable(self._descriptor)
+            if batch := self._take(limit):
+                return batch
 
-    def _serve_parked(self) -> int:
-        events = int(self.socket.EVENTS)
-        if events & zmq.POLLIN and self._readers:
-            self._readers.unpark_all()
-        if events & zmq.POLLOUT and self._writers:
-            self._writers.unpark_all()
-        return events
-
-    async def receive(self) -> list[bytes]:
-        """One multipart message."""
-        await trio.lowlevel.checkpoint()
-        while True:
-            try:
-                frames = self.socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                if not self._serve_parked() & zmq.POLLIN:
-                    await self._readers.park()
-            else:
-                self._after_call()
-                return frames
-
-    async def receive_batch(self, limit: int = BATCH_MESSAGES) -> list[list[bytes]]:
-        """At least one message, and up to ``limit`` that wait already. No await once the first is taken."""
-        batch = [await self.receive()]
+    def _take(self, limit: int) -> list[list[bytes]]:
+        batch: list[list[bytes]] = []
+        self._empty = False
         try:
             while len(batch) < limit:
                 batch.append(self.socket.recv_multipart(zmq.NOBLOCK))
         except zmq.Again:
-            pass
-        self._after_call()
+            self._empty = True
         return batch
-
-    async def send(self, frames: list[bytes]) -> None:
-        """Send, waiting while the socket is at its high-water mark."""
-        await trio.lowlevel.checkpoint()
-        while True:
-            try:
-                self.socket.send_multipart(frames, zmq.NOBLOCK)
-            except zmq.Again:
-                if not self._serve_parked() & zmq.POLLOUT:
-                    await self._writers.park()
-            else:
-                self._after_call()
-                return
-
-    def send_nowait(self, frames: list[bytes]) -> None:
-        """Send or raise zmq.Again at the high-water mark: what to do then is the caller's policy."""
-        self.socket.send_multipart(frames, zmq.NOBLOCK)
-        self._after_call()
-
-    def _after_call(self) -> None:
-        if self._readers or self._writers:
-            self._serve_parked()
 
 
 @attrs.frozen
@@ -145,7 +104,7 @@ class Link(Protocol):
 
 
 class ZmqLink:
-    """A bound inbox and one outgoing connection an endpoint. :func:`open_link` makes one with its pump running.
+    """A bound inbox and one outgoing connection an endpoint. :func:`open_link` makes one.
 
     An actor may go by two ids, as a scheduler does, which has a name that outlives it. Its inbox passes over the second of
     two connections of one sender without a word, so both ids share one.
@@ -156,7 +115,7 @@ class ZmqLink:
         self.endpoint = endpoint
         self.refused = 0
         self._context = context
-        self._inbox = ZSocket(self._make_inbox())
+        self._inbox = Inbox(self._make_inbox())
         self._directory: dict[ActorId, str] = {}
         self._peers: dict[str, zmq.Socket[bytes]] = {}
         """By endpoint."""
@@ -169,10 +128,6 @@ class ZmqLink:
         inbox.setsockopt(zmq.MAXMSGSIZE, FRAME_BYTES_MAX)
         bind_private(inbox, self.endpoint)
         return inbox
-
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Pump the inbox; one task in the actor's nursery."""
-        await self._inbox.run(task_status=task_status)
 
     def connect(self, actor: ActorId, endpoint: str) -> None:
         if self._directory.get(actor) != endpoint:
@@ -206,7 +161,7 @@ class ZmqLink:
 
     async def receive(self) -> list[Received]:
         while True:
-            received = [self._decoded(frames) for frames in await self._inbox.receive_batch()]
+            received = [self._decoded(frames) for frames in await self._inbox.receive()]
             messages = [one for one in received if one is not None]
             if messages:
                 return messages
@@ -233,14 +188,11 @@ class ZmqLink:
 
 @asynccontextmanager
 async def open_link(actor: ActorId, endpoint: str) -> AsyncIterator[ZmqLink]:
-    """A bound link with its pump running; on leaving, queued replies get LINGER_MS, then everything is closed."""
+    """A bound link; on leaving, queued replies get LINGER_MS, then everything is closed."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     link = ZmqLink(context, actor, endpoint)
     try:
-        async with trio.open_nursery() as nursery:
-            await nursery.start(link.run)
-            yield link
-            nursery.cancel_scope.cancel()
+        yield link
     finally:
         link.close()
         context.term()

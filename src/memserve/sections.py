@@ -185,7 +185,7 @@ class SchedulerConfig:
         help="policy cost: a second before a request's first token, against one after it",
     )
     others_weight: float = setting(
-        0.3,
+        1.0,
         rule=between(0, 1000),
         help="policy cost: a second that other streams lose, against one that the request waits",
     )

@@ -17,7 +17,7 @@ from memserve.actors.loop import Shell
 from memserve.actors.worker import introduce
 from memserve.api.app import build_app
 from memserve.api.server import serve_http
-from memserve.api.service import ApiSettings, Chunk, GenerationParams
+from memserve.api.service import ApiSettings, Chunk, GenerationParams, Take
 from memserve.bus import open_link
 from memserve.engine.tokenizer import Tokenizer
 from memserve.errors import RequestFailed
@@ -39,7 +39,7 @@ CHANGE_REPEAT_S = 1.0
 
 @attrs.define(eq=False)
 class ClientStream:
-    """What has arrived for one client and was not sent yet. Bounded by the request's own max_tokens."""
+    """What has arrived for one client and was not passed on yet. Bounded by the request's own max_tokens."""
 
     id: str
     opened_at: float
@@ -50,30 +50,40 @@ class ClientStream:
     _tokens: list[int] = attrs.field(factory=list, init=False)
     _cached_tokens: int = attrs.field(default=0, init=False)
     _finish: str | None = attrs.field(default=None, init=False)
-    _failure: RequestFailed | None = attrs.field(default=None, init=False)
-    _arrived: trio.Event = attrs.field(factory=trio.Event, init=False)
+    _failure: Exception | None = attrs.field(default=None, init=False)
+    _take: Take | None = attrs.field(default=None, init=False)
+    _over: trio.Event = attrs.field(factory=trio.Event, init=False)
 
     def put(self, delivery: Deliver) -> None:
-        """Called by the shell."""
+        """Called by the shell; :meth:`pass_on` follows in the same turn."""
         self._tokens += delivery.tokens
         self._cached_tokens = delivery.cached_tokens
         self._finish = delivery.finish
         self._failure = delivery.failure
-        self._arrived.set()
 
-    async def __aiter__(self) -> AsyncIterator[Chunk]:
-        """Everything waiting as one chunk, then wait for more."""
-        while self._finish is None or self._tokens:
-            await self._arrived.wait()
-            self._arrived = trio.Event()
-            if self._failure is not None:
-                raise self._failure
-            tokens, self._tokens = tuple(self._tokens), []
-            yield Chunk(tokens, self._finish, self._cached_tokens)
+    def pass_on(self) -> None:
+        """Everything that has gathered in this turn, as one chunk."""
+        if self._take is None or self._over.is_set():
+            return
+        if self._failure is None and (self._tokens or self._finish):
+            chunk = Chunk(tuple(self._tokens), self._finish, self._cached_tokens)
+            self._tokens.clear()
+            try:
+                if not self._take(chunk):
+                    self.outcome = "stop"
+                    self._over.set()
+            except Exception as error:  # one client's trouble must not end the turn of all
+                self._failure = error
+        if self._failure or self._finish:
+            self._over.set()
 
-    def stop(self) -> None:
-        """A stop string was found: the request ends as ``stop``."""
-        self.outcome = "stop"
+    async def listen(self, take: Take) -> None:
+        """See :class:`memserve.api.service.Stream`."""
+        self._take = take
+        self.pass_on()
+        await self._over.wait()
+        if self._failure is not None:
+            raise self._failure
 
 
 @attrs.define(eq=False)
@@ -86,6 +96,12 @@ class FrontendService:
     """Actors that do not live, and why, by the supervisor."""
     ttft_s: observe.Histogram = attrs.field(factory=observe.Histogram, init=False)
     _streams: dict[str, ClientStream] = attrs.field(factory=dict, init=False)
+    _stirred: dict[str, ClientStream] = attrs.field(factory=dict, init=False)
+    """Those that something has come for in this turn."""
+
+    def __attrs_post_init__(self) -> None:
+        self.shell.perform[Deliver] = self.deliver
+        self.shell.after_turn = self.pass_on
 
     @asynccontextmanager
     async def open(self, prompt: bytes, params: GenerationParams, scope: str) -> AsyncIterator[ClientStream]:
@@ -114,7 +130,7 @@ class FrontendService:
             self.shell.turn()
 
     def deliver(self, delivery: Deliver) -> None:
-        """Pass tokens on to the client's handler, if it is still there."""
+        """Take tokens for a client's handler, if it is still there."""
         stream = self._streams.get(delivery.request)
         if stream is None:
             return
@@ -122,6 +138,13 @@ class FrontendService:
             stream.begun = True
             self.ttft_s.observe(self.shell.clock() - stream.opened_at)
         stream.put(delivery)
+        self._stirred[stream.id] = stream
+
+    def pass_on(self) -> None:
+        """One chunk for each handler, whatever the number of steps whose tokens came in this turn."""
+        stirred, self._stirred = self._stirred, {}
+        for stream in stirred.values():
+            stream.pass_on()
 
     def health(self) -> Health:
         """Whether a request sent now could be served."""
@@ -163,7 +186,6 @@ async def main(context: ActorContext, *, task_status: trio.TaskStatus[None]) -> 
         core = FrontendCore(introduce(context, link), config.max_requests)
         shell = Shell(Reporting(core, core.presence), link)
         service = FrontendService(core, shell, context.lifeline.down)
-        shell.perform[Deliver] = service.deliver
         async with trio.open_nursery() as nursery:
             await nursery.start(shell.run)
             app = await trio.to_thread.run_sync(make_app, context, service)

@@ -33,11 +33,15 @@ class Shell:
     core: Core
     link: Link
     perform: dict[type[Any], Callable[[Any], None]] = attrs.field(factory=dict)
+    after_turn: Callable[[], None] = lambda: None
+    """Called at the end of each turn: for what many actions of one turn are to share."""
     clock: Callable[[], float] = time.monotonic
     """Seconds; the host's clock, so that times in messages compare between processes."""
     turned: trio.Event = attrs.field(factory=trio.Event, init=False)
     """Set after the next turn, then replaced: for whoever waits for a state of the core."""
     _timer: trio.CancelScope = attrs.field(factory=trio.CancelScope, init=False)
+    _due: float = attrs.field(default=float("inf"), init=False)
+    """When the timer fires, by ``clock``."""
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Converse until cancelled. Raises RestartNeeded when the core asks to stop."""
@@ -56,6 +60,7 @@ class Shell:
     async def _keep_deadlines(self) -> None:
         while True:
             with trio.CancelScope() as self._timer:
+                self._due = float("inf")
                 self._set_timer()
                 await trio.sleep_forever()
             self.turn()
@@ -93,6 +98,7 @@ class Shell:
         while actions := self.core.take():
             for action in actions:
                 self._perform(action)
+        self.after_turn()
         self._set_timer()
         self.turned.set()
         self.turned = trio.Event()
@@ -115,5 +121,11 @@ class Shell:
             self.core.undeliverable(to, message, self.clock())
 
     def _set_timer(self) -> None:
-        """trio's clock has an origin of its own, so deadlines are passed on as distances."""
-        self._timer.deadline = trio.current_time() + (self.core.deadline - self.clock())
+        """Only forward: a deadline that moved back, as heartbeats and repeats do at every turn, is looked at when it was due.
+
+        trio's clock has an origin of its own, so deadlines are passed on as distances.
+        """
+        deadline = self.core.deadline
+        if deadline < self._due:
+            self._due = deadline
+            self._timer.deadline = trio.current_time() + (deadline - self.clock())

@@ -77,13 +77,15 @@ class Api:
     async def completions(self, request: Request) -> Response:
         """POST /v1/completions."""
         body = await self._body(request, CompletionBody)
-        prompts = await completion_prompts(body, self.served, _draw_seed)
+        caller: Caller = request.scope[CALLER]
+        prompts = await completion_prompts(body, self.served, caller.cache_scope, _draw_seed)
         return self._generate(request, body, prompts, CompletionWire(prompts, bool(body.return_token_ids)))
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
         body = await self._body(request, ChatBody)
-        prompt = await chat_prompt(body, self.served, _draw_seed)
+        caller: Caller = request.scope[CALLER]
+        prompt = await chat_prompt(body, self.served, caller.cache_scope, _draw_seed)
         return self._generate(request, body, [prompt], ChatWire(prompt, bool(body.return_token_ids)))
 
     async def models(self, _request: Request) -> Response:

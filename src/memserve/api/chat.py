@@ -90,9 +90,12 @@ class ChatTemplate:
             raise ApiError(message, "messages") from error
         return Rendered(text, mark)
 
-    def encode(self, rendered: Rendered) -> list[int]:
-        """The prompt's tokens, with BOS where the model wants one and the template has not written it."""
-        tokens = self.tokenizer.encode(rendered.text, allow_special=True, mark=rendered.mark)
+    def encode(self, rendered: Rendered, scope: str) -> list[int]:
+        """The prompt's tokens, with BOS where the model wants one and the template has not written it.
+
+        Messages of the tenant's earlier prompts (``scope``) are not encoded again.
+        """
+        tokens = self.tokenizer.encode(rendered.text, allow_special=True, mark=rendered.mark, scope=scope)
         bos = list(self.tokenizer.bos)
         return tokens if tokens[: len(bos)] == bos else bos + tokens
 

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
-from functools import cached_property
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import cached_property, partial
+from typing import Any
 
 import attrs
 import msgspec
 import trio
 from starlette.types import Receive, Scope, Send
 
-from memserve.api.choices import Choice
+from memserve.api.choices import Choice, Delta
+from memserve.api.direct import DIRECT, DirectWriter
 from memserve.api.errors import ApiError, from_failure
 from memserve.api.prompts import Prompt, of_choice
 from memserve.api.service import Chunk, Service
-from memserve.api.wire import DONE, PING, Head, Wire, error_event, event, usage
+from memserve.api.wire import DONE, PING, Head, Mould, Wire, error_event, event, usage
 from memserve.errors import RequestFailed
 
 _SSE_HEADERS = [
@@ -44,8 +46,9 @@ class Order:
 class Generation:
     """An ASGI response. It ends with its last answer, its first failure, or when the client leaves.
 
-    One task per answer takes chunks in as they come; this one writes what has gathered since its last write.
-    So a client that reads slower than tokens come gets fewer and larger events.
+    Between the first event of a stream and the last, they go to the socket from within the turn that brought their tokens,
+    as long as it takes them and the connection has a short way (:mod:`memserve.api.direct`). Otherwise this task writes
+    what has gathered since its last write: a client that reads slower than tokens come gets fewer and larger events.
     """
 
     def __init__(self, service: Service, order: Order, choices: Sequence[Choice]) -> None:
@@ -55,6 +58,11 @@ class Generation:
         self._id = ""
         self._failure: RequestFailed | None = None
         self._news = trio.Event()
+        self._at_once: DirectWriter | None = None
+        """The short way, while nothing else is being written."""
+        self._wrote_at = float("-inf")
+        self._moulds: dict[int, Mould] = {}
+        """Of the choices whose first event was written."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Leaving the nursery, for whatever reason, leaves every stream's context: what runs is cancelled."""
@@ -65,7 +73,10 @@ class Generation:
                 nursery.start_soon(self._run, choice)
             # OSError: the client is gone in the middle of a write.
             with suppress(OSError):
-                await (self._write_stream(send) if self._order.stream else self._write_whole(send))
+                if self._order.stream:
+                    await self._write_stream(send, scope.get("extensions", {}).get(DIRECT))
+                else:
+                    await self._write_whole(send)
             # A whole answer's stream leaves its context in its own time; only what failed is cut off.
             (watching if self._whole else nursery.cancel_scope).cancel()
 
@@ -89,27 +100,41 @@ class Generation:
         prompt = self._order.prompts[choice.prompt]
         params = of_choice(prompt.params, choice.index % self._order.n)
         try:
-            opening = self._service.open(prompt.packed, params, self._order.cache_scope)
-            async with opening as stream, _closing(aiter(stream)) as chunks:
+            async with self._service.open(prompt.packed, params, self._order.cache_scope) as stream:
                 self._id = self._id or stream.id
-                async for chunk in chunks:
-                    choice.feed(chunk)
-                    self._news.set()
-                    if choice.stopped:
-                        stream.stop()
-                    if choice.finish is not None:
-                        return
+                await stream.listen(partial(self._take, choice))
             assert choice.finish is not None, f"the stream of {stream.id} ended without saying how"
         except RequestFailed as failure:
             self._failure = self._failure or failure
             self._news.set()
 
-    async def _wait(self) -> bool:
-        """Wait for news, and clear them. False when there were none for so long that a ping is due."""
-        with trio.move_on_after(self._order.ping_s) as scope:
-            await self._news.wait()
+    def _take(self, choice: Choice, chunk: Chunk) -> bool:
+        """Called in the middle of the Frontend's turn."""
+        choice.feed(chunk)
+        if self._at_once is None or self._over or not self._write_at_once(self._at_once):
+            self._at_once = None
+            self._news.set()
+        return not choice.stopped
+
+    def _write_at_once(self, writer: DirectWriter) -> bool:
+        """Whether all of it left."""
+        events = self._events()
+        self._wrote_at = trio.current_time() if events else self._wrote_at
+        return not events or writer.write(events)
+
+    async def _wait(self, writer: DirectWriter | None = None) -> bool:
+        """Wait for news that ``writer`` does not take, and clear them. False when nothing was written for so long that a ping is due."""
+        self._at_once = writer
+        due, now = trio.current_time() + self._order.ping_s, float("-inf")
+        while now < due and not self._news.is_set():
+            with trio.move_on_at(due):
+                await self._news.wait()
+            due, now = max(due, self._wrote_at + self._order.ping_s), trio.current_time()
+        self._at_once, has_come = None, self._news.is_set()
         self._news = trio.Event()
-        return not scope.cancelled_caught
+        if writer is not None:
+            await writer.drain()
+        return has_come
 
     @property
     def _whole(self) -> bool:
@@ -138,24 +163,24 @@ class Generation:
         await send({"type": "http.response.body", "body": body})
         return None
 
-    async def _write_stream(self, send: Send) -> None:
+    async def _write_stream(self, send: Send, writer: DirectWriter | None) -> None:
         """The first byte waits for the first news, so that an early failure still decides the status."""
-        news = await self._wait()
+        has_news = await self._wait()
         if self._failure is not None:
             return await _send_error(send, from_failure(self._failure))
         headers = [*_SSE_HEADERS, *self._id_header()]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        opened: set[int] = set()
         while True:
             # Asked before the news are taken: what comes while they are being sent is for the next round.
             over = self._over
-            part = self._events(opened) or (b"" if news else PING)
+            part = self._events() or (b"" if has_news else PING)
             if over:
                 break
             if part:
-                await send({"type": "http.response.body", "body": part, "more_body": True})
-            news = await self._wait()
-        await send({"type": "http.response.body", "body": part + self._ending()})
+                await _write(part, send, writer)
+            has_news = await self._wait(writer)
+        await _write(part + self._ending(), send, writer)
+        await send({"type": "http.response.body", "body": b""})
         return None
 
     def _ending(self) -> bytes:
@@ -166,34 +191,44 @@ class Generation:
         last = self._order.wire.last(self._head) | {"usage": usage(self._order.prompts, self._choices)}
         return event(last) + DONE
 
-    def _events(self, opened: set[int]) -> bytes:
-        """Events for each choice that has news; ``opened`` are the choices whose first event was written."""
-        wire, unknown_yet = self._order.wire, {"usage": None} if self._order.include_usage else {}
+    def _events(self) -> bytes:
+        """Events for each choice that has news."""
         events = []
         for choice in self._choices:
             if not (delta := choice.take()):
                 continue
-            if choice.index not in opened:
-                opened.add(choice.index)
-                if (opening := wire.opening(self._head, choice)) is not None:
-                    events.append(event(opening | unknown_yet))
-            # Tokens whose text is held back (half a character, the beginning of a stop string) make no event.
-            if delta.text or delta.finish or wire.token_ids:
-                events.append(event(wire.chunk(self._head, choice, delta) | unknown_yet))
+            if choice.index not in self._moulds:
+                events.append(self._opening(choice))
+            if delta.finish or self._order.wire.token_ids:
+                events.append(event(self._chunk(choice, delta)))
+            elif delta.text:
+                # Tokens whose text is held back (half a character, the beginning of a stop string) make no event.
+                events.append(self._moulds[choice.index].event(delta.text))
         return b"".join(events)
+
+    def _opening(self, choice: Choice) -> bytes:
+        """What a choice's stream begins with, if anything."""
+        self._moulds[choice.index] = Mould.of(lambda text: self._chunk(choice, Delta(text)))
+        opening = self._order.wire.opening(self._head, choice)
+        return b"" if opening is None else event(opening | self._usage_unknown)
+
+    def _chunk(self, choice: Choice, delta: Delta) -> dict[str, Any]:
+        return self._order.wire.chunk(self._head, choice, delta) | self._usage_unknown
+
+    @property
+    def _usage_unknown(self) -> dict[str, Any]:
+        return {"usage": None} if self._order.include_usage else {}
 
     def _id_header(self) -> list[tuple[bytes, bytes]]:
         return [(b"x-request-id", self._id.encode())] if self._id else []
 
 
-@asynccontextmanager
-async def _closing(chunks: AsyncIterator[Chunk]) -> AsyncIterator[AsyncIterator[Chunk]]:
-    """Closes what is an async generator: left in the middle, it must not wait for the garbage collector."""
-    try:
-        yield chunks
-    finally:
-        if isinstance(chunks, AsyncGenerator):
-            await chunks.aclose()
+async def _write(part: bytes, send: Send, writer: DirectWriter | None) -> None:
+    """A part of a body, by the short way where there is one."""
+    if writer is None:
+        await send({"type": "http.response.body", "body": part, "more_body": True})
+    elif not writer.write(part):
+        await writer.drain()
 
 
 async def _send_error(send: Send, error: ApiError) -> None:

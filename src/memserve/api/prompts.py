@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import attrs
@@ -48,8 +49,10 @@ class Prompt:
         return packed.pack(self.tokens)
 
 
-async def completion_prompts(body: CompletionBody, model: Model, draw: Callable[[], int]) -> list[Prompt]:
-    """The prompts of a completion. ``draw`` gives a seed where the body has none. Raises ApiError (400)."""
+async def completion_prompts(
+    body: CompletionBody, model: Model, scope: str, draw: Callable[[], int]
+) -> list[Prompt]:
+    """The prompts of a completion of the tenant ``scope``. ``draw`` gives a seed where the body has none. Raises ApiError (400)."""
     items, single = _items(body.prompt)
     if len(items) * (body.n or 1) > CHOICES_MAX:
         message = f"prompt: {len(items)} prompts times n = {body.n or 1} is over {CHOICES_MAX} answers"
@@ -58,7 +61,7 @@ async def completion_prompts(body: CompletionBody, model: Model, draw: Callable[
     for index, item in enumerate(items):
         name = "prompt" if single else f"prompt[{index}]"
         if isinstance(item, str):
-            tokens = [*model.tokenizer.bos, *await _encode(item, name, model)]
+            tokens = [*model.tokenizer.bos, *await _encode(item, name, model, scope)]
         else:
             tokens = _token_ids(item, name, model.spec.vocab)
         left = _left(tokens, name, model.settings.max_context)
@@ -68,14 +71,14 @@ async def completion_prompts(body: CompletionBody, model: Model, draw: Callable[
     return prompts
 
 
-async def chat_prompt(body: ChatBody, model: Model, draw: Callable[[], int]) -> Prompt:
-    """The prompt of a chat. ``draw`` gives a seed where the body has none. Raises ApiError (400)."""
+async def chat_prompt(body: ChatBody, model: Model, scope: str, draw: Callable[[], int]) -> Prompt:
+    """The prompt of a chat of the tenant ``scope``. ``draw`` gives a seed where the body has none. Raises ApiError (400)."""
     rendered = model.template.render(body.messages)
     _not_hopeless(rendered.text, "messages", model)
     if len(rendered.text) < LONG_TEXT:
-        tokens = model.template.encode(rendered)
+        tokens = model.template.encode(rendered, scope)
     else:
-        tokens = await trio.to_thread.run_sync(model.template.encode, rendered, limiter=model.encoders)
+        tokens = await trio.to_thread.run_sync(model.template.encode, rendered, scope, limiter=model.encoders)
     left = _left(tokens, "messages", model.settings.max_context)
     name = "max_completion_tokens" if body.max_completion_tokens is not None else "max_tokens"
     asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
@@ -109,11 +112,12 @@ def _token_ids(item: list[Any], name: str, vocabulary: int) -> list[int]:
     return item
 
 
-async def _encode(text: str, name: str, model: Model) -> list[int]:
+async def _encode(text: str, name: str, model: Model, scope: str) -> list[int]:
     _not_hopeless(text, name, model)
+    encode = partial(model.tokenizer.encode, text, allow_special=True, scope=scope)
     if len(text) < LONG_TEXT:
-        return model.tokenizer.encode(text, True)
-    return await trio.to_thread.run_sync(model.tokenizer.encode, text, True, limiter=model.encoders)
+        return encode()
+    return await trio.to_thread.run_sync(encode, limiter=model.encoders)
 
 
 def _not_hopeless(text: str, name: str, model: Model) -> None:

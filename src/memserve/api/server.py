@@ -9,8 +9,12 @@ from typing import Any
 import anycorn
 import attrs
 import trio
+from anycorn.protocol.h11 import H11Protocol
+from anycorn.tcp_server import TCPServer
+from anyio.abc import SocketAttribute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from memserve.api.direct import DIRECT, DirectWriter
 from memserve.errors import UserError
 
 BACKLOG = 1024
@@ -47,23 +51,48 @@ async def serve_http(
     config.backlog = BACKLOG
     config.graceful_timeout = graceful_s
     started = _Started(task_status, bound)
-    framework: Any = _WithoutLifespan(app)
+    framework: Any = _Adapted(app)
     await anycorn.serve(framework, config, shutdown_trigger=shutdown.wait, mode="asgi", task_status=started)
 
 
 @attrs.frozen
-class _WithoutLifespan:
-    """Answers anycorn's start-up and shutdown questions itself: Starlette reports a cancellation as a failure."""
+class _Adapted:
+    """Answers anycorn's start-up and shutdown questions itself: Starlette reports a cancellation as a failure.
+
+    Adds the extension of :mod:`memserve.api.direct`.
+    """
 
     app: ASGIApp
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "lifespan":
+            if (connection := _plain_socket(scope, send)) is not None:
+                scope["extensions"][DIRECT] = DirectWriter(connection)
             return await self.app(scope, receive, send)
         for _ in ("startup", "shutdown"):
             message = await receive()
             await send({"type": f"{message['type']}.complete"})
         return None
+
+
+def _plain_socket(scope: Scope, send: Send) -> socket.socket | None:
+    """The socket under anycorn's layers, where what it carries is HTTP/1.1 in the clear and bodies come in chunks.
+
+    None also where the layers are not those that are known here: all goes through them then.
+    """
+    protocol = _owner(getattr(_owner(send), "send", None))
+    server = _owner(getattr(protocol, "send", None))
+    if scope["http_version"] != "1.1" or not isinstance(protocol, H11Protocol) or protocol.tls is not None:
+        return None
+    if not isinstance(server, TCPServer):
+        return None
+    found: socket.socket = server.stream.extra(SocketAttribute.raw_socket)
+    return found
+
+
+def _owner(method: object) -> object:
+    """Whose method it is; None for a plain function."""
+    return getattr(method, "__self__", None)
 
 
 @attrs.frozen

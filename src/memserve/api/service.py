@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
@@ -38,17 +38,22 @@ class Chunk:
     """Prompt tokens that were found in the pool."""
 
 
+Take = Callable[[Chunk], bool]
+"""Takes new tokens in; whether more are wanted. False: a stop string was found."""
+
+
 class Stream(Protocol):
     """One answer on its way."""
 
     id: str
     """Of the request, as the logs have it."""
 
-    def __aiter__(self) -> AsyncIterator[Chunk]:
-        """The chunks, up to the one with ``finish``. Raises RequestFailed when the request fails."""
+    async def listen(self, take: Take) -> None:
+        """Have ``take`` called with each chunk, up to the one with ``finish`` or to the first of which it returns false.
 
-    def stop(self) -> None:
-        """A stop string was found: the request ends as ``stop``, not as cancelled. The context is left next."""
+        It is called by whoever has the tokens, in the middle of its turn, and must not block. What it raises is raised
+        here. Raises RequestFailed when the request fails. The context is left next.
+        """
 
 
 class Service(Protocol):

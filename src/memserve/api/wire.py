@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import attrs
@@ -155,6 +155,28 @@ def usage(prompts: Sequence[Prompt], choices: Sequence[Choice]) -> dict[str, Any
 def event(document: dict[str, Any]) -> bytes:
     """One server-sent event."""
     return b"data: " + msgspec.json.encode(document) + b"\n\n"
+
+
+_MARK = "\0text"
+"""No model and no id has it in its name."""
+
+
+@attrs.frozen
+class Mould:
+    """An event of which nothing changes from one token to the next but the text."""
+
+    before: bytes
+    after: bytes
+
+    @classmethod
+    def of(cls, document: Callable[[str], dict[str, Any]]) -> Mould:
+        """``document``: what the event says, by its text."""
+        before, _, after = event(document(_MARK)).partition(msgspec.json.encode(_MARK))
+        return cls(before, after)
+
+    def event(self, text: str) -> bytes:
+        """As :func:`event` of the document with this text."""
+        return self.before + msgspec.json.encode(text) + self.after
 
 
 def error_event(body: bytes) -> bytes:

@@ -13,6 +13,7 @@ import attrs
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
+from memserve.engine.text_cuts import CL100K
 from memserve.engine.tokenizer import SPACE
 from memserve.errors import UserError
 
@@ -31,14 +32,9 @@ def _smollm() -> pre_tokenizers.PreTokenizer:
 
 
 def _words(digits: str) -> pre_tokenizers.PreTokenizer:
-    """The rule of cl100k and its heirs, which differ in how many digits stay together."""
-    rule = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
-        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-    )
     return pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(rule), behavior="isolated"),
+            pre_tokenizers.Split(Regex(CL100K % digits), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

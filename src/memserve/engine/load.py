@@ -19,20 +19,19 @@ _TO_RUN = (Phase.WAITING, Phase.READY)
 """Phases in which a prompt is still to be run here."""
 
 
-def load_of(live: Collection[Sequence], me: ActorId) -> dict[str, float]:
+def load_of(live: Collection[Sequence], me: ActorId, page_tokens: int) -> dict[str, float]:
     """Gauges of the sequences that worker ``me`` holds."""
     phases = [one.phase for one in live]
     prompts = [one for one in live if not (one.decoding or one.arriving) and one.phase in _TO_RUN]
+    to_run = [(one.length, one.to_compute(page_tokens)) for one in prompts]
     kept = [one for one in live if one.plan.decode == me]
     return {
         "requests_running": float(phases.count(Phase.READY)),
         "requests_waiting": float(phases.count(Phase.WAITING) + phases.count(Phase.ADOPTING)),
         "requests_leaving": float(phases.count(Phase.LEAVING)),
-        "waiting_tokens": float(sum(one.to_compute for one in prompts)),
+        "waiting_tokens": float(sum(missing for _, missing in to_run)),
         # Each token to run attends to all before it: the quadratic part of what waits.
-        "waiting_pairs": float(
-            sum((one.length**2 - (one.length - one.to_compute) ** 2) // 2 for one in prompts)
-        ),
+        "waiting_pairs": float(sum((length**2 - (length - missing) ** 2) // 2 for length, missing in to_run)),
         # Streams that are, or will be, continued here, whoever runs their prompt.
         "decode_rows": float(len(kept)),
         "context_tokens": float(sum(one.length for one in kept)),
@@ -53,6 +52,7 @@ class StepWatch:
     _predicted_s: float = 0.0
     _prompt_tokens: int = 0
     """Of the step under way."""
+    _prompt_pairs: float = 0.0
     _began: float = 0.0
 
     def began(self, costs: StepCosts | None, plan: BatchPlan, now: float) -> None:
@@ -64,6 +64,7 @@ class StepWatch:
         rows = [(count(row.tokens), row.start) for row in plan.rows]
         self._predicted_s, self._began = self._model.step_s(rows), now
         self._prompt_tokens = sum(tokens for tokens, _ in rows if tokens > 1)
+        self._prompt_pairs = sum(tokens * (start + tokens / 2) for tokens, start in rows if tokens > 1)
 
     def ended(self, now: float, site: Site | None = None, beside: int = 0) -> None:
         """And is over; ``beside`` others of the site had work. What crowding takes is no drift: schedulers reckon with it."""
@@ -71,12 +72,27 @@ class StepWatch:
         if site is not None and beside and self._model is not None:
             crowded = self._model.steps.crowded(site.slices(beside), self._prompt_tokens > 0)
         self.drift.saw(self._predicted_s * crowded, now - self._began)
-        self._prompt_tokens = 0
+        self._prompt_tokens, self._prompt_pairs = 0, 0.0
 
-    def done_tokens(self, now: float) -> float:
-        """Prompt tokens of the step under way that are run by now, if it takes as long as it should."""
+    def under_way(self, load: dict[str, float], now: float) -> dict[str, float]:
+        """What is left of a step with prompts, and the :func:`load_of` a worker without what is done, if it goes as it should.
+
+        ``step_tokens`` of the ``waiting_tokens`` are in the step, which ends in ``step_left_s`` seconds, and none of the
+        ``waiting_pairs``: however few of its tokens are left, a step reads all weights.
+        """
         expected_s = self._predicted_s * self.drift.scale
-        return self._prompt_tokens * min(1.0, (now - self._began) / expected_s) if expected_s else 0.0
+        if not self._prompt_tokens or not expected_s:
+            return load
+        left_s = max(0.0, expected_s - (now - self._began))
+        left = self._prompt_tokens * left_s / expected_s
+        waiting = load["waiting_tokens"] - self._prompt_tokens + left
+        return {
+            **load,
+            "waiting_tokens": max(0.0, waiting),
+            "waiting_pairs": max(0.0, load["waiting_pairs"] - self._prompt_pairs),
+            "step_tokens": min(left, max(0.0, waiting)),
+            "step_left_s": left_s,
+        }
 
     def gauges(self) -> dict[str, float]:
         """1 is as measured at start."""

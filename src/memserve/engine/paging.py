@@ -11,7 +11,7 @@ from __future__ import annotations
 import attrs
 
 from memserve.engine.outbox import Outbox
-from memserve.engine.sequence import Phase, Sequence
+from memserve.engine.sequence import Phase, Sequence, usable
 from memserve.mempool.client import ShardCalls
 from memserve.messages import ActorId
 from memserve.pool_messages import Acquire, Adopt, AllocMem, FreeMem, Insert, Return, Source
@@ -96,17 +96,10 @@ class Paging:
 
     def fetch(self, one: Sequence) -> None:
         """Acquire, with what the plan says to fetch before the prompt runs."""
-        shard, held = one.plan.source, self._usable(one, one.plan.source_tokens)
+        shard = one.plan.source
+        held = usable(one.plan.source_tokens, one.length, self.page_tokens)
         source = Source(shard, held, self.fetch_s, request=one.request.id)
         self.acquire(one, source if held and shard not in ("", self.shard) else None)
-
-    def hinted(self, one: Sequence) -> int:
-        """How many of its tokens its plan says will be there before it runs, fetched ones included."""
-        return self._usable(one, max(one.plan.expected_tokens, one.plan.source_tokens))
-
-    def _usable(self, one: Sequence, tokens: int) -> int:
-        """Of cached tokens, those in whole pages that leave one to compute."""
-        return min(tokens, one.length - 1) // self.page_tokens * self.page_tokens
 
     def move(self, one: Sequence, lease: int, owner: ActorId) -> None:
         """Acquire pages here for a sequence that was handed over, filled from ``lease`` of ``owner`` on the plan's shard."""

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import attrs
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
+from memserve.engine import text_cuts
+from memserve.engine.known_texts import KnownTexts
 from memserve.errors import UserError
 
 LONG_TEXT = 16_384
@@ -36,7 +40,7 @@ SPACE = "\u2581"
 
 
 class Tokenizer:
-    """A loaded tokenizer. It never changes, so threads may share it."""
+    """A loaded tokenizer. Threads may share it: nothing but what it remembers ever changes."""
 
     def __init__(self, built: tokenizers.Tokenizer) -> None:
         # From here on the library never sees a special token; encode() below finds them.
@@ -49,6 +53,8 @@ class Tokenizer:
         self._split = _alternation(self._specials)
         self._edges = _Edges.of(self._specials)
         self._pieces: dict[int, bytes] = {}
+        self._known = KnownTexts()
+        self._may_be_cut = text_cuts.may_be_cut(built)
         # Not the number of tokens: some tokenizers leave ids out.
         self.vocabulary = 1 + max(built.get_vocab().values(), default=-1)
         """Ids run from 0 to below this."""
@@ -78,10 +84,11 @@ class Tokenizer:
         """Ids of the special tokens by their text."""
         return self._specials
 
-    def encode(self, text: str, allow_special: bool, mark: str = "") -> list[int]:
+    def encode(self, text: str, allow_special: bool, mark: str = "", scope: str | None = None) -> list[int]:
         """Token ids of ``text``, without BOS. With ``allow_special``, special tokens written in it count.
 
-        ``mark`` is the character that :meth:`disarm` put into parts of the text; it is taken out again.
+        ``mark`` is the character that :meth:`disarm` put into parts of the text; it is taken out again. With a tenant's
+        ``scope``, what is between special tokens is remembered in parts for that tenant's next prompts.
         """
         parts = self._split.split(text) if allow_special else [text]
         tokens: list[int] = []
@@ -89,9 +96,16 @@ class Tokenizer:
             if index % 2:
                 tokens.append(self._specials[part])
             elif part:
-                built = self._later if index else self._built
-                tokens.extend(_encode_plain(built, part.replace(mark, "") if mark else part))
+                plain = part.replace(mark, "") if mark else part
+                tokens.extend(self._encode_part(plain, index > 0, scope))
         return tokens
+
+    def _encode_part(self, text: str, later: bool, scope: str | None) -> Iterable[int]:
+        encode = partial(_encode_plain, self._later if later else self._built, len(text) >= LONG_TEXT)
+        if scope is None:
+            return encode(text)
+        parts = text_cuts.parts(text) if self._may_be_cut else (text,)
+        return chain.from_iterable(self._known.tokens(scope, later, part, encode) for part in parts)
 
     def disarm(self, text: str, mark: str) -> str:
         """``text`` with ``mark`` put in so that no special token can be read in it, nor across its edges.
@@ -128,8 +142,8 @@ class Tokenizer:
         return bytes([int(byte[1], 16)]) if byte else text.replace(SPACE, " ").encode()
 
 
-def _encode_plain(built: tokenizers.Tokenizer, text: str) -> list[int]:
-    if len(text) < LONG_TEXT:
+def _encode_plain(built: tokenizers.Tokenizer, in_a_thread: bool, text: str) -> list[int]:
+    if not in_a_thread:
         ids: list[int] = built.encode(text, add_special_tokens=False).ids
     else:
         # Only the batch call lets other threads run meanwhile.

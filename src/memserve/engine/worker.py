@@ -117,8 +117,8 @@ class WorkerCore:
 
     def gauges(self) -> dict[str, float]:
         """Load and counters for the heartbeat."""
-        load = load_of(self._live.values(), self.presence.member.id)
-        load["waiting_tokens"] = max(0.0, load["waiting_tokens"] - self._watch.done_tokens(self._paging.now))
+        load = load_of(self._live.values(), self.presence.member.id, self.settings.page_tokens)
+        load = self._watch.under_way(load, self._paging.now)
         load["rows_max"] = float(self.settings.limits.rows)
         return {**load, **self._watch.gauges(), **self._outbox.counters}
 
@@ -199,7 +199,7 @@ class WorkerCore:
             return
         self._outbox.count("requested_tokens_total", one.length)
         self._outbox.count("cached_tokens_total", one.computed)
-        expected = self._paging.hinted(one)
+        expected = one.hinted(self.settings.page_tokens)
         if one.computed < expected and one.token_at is None:
             self._outbox.log("hint was stale", one, expected_tokens=expected, found_tokens=one.computed)
             self._outbox.count("stale_hints_total")

@@ -24,7 +24,7 @@ from memserve.scheduling.membership import DECODES, PREFILLS
 SURE_S = 0.1
 """After so long a report includes a placement: workers report a change within 50 ms."""
 RATE_S = 5.0
-"""Over how long placements are counted."""
+"""Over how long the prompts placed on a worker are counted."""
 FREE_PAGES = ("pages_free", "host_pages_free", "disk_pages_free")
 """Of a shard's report, by tier: while any is free, what is evicted from a faster one is not lost."""
 UNKNOWN = StepCosts(((1.0, 0.02), (32.0, 0.03), (256.0, 0.15)), row_s=1e-4, read_s=5e-7, pair_s=2e-7)
@@ -42,6 +42,8 @@ class Placed:
     """See :class:`~memserve.costs.StepCosts`."""
     rows: int = 0
     context: float = 0.0
+    bring_s: float = 0.0
+    """Until its prefix has come from another shard, before which it does not run."""
 
 
 @attrs.define(eq=False)
@@ -51,7 +53,10 @@ class Worker:
     member: Member
     model: CostModel
     tokens: float = 0.0
+    begun: float = 0.0
+    """Of the tokens, those in the step under way: nothing can share that step any more."""
     pairs: float = 0.0
+    """Of the others."""
     rows: float = 0.0
     context: float = 0.0
     queue_until: float = 0.0
@@ -65,6 +70,11 @@ class Worker:
     since: list[Placed] = attrs.field(factory=list)
     taken: float = 0.0
     """Prompts that it has taken in, by its report."""
+    fetched_until: float = 0.0
+    """When the last prompt whose prefix is brought from another shard will have come and run."""
+    _rate: float = 0.0
+    _rate_at: float = -math.inf
+    """Of the last prompt."""
     site: list[Worker] = attrs.field(factory=list, repr=False)
     """All workers of its site, itself included."""
 
@@ -77,6 +87,7 @@ class Worker:
         self.member = member
         self._confirm(load.get("prompts_taken_total", 0.0), now)
         self.tokens = load.get("waiting_tokens", 0.0) + sum(one.tokens for one in self.since)
+        self.begun = load.get("step_tokens", 0.0)
         self.pairs = load.get("waiting_pairs", 0.0) + sum(one.pairs for one in self.since)
         self.rows = load.get("decode_rows", 0.0) + sum(one.rows for one in self.since)
         self.context = load.get("context_tokens", 0.0) + sum(one.context for one in self.since)
@@ -94,6 +105,8 @@ class Worker:
 
     def placed(self, one: Placed, now: float) -> None:
         """Count a placement on top of the report."""
+        if one.tokens:
+            self._rate, self._rate_at = self.rate(now) + 1.0 / RATE_S, now
         self.since.append(one)
         self.used_at = now
         self.tokens += one.tokens
@@ -106,6 +119,15 @@ class Worker:
         """Seconds until a prompt placed now would begin to run."""
         return max(0.0, self.queue_until - now)
 
+    def rate(self, now: float) -> float:
+        """Prompts a second that were placed here, lately."""
+        return self._rate * math.exp((self._rate_at - now) / RATE_S)
+
+    def wait_s(self, now: float) -> float:
+        """The same, where none is queued with the rest of a step of streams: a queue ends when a step does."""
+        queue_s = self.queue_until - now
+        return queue_s if queue_s > 0 else self.step_s / 2
+
     def prefill_s(self, tokens: int, cached: int, now: float) -> float:
         """Seconds to run a prompt placed now, beside its streams and its neighbours, without the queue."""
         return self.prompts_crowded(now) * self.model.prefill_s(tokens, cached, self.rows, self.context)
@@ -113,13 +135,18 @@ class Worker:
     def _settle(self, now: float, added: Placed | None = None) -> None:
         self.settle_step()
         if added is None:
-            queue_s = self.model.queue_s(self.tokens, self.pairs, self.rows, self.context)
-            self.queue_until = now + self.prompts_crowded(now) * queue_s
+            queue_s = self.model.queue_s(self.tokens - self.begun, self.pairs, self.rows, self.context)
+            left_s = self.member.load.get("step_left_s", self.step_s / 2 if queue_s else 0.0)
+            queue_s = left_s + self.prompts_crowded(now) * queue_s
+            self.queue_until = max(now + queue_s, self.fetched_until if self.tokens else 0.0)
         elif added.tokens:
             seconds = self.model.queue_s(added.tokens, added.pairs, self.rows, self.context)
             seconds *= self.prompts_crowded(now)
             seconds -= self.shared_s(added.tokens, self.tokens - added.tokens, now)
-            self.queue_until = max(now, self.queue_until) + seconds
+            if added.bring_s > self.wait_s(now):
+                self.queue_until = self.fetched_until = now + added.bring_s + seconds
+            else:
+                self.queue_until = now + self.wait_s(now) + seconds
 
     def settle_step(self) -> None:
         """What a step of its streams takes, with those who have streams beside it."""
@@ -133,13 +160,17 @@ class Worker:
         if left_s <= 0:
             return 0.0
         crowded = self.prompts_crowded(now)
-        return crowded * self.model.shared_s(queued, left_s / crowded, tokens, self.rows)
+        return crowded * self.model.shared_s(queued - self.begun, left_s / crowded, tokens, self.rows)
 
     # ---- its site -------------------------------------------------------------------------------------------
 
     def neighbours(self) -> Iterator[Worker]:
         """The others of its site."""
         return (one for one in self.site if one is not self)
+
+    def shares_with(self, other: Worker) -> bool:
+        """Whether they share cores or a GPU."""
+        return self.member.site is not None and self.site is other.site and self is not other
 
     def crowded(self, others: float, *, prompts: bool) -> float:
         """What its steps are multiplied by while so many others of its site have work."""
@@ -244,9 +275,6 @@ class Fleet:
     """Their workers, by key."""
     free_pages: dict[ActorId, float] = attrs.field(factory=dict)
     """Of each of them, in all tiers: by its last report, less what was placed there since. Below 0: pages that it evicts."""
-    rate: float = attrs.field(default=0.0, eq=False)
-    """Placements a second, lately, over all workers."""
-    _placed_at: float = attrs.field(default=-math.inf, eq=False)
 
     def members(self) -> Iterable[Member]:
         """The last reports of all of them, shards included."""
@@ -290,11 +318,6 @@ class Fleet:
         """A placement needs so many pages of a shard."""
         if shard in self.free_pages:
             self.free_pages[shard] -= pages
-
-    def counted(self, now: float) -> None:
-        """A request was placed."""
-        self.rate = self.rate * math.exp((self._placed_at - now) / RATE_S) + 1.0 / RATE_S
-        self._placed_at = now
 
     def forget(self, actor: ActorId) -> None:
         """An actor is gone."""

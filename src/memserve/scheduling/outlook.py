@@ -65,9 +65,7 @@ def first_token_s(fleet: Fleet, match: Match, tokens: int, now: float) -> float:
             candidates |= {id: fleet.workers[id] for id in ranking.first(1)}
     return min(
         (
-            one.step_s / 2
-            + one.queue_s(now)
-            + one.prefill_s(tokens, match.held(one.member.shard).tokens, now)
+            one.wait_s(now) + one.prefill_s(tokens, match.held(one.member.shard).tokens, now)
             for one in candidates.values()
         ),
         default=float("inf"),

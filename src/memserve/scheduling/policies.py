@@ -155,17 +155,22 @@ class Session(LeastLoad):
 
 
 def note(
-    fleet: Fleet, choice: Choice, request: Request, cached: int, decode_sure_s: float, now: float
+    fleet: Fleet,
+    choice: Choice,
+    request: Request,
+    cached: int,
+    decode_sure_s: float,
+    now: float,
+    bring_s: float = 0.0,
 ) -> None:
-    """Count a placement on top of what its workers report."""
-    fleet.counted(now)
+    """Count a placement on top of what its workers report. ``bring_s``: until its prefix has come from another shard."""
     tokens = count(request.tokens)
     missing = max(1, tokens - cached)
     pairs = missing * (tokens - missing / 2)
     if choice.decode == choice.prefill:
-        fleet.placed(choice.prefill, Placed(now + SURE_S, missing, pairs, 1, tokens), now)
+        fleet.placed(choice.prefill, Placed(now + SURE_S, missing, pairs, 1, tokens, bring_s), now)
     else:
-        fleet.placed(choice.prefill, Placed(now + SURE_S, missing, pairs), now)
+        fleet.placed(choice.prefill, Placed(now + SURE_S, missing, pairs, bring_s=bring_s), now)
         fleet.placed(choice.decode, Placed(now + decode_sure_s, rows=1, context=tokens), now)
 
 

@@ -7,13 +7,17 @@ For a request, a prefill worker p and a decode worker d (the same one, or two), 
 
 ``ttft``: the step under way, what is queued at p (or bringing the prefix, where that takes longer), the missing tokens
 beside p's streams. ``step_d``: a step of d's streams with this one. ``slow_d``: prompts queued at d, which lengthen its
-first steps. The other terms are what others lose: ``delayed_p``, those who come to p while this prompt is queued or runs;
-``lost``, those who will find what must be evicted for this one's pages no more (see :mod:`memserve.scheduling.losses`); the
-streams at p while the prompt runs, those at d for as long as this one is there; ``crowded``, the same of the workers that
-share cores or a GPU with p and d, where these had no streams before. All times are those beside the neighbours that have
-work. Locality has no weight of its own: a cached
+first steps. The other terms are what others lose: ``delayed_p``, those who come to p while this prompt is queued or runs,
+run_p * rate_p * (queue_p + run_p / 2), by the rate at which prompts have come to p lately: a long prompt is kept from the
+home of sessions that ask often, whose short ones would wait behind it; ``lost``, those who will find what must be evicted
+for this one's pages no more (see :mod:`memserve.scheduling.losses`); the streams at p while the prompt runs, those at d for
+as long as this one is there; ``crowded``, the same of the workers that share cores or a GPU with p and d, where these had
+no streams before. All times are those beside the neighbours that have work. Locality has no weight of its own: a cached
 prefix makes ``ttft`` and what others lose smaller, a queue makes them larger, so a hot prefix is run, or fetched, at a second
 place as soon as the queue at the first costs more than a second copy of it.
+
+A second is a second, whoever loses it: ``others_weight`` is 1. Only first tokens are dearer, by ``ttft_weight``. With less
+for the others, an overloaded host brings first tokens sooner, and all answers later.
 
 Not all pairs are priced: the few prefill workers with the shortest queues and those of the shards that hold the most of
 the prompt, each with the decode workers that it reaches at the least cost.
@@ -53,7 +57,7 @@ class Weights:
     """``[scheduler]``'s figures."""
 
     ttft: float = 3.0
-    others: float = 0.3
+    others: float = 1.0
     margin_s: float = 0.02
     """A hand-over must save so much: less than that is the model's error."""
     fetch: bool = False
@@ -75,6 +79,8 @@ class Start:
     """Tokens that its shard holds."""
     source: ActorId = ActorId("")
     source_tokens: int = 0
+    bring_s: float = 0.0
+    """Until what ``source`` holds is there."""
 
 
 Candidate = tuple[float, bool, float, ActorId, Start]
@@ -125,7 +131,8 @@ class Cost:
         priced.sort(key=_by_price)
         choice = quote.take(priced)
         start, handed = priced[0][4], priced[0][1]
-        note(fleet, choice, request, start.cached, start.ttft + SURE_S if handed else SURE_S, now)
+        sure_s = start.ttft + SURE_S if handed else SURE_S
+        note(fleet, choice, request, start.cached, sure_s, now, start.bring_s)
         return choice
 
     def learn(self, scope: str, tokens: int) -> None:
@@ -148,15 +155,12 @@ class Quote:
     answer: float
     now: float
     weights: Weights = attrs.field(init=False)
-    rate_each: float = attrs.field(init=False)
-    """Requests a second that come to each prefill worker."""
     best: int = attrs.field(init=False)
     """Tokens that the shard with the most holds."""
     stays: dict[ActorId, float] = attrs.field(factory=dict, init=False)
 
     def __attrs_post_init__(self) -> None:
         self.weights, self.best = self.policy.weights, self.match.tokens
-        self.rate_each = self.fleet.rate / max(1, len(self.fleet.prefills.every.keys))
 
     def candidates(self) -> list[Candidate]:
         """Everything that is looked at, in no order."""
@@ -220,7 +224,7 @@ class Quote:
             ttft, harm = self._run(one, self.best, swap_s + fetch_s)
             price = self.weights.ttft * (ttft + lost) + harm + FETCH_MARGINS * self.weights.margin_s
             if price < start.price:
-                start = Start(one, price, ttft, self.best, held.tokens, source, self.best)
+                start = Start(one, price, ttft, self.best, held.tokens, source, self.best, swap_s + fetch_s)
         return start
 
     def _run(self, one: Worker, cached: int, bring_s: float) -> tuple[float, float]:
@@ -232,8 +236,8 @@ class Quote:
             ttft = one.step_s / 2 + bring_s + run_s
         else:
             run_s -= one.shared_s(max(1, self.tokens - cached), one.tokens, self.now)
-            ttft = one.step_s / 2 + queue_s + run_s
-        harm = self.weights.ttft * self.rate_each * run_s * (queue_s + run_s / 2)
+            ttft = queue_s + run_s
+        harm = self.weights.ttft * one.rate(self.now) * run_s * (queue_s + run_s / 2)
         if one.rows:
             steps = -(-max(1, self.tokens - cached) // model.steps.chunk_tokens)
             added = run_s - steps * one.step_s
@@ -254,7 +258,7 @@ class Quote:
             both_s = min(run_s, queued_s - one.queue_s(self.now))
             if both_s > 0:
                 delayed_s = both_s * other.slowed(beside, prompts=True)
-                price += weights.ttft * delayed_s * (1.0 + self.rate_each * queued_s)
+                price += weights.ttft * delayed_s * (1.0 + other.rate(self.now) * queued_s)
         return price
 
     def _lost(self, one: Worker, tokens: float) -> float:

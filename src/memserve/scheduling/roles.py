@@ -6,8 +6,10 @@ and only where both die together is a worker's role the configured one again.
 
 What the load asks for: each side has a price of being crowded, in the seconds that policy ``cost`` reckons with too. A
 prompt waits ``ttft_weight`` times the shortest queue of those that prefill; an answer takes longer by its tokens times
-what a step of the least crowded of those that decode takes more than a stream's alone. Where one side is dear and the
-other is not, a worker of the other does both. When all of one side do both, the streams of all are disturbed by prompts,
+what a step of the least crowded of those that decode takes more than a stream's alone would at a helper. Where workers
+share cores or a GPU, only what a helper takes off counts: beside its neighbours' work, and where it would be one of these
+itself, slowed by it. Where one side is dear and the other is not, a worker of the other does both, one that shares no cores
+with those it helps before one that does. When all of one side do both, the streams of all are disturbed by prompts,
 so that those of the other side may as well do both, too, and the policy decides request by request; a worker never has to
 be given the opposite role. When all has been calm for long, everyone has its own role again, in which streams are not
 disturbed at all.
@@ -81,28 +83,41 @@ class Prices:
         """An answer had so many tokens."""
         self.answer += ANSWER_WEIGHT * (tokens - self.answer)
 
-    def see(self, fleet: Fleet, now: float) -> None:
-        """Look at the fleet as it stands."""
+    def see(self, fleet: Fleet, helpers: tuple[Worker | None, Worker | None], now: float) -> None:
+        """Look at the fleet as it stands. ``helpers``: who would help those that prefill, and those that decode."""
         weight = -math.expm1((self._seen_at - now) / SMOOTH_S)
         self._seen_at = now
-        self.prefill += weight * (self._prefill(fleet, now) - self.prefill)
-        self.decode += weight * (self._decode(fleet) - self.decode)
-
-    def _prefill(self, fleet: Fleet, now: float) -> float:
-        return self.ttft_weight * min(
-            (one.queue_s(now) for one in _first(fleet, fleet.prefills)), default=0.0
+        self.prefill += weight * (
+            self._prefill(_first(fleet, fleet.prefills), helpers[0], now) - self.prefill
         )
+        self.decode += weight * (self._decode(_first(fleet, fleet.decodes), helpers[1], now) - self.decode)
 
-    def _decode(self, fleet: Fleet) -> float:
-        for one in _first(fleet, fleet.decodes):
-            each = one.context / one.rows if one.rows else 0.0
-            longer = one.model.decode_s(one.rows + 1, one.context + each) - one.model.decode_s(1, each)
-            return self.answer * max(0.0, longer)
-        return 0.0
+    def _prefill(self, one: Worker | None, helper: Worker | None, now: float) -> float:
+        """A helper takes half of a queue; on the same cores both then take longer, by what it was not at work before."""
+        if one is None:
+            return 0.0
+        price = self.ttft_weight * one.queue_s(now)
+        if helper is not None and one.shares_with(helper) and not helper.busy(now):
+            beside = sum(other.busy(now) for other in one.neighbours())
+            price *= 2.0 - one.crowded(beside + 1, prompts=True) / one.crowded(beside, prompts=True)
+        return max(0.0, price)
+
+    def _decode(self, one: Worker | None, helper: Worker | None, now: float) -> float:
+        """The next stream's step, against a step that it would have for itself at the helper."""
+        if one is None:
+            return 0.0
+        each = one.context / one.rows if one.rows else 0.0
+        beside = sum(other.busy(now) for other in one.neighbours())
+        here = one.crowded(beside, prompts=False) * one.model.decode_s(one.rows + 1, one.context + each)
+        there = one.model.decode_s(1, each)
+        if helper is not None:
+            there *= helper.crowded(sum(other.busy(now) for other in helper.neighbours()), prompts=False)
+        return self.answer * max(0.0, here - there)
 
 
-def _first(fleet: Fleet, side: Side) -> Iterator[Worker]:
-    return (fleet.workers[one] for one in side.every.first(1))
+def _first(fleet: Fleet, side: Side) -> Worker | None:
+    """Who is ranked best, if anybody is there."""
+    return next((fleet.workers[one] for one in side.every.first(1)), None)
 
 
 @attrs.define
@@ -159,7 +174,7 @@ class Roles:
         if now < self.deadline:
             return []
         self.deadline = now + TICK_S
-        self.prices.see(fleet, now)
+        self.prices.see(fleet, (self._helper(fleet, fleet.prefills), self._helper(fleet, fleet.decodes)), now)
         if self._complete_at is None or (fleet.prefills.every.keys and fleet.decodes.every.keys):
             self._complete_at = now
         return self._widen(fleet, now) or self._narrow(fleet, now)
@@ -169,16 +184,27 @@ class Roles:
         if now < self._widened_at + WIDEN_S:
             return []
         for side, because in self._needs(fleet, now):
-            helpers = fleet.decodes if side is fleet.prefills else fleet.prefills
-            for id in helpers.every.first(len(helpers.every.keys)):
-                member = fleet.workers[id].member
-                if self._role(member) != "both" and not self._by_hand(member):
-                    if self._widened_at <= self._narrowed_at:
-                        soon = now < self._narrowed_at + self._calm_s
-                        self._calm_s = min(CALM_S_MAX, 2 * self._calm_s) if soon else CALM_S
-                    self._widened_at = now
-                    return self._wish(member, "both", because, now)
+            helper = self._helper(fleet, side)
+            if helper is not None:
+                if self._widened_at <= self._narrowed_at:
+                    soon = now < self._narrowed_at + self._calm_s
+                    self._calm_s = min(CALM_S_MAX, 2 * self._calm_s) if soon else CALM_S
+                self._widened_at = now
+                return self._wish(helper.member, "both", because, now)
         return []
+
+    def _helper(self, fleet: Fleet, side: Side) -> Worker | None:
+        """Who of the other side would take part in this one: the least busy, before all who share cores with its best."""
+        helpers = fleet.decodes if side is fleet.prefills else fleet.prefills
+        best, near = _first(fleet, side), None
+        for id in helpers.every.first(len(helpers.every.keys)):
+            one = fleet.workers[id]
+            if self._role(one.member) == "both" or self._by_hand(one.member):
+                continue
+            if best is None or not best.shares_with(one):
+                return one
+            near = near or one
+        return near
 
     def _needs(self, fleet: Fleet, now: float) -> Iterator[tuple[Side, str]]:
         """Sides that need help, the most urgent first, and why."""

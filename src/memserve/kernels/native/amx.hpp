@@ -81,7 +81,7 @@ inline void amx_product(const Weight* w, long K, long start, long end, const bf1
     for (long at = TILE * start; at < TILE * end; at += TILE_VALUES) {
         auto& turn = widened[at / TILE_VALUES % 2];
         const char* next = (const char*)(w + STRIPS * (TILE * K + at));
-        for (int line = fetch; line < fetch_end; line++) _mm_prefetch(next + line * 64, _MM_HINT_T1);
+        for (int line = fetch; line < fetch_end; line++) prefetch(next + line * 64);
         _tile_loadd(6, tile_of(w + at, turn[0]), 64);
         if constexpr (STRIPS > 1) _tile_loadd(7, tile_of(w2 + at, turn[STRIPS - 1]), 64);
         _tile_stream_loadd(4, x + at, 64);

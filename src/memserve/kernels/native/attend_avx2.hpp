@@ -11,6 +11,7 @@ constexpr int QUERIES = 3;    // that are worked on together: with four tokens, 
 constexpr int SCORED = 4;     // tokens
 constexpr int TOGETHER = 12;  // queries that take turns while K and V are in the first level
 constexpr int DEPTH = 32;     // values of V that are worked on together
+constexpr int STEP = 8;       // tokens between two requests for what is needed next: many at a time would be waited for
 
 // One thread's memory for attention.
 struct Attention {
@@ -68,15 +69,17 @@ inline void score(const float* queries, const Keys& keys, int start, int end, in
     }
 }
 
-// The sums of V of N queries over `count` tokens.
-template <int N>
-inline void weigh(const float* weights, const Keys& keys, int count, int head_dim, float* outs) {
+// The sums of V of N queries over `count` tokens. Calls step(i) for every step of STEP tokens.
+template <int N, class Step>
+inline void weigh(const float* weights, const Keys& keys, int count, int head_dim, float* outs, Step step) {
+    const int steps = (count + STEP - 1) / STEP;
     constexpr int GROUPS = DEPTH / 16;
     for (int d = 0; d < head_dim; d += DEPTH) {
         Floats sums[N][GROUPS];
         for (auto& row : sums)
             for (auto& sum : row) sum = every(0.f);
         for (int t = 0; t < count; t++) {
+            if (t % STEP == 0) step(d / DEPTH * steps + t / STEP);
             const bf16* from = keys.at[t] + keys.to_value + d;
             __m256 weight[N];
             for (int n = 0; n < N; n++) weight[n] = _mm256_broadcast_ss(weights + n * PART + t);
@@ -115,16 +118,19 @@ inline void attend(const Query* queries, int number, const Keys& keys, int head_
             most = std::max(most, queries[n].count);
             for (int d = 0; d < head_dim; d += 16) store(parts + n * head_dim + d, parted(queries[n].q + d));
         }
-        for (int t = 0; t < most; t += TILE) {
-            if (!done) ahead(t / TILE, (most + TILE - 1) / TILE);
+        const int steps = (most + STEP - 1) / STEP, all = steps * (1 + head_dim / DEPTH);
+        for (int t = 0; t < most; t += STEP) {
+            if (!done) ahead(t / STEP, all);
             parts_of_queries(here, [&](int n, auto N) {
-                score<N.value>(parts + n * head_dim, keys, t, std::min(most, t + TILE), head_dim, weights + n * PART);
+                score<N.value>(parts + n * head_dim, keys, t, std::min(most, t + STEP), head_dim, weights + n * PART);
             });
         }
         for (int n = 0; n < here; n++)
             softmax(weights + n * PART, queries[n].count, most, factor, outs + n * size + head_dim, weights + n * PART);
         parts_of_queries(here, [&](int n, auto N) {
-            weigh<N.value>(weights + n * PART, keys, most, head_dim, outs + n * size);
+            weigh<N.value>(weights + n * PART, keys, most, head_dim, outs + n * size, [&](int i) {
+                if (!done && !n) ahead(steps + i, all);
+            });
         });
         for (int n = 0; n < here; n++) merge(queries[n].out, outs + n * size, head_dim, keys.first);
     }

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <algorithm>
+#include <vector>
 
 #include "amx.hpp"
 
@@ -34,6 +35,23 @@ struct Query {
     const Operand* q;
     int count;
     float* out;
+};
+
+// Lines of memory that are to be fetched, in runs of one length: memory answers many such requests at a time, and translates
+// the address of each page of the system's once.
+struct Upcoming {
+    std::vector<const char*> runs;
+    int length = 0;  // of a run
+    int next = 0;    // line, of all
+
+    // Asks for the share-th of `shares` equal shares, and for what is left of those before it.
+    void fetch(int share, int shares) {
+        int end = (int)runs.size() * length * (share + 1) / shares;
+        for (int run = next / std::max(length, 1), line = next - run * length; next < end; next++) {
+            prefetch(runs[run] + line * 64);
+            if (++line == length) run++, line = 0;
+        }
+    }
 };
 
 // Scores of `count` positions to weights 2^(factor (score - maximum)), zeros up to `padded`; `beside`: TOTAL and MOST, the

@@ -28,7 +28,7 @@ inline void vector_product(const Weight* w, long K, const Operand* x, float* out
             const Weight* from = w + tile + pair * 2 * TILE;
             const Operand* values = x + tile + 2 * pair;
             if (FETCH)
-                for (int s = 0; s < STRIPS; s++) _mm_prefetch((const char*)(from + s * TILE * K) + AHEAD, _MM_HINT_T1);
+                for (int s = 0; s < STRIPS; s++) prefetch((const char*)(from + s * TILE * K) + AHEAD);
             each_pass([&](auto pass) {
                 Pairs weights[STRIPS];
                 for (int s = 0; s < STRIPS; s++) weights[s] = pairs<pass.value>(from + s * TILE * K);
@@ -115,11 +115,11 @@ struct Linear {
     void strips(const Matrix& w, long first, long K, const Operand* x, int rows, float* out, long stride) {
         if (!w.scales) return run<STRIPS>((const bf16*)w.values + first * K, K, x, rows, out, stride);
         const int8_t* weights = (const int8_t*)w.values + first * K;
-        if (rows <= (amx ? 2 * TILE : ROWS)) {  // each value is used once: it is widened on its way
+        if (rows <= 2 * (amx ? TILE : ROWS)) {  // each value is used once or twice: it is widened on its way
             run<STRIPS>(weights, K, x, rows, out, stride);
         } else {
             for (long i = 0; i < STRIPS * TILE * K; i += TILE_K) {
-                _mm_prefetch((const char*)weights + i + AHEAD, _MM_HINT_T1);
+                prefetch(weights + i + AHEAD);
                 widen(widened.data() + i, weights + i);
             }
             run<STRIPS>((const bf16*)widened.data(), K, x, rows, out, stride);

@@ -39,6 +39,7 @@ struct Scratch {
     Buffer<float> outs;  // (BLOCK, 2 COLUMNS or head_dim): a linear's
     std::vector<Query> queries;  // of a task of attention
     const Attend* fetched;       // the task whose first part is fetched already
+    Upcoming upcoming;           // the part after the one that is attended to
     Buffer<float> sums;          // (queries of a task, result_size): attention so far
     Sampler sampler;
 };
@@ -171,14 +172,18 @@ struct Engine {
     void attend_task(int layer, const Attend& task, const Attend* next, Scratch& mine) {
         int heads = task.kv_end - task.kv;
         find_queries(task, mine);
-        if (mine.fetched != &task) fetch(layer, task, task.part, 0, 1);
-        for (int part = task.part; part < task.end; part++)
+        if (mine.fetched != &task) {
+            find_lines(layer, task, task.part, mine.upcoming);
+            mine.upcoming.fetch(0, 1);
+        }
+        for (int part = task.part; part < task.end; part++) {
+            if (part + 1 < task.end) find_lines(layer, task, part + 1, mine.upcoming);
+            else if (next) find_lines(layer, *next, next->part, mine.upcoming);
+            else mine.upcoming.runs.clear();
             for (int head = 0; head < heads; head++)
-                attend_part(layer, task, part, task.kv + head, mine, [&](int share, int shares) {
-                    share += head * shares, shares *= heads;
-                    if (part + 1 < task.end) fetch(layer, task, part + 1, share, shares);
-                    else if (next) fetch(layer, *next, next->part, share, shares);
-                });
+                attend_part(layer, task, part, task.kv + head, mine,
+                            [&](int share, int shares) { mine.upcoming.fetch(share + head * shares, shares * heads); });
+        }
         mine.fetched = next;
         if (kept(task)) return;
         int D = c.head_dim, G = group();
@@ -230,20 +235,15 @@ struct Engine {
         return count;
     }
 
-    // Fetches a share of the K and V of a task's part, in the order in which they lie: memory answers many such requests at
-    // a time, and translates the address of each page of the system's once.
-    void fetch(int layer, const Attend& task, int part, int share, int shares) {
+    // Where the K and V of a task's part lie, in the order in which they lie.
+    void find_lines(int layer, const Attend& task, int part, Upcoming& to) {
         int row = row_of(task, task.rows - 1), first = part * PART, last = std::min(first + PART, b.positions[row] + 1) - 1;
-        int tokens = std::min(c.page_tokens, PART), heads = task.kv_end - task.kv;
-        int pages = last / c.page_tokens - first / c.page_tokens + 1, start = tokens < PART ? 0 : first % c.page_tokens;
-        long run = (long)tokens * c.head_dim * sizeof(bf16) / 64, lines = pages * 2 * heads * run;
-        for (long line = lines * share / shares, end = lines * (share + 1) / shares, here; line < end; line += here) {
-            int block = line / run, page = first / c.page_tokens + block / (2 * heads);
-            const char* from = (const char*)slot(row, page * c.page_tokens + start, layer, block / heads % 2,
-                                                 task.kv + block % heads);
-            here = std::min(end - line, run - line % run);
-            for (long i = line % run; i < line % run + here; i++) _mm_prefetch(from + i * 64, _MM_HINT_T1);
-        }
+        int tokens = std::min(c.page_tokens, PART), start = tokens < PART ? 0 : first % c.page_tokens;
+        to.runs.clear(), to.length = tokens * c.head_dim * (int)sizeof(bf16) / 64, to.next = 0;
+        for (int page = first / c.page_tokens; page <= last / c.page_tokens; page++)
+            for (int half = 0; half < 2; half++)
+                for (int kv = task.kv; kv < task.kv_end; kv++)
+                    to.runs.push_back((const char*)slot(row, page * c.page_tokens + start, layer, half, kv));
     }
 
     // The attention of one row, of whose parts all were kept: (heads * head_dim,).
@@ -418,6 +418,7 @@ Engine* ms_open(const ms_config* config, const ms_layer* layers, const Matrix* e
             scratch.attention.resize(c.head_dim, queries);
             scratch.queries.reserve(queries);
             scratch.sums.resize((size_t)queries * result_size(c.head_dim));
+            scratch.upcoming.runs.reserve((size_t)(PART / c.page_tokens + 2) * 2 * c.kv_heads);
             scratch.sampler.resize(c.vocab);
         }
         engine->counters = std::vector<Word>((size_t)(3 + 9 * c.layers) * Cut::most_blocks(c.max_rows));

@@ -1,0 +1,78 @@
+"""The shell that all actors share: deadlines are met, and many actions of one turn can share one end."""
+
+from __future__ import annotations
+
+import attrs
+import trio
+from trio.testing import MockClock
+
+from memserve.actors.loop import Shell
+from memserve.bus import MemoryBus
+from memserve.messages import ActorId
+
+NEVER = float("inf")
+
+
+@attrs.define
+class Waiting:
+    """A core that only waits."""
+
+    deadline: float = NEVER
+    fired: list[float] = attrs.field(factory=list)
+
+    def receive(self, sender, message, now) -> None:
+        self.deadline = message
+
+    def advance(self, now) -> None:
+        if now >= self.deadline:
+            self.fired.append(now)
+            self.deadline = NEVER
+
+    def take(self) -> list:
+        return []
+
+    def undeliverable(self, to, message, now) -> None: ...
+
+    def gauges(self) -> dict[str, float]:
+        return {}
+
+
+async def test_deadlines_are_met_however_they_move(autojump_clock: MockClock) -> None:
+    """One that moved forward would be missed, or one that moved back would fire too soon or never."""
+    core = Waiting()
+    shell = Shell(core, MemoryBus().link(ActorId("a.1")), clock=trio.current_time)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(shell.run)
+        began = trio.current_time()
+        for moves in ([10.0], [10.0, 5.0], [5.0, 10.0], [5.0, 10.0, 7.0, 12.0], [NEVER, 3.0], [3.0, NEVER]):
+            start = trio.current_time()
+            for move in moves:
+                shell.tell(start + move)
+            await trio.sleep(20.0)
+            due = [start + moves[-1]] if moves[-1] < NEVER else []
+            assert [one for one in core.fired if one >= start] == due, moves
+        # A core whose deadline is pushed on at every turn, as heartbeats are.
+        for _ in range(30):
+            shell.tell(trio.current_time() + 5.0)
+            await trio.sleep(1.0)
+        await trio.sleep(10.0)
+        assert len(core.fired) == 6
+        assert core.fired[-1] == began + 6 * 20.0 + 29.0 + 5.0
+        nursery.cancel_scope.cancel()
+
+
+async def test_the_end_of_a_turn_comes_once_after_all_messages_that_waited(autojump_clock: MockClock) -> None:
+    """Each message would cost what a whole turn costs: a write to every client, say."""
+    bus, ends = MemoryBus(), []
+    link = bus.link(ActorId("a.1"))
+    core = Waiting()
+    shell = Shell(core, link, clock=trio.current_time, after_turn=lambda: ends.append(core.deadline))
+    async with trio.open_nursery() as nursery:
+        await nursery.start(shell.run)
+        await trio.testing.wait_all_tasks_blocked()
+        ends.clear()
+        for number in range(5):
+            shell.core.receive(link.actor, 100.0 + number, 0.0)
+        shell.turn()
+        assert ends == [104.0]
+        nursery.cancel_scope.cancel()
