@@ -32,7 +32,7 @@ help:
 	@echo 'make bench-mempool   match, insert, acquire, swaps; ARGS="--ttft" adds time to first token by cached share'
 	@echo 'make bench-costmodel how well a worker forecasts what its steps take'
 	@echo 'make bench-scheduler placements a second, by instances and cached pages; ARGS="--svg FILE" plots them'
-	@echo 'make bench-frontend  the control plane alone, on an engine that answers at once'
+	@echo 'make bench-frontend  the control plane alone, on an engine that answers at once; ARGS="--beside CHECKOUT" compares CPU'
 	@echo 'make bench-loadgen   how many streams and events the load generator takes on one core'
 	@echo 'make bench-transfer  how fast pages move between two shards, every way there is'
 	@echo 'make bench-handover  what a hand-over between two shards costs its request'

@@ -23,7 +23,7 @@ LIMIT_S = 420
 """Of the tests; the table is printed then, with what had ended."""
 STOP_S = 15
 """For pytest to write its report once it is told to stop."""
-TESTS = ("tests/test_gpu.py", "tests/test_backends.py")
+TESTS = ("tests/test_gpu.py", "tests/test_backends.py", "tests/test_common_pages.py")
 """Every file with GPU tests."""
 CHOSEN = "cuda or test_gpu.py"
 """Of those files: what runs on a GPU, and whether FlashInfer has the calls that its stand-in has."""

@@ -22,6 +22,7 @@ from gpu_parts import (
     prompt_rows,
     some_ids,
     spec_of,
+    tables_of,
     weights_for,
 )
 from memserve.engine.convert import weight_shapes
@@ -29,7 +30,7 @@ from memserve.engine.cuda import CudaEngine, CudaGraphs
 from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.spec import ModelSpec
 from memserve.kernels.flashinfer_kit import FlashInferAttention, load_flashinfer
-from memserve.kernels.page_tables import StepTables
+from memserve.kernels.page_tables import GRAPH_BYTES, Sharing, StepTables
 from memserve.tokens import pack, pages_for
 
 LAYERS = 8
@@ -38,6 +39,9 @@ ATTENDED = ((8, 8192), (64, 2048), (256, 1024))
 """Rows of so many tokens, whose attention is timed alone."""
 BATCHES, CONTEXTS = (1, 8, 64, 256), (1024, 8192)
 PROMPTS = (2048, 8192)
+ALIKE = ((64, 8192), (64, 2048), (8, 2048))
+"""Rows that begin with so many tokens in common, and have ``OWN`` more each."""
+OWN = 256
 STEPS = 30
 
 
@@ -120,6 +124,64 @@ def _decode(
     least = (read + batch * context * spec.kv_values_per_token * 2) / roof.copy
     goal = 0.7 if spec.name == "8b" else None
     return Figure(what, least / took, unit, goal, note=f"{took * 1e3:.2f} ms, {batch / took:.0f} tokens/s")
+
+
+def alike(roof: Ceilings) -> Iterator[Figure]:
+    """Rows that begin with the same tokens: attending to those together against each for itself, in attention and whole steps."""
+    spec = spec_of("8b")
+    library = load_flashinfer(torch.cuda.get_device_capability(DEVICE), spec)
+    for rows, common in ALIKE:
+        apart, together = (_alike_attention_s(library, spec, rows, common, least) for least in (None, 1))
+        yield Figure(
+            f"decode attention, {rows} rows after {common} common tokens", apart / together, "times as fast as each for itself",
+            note=f"{together * 1e3:.2f} against {apart * 1e3:.2f} ms of {LAYERS} layers, both in a CUDA graph",
+        )  # fmt: skip
+    most = max(tables_of(rows, common + OWN + STEPS, common)[-1][-1] for rows, common in ALIKE) + 1
+    engine = engine_on(
+        spec, weights_for(spec), private_pages(spec, most), max(rows for rows, _ in ALIKE),
+        max(common for _, common in ALIKE) + OWN + STEPS,
+    )  # fmt: skip
+    for rows, common in ALIKE:
+        yield _alike_step(engine, spec, rows, common)
+    engine.close()
+
+
+def _alike_attention_s(library: Any, spec: ModelSpec, rows: int, common: int, least: int | None) -> float:
+    tables = tables_of(rows, common + OWN, common)
+    page = spec.page_shape(PAGE_TOKENS)[1:]
+    arena = torch.randn(tables[-1][-1] + 1, LAYERS, *page, device=DEVICE, dtype=torch.bfloat16)
+    order = torch.randperm(len(arena)).tolist()
+    plan = BatchPlan(
+        tuple(Row(pack([1]), common + OWN - 1, tuple(order[i] for i in table), GREEDY) for table in tables)
+    )
+    attention = FlashInferAttention(library, arena, spec.heads, "fa2", rows)
+    planned = attention.plan_tables(StepTables.of(plan, PAGE_TOKENS, least))
+    q, out = (
+        torch.randn(rows, spec.heads, spec.head_dim, device=DEVICE, dtype=torch.bfloat16) for _ in range(2)
+    )
+    k, v = (
+        torch.randn(rows, spec.kv_heads, spec.head_dim, device=DEVICE, dtype=torch.bfloat16) for _ in range(2)
+    )
+
+    def run() -> None:
+        for layer in range(LAYERS):
+            attention.run(planned, layer, q, k, v, out)
+
+    return device_s(CudaGraphs(DEVICE).capture(run), 20)
+
+
+def _alike_step(engine: CudaEngine, spec: ModelSpec, rows: int, common: int) -> Figure:
+    took = []
+    for sharing in (Sharing(None, None), Sharing(1, 1)):
+        engine.sharing = sharing
+        took.append(decode_s(engine, rows, common + OWN, STEPS, common))
+    spared = (rows - 1) * common * spec.kv_heads * spec.head_dim * 2 * 2  # bytes of a layer
+    used = spared >= GRAPH_BYTES
+    return Figure(
+        f"{spec.name} decode step, {rows} rows after {common} common tokens", took[0] / took[1],
+        "times as fast as each for itself in a CUDA graph", 1.0 if used else None,
+        note=f"{took[1] * 1e3:.2f} against {took[0] * 1e3:.2f} ms; {'used' if used else 'not used'}, {spared >> 20} MiB a layer are spared",
+    )  # fmt: skip
 
 
 def _prefill(engine: CudaEngine, spec: ModelSpec, roof: Ceilings, length: int) -> Figure:

@@ -20,7 +20,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 OUT = ROOT / ".gpu"
-KINDS = ("page", "activation", "norm", "rope", "decode", "fa2", "fa3")
+KINDS = ("page", "activation", "norm", "rope", "cascade", "decode", "fa2", "fa3")
 
 
 def options() -> argparse.Namespace:
@@ -55,7 +55,7 @@ def environment(arch: str) -> None:
 def specs(kinds: list[str], head_dims: list[int]) -> list[Any]:
     """What to build, the quickest first."""
     import torch
-    from flashinfer.jit import activation, norm, page, rope
+    from flashinfer.jit import activation, cascade, norm, page, rope
     from flashinfer.jit.attention import modules
 
     alone = {
@@ -63,6 +63,7 @@ def specs(kinds: list[str], head_dims: list[int]) -> list[Any]:
         "activation": lambda: activation.gen_act_and_mul_module("silu"),
         "norm": norm.gen_norm_module,
         "rope": rope.gen_rope_module,
+        "cascade": cascade.gen_cascade_module,
     }
     found = [make() for kind, make in alone.items() if kind in kinds]
     types = (torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.int32)

@@ -157,10 +157,19 @@ def engine_on(
     return engine
 
 
-def decode_s(engine: CudaEngine, batch: int, context: int, steps: int = 30) -> float:
-    """Median seconds of a decode step, the host's part included: every row one token further each time."""
-    each = pages_for(context + steps, PAGE_TOKENS)
-    tables = [tuple(range(i * each, (i + 1) * each)) for i in range(batch)]
+def tables_of(batch: int, context: int, common: int = 0) -> list[tuple[int, ...]]:
+    """Page tables of rows of so many tokens, the first ``common`` of which lie in the same pages for all."""
+    shared = common // PAGE_TOKENS
+    own = pages_for(context, PAGE_TOKENS) - shared
+    return [(*range(shared), *range(shared + i * own, shared + (i + 1) * own)) for i in range(batch)]
+
+
+def decode_s(engine: CudaEngine, batch: int, context: int, steps: int = 30, common: int = 0) -> float:
+    """Median seconds of a decode step, the host's part included: every row one token further each time.
+
+    ``common``: tokens of the context that all rows begin with.
+    """
+    tables = tables_of(batch, context + steps, common)
     times = []
     for step in range(steps):
         plan = BatchPlan(tuple(Row(pack([1]), context + step, table, GREEDY) for table in tables))

@@ -29,10 +29,12 @@ from memserve.sim.run import Run, play
 from memserve.sim.workloads import Piece, Session, shared_documents
 from memserve.simulate import layout_of
 from notes import commit, number, told
-from policies_note import MEASURES, POLICIES, POOLS, Sample, merged, save, write_note
+from policies_note import MEASURES, POLICIES, Sample, merged, pools, save, write_note
 
 CONFIG = "3p1d.toml"
 SHARES = (1, 2, 3)
+MAX_CONTEXT, TOKENS_PER_MIB = 8192, 40
+"""Of the demo model; its KV takes 22.5 KiB a token."""
 WARM_UP_SEED = 0
 """Of the words of what is asked before a run, which no run has."""
 
@@ -85,8 +87,10 @@ async def ask(url: str, sessions: Sequence[Session], seed: int) -> list[Record]:
 
 def settings_of(policy: str, given: argparse.Namespace) -> list[str]:
     """What is set over the configuration."""
-    pools = [f"shard.s{i}.memory={memory}" for i, memory in enumerate(POOLS)]
-    return [*pools, f"scheduler.policy={policy}", *given.set]
+    sizes = pools(given.scale)
+    memory = [f"shard.s{i}.memory={size}MiB" for i, size in enumerate(sizes)]
+    context = min(MAX_CONTEXT, min(sizes) * TOKENS_PER_MIB)  # a shard must hold one whole context
+    return [*memory, f"model.max_context={context}", f"scheduler.policy={policy}", *given.set]
 
 
 def run_policy(policy: str, share: int, seed: int, given: argparse.Namespace) -> Sample:

@@ -16,9 +16,14 @@ from loadgen.records import Record
 from notes import Note, number, table
 
 POLICIES = ("round_robin", "session", "longest_prefix", "cost")
-POOLS = ("225MiB", "225MiB", "225MiB", "512MiB")
-"""Of the prefill workers' shards and the decode worker's: the former hold about ten documents of 850 tokens each, as the
-simulator's and the paper's hold a small part of all, so that it matters what each of them keeps."""
+POOLS_MIB = (450, 450, 450, 1024)
+"""Of the prefill workers' shards and the decode worker's, for prompts of full length: the former hold about ten documents each,
+as the simulator's and the paper's hold a small part of all, so that it matters what each of them keeps."""
+
+
+def pools(scale: float) -> list[int]:
+    """MiB of each shard for prompts whose lengths are multiplied by ``scale``."""
+    return [round(size * scale) for size in POOLS_MIB]
 
 
 def _first_token(percentile: float) -> Callable[[Sequence[Record]], float]:
@@ -173,7 +178,8 @@ def write_note(samples: Sequence[Sample], given: argparse.Namespace, command: st
         "Policies of the scheduler on a real cluster",
         command,
         f"{given.sessions} LooGLE-like sessions of two to four questions, up to {count} requests a run, {given.rate:g} sessions a second, "
-        f"prompts' lengths times {given.scale:g} (documents of {round(1700 * given.scale):,} tokens), on 3P1D with pools of {', '.join(POOLS)}: four "
+        f"prompts' lengths times {given.scale:g} (documents of {round(1700 * given.scale):,} tokens), on 3P1D with pools of "
+        f"{', '.join(map(str, pools(given.scale)))} MiB: four "
         "workers and the load generator on the same cores. Medians over the runs and their range; the P99 of a run is about its third "
         "slowest request. In brackets predicted over measured: the simulator, with the costs that the cluster's own workers have "
         "measured. The paper's own gain is 59 % of P99 against session at share ratio 3. "

@@ -21,12 +21,11 @@ from memserve.engine.weights import save_weights
 from memserve.gpus import find_gpus
 from memserve.kernels.flashinfer_kit import (
     FlashInferAttention,
-    FlashInferOps,
     Library,
     load_flashinfer,
-    norms_as,
     prefill_backend,
 )
+from memserve.kernels.flashinfer_ops import FlashInferOps, norms_as
 from memserve.kernels.page_tables import StepTables
 from test_model import Runner, tiny_spec
 
@@ -44,6 +43,9 @@ SPEC = attrs.evolve(tiny_spec(8, 2, 64), hidden=128, intermediate=256, vocab=102
 
 class FlashRunner(Runner):
     """``Runner`` with FlashInfer's attention and ops in place of the CPU's."""
+
+    least: int | None = None
+    """Pages that must be spared for decode rows to attend together."""
 
     def __init__(
         self,
@@ -66,7 +68,7 @@ class FlashRunner(Runner):
 
     def step(self, *rows: Row) -> torch.Tensor:
         """Logits of the rows that want them, in the order of the rows."""
-        tables = StepTables.of(BatchPlan(rows), self.page_tokens)
+        tables = StepTables.of(BatchPlan(rows), self.page_tokens, self.least)
         device = self.flash.device
         with torch.inference_mode():
             planned = self.flash.plan_tables(tables)

@@ -6,6 +6,7 @@ runs its Python function again, on the same tensors, so that what a captured ste
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -54,17 +55,23 @@ def _halves(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 class _Attention:
     """What both wrappers share: planned page tables, and attention over them."""
 
+    causal = False
+    heads: tuple[int, int, int]
+
     def __init__(self, float_workspace_buffer: torch.Tensor, kv_layout: str = "NHD") -> None:
         assert float_workspace_buffer.dtype == torch.uint8 and kv_layout == "HND"
         self.device, self.room = float_workspace_buffer.device, len(float_workspace_buffer)
         self.tables: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
-    def _attend(self, q: torch.Tensor, cache: torch.Tensor, out: torch.Tensor, qo: list[int]) -> None:
+    def _attend(
+        self, q: torch.Tensor, cache: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, qo: list[int]
+    ) -> None:
+        """``lse``: log2 of each query's sum of exponentials, in which merges weigh."""
         assert self.tables is not None, "run before plan"
         k, v = _halves(cache)
         indptr, indices, last = (table.tolist() for table in self.tables)
         assert q.dtype == self.dtype == k.dtype == out.dtype and q.stride(-1) == 1
-        assert q.shape == out.shape == (qo[-1], *self.heads[:1], self.heads[2])
+        assert q.shape == out.shape == (len(q), *self.heads[:1], self.heads[2])
         group = self.heads[0] // self.heads[1]
         for row in range(len(last)):
             pages = indices[indptr[row] : indptr[row + 1]]
@@ -77,8 +84,10 @@ class _Attention:
             )
             queries = q[qo[row] : qo[row + 1]].transpose(0, 1).double()
             scores = queries @ keys.repeat_interleave(group, 0).transpose(1, 2) * self.heads[2] ** -0.5
-            seen = length - queries.shape[1] + torch.arange(queries.shape[1])[:, None]
-            scores.masked_fill_(torch.arange(length) > seen, float("-inf"))  # aligned to the end
+            if self.causal:
+                seen = length - queries.shape[1] + torch.arange(queries.shape[1])[:, None]
+                scores.masked_fill_(torch.arange(length) > seen, float("-inf"))  # aligned to the end
+            lse[qo[row] : qo[row + 1]] = scores.logsumexp(-1).T / math.log(2)
             found = scores.softmax(-1) @ values.repeat_interleave(group, 0)
             out[qo[row] : qo[row + 1]] = found.transpose(0, 1).to(out.dtype)
 
@@ -87,6 +96,20 @@ class _Attention:
         heads, _, head_dim = self.heads
         taken = heads * tiles * tile * head_dim * 4 + 16 + heads * tiles * tile * 4
         assert taken <= self.room, f"Buffer overflow: {taken} bytes of parts, {self.room} of workspace"
+
+    def _run(
+        self, q: torch.Tensor, cache: torch.Tensor, out: torch.Tensor | None, lse: torch.Tensor | None,
+        return_lse: bool, qo: list[int],
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        if len(q) != qo[-1]:
+            raise ValueError(f"q.shape[0] ({len(q)}) does not match {qo[-1]}")
+        out, weights = torch.zeros_like(q) if out is None else out, torch.empty(q.shape[:2])
+        if return_lse and lse is not None:
+            if lse.shape != q.shape[:2] or lse.dtype != torch.float32:
+                raise ValueError(f"Invalid lse: {lse.shape}, {lse.dtype}")
+            weights = lse
+        self._attend(q, cache, out, weights, qo)
+        return (out, weights) if return_lse else out
 
     def _planned(self, heads: tuple[int, int, int], page_size: int, q_type: Any, kv_type: Any) -> None:
         assert q_type == kv_type
@@ -128,14 +151,17 @@ class BatchDecodeWithPagedKVCacheWrapper(_Attention):
         self.fixed[2].copy_(last_page_len)
         self.tables = self.fixed[0], self.fixed[1], self.fixed[2]
 
-    def run(self, q: torch.Tensor, paged_kv_cache: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+    def run(
+        self, q: torch.Tensor, paged_kv_cache: torch.Tensor, *, out: torch.Tensor | None = None,
+        lse: torch.Tensor | None = None, return_lse: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """Attend."""
-        self._attend(q, paged_kv_cache, out, list(range(len(q) + 1)))
-        return out
+        assert self.tables is not None, "run before plan"
+        return self._run(q, paged_kv_cache, out, lse, return_lse, list(range(len(self.tables[2]) + 1)))
 
 
 class BatchPrefillWithPagedKVCacheWrapper(_Attention):
-    """Many queries a row, causal."""
+    """Many queries a row; causal, or each sees all keys."""
 
     def __init__(
         self, float_workspace_buffer: torch.Tensor, kv_layout: str = "NHD", backend: str = "auto"
@@ -146,19 +172,38 @@ class BatchPrefillWithPagedKVCacheWrapper(_Attention):
     def plan(
         self, qo_indptr: torch.Tensor, paged_kv_indptr: torch.Tensor, paged_kv_indices: torch.Tensor,
         paged_kv_last_page_len: torch.Tensor, num_qo_heads: int, num_kv_heads: int, head_dim_qk: int,
-        page_size: int, causal: bool, q_data_type: Any, kv_data_type: Any,
+        page_size: int, causal: bool = False, *, q_data_type: Any, kv_data_type: Any,
     ) -> None:  # fmt: skip
         """Take the tables."""
         _ints(qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len)
-        assert causal and int(qo_indptr[0]) == 0 and len(qo_indptr) == len(paged_kv_indptr)
-        self.qo: list[int] = qo_indptr.tolist()
+        assert int(qo_indptr[0]) == 0 and len(qo_indptr) == len(paged_kv_indptr)
+        self.causal, self.qo = causal, qo_indptr.tolist()
         self.tables = paged_kv_indptr.clone(), paged_kv_indices.clone(), paged_kv_last_page_len.clone()
         self._planned((num_qo_heads, num_kv_heads, head_dim_qk), page_size, q_data_type, kv_data_type)
 
-    def run(self, q: torch.Tensor, paged_kv_cache: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+    def run(
+        self, q: torch.Tensor, paged_kv_cache: torch.Tensor, *, out: torch.Tensor | None = None,
+        lse: torch.Tensor | None = None, return_lse: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """Attend."""
-        self._attend(q, paged_kv_cache, out, self.qo)
-        return out
+        return self._run(q, paged_kv_cache, out, lse, return_lse, self.qo)
+
+
+def merge_state_in_place(
+    v: torch.Tensor, s: torch.Tensor, v_other: torch.Tensor, s_other: torch.Tensor,
+    mask: torch.Tensor | None = None,
+) -> None:  # fmt: skip
+    """Make ``v`` and ``s`` what attention over both parts gives; rows of a false ``mask`` stay as they are."""
+    assert all(one.is_contiguous() for one in (v, s, v_other, s_other))
+    assert v.dim() == 3 and v.shape == v_other.shape and s.shape == s_other.shape == v.shape[:2]
+    assert v.dtype == v_other.dtype and s.dtype == s_other.dtype == torch.float32
+    assert v.shape[1] * v.shape[2] // 8 <= 1024, "MergeStateInPlace kernel launch failed: one block a row"
+    assert mask is None or mask.shape == (len(v),)
+    both = torch.stack((s, s_other)).double() * math.log(2)
+    share = both.softmax(0)[..., None]
+    merged = (share[0] * v.double() + share[1] * v_other.double()).to(v.dtype)
+    chosen = torch.ones(len(v), dtype=torch.bool) if mask is None else mask.bool()
+    v[chosen], s[chosen] = merged[chosen], (both.logsumexp(0) / math.log(2)).float()[chosen]
 
 
 def append_paged_kv_cache(

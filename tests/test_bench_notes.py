@@ -17,6 +17,7 @@ import prediction
 import serving
 import serving_note
 from loadgen import arrivals, build
+from memserve import config
 from memserve.costs import Site, StepCosts
 from memserve.scheduling.cost_model import CostModel
 
@@ -127,6 +128,15 @@ def test_a_note_of_policies_says_what_is_saved(tmp_path: Path, monkeypatch: pyte
     samples.append(policies_note.Sample("session", 3, values | {"TTFT p50": 14.0}, {"TTFT p50": 9.0}))
     text = policies_note.write_note(samples, policies.options_of([]), "x").read_text()
     assert "| session | 12.0, 10.0 to 14.0 (0.58) | 100 | 1.00 | 50% | 2 | 0 |" in text
+
+
+@pytest.mark.parametrize("scale", ["0.06", "0.5", "1"])
+def test_pools_of_policies_are_as_short_as_the_prompts(scale: str) -> None:
+    """If a slow machine's short prompts had the pools of long ones, everything would stay cached wherever it went."""
+    words = policies.settings_of("cost", policies.options_of(["--scale", scale]))
+    made = config.load(str(cluster.ROOT / "configs" / policies.CONFIG), words)
+    document = 1700 * float(scale) * 23_040  # bytes
+    assert 8 < made.shard[0].memory / document < 14
 
 
 def test_samples_of_policies_are_read_back_as_they_were(tmp_path: Path) -> None:

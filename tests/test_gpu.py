@@ -47,6 +47,7 @@ WORKER = """
     "name",
     [
         "append_paged_kv_cache",
+        "merge_state_in_place",
         "rmsnorm",
         "fused_add_rmsnorm",
         "silu_and_mul",

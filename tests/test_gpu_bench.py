@@ -214,7 +214,8 @@ def played(monkeypatch):
     )
     monkeypatch.setattr(gpu_memory, "load_runtime", lambda: cupy)
     small = {
-        gpu_compute: {"LAYERS": 1, "STEPS": 6, "ATTENDED": ((1, 32), (2, 32)), "BATCHES": (1, 3), "CONTEXTS": (20, 200), "PROMPTS": (24, 40)},
+        gpu_compute: {"LAYERS": 1, "STEPS": 6, "ATTENDED": ((1, 32), (2, 32)), "BATCHES": (1, 3), "CONTEXTS": (20, 200), "PROMPTS": (24, 40),
+                      "ALIKE": ((3, 32), (2, 16)), "OWN": 20},
         gpu_moving: {"HANDED": (20, 40), "SHARED": (2, 20), "RUNS": (1, 4), "SWAPPED": 1 << 20, "PROMPT": 64,
                      "HANDED_OVER": gpu_parts.spec_of("1b"), "_with_workers": in_threads},
     }  # fmt: skip
@@ -242,7 +243,7 @@ async def in_threads(arena, folder, roles) -> list[str]:
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    [("ceilings", 4), ("attention", 3), ("steps-1b", 6), ("steps-8b", 6), ("handoff", 2), ("swap", 8), ("shared", 1),
+    [("ceilings", 4), ("attention", 3), ("steps-1b", 6), ("steps-8b", 6), ("alike", 4), ("handoff", 2), ("swap", 8), ("shared", 1),
      ("ttft-1b", 11), ("ttft-8b", 11)],
 )  # fmt: skip
 def test_every_section_runs_to_its_end(played, name, count):

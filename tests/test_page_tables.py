@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
+
 import attrs
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memserve.engine.plans import BatchPlan, Row
-from memserve.kernels.page_tables import BUCKETS, StepTables, Table, bucket_of, buckets_up_to, continues
+from memserve.kernels.page_tables import (
+    BUCKETS,
+    StepTables,
+    Table,
+    bucket_of,
+    buckets_up_to,
+    common_groups,
+    continues,
+    groups_worth,
+)
 from memserve.messages import Sampling
 from memserve.tokens import count, pack, pages_for, unpack
 
@@ -33,6 +44,25 @@ def plans(draw: st.DrawFn) -> tuple[BatchPlan, int]:
     return BatchPlan(tuple(rows)), page_tokens
 
 
+@st.composite
+def plans_alike(draw: st.DrawFn) -> tuple[BatchPlan, int]:
+    """Decode rows and chunks whose tables begin with branches of one tree of pages, then have pages of their own."""
+    page_tokens = draw(st.sampled_from([1, 16]))
+    tree: dict[tuple[int, ...], int] = {}
+    rows = []
+    for branch, own, length in draw(
+        st.lists(
+            st.tuples(st.lists(st.integers(0, 1), max_size=5), st.integers(1, 40), st.sampled_from([1, 1, 1, 3])),
+            min_size=1, max_size=7,
+        )
+    ):  # fmt: skip
+        shared = [tree.setdefault(tuple(branch[: i + 1]), len(tree)) for i in range(len(branch))]
+        pages = range(1000 * (len(rows) + 1), 1000 * (len(rows) + 1) + pages_for(own + length, page_tokens))
+        start = len(shared) * page_tokens + own
+        rows.append(Row(pack([7] * length), start, (*shared, *pages), GREEDY))
+    return BatchPlan(tuple(rows)), page_tokens
+
+
 def positions_of(table: Table, row: int, page_tokens: int) -> list[tuple[int, int]]:
     """Page and slot of every position that FlashInfer sees in a row: the meaning of its three arrays."""
     pages = table.indices[table.indptr[row] : table.indptr[row + 1]].tolist()
@@ -41,11 +71,11 @@ def positions_of(table: Table, row: int, page_tokens: int) -> list[tuple[int, in
 
 
 @settings(deadline=None)  # a busy machine is no fault of the arrays
-@given(plans())
-def test_the_arrays_mean_what_the_plan_says(case):
+@given(plans() | plans_alike(), st.sampled_from([None, 1, 10**6]))
+def test_the_arrays_mean_what_the_plan_says(case, least):
     """If it failed, a kernel would read or write another request's pages, in silence."""
     plan, page_tokens = case
-    tables = StepTables.of(plan, page_tokens)
+    tables = StepTables.of(plan, page_tokens, least)
     rows = [plan.rows[i] for i in tables.order]
     assert sorted(tables.order) == list(range(len(plan.rows)))
     assert [count(row.tokens) == 1 for row in rows] == [i < tables.decodes for i in range(len(rows))]
@@ -69,10 +99,90 @@ def test_the_arrays_mean_what_the_plan_says(case):
     assert [tables.batch_indices[at] for at in tables.wanted] == [rows.index(row) for row in wanted]
     assert all(tables.positions[at] == row.end - 1 for at, row in zip(tables.wanted, wanted, strict=True))
     arrays = [tables.qo_indptr, tables.ids, tables.positions, tables.batch_indices, tables.wanted]
-    for table in (tables.decode, tables.chunks, tables.all_rows):
+    some = (tables.common.pages, tables.common.rest) if tables.common else ()
+    for table in (tables.decode, tables.chunks, tables.all_rows, *some):
         arrays += [table.indptr, table.indices, table.last_page_len]
         assert ((table.last_page_len >= 1) & (table.last_page_len <= page_tokens)).all()
     assert {array.dtype for array in arrays} == {np.dtype(np.int32)}
+
+
+def begun_alike(tables: list[tuple[int, ...]]) -> int:
+    """How many pages all of them begin with."""
+    return sum(1 for _ in takewhile(lambda pages: len(set(pages)) == 1, zip(*tables, strict=False)))
+
+
+def most_spared(tables: list[tuple[int, ...]]) -> int:
+    """Pages that the best grouping of rows spares, of all groupings that there are."""
+    if not tables:
+        return 0
+    first, *others = tables
+    best = 0
+    for chosen in range(1 << len(others)):
+        group = [first, *(one for i, one in enumerate(others) if chosen >> i & 1)]
+        left = [one for i, one in enumerate(others) if not chosen >> i & 1]
+        pages = begun_alike(group)
+        best = max(best, (len(group) - 1) * pages + most_spared(left))
+    return best
+
+
+@settings(deadline=None)  # a busy machine is no fault of the groups
+@given(plans_alike())
+def test_groups_spare_nearly_the_most_and_leave_each_row_its_last_page(case):
+    """If it failed, rows would attend to another's page, or to one that is being written, or the GPU read pages twice for nothing."""
+    plan, page_tokens = case
+    rows = [row for row in plan.rows if count(row.tokens) == 1]
+    full = [row.pages[: pages_for(row.end, page_tokens) - 1] for row in rows]
+    table = Table.of(rows, page_tokens)
+    groups = common_groups(table)
+    for group in groups:
+        assert len(group.rows) > 1 and group.pages == begun_alike([full[row] for row in group.rows]) > 0
+    grouped = [row for group in groups for row in group.rows]
+    assert len(set(grouped)) == len(grouped)
+    spared = sum(group.spared for group in groups)
+    assert 0.8 * most_spared(full) <= spared <= most_spared(full)
+    assert groups_worth(table, spared) == groups and groups_worth(table, None) == ()
+    assert groups_worth(table, spared + 1) == ()
+
+
+@settings(deadline=None)  # a busy machine is no fault of the arrays
+@given(plans_alike())
+def test_a_common_part_and_the_rest_are_each_row_once(case):
+    """If it failed, a position would be attended to twice, or not at all."""
+    plan, page_tokens = case
+    tables = StepTables.of(plan, page_tokens, 1)
+    common = tables.common
+    if common is None:
+        assert not common_groups(tables.decode)
+        return
+    sizes = np.diff(common.qo_indptr).tolist()
+    part_of = [group for group, size in enumerate(sizes) for _ in range(size)]
+    assert len(part_of) == common.rows <= tables.decodes and min(sizes) > 1
+    for row in range(tables.decodes):
+        shared = positions_of(common.pages, part_of[row], page_tokens) if row < common.rows else []
+        rest = positions_of(common.rest, row, page_tokens)
+        assert rest and shared + rest == positions_of(tables.decode, row, page_tokens)
+
+
+def test_a_document_goes_before_the_system_prompt_that_all_begin_with():
+    """If it failed, ten questions about one long document would read it ten times, because others share their first page."""
+    tables = [(0, *range(10, 50), 100 + i) for i in range(3)] + [(0, 200 + i) for i in range(4)]
+    tables += [
+        (0, 300, 400 + i) for i in range(2)
+    ]  # whose second page is worth less than being with the others
+    rows = [Row(pack([1]), 16 * len(pages) - 1, pages, GREEDY) for pages in tables]
+    groups = {group.rows: group.pages for group in common_groups(Table.of(rows, 16))}
+    assert {tuple(sorted(rows)): pages for rows, pages in groups.items()} == {
+        (0, 1, 2): 41,
+        (3, 4, 5, 6, 7, 8): 1,
+    }
+
+
+def test_a_long_chain_of_prefixes_is_no_burden():
+    """If it failed, a thousand turns of one conversation, each the start of the next, would end a step in a RecursionError."""
+    rows = [Row(pack([1]), turn + 1, (*range(turn + 1), 10**6 + turn), GREEDY) for turn in range(1000)]
+    groups = common_groups(Table.of(rows, 1))
+    # The last 500 or so have the first 500 pages in common: n rows spare (n - 1) * (1001 - n) pages.
+    assert sum(group.spared for group in groups) >= 500 * 500
 
 
 @settings(deadline=None)  # a busy machine is no fault of the arrays

@@ -15,7 +15,7 @@ from memserve.sections import BatchConfig, ShardConfig
 CONTEXT_BYTES = 768 << 20
 """A CUDA context with the modules of torch and FlashInfer; an estimate, about half a gigabyte on Hopper."""
 PLAN_BYTES = 320 << 20
-"""FlashInfer's integer workspaces, 8 MiB for every captured batch size, and what it allocates at a first use."""
+"""FlashInfer's integer workspaces, 8 MiB for every captured batch size and three more, and what it allocates at a first use."""
 WORKSPACE_MIN = 128 << 20
 """FlashInfer's float workspace, as its documentation advises; all wrappers share one: they run one after another."""
 _ALIGNMENT = 1 << 10
@@ -34,7 +34,7 @@ def workspace_bytes(heads: int, kv_heads: int, head_dim: int, rows: int, process
     """Of FlashInfer's float workspace, where kernels that split a row's context leave their parts before they are merged.
 
     Its plan ends with an error where it is smaller. A captured decode step always splits, in at least as many tiles as
-    it has rows; fa2's prefill splits into no more tiles than the GPU runs at a time.
+    it has rows; fa2's prefill, of what rows attend to together too, splits into no more tiles than the GPU runs at a time.
     """
     group, at_once = heads // kv_heads, 2 * processors // kv_heads
     decode_tile, prefill_tile = 16 if group <= 16 else 64, 128  # query tokens times ``group``
@@ -50,8 +50,10 @@ def worker_bytes(spec: ModelSpec, batch: BatchConfig) -> int:
     # Of the logits: bfloat16, float32, and float64 weights and sums of those that are drawn, 8 rows at a time.
     rows = max(16, batch.rows * 3 // 2)  # of the largest captured batch size, at most
     logits = rows * spec.vocab * 6 + 8 * spec.vocab * 64
+    # Of rows that attend together: bfloat16 values of the common part, and float32 weights of both.
+    together = batch.rows * spec.heads * (2 * spec.head_dim + 2 * 4)
     workspace = workspace_bytes(spec.heads, spec.kv_heads, spec.head_dim, rows, PROCESSORS_MAX)
-    return CONTEXT_BYTES + PLAN_BYTES + workspace + 2 * tokens * wide + logits
+    return CONTEXT_BYTES + PLAN_BYTES + workspace + 2 * tokens * wide + together + logits
 
 
 def gpu_pages(

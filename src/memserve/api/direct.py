@@ -1,7 +1,7 @@
 """The short way of a stream's events to its socket.
 
 Through the server's layers an event costs several times what its send does: two task switches, a lock, a shielded scope, and
-an object for each of a handful of layers. While a response's body is under way they all have nothing to add.
+an object for each of a handful of layers. Between a response's head and the end of its body they all have nothing to add.
 """
 
 from __future__ import annotations

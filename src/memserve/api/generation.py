@@ -46,9 +46,9 @@ class Order:
 class Generation:
     """An ASGI response. It ends with its last answer, its first failure, or when the client leaves.
 
-    The events of a stream go to the socket from within the turn that brought their tokens, as long as it takes them and
-    the connection has a short way (:mod:`memserve.api.direct`). Otherwise this task writes what has gathered since
-    its last write: a client that reads slower than tokens come gets fewer and larger events.
+    Between the first event of a stream and the last, they go to the socket from within the turn that brought their tokens,
+    as long as it takes them and the connection has a short way (:mod:`memserve.api.direct`). Otherwise this task writes
+    what has gathered since its last write: a client that reads slower than tokens come gets fewer and larger events.
     """
 
     def __init__(self, service: Service, order: Order, choices: Sequence[Choice]) -> None:
@@ -177,9 +177,10 @@ class Generation:
             if over:
                 break
             if part:
-                await send({"type": "http.response.body", "body": part, "more_body": True})
+                await _write(part, send, writer)
             has_news = await self._wait(writer)
-        await send({"type": "http.response.body", "body": part + self._ending()})
+        await _write(part + self._ending(), send, writer)
+        await send({"type": "http.response.body", "body": b""})
         return None
 
     def _ending(self) -> bytes:
@@ -220,6 +221,14 @@ class Generation:
 
     def _id_header(self) -> list[tuple[bytes, bytes]]:
         return [(b"x-request-id", self._id.encode())] if self._id else []
+
+
+async def _write(part: bytes, send: Send, writer: DirectWriter | None) -> None:
+    """A part of a body, by the short way where there is one."""
+    if writer is None:
+        await send({"type": "http.response.body", "body": part, "more_body": True})
+    elif not writer.write(part):
+        await writer.drain()
 
 
 async def _send_error(send: Send, error: ApiError) -> None:

@@ -1,8 +1,9 @@
 """The CUDA step engine: batch plans in, tokens out, on pages in a GPU's memory that a shard owns.
 
 A step of decode rows alone is one CUDA graph, captured at start for each batch size in ``page_tables.BUCKETS``; padding
-rows write to a scratch page behind the pool's. Any other step launches its kernels one by one. While the GPU runs a
-decode step, the host plans the next one, which is taken if the next step's rows are the same, one token further.
+rows write to a scratch page behind the pool's. Any other step launches its kernels one by one, and so does one whose
+rows begin alike, so that attending together to what they have in common spares more than a graph does. While the GPU
+runs a captured step, the host plans the next one, which is taken if the next step's rows are the same, one token further.
 
 :meth:`CudaEngine.run` returns when the GPU has finished: a page that it says was written can be read by any process,
 and one that it read can be given to another.
@@ -34,14 +35,13 @@ from memserve.gpu_room import SCRATCH_PAGES
 from memserve.kernels.flashinfer_kit import (
     CapturedDecode,
     FlashInferAttention,
-    FlashInferOps,
     Library,
     load_flashinfer,
-    norms_as,
     prefill_backend,
 )
+from memserve.kernels.flashinfer_ops import FlashInferOps, norms_as
 from memserve.kernels.gpu_memory import GpuArena, attach_gpu_arena
-from memserve.kernels.page_tables import StepTables, Table, bucket_of, buckets_up_to, continues
+from memserve.kernels.page_tables import Sharing, StepTables, Table, bucket_of, buckets_up_to, continues
 from memserve.messages import Sampling
 from memserve.tokens import count, pack, pages_for
 
@@ -115,6 +115,10 @@ class _Ahead:
     before: tuple[Row, ...]
     """The rows of the step that it follows."""
 
+    def holds_for(self, step: _DecodeStep, rows: Sequence[Row], page_tokens: int) -> bool:
+        """Whether it is this one."""
+        return self.step is step and continues(rows, self.before, page_tokens)
+
 
 class CudaEngine:
     """A :class:`~memserve.engine.plans.StepEngine` on one GPU. All calls come from one thread.
@@ -157,6 +161,9 @@ class CudaEngine:
         self._row_pages = pages_for(min(max_context or spec.max_context, spec.max_context), self._page_tokens)
         self._steps: dict[int, _DecodeStep] = {}
         self._ahead: _Ahead | None = None
+        self.sharing = Sharing()
+        """When decode rows attend together to what they begin with."""
+        self._page_bytes = arena[0, 0].nbytes  # of a layer
         self._release = release
         self._shared = shared
 
@@ -170,39 +177,43 @@ class CudaEngine:
         check_plan(plan, self._spec, self._pages, self._page_tokens)
         beside = self._shared.look() if self._shared is not None else 0
         began = time.perf_counter()
-        tokens = self._step(plan)
+        tokens = self._step(plan, self.sharing)
         return BatchResult(tokens, (time.perf_counter() - began) * 1000, 1, beside)
 
     def warm_up(self) -> None:
         """Load every kernel and capture every batch size, touching no page but the scratch page."""
+        with torch.inference_mode():
+            self._load_kernels()
+            self._logits = torch.empty(self._buckets[-1], self._spec.vocab, device=self._device)
+            found = {rows: self._capture(rows) for rows in sorted(self._buckets, reverse=True)}
+        self._steps = {rows: found[rows] for rows in self._buckets}
+
+    def _load_kernels(self) -> None:
+        """Run a chunk, a decode row, and two that begin alike, on pages and a workspace that are given back before a capture."""
         assert self._attention is not None, "the engine is closed"
         length = min(WARM_TOKENS, self._spec.max_context - 1)
         pages = tuple(range(pages_for(length + 1, self._page_tokens)))
         shape = self._spec.page_shape(self._page_tokens)
-        own = torch.zeros(len(pages), *shape, dtype=self._attention.shape.dtype, device=self._device)
+        own = torch.zeros(len(pages) + 1, *shape, dtype=self._attention.shape.dtype, device=self._device)
         attention = self._fresh(own)
-        with torch.inference_mode():
-            for row in (
-                Row(pack([0] * length), 0, pages, None),
-                Row(pack([0]), length, pages, Sampling(temperature=1.0, seed=1)),
-            ):
-                self._run_any(BatchPlan((row,)), attention)
-            self._logits = torch.empty(self._buckets[-1], self._spec.vocab, device=self._device)
-            found = {rows: self._capture(rows) for rows in sorted(self._buckets, reverse=True)}
-        self._steps = {rows: found[rows] for rows in self._buckets}
+        first = Row(pack([0]), length, pages, Sampling(temperature=1.0, seed=1))
+        alike = attrs.evolve(first, pages=(*pages[:-1], len(pages)))  # all but the page that it writes
+        for rows in ((Row(pack([0] * length), 0, pages, None),), (first,), (first, alike)):
+            plan = BatchPlan(rows)
+            self._run_any(plan, self._tables(plan, 1), attention)
 
     def timer(self, rows: int, context: int) -> Callable[[Sequence[tuple[int, int]]], tuple[float, int]]:
         """A function that times one step of rows, each (new tokens, tokens before them); seconds, and 1, its host thread.
 
         It reads pages of the pool, whatever they hold, and writes the scratch page alone, which all new tokens share;
-        nothing is drawn, because their logits mean nothing.
+        nothing is drawn, because their logits mean nothing. Every row attends for itself, whatever pages it reads.
         """
         assert rows <= self._buckets[-1] and context <= self._row_pages * self._page_tokens, (rows, context)
 
         def run(shapes: Sequence[tuple[int, int]]) -> tuple[float, int]:
             plan = BatchPlan(tuple(self._timed_row(number, *shape) for number, shape in enumerate(shapes)))
             began = time.perf_counter()
-            self._step(plan)
+            self._step(plan, Sharing(None, None))
             self._graphs.mark()()
             seconds, self._ahead = time.perf_counter() - began, None
             return seconds, 1
@@ -227,20 +238,35 @@ class CudaEngine:
         self._attention = self._model = self._logits = None
         self._release()
 
-    def _step(self, plan: BatchPlan) -> tuple[int | None, ...]:
+    def _step(self, plan: BatchPlan, sharing: Sharing) -> tuple[int | None, ...]:
         assert self._attention is not None, "the engine is closed"
         ahead, self._ahead = self._ahead, None
         bucket = bucket_of(len(plan.rows), tuple(self._steps))
         with torch.inference_mode():
-            if bucket is not None and all(count(row.tokens) == 1 for row in plan.rows):
-                return self._run_captured(plan, self._steps[bucket], ahead)
-            return self._run_any(plan, self._attention)
+            if bucket is None or any(count(row.tokens) > 1 for row in plan.rows):
+                return self._run_any(plan, self._tables(plan, sharing.launched), self._attention)
+            step = self._steps[bucket]
+            # Rows that go on share what they shared before, which was too little then.
+            if ahead is None or not ahead.holds_for(step, plan.rows, self._page_tokens):
+                tables = self._tables(plan, sharing.captured)
+                if tables.common is not None:
+                    return self._run_any(plan, tables, self._attention)
+                self._load(step, tables.decode, plan.rows)
+            return self._run_captured(plan, step)
+
+    def _tables(self, plan: BatchPlan, least_bytes: int | None) -> StepTables:
+        """``least_bytes``: of a layer's K and V that must be spared for decode rows to attend together."""
+        assert self._attention is not None, "the engine is closed"
+        if least_bytes is None or not self._attention.merges:
+            return StepTables.of(plan, self._page_tokens)
+        return StepTables.of(plan, self._page_tokens, -(-least_bytes // self._page_bytes))
 
     # ---- any mix of rows -------------------------------------------------------------------------------------
 
-    def _run_any(self, plan: BatchPlan, attention: FlashInferAttention) -> tuple[int | None, ...]:
+    def _run_any(
+        self, plan: BatchPlan, tables: StepTables, attention: FlashInferAttention
+    ) -> tuple[int | None, ...]:
         assert self._model is not None, "the engine is closed"
-        tables = StepTables.of(plan, self._page_tokens)
         planned = attention.plan_tables(tables)
         batch = Batch(
             torch.from_numpy(tables.ids.copy()).to(self._device),
@@ -274,14 +300,7 @@ class CudaEngine:
         step.replay = self._graphs.capture(launch)
         return step
 
-    def _run_captured(
-        self, plan: BatchPlan, step: _DecodeStep, ahead: _Ahead | None
-    ) -> tuple[int | None, ...]:
-        planned = (
-            ahead is not None and ahead.step is step and continues(plan.rows, ahead.before, self._page_tokens)
-        )
-        if not planned:
-            self._load(plan.rows, step)
+    def _run_captured(self, plan: BatchPlan, step: _DecodeStep) -> tuple[int | None, ...]:
         ids = np.zeros(step.rows, np.int32)
         ids[: len(plan.rows)] = np.frombuffer(b"".join(row.tokens for row in plan.rows), np.int32)
         step.arrays.load_ids(ids)
@@ -289,7 +308,8 @@ class CudaEngine:
         step.replay()
         if all(len(row.pages) * self._page_tokens > row.end for row in plan.rows):
             loaded()  # FlashInfer plans in one pinned buffer, which must have been read before it is written again
-            self._load([Row(row.tokens, row.end, row.pages, None) for row in plan.rows], step)
+            rows = [Row(row.tokens, row.end, row.pages, None) for row in plan.rows]
+            self._load(step, Table.of(rows, self._page_tokens), rows)
             self._ahead = _Ahead(step, plan.rows)
         assert self._logits is not None and step.best is not None, "a captured step that never ran"
         wanted = [i for i, row in enumerate(plan.rows) if row.sample is not None]
@@ -302,10 +322,10 @@ class CudaEngine:
             self._graphs.mark()()  # a prompt may end a chunk with one token: its page is published too
         return tuple(drawn)
 
-    def _load(self, rows: Sequence[Row], step: _DecodeStep) -> None:
+    def _load(self, step: _DecodeStep, table: Table, rows: Sequence[Row]) -> None:
         positions = np.zeros(step.rows, np.int32)
         positions[: len(rows)] = [row.start for row in rows]
-        step.arrays.load(Table.of(rows, self._page_tokens).padded(step.rows, self._pages), positions)
+        step.arrays.load(table.padded(step.rows, self._pages), positions)
 
     # ---- draws -----------------------------------------------------------------------------------------------
 

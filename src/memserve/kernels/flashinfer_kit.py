@@ -1,4 +1,4 @@
-"""Attention and a layer's other parts on a GPU with FlashInfer. The only module that imports flashinfer.
+"""Attention on a GPU with FlashInfer. The only module that imports flashinfer.
 
 Planned once a batch on the host, run once a layer. FlashInfer is given a layer's strided view of the arena,
 ``arena[:, layer]``, and takes its strides (``kv_layout="HND"``). Every call names its optional arguments, so that
@@ -8,7 +8,6 @@ versions 0.6.9 to 0.7 are served alike.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,17 +15,18 @@ import attrs
 import numpy as np
 import torch
 
-from memserve.engine.ops import HeadWeights, TorchOps, rope_table
 from memserve.engine.plans import BatchPlan
 from memserve.engine.spec import ModelSpec
 from memserve.gpu_room import workspace_bytes
 from memserve.gpus import gpu_environment
-from memserve.kernels.page_tables import Ints, StepTables, Table
+from memserve.kernels.page_tables import Common, Ints, StepTables, Table
 
 DECODE_GROUPS = (1, 2, 3, 4, 8)
 """Query heads a kv head that the CUDA-core decode kernel of 0.6.9 is built for."""
 TENSOR_CORES_FROM = 4
 """Query heads a kv head from which decode on tensor cores reads the same KV with less arithmetic in the way."""
+MERGED_VALUES = 8192
+"""Query heads times head_dim that flashinfer's merge takes: one block of 1,024 threads a row, 8 values each."""
 
 
 class Library(Protocol):
@@ -35,6 +35,7 @@ class Library(Protocol):
     BatchDecodeWithPagedKVCacheWrapper: Any
     BatchPrefillWithPagedKVCacheWrapper: Any
     append_paged_kv_cache: Any
+    merge_state_in_place: Any
     rmsnorm: Any
     fused_add_rmsnorm: Any
     silu_and_mul: Any
@@ -70,7 +71,8 @@ def libraries(spec: ModelSpec, backend: str) -> set[str]:
         fa2 if with_tensor_cores(spec.heads // spec.kv_heads) else f"batch_decode_{types}_{heads}_{plain}"
     )
     prefill = f"{fa2}_sm90" if backend == "fa3" else fa2
-    return {"page", "norm", "rope", "silu_and_mul", decode, prefill}
+    together = {fa2, "cascade"} if can_merge(spec.heads, spec.head_dim) else set()
+    return {"page", "norm", "rope", "silu_and_mul", decode, prefill, *together}
 
 
 def compiled_ahead(needed: set[str]) -> bool:
@@ -92,6 +94,11 @@ def with_tensor_cores(group: int) -> bool:
     return group >= TENSOR_CORES_FROM or group not in DECODE_GROUPS
 
 
+def can_merge(heads: int, head_dim: int) -> bool:
+    """Whether a row's two results can be merged, so that rows may attend together to what they begin with."""
+    return heads * head_dim <= MERGED_VALUES
+
+
 # ---- attention -----------------------------------------------------------------------------------------------
 
 
@@ -107,6 +114,20 @@ class Append:
 
 
 @attrs.frozen(eq=False)
+class Together:
+    """The part of a batch that its first rows attend to together: a prefill of all their queries, where all see all keys."""
+
+    rows: int
+    prefill: Any
+    out: torch.Tensor
+    """(rows, heads, head_dim): what they find in it."""
+    weights: torch.Tensor
+    """(rows, heads) float32: log2 of the sum of its exponentials."""
+    rest: torch.Tensor
+    """(decodes, heads) float32: the same of each row's rest."""
+
+
+@attrs.frozen(eq=False)
 class FlashInferPlan:
     """A planned batch: which of the wrappers run, and on which tokens."""
 
@@ -116,6 +137,7 @@ class FlashInferPlan:
     tokens: int
     decode: Any = None
     prefill: Any = None
+    together: Together | None = None
 
 
 @attrs.frozen(kw_only=True)
@@ -139,11 +161,11 @@ class Shape:
             "kv_data_type": self.dtype,
         }
 
-    def prefill(self) -> dict[str, Any]:
-        """The same of a prefill wrapper's."""
+    def prefill(self, causal: bool = True) -> dict[str, Any]:
+        """The same of a prefill wrapper's. ``causal``: whether queries are a row's last positions, or come after all keys."""
         given = self.decode()
         given["head_dim_qk"] = given.pop("head_dim")
-        return given | {"causal": True}
+        return given | {"causal": causal}
 
 
 class FlashInferAttention:
@@ -171,6 +193,10 @@ class FlashInferAttention:
         self._shared: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         self._decode = self._decode_wrapper()
         self._prefill = library.BatchPrefillWithPagedKVCacheWrapper(self._workspace, "HND", backend=backend)
+        # fa2 as decode is, so that both weigh what they find to the same base.
+        self._common = library.BatchPrefillWithPagedKVCacheWrapper(self._workspace, "HND", backend="fa2")
+        self.merges = can_merge(heads, head_dim)
+        """Whether rows may attend together."""
 
     def _decode_wrapper(self, **graph: Any) -> Any:
         return self._library.BatchDecodeWithPagedKVCacheWrapper(
@@ -189,26 +215,41 @@ class FlashInferAttention:
             self._sent(tables.positions),
             *map(self._sent, (everything.indices, everything.indptr, everything.last_page_len)),
         )
-        decode = prefill = None
+        decode = prefill = together = None
         if tables.decodes:
             # Host arrays: from the device they would be read back, which waits for the GPU.
-            decode, rows = self._decode, tables.decode
+            decode, rows = self._decode, tables.decode if tables.common is None else tables.common.rest
             decode.plan(
                 indptr=torch.from_numpy(rows.indptr),
                 indices=torch.from_numpy(rows.indices),
                 last_page_len=torch.from_numpy(rows.last_page_len),
                 **self.shape.decode(),
             )
+        if tables.common is not None:
+            together = self._planned_together(tables.common, tables.decodes)
         if tables.decodes < len(tables.order):
-            prefill, chunks = self._prefill, tables.chunks
-            prefill.plan(
-                qo_indptr=torch.from_numpy(tables.qo_indptr),
-                paged_kv_indptr=torch.from_numpy(chunks.indptr),
-                paged_kv_indices=torch.from_numpy(chunks.indices),
-                paged_kv_last_page_len=torch.from_numpy(chunks.last_page_len),
-                **self.shape.prefill(),
-            )
-        return FlashInferPlan(append, tables.decodes, len(tables.ids), decode, prefill)
+            prefill = self._prefill
+            self._plan_prefill(prefill, tables.qo_indptr, tables.chunks, causal=True)
+        return FlashInferPlan(append, tables.decodes, len(tables.ids), decode, prefill, together)
+
+    def _planned_together(self, common: Common, decodes: int) -> Together:
+        assert self.merges, "rows with so many heads cannot be merged"
+        self._plan_prefill(self._common, common.qo_indptr, common.pages, causal=False)
+        heads, rows = self.shape.heads, common.rows
+        out = torch.empty(rows, heads, self.shape.head_dim, dtype=self.shape.dtype, device=self.device)
+        weights, rest = (
+            torch.empty(many, heads, dtype=torch.float32, device=self.device) for many in (rows, decodes)
+        )
+        return Together(rows, self._common, out, weights, rest)
+
+    def _plan_prefill(self, wrapper: Any, qo_indptr: Ints, table: Table, causal: bool) -> None:
+        wrapper.plan(
+            qo_indptr=torch.from_numpy(qo_indptr),
+            paged_kv_indptr=torch.from_numpy(table.indptr),
+            paged_kv_indices=torch.from_numpy(table.indices),
+            paged_kv_last_page_len=torch.from_numpy(table.last_page_len),
+            **self.shape.prefill(causal),
+        )
 
     def captured(self, rows: int, most_pages: int) -> CapturedDecode:
         """Fixed arrays and a wrapper of their own for steps of ``rows`` decode rows with at most ``most_pages`` pages in all."""
@@ -248,10 +289,28 @@ class FlashInferAttention:
             kv_last_page_len=to.last_page_len,
             kv_layout="HND",
         )
-        if plan.decode is not None:
+        if plan.together is not None:
+            self._run_together(plan, plan.together, q[: plan.decodes], pages, out[: plan.decodes])
+        elif plan.decode is not None:
             plan.decode.run(q[: plan.decodes], pages, out=out[: plan.decodes])
         if plan.prefill is not None:
             plan.prefill.run(q[plan.decodes : plan.tokens], pages, out=out[plan.decodes : plan.tokens])
+
+    def _run_together(
+        self,
+        plan: FlashInferPlan,
+        together: Together,
+        q: torch.Tensor,
+        pages: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """Decode rows: all of them on their rest, the first ones on what they have in common too, and both merged."""
+        first = together.rows
+        plan.decode.run(q, pages, out=out, lse=together.rest, return_lse=True)
+        together.prefill.run(q[:first], pages, out=together.out, lse=together.weights, return_lse=True)
+        self._library.merge_state_in_place(
+            v=out[:first], s=together.rest[:first], v_other=together.out, s_other=together.weights
+        )
 
 
 class CapturedDecode:
@@ -323,70 +382,3 @@ def _filled(buffer: torch.Tensor, values: Ints) -> torch.Tensor:
     part = buffer[: len(values)]
     part.numpy()[:] = values
     return part
-
-
-# ---- the other parts of a layer --------------------------------------------------------------------------------
-
-
-class FlashInferOps(TorchOps):
-    """Norms, rope and activation in fused kernels; see :class:`~memserve.engine.ops.Ops`.
-
-    The residual stream is bfloat16, as the fused norm wants it. Where q and k have biases they stay with torch, in
-    float32 until rope is done.
-    """
-
-    def __init__(self, library: Library, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__(spec, dtype, device)
-        self.residual = dtype
-        self._library = library
-        cosines, sines = rope_table(spec)
-        half = spec.head_dim // 2
-        self._cos_sin = torch.cat((cosines[:, :half], sines[:, :half]), dim=-1).to(device).contiguous()
-
-    def add_norm(
-        self, x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, dtype: torch.dtype
-    ) -> torch.Tensor:
-        if not len(x):
-            return torch.empty_like(x)  # no kernel is launched on nothing
-        eps = self.spec.rms_eps
-        if delta is None:
-            normed: torch.Tensor = self._library.rmsnorm(x, weight, eps=eps)
-            return normed
-        self._library.fused_add_rmsnorm(delta, x, weight, eps=eps)
-        return delta
-
-    def rotation(self, positions: torch.Tensor) -> Any:
-        return super().rotation(positions) if self.spec.qkv_bias else positions
-
-    def qkv(
-        self, projected: torch.Tensor, layer: HeadWeights, rotation: Any
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        if layer.qkv_bias is not None:
-            return super().qkv(projected, layer, rotation)
-        spec = self.spec
-        heads = projected.view(len(projected), -1, spec.head_dim)
-        q, k = heads[:, : spec.heads], heads[:, spec.heads : spec.heads + spec.kv_heads]
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q = self._library.rmsnorm(q, layer.q_norm, eps=spec.rms_eps)
-            k = self._library.rmsnorm(k, layer.k_norm, eps=spec.rms_eps)
-        self._library.apply_rope_with_cos_sin_cache_inplace(
-            positions=rotation,
-            query=q.view(len(projected), -1),
-            key=k.view(len(projected), -1),
-            head_size=spec.head_dim,
-            cos_sin_cache=self._cos_sin,
-            is_neox=True,
-        )
-        return q, k, heads[:, spec.heads + spec.kv_heads :]
-
-    def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = self._library.silu_and_mul(gate_up)
-        return found
-
-
-def norms_as(weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The weights with those of norms in ``dtype``, which FlashInfer's norms read; biases stay float32."""
-    return {
-        name: tensor.to(dtype) if tensor.dim() == 1 and not name.endswith("_bias") else tensor
-        for name, tensor in weights.items()
-    }

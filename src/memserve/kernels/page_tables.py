@@ -1,12 +1,14 @@
 """A batch plan as FlashInfer's index arrays, made on the host with numpy.
 
 Rows with one token come first and are decoded together; rows with more follow as prefill. Within a row, page table
-and last page length already include the tokens that the step appends, as FlashInfer's append wants it.
+and last page length already include the tokens that the step appends, as FlashInfer's append wants it. Decode rows
+that begin with the same pages, a system prompt or a document, may attend to those pages together: see ``Common``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import attrs
 import numpy as np
@@ -45,6 +47,29 @@ BUCKETS = (
     1024,
 )
 """Batch sizes that a step of decode rows is padded to. Padding costs time in proportion to the rows, capture costs once."""  # fmt: skip
+
+MERGE_BYTES = 1 << 27
+"""K and V of a layer that must be spared for decode rows to attend together in a step that is launched kernel by kernel.
+
+Its two launches more, of the common part and of the merge, take the host some 40 microseconds a layer, in which a GPU of
+Hopper's kind reads 128 MB. Estimated, not measured.
+"""
+GRAPH_BYTES = 3 << 29
+"""The same in a step that would be one CUDA graph, which attending together gives up: what is spared must exceed that too.
+
+Launching a layer kernel by kernel takes the host about 0.25 ms. In this time such a GPU reads 0.8 GB from its memory, and
+1.5 GB from its second-level cache, where pages that all rows read may lie anyway. Estimated, not measured.
+"""
+
+
+@attrs.frozen
+class Sharing:
+    """From how many bytes of a layer's K and V spared on decode rows attend together to what they begin with; None: never."""
+
+    captured: int | None = GRAPH_BYTES
+    """In a step of decode rows alone, which would be captured otherwise."""
+    launched: int | None = MERGE_BYTES
+    """In any other step."""
 
 
 def buckets_up_to(rows: int) -> tuple[int, ...]:
@@ -88,6 +113,18 @@ class Table:
         last_page_len = np.concatenate((self.last_page_len, np.ones(missing, np.int32)))
         return Table(indptr, indices, last_page_len)
 
+    def cut(self, begins: Ints, ends: Ints, last_page_len: Ints) -> Table:
+        """A table of parts of ``indices``, each from one of ``begins`` up to its ``ends``."""
+        indptr = np.zeros(len(begins) + 1, np.int32)
+        np.cumsum(ends - begins, out=indptr[1:])
+        parts = [self.indices[begin:end] for begin, end in zip(begins.tolist(), ends.tolist(), strict=True)]
+        return Table(indptr, np.concatenate(parts), last_page_len)
+
+    def taken(self, rows: Sequence[int]) -> Table:
+        """Those rows, in that order."""
+        at = np.array(rows, np.int32)
+        return self.cut(self.indptr[at], self.indptr[at + 1], self.last_page_len[at])
+
     def joined(self, other: Table) -> Table:
         """Both, this one's rows first."""
         return Table(
@@ -97,12 +134,145 @@ class Table:
         )
 
 
+# ---- rows that begin with the same pages -------------------------------------------------------------------------
+
+
+@attrs.frozen
+class Group:
+    """Decode rows whose tables begin with the same pages."""
+
+    rows: tuple[int, ...]
+    """At least two."""
+    pages: int
+    """How many all of them begin with, at least one; full ones, and none that the step writes."""
+
+    @property
+    def spared(self) -> int:
+        """Pages that need not be read when the rows attend to them together."""
+        return (len(self.rows) - 1) * self.pages
+
+
+def common_groups(table: Table) -> tuple[Group, ...]:
+    """Which rows should attend to their first pages together, so that few pages are read. A row is in one group at most.
+
+    A row's last page, which the step writes, stays its own. Held to be equal are page numbers, each with those before it.
+    """
+    _, at, counts = np.unique(table.indices[table.indptr[:-1]], return_inverse=True, return_counts=True)
+    rows = np.flatnonzero(counts[at] > 1).tolist()  # others share nothing
+    full = {row: table.indices[table.indptr[row] : table.indptr[row + 1] - 1] for row in rows}
+    order = sorted(rows, key=lambda row: full[row].tobytes())  # an order in which like ones are neighbours
+    found, taken = [], set[int]()
+    for run in _runs([_alike(full[one], full[other]) for one, other in pairwise(order)]):
+        left = [i for i in range(run.first, run.end) if i not in taken]
+        taken.update(left)
+        found.append(Group(tuple(order[i] for i in left), run.pages))
+    return tuple(found)
+
+
+def groups_worth(table: Table, least: int | None) -> tuple[Group, ...]:
+    """The same if they spare ``least`` pages together, and else none; None: they are not looked for, nor where they cannot."""
+    if least is None or len(table.indices) < least:
+        return ()
+    groups = common_groups(table)
+    return groups if sum(group.spared for group in groups) >= least else ()
+
+
+def _alike(one: Ints, other: Ints) -> int:
+    """How many pages both begin with."""
+    most = min(len(one), len(other))
+    apart = np.flatnonzero(one[:most] != other[:most])
+    return int(apart[0]) if len(apart) else most
+
+
+@attrs.frozen
+class _Run:
+    """A group of neighbours from ``first`` up to ``end``, but for those of groups within."""
+
+    first: int
+    end: int
+    pages: int
+    size: int
+
+    @property
+    def spared(self) -> int:
+        return (self.size - 1) * self.pages
+
+
+@attrs.define
+class _Span:
+    """Neighbours from ``first`` on that begin with the same ``pages``, as far as they have been looked at."""
+
+    pages: int
+    first: int
+    inner: tuple[_Run, ...] = ()
+    """Groups of those that have more in common."""
+
+    def best(self, end: int) -> tuple[_Run, ...]:
+        """Groups of the rows up to ``end``: those within, or those of them that pay beside one of all other rows, and that one."""
+        kept = tuple(run for run in self.inner if run.spared > run.size * self.pages)
+        size = end - self.first - sum(run.size for run in kept)
+        others = (*kept, _Run(self.first, end, self.pages, size)) if size > 1 else kept
+        return max(others, self.inner, key=lambda runs: sum(run.spared for run in runs))
+
+
+def _runs(alike: Sequence[int]) -> tuple[_Run, ...]:
+    """Groups of rows in a line, of which neighbours begin with ``alike`` pages; each after the groups within it.
+
+    Spans nest as the tree of prefixes does. One ends where two neighbours share less, and is decided once those within are.
+    """
+    spans = [_Span(0, 0)]
+    for end, pages in enumerate((*alike, 0), 1):
+        first, found = end - 1, tuple[_Run, ...]()
+        while spans[-1].pages > pages:
+            span = spans.pop()
+            span.inner += found
+            first, found = span.first, span.best(end)
+        if spans[-1].pages == pages:
+            spans[-1].inner += found
+        else:
+            spans.append(_Span(pages, first, found))
+    return spans[0].inner
+
+
+@attrs.frozen(eq=False)
+class Common:
+    """What a step's first decode rows attend to together, and what is left to each row."""
+
+    qo_indptr: Ints
+    """(groups + 1,): where each group's rows begin in the step."""
+    pages: Table
+    """A row for each group: the pages that its rows begin with, all full."""
+    rest: Table
+    """The tables of all decode rows without those pages; no row's is empty."""
+
+    @classmethod
+    def of(cls, groups: Sequence[Group], decode: Table, page_tokens: int) -> Common:
+        """The arrays of ``groups``, whose rows are the first of ``decode``, one group after another."""
+        sizes = [len(group.rows) for group in groups]
+        qo_indptr = np.cumsum([0, *sizes], dtype=np.int32)
+        pages = np.array([group.pages for group in groups], np.int32)
+        begins = decode.indptr[:-1].copy()
+        heads = begins[qo_indptr[:-1]]
+        begins[: qo_indptr[-1]] += np.repeat(pages, sizes)
+        full = np.full(len(groups), page_tokens, np.int32)
+        rest = decode.cut(begins, decode.indptr[1:], decode.last_page_len)
+        return cls(qo_indptr, decode.cut(heads, heads + pages, full), rest)
+
+    @property
+    def rows(self) -> int:
+        """Rows that are in a group: the first of the step."""
+        return int(self.qo_indptr[-1])
+
+
+# ---- a step's arrays ---------------------------------------------------------------------------------------------
+
+
 @attrs.frozen(eq=False)
 class StepTables:
     """Everything of a batch that its attention needs."""
 
     order: tuple[int, ...]
-    """Rows of the plan in the order in which the step has them: one-token rows, then chunks."""
+    """Rows of the plan in the order in which the step has them: one-token rows, groups of them first, then chunks."""
     decodes: int
     """How many of them have one token."""
     decode: Table
@@ -117,16 +287,26 @@ class StepTables:
     """(tokens,): the row, in the step's order, that each belongs to."""
     wanted: Ints
     """Tokens whose logits are wanted, in the step's order."""
+    common: Common | None = None
+    """What decode rows attend to together; None: each attends for itself."""
 
     @classmethod
-    def of(cls, plan: BatchPlan, page_tokens: int) -> StepTables:
-        """The arrays of a plan."""
+    def of(cls, plan: BatchPlan, page_tokens: int, least: int | None = None) -> StepTables:
+        """The arrays of a plan. ``least``: pages that must be spared for decode rows to attend together; None: they do not."""
         counts = [count(row.tokens) for row in plan.rows]
         order = sorted(range(len(counts)), key=lambda i: counts[i] > 1)  # stable
+        decodes = counts.count(1)
+        decode, common = Table.of([plan.rows[i] for i in order[:decodes]], page_tokens), None
+        groups = groups_worth(decode, least)
+        if groups:
+            grouped = [row for group in groups for row in group.rows]
+            first = grouped + sorted(set(range(decodes)) - set(grouped))
+            order[:decodes] = [order[i] for i in first]
+            decode = decode.taken(first)
+            common = Common.of(groups, decode, page_tokens)
         rows = [plan.rows[i] for i in order]
         lengths = np.array([counts[i] for i in order], np.int32)
         ends = np.cumsum(lengths, dtype=np.int32)
-        decodes = int((lengths == 1).sum())
         qo_indptr = np.concatenate(([0], ends[decodes:] - decodes)).astype(np.int32)
         starts = np.fromiter((row.start for row in rows), np.int32, len(rows))
         batch_indices = np.repeat(np.arange(len(rows), dtype=np.int32), lengths)
@@ -134,13 +314,14 @@ class StepTables:
         return cls(
             order=tuple(order),
             decodes=decodes,
-            decode=Table.of(rows[:decodes], page_tokens),
+            decode=decode,
             chunks=Table.of(rows[decodes:], page_tokens),
             qo_indptr=qo_indptr,
             ids=np.frombuffer(b"".join(row.tokens for row in rows), np.int32),
             positions=positions.astype(np.int32),
             batch_indices=batch_indices,
             wanted=np.array([end - 1 for end, row in zip(ends.tolist(), rows, strict=True) if row.sample is not None], np.int32),
+            common=common,
         )  # fmt: skip
 
     @property

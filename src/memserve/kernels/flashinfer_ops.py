@@ -1,0 +1,76 @@
+"""A layer's parts beside attention in FlashInfer's fused kernels: norms, rope, activation. Given the library, which it does not import."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from memserve.engine.ops import HeadWeights, TorchOps, rope_table
+from memserve.engine.spec import ModelSpec
+from memserve.kernels.flashinfer_kit import Library
+
+
+class FlashInferOps(TorchOps):
+    """Norms, rope and activation in fused kernels; see :class:`~memserve.engine.ops.Ops`.
+
+    The residual stream is bfloat16, as the fused norm wants it. Where q and k have biases they stay with torch, in
+    float32 until rope is done.
+    """
+
+    def __init__(self, library: Library, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(spec, dtype, device)
+        self.residual = dtype
+        self._library = library
+        cosines, sines = rope_table(spec)
+        half = spec.head_dim // 2
+        self._cos_sin = torch.cat((cosines[:, :half], sines[:, :half]), dim=-1).to(device).contiguous()
+
+    def add_norm(
+        self, x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        if not len(x):
+            return torch.empty_like(x)  # no kernel is launched on nothing
+        eps = self.spec.rms_eps
+        if delta is None:
+            normed: torch.Tensor = self._library.rmsnorm(x, weight, eps=eps)
+            return normed
+        self._library.fused_add_rmsnorm(delta, x, weight, eps=eps)
+        return delta
+
+    def rotation(self, positions: torch.Tensor) -> Any:
+        return super().rotation(positions) if self.spec.qkv_bias else positions
+
+    def qkv(
+        self, projected: torch.Tensor, layer: HeadWeights, rotation: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if layer.qkv_bias is not None:
+            return super().qkv(projected, layer, rotation)
+        spec = self.spec
+        heads = projected.view(len(projected), -1, spec.head_dim)
+        q, k = heads[:, : spec.heads], heads[:, spec.heads : spec.heads + spec.kv_heads]
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q = self._library.rmsnorm(q, layer.q_norm, eps=spec.rms_eps)
+            k = self._library.rmsnorm(k, layer.k_norm, eps=spec.rms_eps)
+        self._library.apply_rope_with_cos_sin_cache_inplace(
+            positions=rotation,
+            query=q.view(len(projected), -1),
+            key=k.view(len(projected), -1),
+            head_size=spec.head_dim,
+            cos_sin_cache=self._cos_sin,
+            is_neox=True,
+        )
+        return q, k, heads[:, spec.heads + spec.kv_heads :]
+
+    def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self._library.silu_and_mul(gate_up)
+        return found
+
+
+def norms_as(weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The weights with those of norms in ``dtype``, which FlashInfer's norms read; biases stay float32."""
+    return {
+        name: tensor.to(dtype) if tensor.dim() == 1 and not name.endswith("_bias") else tensor
+        for name, tensor in weights.items()
+    }
