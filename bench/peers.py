@@ -14,6 +14,7 @@ import signal
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,12 +73,21 @@ async def play(
     return await asking.ask(url, work, arrivals, form="text", body=server.body, model=server.model, seed=seed)
 
 
-def ask(url: str, measured: Measured, case: Case, key: str) -> dict[str, float]:
+async def play_until(
+    ends_at: float, url: str, server: Server, sessions: tuple[Session, ...], clients: int
+) -> list[Record]:
+    """The same, until ``time.monotonic`` is ``ends_at``. Raises Wrong then."""
+    with trio.move_on_after(max(0.0, ends_at - time.monotonic())):
+        return await play(url, server, sessions, clients)
+    raise Wrong("not done within --server-s of a round")
+
+
+def ask(url: str, measured: Measured, case: Case, key: str, ends_at: float) -> dict[str, float]:
     """Run a case once; its figures by row. A case that failed once is not asked again, and has none."""
     if case.name in measured.failed:
         return {}
     try:
-        records = trio.run(play, url, measured.server, case.sessions(key), case.clients)
+        records = trio.run(play_until, ends_at, url, measured.server, case.sessions(key), case.clients)
         case.check(records)
         return {row_name(case, figure): figure.read(records) for figure in case.figures}
     except (Wrong, LoadgenError) as error:
@@ -85,24 +95,26 @@ def ask(url: str, measured: Measured, case: Case, key: str) -> dict[str, float]:
         return {}
 
 
-def run_round(measured: Measured, cases: Sequence[Case], turn: int, logs: Path) -> None:
-    """Start a server, warm it up, ask it everything, end it."""
+def run_round(measured: Measured, cases: Sequence[Case], turn: int, logs: Path, server_s: float) -> None:
+    """Start a server, warm it up, ask it what it can answer in ``server_s`` seconds, end it."""
     server = measured.server
     with tempfile.TemporaryDirectory() as scratch:
         log = logs / f"{server.name.replace(' ', '-')}-{turn}.log"
         with running(server, log, Path(scratch)) as url:
             [said] = trio.run(play, url, server, (one_turn("same", PROMPT, SAME_TOKENS),), 1)
             measured.answer = said.answer or f"({said.error}: {said.detail})"
+            ends_at = time.monotonic() + server_s
             for case in cases[:4]:  # threads started, code paged in, shapes compiled
-                ask(url, measured, case, "warm-up")
+                ask(url, measured, case, "warm-up", ends_at)
             for case in cases:
                 for repeat in range(case.repeats):
-                    for row, value in ask(url, measured, case, f"{turn}.{repeat} {case.name}").items():
+                    key = f"{turn}.{repeat} {case.name}"
+                    for row, value in ask(url, measured, case, key, ends_at).items():
                         measured.samples.setdefault(row, []).append(value)
 
 
 def measure(
-    servers: Sequence[Server], cases: Sequence[Case], rounds: int, logs: Path
+    servers: Sequence[Server], cases: Sequence[Case], rounds: int, logs: Path, server_s: float
 ) -> Iterator[tuple[int, list[Measured]]]:
     """All servers, in rounds, each of which begins with another one; after each, the rounds done and all figures."""
     found = [Measured(one) for one in servers]
@@ -110,7 +122,7 @@ def measure(
         for one in found[turn % len(found) :] + found[: turn % len(found)]:
             print(f"round {turn + 1} of {rounds}: {one.server.name}", flush=True)
             try:
-                run_round(one, cases, turn, logs)
+                run_round(one, cases, turn, logs, server_s)
             except NotReady as error:
                 one.failed |= {case.name: f"did not start: {error}" for case in cases}
             for name, why in one.failed.items():
@@ -238,6 +250,12 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
         "--folder", type=Path, default=default_folder(), help="where `make peers` installed them"
     )
     parser.add_argument("--rounds", type=positive, default=3)
+    parser.add_argument(
+        "--server-s",
+        type=positive,
+        default=900,
+        help="seconds for one server in one round; then it has failed",
+    )
     parser.add_argument("--servers", default="", help="only these, by comma")
     parser.add_argument("--cases", default="", help="only rows whose name has one of these in it, by comma")
     parser.add_argument("--cores", default="", help="such as 0,1; unset: all that this process may use")
@@ -263,9 +281,11 @@ def command_of(options: argparse.Namespace) -> str:
     """The command that does this again, without the paths of this machine."""
     usual = options_of([])
     names = [
-        one for one in ("rounds", "servers", "cases", "cores") if getattr(options, one) != getattr(usual, one)
+        one
+        for one in ("rounds", "servers", "cases", "cores", "server_s")
+        if getattr(options, one) != getattr(usual, one)
     ]
-    words = " ".join(f"--{one} '{getattr(options, one)}'" for one in names)
+    words = " ".join(f"--{one.replace('_', '-')} '{getattr(options, one)}'" for one in names)
     return f'make bench-peers ARGS="{words}"' if words else "make bench-peers"
 
 
@@ -288,7 +308,7 @@ def main() -> None:
         logs = options.logs or Path(scratch)
         logs.mkdir(parents=True, exist_ok=True)
         # After each round, so that a run that is ended early leaves what it has.
-        for done, found in measure(servers, cases, options.rounds, logs):
+        for done, found in measure(servers, cases, options.rounds, logs, options.server_s):
             path = write_note(found, absent, cases, command_of(options), done)
             if options.json:
                 options.json.write_text(json.dumps(samples_of(found), indent=1) + "\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import socket
 import sys
 import threading
 import time
@@ -184,6 +185,17 @@ def measured(name: str, **rows: list[float]) -> peers.Measured:
     names = {"decode": (CASES[0], CASES[0].figures[0]), "cold": (CASES[4], CASES[4].figures[0])}
     found.samples = {peers.row_name(*names[row]): values for row, values in rows.items()}
     return found
+
+
+def test_a_server_that_is_too_slow_fails_and_the_others_are_measured() -> None:
+    """If it failed, one that takes minutes an answer would take the round's other servers with it."""
+    slow = peers.Measured(peer_servers.Server("slow", "as shipped", (), {}, model="m"))
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, and answers nothing
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        assert peers.ask(url, slow, CASES[0], "x", time.monotonic() + 0.2) == {}
+        assert "--server-s" in slow.failed[CASES[0].name]
+        assert peers.ask(url, slow, CASES[1], "x", time.monotonic() - 1) == {}
+    assert "--server-s" in slow.failed[CASES[1].name]
 
 
 def test_ahead_is_above_one_for_rates_and_for_times() -> None:
