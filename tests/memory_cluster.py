@@ -45,7 +45,6 @@ from memserve.transfer.values import Failure, Geometry, Way
 PAGE_TOKENS = 4
 PAGE_BYTES = 16
 MAX_CONTEXT = 200
-STOP_TOKEN = 1
 PAUSE_S = 12.0
 """A paused worker wakes after it was declared dead and its leases have ended, and finishes its step."""
 
@@ -329,8 +328,8 @@ async def memory_cluster(
 
 
 async def generate(frontend: FrontendService, prompt: list[int], max_tokens: int, seed: int = 0) -> list[int]:
-    """All tokens of one request."""
-    params = GenerationParams(Sampling(0.0, seed=seed), max_tokens, (STOP_TOKEN,))
+    """All ``max_tokens`` tokens of one request: nothing ends it, whatever a model has to say."""
+    params = GenerationParams(Sampling(0.0, seed=seed), max_tokens, stop_tokens=())
     tokens: list[int] = []
     with trio.fail_after(300):
         async with frontend.open(pack(prompt), params, "") as stream:
