@@ -17,8 +17,6 @@ import tokenizers
 PART_CHARACTERS = 256
 """A text that grows by less than that is looked up but for its last part."""
 _CUT = re.compile("[A-Za-z](?= [A-Za-z])")
-_MAY_HOLD_A_CUT = re.compile(r"^[A-Za-z\s]|\s|[A-Za-z\s]$")
-"""Of added tokens, which are found before words are: one that has a blank, or a letter at an end, can lie across a cut."""
 CL100K = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 """The rule of cl100k and its heirs, which differ in how many digits stay together."""
 _KNOWN_RULES = frozenset(CL100K % digits for digits in (r"\p{N}", r"\p{N}{1,3}"))
@@ -36,8 +34,7 @@ def parts(text: str) -> Iterator[str]:
 def may_be_cut(built: tokenizers.Tokenizer) -> bool:
     """Whether :func:`parts` holds for this tokenizer; false where it is not known to."""
     added = built.get_added_tokens_decoder().values()
-    across = any(not token.special or _MAY_HOLD_A_CUT.search(token.content) for token in added)
-    if built.pre_tokenizer is None or across:
+    if built.pre_tokenizer is None or any(not token.special for token in added):
         return False
     if built.normalizer is not None and _told(built.normalizer)["type"] != "NFC":
         return False
