@@ -32,6 +32,7 @@ os.environ.update(engine_environment())
 
 import torch
 
+from memserve.engine.model import has_bfloat16_products
 from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.runner import CpuEngine
 from memserve.engine.spec import DTYPE_BYTES, STORED_BYTES, ModelSpec, find_model
@@ -136,23 +137,12 @@ def _engine(files: ModelFiles, options: argparse.Namespace, native: bool) -> Cpu
 def _machine(options: argparse.Namespace) -> list[Case]:
     field = torch.ones(256 * 2**20 // 4)
     cases = [Case("read bandwidth", "GB/s", _repeat(lambda: field.sum(), options, field.nbytes / 1e9))]
-    for dtype in _multiplied():
+    # Without instructions for bfloat16 torch takes seconds a product: that is no roofline.
+    for dtype in DTYPE_BYTES if has_bfloat16_products() else ["float32"]:
         square = torch.randn(2048, 2048).to(getattr(torch, dtype))
         work = _repeat(lambda square=square: square @ square, options, 2 * 2048**3 / 1e9)  # type: ignore[misc]
         cases.append(Case(f"GEMM 2048 {dtype}", "GFLOP/s", work))
     return cases
-
-
-def _multiplied() -> list[str]:
-    """The types whose products are worth a roofline: without instructions for bfloat16, torch takes seconds a product."""
-    square = torch.randn(256, 256)
-    rates = {}
-    for dtype in DTYPE_BYTES:
-        one = square.to(getattr(torch, dtype))
-        began = time.perf_counter()
-        one @ one
-        rates[dtype] = 1 / (time.perf_counter() - began)
-    return [dtype for dtype in DTYPE_BYTES if rates[dtype] > rates["float32"] / 4]
 
 
 def _repeat(call: Callable[[], object], options: argparse.Namespace, amount: float) -> Callable[[], float]:

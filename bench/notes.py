@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import platform
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TypeVar
 
 import attrs
+import msgspec
+
+Sample = TypeVar("Sample", bound=attrs.AttrsInstance)
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "docs" / "measurements"
@@ -43,6 +49,35 @@ class Note:
         head = f"Machine: {machine()}. Commit {self.commit}. Command: `{command}`."
         self.path.write_text("\n\n".join([f"# {title} ({self.date})", head, *parts]) + "\n")
         return self.path
+
+
+def take_pieces(parser: argparse.ArgumentParser) -> None:
+    """Options of a benchmark that may be measured in pieces, ``--json`` and ``--merge``: see :func:`save` and :func:`merged`."""
+    parser.add_argument("--json", type=Path, help="write samples to this file, and no note: for --merge")
+    parser.add_argument(
+        "--merge",
+        type=Path,
+        nargs="+",
+        help="measure nothing: write the note of these files' samples together",
+    )
+
+
+def save(samples: Sequence[attrs.AttrsInstance], path: Path) -> None:
+    """Write samples for :func:`merged`."""
+    path.write_text(json.dumps([attrs.asdict(one) for one in samples], indent=1) + "\n")
+
+
+def merged(paths: Iterable[Path], kind: type[Sample], same: Sequence[str]) -> list[Sample]:
+    """The samples of several runs. ``same``: fields that must be alike. Raises ValueError where they cannot stand in one table."""
+    samples = [one for path in paths for one in msgspec.json.decode(path.read_bytes(), type=list[kind])]  # type: ignore[valid-type]
+    if not samples:
+        raise ValueError("no samples to merge")
+    for what in same:
+        if len(found := {getattr(one, what) for one in samples}) > 1:
+            raise ValueError(
+                f"runs of {what} {', '.join(f'{one:g}' for one in sorted(found))} are not to be compared"
+            )
+    return samples
 
 
 def machine() -> str:

@@ -12,7 +12,6 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import product
-from pathlib import Path
 
 import attrs
 import numpy as np
@@ -28,8 +27,8 @@ from memserve import config
 from memserve.sim.run import Run, play
 from memserve.sim.workloads import Piece, Session, shared_documents
 from memserve.simulate import layout_of
-from notes import commit, number, told
-from policies_note import MEASURES, POLICIES, Sample, merged, pools, save, write_note
+from notes import commit, merged, number, save, take_pieces, told
+from policies_note import MEASURES, POLICIES, SAME, Sample, pools, write_note
 
 CONFIG = "3p1d.toml"
 SHARES = (1, 2, 3)
@@ -107,7 +106,8 @@ def run_policy(policy: str, share: int, seed: int, given: argparse.Namespace) ->
         )
     values = {one.name: one.read(well) for one in MEASURES}
     values |= {"requests": float(len(records)), "failed": float(len(records) - len(well))}
-    return Sample(policy, share, values, predicted, commit(), seed)
+    of = given.sessions, given.rate, given.scale
+    return Sample(policy, share, values, predicted, commit(), seed, *of)
 
 
 def predict(running: Running, words: Sequence[str], sessions: tuple[Session, ...]) -> dict[str, float]:
@@ -163,13 +163,7 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
         "--policies", type=lambda text: text.split(","), default=list(POLICIES), help="only these, by comma"
     )
     parser.add_argument("--set", action="append", default=[], help="KEY=VALUE over the configuration")
-    parser.add_argument("--json", type=Path, help="write samples to this file, and no note: for --merge")
-    parser.add_argument(
-        "--merge",
-        type=Path,
-        nargs="+",
-        help="measure nothing: write the note of these files' samples together",
-    )
+    take_pieces(parser)
     given = parser.parse_args(arguments)
     if unknown := set(given.policies) - set(POLICIES):
         parser.error(f"--policies: {', '.join(sorted(unknown))} is not one of {', '.join(POLICIES)}")
@@ -180,7 +174,11 @@ def main() -> None:
     """Measure and write the note, after each cell, so that a run that is ended early leaves what it has."""
     given = options_of(sys.argv[1:])
     if given.merge:
-        print(write_note(merged(given.merge), given, "make bench-policies, in pieces").read_text())
+        try:
+            samples = merged(given.merge, Sample, SAME)
+        except ValueError as error:
+            sys.exit(f"bench-policies: {error}")
+        print(write_note(samples, "make bench-policies, in pieces").read_text())
         return
     words = " ".join(told(sys.argv[1:]))
     command = f'make bench-policies ARGS="{words}"' if words else "make bench-policies"
@@ -188,7 +186,7 @@ def main() -> None:
         if given.json:
             save(samples, given.json)
         else:
-            path = write_note(samples, given, command)
+            path = write_note(samples, command)
     if not given.json:
         print(path.read_text())
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import attrs
-import msgspec
 import numpy as np
 
 from loadgen.records import Record
@@ -60,6 +57,10 @@ MEASURES = (
 )
 
 
+SAME = ("sessions", "rate", "scale")
+"""Fields in which the samples of one note are alike."""
+
+
 @attrs.frozen
 class Sample:
     """One policy at one share ratio, once."""
@@ -72,16 +73,11 @@ class Sample:
     commit: str = ""
     seed: int = 1
     """Of the sessions."""
-
-
-def save(samples: Sequence[Sample], path: Path) -> None:
-    """Write samples to a file that ``merged`` reads."""
-    path.write_text(json.dumps([attrs.asdict(one) for one in samples], indent=1) + "\n")
-
-
-def merged(paths: Sequence[Path]) -> list[Sample]:
-    """The samples of several files. Raises OSError, msgspec.ValidationError."""
-    return [one for path in paths for one in msgspec.json.decode(path.read_bytes(), type=list[Sample])]
+    sessions: int = 72
+    rate: float = 2.0
+    """Of them, a second."""
+    scale: float = 0.5
+    """Of all prompts' lengths."""
 
 
 def runs_of(samples: Sequence[Sample], policy: str, share: int) -> list[Sample]:
@@ -165,9 +161,9 @@ def draw(samples: Sequence[Sample], path: Path) -> None:
     pyplot.close(figure)
 
 
-def write_note(samples: Sequence[Sample], given: argparse.Namespace, command: str) -> Path:
+def write_note(samples: Sequence[Sample], command: str) -> Path:
     """Write docs/measurements/<date>-policies.md with its plot."""
-    note = Note("policies")
+    note, of = Note("policies"), samples[0]
     plot = note.plot("ttft")
     draw(samples, plot)
     count, shares = (
@@ -177,9 +173,9 @@ def write_note(samples: Sequence[Sample], given: argparse.Namespace, command: st
     return note.write(
         "Policies of the scheduler on a real cluster",
         command,
-        f"{given.sessions} LooGLE-like sessions of two to four questions, up to {count} requests a run, {given.rate:g} sessions a second, "
-        f"prompts' lengths times {given.scale:g} (documents of {round(1700 * given.scale):,} tokens), on 3P1D with pools of "
-        f"{', '.join(map(str, pools(given.scale)))} MiB: four "
+        f"{of.sessions} LooGLE-like sessions of two to four questions, up to {count} requests a run, {of.rate:g} sessions a second, "
+        f"prompts' lengths times {of.scale:g} (documents of {round(1700 * of.scale):,} tokens), on 3P1D with pools of "
+        f"{', '.join(map(str, pools(of.scale)))} MiB: four "
         "workers and the load generator on the same cores. Medians over the runs and their range; the P99 of a run is about its third "
         "slowest request. In brackets predicted over measured: the simulator, with the costs that the cluster's own workers have "
         "measured. The paper's own gain is 59 % of P99 against session at share ratio 3. "

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import httpx
 
@@ -23,8 +22,8 @@ from loadgen import api
 from loadgen.errors import LoadgenError
 from loadgen.options import ArrivalOptions, Kind, RunOptions, ServerOptions, WorkloadOptions
 from memserve.scheduling.cost_model import CostModel
-from notes import commit, number, told
-from serving_note import MEASURES, Layout, Sample, merged, save, write_note
+from notes import commit, merged, number, save, take_pieces, told
+from serving_note import MEASURES, SAME, Layout, Sample, write_note
 
 KINDS: tuple[Kind, ...] = ("sharegpt-like", "loogle-like", "react-like")
 TWO_BOTH = ("worker.p0.role=both", "worker.d0.role=both")
@@ -140,13 +139,7 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--set", action="append", default=[], help="KEY=VALUE over every layout's configuration"
     )
-    parser.add_argument("--json", type=Path, help="write samples to this file, and no note: for --merge")
-    parser.add_argument(
-        "--merge",
-        type=Path,
-        nargs="+",
-        help="measure nothing: write the note of these files' samples together",
-    )
+    take_pieces(parser)
     given = parser.parse_args(arguments)
     for option, found, known in (("--layouts", given.layouts, names), ("--kinds", given.kinds, KINDS)):
         if unknown := set(found) - set(known):
@@ -160,7 +153,11 @@ def main() -> None:
     layouts = [one for one in LAYOUTS if one.name in given.layouts]
     try:
         if given.merge:
-            print(write_note(merged(given.merge), LAYOUTS, "make bench-serving, in pieces").read_text())
+            print(
+                write_note(
+                    merged(given.merge, Sample, SAME), LAYOUTS, "make bench-serving, in pieces"
+                ).read_text()
+            )
             return
         words = " ".join(told(sys.argv[1:]))
         command = f'make bench-serving ARGS="{words}"' if words else "make bench-serving"

@@ -1,19 +1,17 @@
 """The note of ``make bench-serving``: what was measured on each layout, beside what was predicted, as tables and plots.
 
-Samples come from one run of the bench or from several (``--json``, ``--merge``): long sweeps are made in pieces.
+Samples come from one run of the bench or from several (``notes.merged``): long sweeps are made in pieces.
 """
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import attrs
-import msgspec
 
 from cluster import ROOT
 from notes import Note, number, table
@@ -59,6 +57,10 @@ MEASURES = (
     Measure("JCT p99", "ms", "jct_ms", "p99"),
     Measure("TPOT p99", "ms", "tpot_ms", "p99"),
 )
+
+
+SAME = ("seconds", "scale")
+"""Fields in which the samples of one note are alike."""
 
 
 @attrs.frozen
@@ -239,24 +241,3 @@ def conditions(samples: Sequence[Sample]) -> str:
         f"into the next prompts. Medians over the rounds; in brackets the ratio to {BASE}: below 1 is better. The load "
         f"generator fell behind in {behind} of {len(samples)} runs. Measured at {', '.join(commits)}."
     )
-
-
-# ---- runs in pieces ------------------------------------------------------------------------------------------
-
-
-def save(samples: Sequence[Sample], path: Path) -> None:
-    """Write samples for :func:`merged`."""
-    path.write_text(json.dumps([attrs.asdict(one) for one in samples], indent=1) + "\n")
-
-
-def merged(paths: Iterable[Path]) -> list[Sample]:
-    """The samples of several runs. Raises ValueError where they cannot stand in one table."""
-    samples = [one for path in paths for one in msgspec.json.decode(path.read_bytes(), type=list[Sample])]
-    if not samples:
-        raise ValueError("no samples to merge")
-    for what in ("seconds", "scale"):
-        if len(found := {getattr(one, what) for one in samples}) > 1:
-            raise ValueError(
-                f"runs of {what} {', '.join(f'{one:g}' for one in sorted(found))} are not to be compared"
-            )
-    return samples

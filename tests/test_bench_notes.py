@@ -77,17 +77,19 @@ def test_a_sweep_may_be_measured_in_pieces(tmp_path: Path, monkeypatch: pytest.M
     ]
     paths = [tmp_path / f"{i}.json" for i in range(len(pieces))]
     for piece, path in zip(pieces, paths, strict=True):
-        serving_note.save(piece, path)
-    assert serving_note.merged(paths) == pieces[0] + pieces[1]
+        notes.save(piece, path)
+    assert notes.merged(paths, serving_note.Sample, serving_note.SAME) == pieces[0] + pieces[1]
     monkeypatch.setattr(serving_note, "Note", lambda name: notes.Note(name, tmp_path, "2026-01-01", "abc"))
-    text = serving_note.write_note(serving_note.merged(paths), serving.LAYOUTS, "x").read_text()
+    text = serving_note.write_note(
+        notes.merged(paths, serving_note.Sample, serving_note.SAME), serving.LAYOUTS, "x"
+    ).read_text()
     assert "| cost | 50.0 (0.50) |" in text
     assert "| cost | 400 (2.00) |" in text
     assert "1 to 2 interleaved rounds of 12 s" in text
     assert (tmp_path / "2026-01-01-serving-sharegpt-like.svg").is_file()
-    serving_note.save([a_sample("cost", 1.0, 1.0, seconds=30.0)], paths[0])
+    notes.save([a_sample("cost", 1.0, 1.0, seconds=30.0)], paths[0])
     with pytest.raises(ValueError, match="seconds 12, 30"):
-        serving_note.merged(paths)
+        notes.merged(paths, serving_note.Sample, serving_note.SAME)
 
 
 def test_policies_are_asked_what_the_simulator_plays() -> None:
@@ -122,11 +124,11 @@ def test_a_note_of_policies_says_what_is_saved(tmp_path: Path, monkeypatch: pyte
         policies_note.Sample("cost", 3, values | {"TTFT p99": 40.0, "TTFT p50": 11.0}, {}),
     ]
     monkeypatch.setattr(policies_note, "Note", lambda name: notes.Note(name, tmp_path, "2026-01-01", "abc"))
-    text = policies_note.write_note(samples, policies.options_of(["--shares", "3"]), "x").read_text()
+    text = policies_note.write_note(samples, "x").read_text()
     assert "-10% of the P50 against session at share ratio 3, 60% of the P99 against session" in text
     assert "| session | 10.0 (0.50) | 100 | 1.00 | 50% | 1 | 0 |" in text
     samples.append(policies_note.Sample("session", 3, values | {"TTFT p50": 14.0}, {"TTFT p50": 9.0}))
-    text = policies_note.write_note(samples, policies.options_of([]), "x").read_text()
+    text = policies_note.write_note(samples, "x").read_text()
     assert "| session | 12.0, 10.0 to 14.0 (0.58) | 100 | 1.00 | 50% | 2 | 0 |" in text
 
 
@@ -142,11 +144,15 @@ def test_pools_of_policies_are_as_short_as_the_prompts(scale: str) -> None:
 def test_samples_of_policies_are_read_back_as_they_were(tmp_path: Path) -> None:
     """If a field were lost on the way, a note merged of pieces would be of other runs than one measured at once."""
     samples = [
-        policies_note.Sample("cost", 2, {"cached": 0.5}, {"TTFT p50": 5.0}, "abc", seed) for seed in (1, 2)
+        policies_note.Sample("cost", 2, {"cached": 0.5}, {"TTFT p50": 5.0}, "abc", seed, scale=0.06)
+        for seed in (1, 2)
     ]
     for one in samples:
-        policies_note.save([one], tmp_path / str(one.seed))
-    assert policies_note.merged([tmp_path / "1", tmp_path / "2"]) == samples
+        notes.save([one], tmp_path / str(one.seed))
+    assert notes.merged([tmp_path / "1", tmp_path / "2"], policies_note.Sample, policies_note.SAME) == samples
+    notes.save([attrs.evolve(samples[0], scale=0.5)], tmp_path / "1")
+    with pytest.raises(ValueError, match=r"scale 0\.06, 0\.5"):
+        notes.merged([tmp_path / "1", tmp_path / "2"], policies_note.Sample, policies_note.SAME)
 
 
 def test_a_cluster_that_does_not_start_says_why(capfd: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 
 import attrs
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -40,16 +41,22 @@ def size(keys) -> int:
     return sum(len(text) + ENTRY_CHARACTERS for _, _, text in keys)
 
 
-def test_the_turns_of_a_chat_have_the_tokens_they_always_had(monkeypatch):
-    """A remembered message would change the prompt, or each turn would cost as much as all before it."""
-    encoded: list[str] = []
+@pytest.fixture
+def encoded(monkeypatch) -> list[str]:
+    """The texts that tokenizers have encoded so far."""
+    texts: list[str] = []
     encode_plain = tokenizers._encode_plain
 
     def counted(built, in_a_thread, text):
-        encoded.append(text)
+        texts.append(text)
         return encode_plain(built, in_a_thread, text)
 
     monkeypatch.setattr(tokenizers, "_encode_plain", counted)
+    return texts
+
+
+def test_the_turns_of_a_chat_have_the_tokens_they_always_had(encoded):
+    """A remembered message would change the prompt, or each turn would cost as much as all before it."""
     messages: list[ChatMessage] = []
     chat = ChatTemplate.of(demo_spec(), fresh())
     for turn in range(4):
@@ -67,16 +74,8 @@ def test_the_turns_of_a_chat_have_the_tokens_they_always_had(monkeypatch):
     assert sum(map(len, encoded)) > 700, "one tenant's messages are quick for another"
 
 
-def test_a_prompt_that_continues_another_is_encoded_from_there(monkeypatch):
+def test_a_prompt_that_continues_another_is_encoded_from_there(encoded):
     """Agents and completion clients send one text that grows; it would cost its whole length each time."""
-    encoded: list[str] = []
-    encode_plain = tokenizers._encode_plain
-
-    def counted(built, in_a_thread, text):
-        encoded.append(text)
-        return encode_plain(built, in_a_thread, text)
-
-    monkeypatch.setattr(tokenizers, "_encode_plain", counted)
     tokenizer, text = fresh(), LONG * 20
     for _ in range(3):
         assert tokenizer.encode(text, True, scope="") == fresh().encode(text, True)

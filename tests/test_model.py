@@ -260,7 +260,7 @@ def test_a_processor_without_products_of_bfloat16_multiplies_prompts_in_float32(
         multiplied.append(x.dtype)
         return torch.nn.functional.linear(x, part)
 
-    monkeypatch.setattr(model, "_has_bfloat16_products", lambda: False)
+    monkeypatch.setattr(model, "has_bfloat16_products", lambda: False)
     monkeypatch.setattr(model, "linear", watched)
     for rows in (1, 8, 9, 40):
         x = torch.from_numpy(_normal((rows, 192))).bfloat16()

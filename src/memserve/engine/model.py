@@ -99,11 +99,12 @@ def _multiplied(x: torch.Tensor) -> torch.dtype:
     torch 2.13 multiplies bfloat16 there row by row, which for a prompt takes sixty times as long as float32 does.
     """
     many = x.dtype == torch.bfloat16 and x.is_cpu and len(x) > _ROW_BY_ROW
-    return torch.float32 if many and not _has_bfloat16_products() else x.dtype
+    return torch.float32 if many and not has_bfloat16_products() else x.dtype
 
 
 @cache
-def _has_bfloat16_products() -> bool:
+def has_bfloat16_products() -> bool:
+    """Whether torch multiplies bfloat16 by instructions that this processor has for it."""
     supported: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return supported
 
