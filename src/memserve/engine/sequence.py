@@ -88,16 +88,16 @@ class Sequence:
     """So many tokens."""
     followers: list[Sequence] = attrs.field(factory=list)
     """Those that wait behind it."""
-    length: int = attrs.field(init=False)
-    """Tokens, generated ones included."""
-
-    def __attrs_post_init__(self) -> None:
-        self.length = count(self.tokens)
 
     @property
     def key(self) -> tuple[str, int]:
         """Request and attempt: what every handler is idempotent by."""
         return self.request.id, self.request.attempt
+
+    @property
+    def length(self) -> int:
+        """Tokens, generated ones included."""
+        return count(self.tokens)
 
     @property
     def generated(self) -> int:
@@ -178,7 +178,6 @@ class Sequence:
     def append(self, token: int) -> None:
         """Take a drawn token."""
         self.tokens += pack([token])
-        self.length += 1
 
     def room(self, page_tokens: int) -> int:
         """Tokens that can be run before another page is needed."""
