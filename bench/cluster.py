@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,13 +49,19 @@ class Running:
         return found
 
 
+UP = (sys.executable, "-m", "memserve", "up")
+
+
 @contextmanager
-def cluster(config: str, *settings: str) -> Iterator[Running]:
-    """``memserve up`` with a configuration of this project. Ends the program, saying why, when it does not start."""
+def cluster(config: str, *settings: str, up: Sequence[str] = UP) -> Iterator[Running]:
+    """``memserve up`` with a configuration of this project. Ends the program, saying why, when it does not start.
+
+    ``up``: the command that starts it, where that is another.
+    """
     with tempfile.TemporaryDirectory() as logs:
         overrides = [f"--set={one}" for one in ("frontend.port=0", f"logging.dir={logs}", *settings)]
         began = time.monotonic()
-        command = [sys.executable, "-m", "memserve", "up", "-c", str(ROOT / "configs" / config), *overrides]
+        command = [*up, "-c", str(ROOT / "configs" / config), *overrides]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             try:

@@ -12,6 +12,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import product
+from pathlib import Path
 
 import attrs
 import numpy as np
@@ -19,7 +20,7 @@ import trio
 
 import asking
 import prediction
-from cluster import ROOT, Running, cluster
+from cluster import ROOT, UP, Running, cluster
 from loadgen import workload
 from loadgen.arrivals import Arrivals
 from loadgen.records import Record
@@ -95,7 +96,7 @@ def settings_of(policy: str, given: argparse.Namespace) -> list[str]:
 def run_policy(policy: str, share: int, seed: int, given: argparse.Namespace) -> Sample:
     """One cell, on a cluster of its own. Ends the program when nothing was answered."""
     sessions, words = sessions_of(share, seed, given), settings_of(policy, given)
-    with cluster(CONFIG, *words) as running:
+    with cluster(CONFIG, *words, up=up(given.cores)) as running:
         trio.run(ask, running.url, sessions[:4], WARM_UP_SEED)  # threads started, code paged in
         records = trio.run(ask, running.url, sessions, seed)
         predicted = predict(running, words, sessions)
@@ -106,8 +107,14 @@ def run_policy(policy: str, share: int, seed: int, given: argparse.Namespace) ->
         )
     values = {one.name: one.read(well) for one in MEASURES}
     values |= {"requests": float(len(records)), "failed": float(len(records) - len(well))}
-    of = given.sessions, given.rate, given.scale
+    of = given.sessions, given.rate, given.scale, given.cores
     return Sample(policy, share, values, predicted, commit(), seed, *of)
+
+
+def up(cores: float | None) -> Sequence[str]:
+    """The command that starts a cluster whose workers share the machine's cores, or have a part of one each."""
+    apart = str(Path(__file__).with_name("apart_cluster.py"))
+    return UP if cores is None else (sys.executable, apart, "up", "--cores", str(cores))
 
 
 def predict(running: Running, words: Sequence[str], sessions: tuple[Session, ...]) -> dict[str, float]:
@@ -161,6 +168,11 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", type=numbers, default=[1], help="of the sessions, a run each, by comma")
     parser.add_argument(
         "--policies", type=lambda text: text.split(","), default=list(POLICIES), help="only these, by comma"
+    )
+    parser.add_argument(
+        "--cores",
+        type=float,
+        help="of CPU for each worker, as if on a machine of its own; unset: all share all",
     )
     parser.add_argument("--set", action="append", default=[], help="KEY=VALUE over the configuration")
     take_pieces(parser)

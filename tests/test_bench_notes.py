@@ -125,11 +125,17 @@ def test_a_note_of_policies_says_what_is_saved(tmp_path: Path, monkeypatch: pyte
     ]
     monkeypatch.setattr(policies_note, "Note", lambda name: notes.Note(name, tmp_path, "2026-01-01", "abc"))
     text = policies_note.write_note(samples, "x").read_text()
-    assert "-10% of the P50 against session at share ratio 3, 60% of the P99 against session" in text
+    assert "| `cost` saves of P50; P99 | share ratio 3 |" in text
+    assert "| session | -10%; 60% |" in text
+    assert "four workers and the load generator on the same cores" in text
     assert "| session | 10.0 (0.50) | 100 | 1.00 | 50% | 1 | 0 |" in text
-    samples.append(policies_note.Sample("session", 3, values | {"TTFT p50": 14.0}, {"TTFT p50": 9.0}))
+    samples.append(policies_note.Sample("session", 3, values | {"TTFT p50": 14.0}, {"TTFT p50": 9.0}, seed=2))
     text = policies_note.write_note(samples, "x").read_text()
     assert "| session | 12.0, 10.0 to 14.0 (0.58) | 100 | 1.00 | 50% | 2 | 0 |" in text
+    assert "| session | -10%; 60% |" in text  # a seed that only one of both was run with says nothing
+    samples.append(policies_note.Sample("cost", 3, values | {"TTFT p50": 7.0}, {}, seed=2))
+    text = policies_note.write_note(samples, "x").read_text()
+    assert "| session | 20% ± 30%; 30% ± 30% |" in text
 
 
 @pytest.mark.parametrize("scale", ["0.06", "0.5", "1"])

@@ -311,15 +311,19 @@ def up(config_path: str, overrides: Sequence[str] = ()) -> int:
     place = Place.claim(Path(settings.logging.dir))
     try:
         resolved = config.resolve(settings)
-        model = settings.model
-        prepare = [sys.executable, "-c", PREPARE, resolved.model_path, model.stored, model.dtype]
-        prepare += ["on GPUs"] if resolved.on_gpus else []
-        supervise(Supervisor(resolved, Launch(place), prepare_argv=prepare))
+        supervise(Supervisor(resolved, Launch(place), prepare_argv=prepare_argv(resolved)))
     except KeyboardInterrupt:  # before trio took over the signals: nothing has been started
         return 128 + signal.SIGINT
     finally:
         place.leave()
     return 0
+
+
+def prepare_argv(resolved: Resolved) -> list[str]:
+    """The command that readies the weights and the native step for a cluster."""
+    model = resolved.config.model
+    words = [sys.executable, "-c", PREPARE, resolved.model_path, model.stored, model.dtype]
+    return [*words, "on GPUs"] if resolved.on_gpus else words
 
 
 def supervise(supervisor: Supervisor) -> None:

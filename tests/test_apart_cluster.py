@@ -1,0 +1,51 @@
+"""Workers that are apart though they share a machine: bench/apart_cluster.py and its control groups."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from apart_cluster import slower
+from cpu_groups import cpu_groups
+from memserve.costs import StepCosts
+from memserve.scheduling.cost_model import CostModel
+
+BURN = """
+import sys, time
+from pathlib import Path
+from cpu_groups import enter
+enter(Path(sys.argv[1]))
+began, used = time.monotonic(), time.process_time()
+while time.monotonic() < began + 1.0:
+    pass
+print(time.process_time() - used)
+"""
+
+
+def test_a_group_takes_its_part_of_a_core_and_leaves_nothing_behind() -> None:
+    """If a busy worker took more than its part, it would slow the others, and every policy would look alike."""
+    try:
+        with cpu_groups(["a", "b"], 0.2) as groups:
+            used = subprocess.run(
+                [sys.executable, "-c", BURN, str(groups["b"])],
+                cwd=Path(__file__).parent.parent / "bench",
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+    except OSError as error:
+        pytest.skip(f"no control groups can be made here: {error}")
+    assert float(used) < 0.4  # it had a second
+    assert not any(one.exists() for one in groups.values())
+
+
+def test_a_worker_on_a_part_of_a_core_takes_as_much_longer_for_every_step() -> None:
+    """If one part of its costs stayed as on a whole core, the scheduler would be told of a worker that does not exist."""
+    costs = StepCosts(((1.0, 0.01), (256.0, 0.1)), row_s=1e-4, read_s=1e-6, pair_s=1e-7)
+    whole, part = CostModel(costs), CostModel(slower(costs, 4.0))
+    for tokens, cached in ((1, 0), (100, 1000), (2000, 500)):
+        assert part.prefill_s(tokens, cached) == pytest.approx(4 * whole.prefill_s(tokens, cached))
+    assert part.decode_s(8, 4000) == pytest.approx(4 * whole.decode_s(8, 4000))
