@@ -5,7 +5,7 @@ its own, as on another host. So one that is busy makes no other slower, which is
 is different: the same model, kernels, processes and sockets. Needs the right to make control groups (root has it), and cores for
 all the parts and for what runs beside them. ``bench/policies.py`` starts it::
 
-    python bench/apart_cluster.py up --cores 0.35 -c configs/3p1d.toml --set frontend.port=0
+    python bench/apart_cluster.py up --cores p0=0.25,d0=0.7 -c configs/1p1d.toml --set frontend.port=0
 """
 
 from __future__ import annotations
@@ -28,23 +28,39 @@ from memserve.supervisor import Supervisor, prepare_argv, supervise
 
 
 def actor_argv(
-    groups: Mapping[str, Path], cores: float, name: str, runtime_dir: Path, lifeline_fd: int
+    groups: Mapping[str, Path], cores: Mapping[str, float], name: str, runtime_dir: Path, lifeline_fd: int
 ) -> Sequence[str]:
     """The command line of an actor: a worker is told its group."""
     if name not in groups:
         return child.actor_argv(name, runtime_dir, lifeline_fd)
     command = [sys.executable, __file__, "actor", name, "--runtime-dir", str(runtime_dir)]
-    return [*command, "--lifeline", str(lifeline_fd), "--group", str(groups[name]), "--cores", str(cores)]
+    return [
+        *command,
+        "--lifeline",
+        str(lifeline_fd),
+        "--group",
+        str(groups[name]),
+        "--cores",
+        str(cores[name]),
+    ]
 
 
-def up(cores: float, file: str, settings: Sequence[str]) -> None:
-    """Run a cluster of CPU workers until it is stopped."""
+def parts(text: str) -> dict[str, float]:
+    """Cores by worker, written ``p0=0.25,d0=0.7``. Raises ValueError."""
+    found = (one.partition("=") for one in text.split(","))
+    return {name: float(value) for name, _, value in found}
+
+
+def up(cores: Mapping[str, float], file: str, settings: Sequence[str]) -> None:
+    """Run a cluster of CPU workers until it is stopped. Ends the program when a worker has no part."""
     chosen = config.load(file, settings)
+    if (names := {one.name for one in chosen.worker}) != set(cores):
+        sys.exit(f"--cores: must name each of {', '.join(sorted(names))} once, not {', '.join(cores)}")
     chosen = attrs.evolve(chosen, worker=tuple(attrs.evolve(one, threads=1) for one in chosen.worker))
     place = Place.claim(Path(chosen.logging.dir))
     try:
         resolved = config.resolve(chosen)
-        with cpu_groups([one.name for one in chosen.worker], cores) as groups:
+        with cpu_groups(cores) as groups:
             argv = partial(actor_argv, groups, cores)
             supervise(
                 Supervisor(resolved, child.Launch(place, argv=argv), prepare_argv=prepare_argv(resolved))
@@ -84,8 +100,8 @@ def main() -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     cluster, actor = commands.add_parser("up"), commands.add_parser("actor")
-    for one in (cluster, actor):
-        one.add_argument("--cores", type=float, required=True)
+    cluster.add_argument("--cores", type=parts, required=True, help="by worker: p0=0.25,d0=0.7")
+    actor.add_argument("--cores", type=float, required=True)
     cluster.add_argument("--config", "-c", required=True)
     cluster.add_argument("--set", action="append", default=[])
     actor.add_argument("name")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,18 +15,18 @@ ROOTS = (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/cpu"))
 
 
 @contextmanager
-def cpu_groups(names: Sequence[str], cores: float) -> Iterator[dict[str, Path]]:
-    """A group for each name, its folder, whose processes together take at most ``cores`` of CPU. All gone afterwards.
+def cpu_groups(cores: Mapping[str, float]) -> Iterator[dict[str, Path]]:
+    """A group for each name, its folder, whose processes together take at most so many cores of CPU. All gone afterwards.
 
     Raises OSError where this user may not make them: they are root's, unless they were given away.
     """
     with contextlib.ExitStack() as made:
         folders = {}
-        for name in names:
+        for name, part in cores.items():
             folder = _root() / f"memserve-bench-{os.getpid()}-{name}"
             folder.mkdir()
             made.callback(folder.rmdir)
-            _limit(folder, round(cores * PERIOD_US))
+            _limit(folder, round(part * PERIOD_US))
             folders[name] = folder
         yield folders
 

@@ -111,10 +111,10 @@ def run_policy(policy: str, share: int, seed: int, given: argparse.Namespace) ->
     return Sample(policy, share, values, predicted, commit(), seed, *of)
 
 
-def up(cores: float | None) -> Sequence[str]:
+def up(cores: str | None) -> Sequence[str]:
     """The command that starts a cluster whose workers share the machine's cores, or have a part of one each."""
     apart = str(Path(__file__).with_name("apart_cluster.py"))
-    return UP if cores is None else (sys.executable, apart, "up", "--cores", str(cores))
+    return UP if cores is None else (sys.executable, apart, "up", "--cores", cores)
 
 
 def predict(running: Running, words: Sequence[str], sessions: tuple[Session, ...]) -> dict[str, float]:
@@ -171,8 +171,7 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--cores",
-        type=float,
-        help="of CPU for each worker, as if on a machine of its own; unset: all share all",
+        help="of CPU for each worker as on a machine of its own: p0=0.25,...; unset: all share all",
     )
     parser.add_argument("--set", action="append", default=[], help="KEY=VALUE over the configuration")
     take_pieces(parser)

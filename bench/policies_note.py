@@ -78,8 +78,8 @@ class Sample:
     """Of them, a second."""
     scale: float = 0.5
     """Of all prompts' lengths."""
-    cores: float | None = None
-    """Of each worker alone. None: all workers share the machine's."""
+    cores: str | None = None
+    """Of each worker alone, as the command has them. None: all workers share the machine's."""
 
 
 def runs_of(samples: Sequence[Sample], policy: str, share: int) -> list[Sample]:

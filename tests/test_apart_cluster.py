@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from apart_cluster import slower
+from apart_cluster import parts, slower, up
 from cpu_groups import cpu_groups
 from memserve.costs import StepCosts
 from memserve.scheduling.cost_model import CostModel
@@ -28,7 +28,7 @@ print(time.process_time() - used)
 def test_a_group_takes_its_part_of_a_core_and_leaves_nothing_behind() -> None:
     """If a busy worker took more than its part, it would slow the others, and every policy would look alike."""
     try:
-        with cpu_groups(["a", "b"], 0.2) as groups:
+        with cpu_groups({"a": 0.7, "b": 0.2}) as groups:
             used = subprocess.run(
                 [sys.executable, "-c", BURN, str(groups["b"])],
                 cwd=Path(__file__).parent.parent / "bench",
@@ -40,6 +40,12 @@ def test_a_group_takes_its_part_of_a_core_and_leaves_nothing_behind() -> None:
         pytest.skip(f"no control groups can be made here: {error}")
     assert float(used) < 0.4  # it had a second
     assert not any(one.exists() for one in groups.values())
+
+
+def test_every_worker_must_have_its_part() -> None:
+    """If one without a part ran on all cores, the others would wait for it."""
+    with pytest.raises(SystemExit, match="must name each of d0, p0, p1, p2 once, not p0, d0"):
+        up(parts("p0=0.25,d0=0.7"), "3p1d", [])
 
 
 def test_a_worker_on_a_part_of_a_core_takes_as_much_longer_for_every_step() -> None:
