@@ -68,17 +68,9 @@ def cluster(step_ms: float, *settings: str, checkout: Path = ROOT) -> Iterator[R
     """The null cluster of a checkout, ready; ended by its own drain."""
     with tempfile.TemporaryDirectory() as logs:
         script = Path(__file__).with_name("null_cluster.py")
-        words = [
-            sys.executable,
-            str(script),
-            "up",
-            "--step-ms",
-            str(step_ms),
-            *CLUSTER,
-            f"logging.dir={logs}",
-        ]
+        overrides = [f"--set={one}" for one in (*CLUSTER, f"logging.dir={logs}", *settings)]
         process = subprocess.Popen(
-            [*words, *settings],
+            [sys.executable, str(script), "up", "--step-ms", str(step_ms), *overrides],
             stdout=subprocess.PIPE,
             text=True,
             env={**os.environ, "PYTHONPATH": str(checkout / "src")},

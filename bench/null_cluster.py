@@ -1,8 +1,11 @@
-"""``memserve up`` with a step engine that answers at once with fixed tokens: the control plane alone.
+"""``memserve up`` with a step engine that computes nothing and answers with fixed tokens: the control plane alone.
 
-The same processes, sockets and cores; no model is run. ``bench/frontend.py`` starts it::
+The same processes, sockets, pages and cores; no model is run. A step takes a fixed time (``bench/frontend.py`` starts it so), or
+what a cost model says of it, asleep: then every worker is as fast as on a machine of its own, however many share this one
+(``bench/policies.py``)::
 
-    python bench/null_cluster.py up --step-ms 0 -- model.path=... frontend.port=0
+    python bench/null_cluster.py up --step-ms 0 --set frontend.port=0
+    python bench/null_cluster.py up --costs configs/costs/135m-two-cores.toml -c configs/3p1d.toml --set frontend.port=0
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -18,29 +21,47 @@ import attrs
 
 from memserve import config
 from memserve.actors import worker
+from memserve.actors.worker import Found
 from memserve.child import Launch
 from memserve.engine.plans import BatchPlan, BatchResult, StepEngine
 from memserve.place import Place
 from memserve.process import run_actor
+from memserve.scheduling.cost_model import CostModel
+from memserve.simulate import costs_of
 from memserve.supervisor import Supervisor, supervise
+from memserve.tokens import count
 
 TOKENS = range(1000, 1064)
 """Ordinary words of the demo model's vocabulary."""
 
 
+Pace = Callable[[BatchPlan, float, float], float]
+"""When a step ends: of what is in it, when it begins, and when the last one ended."""
+
+
+def steady(step_s: float) -> Pace:
+    """All steps take as long. Those that follow one another keep the pace, whatever came between."""
+    return lambda plan, begin, last: max(last + step_s, begin)
+
+
+def predicted(costs: CostModel) -> Pace:
+    """Each step takes what it costs."""
+    return lambda plan, begin, last: begin + costs.step_s((count(row.tokens), row.start) for row in plan.rows)
+
+
 @attrs.define
 class NullEngine:
-    """The token at position p is ``TOKENS[p % len(TOKENS)]``. A step takes ``step_s``, most of it asleep."""
+    """The token at position p is ``TOKENS[p % len(TOKENS)]``. Most of a step is spent asleep."""
 
-    step_s: float = 0.0
-    _next: float = attrs.field(default=0.0, init=False)
+    pace: Pace = attrs.field(factory=partial(steady, 0.0))
+    _last: float = attrs.field(default=0.0, init=False)
 
     def run(self, plan: BatchPlan) -> BatchResult:
-        """A full step without arithmetic. Steps that follow one another keep the pace, whatever came between."""
+        """A full step without arithmetic."""
         now = time.monotonic()
-        self._next = max(self._next + self.step_s, now)
-        if self._next > now:
-            time.sleep(self._next - now)
+        self._last = self.pace(plan, now, self._last)
+        if self._last > now:
+            time.sleep(self._last - now)
         tokens = [None if row.sample is None else TOKENS[row.end % len(TOKENS)] for row in plan.rows]
         return BatchResult(tuple(tokens), (time.monotonic() - now) * 1e3, 1)
 
@@ -51,32 +72,40 @@ class NullEngine:
         """Holds nothing."""
 
 
-def start_null_engine(step_s: float, *_given: object) -> StepEngine:
-    """What :func:`memserve.actors.worker.start_engine` is replaced by."""
-    return NullEngine(step_s)
+def start_null_engine(
+    options: argparse.Namespace, context: object, shard: object, found: Found, *_: object
+) -> StepEngine:
+    """What :func:`memserve.actors.worker.start_engine` is replaced by. A worker that knows its costs tells the scheduler."""
+    if options.costs is None:
+        return NullEngine(steady(options.step_ms / 1e3))
+    costs = costs_of(options.costs)
+    found.costs = costs.steps
+    return NullEngine(predicted(costs))
 
 
-def actor_argv(step_ms: float, name: str, runtime_dir: Path, lifeline_fd: int) -> Sequence[str]:
-    """The command line of an actor with this engine."""
+def actor_argv(how: Sequence[str], name: str, runtime_dir: Path, lifeline_fd: int) -> Sequence[str]:
+    """The command line of an actor with this engine; ``how`` long its steps take."""
     command = [sys.executable, __file__, "actor", name, "--runtime-dir", str(runtime_dir)]
-    return [*command, "--lifeline", str(lifeline_fd), "--step-ms", str(step_ms)]
+    return [*command, "--lifeline", str(lifeline_fd), *how]
 
 
-def up(step_ms: float, settings: Sequence[str]) -> None:
-    """Run the demo's cluster with this engine, and other settings, until it is stopped."""
-    chosen = config.load("demo", settings)
+def up(options: argparse.Namespace) -> None:
+    """Run a cluster with this engine until it is stopped."""
+    chosen = config.load(options.config, options.set)
+    given = {"--step-ms": options.step_ms, "--costs": options.costs}
+    how = [word for name, value in given.items() if value is not None for word in (name, str(value))]
     place = Place.claim(Path(chosen.logging.dir))
     try:
-        supervise(Supervisor(config.resolve(chosen), Launch(place, argv=partial(actor_argv, step_ms))))
+        supervise(Supervisor(config.resolve(chosen), Launch(place, argv=partial(actor_argv, how))))
     finally:
         place.leave()
 
 
-def be_actor(step_ms: float, name: str, runtime_dir: str, lifeline: int) -> int:
+def be_actor(options: argparse.Namespace) -> int:
     """Be one actor; the exit status."""
-    worker.start_engine = partial(start_null_engine, step_ms / 1e3)
+    worker.start_engine = partial(start_null_engine, options)
     worker.import_engine = lambda on_gpu: None  # torch is not needed here
-    return run_actor(name, runtime_dir, lifeline)
+    return run_actor(options.name, options.runtime_dir, options.lifeline)
 
 
 def main() -> int:
@@ -87,15 +116,18 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     cluster, actor = commands.add_parser("up"), commands.add_parser("actor")
     for one in (cluster, actor):
-        one.add_argument("--step-ms", type=float, required=True)
-    cluster.add_argument("settings", nargs="*", help="key=value")
+        how = one.add_mutually_exclusive_group(required=True)
+        how.add_argument("--step-ms", type=float)
+        how.add_argument("--costs", type=Path, help="TOML, as memserve sim takes it")
+    cluster.add_argument("--config", "-c", default="demo")
+    cluster.add_argument("--set", action="append", default=[])
     actor.add_argument("name")
     actor.add_argument("--runtime-dir", required=True)
     actor.add_argument("--lifeline", type=int, required=True)
     options = parser.parse_args()
     if options.command == "actor":
-        return be_actor(options.step_ms, options.name, options.runtime_dir, options.lifeline)
-    up(options.step_ms, options.settings)
+        return be_actor(options)
+    up(options)
     return 0
 
 

@@ -96,7 +96,7 @@ def settings_of(policy: str, given: argparse.Namespace) -> list[str]:
 def run_policy(policy: str, share: int, seed: int, given: argparse.Namespace) -> Sample:
     """One cell, on a cluster of its own. Ends the program when nothing was answered."""
     sessions, words = sessions_of(share, seed, given), settings_of(policy, given)
-    with cluster(CONFIG, *words, up=up(given.cores)) as running:
+    with cluster(CONFIG, *words, up=up(given)) as running:
         trio.run(ask, running.url, sessions[:4], WARM_UP_SEED)  # threads started, code paged in
         records = trio.run(ask, running.url, sessions, seed)
         predicted = predict(running, words, sessions)
@@ -107,14 +107,18 @@ def run_policy(policy: str, share: int, seed: int, given: argparse.Namespace) ->
         )
     values = {one.name: one.read(well) for one in MEASURES}
     values |= {"requests": float(len(records)), "failed": float(len(records) - len(well))}
-    of = given.sessions, given.rate, given.scale, given.cores
+    of = given.sessions, given.rate, given.scale, given.cores, given.costs
     return Sample(policy, share, values, predicted, commit(), seed, *of)
 
 
-def up(cores: str | None) -> Sequence[str]:
-    """The command that starts a cluster whose workers share the machine's cores, or have a part of one each."""
-    apart = str(Path(__file__).with_name("apart_cluster.py"))
-    return UP if cores is None else (sys.executable, apart, "up", "--cores", cores)
+def up(given: argparse.Namespace) -> Sequence[str]:
+    """The command that starts a cluster: as it is, with a part of a core for each worker, or with steps that are slept."""
+    script = Path(__file__).with_name
+    if given.costs is not None:
+        return sys.executable, str(script("null_cluster.py")), "up", "--costs", given.costs
+    if given.cores is not None:
+        return sys.executable, str(script("apart_cluster.py")), "up", "--cores", given.cores
+    return UP
 
 
 def predict(running: Running, words: Sequence[str], sessions: tuple[Session, ...]) -> dict[str, float]:
@@ -172,6 +176,9 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--cores",
         help="of CPU for each worker as on a machine of its own: p0=0.25,...; unset: all share all",
+    )
+    parser.add_argument(
+        "--costs", help="steps take what this table says, asleep, as on machines of their own; unset: run"
     )
     parser.add_argument("--set", action="append", default=[], help="KEY=VALUE over the configuration")
     take_pieces(parser)

@@ -13,9 +13,10 @@ from loadgen.records import Record
 from notes import Note, number, table
 
 POLICIES = ("round_robin", "session", "longest_prefix", "cost")
-POOLS_MIB = (450, 450, 450, 1024)
+POOLS_MIB = (450, 450, 450, 2700)
 """Of the prefill workers' shards and the decode worker's, for prompts of full length: the former hold about ten documents each,
-as the simulator's and the paper's hold a small part of all, so that it matters what each of them keeps."""
+as the simulator's and the paper's hold a small part of all, so that it matters what each of them keeps; the latter has room
+for all that decode at once, so that none waits for it."""
 
 
 def pools(scale: float) -> list[int]:
@@ -57,7 +58,7 @@ MEASURES = (
 )
 
 
-SAME = ("sessions", "rate", "scale", "cores")
+SAME = ("sessions", "rate", "scale", "cores", "costs")
 """Fields in which the samples of one note are alike."""
 
 
@@ -80,6 +81,8 @@ class Sample:
     """Of all prompts' lengths."""
     cores: str | None = None
     """Of each worker alone, as the command has them. None: all workers share the machine's."""
+    costs: str | None = None
+    """A table of what steps cost that were slept and not run. None: they were run."""
 
 
 def runs_of(samples: Sequence[Sample], policy: str, share: int) -> list[Sample]:
@@ -178,6 +181,8 @@ def draw(samples: Sequence[Sample], path: Path) -> None:
 
 def whose_cores(of: Sample) -> str:
     """What the workers run on."""
+    if of.costs is not None:
+        return f"every process and page as they are, but steps slept for what {Path(of.costs).name} says of them, so that no worker slows another"
     if of.cores is None:
         return "four workers and the load generator on the same cores"
     return (
@@ -186,8 +191,9 @@ def whose_cores(of: Sample) -> str:
 
 
 def write_note(samples: Sequence[Sample], command: str) -> Path:
-    """Write docs/measurements/<date>-policies.md with its plot."""
-    note, of = Note("policies"), samples[0]
+    """Write docs/measurements/<date>-policies.md with its plot, or -policies-apart.md, or -policies-slept.md."""
+    of = samples[0]
+    note = Note("policies-slept" if of.costs else "policies-apart" if of.cores else "policies")
     plot = note.plot("ttft")
     draw(samples, plot)
     count, shares = (
