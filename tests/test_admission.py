@@ -142,7 +142,7 @@ def test_the_log_tells_everything_about_a_refusal() -> None:
         "reason": "this key has 1 requests waiting, and may not have more than places are left free, 1"
         " (scheduler.held_max = 2)",
         "status": 429, "retry_after_s": RETRY_S[0], "priority": 3, "prompt_tokens": 1, "waited_ms": 500.0,
-        "wanted_ttft_ms": 2000.0, "predicted_ttft_ms": pytest.approx(200.0), "waiting": 1, "waiting_of_tenant": 1,
+        "wanted_ttft_ms": 2000.0, "predicted_ttft_ms": pytest.approx(200.0), "margin_ms": 0.0, "waiting": 1, "waiting_of_tenant": 1,
     }  # fmt: skip
     assert admission.gauges()["requests_refused_tenant_full_total"] == 1
 
