@@ -88,6 +88,23 @@ def test_the_wait_is_predicted_from_how_fast_requests_leave() -> None:
     assert admission.wait_s(held(wish("x"), 21.0), 4) == pytest.approx(11 / 4), "an outage tells nothing"
 
 
+def test_how_fast_requests_leave_is_measured_over_gaps() -> None:
+    """A queue that is empty now and then would never be measured, and taken to be as fast as idle workers."""
+    admission = full(64)
+    for second in range(4):
+        admission.ask(wish(f"w{second}", run_s=1.0), 4, 10.0 * second)
+        admission.served(admission.queue.first(), 10.0 * second + 1.0)
+    admission.ask(wish("first", run_s=1.0), 4, 50.0)
+    assert admission.wait_s(held(wish("x"), 50.0), 4) == pytest.approx(1.0)
+
+
+def test_a_refusal_tells_its_margin() -> None:
+    """A prediction that nobody can find in the costs needs an explanation."""
+    admission = full(8)
+    asked = attrs.evolve(wish("late", ttft_s=0.5, soonest_s=0.6), margin_s=0.2)
+    assert admission.explain(refusal(admission, asked))["margin_ms"] == pytest.approx(200.0)
+
+
 def test_what_was_let_in_once_is_not_refused_for_lack_of_a_place() -> None:
     """A stream that has begun would be broken off, or a request be lost with the scheduler where it waited."""
     admission = full(2, "a")

@@ -76,21 +76,20 @@ class Pace:
     rate: float | None = None
     """None before it is measured."""
     _since: float | None = None
+    """Up to when it has been measured; None while nothing waits."""
+    _took: float = 0.0
     _left: float = 0.0
 
     def measure(self, waiting: bool, left_s: float, now: float) -> None:
-        """``left_s`` of prompts have just left; what matters is the time in which something waited."""
+        """``left_s`` of prompts have just left; what matters is the time in which something waited, in one piece or several."""
         if self._since is not None:
             self._left += left_s
-            took = now - self._since
-            if took >= PACE_S:
-                rate = self._left / took
+            self._took += now - self._since
+            if self._took >= PACE_S:
+                rate = self._left / self._took
                 self.rate = rate if self.rate is None else (self.rate + rate) / 2
-                self._since, self._left = now, 0.0
-        if not waiting:
-            self._since = None
-        elif self._since is None:
-            self._since, self._left = now, 0.0
+                self._took = self._left = 0.0
+        self._since = now if waiting else None
 
     def at(self, workers: int) -> float:
         """The present rate; what ``workers`` do by prediction, where nothing is measured."""

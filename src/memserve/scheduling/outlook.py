@@ -3,6 +3,9 @@
 A worker has room while its prompts are run within ``hold_back_s``, and one that decodes while its batch is not full. That is
 enough to keep it busy; what it had more would only be decided too early. A few workers are looked at, those that are
 ranked best: see :class:`~memserve.scheduling.fleet.Ranking`.
+
+A request with a deadline wants more: a worker that is in time, by prediction and a margin, and has a row free for it now. What
+is queued at a worker ends when it is predicted to; when a stream ends nobody knows.
 """
 
 from __future__ import annotations
