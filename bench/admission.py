@@ -261,12 +261,18 @@ def measured(part: str, seeds: Sequence[int], at: str) -> Sample:
 
 
 def write_note(samples: Sequence[Sample], command: str) -> None:
-    """All parts in their order, as of the commit that they were measured at. Raises ValueError where there are several."""
+    """The parts that there are, in their order, as of the commit that they were measured at. Raises ValueError where there are several."""
     if len(found := {one.commit for one in samples}) > 1:
         raise ValueError(f"parts of commits {', '.join(sorted(found))} are not to be compared")
     texts = {one.part: one.text for one in samples}
     note = attrs.evolve(Note("admission"), commit=samples[0].commit)
-    print(note.write("Waiting in the scheduler, in the simulator", command, *(texts[one] for one in PARTS)))
+    print(
+        note.write(
+            "Waiting in the scheduler, in the simulator",
+            command,
+            *(texts[one] for one in PARTS if one in texts),
+        )
+    )
 
 
 def main() -> None:
