@@ -1,7 +1,8 @@
 """What holding requests back costs and what it gives, in the simulator: a flood beside a calm tenant, priorities, deadlines
 under too much load, and latencies by ``scheduler.hold_back_s``. Writes docs/measurements/<date>-admission.md.
 
-Everything is seeded: the same commit gives the same figures on any machine.
+Everything is seeded: the same commit gives the same figures on any machine. It takes a quarter of an hour; in pieces:
+``--only PART --json FILE`` for each part, then ``--merge FILE...``.
 """
 
 from __future__ import annotations
@@ -9,16 +10,16 @@ from __future__ import annotations
 import argparse
 import math
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import attrs
 
 from memserve.sim.audit import Audit
 from memserve.sim.clients import Call, Clients
-from memserve.sim.layout import Layout, fixed
+from memserve.sim.layout import Layout, fixed, on_sites
 from memserve.sim.run import READY_S, Run
 from memserve.sim.workloads import Piece, Session, Turn, generated
-from notes import Note, table
+from notes import Note, commit, merged, save, table, take_pieces
 
 HOLD_BACKS_S = (0.2, 1.0, 3.0, 3600.0)
 CALM_RATE = 2.0
@@ -27,15 +28,18 @@ FLOOD = 200
 ROWS = 64
 
 
-def layout(kind: str, hold_back_s: float) -> Layout:
-    """Four instances."""
-    return fixed(kind, 4, pages=12_000, rows=ROWS, hold_back_s=hold_back_s, held_max=100_000)
+def layout(kind: str, hold_back_s: float = 1.0, instances: int = 4) -> Layout:
+    """Four instances, or as many as are asked for."""
+    return fixed(kind, instances, pages=12_000, rows=ROWS, hold_back_s=hold_back_s, held_max=100_000)
 
 
-def play(sessions: Iterable[Session], where: Layout, seed: int) -> list[Call]:
-    """Every request of a run."""
+def play(
+    sessions: Iterable[Session], where: Layout, seed: int, noise: Mapping[str, float] | None = None
+) -> list[Call]:
+    """Every request of a run. ``noise``: by what the seconds of each worker's steps are multiplied."""
     run = Run(layout=where, sessions=tuple(sessions), seed=seed)
     cluster = run.cluster()
+    cluster.noise |= noise or {}
     later = [attrs.evolve(one, at_s=one.at_s + READY_S) for one in run.sessions]
     clients = Clients(cluster, later, seed)
     cluster.start()
@@ -104,26 +108,76 @@ def beside_a_flood(seeds: Sequence[int], **calm: object) -> str:
     return table(head, rows)
 
 
-def too_much_load(seeds: Sequence[int]) -> str:
+@attrs.frozen
+class Overload:
+    """More than a cluster can answer in time."""
+
+    cluster: str
+    """As the table has it."""
+    where: Layout
+    rate: float
+    """Requests a second."""
+    wanted_s: float = 1.0
+    workload: str = "alone"
+    """``alone``: requests that share nothing; or one of the paper's."""
+    noise: Mapping[str, float] = attrs.field(factory=dict)
+
+    def shares(self, seeds: Sequence[int], told: float | None) -> tuple[str, str]:
+        """Of all requests: those answered in time, and those answered late."""
+        calls = [
+            call for seed in seeds for call in play(self.sessions(seed, told), self.where, seed, self.noise)
+        ]
+        waits = [ttft_s(one) for one in calls if one.complete]
+        good = sum(one <= self.wanted_s for one in waits)
+        return f"{good / len(calls):.0%}", f"{(len(waits) - good) / len(calls):.1%}"
+
+    def sessions(self, seed: int, told: float | None) -> list[Session]:
+        """Some ten seconds of them, with a deadline or without."""
+        if self.workload == "alone":
+            return rushed(self.rate, seed, told)
+        made = generated(self.workload, rate=self.rate, requests=int(10 * self.rate), seed=seed)
+        return [attrs.evolve(one, ttft_s=told) for one in made]
+
+
+UNEVEN = {"w0": 0.6, "w1": 0.8, "w2": 1.2, "w3": 1.6}
+COLOCATED = [
+    Overload("4 colocated", layout("colocated"), rate, wanted)
+    for rate, wanted in ((40.0, 1.0), (80.0, 1.0), (80.0, 3.0), (150.0, 1.0), (150.0, 3.0))
+]
+OTHERS = [
+    Overload("2P2D", layout("2P2D"), 80.0),
+    Overload("2P2D", layout("2P2D"), 150.0),
+    Overload("1 colocated", layout("colocated", instances=1), 20.0),
+    Overload("1 colocated", layout("colocated", instances=1), 40.0),
+    Overload("4 colocated, of uneven speed", layout("colocated"), 80.0, noise=UNEVEN),
+    Overload("4 colocated on one host", on_sites(layout("colocated"), 1), 40.0),
+]
+SHARING = [
+    Overload("4 colocated", layout("colocated"), 250.0, workload="react"),
+    Overload("4 colocated", layout("colocated"), 250.0, workload="loogle"),
+    Overload("2P2D", layout("2P2D"), 250.0, workload="loogle"),
+]
+
+
+def too_much_load(cases: Sequence[Overload]) -> Callable[[Sequence[int]], str]:
     """Which share is answered in time, with deadlines that refuse at once and without."""
-    rows = []
-    for rate in (40.0, 80.0, 150.0):
-        for wanted in (1.0, 3.0):
-            cells = [f"{rate:.0f}", f"{wanted:g}"]
-            for told in (wanted, None):
-                calls = [
-                    call
-                    for seed in seeds
-                    for call in play(rushed(rate, seed, told), layout("colocated", 1.0), seed)
-                ]
-                good = [one for one in calls if one.complete and ttft_s(one) <= wanted]
-                late = [one for one in calls if one.complete and ttft_s(one) > wanted]
-                cells += [f"{len(good) / len(calls):.0%}", f"{len(late) / len(calls):.0%}"]
-            rows.append(cells)
-    return table(
-        ["req/s", "wanted TTFT, s", "told: in time", "told: late", "not told: in time", "not told: late"],
-        rows,
-    )
+
+    def measure(seeds: Sequence[int]) -> str:
+        rows = [
+            [
+                one.cluster,
+                one.workload,
+                f"{one.rate:.0f}",
+                f"{one.wanted_s:g}",
+                *one.shares(seeds, one.wanted_s),
+                *one.shares(seeds, None),
+            ]
+            for one in cases
+        ]
+        columns = ["told: in time", "told: late", "not told: in time", "not told: late"]
+        return table(["cluster", "workload", "req/s", "wanted TTFT, s", *columns], rows)
+
+    return measure
 
 
 def rushed(rate: float, seed: int, told: float | None) -> list[Session]:
@@ -169,9 +223,18 @@ PARTS: dict[str, tuple[str, Callable[[Sequence[int]], str]]] = {
         lambda seeds: beside_a_flood(seeds, scope="flood", priority=-1),
     ),
     "deadline": (
-        "## Deadlines under too much load\n\nFour colocated instances, 15 s. *Told*: requests carry their deadline, and"
+        "## Deadlines under too much load\n\nRequests that share nothing, for 15 s. *Told*: they carry their deadline, and"
         " those that cannot meet it are refused; *in time* and *late* are shares of all.",
-        too_much_load,
+        too_much_load(COLOCATED),
+    ),
+    "layouts": (
+        "### Other clusters\n\n*Uneven*: steps take from 0.6 to 1.6 times what schedulers are told at first. *On one host*:"
+        " the instances share its cores, and a step of one takes longer while others have work.",
+        too_much_load(OTHERS),
+    ),
+    "sharing": (
+        "### With prompts that share much\n\nSessions of the paper's kinds for 10 s; one that is refused asks no more.",
+        too_much_load(SHARING),
     ),
     "latency": (
         "## What holding back costs\n\nMean JCT; P99 TTFT in seconds, by `hold_back_s`. 3600 s: only full batches hold back.",
@@ -180,23 +243,55 @@ PARTS: dict[str, tuple[str, Callable[[Sequence[int]], str]]] = {
 }
 
 
+@attrs.frozen
+class Sample:
+    """One part, as it was measured."""
+
+    part: str
+    text: str
+    commit: str
+
+
+def measured(part: str, seeds: Sequence[int], at: str) -> Sample:
+    """Measure one part, and show it."""
+    words, measure = PARTS[part]
+    text = f"{words}\n\n{measure(seeds)}"
+    print(text + "\n", flush=True)
+    return Sample(part, text, at)
+
+
+def write_note(samples: Sequence[Sample], command: str) -> None:
+    """The parts that there are, in their order, as of the commit that they were measured at. Raises ValueError where there are several."""
+    if len(found := {one.commit for one in samples}) > 1:
+        raise ValueError(f"parts of commits {', '.join(sorted(found))} are not to be compared")
+    texts = {one.part: one.text for one in samples}
+    note = attrs.evolve(Note("admission"), commit=samples[0].commit)
+    print(
+        note.write(
+            "Waiting in the scheduler, in the simulator",
+            command,
+            *(texts[one] for one in PARTS if one in texts),
+        )
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
-    options = parser.parse_args()
-    parts = []
-    for name in options.only:
-        words, measure = PARTS[name]
-        parts += [words, measure(options.seeds)]
-        print(f"{words}\n\n{parts[-1]}\n", flush=True)
-    if options.only == list(PARTS):
-        path = Note("admission").write(
-            "Waiting in the scheduler, in the simulator", "make bench-admission", *parts
-        )
-        print(path)
+    take_pieces(parser)
+    given = parser.parse_args()
+    if given.merge:
+        write_note(merged(given.merge, Sample, ()), "make bench-admission, in pieces")
+        return
+    at = commit()
+    samples = [measured(one, given.seeds, at) for one in given.only]
+    if given.json:
+        save(samples, given.json)
+    elif given.only == list(PARTS):
+        write_note(samples, "make bench-admission")
 
 
 if __name__ == "__main__":

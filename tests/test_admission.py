@@ -88,6 +88,23 @@ def test_the_wait_is_predicted_from_how_fast_requests_leave() -> None:
     assert admission.wait_s(held(wish("x"), 21.0), 4) == pytest.approx(11 / 4), "an outage tells nothing"
 
 
+def test_how_fast_requests_leave_is_measured_over_gaps() -> None:
+    """A queue that is empty now and then would never be measured, and taken to be as fast as idle workers."""
+    admission = full(64)
+    for second in range(4):
+        admission.ask(wish(f"w{second}", run_s=1.0), 4, 10.0 * second)
+        admission.served(admission.queue.first(), 10.0 * second + 1.0)
+    admission.ask(wish("first", run_s=1.0), 4, 50.0)
+    assert admission.wait_s(held(wish("x"), 50.0), 4) == pytest.approx(1.0)
+
+
+def test_a_refusal_tells_its_margin() -> None:
+    """A prediction that nobody can find in the costs needs an explanation."""
+    admission = full(8)
+    asked = attrs.evolve(wish("late", ttft_s=0.5, soonest_s=0.6), margin_s=0.2)
+    assert admission.explain(refusal(admission, asked))["margin_ms"] == pytest.approx(200.0)
+
+
 def test_what_was_let_in_once_is_not_refused_for_lack_of_a_place() -> None:
     """A stream that has begun would be broken off, or a request be lost with the scheduler where it waited."""
     admission = full(2, "a")
@@ -142,7 +159,7 @@ def test_the_log_tells_everything_about_a_refusal() -> None:
         "reason": "this key has 1 requests waiting, and may not have more than places are left free, 1"
         " (scheduler.held_max = 2)",
         "status": 429, "retry_after_s": RETRY_S[0], "priority": 3, "prompt_tokens": 1, "waited_ms": 500.0,
-        "wanted_ttft_ms": 2000.0, "predicted_ttft_ms": pytest.approx(200.0), "waiting": 1, "waiting_of_tenant": 1,
+        "wanted_ttft_ms": 2000.0, "predicted_ttft_ms": pytest.approx(200.0), "margin_ms": 0.0, "waiting": 1, "waiting_of_tenant": 1,
     }  # fmt: skip
     assert admission.gauges()["requests_refused_tenant_full_total"] == 1
 

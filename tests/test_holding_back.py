@@ -159,6 +159,37 @@ def test_a_deadline_is_held_against_the_prediction() -> None:
     assert (refused.request, refused.code) == ("waits", "deadline_missed")
 
 
+def test_a_request_with_a_deadline_waits_for_a_free_row_here() -> None:
+    """At a worker whose batch is full it would wait for that worker's streams alone, however soon another's end."""
+    core = scheduler(worker("w0", rows=8.0), worker("w1", rows=8.0))
+    core.receive(FRONTEND.id, submit("timed", ttft_s=5.0), 0.0)
+    assert (said(core, Planned), core.deadline > 0.0) == ([], True)
+    core.receive(ActorId("w1.1"), Load(worker("w1", rows=7.0)), 0.2)
+    assert [one.plan.prefill for one in said(core, Planned)] == ["w1.1"]
+    core.receive(FRONTEND.id, submit("whenever"), 0.3)
+    assert names(said(core, Planned)) == ["whenever"], "as one ends, the next must be there"
+
+
+def test_a_request_with_a_deadline_goes_where_it_is_in_time() -> None:
+    """The cheapest worker may be a later one: what was promised for the soonest was then kept by another."""
+    workers = worker("w0", tokens=150), worker("w1", rows=7.0)
+    core = scheduler(*workers)
+    core.receive(FRONTEND.id, submit("whenever"), 0.0)
+    assert [one.plan.prefill for one in said(core, Planned)] == ["w0.1"]
+    core = scheduler(*workers)
+    core.receive(FRONTEND.id, submit("timed", ttft_s=0.2), 0.0)
+    assert [one.plan.prefill for one in said(core, Planned)] == ["w1.1"]
+
+
+def test_every_policy_keeps_deadlines() -> None:
+    """One that looks at queues of tokens alone would pick a full batch."""
+    core = SchedulerCore(ME, "least_load", LeastLoad())
+    for one in (SHARD, FRONTEND, worker("w0", rows=9.0), worker("w1", tokens=100)):
+        core.receive(one.id, Load(one), 0.0)
+    core.receive(FRONTEND.id, submit("timed", ttft_s=0.5), 0.0)
+    assert [one.plan.prefill for one in said(core, Planned)] == ["w1.1"]
+
+
 def test_every_refusal_is_explained_in_one_line() -> None:
     """Whoever runs the cluster is asked why."""
     core = scheduler(worker("w0", tokens=5000), held_max=2)

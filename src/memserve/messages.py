@@ -141,6 +141,8 @@ class Plan:
     """How many of the prompt's tokens ``source`` is expected to hold."""
     expected_tokens: int = 0
     """How many of them ``shard`` is expected to hold; what it really holds tells a stale hint."""
+    first_token_s: float = 0.0
+    """Predicted from the placement to the first token, where a deadline depends on it; 0: none does."""
 
 
 @attrs.frozen

@@ -13,6 +13,7 @@ from memserve.engine.sequence import Phase, Sequence
 from memserve.messages import ActorId
 from memserve.scheduling.cost_fit import Drift
 from memserve.scheduling.cost_model import CostModel
+from memserve.scheduling.punctuality import Punctuality
 from memserve.tokens import count
 
 _TO_RUN = (Phase.WAITING, Phase.READY)
@@ -45,9 +46,10 @@ def swap_least(costs: StepCosts | None, tokens_max: int) -> int:
 
 @attrs.define
 class StepWatch:
-    """Compares each step with what the worker's figures say: the scale in its heartbeats."""
+    """Compares steps with what the worker's figures say, and first tokens with what plans say: figures in its heartbeats."""
 
     drift: Drift = attrs.field(factory=Drift)
+    punctuality: Punctuality = attrs.field(factory=Punctuality)
     _model: CostModel | None = None
     _predicted_s: float = 0.0
     _prompt_tokens: int = 0
@@ -95,5 +97,6 @@ class StepWatch:
         }
 
     def gauges(self) -> dict[str, float]:
-        """1 is as measured at start."""
-        return {} if self._model is None else {"step_cost_scale": self.drift.scale}
+        """A scale of 1 is as measured at start, a share of 0 as predicted."""
+        late = {"first_tokens_late_share": self.punctuality.share}
+        return late if self._model is None else {"step_cost_scale": self.drift.scale, **late}

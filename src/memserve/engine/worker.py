@@ -294,6 +294,8 @@ class WorkerCore:
     def _take_token(self, one: Sequence, token: int, now: float) -> None:
         if one.token_at is None:
             one.token_at = one.owned_at = now
+            if one.plan.first_token_s:
+                self._watch.punctuality.saw(one.plan.first_token_s, now - one.arrived_at)
             prefill_ms = (now - (one.started_at or now)) * 1e3
             one.timings = attrs.evolve(one.timings, prefill_ms=prefill_ms)
             self._outbox.log("prefill finished", one, prefill_ms=prefill_ms)

@@ -50,6 +50,8 @@ class Refusal:
     retry_after_s: float
     predicted_s: float
     """To the first token, had it been let in; infinity where nobody could say."""
+    margin_s: float = 0.0
+    """Of these seconds, those that late predictions before have added."""
 
 
 @attrs.frozen
@@ -62,7 +64,9 @@ class Wish:
     run_s: float
     """Predicted to run its prompt."""
     soonest_s: float
-    """Predicted to its first token if it were placed now; infinity where no worker is ready."""
+    """To its first token if it were placed now, margin included; infinity where no worker is ready."""
+    margin_s: float = 0.0
+    """See :mod:`memserve.scheduling.punctuality`."""
 
 
 @attrs.define
@@ -72,21 +76,20 @@ class Pace:
     rate: float | None = None
     """None before it is measured."""
     _since: float | None = None
+    """Up to when it has been measured; None while nothing waits."""
+    _took: float = 0.0
     _left: float = 0.0
 
     def measure(self, waiting: bool, left_s: float, now: float) -> None:
-        """``left_s`` of prompts have just left; what matters is the time in which something waited."""
+        """``left_s`` of prompts have just left; what matters is the time in which something waited, in one piece or several."""
         if self._since is not None:
             self._left += left_s
-            took = now - self._since
-            if took >= PACE_S:
-                rate = self._left / took
+            self._took += now - self._since
+            if self._took >= PACE_S:
+                rate = self._left / self._took
                 self.rate = rate if self.rate is None else (self.rate + rate) / 2
-                self._since, self._left = now, 0.0
-        if not waiting:
-            self._since = None
-        elif self._since is None:
-            self._since, self._left = now, 0.0
+                self._took = self._left = 0.0
+        self._since = now if waiting else None
 
     def at(self, workers: int) -> float:
         """The present rate; what ``workers`` do by prediction, where nothing is measured."""
@@ -122,7 +125,7 @@ class Admission:
         if words is not None:
             return self._refused(submit, *words, predicted, wait)
         if wish.soonest_s < float("inf") and now + predicted > one.by:
-            return self.late(submit, predicted)
+            return self.late(submit, predicted, wish.margin_s)
         self.queue.add(one)
         self._look_at = min(self._look_at, self._due(one))
         self._pace.measure(True, 0.0, now)
@@ -142,7 +145,7 @@ class Admission:
             return "tenant_full", text, 429
         return None
 
-    def late(self, submit: Submit, predicted_s: float) -> Refusal:
+    def late(self, submit: Submit, predicted_s: float, margin_s: float = 0.0) -> Refusal:
         """The refusal of a request whose first token would come too late."""
         wanted = submit.request.ttft_s or 0.0
         text = (
@@ -150,7 +153,8 @@ class Admission:
             f" {(submit.age_s + predicted_s) * 1e3:.0f} ms"
         )
         wait = submit.age_s + predicted_s - wanted
-        return self._refused(submit, "deadline_unreachable", text, 503, predicted_s, wait)
+        refusal = self._refused(submit, "deadline_unreachable", text, 503, predicted_s, wait)
+        return attrs.evolve(refusal, margin_s=margin_s)
 
     # ---- out ------------------------------------------------------------------------------------------------
 
@@ -161,10 +165,10 @@ class Admission:
         self._count("held_left_total")
         self._count("held_waited_s_total", now - one.since)
 
-    def refuse_first(self, one: Held, predicted_s: float, now: float) -> Refusal:
+    def refuse_first(self, one: Held, predicted_s: float, margin_s: float, now: float) -> Refusal:
         """``queue.first()`` would come too late."""
         self._drop(one, now)
-        return self.late(attrs.evolve(one.submit, age_s=now - one.since), predicted_s)
+        return self.late(attrs.evolve(one.submit, age_s=now - one.since), predicted_s, margin_s)
 
     def withdraw(self, request: str, attempt: int, now: float) -> None:
         """Nobody wants this request any more, nor any attempt before."""
@@ -260,6 +264,7 @@ class Admission:
             "waited_ms": submit.age_s * 1e3,
             "wanted_ttft_ms": None if request.ttft_s is None else request.ttft_s * 1e3,
             "predicted_ttft_ms": predicted * 1e3 if predicted < float("inf") else None,
+            "margin_ms": refusal.margin_s * 1e3,
             "waiting": len(self.queue),
             "waiting_of_tenant": self.queue.of_tenant(request.scope),
         }

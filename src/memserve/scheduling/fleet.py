@@ -72,6 +72,8 @@ class Worker:
     """Prompts that it has taken in, by its report."""
     fetched_until: float = 0.0
     """When the last prompt whose prefix is brought from another shard will have come and run."""
+    late_share: float = 0.0
+    """By how much its first tokens come later than predicted, see :mod:`memserve.scheduling.punctuality`."""
     _rate: float = 0.0
     _rate_at: float = -math.inf
     """Of the last prompt."""
@@ -84,6 +86,7 @@ class Worker:
         if member.costs is not None and member.costs != self.member.costs:
             self.model = CostModel(member.costs)
         self.model.scale = load.get("step_cost_scale", 1.0)
+        self.late_share = load.get("first_tokens_late_share", 0.0)
         self.member = member
         self._confirm(load.get("prompts_taken_total", 0.0), now)
         self.tokens = load.get("waiting_tokens", 0.0) + sum(one.tokens for one in self.since)
@@ -127,6 +130,13 @@ class Worker:
         """The same, where none is queued with the rest of a step of streams: a queue ends when a step does."""
         queue_s = self.queue_until - now
         return queue_s if queue_s > 0 else self.step_s / 2
+
+    def row_s(self, answer: float) -> float:
+        """Seconds until a row of its batch is free for one prompt more, where answers have ``answer`` tokens and began at
+        random times; 0: one is. A prompt without a row waits for a stream to end, however short the queue is."""
+        rows_max = self.member.load.get("rows_max", 0.0)
+        beyond = self.rows + 1 - rows_max
+        return beyond * answer / rows_max * self.step_s if rows_max and beyond > 0 else 0.0
 
     def prefill_s(self, tokens: int, cached: int, now: float) -> float:
         """Seconds to run a prompt placed now, beside its streams and its neighbours, without the queue."""

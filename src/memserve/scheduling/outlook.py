@@ -3,16 +3,21 @@
 A worker has room while its prompts are run within ``hold_back_s``, and one that decodes while its batch is not full. That is
 enough to keep it busy; what it had more would only be decided too early. A few workers are looked at, those that are
 ranked best: see :class:`~memserve.scheduling.fleet.Ranking`.
+
+A request with a deadline wants more: a worker that is in time, by prediction and a margin, and has a row free for it now. What
+is queued at a worker ends when it is predicted to; when a stream ends nobody knows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import attrs
 
+from memserve.identity import ActorId
 from memserve.scheduling.fleet import UNKNOWN, Fleet, Side, Worker
 from memserve.scheduling.global_tree import Match
+from memserve.scheduling.punctuality import margin_s
 
 LOOKED_AT = 3
 """Workers of each side."""
@@ -56,20 +61,71 @@ def room(fleet: Fleet, hold_back_s: float, now: float) -> Room:
     return Room(served=True, open=at <= now, at=at)
 
 
-def first_token_s(fleet: Fleet, match: Match, tokens: int, now: float) -> float:
-    """Least predicted seconds to the first token of a prompt placed now; infinity where nobody can take it."""
+@attrs.frozen
+class Forecast:
+    """When the first token of a prompt comes that is placed on a worker now."""
+
+    worker: Worker
+    row_s: float
+    """See :meth:`~memserve.scheduling.fleet.Worker.row_s`."""
+    seconds: float
+    """To the first token, as predicted."""
+
+    @property
+    def margin_s(self) -> float:
+        """How much later it may come, see :mod:`memserve.scheduling.punctuality`."""
+        return margin_s(self.worker.late_share, self.seconds)
+
+    @property
+    def sure_s(self) -> float:
+        """By when it is there all but surely."""
+        return self.seconds + self.margin_s
+
+
+@attrs.frozen
+class Prospect:
+    """What a request that may have a deadline can expect."""
+
+    soonest_s: float = float("inf")
+    """Until its first token is there all but surely; infinity where nobody can take it."""
+    margin_s: float = 0.0
+    """Of these seconds, those beyond what is predicted."""
+    timely: Mapping[ActorId, float] = attrs.field(factory=dict)
+    """Workers that have room and bring the first token in time, with the seconds that are predicted for it.
+
+    A row of its own is part of the room: when one comes free is the end of a stream, which nobody can predict well, and the
+    next row to come free may be another worker's.
+    """
+    room_at: float = float("inf")
+    """When one more of them will have room, unless a report says otherwise; infinity where only a report can tell."""
+
+
+def prospect(found: Sequence[Forecast], within_s: float, hold_back_s: float, now: float) -> Prospect:
+    """Of a request whose first token is wanted ``within_s``."""
+    if not found:
+        return Prospect()
+    best = min(found, key=lambda one: one.sure_s)
+    able = [one for one in found if not one.row_s and one.sure_s <= within_s]
+    opens = {one.worker.member.id: one.worker.queue_until - hold_back_s for one in able}
+    timely = {one.worker.member.id: one.seconds for one in able if opens[one.worker.member.id] <= now}
+    room_at = min((at for at in opens.values() if at > now), default=float("inf"))
+    return Prospect(best.sure_s, best.margin_s, timely, room_at)
+
+
+def forecasts(fleet: Fleet, match: Match, tokens: int, answer: float, now: float) -> list[Forecast]:
+    """Of the workers that are looked at, where answers have ``answer`` tokens; none where nobody can take a prompt."""
     candidates = {one.member.id: one for one in _best(fleet, fleet.prefills)}
     for shard in match.best(1):
         ranking = fleet.prefills.of_shard.get(shard)
         if ranking is not None and shard in fleet.shards:
             candidates |= {id: fleet.workers[id] for id in ranking.first(1)}
-    return min(
-        (
-            one.wait_s(now) + one.prefill_s(tokens, match.held(one.member.shard).tokens, now)
-            for one in candidates.values()
-        ),
-        default=float("inf"),
-    )
+    return [_forecast(one, match, tokens, answer, now) for one in candidates.values()]
+
+
+def _forecast(one: Worker, match: Match, tokens: int, answer: float, now: float) -> Forecast:
+    row_s = one.row_s(answer)
+    run_s = one.prefill_s(tokens, match.held(one.member.shard).tokens, now)
+    return Forecast(one, row_s, max(one.wait_s(now), row_s) + run_s)
 
 
 def run_s(fleet: Fleet, match: Match, tokens: int) -> float:

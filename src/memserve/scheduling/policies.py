@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Protocol
 
 import attrs
@@ -38,12 +38,36 @@ class Choice:
     candidates: str = ""
     """What the best few would have cost."""
 
+    def explain(self, match: Match) -> dict[str, object]:
+        """Why: what else there was, and whether a cached prefix was used, left where it is, or not there at all."""
+        used = max(self.expected_tokens, self.source_tokens)
+        if not match.tokens:
+            reuse = "nothing cached"
+        elif used < match.tokens:
+            reuse = "routed away"
+        else:
+            reuse = "fetched" if self.source else "cached"
+        said: dict[str, object] = {
+            "prefill": self.prefill,
+            "decode": self.decode,
+            "reuse": reuse,
+            "expected_tokens": self.expected_tokens,
+            "best_tokens": match.tokens,
+        }
+        if self.source:
+            said |= {"source": self.source, "source_tokens": self.source_tokens}
+        if self.candidates:
+            said |= {"predicted_ttft_ms": self.seconds * 1e3, "candidates": self.candidates}
+        return said
+
 
 class Policy(Protocol):
     """Chooses among the workers of a fleet."""
 
-    def choose(self, fleet: Fleet, request: Request, match: Match, now: float) -> Choice | None:
-        """Where ``request`` goes; None where nobody can take it."""
+    def choose(
+        self, fleet: Fleet, request: Request, match: Match, now: float, only: Collection[ActorId] = ()
+    ) -> Choice | None:
+        """Where ``request`` goes; None where nobody can take it. ``only``: who may run its prompt; none named: anyone."""
 
     def learn(self, scope: str, tokens: int) -> None:
         """An answer of a tenant had so many tokens."""
@@ -56,8 +80,10 @@ class Policy(Protocol):
 class PairPolicy:
     """Chooses among all pairs, which it lists: fine for tens of workers."""
 
-    def choose(self, fleet: Fleet, request: Request, match: Match, now: float) -> Choice | None:
-        pairs = all_pairs(fleet.members())
+    def choose(
+        self, fleet: Fleet, request: Request, match: Match, now: float, only: Collection[ActorId] = ()
+    ) -> Choice | None:
+        pairs = [one for one in all_pairs(fleet.members()) if not only or one.prefill.id in only]
         if not pairs:
             return None
         pair = self.pick(fleet, pairs, request, match)

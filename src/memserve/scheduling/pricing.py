@@ -26,7 +26,7 @@ the prompt, each with the decode workers that it reaches at the least cost.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 import attrs
 
@@ -123,8 +123,10 @@ class Cost:
         """How pages move between shards."""
         return self.links[self.weights.path]
 
-    def choose(self, fleet: Fleet, request: Request, match: Match, now: float) -> Choice | None:
-        quote = Quote(self, fleet, match, count(request.tokens), self.outputs.expect(request), now)
+    def choose(
+        self, fleet: Fleet, request: Request, match: Match, now: float, only: Collection[ActorId] = ()
+    ) -> Choice | None:
+        quote = Quote(self, fleet, match, count(request.tokens), self.outputs.expect(request), now, only)
         priced = quote.candidates()
         if not priced:
             return None
@@ -154,6 +156,8 @@ class Quote:
     tokens: int
     answer: float
     now: float
+    only: Collection[ActorId] = ()
+    """Who may run the prompt; none named: anyone."""
     weights: Weights = attrs.field(init=False)
     best: int = attrs.field(init=False)
     """Tokens that the shard with the most holds."""
@@ -165,7 +169,7 @@ class Quote:
     def candidates(self) -> list[Candidate]:
         """Everything that is looked at, in no order."""
         found = []
-        for worker in self._prefills():
+        for worker in map(self.fleet.workers.__getitem__, self.only) if self.only else self._prefills():
             start = self._start(worker)
             for decode in self._decodes(worker):
                 handed = decode is not worker

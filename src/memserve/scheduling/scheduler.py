@@ -8,7 +8,7 @@ which their Frontends keep too, and submit again.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import attrs
@@ -38,9 +38,9 @@ from memserve.scheduling.fleet import Fleet
 from memserve.scheduling.global_tree import Match
 from memserve.scheduling.index_feed import IndexFeed
 from memserve.scheduling.membership import Membership
-from memserve.scheduling.outlook import first_token_s, is_open, room, run_s
+from memserve.scheduling.outlook import Prospect, forecasts, is_open, prospect, room, run_s
 from memserve.scheduling.outputs import OutputLengths
-from memserve.scheduling.policies import Choice, Policy
+from memserve.scheduling.policies import Policy
 from memserve.scheduling.presence import HEARTBEAT_S, Wakefulness
 from memserve.scheduling.roles import Roles
 from memserve.scheduling.ttl_index import TtlIndex
@@ -170,21 +170,29 @@ class SchedulerCore:
         request, again = submit.request, submit.request.attempt > 0
         match = self.index.match(request.scope, request.tokens, now)
         at_once = again or (not len(self.admission) and is_open(self.fleet, self.hold_back_s, now))
+        only: Mapping[ActorId, float] = {}
         if at_once and not again and request.ttft_s is not None:
-            soonest = first_token_s(self.fleet, match, count(request.tokens), now)
-            if submit.age_s + soonest > request.ttft_s:
-                self._refuse(self.admission.late(submit, soonest))
+            found = self._prospect(request, match, request.ttft_s - submit.age_s, now)
+            if submit.age_s + found.soonest_s > request.ttft_s:
+                self._refuse(self.admission.late(submit, found.soonest_s, found.margin_s))
                 return
-        if not (at_once and self._place(request, match, now)):
+            at_once, only = bool(found.timely), found.timely
+        if not (at_once and self._place(request, match, now, only)):
             self._hold(submit, match, now)
+
+    def _prospect(self, request: Request, match: Match, within_s: float, now: float) -> Prospect:
+        found = forecasts(self.fleet, match, count(request.tokens), self._lengths.expect(request), now)
+        return prospect(found, within_s, self.hold_back_s, now)
 
     def _hold(self, submit: Submit, match: Match, now: float) -> None:
         request, tokens = submit.request, count(submit.request.tokens)
+        found = self._prospect(request, match, float("inf"), now)
         wish = Wish(
             submit,
             tokens + self._lengths.expect(request),
             run_s(self.fleet, match, tokens),
-            first_token_s(self.fleet, match, tokens, now),
+            found.soonest_s,
+            found.margin_s,
         )
         refusal = self.admission.ask(wish, len(self.fleet.prefills.every.keys), now)
         if refusal is not None:
@@ -216,24 +224,31 @@ class SchedulerCore:
             one = self.admission.queue.first()
             request = one.submit.request
             match = self.index.match(request.scope, request.tokens, now)
-            soonest = now
+            only: Mapping[ActorId, float] = {}
             if one.by < float("inf"):
-                soonest = now + first_token_s(self.fleet, match, count(request.tokens), now)
-            if soonest > one.by:
-                self._refuse(self.admission.refuse_first(one, soonest - now, now))
-            elif self._place(request, match, now, held_ms=(now - one.since) * 1e3):
+                found = self._prospect(request, match, one.by - now, now)
+                if now + found.soonest_s > one.by:
+                    self._refuse(self.admission.refuse_first(one, found.soonest_s, found.margin_s, now))
+                    continue
+                only, self._room_at = found.timely, found.room_at
+                if not only:
+                    return
+            if self._place(request, match, now, only, held_ms=(now - one.since) * 1e3):
                 self.admission.served(one, now)
             else:
                 self._served = False
                 return
 
-    def _place(self, request: Request, match: Match, now: float, **said: object) -> bool:
-        choice = self.policy.choose(self.fleet, request, match, now)
+    def _place(
+        self, request: Request, match: Match, now: float, only: Mapping[ActorId, float], **said: object
+    ) -> bool:
+        choice = self.policy.choose(self.fleet, request, match, now, only)
         if choice is None:
             return False
         plan = Plan(
             choice.prefill, choice.decode, choice.shard, self.me.id,
             choice.decode_shard, choice.source, choice.source_tokens, choice.expected_tokens,
+            only.get(choice.prefill, 0.0),
         )  # fmt: skip
         for shard in filter(None, (choice.shard, choice.decode_shard)):
             self.index.placed(shard, request.scope, request.tokens, now)
@@ -244,7 +259,7 @@ class SchedulerCore:
         self._actions += [Send(plan.prefill, Prefill(request, plan)), Send(request.frontend, planned)]
         self._count("requests_placed_total")
         data = {"request": request.id, "attempt": request.attempt, "policy": self.policy_name, **said}
-        self._log("info", "request placed", **data, **_explained(choice, match))
+        self._log("info", "request placed", **data, **choice.explain(match))
         return True
 
     def _refuse(self, refusal: Refusal) -> None:
@@ -366,29 +381,6 @@ class SchedulerCore:
 
     def _log(self, level: str, event: str, **data: object) -> None:
         self._actions.append(Log(level, event, data))
-
-
-def _explained(choice: Choice, match: Match) -> dict[str, object]:
-    """Why: what else there was, and whether a cached prefix was used, left where it is, or not there at all."""
-    used = max(choice.expected_tokens, choice.source_tokens)
-    if not match.tokens:
-        reuse = "nothing cached"
-    elif used < match.tokens:
-        reuse = "routed away"
-    else:
-        reuse = "fetched" if choice.source else "cached"
-    said: dict[str, object] = {
-        "prefill": choice.prefill,
-        "decode": choice.decode,
-        "reuse": reuse,
-        "expected_tokens": choice.expected_tokens,
-        "best_tokens": match.tokens,
-    }
-    if choice.source:
-        said |= {"source": choice.source, "source_tokens": choice.source_tokens}
-    if choice.candidates:
-        said |= {"predicted_ttft_ms": choice.seconds * 1e3, "candidates": choice.candidates}
-    return said
 
 
 _HANDLERS: dict[type[Any], Callable[[SchedulerCore, ActorId, Any, float], None]] = {

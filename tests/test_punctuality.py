@@ -1,0 +1,51 @@
+"""The margin that deadlines need beyond predictions: as large as lateness is, no larger, and gone when lateness is."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from memserve.scheduling.punctuality import FIXED_S, KEPT, SHARE_MAX, Punctuality, margin_s
+
+
+def late_of(punctuality: Punctuality, lateness: list[float], predicted_s: float = 0.75) -> float:
+    """The share that come later than prediction and margin, of first tokens so much later than predicted."""
+    late = 0
+    for seconds in lateness:
+        late += seconds > margin_s(punctuality.share, predicted_s)
+        punctuality.saw(predicted_s, predicted_s + seconds)
+    return late / len(lateness)
+
+
+def test_nearly_all_first_tokens_are_within_the_margin() -> None:
+    """That is what it is for; and were all of them, it would refuse those that could be served."""
+    rng, punctuality = random.Random(1), Punctuality()
+    late_of(punctuality, [rng.gauss(0.1, 0.05) for _ in range(500)])
+    late = late_of(punctuality, [rng.gauss(0.1, 0.05) for _ in range(5000)])
+    assert late == pytest.approx(1 - KEPT, abs=0.01)
+
+
+def test_predictions_that_hold_need_no_margin() -> None:
+    """Else a cluster without an error would refuse what it can serve."""
+    punctuality = Punctuality()
+    late_of(punctuality, [0.2] * 20)
+    assert punctuality.share > 0.1
+    late_of(punctuality, [-0.01] * 1000)
+    assert punctuality.share == 0.0
+
+
+def test_a_worker_that_stood_still_costs_a_bounded_margin() -> None:
+    """One stop of minutes must not refuse everyone for an hour."""
+    punctuality = Punctuality()
+    late_of(punctuality, [600.0] * 1000)
+    assert punctuality.share == SHARE_MAX
+    punctuality = Punctuality()
+    late_of(punctuality, [600.0])
+    assert margin_s(punctuality.share, 1.0) < 0.05
+
+
+def test_a_margin_is_more_than_a_share_of_short_predictions() -> None:
+    """A step's end comes a step late, however short the prompt."""
+    assert margin_s(0.1, 0.0) == pytest.approx(0.1 * FIXED_S)
+    assert margin_s(0.1, 1.0) == pytest.approx(0.1 * (1.0 + FIXED_S))
