@@ -17,18 +17,20 @@ constexpr int WEIGHTS_DEPTH = 512;       // values along k of a task's weights t
 constexpr int AHEAD = 8192;              // bytes of weights between what is prefetched and what is used
 
 // STRIPS strips of weights, `apart` values from one to the next, times M rows of one block. The first pass over weights
-// fetches what comes AHEAD: the hardware's prefetcher stops at every page.
+// fetches what comes AHEAD, at the end of the strips that of those that follow: the hardware's prefetcher stops at every page.
 template <int STRIPS, int M, bool FETCH, class Weight>
 inline void vector_product(const Weight* w, long apart, long K, const Operand* x, float* out, long stride) {
     Floats sums[STRIPS][M];
     for (auto& strip : sums)
         for (auto& sum : strip) sum = every(0.f);
-    for (long tile = 0; tile < TILE * K; tile += TILE_VALUES)
+    const long ahead = AHEAD / sizeof(Weight), skipped = apart == TILE * K ? (STRIPS - 1) * apart : 0;
+    for (long tile = 0; tile < TILE * K; tile += TILE_VALUES) {
+        const Weight* later = w + tile + ahead + (tile + ahead >= TILE * K ? skipped : 0);
         for (int pair = 0; pair < TILE; pair++) {
             const Weight* from = w + tile + pair * 2 * TILE;
             const Operand* values = x + tile + 2 * pair;
             if (FETCH)
-                for (int s = 0; s < STRIPS; s++) prefetch((const char*)(from + s * apart) + AHEAD);
+                for (int s = 0; s < STRIPS; s++) prefetch(later + s * apart + pair * 2 * TILE);
             each_pass([&](auto pass) {
                 Pairs weights[STRIPS];
                 for (int s = 0; s < STRIPS; s++) weights[s] = pairs<pass.value>(from + s * apart);
@@ -38,6 +40,7 @@ inline void vector_product(const Weight* w, long apart, long K, const Operand* x
                 }
             });
         }
+    }
     for (int m = 0; m < M; m++)
         for (int s = 0; s < STRIPS; s++) store(out + m * stride + s * TILE, sums[s][m]);
 }
