@@ -16,28 +16,31 @@ constexpr int ROWS = std::min(8, SUMS);  // rows of x that vectors work on toget
 constexpr int WEIGHTS_DEPTH = 512;       // values along k of a task's weights that the first level holds beside the inputs
 constexpr int AHEAD = 8192;              // bytes of weights between what is prefetched and what is used
 
-// STRIPS strips of weights times M rows of one block. The first pass over weights fetches what comes AHEAD: the
-// hardware's prefetcher stops at every page.
+// STRIPS strips of weights, `apart` values from one to the next, times M rows of one block. The first pass over weights
+// fetches what comes AHEAD, at the end of the strips that of those that follow: the hardware's prefetcher stops at every page.
 template <int STRIPS, int M, bool FETCH, class Weight>
-inline void vector_product(const Weight* w, long K, const Operand* x, float* out, long stride) {
+inline void vector_product(const Weight* w, long apart, long K, const Operand* x, float* out, long stride) {
     Floats sums[STRIPS][M];
     for (auto& strip : sums)
         for (auto& sum : strip) sum = every(0.f);
-    for (long tile = 0; tile < TILE * K; tile += TILE_VALUES)
+    const long ahead = AHEAD / sizeof(Weight), skipped = apart == TILE * K ? (STRIPS - 1) * apart : 0;
+    for (long tile = 0; tile < TILE * K; tile += TILE_VALUES) {
+        const Weight* later = w + tile + ahead + (tile + ahead >= TILE * K ? skipped : 0);
         for (int pair = 0; pair < TILE; pair++) {
             const Weight* from = w + tile + pair * 2 * TILE;
             const Operand* values = x + tile + 2 * pair;
             if (FETCH)
-                for (int s = 0; s < STRIPS; s++) prefetch((const char*)(from + s * TILE * K) + AHEAD);
+                for (int s = 0; s < STRIPS; s++) prefetch(later + s * apart + pair * 2 * TILE);
             each_pass([&](auto pass) {
                 Pairs weights[STRIPS];
-                for (int s = 0; s < STRIPS; s++) weights[s] = pairs<pass.value>(from + s * TILE * K);
+                for (int s = 0; s < STRIPS; s++) weights[s] = pairs<pass.value>(from + s * apart);
                 for (int m = 0; m < M; m++) {
                     Pairs value = every_pair<pass.value>(values + m * TILE_K);
                     for (int s = 0; s < STRIPS; s++) sums[s][m] = add_products(sums[s][m], weights[s], value);
                 }
             });
         }
+    }
     for (int m = 0; m < M; m++)
         for (int s = 0; s < STRIPS; s++) store(out + m * stride + s * TILE, sums[s][m]);
 }
@@ -65,35 +68,68 @@ inline void parts_of_block(int rows, F run) {
 
 // M rows of one block: all strips at a time where there are registers for their sums.
 template <int STRIPS, int M, bool FETCH, class Weight>
-inline void vector_strips(const Weight* w, long K, const Operand* x, float* out, long stride) {
+inline void vector_strips(const Weight* w, long apart, long K, const Operand* x, float* out, long stride) {
     constexpr int TOGETHER = STRIPS * M <= SUMS ? STRIPS : 1;
     for (int s = 0; s < STRIPS; s += TOGETHER)
-        vector_product<TOGETHER, M, FETCH>(w + s * TILE * K, K, x, out + s * TILE, stride);
+        vector_product<TOGETHER, M, FETCH>(w + s * apart, apart, K, x, out + s * TILE, stride);
 }
 
-template <int STRIPS, class Weight>
-inline void vector_rows(const Weight* w, long K, const Operand* x, int rows, float* out, long stride) {
+template <int STRIPS, class Weight, class Finish>
+inline void vector_rows(const Weight* w, long apart, long K, const Operand* x, int rows, float* out, long stride,
+                        Finish finish) {
     for (int block = 0; block < rows; block += TILE)
         parts_of_block(std::min(TILE, rows - block), [&](int m, auto M) {
             auto run = block + m == 0 ? vector_strips<STRIPS, M.value, true, Weight>
                                       : vector_strips<STRIPS, M.value, false, Weight>;
-            run(w, K, x + block * K + m * TILE_K, out + (block + m) * stride, stride);
+            run(w, apart, K, x + block * K + m * TILE_K, out + (block + m) * stride, stride);
+            for (int row = block + m; row < block + m + M.value; row++) finish(row);
         });
 }
 
-// Computes whole blocks: rows of padding too. Deep products go in parts whose weights stay in the first level. Where weights are used more than once, each pass fetches a share of those
-// of the next task; where once, the hardware's prefetcher is the better one.
-template <int STRIPS, class Weight>
-inline void amx_rows(const Weight* w, long K, const Operand* x, int rows, float* out, long stride) {
-    int passes = (rows + 2 * TILE - 1) / (2 * TILE), lines = passes > 1 ? STRIPS * TILE_VALUES * sizeof(Weight) / 64 : 0;
-    long depth = passes > 1 && K > 3 * WEIGHTS_DEPTH / 2 ? WEIGHTS_DEPTH : K;
-    for (long start = 0; start < K; start += depth)
+// What a pass does beside its products: it fetches a share of the strips that follow and finishes the rows of the pass before.
+template <int STRIPS, class Weight, class Finish>
+struct Beside {
+    const Weight* next;  // the strip that follows the first
+    long apart;          // from there to the one that follows the second
+    int line, line_end;  // of each of their tiles
+    int row, row_end;    // to be finished,
+    int each;            // so many with a tile of the pass's own weights
+    Finish finish;
+
+    // Not inline: the compiler would have too few registers for the addresses of tiles, and moves by way of vector registers
+    // or the stack keep products waiting, by 15 to 17 % for one of them with every four products.
+    [[gnu::noinline]] void operator()(long tile) const {
+        for (int s = 0; s < STRIPS; s++)
+            for (int l = line; l < line_end; l++)
+                prefetch((const char*)(next + s * apart + tile * TILE_VALUES) + l * 64);
+        const int first = row + (int)tile * each, end = std::min(first + each, row_end);
+        for (int i = first; i < end; i++) finish(i);
+    }
+};
+
+// Computes whole blocks: rows of padding too. Deep products go in parts whose weights stay in the first level. Where weights
+// are used more than once, each pass fetches a share of those that follow; where once, the hardware's prefetcher is the better
+// one.
+template <int STRIPS, class Weight, class Finish>
+inline void amx_rows(const Weight* w, long apart, long K, const Operand* x, int rows, float* out, long stride, Finish finish) {
+    constexpr int PASS = 2 * TILE;  // rows
+    const int passes = (rows + PASS - 1) / PASS, lines = passes > 1 ? TILE_VALUES * sizeof(Weight) / 64 : 0;
+    const long depth = passes > 1 && K > 3 * WEIGHTS_DEPTH / 2 ? WEIGHTS_DEPTH : K;
+    const Weight* next = w + (apart == TILE * K ? STRIPS : 1) * TILE * K;
+    for (long start = 0, count; start < K; start += count) {
+        count = std::min(depth, K - start);
+        const bool last = start + count == K;
+        const int each = int((PASS * TILE_K + count - 1) / count);
         for (int pass = 0; pass < passes; pass++) {
-            int m = pass * 2 * TILE;
-            auto run = m + TILE < rows ? amx_product<STRIPS, 2, Weight> : amx_product<STRIPS, 1, Weight>;
-            run(w, K, start, std::min(start + depth, K), x + m * K, out + m * stride, stride, pass * lines / passes,
-                (pass + 1) * lines / passes);
+            const int m = pass * PASS, ready = last && pass ? m - PASS : m;
+            Beside<STRIPS, Weight, Finish> beside = {next + TILE * start, apart, pass * lines / passes,
+                                                     (pass + 1) * lines / passes, ready, m, each, finish};
+            auto run = m + TILE < rows ? amx_product<STRIPS, 2, Weight, decltype(beside)>
+                                       : amx_product<STRIPS, 1, Weight, decltype(beside)>;
+            run(w + TILE * start, apart, K, count, start > 0, x + m * K + TILE * start, out + m * stride, stride, beside);
         }
+    }
+    for (int row = (passes - 1) * PASS; row < rows; row++) finish(row);
 }
 
 // A thread's linears.
@@ -101,40 +137,36 @@ struct Linear {
     bool amx = false;
     Buffer<bf16> widened;  // (COLUMNS, widest input): int8 weights as bfloat16
 
-    // out[m][0..count) = w[first..first + count) . x[m]. `x`: the first row of a block; K: a multiple of 32; `first`: of
-    // 16. A row of `out` is `stride` values long; `out` has room for whole tiles of rows and of outputs, and what is
-    // beyond the real ones is undefined.
-    void operator()(const Matrix& w, long first, int count, long K, const Operand* x, int rows, float* out, long stride) {
-        for (int n = 0; n < count; n += COLUMNS) {
-            if (count - n > TILE) strips<2>(w, first + n, K, x, rows, out + n, stride);
-            else strips<1>(w, first + n, K, x, rows, out + n, stride);
-        }
-    }
-
-    template <int STRIPS>
-    void strips(const Matrix& w, long first, long K, const Operand* x, int rows, float* out, long stride) {
-        if (!w.scales) return run<STRIPS>((const bf16*)w.values + first * K, K, x, rows, out, stride);
+    // out[m][0..TILE) = w[first..first + TILE) . x[m], and with two STRIPS the next TILE from `second` on. Calls finish(m) for
+    // every row, some time after it is there. `x`: the first row of a block; K: a multiple of 32; `first`, `second`: of 16. A
+    // row of `out` is `stride` values long; `out` has room for whole tiles of rows, and what is beyond the real ones is
+    // undefined.
+    template <int STRIPS, class Finish>
+    void strips(const Matrix& w, long first, long second, long K, const Operand* x, int rows, float* out, long stride,
+                Finish finish) {
+        const long apart = (second - first) * K;
+        if (!w.scales) return run<STRIPS>((const bf16*)w.values + first * K, apart, K, x, rows, out, stride, finish);
+        auto scaled = [&](int m) {
+            float* to = out + m * stride;
+            store(to, load(to) * load(w.scales + first));
+            if (STRIPS > 1) store(to + TILE, load(to + TILE) * load(w.scales + second));
+            finish(m);
+        };
         const int8_t* weights = (const int8_t*)w.values + first * K;
-        if (rows <= 2 * (amx ? TILE : ROWS)) {  // each value is used once or twice: it is widened on its way
-            run<STRIPS>(weights, K, x, rows, out, stride);
-        } else {
-            for (long i = 0; i < STRIPS * TILE * K; i += TILE_K) {
-                prefetch(weights + i + AHEAD);
-                widen(widened.data() + i, weights + i);
+        if (rows <= 2 * (amx ? TILE : ROWS))  // each value is used once or twice: it is widened on its way
+            return run<STRIPS>(weights, apart, K, x, rows, out, stride, scaled);
+        for (int s = 0; s < STRIPS; s++)
+            for (long i = 0; i < TILE * K; i += TILE_K) {
+                prefetch(weights + s * apart + i + AHEAD);
+                widen(widened.data() + s * TILE * K + i, weights + s * apart + i);
             }
-            run<STRIPS>((const bf16*)widened.data(), K, x, rows, out, stride);
-        }
-        for (int m = 0; m < rows; m++)
-            for (int n = 0; n < STRIPS * TILE; n += TILE) {
-                float* to = out + m * stride + n;
-                store(to, load(to) * load(w.scales + first + n));
-            }
+        run<STRIPS>((const bf16*)widened.data(), TILE * K, K, x, rows, out, stride, scaled);
     }
 
-    template <int STRIPS, class Weight>
-    void run(const Weight* w, long K, const Operand* x, int rows, float* out, long stride) {
-        if (amx) amx_rows<STRIPS>(w, K, x, rows, out, stride);
-        else vector_rows<STRIPS>(w, K, x, rows, out, stride);
+    template <int STRIPS, class Weight, class Finish>
+    void run(const Weight* w, long apart, long K, const Operand* x, int rows, float* out, long stride, Finish finish) {
+        if (amx) amx_rows<STRIPS>(w, apart, K, x, rows, out, stride, finish);
+        else vector_rows<STRIPS>(w, apart, K, x, rows, out, stride, finish);
     }
 };
 

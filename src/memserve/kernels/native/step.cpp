@@ -20,8 +20,7 @@
 #include <memory>
 #include <thread>
 
-#include "cut.hpp"
-#include "linear.hpp"
+#include "scratch.hpp"
 #include "threads.hpp"
 
 // ---- the model -------------------------------------------------------------------------------------------
@@ -30,19 +29,6 @@ namespace {
 
 constexpr int FEW = 16;                    // rows up to which every thread prepares all inputs for itself
 constexpr int HEAD_COLUMNS = 8 * COLUMNS;  // outputs of one task of the head
-
-// What one thread needs for itself.
-struct Scratch {
-    Linear linear;
-    Attention attention;
-    Buffer<Operand> x;   // (max_rows, widest input): a linear's input when rows are few, and the head's
-    Buffer<float> outs;  // (BLOCK, 2 COLUMNS or head_dim): a linear's
-    std::vector<Query> queries;  // of a task of attention
-    const Attend* fetched;       // the task whose first part is fetched already
-    Upcoming upcoming;           // the part after the one that is attended to
-    Buffer<float> sums;          // (queries of a task, result_size): attention so far
-    Sampler sampler;
-};
 
 struct Engine {
     ms_config c;
@@ -68,7 +54,6 @@ struct Engine {
     std::vector<std::thread> threads;
 
     int group() const { return c.heads / c.kv_heads; }
-    int widest() const { return std::max({c.hidden, c.heads * c.head_dim, c.intermediate}); }
 
     // Runs task(block, i) for every i below count(block), each on whichever thread comes first, its own blocks' first: a
     // thread that lost its core for a while takes fewer. All threads must pass the same stages in the same order.
@@ -126,24 +111,29 @@ struct Engine {
 
     // One head of q, k or v: biased, normed and rotated as the model has it, to the q buffer or to its page.
     void project(const ms_layer& w, int layer, int head, const Operand* x, int first, int rows, Scratch& mine) {
-        int D = c.head_dim, kv = head - c.heads;
-        mine.linear(w.qkv, (long)head * D, D, c.hidden, x + (long)first * c.hidden, rows, mine.outs.data(), D);
-        for (int i = 0; i < rows; i++) {
-            float* y = &mine.outs[(long)i * D];
-            int row = first + i, position = b.positions[row];
-            if (w.qkv_bias) add_bias(y, w.qkv_bias + (long)head * D);
-            if (kv < c.kv_heads) {
-                if (const float* weight = kv < 0 ? w.q_norm : w.k_norm)
-                    rms_norm(y, weight, D, c.rms_eps, [&](int d, Floats v) { store(y + d, v); });
-                rotate(y, position);
-            }
-            if (kv < 0) copy(y, &q[((long)row * c.heads + head) * D]);
-            else copy(y, slot(row, position, layer, kv >= c.kv_heads, kv % c.kv_heads));
-        }
+        const int D = c.head_dim;
+        const long K = c.hidden, output = (long)head * D;
+        float* outs = mine.outs.data();
+        x += first * K;
+        int d = 0;
+        for (; d < D - COLUMNS; d += COLUMNS)
+            mine.linear.strips<2>(w.qkv, output + d, output + d + TILE, K, x, rows, outs + d, D, [](int) {});
+        mine.linear.strips<2>(w.qkv, output + d, output + d + TILE, K, x, rows, outs + d, D,
+                              [&](int i) { place(w, layer, head, first + i, outs + (long)i * D); });
     }
 
-    template <class Value>
-    void copy(const float* y, Value* to) {
+    // One row's outputs of one head of q, k or v, to where they belong.
+    void place(const ms_layer& w, int layer, int head, int row, float* y) {
+        const int D = c.head_dim, kv = head - c.heads, position = b.positions[row];
+        if (w.qkv_bias) add_bias(y, w.qkv_bias + (long)head * D);
+        if (const float* weight = kv < 0 ? w.q_norm : kv < c.kv_heads ? w.k_norm : nullptr)
+            rms_norm(y, weight, D, c.rms_eps, [&](int d, Floats v) { store(y + d, v); });
+        if (kv < 0) rotate(y, position, &q[((long)row * c.heads + head) * D]);
+        else if (kv < c.kv_heads) rotate(y, position, slot(row, position, layer, 0, kv));
+        else copy(y, slot(row, position, layer, 1, kv - c.kv_heads));
+    }
+
+    void copy(const float* y, bf16* to) {
         for (int d = 0; d < c.head_dim; d += 16) store(to + d, load(y + d));
     }
 
@@ -151,13 +141,14 @@ struct Engine {
         for (int d = 0; d < c.head_dim; d += 16) store(y + d, load(y + d) + load(bias + d));
     }
 
-    void rotate(float* y, int position) {
+    template <class Value>
+    void rotate(const float* y, int position, Value* to) {
         int half = c.head_dim / 2;
         const float *cosine = cosines + (long)position * half, *sine = sines + (long)position * half;
         for (int i = 0; i < half; i += 16) {
             Floats lo = load(y + i), hi = load(y + half + i), cs = load(cosine + i), sn = load(sine + i);
-            store(y + i, fms(lo, cs, hi * sn));
-            store(y + half + i, fma(hi, cs, lo * sn));
+            store(to + i, fms(lo, cs, hi * sn));
+            store(to + half + i, fma(hi, cs, lo * sn));
         }
     }
 
@@ -186,11 +177,13 @@ struct Engine {
         }
         mine.fetched = next;
         if (kept(task)) return;
-        int D = c.head_dim, G = group();
-        for (size_t n = 0; n < mine.queries.size(); n++) {
-            int row = task.row + (int)n / G % task.rows, head = (task.kv + (int)n / G / task.rows) * G + (int)n % G;
-            share(mine.queries[n].out, D, InputRow(shared.data(), row, c.heads * D), head * D);
-        }
+        const Query* query = mine.queries.data();
+        for (int kv = task.kv; kv < task.kv_end; kv++)
+            for (int row = task.row; row < task.row + task.rows; row++) {
+                InputRow to(shared.data(), row, (long)c.heads * c.head_dim);
+                for (int head = kv * group(); head < (kv + 1) * group(); head++, query++)
+                    share(query->out, c.head_dim, to, head * c.head_dim);
+            }
     }
 
     // A task's queries, by kv head and row. Their results are null where they have nothing to attend to, and begin with what
@@ -217,8 +210,10 @@ struct Engine {
         const bf16* keys[PART];
         int count = find_keys(layer, row_of(task, task.rows - 1), first, kv, keys);
         Query* queries = &mine.queries[(kv - task.kv) * number];
-        for (int n = 0; n < number; n++)
-            queries[n].count = std::clamp(b.positions[row_of(task, n / G)] + 1 - first, 0, PART);
+        for (int i = 0, n = 0; i < task.rows; i++) {
+            int here = std::clamp(b.positions[row_of(task, i)] + 1 - first, 0, PART);
+            for (int g = 0; g < G; g++) queries[n++].count = here;
+        }
         Keys all = {keys, count, (long)c.kv_heads * c.page_tokens * c.head_dim, c.page_tokens % TILE == 0,
                     kept(task) ? part == task.part : part == 0, part == task.end - 1};
         attend(queries, number, all, c.head_dim, mine.attention, ahead);
@@ -268,29 +263,29 @@ struct Engine {
 
     // COLUMNS outputs of a linear, added to the residual stream.
     void add(const Matrix& weight, int K, int task, const Operand* x, int row, int rows, Scratch& mine) {
-        int first = task * COLUMNS, count = std::min(COLUMNS, c.hidden - first);
-        float* outs = mine.outs.data();
-        mine.linear(weight, first, count, K, x + (long)row * K, rows, outs, COLUMNS);
-        for (int i = 0; i < rows; i++) {
-            float* to = &residual[(long)(row + i) * c.hidden + first];
-            for (int n = 0; n < count; n += 16)
-                store(to + n, load(to + n) + load(outs + i * COLUMNS + n));
-        }
+        const int first = task * COLUMNS;
+        const float* outs = mine.outs.data();
+        float* to = &residual[(long)row * c.hidden + first];
+        const long width = c.hidden;
+        mine.linear.strips<2>(weight, first, first + TILE, K, x + (long)row * K, rows, mine.outs.data(), COLUMNS, [=](int i) {
+            for (int n = 0; n < COLUMNS; n += TILE)
+                store(to + i * width + n, load(to + i * width + n) + load(outs + i * COLUMNS + n));
+        });
     }
 
-    // COLUMNS values of silu(gate) * up.
+    // COLUMNS values of silu(gate) * up. Of each TILE of them gate and up are made side by side.
     void gate(const Matrix& weight, int task, const Operand* x, int row, int rows, Scratch& mine) {
-        int first = task * COLUMNS, count = std::min(COLUMNS, c.intermediate - first), width = 2 * COLUMNS;
-        const Operand* from = x + (long)row * c.hidden;
-        float* outs = mine.outs.data();
-        mine.linear(weight, first, count, c.hidden, from, rows, outs, width);
-        mine.linear(weight, c.intermediate + first, count, c.hidden, from, rows, outs + COLUMNS, width);
-        for (int i = 0; i < rows; i++, outs += width)
-            for (int n = 0; n < count; n += 16) {
-                Floats g = load(outs + n), u = load(outs + COLUMNS + n);
-                InputRow to(hidden.data(), row + i, c.intermediate);
-                store(to.at(first + n), g * u / (every(1.f) + exponential(every(0.f) - g)));
-            }
+        const float* outs = mine.outs.data();
+        const long K = c.intermediate;
+        for (int first = task * COLUMNS; first < (task + 1) * COLUMNS; first += TILE) {
+            Operand* to = InputRow(hidden.data(), row, K).at(first);
+            auto finish = [=](int i) {
+                Floats g = load(outs + i * COLUMNS), u = load(outs + i * COLUMNS + TILE);
+                store(InputRow(to, i, K).start, g * u / (every(1.f) + exponential(every(0.f) - g)));
+            };
+            const Operand* from = x + (long)row * c.hidden;
+            mine.linear.strips<2>(weight, first, K + first, c.hidden, from, rows, mine.outs.data(), COLUMNS, finish);
+        }
     }
 
     void run(int me) {
@@ -312,13 +307,16 @@ struct Engine {
 
     // HEAD_COLUMNS logits of some of the wanted rows.
     void head_task(int task, int row, int rows, Scratch& mine) {
+        const Operand* x = mine.x.data() + (long)row * c.hidden;
+        float* outs = mine.outs.data();
         int end = std::min((task + 1) * HEAD_COLUMNS, c.vocab);
         for (int first = task * HEAD_COLUMNS; first < end; first += COLUMNS) {
             int count = std::min(COLUMNS, end - first);
-            const Operand* x = mine.x.data() + (long)row * c.hidden;
-            mine.linear(head, first, count, c.hidden, x, rows, mine.outs.data(), COLUMNS);
-            for (int i = 0; i < rows; i++)
-                std::memcpy(b.logits + (long)(row + i) * c.vocab + first, &mine.outs[i * COLUMNS], count * sizeof(float));
+            auto finish = [&](int i) {
+                std::memcpy(b.logits + (long)(row + i) * c.vocab + first, outs + i * COLUMNS, count * sizeof(float));
+            };
+            if (count > TILE) mine.linear.strips<2>(head, first, first + TILE, c.hidden, x, rows, outs, COLUMNS, finish);
+            else mine.linear.strips<1>(head, first, first, c.hidden, x, rows, outs, COLUMNS, finish);
         }
     }
 
@@ -326,7 +324,7 @@ struct Engine {
     int run_layer(int layer, int at, int me) {
         const ms_layer& w = layers[layer];
         Scratch& mine = scratch[me];
-        int tasks = (c.hidden + COLUMNS - 1) / COLUMNS, width = c.heads * c.head_dim;
+        int tasks = c.hidden / COLUMNS, width = c.heads * c.head_dim;
         const Operand* x = input(at++, me, c.hidden, [&](int row, InputRow to) { normed(row, w.attn_norm, to); });
         columns(at++, me, c.heads + 2 * c.kv_heads,
                 [&](int head, int row, int rows) { project(w, layer, head, x, row, rows, mine); });
@@ -347,7 +345,7 @@ struct Engine {
         at++;
         columns(at++, me, tasks, [&](int task, int row, int rows) { add(w.o, width, task, x, row, rows, mine); });
         x = input(at++, me, c.hidden, [&](int row, InputRow to) { normed(row, w.mlp_norm, to); });
-        columns(at++, me, (c.intermediate + COLUMNS - 1) / COLUMNS,
+        columns(at++, me, c.intermediate / COLUMNS,
                 [&](int task, int row, int rows) { gate(w.gate_up, task, x, row, rows, mine); });
         columns(at++, me, tasks, [&](int task, int row, int rows) {
             add(w.down, c.intermediate, task, hidden.data(), row, rows, mine);
@@ -409,18 +407,7 @@ Engine* ms_open(const ms_config* config, const ms_layer* layers, const Matrix* e
         engine->hidden.resize(rows * c.intermediate);
         engine->shared.resize(rows * width);
         engine->scratch.resize(c.max_threads);
-        for (auto& scratch : engine->scratch) {
-            scratch.x.resize(rows * width);
-            scratch.outs.resize((size_t)BLOCK * std::max(2 * COLUMNS, c.head_dim));
-            scratch.linear.amx = scratch.attention.amx = engine->amx;
-            scratch.linear.widened.resize((size_t)COLUMNS * engine->widest());
-            int queries = std::max(CHUNK_ROWS * engine->group(), c.heads);  // of a task: of a chunk, or of all kv heads
-            scratch.attention.resize(c.head_dim, queries);
-            scratch.queries.reserve(queries);
-            scratch.sums.resize((size_t)queries * result_size(c.head_dim));
-            scratch.upcoming.runs.reserve((size_t)(PART / c.page_tokens + 2) * 2 * c.kv_heads);
-            scratch.sampler.resize(c.vocab);
-        }
+        for (auto& scratch : engine->scratch) scratch.resize(c, engine->amx);
         engine->counters = std::vector<Word>((size_t)(3 + 9 * c.layers) * Cut::most_blocks(c.max_rows));
         for (int i = 1; i < c.max_threads; i++) engine->threads.emplace_back(&Engine::serve, engine.get(), i);
         return engine.release();

@@ -1,0 +1,36 @@
+// What one thread of a step needs for itself.
+
+#pragma once
+
+#include "cut.hpp"
+#include "linear.hpp"
+
+namespace {
+
+struct Scratch {
+    Linear linear;
+    Attention attention;
+    Buffer<Operand> x;   // (max_rows, widest input): a linear's input when rows are few, and the head's
+    Buffer<float> outs;  // (BLOCK, COLUMNS or head_dim): a linear's
+    std::vector<Query> queries;  // of a task of attention
+    const Attend* fetched;       // the task whose first part is fetched already
+    Upcoming upcoming;           // the part after the one that is attended to
+    Buffer<float> sums;          // (queries of a task, result_size): attention so far
+    Sampler sampler;
+
+    void resize(const ms_config& c, bool amx) {
+        const int group = c.heads / c.kv_heads, width = std::max(c.hidden, c.heads * c.head_dim);
+        x.resize((size_t)whole_tiles(c.max_rows) * width);
+        outs.resize((size_t)BLOCK * std::max(COLUMNS, c.head_dim));
+        linear.amx = attention.amx = amx;
+        linear.widened.resize((size_t)COLUMNS * std::max(width, c.intermediate));
+        const int most = std::max(CHUNK_ROWS * group, c.heads);  // queries of a task: of a chunk, or of all kv heads
+        attention.resize(c.head_dim, most);
+        queries.reserve(most);
+        sums.resize((size_t)most * result_size(c.head_dim));
+        upcoming.runs.reserve((size_t)(PART / c.page_tokens + 2) * 2 * c.kv_heads);
+        sampler.resize(c.vocab);
+    }
+};
+
+}  // namespace
