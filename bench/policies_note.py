@@ -185,9 +185,8 @@ def whose_cores(of: Sample) -> str:
         return f"every process and page as they are, but steps slept for what {Path(of.costs).name} says of them, so that no worker slows another"
     if of.cores is None:
         return "four workers and the load generator on the same cores"
-    return (
-        f"each worker with {of.cores:g} of a core to itself, by a control group, and with steps of one thread"
-    )
+    parts = of.cores.replace("=", " ").replace(",", ", ")
+    return f"each worker with a part of a core to itself by a control group ({parts}) and steps of one thread"
 
 
 def write_note(samples: Sequence[Sample], command: str) -> Path:

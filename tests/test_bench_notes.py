@@ -138,6 +138,24 @@ def test_a_note_of_policies_says_what_is_saved(tmp_path: Path, monkeypatch: pyte
     assert "| session | 20% ± 30%; 30% ± 30% |" in text
 
 
+@pytest.mark.parametrize(
+    ("how", "name", "said"),
+    [
+        ({"cores": "p0=0.3,d0=0.7"}, "policies-apart", "by a control group (p0 0.3, d0 0.7)"),
+        ({"costs": "configs/costs/x.toml"}, "policies-slept", "steps slept for what x.toml says"),
+    ],
+)
+def test_a_note_of_policies_says_what_the_workers_ran_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: dict[str, str], name: str, said: str
+) -> None:
+    """If steps that were slept passed for steps that were run, or took the place of their note, it would mislead."""
+    values = dict.fromkeys(("TTFT p50", "TTFT p99", "JCT mean", "cached", "requests", "failed"), 1.0)
+    monkeypatch.setattr(policies_note, "Note", lambda name: notes.Note(name, tmp_path, "2026-01-01", "abc"))
+    written = policies_note.write_note([policies_note.Sample("cost", 1, values, {}, **how)], "x")
+    assert written.stem.endswith(name)
+    assert said in written.read_text()
+
+
 @pytest.mark.parametrize("scale", ["0.06", "0.5", "1"])
 def test_pools_of_policies_are_as_short_as_the_prompts(scale: str) -> None:
     """If a slow machine's short prompts had the pools of long ones, everything would stay cached wherever it went."""
