@@ -39,8 +39,11 @@ async def test_prompts_come_back_from_every_tier(tmp_path: Path) -> None:
     assert [one["choices"][0]["token_ids"] for one in again] == [
         one["choices"][0]["token_ids"] for one in first
     ]
-    cached = [one["usage"]["prompt_tokens_details"]["cached_tokens"] for one in again]
-    assert cached == [LENGTH // 16 * 16] * PROMPTS
+    cached = sum(one["usage"]["prompt_tokens_details"]["cached_tokens"] for one in again)
+    whole = LENGTH // 16 * 16 * PROMPTS
+    # A request that cannot wait for a slow disk has the coldest pages dropped, and the pool says how many.
+    assert whole - 16 * shard["evicted_pages_total"] <= cached <= whole
+    assert cached > 0.8 * whole
     assert shard["swapped_out_pages_total"] > 100
     assert shard["matched_host_tokens_total"] + shard["matched_disk_tokens_total"] > PROMPTS * LENGTH / 2
     assert shard["matched_disk_tokens_total"] > 0
