@@ -28,13 +28,15 @@ import raw_client
 from loadgen.content import Filler
 from loadgen.conversation import Conversation, Own, Style
 from loadgen.records import Record
+from memserve.costs import StepCosts
 from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.spec import ModelSpec, find_model
 from memserve.engine.tokenizer import Tokenizer
 from memserve.engine.weights import map_weights, prepare
 from memserve.messages import Sampling
+from memserve.scheduling.cost_model import CostModel
 from memserve.tokens import pack
-from null_cluster import TOKENS, NullEngine
+from null_cluster import TOKENS, NullEngine, predicted, steady
 from peer_workloads import CASES, Wrong
 from test_model import DEMO
 
@@ -335,6 +337,15 @@ def test_the_null_engine_answers_by_position() -> None:
     greedy = Sampling(temperature=0.0, top_p=1.0, top_k=0, seed=0)
     rows = (Row(pack([5, 6]), 0, (0,), None), Row(pack([7]), 66, (0,), greedy))
     assert NullEngine().run(BatchPlan(rows)).tokens == (None, TOKENS[3])
+
+
+def test_steps_that_are_slept_take_what_they_cost() -> None:
+    """If an idle worker's next step were for nothing, or a late one made up for, a cluster of them would be too fast."""
+    costs = CostModel(StepCosts(((1.0, 0.01), (100.0, 0.1)), read_s=1e-4))
+    plan = BatchPlan((Row(pack([1] * 100), 50, (), None),))
+    for last in (0.0, 6.9, 7.0):
+        assert predicted(costs)(plan, 7.0, last) == pytest.approx(7.0 + 0.1 + 50 * 1e-4)
+    assert [steady(0.02)(plan, 7.0, last) for last in (0.0, 6.99)] == [7.0, pytest.approx(7.01)]
 
 
 def test_a_stream_is_read_to_its_end_however_it_is_cut() -> None:
