@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import math
 import random
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import attrs
@@ -261,9 +262,7 @@ def measured(part: str, seeds: Sequence[int], at: str) -> Sample:
 
 
 def write_note(samples: Sequence[Sample], command: str) -> None:
-    """The parts that there are, in their order, as of the commit that they were measured at. Raises ValueError where there are several."""
-    if len(found := {one.commit for one in samples}) > 1:
-        raise ValueError(f"parts of commits {', '.join(sorted(found))} are not to be compared")
+    """The parts that there are, in their order, as of the one commit that they were measured at."""
     texts = {one.part: one.text for one in samples}
     note = attrs.evolve(Note("admission"), commit=samples[0].commit)
     print(
@@ -284,7 +283,11 @@ def main() -> None:
     take_pieces(parser)
     given = parser.parse_args()
     if given.merge:
-        write_note(merged(given.merge, Sample, ()), "make bench-admission, in pieces")
+        try:
+            samples = merged(given.merge, Sample, ("commit",))
+        except ValueError as error:
+            sys.exit(f"bench-admission: {error}")
+        write_note(samples, "make bench-admission, in pieces")
         return
     at = commit()
     samples = [measured(one, given.seeds, at) for one in given.only]

@@ -1,11 +1,11 @@
 """``memserve up`` whose workers are as if each had a machine of its own, though they share one: a part of a core each.
 
 Each worker's process is in a control group that may take so much CPU, runs steps of one thread, and has a budget of cores of
-its own, as on another host. So one that is busy makes no other slower, which is what a scheduler's choice is about; nothing else
-is different: the same model, kernels, processes and sockets. Needs the right to make control groups (root has it), and cores for
+its own, as on another host. So one that is busy makes no other wait, which is what a scheduler's choice is about; how fast the
+machine's cores are beside one another, it does not change. Nothing else is different: the same model, kernels, processes and sockets. Needs the right to make control groups (root has it), and cores for
 all the parts and for what runs beside them. ``bench/policies.py`` starts it::
 
-    python bench/apart_cluster.py up --cores p0=0.25,d0=0.7 -c configs/1p1d.toml --set frontend.port=0
+    python bench/apart_cluster.py up --cores p0=0.25,d0=0.7 -c configs/demo.toml --set frontend.port=0
 """
 
 from __future__ import annotations
@@ -48,7 +48,10 @@ def actor_argv(
 def parts(text: str) -> dict[str, float]:
     """Cores by worker, written ``p0=0.25,d0=0.7``. Raises ValueError."""
     found = (one.partition("=") for one in text.split(","))
-    return {name: float(value) for name, _, value in found}
+    cores = {name: float(value) for name, _, value in found}
+    if not all(one >= 0.1 for one in cores.values()):
+        raise ValueError("a part must be at least 0.1, which is all that the kernel can count")
+    return cores
 
 
 def up(cores: Mapping[str, float], file: str, settings: Sequence[str]) -> None:

@@ -74,9 +74,7 @@ def merged(paths: Iterable[Path], kind: type[Sample], same: Sequence[str]) -> li
         raise ValueError("no samples to merge")
     for what in same:
         if len(found := {getattr(one, what) for one in samples}) > 1:
-            raise ValueError(
-                f"runs of {what} {', '.join(f'{one:g}' for one in sorted(found))} are not to be compared"
-            )
+            raise ValueError(f"runs of {what} {', '.join(sorted(map(str, found)))} are not to be compared")
     return samples
 
 

@@ -173,16 +173,19 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--policies", type=lambda text: text.split(","), default=list(POLICIES), help="only these, by comma"
     )
-    parser.add_argument(
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
         "--cores",
         help="of CPU for each worker as on a machine of its own: p0=0.25,...; unset: all share all",
     )
-    parser.add_argument(
+    where.add_argument(
         "--costs", help="steps take what this table says, asleep, as on machines of their own; unset: run"
     )
     parser.add_argument("--set", action="append", default=[], help="KEY=VALUE over the configuration")
     take_pieces(parser)
     given = parser.parse_args(arguments)
+    if given.costs is not None and not Path(given.costs).is_file():
+        parser.error(f"--costs: there is no file {given.costs}")
     if unknown := set(given.policies) - set(POLICIES):
         parser.error(f"--policies: {', '.join(sorted(unknown))} is not one of {', '.join(POLICIES)}")
     return given

@@ -177,6 +177,9 @@ def test_samples_of_policies_are_read_back_as_they_were(tmp_path: Path) -> None:
     notes.save([attrs.evolve(samples[0], scale=0.5)], tmp_path / "1")
     with pytest.raises(ValueError, match=r"scale 0\.06, 0\.5"):
         notes.merged([tmp_path / "1", tmp_path / "2"], policies_note.Sample, policies_note.SAME)
+    notes.save([attrs.evolve(samples[0], costs="x.toml")], tmp_path / "1")
+    with pytest.raises(ValueError, match=r"costs None, x\.toml"):
+        notes.merged([tmp_path / "1", tmp_path / "2"], policies_note.Sample, policies_note.SAME)
 
 
 def test_a_cluster_that_does_not_start_says_why(capfd: pytest.CaptureFixture[str]) -> None:
