@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,38 @@ PROCESSORS = {
 }
 """What the kernel says that a processor has, and what of it the build uses."""
 
+LINEAR = """
+#include "scratch.hpp"
+extern "C" void product(void* linear, const Matrix* w, const void* x, int rows, float* out) {
+    ((Linear*)linear)->strips(*w, 0, TILE, 576, (const Operand*)x, rows, out, COLUMNS, [](int) {});
+}
+"""
+PRODUCT = re.compile(r"\tv(dpbf16|fmadd)")
+STORE_ON_STACK = re.compile(r"\tvmov\w+\t%[xyz]mm\d+, [^,]*\(%r[sb]p\)")
+JUMP = re.compile(r"\tj(?!mp)\w+\t(\.L\d+)")
+
+
+def compiled(source: Path, flags: tuple[str, ...], *how: str) -> str:
+    """What the compiler makes of a file that includes the step's parts. Skips where there is none."""
+    compiler = os.environ.get("CXX", "g++")
+    if not shutil.which(compiler):
+        pytest.skip(f"no C++ compiler here: there is no {compiler}")
+    command = [compiler, *flags, f"-I{SOURCES[0].parent}", *how, "-o-", str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def inner_loops(assembly: str) -> Iterator[list[str]]:
+    """The lines of every loop that holds no other."""
+    lines = assembly.splitlines()
+    label_at = {line[:-1]: at for at, line in enumerate(lines) if line.endswith(":")}
+    jumps = [(at, label_at[jump[1]]) for at, line in enumerate(lines) if (jump := JUMP.match(line))]
+    loops = [(start, end) for end, start in jumps if start < end]
+    for start, end in loops:
+        if not any(start <= first and last < end for first, last in loops):
+            yield lines[start:end]
+
 
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_it_compiles_for_every_processor(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,26 +66,31 @@ def test_it_compiles_for_every_processor(name: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(native_build, "_processor_flags", lambda: has)
     flags = target_flags()
     assert {flag for flag in flags if flag.startswith("-m")} == used
-    compiler = os.environ.get("CXX", "g++")
-    if not shutil.which(compiler):
-        pytest.skip(f"no C++ compiler here: there is no {compiler}")
-    command = [compiler, *flags, "-fsyntax-only", str(SOURCES[0].parent / "step.cpp")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
+    compiled(SOURCES[0].parent / "step.cpp", flags, "-fsyntax-only")
+
+
+@pytest.mark.parametrize("name", ["Zen 3", "Zen 4"])
+def test_sums_of_products_stay_in_registers(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Stored with every product, as they once were, they make decode steps of 8 rows half as slow again, and nothing else."""
+    monkeypatch.setattr(native_build, "_processor_flags", lambda: PROCESSORS[name][0])
+    source = tmp_path / "linear.cpp"
+    source.write_text(LINEAR)
+    loops = list(inner_loops(compiled(source, ("-O3", *target_flags()), "-S")))
+    counts = [
+        [sum(1 for line in loop if kind.match(line)) for kind in (PRODUCT, STORE_ON_STACK)] for loop in loops
+    ]
+    assert max(products for products, _ in counts) >= 16, "no loop of products was found"
+    assert [count for count in counts if count[1] * 4 > count[0] > 0] == []
 
 
 def test_what_is_to_be_fetched_ahead_is(tmp_path: Path) -> None:
     """The compiler may take a function that only fetches for one without effects: attention once fetched nothing, unseen."""
-    compiler = os.environ.get("CXX", "g++")
-    if not shutil.which(compiler):
-        pytest.skip(f"no C++ compiler here: there is no {compiler}")
-    (tmp_path / "fetch.cpp").write_text(
+    source = tmp_path / "fetch.cpp"
+    source.write_text(
         '#include "vectors.hpp"\n'
         "[[gnu::noinline]] static void fetch(const char* p) { prefetch(p); }\n"
         "void twice(const char* p) { fetch(p), fetch(p + 64); }\n"
     )
-    command = [compiler, "-O3", "-std=c++17", "-mavx2", "-mfma", f"-I{SOURCES[0].parent}", "-S", "-o-"]
-    done = subprocess.run(
-        [*command, str(tmp_path / "fetch.cpp")], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert "prefetcht1" in done.stdout, done.stderr
+    assert "prefetcht1" in compiled(source, ("-O3", "-std=c++17", "-mavx2", "-mfma"), "-S")

@@ -56,43 +56,43 @@ inline const bf16* tile_of(const int8_t* from, bf16* to) {
     return to;
 }
 
-// One or two strips of weights, `apart` values from one to the other, times one or two blocks of 16 rows, along `count` values
+// Two strips of weights, `apart` values from one to the other, times one or two blocks of 16 rows, along `count` values
 // of k, `on_top` of what is in `out` or not. The inputs stream through: it is the weights that are wanted again, for the next
 // rows. Calls beside(tile) with each tile of weights: while products are under way, one of two ports for vectors is free.
-template <int STRIPS, int BLOCKS, class Weight, class Beside>
+template <int BLOCKS, class Weight, class Beside>
 inline void amx_product(const Weight* w, long apart, long K, long count, bool on_top, const bf16* x, float* out, long stride,
                         const Beside& beside) {
-    alignas(64) bf16 widened[2][STRIPS][TILE_VALUES];  // by turns, so that none waits for the one before
+    alignas(64) bf16 widened[2][2][TILE_VALUES];  // by turns, so that none waits for the one before
     const bf16* x2 = x + TILE * K;
     float* out2 = out + TILE * stride;
     stores_done();
     if (on_top) {
         _tile_loadd(0, out, stride * 4);
-        if constexpr (STRIPS > 1) _tile_loadd(1, out + TILE, stride * 4);
+        _tile_loadd(1, out + TILE, stride * 4);
         if constexpr (BLOCKS > 1) _tile_loadd(2, out2, stride * 4);
-        if constexpr (STRIPS > 1 && BLOCKS > 1) _tile_loadd(3, out2 + TILE, stride * 4);
+        if constexpr (BLOCKS > 1) _tile_loadd(3, out2 + TILE, stride * 4);
     } else {
         _tile_zero(0);
-        if constexpr (STRIPS > 1) _tile_zero(1);
+        _tile_zero(1);
         if constexpr (BLOCKS > 1) _tile_zero(2);
-        if constexpr (STRIPS > 1 && BLOCKS > 1) _tile_zero(3);
+        if constexpr (BLOCKS > 1) _tile_zero(3);
     }
     for (long at = 0; at < TILE * count; at += TILE_VALUES) {
         auto& turn = widened[at / TILE_VALUES % 2];
         _tile_loadd(6, tile_of(w + at, turn[0]), 64);
-        if constexpr (STRIPS > 1) _tile_loadd(7, tile_of(w + apart + at, turn[STRIPS - 1]), 64);
+        _tile_loadd(7, tile_of(w + apart + at, turn[1]), 64);
         _tile_stream_loadd(4, x + at, 64);
         if constexpr (BLOCKS > 1) _tile_stream_loadd(5, x2 + at, 64);
         _tile_dpbf16ps(0, 4, 6);
-        if constexpr (STRIPS > 1) _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(1, 4, 7);
         if constexpr (BLOCKS > 1) _tile_dpbf16ps(2, 5, 6);
-        if constexpr (STRIPS > 1 && BLOCKS > 1) _tile_dpbf16ps(3, 5, 7);
+        if constexpr (BLOCKS > 1) _tile_dpbf16ps(3, 5, 7);
         beside(at / TILE_VALUES);
     }
     _tile_stored(0, out, stride * 4);
-    if constexpr (STRIPS > 1) _tile_stored(1, out + TILE, stride * 4);
+    _tile_stored(1, out + TILE, stride * 4);
     if constexpr (BLOCKS > 1) _tile_stored(2, out2, stride * 4);
-    if constexpr (STRIPS > 1 && BLOCKS > 1) _tile_stored(3, out2 + TILE, stride * 4);
+    if constexpr (BLOCKS > 1) _tile_stored(3, out2 + TILE, stride * 4);
 }
 
 // out[0..16)[0..16 COLUMNS): rows of `depth` values (a multiple of 32), `x_stride` values from one to the next, times columns
@@ -118,7 +118,7 @@ inline void amx_columns(const bf16* x, long x_stride, const bf16* tiles, long co
 struct Tiles {
     explicit Tiles(bool) {}
 };
-template <int STRIPS, int BLOCKS, class Weight, class Beside>
+template <int BLOCKS, class Weight, class Beside>
 inline void amx_product(const Weight*, long, long, long, bool, const Operand*, float*, long, const Beside&) {}
 template <int COLUMNS>
 inline void amx_columns(const Operand*, long, const Operand*, long, int, float*, long) {}

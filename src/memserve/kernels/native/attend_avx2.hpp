@@ -47,9 +47,10 @@ inline __m128 sums_of(const __m256* a) {
     return _mm_add_ps(_mm256_castps256_ps128(c), _mm256_extractf128_ps(c, 1));
 }
 
-// Scores of N queries with the tokens [start, end), in steps of SCORED: up to that many more are written.
+// Scores of N queries with the tokens [start, end), in steps of SCORED: up to that many more are written. Not inline: it takes
+// all registers.
 template <int N>
-inline void score(const float* queries, const Keys& keys, int start, int end, int head_dim, float* scores) {
+[[gnu::noinline]] void score(const float* queries, const Keys& keys, int start, int end, int head_dim, float* scores) {
     for (int t = start; t < end; t += SCORED) {
         const bf16* at[SCORED];
         for (int i = 0; i < SCORED; i++) at[i] = keys.at[std::min(t + i, keys.count - 1)];
@@ -57,7 +58,7 @@ inline void score(const float* queries, const Keys& keys, int start, int end, in
         for (auto& row : sums)
             for (auto& sum : row) sum = _mm256_setzero_ps();
         for (int d = 0; d < head_dim; d += 16)
-            each_pass([&](auto pass) {
+            each<PASSES>([&](auto pass) {
                 __m256 values[N];
                 for (int n = 0; n < N; n++) values[n] = _mm256_load_ps(queries + n * head_dim + d + 8 * pass.value);
                 for (int i = 0; i < SCORED; i++) {
@@ -100,9 +101,7 @@ inline void parts_of_queries(int number, F run) {
     int count = (number + QUERIES - 1) / QUERIES;
     for (int i = 0, n = 0, here; i < count; i++, n += here) {
         here = (number - n + count - i - 1) / (count - i);
-        if (here == 1) run(n, std::integral_constant<int, 1>());
-        else if (here == 2) run(n, std::integral_constant<int, 2>());
-        else run(n, std::integral_constant<int, 3>());
+        as_constant<QUERIES>(here, [&](auto N) { run(n, N); });
     }
 }
 

@@ -104,14 +104,7 @@ inline void attend(const Query* queries, int number, const Keys& keys, int head_
         int most = 0, here = std::min(QUERIES, number - n);
         for (int i = n; i < n + here; i++) most = std::max(most, queries[i].count);
         int padded = whole_strips(most);
-        switch (here) {
-            case 1: attend_queries<1>(queries + n, padded, head_dim, keys.first, mine); break;
-            case 2: attend_queries<2>(queries + n, padded, head_dim, keys.first, mine); break;
-            case 3: attend_queries<3>(queries + n, padded, head_dim, keys.first, mine); break;
-            case 4: attend_queries<4>(queries + n, padded, head_dim, keys.first, mine); break;
-            case 5: attend_queries<5>(queries + n, padded, head_dim, keys.first, mine); break;
-            default: attend_queries<6>(queries + n, padded, head_dim, keys.first, mine); break;
-        }
+        as_constant<QUERIES>(here, [&](auto N) { attend_queries<N>(queries + n, padded, head_dim, keys.first, mine); });
     }
 }
 

@@ -11,18 +11,17 @@
 
 namespace {
 
-constexpr int COLUMNS = 2 * TILE;        // outputs of one task of a linear
-constexpr int ROWS = std::min(8, SUMS);  // rows of x that vectors work on together
-constexpr int WEIGHTS_DEPTH = 512;       // values along k of a task's weights that the first level holds beside the inputs
-constexpr int AHEAD = 8192;              // bytes of weights between what is prefetched and what is used
+constexpr int COLUMNS = 2 * TILE;         // outputs of one task of a linear
+constexpr int ROWS = std::min(12, SUMS);  // rows of x that vectors work on together
+constexpr int WEIGHTS_DEPTH = 512;        // values along k of a task's weights that the first level holds beside the inputs
+constexpr int AHEAD = 8192;               // bytes of weights between what is prefetched and what is used
 
-// STRIPS strips of weights, `apart` values from one to the next, times M rows of one block. The first pass over weights
+// One or two strips of weights, `apart` values from one to the other, times M rows of one block. The first pass over weights
 // fetches what comes AHEAD, at the end of the strips that of those that follow: the hardware's prefetcher stops at every page.
 template <int STRIPS, int M, bool FETCH, class Weight>
 inline void vector_product(const Weight* w, long apart, long K, const Operand* x, float* out, long stride) {
     Floats sums[STRIPS][M];
-    for (auto& strip : sums)
-        for (auto& sum : strip) sum = every(0.f);
+    each<STRIPS>([&](auto s) { each<M>([&](auto m) { sums[s][m] = every(0.f); }); });
     const long ahead = AHEAD / sizeof(Weight), skipped = apart == TILE * K ? (STRIPS - 1) * apart : 0;
     for (long tile = 0; tile < TILE * K; tile += TILE_VALUES) {
         const Weight* later = w + tile + ahead + (tile + ahead >= TILE * K ? skipped : 0);
@@ -31,78 +30,68 @@ inline void vector_product(const Weight* w, long apart, long K, const Operand* x
             const Operand* values = x + tile + 2 * pair;
             if (FETCH)
                 for (int s = 0; s < STRIPS; s++) prefetch(later + s * apart + pair * 2 * TILE);
-            each_pass([&](auto pass) {
+            each<PASSES>([&](auto pass) {
                 Pairs weights[STRIPS];
-                for (int s = 0; s < STRIPS; s++) weights[s] = pairs<pass.value>(from + s * apart);
-                for (int m = 0; m < M; m++) {
+                each<STRIPS>([&](auto s) { weights[s] = pairs<pass.value>(from + s * apart); });
+                each<M>([&](auto m) {
                     Pairs value = every_pair<pass.value>(values + m * TILE_K);
-                    for (int s = 0; s < STRIPS; s++) sums[s][m] = add_products(sums[s][m], weights[s], value);
-                }
+                    each<STRIPS>([&](auto s) { sums[s][m] = add_products(sums[s][m], weights[s], value); });
+                });
             });
         }
     }
-    for (int m = 0; m < M; m++)
-        for (int s = 0; s < STRIPS; s++) store(out + m * stride + s * TILE, sums[s][m]);
+    each<M>([&](auto m) { each<STRIPS>([&](auto s) { store(out + m * stride + s * TILE, sums[s][m]); }); });
 }
 
-// Calls run(first row, std::integral_constant of rows) for up to 16 rows, in as few parts as there can be, of equal
-// sizes.
+// Calls run(first row, std::integral_constant of rows) for up to 16 rows, in as few parts as there can be, of about equal
+// sizes: beyond 4 rows an even number, so that fewer are compiled; the row that is too many is padding.
 template <class F>
 inline void parts_of_block(int rows, F run) {
     int count = (rows + ROWS - 1) / ROWS;
     for (int i = 0, m = 0; i < count; i++) {
-        int here = (rows - m + count - i - 1) / (count - i);
-        switch (std::min(here, ROWS)) {
-            case 1: run(m, std::integral_constant<int, 1>()); break;
-            case 2: run(m, std::integral_constant<int, 2>()); break;
-            case 3: run(m, std::integral_constant<int, 3>()); break;
-            case 4: run(m, std::integral_constant<int, 4>()); break;
-            case 5: run(m, std::integral_constant<int, 5>()); break;
-            case 6: run(m, std::integral_constant<int, 6>()); break;
-            case 7: run(m, std::integral_constant<int, std::min(7, ROWS)>()); break;
-            default: run(m, std::integral_constant<int, ROWS>());
-        }
-        m += here;
+        int here = (rows - m + count - i - 1) / (count - i), half = (here + 1) / 2;
+        if (here <= 4) as_constant<4>(here, [&](auto M) { run(m, M); });
+        else as_constant<ROWS / 2>(half, [&](auto half) { run(m, std::integral_constant<int, 2 * half>()); });
+        m += here <= 4 ? here : 2 * half;
     }
 }
 
-// M rows of one block: all strips at a time where there are registers for their sums.
-template <int STRIPS, int M, bool FETCH, class Weight>
+// M rows of one block: both strips at a time where there are registers for their sums.
+template <int M, bool FETCH, class Weight>
 inline void vector_strips(const Weight* w, long apart, long K, const Operand* x, float* out, long stride) {
-    constexpr int TOGETHER = STRIPS * M <= SUMS ? STRIPS : 1;
-    for (int s = 0; s < STRIPS; s += TOGETHER)
+    constexpr int TOGETHER = 2 * M <= SUMS_OF_TWO ? 2 : 1;
+    for (int s = 0; s < 2; s += TOGETHER)
         vector_product<TOGETHER, M, FETCH>(w + s * apart, apart, K, x, out + s * TILE, stride);
 }
 
-template <int STRIPS, class Weight, class Finish>
+template <class Weight, class Finish>
 inline void vector_rows(const Weight* w, long apart, long K, const Operand* x, int rows, float* out, long stride,
                         Finish finish) {
     for (int block = 0; block < rows; block += TILE)
         parts_of_block(std::min(TILE, rows - block), [&](int m, auto M) {
-            auto run = block + m == 0 ? vector_strips<STRIPS, M.value, true, Weight>
-                                      : vector_strips<STRIPS, M.value, false, Weight>;
+            auto run = block + m ? vector_strips<M, false, Weight> : vector_strips<M, true, Weight>;
             run(w, apart, K, x + block * K + m * TILE_K, out + (block + m) * stride, stride);
-            for (int row = block + m; row < block + m + M.value; row++) finish(row);
+            for (int row = block + m; row < std::min(block + m + M, rows); row++) finish(row);
         });
 }
 
 // What a pass does beside its products: it fetches a share of the strips that follow and finishes the rows of the pass before.
-template <int STRIPS, class Weight, class Finish>
+template <class Weight, class Finish>
 struct Beside {
     const Weight* next;  // the strip that follows the first
     long apart;          // from there to the one that follows the second
     int line, line_end;  // of each of their tiles
     int row, row_end;    // to be finished,
-    int each;            // so many with a tile of the pass's own weights
+    int at_once;         // so many with a tile of the pass's own weights
     Finish finish;
 
     // Not inline: the compiler would have too few registers for the addresses of tiles, and moves by way of vector registers
     // or the stack keep products waiting, by 15 to 17 % for one of them with every four products.
     [[gnu::noinline]] void operator()(long tile) const {
-        for (int s = 0; s < STRIPS; s++)
+        for (int s = 0; s < 2; s++)
             for (int l = line; l < line_end; l++)
                 prefetch((const char*)(next + s * apart + tile * TILE_VALUES) + l * 64);
-        const int first = row + (int)tile * each, end = std::min(first + each, row_end);
+        const int first = row + (int)tile * at_once, end = std::min(first + at_once, row_end);
         for (int i = first; i < end; i++) finish(i);
     }
 };
@@ -110,22 +99,21 @@ struct Beside {
 // Computes whole blocks: rows of padding too. Deep products go in parts whose weights stay in the first level. Where weights
 // are used more than once, each pass fetches a share of those that follow; where once, the hardware's prefetcher is the better
 // one.
-template <int STRIPS, class Weight, class Finish>
+template <class Weight, class Finish>
 inline void amx_rows(const Weight* w, long apart, long K, const Operand* x, int rows, float* out, long stride, Finish finish) {
     constexpr int PASS = 2 * TILE;  // rows
     const int passes = (rows + PASS - 1) / PASS, lines = passes > 1 ? TILE_VALUES * sizeof(Weight) / 64 : 0;
     const long depth = passes > 1 && K > 3 * WEIGHTS_DEPTH / 2 ? WEIGHTS_DEPTH : K;
-    const Weight* next = w + (apart == TILE * K ? STRIPS : 1) * TILE * K;
+    const Weight* next = w + (apart == TILE * K ? 2 : 1) * TILE * K;
     for (long start = 0, count; start < K; start += count) {
         count = std::min(depth, K - start);
         const bool last = start + count == K;
-        const int each = int((PASS * TILE_K + count - 1) / count);
+        const int at_once = int((PASS * TILE_K + count - 1) / count);
         for (int pass = 0; pass < passes; pass++) {
             const int m = pass * PASS, ready = last && pass ? m - PASS : m;
-            Beside<STRIPS, Weight, Finish> beside = {next + TILE * start, apart, pass * lines / passes,
-                                                     (pass + 1) * lines / passes, ready, m, each, finish};
-            auto run = m + TILE < rows ? amx_product<STRIPS, 2, Weight, decltype(beside)>
-                                       : amx_product<STRIPS, 1, Weight, decltype(beside)>;
+            Beside<Weight, Finish> beside = {next + TILE * start, apart, pass * lines / passes, (pass + 1) * lines / passes,
+                                             ready, m, at_once, finish};
+            auto run = m + TILE < rows ? amx_product<2, Weight, decltype(beside)> : amx_product<1, Weight, decltype(beside)>;
             run(w + TILE * start, apart, K, count, start > 0, x + m * K + TILE * start, out + m * stride, stride, beside);
         }
     }
@@ -137,36 +125,36 @@ struct Linear {
     bool amx = false;
     Buffer<bf16> widened;  // (COLUMNS, widest input): int8 weights as bfloat16
 
-    // out[m][0..TILE) = w[first..first + TILE) . x[m], and with two STRIPS the next TILE from `second` on. Calls finish(m) for
+    // out[m][0..TILE) = w[first..first + TILE) . x[m], and the next TILE of them with w from `second` on. Calls finish(m) for
     // every row, some time after it is there. `x`: the first row of a block; K: a multiple of 32; `first`, `second`: of 16. A
     // row of `out` is `stride` values long; `out` has room for whole tiles of rows, and what is beyond the real ones is
     // undefined.
-    template <int STRIPS, class Finish>
+    template <class Finish>
     void strips(const Matrix& w, long first, long second, long K, const Operand* x, int rows, float* out, long stride,
                 Finish finish) {
         const long apart = (second - first) * K;
-        if (!w.scales) return run<STRIPS>((const bf16*)w.values + first * K, apart, K, x, rows, out, stride, finish);
+        if (!w.scales) return run((const bf16*)w.values + first * K, apart, K, x, rows, out, stride, finish);
         auto scaled = [&](int m) {
             float* to = out + m * stride;
             store(to, load(to) * load(w.scales + first));
-            if (STRIPS > 1) store(to + TILE, load(to + TILE) * load(w.scales + second));
+            store(to + TILE, load(to + TILE) * load(w.scales + second));
             finish(m);
         };
         const int8_t* weights = (const int8_t*)w.values + first * K;
-        if (rows <= 2 * (amx ? TILE : ROWS))  // each value is used once or twice: it is widened on its way
-            return run<STRIPS>(weights, apart, K, x, rows, out, stride, scaled);
-        for (int s = 0; s < STRIPS; s++)
+        if (rows <= (amx ? 2 * TILE : std::min(TILE, 2 * ROWS)))  // each value is used once or twice: it is widened on its way
+            return run(weights, apart, K, x, rows, out, stride, scaled);
+        for (int s = 0; s < 2; s++)
             for (long i = 0; i < TILE * K; i += TILE_K) {
                 prefetch(weights + s * apart + i + AHEAD);
                 widen(widened.data() + s * TILE * K + i, weights + s * apart + i);
             }
-        run<STRIPS>((const bf16*)widened.data(), TILE * K, K, x, rows, out, stride, scaled);
+        run((const bf16*)widened.data(), TILE * K, K, x, rows, out, stride, scaled);
     }
 
-    template <int STRIPS, class Weight, class Finish>
+    template <class Weight, class Finish>
     void run(const Weight* w, long apart, long K, const Operand* x, int rows, float* out, long stride, Finish finish) {
-        if (amx) amx_rows<STRIPS>(w, apart, K, x, rows, out, stride, finish);
-        else vector_rows<STRIPS>(w, apart, K, x, rows, out, stride, finish);
+        if (amx) amx_rows(w, apart, K, x, rows, out, stride, finish);
+        else vector_rows(w, apart, K, x, rows, out, stride, finish);
     }
 };
 

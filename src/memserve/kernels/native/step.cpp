@@ -117,8 +117,8 @@ struct Engine {
         x += first * K;
         int d = 0;
         for (; d < D - COLUMNS; d += COLUMNS)
-            mine.linear.strips<2>(w.qkv, output + d, output + d + TILE, K, x, rows, outs + d, D, [](int) {});
-        mine.linear.strips<2>(w.qkv, output + d, output + d + TILE, K, x, rows, outs + d, D,
+            mine.linear.strips(w.qkv, output + d, output + d + TILE, K, x, rows, outs + d, D, [](int) {});
+        mine.linear.strips(w.qkv, output + d, output + d + TILE, K, x, rows, outs + d, D,
                               [&](int i) { place(w, layer, head, first + i, outs + (long)i * D); });
     }
 
@@ -267,7 +267,7 @@ struct Engine {
         const float* outs = mine.outs.data();
         float* to = &residual[(long)row * c.hidden + first];
         const long width = c.hidden;
-        mine.linear.strips<2>(weight, first, first + TILE, K, x + (long)row * K, rows, mine.outs.data(), COLUMNS, [=](int i) {
+        mine.linear.strips(weight, first, first + TILE, K, x + (long)row * K, rows, mine.outs.data(), COLUMNS, [=](int i) {
             for (int n = 0; n < COLUMNS; n += TILE)
                 store(to + i * width + n, load(to + i * width + n) + load(outs + i * COLUMNS + n));
         });
@@ -284,7 +284,7 @@ struct Engine {
                 store(InputRow(to, i, K).start, g * u / (every(1.f) + exponential(every(0.f) - g)));
             };
             const Operand* from = x + (long)row * c.hidden;
-            mine.linear.strips<2>(weight, first, K + first, c.hidden, from, rows, mine.outs.data(), COLUMNS, finish);
+            mine.linear.strips(weight, first, K + first, c.hidden, from, rows, mine.outs.data(), COLUMNS, finish);
         }
     }
 
@@ -315,8 +315,8 @@ struct Engine {
             auto finish = [&](int i) {
                 std::memcpy(b.logits + (long)(row + i) * c.vocab + first, outs + i * COLUMNS, count * sizeof(float));
             };
-            if (count > TILE) mine.linear.strips<2>(head, first, first + TILE, c.hidden, x, rows, outs, COLUMNS, finish);
-            else mine.linear.strips<1>(head, first, first, c.hidden, x, rows, outs, COLUMNS, finish);
+            long second = count > TILE ? first + TILE : first;
+            mine.linear.strips(head, first, second, c.hidden, x, rows, outs, COLUMNS, finish);
         }
     }
 

@@ -17,6 +17,7 @@
 #include <cstring>
 #include <new>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -53,11 +54,23 @@ inline void prefetch(const void* p) { asm volatile("prefetcht1 %0" : : "m"(*(con
 
 namespace {
 
-// Calls run(std::integral_constant of a number) for every pass.
-template <class F>
-inline void each_pass(F run) {
-    run(std::integral_constant<int, 0>());
-    if constexpr (PASSES > 1) run(std::integral_constant<int, 1>());
+// Calls run(std::integral_constant of a number) for every number below N: code beside code, not a loop. g++ unrolls loops after
+// it has decided what registers hold, so that sums in an array would be stored with every product.
+template <class F, int... NUMBERS>
+inline void each_of(F run, std::integer_sequence<int, NUMBERS...>) {
+    (run(std::integral_constant<int, NUMBERS>()), ...);
+}
+template <int N, class F>
+inline void each(F run) {
+    each_of(run, std::make_integer_sequence<int, N>());
+}
+
+// Calls run(std::integral_constant of `number`), a number from 1 to MOST.
+template <int MOST, class F>
+inline void as_constant(int number, F run) {
+    each<MOST>([&](auto before) {
+        if (number == before + 1) run(std::integral_constant<int, before + 1>());
+    });
 }
 
 // 2^x for x <= 0, relative error below 3e-6: 2^n times the Taylor series of 2^f for f in [-0.5, 0.5].

@@ -7,7 +7,8 @@ namespace {
 
 using Operand = float;
 constexpr int PASSES = 2;
-constexpr int SUMS = 6;  // vectors that a linear sums into at a time: 12 of 16 registers
+// Vectors that a linear sums into at a time: 12 of 16 registers, and of two strips, whose weights take more of them, 8.
+constexpr int SUMS = 6, SUMS_OF_TWO = 4;
 
 struct Floats {
     __m256 low, high;

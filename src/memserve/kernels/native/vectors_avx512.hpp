@@ -6,7 +6,7 @@ namespace {
 
 using Operand = bf16;
 constexpr int PASSES = 1;
-constexpr int SUMS = 16;  // vectors that a linear sums into at a time, of 32 registers
+constexpr int SUMS = 24, SUMS_OF_TWO = 24;  // vectors that a linear sums into at a time, and of two strips: of 32 registers
 
 struct Floats {
     __m512 v;
