@@ -19,11 +19,13 @@ from pathlib import Path
 import attrs
 
 from cpu_groups import cpu_groups, enter
-from memserve import child, config
+from memserve import child
 from memserve.actors import worker
+from memserve.configfile import load
 from memserve.costs import StepCosts
 from memserve.place import Place
 from memserve.process import run_actor
+from memserve.resolve import resolve
 from memserve.supervisor import Supervisor, prepare_argv, supervise
 
 
@@ -56,13 +58,13 @@ def parts(text: str) -> dict[str, float]:
 
 def up(cores: Mapping[str, float], file: str, settings: Sequence[str]) -> None:
     """Run a cluster of CPU workers until it is stopped. Ends the program when a worker has no part."""
-    chosen = config.load(file, settings)
+    chosen = load(file, settings)
     if (names := {one.name for one in chosen.worker}) != set(cores):
         sys.exit(f"--cores: must name each of {', '.join(sorted(names))} once, not {', '.join(cores)}")
     chosen = attrs.evolve(chosen, worker=tuple(attrs.evolve(one, threads=1) for one in chosen.worker))
     place = Place.claim(Path(chosen.logging.dir))
     try:
-        resolved = config.resolve(chosen)
+        resolved = resolve(chosen)
         with cpu_groups(cores) as groups:
             argv = partial(actor_argv, groups, cores)
             supervise(

@@ -19,13 +19,14 @@ from pathlib import Path
 
 import attrs
 
-from memserve import config
 from memserve.actors import worker
 from memserve.actors.worker import Found
 from memserve.child import Launch
+from memserve.configfile import load
 from memserve.engine.plans import BatchPlan, BatchResult, StepEngine
 from memserve.place import Place
 from memserve.process import run_actor
+from memserve.resolve import resolve
 from memserve.scheduling.cost_model import CostModel
 from memserve.simulate import costs_of
 from memserve.supervisor import Supervisor, supervise
@@ -91,12 +92,12 @@ def actor_argv(how: Sequence[str], name: str, runtime_dir: Path, lifeline_fd: in
 
 def up(options: argparse.Namespace) -> None:
     """Run a cluster with this engine until it is stopped."""
-    chosen = config.load(options.config, options.set)
+    chosen = load(options.config, options.set)
     given = {"--step-ms": options.step_ms, "--costs": options.costs}
     how = [word for name, value in given.items() if value is not None for word in (name, str(value))]
     place = Place.claim(Path(chosen.logging.dir))
     try:
-        supervise(Supervisor(config.resolve(chosen), Launch(place, argv=partial(actor_argv, how))))
+        supervise(Supervisor(resolve(chosen), Launch(place, argv=partial(actor_argv, how))))
     finally:
         place.leave()
 

@@ -24,7 +24,7 @@ from cluster import ROOT, UP, Running, cluster
 from loadgen import workload
 from loadgen.arrivals import Arrivals
 from loadgen.records import Record
-from memserve import config
+from memserve.configfile import load
 from memserve.sim.run import Run, play
 from memserve.sim.workloads import Piece, Session, shared_documents
 from memserve.simulate import layout_of
@@ -124,7 +124,7 @@ def up(given: argparse.Namespace) -> Sequence[str]:
 def predict(running: Running, words: Sequence[str], sessions: tuple[Session, ...]) -> dict[str, float]:
     """The same from the simulator, for pools of as many pages as the running cluster's."""
     members = running.members()
-    layout = layout_of(CONFIG, config.load(str(ROOT / "configs" / CONFIG), list(words)), None)
+    layout = layout_of(CONFIG, load(str(ROOT / "configs" / CONFIG), list(words)), None)
     sites = prediction.sites_of(members)
     layout = attrs.evolve(
         layout, workers=tuple(attrs.evolve(one, site=sites.get(one.name)) for one in layout.workers)

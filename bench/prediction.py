@@ -11,7 +11,7 @@ import msgspec
 from loadgen import arrivals, build, workload
 from loadgen.errors import LoadgenError
 from loadgen.options import RunOptions
-from memserve import config
+from memserve.configfile import load
 from memserve.costs import Site, StepCosts
 from memserve.messages import actor_name
 from memserve.scheduling.cost_model import CostModel
@@ -71,7 +71,7 @@ def predict(
     options: RunOptions,
 ) -> dict[str, float]:
     """The figures of bench/serving.py's measures, in milliseconds, of the requests due in the measured window."""
-    layout = layout_of(name, config.load(name, list(settings)), pages)
+    layout = layout_of(name, load(name, list(settings)), pages)
     workers = tuple(attrs.evolve(one, site=sites.get(one.name)) for one in layout.workers)
     layout = attrs.evolve(layout, workers=workers)
     clients, _ = play(Run(layout=layout, sessions=sessions_of(options), seed=0, costs=costs))

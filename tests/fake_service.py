@@ -12,9 +12,10 @@ import trio
 from memserve.api.app import build_app
 from memserve.api.server import serve_http
 from memserve.api.service import ApiSettings, Chunk, GenerationParams, Take
+from memserve.engine.checkpoint import read_spec
 from memserve.engine.gguf import read_gguf
 from memserve.engine.gguf_tokenizer import build_tokenizer
-from memserve.engine.spec import ModelSpec, find_model, read_spec
+from memserve.engine.spec import ModelSpec, find_model
 from memserve.engine.tokenizer import Tokenizer
 from memserve.errors import RequestFailed
 from memserve.messages import ActorId, Change, Member

@@ -17,7 +17,7 @@ import prediction
 import serving
 import serving_note
 from loadgen import arrivals, build
-from memserve import config
+from memserve.configfile import load
 from memserve.costs import Site, StepCosts
 from memserve.scheduling.cost_model import CostModel
 
@@ -160,7 +160,7 @@ def test_a_note_of_policies_says_what_the_workers_ran_on(
 def test_pools_of_policies_are_as_short_as_the_prompts(scale: str) -> None:
     """If a slow machine's short prompts had the pools of long ones, everything would stay cached wherever it went."""
     words = policies.settings_of("cost", policies.options_of(["--scale", scale]))
-    made = config.load(str(cluster.ROOT / "configs" / policies.CONFIG), words)
+    made = load(str(cluster.ROOT / "configs" / policies.CONFIG), words)
     document = 1700 * float(scale) * 23_040  # bytes
     assert 8 < made.shard[0].memory / document < 14
 

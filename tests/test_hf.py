@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from families import LLAMA3_ROPE, save_hf
+from memserve.engine.checkpoint import read_spec
 from memserve.engine.hf import llama3_factors
 from memserve.engine.safetensors import Safetensors
-from memserve.engine.spec import find_model, read_spec
+from memserve.engine.spec import find_model
 from memserve.engine.tokenizer import Tokenizer
 from memserve.engine.weights import map_weights, prepare
 from memserve.errors import UserError

@@ -26,7 +26,8 @@ import httpx
 import pytest
 
 from clusters import Cluster, running
-from memserve.engine.spec import find_model, read_spec
+from memserve.engine.checkpoint import read_spec
+from memserve.engine.spec import find_model
 from memserve.kernels.native_build import why_not
 from test_model import DEMO, prompt
 

@@ -16,7 +16,7 @@ from memserve.kernels.native_build import SOURCES, NativeUnavailable, target_fla
 DRIVER = Path(__file__).parent / "native" / "driver.cpp"
 
 
-@pytest.mark.parametrize("sanitizer, optimized", [("address,undefined", "-O0"), ("thread", "-O1")])
+@pytest.mark.parametrize(("sanitizer", "optimized"), [("address,undefined", "-O0"), ("thread", "-O1")])
 def test_steps_are_clean(sanitizer: str, optimized: str, tmp_path: Path) -> None:
     """A read past a buffer, undefined behaviour or a race would corrupt other requests, rarely and unexplained."""
     try:

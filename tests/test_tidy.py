@@ -10,6 +10,7 @@ import tomllib
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from functools import cache
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -186,6 +187,11 @@ def test_imports_go_one_way(module):
     allowed = MAY_IMPORT[layer(module)]
     wrong = {name for name in own_imports(MODULES[module]) if layer(name) not in allowed}
     assert not wrong, f"{module} ({layer(module)}) may import {sorted(allowed)} only"
+
+
+def test_no_modules_need_one_another():
+    """If it raised CycleError, neither of two files could be read, or tested, without the other."""
+    TopologicalSorter({name: {*own_imports(path)} - {name} for name, path in MODULES.items()}).prepare()
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if layer(name) in ("words", "cores")])

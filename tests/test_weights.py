@@ -12,8 +12,9 @@ import torch
 from safetensors import safe_open
 
 from memserve.engine import weights as under_test
+from memserve.engine.checkpoint import read_spec
 from memserve.engine.convert import SCALE
-from memserve.engine.spec import find_model, read_spec
+from memserve.engine.spec import find_model
 from memserve.engine.weights import (
     in_rows,
     in_tiles,

@@ -115,18 +115,20 @@ def join(
 @app.command
 def check(*, config: ConfigPath = "demo", set_: Overrides = None) -> None:
     """Check a configuration; print every setting, and what was decided from it on this machine and why."""
-    from memserve import config as configuration
     from memserve import show
+    from memserve.config import settings
+    from memserve.configfile import load
+    from memserve.resolve import resolve
 
-    written = configuration.load(config, set_ or [])
-    resolved = configuration.resolve(written)
+    written = load(config, set_ or [])
+    resolved = resolve(written)
     rows = [
         (
             path,
             "(hidden)" if field.metadata["secret"] and value else setting_text(value),
             field.metadata["unit"],
         )
-        for path, value, field in configuration.settings(written)
+        for path, value, field in settings(written)
     ]
     show.table(("setting", "value", "unit"), rows)
     show.say("")

@@ -1,15 +1,14 @@
 """A cluster's configuration, before and after it is decided upon; its settings are in :mod:`memserve.sections`.
 
-``Config`` is what the user wrote; ``Resolved`` is what was decided from it on one machine, and what the actors read
-from ``cluster.json``. Neither is ever changed. :func:`load` and :func:`resolve`, for the supervisor alone, import
-what reads TOML and looks at the machine when called: an actor that only reads its ``Resolved`` stays small.
+``Config`` is what the user wrote (read by :mod:`memserve.configfile`); ``Resolved`` is what was decided from it on one
+machine (by :mod:`memserve.resolve`), and what the actors read from ``cluster.json``. Neither is ever changed.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any
 
 import attrs
 import msgspec
@@ -30,10 +29,6 @@ from memserve.sections import (
     WorkerConfig,
     setting,
 )
-
-if TYPE_CHECKING:
-    from memserve.resolve import Machine
-
 
 # ---- what was written -----------------------------------------------------------------------------------------
 
@@ -195,23 +190,3 @@ class Resolved:
     def from_json(cls, data: bytes) -> Resolved:
         """The inverse of :meth:`to_json`. Raises msgspec.MsgspecError on anything else."""
         return msgspec.json.decode(data, type=cls)
-
-
-def load(path: str, overrides: Sequence[str] = ()) -> Config:
-    """Read a configuration: a TOML file, or the name of one that is shipped (``demo``), with ``key=value`` overrides.
-
-    Raises ConfigError with every problem found, one a line.
-    """
-    from memserve.configfile import read
-
-    return read(path, overrides)
-
-
-def resolve(config: Config, machine: Machine | None = None) -> Resolved:
-    """Decide everything that the configuration leaves open, on this machine unless another is given.
-
-    Raises ConfigError with every problem found, one a line.
-    """
-    from memserve.resolve import Machine, decide
-
-    return decide(config, machine or Machine.here(config.logging.dir))

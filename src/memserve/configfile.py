@@ -43,8 +43,11 @@ class Problem:
         return f"{self.source or file}: {self.path} {self.text}"
 
 
-def read(path: str, overrides: Sequence[str] = ()) -> Config:
-    """Read the file (or shipped configuration) ``path`` and apply ``key=value`` overrides. Raises ConfigError."""
+def load(path: str, overrides: Sequence[str] = ()) -> Config:
+    """Read a configuration: a TOML file, or the name of one that is shipped (``demo``), with ``key=value`` overrides.
+
+    Raises ConfigError with every problem found, one a line.
+    """
     file = find(path)
     tree = parse(file)
     origins, problems = apply_overrides(tree, overrides)

@@ -19,10 +19,10 @@ import msgspec
 import structlog
 import trio
 
-from memserve import config as configuration
 from memserve import observe
 from memserve.child import Child, Launch, all_gone
 from memserve.config import Resolved
+from memserve.configfile import load
 from memserve.errors import UserError
 from memserve.gate import SOCKET_NAME
 from memserve.gpus import Gpus, device_index, find_gpus
@@ -194,7 +194,7 @@ def log_dir_of(config: str | None, overrides: Sequence[str], log_dir: Path | Non
         return log_dir or Path("logs")
     if log_dir is not None:
         raise UserError("give either --config or --log-dir: both say which cluster to join")
-    return Path(configuration.load(config, overrides).logging.dir)
+    return Path(load(config, overrides).logging.dir)
 
 
 def far_away(head: str) -> str:

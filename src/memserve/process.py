@@ -254,7 +254,7 @@ def prepare_weights(path: str, stored: str, dtype: str, on_gpus: str = "") -> in
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_at_end_of_input, daemon=True).start()
-    from memserve.engine.spec import read_spec
+    from memserve.engine.checkpoint import read_spec
     from memserve.engine.weights import default_cache_dir
 
     compiling = threading.Thread(target=_compile_native, args=[default_cache_dir()])

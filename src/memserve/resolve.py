@@ -13,7 +13,8 @@ from pathlib import Path
 import attrs
 
 from memserve.config import Config, Reason, Resolved
-from memserve.engine.spec import STORED_BYTES, ModelSpec, find_model, read_spec
+from memserve.engine.checkpoint import read_spec
+from memserve.engine.spec import STORED_BYTES, ModelSpec, find_model
 from memserve.errors import ConfigError, UserError
 from memserve.gpu_room import gpu_pages, gpu_problems, worker_bytes
 from memserve.gpus import Gpus, find_gpus
@@ -112,8 +113,12 @@ def read_line(file: Path) -> str:
 # ---- decisions -----------------------------------------------------------------------------------------------
 
 
-def decide(config: Config, machine: Machine) -> Resolved:
-    """All decisions for ``config`` on ``machine``. Raises ConfigError with every problem found."""
+def resolve(config: Config, machine: Machine | None = None) -> Resolved:
+    """Decide everything that the configuration leaves open, on this machine unless another is given.
+
+    Raises ConfigError with every problem found, one a line.
+    """
+    machine = machine or Machine.here(config.logging.dir)
     try:
         model_path = find_model(config.model.path)
         spec = read_spec(model_path)

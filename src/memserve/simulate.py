@@ -11,10 +11,11 @@ from typing import Any
 
 import attrs
 
-from memserve import config as configuration
 from memserve import show
 from memserve.config import Config
-from memserve.engine.spec import find_model, read_spec
+from memserve.configfile import load
+from memserve.engine.checkpoint import read_spec
+from memserve.engine.spec import find_model
 from memserve.errors import UserError
 from memserve.scheduling.cost_model import CostModel
 from memserve.scheduling.pricing import Weights
@@ -127,7 +128,7 @@ def runs_of(asked: SimOptions) -> list[Run]:
     for name in asked.config:
         for policy in asked.policy.split(","):
             words = [*asked.overrides, f"scheduler.policy={policy}"] if policy else list(asked.overrides)
-            layout = layout_of(Path(name).stem, configuration.load(name, words), asked.pages)
+            layout = layout_of(Path(name).stem, load(name, words), asked.pages)
             if asked.sites is not None:
                 layout = on_sites(layout, asked.sites)
             found.append(

@@ -19,9 +19,10 @@ import attrs
 import structlog
 import trio
 
-from memserve import config, observe
+from memserve import observe
 from memserve.child import OUTPUT_TAIL_BYTES, Child, Launch, all_gone
 from memserve.config import Resolved
+from memserve.configfile import load
 from memserve.errors import UserError
 from memserve.gate import Gate, Guest
 from memserve.keeping import Keeper, say
@@ -37,6 +38,7 @@ from memserve.lifecycle import (
 from memserve.messages import ActorId
 from memserve.place import Place, now_utc
 from memserve.process import leaves
+from memserve.resolve import resolve
 
 log = structlog.get_logger()
 
@@ -307,10 +309,10 @@ def up(config_path: str, overrides: Sequence[str] = ()) -> int:
     Raises UserError for a wrong configuration, a place that is taken, or an actor that cannot start because of
     something the user can change.
     """
-    settings = config.load(config_path, overrides)
+    settings = load(config_path, overrides)
     place = Place.claim(Path(settings.logging.dir))
     try:
-        resolved = config.resolve(settings)
+        resolved = resolve(settings)
         supervise(Supervisor(resolved, Launch(place), prepare_argv=prepare_argv(resolved)))
     except KeyboardInterrupt:  # before trio took over the signals: nothing has been started
         return 128 + signal.SIGINT

@@ -36,6 +36,12 @@ class Checkpoint:
     """A tokenizer.json, or the GGUF metadata to build one from."""
 
 
+def read_spec(path: str | Path) -> ModelSpec:
+    """The spec of a GGUF file or a Hugging Face directory, from headers alone. Raises UserError when it is not usable."""
+    with open_checkpoint(Path(path)) as checkpoint:
+        return checkpoint.spec
+
+
 def checkpoint_files(path: Path) -> list[Path]:
     """Every file that the model's conversion depends on. Raises UserError naming what a directory lacks."""
     return model_files(path) if path.is_dir() else [path]

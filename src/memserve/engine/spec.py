@@ -102,14 +102,6 @@ def name_of(path: Path) -> str:
     return path.name if path.is_dir() else path.stem
 
 
-def read_spec(path: str | Path) -> ModelSpec:
-    """The spec of a GGUF file or a Hugging Face directory, from headers alone. Raises UserError when it is not usable."""
-    from memserve.engine.checkpoint import open_checkpoint
-
-    with open_checkpoint(Path(path)) as checkpoint:
-        return checkpoint.spec
-
-
 def check_spec(spec: ModelSpec, source: str) -> ModelSpec:
     """``spec``, when its numbers fit together. Raises UserError."""
     if spec.heads % spec.kv_heads or spec.head_dim % 2:
