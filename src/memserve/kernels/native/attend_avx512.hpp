@@ -43,55 +43,95 @@ inline void rearrange_keys(const Keys& keys, int head_dim, Attention& mine, Ahea
     }
 }
 
+// V in pairs of tokens: of 32 values of two tokens, the pairs of the first 16 and of the last.
+struct TokenPairs {
+    const Keys& keys;
+    const __m512i first = interleaved(0), last = interleaved(16);
+
+    __m512i values(int t, int d) const {
+        return t < keys.count ? _mm512_loadu_si512(keys.at[t] + keys.to_value + d) : _mm512_setzero_si512();
+    }
+    Pairs first_of(__m512i a, __m512i b) const { return (Pairs)_mm512_permutex2var_epi16(a, first, b); }
+    Pairs last_of(__m512i a, __m512i b) const { return (Pairs)_mm512_permutex2var_epi16(a, last, b); }
+};
+
 inline void rearrange_values(const Keys& keys, int head_dim, Attention& mine) {
-    const __m512i low = interleaved(0), high = interleaved(16), zero = _mm512_setzero_si512();
+    const TokenPairs pairs = {keys};
     for (int t = 0; t < whole_strips(keys.count); t += 2)
         for (int d = 0; d < head_dim; d += 32) {
-            auto value = [&](int t) { return t < keys.count ? _mm512_loadu_si512(keys.at[t] + keys.to_value + d) : zero; };
-            __m512i a = value(t), b = value(t + 1);
+            __m512i a = pairs.values(t, d), b = pairs.values(t + 1, d);
             int32_t* to = &mine.values[((size_t)d / STRIP * (PART / 2) + t / 2) * STRIP + d % STRIP];
-            _mm512_storeu_si512(to, _mm512_permutex2var_epi16(a, low, b));
-            _mm512_storeu_si512(to + 16, _mm512_permutex2var_epi16(a, high, b));
+            _mm512_storeu_si512(to, (__m512i)pairs.first_of(a, b));
+            _mm512_storeu_si512(to + 16, (__m512i)pairs.last_of(a, b));
         }
 }
 
-// out[n][0..STRIP) = sum over k < count of the pair x[n][k] times the pairs of strip row k, for N rows of x. Stores
-// `width` of them.
-template <int N>
-inline void outer(const bf16* const* x, const int32_t* strip, int count, float* const* out, int width) {
+// A pair of each column of a strip.
+struct Columns {
+    Pairs pairs[4];
+};
+
+// The k-th pairs of the columns of a rearranged strip.
+struct Rearranged {
+    const int32_t* strip;
+    Columns operator()(int k) const {
+        const int32_t* row = strip + k * STRIP;
+        return {load_pairs(row), load_pairs(row + 16), load_pairs(row + 32), load_pairs(row + 48)};
+    }
+};
+
+// The same of V from value d on, rearranged where it is used: for queries that are worked on together that is cheaper than
+// storing it, which also takes half of the first level.
+struct InPlace {
+    const TokenPairs& tokens;
+    int d;
+    Columns operator()(int k) const {
+        __m512i a = tokens.values(2 * k, d), b = tokens.values(2 * k + 1, d);
+        __m512i c = tokens.values(2 * k, d + 32), e = tokens.values(2 * k + 1, d + 32);
+        return {tokens.first_of(a, b), tokens.last_of(a, b), tokens.first_of(c, e), tokens.last_of(c, e)};
+    }
+};
+
+// out[n][0..STRIP) = sum over k < count of the pair x[n][k] times the pairs columns(k), for N rows of x. Stores `width` of
+// them.
+template <int N, class Source>
+inline void outer(const bf16* const* x, Source columns, int count, float* const* out, int width) {
     Floats sums[N][4];
     for (auto& row : sums)
         for (auto& sum : row) sum = every(0.f);
-    for (int k = 0; k < count; k++, strip += STRIP) {
-        Pairs columns[4] = {load_pairs(strip), load_pairs(strip + 16), load_pairs(strip + 32), load_pairs(strip + 48)};
+    for (int k = 0; k < count; k++) {
+        const Columns column = columns(k);
         for (int n = 0; n < N; n++) {
             Pairs value = every_pair<0>(x[n] + 2 * k);
-            for (int j = 0; j < 4; j++) sums[n][j] = add_products(sums[n][j], value, columns[j]);
+            for (int j = 0; j < 4; j++) sums[n][j] = add_products(sums[n][j], value, column.pairs[j]);
         }
     }
     for (int n = 0; n < N; n++)
         for (int j = 0; j < width / 16; j++) store(out[n] + 16 * j, sums[n][j]);
 }
 
-// N queries against the rearranged part.
-template <int N>
-inline void attend_queries(const Query* queries, int padded, int head_dim, bool first, Attention& mine) {
+// N queries against a part whose K is rearranged, and its V too unless it is used IN_PLACE.
+template <int N, bool IN_PLACE>
+inline void attend_queries(const Query* queries, int padded, int head_dim, const Keys& keys, Attention& mine) {
     int size = result_size(head_dim);
     const bf16 *x[N], *weights[N];
     for (int n = 0; n < N; n++) x[n] = queries[n].q, weights[n] = &mine.weights[n * PART];
     float *to[N], *outs = mine.outs.data();
     for (int t = 0; t < padded; t += STRIP) {
         for (int n = 0; n < N; n++) to[n] = &mine.scores[n * PART + t];
-        outer<N>(x, &mine.keys[(size_t)t * (head_dim / 2)], head_dim / 2, to, STRIP);
+        outer<N>(x, Rearranged{&mine.keys[(size_t)t * (head_dim / 2)]}, head_dim / 2, to, STRIP);
     }
     float factor = 1.44269504f / std::sqrt((float)head_dim);
     for (int n = 0; n < N; n++)
         softmax(&mine.scores[n * PART], queries[n].count, padded, factor, outs + n * size + head_dim, &mine.weights[n * PART]);
+    const TokenPairs tokens = {keys};
     for (int d = 0; d < head_dim; d += STRIP) {
+        const int width = std::min(STRIP, head_dim - d);
         for (int n = 0; n < N; n++) to[n] = outs + n * size + d;
-        outer<N>(weights, &mine.values[(size_t)d * (PART / 2)], padded / 2, to, std::min(STRIP, head_dim - d));
+        if constexpr (IN_PLACE) outer<N>(weights, InPlace{tokens, d}, padded / 2, to, width);
+        else outer<N>(weights, Rearranged{&mine.values[(size_t)d * (PART / 2)]}, padded / 2, to, width);
     }
-    for (int n = 0; n < N; n++) merge(queries[n].out, outs + n * size, head_dim, first);
+    for (int n = 0; n < N; n++) merge(queries[n].out, outs + n * size, head_dim, keys.first);
 }
 
 template <class Ahead>
@@ -99,12 +139,16 @@ inline void attend(const Query* queries, int number, const Keys& keys, int head_
     if (mine.amx) return attend(queries, number, keys, head_dim, mine.tiles, ahead);
     for (; !queries->count; number--) queries++;
     rearrange_keys(keys, head_dim, mine, ahead);
-    rearrange_values(keys, head_dim, mine);
+    const bool in_place = number <= QUERIES && head_dim % STRIP == 0;
+    if (!in_place) rearrange_values(keys, head_dim, mine);
     for (int n = 0; n < number; n += QUERIES) {
         int most = 0, here = std::min(QUERIES, number - n);
         for (int i = n; i < n + here; i++) most = std::max(most, queries[i].count);
         int padded = whole_strips(most);
-        as_constant<QUERIES>(here, [&](auto N) { attend_queries<N>(queries + n, padded, head_dim, keys.first, mine); });
+        as_constant<QUERIES>(here, [&](auto N) {
+            auto run = in_place ? attend_queries<N, true> : attend_queries<N, false>;
+            run(queries + n, padded, head_dim, keys, mine);
+        });
     }
 }
 
