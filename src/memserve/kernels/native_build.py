@@ -71,7 +71,7 @@ def _compiler() -> str:
 
 
 def built_library(cache_dir: Path) -> Path:
-    """The shared library, built if it is not there: 4 to 8 s, once. Raises NativeUnavailable."""
+    """The shared library, built if it is not there: 5 to 10 s, once. Raises NativeUnavailable."""
     flags = (*_FLAGS, *target_flags())
     compiler = _compiler()
     try:

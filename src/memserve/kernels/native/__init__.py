@@ -1,6 +1,6 @@
 """The native step: ``step.cpp`` and its headers, built on the machine it runs on, called through ctypes.
 
-Built at the first start, in 4 to 8 s, into the user's cache, keyed by sources and compiler; without a compiler or
+Built at the first start, in 5 to 10 s, into the user's cache, keyed by sources and compiler; without a compiler or
 the instructions, ``open_step`` says so once in the log and the engine runs on torch alone: right, but slower.
 """
 

@@ -49,10 +49,10 @@ template <class F>
 inline void parts_of_block(int rows, F run) {
     int count = (rows + ROWS - 1) / ROWS;
     for (int i = 0, m = 0; i < count; i++) {
-        int here = (rows - m + count - i - 1) / (count - i), half = (here + 1) / 2;
+        const int here = (rows - m + count - i - 1) / (count - i), twos = (here + 1) / 2;
         if (here <= 4) as_constant<4>(here, [&](auto M) { run(m, M); });
-        else as_constant<ROWS / 2>(half, [&](auto half) { run(m, std::integral_constant<int, 2 * half>()); });
-        m += here <= 4 ? here : 2 * half;
+        else as_constant<ROWS / 2>(twos, [&](auto two) { run(m, std::integral_constant<int, 2 * two>()); });
+        m += here <= 4 ? here : 2 * twos;
     }
 }
 
