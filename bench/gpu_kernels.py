@@ -4,7 +4,8 @@
 
 Libraries go to ``.gpu/aot/<name>/<name>.so``, which git ignores, and together to ``.gpu/aot.tar.xz``. They depend on
 neither Python nor torch; ``make gpu-check`` puts them where FlashInfer looks first. Needed: nvcc, ninja, torch,
-``flashinfer-python`` and ``apache-tvm-ffi`` of the versions that will run them, cuRAND's headers not.
+``flashinfer-python`` and ``apache-tvm-ffi`` of the versions that will run them, and cuRAND's headers, of the toolkit or of
+the package ``nvidia-curand``; cuBLAS not.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import site
 import subprocess
 import tarfile
 import time
@@ -20,6 +22,8 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 OUT = ROOT / ".gpu"
+UNUSED_HEADERS = ("cublasLt.h", "cublas_v2.h")
+"""Included by sources that use nothing of them; not every toolkit brings them."""
 KINDS = ("page", "activation", "norm", "rope", "cascade", "decode", "fa2", "fa3")
 
 
@@ -33,11 +37,15 @@ def options() -> argparse.Namespace:
 
 
 def environment(arch: str) -> None:
-    """What FlashInfer's build reads; with stand-ins for a driver and for headers that are included and not used."""
+    """What FlashInfer's build reads; with stand-ins for a driver and for ``UNUSED_HEADERS``."""
+    os.environ.setdefault("CUDA_HOME", "/usr/local/cuda")
     extra = OUT / "stand-ins"
     extra.mkdir(parents=True, exist_ok=True)
-    for header in ("cublasLt.h", "cublas_v2.h"):
+    for header in UNUSED_HEADERS:
         (extra / header).touch()
+    for header in random_headers():
+        (extra / header.name).unlink(missing_ok=True)
+        (extra / header.name).symlink_to(header)
     stub = extra / "libcuda.so"
     command = ["gcc", "-shared", "-fPIC", "-x", "c", "-", "-o", str(stub), "-Wl,-soname,libcuda.so.1"]
     subprocess.run(command, input=b"", check=True)
@@ -48,8 +56,20 @@ def environment(arch: str) -> None:
         FLASHINFER_EXTRA_LDFLAGS=f"-L{extra}",
         TVM_FFI_DISABLE_TORCH_C_DLPACK="1",
     )
-    os.environ.setdefault("CUDA_HOME", "/usr/local/cuda")
     os.environ.setdefault("MAX_JOBS", "1")
+
+
+def random_headers() -> list[Path]:
+    """cuRAND's headers where the toolkit has none: those of a package, whose other headers would shadow the toolkit's."""
+    if Path(os.environ["CUDA_HOME"], "include", "curand_kernel.h").exists():
+        return []
+    folders = [Path(folder) for folder in site.getsitepackages()]
+    found = [header for folder in folders for header in folder.glob("nvidia/*/include/curand*.h")]
+    if not found:
+        raise SystemExit(
+            f"{os.environ['CUDA_HOME']} has no cuRAND headers, which norms and fa3 include: pip install --no-deps nvidia-curand"
+        )
+    return found
 
 
 def specs(kinds: list[str], head_dims: list[int]) -> list[Any]:

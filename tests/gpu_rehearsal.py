@@ -1,0 +1,280 @@
+"""FlashInfer itself without a GPU: its Python and its compiled host code check and plan every call, and no kernel runs.
+
+Three parts stand in for the machine. A torch device of its own (``rehearsal/device.cpp``) refuses, as a GPU does, to mix its
+tensors with the host's and to wait within a capture. A CUDA runtime (``rehearsal/cudart.c``) has an H100's limits and
+notes each launch. And :class:`Rehearsed` hands every call to FlashInfer's library, compiled by ``make gpu-kernels``,
+before ``fake_flashinfer`` computes what the kernel would have written.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import attrs
+import torch
+
+import fake_flashinfer
+
+ROOT = Path(__file__).parent.parent
+COMPILED = ROOT / ".gpu" / "aot"
+SOURCES = Path(__file__).parent / "rehearsal"
+NAME = "rehearsed"
+PROCESSORS = 132
+"""Of an H100."""
+CAPABILITY = (9, 0)
+
+
+def missing() -> str | None:
+    """Why nothing can be rehearsed here."""
+    if find_spec("flashinfer") is None:
+        return "flashinfer is not installed"
+    return None if any(COMPILED.glob("*/*.so")) else "make gpu-kernels has compiled nothing"
+
+
+@attrs.frozen
+class Launch:
+    """A kernel that would have run."""
+
+    kernel: str
+    grid: tuple[int, ...]
+    block: tuple[int, ...]
+    shared: int
+    """Bytes of dynamic shared memory."""
+
+
+class Machine:
+    """The device and the runtime, built and loaded once a process."""
+
+    def __init__(self, folder: Path) -> None:
+        runtime, device = folder / "libcudart.so.13", folder / "libdevice.so"
+        script = folder / "cudart.map"
+        script.write_text("libcudart.so.13 { global: *; };")
+        _compile(
+            ["gcc", "-O1", str(SOURCES / "cudart.c"), "-o", str(runtime), "-Wl,-soname,libcudart.so.13",
+             f"-Wl,--version-script={script}"]
+        )  # fmt: skip
+        torch_at = Path(torch.__file__).parent
+        _compile(
+            ["g++", "-std=c++20", "-O1", str(SOURCES / "device.cpp"), "-o", str(device),
+             f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}", f"-I{torch_at / 'include'}",
+             f"-L{torch_at / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+        )  # fmt: skip
+        # FlashInfer's libraries name it as what they need, and find it loaded.
+        self._runtime = ctypes.CDLL(str(runtime), ctypes.RTLD_GLOBAL)
+        self._runtime.noted_launches.restype = ctypes.c_char_p
+        self._device = ctypes.CDLL(str(device))
+        self._device.device_peak.restype = ctypes.c_size_t
+        torch.utils.rename_privateuse1_backend(NAME)
+        self._device.device_register()
+        torch._register_device_module(NAME, _device_module())
+        self.device = torch.device(NAME, 0)
+
+    def launches(self) -> list[Launch]:
+        """What was launched since the last call."""
+        lines = self._runtime.noted_launches().decode().splitlines()
+        self._runtime.forget_launches()
+        return [_launch(line) for line in lines]
+
+    def peak(self) -> int:
+        """Bytes that were allocated at most at a time since the last call."""
+        peak: int = self._device.device_peak()
+        return peak
+
+    @contextmanager
+    def kernel(self) -> Iterator[None]:
+        """What stands in for a kernel runs: it may look at everything."""
+        self._device.device_kernel(1)
+        try:
+            yield
+        finally:
+            self._device.device_kernel(0)
+
+    @contextmanager
+    def capture(self) -> Iterator[None]:
+        """A step is captured: nothing may wait or copy to or from the host."""
+        self._device.device_capture(1)
+        try:
+            yield
+        finally:
+            self._device.device_capture(0)
+
+
+def _compile(command: list[str]) -> None:
+    subprocess.run([*command, "-shared", "-fPIC"], check=True)
+
+
+def _launch(line: str) -> Launch:
+    kernel, grid, block, shared = line.split("\t")
+    return Launch(kernel, tuple(map(int, grid.split())), tuple(map(int, block.split())), int(shared))
+
+
+def _device_module() -> ModuleType:
+    module = ModuleType(f"torch.{NAME}")
+    answers: dict[str, Any] = {
+        "is_available": True, "device_count": 1, "current_device": 0, "_is_in_bad_fork": False, "get_rng_state_all": [],
+    }  # fmt: skip
+    for name, answer in answers.items():
+        setattr(module, name, functools.partial(lambda value: value, answer))
+    return module
+
+
+# ---- tensors as FlashInfer's libraries would see them on a GPU --------------------------------------------------
+
+
+class _DLTensor(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p), ("device_type", ctypes.c_int32), ("device_id", ctypes.c_int32), ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8), ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)), ("strides", ctypes.POINTER(ctypes.c_int64)), ("byte_offset", ctypes.c_uint64),
+    )  # fmt: skip
+
+
+class _DLManagedTensor(ctypes.Structure):
+    _fields_ = (("tensor", _DLTensor), ("context", ctypes.c_void_p), ("deleter", ctypes.c_void_p))
+
+
+CUDA_DEVICE = 2
+"""DLPack's number of CUDA devices."""
+_TYPES = {
+    torch.bfloat16: (4, 16), torch.float32: (2, 32), torch.int32: (0, 32), torch.uint8: (1, 8), torch.int64: (0, 64),
+}  # fmt: skip
+_new_capsule = ctypes.pythonapi.PyCapsule_New
+_new_capsule.restype, _new_capsule.argtypes = (
+    ctypes.py_object,
+    (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p),
+)
+
+
+class _OnCuda:
+    """A tensor of the device, said to be a GPU's; its own address, shape and strides."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+        sizes = ctypes.c_int64 * max(1, tensor.dim())
+        self._shape, self._strides = sizes(*tensor.shape), sizes(*tensor.stride())
+        code, bits = _TYPES[tensor.dtype]
+        self._managed = _DLManagedTensor(
+            _DLTensor(
+                tensor.data_ptr(), CUDA_DEVICE, 0, tensor.dim(), code, bits, 1, self._shape, self._strides, 0
+            )
+        )
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return CUDA_DEVICE, 0
+
+    def __dlpack__(self, **_: Any) -> Any:
+        return _new_capsule(ctypes.addressof(self._managed), b"dltensor", None)
+
+
+class _Library:
+    """One of FlashInfer's compiled libraries, given the device's tensors as a GPU's."""
+
+    def __init__(self, library: Any) -> None:
+        self._library = library
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        import tvm_ffi
+
+        function = getattr(self._library, name)
+
+        def call(*given: Any) -> Any:
+            shown = [_OnCuda(one) if _of_device(one) else one for one in given]
+            return function(*[tvm_ffi.from_dlpack(one) if isinstance(one, _OnCuda) else one for one in shown])
+
+        return call
+
+
+def _of_device(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.device.type == NAME
+
+
+@functools.cache
+def machine() -> Machine:
+    """The machine, in a folder that git ignores."""
+    folder = ROOT / ".gpu" / "rehearsal"
+    folder.mkdir(parents=True, exist_ok=True)
+    return Machine(folder)
+
+
+@functools.cache
+def flashinfer() -> Any:
+    """FlashInfer, which takes the device for an H100. Its libraries are those that ``make gpu-kernels`` compiled; it compiles none."""
+    import os
+
+    from memserve.gpus import gpu_environment
+
+    os.environ.update(gpu_environment(), FLASHINFER_CUDA_ARCH_LIST="9.0a", FLASHINFER_DISABLE_JIT="1")
+    import flashinfer as library
+    import flashinfer.utils as utils
+    from flashinfer.jit import core, env
+
+    env.FLASHINFER_AOT_DIR = COMPILED
+    real_load = core.JitSpec.load
+    core.JitSpec.load = lambda self, path: (asked.add(self.name), _Library(real_load(self, path)))[1]
+    answers = {"get_compute_capability": CAPABILITY, "device_support_pdl": True}
+    for name, answer in answers.items():
+        replaced = getattr(utils, name)
+        for module in [one for key, one in sys.modules.items() if key.startswith("flashinfer")]:
+            if getattr(module, name, None) is replaced:
+                setattr(module, name, functools.partial(lambda value, device: value, answer))
+    return library
+
+
+asked: set[str] = set()
+"""Names of the libraries that were loaded."""
+
+
+# ---- every call twice: FlashInfer checks and plans it, the stand-in computes it ---------------------------------
+
+
+class _Both:
+    """A wrapper of FlashInfer and the stand-in's, given the same calls."""
+
+    name: str
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        self.real = getattr(flashinfer(), self.name)(*given, **named)
+        self.fake = getattr(fake_flashinfer, self.name)(*given, **named)
+
+    def plan(self, **named: Any) -> None:
+        """Of both."""
+        self.real.plan(**named)
+        with machine().kernel():
+            self.fake.plan(**named)
+
+    def run(self, *given: Any, **named: Any) -> Any:
+        """Of both; the stand-in's result."""
+        self.real.run(*given, **named)
+        with machine().kernel():
+            return self.fake.run(*given, **named)
+
+
+def _function(name: str) -> Callable[..., Any]:
+    def call(*given: Any, **named: Any) -> Any:
+        getattr(flashinfer(), name)(*given, **named)
+        with machine().kernel():
+            return getattr(fake_flashinfer, name)(*given, **named)
+
+    return call
+
+
+FUNCTIONS = (
+    "append_paged_kv_cache", "merge_state_in_place", "rmsnorm", "fused_add_rmsnorm", "silu_and_mul",
+    "apply_rope_with_cos_sin_cache_inplace",
+)  # fmt: skip
+WRAPPERS = ("BatchDecodeWithPagedKVCacheWrapper", "BatchPrefillWithPagedKVCacheWrapper")
+
+Rehearsed: Any = SimpleNamespace(
+    **{name: _function(name) for name in FUNCTIONS},
+    **{name: type(name, (_Both,), {"name": name}) for name in WRAPPERS},
+)
+"""A :class:`~memserve.kernels.flashinfer_kit.Library`."""

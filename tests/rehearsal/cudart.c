@@ -1,0 +1,119 @@
+// CUDA's runtime as far as FlashInfer's host code asks it, without a GPU: an H100's limits, kernels that are noted and not run.
+
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <string.h>
+
+typedef struct { unsigned x, y, z; } dim3;
+typedef struct { dim3 grid, block; size_t shared; void *stream; void *attrs; unsigned count; } launch_config;
+
+enum { OK = 0, INVALID_VALUE = 1, KERNELS = 8192, LOG = 1 << 22 };
+enum { SHARED_DEFAULT = 48 << 10, SHARED_MOST = 227 << 10, SHARED_OF_PROCESSOR = 228 << 10 };
+
+static struct { const void *host; const char *name; int shared; } kernels[KERNELS];
+static int known;
+static char notes[LOG];
+static size_t noted;
+static launch_config pushed[16];
+static int depth;
+static int last;
+
+static int find(const void *host) {
+    for (int i = known - 1; i >= 0; i--) if (kernels[i].host == host) return i;
+    return -1;
+}
+
+static int failed(int code) { last = code; return code; }
+
+static int launch(const void *host, dim3 grid, dim3 block, size_t shared) {
+    const int which = find(host);
+    const size_t threads = (size_t)block.x * block.y * block.z;
+    const size_t most = which >= 0 && kernels[which].shared ? kernels[which].shared : SHARED_DEFAULT;
+    if (which < 0 || !threads || threads > 1024 || block.z > 64 || shared > most || !grid.x || !grid.y || !grid.z ||
+        grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
+        return failed(INVALID_VALUE);
+    if (noted + 1024 < LOG)
+        noted += snprintf(notes + noted, 1024, "%.900s\t%u %u %u\t%u %u %u\t%zu\n", kernels[which].name, grid.x, grid.y,
+                          grid.z, block.x, block.y, block.z, shared);
+    return OK;
+}
+
+// ---- for whoever looks at what was launched ----
+
+const char *noted_launches(void) { return notes; }
+void forget_launches(void) { noted = 0; notes[0] = 0; }
+
+// ---- what nvcc's own code calls ----
+
+void **__cudaRegisterFatBinary(void *binary) { static void *handle; (void)binary; return &handle; }
+void __cudaRegisterFatBinaryEnd(void **handle) { (void)handle; }
+void __cudaUnregisterFatBinary(void **handle) { (void)handle; }
+void __cudaRegisterVar(void **h, char *host, char *device, const char *name, int ext, size_t size, int constant, int global) {
+    (void)h, (void)host, (void)device, (void)name, (void)ext, (void)size, (void)constant, (void)global;
+}
+void __cudaRegisterFunction(void **h, const char *host, char *device, const char *name, int limit, void *a, void *b, void *c, void *d, int *e) {
+    (void)h, (void)device, (void)limit, (void)a, (void)b, (void)c, (void)d, (void)e;
+    if (known < KERNELS) kernels[known].host = host, kernels[known].name = name, known++;
+}
+unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, void *stream) {
+    pushed[depth++] = (launch_config){grid, block, shared, stream, NULL, 0};
+    return 0;
+}
+int __cudaPopCallConfiguration(dim3 *grid, dim3 *block, size_t *shared, void *stream) {
+    const launch_config found = pushed[--depth];
+    *grid = found.grid, *block = found.block, *shared = found.shared;
+    *(void **)stream = found.stream;
+    return OK;
+}
+int __cudaGetKernel(const void **kernel, const void *entry) { *kernel = entry; return OK; }
+int __cudaLaunchKernel(const void *kernel, dim3 grid, dim3 block, void **args, size_t shared, void *stream) {
+    (void)args, (void)stream;
+    return launch(kernel, grid, block, shared);
+}
+
+// ---- the runtime's calls ----
+
+int cudaLaunchKernel(const void *host, dim3 grid, dim3 block, void **args, size_t shared, void *stream) {
+    (void)args, (void)stream;
+    return launch(host, grid, block, shared);
+}
+int cudaLaunchKernelExC(const launch_config *config, const void *host, void **args) {
+    (void)args;
+    return launch(host, config->grid, config->block, config->shared);
+}
+int cudaFuncSetAttribute(const void *host, int attribute, int value) {
+    const int which = find(host);
+    if (which < 0 || (attribute == 8 && value > SHARED_MOST)) return failed(INVALID_VALUE);
+    if (attribute == 8) kernels[which].shared = value;
+    return OK;
+}
+int cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *blocks, const void *host, int threads, size_t shared, unsigned flags) {
+    (void)flags;
+    // Registers are not counted: as many blocks as there could be at most, of which each wants its part of a workspace.
+    const int by_threads = 2048 / threads, by_shared = (int)(SHARED_OF_PROCESSOR / (shared + 1024));
+    *blocks = by_threads < by_shared ? by_threads : by_shared;
+    return find(host) < 0 ? failed(INVALID_VALUE) : OK;
+}
+int cudaDeviceGetAttribute(int *value, int attribute, int device) {
+    (void)device;
+    switch (attribute) {
+    case 8: *value = SHARED_DEFAULT; return OK;
+    case 16: *value = 132; return OK;
+    case 75: *value = 9; return OK;
+    case 76: *value = 0; return OK;
+    case 81: *value = SHARED_OF_PROCESSOR; return OK;
+    case 97: *value = SHARED_MOST; return OK;
+    default: fprintf(stderr, "attribute %d of the device is unknown\n", attribute); return failed(INVALID_VALUE);
+    }
+}
+int cudaMemcpyAsync(void *to, const void *from, size_t bytes, int kind, void *stream) {
+    (void)kind, (void)stream;
+    memcpy(to, from, bytes);
+    return OK;
+}
+int cudaGetDevice(int *device) { *device = 0; return OK; }
+int cudaSetDevice(int device) { return device ? failed(INVALID_VALUE) : OK; }
+int cudaGetLastError(void) { const int found = last; last = OK; return found; }
+const char *cudaGetErrorName(int code) { return code ? "cudaErrorInvalidValue" : "cudaSuccess"; }
+const char *cudaGetErrorString(int code) { return code ? "invalid argument" : "no error"; }

@@ -1,0 +1,180 @@
+// A torch device whose memory is the host's, apart from it by name: an operation on tensors of both ends in an error,
+// as it does on a GPU. Operations are computed by the CPU's kernels.
+
+#include <ATen/EmptyTensor.h>
+#include <ATen/native/CPUFallback.h>
+#include <ATen/native/Resize.h>
+#include <ATen/ops/as_strided_native.h>
+#include <ATen/ops/set_native.h>
+#include <ATen/ops/view_native.h>
+#include <ATen/detail/PrivateUse1HooksInterface.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <torch/library.h>
+
+#include <atomic>
+#include <set>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+namespace {
+
+constexpr auto DEVICE = c10::DeviceType::PrivateUse1;
+// While a step is captured the host may neither wait nor copy: what it did then would not be done again by a replay.
+std::atomic<int> capturing{0};
+// What stands in for a kernel may look at anything, and so may an operation's way to the CPU's kernels and back.
+std::atomic<int> within_kernel{0}, within_operation{0};
+
+void forbid_in_capture(const char *what) {
+    TORCH_CHECK(!capturing || within_kernel || within_operation, what, " within a capture: on a GPU this ends the capture with an error");
+}
+
+// Bytes allocated now, and at most since peak was last set. What stands in for a kernel takes none: on a GPU it has no tensors.
+std::atomic<size_t> taken{0}, peak{0};
+
+struct Block {
+    void *data = nullptr;
+    size_t bytes;
+    explicit Block(size_t size) : bytes(within_kernel ? 0 : size) {
+        if (size && posix_memalign(&data, 512, size)) throw std::bad_alloc();
+        taken += bytes;
+        peak = std::max(peak.load(), taken.load());
+    }
+    ~Block() {
+        std::free(data);
+        taken -= bytes;
+    }
+};
+
+struct Memory final : c10::Allocator {
+    c10::DataPtr allocate(size_t bytes) override {
+        auto *block = new Block(bytes);
+        return {block->data, block, [](void *made) { delete static_cast<Block *>(made); }, c10::Device(DEVICE, 0)};
+    }
+    void copy_data(void *to, const void *from, size_t bytes) const override { std::memcpy(to, from, bytes); }
+};
+Memory memory;
+REGISTER_ALLOCATOR(DEVICE, &memory);
+
+struct Guard final : c10::impl::DeviceGuardImplInterface {
+    c10::DeviceType type() const override { return DEVICE; }
+    c10::Device exchangeDevice(c10::Device) const override { return getDevice(); }
+    c10::Device getDevice() const override { return {DEVICE, 0}; }
+    void setDevice(c10::Device) const override {}
+    void uncheckedSetDevice(c10::Device) const noexcept override {}
+    c10::Stream getStream(c10::Device device) const override { return c10::Stream(c10::Stream::DEFAULT, device); }
+    c10::Stream getNewStream(c10::Device device, int) const override { return getStream(device); }
+    c10::Stream exchangeStream(c10::Stream stream) const override { return stream; }
+    c10::DeviceIndex deviceCount() const noexcept override { return 1; }
+};
+C10_REGISTER_GUARD_IMPL(PrivateUse1, Guard);
+
+struct Hooks final : at::PrivateUse1HooksInterface {
+    bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
+    bool isBuilt() const override { return true; }
+    bool isAvailable() const override { return true; }
+    at::Allocator *getPinnedMemoryAllocator() const override { return c10::GetCPUAllocator(); }
+};
+
+at::Tensor empty(c10::SymIntArrayRef size, std::optional<at::ScalarType> type, std::optional<at::Layout>,
+                 std::optional<at::Device>, std::optional<bool>, std::optional<at::MemoryFormat> format) {
+    return at::detail::empty_generic(C10_AS_INTARRAYREF_SLOW(size), &memory, c10::DispatchKeySet(c10::DispatchKey::PrivateUse1),
+                                     type.value_or(at::kFloat), format);
+}
+
+at::Tensor empty_strided(c10::SymIntArrayRef size, c10::SymIntArrayRef stride, std::optional<at::ScalarType> type,
+                         std::optional<at::Layout>, std::optional<at::Device>, std::optional<bool>) {
+    return at::detail::empty_strided_generic(C10_AS_INTARRAYREF_SLOW(size), C10_AS_INTARRAYREF_SLOW(stride), &memory,
+                                             c10::DispatchKeySet(c10::DispatchKey::PrivateUse1), type.value_or(at::kFloat));
+}
+
+// The same bytes as a tensor of the CPU, which must not outlive this one.
+at::Tensor on_host(const at::Tensor &self) {
+    if (self.is_cpu()) return self;
+    return at::from_blob(self.data_ptr(), self.sizes(), self.strides(), self.options().device(at::kCPU));
+}
+
+at::Tensor copy_from(const at::Tensor &self, const at::Tensor &to, bool) {
+    if (self.device() != to.device()) forbid_in_capture("a copy between host and device");
+    on_host(to).copy_(on_host(self));
+    return to;
+}
+
+at::Tensor copy_from_and_resize(const at::Tensor &self, const at::Tensor &to) {
+    if (to.sizes() != self.sizes()) to.resize_(self.sizes());
+    return copy_from(self, to, false);
+}
+
+at::Tensor as_strided(const at::Tensor &self, c10::SymIntArrayRef size, c10::SymIntArrayRef stride, std::optional<c10::SymInt> offset) {
+    std::optional<int64_t> at;
+    if (offset) at = offset->guard_int(__FILE__, __LINE__);
+    return at::native::as_strided_tensorimpl(self, C10_AS_INTARRAYREF_SLOW(size), C10_AS_INTARRAYREF_SLOW(stride), at);
+}
+
+at::Tensor reshape_alias(const at::Tensor &self, c10::SymIntArrayRef size, c10::SymIntArrayRef stride) {
+    return at::native::as_strided_tensorimpl(self, C10_AS_INTARRAYREF_SLOW(size), C10_AS_INTARRAYREF_SLOW(stride), self.storage_offset());
+}
+
+at::Tensor view(const at::Tensor &self, c10::SymIntArrayRef size) { return at::native::view(self, C10_AS_INTARRAYREF_SLOW(size)); }
+
+const at::Tensor &resize(const at::Tensor &self, c10::SymIntArrayRef size, std::optional<at::MemoryFormat>) {
+    return at::native::resize_(self, C10_AS_INTARRAYREF_SLOW(size));
+}
+
+at::Scalar local_scalar(const at::Tensor &self) {
+    forbid_in_capture("reading a value back");
+    return on_host(self).item();
+}
+
+// Any other operation: on the CPU's kernels, once its tensors were found to be where a GPU's would want them.
+void compute(const c10::OperatorHandle &op, torch::jit::Stack *stack) {
+    static const std::set<std::string> indexed_from_host{"aten::index", "aten::index_put_", "aten::_index_put_impl_", "aten::index.Tensor_out"};
+    static const std::set<std::string> waiting{"aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::equal",
+                                               "aten::repeat_interleave", "aten::bincount"};
+    const auto &schema = op.schema();
+    if (waiting.count(schema.name())) forbid_in_capture(schema.name().c_str());
+    const auto given = torch::jit::last(stack, schema.arguments().size());
+    bool device = false, host = false;
+    auto look = [&](const at::Tensor &one) {
+        if (!one.defined()) return;
+        if (one.is_cpu()) host |= one.dim() > 0;
+        else device = true;
+    };
+    for (const auto &value : given) {
+        if (value.isTensor()) look(value.toTensor());
+        if (value.isTensorList()) for (const auto &one : value.toTensorList()) look(one);
+        if (value.isOptionalTensorList()) for (const std::optional<at::Tensor> &one : value.toOptionalTensorList()) if (one) look(*one);
+    }
+    const bool mixed = device && host && !within_kernel;
+    TORCH_CHECK(!mixed || indexed_from_host.count(schema.name()), schema.name(), ": tensors of the host and of the device in one operation");
+    if (mixed) forbid_in_capture("indices from the host");
+    struct Operation {
+        Operation() { within_operation++; }
+        ~Operation() { within_operation--; }
+    } operation;
+    at::native::cpu_fallback(op, stack);
+}
+
+TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
+    m.impl("empty.memory_format", &empty);
+    m.impl("empty_strided", &empty_strided);
+    m.impl("_copy_from", &copy_from);
+    m.impl("_copy_from_and_resize", &copy_from_and_resize);
+    m.impl("as_strided", &as_strided);
+    m.impl("_reshape_alias", &reshape_alias);
+    m.impl("view", &view);
+    m.impl("resize_", &resize);
+    m.impl("_local_scalar_dense", &local_scalar);
+    m.impl("set_.source_Tensor", &at::native::set_tensor_);
+}
+
+TORCH_LIBRARY_IMPL(_, PrivateUse1, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&compute>()); }
+
+}  // namespace
+
+extern "C" {
+void device_register() { at::RegisterPrivateUse1HooksInterface(new Hooks()); }
+void device_capture(int on) { capturing = on; }
+size_t device_peak() { return peak.exchange(taken); }
+void device_kernel(int on) { within_kernel += on ? 1 : -1; }
+}

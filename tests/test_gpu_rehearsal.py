@@ -1,0 +1,290 @@
+"""The CUDA engine with FlashInfer itself, as far as both go without a GPU (``gpu_rehearsal``): ``make gpu-rehearsal``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import attrs
+import numpy as np
+import pytest
+import torch
+
+import gpu_rehearsal
+from backends import FlashRunner
+from gpu_rehearsal import PROCESSORS, Rehearsed, machine
+from memserve.engine.cuda import CudaEngine
+from memserve.engine.plans import BatchPlan, Row
+from memserve.engine.spec import ModelSpec
+from memserve.engine.weights import random_weights
+from memserve.gpu_room import CONTEXT_BYTES, worker_bytes
+from memserve.kernels import flashinfer_kit
+from memserve.kernels.flashinfer_kit import FlashInferAttention, libraries
+from memserve.kernels.page_tables import StepTables, Table, buckets_up_to
+from memserve.messages import Sampling
+from memserve.sections import BatchConfig
+from memserve.tokens import pack, pages_for
+from test_cuda_engine import PAGES, drive
+from test_model import GREEDY, Runner, prompt, tiny_spec
+
+PROBLEM = gpu_rehearsal.missing()
+pytestmark = pytest.mark.skipif(PROBLEM is not None, reason=f"no rehearsal: {PROBLEM}")
+PAGE_TOKENS = 16
+
+BASE = attrs.evolve(tiny_spec(8, 2, 64), hidden=128, intermediate=256, vocab=1024, max_context=2048)
+MODELS = {
+    "groups of 4": BASE,
+    "groups of 3": attrs.evolve(BASE, heads=6),
+    "no groups": attrs.evolve(BASE, heads=2),
+    "groups of 7": attrs.evolve(BASE, heads=7, kv_heads=1),
+    "groups of 16": attrs.evolve(BASE, heads=16, kv_heads=1),
+    "biases": attrs.evolve(BASE, qkv_bias=True),
+    "normalised heads": attrs.evolve(BASE, qk_norm=True),
+    "heads of 128": attrs.evolve(BASE, heads=4, head_dim=128),
+}
+
+
+@pytest.fixture(autouse=True)
+def on_an_h100(monkeypatch):
+    """The device has as many multiprocessors as the card that it stands for; what was launched before is forgotten."""
+    monkeypatch.setattr(flashinfer_kit, "_processors", lambda device: PROCESSORS)
+    gpu_rehearsal.asked.clear()
+    machine().launches()
+
+
+def needs_compiled(spec: ModelSpec, backend: str) -> None:
+    """Skip where ``make gpu-kernels`` was told to leave out what this model needs."""
+    there = {path.stem for path in gpu_rehearsal.COMPILED.glob("*/*.so")}
+    if left_out := libraries(spec, backend) - there:
+        pytest.skip(f"not compiled: {', '.join(sorted(left_out))}")
+
+
+@pytest.mark.parametrize("backend", ["fa2", "fa3"])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_step_passes_flashinfers_own_checks(name, backend):
+    """If it failed, FlashInfer would refuse a step on a GPU: a type, a stride, a device, a group of heads or a plan."""
+    spec = MODELS[name]
+    needs_compiled(spec, backend)
+    weights = random_weights(spec, "bfloat16", 3)
+    ours = FlashRunner(
+        spec, weights, torch.bfloat16, library=Rehearsed, device=str(machine().device), backend=backend
+    )
+    theirs = Runner(spec, {key: tensor.float() for key, tensor in weights.items()})
+    ids = [prompt(length, length, spec.vocab) for length in (70, 41)]
+
+    def step(runner: Runner) -> list[torch.Tensor]:
+        first, second = (runner.pages(90) for _ in ids)
+        alike = (*first[:4], *second[4:])
+        return [
+            runner.step(Row(pack(ids[0][:33]), 0, first, GREEDY)),
+            runner.step(Row(pack(ids[0][33:]), 33, first, GREEDY), Row(pack(ids[1]), 0, second, GREEDY)),
+            runner.step(
+                Row(pack([5]), 70, first, GREEDY),
+                Row(pack([9] * 3), 41, second, None),
+                Row(pack([7]), 70, (*alike[:4], *first[4:]), GREEDY),
+            ),
+        ]
+
+    for found, exact in zip(step(ours), step(theirs), strict=True):
+        assert float((found - exact).norm() / exact.norm()) < 0.05
+    launched = [launch.kernel for launch in machine().launches()]
+    for kernel in (
+        "AppendPagedKVCache",
+        "BatchPrefillWithPagedKVCache" if backend == "fa2" else "Prefill",
+        "RMSNorm",
+    ):
+        assert any(kernel in one for one in launched), (kernel, set(launched))
+    assert gpu_rehearsal.asked <= libraries(spec, backend), (
+        "a worker would look for a library that nobody compiled"
+    )
+
+
+@pytest.mark.parametrize("heads", [2, 8])
+def test_rows_that_begin_alike_pass_flashinfers_own_checks(heads):
+    """If it failed, a step whose rows share a prompt's pages would end on a GPU, or be merged wrongly."""
+    spec = attrs.evolve(BASE, heads=heads)
+    needs_compiled(spec, "fa2")
+    weights = random_weights(spec, "bfloat16", 3)
+    runners = [
+        FlashRunner(spec, weights, torch.bfloat16, library=Rehearsed, device=str(machine().device))
+        for _ in range(2)
+    ]
+    runners[0].least = 1
+    logits = []
+    for runner in runners:
+        common, tails = runner.pages(64), [runner.pages(30) for _ in range(3)]
+        runner.step(Row(pack(prompt(64, 1, spec.vocab)), 0, common, None))
+        rows = [Row(pack([i]), 64, (*common, *tail), GREEDY) for i, tail in enumerate(tails)]
+        machine().launches()
+        logits.append(runner.step(*rows))
+        merged = any("MergeStateInPlace" in launch.kernel for launch in machine().launches())
+        assert merged == (runner.least is not None)
+    assert float((logits[0] - logits[1]).norm() / logits[1].norm()) < 0.02
+    assert gpu_rehearsal.asked <= libraries(spec, "fa2")
+
+
+# ---- captured steps ----------------------------------------------------------------------------------------------
+
+
+class CheckedGraphs:
+    """Replays that end where a graph would have run something else: another kernel or grid, or what only the host does."""
+
+    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+        """Warm up, then note what is launched where nothing may wait."""
+        run()
+        captured = self._launched(run)
+        assert captured, "a graph of nothing"
+
+        def replay() -> None:
+            assert self._launched(run) == captured, "the graph holds launches of another plan"
+
+        return replay
+
+    def mark(self) -> Callable[[], None]:
+        """Everything here is done at once."""
+        return lambda: None
+
+    @staticmethod
+    def _launched(run: Callable[[], None]) -> list[gpu_rehearsal.Launch]:
+        machine().launches()
+        with machine().capture():
+            run()
+        return machine().launches()
+
+
+@pytest.mark.parametrize("heads", [6, 8])
+def test_captured_steps_launch_what_their_graphs_hold(heads):
+    """If it failed, a graph would go on with the grid or the tables of the plan that it was captured with."""
+    spec = attrs.evolve(BASE, heads=heads, vocab=131)
+    needs_compiled(spec, "fa2")
+    weights = random_weights(spec, "bfloat16", 3)
+    device = machine().device
+    arena = torch.full(
+        (PAGES + 1, *spec.page_shape(PAGE_TOKENS)), float("nan"), dtype=torch.bfloat16, device=device
+    )
+    placed = {name: tensor.to(device) for name, tensor in weights.items()}
+    engine = CudaEngine(
+        spec, placed, arena, Rehearsed, CheckedGraphs(), rows=8, backend="fa2", max_context=512
+    )
+    engine.warm_up()
+    drawn, _ = drive(engine, spec, 1)
+    assert all(drawn)
+    engine.close()
+
+
+# ---- memory ------------------------------------------------------------------------------------------------------
+
+
+def test_a_worker_takes_no_more_than_was_planned_for_it():
+    """If it failed, torch's allocator, held to the plan, would end a worker at its start or in its first long prompt."""
+    spec = attrs.evolve(
+        tiny_spec(32, 8, 64),
+        layers=1,
+        hidden=2048,
+        intermediate=8192,
+        vocab=128_256,
+        max_context=8192,
+        rope_theta=5e5,
+    )
+    needs_compiled(spec, "fa2")
+    rows, chunk, device = 64, 1024, machine().device
+    weights = {name: tensor.to(device) for name, tensor in random_weights(spec, "bfloat16", 3).items()}
+    pages = 2 + pages_for(2 * chunk, PAGE_TOKENS)
+    arena = torch.zeros(pages + 1, *spec.page_shape(PAGE_TOKENS), dtype=torch.bfloat16, device=device)
+    machine().peak()
+    held = machine().peak()
+    engine = CudaEngine(spec, weights, arena, Rehearsed, CheckedGraphs(), rows=rows, backend="fa2")
+    engine.warm_up()
+    hot = Sampling(temperature=1.0, top_p=0.9, seed=4)
+    prompts = [
+        Row(pack([3] * chunk), 0, tuple(range(64)), hot),
+        Row(pack([4] * chunk), 0, tuple(range(64, 128)), hot),
+    ]
+    engine.run(BatchPlan(tuple(prompts)))
+    engine.run(BatchPlan(tuple(Row(pack([5]), 0, (i,), hot) for i in range(rows))))
+    taken = machine().peak() - held
+    planned = worker_bytes(spec, BatchConfig(rows=rows, chunk_tokens=chunk)) - CONTEXT_BYTES
+    assert planned / 4 < taken <= planned, f"{taken >> 20} MiB taken, {planned >> 20} MiB planned"
+    engine.close()
+
+
+# ---- models of real sizes ----------------------------------------------------------------------------------------
+
+SIZES = {
+    "SmolLM2-135M": (9, 3, 64), "Llama-3.2-1B": (32, 8, 64), "Llama-3.2-3B": (24, 8, 128), "Llama-3-8B": (32, 8, 128),
+    "Llama-3-70B": (64, 8, 128), "Qwen2.5-7B": (28, 4, 128), "Qwen3-0.6B": (16, 8, 128), "Qwen2.5-0.5B": (14, 2, 64),
+}  # fmt: skip
+"""Heads, kv heads, and values of a head."""
+
+
+def attention_of(name: str, backend: str, most_rows: int) -> FlashInferAttention:
+    """Attention of a layer of this model, on an arena of a few pages: nothing is read from them."""
+    heads, kv_heads, head_dim = SIZES[name]
+    needs_compiled(tiny_spec(heads, kv_heads, head_dim), backend)
+    arena = torch.zeros(
+        4, 1, 2, kv_heads, PAGE_TOKENS, head_dim, dtype=torch.bfloat16, device=machine().device
+    )
+    return FlashInferAttention(gpu_rehearsal.flashinfer(), arena, heads, backend, most_rows)
+
+
+def row_of(new: int, before: int) -> Row:
+    """A row whose pages are all the first one."""
+    return Row(pack([0] * new), before, (0,) * pages_for(before + new, PAGE_TOKENS), Sampling())
+
+
+@pytest.mark.parametrize("rows", [16, 256, 1024])
+@pytest.mark.parametrize("name", SIZES)
+def test_captured_batches_of_every_size_find_room(name, rows):
+    """If it failed, a worker would end in FlashInfer's plan for want of workspace, or replay a graph of another shape."""
+    attention = attention_of(name, "fa2", rows)
+    for bucket in buckets_up_to(rows):
+        captured = attention.captured(bucket, 8192 * rows // PAGE_TOKENS)
+        plans = []
+        for context in (1, 100, 8191):
+            table = Table.of([row_of(1, context)] * (bucket // 2 + 1), PAGE_TOKENS).padded(bucket, 3)
+            captured.load(table, np.zeros(bucket, np.int32))
+            plans.append(list(captured.plan.decode._plan_info))
+        assert plans[0] == plans[1] == plans[2]
+
+
+@pytest.mark.parametrize("backend", ["fa2", "fa3"])
+@pytest.mark.parametrize("name", SIZES)
+def test_steps_of_every_shape_find_room(name, backend):
+    """If it failed, a long prompt or a large mixed batch would end a worker in FlashInfer's plan."""
+    attention = attention_of(name, backend, 16)
+    device, (heads, kv_heads, head_dim) = attention.device, SIZES[name]
+    shapes = (
+        [(1, 131_071)],
+        [(8192, 0)],
+        [(512, 130_000)],
+        [(2048, 6000)] * 4 + [(1, 9000)] * 200,
+        [(1, 3)] * 512,
+    )
+    for shape in shapes:
+        plan = attention.plan(BatchPlan(tuple(row_of(*one) for one in shape)))
+        tokens = plan.tokens
+        q = torch.empty(tokens, heads, head_dim, dtype=torch.bfloat16, device=device)
+        k, v = (
+            torch.empty(tokens, kv_heads, head_dim, dtype=torch.bfloat16, device=device) for _ in range(2)
+        )
+        attention.run(plan, 0, q, k, v, torch.empty_like(q))
+    assert machine().launches()
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_many_rows_that_begin_alike_find_room(name):
+    """If it failed, a batch on one long document would end a worker in FlashInfer's plan."""
+    attention = attention_of(name, "fa2", 256)
+    if not attention.merges:
+        pytest.skip("rows of so many heads are never merged")
+    heads, kv_heads, head_dim = SIZES[name]
+    document = tuple(range(1, 2001))
+    rows = [Row(pack([0]), 32_000 + i % 16, (*document, 0, 0), GREEDY) for i in range(256)]
+    tables = StepTables.of(BatchPlan(tuple(rows)), PAGE_TOKENS, 1)
+    assert tables.common is not None
+    plan = attention.plan_tables(tables)
+    q = torch.empty(256, heads, head_dim, dtype=torch.bfloat16, device=attention.device)
+    k, v = (
+        torch.empty(256, kv_heads, head_dim, dtype=torch.bfloat16, device=attention.device) for _ in range(2)
+    )
+    attention.run(plan, 0, q, k, v, torch.empty_like(q))
+    assert any("MergeStateInPlace" in launch.kernel for launch in machine().launches())
