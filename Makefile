@@ -157,14 +157,14 @@ MANYLINUX := $(foreach n,_2_28 _2_27 _2_26 _2_24 _2_17 2014,--platform manylinux
 	$(PYTHON) -m venv .gpu/venv
 	.gpu/venv/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt torch==2.13.0 --editable '.[test]' \
 		$(TVM_FFI) filelock jinja2 ninja numpy nvidia-ml-py packaging requests tqdm
-	.gpu/venv/bin/python -m pip install --disable-pip-version-check --quiet --no-deps $(FLASHINFER) nvidia-curand==10.4.0.35
+	.gpu/venv/bin/python -m pip install --disable-pip-version-check --quiet --no-deps $(FLASHINFER) nvidia-curand==10.4.0.35 $(GPU_MODEL)
 	@touch $@
 
 gpu-kernels: .gpu/venv/stamp
 	PATH="$(CURDIR)/.gpu/venv/bin:$$PATH" .gpu/venv/bin/python bench/gpu_kernels.py --arch $(ARCH) $(ARGS)
 
 gpu-rehearsal: .gpu/venv/stamp
-	.gpu/venv/bin/python -m pytest tests/test_gpu_rehearsal.py $(ARGS)
+	.gpu/venv/bin/python -m pytest tests/test_gpu_rehearsal.py tests/test_played_gpu.py $(ARGS)
 
 gpu-wheels:
 	$(GPU_PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \

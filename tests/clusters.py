@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -126,11 +127,15 @@ def start(config: str, logs: Path, *settings: str) -> Cluster:
     )
     said = []
     assert process.stdout is not None
+    too_late = threading.Timer(READY_S, process.terminate)
+    too_late.start()
     for line in process.stdout:
         said.append(line)
         found = re.search(r"ready in .* at (http://\S+?);", line)
         if found:
+            too_late.cancel()
             return Cluster(process, found[1], logs)
+    too_late.cancel()
     raise AssertionError(f"memserve up ended with {process.wait()}: {''.join(said)}")
 
 

@@ -1,9 +1,15 @@
-"""CuPy's calls as memserve makes them, on host memory. Asynchronous copies happen when their stream is synchronised."""
+"""CuPy's calls as memserve makes them, on host memory. Asynchronous copies happen when their stream is synchronised.
+
+The memory may lie in files, so that other processes can open it by its handle.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import mmap
 import struct
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -112,11 +118,58 @@ class Runtime:
         self.registered.remove(pointer)
 
 
-def fake_cupy(room: int = 1 << 30) -> Any:
-    """A module ``cupy`` of a GPU with ``room`` bytes."""
+class SharedRuntime(Runtime):
+    """The same of memory that lies in files of a folder: a handle names one, and opens in any process but its own."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+        self.owned: dict[int, Path] = {}
+        self.mapped: dict[int, Any] = {}
+
+    def allocate(self, size: int) -> Any:
+        """Zeroed, as fresh pages are; its address is known by what is returned."""
+        with tempfile.NamedTemporaryFile(dir=self.folder, delete=False) as file:
+            file.truncate(size)
+            memory = _Mapped(file.fileno(), size)
+        self.owned[memory.address] = Path(file.name)
+        return memory
+
+    def ipcGetMemHandle(self, pointer: int) -> bytes:
+        return str(self.owned[pointer].name).encode().ljust(64, b"\0")
+
+    def ipcOpenMemHandle(self, handle: bytes) -> int:
+        assert len(handle) == 64
+        path = self.folder / handle.rstrip(b"\0").decode()
+        if path in self.owned.values():
+            raise CUDARuntimeError("cudaErrorInvalidResourceHandle: a handle opens in another process only")
+        with path.open("r+b") as file:
+            memory = _Mapped(file.fileno(), path.stat().st_size)
+        self.mapped[memory.address] = memory
+        self.opened_on[memory.address] = self.device
+        self.opened.append(memory.address)
+        return memory.address
+
+    def ipcCloseMemHandle(self, pointer: int) -> None:
+        super().ipcCloseMemHandle(pointer)
+        del self.mapped[pointer]
+
+
+class _Mapped:
+    """A file mapped whole, as long as something refers to this."""
+
+    def __init__(self, fd: int, size: int) -> None:
+        self._map = mmap.mmap(fd, size)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+
+
+def fake_cupy(room: int = 1 << 30, folder: Path | None = None, devices: int = 1) -> Any:
+    """A module ``cupy`` of GPUs with ``room`` bytes in all; ``folder``: where other processes find the memory."""
     import numpy as np
 
     left = [room]
+    runtime = Runtime() if folder is None else SharedRuntime(folder)
+    runtime.devices = devices
 
     class Memory:
         """``cupy.cuda.Memory``: one allocation."""
@@ -126,14 +179,18 @@ def fake_cupy(room: int = 1 << 30) -> Any:
             left[0] -= size
             if left[0] < 0:
                 raise CUDARuntimeError("cudaErrorMemoryAllocation: out of memory")
-            self._bytes = np.full(size, 0xFF, np.uint8)
-            self.ptr = int(self._bytes.ctypes.data)
+            if isinstance(runtime, SharedRuntime):
+                self._memory = runtime.allocate(size)
+                self.ptr = self._memory.address
+            else:
+                self._bytes = np.full(size, 0xFF, np.uint8)
+                self.ptr = int(self._bytes.ctypes.data)
 
     def ndarray(shape: tuple[int], dtype: Any, pointer: Any) -> np.ndarray:
         return np.ctypeslib.as_array((ctypes.c_uint8 * shape[0]).from_address(pointer.address))
 
     cuda = SimpleNamespace(
-        runtime=Runtime(),
+        runtime=runtime,
         Memory=Memory,
         UnownedMemory=lambda address, nbytes, owner, device: SimpleNamespace(address=address),
         MemoryPointer=lambda memory, offset: SimpleNamespace(address=memory.address + offset),

@@ -217,13 +217,12 @@ def append_paged_kv_cache(
     k, v = _halves(paged_kv_cache)
     assert append_key.stride(-1) == append_value.stride(-1) == 1 and append_key.dtype == k.dtype
     assert len(append_key) == len(append_value) == len(batch_indices) == len(positions)
-    page_size = k.shape[2]
-    for token, (row, position) in enumerate(zip(batch_indices.tolist(), positions.tolist(), strict=True)):
-        first, last = int(kv_indptr[row]), int(kv_indptr[row + 1])
-        assert position < (last - first - 1) * page_size + int(kv_last_page_len[row])
-        page = int(kv_indices[first + position // page_size])
-        k[page, :, position % page_size] = append_key[token]
-        v[page, :, position % page_size] = append_value[token]
+    page_size, rows, at = k.shape[2], batch_indices.long(), positions.long()
+    first, last = kv_indptr.long()[rows], kv_indptr.long()[rows + 1]
+    assert bool((at < (last - first - 1) * page_size + kv_last_page_len[rows]).all())
+    pages = kv_indices.long()[first + at // page_size]
+    k[pages, :, at % page_size] = append_key
+    v[pages, :, at % page_size] = append_value
 
 
 def rmsnorm(input: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:

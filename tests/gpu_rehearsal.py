@@ -278,3 +278,48 @@ Rehearsed: Any = SimpleNamespace(
     **{name: type(name, (_Both,), {"name": name}) for name in WRAPPERS},
 )
 """A :class:`~memserve.kernels.flashinfer_kit.Library`."""
+
+
+# ---- captured steps, and the whole of a worker ---------------------------------------------------------------------
+
+
+class CheckedGraphs:
+    """Replays that end where a graph would have run something else: another kernel or grid, or what only the host does."""
+
+    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+        """Warm up, then note what is launched where nothing may wait."""
+        run()
+        captured = self._launched(run)
+        assert captured, "a graph of nothing"
+
+        def replay() -> None:
+            assert self._launched(run) == captured, "the graph holds launches of another plan"
+
+        return replay
+
+    def mark(self) -> Callable[[], None]:
+        """Everything here is done at once."""
+        return lambda: None
+
+    @staticmethod
+    def _launched(run: Callable[[], None]) -> list[Launch]:
+        machine().launches()
+        with machine().capture():
+            run()
+        return machine().launches()
+
+
+def take_over(engine: Any) -> None:
+    """Let ``memserve.engine.cuda`` of this process run on the device, with FlashInfer."""
+    from memserve.kernels import flashinfer_kit
+
+    machine()
+
+    def from_dlpack(found: Any) -> torch.Tensor:
+        tensor: torch.Tensor = torch.ops.rehearsal.bytes_at(found.ctypes.data, len(found))
+        return tensor
+
+    engine.from_dlpack = from_dlpack
+    engine.CudaGraphs = lambda device: CheckedGraphs()
+    engine.load_flashinfer = lambda capability, spec: Rehearsed
+    flashinfer_kit._processors = lambda device: PROCESSORS

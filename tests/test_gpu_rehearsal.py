@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import attrs
 import numpy as np
 import pytest
@@ -11,7 +9,7 @@ import torch
 
 import gpu_rehearsal
 from backends import FlashRunner
-from gpu_rehearsal import PROCESSORS, Rehearsed, machine
+from gpu_rehearsal import PROCESSORS, CheckedGraphs, Rehearsed, machine
 from memserve.engine.cuda import CudaEngine
 from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.spec import ModelSpec
@@ -123,32 +121,6 @@ def test_rows_that_begin_alike_pass_flashinfers_own_checks(heads):
 
 
 # ---- captured steps ----------------------------------------------------------------------------------------------
-
-
-class CheckedGraphs:
-    """Replays that end where a graph would have run something else: another kernel or grid, or what only the host does."""
-
-    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
-        """Warm up, then note what is launched where nothing may wait."""
-        run()
-        captured = self._launched(run)
-        assert captured, "a graph of nothing"
-
-        def replay() -> None:
-            assert self._launched(run) == captured, "the graph holds launches of another plan"
-
-        return replay
-
-    def mark(self) -> Callable[[], None]:
-        """Everything here is done at once."""
-        return lambda: None
-
-    @staticmethod
-    def _launched(run: Callable[[], None]) -> list[gpu_rehearsal.Launch]:
-        machine().launches()
-        with machine().capture():
-            run()
-        return machine().launches()
 
 
 @pytest.mark.parametrize("heads", [6, 8])

@@ -40,6 +40,15 @@ def test_five_deaths_in_more_time_are_no_loop():
     assert not any(policy.died(1.0, now=8.0 * i).looping for i in range(10))
 
 
+def test_an_actor_that_never_comes_up_is_a_loop_however_long_it_tries():
+    """A worker whose start takes ten seconds would be told to restart for ever, as if it had died once."""
+    policy = RestartPolicy()
+
+    restarts = [policy.died(0.0, now=20.0 * i) for i in range(6)]
+    assert [restart.newly_looping for restart in restarts] == [False] * 4 + [True, False]
+    assert not policy.died(31.0, now=500.0).looping
+
+
 def test_a_second_loop_is_told_again():
     """An actor that recovers and fails anew would fail in silence."""
     policy = RestartPolicy()

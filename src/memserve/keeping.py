@@ -104,7 +104,7 @@ class Keeper:
         next_step = f"restarting it in {restart.delay_s:g} s"
         if restart.newly_looping:
             next_step = (
-                f"the {child.policy.loop_deaths}th time in {child.policy.loop_window_s:g} s; the others go on, and it is"
+                f"the {child.policy.loop_deaths}th time in a row; the others go on, and it is"
                 f" tried again every {restart.delay_s:g} s, see {self.run_dir}/{name}.jsonl"
             )
         self.say(f"memserve: {name} {end}; {next_step}{words}")

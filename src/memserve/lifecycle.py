@@ -66,7 +66,11 @@ class Restart:
 
 @attrs.define
 class RestartPolicy:
-    """When to start one actor again: soon at first, later and later while it keeps dying."""
+    """When to start one actor again: soon at first, later and later while it keeps dying.
+
+    A crash loop are ``loop_deaths`` deaths within ``loop_window_s``, or as many in a row before it was ever ready, however
+    long each of these starts took.
+    """
 
     first_s: float = 0.2
     slowest_s: float = 10.0
@@ -75,6 +79,8 @@ class RestartPolicy:
     loop_deaths: int = 5
     loop_window_s: float = 30.0
     _in_a_row: int = attrs.field(init=False, default=0)
+    _never_ready: int = attrs.field(init=False, default=0)
+    """Of the last deaths in a row, those before it was ready."""
     _recent: deque[float] = attrs.field(init=False, factory=deque)
     """Times of the last ``loop_deaths`` deaths."""
     _looping: bool = attrs.field(init=False, default=False)
@@ -85,10 +91,12 @@ class RestartPolicy:
             self._in_a_row, self._looping = 0, False
             self._recent.clear()
         self._in_a_row += 1
+        self._never_ready = 0 if ready_s else self._never_ready + 1
         self._recent.append(now)
         if len(self._recent) > self.loop_deaths:
             self._recent.popleft()
-        loops = len(self._recent) == self.loop_deaths and now - self._recent[0] <= self.loop_window_s
+        quick = len(self._recent) == self.loop_deaths and now - self._recent[0] <= self.loop_window_s
+        loops = quick or self._never_ready >= self.loop_deaths
         newly = loops and not self._looping
         self._looping |= loops
         # The exponent is bounded because a float is not: an actor may die a thousand times.

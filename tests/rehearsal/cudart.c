@@ -112,6 +112,28 @@ int cudaMemcpyAsync(void *to, const void *from, size_t bytes, int kind, void *st
     memcpy(to, from, bytes);
     return OK;
 }
+// fa3 describes to the copy engine what it will read; as strict as cuTensorMapEncodeTiled's documentation.
+static int encode_tensor_map(void *map, int type, unsigned rank, const void *address, const uint64_t *dims, const uint64_t *strides,
+                             const uint32_t *box, const uint32_t *steps, int interleave, int swizzle, int promotion, int fill) {
+    static const int bytes_of[] = {1, 2, 4, 4, 8, 8, 2, 4, 8, 2, 4, 4, 4};
+    (void)interleave, (void)promotion, (void)fill;
+    if ((uintptr_t)map % 64 || (uintptr_t)address % 16 || type < 0 || type > 12 || rank < 1 || rank > 5) return INVALID_VALUE;
+    for (unsigned i = 0; i < rank; i++) {
+        if (!dims[i] || dims[i] > 1ull << 32 || !box[i] || box[i] > 256 || !steps[i] || steps[i] > 8) return INVALID_VALUE;
+        if (i + 1 < rank && (strides[i] % 16 || strides[i] >= 1ull << 40)) return INVALID_VALUE;
+    }
+    const unsigned inner = box[0] * bytes_of[type];
+    return inner % 16 || (swizzle && inner > 16u << swizzle) ? INVALID_VALUE : OK;
+}
+int cudaGetDriverEntryPointByVersion(const char *symbol, void **entry, unsigned version, unsigned long long flags, int *status) {
+    (void)version, (void)flags;
+    const int known_symbol = !strcmp(symbol, "cuTensorMapEncodeTiled");
+    *entry = known_symbol ? (void *)encode_tensor_map : NULL;
+    if (status) *status = known_symbol ? 0 : 1;
+    if (!known_symbol) fprintf(stderr, "%s of the driver is unknown\n", symbol);
+    return OK;
+}
+int cudaDriverGetVersion(int *version) { *version = 13000; return OK; }
 int cudaGetDevice(int *device) { *device = 0; return OK; }
 int cudaSetDevice(int device) { return device ? failed(INVALID_VALUE) : OK; }
 int cudaGetLastError(void) { const int found = last; last = OK; return found; }

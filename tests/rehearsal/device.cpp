@@ -168,6 +168,14 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
     m.impl("set_.source_Tensor", &at::native::set_tensor_);
 }
 
+// Bytes that something else allocated, as a tensor; they must outlive it.
+at::Tensor bytes_at(int64_t address, int64_t bytes) {
+    const c10::Device device(DEVICE, 0);
+    return at::for_blob(reinterpret_cast<void *>(address), {bytes}).options(at::TensorOptions(at::kByte).device(device)).target_device(device).make_tensor();
+}
+
+TORCH_LIBRARY(rehearsal, m) { m.def("bytes_at(int address, int bytes) -> Tensor", &bytes_at); }
+
 TORCH_LIBRARY_IMPL(_, PrivateUse1, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&compute>()); }
 
 }  // namespace

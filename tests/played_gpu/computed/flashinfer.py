@@ -1,0 +1,1 @@
+"""There, so that it is found; what is called in its place is ``fake_flashinfer``."""

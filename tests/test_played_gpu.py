@@ -1,0 +1,132 @@
+"""Whole clusters on GPUs that are played: every process, message, handle and copy is real, the cards and kernels are not.
+
+``played_gpu`` stands for the driver, CuPy and FlashInfer in all processes; the card's memory lies in files that they share.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import attrs
+import pytest
+
+import gpu_rehearsal
+from clusters import Cluster, command, running
+from memserve.engine.plans import Row
+from memserve.engine.spec import find_model
+from memserve.engine.weights import map_weights, prepare
+from memserve.tokens import pack
+from test_model import DEMO, GREEDY, Runner, prompt
+
+HERE = Path(__file__).parent
+SMALL = ("batch.rows=8", "batch.chunk_tokens=256", "model.max_context=1024")
+ON_ONE = ("shard.g0.memory=200MiB", *SMALL)
+ON_TWO = ("shard.g0.memory=100MiB", "shard.g1.memory=100MiB", *SMALL)
+
+
+@pytest.fixture(params=["computed", "flashinfer"])
+def cards(request, tmp_path, monkeypatch):
+    """Sets how many cards there are; FlashInfer's calls are computed by torch, and checked by FlashInfer where it was compiled."""
+    if request.param == "flashinfer" and (why := gpu_rehearsal.missing()):
+        pytest.skip(f"no rehearsal: {why}")
+    memory = tmp_path / "memory"
+    memory.mkdir()
+    paths = [str(HERE / "played_gpu"), str(HERE), os.environ.get("PYTHONPATH", "")]
+    if request.param == "computed":
+        paths.insert(0, str(HERE / "played_gpu" / "computed"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+    monkeypatch.setenv("PATH", f"{HERE / 'played_gpu' / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PLAYED_GPU", str(memory))
+    monkeypatch.setenv("PLAYED_GPU_LIBRARY", request.param)
+    return lambda many: monkeypatch.setenv("PLAYED_GPUS", str(many))
+
+
+@attrs.frozen
+class Exact:
+    """The demo model in float32: what a GPU's bfloat16 must come near to."""
+
+    runner: Runner
+
+    def check(self, start: list[int], answer: list[int]) -> None:
+        """Every token is the best of its context, or as good as that in bfloat16."""
+        runner, whole = self.runner, start + answer
+        pages = runner.pages(len(whole))
+        for end in range(len(start), len(whole)):
+            begin = 0 if end == len(start) else end - 1
+            (logits,) = runner.step(Row(pack(whole[begin:end]), begin, pages, GREEDY))
+            assert float(logits.max() - logits[whole[end]]) < 1.0, end
+
+
+@pytest.fixture(scope="module")
+def exact() -> Exact:
+    files = prepare(find_model(DEMO), "float32")
+    return Exact(Runner(files.spec, map_weights(files.weights)))
+
+
+def moved_bytes(cluster: Cluster) -> set[int]:
+    """Of K and V, between the workers of each request."""
+    return {line["moved_bytes"] for line in cluster.lines() if line["event"] == "decode started"}
+
+
+def stream_through_a_kill(cluster: Cluster, ids: list[int], many: int, name: str) -> list[int]:
+    """A stream whose worker is killed in its middle."""
+    events: Iterator[list[int]] = cluster.stream(ids, many)
+    found = next(events)
+    os.kill(cluster.pid(name), signal.SIGKILL)
+    for event in events:
+        found = found + event
+    return found
+
+
+def test_one_gpu_serves_two_workers_from_one_copy_whatever_becomes_of_them(cards, exact, tmp_path):
+    """If it failed, what users start with `memserve up -c one-gpu` would not come up, share nothing, or lose a request."""
+    cards(1)
+    ids = prompt(100, 2, 10_000)
+    with running("one-gpu.toml", tmp_path / "logs", *ON_ONE, "pool.host_bytes=40MiB") as cluster:
+        cold, warm = (cluster.complete(ids, 12, ignore_eos=True) for _ in range(2))
+        assert [one["usage"]["prompt_tokens_details"]["cached_tokens"] for one in (cold, warm)] == [0, 96]
+        for one in (cold, warm):
+            exact.check(ids, one["choices"][0]["token_ids"])
+        found = stream_through_a_kill(cluster, ids[:50], 30, "d0")
+        assert len(found) == 30
+        exact.check(ids[:50], found)
+        found = stream_through_a_kill(cluster, ids[:40], 20, "g0")
+        assert len(found) == 20
+        exact.check(ids[:40], found)
+        cluster.wait_idle()
+    assert moved_bytes(cluster) == {0}
+
+
+def test_pages_go_from_one_gpu_to_another(cards, exact, tmp_path):
+    """If it failed, a prompt computed on one card would be continued on another from pages that are not its own."""
+    cards(2)
+    ids = prompt(100, 3, 10_000)
+    with running("two-gpus.toml", tmp_path / "logs", *ON_TWO) as cluster:
+        for _ in range(2):
+            exact.check(ids, cluster.tokens(ids, 8))
+        found = stream_through_a_kill(cluster, ids[:50], 24, "d0")
+        assert len(found) == 24
+        exact.check(ids[:50], found)
+        cluster.wait_idle()
+    assert min(moved_bytes(cluster)) > 0
+
+
+def test_a_card_that_is_not_there_is_told_in_one_line(cards, tmp_path):
+    """If it failed, a user with one card would meet a traceback from a worker in place of the remedy."""
+    cards(1)
+    done = subprocess.run(
+        command("two-gpus.toml", tmp_path / "logs", *ON_TWO),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode != 0
+    said = (done.stdout + done.stderr).strip()
+    assert (
+        said == "shard[1].device is cuda:1, but this machine has cuda:0; memserve up -c demo serves on CPUs"
+    )
