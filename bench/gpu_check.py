@@ -18,6 +18,9 @@ import xml.etree.ElementTree as ElementTree
 from functools import partial
 from pathlib import Path
 
+from packaging.tags import sys_tags
+from packaging.utils import parse_wheel_filename
+
 ROOT = Path(__file__).parent.parent
 LIMIT_S = 420
 """Of the tests; the table is printed then, with what had ended."""
@@ -32,10 +35,9 @@ CHOSEN = "cuda or test_gpu.py"
 def site() -> dict[str, str]:
     """The environment for the tests, with wheels and kernels unpacked."""
     folder = Path(tempfile.mkdtemp(prefix="memserve-gpu-"))
-    wheels = sorted(map(str, (ROOT / ".gpu" / "wheels").glob("*.whl")))
-    if wheels:
+    if wheels := fitting(sorted((ROOT / ".gpu" / "wheels").glob("*.whl"))):
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
-        subprocess.run([*pip, "--target", str(folder), *wheels], check=True)
+        subprocess.run([*pip, "--target", str(folder), *map(str, wheels)], check=True)
     paths = [
         *(str(ROOT / name) for name in ("src", "tests", "bench")),
         str(ROOT),
@@ -55,6 +57,15 @@ def site() -> dict[str, str]:
         # FlashInfer writes generated sources there even where it compiles nothing; a home may be read-only.
         found.setdefault("FLASHINFER_WORKSPACE_BASE", str(folder))
     return found
+
+
+def fitting(wheels: list[Path]) -> list[Path]:
+    """The wheels, where this Python can install all of them; none otherwise: a part of them is of no use."""
+    ours = set(sys_tags())
+    foreign = [wheel.name for wheel in wheels if not parse_wheel_filename(wheel.name)[3] & ours]
+    if foreign:
+        print(f".gpu/wheels is for another Python ({foreign[0]}); what is installed here is used")
+    return [] if foreign else wheels
 
 
 def run_tests(report: Path, environment: dict[str, str], *more: str) -> int | None:

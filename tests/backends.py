@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import fake_flashinfer
+import gpu_rehearsal
 from memserve.engine.cuda import CudaEngine, CudaGraphs
 from memserve.engine.model import Batch, Llama
 from memserve.engine.plans import BatchPlan, Row
@@ -32,10 +33,14 @@ from test_model import Runner, tiny_spec
 PROBLEM = None if torch.cuda.is_available() else find_gpus().problem or "torch sees no GPU"
 needs_gpu = pytest.mark.skipif(PROBLEM is not None, reason=f"no GPU: {PROBLEM}")
 ON_GPU = pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])
+ON_CARDS = [ON_GPU] if gpu_rehearsal.missing() else [ON_GPU, "rehearsed"]
+"""FlashInfer on a GPU, and FlashInfer's checks and plans without one where they can be had."""
+CARDS = ("cuda", "rehearsed")
+"""What computes in bfloat16 alone."""
 
-BACKENDS = ["cpu", "stand-in", ON_GPU]
-"""The CPU's attention, FlashInfer's calls computed by torch, FlashInfer on a GPU."""
-ENGINES = ["torch", "native", "stand-in", ON_GPU]
+BACKENDS = ["cpu", "stand-in", *ON_CARDS]
+"""The CPU's attention, FlashInfer's calls computed by torch, and FlashInfer."""
+ENGINES = ["torch", "native", "stand-in", *ON_CARDS]
 
 SPEC = attrs.evolve(tiny_spec(8, 2, 64), hidden=128, intermediate=256, vocab=1024, max_context=2048)
 """Small, and of a head size that FlashInfer has kernels for."""
@@ -82,15 +87,38 @@ class FlashRunner(Runner):
         return logits[[wanted.index(i) for i in sorted(wanted)]]
 
 
+@attrs.frozen
+class Card:
+    """A GPU, or what stands for one."""
+
+    device: torch.device
+    library: Library
+    graphs: Callable[[torch.device], Any]
+    prefill: str
+    """The backend of prefill there."""
+
+
+def card_of(name: str, spec: ModelSpec) -> Card:
+    """One of ``CARDS``, for a model."""
+    if name == "rehearsed":
+        backend = prefill_backend(gpu_rehearsal.CAPABILITY)
+        gpu_rehearsal.needs_compiled(spec, backend)
+        device = gpu_rehearsal.machine().device
+        return Card(device, gpu_rehearsal.Rehearsed, lambda where: gpu_rehearsal.CheckedGraphs(), backend)
+    device = torch.device("cuda", 0)
+    capability = torch.cuda.get_device_capability(device)
+    return Card(device, load_flashinfer(capability, spec), CudaGraphs, prefill_backend(capability))
+
+
 def make_runner(
     backend: str, weights: dict[str, torch.Tensor], page_tokens: int = 16, pages: int = 128
 ) -> Runner:
     """A model of ``SPEC`` on one of ``BACKENDS``; ``weights`` in bfloat16. In float32 where the backend has it."""
-    if backend == "cuda":
-        capability = torch.cuda.get_device_capability()
+    if backend in CARDS:
+        card = card_of(backend, SPEC)
         return FlashRunner(
-            SPEC, weights, torch.bfloat16, page_tokens, pages, library=load_flashinfer(capability, SPEC),
-            device="cuda", backend=prefill_backend(capability),
+            SPEC, weights, torch.bfloat16, page_tokens, pages, library=card.library,
+            device=str(card.device), backend=card.prefill,
         )  # fmt: skip
     exact = {name: tensor.float() for name, tensor in weights.items()}
     make = FlashRunner if backend == "stand-in" else Runner
@@ -132,11 +160,16 @@ def make_engine(name: str, weights: dict[str, torch.Tensor], folder: Path, pages
             pages,
             rows,
         )
-    where = torch.device("cuda", 0)
-    capability = torch.cuda.get_device_capability(where)
-    library = load_flashinfer(capability, SPEC)
+    card = card_of(name, SPEC)
     return _cuda(
-        weights, where, torch.bfloat16, library, CudaGraphs(where), prefill_backend(capability), pages, rows
+        weights,
+        card.device,
+        torch.bfloat16,
+        card.library,
+        card.graphs(card.device),
+        card.prefill,
+        pages,
+        rows,
     )
 
 

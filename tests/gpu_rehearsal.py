@@ -20,9 +20,12 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import attrs
+import pytest
 import torch
 
 import fake_flashinfer
+from memserve.engine.spec import ModelSpec
+from memserve.kernels.flashinfer_kit import libraries
 
 ROOT = Path(__file__).parent.parent
 COMPILED = ROOT / ".gpu" / "aot"
@@ -38,6 +41,13 @@ def missing() -> str | None:
     if find_spec("flashinfer") is None:
         return "flashinfer is not installed"
     return None if any(COMPILED.glob("*/*.so")) else "make gpu-kernels has compiled nothing"
+
+
+def needs_compiled(spec: ModelSpec, backend: str) -> None:
+    """Skip where ``make gpu-kernels`` was told to leave out what this model needs."""
+    there = {path.stem for path in COMPILED.glob("*/*.so")}
+    if left_out := libraries(spec, backend) - there:
+        pytest.skip(f"not compiled: {', '.join(sorted(left_out))}")
 
 
 @attrs.frozen

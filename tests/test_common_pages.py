@@ -7,20 +7,20 @@ import pytest
 import torch
 
 import fake_flashinfer
-from backends import ON_GPU, SPEC, FlashRunner, make_engine, make_runner
+from backends import CARDS, ON_CARDS, SPEC, FlashRunner, card_of, make_engine, make_runner
 from fake_flashinfer import Replays
 from memserve.engine.cuda import CudaEngine
 from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.sampling import draw
 from memserve.engine.weights import random_weights
 from memserve.kernels import flashinfer_kit
-from memserve.kernels.flashinfer_kit import FlashInferAttention, can_merge, libraries, load_flashinfer
+from memserve.kernels.flashinfer_kit import FlashInferAttention, can_merge, libraries
 from memserve.kernels.page_tables import Sharing, StepTables
 from memserve.messages import Sampling
 from memserve.tokens import count, pack, pages_for
 from test_model import GREEDY, Runner, prompt, tiny_spec
 
-PLACES = ["stand-in", ON_GPU]
+PLACES = ["stand-in", *ON_CARDS]
 WHEREVER, NEVER = Sharing(1, 1), Sharing(None, None)
 PAGES, SIZE = 400, 16
 
@@ -79,10 +79,9 @@ def attend(attention: FlashInferAttention, plan: BatchPlan, least: int | None, q
 def test_rows_find_together_what_each_finds_alone(place, layout, heads):
     """If it failed, requests with one system prompt would be answered from a part of their context, or from another's."""
     device, dtype, library = torch.device("cpu"), torch.float32, fake_flashinfer
-    if place == "cuda":
-        spec = attrs.evolve(SPEC, heads=heads[0], kv_heads=heads[1])
-        device, dtype = torch.device("cuda", 0), torch.bfloat16
-        library = load_flashinfer(torch.cuda.get_device_capability(device), spec)
+    if place in CARDS:
+        card = card_of(place, attrs.evolve(SPEC, heads=heads[0], kv_heads=heads[1]))
+        device, dtype, library = card.device, torch.bfloat16, card.library
     generator = torch.Generator().manual_seed(7)
     pages = torch.randn(PAGES, 2, 2, heads[1], SIZE, 64, generator=generator).to(device, dtype)
     plan = BatchPlan(tuple(rows_of(*LAYOUTS[layout])))
@@ -92,7 +91,7 @@ def test_rows_find_together_what_each_finds_alone(place, layout, heads):
     attention = FlashInferAttention(library, pages, heads[0], "fa2")
     alone, together = (attend(attention, plan, least, q, k, v).float() for least in (None, 1))
     error = float((together - alone).norm() / alone.norm())
-    assert error < (0.02 if place == "cuda" else 1e-5), error  # NaN fails too
+    assert error < (0.02 if place in CARDS else 1e-5), error  # NaN fails too
     again = attend(attention, plan, 1, q, k, v).float()
     assert torch.equal(again, together)
 
@@ -126,7 +125,7 @@ def test_logits_are_those_of_each_row_alone(place, weights, monkeypatch):
             steps.append(one.step(*rows) if one is runner else torch.cat([one.step(row) for row in rows]))
         found[one] = torch.cat(steps)
     error = float((found[runner] - found[exact]).norm() / found[exact].norm())
-    assert error < (0.03 if place == "cuda" else 1e-4), error
+    assert error < (0.03 if place in CARDS else 1e-4), error
 
 
 # ---- the engine ---------------------------------------------------------------------------------------------------

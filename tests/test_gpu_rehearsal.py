@@ -9,10 +9,9 @@ import torch
 
 import gpu_rehearsal
 from backends import FlashRunner
-from gpu_rehearsal import PROCESSORS, CheckedGraphs, Rehearsed, machine
+from gpu_rehearsal import PROCESSORS, CheckedGraphs, Rehearsed, machine, needs_compiled
 from memserve.engine.cuda import CudaEngine
 from memserve.engine.plans import BatchPlan, Row
-from memserve.engine.spec import ModelSpec
 from memserve.engine.weights import random_weights
 from memserve.gpu_room import CONTEXT_BYTES, worker_bytes
 from memserve.kernels import flashinfer_kit
@@ -47,13 +46,6 @@ def on_an_h100(monkeypatch):
     monkeypatch.setattr(flashinfer_kit, "_processors", lambda device: PROCESSORS)
     gpu_rehearsal.asked.clear()
     machine().launches()
-
-
-def needs_compiled(spec: ModelSpec, backend: str) -> None:
-    """Skip where ``make gpu-kernels`` was told to leave out what this model needs."""
-    there = {path.stem for path in gpu_rehearsal.COMPILED.glob("*/*.so")}
-    if left_out := libraries(spec, backend) - there:
-        pytest.skip(f"not compiled: {', '.join(sorted(left_out))}")
 
 
 @pytest.mark.parametrize("backend", ["fa2", "fa3"])

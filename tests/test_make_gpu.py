@@ -10,7 +10,7 @@ from pathlib import Path
 import gpu_check
 
 ROOT = Path(__file__).parent.parent
-MARKS = ("@pytest.mark.gpu", "from backends import BACKENDS", "from backends import ON_GPU")
+MARKS = ("@pytest.mark.gpu", "from backends import BACKENDS", "from backends import CARDS, ON_CARDS")
 """What a file with GPU tests says."""
 
 
