@@ -228,8 +228,9 @@ def flashinfer() -> Any:
     from flashinfer.jit import core, env
 
     env.FLASHINFER_AOT_DIR = COMPILED
-    real_load = core.JitSpec.load
-    core.JitSpec.load = lambda self, path: (asked.add(self.name), _Library(real_load(self, path)))[1]
+    for kind in (core.JitSpec, *core.JitSpec.__subclasses__()):
+        if "load" in vars(kind):
+            kind.load = _noted(kind.load)
     answers = {"get_compute_capability": CAPABILITY, "device_support_pdl": True}
     for name, answer in answers.items():
         replaced = getattr(utils, name)
@@ -237,6 +238,14 @@ def flashinfer() -> Any:
             if getattr(module, name, None) is replaced:
                 setattr(module, name, functools.partial(lambda value, device: value, answer))
     return library
+
+
+def _noted(load: Callable[[Any, Path], Any]) -> Callable[[Any, Path], _Library]:
+    def noted(spec: Any, path: Path) -> _Library:
+        asked.add(spec.name)
+        return _Library(load(spec, path))
+
+    return noted
 
 
 asked: set[str] = set()

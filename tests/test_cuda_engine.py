@@ -292,6 +292,7 @@ def test_kernels_count_as_compiled_only_when_each_kind_is_there(tmp_path, monkey
     monkeypatch.setattr(
         "importlib.util.find_spec", lambda name: SimpleNamespace(submodule_search_locations=[str(tmp_path)])
     )
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.6.9")
     # Decode by fa2's kernels, or by those of its own beside fa2's for what rows have in common.
     assert len(flashinfer_kit.libraries(tiny_spec(4, 2, 64), "fa3")) == 8
     needed = flashinfer_kit.libraries(tiny_spec(4, 1, 64), "fa3")
@@ -304,6 +305,9 @@ def test_kernels_count_as_compiled_only_when_each_kind_is_there(tmp_path, monkey
     assert flashinfer_kit.compiled_ahead(needed)
     # The same kinds of another head size: those of prefill and decode are missing.
     assert not flashinfer_kit.compiled_ahead(flashinfer_kit.libraries(tiny_spec(4, 1, 128), "fa3"))
+    # 0.7 looks for other names, so it must stay free to compile.
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.7.2")
+    assert not flashinfer_kit.compiled_ahead(needed)
 
 
 # ---- how a worker comes by its engine ---------------------------------------------------------------------------

@@ -31,8 +31,11 @@ static int launch(const void *host, dim3 grid, dim3 block, size_t shared) {
     const size_t threads = (size_t)block.x * block.y * block.z;
     const size_t most = which >= 0 && kernels[which].shared ? kernels[which].shared : SHARED_DEFAULT;
     if (which < 0 || !threads || threads > 1024 || block.z > 64 || shared > most || !grid.x || !grid.y || !grid.z ||
-        grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
+        grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) {
+        fprintf(stderr, "a launch of %s is refused: grid %u %u %u, block %u %u %u, %zu bytes of shared memory of %zu\n",
+                which < 0 ? "an unknown kernel" : kernels[which].name, grid.x, grid.y, grid.z, block.x, block.y, block.z, shared, most);
         return failed(INVALID_VALUE);
+    }
     if (noted + 1024 < LOG)
         noted += snprintf(notes + noted, 1024, "%.900s\t%u %u %u\t%u %u %u\t%zu\n", kernels[which].name, grid.x, grid.y,
                           grid.z, block.x, block.y, block.z, shared);
@@ -95,11 +98,15 @@ int cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *blocks, const vo
     *blocks = by_threads < by_shared ? by_threads : by_shared;
     return find(host) < 0 ? failed(INVALID_VALUE) : OK;
 }
+int cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, const void *host, int threads, size_t shared) {
+    return cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(blocks, host, threads, shared, 0);
+}
 int cudaDeviceGetAttribute(int *value, int attribute, int device) {
     (void)device;
     switch (attribute) {
     case 8: *value = SHARED_DEFAULT; return OK;
     case 16: *value = 132; return OK;
+    case 39: *value = 2048; return OK;
     case 75: *value = 9; return OK;
     case 76: *value = 0; return OK;
     case 81: *value = SHARED_OF_PROCESSOR; return OK;

@@ -25,6 +25,8 @@ DECODE_GROUPS = (1, 2, 3, 4, 8)
 """Query heads a kv head that the CUDA-core decode kernel of 0.6.9 is built for."""
 TENSOR_CORES_FROM = 4
 """Query heads a kv head from which decode on tensor cores reads the same KV with less arithmetic in the way."""
+NAMED_SO = "0.6."
+"""Versions whose libraries have the names that are told here; where names are not known, a missing library is compiled."""
 MERGED_VALUES = 8192
 """Query heads times head_dim that flashinfer's merge takes: one block of 1,024 threads a row, 8 values each."""
 
@@ -76,9 +78,12 @@ def libraries(spec: ModelSpec, backend: str) -> set[str]:
 
 
 def compiled_ahead(needed: set[str]) -> bool:
-    """Whether the installed flashinfer has all of these libraries, compiled before."""
+    """Whether the installed flashinfer has all of these libraries, compiled before. Of 0.7 nobody knows: it names them otherwise."""
+    from importlib.metadata import version
     from importlib.util import find_spec
 
+    if not version("flashinfer-python").startswith(NAMED_SO):
+        return False
     spec = find_spec("flashinfer")
     folders = (spec.submodule_search_locations if spec else None) or ()
     return needed <= {path.stem for folder in folders for path in Path(folder, "data", "aot").glob("*/*.so")}
