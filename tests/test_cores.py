@@ -111,6 +111,35 @@ def test_a_slot_belongs_to_one_worker(tmp_path: Path) -> None:
         Cores(tmp_path / "c", 2, 2, 5).busy(True)
 
 
+def test_who_comes_during_a_long_step_gets_a_core_of_it(start: Start, tmp_path: Path) -> None:
+    """A stream would wait for the end of another worker's prompt, for as long as dozens of its own steps take."""
+    mine = Cores(tmp_path / "cores", 2, 2, 0)
+    with mine.hold() as held:
+        assert (held, mine.regroup(held)) == (2, 2)
+        child = start(
+            1,
+            "with cores.hold() as k: print(k, flush=True); time.sleep(0.3)\n    cores.busy(False); print(0, flush=True); time.sleep(60)",
+        )
+        while (threads := mine.regroup(2)) == 2:
+            time.sleep(0.005)
+        assert threads == 1
+        assert _line(child) == 1, "it had to wait for the end of this step"
+        assert _line(child) == 0
+        assert mine.regroup(1) == 2, "what it left stays unused"
+    assert 0 < mine.beside < 1
+    with mine.hold() as held:
+        assert held == 2
+
+
+def test_regrouping_takes_nothing_from_others(tmp_path: Path) -> None:
+    """More threads than cores collapse both steps."""
+    first, second = Cores(tmp_path / "c", 3, 3, 0), Cores(tmp_path / "c", 3, 1, 1)
+    with second.hold(), first.hold() as held:
+        assert (held, first.regroup(held)) == (1, 1)
+        second.busy(False)  # it has no work any more, but still a core
+        assert first.regroup(1) == 2
+
+
 def test_kill_9_in_a_step_gives_the_cores_back(start: Start, tmp_path: Path) -> None:
     """A killed worker would take its cores with it for ever."""
     child = start(1, HOLD_FOR_EVER)

@@ -401,3 +401,34 @@ def test_thread_counts_may_change_from_step_to_step() -> None:
         twin.threads = 1 + step * 7 % 4
         assert torch.equal(twin.native(row), expected), step
     twin.step.close()
+
+
+def test_threads_may_come_and_go_within_a_step() -> None:
+    """A thread that leaves or joins between two layers must be neither missed nor run a layer twice."""
+    spec = attrs.evolve(native_spec(4, 2, 32), layers=6)
+    twin = Twin(spec, threads=4)
+    row = Row(pack(prompt(90, 1)), 0, twin.pages(90), GREEDY)
+    expected = twin.step.step(BatchPlan((row,)), twin.arena, 4)
+    kv = twin.arena.clone()
+    had: list[int] = []
+
+    def crew(threads: int) -> int:
+        had.append(threads)
+        return 1 + len(had) * 7 % 4
+
+    for start in range(500):
+        assert twin.step.step(BatchPlan((row,)), twin.arena, 1 + start % 4, crew) == expected, start
+        assert torch.equal(twin.arena.nan_to_num(), kv.nan_to_num()), start
+    assert len(had) == 500 * (spec.layers - 1)
+    assert set(had) == {1, 2, 3, 4}
+    twin.step.close()
+
+
+def test_a_short_step_is_not_asked_who_goes_on() -> None:
+    """Asking takes as long as a tenth of a stream's layer."""
+    twin = Twin(native_spec(4, 2, 32), threads=2)
+    row = Row(pack([7]), 0, twin.pages(1), GREEDY)
+    asked: list[int] = []
+    twin.step.step(BatchPlan((row,)), twin.arena, 2, lambda threads: asked.append(threads) or threads)
+    assert not asked
+    twin.step.close()

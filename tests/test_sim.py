@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from memserve import cli
+from memserve.costs import Site, StepCosts
 from memserve.engine.paging import Paging
 from memserve.errors import UserError
 from memserve.mempool.exchange import Exchange
@@ -19,9 +20,12 @@ from memserve.scheduling.index_feed import IndexFeed
 from memserve.sim.faults import KINDS, parse
 from memserve.sim.fuzz import fuzz
 from memserve.sim.layout import fixed, on_sites
+from memserve.sim.network import Network
 from memserve.sim.report import Report
 from memserve.sim.run import Run, simulate
+from memserve.sim.sites import Sites
 from memserve.sim.workloads import generated, one_pool_bound, read_trace
+from memserve.sim.world import World
 from memserve.simulate import costs_of
 from memserve.transfer.incoming import Incoming
 
@@ -291,6 +295,29 @@ def test_workers_of_one_site_crowd_one_another_and_cost_knows_it() -> None:
     assert max(one.decode_tokens for one in together.workers) > 0.8 * sum(
         one.decode_tokens for one in together.workers
     )
+
+
+def test_a_step_is_crowded_for_as_long_as_its_neighbour_is_in_one() -> None:
+    """A prompt beside a short step would be told as slow to its end, and a stream beside a prompt as if it had the cores."""
+    costs = StepCosts(((1, 0.1),), decode_crowding=0.5, prefill_crowding=1.0)
+    world, site, ends = World(Network(random.Random(0))), Site("one", 2, 2), []
+    sites = Sites(world, costs)
+
+    def begin(name: str, seconds: float, prompts: bool) -> None:
+        sites.begin(site, seconds, prompts, lambda took, beside: ends.append((name, world.now, took, beside)))
+
+    world.at(0.0, begin, "prompt", 1.0, True)
+    world.at(0.5, begin, "stream", 0.2, False)
+    world.run(10.0)
+    # The stream takes half as long again, and in these 0.3 s the prompt does half of what it would.
+    assert ends == [
+        ("stream", *(pytest.approx(one) for one in (0.8, 0.3, 1.0))),
+        ("prompt", *(pytest.approx(one) for one in (1.15, 1.15, 0.15))),
+    ]
+    sites.begin(None, 1.0, True, lambda took, beside: ends.append(("apart", world.now, took, beside)))
+    begin("beside", 1.0, False)
+    world.run(10.0)
+    assert [one[2:] for one in ends[2:]] == [(1.0, 0.0), (pytest.approx(1.0), 0.0)]
 
 
 def test_the_search_names_the_seed_that_fails(

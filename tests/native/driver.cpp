@@ -1,5 +1,5 @@
 // Steps of a tiny random model, in a program of its own so that a sanitizer sees all of it: chunks, decode rows and both
-// together, on changing threads, scattered pages and pages that sequences share, and draws from logits of all shapes and
+// together, on threads that change from step to step and within one, scattered pages and pages that sequences share, and draws from logits of all shapes and
 // sizes. Ends with 1 when a token's logits, or the token drawn from them, depend on how it was computed, or when a bad batch
 // is taken.
 
@@ -10,11 +10,14 @@
 
 namespace {
 
-constexpr int LAYERS = 2, HIDDEN = 64, INNER = 96, HEADS = 6, KV_HEADS = 2, HEAD = 32, VOCAB = 132, CONTEXT = 320;
+constexpr int LAYERS = 4, HIDDEN = 64, INNER = 96, HEADS = 6, KV_HEADS = 2, HEAD = 32, VOCAB = 132, CONTEXT = 320;
 constexpr int PAGE = 8, PAGES = 2 * CONTEXT / PAGE, MAX_ROWS = 64, THREADS = 3, TOKENS = 300;
 constexpr int SHARED = 256, SHARING = 5;  // first positions that so many sequences have in the same pages
 
 std::mt19937 random_numbers(1);
+
+// Other threads after each layer, fewer and more in turns.
+int32_t changing_crew(int32_t threads) { return 1 + (threads + 1) % THREADS; }
 
 // Values of a matrix in tiles, which random ones may be called.
 Buffer<bf16> matrix(size_t outputs, size_t width) {
@@ -80,7 +83,7 @@ struct Model {
         logits.resize(wanted.size() * VOCAB);
         ms_batch batch = {(int)tokens.size(), (int)wanted.size(), threads, PAGES, (int)tables.size(), tokens.data(), positions.data(),
                           tables.data(), table_at.data(), wanted.data(), arena.data(), logits.data(), nullptr,
-                          nullptr};
+                          nullptr, tokens.size() % 2 ? changing_crew : nullptr};
         int refused = ms_step(engine, &batch);
         if (refused || !draws) return refused;
         ms_sampling how = {1.5, 0.9, 7, 0};

@@ -2,7 +2,9 @@
 
 Two workers that each run as many threads as the host has cores are 5 to 30 times slower together than one, because
 every barrier waits for a thread that is not running. So a step takes cores from a budget of the whole cluster: at
-least one, at most its worker's share among the workers that have work now. An idle worker has no share.
+least one, at most its worker's share among the workers that have work now. An idle worker has no share. Shares change
+while a step is under way, and a step with a prompt takes as long as dozens of steps of streams: so a long one asks anew
+after each layer, gives what is above its share to who came meanwhile, and takes what they leave.
 
 The budget is a file of byte-range locks and holds no data: byte ``c`` is locked while core ``c`` is in use by a step,
 ``_BUSY + slot`` while that worker has work, ``_WAITING + slot`` while it waits for a core, ``_TAKEN + slot`` as long as it
@@ -109,8 +111,10 @@ class Cores:
         if cores < 1 or not 0 <= (slot or 0) < _SLOTS:
             raise ValueError(f"needs at least one core and a slot below {_SLOTS}, got {cores} and {slot}")
         self.want = want
-        self.beside = 0
-        """Other workers that had work when the last step took its cores."""
+        self._held: list[int] = []
+        """Of the step under way."""
+        self._beside: list[int] = []
+        """Other workers that had work each time that the last step looked."""
         self._cores, self._patience_s = cores, patience_s
         self._outsiders = outsiders
         # Never inherited: a child of a killed worker would keep its cores.
@@ -137,8 +141,13 @@ class Cores:
     def look(self) -> int:
         """How many other workers have work: for a site that is shared in time, without steps that wait for one another."""
         self.busy(True)
-        self.beside = self._others(_BUSY)
-        return self.beside
+        self._beside = [self._others(_BUSY)]
+        return self._beside[0]
+
+    @property
+    def beside(self) -> float:
+        """Other workers that had work during the last step, on average over the times it looked: at its start, and once a layer of a long one."""
+        return sum(self._beside) / max(1, len(self._beside))
 
     @contextmanager
     def hold(self) -> Iterator[int]:
@@ -146,39 +155,53 @@ class Cores:
         self.busy(True)
         if self._others(_WAITING):
             time.sleep(_AFTER_YOU_S)
-        held: list[int] = []
         try:
-            self._take(held)
-            yield max(1, len(held))
+            self._take()
+            yield max(1, len(self._held))
         finally:
             if self._outsiders is not None:
-                self._outsiders.sample(max(1, len(held)) + self._others(0))
-            for core in held:
-                self._set(core, False)
+                self._outsiders.sample(max(1, len(self._held)) + self._others(0))
+            self._give_back(0)
+
+    def regroup(self, threads: int) -> int:
+        """Between two layers of a step that ``hold`` gave cores to: how many ``threads`` go on, by the share of this moment."""
+        share = self._share()
+        self._give_back(share)
+        self._take_free(share)
+        return max(1, len(self._held))
 
     def close(self) -> None:
         """Give everything back."""
         os.close(self._fd)
 
-    def _take(self, held: list[int]) -> None:
+    def _take(self) -> None:
         deadline = time.monotonic() + self._patience_s
         while True:
-            share = self._share()
-            for offset in range(self._cores):
-                core = (self._slot + offset) % self._cores
-                if len(held) < share and self._set(core, True):
-                    held.append(core)
-            if held or time.monotonic() >= deadline:
+            self._beside.clear()
+            self._take_free(self._share())
+            if self._held or time.monotonic() >= deadline:
                 break
             self._set(_WAITING + self._slot, True)
             time.sleep(_POLL_S)
         self._set(_WAITING + self._slot, False)
 
+    def _take_free(self, most: int) -> None:
+        """Cores that nobody uses, until this worker has so many."""
+        for offset in range(self._cores):
+            core = (self._slot + offset) % self._cores
+            if len(self._held) < most and core not in self._held and self._set(core, True):
+                self._held.append(core)
+
+    def _give_back(self, keep: int) -> None:
+        """All but the first ``keep`` that this worker took."""
+        while len(self._held) > keep:
+            self._set(self._held.pop(), False)
+
     def _share(self) -> int:
         """Cores for this worker's next step: those that outsiders leave, divided among the workers that have work."""
         outside = self._outsiders.cores if self._outsiders is not None else 0
-        self.beside = self._others(_BUSY)
-        return max(1, min(self.want, (self._cores - outside) // (1 + self.beside)))
+        self._beside.append(self._others(_BUSY))
+        return max(1, min(self.want, (self._cores - outside) // (1 + self._beside[-1])))
 
     def _set(self, byte: int, locked: bool) -> bool:
         """Lock or unlock one byte without waiting. False when another holds it."""

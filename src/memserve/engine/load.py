@@ -68,7 +68,7 @@ class StepWatch:
         self._prompt_tokens = sum(tokens for tokens, _ in rows if tokens > 1)
         self._prompt_pairs = sum(tokens * (start + tokens / 2) for tokens, start in rows if tokens > 1)
 
-    def ended(self, now: float, site: Site | None = None, beside: int = 0) -> None:
+    def ended(self, now: float, site: Site | None = None, beside: float = 0.0) -> None:
         """And is over; ``beside`` others of the site had work. What crowding takes is no drift: schedulers reckon with it."""
         crowded = 1.0
         if site is not None and beside and self._model is not None:

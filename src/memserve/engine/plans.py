@@ -44,9 +44,9 @@ class BatchResult:
     """One per row, in order; None where ``sample`` was None."""
     step_ms: float
     threads: int
-    """Cores the step ran on."""
-    beside: int = 0
-    """Other workers of the same site (see :class:`~memserve.costs.Site`) that had work when it began."""
+    """Cores the step began on."""
+    beside: float = 0.0
+    """Other workers of the same site (see :class:`~memserve.costs.Site`) that had work meanwhile, on average over its layers."""
 
 
 class StepEngine(Protocol):

@@ -82,8 +82,9 @@ class CpuEngine:
         check_plan(plan, self._spec, self._pages, self._page_tokens)
         with self._hold() as threads:
             began = time.perf_counter()
-            tokens = self._step(plan, self._attention, self._arena, threads)
-            beside = self._cores.beside if self._cores is not None else 0
+            crew = self._cores.regroup if self._cores is not None else None
+            tokens = self._step(plan, self._attention, self._arena, threads, crew)
+            beside = self._cores.beside if self._cores is not None else 0.0
             return BatchResult(tokens, (time.perf_counter() - began) * 1000, threads, beside)
 
     def warm_up(self) -> None:
@@ -155,10 +156,15 @@ class CpuEngine:
             yield threads
 
     def _step(
-        self, plan: BatchPlan, attention: CpuAttention, arena: torch.Tensor, threads: int
+        self,
+        plan: BatchPlan,
+        attention: CpuAttention,
+        arena: torch.Tensor,
+        threads: int,
+        crew: Callable[[int], int] | None = None,
     ) -> tuple[int | None, ...]:
         if self._native is not None:
-            drawn = iter(self._native.step(plan, arena, threads))
+            drawn = iter(self._native.step(plan, arena, threads, crew))
         else:
             assert self._model is not None, "the engine is closed"
             torch.set_num_threads(threads)

@@ -34,6 +34,7 @@ from memserve.sim.engines import DrawEngine, Engine, PageEngine, shape
 from memserve.sim.layout import RETIRE, Layout, ShardPlan, Times, WorkerPlan
 from memserve.sim.movers import Movers
 from memserve.sim.pages import Arenas
+from memserve.sim.sites import Sites
 from memserve.sim.world import Actor, Violation, World
 from memserve.tokens import TOKEN_BYTES
 from memserve.transfer.values import Geometry, Way
@@ -77,8 +78,7 @@ class Cluster:
     fenced: int = 0
     arenas: Arenas = attrs.field(init=False)
     movers: Movers = attrs.field(init=False)
-    _stepping: dict[str, dict[str, float]] = attrs.field(factory=dict)
-    """When the last step of each worker ends, by site."""
+    sites: Sites = attrs.field(init=False)
     _policies: dict[str, RestartPolicy] = attrs.field(factory=dict)
     _ready_at: dict[ActorId, float] = attrs.field(factory=dict)
     _copiers: dict[tuple[ActorId, bool], float] = attrs.field(factory=dict)
@@ -89,6 +89,7 @@ class Cluster:
     def __attrs_post_init__(self) -> None:
         self.world.kill = self.kill
         self.arenas = Arenas(self.layout.page_tokens * TOKEN_BYTES, self.pages_checked)
+        self.sites = Sites(self.world, self.costs.steps)
         size, token_bytes = self.layout.page_bytes, self.costs.steps.token_bytes
         timed = token_bytes * self.layout.page_tokens or size
         self.movers = Movers(self.world, self.arenas, size, timed, self.costs.links, self.cores.get)
@@ -292,30 +293,21 @@ class Cluster:
         return PageEngine(self.arenas.page_bytes, self.arenas.of[shard])
 
     def _step(self, actor: Actor, site: Site | None, shard: ActorId, engine: Engine, plan: BatchPlan) -> None:
-        rows, beside = shape(plan), self._beside(actor, site)
+        rows = shape(plan)
         seconds = self.costs.step_s(rows) * actor.slowness * self.noise.get(actor.name, 1.0)
-        if site is not None:
-            prompts = any(tokens > 1 for tokens, _ in rows)
-            seconds *= self.costs.steps.crowded(site.slices(beside), prompts)
-            self._stepping.setdefault(site.key, {})[actor.name] = self.world.now + seconds
-        done = self.busy.setdefault(actor.name, Busy())
-        done.steps += 1
-        done.busy_s += seconds
-        for tokens, _ in rows:
-            if tokens > 1:
-                done.prefill_tokens += tokens
-            else:
-                done.decode_tokens += 1
+        prompts = sum(tokens for tokens, _ in rows if tokens > 1)
         self.arenas.claim(shard, self._written(plan) if self.pages_checked else (), actor.id)
-        result = partial(BatchResult, step_ms=seconds * 1e3, threads=1, beside=beside)
-        self.world.after(seconds, self._stepped, actor, shard, engine, plan, result)
 
-    def _beside(self, actor: Actor, site: Site | None) -> int:
-        """How many others of the site are in a step."""
-        if site is None:
-            return 0
-        ends = self._stepping.get(site.key, {})
-        return sum(end > self.world.now for name, end in ends.items() if name != actor.name)
+        def done(took_s: float, beside: float) -> None:
+            busy = self.busy.setdefault(actor.name, Busy())
+            busy.steps += 1
+            busy.busy_s += took_s
+            busy.prefill_tokens += prompts
+            busy.decode_tokens += sum(tokens == 1 for tokens, _ in rows)
+            result = partial(BatchResult, step_ms=took_s * 1e3, threads=1, beside=beside)
+            self._stepped(actor, shard, engine, plan, result)
+
+        self.sites.begin(site, seconds, prompts > 0, done)
 
     def _stepped(
         self,

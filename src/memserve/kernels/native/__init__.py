@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
-from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int32, c_void_p
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from ctypes import CFUNCTYPE, POINTER, Structure, byref, c_char_p, c_float, c_int32, c_void_p
 from functools import cache
 from pathlib import Path
 from struct import Struct
@@ -29,6 +29,9 @@ from memserve.tokens import TOKEN_BYTES, count, span
 
 MAX_ROWS = 512
 """Tokens that its buffers hold; a larger step runs in several, with the same results."""
+
+LONG_ROWS = 32
+"""A step of more tokens asks after each layer how many threads go on. A shorter one is soon over, and would feel the asking."""
 
 _NO_MEMORY = 2
 _NOT_A_TOKEN = -1
@@ -65,6 +68,10 @@ class _Layer(Structure):
     _fields_ = [(name, _Matrix if name in _MATRICES else c_void_p) for name in _LAYER_FIELDS]
 
 
+_Crew = CFUNCTYPE(c_int32, c_int32)
+_NOBODY_ASKED = _Crew()
+
+
 class _Batch(Structure):
     _fields_ = [
         *((name, c_int32) for name in ("rows", "wanted", "threads", "pages", "tables_length")),
@@ -72,6 +79,7 @@ class _Batch(Structure):
         *((name, c_void_p) for name in ("positions", "tables", "table_at", "wanted_at", "arena", "logits")),
         ("how", c_char_p),
         ("tokens", c_void_p),
+        ("crew", _Crew),
     ]
 
 
@@ -145,17 +153,27 @@ class NativeStep:
         """Whether it multiplies on AMX."""
         return bool(self._library.ms_amx(self._engine))
 
-    def step(self, plan: BatchPlan, arena: torch.Tensor, threads: int) -> list[int]:
+    def step(
+        self,
+        plan: BatchPlan,
+        arena: torch.Tensor,
+        threads: int,
+        crew: Callable[[int], int] | None = None,
+    ) -> list[int]:
         """As ``forward`` and ``sampling.draw``: the next token of each wanted row.
 
+        ``crew``: told how many threads a layer of a long step has had, says how many go on. It must not raise.
         Raises ValueError, computing nothing more, for a plan that reaches out of the arena or the model, and
         FloatingPointError, naming the row, when logits are not numbers.
         """
         drawn: list[int] = []
-        for rows in _pieces(plan.rows):
+        for number, rows in enumerate(_pieces(plan.rows)):
+            if number and crew is not None:
+                threads = crew(threads)
             inputs = _Inputs(rows)
             tokens = array("i", bytes(TOKEN_BYTES * len(inputs.wanted_at)))
-            self._run(inputs, arena, threads, how=b"".join(inputs.how), tokens=tokens.buffer_info()[0])
+            how, to = b"".join(inputs.how), tokens.buffer_info()[0]
+            self._run(inputs, arena, threads, how=how, tokens=to, crew=crew)
             drawn += tokens
         if _NOT_A_TOKEN in drawn:
             raise FloatingPointError(
@@ -181,6 +199,7 @@ class NativeStep:
         logits: int = 0,
         how: bytes = b"",
         tokens: int = 0,
+        crew: Callable[[int], int] | None = None,
     ) -> None:
         """One call: at most ``MAX_ROWS`` tokens. ``logits``, ``tokens``: where they go; 0 where nobody wants them."""
         if self._arena() is not arena:
@@ -200,6 +219,7 @@ class NativeStep:
             logits,
             how,
             tokens,
+            _Crew(crew) if crew is not None and len(inputs.positions) > LONG_ROWS else _NOBODY_ASKED,
         )
         refused = self._library.ms_step(self._engine, byref(batch))
         if refused == _NO_MEMORY:

@@ -32,6 +32,7 @@ extern "C" struct ms_batch {
     float* logits;             // (wanted, vocab), or null where nobody wants them
     const ms_sampling* how;    // (wanted,)
     int32_t* tokens;           // (wanted,) drawn, -1 where the largest logit is not finite; or null: none is drawn
+    int32_t (*crew)(int32_t);  // asked after each layer, told the threads it had: how many go on; or null: as many
 };
 
 namespace {

@@ -4,10 +4,12 @@
 
 #include "cut.hpp"
 #include "linear.hpp"
+#include "threads.hpp"
 
 namespace {
 
 struct Scratch {
+    Barrier* barrier = nullptr;  // of the shift that its thread is in
     Linear linear;
     Attention attention;
     Buffer<Operand> x;   // (max_rows, widest input): a linear's input when rows are few, and the head's

@@ -21,13 +21,13 @@
 #include <thread>
 
 #include "scratch.hpp"
-#include "threads.hpp"
 
 // ---- the model -------------------------------------------------------------------------------------------
 
 namespace {
 
 constexpr int FEW = 16;                    // rows up to which every thread prepares all inputs for itself
+constexpr int LAYER_STAGES = 9;            // of run_layer
 constexpr int HEAD_COLUMNS = 8 * COLUMNS;  // outputs of one task of the head
 
 struct Engine {
@@ -48,8 +48,9 @@ struct Engine {
     std::vector<Word> counters;  // tasks taken, one for each block of each stage of a step
 
     ms_batch b;
-    Barrier barrier;
-    Word epoch;  // a count of steps and, in the low byte, the threads that take part in the newest
+    Barrier barriers[2];  // of shifts in turns: who joins the next one may be there before all have left the last
+    Word epoch;     // a count of shifts and, in the low byte, the threads that take part in the newest
+    int first = 0;  // layer at which the newest shift begins
     std::atomic<bool> closing{false};
     std::vector<std::thread> threads;
 
@@ -64,7 +65,7 @@ struct Engine {
             auto& taken = counters[(size_t)index * Cut::most_blocks(c.max_rows) + block].value;
             for (int i; (i = taken.fetch_add(1, std::memory_order_relaxed)) < end;) task(block, i);
         }
-        barrier.wait(b.threads);
+        scratch[me].barrier->wait(b.threads);
     }
 
     // A stage over `columns` for each block: task(column, first row, rows).
@@ -288,12 +289,40 @@ struct Engine {
         }
     }
 
-    void run(int me) {
+    // A shift: layers that the same threads run. A step is one, or several where its caller lends out or gets cores meanwhile:
+    // then all return, and those of the next one begin anew at layer `first`.
+    void run(int me, int shift) {
         Tiles tiles(amx);
+        Barrier& barrier = *(scratch[me].barrier = &barriers[shift >> 8 & 1]);
+        int crew = b.threads, layer = first;
+        if (!layer) each_row(0, me, [&](int row) { read_output(embed, b.ids[row], c.hidden, &residual[(long)row * c.hidden]); });
+        while (layer < c.layers) {
+            run_layer(layer, 1 + LAYER_STAGES * layer, me);
+            if (++layer == c.layers || !b.crew) continue;
+            if (me == 0) change_crew(layer, crew);
+            barrier.wait(crew);  // `crew` is this thread's own: b.threads may be the next shift's
+            if (epoch.value.load(std::memory_order_acquire) != shift) return;
+        }
+        finish(1 + LAYER_STAGES * c.layers, me);
+    }
+
+    // Asks the caller while all others wait. Who is let go sleeps in serve() from then on.
+    void change_crew(int layer, int crew) {
+        int next = std::clamp((int)b.crew(crew), 1, (int)c.max_threads);
+        if (next == crew) return;
+        first = layer, b.threads = next;
+        begin_shift();
+    }
+
+    void begin_shift() {
+        unsigned shifts = (unsigned)epoch.value.load(std::memory_order_relaxed) >> 8;
+        epoch.value.store((int)((shifts + 1) << 8 | b.threads), std::memory_order_release);
+        wake_all(epoch.value);
+    }
+
+    // From the last layer to logits and tokens, in the stages from `at` on.
+    void finish(int at, int me) {
         Scratch& mine = scratch[me];
-        int at = 0;
-        each_row(at++, me, [&](int row) { read_output(embed, b.ids[row], c.hidden, &residual[(long)row * c.hidden]); });
-        for (int layer = 0; layer < c.layers; layer++) at = run_layer(layer, at, me);
         for (int i = 0; i < b.wanted; i++) normed(b.wanted_at[i], norm, InputRow(mine.x.data(), i, c.hidden));
         int tasks = b.wanted ? (c.vocab + HEAD_COLUMNS - 1) / HEAD_COLUMNS : 0;
         stage(at++, me, 1, [&](int) { return tasks; }, [&](int, int task) {
@@ -320,8 +349,8 @@ struct Engine {
         }
     }
 
-    // Stages `at` to at + 9; the next stage's number.
-    int run_layer(int layer, int at, int me) {
+    // In LAYER_STAGES stages from `at` on.
+    void run_layer(int layer, int at, int me) {
         const ms_layer& w = layers[layer];
         Scratch& mine = scratch[me];
         int tasks = c.hidden / COLUMNS, width = c.heads * c.head_dim;
@@ -350,17 +379,16 @@ struct Engine {
         columns(at++, me, tasks, [&](int task, int row, int rows) {
             add(w.down, c.intermediate, task, hidden.data(), row, rows, mine);
         });
-        return at;
     }
 
-    // Between steps a thread sleeps. One that takes no part may wake late, so it must not read `b`, which may be the
-    // next step's by then; one that takes part is waited for.
+    // Between shifts a thread sleeps. One that takes no part may wake late, so it must not read `b` or `first`, which may be
+    // the next one's by then; one that takes part is waited for.
     void serve(int me) {
         for (int seen = 0;;) {
             while (epoch.value.load(std::memory_order_acquire) == seen) sleep_while(epoch.value, seen);
             seen = epoch.value.load(std::memory_order_acquire);
             if (closing) return;
-            if (me < (seen & THREADS_MAX)) run(me);
+            if (me < (seen & THREADS_MAX)) run(me, seen);
         }
     }
 
@@ -373,12 +401,11 @@ struct Engine {
             b.logits = logits.data();
         }
         for (auto& counter : counters) counter.value.store(0, std::memory_order_relaxed);
-        if (b.threads > 1) {
-            unsigned steps = (unsigned)epoch.value.load(std::memory_order_relaxed) >> 8;
-            epoch.value.store((int)((steps + 1) << 8 | b.threads), std::memory_order_release);
-            wake_all(epoch.value);
-        }
-        run(0);
+        first = 0;
+        if (b.threads > 1) begin_shift();
+        int shift;
+        do run(0, shift = epoch.value.load(std::memory_order_relaxed));
+        while (shift != epoch.value.load(std::memory_order_relaxed));
     }
 };
 
@@ -408,7 +435,7 @@ Engine* ms_open(const ms_config* config, const ms_layer* layers, const Matrix* e
         engine->shared.resize(rows * width);
         engine->scratch.resize(c.max_threads);
         for (auto& scratch : engine->scratch) scratch.resize(c, engine->amx);
-        engine->counters = std::vector<Word>((size_t)(3 + 9 * c.layers) * Cut::most_blocks(c.max_rows));
+        engine->counters = std::vector<Word>((size_t)(3 + LAYER_STAGES * c.layers) * Cut::most_blocks(c.max_rows));
         for (int i = 1; i < c.max_threads; i++) engine->threads.emplace_back(&Engine::serve, engine.get(), i);
         return engine.release();
     } catch (const std::exception&) {
