@@ -258,6 +258,11 @@ def test_missing_files_list_what_is_shipped(tmp_path):
     assert "cannot be read" in problems(str(tmp_path / "x"), "a=b")[0] or "no such file" in line
 
 
+def test_a_directory_is_called_one(tmp_path):
+    """If it failed, a user would be told that a path that is plainly there does not exist."""
+    assert problems(str(tmp_path)) == ["is a directory; give a TOML file in it"]
+
+
 @pytest.mark.parametrize("name", ["demo", "colocated", "2p2d"])
 def test_shipped_configurations_load_by_name(name):
     """If it failed, an installed memserve could not run its own examples."""

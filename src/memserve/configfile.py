@@ -81,6 +81,8 @@ def find(path: str) -> Path:
     names = shipped()
     if path in names:
         return names[path]
+    if file.is_dir():
+        raise ConfigError(f"{path}: is a directory; give a TOML file in it")
     near = f"; did you mean {guess}?" if (guess := nearest(path, list(names))) else ""
     known = (
         f"shipped with memserve: {', '.join(names)}" if names else "none is shipped with this installation"

@@ -28,9 +28,9 @@ async def read_change(request: Request) -> Change:
         raise ApiError("Send Content-Type: application/json", None, 415, "unsupported_media_type")
     try:
         body = msgspec.json.decode(await request.body(), type=ChangeBody)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         message = f'The body must be {{"role": "prefill" | "decode" | "both" | "auto"}} or {{"drain": true}}: {error}'
-        raise ApiError(message) from error
+        raise ApiError(message, code="invalid_value") from error
     if (body.role is not None) == body.drain:
-        raise ApiError("Give either role, or drain as true", "role")
+        raise ApiError("Give either role, or drain as true", "role", code="invalid_value")
     return Change(body.role or "", body.drain)

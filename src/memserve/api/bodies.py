@@ -22,13 +22,23 @@ SEED_BITS = 63
 PRIORITY_MAX = 100
 
 REFUSED: dict[str, tuple[object, ...]] = {
+    "add_generation_prompt": (True,),
+    "allowed_token_ids": (),
     "audio": (),
+    "bad_words": ([],),
     "best_of": (1,),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
     "continue_final_message": (False,),
+    "documents": ([],),
     "frequency_penalty": (0, 0.0),
     "function_call": ("none",),
     "functions": ([],),
+    "guided_choice": (),
+    "guided_grammar": (),
     "guided_json": (),
+    "guided_regex": (),
+    "include_stop_str_in_output": (False,),
     "logit_bias": ({},),
     "logprobs": (False,),
     "min_p": (0, 0.0),
@@ -39,11 +49,15 @@ REFUSED: dict[str, tuple[object, ...]] = {
     "prompt_logprobs": (),
     "repetition_penalty": (1, 1.0),
     "response_format": ({"type": "text"},),
+    "skip_special_tokens": (True,),
     "structured_outputs": (),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "top_logprobs": (0,),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+    "web_search_options": (),
 }
 """Fields that are not served, with the values that ask for nothing and pass (null always does)."""
 
@@ -140,7 +154,9 @@ def read_body(data: bytes, kind: type[Body]) -> Body:
     except ValueError as error:
         raise ApiError(f"stop: {error}", "stop", code="invalid_value") from error
     if body.stream_options is not None and not body.stream:
-        raise ApiError("stream_options: only allowed when stream is true", "stream_options")
+        raise ApiError(
+            "stream_options: only allowed when stream is true", "stream_options", code="invalid_value"
+        )
     return body
 
 
@@ -177,6 +193,7 @@ def _invalid(raw: dict[str, Any], text: str) -> ApiError:
         param = f"{missing[2]}.{missing[1]}" if missing[2] else missing[1]
         return ApiError(f"{param}: this field is required", param, code="missing_required_parameter")
     rule = rule[0].lower() + rule[1:].replace("`", "")
+    rule = re.sub(r"( \| null)?, got \w+$", "", rule)  # the value itself is shown behind it
     if param is None:
         return ApiError(rule)
     if rule.startswith("invalid enum value"):

@@ -163,7 +163,8 @@ def _params(
     for index, token in enumerate(body.stop_token_ids or ()):
         if not 0 <= token < model.spec.vocab:
             name = f"stop_token_ids[{index}]"
-            raise ApiError(f"{name}: expected a token id from 0 to {model.spec.vocab - 1}, got {token}", name)
+            message = f"{name}: expected a token id from 0 to {model.spec.vocab - 1}, got {token}"
+            raise ApiError(message, name, code="invalid_value")
     sampling = Sampling(
         temperature=1.0 if body.temperature is None else body.temperature,
         top_k=max(body.top_k or 0, 0),
