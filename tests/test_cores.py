@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from memserve.costs import GIVE_AFTER_S
 from memserve.engine.cores import Cores, Outsiders
 
 Start = Callable[[int, str], "subprocess.Popen[str]"]
@@ -120,9 +121,10 @@ def test_who_comes_during_a_long_step_gets_a_core_of_it(start: Start, tmp_path: 
             1,
             "with cores.hold() as k: print(k, flush=True); time.sleep(0.3)\n    cores.busy(False); print(0, flush=True); time.sleep(60)",
         )
+        began = time.monotonic()
         while (threads := mine.regroup(2)) == 2:
             time.sleep(0.005)
-        assert threads == 1
+        assert threads == 1 and time.monotonic() - began > GIVE_AFTER_S, "given at the first word of it"
         assert _line(child) == 1, "it had to wait for the end of this step"
         assert _line(child) == 0
         assert mine.regroup(1) == 2, "what it left stays unused"

@@ -303,21 +303,27 @@ def test_a_step_is_crowded_for_as_long_as_its_neighbour_is_in_one() -> None:
     world, site, ends = World(Network(random.Random(0))), Site("one", 2, 2), []
     sites = Sites(world, costs)
 
-    def begin(name: str, seconds: float, prompts: bool) -> None:
-        sites.begin(site, seconds, prompts, lambda took, beside: ends.append((name, world.now, took, beside)))
+    def begin(name: str, seconds: float, prompts: bool, where: Site | None = site) -> None:
+        def done(took: float, beside: float) -> None:
+            ends.append((name, *(round(one, 9) for one in (world.now, took, beside))))
+
+        sites.begin(where, name, seconds, prompts, done)
 
     world.at(0.0, begin, "prompt", 1.0, True)
-    world.at(0.5, begin, "stream", 0.2, False)
+    world.at(0.2, begin, "stream", 0.2, False)
+    world.at(0.76, begin, "stream", 0.1, False)
     world.run(10.0)
-    # The stream takes half as long again, and in these 0.3 s the prompt does half of what it would.
-    assert ends == [
-        ("stream", *(pytest.approx(one) for one in (0.8, 0.3, 1.0))),
-        ("prompt", *(pytest.approx(one) for one in (1.15, 1.15, 0.15))),
-    ]
-    sites.begin(None, 1.0, True, lambda took, beside: ends.append(("apart", world.now, took, beside)))
-    begin("beside", 1.0, False)
+    # The stream waits until 0.45, takes half as long again, and in these 0.3 s the prompt does half of what it would. Its next
+    # step follows at once, and has its share at once.
+    assert ends == [("stream", 0.75, 0.3, 1.0), ("stream", 0.91, 0.15, 1.0), ("prompt", 1.225, 1.225, 0.225)]
+    ends.clear()
+    world.at(2.0, begin, "prompt", 0.2, True)
+    world.at(2.1, begin, "stream", 0.1, False)
+    world.at(2.1, begin, "apart", 1.0, True, None)
     world.run(10.0)
-    assert [one[2:] for one in ends[2:]] == [(1.0, 0.0), (pytest.approx(1.0), 0.0)]
+    assert ends == [("prompt", 2.2, 0.2, 0.0), ("stream", 2.3, 0.1, 0.0), ("apart", 3.1, 1.0, 0.0)], (
+        "it waits for the end"
+    )
 
 
 def test_the_search_names_the_seed_that_fails(

@@ -4,7 +4,7 @@ Two workers that each run as many threads as the host has cores are 5 to 30 time
 every barrier waits for a thread that is not running. So a step takes cores from a budget of the whole cluster: at
 least one, at most its worker's share among the workers that have work now. An idle worker has no share. Shares change
 while a step is under way, and a step with a prompt takes as long as dozens of steps of streams: so a long one asks anew
-after each layer, gives what is above its share to who came meanwhile, and takes what they leave.
+after each layer, takes what others leave, and gives what is above its share to who has waited for a while.
 
 The budget is a file of byte-range locks and holds no data: byte ``c`` is locked while core ``c`` is in use by a step,
 ``_BUSY + slot`` while that worker has work, ``_WAITING + slot`` while it waits for a core, ``_TAKEN + slot`` as long as it
@@ -24,6 +24,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from memserve.costs import GIVE_AFTER_S
 
 _BUSY, _WAITING, _TAKEN = 4096, 8192, 12288
 _SLOTS = 4096
@@ -113,6 +115,7 @@ class Cores:
         self.want = want
         self._held: list[int] = []
         """Of the step under way."""
+        self._waited_since = float("inf")
         self._beside: list[int] = []
         """Other workers that had work each time that the last step looked."""
         self._cores, self._patience_s = cores, patience_s
@@ -166,9 +169,18 @@ class Cores:
     def regroup(self, threads: int) -> int:
         """Between two layers of a step that ``hold`` gave cores to: how many ``threads`` go on, by the share of this moment."""
         share = self._share()
-        self._give_back(share)
+        if self._waited_for() >= GIVE_AFTER_S:
+            self._give_back(share)
         self._take_free(share)
         return max(1, len(self._held))
+
+    def _waited_for(self) -> float:
+        """Seconds for which this step has seen another worker wait for a core, without a break."""
+        if not self._others(_WAITING):
+            self._waited_since = float("inf")
+            return 0.0
+        self._waited_since = min(self._waited_since, time.monotonic())
+        return time.monotonic() - self._waited_since
 
     def close(self) -> None:
         """Give everything back."""
@@ -178,6 +190,7 @@ class Cores:
         deadline = time.monotonic() + self._patience_s
         while True:
             self._beside.clear()
+            self._waited_since = float("inf")
             self._take_free(self._share())
             if self._held or time.monotonic() >= deadline:
                 break

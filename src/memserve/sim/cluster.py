@@ -307,7 +307,7 @@ class Cluster:
             result = partial(BatchResult, step_ms=took_s * 1e3, threads=1, beside=beside)
             self._stepped(actor, shard, engine, plan, result)
 
-        self.sites.begin(site, seconds, prompts > 0, done)
+        self.sites.begin(site, actor.name, seconds, prompts > 0, done)
 
     def _stepped(
         self,
