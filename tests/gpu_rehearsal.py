@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -65,18 +67,15 @@ class Machine:
     """The device and the runtime, built and loaded once a process."""
 
     def __init__(self, folder: Path) -> None:
-        runtime, device = folder / "libcudart.so.13", folder / "libdevice.so"
         script = folder / "cudart.map"
         script.write_text("libcudart.so.13 { global: *; };")
-        _compile(
-            ["gcc", "-O1", str(SOURCES / "cudart.c"), "-o", str(runtime), "-Wl,-soname,libcudart.so.13",
-             f"-Wl,--version-script={script}"]
-        )  # fmt: skip
         torch_at = Path(torch.__file__).parent
-        _compile(
-            ["g++", "-std=c++20", "-O1", str(SOURCES / "device.cpp"), "-o", str(device),
-             f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}", f"-I{torch_at / 'include'}",
-             f"-L{torch_at / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+        runtime = _compiled(
+            folder, "cudart.c", "gcc", "-Wl,-soname,libcudart.so.13", f"-Wl,--version-script={script}"
+        )
+        device = _compiled(
+            folder, "device.cpp", "g++", "-std=c++20", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
+            f"-I{torch_at / 'include'}", f"-L{torch_at / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10",
         )  # fmt: skip
         # FlashInfer's libraries name it as what they need, and find it loaded.
         self._runtime = ctypes.CDLL(str(runtime), ctypes.RTLD_GLOBAL)
@@ -118,8 +117,17 @@ class Machine:
             self._device.device_capture(0)
 
 
-def _compile(command: list[str]) -> None:
-    subprocess.run([*command, "-shared", "-fPIC"], check=True)
+def _compiled(folder: Path, source: str, compiler: str, *more: str) -> Path:
+    """A library of a source, compiled once. Processes that start together may both compile it; neither sees half of it."""
+    given = (SOURCES / source).read_bytes() + repr((torch.__version__, more)).encode()
+    library = folder / f"{Path(source).stem}-{hashlib.sha256(given).hexdigest()[:16]}.so"
+    if not library.exists():
+        new = library.with_suffix(f".{os.getpid()}")
+        subprocess.run(
+            [compiler, "-shared", "-fPIC", "-O1", str(SOURCES / source), "-o", str(new), *more], check=True
+        )
+        new.replace(library)
+    return library
 
 
 def _launch(line: str) -> Launch:
@@ -218,8 +226,6 @@ def machine() -> Machine:
 @functools.cache
 def flashinfer() -> Any:
     """FlashInfer, which takes the device for an H100. Its libraries are those that ``make gpu-kernels`` compiled; it compiles none."""
-    import os
-
     from memserve.gpus import gpu_environment
 
     os.environ.update(gpu_environment(), FLASHINFER_CUDA_ARCH_LIST="9.0a", FLASHINFER_DISABLE_JIT="1")
