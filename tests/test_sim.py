@@ -311,11 +311,11 @@ def test_a_step_is_crowded_for_as_long_as_its_neighbour_is_in_one() -> None:
 
     world.at(0.0, begin, "prompt", 1.0, True)
     world.at(0.2, begin, "stream", 0.2, False)
-    world.at(0.76, begin, "stream", 0.1, False)
+    world.at(1.01, begin, "stream", 0.1, False)
     world.run(10.0)
-    # The stream waits until 0.45, takes half as long again, and in these 0.3 s the prompt does half of what it would. Its next
+    # The stream waits until 0.7, takes half as long again, and in these 0.3 s the prompt does half of what it would. Its next
     # step follows at once, and has its share at once.
-    assert ends == [("stream", 0.75, 0.3, 1.0), ("stream", 0.91, 0.15, 1.0), ("prompt", 1.225, 1.225, 0.225)]
+    assert ends == [("stream", 1.0, 0.3, 1.0), ("stream", 1.16, 0.15, 1.0), ("prompt", 1.225, 1.225, 0.225)]
     ends.clear()
     world.at(2.0, begin, "prompt", 0.2, True)
     world.at(2.1, begin, "stream", 0.1, False)
