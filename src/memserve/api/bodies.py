@@ -28,7 +28,6 @@ REFUSED: dict[str, tuple[object, ...]] = {
     "bad_words": ([],),
     "best_of": (1,),
     "chat_template": (),
-    "chat_template_kwargs": ({},),
     "continue_final_message": (False,),
     "documents": ([],),
     "frequency_penalty": (0, 0.0),
@@ -60,6 +59,15 @@ REFUSED: dict[str, tuple[object, ...]] = {
     "web_search_options": (),
 }
 """Fields that are not served, with the values that ask for nothing and pass (null always does)."""
+
+CHATS_ALONE: dict[str, tuple[object, ...]] = {"chat_template_kwargs": ({},)}
+"""The same of fields that are served for chats."""
+TEMPLATE_ARGUMENTS_MAX = 32
+TEMPLATE_NAMES = frozenset(
+    ("add_generation_prompt", "bos_token", "documents", "eos_token", "messages", "raise_exception", "strftime_now", "tools")
+)  # fmt: skip
+"""What a chat template is given already."""
+Scalar = str | int | float | bool | None
 
 ROLES = ("system", "developer", "user", "assistant")
 """Who may speak in a chat. A fixed set, because templates write roles among their control tokens."""
@@ -136,6 +144,8 @@ class ChatBody(_Body):
 
     messages: Annotated[tuple[ChatMessage, ...], Meta(min_length=1)]
     max_completion_tokens: Count | None = None
+    chat_template_kwargs: dict[str, Scalar] | None = None
+    """What the model's template knows beside messages, such as Qwen3's ``enable_thinking``."""
 
 
 Body = TypeVar("Body", CompletionBody, ChatBody)
@@ -144,11 +154,13 @@ Body = TypeVar("Body", CompletionBody, ChatBody)
 def read_body(data: bytes, kind: type[Body]) -> Body:
     """The body in ``data``. Raises ApiError (400) that names the field, the rule and the value."""
     raw = _read_json(data)
-    _refuse(raw)
+    _refuse(raw, REFUSED if kind is ChatBody else REFUSED | CHATS_ALONE)
     try:
         body = msgspec.convert(raw, kind)
     except msgspec.ValidationError as error:
         raise _invalid(raw, str(error)) from error
+    if isinstance(body, ChatBody):
+        _check_template_arguments(body.chat_template_kwargs or {})
     try:
         check_stops(body.stops)
     except ValueError as error:
@@ -170,10 +182,22 @@ def _read_json(data: bytes) -> dict[str, Any]:
     return raw
 
 
-def _refuse(raw: dict[str, Any]) -> None:
-    for name in raw.keys() & REFUSED.keys():
+def _check_template_arguments(given: dict[str, Scalar]) -> None:
+    """They become variables of the template: other names than its own, and few. What may be in a value is its business."""
+    field = "chat_template_kwargs"
+    if len(given) > TEMPLATE_ARGUMENTS_MAX:
+        message = f"{field}: expected at most {TEMPLATE_ARGUMENTS_MAX} names, got {len(given)}"
+        raise ApiError(message, field, code="invalid_value")
+    for name in given:
+        if not name.isidentifier() or name in TEMPLATE_NAMES:
+            rule = "expected names of variables" if name not in TEMPLATE_NAMES else "leave out what the server sets"
+            raise ApiError(f"{field}: {rule}, got {_shown(name)}", field, code="invalid_value")
+
+
+def _refuse(raw: dict[str, Any], refused: dict[str, tuple[object, ...]]) -> None:
+    for name in raw.keys() & refused.keys():
         value = raw[name]
-        neutral = any(type(value) is type(passes) and value == passes for passes in REFUSED[name])
+        neutral = any(type(value) is type(passes) and value == passes for passes in refused[name])
         if value is not None and not neutral:
             raise unsupported(name)
     messages = raw.get("messages")

@@ -8,7 +8,7 @@ So harmless messages get exactly the tokens they would get anyway, and control t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -18,7 +18,7 @@ import msgspec
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from memserve.api.bodies import ChatMessage
+from memserve.api.bodies import ChatMessage, Scalar
 from memserve.api.errors import ApiError
 from memserve.engine.spec import ModelSpec
 from memserve.engine.tokenizer import Tokenizer
@@ -78,16 +78,23 @@ class ChatTemplate:
         names = {"bos_token": _text(tokenizer, spec.bos), "eos_token": _text(tokenizer, eos)}
         return cls(template, tokenizer, names)
 
-    def render(self, messages: Sequence[ChatMessage]) -> Rendered:
-        """The prompt's text. Raises ApiError (400) when the template refuses the messages."""
-        mark = _mark(text for message in messages for text in (message.text, message.name or ""))
+    def render(
+        self, messages: Sequence[ChatMessage], arguments: Mapping[str, Scalar] | None = None
+    ) -> Rendered:
+        """The prompt's text. ``arguments``: of the template, from the client. Raises ApiError (400) when the template refuses."""
+        given = dict(arguments or {})
+        texts = [text for message in messages for text in (message.text, message.name or "")]
+        mark = _mark([*texts, *(value for value in given.values() if isinstance(value, str))])
         disarm: Callable[[str], str] = lambda text: self.tokenizer.disarm(text, mark)  # noqa: E731
         variables = [_variables(message, disarm) for message in messages]
+        given = {name: disarm(value) if isinstance(value, str) else value for name, value in given.items()}
         try:
-            text = self.template.render(messages=variables, add_generation_prompt=True, **self.names)
+            text = self.template.render(
+                **given, messages=variables, add_generation_prompt=True, **self.names
+            )
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, RecursionError) as error:
             message = f"messages: the model's chat template refuses them: {error}"
-            raise ApiError(message, "messages") from error
+            raise ApiError(message, "messages", code="invalid_value") from error
         return Rendered(text, mark)
 
     def encode(self, rendered: Rendered, scope: str) -> list[int]:

@@ -73,7 +73,7 @@ async def completion_prompts(
 
 async def chat_prompt(body: ChatBody, model: Model, scope: str, draw: Callable[[], int]) -> Prompt:
     """The prompt of a chat of the tenant ``scope``. ``draw`` gives a seed where the body has none. Raises ApiError (400)."""
-    rendered = model.template.render(body.messages)
+    rendered = model.template.render(body.messages, body.chat_template_kwargs)
     _not_hopeless(rendered.text, "messages", model)
     if len(rendered.text) < LONG_TEXT:
         tokens = model.template.encode(rendered, scope)
