@@ -190,7 +190,11 @@ def _check_template_arguments(given: dict[str, Scalar]) -> None:
         raise ApiError(message, field, code="invalid_value")
     for name in given:
         if not name.isidentifier() or name in TEMPLATE_NAMES:
-            rule = "expected names of variables" if name not in TEMPLATE_NAMES else "leave out what the server sets"
+            rule = (
+                "expected names of variables"
+                if name not in TEMPLATE_NAMES
+                else "leave out what the server sets"
+            )
             raise ApiError(f"{field}: {rule}, got {_shown(name)}", field, code="invalid_value")
 
 
