@@ -7,6 +7,7 @@ and are not served here are refused, unless they hold the value that asks for no
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 import attrs
@@ -61,7 +62,8 @@ REFUSED: dict[str, tuple[object, ...]] = {
 """Fields that are not served, with the values that ask for nothing and pass (null always does)."""
 
 CHATS_ALONE: dict[str, tuple[object, ...]] = {"chat_template_kwargs": ({},)}
-"""The same of fields that are served for chats."""
+"""The same of fields that are served for chats alone."""
+_SOMEWHERE_REFUSED = REFUSED | CHATS_ALONE
 TEMPLATE_ARGUMENTS_MAX = 32
 TEMPLATE_NAMES = frozenset(
     ("add_generation_prompt", "bos_token", "documents", "eos_token", "messages", "raise_exception", "strftime_now", "tools")
@@ -154,7 +156,7 @@ Body = TypeVar("Body", CompletionBody, ChatBody)
 def read_body(data: bytes, kind: type[Body]) -> Body:
     """The body in ``data``. Raises ApiError (400) that names the field, the rule and the value."""
     raw = _read_json(data)
-    _refuse(raw, REFUSED if kind is ChatBody else REFUSED | CHATS_ALONE)
+    _refuse(raw, attrs.fields_dict(kind))
     try:
         body = msgspec.convert(raw, kind)
     except msgspec.ValidationError as error:
@@ -198,10 +200,11 @@ def _check_template_arguments(given: dict[str, Scalar]) -> None:
             raise ApiError(f"{field}: {rule}, got {_shown(name)}", field, code="invalid_value")
 
 
-def _refuse(raw: dict[str, Any], refused: dict[str, tuple[object, ...]]) -> None:
-    for name in raw.keys() & refused.keys():
+def _refuse(raw: dict[str, Any], served: Mapping[str, Any]) -> None:
+    for name in (raw.keys() & _SOMEWHERE_REFUSED.keys()) - served.keys():
         value = raw[name]
-        neutral = any(type(value) is type(passes) and value == passes for passes in refused[name])
+        passing = _SOMEWHERE_REFUSED[name]
+        neutral = any(type(value) is type(passes) and value == passes for passes in passing)
         if value is not None and not neutral:
             raise unsupported(name)
     messages = raw.get("messages")
