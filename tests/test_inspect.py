@@ -104,6 +104,14 @@ def test_filters_narrow_by_actor_level_and_request(run, wanted, count):
     assert len(events(run(*LIFE), wanted)) == count
 
 
+def test_an_actor_that_never_logged_is_told_who_did(run):
+    """If it failed, a mistyped name would look like an actor without a word to say."""
+    folder = run(*LIFE)
+    inspect.check_actor(folder, "p0.0000")
+    with pytest.raises(UserError, match=r"--actor: .* has logs of .*p0.*, not of 'zz'"):
+        inspect.check_actor(folder, "zz")
+
+
 def test_a_timeline_shows_one_life_across_actors(run):
     """If it failed, where a request's time went could not be seen."""
     folder = run(*LIFE, line(5, "p0", "prefill started", request="abcdef"))

@@ -240,6 +240,8 @@ def logs(
         raise UserError("--timeline, --summary and --follow exclude each other: give one of them")
     run_dir, tally = inspect.find_run(directory), inspect.Tally()
     wanted = inspect.Filter(actor=actor, level=level, request=request)
+    if actor and not follow:  # one that is followed may be yet to come
+        inspect.check_actor(run_dir, actor)
     if timeline:
         life = inspect.timeline(inspect.read_run(run_dir, tally), request)
         print_json(life.to_dict()) if json else show.timeline(life)

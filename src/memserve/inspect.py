@@ -48,6 +48,15 @@ def find_run(place: Path) -> Path:
     return max(runs, key=lambda run: max(file.stat().st_mtime_ns for file in run.glob("*.jsonl")))
 
 
+def check_actor(run: Path, actor: str) -> None:
+    """Raises UserError when no actor of this name, or of this id's, has logged in the run."""
+    names = {name_of(file.name) for file in run.glob("*.jsonl")}
+    if name_of(actor) not in names:
+        raise UserError(
+            f"--actor: {run} has logs of {', '.join(sorted(names))}, not of {actor!r}; give a name or an id's beginning"
+        )
+
+
 # ---- reading -------------------------------------------------------------------------------------------------
 
 
