@@ -89,8 +89,18 @@ class ChatTemplate:
         variables = [_variables(message, disarm) for message in messages]
         given = {name: disarm(value) if isinstance(value, str) else value for name, value in given.items()}
         try:
-            text = self.template.render(**given, messages=variables, add_generation_prompt=True, **self.names)
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, RecursionError) as error:
+            # As one dict: a client's "self" is a variable like any other.
+            text = self.template.render(
+                {**given, "messages": variables, "add_generation_prompt": True, **self.names}
+            )
+        except (
+            jinja2.TemplateError,
+            ArithmeticError,
+            TypeError,
+            ValueError,
+            LookupError,
+            RecursionError,
+        ) as error:
             message = f"messages: the model's chat template refuses them: {error}"
             raise ApiError(message, "messages", code="invalid_value") from error
         return Rendered(text, mark)
