@@ -17,8 +17,8 @@ from memserve.engine.cuda import CudaEngine, CudaGraphs
 from memserve.engine.model import Batch, Llama
 from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.runner import CpuEngine
-from memserve.engine.spec import ModelSpec
-from memserve.engine.weights import save_weights
+from memserve.engine.spec import ModelSpec, find_model
+from memserve.engine.weights import map_weights, prepare, save_weights
 from memserve.gpus import find_gpus
 from memserve.kernels.flashinfer_kit import (
     FlashInferAttention,
@@ -28,7 +28,8 @@ from memserve.kernels.flashinfer_kit import (
 )
 from memserve.kernels.flashinfer_ops import FlashInferOps, norms_as
 from memserve.kernels.page_tables import StepTables
-from test_model import Runner, tiny_spec
+from memserve.tokens import pack
+from test_model import DEMO, GREEDY, Runner, tiny_spec
 
 PROBLEM = None if torch.cuda.is_available() else find_gpus().problem or "torch sees no GPU"
 needs_gpu = pytest.mark.skipif(PROBLEM is not None, reason=f"no GPU: {PROBLEM}")
@@ -181,3 +182,28 @@ def _cuda(
     placed = {name: tensor.to(device) for name, tensor in weights.items()}
     engine = CudaEngine(SPEC, placed, arena, library, graphs, rows=rows, backend=backend)
     return Made(engine, dtype == torch.float32, lambda: arena[:-1].cpu())
+
+
+# ---- whole clusters ------------------------------------------------------------------------------------------------
+
+
+@attrs.frozen
+class Exact:
+    """The demo model in float32: what a GPU's bfloat16 must come near to."""
+
+    runner: Runner
+
+    @classmethod
+    def of_demo(cls) -> Exact:
+        """With the weights that clusters serve."""
+        files = prepare(find_model(DEMO), "float32")
+        return cls(Runner(files.spec, map_weights(files.weights)))
+
+    def check(self, start: list[int], answer: list[int]) -> None:
+        """Every token is the best of its context, or as good as that in bfloat16."""
+        runner, whole = self.runner, start + answer
+        pages = runner.pages(len(whole))
+        for end in range(len(start), len(whole)):
+            begin = 0 if end == len(start) else end - 1
+            (logits,) = runner.step(Row(pack(whole[begin:end]), begin, pages, GREEDY))
+            assert float(logits.max() - logits[whole[end]]) < 1.0, end

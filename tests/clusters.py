@@ -152,6 +152,16 @@ def running(config: str, logs: Path, *settings: str) -> Iterator[Cluster]:
         cluster.close()
 
 
+def stream_through_a_kill(cluster: Cluster, ids: list[int], many: int, name: str) -> list[int]:
+    """A stream whose worker is killed in its middle."""
+    events: Iterator[list[int]] = cluster.stream(ids, many)
+    found = next(events)
+    os.kill(cluster.pid(name), signal.SIGKILL)
+    for event in events:
+        found = found + event
+    return found
+
+
 def actor_processes(logs: Path) -> list[int]:
     """Pids of all actors of the cluster that logs there, by their command lines."""
     from memserve.place import place_path

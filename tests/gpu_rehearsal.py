@@ -196,8 +196,8 @@ class _OnCuda:
 class _Library:
     """One of FlashInfer's compiled libraries, given the device's tensors as a GPU's."""
 
-    def __init__(self, library: Any) -> None:
-        self._library = library
+    def __init__(self, name: str, library: Any) -> None:
+        self._name, self._library = name, library
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         import tvm_ffi
@@ -205,6 +205,7 @@ class _Library:
         function = getattr(self._library, name)
 
         def call(*given: Any) -> Any:
+            asked.add(self._name)
             shown = [_OnCuda(one) if _of_device(one) else one for one in given]
             return function(*[tvm_ffi.from_dlpack(one) if isinstance(one, _OnCuda) else one for one in shown])
 
@@ -236,7 +237,7 @@ def flashinfer() -> Any:
     env.FLASHINFER_AOT_DIR = COMPILED
     for kind in (core.JitSpec, *core.JitSpec.__subclasses__()):
         if "load" in vars(kind):
-            kind.load = _noted(kind.load)
+            kind.load = _shown_a_gpu(kind.load)
     answers = {"get_compute_capability": CAPABILITY, "device_support_pdl": True}
     for name, answer in answers.items():
         replaced = getattr(utils, name)
@@ -246,16 +247,12 @@ def flashinfer() -> Any:
     return library
 
 
-def _noted(load: Callable[[Any, Path], Any]) -> Callable[[Any, Path], _Library]:
-    def noted(spec: Any, path: Path) -> _Library:
-        asked.add(spec.name)
-        return _Library(load(spec, path))
-
-    return noted
+def _shown_a_gpu(load: Callable[[Any, Path], Any]) -> Callable[[Any, Path], _Library]:
+    return lambda spec, path: _Library(spec.name, load(spec, path))
 
 
 asked: set[str] = set()
-"""Names of the libraries that were loaded."""
+"""Names of the libraries that were called. Loaded is each once a process."""
 
 
 # ---- every call twice: FlashInfer checks and plans it, the stand-in computes it ---------------------------------

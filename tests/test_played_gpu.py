@@ -6,21 +6,15 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
-import attrs
 import pytest
 
 import gpu_rehearsal
-from clusters import Cluster, command, running
-from memserve.engine.plans import Row
-from memserve.engine.spec import find_model
-from memserve.engine.weights import map_weights, prepare
-from memserve.tokens import pack
-from test_model import DEMO, GREEDY, Runner, prompt
+from backends import Exact
+from clusters import Cluster, command, running, stream_through_a_kill
+from test_model import prompt
 
 HERE = Path(__file__).parent
 SMALL = ("batch.rows=8", "batch.chunk_tokens=256", "model.max_context=1024")
@@ -45,41 +39,14 @@ def cards(request, tmp_path, monkeypatch):
     return lambda many: monkeypatch.setenv("PLAYED_GPUS", str(many))
 
 
-@attrs.frozen
-class Exact:
-    """The demo model in float32: what a GPU's bfloat16 must come near to."""
-
-    runner: Runner
-
-    def check(self, start: list[int], answer: list[int]) -> None:
-        """Every token is the best of its context, or as good as that in bfloat16."""
-        runner, whole = self.runner, start + answer
-        pages = runner.pages(len(whole))
-        for end in range(len(start), len(whole)):
-            begin = 0 if end == len(start) else end - 1
-            (logits,) = runner.step(Row(pack(whole[begin:end]), begin, pages, GREEDY))
-            assert float(logits.max() - logits[whole[end]]) < 1.0, end
-
-
 @pytest.fixture(scope="module")
 def exact() -> Exact:
-    files = prepare(find_model(DEMO), "float32")
-    return Exact(Runner(files.spec, map_weights(files.weights)))
+    return Exact.of_demo()
 
 
 def moved_bytes(cluster: Cluster) -> set[int]:
     """Of K and V, between the workers of each request."""
     return {line["moved_bytes"] for line in cluster.lines() if line["event"] == "decode started"}
-
-
-def stream_through_a_kill(cluster: Cluster, ids: list[int], many: int, name: str) -> list[int]:
-    """A stream whose worker is killed in its middle."""
-    events: Iterator[list[int]] = cluster.stream(ids, many)
-    found = next(events)
-    os.kill(cluster.pid(name), signal.SIGKILL)
-    for event in events:
-        found = found + event
-    return found
 
 
 def test_one_gpu_serves_two_workers_from_one_copy_whatever_becomes_of_them(cards, exact, tmp_path):

@@ -44,9 +44,9 @@ class StepCosts:
 
 
 GIVE_AFTER_S = 0.5
-"""How long a worker waits for a core until a step under way gives it one: the longest stop of a stream for another worker's prompt,
-whatever the model. At once would be dearer: of eight prompts that come together, the streams of the first four would take
-half of the cores from the other four, and decode in smaller batches (269 for 305 tok/s, TTFT 0.69 for 0.42 s at 135M)."""
+"""How long a worker waits for a core until a native step under way gives it one, after the layer that it is in: the longest stop
+of a stream for another worker's prompt. At once would be dearer: of eight prompts that come together, the streams of the first
+four would take half of the cores from the other four, and decode in smaller batches (docs/measurements/2026-11-27-serving.md)."""
 
 
 @attrs.frozen

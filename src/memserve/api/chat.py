@@ -137,7 +137,11 @@ def _mark(texts: Iterable[str]) -> str:
     for code in _MARKS:
         if chr(code) not in used:
             return chr(code)
-    raise ApiError("messages: they use every private-use character of plane 15; leave one out", "messages")
+    raise ApiError(
+        "messages: they use every private-use character of plane 15; leave one out",
+        "messages",
+        code="invalid_value",
+    )
 
 
 def _text(tokenizer: Tokenizer, token: int | None) -> str:

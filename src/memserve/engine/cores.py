@@ -116,6 +116,7 @@ class Cores:
         self._held: list[int] = []
         """Of the step under way."""
         self._waited_since = float("inf")
+        """Since when it has seen another wait."""
         self._beside: list[int] = []
         """Other workers that had work each time that the last step looked."""
         self._cores, self._patience_s = cores, patience_s
