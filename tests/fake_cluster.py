@@ -125,7 +125,7 @@ def up(log_dir: Path, behaviour: dict[str, str]) -> int:
             launch = Launch(place, argv, environment(behaviour))
             policy = partial(RestartPolicy, loop_deaths=3)
             supervise(
-                Supervisor(resolved(log_dir), launch, policy=policy, stage_s=0.3, stop_s=0.3, hung_s=HUNG_S)
+                Supervisor(resolved(log_dir), launch, policy=policy, stage_s=2.0, stop_s=0.3, hung_s=HUNG_S)
             )
         finally:
             place.leave()

@@ -235,7 +235,7 @@ def test_actor_that_ignores_the_drain_is_killed(start):
     cluster.until_ready()
 
     assert cluster.end() == 0
-    assert "w0 did not finish within 0.3 s and is killed" in cluster.output
+    assert "w0 did not finish within 2 s and is killed" in cluster.output
     assert cluster.names("drained") == ["frontend-0", "s0", "scheduler-0"]
 
 
@@ -352,7 +352,7 @@ def test_a_cluster_that_drains_takes_its_joined_workers_along(start):
     drained = cluster.names("drained")
     assert sorted(drained[1:3]) == ["d1", "w0"]
     assert drained[:1] + drained[3:] == ["frontend-0", "s0", "scheduler-0"]
-    assert "d2 did not finish within 0.3 s and is killed" in cluster.output
+    assert "d2 did not finish within 2 s and is killed" in cluster.output
     assert cluster.left() == []
 
 
