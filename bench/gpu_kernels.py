@@ -3,7 +3,8 @@
     make gpu-kernels ARCH=9.0a ARGS="--only page,decode --head-dims 128"
 
 Libraries go to ``.gpu/aot/<name>/<name>.so``, which git ignores, and together to ``.gpu/aot.tar.xz``. They depend on
-neither Python nor torch; ``make gpu-check`` puts them where FlashInfer looks first. Needed: nvcc, ninja, torch,
+neither Python nor torch; ``make gpu-check`` puts them where FlashInfer looks first. The same kernels as PTX, which
+``make gpu-rehearsal`` runs, go to ``.gpu/ptx/<name>``. Needed: nvcc, ninja, torch,
 ``flashinfer-python`` and ``apache-tvm-ffi`` of the versions that will run them, and cuRAND's headers, of the toolkit or of
 the package ``nvidia-curand``; cuBLAS not.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import shutil
 import site
 import subprocess
@@ -24,6 +26,8 @@ ROOT = Path(__file__).parent.parent
 OUT = ROOT / ".gpu"
 UNUSED_HEADERS = ("cublasLt.h", "cublas_v2.h")
 """Included by sources that use nothing of them; not every toolkit brings them."""
+NOT_RUN = ("ragged", "mask_2", "mask_3", "binding")
+"""In the names of sources whose kernels memserve never launches, or that have none."""
 KINDS = ("page", "activation", "norm", "rope", "cascade", "decode", "fa2", "fa3")
 
 
@@ -98,6 +102,40 @@ def specs(kinds: list[str], head_dims: list[int]) -> list[Any]:
     return found
 
 
+def keep_ptx(spec: Any, folder: Path) -> None:
+    """What nvcc makes of the same sources, with the same options, before it turns them into machine code."""
+    from flashinfer.jit import env
+
+    if folder.exists():
+        return
+    spec.write_ninja()
+    found = subprocess.run(
+        ["ninja", "-C", str(env.FLASHINFER_JIT_DIR), "-f", str(spec.ninja_path), "-t", "commands"],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    commands = [shlex.split(line) for line in found.stdout.splitlines() if "nvcc" in line and " -c " in line]
+    new = folder.with_name(f"{folder.name}.new")
+    new.mkdir(parents=True, exist_ok=True)
+    for command in commands:
+        source = Path(command[command.index("-c") + 1])
+        if any(part in source.stem for part in NOT_RUN):
+            continue
+        target = new / f"{source.stem}.ptx"
+        subprocess.run(as_ptx(command, source, target), check=True, cwd=env.FLASHINFER_JIT_DIR)
+        if ".entry" not in target.read_text():
+            target.unlink()
+    new.rename(folder)
+
+
+def as_ptx(command: list[str], source: Path, target: Path) -> list[str]:
+    """A command that compiles, made one that stops at PTX."""
+    arch = next(option for option in command if option.startswith("-gencode"))
+    left_out = ("-gencode", "-Xfatbin", "--compress-mode", "--generate-dependencies", "--dependency-output")
+    options = [one for one in command[1 : command.index("-c")] if not one.startswith(left_out) and not one.endswith(".d")]
+    virtual = arch.partition("arch=")[2].partition(",")[0]
+    return [command[0], *options, f"-arch={virtual}", "-ptx", str(source), "-o", str(target)]
+
+
 def main() -> None:
     """Build, strip, pack."""
     given = options()
@@ -106,6 +144,7 @@ def main() -> None:
     for spec in specs(kinds, [int(size) for size in given.head_dims.split(",")]):
         folder = OUT / "aot" / spec.name
         target = folder / f"{spec.name}.so"
+        keep_ptx(spec, OUT / "ptx" / spec.name)
         if target.exists():
             print(f"{spec.name}: there already")
             continue

@@ -1,9 +1,8 @@
-"""FlashInfer itself without a GPU: its Python and its compiled host code check and plan every call, and no kernel runs.
+"""FlashInfer itself without a GPU: its Python, its compiled host code, and its kernels, which the CPU runs from their PTX.
 
 Three parts stand in for the machine. A torch device of its own (``rehearsal/device.cpp``) refuses, as a GPU does, to mix its
 tensors with the host's and to wait within a capture. A CUDA runtime (``rehearsal/cudart.c``) has an H100's limits and
-notes each launch. And :class:`Rehearsed` hands every call to FlashInfer's library, compiled by ``make gpu-kernels``,
-before ``fake_flashinfer`` computes what the kernel would have written.
+notes each launch. And the kernel that is launched is run (``ptx_kernels``), a thread after another, on the device's memory.
 """
 
 from __future__ import annotations
@@ -18,19 +17,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import attrs
 import pytest
 import torch
 
-import fake_flashinfer
 from memserve.engine.spec import ModelSpec
 from memserve.kernels.flashinfer_kit import libraries
+from ptx_kernels import Kernels, Runner
 
 ROOT = Path(__file__).parent.parent
-COMPILED = ROOT / ".gpu" / "aot"
+COMPILED, PTX = ROOT / ".gpu" / "aot", ROOT / ".gpu" / "ptx"
 SOURCES = Path(__file__).parent / "rehearsal"
 NAME = "rehearsed"
 PROCESSORS = 132
@@ -42,7 +41,8 @@ def missing() -> str | None:
     """Why nothing can be rehearsed here."""
     if find_spec("flashinfer") is None:
         return "flashinfer is not installed"
-    return None if any(COMPILED.glob("*/*.so")) else "make gpu-kernels has compiled nothing"
+    there = any(COMPILED.glob("*/*.so")) and any(PTX.glob("*/*.ptx"))
+    return None if there else "make gpu-kernels has compiled nothing"
 
 
 def needs_compiled(spec: ModelSpec, backend: str) -> None:
@@ -54,7 +54,7 @@ def needs_compiled(spec: ModelSpec, backend: str) -> None:
 
 @attrs.frozen
 class Launch:
-    """A kernel that would have run."""
+    """A kernel as it was launched."""
 
     kernel: str
     grid: tuple[int, ...]
@@ -82,6 +82,9 @@ class Machine:
         self._runtime.noted_launches.restype = ctypes.c_char_p
         self._device = ctypes.CDLL(str(device))
         self._device.device_peak.restype = ctypes.c_size_t
+        self._kernels = Kernels(PTX, folder / "kernels", self._device.device_holds)
+        self._runtime.run_kernels.argtypes = (Runner,)
+        self._runtime.run_kernels(self._kernels.runner)
         torch.utils.rename_privateuse1_backend(NAME)
         self._device.device_register()
         torch._register_device_module(NAME, _device_module())
@@ -93,19 +96,19 @@ class Machine:
         self._runtime.forget_launches()
         return [_launch(line) for line in lines]
 
+    @contextmanager
+    def only_noting(self) -> Iterator[None]:
+        """No kernel runs: what is launched for a large model would take hours."""
+        self._runtime.run_kernels(Runner())
+        try:
+            yield
+        finally:
+            self._runtime.run_kernels(self._kernels.runner)
+
     def peak(self) -> int:
         """Bytes that were allocated at most at a time since the last call."""
         peak: int = self._device.device_peak()
         return peak
-
-    @contextmanager
-    def kernel(self) -> Iterator[None]:
-        """What stands in for a kernel runs: it may look at everything."""
-        self._device.device_kernel(1)
-        try:
-            yield
-        finally:
-            self._device.device_kernel(0)
 
     @contextmanager
     def capture(self) -> Iterator[None]:
@@ -255,50 +258,14 @@ asked: set[str] = set()
 """Names of the libraries that were called. Loaded is each once a process."""
 
 
-# ---- every call twice: FlashInfer checks and plans it, the stand-in computes it ---------------------------------
+class _FlashInfer:
+    """FlashInfer, imported when something of it is first used."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(flashinfer(), name)
 
 
-class _Both:
-    """A wrapper of FlashInfer and the stand-in's, given the same calls."""
-
-    name: str
-
-    def __init__(self, *given: Any, **named: Any) -> None:
-        self.real = getattr(flashinfer(), self.name)(*given, **named)
-        self.fake = getattr(fake_flashinfer, self.name)(*given, **named)
-
-    def plan(self, **named: Any) -> None:
-        """Of both."""
-        self.real.plan(**named)
-        with machine().kernel():
-            self.fake.plan(**named)
-
-    def run(self, *given: Any, **named: Any) -> Any:
-        """Of both; the stand-in's result."""
-        self.real.run(*given, **named)
-        with machine().kernel():
-            return self.fake.run(*given, **named)
-
-
-def _function(name: str) -> Callable[..., Any]:
-    def call(*given: Any, **named: Any) -> Any:
-        getattr(flashinfer(), name)(*given, **named)
-        with machine().kernel():
-            return getattr(fake_flashinfer, name)(*given, **named)
-
-    return call
-
-
-FUNCTIONS = (
-    "append_paged_kv_cache", "merge_state_in_place", "rmsnorm", "fused_add_rmsnorm", "silu_and_mul",
-    "apply_rope_with_cos_sin_cache_inplace",
-)  # fmt: skip
-WRAPPERS = ("BatchDecodeWithPagedKVCacheWrapper", "BatchPrefillWithPagedKVCacheWrapper")
-
-Rehearsed: Any = SimpleNamespace(
-    **{name: _function(name) for name in FUNCTIONS},
-    **{name: type(name, (_Both,), {"name": name}) for name in WRAPPERS},
-)
+Rehearsed: Any = _FlashInfer()
 """A :class:`~memserve.kernels.flashinfer_kit.Library`."""
 
 

@@ -180,6 +180,13 @@ SIZES = {
 """Heads, kv heads, and values of a head."""
 
 
+@pytest.fixture
+def unrun():
+    """Kernels are launched and not run."""
+    with machine().only_noting():
+        yield
+
+
 def attention_of(name: str, backend: str, most_rows: int) -> FlashInferAttention:
     """Attention of a layer of this model, on an arena of a few pages: nothing is read from them."""
     heads, kv_heads, head_dim = SIZES[name]
@@ -197,7 +204,7 @@ def row_of(new: int, before: int) -> Row:
 
 @pytest.mark.parametrize("rows", [16, 256, 1024])
 @pytest.mark.parametrize("name", SIZES)
-def test_captured_batches_of_every_size_find_room(name, rows):
+def test_captured_batches_of_every_size_find_room(name, rows, unrun):
     """If it failed, a worker would end in FlashInfer's plan for want of workspace, or replay a graph of another shape."""
     attention = attention_of(name, "fa2", rows)
     for bucket in buckets_up_to(rows):
@@ -212,7 +219,7 @@ def test_captured_batches_of_every_size_find_room(name, rows):
 
 @pytest.mark.parametrize("backend", ["fa2", "fa3"])
 @pytest.mark.parametrize("name", SIZES)
-def test_steps_of_every_shape_find_room(name, backend):
+def test_steps_of_every_shape_find_room(name, backend, unrun):
     """If it failed, a long prompt or a large mixed batch would end a worker in FlashInfer's plan."""
     attention = attention_of(name, backend, 16)
     device, (heads, kv_heads, head_dim) = attention.device, SIZES[name]
@@ -235,7 +242,7 @@ def test_steps_of_every_shape_find_room(name, backend):
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_many_rows_that_begin_alike_find_room(name):
+def test_many_rows_that_begin_alike_find_room(name, unrun):
     """If it failed, a batch on one long document would end a worker in FlashInfer's plan."""
     attention = attention_of(name, "fa2", 256)
     if not attention.merges:

@@ -1,4 +1,4 @@
-// CUDA's runtime as far as FlashInfer's host code asks it, without a GPU: an H100's limits, kernels that are noted and not run.
+// CUDA's runtime as far as FlashInfer's host code asks it, without a GPU: an H100's limits; kernels are noted, and run by who offers to.
 
 #include <stddef.h>
 #include <stdint.h>
@@ -18,6 +18,7 @@ static size_t noted;
 static launch_config pushed[16];
 static int depth;
 static int last;
+static int (*runner)(const char *name, const dim3 *grid, const dim3 *block, size_t shared, void **args);
 
 static int find(const void *host) {
     for (int i = known - 1; i >= 0; i--) if (kernels[i].host == host) return i;
@@ -26,7 +27,7 @@ static int find(const void *host) {
 
 static int failed(int code) { last = code; return code; }
 
-static int launch(const void *host, dim3 grid, dim3 block, size_t shared) {
+static int launch(const void *host, dim3 grid, dim3 block, size_t shared, void **args) {
     const int which = find(host);
     const size_t threads = (size_t)block.x * block.y * block.z;
     const size_t most = which >= 0 && kernels[which].shared ? kernels[which].shared : SHARED_DEFAULT;
@@ -39,13 +40,15 @@ static int launch(const void *host, dim3 grid, dim3 block, size_t shared) {
     if (noted + 1024 < LOG)
         noted += snprintf(notes + noted, 1024, "%.900s\t%u %u %u\t%u %u %u\t%zu\n", kernels[which].name, grid.x, grid.y,
                           grid.z, block.x, block.y, block.z, shared);
-    return OK;
+    return runner ? failed(runner(kernels[which].name, &grid, &block, shared, args)) : OK;
 }
 
 // ---- for whoever looks at what was launched ----
 
 const char *noted_launches(void) { return notes; }
 void forget_launches(void) { noted = 0; notes[0] = 0; }
+// From now on `given` runs each kernel that is launched, by its name; NULL: nothing does.
+void run_kernels(int (*given)(const char *, const dim3 *, const dim3 *, size_t, void **)) { runner = given; }
 
 // ---- what nvcc's own code calls ----
 
@@ -71,19 +74,18 @@ int __cudaPopCallConfiguration(dim3 *grid, dim3 *block, size_t *shared, void *st
 }
 int __cudaGetKernel(const void **kernel, const void *entry) { *kernel = entry; return OK; }
 int __cudaLaunchKernel(const void *kernel, dim3 grid, dim3 block, void **args, size_t shared, void *stream) {
-    (void)args, (void)stream;
-    return launch(kernel, grid, block, shared);
+    (void)stream;
+    return launch(kernel, grid, block, shared, args);
 }
 
 // ---- the runtime's calls ----
 
 int cudaLaunchKernel(const void *host, dim3 grid, dim3 block, void **args, size_t shared, void *stream) {
-    (void)args, (void)stream;
-    return launch(host, grid, block, shared);
+    (void)stream;
+    return launch(host, grid, block, shared, args);
 }
 int cudaLaunchKernelExC(const launch_config *config, const void *host, void **args) {
-    (void)args;
-    return launch(host, config->grid, config->block, config->shared);
+    return launch(host, config->grid, config->block, config->shared, args);
 }
 int cudaFuncSetAttribute(const void *host, int attribute, int value) {
     const int which = find(host);
@@ -130,7 +132,16 @@ static int encode_tensor_map(void *map, int type, unsigned rank, const void *add
         if (i + 1 < rank && (strides[i] % 16 || strides[i] >= 1ull << 40)) return INVALID_VALUE;
     }
     const unsigned inner = box[0] * bytes_of[type];
-    return inner % 16 || (swizzle && inner > 16u << swizzle) ? INVALID_VALUE : OK;
+    if (inner % 16 || swizzle < 0 || swizzle > 3 || (swizzle && inner > 16u << swizzle)) return INVALID_VALUE;
+    struct { uint64_t address, strides[4]; uint32_t dims[5]; uint16_t box[5]; uint8_t rank, bytes, swizzle; } made = {0};  // TensorMap in warps.hpp
+    made.address = (uintptr_t)address, made.rank = rank, made.bytes = bytes_of[type], made.swizzle = swizzle;
+    for (unsigned i = 0; i < rank; i++) {
+        made.dims[i] = (uint32_t)(dims[i] > UINT32_MAX ? UINT32_MAX : dims[i]), made.box[i] = box[i];
+        if (steps[i] != 1) return INVALID_VALUE;
+        if (i + 1 < rank) made.strides[i] = strides[i];
+    }
+    memcpy(map, &made, sizeof made);
+    return OK;
 }
 int cudaGetDriverEntryPointByVersion(const char *symbol, void **entry, unsigned version, unsigned long long flags, int *status) {
     (void)version, (void)flags;

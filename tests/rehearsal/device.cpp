@@ -12,6 +12,8 @@
 #include <torch/library.h>
 
 #include <atomic>
+#include <map>
+#include <mutex>
 #include <set>
 #include <cstdlib>
 #include <cstring>
@@ -22,25 +24,43 @@ namespace {
 constexpr auto DEVICE = c10::DeviceType::PrivateUse1;
 // While a step is captured the host may neither wait nor copy: what it did then would not be done again by a replay.
 std::atomic<int> capturing{0};
-// What stands in for a kernel may look at anything, and so may an operation's way to the CPU's kernels and back.
-std::atomic<int> within_kernel{0}, within_operation{0};
+// An operation's way to the CPU's kernels and back may look at anything.
+std::atomic<int> within_operation{0};
 
 void forbid_in_capture(const char *what) {
-    TORCH_CHECK(!capturing || within_kernel || within_operation, what, " within a capture: on a GPU this ends the capture with an error");
+    TORCH_CHECK(!capturing || within_operation, what, " within a capture: on a GPU this ends the capture with an error");
 }
 
-// Bytes allocated now, and at most since peak was last set. What stands in for a kernel takes none: on a GPU it has no tensors.
+// Where tensors lie: a kernel may touch nothing else.
+std::mutex places_guard;
+std::map<const char *, size_t> places;
+std::atomic<unsigned> places_changed{0};
+
+void place(const void *data, size_t bytes) {
+    const std::lock_guard held(places_guard);
+    places[static_cast<const char *>(data)] = bytes;
+    places_changed++;
+}
+void displace(const void *data) {
+    const std::lock_guard held(places_guard);
+    places.erase(static_cast<const char *>(data));
+    places_changed++;
+}
+
+// Bytes allocated now, and at most since peak was last set.
 std::atomic<size_t> taken{0}, peak{0};
 
 struct Block {
     void *data = nullptr;
     size_t bytes;
-    explicit Block(size_t size) : bytes(within_kernel ? 0 : size) {
+    explicit Block(size_t size) : bytes(size) {
         if (size && posix_memalign(&data, 512, size)) throw std::bad_alloc();
         taken += bytes;
         peak = std::max(peak.load(), taken.load());
+        if (data) place(data, size);
     }
     ~Block() {
+        if (data) displace(data);
         std::free(data);
         taken -= bytes;
     }
@@ -145,7 +165,7 @@ void compute(const c10::OperatorHandle &op, torch::jit::Stack *stack) {
         if (value.isTensorList()) for (const auto &one : value.toTensorList()) look(one);
         if (value.isOptionalTensorList()) for (const std::optional<at::Tensor> &one : value.toOptionalTensorList()) if (one) look(*one);
     }
-    const bool mixed = device && host && !within_kernel;
+    const bool mixed = device && host;
     TORCH_CHECK(!mixed || indexed_from_host.count(schema.name()), schema.name(), ": tensors of the host and of the device in one operation");
     if (mixed) forbid_in_capture("indices from the host");
     struct Operation {
@@ -171,6 +191,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
 // Bytes that something else allocated, as a tensor; they must outlive it.
 at::Tensor bytes_at(int64_t address, int64_t bytes) {
     const c10::Device device(DEVICE, 0);
+    place(reinterpret_cast<void *>(address), bytes);
     return at::for_blob(reinterpret_cast<void *>(address), {bytes}).options(at::TensorOptions(at::kByte).device(device)).target_device(device).make_tensor();
 }
 
@@ -183,6 +204,17 @@ TORCH_LIBRARY_IMPL(_, PrivateUse1, m) { m.fallback(torch::CppFunction::makeFromB
 extern "C" {
 void device_register() { at::RegisterPrivateUse1HooksInterface(new Hooks()); }
 void device_capture(int on) { capturing = on; }
+bool device_holds(const void *data, size_t bytes) {
+    static thread_local const char *begin = nullptr, *end = nullptr;
+    static thread_local unsigned as_of = 0;
+    const auto *asked = static_cast<const char *>(data);
+    if (as_of == places_changed && asked >= begin && asked + bytes <= end) return true;
+    const std::lock_guard held(places_guard);
+    auto found = places.upper_bound(asked);
+    if (found == places.begin()) return false;
+    --found;
+    as_of = places_changed, begin = found->first, end = begin + found->second;
+    return asked + bytes <= end;
+}
 size_t device_peak() { return peak.exchange(taken); }
-void device_kernel(int on) { within_kernel += on ? 1 : -1; }
 }
