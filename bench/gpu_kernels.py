@@ -131,7 +131,11 @@ def as_ptx(command: list[str], source: Path, target: Path) -> list[str]:
     """A command that compiles, made one that stops at PTX."""
     arch = next(option for option in command if option.startswith("-gencode"))
     left_out = ("-gencode", "-Xfatbin", "--compress-mode", "--generate-dependencies", "--dependency-output")
-    options = [one for one in command[1 : command.index("-c")] if not one.startswith(left_out) and not one.endswith(".d")]
+    options = [
+        one
+        for one in command[1 : command.index("-c")]
+        if not one.startswith(left_out) and not one.endswith(".d")
+    ]
     virtual = arch.partition("arch=")[2].partition(",")[0]
     return [command[0], *options, f"-arch={virtual}", "-ptx", str(source), "-o", str(target)]
 

@@ -35,7 +35,7 @@ PROBLEM = None if torch.cuda.is_available() else find_gpus().problem or "torch s
 needs_gpu = pytest.mark.skipif(PROBLEM is not None, reason=f"no GPU: {PROBLEM}")
 ON_GPU = pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])
 ON_CARDS = [ON_GPU] if gpu_rehearsal.missing() else [ON_GPU, "rehearsed"]
-"""FlashInfer on a GPU, and FlashInfer's checks and plans without one where they can be had."""
+"""FlashInfer on a GPU, and its kernels on the CPU where they were compiled."""
 CARDS = ("cuda", "rehearsed")
 """What computes in bfloat16 alone."""
 
@@ -105,7 +105,7 @@ def card_of(name: str, spec: ModelSpec) -> Card:
         backend = prefill_backend(gpu_rehearsal.CAPABILITY)
         gpu_rehearsal.needs_compiled(spec, backend)
         device = gpu_rehearsal.machine().device
-        return Card(device, gpu_rehearsal.Rehearsed, lambda where: gpu_rehearsal.CheckedGraphs(), backend)
+        return Card(device, gpu_rehearsal.Rehearsed, lambda where: gpu_rehearsal.Graphs(), backend)
     device = torch.device("cuda", 0)
     capability = torch.cuda.get_device_capability(device)
     return Card(device, load_flashinfer(capability, spec), CudaGraphs, prefill_backend(capability))

@@ -82,7 +82,10 @@ class Machine:
         self._runtime.noted_launches.restype = ctypes.c_char_p
         self._device = ctypes.CDLL(str(device))
         self._device.device_peak.restype = ctypes.c_size_t
-        self._kernels = Kernels(PTX, folder / "kernels", self._device.device_holds)
+        self._device.device_end_capture.restype = ctypes.c_void_p
+        self._device.device_drop.argtypes = self._device.device_replay.argtypes = (ctypes.c_void_p,)
+        self._device.device_replay.restype = ctypes.c_char_p
+        self._kernels = Kernels(PTX, folder / "kernels", self._device)
         self._runtime.run_kernels.argtypes = (Runner,)
         self._runtime.run_kernels(self._kernels.runner)
         torch.utils.rename_privateuse1_backend(NAME)
@@ -110,14 +113,29 @@ class Machine:
         peak: int = self._device.device_peak()
         return peak
 
-    @contextmanager
-    def capture(self) -> Iterator[None]:
-        """A step is captured: nothing may wait or copy to or from the host."""
-        self._device.device_capture(1)
+    def capture(self, run: Callable[[], None]) -> Graph:
+        """What ``run`` does on the device, to be done again. While it is captured nothing may wait or copy to or from the host."""
+        self._device.device_begin_capture()
         try:
-            yield
+            run()
         finally:
-            self._device.device_capture(0)
+            held = self._device.device_end_capture()
+        return Graph(self._device, held)
+
+
+class Graph:
+    """A captured step: the operations and kernels of a run, with the tensors, numbers and addresses that they had in it."""
+
+    def __init__(self, device: ctypes.CDLL, held: int) -> None:
+        self._device, self._held = device, held
+
+    def __del__(self) -> None:
+        self._device.device_drop(self._held)
+
+    def replay(self) -> None:
+        """Do it all again; none of the host's code runs."""
+        if wrong := self._device.device_replay(self._held):
+            raise RuntimeError(f"a kernel of a graph: {wrong.decode()}")
 
 
 def _compiled(folder: Path, source: str, compiler: str, *more: str) -> Path:
@@ -272,30 +290,17 @@ Rehearsed: Any = _FlashInfer()
 # ---- captured steps, and the whole of a worker ---------------------------------------------------------------------
 
 
-class CheckedGraphs:
-    """Replays that end where a graph would have run something else: another kernel or grid, or what only the host does."""
+class Graphs:
+    """CUDA graphs of the machine, and events, of which each is over at once."""
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
-        """Warm up, then note what is launched where nothing may wait."""
+        """Warm up, then capture."""
         run()
-        captured = self._launched(run)
-        assert captured, "a graph of nothing"
-
-        def replay() -> None:
-            assert self._launched(run) == captured, "the graph holds launches of another plan"
-
-        return replay
+        return machine().capture(run).replay
 
     def mark(self) -> Callable[[], None]:
         """Everything here is done at once."""
         return lambda: None
-
-    @staticmethod
-    def _launched(run: Callable[[], None]) -> list[Launch]:
-        machine().launches()
-        with machine().capture():
-            run()
-        return machine().launches()
 
 
 def take_over(engine: Any) -> None:
@@ -309,6 +314,6 @@ def take_over(engine: Any) -> None:
         return tensor
 
     engine.from_dlpack = from_dlpack
-    engine.CudaGraphs = lambda device: CheckedGraphs()
+    engine.CudaGraphs = lambda device: Graphs()
     engine.load_flashinfer = lambda capability, spec: Rehearsed
     flashinfer_kit._processors = lambda device: PROCESSORS

@@ -13,28 +13,35 @@ from pathlib import Path
 from typing import Any
 
 import ptx
+import ptx_instructions
 
-RUNTIME = Path(__file__).parent / "rehearsal" / "warps.hpp"
-COMPILER = ("g++", "-std=c++20", "-O1", "-march=x86-64-v3", "-fwrapv", "-ffp-contract=off", "-w", "-shared", "-fPIC", f"-I{RUNTIME.parent}")  # fmt: skip
+RUNTIME = Path(__file__).parent / "rehearsal"
+COMPILER = ("g++", "-std=c++20", "-O1", "-march=x86-64-v3", "-fwrapv", "-ffp-contract=off", "-w", "-shared", "-fPIC", f"-I{RUNTIME}")  # fmt: skip
+PARAMS = 4096
+"""Bytes of a kernel's arguments at most."""
 NO_KERNEL, FAILED = 98, 719
 """cudaErrorInvalidDeviceFunction and cudaErrorLaunchFailure."""
 
 
-class _Dim(ctypes.Structure):
+class Dim(ctypes.Structure):
+    """Of a grid or a block."""
+
     _fields_ = (("x", ctypes.c_uint), ("y", ctypes.c_uint), ("z", ctypes.c_uint))
 
 
 Runner = ctypes.CFUNCTYPE(
-    ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(_Dim), ctypes.POINTER(_Dim), ctypes.c_size_t, ctypes.POINTER(ctypes.c_void_p)
+    ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(Dim), ctypes.POINTER(Dim), ctypes.c_size_t, ctypes.POINTER(ctypes.c_void_p)
 )  # fmt: skip
 
 
 class Kernels:
     """All kernels of the modules under ``modules``; compiled ones are kept in ``folder``."""
 
-    def __init__(self, modules: Path, folder: Path, holds: Any) -> None:
-        """``holds(address, bytes)``, of C: whether a kernel may touch these bytes."""
-        self._folder, self._holds = folder, ctypes.cast(holds, ctypes.c_void_p)
+    def __init__(self, modules: Path, folder: Path, device: ctypes.CDLL) -> None:
+        """``device``: runs what is compiled here, now and in the graph that it captures."""
+        self._folder, self._run_on_device = folder, device.device_run
+        self._run_on_device.restype = ctypes.c_char_p
+        self._run_on_device.argtypes = (ctypes.c_void_p, Dim, Dim, ctypes.c_size_t, ctypes.c_char_p)
         folder.mkdir(parents=True, exist_ok=True)
         self._modules = {
             name: path
@@ -49,7 +56,9 @@ class Kernels:
     def _run(self, name: bytes, grid: Any, block: Any, shared: int, given: Any) -> int:
         try:
             with self._one_at_a_time:
-                wrong = self._kernel(name.decode())(grid[0], block[0], shared, given, self._holds)
+                kernel, params = self._kernel(name.decode()), ctypes.create_string_buffer(PARAMS)
+                kernel.gather(given, params)
+                wrong = self._run_on_device(kernel.run, grid[0], block[0], shared, params)
         except (KeyError, ptx.NotTranslated, subprocess.CalledProcessError) as why:
             print(f"{name.decode()}: {why!r}", file=sys.stderr, flush=True)
             return NO_KERNEL
@@ -60,15 +69,13 @@ class Kernels:
     def _kernel(self, name: str) -> Any:
         found = self._compiled.get(name)
         if found is None:
-            found = ctypes.CDLL(str(self._library(name))).run
-            found.restype = ctypes.c_char_p
-            found.argtypes = (_Dim, _Dim, ctypes.c_size_t, ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p)
-            self._compiled[name] = found
+            found = self._compiled[name] = ctypes.CDLL(str(self._library(name)))
         return found
 
     def _library(self, name: str) -> Path:
         module = self._modules[name].read_text()
-        made_by = (module, name, Path(ptx.__file__).read_text(), RUNTIME.read_text(), repr(COMPILER))
+        tools = (Path(ptx.__file__), Path(ptx_instructions.__file__), *sorted(RUNTIME.glob("*.hpp")))
+        made_by = (module, name, *(path.read_text() for path in tools), repr(COMPILER))
         key = hashlib.sha256("\0".join(made_by).encode()).hexdigest()[:20]
         library = self._folder / f"{key}.so"
         if not library.exists():

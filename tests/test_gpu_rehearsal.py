@@ -1,4 +1,4 @@
-"""The CUDA engine with FlashInfer itself, as far as both go without a GPU (``gpu_rehearsal``): ``make gpu-rehearsal``."""
+"""The CUDA engine with FlashInfer itself, whose kernels the CPU runs (``gpu_rehearsal``): ``make gpu-rehearsal``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 import gpu_rehearsal
 from backends import FlashRunner
-from gpu_rehearsal import PROCESSORS, CheckedGraphs, Rehearsed, machine, needs_compiled
+from gpu_rehearsal import PROCESSORS, Graphs, Rehearsed, machine, needs_compiled
 from memserve.engine.cuda import CudaEngine
 from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.weights import random_weights
@@ -50,8 +50,8 @@ def on_an_h100(monkeypatch):
 
 @pytest.mark.parametrize("backend", ["fa2", "fa3"])
 @pytest.mark.parametrize("name", MODELS)
-def test_every_step_passes_flashinfers_own_checks(name, backend):
-    """If it failed, FlashInfer would refuse a step on a GPU: a type, a stride, a device, a group of heads or a plan."""
+def test_every_step_gets_the_models_logits(name, backend):
+    """If it failed, FlashInfer would refuse a step on a GPU, a type, a stride or a plan, or its kernels read other pages than ours."""
     spec = MODELS[name]
     needs_compiled(spec, backend)
     weights = random_weights(spec, "bfloat16", 3)
@@ -89,7 +89,7 @@ def test_every_step_passes_flashinfers_own_checks(name, backend):
 
 
 @pytest.mark.parametrize("heads", [2, 8])
-def test_rows_that_begin_alike_pass_flashinfers_own_checks(heads):
+def test_rows_that_begin_alike_get_the_logits_of_each_alone(heads):
     """If it failed, a step whose rows share a prompt's pages would end on a GPU, or be merged wrongly."""
     spec = attrs.evolve(BASE, heads=heads)
     needs_compiled(spec, "fa2")
@@ -116,8 +116,8 @@ def test_rows_that_begin_alike_pass_flashinfers_own_checks(heads):
 
 
 @pytest.mark.parametrize("heads", [6, 8])
-def test_captured_steps_launch_what_their_graphs_hold(heads):
-    """If it failed, a graph would go on with the grid or the tables of the plan that it was captured with."""
+def test_captured_steps_draw_what_the_model_does(heads):
+    """If it failed, a graph would go on with the grid, the tables or the positions of the plan that it was captured with."""
     spec = attrs.evolve(BASE, heads=heads, vocab=131)
     needs_compiled(spec, "fa2")
     weights = random_weights(spec, "bfloat16", 3)
@@ -126,13 +126,18 @@ def test_captured_steps_launch_what_their_graphs_hold(heads):
         (PAGES + 1, *spec.page_shape(PAGE_TOKENS)), float("nan"), dtype=torch.bfloat16, device=device
     )
     placed = {name: tensor.to(device) for name, tensor in weights.items()}
-    engine = CudaEngine(
-        spec, placed, arena, Rehearsed, CheckedGraphs(), rows=8, backend="fa2", max_context=512
-    )
+    engine = CudaEngine(spec, placed, arena, Rehearsed, Graphs(), rows=8, backend="fa2", max_context=512)
     engine.warm_up()
-    drawn, _ = drive(engine, spec, 1)
-    assert all(drawn)
+    exact = Runner(spec, {name: tensor.float() for name, tensor in weights.items()})
+    drawn, texts = drive(engine, spec, 1)
     engine.close()
+    for i in (0, 3, 5):  # those who take the most probable token
+        pages, begun = exact.pages(len(texts[i])), len(texts[i]) - len(drawn[i])
+        assert begun < len(texts[i])
+        for at in range(begun, len(texts[i])):
+            start = 0 if at == begun else at - 1
+            (logits,) = exact.step(Row(pack(texts[i][start:at]), start, pages, GREEDY))
+            assert float(logits.max() - logits[texts[i][at]]) < 0.4  # of bfloat16; they lie 12 apart
 
 
 # ---- memory ------------------------------------------------------------------------------------------------------
@@ -156,7 +161,7 @@ def test_a_worker_takes_no_more_than_was_planned_for_it():
     arena = torch.zeros(pages + 1, *spec.page_shape(PAGE_TOKENS), dtype=torch.bfloat16, device=device)
     machine().peak()
     held = machine().peak()
-    engine = CudaEngine(spec, weights, arena, Rehearsed, CheckedGraphs(), rows=rows, backend="fa2")
+    engine = CudaEngine(spec, weights, arena, Rehearsed, Graphs(), rows=rows, backend="fa2")
     engine.warm_up()
     hot = Sampling(temperature=1.0, top_p=0.9, seed=4)
     prompts = [

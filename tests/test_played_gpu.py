@@ -1,4 +1,4 @@
-"""Whole clusters on GPUs that are played: every process, message, handle and copy is real, the cards and kernels are not.
+"""Whole clusters on GPUs that are played: every process, message, handle and copy is real, the cards are not.
 
 ``played_gpu`` stands for the driver, CuPy and FlashInfer in all processes; the card's memory lies in files that they share.
 """
@@ -24,7 +24,7 @@ ON_TWO = ("shard.g0.memory=100MiB", "shard.g1.memory=100MiB", *SMALL)
 
 @pytest.fixture(params=["computed", "flashinfer"])
 def cards(request, tmp_path, monkeypatch):
-    """Sets how many cards there are; FlashInfer's calls are computed by torch, and checked by FlashInfer where it was compiled."""
+    """Sets how many cards there are; FlashInfer's calls are computed by torch, or by its own kernels where they were compiled."""
     if request.param == "flashinfer" and (why := gpu_rehearsal.missing()):
         pytest.skip(f"no rehearsal: {why}")
     memory = tmp_path / "memory"

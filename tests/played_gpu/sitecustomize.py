@@ -1,7 +1,7 @@
 """A machine with GPUs, played in every process that has this folder in PYTHONPATH: their memory lies in files.
 
 ``cupy`` here keeps what a process allocates in a file of its own, so that handles open in other processes as CUDA's do;
-``bin/nvidia-smi`` tells of the cards; FlashInfer's calls are computed by torch on the CPU, or checked by FlashInfer itself
+``bin/nvidia-smi`` tells of the cards; FlashInfer's calls are computed by torch on the CPU, or by FlashInfer's kernels there
 (``gpu_rehearsal``) where the environment asks for that. All else is the program's own.
 """
 

@@ -12,12 +12,15 @@
 #include <torch/library.h>
 
 #include <atomic>
+#include <functional>
 #include <map>
 #include <mutex>
 #include <set>
 #include <cstdlib>
 #include <cstring>
 #include <string>
+#include <utility>
+#include <vector>
 
 namespace {
 
@@ -26,6 +29,15 @@ constexpr auto DEVICE = c10::DeviceType::PrivateUse1;
 std::atomic<int> capturing{0};
 // An operation's way to the CPU's kernels and back may look at anything.
 std::atomic<int> within_operation{0};
+
+// A captured step, as a graph holds it: every operation and kernel with the tensors, numbers and addresses of then. What was allocated
+// while it was captured stays where it is until the graph is dropped.
+struct Graph {
+    std::vector<std::function<const char *()>> steps;
+    std::vector<void *> memory;
+    ~Graph();
+};
+Graph *graph = nullptr;
 
 void forbid_in_capture(const char *what) {
     TORCH_CHECK(!capturing || within_operation, what, " within a capture: on a GPU this ends the capture with an error");
@@ -53,18 +65,25 @@ std::atomic<size_t> taken{0}, peak{0};
 struct Block {
     void *data = nullptr;
     size_t bytes;
+    bool of_graph = false;
     explicit Block(size_t size) : bytes(size) {
         if (size && posix_memalign(&data, 512, size)) throw std::bad_alloc();
+        if (graph && data) of_graph = true, graph->memory.push_back(data);
         taken += bytes;
         peak = std::max(peak.load(), taken.load());
         if (data) place(data, size);
     }
+    // Of a graph's memory other tensors of the same capture would be made, so that it counts as free.
     ~Block() {
-        if (data) displace(data);
-        std::free(data);
+        if (data && !of_graph) displace(data), std::free(data);
         taken -= bytes;
     }
 };
+
+Graph::~Graph() {
+    steps.clear();
+    for (void *data : memory) displace(data), std::free(data);
+}
 
 struct Memory final : c10::Allocator {
     c10::DataPtr allocate(size_t bytes) override {
@@ -117,6 +136,7 @@ at::Tensor on_host(const at::Tensor &self) {
 at::Tensor copy_from(const at::Tensor &self, const at::Tensor &to, bool) {
     if (self.device() != to.device()) forbid_in_capture("a copy between host and device");
     on_host(to).copy_(on_host(self));
+    if (graph) graph->steps.push_back([self, to] { return on_host(to).copy_(on_host(self)), nullptr; });
     return to;
 }
 
@@ -146,6 +166,19 @@ at::Scalar local_scalar(const at::Tensor &self) {
     return on_host(self).item();
 }
 
+// An operation done again, its results where they were the first time.
+std::function<const char *()> again(const c10::OperatorHandle &op, torch::jit::Stack given, std::vector<c10::IValue> found) {
+    return [=] {
+        torch::jit::Stack stack = given;
+        at::native::cpu_fallback(op, &stack);
+        for (size_t i = 0; i < found.size(); i++) {
+            if (!found[i].isTensor() || found[i].toTensor().data_ptr() == stack[i].toTensor().data_ptr()) continue;
+            on_host(found[i].toTensor()).copy_(on_host(stack[i].toTensor()));
+        }
+        return nullptr;
+    };
+}
+
 // Any other operation: on the CPU's kernels, once its tensors were found to be where a GPU's would want them.
 void compute(const c10::OperatorHandle &op, torch::jit::Stack *stack) {
     static const std::set<std::string> indexed_from_host{"aten::index", "aten::index_put_", "aten::_index_put_impl_", "aten::index.Tensor_out"};
@@ -153,7 +186,7 @@ void compute(const c10::OperatorHandle &op, torch::jit::Stack *stack) {
                                                "aten::repeat_interleave", "aten::bincount"};
     const auto &schema = op.schema();
     if (waiting.count(schema.name())) forbid_in_capture(schema.name().c_str());
-    const auto given = torch::jit::last(stack, schema.arguments().size());
+    const torch::jit::Stack given = torch::jit::last(stack, schema.arguments().size()).vec();
     bool device = false, host = false;
     auto look = [&](const at::Tensor &one) {
         if (!one.defined()) return;
@@ -173,6 +206,7 @@ void compute(const c10::OperatorHandle &op, torch::jit::Stack *stack) {
         ~Operation() { within_operation--; }
     } operation;
     at::native::cpu_fallback(op, stack);
+    if (graph) graph->steps.push_back(again(op, given, torch::jit::last(stack, schema.returns().size()).vec()));
 }
 
 TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
@@ -203,7 +237,31 @@ TORCH_LIBRARY_IMPL(_, PrivateUse1, m) { m.fallback(torch::CppFunction::makeFromB
 
 extern "C" {
 void device_register() { at::RegisterPrivateUse1HooksInterface(new Hooks()); }
-void device_capture(int on) { capturing = on; }
+// Begin a graph; what device_end_capture gives is replayed and dropped by whoever has it.
+void device_begin_capture() { graph = new Graph, capturing = 1; }
+void *device_end_capture() { return capturing = 0, std::exchange(graph, nullptr); }
+void device_drop(void *held) { delete static_cast<Graph *>(held); }
+// Why a kernel failed, or nothing.
+const char *device_replay(void *held) {
+    struct Operation {
+        Operation() { within_operation++; }
+        ~Operation() { within_operation--; }
+    } operation;
+    for (const auto &step : static_cast<Graph *>(held)->steps)
+        if (const char *wrong = step()) return wrong;
+    return nullptr;
+}
+// A kernel of ptx_kernels.py was launched: while a graph is captured, it is part of it.
+struct Dim { unsigned x, y, z; };
+struct alignas(128) Params { char bytes[4096]; };
+using Run = const char *(*)(Dim, Dim, size_t, const char *, bool (*)(const void *, size_t));
+bool device_holds(const void *data, size_t bytes);
+const char *device_run(Run run, Dim grid, Dim block, size_t shared, const char *given) {
+    Params params;
+    std::memcpy(params.bytes, given, sizeof params);
+    if (graph) graph->steps.push_back([=] { return run(grid, block, shared, params.bytes, device_holds); });
+    return run(grid, block, shared, params.bytes, device_holds);
+}
 bool device_holds(const void *data, size_t bytes) {
     static thread_local const char *begin = nullptr, *end = nullptr;
     static thread_local unsigned as_of = 0;
