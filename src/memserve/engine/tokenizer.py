@@ -84,6 +84,10 @@ class Tokenizer:
         """Ids of the special tokens by their text."""
         return self._specials
 
+    def pieces(self) -> list[bytes]:
+        """What each id stands for; nothing where it stands for nothing."""
+        return [self._piece(token) for token in range(self.vocabulary)]
+
     def encode(self, text: str, allow_special: bool, mark: str = "", scope: str | None = None) -> list[int]:
         """Token ids of ``text``, without BOS. With ``allow_special``, special tokens written in it count.
 

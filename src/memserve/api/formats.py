@@ -1,0 +1,123 @@
+"""What an answer has to look like: ``response_format`` and ``structured_outputs`` as grammars.
+
+A grammar travels as llguidance's text. Workers follow it token by token (:mod:`memserve.engine.grammars`).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import attrs
+import msgspec
+from llguidance import LLMatcher
+from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
+from msgspec import Meta
+
+from memserve.api.errors import ApiError
+
+GRAMMAR_BYTES_MAX = 65_536
+"""Of a grammar, as text."""
+_COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""No blanks but these, so that a model cannot fill its answer with them."""
+
+Choice = Annotated[str, Meta(min_length=1)]
+
+
+@attrs.frozen(kw_only=True)
+class JsonSchema:
+    """``response_format.json_schema``."""
+
+    schema: dict[str, Any]
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+@attrs.frozen(kw_only=True)
+class ResponseFormat:
+    """``response_format``, as OpenAI has it."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+@attrs.frozen(kw_only=True)
+class StructuredOutputs:
+    """``structured_outputs``, as vLLM has it: one of these."""
+
+    json: dict[str, Any] | str | None = None
+    regex: str | None = None
+    choice: Annotated[tuple[Choice, ...], Meta(min_length=1, max_length=1000)] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+
+def grammar_of(response: ResponseFormat | None, structured: StructuredOutputs | None) -> str:
+    """What both fields ask for; empty: nothing. Raises ApiError (400), naming the field, where it cannot be followed.
+
+    A grammar can take a second to be read: call it in a thread.
+    """
+    asked = [(field, made) for field, made in (_of_response(response), _of_structured(structured)) if made]
+    if len(asked) > 1:
+        raise ApiError("structured_outputs: not beside response_format", "structured_outputs", code="invalid_value")
+    for field, grammar in asked:
+        if len(grammar.encode()) > GRAMMAR_BYTES_MAX:
+            raise _cannot(field, f"at most {GRAMMAR_BYTES_MAX} bytes, got {len(grammar.encode())}")
+        if wrong := LLMatcher.validate_grammar(grammar):
+            raise _cannot(field, wrong)
+        return grammar
+    return ""
+
+
+def _of_response(asked: ResponseFormat | None) -> tuple[str, str]:
+    if asked is None or asked.type == "text":
+        return "", ""
+    if asked.type == "json_object":
+        return "response_format", _of_schema({"type": "object"})
+    field = "response_format.json_schema"
+    if asked.json_schema is None:
+        raise ApiError(f"{field}: this field is required", field, code="missing_required_parameter")
+    return f"{field}.schema", _of_schema(asked.json_schema.schema)
+
+
+def _of_structured(asked: StructuredOutputs | None) -> tuple[str, str]:
+    if asked is None:
+        return "", ""
+    given = {name: value for name, value in attrs.asdict(asked, recurse=False).items() if value is not None and value is not False}
+    if len(given) != 1:
+        raise _cannot("structured_outputs", f"expected one of json, regex, choice, grammar and json_object, got {len(given)}")
+    ((name, value),) = given.items()
+    field = f"structured_outputs.{name}"
+    try:
+        return field, _MAKES[name](value)
+    except (ValueError, msgspec.DecodeError, msgspec.ValidationError, GbnfToLarkError) as error:
+        raise _cannot(field, str(error)) from error
+
+
+def _of_schema(schema: dict[str, Any] | str) -> str:
+    if isinstance(schema, str):
+        schema = msgspec.json.decode(schema, type=dict[str, Any])
+    made: str = LLMatcher.grammar_from_json_schema(schema, overrides=_COMPACT)
+    return made
+
+
+def _of_choice(texts: tuple[str, ...]) -> str:
+    made: str = LLMatcher.grammar_from_lark("start: " + " | ".join(msgspec.json.encode(text).decode() for text in texts))
+    return made
+
+
+def _of_grammar(text: str) -> str:
+    """Lark's notation or GBNF, llama.cpp's."""
+    made: str = LLMatcher.grammar_from_lark(any_to_lark(text))
+    return made
+
+
+_MAKES: dict[str, Any] = {
+    "json": _of_schema, "regex": LLMatcher.grammar_from_regex, "choice": _of_choice, "grammar": _of_grammar,
+    "json_object": lambda _: _of_schema({"type": "object"}),
+}  # fmt: skip
+
+
+def _cannot(field: str, why: str) -> ApiError:
+    text = " ".join(why.split())
+    return ApiError(f"{field}: {text if len(text) <= 300 else text[:297] + '...'}", field, code="invalid_value")

@@ -1,0 +1,98 @@
+"""Which tokens may come next in an answer that has to follow a grammar: a JSON schema, a regular expression, a choice.
+
+The library llguidance reads grammars and follows them. What may come after some tokens depends on the grammar and these
+tokens alone, so that a stream which another worker resumes goes on with the very tokens it would have had.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import TypeVar
+
+import structlog
+from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
+
+from memserve.engine.tokenizer import Tokenizer
+from memserve.tokens import TOKEN_BYTES, count, span, unpack
+
+FOLLOWED_MAX = 1024
+"""Answers whose place in their grammar is remembered. One that was forgotten is read again from its first token."""
+READ_MAX = 64
+"""Grammars that are remembered."""
+
+log = structlog.get_logger()
+Key = TypeVar("Key")
+
+
+class Grammars:
+    """Follows grammars in one model's tokens. One thread uses it."""
+
+    def __init__(self, tokenizer: Tokenizer, vocabulary: int, ends: tuple[int, ...]) -> None:
+        """``vocabulary``: of the model, at least the tokenizer's. ``ends``: tokens that end an answer, at least one."""
+        wrapped = TokenizerWrapper(_Pieces(tokenizer, vocabulary, ends[0]))
+        self._tokenizer = LLTokenizer(wrapped, n_vocab=vocabulary, eos_token=list(ends))
+        self._bytes = -(-vocabulary // 8)
+        self._ends = _mask(ends, self._bytes)
+        self._read: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._followed: OrderedDict[tuple[str, bytes], LLMatcher] = OrderedDict()
+
+    def allowed(self, grammar: str, output: bytes) -> bytes:
+        """Which tokens may follow the answer ``output``, packed: a bit for each id, the lowest of the first byte first.
+
+        At least one may. Where the grammar cannot be followed any further, which is logged, those that end the answer.
+        """
+        matcher = self._at(grammar, output)
+        mask = matcher.compute_bitmask()[: self._bytes]
+        if matcher.is_error() or not any(mask):
+            reason = matcher.get_error().partition("\n")[0] or "no token may follow"
+            log.warning("grammar given up", reason=reason, tokens=count(output))
+            return self._ends
+        _remember(self._followed, (grammar, output), matcher, FOLLOWED_MAX)
+        return mask
+
+    def _at(self, grammar: str, output: bytes) -> LLMatcher:
+        """The grammar after ``output``."""
+        matcher = self._followed.pop((grammar, output[:-TOKEN_BYTES]), None) if output else None
+        if matcher is None:
+            matcher = self._new(grammar)
+            matcher.consume_tokens(list(unpack(output)))
+        else:
+            matcher.consume_tokens(list(unpack(span(output, count(output) - 1, count(output)))))
+        return matcher
+
+    def _new(self, grammar: str) -> LLMatcher:
+        read = self._read.get(grammar) or LLMatcher(self._tokenizer, grammar, log_level=0)
+        _remember(self._read, grammar, read, READ_MAX)
+        return read.deep_copy()
+
+
+class _Pieces:
+    """A tokenizer as llguidance asks it: what each id stands for."""
+
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Tokenizer, vocabulary: int, end: int) -> None:
+        pieces = tokenizer.pieces()
+        self.eos_token_id = end
+        self.tokens = pieces + [b""] * (vocabulary - len(pieces))
+        self.special_token_ids = sorted(tokenizer.specials.values())
+        self._tokenizer = tokenizer
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        plain = text if isinstance(text, str) else text.decode(errors="replace")
+        return self._tokenizer.encode(plain, allow_special=False)
+
+
+def _mask(ids: Iterable[int], size: int) -> bytes:
+    made = bytearray(size)
+    for token in ids:
+        made[token // 8] |= 1 << token % 8
+    return bytes(made)
+
+
+def _remember(kept: OrderedDict[Key, LLMatcher], key: Key, value: LLMatcher, most: int) -> None:
+    kept[key] = value
+    kept.move_to_end(key)
+    while len(kept) > most:
+        kept.popitem(last=False)
