@@ -14,6 +14,7 @@ import torch
 import trio
 
 import fake_flashinfer
+from adjustments import adjustments, expected, past_of
 from backends import SPEC, FlashRunner
 from fake_cupy import fake_cupy
 from fake_flashinfer import Replays
@@ -126,14 +127,23 @@ def test_calibration_writes_no_page_of_the_pool_and_draws_nothing(tiny):
     engine.close()
 
 
+ENDS = (3, 9)
+HOWS = [
+    Sampling(temperature=0.0, adjust=adjustments(repetition=1.3, frequency=0.4, min_tokens=5)),
+    Sampling(temperature=0.9, seed=5, min_p=0.02),
+    Sampling(temperature=1.3, top_k=20, seed=6, adjust=adjustments({4: 3.0}, presence=0.6, frequency=-0.1)),
+    GREEDY,
+    Sampling(temperature=1.1, top_p=0.8, seed=7),
+    Sampling(temperature=0.7, top_k=1, adjust=adjustments(presence=1.5)),
+]
+
+
 def drive(engine, spec, seed: int) -> tuple[list[list[int]], list[list[int]]]:
     """Sequences that prefill in chunks, decode together, join and leave; what was drawn, and prompts with their draws."""
     chance = random.Random(seed)
     free = list(range(PAGES))
     chance.shuffle(free)
     prompts = [prompt(length, length, spec.vocab) for length in (1, 30, 16, 47, 5, 64)]
-    hows = [GREEDY, Sampling(temperature=0.9, seed=5), Sampling(temperature=1.3, top_k=20, seed=6), GREEDY,
-            Sampling(temperature=1.1, top_p=0.8, seed=7), Sampling(temperature=0.7, top_k=1)]  # fmt: skip
     ends = [len(ids) + 14 + 5 * i for i, ids in enumerate(prompts)]
     tables = [tuple(free.pop() for _ in range(pages_for(end + 1, PAGE_TOKENS))) for end in ends]
     sequences, ran = [list(ids) for ids in prompts], [0] * len(prompts)
@@ -150,10 +160,12 @@ def drive(engine, spec, seed: int) -> tuple[list[list[int]], list[list[int]]]:
                     pack(part),
                     ran[i] - len(part),
                     tables[i][:used],
-                    hows[i] if ran[i] == len(sequences[i]) else None,
+                    how := HOWS[i] if ran[i] == len(sequences[i]) else None,
+                    past_of(how, sequences[i], len(prompts[i]), ENDS),
                 )
             )
-        for i, row, token in zip(turns, rows, engine.run(BatchPlan(tuple(rows))).tokens, strict=True):
+        result = engine.run(BatchPlan(tuple(rows)))
+        for i, row, token in zip(turns, rows, result.tokens, strict=True):
             assert (token is None) == (row.sample is None)
             if token is not None:
                 sequences[i].append(token)
@@ -169,15 +181,13 @@ def test_whole_conversations_give_the_tokens_of_the_torch_model(tiny, seed):
     engine.warm_up()
     drawn, sequences = drive(engine, spec, seed)
     assert graphs.log.count("replay") > 20
-    hows = [GREEDY, Sampling(temperature=0.9, seed=5), Sampling(temperature=1.3, top_k=20, seed=6), GREEDY,
-            Sampling(temperature=1.1, top_p=0.8, seed=7), Sampling(temperature=0.7, top_k=1)]  # fmt: skip
-    for tokens, whole, how in zip(drawn, sequences, hows, strict=True):
+    for tokens, whole, how in zip(drawn, sequences, HOWS, strict=True):
         runner = Runner(spec, weights)
         pages, first = runner.pages(len(whole)), len(whole) - len(tokens)
         for at in range(first, len(whole)):
             start = 0 if at == first else at - 1
-            logits = runner.step(Row(pack(whole[start:at]), start, pages, GREEDY))
-            assert draw(logits, [how], [at]) == [whole[at]]
+            row = Row(pack(whole[start:at]), start, pages, how, past_of(how, whole[:at], first, ENDS))
+            assert expected(runner.step(row)[0], row) == whole[at]
 
 
 def test_workers_of_one_gpu_see_one_another_at_work(tiny, tmp_path):
@@ -266,8 +276,9 @@ def test_draws_together_are_the_draws_one_by_one():
             logits[::3] = logits[::3].round()  # ties
             settings = [
                 Sampling(
-                    temperature=chance.choice([0.3, 1.0, 2.0]), top_k=chance.choice([0, 0, 2, 40, 300, 5000]),
+                    temperature=chance.choice([0.0, 0.3, 1.0, 2.0]), top_k=chance.choice([0, 0, 1, 2, 40, 300, 5000]),
                     top_p=chance.choice([1.0, 0.05, 0.5, 0.95]), seed=chance.randrange(1 << 63),
+                    min_p=chance.choice([0.0, 0.0, 0.05, 0.6]) * (sharpness > 1),
                 )
                 for _ in range(24)
             ]  # fmt: skip

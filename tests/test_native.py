@@ -102,7 +102,7 @@ class Twin:
 
     def drawn(self, *rows: Row) -> list[int]:
         """Tokens of the native step."""
-        return self.step.step(BatchPlan(rows), self.arena, self.threads)
+        return self.step.step(BatchPlan(rows), self.arena, self.threads)[0]
 
     def exact(self, *rows: Row) -> torch.Tensor:
         """Logits of the reference."""

@@ -15,11 +15,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from adjustments import adjustments, by_definition, expected, past_of, some_adjustments
+from memserve.engine.adjusting import logprobs_of
 from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.runner import CpuEngine
-from memserve.engine.sampling import draw, uniform
+from memserve.engine.sampling import draw, reach, uniform
 from memserve.engine.weights import default_cache_dir, random_weights, save_weights
-from memserve.kernels.native import MAX_ROWS, load, sampling_bytes
+from memserve.kernels.native import MAX_ROWS, NativeAdjustments, load, sampling_bytes
 from memserve.kernels.native_build import SOURCES, NativeUnavailable, target_flags
 from memserve.messages import Sampling
 from memserve.tokens import pack
@@ -34,7 +36,7 @@ TEMPERATURES = (1e-300, 0.01, 0.3, 0.7, 1.0, 2.0, 100.0, 1e4)
 
 
 @pytest.fixture(scope="module")
-def native(tmp_path_factory: pytest.TempPathFactory) -> Draw:
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """``sampling.hpp`` alone, for any logits."""
     try:
         load(default_cache_dir())
@@ -50,7 +52,12 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Draw:
         f"-I{SOURCES[0].parent}",
     ]
     subprocess.run([*command, str(NATIVE / "draws.cpp"), "-o", str(built)], check=True, timeout=120)
-    library = ctypes.CDLL(str(built))
+    return ctypes.CDLL(str(built))
+
+
+@pytest.fixture(scope="module")
+def native(library: ctypes.CDLL) -> Draw:
+    """The tokens of rows."""
     library.draws.restype = None
 
     def drawn(logits: torch.Tensor, settings: list[Sampling], positions: list[int]) -> list[int]:
@@ -92,6 +99,7 @@ def some_settings(generator: random.Random, vocab: int) -> Sampling:
         temperature=generator.choice((*TEMPERATURES, generator.uniform(0.05, 2))),
         top_k=generator.choice((0, 0, 1, 2, 40, 64, 65, vocab - 1, vocab, vocab + 1, 2**40, 2**70)),
         top_p=generator.choice((1.0, 1.0, 1e-9, 0.1, 0.5, 0.9, 0.99, 1 - 1e-9, generator.random() or 0.5)),
+        min_p=generator.choice((0.0, 0.0, 1e-9, 0.02, 0.5, 1.0)),
         seed=generator.choice((0, 1, generator.randrange(2**64), -generator.randrange(2**63))),
     )
 
@@ -99,8 +107,10 @@ def some_settings(generator: random.Random, vocab: int) -> Sampling:
 def is_at_a_boundary(logits: torch.Tensor, how: Sampling, position: int) -> bool:
     """Whether a sum of weights is so near a limit that rounding decides which side it is on: sums are taken in
     another order, and the last bit of e^x differs. Where all sums are exact, nothing is rounded."""
-    weights = ((logits - logits.max()).double() / how.temperature).exp()
-    sums = weights.sort(descending=True, stable=True).values[: how.top_k or None].cumsum(0)
+    below = (logits - logits.max()).double()
+    weights = (below / how.temperature).exp()
+    kept = weights.sort(descending=True, stable=True).values[: int((below >= reach(how)).sum())]
+    sums = kept[: how.top_k or None].cumsum(0)
     if bool((weights == weights.round()).all()) and how.top_p == 1:
         return False
 
@@ -108,8 +118,8 @@ def is_at_a_boundary(logits: torch.Tensor, how: Sampling, position: int) -> bool
         return bool(((sums - limit).abs() < 1e-12 * float(sums[-1])).any())
 
     last = int((sums < how.top_p * sums[-1]).sum()) if how.top_p < 1 else len(sums) - 1
-    kept = float(sums[min(last, len(sums) - 1)])
-    return (how.top_p < 1 and near(how.top_p * float(sums[-1]))) or near(uniform(how.seed, position) * kept)
+    mass = float(sums[min(last, len(sums) - 1)])
+    return (how.top_p < 1 and near(how.top_p * float(sums[-1]))) or near(uniform(how.seed, position) * mass)
 
 
 @pytest.mark.parametrize("vocab", VOCABS)
@@ -189,6 +199,21 @@ def test_logits_that_are_not_numbers_give_no_token(native: Draw, vocab: int, str
         assert native(torch.full((1, vocab), -INF), [how], [0]) == [-1]
 
 
+@pytest.mark.parametrize("vocab", [2, 9, 500])
+def test_adjusted_logits_are_the_definitions_to_the_bit(library: ctypes.CDLL, vocab: int) -> None:
+    """A stream that moves between a native worker and a torch worker would change its words."""
+    generator = random.Random(vocab)
+    for _ in range(100):
+        logits = some_logits(generator, vocab)
+        how, past = some_adjustments(generator, vocab)
+        found = torch.empty(vocab)
+        native = NativeAdjustments.of(how, past)
+        library.adjusted(
+            ctypes.c_void_p(logits.data_ptr()), vocab, ctypes.byref(native), ctypes.c_void_p(found.data_ptr())
+        )
+        assert torch.equal(found, by_definition(logits, how, past)), (how, past)
+
+
 # ---- in the step --------------------------------------------------------------------------------------------
 
 
@@ -218,6 +243,46 @@ def test_a_step_draws_from_its_own_logits() -> None:
         assert twin.drawn(*rows) == expected
         assert [token for row in rows for token in twin.drawn(row)] == expected
     assert twin.drawn(rows[2]) == []
+
+
+@pytest.mark.usefixtures("native")
+def test_a_step_adjusts_its_rows_and_tells_of_the_logits_as_they_were() -> None:
+    """Another row's past would shape an answer, or log probabilities would be those of penalised logits."""
+    twin = Twin(native_spec(4, 2, 32), threads=3)
+    vocab = twin.spec.vocab
+    hows = [
+        Sampling(0.0, adjust=adjustments({3: 100.0}), logprobs=5),
+        Sampling(2.0, seed=4, adjust=adjustments(repetition=1.8, frequency=1.5, min_tokens=9), logprobs=0),
+        Sampling(1.5, min_p=0.05, seed=6),
+        Sampling(0.0, adjust=adjustments(presence=2.0), logprobs=20),
+    ]
+    rows = []
+    for i, how in enumerate(hows):
+        tokens = [token % vocab for token in prompt(MAX_ROWS // 2 + 9 * i, i)]
+        past = past_of(how, tokens, len(tokens) - 7, ends=(5, 6))
+        rows.append(Row(pack(tokens), 0, twin.pages(len(tokens)), how, past))
+    logits = twin.native(*rows)
+    wanted = [expected(one, row) for one, row in zip(logits, rows, strict=True)]
+
+    for threads in (1, 3):
+        drawn, told = twin.step.step(BatchPlan(tuple(rows)), twin.arena, threads)
+        assert drawn == wanted and drawn[0] == 3
+        assert told[2] is None
+        for i in (0, 1, 3):
+            known = logprobs_of(logits[i], wanted[i], hows[i].logprobs or 0)
+            assert told[i].ids == known.ids
+            assert (told[i].drawn, *told[i].values) == pytest.approx((known.drawn, *known.values))
+
+
+@pytest.mark.usefixtures("native")
+def test_a_past_with_tokens_that_are_not_there_is_refused() -> None:
+    """A damaged message would make the step write where others' memory is."""
+    twin = Twin(native_spec(4, 2, 32))
+    how = Sampling(adjust=adjustments(presence=1.0))
+    for wrong in (-1, twin.spec.vocab):
+        row = Row(pack([5]), 0, twin.pages(1), how, past_of(how, [5, wrong], 1))
+        with pytest.raises(ValueError, match="that are not there"):
+            twin.drawn(row)
 
 
 @pytest.mark.usefixtures("native")

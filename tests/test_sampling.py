@@ -19,7 +19,8 @@ def _by_definition(logits: torch.Tensor, how: Sampling, u: float) -> int:
     """The draw as the documentation words it, one token at a time."""
     weights = ((logits - logits.max()).double() / how.temperature).exp().tolist()
     order = sorted(range(len(weights)), key=lambda token: (-weights[token], token))
-    order = order[: how.top_k or len(order)]
+    least = how.min_p * weights[order[0]]
+    order = [token for token in order if weights[token] >= least][: how.top_k or len(order)]
     mass = sum(weights[token] for token in order)
     kept, reached = [], 0.0
     for token in order:
@@ -70,6 +71,10 @@ def test_uniform_is_uniform_and_uncorrelated() -> None:
         Sampling(temperature=4.0, top_p=0.95),
         Sampling(temperature=3.0, top_k=400, top_p=0.9),
         Sampling(temperature=1.0, top_p=1e-9),
+        Sampling(temperature=2.0, min_p=0.05),
+        Sampling(temperature=8.0, min_p=0.3, top_p=0.7),
+        Sampling(temperature=9.0, min_p=0.5, top_k=3),
+        Sampling(temperature=1.0, min_p=1.0),
     ],
 )
 def test_draws_equal_the_definition(how: Sampling) -> None:

@@ -34,6 +34,7 @@ LAYERS = {
         "errors",
         "identity",
         "costs",
+        "drawing",
         "tokens",
         "messages",
         "pool_messages",
@@ -120,6 +121,7 @@ IMPURE = {
 """A core that imports one of these cannot be replayed under a virtual clock."""
 
 MAY_IMPORT_TORCH = {
+    "engine.adjusting",
     "engine.model",
     "engine.ops",
     "engine.cuda",

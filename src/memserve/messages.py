@@ -34,6 +34,8 @@ import attrs
 import msgspec
 
 from memserve.costs import Site, StepCosts
+from memserve.drawing import Logprobs
+from memserve.drawing import Sampling as Sampling
 from memserve.errors import PeerError
 from memserve.identity import ActorId as ActorId
 from memserve.identity import actor_name as actor_name
@@ -83,18 +85,6 @@ PROTOCOL_VERSION = 1
 
 
 # ---- values that travel inside messages ---------------------------------------------------------------------
-
-
-@attrs.frozen
-class Sampling:
-    """How the next token is drawn. The draw is a function of (seed, position), so a resumed stream continues alike."""
-
-    temperature: float = 1.0
-    """0 is greedy."""
-    top_k: int = 0
-    """0 is no limit."""
-    top_p: float = 1.0
-    seed: int = 0
 
 
 @attrs.frozen
@@ -201,6 +191,8 @@ class TokenUpdate:
     """Set with ``finish``."""
     origins: Origins | None = None
     """Set with ``finish``."""
+    logprobs: Logprobs | msgspec.UnsetType = msgspec.UNSET
+    """Of its one token, where they were asked for. Left out of the bytes of all others."""
 
 
 @attrs.frozen

@@ -9,3 +9,10 @@ extern "C" void draws(const float* logits, int rows, int vocab, const ms_samplin
     for (int row = 0; row < rows; row++)
         tokens[row] = draw(logits + (long)row * vocab, how[row], positions[row], sampler);
 }
+
+extern "C" void adjusted(const float* logits, int vocab, const ms_adjustments* how, float* to) {
+    Sampler sampler;
+    sampler.resize(vocab);
+    for (int again = 0; again < 2; again++)  // what the first leaves behind must not show
+        std::copy_n(sampler.adjust(logits, *how), vocab, to);
+}

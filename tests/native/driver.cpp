@@ -86,7 +86,7 @@ struct Model {
                           nullptr, tokens.size() % 2 ? changing_crew : nullptr};
         int refused = ms_step(engine, &batch);
         if (refused || !draws) return refused;
-        ms_sampling how = {1.5, 0.9, 7, 0};
+        ms_sampling how = {1.5, 0.9, 7, 0, -INFINITY, nullptr, nullptr};
         std::vector<ms_sampling> hows(wanted.size(), how);
         drawn.assign(wanted.size(), -2);
         batch.logits = nullptr, batch.how = hows.data(), batch.tokens = drawn.data();
@@ -169,7 +169,7 @@ bool draws_what_there_is() {
             for (double temperature : {0., 1e-300, 0.7, 1e300})
                 for (double top_p : {1e-9, 0.9, 1.})
                     for (int top_k : {0, 2, 70}) {
-                        int token = draw(logits.data(), {temperature, top_p, 3, top_k}, vocab, sampler);
+                        int token = draw(logits.data(), {temperature, top_p, 3, top_k, -INFINITY, nullptr, nullptr}, vocab, sampler);
                         bool none = largest(logits.data(), vocab) < 0;
                         if (none ? token != NOT_A_TOKEN : token < 0 || token >= vocab || logits[token] == -INFINITY)
                             return false;

@@ -23,7 +23,9 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from memserve.config import Resolved
+from memserve.drawing import Logprobs, Sampling
 from memserve.engine import sampling
+from memserve.engine.adjusting import adjusted, told
 from memserve.engine.cores import Cores
 from memserve.engine.model import Batch, Llama
 from memserve.engine.plan_check import check_plan
@@ -42,13 +44,16 @@ from memserve.kernels.flashinfer_kit import (
 from memserve.kernels.flashinfer_ops import FlashInferOps, norms_as
 from memserve.kernels.gpu_memory import GpuArena, attach_gpu_arena
 from memserve.kernels.page_tables import Sharing, StepTables, Table, bucket_of, buckets_up_to, continues
-from memserve.messages import Sampling
 from memserve.tokens import count, pack, pages_for
 
 DRAWN_TOGETHER = 8
 """Rows whose tokens are drawn at once: a row of 128k tokens takes some 5 MiB in float64 and its indices."""
 WARM_TOKENS = 512
 """Of the chunk that a start runs, so that the first request finds kernels and libraries loaded."""
+
+
+_Drawn = tuple[tuple[int | None, ...], dict[int, Logprobs]]
+"""The token of each row, and by the rows' numbers what those are told that asked."""
 
 
 class Graphs(Protocol):
@@ -177,8 +182,8 @@ class CudaEngine:
         check_plan(plan, self._spec, self._pages, self._page_tokens)
         beside = self._shared.look() if self._shared is not None else 0
         began = time.perf_counter()
-        tokens = self._step(plan, self.sharing)
-        return BatchResult(tokens, (time.perf_counter() - began) * 1000, 1, beside)
+        tokens, logprobs = self._step(plan, self.sharing)
+        return BatchResult(tokens, (time.perf_counter() - began) * 1000, 1, beside, logprobs)
 
     def warm_up(self) -> None:
         """Load every kernel and capture every batch size, touching no page but the scratch page."""
@@ -238,7 +243,7 @@ class CudaEngine:
         self._attention = self._model = self._logits = None
         self._release()
 
-    def _step(self, plan: BatchPlan, sharing: Sharing) -> tuple[int | None, ...]:
+    def _step(self, plan: BatchPlan, sharing: Sharing) -> _Drawn:
         assert self._attention is not None, "the engine is closed"
         ahead, self._ahead = self._ahead, None
         bucket = bucket_of(len(plan.rows), tuple(self._steps))
@@ -263,9 +268,7 @@ class CudaEngine:
 
     # ---- any mix of rows -------------------------------------------------------------------------------------
 
-    def _run_any(
-        self, plan: BatchPlan, tables: StepTables, attention: FlashInferAttention
-    ) -> tuple[int | None, ...]:
+    def _run_any(self, plan: BatchPlan, tables: StepTables, attention: FlashInferAttention) -> _Drawn:
         assert self._model is not None, "the engine is closed"
         planned = attention.plan_tables(tables)
         batch = Batch(
@@ -275,14 +278,10 @@ class CudaEngine:
         )
         logits = self._model.forward(batch, planned, attention)
         wanted = [i for i in tables.order if plan.rows[i].sample is not None]
-        drawn: list[int | None] = [None] * len(plan.rows)
-        if wanted:
-            found = self._draw(logits, best_of(logits), [plan.rows[i] for i in wanted], wanted)
-            for i, token in zip(wanted, found, strict=True):
-                drawn[i] = token
-        else:
+        if not wanted:
             self._graphs.mark()()  # pages of a prompt's earlier chunks are published too, so they must be written
-        return tuple(drawn)
+            return (None,) * len(plan.rows), {}
+        return self._draw(plan, wanted, logits, best_of(logits), range(len(wanted)))
 
     # ---- decode rows alone -----------------------------------------------------------------------------------
 
@@ -300,7 +299,7 @@ class CudaEngine:
         step.replay = self._graphs.capture(launch)
         return step
 
-    def _run_captured(self, plan: BatchPlan, step: _DecodeStep) -> tuple[int | None, ...]:
+    def _run_captured(self, plan: BatchPlan, step: _DecodeStep) -> _Drawn:
         ids = np.zeros(step.rows, np.int32)
         ids[: len(plan.rows)] = np.frombuffer(b"".join(row.tokens for row in plan.rows), np.int32)
         step.arrays.load_ids(ids)
@@ -313,14 +312,10 @@ class CudaEngine:
             self._ahead = _Ahead(step, plan.rows)
         assert self._logits is not None and step.best is not None, "a captured step that never ran"
         wanted = [i for i, row in enumerate(plan.rows) if row.sample is not None]
-        drawn: list[int | None] = [None] * len(plan.rows)
-        if wanted:
-            found = self._draw(self._logits, step.best, [plan.rows[i] for i in wanted], wanted, wanted)
-            for i, token in zip(wanted, found, strict=True):
-                drawn[i] = token
-        else:
+        if not wanted:
             self._graphs.mark()()  # a prompt may end a chunk with one token: its page is published too
-        return tuple(drawn)
+            return (None,) * len(plan.rows), {}
+        return self._draw(plan, wanted, self._logits, step.best, wanted)
 
     def _load(self, step: _DecodeStep, table: Table, rows: Sequence[Row]) -> None:
         positions = np.zeros(step.rows, np.int32)
@@ -331,35 +326,38 @@ class CudaEngine:
 
     def _draw(
         self,
+        plan: BatchPlan,
+        wanted: Sequence[int],
         logits: torch.Tensor,
         best: torch.Tensor,
-        rows: Sequence[Row],
-        numbers: Sequence[int],
-        at: Sequence[int] | None = None,
-    ) -> list[int]:
-        """The tokens of ``rows``, whose numbers in the plan are ``numbers`` and whose logits are rows ``at`` of ``logits``.
+        at: Sequence[int],
+    ) -> _Drawn:
+        """The tokens of the plan's rows ``wanted``, whose logits are rows ``at`` of ``logits``.
 
         Waits for the device. Raises FloatingPointError, naming the row, when logits are not numbers.
         """
         values, ids = best.tolist()  # waits
-        places = list(range(len(rows))) if at is None else list(at)
-        for number, place in zip(numbers, places, strict=True):
+        for number, place in zip(wanted, at, strict=True):
             if not np.isfinite(values[place]):
                 raise FloatingPointError(f"row {number}: the largest logit is {values[place]}")
-        tokens = [int(ids[place]) for place in places]
-        drawn = [
-            i
-            for i, row in enumerate(rows)
-            if row.sample and row.sample.temperature > 0 and row.sample.top_k != 1
-        ]
-        for first in range(0, len(drawn), DRAWN_TOGETHER):
-            some = drawn[first : first + DRAWN_TOGETHER]
-            settings = [how for i in some if (how := rows[i].sample) is not None]
+        drawn = {number: int(ids[place]) for number, place in zip(wanted, at, strict=True)}
+        places = dict(zip(wanted, at, strict=True))
+        others = [i for i in wanted if (row := plan.rows[i]).past or not (row.sample and row.sample.greedy)]
+        for first in range(0, len(others), DRAWN_TOGETHER):
+            some = others[first : first + DRAWN_TOGETHER]
             chosen = logits[torch.tensor([places[i] for i in some], device=logits.device)]
-            found = sampling.draw_together(chosen, settings, [rows[i].end for i in some])
-            for i, token in zip(some, found, strict=True):
-                tokens[i] = token
-        return tokens
+            drawn.update(zip(some, _draw_some(chosen, [plan.rows[i] for i in some]), strict=True))
+        asked = [i for i in wanted if (how := plan.rows[i].sample) and how.logprobs is not None]
+        lines = [logits[places[i]] for i in asked]
+        reports = told(lines, [plan.rows[i] for i in asked], [drawn[i] for i in asked])
+        logprobs = {i: one for i, one in zip(asked, reports, strict=True) if one is not None}
+        return tuple(drawn.get(i) for i in range(len(plan.rows))), logprobs
+
+
+def _draw_some(logits: torch.Tensor, rows: Sequence[Row]) -> list[int]:
+    """The tokens of ``rows`` that are not simply their largest logits'. ``logits``: (rows, vocab), as the model gave them."""
+    settings = [row.sample for row in rows if row.sample is not None]
+    return sampling.draw_together(adjusted(logits, rows), settings, [row.end for row in rows])
 
 
 def open_engine(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.spec import ModelSpec
 from memserve.tokens import count, pages_for, unpack
@@ -39,3 +41,18 @@ def _check_row(number: int, row: Row, spec: ModelSpec, pages: int, page_tokens: 
     ids = unpack(row.tokens)
     if min(ids) < 0 or max(ids) >= spec.vocab:
         raise ValueError(f"row {number}: token ids {min(ids)} to {max(ids)}; the vocabulary has {spec.vocab}")
+    if row.sample is not None and row.sample.adjust is not None:
+        _check_adjustments(number, row, spec)
+
+
+def _check_adjustments(number: int, row: Row, spec: ModelSpec) -> None:
+    """They index logits, on a device too, where nothing else would stop them."""
+    assert row.sample is not None and row.sample.adjust is not None
+    adjust, past = row.sample.adjust, row.past
+    if past is None or len(adjust.bias) != len(adjust.biased):
+        raise ValueError(f"row {number}: adjusts its logits without its past, or some without a bias")
+    ids = np.frombuffer(past.prompt + past.output + past.forbidden + adjust.biased, np.int32)
+    if len(ids) and not 0 <= ids.min() <= ids.max() < spec.vocab:
+        raise ValueError(
+            f"row {number}: adjusts logits of {ids.min()} to {ids.max()}; the vocabulary has {spec.vocab}"
+        )

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Protocol
 
 import attrs
 
-from memserve.messages import Sampling
+from memserve.drawing import Logprobs, Sampling
 from memserve.tokens import count
+
+
+@attrs.frozen
+class Past:
+    """What the adjustments of a row's logits need to know of its sequence; all packed."""
+
+    prompt: bytes
+    """The prompt, where ``repetition`` counts it; else empty."""
+    output: bytes
+    """The answer so far, over every attempt and every worker."""
+    forbidden: bytes = b""
+    """Tokens that cannot be drawn yet: what would end the answer before ``min_tokens``."""
 
 
 @attrs.frozen
@@ -22,6 +36,8 @@ class Row:
     """Page table; ``pages[i]`` holds positions ``i * page_tokens`` onwards. Covers at least ``start + len(tokens)``."""
     sample: Sampling | None
     """How to draw the token after the last one, or None when nobody wants it (not the prompt's last chunk)."""
+    past: Past | None = None
+    """Set where ``sample`` adjusts the logits."""
 
     @property
     def end(self) -> int:
@@ -47,6 +63,8 @@ class BatchResult:
     """Cores the step began on."""
     beside: float = 0.0
     """Other workers of the same site (see :class:`~memserve.costs.Site`) that had work meanwhile, on average over its layers."""
+    logprobs: Mapping[int, Logprobs] = MappingProxyType({})
+    """By the numbers of the rows that asked for them."""
 
 
 class StepEngine(Protocol):

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from memserve.drawing import Logprobs, Sampling
 from memserve.engine import sampling
+from memserve.engine.adjusting import adjusted, told
 from memserve.engine.model import Batch, Llama
 from memserve.engine.ops import rope_table
 from memserve.engine.plan_check import check_plan
@@ -21,7 +23,6 @@ from memserve.engine.weights import default_cache_dir, in_rows, map_weights
 from memserve.kernels.cpu import CpuAttention
 from memserve.kernels.mapping import shared_memory
 from memserve.kernels.native import MAX_ROWS, NativeStep, open_step
-from memserve.messages import Sampling
 from memserve.tokens import pack, pages_for
 
 if TYPE_CHECKING:
@@ -83,9 +84,9 @@ class CpuEngine:
         with self._hold() as threads:
             began = time.perf_counter()
             crew = self._cores.regroup if self._cores is not None else None
-            tokens = self._step(plan, self._attention, self._arena, threads, crew)
+            tokens, logprobs = self._step(plan, self._attention, self._arena, threads, crew)
             beside = self._cores.beside if self._cores is not None else 0.0
-            return BatchResult(tokens, (time.perf_counter() - began) * 1000, threads, beside)
+            return BatchResult(tokens, (time.perf_counter() - began) * 1000, threads, beside, logprobs)
 
     def warm_up(self) -> None:
         """Run a chunk and a decode row on pages of their own, so that the first request finds everything loaded."""
@@ -162,15 +163,30 @@ class CpuEngine:
         arena: torch.Tensor,
         threads: int,
         crew: Callable[[int], int] | None = None,
-    ) -> tuple[int | None, ...]:
+    ) -> tuple[tuple[int | None, ...], dict[int, Logprobs]]:
+        """The tokens of the plan's rows, and by their numbers what those are told that asked."""
+        wanted = [number for number, row in enumerate(plan.rows) if row.sample is not None]
         if self._native is not None:
-            drawn = iter(self._native.step(plan, arena, threads, crew))
+            drawn, reports = self._native.step(plan, arena, threads, crew)
         else:
-            assert self._model is not None, "the engine is closed"
-            torch.set_num_threads(threads)
-            wanted = [row for row in plan.rows if row.sample is not None]
-            settings = [row.sample for row in wanted if row.sample is not None]
-            with torch.inference_mode():
-                logits = self._model.forward(Batch.of(plan), attention.plan(plan), attention)
-                drawn = iter(sampling.draw(logits, settings, [row.end for row in wanted]) if wanted else ())
-        return tuple(None if row.sample is None else next(drawn) for row in plan.rows)
+            drawn, reports = self._step_on_torch(plan, attention, threads)
+        tokens: list[int | None] = [None] * len(plan.rows)
+        for number, token in zip(wanted, drawn, strict=True):
+            tokens[number] = token
+        logprobs = {number: one for number, one in zip(wanted, reports, strict=True) if one is not None}
+        return tuple(tokens), logprobs
+
+    def _step_on_torch(
+        self, plan: BatchPlan, attention: CpuAttention, threads: int
+    ) -> tuple[list[int], list[Logprobs | None]]:
+        """Of each wanted row."""
+        assert self._model is not None, "the engine is closed"
+        torch.set_num_threads(threads)
+        rows = [row for row in plan.rows if row.sample is not None]
+        settings = [row.sample for row in rows if row.sample is not None]
+        with torch.inference_mode():
+            logits = self._model.forward(Batch.of(plan), attention.plan(plan), attention)
+            if not rows:
+                return [], []
+            tokens = sampling.draw(adjusted(logits, rows), settings, [row.end for row in rows])
+            return tokens, told(logits, rows, tokens)

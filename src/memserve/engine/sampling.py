@@ -1,16 +1,18 @@
 """Draws the next token of each row from its logits.
 
 A draw uses one uniform number that is a function of (seed, position) alone, so that a stream resumed by another
-worker continues with the very tokens it would have had. ``uniform`` is integer arithmetic on 64 bits, for other
-kernels to repeat exactly, as ``kernels/native/sampling.hpp`` does; nothing at module level imports torch.
+worker continues with the very tokens it would have had. What a request does to its logits before is in
+:mod:`memserve.engine.adjusting`. ``uniform`` is integer arithmetic on 64 bits, for other kernels to repeat exactly, as
+``kernels/native/sampling.hpp`` does; nothing at module level imports torch.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from memserve.messages import Sampling
+from memserve.drawing import Sampling
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +39,14 @@ def _mix(value: int) -> int:
     return value ^ (value >> 31)
 
 
+def reach(how: Sampling) -> float:
+    """How far below the largest logit, at most, a token's may be to be drawn with ``min_p``: not positive.
+
+    ``exp(d / temperature) >= min_p`` in terms of ``d`` itself, which all kernels know exactly: the difference in float32.
+    """
+    return how.temperature * math.log(how.min_p) if how.min_p > 0 else -math.inf
+
+
 def draw(logits: torch.Tensor, settings: Sequence[Sampling], positions: Sequence[int]) -> list[int]:
     """One token per row. ``logits``: (rows, vocab) float32; ``positions``: of the tokens drawn.
 
@@ -48,13 +58,13 @@ def draw(logits: torch.Tensor, settings: Sequence[Sampling], positions: Sequence
         raise FloatingPointError(f"row {row}: the largest logit is {float(best[row])}")
     tokens: list[int] = ids.tolist()
     for row, (how, position) in enumerate(zip(settings, positions, strict=True)):
-        if how.temperature > 0 and how.top_k != 1:
+        if not how.greedy:
             tokens[row] = _draw_one(logits[row], how, uniform(how.seed, position))
     return tokens
 
 
 def draw_together(logits: torch.Tensor, settings: Sequence[Sampling], positions: Sequence[int]) -> list[int]:
-    """The draws of :func:`draw` for rows that all have a temperature, with one answer from the device instead of one a row.
+    """The draws of :func:`draw`, with one answer from the device instead of one a row.
 
     ``logits``: (rows, vocab) float32, finite. A row whose token is not among the most probable is drawn by itself.
     """
@@ -64,36 +74,43 @@ def draw_together(logits: torch.Tensor, settings: Sequence[Sampling], positions:
     vocab = logits.shape[1]
     columns = torch.tensor(
         [
-            [how.temperature, min(how.top_k or vocab, vocab), how.top_p, how.top_k > 0, u]
+            [how.temperature or 1.0, min(how.top_k or vocab, vocab), how.top_p, u, reach(how), how.greedy]
             for how, u in zip(settings, us, strict=True)
         ],
         dtype=torch.float64,
     ).to(logits.device)
-    tokens, found = _draw_near(logits, *columns[:, :, None].unbind(1))
-    # One read-back: a token's id is exact in float64.
-    answer = torch.where(found, tokens.double(), -1.0).tolist()
+    temperature, top_k, top_p, u, least, greedy = columns[:, :, None].unbind(1)
+    bounded = any(how.min_p > 0 for how in settings)
+    tokens, found = _draw_near(logits, temperature, top_k, top_p, u, least if bounded else None)
+    answer = torch.where(found, tokens, -1)
+    if any(how.greedy for how in settings):
+        answer = torch.where(greedy[:, 0] > 0, logits.max(dim=-1).indices, answer)
     return [
-        int(token) if token >= 0 else _draw_one(logits[row], settings[row], us[row])
-        for row, token in enumerate(answer)
+        token if token >= 0 else _draw_one(logits[row], settings[row], us[row])
+        for row, token in enumerate(answer.tolist())  # one read-back
     ]
 
 
 def _draw_near(
     logits: torch.Tensor,
     temperature: torch.Tensor,
-    limit: torch.Tensor,
+    top_k: torch.Tensor,
     top_p: torch.Tensor,
-    has_top_k: torch.Tensor,
     u: torch.Tensor,
+    least: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``_draw_one`` on the ``_HEAD`` most probable tokens of all rows at once; parameters are (rows, 1) float64.
 
-    Returns (rows,) tokens and whether each is the answer.
+    ``least``: what :func:`reach` says of each, where any row has a min_p. Returns (rows,) tokens and whether each is the answer.
     """
     import torch
 
-    weights = ((logits - logits.max(dim=-1, keepdim=True).values).double() / temperature).exp()
+    below = (logits - logits.max(dim=-1, keepdim=True).values).double()
+    weights = (below / temperature).exp()
     vocab = weights.shape[1]
+    limit = top_k
+    if least is not None:
+        limit = torch.minimum(top_k, (below >= least).sum(-1, keepdim=True).double())
     ids = weights.topk(min(_HEAD, vocab), dim=-1, sorted=False).indices.sort(dim=-1).values
     order = weights.gather(1, ids).sort(dim=-1, descending=True, stable=True)
     ordered, ids = order.values, ids.gather(1, order.indices)
@@ -112,23 +129,26 @@ def _draw_near(
     beyond = cut & (reached == taken) & ~complete
     mass = torch.where(cut, sums.gather(1, last), mass)
     found = ((sums <= u * mass) & inside).sum(-1, keepdim=True)
-    beyond |= (found == taken) & ~complete | (~complete & (has_top_k > 0))
+    beyond |= (found == taken) & ~complete | (~complete & (limit < vocab))
     return ids.gather(1, torch.minimum(found, last))[:, 0], ~beyond[:, 0]
 
 
 def _draw_one(logits: torch.Tensor, how: Sampling, u: float) -> int:
     """Inverse of the cumulative distribution over tokens by falling probability, then rising id.
 
-    top_k keeps that many tokens; top_p the fewest of those that reach that share of their probability; the draw is
-    among the kept ones in proportion. Sums are float64, so that 50,000 small terms keep their order.
+    min_p keeps those within :func:`reach` of the most probable, top_k that many of them, top_p the fewest of those that
+    reach that share of their probability (vLLM's order); the draw is among the kept ones in proportion. Sums are float64, so that 50,000 small terms keep their order.
     """
-    weights = ((logits - logits.max()).double() / how.temperature).exp()  # (vocab,)
+    below = (logits - logits.max()).double()  # (vocab,)
+    weights = (below / how.temperature).exp()
     vocab = len(weights)
     limit = min(how.top_k or vocab, vocab)
+    if how.min_p > 0:
+        limit = min(limit, int((below >= reach(how)).sum()))
     for count in (min(_HEAD, vocab), vocab):
         ordered, ids = _most_probable(weights, count)
         complete = len(ordered) >= limit
-        if complete or not how.top_k:
+        if complete or limit == vocab:
             mass = float((ordered[:limit] if complete else weights).sum())
             found = _choose(ordered[:limit], mass, complete, how.top_p, u)
             if found is not None:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import enum
 
 import attrs
+from msgspec import UNSET, UnsetType
 
-from memserve.engine.plans import Row
+from memserve.drawing import Adjustments, Logprobs
+from memserve.engine.plans import Past, Row
 from memserve.messages import Origins, Plan, Request, Timings
 from memserve.pool_messages import Acquired
 from memserve.tokens import TOKEN_BYTES, count, pack, pages_for, span
@@ -66,6 +68,8 @@ class Sequence:
     """An AllocMem is with the shard."""
     starved: bool = False
     """The last AllocMem was refused: the pool has no page to give."""
+    logprobs: Logprobs | UnsetType = UNSET
+    """Of the newest token, where they are wanted."""
     dropped: bool = False
     """Ended while a batch or an Adopt was under way; let go of it when that is over."""
     timings: Timings = Timings()
@@ -163,11 +167,22 @@ class Sequence:
         """The next row of at most ``limit`` tokens."""
         stop = min(self.length, self.computed + limit)
         assert self.computed < stop, f"{self.key}: nothing to run"
+        sample = self.request.sampling if stop == self.length else None
         return Row(
             tokens=span(self.tokens, self.computed, stop),
             start=self.computed,
             pages=self.pages,
-            sample=self.request.sampling if stop == self.length else None,
+            sample=sample,
+            past=None if sample is None or sample.adjust is None else self._past(sample.adjust),
+        )
+
+    def _past(self, adjust: Adjustments) -> Past:
+        """Of the request's own prompt: a resumed one carries its answer so far behind it."""
+        prompt, ends = self.request.prompt_tokens, self.request.stop_tokens
+        return Past(
+            prompt=span(self.tokens, 0, prompt) if adjust.repetition != 1 else b"",
+            output=span(self.tokens, prompt, self.length),
+            forbidden=pack(ends) if self.generated < adjust.min_tokens else b"",
         )
 
     @property

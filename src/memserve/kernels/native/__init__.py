@@ -9,7 +9,19 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from ctypes import CFUNCTYPE, POINTER, Structure, byref, c_char_p, c_float, c_int32, c_void_p
+from ctypes import (
+    CFUNCTYPE,
+    POINTER,
+    Structure,
+    addressof,
+    byref,
+    c_char_p,
+    c_double,
+    c_float,
+    c_int32,
+    c_int64,
+    c_void_p,
+)
 from functools import cache
 from pathlib import Path
 from struct import Struct
@@ -20,12 +32,13 @@ import attrs
 import structlog
 import torch
 
-from memserve.engine.plans import BatchPlan, Row
+from memserve.drawing import LOGPROBS_MAX, Adjustments, Logprobs, Sampling
+from memserve.engine.plans import BatchPlan, Past, Row
+from memserve.engine.sampling import reach
 from memserve.engine.spec import ModelSpec
 from memserve.engine.weights import in_tiles
 from memserve.kernels.native_build import NativeUnavailable, built_library, why_not
-from memserve.messages import Sampling
-from memserve.tokens import TOKEN_BYTES, count, span
+from memserve.tokens import TOKEN_BYTES, count, pack, span
 
 MAX_ROWS = 512
 """Tokens that its buffers hold; a larger step runs in several, with the same results."""
@@ -83,12 +96,62 @@ class _Batch(Structure):
     ]
 
 
-_pack_sampling = Struct("=ddQq").pack
+class _Ids(Structure):
+    _fields_ = [("ids", c_char_p), ("count", c_int64)]
+
+    @classmethod
+    def of(cls, packed: bytes) -> _Ids:
+        return cls(packed, count(packed))
 
 
-def sampling_bytes(how: Sampling) -> bytes:
-    """``ms_sampling``. No vocabulary has as many tokens as the largest top_k that it holds."""
-    return _pack_sampling(how.temperature, how.top_p, how.seed & _SEED_MASK, min(how.top_k, _TOP_K_MAX))
+class NativeAdjustments(Structure):
+    """``ms_adjustments``. Holds the bytes that it points to."""
+
+    _fields_ = [
+        ("biased", _Ids),
+        ("bias", c_char_p),
+        *((name, _Ids) for name in ("prompt", "output", "forbidden")),
+        *((name, c_float) for name in ("repetition", "frequency", "presence")),
+    ]
+
+    @classmethod
+    def of(cls, how: Adjustments, past: Past) -> NativeAdjustments:
+        """What a row's ``sample`` and ``past`` ask for."""
+        parts = [_Ids.of(part) for part in (past.prompt, past.output, past.forbidden)]
+        return cls(_Ids.of(how.biased), how.bias, *parts, how.repetition, how.frequency, how.presence)
+
+
+class NativeLogprobs(Structure):
+    """``ms_logprobs``: how many are wanted, then what was found."""
+
+    _fields_ = [
+        ("count", c_int32),
+        ("ids", c_int32 * LOGPROBS_MAX),
+        ("values", c_double * LOGPROBS_MAX),
+        ("drawn", c_double),
+    ]
+
+    def read(self) -> Logprobs:
+        """What a step wrote."""
+        return Logprobs(self.drawn, pack(self.ids[: self.count]), tuple(self.values[: self.count]))
+
+
+_pack_sampling = Struct("=ddQqdQQ").pack
+
+
+def sampling_bytes(
+    how: Sampling, adjust: NativeAdjustments | None = None, told: NativeLogprobs | None = None
+) -> bytes:
+    """``ms_sampling``; ``adjust`` and ``told`` must outlive it. No vocabulary has as many tokens as the largest top_k that it holds."""
+    return _pack_sampling(
+        how.temperature,
+        how.top_p,
+        how.seed & _SEED_MASK,
+        min(how.top_k, _TOP_K_MAX),
+        reach(how),
+        addressof(adjust) if adjust is not None else 0,
+        addressof(told) if told is not None else 0,
+    )
 
 
 class _Inputs:
@@ -99,6 +162,8 @@ class _Inputs:
         self.ids = b"".join([row.tokens for row in rows])
         self.positions, self.tables, self.table_at, self.wanted_at = (array("i") for _ in range(4))
         self.how: list[bytes] = []
+        self.adjust: list[NativeAdjustments] = []
+        self.told: list[NativeLogprobs | None] = []
         for row in rows:
             length = count(row.tokens)
             self.positions.extend(range(row.start, row.start + length))
@@ -106,7 +171,17 @@ class _Inputs:
             self.tables.extend(row.pages)
             if (how := row.sample) is not None:
                 self.wanted_at.append(len(self.positions) - 1)
-                self.how.append(sampling_bytes(how))
+                self.how.append(self._sampling(how, row.past))
+
+    def _sampling(self, how: Sampling, past: Past | None) -> bytes:
+        adjust = told = None
+        if how.adjust is not None and past is not None:
+            adjust = NativeAdjustments.of(how.adjust, past)
+            self.adjust.append(adjust)
+        if how.logprobs is not None:
+            told = NativeLogprobs(count=how.logprobs)
+        self.told.append(told)
+        return sampling_bytes(how, adjust, told)
 
 
 class NativeStep:
@@ -159,14 +234,15 @@ class NativeStep:
         arena: torch.Tensor,
         threads: int,
         crew: Callable[[int], int] | None = None,
-    ) -> list[int]:
-        """As ``forward`` and ``sampling.draw``: the next token of each wanted row.
+    ) -> tuple[list[int], list[Logprobs | None]]:
+        """As ``forward`` and ``sampling.draw``: the next token of each wanted row, and what it is told if it asked.
 
         ``crew``: told how many threads a layer of a long step has had, says how many go on. It must not raise.
         Raises ValueError, computing nothing more, for a plan that reaches out of the arena or the model, and
         FloatingPointError, naming the row, when logits are not numbers.
         """
         drawn: list[int] = []
+        told: list[Logprobs | None] = []
         for number, rows in enumerate(_pieces(plan.rows)):
             if number and crew is not None:
                 threads = crew(threads)
@@ -175,11 +251,12 @@ class NativeStep:
             how, to = b"".join(inputs.how), tokens.buffer_info()[0]
             self._run(inputs, arena, threads, how=how, tokens=to, crew=crew)
             drawn += tokens
+            told += [None if one is None else one.read() for one in inputs.told]
         if _NOT_A_TOKEN in drawn:
             raise FloatingPointError(
                 f"row {drawn.index(_NOT_A_TOKEN)}: the largest logit is not a finite number"
             )
-        return drawn
+        return drawn, told
 
     def forward(self, plan: BatchPlan, arena: torch.Tensor, threads: int) -> torch.Tensor:
         """As ``Llama.forward``: logits (wanted rows, vocab) float32. Raises ValueError as ``step``."""

@@ -30,7 +30,7 @@ extern "C" struct ms_batch {
     const int32_t* wanted_at;  // (wanted,) rows after which a token is wanted
     bf16* arena;               // (pages, layers, 2, kv_heads, page_tokens, head_dim)
     float* logits;             // (wanted, vocab), or null where nobody wants them
-    const ms_sampling* how;    // (wanted,)
+    const ms_sampling* how;    // (wanted,) where tokens are
     int32_t* tokens;           // (wanted,) drawn, -1 where the largest logit is not finite; or null: none is drawn
     int32_t (*crew)(int32_t);  // asked after each layer, told the threads it had: how many go on; or null: as many
 };
@@ -49,12 +49,22 @@ inline bool possible(const ms_config& c) {
            c.max_threads > 0 && c.max_threads <= THREADS_MAX;
 }
 
+// Whether a row's draw reaches for logits that are there.
+inline bool fits(const ms_config& c, const ms_sampling& how) {
+    if (!how.adjust) return true;
+    const ms_adjustments& adjust = *how.adjust;
+    for (const ms_ids& part : {adjust.biased, adjust.prompt, adjust.output, adjust.forbidden})
+        for (int64_t i = 0; i < part.count; i++)
+            if (part.ids[i] < 0 || part.ids[i] >= c.vocab) return false;
+    return true;
+}
+
 // Whether every row, token id, position and page of a batch is inside of what there is.
 inline bool fits(const ms_config& c, const ms_batch& batch) {
     if (batch.rows < 1 || batch.rows > c.max_rows || batch.wanted < 0 || batch.wanted > batch.rows) return false;
     if (batch.threads < 1 || batch.threads > c.max_threads) return false;
     for (int i = 0; i < batch.wanted; i++)
-        if (batch.wanted_at[i] < 0 || batch.wanted_at[i] >= batch.rows) return false;
+        if (batch.wanted_at[i] < 0 || batch.wanted_at[i] >= batch.rows || (batch.tokens && !fits(c, batch.how[i]))) return false;
     for (int i = 0; i < batch.tables_length; i++)
         if (batch.tables[i] < 0 || batch.tables[i] >= batch.pages) return false;
     for (int row = 0; row < batch.rows; row++) {

@@ -15,13 +15,46 @@
 
 #include "vectors.hpp"
 
-// How a row's token is drawn; memserve/kernels/native/__init__.py mirrors it.
-extern "C" struct ms_sampling {
+constexpr int MS_LOGPROBS_MAX = 20;
+
+// memserve/kernels/native/__init__.py mirrors these structs.
+extern "C" {
+
+struct ms_ids {
+    const int32_t* ids;
+    int64_t count;
+};
+
+// What is done to a row's logits before its draw: memserve/engine/adjusting.py has the order and the arithmetic.
+struct ms_adjustments {
+    ms_ids biased;      // each once
+    const float* bias;  // of each
+    ms_ids prompt;      // where `repetition` counts it
+    ms_ids output;      // the answer so far
+    ms_ids forbidden;   // never drawn
+    float repetition, frequency, presence;
+};
+
+// What the model thinks, whatever a row does to its logits.
+struct ms_logprobs {
+    int32_t count;  // of the most probable tokens that are wanted, at most MS_LOGPROBS_MAX
+    int32_t ids[MS_LOGPROBS_MAX];
+    double values[MS_LOGPROBS_MAX];
+    double drawn;
+};
+
+// How a row's token is drawn.
+struct ms_sampling {
     double temperature;  // 0 is greedy
     double top_p;        // from 1 on no limit
     uint64_t seed;
-    int64_t top_k;  // 0 is no limit
+    int64_t top_k;                 // 0 is no limit
+    double reach;                  // logits further below the largest are not drawn; -infinity is no limit
+    const ms_adjustments* adjust;  // or null
+    ms_logprobs* told;             // where what the model thinks is written; or null
 };
+
+}  // extern "C"
 
 namespace {
 
@@ -113,13 +146,76 @@ struct Place {
 struct Sampler {
     Buffer<double> weights;   // (vocab up to a multiple of 8,) e^((logit - largest) / temperature), at the end zeros
     Buffer<int32_t> members;  // (vocab + 8,) ids, rising, of the bucket that is being looked at
+    Buffer<float> adjusted;   // (vocab,)
+    Buffer<int32_t> counts;   // (vocab,) zeros between draws: how often a token occurs
     Histogram whole, part;
     int vocab = 0;
 
     void resize(int size) {
         vocab = size;
+        adjusted.resize(size);
+        counts.resize(size);
         weights.resize((size_t)(size + 7) / 8 * 8);
         members.resize((size_t)size + 8);
+    }
+
+    // The logits that a row draws from. They are valid until the next call.
+    const float* adjust(const float* logits, const ms_adjustments& how) {
+        float* to = adjusted.data();
+        std::copy_n(logits, vocab, to);
+        for (int64_t i = 0; i < how.biased.count; i++) to[how.biased.ids[i]] += how.bias[i];
+        if (how.repetition != 1) {
+            for (const ms_ids& part : {how.prompt, how.output})
+                for_new(part, [&](int id) { to[id] = to[id] > 0 ? to[id] / how.repetition : to[id] * how.repetition; });
+            for (const ms_ids& part : {how.prompt, how.output}) forget(part);
+        }
+        if (how.frequency != 0 || how.presence != 0) {
+            for_new(how.output, [](int) {});
+            for (int64_t i = 0; i < how.output.count; i++) {
+                int id = how.output.ids[i];
+                if (!counts[id]) continue;
+                to[id] -= how.frequency * (float)counts[id];  // not fused: see native_build.py
+                to[id] -= how.presence;
+                counts[id] = 0;
+            }
+        }
+        for (int64_t i = 0; i < how.forbidden.count; i++) to[how.forbidden.ids[i]] = -INFINITY;
+        return to;
+    }
+
+    // Counts tokens, and calls run(id) for each when it is first counted.
+    template <class F>
+    void for_new(const ms_ids& part, F run) {
+        for (int64_t i = 0; i < part.count; i++)
+            if (!counts[part.ids[i]]++) run(part.ids[i]);
+    }
+
+    void forget(const ms_ids& part) {
+        for (int64_t i = 0; i < part.count; i++) counts[part.ids[i]] = 0;
+    }
+
+    // How many logits are within `reach` (not positive) of the largest, `most`.
+    int within(const float* logits, float most, double reach) const {
+        int count = 0;
+        for (int i = 0; i < vocab; i++) count += (double)(logits[i] - most) >= reach;
+        return count;
+    }
+
+    // The log probabilities of `token` and the most probable ones. `most`: the largest logit.
+    void tell(const float* logits, float most, int token, ms_logprobs& to) const {
+        double mass = 0;
+        for (int i = 0; i < vocab; i++) mass += std::exp((double)(logits[i] - most));
+        double scale = std::log(mass);
+        to.drawn = (double)(logits[token] - most) - scale;
+        to.count = std::clamp((int)to.count, 0, std::min(vocab, MS_LOGPROBS_MAX));
+        int found = 0;
+        for (int i = 0; i < vocab && to.count; i++) {
+            if (found == to.count && !(logits[i] > logits[to.ids[found - 1]])) continue;
+            int at = found < to.count ? found++ : found - 1;
+            for (; at > 0 && logits[i] > logits[to.ids[at - 1]]; at--) to.ids[at] = to.ids[at - 1];
+            to.ids[at] = i;
+        }
+        for (int i = 0; i < found; i++) to.values[i] = (double)(logits[to.ids[i]] - most) - scale;
     }
 
     // Weights of all tokens, and their histogram; the sum of them. `most`: the largest logit.
@@ -196,12 +292,12 @@ struct Sampler {
     }
 };
 
-// The token at `position` of a sequence, given its logits, or NOT_A_TOKEN.
-inline int draw(const float* logits, const ms_sampling& how, int64_t position, Sampler& mine) {
-    int best = largest(logits, mine.vocab);
+// The token at `position` of a sequence, whose largest logit is that of `best`.
+inline int choose(const float* logits, int best, const ms_sampling& how, int64_t position, Sampler& mine) {
     if (best == NOT_A_TOKEN || !(how.temperature > 0) || how.top_k == 1) return best;
     double mass = mine.weigh(logits, logits[best], how.temperature);
     int kept = how.top_k > 0 && how.top_k < mine.vocab ? (int)how.top_k : mine.vocab;
+    if (how.reach > -INFINITY) kept = std::min(kept, mine.within(logits, logits[best], how.reach));
     if (kept < mine.vocab) mass = mine.find(kept, INFINITY).sum;
     if (how.top_p < 1) {
         // The token that reaches the share is kept: the first above the number that comes before the share.
@@ -209,6 +305,16 @@ inline int draw(const float* logits, const ms_sampling& how, int64_t position, S
         kept = last.count, mass = last.sum;
     }
     return mine.find(kept, uniform(how.seed, position) * mass).id;
+}
+
+// The token at `position` of a sequence, given its logits, or NOT_A_TOKEN.
+inline int draw(const float* logits, const ms_sampling& how, int64_t position, Sampler& mine) {
+    int best = largest(logits, mine.vocab);
+    if (best == NOT_A_TOKEN) return best;
+    const float* from = how.adjust ? mine.adjust(logits, *how.adjust) : logits;
+    int token = choose(from, how.adjust ? largest(from, mine.vocab) : best, how, position, mine);
+    if (how.told && token != NOT_A_TOKEN) mine.tell(logits, logits[best], token, *how.told);
+    return token;
 }
 
 }  // namespace

@@ -1,0 +1,85 @@
+"""Changes a row's logits as its request asks, and tells the log probabilities of what they were.
+
+For a token whose logit is ``l``, in this order, every operation rounded to float32 and none fused with the next, so that
+every engine and device gets the same bits from the same logits (``kernels/native/sampling.hpp`` does the same):
+
+1. ``l + bias``: ``logit_bias``;
+2. ``l / repetition`` if ``l > 0``, else ``l * repetition``, once, if prompt or answer have the token (Keskar et al.,
+   arXiv 1909.05858, as in transformers and vLLM);
+3. ``l - frequency * n`` and then ``l - presence``, if the answer has the token ``n > 0`` times: OpenAI's penalties;
+4. minus infinity, if the token would end an answer that is shorter than ``min_tokens``.
+
+Temperature, min_p, top_k and top_p follow, in :mod:`memserve.engine.sampling`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+
+from memserve.drawing import Adjustments, Logprobs
+from memserve.engine.plans import Past, Row
+from memserve.tokens import pack
+
+
+def adjusted(logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+    """The logits that ``rows`` draw from: ``logits``, (rows, vocab) float32, or a copy where any row adjusts its own."""
+    if all(row.past is None for row in rows):
+        return logits
+    changed = logits.clone()
+    for number, row in enumerate(rows):
+        if row.past is not None and row.sample is not None and row.sample.adjust is not None:
+            adjust(changed[number], row.sample.adjust, row.past)
+    return changed
+
+
+def adjust(logits: torch.Tensor, how: Adjustments, past: Past) -> None:
+    """Adjust one row in place. ``logits``: (vocab,) float32 on any device. No value is read back from there."""
+
+    def there(values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values).to(logits.device)
+
+    def number(value: float) -> torch.Tensor:
+        # On the device: by a number of the host, CUDA multiplies with its reciprocal instead of dividing.
+        return torch.full((1,), value, dtype=torch.float32, device=logits.device)
+
+    if how.biased:
+        logits[there(_ids(how.biased))] += there(np.frombuffer(how.bias, "<f4").copy())
+    if how.repetition != 1:
+        seen = there(np.unique(_ids(past.prompt + past.output)))
+        was, by = logits[seen], number(how.repetition)
+        logits[seen] = torch.where(was > 0, was / by, was * by)
+    if past.output and (how.frequency or how.presence):
+        said, times = np.unique(_ids(past.output), return_counts=True)
+        logits[there(said)] -= number(how.frequency) * there(times.astype(np.float32))
+        logits[there(said)] -= number(how.presence)
+    if past.forbidden:
+        logits[there(_ids(past.forbidden))] = -torch.inf
+
+
+def _ids(packed: bytes) -> np.ndarray:
+    return np.frombuffer(packed, "<i4").astype(np.int64)
+
+
+def told(logits: Iterable[torch.Tensor], rows: Iterable[Row], tokens: Iterable[int]) -> list[Logprobs | None]:
+    """What each row that drew its token is told, if it asked. ``logits``: (vocab,) float32 of each, not adjusted."""
+    return [
+        logprobs_of(one, token, row.sample.logprobs)
+        if row.sample is not None and row.sample.logprobs is not None
+        else None
+        for one, row, token in zip(logits, rows, tokens, strict=True)
+    ]
+
+
+def logprobs_of(logits: torch.Tensor, token: int, count: int) -> Logprobs:
+    """The log probabilities of ``token`` and of the ``count`` most probable ones. ``logits``: (vocab,) float32, not adjusted.
+
+    ``l - max - log(sum(exp(l - max)))``, in float64 from ``l - max`` on.
+    """
+    below = (logits - logits.max()).double()
+    values = below - below.exp().sum().log()
+    ordered = values.sort(descending=True, stable=True)
+    drawn, *best = torch.cat((values[token : token + 1], ordered.values[:count])).tolist()
+    return Logprobs(drawn, pack(ordered.indices[:count].tolist()), tuple(best))
