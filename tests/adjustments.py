@@ -39,7 +39,17 @@ def some_adjustments(generator: random.Random, vocab: int) -> tuple[Adjustments,
         frequency=generator.choice((0.0, 0.3, -0.2, generator.uniform(-2, 2))),
         presence=generator.choice((0.0, 1.7, -0.4, generator.uniform(-2, 2))),
     )
-    return how, Past(pack(some(60)), pack(some(300)), pack(set(forbidden)))
+    return how, Past(
+        pack(some(60)),
+        pack(some(300)),
+        pack(set(forbidden)),
+        generator.choice((b"", some_allowed(generator, vocab))),
+    )
+
+
+def some_allowed(generator: random.Random, vocab: int) -> bytes:
+    """A bit for each token, about half of them set, and of the rest of the last byte any."""
+    return generator.randbytes(-(-vocab // 8))
 
 
 def by_definition(logits: torch.Tensor, how: Adjustments, past: Past) -> torch.Tensor:
@@ -55,7 +65,8 @@ def by_definition(logits: torch.Tensor, how: Adjustments, past: Past) -> torch.T
         if times := output.count(token):
             logit = logit - single(how.frequency) * single(times)
             logit = logit - single(how.presence)
-        found.append(-np.inf if token in forbidden else logit)
+        allowed = not past.allowed or past.allowed[token // 8] >> token % 8 & 1
+        found.append(logit if allowed and token not in forbidden else -np.inf)
     return torch.from_numpy(np.array(found, np.float32))
 
 

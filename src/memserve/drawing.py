@@ -25,7 +25,9 @@ class Adjustments:
     presence: float = 0.0
     """Taken off the logit of every token that the answer has."""
     min_tokens: int = 0
-    """So many tokens of the answer come before one that ends it can be drawn."""
+    """So many tokens of the answer come before one that ends it can be drawn; not with a grammar, which knows where it ends."""
+    grammar: str = ""
+    """What the answer has to follow, as llguidance writes grammars; empty: nothing. See :mod:`memserve.engine.grammars`."""
 
 
 @attrs.frozen

@@ -13,14 +13,15 @@ from functools import partial
 
 import trio
 
+from memserve.engine.guide import Guide
 from memserve.engine.plans import BatchPlan, BatchResult, StepEngine
 
 
 class EngineThread:
-    """Runs the steps of the engine that ``make`` builds, one at a time and in order."""
+    """Runs the steps of the engine that ``make`` builds, one at a time and in order; ``guide`` says what grammars allow."""
 
-    def __init__(self, make: Callable[[], StepEngine]) -> None:
-        self._make = make
+    def __init__(self, make: Callable[[], StepEngine], guide: Guide) -> None:
+        self._make, self._guide = make, guide
         self._plans: queue.SimpleQueue[BatchPlan | None] = queue.SimpleQueue()
         """At most one plan: a core starts a step only after the last one is done."""
         self._token = trio.lowlevel.current_trio_token()
@@ -54,7 +55,7 @@ class EngineThread:
             engine = self._make()
             self._soon(self._ready.set)
             while (plan := self._next(engine)) is not None:
-                result = engine.run(plan)
+                result = engine.run(self._guide.filled(plan))
                 self._soon(partial(self._deliver, result))
             engine.close()
         except BaseException as failure:

@@ -21,6 +21,7 @@ from memserve.bus import Link, open_link
 from memserve.config import Resolved
 from memserve.costs import Site, StepCosts
 from memserve.engine.batching import BatchLimits, WorkerSettings
+from memserve.engine.guide import Guide
 from memserve.engine.plans import StepEngine
 from memserve.engine.worker import WorkerCore
 from memserve.errors import PeerError, PeerUnreachable
@@ -35,6 +36,7 @@ from memserve.sections import ShardConfig
 if TYPE_CHECKING:
     from memserve.engine.calibration import TimeStep
     from memserve.engine.cuda import CudaEngine
+    from memserve.engine.grammars import Grammars
     from memserve.engine.runner import CpuEngine
 
 RETIRE = {"off": "none", "1": "prompt", "2": "all", "3": "all"}
@@ -71,7 +73,8 @@ async def run_worker(context: ActorContext, task_status: trio.TaskStatus[None]) 
             shard = await shard_found(shell, joining)
             found = Found()
             at_work = partial(getattr, joining, "at_work")
-            engine = EngineThread(partial(start_engine, context, shard, found, at_work))
+            make = partial(start_engine, context, shard, found, at_work)
+            engine = EngineThread(make, Guide(partial(read_grammars, context)))
             await nursery.start(engine.run)
             presence.member = attrs.evolve(presence.member, costs=found.costs, site=found.site)
             core = WorkerCore(presence, shard, settings_of(context.resolved))
@@ -162,6 +165,18 @@ def start_engine(
     kind = "native" if engine.native else "torch"
     found.costs = calibrate(engine, resolved, threads, kind, at_work, sliced=engine.timer)
     return engine
+
+
+def read_grammars(context: ActorContext) -> Grammars:
+    """What follows grammars in the model's tokens. Takes half a second, and memory: for a worker that is asked for it."""
+    from memserve.engine.grammars import Grammars
+    from memserve.engine.tokenizer import Tokenizer
+
+    resolved, model = context.resolved, context.resolved.config.model
+    files = ready_model(
+        resolved.model_path, resolved.spec, model.stored, model.dtype, on_gpus=resolved.on_gpus
+    )
+    return Grammars(Tokenizer.load(files.tokenizer), files.spec.vocab, files.spec.eos)
 
 
 def calibrate(

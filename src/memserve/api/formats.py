@@ -5,7 +5,7 @@ A grammar travels as llguidance's text. Workers follow it token by token (:mod:`
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import attrs
 import msgspec
@@ -15,9 +15,12 @@ from msgspec import Meta
 
 from memserve.api.errors import ApiError
 
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
 GRAMMAR_BYTES_MAX = 65_536
 """Of a grammar, as text."""
-_COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_COMPACT: JsonCompileOptions = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """No blanks but these, so that a model cannot fill its answer with them."""
 
 Choice = Annotated[str, Meta(min_length=1)]
@@ -59,7 +62,9 @@ def grammar_of(response: ResponseFormat | None, structured: StructuredOutputs | 
     """
     asked = [(field, made) for field, made in (_of_response(response), _of_structured(structured)) if made]
     if len(asked) > 1:
-        raise ApiError("structured_outputs: not beside response_format", "structured_outputs", code="invalid_value")
+        raise ApiError(
+            "structured_outputs: not beside response_format", "structured_outputs", code="invalid_value"
+        )
     for field, grammar in asked:
         if len(grammar.encode()) > GRAMMAR_BYTES_MAX:
             raise _cannot(field, f"at most {GRAMMAR_BYTES_MAX} bytes, got {len(grammar.encode())}")
@@ -83,9 +88,16 @@ def _of_response(asked: ResponseFormat | None) -> tuple[str, str]:
 def _of_structured(asked: StructuredOutputs | None) -> tuple[str, str]:
     if asked is None:
         return "", ""
-    given = {name: value for name, value in attrs.asdict(asked, recurse=False).items() if value is not None and value is not False}
+    given = {
+        name: value
+        for name, value in attrs.asdict(asked, recurse=False).items()
+        if value is not None and value is not False
+    }
     if len(given) != 1:
-        raise _cannot("structured_outputs", f"expected one of json, regex, choice, grammar and json_object, got {len(given)}")
+        raise _cannot(
+            "structured_outputs",
+            f"expected one of json, regex, choice, grammar and json_object, got {len(given)}",
+        )
     ((name, value),) = given.items()
     field = f"structured_outputs.{name}"
     try:
@@ -102,7 +114,9 @@ def _of_schema(schema: dict[str, Any] | str) -> str:
 
 
 def _of_choice(texts: tuple[str, ...]) -> str:
-    made: str = LLMatcher.grammar_from_lark("start: " + " | ".join(msgspec.json.encode(text).decode() for text in texts))
+    made: str = LLMatcher.grammar_from_lark(
+        "start: " + " | ".join(msgspec.json.encode(text).decode() for text in texts)
+    )
     return made
 
 
@@ -120,4 +134,6 @@ _MAKES: dict[str, Any] = {
 
 def _cannot(field: str, why: str) -> ApiError:
     text = " ".join(why.split())
-    return ApiError(f"{field}: {text if len(text) <= 300 else text[:297] + '...'}", field, code="invalid_value")
+    return ApiError(
+        f"{field}: {text if len(text) <= 300 else text[:297] + '...'}", field, code="invalid_value"
+    )

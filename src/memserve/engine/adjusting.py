@@ -7,7 +7,7 @@ every engine and device gets the same bits from the same logits (``kernels/nativ
 2. ``l / repetition`` if ``l > 0``, else ``l * repetition``, once, if prompt or answer have the token (Keskar et al.,
    arXiv 1909.05858, as in transformers and vLLM);
 3. ``l - frequency * n`` and then ``l - presence``, if the answer has the token ``n > 0`` times: OpenAI's penalties;
-4. minus infinity, if the token would end an answer that is shorter than ``min_tokens``.
+4. minus infinity, if the token would end an answer that is shorter than ``min_tokens``, or if the answer's grammar does not allow it.
 
 Temperature, min_p, top_k and top_p follow, in :mod:`memserve.engine.sampling`.
 """
@@ -57,6 +57,9 @@ def adjust(logits: torch.Tensor, how: Adjustments, past: Past) -> None:
         logits[there(said)] -= number(how.presence)
     if past.forbidden:
         logits[there(_ids(past.forbidden))] = -torch.inf
+    if past.allowed:
+        bits = np.unpackbits(np.frombuffer(past.allowed, np.uint8), bitorder="little", count=len(logits))
+        logits.masked_fill_(there(bits == 0), -torch.inf)
 
 
 def _ids(packed: bytes) -> np.ndarray:

@@ -51,6 +51,8 @@ def _check_adjustments(number: int, row: Row, spec: ModelSpec) -> None:
     adjust, past = row.sample.adjust, row.past
     if past is None or len(adjust.bias) != len(adjust.biased):
         raise ValueError(f"row {number}: adjusts its logits without its past, or some without a bias")
+    if adjust.grammar and not (len(past.allowed) * 8 >= spec.vocab and any(past.allowed)):
+        raise ValueError(f"row {number}: follows a grammar, and what it allows is not known")
     ids = np.frombuffer(past.prompt + past.output + past.forbidden + adjust.biased, np.int32)
     if len(ids) and not 0 <= ids.min() <= ids.max() < spec.vocab:
         raise ValueError(

@@ -22,6 +22,8 @@ class Past:
     """The answer so far, over every attempt and every worker."""
     forbidden: bytes = b""
     """Tokens that cannot be drawn yet: what would end the answer before ``min_tokens``."""
+    allowed: bytes = b""
+    """A bit for each token that can be drawn, the lowest of the first byte first; empty: all. Filled in where a grammar is followed."""
 
 
 @attrs.frozen

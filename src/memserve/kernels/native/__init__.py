@@ -110,14 +110,15 @@ class NativeAdjustments(Structure):
     _fields_ = [
         ("biased", _Ids),
         ("bias", c_char_p),
-        *((name, _Ids) for name in ("prompt", "output", "forbidden")),
+        *((name, _Ids) for name in ("prompt", "output", "forbidden", "allowed")),
         *((name, c_float) for name in ("repetition", "frequency", "presence")),
     ]
 
     @classmethod
     def of(cls, how: Adjustments, past: Past) -> NativeAdjustments:
         """What a row's ``sample`` and ``past`` ask for."""
-        parts = [_Ids.of(part) for part in (past.prompt, past.output, past.forbidden)]
+        allowed = past.allowed + bytes(-len(past.allowed) % TOKEN_BYTES)
+        parts = [_Ids.of(part) for part in (past.prompt, past.output, past.forbidden, allowed)]
         return cls(_Ids.of(how.biased), how.bias, *parts, how.repetition, how.frequency, how.presence)
 
 

@@ -56,7 +56,7 @@ inline bool fits(const ms_config& c, const ms_sampling& how) {
     for (const ms_ids& part : {adjust.biased, adjust.prompt, adjust.output, adjust.forbidden})
         for (int64_t i = 0; i < part.count; i++)
             if (part.ids[i] < 0 || part.ids[i] >= c.vocab) return false;
-    return true;
+    return !adjust.allowed.count || adjust.allowed.count * 32 >= c.vocab;
 }
 
 // Whether every row, token id, position and page of a batch is inside of what there is.

@@ -32,6 +32,7 @@ struct ms_adjustments {
     ms_ids prompt;      // where `repetition` counts it
     ms_ids output;      // the answer so far
     ms_ids forbidden;   // never drawn
+    ms_ids allowed;     // a bit for each token that can be drawn, 32 to a number; none: all
     float repetition, frequency, presence;
 };
 
@@ -180,6 +181,9 @@ struct Sampler {
             }
         }
         for (int64_t i = 0; i < how.forbidden.count; i++) to[how.forbidden.ids[i]] = -INFINITY;
+        if (how.allowed.count)
+            for (int id = 0; id < vocab; id++)
+                if (!(how.allowed.ids[id / 32] >> id % 32 & 1)) to[id] = -INFINITY;
         return to;
     }
 

@@ -1,0 +1,44 @@
+"""Fills in, before a step, what the grammars of its rows allow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import attrs
+
+from memserve.engine.plans import BatchPlan, Row
+
+
+class Allows(Protocol):
+    """Follows grammars; :class:`~memserve.engine.grammars.Grammars`."""
+
+    def allowed(self, grammar: str, output: bytes) -> bytes:
+        """Which tokens may come after ``output``, packed: a bit for each, at least one set."""
+
+
+@attrs.define
+class Guide:
+    """Of one worker. What follows grammars is made when the first one comes."""
+
+    _make: Callable[[], Allows]
+    _made: Allows | None = None
+
+    def filled(self, plan: BatchPlan) -> BatchPlan:
+        """The plan, whose rows know what their grammars allow."""
+        if not any(_grammar(row) for row in plan.rows):
+            return plan
+        if self._made is None:
+            self._made = self._make()
+        return attrs.evolve(plan, rows=tuple(self._row(row, self._made) for row in plan.rows))
+
+    @staticmethod
+    def _row(row: Row, grammars: Allows) -> Row:
+        grammar, past = _grammar(row), row.past
+        if not grammar or past is None:
+            return row
+        return attrs.evolve(row, past=attrs.evolve(past, allowed=grammars.allowed(grammar, past.output)))
+
+
+def _grammar(row: Row) -> str:
+    return row.sample.adjust.grammar if row.sample is not None and row.sample.adjust is not None else ""

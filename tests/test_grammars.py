@@ -1,0 +1,163 @@
+"""Grammars in the demo model's tokens: what may follow, whoever asks and whatever was asked before."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Iterator
+
+import pytest
+from structlog.testing import capture_logs
+
+from fake_service import MODEL_PATH, demo_tokenizer
+from memserve.api.formats import JsonSchema, ResponseFormat, StructuredOutputs, grammar_of
+from memserve.drawing import Adjustments, Sampling
+from memserve.engine.grammars import Grammars
+from memserve.engine.guide import Guide
+from memserve.engine.plans import BatchPlan, Past, Row
+from memserve.engine.checkpoint import read_spec
+from memserve.engine.spec import find_model
+from memserve.tokens import pack, unpack
+
+SPEC = read_spec(find_model(MODEL_PATH))
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "tags": {"type": "array", "items": {"enum": ["a", "b\\"]}, "maxItems": 3},
+    },
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+def grammar(**asked: object) -> str:
+    """Of ``structured_outputs``."""
+    return grammar_of(None, StructuredOutputs(**asked))
+
+
+PERSONS = grammar_of(ResponseFormat(type="json_schema", json_schema=JsonSchema(schema=PERSON)), None)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return demo_tokenizer()
+
+
+def made(tokenizer, padding: int = 0) -> Grammars:
+    return Grammars(tokenizer, SPEC.vocab + padding, SPEC.eos)
+
+
+@pytest.fixture(scope="module")
+def grammars(tokenizer) -> Grammars:
+    return made(tokenizer)
+
+
+def tokens_of(mask: bytes) -> list[int]:
+    return [8 * at + bit for at, byte in enumerate(mask) for bit in range(8) if byte >> bit & 1]
+
+
+def walk(grammars: Grammars, text: str, seed: int, most: int = 300) -> Iterator[int]:
+    """Any answer: each token one of those that are allowed, until the one that ends it."""
+    generator, output = random.Random(seed), b""
+    for _ in range(most):
+        token = generator.choice(tokens_of(grammars.allowed(text, output)))
+        if token in SPEC.eos:
+            return
+        yield token
+        output += pack([token])
+    raise AssertionError("an answer without an end")
+
+
+def is_person(text: str) -> bool:
+    found = json.loads(text)
+    good = set(found) <= {"name", "age", "tags"} and len(found["name"]) <= 12 and 0 <= found["age"] <= 150
+    return good and all(tag in ("a", "b\\") for tag in found.get("tags", []))
+
+
+@pytest.mark.parametrize(("text", "right"), [
+    (PERSONS, is_person),
+    (grammar(choice=("yes", "no, never", 'a "quote"')), {"yes", "no, never", 'a "quote"'}.__contains__),
+    (grammar(regex=r"[0-9]{2,5}-(ja|nein)"), re.compile(r"[0-9]{2,5}-(ja|nein)").fullmatch),
+    (grammar(grammar='root ::= "(" root ")" | "x"'), lambda found: re.fullmatch(r"\(*x\)*", found) and found.count("(") == found.count(")")),
+    (grammar(grammar='start: "Größe " /[1-9]/ " €"'), re.compile(r"Größe [1-9] €").fullmatch),
+])  # fmt: skip
+def test_whatever_is_drawn_follows_the_grammar(grammars, tokenizer, text, right):
+    """If it failed, a program that reads the answer would fail on it."""
+    for seed in range(10):
+        answer = tokenizer.decode(walk(grammars, text, seed))
+        assert right(answer), answer
+
+
+def test_what_is_allowed_depends_on_the_answer_alone(tokenizer):
+    """If it failed, a stream that another worker resumes would go on with other tokens."""
+    first = made(tokenizer)
+    answers = [pack(walk(first, PERSONS, seed)) for seed in range(2)]
+    generator = random.Random(1)
+    places = [(answer, 4 * generator.randrange(len(answer) // 4 + 1)) for answer in answers for _ in range(3)]
+    for answer, at in generator.sample(places, len(places)):
+        assert first.allowed(PERSONS, answer[:at]) == made(tokenizer).allowed(PERSONS, answer[:at])
+
+
+def test_two_answers_that_begin_alike_do_not_disturb_one_another(grammars):
+    """If it failed, one of ``n`` answers to a prompt would follow another's."""
+    text = grammar(choice=("yes", "yellow"))
+    begun = [(), ()]
+    for _ in range(2):
+        masks = [tokens_of(grammars.allowed(text, pack(one))) for one in begun]
+        assert masks[0] == masks[1]
+        begun = [(*one, masks[0][0]) for one in begun]
+        grammars.allowed(text, pack(begun[0]))
+
+
+def test_ids_beyond_the_tokenizer_and_special_tokens_are_never_allowed(tokenizer):
+    """If it failed, a model's padding or a control token would be drawn within a JSON string."""
+    found = set(tokens_of(made(tokenizer, 7).allowed(grammar(regex=r"(.|\n)*"), b"")))
+    assert len(found) > 40_000
+    assert max(found) < SPEC.vocab
+    assert found & set(tokenizer.specials.values()) == set(SPEC.eos)
+
+
+def test_a_grammar_that_cannot_be_followed_ends_the_answer(grammars):
+    """If it failed, an answer that left its grammar would stop every stream of its worker, or draw from nothing."""
+    with capture_logs() as logs:
+        found = grammars.allowed(grammar(choice=("yes",)), pack([5, 6]))
+    assert tokens_of(found) == list(SPEC.eos)
+    assert [line["event"] for line in logs] == ["grammar given up"]
+    assert "\n" not in logs[0]["reason"]
+
+
+def test_rows_with_a_grammar_are_told_what_it_allows(grammars):
+    """If it failed, answers would be free where a format was asked for, or the other rows' bound."""
+    loaded = []
+    guide = Guide(lambda: loaded.append(grammars) or grammars)
+    text = grammar(choice=("yes", "no"))
+    free = Row(pack([1]), 0, (0,), Sampling())
+    other = Row(pack([1]), 0, (0,), Sampling(adjust=Adjustments(presence=1.0)), Past(b"", pack([3])))
+    unwanted = Row(pack([1, 2]), 0, (0,), None)
+    assert guide.filled(BatchPlan((free, other, unwanted))).rows == (free, other, unwanted)
+    assert not loaded, "a worker would load a tokenizer that nobody needs"
+    bound = Row(pack([1]), 0, (0,), Sampling(adjust=Adjustments(grammar=text)), Past(b"", b""))
+    for _ in range(2):
+        found = guide.filled(BatchPlan((free, bound, other))).rows
+        assert (found[0], found[2]) == (free, other)
+        assert found[1].past == Past(b"", b"", allowed=grammars.allowed(text, b""))
+    assert len(loaded) == 1
+
+
+def test_an_answer_is_read_token_by_token(grammars):
+    """If it failed, each token of a long answer would cost as much as all before it."""
+    text, output = grammar(regex=r"x*"), b""
+    token = tokens_of(grammars.allowed(text, b""))[-1]
+    read = []
+    grammars_new, grammars._new = grammars._new, lambda text: read.append(text) or grammars_new(text)
+    try:
+        for _ in range(50):
+            output += pack([token])
+            assert token in tokens_of(grammars.allowed(text, output))
+    finally:
+        del grammars._new
+    assert not read
+    assert len(unpack(output)) == 50
