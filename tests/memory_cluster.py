@@ -74,13 +74,17 @@ class PageEngine:
         return BatchResult(tuple(self._row(row) for row in plan.rows), 1.0, 1)
 
     def _row(self, row) -> int | None:
+        tokens = self.write(row)
+        return None if tokens is None else next_token(tokens, row.sample.seed)
+
+    def write(self, row) -> list[int] | None:
+        """Write a row's tokens into its pages; what they hold for the whole sequence, where a token is wanted after it."""
         for offset, token in enumerate(unpack(row.tokens)):
             position = row.start + offset
             self.arena[row.pages[position // PAGE_TOKENS]][position % PAGE_TOKENS] = token
         if row.sample is None:
             return None
-        whole = [self.arena[row.pages[i // PAGE_TOKENS]][i % PAGE_TOKENS] for i in range(row.end)]
-        return next_token(whole, row.sample.seed)
+        return [self.arena[row.pages[i // PAGE_TOKENS]][i % PAGE_TOKENS] for i in range(row.end)]
 
 
 @attrs.define(eq=False)

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import random
 
+import attrs
 import pytest
 import torch
+import trio
 
-from adjustments import adjustments, by_definition, some_adjustments
-from memserve.drawing import Sampling
-from memserve.engine.adjusting import adjusted, logprobs_of
-from memserve.engine.plans import Past, Row
+from adjustments import adjustments, by_definition, past_of, some_adjustments
+from memory_cluster import MemoryCluster, PageEngine, baseline, memory_cluster
+from memserve.api.service import GenerationParams
+from memserve.drawing import Logprobs, Sampling
+from memserve.engine.adjusting import adjusted, logprobs_of, told
+from memserve.engine.plans import BatchPlan, BatchResult, Past, Row
+from memserve.engine.sampling import draw
 from memserve.tokens import pack, unpack
 
 VOCAB = 500
@@ -70,3 +75,150 @@ def test_log_probabilities_are_those_of_the_softmax() -> None:
         assert found.values == pytest.approx([float(exact[i]) for i in ids])
         assert ids == sorted(range(VOCAB), key=lambda i: (-float(logits[i]), i))[:20]
     assert logprobs_of(logits, 3, 0).values == ()
+
+
+# ---- in a cluster --------------------------------------------------------------------------------------------
+
+ENDS = tuple(range(2, 60))
+HOW = Sampling(
+    1.5,
+    top_k=30,
+    seed=3,
+    min_p=0.01,
+    adjust=adjustments({90: 2.0, 91: -100.0}, repetition=1.3, frequency=0.7, presence=0.4, min_tokens=18),
+    logprobs=2,
+)
+PROMPT = [random.Random(5).randrange(60, 120) for _ in range(21)]
+NEW = 30
+
+
+def make_believe_logits(tokens: list[int]) -> torch.Tensor:
+    """(120,) of a model that remembers all of its tokens, likes to repeat itself, and often would end its answer."""
+    random_numbers = random.Random(pack(tokens))
+    logits = torch.tensor([random_numbers.gauss(0, 2) for _ in range(120)])
+    logits[tokens[-6:]] += 3
+    return logits
+
+
+class AdjustingEngine(PageEngine):
+    """Draws, as engines with a model do, from what its pages hold for the whole sequence."""
+
+    def run(self, plan: BatchPlan) -> BatchResult:
+        rows = [self.drawn(row) for row in plan.rows]
+        reports = {i: report for i, (_, report) in enumerate(rows) if report is not None}
+        return BatchResult(tuple(token for token, _ in rows), 1.0, 1, logprobs=reports)
+
+    def drawn(self, row: Row) -> tuple[int | None, Logprobs | None]:
+        tokens = self.write(row)
+        if tokens is None:
+            return None, None
+        logits = make_believe_logits(tokens)[None]
+        found = draw(adjusted(logits, [row]), [row.sample], [row.end])
+        return found[0], told(logits, [row], found)[0]
+
+
+class AdjustingCluster(MemoryCluster):
+    """Its workers have such engines."""
+
+    def make_engine(self, arena):
+        return AdjustingEngine(arena)
+
+
+def undisturbed(prompt: list[int], new: int) -> list[tuple[int, Logprobs]]:
+    """What one engine that never stops would say."""
+    tokens, answer = list(prompt), []
+    for _ in range(new):
+        row = Row(pack(tokens), 0, (), HOW, past_of(HOW, tokens, len(prompt), ENDS))
+        logits = make_believe_logits(tokens)[None]
+        found = draw(adjusted(logits, [row]), [HOW], [len(tokens)])
+        tokens += found
+        answer.append((found[0], *told(logits, [row], found)))
+        if found[0] in ENDS:
+            break
+    return answer
+
+
+async def ask(frontend, at: int, then=lambda: None) -> list[tuple[int, Logprobs]]:
+    """The answer of a cluster; ``then`` is called when it has ``at`` tokens."""
+    answer: list[tuple[int, Logprobs]] = []
+
+    def take(chunk) -> bool:
+        for one in zip(chunk.tokens, chunk.logprobs, strict=True):
+            answer.append(one)
+            if len(answer) == at:
+                then()
+        return True
+
+    with trio.fail_after(300):
+        async with frontend.open(pack(PROMPT), GenerationParams(HOW, NEW, ENDS), "") as stream:
+            await stream.listen(take)
+    return answer
+
+
+def test_all_adjustments_matter_to_the_answer_in_the_cluster() -> None:
+    """The tests below would hold for a cluster that forgets one of them."""
+    known = [token for token, _ in undisturbed(PROMPT, NEW)]
+    assert HOW.adjust is not None
+    neutral = {
+        "biased": b"",
+        "bias": b"",
+        "repetition": 1.0,
+        "frequency": 0.0,
+        "presence": 0.0,
+        "min_tokens": 0,
+    }
+    assert len(known) > HOW.adjust.min_tokens
+    for name in ("repetition", "frequency", "presence", "min_tokens"):
+        how = attrs.evolve(HOW, adjust=attrs.evolve(HOW.adjust, **{name: neutral[name]}))
+        tokens = list(PROMPT)
+        for _ in known:
+            row = Row(pack(tokens), 0, (), how, past_of(how, tokens, len(PROMPT), ENDS))
+            tokens += draw(adjusted(make_believe_logits(tokens)[None], [row]), [how], [len(tokens)])
+        assert tokens[len(PROMPT) :] != known, name
+
+
+@pytest.mark.parametrize("at", range(1, 22))
+@pytest.mark.parametrize(
+    "workers",
+    [
+        (("p0", "prefill"), ("d0", "decode"), ("d1", "decode")),
+        (("w0", "both"), ("w1", "both")),
+        (("p0", "prefill", "s0"), ("d0", "decode", "s1"), ("d1", "decode", "s1")),
+    ],
+)
+async def test_a_resumed_answer_goes_on_as_if_nothing_had_happened(autojump_clock, workers, at) -> None:
+    """Tokens drawn by the dead worker would count as prompt, or not at all: penalties and least length would shift."""
+    async with memory_cluster(*workers, kind=AdjustingCluster) as (cluster, frontend):
+
+        def kill_its_worker() -> None:
+            (entry,) = frontend.core._entries.values()
+            cluster.kill(entry.plan.decode.rpartition(".")[0])
+
+        expected = undisturbed(PROMPT, NEW)
+        assert len(expected) == 22  # killed at any of them but the last, something is left to do
+        assert await ask(frontend, at, lambda: cluster.nursery.start_soon(later, kill_its_worker)) == expected
+        assert frontend.core.counters["resubmissions_total"] == 1
+        await baseline(cluster)
+
+
+async def later(do) -> None:
+    """Not from within the Frontend's turn."""
+    do()
+
+
+@pytest.mark.parametrize("pages", [14, 400])
+@pytest.mark.parametrize("shards", [("s0", "s0"), ("s0", "s1")])
+async def test_handed_over_and_preempted_answers_are_the_same(autojump_clock, shards, pages) -> None:
+    """A decode worker without the prompt's tokens would not penalise them; one that recomputes would count them twice."""
+    workers = (("p0", "prefill", shards[0]), ("d0", "decode", shards[1]))
+    async with memory_cluster(*workers, kind=AdjustingCluster, pages=pages) as (cluster, frontend):
+        answers: list[list[tuple[int, Logprobs]]] = []
+
+        async def one() -> None:
+            answers.append(await ask(frontend, 0))
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(one)
+        assert answers == [undisturbed(PROMPT, NEW)] * 3
+        await baseline(cluster)

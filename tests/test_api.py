@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from array import array
 from pathlib import Path
 
 import attrs
@@ -21,7 +22,15 @@ from fake_service import (
 )
 from memserve.api.bodies import REFUSED, ChatBody, CompletionBody
 from memserve.api.service import Chunk
+from memserve.drawing import Adjustments, Sampling
 from memserve.errors import RequestFailed
+from memserve.tokens import pack
+
+
+def pack_floats(*values):
+    """As biases travel."""
+    return array("f", values).tobytes()
+
 
 DOCS = Path(__file__).parent.parent / "docs" / "api.md"
 
@@ -70,11 +79,42 @@ async def test_parameters_reach_the_service():
     first, second = service.opened
 
     assert first.prompt == [5, 6]
-    assert attrs.astuple(first.params.sampling) == (0.5, 7, 0.9, 2**63 - 1)
+    assert first.params.sampling == Sampling(0.5, 7, 0.9, 2**63 - 1)
     assert first.params.max_tokens == 3
     assert first.params.stop_tokens == (IM_END, 9)
     assert second.params.stop_tokens == ()
     assert second.params.sampling.top_k == 0
+
+
+async def test_adjustments_reach_the_service_of_every_answer():
+    """A penalty or a bias would silently do nothing, or for the first answer alone."""
+    service = FakeService(lambda _r: says("x"))
+    body = {
+        "min_p": 0.25,
+        "presence_penalty": -1,
+        "frequency_penalty": 0.5,
+        "repetition_penalty": 1.5,
+        "min_tokens": 2,
+    }
+    await post({"prompt": "x", "n": 2, "logit_bias": {"7": -100, "0": 2.5, "8": 0}} | body, service=service)
+    await post({"messages": HI, "n": 2} | body, CHAT, service)
+    completions, chats = service.opened[:2], service.opened[2:]
+
+    asked = Adjustments(pack([7, 0]), pack_floats(-100, 2.5), 1.5, 0.5, -1.0, 2)
+    assert [one.params.sampling.adjust for one in completions] == [asked] * 2
+    assert [one.params.sampling.adjust for one in chats] == [attrs.evolve(asked, biased=b"", bias=b"")] * 2
+    assert {one.params.sampling.min_p for one in service.opened} == {0.25}
+
+
+async def test_what_asks_for_nothing_adjusts_nothing():
+    """Rows of clients that send every field with its default would pay for it at every token."""
+    service = FakeService(lambda _r: says("x"))
+    neutral = {"presence_penalty": 0, "frequency_penalty": 0.0, "repetition_penalty": 1, "min_tokens": 0}
+    await post({"prompt": "x", "logit_bias": {}, "min_p": 0, "logprobs": None} | neutral, service=service)
+    await post({"messages": HI, "logprobs": False, "top_logprobs": 0} | neutral, CHAT, service)
+    for one in service.opened:
+        how = one.params.sampling
+        assert (how.adjust, how.min_p, how.logprobs) == (None, 0.0, None)
 
 
 async def test_defaults_are_openais():
@@ -154,6 +194,14 @@ async def test_a_stop_string_ends_the_answer_and_the_request():
     assert "three" not in demo_tokenizer().decode(choice["token_ids"])
     assert response.json()["usage"]["completion_tokens"] == len(choice["token_ids"])
     assert service.opened[0].outcome == "stop string"
+
+
+async def test_a_stop_string_waits_for_the_least_length():
+    """An answer would be shorter than what was asked for."""
+    tokens = demo_tokenizer().encode("END one END two", False)
+    service = FakeService(lambda _r: [Chunk((token,)) for token in tokens] + [Chunk((IM_END,), "stop")])
+    response = await post({"prompt": "x", "stop": "END", "min_tokens": 2}, service=service)
+    assert response.json()["choices"][0]["text"] == "END one "
 
 
 async def test_length_is_told():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import attrs
 
+from memserve.drawing import Logprobs
 from memserve.engine.plans import BatchPlan, BatchResult
 from memserve.errors import RequestFailed
 from memserve.messages import ActorId, Message
@@ -35,6 +36,8 @@ class Deliver:
     finish: str | None
     cached_tokens: int
     failure: RequestFailed | None = None
+    logprobs: tuple[Logprobs, ...] = ()
+    """One for each token, where they were asked for."""
 
 
 @attrs.frozen

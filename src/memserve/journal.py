@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 import attrs
+from msgspec import UNSET
 
 from memserve.actions import Action, Deliver, Log, Send
 from memserve.errors import RequestFailed
@@ -316,9 +317,9 @@ class FrontendCore:
         entry.timings = update.timings or entry.timings
         entry.origins = update.origins or entry.origins
         self._count("output_tokens_total", count(fresh))
-        self._actions.append(
-            Deliver(entry.request.id, tuple(unpack(fresh)), update.finish, entry.cached_tokens)
-        )
+        told = () if update.logprobs is UNSET else (update.logprobs,)
+        delivery = Deliver(entry.request.id, tuple(unpack(fresh)), update.finish, entry.cached_tokens)
+        self._actions.append(attrs.evolve(delivery, logprobs=told) if told else delivery)
         if update.finish is not None:
             self._finish(entry, update.finish, now)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from functools import partial
 from typing import Any
 
 import attrs
@@ -23,6 +24,7 @@ from memserve.api.choices import Choice
 from memserve.api.errors import ApiError, from_failure
 from memserve.api.generation import Generation, Order
 from memserve.api.guard import CALLER, Caller, Guard
+from memserve.api.logprobs import Piece
 from memserve.api.prompts import Model, Prompt, chat_prompt, completion_prompts
 from memserve.api.service import ApiSettings, Service
 from memserve.api.urgency import TTFT_HEADER, with_urgency
@@ -79,14 +81,16 @@ class Api:
         body = await self._body(request, CompletionBody)
         caller: Caller = request.scope[CALLER]
         prompts = await completion_prompts(body, self.served, caller.cache_scope, _draw_seed)
-        return self._generate(request, body, prompts, CompletionWire(prompts, bool(body.return_token_ids)))
+        wire = CompletionWire(prompts, bool(body.return_token_ids), self._piece(body))
+        return self._generate(request, body, prompts, wire)
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
         body = await self._body(request, ChatBody)
         caller: Caller = request.scope[CALLER]
         prompt = await chat_prompt(body, self.served, caller.cache_scope, _draw_seed)
-        return self._generate(request, body, [prompt], ChatWire(prompt, bool(body.return_token_ids)))
+        wire = ChatWire(prompt, bool(body.return_token_ids), self._piece(body))
+        return self._generate(request, body, [prompt], wire)
 
     async def models(self, _request: Request) -> Response:
         """GET /v1/models."""
@@ -130,6 +134,10 @@ class Api:
             self._check_model(body.model)
         return body
 
+    def _piece(self, body: CompletionBody | ChatBody) -> Piece | None:
+        """How tokens are shown beside their log probabilities, where those are asked for."""
+        return None if body.told is None else partial(self.served.tokenizer.piece, skip_special=False)
+
     def _check_model(self, name: str) -> None:
         served = self.served.settings.model
         if name != served:
@@ -154,7 +162,8 @@ class Api:
         )
         piece = self.served.tokenizer.piece
         choices = [
-            Choice(index, index // order.n, piece, order.stops) for index in range(len(prompts) * order.n)
+            Choice(index, index // order.n, piece, order.stops, body.min_tokens or 0)
+            for index in range(len(prompts) * order.n)
         ]
         return _Answer(Generation(self.service, order, choices))
 

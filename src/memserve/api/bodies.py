@@ -15,6 +15,7 @@ import msgspec
 from msgspec import Meta
 
 from memserve.api.errors import ApiError, unsupported
+from memserve.drawing import LOGPROBS_MAX
 from memserve.engine.detokenizer import check_stops
 
 CHOICES_MAX = 64
@@ -31,7 +32,6 @@ REFUSED: dict[str, tuple[object, ...]] = {
     "chat_template": (),
     "continue_final_message": (False,),
     "documents": ([],),
-    "frequency_penalty": (0, 0.0),
     "function_call": ("none",),
     "functions": ([],),
     "guided_choice": (),
@@ -39,29 +39,22 @@ REFUSED: dict[str, tuple[object, ...]] = {
     "guided_json": (),
     "guided_regex": (),
     "include_stop_str_in_output": (False,),
-    "logit_bias": ({},),
-    "logprobs": (False,),
-    "min_p": (0, 0.0),
-    "min_tokens": (0,),
     "modalities": (["text"],),
-    "presence_penalty": (0, 0.0),
     "prompt_embeds": (),
     "prompt_logprobs": (),
-    "repetition_penalty": (1, 1.0),
     "response_format": ({"type": "text"},),
     "skip_special_tokens": (True,),
     "structured_outputs": (),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "top_logprobs": (0,),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
     "web_search_options": (),
 }
 """Fields that are not served, with the values that ask for nothing and pass (null always does)."""
 
-CHATS_ALONE: dict[str, tuple[object, ...]] = {"chat_template_kwargs": ({},)}
+CHATS_ALONE: dict[str, tuple[object, ...]] = {"chat_template_kwargs": ({},), "top_logprobs": (0,)}
 """The same of fields that are served for chats alone."""
 _SOMEWHERE_REFUSED = REFUSED | CHATS_ALONE
 TEMPLATE_ARGUMENTS_MAX = 32
@@ -75,6 +68,8 @@ ROLES = ("system", "developer", "user", "assistant")
 """Who may speak in a chat. A fixed set, because templates write roles among their control tokens."""
 
 Count = Annotated[int, Meta(ge=1)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+COMPLETION_LOGPROBS_MAX = 5
 
 
 @attrs.frozen(kw_only=True)
@@ -94,6 +89,14 @@ class _Body:
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=-1)] | None = None
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Meta(ge=0.01, le=100)] | None = None
+    """Bounded, so that no logit leaves float32."""
+    logit_bias: dict[str, Any] | None = None
+    """By token id; :mod:`memserve.api.sampling` reads it."""
+    min_tokens: Annotated[int, Meta(ge=0)] | None = None
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: str | tuple[str, ...] | None = None
     stop_token_ids: tuple[int, ...] | None = None
@@ -114,6 +117,12 @@ class CompletionBody(_Body):
     prompt: Any
     """Text, texts, token ids, or lists of token ids; :mod:`memserve.api.prompts` reads it."""
     echo: bool | None = None
+    logprobs: Annotated[int, Meta(ge=0, le=COMPLETION_LOGPROBS_MAX)] | None = None
+
+    @property
+    def told(self) -> int | None:
+        """How many of the likeliest tokens are told at each position; None: nothing is told."""
+        return self.logprobs
 
 
 @attrs.frozen(kw_only=True)
@@ -148,6 +157,13 @@ class ChatBody(_Body):
     max_completion_tokens: Count | None = None
     chat_template_kwargs: dict[str, Scalar] | None = None
     """What the model's template knows beside messages, such as Qwen3's ``enable_thinking``."""
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=LOGPROBS_MAX)] | None = None
+
+    @property
+    def told(self) -> int | None:
+        """How many of the likeliest tokens are told at each position; None: nothing is told."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 Body = TypeVar("Body", CompletionBody, ChatBody)
@@ -163,6 +179,7 @@ def read_body(data: bytes, kind: type[Body]) -> Body:
         raise _invalid(raw, str(error)) from error
     if isinstance(body, ChatBody):
         _check_template_arguments(body.chat_template_kwargs or {})
+    _check_logprobs(body)
     try:
         check_stops(body.stops)
     except ValueError as error:
@@ -172,6 +189,15 @@ def read_body(data: bytes, kind: type[Body]) -> Body:
             "stream_options: only allowed when stream is true", "stream_options", code="invalid_value"
         )
     return body
+
+
+def _check_logprobs(body: CompletionBody | ChatBody) -> None:
+    if isinstance(body, ChatBody) and body.top_logprobs and not body.logprobs:
+        message = "top_logprobs: only allowed when logprobs is true"
+        raise ApiError(message, "top_logprobs", code="invalid_value")
+    if isinstance(body, CompletionBody) and body.echo and body.logprobs is not None:
+        message = "logprobs: not together with echo, because those of the prompt are not computed"
+        raise ApiError(message, "logprobs", code="invalid_value")
 
 
 def _read_json(data: bytes) -> dict[str, Any]:

@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 
 import attrs
 
+from memserve.api.logprobs import Told, token_text
 from memserve.api.service import Chunk
+from memserve.drawing import Logprobs
 from memserve.engine.detokenizer import Detokenizer, StopScanner
 
 
@@ -17,6 +19,8 @@ class Delta:
     text: str = ""
     tokens: list[int] = attrs.field(factory=list)
     finish: str | None = None
+    told: list[Told] = attrs.field(factory=list)
+    """About each of ``tokens``, where log probabilities were asked for."""
 
     def __bool__(self) -> bool:
         return bool(self.text or self.tokens or self.finish)
@@ -25,8 +29,18 @@ class Delta:
 class Choice:
     """One answer. ``feed`` what the service gives, ``take`` what a client is to get."""
 
-    def __init__(self, index: int, prompt: int, piece: Callable[[int], bytes], stops: Sequence[str]) -> None:
-        """``index`` is the choice's in the response, ``prompt`` the number of its prompt."""
+    def __init__(
+        self,
+        index: int,
+        prompt: int,
+        piece: Callable[[int], bytes],
+        stops: Sequence[str],
+        min_tokens: int = 0,
+    ) -> None:
+        """``index`` is the choice's in the response, ``prompt`` the number of its prompt.
+
+        ``min_tokens``: stop strings are not looked for in the text of so many tokens, as in vLLM.
+        """
         self.index = index
         self.prompt = prompt
         self.output_tokens = 0
@@ -36,6 +50,8 @@ class Choice:
         """``stop`` or ``length`` once the answer is whole."""
         self._detokenizer = Detokenizer(piece)
         self._scanner = StopScanner(stops)
+        self._piece, self._min_tokens = piece, min_tokens
+        self._told_characters = 0
         # Not yet taken. Bounded by max_tokens: a client that reads slowly costs no more than one that waits.
         self._new = Delta()
         self._texts: list[str] = []
@@ -48,10 +64,14 @@ class Choice:
     def feed(self, chunk: Chunk) -> None:
         """Take tokens in. What follows a stop string is dropped, its tokens too."""
         self.cached_tokens = chunk.cached_tokens
-        for token in chunk.tokens:
+        for number, token in enumerate(chunk.tokens):
             self.output_tokens += 1
             self._new.tokens.append(token)
-            self._texts.append(self._scanner.push(self._detokenizer.push(token)))
+            if chunk.logprobs:
+                self._tell(token, chunk.logprobs[number])
+            text = self._detokenizer.push(token)
+            early = self.output_tokens <= self._min_tokens
+            self._texts.append(text if early else self._scanner.push(text))
             if self.stopped:
                 return self._end("stop")
         if chunk.finish is not None:
@@ -59,6 +79,10 @@ class Choice:
             self._texts.append(self._scanner.finish())
             self._end("stop" if self.stopped else chunk.finish)
         return None
+
+    def _tell(self, token: int, logprobs: Logprobs) -> None:
+        self._new.told.append(Told(token, self._told_characters, logprobs))
+        self._told_characters += len(token_text(token, self._piece))
 
     def take(self) -> Delta:
         """Everything new since the last call."""

@@ -199,7 +199,7 @@ class Generation:
                 continue
             if choice.index not in self._moulds:
                 events.append(self._opening(choice))
-            if delta.finish or self._order.wire.token_ids:
+            if delta.finish or self._order.wire.per_token:
                 events.append(event(self._chunk(choice, delta)))
             elif delta.text:
                 # Tokens whose text is held back (half a character, the beginning of a stop string) make no event.

@@ -13,10 +13,10 @@ from memserve import tokens as packed
 from memserve.api.bodies import CHOICES_MAX, SEED_BITS, ChatBody, CompletionBody
 from memserve.api.chat import ChatTemplate
 from memserve.api.errors import ApiError
+from memserve.api.sampling import sampling_of
 from memserve.api.service import ApiSettings, GenerationParams
 from memserve.engine.spec import ModelSpec
 from memserve.engine.tokenizer import LONG_TEXT, Tokenizer
-from memserve.messages import Sampling
 
 COMPLETION_TOKENS = 16
 """``max_tokens`` of a completion that names none: OpenAI's default."""
@@ -165,14 +165,19 @@ def _params(
             name = f"stop_token_ids[{index}]"
             message = f"{name}: expected a token id from 0 to {model.spec.vocab - 1}, got {token}"
             raise ApiError(message, name, code="invalid_value")
-    sampling = Sampling(
-        temperature=1.0 if body.temperature is None else body.temperature,
-        top_k=max(body.top_k or 0, 0),
-        top_p=1.0 if body.top_p is None else body.top_p,
-        seed=(draw() if body.seed is None else body.seed) % 2**SEED_BITS,
-    )
     ends = () if body.ignore_eos else model.spec.eos
-    return GenerationParams(sampling, max_tokens, tuple(dict.fromkeys((*ends, *(body.stop_token_ids or ())))))
+    stops = tuple(dict.fromkeys((*ends, *(body.stop_token_ids or ()))))
+    _check_min_tokens(body.min_tokens or 0, max_tokens, len(stops), model)
+    return GenerationParams(sampling_of(body, model.spec.vocab, draw), max_tokens, stops)
+
+
+def _check_min_tokens(least: int, most: int, stops: int, model: Model) -> None:
+    if least > most:
+        message = f"min_tokens: {least} asked for, but the answer has at most {most} (max_tokens)"
+        raise ApiError(message, "min_tokens", code="invalid_value")
+    if least and stops >= model.spec.vocab:
+        message = "min_tokens: expected a token that does not end the answer, but stop_token_ids names all"
+        raise ApiError(message, "min_tokens", code="invalid_value")
 
 
 def of_choice(params: GenerationParams, number: int) -> GenerationParams:

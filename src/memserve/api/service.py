@@ -8,7 +8,8 @@ from typing import Protocol
 
 import attrs
 
-from memserve.messages import Change, Member, Sampling
+from memserve.drawing import Logprobs, Sampling
+from memserve.messages import Change, Member
 from memserve.scheduling.view import Health
 
 
@@ -36,6 +37,8 @@ class Chunk:
     """``stop`` or ``length`` on the last chunk."""
     cached_tokens: int = 0
     """Prompt tokens that were found in the pool."""
+    logprobs: tuple[Logprobs, ...] = ()
+    """One for each token, where they were asked for."""
 
 
 Take = Callable[[Chunk], bool]

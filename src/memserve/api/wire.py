@@ -9,6 +9,7 @@ import attrs
 import msgspec
 
 from memserve.api.choices import Choice, Delta
+from memserve.api.logprobs import Piece, chat_logprobs, completion_logprobs
 from memserve.api.prompts import Prompt
 
 DONE = b"data: [DONE]\n\n"
@@ -29,8 +30,8 @@ class Wire(Protocol):
     """One of the two dialects."""
 
     @property
-    def token_ids(self) -> bool:
-        """Whether the client asked for token ids."""
+    def per_token(self) -> bool:
+        """Whether the client asked for more of each token than its text: ids or log probabilities."""
 
     def opening(self, head: Head, choice: Choice) -> dict[str, Any] | None:
         """The chunk that a choice's stream begins with, if any."""
@@ -51,6 +52,12 @@ class CompletionWire:
 
     prompts: Sequence[Prompt]
     token_ids: bool
+    piece: Piece | None = None
+    """Set where log probabilities are told."""
+
+    @property
+    def per_token(self) -> bool:
+        return self.token_ids or self.piece is not None
 
     def opening(self, head: Head, choice: Choice) -> dict[str, Any] | None:
         """The echoed prompt and its ids, where they were asked for."""
@@ -79,7 +86,8 @@ class CompletionWire:
         return self._object(head, [])
 
     def _choice(self, choice: Choice, delta: Delta) -> dict[str, Any]:
-        answer = {"index": choice.index, "text": delta.text, "logprobs": None, "finish_reason": delta.finish}
+        told = completion_logprobs(delta.told, self.piece) if self.piece and delta.told else None
+        answer = {"index": choice.index, "text": delta.text, "logprobs": told, "finish_reason": delta.finish}
         return answer | {"token_ids": delta.tokens} if self.token_ids else answer
 
     def _object(self, head: Head, choices: list[dict[str, Any]]) -> dict[str, Any]:
@@ -98,6 +106,12 @@ class ChatWire:
 
     prompt: Prompt
     token_ids: bool
+    piece: Piece | None = None
+    """Set where log probabilities are told."""
+
+    @property
+    def per_token(self) -> bool:
+        return self.token_ids or self.piece is not None
 
     def opening(self, head: Head, choice: Choice) -> dict[str, Any] | None:
         """The role; in the first of them also the prompt's ids, where they were asked for."""
@@ -109,22 +123,27 @@ class ChatWire:
 
     def chunk(self, head: Head, choice: Choice, delta: Delta) -> dict[str, Any]:
         content = {"content": delta.text} if delta.text or not delta.finish else {}
-        answer: dict[str, Any] = {"index": choice.index, "delta": content, "finish_reason": delta.finish}
-        if self.token_ids:
-            answer["token_ids"] = delta.tokens
-        return self._object(head, "chat.completion.chunk", [answer])
+        answer = {"index": choice.index, "delta": content, "finish_reason": delta.finish}
+        return self._object(head, "chat.completion.chunk", [answer | self._details(delta)])
 
     def whole(self, head: Head, answers: Sequence[tuple[Choice, Delta]]) -> dict[str, Any]:
         choices = []
         for choice, delta in answers:
             message = {"role": "assistant", "content": delta.text, "refusal": None}
             answer = {"index": choice.index, "message": message, "finish_reason": delta.finish}
-            choices.append(answer | {"token_ids": delta.tokens} if self.token_ids else answer)
+            choices.append(answer | self._details(delta))
         whole = self._object(head, "chat.completion", choices)
         return whole | {"prompt_token_ids": self.prompt.tokens} if self.token_ids else whole
 
     def last(self, head: Head) -> dict[str, Any]:
         return self._object(head, "chat.completion.chunk", [])
+
+    def _details(self, delta: Delta) -> dict[str, Any]:
+        """What a choice says beside its text, where that was asked for."""
+        details: dict[str, Any] = {"token_ids": delta.tokens} if self.token_ids else {}
+        if self.piece is not None:
+            details["logprobs"] = chat_logprobs(delta.told, self.piece) if delta.told else None
+        return details
 
     def _object(self, head: Head, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {

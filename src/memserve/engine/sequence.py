@@ -14,7 +14,7 @@ from msgspec import UNSET, UnsetType
 
 from memserve.drawing import Adjustments, Logprobs
 from memserve.engine.plans import Past, Row
-from memserve.messages import Origins, Plan, Request, Timings
+from memserve.messages import Origins, Plan, Request, Timings, TokenUpdate
 from memserve.pool_messages import Acquired
 from memserve.tokens import TOKEN_BYTES, count, pack, pages_for, span
 
@@ -193,6 +193,12 @@ class Sequence:
     def append(self, token: int) -> None:
         """Take a drawn token."""
         self.tokens += pack([token])
+
+    def update(self, finish: str | None = None) -> TokenUpdate:
+        """What its Frontend is told of its newest token. ``finish``: why it is the last."""
+        newest, place = self.tokens[-TOKEN_BYTES:], self.length - 1
+        update = TokenUpdate(*self.key, place, newest, self.cached_tokens, finish, logprobs=self.logprobs)
+        return attrs.evolve(update, timings=self.timings, origins=self.origins) if finish else update
 
     def room(self, page_tokens: int) -> int:
         """Tokens that can be run before another page is needed."""

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import attrs
+from msgspec import UNSET
 
 from memserve.actions import Action, BatchDone, Log, RunBatch, Stop
 from memserve.engine.batching import Batch, WorkerSettings, form_batch
@@ -36,11 +37,10 @@ from memserve.messages import (
     Inquired,
     Message,
     Prefill,
-    TokenUpdate,
 )
 from memserve.pool_messages import Acquired, Adopted, Allocated, Freed, Inserted, PoolRefused
 from memserve.scheduling.presence import Presence
-from memserve.tokens import count, pack
+from memserve.tokens import count
 
 HANDOFF_REPEAT_S = 2.0
 """How long a Handoff may stay unanswered before it is sent again."""
@@ -280,7 +280,10 @@ class WorkerCore:
         self._outbox.count("steps_total", 1)
         self._outbox.count("step_ms_total", message.result.step_ms)
         self._outbox.count("step_threads_total", message.result.threads)
-        for one, end, token in zip(batch.sequences, batch.ends, message.result.tokens, strict=True):
+        told = message.result.logprobs
+        drawn = zip(batch.sequences, batch.ends, message.result.tokens, strict=True)
+        for row, (one, end, token) in enumerate(drawn):
+            one.logprobs = told.get(row, UNSET)
             if not one.decoding:
                 self._outbox.count("prefill_tokens_total", end - one.computed)
             one.computed = end
@@ -303,28 +306,23 @@ class WorkerCore:
         self._outbox.count("generated_tokens_total", 1)
         finish = one.finish_reason(self.settings.max_context)
         if finish is not None:
-            self._finish(one, token, finish, now)
+            self._finish(one, finish, now)
             return
-        self._update(one, token)
+        self._outbox.update(one.request.frontend, one.update())
         if one.plan.decode != self.presence.member.id:
             self._hand_over(one, now)
         else:
             self._paging.grow(one)
 
-    def _finish(self, one: Sequence, token: int, finish: str, now: float) -> None:
+    def _finish(self, one: Sequence, finish: str, now: float) -> None:
         decode_ms = (now - (one.owned_at or now)) * 1e3
         one.timings = attrs.evolve(one.timings, decode_ms=decode_ms)
         if count(one.fresh) > 1:
             self._outbox.log("decode finished", one, output_tokens=one.generated, decode_ms=decode_ms)
         if self.settings.returns and one.crosses and one.came_with:
             self._paging.give_back(one, self.settings.page_bytes)
-        self._update(one, token, finish)
+        self._outbox.update(one.request.frontend, one.update(finish))
         self._end(one)
-
-    def _update(self, one: Sequence, token: int, finish: str | None = None) -> None:
-        told = (one.timings, one.origins) if finish else (None, None)
-        update = TokenUpdate(*one.key, one.length - 1, pack([token]), one.cached_tokens, finish, *told)
-        self._outbox.update(one.request.frontend, update)
 
     # ---- hand-over ------------------------------------------------------------------------------------------
 

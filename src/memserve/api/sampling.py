@@ -1,0 +1,63 @@
+"""The sampling settings of a body, as they travel with its request."""
+
+from __future__ import annotations
+
+import re
+from array import array
+from collections.abc import Callable
+
+from memserve.api.bodies import SEED_BITS, ChatBody, CompletionBody
+from memserve.api.errors import ApiError
+from memserve.drawing import BIASES_MAX, Adjustments, Sampling
+from memserve.tokens import pack
+
+BIAS_MAX = 100.0
+_TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
+
+
+def sampling_of(body: CompletionBody | ChatBody, vocabulary: int, draw: Callable[[], int]) -> Sampling:
+    """How the body wants its tokens drawn. ``draw`` gives a seed where it has none. Raises ApiError (400)."""
+    return Sampling(
+        temperature=1.0 if body.temperature is None else body.temperature,
+        top_k=max(body.top_k or 0, 0),
+        top_p=1.0 if body.top_p is None else body.top_p,
+        seed=(draw() if body.seed is None else body.seed) % 2**SEED_BITS,
+        min_p=body.min_p or 0.0,
+        adjust=_adjustments(body, vocabulary),
+        logprobs=body.told,
+    )
+
+
+def _adjustments(body: CompletionBody | ChatBody, vocabulary: int) -> Adjustments | None:
+    """None where the body asks for nothing: then a request carries nothing, and its rows pay nothing."""
+    bias = _biases(body.logit_bias or {}, vocabulary)
+    asked = Adjustments(
+        biased=pack(bias),
+        bias=array("f", bias.values()).tobytes(),
+        repetition=1.0 if body.repetition_penalty is None else body.repetition_penalty,
+        frequency=body.frequency_penalty or 0.0,
+        presence=body.presence_penalty or 0.0,
+        min_tokens=body.min_tokens or 0,
+    )
+    return None if asked == Adjustments() else asked
+
+
+def _biases(given: dict[str, object], vocabulary: int) -> dict[int, float]:
+    """``logit_bias`` by token id, without what changes nothing."""
+    if len(given) > BIASES_MAX:
+        raise _wrong("logit_bias", f"expected at most {BIASES_MAX} tokens", len(given))
+    found = {}
+    for name, value in given.items():
+        # Written in one way only: a token that is named twice would have two biases.
+        if not _TOKEN_ID.fullmatch(name) or int(name) >= vocabulary:
+            raise _wrong("logit_bias", f"expected token ids from 0 to {vocabulary - 1} as names", name[:60])
+        if type(value) not in (int, float) or not -BIAS_MAX <= value <= BIAS_MAX:  # type: ignore[operator]
+            rule = f"expected a number from {-BIAS_MAX:g} to {BIAS_MAX:g}"
+            raise _wrong(f"logit_bias.{name}", rule, str(value)[:60])
+        if value:
+            found[int(name)] = float(value)  # type: ignore[arg-type]
+    return found
+
+
+def _wrong(field: str, rule: str, value: object) -> ApiError:
+    return ApiError(f"{field}: {rule}, got {value}", field, code="invalid_value")
