@@ -94,6 +94,12 @@ BAD = [
     ({"prompt": "x", "suffix": "y"}, "suffix", "suffix is not supported"),
 ]  # fmt: skip
 
+
+def schema(found: dict[str, object]) -> dict[str, object]:
+    """A response's format."""
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": found}}
+
+
 BAD_CHATS = [
     ({"messages": []}, "messages", "length >= 1"),
     ({"messages": "x"}, "messages", 'messages: expected array, got "x"'),
@@ -104,7 +110,20 @@ BAD_CHATS = [
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type", "one of text"),
     ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "messages[0].tool_calls", "not supported"),
     ({"messages": HI, "tools": [{"type": "function"}]}, "tools", "tools is not supported"),
-    ({"messages": HI, "response_format": {"type": "json_object"}}, "response_format", "not supported"),
+    ({"messages": HI, "response_format": {"type": "xml"}}, "response_format.type", "expected one of text, json_object, json_schema"),
+    ({"messages": HI, "response_format": {"type": "json_schema"}}, "response_format.json_schema", "this field is required"),
+    ({"messages": HI, "response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "response_format.json_schema.schema", "required"),
+    ({"messages": HI, "response_format": schema({"not": {}})}, "response_format.json_schema.schema", "Unimplemented keys"),
+    ({"messages": HI, "response_format": schema({"description": "x" * 70_000})}, "response_format.json_schema.schema", "at most 65536 bytes"),
+    ({"messages": HI, "response_format": {"type": "json_object"}, "min_tokens": 3}, "min_tokens", "not beside response_format"),
+    ({"messages": HI, "response_format": {"type": "json_object"}, "ignore_eos": True}, "ignore_eos", "not beside response_format"),
+    ({"messages": HI, "response_format": {"type": "json_object"}, "structured_outputs": {"regex": "x"}}, "structured_outputs", "not beside"),
+    ({"messages": HI, "structured_outputs": {}}, "structured_outputs", "expected one of json, regex, choice, grammar and json_object, got 0"),
+    ({"messages": HI, "structured_outputs": {"regex": "x", "choice": ["x"]}}, "structured_outputs", "got 2"),
+    ({"messages": HI, "structured_outputs": {"regex": "(x"}}, "structured_outputs.regex", "unclosed group"),
+    ({"messages": HI, "structured_outputs": {"json": "{"}}, "structured_outputs.json", "truncated"),
+    ({"messages": HI, "structured_outputs": {"grammar": "root: x ::="}}, "structured_outputs.grammar", "Expected ::="),
+    ({"messages": HI, "structured_outputs": {"choice": []}}, "structured_outputs.choice", "length >= 1"),
     ({"messages": HI, "logprobs": 1}, "logprobs", "logprobs: expected bool, got 1"),
     ({"messages": HI, "top_logprobs": 3}, "top_logprobs", "only allowed when logprobs is true"),
     ({"messages": HI, "logprobs": True, "top_logprobs": 21}, "top_logprobs", "expected int <= 20, got 21"),

@@ -13,10 +13,10 @@ from structlog.testing import capture_logs
 from fake_service import MODEL_PATH, demo_tokenizer
 from memserve.api.formats import JsonSchema, ResponseFormat, StructuredOutputs, grammar_of
 from memserve.drawing import Adjustments, Sampling
+from memserve.engine.checkpoint import read_spec
 from memserve.engine.grammars import Grammars
 from memserve.engine.guide import Guide
 from memserve.engine.plans import BatchPlan, Past, Row
-from memserve.engine.checkpoint import read_spec
 from memserve.engine.spec import find_model
 from memserve.tokens import pack, unpack
 

@@ -15,6 +15,7 @@ import msgspec
 from msgspec import Meta
 
 from memserve.api.errors import ApiError, unsupported
+from memserve.api.formats import FORMATS, ResponseFormat, StructuredOutputs
 from memserve.drawing import LOGPROBS_MAX
 from memserve.engine.detokenizer import check_stops
 
@@ -42,9 +43,7 @@ REFUSED: dict[str, tuple[object, ...]] = {
     "modalities": (["text"],),
     "prompt_embeds": (),
     "prompt_logprobs": (),
-    "response_format": ({"type": "text"},),
     "skip_special_tokens": (True,),
-    "structured_outputs": (),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
@@ -97,6 +96,8 @@ class _Body:
     logit_bias: dict[str, Any] | None = None
     """By token id; :mod:`memserve.api.sampling` reads it."""
     min_tokens: Annotated[int, Meta(ge=0)] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: str | tuple[str, ...] | None = None
     stop_token_ids: tuple[int, ...] | None = None
@@ -254,7 +255,10 @@ def _invalid(raw: dict[str, Any], text: str) -> ApiError:
     if param is None:
         return ApiError(rule)
     if rule.startswith("invalid enum value"):
-        rule = "expected one of " + ", ".join(ROLES if param.endswith("role") else ("text",))
+        known = (
+            ROLES if param.endswith("role") else FORMATS if param.startswith("response_format") else ("text",)
+        )
+        rule = "expected one of " + ", ".join(known)
     return ApiError(f"{param}: {rule}, got {_shown(_at(raw, param))}", param, code="invalid_value")
 
 

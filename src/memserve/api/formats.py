@@ -18,6 +18,7 @@ from memserve.api.errors import ApiError
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
+FORMATS = ("text", "json_object", "json_schema")
 GRAMMAR_BYTES_MAX = 65_536
 """Of a grammar, as text."""
 _COMPACT: JsonCompileOptions = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -40,7 +41,7 @@ class JsonSchema:
 class ResponseFormat:
     """``response_format``, as OpenAI has it."""
 
-    type: Literal["text", "json_object", "json_schema"]
+    type: Literal[FORMATS]  # type: ignore[valid-type]
     json_schema: JsonSchema | None = None
 
 

@@ -13,6 +13,7 @@ from memserve import tokens as packed
 from memserve.api.bodies import CHOICES_MAX, SEED_BITS, ChatBody, CompletionBody
 from memserve.api.chat import ChatTemplate
 from memserve.api.errors import ApiError
+from memserve.api.formats import grammar_of
 from memserve.api.sampling import sampling_of
 from memserve.api.service import ApiSettings, GenerationParams
 from memserve.engine.spec import ModelSpec
@@ -57,6 +58,7 @@ async def completion_prompts(
     if len(items) * (body.n or 1) > CHOICES_MAX:
         message = f"prompt: {len(items)} prompts times n = {body.n or 1} is over {CHOICES_MAX} answers"
         raise ApiError(message, "prompt", code="invalid_value")
+    grammar = await _grammar(body, model)
     prompts = []
     for index, item in enumerate(items):
         name = "prompt" if single else f"prompt[{index}]"
@@ -66,7 +68,7 @@ async def completion_prompts(
             tokens = _token_ids(item, name, model.spec.vocab)
         left = _left(tokens, name, model.settings.max_context)
         max_tokens = _answer(body.max_tokens, "max_tokens", left, COMPLETION_TOKENS, model)
-        params = _params(body, model, max_tokens, draw)
+        params = _params(body, model, max_tokens, draw, grammar)
         prompts.append(Prompt(tuple(tokens), params, _echo(item, model.tokenizer) if body.echo else ""))
     return prompts
 
@@ -82,7 +84,8 @@ async def chat_prompt(body: ChatBody, model: Model, scope: str, draw: Callable[[
     left = _left(tokens, "messages", model.settings.max_context)
     name = "max_completion_tokens" if body.max_completion_tokens is not None else "max_tokens"
     asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-    return Prompt(tuple(tokens), _params(body, model, _answer(asked, name, left, left, model), draw))
+    params = _params(body, model, _answer(asked, name, left, left, model), draw, await _grammar(body, model))
+    return Prompt(tuple(tokens), params)
 
 
 def _items(prompt: Any) -> tuple[list[Any], bool]:
@@ -157,8 +160,26 @@ def _answer(asked: int | None, name: str, left: int, default: int, model: Model)
     return asked
 
 
+async def _grammar(body: CompletionBody | ChatBody, model: Model) -> str:
+    """What the answer has to follow; empty: nothing."""
+    if body.response_format is None and body.structured_outputs is None:
+        return ""
+    make = partial(grammar_of, body.response_format, body.structured_outputs)
+    grammar = await trio.to_thread.run_sync(make, limiter=model.encoders)
+    if not grammar:
+        return ""
+    field = "response_format" if body.structured_outputs is None else "structured_outputs"
+    if not model.spec.eos:
+        raise ApiError(f"{field}: this model has no token that ends an answer", field, code="invalid_value")
+    for name, asked in (("min_tokens", body.min_tokens), ("ignore_eos", body.ignore_eos)):
+        if asked:
+            message = f"{name}: not beside {field}, which says where the answer ends"
+            raise ApiError(message, name, code="invalid_value")
+    return grammar
+
+
 def _params(
-    body: CompletionBody | ChatBody, model: Model, max_tokens: int, draw: Callable[[], int]
+    body: CompletionBody | ChatBody, model: Model, max_tokens: int, draw: Callable[[], int], grammar: str
 ) -> GenerationParams:
     for index, token in enumerate(body.stop_token_ids or ()):
         if not 0 <= token < model.spec.vocab:
@@ -168,7 +189,7 @@ def _params(
     ends = () if body.ignore_eos else model.spec.eos
     stops = tuple(dict.fromkeys((*ends, *(body.stop_token_ids or ()))))
     _check_min_tokens(body.min_tokens or 0, max_tokens, len(stops), model)
-    return GenerationParams(sampling_of(body, model.spec.vocab, draw), max_tokens, stops)
+    return GenerationParams(sampling_of(body, model.spec.vocab, draw, grammar), max_tokens, stops)
 
 
 def _check_min_tokens(least: int, most: int, stops: int, model: Model) -> None:

@@ -15,20 +15,25 @@ BIAS_MAX = 100.0
 _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 
 
-def sampling_of(body: CompletionBody | ChatBody, vocabulary: int, draw: Callable[[], int]) -> Sampling:
-    """How the body wants its tokens drawn. ``draw`` gives a seed where it has none. Raises ApiError (400)."""
+def sampling_of(
+    body: CompletionBody | ChatBody, vocabulary: int, draw: Callable[[], int], grammar: str = ""
+) -> Sampling:
+    """How the body wants its tokens drawn. ``draw`` gives a seed where it has none; ``grammar``: what ``grammar_of`` made of it.
+
+    Raises ApiError (400).
+    """
     return Sampling(
         temperature=1.0 if body.temperature is None else body.temperature,
         top_k=max(body.top_k or 0, 0),
         top_p=1.0 if body.top_p is None else body.top_p,
         seed=(draw() if body.seed is None else body.seed) % 2**SEED_BITS,
         min_p=body.min_p or 0.0,
-        adjust=_adjustments(body, vocabulary),
+        adjust=_adjustments(body, vocabulary, grammar),
         logprobs=body.told,
     )
 
 
-def _adjustments(body: CompletionBody | ChatBody, vocabulary: int) -> Adjustments | None:
+def _adjustments(body: CompletionBody | ChatBody, vocabulary: int, grammar: str) -> Adjustments | None:
     """None where the body asks for nothing: then a request carries nothing, and its rows pay nothing."""
     bias = _biases(body.logit_bias or {}, vocabulary)
     asked = Adjustments(
@@ -38,6 +43,7 @@ def _adjustments(body: CompletionBody | ChatBody, vocabulary: int) -> Adjustment
         frequency=body.frequency_penalty or 0.0,
         presence=body.presence_penalty or 0.0,
         min_tokens=body.min_tokens or 0,
+        grammar=grammar,
     )
     return None if asked == Adjustments() else asked
 
