@@ -15,6 +15,7 @@ import zmq
 
 from memserve.bus import Inbox, Link, MemoryBus, Received, ZmqLink, bind_private, open_link
 from memserve.costs import Site, StepCosts
+from memserve.drawing import Logprobs
 from memserve.errors import PeerError, PeerFull, PeerUnreachable
 from memserve.messages import (
     ActorId,
@@ -26,6 +27,7 @@ from memserve.messages import (
     Sampling,
     Submit,
     Tokens,
+    TokenUpdate,
     decode,
     encode,
 )
@@ -143,6 +145,15 @@ async def _exchange(a: Link, b: Link) -> None:
         assert await b.receive() == [Received(a.actor, Submit(request))]
         b.send(a.actor, Cancel("r", 0))
         assert await a.receive() == [Received(b.actor, Cancel("r", 0))]
+
+
+def test_rows_that_ask_for_nothing_carry_nothing() -> None:
+    """Every token of every answer would take more bytes on its way, and more of a Frontend's time."""
+    update = TokenUpdate("r", 0, 9, b"\1\0\0\0", 0)
+    known = attrs.evolve(update, logprobs=Logprobs(-0.5, b"\2\0\0\0", (-0.25,)))
+    plain, full = (encode(Tokens((one,))) for one in (update, known))
+    assert b"logprobs" not in plain[1] and b"logprobs" in full[1]
+    assert decode(*plain) == Tokens((update,)) and decode(*full) == Tokens((known,))
 
 
 async def test_messages_cross_a_zmq_link(private: Path) -> None:

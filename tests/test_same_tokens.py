@@ -15,9 +15,12 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import attrs
 import pytest
 
+from adjustments import adjustments, past_of
 from clusters import Cluster, running
+from memserve.drawing import Sampling
 from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.runner import CpuEngine
 from memserve.engine.spec import find_model
@@ -45,11 +48,14 @@ class Alone:
         arena = mmap.mmap(-1, PAGES * files.spec.page_bytes(PAGE_TOKENS, "bfloat16"))
         self._engine = CpuEngine(files.spec, files.weights, arena, PAGES, PAGE_TOKENS, "bfloat16", threads=2)
 
-    def tokens(self, ids: list[int], new: int) -> list[int]:
-        """Greedy tokens."""
+    def tokens(
+        self, ids: list[int], new: int, how: Sampling = GREEDY, ends: tuple[int, ...] = ()
+    ) -> list[int]:
+        """Tokens, greedy unless ``how`` says otherwise, up to one of ``ends``."""
         text, start = list(ids), 0
-        while len(text) < len(ids) + new:
-            row = Row(pack(text[start:]), start, tuple(range(PAGES)), GREEDY)
+        while len(text) < len(ids) + new and (len(text) == len(ids) or text[-1] not in ends):
+            past = past_of(how, text, len(ids), ends)
+            row = Row(pack(text[start:]), start, tuple(range(PAGES)), how, past)
             start = len(text)
             text += [token for token in self._engine.run(BatchPlan((row,))).tokens if token is not None]
         return text[len(ids) :]
@@ -137,6 +143,38 @@ def test_lost_workers_change_no_token(cluster: Cluster, alone: Alone) -> None:
     assert [found.get(i) for i in range(3)] == expected
     finished = [line["attempts"] for line in cluster.lines() if line["event"] == "request finished"][-3:]
     assert min(finished) >= 2, finished  # each was under way when its worker died
+    cluster.wait_healthy()
+    cluster.wait_idle()
+
+
+HOW = Sampling(
+    0.9, top_k=40, top_p=0.95, seed=12, min_p=0.02,
+    adjust=adjustments({260: 4.0, 28: -100.0}, repetition=1.2, frequency=0.5, presence=0.3, min_tokens=50),
+)  # fmt: skip
+ASKED = {
+    "temperature": 0.9, "top_k": 40, "top_p": 0.95, "seed": 12, "min_p": 0.02, "logit_bias": {"260": 4, "28": -100},
+    "repetition_penalty": 1.2, "frequency_penalty": 0.5, "presence_penalty": 0.3, "min_tokens": 50, "logprobs": 2,
+}  # fmt: skip
+"""The same, as a request says it."""
+
+
+def test_an_adjusted_answer_goes_on_as_it_was_when_its_worker_is_killed(
+    cluster: Cluster, alone: Alone
+) -> None:
+    """Penalties would be counted from where the dead worker left off, and the answer would have a seam in it."""
+    ends = (16, 23)
+    ids = prompt(90, 5, VOCAB)
+    known = alone.tokens(ids, STREAMED, HOW, ends)
+    assert len(known) >= 50
+    assert known[:50] != alone.tokens(ids, STREAMED, attrs.evolve(HOW, adjust=None))[:50]
+
+    stream = cluster.stream(ids, STREAMED, stop_token_ids=[*ends], **ASKED)
+    found = next(stream)
+    os.kill(cluster.pid("d0"), signal.SIGKILL)
+    for event in stream:
+        found = found + event
+    assert found == known
+    assert [line["attempts"] for line in cluster.lines() if line["event"] == "request finished"][-1] == 2
     cluster.wait_healthy()
     cluster.wait_idle()
 
