@@ -7,6 +7,7 @@ cache, whoever computed that, hand it over, begin anew where a dead worker left 
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
 import signal
@@ -20,6 +21,7 @@ import pytest
 
 from adjustments import adjustments, past_of
 from clusters import Cluster, running
+from fake_service import demo_tokenizer
 from memserve.drawing import Sampling
 from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.runner import CpuEngine
@@ -174,6 +176,36 @@ def test_an_adjusted_answer_goes_on_as_it_was_when_its_worker_is_killed(
     for event in stream:
         found = found + event
     assert found == known
+    assert [line["attempts"] for line in cluster.lines() if line["event"] == "request finished"][-1] == 2
+    cluster.wait_healthy()
+    cluster.wait_idle()
+
+
+FORM = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "minLength": 30, "maxLength": 60},
+        "parts": {"type": "array", "items": {"type": "integer"}, "minItems": 5, "maxItems": 8},
+    },
+    "required": ["name", "parts"],
+    "additionalProperties": False,
+}
+
+
+def test_an_answer_of_a_given_form_keeps_it_when_its_worker_is_killed(cluster: Cluster) -> None:
+    """The new worker would begin the form anew in the middle of it, and no program could read the answer."""
+    form = {"type": "json_schema", "json_schema": {"name": "thing", "schema": FORM}}
+    asked = {"temperature": 1.0, "seed": 4, "response_format": form, "ignore_eos": False}
+    ids = prompt(90, 6, VOCAB)
+    known = [token for event in cluster.stream(ids, STREAMED, **asked) for token in event]
+    stream = cluster.stream(ids, STREAMED, **asked)
+    found = next(stream)
+    os.kill(cluster.pid("d0"), signal.SIGKILL)
+    for event in stream:
+        found = found + event
+    assert found == known
+    answer = json.loads(demo_tokenizer().decode(found))
+    assert 30 <= len(answer["name"]) <= 60 and 5 <= len(answer["parts"]) <= 8
     assert [line["attempts"] for line in cluster.lines() if line["event"] == "request finished"][-1] == 2
     cluster.wait_healthy()
     cluster.wait_idle()
