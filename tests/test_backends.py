@@ -11,9 +11,9 @@ from itertools import pairwise
 import pytest
 import torch
 
+from adjustments import adjustments, by_definition, expected, past_of
 from backends import BACKENDS, CARDS, ENGINES, SPEC, make_engine, make_runner
 from memserve.engine.plans import BatchPlan, Row
-from memserve.engine.sampling import draw
 from memserve.engine.weights import random_weights
 from memserve.messages import Sampling
 from memserve.tokens import pack, pages_for
@@ -125,12 +125,14 @@ def made(request, weights, tmp_path):
 
 def test_conversations_get_the_tokens_of_the_reference(made, right):
     """If it failed, batches, captured steps, steps planned ahead or draws would answer something else than the model."""
-    lengths, free = (40, 1, 17, 64), list(range(PAGES))[::-1]
+    lengths, free = (40, 1, 17, 64, 33, 20), list(range(PAGES))[::-1]
     hows = [
         GREEDY,
         Sampling(temperature=0.9, seed=5),
         GREEDY,
         Sampling(temperature=1.3, top_k=20, top_p=0.9, seed=6),
+        Sampling(temperature=0.0, adjust=adjustments({9: 7.0}, presence=9.0, frequency=2.0), logprobs=3),
+        Sampling(temperature=0.8, seed=7, adjust=adjustments(repetition=1.5, frequency=1.0), min_p=0.05),
     ]
     texts = [prompt(length + 30, 50 + i, SPEC.vocab) for i, length in enumerate(lengths)]
     tables = [tuple(free.pop() for _ in range(pages_for(len(text), 16))) for text in texts]
@@ -141,17 +143,30 @@ def test_conversations_get_the_tokens_of_the_reference(made, right):
         for i in turns:
             part = texts[i][ran[i] : ran[i] + (25 if ran[i] < lengths[i] else 1)]
             ran[i] += len(part)
-            rows.append(Row(pack(part), ran[i] - len(part), tables[i], hows[i] if step % 5 else None))
+            how = hows[i] if step % 5 else None
+            past = past_of(how, texts[i][: ran[i]], lengths[i])
+            rows.append(Row(pack(part), ran[i] - len(part), tables[i], how, past))
         result = made.engine.run(BatchPlan(tuple(rows)))
         assert result.step_ms > 0
         for i, row, token in zip(turns, rows, result.tokens, strict=True):
             logits = right(len(texts[i]), 50 + i)[row.end - 1]
             if row.sample is None:
                 assert token is None
-            elif made.exact:
-                assert [token] == draw(logits[None], [row.sample], [row.end])
-            elif row.sample is GREEDY:  # bfloat16 moves a logit by 0.1 or so; they lie 12 apart
-                assert float(logits.max() - logits[token]) < 0.4
+                continue
+            if made.exact:
+                assert token == expected(logits, row)
+            elif row.sample.temperature == 0:  # bfloat16 moves a logit by 0.1 or so; they lie 12 apart
+                shaped = logits if row.past is None else by_definition(logits, row.sample.adjust, row.past)
+                assert float(shaped.max() - shaped[token]) < 0.4
+            if row.sample.logprobs is not None:
+                assert result.logprobs[turns.index(i)].drawn == pytest.approx(
+                    float(logits.double().log_softmax(-1)[token]), abs=1e-3 if made.exact else 0.5
+                )
+        assert result.logprobs.keys() == {
+            number
+            for number, row in enumerate(rows)
+            if row.sample is not None and row.sample.logprobs is not None
+        }
         step += 1
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import random
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -14,8 +15,12 @@ import pytest
 import torch
 
 import fake_flashinfer
+from adjustments import some_adjustments
 from backends import SPEC, Exact, needs_gpu
+from memserve.drawing import Sampling
+from memserve.engine.adjusting import adjusted
 from memserve.engine.plans import BatchPlan, Row
+from memserve.engine.sampling import draw, draw_together
 from memserve.engine.weights import map_weights, random_weights, save_weights
 from memserve.kernels.arena import serve_packet
 from memserve.messages import ActorId
@@ -105,6 +110,24 @@ def make_engine(shard, backend: str, rows: int = 8):
     )
     engine.warm_up()
     return engine, pages
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_adjusted_logits_and_their_draws_are_those_of_the_cpu_to_the_bit():
+    """If it failed, a stream that moves between a GPU and a CPU would go on with other tokens: CUDA divides otherwise."""
+    generator = random.Random(2)
+    for turn in range(40):
+        logits = 4 * torch.randn(6, 1000, generator=torch.Generator().manual_seed(turn))
+        asked = [some_adjustments(generator, 1000) for _ in range(6)]
+        hows = [
+            Sampling(0.4 * i, seed=turn, min_p=0.1 * (i % 2), adjust=how) for i, (how, _) in enumerate(asked)
+        ]
+        rows = [Row(pack([1]), turn, (0,), how, past) for how, (_, past) in zip(hows, asked, strict=True)]
+        here, there = adjusted(logits, rows), adjusted(logits.cuda(), rows)
+        assert torch.equal(here, there.cpu())
+        places = [row.end for row in rows]
+        assert draw_together(there, hows, places) == draw(here, hows, places)
 
 
 @pytest.mark.gpu

@@ -11,6 +11,7 @@ import trio
 
 from fake_service import IM_END, FakeService, demo_tokenizer, says, served
 from memserve.errors import RequestFailed
+from test_logprobs import service as scored
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 
@@ -42,6 +43,30 @@ async def test_completions():
     assert answer.choices[0].finish_reason == "stop"
     assert answer.usage.prompt_tokens_details.cached_tokens == 3
     assert answer._request_id == "r1"
+
+
+async def test_log_probabilities():
+    """The client would not parse them, or not find them where its types say that they are."""
+    whole = await with_client(
+        scored(), lambda c: c.completions.create(model="demo", prompt="x", logprobs=2, logit_bias={"7": -100})
+    )
+    known = whole.choices[0].logprobs
+    assert (known.tokens[0], known.token_logprobs[0], known.text_offset[:2]) == ("one", -1.5, [0, 3])
+    assert known.top_logprobs[0]["one"] == -1.5
+
+    def use(client):
+        asked = {
+            "logprobs": True,
+            "top_logprobs": 2,
+            "presence_penalty": 0.5,
+            "extra_body": {"min_tokens": 1},
+        }
+        return list(client.chat.completions.create(model="demo", messages=MESSAGES, stream=True, **asked))
+
+    parts = [chunk.choices[0].logprobs for chunk in await with_client(scored(), use)]
+    first = next(part for part in parts if part).content[0]
+    assert (first.token, first.logprob, bytes(first.bytes)) == ("one", -1.5, b"one")
+    assert [one.logprob for one in first.top_logprobs] == [-0.5, -1.5]
 
 
 async def test_streamed_completions():

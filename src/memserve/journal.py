@@ -318,8 +318,8 @@ class FrontendCore:
         entry.origins = update.origins or entry.origins
         self._count("output_tokens_total", count(fresh))
         told = () if update.logprobs is UNSET else (update.logprobs,)
-        delivery = Deliver(entry.request.id, tuple(unpack(fresh)), update.finish, entry.cached_tokens)
-        self._actions.append(attrs.evolve(delivery, logprobs=told) if told else delivery)
+        new = tuple(unpack(fresh)), update.finish, entry.cached_tokens
+        self._actions.append(Deliver(entry.request.id, *new, logprobs=told))
         if update.finish is not None:
             self._finish(entry, update.finish, now)
 

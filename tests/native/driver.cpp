@@ -152,6 +152,21 @@ bool shares_pages(bool amx) {
     return true;
 }
 
+// Logits that a row adjusts, and what it is told: at both ends of the vocabulary, some tokens several times.
+bool adjusts_what_there_is(const std::vector<float>& logits, ms_sampling how, Sampler& sampler) {
+    const int vocab = (int)logits.size();
+    const int32_t ids[] = {vocab - 1, 0, vocab / 2, 0, vocab - 1};
+    const float bias[] = {-3};
+    ms_adjustments adjust = {{ids, 1}, bias, {ids, 3}, {ids, 5}, {ids, vocab > 1}, 1.3f, 0.5f, -0.2f};
+    ms_logprobs told = {MS_LOGPROBS_MAX, {}, {}, 0};
+    how.adjust = &adjust, how.told = &told;
+    int token = draw(logits.data(), how, vocab, sampler);
+    if (token == NOT_A_TOKEN) return largest(sampler.adjust(logits.data(), adjust), vocab) == NOT_A_TOKEN;
+    bool fine = told.count == std::min(vocab, MS_LOGPROBS_MAX) && told.drawn <= 0 && (vocab == 1 || token != vocab - 1);
+    for (int i = 0; i < told.count; i++) fine &= told.ids[i] >= 0 && told.ids[i] < vocab && told.values[i] <= 0;
+    return fine && token >= 0 && token < vocab;
+}
+
 // Bells, ties and exclusions; a draw must not leave the vocabulary, nor take what is excluded.
 bool draws_what_there_is() {
     std::normal_distribution<float> normal;
@@ -169,7 +184,9 @@ bool draws_what_there_is() {
             for (double temperature : {0., 1e-300, 0.7, 1e300})
                 for (double top_p : {1e-9, 0.9, 1.})
                     for (int top_k : {0, 2, 70}) {
-                        int token = draw(logits.data(), {temperature, top_p, 3, top_k, -INFINITY, nullptr, nullptr}, vocab, sampler);
+                        ms_sampling how = {temperature, top_p, 3, top_k, top_k ? -1 : -INFINITY, nullptr, nullptr};
+                        int token = draw(logits.data(), how, vocab, sampler);
+                        if (!adjusts_what_there_is(logits, how, sampler)) return false;
                         bool none = largest(logits.data(), vocab) < 0;
                         if (none ? token != NOT_A_TOKEN : token < 0 || token >= vocab || logits[token] == -INFINITY)
                             return false;

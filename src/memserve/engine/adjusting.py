@@ -39,31 +39,35 @@ def adjust(logits: torch.Tensor, how: Adjustments, past: Past) -> None:
     """Adjust one row in place. ``logits``: (vocab,) float32 on any device. No value is read back from there."""
 
     def there(values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values).to(logits.device)
+        return torch.from_numpy(values.copy()).to(logits.device)
+
+    def at(packed: bytes) -> torch.Tensor:
+        return there(_ids(packed)).long()
 
     def number(value: float) -> torch.Tensor:
         # On the device: by a number of the host, CUDA multiplies with its reciprocal instead of dividing.
         return torch.full((1,), value, dtype=torch.float32, device=logits.device)
 
     if how.biased:
-        logits[there(_ids(how.biased))] += there(np.frombuffer(how.bias, "<f4").copy())
+        logits[at(how.biased)] += there(np.frombuffer(how.bias, "<f4"))
     if how.repetition != 1:
-        seen = there(np.unique(_ids(past.prompt + past.output)))
-        was, by = logits[seen], number(how.repetition)
+        seen, by = at(past.prompt + past.output), number(how.repetition)
+        was = logits[seen]  # of a token that is there twice, the same is written twice
         logits[seen] = torch.where(was > 0, was / by, was * by)
     if past.output and (how.frequency or how.presence):
         said, times = np.unique(_ids(past.output), return_counts=True)
-        logits[there(said)] -= number(how.frequency) * there(times.astype(np.float32))
-        logits[there(said)] -= number(how.presence)
+        places = there(said).long()
+        logits[places] -= number(how.frequency) * there(times.astype(np.float32))
+        logits[places] -= number(how.presence)
     if past.forbidden:
-        logits[there(_ids(past.forbidden))] = -torch.inf
+        logits[at(past.forbidden)] = -torch.inf
     if past.allowed:
         bits = np.unpackbits(np.frombuffer(past.allowed, np.uint8), bitorder="little", count=len(logits))
         logits.masked_fill_(there(bits == 0), -torch.inf)
 
 
 def _ids(packed: bytes) -> np.ndarray:
-    return np.frombuffer(packed, "<i4").astype(np.int64)
+    return np.frombuffer(packed, "<i4")
 
 
 def told(logits: Iterable[torch.Tensor], rows: Iterable[Row], tokens: Iterable[int]) -> list[Logprobs | None]:

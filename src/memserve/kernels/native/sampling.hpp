@@ -12,6 +12,7 @@
 #pragma once
 
 #include <algorithm>
+#include <numeric>
 
 #include "vectors.hpp"
 
@@ -207,9 +208,12 @@ struct Sampler {
 
     // The log probabilities of `token` and the most probable ones. `most`: the largest logit.
     void tell(const float* logits, float most, int token, ms_logprobs& to) const {
-        double mass = 0;
-        for (int i = 0; i < vocab; i++) mass += std::exp((double)(logits[i] - most));
-        double scale = std::log(mass);
+        Doubles sums = every(0.);
+        for (int i = 0; i < vocab; i += 8)
+            sums = fma(exponential(distances(logits + i, vocab - i, -INFINITY, most)), every(1.), sums);
+        double each[8];
+        store(each, sums);
+        double scale = std::log(std::accumulate(each, each + 8, 0.));
         to.drawn = (double)(logits[token] - most) - scale;
         to.count = std::clamp((int)to.count, 0, std::min(vocab, MS_LOGPROBS_MAX));
         int found = 0;
