@@ -37,6 +37,7 @@ MODELS = {
     "biases": attrs.evolve(BASE, qkv_bias=True),
     "normalised heads": attrs.evolve(BASE, qk_norm=True),
     "heads of 128": attrs.evolve(BASE, heads=4, head_dim=128),
+    "heads of 256": attrs.evolve(BASE, heads=4, head_dim=256),
 }
 
 
