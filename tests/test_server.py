@@ -151,7 +151,7 @@ async def test_shutdown_does_not_wait_for_idle_connections(stream):
 
 async def test_a_client_that_stops_reading_cannot_keep_the_server_from_ending(monkeypatch):
     """One suspended curl would make Ctrl-C hang for good: the server's writes cannot be cancelled."""
-    monkeypatch.setattr("memserve.api.server.SILENT_CLIENT_S", 1)
+    monkeypatch.setattr("memserve.api.listening.SILENT_CLIENT_S", 1)
     flood = [step for _ in range(300) for step in (Chunk(tuple(range(300, 5300))), 0.0)]
     service = FakeService(lambda _r: [*flood, 600.0])
     body = json.dumps({"prompt": "x", "stream": True, "return_token_ids": True}).encode()
