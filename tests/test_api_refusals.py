@@ -68,6 +68,8 @@ BAD = [
     ({"prompt": "x", "priority": 101}, "priority", "priority: expected int <= 100, got 101"),
     ({"prompt": "x", "priority": 0.5}, "priority", "priority: expected int, got 0.5"),
     ({"prompt": "x", "n": 65}, "n", "n: expected int <= 64, got 65"),
+    ({"prompt": "x", "n": 2, "best_of": 3}, "best_of", "than n = 2, got 3; leave it out"),
+    ({"prompt": "x", "best_of": 0}, "best_of", "than n = 1, got 0"),
     ({"prompt": ["x"] * 5, "n": 13}, "prompt", "5 prompts times n = 13 is over 64 answers"),
     ({"prompt": "x", "stop": [""]}, "stop", "stop string 0 is empty"),
     ({"prompt": "x", "stop": ["a"] * 17}, "stop", "at most 16 stop strings, got 17"),
@@ -159,6 +161,8 @@ async def test_values_that_ask_for_nothing_pass():
 
     assert (await post({"messages": HI, "user": "me", "store": False} | neutral, CHAT)).status_code == 200
     assert (await post({"messages": HI} | nulls, CHAT)).status_code == 200
+    for more in ({"best_of": 1}, {"n": 2, "best_of": 2}):
+        assert (await post({"prompt": "x"} | more)).status_code == 200
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b'{"prompt": "\\ud800"}', b"\xff", b"[" * 100_000])
@@ -169,6 +173,8 @@ async def test_what_is_not_json_is_refused(data):
 
     assert response.status_code == 400
     assert response.json()["error"]["code"] == "invalid_json"
+    if not data:
+        assert response.json()["error"]["message"] == "The body is empty; it must be a JSON object"
 
 
 @pytest.mark.parametrize(

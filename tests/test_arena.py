@@ -15,6 +15,7 @@ import trio
 import memserve
 from memserve.errors import PeerError, PeerUnreachable, UserError
 from memserve.kernels import arena as arenas
+from memserve.kernels import memory
 from memserve.kernels.arena import Arena, ArenaHeader, attach_arena, serve_arena
 
 PAGES, PAGE_BYTES = 3, 5000  # an arena that does not end on a system page
@@ -222,7 +223,7 @@ def test_available_memory_heeds_the_machine():
     """If the figure were wrong, good configurations would be refused or bad ones let through."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
-    assert 0 < arenas.memory_available() <= total
+    assert 0 < memory.memory_available() <= total
 
 
 def test_available_memory_heeds_every_control_group_above(tmp_path):
@@ -236,6 +237,6 @@ def test_available_memory_heeds_every_control_group_above(tmp_path):
     membership = tmp_path / "cgroup"
     membership.write_text("0::/pod/shard\n")
 
-    assert list(arenas._cgroup_rooms(membership, tmp_path)) == [150]
+    assert list(memory._cgroup_rooms(membership, tmp_path)) == [150]
     membership.write_text("4:memory:/old\n")
-    assert list(arenas._cgroup_rooms(membership, tmp_path)) == []
+    assert list(memory._cgroup_rooms(membership, tmp_path)) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import subprocess
@@ -14,11 +15,17 @@ import trio.testing
 
 from memserve.engine.spec import find_model
 from memserve.errors import UserError
+from memserve.kernels import memory
 from memserve.lifecycle import STATUS_CRASHED
 from memserve.lifeline import DIED_MESSAGES, EventSocket, Lifeline
 from memserve.messages import ActorId
 from memserve.process import RestartNeeded, _explain
 from test_gguf import DEMO
+
+NO_MEMORY = (
+    "There is too little memory: 0 MiB are available on this machine. "
+    "Set a smaller [[shard]] memory or fewer [[worker]]s, or stop something else.\n"
+)
 
 
 @pytest.fixture
@@ -121,10 +128,14 @@ def test_ready_is_told_once(ends):
         (ExceptionGroup("", [RestartNeeded("s0 is gone"), RestartNeeded("s0 is gone")]), 3, "s0 is gone\n"),
         (ExceptionGroup("", [UserError("no"), KeyError("bug")]), 1, "KeyError: 'bug'"),
         (ValueError("bug"), 1, "ValueError: bug\n"),
+        (ExceptionGroup("", [MemoryError("the native step")]), 2, NO_MEMORY),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), 2, NO_MEMORY),
+        (RuntimeError("DefaultCPUAllocator: (Cannot allocate memory)"), 2, NO_MEMORY),
     ],
 )
-def test_exit_status_says_how_an_actor_failed(error, status, text, capsys):
+def test_exit_status_says_how_an_actor_failed(error, status, text, capsys, monkeypatch):
     """A bug would look like a user's mistake, or a user's mistake be restarted for ever with a traceback."""
+    monkeypatch.setattr(memory, "memory_available", lambda: 0)  # else it changes between two calls
     assert _explain(error) == status
     shown = capsys.readouterr().err
     assert text in shown if status == STATUS_CRASHED else text == shown
@@ -172,6 +183,23 @@ def test_weights_that_cannot_be_used_are_a_user_error(tmp_path):
     assert done.returncode == 2, done.stderr
     assert "absent.gguf" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_shell_s_limit_is_named_and_not_the_machine():
+    """A user with memory enough would set smaller shards, again and again, in place of lifting `ulimit -v`."""
+    code = (
+        "import resource; from memserve.process import _explain; from memserve.kernels.arena import Arena\n"
+        "words = open('/proc/self/statm').read().split(); used = int(words[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20),) * 2)\n"
+        "try: Arena.create('s0.1', 1 << 17, 1 << 10)\n"
+        "except Exception as error: raise SystemExit(_explain(error))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert "MiB of addresses (ulimit -v)" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_weights_are_given_up_with_the_supervisor(tmp_path):

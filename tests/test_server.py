@@ -43,6 +43,12 @@ def head(length, extra=""):
     return f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n{extra}\r\n".encode()
 
 
+WEBSOCKET = (
+    b"GET /v1/models HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+)
+
+
 async def test_bodies_are_limited_in_size_time_and_framing():
     """One client could fill the Frontend's memory, hold its connections, or smuggle requests past a proxy."""
     service = FakeService(lambda _r: says("x"))
@@ -60,6 +66,25 @@ async def test_bodies_are_limited_in_size_time_and_framing():
     assert both.startswith(b"HTTP/1.1 400 ")
     assert b"invalid_framing" in both
     assert fine.startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (b"gibberish\r\n\r\n", 400),
+        (b"GET /health HTTP/1.1\r\n\r\n", 400),
+        (b"GET /health HTTP/1.1\r\nHost: x\r\nbad header\r\n\r\n", 400),
+        (b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"x" * (200 << 10) + b"\r\n\r\n", 431),
+        (WEBSOCKET, 403),
+    ],
+)
+async def test_what_never_becomes_a_request_has_a_status_alone(sent, status):
+    """docs/api.md tells clients where no JSON is to be expected: they would fail on parsing it."""
+    async with served(FakeService(lambda _r: says("x"))) as url:
+        answer = await raw(url, sent)
+    line, _, body = answer.partition(b"\r\n\r\n")
+    assert line.startswith(b"HTTP/1.1 %d " % status)
+    assert body == b""
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -151,7 +176,7 @@ async def test_shutdown_does_not_wait_for_idle_connections(stream):
 
 async def test_a_client_that_stops_reading_cannot_keep_the_server_from_ending(monkeypatch):
     """One suspended curl would make Ctrl-C hang for good: the server's writes cannot be cancelled."""
-    monkeypatch.setattr("memserve.api.server.SILENT_CLIENT_S", 1)
+    monkeypatch.setattr("memserve.api.listening.SILENT_CLIENT_S", 1)
     flood = [step for _ in range(300) for step in (Chunk(tuple(range(300, 5300))), 0.0)]
     service = FakeService(lambda _r: [*flood, 600.0])
     body = json.dumps({"prompt": "x", "stream": True, "return_token_ids": True}).encode()

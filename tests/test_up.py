@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -211,6 +212,23 @@ def test_a_second_up_says_so(demo: Cluster) -> None:
     assert "already runs" in second.stderr
     assert str(demo.process.pid) in second.stderr
     assert demo.url in second.stderr
+
+
+@pytest.mark.parametrize("frontends", [1, 2])
+def test_a_taken_port_is_told_before_anything_starts(tmp_path: Path, frontends: int) -> None:
+    """A model would be loaded first, for a minute; and two clusters whose Frontends share ports would share their clients."""
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        settings = (f"frontend.port={port}", f"frontend.count={frontends}")
+        done = subprocess.run(
+            command("demo.toml", tmp_path, *settings), capture_output=True, text=True, timeout=60
+        )
+    assert done.returncode == 2
+    assert f"frontend.port: {port} on 127.0.0.1 is in use already" in done.stderr
+    assert done.stdout == ""
 
 
 @pytest.mark.parametrize("whole_group", [False, True])

@@ -6,7 +6,7 @@ import attrs
 import pytest
 
 from memserve.messages import ActorId, Cluster, Member
-from memserve.scheduling.view import MISSED_S, SILENT_S, ClusterView, Health
+from memserve.scheduling.view import MISSED_S, RECOVERING_S, SILENT_S, ClusterView, Health
 
 GS = ActorId("scheduler-0.1")
 ME = Member(ActorId("frontend-0.1"), "Frontend", "e", 1, "ready")
@@ -131,3 +131,43 @@ def test_two_schedulers_make_one_view_and_an_old_one_is_forgotten() -> None:
     assert view.health(ME, {}, 0.0) == Health("ok")
     assert view.heard(Cluster(ActorId("scheduler-0.2"), (SHARD,)), 0.1) == [GS]
     assert {one.id for one in view.members()} == {SHARD.id, D0.id}
+
+
+ANEW = Health("degraded", "a scheduler that has just started is hearing from everyone anew")
+GS2 = ActorId("scheduler-0.2")
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_a_scheduler_s_successor_that_knows_nobody_yet_takes_nobody_away(told: bool) -> None:
+    """A load balancer would take a cluster out that goes on serving, each time that its scheduler restarts."""
+    view = seen(*WHOLE)
+    if told:
+        view.gone((GS,), 1.0)
+        assert view.health(ME, {}, 1.0) == attrs.evolve(ANEW, reason=f"scheduler-0 is gone; {ANEW.reason}")
+    view.heard(Cluster(GS2, (attrs.evolve(SCHEDULER, id=GS2),)), 1.0)
+    assert view.health(ME, {}, 1.0 + RECOVERING_S - 0.1) == ANEW
+    assert view.health(ME, {}, 1.0 + RECOVERING_S) == Health("unavailable", "no MemPoolShard is ready")
+    view.heard(Cluster(GS2, (SHARD, P0, D0)), 3.0)
+    assert view.health(ME, {}, 3.0) == Health("ok")
+
+
+def test_who_died_beside_the_scheduler_is_not_there() -> None:
+    """What the old scheduler had said would hide for two seconds that nothing can be served."""
+    view = seen(*WHOLE)
+    view.heard(Cluster(GS2, ()), 1.0)
+    down = {"s0": "was killed by SIGKILL and is being restarted"}
+    assert view.health(ME, down, 1.0).status == "unavailable"
+    starting = member("s0.2", "MemPoolShard", state="starting")
+    view.heard(Cluster(GS2, (starting,)), 1.1)
+    assert view.health(ME, {}, 1.1) == Health("unavailable", "no MemPoolShard is ready; s0 is starting")
+    view.gone((SHARD.id,), 1.2)
+    view.heard(Cluster(ActorId("scheduler-0.3"), ()), 1.2)
+    assert view.health(ME, {}, 1.2).reason.startswith("no MemPoolShard is ready")
+
+
+def test_a_scheduler_that_restarts_twice_takes_nobody_away_either() -> None:
+    """The second successor would count as if the first, which had heard from nobody yet, had known that nobody is there."""
+    view = seen(*WHOLE)
+    view.heard(Cluster(GS2, ()), 1.0)
+    view.heard(Cluster(ActorId("scheduler-0.3"), ()), 2.0)
+    assert view.health(ME, {}, 2.5) == ANEW

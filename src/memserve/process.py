@@ -30,6 +30,7 @@ import trio
 from memserve import observe
 from memserve.config import Resolved
 from memserve.errors import UserError
+from memserve.kernels.memory import shortage
 from memserve.lifecycle import (
     STATUS_CRASHED,
     STATUS_DRAINED,
@@ -216,6 +217,10 @@ def _once(leave: Callable[[], None]) -> Callable[[], None]:
 def _explain(error: BaseException) -> int:
     """Say why the actor failed, on stderr for the supervisor and in its log; the exit status."""
     causes = list(leaves(error))
+    if wants := [want for cause in causes if (want := shortage(cause))]:
+        log.critical("too little memory", exc_info=error)
+        print(wants[0], file=sys.stderr)
+        return STATUS_USER_ERROR
     text = "\n".join(dict.fromkeys(map(str, causes)))
     if all(isinstance(cause, UserError) for cause in causes):
         log.error("actor cannot run", reason=text)
@@ -262,8 +267,10 @@ def prepare_weights(path: str, stored: str, dtype: str, on_gpus: str = "") -> in
         compiling.start()  # beside the conversion: each takes seconds on one core
     try:
         ready_model(path, read_spec(path), stored, dtype, on_gpus=bool(on_gpus))
-    except UserError as error:
-        print(error, file=sys.stderr)
+    except Exception as error:
+        if not (text := shortage(error) or (isinstance(error, UserError) and str(error))):
+            raise
+        print(text, file=sys.stderr)
         return STATUS_USER_ERROR
     return 0
 

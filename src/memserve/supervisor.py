@@ -20,6 +20,7 @@ import structlog
 import trio
 
 from memserve import observe
+from memserve.api.listening import check_port
 from memserve.child import OUTPUT_TAIL_BYTES, Child, Launch, all_gone
 from memserve.config import Resolved
 from memserve.configfile import load
@@ -306,12 +307,15 @@ PREPARE = "import sys; from memserve.process import prepare_weights; sys.exit(pr
 def up(config_path: str, overrides: Sequence[str] = ()) -> int:
     """Run the cluster of a configuration until it is stopped; the exit status.
 
-    Raises UserError for a wrong configuration, a place that is taken, or an actor that cannot start because of
+    Raises UserError for a wrong configuration, a place or a port that is taken, or an actor that cannot start because of
     something the user can change.
     """
     settings = load(config_path, overrides)
     place = Place.claim(Path(settings.logging.dir))
     try:
+        check_port(
+            settings.frontend.host, settings.frontend.port
+        )  # a Frontend would find out after the others' start
         resolved = resolve(settings)
         supervise(Supervisor(resolved, Launch(place), prepare_argv=prepare_argv(resolved)))
     except KeyboardInterrupt:  # before trio took over the signals: nothing has been started

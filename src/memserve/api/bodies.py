@@ -29,7 +29,6 @@ REFUSED: dict[str, tuple[object, ...]] = {
     "allowed_token_ids": (),
     "audio": (),
     "bad_words": ([],),
-    "best_of": (1,),
     "chat_template": (),
     "continue_final_message": (False,),
     "documents": ([],),
@@ -84,6 +83,8 @@ class _Body:
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[int, Meta(ge=1, le=CHOICES_MAX)] | None = None
+    best_of: int | None = None
+    """Passes where it asks for nothing: equal to ``n``."""
     max_tokens: Count | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
@@ -181,6 +182,7 @@ def read_body(data: bytes, kind: type[Body]) -> Body:
     if isinstance(body, ChatBody):
         _check_template_arguments(body.chat_template_kwargs or {})
     _check_logprobs(body)
+    _check_best_of(body)
     try:
         check_stops(body.stops)
     except ValueError as error:
@@ -190,6 +192,12 @@ def read_body(data: bytes, kind: type[Body]) -> Body:
             "stream_options: only allowed when stream is true", "stream_options", code="invalid_value"
         )
     return body
+
+
+def _check_best_of(body: CompletionBody | ChatBody) -> None:
+    if body.best_of not in (None, body.n or 1):
+        rule = f"no more answers are generated than n = {body.n or 1}, got {body.best_of}; leave it out"
+        raise ApiError(f"best_of: {rule}", "best_of", code="unsupported_parameter")
 
 
 def _check_logprobs(body: CompletionBody | ChatBody) -> None:
@@ -202,6 +210,8 @@ def _check_logprobs(body: CompletionBody | ChatBody) -> None:
 
 
 def _read_json(data: bytes) -> dict[str, Any]:
+    if not data.strip():
+        raise ApiError("The body is empty; it must be a JSON object", code="invalid_json")
     try:
         raw = msgspec.json.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -209,6 +219,14 @@ def _read_json(data: bytes) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ApiError("The body must be a JSON object", code="invalid_json")
     return raw
+
+
+def _check_best_of(body: _Body) -> None:
+    if body.best_of not in (None, body.n or 1):
+        message = (
+            f"best_of: no more answers are generated than n = {body.n or 1}, got {body.best_of}; leave it out"
+        )
+        raise ApiError(message, "best_of", code="unsupported_parameter")
 
 
 def _check_template_arguments(given: dict[str, Scalar]) -> None:

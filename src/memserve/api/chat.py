@@ -8,7 +8,8 @@ So harmless messages get exactly the tokens they would get anyway, and control t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -16,6 +17,7 @@ import attrs
 import jinja2
 import msgspec
 from jinja2.ext import loopcontrols
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from memserve.api.bodies import ChatMessage, Scalar
@@ -31,8 +33,16 @@ CHATML = (
 )
 """For models that bring no template."""
 
+_REFUSALS = (jinja2.TemplateError, ArithmeticError, TypeError, ValueError, LookupError, RecursionError)
+"""What rendering raises over what a client sent."""
 _MARKS = range(0xF0000, 0xFFFFE)
 """Private-use characters: one of them that no message holds is a request's mark."""
+
+CHARACTERS_MAX = 32 << 20
+"""Of a rendered prompt: no context takes as many, and a template may write more than a body of 8 MiB holds."""
+POWER_MAX = 64
+_WIDE = re.compile(r"\*|\d{5}")
+"""In a text before ``%``: a width that is given beside it, or a great one."""
 
 
 def _raise(message: str) -> NoReturn:
@@ -48,11 +58,31 @@ def _to_json(value: Any, indent: int | None = None, **_ignored: Any) -> str:
     return (msgspec.json.format(text, indent=indent) if indent else text).decode()
 
 
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Bounds what one operator can make of a client's number: jinja2 bounds ranges alone."""
+
+    intercepted_binops = frozenset(("*", "**", "%"))
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        """``left operator right``. Raises TemplateError where the result could be larger than a prompt may be."""
+        if _could_be_huge(operator, left, right):
+            raise jinja2.TemplateError(f"{operator} would make too large a value")
+        return super().call_binop(context, operator, left, right)
+
+
+def _could_be_huge(operator: str, left: Any, right: Any) -> bool:
+    if operator == "**":
+        return isinstance(right, int) and abs(right) > POWER_MAX
+    if operator == "%":
+        return isinstance(left, str) and bool(_WIDE.search(left))
+    if isinstance(left, int) and isinstance(right, Sized):
+        left, right = right, left
+    return isinstance(left, Sized) and isinstance(right, int) and len(left) * right > CHARACTERS_MAX
+
+
 def _environment() -> ImmutableSandboxedEnvironment:
     """What templates are written for: the settings and helpers of transformers' apply_chat_template."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-    )
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     environment.filters["tojson"] = _to_json
     environment.globals.update(raise_exception=_raise, strftime_now=_now)
     return environment
@@ -88,22 +118,33 @@ class ChatTemplate:
         disarm: Callable[[str], str] = lambda text: self.tokenizer.disarm(text, mark)  # noqa: E731
         variables = [_variables(message, disarm) for message in messages]
         given = {name: disarm(value) if isinstance(value, str) else value for name, value in given.items()}
+        known = {"messages": variables, "add_generation_prompt": True, **self.names}
         try:
-            # As one dict: a client's "self" is a variable like any other.
-            text = self.template.render(
-                {**given, "messages": variables, "add_generation_prompt": True, **self.names}
-            )
-        except (
-            jinja2.TemplateError,
-            ArithmeticError,
-            TypeError,
-            ValueError,
-            LookupError,
-            RecursionError,
-        ) as error:
-            message = f"messages: the model's chat template refuses them: {error}"
-            raise ApiError(message, "messages", code="invalid_value") from error
+            text = self._written(given | known)
+        except _REFUSALS as error:
+            field = "chat_template_kwargs" if given and self._takes(known) else "messages"
+            message = f"{field}: the model's chat template refuses them: {error}"
+            raise ApiError(message, field, code="invalid_value") from error
         return Rendered(text, mark)
+
+    def _written(self, variables: dict[str, Any]) -> str:
+        pieces, left = [], CHARACTERS_MAX
+        for piece in self.template.generate(
+            variables
+        ):  # as one dict: a client's "self" is a variable like any other
+            left -= len(piece)
+            if left < 0:
+                raise jinja2.TemplateError(f"it writes more than {CHARACTERS_MAX} characters")
+            pieces.append(piece)
+        return "".join(pieces)
+
+    def _takes(self, variables: dict[str, Any]) -> bool:
+        """Whether it would write a prompt of these."""
+        try:
+            self._written(variables)
+        except _REFUSALS:
+            return False
+        return True
 
     def encode(self, rendered: Rendered, scope: str) -> list[int]:
         """The prompt's tokens, with BOS where the model wants one and the template has not written it.

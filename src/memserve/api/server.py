@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import socket
 from typing import Any
 
@@ -15,14 +14,10 @@ from anyio.abc import SocketAttribute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from memserve.api.direct import DIRECT, DirectWriter
-from memserve.errors import UserError
+from memserve.api.listening import BACKLOG, listen
 
-BACKLOG = 1024
 KEEP_ALIVE_S = 30.0
 """Longer than the 5 s that clients keep an idle connection: the client closes first, and no request meets that."""
-SILENT_CLIENT_S = 30
-"""A client that takes nothing for so long is cut off. anycorn shields its writes from cancellation, so without
-this, one client that stops reading would keep the server from ever ending."""
 
 
 async def serve_http(
@@ -39,7 +34,7 @@ async def serve_http(
 
     ``reuse_port`` lets several processes share the port. Raises UserError when the address cannot be bound.
     """
-    listener = _bind(host, port, reuse_port)
+    listener = listen(host, port, reuse_port)
     bound: int = listener.getsockname()[1]
     config = anycorn.Config()
     # anycorn owns the descriptor from here on, and closes it.
@@ -104,46 +99,3 @@ class _Started:
 
     def started(self, _urls: list[str] | None = None) -> None:
         self.task_status.started(self.port)
-
-
-def _bind(host: str, port: int, reuse_port: bool) -> socket.socket:
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except socket.gaierror as error:
-        raise UserError(f"frontend.host: {host!r} cannot be resolved: {error.strerror}") from error
-    listener = socket.socket(family, kind)
-    try:
-        _set_options(listener, reuse_port)
-        listener.bind(address)
-        # Not before listen() does a second process without SO_REUSEPORT see that the port is taken.
-        listener.listen(BACKLOG)
-    except OSError as error:
-        listener.close()
-        raise _bind_error(host, port, error) from error
-    return listener
-
-
-def _set_options(listener: socket.socket, reuse_port: bool) -> None:
-    """On Linux, accepted connections inherit all of these."""
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if reuse_port:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in (
-        ("TCP_KEEPIDLE", SILENT_CLIENT_S),
-        ("TCP_KEEPINTVL", 10),
-        ("TCP_KEEPCNT", 3),
-        ("TCP_USER_TIMEOUT", SILENT_CLIENT_S * 1000),
-    ):
-        if hasattr(socket, option):
-            listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-
-
-def _bind_error(host: str, port: int, error: OSError) -> UserError:
-    if error.errno == errno.EADDRINUSE:
-        remedy = "stop who uses it, or set another (0 takes a free one)"
-        return UserError(f"frontend.port: {port} on {host} is in use already; {remedy}")
-    if error.errno == errno.EACCES:
-        return UserError(f"frontend.port: {port} needs privileges this process lacks; set one above 1023")
-    return UserError(f"frontend.host: cannot listen on {host!r}: {error.strerror}")

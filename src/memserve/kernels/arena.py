@@ -27,6 +27,7 @@ import trio
 
 from memserve.errors import PeerError, PeerUnreachable, UserError
 from memserve.kernels.mapping import Mapping, map_shared
+from memserve.kernels.memory import memory_available, too_few_addresses
 from memserve.messages import ActorId
 
 MAGIC = b"MEMSARNA"
@@ -140,35 +141,9 @@ def check_memory(shard: ActorId, size: int) -> None:
         raise _too_little(shard, size, available)
 
 
-def memory_available() -> int:
-    """Bytes that can be allocated now without swapping, by the machine's and the control groups' accounts."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    machine = int(fields["MemAvailable"].split()[0]) * 1024
-    return min([machine, *_cgroup_rooms()])
-
-
-def _cgroup_rooms(
-    membership: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
-) -> Iterator[int]:
-    """Bytes left in each control group (v2) that limits this process; droppable page cache counts as left."""
-    paths = [line[3:] for line in membership.read_text().splitlines() if line.startswith("0::")]
-    if not paths:
-        return
-    group = root / paths[0].lstrip("/")
-    for level in [group, *group.parents]:
-        try:
-            limit = (level / "memory.max").read_text().strip()
-            if limit != "max":
-                used = int((level / "memory.current").read_text())
-                counts = dict(line.split() for line in (level / "memory.stat").read_text().splitlines())
-                yield max(int(limit) - used + int(counts.get("inactive_file", 0)), 0)
-        except OSError:
-            pass  # the root group has no limit files, and a container may hide some
-        if level == root:
-            return
-
-
 def _too_little(shard: ActorId, size: int, available: int) -> UserError:
+    if size + _HEADROOM_BYTES <= available and (limited := too_few_addresses()):
+        return UserError(limited)
     return UserError(
         f"[[shard]] memory of {shard.rpartition('.')[0]!r} is too much for this machine: the arena needs "
         f"{size >> 20} MiB, {available >> 20} MiB are available, and {_HEADROOM_BYTES >> 20} MiB stay free. "

@@ -13,6 +13,8 @@ MISSED_S = 60.0
 """Who died and has no successor is missed for so long, unless a supervisor goes on naming it: a joined worker may have left."""
 SILENT_S = 3.0
 """A scheduler sends its view each second; after so long without one, none is taken for there."""
+RECOVERING_S = 2.0
+"""So long a scheduler's successor may not have heard from those whom it knew, and they count as there: heartbeats come each second."""
 
 
 @attrs.frozen
@@ -39,6 +41,9 @@ class ClusterView:
     """When a scheduler was heard of last."""
     _missed: dict[str, float] = attrs.field(factory=dict)
     """When actors died that have no successor yet that is ready, by name."""
+    _former: dict[ActorId, Member] = attrs.field(factory=dict)
+    """What a scheduler that ended had said: its successor begins with nobody, while everyone goes on serving."""
+    _former_until: float = 0.0
 
     def members(self) -> list[Member]:
         """Everyone alive."""
@@ -52,7 +57,7 @@ class ClusterView:
         name = actor_name(view.scheduler)
         earlier = [one for one in self._seen if actor_name(one) == name and one != view.scheduler]
         for one in earlier:
-            del self._seen[one]
+            self._forget(one, now)
         self._seen[view.scheduler] = {one.id: one for one in view.members}
         self._heard_at = now
         for member in view.members:
@@ -65,8 +70,8 @@ class ClusterView:
         self._missed = {name: at for name, at in self._missed.items() if now < at + MISSED_S}
         known = {one.id: one for one in self.members()}
         for actor in actors:
-            self._seen.pop(actor, None)
-        for view in self._seen.values():
+            self._forget(actor, now)
+        for view in (*self._seen.values(), self._former):
             for actor in actors:
                 view.pop(actor, None)
         alive = {actor_name(one.id) for one in self.members() if one.state == "ready"}
@@ -75,17 +80,31 @@ class ClusterView:
             if was is not None and was.state != "draining" and actor_name(actor) not in alive:
                 self._missed.setdefault(actor_name(actor), now)
 
+    def _forget(self, scheduler: ActorId, now: float) -> None:
+        """This one, if it is a scheduler, says nothing any more; who was there by its word still is, for a while."""
+        if scheduler in self._seen:
+            before = self._former if now < self._former_until else {}
+            self._former, self._former_until = before | self._seen.pop(scheduler), now + RECOVERING_S
+
     def health(self, me: Member, down: Mapping[str, str], now: float) -> Health:
         """Whether Frontend ``me`` could serve a request now. ``down``: what its supervisor says of actors that do not live."""
         if me.state != "ready":
             return Health("unavailable", f"{actor_name(me.id)} is {me.state}")
-        silent = _silence(self._heard_at, now)
         members = [one for one in self.members() if actor_name(one.id) not in down]
         missing = self._missing(members, down, now)
+        silent = _silence(self._heard_at, now)
         lacking = silent or _lacking(members)
-        if lacking:
+        if lacking and not silent and not _lacking(members + self._unheard(members, down, now)):
+            missing.append("a scheduler that has just started is hearing from everyone anew")
+        elif lacking:
             return Health("unavailable", "; ".join((lacking, *missing)))
         return Health("degraded", "; ".join(missing)) if missing else Health("ok")
+
+    def _unheard(self, members: list[Member], down: Mapping[str, str], now: float) -> list[Member]:
+        """Who was there by the word of a scheduler that ended just now, and has nobody of its name among ``members``."""
+        known = {*down, *(actor_name(one.id) for one in members)}
+        former = self._former.values() if now < self._former_until else ()
+        return [one for one in former if actor_name(one.id) not in known]
 
     def _missing(self, members: list[Member], down: Mapping[str, str], now: float) -> list[str]:
         starting = dict.fromkeys(actor_name(one.id) for one in members if one.state == "starting")
