@@ -194,12 +194,6 @@ def read_body(data: bytes, kind: type[Body]) -> Body:
     return body
 
 
-def _check_best_of(body: CompletionBody | ChatBody) -> None:
-    if body.best_of not in (None, body.n or 1):
-        rule = f"no more answers are generated than n = {body.n or 1}, got {body.best_of}; leave it out"
-        raise ApiError(f"best_of: {rule}", "best_of", code="unsupported_parameter")
-
-
 def _check_logprobs(body: CompletionBody | ChatBody) -> None:
     if isinstance(body, ChatBody) and body.top_logprobs and not body.logprobs:
         message = "top_logprobs: only allowed when logprobs is true"
