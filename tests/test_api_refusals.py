@@ -77,6 +77,7 @@ BAD = [
     ({"prompt": "x", "stop_token_ids": [49152]}, "stop_token_ids[0]", "from 0 to 49151, got 49152"),
     ({"prompt": "x", "stream_options": {}}, "stream_options", "only allowed when stream is true"),
     ({"prompt": "x", "logprobs": 1}, "logprobs", "logprobs is not supported"),
+    ({"prompt": "x", "continue_final_message": True}, "continue_final_message", "not supported"),
     ({"prompt": "x", "suffix": "y"}, "suffix", "suffix is not supported"),
 ]  # fmt: skip
 
@@ -93,7 +94,8 @@ BAD_CHATS = [
     ({"messages": HI, "response_format": {"type": "json_object"}}, "response_format", "not supported"),
     ({"messages": HI, "logprobs": True}, "logprobs", "not supported"),
     ({"messages": HI, "guided_choice": ["yes", "no"]}, "guided_choice", "not supported"),
-    ({"messages": HI, "add_generation_prompt": False}, "add_generation_prompt", "not supported"),
+    ({"messages": HI, "add_generation_prompt": True, "continue_final_message": True}, "continue_final_message", "not together"),
+    ({"messages": HI, "add_generation_prompt": "no"}, "add_generation_prompt", "expected bool"),
     ({"messages": HI, "truncate_prompt_tokens": 5}, "truncate_prompt_tokens", "not supported"),
     ({"messages": HI, "max_completion_tokens": 9000}, "max_completion_tokens", "9000 asked for"),
     ({"messages": [{"role": "user", "content": "x y " * 5000}]}, "messages", "must hold it"),
