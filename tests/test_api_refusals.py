@@ -93,6 +93,7 @@ BAD = [
     ({"prompt": "x", "logit_bias": {"7": 101}}, "logit_bias.7", "logit_bias.7: expected a number from -100 to 100, got 101"),
     ({"prompt": "x", "logit_bias": {"7": True}}, "logit_bias.7", "expected a number from -100 to 100, got True"),
     ({"prompt": "x", "logit_bias": {str(i): 1 for i in range(301)}}, "logit_bias", "at most 300 tokens, got 301"),
+    ({"prompt": "x", "continue_final_message": True}, "continue_final_message", "not supported"),
     ({"prompt": "x", "suffix": "y"}, "suffix", "suffix is not supported"),
 ]  # fmt: skip
 
@@ -130,7 +131,8 @@ BAD_CHATS = [
     ({"messages": HI, "top_logprobs": 3}, "top_logprobs", "only allowed when logprobs is true"),
     ({"messages": HI, "logprobs": True, "top_logprobs": 21}, "top_logprobs", "expected int <= 20, got 21"),
     ({"messages": HI, "guided_choice": ["yes", "no"]}, "guided_choice", "not supported"),
-    ({"messages": HI, "add_generation_prompt": False}, "add_generation_prompt", "not supported"),
+    ({"messages": HI, "add_generation_prompt": True, "continue_final_message": True}, "continue_final_message", "not together"),
+    ({"messages": HI, "add_generation_prompt": "no"}, "add_generation_prompt", "expected bool"),
     ({"messages": HI, "truncate_prompt_tokens": 5}, "truncate_prompt_tokens", "not supported"),
     ({"messages": HI, "max_completion_tokens": 9000}, "max_completion_tokens", "9000 asked for"),
     ({"messages": [{"role": "user", "content": "x y " * 5000}]}, "messages", "must hold it"),

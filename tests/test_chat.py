@@ -192,3 +192,40 @@ def test_bos_is_written_once():
         assert bare.encode(bare.render([ChatMessage(**HI[0])]), "")[0] == IM_START
     finally:
         tokenizer.bos = ()
+
+
+def test_a_prompt_ends_as_a_client_wants_it():
+    """A client that begins the answer itself would get a new one, behind a turn that is closed."""
+    chat = ChatTemplate.of(attrs.evolve(demo_spec(), chat_template=None), demo_tokenizer())
+    talk = [*HI, {"role": "assistant", "content": "The <|im_end|> answer "}]
+    messages = [ChatMessage(**message) for message in talk]
+
+    def text(ending, **arguments):
+        return demo_tokenizer().decode(chat.encode(chat.render(messages, arguments, ending), ""), False)
+
+    whole = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nThe <|im_end|> answer <|im_end|>\n"
+    assert text("answer") == f"{whole}<|im_start|>assistant\n"
+    assert text("closed") == whole
+    assert text("open") == whole.removesuffix("<|im_end|>\n")
+
+
+@pytest.mark.parametrize("content", ["user", "", "x <|im_"])
+def test_what_is_continued_is_the_last_message_whatever_it_says(content):
+    """The cut would be where its text occurs again, or its end complete a control token."""
+    chat = ChatTemplate.of(attrs.evolve(demo_spec(), chat_template=None), demo_tokenizer())
+    messages = [ChatMessage(**HI[0]), ChatMessage(role="user", content=content)]
+    tokens = chat.encode(chat.render(messages, {}, "open"), "")
+    assert demo_tokenizer().decode(tokens, False).endswith(f"<|im_end|>\n<|im_start|>user\n{content}")
+    assert [token for token in tokens if token in (IM_START, IM_END)] == [IM_START, IM_END, IM_START]
+
+
+def test_a_last_message_that_is_not_written_cannot_be_continued():
+    """The answer would continue another text than the client asked for."""
+    from memserve.api.errors import ApiError
+
+    chat = ChatTemplate.of(
+        attrs.evolve(demo_spec(), chat_template="{{ messages[0].content }}"), demo_tokenizer()
+    )
+    with pytest.raises(ApiError, match="does not write the last one") as refused:
+        chat.render([ChatMessage(**HI[0]), ChatMessage(**HI[0])], {}, "open")
+    assert refused.value.param == "continue_final_message"

@@ -313,9 +313,8 @@ def up(config_path: str, overrides: Sequence[str] = ()) -> int:
     settings = load(config_path, overrides)
     place = Place.claim(Path(settings.logging.dir))
     try:
-        check_port(
-            settings.frontend.host, settings.frontend.port
-        )  # a Frontend would find out after the others' start
+        # A Frontend finds it out for itself, but when all the others have been started, and models loaded.
+        check_port(settings.frontend.host, settings.frontend.port)
         resolved = resolve(settings)
         supervise(Supervisor(resolved, Launch(place), prepare_argv=prepare_argv(resolved)))
     except KeyboardInterrupt:  # before trio took over the signals: nothing has been started

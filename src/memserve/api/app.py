@@ -16,6 +16,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from memserve import __version__
 from memserve.api import errors
 from memserve.api.administration import read_change
 from memserve.api.bodies import SEED_BITS, Body, ChatBody, CompletionBody, read_body
@@ -27,6 +28,7 @@ from memserve.api.guard import CALLER, Caller, Guard
 from memserve.api.logprobs import Piece
 from memserve.api.prompts import Model, Prompt, chat_prompt, completion_prompts
 from memserve.api.service import ApiSettings, Service
+from memserve.api.tokenizing import detokenized, read_detokenize, read_tokenize, tokenized
 from memserve.api.urgency import TTFT_HEADER, with_urgency
 from memserve.api.wire import ChatWire, CompletionWire, Wire
 from memserve.engine.spec import ModelSpec
@@ -43,8 +45,11 @@ def build_app(service: Service, tokenizer: Tokenizer, spec: ModelSpec, settings:
         routes=[
             Route("/v1/completions", api.completions, methods=["POST"]),
             Route("/v1/chat/completions", api.chat, methods=["POST"]),
+            Route("/tokenize", api.tokenize, methods=["POST"]),
+            Route("/detokenize", api.detokenize, methods=["POST"]),
             Route("/v1/models", api.models),
             Route("/v1/models/{model:path}", api.model),
+            Route("/version", api.version),
             Route("/health", api.health),
             Route("/metrics", api.metrics),
             Route("/cluster", api.cluster),
@@ -92,6 +97,23 @@ class Api:
         wire = ChatWire(prompt, bool(body.return_token_ids), self._piece(body))
         return self._generate(request, body, [prompt], wire)
 
+    async def tokenize(self, request: Request) -> Response:
+        """POST /tokenize."""
+        body = read_tokenize(await request.body())
+        self._check_model(body.model)
+        caller: Caller = request.scope[CALLER]
+        return _json(await tokenized(body, self.served, caller.cache_scope))
+
+    async def detokenize(self, request: Request) -> Response:
+        """POST /detokenize."""
+        body = read_detokenize(await request.body())
+        self._check_model(body.model)
+        return _json(detokenized(body, self.served))
+
+    async def version(self, _request: Request) -> Response:
+        """GET /version."""
+        return _json({"version": __version__})
+
     async def models(self, _request: Request) -> Response:
         """GET /v1/models."""
         return _json({"object": "list", "data": [self._model_card()]})
@@ -130,17 +152,16 @@ class Api:
 
     async def _body(self, request: Request, kind: type[Body]) -> Body:
         body = read_body(await request.body(), kind)
-        if body.model is not None:
-            self._check_model(body.model)
+        self._check_model(body.model)
         return body
 
     def _piece(self, body: CompletionBody | ChatBody) -> Piece | None:
         """How tokens are shown beside their log probabilities, where those are asked for."""
         return None if body.told is None else partial(self.served.tokenizer.piece, skip_special=False)
 
-    def _check_model(self, name: str) -> None:
+    def _check_model(self, name: str | None) -> None:
         served = self.served.settings.model
-        if name != served:
+        if name is not None and name != served:
             message = f"The model `{name[:100]}` does not exist; this server has `{served}`"
             raise ApiError(message, "model", 404, "model_not_found")
 

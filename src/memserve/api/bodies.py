@@ -25,12 +25,10 @@ SEED_BITS = 63
 PRIORITY_MAX = 100
 
 REFUSED: dict[str, tuple[object, ...]] = {
-    "add_generation_prompt": (True,),
     "allowed_token_ids": (),
     "audio": (),
     "bad_words": ([],),
     "chat_template": (),
-    "continue_final_message": (False,),
     "documents": ([],),
     "function_call": ("none",),
     "functions": ([],),
@@ -52,7 +50,12 @@ REFUSED: dict[str, tuple[object, ...]] = {
 }
 """Fields that are not served, with the values that ask for nothing and pass (null always does)."""
 
-CHATS_ALONE: dict[str, tuple[object, ...]] = {"chat_template_kwargs": ({},), "top_logprobs": (0,)}
+CHATS_ALONE: dict[str, tuple[object, ...]] = {
+    "add_generation_prompt": (True,),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "top_logprobs": (0,),
+}
 """The same of fields that are served for chats alone."""
 _SOMEWHERE_REFUSED = REFUSED | CHATS_ALONE
 TEMPLATE_ARGUMENTS_MAX = 32
@@ -65,6 +68,8 @@ Scalar = str | int | float | bool | None
 ROLES = ("system", "developer", "user", "assistant")
 """Who may speak in a chat. A fixed set, because templates write roles among their control tokens."""
 
+Ending = Literal["answer", "closed", "open"]
+"""Of a chat's prompt: with the head of the answer's message; behind the last message; or within it, to be continued."""
 Count = Annotated[int, Meta(ge=1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 COMPLETION_LOGPROBS_MAX = 5
@@ -151,14 +156,29 @@ class ChatMessage:
         return "\n".join(part.text for part in self.content)
 
 
-@attrs.frozen(kw_only=True)
-class ChatBody(_Body):
-    """POST /v1/chat/completions."""
+@attrs.frozen(kw_only=True, slots=False)  # of several bases, one can have slots
+class Conversation:
+    """What makes the prompt of a chat."""
 
     messages: Annotated[tuple[ChatMessage, ...], Meta(min_length=1)]
-    max_completion_tokens: Count | None = None
     chat_template_kwargs: dict[str, Scalar] | None = None
     """What the model's template knows beside messages, such as Qwen3's ``enable_thinking``."""
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+
+    @property
+    def ending(self) -> Ending:
+        """How the prompt ends."""
+        if self.continue_final_message:
+            return "open"
+        return "closed" if self.add_generation_prompt is False else "answer"
+
+
+@attrs.frozen(kw_only=True)
+class ChatBody(Conversation, _Body):
+    """POST /v1/chat/completions."""
+
+    max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=LOGPROBS_MAX)] | None = None
 
@@ -169,10 +189,12 @@ class ChatBody(_Body):
 
 
 Body = TypeVar("Body", CompletionBody, ChatBody)
+Fields = TypeVar("Fields", bound=attrs.AttrsInstance)
 
 
 def read_body(data: bytes, kind: type[Body]) -> Body:
     """The body in ``data``. Raises ApiError (400) that names the field, the rule and the value."""
+<<<<<<< HEAD
     raw = _read_json(data)
     _refuse(raw, attrs.fields_dict(kind))
     try:
@@ -182,6 +204,9 @@ def read_body(data: bytes, kind: type[Body]) -> Body:
     if isinstance(body, ChatBody):
         _check_template_arguments(body.chat_template_kwargs or {})
     _check_logprobs(body)
+=======
+    body = read_fields(read_object(data), kind)
+>>>>>>> robust
     _check_best_of(body)
     try:
         check_stops(body.stops)
@@ -194,6 +219,7 @@ def read_body(data: bytes, kind: type[Body]) -> Body:
     return body
 
 
+<<<<<<< HEAD
 def _check_logprobs(body: CompletionBody | ChatBody) -> None:
     if isinstance(body, ChatBody) and body.top_logprobs and not body.logprobs:
         message = "top_logprobs: only allowed when logprobs is true"
@@ -204,6 +230,22 @@ def _check_logprobs(body: CompletionBody | ChatBody) -> None:
 
 
 def _read_json(data: bytes) -> dict[str, Any]:
+=======
+def read_fields(raw: dict[str, Any], kind: type[Fields]) -> Fields:
+    """``raw`` as a body, each field by its own rule. Raises ApiError (400)."""
+    _refuse(raw, attrs.fields_dict(kind))
+    try:
+        body = msgspec.convert(raw, kind)
+    except msgspec.ValidationError as error:
+        raise _invalid(raw, str(error)) from error
+    if isinstance(body, Conversation):
+        _check_conversation(body)
+    return body
+
+
+def read_object(data: bytes) -> dict[str, Any]:
+    """The JSON object in ``data``. Raises ApiError (400)."""
+>>>>>>> robust
     if not data.strip():
         raise ApiError("The body is empty; it must be a JSON object", code="invalid_json")
     try:
@@ -221,6 +263,13 @@ def _check_best_of(body: _Body) -> None:
             f"best_of: no more answers are generated than n = {body.n or 1}, got {body.best_of}; leave it out"
         )
         raise ApiError(message, "best_of", code="unsupported_parameter")
+
+
+def _check_conversation(body: Conversation) -> None:
+    _check_template_arguments(body.chat_template_kwargs or {})
+    if body.continue_final_message and body.add_generation_prompt:
+        message = "continue_final_message: not together with add_generation_prompt; set one of them"
+        raise ApiError(message, "continue_final_message", code="invalid_value")
 
 
 def _check_template_arguments(given: dict[str, Scalar]) -> None:

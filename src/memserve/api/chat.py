@@ -20,7 +20,7 @@ from jinja2.ext import loopcontrols
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from memserve.api.bodies import ChatMessage, Scalar
+from memserve.api.bodies import ChatMessage, Ending, Scalar
 from memserve.api.errors import ApiError
 from memserve.engine.spec import ModelSpec
 from memserve.engine.tokenizer import Tokenizer
@@ -109,23 +109,33 @@ class ChatTemplate:
         return cls(template, tokenizer, names)
 
     def render(
-        self, messages: Sequence[ChatMessage], arguments: Mapping[str, Scalar] | None = None
+        self,
+        messages: Sequence[ChatMessage],
+        arguments: Mapping[str, Scalar] | None = None,
+        ending: Ending = "answer",
     ) -> Rendered:
         """The prompt's text. ``arguments``: of the template, from the client. Raises ApiError (400) when the template refuses."""
         given = dict(arguments or {})
         texts = [text for message in messages for text in (message.text, message.name or "")]
-        mark = _mark([*texts, *(value for value in given.values() if isinstance(value, str))])
+        texts += [value for value in given.values() if isinstance(value, str)]
+        mark = _mark(texts)
         disarm: Callable[[str], str] = lambda text: self.tokenizer.disarm(text, mark)  # noqa: E731
         variables = [_variables(message, disarm) for message in messages]
         given = {name: disarm(value) if isinstance(value, str) else value for name, value in given.items()}
-        known = {"messages": variables, "add_generation_prompt": True, **self.names}
+        tag = _mark([*texts, mark]) if ending == "open" else ""
+        variables[-1]["content"] += tag
+        known = {"messages": variables, "add_generation_prompt": ending == "answer", **self.names}
+        text = self._accepted(given, known)
+        return Rendered(_cut(text, tag) if tag else text, mark)
+
+    def _accepted(self, given: dict[str, Any], known: dict[str, Any]) -> str:
+        """What the template writes. Raises ApiError (400) that names whose fault it is that it does not."""
         try:
-            text = self._written(given | known)
+            return self._written(given | known)
         except _REFUSALS as error:
             field = "chat_template_kwargs" if given and self._takes(known) else "messages"
             message = f"{field}: the model's chat template refuses them: {error}"
             raise ApiError(message, field, code="invalid_value") from error
-        return Rendered(text, mark)
 
     def _written(self, variables: dict[str, Any]) -> str:
         pieces, left = [], CHARACTERS_MAX
@@ -171,6 +181,15 @@ def _variables(message: ChatMessage, disarm: Callable[[str], str]) -> dict[str, 
     if message.name is not None:
         variables["name"] = disarm(message.name)
     return variables
+
+
+def _cut(text: str, tag: str) -> str:
+    """``text`` up to where the last message ends, which ``tag`` was put behind."""
+    before, found, _ = text.rpartition(tag)
+    if not found:
+        message = "messages: the model's chat template does not write the last one, which is to be continued"
+        raise ApiError(message, "continue_final_message", code="invalid_value")
+    return before
 
 
 def _mark(texts: Iterable[str]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,7 +10,7 @@ import attrs
 import trio
 
 from memserve import tokens as packed
-from memserve.api.bodies import CHOICES_MAX, SEED_BITS, ChatBody, CompletionBody
+from memserve.api.bodies import CHOICES_MAX, SEED_BITS, ChatBody, CompletionBody, Conversation
 from memserve.api.chat import ChatTemplate
 from memserve.api.errors import ApiError
 from memserve.api.formats import grammar_of
@@ -63,9 +63,9 @@ async def completion_prompts(
     for index, item in enumerate(items):
         name = "prompt" if single else f"prompt[{index}]"
         if isinstance(item, str):
-            tokens = [*model.tokenizer.bos, *await _encode(item, name, model, scope)]
+            tokens = [*model.tokenizer.bos, *await text_tokens(item, name, model, scope)]
         else:
-            tokens = _token_ids(item, name, model.spec.vocab)
+            tokens = token_ids(item, name, model.spec.vocab)
         left = _left(tokens, name, model.settings.max_context)
         max_tokens = _answer(body.max_tokens, "max_tokens", left, COMPLETION_TOKENS, model)
         params = _params(body, model, max_tokens, draw, grammar)
@@ -75,17 +75,30 @@ async def completion_prompts(
 
 async def chat_prompt(body: ChatBody, model: Model, scope: str, draw: Callable[[], int]) -> Prompt:
     """The prompt of a chat of the tenant ``scope``. ``draw`` gives a seed where the body has none. Raises ApiError (400)."""
-    rendered = model.template.render(body.messages, body.chat_template_kwargs)
-    _not_hopeless(rendered.text, "messages", model)
-    if len(rendered.text) < LONG_TEXT:
-        tokens = model.template.encode(rendered, scope)
-    else:
-        tokens = await trio.to_thread.run_sync(model.template.encode, rendered, scope, limiter=model.encoders)
+    tokens = await chat_tokens(body, model, scope)
     left = _left(tokens, "messages", model.settings.max_context)
     name = "max_completion_tokens" if body.max_completion_tokens is not None else "max_tokens"
     asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     params = _params(body, model, _answer(asked, name, left, left, model), draw, await _grammar(body, model))
     return Prompt(tuple(tokens), params)
+
+
+async def chat_tokens(body: Conversation, model: Model, scope: str) -> list[int]:
+    """The conversation as the model's template writes it. Raises ApiError (400)."""
+    rendered = model.template.render(body.messages, body.chat_template_kwargs, body.ending)
+    _not_hopeless(rendered.text, "messages", model)
+    if len(rendered.text) < LONG_TEXT:
+        return model.template.encode(rendered, scope)
+    return await trio.to_thread.run_sync(model.template.encode, rendered, scope, limiter=model.encoders)
+
+
+async def text_tokens(text: str, name: str, model: Model, scope: str) -> list[int]:
+    """A text's tokens, without BOS; special tokens written in it count. Raises ApiError (400) that calls it ``name``."""
+    _not_hopeless(text, name, model)
+    encode = partial(model.tokenizer.encode, text, allow_special=True, scope=scope)
+    if len(text) < LONG_TEXT:
+        return encode()
+    return await trio.to_thread.run_sync(encode, limiter=model.encoders)
 
 
 def _items(prompt: Any) -> tuple[list[Any], bool]:
@@ -107,20 +120,17 @@ def _prompt_error(name: str) -> ApiError:
     return ApiError(f"{name}: {rule}", "prompt", code="invalid_value")
 
 
-def _token_ids(item: list[Any], name: str, vocabulary: int) -> list[int]:
+def token_ids(item: Sequence[Any], name: str, vocabulary: int) -> list[int]:
+    """``item``, once every one of it is a token id. Raises ApiError (400)."""
     for index, token in enumerate(item):
         if type(token) is not int or not 0 <= token < vocabulary:
             rule = f"expected a token id from 0 to {vocabulary - 1}"
-            raise ApiError(f"{name}[{index}]: {rule}, got {str(token)[:60]}", "prompt", code="invalid_value")
-    return item
-
-
-async def _encode(text: str, name: str, model: Model, scope: str) -> list[int]:
-    _not_hopeless(text, name, model)
-    encode = partial(model.tokenizer.encode, text, allow_special=True, scope=scope)
-    if len(text) < LONG_TEXT:
-        return encode()
-    return await trio.to_thread.run_sync(encode, limiter=model.encoders)
+            raise ApiError(
+                f"{name}[{index}]: {rule}, got {str(token)[:60]}",
+                name.partition("[")[0],
+                code="invalid_value",
+            )
+    return list(item)
 
 
 def _not_hopeless(text: str, name: str, model: Model) -> None:

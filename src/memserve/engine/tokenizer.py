@@ -133,6 +133,10 @@ class Tokenizer:
             piece = self._pieces[token] = self._piece(token)
         return piece
 
+    def written(self, token: int) -> str:
+        """``token`` as the vocabulary writes it: a blank may be ``\u0120`` there; empty for an id without a text."""
+        return self._built.id_to_token(token) or ""
+
     def _piece(self, token: int) -> bytes:
         if token in self._added:
             return self._added[token].content.encode()

@@ -7,16 +7,19 @@ import resource
 from collections.abc import Iterator
 from pathlib import Path
 
-_WORDS = ("Cannot allocate memory", "failed to map segment from shared object", "can't start new thread")
-"""How torch, the loader of shared objects and Python say it, in errors of no type of their own."""
+_WORDS = ("Cannot allocate memory", "failed to map segment from shared object")
+"""How torch and the loader of shared objects say it, in errors of no type of their own."""
+_NO_THREAD = "can't start new thread"
+"""A stack that found no place, or more threads than are allowed."""
 
 
 def shortage(error: BaseException) -> str:
     """What to tell the user, with a remedy, when ``error`` is a want of memory; empty when it is anything else."""
+    limited, text = too_few_addresses(), str(error)
     known = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
-    if not known and not any(words in str(error) for words in _WORDS):
+    if not known and not any(words in text for words in _WORDS) and not (limited and _NO_THREAD in text):
         return ""
-    return too_few_addresses() or (
+    return limited or (
         f"There is too little memory: {memory_available() >> 20} MiB are available on this machine. "
         "Set a smaller [[shard]] memory or fewer [[worker]]s, or stop something else."
     )
