@@ -194,19 +194,8 @@ Fields = TypeVar("Fields", bound=attrs.AttrsInstance)
 
 def read_body(data: bytes, kind: type[Body]) -> Body:
     """The body in ``data``. Raises ApiError (400) that names the field, the rule and the value."""
-<<<<<<< HEAD
-    raw = _read_json(data)
-    _refuse(raw, attrs.fields_dict(kind))
-    try:
-        body = msgspec.convert(raw, kind)
-    except msgspec.ValidationError as error:
-        raise _invalid(raw, str(error)) from error
-    if isinstance(body, ChatBody):
-        _check_template_arguments(body.chat_template_kwargs or {})
-    _check_logprobs(body)
-=======
     body = read_fields(read_object(data), kind)
->>>>>>> robust
+    _check_logprobs(body)
     _check_best_of(body)
     try:
         check_stops(body.stops)
@@ -219,7 +208,6 @@ def read_body(data: bytes, kind: type[Body]) -> Body:
     return body
 
 
-<<<<<<< HEAD
 def _check_logprobs(body: CompletionBody | ChatBody) -> None:
     if isinstance(body, ChatBody) and body.top_logprobs and not body.logprobs:
         message = "top_logprobs: only allowed when logprobs is true"
@@ -229,8 +217,6 @@ def _check_logprobs(body: CompletionBody | ChatBody) -> None:
         raise ApiError(message, "logprobs", code="invalid_value")
 
 
-def _read_json(data: bytes) -> dict[str, Any]:
-=======
 def read_fields(raw: dict[str, Any], kind: type[Fields]) -> Fields:
     """``raw`` as a body, each field by its own rule. Raises ApiError (400)."""
     _refuse(raw, attrs.fields_dict(kind))
@@ -245,7 +231,6 @@ def read_fields(raw: dict[str, Any], kind: type[Fields]) -> Fields:
 
 def read_object(data: bytes) -> dict[str, Any]:
     """The JSON object in ``data``. Raises ApiError (400)."""
->>>>>>> robust
     if not data.strip():
         raise ApiError("The body is empty; it must be a JSON object", code="invalid_json")
     try:
