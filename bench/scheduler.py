@@ -21,7 +21,8 @@ from pathlib import Path
 import attrs
 
 from memserve.costs import Site, StepCosts
-from memserve.messages import ActorId, Load, Member, Request, Sampling, Submit
+from memserve.drawing import Sampling
+from memserve.messages import ActorId, Load, Member, Request, Submit
 from memserve.pool_messages import IndexDelta, IndexEvent
 from memserve.scheduling.pricing import Cost
 from memserve.scheduling.scheduler import SchedulerCore

@@ -19,6 +19,7 @@ from memserve.actors.frontend import FrontendService
 from memserve.actors.loop import Shell
 from memserve.api.service import GenerationParams
 from memserve.bus import MemoryBus
+from memserve.drawing import Sampling
 from memserve.engine.batching import BatchLimits, WorkerSettings
 from memserve.engine.plans import BatchPlan, BatchResult
 from memserve.engine.worker import WorkerCore
@@ -29,7 +30,7 @@ from memserve.mempool.exchanging import ExchangingShard
 from memserve.mempool.pool import Pool
 from memserve.mempool.room import Capacity
 from memserve.mempool.shard import ShardCore
-from memserve.messages import ActorId, Member, Sampling
+from memserve.messages import ActorId, Member
 from memserve.process import RestartNeeded
 from memserve.scheduling.admission import Admission
 from memserve.scheduling.global_tree import GlobalTree

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from memserve.costs import Site, StepCosts
-from memserve.messages import ActorId, Member, Request, Sampling
+from memserve.drawing import Sampling
+from memserve.messages import ActorId, Member, Request
 from memserve.pool_messages import IndexDelta, IndexEvent
 from memserve.scheduling.cost_model import LINKS, Link
 from memserve.scheduling.fleet import Fleet

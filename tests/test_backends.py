@@ -13,9 +13,9 @@ import torch
 
 from adjustments import adjustments, by_definition, expected, past_of
 from backends import BACKENDS, CARDS, ENGINES, SPEC, make_engine, make_runner
+from memserve.drawing import Sampling
 from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.weights import random_weights
-from memserve.messages import Sampling
 from memserve.tokens import pack, pages_for
 from test_model import GREEDY, load_reference, prompt
 

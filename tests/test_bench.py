@@ -29,11 +29,11 @@ from loadgen.content import Filler
 from loadgen.conversation import Conversation, Own, Style
 from loadgen.records import Record
 from memserve.costs import StepCosts
+from memserve.drawing import Sampling
 from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.spec import ModelSpec, find_model
 from memserve.engine.tokenizer import Tokenizer
 from memserve.engine.weights import map_weights, prepare
-from memserve.messages import Sampling
 from memserve.scheduling.cost_model import CostModel
 from memserve.tokens import pack
 from null_cluster import TOKENS, NullEngine, predicted, steady

@@ -15,7 +15,7 @@ import zmq
 
 from memserve.bus import Inbox, Link, MemoryBus, Received, ZmqLink, bind_private, open_link
 from memserve.costs import Site, StepCosts
-from memserve.drawing import Logprobs
+from memserve.drawing import Logprobs, Sampling
 from memserve.errors import PeerError, PeerFull, PeerUnreachable
 from memserve.messages import (
     ActorId,
@@ -24,7 +24,6 @@ from memserve.messages import (
     Failed,
     Member,
     Request,
-    Sampling,
     Submit,
     Tokens,
     TokenUpdate,

@@ -9,8 +9,8 @@ from trio.testing import MockClock
 from memory_cluster import baseline, generate, memory_cluster, reference
 from memserve.actions import Deliver
 from memserve.api.service import Chunk, GenerationParams
+from memserve.drawing import Sampling
 from memserve.errors import RequestFailed
-from memserve.messages import Sampling
 from memserve.tokens import pack
 
 PD = (("p0", "prefill"), ("d0", "decode"))

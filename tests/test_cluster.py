@@ -10,8 +10,8 @@ from trio.testing import MockClock
 
 from memory_cluster import baseline, generate, memory_cluster, reference
 from memserve.api.service import GenerationParams
+from memserve.drawing import Sampling
 from memserve.errors import RequestFailed
-from memserve.messages import Sampling
 from memserve.scheduling.view import Health
 from memserve.tokens import pack
 

@@ -9,6 +9,7 @@ import torch
 import fake_flashinfer
 from backends import CARDS, ON_CARDS, SPEC, FlashRunner, card_of, make_engine, make_runner
 from fake_flashinfer import Replays
+from memserve.drawing import Sampling
 from memserve.engine.cuda import CudaEngine
 from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.sampling import draw
@@ -16,7 +17,6 @@ from memserve.engine.weights import random_weights
 from memserve.kernels import flashinfer_kit
 from memserve.kernels.flashinfer_kit import FlashInferAttention, can_merge, libraries
 from memserve.kernels.page_tables import Sharing, StepTables
-from memserve.messages import Sampling
 from memserve.tokens import count, pack, pages_for
 from test_model import GREEDY, Runner, prompt, tiny_spec
 

@@ -19,6 +19,7 @@ from backends import SPEC, FlashRunner
 from fake_cupy import fake_cupy
 from fake_flashinfer import Replays
 from families import TINY, VOCAB, save_hf
+from memserve.drawing import Sampling
 from memserve.engine import cuda
 from memserve.engine.calibration import measure
 from memserve.engine.cores import Cores
@@ -34,7 +35,7 @@ from memserve.kernels.flashinfer_kit import (
     with_tensor_cores,
 )
 from memserve.kernels.page_tables import Table
-from memserve.messages import ActorId, Sampling
+from memserve.messages import ActorId
 from memserve.scheduling.cost_model import CostModel
 from memserve.tokens import pack, pages_for
 from test_model import GREEDY, Runner, prompt, tiny_spec

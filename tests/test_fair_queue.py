@@ -8,7 +8,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from memserve.messages import ActorId, Request, Sampling, Submit
+from memserve.drawing import Sampling
+from memserve.messages import ActorId, Request, Submit
 from memserve.scheduling.fair_queue import TURNS, FairQueue, Held
 from memserve.tokens import pack
 

@@ -10,6 +10,7 @@ import torch
 import gpu_rehearsal
 from backends import FlashRunner
 from gpu_rehearsal import PROCESSORS, Graphs, Rehearsed, machine, needs_compiled
+from memserve.drawing import Sampling
 from memserve.engine.cuda import CudaEngine
 from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.weights import random_weights
@@ -17,7 +18,6 @@ from memserve.gpu_room import CONTEXT_BYTES, worker_bytes
 from memserve.kernels import flashinfer_kit
 from memserve.kernels.flashinfer_kit import FlashInferAttention, libraries
 from memserve.kernels.page_tables import StepTables, Table, buckets_up_to
-from memserve.messages import Sampling
 from memserve.sections import BatchConfig
 from memserve.tokens import pack, pages_for
 from test_cuda_engine import PAGES, drive

@@ -10,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from memserve.actions import Log, Send
 from memserve.costs import StepCosts
+from memserve.drawing import Sampling
 from memserve.messages import (
     ActorId,
     Cancel,
@@ -21,7 +22,6 @@ from memserve.messages import (
     Prefill,
     Rejected,
     Request,
-    Sampling,
     Submit,
 )
 from memserve.scheduling.admission import FORGOTTEN_S, Admission

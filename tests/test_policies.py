@@ -5,7 +5,8 @@ from __future__ import annotations
 import attrs
 import pytest
 
-from memserve.messages import ActorId, Member, Request, Sampling
+from memserve.drawing import Sampling
+from memserve.messages import ActorId, Member, Request
 from memserve.scheduling.cost_model import Link
 from memserve.scheduling.fleet import SURE_S, Placed
 from memserve.scheduling.outputs import TENANTS_MAX, UNKNOWN_TOKENS, OutputLengths

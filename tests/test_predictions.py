@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 from memserve.actions import Log
+from memserve.drawing import Sampling
 from memserve.engine.load import StepWatch, load_of
 from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.sequence import Phase, Sequence
-from memserve.messages import ActorId, Plan, Request, Sampling
+from memserve.messages import ActorId, Plan, Request
 from memserve.scheduling.cost_model import CostModel
 from memserve.sim.clients import Clients
 from memserve.sim.layout import fixed

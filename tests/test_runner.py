@@ -9,11 +9,11 @@ import attrs
 import pytest
 import torch
 
+from memserve.drawing import Sampling
 from memserve.engine.cores import Cores
 from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.runner import CpuEngine
 from memserve.engine.weights import random_weights, save_weights
-from memserve.messages import Sampling
 from memserve.tokens import pack
 from test_model import GREEDY, Runner, prompt, tiny_spec, widened
 

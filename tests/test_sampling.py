@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from memserve.drawing import Sampling
 from memserve.engine.sampling import draw, uniform
-from memserve.messages import Sampling
 
 VOCAB = 1000
 

@@ -6,6 +6,7 @@ import attrs
 import pytest
 
 from memserve.actions import Died, Send
+from memserve.drawing import Sampling
 from memserve.messages import (
     ActorId,
     Cancel,
@@ -19,7 +20,6 @@ from memserve.messages import (
     Prefill,
     Rejected,
     Request,
-    Sampling,
     Submit,
 )
 from memserve.pool_messages import IndexDelta, IndexEvent, Prefetch

@@ -34,8 +34,7 @@ import attrs
 import msgspec
 
 from memserve.costs import Site, StepCosts
-from memserve.drawing import Logprobs
-from memserve.drawing import Sampling as Sampling
+from memserve.drawing import Logprobs, Sampling
 from memserve.errors import PeerError
 from memserve.identity import ActorId as ActorId
 from memserve.identity import actor_name as actor_name

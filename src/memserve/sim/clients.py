@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator
 import attrs
 
 from memserve.actions import Deliver, Log
+from memserve.drawing import Sampling
 from memserve.errors import RequestFailed
 from memserve.journal import FrontendCore
-from memserve.messages import Request, Sampling
+from memserve.messages import Request
 from memserve.scheduling.admission import ADMISSION_CODES
 from memserve.sim.cluster import Cluster
 from memserve.sim.engines import drawn_token, next_token
