@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,8 @@ import attrs
 import httpx
 
 ROOT = Path(__file__).parent.parent
+SMALL = "256MiB"
+"""Of a shard on the host: filling a whole GiB costs each start of a cluster seconds, and no test needs as much."""
 READY_S = 120.0
 """Generous: CI machines are slow and converting the weights is part of the first start."""
 
@@ -110,8 +113,10 @@ class Cluster:
 
 
 def command(config: str, logs: Path, *settings: str) -> list[str]:
-    """``memserve up`` with settings."""
-    given = ["frontend.port=0", f"logging.dir={logs}", *settings]
+    """``memserve up`` with settings, of which later ones count. Texts are short and shards small unless they say otherwise."""
+    shards = tomllib.loads((ROOT / "configs" / config).read_text())["shard"]
+    small = [f"shard.{i}.memory={SMALL}" for i, shard in enumerate(shards) if "device" not in shard]
+    given = ["frontend.port=0", f"logging.dir={logs}", "model.max_context=2048", *small, *settings]
     overrides = [word for one in given for word in ("--set", one)]
     return [sys.executable, "-m", "memserve", "up", "-c", str(ROOT / "configs" / config), *overrides]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import os
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,11 @@ TEST_TIMEOUT_S = 60.0
 
 LONG_FIRST = (
     "test_up.py",
+    "test_played_gpu.py",
     "test_kill_matrix.py",
     "test_supervisor.py",
+    "test_join.py",
+    "test_model.py",
     "test_sim.py",
     "test_same_tokens.py",
     "test_native_sanitized.py",
@@ -31,6 +36,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the long files first; within a file, and among the others, tests stay in their order."""
     rank = {name: place for place, name in enumerate(LONG_FIRST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_each() -> None:
+    """Of torch, where several files run at a time: threads that wait for each other on cores that are taken only spin.
+
+    By a call, because a variable would reach the clusters that tests start, and how many threads those take is theirs.
+    """
+    if "PYTEST_XDIST_WORKER" in os.environ and (torch := sys.modules.get("torch")) is not None:
+        torch.set_num_threads(1)
 
 
 @pytest.fixture

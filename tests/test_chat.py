@@ -106,6 +106,12 @@ def test_the_field_that_a_template_refuses_is_named():
         ("{{ 10 ** n }}", 10**9),
         ("{{ '%*d' % (n, 1) }}", 10**9),
         ("{{ '%999999999d' % n }}", 1),
+        ("{{ '%*d' | format(n, 1) }}", 10**9),
+        ("{{ '{:>{}}'.format('x', n) }}", 10**9),
+        ("{{ 'x'.ljust(n) }}", 10**9),
+        ("{{ 'x' | center(width=n) }}", 10**9),
+        ("{{ 'x\\nx' | indent(n) }}", 10**9),
+        ("{{ messages | tojson(indent=n) }}", 10**9),
         ("{% for i in range(n) %}{{ 'x' * 10000 }}{% endfor %}", 10**5),
     ],
 )
@@ -120,8 +126,10 @@ def test_a_number_cannot_make_a_prompt_of_gigabytes(template, number):
 
 def test_arithmetic_of_a_usual_size_is_a_templates_own_business():
     """Templates that draw lines, count or format would be refused."""
-    template = "{{ '-' * n }}{{ 2 ** n }}{{ '%02d' % n }}{{ n * 3 % 5 }}"
-    assert demo_tokenizer().decode(chat_tokens(HI, template, n=3)) == "---8034"
+    template = "{{ '-' * n }}{{ 2 ** n }}{{ '%02d' % n }}{{ n * 3 % 5 }}{{ 'x'.center(n) }}{{ '{} {}'.format(n, 10 ** 9) }}"
+    template += "{{ '%d' | format(n) }}{{ 'x' | indent(n, true) }}{{ ['a', 'b'] | batch(n) | first | join }}"
+    expected = "---8034 x 3 10000000003   xab"
+    assert demo_tokenizer().decode(chat_tokens(HI, template, n=3)) == expected
 
 
 def test_an_argument_cannot_write_control_tokens():

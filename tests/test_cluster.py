@@ -271,6 +271,7 @@ async def test_the_only_worker_dies_and_returns(autojump_clock: MockClock) -> No
 
 async def test_a_scheduler_that_restarts_interrupts_no_stream(autojump_clock: MockClock) -> None:
     """Membership is soft state: streams go on without a scheduler, and a new one knows all within a second or two."""
+    said: list[Health] = []
     async with memory_cluster(*PD) as (cluster, frontend), trio.open_nursery() as nursery:
         old = cluster.actors["scheduler-0"]
         results: dict[int, list[int]] = {}
@@ -290,8 +291,12 @@ async def test_a_scheduler_that_restarts_interrupts_no_stream(autojump_clock: Mo
             )
         assert old.id != new.id
         with trio.fail_after(20):
-            while len(results) < 2:
-                await trio.sleep(0.1)
+            while len(results) < 2 or said[-1].status != "ok":
+                said.append(frontend.health())
+                await trio.sleep(0.02)
+        assert {one.status for one in said} == {"degraded", "ok"}, (
+            "what is held and served is not unavailable"
+        )
         assert results == {i: reference(prompt(i, 40), 40) for i in (1, 2)}
 
 

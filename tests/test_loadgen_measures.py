@@ -166,11 +166,11 @@ def test_a_true_ratio_lies_in_its_interval_and_noise_does_not_differ():
 def test_an_interval_covers_as_often_as_it_says():
     """If it failed, 95 % would be a word only."""
     covered = 0
-    for seed in range(60):
-        rows = compare.compare([run(noisy(seed, count=80)), run(noisy(seed + 1000, count=80), "b")], 200)
+    for seed in range(40):
+        rows = compare.compare([run(noisy(seed, count=60)), run(noisy(seed + 1000, count=60), "b")], 200)
         (ratio,) = row(rows, "time to first token mean").ratios
         covered += not ratio.differs
-    assert covered >= 50
+    assert covered >= 34
 
 
 def test_comparisons_are_repeatable_and_have_all_runs():

@@ -32,7 +32,7 @@ def test_steps_are_clean(sanitizer: str, optimized: str, tmp_path: Path) -> None
     program = str(tmp_path / "driver")
     build = (
         optimized,  # what is sooner built and run in all
-        "-g",
+        "-g1",  # lines for a report, without what a debugger would want of every template
         "-fno-sanitize-recover=all",
         flag,
         *target_flags(),

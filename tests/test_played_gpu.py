@@ -35,6 +35,7 @@ def cards(request, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
     monkeypatch.setenv("PATH", f"{HERE / 'played_gpu' / 'bin'}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("PLAYED_GPU", str(memory))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # what plays a card is one thread of each worker
     monkeypatch.setenv("PLAYED_GPU_LIBRARY", request.param)
     return lambda many: monkeypatch.setenv("PLAYED_GPUS", str(many))
 
@@ -54,15 +55,12 @@ def test_one_gpu_serves_two_workers_from_one_copy_whatever_becomes_of_them(cards
     cards(1)
     ids = prompt(100, 2, 10_000)
     with running("one-gpu.toml", tmp_path / "logs", *ON_ONE, "pool.host_bytes=40MiB") as cluster:
-        cold, warm = (cluster.complete(ids, 12, ignore_eos=True) for _ in range(2))
+        cold, warm = (cluster.complete(ids, 6, ignore_eos=True) for _ in range(2))
         assert [one["usage"]["prompt_tokens_details"]["cached_tokens"] for one in (cold, warm)] == [0, 96]
         for one in (cold, warm):
             exact.check(ids, one["choices"][0]["token_ids"])
-        found = stream_through_a_kill(cluster, ids[:50], 30, "d0")
-        assert len(found) == 30
-        exact.check(ids[:50], found)
-        found = stream_through_a_kill(cluster, ids[:40], 20, "g0")
-        assert len(found) == 20
+        found = stream_through_a_kill(cluster, ids[:40], 16, "g0")  # of d0 alone: below
+        assert len(found) == 16
         exact.check(ids[:40], found)
         cluster.wait_idle()
     assert moved_bytes(cluster) == {0}
@@ -74,9 +72,9 @@ def test_pages_go_from_one_gpu_to_another(cards, exact, tmp_path):
     ids = prompt(100, 3, 10_000)
     with running("two-gpus.toml", tmp_path / "logs", *ON_TWO) as cluster:
         for _ in range(2):
-            exact.check(ids, cluster.tokens(ids, 8))
-        found = stream_through_a_kill(cluster, ids[:50], 24, "d0")
-        assert len(found) == 24
+            exact.check(ids, cluster.tokens(ids, 6))
+        found = stream_through_a_kill(cluster, ids[:50], 16, "d0")
+        assert len(found) == 16
         exact.check(ids[:50], found)
         cluster.wait_idle()
     assert min(moved_bytes(cluster)) > 0

@@ -39,7 +39,8 @@ CHUNK = 40
 LONG = prompt(900, 1, VOCAB)
 """More than its chunks can do in the time that it takes to kill a worker."""
 STREAMS = [prompt(length, length, VOCAB) for length in (33, 75)]
-STREAMED = 80
+STREAMED = 120
+"""Tokens of a stream: more than it gets until the workers are killed, however slow this process is."""
 
 
 class Alone:

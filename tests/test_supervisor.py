@@ -199,16 +199,17 @@ def test_kill_of_the_supervisor_leaves_nothing(start):
     assert until(lambda: not cluster.left()) < 1.5
 
 
-@pytest.mark.parametrize("actor", ["scheduler-0", "s0"])
-def test_an_actor_that_stands_still_is_replaced(start, actor):
-    """Its process exists, so nobody else would ever start another: requests would wait for it for good."""
-    cluster = start()
+def test_actors_that_stand_still_are_replaced(start):
+    """Their processes exist, so nobody else would ever start others: requests would wait for them for good."""
+    cluster, still = start(), ("scheduler-0", "s0")
     cluster.until_ready()
-    os.kill(cluster.pid(actor), signal.SIGSTOP)
+    for actor in still:
+        os.kill(cluster.pid(actor), signal.SIGSTOP)
 
-    until(lambda: cluster.names("ready").count(actor) == 2)
-    assert f"{actor} hung and was killed; restarting it" in cluster.output
-    assert len(cluster.names("ready")) == 5  # nobody else
+    for actor in still:
+        until(lambda: cluster.names("ready").count(actor) == 2)  # noqa: B023
+        assert f"{actor} hung and was killed; restarting it" in cluster.output
+    assert len(cluster.names("ready")) == 6  # nobody else
     assert cluster.end() == 0
 
 
@@ -248,7 +249,7 @@ def test_second_signal_stops_at_once(start):
     begun = time.monotonic()
 
     assert cluster.end() == 0
-    assert time.monotonic() - begun < 1.5
+    assert time.monotonic() - begun < 4.0  # a busy machine takes two seconds; the stage alone would take five
     assert cluster.left() == []
 
 

@@ -19,6 +19,7 @@ PIECES = [
     "the", "it's", "IT'S", "we'll", "a", "I", "x1", "12345", "é", "e\u0301", "日本", "\u00a0", "\u3000", "'", "'s", "...", "?!",
     "\n", "\r\n", "\t", " ", "  ", "\n\n  ", "def f(x):", "_y", "ß", "ﬁ", "\ud7ff", "🙂", "end.", "\0", "A B", "z z z",
 ]  # fmt: skip
+EXAMPLE = ["it's", "the", "  ", "A B", "\n", "'s"] * 5
 
 
 def kinds() -> dict[str, Built]:
@@ -39,20 +40,17 @@ def test_parts_have_the_tokens_of_the_whole(kind, monkeypatch):
     assert text_cuts.may_be_cut(built)
     monkeypatch.setattr(text_cuts, "PART_CHARACTERS", 0)
     tokenizer = Tokenizer(built)
-    cuts = 0
+    assert len(list(text_cuts.parts(" ".join(EXAMPLE)))) > 10
 
     @settings(max_examples=300, deadline=None)
     @given(st.lists(st.sampled_from(PIECES) | st.text(max_size=4), max_size=30), st.sampled_from(["", " "]))
-    @example(["it's", "the", "  ", "A B", "\n", "'s"] * 5, " ")
+    @example(EXAMPLE, " ")
     def check(pieces, between):
-        nonlocal cuts
         text = between.join(pieces)
         whole = built.encode(text, add_special_tokens=False).ids
         assert list(tokenizer._encode_part(text, False, "tenant")) == whole
-        cuts += len(list(text_cuts.parts(text))) - 1
 
     check()
-    assert cuts > 100
 
 
 @given(st.text("ab 1\n", max_size=60), st.text("ab 1\n", max_size=20), st.text("ab 1\n", max_size=20))

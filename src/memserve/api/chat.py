@@ -8,20 +8,15 @@ So harmless messages get exactly the tokens they would get anyway, and control t
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
-from datetime import datetime
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import attrs
 import jinja2
-import msgspec
-from jinja2.ext import loopcontrols
-from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from memserve.api.bodies import ChatMessage, Ending, Scalar
 from memserve.api.errors import ApiError
+from memserve.api.sandbox import environment, written
 from memserve.engine.spec import ModelSpec
 from memserve.engine.tokenizer import Tokenizer
 from memserve.errors import UserError
@@ -38,55 +33,6 @@ _REFUSALS = (jinja2.TemplateError, ArithmeticError, TypeError, ValueError, Looku
 _MARKS = range(0xF0000, 0xFFFFE)
 """Private-use characters: one of them that no message holds is a request's mark."""
 
-CHARACTERS_MAX = 32 << 20
-"""Of a rendered prompt: no context takes as many, and a template may write more than a body of 8 MiB holds."""
-POWER_MAX = 64
-_WIDE = re.compile(r"\*|\d{5}")
-"""In a text before ``%``: a width that is given beside it, or a great one."""
-
-
-def _raise(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _now(pattern: str) -> str:
-    return datetime.now().astimezone().strftime(pattern)
-
-
-def _to_json(value: Any, indent: int | None = None, **_ignored: Any) -> str:
-    text = msgspec.json.encode(value)
-    return (msgspec.json.format(text, indent=indent) if indent else text).decode()
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Bounds what one operator can make of a client's number: jinja2 bounds ranges alone."""
-
-    intercepted_binops = frozenset(("*", "**", "%"))
-
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """``left operator right``. Raises TemplateError where the result could be larger than a prompt may be."""
-        if _could_be_huge(operator, left, right):
-            raise jinja2.TemplateError(f"{operator} would make too large a value")
-        return super().call_binop(context, operator, left, right)
-
-
-def _could_be_huge(operator: str, left: Any, right: Any) -> bool:
-    if operator == "**":
-        return isinstance(right, int) and abs(right) > POWER_MAX
-    if operator == "%":
-        return isinstance(left, str) and bool(_WIDE.search(left))
-    if isinstance(left, int) and isinstance(right, Sized):
-        left, right = right, left
-    return isinstance(left, Sized) and isinstance(right, int) and len(left) * right > CHARACTERS_MAX
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    """What templates are written for: the settings and helpers of transformers' apply_chat_template."""
-    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = _to_json
-    environment.globals.update(raise_exception=_raise, strftime_now=_now)
-    return environment
-
 
 @attrs.frozen
 class ChatTemplate:
@@ -101,7 +47,7 @@ class ChatTemplate:
     def of(cls, spec: ModelSpec, tokenizer: Tokenizer) -> ChatTemplate:
         """The model's template, or ChatML. Raises UserError when it does not compile."""
         try:
-            template = _environment().from_string(spec.chat_template or CHATML)
+            template = environment().from_string(spec.chat_template or CHATML)
         except jinja2.TemplateError as error:
             raise UserError(f"{spec.name}: the model's chat template does not compile: {error}") from error
         eos = spec.eos[0] if spec.eos else None
@@ -131,27 +77,16 @@ class ChatTemplate:
     def _accepted(self, given: dict[str, Any], known: dict[str, Any]) -> str:
         """What the template writes. Raises ApiError (400) that names whose fault it is that it does not."""
         try:
-            return self._written(given | known)
+            return written(self.template, given | known)
         except _REFUSALS as error:
             field = "chat_template_kwargs" if given and self._takes(known) else "messages"
             message = f"{field}: the model's chat template refuses them: {error}"
             raise ApiError(message, field, code="invalid_value") from error
 
-    def _written(self, variables: dict[str, Any]) -> str:
-        pieces, left = [], CHARACTERS_MAX
-        for piece in self.template.generate(
-            variables
-        ):  # as one dict: a client's "self" is a variable like any other
-            left -= len(piece)
-            if left < 0:
-                raise jinja2.TemplateError(f"it writes more than {CHARACTERS_MAX} characters")
-            pieces.append(piece)
-        return "".join(pieces)
-
     def _takes(self, variables: dict[str, Any]) -> bool:
         """Whether it would write a prompt of these."""
         try:
-            self._written(variables)
+            written(self.template, variables)
         except _REFUSALS:
             return False
         return True
