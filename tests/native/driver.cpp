@@ -152,17 +152,18 @@ bool shares_pages(bool amx) {
     return true;
 }
 
-// Logits that a row adjusts, and what it is told: at both ends of the vocabulary, some tokens several times.
+// Logits that a row adjusts, and what it is told: at both ends of the vocabulary, some tokens several times, every other one allowed.
 bool adjusts_what_there_is(const std::vector<float>& logits, ms_sampling how, Sampler& sampler) {
     const int vocab = (int)logits.size();
     const int32_t ids[] = {vocab - 1, 0, vocab / 2, 0, vocab - 1};
     const float bias[] = {-3};
-    ms_adjustments adjust = {{ids, 1}, bias, {ids, 3}, {ids, 5}, {ids, vocab > 1}, 1.3f, 0.5f, -0.2f};
+    const std::vector<int32_t> even((vocab + 31) / 32, 0x55555555);
+    ms_adjustments adjust = {{ids, 1}, bias, {ids, 3}, {ids, 5}, {ids, vocab > 1}, {even.data(), (int64_t)even.size()}, 1.3f, 0.5f, -0.2f};
     ms_logprobs told = {MS_LOGPROBS_MAX, {}, {}, 0};
     how.adjust = &adjust, how.told = &told;
     int token = draw(logits.data(), how, vocab, sampler);
     if (token == NOT_A_TOKEN) return largest(sampler.adjust(logits.data(), adjust), vocab) == NOT_A_TOKEN;
-    bool fine = told.count == std::min(vocab, MS_LOGPROBS_MAX) && told.drawn <= 0 && (vocab == 1 || token != vocab - 1);
+    bool fine = told.count == std::min(vocab, MS_LOGPROBS_MAX) && told.drawn <= 0 && (vocab == 1 || token != vocab - 1) && token % 2 == 0;
     for (int i = 0; i < told.count; i++) fine &= told.ids[i] >= 0 && told.ids[i] < vocab && told.values[i] <= 0;
     return fine && token >= 0 && token < vocab;
 }
