@@ -114,6 +114,11 @@ def _compare(function: Names, parts: list[str], given: list[str]) -> str:
     return function.put(given[0], f"bool({found})")
 
 
+def _not(function: Names, parts: list[str], given: list[str]) -> str:
+    sign, kind = ("!" if parts[-1] == "pred" else "~"), TYPES[parts[-1]]
+    return function.put(given[0], f"{kind}({sign}{function.value(given[1], kind)})")
+
+
 def _select(function: Names, parts: list[str], given: list[str]) -> str:
     a, b = (function.value(text, TYPES[parts[-1]]) for text in given[1:3])
     return function.put(given[0], f"{function.value(given[3], 'bool')} ? {a} : {b}")
@@ -294,7 +299,7 @@ WHOLE: dict[str, Instruction] = {
     "shfl.sync": _shuffle, "elect.sync": _elect, "mbarrier": _phases, "mapa": _of_this_block,
 }  # fmt: skip
 BY_NAME: dict[str, Instruction] = {
-    "add": _of("{a} + {b}"), "sub": _of("{a} - {b}"), "div": _of("{a} / {b}"), "rem": _of("{a} % {b}"), "neg": _of("-{a}"),
+    "add": _of("{a} + {b}"), "sub": _of("{a} - {b}"), "div": _of("{a} / {b}"), "rem": _of("{a} % {b}"), "neg": _of("-{a}"), "not": _not,
     "mul": _multiply, "mad": _multiply, "fma": _of("std::fma({a}, {b}, {c})"), "and": _of("{a} & {b}"), "or": _of("{a} | {b}"),
     "xor": _of("{a} ^ {b}"), "shl": _shift, "shr": _shift, "min": _of("least({a}, {b})"), "max": _of("most({a}, {b})"),
     "setp": _compare, "selp": _select, "mov": _move, "cvt": _convert, "bfi": _of("insert_bits({a}, {b}, {c}, {d})"),
@@ -302,11 +307,3 @@ BY_NAME: dict[str, Instruction] = {
     "sqrt": _of("std::sqrt({a})"), "sin": _of("std::sin({a})"), "cos": _of("std::cos({a})"), "abs": _of("std::fabs({a})"),
     "ld": _load, "st": _store, "cvta": _generic, "ldmatrix": _matrices, "stmatrix": _matrices, "bar": _barrier, "barrier": _barrier,
 }  # fmt: skip
-
-
-def _not(function: Names, parts: list[str], given: list[str]) -> str:
-    sign, kind = ("!" if parts[-1] == "pred" else "~"), TYPES[parts[-1]]
-    return function.put(given[0], f"{kind}({sign}{function.value(given[1], kind)})")
-
-
-BY_NAME["not"] = _not

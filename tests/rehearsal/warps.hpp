@@ -223,8 +223,6 @@ inline u32 insert_bits(u32 a, u32 b, u32 at, u32 many) {
 
 // ---- memory ------------------------------------------------------------------------------------------------------
 
-struct Quad { u32 part[4]; };
-
 inline char *in_shared(u64 address, u32 bytes) {
     if (address < SHARED_FIRST || address + bytes > SHARED_FIRST + SHARED_ROOM || address % (bytes > 16 ? 16 : bytes)) fail("an address of shared memory is out of bounds or not aligned");
     return shared_memory + address;
