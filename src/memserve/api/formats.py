@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("text", "json_object", "json_schema")
 GRAMMAR_BYTES_MAX = 65_536
-"""Of a grammar, as text."""
+"""Of what a request says of its answer's form, as text."""
 _COMPACT: JsonCompileOptions = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """No blanks but these, so that a model cannot fill its answer with them."""
 
@@ -67,8 +67,6 @@ def grammar_of(response: ResponseFormat | None, structured: StructuredOutputs | 
             "structured_outputs: not beside response_format", "structured_outputs", code="invalid_value"
         )
     for field, grammar in asked:
-        if len(grammar.encode()) > GRAMMAR_BYTES_MAX:
-            raise _cannot(field, f"at most {GRAMMAR_BYTES_MAX} bytes, got {len(grammar.encode())}")
         if wrong := LLMatcher.validate_grammar(grammar):
             raise _cannot(field, wrong)
         return grammar
@@ -79,11 +77,11 @@ def _of_response(asked: ResponseFormat | None) -> tuple[str, str]:
     if asked is None or asked.type == "text":
         return "", ""
     if asked.type == "json_object":
-        return "response_format", _of_schema({"type": "object"})
+        return "response_format", _made("response_format", "json_object", True)
     field = "response_format.json_schema"
     if asked.json_schema is None:
         raise ApiError(f"{field}: this field is required", field, code="missing_required_parameter")
-    return f"{field}.schema", _of_schema(asked.json_schema.schema)
+    return f"{field}.schema", _made(f"{field}.schema", "json", asked.json_schema.schema)
 
 
 def _of_structured(asked: StructuredOutputs | None) -> tuple[str, str]:
@@ -101,10 +99,21 @@ def _of_structured(asked: StructuredOutputs | None) -> tuple[str, str]:
         )
     ((name, value),) = given.items()
     field = f"structured_outputs.{name}"
+    return field, _made(field, name, value)
+
+
+def _made(field: str, kind: str, value: Any) -> str:
+    """The grammar of one of ``_MAKES``. What is too large is refused before anybody reads it."""
     try:
-        return field, _MAKES[name](value)
-    except (ValueError, msgspec.DecodeError, msgspec.ValidationError, GbnfToLarkError) as error:
+        size = len(value.encode() if isinstance(value, str) else msgspec.json.encode(value))
+        if size > GRAMMAR_BYTES_MAX:
+            raise _cannot(field, f"at most {GRAMMAR_BYTES_MAX} bytes, got {size}")
+        made: str = _MAKES[kind](value)
+    except RecursionError as error:
+        raise _cannot(field, "nested too deeply") from error
+    except (ValueError, msgspec.DecodeError, GbnfToLarkError) as error:
         raise _cannot(field, str(error)) from error
+    return made
 
 
 def _of_schema(schema: dict[str, Any] | str) -> str:
