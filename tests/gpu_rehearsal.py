@@ -119,8 +119,8 @@ class Machine:
         try:
             run()
         finally:
-            held = self._device.device_end_capture()
-        return Graph(self._device, held)
+            graph = Graph(self._device, self._device.device_end_capture())
+        return graph
 
 
 class Graph:

@@ -80,9 +80,7 @@ class Kernels:
         library = self._folder / f"{key}.so"
         if not library.exists():
             new = library.with_suffix(f".{os.getpid()}")
-            source = new.with_suffix(f".{os.getpid()}.cpp")
-            source.write_text(ptx.translate(module, name))
-            subprocess.run([*COMPILER, str(source), "-o", str(new)], check=True)
-            source.unlink()
+            source = ptx.translate(module, name)
+            subprocess.run([*COMPILER, "-x", "c++", "-", "-o", str(new)], input=source, text=True, check=True)
             new.replace(library)
         return library
