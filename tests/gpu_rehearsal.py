@@ -3,6 +3,9 @@
 Three parts stand in for the machine. A torch device of its own (``rehearsal/device.cpp``) refuses, as a GPU does, to mix its
 tensors with the host's and to wait within a capture. A CUDA runtime (``rehearsal/cudart.c``) has an H100's limits and
 notes each launch. And the kernel that is launched is run (``ptx_kernels``), a thread after another, on the device's memory.
+
+Nothing runs before the host waits for it (``rehearsal/stream.hpp``): a host that reads what the device has yet to write, or writes what
+it has yet to read, gets other tokens.
 """
 
 from __future__ import annotations
@@ -82,12 +85,15 @@ class Machine:
         self._runtime.noted_launches.restype = ctypes.c_char_p
         self._device = ctypes.CDLL(str(device))
         self._device.device_peak.restype = ctypes.c_size_t
+        self._device.device_mark.restype = ctypes.c_size_t
+        self._device.device_wait.argtypes = (ctypes.c_size_t,)
+        self._device.device_wait.restype = ctypes.c_char_p
         self._device.device_end_capture.restype = ctypes.c_void_p
         self._device.device_drop.argtypes = self._device.device_replay.argtypes = (ctypes.c_void_p,)
-        self._device.device_replay.restype = ctypes.c_char_p
         self._kernels = Kernels(PTX, folder / "kernels", self._device)
         self._runtime.run_kernels.argtypes = (Runner,)
         self._runtime.run_kernels(self._kernels.runner)
+        self._runtime.copy_with(self._device.device_copy)
         torch.utils.rename_privateuse1_backend(NAME)
         self._device.device_register()
         torch._register_device_module(NAME, _device_module())
@@ -113,6 +119,16 @@ class Machine:
         peak: int = self._device.device_peak()
         return peak
 
+    def mark(self) -> int:
+        """How many operations, copies and kernels have been launched."""
+        launched: int = self._device.device_mark()
+        return launched
+
+    def wait(self, mark: int) -> None:
+        """Until the first ``mark`` of all that was launched are done. Raises RuntimeError for one that failed."""
+        if wrong := self._device.device_wait(mark):
+            raise RuntimeError(f"on the device: {wrong.decode()}")
+
     def capture(self, run: Callable[[], None]) -> Graph:
         """What ``run`` does on the device, to be done again. While it is captured nothing may wait or copy to or from the host."""
         self._device.device_begin_capture()
@@ -133,14 +149,14 @@ class Graph:
         self._device.device_drop(self._held)
 
     def replay(self) -> None:
-        """Do it all again; none of the host's code runs."""
-        if wrong := self._device.device_replay(self._held):
-            raise RuntimeError(f"a kernel of a graph: {wrong.decode()}")
+        """Launch it all again; none of the host's code runs."""
+        self._device.device_replay(self._held)
 
 
 def _compiled(folder: Path, source: str, compiler: str, *more: str) -> Path:
     """A library of a source, compiled once. Processes that start together may both compile it; neither sees half of it."""
-    given = (SOURCES / source).read_bytes() + repr((torch.__version__, more)).encode()
+    parts = (SOURCES / source, SOURCES / "stream.hpp")
+    given = b"".join(part.read_bytes() for part in parts) + repr((torch.__version__, more)).encode()
     library = folder / f"{Path(source).stem}-{hashlib.sha256(given).hexdigest()[:16]}.so"
     if not library.exists():
         new = library.with_suffix(f".{os.getpid()}")
@@ -291,16 +307,17 @@ Rehearsed: Any = _FlashInfer()
 
 
 class Graphs:
-    """CUDA graphs of the machine, and events, of which each is over at once."""
+    """CUDA graphs of the machine, and events."""
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
-        """Warm up, then capture."""
+        """See the protocol."""
         run()
+        self.mark()()
         return machine().capture(run).replay
 
     def mark(self) -> Callable[[], None]:
-        """Everything here is done at once."""
-        return lambda: None
+        """See the protocol."""
+        return functools.partial(machine().wait, machine().mark())
 
 
 def take_over(engine: Any) -> None:

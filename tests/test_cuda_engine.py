@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from itertools import pairwise
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 
 import attrs
 import numpy as np
 import pytest
 import torch
 import trio
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import fake_flashinfer
 from adjustments import adjustments, expected, past_of
@@ -110,6 +113,53 @@ def test_warming_up_touches_no_page_of_the_pool(tiny):
     engine.warm_up()
     assert bool(arena[:PAGES].isnan().all())
     assert graphs.captured == len([1, 2, 4, 8])
+    engine.close()
+
+
+def reached_from(value: object, seen: set[int]) -> Iterator[torch.Tensor]:
+    """The tensors that a closure has, in whatever of ours it has them."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, torch.Tensor):
+        yield value
+    inner: Iterable[object] = ()
+    if isinstance(value, FunctionType):
+        inner = [cell.cell_contents for cell in value.__closure__ or ()]
+    elif isinstance(value, Mapping):
+        inner = value.values()
+    elif isinstance(value, list | tuple):
+        inner = value
+    elif type(value).__module__.startswith(("memserve", "fake_flashinfer")):
+        names = {name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())}
+        inner = [
+            getattr(value, name) for name in {*names, *getattr(value, "__dict__", ())} if hasattr(value, name)
+        ]
+    for one in inner:
+        yield from reached_from(one, seen)
+
+
+class Forgetful(Replays):
+    """Graphs as a GPU's, which know addresses and keep none of the tensors that a capture was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: list[StorageWeakRef] = []
+
+    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+        run()
+        self.given += [StorageWeakRef(tensor.untyped_storage()) for tensor in reached_from(run, set())]
+        return lambda: None
+
+
+def test_captured_tensors_live_as_long_as_their_graph(tiny):
+    """If it failed, torch would give an array that a graph reads to something else, and rows would get others' logits."""
+    spec, weights = tiny
+    arena, graphs = torch.zeros(PAGES + 1, *spec.page_shape(PAGE_TOKENS)), Forgetful()
+    engine = CudaEngine(spec, weights, arena, fake_flashinfer, graphs, rows=8, backend="fa3")
+    engine.warm_up()
+    gc.collect()
+    assert len(graphs.given) > len(weights) and not any(one.expired() for one in graphs.given)
     engine.close()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import attrs
 import numpy as np
 import pytest
@@ -112,6 +114,62 @@ def test_rows_that_begin_alike_get_the_logits_of_each_alone(heads):
         assert merged == (runner.least is not None)
     assert float((logits[0] - logits[1]).norm() / logits[1].norm()) < 0.02
     assert gpu_rehearsal.asked <= libraries(spec, "fa2")
+
+
+# ---- what the host may do while the device has not begun ---------------------------------------------------------
+
+
+def test_a_copy_from_pinned_memory_reads_it_when_its_turn_comes():
+    """If it failed, an array that is written again too early would be found nowhere but on a GPU."""
+    device, pinned = machine().device, torch.full((4,), 1, dtype=torch.int32, pin_memory=True)
+    there = torch.zeros(4, dtype=torch.int32, device=device)
+    there.copy_(pinned, non_blocking=True)
+    begun = machine().mark()
+    doubled = there * 2
+    pinned.fill_(5)
+    machine().wait(begun)
+    pinned.fill_(7)
+    assert there.tolist() == [5] * 4 and doubled.tolist() == [10] * 4
+    there.copy_(
+        torch.full((4,), 3, dtype=torch.int32), non_blocking=True
+    )  # of other memory the driver keeps a copy
+    back = torch.zeros(4, dtype=torch.int32, pin_memory=True)
+    back.copy_(there, non_blocking=True)
+    assert back.tolist() == [0] * 4
+    machine().wait(machine().mark())
+    assert back.tolist() == [3] * 4
+
+
+def test_a_graph_keeps_none_of_its_tensors():
+    """If it failed, an array that a graph reads and nobody holds would be found nowhere but on a GPU."""
+    given, out = [torch.ones(4, device=machine().device)], torch.ones(4, device=machine().device)
+    graph = machine().capture(lambda: out.add_(given[0]))
+    for _ in range(2):
+        graph.replay()
+    assert out.tolist() == [3] * 4
+    given.clear()
+    graph.replay()
+    with pytest.raises(RuntimeError, match="was freed before"):
+        out.tolist()
+
+
+@pytest.mark.parametrize("new", [40, 1])
+def test_what_a_step_wrote_is_there_when_it_returns(new):
+    """If it failed, a worker would publish pages, or hand them over, that its GPU has yet to write."""
+    spec = attrs.evolve(BASE, vocab=131)
+    needs_compiled(spec, "fa2")
+    device, weights = machine().device, random_weights(spec, "bfloat16", 3)
+    arena = torch.zeros(PAGES + 1, *spec.page_shape(PAGE_TOKENS), dtype=torch.bfloat16, device=device)
+    placed = {name: tensor.to(device) for name, tensor in weights.items()}
+    engine = CudaEngine(spec, placed, arena, Rehearsed, Graphs(), rows=8, backend="fa2")
+    engine.warm_up()
+    arena.zero_()
+    engine.run(BatchPlan((Row(pack([3] * new), 0, (0, 1, 2), None),)))
+    raw = (ctypes.c_uint8 * arena[0].nbytes).from_address(
+        arena.data_ptr()
+    )  # as another process reads the page
+    assert any(raw)
+    engine.close()
 
 
 # ---- captured steps ----------------------------------------------------------------------------------------------

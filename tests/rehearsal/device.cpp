@@ -1,5 +1,5 @@
 // A torch device whose memory is the host's, apart from it by name: an operation on tensors of both ends in an error,
-// as it does on a GPU. Operations are computed by the CPU's kernels.
+// as it does on a GPU. Operations are launched on a stream, and computed by the CPU's kernels when somebody waits for it.
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/native/CPUFallback.h>
@@ -12,35 +12,31 @@
 #include <torch/library.h>
 
 #include <atomic>
-#include <functional>
-#include <map>
-#include <mutex>
-#include <set>
 #include <cstdlib>
 #include <cstring>
+#include <map>
+#include <mutex>
+#include <optional>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
+
+#include "stream.hpp"
+
+extern "C" bool device_holds(const void *data, size_t bytes);
 
 namespace {
 
 constexpr auto DEVICE = c10::DeviceType::PrivateUse1;
 // While a step is captured the host may neither wait nor copy: what it did then would not be done again by a replay.
-std::atomic<int> capturing{0};
-// An operation's way to the CPU's kernels and back may look at anything.
-std::atomic<int> within_operation{0};
-
-// A captured step, as a graph holds it: every operation and kernel with the tensors, numbers and addresses of then. What was allocated
-// while it was captured stays where it is until the graph is dropped.
-struct Graph {
-    std::vector<std::function<const char *()>> steps;
-    std::vector<void *> memory;
-    ~Graph();
-};
-Graph *graph = nullptr;
-
 void forbid_in_capture(const char *what) {
-    TORCH_CHECK(!capturing || within_operation, what, " within a capture: on a GPU this ends the capture with an error");
+    TORCH_CHECK(!stream::graph || stream::within_step, what, " within a capture: on a GPU this ends the capture with an error");
+}
+
+void wait() {
+    const char *wrong = stream::wait_for_all();
+    TORCH_CHECK(!wrong, "on the device: ", wrong);
 }
 
 // Where tensors lie: a kernel may touch nothing else.
@@ -65,34 +61,59 @@ std::atomic<size_t> taken{0}, peak{0};
 struct Block {
     void *data = nullptr;
     size_t bytes;
-    bool of_graph = false;
+    // Neither the memory of a graph, of which other tensors of its capture would be made, nor what a step of this device needs for itself.
+    bool of_graph = false, counted = !stream::within_step;
     explicit Block(size_t size) : bytes(size) {
         if (size && posix_memalign(&data, 512, size)) throw std::bad_alloc();
-        if (graph && data) of_graph = true, graph->memory.push_back(data);
-        taken += bytes;
+        if (stream::graph && counted && data) of_graph = true, stream::graph->memory.push_back(data);
+        if (counted) taken += bytes;
         peak = std::max(peak.load(), taken.load());
         if (data) place(data, size);
     }
-    // Of a graph's memory other tensors of the same capture would be made, so that it counts as free.
+    // It counts as free at once, because whatever takes it next comes later on the stream.
     ~Block() {
-        if (data && !of_graph) displace(data), std::free(data);
-        taken -= bytes;
+        if (counted) taken -= bytes;
+        if (!data || of_graph) return;
+        auto release = [data = data]() -> const char * { return displace(data), std::free(data), nullptr; };
+        if (counted) stream::when_done(release);
+        else release();
     }
 };
-
-Graph::~Graph() {
-    steps.clear();
-    for (void *data : memory) displace(data), std::free(data);
-}
 
 struct Memory final : c10::Allocator {
     c10::DataPtr allocate(size_t bytes) override {
         auto *block = new Block(bytes);
         return {block->data, block, [](void *made) { delete static_cast<Block *>(made); }, c10::Device(DEVICE, 0)};
     }
-    void copy_data(void *to, const void *from, size_t bytes) const override { std::memcpy(to, from, bytes); }
+    void copy_data(void *to, const void *from, size_t bytes) const override { wait(), std::memcpy(to, from, bytes); }
 };
 Memory memory;
+
+// Memory of the host that copies read and write without the host's waiting for them.
+std::map<const char *, size_t> pinned;
+bool is_pinned(const void *data) {
+    const std::lock_guard held(places_guard);
+    auto found = pinned.upper_bound(static_cast<const char *>(data));
+    return found != pinned.begin() && data < (--found)->first + found->second;
+}
+
+struct Pinned final : c10::Allocator {
+    static void release(void *data) {
+        stream::when_done([data]() -> const char * {
+            const std::lock_guard held(places_guard);
+            return pinned.erase(static_cast<const char *>(data)), std::free(data), nullptr;
+        });
+    }
+    c10::DataPtr allocate(size_t bytes) override {
+        void *data = nullptr;
+        if (bytes && posix_memalign(&data, 512, bytes)) throw std::bad_alloc();
+        const std::lock_guard held(places_guard);
+        if (data) pinned[static_cast<const char *>(data)] = bytes;
+        return {data, data, [](void *made) { if (made) release(made); }, c10::Device(c10::kCPU)};
+    }
+    void copy_data(void *to, const void *from, size_t bytes) const override { std::memcpy(to, from, bytes); }
+};
+Pinned pinned_memory;
 REGISTER_ALLOCATOR(DEVICE, &memory);
 
 struct Guard final : c10::impl::DeviceGuardImplInterface {
@@ -112,7 +133,8 @@ struct Hooks final : at::PrivateUse1HooksInterface {
     bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
     bool isBuilt() const override { return true; }
     bool isAvailable() const override { return true; }
-    at::Allocator *getPinnedMemoryAllocator() const override { return c10::GetCPUAllocator(); }
+    bool isPinnedPtr(const void *data) const override { return is_pinned(data); }
+    at::Allocator *getPinnedMemoryAllocator() const override { return &pinned_memory; }
 };
 
 at::Tensor empty(c10::SymIntArrayRef size, std::optional<at::ScalarType> type, std::optional<at::Layout>,
@@ -127,16 +149,45 @@ at::Tensor empty_strided(c10::SymIntArrayRef size, c10::SymIntArrayRef stride, s
                                              c10::DispatchKeySet(c10::DispatchKey::PrivateUse1), type.value_or(at::kFloat));
 }
 
-// The same bytes as a tensor of the CPU, which must not outlive this one.
-at::Tensor on_host(const at::Tensor &self) {
-    if (self.is_cpu()) return self;
-    return at::from_blob(self.data_ptr(), self.sizes(), self.strides(), self.options().device(at::kCPU));
+// The same bytes as a tensor that owns nothing: of the CPU, to be computed with, or of the same device, to be launched with.
+at::Tensor on(const at::Tensor &self, c10::DeviceType type) {
+    return at::for_blob(self.data_ptr(), self.sizes()).strides(self.strides()).options(self.options().device(type)).target_device(type == DEVICE ? c10::Device(DEVICE, 0) : c10::Device(c10::kCPU)).make_tensor();
 }
 
-at::Tensor copy_from(const at::Tensor &self, const at::Tensor &to, bool) {
-    if (self.device() != to.device()) forbid_in_capture("a copy between host and device");
+// Whether a tensor's memory is still there, when its step runs: neither a stream nor a graph keeps it.
+bool is_there(const at::Tensor &one) {
+    if (!one.defined() || one.device().type() != DEVICE || !one.numel()) return true;
+    int64_t last = 0;
+    for (int64_t i = 0; i < one.dim(); i++) last += (one.size(i) - 1) * one.stride(i);
+    return device_holds(one.data_ptr(), (last + 1) * one.element_size());
+}
+constexpr auto GONE = "a tensor was freed before a step that was launched, or captured, with it has run";
+
+at::Tensor on_host(const at::Tensor &self) { return self.is_cpu() ? self : on(self, c10::kCPU); }
+
+void launch_copy(const at::Tensor &from, const at::Tensor &to) {
+    auto unowned = [](const at::Tensor &one) { return on(one, one.device().type()); };
+    stream::launch([from = unowned(from), to = unowned(to)]() -> const char * {
+        if (!is_there(from) || !is_there(to)) return GONE;
+        return on_host(to).copy_(on_host(from)), nullptr;
+    });
+}
+
+// Of the host's memory only what is pinned is read and written while the host goes on.
+at::Tensor copy_from(const at::Tensor &self, const at::Tensor &to, bool without_waiting) {
+    if (stream::within_step) return on_host(to).copy_(on_host(self)), to;
+    const bool both = self.device() == to.device();
+    if (!both) forbid_in_capture("a copy between host and device");
+    if (both || (without_waiting && is_pinned((self.is_cpu() ? self : to).data_ptr()))) return launch_copy(self, to), to;
+    if (without_waiting && self.is_cpu()) {
+        stream::launch([from = self.clone(), to = on(to, DEVICE)]() -> const char * {
+            if (!is_there(to)) return GONE;
+            return on_host(to).copy_(from), nullptr;
+        });
+        return to;
+    }
+    wait();
     on_host(to).copy_(on_host(self));
-    if (graph) graph->steps.push_back([self, to] { return on_host(to).copy_(on_host(self)), nullptr; });
     return to;
 }
 
@@ -163,31 +214,86 @@ const at::Tensor &resize(const at::Tensor &self, c10::SymIntArrayRef size, std::
 
 at::Scalar local_scalar(const at::Tensor &self) {
     forbid_in_capture("reading a value back");
+    if (!stream::within_step) wait();
     return on_host(self).item();
 }
 
-// An operation done again, its results where they were the first time.
-std::function<const char *()> again(const c10::OperatorHandle &op, torch::jit::Stack given, std::vector<c10::IValue> found) {
-    return [=] {
-        torch::jit::Stack stack = given;
+using Change = std::function<at::Tensor(const at::Tensor &)>;
+
+// A value with each tensor of the device in it changed.
+c10::IValue changed(const c10::IValue &value, const Change &change) {
+    auto one = [&](const at::Tensor &tensor) { return tensor.defined() && !tensor.is_cpu() ? change(tensor) : tensor; };
+    if (value.isTensor()) return one(value.toTensor());
+    if (value.isTensorList()) {
+        c10::List<at::Tensor> list;
+        for (const at::Tensor &tensor : value.toTensorList()) list.push_back(one(tensor));
+        return list;
+    }
+    if (value.isOptionalTensorList()) {
+        c10::List<std::optional<at::Tensor>> list;
+        for (const std::optional<at::Tensor> &tensor : value.toOptionalTensorList()) list.push_back(tensor ? std::optional(one(*tensor)) : tensor);
+        return list;
+    }
+    return value;
+}
+
+torch::jit::Stack changed(const torch::jit::Stack &values, const Change &change) {
+    torch::jit::Stack found;
+    for (const auto &value : values) found.push_back(changed(value, change));
+    return found;
+}
+
+// Which argument a result is, for an operation that writes where it is told.
+std::optional<size_t> written(const c10::FunctionSchema &schema, size_t result) {
+    const auto *alias = schema.returns()[result].alias_info();
+    for (size_t i = 0; alias && i < schema.arguments().size(); i++)
+        if (const auto *other = schema.arguments()[i].alias_info(); other && other->beforeSets() == alias->beforeSets()) return i;
+    return std::nullopt;
+}
+
+// Tensors for the results of an operation, found without computing it.
+std::vector<at::Tensor> results_of(const c10::OperatorHandle &op, const torch::jit::Stack &given) {
+    auto shapes = changed(given, [](const at::Tensor &one) { return at::empty_strided(one.sizes(), one.strides(), one.options().device(c10::kMeta)); });
+    for (auto &value : shapes) if (value.isDevice() && value.toDevice().type() == DEVICE) value = c10::Device(c10::kMeta);
+    op.callBoxed(shapes);
+    std::vector<at::Tensor> found;
+    for (size_t i = 0; i < shapes.size(); i++) {
+        const at::Tensor shape = shapes[i].toTensor();
+        if (const auto argument = written(op.schema(), i)) {
+            found.push_back(given[*argument].toTensor());
+            if (found.back().sizes() != shape.sizes()) found.back().resize_(shape.sizes());
+        } else {
+            found.push_back(shape.defined() ? at::empty_strided(shape.sizes(), shape.strides(), shape.options().device(c10::Device(DEVICE, 0))) : shape);
+        }
+    }
+    return found;
+}
+
+// An operation, once it is its turn: on the CPU's kernels, its results where they are expected.
+stream::Step computed(const c10::OperatorHandle &op, const torch::jit::Stack &given, const std::vector<at::Tensor> &results) {
+    const Change here = [](const at::Tensor &one) { return on(one, DEVICE); };
+    std::vector<at::Tensor> places;
+    for (const at::Tensor &result : results) places.push_back(result.defined() ? here(result) : result);
+    return [op, given = changed(given, here), places]() -> const char * {
+        bool there = true;
+        torch::jit::Stack stack = changed(given, [&](const at::Tensor &one) { return there &= is_there(one), one; });
+        for (const at::Tensor &place : places) there &= is_there(place);
+        if (!there) return GONE;
         at::native::cpu_fallback(op, &stack);
-        for (size_t i = 0; i < found.size(); i++) {
-            if (!found[i].isTensor() || found[i].toTensor().data_ptr() == stack[i].toTensor().data_ptr()) continue;
-            on_host(found[i].toTensor()).copy_(on_host(stack[i].toTensor()));
+        for (size_t i = 0; i < places.size(); i++) {
+            if (!places[i].defined()) continue;
+            const at::Tensor found = stack[i].toTensor();
+            if (found.data_ptr() != places[i].data_ptr()) on_host(places[i]).copy_(on_host(found));
         }
         return nullptr;
     };
 }
 
-// Any other operation: on the CPU's kernels, once its tensors were found to be where a GPU's would want them.
-void compute(const c10::OperatorHandle &op, torch::jit::Stack *stack) {
-    static const std::set<std::string> indexed_from_host{"aten::index", "aten::index_put_", "aten::_index_put_impl_", "aten::index.Tensor_out"};
-    static const std::set<std::string> waiting{"aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::equal",
-                                               "aten::repeat_interleave", "aten::bincount"};
-    const auto &schema = op.schema();
-    if (waiting.count(schema.name())) forbid_in_capture(schema.name().c_str());
-    const torch::jit::Stack given = torch::jit::last(stack, schema.arguments().size()).vec();
-    bool device = false, host = false;
+// Of an operation's tensors: whether some are of the host and some of the device, and whether any is an index that says which to take,
+// whose number of them has to be read back.
+struct Found { bool mixed, mask; };
+Found look_at(const torch::jit::Stack &given) {
+    bool device = false, host = false, mask = false;
     auto look = [&](const at::Tensor &one) {
         if (!one.defined()) return;
         if (one.is_cpu()) host |= one.dim() > 0;
@@ -196,17 +302,32 @@ void compute(const c10::OperatorHandle &op, torch::jit::Stack *stack) {
     for (const auto &value : given) {
         if (value.isTensor()) look(value.toTensor());
         if (value.isTensorList()) for (const auto &one : value.toTensorList()) look(one);
-        if (value.isOptionalTensorList()) for (const std::optional<at::Tensor> &one : value.toOptionalTensorList()) if (one) look(*one);
+        if (value.isOptionalTensorList()) for (const std::optional<at::Tensor> &one : value.toOptionalTensorList())
+            if (one && one->defined()) look(*one), mask |= one->scalar_type() == at::kBool;
     }
-    const bool mixed = device && host;
+    return {device && host, mask};
+}
+
+// Any other operation: launched, once its tensors were found to be where a GPU's would want them.
+void compute(const c10::OperatorHandle &op, torch::jit::Stack *stack) {
+    static const std::set<std::string> indexed_from_host{"aten::index", "aten::index_put_", "aten::_index_put_impl_", "aten::index.Tensor_out"};
+    static const std::set<std::string> waiting{"aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::equal",
+                                               "aten::repeat_interleave", "aten::bincount"};
+    const auto &schema = op.schema();
+    const torch::jit::Stack given = torch::jit::last(stack, schema.arguments().size()).vec();
+    const auto [mixed, mask] = look_at(given);
     TORCH_CHECK(!mixed || indexed_from_host.count(schema.name()), schema.name(), ": tensors of the host and of the device in one operation");
     if (mixed) forbid_in_capture("indices from the host");
-    struct Operation {
-        Operation() { within_operation++; }
-        ~Operation() { within_operation--; }
-    } operation;
-    at::native::cpu_fallback(op, stack);
-    if (graph) graph->steps.push_back(again(op, given, torch::jit::last(stack, schema.returns().size()).vec()));
+    if (mixed || mask || waiting.count(schema.name())) {
+        forbid_in_capture(schema.name().c_str());
+        wait();
+        const stream::Within step;
+        return at::native::cpu_fallback(op, stack);
+    }
+    const std::vector<at::Tensor> results = results_of(op, given);
+    stream::launch(computed(op, given, results));
+    torch::jit::drop(*stack, given.size());
+    for (const at::Tensor &result : results) stack->push_back(result);
 }
 
 TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
@@ -237,30 +358,32 @@ TORCH_LIBRARY_IMPL(_, PrivateUse1, m) { m.fallback(torch::CppFunction::makeFromB
 
 extern "C" {
 void device_register() { at::RegisterPrivateUse1HooksInterface(new Hooks()); }
+// How many steps have been launched; device_wait runs them, and tells why one failed, or nothing.
+size_t device_mark() { return stream::launched_steps; }
+const char *device_wait(size_t mark) { return stream::wait(mark); }
 // Begin a graph; what device_end_capture gives is replayed and dropped by whoever has it.
-void device_begin_capture() { graph = new Graph, capturing = 1; }
-void *device_end_capture() { return capturing = 0, std::exchange(graph, nullptr); }
-void device_drop(void *held) { delete static_cast<Graph *>(held); }
-// Why a kernel failed, or nothing.
-const char *device_replay(void *held) {
-    struct Operation {
-        Operation() { within_operation++; }
-        ~Operation() { within_operation--; }
-    } operation;
-    for (const auto &step : static_cast<Graph *>(held)->steps)
-        if (const char *wrong = step()) return wrong;
-    return nullptr;
+void device_begin_capture() { stream::graph = new stream::Graph; }
+void *device_end_capture() { return std::exchange(stream::graph, nullptr); }
+void device_replay(void *held) { stream::replay(static_cast<stream::Graph *>(held)); }
+void device_drop(void *held) {
+    stream::when_done([held]() -> const char * {
+        const auto *dropped = static_cast<stream::Graph *>(held);
+        for (void *data : dropped->memory) displace(data), std::free(data);
+        return delete dropped, nullptr;
+    });
 }
-// A kernel of ptx_kernels.py was launched: while a graph is captured, it is part of it.
-struct Dim { unsigned x, y, z; };
-struct alignas(128) Params { char bytes[4096]; };
-using Run = const char *(*)(Dim, Dim, size_t, const char *, bool (*)(const void *, size_t));
-bool device_holds(const void *data, size_t bytes);
-const char *device_run(Run run, Dim grid, Dim block, size_t shared, const char *given) {
-    Params params;
-    std::memcpy(params.bytes, given, sizeof params);
-    if (graph) graph->steps.push_back([=] { return run(grid, block, shared, params.bytes, device_holds); });
-    return run(grid, block, shared, params.bytes, device_holds);
+// cudaMemcpyAsync of the runtime. The host's memory is read and written while the host goes on if it is pinned; other memory is read now.
+const char *device_copy(void *to, const void *from, size_t bytes, int kind) {
+    enum { UP = 1, DOWN = 2 };
+    if (kind == DOWN && !is_pinned(to)) {
+        const char *wrong = stream::wait_for_all();
+        return std::memcpy(to, from, bytes), wrong;
+    }
+    auto copied = [=]() -> const char * { return std::memcpy(to, from, bytes), nullptr; };
+    if (kind != UP || is_pinned(from)) return stream::launch(copied), nullptr;
+    const auto *begin = static_cast<const char *>(from);
+    stream::launch([to, now = std::vector<char>(begin, begin + bytes)]() -> const char * { return std::memcpy(to, now.data(), now.size()), nullptr; });
+    return nullptr;
 }
 bool device_holds(const void *data, size_t bytes) {
     static thread_local const char *begin = nullptr, *end = nullptr;
@@ -273,6 +396,19 @@ bool device_holds(const void *data, size_t bytes) {
     --found;
     as_of = places_changed, begin = found->first, end = begin + found->second;
     return asked + bytes <= end;
+}
+// A kernel of ptx_kernels.py was launched.
+struct Dim { unsigned x, y, z; };
+struct alignas(128) Params { char bytes[4096]; };
+using Run = const char *(*)(Dim, Dim, size_t, const char *, bool (*)(const void *, size_t));
+void device_run(Run run, const char *name, Dim grid, Dim block, size_t shared, const char *given) {
+    Params params;
+    std::memcpy(params.bytes, given, sizeof params);
+    stream::launch([=, name = std::string(name)]() -> const char * {
+        static std::string failure;
+        const char *wrong = run(grid, block, shared, params.bytes, device_holds);
+        return wrong ? (failure = name + ": " + wrong).c_str() : nullptr;
+    });
 }
 size_t device_peak() { return peak.exchange(taken); }
 }

@@ -60,7 +60,10 @@ class Graphs(Protocol):
     """What the engine needs of a device's streams; :class:`CudaGraphs` on a GPU."""
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
-        """Record what ``run`` launches; what is returned launches it again, on the same addresses."""
+        """Record what ``run`` launches; what is returned launches it again, on the same addresses.
+
+        ``run`` is called twice, and what was launched before the second time is done then: its host buffers are free.
+        """
 
     def mark(self) -> Callable[[], None]:
         """Note what was launched up to now; what is returned waits until the device has done it."""
@@ -99,9 +102,13 @@ class CudaGraphs:
 
 @attrs.define(eq=False)
 class _DecodeStep:
-    """A captured batch size: its arrays at fixed addresses, and the graph that reads and writes them."""
+    """A captured batch size: its arrays at fixed addresses, and the graph that reads and writes them.
+
+    A graph knows addresses and holds no tensor: all that its capture was given must live as long as it does.
+    """
 
     arrays: CapturedDecode
+    batch: Batch
     best: torch.Tensor | None = None
     """(2, rows) float64: the largest logit of each row, and its token."""
     replay: Callable[[], None] = lambda: None
@@ -288,13 +295,12 @@ class CudaEngine:
     def _capture(self, rows: int) -> _DecodeStep:
         assert self._model is not None and self._attention is not None and self._logits is not None
         arrays = self._attention.captured(rows, self._buckets[-1] * self._row_pages)
-        step = _DecodeStep(arrays)
+        step = _DecodeStep(arrays, Batch(arrays.ids, arrays.positions, torch.arange(rows, device=self._device)))
         arrays.load(Table.of((), self._page_tokens).padded(rows, self._pages), np.zeros(rows, np.int32))
-        batch = Batch(arrays.ids, arrays.positions, torch.arange(rows, device=self._device))
         model, attention, logits = self._model, self._attention, self._logits[:rows]
 
         def launch() -> None:
-            step.best = best_of(model.forward(batch, arrays.plan, attention, logits))
+            step.best = best_of(model.forward(step.batch, arrays.plan, attention, logits))
 
         step.replay = self._graphs.capture(launch)
         return step

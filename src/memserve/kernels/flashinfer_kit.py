@@ -379,7 +379,7 @@ def _processors(device: torch.device) -> int:
 
 
 def _pinned(size: int, device: torch.device) -> torch.Tensor:
-    return torch.zeros(size, dtype=torch.int32, pin_memory=device.type == "cuda")
+    return torch.zeros(size, dtype=torch.int32, pin_memory=device.type != "cpu")
 
 
 def _filled(buffer: torch.Tensor, values: Ints) -> torch.Tensor:
