@@ -123,7 +123,7 @@ async def test_models():
     [
         (lambda c: c.completions.create(model="gpt-4", prompt="x"), openai.NotFoundError, "model"),
         (lambda c: c.completions.create(model="demo", prompt="x", temperature=3), openai.BadRequestError, "temperature"),
-        (lambda c: c.chat.completions.create(model="demo", messages=MESSAGES, tools=[{}]), openai.BadRequestError, "tools"),
+        (lambda c: c.chat.completions.create(model="demo", messages=MESSAGES, tools=[{}]), openai.BadRequestError, "tools[0].type"),
     ],
 )  # fmt: skip
 async def test_errors_are_the_clients_own(use, error, param):
