@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from memserve.api.call_formats import CALL_FORMATS, HERMES, LLAMA3_JSON, MISTRAL, CallFormat
 from memserve.api.call_parser import CallParser, CallPart
 
-KNOWN = frozenset(("f", "get_weather"))
+KNOWN = frozenset(("f", "g"))
 F1 = '{"name": "f", "arguments": {"a": 1}}'
 
 

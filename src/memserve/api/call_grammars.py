@@ -89,7 +89,7 @@ def _size(tool: Tool) -> int:
 def _schema(tool: Tool, offer: Offer) -> str:
     """The tool's arguments as a part of a grammar. Raises ApiError (400)."""
     field = f"tools[{offer.tools.index(tool)}].function.parameters"
-    schema = _closed(tool.function.parameters or {"properties": {}})
+    schema = _closed(tool.function.parameters or {"properties": {}}, field)
     options = COMPACT if tool.function.strict else {**COMPACT, "lenient": True}
     made = "%json " + json.dumps({**schema, "x-guidance": options})
     if wrong := LLMatcher.validate_grammar(LLMatcher.grammar_from_lark(f"start: {made}")):
@@ -97,10 +97,13 @@ def _schema(tool: Tool, offer: Offer) -> str:
     return made
 
 
-def _closed(schema: dict[str, Any]) -> dict[str, Any]:
+def _closed(schema: dict[str, Any], field: str) -> dict[str, Any]:
     """Of an object, and of nothing that the schema does not name: a model would make up arguments without an end."""
+    kinds = schema.get("type", "object")
+    if "object" not in (kinds if isinstance(kinds, list) else [kinds]):
+        raise cannot(field, f"expected the schema of an object, got one of {json.dumps(kinds)}")
     closed = {"additionalProperties": False} if "properties" in schema else {}
-    return {"type": "object", **closed, **schema}
+    return {**closed, **schema, "type": "object"}
 
 
 def _named(answer: str) -> list[dict[str, Any]]:
