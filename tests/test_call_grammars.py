@@ -141,7 +141,7 @@ def test_arguments_are_an_object_of_what_the_schema_names(grammars, parameters, 
     ([tool("a", {"type": "thing"})], "tools[0].function.parameters", 'the schema of an object, got one of "thing"'),
     ([tool("a", {"properties": {"x": {"type": "thing"}}})], "tools[0].function.parameters", "Invalid type: thing"),
     ([tool("a", {"type": "string"})], "tools[0].function.parameters", "expected the schema of an object"),
-    ([tool("a", {"description": "x" * 300_000})], "tools", "at most 262144 bytes"),
+    ([tool("a", {"description": "x" * 300_000})], "tools", "at most 131072 bytes"),
 ])  # fmt: skip
 def test_a_schema_that_cannot_be_followed_is_named(tools, param, reason):
     """A user would have to guess which of many tools is at fault."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import attrs
 import pytest
@@ -11,8 +12,13 @@ import trio
 from api_client import CHAT, HI, post
 from fake_service import IM_END, FakeService, demo_tokenizer, says, sse
 from memserve.api.call_formats import CALL_FORMATS, HERMES, MISTRAL
+from memserve.api.call_grammars import CALLS_MAX as FORCED_CALLS_MAX
+from memserve.api.call_grammars import SCHEMAS_BYTES_MAX
+from memserve.api.messages import CALLS_MAX, DEPTH_MAX
 from memserve.api.service import Chunk
+from memserve.api.tools import NAME_PATTERN, TOOLS_MAX
 from memserve.sections import ModelConfig
+from test_api import DOCS
 from test_logprobs import service as scored
 
 WEATHER = {
@@ -257,3 +263,15 @@ async def test_tokenize_counts_tools():
     assert response.json()["tokens"] == service.opened[0].prompt
     without = await post({"messages": HI}, "/tokenize")
     assert response.json()["count"] > without.json()["count"] + 100
+
+
+def test_formats_and_limits_are_documented_as_they_are():
+    """A user would meet a limit that no page tells, or configure a format that there is not."""
+    page = DOCS.read_text().partition("\n## Tools\n")[2].partition("\n## ")[0]
+    assert re.findall(r"^\| `(\w+)` \|", page.partition("**Formats.**")[2], re.M) == list(CALL_FORMATS)
+    said = (
+        f"{SCHEMAS_BYTES_MAX:,} bytes", f"{TOOLS_MAX} tools, and {CALLS_MAX} calls in a message", f"up to {FORCED_CALLS_MAX} calls",
+        f"{DEPTH_MAX} objects and arrays", "1 to 64 letters",
+    )  # fmt: skip
+    assert [one for one in said if one not in " ".join(page.split())] == []
+    assert "{1,64}" in NAME_PATTERN

@@ -16,7 +16,7 @@ from memserve.api.tools import Offer, Tool
 
 CALLS_MAX = 16
 """Calls of one answer whose form is given: a small model that repeats itself would have no end."""
-SCHEMAS_BYTES_MAX = 262_144
+SCHEMAS_BYTES_MAX = 131_072
 """Of all schemas that one answer follows."""
 
 
