@@ -102,6 +102,14 @@ def test_a_strict_tool_is_called_by_its_schema_or_not_at_all(grammars, form):
         assert not follows(grammars, text, "Well, ", mark, " what?")
 
 
+def test_a_forced_answer_has_an_end(grammars):
+    """A small model that repeats itself would call until its context is full."""
+    text = call_grammar(Offer((tool("g", None),), must=True), HERMES, {})
+    calls = ["<tool_call>\n" + '{"name": "g", "arguments": {}}' + "\n</tool_call>"] * (CALLS_MAX + 1)
+    assert follows(grammars, text, "\n".join(calls[1:]))
+    assert not follows(grammars, text, "\n".join(calls))
+
+
 @pytest.mark.parametrize("strict", [None, False])
 def test_tools_that_are_not_strict_do_not_bind_an_answer(strict):
     """Each token of every agent would cost a look at a grammar."""

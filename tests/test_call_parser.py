@@ -50,6 +50,7 @@ TRICKY = {"text": 'a "b" {c} \\', "close": "</tool_call>", "nested": {"x": [{}, 
     (HERMES, f"<tool_call>{F1}</tool", ("", [("f", '{"a": 1}')])),
     (HERMES, f"<tool_call>[{F1}, {F1}]</tool_call>x", ("x", [("f", '{"a": 1}')] * 2)),
     (HERMES, '<tool_call>{"name": "f", "arguments": {"a": 1}</tool_call>', ("", [("f", '{"a": 1}')])),
+    (HERMES, '<tool_call>{"name": "f", "arguments": {"a": 1}</tool_call>Done {}', ("Done {}", [("f", '{"a": 1}')])),
     (HERMES, '<tool_call>{"name": "f", "arguments": {}, "id": "}"} </tool_call>', ("", [("f", "{}")])),
     (HERMES, '<tool_call>{"arguments": {"a": 1}, "name": "f"}</tool_call>', ("", [("f", '{"a":1}')])),
     (HERMES, '<tool_call>{"name": "f"}</tool_call>', ("", [("f", "{}")])),
@@ -63,6 +64,7 @@ TRICKY = {"text": 'a "b" {c} \\', "close": "</tool_call>", "nested": {"x": [{}, 
     (LLAMA3_JSON, '<|python_tag|>search.call(query="x")', ('<|python_tag|>search.call(query="x")', [])),
     (MISTRAL, f"[TOOL_CALLS] [{F1}, {F1}]", ("", [("f", '{"a": 1}')] * 2)),
     (MISTRAL, f'Yes.[TOOL_CALLS][{F1[:-1]}, "id": "123456789"}}] ', ("Yes.", [("f", '{"a": 1}')])),
+    (MISTRAL, f"[TOOL_CALLS][{F1}, none]", (", none]", [("f", '{"a": 1}')])),
     (MISTRAL, "[TOOL_CALLS] none [1]", ("[TOOL_CALLS] none [1]", [])),
 ])  # fmt: skip
 def test_calls_are_found_as_models_write_them(form, text, expected):
@@ -154,12 +156,15 @@ def test_text_comes_as_soon_as_it_is_known():
     assert parser.push("ris") == [CallPart(0, None, "ris")]
 
 
-@pytest.mark.parametrize("piece", ["<tool_call>{", '{"name": "', "\n", "<tool_call>", "\\", '{"', "<"])
-def test_no_answer_takes_long_to_read(piece):
+@pytest.mark.parametrize(("begun", "piece"), [
+    ("", "<tool_call>{"), ("<tool_call>{", "{"), ("<tool_call>{", '{"name": "'), ("<tool_call>{", "\n"), ("<tool_call>", "\n"), ("", "\n"), ("", "<"),
+    ('<tool_call>{"name": "', "0123456789"), ('<tool_call>{"name": "f", "arguments": {', "\\"), (tagged(F1), "\n"),
+])  # fmt: skip
+def test_no_answer_takes_long_to_read(begun, piece):
     """One stream that repeats itself would hold up all others of its Frontend."""
     began = time.perf_counter()
     parser = CallParser(HERMES, KNOWN)
-    for one in ("<tool_call>{", *[piece] * 10_000):
+    for one in (begun, *[piece] * 10_000):
         parser.push(one)
     parser.finish()
     assert time.perf_counter() - began < 5
