@@ -31,7 +31,7 @@ def call_grammar(offer: Offer, form: CallFormat, specials: Mapping[str, int], an
     if offer.must and answer:
         text = "tool_choice: not beside response_format or structured_outputs, where it asks for a call"
         raise ApiError(text, "tool_choice", code="invalid_value")
-    if (size := sum(_size(tool) for tool in offer.callable)) > SCHEMAS_BYTES_MAX:
+    if (size := sum(_size(tool) for tool in offer.allowed)) > SCHEMAS_BYTES_MAX:
         raise cannot("tools", f"schemas of at most {SCHEMAS_BYTES_MAX} bytes can be followed, got {size}")
     lark = "\n".join(["%llguidance {}", *_rules(offer, form, specials, bool(answer))])
     parts = [{"name": "calls", "lark_grammar": lark}, *_named(answer)]
@@ -49,9 +49,9 @@ def _rules(offer: Offer, form: CallFormat, specials: Mapping[str, int], answered
         yield f"calls: {written(form.before)} {calls}"
     else:
         yield from _among_text(form, specials, f"{written(form.before[1:])} {calls}")
-    names = [f"call{number}" for number, _ in enumerate(offer.callable)]
+    names = [f"call{number}" for number, _ in enumerate(offer.allowed)]
     yield f"call: {' | '.join(names)}"
-    for name, tool in zip(names, offer.callable, strict=True):
+    for name, tool in zip(names, offer.allowed, strict=True):
         yield f'{name}: {_text(_head(tool, form))} {_schema(tool, offer)} "}}"'
 
 

@@ -88,6 +88,11 @@ class CallParser:
         self._braces = _Braces()
         self._found: list[Found] = []
 
+    @property
+    def cut(self) -> bool:
+        """Whether the last call lacks a part of its arguments."""
+        return self._state == self._in_arguments
+
     def push(self, text: str) -> list[Found]:
         """What is known with ``text``, in order."""
         self._rest += text

@@ -134,5 +134,6 @@ class Choice:
     def _end(self, finish: str) -> None:
         if self._calls is not None:
             self._sort(self._calls.finish())
-            finish = self._finish_of_calls if self._calls.calls and finish == "stop" else finish
+            whole = finish == "stop" and self._calls.calls and not self._calls.cut
+            finish = self._finish_of_calls if whole else finish
         self.finish = self._new.finish = finish

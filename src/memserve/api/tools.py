@@ -78,7 +78,7 @@ class Offer:
     """Whether there may be more calls than one."""
 
     @property
-    def callable(self) -> tuple[Tool, ...]:
+    def allowed(self) -> tuple[Tool, ...]:
         """Those of which a forced answer may be a call."""
         return tuple(tool for tool in self.tools if self.only in (None, tool.function.name))
 
