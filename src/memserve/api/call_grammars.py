@@ -34,8 +34,11 @@ def call_grammar(offer: Offer, form: CallFormat, specials: Mapping[str, int], an
     if (size := sum(_size(tool) for tool in offer.allowed)) > SCHEMAS_BYTES_MAX:
         raise cannot("tools", f"schemas of at most {SCHEMAS_BYTES_MAX} bytes can be followed, got {size}")
     lark = "\n".join(["%llguidance {}", *_rules(offer, form, specials, bool(answer))])
-    parts = [{"name": "calls", "lark_grammar": lark}, *_named(answer)]
-    return json.dumps({"grammars": parts})
+    made = json.dumps({"grammars": [{"name": "calls", "lark_grammar": lark}, *_named(answer)]})
+    # Each tool's part was in order, but all of them may be too much.
+    if wrong := LLMatcher.validate_grammar(made):
+        raise cannot("tools", wrong)
+    return made
 
 
 def _rules(offer: Offer, form: CallFormat, specials: Mapping[str, int], answered: bool) -> Iterable[str]:
