@@ -95,6 +95,7 @@ BAD = [
     ({"prompt": "x", "logit_bias": {str(i): 1 for i in range(301)}}, "logit_bias", "at most 300 tokens, got 301"),
     ({"prompt": "x", "continue_final_message": True}, "continue_final_message", "not supported"),
     ({"prompt": "x", "suffix": "y"}, "suffix", "suffix is not supported"),
+    ({"prompt": "x", "tools": [{}]}, "tools", "tools is not supported"),
 ]  # fmt: skip
 
 
@@ -107,12 +108,10 @@ BAD_CHATS = [
     ({"messages": []}, "messages", "length >= 1"),
     ({"messages": "x"}, "messages", 'messages: expected array, got "x"'),
     ({"messages": [{"content": "x"}]}, "messages[0].role", "this field is required"),
-    ({"messages": [{"role": "root", "content": "x"}]}, "messages[0].role", "system, developer, user, assistant, got"),
+    ({"messages": [{"role": "root", "content": "x"}]}, "messages[0].role", "system, developer, user, assistant, tool, got"),
     ({"messages": [*HI, {"role": "user"}]}, "messages[1].content", "this field is required"),
     ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", r"expected str \| array, got null$"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type", "one of text"),
-    ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "messages[0].tool_calls", "not supported"),
-    ({"messages": HI, "tools": [{"type": "function"}]}, "tools", "tools is not supported"),
     ({"messages": HI, "response_format": {"type": "xml"}}, "response_format.type", "expected one of text, json_object, json_schema"),
     ({"messages": HI, "response_format": {"type": "json_schema"}}, "response_format.json_schema", "this field is required"),
     ({"messages": HI, "response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "response_format.json_schema.schema", "required"),

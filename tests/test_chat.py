@@ -184,7 +184,7 @@ def test_templates_run_in_a_sandbox_with_transformers_helpers():
     with pytest.raises(ApiError, match="refuses them"):
         chat_tokens(HI, "{{ messages.append(1) }}")
     helpers = "{% for m in messages %}\n  {% if true %}\n{{ m | tojson }}{% break %}{% endif %}{% endfor %}{{ strftime_now('%%') }}"
-    assert demo_tokenizer().decode(chat_tokens(HI, helpers)) == '{"role":"user","content":"Hi"}%'
+    assert demo_tokenizer().decode(chat_tokens(HI, helpers)) == '{"role": "user", "content": "Hi"}%'
     with pytest.raises(UserError, match="chat template does not compile"):
         chat_tokens(HI, "{% for %}")
 

@@ -15,8 +15,10 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import attrs
+import openai
 import pytest
 
 from adjustments import adjustments, past_of
@@ -210,6 +212,44 @@ def test_an_answer_of_a_given_form_keeps_it_when_its_worker_is_killed(cluster: C
     assert [line["attempts"] for line in cluster.lines() if line["event"] == "request finished"][-1] == 2
     cluster.wait_healthy()
     cluster.wait_idle()
+
+
+STORY = {
+    "type": "object",
+    "properties": {"text": {"type": "string", "minLength": 300, "maxLength": 400}},
+    "required": ["text"],
+}
+TOOL = {"type": "function", "function": {"name": "write_story", "parameters": STORY}}
+
+
+def test_a_call_of_a_tool_is_the_same_and_made_once_when_its_worker_is_killed(cluster: Cluster) -> None:
+    """An agent would run a tool twice, or with arguments that are put together of two."""
+    asked = {"tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False, "temperature": 1.0}
+    messages = [{"role": "user", "content": "Write about a fox"}]
+
+    def pieces() -> Iterator[dict[str, Any]]:
+        with openai.OpenAI(base_url=f"{cluster.url}/v1", api_key="any", max_retries=0) as client:
+            for chunk in client.chat.completions.create(
+                model="SmolLM2-135M-Instruct.Q4_1", messages=messages, seed=5, stream=True, **asked
+            ):
+                for piece in chunk.choices[0].delta.tool_calls or ():
+                    yield piece.model_dump(exclude_none=True)
+                finish = chunk.choices[0].finish_reason
+        assert finish == "tool_calls"
+
+    first, *known = pieces()
+    stream = pieces()
+    begun, *found = next(stream), next(stream)
+    os.kill(cluster.pid("d0"), signal.SIGKILL)
+    found += stream
+    assert begun["function"] == first["function"] == {"name": "write_story", "arguments": ""}
+    written = ["".join(one["function"]["arguments"] for one in told) for told in (known, found)]
+    assert written[0] == written[1]
+    assert 300 <= len(json.loads(written[0])["text"]) <= 400
+    assert not [one for one in found if "id" in one], "the call began once"
+    cluster.wait_healthy()
+    cluster.wait_idle()
+    assert [line["attempts"] for line in cluster.lines() if line["event"] == "request finished"][-1] == 2
 
 
 def started(cluster: Cluster) -> int:

@@ -59,7 +59,7 @@ async def test_bos_is_left_out_on_demand(monkeypatch):
         ("/tokenize", {"prompt": "x", "messages": HI}, "prompt"),
         ("/tokenize", {"prompt": "x" * 700_000}, "prompt"),
         ("/tokenize", {"messages": HI, "add_special_tokens": True}, "add_special_tokens"),
-        ("/tokenize", {"messages": HI, "tools": [{}]}, "tools"),
+        ("/tokenize", {"messages": HI, "tools": [{}]}, "tools[0].type"),
         ("/tokenize", {"messages": HI, "add_generation_prompt": True, "continue_final_message": True}, "continue_final_message"),
         ("/tokenize", {"prompt": "x", "model": "other"}, "model"),
         ("/detokenize", {}, "tokens"),

@@ -60,6 +60,11 @@ class ModelConfig:
         rule=between(16, 1 << 24),
         help="prompt and answer together, at most; unset: what the model was trained for",
     )
+    tool_format: str = setting(
+        "auto",
+        rule=one_of("auto", "hermes", "llama3_json", "mistral"),
+        help="how the model writes calls of tools; auto: as its chat template has it, or hermes where that does not say",
+    )
 
     @property
     def stored(self) -> str:

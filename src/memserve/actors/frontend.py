@@ -247,6 +247,7 @@ def make_app(context: ActorContext, service: FrontendService) -> Starlette:
         admin_keys=told.admin_keys,
         priority_keys=told.priority_keys,
         ttft_ms=told.ttft_ms,
+        tool_format=model.tool_format,
     )
     return build_app(service, tokenizer, resolved.spec, settings)
 

@@ -20,6 +20,7 @@ from memserve import __version__
 from memserve.api import errors
 from memserve.api.administration import read_change
 from memserve.api.bodies import SEED_BITS, Body, ChatBody, CompletionBody, read_body
+from memserve.api.call_parser import CallParser
 from memserve.api.chat import ChatTemplate
 from memserve.api.choices import Choice
 from memserve.api.errors import ApiError, from_failure
@@ -94,7 +95,7 @@ class Api:
         body = await self._body(request, ChatBody)
         caller: Caller = request.scope[CALLER]
         prompt = await chat_prompt(body, self.served, caller.cache_scope, _draw_seed)
-        wire = ChatWire(prompt, bool(body.return_token_ids), self._piece(body))
+        wire = ChatWire(prompt, bool(body.return_token_ids), self._piece(body), self.served.call_format)
         return self._generate(request, body, [prompt], wire)
 
     async def tokenize(self, request: Request) -> Response:
@@ -181,12 +182,18 @@ class Api:
             cache_scope=caller.cache_scope,
             ping_s=self.served.settings.ping_s,
         )
-        piece = self.served.tokenizer.piece
-        choices = [
-            Choice(index, index // order.n, piece, order.stops, body.min_tokens or 0)
-            for index in range(len(prompts) * order.n)
-        ]
+        choices = [self._choice(index, order, body) for index in range(len(prompts) * order.n)]
         return _Answer(Generation(self.service, order, choices))
+
+    def _choice(self, index: int, order: Order, body: CompletionBody | ChatBody) -> Choice:
+        at, piece, least = index // order.n, self.served.tokenizer.piece, body.min_tokens or 0
+        offer = body.offer if isinstance(body, ChatBody) else None
+        if offer is None:
+            return Choice(index, at, piece, order.stops, least)
+        form = self.served.call_format
+        parser = CallParser(form, offer.names, offer.several and form.several)
+        finish = "tool_calls" if offer.only is None else "stop"  # as OpenAI's
+        return Choice(index, at, self.served.with_marks(form), order.stops, least, parser, finish)
 
     def _model_card(self) -> dict[str, Any]:
         settings = self.served.settings

@@ -16,6 +16,8 @@ from msgspec import Meta
 
 from memserve.api.errors import ApiError, unsupported
 from memserve.api.formats import FORMATS, ResponseFormat, StructuredOutputs
+from memserve.api.messages import ROLES, ChatMessage, check_messages
+from memserve.api.tools import CHOICES, TOOLS_MAX, Offer, Tool, ToolChoice, check_tools, offered
 from memserve.drawing import LOGPROBS_MAX
 from memserve.engine.detokenizer import check_stops
 
@@ -42,8 +44,6 @@ REFUSED: dict[str, tuple[object, ...]] = {
     "prompt_logprobs": (),
     "skip_special_tokens": (True,),
     "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
     "web_search_options": (),
@@ -54,6 +54,8 @@ CHATS_ALONE: dict[str, tuple[object, ...]] = {
     "add_generation_prompt": (True,),
     "chat_template_kwargs": ({},),
     "continue_final_message": (False,),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
     "top_logprobs": (0,),
 }
 """The same of fields that are served for chats alone."""
@@ -64,9 +66,6 @@ TEMPLATE_NAMES = frozenset(
 )  # fmt: skip
 """What a chat template is given already."""
 Scalar = str | int | float | bool | None
-
-ROLES = ("system", "developer", "user", "assistant")
-"""Who may speak in a chat. A fixed set, because templates write roles among their control tokens."""
 
 Ending = Literal["answer", "closed", "open"]
 """Of a chat's prompt: with the head of the answer's message; behind the last message; or within it, to be continued."""
@@ -132,30 +131,6 @@ class CompletionBody(_Body):
         return self.logprobs
 
 
-@attrs.frozen(kw_only=True)
-class TextPart:
-    """One part of a message's content."""
-
-    type: Literal["text"]
-    text: str
-
-
-@attrs.frozen(kw_only=True)
-class ChatMessage:
-    """One message of a chat."""
-
-    role: Literal[ROLES]  # type: ignore[valid-type]
-    content: str | tuple[TextPart, ...]
-    name: str | None = None
-
-    @property
-    def text(self) -> str:
-        """The content; several parts are joined by line breaks, as vLLM does."""
-        if isinstance(self.content, str):
-            return self.content
-        return "\n".join(part.text for part in self.content)
-
-
 @attrs.frozen(kw_only=True, slots=False)  # of several bases, one can have slots
 class Conversation:
     """What makes the prompt of a chat."""
@@ -165,6 +140,14 @@ class Conversation:
     """What the model's template knows beside messages, such as Qwen3's ``enable_thinking``."""
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    tools: Annotated[tuple[Tool, ...], Meta(max_length=TOOLS_MAX)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+
+    @property
+    def offer(self) -> Offer | None:
+        """What the answer may call; None: nothing."""
+        return offered(self.tools, self.tool_choice, self.parallel_tool_calls)
 
     @property
     def ending(self) -> Ending:
@@ -225,7 +208,7 @@ def read_fields(raw: dict[str, Any], kind: type[Fields]) -> Fields:
     except msgspec.ValidationError as error:
         raise _invalid(raw, str(error)) from error
     if isinstance(body, Conversation):
-        _check_conversation(body)
+        _check_conversation(body, raw)
     return body
 
 
@@ -250,7 +233,9 @@ def _check_best_of(body: _Body) -> None:
         raise ApiError(message, "best_of", code="unsupported_parameter")
 
 
-def _check_conversation(body: Conversation) -> None:
+def _check_conversation(body: Conversation, raw: dict[str, Any]) -> None:
+    check_messages(body.messages, raw)
+    check_tools(body.tools, body.tool_choice)
     _check_template_arguments(body.chat_template_kwargs or {})
     if body.continue_final_message and body.add_generation_prompt:
         message = "continue_final_message: not together with add_generation_prompt; set one of them"
@@ -280,13 +265,16 @@ def _refuse(raw: dict[str, Any], served: Mapping[str, Any]) -> None:
         neutral = any(type(value) is type(passes) and value == passes for passes in passing)
         if value is not None and not neutral:
             raise unsupported(name)
-    messages = raw.get("messages")
-    for index, message in enumerate(messages if isinstance(messages, list) else ()):
-        if not isinstance(message, dict):
-            continue
-        for name in ("tool_calls", "tool_call_id", "function_call"):
-            if message.get(name):
-                raise unsupported(f"messages[{index}].{name}", "send the conversation as text")
+
+
+_KNOWN = (
+    (r"\.role$", ROLES),
+    (r"^response_format", FORMATS),
+    (r"^tool_choice$", CHOICES),
+    (r"^tool|\.tool_calls", ("function",)),
+    ("", ("text",)),
+)
+"""The values of fields that have a few."""
 
 
 def _invalid(raw: dict[str, Any], text: str) -> ApiError:
@@ -301,9 +289,7 @@ def _invalid(raw: dict[str, Any], text: str) -> ApiError:
     if param is None:
         return ApiError(rule)
     if rule.startswith("invalid enum value"):
-        known = (
-            ROLES if param.endswith("role") else FORMATS if param.startswith("response_format") else ("text",)
-        )
+        known = next(known for pattern, known in _KNOWN if re.search(pattern, param))
         rule = "expected one of " + ", ".join(known)
     return ApiError(f"{param}: {rule}, got {_shown(_at(raw, param))}", param, code="invalid_value")
 

@@ -8,15 +8,19 @@ So harmless messages get exactly the tokens they would get anyway, and control t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
 import jinja2
 
-from memserve.api.bodies import ChatMessage, Ending, Scalar
+from memserve.api.bodies import Ending, Scalar
+from memserve.api.call_formats import tells_tools
 from memserve.api.errors import ApiError
+from memserve.api.hermes import in_words
+from memserve.api.messages import ChatMessage, ToolCall
 from memserve.api.sandbox import environment, written
+from memserve.api.tools import Tool
 from memserve.engine.spec import ModelSpec
 from memserve.engine.tokenizer import Tokenizer
 from memserve.errors import UserError
@@ -30,6 +34,13 @@ CHATML = (
 
 _REFUSALS = (jinja2.TemplateError, ArithmeticError, TypeError, ValueError, LookupError, RecursionError)
 """What rendering raises over what a client sent."""
+_SCHEMA_WORDS = frozenset((
+    "type", "function", "name", "description", "parameters", "properties", "required", "items", "enum", "const", "default", "title",
+    "examples", "format", "pattern", "anyOf", "oneOf", "allOf", "not", "additionalProperties", "minimum", "maximum", "minLength",
+    "maxLength", "minItems", "maxItems", "uniqueItems", "$ref", "$defs", "definitions", "object", "array", "string", "integer",
+    "number", "boolean", "null",
+))  # fmt: skip
+"""What templates look for in tools. They stay as they are: by themselves they say nothing of a client's."""
 _MARKS = range(0xF0000, 0xFFFFE)
 """Private-use characters: one of them that no message holds is a request's mark."""
 
@@ -42,6 +53,8 @@ class ChatTemplate:
     tokenizer: Tokenizer
     names: dict[str, str]
     """``bos_token`` and ``eos_token``, as templates know them."""
+    tells_tools: bool = False
+    """Whether it has words for tools; where not, system and user messages tell of them (:mod:`memserve.api.hermes`)."""
 
     @classmethod
     def of(cls, spec: ModelSpec, tokenizer: Tokenizer) -> ChatTemplate:
@@ -52,25 +65,30 @@ class ChatTemplate:
             raise UserError(f"{spec.name}: the model's chat template does not compile: {error}") from error
         eos = spec.eos[0] if spec.eos else None
         names = {"bos_token": _text(tokenizer, spec.bos), "eos_token": _text(tokenizer, eos)}
-        return cls(template, tokenizer, names)
+        return cls(template, tokenizer, names, tells_tools(spec.chat_template))
 
     def render(
         self,
         messages: Sequence[ChatMessage],
         arguments: Mapping[str, Scalar] | None = None,
         ending: Ending = "answer",
+        tools: Sequence[Tool] = (),
     ) -> Rendered:
         """The prompt's text. ``arguments``: of the template, from the client. Raises ApiError (400) when the template refuses."""
+        if not self.tells_tools:
+            messages, tools = in_words(messages, tools), ()
         given = dict(arguments or {})
-        texts = [text for message in messages for text in (message.text, message.name or "")]
-        texts += [value for value in given.values() if isinstance(value, str)]
+        told = [tool.told() for tool in tools]
+        texts = list(_texts([[_variables(message, str) for message in messages], told, given]))
         mark = _mark(texts)
-        disarm: Callable[[str], str] = lambda text: self.tokenizer.disarm(text, mark)  # noqa: E731
+        disarm: Disarm = lambda text: self.tokenizer.disarm(text, mark)  # noqa: E731
         variables = [_variables(message, disarm) for message in messages]
-        given = {name: disarm(value) if isinstance(value, str) else value for name, value in given.items()}
+        given = {name: _disarmed(value, disarm) for name, value in given.items()}
         tag = _mark([*texts, mark]) if ending == "open" else ""
         variables[-1]["content"] += tag
         known = {"messages": variables, "add_generation_prompt": ending == "answer", **self.names}
+        if told:
+            known["tools"] = _disarmed(told, disarm, _SCHEMA_WORDS)
         text = self._accepted(given, known)
         return Rendered(_cut(text, tag) if tag else text, mark)
 
@@ -109,13 +127,47 @@ class Rendered:
     mark: str
 
 
-def _variables(message: ChatMessage, disarm: Callable[[str], str]) -> dict[str, str]:
+Disarm = Callable[[str], str]
+
+
+def _variables(message: ChatMessage, disarm: Disarm) -> dict[str, Any]:
     # Templates older than the developer role know its meaning as system's.
     role = "system" if message.role == "developer" else message.role
-    variables = {"role": role, "content": disarm(message.text)}
+    variables: dict[str, Any] = {"role": role, "content": disarm(message.text)}
     if message.name is not None:
         variables["name"] = disarm(message.name)
+    if message.tool_call_id:
+        variables["tool_call_id"] = disarm(message.tool_call_id)
+    if message.tool_calls:
+        variables["tool_calls"] = [_call(call, disarm) for call in message.tool_calls]
     return variables
+
+
+def _call(call: ToolCall, disarm: Disarm) -> dict[str, Any]:
+    """With the arguments themselves, where OpenAI has their text: so templates want them."""
+    arguments = _disarmed(call.function.values, disarm)
+    function = {"name": disarm(call.function.name), "arguments": arguments}
+    return {"type": "function", "id": disarm(call.id), "function": function}
+
+
+def _disarmed(value: Any, disarm: Disarm, plain: frozenset[str] = frozenset()) -> Any:
+    """JSON with all its texts disarmed, but for those in ``plain``."""
+    if isinstance(value, str):
+        return value if value in plain else disarm(value)
+    if isinstance(value, list):
+        return [_disarmed(one, disarm, plain) for one in value]
+    if isinstance(value, dict):
+        return {_disarmed(name, disarm, plain): _disarmed(one, disarm, plain) for name, one in value.items()}
+    return value
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in JSON."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for one in value if isinstance(value, list) else (*value, *value.values()):
+            yield from _texts(one)
 
 
 def _cut(text: str, tag: str) -> str:

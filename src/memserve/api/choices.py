@@ -1,4 +1,4 @@
-"""One answer on its way to a client: tokens in, text out, until the model or a stop string ends it."""
+"""One answer on its way to a client: tokens in, text and calls of tools out, until the model or a stop string ends it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import attrs
 
+from memserve.api.call_parser import CallParser, CallPart, Found
 from memserve.api.logprobs import Told, token_text
 from memserve.api.service import Chunk
 from memserve.drawing import Logprobs
@@ -21,9 +22,30 @@ class Delta:
     finish: str | None = None
     told: list[Told] = attrs.field(factory=list)
     """About each of ``tokens``, where log probabilities were asked for."""
+    calls: list[CallPart] = attrs.field(factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.text or self.tokens or self.finish)
+        return bool(self.text or self.tokens or self.finish or self.calls)
+
+    @property
+    def parts(self) -> list[Delta]:
+        """The same in the order in which streams tell it: text, each call's name before its arguments, and the end."""
+        if not self.calls:
+            return [self]
+        parts = [Delta(self.text)] if self.text else []
+        parts += [Delta(calls=[call]) for call in self.calls]
+        if self.finish:
+            parts.append(Delta(finish=self.finish))
+        parts[-1].tokens, parts[-1].told = self.tokens, self.told
+        return parts
+
+    def add(self, part: CallPart) -> None:
+        """More of a call; its arguments in one piece, however many brought them."""
+        last = self.calls[-1] if self.calls else None
+        if last is not None and last.name is None and part.name is None:
+            part = attrs.evolve(last, arguments=last.arguments + part.arguments)
+            self.calls.pop()
+        self.calls.append(part)
 
 
 class Choice:
@@ -36,10 +58,13 @@ class Choice:
         piece: Callable[[int], bytes],
         stops: Sequence[str],
         min_tokens: int = 0,
+        calls: CallParser | None = None,
+        finish_of_calls: str = "tool_calls",
     ) -> None:
         """``index`` is the choice's in the response, ``prompt`` the number of its prompt.
 
         ``min_tokens``: stop strings are not looked for in the text of so many tokens, as in vLLM.
+        ``calls``: finds the calls of tools, where there are tools; what then ends the answer is ``finish_of_calls``.
         """
         self.index = index
         self.prompt = prompt
@@ -47,10 +72,11 @@ class Choice:
         """Up to the end of a stop string, where there was one."""
         self.cached_tokens = 0
         self.finish: str | None = None
-        """``stop`` or ``length`` once the answer is whole."""
+        """How the answer ended, once it is whole: ``stop``, ``length`` or ``tool_calls``."""
         self._detokenizer = Detokenizer(piece)
         self._scanner = StopScanner(stops)
         self._piece, self._min_tokens = piece, min_tokens
+        self._calls, self._finish_of_calls = calls, finish_of_calls
         self._told_characters = 0
         # Not yet taken. Bounded by max_tokens: a client that reads slowly costs no more than one that waits.
         self._new = Delta()
@@ -58,11 +84,11 @@ class Choice:
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string ended the answer: the service need not go on."""
-        return self._scanner.matched is not None
+        """Whether a stop string ended the answer, or the only call that was wanted: the service need not go on."""
+        return self._scanner.matched is not None or (self._calls is not None and self._calls.enough)
 
     def feed(self, chunk: Chunk) -> None:
-        """Take tokens in. What follows a stop string is dropped, its tokens too."""
+        """Take tokens in. What follows the answer's end is dropped, its tokens too."""
         self.cached_tokens = chunk.cached_tokens
         for number, token in enumerate(chunk.tokens):
             self.output_tokens += 1
@@ -71,14 +97,28 @@ class Choice:
                 self._tell(token, chunk.logprobs[number])
             text = self._detokenizer.push(token)
             early = self.output_tokens <= self._min_tokens
-            self._texts.append(text if early else self._scanner.push(text))
+            self._say(text if early else self._scanner.push(text))
             if self.stopped:
                 return self._end("stop")
         if chunk.finish is not None:
-            self._texts.append(self._scanner.push(self._detokenizer.finish()))
-            self._texts.append(self._scanner.finish())
+            self._say(self._scanner.push(self._detokenizer.finish()))
+            self._say(self._scanner.finish())
             self._end("stop" if self.stopped else chunk.finish)
         return None
+
+    def _say(self, text: str) -> None:
+        if self._calls is None:
+            self._texts.append(text)
+        elif text:
+            self._sort(self._calls.push(text))
+
+    def _sort(self, found: Sequence[Found]) -> None:
+        """What is text and what a call."""
+        for one in found:
+            if isinstance(one, CallPart):
+                self._new.add(one)
+            else:
+                self._texts.append(one)
 
     def _tell(self, token: int, logprobs: Logprobs) -> None:
         self._new.told.append(Told(token, self._told_characters, logprobs))
@@ -92,4 +132,8 @@ class Choice:
         return delta
 
     def _end(self, finish: str) -> None:
+        if self._calls is not None:
+            self._sort(self._calls.finish())
+            whole = finish == "stop" and self._calls.calls and not self._calls.cut
+            finish = self._finish_of_calls if whole else finish
         self.finish = self._new.finish = finish

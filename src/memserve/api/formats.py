@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 FORMATS = ("text", "json_object", "json_schema")
 GRAMMAR_BYTES_MAX = 65_536
 """Of what a request says of its answer's form, as text."""
-_COMPACT: JsonCompileOptions = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+COMPACT: JsonCompileOptions = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """No blanks but these, so that a model cannot fill its answer with them."""
 
 Choice = Annotated[str, Meta(min_length=1)]
@@ -68,7 +68,7 @@ def grammar_of(response: ResponseFormat | None, structured: StructuredOutputs | 
         )
     for field, grammar in asked:
         if wrong := LLMatcher.validate_grammar(grammar):
-            raise _cannot(field, wrong)
+            raise cannot(field, wrong)
         return grammar
     return ""
 
@@ -93,7 +93,7 @@ def _of_structured(asked: StructuredOutputs | None) -> tuple[str, str]:
         if value is not None and value is not False
     }
     if len(given) != 1:
-        raise _cannot(
+        raise cannot(
             "structured_outputs",
             f"expected one of json, regex, choice, grammar and json_object, got {len(given)}",
         )
@@ -107,19 +107,19 @@ def _made(field: str, kind: str, value: Any) -> str:
     try:
         size = len(value.encode() if isinstance(value, str) else msgspec.json.encode(value))
         if size > GRAMMAR_BYTES_MAX:
-            raise _cannot(field, f"at most {GRAMMAR_BYTES_MAX} bytes, got {size}")
+            raise cannot(field, f"at most {GRAMMAR_BYTES_MAX} bytes, got {size}")
         made: str = _MAKES[kind](value)
     except RecursionError as error:
-        raise _cannot(field, "nested too deeply") from error
+        raise cannot(field, "nested too deeply") from error
     except (ValueError, msgspec.DecodeError, GbnfToLarkError) as error:
-        raise _cannot(field, str(error)) from error
+        raise cannot(field, str(error)) from error
     return made
 
 
 def _of_schema(schema: dict[str, Any] | str) -> str:
     if isinstance(schema, str):
         schema = msgspec.json.decode(schema, type=dict[str, Any])
-    made: str = LLMatcher.grammar_from_json_schema(schema, overrides=_COMPACT)
+    made: str = LLMatcher.grammar_from_json_schema(schema, overrides=COMPACT)
     return made
 
 
@@ -142,7 +142,8 @@ _MAKES: dict[str, Any] = {
 }  # fmt: skip
 
 
-def _cannot(field: str, why: str) -> ApiError:
+def cannot(field: str, why: str) -> ApiError:
+    """The error of a form that cannot be followed."""
     text = " ".join(why.split())
     return ApiError(
         f"{field}: {text if len(text) <= 300 else text[:297] + '...'}", field, code="invalid_value"

@@ -199,12 +199,14 @@ class Generation:
                 continue
             if choice.index not in self._moulds:
                 events.append(self._opening(choice))
-            if delta.finish or self._order.wire.per_token:
-                events.append(event(self._chunk(choice, delta)))
-            elif delta.text:
-                # Tokens whose text is held back (half a character, the beginning of a stop string) make no event.
-                events.append(self._moulds[choice.index].event(delta.text))
+            events += [self._event(choice, part) for part in delta.parts]
         return b"".join(events)
+
+    def _event(self, choice: Choice, delta: Delta) -> bytes:
+        """Tokens whose text is held back (half a character, what may be the beginning of a stop string or a call) make none."""
+        if delta.finish or delta.calls or self._order.wire.per_token:
+            return event(self._chunk(choice, delta))
+        return self._moulds[choice.index].event(delta.text) if delta.text else b""
 
     def _opening(self, choice: Choice) -> bytes:
         """What a choice's stream begins with, if anything."""

@@ -11,11 +11,15 @@ import trio
 
 from memserve import tokens as packed
 from memserve.api.bodies import CHOICES_MAX, SEED_BITS, ChatBody, CompletionBody, Conversation
+from memserve.api.call_formats import CallFormat, format_named
+from memserve.api.call_grammars import call_grammar
 from memserve.api.chat import ChatTemplate
 from memserve.api.errors import ApiError
 from memserve.api.formats import grammar_of
+from memserve.api.logprobs import Piece
 from memserve.api.sampling import sampling_of
 from memserve.api.service import ApiSettings, GenerationParams
+from memserve.api.tools import Offer
 from memserve.engine.spec import ModelSpec
 from memserve.engine.tokenizer import LONG_TEXT, Tokenizer
 
@@ -33,6 +37,16 @@ class Model:
     settings: ApiSettings
     encoders: trio.CapacityLimiter = attrs.field(factory=lambda: trio.CapacityLimiter(1))
     """Long texts are encoded one at a time, in a thread, so that streams go on meanwhile."""
+
+    @property
+    def call_format(self) -> CallFormat:
+        """How it writes calls of tools."""
+        return format_named(self.settings.tool_format, self.spec.chat_template)
+
+    def with_marks(self, form: CallFormat) -> Piece:
+        """What tokens say in an answer with calls: marks too that are control tokens, which say nothing otherwise."""
+        shown = {self.tokenizer.specials[mark] for mark in form.marks if mark in self.tokenizer.specials}
+        return lambda token: self.tokenizer.piece(token, skip_special=token not in shown)
 
 
 @attrs.frozen
@@ -85,7 +99,8 @@ async def chat_prompt(body: ChatBody, model: Model, scope: str, draw: Callable[[
 
 async def chat_tokens(body: Conversation, model: Model, scope: str) -> list[int]:
     """The conversation as the model's template writes it. Raises ApiError (400)."""
-    rendered = model.template.render(body.messages, body.chat_template_kwargs, body.ending)
+    tools = () if body.offer is None else body.offer.tools
+    rendered = model.template.render(body.messages, body.chat_template_kwargs, body.ending, tools)
     _not_hopeless(rendered.text, "messages", model)
     if len(rendered.text) < LONG_TEXT:
         return model.template.encode(rendered, scope)
@@ -172,13 +187,13 @@ def _answer(asked: int | None, name: str, left: int, default: int, model: Model)
 
 async def _grammar(body: CompletionBody | ChatBody, model: Model) -> str:
     """What the answer has to follow; empty: nothing."""
-    if body.response_format is None and body.structured_outputs is None:
+    offer = body.offer if isinstance(body, ChatBody) else None
+    if body.response_format is None and body.structured_outputs is None and offer is None:
         return ""
-    make = partial(grammar_of, body.response_format, body.structured_outputs)
-    grammar = await trio.to_thread.run_sync(make, limiter=model.encoders)
+    grammar = await trio.to_thread.run_sync(_made, body, offer, model, limiter=model.encoders)
     if not grammar:
         return ""
-    field = "response_format" if body.structured_outputs is None else "structured_outputs"
+    field = _asking(body)
     if not model.spec.eos:
         raise ApiError(f"{field}: this model has no token that ends an answer", field, code="invalid_value")
     for name, asked in (("min_tokens", body.min_tokens), ("ignore_eos", body.ignore_eos)):
@@ -186,6 +201,21 @@ async def _grammar(body: CompletionBody | ChatBody, model: Model) -> str:
             message = f"{name}: not beside {field}, which says where the answer ends"
             raise ApiError(message, name, code="invalid_value")
     return grammar
+
+
+def _made(body: CompletionBody | ChatBody, offer: Offer | None, model: Model) -> str:
+    """It can take a second."""
+    grammar = grammar_of(body.response_format, body.structured_outputs)
+    if offer is None:
+        return grammar
+    return call_grammar(offer, model.call_format, model.tokenizer.specials, grammar)
+
+
+def _asking(body: CompletionBody | ChatBody) -> str:
+    """The field that gives the answer a form."""
+    if body.structured_outputs is not None:
+        return "structured_outputs"
+    return "tools" if body.response_format is None else "response_format"
 
 
 def _params(

@@ -6,6 +6,7 @@ a number says; what they make piece by piece is counted as it is written.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Sized
 from datetime import datetime
@@ -13,7 +14,6 @@ from functools import wraps
 from typing import Any, NoReturn
 
 import jinja2
-import msgspec
 from jinja2.ext import loopcontrols
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -115,6 +115,14 @@ def _now(pattern: str) -> str:
     return datetime.now().astimezone().strftime(pattern)
 
 
-def _to_json(value: Any, indent: int | None = None, **_ignored: Any) -> str:
-    text = msgspec.json.encode(value)
-    return (msgspec.json.format(text, indent=indent) if indent else text).decode()
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """With the blanks that models were trained on: those of Python's own JSON."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )

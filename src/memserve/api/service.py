@@ -99,6 +99,8 @@ class ApiSettings:
     """Those that may ask for a priority below 0; empty: all."""
     ttft_ms: float | None = None
     """By when the first token of a request that does not say is wanted."""
+    tool_format: str = "auto"
+    """How the model writes calls of tools; auto: as its chat template has it."""
     body_bytes_max: int = 8 << 20
     body_timeout_s: float = 30.0
     """From the head of a request to the end of its body."""

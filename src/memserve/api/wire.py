@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import attrs
 import msgspec
 
+from memserve.api.call_formats import HERMES, CallFormat
+from memserve.api.calls import call_deltas, whole_calls
 from memserve.api.choices import Choice, Delta
 from memserve.api.logprobs import Piece, chat_logprobs, completion_logprobs
 from memserve.api.prompts import Prompt
@@ -108,6 +111,8 @@ class ChatWire:
     token_ids: bool
     piece: Piece | None = None
     """Set where log probabilities are told."""
+    calls: CallFormat = HERMES
+    """How the model writes calls of tools, which says what their ids look like."""
 
     @property
     def per_token(self) -> bool:
@@ -122,14 +127,21 @@ class ChatWire:
         return opening
 
     def chunk(self, head: Head, choice: Choice, delta: Delta) -> dict[str, Any]:
-        content = {"content": delta.text} if delta.text or not delta.finish else {}
-        answer = {"index": choice.index, "delta": content, "finish_reason": delta.finish}
+        said: dict[str, Any] = (
+            {"content": delta.text} if delta.text or not (delta.finish or delta.calls) else {}
+        )
+        if delta.calls:
+            said["tool_calls"] = call_deltas(delta.calls, partial(self.calls.call_id, head.id, choice.index))
+        answer = {"index": choice.index, "delta": said, "finish_reason": delta.finish}
         return self._object(head, "chat.completion.chunk", [answer | self._details(delta)])
 
     def whole(self, head: Head, answers: Sequence[tuple[Choice, Delta]]) -> dict[str, Any]:
         choices = []
         for choice, delta in answers:
-            message = {"role": "assistant", "content": delta.text, "refusal": None}
+            message: dict[str, Any] = {"role": "assistant", "content": delta.text, "refusal": None}
+            if delta.calls:
+                call_id = partial(self.calls.call_id, head.id, choice.index)
+                message |= {"content": delta.text or None, "tool_calls": whole_calls(delta.calls, call_id)}
             answer = {"index": choice.index, "message": message, "finish_reason": delta.finish}
             choices.append(answer | self._details(delta))
         whole = self._object(head, "chat.completion", choices)

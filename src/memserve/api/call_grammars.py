@@ -1,0 +1,118 @@
+"""The form of answers that must call tools, or may: the model's own way of writing calls, with each tool's schema in it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import msgspec
+from llguidance import LLMatcher
+
+from memserve.api.call_formats import CallFormat
+from memserve.api.errors import ApiError
+from memserve.api.formats import COMPACT, cannot
+from memserve.api.tools import Offer, Tool
+
+CALLS_MAX = 16
+"""Calls of one answer whose form is given: a small model that repeats itself would have no end."""
+SCHEMAS_BYTES_MAX = 131_072
+"""Of all schemas that one answer follows."""
+
+
+def call_grammar(offer: Offer, form: CallFormat, specials: Mapping[str, int], answer: str = "") -> str:
+    """What an answer has to follow that is offered these tools; empty: nothing.
+
+    ``specials``: the tokenizer's, in which marks are single tokens. ``answer``: the grammar of what is not a call, where there
+    is one. Raises ApiError (400), naming the tool, where its schema cannot be followed. It can take a second: call it in a thread.
+    """
+    if not (offer.must or answer or any(tool.function.strict for tool in offer.tools)):
+        return ""
+    if offer.must and answer:
+        text = "tool_choice: not beside response_format or structured_outputs, where it asks for a call"
+        raise ApiError(text, "tool_choice", code="invalid_value")
+    if (size := sum(_size(tool) for tool in offer.allowed)) > SCHEMAS_BYTES_MAX:
+        raise cannot("tools", f"schemas of at most {SCHEMAS_BYTES_MAX} bytes can be followed, got {size}")
+    lark = "\n".join(["%llguidance {}", *_rules(offer, form, specials, bool(answer))])
+    made = json.dumps({"grammars": [{"name": "calls", "lark_grammar": lark}, *_named(answer)]})
+    # Each tool's part was in order, but all of them may be too much.
+    if wrong := LLMatcher.validate_grammar(made):
+        raise cannot("tools", wrong)
+    return made
+
+
+def _rules(offer: Offer, form: CallFormat, specials: Mapping[str, int], answered: bool) -> Iterable[str]:
+    def written(marks: Iterable[str]) -> str:
+        return " ".join(_written(mark, specials) for mark in marks)
+
+    more = f" ({written(form.between)} call){{0,{CALLS_MAX - 1}}}" if offer.several and form.several else ""
+    calls = f"call{more} {written(form.after)}"
+    if offer.must or answered:
+        yield ("start: calls" if offer.must else "start: @answer | calls")
+        yield f"calls: {written(form.before)} {calls}"
+    else:
+        yield from _among_text(form, specials, f"{written(form.before[1:])} {calls}")
+    names = [f"call{number}" for number, _ in enumerate(offer.allowed)]
+    yield f"call: {' | '.join(names)}"
+    for name, tool in zip(names, offer.allowed, strict=True):
+        yield f'{name}: {_text(_head(tool, form))} {_schema(tool, offer)} "}}"'
+
+
+def _among_text(form: CallFormat, specials: Mapping[str, int], calls: str) -> Iterable[str]:
+    """Any text, which ends with calls once it announces them."""
+    if form.bare:
+        yield "start: TEXT | call"
+        yield r"TEXT: /\s*([^{\s](.|\n)*)?/"
+        return
+    yield r"TEXT: /(.|\n)*/"
+    if form.marker in specials:
+        yield f"start: TEXT | TEXT {_written(form.marker, specials)} {calls}"
+    else:
+        yield f"start: TEXT | announced {calls}"
+        yield f"announced[lazy]: TEXT {_text(form.marker)}"
+
+
+def _written(mark: str, specials: Mapping[str, int]) -> str:
+    """A mark as a grammar has it: the token, or the text."""
+    return f"<[{specials[mark]}]>" if mark in specials else _text(mark)
+
+
+def _text(text: str) -> str:
+    return json.dumps(text)
+
+
+def _head(tool: Tool, form: CallFormat) -> str:
+    return f'{{"name": "{tool.function.name}", "{form.key}": '
+
+
+def _size(tool: Tool) -> int:
+    return len(msgspec.json.encode(tool.function.parameters))
+
+
+def _schema(tool: Tool, offer: Offer) -> str:
+    """The tool's arguments as a part of a grammar. Raises ApiError (400)."""
+    field = f"tools[{offer.tools.index(tool)}].function.parameters"
+    schema = _closed(tool.function.parameters or {"properties": {}}, field)
+    options = COMPACT if tool.function.strict else {**COMPACT, "lenient": True}
+    made = "%json " + json.dumps({**schema, "x-guidance": options})
+    if wrong := LLMatcher.validate_grammar(LLMatcher.grammar_from_lark(f"start: {made}")):
+        raise cannot(field, wrong.partition("\n")[0].partition("): ")[2] or wrong)
+    return made
+
+
+def _closed(schema: dict[str, Any], field: str) -> dict[str, Any]:
+    """Of an object, and of nothing that the schema does not name: a model would make up arguments without an end."""
+    kinds = schema.get("type", "object")
+    if "object" not in (kinds if isinstance(kinds, list) else [kinds]):
+        raise cannot(field, f"expected the schema of an object, got one of {json.dumps(kinds)}")
+    closed = {"additionalProperties": False} if "properties" in schema else {}
+    return {**closed, **schema, "type": "object"}
+
+
+def _named(answer: str) -> list[dict[str, Any]]:
+    if not answer:
+        return []
+    if not answer.startswith("{"):
+        return [{"name": "answer", "lark_grammar": answer}]
+    (made,) = msgspec.json.decode(answer)["grammars"]
+    return [{**made, "name": "answer"}]

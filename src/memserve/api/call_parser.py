@@ -1,0 +1,277 @@
+"""Finds the calls of tools in an answer's text, as it comes.
+
+What comes out depends on the text alone, not on how it was cut into pieces. A call is told as soon as its name is known and its
+arguments begin; from then on they are passed on as the model writes them. What turns out not to be a call is text, as it was.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Container
+from typing import Any
+
+import attrs
+import msgspec
+
+from memserve.api.call_formats import CallFormat
+
+NAME_MAX = 256
+"""Characters of a name that a model may call."""
+_STRING = r'"(?:[^"\\]|\\.){1,1600}"'
+_HEAD = re.compile(r'\{\s*"name"\s*:\s*(' + _STRING + r')\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
+_TOLD = re.compile(r'["\\{}]')
+
+
+@attrs.frozen
+class CallPart:
+    """A piece of a call: its beginning, which has the name, or more of its arguments."""
+
+    number: int
+    """Of the call in its answer, from 0."""
+    name: str | None = None
+    arguments: str = ""
+
+
+Found = str | CallPart
+"""Text of the answer, or a piece of a call."""
+
+
+@attrs.define
+class _Braces:
+    """Looks for the brace that closes an object, past those in strings."""
+
+    depth: int = 0
+    at: int = 0
+    """What is before was looked at."""
+    quoted: bool = False
+
+    def end(self, text: str) -> int | None:
+        """Where the object ends, once ``text`` has all of it. Each call's text begins as the last one's."""
+        while (found := _TOLD.search(text, self.at)) is not None:
+            self.at = found.end()
+            if found[0] == "\\":
+                if self.at == len(text):  # what it escapes is still to come
+                    self.at -= 1
+                    return None
+                self.at += 1
+            elif found[0] == '"':
+                self.quoted = not self.quoted
+            elif not self.quoted:
+                self.depth += 1 if found[0] == "{" else -1
+                if self.depth == 0:
+                    return self.at
+        self.at = len(text)
+        return None
+
+
+class CallParser:
+    """One answer's. ``push`` its text, ``finish`` when no more comes; both give what is known by then."""
+
+    def __init__(self, form: CallFormat, known: Container[str], several: bool = True) -> None:
+        """``known``: the names of the tools. Without ``several``, what follows the first call is not looked at."""
+        self._form = form
+        self._known = known
+        self._several = several
+        self.calls = 0
+        """That have begun."""
+        self.enough = False
+        """Whether all calls that are wanted are there."""
+        self._state: Callable[[], bool] = self._in_text
+        self._rest = ""
+        """What is not told yet."""
+        self._opened = ""
+        """What announced the call that may follow; told as text if it does not."""
+        self._begun = False
+        """Whether anything but blanks has come: then the answer as a whole is no call."""
+        self._listed = False
+        self._final = False
+        self._braces = _Braces()
+        self._found: list[Found] = []
+
+    @property
+    def cut(self) -> bool:
+        """Whether the last call lacks a part of its arguments."""
+        return self._state == self._in_arguments
+
+    def push(self, text: str) -> list[Found]:
+        """What is known with ``text``, in order."""
+        self._rest += text
+        while not self.enough and self._state():
+            pass
+        found, self._found = self._found, []
+        return found
+
+    def finish(self) -> list[Found]:
+        """What is left, when no text follows."""
+        self._final = True
+        found = self.push("")
+        left, self._rest = self._opened + self._rest, ""
+        if left and not self.enough and self._state in (self._in_body, self._in_object):
+            found.append(left)
+        return found
+
+    # ---- each state looks at the rest, and says whether there is more to do with what is there ------------------------
+
+    def _in_text(self) -> bool:
+        if self._form.bare and not self._begun and self._rest.lstrip().startswith("{"):
+            return self._announced(len(self._rest) - len(self._rest.lstrip()))
+        marker = self._form.marker
+        at = self._rest.find(marker)
+        if at >= 0:
+            text = self._rest[:at]
+            self._tell(text.rstrip())
+            self._rest = self._rest[len(text.rstrip()) :]
+            return self._announced(at - len(text.rstrip()) + len(marker))
+        keep = 0 if self._final else _held(self._rest, marker)
+        self._tell(self._rest[: len(self._rest) - keep])
+        self._rest = self._rest[len(self._rest) - keep :]
+        return False
+
+    def _announced(self, length: int) -> bool:
+        """A call may follow so many characters of the rest."""
+        self._opened, self._rest = self._rest[:length], self._rest[length:]
+        self._begun = True
+        return self._to(self._in_body)
+
+    def _in_body(self) -> bool:
+        body = self._rest.lstrip()
+        if not body:
+            return False
+        if body[0] == "[" and not self._listed:
+            self._listed = True
+            at = self._rest.index("[") + 1
+            self._opened, self._rest = self._opened + self._rest[:at], self._rest[at:]
+            return True
+        if body[0] != "{":
+            return self._no_call(0)
+        self._opened += self._rest[: len(self._rest) - len(body)]
+        self._rest = body
+        return self._to(self._in_object)
+
+    def _in_object(self) -> bool:
+        head = _HEAD.match(self._rest)
+        if head is not None and (name := self._name(_read(head[1]))) is not None:
+            self._begin(name)
+            self._rest = self._rest[head.end() :]
+            return self._to(self._in_arguments)
+        if (end := self._braces.end(self._rest)) is None:
+            return False
+        if (call := self._whole(_read(self._rest[:end]))) is None:
+            return self._no_call(end)
+        self._begin(call[0])
+        self._argue(call[1])
+        self._rest = self._rest[end:]
+        return self._ended()
+
+    def _in_arguments(self) -> bool:
+        end = self._braces.end(self._rest)
+        told = len(self._rest) if end is None and self._final else self._braces.at
+        self._argue(self._rest[:told])
+        self._rest, self._braces.at = self._rest[told:], 0
+        return end is not None and self._to(self._behind_arguments)
+
+    def _behind_arguments(self) -> bool:
+        """A call may have more to say than we want to know; one that lacks its last brace ends here."""
+        rest = self._rest.lstrip()
+        if not rest:
+            return False
+        if rest[0] == "}":
+            self._rest = rest[1:]
+            return self._ended()
+        if rest[0] != ",":
+            return self._ended()
+        if not self._braces.depth:
+            self._braces = _Braces(depth=1)
+        if (end := self._braces.end(self._rest)) is None:
+            return False
+        self._rest = self._rest[end:]
+        return self._ended()
+
+    def _ended(self) -> bool:
+        self.enough = not self._several
+        self._opened = ""
+        return self._to(self._behind_call)
+
+    def _behind_call(self) -> bool:
+        rest, close = self._rest.lstrip(), self._form.close
+        if not rest or (rest != close and close.startswith(rest)):
+            return False
+        if self._listed and rest[0] == ",":
+            self._opened, self._rest = ",", rest[1:]
+            return self._to(self._in_body)
+        if self._listed and rest[0] == "]":
+            self._rest, self._listed = rest[1:], False
+            return True
+        closed = bool(close) and rest.startswith(close)
+        self._rest = rest[len(close) :] if closed else rest
+        return self._to(self._between_calls)
+
+    def _between_calls(self) -> bool:
+        """Blanks behind a call are its own."""
+        self._rest = self._rest.lstrip()
+        return bool(self._rest) and self._to(self._in_text)
+
+    # ---- what they share ----------------------------------------------------------------------------------------------
+
+    def _to(self, state: Callable[[], bool]) -> bool:
+        self._state = state
+        if state in (self._in_object, self._in_arguments, self._behind_arguments):
+            self._braces = _Braces()
+        return True
+
+    def _no_call(self, length: int) -> bool:
+        """What announced a call did not, nor are so many characters of the rest one."""
+        self._tell(self._opened + self._rest[:length])
+        self._rest, self._opened, self._listed = self._rest[length:], "", False
+        return self._to(self._in_text)
+
+    def _tell(self, text: str) -> None:
+        self._begun = self._begun or bool(text.strip())
+        if text:
+            self._found.append(text)
+
+    def _begin(self, name: str) -> None:
+        self._found.append(CallPart(self.calls, name))
+        self.calls += 1
+
+    def _argue(self, text: str) -> None:
+        if text:
+            self._found.append(CallPart(self.calls - 1, None, text))
+
+    def _name(self, given: Any) -> str | None:
+        """The name of a call, or None where it can be none: a whole answer is a call only of a tool that there is."""
+        fits = isinstance(given, str) and 0 < len(given) <= NAME_MAX
+        return given if fits and (self._opened_by_marker or given in self._known) else None
+
+    @property
+    def _opened_by_marker(self) -> bool:
+        return bool(self._opened.strip()) or not self._form.bare
+
+    def _whole(self, given: Any) -> tuple[str, str] | None:
+        """A call that is written otherwise than most: its name and its arguments."""
+        if not isinstance(given, dict) or (name := self._name(given.get("name"))) is None:
+            return None
+        arguments = given.get("arguments", given.get("parameters"))
+        if isinstance(arguments, str):
+            arguments = _read(arguments) if arguments.strip() else None
+            if arguments is None:
+                return None
+        arguments = {} if arguments is None else arguments
+        return (name, msgspec.json.encode(arguments).decode()) if isinstance(arguments, dict) else None
+
+
+def _read(text: str) -> Any:
+    """What a JSON text says; None where it is none."""
+    try:
+        return msgspec.json.decode(text)
+    except (msgspec.DecodeError, RecursionError):
+        return None
+
+
+def _held(text: str, marker: str) -> int:
+    """So many of the last characters of ``text`` may be the beginning of the marker, or blanks before it."""
+    begun = next(
+        (size for size in range(min(len(text), len(marker) - 1), 0, -1) if text.endswith(marker[:size])), 0
+    )
+    before = text[: len(text) - begun]
+    return begun + len(before) - len(before.rstrip())

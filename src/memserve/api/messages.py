@@ -1,0 +1,132 @@
+"""The messages of a chat, as clients send them: texts, calls of tools, and what the tools answered."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import attrs
+import msgspec
+from msgspec import Meta
+
+from memserve.api.errors import ApiError, unsupported
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+"""Who may speak in a chat. A fixed set, because templates write roles among their control tokens."""
+CALLS_MAX = 128
+"""Calls of tools in one message."""
+DEPTH_MAX = 64
+"""Of JSON that templates write: objects and arrays within one another."""
+
+Label = Annotated[str, Meta(min_length=1, max_length=256)]
+"""An id, or a name that a model made up."""
+
+
+@attrs.frozen(kw_only=True)
+class TextPart:
+    """One part of a message's content."""
+
+    type: Literal["text"]
+    text: str
+
+
+@attrs.frozen(kw_only=True)
+class Called:
+    """``function`` of a call."""
+
+    name: Label
+    arguments: str = ""
+    """The text of a JSON object; empty: none."""
+
+    @property
+    def values(self) -> Any:
+        """What the text says. Raises msgspec.DecodeError or RecursionError where it is no JSON."""
+        return msgspec.json.decode(self.arguments) if self.arguments.strip() else {}
+
+
+@attrs.frozen(kw_only=True)
+class ToolCall:
+    """One of an assistant's ``tool_calls``."""
+
+    id: Label
+    type: Literal["function"] = "function"
+    function: Called
+
+
+@attrs.frozen(kw_only=True)
+class ChatMessage:
+    """One message of a chat."""
+
+    role: Literal[ROLES]  # type: ignore[valid-type]
+    content: str | tuple[TextPart, ...] | None = None
+    """None beside calls of tools alone."""
+    name: str | None = None
+    tool_calls: Annotated[tuple[ToolCall, ...], Meta(max_length=CALLS_MAX)] | None = None
+    tool_call_id: Annotated[str, Meta(max_length=256)] | None = None
+
+    @property
+    def text(self) -> str:
+        """The content; several parts are joined by line breaks, as vLLM does."""
+        if isinstance(self.content, tuple):
+            return "\n".join(part.text for part in self.content)
+        return self.content or ""
+
+
+def check_messages(messages: tuple[ChatMessage, ...], raw: dict[str, Any]) -> None:
+    """What the fields' types do not say. ``raw``: the body that the messages were read from. Raises ApiError (400)."""
+    for index, (message, given) in enumerate(zip(messages, raw["messages"], strict=True)):
+        path = f"messages[{index}]"
+        if given.get("function_call"):
+            raise unsupported(f"{path}.function_call", "send tool_calls")
+        _check_content(message, given, path)
+        _check_tool_fields(message, path)
+        for number, call in enumerate(message.tool_calls or ()):
+            _check_arguments(call.function, f"{path}.tool_calls[{number}].function.arguments")
+
+
+def _check_content(message: ChatMessage, given: dict[str, Any], path: str) -> None:
+    if message.content is not None or message.tool_calls:
+        return
+    field = f"{path}.content"
+    if "content" not in given:
+        raise ApiError(f"{field}: this field is required", field, code="missing_required_parameter")
+    raise ApiError(f"{field}: expected str | array, got null", field, code="invalid_value")
+
+
+def _check_tool_fields(message: ChatMessage, path: str) -> None:
+    for name, role in (("tool_calls", "assistant"), ("tool_call_id", "tool")):
+        if getattr(message, name) and message.role != role:
+            field = f"{path}.{name}"
+            text = f"{field}: only in messages of role {role}, got role {message.role}"
+            raise ApiError(text, field, code="invalid_value")
+    if message.role == "tool" and not message.tool_call_id:
+        field = f"{path}.tool_call_id"
+        raise ApiError(f"{field}: this field is required", field, code="missing_required_parameter")
+
+
+def _check_arguments(called: Called, field: str) -> None:
+    try:
+        values = called.values
+    except (msgspec.DecodeError, RecursionError) as error:
+        shown = msgspec.json.encode(called.arguments[:60]).decode()
+        text = f"{field}: expected the text of a JSON object, got {shown} ({error})"
+        raise ApiError(text, field, code="invalid_value") from error
+    if not isinstance(values, dict):
+        text = f"{field}: expected the text of a JSON object, got one of {type(values).__name__}"
+        raise ApiError(text, field, code="invalid_value")
+    check_depth(values, field)
+
+
+def check_depth(value: Any, field: str) -> None:
+    """Raise ApiError (400) where JSON is nested too deeply for those who walk it."""
+    if _deeper(value, DEPTH_MAX):
+        text = (
+            f"{field}: nested too deeply, expected at most {DEPTH_MAX} objects and arrays within one another"
+        )
+        raise ApiError(text, field, code="invalid_value")
+
+
+def _deeper(value: Any, left: int) -> bool:
+    if not isinstance(value, dict | list):
+        return False
+    inner = value.values() if isinstance(value, dict) else value
+    return left == 0 or any(_deeper(one, left - 1) for one in inner)

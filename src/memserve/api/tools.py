@@ -1,0 +1,117 @@
+"""The tools of a chat, as clients offer them, and which of them the answer shall call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import attrs
+from msgspec import Meta
+
+from memserve.api.errors import ApiError
+from memserve.api.messages import check_depth
+
+TOOLS_MAX = 128
+NAME_PATTERN = "^[A-Za-z0-9_.-]{1,64}$"
+
+ToolName = Annotated[str, Meta(pattern=NAME_PATTERN)]
+
+
+@attrs.frozen(kw_only=True)
+class Function:
+    """``function`` of a tool."""
+
+    name: ToolName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    """A JSON schema; None: it takes none."""
+    strict: bool | None = None
+
+
+@attrs.frozen(kw_only=True)
+class Tool:
+    """One of ``tools``."""
+
+    type: Literal["function"]
+    function: Function
+
+    def told(self) -> dict[str, Any]:
+        """As chat templates know tools. ``strict`` is for the server, not for the model."""
+        known = {
+            "name": self.function.name,
+            "description": self.function.description,
+            "parameters": self.function.parameters,
+        }
+        return {"type": "function", "function": {name: one for name, one in known.items() if one is not None}}
+
+
+@attrs.frozen(kw_only=True)
+class NamedFunction:
+    """``tool_choice.function``."""
+
+    name: str
+
+
+@attrs.frozen(kw_only=True)
+class NamedTool:
+    """``tool_choice``, where it is one tool."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedTool
+CHOICES = ("none", "auto", "required", "an object")
+"""What may be written there, in words."""
+
+
+@attrs.frozen
+class Offer:
+    """What an answer may call, and whether it must."""
+
+    tools: tuple[Tool, ...]
+    must: bool = False
+    """The answer is one or more calls, and nothing else."""
+    only: str | None = None
+    """The tool that must be called, once."""
+    several: bool = True
+    """Whether there may be more calls than one."""
+
+    @property
+    def allowed(self) -> tuple[Tool, ...]:
+        """Those of which a forced answer may be a call."""
+        return tuple(tool for tool in self.tools if self.only in (None, tool.function.name))
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Of all tools."""
+        return frozenset(tool.function.name for tool in self.tools)
+
+
+def offered(tools: Sequence[Tool] | None, choice: ToolChoice | None, parallel: bool | None) -> Offer | None:
+    """What the fields of a body offer; None: nothing. They were checked."""
+    if not tools or choice == "none":
+        return None
+    several = parallel is not False
+    if isinstance(choice, NamedTool):
+        return Offer(tuple(tools), True, choice.function.name, several=False)
+    return Offer(tuple(tools), choice == "required", None, several)
+
+
+def check_tools(tools: Sequence[Tool] | None, choice: ToolChoice | None) -> None:
+    """What the fields' types do not say. Raises ApiError (400)."""
+    seen: set[str] = set()
+    for index, tool in enumerate(tools or ()):
+        field = f"tools[{index}].function"
+        if tool.function.name in seen:
+            text = f"{field}.name: expected another name for each tool, got {tool.function.name} again"
+            raise ApiError(text, f"{field}.name", code="invalid_value")
+        seen.add(tool.function.name)
+        check_depth(tool.function.parameters, f"{field}.parameters")
+    if choice not in (None, "none", "auto") and not tools:
+        text = "tool_choice: only none and auto without tools"
+        raise ApiError(text, "tool_choice", code="invalid_value")
+    if isinstance(choice, NamedTool) and choice.function.name not in seen:
+        field = "tool_choice.function.name"
+        text = f"{field}: expected the name of one of tools, got {choice.function.name[:60]}"
+        raise ApiError(text, field, code="invalid_value")

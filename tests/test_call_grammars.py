@@ -1,0 +1,166 @@
+"""The form of answers that call tools: whatever is drawn within it is a call that its tool understands."""
+
+from __future__ import annotations
+
+import json
+
+import attrs
+import pytest
+
+from fake_service import IM_END, demo_tokenizer
+from memserve.api.call_formats import CALL_FORMATS, HERMES, LLAMA3_JSON, MISTRAL
+from memserve.api.call_grammars import CALLS_MAX, call_grammar
+from memserve.api.errors import ApiError
+from memserve.api.formats import ResponseFormat, StructuredOutputs, grammar_of
+from memserve.api.tools import Function, Offer, Tool
+from memserve.tokens import pack
+from test_call_parser import read
+from test_grammars import made, tokens_of, walk
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"size": {"$ref": "#/$defs/size"}, "tag": {"type": "string", "maxLength": 3}},
+    "required": ["size"],
+    "$defs": {"size": {"type": "integer", "minimum": 0, "maximum": 99}},
+}
+
+
+def tool(name="f", parameters=SCHEMA, strict=None) -> Tool:
+    return Tool(type="function", function=Function(name=name, parameters=parameters, strict=strict))
+
+
+@pytest.fixture(scope="module")
+def grammars():
+    return made(demo_tokenizer())
+
+
+def special(form):
+    """The form in the demo model's control tokens: those of its marks."""
+    marks = dict(zip(form.marks, ("<file_sep>", "<empty_output>"), strict=False))
+    renamed = {
+        name: tuple(marks.get(one, one) for one in getattr(form, name))
+        for name in ("before", "between", "after")
+    }
+    return attrs.evolve(form, marker=marks[form.marker], close=marks.get(form.close, ""), **renamed)
+
+
+FORMS = [*CALL_FORMATS.values(), special(HERMES), special(MISTRAL), special(LLAMA3_JSON)]
+
+
+def said(tokens) -> str:
+    return demo_tokenizer().decode(tokens, skip_special=False)
+
+
+def is_good(name: str, arguments: str) -> bool:
+    found = json.loads(arguments)
+    if name == "g":
+        return found == {}
+    return set(found) <= {"size", "tag"} and 0 <= found["size"] <= 99 and len(found.get("tag", "")) <= 3
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{form.name} {form.marker}")
+@pytest.mark.parametrize("only", [None, "f"])
+def test_a_forced_answer_is_calls_and_nothing_else(grammars, form, only):
+    """An agent that requires a call would get prose, or a call that its tool refuses."""
+    offer = Offer((tool("f"), tool("g", None)), must=True, only=only, several=only is None)
+    text = call_grammar(offer, form, demo_tokenizer().specials)
+    counts = set()
+    for seed in range(12):
+        content, calls = read(said(walk(grammars, text, seed, most=2000)), form)
+        assert not content
+        assert calls and all(is_good(*call) for call in calls)
+        assert {name for name, _ in calls} <= ({"f", "g"} if only is None else {"f"})
+        counts.add(len(calls))
+    assert max(counts) <= CALLS_MAX
+    assert (len(counts) > 1) == (form.several and offer.several)
+
+
+def follows(grammars, text: str, *parts: str | int) -> bool:
+    """Whether an answer of these texts and tokens is whole within the grammar."""
+    output = b""
+    for part in parts:
+        for token in [part] if isinstance(part, int) else demo_tokenizer().encode(part, False):
+            if token not in tokens_of(grammars.allowed(text, output)):
+                return False
+            output += pack([token])
+    return IM_END in tokens_of(grammars.allowed(text, output))
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{form.name} {form.marker}")
+def test_a_strict_tool_is_called_by_its_schema_or_not_at_all(grammars, form):
+    """A model could not answer in words any more, or call a strict tool with what it does not understand."""
+    text = call_grammar(Offer((tool("f", strict=True),)), form, demo_tokenizer().specials)
+    mark = "" if form.bare else demo_tokenizer().specials.get(form.marker, form.marker)
+    head = "".join(form.before[1:]) + f'{{"name": "f", "{form.key}": {{"size": '
+    assert follows(grammars, text, "Hello <b> {x} [1]\n")
+    assert follows(grammars, text)
+    assert follows(grammars, text, *([mark] if mark else []), head + "5}}", *(
+        demo_tokenizer().specials.get(part, part) for part in form.after
+    ))  # fmt: skip
+    assert not follows(grammars, text, *([mark] if mark else []), head + '"x"}}')
+    if not form.bare:
+        assert not follows(grammars, text, "Well, ", mark, " what?")
+
+
+def test_a_forced_answer_has_an_end(grammars):
+    """A small model that repeats itself would call until its context is full."""
+    text = call_grammar(Offer((tool("g", None),), must=True), HERMES, {})
+    calls = ["<tool_call>\n" + '{"name": "g", "arguments": {}}' + "\n</tool_call>"] * (CALLS_MAX + 1)
+    assert follows(grammars, text, "\n".join(calls[1:]))
+    assert not follows(grammars, text, "\n".join(calls))
+
+
+@pytest.mark.parametrize("strict", [None, False])
+def test_tools_that_are_not_strict_do_not_bind_an_answer(strict):
+    """Each token of every agent would cost a look at a grammar."""
+    assert call_grammar(Offer((tool(strict=strict),)), HERMES, {}) == ""
+
+
+@pytest.mark.parametrize(("answer", "good"), [
+    (grammar_of(ResponseFormat(type="json_object"), None), '{"x": 1}'),
+    (grammar_of(None, StructuredOutputs(choice=("yes", "no"))), "no"),
+    (grammar_of(None, StructuredOutputs(regex="a+b")), "aab"),
+    (grammar_of(None, StructuredOutputs(grammar='root ::= "x" | "y"')), "y"),
+])  # fmt: skip
+def test_an_answer_has_its_form_or_is_a_call(grammars, answer, good):
+    """An agent that wants its last answer in a form could not call tools before it."""
+    text = call_grammar(Offer((tool("g", None),)), HERMES, {}, answer)
+    assert follows(grammars, text, good)
+    assert follows(grammars, text, '<tool_call>\n{"name": "g", "arguments": {}}\n</tool_call>')
+    assert not follows(grammars, text, "Hello")
+
+
+@pytest.mark.parametrize(("parameters", "arguments", "fits"), [
+    (None, "{}", True), ({}, "{}", True), ({}, '{"x": 1}', False), ({"properties": {}}, '{"x": 1}', False),
+    ({"type": "object", "additionalProperties": True}, '{"x": 1}', True), ({"properties": {"x": {"not": {"const": 1}}}}, '{"x": 1}', True),
+    ({"properties": {"x": {"type": "string", "format": "odd"}}}, '{"x": "1"}', True), ({"type": ["object", "null"]}, '{"x": 1}', True),
+    ({"$ref": "#/$defs/o", "$defs": {"o": {"type": "object", "required": ["x"]}}}, '{"x": 1}', True),
+    ({"$ref": "#/$defs/o", "$defs": {"o": {"type": "object", "required": ["x"]}}}, "{}", False),
+])  # fmt: skip
+def test_arguments_are_an_object_of_what_the_schema_names(grammars, parameters, arguments, fits):
+    """A small model would make up arguments without an end, or a schema with odd parts be of no use."""
+    text = call_grammar(Offer((tool("f", parameters),), must=True), HERMES, {})
+    call = f'<tool_call>\n{{"name": "f", "arguments": {arguments}}}\n</tool_call>'
+    assert follows(grammars, text, call) == fits
+
+
+@pytest.mark.parametrize(("tools", "param", "reason"), [
+    ([tool("a"), tool("b", {"properties": {"x": {"not": {}}}}, True)], "tools[1].function.parameters", "Unimplemented keys"),
+    ([tool("a", {"type": "thing"})], "tools[0].function.parameters", 'the schema of an object, got one of "thing"'),
+    ([tool("a", {"properties": {"x": {"type": "thing"}}})], "tools[0].function.parameters", "Invalid type: thing"),
+    ([tool("a", {"type": "string"})], "tools[0].function.parameters", "expected the schema of an object"),
+    ([tool("a", {"description": "x" * 300_000})], "tools", "at most 131072 bytes"),
+])  # fmt: skip
+def test_a_schema_that_cannot_be_followed_is_named(tools, param, reason):
+    """A user would have to guess which of many tools is at fault."""
+    with pytest.raises(ApiError) as refused:
+        call_grammar(Offer(tuple(tools), must=True), HERMES, {})
+    assert refused.value.param == param
+    assert reason in str(refused.value)
+    assert refused.value.status == 400
+
+
+def test_a_forced_call_is_not_beside_another_form():
+    """One of the two would be ignored."""
+    with pytest.raises(ApiError, match=r"^tool_choice: not beside response_format"):
+        call_grammar(Offer((tool(),), must=True), HERMES, {}, "start: /x/")

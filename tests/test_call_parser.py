@@ -1,0 +1,170 @@
+"""Calls of tools found in answers: whatever the pieces, the same calls once, and no text lost."""
+
+from __future__ import annotations
+
+import json
+import time
+from itertools import pairwise
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from memserve.api.call_formats import CALL_FORMATS, HERMES, LLAMA3_JSON, MISTRAL, CallFormat
+from memserve.api.call_parser import CallParser, CallPart
+
+KNOWN = frozenset(("f", "g"))
+F1 = '{"name": "f", "arguments": {"a": 1}}'
+
+
+def read(text: str, form: CallFormat = HERMES, cuts: tuple[int, ...] = (), several: bool = True):
+    """The text beside the calls, and the calls with their arguments, of an answer that came in these pieces."""
+    parser = CallParser(form, KNOWN, several)
+    edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
+    found = [one for start, end in pairwise(edges) for one in parser.push(text[start:end])]
+    found += parser.finish()
+    calls: list[list[str]] = []
+    for one in found:
+        if isinstance(one, CallPart) and one.name is not None:
+            assert one.number == len(calls), "calls are counted"
+            calls.append([one.name, ""])
+        elif isinstance(one, CallPart):
+            assert one.number == len(calls) - 1, "arguments are of the last call"
+            calls[-1][1] += one.arguments
+    assert parser.calls == len(calls)
+    return "".join(one for one in found if isinstance(one, str)), [tuple(call) for call in calls]
+
+
+def tagged(*calls: str) -> str:
+    return "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in calls)
+
+
+TRICKY = {"text": 'a "b" {c} \\', "close": "</tool_call>", "nested": {"x": [{}, {"y": "}"}]}, "é": "\u65e5\n"}
+
+
+@pytest.mark.parametrize(("form", "text", "expected"), [
+    (HERMES, tagged(F1), ("", [("f", '{"a": 1}')])),
+    (HERMES, "<think>\nso\n</think>\n\n" + tagged(F1, F1) + "\n", ("<think>\nso\n</think>", [("f", '{"a": 1}')] * 2)),
+    (HERMES, tagged(F1) + "\n\nDone. ", ("Done. ", [("f", '{"a": 1}')])),
+    (HERMES, f"<tool_call>{F1}", ("", [("f", '{"a": 1}')])),
+    (HERMES, f"<tool_call>{F1}</tool", ("", [("f", '{"a": 1}')])),
+    (HERMES, f"<tool_call>[{F1}, {F1}]</tool_call>x", ("x", [("f", '{"a": 1}')] * 2)),
+    (HERMES, '<tool_call>{"name": "f", "arguments": {"a": 1}</tool_call>', ("", [("f", '{"a": 1}')])),
+    (HERMES, '<tool_call>{"name": "f", "arguments": {"a": 1}</tool_call>Done {}', ("Done {}", [("f", '{"a": 1}')])),
+    (HERMES, '<tool_call>{"name": "f", "arguments": {}, "id": "}"} </tool_call>', ("", [("f", "{}")])),
+    (HERMES, '<tool_call>{"arguments": {"a": 1}, "name": "f"}</tool_call>', ("", [("f", '{"a":1}')])),
+    (HERMES, '<tool_call>{"name": "f"}</tool_call>', ("", [("f", "{}")])),
+    (HERMES, '<tool_call>{"name": "f", "arguments": "{\\"a\\": 1}"}</tool_call>', ("", [("f", '{"a":1}')])),
+    (HERMES, '<tool_call>{"name": "other_\\u00e9", "parameters": {}}', ("", [("other_é", "{}")])),
+    (HERMES, '<tool_call>{"name": "f", "arguments": {"a": "\\', ("", [("f", '{"a": "\\')])),
+    (LLAMA3_JSON, ' {"name": "f", "parameters": {"a": 1}}', ("", [("f", '{"a": 1}')])),
+    (LLAMA3_JSON, '<|python_tag|>{"name": "new", "parameters": {"a": 1}}', ("", [("new", '{"a": 1}')])),
+    (LLAMA3_JSON, '{"name": "Bob", "parameters": {"a": 1}}', ('{"name": "Bob", "parameters": {"a": 1}}', [])),
+    (LLAMA3_JSON, 'Take {"name": "f", "parameters": {}}', ('Take {"name": "f", "parameters": {}}', [])),
+    (LLAMA3_JSON, '<|python_tag|>search.call(query="x")', ('<|python_tag|>search.call(query="x")', [])),
+    (MISTRAL, f"[TOOL_CALLS] [{F1}, {F1}]", ("", [("f", '{"a": 1}')] * 2)),
+    (MISTRAL, f'Yes.[TOOL_CALLS][{F1[:-1]}, "id": "123456789"}}] ', ("Yes.", [("f", '{"a": 1}')])),
+    (MISTRAL, f"[TOOL_CALLS][{F1}, none]", (", none]", [("f", '{"a": 1}')])),
+    (MISTRAL, "[TOOL_CALLS] none [1]", ("[TOOL_CALLS] none [1]", [])),
+])  # fmt: skip
+def test_calls_are_found_as_models_write_them(form, text, expected):
+    """A client would get a call as text, or with the words around it."""
+    for cuts in ((), tuple(range(len(text)))):
+        assert read(text, form, cuts) == expected
+
+
+def test_arguments_are_passed_on_as_they_were_written():
+    """Strings with braces, quotes or markers in them would end a call early, or come out as other strings."""
+    for arguments in (json.dumps(TRICKY), json.dumps(TRICKY, ensure_ascii=False, indent=1)):
+        text = tagged(f'{{"name": "f", "arguments": {arguments}}}')
+        for cut in range(len(text)):
+            assert read(text, cuts=(cut,)) == ("", [("f", arguments)])
+
+
+@pytest.mark.parametrize("text", [
+    "<tool_call>", "<tool_call>\n", "<tool_call>\n{", '<tool_call>{"name": "f", "argu', '<tool_call>{"name": "f", "arguments": [1]}</tool_call>',
+    '<tool_call>{"name": 5, "arguments": {}}</tool_call>!', '<tool_call>{"name": "", "arguments": {}}', "<tool_call>{name: f(x)}</tool_call> and",
+    '<tool_call>{"name": "f", "arguments": "x"}', '<tool_call>{"name": "f", "arguments": "{"}', "x < y <tool", " \n", "a  <tool_call> b ",
+    '<tool_call>{"name": "\\ud800", "arguments": {}}', "<tool_call>[]", "<tool_call>[[{", '<tool_call>{"arguments": {"a": 1}',
+    f'<tool_call>{{"name": "{"f" * 300}", "arguments": {{}}}}', "<tool_call>" + '{"a":' * 2000 + "1" + "}" * 2000,
+])  # fmt: skip
+def test_what_is_no_call_is_text_as_it_was(text):
+    """A part of an answer would be lost, or a client would be told to call what nobody named."""
+    assert read(text) == (text, [])
+    assert read(text, cuts=tuple(range(len(text)))) == (text, [])
+
+
+PIECES = st.sampled_from([
+    "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>", "<tool", "_call>", "[", "]", "{", "}", ",", '"', "\\", "\\u00e9", "\\\\", ":",
+    " ", "\n", '"name"', '"f"', '"arguments"', '"parameters"', '{"name": "f", "arguments": {', '{"name": "f", "parameters": {"a": "}', F1, "é日", "text",
+    tagged(F1), f"[TOOL_CALLS] [{F1}", '"id": 1',
+])  # fmt: skip
+
+
+@given(
+    form=st.sampled_from(list(CALL_FORMATS.values())),
+    text=st.lists(PIECES, max_size=14).map("".join),
+    cuts=st.lists(st.integers(0, 300), max_size=20).map(tuple),
+    several=st.booleans(),
+)
+@example(HERMES, tagged(F1), (3,), True)
+@example(HERMES, f"<tool_call>{F1[:-1]}\\", (42,), True)
+def test_pieces_do_not_matter(form, text, cuts, several):
+    """A stream would bring other calls than a whole answer, or another stream of the same tokens others."""
+    whole = read(text, form, (), several)
+    assert read(text, form, cuts, several) == whole
+    assert read(text, form, tuple(range(len(text))), several) == whole
+    assert several or len(whole[1]) <= 1
+
+
+@given(text=st.lists(PIECES, max_size=14).map("".join))
+def test_an_answer_that_has_no_call_is_whole(text):
+    """Text that looks like a call for a while would be lost or changed."""
+    for form in CALL_FORMATS.values():
+        found, calls = read(text, form)
+        assert calls or found == text
+
+
+@given(arguments=st.dictionaries(st.text(max_size=5), st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=5,
+), max_size=3), plain=st.booleans())  # fmt: skip
+def test_every_object_of_arguments_comes_out(arguments, plain):
+    """A tool would be called with other arguments than the model gave it."""
+    written = json.dumps(arguments, ensure_ascii=plain)
+    for form in CALL_FORMATS.values():
+        text = "".join(form.before) + f'{{"name": "f", "{form.key}": {written}}}' + "".join(form.after)
+        assert read(text, form, tuple(range(len(text)))) == ("", [("f", written)])
+
+
+def test_what_follows_the_first_call_can_be_left_out():
+    """A client that runs one call at a time would get two."""
+    parser = CallParser(HERMES, KNOWN, several=False)
+    found = parser.push(tagged(F1, F1))
+    assert [one.name for one in found if isinstance(one, CallPart) and one.name] == ["f"]
+    assert parser.enough
+    assert parser.finish() == []
+
+
+def test_text_comes_as_soon_as_it_is_known():
+    """A stream would stand still until the answer is whole."""
+    parser = CallParser(HERMES, KNOWN)
+    assert parser.push("Let me see") == ["Let me see"]
+    assert parser.push("  <tool") == []
+    assert parser.push("box>") == ["  <toolbox>"]
+    assert parser.push('\n<tool_call>{"name": "f", "arguments":') == []
+    assert parser.push(' {"city": "Pa') == [CallPart(0, "f"), CallPart(0, None, '{"city": "Pa')]
+    assert parser.push("ris") == [CallPart(0, None, "ris")]
+
+
+@pytest.mark.parametrize(("begun", "piece"), [
+    ("", "<tool_call>{"), ("<tool_call>{", "{"), ("<tool_call>{", '{"name": "'), ("<tool_call>{", "\n"), ("<tool_call>", "\n"), ("", "\n"), ("", "<"),
+    ('<tool_call>{"name": "', "0123456789"), ('<tool_call>{"name": "f", "arguments": {', "\\"), (tagged(F1), "\n"),
+])  # fmt: skip
+def test_no_answer_takes_long_to_read(begun, piece):
+    """One stream that repeats itself would hold up all others of its Frontend."""
+    began = time.perf_counter()
+    parser = CallParser(HERMES, KNOWN)
+    for one in (begun, *[piece] * 10_000):
+        parser.push(one)
+    parser.finish()
+    assert time.perf_counter() - began < 5
