@@ -210,6 +210,15 @@ def test_a_plan_that_leaves_its_pages_is_refused(name, row, message, weights, tm
     engine.close()
 
 
+@pytest.mark.parametrize("pages", [(3, PAGES), (PAGES, 3), (-1,)])
+def test_pages_that_a_row_goes_on_with_are_looked_at_when_they_are_new(pages, made):
+    """If it failed, a row whose first pages were in order could be given another's, or none of the arena's, later."""
+    for start in range(2):
+        made.engine.run(BatchPlan((Row(pack([1]), start, (3,), None),)))
+    with pytest.raises(ValueError, match="row 0: pages"):
+        made.engine.run(BatchPlan((Row(pack([1]), 2, pages, None),)))
+
+
 def test_starting_and_timing_touch_no_page_of_the_pool(made):
     """If it failed, a worker that joins would write into other requests' pages."""
     before = made.pages()

@@ -173,6 +173,7 @@ class CudaEngine:
         self._row_pages = pages_for(min(max_context or spec.max_context, spec.max_context), self._page_tokens)
         self._steps: dict[int, _DecodeStep] = {}
         self._ahead: _Ahead | None = None
+        self._checked: Sequence[Row] = ()
         self.sharing = Sharing()
         """When decode rows attend together to what they begin with."""
         self._page_bytes = arena[0, 0].nbytes  # of a layer
@@ -186,7 +187,8 @@ class CudaEngine:
 
     def run(self, plan: BatchPlan) -> BatchResult:
         """One step. Raises ValueError, naming the row, for a plan that would read or write what is not its own."""
-        check_plan(plan, self._spec, self._pages, self._page_tokens)
+        check_plan(plan, self._spec, self._pages, self._page_tokens, self._checked)
+        self._checked = plan.rows
         beside = self._shared.look() if self._shared is not None else 0
         began = time.perf_counter()
         tokens, logprobs = self._step(plan, self.sharing)
@@ -295,7 +297,9 @@ class CudaEngine:
     def _capture(self, rows: int) -> _DecodeStep:
         assert self._model is not None and self._attention is not None and self._logits is not None
         arrays = self._attention.captured(rows, self._buckets[-1] * self._row_pages)
-        step = _DecodeStep(arrays, Batch(arrays.ids, arrays.positions, torch.arange(rows, device=self._device)))
+        step = _DecodeStep(
+            arrays, Batch(arrays.ids, arrays.positions, torch.arange(rows, device=self._device))
+        )
         arrays.load(Table.of((), self._page_tokens).padded(rows, self._pages), np.zeros(rows, np.int32))
         model, attention, logits = self._model, self._attention, self._logits[:rows]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from memserve.engine.plans import BatchPlan, Row
@@ -9,23 +11,33 @@ from memserve.engine.spec import ModelSpec
 from memserve.tokens import count, pages_for, unpack
 
 
-def check_plan(plan: BatchPlan, spec: ModelSpec, pages: int, page_tokens: int) -> None:
+def check_plan(
+    plan: BatchPlan, spec: ModelSpec, pages: int, page_tokens: int, before: Sequence[Row] = ()
+) -> None:
     """Raise ValueError, naming the row, for a plan that would read or write what is not its own.
 
     A wrong page id would corrupt another request's tokens in silence. ``pages``: how many the arena has.
+    ``before``: rows of the plan that was checked last. A row that goes on there has hundreds of pages, and few new ones.
     """
     if not plan.rows:
         raise ValueError("a step needs at least one row")
     written: set[int] = set()
     for number, row in enumerate(plan.rows):
-        _check_row(number, row, spec, pages, page_tokens)
+        _check_row(number, row, spec, page_tokens)
+        unseen = _unseen(row.pages, before[number].pages) if number < len(before) else row.pages
+        if unseen and not 0 <= min(unseen) <= max(unseen) < pages:
+            raise ValueError(f"row {number}: pages {row.pages}; the arena has 0 to {pages - 1}")
         own = row.pages[row.start // page_tokens : pages_for(row.end, page_tokens)]
         if not written.isdisjoint(own) or len(set(own)) < len(own):
             raise ValueError(f"row {number}: writes to a page that the step writes to already: {own}")
         written.update(own)
 
 
-def _check_row(number: int, row: Row, spec: ModelSpec, pages: int, page_tokens: int) -> None:
+def _unseen(pages: tuple[int, ...], seen: tuple[int, ...]) -> tuple[int, ...]:
+    return pages[len(seen) :] if pages[: len(seen)] == seen else pages
+
+
+def _check_row(number: int, row: Row, spec: ModelSpec, page_tokens: int) -> None:
     tokens = count(row.tokens)
     if tokens < 1 or row.start < 0 or row.end > spec.max_context:
         raise ValueError(
@@ -36,8 +48,6 @@ def _check_row(number: int, row: Row, spec: ModelSpec, pages: int, page_tokens: 
         raise ValueError(
             f"row {number}: {len(row.pages)} pages of {page_tokens} do not hold {row.end} tokens"
         )
-    if min(row.pages) < 0 or max(row.pages) >= pages:
-        raise ValueError(f"row {number}: pages {row.pages}; the arena has 0 to {pages - 1}")
     ids = unpack(row.tokens)
     if min(ids) < 0 or max(ids) >= spec.vocab:
         raise ValueError(f"row {number}: token ids {min(ids)} to {max(ids)}; the vocabulary has {spec.vocab}")
