@@ -31,6 +31,7 @@ from memserve.messages import (
     Origins,
     Plan,
     Planned,
+    PromptTold,
     Rejected,
     Request,
     Submit,
@@ -61,6 +62,8 @@ class Entry:
     received_at: float
     sent: bytes = b""
     """Tokens delivered to the client."""
+    told: int = 1
+    """Of so many of the prompt's tokens the log probabilities were delivered, where they are wanted; the first has none."""
     attempt: int = 0
     plan: Plan | None = None
     holder: ActorId | None = None
@@ -95,9 +98,19 @@ class Entry:
         ttft_s = self.request.ttft_s if waits else None
         return float("inf") if ttft_s is None else self.received_at + ttft_s + SUBMIT_REPEAT_S
 
+    @property
+    def untold(self) -> bool:
+        """Log probabilities of its prompt are still missing."""
+        wanted = self.request.sampling.prompt_logprobs is not None
+        return wanted and self.told < self.request.prompt_tokens
+
     def current(self) -> Request:
-        """The request as the attempt under way carries it."""
-        return attrs.evolve(self.request, attempt=self.attempt, tokens=self.request.tokens + self.sent)
+        """The request as the attempt under way carries it. What was told of the prompt need not be computed again."""
+        sampling = self.request.sampling
+        if sampling.prompt_logprobs is not None and not self.untold:
+            sampling = attrs.evolve(sampling, prompt_logprobs=None)
+        tokens = self.request.tokens + self.sent
+        return attrs.evolve(self.request, attempt=self.attempt, tokens=tokens, sampling=sampling)
 
 
 @attrs.define
@@ -302,8 +315,24 @@ class FrontendCore:
                 entry.fed_by_decode |= entry.plan is not None and sender == entry.plan.decode
                 self._take_tokens(entry, update, now)
 
+    def _on_prompt_told(self, sender: ActorId, message: PromptTold, now: float) -> None:
+        """Deliver what is new, by the rule of :meth:`_take_tokens`."""
+        entry = self._current(message.request, message.attempt)
+        if entry is None:
+            return
+        entry.heard_at = now
+        if message.position > entry.told:
+            self._resubmit(entry, _lost_of_prompt(entry.told, message.position), now)
+        elif (known := entry.told - message.position) < len(message.told):
+            new = message.told.after(known)
+            entry.told += len(new)
+            self._actions.append(Deliver(entry.request.id, (), None, entry.cached_tokens, prompt=(new,)))
+
     def _take_tokens(self, entry: Entry, update: TokenUpdate, now: float) -> None:
         """Deliver what is new. Positions tell repeats from gaps: a repeat is dropped, a gap means another attempt."""
+        if entry.untold:
+            self._resubmit(entry, _lost_of_prompt(entry.told, entry.request.prompt_tokens), now)
+            return
         have = entry.request.prompt_tokens + count(entry.sent)
         if update.position > have:
             self._resubmit(entry, f"tokens {have} to {update.position} never arrived", now)
@@ -405,6 +434,10 @@ def _needed(entry: Entry) -> set[ActorId]:
     return needed if entry.fed_by_decode else needed | {entry.plan.prefill}
 
 
+def _lost_of_prompt(first: int, end: int) -> str:
+    return f"log probabilities of the prompt's tokens {first} to {end} never arrived"
+
+
 def _canonical(entry: Entry, now: float) -> dict[str, object]:
     """Everything about a finished request, for its one line in the log."""
     first, last, output = entry.first_token_at, entry.last_token_at, count(entry.sent)
@@ -428,6 +461,7 @@ def _canonical(entry: Entry, now: float) -> dict[str, object]:
 _HANDLERS: dict[type[Any], Callable[[FrontendCore, ActorId, Any, float], None]] = {
     Planned: FrontendCore._on_planned,
     Rejected: FrontendCore._on_rejected,
+    PromptTold: FrontendCore._on_prompt_told,
     Tokens: FrontendCore._on_tokens,
     Inquired: FrontendCore._on_inquired,
     Failed: FrontendCore._on_failed,

@@ -37,6 +37,7 @@ from memserve.messages import (
     Inquired,
     Message,
     Prefill,
+    PromptTold,
 )
 from memserve.pool_messages import Acquired, Adopted, Allocated, Freed, Inserted, PoolRefused
 from memserve.scheduling.presence import Presence
@@ -286,6 +287,8 @@ class WorkerCore:
             one.logprobs = told.get(row, UNSET)
             if not one.decoding:
                 self._outbox.count("prefill_tokens_total", end - one.computed)
+            if (prompt := message.result.prompts.get(row)) is not None and not one.dropped:
+                self._outbox.send(one.request.frontend, PromptTold(*one.key, one.computed + 1, prompt))
             one.computed = end
             if one.dropped:
                 self._let_go(one)
@@ -297,7 +300,7 @@ class WorkerCore:
     def _take_token(self, one: Sequence, token: int, now: float) -> None:
         if one.token_at is None:
             one.token_at = one.owned_at = now
-            if one.plan.first_token_s:
+            if one.plan.first_token_s and one.tells is None:  # predictions know nothing of what telling takes
                 self._watch.punctuality.saw(one.plan.first_token_s, now - one.arrived_at)
             prefill_ms = (now - (one.started_at or now)) * 1e3
             one.timings = attrs.evolve(one.timings, prefill_ms=prefill_ms)
