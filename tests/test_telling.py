@@ -100,9 +100,7 @@ def test_cuts_and_company_change_nothing_that_is_told(made):
     assert first.prompts.keys() == {1, 2} and first.logprobs.keys() == {0}
     assert [len(first.prompts[i]) for i in (1, 2)] == [50, 64]
     assert len(first.prompts[1].ids) == 50 * 20 * 4
-    second = made.engine.run(
-        BatchPlan((chunk(ids, 64, 65, pages, 2), Row(pack([6]), 1, free[:1], GREEDY)))
-    )
+    second = made.engine.run(BatchPlan((chunk(ids, 64, 65, pages, 2), Row(pack([6]), 1, free[:1], GREEDY))))
     third = made.engine.run(
         BatchPlan((Row(pack([7]), 2, free[:1], GREEDY), chunk(ids, 65, 90, pages, 2, GREEDY)))
     )
@@ -178,7 +176,9 @@ def test_what_is_not_there_cannot_be_told(made, tell, message):
 def test_logits_that_are_not_numbers_name_their_row(made):
     """A broken page would be scored as if it were text."""
     made.engine.run(BatchPlan((Row(pack([1]), 0, (1,), None),)))
-    with pytest.raises(FloatingPointError, match="row"):  # position 16 attends to a page that was never written
+    with pytest.raises(
+        FloatingPointError, match="row"
+    ):  # position 16 attends to a page that was never written
         made.engine.run(BatchPlan((Row(pack([1, 2]), 16, (50, 51), None, tell=Tell(pack([3]), 1)),)))
 
 
@@ -186,7 +186,9 @@ def test_logits_that_are_not_numbers_name_their_row(made):
 def test_many_at_once_are_told_as_one_is(count):
     """The likeliest tokens of a prompt would be others than those of a draw after the same tokens, above all among equals."""
     generator = torch.Generator().manual_seed(count)
-    logits = torch.randn(7, 300, generator=generator).mul(3).round().div(2)  # many equal ones, zeros of both signs
+    logits = (
+        torch.randn(7, 300, generator=generator).mul(3).round().div(2)
+    )  # many equal ones, zeros of both signs
     logits[3, 40:60] = -0.0
     tokens = torch.randint(0, 300, (7,), generator=generator)
     lines = told_of(logits, tokens, count)
@@ -196,7 +198,7 @@ def test_many_at_once_are_told_as_one_is(count):
         assert line[0] == pytest.approx(known.drawn, rel=1e-14)
         assert line[2 : 2 + count] == list(unpack(known.ids))
         assert line[2 + count :] == pytest.approx(known.values, rel=1e-14)
-        order = sorted(range(300), key=lambda one: (-float(row[one]), one))  # noqa: B023
+        order = sorted(range(300), key=lambda one: (-float(row[one]), one))
         assert line[1] == 1 + order.index(token)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -26,6 +27,7 @@ from memserve.api.errors import ApiError, from_failure
 from memserve.api.generation import Generation, Order
 from memserve.api.guard import CALLER, Caller, Guard
 from memserve.api.logprobs import Piece
+from memserve.api.prompt_told import PromptTold
 from memserve.api.prompts import Model, Prompt, chat_prompt, completion_prompts
 from memserve.api.service import ApiSettings, Service
 from memserve.api.tokenizing import detokenized, read_detokenize, read_tokenize, tokenized
@@ -157,7 +159,18 @@ class Api:
 
     def _piece(self, body: CompletionBody | ChatBody) -> Piece | None:
         """How tokens are shown beside their log probabilities, where those are asked for."""
-        return None if body.told is None else partial(self.served.tokenizer.piece, skip_special=False)
+        return None if body.told is None else self._shown
+
+    @property
+    def _shown(self) -> Piece:
+        return partial(self.served.tokenizer.piece, skip_special=False)
+
+    def _told(self, body: CompletionBody | ChatBody, prompts: Sequence[Prompt]) -> list[PromptTold]:
+        """One for each prompt, where log probabilities of prompts are asked for."""
+        asked = body.told_of_echo, body.prompt_logprobs
+        return (
+            [] if asked == (None, None) else [PromptTold(one.tokens, self._shown, *asked) for one in prompts]
+        )
 
     def _check_model(self, name: str | None) -> None:
         served = self.served.settings.model
@@ -170,6 +183,7 @@ class Api:
     ) -> Response:
         caller: Caller = request.scope[CALLER]
         asked = request.headers.get(TTFT_HEADER)
+        told = self._told(body, prompts)
         order = Order(
             prompts=with_urgency(prompts, body, asked, caller, self.served.settings.ttft_ms),
             n=body.n or 1,
@@ -180,12 +194,14 @@ class Api:
             include_usage=body.stream_options is not None and bool(body.stream_options.include_usage),
             cache_scope=caller.cache_scope,
             ping_s=self.served.settings.ping_s,
+            told=told,
         )
-        piece = self.served.tokenizer.piece
-        choices = [
-            Choice(index, index // order.n, piece, order.stops, body.min_tokens or 0)
-            for index in range(len(prompts) * order.n)
-        ]
+        piece, least, silent = self.served.tokenizer.piece, body.min_tokens or 0, body.max_tokens == 0
+        choices = []
+        for index in range(len(prompts) * order.n):
+            prompt = index // order.n
+            about = told[prompt] if told else None
+            choices.append(Choice(index, prompt, piece, order.stops, least, about, silent=silent))
         return _Answer(Generation(self.service, order, choices))
 
     def _model_card(self) -> dict[str, Any]:

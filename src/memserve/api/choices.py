@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import attrs
 
 from memserve.api.logprobs import Told, token_text
+from memserve.api.prompt_told import PromptTold
 from memserve.api.service import Chunk
 from memserve.drawing import Logprobs
 from memserve.engine.detokenizer import Detokenizer, StopScanner
@@ -36,12 +37,18 @@ class Choice:
         piece: Callable[[int], bytes],
         stops: Sequence[str],
         min_tokens: int = 0,
+        about: PromptTold | None = None,
+        *,
+        silent: bool = False,
     ) -> None:
         """``index`` is the choice's in the response, ``prompt`` the number of its prompt.
 
-        ``min_tokens``: stop strings are not looked for in the text of so many tokens, as in vLLM.
+        ``min_tokens``: stop strings are not looked for in the text of so many tokens, as in vLLM. ``about``: what is told of
+        its prompt, where that was asked for. ``silent``: the one token that comes is not for the client, who wants the prompt
+        alone.
         """
         self.index = index
+        self.about = about
         self.prompt = prompt
         self.output_tokens = 0
         """Up to the end of a stop string, where there was one."""
@@ -50,7 +57,7 @@ class Choice:
         """``stop`` or ``length`` once the answer is whole."""
         self._detokenizer = Detokenizer(piece)
         self._scanner = StopScanner(stops)
-        self._piece, self._min_tokens = piece, min_tokens
+        self._piece, self._min_tokens, self._silent = piece, min_tokens, silent
         self._told_characters = 0
         # Not yet taken. Bounded by max_tokens: a client that reads slowly costs no more than one that waits.
         self._new = Delta()
@@ -61,9 +68,18 @@ class Choice:
         """Whether a stop string ended the answer: the service need not go on."""
         return self._scanner.matched is not None
 
+    @property
+    def withheld(self) -> bool:
+        """Nothing of it can be written yet, because what is told of its prompt comes first."""
+        return self.about is not None and not self.about.shown
+
     def feed(self, chunk: Chunk) -> None:
         """Take tokens in. What follows a stop string is dropped, its tokens too."""
         self.cached_tokens = chunk.cached_tokens
+        if self.about is not None:
+            self.about.take(chunk.prompt)
+        if self._silent:
+            chunk = attrs.evolve(chunk, tokens=(), finish=chunk.finish and "length")
         for number, token in enumerate(chunk.tokens):
             self.output_tokens += 1
             self._new.tokens.append(token)

@@ -51,9 +51,13 @@ def _check_row(number: int, row: Row, spec: ModelSpec, pages: int, page_tokens: 
 def _check_told(number: int, row: Row, tell: Tell, spec: ModelSpec) -> None:
     ids = unpack(tell.follows)
     if not 0 < len(ids) <= count(row.tokens) or not 0 <= tell.count <= LOGPROBS_MAX:
-        raise ValueError(f"row {number}: is told of {len(ids)} tokens behind {count(row.tokens)}, {tell.count} each")
+        raise ValueError(
+            f"row {number}: is told of {len(ids)} tokens behind {count(row.tokens)}, {tell.count} each"
+        )
     if not 0 <= min(ids) <= max(ids) < spec.vocab:
-        raise ValueError(f"row {number}: is told of {min(ids)} to {max(ids)}; the vocabulary has {spec.vocab}")
+        raise ValueError(
+            f"row {number}: is told of {min(ids)} to {max(ids)}; the vocabulary has {spec.vocab}"
+        )
 
 
 def _check_adjustments(number: int, row: Row, spec: ModelSpec) -> None:

@@ -42,7 +42,7 @@ def _lines(tell: Tell, first: int, logits_at: LogitsAt, device: torch.device, at
     """What :func:`told_of` says of a row's tokens, which begin as token ``first`` of the step: a line each."""
     follows = torch.tensor(unpack(tell.follows), device=device)
     places = torch.arange(first, first + len(follows), device=device)
-    parts = zip(places.split(at_once), follows.split(at_once), strict=True)
+    parts = zip(torch.split(places, at_once), torch.split(follows, at_once), strict=True)
     lines = torch.cat([told_of(logits_at(some), tokens, tell.count) for some, tokens in parts])
     found: np.ndarray = lines.cpu().numpy()
     return found

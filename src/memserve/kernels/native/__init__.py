@@ -38,7 +38,7 @@ from memserve.engine.spec import ModelSpec
 from memserve.engine.weights import in_tiles
 from memserve.kernels.native.telling import NativeLogprobs, Telling
 from memserve.kernels.native_build import NativeUnavailable, built_library, why_not
-from memserve.tokens import TOKEN_BYTES, count, pack, span
+from memserve.tokens import TOKEN_BYTES, count, span
 
 MAX_ROWS = 512
 """Tokens that its buffers hold; a larger step runs in several, with the same results."""
@@ -351,7 +351,10 @@ def _pieces(rows: Sequence[Row]) -> Iterator[list[Row]]:
 
 def _rest(row: Row, start: int) -> Row:
     """A row without its first ``start`` tokens."""
-    tokens, tell = span(row.tokens, start, count(row.tokens)), row.tell and row.tell.part(start, count(row.tokens))
+    tokens, tell = (
+        span(row.tokens, start, count(row.tokens)),
+        row.tell and row.tell.part(start, count(row.tokens)),
+    )
     return attrs.evolve(row, tokens=tokens, start=row.start + start, tell=tell)
 
 

@@ -62,7 +62,7 @@ class Telling:
             for one, (wanted, token) in zip(about, some, strict=True):
                 one.count, one.token = wanted, token
             yield places[start : start + TOLD_AT_ONCE], about  # type: ignore[misc]  # an array of them
-            self._found.append(np.frombuffer(about, np.dtype(NativeLogprobs)))
+            self._found.append(np.frombuffer(bytes(about), np.dtype(NativeLogprobs)))
 
     def prompts(self, plan: BatchPlan) -> dict[int, PromptLogprobs]:
         """What was told of the rows of the whole step, by their numbers."""
