@@ -186,8 +186,8 @@ class Sequence:
         )
 
     def _tell(self, told: int, stop: int) -> Tell | None:
-        """What a row up to ``stop`` tells: of the prompt's tokens alone, also where a part of the answer follows it."""
-        follows = span(self.tokens, self.computed + 1, min(stop + 1, self.request.prompt_tokens))
+        """What a row up to ``stop`` tells. Nothing of an answer is behind a prompt that is told of; see :attr:`tells`."""
+        follows = span(self.tokens, self.computed + 1, stop + 1)
         return Tell(follows, told) if follows else None
 
     def _past(self, adjust: Adjustments) -> Past:

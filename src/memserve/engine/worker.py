@@ -37,7 +37,6 @@ from memserve.messages import (
     Inquired,
     Message,
     Prefill,
-    PromptTold,
 )
 from memserve.pool_messages import Acquired, Adopted, Allocated, Freed, Inserted, PoolRefused
 from memserve.scheduling.presence import Presence
@@ -281,14 +280,13 @@ class WorkerCore:
         self._outbox.count("steps_total", 1)
         self._outbox.count("step_ms_total", message.result.step_ms)
         self._outbox.count("step_threads_total", message.result.threads)
+        self._outbox.tell(batch.sequences, message.result.prompts)
         told = message.result.logprobs
         drawn = zip(batch.sequences, batch.ends, message.result.tokens, strict=True)
         for row, (one, end, token) in enumerate(drawn):
             one.logprobs = told.get(row, UNSET)
             if not one.decoding:
                 self._outbox.count("prefill_tokens_total", end - one.computed)
-            if (prompt := message.result.prompts.get(row)) is not None and not one.dropped:
-                self._outbox.send(one.request.frontend, PromptTold(*one.key, one.computed + 1, prompt))
             one.computed = end
             if one.dropped:
                 self._let_go(one)
