@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import mmap
+
 import numpy as np
 import pytest
 import torch
 
 from backends import ENGINES, SPEC, make_engine
+from fake_service import MODEL_PATH, demo_tokenizer
 from memserve.drawing import LOGPROBS_MAX, PromptLogprobs, Sampling
 from memserve.engine.adjusting import logprobs_of
 from memserve.engine.plans import BatchPlan, Row, Tell
+from memserve.engine.runner import CpuEngine
+from memserve.engine.spec import find_model
 from memserve.engine.telling import told_of
-from memserve.engine.weights import random_weights
+from memserve.engine.weights import map_weights, prepare, random_weights
 from memserve.kernels.native import MAX_ROWS
 from memserve.kernels.native.telling import TOLD_AT_ONCE
 from memserve.tokens import pack, pages_for, unpack
@@ -36,10 +41,10 @@ def made(request, weights, tmp_path):
     one.engine.close()
 
 
-def right(weights, ids: list[int]) -> torch.Tensor:
+def right(weights, ids: list[int], spec=SPEC) -> torch.Tensor:
     """The log probabilities that transformers' model has after each token, (tokens, vocab) float64."""
     with torch.inference_mode():
-        return load_reference(SPEC, weights)(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        return load_reference(spec, weights)(torch.tensor([ids])).logits[0].double().log_softmax(-1)
 
 
 def chunk(ids: list[int], start: int, stop: int, pages: tuple[int, ...], count: int, how=None) -> Row:
@@ -149,6 +154,23 @@ def test_a_prompt_of_several_pieces_is_told_whole(made, weights):
     expected = right(weights, ids)[range(length - 1), ids[1:]]
     assert values == pytest.approx(expected.tolist(), abs=1e-3 if made.exact else 0.5)
     assert result.tokens[0] is None and result.tokens[1] is not None
+
+
+def test_the_demo_model_scores_text_as_a_plain_forward_does():
+    """Scores of the shipped model would not be those that others publish."""
+    files = prepare(find_model(MODEL_PATH), "bfloat16")
+    text = "Virtual memory lets a program use more memory than a machine has. 日本 too, it is said, 3.14159 times."
+    ids = demo_tokenizer().encode(text, False)
+    arena = mmap.mmap(-1, 4 * files.spec.page_bytes(16, "bfloat16"))
+    engine = CpuEngine(files.spec, files.weights, arena, 4, 16, "bfloat16", threads=2)
+    result = engine.run(BatchPlan((chunk(ids, 0, len(ids), (0, 1, 2, 3), 1),)))
+    engine.close()
+    exact = prepare(find_model(MODEL_PATH), "float32")
+    expected = right(map_weights(exact.weights), ids, exact.spec)[range(len(ids) - 1), ids[1:]]
+    found = torch.tensor(opened(result.prompts[0])[0], dtype=torch.float64)
+    assert 30 < len(found) < 64
+    assert float((found - expected).abs().max()) < 0.25  # a logit in bfloat16 is this near
+    assert float((found - expected).abs().mean()) < 0.05
 
 
 def test_rows_that_tell_nothing_pay_nothing(made):
