@@ -57,26 +57,27 @@ class PromptTold:
 
     def show(self) -> None:
         """Write all of it."""
+        piece = cache(self.piece)  # the same few tokens are the likeliest at many places
         if self.echoed is not None:
-            self._show_echo(self.echoed)
+            self._show_echo(self.echoed, piece)
         if self.listed is not None:
-            self.listing = msgspec.Raw(msgspec.json.encode([None, *self._listing(self.listed)]))
+            self.listing = msgspec.Raw(msgspec.json.encode([None, *self._listing(self.listed, piece)]))
         self._pieces.clear()
         self.shown = True
 
-    def _show_echo(self, count: int) -> None:
+    def _show_echo(self, count: int, piece: Piece) -> None:
         told = [Told(self.tokens[0], 0, None)]
-        self.characters = len(token_text(self.tokens[0], self.piece))
+        self.characters = len(token_text(self.tokens[0], piece))
         for token, known in self._known():
             ids = [one for one, _ in known.likeliest[:count]]
             values = [value for _, value in known.likeliest[:count]]
             told.append(Told(token, self.characters, Logprobs(known.value, pack(ids), tuple(values))))
-            self.characters += len(token_text(token, self.piece))
-        self.columns = completion_logprobs(told, self.piece)
+            self.characters += len(token_text(token, piece))
+        self.columns = completion_logprobs(told, piece)
 
-    def _listing(self, count: int) -> Iterator[dict[str, Any]]:
+    def _listing(self, count: int, piece: Piece) -> Iterator[dict[str, Any]]:
         """By token id, as vLLM has it: the prompt's own token first, then the most probable ones."""
-        text = cache(partial(token_text, piece=self.piece))
+        text = cache(partial(token_text, piece=piece))
         for token, known in self._known():
             ranked = enumerate(known.likeliest[:count], 1)
             found = [(token, known.value, known.rank), *((one, value, rank) for rank, (one, value) in ranked)]

@@ -38,7 +38,7 @@ class Outbox:
         self._updates.setdefault(frontend, []).append(update)
 
     def tell(self, sequences: tuple[Sequence, ...], prompts: Mapping[int, PromptLogprobs]) -> None:
-        """What a step has told of the prompts of its rows, before they are held to be computed. It goes before all tokens."""
+        """What a step has told of its rows' prompts, while ``computed`` is still where each row began. It goes before all tokens."""
         for row, told in prompts.items():
             one = sequences[row]
             if not one.dropped:
