@@ -17,7 +17,7 @@ from memserve.costs import Site, StepCosts
 from memserve.engine.batching import ALONE
 from memserve.engine.calibration import PATIENCE_S, TimeStep, calibrated, cases, crowding, measure, patient
 from memserve.engine.load import StepWatch, swap_least
-from memserve.engine.plans import BatchPlan, Row
+from memserve.engine.plans import BatchPlan, Row, Tell
 from memserve.messages import ActorId, Cluster, Member
 from memserve.scheduling.cost_fit import Drift, Rows, Sample, fit_steps
 from memserve.scheduling.cost_model import CostModel, Link
@@ -214,6 +214,20 @@ def test_a_step_beside_a_neighbour_is_no_drift() -> None:
             watch.began(costs, plan, float(at))
             watch.ended(at + seconds, site, beside=0)
         assert watch.gauges()["step_cost_scale"] == pytest.approx(crowded, rel=0.01)
+
+
+def test_a_step_that_tells_of_a_prompt_is_no_drift() -> None:
+    """If it failed, an evaluation beside other requests would make all prompts of its worker seem slower than they are."""
+    watch, row = StepWatch(), Row(pack([0] * 64), 0, tuple(range(8)), None)
+    plain, telling = BatchPlan((row,)), BatchPlan((attrs.evolve(row, tell=Tell(pack([0]), 1)),))
+    seconds = CostModel(COSTS).step_s([(64, 0)])
+    for at in range(200):
+        watch.began(COSTS, telling, float(at))
+        watch.ended(at + 2 * seconds)
+    assert watch.gauges()["step_cost_scale"] == 1.0
+    watch.began(COSTS, plain, 300.0)
+    watch.ended(300.0 + 2 * seconds)
+    assert watch.gauges()["step_cost_scale"] > 1.0
 
 
 def test_a_step_without_all_of_its_threads_is_tried_again() -> None:

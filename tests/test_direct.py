@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+from array import array
 
 import attrs
 import h11
@@ -16,7 +17,9 @@ from fake_service import FakeService, demo_spec, demo_tokenizer, says, served, s
 from memserve.api.app import build_app
 from memserve.api.direct import DIRECT, DirectWriter
 from memserve.api.service import Chunk
+from memserve.drawing import PromptLogprobs
 from memserve.errors import RequestFailed
+from memserve.tokens import pack
 
 BODY = {"prompt": "x", "stream": True, "return_token_ids": True}
 
@@ -186,6 +189,23 @@ async def test_answers_that_end_at_different_times_share_the_short_way(autojump_
         assert [token for one in mine for token in one["token_ids"]] == tokens
         assert mine[0]["text"] == "x"
         assert [one["finish_reason"] for one in mine] == [None] * len(tokens) + ["length"]
+
+
+async def test_what_is_told_of_a_prompt_goes_before_all_that_came_sooner():
+    """The short way would write an answer before its prompt, or nobody would write it until the next ping."""
+    values, two = array("d", [-0.5]).tobytes(), pack([2])
+    told = (PromptLogprobs(values, two, two, values),)
+    scripts = (
+        [0.3, Chunk((300,), None, 0, (), told), 0.5, Chunk((301,), "length")],
+        spaced(0.05, 400, 401, 402),
+    )
+    with trio.fail_after(5):
+        paper = await answered(Paper(), *scripts, prompt=[7, 8], echo=True, prompt_logprobs=1)
+    choices = [json.loads(one)["choices"][0] for one in sse(paper.text) if one != "[DONE]"]
+    for index, tokens in enumerate(([[], [300], [301]], [[], [400, 401, 402]])):
+        mine = [one for one in choices if one["index"] == index]
+        assert [len(one.get("prompt_logprobs", ())) for one in mine] == [2] + [0] * (len(mine) - 1)
+        assert [one["token_ids"] for one in mine] == tokens
 
 
 async def test_a_failure_after_events_of_the_short_way_is_an_event(autojump_clock):

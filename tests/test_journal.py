@@ -6,9 +6,10 @@ import attrs
 import pytest
 
 from memserve.actions import Deliver, Log, Send
-from memserve.drawing import Sampling
+from memserve.drawing import PromptLogprobs, Sampling
 from memserve.errors import RequestFailed
-from memserve.journal import ATTEMPTS_MAX, SUBMIT_REPEAT_S, FrontendCore
+from memserve.journal import ATTEMPTS_MAX, FrontendCore
+from memserve.journal_entry import SUBMIT_REPEAT_S
 from memserve.messages import (
     ActorId,
     Cancel,
@@ -21,6 +22,7 @@ from memserve.messages import (
     Origins,
     Plan,
     Planned,
+    PromptTold,
     Rejected,
     Request,
     Submit,
@@ -29,7 +31,7 @@ from memserve.messages import (
     TokenUpdate,
 )
 from memserve.scheduling.presence import Presence, seed_id
-from memserve.tokens import pack
+from memserve.tokens import pack, unpack
 
 ME = ActorId("frontend-0.1")
 P, D, S, GS = ActorId("p0.1"), ActorId("d0.1"), ActorId("s0.1"), ActorId("scheduler-0.1")
@@ -96,6 +98,64 @@ def test_a_gap_is_another_attempt() -> None:
     core.receive(P, update(4, 51, attempt=1, finish="stop"), 0.6)
     assert [(one.tokens, one.finish) for one in took(core, Deliver)] == [((51,), "stop")]
     assert core.idle
+
+
+def telling() -> FrontendCore:
+    """The same, with log probabilities of its prompt, of four tokens now; and a plan."""
+    core = frontend()
+    core.close("r", "cancelled", 0.0)
+    asked = attrs.evolve(request("r"), tokens=pack([7, 8, 9, 10]), prompt_tokens=4)
+    core.open(attrs.evolve(asked, sampling=Sampling(prompt_logprobs=1)), 0.0)
+    core.take()
+    core.receive(GS, Planned("r", 0, PLAN), 0.1)
+    core.take()
+    return core
+
+
+def told(position: int, *ranks: int, attempt: int = 0) -> PromptTold:
+    """Of tokens of the prompt, which their ranks tell from one another."""
+    eights = bytes(8 * len(ranks))
+    return PromptTold("r", attempt, position, PromptLogprobs(eights, pack(ranks), pack(ranks), eights))
+
+
+def ranks(core: FrontendCore) -> list[list[int]]:
+    """What is delivered of the prompt."""
+    return [list(unpack(one.ranks)) for delivery in took(core, Deliver) for one in delivery.prompt]
+
+
+def test_what_is_told_of_a_prompt_is_delivered_once() -> None:
+    """A client would get more log probabilities than its prompt has tokens, or the same ones twice."""
+    core = telling()
+    core.receive(P, told(1, 11), 0.2)
+    core.receive(P, told(1, 11, 12), 0.3)
+    core.receive(P, told(1, 11, 12), 0.4)
+    assert ranks(core) == [[11], [12]]
+    core.receive(GS, Gone((P,)), 0.5)
+    ((_, again),) = took(core, Submit)
+    assert again.request.sampling.prompt_logprobs == 1
+    core.receive(P, told(3, 13), 0.6)  # of the attempt that was given up
+    core.receive(GS, Planned("r", 1, PLAN), 0.7)
+    core.receive(P, told(1, 11, 12, 13, attempt=1), 0.8)
+    core.receive(P, update(4, 50, attempt=1), 0.9)
+    deliveries = took(core, Deliver)
+    assert [one.tokens for one in deliveries] == [(), (50,)]
+    assert list(unpack(deliveries[0].prompt[0].ranks)) == [13]
+    core.receive(GS, Gone((D,)), 1.0)
+    ((_, third),) = took(core, Submit)
+    assert (
+        third.request.sampling.prompt_logprobs is None
+    )  # all of it was told: a cache may have the prompt now
+
+
+@pytest.mark.parametrize("late", [told(2, 12), update(4, 50)])
+def test_a_gap_in_what_is_told_is_another_attempt(late) -> None:
+    """A lost message would leave a client without some of them, or move the others to wrong tokens."""
+    core = telling()
+    core.receive(P, late, 0.2)
+    assert took(core, Deliver) == []
+    core.receive(GS, Planned("r", 1, PLAN), 0.3)
+    core.receive(P, told(1, 11, 12, 13, attempt=1), 0.4)
+    assert ranks(core) == [[11, 12, 13]]
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,14 @@ def test_one_gpu_serves_two_workers_from_one_copy_whatever_becomes_of_them(cards
         assert [one["usage"]["prompt_tokens_details"]["cached_tokens"] for one in (cold, warm)] == [0, 96]
         for one in (cold, warm):
             exact.check(ids, one["choices"][0]["token_ids"])
+        told = cluster.complete(ids, 6, ignore_eos=True, logprobs=1)["choices"][0]
+        whole = ids + told["token_ids"]
+        scored = cluster.complete(whole, 0, echo=True, logprobs=1)["choices"][0]["logprobs"]
+        assert len(scored["tokens"]) == len(whole)
+        # Rows of a prompt and of an answer go through products of other shapes, and bfloat16 tells that.
+        assert scored["token_logprobs"][len(ids) :] == pytest.approx(
+            told["logprobs"]["token_logprobs"], abs=0.25
+        )
         found = stream_through_a_kill(cluster, ids[:40], 16, "g0")  # of d0 alone: below
         assert len(found) == 16
         exact.check(ids[:40], found)

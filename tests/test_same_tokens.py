@@ -252,6 +252,47 @@ def test_a_call_of_a_tool_is_the_same_and_made_once_when_its_worker_is_killed(cl
     assert [line["attempts"] for line in cluster.lines() if line["event"] == "request finished"][-1] == 2
 
 
-def started(cluster: Cluster) -> int:
-    """Prompts that a prefill worker has begun."""
-    return sum(line["event"] == "prefill started" for line in cluster.lines())
+def test_an_answer_that_is_asked_about_was_told_the_same_log_probabilities(cluster: Cluster) -> None:
+    """An evaluation would score an answer otherwise than the model did when it gave it: by the cache, by chunks, by chance."""
+    ids = prompt(130, 8, VOCAB)
+    told = cluster.complete(ids, 50, ignore_eos=True, logprobs=5)["choices"][0]
+    whole = ids + told["token_ids"]
+    for _ in range(2):
+        asked = cluster.complete(whole, 0, echo=True, logprobs=5, prompt_logprobs=2)
+        (choice,) = asked["choices"]
+        assert asked["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+        for column in ("tokens", "token_logprobs", "top_logprobs"):
+            assert choice["logprobs"][column][len(ids) :] == told["logprobs"][column]
+        values = [
+            known[str(token)]["logprob"]
+            for token, known in zip(whole[1:], choice["prompt_logprobs"][1:], strict=True)
+        ]
+        assert [None, *values] == choice["logprobs"]["token_logprobs"]
+    assert cluster.complete(whole, 1)["usage"]["prompt_tokens_details"]["cached_tokens"] == 176
+
+
+@pytest.mark.parametrize(("victim", "doing"), [("p0", "prefill"), ("d0", "decode")])
+def test_a_prompt_is_told_once_when_its_worker_is_killed(cluster: Cluster, victim: str, doing: str) -> None:
+    """What a dead worker had told would be told twice, or never."""
+    asked = {"echo": True, "logprobs": 3, "ignore_eos": True}
+    ids = prompt(900, 9, VOCAB)
+    calm = cluster.complete(ids, STREAMED, **asked)["choices"][0]
+    known, found = started(cluster, doing), []
+    thread = threading.Thread(target=lambda: found.append(cluster.complete(ids, STREAMED, **asked)))
+    thread.start()
+    deadline = time.monotonic() + 30
+    while started(cluster, doing) == known:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(cluster.pid(victim), signal.SIGKILL)
+    thread.join(90)
+    (choice,) = found[0]["choices"]
+    assert choice["logprobs"] == calm["logprobs"] and choice["token_ids"] == calm["token_ids"]
+    assert [line["attempts"] for line in cluster.lines() if line["event"] == "request finished"][-1] >= 2
+    cluster.wait_healthy()
+    cluster.wait_idle()
+
+
+def started(cluster: Cluster, doing: str = "prefill") -> int:
+    """Prompts that a prefill worker has begun, or answers that a decode worker goes on with."""
+    return sum(line["event"] == f"{doing} started" for line in cluster.lines())

@@ -169,6 +169,19 @@ def test_what_a_waiting_request_needs_is_brought_in_meanwhile() -> None:
     assert (hint.to, hint.message) == (SHARD.id, Prefetch("", pack(range(32))))
 
 
+def test_a_prompt_that_is_told_of_is_placed_as_if_nothing_of_it_were_cached() -> None:
+    """It is computed whole: taken for cached it would be sent behind others, and be said to come sooner than it can."""
+    for told, expected in ((None, 32), (0, 0)):
+        core = scheduler(SHARD, FRONTEND, prefill("p0"), decode("d0"))
+        core.receive(SHARD.id, IndexDelta(0, (IndexEvent("stored", 1, 0, tokens=pack(range(32))),)), 0.0)
+        plain = submit("r", tokens=40)
+        request = attrs.evolve(plain.request, sampling=Sampling(prompt_logprobs=told))
+        core.receive(FRONTEND.id, attrs.evolve(plain, request=request), 1.0)
+        (placed,) = sent(core, Prefill)
+        assert placed.message.plan.expected_tokens == expected
+        assert placed.message.request.tokens == plain.request.tokens
+
+
 def test_a_cancel_that_crosses_the_plan_follows_it() -> None:
     """A client that leaves before its Frontend knows the plan would otherwise be served to the end."""
     core = scheduler(SHARD, FRONTEND, prefill("p0"), decode("d0"))

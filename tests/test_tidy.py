@@ -59,6 +59,7 @@ LAYERS = {
         "transfer.outgoing",
         "transfer.incoming",
         "journal",
+        "journal_entry",
     ),
     "settings": (
         "config",
@@ -127,6 +128,7 @@ MAY_IMPORT_TORCH = {
     "engine.cuda",
     "engine.runner",
     "engine.sampling",
+    "engine.telling",
     "engine.weights",
 }
 MAY_IMPORT_GPU = {

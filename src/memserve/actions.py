@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import attrs
 
-from memserve.drawing import Logprobs
+from memserve.drawing import Logprobs, PromptLogprobs
 from memserve.engine.plans import BatchPlan, BatchResult
 from memserve.errors import RequestFailed
 from memserve.messages import ActorId, Message
@@ -38,6 +38,8 @@ class Deliver:
     failure: RequestFailed | None = None
     logprobs: tuple[Logprobs, ...] = ()
     """One for each token, where they were asked for."""
+    prompt: tuple[PromptLogprobs, ...] = ()
+    """What is new of the prompt's, where those were asked for."""
 
 
 @attrs.frozen

@@ -8,6 +8,7 @@ BIASES_MAX = 300
 """Tokens that one request's ``logit_bias`` may name."""
 LOGPROBS_MAX = 20
 """Most probable tokens of a position that can be told."""
+_VALUE_BYTES = 8
 
 
 @attrs.frozen
@@ -49,6 +50,8 @@ class Sampling:
     """None: logits are taken as they are."""
     logprobs: int | None = None
     """How many of the most probable tokens are told beside the drawn one; None: nothing is told."""
+    prompt_logprobs: int | None = None
+    """The same of the prompt's own tokens, from the second on; then its KV is computed, whatever is cached."""
 
     @property
     def greedy(self) -> bool:
@@ -66,3 +69,27 @@ class Logprobs:
     """The most probable tokens, packed: by falling probability, then rising id."""
     values: tuple[float, ...]
     """Theirs, one for each."""
+
+
+@attrs.frozen
+class PromptLogprobs:
+    """Log probabilities of tokens of a prompt that follow one another, each after all that come before it. Arrays, little-endian."""
+
+    values: bytes
+    """(tokens,) float64: theirs."""
+    ranks: bytes
+    """(tokens,) int32: 1 for the most probable one, by the order of ``ids``."""
+    ids: bytes
+    """(tokens, count) int32: the most probable tokens, by falling probability, then rising id."""
+    likeliest: bytes
+    """(tokens, count) float64: theirs."""
+
+    def __len__(self) -> int:
+        """Tokens."""
+        return len(self.values) // _VALUE_BYTES
+
+    def after(self, tokens: int) -> PromptLogprobs:
+        """Without the first so many tokens."""
+        whole = len(self)
+        parts = (self.values, self.ranks, self.ids, self.likeliest)
+        return PromptLogprobs(*(part[len(part) // whole * tokens :] for part in parts)) if tokens else self

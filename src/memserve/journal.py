@@ -16,6 +16,7 @@ from msgspec import UNSET
 
 from memserve.actions import Action, Deliver, Log, Send
 from memserve.errors import RequestFailed
+from memserve.journal_entry import Entry
 from memserve.messages import (
     ActorId,
     Cancel,
@@ -28,13 +29,11 @@ from memserve.messages import (
     Inquired,
     Member,
     Message,
-    Origins,
-    Plan,
     Planned,
+    PromptTold,
     Rejected,
     Request,
     Submit,
-    Timings,
     Tokens,
     TokenUpdate,
 )
@@ -42,62 +41,10 @@ from memserve.scheduling.presence import Presence
 from memserve.scheduling.view import ClusterView, Health
 from memserve.tokens import count, unpack
 
-SUBMIT_REPEAT_S = 1.0
-"""How long a Submit may stay unanswered before it is sent again, to the next scheduler if there are several."""
-STALL_S = 3.0
-"""How long an attempt may be silent before its worker is asked whether it still holds it."""
 LOST_S = 8.0
 """How long it may stay silent, the question unanswered, before it is planned anew; or submitted elsewhere, if it waits."""
 ATTEMPTS_MAX = 8
 """Attempts before a request fails: one that kills its workers must not do so for ever."""
-
-
-@attrs.define
-class Entry:
-    """One request's journal."""
-
-    request: Request
-    """As first submitted: ``tokens`` is the prompt."""
-    received_at: float
-    sent: bytes = b""
-    """Tokens delivered to the client."""
-    attempt: int = 0
-    plan: Plan | None = None
-    holder: ActorId | None = None
-    """The scheduler where it waits for a worker."""
-    held: bool = False
-    """It was let in once, by the holder or by one that is gone."""
-    planned_at: float | None = None
-    """When its first attempt was planned."""
-    asked_at: float = 0.0
-    """Of the last Submit, or of the last Inquire since there is a plan or a holder."""
-    heard_at: float = 0.0
-    """When the attempt showed a sign of life, or its holder."""
-    cached_tokens: int = 0
-    fed_by_decode: bool = False
-    """The decode worker of this attempt has sent tokens."""
-    first_token_at: float | None = None
-    last_token_at: float | None = None
-    timings: Timings = Timings()
-    origins: Origins = attrs.field(factory=Origins)
-
-    @property
-    def due(self) -> float:
-        """When something must be asked again, or given up."""
-        if self.plan is None and self.holder is None:
-            return min(self.asked_at + SUBMIT_REPEAT_S, self.given_up_at)
-        return min(max(self.asked_at, self.heard_at) + STALL_S, self.given_up_at)
-
-    @property
-    def given_up_at(self) -> float:
-        """When its deadline has passed without a plan. A scheduler that hears of it refuses it before."""
-        waits = self.plan is None and not self.attempt and not self.sent
-        ttft_s = self.request.ttft_s if waits else None
-        return float("inf") if ttft_s is None else self.received_at + ttft_s + SUBMIT_REPEAT_S
-
-    def current(self) -> Request:
-        """The request as the attempt under way carries it."""
-        return attrs.evolve(self.request, attempt=self.attempt, tokens=self.request.tokens + self.sent)
 
 
 @attrs.define
@@ -302,8 +249,24 @@ class FrontendCore:
                 entry.fed_by_decode |= entry.plan is not None and sender == entry.plan.decode
                 self._take_tokens(entry, update, now)
 
+    def _on_prompt_told(self, sender: ActorId, message: PromptTold, now: float) -> None:
+        """Deliver what is new, by the rule of :meth:`_take_tokens`."""
+        entry = self._current(message.request, message.attempt)
+        if entry is None:
+            return
+        entry.heard_at = now
+        if message.position > entry.told:
+            self._resubmit(entry, _lost_of_prompt(entry.told, message.position), now)
+        elif (known := entry.told - message.position) < len(message.told):
+            new = message.told.after(known)
+            entry.told += len(new)
+            self._actions.append(Deliver(entry.request.id, (), None, entry.cached_tokens, prompt=(new,)))
+
     def _take_tokens(self, entry: Entry, update: TokenUpdate, now: float) -> None:
         """Deliver what is new. Positions tell repeats from gaps: a repeat is dropped, a gap means another attempt."""
+        if entry.untold:
+            self._resubmit(entry, _lost_of_prompt(entry.told, entry.request.prompt_tokens), now)
+            return
         have = entry.request.prompt_tokens + count(entry.sent)
         if update.position > have:
             self._resubmit(entry, f"tokens {have} to {update.position} never arrived", now)
@@ -351,9 +314,9 @@ class FrontendCore:
         self._submit_held_by(gone, now)
         if self.presence.member.id in gone:  # it was held for dead while it slept, and the workers let go
             self._submit_held_by({one.holder for one in self._entries.values() if one.holder}, now)
-            gone = {one for entry in self._entries.values() for one in _needed(entry)}
+            gone = {one for entry in self._entries.values() for one in entry.needed()}
         for entry in list(self._entries.values()):
-            dead = sorted(gone & _needed(entry))
+            dead = sorted(gone & entry.needed())
             if dead:
                 self._resubmit(entry, f"{', '.join(dead)} gone", now)
 
@@ -367,7 +330,7 @@ class FrontendCore:
         if outcome in ("stop", "length"):
             ended = Finished(entry.request.id, entry.request.scope, count(entry.sent))
             self._actions += [Send(one, ended) for one in self.presence.schedulers]
-        self._log("info", "request finished", entry, outcome=outcome, **extra, **_canonical(entry, now))
+        self._log("info", "request finished", entry, outcome=outcome, **extra, **entry.canonical(now))
         self.presence.changed()
 
     def undeliverable(self, to: ActorId, message: Message, now: float) -> None:
@@ -397,37 +360,14 @@ class FrontendCore:
         )
 
 
-def _needed(entry: Entry) -> set[ActorId]:
-    """Without which actors an attempt cannot go on. A stream that its decode worker feeds no longer needs the prefill worker."""
-    if entry.plan is None:
-        return set()
-    needed = {entry.plan.decode, entry.plan.shard}
-    return needed if entry.fed_by_decode else needed | {entry.plan.prefill}
-
-
-def _canonical(entry: Entry, now: float) -> dict[str, object]:
-    """Everything about a finished request, for its one line in the log."""
-    first, last, output = entry.first_token_at, entry.last_token_at, count(entry.sent)
-    between = None if first is None or last is None or output < 2 else (last - first) * 1e3 / (output - 1)
-    return {
-        "prompt_tokens": entry.request.prompt_tokens,
-        "cached_tokens": entry.cached_tokens,
-        "output_tokens": output,
-        "held_ms": None if entry.planned_at is None else (entry.planned_at - entry.received_at) * 1e3,
-        "ttft_ms": None if first is None else (first - entry.received_at) * 1e3,
-        "tpot_ms": between,
-        "total_ms": (now - entry.received_at) * 1e3,
-        **attrs.asdict(entry.timings),
-        **attrs.asdict(entry.origins),
-        "attempts": entry.attempt + 1,
-        "prefill": entry.plan.prefill if entry.plan else None,
-        "decode": entry.plan.decode if entry.plan else None,
-    }
+def _lost_of_prompt(first: int, end: int) -> str:
+    return f"log probabilities of the prompt's tokens {first} to {end} never arrived"
 
 
 _HANDLERS: dict[type[Any], Callable[[FrontendCore, ActorId, Any, float], None]] = {
     Planned: FrontendCore._on_planned,
     Rejected: FrontendCore._on_rejected,
+    PromptTold: FrontendCore._on_prompt_told,
     Tokens: FrontendCore._on_tokens,
     Inquired: FrontendCore._on_inquired,
     Failed: FrontendCore._on_failed,

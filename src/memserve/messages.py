@@ -9,7 +9,7 @@ Who says what::
 
     Frontend -> GlobalScheduler   Submit, Cancel, Finished, Inquire
     GlobalScheduler -> Frontend   Planned, Rejected, Inquired
-    GlobalScheduler -> worker     Prefill, Change           worker -> Frontend            Tokens, Failed
+    GlobalScheduler -> worker     Prefill, Change           worker -> Frontend            PromptTold, Tokens, Failed
     prefill worker -> decode      Handoff                   decode -> prefill worker      HandoffTaken
     Frontend -> worker            Cancel, Inquire, Change   worker -> Frontend            Inquired
     everyone -> GlobalScheduler   Load                      worker -> MemPoolShard        Load
@@ -34,7 +34,7 @@ import attrs
 import msgspec
 
 from memserve.costs import Site, StepCosts
-from memserve.drawing import Logprobs, Sampling
+from memserve.drawing import Logprobs, PromptLogprobs, Sampling
 from memserve.errors import PeerError
 from memserve.identity import ActorId as ActorId
 from memserve.identity import actor_name as actor_name
@@ -110,6 +110,11 @@ class Request:
     """Its class while it waits for a worker; lower is earlier."""
     ttft_s: float | None = None
     """By when its first token is wanted, in seconds from when its Frontend got it; None: whenever it comes."""
+
+    @property
+    def findable(self) -> bytes:
+        """What of ``tokens`` may be found in a cache: nothing where the prompt's log probabilities are wanted, as KV has none."""
+        return self.tokens if self.sampling.prompt_logprobs is None else b""
 
 
 @attrs.frozen
@@ -308,6 +313,17 @@ class HandoffTaken:
 
 
 @attrs.frozen
+class PromptTold:
+    """Log probabilities of a prompt's tokens, as a chunk of it was computed. All of them go before the attempt's first token."""
+
+    request: str
+    attempt: int
+    position: int
+    """Index in the prompt of the first of them; a gap before it means that a message was lost."""
+    told: PromptLogprobs
+
+
+@attrs.frozen
 class Tokens:
     """One step's new tokens for one Frontend."""
 
@@ -394,7 +410,7 @@ class Change:
 # ---- codec --------------------------------------------------------------------------------------------------
 
 Message = (
-    Submit | Planned | Finished | Rejected | Prefill | Handoff | HandoffTaken | Tokens | Failed | Cancel
+    Submit | Planned | Finished | Rejected | Prefill | Handoff | HandoffTaken | PromptTold | Tokens | Failed | Cancel
     | Inquire | Inquired
     | Acquire | Match | Acquired | AllocMem | Allocated | Insert | Inserted | Adopt | Adopted | FreeMem | Freed
     | Delete | Evict | SwapOut | SwapIn | Prefetch | DescribePool | PoolDescribed | PoolRefused

@@ -52,6 +52,8 @@ class Acquire:
     swap_least: int = 0
     """Cached pages of slower tiers are brought in only if they, and what is cached behind them, hold so many tokens;
     fewer are computed sooner."""
+    anew: bool = False
+    """All of ``tokens`` are to be computed: nothing is matched, and every page is a new one."""
 
 
 @attrs.frozen

@@ -128,6 +128,27 @@ bool agrees(bool amx) {
     return !failed;
 }
 
+// Logits of all rows of a step, a few at a time behind it, are those of each row alone; of another step's rows there are none.
+bool goes_on_with_the_last_step(bool amx) {
+    Model model(amx);
+    for (int threads = 1; threads <= THREADS; threads++) {
+        std::vector<float> logits, again(3 * VOCAB);
+        std::vector<int32_t> tokens, positions, table_at(MAX_ROWS, 0), wanted;
+        for (int i = 0; i < MAX_ROWS; i++) tokens.push_back(model.ids[i]), positions.push_back(i), wanted.push_back(i);
+        if (model.run(tokens, positions, table_at, wanted, threads, logits, false)) return false;
+        ms_batch batch = {MAX_ROWS, 3, 1 + threads % THREADS, PAGES, (int)model.tables.size(), tokens.data(), positions.data(),
+                          model.tables.data(), table_at.data(), nullptr, model.arena.data(), again.data(), nullptr, nullptr, nullptr};
+        for (int row = 0; row + 3 <= MAX_ROWS; row += 3) {
+            batch.wanted_at = &wanted[row];
+            if (ms_again(model.engine, &batch)) return false;
+            if (std::memcmp(again.data(), &logits[row * VOCAB], again.size() * sizeof(float))) return false;
+        }
+        batch.rows--;
+        if (!ms_again(model.engine, &batch)) return false;
+    }
+    return true;
+}
+
 // Sequences whose first pages are the same, together and each alone. In pages of 16 tokens, as 8 are not attended to together.
 bool shares_pages(bool amx) {
     constexpr int TOKENS_A_PAGE = 16, OWN = 2;
@@ -159,13 +180,27 @@ bool adjusts_what_there_is(const std::vector<float>& logits, ms_sampling how, Sa
     const float bias[] = {-3};
     const std::vector<int32_t> even((vocab + 31) / 32, 0x55555555);
     ms_adjustments adjust = {{ids, 1}, bias, {ids, 3}, {ids, 5}, {ids, vocab > 1}, {even.data(), (int64_t)even.size()}, 1.3f, 0.5f, -0.2f};
-    ms_logprobs told = {MS_LOGPROBS_MAX, {}, {}, 0};
+    ms_logprobs told = {MS_LOGPROBS_MAX, {}, {}, 0, NOT_A_TOKEN, 0};
     how.adjust = &adjust, how.told = &told;
     int token = draw(logits.data(), how, vocab, sampler);
     if (token == NOT_A_TOKEN) return largest(sampler.adjust(logits.data(), adjust), vocab) == NOT_A_TOKEN;
     bool fine = told.count == std::min(vocab, MS_LOGPROBS_MAX) && told.drawn <= 0 && (vocab == 1 || token != vocab - 1) && token % 2 == 0;
     for (int i = 0; i < told.count; i++) fine &= told.ids[i] >= 0 && told.ids[i] < vocab && told.values[i] <= 0;
     return fine && token >= 0 && token < vocab;
+}
+
+// A token that is there already, at both ends of the vocabulary: it is kept, and told of.
+bool tells_of_what_there_is(const std::vector<float>& logits, ms_sampling how, Sampler& sampler) {
+    const int vocab = (int)logits.size();
+    if (largest(logits.data(), vocab) == NOT_A_TOKEN) return true;
+    for (int token : {0, vocab / 2, vocab - 1}) {
+        ms_logprobs told = {MS_LOGPROBS_MAX, {}, {}, 1, token, 0};
+        how.told = &told;
+        if (draw(logits.data(), how, vocab, sampler) != token) return false;
+        if (told.drawn > 0 || told.rank < 1 || told.rank > vocab) return false;
+        if (told.rank <= told.count && told.ids[told.rank - 1] != token) return false;
+    }
+    return true;
 }
 
 // Bells, ties and exclusions; a draw must not leave the vocabulary, nor take what is excluded.
@@ -188,6 +223,7 @@ bool draws_what_there_is() {
                         ms_sampling how = {temperature, top_p, 3, top_k, top_k ? -1 : -INFINITY, nullptr, nullptr};
                         int token = draw(logits.data(), how, vocab, sampler);
                         if (!adjusts_what_there_is(logits, how, sampler)) return false;
+                        if (!tells_of_what_there_is(logits, how, sampler)) return false;
                         bool none = largest(logits.data(), vocab) < 0;
                         if (none ? token != NOT_A_TOKEN : token < 0 || token >= vocab || logits[token] == -INFINITY)
                             return false;
@@ -202,6 +238,7 @@ int main() {
     for (bool amx : {false, true}) {
         if (!refuses_what_is_not_there(amx)) return std::puts("a bad batch was taken"), 1;
         if (!agrees(amx)) return std::puts("logits depend on how a token was computed"), 1;
+        if (!goes_on_with_the_last_step(amx)) return std::puts("a step's other logits are not those of its rows"), 1;
         if (!shares_pages(amx)) return std::puts("sequences in the same pages attend to them apart, or to others"), 1;
     }
     if (!draws_what_there_is()) return std::puts("a token was drawn that is not there"), 1;

@@ -19,7 +19,7 @@ from memserve.api.app import build_app
 from memserve.api.server import serve_http
 from memserve.api.service import ApiSettings, Chunk, GenerationParams, Take
 from memserve.bus import open_link
-from memserve.drawing import Logprobs
+from memserve.drawing import Logprobs, PromptLogprobs
 from memserve.engine.tokenizer import Tokenizer
 from memserve.errors import RequestFailed
 from memserve.journal import FrontendCore
@@ -50,6 +50,7 @@ class ClientStream:
     """The first token has come."""
     _tokens: list[int] = attrs.field(factory=list, init=False)
     _logprobs: list[Logprobs] = attrs.field(factory=list, init=False)
+    _prompt: list[PromptLogprobs] = attrs.field(factory=list, init=False)
     _cached_tokens: int = attrs.field(default=0, init=False)
     _finish: str | None = attrs.field(default=None, init=False)
     _failure: Exception | None = attrs.field(default=None, init=False)
@@ -60,6 +61,7 @@ class ClientStream:
         """Called by the shell; :meth:`pass_on` follows in the same turn."""
         self._tokens += delivery.tokens
         self._logprobs += delivery.logprobs
+        self._prompt += delivery.prompt
         self._cached_tokens = delivery.cached_tokens
         self._finish = delivery.finish
         self._failure = delivery.failure
@@ -69,9 +71,11 @@ class ClientStream:
         if self._take is None or self._over.is_set():
             return
         if self._failure is None and (self._tokens or self._finish):
-            chunk = Chunk(tuple(self._tokens), self._finish, self._cached_tokens, tuple(self._logprobs))
+            told = tuple(self._logprobs), tuple(self._prompt)
+            chunk = Chunk(tuple(self._tokens), self._finish, self._cached_tokens, *told)
             self._tokens.clear()
             self._logprobs.clear()
+            self._prompt.clear()
             try:
                 if not self._take(chunk):
                     self.outcome = "stop"

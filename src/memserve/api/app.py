@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,7 @@ from memserve.api.errors import ApiError, from_failure
 from memserve.api.generation import Generation, Order
 from memserve.api.guard import CALLER, Caller, Guard
 from memserve.api.logprobs import Piece
+from memserve.api.prompt_told import PromptTold
 from memserve.api.prompts import Model, Prompt, chat_prompt, completion_prompts
 from memserve.api.service import ApiSettings, Service
 from memserve.api.tokenizing import detokenized, read_detokenize, read_tokenize, tokenized
@@ -158,7 +160,18 @@ class Api:
 
     def _piece(self, body: CompletionBody | ChatBody) -> Piece | None:
         """How tokens are shown beside their log probabilities, where those are asked for."""
-        return None if body.told is None else partial(self.served.tokenizer.piece, skip_special=False)
+        return None if body.told is None else self._shown
+
+    @property
+    def _shown(self) -> Piece:
+        return partial(self.served.tokenizer.piece, skip_special=False)
+
+    def _told(self, body: CompletionBody | ChatBody, prompts: Sequence[Prompt]) -> list[PromptTold]:
+        """One for each prompt, where log probabilities of prompts are asked for."""
+        asked = body.told_of_echo, body.prompt_logprobs
+        return (
+            [] if asked == (None, None) else [PromptTold(one.tokens, self._shown, *asked) for one in prompts]
+        )
 
     def _check_model(self, name: str | None) -> None:
         served = self.served.settings.model
@@ -171,6 +184,7 @@ class Api:
     ) -> Response:
         caller: Caller = request.scope[CALLER]
         asked = request.headers.get(TTFT_HEADER)
+        told = self._told(body, prompts)
         order = Order(
             prompts=with_urgency(prompts, body, asked, caller, self.served.settings.ttft_ms),
             n=body.n or 1,
@@ -181,19 +195,28 @@ class Api:
             include_usage=body.stream_options is not None and bool(body.stream_options.include_usage),
             cache_scope=caller.cache_scope,
             ping_s=self.served.settings.ping_s,
+            told=told,
         )
-        choices = [self._choice(index, order, body) for index in range(len(prompts) * order.n)]
+        choices = [
+            self._choice(index, order, body, told[index // order.n] if told else None)
+            for index in range(len(prompts) * order.n)
+        ]
         return _Answer(Generation(self.service, order, choices))
 
-    def _choice(self, index: int, order: Order, body: CompletionBody | ChatBody) -> Choice:
+    def _choice(
+        self, index: int, order: Order, body: CompletionBody | ChatBody, about: PromptTold | None
+    ) -> Choice:
         at, piece, least = index // order.n, self.served.tokenizer.piece, body.min_tokens or 0
         offer = body.offer if isinstance(body, ChatBody) else None
         if offer is None:
-            return Choice(index, at, piece, order.stops, least)
+            return Choice(index, at, piece, order.stops, least, about=about, silent=body.max_tokens == 0)
         form = self.served.call_format
         parser = CallParser(form, offer.names, offer.several and form.several)
         finish = "tool_calls" if offer.only is None else "stop"  # as OpenAI's
-        return Choice(index, at, self.served.with_marks(form), order.stops, least, parser, finish)
+        return Choice(
+            index, at, self.served.with_marks(form), order.stops, least,
+            calls=parser, finish_of_calls=finish, about=about,
+        )  # fmt: skip
 
     def _model_card(self) -> dict[str, Any]:
         settings = self.served.settings

@@ -41,7 +41,6 @@ REFUSED: dict[str, tuple[object, ...]] = {
     "include_stop_str_in_output": (False,),
     "modalities": (["text"],),
     "prompt_embeds": (),
-    "prompt_logprobs": (),
     "skip_special_tokens": (True,),
     "suffix": ("",),
     "truncate_prompt_tokens": (),
@@ -109,6 +108,7 @@ class _Body:
     ignore_eos: bool | None = None
     priority: Annotated[int, Meta(ge=-PRIORITY_MAX, le=PRIORITY_MAX)] | None = None
     return_token_ids: bool | None = None
+    prompt_logprobs: Annotated[int, Meta(ge=0, le=LOGPROBS_MAX)] | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -123,12 +123,18 @@ class CompletionBody(_Body):
     prompt: Any
     """Text, texts, token ids, or lists of token ids; :mod:`memserve.api.prompts` reads it."""
     echo: bool | None = None
+    max_tokens: Annotated[int, Meta(ge=0)] | None = None
     logprobs: Annotated[int, Meta(ge=0, le=COMPLETION_LOGPROBS_MAX)] | None = None
 
     @property
     def told(self) -> int | None:
         """How many of the likeliest tokens are told at each position; None: nothing is told."""
         return self.logprobs
+
+    @property
+    def told_of_echo(self) -> int | None:
+        """The same at each position of the echoed prompt."""
+        return self.logprobs if self.echo else None
 
 
 @attrs.frozen(kw_only=True, slots=False)  # of several bases, one can have slots
@@ -170,6 +176,10 @@ class ChatBody(Conversation, _Body):
         """How many of the likeliest tokens are told at each position; None: nothing is told."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
+    @property
+    def told_of_echo(self) -> None:
+        """A chat has no echo."""
+
 
 Body = TypeVar("Body", CompletionBody, ChatBody)
 Fields = TypeVar("Fields", bound=attrs.AttrsInstance)
@@ -179,6 +189,7 @@ def read_body(data: bytes, kind: type[Body]) -> Body:
     """The body in ``data``. Raises ApiError (400) that names the field, the rule and the value."""
     body = read_fields(read_object(data), kind)
     _check_logprobs(body)
+    _check_max_tokens(body)
     _check_best_of(body)
     try:
         check_stops(body.stops)
@@ -195,9 +206,12 @@ def _check_logprobs(body: CompletionBody | ChatBody) -> None:
     if isinstance(body, ChatBody) and body.top_logprobs and not body.logprobs:
         message = "top_logprobs: only allowed when logprobs is true"
         raise ApiError(message, "top_logprobs", code="invalid_value")
-    if isinstance(body, CompletionBody) and body.echo and body.logprobs is not None:
-        message = "logprobs: not together with echo, because those of the prompt are not computed"
-        raise ApiError(message, "logprobs", code="invalid_value")
+
+
+def _check_max_tokens(body: _Body) -> None:
+    if body.max_tokens == 0 and not (isinstance(body, CompletionBody) and body.echo):
+        message = "max_tokens: expected int >= 1, or 0 with echo, which then is the whole answer; got 0"
+        raise ApiError(message, "max_tokens", code="invalid_value")
 
 
 def read_fields(raw: dict[str, Any], kind: type[Fields]) -> Fields:

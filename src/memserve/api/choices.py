@@ -8,6 +8,7 @@ import attrs
 
 from memserve.api.call_parser import CallParser, CallPart, Found
 from memserve.api.logprobs import Told, token_text
+from memserve.api.prompt_told import PromptTold
 from memserve.api.service import Chunk
 from memserve.drawing import Logprobs
 from memserve.engine.detokenizer import Detokenizer, StopScanner
@@ -58,15 +59,20 @@ class Choice:
         piece: Callable[[int], bytes],
         stops: Sequence[str],
         min_tokens: int = 0,
+        *,
         calls: CallParser | None = None,
         finish_of_calls: str = "tool_calls",
+        about: PromptTold | None = None,
+        silent: bool = False,
     ) -> None:
         """``index`` is the choice's in the response, ``prompt`` the number of its prompt.
 
-        ``min_tokens``: stop strings are not looked for in the text of so many tokens, as in vLLM.
-        ``calls``: finds the calls of tools, where there are tools; what then ends the answer is ``finish_of_calls``.
+        ``min_tokens``: stop strings are not looked for in the text of so many tokens, as in vLLM. ``calls``: finds the calls of
+        tools, where there are tools; what then ends the answer is ``finish_of_calls``. ``about``: what is told of its prompt,
+        where that was asked for. ``silent``: the one token that comes is not for the client, who wants the prompt alone.
         """
         self.index = index
+        self.about = about
         self.prompt = prompt
         self.output_tokens = 0
         """Up to the end of a stop string, where there was one."""
@@ -75,7 +81,7 @@ class Choice:
         """How the answer ended, once it is whole: ``stop``, ``length`` or ``tool_calls``."""
         self._detokenizer = Detokenizer(piece)
         self._scanner = StopScanner(stops)
-        self._piece, self._min_tokens = piece, min_tokens
+        self._piece, self._min_tokens, self._silent = piece, min_tokens, silent
         self._calls, self._finish_of_calls = calls, finish_of_calls
         self._told_characters = 0
         # Not yet taken. Bounded by max_tokens: a client that reads slowly costs no more than one that waits.
@@ -87,9 +93,18 @@ class Choice:
         """Whether a stop string ended the answer, or the only call that was wanted: the service need not go on."""
         return self._scanner.matched is not None or (self._calls is not None and self._calls.enough)
 
+    @property
+    def withheld(self) -> bool:
+        """Nothing of it can be written yet, because what is told of its prompt comes first."""
+        return self.about is not None and not self.about.shown
+
     def feed(self, chunk: Chunk) -> None:
         """Take tokens in. What follows the answer's end is dropped, its tokens too."""
         self.cached_tokens = chunk.cached_tokens
+        if self.about is not None:
+            self.about.take(chunk.prompt)
+        if self._silent:
+            chunk = attrs.evolve(chunk, tokens=(), finish=chunk.finish and "length")
         for number, token in enumerate(chunk.tokens):
             self.output_tokens += 1
             self._new.tokens.append(token)

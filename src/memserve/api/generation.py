@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 from memserve.api.choices import Choice, Delta
 from memserve.api.direct import DIRECT, DirectWriter
 from memserve.api.errors import ApiError, from_failure
+from memserve.api.prompt_told import PromptTold
 from memserve.api.prompts import Prompt, of_choice
 from memserve.api.service import Chunk, Service
 from memserve.api.wire import DONE, PING, Head, Mould, Wire, error_event, event, usage
@@ -41,6 +42,8 @@ class Order:
     include_usage: bool
     cache_scope: str
     ping_s: float
+    told: Sequence[PromptTold] = ()
+    """What is told of each prompt, where that was asked for."""
 
 
 class Generation:
@@ -111,7 +114,7 @@ class Generation:
     def _take(self, choice: Choice, chunk: Chunk) -> bool:
         """Called in the middle of the Frontend's turn."""
         choice.feed(chunk)
-        if self._at_once is None or self._over or not self._write_at_once(self._at_once):
+        if self._at_once is None or self._over or choice.withheld or not self._write_at_once(self._at_once):
             self._at_once = None
             self._news.set()
         return not choice.stopped
@@ -156,6 +159,7 @@ class Generation:
             await self._wait()
         if self._failure is not None:
             return await _send_error(send, from_failure(self._failure))
+        await self._show_prompts()
         whole = self._order.wire.whole(self._head, [(choice, choice.take()) for choice in self._choices])
         body = msgspec.json.encode(whole | {"usage": usage(self._order.prompts, self._choices)})
         headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
@@ -173,6 +177,7 @@ class Generation:
         while True:
             # Asked before the news are taken: what comes while they are being sent is for the next round.
             over = self._over
+            await self._show_prompts()
             part = self._events() or (b"" if has_news else PING)
             if over:
                 break
@@ -182,6 +187,12 @@ class Generation:
         await _write(part + self._ending(), send, writer)
         await send({"type": "http.response.body", "body": b""})
         return None
+
+    async def _show_prompts(self) -> None:
+        """What has come of prompts is written in another thread: of a long one it would hold up the streams of others."""
+        for one in self._order.told:
+            if one.ready and not one.shown:
+                await trio.to_thread.run_sync(one.show)
 
     def _ending(self) -> bytes:
         if self._failure is not None:
@@ -195,7 +206,7 @@ class Generation:
         """Events for each choice that has news."""
         events = []
         for choice in self._choices:
-            if not (delta := choice.take()):
+            if choice.withheld or not (delta := choice.take()):
                 continue
             if choice.index not in self._moulds:
                 events.append(self._opening(choice))

@@ -18,12 +18,13 @@ LEAST = -9999.0
 
 @attrs.frozen
 class Told:
-    """One token of an answer, and what is told about it."""
+    """One token of an answer or of its prompt, and what is told about it."""
 
     token: int
     offset: int
     """Characters of the tokens before it."""
-    logprobs: Logprobs
+    logprobs: Logprobs | None
+    """None: it is a prompt's first, which follows nothing."""
 
 
 def token_text(token: int, piece: Piece) -> str:
@@ -42,24 +43,31 @@ def chat_logprobs(told: Iterable[Told], piece: Piece) -> dict[str, Any]:
         entry(one.token, one.logprobs.drawn)
         | {"top_logprobs": [entry(*likely) for likely in _likeliest(one.logprobs)]}
         for one in told
+        if one.logprobs is not None
     ]
     return {"content": content, "refusal": None}
 
 
-def completion_logprobs(told: Sequence[Told], piece: Piece) -> dict[str, Any]:
-    """``choices[].logprobs`` of a completion. The token that was drawn is always among its likeliest, so they may be one more."""
-    likeliest = []
-    for one in told:
-        shown: dict[str, float] = {}
-        for token, value in (*_likeliest(one.logprobs), (one.token, one.logprobs.drawn)):
-            shown.setdefault(token_text(token, piece), max(value, LEAST))  # of tokens alike the most probable
-        likeliest.append(shown)
+def completion_logprobs(told: Sequence[Told], piece: Piece, echoed: int = 0) -> dict[str, list[Any]]:
+    """``choices[].logprobs`` of a completion. Its own token is always among a position's likeliest, so they may be one more.
+
+    ``echoed``: characters of the tokens before these.
+    """
     return {
         "tokens": [token_text(one.token, piece) for one in told],
-        "token_logprobs": [max(one.logprobs.drawn, LEAST) for one in told],
-        "top_logprobs": likeliest,
-        "text_offset": [one.offset for one in told],
+        "token_logprobs": [None if one.logprobs is None else max(one.logprobs.drawn, LEAST) for one in told],
+        "top_logprobs": [
+            None if one.logprobs is None else _shown(one.token, one.logprobs, piece) for one in told
+        ],
+        "text_offset": [echoed + one.offset for one in told],
     }
+
+
+def _shown(own: int, known: Logprobs, piece: Piece) -> dict[str, float]:
+    shown: dict[str, float] = {}
+    for token, value in (*_likeliest(known), (own, known.drawn)):
+        shown.setdefault(token_text(token, piece), max(value, LEAST))  # of tokens alike the most probable
+    return shown
 
 
 def _likeliest(known: Logprobs) -> Iterable[tuple[int, float]]:

@@ -229,7 +229,8 @@ def _params(
     ends = () if body.ignore_eos else model.spec.eos
     stops = tuple(dict.fromkeys((*ends, *(body.stop_token_ids or ()))))
     _check_min_tokens(body.min_tokens or 0, max_tokens, len(stops), model)
-    return GenerationParams(sampling_of(body, model.spec.vocab, draw, grammar), max_tokens, stops)
+    # Of a prompt that is wanted alone one token is drawn too, and dropped: what ends a request is its last token.
+    return GenerationParams(sampling_of(body, model.spec.vocab, draw, grammar), max(max_tokens, 1), stops)
 
 
 def _check_min_tokens(least: int, most: int, stops: int, model: Model) -> None:
@@ -242,9 +243,13 @@ def _check_min_tokens(least: int, most: int, stops: int, model: Model) -> None:
 
 
 def of_choice(params: GenerationParams, number: int) -> GenerationParams:
-    """The parameters of a prompt's answer ``number``: each has another seed, or all would be the same."""
+    """The parameters of a prompt's answer ``number``: each has another seed, or all would be the same.
+
+    What is told of the prompt comes with the first.
+    """
     seed = (params.sampling.seed + number) % 2**SEED_BITS
-    return attrs.evolve(params, sampling=attrs.evolve(params.sampling, seed=seed))
+    told = None if number else params.sampling.prompt_logprobs
+    return attrs.evolve(params, sampling=attrs.evolve(params.sampling, seed=seed, prompt_logprobs=told))
 
 
 def _echo(item: str | list[int], tokenizer: Tokenizer) -> str:

@@ -22,6 +22,7 @@ def sampling_of(
 
     Raises ApiError (400).
     """
+    asked = (body.prompt_logprobs, body.told_of_echo)
     return Sampling(
         temperature=1.0 if body.temperature is None else body.temperature,
         top_k=max(body.top_k or 0, 0),
@@ -30,6 +31,7 @@ def sampling_of(
         min_p=body.min_p or 0.0,
         adjust=_adjustments(body, vocabulary, grammar),
         logprobs=body.told,
+        prompt_logprobs=max((one for one in asked if one is not None), default=None),
     )
 
 

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import attrs
 
-from memserve.drawing import Logprobs, Sampling
+from memserve.drawing import Logprobs, PromptLogprobs, Sampling
 from memserve.messages import Change, Member
 from memserve.scheduling.view import Health
 
@@ -39,6 +39,8 @@ class Chunk:
     """Prompt tokens that were found in the pool."""
     logprobs: tuple[Logprobs, ...] = ()
     """One for each token, where they were asked for."""
+    prompt: tuple[PromptLogprobs, ...] = ()
+    """Of the first chunk: of all of the prompt's tokens but the first, where they were asked for."""
 
 
 Take = Callable[[Chunk], bool]

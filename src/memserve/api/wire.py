@@ -13,6 +13,7 @@ from memserve.api.call_formats import HERMES, CallFormat
 from memserve.api.calls import call_deltas, whole_calls
 from memserve.api.choices import Choice, Delta
 from memserve.api.logprobs import Piece, chat_logprobs, completion_logprobs
+from memserve.api.prompt_told import behind_echo
 from memserve.api.prompts import Prompt
 
 DONE = b"data: [DONE]\n\n"
@@ -63,33 +64,34 @@ class CompletionWire:
         return self.token_ids or self.piece is not None
 
     def opening(self, head: Head, choice: Choice) -> dict[str, Any] | None:
-        """The echoed prompt and its ids, where they were asked for."""
+        """The echoed prompt, its ids and what is told of it, where they were asked for."""
         prompt = self.prompts[choice.prompt]
-        if not prompt.echo and not self.token_ids:
+        if not prompt.echo and not self.token_ids and choice.about is None:
             return None
-        answer = self._choice(choice, Delta(prompt.echo))
-        if self.token_ids:
-            answer["prompt_token_ids"] = prompt.tokens
-        return self._object(head, [answer])
+        return self._object(head, [self._with_prompt(choice, Delta())])
 
     def chunk(self, head: Head, choice: Choice, delta: Delta) -> dict[str, Any]:
         return self._object(head, [self._choice(choice, delta)])
 
     def whole(self, head: Head, answers: Sequence[tuple[Choice, Delta]]) -> dict[str, Any]:
-        choices = []
-        for choice, delta in answers:
-            prompt = self.prompts[choice.prompt]
-            answer = self._choice(choice, attrs.evolve(delta, text=prompt.echo + delta.text))
-            if self.token_ids:
-                answer["prompt_token_ids"] = prompt.tokens
-            choices.append(answer)
-        return self._object(head, choices)
+        return self._object(head, [self._with_prompt(choice, delta) for choice, delta in answers])
 
     def last(self, head: Head) -> dict[str, Any]:
         return self._object(head, [])
 
+    def _with_prompt(self, choice: Choice, delta: Delta) -> dict[str, Any]:
+        prompt, about = self.prompts[choice.prompt], choice.about
+        answer = self._choice(choice, attrs.evolve(delta, text=prompt.echo + delta.text))
+        answer["logprobs"] = behind_echo(about, answer["logprobs"])
+        if self.token_ids:
+            answer["prompt_token_ids"] = prompt.tokens
+        if about is not None and about.listing is not None:
+            answer["prompt_logprobs"] = about.listing
+        return answer
+
     def _choice(self, choice: Choice, delta: Delta) -> dict[str, Any]:
-        told = completion_logprobs(delta.told, self.piece) if self.piece and delta.told else None
+        echoed = 0 if choice.about is None else choice.about.characters
+        told = completion_logprobs(delta.told, self.piece, echoed) if self.piece and delta.told else None
         answer = {"index": choice.index, "text": delta.text, "logprobs": told, "finish_reason": delta.finish}
         return answer | {"token_ids": delta.tokens} if self.token_ids else answer
 
@@ -119,12 +121,10 @@ class ChatWire:
         return self.token_ids or self.piece is not None
 
     def opening(self, head: Head, choice: Choice) -> dict[str, Any] | None:
-        """The role; in the first of them also the prompt's ids, where they were asked for."""
+        """The role; in the first of them also the prompt's ids and what is told of it, where they were asked for."""
         answer = {"index": choice.index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
         opening = self._object(head, "chat.completion.chunk", [answer])
-        if self.token_ids and choice.index == 0:
-            opening["prompt_token_ids"] = self.prompt.tokens
-        return opening
+        return opening if choice.index else opening | self._of_prompt(choice)
 
     def chunk(self, head: Head, choice: Choice, delta: Delta) -> dict[str, Any]:
         said: dict[str, Any] = (
@@ -144,11 +144,17 @@ class ChatWire:
                 message |= {"content": delta.text or None, "tool_calls": whole_calls(delta.calls, call_id)}
             answer = {"index": choice.index, "message": message, "finish_reason": delta.finish}
             choices.append(answer | self._details(delta))
-        whole = self._object(head, "chat.completion", choices)
-        return whole | {"prompt_token_ids": self.prompt.tokens} if self.token_ids else whole
+        return self._object(head, "chat.completion", choices) | self._of_prompt(answers[0][0])
 
     def last(self, head: Head) -> dict[str, Any]:
         return self._object(head, "chat.completion.chunk", [])
+
+    def _of_prompt(self, choice: Choice) -> dict[str, Any]:
+        """What a response says of its prompt, where that was asked for."""
+        said: dict[str, Any] = {"prompt_token_ids": self.prompt.tokens} if self.token_ids else {}
+        if choice.about is not None:
+            said["prompt_logprobs"] = choice.about.listing
+        return said
 
     def _details(self, delta: Delta) -> dict[str, Any]:
         """What a choice says beside its text, where that was asked for."""

@@ -23,7 +23,7 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from memserve.config import Resolved
-from memserve.drawing import Logprobs, Sampling
+from memserve.drawing import Logprobs, PromptLogprobs, Sampling
 from memserve.engine import sampling
 from memserve.engine.adjusting import adjusted, told
 from memserve.engine.cores import Cores
@@ -32,6 +32,7 @@ from memserve.engine.plan_check import check_plan
 from memserve.engine.plans import BatchPlan, BatchResult, Row
 from memserve.engine.safetensors import read_header
 from memserve.engine.spec import ModelSpec
+from memserve.engine.telling import tell_prompts
 from memserve.engine.weights import ModelFiles
 from memserve.gpu_room import SCRATCH_PAGES
 from memserve.kernels.flashinfer_kit import (
@@ -52,8 +53,8 @@ WARM_TOKENS = 512
 """Of the chunk that a start runs, so that the first request finds kernels and libraries loaded."""
 
 
-_Drawn = tuple[tuple[int | None, ...], dict[int, Logprobs]]
-"""The token of each row, and by the rows' numbers what those are told that asked."""
+_Drawn = tuple[tuple[int | None, ...], dict[int, Logprobs], dict[int, PromptLogprobs]]
+"""The token of each row, and by the rows' numbers what those are told that asked, of their draws and of their prompts."""
 
 
 class Graphs(Protocol):
@@ -191,8 +192,8 @@ class CudaEngine:
         self._checked = plan.rows
         beside = self._shared.look() if self._shared is not None else 0
         began = time.perf_counter()
-        tokens, logprobs = self._step(plan, self.sharing)
-        return BatchResult(tokens, (time.perf_counter() - began) * 1000, 1, beside, logprobs)
+        tokens, logprobs, prompts = self._step(plan, self.sharing)
+        return BatchResult(tokens, (time.perf_counter() - began) * 1000, 1, beside, logprobs, prompts)
 
     def warm_up(self) -> None:
         """Load every kernel and capture every batch size, touching no page but the scratch page."""
@@ -257,7 +258,7 @@ class CudaEngine:
         ahead, self._ahead = self._ahead, None
         bucket = bucket_of(len(plan.rows), tuple(self._steps))
         with torch.inference_mode():
-            if bucket is None or any(count(row.tokens) > 1 for row in plan.rows):
+            if bucket is None or any(count(row.tokens) > 1 or row.tell is not None for row in plan.rows):
                 return self._run_any(plan, self._tables(plan, sharing.launched), self._attention)
             step = self._steps[bucket]
             # Rows that go on share what they shared before, which was too little then.
@@ -285,12 +286,15 @@ class CudaEngine:
             planned.append.positions,
             torch.from_numpy(tables.wanted).to(self._device),
         )
-        logits = self._model.forward(batch, planned, attention)
-        wanted = [i for i in tables.order if plan.rows[i].sample is not None]
+        head = partial(self._model.head, *self._model.layers(batch, planned, attention))
+        rows = [(i, plan.rows[i]) for i in tables.order]
+        prompts = tell_prompts(rows, head, self._device, DRAWN_TOGETHER)
+        wanted = [i for i, row in rows if row.sample is not None]
         if not wanted:
             self._graphs.mark()()  # pages of a prompt's earlier chunks are published too, so they must be written
-            return (None,) * len(plan.rows), {}
-        return self._draw(plan, wanted, logits, best_of(logits), range(len(wanted)))
+            return (None,) * len(plan.rows), {}, prompts
+        logits = head(batch.wanted)
+        return *self._draw(plan, wanted, logits, best_of(logits), range(len(wanted))), prompts
 
     # ---- decode rows alone -----------------------------------------------------------------------------------
 
@@ -324,8 +328,8 @@ class CudaEngine:
         wanted = [i for i, row in enumerate(plan.rows) if row.sample is not None]
         if not wanted:
             self._graphs.mark()()  # a prompt may end a chunk with one token: its page is published too
-            return (None,) * len(plan.rows), {}
-        return self._draw(plan, wanted, self._logits, step.best, wanted)
+            return (None,) * len(plan.rows), {}, {}
+        return *self._draw(plan, wanted, self._logits, step.best, wanted), {}
 
     def _load(self, step: _DecodeStep, table: Table, rows: Sequence[Row]) -> None:
         positions = np.zeros(step.rows, np.int32)
@@ -341,7 +345,7 @@ class CudaEngine:
         logits: torch.Tensor,
         best: torch.Tensor,
         at: Sequence[int],
-    ) -> _Drawn:
+    ) -> tuple[tuple[int | None, ...], dict[int, Logprobs]]:
         """The tokens of the plan's rows ``wanted``, whose logits are rows ``at`` of ``logits``.
 
         Waits for the device. Raises FloatingPointError, naming the row, when logits are not numbers.

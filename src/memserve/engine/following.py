@@ -57,8 +57,8 @@ def leader_of(
     The most of what it shares with prompts that came before it, in whole pages, and only what those give to the index.
     Whoever came first follows nobody, so there is always one that goes on.
     """
-    if retire == "none":
-        return None
+    if retire == "none" or one.tells is not None:
+        return None  # what others compute is of no use to one that has to compute it all
     shared = [(_shared(one, other, page_tokens), other) for other in live if _leads(other, one)]
     most, leader = max(shared, key=lambda pair: pair[0], default=(0, one))
     return (leader, most) if most - leader.acknowledged >= PAGES_LEAST * page_tokens else None

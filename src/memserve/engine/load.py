@@ -56,6 +56,8 @@ class StepWatch:
     """Of the step under way."""
     _prompt_pairs: float = 0.0
     _began: float = 0.0
+    _tells: bool = False
+    """It takes longer than the worker's figures, which know nothing of a prompt's log probabilities."""
 
     def began(self, costs: StepCosts | None, plan: BatchPlan, now: float) -> None:
         """A step begins."""
@@ -64,6 +66,7 @@ class StepWatch:
         if self._model is None or self._model.steps is not costs:
             self._model = CostModel(costs)
         rows = [(count(row.tokens), row.start) for row in plan.rows]
+        self._tells = any(row.tell is not None for row in plan.rows)
         self._predicted_s, self._began = self._model.step_s(rows), now
         self._prompt_tokens = sum(tokens for tokens, _ in rows if tokens > 1)
         self._prompt_pairs = sum(tokens * (start + tokens / 2) for tokens, start in rows if tokens > 1)
@@ -73,7 +76,8 @@ class StepWatch:
         crowded = 1.0
         if site is not None and beside and self._model is not None:
             crowded = self._model.steps.crowded(site.slices(beside), self._prompt_tokens > 0)
-        self.drift.saw(self._predicted_s * crowded, now - self._began)
+        if not self._tells:
+            self.drift.saw(self._predicted_s * crowded, now - self._began)
         self._prompt_tokens, self._prompt_pairs = 0, 0.0
 
     def under_way(self, load: dict[str, float], now: float) -> dict[str, float]:

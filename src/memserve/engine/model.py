@@ -162,6 +162,13 @@ class Llama:
 
         Appends every token's K and V to the pages that ``plan`` names.
         """
+        x, delta = self.layers(batch, plan, attention)
+        return self.head(x, delta, batch.wanted, out)
+
+    def layers(
+        self, batch: Batch, plan: Any, attention: AttentionBackend[Any]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """All layers, as :meth:`forward`: what :meth:`head` takes, each (tokens, hidden)."""
         spec, ops, dtype = self.spec, self._ops, self.dtype
         x = self._embed.rows(batch.ids, ops.residual)  # (tokens, hidden)
         rotation = ops.rotation(batch.positions)
@@ -175,6 +182,12 @@ class Llama:
             # (tokens, intermediate) -> (tokens, hidden)
             delta = layer.down.apply(ops.swiglu(layer.gate_up.apply(normed)))
         assert delta is not None, "a model without layers"
-        normed = ops.add_norm(x[batch.wanted], delta[batch.wanted], self._norm, dtype)
+        return x, delta
+
+    def head(
+        self, x: torch.Tensor, delta: torch.Tensor, places: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Logits (places, vocab) float32 after the tokens at ``places``, (places,) int64; ``x`` and ``delta`` stay as they are."""
+        normed = self._ops.add_norm(x[places], delta[places], self._norm, self.dtype)
         logits = self._head.apply(normed)
         return logits.float() if out is None else out.copy_(logits)

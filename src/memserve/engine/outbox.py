@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import attrs
 
 from memserve.actions import Action, Log, Send
+from memserve.drawing import PromptLogprobs
 from memserve.engine.sequence import Sequence
-from memserve.messages import ActorId, Message, Tokens, TokenUpdate
+from memserve.messages import ActorId, Message, PromptTold, Tokens, TokenUpdate
 
 
 @attrs.define
@@ -33,6 +36,13 @@ class Outbox:
     def update(self, frontend: ActorId, update: TokenUpdate) -> None:
         """New tokens; all that one step makes for a Frontend leave as one message."""
         self._updates.setdefault(frontend, []).append(update)
+
+    def tell(self, sequences: tuple[Sequence, ...], prompts: Mapping[int, PromptLogprobs]) -> None:
+        """What a step has told of its rows' prompts, while ``computed`` is still where each row began. It goes before all tokens."""
+        for row, told in prompts.items():
+            one = sequences[row]
+            if not one.dropped:
+                self.send(one.request.frontend, PromptTold(*one.key, one.computed + 1, told))
 
     def log(self, event: str, one: Sequence, *, level: str = "info", **data: object) -> None:
         """A line about a request."""

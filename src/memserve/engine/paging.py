@@ -92,7 +92,8 @@ class Paging:
         """Ask for a lease on pages for all of a sequence's tokens, cached ones first, and from ``source`` what is missing."""
         extra = one.headroom(self.page_tokens, self.max_context)
         scope, least = one.request.scope, self.swap_least
-        self._send(self._calls.acquire(one, scope, one.tokens, extra, source, least))
+        anew = one.tells is not None
+        self._send(self._calls.acquire(one, scope, one.tokens, extra, source, least, anew))
 
     def fetch(self, one: Sequence) -> None:
         """Acquire, with what the plan says to fetch before the prompt runs."""

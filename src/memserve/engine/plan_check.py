@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from memserve.engine.plans import BatchPlan, Row
+from memserve.drawing import LOGPROBS_MAX
+from memserve.engine.plans import BatchPlan, Row, Tell
 from memserve.engine.spec import ModelSpec
 from memserve.tokens import count, pages_for, unpack
 
@@ -51,8 +52,22 @@ def _check_row(number: int, row: Row, spec: ModelSpec, page_tokens: int) -> None
     ids = unpack(row.tokens)
     if min(ids) < 0 or max(ids) >= spec.vocab:
         raise ValueError(f"row {number}: token ids {min(ids)} to {max(ids)}; the vocabulary has {spec.vocab}")
+    if row.tell is not None:
+        _check_told(number, row, row.tell, spec)
     if row.sample is not None and row.sample.adjust is not None:
         _check_adjustments(number, row, spec)
+
+
+def _check_told(number: int, row: Row, tell: Tell, spec: ModelSpec) -> None:
+    ids = unpack(tell.follows)
+    if not 0 < len(ids) <= count(row.tokens) or not 0 <= tell.count <= LOGPROBS_MAX:
+        raise ValueError(
+            f"row {number}: is told of {len(ids)} tokens behind {count(row.tokens)}, {tell.count} each"
+        )
+    if not 0 <= min(ids) <= max(ids) < spec.vocab:
+        raise ValueError(
+            f"row {number}: is told of {min(ids)} to {max(ids)}; the vocabulary has {spec.vocab}"
+        )
 
 
 def _check_adjustments(number: int, row: Row, spec: ModelSpec) -> None:

@@ -8,8 +8,8 @@ from typing import Protocol
 
 import attrs
 
-from memserve.drawing import Logprobs, Sampling
-from memserve.tokens import count
+from memserve.drawing import Logprobs, PromptLogprobs, Sampling
+from memserve.tokens import count, span
 
 
 @attrs.frozen
@@ -27,6 +27,21 @@ class Past:
 
 
 @attrs.frozen
+class Tell:
+    """What is to be told of a prompt's tokens, by the logits of the row that runs those before them."""
+
+    follows: bytes
+    """The tokens, packed: one behind each of the row's first tokens, and as many as the prompt still has."""
+    count: int
+    """How many of the most probable tokens are told beside each."""
+
+    def part(self, start: int, stop: int) -> Tell | None:
+        """Of the row's tokens from ``start`` to ``stop``; None where nothing is told of any."""
+        follows = span(self.follows, start, stop)
+        return Tell(follows, self.count) if follows else None
+
+
+@attrs.frozen
 class Row:
     """One sequence's part of a step: a prefill chunk (many tokens) or a decode row (one)."""
 
@@ -40,6 +55,8 @@ class Row:
     """How to draw the token after the last one, or None when nobody wants it (not the prompt's last chunk)."""
     past: Past | None = None
     """Set where ``sample`` adjusts the logits."""
+    tell: Tell | None = None
+    """Set where log probabilities of the prompt are wanted."""
 
     @property
     def end(self) -> int:
@@ -67,6 +84,8 @@ class BatchResult:
     """Other workers of the same site (see :class:`~memserve.costs.Site`) that had work meanwhile, on average over its layers."""
     logprobs: Mapping[int, Logprobs] = MappingProxyType({})
     """By the numbers of the rows that asked for them."""
+    prompts: Mapping[int, PromptLogprobs] = MappingProxyType({})
+    """By the numbers of the rows that have a ``tell``: of each of its tokens."""
 
 
 class StepEngine(Protocol):

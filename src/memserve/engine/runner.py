@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from mmap import mmap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from memserve.drawing import Logprobs, Sampling
+from memserve.drawing import Logprobs, PromptLogprobs, Sampling
 from memserve.engine import sampling
 from memserve.engine.adjusting import adjusted, told
 from memserve.engine.model import Batch, Llama
@@ -19,10 +20,12 @@ from memserve.engine.ops import rope_table
 from memserve.engine.plan_check import check_plan
 from memserve.engine.plans import BatchPlan, BatchResult, Row
 from memserve.engine.spec import ModelSpec
+from memserve.engine.telling import tell_prompts
 from memserve.engine.weights import default_cache_dir, in_rows, map_weights
 from memserve.kernels.cpu import CpuAttention
 from memserve.kernels.mapping import shared_memory
 from memserve.kernels.native import MAX_ROWS, NativeStep, open_step
+from memserve.kernels.native.telling import TOLD_AT_ONCE, Telling
 from memserve.tokens import pack, pages_for
 
 if TYPE_CHECKING:
@@ -84,9 +87,10 @@ class CpuEngine:
         with self._hold() as threads:
             began = time.perf_counter()
             crew = self._cores.regroup if self._cores is not None else None
-            tokens, logprobs = self._step(plan, self._attention, self._arena, threads, crew)
+            tokens, logprobs, prompts = self._step(plan, self._attention, self._arena, threads, crew)
             beside = self._cores.beside if self._cores is not None else 0.0
-            return BatchResult(tokens, (time.perf_counter() - began) * 1000, threads, beside, logprobs)
+            step_ms = (time.perf_counter() - began) * 1000
+            return BatchResult(tokens, step_ms, threads, beside, logprobs, prompts)
 
     def warm_up(self) -> None:
         """Run a chunk and a decode row on pages of their own, so that the first request finds everything loaded."""
@@ -163,30 +167,36 @@ class CpuEngine:
         arena: torch.Tensor,
         threads: int,
         crew: Callable[[int], int] | None = None,
-    ) -> tuple[tuple[int | None, ...], dict[int, Logprobs]]:
-        """The tokens of the plan's rows, and by their numbers what those are told that asked."""
+    ) -> tuple[tuple[int | None, ...], dict[int, Logprobs], dict[int, PromptLogprobs]]:
+        """The tokens of the plan's rows, and by their numbers what those are told that asked, of a draw or of their prompts."""
         wanted = [number for number, row in enumerate(plan.rows) if row.sample is not None]
         if self._native is not None:
-            drawn, reports = self._native.step(plan, arena, threads, crew)
+            telling = Telling() if any(row.tell for row in plan.rows) else None
+            drawn, reports = self._native.step(plan, arena, threads, crew, telling)
+            prompts = telling.prompts(plan) if telling is not None else {}
         else:
-            drawn, reports = self._step_on_torch(plan, attention, threads)
+            drawn, reports, prompts = self._step_on_torch(plan, attention, threads)
         tokens: list[int | None] = [None] * len(plan.rows)
         for number, token in zip(wanted, drawn, strict=True):
             tokens[number] = token
         logprobs = {number: one for number, one in zip(wanted, reports, strict=True) if one is not None}
-        return tuple(tokens), logprobs
+        return tuple(tokens), logprobs, prompts
 
     def _step_on_torch(
         self, plan: BatchPlan, attention: CpuAttention, threads: int
-    ) -> tuple[list[int], list[Logprobs | None]]:
-        """Of each wanted row."""
+    ) -> tuple[list[int], list[Logprobs | None], dict[int, PromptLogprobs]]:
+        """Of each wanted row; then what is told of prompts, by the numbers of all rows."""
         assert self._model is not None, "the engine is closed"
         torch.set_num_threads(threads)
         rows = [row for row in plan.rows if row.sample is not None]
         settings = [row.sample for row in rows if row.sample is not None]
         with torch.inference_mode():
-            logits = self._model.forward(Batch.of(plan), attention.plan(plan), attention)
+            batch = Batch.of(plan)
+            x, delta = self._model.layers(batch, attention.plan(plan), attention)
+            head = partial(self._model.head, x, delta)
+            prompts = tell_prompts(enumerate(plan.rows), head, x.device, TOLD_AT_ONCE)
             if not rows:
-                return [], []
+                return [], [], prompts
+            logits = head(batch.wanted)
             tokens = sampling.draw(adjusted(logits, rows), settings, [row.end for row in rows])
-            return tokens, told(logits, rows, tokens)
+            return tokens, told(logits, rows, tokens), prompts

@@ -280,6 +280,7 @@ class WorkerCore:
         self._outbox.count("steps_total", 1)
         self._outbox.count("step_ms_total", message.result.step_ms)
         self._outbox.count("step_threads_total", message.result.threads)
+        self._outbox.tell(batch.sequences, message.result.prompts)
         told = message.result.logprobs
         drawn = zip(batch.sequences, batch.ends, message.result.tokens, strict=True)
         for row, (one, end, token) in enumerate(drawn):
@@ -297,7 +298,7 @@ class WorkerCore:
     def _take_token(self, one: Sequence, token: int, now: float) -> None:
         if one.token_at is None:
             one.token_at = one.owned_at = now
-            if one.plan.first_token_s:
+            if one.plan.first_token_s and one.tells is None:  # predictions know nothing of what telling takes
                 self._watch.punctuality.saw(one.plan.first_token_s, now - one.arrived_at)
             prefill_ms = (now - (one.started_at or now)) * 1e3
             one.timings = attrs.evolve(one.timings, prefill_ms=prefill_ms)

@@ -41,9 +41,10 @@ class ShardCalls(Generic[Key]):
         extra_pages: int,
         source: Source | None = None,
         swap_least: int = 0,
+        anew: bool = False,
     ) -> Acquire:
         """Ask for a lease on pages for ``tokens`` and ``extra_pages`` more; the answer may take its time."""
-        return Acquire(self._number(key, grants=True), scope, tokens, extra_pages, source, swap_least)
+        return Acquire(self._number(key, grants=True), scope, tokens, extra_pages, source, swap_least, anew)
 
     def alloc(self, key: Key, lease: int, pages: int) -> AllocMem:
         """Ask for ``pages`` more pages of a lease."""

@@ -93,16 +93,23 @@ class Pool:
     # ---- granting ------------------------------------------------------------------------------------------
 
     def acquire(
-        self, owner: ActorId, scope: str, tokens: bytes, extra_pages: int, now: float, swap_least: int = 0
+        self,
+        owner: ActorId,
+        scope: str,
+        tokens: bytes,
+        extra_pages: int,
+        now: float,
+        swap_least: int = 0,
+        anew: bool = False,
     ) -> Grant | None:
         """match + pin + alloc_mem: device pages for all of ``tokens`` and ``extra_pages`` more, all or nothing.
 
-        At least one token is left to compute, so that there is a position to sample from. What is cached in slower
+        At least one token is left to compute, so that there is a position to sample from; ``anew``: all are. What is cached in slower
         tiers is brought in, where it holds ``swap_least`` tokens or more: then the grant is not ``ready``. None when pages are
         short at present (some may be on their way out); raises PoolError when they always would be (see :class:`Demands`).
         """
         need = self.demands.pages(tokens, extra_pages)
-        matchable = max(count(tokens) - 1, 0) // self.page_tokens * self.page_tokens
+        matchable = 0 if anew else max(count(tokens) - 1, 0) // self.page_tokens * self.page_tokens
         pin = self._pin(scope, span(tokens, 0, matchable), Tier.DEVICE, swap_least)
         return self._open(owner, scope, pin, need - pin.tokens // self.page_tokens, Tier.DEVICE, now, tokens)
 

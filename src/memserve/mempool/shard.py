@@ -248,8 +248,8 @@ class ShardCore:
         if self.pool.leases.any_lacks(now):
             return None
         match call:
-            case Acquire(_, scope, tokens, extra_pages, _, swap_least):
-                return self.pool.acquire(sender, scope, tokens, extra_pages, now, swap_least)
+            case Acquire(_, scope, tokens, extra_pages, _, swap_least, anew):
+                return self.pool.acquire(sender, scope, tokens, extra_pages, now, swap_least, anew)
             case Match(_, scope, tokens):
                 return self.pool.match(sender, scope, tokens, now)
 

@@ -168,7 +168,7 @@ class SchedulerCore:
     def _admit(self, submit: Submit, now: float) -> None:
         """Place a request at once where a worker has room and none waits before it; else let it wait, or refuse it."""
         request, again = submit.request, submit.request.attempt > 0
-        match = self.index.match(request.scope, request.tokens, now)
+        match = self.index.match(request.scope, request.findable, now)
         at_once = again or (not len(self.admission) and is_open(self.fleet, self.hold_back_s, now))
         only: Mapping[ActorId, float] = {}
         if at_once and not again and request.ttft_s is not None:
@@ -223,7 +223,7 @@ class SchedulerCore:
                 return
             one = self.admission.queue.first()
             request = one.submit.request
-            match = self.index.match(request.scope, request.tokens, now)
+            match = self.index.match(request.scope, request.findable, now)
             only: Mapping[ActorId, float] = {}
             if one.by < float("inf"):
                 found = self._prospect(request, match, one.by - now, now)

@@ -16,7 +16,6 @@ from ctypes import (
     addressof,
     byref,
     c_char_p,
-    c_double,
     c_float,
     c_int32,
     c_int64,
@@ -32,13 +31,14 @@ import attrs
 import structlog
 import torch
 
-from memserve.drawing import LOGPROBS_MAX, Adjustments, Logprobs, Sampling
+from memserve.drawing import Adjustments, Logprobs, Sampling
 from memserve.engine.plans import BatchPlan, Past, Row
 from memserve.engine.sampling import reach
 from memserve.engine.spec import ModelSpec
 from memserve.engine.weights import in_tiles
+from memserve.kernels.native.telling import NativeLogprobs, Telling
 from memserve.kernels.native_build import NativeUnavailable, built_library, why_not
-from memserve.tokens import TOKEN_BYTES, count, pack, span
+from memserve.tokens import TOKEN_BYTES, count, span
 
 MAX_ROWS = 512
 """Tokens that its buffers hold; a larger step runs in several, with the same results."""
@@ -50,6 +50,7 @@ _NO_MEMORY = 2
 _NOT_A_TOKEN = -1
 _SEED_MASK = 2**64 - 1
 _TOP_K_MAX = 2**63 - 1
+_NOT_DRAWN = Sampling(temperature=0.0)
 
 log = structlog.get_logger()
 
@@ -122,21 +123,6 @@ class NativeAdjustments(Structure):
         return cls(_Ids.of(how.biased), how.bias, *parts, how.repetition, how.frequency, how.presence)
 
 
-class NativeLogprobs(Structure):
-    """``ms_logprobs``: how many are wanted, then what was found."""
-
-    _fields_ = [
-        ("count", c_int32),
-        ("ids", c_int32 * LOGPROBS_MAX),
-        ("values", c_double * LOGPROBS_MAX),
-        ("drawn", c_double),
-    ]
-
-    def read(self) -> Logprobs:
-        """What a step wrote."""
-        return Logprobs(self.drawn, pack(self.ids[: self.count]), tuple(self.values[: self.count]))
-
-
 _pack_sampling = Struct("=ddQqdQQ").pack
 
 
@@ -180,7 +166,7 @@ class _Inputs:
             adjust = NativeAdjustments.of(how.adjust, past)
             self.adjust.append(adjust)
         if how.logprobs is not None:
-            told = NativeLogprobs(count=how.logprobs)
+            told = NativeLogprobs.of_draw(how.logprobs)
         self.told.append(told)
         return sampling_bytes(how, adjust, told)
 
@@ -235,10 +221,12 @@ class NativeStep:
         arena: torch.Tensor,
         threads: int,
         crew: Callable[[int], int] | None = None,
+        telling: Telling | None = None,
     ) -> tuple[list[int], list[Logprobs | None]]:
         """As ``forward`` and ``sampling.draw``: the next token of each wanted row, and what it is told if it asked.
 
         ``crew``: told how many threads a layer of a long step has had, says how many go on. It must not raise.
+        ``telling``: takes what is told of the rows' prompts, where any row wants that.
         Raises ValueError, computing nothing more, for a plan that reaches out of the arena or the model, and
         FloatingPointError, naming the row, when logits are not numbers.
         """
@@ -252,12 +240,24 @@ class NativeStep:
             how, to = b"".join(inputs.how), tokens.buffer_info()[0]
             self._run(inputs, arena, threads, how=how, tokens=to, crew=crew)
             drawn += tokens
+            if telling is not None:
+                self._tell(inputs, arena, threads, telling)
             told += [None if one is None else one.read() for one in inputs.told]
         if _NOT_A_TOKEN in drawn:
             raise FloatingPointError(
                 f"row {drawn.index(_NOT_A_TOKEN)}: the largest logit is not a finite number"
             )
         return drawn, told
+
+    def _tell(self, inputs: _Inputs, arena: torch.Tensor, threads: int, telling: Telling) -> None:
+        """What the prompts of the step that was just run are told; its final activations are still there."""
+        for places, about in telling.questions(inputs.rows):
+            inputs.wanted_at = places
+            how = b"".join(sampling_bytes(_NOT_DRAWN, None, one) for one in about)
+            tokens = array("i", bytes(TOKEN_BYTES * len(places)))
+            self._run(inputs, arena, threads, how=how, tokens=tokens.buffer_info()[0], again=True)
+            if _NOT_A_TOKEN in tokens:
+                raise FloatingPointError("a row's prompt: the largest logit is not a finite number")
 
     def forward(self, plan: BatchPlan, arena: torch.Tensor, threads: int) -> torch.Tensor:
         """As ``Llama.forward``: logits (wanted rows, vocab) float32. Raises ValueError as ``step``."""
@@ -278,8 +278,12 @@ class NativeStep:
         how: bytes = b"",
         tokens: int = 0,
         crew: Callable[[int], int] | None = None,
+        again: bool = False,
     ) -> None:
-        """One call: at most ``MAX_ROWS`` tokens. ``logits``, ``tokens``: where they go; 0 where nobody wants them."""
+        """One call: at most ``MAX_ROWS`` tokens. ``logits``, ``tokens``: where they go; 0 where nobody wants them.
+
+        ``again``: what was run last, for other tokens of it.
+        """
         if self._arena() is not arena:
             self._arena, self._arena_at, self._pages = ref(arena), arena.data_ptr(), len(arena)
         batch = _Batch(
@@ -299,7 +303,8 @@ class NativeStep:
             tokens,
             _Crew(crew) if crew is not None and len(inputs.positions) > LONG_ROWS else _NOBODY_ASKED,
         )
-        refused = self._library.ms_step(self._engine, byref(batch))
+        run = self._library.ms_again if again else self._library.ms_step
+        refused = run(self._engine, byref(batch))
         if refused == _NO_MEMORY:
             raise MemoryError("the native step")
         if refused:
@@ -331,21 +336,26 @@ def _pieces(rows: Sequence[Row]) -> Iterator[list[Row]]:
         start, tokens = 0, count(row.tokens)
         while tokens - start > room:
             part = span(row.tokens, start, start + room)
-            yield [*piece, attrs.evolve(row, tokens=part, start=row.start + start, sample=None)]
+            tell = row.tell and row.tell.part(start, start + room)
+            yield [*piece, attrs.evolve(row, tokens=part, start=row.start + start, sample=None, tell=tell)]
             start += room
             piece, room = [], MAX_ROWS
-        rest = (
-            attrs.evolve(row, tokens=span(row.tokens, start, tokens), start=row.start + start)
-            if start
-            else row
-        )
-        piece.append(rest)
+        piece.append(_rest(row, start) if start else row)
         room -= tokens - start
         if not room:
             yield piece
             piece, room = [], MAX_ROWS
     if piece:
         yield piece
+
+
+def _rest(row: Row, start: int) -> Row:
+    """A row without its first ``start`` tokens."""
+    tokens, tell = (
+        span(row.tokens, start, count(row.tokens)),
+        row.tell and row.tell.part(start, count(row.tokens)),
+    )
+    return attrs.evolve(row, tokens=tokens, start=row.start + start, tell=tell)
 
 
 def _outline(rows: Sequence[Row]) -> str:
@@ -388,10 +398,10 @@ def load(cache_dir: Path) -> ctypes.CDLL:
         POINTER(_Matrix),
         *[c_void_p] * 3,
     ]
-    library.ms_step.restype = c_int32
+    library.ms_step.restype = library.ms_again.restype = c_int32
     library.ms_close.restype = None
     library.ms_amx.restype = c_int32
     library.ms_amx.argtypes = [c_void_p]
-    library.ms_step.argtypes = [c_void_p, POINTER(_Batch)]
+    library.ms_step.argtypes = library.ms_again.argtypes = [c_void_p, POINTER(_Batch)]
     library.ms_close.argtypes = [c_void_p]
     return library

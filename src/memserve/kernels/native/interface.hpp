@@ -51,6 +51,7 @@ inline bool possible(const ms_config& c) {
 
 // Whether a row's draw reaches for logits that are there.
 inline bool fits(const ms_config& c, const ms_sampling& how) {
+    if (how.told && (how.told->token < NOT_A_TOKEN || how.told->token >= c.vocab)) return false;
     if (!how.adjust) return true;
     const ms_adjustments& adjust = *how.adjust;
     for (const ms_ids& part : {adjust.biased, adjust.prompt, adjust.output, adjust.forbidden})

@@ -17,6 +17,7 @@
 #include "vectors.hpp"
 
 constexpr int MS_LOGPROBS_MAX = 20;
+constexpr int NOT_A_TOKEN = -1;  // drawn where the largest logit is not finite
 
 // memserve/kernels/native/__init__.py mirrors these structs.
 extern "C" {
@@ -37,12 +38,14 @@ struct ms_adjustments {
     float repetition, frequency, presence;
 };
 
-// What the model thinks, whatever a row does to its logits.
+// What the model thinks, whatever a row does to its logits: of the token that is drawn, or of one that is there already.
 struct ms_logprobs {
     int32_t count;  // of the most probable tokens that are wanted, at most MS_LOGPROBS_MAX
     int32_t ids[MS_LOGPROBS_MAX];
     double values[MS_LOGPROBS_MAX];
     double drawn;
+    int32_t token;  // the one that is there, or NOT_A_TOKEN: one is drawn
+    int32_t rank;   // its, from 1 on: by falling probability, then rising id
 };
 
 // How a row's token is drawn.
@@ -62,7 +65,6 @@ namespace {
 
 constexpr int BUCKETS = 2048;      // of a histogram
 constexpr int FEW_TOKENS = 64;     // that are sorted instead of looked at by finer buckets
-constexpr int NOT_A_TOKEN = -1;    // drawn where the largest logit is not finite
 constexpr double LEAST = 0x1p-63;  // smaller weights share a bucket: all of them together are hardly ever drawn
 
 inline uint64_t mix(uint64_t value) {
@@ -226,6 +228,14 @@ struct Sampler {
         for (int i = 0; i < found; i++) to.values[i] = (double)(logits[to.ids[i]] - most) - scale;
     }
 
+    // The place of `token` among all, from 1 on: by falling probability, then rising id.
+    int rank(const float* logits, int token) const {
+        int before = 0;
+        for (int i = 0; i < token; i++) before += logits[i] >= logits[token];
+        for (int i = token + 1; i < vocab; i++) before += logits[i] > logits[token];
+        return before + 1;
+    }
+
     // Weights of all tokens, and their histogram; the sum of them. `most`: the largest logit.
     double weigh(const float* logits, float most, double temperature) {
         Doubles least = every(1.);
@@ -315,10 +325,15 @@ inline int choose(const float* logits, int best, const ms_sampling& how, int64_t
     return mine.find(kept, uniform(how.seed, position) * mass).id;
 }
 
-// The token at `position` of a sequence, given its logits, or NOT_A_TOKEN.
+// The token at `position` of a sequence, given its logits, or NOT_A_TOKEN. It may be there already, and only be told of.
 inline int draw(const float* logits, const ms_sampling& how, int64_t position, Sampler& mine) {
     int best = largest(logits, mine.vocab);
     if (best == NOT_A_TOKEN) return best;
+    if (how.told && how.told->token != NOT_A_TOKEN) {
+        mine.tell(logits, logits[best], how.told->token, *how.told);
+        how.told->rank = mine.rank(logits, how.told->token);
+        return how.told->token;
+    }
     const float* from = how.adjust ? mine.adjust(logits, *how.adjust) : logits;
     int token = choose(from, how.adjust ? largest(from, mine.vocab) : best, how, position, mine);
     if (how.told && token != NOT_A_TOKEN) mine.tell(logits, logits[best], token, *how.told);

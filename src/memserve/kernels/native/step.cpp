@@ -47,7 +47,7 @@ struct Engine {
     std::vector<Scratch> scratch;
     std::vector<Word> counters;  // tasks taken, one for each block of each stage of a step
 
-    ms_batch b;
+    ms_batch b{};
     Barrier barriers[2];  // of shifts in turns: who joins the next one may be there before all have left the last
     Word epoch;     // a count of shifts and, in the low byte, the threads that take part in the newest
     int first = 0;  // layer at which the newest shift begins
@@ -392,7 +392,8 @@ struct Engine {
         }
     }
 
-    void step(const ms_batch& batch) {
+    // From layer `from` on. With all layers behind it: the head alone, on what the last step has left in `residual`.
+    void step(const ms_batch& batch, int from) {
         b = batch;
         cut.make(b, c.kv_heads, c.page_tokens, group() <= TILE && c.page_tokens % TILE == 0);
         parts.resize((size_t)cut.part_at[b.rows] * c.heads * result_size(c.head_dim));
@@ -401,13 +402,23 @@ struct Engine {
             b.logits = logits.data();
         }
         for (auto& counter : counters) counter.value.store(0, std::memory_order_relaxed);
-        first = 0;
+        first = from;
         if (b.threads > 1) begin_shift();
         int shift;
         do run(0, shift = epoch.value.load(std::memory_order_relaxed));
         while (shift != epoch.value.load(std::memory_order_relaxed));
     }
 };
+
+int run(Engine& engine, const ms_batch& batch, int from) {
+    if (!fits(engine.c, batch)) return 1;
+    try {
+        engine.step(batch, from);
+        return 0;
+    } catch (const std::bad_alloc&) {  // before any thread started
+        return 2;
+    }
+}
 
 }  // namespace
 
@@ -446,14 +457,11 @@ Engine* ms_open(const ms_config* config, const ms_layer* layers, const Matrix* e
 
 // One step. Not for two threads at once. 0, or 1 for a batch that is not inside of the engine's bounds, or 2 where
 // memory is short; then nothing was computed.
-int ms_step(Engine* engine, const ms_batch* batch) {
-    if (!fits(engine->c, *batch)) return 1;
-    try {
-        engine->step(*batch);
-        return 0;
-    } catch (const std::bad_alloc&) {  // before any thread started
-        return 2;
-    }
+int ms_step(Engine* engine, const ms_batch* batch) { return run(*engine, *batch, 0); }
+
+// The last step's logits and tokens after other rows: `batch` is that step's but for what is wanted. Answers as ms_step.
+int ms_again(Engine* engine, const ms_batch* batch) {
+    return batch->rows == engine->b.rows ? run(*engine, *batch, engine->c.layers) : 1;
 }
 
 // Whether it multiplies on AMX.

@@ -1,0 +1,242 @@
+"""Log probabilities of prompts: what step engines tell of the tokens that are there, however a prompt is cut and in whatever company."""
+
+from __future__ import annotations
+
+import mmap
+
+import numpy as np
+import pytest
+import torch
+
+from backends import ENGINES, SPEC, make_engine
+from fake_service import MODEL_PATH, demo_tokenizer
+from memserve.drawing import LOGPROBS_MAX, PromptLogprobs, Sampling
+from memserve.engine.adjusting import logprobs_of
+from memserve.engine.plans import BatchPlan, Row, Tell
+from memserve.engine.runner import CpuEngine
+from memserve.engine.spec import find_model
+from memserve.engine.telling import told_of
+from memserve.engine.weights import map_weights, prepare, random_weights
+from memserve.kernels.native import MAX_ROWS
+from memserve.kernels.native.telling import TOLD_AT_ONCE
+from memserve.tokens import pack, pages_for, unpack
+from test_model import load_reference, prompt
+
+PAGES = 96
+GREEDY = Sampling(temperature=0.0, logprobs=3)
+
+
+@pytest.fixture(scope="module")
+def weights():
+    """Of one random model, in bfloat16."""
+    return random_weights(SPEC, "bfloat16", 5)
+
+
+@pytest.fixture(params=ENGINES)
+def made(request, weights, tmp_path):
+    """Each engine, ready."""
+    one = make_engine(request.param, weights, tmp_path, PAGES)
+    one.engine.warm_up()
+    yield one
+    one.engine.close()
+
+
+def right(weights, ids: list[int], spec=SPEC) -> torch.Tensor:
+    """The log probabilities that transformers' model has after each token, (tokens, vocab) float64."""
+    with torch.inference_mode():
+        return load_reference(spec, weights)(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+
+
+def chunk(ids: list[int], start: int, stop: int, pages: tuple[int, ...], count: int, how=None) -> Row:
+    """A row of a prompt, which tells of the tokens behind its own."""
+    follows = pack(ids[start + 1 : stop + 1])
+    return Row(pack(ids[start:stop]), start, pages, how, tell=Tell(follows, count) if follows else None)
+
+
+def opened(told: PromptLogprobs) -> tuple[list[float], list[int], list[list[int]], list[list[float]]]:
+    """Values, ranks, most probable ids, their values."""
+    tokens = len(told)
+    ids = np.frombuffer(told.ids, "<i4").reshape(tokens, -1).tolist()
+    likeliest = np.frombuffer(told.likeliest, "<f8").reshape(tokens, -1).tolist()
+    return np.frombuffer(told.values, "<f8").tolist(), list(unpack(told.ranks)), ids, likeliest
+
+
+def told_in(made, ids: list[int], pages: tuple[int, ...], count: int, cuts: list[int]) -> list[tuple]:
+    """All that is told of a prompt that runs alone, in chunks up to ``cuts``: a tuple for each of its tokens but the first."""
+    found, start = [], 0
+    for stop in cuts:
+        result = made.engine.run(BatchPlan((chunk(ids, start, stop, pages, count),)))
+        found += [line for one in result.prompts.values() for line in zip(*opened(one), strict=True)]
+        start = stop
+    return found
+
+
+def test_a_prompt_is_told_what_the_reference_says(made, weights):
+    """Evaluations would score answers by other probabilities than the model's."""
+    ids, pages = prompt(150, 3, SPEC.vocab), tuple(range(pages_for(150, 16)))
+    expected, near = right(weights, ids), 1e-3 if made.exact else 0.5
+    found = told_in(made, ids, pages, 4, [1, 2, 70, 71, 149, 150])
+
+    assert len(found) == len(ids) - 1
+    for at, (value, rank, best, values) in enumerate(found):
+        assert value == pytest.approx(float(expected[at, ids[at + 1]]), abs=near)
+        assert values == pytest.approx(expected[at, best].tolist(), abs=near)
+        assert values == sorted(values, reverse=True)
+        assert (value in values) == (rank <= 4) and (rank > 4 or best[rank - 1] == ids[at + 1])
+        if made.exact:
+            more = expected[at] - expected[at, ids[at + 1]]
+            assert int((more > 1e-3).sum()) < rank <= int((more > -1e-3).sum())
+            assert best == expected[at].topk(4).indices.tolist()
+
+
+def test_cuts_and_company_change_nothing_that_is_told(made):
+    """A prompt's score would depend on what else the worker did, or on another row's tokens."""
+    ids, others = prompt(90, 7, SPEC.vocab), prompt(60, 8, SPEC.vocab)
+    pages, free = tuple(range(6)), tuple(range(6, 30))
+    alone = told_in(made, ids, pages, 2, [90])
+
+    rows = (
+        Row(pack([5]), 0, free[:1], GREEDY),
+        chunk(others, 0, 50, free[4:8], 20),
+        chunk(ids, 0, 64, pages, 2),
+        Row(pack(others[:33]), 0, free[8:11], None),
+    )
+    first = made.engine.run(BatchPlan(rows))
+    assert first.prompts.keys() == {1, 2} and first.logprobs.keys() == {0}
+    assert [len(first.prompts[i]) for i in (1, 2)] == [50, 64]
+    assert len(first.prompts[1].ids) == 50 * 20 * 4
+    second = made.engine.run(BatchPlan((chunk(ids, 64, 65, pages, 2), Row(pack([6]), 1, free[:1], GREEDY))))
+    third = made.engine.run(
+        BatchPlan((Row(pack([7]), 2, free[:1], GREEDY), chunk(ids, 65, 90, pages, 2, GREEDY)))
+    )
+    parts = [first.prompts[2], second.prompts[0], third.prompts[1]]
+    found = [line for part in parts for line in zip(*opened(part), strict=True)]
+    assert len(found) == len(alone) == 89
+    if sums_in_one_order(made):
+        assert found == alone
+    else:
+        expected = [line[0] for line in alone]
+        assert [line[0] for line in found] == pytest.approx(expected, abs=1e-4 if made.exact else 0.5)
+
+
+def sums_in_one_order(made) -> bool:
+    """Whether its sums are taken in one order, whatever else a step does."""
+    return bool(getattr(made.engine, "native", False))
+
+
+def test_a_draw_is_told_the_same_as_the_token_that_it_drew(made):
+    """A prompt that is an earlier prompt and its answer would be scored otherwise than the answer was."""
+    ids, pages = prompt(40, 9, SPEC.vocab), tuple(range(5))
+    text, drawn = list(ids), []
+    start = 0
+    while len(text) < 70:
+        result = made.engine.run(BatchPlan((Row(pack(text[start:]), start, pages, GREEDY),)))
+        start = len(text)
+        drawn.append(result.logprobs[0])
+        text.append(result.tokens[0])
+    told = told_in(made, text, tuple(range(5, 10)), 3, [70])[39:]
+    assert len(told) == len(drawn) == 30
+    for (value, rank, best, values), known in zip(told, drawn, strict=True):
+        if sums_in_one_order(made):
+            assert (value, values) == (known.drawn, list(known.values))
+        assert value == pytest.approx(known.drawn, abs=1e-4 if made.exact else 0.5)
+        if made.exact or sums_in_one_order(made):
+            assert (rank, best) == (1, list(unpack(known.ids)))
+
+
+def test_a_prompt_of_several_pieces_is_told_whole(made, weights):
+    """A long chunk, which runs in pieces, would be told of some of its tokens only, or of each in another's place."""
+    length = MAX_ROWS + 3 * TOLD_AT_ONCE + 7
+    ids, pages = prompt(length, 4, SPEC.vocab), tuple(range(pages_for(length, 16)))
+    before = Row(pack([9] * 20), 0, (90, 91), None)
+    result = made.engine.run(BatchPlan((before, chunk(ids, 0, length, pages, 1, GREEDY))))
+    values, *_ = opened(result.prompts[1])
+    expected = right(weights, ids)[range(length - 1), ids[1:]]
+    assert values == pytest.approx(expected.tolist(), abs=1e-3 if made.exact else 0.5)
+    assert result.tokens[0] is None and result.tokens[1] is not None
+
+
+def test_the_demo_model_scores_text_as_a_plain_forward_does():
+    """Scores of the shipped model would not be those that others publish."""
+    files = prepare(find_model(MODEL_PATH), "bfloat16")
+    text = "Virtual memory lets a program use more memory than a machine has. 日本 too, it is said, 3.14159 times."
+    ids = demo_tokenizer().encode(text, False)
+    arena = mmap.mmap(-1, 4 * files.spec.page_bytes(16, "bfloat16"))
+    engine = CpuEngine(files.spec, files.weights, arena, 4, 16, "bfloat16", threads=2)
+    result = engine.run(BatchPlan((chunk(ids, 0, len(ids), (0, 1, 2, 3), 1),)))
+    engine.close()
+    exact = prepare(find_model(MODEL_PATH), "float32")
+    expected = right(map_weights(exact.weights), ids, exact.spec)[range(len(ids) - 1), ids[1:]]
+    found = torch.tensor(opened(result.prompts[0])[0], dtype=torch.float64)
+    assert 30 < len(found) < 64
+    assert float((found - expected).abs().max()) < 0.25  # a logit in bfloat16 is this near
+    assert float((found - expected).abs().mean()) < 0.05
+
+
+def test_rows_that_tell_nothing_pay_nothing(made):
+    """Every prompt would have its logits made for nobody."""
+    result = made.engine.run(BatchPlan((Row(pack([1, 2, 3]), 0, (0,), GREEDY),)))
+    assert not result.prompts
+
+
+@pytest.mark.parametrize(
+    ("tell", "message"),
+    [
+        (Tell(b"", 1), "row 0: is told of 0 tokens behind 2"),
+        (Tell(pack([1, 2, 3]), 1), "row 0: is told of 3 tokens behind 2"),
+        (Tell(pack([1]), LOGPROBS_MAX + 1), "row 0: is told of 1 tokens behind 2, 21 each"),
+        (Tell(pack([SPEC.vocab]), 1), "row 0: is told of 1024 to 1024"),
+        (Tell(pack([-1]), 1), "row 0: is told of -1 to -1"),
+    ],
+)
+def test_what_is_not_there_cannot_be_told(made, tell, message):
+    """A damaged message would read another place's memory."""
+    with pytest.raises(ValueError, match=message):
+        made.engine.run(BatchPlan((Row(pack([1, 2]), 0, (0,), None, tell=tell),)))
+
+
+def test_logits_that_are_not_numbers_name_their_row(made):
+    """A broken page would be scored as if it were text."""
+    made.engine.run(BatchPlan((Row(pack([1]), 0, (1,), None),)))
+    with pytest.raises(
+        FloatingPointError, match="row"
+    ):  # position 16 attends to a page that was never written
+        made.engine.run(BatchPlan((Row(pack([1, 2]), 16, (50, 51), None, tell=Tell(pack([3]), 1)),)))
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 20])
+def test_many_at_once_are_told_as_one_is(count):
+    """The likeliest tokens of a prompt would be others than those of a draw after the same tokens, above all among equals."""
+    generator = torch.Generator().manual_seed(count)
+    logits = (
+        torch.randn(7, 300, generator=generator).mul(3).round().div(2)
+    )  # many equal ones, zeros of both signs
+    logits[3, 40:60] = -0.0
+    tokens = torch.randint(0, 300, (7,), generator=generator)
+    lines = told_of(logits, tokens, count)
+    assert lines.shape == (7, 2 + 2 * count)
+    for row, token, line in zip(logits, tokens.tolist(), lines.tolist(), strict=True):
+        known = logprobs_of(row, token, count)
+        assert line[0] == pytest.approx(known.drawn, rel=1e-14)
+        assert line[2 : 2 + count] == list(unpack(known.ids))
+        assert line[2 + count :] == pytest.approx(known.values, rel=1e-14)
+        order = sorted(range(300), key=lambda one: (-float(row[one]), one))
+        assert line[1] == 1 + order.index(token)
+
+
+def test_a_small_vocabulary_has_no_more_to_tell():
+    """More would be told than there are."""
+    lines = told_of(torch.tensor([[0.5, 1.5, 1.0]]), torch.tensor([0]), 20)
+    assert lines[0, 1:5].tolist() == [3, 1, 2, 0] and lines.shape == (1, 8)
+
+
+def test_pieces_are_cut_where_some_is_known():
+    """What another attempt tells again would be told twice, or in another place."""
+    whole = PromptLogprobs(
+        np.arange(4.0).tobytes(), pack([1, 2, 3, 4]), pack(range(8)), np.arange(8.0).tobytes()
+    )
+    rest = whole.after(3)
+    assert (len(whole), len(rest), whole.after(0)) == (4, 1, whole)
+    assert opened(rest) == ([3.0], [4], [[6, 7]], [[6.0, 7.0]])
+    bare = PromptLogprobs(np.arange(4.0).tobytes(), pack([1, 2, 3, 4]), b"", b"")
+    assert bare.after(1).ids == b"" and len(bare.after(1)) == 3

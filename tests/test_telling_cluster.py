@@ -1,0 +1,212 @@
+"""Log probabilities of prompts across a cluster in virtual time: all of them, once, in order, whoever dies whenever."""
+
+from __future__ import annotations
+
+import random
+from array import array
+
+import attrs
+import pytest
+import trio
+from trio.testing import MockClock
+
+from memory_cluster import (
+    PAGE_TOKENS,
+    MemoryCluster,
+    PageEngine,
+    baseline,
+    generate,
+    memory_cluster,
+    reference,
+)
+from memserve.api.service import GenerationParams
+from memserve.drawing import PromptLogprobs, Sampling
+from memserve.engine.plans import BatchPlan, BatchResult, Row
+from memserve.tokens import count, pack, unpack
+
+PD2 = (("p0", "prefill"), ("p1", "prefill"), ("d0", "decode"), ("d1", "decode"))
+APART = (("p0", "prefill", "s0"), ("d0", "decode", "s1"))
+BOTH = (("w0", "both"),)
+HOW = Sampling(0.0, prompt_logprobs=1)
+
+
+def prompt(seed: int, length: int) -> list[int]:
+    """Some tokens."""
+    rng = random.Random(seed)
+    return [rng.randrange(2, 50_000) for _ in range(length)]
+
+
+def told_after(before: list[int], token: int) -> tuple[float, int]:
+    """The log probability and rank that the make-believe model gives a token: any change of those before it changes them."""
+    rng = random.Random(pack([*before, token]))
+    return -rng.random(), rng.randrange(1, 50_000)
+
+
+def of_prompt(tokens: list[int]) -> list[tuple[float, int]]:
+    """All that is to be told of a prompt."""
+    return [told_after(tokens[:at], tokens[at]) for at in range(1, len(tokens))]
+
+
+class TellingEngine(PageEngine):
+    """Tells, as engines with a model do, what the tokens in its pages make of those that follow."""
+
+    def run(self, plan: BatchPlan) -> BatchResult:
+        result = super().run(plan)
+        told = {i: self.told(row) for i, row in enumerate(plan.rows) if row.tell is not None}
+        return attrs.evolve(result, prompts=told)
+
+    def told(self, row: Row) -> PromptLogprobs:
+        held = [self.arena[row.pages[i // PAGE_TOKENS]][i % PAGE_TOKENS] for i in range(row.end)]
+        lines = [
+            told_after(held[: row.start + i + 1], token) for i, token in enumerate(unpack(row.tell.follows))
+        ]
+        values, ranks = zip(*lines, strict=True)
+        packed = array("d", values).tobytes()
+        return PromptLogprobs(packed, pack(ranks), pack(ranks), packed)
+
+
+@attrs.define(eq=False)
+class TellingCluster(MemoryCluster):
+    """Its workers have such engines."""
+
+    engines: list[TellingEngine] = attrs.field(factory=list)
+
+    def make_engine(self, arena):
+        self.engines.append(TellingEngine(arena))
+        return self.engines[-1]
+
+
+async def ask(frontend, tokens: list[int], new: int) -> tuple[list[tuple[float, int]], list[int], int]:
+    """What is told of a prompt, which must come before any token; the answer; prompt tokens found in the cache."""
+    found: list[tuple[float, int]] = []
+    answer: list[int] = []
+    cached = set()
+
+    def take(chunk) -> bool:
+        assert not (chunk.prompt and answer), "something of the prompt came behind a token"
+        for one in chunk.prompt:
+            found.extend(zip(array("d", one.values), unpack(one.ranks), strict=True))
+        answer.extend(chunk.tokens)
+        cached.add(chunk.cached_tokens)
+        return True
+
+    with trio.fail_after(300):
+        async with frontend.open(pack(tokens), GenerationParams(HOW, new, ()), "") as stream:
+            await stream.listen(take)
+    return found, answer, max(cached)
+
+
+@pytest.mark.parametrize("workers", [PD2, APART, BOTH])
+@pytest.mark.parametrize("chunk_tokens", [3, 16, 1000])
+async def test_all_of_a_prompt_is_told_before_its_answer(
+    autojump_clock: MockClock, workers, chunk_tokens
+) -> None:
+    """A chunk's log probabilities would be missing, be another's, or come after clients have read on."""
+    async with memory_cluster(*workers, kind=TellingCluster, chunk_tokens=chunk_tokens) as (
+        cluster,
+        frontend,
+    ):
+        for length, new in [(1, 3), (2, 1), (17, 9), (60, 5)]:
+            tokens = prompt(length, length)
+            assert await ask(frontend, tokens, new) == (of_prompt(tokens), reference(tokens, new), 0)
+        await baseline(cluster)
+
+
+@pytest.mark.parametrize("workers", [PD2, APART, BOTH])
+async def test_what_is_cached_is_computed_again_and_serves_others(autojump_clock: MockClock, workers) -> None:
+    """Positions found in a cache have no logits: what is told would begin behind them. What was computed is worth caching."""
+    async with memory_cluster(*workers, kind=TellingCluster) as (cluster, frontend):
+        tokens = prompt(5, 50)
+        await generate(frontend, tokens, 6)
+        assert await ask(frontend, tokens, 6) == (of_prompt(tokens), reference(tokens, 6), 0)
+        other = prompt(6, 50)
+        await ask(frontend, other, 1)
+        async with frontend.open(pack(other), GenerationParams(Sampling(0.0), 1, ()), "") as stream:
+            cached: list[int] = []
+            await stream.listen(lambda chunk: cached.append(chunk.cached_tokens) or True)
+        assert cached == [48]
+        await baseline(cluster)
+
+
+async def test_nobody_waits_for_what_is_of_no_use_to_it(autojump_clock: MockClock) -> None:
+    """One that has to compute all of its prompt would wait for another to compute it first."""
+    async with memory_cluster(*BOTH, kind=TellingCluster, chunk_tokens=10) as (cluster, frontend):
+        tokens = prompt(7, 100)
+        async with trio.open_nursery() as nursery:
+            for run in (generate, ask, generate):
+                nursery.start_soon(run, frontend, tokens, 1)
+                await trio.sleep(0.001)
+            live = cluster.actors["w0"].core._live.values()
+            assert [(one.tells is not None, one.behind is not None) for one in live] == [
+                (False, False),
+                (True, False),
+                (False, True),
+            ]
+        await baseline(cluster)
+
+
+async def test_preempted_prompts_tell_all_once(autojump_clock: MockClock) -> None:
+    """A prompt whose pages were taken from it begins anew, and must neither tell twice nor find its own pages."""
+    async with memory_cluster(*BOTH, kind=TellingCluster, pages=44, chunk_tokens=12) as (cluster, frontend):
+        results = {}
+
+        async def one(i: int) -> None:
+            await trio.sleep(i * 0.011)
+            results[i] = await ask(frontend, prompt(i, 50 + i), 30)
+
+        async with trio.open_nursery() as nursery:
+            for i in range(6):
+                nursery.start_soon(one, i)
+        for i, (found, answer, _) in results.items():
+            assert (found, answer) == (of_prompt(prompt(i, 50 + i)), reference(prompt(i, 50 + i), 30))
+        assert cluster.actors["w0"].core.gauges()["preemptions_total"] > 0
+        await baseline(cluster)
+
+
+@pytest.mark.parametrize("victim", ["p0", "p1", "d0", "d1"])
+@pytest.mark.parametrize("after", [0.001, 0.02, 0.04, 0.06, 0.09, 0.13, 0.3])
+@pytest.mark.parametrize("announced", [True, False])
+async def test_killing_a_worker_tells_nothing_twice(
+    autojump_clock: MockClock, victim, after, announced
+) -> None:
+    """kill -9 in any chunk, at the hand-over, within the answer: another attempt tells what is missing, and only that."""
+    setting = {"kind": TellingCluster, "announce_deaths": announced, "chunk_tokens": 8}
+    async with memory_cluster(*PD2, **setting) as (cluster, frontend):
+        results = {}
+
+        async def one(i: int) -> None:
+            await trio.sleep(i * 0.01)
+            results[i] = await ask(frontend, prompt(i, 40), 20)
+
+        async with trio.open_nursery() as nursery:
+            for i in range(6):
+                nursery.start_soon(one, i)
+            await trio.sleep(after)
+            cluster.kill(victim)
+        for i, (found, answer, _) in results.items():
+            assert (found, answer) == (of_prompt(prompt(i, 40)), reference(prompt(i, 40), 20))
+        assert len(results) == 6
+        await baseline(cluster)
+
+
+async def test_a_later_attempt_computes_only_what_is_missing(autojump_clock: MockClock) -> None:
+    """A stream whose decode worker dies would wait for its whole prompt again, which was told long ago."""
+    async with memory_cluster(*PD2, kind=TellingCluster, chunk_tokens=8) as (cluster, frontend):
+        tokens, results = prompt(3, 80), []
+
+        async def one() -> None:
+            results.append(await ask(frontend, tokens, 60))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(one)
+            await trio.sleep(0.4)
+            (entry,) = frontend.core._entries.values()
+            assert count(entry.sent) > 5 and not entry.untold
+            assert entry.current().sampling.prompt_logprobs is None
+            cluster.kill(entry.plan.decode.rpartition(".")[0])
+        assert results == [(of_prompt(tokens), reference(tokens, 60), 0)]
+        prefills = [
+            cluster.actors[name].core.gauges().get("prefill_tokens_total", 0) for name in ("p0", "p1")
+        ]
+        assert 80 <= sum(prefills) < 80 + 40
+        await baseline(cluster)
