@@ -86,6 +86,7 @@ class Machine:
         self._device = ctypes.CDLL(str(device))
         self._device.device_peak.restype = ctypes.c_size_t
         self._device.device_mark.restype = ctypes.c_size_t
+        self._device.device_waits.restype = ctypes.c_size_t
         self._device.device_wait.argtypes = (ctypes.c_size_t,)
         self._device.device_wait.restype = ctypes.c_char_p
         self._device.device_end_capture.restype = ctypes.c_void_p
@@ -123,6 +124,11 @@ class Machine:
         """How many operations, copies and kernels have been launched."""
         launched: int = self._device.device_mark()
         return launched
+
+    def waits(self) -> int:
+        """How often the host had to wait since the last call."""
+        waits: int = self._device.device_waits()
+        return waits
 
     def wait(self, mark: int) -> None:
         """Until the first ``mark`` of all that was launched are done. Raises RuntimeError for one that failed."""

@@ -28,7 +28,7 @@ from memserve.engine.calibration import measure
 from memserve.engine.cores import Cores
 from memserve.engine.cuda import CudaEngine
 from memserve.engine.plans import BatchPlan, Row
-from memserve.engine.sampling import draw, draw_together
+from memserve.engine.sampling import ELSEWHERE, draw, draws
 from memserve.engine.weights import ModelFiles, map_weights, prepare, random_weights, save_weights
 from memserve.kernels import flashinfer_kit, gpu_memory
 from memserve.kernels.arena import serve_packet
@@ -334,7 +334,9 @@ def test_draws_together_are_the_draws_one_by_one():
                 for _ in range(24)
             ]  # fmt: skip
             positions = [chance.randrange(10**6) for _ in range(24)]
-            assert draw_together(logits, settings, positions) == draw(logits, settings, positions)
+            found, exact = draws(logits, settings, positions).tolist(), draw(logits, settings, positions)
+            here = [one for one in zip(found, exact, strict=True) if one[0] != ELSEWHERE]
+            assert all(token == drawn for token, drawn in here) and len(here) > (12 if sharpness > 1 else 0)
 
 
 def test_kernels_are_chosen_by_the_device_and_the_head_groups():

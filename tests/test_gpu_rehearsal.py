@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import random
 
 import attrs
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import gpu_rehearsal
-from adjustments import by_definition, past_of
+from adjustments import by_definition, past_of, some_adjustments
 from backends import FlashRunner
 from gpu_rehearsal import PROCESSORS, Graphs, Rehearsed, machine, needs_compiled
 from memserve.drawing import Sampling
@@ -151,6 +152,33 @@ def test_a_graph_keeps_none_of_its_tensors():
     graph.replay()
     with pytest.raises(RuntimeError, match="was freed before"):
         out.tolist()
+
+
+def test_a_step_waits_once_however_many_rows_draw():
+    """If it failed, the GPU would be idle between the draws of a batch, each of which is shorter than its launch."""
+    spec = attrs.evolve(BASE, vocab=131)
+    needs_compiled(spec, "fa2")
+    device, weights = machine().device, random_weights(spec, "bfloat16", 3)
+    arena = torch.zeros(PAGES + 1, *spec.page_shape(PAGE_TOKENS), dtype=torch.bfloat16, device=device)
+    placed = {name: tensor.to(device) for name, tensor in weights.items()}
+    engine = CudaEngine(spec, placed, arena, Rehearsed, Graphs(), rows=32, backend="fa2", max_context=64)
+    engine.warm_up()
+    asked = [some_adjustments(random.Random(i), 131) for i in range(24)]
+    for start in range(2):
+        rows = [
+            Row(
+                pack([3]),
+                start,
+                (i,),
+                Sampling(temperature=1.0, top_p=0.9, top_k=5, seed=i, adjust=how),
+                past,
+            )
+            for i, (how, past) in enumerate(asked)
+        ]
+        machine().waits()
+        engine.run(BatchPlan(tuple(rows)))
+        assert machine().waits() <= 2  # the other one is for the plan of the next step, while this one runs
+    engine.close()
 
 
 @pytest.mark.parametrize("new", [40, 1])

@@ -26,6 +26,10 @@ SPARE = 0.03
 """Of a GPU's free memory: left for fragmentation and for what is not accounted here."""
 HEAD_DIMS = (64, 128, 256)
 """What FlashInfer's fa2 and fa3 kernels are built for."""
+DRAW_BYTES = 64
+"""What a draw takes for each token of the vocabulary: float64 weights, their sums, and sorted ones with their indices."""
+DRAWN_BYTES, DRAWN_LEAST = 256 << 20, 8
+"""All draws that are made at once, and rows of them whatever they take."""
 SCRATCH_PAGES = 1
 """Beyond the pool's pages: where the padding rows of a captured batch write."""
 
@@ -43,13 +47,18 @@ def workspace_bytes(heads: int, kv_heads: int, head_dim: int, rows: int, process
     return max(WORKSPACE_MIN, most * heads * (head_dim + 1) * 4 + _ALIGNMENT)
 
 
+def drawn_together(vocab: int) -> int:
+    """Rows whose tokens are drawn at once: as many as there is room for, because each lot is launched by itself."""
+    return max(DRAWN_LEAST, DRAWN_BYTES // (vocab * DRAW_BYTES))
+
+
 def worker_bytes(spec: ModelSpec, batch: BatchConfig) -> int:
     """What one worker takes of a GPU beside the shared weights and pages: context, workspaces, a step's activations."""
     tokens = 2 * batch.chunk_tokens + batch.rows
     wide = 3 * spec.intermediate + 6 * spec.hidden + 2 * spec.head_dim * (spec.heads + 2 * spec.kv_heads)
-    # Of the logits: bfloat16, float32, and float64 weights and sums of those that are drawn, 8 rows at a time.
+    # Of the logits: bfloat16, float32, and float64 weights and sums of those that are drawn.
     rows = max(16, batch.rows * 3 // 2)  # of the largest captured batch size, at most
-    logits = rows * spec.vocab * 6 + 8 * spec.vocab * 64
+    logits = rows * spec.vocab * 6 + drawn_together(spec.vocab) * spec.vocab * DRAW_BYTES
     # Of rows that attend together: bfloat16 values of the common part, and float32 weights of both.
     together = batch.rows * spec.heads * (2 * spec.head_dim + 2 * 4)
     workspace = workspace_bytes(spec.heads, spec.kv_heads, spec.head_dim, rows, PROCESSORS_MAX)

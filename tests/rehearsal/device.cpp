@@ -361,6 +361,8 @@ void device_register() { at::RegisterPrivateUse1HooksInterface(new Hooks()); }
 // How many steps have been launched; device_wait runs them, and tells why one failed, or nothing.
 size_t device_mark() { return stream::launched_steps; }
 const char *device_wait(size_t mark) { return stream::wait(mark); }
+// How often the host has waited for something that was not done, since the last call.
+size_t device_waits() { return std::exchange(stream::waits, 0); }
 // Begin a graph; what device_end_capture gives is replayed and dropped by whoever has it.
 void device_begin_capture() { stream::graph = new stream::Graph; }
 void *device_end_capture() { return std::exchange(stream::graph, nullptr); }

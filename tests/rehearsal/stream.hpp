@@ -26,7 +26,7 @@ struct Graph {
 inline Graph *graph = nullptr;  // the one that is captured
 inline std::recursive_mutex guard;
 inline std::deque<Step> pending;
-inline size_t launched_steps = 0;
+inline size_t launched_steps = 0, waits = 0;
 inline std::string failure, told;
 // Within a step of the device, whose own allocations and copies are done at once.
 inline thread_local int within_step = 0;
@@ -54,6 +54,7 @@ inline void when_done(Step step) {
 inline const char *wait(size_t until) {
     const std::lock_guard held(guard);
     const Within step;
+    if (launched_steps - pending.size() < until) waits++;
     while (launched_steps - pending.size() < until) {
         Step next = std::move(pending.front());
         pending.pop_front();

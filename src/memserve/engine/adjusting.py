@@ -15,12 +15,14 @@ Temperature, min_p, top_k and top_p follow, in :mod:`memserve.engine.sampling`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 
 from memserve.drawing import Adjustments, Logprobs
 from memserve.engine.plans import Past, Row
+from memserve.kernels.sending import sent
 from memserve.tokens import pack
 
 
@@ -36,10 +38,9 @@ def adjusted(logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
 
 
 def adjust(logits: torch.Tensor, how: Adjustments, past: Past) -> None:
-    """Adjust one row in place. ``logits``: (vocab,) float32 on any device. No value is read back from there."""
+    """Adjust one row in place. ``logits``: (vocab,) float32 on any device, which is not waited for."""
 
-    def there(values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values.copy()).to(logits.device)
+    there = partial(sent, device=logits.device)
 
     def at(packed: bytes) -> torch.Tensor:
         return there(_ids(packed)).long()

@@ -34,7 +34,7 @@ from memserve.engine.safetensors import read_header
 from memserve.engine.spec import ModelSpec
 from memserve.engine.telling import tell_prompts
 from memserve.engine.weights import ModelFiles
-from memserve.gpu_room import SCRATCH_PAGES
+from memserve.gpu_room import SCRATCH_PAGES, drawn_together
 from memserve.kernels.flashinfer_kit import (
     CapturedDecode,
     FlashInferAttention,
@@ -45,10 +45,9 @@ from memserve.kernels.flashinfer_kit import (
 from memserve.kernels.flashinfer_ops import FlashInferOps, norms_as
 from memserve.kernels.gpu_memory import GpuArena, attach_gpu_arena
 from memserve.kernels.page_tables import Sharing, StepTables, Table, bucket_of, buckets_up_to, continues
+from memserve.kernels.sending import sent
 from memserve.tokens import count, pack, pages_for
 
-DRAWN_TOGETHER = 8
-"""Rows whose tokens are drawn at once: a row of 128k tokens takes some 5 MiB in float64 and its indices."""
 WARM_TOKENS = 512
 """Of the chunk that a start runs, so that the first request finds kernels and libraries loaded."""
 
@@ -282,13 +281,13 @@ class CudaEngine:
         assert self._model is not None, "the engine is closed"
         planned = attention.plan_tables(tables)
         batch = Batch(
-            torch.from_numpy(tables.ids.copy()).to(self._device),
+            sent(tables.ids, self._device),
             planned.append.positions,
-            torch.from_numpy(tables.wanted).to(self._device),
+            sent(tables.wanted, self._device),
         )
         head = partial(self._model.head, *self._model.layers(batch, planned, attention))
         rows = [(i, plan.rows[i]) for i in tables.order]
-        prompts = tell_prompts(rows, head, self._device, DRAWN_TOGETHER)
+        prompts = tell_prompts(rows, head, self._device, drawn_together(self._spec.vocab))
         wanted = [i for i, row in rows if row.sample is not None]
         if not wanted:
             self._graphs.mark()()  # pages of a prompt's earlier chunks are published too, so they must be written
@@ -348,30 +347,45 @@ class CudaEngine:
     ) -> tuple[tuple[int | None, ...], dict[int, Logprobs]]:
         """The tokens of the plan's rows ``wanted``, whose logits are rows ``at`` of ``logits``.
 
-        Waits for the device. Raises FloatingPointError, naming the row, when logits are not numbers.
+        All draws are launched before the device is waited for, once. Raises FloatingPointError, naming the row, when logits are
+        not numbers.
         """
-        values, ids = best.tolist()  # waits
-        for number, place in zip(wanted, at, strict=True):
-            if not np.isfinite(values[place]):
-                raise FloatingPointError(f"row {number}: the largest logit is {values[place]}")
-        drawn = {number: int(ids[place]) for number, place in zip(wanted, at, strict=True)}
         places = dict(zip(wanted, at, strict=True))
         others = [i for i in wanted if (row := plan.rows[i]).past or not (row.sample and row.sample.greedy)]
-        for first in range(0, len(others), DRAWN_TOGETHER):
-            some = others[first : first + DRAWN_TOGETHER]
-            chosen = logits[torch.tensor([places[i] for i in some], device=logits.device)]
-            drawn.update(zip(some, _draw_some(chosen, [plan.rows[i] for i in some]), strict=True))
+        parts = self._launch_draws(plan, logits, [(i, places[i]) for i in others])
+        values, ids = best.tolist()  # waits
+        for number, place in places.items():
+            if not np.isfinite(values[place]):
+                raise FloatingPointError(f"row {number}: the largest logit is {values[place]}")
+        drawn = {number: int(ids[place]) for number, place in places.items()}
+        for number, token in zip(others, [token for part in parts for token in part.tolist()], strict=True):
+            alone = token == sampling.ELSEWHERE
+            drawn[number] = _draw_alone(logits[places[number]], plan.rows[number]) if alone else token
         asked = [i for i in wanted if (how := plan.rows[i].sample) and how.logprobs is not None]
         lines = [logits[places[i]] for i in asked]
         reports = told(lines, [plan.rows[i] for i in asked], [drawn[i] for i in asked])
         logprobs = {i: one for i, one in zip(asked, reports, strict=True) if one is not None}
         return tuple(drawn.get(i) for i in range(len(plan.rows))), logprobs
 
+    def _launch_draws(
+        self, plan: BatchPlan, logits: torch.Tensor, others: Sequence[tuple[int, int]]
+    ) -> list[torch.Tensor]:
+        """The draws of those rows that are not simply their largest logit, each (row, its place in ``logits``)."""
+        parts, together = [], drawn_together(self._spec.vocab)
+        for first in range(0, len(others), together):
+            some = others[first : first + together]
+            chosen = logits[sent(np.array([place for _, place in some]), logits.device)]
+            rows = [plan.rows[number] for number, _ in some]
+            settings = [row.sample for row in rows if row.sample is not None]
+            parts.append(sampling.draws(adjusted(chosen, rows), settings, [row.end for row in rows]))
+        return parts
 
-def _draw_some(logits: torch.Tensor, rows: Sequence[Row]) -> list[int]:
-    """The tokens of ``rows`` that are not simply their largest logits'. ``logits``: (rows, vocab), as the model gave them."""
-    settings = [row.sample for row in rows if row.sample is not None]
-    return sampling.draw_together(adjusted(logits, rows), settings, [row.end for row in rows])
+
+def _draw_alone(logits: torch.Tensor, row: Row) -> int:
+    """``logits``: (vocab,), as the model gave them."""
+    assert row.sample is not None, "a row that draws nothing"
+    (token,) = sampling.draw(adjusted(logits[None], [row]), [row.sample], [row.end])
+    return token
 
 
 def open_engine(

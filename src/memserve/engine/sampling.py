@@ -21,6 +21,7 @@ _MASK = (1 << 64) - 1
 _GAMMA = 0x9E3779B97F4A7C15
 _HEAD = 256
 """Most draws fall within this many most probable tokens, which saves sorting the whole vocabulary."""
+ELSEWHERE = -1
 
 
 def uniform(seed: int, position: int) -> float:
@@ -63,32 +64,34 @@ def draw(logits: torch.Tensor, settings: Sequence[Sampling], positions: Sequence
     return tokens
 
 
-def draw_together(logits: torch.Tensor, settings: Sequence[Sampling], positions: Sequence[int]) -> list[int]:
-    """The draws of :func:`draw`, with one answer from the device instead of one a row.
+def draws(logits: torch.Tensor, settings: Sequence[Sampling], positions: Sequence[int]) -> torch.Tensor:
+    """The draws of :func:`draw` on the logits' device, which is not waited for: (rows,) int64.
 
-    ``logits``: (rows, vocab) float32, finite. A row whose token is not among the most probable is drawn by itself.
+    ``logits``: (rows, vocab) float32. ``ELSEWHERE`` where a row's token is not among the most probable: only :func:`draw` finds it.
     """
+    import numpy as np
     import torch
+
+    from memserve.kernels.sending import sent
 
     us = [uniform(how.seed, position) for how, position in zip(settings, positions, strict=True)]
     vocab = logits.shape[1]
-    columns = torch.tensor(
-        [
-            [how.temperature or 1.0, min(how.top_k or vocab, vocab), how.top_p, u, reach(how), how.greedy]
-            for how, u in zip(settings, us, strict=True)
-        ],
-        dtype=torch.float64,
-    ).to(logits.device)
+    columns = sent(
+        np.array(
+            [
+                [how.temperature or 1.0, min(how.top_k or vocab, vocab), how.top_p, u, reach(how), how.greedy]
+                for how, u in zip(settings, us, strict=True)
+            ]
+        ),
+        logits.device,
+    )
     temperature, top_k, top_p, u, least, greedy = columns[:, :, None].unbind(1)
     bounded = any(how.min_p > 0 for how in settings)
     tokens, found = _draw_near(logits, temperature, top_k, top_p, u, least if bounded else None)
-    answer = torch.where(found, tokens, -1)
+    answer = torch.where(found, tokens, ELSEWHERE)
     if any(how.greedy for how in settings):
         answer = torch.where(greedy[:, 0] > 0, logits.max(dim=-1).indices, answer)
-    return [
-        token if token >= 0 else _draw_one(logits[row], settings[row], us[row])
-        for row, token in enumerate(answer.tolist())  # one read-back
-    ]
+    return answer
 
 
 def _draw_near(

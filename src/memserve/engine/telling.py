@@ -13,6 +13,7 @@ import torch
 
 from memserve.drawing import PromptLogprobs
 from memserve.engine.plans import Row, Tell
+from memserve.kernels.sending import sent
 from memserve.tokens import count, unpack
 
 LogitsAt = Callable[[torch.Tensor], torch.Tensor]
@@ -40,7 +41,7 @@ def tell_prompts(
 
 def _lines(tell: Tell, first: int, logits_at: LogitsAt, device: torch.device, at_once: int) -> np.ndarray:
     """What :func:`told_of` says of a row's tokens, which begin as token ``first`` of the step: a line each."""
-    follows = torch.tensor(unpack(tell.follows), device=device)
+    follows = sent(np.array(unpack(tell.follows), np.int64), device)
     places = torch.arange(first, first + len(follows), device=device)
     parts = zip(torch.split(places, at_once), torch.split(follows, at_once), strict=True)
     lines = torch.cat([told_of(logits_at(some), tokens, tell.count) for some, tokens in parts])

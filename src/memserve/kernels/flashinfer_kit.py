@@ -8,11 +8,11 @@ versions 0.6.9 to 0.7 are served alike.
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import attrs
-import numpy as np
 import torch
 
 from memserve.engine.plans import BatchPlan
@@ -20,6 +20,7 @@ from memserve.engine.spec import ModelSpec
 from memserve.gpu_room import workspace_bytes
 from memserve.gpus import gpu_environment
 from memserve.kernels.page_tables import Common, Ints, StepTables, Table
+from memserve.kernels.sending import sent
 
 DECODE_GROUPS = (1, 2, 3, 4, 8)
 """Query heads a kv head that the CUDA-core decode kernel of 0.6.9 is built for."""
@@ -215,11 +216,11 @@ class FlashInferAttention:
     def plan_tables(self, tables: StepTables) -> FlashInferPlan:
         """A plan for any mix of rows, in the order of ``tables``."""
         everything = tables.all_rows
+        there = partial(sent, device=self.device)
         append = Append(
-            self._sent(tables.batch_indices),
-            self._sent(tables.positions),
-            *map(self._sent, (everything.indices, everything.indptr, everything.last_page_len)),
-        )
+            there(tables.batch_indices), there(tables.positions), there(everything.indices),
+            there(everything.indptr), there(everything.last_page_len),
+        )  # fmt: skip
         decode = prefill = together = None
         if tables.decodes:
             # Host arrays: from the device they would be read back, which waits for the GPU.
@@ -267,9 +268,6 @@ class FlashInferAttention:
             self._shared = on_device[0], on_device[1], _pinned(most, self.device)
         assert len(self._shared[0]) >= most, "captured batches differ in how many pages they may have"
         return self._shared
-
-    def _sent(self, values: Ints) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values)).to(self.device)
 
     def run(
         self,
