@@ -65,6 +65,11 @@ class ModelConfig:
         rule=one_of("auto", "hermes", "llama3_json", "mistral"),
         help="how the model writes calls of tools; auto: as its chat template has it, or hermes where that does not say",
     )
+    reasoning: str = setting(
+        "text",
+        rule=one_of("text", "apart"),
+        help="where a chat's answer has what the model thinks first, between <think> and </think>: in its text, or apart from it, as reasoning_content",
+    )
 
     @property
     def stored(self) -> str:

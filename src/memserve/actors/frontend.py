@@ -252,6 +252,7 @@ def make_app(context: ActorContext, service: FrontendService) -> Starlette:
         priority_keys=told.priority_keys,
         ttft_ms=told.ttft_ms,
         tool_format=model.tool_format,
+        reasoning=model.reasoning,
     )
     return build_app(service, tokenizer, resolved.spec, settings)
 

@@ -31,6 +31,7 @@ from memserve.api.logprobs import Piece
 from memserve.api.prompt_told import PromptTold
 from memserve.api.prompts import Model, Prompt, chat_prompt, completion_prompts
 from memserve.api.service import ApiSettings, Service
+from memserve.api.thoughts import MARKS, ThoughtParser
 from memserve.api.tokenizing import detokenized, read_detokenize, read_tokenize, tokenized
 from memserve.api.urgency import TTFT_HEADER, with_urgency
 from memserve.api.wire import ChatWire, CompletionWire, Wire
@@ -184,7 +185,6 @@ class Api:
     ) -> Response:
         caller: Caller = request.scope[CALLER]
         asked = request.headers.get(TTFT_HEADER)
-        told = self._told(body, prompts)
         order = Order(
             prompts=with_urgency(prompts, body, asked, caller, self.served.settings.ttft_ms),
             n=body.n or 1,
@@ -195,28 +195,33 @@ class Api:
             include_usage=body.stream_options is not None and bool(body.stream_options.include_usage),
             cache_scope=caller.cache_scope,
             ping_s=self.served.settings.ping_s,
-            told=told,
+            told=self._told(body, prompts),
         )
-        choices = [
-            self._choice(index, order, body, told[index // order.n] if told else None)
-            for index in range(len(prompts) * order.n)
-        ]
+        choices = [self._choice(index, order, body) for index in range(len(prompts) * order.n)]
         return _Answer(Generation(self.service, order, choices))
 
-    def _choice(
-        self, index: int, order: Order, body: CompletionBody | ChatBody, about: PromptTold | None
-    ) -> Choice:
-        at, piece, least = index // order.n, self.served.tokenizer.piece, body.min_tokens or 0
-        offer = body.offer if isinstance(body, ChatBody) else None
-        if offer is None:
-            return Choice(index, at, piece, order.stops, least, about=about, silent=body.max_tokens == 0)
-        form = self.served.call_format
-        parser = CallParser(form, offer.names, offer.several and form.several)
-        finish = "tool_calls" if offer.only is None else "stop"  # as OpenAI's
+    def _choice(self, index: int, order: Order, body: CompletionBody | ChatBody) -> Choice:
+        """A new answer, with all that is looked for in its text."""
+        at, marks = index // order.n, list[str]()
+        offer, calls, thoughts = body.offer if isinstance(body, ChatBody) else None, None, None
+        if self._apart(body, order.prompts[at]):
+            thoughts = ThoughtParser(order.prompts[at].thinking)
+            marks += MARKS
+        if offer is not None:
+            form = self.served.call_format
+            calls = CallParser(form, offer.names, offer.several and form.several)
+            marks += form.marks
         return Choice(
-            index, at, self.served.with_marks(form), order.stops, least,
-            calls=parser, finish_of_calls=finish, about=about,
+            index, at, self.served.with_marks(marks), order.stops, body.min_tokens or 0,
+            thoughts=thoughts, calls=calls,
+            finish_of_calls="tool_calls" if offer is None or offer.only is None else "stop",  # as OpenAI's
+            about=order.told[at] if order.told else None, silent=body.max_tokens == 0,
         )  # fmt: skip
+
+    def _apart(self, body: CompletionBody | ChatBody, prompt: Prompt) -> bool:
+        """Whether thoughts are told apart. An answer of a given form has none."""
+        grammar = prompt.params.sampling.adjust is not None and prompt.params.sampling.adjust.grammar
+        return isinstance(body, ChatBody) and self.served.settings.reasoning == "apart" and not grammar
 
     def _model_card(self) -> dict[str, Any]:
         settings = self.served.settings

@@ -14,6 +14,7 @@ import attrs
 import msgspec
 
 from memserve.api.call_formats import CallFormat
+from memserve.api.thoughts import held
 
 NAME_MAX = 256
 """Characters of a name that a model may call."""
@@ -122,7 +123,7 @@ class CallParser:
             self._tell(text.rstrip())
             self._rest = self._rest[len(text.rstrip()) :]
             return self._announced(at - len(text.rstrip()) + len(marker))
-        keep = 0 if self._final else _held(self._rest, marker)
+        keep = 0 if self._final else held(self._rest, marker)
         self._tell(self._rest[: len(self._rest) - keep])
         self._rest = self._rest[len(self._rest) - keep :]
         return False
@@ -266,12 +267,3 @@ def _read(text: str) -> Any:
         return msgspec.json.decode(text)
     except (msgspec.DecodeError, RecursionError):
         return None
-
-
-def _held(text: str, marker: str) -> int:
-    """So many of the last characters of ``text`` may be the beginning of the marker, or blanks before it."""
-    begun = next(
-        (size for size in range(min(len(text), len(marker) - 1), 0, -1) if text.endswith(marker[:size])), 0
-    )
-    before = text[: len(text) - begun]
-    return begun + len(before) - len(before.rstrip())

@@ -136,6 +136,8 @@ def _variables(message: ChatMessage, disarm: Disarm) -> dict[str, Any]:
     variables: dict[str, Any] = {"role": role, "content": disarm(message.text)}
     if message.name is not None:
         variables["name"] = disarm(message.name)
+    if message.reasoning_content is not None:
+        variables["reasoning_content"] = disarm(message.reasoning_content)
     if message.tool_call_id:
         variables["tool_call_id"] = disarm(message.tool_call_id)
     if message.tool_calls:

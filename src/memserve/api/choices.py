@@ -10,6 +10,7 @@ from memserve.api.call_parser import CallParser, CallPart, Found
 from memserve.api.logprobs import Told, token_text
 from memserve.api.prompt_told import PromptTold
 from memserve.api.service import Chunk
+from memserve.api.thoughts import Thought, ThoughtParser
 from memserve.drawing import Logprobs
 from memserve.engine.detokenizer import Detokenizer, StopScanner
 
@@ -24,16 +25,19 @@ class Delta:
     told: list[Told] = attrs.field(factory=list)
     """About each of ``tokens``, where log probabilities were asked for."""
     calls: list[CallPart] = attrs.field(factory=list)
+    thought: str = ""
+    """Of the model, where it is told apart from the text."""
 
     def __bool__(self) -> bool:
-        return bool(self.text or self.tokens or self.finish or self.calls)
+        return bool(self.text or self.tokens or self.finish or self.calls or self.thought)
 
     @property
     def parts(self) -> list[Delta]:
-        """The same in the order in which streams tell it: text, each call's name before its arguments, and the end."""
-        if not self.calls:
+        """The same in the order in which streams tell it: thoughts, text, each call's name before its arguments, and the end."""
+        if not self.calls and not self.thought:
             return [self]
-        parts = [Delta(self.text)] if self.text else []
+        parts = [Delta(thought=self.thought)] if self.thought else []
+        parts += [Delta(self.text)] if self.text else []
         parts += [Delta(calls=[call]) for call in self.calls]
         if self.finish:
             parts.append(Delta(finish=self.finish))
@@ -60,6 +64,7 @@ class Choice:
         stops: Sequence[str],
         min_tokens: int = 0,
         *,
+        thoughts: ThoughtParser | None = None,
         calls: CallParser | None = None,
         finish_of_calls: str = "tool_calls",
         about: PromptTold | None = None,
@@ -67,8 +72,8 @@ class Choice:
     ) -> None:
         """``index`` is the choice's in the response, ``prompt`` the number of its prompt.
 
-        ``min_tokens``: stop strings are not looked for in the text of so many tokens, as in vLLM. ``calls``: finds the calls of
-        tools, where there are tools; what then ends the answer is ``finish_of_calls``. ``about``: what is told of its prompt,
+        ``min_tokens``: stop strings are not looked for in the text of so many tokens, as in vLLM. ``thoughts``: finds what the
+        model thinks first, where that is told apart. ``calls``: finds the calls of tools, where there are tools; what then ends the answer is ``finish_of_calls``. ``about``: what is told of its prompt,
         where that was asked for. ``silent``: the one token that comes is not for the client, who wants the prompt alone.
         """
         self.index = index
@@ -82,7 +87,7 @@ class Choice:
         self._detokenizer = Detokenizer(piece)
         self._scanner = StopScanner(stops)
         self._piece, self._min_tokens, self._silent = piece, min_tokens, silent
-        self._calls, self._finish_of_calls = calls, finish_of_calls
+        self._thoughts, self._calls, self._finish_of_calls = thoughts, calls, finish_of_calls
         self._told_characters = 0
         # Not yet taken. Bounded by max_tokens: a client that reads slowly costs no more than one that waits.
         self._new = Delta()
@@ -122,6 +127,20 @@ class Choice:
         return None
 
     def _say(self, text: str) -> None:
+        if self._thoughts is None:
+            self._answer(text)
+        elif text:
+            self._think(self._thoughts.push(text))
+
+    def _think(self, found: Sequence[Thought | str]) -> None:
+        """What is a thought and what the answer."""
+        for one in found:
+            if isinstance(one, Thought):
+                self._new.thought += one.text
+            else:
+                self._answer(one)
+
+    def _answer(self, text: str) -> None:
         if self._calls is None:
             self._texts.append(text)
         elif text:
@@ -147,6 +166,8 @@ class Choice:
         return delta
 
     def _end(self, finish: str) -> None:
+        if self._thoughts is not None:
+            self._think(self._thoughts.finish())
         if self._calls is not None:
             self._sort(self._calls.finish())
             whole = finish == "stop" and self._calls.calls and not self._calls.cut

@@ -215,7 +215,7 @@ class Generation:
 
     def _event(self, choice: Choice, delta: Delta) -> bytes:
         """Tokens whose text is held back (half a character, what may be the beginning of a stop string or a call) make none."""
-        if delta.finish or delta.calls or self._order.wire.per_token:
+        if delta.finish or delta.calls or delta.thought or self._order.wire.per_token:
             return event(self._chunk(choice, delta))
         return self._moulds[choice.index].event(delta.text) if delta.text else b""
 

@@ -60,6 +60,8 @@ class ChatMessage:
     content: str | tuple[TextPart, ...] | None = None
     """None beside calls of tools alone."""
     name: str | None = None
+    reasoning_content: str | None = None
+    """What was thought before it, for templates that want to know."""
     tool_calls: Annotated[tuple[ToolCall, ...], Meta(max_length=CALLS_MAX)] | None = None
     tool_call_id: Annotated[str, Meta(max_length=256)] | None = None
 

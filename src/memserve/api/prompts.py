@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,12 +13,13 @@ from memserve import tokens as packed
 from memserve.api.bodies import CHOICES_MAX, SEED_BITS, ChatBody, CompletionBody, Conversation
 from memserve.api.call_formats import CallFormat, format_named
 from memserve.api.call_grammars import call_grammar
-from memserve.api.chat import ChatTemplate
+from memserve.api.chat import ChatTemplate, Rendered
 from memserve.api.errors import ApiError
 from memserve.api.formats import grammar_of
 from memserve.api.logprobs import Piece
 from memserve.api.sampling import sampling_of
 from memserve.api.service import ApiSettings, GenerationParams
+from memserve.api.thoughts import begins_in_thought
 from memserve.api.tools import Offer
 from memserve.engine.spec import ModelSpec
 from memserve.engine.tokenizer import LONG_TEXT, Tokenizer
@@ -43,10 +44,11 @@ class Model:
         """How it writes calls of tools."""
         return format_named(self.settings.tool_format, self.spec.chat_template)
 
-    def with_marks(self, form: CallFormat) -> Piece:
-        """What tokens say in an answer with calls: marks too that are control tokens, which say nothing otherwise."""
-        shown = {self.tokenizer.specials[mark] for mark in form.marks if mark in self.tokenizer.specials}
-        return lambda token: self.tokenizer.piece(token, skip_special=token not in shown)
+    def with_marks(self, marks: Iterable[str]) -> Piece:
+        """What tokens say in an answer in which these are looked for: control tokens among them say nothing otherwise."""
+        shown = {self.tokenizer.specials[mark] for mark in marks if mark in self.tokenizer.specials}
+        piece = self.tokenizer.piece
+        return (lambda token: piece(token, skip_special=token not in shown)) if shown else piece
 
 
 @attrs.frozen
@@ -57,6 +59,8 @@ class Prompt:
     params: GenerationParams
     echo: str = ""
     """What the answer's text begins with."""
+    thinking: bool = False
+    """Whether the answer begins within a thought."""
 
     @property
     def packed(self) -> bytes:
@@ -89,19 +93,28 @@ async def completion_prompts(
 
 async def chat_prompt(body: ChatBody, model: Model, scope: str, draw: Callable[[], int]) -> Prompt:
     """The prompt of a chat of the tenant ``scope``. ``draw`` gives a seed where the body has none. Raises ApiError (400)."""
-    tokens = await chat_tokens(body, model, scope)
+    rendered = _rendered(body, model)
+    tokens = await _encoded(rendered, model, scope)
     left = _left(tokens, "messages", model.settings.max_context)
     name = "max_completion_tokens" if body.max_completion_tokens is not None else "max_tokens"
     asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     params = _params(body, model, _answer(asked, name, left, left, model), draw, await _grammar(body, model))
-    return Prompt(tuple(tokens), params)
+    return Prompt(tuple(tokens), params, thinking=begins_in_thought(rendered.text))
 
 
 async def chat_tokens(body: Conversation, model: Model, scope: str) -> list[int]:
     """The conversation as the model's template writes it. Raises ApiError (400)."""
+    return await _encoded(_rendered(body, model), model, scope)
+
+
+def _rendered(body: Conversation, model: Model) -> Rendered:
     tools = () if body.offer is None else body.offer.tools
     rendered = model.template.render(body.messages, body.chat_template_kwargs, body.ending, tools)
     _not_hopeless(rendered.text, "messages", model)
+    return rendered
+
+
+async def _encoded(rendered: Rendered, model: Model, scope: str) -> list[int]:
     if len(rendered.text) < LONG_TEXT:
         return model.template.encode(rendered, scope)
     return await trio.to_thread.run_sync(model.template.encode, rendered, scope, limiter=model.encoders)

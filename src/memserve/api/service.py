@@ -103,6 +103,8 @@ class ApiSettings:
     """By when the first token of a request that does not say is wanted."""
     tool_format: str = "auto"
     """How the model writes calls of tools; auto: as its chat template has it."""
+    reasoning: str = "text"
+    """``apart``: what it thinks first is not in its answer's text."""
     body_bytes_max: int = 8 << 20
     body_timeout_s: float = 30.0
     """From the head of a request to the end of its body."""

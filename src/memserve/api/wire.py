@@ -127,9 +127,9 @@ class ChatWire:
         return opening if choice.index else opening | self._of_prompt(choice)
 
     def chunk(self, head: Head, choice: Choice, delta: Delta) -> dict[str, Any]:
-        said: dict[str, Any] = (
-            {"content": delta.text} if delta.text or not (delta.finish or delta.calls) else {}
-        )
+        said: dict[str, Any] = {"reasoning_content": delta.thought} if delta.thought else {}
+        if delta.text or not (delta.finish or delta.calls or delta.thought):
+            said["content"] = delta.text
         if delta.calls:
             said["tool_calls"] = call_deltas(delta.calls, partial(self.calls.call_id, head.id, choice.index))
         answer = {"index": choice.index, "delta": said, "finish_reason": delta.finish}
@@ -139,6 +139,8 @@ class ChatWire:
         choices = []
         for choice, delta in answers:
             message: dict[str, Any] = {"role": "assistant", "content": delta.text, "refusal": None}
+            if delta.thought:
+                message["reasoning_content"] = delta.thought
             if delta.calls:
                 call_id = partial(self.calls.call_id, head.id, choice.index)
                 message |= {"content": delta.text or None, "tool_calls": whole_calls(delta.calls, call_id)}

@@ -1,0 +1,102 @@
+"""Tells what a model thinks before it answers from the answer, where ``[model] reasoning`` asks for that.
+
+Models that reason write their thoughts between ``<think>`` and ``</think>``, at the head of an answer; some templates write the
+first of the two at the end of the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import attrs
+
+OPEN, CLOSE = MARKS = "<think>", "</think>"
+
+
+@attrs.frozen
+class Thought:
+    """A piece of what a model thinks."""
+
+    text: str
+
+
+def begins_in_thought(prompt: str) -> bool:
+    """Whether the answer to this prompt goes on with a thought."""
+    return prompt.rstrip().endswith(OPEN)
+
+
+class ThoughtParser:
+    """One answer's. ``push`` its text, ``finish`` when no more comes; both give what is known by then.
+
+    Blanks around a thought, and between it and the answer, belong to neither. What comes out depends on the text alone, not on
+    how it was cut into pieces.
+    """
+
+    def __init__(self, begun: bool) -> None:
+        """``begun``: whether the answer begins within a thought."""
+        self._rest = ""
+        self._state: Callable[[], bool] = self._in_thought if begun else self._at_head
+        self._thinking = False
+        """Whether anything of the thought was told."""
+        self._found: list[Thought | str] = []
+
+    def push(self, text: str) -> list[Thought | str]:
+        """What is known with ``text``, in order."""
+        self._rest += text
+        while self._state():
+            pass
+        found, self._found = self._found, []
+        return found
+
+    def finish(self) -> list[Thought | str]:
+        """What is left, when no text follows."""
+        left, self._rest = self._rest, ""
+        if self._state == self._in_thought:
+            left = left if self._thinking else left.lstrip()
+            return [Thought(left)] if left.strip() else []
+        return [left] if left and self._state != self._behind_thought else []
+
+    # ---- each state looks at the rest, and says whether there is more to do with what is there ------------------------
+
+    def _at_head(self) -> bool:
+        head = self._rest.lstrip()
+        if OPEN.startswith(head):  # an empty one too
+            if head != OPEN:
+                return False
+        elif not head.startswith(OPEN):
+            return self._to(self._in_answer)
+        self._rest = head[len(OPEN) :]
+        return self._to(self._in_thought)
+
+    def _in_thought(self) -> bool:
+        text, closed, behind = self._rest.partition(CLOSE)
+        told = text.rstrip() if closed else text[: len(text) - held(text, CLOSE)]
+        shown = told if self._thinking else told.lstrip()
+        if shown:
+            self._thinking = True
+            self._found.append(Thought(shown))
+        self._rest = behind if closed else text[len(told) :]
+        return bool(closed) and self._to(self._behind_thought)
+
+    def _behind_thought(self) -> bool:
+        self._rest = self._rest.lstrip()
+        return bool(self._rest) and self._to(self._in_answer)
+
+    def _in_answer(self) -> bool:
+        if self._rest:
+            self._found.append(self._rest)
+            self._rest = ""
+        return False
+
+    def _to(self, state: Callable[[], bool]) -> bool:
+        self._state = state
+        return True
+
+
+def held(text: str, marker: str) -> int:
+    """So many of the last characters of ``text`` may be the beginning of ``marker``, or blanks before it."""
+    begun = next(
+        (size for size in range(min(len(text), len(marker) - 1), 0, -1) if text.endswith(marker[:size])), 0
+    )
+    before = text[: len(text) - begun]
+    return begun + len(before) - len(before.rstrip())
