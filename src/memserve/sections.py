@@ -68,7 +68,7 @@ class ModelConfig:
     reasoning: str = setting(
         "text",
         rule=one_of("text", "apart"),
-        help="where a chat's answer has what the model thinks first, between <think> and </think>: in its text, or apart from it, as reasoning_content",
+        help="where a chat's answer has what the model thinks first: in its text, as it wrote it, or apart from it, as reasoning_content",
     )
 
     @property
