@@ -130,6 +130,8 @@ BAD_CHATS = [
     ({"messages": HI, "structured_outputs": {"json": "{"}}, "structured_outputs.json", "truncated"),
     ({"messages": HI, "structured_outputs": {"grammar": "root: x ::="}}, "structured_outputs.grammar", "Expected ::="),
     ({"messages": HI, "structured_outputs": {"grammar": "root ::= " + "(" * 5000 + '"a"' + ")" * 5000}}, "structured_outputs.grammar", "nested too deeply"),
+    ({"messages": HI, "structured_outputs": {"json": {"minimum": "é" * 99}}}, "structured_outputs.json", "failed over it"),  # a panic of the library
+    ({"messages": HI, "tool_choice": "required", "tools": [{"type": "function", "function": {"name": "f", "parameters": {"required": "é" * 99}}}]}, "tools[0].function.parameters", "failed over it"),
     ({"messages": HI, "structured_outputs": {"json": '{"items":' * 5000 + "{}" + "}" * 5000}}, "structured_outputs.json", "nested too deeply"),
     ({"messages": HI, "structured_outputs": {"grammar": "root ::= " + '"a" ' * 20_000}}, "structured_outputs.grammar", "at most 65536 bytes, got 80009"),
     ({"messages": HI, "structured_outputs": {"choice": []}}, "structured_outputs.choice", "length >= 1"),

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 from structlog.testing import capture_logs
 
+import memserve.engine.grammars as grammars_module
 from fake_service import MODEL_PATH, demo_tokenizer
 from memserve.api.formats import JsonSchema, ResponseFormat, StructuredOutputs, grammar_of
 from memserve.drawing import Adjustments, Sampling
@@ -127,6 +128,22 @@ def test_a_grammar_that_cannot_be_followed_ends_the_answer(grammars):
     assert tokens_of(found) == list(SPEC.eos)
     assert [line["event"] for line in logs] == ["grammar given up"]
     assert "\n" not in logs[0]["reason"]
+
+
+def test_a_panic_of_the_library_ends_the_answer_and_no_more(grammars, monkeypatch):
+    """If it failed, one answer's grammar would end its worker, and each that went on with the answer."""
+
+    class PanicException(BaseException):
+        """As pyo3's."""
+
+    def panics(*_given, **_named):
+        raise PanicException("index out of bounds")
+
+    monkeypatch.setattr(grammars_module, "LLMatcher", panics)
+    with capture_logs() as logs:
+        found = grammars.allowed(grammar(choice=("never read before",)), b"")
+    assert tokens_of(found) == list(SPEC.eos)
+    assert "index out of bounds" in logs[0]["reason"]
 
 
 def test_rows_with_a_grammar_are_told_what_it_allows(grammars):

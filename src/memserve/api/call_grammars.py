@@ -13,6 +13,7 @@ from memserve.api.call_formats import CallFormat
 from memserve.api.errors import ApiError
 from memserve.api.formats import COMPACT, cannot
 from memserve.api.tools import Offer, Tool
+from memserve.engine.grammar_checks import wrong_with
 
 CALLS_MAX = 16
 """Calls of one answer whose form is given: a small model that repeats itself would have no end."""
@@ -36,7 +37,7 @@ def call_grammar(offer: Offer, form: CallFormat, specials: Mapping[str, int], an
     lark = "\n".join(["%llguidance {}", *_rules(offer, form, specials, bool(answer))])
     made = json.dumps({"grammars": [{"name": "calls", "lark_grammar": lark}, *_named(answer)]})
     # Each tool's part was in order, but all of them may be too much.
-    if wrong := LLMatcher.validate_grammar(made):
+    if wrong := wrong_with(made):
         raise cannot("tools", wrong)
     return made
 
@@ -95,7 +96,7 @@ def _schema(tool: Tool, offer: Offer) -> str:
     schema = _closed(tool.function.parameters or {"properties": {}}, field)
     options = COMPACT if tool.function.strict else {**COMPACT, "lenient": True}
     made = "%json " + json.dumps({**schema, "x-guidance": options})
-    if wrong := LLMatcher.validate_grammar(LLMatcher.grammar_from_lark(f"start: {made}")):
+    if wrong := wrong_with(LLMatcher.grammar_from_lark(f"start: {made}")):
         raise cannot(field, wrong.partition("\n")[0].partition("): ")[2] or wrong)
     return made
 

@@ -14,6 +14,7 @@ from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
 from msgspec import Meta
 
 from memserve.api.errors import ApiError
+from memserve.engine.grammar_checks import wrong_with
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
@@ -67,7 +68,7 @@ def grammar_of(response: ResponseFormat | None, structured: StructuredOutputs | 
             "structured_outputs: not beside response_format", "structured_outputs", code="invalid_value"
         )
     for field, grammar in asked:
-        if wrong := LLMatcher.validate_grammar(grammar):
+        if wrong := wrong_with(grammar):
             raise cannot(field, wrong)
         return grammar
     return ""

@@ -13,6 +13,7 @@ from typing import TypeVar
 import structlog
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
+from memserve.engine.grammar_checks import GrammarPanic, panics_told
 from memserve.engine.tokenizer import Tokenizer
 from memserve.tokens import TOKEN_BYTES, count, span, unpack
 
@@ -42,10 +43,15 @@ class Grammars:
 
         At least one may. Where the grammar cannot be followed any further, which is logged, those that end the answer.
         """
-        matcher = self._at(grammar, output)
-        mask = matcher.compute_bitmask()[: self._bytes]
-        if matcher.is_error() or not any(mask):
-            reason = matcher.get_error().partition("\n")[0] or "no token may follow"
+        try:
+            with panics_told():
+                matcher = self._at(grammar, output)
+                mask: bytes = matcher.compute_bitmask()[: self._bytes]
+                wrong = matcher.get_error() if matcher.is_error() else ""
+        except GrammarPanic as panic:
+            wrong, mask = str(panic), b""
+        if wrong or not any(mask):
+            reason = wrong.partition("\n")[0] or "no token may follow"
             log.warning("grammar given up", reason=reason, tokens=count(output))
             return self._ends
         _remember(self._followed, (grammar, output), matcher, FOLLOWED_MAX)
