@@ -130,8 +130,8 @@ BAD_CHATS = [
     ({"messages": HI, "structured_outputs": {"json": "{"}}, "structured_outputs.json", "truncated"),
     ({"messages": HI, "structured_outputs": {"grammar": "root: x ::="}}, "structured_outputs.grammar", "Expected ::="),
     ({"messages": HI, "structured_outputs": {"grammar": "root ::= " + "(" * 5000 + '"a"' + ")" * 5000}}, "structured_outputs.grammar", "nested too deeply"),
-    ({"messages": HI, "structured_outputs": {"json": {"minimum": "é" * 99}}}, "structured_outputs.json", "failed over it"),  # a panic of the library
-    ({"messages": HI, "tool_choice": "required", "tools": [{"type": "function", "function": {"name": "f", "parameters": {"required": "é" * 99}}}]}, "tools[0].function.parameters", "failed over it"),
+    ({"messages": HI, "structured_outputs": {"json": {"minimum": "é" * 99}}}, "structured_outputs.json", "a library failed over it"),  # a panic of the library
+    ({"messages": HI, "tool_choice": "required", "tools": [{"type": "function", "function": {"name": "f", "parameters": {"required": "é" * 99}}}]}, "tools[0].function.parameters", "a library failed over it"),
     ({"messages": HI, "structured_outputs": {"json": '{"items":' * 5000 + "{}" + "}" * 5000}}, "structured_outputs.json", "nested too deeply"),
     ({"messages": HI, "structured_outputs": {"grammar": "root ::= " + '"a" ' * 20_000}}, "structured_outputs.grammar", "at most 65536 bytes, got 80009"),
     ({"messages": HI, "structured_outputs": {"choice": []}}, "structured_outputs.choice", "length >= 1"),
@@ -217,9 +217,18 @@ async def test_an_unknown_model_is_not_served_by_another():
     assert response.json()["error"]["param"] == "model"
 
 
-async def test_a_bug_is_a_500_in_the_same_shape():
-    """A crash would leave the client with a bare connection error."""
-    async with asking(FakeService(lambda _r: 1 / 0)) as client:
+class PanicException(BaseException):
+    """As pyo3's, which libraries in Rust raise where they give up."""
+
+
+@pytest.mark.parametrize("bug", [ZeroDivisionError("division by zero"), PanicException("out of bounds")])
+async def test_a_bug_is_a_500_in_the_same_shape(bug):
+    """A crash would leave the client with a bare connection error, and end the streams of all others."""
+
+    def fails(_request):
+        raise bug
+
+    async with asking(FakeService(fails)) as client:
         response = await client.post("/v1/completions", json={"prompt": "x"})
 
     assert response.status_code == 500

@@ -139,9 +139,10 @@ def test_a_panic_of_the_library_ends_the_answer_and_no_more(grammars, monkeypatc
     def panics(*_given, **_named):
         raise PanicException("index out of bounds")
 
+    asked = grammar(choice=("never read before",))
     monkeypatch.setattr(grammars_module, "LLMatcher", panics)
     with capture_logs() as logs:
-        found = grammars.allowed(grammar(choice=("never read before",)), b"")
+        found = grammars.allowed(asked, b"")
     assert tokens_of(found) == list(SPEC.eos)
     assert "index out of bounds" in logs[0]["reason"]
 

@@ -32,6 +32,7 @@ LAYERS = {
     "words": (
         "__init__",
         "errors",
+        "panics",
         "identity",
         "costs",
         "drawing",

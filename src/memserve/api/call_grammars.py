@@ -13,7 +13,7 @@ from memserve.api.call_formats import CallFormat
 from memserve.api.errors import ApiError
 from memserve.api.formats import COMPACT, cannot
 from memserve.api.tools import Offer, Tool
-from memserve.engine.grammar_checks import wrong_with
+from memserve.engine.grammars import wrong_with
 
 CALLS_MAX = 16
 """Calls of one answer whose form is given: a small model that repeats itself would have no end."""

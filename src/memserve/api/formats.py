@@ -14,7 +14,7 @@ from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
 from msgspec import Meta
 
 from memserve.api.errors import ApiError
-from memserve.engine.grammar_checks import wrong_with
+from memserve.engine.grammars import wrong_with
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions

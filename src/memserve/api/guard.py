@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from memserve.api.errors import ApiError
 from memserve.api.service import ApiSettings
+from memserve.panics import panics_told
 
 OPEN_PATHS = ("/health", "/metrics")
 """Asked by load balancers and scrapers, who have no key."""
@@ -69,7 +70,8 @@ class Guard:
             self._check_framing(headers)
         except ApiError as error:
             return await error.response()(scope, receive, send)
-        return await self._app(scope, _Limited(receive, self._settings), send)
+        with panics_told():
+            return await self._app(scope, _Limited(receive, self._settings), send)
 
     def _authenticate(self, headers: list[tuple[bytes, bytes]]) -> Caller:
         """Whose key the request has."""

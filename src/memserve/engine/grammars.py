@@ -13,8 +13,8 @@ from typing import TypeVar
 import structlog
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
-from memserve.engine.grammar_checks import GrammarPanic, panics_told
 from memserve.engine.tokenizer import Tokenizer
+from memserve.panics import Panic, panics_told
 from memserve.tokens import TOKEN_BYTES, count, span, unpack
 
 FOLLOWED_MAX = 1024
@@ -48,7 +48,7 @@ class Grammars:
                 matcher = self._at(grammar, output)
                 mask: bytes = matcher.compute_bitmask()[: self._bytes]
                 wrong = matcher.get_error() if matcher.is_error() else ""
-        except GrammarPanic as panic:
+        except Panic as panic:
             wrong, mask = str(panic), b""
         if wrong or not any(mask):
             reason = wrong.partition("\n")[0] or "no token may follow"
@@ -71,6 +71,16 @@ class Grammars:
         read = self._read.get(grammar) or LLMatcher(self._tokenizer, grammar, log_level=0)
         _remember(self._read, grammar, read, READ_MAX)
         return read.deep_copy()
+
+
+def wrong_with(grammar: str) -> str:
+    """Why a grammar, llguidance's text, cannot be followed; empty: it can. It can take a second: call it in a thread."""
+    try:
+        with panics_told():
+            wrong: str = LLMatcher.validate_grammar(grammar)
+    except Panic as panic:
+        return str(panic)
+    return wrong
 
 
 class _Pieces:
