@@ -64,6 +64,8 @@ LAYERS = {
         "config",
         "sections",
         "configfile",
+        "cross_checks",
+        "network",
         "rules",
         "resolve",
         "lifecycle",

@@ -295,7 +295,9 @@ class CudaEngine:
     def _capture(self, rows: int) -> _DecodeStep:
         assert self._model is not None and self._attention is not None and self._logits is not None
         arrays = self._attention.captured(rows, self._buckets[-1] * self._row_pages)
-        step = _DecodeStep(arrays, Batch(arrays.ids, arrays.positions, torch.arange(rows, device=self._device)))
+        step = _DecodeStep(
+            arrays, Batch(arrays.ids, arrays.positions, torch.arange(rows, device=self._device))
+        )
         arrays.load(Table.of((), self._page_tokens).padded(rows, self._pages), np.zeros(rows, np.int32))
         model, attention, logits = self._model, self._attention, self._logits[:rows]
 
