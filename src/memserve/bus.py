@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import stat
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Protocol
 import attrs
 import trio
 import zmq
+from zmq.utils.monitor import parse_monitor_message
 
-from memserve.errors import PeerError, PeerFull, PeerUnreachable
+from memserve.errors import PeerError, PeerFull, PeerUnreachable, UserError
 from memserve.messages import PROTOCOL_VERSION, ActorId, Message, decode, encode
 from memserve.network import KeyPair
 
@@ -47,6 +48,10 @@ CONNECT_MS = 2_000
 """Longest wait for a TCP connection; the system itself would wait minutes for a host that has vanished."""
 RECONNECT_MS, RECONNECT_MS_MAX = 100, 2_000
 """First and longest pause between two tries."""
+LATE_S = 1.0
+"""After so long without an answer, a host that joins says that it waits."""
+REFUSALS = 3
+"""Connections that are broken off before one is let in: then it is the key. Fewer may be a scheduler that just ended."""
 
 
 class Inbox:
@@ -252,6 +257,47 @@ def as_client(socket: zmq.Socket[bytes], keys: KeyPair) -> None:
     socket.setsockopt(zmq.CONNECT_TIMEOUT, CONNECT_MS)
     socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MS_MAX)
+
+
+async def knock(head: str, keys: KeyPair, late: Callable[[], None]) -> None:
+    """Wait until the inbox at ``head`` lets in who has ``keys``. ``late`` is called when nobody answers there yet.
+
+    Raises UserError when it does not.
+    """
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    socket = context.socket(zmq.DEALER)
+    socket.setsockopt(zmq.LINGER, 0)
+    as_client(socket, keys)
+    monitor = socket.get_monitor_socket()
+    events = Inbox(monitor)
+    try:
+        socket.connect(head)
+        with trio.move_on_after(LATE_S) as in_time:
+            await _let_in(events, head)
+        if in_time.cancelled_caught:
+            late()
+            await _let_in(events, head)
+    finally:
+        socket.disable_monitor()
+        monitor.close()
+        socket.close()
+        context.term()
+
+
+async def _let_in(events: Inbox, head: str) -> None:
+    """Follow a connection's tries. One that is made and then broken off, again and again, is refused for its key."""
+    broken = 0
+    while True:
+        for frames in await events.receive():
+            event = parse_monitor_message(frames)["event"]
+            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                return
+            broken += event in (zmq.EVENT_HANDSHAKE_FAILED_AUTH, zmq.EVENT_DISCONNECTED)
+            if broken >= REFUSALS or event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+                raise UserError(
+                    f"cluster.key: what listens at {head} does not take this key: the file must be a copy of the one"
+                    " that the scheduler's host was started with"
+                )
 
 
 @asynccontextmanager
