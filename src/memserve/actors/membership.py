@@ -60,7 +60,21 @@ def terms_of(resolved: Resolved) -> Terms | UnsetType:
 
 
 async def pass_on_deaths(context: ActorContext, shell: Shell) -> None:
-    """Tell every scheduler of another host what this host's supervisor says; it reads none of them itself."""
-    async for actor in context.lifeline.died:
-        for name in context.resolved.config.scheduler_names:
-            shell.send(Send(seed_id(name), Ended((actor,))))
+    """Tell the scheduler of another host who has died on this one, by its supervisor's word; and, last, that we end ourselves.
+
+    Where the scheduler is on this host, its supervisor tells it.
+    """
+    network = context.resolved.network
+    if network is None or not network.joins:
+        return
+    try:
+        async for actor in context.lifeline.died:
+            tell_schedulers(context, shell, Ended((actor,)))
+    finally:
+        tell_schedulers(context, shell, Ended((context.id,)))
+
+
+def tell_schedulers(context: ActorContext, shell: Shell, message: Ended) -> None:
+    """Send a message to every scheduler."""
+    for name in context.resolved.config.scheduler_names:
+        shell.send(Send(seed_id(name), message))

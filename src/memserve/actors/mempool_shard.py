@@ -107,6 +107,8 @@ async def main(context: ActorContext, *, task_status: trio.TaskStatus[None]) -> 
             shell.turn()
             task_status.started()
             await context.lifeline.drain.wait()
+            presence.become("draining")  # so that other hosts miss nobody
+            shell.turn()
             nursery.cancel_scope.cancel()
         core.check()
 
