@@ -14,7 +14,10 @@ from memserve.configfile import load
 from memserve.errors import ConfigError, UserError
 from memserve.messages import ActorId, Ended, Gone, Load, Member, Refused
 from memserve.network import Network, find_network, make_key, own_address, read_key
+from memserve.scheduling.cost_model import LINKS
+from memserve.scheduling.fleet import Fleet
 from memserve.scheduling.policies import RoundRobin
+from memserve.scheduling.pricing import Cost, Weights
 from memserve.scheduling.scheduler import SchedulerCore
 from memserve.sections import ClusterConfig
 
@@ -113,6 +116,15 @@ def test_a_host_of_several_may_have_one_side_only(tmp_path: Path) -> None:
         MODEL + "[[worker]]\nname = 'p0'\nrole = 'prefill'\n[cluster]\nlisten = 'a:1'\nkey = 'k'"
     )
     assert [one.role for one in load(str(tmp_path / "c.toml")).worker] == ["prefill"]
+
+
+def test_pages_between_hosts_are_priced_as_they_go() -> None:
+    """A fetch from another host costs more than a copy on this one; priced alike, it would be done where computing is faster."""
+    cost, fleet = Cost(Weights(path="mapped", far_path="tcp")), Fleet()
+    for name, host in (("s0", HEAD), ("s1", HEAD), ("s2", "10.0.0.2")):
+        fleet.heard(Member(ActorId(f"{name}.1"), "MemPoolShard", "", 1, "ready", host=host), 0.0)
+    assert cost.link(fleet, ActorId("s0.1"), ActorId("s1.1")) == LINKS["mapped"]
+    assert cost.link(fleet, ActorId("s0.1"), ActorId("s2.1")) == LINKS["tcp"]
 
 
 # ---- the scheduler -------------------------------------------------------------------------------------------
