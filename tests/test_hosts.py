@@ -136,7 +136,9 @@ def test_a_host_that_vanishes_is_held_for_dead_and_its_requests_go_on(hosts: Hos
     events = hosts.first.stream(IDS, MANY)
     found = next(events)
     killed = time.monotonic()
-    for pid in (hosts.second.process.pid, *actor_processes(hosts.second.logs)):
+    supervisor = hosts.second.process.pid
+    os.kill(supervisor, signal.SIGSTOP)  # or it, or those that it leaves behind, could say a last word
+    for pid in (*actor_processes(hosts.second.logs), supervisor):
         os.kill(pid, signal.SIGKILL)
     helper = threading.Timer(
         0.5, httpx.post, [f"{hosts.first.url}/cluster/p0"], {"json": {"role": "both"}, "timeout": 30}

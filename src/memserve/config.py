@@ -58,9 +58,10 @@ class Config:
 
     @property
     def pages_move(self) -> bool:
-        """Whether some shard reaches another's pages: those in host memory one another, and those on GPUs one another."""
+        """Whether some shard reaches another's pages: those in host memory one another, and those on one host's GPUs."""
         on_gpus = sum(shard.on_gpu for shard in self.shard)
-        return max(on_gpus, len(self.shard) - on_gpus) > 1 or self.cluster.networked
+        on_host = len(self.shard) - on_gpus
+        return max(on_gpus, on_host) > 1 or (self.cluster.networked and on_host > 0)
 
     @property
     def transfer_path(self) -> str:

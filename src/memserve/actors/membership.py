@@ -11,6 +11,7 @@ from memserve.actions import Send
 from memserve.actors.loop import Shell
 from memserve.bus import Link
 from memserve.config import Resolved
+from memserve.lifecycle import WORKER_KINDS
 from memserve.messages import Ended, Member
 from memserve.process import ActorContext
 from memserve.scheduling.presence import Presence, seed_id
@@ -71,7 +72,9 @@ async def pass_on_deaths(context: ActorContext, shell: Shell) -> None:
         async for actor in context.lifeline.died:
             tell_schedulers(context, shell, Ended((actor,)))
     finally:
-        tell_schedulers(context, shell, Ended((context.id,)))
+        # A worker that leaves in order is told of by its shard, which would kill it if it heard so before.
+        if context.kind not in WORKER_KINDS or context.lifeline.gone.is_set():
+            tell_schedulers(context, shell, Ended((context.id,)))
 
 
 def tell_schedulers(context: ActorContext, shell: Shell, message: Ended) -> None:

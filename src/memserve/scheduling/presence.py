@@ -64,6 +64,8 @@ class Presence:
         """Enter a state (starting, ready, draining), on a shard if given, and report it."""
         self.member = attrs.evolve(self.member, state=state, shard=shard or self.member.shard)
         self.changed()
+        if state == "draining":
+            self.deadline = 0.0  # it may be its last word, without which it would be missed
 
     def change(self, change: Change) -> bool:
         """Do what an operator wants, and report it; whether anything had to change."""
