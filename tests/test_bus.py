@@ -275,13 +275,11 @@ def test_codec_round_trip_and_refusals() -> None:
 
 
 @asynccontextmanager
-async def far_links(*names: tuple[str, KeyPair | None]) -> AsyncIterator[list[ZmqLink]]:
-    """Links on TCP ports of their own, each in a ZeroMQ context of its own, with the keys that each has."""
+async def far_links(keys: KeyPair, *names: str, address: str = "127.0.0.1") -> AsyncIterator[list[ZmqLink]]:
+    """Links on TCP ports of their own, each in a ZeroMQ context of its own, with the same keys."""
     async with AsyncExitStack() as held:
-        yield [
-            await held.enter_async_context(open_link(ActorId(name), "tcp://127.0.0.1:*", keys))
-            for name, keys in names
-        ]
+        opened = [open_link(ActorId(name), f"tcp://{address}:*", keys) for name in names]
+        yield [await held.enter_async_context(one) for one in opened]
 
 
 def key_pair() -> KeyPair:
@@ -290,11 +288,13 @@ def key_pair() -> KeyPair:
     return KeyPair(public.decode(), secret.decode())
 
 
-async def test_between_hosts_who_has_the_key_is_heard_and_answered() -> None:
+@pytest.mark.parametrize("address", ["127.0.0.1", "[::1]"])
+async def test_between_hosts_who_has_the_key_is_heard_and_answered(address: str) -> None:
     """If the keys of one cluster did not fit each other, or no port were announced, no host could join."""
-    keys = key_pair()
-    async with far_links(("a.1", keys), ("b.1", keys)) as (a, b):
-        assert not a.endpoint.endswith("*")
+    if "[" in address and not socket_module.has_dualstack_ipv6():
+        pytest.skip("no IPv6 here")
+    async with far_links(key_pair(), "a.1", "b.1", address=address) as (a, b):
+        assert a.endpoint.startswith(f"tcp://{address}:") and not a.endpoint.endswith("*")
         a.connect(b.actor, b.endpoint)
         await _exchange(a, b)
 
@@ -315,7 +315,7 @@ def _raw(context: zmq.Context[zmq.Socket[bytes]], keys: KeyPair | None, server: 
 async def test_without_the_key_nothing_arrives_and_nothing_breaks(stranger: str) -> None:
     """The port is open to the whole network: whoever finds it could place requests and read what others ask."""
     keys, others = key_pair(), key_pair()
-    async with far_links(("a.1", keys), ("b.1", keys)) as (a, b):
+    async with far_links(keys, "a.1", "b.1") as (a, b):
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         told = None if stranger == "without keys" else others
         socket = _raw(context, told, keys.public if stranger == "who knows the public key" else others.public)
@@ -333,7 +333,7 @@ async def test_without_the_key_nothing_arrives_and_nothing_breaks(stranger: str)
 async def test_a_new_connection_of_a_peer_counts_though_its_old_one_seems_alive() -> None:
     """A cut cable is noticed by one end first: what it sends on a new connection must not be passed over by the other."""
     keys = key_pair()
-    async with far_links(("b.1", keys)) as (b,):
+    async with far_links(keys, "b.1") as (b,):
         contexts = [zmq.Context() for _ in range(2)]
         sockets = [_raw(context, keys, keys.public) for context in contexts]
         for number, socket in enumerate(sockets):

@@ -153,7 +153,7 @@ class ZmqLink:
         inbox.setsockopt(zmq.RCVHWM, INBOX_MESSAGES)
         inbox.setsockopt(zmq.MAXMSGSIZE, FRAME_BYTES_MAX)
         if self._keys:
-            over_network(inbox, self._keys)
+            over_network(inbox, self._keys, endpoint)
             inbox.setsockopt(zmq.CURVE_SERVER, 1)
             # A peer whose connection broke comes back before this side has noticed: its new connection counts.
             inbox.setsockopt(zmq.ROUTER_HANDOVER, 1)
@@ -187,7 +187,7 @@ class ZmqLink:
         dealer.setsockopt(zmq.SNDHWM, PEER_MESSAGES)
         dealer.setsockopt(zmq.IDENTITY, self.actor.encode())
         if self._keys:
-            as_client(dealer, self._keys)
+            as_client(dealer, self._keys, endpoint)
         dealer.connect(endpoint)
         dealer.send_multipart([HELLO, self.endpoint.encode()], zmq.NOBLOCK)
         return dealer
@@ -240,19 +240,22 @@ async def open_link(actor: ActorId, endpoint: str, keys: KeyPair | None = None) 
 # ---- over a network ------------------------------------------------------------------------------------------
 
 
-def over_network(socket: zmq.Socket[bytes], keys: KeyPair) -> None:
-    """Give a socket the cluster's keys, and let it notice when the other host is gone."""
+def over_network(socket: zmq.Socket[bytes], keys: KeyPair, endpoint: str) -> None:
+    """Give a socket for ``endpoint`` the cluster's keys, and let it notice when the other host is gone."""
     socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.public.encode())
     socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret.encode())
-    socket.setsockopt(zmq.IPV6, 1)
+    if (
+        "[" in endpoint
+    ):  # else an IPv4 address would be announced as IPv6 has it, which not every host can reach
+        socket.setsockopt(zmq.IPV6, 1)
     socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, CUT_MS)
     socket.setsockopt(zmq.HEARTBEAT_TTL, CUT_MS)
 
 
-def as_client(socket: zmq.Socket[bytes], keys: KeyPair) -> None:
+def as_client(socket: zmq.Socket[bytes], keys: KeyPair, endpoint: str) -> None:
     """The same for a socket that connects."""
-    over_network(socket, keys)
+    over_network(socket, keys, endpoint)
     socket.setsockopt(zmq.CURVE_SERVERKEY, keys.public.encode())
     socket.setsockopt(zmq.CONNECT_TIMEOUT, CONNECT_MS)
     socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
@@ -267,7 +270,7 @@ async def knock(head: str, keys: KeyPair, late: Callable[[], None]) -> None:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     socket = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.LINGER, 0)
-    as_client(socket, keys)
+    as_client(socket, keys, head)
     monitor = socket.get_monitor_socket()
     events = Inbox(monitor)
     try:
