@@ -20,3 +20,13 @@ def greedy(prompt: list[int], new: int) -> list[int]:
         )  # fmt: skip
     tokens: list[int] = whole[0, len(prompt) :].tolist()
     return tokens
+
+
+def agreed(prompt: list[int], answer: list[int]) -> list[int]:
+    """What the reference says in place of each token of ``answer``, after those before it: a tenth of the time of greedy."""
+    files = prepare(find_model(DEMO), "float32")
+    model = load_reference(files.spec, map_weights(files.weights))
+    with torch.inference_mode():
+        logits = model(torch.tensor([prompt + answer])).logits[0]
+    tokens: list[int] = logits[len(prompt) - 1 : -1].argmax(-1).tolist()
+    return tokens

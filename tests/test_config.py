@@ -411,6 +411,8 @@ def test_this_machine_is_measured():
         ("2shards", ("transfer.path=tcp",), True, "tcp"),
         ("one-gpu", (), False, "cuda"),
         ("two-gpus", (), True, "cuda"),
+        ("two-hosts-first", (), True, "mapped"),
+        ("two-hosts-first", ("shard.0.device=cuda:0",), False, "cuda"),
     ],
 )
 def test_schedulers_know_whether_and_how_pages_move(name, settings, moves, path):

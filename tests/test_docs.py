@@ -75,7 +75,7 @@ def test_every_setting_is_documented_as_it_is(section):
 def commands() -> dict[str, list[str]]:
     """Each command's options, by their long names."""
     found = {}
-    for name in ("up", "check", "status", "join", "role", "drain", "logs", "sim", "version"):
+    for name in ("up", "key", "check", "status", "join", "role", "drain", "logs", "sim", "version"):
         arguments = cli.app[name].assemble_argument_collection()
         found[name] = [
             option for argument in arguments for option in argument.names if option.startswith("--")

@@ -66,6 +66,8 @@ LAYERS = {
         "config",
         "sections",
         "configfile",
+        "cross_checks",
+        "network",
         "rules",
         "resolve",
         "lifecycle",

@@ -24,8 +24,9 @@ def place(tmp_path_factory):
 
 def hello(both, number, **changes):
     """The hello of an expected transfer of one page, with changes."""
-    fields = {"token": both.way.data, "sender": "a.1", "id": number, "pages": 1} | changes
-    return Hello(page_bytes=GEOMETRY.page_bytes, parts=1, **fields).encode()
+    token = changes.pop("token", both.way.data)
+    fields = {"sender": "a.1", "id": number, "pages": 1} | changes
+    return Hello(page_bytes=GEOMETRY.page_bytes, parts=1, **fields).encode(token)
 
 
 @asynccontextmanager
@@ -92,6 +93,23 @@ async def test_only_what_was_granted_is_let_in(changes, text, place):
         assert answer.startswith(b"F") and b"refused" in answer and text.encode() in answer
         assert not any(both.destination) and both.told == []
         assert isinstance(await both.send(transfer), TransferDone), "the real one is still welcome"
+
+
+async def test_a_hello_that_was_overheard_opens_nothing_else(place):
+    """The network between two hosts may be listened to: who reads one transfer's hello must not be able to send another's pages."""
+    async with pair("tcp", place) as both:
+        transfer = both.transfer([0], [1])
+        heard = hello(both, transfer.id + 1)
+        assert both.way.data not in heard
+        mine = hello(both, transfer.id, token=bytes(32))
+        start = len(tcp_wire.MAGIC) + 4
+        forged = (
+            mine[:start] + heard[start : start + tcp_wire.PROOF_BYTES] + mine[start + tcp_wire.PROOF_BYTES :]
+        )
+        async with connected(both) as stream:
+            await stream.send_all(forged)
+            assert b"token" in await rest(stream)
+        assert isinstance(await both.send(transfer), TransferDone)
 
 
 @pytest.mark.parametrize(

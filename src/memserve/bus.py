@@ -1,6 +1,7 @@
 """ZeroMQ under trio, and its in-memory twin.
 
-Every actor binds one ROUTER, its inbox, and sends through one DEALER a peer, so that a slow peer fills its own
+On one host over Unix sockets that only their user can open; between hosts over TCP with CURVE, where the cluster's key is
+what lets a connection in and encrypts it. Every actor binds one ROUTER, its inbox, and sends through one DEALER a peer, so that a slow peer fills its own
 bounded queue and nobody else's. Messages are one-way values (:mod:`memserve.messages`); an answer is a message
 the other way. Delivery is at most once and in order a pair; what must arrive is repeated or checked for gaps
 by the cores.
@@ -11,17 +12,22 @@ from __future__ import annotations
 import os
 import stat
 from collections import deque
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import attrs
 import trio
 import zmq
+from zmq.utils.monitor import parse_monitor_message
 
-from memserve.errors import PeerError, PeerFull, PeerUnreachable
+from memserve.errors import PeerError, PeerFull, PeerUnreachable, UserError
 from memserve.messages import PROTOCOL_VERSION, ActorId, Message, decode, encode
+from memserve.network import KeyPair
+
+if TYPE_CHECKING:
+    from zmq.auth import Authenticator
 
 INBOX_MESSAGES = 10_000
 """Receive high-water mark of an inbox; beyond it senders' own queues fill."""
@@ -35,6 +41,17 @@ FRAME_BYTES_MAX = 64 << 20
 """Longest frame accepted; a longer one disconnects its sender."""
 LINGER_MS = 300
 """How long unsent replies outlive their socket. Never -1: a socket with an unreachable peer would hang the exit."""
+HEARTBEAT_MS, CUT_MS = 1_000, 5_000
+"""Over TCP: how often a connection is tried, and the silence after which it is cut. As long as the scheduler bears silence
+(DEAD_AFTER_S), so that what TCP would still deliver is not lost to a shorter pause."""
+CONNECT_MS = 2_000
+"""Longest wait for a TCP connection; the system itself would wait minutes for a host that has vanished."""
+RECONNECT_MS, RECONNECT_MS_MAX = 100, 2_000
+"""First and longest pause between two tries."""
+LATE_S = 1.0
+"""After so long without an answer, a host that joins says that it waits."""
+REFUSALS = 3
+"""Connections that are broken off before one is let in: then it is the key. Fewer may be a scheduler that just ended."""
 
 
 class Inbox:
@@ -110,23 +127,37 @@ class ZmqLink:
     two connections of one sender without a word, so both ids share one.
     """
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], actor: ActorId, endpoint: str) -> None:
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        actor: ActorId,
+        endpoint: str,
+        keys: KeyPair | None = None,
+    ) -> None:
         self.actor = actor
-        self.endpoint = endpoint
         self.refused = 0
         self._context = context
-        self._inbox = Inbox(self._make_inbox())
+        self._keys = keys
+        inbox = self._make_inbox(endpoint)
+        self.endpoint = inbox.getsockopt_string(zmq.LAST_ENDPOINT) if keys else endpoint
+        """With the port that the system chose."""
+        self._inbox = Inbox(inbox)
         self._directory: dict[ActorId, str] = {}
         self._peers: dict[str, zmq.Socket[bytes]] = {}
         """By endpoint."""
 
-    def _make_inbox(self) -> zmq.Socket[bytes]:
+    def _make_inbox(self, endpoint: str) -> zmq.Socket[bytes]:
         inbox = self._context.socket(zmq.ROUTER)
         inbox.setsockopt(zmq.LINGER, 0)
         inbox.setsockopt(zmq.ROUTER_MANDATORY, 1)
         inbox.setsockopt(zmq.RCVHWM, INBOX_MESSAGES)
         inbox.setsockopt(zmq.MAXMSGSIZE, FRAME_BYTES_MAX)
-        bind_private(inbox, self.endpoint)
+        if self._keys:
+            over_network(inbox, self._keys, endpoint)
+            inbox.setsockopt(zmq.CURVE_SERVER, 1)
+            # A peer whose connection broke comes back before this side has noticed: its new connection counts.
+            inbox.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        bind_private(inbox, endpoint)
         return inbox
 
     def connect(self, actor: ActorId, endpoint: str) -> None:
@@ -155,6 +186,8 @@ class ZmqLink:
         dealer.setsockopt(zmq.LINGER, LINGER_MS)
         dealer.setsockopt(zmq.SNDHWM, PEER_MESSAGES)
         dealer.setsockopt(zmq.IDENTITY, self.actor.encode())
+        if self._keys:
+            as_client(dealer, self._keys, endpoint)
         dealer.connect(endpoint)
         dealer.send_multipart([HELLO, self.endpoint.encode()], zmq.NOBLOCK)
         return dealer
@@ -187,15 +220,125 @@ class ZmqLink:
 
 
 @asynccontextmanager
-async def open_link(actor: ActorId, endpoint: str) -> AsyncIterator[ZmqLink]:
-    """A bound link; on leaving, queued replies get LINGER_MS, then everything is closed."""
+async def open_link(actor: ActorId, endpoint: str, keys: KeyPair | None = None) -> AsyncIterator[ZmqLink]:
+    """A bound link; on leaving, queued replies get LINGER_MS, then everything is closed.
+
+    With ``keys`` every connection is by CURVE, and only who has the same keys is let in.
+    """
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    link = ZmqLink(context, actor, endpoint)
     try:
-        yield link
+        async with AsyncExitStack() as held:
+            if keys:
+                await held.enter_async_context(guarded(context, keys))
+            link = ZmqLink(context, actor, endpoint, keys)
+            held.callback(link.close)
+            yield link
     finally:
-        link.close()
         context.term()
+
+
+# ---- over a network ------------------------------------------------------------------------------------------
+
+
+def over_network(socket: zmq.Socket[bytes], keys: KeyPair, endpoint: str) -> None:
+    """Give a socket for ``endpoint`` the cluster's keys, and let it notice when the other host is gone."""
+    socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.public.encode())
+    socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret.encode())
+    if (
+        "[" in endpoint
+    ):  # else an IPv4 address would be announced as IPv6 has it, which not every host can reach
+        socket.setsockopt(zmq.IPV6, 1)
+    socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, CUT_MS)
+    socket.setsockopt(zmq.HEARTBEAT_TTL, CUT_MS)
+
+
+def as_client(socket: zmq.Socket[bytes], keys: KeyPair, endpoint: str) -> None:
+    """The same for a socket that connects."""
+    over_network(socket, keys, endpoint)
+    socket.setsockopt(zmq.CURVE_SERVERKEY, keys.public.encode())
+    socket.setsockopt(zmq.CONNECT_TIMEOUT, CONNECT_MS)
+    socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
+    socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MS_MAX)
+
+
+async def knock(head: str, keys: KeyPair, late: Callable[[], None]) -> None:
+    """Wait until the inbox at ``head`` lets in who has ``keys``. ``late`` is called when nobody answers there yet.
+
+    Raises UserError when it does not.
+    """
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    socket = context.socket(zmq.DEALER)
+    socket.setsockopt(zmq.LINGER, 0)
+    as_client(socket, keys, head)
+    monitor = socket.get_monitor_socket()
+    events = Inbox(monitor)
+    try:
+        socket.connect(head)
+        with trio.move_on_after(LATE_S) as in_time:
+            await _let_in(events, head)
+        if in_time.cancelled_caught:
+            late()
+            await _let_in(events, head)
+    finally:
+        socket.disable_monitor()
+        monitor.close()
+        socket.close()
+        context.term()
+
+
+async def _let_in(events: Inbox, head: str) -> None:
+    """Follow a connection's tries. One that is made and then broken off, again and again, is refused for its key."""
+    broken = 0
+    while True:
+        for frames in await events.receive():
+            event = parse_monitor_message(frames)["event"]
+            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                return
+            broken += event in (zmq.EVENT_HANDSHAKE_FAILED_AUTH, zmq.EVENT_DISCONNECTED)
+            if broken >= REFUSALS or event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+                raise UserError(
+                    f"cluster.key: what listens at {head} does not take this key: the file must be a copy of the one"
+                    " that the scheduler's host was started with"
+                )
+
+
+@asynccontextmanager
+async def guarded(context: zmq.Context[zmq.Socket[bytes]], keys: KeyPair) -> AsyncIterator[None]:
+    """Within it, the context's servers let in who has the public key of ``keys``, and nobody else.
+
+    ZeroMQ asks a socket of the context about every connection (ZAP), and waits for its answer.
+    """
+    from zmq.auth import Authenticator
+
+    authenticator = Authenticator(context)
+    authenticator.configure_curve_callback(credentials_provider=_Members(keys.public))
+    authenticator.start()
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_answer_for_ever, authenticator)
+            yield
+            nursery.cancel_scope.cancel()
+    finally:
+        authenticator.stop()
+
+
+@attrs.frozen
+class _Members:
+    """What pyzmq's authenticator asks."""
+
+    public: str
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        return key == self.public.encode()
+
+
+async def _answer_for_ever(authenticator: Authenticator) -> None:
+    questions = Inbox(authenticator.zap_socket)
+    while True:
+        # One at a time: a REP socket takes no second question before it has answered the first.
+        for question in await questions.receive(1):
+            await authenticator.handle_zap_message(question)
 
 
 def bind_private(socket: zmq.Socket[bytes], endpoint: str) -> None:

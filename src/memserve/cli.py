@@ -90,7 +90,7 @@ def join(
     Parameters
     ----------
     head
-        Of a cluster on another host, tcp://HOST:PORT; refused so far.
+        Not for clusters on other hosts: those are joined by `memserve up` and [cluster] join.
     name
         The worker's name; none that the cluster has already.
     role
@@ -110,6 +110,21 @@ def join(
         raise UserError(join.far_away(head))
     worker = {"name": name, "role": role, "shard": shard, "threads": threads}
     return join.join(worker, join.log_dir_of(config, set_ or [], log_dir))
+
+
+@app.command
+def key(file: Path, /) -> None:
+    """Make the key of a cluster of several hosts, in a new file that only you can read; copy it to the other hosts.
+
+    Parameters
+    ----------
+    file
+        Where it is written; what [cluster] key names.
+    """
+    from memserve import network, show
+
+    network.make_key(file.expanduser())
+    show.say(f"{file} has a new key: copy it to every host of the cluster, and keep it private")
 
 
 @app.command

@@ -14,11 +14,13 @@ import attrs
 import msgspec
 
 from memserve.engine.spec import ModelSpec
+from memserve.network import Network
 from memserve.sections import (
     DEFAULT_SHARDS,
     DEFAULT_WORKERS,
     BatchConfig,
     CacheConfig,
+    ClusterConfig,
     FrontendConfig,
     LoggingConfig,
     ModelConfig,
@@ -47,22 +49,19 @@ class Config:
     batch: BatchConfig = setting(BatchConfig(), help="what one model step may hold")
     frontend: FrontendConfig = setting(FrontendConfig(), help="the HTTP surface")
     logging: LoggingConfig = setting(LoggingConfig(), help="where each run leaves its logs")
-
-    @property
-    def frontend_names(self) -> tuple[str, ...]:
-        """Actor names of the Frontends."""
-        return tuple(f"frontend-{i}" for i in range(self.frontend.count))
+    cluster: ClusterConfig = setting(ClusterConfig(), help="the other hosts, where there are any")
 
     @property
     def scheduler_names(self) -> tuple[str, ...]:
-        """Actor names of the GlobalSchedulers."""
+        """Actor names of the GlobalSchedulers, on whichever host they are."""
         return tuple(f"scheduler-{i}" for i in range(self.scheduler.count))
 
     @property
     def pages_move(self) -> bool:
-        """Whether some shard reaches another's pages: those in host memory one another, and those on GPUs one another."""
+        """Whether some shard reaches another's pages: those in host memory one another, and those on one host's GPUs."""
         on_gpus = sum(shard.on_gpu for shard in self.shard)
-        return max(on_gpus, len(self.shard) - on_gpus) > 1
+        on_host = len(self.shard) - on_gpus
+        return max(on_gpus, on_host) > 1 or (self.cluster.networked and on_host > 0)
 
     @property
     def transfer_path(self) -> str:
@@ -70,8 +69,13 @@ class Config:
         fastest = "cuda" if any(shard.on_gpu for shard in self.shard) else "mapped"
         return fastest if self.transfer.path == "auto" else self.transfer.path
 
+    @property
+    def far_path(self) -> str:
+        """The path of pages between hosts."""
+        return "tcp" if self.transfer.path == "auto" else self.transfer.path
 
-RESERVED_NAME = re.compile(r"(frontend|scheduler)(-\d+)?|supervisor(-.*)?")
+
+RESERVED_NAME = re.compile(r"frontend(-.*)?|scheduler(-\d+)?|supervisor(-.*)?")
 """Names that shards and workers may not have: they are other actors' log files and sockets."""
 
 
@@ -88,6 +92,7 @@ def section_types() -> dict[str, type[attrs.AttrsInstance]]:
         "batch": BatchConfig,
         "frontend": FrontendConfig,
         "logging": LoggingConfig,
+        "cluster": ClusterConfig,
     }
 
 
@@ -151,6 +156,8 @@ class Resolved:
     """Where those files are made."""
     joined: tuple[str, ...] = ()
     """Names of the workers that `memserve join` brought; they are in ``config`` as the others are."""
+    network: Network | None = None
+    """How this host reaches the others; None: there are none."""
 
     def with_worker(self, worker: WorkerConfig, cores: int) -> Resolved:
         """The cluster with one more worker, of whose process ``cores`` may be used."""
@@ -173,6 +180,22 @@ class Resolved:
         return next(shard for shard in self.config.shard if shard.name == name)
 
     @property
+    def frontend_names(self) -> tuple[str, ...]:
+        """Actor names of this host's Frontends."""
+        suffix = self.network.suffix if self.network else ""
+        return tuple(f"frontend{suffix}-{i}" for i in range(self.config.frontend.count))
+
+    @property
+    def scheduler_names(self) -> tuple[str, ...]:
+        """Actor names of this host's GlobalSchedulers."""
+        return () if self.network and self.network.joins else self.config.scheduler_names
+
+    @property
+    def transfer_host(self) -> str:
+        """Where pages from other shards come in by TCP."""
+        return self.config.transfer.host or (self.network.address if self.network else "127.0.0.1")
+
+    @property
     def on_gpus(self) -> bool:
         """Whether every shard is on a GPU, so that nothing needs the model in the form for CPUs."""
         return all(shard.on_gpu for shard in self.config.shard)
@@ -183,7 +206,7 @@ class Resolved:
         return f"{self.log_dir}/{self.run}"
 
     def to_json(self) -> bytes:
-        """For ``cluster.json``. It holds the API keys: write it where only the owner can read."""
+        """For ``cluster.json``. It holds the API keys and the cluster's: write it where only the owner can read."""
         return msgspec.json.encode(self)
 
     @classmethod

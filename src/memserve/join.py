@@ -1,7 +1,7 @@
 """``memserve join``: one more worker for a cluster that runs, kept by a small supervisor of its own.
 
-The cluster's supervisor lets it in and tells it when the cluster drains, see :mod:`memserve.gate`. The worker's process
-is this one's child, restarted like any other; it maps the arena of its shard, so it runs on the host of the cluster.
+The supervisor of its host lets it in and tells it when that drains, see :mod:`memserve.gate`. The worker's process
+is this one's child, restarted like any other; it maps the arena of its shard, so it runs on the shard's host.
 """
 
 from __future__ import annotations
@@ -198,10 +198,11 @@ def log_dir_of(config: str | None, overrides: Sequence[str], log_dir: Path | Non
 
 
 def far_away(head: str) -> str:
-    """Why nothing joins from another host."""
+    """How another host joins."""
+    place = head.removeprefix("tcp://")
     return (
-        f"cannot join {head}: a worker maps the memory of its shard, so it joins on the host of its cluster, and a"
-        " cluster's actors talk over Unix sockets, so none of them can be on another host; run `memserve join` there"
+        f"cannot join {head}: a worker maps the memory of its shard, so it joins where that is. A host joins a cluster with"
+        f' `memserve up` and a configuration that has shards, workers, and [cluster] with join = "{place}"'
     )
 
 

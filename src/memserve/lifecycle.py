@@ -46,10 +46,10 @@ def roster(resolved: Resolved) -> tuple[ActorSpec, ...]:
     """Every actor that the configuration asks for."""
     config = resolved.config
     return (
-        *(ActorSpec(name, "GlobalScheduler") for name in config.scheduler_names),
+        *(ActorSpec(name, "GlobalScheduler") for name in resolved.scheduler_names),
         *(ActorSpec(shard.name, "MemPoolShard") for shard in config.shard),
         *map(worker_spec, config.worker),
-        *(ActorSpec(name, "Frontend") for name in config.frontend_names),
+        *(ActorSpec(name, "Frontend") for name in resolved.frontend_names),
     )
 
 

@@ -6,7 +6,7 @@
                           {"event": "serving", "url": "http://..."}  Frontends, once /health is true
                           {"event": "alive"}                         every BEAT_S
     supervisor -> actor   {"event": "drain"}
-                          {"event": "died", "id": "p0.9f3a1c22"}     GlobalSchedulers
+                          {"event": "died", "id": "p0.9f3a1c22"}     GlobalSchedulers; all, where those are on another host
                           {"event": "down", "name": "p0", "why": "..."}  Frontends: an actor does not live
                           {"event": "up", "name": "p0"}                  and lives again
 
@@ -105,7 +105,7 @@ class Lifeline:
     gone: trio.Event = attrs.field(init=False, factory=trio.Event)
     """The supervisor is gone. Everything is being cancelled already; nothing needs to wait for this."""
     died: trio.MemoryReceiveChannel[ActorId] = attrs.field(init=False)
-    """Actors whose process has ended, for GlobalSchedulers: faster than their missing heartbeats."""
+    """Actors whose process has ended, for GlobalSchedulers, or to be passed on to them: faster than missing heartbeats."""
     down: dict[str, str] = attrs.field(init=False, factory=dict)
     """Actors that do not live, and why, for Frontends: ``/health`` says it."""
     _tell_died: trio.MemorySendChannel[ActorId] = attrs.field(init=False)

@@ -20,10 +20,10 @@ Who says what::
     MemPoolShard -> MemPoolShard  TransferOffer, TransferGranted, TransferSent, TransferArrived, TransferRefused,
                                   TransferStop, TransferWithdrawn
     MemPoolShard -> scheduler     IndexDelta, IndexSnapshot scheduler -> MemPoolShard     IndexWanted
-    GlobalScheduler -> everyone   Cluster, Gone
+    anyone -> GlobalScheduler     Ended                     GlobalScheduler -> everyone   Cluster, Gone, Refused
 
-Token fields are packed int32 (see :mod:`memserve.tokens`). Times in ``_ms`` are durations; ``_at`` are
-seconds on the host's monotonic clock, comparable between the processes of one host.
+Token fields are packed int32 (see :mod:`memserve.tokens`). All times are durations, ``_s`` in seconds and ``_ms`` in
+milliseconds: hosts share no clock.
 """
 
 from __future__ import annotations
@@ -231,6 +231,8 @@ class Member:
     """Workers: `memserve join` brought it."""
     needs: tuple[ActorId, ...] = ()
     """Without whose answer, or whose announced death, something that this actor holds never ends."""
+    host: str = ""
+    """The address of its host, in a cluster of several."""
 
 
 # ---- requests on their way ----------------------------------------------------------------------------------
@@ -300,7 +302,8 @@ class Handoff:
     cached_tokens: int
     timings: Timings
     origins: Origins
-    first_token_at: float
+    first_token_age_s: float
+    """How long ago its first token came, when this was sent."""
 
 
 @attrs.frozen
@@ -376,6 +379,8 @@ class Load:
     """A heartbeat: who I am and how busy. It registers, renews the sender's leases, and carries its metrics."""
 
     member: Member
+    terms: dict[str, str] | msgspec.UnsetType = msgspec.UNSET
+    """What all hosts must agree on, as its host has it, see :mod:`memserve.scheduling.terms`. Left out on a cluster of one."""
 
 
 @attrs.frozen
@@ -393,6 +398,20 @@ class Gone:
     """These actors are dead or fenced off; whoever holds something of theirs lets go of it."""
 
     actors: tuple[ActorId, ...]
+
+
+@attrs.frozen
+class Ended:
+    """The processes of these actors have ended, by the word of their host's supervisor, which reaches no scheduler itself."""
+
+    actors: tuple[ActorId, ...]
+
+
+@attrs.frozen
+class Refused:
+    """The actor may not be part of this cluster: its host disagrees with the scheduler's, or its name is another's."""
+
+    reason: str
 
 
 @attrs.frozen
@@ -416,7 +435,7 @@ Message = (
     | Delete | Evict | SwapOut | SwapIn | Prefetch | DescribePool | PoolDescribed | PoolRefused
     | Pull | PullRefused | TransferOffer | TransferGranted | TransferSent | TransferArrived | TransferRefused
     | TransferStop | TransferWithdrawn | Return | Transfer | Transferred | NextArrival | Arrival | Meet
-    | IndexDelta | IndexWanted | IndexSnapshot | Load | Cluster | Gone | Change
+    | IndexDelta | IndexWanted | IndexSnapshot | Load | Cluster | Gone | Ended | Refused | Change
 )  # fmt: skip
 
 _encode = msgspec.msgpack.Encoder().encode

@@ -40,6 +40,7 @@ from memserve.lifecycle import (
 )
 from memserve.lifeline import EventSocket, Lifeline
 from memserve.messages import ActorId
+from memserve.network import KeyPair
 from memserve.place import Place, PlaceGone
 
 if TYPE_CHECKING:
@@ -82,8 +83,24 @@ class ActorContext:
     place: Place
     lifeline: Lifeline
 
-    def cluster_drains(self) -> bool:
-        """Whether all of the cluster is told to end, so that no request comes any more."""
+    @property
+    def inbox(self) -> str:
+        """What its inbox is to be bound to."""
+        network = self.resolved.network
+        return network.inbox if network else self.place.endpoint(self.id)
+
+    @property
+    def keys(self) -> KeyPair | None:
+        """What opens connections to other actors; None where they are Unix sockets."""
+        return self.resolved.network.keys if self.resolved.network else None
+
+    def scheduler(self, name: str) -> str:
+        """The well-known endpoint of a scheduler."""
+        network = self.resolved.network
+        return network.head if network else self.place.endpoint(name)
+
+    def host_drains(self) -> bool:
+        """Whether all of this host's actors are told to end; no request comes any more, unless from other hosts."""
         with contextlib.suppress(PlaceGone):
             return bool(self.place.read_info()["state"] == "draining")
         return True
@@ -179,7 +196,7 @@ async def _drain_on(signals: AsyncIterator[int], context: ActorContext) -> None:
     """
     async for _ in signals:
         await trio.sleep(GROUP_SIGNAL_S)
-        if not context.cluster_drains():
+        if not context.host_drains():
             context.lifeline.drain.set()
 
 

@@ -18,6 +18,7 @@ from memserve.engine.spec import STORED_BYTES, ModelSpec, find_model
 from memserve.errors import ConfigError, UserError
 from memserve.gpu_room import gpu_pages, gpu_problems, worker_bytes
 from memserve.gpus import Gpus, find_gpus
+from memserve.network import find_network
 from memserve.place import place_path
 from memserve.sections import ShardConfig
 from memserve.tokens import pages_for
@@ -158,7 +159,12 @@ def resolve(config: Config, machine: Machine | None = None) -> Resolved:
             Path(config.pool.disk_path).expanduser().resolve() if config.pool.disk_path else machine.log_dir
         ),
     )
-    problems = [
+    problems: list[str] = []
+    try:
+        resolved = attrs.evolve(resolved, network=find_network(config.cluster))
+    except UserError as error:
+        problems.append(str(error))
+    problems += [
         *gpu_problems(config, spec, gpus, weights, for_worker),
         *context_problems(resolved, gpus),
         *memory_problems(config, weights, machine),
@@ -291,6 +297,13 @@ def reasons(resolved: Resolved, weights: int, machine: Machine) -> Iterator[Reas
     yield Reason(
         "runtime directory", resolved.runtime_dir, "from the user and logging.dir; one cluster at a time"
     )
+    if network := resolved.network:
+        why = (
+            f"the scheduler's: {network.head}"
+            if network.joins
+            else "this host's scheduler, which others join"
+        )
+        yield Reason("cluster", network.address, why)
     if not config.frontend.api_keys:
         yield Reason(
             "frontend.api_keys", "none", "whoever reaches the port may use it, and all share one cache"

@@ -53,6 +53,11 @@ def matching(pattern: str, text: str) -> Rule:
     return Rule(text, lambda value: compiled.fullmatch(value) is not None)
 
 
+def or_unset(rule: Rule) -> Rule:
+    """The rule, for a string that may be left out."""
+    return Rule(rule.text, lambda value: value == "" or rule.holds(value), rule.known)
+
+
 def is_host(value: str) -> bool:
     """Whether ``value`` is an IP address or a host name. Digits and dots alone are no name: a mistyped address."""
     try:
@@ -61,6 +66,14 @@ def is_host(value: str) -> bool:
         name = r"(?!\d+(\.\d+)*$)[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?"
         return re.fullmatch(name, value) is not None
     return True
+
+
+def is_place(value: str) -> bool:
+    """Whether ``value`` is HOST:PORT, with an IPv6 address in brackets, that another host can be told."""
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%]+)\]|([^:\[\]]+)):(\d{1,5})", value)
+    if match is None or not 1 <= int(match[3]) <= 65535:
+        return False
+    return a_reachable_host.holds(match[1] or match[2])
 
 
 def are_keys(value: tuple[str, ...]) -> bool:
@@ -75,6 +88,10 @@ a_host = Rule("be an IP address or a host name, without a port", is_host)
 a_reachable_host = Rule(
     "be an IP address or a host name, without a port, and not 0.0.0.0 or ::",
     lambda value: is_host(value) and value not in ("0.0.0.0", "::"),
+)
+a_place = Rule(
+    "be HOST:PORT, with an IP address or a host name other than 0.0.0.0 and ::, and a port from 1 to 65535",
+    is_place,
 )
 some_keys = Rule("hold keys of 1 to 256 printable ASCII characters without blanks, each once", are_keys)
 

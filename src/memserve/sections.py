@@ -12,10 +12,12 @@ from memserve.rules import (
     Rule,
     a_host,
     a_name,
+    a_place,
     a_reachable_host,
     between,
     matching,
     one_of,
+    or_unset,
     parse_mode,
     parse_size,
     some_keys,
@@ -242,7 +244,9 @@ class TransferConfig:
         help="auto: the fastest that both shards have; mapped: copies on one host, cuda: between its GPUs; tcp: any; nixl: RDMA",
     )
     host: str = setting(
-        "127.0.0.1", rule=a_reachable_host, help="where tcp listens, and others reach this host"
+        "",
+        rule=or_unset(a_reachable_host),
+        help="where tcp listens, and others reach this host; unset: its address in [cluster], or 127.0.0.1",
     )
     granularity: str = setting(
         "by_request_agg",
@@ -330,6 +334,34 @@ class LoggingConfig:
     level: str = setting(
         "info", rule=one_of("debug", "info", "warning", "error"), help="lines below it are not written"
     )
+
+
+@attrs.frozen(kw_only=True)
+class ClusterConfig:
+    """``[cluster]``: the other hosts of the cluster, where there are any."""
+
+    listen: str = setting(
+        "",
+        rule=or_unset(a_place),
+        help="this host has the scheduler, at this address of its own; the other hosts join there",
+    )
+    join: str = setting(
+        "", rule=or_unset(a_place), help="listen of the host that has the scheduler; this one has none"
+    )
+    address: str = setting(
+        "",
+        rule=or_unset(a_reachable_host),
+        help="with join: this host's own address, at which the others reach it",
+    )
+    key: str = setting(
+        "",
+        help="file of the key that all hosts share, made by memserve key; whoever has it is in the cluster",
+    )
+
+    @property
+    def networked(self) -> bool:
+        """Whether there is more than this host."""
+        return bool(self.listen or self.join)
 
 
 DEFAULT_SHARDS = (ShardConfig(name="s0"),)

@@ -157,11 +157,13 @@ LOAD_SHOWN = ("requests_open", "requests_running", "requests_waiting", "requests
 
 def members(found: Sequence[Record]) -> None:
     """The actors of a running cluster."""
+    several = any(member.get("host") for member in found)
     rows = [
         (
             name_of(member["id"]),
             member["kind"],
             role(member),
+            *([member.get("host", "")] if several else []),
             (member.get("site") or {}).get("key", ""),
             str(member["pid"]),
             member["state"] + (", joined" if member.get("joined") else ""),
@@ -169,7 +171,8 @@ def members(found: Sequence[Record]) -> None:
         )
         for member in sorted(found, key=lambda member: (member["kind"], member["id"]))
     ]
-    table(("name", "kind", "role", "site", "pid", "state", "load"), rows)
+    host = ("host",) if several else ()
+    table(("name", "kind", "role", *host, "site", "pid", "state", "load"), rows)
 
 
 def role(member: Record) -> str:

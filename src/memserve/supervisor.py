@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -30,6 +31,7 @@ from memserve.keeping import Keeper, say
 from memserve.lifecycle import (
     HUNG_S,
     STATUS_USER_ERROR,
+    WORKER_KINDS,
     RestartPolicy,
     StopSignals,
     describe_end,
@@ -71,8 +73,10 @@ class Supervisor:
     _state: str = attrs.field(init=False, default="starting")
     _started: bool = attrs.field(init=False, default=False)
     """Whether there is any actor that would have to be drained."""
+    _invited: bool = attrs.field(init=False, default=False)
+    """Whether the user was told that other hosts may join."""
     _serving: trio.Event = attrs.field(init=False, factory=trio.Event)
-    """Set for good when every Frontend has served once: start-up is over."""
+    """Set for good when every Frontend has served once, and all actors are ready where there is a network: start-up is over."""
 
     def __attrs_post_init__(self) -> None:
         self._children = {
@@ -98,6 +102,7 @@ class Supervisor:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._obey, signals, nursery.cancel_scope)
                 await self._prepare()
+                await self._find_cluster()
                 self.say(
                     f"memserve: starting {len(self._children)} actors; logs are in {self.resolved.run_dir}"
                 )
@@ -163,6 +168,21 @@ class Supervisor:
                 text if known else f"preparing the weights {describe_end(done.returncode)}:\n{text}"
             )
 
+    async def _find_cluster(self) -> None:
+        """Wait for the scheduler's host, where that is another one. Raises UserError when it does not let this one in."""
+        network = self.resolved.network
+        if network is None or not network.joins:
+            return
+        from memserve.bus import knock  # only where there is a network: a supervisor stays small
+
+        def late() -> None:
+            log.warning("cluster not found yet", head=network.head)
+            self.say(f"memserve: waiting for the cluster: nobody answers at {network.head}")
+
+        await knock(network.head, network.keys, late)
+        log.info("cluster found", head=network.head)
+        self.say(f"memserve: found the cluster at {network.head}; this host is {network.address} in it")
+
     async def _announce(self) -> None:
         """Tell the user, once, where to send a request."""
         await self._serving.wait()
@@ -201,8 +221,18 @@ class Supervisor:
         elif event["event"] == "serving":
             child.url = event["url"]
             self._write_info()  # a successor may serve on another port, with frontend.port = 0
-            if all(frontend.url for frontend in self._of_kind("Frontend")):
-                self._serving.set()
+        if event["event"] in ("serving", "ready"):
+            self._look_around()
+
+    def _look_around(self) -> None:
+        """Whether start-up is over: where other hosts serve, this one's own actors must be ready, too."""
+        network = self.resolved.network
+        ready = not network or all(child.ready_at < math.inf for child in self._children.values())
+        if network and ready and not network.joins and not self._invited:
+            self._invited = True
+            self.say(f"memserve: all actors of this host are ready; others join it at {network.head}")
+        if ready and all(frontend.url for frontend in self._of_kind("Frontend")):
+            self._serving.set()
 
     def _left(self, child: Child, returncode: int) -> None:
         """Of an actor that an operator drained, in a cluster that goes on."""
@@ -211,9 +241,12 @@ class Supervisor:
             self.say(f"memserve: {child.spec.name} was drained and {describe_end(returncode)}")
 
     def _announce_death(self, actor: ActorId) -> None:
-        for scheduler in self._of_kind("GlobalScheduler"):
-            if scheduler.events is not None:
-                scheduler.events.send(event="died", id=actor)
+        """To the scheduler; where that is on another host, by everyone who is left here."""
+        network = self.resolved.network
+        far = network is not None and network.joins
+        for child in self._children.values() if far else self._of_kind("GlobalScheduler"):
+            if child.events is not None:
+                child.events.send(event="died", id=actor)
 
     def _tell_frontends(self, child: Child) -> None:
         """/health says who does not live, and why."""
@@ -257,8 +290,9 @@ class Supervisor:
         self._enter("draining")
         everyone = {one.spec.name: one for one in self._everyone()}
         for stage in drain_stages(one.spec for one in everyone.values()):
-            frontends = stage[0].kind == "Frontend"
-            limit_s = self.resolved.config.frontend.drain_s if frontends else self.stage_s
+            # Workers whose requests came through this host's Frontends have finished with them; others' may go on.
+            serves = stage[0].kind == "Frontend" or (self.resolved.network and stage[0].kind in WORKER_KINDS)
+            limit_s = self.resolved.config.frontend.drain_s if serves else self.stage_s
             await self._drain_stage([everyone[spec.name] for spec in stage], limit_s)
 
     async def _drain_stage(self, stage: Sequence[Child | Guest], limit_s: float) -> None:

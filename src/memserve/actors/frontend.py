@@ -14,7 +14,7 @@ from starlette.applications import Starlette
 from memserve import observe
 from memserve.actions import Deliver
 from memserve.actors.loop import Shell
-from memserve.actors.worker import introduce
+from memserve.actors.membership import introduce, pass_on_deaths
 from memserve.api.app import build_app
 from memserve.api.server import serve_http
 from memserve.api.service import ApiSettings, Chunk, GenerationParams, Take
@@ -190,12 +190,13 @@ class FrontendService:
 async def main(context: ActorContext, *, task_status: trio.TaskStatus[None]) -> None:
     """Serve HTTP until drained: new requests are refused then, open ones may finish within frontend.drain_s."""
     config = context.resolved.config.frontend
-    async with open_link(context.id, context.place.endpoint(context.id)) as link:
+    async with open_link(context.id, context.inbox, context.keys) as link:
         core = FrontendCore(introduce(context, link), config.max_requests)
         shell = Shell(Reporting(core, core.presence), link)
         service = FrontendService(core, shell, context.lifeline.down)
         async with trio.open_nursery() as nursery:
             await nursery.start(shell.run)
+            nursery.start_soon(pass_on_deaths, context, shell)
             app = await trio.to_thread.run_sync(make_app, context, service)
             http = Http(app, context)
             port = await nursery.start(http.serve)

@@ -11,6 +11,7 @@ import trio
 
 from memserve.actions import Died
 from memserve.actors.loop import Shell
+from memserve.actors.membership import host_of, terms_of
 from memserve.bus import open_link
 from memserve.config import Config
 from memserve.messages import Member, actor_name
@@ -27,11 +28,13 @@ from memserve.scheduling.ttl_index import TtlIndex
 
 async def main(context: ActorContext, *, task_status: trio.TaskStatus[None]) -> None:
     """Schedule until told to drain; by then the supervisor has drained everyone else."""
-    endpoint = context.place.endpoint(context.name)
-    config = context.resolved.config
-    async with open_link(context.id, endpoint) as link:
-        me = Member(context.id, context.kind, endpoint, os.getpid(), "ready")
-        shell = Shell(make_core(me, config), link)
+    endpoint = context.scheduler(context.name)
+    resolved = context.resolved
+    async with open_link(context.id, endpoint, context.keys) as link:
+        me = Member(context.id, context.kind, endpoint, os.getpid(), "ready", host=host_of(resolved))
+        core = make_core(me, resolved.config)
+        core.terms = terms_of(resolved)
+        shell = Shell(core, link)
         async with trio.open_nursery() as nursery:
             await nursery.start(shell.run)
             nursery.start_soon(_announce_deaths, context, shell)
@@ -68,7 +71,14 @@ def make_policy(config: Config) -> Policy:
         return PLAIN[told.policy]()
     margin_s = told.handoff_margin_ms / 1e3
     return Cost(
-        Weights(told.ttft_weight, told.others_weight, margin_s, config.pages_move, config.transfer_path)
+        Weights(
+            told.ttft_weight,
+            told.others_weight,
+            margin_s,
+            config.pages_move,
+            config.transfer_path,
+            config.far_path,
+        )
     )
 
 

@@ -17,8 +17,8 @@ import trio
 
 from memserve.actions import Action, Log, Send, Stop
 from memserve.bus import Link, Received
-from memserve.errors import PeerFull, PeerUnreachable
-from memserve.messages import ActorId, Cluster, Gone, Load, Message
+from memserve.errors import PeerFull, PeerUnreachable, UserError
+from memserve.messages import ActorId, Cluster, Gone, Load, Message, Refused
 from memserve.pool_messages import Meet
 from memserve.process import RestartNeeded
 from memserve.scheduling.presence import Core
@@ -36,7 +36,7 @@ class Shell:
     after_turn: Callable[[], None] = lambda: None
     """Called at the end of each turn: for what many actions of one turn are to share."""
     clock: Callable[[], float] = time.monotonic
-    """Seconds; the host's clock, so that times in messages compare between processes."""
+    """Seconds, from an origin of the host's own."""
     turned: trio.Event = attrs.field(factory=trio.Event, init=False)
     """Set after the next turn, then replaced: for whoever waits for a state of the core."""
     _timer: trio.CancelScope = attrs.field(factory=trio.CancelScope, init=False)
@@ -44,7 +44,7 @@ class Shell:
     """When the timer fires, by ``clock``."""
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Converse until cancelled. Raises RestartNeeded when the core asks to stop."""
+        """Converse until cancelled. Raises RestartNeeded when the core asks to stop, UserError when the cluster refuses it."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._keep_deadlines)
             task_status.started()
@@ -86,6 +86,8 @@ class Shell:
             case Gone(actors):
                 for actor in actors:
                     self.link.forget(actor)
+            case Refused(reason):
+                raise UserError(reason)
 
     def tell(self, message: Any) -> None:
         """Give the core something that happened inside this actor, and take the turn that follows."""
@@ -105,8 +107,8 @@ class Shell:
 
     def _perform(self, action: Action) -> None:
         match action:
-            case Send(to, message):
-                self._send(to, message)
+            case Send():
+                self.send(action)
             case Log(level, event, data):
                 getattr(log, level)(event, **data)
             case Stop(reason):
@@ -114,11 +116,12 @@ class Shell:
             case _:
                 self.perform[type(action)](action)
 
-    def _send(self, to: ActorId, message: Message) -> None:
+    def send(self, action: Send) -> None:
+        """Queue a message, or tell the core that it cannot be."""
         try:
-            self.link.send(to, message)
+            self.link.send(action.to, action.message)
         except (PeerUnreachable, PeerFull):
-            self.core.undeliverable(to, message, self.clock())
+            self.core.undeliverable(action.to, action.message, self.clock())
 
     def _set_timer(self) -> None:
         """Only forward: a deadline that moved back, as heartbeats and repeats do at every turn, is looked at when it was due.

@@ -22,7 +22,7 @@ import trio
 
 from memserve.actions import Copy, CopyDone, Kill, Move
 from memserve.actors.loop import Shell
-from memserve.actors.worker import introduce
+from memserve.actors.membership import introduce, pass_on_deaths
 from memserve.bus import open_link
 from memserve.gpus import device_index
 from memserve.kernels.arena import Arena, serve_arena, serve_packet
@@ -85,13 +85,14 @@ class ShardSettings:
 async def main(context: ActorContext, *, task_status: trio.TaskStatus[None]) -> None:
     """Serve pool calls until told to drain; by then the supervisor has drained the workers."""
     settings = settings_of(context)
-    async with open_link(context.id, context.place.endpoint(context.id)) as link:
+    async with open_link(context.id, context.inbox, context.keys) as link:
         presence = introduce(context, link)
         sockets = arena_sockets(context.id, settings, context.place.socket_path)
         core = make_core(context.id, settings, sockets, presence.schedulers)
         shell = Shell(Reporting(core, presence, core.needs), link)
         async with trio.open_nursery() as nursery:
             await nursery.start(shell.run)
+            nursery.start_soon(pass_on_deaths, context, shell)
             huge_bytes = await nursery.start(keep_pages, shell, core.exchange, settings, sockets)
             sizes = settings.capacity
             log.info(
@@ -106,6 +107,8 @@ async def main(context: ActorContext, *, task_status: trio.TaskStatus[None]) -> 
             shell.turn()
             task_status.started()
             await context.lifeline.drain.wait()
+            presence.become("draining")  # so that other hosts miss nobody
+            shell.turn()
             nursery.cancel_scope.cancel()
         core.check()
 
@@ -124,7 +127,7 @@ def settings_of(context: ActorContext) -> ShardSettings:
         number=[shard.name for shard in resolved.config.shard].index(context.name),
         disk_dir=Path(resolved.disk_dir),
         layers=resolved.spec.layers,
-        transfer=TransferSettings(path=transfer.path, host=transfer.host),
+        transfer=TransferSettings(path=transfer.path, host=resolved.transfer_host),
         granularity=GRANULARITY[transfer.granularity],
         gpu=device_index(resolved.shard(context.name).device),
         weights=partial(weights_of, context),

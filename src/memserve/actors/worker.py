@@ -6,7 +6,6 @@ Start-up: find the shard, attach to its arena, map the weights, run a step to wa
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
@@ -17,7 +16,8 @@ import trio
 from memserve.actions import BatchDone, RunBatch
 from memserve.actors.engine_thread import EngineThread
 from memserve.actors.loop import Shell
-from memserve.bus import Link, open_link
+from memserve.actors.membership import introduce, pass_on_deaths
+from memserve.bus import open_link
 from memserve.config import Resolved
 from memserve.costs import Site, StepCosts
 from memserve.engine.batching import BatchLimits, WorkerSettings
@@ -27,10 +27,10 @@ from memserve.engine.worker import WorkerCore
 from memserve.errors import PeerError, PeerUnreachable
 from memserve.gpus import device_index
 from memserve.lifeline import Lifeline
-from memserve.messages import ActorId, Member
+from memserve.messages import ActorId
 from memserve.process import ActorContext, RestartNeeded, ready_model
 from memserve.scheduling.joining import JoiningCore
-from memserve.scheduling.presence import Presence, Reporting, seed_id
+from memserve.scheduling.presence import Reporting
 from memserve.sections import ShardConfig
 
 if TYPE_CHECKING:
@@ -63,12 +63,13 @@ class Found:
 async def run_worker(context: ActorContext, task_status: trio.TaskStatus[None]) -> None:
     """Be a worker until drained. Raises RestartNeeded when the shard is gone or this incarnation is fenced off."""
     config = next(one for one in context.resolved.config.worker if one.name == context.name)
-    async with open_link(context.id, context.place.endpoint(context.id)) as link:
+    async with open_link(context.id, context.inbox, context.keys) as link:
         presence = introduce(context, link, config.role)
         joining = JoiningCore(context.id, config.shard)
         shell = Shell(Reporting(joining, presence), link)
         async with trio.open_nursery() as nursery:
             await nursery.start(shell.run)
+            nursery.start_soon(pass_on_deaths, context, shell)
             nursery.start_soon(trio.to_thread.run_sync, import_engine, shard_of(context).on_gpu)
             shard = await shard_found(shell, joining)
             found = Found()
@@ -82,25 +83,6 @@ async def run_worker(context: ActorContext, task_status: trio.TaskStatus[None]) 
             task_status.started()
             await until_drained(shell, core, context)
             nursery.cancel_scope.cancel()
-
-
-def introduce(context: ActorContext, link: Link, role: str = "") -> Presence:
-    """This actor's presence, with a way to every scheduler."""
-    schedulers = context.resolved.config.scheduler_names
-    for name in schedulers:
-        link.connect(seed_id(name), context.place.endpoint(name))
-    joined = context.name in context.resolved.joined
-    me = Member(
-        context.id,
-        context.kind,
-        link.endpoint,
-        os.getpid(),
-        "starting",
-        role,
-        role_configured=role,
-        joined=joined,
-    )
-    return Presence(me, tuple(seed_id(name) for name in schedulers))
 
 
 async def shard_found(shell: Shell, joining: JoiningCore) -> ActorId:
@@ -274,7 +256,7 @@ async def until_drained(shell: Shell, core: WorkerCore, context: ActorContext) -
         nursery.cancel_scope.cancel()
     if not lifeline.drain.is_set():
         lifeline.leaving()
-    if not context.cluster_drains():
+    if context.resolved.network or not context.host_drains():
         await trio.sleep(PLANNED_S)
     while not core.idle:
         await shell.turned.wait()

@@ -106,6 +106,11 @@ def prepare(
     return ModelFiles(spec, folder / "weights.safetensors", folder / "tokenizer.json")
 
 
+def content_digest(path: Path, cache_dir: Path | None = None) -> str:
+    """A digest of what a model's files hold, wherever they are; at once for files that were prepared. Raises UserError."""
+    return _digest(path, cache_dir or default_cache_dir())
+
+
 def map_weights(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a converted file, by name: read-only views of one shared mapping.
 

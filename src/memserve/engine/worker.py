@@ -156,7 +156,8 @@ class WorkerCore:
         tokens = request.tokens + message.generated
         one = Sequence(request, message.plan, tokens, Phase.ADOPTING, now, self._next_order())
         one.came_with, one.cached_tokens, one.timings = message.lease, message.cached_tokens, message.timings
-        one.origins, one.started_at, one.token_at = message.origins, now, message.first_token_at
+        one.origins, one.started_at = message.origins, now
+        one.token_at = now - message.first_token_age_s
         if one.crosses:
             one.phase, one.arriving = Phase.WAITING, True
             self._admit(one)
@@ -337,7 +338,7 @@ class WorkerCore:
         one.asked_at = now
         message = Handoff(
             one.request, one.plan, one.lease, one.pages, one.fresh, one.acknowledged, one.cached_tokens,
-            one.timings, one.origins, one.token_at or now,
+            one.timings, one.origins, now - (one.token_at or now),
         )  # fmt: skip
         self._outbox.send(one.plan.decode, message)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import attrs
+from msgspec import UNSET, UnsetType
 
 from memserve.actions import Action, Overslept, Send
 from memserve.messages import ActorId, Change, Load, Member, Message
@@ -52,6 +53,8 @@ class Presence:
     deadline: float = 0.0
     """When the next report is due; at once after start."""
     _reported_at: float = float("-inf")
+    terms: dict[str, str] | UnsetType = UNSET
+    """What this host has of what all must agree on."""
 
     def changed(self) -> None:
         """The load is worth reporting before the next heartbeat."""
@@ -61,6 +64,8 @@ class Presence:
         """Enter a state (starting, ready, draining), on a shard if given, and report it."""
         self.member = attrs.evolve(self.member, state=state, shard=shard or self.member.shard)
         self.changed()
+        if state == "draining":
+            self.deadline = 0.0  # it may be its last word, without which it would be missed
 
     def change(self, change: Change) -> bool:
         """Do what an operator wants, and report it; whether anything had to change."""
@@ -78,7 +83,7 @@ class Presence:
         """The report for everyone concerned; the next is due an interval later."""
         self.member = attrs.evolve(self.member, load=load, needs=needs)
         self._reported_at, self.deadline = now, now + HEARTBEAT_S
-        return [Send(one, Load(self.member)) for one in (*self.schedulers, *self.also)]
+        return [Send(one, Load(self.member, self.terms)) for one in (*self.schedulers, *self.also)]
 
 
 class Core(Protocol):

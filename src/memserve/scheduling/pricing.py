@@ -63,7 +63,9 @@ class Weights:
     fetch: bool = False
     """Whether a prefix may be fetched from another shard, and a stream continued on one."""
     path: str = "mapped"
-    """How pages move between shards, see :data:`~memserve.scheduling.cost_model.LINKS`."""
+    """How pages move between shards of one host, see :data:`~memserve.scheduling.cost_model.LINKS`."""
+    far_path: str = "tcp"
+    """And between hosts."""
 
 
 @attrs.define
@@ -118,10 +120,11 @@ class Cost:
     outputs: OutputLengths = attrs.field(factory=OutputLengths)
     ways: Ways = attrs.field(factory=Ways, init=False)
 
-    @property
-    def link(self) -> Link:
-        """How pages move between shards."""
-        return self.links[self.weights.path]
+    def link(self, fleet: Fleet, source: ActorId, to: ActorId) -> Link:
+        """How pages move from one shard to another."""
+        here, there = fleet.shards.get(source), fleet.shards.get(to)
+        far = here is not None and there is not None and here.host != there.host
+        return self.links[self.weights.far_path if far else self.weights.path]
 
     def choose(
         self, fleet: Fleet, request: Request, match: Match, now: float, only: Collection[ActorId] = ()
@@ -309,7 +312,8 @@ class Quote:
 
     def _transfer_s(self, source: ActorId, to: ActorId, tokens: int, model: CostModel) -> float:
         wait = self.policy.ways.wait_s(source, to, self.now)
-        return wait + self.policy.link.seconds(tokens * model.steps.token_bytes)
+        link = self.policy.link(self.fleet, source, to)
+        return wait + link.seconds(tokens * model.steps.token_bytes)
 
     # ---- what is done ---------------------------------------------------------------------------------------
 
@@ -335,9 +339,8 @@ class Quote:
 
     def _move(self, source: ActorId, to: ActorId, tokens: int, model: CostModel) -> None:
         """A transfer takes its shards' ways; the fixed part of it does not."""
-        self.policy.ways.take(
-            source, to, tokens * model.steps.token_bytes * self.policy.link.byte_s, self.now
-        )
+        byte_s = self.policy.link(self.fleet, source, to).byte_s
+        self.policy.ways.take(source, to, tokens * model.steps.token_bytes * byte_s, self.now)
 
 
 def _by_price(one: Candidate) -> tuple[float, bool, float, ActorId]:

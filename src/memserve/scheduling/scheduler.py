@@ -12,12 +12,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import attrs
+from msgspec import UNSET, UnsetType
 
 from memserve.actions import Action, Died, Log, Send
 from memserve.messages import (
     ActorId,
     Cancel,
     Cluster,
+    Ended,
     Finished,
     Gone,
     Inquire,
@@ -28,6 +30,7 @@ from memserve.messages import (
     Plan,
     Planned,
     Prefill,
+    Refused,
     Rejected,
     Request,
     Submit,
@@ -43,6 +46,7 @@ from memserve.scheduling.outputs import OutputLengths
 from memserve.scheduling.policies import Policy
 from memserve.scheduling.presence import HEARTBEAT_S, Wakefulness
 from memserve.scheduling.roles import Roles
+from memserve.scheduling.terms import Terms, disagreement, name_taken
 from memserve.scheduling.ttl_index import TtlIndex
 from memserve.tokens import count, span
 
@@ -73,6 +77,8 @@ class SchedulerCore:
     membership: Membership = attrs.field(factory=Membership, init=False)
     fleet: Fleet = attrs.field(factory=Fleet, init=False)
     roles: Roles = attrs.field(factory=Roles)
+    terms: Terms | UnsetType = UNSET
+    """What all hosts must agree on, where there are several."""
     counters: dict[str, float] = attrs.field(factory=dict, init=False)
     _plans: OrderedDict[tuple[str, int], Planned] = attrs.field(factory=OrderedDict, init=False)
     _lengths: OutputLengths = attrs.field(factory=OutputLengths, init=False)
@@ -299,6 +305,8 @@ class SchedulerCore:
                 member.id
             )  # it owns no pages; told that its requests were dropped, it repeats them
         joined = member.id not in self.membership.members
+        if joined and self.terms is not UNSET and self._refused(message):
+            return
         changed, replaced = self.membership.hear(member, now)
         self.fleet.heard(member, now)
         if member.role:
@@ -318,6 +326,17 @@ class SchedulerCore:
         if len(self.admission):
             self._place_held(now)
 
+    def _refused(self, message: Load) -> bool:
+        """Whether the sender may not be part of this cluster, which it is told then."""
+        member = message.member
+        reason = disagreement(self.terms, message.terms) or name_taken(
+            self.membership.members.values(), member
+        )
+        if reason:
+            self._log("warning", "member refused", member=member.id, host=member.host, reason=reason)
+            self._actions.append(Send(member.id, Refused(reason)))
+        return bool(reason)
+
     def _on_index_delta(self, sender: ActorId, message: IndexDelta, now: float) -> None:
         self._actions += self.index.delta(sender, message, now)
 
@@ -326,6 +345,9 @@ class SchedulerCore:
 
     def _on_died(self, sender: ActorId, message: Died, now: float) -> None:
         self._bury((message.actor,), "died", now)
+
+    def _on_ended(self, sender: ActorId, message: Ended, now: float) -> None:
+        self._bury(message.actors, "died", now)
 
     def _bury(self, actors: tuple[ActorId, ...], reason: str, now: float) -> None:
         known = [self.membership.members.get(one) for one in actors]
@@ -390,6 +412,7 @@ _HANDLERS: dict[type[Any], Callable[[SchedulerCore, ActorId, Any, float], None]]
     Finished: SchedulerCore._on_finished,
     Load: SchedulerCore._on_load,
     Died: SchedulerCore._on_died,
+    Ended: SchedulerCore._on_ended,
     IndexDelta: SchedulerCore._on_index_delta,
     IndexSnapshot: SchedulerCore._on_index_snapshot,
 }

@@ -1,8 +1,8 @@
 """The mover for any two hosts: one plain TCP connection a transfer, from arena to arena.
 
-The receiver announces ``host:port`` and a token that it drew at start; only who was told it can send, only what was
-granted is let in, and only into the pages that were granted: the sender names positions in the transfer, never
-addresses. Nothing is encrypted: across hosts, the network between the shards must be a trusted one.
+The receiver announces ``host:port`` and a token that it drew at start; only who was told it can send, and proves that
+without sending it. Only what was granted is let in, and only into the pages that were granted: the sender names positions
+in the transfer, never addresses. Nothing is encrypted: across hosts, the network between the shards must be a trusted one.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ class _Sending:
         """Say hello and wait to be let in. Raises MoveError."""
         one = self.transfer
         page_bytes = self.memory.geometry.page_bytes
-        hello = Hello(token, one.sender, one.id, len(one.source), page_bytes, self._parts)
-        await self.connection.write([hello.encode()])
+        hello = Hello(one.sender, one.id, len(one.source), page_bytes, self._parts)
+        await self.connection.write([hello.encode(token)])
         await wire.read_verdict(self.connection)
 
     async def run(self) -> int:
@@ -216,10 +216,10 @@ class TcpReceiver:
         """Find out what a connection brings, and take it. Raises MoveError."""
         try:
             with trio.fail_after(CONNECT_S):
-                hello = await wire.read_hello(connection)
+                hello, proof = await wire.read_hello(connection)
         except trio.TooSlowError as error:
             raise MoveError(Failure.REFUSED, "no hello came") from error
-        one = self._find(hello)
+        one = self._find(hello, proof)
         key = (hello.sender, hello.id)
         failure: MoveError | None = MoveError(Failure.WITHDRAWN, "the receiver stopped it")
         with trio.CancelScope() as one.stopping:
@@ -232,9 +232,9 @@ class TcpReceiver:
             one.tell(ReceiveFailed(*key, failure.failure, str(failure)))
             raise failure
 
-    def _find(self, hello: Hello) -> _Expected:
+    def _find(self, hello: Hello, proof: bytes) -> _Expected:
         """The transfer that a hello names. Raises MoveError unless it is expected, and just so."""
-        if not hmac.compare_digest(hello.token, self.token):
+        if not hmac.compare_digest(proof, hello.proof(self.token)):
             raise MoveError(
                 Failure.REFUSED, "the token is not this receiver's: it was started anew, or is another"
             )

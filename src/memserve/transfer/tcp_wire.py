@@ -2,7 +2,7 @@
 
 One connection carries one transfer: what cuts it ends that transfer and no other. ::
 
-    sender -> receiver   hello (with the token), then frames: header + payload; a header of no pages says "still here"
+    sender -> receiver   hello (which proves the token), then frames: header + payload; a header of no pages says "still here"
     receiver -> sender   A accepted, "." still here, then D done or F failed (failure and text), once
 
 Everything but the text is fixed-size little-endian. A payload is the bytes of one piece, page after page, and its
@@ -12,6 +12,7 @@ header has their CRC-32.
 from __future__ import annotations
 
 import errno
+import hmac
 import socket
 import struct
 from collections.abc import Iterator, Sequence
@@ -25,8 +26,10 @@ from memserve.transfer.mover import MoveError
 from memserve.transfer.values import Failure, Piece
 
 MAGIC = b"MEMSXFER"
-VERSION = 1
+VERSION = 2
 TOKEN_BYTES = 32
+PROOF_BYTES = 32
+"""HMAC-SHA-256."""
 SENDER_BYTES_MAX = 256
 TEXT_BYTES_MAX = 1024
 STALL_S = 3.0
@@ -36,7 +39,7 @@ VIEWS_MAX = 512
 FRAME_BYTES = 256 << 10
 """Longest payload, unless one page's part is longer: small enough that the checksum finds it in the core's cache."""
 
-_HELLO = struct.Struct(f"<8sI{TOKEN_BYTES}sQIIQI")
+_HELLO = struct.Struct(f"<8sI{PROOF_BYTES}sQIIQI")
 _HEADER = struct.Struct("<IIII")
 _TEXT = struct.Struct("<H")
 
@@ -48,35 +51,45 @@ ACCEPTED, ALIVE, DONE, FAILED = b"A", b".", b"D", b"F"
 
 @attrs.frozen
 class Hello:
-    """Who sends what to whom; the receiver must have granted exactly this."""
+    """Who sends what to whom; the receiver must have granted exactly this.
 
-    token: bytes
+    It does not carry the receiver's token but a proof of knowing it, for this transfer alone: who reads it on its way can
+    send nothing of their own by it.
+    """
+
     sender: ActorId
     id: int
     pages: int
     page_bytes: int
     parts: int
 
-    def encode(self) -> bytes:
+    def encode(self, token: bytes) -> bytes:
         """As it travels."""
+        return self._packed(self.proof(token))
+
+    def proof(self, token: bytes) -> bytes:
+        """What only who knows ``token`` can say of just this transfer."""
+        return hmac.digest(token, self._packed(bytes(PROOF_BYTES)), "sha256")
+
+    def _packed(self, proof: bytes) -> bytes:
         name = self.sender.encode()
         fixed = _HELLO.pack(
-            MAGIC, VERSION, self.token, self.id, self.pages, self.parts, self.page_bytes, len(name)
+            MAGIC, VERSION, proof, self.id, self.pages, self.parts, self.page_bytes, len(name)
         )
         return fixed + name
 
 
-async def read_hello(connection: Connection) -> Hello:
-    """Read a hello. Raises MoveError when it is none."""
+async def read_hello(connection: Connection) -> tuple[Hello, bytes]:
+    """Read a hello and its proof. Raises MoveError when it is none."""
     fixed = await connection.read(_HELLO.size)
-    magic, version, token, number, pages, parts, page_bytes, length = _HELLO.unpack(fixed)
+    magic, version, proof, number, pages, parts, page_bytes, length = _HELLO.unpack(fixed)
     if magic != MAGIC or version != VERSION or length > SENDER_BYTES_MAX:
         raise MoveError(Failure.REFUSED, "not a transfer, or of another version")
     try:
         sender = ActorId((await connection.read(length)).decode())
     except UnicodeDecodeError as error:
         raise MoveError(Failure.REFUSED, "not a transfer: its sender's name is no text") from error
-    return Hello(token, sender, number, pages, page_bytes, parts)
+    return Hello(sender, number, pages, page_bytes, parts), proof
 
 
 @attrs.frozen

@@ -1,0 +1,170 @@
+"""The rules of a configuration that need more than one of its tables, and the words in which mistakes are told."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import attrs
+
+from memserve.config import RESERVED_NAME
+from memserve.sections import DEFAULT_SHARDS, DEFAULT_WORKERS, PoolConfig, ShardConfig, WorkerConfig
+
+Tree = dict[str, Any]
+
+
+@attrs.frozen
+class Problem:
+    """One mistake: where it is, and what to say about it."""
+
+    path: str
+    text: str
+    source: str = ""
+    """Set when the mistake is in an override; otherwise it is in the file."""
+
+    def line(self, file: str) -> str:
+        """The text that the user sees."""
+        return f"{self.source or file}: {self.path} {self.text}"
+
+
+def cross_check(tree: Tree) -> list[Problem]:
+    """Rules that need more than one table. They pass over what is malformed: that is reported already."""
+    return [
+        *check_names(tree),
+        *check_shards(tree),
+        *check_pool(tree),
+        *check_keys(tree),
+        *check_cluster(tree),
+    ]
+
+
+def check_cluster(tree: Tree) -> Iterator[Problem]:
+    """A host either has the scheduler or joins the one that has it, and says what that takes."""
+    if "cluster" not in tree or not isinstance(told := tree["cluster"], dict):
+        return
+    listens, joins = told.get("listen"), told.get("join")
+    if not listens and not joins:
+        yield Problem("cluster", "must have listen, on the host of the scheduler, or join, on the others")
+    elif listens and joins:
+        yield Problem(
+            "cluster.join", "must be left out beside listen: this host has the scheduler, or another"
+        )
+    if not told.get("key"):
+        yield Problem(
+            "cluster.key", "is required: the file that `memserve key FILE` makes, the same on all hosts"
+        )
+    if joins and not told.get("address"):
+        yield Problem("cluster.address", "is required with join: this host's own address")
+    elif told.get("address") and not joins:
+        yield Problem("cluster.address", "must be left out without join: listen has this host's address")
+    if joins and "scheduler" in tree:
+        yield Problem("scheduler", f"must be left out with cluster.join: the scheduler is at {show(joins)}")
+    elif isinstance(scheduler := tree.get("scheduler"), dict) and scheduler.get("count", 1) != 1:
+        yield Problem("scheduler.count", f"must be 1 with [cluster], not {show(scheduler['count'])}")
+    if isinstance(transfer := tree.get("transfer"), dict) and transfer.get("path") in ("mapped", "cuda"):
+        path = show(transfer["path"])
+        yield Problem(
+            "transfer.path", f"must be auto, tcp or nixl with [cluster], not {path}: hosts share no memory"
+        )
+
+
+def networked(tree: Tree) -> bool:
+    """Whether other hosts belong to the cluster."""
+    told = tree.get("cluster")
+    return isinstance(told, dict) and bool(told.get("listen") or told.get("join"))
+
+
+def check_keys(tree: Tree) -> Iterator[Problem]:
+    """Keys with rights are keys. No key is shown."""
+    frontend = tree.get("frontend")
+    if not isinstance(frontend, dict):
+        return
+    known = frontend.get("api_keys")
+    known = known if isinstance(known, list) else []
+    for name in ("admin_keys", "priority_keys"):
+        keys = frontend.get(name)
+        unknown = [i for i, key in enumerate(keys) if key not in known] if isinstance(keys, list) else []
+        for i in unknown:
+            yield Problem(f"frontend.{name}[{i}]", "must be one of frontend.api_keys; add it there too")
+
+
+def check_pool(tree: Tree) -> Iterator[Problem]:
+    """The watermarks are in order."""
+    pool = tree.get("pool")
+    if not isinstance(pool, dict):
+        return
+    low, high = pool.get("swap_low", PoolConfig().swap_low), pool.get("swap_high", PoolConfig().swap_high)
+    if isinstance(low, int | float) and isinstance(high, int | float) and low > high:
+        yield Problem("pool.swap_high", f"must not be below pool.swap_low ({show(low)}), not {show(high)}")
+
+
+def check_names(tree: Tree) -> Iterator[Problem]:
+    """Names are sockets and log files: each is one actor's alone."""
+    seen: dict[str, str] = {}
+    for section in ("shard", "worker"):
+        for i, table in enumerate(tables(tree, section)):
+            name, path = table.get("name"), f"{section}[{i}].name"
+            if not isinstance(name, str):
+                continue
+            if RESERVED_NAME.fullmatch(name):
+                yield Problem(path, f"must not be {show(name)}: the name of another actor")
+            elif name in seen:
+                yield Problem(path, f"must be unique, not {show(name)}: {seen[name]} has it already")
+            seen.setdefault(name, path)
+
+
+def check_shards(tree: Tree) -> Iterator[Problem]:
+    """Every worker has a shard, and the workers of all shards, unless other hosts have more, can both prefill and decode."""
+    names = [t.get("name") for t in tables(tree, "shard") or default_tables("shard")]
+    known = list(dict.fromkeys(name for name in names if isinstance(name, str)))
+    roles: set[str] = set()
+    for i, worker in enumerate(tables(tree, "worker")):
+        shard = worker.get("shard")
+        if shard is None:
+            yield Problem(
+                f"worker[{i}].shard", f"is required with more than one shard; known: {', '.join(known)}"
+            )
+        elif isinstance(shard, str) and shard not in known:
+            guess = f"; did you mean {show(hint)}?" if (hint := nearest(shard, known)) else ""
+            yield Problem(
+                f"worker[{i}].shard", f"must name a [[shard]] ({', '.join(known)}), not {show(shard)}{guess}"
+            )
+        elif isinstance(shard, str):
+            roles.add(str(worker.get("role", "both")))
+    if len(roles) == 1 and roles <= {"prefill", "decode"} and not networked(tree):
+        missing = "decode" if "prefill" in roles else "prefill"
+        yield Problem("worker", f"must hold one that can {missing}, not only {roles.pop()}")
+
+
+# ---- words and tables ------------------------------------------------------------------------------------------------
+
+
+def show(value: Any, secret: bool = False) -> str:
+    """A value as the user would write it, cut at 60 characters."""
+    if secret:
+        return "the given value (hidden)"
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """The likeliest of ``known`` that was meant, or nothing."""
+    lowered = {each.lower(): each for each in known}
+    found = difflib.get_close_matches(word.lower(), lowered, n=1, cutoff=0.5)
+    return lowered[found[0]] if found else ""
+
+
+def tables(tree: Tree, key: str) -> list[Tree]:
+    """The well-formed tables of ``[[key]]``; the others are reported by :func:`structure`."""
+    value = tree.get(key)
+    return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
+
+
+def default_tables(key: str) -> list[Tree]:
+    """The default of ``[[key]]`` as it would stand in a file, without what fill_in adds."""
+    parts: tuple[ShardConfig, ...] | tuple[WorkerConfig, ...] = (
+        DEFAULT_SHARDS if key == "shard" else DEFAULT_WORKERS
+    )
+    return [{k: v for k, v in attrs.asdict(p).items() if v is not None and k != "shard"} for p in parts]

@@ -1,0 +1,167 @@
+"""A cluster of several hosts, as one of them knows it: its own address, the scheduler's, and the key that all share.
+
+Whoever has the key is in the cluster: its actors talk by TCP, encrypted and authenticated with CURVE, and every inbox is
+a CURVE server and every sender a client with the one key pair. It is in a file that only its owner can read, made by
+`memserve key` and copied to the other hosts by hand.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import ipaddress
+import os
+import re
+import socket
+import stat
+from pathlib import Path
+
+import attrs
+
+from memserve.errors import UserError
+from memserve.sections import ClusterConfig
+
+KEY_LINE = re.compile(r"memserve-cluster-key ([0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40})\n?")
+"""The secret half in Z85; the public one follows from it."""
+KEY_BYTES_MAX = 1024
+
+
+@attrs.frozen
+class KeyPair:
+    """A cluster's CURVE keys, in Z85."""
+
+    public: str
+    secret: str = attrs.field(repr=False)
+
+
+@attrs.frozen
+class Network:
+    """How an actor of this host reaches those of all hosts."""
+
+    address: str
+    """IP address of this host, at which the others reach it."""
+    head: str
+    """Endpoint of the scheduler."""
+    joins: bool
+    """The scheduler is another host's."""
+    keys: KeyPair
+
+    @property
+    def inbox(self) -> str:
+        """What an actor of this host binds; the system chooses a free port."""
+        return endpoint(self.address, "*")
+
+    @property
+    def suffix(self) -> str:
+        """What makes the names of this host's Frontends its own; empty on the scheduler's host."""
+        return "-" + re.sub("[.:]+", "-", self.address).strip("-") if self.joins else ""
+
+
+def endpoint(address: str, port: int | str) -> str:
+    """The ZeroMQ endpoint of a port of an IP address."""
+    return f"tcp://[{address}]:{port}" if ":" in address else f"tcp://{address}:{port}"
+
+
+def find_network(config: ClusterConfig) -> Network | None:
+    """The network of a configuration; None where it has none. Raises UserError when this machine cannot be part of it."""
+    if not config.networked:
+        return None
+    head, port = split_place(config.listen or config.join)
+    keys = read_key(Path(config.key).expanduser())
+    if config.listen:
+        address = own_address(head, "cluster.listen", int(port))
+        return Network(address, endpoint(address, port), False, keys)
+    address = own_address(config.address, "cluster.address")
+    return Network(address, endpoint(resolved_name(head, "cluster.join"), port), True, keys)
+
+
+def split_place(place: str) -> tuple[str, str]:
+    """Host and port of ``HOST:PORT`` or ``[IPV6]:PORT``."""
+    host, _, port = place.rpartition(":")
+    return host.strip("[]"), port
+
+
+def resolved_name(host: str, key: str) -> str:
+    """An IP address of a host. Raises UserError, naming ``key``."""
+    try:
+        return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
+    except socket.gaierror as error:
+        raise UserError(f"{key}: {host!r} cannot be resolved: {error.strerror}") from error
+
+
+def own_address(host: str, key: str, port: int = 0) -> str:
+    """The IP address that ``host`` is. Raises UserError unless it is this machine's and ``port`` is free there."""
+    address = resolved_name(host, key)
+    if ipaddress.ip_address(address.partition("%")[0]).is_unspecified:
+        raise UserError(
+            f"{key}: {host!r} means every address: name the one at which the other hosts reach this one"
+        )
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((address, port))
+            probe.listen()
+        except OSError as error:
+            raise UserError(_why_not_bound(key, host, port, error)) from error
+    return address
+
+
+def _why_not_bound(key: str, host: str, port: int, error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return f"{key}: port {port} of {host} is in use already; stop who uses it, or choose another on all hosts"
+    if error.errno == errno.EADDRNOTAVAIL:
+        return f"{key}: {host} is not an address of this machine; `ip address` lists those it has"
+    return f"{key}: cannot listen on {host}, port {port}: {error.strerror}"
+
+
+# ---- the key's file ------------------------------------------------------------------------------------------
+
+
+def make_key(path: Path) -> None:
+    """Write a new key to a file that is not there yet. Raises UserError."""
+    import zmq
+
+    _, secret = zmq.curve_keypair()
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError as error:
+        raise UserError(
+            f"{path} exists: it may be the key of a cluster; remove it first to replace it"
+        ) from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+    with os.fdopen(fd, "wb") as file:
+        os.fchmod(fd, 0o600)
+        file.write(b"memserve-cluster-key " + secret + b"\n")
+
+
+def read_key(path: Path) -> KeyPair:
+    """The keys in a file that nobody else can read. Raises UserError with a remedy."""
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"cluster.key: {path} is not there: make it on one host with `memserve key {path}`, and copy it to the others"
+        ) from error
+    except OSError as error:
+        raise UserError(f"cluster.key: {path} cannot be read: {error.strerror}") from error
+    with os.fdopen(fd, "rb") as file:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            raise UserError(f"cluster.key: {path} is not a file")
+        if found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
+            raise UserError(
+                f"cluster.key: {path} is not private: it has owner {found.st_uid} and mode"
+                f" {stat.S_IMODE(found.st_mode):04o}, must have owner {os.getuid()} and mode 0600: whoever reads it"
+                " is in the cluster"
+            )
+        return _parse_key(path, file.read(KEY_BYTES_MAX))
+
+
+def _parse_key(path: Path, text: bytes) -> KeyPair:
+    import zmq
+
+    with contextlib.suppress(UnicodeDecodeError, zmq.ZMQError, ValueError):
+        if match := KEY_LINE.fullmatch(text.decode("ascii")):
+            return KeyPair(zmq.curve_public(match[1].encode()).decode(), match[1])
+    raise UserError(f"cluster.key: {path} holds no key of a cluster; `memserve key` makes one")

@@ -1,0 +1,155 @@
+"""A cluster of two hosts, as two places on one machine with addresses of their own: prompts on one, answers on the other."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+
+import attrs
+import httpx
+import pytest
+
+from clusters import Cluster, actor_processes, command, start, stream_through_a_kill
+from memserve.engine.spec import find_model
+from memserve.engine.tokenizer import Tokenizer
+from memserve.engine.weights import prepare
+from memserve.network import make_key
+from real_model import agreed
+from test_model import DEMO
+
+IDS = Tokenizer.load(prepare(find_model(DEMO), "float32").tokenizer).encode(
+    "Memory that a program asks for is not always there. The system gives it addresses, and finds a frame for each page when"
+    " it is touched for the first time; when there is none left, another page has to go. Which one that should be has been"
+    " argued about for sixty years. The oldest is an easy answer, and often a wrong one: what has been used again and again"
+    " is old, too. Those who have looked at many programs would rather let go of the page that",
+    allow_special=False,
+)
+MANY = 60
+"""Tokens of an answer."""
+SILENCE_S = 5.0
+"""What the scheduler bears of a member before it holds it for dead."""
+
+
+@attrs.frozen
+class Hosts:
+    """Both hosts' ``memserve up``, and what a third one would be started with."""
+
+    first: Cluster
+    second: Cluster
+    settings: tuple[str, ...]
+    answer: list[int] = attrs.field(factory=list)
+    """The right one to IDS, once it has been asked for."""
+
+
+def free_port() -> int:
+    """A port that nobody has at present."""
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
+    """Both of them; the second is started before there is anything to join."""
+    folder = tmp_path_factory.mktemp("hosts")
+    make_key(folder / "key")
+    place = f"127.0.0.1:{free_port()}"
+    common = (f"cluster.key={folder / 'key'}", "transfer.path=tcp", "model.dtype=float32")
+    joining = (f"cluster.join={place}", "cluster.address=127.0.0.2", *common)
+    with ThreadPoolExecutor() as pool:
+        second = pool.submit(start, "two-hosts-second.toml", folder / "second", *joining)
+        deadline = time.monotonic() + 20
+        while not any("not found yet" in log.read_text() for log in folder.glob("second/*/supervisor.jsonl")):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        first = pool.submit(
+            start, "two-hosts-first.toml", folder / "first", f"cluster.listen={place}", *common
+        )
+        both = Hosts(first.result(), second.result(), joining)
+    yield both
+    for one in (both.second, both.first):
+        if one.process.poll() is None:
+            one.process.send_signal(signal.SIGTERM)
+            one.process.wait(timeout=60)
+        one.close()
+
+
+def test_the_second_host_waits_for_the_first_and_both_know_all(hosts: Hosts) -> None:
+    """Else hosts would have to be started in the right order, or `memserve status` would show half a cluster."""
+    names = {"s0", "s1", "p0", "d0", "frontend-0", "frontend-127-0-0-2-0", "scheduler-0"}
+    for one in (hosts.first, hosts.second):
+        members = one.members()
+        assert {member["id"].partition(".")[0] for member in members} == names
+        assert {member["host"] for member in members} == {"127.0.0.1", "127.0.0.2"}
+        assert httpx.get(f"{one.url}/health").json()["status"] == "ok"
+
+
+def test_a_chat_over_two_hosts_has_the_right_tokens(hosts: Hosts) -> None:
+    """If a page came damaged, or a second turn did not find what the first has left, nobody would be told but by this."""
+    answer = hosts.first.tokens(IDS, MANY // 2)
+    again = hosts.second.complete(IDS + answer, MANY // 2, ignore_eos=True)
+    hosts.answer.extend(answer + again["choices"][0]["token_ids"])
+    assert hosts.answer == agreed(IDS, hosts.answer) and len(hosts.answer) == MANY
+    assert again["usage"]["prompt_tokens_details"]["cached_tokens"] >= len(IDS) - 16
+    finished = [line for line in hosts.first.lines() if line["event"] == "request finished"]
+    assert [one["bytes_to_decode"] > 0 for one in finished] == [True]
+
+
+def test_a_worker_of_the_second_host_that_is_killed_loses_no_token(hosts: Hosts) -> None:
+    """The scheduler reads no supervisor of that host: if nobody passed the death on, the stream would stand for seconds."""
+    assert stream_through_a_kill(hosts.first, IDS, MANY, "d0") == hosts.answer
+    gone = [line for line in hosts.first.lines() if line["event"] == "member gone"]
+    assert [one["reason"] for one in gone] == ["died"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("cluster.key={other}", "does not take this key"),
+        ("pool.page_tokens=32", "pool.page_tokens must be the same on all hosts of the cluster: 16 on"),
+    ],
+)
+def test_a_host_that_does_not_belong_is_told_why(
+    hosts: Hosts, tmp_path: Path, setting: str, said: str
+) -> None:
+    """If it were let in, requests would be served wrongly; if it were not told, it would be restarted for ever."""
+    make_key(tmp_path / "other")
+    others = ("cluster.address=127.0.0.3", "shard.0.name=s9", "worker.0.shard=s9", "worker.0.name=d9")
+    wrong = setting.format(other=tmp_path / "other")
+    words = command("two-hosts-second.toml", tmp_path / "logs", *hosts.settings, *others, wrong)
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2, ended.stdout + ended.stderr
+    assert said in ended.stderr
+
+
+def test_a_host_that_vanishes_is_held_for_dead_and_its_requests_go_on(hosts: Hosts) -> None:
+    """Nobody is left there to say that it died: only its silence does, and its streams and their pages must not be lost."""
+    events = hosts.first.stream(IDS, MANY)
+    found = next(events)
+    killed = time.monotonic()
+    supervisor = hosts.second.process.pid
+    os.kill(supervisor, signal.SIGSTOP)  # or it, or those that it leaves behind, could say a last word
+    for pid in (*actor_processes(hosts.second.logs), supervisor):
+        os.kill(pid, signal.SIGKILL)
+    helper = threading.Timer(
+        0.5, httpx.post, [f"{hosts.first.url}/cluster/p0"], {"json": {"role": "both"}, "timeout": 30}
+    )
+    helper.start()
+    for event in events:
+        found = found + event
+    took = time.monotonic() - killed
+    helper.join()
+    assert found == hosts.answer
+    assert took < SILENCE_S + 10, "far longer than the silence and the rest of the answer"
+    hosts.first.wait_idle()
+    gone = {one["member"].partition(".")[0] for one in hosts.first.lines() if one.get("reason") == "silent"}
+    assert gone == {"d0", "s1", "frontend-127-0-0-2-0"}

@@ -1,0 +1,185 @@
+"""What a host needs to be one of several: a private key, an address of its own, and the same model as all others."""
+
+from __future__ import annotations
+
+import socket
+import stat
+from pathlib import Path
+
+import pytest
+
+from memserve import cli
+from memserve.actions import Send
+from memserve.configfile import load
+from memserve.errors import ConfigError, UserError
+from memserve.messages import ActorId, Ended, Gone, Load, Member, Refused
+from memserve.network import Network, find_network, make_key, own_address, read_key
+from memserve.scheduling.cost_model import LINKS
+from memserve.scheduling.fleet import Fleet
+from memserve.scheduling.policies import RoundRobin
+from memserve.scheduling.pricing import Cost, Weights
+from memserve.scheduling.scheduler import SchedulerCore
+from memserve.sections import ClusterConfig
+
+MODEL = '[model]\npath = "m.gguf"\n'
+TERMS = {"model.path": "content 1", "pool.page_tokens": "16"}
+HEAD = "10.0.0.1"
+
+
+@pytest.fixture
+def key(tmp_path: Path) -> Path:
+    """A new key."""
+    make_key(tmp_path / "key")
+    return tmp_path / "key"
+
+
+def test_a_key_is_private_and_never_overwritten(key: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever reads it is in the cluster; and a second key in its place would shut every other host out."""
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600
+    assert cli.run(["key", str(key)]) == 2
+    assert "exists" in capsys.readouterr().err
+    keys = read_key(key)
+    assert keys.secret in key.read_text() and keys.secret not in repr(keys)
+    key.chmod(0o640)
+    with pytest.raises(UserError, match="mode 0640, must have owner"):
+        read_key(key)
+
+
+def test_a_file_that_is_no_key_is_called_so(tmp_path: Path) -> None:
+    """ZeroMQ would fail in an actor with nothing but 'invalid argument'."""
+    with pytest.raises(UserError, match=r"is not there: make it on one host with `memserve key"):
+        read_key(tmp_path / "key")
+    (tmp_path / "key").touch(mode=0o600)
+    for text in ("", "memserve-cluster-key short\n", "memserve-cluster-key " + "\xff" * 40):
+        (tmp_path / "key").write_text(text)
+        with pytest.raises(UserError, match="holds no key"):
+            read_key(tmp_path / "key")
+
+
+def test_both_hosts_find_their_place(key: Path) -> None:
+    """The scheduler's address must be one for all; the others' ports are chosen by the system."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    place = f"localhost:{port}"
+    keys = read_key(key)
+    first = find_network(ClusterConfig(listen=place, key=str(key)))
+    second = find_network(ClusterConfig(join=place, address="127.0.0.2", key=str(key)))
+    assert first is not None and second is not None
+    assert first == Network(first.address, first.head, False, keys) and first.suffix == ""
+    assert second == Network("127.0.0.2", first.head, True, keys) and second.suffix == "-127-0-0-2"
+    assert second.inbox == "tcp://127.0.0.2:*"
+    assert Network("fd00::2", "", True, keys).inbox == "tcp://[fd00::2]:*"
+
+
+def test_an_address_must_be_this_machines_and_its_port_free() -> None:
+    """An actor that cannot bind would be restarted for ever, without a word about the configuration."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(UserError, match=r"cluster.listen: port \d+ of 127.0.0.1 is in use already"):
+            own_address("127.0.0.1", "cluster.listen", taken.getsockname()[1])
+    with pytest.raises(UserError, match=r"192.0.2.1 is not an address of this machine"):
+        own_address("192.0.2.1", "cluster.address")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[cluster]\nkey = 'k'", "cluster must have listen, on the host of the scheduler, or join, on the others"),
+        ("[cluster]\nlisten = '10.0.0.1'\nkey = 'k'", "cluster.listen must be HOST:PORT"),
+        ("[cluster]\nlisten = '0.0.0.0:7'\nkey = 'k'", "cluster.listen must be HOST:PORT"),
+        ("[cluster]\nlisten = '[::1]:70000'\nkey = 'k'", "cluster.listen must be HOST:PORT"),
+        ("[cluster]\nlisten = '[fd00::1]:7070'", "cluster.key is required"),
+        ("[cluster]\nlisten = 'a:1'\njoin = 'b:1'\nkey = 'k'", "cluster.join must be left out beside listen"),
+        ("[cluster]\njoin = 'a:1'\nkey = 'k'", "cluster.address is required with join"),
+        ("[cluster]\nlisten = 'a:1'\naddress = 'a'\nkey = 'k'", "cluster.address must be left out without join"),
+        (
+            "[cluster]\njoin = 'a:1'\naddress = 'b'\nkey = 'k'\n[scheduler]\npolicy = 'cost'",
+            'scheduler must be left out with cluster.join: the scheduler is at "a:1"',
+        ),
+        ("[cluster]\nlisten = 'a:1'\nkey = 'k'\n[scheduler]\ncount = 2", "scheduler.count must be 1 with [cluster]"),
+        ("[cluster]\nlisten = 'a:1'\nkey = 'k'\n[transfer]\npath = 'mapped'", "transfer.path must be auto, tcp or"),
+    ],
+)  # fmt: skip
+def test_a_wrong_cluster_table_is_told_what_is_wrong(tmp_path: Path, text: str, said: str) -> None:
+    """Two hosts that misunderstand each other are hard to look at: what one file can tell, it must."""
+    (tmp_path / "c.toml").write_text(MODEL + text)
+    with pytest.raises(ConfigError) as wrong:
+        load(str(tmp_path / "c.toml"))
+    assert said in str(wrong.value)
+
+
+def test_a_host_of_several_may_have_one_side_only(tmp_path: Path) -> None:
+    """Prompts on one host and answers on another is what the second host is for."""
+    (tmp_path / "c.toml").write_text(
+        MODEL + "[[worker]]\nname = 'p0'\nrole = 'prefill'\n[cluster]\nlisten = 'a:1'\nkey = 'k'"
+    )
+    assert [one.role for one in load(str(tmp_path / "c.toml")).worker] == ["prefill"]
+
+
+def test_pages_between_hosts_are_priced_as_they_go() -> None:
+    """A fetch from another host costs more than a copy on this one; priced alike, it would be done where computing is faster."""
+    cost, fleet = Cost(Weights(path="mapped", far_path="tcp")), Fleet()
+    for name, host in (("s0", HEAD), ("s1", HEAD), ("s2", "10.0.0.2")):
+        fleet.heard(Member(ActorId(f"{name}.1"), "MemPoolShard", "", 1, "ready", host=host), 0.0)
+    assert cost.link(fleet, ActorId("s0.1"), ActorId("s1.1")) == LINKS["mapped"]
+    assert cost.link(fleet, ActorId("s0.1"), ActorId("s2.1")) == LINKS["tcp"]
+
+
+# ---- the scheduler -------------------------------------------------------------------------------------------
+
+
+def member(name: str, host: str, incarnation: int = 1) -> Member:
+    """A worker that reports."""
+    return Member(
+        ActorId(f"{name}.{incarnation}"), "DecodeWorker", f"tcp://{host}:1", 1, "ready", "both", host=host
+    )
+
+
+@pytest.fixture
+def core() -> SchedulerCore:
+    """A scheduler of a cluster of several hosts that has heard from its own host's worker."""
+    me = Member(ActorId("scheduler-0.1"), "GlobalScheduler", "tcp://10.0.0.1:7070", 1, "ready", host=HEAD)
+    core = SchedulerCore(me, "round_robin", RoundRobin())
+    core.terms = TERMS
+    core.receive(ActorId("w0.1"), Load(member("w0", HEAD), TERMS), 0.0)
+    core.take()
+    return core
+
+
+def answers(core: SchedulerCore, one: Member, terms: dict[str, str], now: float = 1.0) -> list[str]:
+    """Why a newcomer is refused."""
+    core.receive(one.id, Load(one, terms), now)
+    sent = [action.message for action in core.take() if isinstance(action, Send) and action.to == one.id]
+    return [message.reason for message in sent if isinstance(message, Refused)]
+
+
+def test_who_has_another_model_is_refused_before_anything_is_placed_on_it(core: SchedulerCore) -> None:
+    """It would continue other hosts' streams with another model's tokens."""
+    other = TERMS | {"model.path": "content 2"}
+    (reason,) = answers(core, member("w1", "10.0.0.2"), other)
+    assert (
+        reason
+        == "model.path must be the same on all hosts of the cluster: content 1 on the scheduler's, not content 2"
+    )
+    assert ActorId("w1.1") not in core.membership.members
+    assert answers(core, member("w1", "10.0.0.2"), TERMS) == []
+    assert ActorId("w1.1") in core.membership.members
+
+
+def test_a_name_belongs_to_the_host_that_has_it(core: SchedulerCore) -> None:
+    """Two hosts with one name would declare each other's worker dead in turn."""
+    (reason,) = answers(core, member("w0", "10.0.0.2", incarnation=5), TERMS)
+    assert reason == "the name w0 is taken by an actor of the host 10.0.0.1: choose another on 10.0.0.2"
+    assert answers(core, member("w0", HEAD, incarnation=2), TERMS) == []
+    assert [one for one in core.membership.members if one.startswith("w0.")] == ["w0.2"]
+
+
+def test_a_death_that_is_passed_on_is_announced_at_once(core: SchedulerCore) -> None:
+    """Else every death on another host would take its requests five seconds."""
+    answers(core, member("w1", "10.0.0.2"), TERMS)
+    core.receive(ActorId("s1.1"), Ended((ActorId("w1.1"),)), 2.0)
+    told = [action for action in core.take() if isinstance(action, Send) and isinstance(action.message, Gone)]
+    assert Send(ActorId("w0.1"), Gone((ActorId("w1.1"),))) in told
+    assert ActorId("w1.1") not in core.membership.members
