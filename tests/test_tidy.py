@@ -32,6 +32,7 @@ LAYERS = {
     "words": (
         "__init__",
         "errors",
+        "accounts",
         "panics",
         "identity",
         "costs",
