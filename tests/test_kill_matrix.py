@@ -163,6 +163,25 @@ class HealthLog:
             assert bool(reason) is (status != "ok"), self.said
 
 
+def complete(cluster: Cluster) -> None:
+    """Every actor is there: one that starts would be taken for hung only after minutes."""
+    deadline = time.monotonic() + PATIENCE_S
+    while httpx.get(f"{cluster.url}/health").json()["status"] != "ok":
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def missed(cluster: Cluster, victim: str, pid: int) -> None:
+    """A successor is there. One that stands still and has no stream is missed later than the streams are over."""
+    deadline = time.monotonic() + PATIENCE_S
+    while (
+        pid in (now := [one["pid"] for one in cluster.members() if one["id"].startswith(f"{victim}.")])
+        or not now
+    ):
+        assert time.monotonic() < deadline, f"{victim} was never replaced"
+        time.sleep(0.1)
+
+
 def recovered(cluster: Cluster) -> None:
     """It serves, and nothing is leased any more."""
     cluster.wait_healthy()
@@ -173,6 +192,7 @@ def recovered(cluster: Cluster) -> None:
 def test_no_token_is_lost(cluster: Cluster, victim: str, how: signal.Signals) -> None:
     """Whoever dies or stands still: each stream goes on to the tokens that it would have had."""
     clients = streams(salt=sum(map(ord, victim)) + int(how))
+    complete(cluster)
     pid, struck, health = cluster.pid(victim), [], HealthLog(cluster)
     threading.Thread(target=health.follow, daemon=True).start()
 
@@ -182,6 +202,7 @@ def test_no_token_is_lost(cluster: Cluster, victim: str, how: signal.Signals) ->
 
     play(cluster, clients, blow)
     note_phases(cluster, struck[0])
+    missed(cluster, victim, pid)
     recovered(cluster)
     health.end()
     ways = [
