@@ -1,7 +1,7 @@
 """Every kind of actor killed and stopped under load, as real processes: no stream loses, repeats or changes a token.
 
 The rounds share one cluster, which has to recover from each. `make test` plays those that no other test has; all of them
-take about five minutes on two cores: `make kill-matrix`. What a phase of a request does to recovery is held in virtual
+take three to five minutes on two cores: `make kill-matrix`. What a phase of a request does to recovery is held in virtual
 time, exhaustively (test_cluster.py); here the operating system, ZeroMQ and the supervisor take part.
 """
 
