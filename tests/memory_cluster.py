@@ -107,6 +107,7 @@ class MemoryCluster:
     pages: int
     chunk_tokens: int = 16
     rows: int = 8
+    draft: int = 0
     retire: str = "all"
     returns: bool = False
     step_s: float = 0.01
@@ -240,6 +241,7 @@ class MemoryCluster:
             self.returns,
             self.ahead and self.retire == "all",
             PAGE_BYTES,
+            self.draft,
         )
         core = WorkerCore(presence, home.id, told)
         engine = self.make_engine(self.arenas[home.id])

@@ -18,7 +18,7 @@ from memserve.engine.weights import default_cache_dir, random_weights
 from memserve.kernels.cpu import CpuAttention
 from memserve.kernels.native import NativeStep, load
 from memserve.kernels.native_build import NativeUnavailable
-from memserve.tokens import pack, pages_for
+from memserve.tokens import pack, pages_for, unpack
 from test_model import GREEDY, prompt, tiny_spec
 
 SHAPES = [(4, 2, 32), (6, 2, 64), (3, 3, 32), (9, 1, 96), (2, 1, 128), (2, 2, 256), (34, 2, 32)]
@@ -102,7 +102,8 @@ class Twin:
 
     def drawn(self, *rows: Row) -> list[int]:
         """Tokens of the native step."""
-        return self.step.step(BatchPlan(rows), self.arena, self.threads)[0]
+        drawn, _ = self.step.step(BatchPlan(rows), self.arena, self.threads)
+        return [*unpack(b"".join(drawn))]
 
     def exact(self, *rows: Row) -> torch.Tensor:
         """Logits of the reference."""

@@ -24,7 +24,7 @@ from memserve.engine.sampling import draw, reach, uniform
 from memserve.engine.weights import default_cache_dir, random_weights, save_weights
 from memserve.kernels.native import MAX_ROWS, NativeAdjustments, load, sampling_bytes
 from memserve.kernels.native_build import SOURCES, NativeUnavailable, target_flags
-from memserve.tokens import pack
+from memserve.tokens import pack, unpack
 from test_model import GREEDY, prompt
 from test_native import Twin, native_spec
 
@@ -266,7 +266,7 @@ def test_a_step_adjusts_its_rows_and_tells_of_the_logits_as_they_were() -> None:
 
     for threads in (1, 3):
         drawn, told = twin.step.step(BatchPlan(tuple(rows)), twin.arena, threads)
-        assert drawn == wanted and drawn[0] == 3
+        assert list(unpack(b"".join(drawn))) == wanted and wanted[0] == 3
         assert told[2] is None
         for i in (0, 1, 3):
             known = logprobs_of(logits[i], wanted[i], hows[i].logprobs or 0)

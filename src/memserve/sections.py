@@ -281,6 +281,12 @@ class BatchConfig:
         rule=between(1, 1024),
         help="sequences in one step, at most; more wait their turn",
     )
+    draft: int = setting(
+        8,
+        unit="tokens",
+        rule=between(0, 64),
+        help="a stream may guess so many tokens ahead in a step, of what it has said or been told before; 0: none. On CPUs, bfloat16",
+    )
 
 
 @attrs.frozen(kw_only=True)

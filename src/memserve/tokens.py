@@ -37,6 +37,12 @@ def span(packed: bytes, start: int, stop: int) -> bytes:
     return packed[start * TOKEN_BYTES : stop * TOKEN_BYTES]
 
 
+def alike(one: bytes, other: bytes) -> int:
+    """How many tokens both begin with."""
+    pairs = zip(unpack(one), unpack(other), strict=False)
+    return next((at for at, (a, b) in enumerate(pairs) if a != b), min(count(one), count(other)))
+
+
 def pages_for(tokens: int, page_tokens: int) -> int:
     """Pages needed to hold ``tokens`` tokens (rounded up)."""
     return -(-tokens // page_tokens)

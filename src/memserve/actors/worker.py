@@ -58,6 +58,8 @@ class Found:
 
     costs: StepCosts | None = None
     site: Site | None = None
+    drafts: bool = False
+    """Whether it runs drafts."""
 
 
 async def run_worker(context: ActorContext, task_status: trio.TaskStatus[None]) -> None:
@@ -78,7 +80,7 @@ async def run_worker(context: ActorContext, task_status: trio.TaskStatus[None]) 
             engine = EngineThread(make, Guide(partial(read_grammars, context)))
             await nursery.start(engine.run)
             presence.member = attrs.evolve(presence.member, costs=found.costs, site=found.site)
-            core = WorkerCore(presence, shard, settings_of(context.resolved))
+            core = WorkerCore(presence, shard, settings_of(context.resolved, found.drafts))
             take_charge(shell, core, engine)
             task_status.started()
             await until_drained(shell, core, context)
@@ -95,8 +97,8 @@ async def shard_found(shell: Shell, joining: JoiningCore) -> ActorId:
     return joining.found
 
 
-def settings_of(resolved: Resolved) -> WorkerSettings:
-    """The core's settings out of the configuration."""
+def settings_of(resolved: Resolved, drafts: bool = False) -> WorkerSettings:
+    """The core's settings out of the configuration. ``drafts``: whether its engine runs any."""
     config = resolved.config
     limits = BatchLimits(config.batch.chunk_tokens, config.batch.rows)
     return WorkerSettings(
@@ -108,6 +110,7 @@ def settings_of(resolved: Resolved) -> WorkerSettings:
         returns=config.cache.mode == "3",
         ahead=config.transfer.ahead and RETIRE[config.cache.mode] == "all",
         page_bytes=resolved.page_bytes,
+        draft=config.batch.draft if drafts else 0,
     )
 
 
@@ -144,6 +147,7 @@ def start_engine(
     engine = CpuEngine(files.spec, files.weights, arena.memory, pages, page_tokens, model.dtype, cores)
     engine.warm_up()
     found.site = Site(cores.key, resolved.cores, threads)
+    found.drafts = engine.native  # torch's sums differ from a chunk to a single token
     kind = "native" if engine.native else "torch"
     found.costs = calibrate(engine, resolved, threads, kind, at_work, sliced=engine.timer)
     return engine

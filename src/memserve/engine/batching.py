@@ -11,8 +11,9 @@ from collections.abc import Iterable
 
 import attrs
 
-from memserve.engine.plans import BatchPlan
+from memserve.engine.plans import BatchPlan, BatchResult
 from memserve.engine.sequence import Sequence
+from memserve.tokens import pack
 
 ALONE = 2
 """Chunks that a step takes while no stream runs."""
@@ -45,6 +46,8 @@ class WorkerSettings:
     """Whether a prompt's full pages go to a decode worker on another shard while the rest is computed."""
     page_bytes: int = 0
     """Of one page's KV, for the counters."""
+    draft: int = 0
+    """Tokens that a stream may guess in a step; see :mod:`memserve.engine.drafting`."""
     requests_max: int = 1024
     """Sequences held at once; beyond it a Prefill is answered with Failed (overloaded)."""
 
@@ -56,7 +59,12 @@ class Batch:
     plan: BatchPlan
     sequences: tuple[Sequence, ...]
     ends: tuple[int, ...]
-    """Tokens computed of each once the step is done."""
+    """Tokens computed of each once the step is done, those of drafts not counted."""
+
+    def drawn(self, row: int, result: BatchResult) -> bytes:
+        """What a row drew, packed: nothing, a token, or more where its draft was right."""
+        token = result.tokens[row]
+        return b"" if token is None else pack([token]) + result.more.get(row, b"")
 
 
 def form_batch(ready: Iterable[Sequence], limits: BatchLimits, page_tokens: int) -> Batch | None:

@@ -28,7 +28,7 @@ def check_plan(
         unseen = _unseen(row.pages, before[number].pages) if number < len(before) else row.pages
         if unseen and not 0 <= min(unseen) <= max(unseen) < pages:
             raise ValueError(f"row {number}: pages {row.pages}; the arena has 0 to {pages - 1}")
-        own = row.pages[row.start // page_tokens : pages_for(row.end, page_tokens)]
+        own = row.pages[row.start // page_tokens : pages_for(row.reach, page_tokens)]
         if not written.isdisjoint(own) or len(set(own)) < len(own):
             raise ValueError(f"row {number}: writes to a page that the step writes to already: {own}")
         written.update(own)
@@ -39,19 +39,21 @@ def _unseen(pages: tuple[int, ...], seen: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _check_row(number: int, row: Row, spec: ModelSpec, page_tokens: int) -> None:
-    tokens = count(row.tokens)
-    if tokens < 1 or row.start < 0 or row.end > spec.max_context:
+    tokens = row.reach - row.start
+    if not row.tokens or row.start < 0 or row.reach > spec.max_context:
         raise ValueError(
             f"row {number}: {tokens} tokens from position {row.start}; "
             f"expected at least one, within {spec.max_context} positions"
         )
-    if len(row.pages) < pages_for(row.end, page_tokens):
+    if len(row.pages) < pages_for(row.reach, page_tokens):
         raise ValueError(
-            f"row {number}: {len(row.pages)} pages of {page_tokens} do not hold {row.end} tokens"
+            f"row {number}: {len(row.pages)} pages of {page_tokens} do not hold {row.reach} tokens"
         )
-    ids = unpack(row.tokens)
+    ids = unpack(row.tokens + row.draft)
     if min(ids) < 0 or max(ids) >= spec.vocab:
         raise ValueError(f"row {number}: token ids {min(ids)} to {max(ids)}; the vocabulary has {spec.vocab}")
+    if row.draft and (row.sample is None or row.sample.adjust or row.sample.logprobs is not None or row.tell):
+        raise ValueError(f"row {number}: a draft where nothing is drawn, or more is wanted than the draws")
     if row.tell is not None:
         _check_told(number, row, row.tell, spec)
     if row.sample is not None and row.sample.adjust is not None:

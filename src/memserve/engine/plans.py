@@ -50,18 +50,26 @@ class Row:
     start: int
     """Position of the first of them; the KV of all earlier ones is in ``pages`` already."""
     pages: tuple[int, ...]
-    """Page table; ``pages[i]`` holds positions ``i * page_tokens`` onwards. Covers at least ``start + len(tokens)``."""
+    """Page table; ``pages[i]`` holds positions ``i * page_tokens`` onwards. Covers all up to ``reach``."""
     sample: Sampling | None
     """How to draw the token after the last one, or None when nobody wants it (not the prompt's last chunk)."""
     past: Past | None = None
     """Set where ``sample`` adjusts the logits."""
     tell: Tell | None = None
     """Set where log probabilities of the prompt are wanted."""
+    draft: bytes = b""
+    """A guess at the tokens that come after ``tokens``, packed. An engine may run them too, and draw after each of them for as
+    long as the draws are what was guessed. Never set beside ``past``, ``tell`` or log probabilities of the draw."""
 
     @property
     def end(self) -> int:
         """Position of the token that a draw would produce; with the seed it decides the draw."""
         return self.start + count(self.tokens)
+
+    @property
+    def reach(self) -> int:
+        """The first position behind all that an engine may write."""
+        return self.end + count(self.draft)
 
 
 @attrs.frozen
@@ -86,6 +94,9 @@ class BatchResult:
     """By the numbers of the rows that asked for them."""
     prompts: Mapping[int, PromptLogprobs] = MappingProxyType({})
     """By the numbers of the rows that have a ``tell``: of each of its tokens."""
+    more: Mapping[int, bytes] = MappingProxyType({})
+    """By the numbers of the rows whose ``draft`` began rightly: the tokens drawn behind the row's first one, packed. As many of
+    the draft's tokens were right, and their KV is in the pages."""
 
 
 class StepEngine(Protocol):

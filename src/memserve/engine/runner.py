@@ -10,6 +10,7 @@ from mmap import mmap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import attrs
 import torch
 
 from memserve.drawing import Logprobs, PromptLogprobs, Sampling
@@ -26,7 +27,7 @@ from memserve.kernels.cpu import CpuAttention
 from memserve.kernels.mapping import shared_memory
 from memserve.kernels.native import MAX_ROWS, NativeStep, open_step
 from memserve.kernels.native.telling import TOLD_AT_ONCE, Telling
-from memserve.tokens import pack, pages_for
+from memserve.tokens import count, pack, pages_for, span, unpack
 
 if TYPE_CHECKING:
     from memserve.engine.cores import Cores
@@ -85,12 +86,9 @@ class CpuEngine:
         assert self._attention is not None and self._arena is not None, "the engine is closed"
         check_plan(plan, self._spec, self._pages, self._page_tokens)
         with self._hold() as threads:
-            began = time.perf_counter()
             crew = self._cores.regroup if self._cores is not None else None
-            tokens, logprobs, prompts = self._step(plan, self._attention, self._arena, threads, crew)
-            beside = self._cores.beside if self._cores is not None else 0.0
-            step_ms = (time.perf_counter() - began) * 1000
-            return BatchResult(tokens, step_ms, threads, beside, logprobs, prompts)
+            result = self._step(plan, self._attention, self._arena, threads, crew)
+            return result if self._cores is None else attrs.evolve(result, beside=self._cores.beside)
 
     def warm_up(self) -> None:
         """Run a chunk and a decode row on pages of their own, so that the first request finds everything loaded."""
@@ -167,8 +165,8 @@ class CpuEngine:
         arena: torch.Tensor,
         threads: int,
         crew: Callable[[int], int] | None = None,
-    ) -> tuple[tuple[int | None, ...], dict[int, Logprobs], dict[int, PromptLogprobs]]:
-        """The tokens of the plan's rows, and by their numbers what those are told that asked, of a draw or of their prompts."""
+    ) -> BatchResult:
+        began = time.perf_counter()
         wanted = [number for number, row in enumerate(plan.rows) if row.sample is not None]
         if self._native is not None:
             telling = Telling() if any(row.tell for row in plan.rows) else None
@@ -177,15 +175,19 @@ class CpuEngine:
         else:
             drawn, reports, prompts = self._step_on_torch(plan, attention, threads)
         tokens: list[int | None] = [None] * len(plan.rows)
-        for number, token in zip(wanted, drawn, strict=True):
-            tokens[number] = token
+        more: dict[int, bytes] = {}
+        for number, one in zip(wanted, drawn, strict=True):
+            tokens[number], *_ = unpack(one)
+            if count(one) > 1:
+                more[number] = span(one, 1, count(one))
         logprobs = {number: one for number, one in zip(wanted, reports, strict=True) if one is not None}
-        return tuple(tokens), logprobs, prompts
+        step_ms = (time.perf_counter() - began) * 1000
+        return BatchResult(tuple(tokens), step_ms, threads, 0.0, logprobs, prompts, more)
 
     def _step_on_torch(
         self, plan: BatchPlan, attention: CpuAttention, threads: int
-    ) -> tuple[list[int], list[Logprobs | None], dict[int, PromptLogprobs]]:
-        """Of each wanted row; then what is told of prompts, by the numbers of all rows."""
+    ) -> tuple[list[bytes], list[Logprobs | None], dict[int, PromptLogprobs]]:
+        """Of each wanted row, whatever its draft says; then what is told of prompts, by the numbers of all rows."""
         assert self._model is not None, "the engine is closed"
         torch.set_num_threads(threads)
         rows = [row for row in plan.rows if row.sample is not None]
@@ -199,4 +201,4 @@ class CpuEngine:
                 return [], [], prompts
             logits = head(batch.wanted)
             tokens = sampling.draw(adjusted(logits, rows), settings, [row.end for row in rows])
-            return tokens, told(logits, rows, tokens), prompts
+            return [pack([one]) for one in tokens], told(logits, rows, tokens), prompts

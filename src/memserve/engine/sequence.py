@@ -16,7 +16,7 @@ from memserve.drawing import Adjustments, Logprobs
 from memserve.engine.plans import Past, Row, Tell
 from memserve.messages import Origins, Plan, Request, Timings, TokenUpdate
 from memserve.pool_messages import Acquired
-from memserve.tokens import TOKEN_BYTES, count, pack, pages_for, span
+from memserve.tokens import TOKEN_BYTES, count, pack, pages_for, span, unpack
 
 
 class Phase(enum.Enum):
@@ -163,6 +163,24 @@ class Sequence:
         self.go(Phase.READY)
         self._note(bytes_saved=pages_for(self.computed, page_tokens) * page_bytes)
 
+    def begin(self, now: float) -> float:
+        """Its first step begins, after so many milliseconds here."""
+        self.started_at = now
+        return self._time(queue_ms=(now - self.arrived_at) * 1e3)
+
+    def prefilled(self, now: float) -> float:
+        """Its first token is there, so many milliseconds later."""
+        self.token_at = self.owned_at = now
+        return self._time(prefill_ms=(now - (self.started_at or now)) * 1e3)
+
+    def decoded(self, now: float) -> float:
+        """And its last one, so many milliseconds after decoding began here."""
+        return self._time(decode_ms=(now - (self.owned_at or now)) * 1e3)
+
+    def _time(self, **took: float) -> float:
+        self.timings = attrs.evolve(self.timings, **took)
+        return sum(took.values())
+
     def returns(self, tokens: int, page_tokens: int, page_bytes: int) -> None:
         """Its first ``tokens`` tokens are to be where its prompt is."""
         more = tokens // page_tokens - self.request.prompt_tokens // page_tokens
@@ -204,22 +222,30 @@ class Sequence:
         """Whether its prefill and its decode are on different shards."""
         return self.plan.decode_shard not in ("", self.plan.shard)
 
-    def append(self, token: int) -> None:
-        """Take a drawn token."""
-        self.tokens += pack([token])
+    def take(self, end: int, drawn: bytes, max_context: int) -> str | None:
+        """Its row ended at ``end`` and drew these tokens, all but the last of which are in the pages too.
 
-    def update(self, finish: str | None = None) -> TokenUpdate:
-        """What its Frontend is told of its newest token. ``finish``: why it is the last."""
-        newest, place = self.tokens[-TOKEN_BYTES:], self.length - 1
-        update = TokenUpdate(*self.key, place, newest, self.cached_tokens, finish, logprobs=self.logprobs)
+        They are taken up to the one that ends the sequence; why it is over, or None.
+        """
+        finish = None
+        for token in unpack(drawn):
+            self.tokens += pack([token])
+            if (finish := self._finish_reason(max_context)) is not None:
+                break
+        self.computed = min(end + max(count(drawn) - 1, 0), self.length - bool(drawn))
+        return finish
+
+    def update(self, since: int, finish: str | None = None) -> TokenUpdate:
+        """What its Frontend is told of its tokens ``since`` a position. ``finish``: why the last is the last."""
+        new = span(self.tokens, since, self.length)
+        update = TokenUpdate(*self.key, since, new, self.cached_tokens, finish, logprobs=self.logprobs)
         return attrs.evolve(update, timings=self.timings, origins=self.origins) if finish else update
 
     def room(self, page_tokens: int) -> int:
         """Tokens that can be run before another page is needed."""
         return len(self.pages) * page_tokens - self.computed
 
-    def finish_reason(self, max_context: int) -> str | None:
-        """Why the sequence is over after its newest token, or None."""
+    def _finish_reason(self, max_context: int) -> str | None:
         newest = int.from_bytes(self.tokens[-TOKEN_BYTES:], "little")
         if newest in self.request.stop_tokens:
             return "stop"

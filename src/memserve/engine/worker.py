@@ -18,6 +18,7 @@ from msgspec import UNSET
 
 from memserve.actions import Action, BatchDone, Log, RunBatch, Stop
 from memserve.engine.batching import Batch, WorkerSettings, form_batch
+from memserve.engine.drafting import Drafting
 from memserve.engine.ended import Ended
 from memserve.engine.following import Following
 from memserve.engine.load import StepWatch, load_of, swap_least
@@ -56,6 +57,7 @@ class WorkerCore:
     _outbox: Outbox = attrs.field(factory=Outbox, init=False)
     _paging: Paging = attrs.field(init=False)
     _following: Following = attrs.field(init=False)
+    _drafting: Drafting = attrs.field(init=False)
     _live: dict[tuple[str, int], Sequence] = attrs.field(factory=dict, init=False)
     _ended: Ended = attrs.field(factory=Ended, init=False)
     _batch: Batch | None = attrs.field(default=None, init=False)
@@ -69,6 +71,7 @@ class WorkerCore:
             self._outbox, told.fetch_s, told.ahead, least,
         )  # fmt: skip
         self._following = Following(self._paging, told.retire)
+        self._drafting = Drafting(told.draft, told.page_tokens, told.max_context, self._outbox)
 
     # ---- the five verbs -------------------------------------------------------------------------------------
 
@@ -263,11 +266,10 @@ class WorkerCore:
         batch = form_batch(self._in_phase(Phase.READY), self.settings.limits, self.settings.page_tokens)
         if batch is None:
             return
+        batch = self._drafting.added(batch, self.presence.member.costs)
         for one in batch.sequences:
             if one.started_at is None:
-                one.started_at = now
-                queued = (now - one.arrived_at) * 1e3
-                one.timings = attrs.evolve(one.timings, queue_ms=queued)
+                queued = one.begin(now)
                 self._outbox.log("prefill started", one, cached_tokens=one.cached_tokens, queue_ms=queued)
             self._live[one.key] = self._live.pop(one.key)  # behind those that did not get a row
         self._batch = batch
@@ -282,48 +284,47 @@ class WorkerCore:
         self._outbox.count("step_ms_total", message.result.step_ms)
         self._outbox.count("step_threads_total", message.result.threads)
         self._outbox.tell(batch.sequences, message.result.prompts)
-        told = message.result.logprobs
-        drawn = zip(batch.sequences, batch.ends, message.result.tokens, strict=True)
-        for row, (one, end, token) in enumerate(drawn):
-            one.logprobs = told.get(row, UNSET)
+        self._drafting.saw(batch, message.result)
+        for row, (one, end) in enumerate(zip(batch.sequences, batch.ends, strict=True)):
+            one.logprobs = message.result.logprobs.get(row, UNSET)
             if not one.decoding:
                 self._outbox.count("prefill_tokens_total", end - one.computed)
-            one.computed = end
             if one.dropped:
                 self._let_go(one)
-                continue
-            self._paging.retire(one)
-            if token is not None:
-                self._take_token(one, token, now)
+            else:
+                self._take(one, end, batch.drawn(row, message.result), now)
 
-    def _take_token(self, one: Sequence, token: int, now: float) -> None:
-        if one.token_at is None:
-            one.token_at = one.owned_at = now
-            if one.plan.first_token_s and one.tells is None:  # predictions know nothing of what telling takes
-                self._watch.punctuality.saw(one.plan.first_token_s, now - one.arrived_at)
-            prefill_ms = (now - (one.started_at or now)) * 1e3
-            one.timings = attrs.evolve(one.timings, prefill_ms=prefill_ms)
-            self._outbox.log("prefill finished", one, prefill_ms=prefill_ms)
-        one.append(token)
-        self._outbox.count("generated_tokens_total", 1)
-        finish = one.finish_reason(self.settings.max_context)
-        if finish is not None:
-            self._finish(one, finish, now)
+    def _take(self, one: Sequence, end: int, drawn: bytes, now: float) -> None:
+        """Its row ended at ``end``, and drew these tokens: none, one, or more where a draft was right."""
+        if drawn and one.token_at is None:
+            self._first_token(one, now)
+        since = one.length
+        finish = one.take(end, drawn, self.settings.max_context)
+        self._paging.retire(one)
+        if not drawn:
             return
-        self._outbox.update(one.request.frontend, one.update())
+        self._outbox.count("generated_tokens_total", one.length - since)
+        if finish is not None:
+            self._finish(one, since, finish, now)
+            return
+        self._outbox.update(one.request.frontend, one.update(since))
         if one.plan.decode != self.presence.member.id:
             self._hand_over(one, now)
         else:
             self._paging.grow(one)
 
-    def _finish(self, one: Sequence, finish: str, now: float) -> None:
-        decode_ms = (now - (one.owned_at or now)) * 1e3
-        one.timings = attrs.evolve(one.timings, decode_ms=decode_ms)
+    def _first_token(self, one: Sequence, now: float) -> None:
+        if one.plan.first_token_s and one.tells is None:  # predictions know nothing of what telling takes
+            self._watch.punctuality.saw(one.plan.first_token_s, now - one.arrived_at)
+        self._outbox.log("prefill finished", one, prefill_ms=one.prefilled(now))
+
+    def _finish(self, one: Sequence, since: int, finish: str, now: float) -> None:
+        decode_ms = one.decoded(now)
         if count(one.fresh) > 1:
             self._outbox.log("decode finished", one, output_tokens=one.generated, decode_ms=decode_ms)
         if self.settings.returns and one.crosses and one.came_with:
             self._paging.give_back(one, self.settings.page_bytes)
-        self._outbox.update(one.request.frontend, one.update(finish))
+        self._outbox.update(one.request.frontend, one.update(since, finish))
         self._end(one)
 
     # ---- hand-over ------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ from memserve.engine.spec import ModelSpec
 from memserve.engine.weights import in_tiles
 from memserve.kernels.native.telling import NativeLogprobs, Telling
 from memserve.kernels.native_build import NativeUnavailable, built_library, why_not
-from memserve.tokens import TOKEN_BYTES, count, span
+from memserve.tokens import TOKEN_BYTES, alike, count, span, unpack
 
 MAX_ROWS = 512
 """Tokens that its buffers hold; a larger step runs in several, with the same results."""
@@ -146,19 +146,20 @@ class _Inputs:
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = rows
-        self.ids = b"".join([row.tokens for row in rows])
+        self.ids = b"".join([row.tokens + row.draft for row in rows])
         self.positions, self.tables, self.table_at, self.wanted_at = (array("i") for _ in range(4))
         self.how: list[bytes] = []
         self.adjust: list[NativeAdjustments] = []
         self.told: list[NativeLogprobs | None] = []
         for row in rows:
-            length = count(row.tokens)
-            self.positions.extend(range(row.start, row.start + length))
-            self.table_at.extend([len(self.tables)] * length)
+            drafted = count(row.draft)
+            self.positions.extend(range(row.start, row.reach))
+            self.table_at.extend([len(self.tables)] * (row.reach - row.start))
             self.tables.extend(row.pages)
             if (how := row.sample) is not None:
-                self.wanted_at.append(len(self.positions) - 1)
-                self.how.append(self._sampling(how, row.past))
+                end = len(self.positions)
+                self.wanted_at.extend(range(end - 1 - drafted, end))
+                self.how += [self._sampling(how, row.past)] * (1 + drafted)
 
     def _sampling(self, how: Sampling, past: Past | None) -> bytes:
         adjust = told = None
@@ -169,6 +170,15 @@ class _Inputs:
             told = NativeLogprobs.of_draw(how.logprobs)
         self.told.append(told)
         return sampling_bytes(how, adjust, told)
+
+    def kept(self, drawn: bytes) -> Iterator[bytes]:
+        """What each wanted row keeps of ``drawn``, all draws of the step: its first, and one more for each token of its draft that was right."""
+        at = 0
+        for row in self.rows:
+            if row.sample is not None:
+                right = alike(row.draft, span(drawn, at, at + count(row.draft)))
+                yield span(drawn, at, at + 1 + right)
+                at += 1 + count(row.draft)
 
 
 class NativeStep:
@@ -222,15 +232,17 @@ class NativeStep:
         threads: int,
         crew: Callable[[int], int] | None = None,
         telling: Telling | None = None,
-    ) -> tuple[list[int], list[Logprobs | None]]:
-        """As ``forward`` and ``sampling.draw``: the next token of each wanted row, and what it is told if it asked.
+    ) -> tuple[list[bytes], list[Logprobs | None]]:
+        """As ``forward`` and ``sampling.draw``: the next token of each wanted row, packed, and what it is told if it asked.
+
+        Where a row's draft begins rightly, one more token for each that is right.
 
         ``crew``: told how many threads a layer of a long step has had, says how many go on. It must not raise.
         ``telling``: takes what is told of the rows' prompts, where any row wants that.
         Raises ValueError, computing nothing more, for a plan that reaches out of the arena or the model, and
         FloatingPointError, naming the row, when logits are not numbers.
         """
-        drawn: list[int] = []
+        drawn: list[bytes] = []
         told: list[Logprobs | None] = []
         for number, rows in enumerate(_pieces(plan.rows)):
             if number and crew is not None:
@@ -239,14 +251,13 @@ class NativeStep:
             tokens = array("i", bytes(TOKEN_BYTES * len(inputs.wanted_at)))
             how, to = b"".join(inputs.how), tokens.buffer_info()[0]
             self._run(inputs, arena, threads, how=how, tokens=to, crew=crew)
-            drawn += tokens
+            drawn += inputs.kept(tokens.tobytes())
             if telling is not None:
                 self._tell(inputs, arena, threads, telling)
             told += [None if one is None else one.read() for one in inputs.told]
-        if _NOT_A_TOKEN in drawn:
-            raise FloatingPointError(
-                f"row {drawn.index(_NOT_A_TOKEN)}: the largest logit is not a finite number"
-            )
+        for number, tokens_of_row in enumerate(drawn):
+            if _NOT_A_TOKEN in unpack(tokens_of_row):
+                raise FloatingPointError(f"row {number}: the largest logit is not a finite number")
         return drawn, told
 
     def _tell(self, inputs: _Inputs, arena: torch.Tensor, threads: int, telling: Telling) -> None:
@@ -260,10 +271,10 @@ class NativeStep:
                 raise FloatingPointError("a row's prompt: the largest logit is not a finite number")
 
     def forward(self, plan: BatchPlan, arena: torch.Tensor, threads: int) -> torch.Tensor:
-        """As ``Llama.forward``: logits (wanted rows, vocab) float32. Raises ValueError as ``step``."""
+        """As ``Llama.forward``: logits (wanted rows, vocab) float32, not of drafts. Raises ValueError as ``step``."""
         logits = torch.empty(sum(row.sample is not None for row in plan.rows), self._vocab)
         done = 0
-        for rows in _pieces(plan.rows):
+        for rows in _pieces([attrs.evolve(row, draft=b"") for row in plan.rows]):
             inputs = _Inputs(rows)
             self._run(inputs, arena, threads, logits=logits[done:].data_ptr())
             done += len(inputs.wanted_at)
@@ -329,7 +340,7 @@ class NativeStep:
 
 
 def _pieces(rows: Sequence[Row]) -> Iterator[list[Row]]:
-    """The rows in order, long ones cut, in pieces of at most ``MAX_ROWS`` tokens."""
+    """The rows in order, long ones and drafts cut, in pieces of at most ``MAX_ROWS`` tokens."""
     piece: list[Row] = []
     room = MAX_ROWS
     for row in rows:
@@ -337,11 +348,16 @@ def _pieces(rows: Sequence[Row]) -> Iterator[list[Row]]:
         while tokens - start > room:
             part = span(row.tokens, start, start + room)
             tell = row.tell and row.tell.part(start, start + room)
-            yield [*piece, attrs.evolve(row, tokens=part, start=row.start + start, sample=None, tell=tell)]
+            whole = attrs.evolve(row, tokens=part, start=row.start + start, sample=None, tell=tell, draft=b"")
+            yield [*piece, whole]
             start += room
             piece, room = [], MAX_ROWS
-        piece.append(_rest(row, start) if start else row)
+        last = _rest(row, start) if start else row
         room -= tokens - start
+        if count(row.draft) > room:
+            last = attrs.evolve(last, draft=span(row.draft, 0, room))
+        piece.append(last)
+        room -= count(last.draft)
         if not room:
             yield piece
             piece, room = [], MAX_ROWS

@@ -1,0 +1,170 @@
+"""What guessing ahead gives: ``make bench-drafts``.
+
+Two clusters of one configuration run at once, one with ``[batch] draft`` as it is by default and one with 0, and are asked the
+same by turns: only one of them has work at any time. Texts are questions, documents to be summed up and code to be changed;
+streams are alone or several at once. Answers of both must be alike to the letter, and the program ends if any is not.
+
+TPOT is the time from a stream's first token to its last, over the tokens between; a table row has the medians of all streams.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import attrs
+
+from cluster import CLIENT, Running, cluster
+from notes import Note, number, table
+
+ROOT = Path(__file__).parent.parent
+ANSWER_TOKENS = 128
+STREAMS = (1, 4, 8)
+TEMPERATURES = (0.0, 0.7)
+
+QUESTIONS = (
+    "What is virtual memory?",
+    "Write a short story about a lighthouse keeper.",
+    "Explain how bread is made.",
+    "Why is the sky blue?",
+    "List ten facts about whales.",
+    "How do I cook rice?",
+    "What are the benefits of exercise?",
+    "What is the difference between TCP and UDP?",
+)
+
+
+def documents() -> list[str]:
+    """Pages of this project's own, to be summed up."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    texts = [page.read_text()[:4000] for page in pages[: max(STREAMS)]]
+    return [f"Sum up this page in a few sentences, and quote from it:\n\n{text}" for text in texts]
+
+
+def code() -> list[str]:
+    """Files of this project's own, to be changed."""
+    files = sorted((ROOT / "src" / "memserve" / "engine").glob("*.py"), key=lambda one: one.stat().st_size)
+    texts = [file.read_text()[:3000] for file in files[2 : 2 + max(STREAMS)]]
+    return [f"Write this again with every docstring in capital letters:\n\n{text}" for text in texts]
+
+
+@attrs.frozen
+class Asked:
+    """One answer."""
+
+    text: str
+    tpot_s: float
+
+
+@attrs.frozen
+class Case:
+    """What is asked at once."""
+
+    name: str
+    prompts: tuple[str, ...]
+    temperature: float
+    streams: int
+
+
+def cases() -> list[Case]:
+    """Every kind of text, greedy and drawn, alone and in company."""
+    kinds = {"questions": QUESTIONS, "documents": documents(), "code": code()}
+    return [
+        Case(name, tuple(prompts), temperature, streams)
+        for streams in STREAMS
+        for name, prompts in kinds.items()
+        for temperature in TEMPERATURES
+    ]
+
+
+def main() -> None:
+    options = _options()
+    note = Note("drafts")
+    with cluster(options.config) as guessing, cluster(options.config, "batch.draft=0") as plain:
+        rows = [_measured(case, guessing, plain, options.rounds) for case in cases()]
+    head = ["texts", "temperature", "streams", "TPOT without, ms", "with drafts, ms", "times as fast"]
+    head += ["guessed tokens that were right", "tokens a stream and step"]
+    written = note.write(
+        "Guessing ahead",
+        " ".join(["make bench-drafts", *(f'ARGS="{" ".join(sys.argv[1:])}"' for _ in sys.argv[1:2])]),
+        f"configs/{options.config}, the demo model, {ANSWER_TOKENS} tokens an answer, {options.rounds} rounds; medians of all "
+        "streams (range). Both clusters gave the same text for every prompt.",
+        table(head, rows),
+    )
+    print(written.read_text())
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", default="colocated.toml")
+    parser.add_argument("--rounds", type=int, default=2)
+    return parser.parse_args()
+
+
+def _measured(case: Case, guessing: Running, plain: Running, rounds: int) -> list[str]:
+    took: dict[str, list[float]] = {guessing.url: [], plain.url: []}
+    before = _counters(guessing)
+    for turn in range(rounds):
+        answers = {}
+        for running in (guessing, plain) if turn % 2 else (plain, guessing):
+            asked = _asked(running, case)
+            took[running.url] += [one.tpot_s * 1e3 for one in asked]
+            answers[running.url] = [one.text for one in asked]
+        if answers[guessing.url] != answers[plain.url]:
+            sys.exit(f"{case.name}, temperature {case.temperature}: drafts changed an answer")
+    with_drafts, without = took[guessing.url], took[plain.url]
+    drafted, accepted, tokens = (
+        after - was for after, was in zip(_counters(guessing), before, strict=True)
+    )
+    return [
+        case.name,
+        f"{case.temperature:g}",
+        str(case.streams),
+        _told(without),
+        _told(with_drafts),
+        f"**{statistics.median(without) / statistics.median(with_drafts):.2f}**",
+        f"{accepted:.0f} of {drafted:.0f}",
+        number(tokens / (tokens - accepted)),
+    ]
+
+
+def _asked(running: Running, case: Case) -> list[Asked]:
+    with ThreadPoolExecutor(case.streams) as crew:
+        return list(crew.map(lambda one: _ask(running.url, one, case.temperature), case.prompts))
+
+
+def _ask(url: str, prompt: str, temperature: float) -> Asked:
+    body = {"messages": [{"role": "user", "content": prompt}], "max_tokens": ANSWER_TOKENS, "stream": True}
+    body |= {"temperature": temperature, "seed": 1, "ignore_eos": True}
+    text, times = "", []
+    with CLIENT.stream("POST", f"{url}/v1/chat/completions", json=body) as answer:
+        answer.raise_for_status()
+        for line in answer.iter_lines():
+            if line.startswith("data: {") and (choices := json.loads(line[6:])["choices"]):
+                text += choices[0]["delta"].get("content") or ""
+                times.append(time.perf_counter())
+    return Asked(text, (times[-1] - times[0]) / (ANSWER_TOKENS - 1))
+
+
+def _counters(running: Running) -> tuple[float, ...]:
+    """Tokens guessed and right, and tokens in all."""
+    names = ("drafted_tokens_total", "accepted_tokens_total", "generated_tokens_total")
+    time.sleep(1.5)  # heartbeats tell it
+    loads = [one["load"] for one in running.members()]
+    return tuple(sum(load.get(name, 0.0) for load in loads) for name in names)
+
+
+def _told(values: Sequence[float]) -> str:
+    return f"{statistics.median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""Drafts: what a stream may say next, run in the step that would have made its next token only.
+
+A step reads all weights however few tokens it has, so that some more cost little; and answers say again what was said before:
+a document's words, code, a name. What followed the last time after the same tokens is guessed to follow now (prompt lookup:
+Saxena 2023; of any guess: Leviathan et al., arXiv 2211.17192). The engine runs the guess behind the newest token and draws after each
+of its tokens. A draw is a function of logits, seed and position, and the native step's logits are the same to the bit in a
+chunk and alone: what is drawn as it was guessed is the very token that the next step would have drawn.
+
+The more tokens before it are alike, the likelier is a guess; how likely, each worker learns. Its own figures say what one
+more token in a step takes. It guesses as far as that promises more tokens a second, which for one stream is far, and for
+many is hardly at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as Values
+
+import attrs
+
+from memserve.costs import StepCosts
+from memserve.engine.batching import Batch
+from memserve.engine.outbox import Outbox
+from memserve.engine.plans import BatchPlan, BatchResult, Row
+from memserve.engine.sequence import Sequence
+from memserve.scheduling.cost_model import CostModel
+from memserve.tokens import TOKEN_BYTES, count, span
+
+CHANCES = (0.0, 0.17, 0.4, 0.58, 0.72, 0.75, 0.77, 0.85, 0.9)
+"""How likely a guess is right behind so many tokens that were alike, or more, before any was tried: of answers of the demo model
+(docs/measurements/2026-11-28-drafts.md)."""
+LEARNED = 0.01
+"""How much each guess changes that."""
+LOOKED_FOR = (5, 3, 2, 1)
+"""So many alike tokens are looked for, the most first."""
+DRAFTED_MOST = 64
+"""Guessed tokens a step, of all streams."""
+
+
+@attrs.frozen
+class Guess:
+    """What may come next."""
+
+    tokens: bytes
+    """Packed."""
+    alike: int
+    """Tokens before it that are those before the place where it was found, at most as many as CHANCES tells apart."""
+
+
+def guess(tokens: bytes, most: int) -> Guess | None:
+    """What followed the last tokens where they were the last time before: ``most`` tokens, at least 1.
+
+    Where that reaches the end of ``tokens``, it is taken to go on as it began: it has been said over and over.
+    """
+    for looked_for in LOOKED_FOR:
+        place = _last_place(tokens, looked_for)
+        if place is not None:
+            followed = span(tokens, place, place + most)
+            return Guess(span(followed * most, 0, most), _alike(tokens, place, looked_for))
+    return None
+
+
+def _last_place(tokens: bytes, alike: int) -> int | None:
+    """The last position but the end that follows the ``alike`` last tokens."""
+    if count(tokens) <= alike:
+        return None
+    last = tokens[-alike * TOKEN_BYTES :]
+    end = len(tokens) - TOKEN_BYTES
+    while (found := tokens.rfind(last, 0, end)) >= 0:
+        if found % TOKEN_BYTES == 0:
+            return found // TOKEN_BYTES + alike
+        end = found + len(last) - 1
+    return None
+
+
+def _alike(tokens: bytes, place: int, known: int) -> int:
+    """How many tokens before ``place`` are those at the end; ``known`` of them are."""
+    length = count(tokens)
+    while known < min(len(CHANCES) - 1, place) and (
+        span(tokens, place - known - 1, place - known) == span(tokens, length - known - 1, length - known)
+    ):
+        known += 1
+    return known
+
+
+@attrs.define
+class Chances:
+    """How likely a guess is right, by the tokens before it that are alike."""
+
+    _known: list[float] = attrs.field(factory=lambda: list(CHANCES))
+
+    def after(self, alike: int) -> float:
+        """Of a token behind so many."""
+        return self._known[min(alike, len(CHANCES) - 1)]
+
+    def saw(self, alike: int, drafted: int, right: int) -> None:
+        """Of ``drafted`` tokens behind ``alike``, the first ``right`` were; of what came after the first wrong one nothing is known."""
+        for place in range(min(right + 1, drafted)):
+            at = min(alike + place, len(CHANCES) - 1)
+            self._known[at] += LEARNED * ((place < right) - self._known[at])
+
+
+@attrs.define
+class Drafting:
+    """Gives a worker's batches their drafts."""
+
+    most: int
+    """Tokens a stream and step; 0: none."""
+    page_tokens: int
+    max_context: int
+    outbox: Outbox
+    _chances: Chances = attrs.field(factory=Chances, init=False)
+    _model: CostModel | None = attrs.field(default=None, init=False)
+    _alike: dict[int, int] = attrs.field(factory=dict, init=False)
+    """Of the guesses of the step under way, by row."""
+
+    def added(self, batch: Batch, costs: StepCosts | None) -> Batch:
+        """The batch, whose streams guess as far as it promises more tokens a second; where nothing was measured, as far as they may."""
+        found = dict(self._found(batch)) if self.most else {}
+        self._alike = {number: one.alike for number, one in found.items()}
+        if not found:
+            return batch
+        lengths = {number: count(one.tokens) for number, one in found.items()}
+        if costs is not None:
+            if self._model is None or self._model.steps is not costs:
+                self._model = CostModel(costs)
+            lengths = worth(batch.plan.rows, self._likeliest(lengths), self._model)
+        rows = list(batch.plan.rows)
+        for number, length in lengths.items():
+            rows[number] = attrs.evolve(rows[number], draft=span(found[number].tokens, 0, length))
+        return attrs.evolve(batch, plan=BatchPlan(tuple(rows)))
+
+    def saw(self, batch: Batch, result: BatchResult) -> None:
+        """What a step has shown of its guesses."""
+        for number, alike in self._alike.items():
+            if drafted := count(batch.plan.rows[number].draft):
+                right = count(result.more.get(number, b""))
+                self._chances.saw(alike, drafted, right)
+                self.outbox.count("drafted_tokens_total", drafted)
+                self.outbox.count("accepted_tokens_total", right)
+
+    def _found(self, batch: Batch) -> Iterator[tuple[int, Guess]]:
+        for number, (row, one) in enumerate(zip(batch.plan.rows, batch.sequences, strict=True)):
+            plain = row.sample is not None and row.past is None and row.sample.logprobs is None
+            if plain and one.decoding and (most := self._room(one)) > 0:
+                found = guess(one.tokens, most)
+                if found is not None:
+                    yield number, found
+
+    def _room(self, one: Sequence) -> int:
+        """Tokens that it can use beyond the next one, which is drawn in any case."""
+        end = min(one.request.prompt_tokens + one.request.max_tokens, self.max_context)
+        return min(self.most, one.room(self.page_tokens) - 1, end - one.length - 1)
+
+    def _likeliest(self, lengths: Mapping[int, int]) -> list[tuple[float, int]]:
+        """How likely each guessed token is right, and its row, the likeliest first: all before it in its row must be right too."""
+        found = []
+        for row, length in lengths.items():
+            chance = 1.0
+            for place in range(length):
+                chance *= self._chances.after(self._alike[row] + place)
+                found.append((chance, row))
+        return sorted(found, reverse=True)[:DRAFTED_MOST]
+
+
+def worth(rows: Values[Row], likeliest: Values[tuple[float, int]], model: CostModel) -> dict[int, int]:
+    """How many guessed tokens of each row are to run: of the ``likeliest``, as many as make the most tokens a second.
+
+    A guessed token costs what a stream of its length would cost.
+    """
+    tokens = sum(count(row.tokens) for row in rows)
+    number, context = len(rows), sum(row.start for row in rows)
+    pairs = sum(count(row.tokens) * (row.start + count(row.tokens) / 2) for row in rows)
+    made = float(sum(row.sample is not None for row in rows))
+    best, taken = made / model.batch_s(tokens, number, context, pairs), 0
+    for at, (chance, row) in enumerate(likeliest, 1):
+        tokens, number, made = tokens + 1, number + 1, made + chance
+        context, pairs = context + rows[row].start, pairs + rows[row].start + 0.5
+        rate = made / model.batch_s(tokens, number, context, pairs)
+        if rate > best:
+            best, taken = rate, at
+    lengths: dict[int, int] = {}
+    for _, row in likeliest[:taken]:
+        lengths[row] = lengths.get(row, 0) + 1
+    return lengths

@@ -1,0 +1,206 @@
+"""What is guessed of an answer, and how far: deciding code alone."""
+
+from __future__ import annotations
+
+import attrs
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memserve.costs import StepCosts
+from memserve.drawing import Adjustments, Sampling
+from memserve.engine.batching import BatchLimits, form_batch
+from memserve.engine.drafting import CHANCES, DRAFTED_MOST, Chances, Drafting, guess, worth
+from memserve.engine.outbox import Outbox
+from memserve.engine.plans import BatchResult, Row
+from memserve.engine.sequence import Phase, Sequence
+from memserve.messages import ActorId, Plan, Request
+from memserve.scheduling.cost_model import CostModel
+from memserve.tokens import count, pack, unpack
+
+PAGE_TOKENS = 16
+GREEDY = Sampling(0.0)
+WEIGHTS_ALONE = StepCosts(((1.0, 0.010), (8.0, 0.011), (16.0, 0.018), (64.0, 0.060)), row_s=0.0001)
+"""A machine on which eight tokens take hardly longer than one, and sixteen nearly twice as long."""
+
+
+def followed(tokens: list[int], alike: int, most: int) -> list[int] | None:
+    """What followed the last ``alike`` tokens the last time before, said over and over where it reaches the end."""
+    for end in range(len(tokens) - 1, alike - 1, -1):
+        if tokens[end - alike : end] == tokens[len(tokens) - alike :]:
+            return [tokens[end + i % (len(tokens) - end)] for i in range(most)]
+    return None
+
+
+@given(st.lists(st.sampled_from([0, 1, 256, 65536, 257]), max_size=60), st.integers(1, 9))
+def test_a_guess_is_what_followed_the_most_alike_tokens(tokens: list[int], most: int) -> None:
+    """Bytes that are alike across the border of two tokens, or the end found in itself, would be guessed as an answer."""
+    found = guess(pack(tokens), most)
+    expected = next((one for n in (5, 3, 2, 1) if (one := followed(tokens, n, most)) is not None), None)
+    assert (None if found is None else list(unpack(found.tokens))) == expected
+    if found is not None:
+        assert followed(tokens, found.alike, 1) is not None
+        assert found.alike == len(CHANCES) - 1 or found.alike in (1, 2, 3, 4, 5, 6, 7)
+
+
+def test_the_more_is_alike_the_likelier_a_guess() -> None:
+    """How much was alike would not be told, and all guesses be worth the same."""
+    text = [7, *range(10, 20), 99, 8]
+    assert [guess(pack(text + text[1 : 1 + n]), 1).alike for n in (1, 2, 3, 4, 5, 8, 9)] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        8,
+        8,
+    ]
+    assert guess(pack([1, 2, 3]), 4) is None
+    assert guess(b"", 4) is None
+
+
+def test_chances_are_learned_and_nothing_is_learned_of_what_was_not_reached() -> None:
+    """A worker whose streams say nothing twice would guess for ever, or one wrong token would speak of all behind it."""
+    chances = Chances()
+    chances.saw(2, drafted=3, right=1)
+    assert chances.after(2) > CHANCES[2]
+    assert chances.after(3) < CHANCES[3]
+    assert chances.after(4) == CHANCES[4]
+    for _ in range(2000):
+        chances.saw(8, drafted=2, right=0)
+    assert chances.after(8) < 0.01
+    assert chances.after(20) == chances.after(8)
+
+
+def rows(number: int, context: int = 100) -> list[Row]:
+    """Streams."""
+    return [Row(pack([1]), context, (), GREEDY) for _ in range(number)]
+
+
+def likeliest(chance: float, number: int, length: int) -> list[tuple[float, int]]:
+    """Of streams that are all alike."""
+    found = [(chance**place, row) for row in range(number) for place in range(1, length + 1)]
+    return sorted(found, reverse=True)
+
+
+def test_one_stream_guesses_far_and_many_do_not() -> None:
+    """Guesses would be run that cost more than they promise, or none where they cost nothing."""
+    model = CostModel(WEIGHTS_ALONE)
+    assert worth(rows(1), likeliest(0.7, 1, 8), model) == {
+        0: 7
+    }  # the eighth token would be the ninth of the step
+    assert worth(rows(8), likeliest(0.5, 8, 8), model) == {}
+    assert worth(rows(4), [(0.9, 2), (0.8, 1), (0.7, 2), (0.05, 3)], model) == {2: 2, 1: 1}
+    assert worth(rows(1), [(0.001, 0)], model) == {}
+
+
+def test_a_likely_guess_is_worth_its_costs_in_a_full_step() -> None:
+    """Drafts would end where another token begins to cost something."""
+    found = worth(rows(16), likeliest(0.99, 16, 8), CostModel(WEIGHTS_ALONE))
+    assert sum(found.values()) > 16
+
+
+def test_a_slow_prompt_in_the_step_makes_guesses_cheap() -> None:
+    """Streams that wait for a chunk would say a token in the time in which they could say several."""
+    chunk = Row(pack(range(50)), 0, (), None)
+    model = CostModel(WEIGHTS_ALONE)
+    alone = worth(rows(8), likeliest(0.5, 8, 1), model)
+    assert sum(worth([*rows(8), chunk], likeliest(0.5, 8, 1), model).values()) > sum(alone.values())
+
+
+def stream(tokens: list[int], how: Sampling = GREEDY, *, prompt: int = 10, most: int = 100) -> Sequence:
+    """A sequence in mid-answer, with pages for its tokens and one more."""
+    me, shard = ActorId("w"), ActorId("s")
+    request = Request("r", 0, ActorId("f"), "", pack(tokens[:prompt]), prompt, most, (), how)
+    one = Sequence(request, Plan(me, me, shard, me), pack(tokens), Phase.READY, 0.0, 0)
+    one.pages = tuple(range(len(tokens) // PAGE_TOKENS + 2))
+    one.computed = len(tokens) - 1
+    return one
+
+
+def drafted(
+    one: Sequence, most: int = 8, max_context: int = 1000, costs: StepCosts | None = None
+) -> list[int]:
+    """What it guesses in its next step."""
+    drafting = Drafting(most, PAGE_TOKENS, max_context, Outbox())
+    batch = form_batch([one], BatchLimits(64, 8), PAGE_TOKENS)
+    return list(unpack(drafting.added(batch, costs).plan.rows[0].draft))
+
+
+ROUND = [*range(10, 17), *range(10, 17), 10, 11]
+
+
+def test_a_draft_is_no_longer_than_what_can_be_used() -> None:
+    """Tokens behind the last one, the context or the pages would be run, or written to nobody's page."""
+    assert drafted(stream(ROUND)) == [12, 13, 14, 15, 16, 10, 11, 12]
+    assert drafted(stream(ROUND), most=3) == [12, 13, 14]
+    assert drafted(stream(ROUND), most=0) == []
+    assert drafted(stream(ROUND, most=9)) == [12, 13]  # six are said, the seventh is drawn in any case
+    assert drafted(stream(ROUND, most=7)) == []
+    assert drafted(stream(ROUND), max_context=19) == [12, 13]
+    one = stream(ROUND)
+    one.pages = one.pages[:1]
+    assert drafted(one) == []  # it does not even have room for its token
+    assert drafted(stream(ROUND[:-2] * 2 + ROUND[:4])) == [14, 15, 16, 10, 11, 12, 13, 14]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [Sampling(0.0, logprobs=2), Sampling(0.0, adjust=Adjustments(presence=0.5))],
+    ids=["told", "adjusted"],
+)
+def test_who_wants_more_than_tokens_guesses_nothing(how: Sampling) -> None:
+    """Penalties count what was said before each token, and log probabilities are told of each: a draft has neither."""
+    assert drafted(stream(ROUND, how)) == []
+    assert drafted(stream(ROUND, Sampling(0.7, seed=3))) != []
+
+
+def test_prompts_guess_nothing() -> None:
+    """A chunk's draft would be the prompt's own next tokens, or come before its first token."""
+    one = stream(ROUND)
+    one.computed = 3
+    assert drafted(one) == []
+
+
+def test_what_is_known_of_steps_limits_the_draft() -> None:
+    """A worker would guess as far as it may, whatever that takes."""
+    dear = StepCosts(((1.0, 0.010), (2.0, 0.1)))
+    assert drafted(stream(ROUND), costs=dear) == []
+    assert drafted(stream(ROUND), costs=WEIGHTS_ALONE) == [12, 13, 14, 15, 16, 10, 11]
+
+
+def test_a_step_has_a_limit_of_guesses() -> None:
+    """Streams without number would make a step of drafts alone."""
+    drafting = Drafting(64, PAGE_TOKENS, 1000, Outbox())
+    many = [stream(ROUND * 4) for _ in range(8)]
+    for one in many:
+        one.pages = tuple(range(30))
+    batch = form_batch(many, BatchLimits(64, 8), PAGE_TOKENS)
+    free = StepCosts(((1.0, 0.01), (2.0, 0.01)))
+    total = sum(count(row.draft) for row in drafting.added(batch, free).plan.rows)
+    assert total == DRAFTED_MOST
+
+
+def test_what_came_of_guesses_is_counted() -> None:
+    """Operators could not see whether guessing pays."""
+    outbox = Outbox()
+    drafting = Drafting(4, PAGE_TOKENS, 1000, outbox)
+    one = stream(ROUND)
+    batch = drafting.added(form_batch([one], BatchLimits(64, 8), PAGE_TOKENS), None)
+    drafting.saw(batch, BatchResult((12,), 1.0, 1, more={0: pack([13, 99])}))
+    assert outbox.counters == {"drafted_tokens_total": 4, "accepted_tokens_total": 2}
+
+
+def test_a_sequence_ends_within_a_draft() -> None:
+    """Tokens behind the one that ends an answer would be told, or its count run past what was asked for."""
+    one = stream(ROUND)
+    one.request = attrs.evolve(one.request, stop_tokens=(14,))
+    assert one.take(16, pack([12, 13, 14, 15]), 1000) == "stop"
+    assert list(unpack(one.tokens)) == [*ROUND, 12, 13, 14]
+    assert one.computed == one.length - 1
+    assert list(unpack(one.update(16, "stop").tokens)) == [12, 13, 14]
+    other = stream(ROUND)
+    assert other.take(16, pack([12, 13, 14]), 1000) is None
+    assert (other.computed, other.length) == (18, 19)
+    assert stream(ROUND, most=8).take(16, pack([12, 13, 14]), 1000) == "length"
+    assert stream(ROUND).take(16, pack([12, 13, 14]), 18) == "length"

@@ -1,0 +1,184 @@
+"""Drafts across a cluster in virtual time: the tokens of an undisturbed run without any, whoever dies whenever."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+
+import attrs
+import pytest
+import trio
+from trio.testing import MockClock
+
+from memory_cluster import PAGE_TOKENS, MemoryCluster, PageEngine, baseline, generate, memory_cluster
+from memserve.engine.plans import BatchPlan, BatchResult, Row
+from memserve.tokens import pack, unpack
+
+PD2 = (("p0", "prefill"), ("p1", "prefill"), ("d0", "decode"), ("d1", "decode"))
+APART = (("p0", "prefill", "s0"), ("d0", "decode", "s1"))
+BOTH = (("w0", "both"),)
+
+
+def next_token(tokens: list[int], seed: int) -> int:
+    """What a model says that goes round in circles, and now and then says what only all of ``tokens`` lead to."""
+    digest = hashlib.sha256(pack(tokens) + bytes([seed])).digest()
+    if digest[0] % 4 == 0:
+        return 10 + int.from_bytes(digest[1:5], "little") % 49_000
+    return 2 + hashlib.sha256(pack(tokens[-1:])).digest()[0] % 5
+
+
+def reference(prompt: list[int], max_tokens: int, seed: int = 0) -> list[int]:
+    """The tokens of an undisturbed run without drafts."""
+    tokens = list(prompt)
+    for _ in range(max_tokens):
+        tokens.append(next_token(tokens, seed))
+    return tokens[len(prompt) :]
+
+
+class DraftingEngine(PageEngine):
+    """Runs drafts as engines with a model do: all of them are written, and those that are wrong stay in the pages."""
+
+    def run(self, plan: BatchPlan) -> BatchResult:
+        drawn = [self.drawn(row) for row in plan.rows]
+        tokens = tuple(one[0] if one else None for one in drawn)
+        more = {i: pack(one[1:]) for i, one in enumerate(drawn) if len(one) > 1}
+        return BatchResult(tokens, 1.0, 1, more=more)
+
+    def drawn(self, row: Row) -> list[int]:
+        whole = attrs.evolve(row, tokens=row.tokens + row.draft)
+        held = self.write(whole)
+        if held is None:
+            return []
+        drawn = [next_token(held[: row.end], row.sample.seed)]
+        for at, guessed in enumerate(unpack(row.draft)):
+            if drawn[-1] != guessed:
+                break
+            drawn.append(next_token(held[: row.end + at + 1], row.sample.seed))
+        return drawn
+
+
+@attrs.define(eq=False)
+class DraftingCluster(MemoryCluster):
+    """Its workers have such engines."""
+
+    draft: int = 5
+
+    def make_engine(self, arena):
+        return DraftingEngine(arena)
+
+    def accepted(self) -> float:
+        """Tokens that were guessed rightly, by all workers that live."""
+        cores = [one.core for one in self.actors.values()]
+        return sum(core.gauges().get("accepted_tokens_total", 0.0) for core in cores)
+
+
+def prompt(seed: int, length: int) -> list[int]:
+    """Some tokens."""
+    rng = random.Random(seed)
+    return [rng.randrange(2, 50_000) for _ in range(length)]
+
+
+@pytest.mark.parametrize("workers", [PD2, APART, BOTH])
+@pytest.mark.parametrize("chunk_tokens", [3, 1000])
+async def test_drafts_change_no_token(autojump_clock: MockClock, workers, chunk_tokens) -> None:
+    """A wrong guess would be told, a right one be told twice, or what was written for a wrong one be read."""
+    async with memory_cluster(*workers, kind=DraftingCluster, chunk_tokens=chunk_tokens) as (
+        cluster,
+        frontend,
+    ):
+        for length, new in [(1, 90), (4, 1), (17, 130), (60, 5), (16, 64), (3, 2)]:
+            tokens = prompt(length, length)
+            assert await generate(frontend, tokens, new) == reference(tokens, new)
+        assert cluster.accepted() > 50
+        await baseline(cluster)
+
+
+async def test_steps_are_fewer_with_drafts(autojump_clock: MockClock) -> None:
+    """Drafts that save no step would be work for nothing."""
+    steps = {}
+    for draft in (0, 5):
+        async with memory_cluster(*BOTH, kind=DraftingCluster, draft=draft) as (cluster, frontend):
+            await generate(frontend, prompt(1, 10), 150)
+            steps[draft] = cluster.actors["w0"].core.gauges()["steps_total"]
+    assert steps[0] == 150
+    assert steps[5] < 110
+
+
+async def test_the_next_turn_finds_an_answer_of_drafts(autojump_clock: MockClock) -> None:
+    """Pages with tokens of wrong guesses would go into the index as the answer's, or right ones not at all."""
+    async with memory_cluster(*BOTH, kind=DraftingCluster) as (cluster, frontend):
+        first = prompt(2, 21)
+        second = first + await generate(frontend, first, 101) + prompt(3, 9)
+        before = cluster.actors["w0"].core.gauges()["cached_tokens_total"]
+        assert await generate(frontend, second, 20) == reference(second, 20)
+        found = cluster.actors["w0"].core.gauges()["cached_tokens_total"] - before
+        assert found == (21 + 100) // PAGE_TOKENS * PAGE_TOKENS
+        await baseline(cluster)
+
+
+@pytest.mark.parametrize("workers", [PD2, BOTH])
+async def test_a_pool_too_small_for_all_serves_all(autojump_clock: MockClock, workers) -> None:
+    """A draft would take the last page's room from a token, or a preempted stream begin at a wrong place."""
+    async with memory_cluster(*workers, kind=DraftingCluster, pages=40) as (cluster, frontend):
+        results: dict[int, list[int]] = {}
+
+        async def one(i: int) -> None:
+            results[i] = await generate(frontend, prompt(i, 20), 60)
+
+        async with trio.open_nursery() as nursery:
+            for i in range(12):
+                nursery.start_soon(one, i)
+        assert results == {i: reference(prompt(i, 20), 60) for i in range(12)}
+        await baseline(cluster)
+
+
+@pytest.mark.parametrize("victim", ["p0", "d0", "d1"])
+@pytest.mark.parametrize("after", [0.02, 0.06, 0.15, 0.3])
+async def test_killing_a_worker_costs_no_token(autojump_clock: MockClock, victim, after) -> None:
+    """A stream that goes on elsewhere would begin behind tokens that were guessed and never told."""
+    async with memory_cluster(*PD2, kind=DraftingCluster) as (cluster, frontend):
+        results: dict[int, list[int]] = {}
+
+        async def one(i: int) -> None:
+            await trio.sleep(i * 0.01)
+            results[i] = await generate(frontend, prompt(i, 40), 60, seed=i)
+
+        async with trio.open_nursery() as nursery:
+            for i in range(8):
+                nursery.start_soon(one, i)
+            await trio.sleep(after)
+            cluster.kill(victim)
+        assert results == {i: reference(prompt(i, 40), 60, seed=i) for i in range(8)}
+        await baseline(cluster)
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_random_clients_and_kills(autojump_clock: MockClock, seed: int) -> None:
+    """Clients that come, go on with what was said and leave, a small pool, workers that die and return: all tokens right."""
+    rng = random.Random(seed)
+    settings = {"pages": rng.choice([90, 400]), "rows": rng.choice([3, 8]), "draft": rng.choice([1, 3, 7])}
+    async with memory_cluster(*PD2, kind=DraftingCluster, **settings) as (cluster, frontend):
+
+        async def client(i: int) -> None:
+            text = prompt(1000 + i % 3, rng.randrange(1, 30))
+            for _ in range(3):
+                new = rng.randrange(1, 40)
+                with trio.move_on_after(rng.choice([0.1, 1e4])) as patience:
+                    got = await generate(frontend, text, new, seed=i % 3)
+                if not patience.cancelled_caught:
+                    assert got == reference(text, new, seed=i % 3)
+                    text = text + got
+
+        async def killer(names: dict[str, str]) -> None:
+            for _ in range(4):
+                await trio.sleep(rng.random() * 0.4)
+                name = rng.choice(sorted(names))
+                cluster.kill(name)
+                await trio.sleep(rng.random() * 0.3)
+                await cluster.worker(name, names[name])
+
+        async with trio.open_nursery() as nursery:
+            for i in range(8):
+                nursery.start_soon(client, i)
+            nursery.start_soon(killer, dict(PD2))
+        await baseline(cluster)

@@ -1,0 +1,99 @@
+"""Drafts in the native step: the very tokens of steps of one token each, and the KV of what was right."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import test_native
+from memserve.drawing import Sampling
+from memserve.engine.plans import BatchPlan, Row
+from memserve.kernels.native import MAX_ROWS
+from memserve.tokens import count, pack, unpack
+from test_model import GREEDY, prompt
+from test_native import Twin, native_spec
+
+ANSWER = 40
+DRAWN = Sampling(temperature=1.5, seed=5)
+
+
+@pytest.fixture(params=[False, True], ids=["vectors", "amx"])
+def twin(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Twin:
+    """On each of the instruction sets that there are here."""
+    monkeypatch.setattr(test_native, "AMX", request.param)
+    twin = Twin(native_spec(4, 2, 32), page_tokens=8, threads=2, pages=900)
+    if twin.step.amx != request.param:
+        pytest.skip("no AMX here")
+    return twin
+
+
+def said(twin: Twin, ids: list[int], how: Sampling) -> tuple[list[int], tuple[int, ...]]:
+    """Prompt and answer of steps of one token each, and the pages."""
+    pages = twin.pages(len(ids) + ANSWER)
+    whole, start = list(ids), 0
+    while len(whole) < len(ids) + ANSWER:
+        whole += twin.drawn(Row(pack(whole[start:]), start, pages, how))
+        start = len(whole) - 1
+    return whole, pages
+
+
+def with_wrong(tokens: list[int], at: int) -> bytes:
+    """A draft that is right up to a place."""
+    return pack([*tokens[:at], *(token ^ 1 for token in tokens[at:])])
+
+
+@pytest.mark.parametrize("how", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("length", [5, 64, 300])
+def test_drafts_give_the_tokens_of_single_steps(twin: Twin, how: Sampling, length: int) -> None:
+    """An answer would depend on what was guessed of it; or what was written for a wrong guess would be read later."""
+    ids = prompt(length, length)
+    whole, pages = said(twin, ids, how)
+    other, at, step = twin.pages(len(whole) + 8), length, 0
+    twin.drawn(Row(pack(ids[:-1]), 0, other, None))
+    while at < len(whole) - 8:
+        right = (0, 3, 1, 7, 2)[step % 5]
+        draft = with_wrong(whole[at : at + 7], right)
+        row = Row(pack(whole[at - 1 : at]), at - 1, other, how, draft=draft)
+        drawn = twin.drawn(row)
+        assert drawn == whole[at : at + right + 1], (at, right)
+        at, step = at + len(drawn), step + 1
+    assert step > 7
+    for position in range(at - 1):
+        page, place = divmod(position, 8)
+        found, known = (twin.arena[one[page]][..., place, :] for one in (other, pages))
+        assert torch.equal(found, known), position
+
+
+def test_drafts_in_company_change_no_token(twin: Twin) -> None:
+    """Another row's guesses would be taken for this one's, beside prompts and rows that want nothing."""
+    hows = [GREEDY, DRAWN, Sampling(0.8, seed=9), GREEDY]
+    answers = [said(twin, prompt(20 + i, i), how) for i, how in enumerate(hows)]
+    rows, expected = [Row(pack(prompt(30, 9)), 0, twin.pages(30), None)], []
+    for i, ((whole, pages), how) in enumerate(zip(answers, hows, strict=True)):
+        at = 20 + i
+        draft = with_wrong(whole[at : at + 2 * i], i)
+        rows.append(Row(pack(whole[at - 1 : at]), at - 1, pages, how, draft=draft))
+        expected.append(whole[at : at + 1 + i])
+    drawn, told = twin.step.step(BatchPlan(tuple(rows)), twin.arena, 2)
+    assert [list(unpack(one)) for one in drawn] == expected
+    assert told == [None] * 4
+    assert len(twin.native(*rows)) == 4  # logits are those of the rows alone
+
+
+def test_a_draft_beyond_the_buffers_is_cut(twin: Twin) -> None:
+    """A step of many drafts would be refused, or run into another's memory."""
+    whole, pages = said(twin, prompt(30, 1), GREEDY)
+    long = Row(pack(prompt(MAX_ROWS - 3, 2)), 0, twin.pages(MAX_ROWS), None)
+    short = Row(pack(whole[29:30]), 29, pages, GREEDY, draft=pack(whole[30:38]))
+    drawn, _ = twin.step.step(BatchPlan((long, short, short)), twin.arena, 2)
+    assert [count(one) for one in drawn] == [3, 9]
+    assert [list(unpack(one)) for one in drawn] == [whole[30:33], whole[30:39]]
+
+
+def test_a_draft_whose_logits_are_not_numbers_names_its_row(twin: Twin) -> None:
+    """A broken row would be told what was never drawn."""
+    whole, pages = said(twin, prompt(30, 1), GREEDY)
+    fine = Row(pack(whole[29:30]), 29, pages, GREEDY, draft=pack(whole[30:33]))
+    broken = Row(pack(whole[29:30]), 29, twin.pages(40), GREEDY, draft=pack(whole[30:33]))
+    with pytest.raises(FloatingPointError, match="row 1: the largest logit is not a finite number"):
+        twin.drawn(fine, broken)
