@@ -15,7 +15,7 @@ SOURCES := src tests $(wildcard bench loadgen)
 
 .DEFAULT_GOAL := check
 .PHONY: help up setup setup-test check lint test kill-matrix fix wheel clean peers gpu-kernels gpu-rehearsal gpu-wheels gpu-check gpu-bench \
-	sim-nightly bench-sim bench-admission bench-engine bench-quality bench-cluster bench-frontend bench-loadgen bench-peers bench-mempool bench-serving bench-policies bench-transfer bench-handover bench-costmodel bench-scheduler
+	sim-nightly bench-sim bench-admission bench-engine bench-quality bench-cluster bench-frontend bench-loadgen bench-peers bench-mempool bench-serving bench-policies bench-transfer bench-drafts bench-handover bench-costmodel bench-scheduler
 
 help:
 	@echo 'make up            set up, then serve $$CONFIG (configs/demo.toml); ARGS="--set frontend.port=8123"'
@@ -35,6 +35,7 @@ help:
 	@echo 'make bench-frontend  the control plane alone, on an engine that answers at once; ARGS="--beside CHECKOUT" compares CPU'
 	@echo 'make bench-loadgen   how many streams and events the load generator takes on one core'
 	@echo 'make bench-transfer  how fast pages move between two shards, every way there is'
+	@echo 'make bench-drafts    what guessing ahead gives, and that it changes no answer'
 	@echo 'make bench-handover  what a hand-over between two shards costs its request'
 	@echo 'make sim-nightly     10,000 simulated clusters in which everything goes wrong; ARGS="--seed 10000"'
 	@echo 'make bench-sim       policies and layouts in the simulator: docs/measurements/'
@@ -113,6 +114,9 @@ bench-mempool: setup
 
 bench-transfer: setup
 	$(BIN)/python bench/transfer.py $(ARGS)
+
+bench-drafts: setup-test
+	$(BIN)/python bench/drafts.py $(ARGS)
 
 bench-handover: setup
 	$(BIN)/python bench/handover.py $(ARGS)

@@ -2,7 +2,7 @@
 
 Two clusters of one configuration run at once, one with ``[batch] draft`` as it is by default and one with 0, and are asked the
 same by turns: only one of them has work at any time. Texts are questions, documents to be summed up and code to be changed;
-streams are alone or several at once. Answers of both must be alike to the letter, and the program ends if any is not.
+streams are alone or several at once, and what is asked is new, or was asked before. Answers of both must be alike to the letter, and the program ends if any is not.
 
 TPOT is the time from a stream's first token to its last, over the tokens between; a table row has the medians of all streams.
 """
@@ -21,7 +21,7 @@ from pathlib import Path
 import attrs
 
 from cluster import CLIENT, Running, cluster
-from notes import Note, number, table
+from notes import Note, table
 
 ROOT = Path(__file__).parent.parent
 ANSWER_TOKENS = 128
@@ -70,24 +70,32 @@ class Case:
     prompts: tuple[str, ...]
     temperature: float
     streams: int
+    again: bool = False
+    """Whether all of it was asked before."""
+
+    def anew(self, place: int) -> Case:
+        """The same, not asked before: with a number before each prompt."""
+        return attrs.evolve(self, prompts=tuple(f"No. {place}. {prompt}" for prompt in self.prompts))
 
 
 def cases() -> list[Case]:
-    """Every kind of text, greedy and drawn, alone and in company."""
+    """Every kind of text, greedy and drawn, alone and in company; and questions asked again."""
     kinds = {"questions": QUESTIONS, "documents": documents(), "code": code()}
-    return [
+    new = [
         Case(name, tuple(prompts), temperature, streams)
         for streams in STREAMS
         for name, prompts in kinds.items()
         for temperature in TEMPERATURES
     ]
+    again = [Case("questions, asked again", QUESTIONS, 0.7, streams, again=True) for streams in STREAMS]
+    return new + again
 
 
 def main() -> None:
     options = _options()
     note = Note("drafts")
     with cluster(options.config) as guessing, cluster(options.config, "batch.draft=0") as plain:
-        rows = [_measured(case, guessing, plain, options.rounds) for case in cases()]
+        rows = [_measured(case, i, guessing, plain, options.rounds) for i, case in enumerate(cases())]
     head = ["texts", "temperature", "streams", "TPOT without, ms", "with drafts, ms", "times as fast"]
     head += ["guessed tokens that were right", "tokens a stream and step"]
     written = note.write(
@@ -109,21 +117,25 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _measured(case: Case, guessing: Running, plain: Running, rounds: int) -> list[str]:
+def _measured(case: Case, place: int, guessing: Running, plain: Running, rounds: int) -> list[str]:
     took: dict[str, list[float]] = {guessing.url: [], plain.url: []}
-    before = _counters(guessing)
+    counted = [0.0, 0.0, 0.0]
     for turn in range(rounds):
-        answers = {}
+        answers, new = {}, case.anew(place * rounds + turn)
         for running in (guessing, plain) if turn % 2 else (plain, guessing):
-            asked = _asked(running, case)
+            if case.again:
+                _asked(running, new)
+            before = _counters(running)
+            asked = _asked(running, new)
             took[running.url] += [one.tpot_s * 1e3 for one in asked]
             answers[running.url] = [one.text for one in asked]
+            if running is guessing:
+                after = _counters(running)
+                counted = [sum(one) - was for *one, was in zip(counted, after, before, strict=True)]
         if answers[guessing.url] != answers[plain.url]:
             sys.exit(f"{case.name}, temperature {case.temperature}: drafts changed an answer")
     with_drafts, without = took[guessing.url], took[plain.url]
-    drafted, accepted, tokens = (
-        after - was for after, was in zip(_counters(guessing), before, strict=True)
-    )
+    drafted, accepted, tokens = counted
     return [
         case.name,
         f"{case.temperature:g}",
@@ -132,7 +144,7 @@ def _measured(case: Case, guessing: Running, plain: Running, rounds: int) -> lis
         _told(with_drafts),
         f"**{statistics.median(without) / statistics.median(with_drafts):.2f}**",
         f"{accepted:.0f} of {drafted:.0f}",
-        number(tokens / (tokens - accepted)),
+        f"{tokens / (tokens - accepted):.2f}",
     ]
 
 

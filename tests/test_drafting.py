@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from memserve.costs import StepCosts
 from memserve.drawing import Adjustments, Sampling
 from memserve.engine.batching import BatchLimits, form_batch
-from memserve.engine.drafting import CHANCES, DRAFTED_MOST, Chances, Drafting, guess, worth
+from memserve.engine.drafting import CHANCES, DRAFTED_MOST, Chances, Drafting, Guess, guess, worth
 from memserve.engine.outbox import Outbox
 from memserve.engine.plans import BatchResult, Row
 from memserve.engine.sequence import Phase, Sequence
@@ -57,6 +57,16 @@ def test_the_more_is_alike_the_likelier_a_guess() -> None:
     ]
     assert guess(pack([1, 2, 3]), 4) is None
     assert guess(b"", 4) is None
+
+
+def test_what_came_after_the_prompt_before_is_guessed_first() -> None:
+    """Who asks the same again would be answered as slowly as the first time."""
+    sequel = pack([1, 2, 3, 4, 5, 90, 91, 92, 93])
+    assert guess(pack([9, 9, 2, 3, 4, 5]), 2, sequel) == Guess(pack([90, 91]), 4)
+    assert guess(pack([9, 9, 2, 3, 4, 5, 90, 91]), 8, sequel) == Guess(pack([92, 93]), 6)
+    assert guess(pack([9, 1, 9, 9, 93]), 8, sequel) is None  # it ends there
+    own = [7, 8, 5, 60, 61, 7, 8, 5]
+    assert guess(pack(own), 2, sequel) == Guess(pack([60, 61]), 3)  # more is alike than of the sequel
 
 
 def test_chances_are_learned_and_nothing_is_learned_of_what_was_not_reached() -> None:

@@ -68,8 +68,14 @@ class DraftingCluster(MemoryCluster):
 
     def accepted(self) -> float:
         """Tokens that were guessed rightly, by all workers that live."""
-        cores = [one.core for one in self.actors.values()]
-        return sum(core.gauges().get("accepted_tokens_total", 0.0) for core in cores)
+        return self._total("accepted_tokens_total")
+
+    def steps(self) -> float:
+        """Of all workers that live."""
+        return self._total("steps_total")
+
+    def _total(self, counter: str) -> float:
+        return sum(one.core.gauges().get(counter, 0.0) for one in self.actors.values())
 
 
 def prompt(seed: int, length: int) -> list[int]:
@@ -113,6 +119,22 @@ async def test_the_next_turn_finds_an_answer_of_drafts(autojump_clock: MockClock
         assert await generate(frontend, second, 20) == reference(second, 20)
         found = cluster.actors["w0"].core.gauges()["cached_tokens_total"] - before
         assert found == (21 + 100) // PAGE_TOKENS * PAGE_TOKENS
+        await baseline(cluster)
+
+
+@pytest.mark.parametrize("workers", [PD2, APART, BOTH])
+async def test_the_same_again_is_answered_in_fewer_steps(autojump_clock: MockClock, workers) -> None:
+    """What the pool has of an answer would be computed token by token again; or be told although another follows."""
+    async with memory_cluster(*workers, kind=DraftingCluster) as (cluster, frontend):
+        for length in (9, 12, 47):
+            tokens = prompt(length, length)
+            first = await generate(frontend, tokens, 90)
+            await trio.sleep(1)
+            before, taken = cluster.accepted(), cluster.steps()
+            assert await generate(frontend, tokens, 90) == first == reference(tokens, 90)
+            assert cluster.accepted() - before > 45
+            assert cluster.steps() - taken < 45
+            assert await generate(frontend, tokens, 30, seed=1) == reference(tokens, 30, seed=1)
         await baseline(cluster)
 
 

@@ -49,6 +49,7 @@ LAYERS = {
         "engine.worker",
         "engine.sequence",
         "engine.batching",
+        "engine.drafting",
         "engine.ended",
         "engine.following",
         "engine.load",

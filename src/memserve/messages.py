@@ -267,6 +267,8 @@ class Handoff:
     origins: Origins
     first_token_age_s: float
     """How long ago its first token came, when this was sent."""
+    sequel: bytes = b""
+    """What came after the prompt the last time; see :class:`~memserve.pool_messages.Acquired`."""
 
 
 @attrs.frozen

@@ -54,6 +54,8 @@ class Acquire:
     fewer are computed sooner."""
     anew: bool = False
     """All of ``tokens`` are to be computed: nothing is matched, and every page is a new one."""
+    sequel_tokens: int = 0
+    """So many tokens are wanted of what came after ``tokens`` before."""
 
 
 @attrs.frozen
@@ -82,6 +84,8 @@ class Acquired:
     """Moved to this shard for the call."""
     found_pages: tuple[int, ...] = (0, 0, 0)
     """The cached ones, by the tier in which they were found."""
+    sequel: bytes = b""
+    """What came after the call's tokens the last time, packed, as far as that is in the index and was wanted."""
 
 
 @attrs.frozen

@@ -285,7 +285,7 @@ class BatchConfig:
         8,
         unit="tokens",
         rule=between(0, 64),
-        help="a stream may guess so many tokens ahead in a step, of what it has said or been told before; 0: none. On CPUs, bfloat16",
+        help="how far a stream may guess ahead in a step, from what was said before; 0: not at all",
     )
 
 

@@ -33,6 +33,8 @@ LEARNED = 0.01
 """How much each guess changes that."""
 LOOKED_FOR = (5, 3, 2, 1)
 """So many alike tokens are looked for, the most first."""
+SEQUEL_TOKENS = 1024
+"""What came after the same prompt before is asked for up to so many tokens, 4 KiB."""
 DRAFTED_MOST = 64
 """Guessed tokens a step, of all streams."""
 
@@ -47,37 +49,40 @@ class Guess:
     """Tokens before it that are those before the place where it was found, at most as many as CHANCES tells apart."""
 
 
-def guess(tokens: bytes, most: int) -> Guess | None:
-    """What followed the last tokens where they were the last time before: ``most`` tokens, at least 1.
+def guess(tokens: bytes, most: int, sequel: bytes = b"") -> Guess | None:
+    """What followed the last tokens where they were the last time before: at most ``most`` tokens, at least 1.
 
-    Where that reaches the end of ``tokens``, it is taken to go on as it began: it has been said over and over.
+    They are looked for in ``sequel`` first. What reaches the end of ``tokens`` itself is taken to go on as it began: it has been
+    said over and over.
     """
-    for looked_for in LOOKED_FOR:
-        place = _last_place(tokens, looked_for)
-        if place is not None:
+    for alike in LOOKED_FOR:
+        if count(tokens) < alike:
+            continue
+        last = tokens[-alike * TOKEN_BYTES :]
+        if (place := _last_place(sequel, last)) is not None:
+            return Guess(span(sequel, place, place + most), _alike(sequel, place, tokens, alike))
+        if (place := _last_place(tokens, last)) is not None:
             followed = span(tokens, place, place + most)
-            return Guess(span(followed * most, 0, most), _alike(tokens, place, looked_for))
+            return Guess(span(followed * most, 0, most), _alike(tokens, place, tokens, alike))
     return None
 
 
-def _last_place(tokens: bytes, alike: int) -> int | None:
-    """The last position but the end that follows the ``alike`` last tokens."""
-    if count(tokens) <= alike:
-        return None
-    last = tokens[-alike * TOKEN_BYTES :]
-    end = len(tokens) - TOKEN_BYTES
-    while (found := tokens.rfind(last, 0, end)) >= 0:
+def _last_place(text: bytes, tokens: bytes) -> int | None:
+    """The last position but the end of ``text`` that follows ``tokens``."""
+    end = len(text) - TOKEN_BYTES
+    while (found := text.rfind(tokens, 0, max(end, 0))) >= 0:
         if found % TOKEN_BYTES == 0:
-            return found // TOKEN_BYTES + alike
-        end = found + len(last) - 1
+            return (found + len(tokens)) // TOKEN_BYTES
+        end = found + len(tokens) - 1
     return None
 
 
-def _alike(tokens: bytes, place: int, known: int) -> int:
-    """How many tokens before ``place`` are those at the end; ``known`` of them are."""
-    length = count(tokens)
-    while known < min(len(CHANCES) - 1, place) and (
-        span(tokens, place - known - 1, place - known) == span(tokens, length - known - 1, length - known)
+def _alike(text: bytes, place: int, tokens: bytes, known: int) -> int:
+    """How many tokens before ``place`` of ``text`` are the last of ``tokens``; ``known`` of them are."""
+    end = count(tokens)
+    most = min(len(CHANCES) - 1, place, end)
+    while known < most and (
+        span(text, place - known - 1, place - known) == span(tokens, end - known - 1, end - known)
     ):
         known += 1
     return known
@@ -143,7 +148,7 @@ class Drafting:
         for number, (row, one) in enumerate(zip(batch.plan.rows, batch.sequences, strict=True)):
             plain = row.sample is not None and row.past is None and row.sample.logprobs is None
             if plain and one.decoding and (most := self._room(one)) > 0:
-                found = guess(one.tokens, most)
+                found = guess(one.tokens, most, one.sequel)
                 if found is not None:
                     yield number, found
 

@@ -43,6 +43,8 @@ class Paging:
     """Whether full pages go to the decode worker's shard while the rest of a prompt is computed."""
     swap_least: int = 0
     """Cached tokens of slower tiers that are worth bringing in."""
+    sequel_tokens: int = 0
+    """How much of what came after a prompt before is worth knowing."""
     deadline: float = attrs.field(default=float("inf"), init=False)
     """When a shortage must be looked at again."""
     now: float = attrs.field(default=0.0, init=False)
@@ -93,7 +95,8 @@ class Paging:
         extra = one.headroom(self.page_tokens, self.max_context)
         scope, least = one.request.scope, self.swap_least
         anew = one.tells is not None
-        self._send(self._calls.acquire(one, scope, one.tokens, extra, source, least, anew))
+        sequel = self.sequel_tokens
+        self._send(self._calls.acquire(one, scope, one.tokens, extra, source, least, anew, sequel))
 
     def fetch(self, one: Sequence) -> None:
         """Acquire, with what the plan says to fetch before the prompt runs."""

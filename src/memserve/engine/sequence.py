@@ -14,9 +14,12 @@ from msgspec import UNSET, UnsetType
 
 from memserve.drawing import Adjustments, Logprobs
 from memserve.engine.plans import Past, Row, Tell
-from memserve.messages import Origins, Plan, Request, Timings, TokenUpdate
+from memserve.messages import Handoff, Origins, Plan, Request, Timings, TokenUpdate
 from memserve.pool_messages import Acquired
 from memserve.tokens import TOKEN_BYTES, count, pack, pages_for, span, unpack
+
+BEFORE_SEQUEL = 8
+"""Tokens before a sequel that are kept with it: where it begins is found by them."""
 
 
 class Phase(enum.Enum):
@@ -90,8 +93,39 @@ class Sequence:
     """An earlier prompt that computes tokens of this one, which waits without pages until they are in the index."""
     shares: int = 0
     """So many tokens."""
+    sequel: bytes = b""
+    """What came after its prompt the last time, packed, behind the prompt's own last tokens; empty: nothing is known."""
     followers: list[Sequence] = attrs.field(factory=list)
     """Those that wait behind it."""
+
+    @classmethod
+    def handed_over(cls, message: Handoff, now: float, order: int) -> Sequence:
+        """What comes by a :meth:`handoff`: with its lease, or with pages still to come where it crosses to another shard."""
+        one = cls(
+            message.request,
+            message.plan,
+            message.request.tokens + message.generated,
+            Phase.ADOPTING,
+            now,
+            order,
+        )
+        one.came_with, one.cached_tokens, one.sequel = message.lease, message.cached_tokens, message.sequel
+        one.timings, one.origins, one.started_at = message.timings, message.origins, now
+        one.token_at = now - message.first_token_age_s
+        if one.crosses:
+            one.phase, one.arriving = Phase.WAITING, True
+        else:
+            one.lease, one.pages = message.lease, message.pages
+            one.computed, one.retired = one.length - 1, message.retired_tokens
+            one.acknowledged = message.retired_tokens
+        return one
+
+    def handoff(self, now: float) -> Handoff:
+        """Itself, for its decode worker."""
+        return Handoff(
+            self.request, self.plan, self.lease, self.pages, self.fresh, self.acknowledged, self.cached_tokens,
+            self.timings, self.origins, now - (self.token_at or now), self.sequel,
+        )  # fmt: skip
 
     @property
     def key(self) -> tuple[str, int]:
@@ -147,6 +181,8 @@ class Sequence:
         self.go(Phase.READY)
         self.lease, self.pages = message.lease, message.pages
         self.retired = self.acknowledged = message.cached_tokens
+        if message.sequel:
+            self.sequel = span(self.tokens, max(self.length - BEFORE_SEQUEL, 0), self.length) + message.sequel
         self.computed = message.cached_tokens + message.fetched_tokens
         device, host, disk = (pages * page_tokens for pages in message.found_pages)
         found, moved = device + host + disk, message.fetched_bytes

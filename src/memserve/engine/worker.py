@@ -18,7 +18,7 @@ from msgspec import UNSET
 
 from memserve.actions import Action, BatchDone, Log, RunBatch, Stop
 from memserve.engine.batching import Batch, WorkerSettings, form_batch
-from memserve.engine.drafting import Drafting
+from memserve.engine.drafting import SEQUEL_TOKENS, Drafting
 from memserve.engine.ended import Ended
 from memserve.engine.following import Following
 from memserve.engine.load import StepWatch, load_of, swap_least
@@ -68,7 +68,7 @@ class WorkerCore:
         told, least = self.settings, swap_least(self.presence.member.costs, self.settings.max_context)
         self._paging = Paging(
             self.shard, told.page_tokens, told.max_context, told.retire,
-            self._outbox, told.fetch_s, told.ahead, least,
+            self._outbox, told.fetch_s, told.ahead, least, SEQUEL_TOKENS if told.draft else 0,
         )  # fmt: skip
         self._following = Following(self._paging, told.retire)
         self._drafting = Drafting(told.draft, told.page_tokens, told.max_context, self._outbox)
@@ -156,21 +156,11 @@ class WorkerCore:
         if self._outdated(request.id, request.attempt):
             self._outbox.send(sender, HandoffTaken(request.id, request.attempt, adopted=False))
             return
-        tokens = request.tokens + message.generated
-        one = Sequence(request, message.plan, tokens, Phase.ADOPTING, now, self._next_order())
-        one.came_with, one.cached_tokens, one.timings = message.lease, message.cached_tokens, message.timings
-        one.origins, one.started_at = message.origins, now
-        one.token_at = now - message.first_token_age_s
-        if one.crosses:
-            one.phase, one.arriving = Phase.WAITING, True
-            self._admit(one)
+        one = self._admit(Sequence.handed_over(message, now, self._next_order()))
+        if one.arriving:
             self._paging.move(one, message.lease, sender)
-            return
-        one.lease, one.pages = message.lease, message.pages
-        one.computed, one.retired = count(tokens) - 1, message.retired_tokens
-        one.acknowledged = message.retired_tokens
-        self._admit(one)
-        self._paging.adopt(one, sender)
+        else:
+            self._paging.adopt(one, sender)
 
     def _admit(self, one: Sequence) -> Sequence:
         for older in self._attempts(one.request.id):
@@ -337,11 +327,7 @@ class WorkerCore:
 
     def _send_handoff(self, one: Sequence, now: float) -> None:
         one.asked_at = now
-        message = Handoff(
-            one.request, one.plan, one.lease, one.pages, one.fresh, one.acknowledged, one.cached_tokens,
-            one.timings, one.origins, now - (one.token_at or now),
-        )  # fmt: skip
-        self._outbox.send(one.plan.decode, message)
+        self._outbox.send(one.plan.decode, one.handoff(now))
 
     def _repeat_handoffs(self, now: float) -> None:
         for one in self._in_phase(Phase.LEAVING):

@@ -42,9 +42,11 @@ class ShardCalls(Generic[Key]):
         source: Source | None = None,
         swap_least: int = 0,
         anew: bool = False,
+        sequel_tokens: int = 0,
     ) -> Acquire:
         """Ask for a lease on pages for ``tokens`` and ``extra_pages`` more; the answer may take its time."""
-        return Acquire(self._number(key, grants=True), scope, tokens, extra_pages, source, swap_least, anew)
+        call = self._number(key, grants=True)
+        return Acquire(call, scope, tokens, extra_pages, source, swap_least, anew, sequel_tokens)
 
     def alloc(self, key: Key, lease: int, pages: int) -> AllocMem:
         """Ask for ``pages`` more pages of a lease."""

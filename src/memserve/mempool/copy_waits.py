@@ -126,6 +126,7 @@ class CopyWaits:
         assert not self._allocs or len(swaps), "an AllocMem waits for nothing"
 
 
-def acquired(call: int, grant: Grant) -> Acquired:
+def acquired(call: int, grant: Grant, sequel: bytes = b"") -> Acquired:
     """A grant as its caller hears of it."""
-    return Acquired(call, grant.lease, grant.pages, grant.cached_tokens, found_pages=grant.found_pages)
+    found = grant.found_pages
+    return Acquired(call, grant.lease, grant.pages, grant.cached_tokens, found_pages=found, sequel=sequel)

@@ -224,7 +224,8 @@ class ExchangingShard(ShardCore):
             more = max(0, fetch.filled_tokens - retired)
             found, early = self._ahead.counted(call, fetch.grant, self.exchange.geometry.page_bytes)
             moved, table = fetch.nbytes + early, fetch.grant.pages
-            self._reply(sender, Acquired(call.call, number, table, retired, more, moved, found))
+            sequel = self._sequel(call)
+            self._reply(sender, Acquired(call.call, number, table, retired, more, moved, found, sequel))
             return
         self.pool.free_mem(sender, number)  # a slow sender still writes to these pages: others, then
         if sender != EXCHANGER:

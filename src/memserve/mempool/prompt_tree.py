@@ -62,7 +62,7 @@ class PromptTree:
         root = self.roots.get(scope)
         if root is None:
             return Match(0, ())
-        node, inside, at = self._descend(root, tokens)
+        node, inside, at = self.descend(root, tokens)
         self._touch(node)
         pages = self._pages_to(node)
         spare = (len(node.key) - inside) // self.page_bytes
@@ -92,7 +92,7 @@ class PromptTree:
         root = self.roots.get(scope)
         if root is None:
             root = self.roots[scope] = Root(key=b"", pages=[], parent=None, scope=scope)
-        node, inside, at = self._descend(root, tokens)
+        node, inside, at = self.descend(root, tokens)
         if inside < len(node.key):
             node = self.split(node, inside)
         self._hold(node, until=None)
@@ -122,7 +122,7 @@ class PromptTree:
         assert len(tokens) == len(pages) * self.page_bytes, (
             f"{len(tokens)} token bytes do not fill {len(pages)} pages"
         )
-        node, inside, at = self._descend(pin.node, tokens)
+        node, inside, at = self.descend(pin.node, tokens)
         if inside < len(node.key):
             node = self.split(node, inside)
         already = at // self.page_bytes
@@ -216,7 +216,7 @@ class PromptTree:
         root = self.roots.get(scope)
         if root is None:
             return []
-        node, inside, at = self._descend(root, tokens)
+        node, inside, at = self.descend(root, tokens)
         whole = len(tokens) // self.page_bytes * self.page_bytes
         if whole == 0 or (at < whole and inside < len(node.key)):
             return []
@@ -257,7 +257,7 @@ class PromptTree:
 
     # ---- inside --------------------------------------------------------------------------------------------
 
-    def _descend(self, node: Node, tokens: bytes) -> tuple[Node, int, int]:
+    def descend(self, node: Node, tokens: bytes) -> tuple[Node, int, int]:
         """Follow ``tokens`` from the end of ``node``: (last node, bytes of its key, bytes of tokens)."""
         width = self.page_bytes
         at = 0

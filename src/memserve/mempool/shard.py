@@ -27,6 +27,7 @@ from memserve.mempool.gauges import pool_gauges
 from memserve.mempool.grants import Grant, Reclaimed
 from memserve.mempool.pool import Pool
 from memserve.mempool.publishing import Publisher
+from memserve.mempool.sequel import sequel_of
 from memserve.messages import ActorId, Cluster, Gone, Load, Message
 from memserve.pool_messages import (
     Acquire,
@@ -248,7 +249,7 @@ class ShardCore:
         if self.pool.leases.any_lacks(now):
             return None
         match call:
-            case Acquire(_, scope, tokens, extra_pages, _, swap_least, anew):
+            case Acquire(_, scope, tokens, extra_pages, _, swap_least, anew, _):
                 return self.pool.acquire(sender, scope, tokens, extra_pages, now, swap_least, anew)
             case Match(_, scope, tokens):
                 return self.pool.match(sender, scope, tokens, now)
@@ -261,7 +262,12 @@ class ShardCore:
         if not grant.ready:
             self._loading[grant.lease] = (sender, call)
             return None
-        return acquired(call.call, grant)
+        return acquired(call.call, grant, self._sequel(call))
+
+    def _sequel(self, call: Waiting | SwapIn) -> bytes:
+        if not isinstance(call, Acquire) or not call.sequel_tokens:
+            return b""
+        return sequel_of(self.pool.tree, call.scope, call.tokens, call.sequel_tokens)
 
     # ---- going on ------------------------------------------------------------------------------------------
 
