@@ -138,7 +138,8 @@ class Paging:
             start = one.acknowledged
             self._send(self._calls.insert(one, one.lease, start, span(one.tokens, start, full)))
             one.retired = full
-            if self.ahead and one.crosses and not one.came_with and one.computed < one.length:
+            rest = count(one.request.tokens) > one.computed
+            if rest and self.ahead and one.crosses and not one.came_with:
                 tokens, to = span(one.tokens, 0, full), one.plan.decode_shard
                 self.outbox.send(
                     self.shard, Return(one.request.scope, tokens, to, self.fetch_s, one.request.id, True)
