@@ -4,7 +4,7 @@ Two clusters of one configuration run at once, one with ``[batch] draft`` as it 
 same by turns: only one of them has work at any time. Texts are questions, documents to be summed up and code to be changed;
 streams are alone or several at once, and what is asked is new, or was asked before. Answers of both must be alike to the letter, and the program ends if any is not.
 
-TPOT is the time from a stream's first token to its last, over the tokens between; a table row has the medians of all streams.
+Takes a quarter of an hour. TPOT is the time from a stream's first token to its last, over the tokens between; a table row has the medians of all streams.
 """
 
 from __future__ import annotations

@@ -145,9 +145,8 @@ def test_life_of_a_cluster(start):
     ):
         Place.claim(cluster.log_dir)
     assert "curl http://127.0.0.1:1/v1/chat/completions" in cluster.output
-    assert (
-        idle_share([cluster.process.pid, *cluster.pids]) < 0.1
-    )  # 0.01 where nothing else runs; one that polls takes 0.5
+    # 0.01 where nothing else runs, 0.15 was seen beside other tests; one that polls takes 0.5.
+    assert idle_share([cluster.process.pid, *cluster.pids]) < 0.3
 
     assert cluster.end(signal.SIGINT) == 0
     assert cluster.names("drained") == ["frontend-0", "w0", "s0", "scheduler-0"]
