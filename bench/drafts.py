@@ -1,8 +1,8 @@
 """What guessing ahead gives: ``make bench-drafts``.
 
 Two clusters of one configuration run at once, one with ``[batch] draft`` as it is by default and one with 0, and are asked the
-same by turns: only one of them has work at any time. Texts are questions, documents to be summed up and code to be changed;
-streams are alone or several at once, and what is asked is new, or was asked before. Answers of both must be alike to the letter, and the program ends if any is not.
+same by turns: only one of them has work at any time. Texts are questions, documents to be summed up, code to be changed
+and JSON of a given schema; streams are alone or several at once, and what is asked is new, or was asked before. Answers of both must be alike to the letter, and the program ends if any is not.
 
 Takes a quarter of an hour. TPOT is the time from a stream's first token to its last, over the tokens between; a table row has the medians of all streams.
 """
@@ -28,6 +28,8 @@ ANSWER_TOKENS = 128
 STREAMS = (1, 4, 8)
 TEMPERATURES = (0.0, 0.7)
 
+COUNTERS = ("drafted_tokens_total", "accepted_tokens_total", "forced_tokens_total", "generated_tokens_total")
+
 QUESTIONS = (
     "What is virtual memory?",
     "Write a short story about a lighthouse keeper.",
@@ -38,6 +40,33 @@ QUESTIONS = (
     "What are the benefits of exercise?",
     "What is the difference between TCP and UDP?",
 )
+
+
+PLACES = ("Paris", "the Sahara", "Mount Everest", "the Amazon", "Iceland", "Venice", "the Nile", "Tokyo")
+PLACE = {
+    "type": "object",
+    "properties": {
+        "name_of_the_place": {"type": "string", "maxLength": 40},
+        "kind_of_place": {"enum": ["city", "river", "mountain", "country", "desert"]},
+        "latitude_in_degrees": {"type": "number"},
+        "longitude_in_degrees": {"type": "number"},
+        "known_for": {
+            "type": "array",
+            "items": {"type": "string", "maxLength": 40},
+            "minItems": 2,
+            "maxItems": 4,
+        },
+    },
+    "required": [
+        "name_of_the_place",
+        "kind_of_place",
+        "latitude_in_degrees",
+        "longitude_in_degrees",
+        "known_for",
+    ],
+    "additionalProperties": False,
+}
+"""A form that every answer of its case has to have."""
 
 
 def documents() -> list[str]:
@@ -72,6 +101,8 @@ class Case:
     streams: int
     again: bool = False
     """Whether all of it was asked before."""
+    form: bool = False
+    """Whether answers are PLACEs."""
 
     def anew(self, place: int) -> Case:
         """The same, not asked before: with a number before each prompt."""
@@ -88,24 +119,31 @@ def cases() -> list[Case]:
         for temperature in TEMPERATURES
     ]
     again = [Case("questions, asked again", QUESTIONS, 0.7, streams, again=True) for streams in STREAMS]
-    return new + again
+    places = tuple(f"Tell me about {place}, as JSON." for place in PLACES)
+    return new + again + [Case("JSON of a schema", places, 0.7, streams, form=True) for streams in STREAMS]
+
+
+HEAD = (
+    "texts", "temperature", "streams", "TPOT without, ms", "with drafts, ms", "times as fast", "guessed tokens that were right",
+    "forced ones", "tokens a stream and step",
+)  # fmt: skip
 
 
 def main() -> None:
     options = _options()
     note = Note("drafts")
+    asked = [case for case in cases() if case.name.startswith(options.only)]
     with cluster(options.config) as guessing, cluster(options.config, "batch.draft=0") as plain:
-        rows = [_measured(case, i, guessing, plain, options.rounds) for i, case in enumerate(cases())]
-    head = ["texts", "temperature", "streams", "TPOT without, ms", "with drafts, ms", "times as fast"]
-    head += ["guessed tokens that were right", "tokens a stream and step"]
-    written = note.write(
-        "Guessing ahead",
-        " ".join(["make bench-drafts", *(f'ARGS="{" ".join(sys.argv[1:])}"' for _ in sys.argv[1:2])]),
-        f"configs/{options.config}, the demo model, {ANSWER_TOKENS} tokens an answer, {options.rounds} rounds; medians of all "
-        "streams (range). Both clusters gave the same text for every prompt.",
-        table(head, rows),
-    )
-    print(written.read_text())
+        rows = [_measured(case, place, guessing, plain, options.rounds) for place, case in enumerate(asked)]
+    print(table(HEAD, rows))
+    if not options.only:
+        note.write(
+            "Guessing ahead",
+            " ".join(["make bench-drafts", *(f'ARGS="{" ".join(sys.argv[1:])}"' for _ in sys.argv[1:2])]),
+            f"configs/{options.config}, the demo model, up to {ANSWER_TOKENS} tokens an answer, {options.rounds} rounds; medians "
+            "of all streams (range). Both clusters gave the same text for every prompt.",
+            table(HEAD, rows),
+        )
 
 
 def _options() -> argparse.Namespace:
@@ -114,12 +152,13 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--config", default="colocated.toml")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--only", default="", help="cases whose name begins so; prints, and writes no note")
     return parser.parse_args()
 
 
 def _measured(case: Case, place: int, guessing: Running, plain: Running, rounds: int) -> list[str]:
     took: dict[str, list[float]] = {guessing.url: [], plain.url: []}
-    counted = [0.0, 0.0, 0.0]
+    counted = [0.0] * len(COUNTERS)
     for turn in range(rounds):
         answers, new = {}, case.anew(place * rounds + turn)
         for running in (guessing, plain) if turn % 2 else (plain, guessing):
@@ -135,7 +174,7 @@ def _measured(case: Case, place: int, guessing: Running, plain: Running, rounds:
         if answers[guessing.url] != answers[plain.url]:
             sys.exit(f"{case.name}, temperature {case.temperature}: drafts changed an answer")
     with_drafts, without = took[guessing.url], took[plain.url]
-    drafted, accepted, tokens = counted
+    drafted, accepted, forced, tokens = counted
     return [
         case.name,
         f"{case.temperature:g}",
@@ -144,34 +183,37 @@ def _measured(case: Case, place: int, guessing: Running, plain: Running, rounds:
         _told(with_drafts),
         f"**{statistics.median(without) / statistics.median(with_drafts):.2f}**",
         f"{accepted:.0f} of {drafted:.0f}",
-        f"{tokens / (tokens - accepted):.2f}",
+        f"{forced:.0f}",
+        f"{tokens / (tokens - accepted - forced):.2f}",
     ]
 
 
 def _asked(running: Running, case: Case) -> list[Asked]:
     with ThreadPoolExecutor(case.streams) as crew:
-        return list(crew.map(lambda one: _ask(running.url, one, case.temperature), case.prompts))
+        return list(crew.map(lambda one: _ask(running.url, one, case), case.prompts))
 
 
-def _ask(url: str, prompt: str, temperature: float) -> Asked:
+def _ask(url: str, prompt: str, case: Case) -> Asked:
     body = {"messages": [{"role": "user", "content": prompt}], "max_tokens": ANSWER_TOKENS, "stream": True}
-    body |= {"temperature": temperature, "seed": 1, "ignore_eos": True}
-    text, times = "", []
+    body |= {"temperature": case.temperature, "seed": 1, "stream_options": {"include_usage": True}}
+    schema = {"type": "json_schema", "json_schema": {"name": "place", "schema": PLACE}}
+    body |= {"response_format": schema} if case.form else {"ignore_eos": True}
+    text, times, tokens = "", [], 0
     with CLIENT.stream("POST", f"{url}/v1/chat/completions", json=body) as answer:
         answer.raise_for_status()
         for line in answer.iter_lines():
-            if line.startswith("data: {") and (choices := json.loads(line[6:])["choices"]):
-                text += choices[0]["delta"].get("content") or ""
+            event = json.loads(line[6:]) if line.startswith("data: {") else {}
+            tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
+            for choice in event.get("choices", ()):
+                text += choice["delta"].get("content") or ""
                 times.append(time.perf_counter())
-    return Asked(text, (times[-1] - times[0]) / (ANSWER_TOKENS - 1))
+    return Asked(text, (times[-1] - times[0]) / (tokens - 1))
 
 
 def _counters(running: Running) -> tuple[float, ...]:
-    """Tokens guessed and right, and tokens in all."""
-    names = ("drafted_tokens_total", "accepted_tokens_total", "generated_tokens_total")
     time.sleep(1.5)  # heartbeats tell it
     loads = [one["load"] for one in running.members()]
-    return tuple(sum(load.get(name, 0.0) for load in loads) for name in names)
+    return tuple(sum(load.get(name, 0.0) for load in loads) for name in COUNTERS)
 
 
 def _told(values: Sequence[float]) -> str:

@@ -336,7 +336,14 @@ async def memory_cluster(
 
 async def generate(frontend: FrontendService, prompt: list[int], max_tokens: int, seed: int = 0) -> list[int]:
     """All ``max_tokens`` tokens of one request: nothing ends it, whatever a model has to say."""
-    params = GenerationParams(Sampling(0.0, seed=seed), max_tokens, stop_tokens=())
+    return await generate_with(frontend, prompt, Sampling(0.0, seed=seed), max_tokens, ())
+
+
+async def generate_with(
+    frontend: FrontendService, prompt: list[int], how: Sampling, max_tokens: int, ends: tuple[int, ...]
+) -> list[int]:
+    """The tokens of one request, up to one of ``ends``."""
+    params = GenerationParams(how, max_tokens, stop_tokens=ends)
     tokens: list[int] = []
     with trio.fail_after(300):
         async with frontend.open(pack(prompt), params, "") as stream:

@@ -13,8 +13,8 @@ import torch
 
 from adjustments import adjustments, by_definition, expected, past_of
 from backends import BACKENDS, CARDS, ENGINES, SPEC, make_engine, make_runner
-from memserve.drawing import Sampling
-from memserve.engine.plans import BatchPlan, Row
+from memserve.drawing import Adjustments, Sampling
+from memserve.engine.plans import BatchPlan, Past, Row
 from memserve.engine.weights import random_weights
 from memserve.tokens import pack, pages_for
 from test_model import GREEDY, load_reference, prompt
@@ -188,6 +188,9 @@ def test_draws_follow_seed_and_position(made):
     assert len(others) > 1
 
 
+BOUND = Sampling(adjust=Adjustments(grammar="any"))
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -201,6 +204,16 @@ def test_draws_follow_seed_and_position(made):
         (Row(pack([1]), 0, (4,), GREEDY, draft=pack([1024])), "row 1: token ids 1 to 1024"),
         (Row(pack([1]), 0, (4,), None, draft=pack([1])), "row 1: a draft where nothing is drawn"),
         (Row(pack([1]), 0, (4,), Sampling(logprobs=1), draft=pack([1])), "row 1: a draft where nothing is"),
+        (
+            Row(pack([1]), 0, (4,), BOUND, Past(b"", b"", allowed=b"\xff" * 128), draft=pack([1])),
+            "row 1: follows a grammar",
+        ),
+        (
+            Row(
+                pack([1]), 0, (4,), BOUND, Past(b"", b"", b"", b"\xff" * 128, (bytes(128),)), draft=pack([1])
+            ),
+            "row 1: follows a grammar",
+        ),
         (Row(pack([1024]), 0, (4,), None), "row 1: token ids 1024 to 1024; the vocabulary has 1024"),
         (Row(pack([1]), 0, (2,), None), r"row 1: writes to a page that the step writes to already"),
         (Row(pack([1] * 20), 0, (4, 4), None), r"row 1: writes to a page that the step writes to already"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import attrs
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -82,6 +81,22 @@ def test_chances_are_learned_and_nothing_is_learned_of_what_was_not_reached() ->
     assert chances.after(20) == chances.after(8)
 
 
+def test_what_was_learned_is_forgotten_where_nothing_is_tried() -> None:
+    """A worker that once served text without repetition would guess nothing for ever."""
+    dear = StepCosts(((1.0, 0.010), (2.0, 0.018), (9.0, 0.074)))
+    drafting = Drafting(1, PAGE_TOKENS, 1000, Outbox())
+
+    def step(right: int) -> int:
+        batch = drafting.added(form_batch([stream(ROUND * 3)], BatchLimits(64, 8), PAGE_TOKENS), dear)
+        drafted = count(batch.plan.rows[0].draft)
+        drafting.saw(batch, BatchResult((12,), 1.0, 1, more={0: pack([13])} if drafted and right else {}))
+        return drafted
+
+    tried = [step(0) for _ in range(2000)]
+    assert sum(tried[:10]) == 10 and 0 < sum(tried[-1000:]) < 100
+    assert sum(step(1) for _ in range(2000)) > 1500
+
+
 def rows(number: int, context: int = 100) -> list[Row]:
     """Streams."""
     return [Row(pack([1]), context, (), GREEDY) for _ in range(number)]
@@ -154,15 +169,38 @@ def test_a_draft_is_no_longer_than_what_can_be_used() -> None:
     assert drafted(stream(ROUND[:-2] * 2 + ROUND[:4])) == [14, 15, 16, 10, 11, 12, 13, 14]
 
 
-@pytest.mark.parametrize(
-    "how",
-    [Sampling(0.0, logprobs=2), Sampling(0.0, adjust=Adjustments(presence=0.5))],
-    ids=["told", "adjusted"],
-)
-def test_who_wants_more_than_tokens_guesses_nothing(how: Sampling) -> None:
-    """Penalties count what was said before each token, and log probabilities are told of each: a draft has neither."""
-    assert drafted(stream(ROUND, how)) == []
+def test_who_wants_more_than_tokens_guesses_nothing() -> None:
+    """Log probabilities are told of one token a step: those of a draft would be missing."""
+    assert drafted(stream(ROUND, Sampling(0.0, logprobs=2))) == []
     assert drafted(stream(ROUND, Sampling(0.7, seed=3))) != []
+
+
+def test_a_draft_ends_where_other_tokens_are_forbidden() -> None:
+    """What would end an answer too early is forbidden up to its least length: draws behind that would still be denied it."""
+    how = Sampling(0.0, adjust=Adjustments(presence=0.5, min_tokens=10))
+    assert drafted(stream(ROUND, how)) == [
+        12,
+        13,
+        14,
+    ]  # six are said, the tenth is the last one before others may come
+    assert drafted(stream(ROUND, attrs.evolve(how, adjust=Adjustments(presence=0.5, min_tokens=6)))) == [
+        *ROUND[2:7],
+        *ROUND[:3],
+    ]
+
+
+def test_only_an_answer_that_follows_a_grammar_may_be_forced() -> None:
+    """Guides would lengthen drafts beyond what there is room for, or those of answers without a grammar."""
+    for how, most in ((GREEDY, 0), (Sampling(0.0, adjust=Adjustments(grammar="start: /x*/")), 8)):
+        drafting = Drafting(8, PAGE_TOKENS, 1000, Outbox())
+        batch = form_batch([stream(ROUND, how)], BatchLimits(64, 8), PAGE_TOKENS)
+        assert drafting.added(batch, None).plan.rows[0].draft_most == most
+    one = stream(
+        [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], Sampling(0.0, adjust=Adjustments(grammar="start: /x*/")), most=4
+    )
+    drafting = Drafting(8, PAGE_TOKENS, 1000, Outbox())
+    row = drafting.added(form_batch([one], BatchLimits(64, 8), PAGE_TOKENS), None).plan.rows[0]
+    assert (row.draft, row.draft_most) == (b"", 2)
 
 
 def test_prompts_guess_nothing() -> None:
@@ -199,6 +237,12 @@ def test_what_came_of_guesses_is_counted() -> None:
     batch = drafting.added(form_batch([one], BatchLimits(64, 8), PAGE_TOKENS), None)
     drafting.saw(batch, BatchResult((12,), 1.0, 1, more={0: pack([13, 99])}))
     assert outbox.counters == {"drafted_tokens_total": 4, "accepted_tokens_total": 2}
+    drafting.saw(batch, BatchResult((12,), 1.0, 1, more={0: pack([13, 14, 15, 16, 50, 51])}))
+    assert outbox.counters == {
+        "drafted_tokens_total": 8,
+        "accepted_tokens_total": 6,
+        "forced_tokens_total": 2,
+    }
 
 
 def test_a_sequence_ends_within_a_draft() -> None:

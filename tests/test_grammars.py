@@ -19,7 +19,7 @@ from memserve.engine.grammars import Grammars
 from memserve.engine.guide import Guide
 from memserve.engine.plans import BatchPlan, Past, Row
 from memserve.engine.spec import find_model
-from memserve.tokens import pack, unpack
+from memserve.tokens import count, pack, span, unpack
 
 SPEC = read_spec(find_model(MODEL_PATH))
 PERSON = {
@@ -163,6 +163,90 @@ def test_rows_with_a_grammar_are_told_what_it_allows(grammars):
         assert (found[0], found[2]) == (free, other)
         assert found[1].past == Past(b"", b"", allowed=grammars.allowed(text, b""))
     assert len(loaded) == 1
+
+
+def ahead(grammars, text, output=b"", guess=(), most=20):
+    """What :meth:`Grammars.ahead` says, its masks looked at: they are those of an answer that had come so far by itself."""
+    draft, masks = grammars.ahead(text, output, grammars.allowed(text, output), pack(guess), most)
+    for place, mask in enumerate(masks, 1):
+        assert mask == grammars.allowed(text, output + span(draft, 0, place)), place
+    assert len(masks) == count(draft)
+    return list(unpack(draft))
+
+
+def test_what_a_grammar_forces_goes_ahead(grammars, tokenizer):
+    """If it failed, a JSON schema's own words would take a step for each of their tokens."""
+    schema = {
+        "type": "object",
+        "properties": {"city_of_birth": {"enum": ["Ulm"]}},
+        "required": ["city_of_birth"],
+    }
+    text = grammar_of(ResponseFormat(type="json_schema", json_schema=JsonSchema(schema=schema)), None)
+    begun = tokenizer.encode('{"', allow_special=False)
+    forced = ahead(grammars, text, pack(begun))
+    assert tokenizer.decode(forced) == 'city_of_birth": "Ulm'
+    assert ahead(grammars, text, pack(begun), most=2) == forced[:2]
+    assert ahead(grammars, text, pack(begun), most=0) == []
+    assert ahead(grammars, text, pack(begun), guess=[5, 6, 7]) == forced  # whatever was guessed
+
+
+def test_what_was_guessed_goes_ahead_as_far_as_it_is_allowed(grammars, tokenizer):
+    """If it failed, a guess would leave the grammar, or one that keeps to it be worth nothing."""
+    text = grammar(regex=r"[a-z ]* end[.]")
+    guess = tokenizer.encode("the cat sat; the", allow_special=False)
+    found = ahead(grammars, text, guess=guess)
+    assert tokenizer.decode(found) == "the cat sat"
+    assert ahead(grammars, text, guess=guess, most=2) == found[:2]
+    assert ahead(grammars, text, pack(found), guess=guess) != []
+    assert ahead(grammars, text) == []
+
+
+def test_nothing_goes_ahead_of_the_end(grammars):
+    """If it failed, an answer's end would be repeated, or be followed by something."""
+    text = grammar(choice=("yes",))
+    (token,) = tokens_of(grammars.allowed(grammar(regex="yes"), b""))[-1:]
+    assert ahead(grammars, text, pack([token])) == []
+    assert ahead(grammars, text, pack([token]), guess=list(SPEC.eos) * 3) == []
+
+
+def test_an_answer_that_goes_on_by_several_tokens_is_not_read_again(grammars, tokenizer):
+    """If it failed, each accepted draft would cost as much as all of the answer before it."""
+    text, output = grammar(regex=r"x*"), b""
+    token = tokens_of(grammars.allowed(text, b""))[-1]
+    grammars_new, read = grammars._new, []
+    grammars._new = lambda text: read.append(text) or grammars_new(text)
+    try:
+        for step in (1, 3, 1, 9, 64, 65):
+            output += pack([token] * step)
+            assert grammars.allowed(text, output) == made(tokenizer).allowed(text, output)
+    finally:
+        del grammars._new
+    assert not read
+
+
+def test_a_guide_lengthens_and_cuts_drafts(grammars, tokenizer):
+    """If it failed, a step would run a draft without knowing what may follow it."""
+    guide = Guide(lambda: grammars)
+    text = grammar(regex=r"[a-z ]*[.]")
+    guess = pack(tokenizer.encode("the cat; the", allow_special=False))
+    row = Row(
+        pack([1]),
+        0,
+        (0,),
+        Sampling(adjust=Adjustments(grammar=text)),
+        Past(b"", b""),
+        draft=guess,
+        draft_most=8,
+    )
+    (found,) = guide.filled(BatchPlan((row,))).rows
+    assert tokenizer.decode(unpack(found.draft)) == "the cat"
+    assert found.past.then == tuple(
+        grammars.allowed(text, span(found.draft, 0, place)) for place in range(1, count(found.draft) + 1)
+    )
+    assert [found.past_at(place).allowed for place in range(count(found.draft) + 1)] == [
+        found.past.allowed, *found.past.then
+    ]  # fmt: skip
+    assert found.past_at(2).output == span(found.draft, 0, 2)
 
 
 def test_an_answer_is_read_token_by_token(grammars):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
 import test_native
-from memserve.drawing import Sampling
-from memserve.engine.plans import BatchPlan, Row
+from adjustments import adjustments, past_of
+from memserve.drawing import Adjustments, Sampling
+from memserve.engine.plans import BatchPlan, Past, Row
 from memserve.kernels.native import MAX_ROWS
 from memserve.tokens import count, pack, unpack
 from test_model import GREEDY, prompt
@@ -15,6 +18,10 @@ from test_native import Twin, native_spec
 
 ANSWER = 40
 DRAWN = Sampling(temperature=1.5, seed=5)
+ADJUSTED = Sampling(
+    0.7, seed=2, adjust=adjustments({3: 2.0}, repetition=1.3, frequency=0.8, presence=0.4, min_tokens=60)
+)
+ENDS = (4, 5)
 
 
 @pytest.fixture(params=[False, True], ids=["vectors", "amx"])
@@ -32,7 +39,8 @@ def said(twin: Twin, ids: list[int], how: Sampling) -> tuple[list[int], tuple[in
     pages = twin.pages(len(ids) + ANSWER)
     whole, start = list(ids), 0
     while len(whole) < len(ids) + ANSWER:
-        whole += twin.drawn(Row(pack(whole[start:]), start, pages, how))
+        past = past_of(how, whole, len(ids), ENDS)
+        whole += twin.drawn(Row(pack(whole[start:]), start, pages, how, past))
         start = len(whole) - 1
     return whole, pages
 
@@ -42,7 +50,7 @@ def with_wrong(tokens: list[int], at: int) -> bytes:
     return pack([*tokens[:at], *(token ^ 1 for token in tokens[at:])])
 
 
-@pytest.mark.parametrize("how", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("how", [GREEDY, DRAWN, ADJUSTED], ids=["greedy", "drawn", "adjusted"])
 @pytest.mark.parametrize("length", [5, 64, 300])
 def test_drafts_give_the_tokens_of_single_steps(twin: Twin, how: Sampling, length: int) -> None:
     """An answer would depend on what was guessed of it; or what was written for a wrong guess would be read later."""
@@ -53,7 +61,8 @@ def test_drafts_give_the_tokens_of_single_steps(twin: Twin, how: Sampling, lengt
     while at < len(whole) - 8:
         right = (0, 3, 1, 7, 2)[step % 5]
         draft = with_wrong(whole[at : at + 7], right)
-        row = Row(pack(whole[at - 1 : at]), at - 1, other, how, draft=draft)
+        past = past_of(how, whole[:at], length, ENDS)
+        row = Row(pack(whole[at - 1 : at]), at - 1, other, how, past, draft=draft)
         drawn = twin.drawn(row)
         assert drawn == whole[at : at + right + 1], (at, right)
         at, step = at + len(drawn), step + 1
@@ -62,6 +71,25 @@ def test_drafts_give_the_tokens_of_single_steps(twin: Twin, how: Sampling, lengt
         page, place = divmod(position, 8)
         found, known = (twin.arena[one[page]][..., place, :] for one in (other, pages))
         assert torch.equal(found, known), position
+
+
+def test_each_token_of_a_draft_is_followed_by_what_its_grammar_allows(twin: Twin) -> None:
+    """A draw behind a draft would leave the grammar, or be denied what it allows there."""
+    ids, vocab = prompt(20, 3), twin.spec.vocab
+    how = Sampling(0.0, adjust=Adjustments(grammar="any"))
+    generator = random.Random(1)
+    masks = [bytes(generator.randrange(256) for _ in range(-(-vocab // 8))) for _ in range(9)]
+    masks = [mask[:-1] + bytes([mask[-1] & (1 << vocab % 8) - 1]) for mask in masks]
+    whole, pages, start = list(ids), twin.pages(40), 0
+    for mask in masks:
+        past = Past(b"", pack(whole[20:]), allowed=mask)
+        whole += twin.drawn(Row(pack(whole[start:]), start, pages, how, past))
+        start = len(whole) - 1
+    assert all(mask[token // 8] >> token % 8 & 1 for token, mask in zip(whole[20:], masks, strict=True))
+    for right in (8, 3, 0):
+        past = Past(b"", b"", allowed=masks[0], then=tuple(masks[1:]))
+        row = Row(pack(ids[-1:]), 19, pages, how, past, draft=with_wrong(whole[20:28], right))
+        assert twin.drawn(row) == whole[20 : 21 + right]
 
 
 def test_drafts_in_company_change_no_token(twin: Twin) -> None:

@@ -22,7 +22,6 @@ from memserve.costs import StepCosts
 from memserve.engine.batching import Batch
 from memserve.engine.outbox import Outbox
 from memserve.engine.plans import BatchPlan, BatchResult, Row
-from memserve.engine.sequence import Sequence
 from memserve.scheduling.cost_model import CostModel
 from memserve.tokens import TOKEN_BYTES, count, span
 
@@ -31,6 +30,8 @@ CHANCES = (0.0, 0.17, 0.4, 0.58, 0.72, 0.75, 0.77, 0.85, 0.9)
 (docs/measurements/2026-11-28-drafts.md)."""
 LEARNED = 0.01
 """How much each guess changes that."""
+FORGOTTEN = 0.001
+"""How much of that is lost each time that none is tried."""
 LOOKED_FOR = (5, 3, 2, 1)
 """So many alike tokens are looked for, the most first."""
 SEQUEL_TOKENS = 1024
@@ -104,6 +105,11 @@ class Chances:
             at = min(alike + place, len(CHANCES) - 1)
             self._known[at] += LEARNED * ((place < right) - self._known[at])
 
+    def forget(self, alike: int) -> None:
+        """A token behind so many was not worth a try: what streams say may have changed."""
+        at = min(alike, len(CHANCES) - 1)
+        self._known[at] += FORGOTTEN * (CHANCES[at] - self._known[at])
+
 
 @attrs.define
 class Drafting:
@@ -121,49 +127,69 @@ class Drafting:
 
     def added(self, batch: Batch, costs: StepCosts | None) -> Batch:
         """The batch, whose streams guess as far as it promises more tokens a second; where nothing was measured, as far as they may."""
-        found = dict(self._found(batch)) if self.most else {}
-        self._alike = {number: one.alike for number, one in found.items()}
-        if not found:
+        self._alike = {}
+        rooms = dict(self._rooms(batch)) if self.most else {}
+        if not rooms:
             return batch
+        if costs is not None and (self._model is None or self._model.steps is not costs):
+            self._model = CostModel(costs)
+        found = self._guesses(batch, rooms) if self._may_pay(batch.plan, rooms) else {}
+        self._alike.update({number: one.alike for number, one in found.items()})
         lengths = {number: count(one.tokens) for number, one in found.items()}
-        if costs is not None:
-            if self._model is None or self._model.steps is not costs:
-                self._model = CostModel(costs)
-            lengths = worth(batch.plan.rows, self._likeliest(lengths), self._model)
+        if self._model is not None:
+            lengths = worth(batch.plan.rows, self._likeliest(lengths, self._alike), self._model)
         rows = list(batch.plan.rows)
-        for number, length in lengths.items():
-            rows[number] = attrs.evolve(rows[number], draft=span(found[number].tokens, 0, length))
+        for number, most in rooms.items():
+            draft = span(found[number].tokens, 0, lengths.get(number, 0)) if number in found else b""
+            if number in found and not draft:
+                self._chances.forget(found[number].alike)
+            forced = most if batch.sequences[number].guided else 0
+            if draft or forced:
+                rows[number] = attrs.evolve(rows[number], draft=draft, draft_most=forced)
         return attrs.evolve(batch, plan=BatchPlan(tuple(rows)))
 
     def saw(self, batch: Batch, result: BatchResult) -> None:
-        """What a step has shown of its guesses."""
+        """What a step has shown of its guesses. What came right beyond them was forced by a grammar."""
+        right = {number: count(more) for number, more in result.more.items()}
         for number, alike in self._alike.items():
             if drafted := count(batch.plan.rows[number].draft):
-                right = count(result.more.get(number, b""))
-                self._chances.saw(alike, drafted, right)
+                accepted = min(drafted, right.get(number, 0))
+                self._chances.saw(alike, drafted, accepted)
                 self.outbox.count("drafted_tokens_total", drafted)
-                self.outbox.count("accepted_tokens_total", right)
+                self.outbox.count("accepted_tokens_total", accepted)
+        if forced := sum(
+            max(0, more - count(batch.plan.rows[number].draft)) for number, more in right.items()
+        ):
+            self.outbox.count("forced_tokens_total", forced)
 
-    def _found(self, batch: Batch) -> Iterator[tuple[int, Guess]]:
+    def _rooms(self, batch: Batch) -> Iterator[tuple[int, int]]:
+        """Rows that may have drafts, and how long."""
         for number, (row, one) in enumerate(zip(batch.plan.rows, batch.sequences, strict=True)):
-            plain = row.sample is not None and row.past is None and row.sample.logprobs is None
-            if plain and one.decoding and (most := self._room(one)) > 0:
-                found = guess(one.tokens, most, one.sequel)
-                if found is not None:
-                    yield number, found
+            if row.sample is not None and row.sample.logprobs is None and one.decoding:
+                room = min(self.most, one.room(self.page_tokens) - 1, one.unsaid(self.max_context) - 1)
+                if room > 0:
+                    yield number, room
 
-    def _room(self, one: Sequence) -> int:
-        """Tokens that it can use beyond the next one, which is drawn in any case."""
-        end = min(one.request.prompt_tokens + one.request.max_tokens, self.max_context)
-        return min(self.most, one.room(self.page_tokens) - 1, end - one.length - 1)
+    def _may_pay(self, plan: BatchPlan, rooms: Mapping[int, int]) -> bool:
+        """Whether guesses would pay if they were as likely right as any: with many streams nobody need look for them."""
+        surest = dict.fromkeys(rooms, len(CHANCES))
+        pays = self._model is None or bool(worth(plan.rows, self._likeliest(rooms, surest), self._model))
+        if not pays:
+            self._chances.forget(len(CHANCES))
+        return pays
 
-    def _likeliest(self, lengths: Mapping[int, int]) -> list[tuple[float, int]]:
+    def _guesses(self, batch: Batch, rooms: Mapping[int, int]) -> dict[int, Guess]:
+        sequences = {number: batch.sequences[number] for number in rooms}
+        found = {number: guess(one.tokens, rooms[number], one.sequel) for number, one in sequences.items()}
+        return {number: one for number, one in found.items() if one is not None}
+
+    def _likeliest(self, lengths: Mapping[int, int], alike: Mapping[int, int]) -> list[tuple[float, int]]:
         """How likely each guessed token is right, and its row, the likeliest first: all before it in its row must be right too."""
         found = []
         for row, length in lengths.items():
             chance = 1.0
             for place in range(length):
-                chance *= self._chances.after(self._alike[row] + place)
+                chance *= self._chances.after(alike[row] + place)
                 found.append((chance, row))
         return sorted(found, reverse=True)[:DRAFTED_MOST]
 

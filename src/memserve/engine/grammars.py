@@ -7,7 +7,7 @@ tokens alone, so that a stream which another worker resumes goes on with the ver
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 import structlog
@@ -15,10 +15,12 @@ from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
 from memserve.engine.tokenizer import Tokenizer
 from memserve.panics import Panic, panics_told
-from memserve.tokens import TOKEN_BYTES, count, span, unpack
+from memserve.tokens import count, pack, span, unpack
 
 FOLLOWED_MAX = 1024
 """Answers whose place in their grammar is remembered. One that was forgotten is read again from its first token."""
+BACK = 65
+"""So many tokens an answer may have grown by since its place was remembered: a step's draft, and one more."""
 READ_MAX = 64
 """Grammars that are remembered."""
 
@@ -57,14 +59,52 @@ class Grammars:
         _remember(self._followed, (grammar, output), matcher, FOLLOWED_MAX)
         return mask
 
+    def ahead(
+        self, grammar: str, output: bytes, allowed: bytes, guess: bytes, most: int
+    ) -> tuple[bytes, tuple[bytes, ...]]:
+        """How an answer goes on behind ``output``, packed, and what is ``allowed`` after each of these tokens: at most ``most``.
+
+        They are those that alone are allowed, and those of ``guess`` for as long as it goes on as they do and is allowed. None of
+        them ends the answer. To be asked after :meth:`allowed`, whose answer ``allowed`` is.
+        """
+        place = self._followed.get((grammar, output))
+        if place is None or not most:
+            return b"", ()
+        try:
+            with panics_told():
+                return self._walk(place.deep_copy(), allowed, unpack(guess), most)
+        except Panic:
+            return b"", ()  # it is told of when the answer comes there
+
+    def _walk(
+        self, matcher: LLMatcher, mask: bytes, guess: Sequence[int], most: int
+    ) -> tuple[bytes, tuple[bytes, ...]]:
+        draft: list[int] = []
+        masks: list[bytes] = []
+        while len(draft) < most:
+            guessed = (
+                guess[len(draft)] if draft == [*guess[: len(draft)]] and len(draft) < len(guess) else None
+            )
+            token = _next(mask, guessed)
+            if token is None or _has(self._ends, token):
+                break
+            matcher.consume_token(token)
+            mask = matcher.compute_bitmask()[: self._bytes]
+            if matcher.is_error() or not any(mask):
+                break
+            draft.append(token)
+            masks.append(mask)
+        return pack(draft), tuple(masks)
+
     def _at(self, grammar: str, output: bytes) -> LLMatcher:
         """The grammar after ``output``."""
-        matcher = self._followed.pop((grammar, output[:-TOKEN_BYTES]), None) if output else None
-        if matcher is None:
-            matcher = self._new(grammar)
-            matcher.consume_tokens(list(unpack(output)))
+        for known in range(count(output) - 1, max(count(output) - BACK, 0) - 1, -1):
+            matcher = self._followed.pop((grammar, span(output, 0, known)), None)
+            if matcher is not None:
+                break
         else:
-            matcher.consume_tokens(list(unpack(span(output, count(output) - 1, count(output)))))
+            known, matcher = 0, self._new(grammar)
+        matcher.consume_tokens(list(unpack(span(output, known, count(output)))))
         return matcher
 
     def _new(self, grammar: str) -> LLMatcher:
@@ -98,6 +138,18 @@ class _Pieces:
     def __call__(self, text: str | bytes) -> list[int]:
         plain = text if isinstance(text, str) else text.decode(errors="replace")
         return self._tokenizer.encode(plain, allow_special=False)
+
+
+def _next(mask: bytes, guessed: int | None) -> int | None:
+    """The one token that is allowed, or the guessed one if it is."""
+    bits = int.from_bytes(mask, "little")
+    if bits.bit_count() == 1:
+        return bits.bit_length() - 1
+    return guessed if guessed is not None and _has(mask, guessed) else None
+
+
+def _has(mask: bytes, token: int) -> bool:
+    return bool(mask[token // 8] >> token % 8 & 1)
 
 
 def _mask(ids: Iterable[int], size: int) -> bytes:

@@ -16,6 +16,11 @@ class Allows(Protocol):
     def allowed(self, grammar: str, output: bytes) -> bytes:
         """Which tokens may come after ``output``, packed: a bit for each, at least one set."""
 
+    def ahead(
+        self, grammar: str, output: bytes, allowed: bytes, guess: bytes, most: int
+    ) -> tuple[bytes, tuple[bytes, ...]]:
+        """How ``output`` goes on where no choice is left, or as was guessed, and what is allowed after each of these tokens."""
+
 
 @attrs.define
 class Guide:
@@ -25,7 +30,7 @@ class Guide:
     _made: Allows | None = None
 
     def filled(self, plan: BatchPlan) -> BatchPlan:
-        """The plan, whose rows know what their grammars allow."""
+        """The plan, whose rows know what their grammars allow, and draft what these leave no choice about."""
         if not any(_grammar(row) for row in plan.rows):
             return plan
         if self._made is None:
@@ -37,7 +42,9 @@ class Guide:
         grammar, past = _grammar(row), row.past
         if not grammar or past is None:
             return row
-        return attrs.evolve(row, past=attrs.evolve(past, allowed=grammars.allowed(grammar, past.output)))
+        allowed = grammars.allowed(grammar, past.output)
+        draft, then = grammars.ahead(grammar, past.output, allowed, row.draft, row.draft_most)
+        return attrs.evolve(row, draft=draft, past=attrs.evolve(past, allowed=allowed, then=then))
 
 
 def _grammar(row: Row) -> str:

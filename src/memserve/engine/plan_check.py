@@ -52,7 +52,7 @@ def _check_row(number: int, row: Row, spec: ModelSpec, page_tokens: int) -> None
     ids = unpack(row.tokens + row.draft)
     if min(ids) < 0 or max(ids) >= spec.vocab:
         raise ValueError(f"row {number}: token ids {min(ids)} to {max(ids)}; the vocabulary has {spec.vocab}")
-    if row.draft and (row.sample is None or row.sample.adjust or row.sample.logprobs is not None or row.tell):
+    if row.draft and (row.sample is None or row.sample.logprobs is not None or row.tell):
         raise ValueError(f"row {number}: a draft where nothing is drawn, or more is wanted than the draws")
     if row.tell is not None:
         _check_told(number, row, row.tell, spec)
@@ -78,8 +78,11 @@ def _check_adjustments(number: int, row: Row, spec: ModelSpec) -> None:
     adjust, past = row.sample.adjust, row.past
     if past is None or len(adjust.bias) != len(adjust.biased):
         raise ValueError(f"row {number}: adjusts its logits without its past, or some without a bias")
-    if adjust.grammar and not (len(past.allowed) * 8 >= spec.vocab and any(past.allowed)):
-        raise ValueError(f"row {number}: follows a grammar, and what it allows is not known")
+    if adjust.grammar:
+        masks = (past.allowed, *past.then)
+        known = len(masks) == 1 + count(row.draft)
+        if not known or not all(len(mask) * 8 >= spec.vocab and any(mask) for mask in masks):
+            raise ValueError(f"row {number}: follows a grammar, and what it allows is not known")
     ids = np.frombuffer(past.prompt + past.output + past.forbidden + adjust.biased, np.int32)
     if len(ids) and not 0 <= ids.min() <= ids.max() < spec.vocab:
         raise ValueError(

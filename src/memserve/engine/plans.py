@@ -24,6 +24,8 @@ class Past:
     """Tokens that cannot be drawn yet: what would end the answer before ``min_tokens``."""
     allowed: bytes = b""
     """A bit for each token that can be drawn, the lowest of the first byte first; empty: all. Filled in where a grammar is followed."""
+    then: tuple[bytes, ...] = ()
+    """The same after each token of the row's draft."""
 
 
 @attrs.frozen
@@ -59,12 +61,22 @@ class Row:
     """Set where log probabilities of the prompt are wanted."""
     draft: bytes = b""
     """A guess at the tokens that come after ``tokens``, packed. An engine may run them too, and draw after each of them for as
-    long as the draws are what was guessed. Never set beside ``past``, ``tell`` or log probabilities of the draw."""
+    long as the draws are what was guessed. Never set beside ``tell`` or log probabilities of the draw."""
+    draft_most: int = 0
+    """So long a draft may become, where the row follows a grammar: it forces tokens, and forbids what was guessed."""
 
     @property
     def end(self) -> int:
         """Position of the token that a draw would produce; with the seed it decides the draw."""
         return self.start + count(self.tokens)
+
+    def past_at(self, place: int) -> Past | None:
+        """The past of the draw behind ``place`` tokens of the draft."""
+        if self.past is None or not place:
+            return self.past
+        allowed = self.past.then[place - 1] if self.past.then else self.past.allowed
+        output = self.past.output + span(self.draft, 0, place)
+        return attrs.evolve(self.past, output=output, allowed=allowed)
 
     @property
     def reach(self) -> int:

@@ -159,16 +159,15 @@ class _Inputs:
             if (how := row.sample) is not None:
                 end = len(self.positions)
                 self.wanted_at.extend(range(end - 1 - drafted, end))
-                self.how += [self._sampling(how, row.past)] * (1 + drafted)
+                told = None if how.logprobs is None else NativeLogprobs.of_draw(how.logprobs)
+                self.told.append(told)
+                self.how += [self._sampling(how, row.past_at(i), told) for i in range(1 + drafted)]
 
-    def _sampling(self, how: Sampling, past: Past | None) -> bytes:
-        adjust = told = None
+    def _sampling(self, how: Sampling, past: Past | None, told: NativeLogprobs | None) -> bytes:
+        adjust = None
         if how.adjust is not None and past is not None:
             adjust = NativeAdjustments.of(how.adjust, past)
             self.adjust.append(adjust)
-        if how.logprobs is not None:
-            told = NativeLogprobs.of_draw(how.logprobs)
-        self.told.append(told)
         return sampling_bytes(how, adjust, told)
 
     def kept(self, drawn: bytes) -> Iterator[bytes]:
