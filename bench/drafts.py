@@ -1,6 +1,6 @@
 """What guessing ahead gives: ``make bench-drafts``.
 
-Two clusters of one configuration run at once, one with ``[batch] draft`` as it is by default and one with 0, and are asked the
+Two clusters of one configuration run at once, one with drafts and one without, and are asked the
 same by turns: only one of them has work at any time. Texts are questions, documents to be summed up, code to be changed
 and JSON of a given schema; streams are alone or several at once, and what is asked is new, or was asked before. Answers of both must be alike to the letter, and the program ends if any is not.
 
@@ -133,7 +133,8 @@ def main() -> None:
     options = _options()
     note = Note("drafts")
     asked = [case for case in cases() if case.name.startswith(options.only)]
-    with cluster(options.config) as guessing, cluster(options.config, "batch.draft=0") as plain:
+    draft = f"batch.draft={options.draft}"
+    with cluster(options.config, draft) as guessing, cluster(options.config) as plain:
         rows = [_measured(case, place, guessing, plain, options.rounds) for place, case in enumerate(asked)]
     print(table(HEAD, rows))
     if not options.only:
@@ -151,6 +152,7 @@ def _options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", default="colocated.toml")
+    parser.add_argument("--draft", type=int, default=8, help="tokens that a stream may guess ahead in a step")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--only", default="", help="cases whose name begins so; prints, and writes no note")
     return parser.parse_args()
