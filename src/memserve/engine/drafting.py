@@ -122,22 +122,22 @@ class Drafting:
     outbox: Outbox
     _chances: Chances = attrs.field(factory=Chances, init=False)
     _model: CostModel | None = attrs.field(default=None, init=False)
-    _alike: dict[int, int] = attrs.field(factory=dict, init=False)
-    """Of the guesses of the step under way, by row."""
+    _behind: dict[int, int] = attrs.field(factory=dict, init=False)
+    """How many alike tokens each guess of the step under way is behind, by row."""
 
     def added(self, batch: Batch, costs: StepCosts | None) -> Batch:
         """The batch, whose streams guess as far as it promises more tokens a second; where nothing was measured, as far as they may."""
-        self._alike = {}
+        self._behind = {}
         rooms = dict(self._rooms(batch)) if self.most else {}
         if not rooms:
             return batch
         if costs is not None and (self._model is None or self._model.steps is not costs):
             self._model = CostModel(costs)
         found = self._guesses(batch, rooms) if self._may_pay(batch.plan, rooms) else {}
-        self._alike.update({number: one.alike for number, one in found.items()})
+        self._behind.update({number: one.alike for number, one in found.items()})
         lengths = {number: count(one.tokens) for number, one in found.items()}
         if self._model is not None:
-            lengths = worth(batch.plan.rows, self._likeliest(lengths, self._alike), self._model)
+            lengths = worth(batch.plan.rows, self._likeliest(lengths, self._behind), self._model)
         rows = list(batch.plan.rows)
         for number, most in rooms.items():
             draft = span(found[number].tokens, 0, lengths.get(number, 0)) if number in found else b""
@@ -151,7 +151,7 @@ class Drafting:
     def saw(self, batch: Batch, result: BatchResult) -> None:
         """What a step has shown of its guesses. What came right beyond them was forced by a grammar."""
         right = {number: count(more) for number, more in result.more.items()}
-        for number, alike in self._alike.items():
+        for number, alike in self._behind.items():
             if drafted := count(batch.plan.rows[number].draft):
                 accepted = min(drafted, right.get(number, 0))
                 self._chances.saw(alike, drafted, accepted)

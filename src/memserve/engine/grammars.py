@@ -82,10 +82,8 @@ class Grammars:
         draft: list[int] = []
         masks: list[bytes] = []
         while len(draft) < most:
-            guessed = (
-                guess[len(draft)] if draft == [*guess[: len(draft)]] and len(draft) < len(guess) else None
-            )
-            token = _next(mask, guessed)
+            as_guessed = len(draft) < len(guess) and draft == [*guess[: len(draft)]]
+            token = _next(mask, guess[len(draft)] if as_guessed else None)
             if token is None or _has(self._ends, token):
                 break
             matcher.consume_token(token)
@@ -98,7 +96,7 @@ class Grammars:
 
     def _at(self, grammar: str, output: bytes) -> LLMatcher:
         """The grammar after ``output``."""
-        for known in range(count(output) - 1, max(count(output) - BACK, 0) - 1, -1):
+        for known in range(count(output), max(count(output) - BACK, 0) - 1, -1):
             matcher = self._followed.pop((grammar, span(output, 0, known)), None)
             if matcher is not None:
                 break

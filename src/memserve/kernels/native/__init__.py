@@ -175,7 +175,7 @@ class _Inputs:
         at = 0
         for row in self.rows:
             if row.sample is not None:
-                right = alike(row.draft, span(drawn, at, at + count(row.draft)))
+                right = alike(row.draft, span(drawn, at, at + count(row.draft))) if row.draft else 0
                 yield span(drawn, at, at + 1 + right)
                 at += 1 + count(row.draft)
 
