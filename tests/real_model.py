@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import torch
 
 from memserve.engine.spec import find_model
@@ -9,12 +12,17 @@ from memserve.engine.weights import map_weights, prepare
 from test_model import DEMO, load_reference
 
 
+@cache
+def _reference() -> Any:
+    """Made once: that takes longer than most of what it is asked."""
+    files = prepare(find_model(DEMO), "float32")
+    return load_reference(files.spec, map_weights(files.weights))
+
+
 def greedy(prompt: list[int], new: int) -> list[int]:
     """The reference's next ``new`` tokens, end-of-text tokens included."""
-    files = prepare(find_model(DEMO), "float32")
-    model = load_reference(files.spec, map_weights(files.weights))
     with torch.inference_mode():
-        whole = model.generate(
+        whole = _reference().generate(
             torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=new, min_new_tokens=new,
             do_sample=False, pad_token_id=0, eos_token_id=None,
         )  # fmt: skip
@@ -24,9 +32,7 @@ def greedy(prompt: list[int], new: int) -> list[int]:
 
 def agreed(prompt: list[int], answer: list[int]) -> list[int]:
     """What the reference says in place of each token of ``answer``, after those before it: a tenth of the time of greedy."""
-    files = prepare(find_model(DEMO), "float32")
-    model = load_reference(files.spec, map_weights(files.weights))
     with torch.inference_mode():
-        logits = model(torch.tensor([prompt + answer])).logits[0]
+        logits = _reference()(torch.tensor([prompt + answer])).logits[0]
     tokens: list[int] = logits[len(prompt) - 1 : -1].argmax(-1).tolist()
     return tokens
