@@ -25,7 +25,7 @@ CAPITAL = [504, 3575, 282, 4649, 314]
 """The capital of France is"""
 NEW = 12
 """Tokens generated where every one of them is compared."""
-DRAINED = 80
+DRAINED = 50
 """Tokens of a stream that is under way when the cluster is told to end."""
 PREFIX = [(i * 37) % 40_000 + 20 for i in range(150)]
 
