@@ -7,6 +7,7 @@ import os
 import random
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import attrs
 import pytest
@@ -216,18 +217,30 @@ def test_a_step_beside_a_neighbour_is_no_drift() -> None:
         assert watch.gauges()["step_cost_scale"] == pytest.approx(crowded, rel=0.01)
 
 
-def test_a_step_that_tells_of_a_prompt_is_no_drift() -> None:
-    """If it failed, an evaluation beside other requests would make all prompts of its worker seem slower than they are."""
+@pytest.mark.parametrize("more", [{"tell": Tell(pack([0]), 1)}, {"draft_most": 8}], ids=["told", "forced"])
+def test_a_step_that_does_more_than_was_foreseen_is_no_drift(more: dict[str, Any]) -> None:
+    """If it failed, an evaluation or answers in JSON would make all prompts of their worker seem slower than they are."""
     watch, row = StepWatch(), Row(pack([0] * 64), 0, tuple(range(8)), None)
-    plain, telling = BatchPlan((row,)), BatchPlan((attrs.evolve(row, tell=Tell(pack([0]), 1)),))
+    plain, longer = BatchPlan((row,)), BatchPlan((attrs.evolve(row, **more),))
     seconds = CostModel(COSTS).step_s([(64, 0)])
     for at in range(200):
-        watch.began(COSTS, telling, float(at))
+        watch.began(COSTS, longer, float(at))
         watch.ended(at + 2 * seconds)
     assert watch.gauges()["step_cost_scale"] == 1.0
     watch.began(COSTS, plain, 300.0)
     watch.ended(300.0 + 2 * seconds)
     assert watch.gauges()["step_cost_scale"] > 1.0
+
+
+def test_guesses_are_foreseen() -> None:
+    """If it failed, a worker that guesses would seem to have become slower, and its prompts with it."""
+    watch = StepWatch()
+    plan = BatchPlan((Row(pack([0]), 63, tuple(range(8)), None, draft=pack([1, 2, 3])),))
+    seconds = CostModel(COSTS).step_s([(1, 63)] * 4)
+    for at in range(200):
+        watch.began(COSTS, plan, float(at))
+        watch.ended(at + seconds)
+    assert watch.gauges()["step_cost_scale"] == pytest.approx(1.0)
 
 
 def test_a_step_without_all_of_its_threads_is_tried_again() -> None:

@@ -56,8 +56,9 @@ class StepWatch:
     """Of the step under way."""
     _prompt_pairs: float = 0.0
     _began: float = 0.0
-    _tells: bool = False
-    """It takes longer than the worker's figures, which know nothing of a prompt's log probabilities."""
+    _foreseen: bool = True
+    """False where it takes longer than the worker's figures say: they know nothing of a prompt's log probabilities, and not what
+    grammars will add to drafts."""
 
     def began(self, costs: StepCosts | None, plan: BatchPlan, now: float) -> None:
         """A step begins."""
@@ -67,7 +68,7 @@ class StepWatch:
             self._model = CostModel(costs)
         rows = [(count(row.tokens), row.start) for row in plan.rows]
         drafted = [(1, row.start) for row in plan.rows for _ in range(count(row.draft))]
-        self._tells = any(row.tell is not None for row in plan.rows)
+        self._foreseen = not any(row.tell is not None or row.draft_most for row in plan.rows)
         self._predicted_s, self._began = self._model.step_s(rows + drafted), now
         self._prompt_tokens = sum(tokens for tokens, _ in rows if tokens > 1)
         self._prompt_pairs = sum(tokens * (start + tokens / 2) for tokens, start in rows if tokens > 1)
@@ -77,7 +78,7 @@ class StepWatch:
         crowded = 1.0
         if site is not None and beside and self._model is not None:
             crowded = self._model.steps.crowded(site.slices(beside), self._prompt_tokens > 0)
-        if not self._tells:
+        if self._foreseen:
             self.drift.saw(self._predicted_s * crowded, now - self._began)
         self._prompt_tokens, self._prompt_pairs = 0, 0.0
 
