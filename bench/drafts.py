@@ -138,9 +138,10 @@ def main() -> None:
         rows = [_measured(case, place, guessing, plain, options.rounds) for place, case in enumerate(asked)]
     print(table(HEAD, rows))
     if not options.only:
+        words = " ".join(sys.argv[1:])
         note.write(
             "Guessing ahead",
-            " ".join(["make bench-drafts", *(f'ARGS="{" ".join(sys.argv[1:])}"' for _ in sys.argv[1:2])]),
+            f'make bench-drafts ARGS="{words}"' if words else "make bench-drafts",
             f"configs/{options.config}, the demo model, up to {ANSWER_TOKENS} tokens an answer, {options.rounds} rounds; medians "
             "of all streams (range). Both clusters gave the same text for every prompt.",
             table(HEAD, rows),

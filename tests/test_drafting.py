@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import attrs
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import memserve.engine.drafting as drafting_module
 from memserve.costs import StepCosts
 from memserve.drawing import Adjustments, Sampling
 from memserve.engine.batching import BatchLimits, form_batch
@@ -38,8 +40,12 @@ def test_a_guess_is_what_followed_the_most_alike_tokens(tokens: list[int], most:
     expected = next((one for n in (5, 3, 2, 1) if (one := followed(tokens, n, most)) is not None), None)
     assert (None if found is None else list(unpack(found.tokens))) == expected
     if found is not None:
-        assert followed(tokens, found.alike, 1) is not None
-        assert found.alike == len(CHANCES) - 1 or found.alike in (1, 2, 3, 4, 5, 6, 7)
+        assert followed(tokens, found.alike, most) == expected
+        assert (
+            found.alike == len(CHANCES) - 1
+            or followed(tokens, found.alike + 1, most) is None
+            or (found.alike + 1 not in (5, 3, 2, 1))
+        )
 
 
 def test_the_more_is_alike_the_likelier_a_guess() -> None:
@@ -227,6 +233,18 @@ def test_a_step_has_a_limit_of_guesses() -> None:
     free = StepCosts(((1.0, 0.01), (2.0, 0.01)))
     total = sum(count(row.draft) for row in drafting.added(batch, free).plan.rows)
     assert total == DRAFTED_MOST
+
+
+def test_nobody_looks_where_not_even_sure_guesses_would_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step of many streams would read all of their texts for nothing; or those of few streams would never be read."""
+    looked: list[int] = []
+    monkeypatch.setattr(drafting_module, "guess", lambda tokens, most, sequel: looked.append(most))
+    dear = StepCosts(((1.0, 0.010), (2.0, 0.1)), row_s=0.1)
+    for streams, costs, expected in ((8, dear, 8), (9, dear, 0), (9, WEIGHTS_ALONE, 9), (9, None, 9)):
+        looked.clear()
+        batch = form_batch([stream(ROUND) for _ in range(streams)], BatchLimits(64, 16), PAGE_TOKENS)
+        Drafting(8, PAGE_TOKENS, 1000, Outbox()).added(batch, costs)
+        assert len(looked) == expected, (streams, costs)
 
 
 def test_what_came_of_guesses_is_counted() -> None:

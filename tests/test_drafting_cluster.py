@@ -35,14 +35,17 @@ def reference(prompt: list[int], max_tokens: int, seed: int = 0) -> list[int]:
     return tokens[len(prompt) :]
 
 
+def result_of(drawn: list[list[int]]) -> BatchResult:
+    """Of a step whose rows drew these tokens."""
+    more = {i: pack(one[1:]) for i, one in enumerate(drawn) if len(one) > 1}
+    return BatchResult(tuple(one[0] if one else None for one in drawn), 1.0, 1, more=more)
+
+
 class DraftingEngine(PageEngine):
     """Runs drafts as engines with a model do: all of them are written, and those that are wrong stay in the pages."""
 
     def run(self, plan: BatchPlan) -> BatchResult:
-        drawn = [self.drawn(row) for row in plan.rows]
-        tokens = tuple(one[0] if one else None for one in drawn)
-        more = {i: pack(one[1:]) for i, one in enumerate(drawn) if len(one) > 1}
-        return BatchResult(tokens, 1.0, 1, more=more)
+        return result_of([self.drawn(row) for row in plan.rows])
 
     def drawn(self, row: Row) -> list[int]:
         whole = attrs.evolve(row, tokens=row.tokens + row.draft)

@@ -34,6 +34,8 @@ FORGOTTEN = 0.001
 """How much of that is lost each time that none is tried."""
 LOOKED_FOR = (5, 3, 2, 1)
 """So many alike tokens are looked for, the most first."""
+FEW = 8
+"""Streams for which guesses are sooner looked for than it is reckoned whether any could pay."""
 SEQUEL_TOKENS = 1024
 """What came after the same prompt before is asked for up to so many tokens, 4 KiB."""
 DRAFTED_MOST = 64
@@ -171,9 +173,11 @@ class Drafting:
                     yield number, room
 
     def _may_pay(self, plan: BatchPlan, rooms: Mapping[int, int]) -> bool:
-        """Whether guesses would pay if they were as likely right as any: with many streams nobody need look for them."""
-        surest = dict.fromkeys(rooms, len(CHANCES))
-        pays = self._model is None or bool(worth(plan.rows, self._likeliest(rooms, surest), self._model))
+        """Whether a guess as likely right as any would pay, where so many would have to be looked for that it is worth asking."""
+        if self._model is None or len(rooms) <= FEW:
+            return True
+        surest = self._chances.after(len(CHANCES)), min(rooms, key=lambda number: plan.rows[number].start)
+        pays = bool(worth(plan.rows, [surest], self._model))
         if not pays:
             self._chances.forget(len(CHANCES))
         return pays
