@@ -19,13 +19,13 @@ from pathlib import Path
 import attrs
 
 from cpu_groups import cpu_groups, enter
-from memserve import child
 from memserve.actors import worker
-from memserve.configfile import load
 from memserve.costs import StepCosts
-from memserve.place import Place
-from memserve.process import run_actor
-from memserve.resolve import resolve
+from memserve.processes import child
+from memserve.processes.actor import run_actor
+from memserve.processes.place import Place
+from memserve.settings.configfile import load
+from memserve.settings.resolve import resolve
 from memserve.supervisor import Supervisor, prepare_argv, supervise
 
 

@@ -15,7 +15,7 @@ import random
 import statistics
 import time
 
-from memserve.engine.cores import engine_environment
+from memserve.engine.cpu_budget import engine_environment
 
 # Set before torch is imported below, as the supervisor does for a worker.
 os.environ.update(engine_environment())

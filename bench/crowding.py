@@ -1,6 +1,6 @@
 """How much longer a worker's steps take beside another worker of the same host: ``bench/crowding.py``.
 
-Two processes with a real engine each share the host's cores as workers do (memserve.engine.cores). One runs steps of one
+Two processes with a real engine each share the host's cores as workers do (memserve.engine.cpu_budget). One runs steps of one
 kind without a pause while the other does the same, or nothing; printed is what a step takes, the wait for a core included,
 against the same step alone. Steps of both are of the same model on the same mapped weights.
 """
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from memserve.engine.cores import Cores, engine_environment
+from memserve.engine.cpu_budget import Cores, engine_environment
 from notes import table
 
 # Set before torch is imported by the engine, as the supervisor does for a worker.

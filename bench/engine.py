@@ -25,7 +25,7 @@ from pathlib import Path
 
 import attrs
 
-from memserve.engine.cores import engine_environment
+from memserve.engine.cpu_budget import engine_environment
 
 # Set before torch is imported below, as the supervisor does for a worker.
 os.environ.update(engine_environment())
@@ -33,11 +33,12 @@ os.environ.update(engine_environment())
 import torch
 
 from memserve.drawing import Sampling
+from memserve.engine.convert import weight_shapes
 from memserve.engine.model import has_bfloat16_products
 from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.runner import CpuEngine
 from memserve.engine.spec import DTYPE_BYTES, STORED_BYTES, ModelSpec, find_model
-from memserve.engine.weights import ModelFiles, prepare, weight_shapes
+from memserve.engine.weights import ModelFiles, prepare
 from memserve.kernels.mapping import shared_memory
 from memserve.tokens import pack, pages_for
 

@@ -41,12 +41,12 @@ from memserve.engine.cuda import pages_of, weights_of
 from memserve.engine.plans import BatchPlan, Row, StepEngine
 from memserve.engine.spec import ModelSpec
 from memserve.engine.weights import random_weights, save_weights
-from memserve.gpu_room import SCRATCH_PAGES
+from memserve.identity import ActorId
 from memserve.kernels.arena import serve_packet
 from memserve.kernels.gpu_memory import GpuArena, attach_gpu_arena
 from memserve.kernels.gpu_store import open_gpu_store
 from memserve.mempool.addresses import Tier, slot
-from memserve.messages import ActorId
+from memserve.settings.gpu_room import SCRATCH_PAGES
 from memserve.tokens import pack, pages_for
 
 SHARD = ActorId("g0.00000001")

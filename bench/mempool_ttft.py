@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from memserve.engine.cores import engine_environment
+from memserve.engine.cpu_budget import engine_environment
 
 # Set before torch is imported below, as the supervisor does for a worker.
 os.environ.update(engine_environment())

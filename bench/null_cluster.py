@@ -21,14 +21,14 @@ import attrs
 
 from memserve.actors import worker
 from memserve.actors.worker import Found
-from memserve.child import Launch
-from memserve.configfile import load
+from memserve.commands.simulate import costs_of
 from memserve.engine.plans import BatchPlan, BatchResult, StepEngine
-from memserve.place import Place
-from memserve.process import run_actor
-from memserve.resolve import resolve
+from memserve.processes.actor import run_actor
+from memserve.processes.child import Launch
+from memserve.processes.place import Place
 from memserve.scheduling.cost_model import CostModel
-from memserve.simulate import costs_of
+from memserve.settings.configfile import load
+from memserve.settings.resolve import resolve
 from memserve.supervisor import Supervisor, supervise
 from memserve.tokens import count
 

@@ -24,10 +24,10 @@ from cluster import ROOT, UP, Running, cluster
 from loadgen import workload
 from loadgen.arrivals import Arrivals
 from loadgen.records import Record
-from memserve.configfile import load
+from memserve.commands.simulate import layout_of
+from memserve.settings.configfile import load
 from memserve.sim.run import Run, play
 from memserve.sim.workloads import Piece, Session, shared_documents
-from memserve.simulate import layout_of
 from notes import commit, merged, number, save, take_pieces, told
 from policies_note import MEASURES, POLICIES, SAME, Sample, pools, write_note
 

@@ -11,15 +11,15 @@ import msgspec
 from loadgen import arrivals, build, workload
 from loadgen.errors import LoadgenError
 from loadgen.options import RunOptions
-from memserve.configfile import load
+from memserve.commands.simulate import layout_of
 from memserve.costs import Site, StepCosts
-from memserve.messages import actor_name
+from memserve.identity import actor_name
 from memserve.scheduling.cost_model import CostModel
+from memserve.settings.configfile import load
 from memserve.sim.clients import Call
 from memserve.sim.report import Spread, tpot_s
 from memserve.sim.run import READY_S, Run, play
 from memserve.sim.workloads import Piece, Session, Turn
-from memserve.simulate import layout_of
 from memserve.tokens import count
 
 

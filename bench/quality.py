@@ -18,7 +18,7 @@ from pydoc_data.topics import topics
 
 import attrs
 
-from memserve.engine.cores import engine_environment
+from memserve.engine.cpu_budget import engine_environment
 
 # Set before torch is imported below, as the supervisor does for a worker.
 os.environ.update(engine_environment())
@@ -26,7 +26,7 @@ os.environ.update(engine_environment())
 import torch
 
 from memserve.drawing import Sampling
-from memserve.engine.model import Batch, Llama
+from memserve.engine.model import BatchTensors, Llama
 from memserve.engine.ops import rope_table
 from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.spec import find_model
@@ -58,7 +58,7 @@ def torch_logits(files: ModelFiles, dtype: torch.dtype) -> Logits:
     def run(ids: list[int]) -> torch.Tensor:
         row, arena = _chunk(files, ids, model.dtype)
         attention, plan = CpuAttention(arena, files.spec.heads), BatchPlan((row,))
-        batch = attrs.evolve(Batch.of(plan), wanted=torch.arange(len(ids)))
+        batch = attrs.evolve(BatchTensors.of(plan), wanted=torch.arange(len(ids)))
         with torch.inference_mode():
             return model.forward(batch, attention.plan(plan), attention)
 

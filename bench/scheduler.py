@@ -22,7 +22,8 @@ import attrs
 
 from memserve.costs import Site, StepCosts
 from memserve.drawing import Sampling
-from memserve.messages import ActorId, Load, Member, Request, Submit
+from memserve.identity import ActorId
+from memserve.messages import Load, Member, Request, Submit
 from memserve.pool_messages import IndexDelta, IndexEvent
 from memserve.scheduling.pricing import Cost
 from memserve.scheduling.scheduler import SchedulerCore

@@ -31,14 +31,15 @@ from typing import Any
 import attrs
 import trio
 
+from memserve.identity import ActorId
 from memserve.kernels.arena import Arena, attach_arena, serve_arena
-from memserve.messages import ActorId
 from memserve.transfer import nixl
+from memserve.transfer.actions import Expect
 from memserve.transfer.mapped import HostReach, MappedMover
-from memserve.transfer.messages import Expect
 from memserve.transfer.mover import Memory, Mover, PieceFeed
 from memserve.transfer.tcp import TcpMover, TcpReceiver
-from memserve.transfer.values import Geometry, Granularity, Piece, Transfer, TransferDone, Way
+from memserve.transfer.values import Geometry, PageTransfer, Piece, TransferDone
+from memserve.transfer_messages import Granularity, Way
 
 SENDER = ActorId("sender.1")
 
@@ -63,13 +64,13 @@ class Bench:
         self.pipe.stdin.flush()
         return self.pipe.stdout.readline()
 
-    def expected(self, granularity: Granularity, scattered: bool) -> Transfer:
+    def expected(self, granularity: Granularity, scattered: bool) -> PageTransfer:
         """The next transfer, which the receiver is ready for."""
         self.number += 1
         source = tuple(range(self.pages))
         destination = _destination(self.pages, scattered)
         self.command("expect", self.number, granularity, int(scattered))
-        return Transfer(SENDER, self.number, source, destination, granularity)
+        return PageTransfer(SENDER, self.number, source, destination, granularity)
 
     async def move(self, path: str, granularity: Granularity, scattered: bool = False) -> float:
         """GB/s of one transfer."""

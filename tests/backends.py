@@ -14,12 +14,11 @@ import torch
 import fake_flashinfer
 import gpu_rehearsal
 from memserve.engine.cuda import CudaEngine, CudaGraphs
-from memserve.engine.model import Batch, Llama
+from memserve.engine.model import BatchTensors, Llama
 from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.runner import CpuEngine
 from memserve.engine.spec import ModelSpec, find_model
 from memserve.engine.weights import map_weights, prepare, save_weights
-from memserve.gpus import find_gpus
 from memserve.kernels.flashinfer_kit import (
     FlashInferAttention,
     Library,
@@ -28,6 +27,7 @@ from memserve.kernels.flashinfer_kit import (
 )
 from memserve.kernels.flashinfer_ops import FlashInferOps, norms_as
 from memserve.kernels.page_tables import StepTables
+from memserve.settings.gpus import find_gpus
 from memserve.tokens import pack
 from test_model import DEMO, GREEDY, Runner, tiny_spec
 
@@ -78,7 +78,7 @@ class FlashRunner(Runner):
         device = self.flash.device
         with torch.inference_mode():
             planned = self.flash.plan_tables(tables)
-            batch = Batch(
+            batch = BatchTensors(
                 torch.from_numpy(tables.ids.copy()).to(device),
                 planned.append.positions,
                 torch.from_numpy(tables.wanted).to(device),

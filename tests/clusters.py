@@ -169,7 +169,7 @@ def stream_through_a_kill(cluster: Cluster, ids: list[int], many: int, name: str
 
 def actor_processes(logs: Path) -> list[int]:
     """Pids of all actors of the cluster that logs there, by their command lines."""
-    from memserve.place import place_path
+    from memserve.processes.place import place_path
 
     runtime = str(place_path(logs))
     found = []

@@ -9,14 +9,14 @@ import random
 
 import attrs
 
-from memserve.actions import Move, Send
-from memserve.client import MAY_WRITE_ON
+from memserve.actions import MoverOrder, Send
+from memserve.client.pool import MAY_WRITE_ON
+from memserve.identity import ActorId
 from memserve.mempool.addresses import Home, tier_of
 from memserve.mempool.exchange import Exchange
-from memserve.mempool.exchanging import ExchangingShard
+from memserve.mempool.exchanging_shard import ExchangingShard
 from memserve.mempool.pool import Pool
 from memserve.mempool.room import Capacity
-from memserve.messages import ActorId
 from memserve.pool_messages import (
     Acquire,
     Acquired,
@@ -33,8 +33,9 @@ from memserve.pool_messages import (
     Transferred,
 )
 from memserve.tokens import count, pack, span
-from memserve.transfer.messages import StopWriting, Write, WriteFailed, Wrote
-from memserve.transfer.values import Failure, Geometry, Way
+from memserve.transfer.actions import StopWriting, Write, WriteFailed, Wrote
+from memserve.transfer.values import Geometry
+from memserve.transfer_messages import Failure, Way
 from shard_clients import PAGE, SCHEDULER, Client, Held, World
 
 PAGE_BYTES = 16
@@ -79,9 +80,9 @@ class Site(World):
         match action:
             case Send(to, message) if to == self.other.core.me:
                 self.pair.post(self, message)
-            case Move(Write() as write):
+            case MoverOrder(Write() as write):
                 self.streams[write.transfer.id] = Stream(write)
-            case Move(StopWriting(number)):
+            case MoverOrder(StopWriting(number)):
                 if number in self.streams:
                     self.streams[number].stopped = True
             case _:

@@ -16,15 +16,16 @@ from pathlib import Path
 
 import trio
 
-from memserve import join, process
-from memserve.child import Launch
 from memserve.config import Config, Resolved
 from memserve.engine.spec import ModelSpec
 from memserve.errors import UserError
-from memserve.lifecycle import RestartPolicy
-from memserve.place import Place, place_path
-from memserve.process import ActorContext, RestartNeeded
-from memserve.sections import FrontendConfig, ModelConfig, ShardConfig, WorkerConfig
+from memserve.processes import actor as process
+from memserve.processes import join
+from memserve.processes.actor import ActorContext, RestartNeeded
+from memserve.processes.child import Launch
+from memserve.processes.lifecycle import RestartPolicy
+from memserve.processes.place import Place, place_path
+from memserve.settings.sections import FrontendConfig, ModelConfig, ShardConfig, WorkerConfig
 from memserve.supervisor import Supervisor, supervise
 
 HUNG_S = 4.0

@@ -18,7 +18,8 @@ from memserve.engine.gguf_tokenizer import build_tokenizer
 from memserve.engine.spec import ModelSpec, find_model
 from memserve.engine.tokenizer import Tokenizer
 from memserve.errors import RequestFailed
-from memserve.messages import ActorId, Change, Member
+from memserve.identity import ActorId
+from memserve.messages import Change, Member
 from memserve.scheduling.view import Health
 from memserve.tokens import unpack
 

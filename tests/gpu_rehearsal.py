@@ -270,7 +270,7 @@ def machine() -> Machine:
 @functools.cache
 def flashinfer() -> Any:
     """FlashInfer, which takes the device for an H100. Its libraries are those that ``make gpu-kernels`` compiled; it compiles none."""
-    from memserve.gpus import gpu_environment
+    from memserve.settings.gpus import gpu_environment
 
     os.environ.update(gpu_environment(), FLASHINFER_CUDA_ARCH_LIST="9.0a", FLASHINFER_DISABLE_JIT="1")
     import flashinfer as library

@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 import attrs
 import trio
 
-from memserve.actions import BatchDone, Copy, CopyDone, Kill, Move, RunBatch
+from memserve.actions import BatchDone, Copy, CopyDone, Kill, MoverOrder, RunBatch
 from memserve.actors.frontend import FrontendService
 from memserve.actors.loop import Shell
 from memserve.api.service import GenerationParams
@@ -23,15 +23,16 @@ from memserve.drawing import Sampling
 from memserve.engine.batching import BatchLimits, WorkerSettings
 from memserve.engine.plans import BatchPlan, BatchResult
 from memserve.engine.worker import WorkerCore
+from memserve.identity import ActorId
 from memserve.journal import FrontendCore
 from memserve.mempool.addresses import Home, Tier, slot, tier_of
 from memserve.mempool.exchange import Exchange
-from memserve.mempool.exchanging import ExchangingShard
+from memserve.mempool.exchanging_shard import ExchangingShard
 from memserve.mempool.pool import Pool
 from memserve.mempool.room import Capacity
 from memserve.mempool.shard import ShardCore
-from memserve.messages import ActorId, Member
-from memserve.process import RestartNeeded
+from memserve.messages import Member
+from memserve.processes.actor import RestartNeeded
 from memserve.scheduling.admission import Admission
 from memserve.scheduling.global_tree import GlobalTree
 from memserve.scheduling.index_feed import IndexFeed
@@ -40,8 +41,9 @@ from memserve.scheduling.presence import Presence, Reporting, seed_id
 from memserve.scheduling.pricing import Cost, Weights
 from memserve.scheduling.scheduler import SchedulerCore
 from memserve.tokens import pack, unpack
-from memserve.transfer.messages import StopWriting, Write, WriteFailed, Wrote
-from memserve.transfer.values import Failure, Geometry, Way
+from memserve.transfer.actions import StopWriting, Write, WriteFailed, Wrote
+from memserve.transfer.values import Geometry
+from memserve.transfer_messages import Failure, Way
 
 PAGE_TOKENS = 4
 PAGE_BYTES = 16
@@ -181,14 +183,14 @@ class MemoryCluster:
         actor = await self._start(name, link, core, Reporting(core, presence, core.needs))
         moving: dict[int, trio.CancelScope] = {}
 
-        def move(action: Move) -> None:
+        def move(action: MoverOrder) -> None:
             match action.order:
                 case Write():
                     self.nursery.start_soon(self._move, actor, action.order, moving)
                 case StopWriting(number) if number in moving:
                     moving[number].cancel()
 
-        actor.shell.perform[Move] = move
+        actor.shell.perform[MoverOrder] = move
         actor.shell.perform[Copy] = lambda action: self.nursery.start_soon(self._copy, actor, action)
         return actor
 

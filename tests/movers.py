@@ -16,12 +16,13 @@ from memserve.engine.weights import save_weights
 from memserve.kernels.arena import Arena, serve_arena, serve_packet
 from memserve.kernels.gpu_memory import GpuArena
 from memserve.transfer import nixl
+from memserve.transfer.actions import Expect
 from memserve.transfer.cuda import GpuReach
 from memserve.transfer.mapped import HostReach, MappedMover
-from memserve.transfer.messages import Expect
 from memserve.transfer.mover import Memory, Mover, PieceFeed
 from memserve.transfer.tcp import TcpMover, TcpReceiver
-from memserve.transfer.values import Geometry, Granularity, Result, Transfer, Way
+from memserve.transfer.values import Geometry, PageTransfer, Result
+from memserve.transfer_messages import Granularity, Way
 
 GEOMETRY = Geometry(page_bytes=24_000, layers=4)  # no multiple of a system page
 PAGES = 40
@@ -54,10 +55,10 @@ class Pair:
     runtime: Any = None
     """CuPy's, where the pages are on GPUs."""
 
-    def transfer(self, source, destination, granularity=Granularity.AGGREGATED) -> Transfer:
+    def transfer(self, source, destination, granularity=Granularity.AGGREGATED) -> PageTransfer:
         """The next transfer, expected on the other side."""
         self.number += 1
-        one = Transfer("a.1", self.number, tuple(source), tuple(destination), granularity)
+        one = PageTransfer("a.1", self.number, tuple(source), tuple(destination), granularity)
         if self.receiver is not None:
             self.receiver.expect(Expect("a.1", one.id, one.destination, granularity, 0.0), self.told.append)
         return one

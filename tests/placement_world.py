@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from memserve.costs import Site, StepCosts
 from memserve.drawing import Sampling
-from memserve.messages import ActorId, Member, Request
+from memserve.identity import ActorId
+from memserve.messages import Member, Request
 from memserve.pool_messages import IndexDelta, IndexEvent
-from memserve.scheduling.cost_model import LINKS, Link
+from memserve.scheduling.cost_model import LINKS, LinkModel
 from memserve.scheduling.fleet import Fleet
 from memserve.scheduling.global_tree import GlobalTree
 from memserve.scheduling.index_feed import IndexFeed
-from memserve.scheduling.policies import Choice, Policy
+from memserve.scheduling.policies import Placement, Policy
 from memserve.scheduling.pricing import Cost, Weights
 from memserve.tokens import pack
 
@@ -64,7 +65,7 @@ class World:
         event = IndexEvent("removed", first)
         assert self.index.delta(ActorId(f"{shard}.1"), IndexDelta(first, (event,)), self.now) == []
 
-    def place(self, tokens: bytes = DOCUMENT, max_tokens: int = 100) -> Choice:
+    def place(self, tokens: bytes = DOCUMENT, max_tokens: int = 100) -> Placement:
         """Where a request goes."""
         self.number += 1
         length = len(tokens) // 4
@@ -90,4 +91,4 @@ def busy(tokens: float, rows: float = 0) -> dict[str, float]:
 
 def fetching(byte_s: float) -> Cost:
     """The policy where pages move, so many seconds a byte."""
-    return Cost(Weights(fetch=True), {**LINKS, "mapped": Link(0.002, byte_s)})
+    return Cost(Weights(fetch=True), {**LINKS, "mapped": LinkModel(0.002, byte_s)})

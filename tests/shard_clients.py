@@ -9,11 +9,12 @@ import attrs
 
 from index_mirror import Mirror
 from memserve.actions import Copy, CopyDone, Kill, Send
+from memserve.identity import ActorId
 from memserve.mempool.addresses import Home, Tier, tier_of
 from memserve.mempool.pool import Pool
 from memserve.mempool.room import Capacity
 from memserve.mempool.shard import ShardCore
-from memserve.messages import ActorId, Gone, Load, Member
+from memserve.messages import Gone, Load, Member
 from memserve.pool_messages import (
     Acquire,
     Acquired,

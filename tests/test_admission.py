@@ -9,14 +9,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from memserve.drawing import Sampling
-from memserve.messages import ActorId, Request, Submit
+from memserve.identity import ActorId
+from memserve.messages import Request, Submit
 from memserve.scheduling.admission import (
     FORGOTTEN_S,
     HELD_S,
     RETRY_S,
     Admission,
+    IncomingRequest,
     Refusal,
-    Wish,
     held,
 )
 from memserve.tokens import pack
@@ -28,10 +29,10 @@ INF = float("inf")
 def wish(
     name: str, scope: str = "a", *, attempt: int = 0, moved: bool = False, age_s: float = 0.0,
     ttft_s: float | None = None, run_s: float = 0.1, soonest_s: float = 0.1, priority: int = 0,
-) -> Wish:  # fmt: skip
+) -> IncomingRequest:  # fmt: skip
     """A request that comes."""
     request = Request(name, attempt, FRONTEND, scope, pack([1]), 1, 5, (), Sampling(), priority, ttft_s)
-    return Wish(Submit(request, age_s, moved), 100.0, run_s, soonest_s)
+    return IncomingRequest(Submit(request, age_s, moved), 100.0, run_s, soonest_s)
 
 
 def full(places: int, *scopes: str) -> Admission:
@@ -42,7 +43,7 @@ def full(places: int, *scopes: str) -> Admission:
     return admission
 
 
-def refusal(admission: Admission, asked: Wish, now: float = 0.0) -> Refusal:
+def refusal(admission: Admission, asked: IncomingRequest, now: float = 0.0) -> Refusal:
     """It must be refused."""
     found = admission.ask(asked, 1, now)
     admission.check()
@@ -173,7 +174,7 @@ class Waiting(RuleBasedStateMachine):
         self.admission = Admission(6)
         self.now = 0.0
         self.names = 0
-        self.waits: dict[tuple[str, int], Wish] = {}
+        self.waits: dict[tuple[str, int], IncomingRequest] = {}
         self.heard: dict[tuple[str, int], float] = {}
         self.served = True
 

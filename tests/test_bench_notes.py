@@ -17,9 +17,9 @@ import prediction
 import serving
 import serving_note
 from loadgen import arrivals, build
-from memserve.configfile import load
 from memserve.costs import Site, StepCosts
 from memserve.scheduling.cost_model import CostModel
+from memserve.settings.configfile import load
 
 COSTS = CostModel(
     StepCosts(((1, 0.01), (512, 0.07)), row_s=1e-4, read_s=5e-7, pair_s=2e-8, token_bytes=23040)

@@ -18,8 +18,8 @@ from memserve.bus import Inbox, Link, MemoryBus, Received, ZmqLink, bind_private
 from memserve.costs import Site, StepCosts
 from memserve.drawing import Logprobs, Sampling
 from memserve.errors import PeerError, PeerFull, PeerUnreachable, UserError
+from memserve.identity import ActorId
 from memserve.messages import (
-    ActorId,
     Cancel,
     Cluster,
     Failed,
@@ -31,7 +31,7 @@ from memserve.messages import (
     decode,
     encode,
 )
-from memserve.network import KeyPair
+from memserve.settings.network import KeyPair
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ from trio.testing import MockClock
 from clusters import running
 from memory_cluster import baseline, generate, memory_cluster, reference
 from memserve.errors import RequestFailed
-from memserve.messages import ActorId, Change, Member, actor_name
+from memserve.identity import ActorId, actor_name
+from memserve.messages import Change, Member
 from memserve.scheduling.changes import HAND, SCHEDULER, changed, find_worker, in_force
 from memserve.scheduling.roles import Roles
 

@@ -14,8 +14,9 @@ from fake_service import (
     demo_spec,
     demo_tokenizer,
 )
-from memserve.api.bodies import ChatBody, ChatMessage
+from memserve.api.bodies import ChatBody
 from memserve.api.chat import ChatTemplate
+from memserve.api.messages import ChatMessage
 from memserve.errors import UserError
 
 # ---- chat templates ------------------------------------------------------------------------------------------

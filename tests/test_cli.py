@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from log_lines import LIFE, line
-from memserve import __version__, cli, status
+from memserve import __version__, cli
+from memserve.commands import status
 from memserve.errors import UserError
 
 MEMBERS = [
@@ -188,7 +189,7 @@ def test_status_finds_the_cluster_of_this_directory_and_its_key(cluster, capsys,
     """If it failed, `memserve status` would need an address that only `up` printed."""
     cluster.keys = ["Bearer k1"]
     info = {"pid": 1, "url": cluster.url, "resolved": {"config": {"frontend": {"api_keys": ["k1"]}}}}
-    monkeypatch.setattr("memserve.place.find_running", lambda log_dir: info)
+    monkeypatch.setattr("memserve.processes.place.find_running", lambda log_dir: info)
     assert cli.run(["status", "--log-dir", str(tmp_path)]) == 0
     capsys.readouterr()
     assert cli.run(["status", "--url", cluster.url]) == 2
@@ -200,7 +201,7 @@ def test_who_owns_the_cluster_may_administrate_it(monkeypatch, tmp_path):
     """If it failed, `memserve drain` would take the first key there is, and be refused once some may not."""
     told = {"api_keys": ["user", "boss"], "admin_keys": ["boss"]}
     info = {"pid": 1, "url": "http://here", "resolved": {"config": {"frontend": told}}}
-    monkeypatch.setattr("memserve.place.find_running", lambda log_dir: info)
+    monkeypatch.setattr("memserve.processes.place.find_running", lambda log_dir: info)
     assert status.Target.find(None, None, tmp_path).api_key == "boss"
     assert status.Target.find(None, "mine", tmp_path).api_key == "mine"
     body = b'{"error": {"message": "This key may not change workers"}}'
@@ -223,10 +224,10 @@ def test_role_and_drain_ask_the_cluster_and_pass_on_its_refusals(cluster, capsys
 
 def test_status_without_a_cluster_says_so(monkeypatch, tmp_path):
     """If it failed, "nothing runs" could not be told from "it is broken"."""
-    monkeypatch.setattr("memserve.place.find_running", lambda log_dir: None)
+    monkeypatch.setattr("memserve.processes.place.find_running", lambda log_dir: None)
     with pytest.raises(UserError, match="no memserve runs that logs to"):
         status.Target.find(None, None, tmp_path)
-    monkeypatch.setattr("memserve.place.find_running", lambda log_dir: {"pid": 7, "url": None})
+    monkeypatch.setattr("memserve.processes.place.find_running", lambda log_dir: {"pid": 7, "url": None})
     with pytest.raises(UserError, match=r"pid 7\) but does not serve yet"):
         status.Target.find(None, None, tmp_path)
 

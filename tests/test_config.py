@@ -9,13 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memserve import config, configfile, resolve
+from memserve import config
 from memserve.actors.global_scheduler import make_policy
 from memserve.config import Config, Resolved
 from memserve.engine.spec import ModelSpec
 from memserve.engine.weights import random_weights
 from memserve.errors import ConfigError
-from memserve.sections import ModelConfig
+from memserve.settings import configfile, resolve
+from memserve.settings.sections import ModelConfig
 
 MINIMAL = '[model]\npath = "m.gguf"\n'
 SPEC = ModelSpec(

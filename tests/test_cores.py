@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 
 from memserve.costs import GIVE_AFTER_S
-from memserve.engine.cores import Cores, Outsiders
+from memserve.engine.cpu_budget import Cores, Outsiders
 
 Start = Callable[[int, str], "subprocess.Popen[str]"]
 
 CHILD = """if True:
     import sys, time
     from pathlib import Path
-    from memserve.engine.cores import Cores, Outsiders
+    from memserve.engine.cpu_budget import Cores, Outsiders
     cores = Cores(Path(sys.argv[1]), 2, 2, int(sys.argv[2]))
     {what}
 """

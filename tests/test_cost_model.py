@@ -19,9 +19,10 @@ from memserve.engine.batching import ALONE
 from memserve.engine.calibration import PATIENCE_S, TimeStep, calibrated, cases, crowding, measure, patient
 from memserve.engine.load import StepWatch, swap_least
 from memserve.engine.plans import BatchPlan, Row, Tell
-from memserve.messages import ActorId, Cluster, Member
+from memserve.identity import ActorId
+from memserve.messages import Cluster, Member
 from memserve.scheduling.cost_fit import Drift, Rows, Sample, fit_steps
-from memserve.scheduling.cost_model import CostModel, Link
+from memserve.scheduling.cost_model import CostModel, LinkModel
 from memserve.scheduling.joining import JoiningCore
 from memserve.tokens import pack
 
@@ -78,7 +79,9 @@ def test_scale_stretches_every_step_and_no_transfer() -> None:
 
 def test_bytes_wait_for_those_before_them() -> None:
     """If it failed, a busy path would seem free, and every request would take it."""
-    model = CostModel(COSTS, links={"shared": Link(0.1), "tcp": Link(0.5, 1e-3)}, swap=Link(0.2, 1e-2))
+    model = CostModel(
+        COSTS, links={"shared": LinkModel(0.1), "tcp": LinkModel(0.5, 1e-3)}, swap=LinkModel(0.2, 1e-2)
+    )
     assert model.transfer_s(1000, "tcp", queued=2000) == pytest.approx(3.5)
     assert model.handoff_s(0, "tcp", queued=2000) == pytest.approx(0.1)
     assert model.handoff_s(1000, "tcp") == pytest.approx(1.6)
@@ -88,10 +91,10 @@ def test_bytes_wait_for_those_before_them() -> None:
 def test_from_where_a_swap_in_pays() -> None:
     """At the break-even both take as long; where bytes are slower than computing them, there is none."""
     steps = StepCosts(((1, 0.01), (512, 0.512)), chunk_tokens=256, token_bytes=1000)
-    model = CostModel(steps, swap=Link(0.02, 1e-7))
+    model = CostModel(steps, swap=LinkModel(0.02, 1e-7))
     tokens = model.swap_break_even()
     assert model.swap_in_s(tokens * 1000) == pytest.approx(tokens * 0.001)
-    assert CostModel(steps, swap=Link(0.02, 1e-6)).swap_break_even() == math.inf
+    assert CostModel(steps, swap=LinkModel(0.02, 1e-6)).swap_break_even() == math.inf
     assert swap_least(steps, 100) == 2 and swap_least(None, 100) == 0
 
 

@@ -25,11 +25,12 @@ from families import TINY, VOCAB, save_hf
 from memserve.drawing import Sampling
 from memserve.engine import cuda
 from memserve.engine.calibration import measure
-from memserve.engine.cores import Cores
+from memserve.engine.cpu_budget import Cores
 from memserve.engine.cuda import CudaEngine
 from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.sampling import ELSEWHERE, draw, draws
 from memserve.engine.weights import ModelFiles, map_weights, prepare, random_weights, save_weights
+from memserve.identity import ActorId
 from memserve.kernels import flashinfer_kit, gpu_memory
 from memserve.kernels.arena import serve_packet
 from memserve.kernels.flashinfer_kit import (
@@ -38,7 +39,6 @@ from memserve.kernels.flashinfer_kit import (
     with_tensor_cores,
 )
 from memserve.kernels.page_tables import Table
-from memserve.messages import ActorId
 from memserve.scheduling.cost_model import CostModel
 from memserve.tokens import pack, pages_for
 from test_model import GREEDY, Runner, prompt, tiny_spec

@@ -14,12 +14,13 @@ import pytest
 from loadgen import build
 from loadgen import cli as loadgen_cli
 from loadgen import options as loadgen_options
-from memserve import cli, config, configfile
+from memserve import cli, config
 from memserve.engine.families import FAMILIES
 from memserve.engine.gguf import BLOCKS
 from memserve.engine.gguf_tokenizer import MODELS, PRE_TOKENIZERS
 from memserve.engine.hf import ROPE_TYPES
 from memserve.engine.safetensors import DTYPES
+from memserve.settings import configfile
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

@@ -15,7 +15,8 @@ from memserve.engine.drafting import CHANCES, DRAFTED_MOST, Chances, Drafting, G
 from memserve.engine.outbox import Outbox
 from memserve.engine.plans import BatchResult, Row
 from memserve.engine.sequence import Phase, Sequence
-from memserve.messages import ActorId, Plan, Request
+from memserve.identity import ActorId
+from memserve.messages import Plan, Request
 from memserve.scheduling.cost_model import CostModel
 from memserve.tokens import count, pack, unpack
 

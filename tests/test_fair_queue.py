@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from memserve.drawing import Sampling
-from memserve.messages import ActorId, Request, Submit
-from memserve.scheduling.fair_queue import TURNS, FairQueue, Held
+from memserve.identity import ActorId
+from memserve.messages import Request, Submit
+from memserve.scheduling.fair_queue import TURNS, FairQueue, HeldRequest
 from memserve.tokens import pack
 
 FRONTEND = ActorId("frontend-0.1")
@@ -18,10 +19,10 @@ FRONTEND = ActorId("frontend-0.1")
 
 def held(
     name: str, scope: str = "a", rank: int = 0, tokens: float = 100.0, since: float = 0.0, run_s: float = 1.0
-) -> Held:
+) -> HeldRequest:
     """A request that waits."""
     request = Request(name, 0, FRONTEND, scope, pack([1]), 1, 5, (), Sampling(), rank)
-    return Held(Submit(request), rank, tokens, run_s, since, since)
+    return HeldRequest(Submit(request), rank, tokens, run_s, since, since)
 
 
 def drained(queue: FairQueue) -> list[str]:
@@ -34,7 +35,7 @@ def drained(queue: FairQueue) -> list[str]:
     return names
 
 
-def filled(*waiting: Held) -> FairQueue:
+def filled(*waiting: HeldRequest) -> FairQueue:
     """A queue in which these wait."""
     queue = FairQueue()
     for one in waiting:
@@ -112,7 +113,7 @@ class Fairness(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.queue = FairQueue()
-        self.here: dict[tuple[str, int], Held] = {}
+        self.here: dict[tuple[str, int], HeldRequest] = {}
         self.names = 0
         self.got: dict[tuple[int, str, str], dict[str, float]] = {}
         """By class and pair: tokens of each since both wait there."""
@@ -146,7 +147,7 @@ class Fairness(RuleBasedStateMachine):
         key = data.draw(st.sampled_from(sorted(self.here)))
         self.queue.drop(self.here.pop(key))
 
-    def note(self, one: Held) -> None:
+    def note(self, one: HeldRequest) -> None:
         for (rank, *pair), got in self.got.items():
             if rank == one.rank and one.scope in pair:
                 got[one.scope] += one.tokens
@@ -174,7 +175,7 @@ class Fairness(RuleBasedStateMachine):
         assert all(turns <= TURNS * len(RANKS) for turns in self.passed.values()), self.passed
 
 
-def same(one: Held, other: Held) -> bool:
+def same(one: HeldRequest, other: HeldRequest) -> bool:
     """Of one tenant and class."""
     return (one.rank, one.scope) == (other.rank, other.scope)
 

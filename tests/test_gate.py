@@ -15,15 +15,15 @@ import trio
 
 from fake_cluster import resolved
 from memserve import cli
-from memserve.config import Resolved, ShardConfig
+from memserve.config import Resolved
 from memserve.errors import UserError
-from memserve.gate import Gate
-from memserve.gpus import Gpu, Gpus
-from memserve.join import check_machine, checked, far_away, knock, log_dir_of
-from memserve.lifeline import EventSocket
-from memserve.messages import ActorId
-from memserve.place import Place
-from memserve.sections import WorkerConfig
+from memserve.identity import ActorId
+from memserve.processes.gate import Gate
+from memserve.processes.join import check_machine, checked, far_away, knock, log_dir_of
+from memserve.processes.lifeline import EventSocket
+from memserve.processes.place import Place
+from memserve.settings.gpus import Gpu, Gpus
+from memserve.settings.sections import ShardConfig, WorkerConfig
 
 D1 = WorkerConfig(name="d1", role="decode", shard="s0", threads=None)
 
@@ -126,7 +126,7 @@ async def test_what_else_is_refused(tmp_path, monkeypatch) -> None:
     async with gate(tmp_path, monkeypatch) as home:
         with pytest.raises(UserError, match=r"--shard must be one of s0, not 's1'"):
             await home.knock(attrs.evolve(D1, shard="s1"))
-        monkeypatch.setattr("memserve.gate.GUESTS_MAX", 1)
+        monkeypatch.setattr("memserve.processes.gate.GUESTS_MAX", 1)
         await home.knock()
         with pytest.raises(UserError, match="1 workers have joined, and more may not"):
             await home.knock(attrs.evolve(D1, name="d2"))

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from index_mirror import Mirror
 from memserve.actions import Send
+from memserve.identity import ActorId
 from memserve.mempool.prompt_tree import PromptTree
-from memserve.messages import ActorId
 from memserve.pool_messages import IndexDelta, IndexEvent, IndexSnapshot
-from memserve.scheduling.global_tree import NOTHING, GlobalTree, Held
+from memserve.scheduling.global_tree import NOTHING, GlobalTree, ShardHit
 from memserve.scheduling.holdings import EventsDoNotFit, Holdings
 from memserve.scheduling.index_feed import ASK_AGAIN_S, IndexFeed
 from memserve.scheduling.ttl_index import TtlIndex
@@ -80,7 +80,7 @@ class Shard:
                 assert self.feed.snapshot(self.name, message, now) == []
 
 
-def longest(mirror: Mirror, scope: str, tokens: bytes) -> Held:
+def longest(mirror: Mirror, scope: str, tokens: bytes) -> ShardHit:
     """What a dictionary of prefixes says that a shard holds."""
     prefixes = mirror.prefixes()
     held = slow = 0
@@ -89,7 +89,7 @@ def longest(mirror: Mirror, scope: str, tokens: bytes) -> Held:
         if tier is None:
             break
         held, slow = held + PAGE, slow + PAGE * bool(tier)
-    return Held(held, slow)
+    return ShardHit(held, slow)
 
 
 @settings(deadline=None, max_examples=150)
@@ -200,7 +200,7 @@ def test_events_that_do_not_fit_ask_for_everything(event: IndexEvent) -> None:
     )
     (ask,) = feed.delta(SHARDS[0], IndexDelta(1, (event,)), 0.0)
     assert (ask.to, feed.is_whole(SHARDS[0])) == (SHARDS[0], False)
-    assert feed.match("anne", pack([7, 8]), 0.0).held(SHARDS[0]) == Held(2)
+    assert feed.match("anne", pack([7, 8]), 0.0).held(SHARDS[0]) == ShardHit(2)
     with pytest.raises(EventsDoNotFit):
         Holdings(SHARDS[1], GlobalTree(PAGE)).apply([IndexEvent("moved", 3)])
 
@@ -232,7 +232,7 @@ def test_assumed_prefixes_last_for_their_time(seed: int) -> None:
     assert index.tree.pages == {}
 
 
-def _shared(asked: bytes, prompts: list[bytes]) -> Held:
+def _shared(asked: bytes, prompts: list[bytes]) -> ShardHit:
     width = PAGE * TOKEN_BYTES
     pages = 0
     while any(
@@ -242,4 +242,4 @@ def _shared(asked: bytes, prompts: list[bytes]) -> Held:
         for one in prompts
     ):
         pages += 1
-    return Held(pages * PAGE) if pages else NOTHING
+    return ShardHit(pages * PAGE) if pages else NOTHING

@@ -22,8 +22,8 @@ from memserve.engine.adjusting import adjusted
 from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.sampling import ELSEWHERE, draw, draws
 from memserve.engine.weights import map_weights, random_weights, save_weights
+from memserve.identity import ActorId
 from memserve.kernels.arena import serve_packet
-from memserve.messages import ActorId
 from memserve.tokens import pack, pages_for
 from test_model import GREEDY, Runner, prompt
 

@@ -18,13 +18,13 @@ from fake_cupy import CUDARuntimeError, fake_cupy
 from memserve.engine.cuda import pages_of, weights_of
 from memserve.engine.weights import map_weights, random_weights, save_weights
 from memserve.errors import PeerError, PeerUnreachable, UserError
+from memserve.identity import ActorId
 from memserve.kernels import gpu_store
 from memserve.kernels.arena import Arena, attach_arena, serve_arena, serve_packet
 from memserve.kernels.gpu_memory import GpuArena, GpuHeader, attach_gpu_arena, coalesced
 from memserve.kernels.gpu_store import open_gpu_store
 from memserve.kernels.page_store import DiskFile
 from memserve.mempool.addresses import Tier, slot
-from memserve.messages import ActorId
 from memserve.transfer.cuda import GpuReach
 from memserve.transfer.values import Geometry
 from test_model import tiny_spec

@@ -18,11 +18,11 @@ from memserve.drawing import Sampling
 from memserve.engine.cuda import CudaEngine
 from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.weights import random_weights
-from memserve.gpu_room import CONTEXT_BYTES, worker_bytes
 from memserve.kernels import flashinfer_kit
 from memserve.kernels.flashinfer_kit import FlashInferAttention, libraries
 from memserve.kernels.page_tables import StepTables, Table, buckets_up_to
-from memserve.sections import BatchConfig
+from memserve.settings.gpu_room import CONTEXT_BYTES, worker_bytes
+from memserve.settings.sections import BatchConfig
 from memserve.tokens import pack, pages_for
 from test_cuda_engine import ENDS, HOWS, PAGES, drive
 from test_model import GREEDY, Runner, prompt, tiny_spec

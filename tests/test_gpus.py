@@ -9,11 +9,12 @@ from pathlib import Path
 import attrs
 import pytest
 
-from memserve import config, configfile, gpus, resolve
+from memserve import config
 from memserve.errors import ConfigError
-from memserve.gpu_room import CONTEXT_BYTES, SPARE, worker_bytes
-from memserve.gpus import Gpu, Gpus, find_gpus, parse, visible
-from memserve.sections import BatchConfig, ModelConfig
+from memserve.settings import configfile, gpus, resolve
+from memserve.settings.gpu_room import CONTEXT_BYTES, SPARE, worker_bytes
+from memserve.settings.gpus import Gpu, Gpus, find_gpus, parse, visible
+from memserve.settings.sections import BatchConfig, ModelConfig
 from test_config import MACHINE, SPEC
 
 ANSWER = "0, GPU-aa, NVIDIA H100 80GB HBM3, 81559, 80000, 9.0\n1, GPU-bb, NVIDIA H100 80GB HBM3, 81559, 1024, 9.0\n"

@@ -11,8 +11,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from memserve.actions import Log, Send
 from memserve.costs import StepCosts
 from memserve.drawing import Sampling
+from memserve.identity import ActorId
 from memserve.messages import (
-    ActorId,
     Cancel,
     Inquire,
     Inquired,

@@ -21,7 +21,7 @@ from clusters import Cluster, actor_processes, command, start, stream_through_a_
 from memserve.engine.spec import find_model
 from memserve.engine.tokenizer import Tokenizer
 from memserve.engine.weights import prepare
-from memserve.network import make_key
+from memserve.settings.network import make_key
 from real_model import agreed
 from test_model import DEMO
 

@@ -4,10 +4,10 @@ import random
 
 from index_mirror import Mirror
 from memserve.actions import Send
+from memserve.identity import ActorId
 from memserve.mempool.pool import Pool
 from memserve.mempool.publishing import EVENTS_MAX, GATHER_S, QUIET_S
 from memserve.mempool.shard import ShardCore
-from memserve.messages import ActorId
 from memserve.pool_messages import (
     Acquire,
     Acquired,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import attrs
 import pytest
 
+from memserve.accounts import Origins, Timings
 from memserve.actions import Deliver, Log, Send
 from memserve.drawing import PromptLogprobs, Sampling
 from memserve.errors import RequestFailed
+from memserve.identity import ActorId
 from memserve.journal import ATTEMPTS_MAX, FrontendCore
 from memserve.journal_entry import SUBMIT_REPEAT_S
 from memserve.messages import (
-    ActorId,
     Cancel,
     Cluster,
     Failed,
@@ -19,14 +20,12 @@ from memserve.messages import (
     Inquire,
     Inquired,
     Member,
-    Origins,
     Plan,
     Planned,
-    PromptTold,
+    PromptScores,
     Rejected,
     Request,
     Submit,
-    Timings,
     Tokens,
     TokenUpdate,
 )
@@ -112,10 +111,10 @@ def telling() -> FrontendCore:
     return core
 
 
-def told(position: int, *ranks: int, attempt: int = 0) -> PromptTold:
+def told(position: int, *ranks: int, attempt: int = 0) -> PromptScores:
     """Of tokens of the prompt, which their ranks tell from one another."""
     eights = bytes(8 * len(ranks))
-    return PromptTold("r", attempt, position, PromptLogprobs(eights, pack(ranks), pack(ranks), eights))
+    return PromptScores("r", attempt, position, PromptLogprobs(eights, pack(ranks), pack(ranks), eights))
 
 
 def ranks(core: FrontendCore) -> list[list[int]]:

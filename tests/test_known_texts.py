@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fake_service import demo_spec, demo_tokenizer
-from memserve.api.bodies import ChatMessage
 from memserve.api.chat import ChatTemplate
+from memserve.api.messages import ChatMessage
 from memserve.engine import tokenizer as tokenizers
 from memserve.engine.known_texts import ENTRY_CHARACTERS, KnownTexts
 from memserve.engine.text_cuts import PART_CHARACTERS

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from fake_cluster import resolved
-from memserve.lifecycle import ActorSpec, RestartPolicy, StopSignals, describe_end, drain_stages, roster
+from memserve.processes.lifecycle import (
+    ActorSpec,
+    RestartPolicy,
+    StopSignals,
+    describe_end,
+    drain_stages,
+    roster,
+)
 
 
 def test_restarts_come_later_and_later():

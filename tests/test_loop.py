@@ -8,7 +8,7 @@ from trio.testing import MockClock
 
 from memserve.actors.loop import Shell
 from memserve.bus import MemoryBus
-from memserve.messages import ActorId
+from memserve.identity import ActorId
 
 NEVER = float("inf")
 

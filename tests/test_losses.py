@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from memserve.messages import ActorId
+from memserve.identity import ActorId
 from memserve.pool_messages import IndexDelta, IndexEvent
 from memserve.scheduling.global_tree import GlobalTree
 from memserve.scheduling.index_feed import IndexFeed

@@ -20,7 +20,7 @@ import torch
 from memserve.drawing import Sampling
 from memserve.engine import model
 from memserve.engine.convert import SCALE
-from memserve.engine.model import Batch, Llama, Matrix
+from memserve.engine.model import BatchTensors, Llama, Matrix
 from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.quants import quantise_rows
 from memserve.engine.spec import ModelSpec, find_model
@@ -134,7 +134,7 @@ class Runner:
         """Logits of the rows that want them."""
         plan = BatchPlan(rows)
         with torch.inference_mode():
-            return self.model.forward(Batch.of(plan), self.attention.plan(plan), self.attention)
+            return self.model.forward(BatchTensors.of(plan), self.attention.plan(plan), self.attention)
 
     def generate(self, prompt: list[int], new: int, chunk: int = 10**6) -> list[int]:
         """Greedy tokens after a prompt run in chunks."""

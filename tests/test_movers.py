@@ -11,7 +11,8 @@ import trio
 
 from memserve.transfer.mover import PATHS as ALL_PATHS
 from memserve.transfer.mover import PieceFeed, chosen_paths, host_identity
-from memserve.transfer.values import Failure, Granularity, Piece, TransferDone, Way
+from memserve.transfer.values import Piece, TransferDone
+from memserve.transfer_messages import Failure, Granularity, Way
 from movers import GEOMETRY, PAGES, PATHS, pair
 
 pytestmark = pytest.mark.parametrize("path", PATHS)

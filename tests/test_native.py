@@ -10,7 +10,7 @@ import attrs
 import pytest
 import torch
 
-from memserve.engine.model import Batch, Llama
+from memserve.engine.model import BatchTensors, Llama
 from memserve.engine.ops import rope_table
 from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.spec import ModelSpec
@@ -109,7 +109,7 @@ class Twin:
         """Logits of the reference."""
         plan = BatchPlan(rows)
         with torch.inference_mode():
-            return self.reference.forward(Batch.of(plan), self.attention.plan(plan), self.attention)
+            return self.reference.forward(BatchTensors.of(plan), self.attention.plan(plan), self.attention)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -10,16 +10,17 @@ import pytest
 
 from memserve import cli
 from memserve.actions import Send
-from memserve.configfile import load
 from memserve.errors import ConfigError, UserError
-from memserve.messages import ActorId, Ended, Gone, Load, Member, Refused
-from memserve.network import Network, find_network, make_key, own_address, read_key
+from memserve.identity import ActorId
+from memserve.messages import Ended, Gone, Load, Member, Refused
 from memserve.scheduling.cost_model import LINKS
 from memserve.scheduling.fleet import Fleet
 from memserve.scheduling.policies import RoundRobin
 from memserve.scheduling.pricing import Cost, Weights
 from memserve.scheduling.scheduler import SchedulerCore
-from memserve.sections import ClusterConfig
+from memserve.settings.configfile import load
+from memserve.settings.network import HostNetwork, find_network, make_key, own_address, read_key
+from memserve.settings.sections import ClusterConfig
 
 MODEL = '[model]\npath = "m.gguf"\n'
 TERMS = {"model.path": "content 1", "pool.page_tokens": "16"}
@@ -66,10 +67,10 @@ def test_both_hosts_find_their_place(key: Path) -> None:
     first = find_network(ClusterConfig(listen=place, key=str(key)))
     second = find_network(ClusterConfig(join=place, address="127.0.0.2", key=str(key)))
     assert first is not None and second is not None
-    assert first == Network(first.address, first.head, False, keys) and first.suffix == ""
-    assert second == Network("127.0.0.2", first.head, True, keys) and second.suffix == "-127-0-0-2"
+    assert first == HostNetwork(first.address, first.head, False, keys) and first.suffix == ""
+    assert second == HostNetwork("127.0.0.2", first.head, True, keys) and second.suffix == "-127-0-0-2"
     assert second.inbox == "tcp://127.0.0.2:*"
-    assert Network("fd00::2", "", True, keys).inbox == "tcp://[fd00::2]:*"
+    assert HostNetwork("fd00::2", "", True, keys).inbox == "tcp://[fd00::2]:*"
 
 
 def test_an_address_must_be_this_machines_and_its_port_free() -> None:

@@ -13,7 +13,8 @@ import structlog
 
 from memserve import observe
 from memserve.errors import UserError
-from memserve.messages import ActorId, Member
+from memserve.identity import ActorId
+from memserve.messages import Member
 from memserve.observe import Histogram, LineFile, render_metrics
 
 

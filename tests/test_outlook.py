@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from memserve.messages import ActorId
+from memserve.identity import ActorId
 from memserve.scheduling.outlook import Forecast, Prospect, forecasts, prospect
 from memserve.tokens import pack
 from placement_world import World, busy

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from memserve.errors import UserError
-from memserve.messages import ActorId
-from memserve.place import Place, PlaceGone, find_running, place_path
+from memserve.identity import ActorId
+from memserve.processes.place import Place, PlaceGone, find_running, place_path
 
 
 @pytest.fixture

@@ -6,11 +6,12 @@ import attrs
 import pytest
 
 from memserve.drawing import Sampling
-from memserve.messages import ActorId, Member, Request
-from memserve.scheduling.cost_model import Link
+from memserve.identity import ActorId
+from memserve.messages import Member, Request
+from memserve.scheduling.cost_model import LinkModel
 from memserve.scheduling.fleet import SURE_S, Placed
 from memserve.scheduling.outputs import TENANTS_MAX, UNKNOWN_TOKENS, OutputLengths
-from memserve.scheduling.policies import PLAIN, LongestPrefix, Session
+from memserve.scheduling.policies import PLAIN, LongestPrefix, StickySession
 from memserve.scheduling.pricing import Cost, Weights
 from memserve.tokens import pack
 from placement_world import COSTS, DOCUMENT, World, busy, fetching
@@ -105,7 +106,9 @@ def test_a_stream_goes_on_where_it_is_rather_than_afar() -> None:
 
 def test_transfers_are_priced_by_the_path_they_take() -> None:
     """If it failed, shards that only a slow network joins would be treated like neighbours."""
-    policy = Cost(Weights(fetch=True, path="tcp"), {"mapped": Link(0.0, 0.0), "tcp": Link(9.0, 0.0)})
+    policy = Cost(
+        Weights(fetch=True, path="tcp"), {"mapped": LinkModel(0.0, 0.0), "tcp": LinkModel(9.0, 0.0)}
+    )
     world = World("w0", "w1", policy=policy)
     world.cache("s-w0", DOCUMENT)
     world.report("w0", **busy(8000))
@@ -255,7 +258,7 @@ def test_a_role_may_change() -> None:
 
 def test_a_session_stays_where_it_began() -> None:
     """If it failed, the policy that others have would be compared unfairly."""
-    world = World("w0", "w1", policy=Session())
+    world = World("w0", "w1", policy=StickySession())
     greeting = pack(range(40))
     first = [world.place(greeting + pack([i])).prefill for i in range(2)]
     assert sorted(first) == ["w0.1", "w1.1"]

@@ -9,7 +9,8 @@ from memserve.drawing import Sampling
 from memserve.engine.load import StepWatch, load_of
 from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.sequence import Phase, Sequence
-from memserve.messages import ActorId, Plan, Request
+from memserve.identity import ActorId
+from memserve.messages import Plan, Request
 from memserve.scheduling.cost_model import CostModel
 from memserve.sim.clients import Clients
 from memserve.sim.layout import fixed

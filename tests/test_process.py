@@ -15,11 +15,11 @@ import trio.testing
 
 from memserve.engine.spec import find_model
 from memserve.errors import UserError
+from memserve.identity import ActorId
 from memserve.kernels import memory
-from memserve.lifecycle import STATUS_CRASHED
-from memserve.lifeline import DIED_MESSAGES, EventSocket, Lifeline
-from memserve.messages import ActorId
-from memserve.process import RestartNeeded, _explain
+from memserve.processes.actor import RestartNeeded, _explain
+from memserve.processes.lifecycle import STATUS_CRASHED
+from memserve.processes.lifeline import DIED_MESSAGES, EventSocket, Lifeline
 from test_gguf import DEMO
 
 NO_MEMORY = (
@@ -143,7 +143,7 @@ def test_exit_status_says_how_an_actor_failed(error, status, text, capsys, monke
 
 def test_actor_of_an_ended_cluster_does_not_start():
     """An actor that starts slowly would outlive its cluster."""
-    code = "import sys; from memserve.process import run_actor; sys.exit(run_actor(*sys.argv[1:3], int(sys.argv[3])))"
+    code = "import sys; from memserve.processes.actor import run_actor; sys.exit(run_actor(*sys.argv[1:3], int(sys.argv[3])))"
     with tempfile.TemporaryDirectory() as empty:
         ours, theirs = socket.socketpair()
         with ours, theirs:
@@ -156,7 +156,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
 
-PREPARE = "import sys; from memserve.process import prepare_weights; sys.exit(prepare_weights(*sys.argv[1:]))"
+PREPARE = "import sys; from memserve.processes.actor import prepare_weights; sys.exit(prepare_weights(*sys.argv[1:]))"
 
 
 def prepare(path, **more):
@@ -188,7 +188,7 @@ def test_weights_that_cannot_be_used_are_a_user_error(tmp_path):
 def test_a_shell_s_limit_is_named_and_not_the_machine():
     """A user with memory enough would set smaller shards, again and again, in place of lifting `ulimit -v`."""
     code = (
-        "import resource; from memserve.process import _explain; from memserve.kernels.arena import Arena\n"
+        "import resource; from memserve.processes.actor import _explain; from memserve.kernels.arena import Arena\n"
         "words = open('/proc/self/statm').read().split(); used = int(words[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20),) * 2)\n"
         "try: Arena.create('s0.1', 1 << 17, 1 << 10)\n"

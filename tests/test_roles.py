@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from memserve.actions import Log
 from memserve.costs import Site, StepCosts
-from memserve.messages import ActorId, Change, Member, actor_name
+from memserve.identity import ActorId, actor_name
+from memserve.messages import Change, Member
 from memserve.scheduling.changes import HAND, SCHEDULER, changed
 from memserve.scheduling.fleet import Fleet
 from memserve.scheduling.membership import pairs

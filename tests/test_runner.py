@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from memserve.drawing import Sampling
-from memserve.engine.cores import Cores
+from memserve.engine.cpu_budget import Cores
 from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.runner import CpuEngine
 from memserve.engine.weights import random_weights, save_weights

@@ -7,8 +7,8 @@ import pytest
 
 from memserve.actions import Died, Send
 from memserve.drawing import Sampling
+from memserve.identity import ActorId
 from memserve.messages import (
-    ActorId,
     Cancel,
     Cluster,
     Gone,

@@ -8,10 +8,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from memserve.actions import Kill, Log, Overslept, Send
 from memserve.errors import PoolError
-from memserve.mempool.client import ShardCalls
 from memserve.mempool.leases import LACKING_S
 from memserve.mempool.pool import Pool
 from memserve.mempool.shard import ShardCore
+from memserve.mempool.shard_calls import ShardCalls
 from memserve.messages import Cluster, Gone, Load, Member, Planned
 from memserve.pool_messages import (
     Acquire,

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from memserve import cli
+from memserve.commands.simulate import costs_of
 from memserve.costs import Site, StepCosts
 from memserve.engine.paging import Paging
 from memserve.errors import UserError
@@ -26,7 +27,6 @@ from memserve.sim.run import Run, simulate
 from memserve.sim.sites import Sites
 from memserve.sim.workloads import generated, one_pool_bound, read_trace
 from memserve.sim.world import World
-from memserve.simulate import costs_of
 from memserve.transfer.incoming import Incoming
 
 ROOT = Path(__file__).parents[1]

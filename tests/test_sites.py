@@ -8,7 +8,7 @@ import attrs
 import pytest
 
 from memserve.costs import Site
-from memserve.messages import ActorId
+from memserve.identity import ActorId
 from memserve.scheduling.pricing import Cost, Weights
 from memserve.tokens import pack
 from placement_world import COSTS, DOCUMENT, World, busy, fetching

@@ -17,7 +17,7 @@ import pytest
 
 import fake_cluster
 from memserve.errors import UserError
-from memserve.place import Place, find_running, place_path
+from memserve.processes.place import Place, find_running, place_path
 
 PATIENCE_S = 20.0
 

@@ -13,12 +13,12 @@ from fake_service import MODEL_PATH, demo_tokenizer
 from memserve.drawing import LOGPROBS_MAX, PromptLogprobs, Sampling
 from memserve.engine.adjusting import logprobs_of
 from memserve.engine.plans import BatchPlan, Row, Tell
+from memserve.engine.prompt_logprobs import told_of
 from memserve.engine.runner import CpuEngine
 from memserve.engine.spec import find_model
-from memserve.engine.telling import told_of
 from memserve.engine.weights import map_weights, prepare, random_weights
 from memserve.kernels.native import MAX_ROWS
-from memserve.kernels.native.telling import TOLD_AT_ONCE
+from memserve.kernels.native.prompt_logprobs import TOLD_AT_ONCE
 from memserve.tokens import pack, pages_for, unpack
 from test_model import load_reference, prompt
 

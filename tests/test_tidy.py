@@ -58,7 +58,7 @@ LAYERS = {
         "mempool*",
         "scheduling*",
         "transfer.values",
-        "transfer.messages",
+        "transfer.actions",
         "transfer.outgoing",
         "transfer.incoming",
         "journal",
@@ -66,17 +66,10 @@ LAYERS = {
     ),
     "settings": (
         "config",
-        "sections",
-        "configfile",
-        "cross_checks",
-        "network",
-        "rules",
-        "resolve",
-        "lifecycle",
-        "gpus",
-        "gpu_room",
-        "place",
+        "settings*",
         "observe",
+        "processes.lifecycle",
+        "processes.place",
         "engine.spec",
         "engine.gguf",
         "engine.gguf_spec",
@@ -87,23 +80,16 @@ LAYERS = {
     ),
     "engine": ("engine.*", "kernels*"),
     "links": ("bus", "api*", "transfer*", "client*"),
-    "process": ("process", "lifeline"),
+    "process": ("processes.actor", "processes.lifeline"),
     "sim": ("sim", "sim.*"),
     "actors": ("actors*",),
     "top": (
-        "supervisor",
-        "child",
-        "cli",
         "__main__",
-        "cluster_options",
-        "gate",
-        "join",
-        "keeping",
+        "cli",
+        "commands*",
         "inspect",
-        "show",
-        "sim_options",
-        "simulate",
-        "status",
+        "processes*",
+        "supervisor",
     ),
 }
 """The first layer with a matching pattern is a module's own."""
@@ -133,7 +119,7 @@ MAY_IMPORT_TORCH = {
     "engine.cuda",
     "engine.runner",
     "engine.sampling",
-    "engine.telling",
+    "engine.prompt_logprobs",
     "engine.weights",
 }
 MAY_IMPORT_GPU = {
@@ -141,7 +127,7 @@ MAY_IMPORT_GPU = {
     "kernels.flashinfer_kit": {"flashinfer"},
 }
 """cupy and flashinfer are optional, and importing them can make a CUDA context: nothing else may."""
-MAY_PRINT = {"cli", "show", "keeping", "process", "__main__"}
+MAY_PRINT = {"cli", "commands.show", "processes.keeping", "processes.actor", "__main__"}
 FUNCTION_LINES_MAX = 60
 FILE_LINES_MAX = 450
 DISTRIBUTIONS = {"zmq": "pyzmq", "cupy": "cupy-cuda13x", "flashinfer": "flashinfer-python"}

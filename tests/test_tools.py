@@ -17,7 +17,7 @@ from memserve.api.call_grammars import SCHEMAS_BYTES_MAX
 from memserve.api.messages import CALLS_MAX, DEPTH_MAX
 from memserve.api.service import Chunk
 from memserve.api.tools import NAME_PATTERN, TOOLS_MAX
-from memserve.sections import ModelConfig
+from memserve.settings.sections import ModelConfig
 from test_api import DOCS
 from test_logprobs import service as scored
 

@@ -8,14 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memserve.transfer.incoming import LandingRefused
-from memserve.transfer.messages import (
-    TransferOffer,
-)
-from memserve.transfer.values import (
-    Failure,
-    Granularity,
-    TransferDone,
-)
+from memserve.transfer.values import TransferDone
+from memserve.transfer_messages import Failure, Granularity, TransferOffer
 from transfer_world import GEOMETRY, Faults, Pool, World
 
 OFFER = TransferOffer(

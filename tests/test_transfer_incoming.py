@@ -7,13 +7,11 @@ import pytest
 
 from memserve.actions import Kill
 from memserve.messages import Gone
+from memserve.transfer.actions import Expect, Post, Received, ReceiveFailed, StopReceiving
 from memserve.transfer.incoming import GONE_REMEMBERED, QUARANTINE_S, Incoming, LandingRefused
-from memserve.transfer.messages import (
-    Expect,
-    Post,
-    Received,
-    ReceiveFailed,
-    StopReceiving,
+from memserve.transfer_messages import (
+    Failure,
+    Granularity,
     TransferArrived,
     TransferGranted,
     TransferOffer,
@@ -21,10 +19,6 @@ from memserve.transfer.messages import (
     TransferSent,
     TransferStop,
     TransferWithdrawn,
-)
-from memserve.transfer.values import (
-    Failure,
-    Granularity,
     Way,
 )
 from transfer_world import GEOMETRY

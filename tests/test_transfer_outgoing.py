@@ -6,13 +6,23 @@ import attrs
 import pytest
 
 from memserve.messages import Gone
-from memserve.transfer.messages import (
+from memserve.transfer.actions import (
     Forget,
     Order,
     Post,
     Ready,
     Report,
     StopWriting,
+    Withdraw,
+    Write,
+    WriteFailed,
+    Wrote,
+)
+from memserve.transfer.outgoing import Outgoing
+from memserve.transfer.values import Piece, TransferDone, TransferFailed
+from memserve.transfer_messages import (
+    Failure,
+    Granularity,
     TransferArrived,
     TransferGranted,
     TransferOffer,
@@ -20,18 +30,6 @@ from memserve.transfer.messages import (
     TransferSent,
     TransferStop,
     TransferWithdrawn,
-    Withdraw,
-    Write,
-    WriteFailed,
-    Wrote,
-)
-from memserve.transfer.outgoing import Outgoing
-from memserve.transfer.values import (
-    Failure,
-    Granularity,
-    Piece,
-    TransferDone,
-    TransferFailed,
     Way,
 )
 from transfer_world import GEOMETRY

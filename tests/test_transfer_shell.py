@@ -9,9 +9,9 @@ import trio
 
 from memserve.errors import UserError
 from memserve.kernels.arena import Arena, serve_arena
-from memserve.rules import RuleError
+from memserve.settings.rules import RuleError
 from memserve.transfer import nixl
-from memserve.transfer.messages import (
+from memserve.transfer.actions import (
     Expect,
     Feed,
     Received,
@@ -24,7 +24,8 @@ from memserve.transfer.messages import (
 )
 from memserve.transfer.settings import TransferSettings
 from memserve.transfer.shell import open_transfers
-from memserve.transfer.values import Failure, Granularity, Piece, Transfer, Way
+from memserve.transfer.values import PageTransfer, Piece
+from memserve.transfer_messages import Failure, Granularity, Way
 from movers import GEOMETRY, PAGES
 
 LATE = float("inf")
@@ -62,7 +63,7 @@ def leaf(error):
 
 def write(way, number=1, granularity=Granularity.AGGREGATED, fed=False):
     """Page 0 to page 5."""
-    return Write(Transfer("a.1", number, (0,), (5,), granularity), way, LATE, fed)
+    return Write(PageTransfer("a.1", number, (0,), (5,), granularity), way, LATE, fed)
 
 
 @pytest.mark.parametrize("path", ["mapped", "tcp"])

@@ -9,10 +9,11 @@ import pytest
 import trio
 
 from memserve.transfer import tcp, tcp_wire
-from memserve.transfer.messages import Received, ReceiveFailed
+from memserve.transfer.actions import Received, ReceiveFailed
 from memserve.transfer.mover import PieceFeed
 from memserve.transfer.tcp_wire import Header, Hello
-from memserve.transfer.values import Failure, Granularity, Piece, TransferDone, Way
+from memserve.transfer.values import Piece, TransferDone
+from memserve.transfer_messages import Failure, Granularity, Way
 from movers import GEOMETRY, PAGES, pair
 
 

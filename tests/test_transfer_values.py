@@ -11,16 +11,16 @@ from hypothesis import strategies as st
 from memserve.transfer.values import (
     Coverage,
     Geometry,
-    Granularity,
+    PageTransfer,
     Piece,
     Run,
-    Transfer,
     extents,
     pieces,
     runs,
     spans,
     split,
 )
+from memserve.transfer_messages import Granularity
 
 GEOMETRY = Geometry(page_bytes=24, layers=3)
 PAGES = 12
@@ -52,7 +52,7 @@ def test_neighbours_are_one_run():
 @given(LISTS)
 def test_every_byte_moves_once_by_copies_and_by_frames(granularity, lists):
     """If a byte were left out or moved twice to different places, KV would be wrong only sometimes."""
-    transfer = Transfer("a.1", 1, tuple(lists[0]), tuple(lists[1]), granularity)
+    transfer = PageTransfer("a.1", 1, tuple(lists[0]), tuple(lists[1]), granularity)
     parts = GEOMETRY.parts(granularity)
     size = GEOMETRY.page_bytes
     wanted = {}
@@ -94,7 +94,7 @@ def test_repeats_count_once_and_strangers_not_at_all():
 def test_a_transfer_pairs_pages(source, destination, text):
     """If it did not, which bytes a page holds would depend on the order of two copies."""
     with pytest.raises(ValueError, match=text):
-        Transfer("a.1", 1, source, destination)
+        PageTransfer("a.1", 1, source, destination)
 
 
 def test_a_page_divides_into_its_layers():

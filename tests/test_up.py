@@ -17,7 +17,7 @@ import openai
 import pytest
 
 from clusters import Cluster, actor_processes, command, running, start
-from memserve.place import place_path
+from memserve.processes.place import place_path
 from real_model import greedy
 
 FLOAT32 = "model.dtype=float32"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import attrs
 import pytest
 
-from memserve.messages import ActorId, Cluster, Member
+from memserve.identity import ActorId
+from memserve.messages import Cluster, Member
 from memserve.scheduling.view import MISSED_S, RECOVERING_S, SILENT_S, ClusterView, Health
 
 GS = ActorId("scheduler-0.1")

@@ -13,17 +13,9 @@ from safetensors import safe_open
 
 from memserve.engine import weights as under_test
 from memserve.engine.checkpoint import read_spec
-from memserve.engine.convert import SCALE
+from memserve.engine.convert import SCALE, weight_shapes
 from memserve.engine.spec import find_model
-from memserve.engine.weights import (
-    in_rows,
-    in_tiles,
-    map_weights,
-    prepare,
-    random_weights,
-    save_weights,
-    weight_shapes,
-)
+from memserve.engine.weights import in_rows, in_tiles, map_weights, prepare, random_weights, save_weights
 from memserve.errors import UserError
 from test_gguf import DEMO, LLAMA, write_gguf
 

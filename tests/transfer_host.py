@@ -23,8 +23,7 @@ from memserve.actors.mempool_shard import fence
 from memserve.kernels.arena import Arena, serve_arena
 from memserve.messages import Gone
 from memserve.transfer import messages
-from memserve.transfer.incoming import Incoming
-from memserve.transfer.messages import (
+from memserve.transfer.actions import (
     Expect,
     Feed,
     Forget,
@@ -36,17 +35,18 @@ from memserve.transfer.messages import (
     Report,
     StopReceiving,
     StopWriting,
-    TransferRefused,
     Withdraw,
     Write,
     WriteFailed,
     Wrote,
 )
+from memserve.transfer.incoming import Incoming
 from memserve.transfer.mover import host_identity
 from memserve.transfer.outgoing import Outgoing
 from memserve.transfer.settings import TransferSettings
 from memserve.transfer.shell import open_transfers
-from memserve.transfer.values import Geometry, Granularity, Piece
+from memserve.transfer.values import Geometry, Piece
+from memserve.transfer_messages import Granularity, TransferRefused
 
 GEOMETRY = Geometry(page_bytes=64_000, layers=8)
 PAGES = 64

@@ -15,8 +15,7 @@ import attrs
 
 from memserve.actions import Kill
 from memserve.messages import Gone
-from memserve.transfer.incoming import Incoming, LandingRefused
-from memserve.transfer.messages import (
+from memserve.transfer.actions import (
     Expect,
     Feed,
     Forget,
@@ -28,16 +27,22 @@ from memserve.transfer.messages import (
     Report,
     StopReceiving,
     StopWriting,
-    TransferArrived,
-    TransferGranted,
-    TransferRefused,
-    TransferStop,
     Write,
     WriteFailed,
     Wrote,
 )
+from memserve.transfer.incoming import Incoming, LandingRefused
 from memserve.transfer.outgoing import Outgoing
-from memserve.transfer.values import Failure, Geometry, Granularity, Piece, TransferDone, Way
+from memserve.transfer.values import Geometry, Piece, TransferDone
+from memserve.transfer_messages import (
+    Failure,
+    Granularity,
+    TransferArrived,
+    TransferGranted,
+    TransferRefused,
+    TransferStop,
+    Way,
+)
 
 GEOMETRY = Geometry(page_bytes=4, layers=2)
 TO_SENDER = (TransferGranted, TransferArrived, TransferRefused, TransferStop)

@@ -29,7 +29,7 @@ def actor(words: Sequence[str]) -> int:
         "--lifeline", type=int, required=True, help="descriptor of a socket to the supervisor"
     )
     given = parser.parse_args(words)
-    from memserve.process import run_actor
+    from memserve.processes.actor import run_actor
 
     return run_actor(given.name, given.runtime_dir, given.lifeline)
 

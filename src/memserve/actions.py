@@ -7,7 +7,8 @@ import attrs
 from memserve.drawing import Logprobs, PromptLogprobs
 from memserve.engine.plans import BatchPlan, BatchResult
 from memserve.errors import RequestFailed
-from memserve.messages import ActorId, Message
+from memserve.identity import ActorId
+from memserve.messages import Message
 
 
 @attrs.frozen
@@ -102,10 +103,10 @@ class CopyDone:
 
 
 @attrs.frozen
-class Move:
-    """For the movers of a shard: one of the orders in :mod:`memserve.transfer.messages`."""
+class MoverOrder:
+    """For the movers of a shard: one of the orders in :mod:`memserve.transfer.actions`."""
 
     order: object
 
 
-Action = Send | Log | Stop | RunBatch | Deliver | Kill | Copy | Move
+Action = Send | Log | Stop | RunBatch | Deliver | Kill | Copy | MoverOrder

@@ -23,8 +23,9 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from memserve.errors import PeerError, PeerFull, PeerUnreachable, UserError
-from memserve.messages import PROTOCOL_VERSION, ActorId, Message, decode, encode
-from memserve.network import KeyPair
+from memserve.identity import ActorId
+from memserve.messages import PROTOCOL_VERSION, Message, decode, encode
+from memserve.settings.network import KeyPair
 
 if TYPE_CHECKING:
     from zmq.auth import Authenticator

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import App, CycloptsError, Parameter
 
 from memserve import __version__
-from memserve.cluster_options import ClusterOptions
+from memserve.commands.cluster_options import ClusterOptions
+from memserve.commands.sim_options import SimOptions
 from memserve.errors import UserError
-from memserve.sim_options import SimOptions
 
 if TYPE_CHECKING:
     from memserve.inspect import Filter, Tally
@@ -24,7 +24,7 @@ STATUS_BROKEN_PIPE = 141
 
 app = App(
     name="memserve",
-    help="Serve large language models from a pool of KV pages that outlives any one request and any one process.",
+    help="Serve large language models from a pool of KV pages that outlives requests and workers.",
     version=__version__,
     help_format="plaintext",
     result_action="return_value",
@@ -104,7 +104,7 @@ def join(
     log_dir
         The [logging] dir of the cluster to find when no --config is given.
     """
-    from memserve import join
+    from memserve.processes import join
 
     if head:
         raise UserError(join.far_away(head))
@@ -121,7 +121,8 @@ def key(file: Path, /) -> None:
     file
         Where it is written; what [cluster] key names.
     """
-    from memserve import network, show
+    from memserve.commands import show
+    from memserve.settings import network
 
     network.make_key(file.expanduser())
     show.say(f"{file} has a new key: copy it to every host of the cluster, and keep it private")
@@ -130,10 +131,10 @@ def key(file: Path, /) -> None:
 @app.command
 def check(*, config: ConfigPath = "demo", set_: Overrides = None) -> None:
     """Check a configuration; print every setting, and what was decided from it on this machine and why."""
-    from memserve import show
+    from memserve.commands import show
     from memserve.config import settings
-    from memserve.configfile import load
-    from memserve.resolve import resolve
+    from memserve.settings.configfile import load
+    from memserve.settings.resolve import resolve
 
     written = load(config, set_ or [])
     resolved = resolve(written)
@@ -161,7 +162,7 @@ def status(
     json
         Print what the cluster answered, for machines.
     """
-    from memserve import show
+    from memserve.commands import show
 
     members = (cluster or ClusterOptions()).target().members()
     if json:
@@ -187,7 +188,7 @@ def role(
         What it does for new requests from now on: prefill, decode or both; auto gives it back the role of its
         configuration, and to the scheduler where roles are its business.
     """
-    from memserve import show
+    from memserve.commands import show
 
     (cluster or ClusterOptions()).target().change(name, {"role": role})
     show.say(f"{name} has the role {role} now" if role != "auto" else f"{name} has its own role again")
@@ -202,7 +203,7 @@ def drain(name: str, /, cluster: ClusterOptions | None = None) -> None:
     name
         The worker, such as p1.
     """
-    from memserve import show
+    from memserve.commands import show
 
     target = (cluster or ClusterOptions()).target()
     target.change(name, {"drain": True})
@@ -247,7 +248,8 @@ def logs(
     json
         Print JSON: one line a record, or one object for --timeline and --summary.
     """
-    from memserve import inspect, show
+    from memserve import inspect
+    from memserve.commands import show
 
     if timeline and not request:
         raise UserError("--timeline needs the --request whose life it should show")
@@ -271,7 +273,7 @@ def logs(
 @app.command
 def sim(options: SimOptions | None = None) -> int:
     """Run a cluster's cores under a virtual clock: plan capacity on a trace, compare policies, search for faults."""
-    from memserve import simulate
+    from memserve.commands import simulate
 
     return simulate.command(options or SimOptions(), print_json)
 
@@ -284,7 +286,8 @@ def version() -> None:
 
 def print_lines(run_dir: Path, tally: Tally, wanted: Filter, follow: bool, json: bool) -> None:
     """The records that are wanted, as they are or for people."""
-    from memserve import inspect, show
+    from memserve import inspect
+    from memserve.commands import show
 
     read = inspect.follow if follow else inspect.read_run
     records = filter(wanted, read(run_dir, tally))

@@ -1,7 +1,7 @@
-"""A cluster's configuration, before and after it is decided upon; its settings are in :mod:`memserve.sections`.
+"""A cluster's configuration, before and after it is decided upon; its settings are in :mod:`memserve.settings.sections`.
 
-``Config`` is what the user wrote (read by :mod:`memserve.configfile`); ``Resolved`` is what was decided from it on one
-machine (by :mod:`memserve.resolve`), and what the actors read from ``cluster.json``. Neither is ever changed.
+``Config`` is what the user wrote (read by :mod:`memserve.settings.configfile`); ``Resolved`` is what was decided from it on one
+machine (by :mod:`memserve.settings.resolve`), and what the actors read from ``cluster.json``. Neither is ever changed.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import attrs
 import msgspec
 
 from memserve.engine.spec import ModelSpec
-from memserve.network import Network
-from memserve.sections import (
+from memserve.settings.network import HostNetwork
+from memserve.settings.sections import (
     DEFAULT_SHARDS,
     DEFAULT_WORKERS,
     BatchConfig,
@@ -156,7 +156,7 @@ class Resolved:
     """Where those files are made."""
     joined: tuple[str, ...] = ()
     """Names of the workers that `memserve join` brought; they are in ``config`` as the others are."""
-    network: Network | None = None
+    network: HostNetwork | None = None
     """How this host reaches the others; None: there are none."""
 
     def with_worker(self, worker: WorkerConfig, cores: int) -> Resolved:

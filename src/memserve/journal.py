@@ -16,9 +16,9 @@ from msgspec import UNSET
 
 from memserve.actions import Action, Deliver, Log, Send
 from memserve.errors import RequestFailed
-from memserve.journal_entry import Entry
+from memserve.identity import ActorId
+from memserve.journal_entry import JournalEntry
 from memserve.messages import (
-    ActorId,
     Cancel,
     Change,
     Cluster,
@@ -30,7 +30,7 @@ from memserve.messages import (
     Member,
     Message,
     Planned,
-    PromptTold,
+    PromptScores,
     Rejected,
     Request,
     Submit,
@@ -54,7 +54,7 @@ class FrontendCore:
     presence: Presence
     requests_max: int
     """Requests open at once; beyond it ``open`` refuses."""
-    _entries: dict[str, Entry] = attrs.field(factory=dict, init=False)
+    _entries: dict[str, JournalEntry] = attrs.field(factory=dict, init=False)
     _view: ClusterView = attrs.field(factory=ClusterView, init=False)
     _actions: list[Action] = attrs.field(factory=list, init=False)
     _look_at: float = attrs.field(default=float("inf"), init=False)
@@ -68,7 +68,7 @@ class FrontendCore:
         if len(self._entries) >= self.requests_max:
             text = f"this server has {self.requests_max} requests open, its limit (frontend.max_requests)"
             raise self._refused(request, "overloaded", text, 429)
-        entry = self._entries[request.id] = Entry(request, now)
+        entry = self._entries[request.id] = JournalEntry(request, now)
         self._count("requests_total")
         self._count("prompt_tokens_total", request.prompt_tokens)
         limits = {"prompt_tokens": request.prompt_tokens, "max_tokens": request.max_tokens}
@@ -163,7 +163,7 @@ class FrontendCore:
 
     # ---- plans ----------------------------------------------------------------------------------------------
 
-    def _submit(self, entry: Entry, now: float) -> None:
+    def _submit(self, entry: JournalEntry, now: float) -> None:
         entry.plan, entry.holder, entry.fed_by_decode, entry.asked_at = None, None, False, now
         self._look_at = min(self._look_at, entry.due)
         submit = Submit(entry.current(), now - entry.received_at, entry.held)
@@ -196,7 +196,7 @@ class FrontendCore:
             failure = RequestFailed(message.code, message.message, message.status, message.retry_after_s)
             self._fail(entry, failure, now)
 
-    def _resubmit(self, entry: Entry, reason: str, now: float) -> None:
+    def _resubmit(self, entry: JournalEntry, reason: str, now: float) -> None:
         """Plan what is left of a request anew; the higher attempt fences off whatever still runs of the old one."""
         self._tell_attempt(entry, Cancel(entry.request.id, entry.attempt))
         if entry.attempt + 1 >= ATTEMPTS_MAX:
@@ -208,7 +208,7 @@ class FrontendCore:
         self._log("warning", "request resubmitted", entry, reason=reason, sent_tokens=count(entry.sent))
         self._submit(entry, now)
 
-    def _inquire(self, entry: Entry, whom: ActorId, now: float) -> None:
+    def _inquire(self, entry: JournalEntry, whom: ActorId, now: float) -> None:
         entry.asked_at = now
         self._actions.append(Send(whom, Inquire(entry.request.id, entry.attempt)))
 
@@ -226,7 +226,7 @@ class FrontendCore:
         else:
             self._resubmit(entry, "no worker holds it", now)
 
-    def _on_holder(self, entry: Entry, scheduler: ActorId, held: bool, now: float) -> None:
+    def _on_holder(self, entry: JournalEntry, scheduler: ActorId, held: bool, now: float) -> None:
         """A scheduler says whether a request waits there; the one that holds it may have forgotten it."""
         if held and entry.holder in (None, scheduler):
             entry.holder, entry.held, entry.heard_at = scheduler, True, now
@@ -249,7 +249,7 @@ class FrontendCore:
                 entry.fed_by_decode |= entry.plan is not None and sender == entry.plan.decode
                 self._take_tokens(entry, update, now)
 
-    def _on_prompt_told(self, sender: ActorId, message: PromptTold, now: float) -> None:
+    def _on_prompt_told(self, sender: ActorId, message: PromptScores, now: float) -> None:
         """Deliver what is new, by the rule of :meth:`_take_tokens`."""
         entry = self._current(message.request, message.attempt)
         if entry is None:
@@ -262,7 +262,7 @@ class FrontendCore:
             entry.told += len(new)
             self._actions.append(Deliver(entry.request.id, (), None, entry.cached_tokens, prompt=(new,)))
 
-    def _take_tokens(self, entry: Entry, update: TokenUpdate, now: float) -> None:
+    def _take_tokens(self, entry: JournalEntry, update: TokenUpdate, now: float) -> None:
         """Deliver what is new. Positions tell repeats from gaps: a repeat is dropped, a gap means another attempt."""
         if entry.untold:
             self._resubmit(entry, _lost_of_prompt(entry.told, entry.request.prompt_tokens), now)
@@ -286,7 +286,7 @@ class FrontendCore:
         if update.finish is not None:
             self._finish(entry, update.finish, now)
 
-    def _note_first_token(self, entry: Entry, update: TokenUpdate, now: float) -> None:
+    def _note_first_token(self, entry: JournalEntry, update: TokenUpdate, now: float) -> None:
         if entry.first_token_at is None:
             entry.first_token_at = now
             entry.cached_tokens = update.cached_tokens
@@ -320,11 +320,11 @@ class FrontendCore:
             if dead:
                 self._resubmit(entry, f"{', '.join(dead)} gone", now)
 
-    def _fail(self, entry: Entry, failure: RequestFailed, now: float) -> None:
+    def _fail(self, entry: JournalEntry, failure: RequestFailed, now: float) -> None:
         self._actions.append(Deliver(entry.request.id, (), None, entry.cached_tokens, failure))
         self._finish(entry, "error", now, code=failure.code)
 
-    def _finish(self, entry: Entry, outcome: str, now: float, **extra: object) -> None:
+    def _finish(self, entry: JournalEntry, outcome: str, now: float, **extra: object) -> None:
         del self._entries[entry.request.id]
         self._count(f"requests_{outcome}_total")
         if outcome in ("stop", "length"):
@@ -339,11 +339,11 @@ class FrontendCore:
 
     # ---- small helpers --------------------------------------------------------------------------------------
 
-    def _current(self, request: str, attempt: int) -> Entry | None:
+    def _current(self, request: str, attempt: int) -> JournalEntry | None:
         entry = self._entries.get(request)
         return entry if entry is not None and entry.attempt == attempt else None
 
-    def _tell_attempt(self, entry: Entry, message: Cancel) -> None:
+    def _tell_attempt(self, entry: JournalEntry, message: Cancel) -> None:
         if entry.plan is None:
             self._actions += [Send(one, message) for one in self.presence.schedulers]
         else:
@@ -354,7 +354,7 @@ class FrontendCore:
     def _count(self, name: str, amount: float = 1.0) -> None:
         self.counters[name] = self.counters.get(name, 0.0) + amount
 
-    def _log(self, level: str, event: str, entry: Entry, **data: object) -> None:
+    def _log(self, level: str, event: str, entry: JournalEntry, **data: object) -> None:
         self._actions.append(
             Log(level, event, {"request": entry.request.id, "attempt": entry.attempt, **data})
         )
@@ -367,7 +367,7 @@ def _lost_of_prompt(first: int, end: int) -> str:
 _HANDLERS: dict[type[Any], Callable[[FrontendCore, ActorId, Any, float], None]] = {
     Planned: FrontendCore._on_planned,
     Rejected: FrontendCore._on_rejected,
-    PromptTold: FrontendCore._on_prompt_told,
+    PromptScores: FrontendCore._on_prompt_told,
     Tokens: FrontendCore._on_tokens,
     Inquired: FrontendCore._on_inquired,
     Failed: FrontendCore._on_failed,

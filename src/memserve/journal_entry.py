@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import attrs
 
-from memserve.messages import ActorId, Origins, Plan, Request, Timings
+from memserve.accounts import Origins, Timings
+from memserve.identity import ActorId
+from memserve.messages import Plan, Request
 from memserve.tokens import count
 
 SUBMIT_REPEAT_S = 1.0
@@ -14,7 +16,7 @@ STALL_S = 3.0
 
 
 @attrs.define
-class Entry:
+class JournalEntry:
     """One request's part of the journal."""
 
     request: Request

@@ -33,13 +33,11 @@ from typing import Any
 import attrs
 import msgspec
 
-from memserve.accounts import Origins as Origins
-from memserve.accounts import Timings as Timings
+from memserve.accounts import Origins, Timings
 from memserve.costs import Site, StepCosts
 from memserve.drawing import Logprobs, PromptLogprobs, Sampling
 from memserve.errors import PeerError
-from memserve.identity import ActorId as ActorId
-from memserve.identity import actor_name as actor_name
+from memserve.identity import ActorId
 from memserve.pool_messages import (
     Acquire,
     Acquired,
@@ -281,7 +279,7 @@ class HandoffTaken:
 
 
 @attrs.frozen
-class PromptTold:
+class PromptScores:
     """Log probabilities of a prompt's tokens, as a chunk of it was computed. All of them go before the attempt's first token."""
 
     request: str
@@ -394,7 +392,7 @@ class Change:
 # ---- codec --------------------------------------------------------------------------------------------------
 
 Message = (
-    Submit | Planned | Finished | Rejected | Prefill | Handoff | HandoffTaken | PromptTold | Tokens | Failed | Cancel
+    Submit | Planned | Finished | Rejected | Prefill | Handoff | HandoffTaken | PromptScores | Tokens | Failed | Cancel
     | Inquire | Inquired
     | Acquire | Match | Acquired | AllocMem | Allocated | Insert | Inserted | Adopt | Adopted | FreeMem | Freed
     | Delete | Evict | SwapOut | SwapIn | Prefetch | DescribePool | PoolDescribed | PoolRefused

@@ -23,7 +23,8 @@ from structlog.tracebacks import ExceptionDictTransformer
 from structlog.typing import EventDict, Processor
 
 from memserve.errors import UserError
-from memserve.messages import Member, actor_name
+from memserve.identity import actor_name
+from memserve.messages import Member
 
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
 FIRST_KEYS = ("ts", "level", "event", "actor", "kind", "pid")

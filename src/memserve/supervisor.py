@@ -1,6 +1,6 @@
 """``memserve up``: one process per actor, started at once, restarted when they die, drained in order, none left behind.
 
-What to do is decided in :mod:`memserve.lifecycle`; this does it. The supervisor only ever waits, for its children's
+What to do is decided in :mod:`memserve.processes.lifecycle`; this does it. The supervisor only ever waits, for its children's
 pidfds, lifelines and output and for signals, so that an idle cluster costs it nothing.
 """
 
@@ -22,13 +22,14 @@ import trio
 
 from memserve import observe
 from memserve.api.listening import check_port
-from memserve.child import OUTPUT_TAIL_BYTES, Child, Launch, all_gone
 from memserve.config import Resolved
-from memserve.configfile import load
 from memserve.errors import UserError
-from memserve.gate import Gate, Guest
-from memserve.keeping import Keeper, say
-from memserve.lifecycle import (
+from memserve.identity import ActorId
+from memserve.processes.actor import leaves
+from memserve.processes.child import OUTPUT_TAIL_BYTES, Child, Launch, all_gone
+from memserve.processes.gate import Gate, Guest
+from memserve.processes.keeping import Keeper, say
+from memserve.processes.lifecycle import (
     HUNG_S,
     STATUS_USER_ERROR,
     WORKER_KINDS,
@@ -38,10 +39,9 @@ from memserve.lifecycle import (
     drain_stages,
     roster,
 )
-from memserve.messages import ActorId
-from memserve.place import Place, now_utc
-from memserve.process import leaves
-from memserve.resolve import resolve
+from memserve.processes.place import Place, now_utc
+from memserve.settings.configfile import load
+from memserve.settings.resolve import resolve
 
 log = structlog.get_logger()
 
@@ -335,7 +335,7 @@ def curl(url: str, resolved: Resolved) -> str:
 
 # ---- the command ---------------------------------------------------------------------------------------------
 
-PREPARE = "import sys; from memserve.process import prepare_weights; sys.exit(prepare_weights(*sys.argv[1:]))"
+PREPARE = "import sys; from memserve.processes.actor import prepare_weights; sys.exit(prepare_weights(*sys.argv[1:]))"
 
 
 def up(config_path: str, overrides: Sequence[str] = ()) -> int:

@@ -1,6 +1,6 @@
 """What two shards say to each other when pages move between them, and the words that these messages are made of.
 
-The conversation is told in :mod:`memserve.transfer.messages`, with what each side asks of its own process.
+The conversation is told in :mod:`memserve.transfer.actions`, with what each side asks of its own process.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def change_engine(engine: Any) -> None:
 
 
 CHANGES: dict[str, Callable[[Any], None]] = {
-    "memserve.gpus": change_gpus,
+    "memserve.settings.gpus": change_gpus,
     "memserve.engine.cuda": change_engine,
 }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import trio
 
 from memserve.actors.worker import run_worker
-from memserve.process import ActorContext
+from memserve.processes.actor import ActorContext
 
 
 async def main(context: ActorContext, *, task_status: trio.TaskStatus[None]) -> None:

@@ -22,9 +22,10 @@ from memserve.bus import open_link
 from memserve.drawing import Logprobs, PromptLogprobs
 from memserve.engine.tokenizer import Tokenizer
 from memserve.errors import RequestFailed
+from memserve.identity import ActorId, actor_name
 from memserve.journal import FrontendCore
-from memserve.messages import ActorId, Change, Member, Request, actor_name
-from memserve.process import ActorContext, ready_model
+from memserve.messages import Change, Member, Request
+from memserve.processes.actor import ActorContext, ready_model
 from memserve.scheduling.changes import find_worker, in_force
 from memserve.scheduling.presence import Reporting
 from memserve.scheduling.view import Health

@@ -14,8 +14,9 @@ from memserve.actors.loop import Shell
 from memserve.actors.membership import host_of, terms_of
 from memserve.bus import open_link
 from memserve.config import Config
-from memserve.messages import Member, actor_name
-from memserve.process import ActorContext
+from memserve.identity import actor_name
+from memserve.messages import Member
+from memserve.processes.actor import ActorContext
 from memserve.scheduling.admission import Admission
 from memserve.scheduling.global_tree import GlobalTree
 from memserve.scheduling.index_feed import IndexFeed

@@ -18,9 +18,10 @@ import trio
 from memserve.actions import Action, Log, Send, Stop
 from memserve.bus import Link, Received
 from memserve.errors import PeerFull, PeerUnreachable, UserError
-from memserve.messages import ActorId, Cluster, Gone, Load, Message, Refused
+from memserve.identity import ActorId
+from memserve.messages import Cluster, Gone, Load, Message, Refused
 from memserve.pool_messages import Meet
-from memserve.process import RestartNeeded
+from memserve.processes.actor import RestartNeeded
 from memserve.scheduling.presence import Core
 
 log = structlog.get_logger()

@@ -11,9 +11,9 @@ from memserve.actions import Send
 from memserve.actors.loop import Shell
 from memserve.bus import Link
 from memserve.config import Resolved
-from memserve.lifecycle import WORKER_KINDS
 from memserve.messages import Ended, Member
-from memserve.process import ActorContext
+from memserve.processes.actor import ActorContext
+from memserve.processes.lifecycle import WORKER_KINDS
 from memserve.scheduling.presence import Presence, seed_id
 from memserve.scheduling.terms import Terms
 

@@ -20,27 +20,28 @@ import attrs
 import structlog
 import trio
 
-from memserve.actions import Copy, CopyDone, Kill, Move
+from memserve.actions import Copy, CopyDone, Kill, MoverOrder
 from memserve.actors.loop import Shell
 from memserve.actors.membership import introduce, pass_on_deaths
 from memserve.bus import open_link
-from memserve.gpus import device_index
+from memserve.identity import ActorId, actor_name
 from memserve.kernels.arena import Arena, serve_arena, serve_packet
 from memserve.kernels.gpu_memory import GpuArena
 from memserve.kernels.gpu_store import GpuPageStore, open_gpu_store
 from memserve.kernels.page_store import DiskFile, PageStore
 from memserve.mempool.addresses import Home, Tier, tier_of
 from memserve.mempool.exchange import Exchange
-from memserve.mempool.exchanging import ExchangingShard
+from memserve.mempool.exchanging_shard import ExchangingShard
 from memserve.mempool.pool import Pool
 from memserve.mempool.room import Capacity
-from memserve.messages import ActorId, actor_name
-from memserve.process import ActorContext, ready_model
+from memserve.processes.actor import ActorContext, ready_model
 from memserve.scheduling.presence import Reporting
+from memserve.settings.gpus import device_index
 from memserve.transfer.mover import host_identity
 from memserve.transfer.settings import TransferSettings
 from memserve.transfer.shell import open_transfers
-from memserve.transfer.values import Geometry, Granularity
+from memserve.transfer.values import Geometry
+from memserve.transfer_messages import Granularity
 
 log = structlog.get_logger()
 
@@ -253,7 +254,7 @@ async def move_pages(
     """Move pages to and from other shards as the core says, until cancelled."""
     async with open_transfers(settings.transfer, arena, exchange.geometry, socket, shell.tell) as transfers:
         perform = transfers.perform
-        shell.perform[Move] = lambda move: perform[type(move.order)](move.order)
+        shell.perform[MoverOrder] = lambda move: perform[type(move.order)](move.order)
         exchange.open(transfers.paths, transfers.ways)
         task_status.started()
         await trio.sleep_forever()

@@ -25,13 +25,13 @@ from memserve.engine.guide import Guide
 from memserve.engine.plans import StepEngine
 from memserve.engine.worker import WorkerCore
 from memserve.errors import PeerError, PeerUnreachable
-from memserve.gpus import device_index
-from memserve.lifeline import Lifeline
-from memserve.messages import ActorId
-from memserve.process import ActorContext, RestartNeeded, ready_model
+from memserve.identity import ActorId
+from memserve.processes.actor import ActorContext, RestartNeeded, ready_model
+from memserve.processes.lifeline import Lifeline
 from memserve.scheduling.joining import JoiningCore
 from memserve.scheduling.presence import Reporting
-from memserve.sections import ShardConfig
+from memserve.settings.gpus import device_index
+from memserve.settings.sections import ShardConfig
 
 if TYPE_CHECKING:
     from memserve.engine.calibration import TimeStep
@@ -126,7 +126,7 @@ def start_engine(
     at_work: Callable[[], StepCosts | None],
 ) -> StepEngine:
     """Attach to the shard's arena, make the engine ready and measure it. Imports torch, and blocks: for a thread."""
-    from memserve.engine.cores import Cores, Outsiders
+    from memserve.engine.cpu_budget import Cores, Outsiders
     from memserve.engine.runner import CpuEngine
     from memserve.kernels.arena import attach_arena
 
@@ -220,7 +220,7 @@ def start_engine_on_gpu(
     at_work: Callable[[], StepCosts | None],
 ) -> StepEngine:
     """The same for a shard on a GPU, which holds the weights too."""
-    from memserve.engine.cores import Cores
+    from memserve.engine.cpu_budget import Cores
     from memserve.engine.cuda import open_engine
 
     resolved, model = context.resolved, context.resolved.config.model

@@ -25,10 +25,10 @@ from memserve.api.call_parser import CallParser
 from memserve.api.chat import ChatTemplate
 from memserve.api.choices import Choice
 from memserve.api.errors import ApiError, from_failure
-from memserve.api.generation import Generation, Order
+from memserve.api.generation import Generation, GenerationOrder
 from memserve.api.guard import CALLER, Caller, Guard
 from memserve.api.logprobs import Piece
-from memserve.api.prompt_told import PromptTold
+from memserve.api.prompt_logprobs import PromptReport
 from memserve.api.prompts import Model, Prompt, chat_prompt, completion_prompts
 from memserve.api.service import ApiSettings, Service
 from memserve.api.thoughts import MARKS, ThoughtParser
@@ -167,11 +167,13 @@ class Api:
     def _shown(self) -> Piece:
         return partial(self.served.tokenizer.piece, skip_special=False)
 
-    def _told(self, body: CompletionBody | ChatBody, prompts: Sequence[Prompt]) -> list[PromptTold]:
+    def _told(self, body: CompletionBody | ChatBody, prompts: Sequence[Prompt]) -> list[PromptReport]:
         """One for each prompt, where log probabilities of prompts are asked for."""
         asked = body.told_of_echo, body.prompt_logprobs
         return (
-            [] if asked == (None, None) else [PromptTold(one.tokens, self._shown, *asked) for one in prompts]
+            []
+            if asked == (None, None)
+            else [PromptReport(one.tokens, self._shown, *asked) for one in prompts]
         )
 
     def _check_model(self, name: str | None) -> None:
@@ -185,7 +187,7 @@ class Api:
     ) -> Response:
         caller: Caller = request.scope[CALLER]
         asked = request.headers.get(TTFT_HEADER)
-        order = Order(
+        order = GenerationOrder(
             prompts=with_urgency(prompts, body, asked, caller, self.served.settings.ttft_ms),
             n=body.n or 1,
             stops=body.stops,
@@ -200,7 +202,7 @@ class Api:
         choices = [self._choice(index, order, body) for index in range(len(prompts) * order.n)]
         return _Answer(Generation(self.service, order, choices))
 
-    def _choice(self, index: int, order: Order, body: CompletionBody | ChatBody) -> Choice:
+    def _choice(self, index: int, order: GenerationOrder, body: CompletionBody | ChatBody) -> Choice:
         """A new answer, with all that is looked for in its text."""
         at, marks = index // order.n, list[str]()
         offer, calls, thoughts = body.offer if isinstance(body, ChatBody) else None, None, None

@@ -8,7 +8,7 @@ import attrs
 
 from memserve.api.call_parser import CallParser, CallPart, Found
 from memserve.api.logprobs import Told, token_text
-from memserve.api.prompt_told import PromptTold
+from memserve.api.prompt_logprobs import PromptReport
 from memserve.api.service import Chunk
 from memserve.api.thoughts import Thought, ThoughtParser
 from memserve.drawing import Logprobs
@@ -67,7 +67,7 @@ class Choice:
         thoughts: ThoughtParser | None = None,
         calls: CallParser | None = None,
         finish_of_calls: str = "tool_calls",
-        about: PromptTold | None = None,
+        about: PromptReport | None = None,
         silent: bool = False,
     ) -> None:
         """``index`` is the choice's in the response, ``prompt`` the number of its prompt.

@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 from memserve.api.choices import Choice, Delta
 from memserve.api.direct import DIRECT, DirectWriter
 from memserve.api.errors import ApiError, from_failure
-from memserve.api.prompt_told import PromptTold
+from memserve.api.prompt_logprobs import PromptReport
 from memserve.api.prompts import Prompt, of_choice
 from memserve.api.service import Chunk, Service
 from memserve.api.wire import DONE, PING, Head, Mould, Wire, error_event, event, usage
@@ -30,7 +30,7 @@ _SSE_HEADERS = [
 
 
 @attrs.frozen(kw_only=True)
-class Order:
+class GenerationOrder:
     """What is to be generated, and how it is to be written."""
 
     prompts: Sequence[Prompt]
@@ -42,7 +42,7 @@ class Order:
     include_usage: bool
     cache_scope: str
     ping_s: float
-    told: Sequence[PromptTold] = ()
+    told: Sequence[PromptReport] = ()
     """What is told of each prompt, where that was asked for."""
 
 
@@ -54,7 +54,7 @@ class Generation:
     what has gathered since its last write: a client that reads slower than tokens come gets fewer and larger events.
     """
 
-    def __init__(self, service: Service, order: Order, choices: Sequence[Choice]) -> None:
+    def __init__(self, service: Service, order: GenerationOrder, choices: Sequence[Choice]) -> None:
         self._service = service
         self._order = order
         self._choices = choices

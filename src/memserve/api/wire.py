@@ -13,7 +13,7 @@ from memserve.api.call_formats import HERMES, CallFormat
 from memserve.api.calls import call_deltas, whole_calls
 from memserve.api.choices import Choice, Delta
 from memserve.api.logprobs import Piece, chat_logprobs, completion_logprobs
-from memserve.api.prompt_told import behind_echo
+from memserve.api.prompt_logprobs import behind_echo
 from memserve.api.prompts import Prompt
 
 DONE = b"data: [DONE]\n\n"

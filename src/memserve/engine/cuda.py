@@ -26,15 +26,14 @@ from memserve.config import Resolved
 from memserve.drawing import Logprobs, PromptLogprobs, Sampling
 from memserve.engine import sampling
 from memserve.engine.adjusting import adjusted, told
-from memserve.engine.cores import Cores
-from memserve.engine.model import Batch, Llama
+from memserve.engine.cpu_budget import Cores
+from memserve.engine.model import BatchTensors, Llama
 from memserve.engine.plan_check import check_plan
 from memserve.engine.plans import BatchPlan, BatchResult, Row
+from memserve.engine.prompt_logprobs import tell_prompts
 from memserve.engine.safetensors import read_header
 from memserve.engine.spec import ModelSpec
-from memserve.engine.telling import tell_prompts
 from memserve.engine.weights import ModelFiles
-from memserve.gpu_room import SCRATCH_PAGES, drawn_together
 from memserve.kernels.flashinfer_kit import (
     CapturedDecode,
     FlashInferAttention,
@@ -46,6 +45,7 @@ from memserve.kernels.flashinfer_ops import FlashInferOps, norms_as
 from memserve.kernels.gpu_memory import GpuArena, attach_gpu_arena
 from memserve.kernels.page_tables import Sharing, StepTables, Table, bucket_of, buckets_up_to, continues
 from memserve.kernels.sending import sent
+from memserve.settings.gpu_room import SCRATCH_PAGES, drawn_together
 from memserve.tokens import count, pack, pages_for
 
 WARM_TOKENS = 512
@@ -108,7 +108,7 @@ class _DecodeStep:
     """
 
     arrays: CapturedDecode
-    batch: Batch
+    batch: BatchTensors
     best: torch.Tensor | None = None
     """(2, rows) float64: the largest logit of each row, and its token."""
     replay: Callable[[], None] = lambda: None
@@ -280,7 +280,7 @@ class CudaEngine:
     def _run_any(self, plan: BatchPlan, tables: StepTables, attention: FlashInferAttention) -> _Drawn:
         assert self._model is not None, "the engine is closed"
         planned = attention.plan_tables(tables)
-        batch = Batch(
+        batch = BatchTensors(
             sent(tables.ids, self._device),
             planned.append.positions,
             sent(tables.wanted, self._device),
@@ -301,7 +301,7 @@ class CudaEngine:
         assert self._model is not None and self._attention is not None and self._logits is not None
         arrays = self._attention.captured(rows, self._buckets[-1] * self._row_pages)
         step = _DecodeStep(
-            arrays, Batch(arrays.ids, arrays.positions, torch.arange(rows, device=self._device))
+            arrays, BatchTensors(arrays.ids, arrays.positions, torch.arange(rows, device=self._device))
         )
         arrays.load(Table.of((), self._page_tokens).padded(rows, self._pages), np.zeros(rows, np.int32))
         model, attention, logits = self._model, self._attention, self._logits[:rows]

@@ -11,7 +11,7 @@ ENDED_REMEMBERED = 10_000
 
 
 @attrs.define
-class Ended:
+class EndedAttempts:
     """The newest ended attempt of each request."""
 
     _attempts: OrderedDict[str, int] = attrs.field(factory=OrderedDict, init=False)

@@ -10,7 +10,7 @@ import attrs
 from memserve.costs import Site, StepCosts
 from memserve.engine.plans import BatchPlan
 from memserve.engine.sequence import Phase, Sequence
-from memserve.messages import ActorId
+from memserve.identity import ActorId
 from memserve.scheduling.cost_fit import Drift
 from memserve.scheduling.cost_model import CostModel
 from memserve.scheduling.punctuality import Punctuality

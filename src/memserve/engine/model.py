@@ -32,7 +32,7 @@ _WIDENED = 1 << 20
 
 
 @attrs.frozen
-class Batch:
+class BatchTensors:
     """A batch plan as tensors: the tokens of all rows, one after another."""
 
     ids: torch.Tensor
@@ -43,7 +43,7 @@ class Batch:
     """(wanted rows,) int64: the tokens whose logits somebody wants."""
 
     @classmethod
-    def of(cls, plan: BatchPlan) -> Batch:
+    def of(cls, plan: BatchPlan) -> BatchTensors:
         """The tensors of a plan."""
         ids: list[int] = []
         positions: list[int] = []
@@ -156,7 +156,11 @@ class Llama:
         self._ops = ops or TorchOps(spec, self.dtype, self._norm.device)
 
     def forward(
-        self, batch: Batch, plan: Any, attention: AttentionBackend[Any], out: torch.Tensor | None = None
+        self,
+        batch: BatchTensors,
+        plan: Any,
+        attention: AttentionBackend[Any],
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Logits (wanted rows, vocab) float32, in ``out`` where it is given.
 
@@ -166,7 +170,7 @@ class Llama:
         return self.head(x, delta, batch.wanted, out)
 
     def layers(
-        self, batch: Batch, plan: Any, attention: AttentionBackend[Any]
+        self, batch: BatchTensors, plan: Any, attention: AttentionBackend[Any]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """All layers, as :meth:`forward`: what :meth:`head` takes, each (tokens, hidden)."""
         spec, ops, dtype = self.spec, self._ops, self.dtype

@@ -9,7 +9,8 @@ import attrs
 from memserve.actions import Action, Log, Send
 from memserve.drawing import PromptLogprobs
 from memserve.engine.sequence import Sequence
-from memserve.messages import ActorId, Message, PromptTold, Tokens, TokenUpdate
+from memserve.identity import ActorId
+from memserve.messages import Message, PromptScores, Tokens, TokenUpdate
 
 
 @attrs.define
@@ -42,7 +43,7 @@ class Outbox:
         for row, told in prompts.items():
             one = sequences[row]
             if not one.dropped:
-                self.send(one.request.frontend, PromptTold(*one.key, one.computed + 1, told))
+                self.send(one.request.frontend, PromptScores(*one.key, one.computed + 1, told))
 
     def log(self, event: str, one: Sequence, *, level: str = "info", **data: object) -> None:
         """A line about a request."""

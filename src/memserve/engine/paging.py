@@ -12,8 +12,8 @@ import attrs
 
 from memserve.engine.outbox import Outbox
 from memserve.engine.sequence import Phase, Sequence, usable
-from memserve.mempool.client import ShardCalls
-from memserve.messages import ActorId
+from memserve.identity import ActorId
+from memserve.mempool.shard_calls import ShardCalls
 from memserve.pool_messages import Acquire, Adopt, AllocMem, FreeMem, Insert, Return, Source
 from memserve.tokens import count, span
 

@@ -16,21 +16,21 @@ import torch
 from memserve.drawing import Logprobs, PromptLogprobs, Sampling
 from memserve.engine import sampling
 from memserve.engine.adjusting import adjusted, told
-from memserve.engine.model import Batch, Llama
+from memserve.engine.model import BatchTensors, Llama
 from memserve.engine.ops import rope_table
 from memserve.engine.plan_check import check_plan
 from memserve.engine.plans import BatchPlan, BatchResult, Row
+from memserve.engine.prompt_logprobs import tell_prompts
 from memserve.engine.spec import ModelSpec
-from memserve.engine.telling import tell_prompts
 from memserve.engine.weights import default_cache_dir, in_rows, map_weights
 from memserve.kernels.cpu import CpuAttention
 from memserve.kernels.mapping import shared_memory
 from memserve.kernels.native import MAX_ROWS, NativeStep, open_step
-from memserve.kernels.native.telling import TOLD_AT_ONCE, Telling
+from memserve.kernels.native.prompt_logprobs import TOLD_AT_ONCE, Telling
 from memserve.tokens import count, pack, pages_for, span, unpack
 
 if TYPE_CHECKING:
-    from memserve.engine.cores import Cores
+    from memserve.engine.cpu_budget import Cores
 
 SCRATCH_BYTES = 96 << 20
 """Pages that steps are timed on: more than caches hold."""
@@ -193,7 +193,7 @@ class CpuEngine:
         rows = [row for row in plan.rows if row.sample is not None]
         settings = [row.sample for row in rows if row.sample is not None]
         with torch.inference_mode():
-            batch = Batch.of(plan)
+            batch = BatchTensors.of(plan)
             x, delta = self._model.layers(batch, attention.plan(plan), attention)
             head = partial(self._model.head, x, delta)
             prompts = tell_prompts(enumerate(plan.rows), head, x.device, TOLD_AT_ONCE)

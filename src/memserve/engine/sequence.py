@@ -12,9 +12,10 @@ import enum
 import attrs
 from msgspec import UNSET, UnsetType
 
+from memserve.accounts import Origins, Timings
 from memserve.drawing import Adjustments, Logprobs
 from memserve.engine.plans import Past, Row, Tell
-from memserve.messages import Handoff, Origins, Plan, Request, Timings, TokenUpdate
+from memserve.messages import Handoff, Plan, Request, TokenUpdate
 from memserve.pool_messages import Acquired
 from memserve.tokens import TOKEN_BYTES, count, pack, pages_for, span, unpack
 

@@ -19,15 +19,15 @@ from msgspec import UNSET
 from memserve.actions import Action, BatchDone, Log, RunBatch, Stop
 from memserve.engine.batching import Batch, WorkerSettings, form_batch
 from memserve.engine.drafting import SEQUEL_TOKENS, Drafting
-from memserve.engine.ended import Ended
+from memserve.engine.ended import EndedAttempts
 from memserve.engine.following import Following
 from memserve.engine.load import StepWatch, load_of, swap_least
 from memserve.engine.outbox import Outbox
 from memserve.engine.paging import Paging
 from memserve.engine.sequence import Phase, Sequence
 from memserve.errors import PoolError
+from memserve.identity import ActorId
 from memserve.messages import (
-    ActorId,
     Cancel,
     Change,
     Failed,
@@ -59,7 +59,7 @@ class WorkerCore:
     _following: Following = attrs.field(init=False)
     _drafting: Drafting = attrs.field(init=False)
     _live: dict[tuple[str, int], Sequence] = attrs.field(factory=dict, init=False)
-    _ended: Ended = attrs.field(factory=Ended, init=False)
+    _ended: EndedAttempts = attrs.field(factory=EndedAttempts, init=False)
     _batch: Batch | None = attrs.field(default=None, init=False)
     _watch: StepWatch = attrs.field(factory=StepWatch, init=False)
     _arrivals: int = attrs.field(default=0, init=False)

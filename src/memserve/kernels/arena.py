@@ -26,9 +26,9 @@ import attrs
 import trio
 
 from memserve.errors import PeerError, PeerUnreachable, UserError
+from memserve.identity import ActorId
 from memserve.kernels.mapping import Mapping, map_shared
 from memserve.kernels.memory import memory_available, too_few_addresses
-from memserve.messages import ActorId
 
 MAGIC = b"MEMSARNA"
 LAYOUT_VERSION = 1

@@ -17,10 +17,10 @@ import torch
 
 from memserve.engine.plans import BatchPlan
 from memserve.engine.spec import ModelSpec
-from memserve.gpu_room import workspace_bytes
-from memserve.gpus import gpu_environment
 from memserve.kernels.page_tables import Common, Ints, StepTables, Table
 from memserve.kernels.sending import sent
+from memserve.settings.gpu_room import workspace_bytes
+from memserve.settings.gpus import gpu_environment
 
 DECODE_GROUPS = (1, 2, 3, 4, 8)
 """Query heads a kv head that the CUDA-core decode kernel of 0.6.9 is built for."""

@@ -22,9 +22,9 @@ import msgspec
 
 from memserve.engine.safetensors import read_header
 from memserve.errors import PeerError, UserError
-from memserve.gpu_room import SCRATCH_PAGES
+from memserve.identity import ActorId
 from memserve.kernels.arena import LAYOUT_VERSION, receive_packet
-from memserve.messages import ActorId
+from memserve.settings.gpu_room import SCRATCH_PAGES
 
 MAGIC = b"MEMSCUDA"
 ALIGN = 2 << 20

@@ -9,11 +9,11 @@ from __future__ import annotations
 import attrs
 
 from memserve.errors import PoolError
+from memserve.identity import ActorId
 from memserve.mempool.addresses import Tier
 from memserve.mempool.answers import Answer
 from memserve.mempool.grants import Grant
 from memserve.mempool.pool import Pool
-from memserve.messages import ActorId
 from memserve.pool_messages import Acquired, Allocated, AllocMem, Freed, PoolRefused, SwapOut
 
 Reply = tuple[ActorId, Answer]

@@ -17,18 +17,18 @@ from collections.abc import Iterator
 
 import attrs
 
-from memserve.actions import Action, Kill, Log, Move, Send
+from memserve.actions import Action, Kill, Log, MoverOrder, Send
 from memserve.errors import PoolError
+from memserve.identity import ActorId
 from memserve.mempool.addresses import Tier, tier_of
 from memserve.mempool.grants import Grant
 from memserve.mempool.pool import Pool
+from memserve.mempool.pull_server import EXCHANGER, Serving
 from memserve.mempool.pushing import Lending, Pushing
-from memserve.mempool.serving import EXCHANGER, Serving
-from memserve.messages import ActorId, Gone
+from memserve.messages import Gone
 from memserve.pool_messages import Acquire, Source, Transfer
 from memserve.tokens import count, pages_for, span
-from memserve.transfer.incoming import Incoming, Key, LandingRefused
-from memserve.transfer.messages import (
+from memserve.transfer.actions import (
     Post,
     Received,
     ReceiveFailed,
@@ -37,9 +37,12 @@ from memserve.transfer.messages import (
     WriteFailed,
     Wrote,
 )
+from memserve.transfer.incoming import Incoming, Key, LandingRefused
 from memserve.transfer.outgoing import Outgoing
-from memserve.transfer.values import Failure, Geometry, Granularity, TransferDone, TransferFailed, Way
+from memserve.transfer.values import Geometry, TransferDone, TransferFailed
 from memserve.transfer_messages import (
+    Failure,
+    Granularity,
     Pull,
     PullRefused,
     TransferArrived,
@@ -49,6 +52,7 @@ from memserve.transfer_messages import (
     TransferSent,
     TransferStop,
     TransferWithdrawn,
+    Way,
 )
 
 PULL_REPEAT_S = 0.5
@@ -380,4 +384,4 @@ class Exchange:
                     case Kill():
                         self._actions.append(action)
                     case _:
-                        self._actions.append(Move(action))
+                        self._actions.append(MoverOrder(action))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import attrs
 
-from memserve.messages import ActorId
+from memserve.identity import ActorId
 
 
 @attrs.frozen

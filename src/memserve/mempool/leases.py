@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import attrs
 
 from memserve.errors import PoolError
+from memserve.identity import ActorId
 from memserve.mempool.nodes import Pin
-from memserve.messages import ActorId
 
 LENDER = ActorId("lender.0")
 """Owner of leases that have ended while their pages were lent: a mover still reads or fills them."""

@@ -116,7 +116,7 @@ class Move:
 
 
 @attrs.frozen
-class Match:
+class CachedPrefix:
     """The longest cached prefix of a prompt, as it was at the moment of asking."""
 
     tokens: int
@@ -125,7 +125,7 @@ class Match:
 
 
 @attrs.frozen
-class Inserted:
+class Insertion:
     """What :meth:`PromptTree.insert` found. The index owns the offered pages now, but for ``duplicates``."""
 
     already_tokens: int

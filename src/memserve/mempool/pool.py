@@ -17,15 +17,15 @@ from collections.abc import Sequence
 
 from memserve.actions import Copy, CopyDone
 from memserve.errors import PoolError
+from memserve.identity import ActorId
 from memserve.mempool.addresses import Address, Home, Tier, tier_of
 from memserve.mempool.demands import Demands, counted, ragged
 from memserve.mempool.grants import Counters, Grant, Reclaimed
 from memserve.mempool.leases import Lease, Leases
-from memserve.mempool.nodes import Match, Pin
+from memserve.mempool.nodes import CachedPrefix, Pin
 from memserve.mempool.prompt_tree import PromptTree
 from memserve.mempool.retiring import Retiring
 from memserve.mempool.room import Capacity, Room
-from memserve.messages import ActorId
 from memserve.tokens import TOKEN_BYTES, count, span
 
 
@@ -175,9 +175,9 @@ class Pool:
         fresh = max(0, pages - pin.tokens // self.page_tokens)
         return self._open(owner, scope, pin, fresh, Tier.DEVICE, now, b"")
 
-    def peek(self, scope: str, tokens: bytes) -> Match:
+    def peek(self, scope: str, tokens: bytes) -> CachedPrefix:
         """The longest cached prefix at this moment. Nothing is pinned: :meth:`match` is what keeps it."""
-        return self.tree.match(scope, tokens) if self.caching else Match(0, ())
+        return self.tree.match(scope, tokens) if self.caching else CachedPrefix(0, ())
 
     def delete(self, scope: str, tokens: bytes) -> int:
         """Drop a prompt and all that continues it, but for what is pinned or shared; the pages freed."""

@@ -26,7 +26,7 @@ import attrs
 
 from memserve.mempool.addresses import Tier, tier_of
 from memserve.mempool.lru import Lru
-from memserve.mempool.nodes import Inserted, Match, Node, Pin, Root
+from memserve.mempool.nodes import CachedPrefix, Insertion, Node, Pin, Root
 from memserve.pool_messages import IndexEvent
 from memserve.tokens import TOKEN_BYTES
 
@@ -57,16 +57,16 @@ class PromptTree:
 
     # ---- reading -------------------------------------------------------------------------------------------
 
-    def match(self, scope: str, tokens: bytes) -> Match:
+    def match(self, scope: str, tokens: bytes) -> CachedPrefix:
         """The longest cached prefix of ``tokens`` in whole pages. Counts as a use; changes nothing else."""
         root = self.roots.get(scope)
         if root is None:
-            return Match(0, ())
+            return CachedPrefix(0, ())
         node, inside, at = self.descend(root, tokens)
         self._touch(node)
         pages = self._pages_to(node)
         spare = (len(node.key) - inside) // self.page_bytes
-        return Match(at // TOKEN_BYTES, tuple(pages[: len(pages) - spare]))
+        return CachedPrefix(at // TOKEN_BYTES, tuple(pages[: len(pages) - spare]))
 
     def pages_of(self, pin: Pin) -> list[int]:
         """The slots of a pinned prefix, in token order."""
@@ -112,7 +112,7 @@ class PromptTree:
                 self.evictable[node.tier] += len(node.pages)
                 self._settle(node)
 
-    def insert(self, pin: Pin, tokens: bytes, pages: Sequence[int]) -> Inserted:
+    def insert(self, pin: Pin, tokens: bytes, pages: Sequence[int]) -> Insertion:
         """Add ``tokens``, in whole pages, right after the pinned prefix, and move the pin to their end.
 
         Pages whose tokens are in the index already are handed back as duplicates, unless they are in a faster tier
@@ -133,7 +133,7 @@ class PromptTree:
         if at < len(tokens):
             pin.node = self._extend(node, tokens[at:], pages[already:])
         self._touch(pin.node)
-        return Inserted(at // TOKEN_BYTES, tuple(duplicates), tuple(replaced))
+        return Insertion(at // TOKEN_BYTES, tuple(duplicates), tuple(replaced))
 
     # ---- taking pages out ----------------------------------------------------------------------------------
 

@@ -7,8 +7,8 @@ import math
 import attrs
 
 from memserve.actions import Action, Send
+from memserve.identity import ActorId
 from memserve.mempool.prompt_tree import PromptTree
-from memserve.messages import ActorId
 from memserve.pool_messages import IndexDelta, IndexEvent, IndexSnapshot
 
 GATHER_S = 0.05

@@ -18,17 +18,17 @@ from collections.abc import Iterator
 import attrs
 
 from memserve.errors import PoolError
+from memserve.identity import ActorId
 from memserve.mempool.addresses import Address, Tier, tier_of
 from memserve.mempool.answers import Answer
 from memserve.mempool.leases import LENDER, Lease
 from memserve.mempool.pool import Pool
-from memserve.messages import ActorId
 from memserve.pool_messages import Arrival, NextArrival, PoolRefused, Transfer, Transferred
 from memserve.tokens import count
+from memserve.transfer.actions import Order
 from memserve.transfer.incoming import Key, LandingRefused
-from memserve.transfer.messages import Order
-from memserve.transfer.values import Failure, TransferDone, TransferFailed
-from memserve.transfer_messages import Granularity, TransferOffer
+from memserve.transfer.values import TransferDone, TransferFailed
+from memserve.transfer_messages import Failure, Granularity, TransferOffer
 
 CODES = {
     Failure.RECEIVER_FULL: PoolError.QUEUE_FULL,

@@ -19,6 +19,7 @@ import attrs
 
 from memserve.actions import Action, CopyDone, Kill, Log, Overslept, Send, Stop
 from memserve.errors import PoolError
+from memserve.identity import ActorId
 from memserve.mempool.addresses import Address, Tier
 from memserve.mempool.answers import Answer, Granting, Replies
 from memserve.mempool.audit import check_pool
@@ -28,7 +29,7 @@ from memserve.mempool.grants import Grant, Reclaimed
 from memserve.mempool.pool import Pool
 from memserve.mempool.publishing import Publisher
 from memserve.mempool.sequel import sequel_of
-from memserve.messages import ActorId, Cluster, Gone, Load, Message
+from memserve.messages import Cluster, Gone, Load, Message
 from memserve.pool_messages import (
     Acquire,
     Adopt,

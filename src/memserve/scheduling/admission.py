@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import attrs
 
-from memserve.messages import ActorId, Submit
-from memserve.scheduling.fair_queue import FairQueue, Held
+from memserve.identity import ActorId
+from memserve.messages import Submit
+from memserve.scheduling.fair_queue import FairQueue, HeldRequest
 
 HELD_S = 60.0
 """Longest time that a request waits while no worker is ready."""
@@ -55,7 +56,7 @@ class Refusal:
 
 
 @attrs.frozen
-class Wish:
+class IncomingRequest:
     """A request that comes, as it is seen here."""
 
     submit: Submit
@@ -115,7 +116,7 @@ class Admission:
 
     # ---- in -------------------------------------------------------------------------------------------------
 
-    def ask(self, wish: Wish, workers: int, now: float) -> Refusal | None:
+    def ask(self, wish: IncomingRequest, workers: int, now: float) -> Refusal | None:
         """Let a request wait, or refuse it. It must not wait already."""
         submit, scope = wish.submit, wish.submit.request.scope
         one = held(wish, now)
@@ -158,14 +159,14 @@ class Admission:
 
     # ---- out ------------------------------------------------------------------------------------------------
 
-    def served(self, one: Held, now: float) -> None:
+    def served(self, one: HeldRequest, now: float) -> None:
         """``queue.first()`` was placed."""
         self.queue.serve(one)
         self._pace.measure(len(self.queue) > 0, one.run_s, now)
         self._count("held_left_total")
         self._count("held_waited_s_total", now - one.since)
 
-    def refuse_first(self, one: Held, predicted_s: float, margin_s: float, now: float) -> Refusal:
+    def refuse_first(self, one: HeldRequest, predicted_s: float, margin_s: float, now: float) -> Refusal:
         """``queue.first()`` would come too late."""
         self._drop(one, now)
         return self.late(attrs.evolve(one.submit, age_s=now - one.since), predicted_s, margin_s)
@@ -218,17 +219,17 @@ class Admission:
         """When ``advance`` must be called next."""
         return self._look_at if len(self.queue) else float("inf")
 
-    def _due(self, one: Held) -> float:
+    def _due(self, one: HeldRequest) -> float:
         return min(one.heard_at + FORGOTTEN_S, self._ends_at(one))
 
-    def _ends_at(self, one: Held) -> float:
+    def _ends_at(self, one: HeldRequest) -> float:
         """When it has waited for too long."""
         nobody = float("inf")
         if self._nobody_since is not None:
             nobody = max(self._nobody_since, one.since) + HELD_S
         return min(nobody, one.latest)
 
-    def _too_long(self, one: Held, now: float) -> Refusal:
+    def _too_long(self, one: HeldRequest, now: float) -> Refusal:
         waited = now - one.since
         submit = attrs.evolve(one.submit, age_s=waited)
         if now >= one.latest:
@@ -242,7 +243,7 @@ class Admission:
 
     # ---- figures --------------------------------------------------------------------------------------------
 
-    def wait_s(self, one: Held, workers: int) -> float:
+    def wait_s(self, one: HeldRequest, workers: int) -> float:
         """Predicted seconds until a request that comes now would leave."""
         if not len(self.queue):
             return 0.0
@@ -286,7 +287,7 @@ class Admission:
         if one is not None:
             self._drop(one, now)
 
-    def _drop(self, one: Held, now: float) -> None:
+    def _drop(self, one: HeldRequest, now: float) -> None:
         self.queue.drop(one)
         self._pace.measure(len(self.queue) > 0, 0.0, now)
 
@@ -307,11 +308,11 @@ class Admission:
         self.counters[name] = self.counters.get(name, 0.0) + amount
 
 
-def held(wish: Wish, now: float) -> Held:
+def held(wish: IncomingRequest, now: float) -> HeldRequest:
     """A request as it waits."""
     request = wish.submit.request
     since = now - wish.submit.age_s
     first = request.attempt == 0
     by = since + request.ttft_s if first and request.ttft_s is not None else float("inf")
     rank = request.priority if first else RESUMED
-    return Held(wish.submit, rank, wish.tokens, wish.run_s, since, now, by)
+    return HeldRequest(wish.submit, rank, wish.tokens, wish.run_s, since, now, by)

@@ -12,7 +12,8 @@ from collections.abc import Iterable
 import attrs
 
 from memserve.errors import RequestFailed
-from memserve.messages import ActorId, Change, Member, actor_name
+from memserve.identity import ActorId, actor_name
+from memserve.messages import Change, Member
 from memserve.scheduling.membership import pairs
 
 HAND = "hand"

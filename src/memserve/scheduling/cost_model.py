@@ -20,7 +20,7 @@ from memserve.engine.batching import ALONE
 
 
 @attrs.frozen
-class Link:
+class LinkModel:
     """One way for bytes: a fixed time for each use, and a time for each byte."""
 
     fixed_s: float = 0.0
@@ -31,16 +31,16 @@ class Link:
         return self.fixed_s + self.byte_s * (size + queued)
 
 
-LINKS: Mapping[str, Link] = {
-    "shared": Link(0.001),
-    "mapped": Link(0.002, 1 / 4e9),
-    "cuda": Link(0.001, 1 / 20e9),
-    "tcp": Link(0.004, 1 / 1e9),
-    "nixl": Link(0.001, 1 / 20e9),
+LINKS: Mapping[str, LinkModel] = {
+    "shared": LinkModel(0.001),
+    "mapped": LinkModel(0.002, 1 / 4e9),
+    "cuda": LinkModel(0.001, 1 / 20e9),
+    "tcp": LinkModel(0.004, 1 / 1e9),
+    "nixl": LinkModel(0.001, 1 / 20e9),
 }
 """Between shards, by path (docs/transfers.md), and ``shared``: workers of one shard, where no byte moves. What is assumed
 until something else is said."""
-SWAP = Link(0.001, 1 / 2e9)
+SWAP = LinkModel(0.001, 1 / 2e9)
 """From the host tier into the arena."""
 
 
@@ -50,8 +50,8 @@ class CostModel:
 
     steps: StepCosts
     scale: float = 1.0
-    links: Mapping[str, Link] = attrs.field(factory=lambda: LINKS)
-    swap: Link = SWAP
+    links: Mapping[str, LinkModel] = attrs.field(factory=lambda: LINKS)
+    swap: LinkModel = SWAP
     _tokens: tuple[float, ...] = attrs.field(init=False, repr=False)
     _lines: tuple[tuple[float, float, float], ...] = attrs.field(init=False, repr=False)
     """What is right of each entry of the table: its tokens, its seconds, seconds a token."""
@@ -71,8 +71,8 @@ class CostModel:
         Raises TypeError for an unknown key, ValueError for a wrong table.
         """
         told = dict(table)
-        links = {path: Link(**one) for path, one in told.pop("links", {}).items()}
-        swap = Link(**told.pop("swap")) if "swap" in told else SWAP
+        links = {path: LinkModel(**one) for path, one in told.pop("links", {}).items()}
+        swap = LinkModel(**told.pop("swap")) if "swap" in told else SWAP
         told["dense"] = tuple((float(tokens), float(seconds)) for tokens, seconds in told["dense"])
         return cls(StepCosts(**told), links={**LINKS, **links}, swap=swap)
 

@@ -25,7 +25,7 @@ TURNS = 8
 
 
 @attrs.define(eq=False)
-class Held:
+class HeldRequest:
     """A request that waits in the scheduler."""
 
     submit: Submit
@@ -64,7 +64,7 @@ class Tenant:
 
     start: float
     """Virtual time at which its next request starts."""
-    held: list[Held] = attrs.field(factory=list)
+    held: list[HeldRequest] = attrs.field(factory=list)
     run_s: float = 0.0
     """Of all of them."""
     listed: bool = False
@@ -84,7 +84,7 @@ class FairClass:
     _order: list[tuple[float, str]] = attrs.field(factory=list)
     """A heap of starts and tenants; one whose start is no longer its tenant's, or who has nothing, is passed over."""
 
-    def add(self, one: Held) -> None:
+    def add(self, one: HeldRequest) -> None:
         """Let a request wait."""
         tenant = self._tenants.get(one.scope)
         if tenant is None:
@@ -96,7 +96,7 @@ class FairClass:
         self.waiting += 1
         self._list(tenant, one.scope)
 
-    def first(self) -> Held:
+    def first(self) -> HeldRequest:
         """The next to leave; there must be one."""
         while True:
             start, scope = self._order[0]
@@ -106,7 +106,7 @@ class FairClass:
             heappop(self._order)
             tenant.listed &= tenant.start != start
 
-    def serve(self, one: Held, turn: int) -> None:
+    def serve(self, one: HeldRequest, turn: int) -> None:
         """``first`` leaves, and its tenant pays for it."""
         tenant = self._tenants[one.scope]
         self._now, self.passed_at = tenant.start, turn
@@ -114,7 +114,7 @@ class FairClass:
         self.drop(one)
         self._list(tenant, one.scope)
 
-    def drop(self, one: Held) -> None:
+    def drop(self, one: HeldRequest) -> None:
         """It leaves without having been served."""
         tenant = self._tenants[one.scope]
         tenant.held.remove(one)
@@ -152,17 +152,17 @@ class FairQueue:
     """All that waits, by class and tenant."""
 
     _classes: dict[int, FairClass] = attrs.field(factory=dict)
-    _held: dict[tuple[str, int], Held] = attrs.field(factory=dict)
+    _held: dict[tuple[str, int], HeldRequest] = attrs.field(factory=dict)
     _of_tenant: dict[str, int] = attrs.field(factory=dict)
     _turn: int = 0
 
     def __len__(self) -> int:
         return len(self._held)
 
-    def __iter__(self) -> Iterator[Held]:
+    def __iter__(self) -> Iterator[HeldRequest]:
         return iter(list(self._held.values()))
 
-    def get(self, key: tuple[str, int]) -> Held | None:
+    def get(self, key: tuple[str, int]) -> HeldRequest | None:
         """The request, if it waits."""
         return self._held.get(key)
 
@@ -170,7 +170,7 @@ class FairQueue:
         """How many requests of a tenant wait."""
         return self._of_tenant.get(scope, 0)
 
-    def add(self, one: Held) -> None:
+    def add(self, one: HeldRequest) -> None:
         """Let a request wait; it must not wait yet."""
         assert one.key not in self._held, f"{one.key} waits already"
         self._held[one.key] = one
@@ -179,17 +179,17 @@ class FairQueue:
             self._classes[one.rank] = FairClass(self._turn)
         self._classes[one.rank].add(one)
 
-    def first(self) -> Held:
+    def first(self) -> HeldRequest:
         """The next to leave; there must be one."""
         return self._classes[self._rank()].first()
 
-    def serve(self, one: Held) -> None:
+    def serve(self, one: HeldRequest) -> None:
         """``first`` leaves."""
         self._turn += 1
         self._classes[one.rank].serve(one, self._turn)
         self._forget(one)
 
-    def drop(self, one: Held) -> None:
+    def drop(self, one: HeldRequest) -> None:
         """Any one leaves without having been served."""
         self._classes[one.rank].drop(one)
         self._forget(one)
@@ -216,7 +216,7 @@ class FairQueue:
             return min(ranks, key=lambda rank: (ranks[rank].passed_at, rank))
         return min(ranks)
 
-    def _forget(self, one: Held) -> None:
+    def _forget(self, one: HeldRequest) -> None:
         del self._held[one.key]
         self._of_tenant[one.scope] -= 1
         if not self._of_tenant[one.scope]:

@@ -17,7 +17,8 @@ from itertools import chain
 import attrs
 
 from memserve.costs import StepCosts
-from memserve.messages import ActorId, Member
+from memserve.identity import ActorId
+from memserve.messages import Member
 from memserve.scheduling.cost_model import CostModel
 from memserve.scheduling.membership import DECODES, PREFILLS
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 
 import attrs
 
-from memserve.messages import ActorId
+from memserve.identity import ActorId
 from memserve.tokens import TOKEN_BYTES
 
 
@@ -44,7 +44,7 @@ class Root(Node):
 
 
 @attrs.frozen
-class Held:
+class ShardHit:
     """What one shard holds of a prompt."""
 
     tokens: int = 0
@@ -53,11 +53,11 @@ class Held:
     """Of these, those that must be brought into the device tier first."""
 
 
-NOTHING = Held()
+NOTHING = ShardHit()
 
 
 @attrs.frozen
-class Match:
+class PromptPath:
     """A prompt's way down the tree. Valid until the tree changes."""
 
     path: tuple[tuple[Node, int], ...] = ()
@@ -66,7 +66,7 @@ class Match:
     loss_share: float = 0.0
     """The chance that a page which is evicted now will be missed (see :mod:`memserve.scheduling.losses`)."""
 
-    def held(self, shard: ActorId) -> Held:
+    def held(self, shard: ActorId) -> ShardHit:
         """What ``shard`` holds of the prompt."""
         tokens = slow = 0
         for node, shared in self.path:
@@ -76,7 +76,7 @@ class Match:
             tokens += shared
             if tier > 0:
                 slow += shared
-        return Held(tokens, slow) if tokens else NOTHING
+        return ShardHit(tokens, slow) if tokens else NOTHING
 
     def best(self, limit: int) -> list[ActorId]:
         """Up to ``limit`` shards, those that hold the most first."""
@@ -111,7 +111,7 @@ class GlobalTree:
     def __attrs_post_init__(self) -> None:
         self.width = self.page_tokens * TOKEN_BYTES
 
-    def match(self, scope: str, tokens: bytes, loss_share: float = 0.0) -> Match:
+    def match(self, scope: str, tokens: bytes, loss_share: float = 0.0) -> PromptPath:
         """The longest prefix of packed ``tokens`` that any shard holds."""
         node: Node | None = self.roots.get(scope)
         path = []
@@ -123,7 +123,7 @@ class GlobalTree:
             path.append((child, len(child.key) // TOKEN_BYTES))
             at += len(child.key)
             node = child
-        return Match(tuple(path), self.page_tokens, loss_share)
+        return PromptPath(tuple(path), self.page_tokens, loss_share)
 
     def prefix(self, node: Node) -> tuple[bytes, str]:
         """The tokens before a node, and their scope."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import attrs
 
-from memserve.messages import ActorId
+from memserve.identity import ActorId
 from memserve.pool_messages import IndexEvent
 from memserve.scheduling.global_tree import GlobalTree, Node
 from memserve.scheduling.losses import Losses

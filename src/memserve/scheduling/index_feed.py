@@ -7,9 +7,9 @@ from __future__ import annotations
 import attrs
 
 from memserve.actions import Send
-from memserve.messages import ActorId
+from memserve.identity import ActorId
 from memserve.pool_messages import IndexDelta, IndexEvent, IndexSnapshot, IndexWanted
-from memserve.scheduling.global_tree import GlobalTree, Match
+from memserve.scheduling.global_tree import GlobalTree, PromptPath
 from memserve.scheduling.holdings import EventsDoNotFit, Holdings
 from memserve.scheduling.losses import Losses
 from memserve.tokens import TOKEN_BYTES
@@ -50,7 +50,7 @@ class IndexFeed:
     def __attrs_post_init__(self) -> None:
         self.losses = Losses(self.tree.width, self.tree.pages)
 
-    def match(self, scope: str, tokens: bytes, now: float) -> Match:
+    def match(self, scope: str, tokens: bytes, now: float) -> PromptPath:
         """Who holds what of a prompt."""
         match = self.tree.match(scope, tokens, self.losses.share)
         self.losses.missed(scope, tokens, match.tokens * TOKEN_BYTES)

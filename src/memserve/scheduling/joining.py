@@ -6,7 +6,8 @@ import attrs
 
 from memserve.actions import Action, Stop
 from memserve.costs import StepCosts
-from memserve.messages import ActorId, Cluster, Gone, Member, Message, actor_name
+from memserve.identity import ActorId, actor_name
+from memserve.messages import Cluster, Gone, Member, Message
 
 
 @attrs.define

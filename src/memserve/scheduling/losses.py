@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 import attrs
 
-from memserve.messages import ActorId
+from memserve.identity import ActorId
 from memserve.tokens import TOKEN_BYTES
 
 REMEMBERED = 20_000

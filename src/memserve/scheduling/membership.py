@@ -7,7 +7,8 @@ from collections.abc import Iterable
 
 import attrs
 
-from memserve.messages import ActorId, Member, actor_name
+from memserve.identity import ActorId, actor_name
+from memserve.messages import Member
 
 DEAD_AFTER_S = 5.0
 """Silence after which a member is held for dead and fenced off."""

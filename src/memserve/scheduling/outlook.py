@@ -16,7 +16,7 @@ import attrs
 
 from memserve.identity import ActorId
 from memserve.scheduling.fleet import UNKNOWN, Fleet, Side, Worker
-from memserve.scheduling.global_tree import Match
+from memserve.scheduling.global_tree import PromptPath
 from memserve.scheduling.punctuality import margin_s
 
 LOOKED_AT = 3
@@ -28,7 +28,7 @@ ROWS_AHEAD = 1.25
 
 
 @attrs.frozen
-class Room:
+class Occupancy:
     """How full the cluster is."""
 
     served: bool
@@ -50,15 +50,15 @@ def is_open(fleet: Fleet, hold_back_s: float, now: float) -> bool:
     return room(fleet, hold_back_s, now).open
 
 
-def room(fleet: Fleet, hold_back_s: float, now: float) -> Room:
+def room(fleet: Fleet, hold_back_s: float, now: float) -> Occupancy:
     """Whether the cluster has room for a prompt."""
     prefills, decodes = list(_best(fleet, fleet.prefills)), list(_best(fleet, fleet.decodes))
     if not prefills or not decodes:
-        return Room(served=False, open=False)
+        return Occupancy(served=False, open=False)
     if not any(_takes_streams(one) for one in decodes):
-        return Room(served=True, open=False)
+        return Occupancy(served=True, open=False)
     at = min(one.queue_until for one in prefills) - hold_back_s
-    return Room(served=True, open=at <= now, at=at)
+    return Occupancy(served=True, open=at <= now, at=at)
 
 
 @attrs.frozen
@@ -112,7 +112,7 @@ def prospect(found: Sequence[Forecast], within_s: float, hold_back_s: float, now
     return Prospect(best.sure_s, best.margin_s, timely, room_at)
 
 
-def forecasts(fleet: Fleet, match: Match, tokens: int, answer: float, now: float) -> list[Forecast]:
+def forecasts(fleet: Fleet, match: PromptPath, tokens: int, answer: float, now: float) -> list[Forecast]:
     """Of the workers that are looked at, where answers have ``answer`` tokens; none where nobody can take a prompt."""
     candidates = {one.member.id: one for one in _best(fleet, fleet.prefills)}
     for shard in match.best(1):
@@ -122,13 +122,13 @@ def forecasts(fleet: Fleet, match: Match, tokens: int, answer: float, now: float
     return [_forecast(one, match, tokens, answer, now) for one in candidates.values()]
 
 
-def _forecast(one: Worker, match: Match, tokens: int, answer: float, now: float) -> Forecast:
+def _forecast(one: Worker, match: PromptPath, tokens: int, answer: float, now: float) -> Forecast:
     row_s = one.row_s(answer)
     run_s = one.prefill_s(tokens, match.held(one.member.shard).tokens, now)
     return Forecast(one, row_s, max(one.wait_s(now), row_s) + run_s)
 
 
-def run_s(fleet: Fleet, match: Match, tokens: int) -> float:
+def run_s(fleet: Fleet, match: PromptPath, tokens: int) -> float:
     """Seconds to run a prompt where the most of it is cached, without a queue; of some small machine where nobody is known."""
     for shard in match.best(1):
         ranking = fleet.prefills.of_shard.get(shard)
@@ -139,7 +139,7 @@ def run_s(fleet: Fleet, match: Match, tokens: int) -> float:
     return UNKNOWN.dense[-1][1] / UNKNOWN.dense[-1][0] * tokens
 
 
-def _run_s(one: Worker, match: Match, tokens: int) -> float:
+def _run_s(one: Worker, match: PromptPath, tokens: int) -> float:
     return one.model.prefill_s(tokens, match.held(one.member.shard).tokens)
 
 

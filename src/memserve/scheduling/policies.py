@@ -16,14 +16,14 @@ import attrs
 from memserve.identity import ActorId
 from memserve.messages import Request
 from memserve.scheduling.fleet import SURE_S, Fleet, Placed
-from memserve.scheduling.global_tree import Match
+from memserve.scheduling.global_tree import PromptPath
 from memserve.scheduling.membership import Pair
 from memserve.scheduling.membership import pairs as all_pairs
 from memserve.tokens import TOKEN_BYTES, count
 
 
 @attrs.frozen
-class Choice:
+class Placement:
     """Where a request goes, and why. Fields as in :class:`~memserve.messages.Plan`."""
 
     prefill: ActorId
@@ -38,7 +38,7 @@ class Choice:
     candidates: str = ""
     """What the best few would have cost."""
 
-    def explain(self, match: Match) -> dict[str, object]:
+    def explain(self, match: PromptPath) -> dict[str, object]:
         """Why: what else there was, and whether a cached prefix was used, left where it is, or not there at all."""
         used = max(self.expected_tokens, self.source_tokens)
         if not match.tokens:
@@ -65,8 +65,8 @@ class Policy(Protocol):
     """Chooses among the workers of a fleet."""
 
     def choose(
-        self, fleet: Fleet, request: Request, match: Match, now: float, only: Collection[ActorId] = ()
-    ) -> Choice | None:
+        self, fleet: Fleet, request: Request, match: PromptPath, now: float, only: Collection[ActorId] = ()
+    ) -> Placement | None:
         """Where ``request`` goes; None where nobody can take it. ``only``: who may run its prompt; none named: anyone."""
 
     def learn(self, scope: str, tokens: int) -> None:
@@ -81,15 +81,15 @@ class PairPolicy:
     """Chooses among all pairs, which it lists: fine for tens of workers."""
 
     def choose(
-        self, fleet: Fleet, request: Request, match: Match, now: float, only: Collection[ActorId] = ()
-    ) -> Choice | None:
+        self, fleet: Fleet, request: Request, match: PromptPath, now: float, only: Collection[ActorId] = ()
+    ) -> Placement | None:
         pairs = [one for one in all_pairs(fleet.members()) if not only or one.prefill.id in only]
         if not pairs:
             return None
         pair = self.pick(fleet, pairs, request, match)
         shard, other = pair.prefill.shard, pair.decode.shard
         held = match.held(shard).tokens
-        choice = Choice(
+        choice = Placement(
             pair.prefill.id,
             pair.decode.id,
             shard,
@@ -99,7 +99,7 @@ class PairPolicy:
         note(fleet, choice, request, held, SURE_S, now)
         return choice
 
-    def pick(self, fleet: Fleet, pairs: list[Pair], request: Request, match: Match) -> Pair:
+    def pick(self, fleet: Fleet, pairs: list[Pair], request: Request, match: PromptPath) -> Pair:
         """One of at least one pair."""
         raise NotImplementedError
 
@@ -117,7 +117,7 @@ class RoundRobin(PairPolicy):
     _prefills: int = 0
     _decodes: int = 0
 
-    def pick(self, fleet: Fleet, pairs: list[Pair], request: Request, match: Match) -> Pair:
+    def pick(self, fleet: Fleet, pairs: list[Pair], request: Request, match: PromptPath) -> Pair:
         prefills = sorted({one.prefill.id for one in pairs})
         prefill = prefills[self._prefills % len(prefills)]
         decodes = sorted((one for one in pairs if one.prefill.id == prefill), key=lambda one: one.decode.id)
@@ -131,7 +131,7 @@ class RoundRobin(PairPolicy):
 class LeastLoad(PairPolicy):
     """The prefill worker with the fewest tokens to run, then the decode worker with the fewest streams."""
 
-    def pick(self, fleet: Fleet, pairs: list[Pair], request: Request, match: Match) -> Pair:
+    def pick(self, fleet: Fleet, pairs: list[Pair], request: Request, match: PromptPath) -> Pair:
         return min(pairs, key=lambda one: _load(fleet, one))
 
 
@@ -139,7 +139,7 @@ class LeastLoad(PairPolicy):
 class LongestPrefix(PairPolicy):
     """The worker whose shard holds the most of the prompt, whatever its load; of equals, the least loaded."""
 
-    def pick(self, fleet: Fleet, pairs: list[Pair], request: Request, match: Match) -> Pair:
+    def pick(self, fleet: Fleet, pairs: list[Pair], request: Request, match: PromptPath) -> Pair:
         return min(pairs, key=lambda one: (-match.held(one.prefill.shard).tokens, *_load(fleet, one)))
 
 
@@ -151,7 +151,7 @@ ALIKE_MAX = 64
 
 
 @attrs.define
-class Session(LeastLoad):
+class StickySession(LeastLoad):
     """A session stays with its worker, whatever the load; a new one goes to the least loaded.
 
     Nobody names sessions to us, so a request belongs to the one whose last prompt its own begins with.
@@ -160,7 +160,7 @@ class Session(LeastLoad):
     _sessions: OrderedDict[bytes, OrderedDict[bytes, ActorId]] = attrs.field(factory=OrderedDict)
     """By the opening: the last prompts, and their prefill workers."""
 
-    def pick(self, fleet: Fleet, pairs: list[Pair], request: Request, match: Match) -> Pair:
+    def pick(self, fleet: Fleet, pairs: list[Pair], request: Request, match: PromptPath) -> Pair:
         opening = request.tokens[: OPENING_TOKENS * TOKEN_BYTES]
         key = hashlib.blake2b(opening, digest_size=16, key=request.scope.encode()[:64]).digest()
         alike = self._sessions.pop(key, None)
@@ -182,7 +182,7 @@ class Session(LeastLoad):
 
 def note(
     fleet: Fleet,
-    choice: Choice,
+    choice: Placement,
     request: Request,
     cached: int,
     decode_sure_s: float,
@@ -209,7 +209,7 @@ def _load(fleet: Fleet, pair: Pair) -> tuple[float, float, float, float, ActorId
 PLAIN: dict[str, Callable[[], Policy]] = {
     "round_robin": RoundRobin,
     "least_load": LeastLoad,
-    "session": Session,
+    "session": StickySession,
     "longest_prefix": LongestPrefix,
 }
 """The values of ``scheduler.policy``, but for ``cost``."""

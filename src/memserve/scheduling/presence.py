@@ -9,7 +9,8 @@ import attrs
 from msgspec import UNSET, UnsetType
 
 from memserve.actions import Action, Overslept, Send
-from memserve.messages import ActorId, Change, Load, Member, Message
+from memserve.identity import ActorId
+from memserve.messages import Change, Load, Member, Message
 from memserve.scheduling.changes import changed
 
 HEARTBEAT_S = 1.0

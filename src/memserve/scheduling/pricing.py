@@ -32,12 +32,12 @@ import attrs
 
 from memserve.identity import ActorId
 from memserve.messages import Request
-from memserve.scheduling.cost_model import LINKS, CostModel, Link
+from memserve.scheduling.cost_model import LINKS, CostModel, LinkModel
 from memserve.scheduling.fleet import SURE_S, Fleet, Worker
-from memserve.scheduling.global_tree import Match
+from memserve.scheduling.global_tree import PromptPath
 from memserve.scheduling.membership import DECODES, PREFILLS
 from memserve.scheduling.outputs import OutputLengths
-from memserve.scheduling.policies import PLAIN, Choice, Policy, note
+from memserve.scheduling.policies import PLAIN, Placement, Policy, note
 from memserve.tokens import count
 
 BY_QUEUE = 3
@@ -116,19 +116,19 @@ class Cost:
     """See the module's text."""
 
     weights: Weights = Weights()
-    links: Mapping[str, Link] = attrs.field(factory=lambda: LINKS)
+    links: Mapping[str, LinkModel] = attrs.field(factory=lambda: LINKS)
     outputs: OutputLengths = attrs.field(factory=OutputLengths)
     ways: Ways = attrs.field(factory=Ways, init=False)
 
-    def link(self, fleet: Fleet, source: ActorId, to: ActorId) -> Link:
+    def link(self, fleet: Fleet, source: ActorId, to: ActorId) -> LinkModel:
         """How pages move from one shard to another."""
         here, there = fleet.shards.get(source), fleet.shards.get(to)
         far = here is not None and there is not None and here.host != there.host
         return self.links[self.weights.far_path if far else self.weights.path]
 
     def choose(
-        self, fleet: Fleet, request: Request, match: Match, now: float, only: Collection[ActorId] = ()
-    ) -> Choice | None:
+        self, fleet: Fleet, request: Request, match: PromptPath, now: float, only: Collection[ActorId] = ()
+    ) -> Placement | None:
         quote = Quote(self, fleet, match, count(request.tokens), self.outputs.expect(request), now, only)
         priced = quote.candidates()
         if not priced:
@@ -155,7 +155,7 @@ class Quote:
 
     policy: Cost
     fleet: Fleet
-    match: Match
+    match: PromptPath
     tokens: int
     answer: float
     now: float
@@ -317,7 +317,7 @@ class Quote:
 
     # ---- what is done ---------------------------------------------------------------------------------------
 
-    def take(self, priced: list[Candidate]) -> Choice:
+    def take(self, priced: list[Candidate]) -> Placement:
         """The first of them, counted on the ways and in the room of shards."""
         _, handed, _, decode, start = priced[0]
         member, decode_shard = start.worker.member, self.fleet.workers[decode].member.shard
@@ -331,7 +331,7 @@ class Quote:
             )
         new = self.tokens - start.expected + (0.0 if far else self.answer)
         self.fleet.took(member.shard, new / self.match.page_tokens)
-        return Choice(
+        return Placement(
             member.id, decode, member.shard, decode_shard if far else ActorId(""),
             start.source, start.source_tokens, start.expected, start.ttft,
             "; ".join([_shown(*one) for one in priced[:SHOWN]]),

@@ -23,7 +23,8 @@ from collections.abc import Iterator
 import attrs
 
 from memserve.actions import Action, Log, Send
-from memserve.messages import ActorId, Change, Member, actor_name
+from memserve.identity import ActorId, actor_name
+from memserve.messages import Change, Member
 from memserve.scheduling.changes import HAND, SCHEDULER
 from memserve.scheduling.fleet import Fleet, Side, Worker
 from memserve.scheduling.membership import pairs
@@ -55,7 +56,7 @@ ANSWER_WEIGHT = 0.02
 
 
 @attrs.define
-class Wish:
+class WantedRole:
     """The role that a worker is to have."""
 
     role: str
@@ -129,7 +130,7 @@ class Roles:
     prices: Prices = attrs.field(factory=lambda: Prices(3.0))
     deadline: float = attrs.field(init=False)
     """When ``advance`` must be called next."""
-    _wishes: dict[str, Wish] = attrs.field(factory=dict, init=False)
+    _wishes: dict[str, WantedRole] = attrs.field(factory=dict, init=False)
     _complete_at: float | None = attrs.field(default=None, init=False)
     """When there was last somebody on both sides, or this began."""
     _widened_at: float = attrs.field(default=float("-inf"), init=False)
@@ -148,7 +149,7 @@ class Roles:
         if member.state == "draining":
             self._wishes.pop(name, None)  # it leaves for good
         elif _is_news(member, wish):
-            self._wishes[name] = Wish(member.role, member.role_by, member.role_configured, member.id)
+            self._wishes[name] = WantedRole(member.role, member.role_by, member.role_configured, member.id)
         elif wish is None:
             pass
         elif (member.role, member.role_by) == (wish.role, wish.by):
@@ -259,7 +260,9 @@ class Roles:
         return member.role if wish is None else wish.role
 
     def _wish(self, member: Member, role: str, because: str, now: float) -> list[Action]:
-        self._wishes[actor_name(member.id)] = Wish(role, SCHEDULER, member.role_configured, asked_at=now)
+        self._wishes[actor_name(member.id)] = WantedRole(
+            role, SCHEDULER, member.role_configured, asked_at=now
+        )
         said = {
             "worker": member.id,
             "role": role,
@@ -270,7 +273,7 @@ class Roles:
         return [Send(member.id, Change(role, by=SCHEDULER)), Log("info", "role wanted", said)]
 
 
-def _is_news(member: Member, wish: Wish | None) -> bool:
+def _is_news(member: Member, wish: WantedRole | None) -> bool:
     """Whether it has a role that was given to it and that is not known here, or outweighs what is."""
     if wish is None:
         return member.role_by in (HAND, SCHEDULER)

@@ -15,8 +15,8 @@ import attrs
 from msgspec import UNSET, UnsetType
 
 from memserve.actions import Action, Died, Log, Send
+from memserve.identity import ActorId
 from memserve.messages import (
-    ActorId,
     Cancel,
     Cluster,
     Ended,
@@ -36,9 +36,9 @@ from memserve.messages import (
     Submit,
 )
 from memserve.pool_messages import IndexDelta, IndexSnapshot, Prefetch
-from memserve.scheduling.admission import Admission, Refusal, Wish
+from memserve.scheduling.admission import Admission, IncomingRequest, Refusal
 from memserve.scheduling.fleet import Fleet
-from memserve.scheduling.global_tree import Match
+from memserve.scheduling.global_tree import PromptPath
 from memserve.scheduling.index_feed import IndexFeed
 from memserve.scheduling.membership import Membership
 from memserve.scheduling.outlook import Prospect, forecasts, is_open, prospect, room, run_s
@@ -186,14 +186,14 @@ class SchedulerCore:
         if not (at_once and self._place(request, match, now, only)):
             self._hold(submit, match, now)
 
-    def _prospect(self, request: Request, match: Match, within_s: float, now: float) -> Prospect:
+    def _prospect(self, request: Request, match: PromptPath, within_s: float, now: float) -> Prospect:
         found = forecasts(self.fleet, match, count(request.tokens), self._lengths.expect(request), now)
         return prospect(found, within_s, self.hold_back_s, now)
 
-    def _hold(self, submit: Submit, match: Match, now: float) -> None:
+    def _hold(self, submit: Submit, match: PromptPath, now: float) -> None:
         request, tokens = submit.request, count(submit.request.tokens)
         found = self._prospect(request, match, float("inf"), now)
-        wish = Wish(
+        wish = IncomingRequest(
             submit,
             tokens + self._lengths.expect(request),
             run_s(self.fleet, match, tokens),
@@ -209,7 +209,7 @@ class SchedulerCore:
         self._log("info", "request held", request=request.id, attempt=request.attempt, waiting=waiting)
         self._bring_in(request, match)
 
-    def _bring_in(self, request: Request, match: Match) -> None:
+    def _bring_in(self, request: Request, match: PromptPath) -> None:
         """While it waits, the shard that holds most of its prompt may bring in what has left the device tier."""
         for shard in match.best(1):
             held = match.held(shard)
@@ -246,7 +246,7 @@ class SchedulerCore:
                 return
 
     def _place(
-        self, request: Request, match: Match, now: float, only: Mapping[ActorId, float], **said: object
+        self, request: Request, match: PromptPath, now: float, only: Mapping[ActorId, float], **said: object
     ) -> bool:
         choice = self.policy.choose(self.fleet, request, match, now, only)
         if choice is None:

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping
 
 from msgspec import UNSET, UnsetType
 
-from memserve.messages import Member, actor_name
+from memserve.identity import actor_name
+from memserve.messages import Member
 
 Terms = dict[str, str]
 """Settings by their keys; ``model.path`` stands for the content of its files."""

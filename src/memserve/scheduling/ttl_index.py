@@ -12,9 +12,9 @@ from collections import deque
 import attrs
 
 from memserve.actions import Send
-from memserve.messages import ActorId
+from memserve.identity import ActorId
 from memserve.pool_messages import IndexDelta, IndexSnapshot
-from memserve.scheduling.global_tree import GlobalTree, Match, Node
+from memserve.scheduling.global_tree import GlobalTree, Node, PromptPath
 from memserve.tokens import count
 
 
@@ -31,7 +31,7 @@ class TtlIndex:
     _placed: deque[tuple[float, ActorId, str, bytes]] = attrs.field(factory=deque, init=False)
     """Until when, who, and what; the oldest first."""
 
-    def match(self, scope: str, tokens: bytes, now: float) -> Match:
+    def match(self, scope: str, tokens: bytes, now: float) -> PromptPath:
         """Who is assumed to hold what of a prompt."""
         while self._placed and self._placed[0][0] <= now:
             _, shard, of, prompt = self._placed.popleft()

@@ -6,7 +6,8 @@ from collections.abc import Collection, Mapping
 
 import attrs
 
-from memserve.messages import ActorId, Cluster, Member, actor_name
+from memserve.identity import ActorId, actor_name
+from memserve.messages import Cluster, Member
 from memserve.scheduling.membership import DECODES, PREFILLS, pairs
 
 MISSED_S = 60.0

@@ -7,14 +7,14 @@ from typing import Any
 import attrs
 
 from memserve.engine.worker import WorkerCore
+from memserve.identity import ActorId
 from memserve.journal import FrontendCore
 from memserve.mempool.shard import ShardCore
-from memserve.messages import ActorId
 from memserve.scheduling.global_tree import GlobalTree
 from memserve.scheduling.index_feed import IndexFeed
 from memserve.scheduling.scheduler import SchedulerCore
 from memserve.sim.clients import Clients
-from memserve.sim.cluster import Cluster
+from memserve.sim.cluster import SimCluster
 from memserve.sim.world import Actor, Violation
 from memserve.tokens import count
 
@@ -27,7 +27,7 @@ and so does the quarantine of what a dead card may still write to."""
 class Audit:
     """Checks each core after its turns: every one of them, or every ``every``-th of a shard, whose check walks its pool."""
 
-    cluster: Cluster
+    cluster: SimCluster
     every: int = 1
     checks: int = 0
     _turns: int = 0
@@ -130,7 +130,7 @@ def _trouble(core: object, now: float) -> str:
     return "is not ready"
 
 
-def _open(cluster: Cluster, clients: Clients) -> str:
+def _open(cluster: SimCluster, clients: Clients) -> str:
     """The first request that has not ended, and who holds it."""
     for call in clients.open_calls.values():
         holders = [

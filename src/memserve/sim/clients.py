@@ -13,7 +13,7 @@ from memserve.errors import RequestFailed
 from memserve.journal import FrontendCore
 from memserve.messages import Request
 from memserve.scheduling.admission import ADMISSION_CODES
-from memserve.sim.cluster import Cluster
+from memserve.sim.cluster import SimCluster
 from memserve.sim.engines import drawn_token, next_token
 from memserve.sim.pages import content_of
 from memserve.sim.workloads import Session, Turn
@@ -64,7 +64,7 @@ class Call:
 class Clients:
     """Every session of a run."""
 
-    cluster: Cluster
+    cluster: SimCluster
     sessions: list[Session]
     seed: int
     patience: Callable[[Call], float | None] = lambda call: None

@@ -7,20 +7,21 @@ from functools import partial
 
 import attrs
 
-from memserve.actions import BatchDone, Copy, CopyDone, Deliver, Died, Kill, Move, RunBatch
+from memserve.actions import BatchDone, Copy, CopyDone, Deliver, Died, Kill, MoverOrder, RunBatch
 from memserve.costs import Site
 from memserve.engine.batching import BatchLimits, WorkerSettings
 from memserve.engine.plans import BatchPlan, BatchResult
 from memserve.engine.worker import WorkerCore
+from memserve.identity import ActorId
 from memserve.journal import FrontendCore
-from memserve.lifecycle import RestartPolicy
 from memserve.mempool.addresses import Home, Tier, tier_of
 from memserve.mempool.exchange import Exchange
-from memserve.mempool.exchanging import ExchangingShard
+from memserve.mempool.exchanging_shard import ExchangingShard
 from memserve.mempool.pool import Pool
 from memserve.mempool.room import Capacity
 from memserve.mempool.shard import ShardCore
-from memserve.messages import ActorId, Member
+from memserve.messages import Member
+from memserve.processes.lifecycle import RestartPolicy
 from memserve.scheduling.admission import Admission
 from memserve.scheduling.cost_model import CostModel
 from memserve.scheduling.global_tree import GlobalTree
@@ -37,7 +38,8 @@ from memserve.sim.pages import Arenas
 from memserve.sim.sites import Sites
 from memserve.sim.world import Actor, Violation, World
 from memserve.tokens import TOKEN_BYTES
-from memserve.transfer.values import Geometry, Way
+from memserve.transfer.values import Geometry
+from memserve.transfer_messages import Way
 
 SHARD_WAIT_S = 60.0
 """How long a starting worker waits for its shard before it asks to be restarted, as a real one."""
@@ -55,7 +57,7 @@ class Busy:
 
 
 @attrs.define(eq=False)
-class Cluster:
+class SimCluster:
     """See the module's text. ``deliver`` gets what Frontends pass on to their clients."""
 
     world: World
@@ -198,7 +200,7 @@ class Cluster:
         )
         self.arenas.open(id, plan)
         actor = Actor(id, "MemPoolShard", Reporting(core, presence, core.needs))
-        actor.perform[Move] = lambda move: self.movers.perform(actor, move.order)
+        actor.perform[MoverOrder] = lambda move: self.movers.perform(actor, move.order)
         actor.perform[Kill] = self._fence
         actor.perform[Copy] = lambda copy: self._copy(actor, copy)
         self.world.start(actor)

@@ -16,7 +16,7 @@ import attrs
 
 from memserve.costs import StepCosts
 from memserve.engine.plans import BatchPlan, Row
-from memserve.scheduling.cost_model import LINKS, CostModel, Link
+from memserve.scheduling.cost_model import LINKS, CostModel, LinkModel
 from memserve.sim.pages import Slots, content_of
 from memserve.tokens import TOKEN_BYTES, count
 
@@ -30,7 +30,7 @@ PAPER = CostModel(
         dense=((1, 0.0113), (300, 0.0113), (10_300, 0.3613)), row_s=20e-6, read_s=0.12e-6, pair_s=2e-9, chunk_tokens=512,
         token_bytes=820_000,
     ),
-    links={**LINKS, "mapped": Link(0.001, 1 / 100e9)},
+    links={**LINKS, "mapped": LinkModel(0.001, 1 / 100e9)},
 )  # fmt: skip
 """Of a 13B model on two H800, set from the paper's TTFT and TPOT at low load: reading the weights takes as long as
 computing 300 tokens. Pages move over NVLink, at a fourth of its speed. What is assumed until figures of another machine are given."""

@@ -9,7 +9,7 @@ import attrs
 
 from memserve.errors import UserError
 from memserve.sim.clients import Call
-from memserve.sim.cluster import Cluster
+from memserve.sim.cluster import SimCluster
 from memserve.sim.world import Actor
 
 KINDS = ("delay", "loss", "duplication", "partition", "crash", "pause", "slow", "damage", "cancel", "tear")
@@ -34,7 +34,7 @@ def parse(words: str) -> tuple[str, ...]:
 class Faults:
     """Draws the faults of one run and lets them happen. Everything is healed at ``heals_at`` seconds."""
 
-    cluster: Cluster
+    cluster: SimCluster
     random: random.Random
     kinds: tuple[str, ...]
     heals_at: float

@@ -7,10 +7,10 @@ import random
 import attrs
 
 from memserve.costs import StepCosts
-from memserve.scheduling.cost_model import LINKS, CostModel, Link
+from memserve.scheduling.cost_model import LINKS, CostModel, LinkModel
 from memserve.sim.audit import Audit
 from memserve.sim.clients import Clients
-from memserve.sim.cluster import Cluster
+from memserve.sim.cluster import SimCluster
 from memserve.sim.faults import KINDS, Faults
 from memserve.sim.layout import FAST, Layout, ShardPlan, WorkerPlan, on_sites
 from memserve.sim.network import LinkCosts, Network
@@ -18,7 +18,7 @@ from memserve.sim.workloads import Piece, Session, Turn
 from memserve.sim.world import Violation, World
 
 PAGE_TOKENS, TOKEN_BYTES = 4, 250
-SLOW = {"mapped": Link(0.005, 1e-5), "tcp": Link(0.02, 4e-5), "nixl": Link(0.002, 2e-5)}
+SLOW = {"mapped": LinkModel(0.005, 1e-5), "tcp": LinkModel(0.02, 4e-5), "nixl": LinkModel(0.002, 2e-5)}
 """Slow enough for something to go wrong while a page is on its way."""
 COSTS = CostModel(
     StepCosts(
@@ -143,7 +143,7 @@ class Trial:
     every: int = 8
     across: bool | None = None
     """Whether pages have to move between shards; None: in more than half of the seeds."""
-    cluster: Cluster = attrs.field(init=False)
+    cluster: SimCluster = attrs.field(init=False)
     clients: Clients = attrs.field(init=False)
     faults: Faults = attrs.field(init=False)
     audit: Audit = attrs.field(init=False)
@@ -158,7 +158,7 @@ class Trial:
         if self.across is None:
             chosen = random.Random(f"{self.seed}/roles").choice(("fixed", "auto"))
             layout = attrs.evolve(layout, roles=chosen)
-        self.cluster = Cluster(World(network), layout, COSTS, FAST)
+        self.cluster = SimCluster(World(network), layout, COSTS, FAST)
         self.clients = Clients(self.cluster, sessions, self.seed)
         self.faults = Faults(self.cluster, random.Random(f"{self.seed}/faults"), self.kinds, FAULTS_S)
         self.clients.patience = self.faults.patience

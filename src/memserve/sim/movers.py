@@ -12,13 +12,12 @@ from functools import partial
 
 import attrs
 
-from memserve.mempool.exchanging import ExchangingShard
-from memserve.messages import ActorId
-from memserve.scheduling.cost_model import LINKS, Link
+from memserve.identity import ActorId
+from memserve.mempool.exchanging_shard import ExchangingShard
+from memserve.scheduling.cost_model import LINKS, LinkModel
 from memserve.sim.pages import Arenas
 from memserve.sim.world import Actor, Violation, World
-from memserve.transfer.incoming import Key
-from memserve.transfer.messages import (
+from memserve.transfer.actions import (
     Expect,
     Received,
     ReceiveFailed,
@@ -28,7 +27,9 @@ from memserve.transfer.messages import (
     WriteFailed,
     Wrote,
 )
-from memserve.transfer.values import ON_ONE_HOST, Failure
+from memserve.transfer.incoming import Key
+from memserve.transfer.values import ON_ONE_HOST
+from memserve.transfer_messages import Failure
 
 
 @attrs.define(eq=False)
@@ -65,7 +66,7 @@ class Movers:
     """KV of a page, as it is counted."""
     timed_bytes: int
     """KV of a page of the model whose costs the run has: what takes its time."""
-    links: Mapping[str, Link] = attrs.field(factory=lambda: LINKS)
+    links: Mapping[str, LinkModel] = attrs.field(factory=lambda: LINKS)
     core_of: Callable[[str], object] = lambda name: None
     """The core of an actor, by name."""
     breaks: Callable[[], bool] = lambda: False

@@ -13,9 +13,9 @@ from itertools import accumulate
 
 import attrs
 
+from memserve.identity import ActorId
 from memserve.mempool.addresses import Tier, slot
 from memserve.mempool.pool import Pool
-from memserve.messages import ActorId
 from memserve.sim.layout import ShardPlan
 from memserve.sim.world import Violation
 from memserve.tokens import TOKEN_BYTES

@@ -10,7 +10,7 @@ import attrs
 
 from memserve.mempool.pool import Pool
 from memserve.sim.clients import Call, Clients
-from memserve.sim.cluster import Cluster
+from memserve.sim.cluster import SimCluster
 from memserve.tokens import count
 
 SHARES = (0.5, 0.9, 0.99)
@@ -98,7 +98,7 @@ class Report:
         return {**attrs.asdict(self), "hit_share": self.hit_share}
 
 
-def report(cluster: Cluster, clients: Clients, seed: int, faults: dict[str, int], warm: int = 0) -> Report:
+def report(cluster: SimCluster, clients: Clients, seed: int, faults: dict[str, int], warm: int = 0) -> Report:
     """Sum a run up, without its first ``warm`` requests."""
     calls = clients.calls[warm:]
     done = [call for call in calls if call.complete]
@@ -145,7 +145,7 @@ def _pages(pools: Sequence[Pool], name: str) -> int:
     return sum(int(getattr(pool.counters, name)) for pool in pools)
 
 
-def _workers(cluster: Cluster) -> tuple[WorkerReport, ...]:
+def _workers(cluster: SimCluster) -> tuple[WorkerReport, ...]:
     total = max(cluster.world.now, 1e-9)
     return tuple(
         WorkerReport(

@@ -10,7 +10,7 @@ import attrs
 from memserve.scheduling.cost_model import CostModel
 from memserve.sim.audit import Audit
 from memserve.sim.clients import Clients
-from memserve.sim.cluster import Cluster
+from memserve.sim.cluster import SimCluster
 from memserve.sim.engines import PAPER
 from memserve.sim.faults import Faults
 from memserve.sim.layout import Layout, Times
@@ -44,10 +44,10 @@ class Run:
     warm: float = 0.0
     """Share of requests, the first ones, that are left out of the report."""
 
-    def cluster(self) -> Cluster:
+    def cluster(self) -> SimCluster:
         """The cluster before its start."""
         network = Network(random.Random(f"{self.seed}/network"), LinkCosts())
-        cluster = Cluster(World(network), self.layout, self.costs, self.times, pages_checked=self.checked)
+        cluster = SimCluster(World(network), self.layout, self.costs, self.times, pages_checked=self.checked)
         if self.error:
             cluster.noise = _errors(self.seed, self.error, [one.name for one in self.layout.workers])
         return cluster

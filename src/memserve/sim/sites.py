@@ -1,6 +1,6 @@
 """Steps that share the cores of a site: each goes on at the speed that its share of the moment gives it.
 
-As with real workers (:mod:`memserve.engine.cores`), a step that is alone has all cores. Who comes then waits for its end, or for
+As with real workers (:mod:`memserve.engine.cpu_budget`), a step that is alone has all cores. Who comes then waits for its end, or for
 ``GIVE_AFTER_S``, and shares them from then on, from step to step, for as long as it has work. So a stream that comes beside
 another worker's long prompt stops for so long once, and the prompt is slower for as long as the stream's steps take, not to its end.
 """

@@ -15,7 +15,8 @@ from typing import Any
 import attrs
 
 from memserve.actions import Action, Log, Send, Stop
-from memserve.messages import ActorId, Cluster, Gone, Load, Message, actor_name
+from memserve.identity import ActorId, actor_name
+from memserve.messages import Cluster, Gone, Load, Message
 from memserve.scheduling.presence import Core
 from memserve.sim.network import Network
 

@@ -16,7 +16,8 @@ from memserve.errors import PeerError
 from memserve.kernels.gpu_memory import GpuArena, open_peer_pages
 from memserve.transfer.mapped import Mapped
 from memserve.transfer.mover import MoveError
-from memserve.transfer.values import Extent, Failure, Geometry
+from memserve.transfer.values import Extent, Geometry
+from memserve.transfer_messages import Failure
 
 COPY_BYTES = 64 << 20
 """Under way between two looks at whether to go on: a few milliseconds over PCIe."""

@@ -22,13 +22,10 @@ import attrs
 from memserve.actions import Kill
 from memserve.identity import ActorId
 from memserve.messages import Gone
-from memserve.transfer.messages import (
-    Expect,
-    IncomingAction,
-    Post,
-    Received,
-    ReceiveFailed,
-    StopReceiving,
+from memserve.transfer.actions import Expect, IncomingAction, Post, Received, ReceiveFailed, StopReceiving
+from memserve.transfer.values import ON_ONE_HOST, WRITTEN_BY_SENDER, Geometry
+from memserve.transfer_messages import (
+    Failure,
     ToReceiver,
     TransferArrived,
     TransferGranted,
@@ -38,8 +35,8 @@ from memserve.transfer.messages import (
     TransferSent,
     TransferStop,
     TransferWithdrawn,
+    Way,
 )
-from memserve.transfer.values import ON_ONE_HOST, WRITTEN_BY_SENDER, Failure, Geometry, Way
 
 STOP_REPEAT_S = 0.2
 """First pause before an unanswered TransferStop is repeated; it doubles up to STOP_REPEAT_MAX_S."""

@@ -23,7 +23,8 @@ import trio
 from memserve.errors import PeerError, PeerUnreachable
 from memserve.kernels.arena import attach_arena
 from memserve.transfer.mover import Memory, MoveError, PieceFeed, check_pages, settle
-from memserve.transfer.values import Extent, Failure, Geometry, Result, Transfer, Way, extents
+from memserve.transfer.values import Extent, Geometry, PageTransfer, Result, extents
+from memserve.transfer_messages import Failure, Way
 
 COPY_BYTES = 1 << 20
 """Copied between two looks at whether to go on; about 0.1 ms."""
@@ -84,7 +85,7 @@ class MappedMover:
     _threads: trio.CapacityLimiter = attrs.field(factory=partial(trio.CapacityLimiter, 2), init=False)
     """Two copies use the memory bus up; more would only take cores from the engines."""
 
-    async def send(self, transfer: Transfer, way: Way, feed: PieceFeed, deadline_s: float) -> Result:
+    async def send(self, transfer: PageTransfer, way: Way, feed: PieceFeed, deadline_s: float) -> Result:
         """See Mover. Fails with PEER_GONE when nobody serves the arena, REFUSED when its pages are others."""
         return await settle(transfer, deadline_s, partial(self._move, transfer, way, feed))
 
@@ -95,7 +96,7 @@ class MappedMover:
             peer.forgotten = True
             peer.release()
 
-    async def _move(self, transfer: Transfer, way: Way, feed: PieceFeed) -> int:
+    async def _move(self, transfer: PageTransfer, way: Way, feed: PieceFeed) -> int:
         check_pages(transfer, self.reach.pages)
         peer = await self._attached(way.address)
         if any(not 0 <= page < peer.pages for page in transfer.destination):
@@ -109,7 +110,7 @@ class MappedMover:
             peer.users -= 1
             peer.release()
 
-    async def _copy_all(self, transfer: Transfer, peer: Mapped, feed: PieceFeed) -> int:
+    async def _copy_all(self, transfer: PageTransfer, peer: Mapped, feed: PieceFeed) -> int:
         moved = 0
         while some := await feed.take():
             todo = [one for piece in some for one in extents(piece, transfer, self.reach.geometry)]

@@ -17,16 +17,15 @@ import trio
 
 from memserve.transfer.values import (
     Coverage,
-    Failure,
     Geometry,
+    PageTransfer,
     Piece,
     Result,
-    Transfer,
     TransferDone,
     TransferFailed,
-    Way,
     pieces,
 )
+from memserve.transfer_messages import Failure, Way
 
 PATHS = ("cuda", "mapped", "nixl", "tcp")
 """Fastest first; ``auto`` takes the first that both sides have."""
@@ -52,7 +51,7 @@ class PieceFeed:
         self._stirred = trio.Event()
 
     @classmethod
-    def whole(cls, transfer: Transfer, geometry: Geometry) -> PieceFeed:
+    def whole(cls, transfer: PageTransfer, geometry: Geometry) -> PieceFeed:
         """A feed of a transfer whose pages are all final."""
         feed = cls(len(transfer.source), geometry.parts(transfer.granularity))
         feed.put(pieces(transfer, geometry))
@@ -82,7 +81,7 @@ class Mover(Protocol):
 
     path: str
 
-    async def send(self, transfer: Transfer, way: Way, feed: PieceFeed, deadline_s: float) -> Result:
+    async def send(self, transfer: PageTransfer, way: Way, feed: PieceFeed, deadline_s: float) -> Result:
         """Move everything that ``feed`` brings into the receiver's pages.
 
         Answers within ``deadline_s`` seconds, or soon after, when no byte is being written any more; the same
@@ -96,7 +95,7 @@ class Mover(Protocol):
         """Let go of everything; no transfer is under way any more."""
 
 
-async def settle(transfer: Transfer, deadline_s: float, move: Callable[[], Awaitable[int]]) -> Result:
+async def settle(transfer: PageTransfer, deadline_s: float, move: Callable[[], Awaitable[int]]) -> Result:
     """Run ``move``, which returns the bytes it moved, and make a result of whatever happens."""
     try:
         with trio.fail_after(deadline_s):
@@ -107,7 +106,7 @@ async def settle(transfer: Transfer, deadline_s: float, move: Callable[[], Await
         return TransferFailed(transfer.id, error.failure, str(error))
 
 
-def check_pages(transfer: Transfer, pages: int) -> None:
+def check_pages(transfer: PageTransfer, pages: int) -> None:
     """Raise MoveError unless every source page is one of the arena's ``pages``."""
     wrong = [page for page in transfer.source if not 0 <= page < pages]
     if wrong:

@@ -18,9 +18,10 @@ from typing import Any
 import attrs
 import trio
 
-from memserve.messages import ActorId
+from memserve.identity import ActorId
 from memserve.transfer.mover import Memory, MoveError, PieceFeed, check_pages, settle
-from memserve.transfer.values import Failure, Result, Transfer, Way, extents
+from memserve.transfer.values import PageTransfer, Result, extents
+from memserve.transfer_messages import Failure, Way
 
 POLL_S = 50e-6
 """First pause between two looks at a transfer; it doubles up to POLL_MAX_S."""
@@ -84,7 +85,7 @@ class NixlMover:
     _peers: dict[bytes, str] = attrs.field(factory=dict, init=False)
     """Agents' names by their metadata."""
 
-    async def send(self, transfer: Transfer, way: Way, feed: PieceFeed, deadline_s: float) -> Result:
+    async def send(self, transfer: PageTransfer, way: Way, feed: PieceFeed, deadline_s: float) -> Result:
         """See Mover. Fails with PEER_GONE when the agent cannot be reached, CUT when a write breaks off."""
         return await settle(transfer, deadline_s, partial(self._move, transfer, way, feed))
 
@@ -104,7 +105,7 @@ class NixlMover:
     def _raw(self) -> Any:
         return self.agent._agent
 
-    async def _move(self, transfer: Transfer, way: Way, feed: PieceFeed) -> int:
+    async def _move(self, transfer: PageTransfer, way: Way, feed: PieceFeed) -> int:
         check_pages(transfer, self.agent.memory.pages)
         name = await self._known(way)
         moved = 0

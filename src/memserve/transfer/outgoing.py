@@ -19,7 +19,7 @@ import attrs
 
 from memserve.identity import ActorId
 from memserve.messages import Gone
-from memserve.transfer.messages import (
+from memserve.transfer.actions import (
     Feed,
     Forget,
     Order,
@@ -28,6 +28,15 @@ from memserve.transfer.messages import (
     Ready,
     Report,
     StopWriting,
+    Withdraw,
+    Write,
+    WriteFailed,
+    Wrote,
+)
+from memserve.transfer.values import Coverage, Geometry, PageTransfer, Piece, TransferDone, TransferFailed
+from memserve.transfer_messages import (
+    Failure,
+    Granularity,
     ToSender,
     TransferArrived,
     TransferGranted,
@@ -37,20 +46,6 @@ from memserve.transfer.messages import (
     TransferSent,
     TransferStop,
     TransferWithdrawn,
-    Withdraw,
-    Write,
-    WriteFailed,
-    Wrote,
-)
-from memserve.transfer.values import (
-    Coverage,
-    Failure,
-    Geometry,
-    Granularity,
-    Piece,
-    Transfer,
-    TransferDone,
-    TransferFailed,
     Way,
 )
 
@@ -185,7 +180,9 @@ class Outgoing:
         if order.fed and order.granularity is not Granularity.BY_LAYER:
             return f"only by_layer can be fed, not {order.granularity}"
         try:  # destination pages are not known yet; any distinct ones show whether the lists fit
-            Transfer(self.me, order.id, order.source, order.destination or tuple(range(len(order.source))))
+            PageTransfer(
+                self.me, order.id, order.source, order.destination or tuple(range(len(order.source)))
+            )
         except ValueError as error:
             return str(error)
         return ""
@@ -228,7 +225,7 @@ class Outgoing:
             return  # a repeat
         order = one.order
         try:
-            transfer = Transfer(self.me, number, order.source, pages, order.granularity)
+            transfer = PageTransfer(self.me, number, order.source, pages, order.granularity)
         except ValueError as error:
             self._give_up(number, Failure.REFUSED, f"the receiver's grant is wrong: {error}")
             return

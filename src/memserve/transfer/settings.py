@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import attrs
 
-from memserve.rules import a_reachable_host, one_of
+from memserve.settings.rules import a_reachable_host, one_of
 
 
 @attrs.frozen(kw_only=True)

@@ -21,9 +21,7 @@ from memserve.errors import UserError
 from memserve.kernels.arena import Arena
 from memserve.kernels.gpu_memory import GpuArena
 from memserve.transfer import nixl
-from memserve.transfer.cuda import GpuReach
-from memserve.transfer.mapped import HostReach, MappedMover
-from memserve.transfer.messages import (
+from memserve.transfer.actions import (
     Expect,
     Feed,
     Forget,
@@ -35,10 +33,13 @@ from memserve.transfer.messages import (
     WriteFailed,
     Wrote,
 )
+from memserve.transfer.cuda import GpuReach
+from memserve.transfer.mapped import HostReach, MappedMover
 from memserve.transfer.mover import Memory, Mover, PieceFeed, chosen_paths
 from memserve.transfer.settings import TransferSettings
 from memserve.transfer.tcp import TcpMover, TcpReceiver
-from memserve.transfer.values import Failure, Geometry, Result, TransferDone, Way
+from memserve.transfer.values import Geometry, Result, TransferDone
+from memserve.transfer_messages import Failure, Way
 
 Told = Wrote | WriteFailed | Received | ReceiveFailed
 

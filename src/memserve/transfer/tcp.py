@@ -17,20 +17,12 @@ import attrs
 import trio
 
 from memserve.transfer import tcp_wire as wire
+from memserve.transfer.actions import Expect, Received, ReceiveFailed
 from memserve.transfer.incoming import Key
-from memserve.transfer.messages import Expect, Received, ReceiveFailed
 from memserve.transfer.mover import Memory, MoveError, PieceFeed, check_pages, settle
 from memserve.transfer.tcp_wire import Connection, Header, Hello
-from memserve.transfer.values import (
-    Coverage,
-    Failure,
-    Piece,
-    Result,
-    Transfer,
-    Way,
-    spans,
-    split,
-)
+from memserve.transfer.values import Coverage, PageTransfer, Piece, Result, spans, split
+from memserve.transfer_messages import Failure, Way
 
 CONNECT_S = 3.0
 """Longest wait for a connection, and for a hello on one."""
@@ -50,7 +42,7 @@ class TcpMover:
     memory: Memory
     path: str = attrs.field(default="tcp", init=False)
 
-    async def send(self, transfer: Transfer, way: Way, feed: PieceFeed, deadline_s: float) -> Result:
+    async def send(self, transfer: PageTransfer, way: Way, feed: PieceFeed, deadline_s: float) -> Result:
         """See Mover. Fails with PEER_GONE when nobody listens, and with whatever the receiver answers."""
         return await settle(transfer, deadline_s, partial(self._move, transfer, way, feed))
 
@@ -60,7 +52,7 @@ class TcpMover:
     def close(self) -> None:
         """Nothing is kept at all."""
 
-    async def _move(self, transfer: Transfer, way: Way, feed: PieceFeed) -> int:
+    async def _move(self, transfer: PageTransfer, way: Way, feed: PieceFeed) -> int:
         check_pages(transfer, self.memory.pages)
         sent = 0
         async with await _connected(way.address) as stream:
@@ -77,7 +69,7 @@ class _Sending:
     """One transfer on its connection."""
 
     connection: Connection
-    transfer: Transfer
+    transfer: PageTransfer
     memory: Memory
     feed: PieceFeed
     _sent: int = attrs.field(default=0, init=False)

@@ -21,9 +21,10 @@ from contextlib import contextmanager
 import attrs
 import trio
 
-from memserve.messages import ActorId
+from memserve.identity import ActorId
 from memserve.transfer.mover import MoveError
-from memserve.transfer.values import Failure, Piece
+from memserve.transfer.values import Piece
+from memserve.transfer_messages import Failure
 
 MAGIC = b"MEMSXFER"
 VERSION = 2

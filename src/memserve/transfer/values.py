@@ -18,9 +18,7 @@ from collections.abc import Iterator, Sequence
 import attrs
 
 from memserve.identity import ActorId
-from memserve.transfer_messages import Failure as Failure
-from memserve.transfer_messages import Granularity as Granularity
-from memserve.transfer_messages import Way as Way
+from memserve.transfer_messages import Failure, Granularity
 
 
 @attrs.frozen
@@ -74,7 +72,7 @@ class Geometry:
 
 
 @attrs.frozen
-class Transfer:
+class PageTransfer:
     """``source[i]`` of the sender's arena goes to ``destination[i]`` of the receiver's.
 
     Known by ``(sender, id)`` for ever: a sender's ids only grow within its incarnation.
@@ -151,7 +149,7 @@ class Extent:
     nbytes: int
 
 
-def pieces(transfer: Transfer, geometry: Geometry) -> tuple[Piece, ...]:
+def pieces(transfer: PageTransfer, geometry: Geometry) -> tuple[Piece, ...]:
     """Everything of a transfer whose pages are all full, in the portions that its granularity names."""
     pages, parts = len(transfer.source), geometry.parts(transfer.granularity)
     if transfer.granularity is Granularity.BY_REQUEST:
@@ -166,7 +164,7 @@ def split(piece: Piece, pages_max: int) -> Iterator[Piece]:
         yield Piece(first, min(pages_max, end - first), piece.part)
 
 
-def extents(piece: Piece, transfer: Transfer, geometry: Geometry) -> list[Extent]:
+def extents(piece: Piece, transfer: PageTransfer, geometry: Geometry) -> list[Extent]:
     """The copies that a piece takes: one a run of whole pages, else one a page."""
     span = slice(piece.first, piece.first + piece.pages)
     parts = geometry.parts(transfer.granularity)

@@ -36,7 +36,7 @@ from memserve.engine.plans import BatchPlan, Past, Row
 from memserve.engine.sampling import reach
 from memserve.engine.spec import ModelSpec
 from memserve.engine.weights import in_tiles
-from memserve.kernels.native.telling import NativeLogprobs, Telling
+from memserve.kernels.native.prompt_logprobs import NativeLogprobs, Telling
 from memserve.kernels.native_build import NativeUnavailable, built_library, why_not
 from memserve.tokens import TOKEN_BYTES, alike, count, span, unpack
 

@@ -81,7 +81,7 @@ class Target:
 
 def find(log_dir: Path) -> tuple[str, str]:
     """Address and a key of the cluster that logs to ``log_dir``. Raises UserError when none serves."""
-    from memserve.place import find_running
+    from memserve.processes.place import find_running
 
     running = find_running(log_dir)
     if running is None:

@@ -11,8 +11,8 @@ from collections import OrderedDict
 
 import attrs
 
+from memserve.identity import ActorId
 from memserve.mempool.grants import Grant
-from memserve.messages import ActorId
 from memserve.pool_messages import Acquire, Prefetch
 
 REQUESTS_REMEMBERED = 1024
@@ -20,7 +20,7 @@ REQUESTS_REMEMBERED = 1024
 
 
 @attrs.define
-class Ahead:
+class Prefetcher:
     """What one shard fetches ahead of hand-overs, by request."""
 
     _running: dict[str, Prefetch | None] = attrs.field(factory=dict, init=False)

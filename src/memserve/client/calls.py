@@ -9,11 +9,12 @@ import attrs
 import trio
 
 from memserve.bus import Link, Received
-from memserve.client_leases import Held, Shard
+from memserve.client.leases import HeldLease, Shard
 from memserve.errors import PeerFull, PeerUnreachable, PoolError
+from memserve.identity import ActorId
 from memserve.mempool.addresses import Address, unpack
-from memserve.mempool.client import ShardCalls
-from memserve.messages import ActorId, Message
+from memserve.mempool.shard_calls import ShardCalls
+from memserve.messages import Message
 from memserve.pool_messages import Acquired, Arrival, DescribePool, FreeMem, PoolRefused
 
 REPEAT_S = 1.0
@@ -32,7 +33,7 @@ class _Waiter:
     answer: Any = None
 
 
-class Conversation:
+class ShardConversation:
     """With the shards of one program, by name. ``scope``: whose prefixes it sees."""
 
     def __init__(self, link: Link, shards: Mapping[str, str], scope: str) -> None:
@@ -110,7 +111,7 @@ class Conversation:
         ):
             self._link.send(received.sender, FreeMem(answer.lease))
 
-    def _find(self, addresses: Sequence[Address]) -> tuple[Shard, Held]:
+    def _find(self, addresses: Sequence[Address]) -> tuple[Shard, HeldLease]:
         """Shard and lease of addresses; of the first one, where they are several's."""
         if not addresses:
             raise PoolError(PoolError.NOT_HELD, "no address given")

@@ -7,7 +7,7 @@ from typing import Generic, TypeVar
 
 import attrs
 
-from memserve.messages import ActorId
+from memserve.identity import ActorId
 from memserve.pool_messages import Acquire, Adopt, AllocMem, FreeMem, Insert, Source
 
 Key = TypeVar("Key", bound=Hashable)

@@ -26,8 +26,8 @@ from collections.abc import Callable
 import attrs
 import trio
 
-from memserve.lifecycle import BEAT_S
-from memserve.messages import ActorId
+from memserve.identity import ActorId
+from memserve.processes.lifecycle import BEAT_S
 
 DIED_MESSAGES = 256
 """Announcements kept for a scheduler that is busy. More are dropped: missed heartbeats tell it the same, later."""

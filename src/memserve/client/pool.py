@@ -19,11 +19,12 @@ import attrs
 import trio
 
 from memserve.bus import open_link
-from memserve.client_calls import Conversation
-from memserve.client_leases import Held, Lease, Shard, check_writable
+from memserve.client.calls import ShardConversation
+from memserve.client.leases import HeldLease, Lease, Shard, check_writable
 from memserve.errors import PoolError
+from memserve.identity import ActorId
 from memserve.mempool.addresses import Address, Tier
-from memserve.messages import ActorId, Message
+from memserve.messages import Message
 from memserve.pool_messages import (
     Acquire,
     Acquired,
@@ -61,7 +62,7 @@ class Delivery:
     """What it had to say with them."""
 
 
-class MemPool(Conversation):
+class MemPool(ShardConversation):
     """See the module's text; :func:`open_pool` makes one. ``scope``: whose prefixes it sees.
 
     Every call raises PoolError when it is refused, and PeerUnreachable when the shard does not answer. Tokens are packed
@@ -270,7 +271,7 @@ class MemPool(Conversation):
         freed: int = answer.pages
         return freed
 
-    def _destination(self, there: Shard, dst: Sequence[Address]) -> Held | None:
+    def _destination(self, there: Shard, dst: Sequence[Address]) -> HeldLease | None:
         """The lease of pages that may be written."""
         if not dst:
             return None
@@ -287,7 +288,7 @@ class MemPool(Conversation):
         leases = tuple(dict.fromkeys(at.holder(one, trio.current_time()).id for one in src))
         return Transfer(0, there.known.actor, self.scope, leases, tuple(src), deadline_s, **more)
 
-    async def _move(self, call: Transfer, into: Held | None) -> Transferred:
+    async def _move(self, call: Transfer, into: HeldLease | None) -> Transferred:
         """Ask the shard of the pages to send them; until that is over, neither end may be written."""
         src, dst = [Address(one) for one in call.addresses], [Address(one) for one in call.destination]
         at, _ = self._find(src[:1])

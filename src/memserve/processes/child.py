@@ -15,11 +15,18 @@ import attrs
 import structlog
 import trio
 
-from memserve.gpus import gpu_environment
-from memserve.lifecycle import HUNG_S, HUNG_STARTING_S, STATUS_CRASHED, WORKER_KINDS, ActorSpec, RestartPolicy
-from memserve.lifeline import EventSocket
-from memserve.messages import ActorId
-from memserve.place import Place
+from memserve.identity import ActorId
+from memserve.processes.lifecycle import (
+    HUNG_S,
+    HUNG_STARTING_S,
+    STATUS_CRASHED,
+    WORKER_KINDS,
+    ActorSpec,
+    RestartPolicy,
+)
+from memserve.processes.lifeline import EventSocket
+from memserve.processes.place import Place
+from memserve.settings.gpus import gpu_environment
 
 log = structlog.get_logger()
 
@@ -191,7 +198,7 @@ def actor_environment(spec: ActorSpec) -> dict[str, str]:
     """The environment of an actor: what CUDA, and in workers a maths library, reads once, when it is loaded."""
     if spec.kind not in WORKER_KINDS:
         return {**os.environ, **gpu_environment()}
-    from memserve.engine.cores import engine_environment
+    from memserve.engine.cpu_budget import engine_environment
 
     return {**os.environ, **gpu_environment(), **engine_environment()}
 

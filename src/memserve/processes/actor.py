@@ -1,6 +1,6 @@
 """One actor as a process: what it is given, how it lives, and how it ends. The child's side of the supervisor.
 
-It is tied to its supervisor by a lifeline, see :mod:`memserve.lifeline`.
+It is tied to its supervisor by a lifeline, see :mod:`memserve.processes.lifeline`.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ import trio
 from memserve import observe
 from memserve.config import Resolved
 from memserve.errors import UserError
+from memserve.identity import ActorId
 from memserve.kernels.memory import shortage
-from memserve.lifecycle import (
+from memserve.processes.lifecycle import (
     STATUS_CRASHED,
     STATUS_DRAINED,
     STATUS_RESTART,
     STATUS_USER_ERROR,
     roster,
 )
-from memserve.lifeline import EventSocket, Lifeline
-from memserve.messages import ActorId
-from memserve.network import KeyPair
-from memserve.place import Place, PlaceGone
+from memserve.processes.lifeline import EventSocket, Lifeline
+from memserve.processes.place import Place, PlaceGone
+from memserve.settings.network import KeyPair
 
 if TYPE_CHECKING:
     from memserve.engine.spec import ModelSpec

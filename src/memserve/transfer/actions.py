@@ -19,18 +19,13 @@ import attrs
 
 from memserve.actions import Kill
 from memserve.identity import ActorId
-from memserve.transfer.values import Piece, Result, Transfer
-from memserve.transfer_messages import Failure, Granularity, Way
-from memserve.transfer_messages import ToReceiver as ToReceiver
-from memserve.transfer_messages import ToSender as ToSender
-from memserve.transfer_messages import TransferArrived as TransferArrived
-from memserve.transfer_messages import TransferGranted as TransferGranted
-from memserve.transfer_messages import TransferMessage as TransferMessage
-from memserve.transfer_messages import TransferOffer as TransferOffer
-from memserve.transfer_messages import TransferRefused as TransferRefused
-from memserve.transfer_messages import TransferSent as TransferSent
-from memserve.transfer_messages import TransferStop as TransferStop
-from memserve.transfer_messages import TransferWithdrawn as TransferWithdrawn
+from memserve.transfer.values import PageTransfer, Piece, Result
+from memserve.transfer_messages import (
+    Failure,
+    Granularity,
+    TransferMessage,
+    Way,
+)
 
 # ---- told to a core by its own process -----------------------------------------------------------------------
 
@@ -123,7 +118,7 @@ class Post:
 class Write:
     """Move a transfer's bytes; answered by Wrote or WriteFailed. With ``fed``, as :class:`Feed` brings them."""
 
-    transfer: Transfer
+    transfer: PageTransfer
     way: Way
     deadline: float
     fed: bool

@@ -16,11 +16,11 @@ from memserve.config import Config, Reason, Resolved
 from memserve.engine.checkpoint import read_spec
 from memserve.engine.spec import STORED_BYTES, ModelSpec, find_model
 from memserve.errors import ConfigError, UserError
-from memserve.gpu_room import gpu_pages, gpu_problems, worker_bytes
-from memserve.gpus import Gpus, find_gpus
-from memserve.network import find_network
-from memserve.place import place_path
-from memserve.sections import ShardConfig
+from memserve.processes.place import place_path
+from memserve.settings.gpu_room import gpu_pages, gpu_problems, worker_bytes
+from memserve.settings.gpus import Gpus, find_gpus
+from memserve.settings.network import find_network
+from memserve.settings.sections import ShardConfig
 from memserve.tokens import pages_for
 
 
@@ -33,7 +33,7 @@ class Machine:
     log_dir: str
     """``[logging] dir``, absolute."""
     runtime_dir: str
-    """For sockets and locks; see :func:`memserve.place.place_path`."""
+    """For sockets and locks; see :func:`memserve.processes.place.place_path`."""
     run: str
     """Name of the run to be."""
     gpus: Callable[[], Gpus] = find_gpus

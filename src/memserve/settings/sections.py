@@ -7,7 +7,7 @@ from typing import Any
 
 import attrs
 
-from memserve.rules import (
+from memserve.settings.rules import (
     GIB,
     Rule,
     a_host,

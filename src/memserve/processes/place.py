@@ -28,7 +28,7 @@ from typing import Any
 import attrs
 
 from memserve.errors import UserError
-from memserve.messages import ActorId, actor_name
+from memserve.identity import ActorId, actor_name
 
 INFO_FILE = "cluster.json"
 ROLL_FILE = "roll"

@@ -9,10 +9,10 @@ import attrs
 import structlog
 import trio
 
-from memserve.child import OUTPUT_SHOWN_LINES, Child, Launch
 from memserve.errors import UserError
-from memserve.lifecycle import STATUS_USER_ERROR, Restart, describe_end
-from memserve.messages import ActorId
+from memserve.identity import ActorId
+from memserve.processes.child import OUTPUT_SHOWN_LINES, Child, Launch
+from memserve.processes.lifecycle import STATUS_USER_ERROR, Restart, describe_end
 
 log = structlog.get_logger()
 

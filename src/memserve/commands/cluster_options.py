@@ -9,7 +9,7 @@ import attrs
 from cyclopts import Parameter
 
 if TYPE_CHECKING:
-    from memserve.status import Target
+    from memserve.commands.status import Target
 
 
 @Parameter(name="*")
@@ -35,6 +35,6 @@ class ClusterOptions:
 
     def target(self) -> Target:
         """The cluster itself. Raises UserError when there is none."""
-        from memserve.status import Target
+        from memserve.commands.status import Target
 
         return Target.find(self.url, self.api_key, self.log_dir)

@@ -9,16 +9,16 @@ from collections.abc import Iterator
 import attrs
 
 from memserve.actions import Action, Send
+from memserve.identity import ActorId
 from memserve.mempool.addresses import Tier, tier_of
 from memserve.mempool.grants import Grant
 from memserve.mempool.pool import Pool
 from memserve.mempool.pushing import Lending
-from memserve.messages import ActorId
 from memserve.tokens import count, span
-from memserve.transfer.messages import Order
+from memserve.transfer.actions import Order
 from memserve.transfer.outgoing import Outgoing
-from memserve.transfer.values import Failure, Granularity, TransferDone, TransferFailed
-from memserve.transfer_messages import Pull, PullRefused
+from memserve.transfer.values import TransferDone, TransferFailed
+from memserve.transfer_messages import Failure, Granularity, Pull, PullRefused
 
 EXCHANGER = ActorId("exchange.0")
 """Owner of the leases under which a shard itself reads and fills pages for others."""

@@ -1,6 +1,6 @@
 """``memserve join``: one more worker for a cluster that runs, kept by a small supervisor of its own.
 
-The supervisor of its host lets it in and tells it when that drains, see :mod:`memserve.gate`. The worker's process
+The supervisor of its host lets it in and tells it when that drains, see :mod:`memserve.processes.gate`. The worker's process
 is this one's child, restarted like any other; it maps the arena of its shard, so it runs on the shard's host.
 """
 
@@ -20,14 +20,13 @@ import structlog
 import trio
 
 from memserve import observe
-from memserve.child import Child, Launch, all_gone
 from memserve.config import Resolved
-from memserve.configfile import load
 from memserve.errors import UserError
-from memserve.gate import SOCKET_NAME
-from memserve.gpus import Gpus, device_index, find_gpus
-from memserve.keeping import Keeper, say
-from memserve.lifecycle import (
+from memserve.identity import ActorId
+from memserve.processes.child import Child, Launch, all_gone
+from memserve.processes.gate import SOCKET_NAME
+from memserve.processes.keeping import Keeper, say
+from memserve.processes.lifecycle import (
     HUNG_S,
     STATUS_DRAINED,
     RestartPolicy,
@@ -35,11 +34,12 @@ from memserve.lifecycle import (
     describe_end,
     worker_spec,
 )
-from memserve.lifeline import LINE_BYTES_MAX, EventSocket
-from memserve.messages import ActorId
-from memserve.place import Place, PlaceGone, find_running
-from memserve.resolve import size, usable_cores
-from memserve.sections import WorkerConfig
+from memserve.processes.lifeline import LINE_BYTES_MAX, EventSocket
+from memserve.processes.place import Place, PlaceGone, find_running
+from memserve.settings.configfile import load
+from memserve.settings.gpus import Gpus, device_index, find_gpus
+from memserve.settings.resolve import size, usable_cores
+from memserve.settings.sections import WorkerConfig
 from memserve.supervisor import run_supervisor, stop_signals
 
 log = structlog.get_logger()

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 from memserve.config import Config
 from memserve.engine.spec import ModelSpec
-from memserve.gpus import CAPABILITY_MIN, CPU_REMEDY, Gpu, Gpus, device_index
-from memserve.sections import BatchConfig, ShardConfig
+from memserve.settings.gpus import CAPABILITY_MIN, CPU_REMEDY, Gpu, Gpus, device_index
+from memserve.settings.sections import BatchConfig, ShardConfig
 
 CONTEXT_BYTES = 768 << 20
 """A CUDA context with the modules of torch and FlashInfer; an estimate, about half a gigabyte on Hopper."""

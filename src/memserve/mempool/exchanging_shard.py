@@ -8,13 +8,14 @@ from __future__ import annotations
 import attrs
 
 from memserve.actions import Action, CopyDone, Log, Send
-from memserve.mempool.ahead import Ahead
+from memserve.identity import ActorId
 from memserve.mempool.answers import Answer
 from memserve.mempool.exchange import HEARD, Exchange, Fetch
 from memserve.mempool.grants import Grant
-from memserve.mempool.serving import EXCHANGER
+from memserve.mempool.prefetch import Prefetcher
+from memserve.mempool.pull_server import EXCHANGER
 from memserve.mempool.shard import ShardCore, Waiting
-from memserve.messages import ActorId, Gone, Message
+from memserve.messages import Gone, Message
 from memserve.pool_messages import (
     Acquire,
     Acquired,
@@ -37,7 +38,7 @@ class ExchangingShard(ShardCore):
     """See the module's text. Verbs as ShardCore's."""
 
     exchange: Exchange = attrs.field(kw_only=True)
-    _ahead: Ahead = attrs.field(factory=Ahead, init=False)
+    _ahead: Prefetcher = attrs.field(factory=Prefetcher, init=False)
 
     # ---- verbs -----------------------------------------------------------------------------------------------
 

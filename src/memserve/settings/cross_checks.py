@@ -10,7 +10,7 @@ from typing import Any
 import attrs
 
 from memserve.config import RESERVED_NAME
-from memserve.sections import DEFAULT_SHARDS, DEFAULT_WORKERS, PoolConfig, ShardConfig, WorkerConfig
+from memserve.settings.sections import DEFAULT_SHARDS, DEFAULT_WORKERS, PoolConfig, ShardConfig, WorkerConfig
 
 Tree = dict[str, Any]
 

@@ -25,7 +25,7 @@ class _Known:
 
 
 @attrs.define
-class PromptTold:
+class PromptReport:
     """One prompt's, for all of its answers. The first of them brings it: no other needs to have it computed again.
 
     A long prompt's takes a moment to write, so :meth:`show` is for another thread; nothing of an answer goes out before.
@@ -98,7 +98,7 @@ class PromptTold:
                 yield next(tokens), _Known(value, rank, list(zip(ids[here], likeliest[here], strict=True)))
 
 
-def behind_echo(prompt: PromptTold | None, answer: Mapping[str, list[Any]] | None) -> dict[str, Any] | None:
+def behind_echo(prompt: PromptReport | None, answer: Mapping[str, list[Any]] | None) -> dict[str, Any] | None:
     """A completion's ``logprobs`` with those of its echo before its own; None where there are neither."""
     if prompt is None or not prompt.columns:
         return None if answer is None else dict(answer)

@@ -19,7 +19,7 @@ from pathlib import Path
 import attrs
 
 from memserve.errors import UserError
-from memserve.sections import ClusterConfig
+from memserve.settings.sections import ClusterConfig
 
 KEY_LINE = re.compile(r"memserve-cluster-key ([0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40})\n?")
 """The secret half in Z85; the public one follows from it."""
@@ -35,7 +35,7 @@ class KeyPair:
 
 
 @attrs.frozen
-class Network:
+class HostNetwork:
     """How an actor of this host reaches those of all hosts."""
 
     address: str
@@ -62,7 +62,7 @@ def endpoint(address: str, port: int | str) -> str:
     return f"tcp://[{address}]:{port}" if ":" in address else f"tcp://{address}:{port}"
 
 
-def find_network(config: ClusterConfig) -> Network | None:
+def find_network(config: ClusterConfig) -> HostNetwork | None:
     """The network of a configuration; None where it has none. Raises UserError when this machine cannot be part of it."""
     if not config.networked:
         return None
@@ -70,9 +70,9 @@ def find_network(config: ClusterConfig) -> Network | None:
     keys = read_key(Path(config.key).expanduser())
     if config.listen:
         address = own_address(head, "cluster.listen", int(port))
-        return Network(address, endpoint(address, port), False, keys)
+        return HostNetwork(address, endpoint(address, port), False, keys)
     address = own_address(config.address, "cluster.address")
-    return Network(address, endpoint(resolved_name(head, "cluster.join"), port), True, keys)
+    return HostNetwork(address, endpoint(resolved_name(head, "cluster.join"), port), True, keys)
 
 
 def split_place(place: str) -> tuple[str, str]:

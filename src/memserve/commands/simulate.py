@@ -11,15 +11,16 @@ from typing import Any
 
 import attrs
 
-from memserve import show
+from memserve.commands import show
+from memserve.commands.sim_options import SimOptions
 from memserve.config import Config
-from memserve.configfile import load
 from memserve.engine.checkpoint import read_spec
 from memserve.engine.spec import find_model
 from memserve.errors import UserError
 from memserve.scheduling.cost_model import CostModel
 from memserve.scheduling.pricing import Weights
-from memserve.sections import ShardConfig
+from memserve.settings.configfile import load
+from memserve.settings.sections import ShardConfig
 from memserve.sim import faults, fuzz
 from memserve.sim.engines import PAPER
 from memserve.sim.layout import Layout, ShardPlan, WorkerPlan, on_sites
@@ -27,7 +28,6 @@ from memserve.sim.report import Report, Spread
 from memserve.sim.run import Run, simulate
 from memserve.sim.workloads import KINDS, TRACE_BLOCK_TOKENS, Session, generated, read_trace
 from memserve.sim.world import Violation
-from memserve.sim_options import SimOptions
 
 SLO_NAMES = ("ttft", "tpot", "jct")
 VIOLATIONS_SHOWN = 10

@@ -22,10 +22,10 @@ from cattrs.errors import (
 from cattrs.gen import make_dict_structure_fn, override
 
 from memserve.config import Config, section_types
-from memserve.cross_checks import Problem, Tree, cross_check, default_tables, nearest, show, tables
 from memserve.errors import ConfigError
-from memserve.rules import RuleError
-from memserve.sections import DEFAULT_SHARDS
+from memserve.settings.cross_checks import Problem, Tree, cross_check, default_tables, nearest, show, tables
+from memserve.settings.rules import RuleError
+from memserve.settings.sections import DEFAULT_SHARDS
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> Config:

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import attrs
 
 from memserve.config import Resolved
-from memserve.sections import WorkerConfig
+from memserve.settings.sections import WorkerConfig
 
 STATUS_DRAINED = 0
 STATUS_CRASHED = 1

@@ -9,9 +9,9 @@ from pathlib import Path
 import attrs
 
 from memserve.errors import PoolError
+from memserve.identity import ActorId
 from memserve.kernels.arena import Arena, attach_arena
 from memserve.mempool.addresses import Address, Home, Tier, page_of, tier_of
-from memserve.messages import ActorId
 from memserve.pool_messages import Acquired, Arrival, PoolDescribed
 
 
@@ -27,7 +27,7 @@ class Lease:
 
 
 @attrs.define(eq=False)
-class Held:
+class HeldLease:
     """A lease, and which of its pages may still be written."""
 
     id: int
@@ -49,8 +49,8 @@ class Shard:
     about: PoolDescribed | None = None
     arenas: dict[Tier, Arena] = attrs.field(factory=dict)
     memory: dict[Tier, memoryview] = attrs.field(factory=dict)
-    leases: dict[int, Held] = attrs.field(factory=dict)
-    lease_of: dict[Address, Held] = attrs.field(factory=dict)
+    leases: dict[int, HeldLease] = attrs.field(factory=dict)
+    lease_of: dict[Address, HeldLease] = attrs.field(factory=dict)
 
     @property
     def known(self) -> PoolDescribed:
@@ -89,18 +89,18 @@ class Shard:
         """A lease was granted."""
         table = self.home.addresses(answer.pages)
         cached = answer.cached_tokens // self.known.page_tokens
-        held = self.leases[answer.lease] = Held(answer.lease, list(table), set(table[cached:]))
+        held = self.leases[answer.lease] = HeldLease(answer.lease, list(table), set(table[cached:]))
         self.lease_of.update(dict.fromkeys(table, held))
         return Lease(self.name, answer.lease, table, answer.cached_tokens)
 
-    def grew(self, held: Held, new: Iterable[Address]) -> None:
+    def grew(self, held: HeldLease, new: Iterable[Address]) -> None:
         """Pages were added to a lease."""
         new = list(new)
         held.table += new
         held.private.update(new)
         self.lease_of.update(dict.fromkeys(new, held))
 
-    def inserted(self, held: Held, addresses: tuple[Address, ...]) -> None:
+    def inserted(self, held: HeldLease, addresses: tuple[Address, ...]) -> None:
         """These pages are in the index, those of ``held`` among them."""
         held.private.difference_update(addresses)
         own, named = set(held.table), set(addresses)
@@ -122,14 +122,14 @@ class Shard:
         if not held.table:
             del self.leases[number]
 
-    def held(self, number: int) -> Held:
+    def held(self, number: int) -> HeldLease:
         """The lease. Raises PoolError (UNKNOWN_LEASE)."""
         held = self.leases.get(number)
         if held is None:
             raise PoolError(PoolError.UNKNOWN_LEASE, f"lease {number} on {self.name} has ended")
         return held
 
-    def holder(self, address: Address, now: float) -> Held:
+    def holder(self, address: Address, now: float) -> HeldLease:
         """The lease that has a page. Raises PoolError (NOT_HELD)."""
         held = self.lease_of.get(address) if now < self.valid_until else None
         if held is None:
@@ -148,7 +148,7 @@ class Shard:
         return memory[page_of(slot) * size : (page_of(slot) + 1) * size]
 
 
-def check_writable(held: Held, address: Address) -> None:
+def check_writable(held: HeldLease, address: Address) -> None:
     """Raise PoolError (MOVING, RETIRED) unless a page's bytes are this program's alone."""
     if address in held.moving:
         raise PoolError(PoolError.MOVING, f"page {address:#x} is read or filled by a transfer, or may be")

@@ -24,11 +24,11 @@ import structlog
 import trio
 
 from memserve.config import RESERVED_NAME, Resolved
-from memserve.lifecycle import ActorSpec, roster, worker_spec
-from memserve.lifeline import EventSocket
-from memserve.messages import ActorId
-from memserve.place import Place
-from memserve.sections import WorkerConfig
+from memserve.identity import ActorId
+from memserve.processes.lifecycle import ActorSpec, roster, worker_spec
+from memserve.processes.lifeline import EventSocket
+from memserve.processes.place import Place
+from memserve.settings.sections import WorkerConfig
 
 log = structlog.get_logger()
 

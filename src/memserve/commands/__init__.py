@@ -1,0 +1,1 @@
+"""What the commands of :mod:`memserve.cli` do and print."""
