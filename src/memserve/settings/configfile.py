@@ -51,8 +51,8 @@ def load(path: str, overrides: Sequence[str] = ()) -> Config:
 
 def shipped() -> dict[str, Path]:
     """The configurations that come with memserve, by name: in the wheel, or in ``configs/`` of a checkout."""
-    here = Path(__file__).parent
-    for folder in (here / "configs", here.parents[1] / "configs"):
+    package = Path(__file__).parents[1]
+    for folder in (package / "configs", package.parents[1] / "configs"):
         if files := sorted(folder.glob("*.toml")):
             return {file.stem: file for file in files}
     return {}
