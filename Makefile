@@ -1,6 +1,6 @@
-# make            lint, types and tests: what CI runs
-# make up         set up what is missing and serve the demo cluster
-# make help       everything else
+# make          lint, types and tests: what CI runs
+# make up       set up what is missing and serve the demo cluster
+# make help     everything else
 
 PYTHON ?= python3
 CONFIG ?= configs/demo.toml
@@ -11,47 +11,16 @@ JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
-SOURCES := src tests $(wildcard bench loadgen)
+SOURCES := src tests bench loadgen
 
 .DEFAULT_GOAL := check
-.PHONY: help up setup setup-test check lint test kill-matrix fix wheel clean peers gpu-kernels gpu-rehearsal gpu-wheels gpu-check gpu-bench \
-	sim-nightly bench-sim bench-admission bench-engine bench-quality bench-cluster bench-frontend bench-loadgen bench-peers bench-mempool bench-serving bench-policies bench-transfer bench-drafts bench-handover bench-costmodel bench-scheduler
+.PHONY: $(shell sed -n 's/^\([a-z-]*\):.*## .*/\1/p' $(firstword $(MAKEFILE_LIST))) setup setup-test
 
-help:
-	@echo 'make up            set up, then serve $$CONFIG (configs/demo.toml); ARGS="--set frontend.port=8123"'
-	@echo 'make check         set up, then lint, types and tests: what CI runs'
-	@echo 'make test          set up, then the tests, JOBS=2 files at a time; ARGS="-k config"'
-	@echo 'make kill-matrix   every kind of actor killed and stopped under load, as real processes'
-	@echo 'make lint          ruff and mypy'
-	@echo 'make fix           let ruff repair what it can'
-	@echo 'make bench-engine    speed of the engine beside what the machine can do'
-	@echo 'make bench-quality   what bfloat16 and int8 cost in quality, on real text'
-	@echo 'make bench-cluster   memory, idle CPU, latency and throughput of a whole cluster'
-	@echo 'make bench-serving   layouts and caching modes under the three workloads of the paper, at several rates'
-	@echo 'make bench-policies  whom prompts go to, on three prefill workers: the paper'"'"'s scheduler experiment'
-	@echo 'make bench-mempool   match, insert, acquire, swaps; ARGS="--ttft" adds time to first token by cached share'
-	@echo 'make bench-costmodel how well a worker forecasts what its steps take'
-	@echo 'make bench-scheduler placements a second, by instances and cached pages; ARGS="--svg FILE" plots them'
-	@echo 'make bench-frontend  the control plane alone, on an engine that answers at once; ARGS="--beside CHECKOUT" compares CPU'
-	@echo 'make bench-loadgen   how many streams and events the load generator takes on one core'
-	@echo 'make bench-transfer  how fast pages move between two shards, every way there is'
-	@echo 'make bench-drafts    what guessing ahead gives, and that it changes no answer'
-	@echo 'make bench-handover  what a hand-over between two shards costs its request'
-	@echo 'make sim-nightly     10,000 simulated clusters in which everything goes wrong; ARGS="--seed 10000"'
-	@echo 'make bench-sim       policies and layouts in the simulator: docs/measurements/'
-	@echo 'make bench-admission what waiting in the scheduler costs and gives, in the simulator'
-	@echo 'make peers           install the servers that memserve is compared with; ARGS="FOLDER --only llama-server"'
-	@echo 'make bench-peers     memserve beside them; ARGS="--folder FOLDER --rounds 5 --servers memserve,vllm-cpu"'
-	@echo 'make gpu-kernels     compile FlashInfer for ARCH=9.0a into .gpu, with nvcc and no GPU'
-	@echo 'make gpu-rehearsal   the CUDA engine on what gpu-kernels compiled, without a GPU: the kernels run on the CPU'
-	@echo 'make gpu-wheels      fetch what a GPU machine without a network lacks into .gpu/wheels'
-	@echo 'make gpu-check       every GPU test and one table; takes .gpu and what GPU_PYTHON has'
-	@echo 'make gpu-bench       the GPU backend beside what the GPU can do, in ten minutes; ARGS="--only handoff,swap"'
-	@echo 'make wheel         build dist/memserve-*.whl'
-	@echo 'make clean         remove .venv and everything built'
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{printf "%-22s %s\n", $$1, $$2}'
 	@echo 'PYTHON=python3.12 make ...  another interpreter, 3.11 or later'
 
-up: setup
+up: setup  ## set up what is missing and serve CONFIG (configs/demo.toml); ARGS="--set frontend.port=8123"
 	$(BIN)/memserve up --config $(CONFIG) $(ARGS)
 
 setup: $(VENV)/run.stamp
@@ -71,75 +40,75 @@ $(VENV)/test.stamp: $(VENV)/run.stamp
 	$(PIP) --editable '.[test]'
 	@touch $@
 
-check: lint test
+check: lint test  ## set up, then lint, types and tests: what CI runs
 
-lint: setup-test
+lint: setup-test  ## ruff and mypy
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
 
-test: setup-test
+test: setup-test  ## set up, then the tests, two files at a time (JOBS=2); ARGS="-k config"
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
-kill-matrix: setup-test
+kill-matrix: setup-test  ## every kind of actor killed and stopped under load, as real processes
 	MEMSERVE_KILL_MATRIX=all $(BIN)/python -m pytest tests/test_kill_matrix.py $(ARGS)
 
-fix: setup-test
+fix: setup-test  ## let ruff repair what it can
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-bench-engine: setup
+bench-engine: setup  ## speed of the engine against what the machine can do
 	$(BIN)/python bench/engine.py $(ARGS)
 
-bench-quality: setup
+bench-quality: setup  ## what bfloat16 and int8 cost in quality, on real text
 	$(BIN)/python bench/quality.py $(ARGS)
 
-bench-cluster: setup-test
+bench-cluster: setup-test  ## memory, idle CPU, latency and throughput of a whole cluster
 	$(BIN)/python bench/cluster.py $(ARGS)
 
-bench-frontend: setup-test
+bench-frontend: setup-test  ## the control plane alone, on an engine that answers at once; ARGS="--beside CHECKOUT" compares CPU
 	$(BIN)/python bench/frontend.py $(ARGS)
 
-bench-loadgen: setup-test
+bench-loadgen: setup-test  ## how many streams and events the load generator takes on one core
 	$(BIN)/python bench/load_generator.py $(ARGS)
 
-bench-serving: setup-test
+bench-serving: setup-test  ## layouts and caching modes under the three workloads of the paper, at several rates
 	$(BIN)/python bench/serving.py $(ARGS)
 
-bench-policies: setup-test
+bench-policies: setup-test  ## placement policies on three prefill workers: the paper's scheduler experiment
 	$(BIN)/python bench/policies.py $(ARGS)
 
-bench-mempool: setup
+bench-mempool: setup  ## match, insert, acquire, swaps; ARGS="--ttft" adds time to first token by cached share
 	$(BIN)/python bench/mempool.py $(ARGS)
 
-bench-transfer: setup
+bench-transfer: setup  ## how fast pages move between two shards, every way there is
 	$(BIN)/python bench/transfer.py $(ARGS)
 
-bench-drafts: setup-test
+bench-drafts: setup-test  ## what speculation gives, and that it changes no answer
 	$(BIN)/python bench/drafts.py $(ARGS)
 
-bench-handover: setup
+bench-handover: setup  ## what a handoff between two shards costs its request
 	$(BIN)/python bench/handover.py $(ARGS)
 
-sim-nightly: setup
+sim-nightly: setup  ## 10,000 simulated clusters in which everything goes wrong; ARGS="--seed 10000"
 	$(BIN)/memserve sim --faults all --runs 10000 --jobs $$(nproc) $(ARGS)
 
-bench-sim: setup-test
+bench-sim: setup-test  ## policies and layouts in the simulator: docs/measurements/
 	$(BIN)/python bench/sim_study.py $(ARGS)
 
-bench-admission: setup-test
+bench-admission: setup-test  ## what waiting in the scheduler costs and gives, in the simulator
 	$(BIN)/python bench/admission.py $(ARGS)
 
-bench-costmodel: setup
+bench-costmodel: setup  ## how well a worker forecasts what its steps take
 	$(BIN)/python bench/cost_model.py $(ARGS)
 
-bench-scheduler: setup-test
+bench-scheduler: setup-test  ## placements a second, by instances and cached pages; ARGS="--svg FILE" plots them
 	$(BIN)/python bench/scheduler.py $(ARGS)
 
-peers: setup-test
+peers: setup-test  ## install the servers that memserve is compared with; ARGS="FOLDER --only llama-server"
 	$(BIN)/python bench/install_peers.py $(ARGS)
 
-bench-peers: setup-test
+bench-peers: setup-test  ## memserve next to them; ARGS="--folder FOLDER --rounds 5 --servers memserve,vllm-cpu"
 	$(BIN)/python bench/peers.py $(ARGS)
 
 # gpu-check and gpu-bench run on an interpreter that has a CUDA build of torch and do not set one up.
@@ -164,25 +133,25 @@ MANYLINUX := $(foreach n,_2_31 _2_28 _2_27 _2_26 _2_24 _2_17 2014,--platform man
 	.gpu/venv/bin/python -m pip install --disable-pip-version-check --quiet --no-deps $(FLASHINFER) nvidia-curand==10.4.0.35 $(GPU_MODEL)
 	@touch $@
 
-gpu-kernels: .gpu/venv/stamp
+gpu-kernels: .gpu/venv/stamp  ## compile FlashInfer for ARCH=9.0a into .gpu, with nvcc and no GPU
 	PATH="$(CURDIR)/.gpu/venv/bin:$$PATH" .gpu/venv/bin/python bench/gpu_kernels.py --arch $(ARCH) $(ARGS)
 
-gpu-rehearsal: .gpu/venv/stamp
+gpu-rehearsal: .gpu/venv/stamp  ## the CUDA engine on what gpu-kernels compiled, without a GPU: the kernels run on the CPU
 	.gpu/venv/bin/python -m pytest tests/test_gpu_rehearsal.py tests/test_played_gpu.py tests/test_backends.py tests/test_common_pages.py tests/test_telling.py -k "rehears or played" $(ARGS)
 
-gpu-wheels:
+gpu-wheels:  ## fetch what a GPU machine without a network lacks into .gpu/wheels
 	$(GPU_PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
 		$(MANYLINUX) --constraint constraints.txt -d .gpu/wheels $(GPU_WHEELS) $(GPU_MODEL)
 
-gpu-check:
+gpu-check:  ## every GPU test and one table; takes .gpu and what GPU_PYTHON has
 	$(GPU_PYTHON) bench/gpu_check.py
 
-gpu-bench:
+gpu-bench:  ## the GPU backend against what the GPU can do, in ten minutes; ARGS="--only handoff,swap"
 	$(GPU_PYTHON) bench/gpu_check.py --run bench/gpu.py $(ARGS)
 
-wheel: setup-test
+wheel: setup-test  ## build dist/memserve-*.whl
 	$(BIN)/python -m build --wheel
 
-clean:
+clean:  ## remove .venv and everything built, but not .gpu
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

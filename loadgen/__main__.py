@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> int:
-    """Run a command; the exit status."""
+    """Run a command; returns the exit status."""
     from loadgen.cli import run
 
     return run(sys.argv[1:])

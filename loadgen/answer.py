@@ -1,4 +1,4 @@
-"""From the events of an answer to tokens, text and usage."""
+"""Turns the events of an answer into tokens, text and usage."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ DONE = b"[DONE]"
 
 @attrs.define
 class Answer:
-    """One answer as it comes in."""
+    """One answer as it arrives."""
 
     event_s: list[float] = attrs.field(factory=list)
-    """When each event with tokens came."""
+    """When each event with tokens arrived."""
     parts: list[str] = attrs.field(factory=list)
     ids: list[int] | None = None
     usage: dict[str, Any] | None = None
@@ -26,7 +26,7 @@ class Answer:
     done: bool = False
 
     def receive(self, name: str, data: bytes, now: float) -> int:
-        """Take an event in; 1 where it brought tokens, otherwise 0."""
+        """Take in an event; 1 if it brought tokens, otherwise 0."""
         if data == DONE:
             self.done = True
             return 0
@@ -76,20 +76,20 @@ class Answer:
         return hashlib.sha256(self.text.encode()).hexdigest()[:16]
 
     def tokens(self, key: str) -> int | None:
-        """A count of the usage, such as ``prompt_tokens``; None where the server told none."""
+        """A count from the usage, such as ``prompt_tokens``; None if the server reported none."""
         value = (self.usage or {}).get(key)
         return value if isinstance(value, int) else None
 
     @property
     def cached_tokens(self) -> int | None:
-        """Prompt tokens that were found in a cache; None where the server did not say."""
+        """Prompt tokens that were found in a cache; None if the server did not report them."""
         details = (self.usage or {}).get("prompt_tokens_details") or {}
         value = details.get("cached_tokens")
         return value if isinstance(value, int) else None
 
     @property
     def output_tokens(self) -> int:
-        """By the usage, or else by the ids, or else one for each event."""
+        """Tokens by the usage; without it, by the ids; without both, one per event."""
         told = self.tokens("completion_tokens")
         if told is not None:
             return told

@@ -1,4 +1,4 @@
-"""The load generator for programs: ``run(RunOptions(...))`` plays a workload and gives its records and summary."""
+"""The load generator for programs: ``run(RunOptions(...))`` plays a workload; returns records and summary."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from loadgen.workload import Workload
 from memserve import __version__
 
 Watch = Callable[[Progress], Awaitable[None]]
-"""Runs beside the load and is cancelled at its end; a terminal, for one."""
+"""Runs concurrently with the load and is cancelled at its end; a terminal, for example."""
 
 
 def run(options: RunOptions, out: Path | None = None, watch: Watch | None = None) -> Run:
-    """Play once, in a trio of its own; see ``play``."""
+    """Play once, in a trio event loop of its own; see ``play``."""
     return trio.run(play, options, out, watch)
 
 
@@ -41,10 +41,11 @@ async def play(
     connect: Connect | None = None,
     signals: bool = False,
 ) -> Run:
-    """Play a workload against a server; the records, and the summary that is written to ``out`` where it is given.
+    """Play a workload against a server; the records and the summary, also written to ``out`` if given.
 
-    ``connect`` replaces dialing, for tests. With ``signals``, Ctrl-C and SIGTERM end the run early, and what was
-    measured until then is kept. LoadgenError for wrong options, and for a server that is not there.
+    ``connect`` replaces dialing, for tests. With ``signals``, Ctrl-C and SIGTERM end the run early, and what
+    was measured until then is kept. Raises LoadgenError for wrong options, and if no model is named and the
+    server cannot list one.
     """
     work = build.workload(options.kind, options.workload)
     plan = build.arrivals(options.arrivals, work, options.workload.seed)
@@ -80,13 +81,13 @@ async def play(
 
 
 def _first(group: BaseExceptionGroup[LoadgenError]) -> LoadgenError:
-    """The first error in nested groups."""
+    """The first error in nested exception groups."""
     inner = group.exceptions[0]
     return _first(inner) if isinstance(inner, BaseExceptionGroup) else inner
 
 
 async def served(client: Client, server: ServerOptions) -> str:
-    """The first model that a server lists."""
+    """The first model that a server lists. Raises LoadgenError if it lists none."""
     headers = [("Authorization", f"Bearer {server.api_key}")] if server.api_key else []
     listed = await client.get_json("/v1/models", headers)
     try:
@@ -100,7 +101,7 @@ def _manner(options: RunOptions, model: str) -> Manner:
     body: dict[str, Any] = {"temperature": given.temperature}
     if given.ignore_eos:
         body["ignore_eos"] = True
-    # Prompts of ids go on from the answer's ids.
+    # Prompts of token ids continue with the answer's ids.
     if given.token_ids or (options.workload.answers == "own" and options.workload.prompts == "ids"):
         body["return_token_ids"] = True
     return Manner(
@@ -160,7 +161,7 @@ async def _stopping(player: Player, task_status: trio.TaskStatus[None] = trio.TA
 
 
 def window_of(options: RunOptions, outcome: Outcome) -> Window:
-    """What is measured: from the warm-up's end to the duration's, or to the run's end."""
+    """The measured window: from the end of the warm-up to that of the duration, or of the run if earlier."""
     ended = outcome.ended_s
     if options.arrivals.duration_s is not None:
         ended = min(ended, options.arrivals.duration_s)
@@ -168,7 +169,7 @@ def window_of(options: RunOptions, outcome: Outcome) -> Window:
 
 
 def identity(options: RunOptions, work: Workload, plan: Arrivals, manner: Manner) -> dict[str, Any]:
-    """All that must be the same in two runs that are compared; the server is not part of it."""
+    """Everything that must be equal in two runs that are compared; the server is not part of it."""
     given = options.workload
     return {
         "workload": work.fingerprint(),
@@ -219,7 +220,7 @@ def summarize(
 
 
 def warnings(options: RunOptions, summary: dict[str, Any], records: list[Record]) -> list[str]:
-    """What a reader must know before believing the figures."""
+    """Warnings that a reader must know before believing the figures."""
     lag, outcome, figures = summary["lag"], summary["outcome"], summary["figures"]
     found = []
     if lag["fell_behind"]:

@@ -1,4 +1,4 @@
-"""When sessions begin: open loop at times drawn before the run, or closed loop with so many clients."""
+"""When sessions begin: in an open loop at times drawn before the run, or in a closed loop of clients."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ class Arrivals:
     rate: float = 0.0
     """Sessions a second, for poisson, constant and gamma."""
     burstiness: float = 1.0
-    """For gamma: the coefficient of variation of the gaps; 1 is poisson, more comes in bursts, 0 is constant."""
+    """For gamma: coefficient of variation of the gaps; 1 is poisson, more is burstier, towards 0 constant."""
     clients: int = 0
-    """For closed: how many sessions are under way at a time."""
+    """For closed: number of sessions under way at a time."""
     time_factor: float = 1.0
-    """For trace: 2 plays it in twice the time, at half the rate."""
+    """For trace: factor on its times; 2 plays it in twice the time, at half the rate."""
     seed: int = 0
 
     def __attrs_post_init__(self) -> None:
-        """LoadgenError for what cannot be played."""
+        """Raise LoadgenError for values that cannot be played."""
         if self.kind in ("poisson", "constant", "gamma") and not self.rate > 0:
             raise LoadgenError(f"--rate: must be above 0 for --arrival {self.kind}, not {self.rate}")
         if self.kind == "gamma" and not self.burstiness > 0:
@@ -41,7 +41,7 @@ class Arrivals:
             raise LoadgenError(f"--time-factor: must be above 0, not {self.time_factor}")
 
     def describe(self) -> str:
-        """In words, for reports."""
+        """A description in words, for reports."""
         if self.kind == "closed":
             return f"closed loop, {self.clients} client{'s' if self.clients > 1 else ''}"
         if self.kind == "trace":
@@ -51,9 +51,9 @@ class Arrivals:
 
 
 def times(arrivals: Arrivals, sessions: Sequence[Session]) -> list[float]:
-    """When each session begins, in seconds from the run's start, in order. For open loops.
+    """When each session of an open loop begins, in seconds from the run's start, in order.
 
-    The first of a random process comes after its first gap; a trace's first session begins at 0.
+    In a random process the first session comes after the first gap; a trace's first session begins at 0.
     """
     if arrivals.kind == "trace":
         return _trace_times(arrivals, sessions)

@@ -1,4 +1,4 @@
-"""From options to values: the workload, its arrivals, the style of prompts, the objectives."""
+"""Builds values from options: the workload, its arrivals, the style of prompts, the objectives."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ PREFIXES_NAME = "react_prefixes.json"
 
 
 def workload(kind: Kind, given: WorkloadOptions) -> Workload:
-    """The workload; LoadgenError for files that cannot be read, or options that exclude each other."""
+    """The workload.
+
+    Raises LoadgenError for files that cannot be read, and for options that exclude each other.
+    """
     _check(kind, given)
     ruler = _ruler(given.tokenizer)
     sessions = _from_files(kind, given, ruler) if kind in FROM_FILES else _generated(kind, given)
@@ -76,7 +79,7 @@ def _ruler(tokenizer: Path | None) -> Ruler:
 
     try:
         return TokenizerRuler(Tokenizer.from_file(str(tokenizer)))
-    except Exception as error:  # the library raises bare Exception
+    except Exception as error:  # the library raises plain Exception
         raise LoadgenError(f"--tokenizer {tokenizer}: cannot be read: {error}") from None
 
 
@@ -128,7 +131,7 @@ def _generated(kind: Kind, given: WorkloadOptions) -> list[Session]:
 
 
 def _dealt(sessions: Sequence[Session], given: WorkloadOptions) -> tuple[Session, ...]:
-    """Tenants by the seed, the same for every run of it."""
+    """Assign tenants to sessions at random; the same seed gives the same assignment."""
     names = [one.partition("=")[0] for one in given.tenants]
     if len(set(names)) < len(names) or "" in names:
         raise LoadgenError(f"--tenant: names must be given and differ: {', '.join(names)}")
@@ -155,7 +158,7 @@ def _thinking(sessions: tuple[Session, ...], given: WorkloadOptions) -> tuple[Se
 
 
 def _described(given: WorkloadOptions) -> dict[str, Any]:
-    """The options that were chosen, without keys of tenants."""
+    """The options that differ from their defaults, without the tenants' keys."""
     chosen = attrs.asdict(given, filter=lambda field, value: value != field.default)
     chosen["tenants"] = [one.partition("=")[0] for one in given.tenants]
     return {name: [str(one) for one in value] if isinstance(value, list | tuple) else
@@ -164,7 +167,7 @@ def _described(given: WorkloadOptions) -> dict[str, Any]:
 
 
 def keys(given: WorkloadOptions) -> dict[str, str]:
-    """Each tenant's key, where it has one."""
+    """The API keys of the tenants that have one. Raises LoadgenError for a missing environment variable."""
     found = {}
     for one in given.tenants:
         name, _, key = one.partition("=")
@@ -179,7 +182,7 @@ def keys(given: WorkloadOptions) -> dict[str, str]:
 
 
 def filler(given: WorkloadOptions) -> Filler:
-    """What makes generated content."""
+    """The generator of content."""
     low, _, high = given.vocabulary.partition(":")
     if not (low.isdigit() and high.isdigit() and int(low) < int(high)):
         raise LoadgenError(f"--vocabulary: must be LOW:HIGH with LOW below HIGH, not {given.vocabulary!r}")
@@ -194,7 +197,7 @@ def style(options: RunOptions) -> Style:
 
 
 def arrivals(given: ArrivalOptions, work: Workload, seed: int) -> Arrivals:
-    """When sessions begin; LoadgenError where the options do not say."""
+    """When sessions begin. Raises LoadgenError if the options do not say, or contradict each other."""
     if given.rate is not None and given.clients is not None:
         raise LoadgenError(
             "--rate and --clients exclude each other: one is an open loop, the other a closed one"
@@ -215,7 +218,7 @@ def arrivals(given: ArrivalOptions, work: Workload, seed: int) -> Arrivals:
 
 
 def objectives(given: Sequence[str]) -> dict[str, float]:
-    """The SLOs in milliseconds by measure."""
+    """The SLOs in milliseconds, by measure."""
     found = {}
     for one in given:
         name, _, limit = one.partition("=")

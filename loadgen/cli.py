@@ -40,7 +40,10 @@ Quiet = Annotated[bool, Parameter(help="Print only the summary.", negative=())]
 
 
 def run(words: Sequence[str]) -> int:
-    """Run one command; the exit status. A wrong command line or file is explained on stderr, without a traceback."""
+    """Run one command; returns the exit status.
+
+    A wrong command line or file is explained on stderr, without a traceback.
+    """
     try:
         status = app(list(words), exit_on_error=False, print_error=False)
     except (LoadgenError, CycloptsError) as error:
@@ -64,7 +67,7 @@ def run_once(
     quiet: Quiet = False,
     html: Annotated[bool, Parameter(help="Write report.html, which takes a few seconds.")] = True,
 ) -> int:
-    """Play one workload, and write its requests, summary and report."""
+    """Play one workload, and write its request records, summary and report."""
     from loadgen import api, terminal
 
     options = RunOptions(kind=workload, workload=given, arrivals=arrivals, server=server, measures=measures)
@@ -107,7 +110,7 @@ def sweep_points(
     out: Out = None,
     quiet: Quiet = False,
 ) -> int:
-    """Play one workload at several rates, numbers of clients or prefix shares, and plot latency against them."""
+    """Play one workload at several rates, numbers of clients or prefix shares; plot latency against them."""
     from loadgen import sweep, terminal
 
     options = RunOptions(kind=workload, workload=given, arrivals=arrivals, server=server, measures=measures)
@@ -139,7 +142,10 @@ def compare_runs(
     json: Annotated[bool, Parameter(help="Print JSON instead of a table.", negative=())] = False,
     replicates: Annotated[int, Parameter(help="How often sessions are drawn anew for an interval.")] = 1000,
 ) -> None:
-    """Put runs of one workload side by side: ratios with 95 % confidence intervals. Other workloads are refused."""
+    """Compare runs of one workload: ratios with 95 % confidence intervals.
+
+    Runs of other workloads are refused.
+    """
     from loadgen import compare, terminal
 
     groups = matched(runs)
@@ -174,7 +180,7 @@ def report_again(
 
 
 def write_report(run: rundir.Run) -> Path:
-    """The page of a run, into its directory."""
+    """Write the page of a run into the run's directory."""
     from loadgen import report
 
     assert run.directory is not None
@@ -182,7 +188,10 @@ def write_report(run: rundir.Run) -> Path:
 
 
 def matched(directories: Sequence[Path]) -> list[list[rundir.Run]]:
-    """Runs to compare with each other: one group, or one for each point of sweeps."""
+    """Groups of runs to compare with each other: one group, or one for each point of sweeps.
+
+    Raises LoadgenError for fewer than two directories, or for sweeps of different lengths.
+    """
     if len(directories) < 2:
         raise LoadgenError("compare: needs the directories of two runs or more")
     each = [rundir.points(one) for one in directories]
@@ -195,7 +204,7 @@ def matched(directories: Sequence[Path]) -> list[list[rundir.Run]]:
 def comparison_page(
     directories: Sequence[Path], groups: Sequence[Sequence[rundir.Run]], rows: Sequence[Row]
 ) -> str:
-    """The page of runs side by side, or of sweeps beside each other."""
+    """The page that compares runs, or sweeps."""
     from loadgen import report
 
     if len(groups) == 1:
@@ -208,5 +217,5 @@ def comparison_page(
 
 
 def place(kind: str) -> Path:
-    """A directory's name for a run that begins now."""
+    """The directory name for a run that begins now."""
     return Path("runs") / f"{kind}-{datetime.now():%Y%m%d-%H%M%S}"

@@ -1,7 +1,7 @@
 """Runs of one workload side by side: ratios to the first, with confidence intervals by bootstrap.
 
-What is drawn anew is sessions, not requests: the turns of a session depend on each other. The same draw of sessions
-is used for both runs, since both were asked the same; that takes the workload's own variance out of the ratio.
+Sessions are resampled, not requests: the turns of a session depend on each other. All runs use the same
+resampled sessions, since all were asked the same; that removes the workload's own variance from the ratio.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ Floats = NDArray[np.float64]
 
 REPLICATES = 1000
 CELLS_MAX = 20_000_000
-"""Values times replicates: more than this, and there are fewer replicates, 100 at least."""
+"""Maximum of values times replicates: beyond it there are fewer replicates, but at least 100."""
 PART_CELLS_MAX = 4_000_000
-"""Values times replicates that are in memory at once, 8 bytes each and a few copies."""
+"""Maximum of values times replicates in memory at once, 8 bytes each, in a few copies."""
 CONFIDENCE = 0.95
 SLICES = 20
-"""Stretches of a run's window, over which rates are resampled."""
+"""Number of slices of a run's window, over which rates are resampled."""
 
 
 @attrs.frozen
 class Interval:
-    """A ratio and where it lies with 95 % confidence."""
+    """A ratio and its 95 % confidence interval."""
 
     ratio: float
     low: float
@@ -41,35 +41,35 @@ class Interval:
 
     @property
     def differs(self) -> bool:
-        """Whether 1 is outside."""
+        """Whether 1 lies outside the interval."""
         return not self.low <= 1 <= self.high
 
 
 @attrs.frozen
 class Row:
-    """One figure of all runs."""
+    """One figure, for all runs."""
 
     name: str
     unit: str
     values: tuple[float | None, ...]
     ratios: tuple[Interval | None, ...]
-    """Of every run but the first, to the first."""
+    """Ratios of all runs but the first to the first."""
 
 
 @attrs.frozen
 class Sample:
-    """Values, and the session (by its number) that each belongs to; weights count in means."""
+    """Values, each with the number of its session; the methods weight each session."""
 
     values: Floats
     sessions: NDArray[np.int64]
 
     def mean(self, weights: Floats) -> Floats:
-        """The mean with each session's weight, float64 [replicates]; weights are [replicates, sessions]."""
+        """The mean for each replicate, float64 [replicates]; ``weights`` are [replicates, sessions]."""
         each = weights[:, self.sessions]
         return np.asarray((each @ self.values) / np.maximum(each.sum(axis=1), 1e-12))
 
     def percentile(self, weights: Floats, percent: float) -> Floats:
-        """The smallest value with at least so many percent of the weight at or below it, float64 [replicates]."""
+        """The smallest value with at least ``percent`` of the weight at or below it, float64 [replicates]."""
         order = np.argsort(self.values)
         below = np.cumsum(weights[:, self.sessions[order]], axis=1)
         wanted = below[:, -1:] * (percent / 100)
@@ -89,7 +89,7 @@ STATISTICS: Mapping[str, Statistic] = {
 
 
 def comparable(runs: Sequence[Run]) -> None:
-    """LoadgenError where runs were not asked the same: it names what differs, and both values."""
+    """Raise LoadgenError if runs were not asked the same; it names what differs, and both values."""
     first = runs[0]
     for other in runs[1:]:
         ours, theirs = first.summary["identity"], other.summary["identity"]
@@ -103,7 +103,10 @@ def comparable(runs: Sequence[Run]) -> None:
 
 
 def compare(runs: Sequence[Run], replicates: int = REPLICATES, seed: int = 0) -> list[Row]:
-    """All figures of runs of one workload, ratios to the first run. LoadgenError for different workloads."""
+    """All figures of runs of one workload, with ratios to the first run.
+
+    Raises LoadgenError for fewer than two runs, or for different workloads.
+    """
     if len(runs) < 2:
         raise LoadgenError("compare: needs two runs or more")
     comparable(runs)
@@ -134,7 +137,7 @@ def compare(runs: Sequence[Run], replicates: int = REPLICATES, seed: int = 0) ->
 
 
 def _numbers(runs: Sequence[Sequence[Record]]) -> dict[str, int]:
-    """A number for every session of any run."""
+    """A number for every session that occurs in any run."""
     names = dict.fromkeys(record.session for records in runs for record in records)
     return {name: i for i, name in enumerate(names)}
 
@@ -170,7 +173,7 @@ def _latency_rows(measure: str, runs: Sequence[Sequence[Record]], replicates: in
 
 
 def _in_parts(statistic: Statistic, sample: Sample, weights: Floats) -> Floats:
-    """A statistic of all replicates, a few at a time: values times replicates would not fit into memory."""
+    """A statistic of all replicates, a few at a time: all values times replicates may not fit into memory."""
     parts = -(-len(weights) * len(sample.values) // PART_CELLS_MAX)
     return np.concatenate([statistic(sample, part) for part in np.array_split(weights, parts)])
 
@@ -180,13 +183,13 @@ def _point(values: Floats, name: str) -> float:
 
 
 def draws(clusters: int, replicates: int, seed: int) -> Floats:
-    """How often each cluster is drawn, with replacement, float64 [replicates, clusters]."""
+    """How often each cluster is drawn with replacement, float64 [replicates, clusters]."""
     rng = np.random.default_rng([seed, 4])
     return rng.multinomial(clusters, np.full(clusters, 1 / clusters), replicates).astype(float)
 
 
 def interval(base: float, other: float, bases: Floats, others: Floats) -> Interval | None:
-    """The ratio and its percentile interval; None where the base is 0."""
+    """The ratio and its percentile interval; None if the base is 0."""
     usable = bases > 0
     if not base > 0 or not usable.any():
         return None
@@ -197,7 +200,7 @@ def interval(base: float, other: float, bases: Floats, others: Floats) -> Interv
 # ---- shares and rates ----------------------------------------------------------------------------------------
 
 Part = Callable[[Record], tuple[float, float]]
-"""What a request adds to a share: above and below the line."""
+"""What a request adds to a share: to the numerator and to the denominator."""
 
 
 def _cached(record: Record) -> tuple[float, float]:
@@ -245,7 +248,10 @@ def _rate_row(
     replicates: int,
     seed: int,
 ) -> Row:
-    """A rate over the window; its interval comes from drawing stretches of the window anew, in each run for itself."""
+    """A rate over the window.
+
+    Its interval comes from resampling slices of the window, separately in each run.
+    """
     slices = []
     for run, window in runs:
         at, count = events(run.records) if run.records else (np.empty(0), np.empty(0))

@@ -1,4 +1,4 @@
-"""Generated content: random tokens that depend on nothing but a seed and a key, as ids or as words."""
+"""Generated content: random tokens that depend only on a seed, a salt and a key, as ids or as words."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from loadgen.workload import Piece, Ruler
 
 CACHED_TOKENS_MAX = 4_000_000
-"""Tokens of pieces that are kept, 4 bytes each: prefixes are asked for again and again."""
+"""Maximum number of tokens in cached pieces, 4 bytes each: prefixes are asked for repeatedly."""
 
 WORDS = (
     "time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school",
@@ -30,16 +30,18 @@ WORDS = (
     "interest", "death", "experience", "effect", "use", "class", "control", "field", "development", "role",
     "effort", "rate", "heart", "drug", "show", "leader", "light", "voice", "wife", "police", "mind",
 )  # fmt: skip
-"""Words that are one token each, with the space before them, in most vocabularies."""
+"""Words that, with the space before them, are one token each in most vocabularies."""
 
 
 @attrs.define
 class Filler:
-    """Makes pieces: the same seed, salt and key give the same tokens, and a shorter piece is a longer one's beginning.
+    """Makes pieces: the same seed, salt and key give the same tokens.
 
-    ``low`` and ``high`` bound the token ids (``high`` excluded); the default avoids special tokens at the start of
-    a vocabulary and fits vocabularies of 32,000 and more. Every token is drawn by itself: a block that repeats one
-    value would find a block of another prompt in a cache.
+    A shorter piece is a prefix of a longer one.
+
+    ``low`` and ``high`` bound the token ids (``high`` excluded). The defaults avoid special tokens at the
+    start of a vocabulary and fit vocabularies of 32,000 and more. Every token is drawn by itself: a block
+    that repeats one value could match a block of another prompt in a cache.
     """
 
     seed: int = 0
@@ -47,12 +49,12 @@ class Filler:
     low: int = 1000
     high: int = 30_000
     corpus: Sequence[str] = ()
-    """Words of a real text; pieces then are stretches of it instead of random words."""
+    """Words of a real text; if given, pieces are stretches of it instead of random words."""
     _kept: OrderedDict[Piece, NDArray[np.int32]] = attrs.field(factory=OrderedDict, init=False)
     _kept_tokens: int = attrs.field(default=0, init=False)
 
     def ids(self, piece: Piece) -> NDArray[np.int32]:
-        """The piece as token ids, int32 [tokens]; read only."""
+        """The piece as token ids, int32 [tokens]; the array is shared and must not be changed."""
         found = self._kept.get(piece)
         if found is not None:
             self._kept.move_to_end(piece)
@@ -62,7 +64,7 @@ class Filler:
         return made
 
     def text(self, piece: Piece) -> str:
-        """The piece as words, each with a space before it; about one token each."""
+        """The piece as words, each with a space before it and about one token long."""
         if self.corpus:
             start = int(self._draw(piece.key).integers(0, max(1, len(self.corpus) - piece.tokens)))
             words = self.corpus[start : start + piece.tokens]
@@ -83,7 +85,7 @@ class Filler:
 
 
 class TokenizerRuler(Ruler):
-    """Exact lengths by a Hugging Face ``tokenizer.json``."""
+    """Measures exact lengths with a Hugging Face ``tokenizer.json``."""
 
     def __init__(self, tokenizer: Any) -> None:
         super().__init__()
@@ -94,6 +96,6 @@ class TokenizerRuler(Ruler):
         return len(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def cut(self, text: str, tokens: int) -> str:
-        """The beginning of a text, of so many tokens at most; cut between characters."""
+        """The beginning of a text, of at most ``tokens`` tokens, cut between characters."""
         encoded = self.tokenizer.encode(text, add_special_tokens=False)
         return text if len(encoded.ids) <= tokens else text[: encoded.offsets[tokens][0]]

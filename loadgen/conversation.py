@@ -1,4 +1,4 @@
-"""Prompts: what of a conversation is sent at each turn, as text, token ids or messages."""
+"""Prompts: what is sent of a conversation at each turn, as text, token ids or messages."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ class Style:
 
     endpoint: Endpoint = "completions"
     form: Form = "text"
-    """Of generated content: token ids where the server takes them, or words."""
+    """The form of generated content: token ids, where the server takes them, or words."""
     answers: Answers = "recorded"
-    """What stands in a conversation as the answer: the recorded one (prompts never vary), or the model's own."""
+    """Which answer a conversation continues with: the recorded one (prompts never vary) or the model's."""
     salt: str = ""
-    """Put at the beginning of every session, so that a server that has seen the workload has not cached it."""
+    """Text that changes the beginning of every session, so that a server that has seen the workload has not
+    cached it."""
 
 
 @attrs.frozen
@@ -42,7 +43,7 @@ class Own:
 
 @attrs.define
 class Conversation:
-    """One session while it is played: ask for ``prompt`` of each turn, then ``answered``."""
+    """One session while it is played: for each turn call ``prompt``, then ``answered``."""
 
     session: Session
     style: Style
@@ -50,7 +51,7 @@ class Conversation:
     _said: list[tuple[Role, Content | Own]] = attrs.field(factory=list, init=False)
 
     def prompt(self, turn: Turn) -> dict[str, Any]:
-        """The body's ``prompt`` or ``messages`` for a turn, which becomes part of the conversation."""
+        """The body's ``prompt`` or ``messages`` for a turn; the turn becomes part of the conversation."""
         if turn.fresh:
             self._said.clear()
         self._said += [(message.role, message.content) for message in turn.messages]
@@ -59,7 +60,7 @@ class Conversation:
         return {"prompt": self._ids() if self._takes_ids() else self._text()}
 
     def answered(self, turn: Turn, own: Own) -> None:
-        """Append the answer: the recorded one where it is wanted and known, otherwise the model's own."""
+        """Append the answer: the recorded one if it is wanted and known, otherwise the model's own."""
         recorded = turn.answer if self.style.answers == "recorded" else None
         self._said.append(("assistant", own if recorded is None else recorded))
 
@@ -94,12 +95,12 @@ class Conversation:
         return self._salted(text)
 
     def _salted(self, text: str) -> str:
-        # Pieces are salted where they are made.
+        # Generated pieces are salted by the Filler.
         recorded = any(isinstance(one, str) for _, one in self._said)
         return f"[{self.style.salt}] {text}" if self.style.salt and recorded else text
 
     def _messages(self) -> list[dict[str, str]]:
-        """Neighbours of one role become one message: servers' templates want user and assistant to alternate."""
+        """Join adjacent messages of a role: servers' templates want user and assistant to alternate."""
         joined: list[dict[str, str]] = []
         for role, content in self._said:
             text = self._words(content)
@@ -121,7 +122,7 @@ NO_IDS = (
 
 
 def digest(prompt: dict[str, Any]) -> str:
-    """A short digest of a prompt as it is sent, to tell whether two runs asked the same."""
+    """A short digest of a prompt as it is sent, to check whether two runs asked the same."""
     return hashlib.sha256(orjson.dumps(prompt)).hexdigest()[:16]
 
 

@@ -1,7 +1,7 @@
-"""What a user of the load generator can repair."""
+"""Errors that a user of the load generator can fix."""
 
 from __future__ import annotations
 
 
 class LoadgenError(Exception):
-    """A wrong option, file or run directory; the text names what is wrong, the value, and what would do."""
+    """A wrong option, file or run directory; the text names the problem, the value, and a valid one."""

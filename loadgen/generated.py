@@ -1,7 +1,8 @@
-"""Workloads for people without data: shared prefixes, prefix shares, and the shapes of the MemServe paper's workloads.
+"""Workloads that need no data: shared prefixes, prefix shares, and the shapes of the paper's workloads.
 
-The shapes follow figure 7 of the paper (arXiv 2406.17565): how long prompts and answers are, and how much of a prompt
-was in an earlier one. Prompts and answers are drawn from the quantiles below, straight lines between them.
+The shapes follow figure 7 of the MemServe paper (arXiv 2406.17565): how long prompts and answers are, and how
+much of a prompt was in an earlier one. Lengths are drawn from the quantiles below, with straight lines
+between them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ Rng = np.random.Generator
 
 @attrs.frozen
 class Shared:
-    """Groups of sessions, each group with a prefix of its own."""
+    """Groups of sessions; the sessions of a group share a prefix."""
 
     groups: int = 64
     group_size: int = 16
@@ -34,7 +35,7 @@ def _user(*pieces: Piece) -> tuple[Message, ...]:
 
 
 def shared_prefix(given: Shared, seed: int) -> list[Session]:
-    """``groups`` x ``group_size`` sessions in random order; later turns add a question to the conversation."""
+    """``groups`` x ``group_size`` sessions in random order; each later turn adds a question."""
     sessions = []
     for group in range(given.groups):
         prefix = Piece(f"prefix/{group}", given.prefix_tokens)
@@ -58,7 +59,7 @@ def shared_prefix(given: Shared, seed: int) -> list[Session]:
 
 
 def prefix_share(requests: int, prompt_tokens: int, output_tokens: int, share: float) -> list[Session]:
-    """Single requests of one length, of which the first ``share`` (0 to 1) is the same in all."""
+    """Single requests of one length whose first ``share`` (0 to 1) is the same in all."""
     if not 0 <= share <= 1:
         raise LoadgenError(f"--share: must be from 0 to 1, not {share}")
     common = round(prompt_tokens * share)
@@ -83,13 +84,13 @@ def prefix_share(requests: int, prompt_tokens: int, output_tokens: int, share: f
 
 @attrs.frozen
 class Curve:
-    """A distribution by its quantiles: ``at`` from 0 to 1, and the token counts there."""
+    """A distribution given by its quantiles: ``at`` from 0 to 1, and the token counts there."""
 
     at: tuple[float, ...]
     tokens: tuple[float, ...]
 
     def draw(self, rng: Rng, size: int) -> NDArray[np.float64]:
-        """Draws by inversion, float64 [size]."""
+        """Random values, drawn by inversion, float64 [size]."""
         return np.interp(rng.random(size), self.at, self.tokens)
 
 
@@ -100,11 +101,13 @@ class Shape:
     prompt: Curve
     output: Curve
     turns: tuple[float, ...]
-    """How likely a session has 1, 2, 3, ... requests."""
+    """Probabilities that a session has 1, 2, 3, ... requests."""
     answer_share: float = 0.0
-    """How much of what a prompt adds to the one before is the answer to that; fitted to the paper's sharing curve."""
+    """Share of what a prompt adds to the previous one that is the previous answer; fitted to the paper's
+    sharing curve."""
     document_share: float | None = None
-    """Requests are a document and a question, the document this share of a typical prompt; None: they grow."""
+    """If set, prompts are a document and a question, with the document this share of a typical prompt; None:
+    prompts grow from turn to turn."""
 
 
 QUANTILES = (0.0, 0.1, 0.5, 0.9, 0.99, 1.0)
@@ -127,7 +130,8 @@ SHAPES = {
         (0.05, 0.15, 0.2, 0.2, 0.2, 0.1, 0.1),
     ),
 }
-"""Figure 7 has a quarter of ReAct's prompts share nothing: the first call of each session, whose examples are its own."""
+"""In figure 7 a quarter of ReAct's prompts share nothing: the first call of each session, whose examples are
+its own."""
 
 
 def paper_shape(kind: str, sessions: int, scale: float, think_s: float, seed: int) -> list[Session]:
@@ -143,9 +147,10 @@ def _lengths(curve: Curve, rng: Rng, size: int, scale: float) -> list[int]:
 
 
 def _growing(id: str, turns: int, shape: Shape, scale: float, think_s: float, rng: Rng) -> Session:
-    """Prompts of the drawn lengths, shortest first, each the last prompt, some of its answer, and something new.
+    """A session with prompts of the drawn lengths, shortest first.
 
-    Sorting within a session leaves the lengths of all sessions together as they were drawn.
+    Each prompt is the previous prompt, a part of its answer, and new content. Sorting within a session leaves
+    the distribution of all sessions' lengths as drawn.
     """
     prompts = sorted(_lengths(shape.prompt, rng, turns, scale))
     outputs = _lengths(shape.output, rng, turns, scale)
@@ -162,7 +167,7 @@ def _growing(id: str, turns: int, shape: Shape, scale: float, think_s: float, rn
 
 
 def _document(id: str, turns: int, shape: Shape, scale: float, think_s: float, rng: Rng) -> Session:
-    """Questions on one document, which is all but a few tokens of every prompt."""
+    """A session of questions about one document, which is all but a few tokens of every prompt."""
     assert shape.document_share is not None
     typical = float(shape.prompt.draw(rng, 1)[0]) * scale
     document = max(1, round(typical * shape.document_share))
@@ -184,7 +189,7 @@ def _document(id: str, turns: int, shape: Shape, scale: float, think_s: float, r
 
 
 def shares(sessions: list[Session]) -> tuple[list[int], list[float]]:
-    """Of every request: the prompt's tokens, and how much of it was in the prompt or answer of the turn before."""
+    """For each request: its prompt's tokens, and which share of them was in the turn before (prompt, answer)."""
     lengths: list[int] = []
     known: list[float] = []
     for session in sessions:

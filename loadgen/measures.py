@@ -1,4 +1,4 @@
-"""From the records of a run to its figures."""
+"""Computes the figures of a run from its records."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from loadgen.records import Record
 
 PERCENTILES = (50, 90, 99)
 ROUNDING_S = 1e-6
-"""Of event times in records; a run's last token may seem to come after its end by as much."""
+"""Rounding of event times in records: a run's last token may seem to arrive this long after the run's end."""
 LATENCIES = ("ttft_ms", "tpot_ms", "itl_ms", "jct_ms")
 NAMES = {
     "ttft_ms": "time to first token",
@@ -27,24 +27,24 @@ NAMES = {
 
 @attrs.frozen
 class Window:
-    """The stretch of a run that is measured, in seconds from its start: requests that were due in it."""
+    """The measured stretch of a run, in seconds from its start: requests that were due in it count."""
 
     start_s: float
     end_s: float
 
     @property
     def length_s(self) -> float:
-        """How long it is; never 0, so that rates are numbers."""
+        """Its length; never 0, so that rates are finite."""
         return max(self.end_s - self.start_s, 1e-9)
 
     def has(self, moment_s: float) -> bool:
-        """Whether a moment lies in it; its end does."""
+        """Whether a moment lies in the window, whose end is included."""
         return self.start_s <= moment_s <= self.end_s + ROUNDING_S
 
 
 @attrs.frozen
 class Rules:
-    """What a run is held to."""
+    """The limits that a run is judged by."""
 
     slos: Mapping[str, float] = attrs.field(factory=dict)
     """Limits in milliseconds for ttft, tpot, jct and gap."""
@@ -53,7 +53,7 @@ class Rules:
 
 
 def percentiles(values: Sequence[float] | NDArray[np.float64]) -> dict[str, float] | None:
-    """Mean, percentiles (linear between values) and maximum; None of nothing."""
+    """Count, mean, percentiles (linear between values) and maximum; None without values."""
     if len(values) == 0:
         return None
     array = np.asarray(values, float)
@@ -65,7 +65,10 @@ def percentiles(values: Sequence[float] | NDArray[np.float64]) -> dict[str, floa
 
 
 def values(records: Iterable[Record], measure: str) -> list[float]:
-    """All values of a latency in milliseconds, of whole answers only; requests without one (no token) are left out."""
+    """All values of a latency in milliseconds, from complete answers only.
+
+    Requests for which the latency is undefined (without tokens, for one) are left out.
+    """
     whole = [one for one in records if one.ok]
     if measure == "itl_ms":
         return [gap for one in whole for gap in one.gaps_ms]
@@ -74,7 +77,7 @@ def values(records: Iterable[Record], measure: str) -> list[float]:
 
 
 def kept_slos(record: Record, slos: Mapping[str, float]) -> bool:
-    """Whether the answer is whole and within every limit; a measure that it has no value for is kept."""
+    """Whether the answer is complete and within every limit; a measure without a value counts as kept."""
     if not record.ok:
         return False
     have = {
@@ -87,7 +90,7 @@ def kept_slos(record: Record, slos: Mapping[str, float]) -> bool:
 
 
 def stalled(record: Record, stall_s: float) -> bool:
-    """Whether the stream was silent for longer than this after its first token, until its next or its end."""
+    """Whether the stream was ever silent for longer than ``stall_s`` between its first token and its end."""
     if not record.event_ms:
         return False
     moments = np.array([*record.event_ms, (record.end_s - record.sent_s) * 1e3])
@@ -95,9 +98,10 @@ def stalled(record: Record, stall_s: float) -> bool:
 
 
 def tokens_at(record: Record) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """When tokens came, in seconds of the run, and how many each time.
+    """When tokens arrived, in seconds since the run began, and how many each time.
 
-    Servers put several tokens into one event when a client is behind; the usage's count is spread over the events.
+    Servers put several tokens into one event when a client is behind, so the usage's token count is spread
+    evenly over the events.
     """
     at = record.sent_s + np.asarray(record.event_ms, float) / 1e3
     count = record.output_tokens if record.output_tokens is not None else len(at)
@@ -105,7 +109,7 @@ def tokens_at(record: Record) -> tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
 def throughput(records: Iterable[Record], window: Window) -> dict[str, float]:
-    """Rates in the window: of tokens that came in it, and of requests that ended in it."""
+    """Rates in the window, of tokens that arrived in it and of requests that ended in it."""
     output = prompt = cached = ended = 0.0
     for one in records:
         at, count = tokens_at(one)
@@ -123,14 +127,14 @@ def throughput(records: Iterable[Record], window: Window) -> dict[str, float]:
 
 
 def cached_share(records: Iterable[Record]) -> float | None:
-    """Cached prompt tokens of all prompt tokens, over requests whose usage told both; None where none did."""
+    """Cached share of prompt tokens, over requests whose usage reports both counts; None if none does."""
     told = [one for one in records if one.cached_tokens is not None and one.prompt_tokens]
     total = sum(one.prompt_tokens or 0 for one in told)
     return sum(one.cached_tokens or 0 for one in told) / total if total else None
 
 
 def errors(records: Iterable[Record]) -> dict[str, dict[str, Any]]:
-    """How many of each kind, the most frequent first, with one example of what was said."""
+    """Number of errors of each kind, most frequent first, each with one example of its detail."""
     failed = [one for one in records if not one.ok]
     counts = Counter(one.error for one in failed)
     examples = {one.error: one.detail for one in reversed(failed)}
@@ -169,7 +173,7 @@ def figures(records: Sequence[Record], window: Window, rules: Rules) -> dict[str
 
 
 def by_tenant(records: Sequence[Record], window: Window, rules: Rules) -> dict[str, dict[str, Any]]:
-    """The same figures for each tenant; nothing where there is only one."""
+    """The figures of each tenant; empty if there is only one."""
     names = sorted({one.tenant for one in records})
     if len(names) < 2:
         return {}
@@ -179,9 +183,9 @@ def by_tenant(records: Sequence[Record], window: Window, rules: Rules) -> dict[s
 def send_lag(
     records: Sequence[Record], window: Window, ticks_ms: Sequence[float], rules: Rules
 ) -> dict[str, Any]:
-    """How late the generator was: in sending, and in noticing what came (its clock's ticks).
+    """How late the generator was in sending, and in noticing what arrived (its clock's ticks).
 
-    Ticks are how late a sleeping task was woken; a token that came meanwhile got a time as late as that.
+    A tick is how late a sleeping task was woken: a token that arrived in the meantime was timed as late.
     """
     sent = percentiles([one.lag_s * 1e3 for one in records if window.has(one.due_s)])
     ticks = percentiles(list(ticks_ms))
@@ -195,9 +199,9 @@ def send_lag(
 
 
 def against(records: Iterable[Record], reference: Iterable[Record]) -> dict[str, Any]:
-    """The answers against those of another run, by session and turn.
+    """Compare the answers with those of another run, by session and turn.
 
-    Answers to another prompt (a conversation that went another way before) are counted apart: they prove nothing.
+    Answers to a different prompt (the conversation diverged earlier) are counted apart: they prove nothing.
     """
     known = {(one.session, one.turn): one for one in reference if one.ok}
     same, different, other, missing = 0, [], 0, 0
@@ -226,7 +230,7 @@ def _same_answer(one: Record, wanted: Record) -> bool:
 
 
 def _parting(one: Record, wanted: Record) -> int | None:
-    """The first character where two texts differ; None where they were not kept."""
+    """Index of the first character where two texts differ; None if the texts were not kept."""
     if one.answer is None or wanted.answer is None:
         return None
     pairs = zip(one.answer, wanted.answer, strict=False)

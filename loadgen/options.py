@@ -1,6 +1,6 @@
-"""Everything that can be chosen; the command line is made from these classes, so a program and a person say the same.
+"""All options. The command line is made from these classes, so programs and people use the same options.
 
-The words after a field are its help text.
+The text in a field's annotation is its help text.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ class ArrivalOptions:
 @Parameter(name="*", group="Server")
 @attrs.frozen(kw_only=True)
 class ServerOptions:
-    """Whom to ask, and how."""
+    """Which server to ask, and how."""
 
     url: Annotated[str, _option("The server's address, with or without /v1.")] = "http://127.0.0.1:8080"
     model: Annotated[str, _option("The model; default: the first that the server lists.")] = ""
@@ -205,7 +205,7 @@ class ServerOptions:
 @Parameter(name="*", group="Measures")
 @attrs.frozen(kw_only=True)
 class MeasureOptions:
-    """What is made of it."""
+    """How the run is judged and reported."""
 
     slo: Annotated[
         tuple[str, ...],
@@ -233,7 +233,7 @@ class MeasureOptions:
 
 @attrs.frozen(kw_only=True)
 class RunOptions:
-    """One run, whole."""
+    """All options of one run."""
 
     kind: Kind
     workload: WorkloadOptions = WorkloadOptions()

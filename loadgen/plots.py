@@ -1,4 +1,4 @@
-"""Plots of runs, as SVG text to put into a page."""
+"""Plots of runs, as SVG text to embed in a page."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from loadgen import measures
 from loadgen.records import Record
 from loadgen.rundir import Run
 
-# A figure of its own for each plot instead of pyplot: nothing global is kept, and no window system is looked for.
+# Each plot makes its own Figure: pyplot would keep global state and look for a window system.
 COLOURS = ("#1f6f8b", "#d1495b", "#66a182", "#edae49", "#5d4e8c", "#8c6d46", "#2e4057", "#a23b72")
 STYLE: Any = {
     "font.size": 9,
@@ -36,7 +36,10 @@ POINTS_MAX = 2000
 
 
 def drawn(name: str, draw: Callable[[Figure], None], width: float = 6.2, height: float = 3.2) -> str:
-    """One figure as SVG. Its name goes into the ids within, which must differ from other plots' of a page."""
+    """One figure as SVG.
+
+    The ids in it derive from ``name``, which must differ from other plots' on a page.
+    """
     with mpl.rc_context({**STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=(width, height), layout="constrained")
         draw(figure)
@@ -49,7 +52,7 @@ def drawn(name: str, draw: Callable[[Figure], None], width: float = 6.2, height:
 
 
 def _scaled(axes: Axes, values: Sequence[NDArray[np.float64]]) -> None:
-    """A logarithmic axis where values span more than a factor of 30."""
+    """Make the axis logarithmic if values span more than a factor of 30."""
     lows = [float(one[one > 0].min()) for one in values if (one > 0).any()]
     highs = [float(one.max()) for one in values if len(one)]
     if lows and max(highs) > 30 * min(lows):
@@ -81,7 +84,7 @@ def cdf(runs: Sequence[Run], measure: str) -> str:
 
 
 def measured(run: Run) -> list[Record]:
-    """The requests of a run's window."""
+    """The requests that were due in a run's window."""
     window = window_of(run)
     return [one for one in run.records if window.has(one.due_s)]
 
@@ -92,7 +95,10 @@ def window_of(run: Run) -> measures.Window:
 
 
 def load_over_time(run: Run) -> tuple[NDArray[np.float64], dict[str, NDArray[np.float64]]]:
-    """Edges of time bins [bins + 1], and per bin [bins]: requests in flight, tokens a second, prompt and cached tokens."""
+    """Edges of time bins [bins + 1], and what happened in each bin [bins].
+
+    The series are requests in flight, output tokens a second, and prompt and cached tokens of answers begun.
+    """
     end = max((one.end_s for one in run.records), default=1.0) or 1.0
     edges = np.linspace(0, end, BINS + 1)
     width = end / BINS
@@ -101,7 +107,7 @@ def load_over_time(run: Run) -> tuple[NDArray[np.float64], dict[str, NDArray[np.
     counts = np.concatenate([one for _, one in parts]) if parts else np.empty(0)
     busy = np.zeros(BINS)
     for one in run.records:
-        # How much of each bin the request was under way.
+        # Seconds of each bin in which the request was in flight.
         busy += np.clip(np.minimum(edges[1:], one.end_s) - np.maximum(edges[:-1], one.sent_s), 0, None)
     first = [one for one in run.records if one.event_ms and one.cached_tokens is not None]
     begun = np.asarray([one.sent_s + one.event_ms[0] / 1e3 for one in first])
@@ -112,7 +118,7 @@ def load_over_time(run: Run) -> tuple[NDArray[np.float64], dict[str, NDArray[np.
 
 
 def timeline(run: Run) -> str:
-    """Load, output rate, hit share and first-token times along the run; what is not measured is grey."""
+    """Load, output rate, cached share and TTFT over the run; stretches that are not measured are grey."""
     edges, series = load_over_time(run)
     middle = (edges[1:] + edges[:-1]) / 2
     window = window_of(run)
@@ -123,7 +129,7 @@ def timeline(run: Run) -> str:
         axes[0].set_ylabel("requests\nin flight")
         axes[1].fill_between(middle, series["tokens"], color=COLOURS[2], alpha=0.5, step="mid")
         axes[1].set_ylabel("output\ntokens/s")
-        # Over five bins, so that a bin without a first token does not tear the line.
+        # Smoothed over five bins, so that a bin without a first token does not break the line.
         prompt, cached = (np.convolve(series[name], np.ones(5), "same") for name in ("prompt", "cached"))
         share = np.divide(cached, prompt, out=np.full(BINS, np.nan), where=prompt > 0)
         axes[2].plot(middle, share, color=COLOURS[3])
@@ -193,7 +199,7 @@ AXES = {"rate": "sessions/s offered", "clients": "clients", "share": "shared par
 
 
 def point(run: Run, axis: str) -> float:
-    """Where a run stands on a sweep's axis."""
+    """A run's position on a sweep's axis."""
     if axis == "share":
         return float(run.summary["workload"]["options"].get("share", 0.5))
     return float(run.summary["arrivals"][axis])

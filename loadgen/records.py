@@ -1,4 +1,4 @@
-"""What is kept of every request, as lines of JSON."""
+"""The record that is kept of every request, as a line of JSON."""
 
 from __future__ import annotations
 
@@ -14,40 +14,43 @@ from loadgen.errors import LoadgenError
 
 @attrs.define
 class Record:
-    """One request. Times ending in ``_s`` are seconds since the run began; None is what did not happen or was not told."""
+    """One request. Times in ``_s`` are seconds since the run began.
+
+    None stands for what did not happen or was not reported.
+    """
 
     session: str
     turn: int
     tenant: str
     due_s: float
-    """When it should have been sent: its arrival, or the answer before it and the time to think."""
+    """When it should have been sent: at its arrival, or a think time after the previous answer."""
     sent_s: float
     asked_tokens: int
     prompt_digest: str = ""
     end_s: float = 0.0
     error: str = ""
-    """The kind of failure, such as ``http 429``, ``timeout`` or ``incomplete``; empty where it went well."""
+    """The kind of failure, such as ``http 429``, ``timeout`` or ``incomplete``; empty for a success."""
     detail: str = ""
     event_ms: list[float] = attrs.field(factory=list)
-    """When each event with tokens came, in milliseconds since it was sent."""
+    """When each event with tokens arrived, in milliseconds since the request was sent."""
     prompt_tokens: int | None = None
     cached_tokens: int | None = None
     output_tokens: int | None = None
     finish_reason: str = ""
     request_id: str = ""
-    """The server's, from the header ``x-request-id``."""
+    """The server's id of the request, from the header ``x-request-id``."""
     answer_digest: str = ""
     answer: str | None = None
     token_ids: list[int] | None = None
 
     @property
     def ok(self) -> bool:
-        """Whether the whole answer came."""
+        """Whether the complete answer arrived."""
         return not self.error
 
     @property
     def lag_s(self) -> float:
-        """How late it was sent."""
+        """How late the request was sent."""
         return self.sent_s - self.due_s
 
     @property
@@ -57,12 +60,12 @@ class Record:
 
     @property
     def jct_ms(self) -> float:
-        """Job completion time: from sending to the answer's end."""
+        """Job completion time: from sending to the end of the answer."""
         return (self.end_s - self.sent_s) * 1e3
 
     @property
     def tpot_ms(self) -> float | None:
-        """Time per output token after the first; None for answers of one token."""
+        """Time per output token after the first; None for answers of one token or one event."""
         tokens = self.output_tokens or len(self.event_ms)
         if tokens < 2 or len(self.event_ms) < 2:
             return None
@@ -70,11 +73,14 @@ class Record:
 
     @property
     def gaps_ms(self) -> list[float]:
-        """Inter-token latencies: times between events with tokens, of which a server may put several into one."""
+        """Inter-token latencies: times between events with tokens.
+
+        A server may put several tokens into one event.
+        """
         return [after - before for before, after in zip(self.event_ms, self.event_ms[1:], strict=False)]
 
     def to_json(self) -> bytes:
-        """One line of JSON, without its end."""
+        """One line of JSON, without the line end."""
         return orjson.dumps({name: value for name, value in attrs.asdict(self).items() if value is not None})
 
 
@@ -83,12 +89,12 @@ NEEDED = {field.name for field in attrs.fields(Record) if field.default is attrs
 
 
 def from_json(document: dict[str, Any]) -> Record:
-    """A record from a line of ``requests.jsonl``; fields that are not known are passed over."""
+    """A record from a line of ``requests.jsonl``; unknown fields are ignored."""
     return Record(**{name: value for name, value in document.items() if name in FIELDS})
 
 
 def read(path: Path) -> list[Record]:
-    """All records of a run; LoadgenError for what is not such a file."""
+    """All records of a run. Raises LoadgenError for anything but a file of records."""
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:

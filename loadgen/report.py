@@ -1,4 +1,4 @@
-"""Reports as self-contained pages: of a run, of a sweep, of runs side by side."""
+"""Reports as self-contained HTML pages: of a run, of a sweep, of runs side by side."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Cell:
 
 @attrs.frozen
 class Table:
-    """A table with its head."""
+    """A table with its header row."""
 
     head: tuple[str, ...]
     rows: list[list[Cell]]
@@ -41,7 +41,7 @@ class Table:
 
 @attrs.frozen
 class Section:
-    """A part of a page; plots are SVG."""
+    """A section of a page; plots are SVG."""
 
     title: str
     text: str = ""
@@ -57,7 +57,7 @@ def page(
     cards: Sequence[tuple[str, str]] = (),
     footer: str = "",
 ) -> str:
-    """HTML that needs no other file."""
+    """A page as HTML that needs no other file."""
     template = Environment(autoescape=True, trim_blocks=True).from_string(TEMPLATE.read_text())
     return template.render(
         title=title, subtitle=subtitle, sections=sections, warnings=warnings, cards=cards, footer=footer
@@ -65,17 +65,17 @@ def page(
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A table of plain texts."""
+    """A table of plain text."""
     return Table(tuple(head), [[Cell(one) for one in row] for row in rows])
 
 
 def number(value: float | None, digits: int = 1) -> str:
-    """A number for people; a dash for none."""
+    """A number for people; a dash for None."""
     return "-" if value is None else f"{value:,.{digits}f}"
 
 
 def share(value: float | None) -> str:
-    """A share in percent; a dash for none."""
+    """A share in percent; a dash for None."""
     return "-" if value is None else f"{value:.1%}"
 
 
@@ -110,7 +110,7 @@ def of_run(run: Run) -> str:
 
 
 def footer(summary: dict[str, Any]) -> str:
-    """What made the page."""
+    """The program and system that made the measurements."""
     return f"memserve-loadgen {summary['loadgen']} on {summary['machine']['system']}"
 
 
@@ -141,7 +141,7 @@ def _two(found: dict[str, float] | None, digits: int = 1) -> str:
 
 
 def latencies(figures: dict[str, Any]) -> Table:
-    """Mean, percentiles and maximum of all latencies."""
+    """Mean, percentiles, maximum and count of each latency."""
     rows = [
         [
             NAMES[measure],
@@ -190,7 +190,7 @@ def tenants(found: dict[str, Any]) -> Table:
 
 
 def reference(found: dict[str, Any]) -> Section:
-    """The answers against those of another run."""
+    """The comparison of the answers with those of another run."""
     head = ("same", "different", "to another prompt", "not in it")
     counts = [str(found[name]) for name in ("same", "different", "other_prompt", "missing")]
     examples = [
@@ -238,14 +238,14 @@ def slowest(run: Run) -> Table:
 
 
 def told(value: Any) -> str:
-    """A setting for people."""
+    """A setting as text for people."""
     if isinstance(value, dict):
         return ", ".join(f"{name} {told(one)}" for name, one in value.items()) or "none"
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def circumstances(summary: dict[str, Any]) -> Table:
-    """Everything that was chosen, and how well the generator kept up."""
+    """Everything that was chosen, and how late the generator was."""
     lag, window, work = summary["lag"], summary["window"], summary["workload"]
     rows = [
         ("server", f"{summary['server']['model']} at {summary['server']['url']}"),
@@ -263,7 +263,7 @@ def circumstances(summary: dict[str, Any]) -> Table:
 
 
 def of_sweep(series: Sequence[tuple[str, Sequence[Run]]], axis: str) -> str:
-    """The page of one sweep, or of several beside each other."""
+    """The page of one sweep, or of several side by side."""
     several = len(series) > 1
     drawn = [plots.against_rate(series, axis, measure) for measure in LATENCIES]
     sections = [Section(f"Against {AXES[axis]}", plots=(*drawn, plots.throughput(series, axis)))]
@@ -327,7 +327,7 @@ def of_comparison(runs: Sequence[Run], rows: Sequence[Row]) -> str:
 
 
 def compared(row: Row) -> list[Cell]:
-    """One line of a comparison."""
+    """One row of a comparison."""
     cells = [
         Cell(f"{row.name}, {row.unit}" if row.unit != "share" else row.name),
         Cell(_value(row, row.values[0])),
@@ -341,7 +341,7 @@ def compared(row: Row) -> list[Cell]:
 
 
 def verdict(row: Row, ratio: Interval) -> str:
-    """``better``, ``worse``, or ``same`` where the interval holds 1."""
+    """``better``, ``worse``, or ``same`` if the interval contains 1."""
     if not ratio.differs:
         return "same"
     return "better" if (ratio.ratio < 1) == (row.unit in LOWER_IS_BETTER) else "worse"
@@ -352,7 +352,7 @@ def _value(row: Row, value: float | None) -> str:
 
 
 def write(path: Path, html: str) -> Path:
-    """A page on disk; LoadgenError where that fails."""
+    """Write a page to disk. Raises LoadgenError if that fails."""
     try:
         path.write_text(html)
     except OSError as error:

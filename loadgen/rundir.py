@@ -1,4 +1,4 @@
-"""A run's directory: ``requests.jsonl`` (a line for each request), ``summary.json``, ``report.html``."""
+"""A run's directory: ``requests.jsonl`` (one line per request), ``summary.json``, ``report.html``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SWEEP = "sweep.json"
 
 @attrs.frozen
 class Run:
-    """A run that is over: what was summed up, and every request."""
+    """A run that has ended: its summary and the records of all requests."""
 
     summary: dict[str, Any]
     records: list[Record]
@@ -30,12 +30,15 @@ class Run:
 
     @property
     def label(self) -> str:
-        """Its name in reports."""
+        """The run's name in reports."""
         return str(self.summary.get("label") or (self.directory.name if self.directory else "run"))
 
 
 def fresh(directory: Path) -> Path:
-    """Make a directory for a run; LoadgenError where one was written already, so that no run is lost."""
+    """Make a directory for a run.
+
+    Raises LoadgenError if that fails, or if the directory holds a run already, so that no run is lost.
+    """
     if any((directory / name).exists() for name in (SUMMARY, REQUESTS, SWEEP)):
         raise LoadgenError(f"--out {directory}: holds a run already; give another directory")
     try:
@@ -47,18 +50,18 @@ def fresh(directory: Path) -> Path:
 
 @contextmanager
 def journal(directory: Path) -> Iterator[BinaryIO]:
-    """The file for the requests; lines are on disk when it closes."""
+    """The open file for the requests' records; all lines are written when it closes."""
     with (directory / REQUESTS).open("wb") as file:
         yield file
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
-    """A JSON file for people and machines."""
+    """Write an indented JSON file."""
     path.write_bytes(orjson.dumps(document, option=orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY) + b"\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; LoadgenError where there is none."""
+    """Read a JSON object. Raises LoadgenError if the file is missing or holds anything else."""
     try:
         document = orjson.loads(path.read_bytes())
     except OSError as error:
@@ -73,7 +76,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read(directory: Path) -> Run:
-    """A run as it was written; LoadgenError for a directory that holds none, or one of another version."""
+    """Read a run from its directory. Raises LoadgenError if there is none, or if it has another format."""
     summary = read_json(directory / SUMMARY)
     if summary.get("format") != 1:
         raise LoadgenError(
@@ -83,7 +86,7 @@ def read(directory: Path) -> Run:
 
 
 def points(directory: Path) -> list[Run]:
-    """The runs of a sweep in its order, or the one run of a directory."""
+    """The runs of a sweep in the sweep's order, or the one run of a directory."""
     if not (directory / SWEEP).exists():
         return [read(directory)]
     return [read(directory / str(name)) for name in read_json(directory / SWEEP)["points"]]

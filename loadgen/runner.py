@@ -30,7 +30,7 @@ class Manner:
     model: str
     style: Style
     body: dict[str, Any] = attrs.field(factory=dict)
-    """Put into every body."""
+    """Fields that are put into every request's body."""
     api_key: str = attrs.field(default="", repr=False)
     tenant_keys: dict[str, str] = attrs.field(factory=dict, repr=False)
     timeout_s: float = 600.0
@@ -42,11 +42,11 @@ class Manner:
 
 @attrs.define
 class Progress:
-    """What is known while a run goes on; the terminal reads it."""
+    """What is known while a run is under way; the terminal reads it."""
 
     planned: int
     began_s: float = 0.0
-    """On trio's clock."""
+    """When the run began, on trio's clock."""
     sent: int = 0
     ok: int = 0
     failed: int = 0
@@ -61,7 +61,7 @@ class Progress:
     errors: dict[str, int] = attrs.field(factory=dict)
 
     def ended(self, record: Record) -> None:
-        """Count a request that is over."""
+        """Count a request that has ended."""
         self.ok += record.ok
         self.output_tokens += record.output_tokens or 0
         if record.cached_tokens is not None:
@@ -83,11 +83,11 @@ class Outcome:
     last_due_s: float = 0.0
     interrupted: bool = False
     overflowed: int = 0
-    """Sessions that were not played because too many were under way."""
+    """Number of sessions that were not played because too many were under way."""
     abandoned: int = 0
-    """Requests that were not sent because their session failed or the time was over."""
+    """Number of requests not sent because their session failed, was not played, or ran out of time."""
     ticks_ms: list[float] = attrs.field(factory=list)
-    """How late a sleeping task was woken, sampled all the time."""
+    """How late a sleeping task was woken, sampled throughout the run, in milliseconds."""
 
 
 class Player:
@@ -121,7 +121,7 @@ class Player:
         self._scope.cancel()
 
     async def play(self) -> Outcome:
-        """Play to the end, or until the duration and the drain are over."""
+        """Play to the end, or until duration and drain time have passed."""
         self._began = self.progress.began_s = trio.current_time()
         with self._scope:
             async with trio.open_nursery() as helpers:
@@ -194,9 +194,9 @@ class Player:
             self._under_way -= 1
 
     async def _turn(self, conversation: Conversation, number: int, turn: Turn, due_s: float) -> bool:
-        """Ask once; whether the session can go on."""
+        """Send one request; whether the session can continue."""
         prompt = conversation.prompt(turn)
-        # Before the time of sending is taken: making a long prompt counts as the generator's lag, not the server's time.
+        # Built before the time of sending is taken: the time that it takes is the generator's lag.
         body, told = self._body(prompt, turn), digest(prompt)
         session = conversation.session
         record = Record(session.id, number, session.tenant, due_s, self._now(), turn.output_tokens, told)
@@ -222,7 +222,7 @@ class Player:
         return orjson.dumps(body | {"stream_options": {"include_usage": True}} | manner.body | prompt)
 
     async def _ask(self, record: Record, answer: Answer, body: bytes) -> None:
-        """Fill the answer, and the record's error where it fails."""
+        """Fill in the answer, and the record's error if the request fails."""
         progress = self.progress
 
         def on_event(name: str, data: bytes, now: float) -> None:
@@ -261,14 +261,14 @@ class Player:
 
 
 def _verdict(exchange: Exchange, answer: Answer) -> tuple[str, str]:
-    """The error and its detail; empty for a whole answer."""
+    """The error and its detail; both empty for a complete answer."""
     if exchange.status != 200:
         return f"http {exchange.status}", _said(bytes(exchange.body))
     if answer.error:
         return answer.error, answer.detail
     if exchange.body:
         return "not a stream", _said(bytes(exchange.body))
-    # Some servers (transformers) send no [DONE]; a body that came to its end and said why it ended is whole.
+    # Some servers (transformers) send no [DONE]: a body that ended and gave a finish_reason is complete.
     if not answer.done and not answer.finish_reason:
         return "incomplete", "the stream ended without [DONE] and without a finish_reason"
     return "", ""

@@ -1,7 +1,8 @@
-"""A server without a model: answers made of words, after delays and with faults that are told to it.
+"""A server without a model: it answers with words, after configurable delays and with configurable faults.
 
-For tests of the load generator and for trying its options: ``python -m loadgen.stub --port 8123``. Its answers depend
-on nothing but the prompt, and it keeps the account of a prefix cache, so correctness and cached shares can be seen.
+It serves to test the load generator and to try its options: ``python -m loadgen.stub --port 8123``. Its
+answers depend only on the prompt (and a fixed seed), and it simulates a prefix cache, so that correctness and
+cached shares can be checked.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ BODY_MAX = 64 * 1024 * 1024
 
 @attrs.frozen
 class Behaviour:
-    """How the stub answers. Every n-th request gets a fault where ``*_every`` is n; 0 is never."""
+    """How the stub answers. If a ``*_every`` is n, every n-th request gets that fault; 0 means never."""
 
     ttft_s: float = 0.0
     prompt_token_s: float = 0.0
@@ -35,31 +36,31 @@ class Behaviour:
     api_keys: tuple[str, ...] = ()
     model: str = "stub"
     refuse_every: int = 0
-    """Answers 429."""
+    """Fault: answer 429."""
     cut_every: int = 0
-    """Closes the connection in the middle of an answer."""
+    """Fault: close the connection in the middle of an answer."""
     error_every: int = 0
-    """Sends an error event in the middle of an answer."""
+    """Fault: send an error event in the middle of an answer."""
     stall_every: int = 0
-    """Is silent for ``stall_s`` in the middle of an answer."""
+    """Fault: be silent for ``stall_s`` in the middle of an answer."""
     stall_s: float = 1.0
     answer_seed: int = 0
 
 
 @attrs.define
 class Stub:
-    """The server's state: its prefix cache, and how many requests there were."""
+    """The server and its state: the prefix cache, and the number of requests so far."""
 
     behaviour: Behaviour = Behaviour()
     requests: int = 0
     bodies: list[dict[str, Any]] = attrs.field(factory=list)
-    """What was asked, for tests; the last thousand."""
+    """The bodies of the last thousand requests, for tests."""
     _cached: set[bytes] = attrs.field(factory=set, init=False)
 
     async def listen(
         self, port: int = 0, *, task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED
     ) -> None:
-        """Serve on loopback until cancelled; tells its port."""
+        """Serve on loopback until cancelled; the start value is the port."""
         listeners = await trio.open_tcp_listeners(port, host="127.0.0.1")
         async with trio.open_nursery() as nursery:
             serve = partial(trio.serve_listeners, self.converse, listeners, handler_nursery=nursery)
@@ -99,7 +100,7 @@ class Stub:
         if self._now(self.behaviour.refuse_every):
             await wire.document(429, {"error": {"message": "too much to do"}})
             return True
-        # A connection carries one answer at a time, so the faults of this request are known now.
+        # Decided before the first await: other connections' requests advance the count in the meantime.
         faults = {
             name: self._now(getattr(self.behaviour, f"{name}_every")) for name in ("cut", "error", "stall")
         }
@@ -142,7 +143,7 @@ class Stub:
         return {"id": "stub", "object": "completion", "model": self.behaviour.model, "choices": [choice]}
 
     def _pages(self, key: str, tokens: Sequence[Any]) -> list[bytes]:
-        """The chained digests of a prompt's whole pages."""
+        """Digests of a prompt's whole pages, each chained to the one before."""
         pages, digest = [], key.encode()
         size = self.behaviour.page_tokens
         for end in range(size, len(tokens) + 1, size):
@@ -213,7 +214,7 @@ async def _request(stream: trio.abc.Stream, connection: h11.Connection) -> tuple
 
 
 def tokens_of(asked: dict[str, Any]) -> list[Any]:
-    """The prompt's tokens: ids as they are, words of a text."""
+    """The prompt's tokens: ids as they are, or the words of a text."""
     if "messages" in asked:
         return [f"{one['role']}:{word}" for one in asked["messages"] for word in one["content"].split()]
     prompt = asked["prompt"]
@@ -221,7 +222,7 @@ def tokens_of(asked: dict[str, Any]) -> list[Any]:
 
 
 def words(tokens: Sequence[Any], count: int, seed: int) -> list[str]:
-    """The answer to a prompt: words that follow from the prompt alone."""
+    """The answer to a prompt: words that are a function of the prompt and the seed."""
     start = int.from_bytes(hashlib.sha256(f"{seed}{tokens!r}".encode()).digest()[:4], "little")
     return [f" {WORDS[(start + i * 7) % len(WORDS)]}" for i in range(count)]
 

@@ -17,7 +17,7 @@ from loadgen.rundir import Run
 
 @attrs.frozen
 class Plan:
-    """The points of a sweep, each a whole run."""
+    """The points of a sweep, each of them a run."""
 
     axis: str
     """``rate``, ``clients`` or ``share``."""
@@ -25,10 +25,12 @@ class Plan:
 
 
 def plan(options: RunOptions, rates: str, clients: str, shares: str, same_salt: bool = False) -> Plan:
-    """The runs of a sweep. LoadgenError unless exactly one axis is given.
+    """The runs of a sweep.
 
-    Every point gets a salt of its own, so that no point finds the prompts of the one before in a cache; the same
-    sweep has the same salts each time, so two sweeps can be compared.
+    Raises LoadgenError unless exactly one axis is given, with values that fit the options.
+
+    Unless ``same_salt``, every point gets its own salt, so that no point finds an earlier point's prompts in
+    a cache. The same sweep has the same salts each time, so that two sweeps can be compared.
     """
     given = {"rate": rates, "clients": clients, "share": shares}
     axes = [name for name, text in given.items() if text]
@@ -69,7 +71,7 @@ def _salted(options: RunOptions, salt: str) -> RunOptions:
 
 
 def play(plan: Plan, directory: Path, pause_s: float = 2.0, quiet: bool = True) -> Iterator[Run]:
-    """Play all points, one after another, each into a directory of its own; every run as it ends."""
+    """Play all points one after another, each into its own directory; yields every run as it ends."""
     from loadgen import terminal
 
     rundir.fresh(directory)

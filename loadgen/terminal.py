@@ -1,4 +1,4 @@
-"""What a person sees: a live table while a run goes on, and its figures at the end."""
+"""What a person sees: a live table while a run is under way, and its figures at the end."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from loadgen.runner import Progress
 
 REFRESH_S = 0.5
 LINE_S = 5.0
-"""Without a terminal, a line this often."""
+"""Seconds between two lines where there is no terminal."""
 
 
 class Live:
-    """The live report of one run, on stderr; ``watch`` runs beside it."""
+    """The live report of one run, on stderr; ``watch`` runs concurrently with it."""
 
     def __init__(self, options: RunOptions, title: str = "") -> None:
         self.title = title or f"{options.kind} -> {options.server.url}"
@@ -71,7 +71,7 @@ class Live:
         return Group(Text(f"{self.title}, {elapsed_s:.0f} s"), table, bar)
 
     def cells(self, progress: Progress, elapsed_s: float) -> list[tuple[str, str]]:
-        """Names and values."""
+        """Names and values of the progress figures."""
         then, events = self._last
         if elapsed_s - then >= REFRESH_S / 2:
             self._rate = (progress.events - events) / (elapsed_s - then)
@@ -98,7 +98,7 @@ def _pair(values: Any) -> str:
 
 
 def summary(run: Run) -> None:
-    """The figures of a run, on stdout."""
+    """Print the figures of a run on stdout."""
     console = Console()
     figures, server = run.summary["figures"], run.summary["server"]
     console.print(
@@ -131,7 +131,7 @@ def latencies(figures: dict[str, Any]) -> Table:
 
 
 def told(found: dict[str, Any]) -> list[str]:
-    """The other figures, a line each."""
+    """The figures other than latencies, one line each."""
     figures, rates = found["figures"], found["figures"]["throughput"]
     lines = [
         f"throughput: {rates['output_tokens_per_s']:,.1f} output tokens/s, {rates['prompt_tokens_per_s']:,.1f} prompt "
@@ -168,7 +168,7 @@ def told(found: dict[str, Any]) -> list[str]:
 
 
 def comparison(runs: Sequence[Run], rows: Sequence[Row]) -> None:
-    """Runs side by side, on stdout."""
+    """Print runs side by side on stdout."""
     console = Console()
     table = Table("", runs[0].label, box=None)
     for run in runs[1:]:
@@ -204,5 +204,5 @@ def comparison_document(runs: Sequence[Run], rows: Sequence[Row]) -> dict[str, A
 
 
 def print_json(document: Any) -> None:
-    """JSON on stdout."""
+    """Print JSON on stdout."""
     print(orjson.dumps(document, option=orjson.OPT_INDENT_2).decode())

@@ -1,7 +1,7 @@
 """HTTP/1.1 and server-sent events without sockets: bytes in, event payloads out.
 
-h11 reads and writes the heads. Bodies are decoded here: with a thousand streams, an event of a few tokens has to cost
-a few microseconds, and h11's general body path costs several times that.
+h11 reads and writes the heads. Bodies are decoded here: with a thousand streams, an event of a few tokens may
+cost only a few microseconds, and h11's general body path costs several times that.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import attrs
 import h11
 
 BODY_MAX = 64 * 1024 * 1024
-"""Bytes of an answer that is no stream, and of one event; more is no answer to a request of ours."""
+"""Maximum size of an answer that is not a stream, and of one event or chunk; our requests need no more."""
 
 
 class WireError(Exception):
@@ -30,7 +30,10 @@ class Events:
     _rest: bytes = b""
 
     def receive(self, data: bytes) -> list[tuple[str, bytes]]:
-        """The events that are whole now: name (``message`` unless it has one) and data. Comments make none."""
+        """The events that are complete now: name (``message`` if none is given) and data.
+
+        Comments are dropped.
+        """
         if b"\r" in data:
             data = data.replace(b"\r\n", b"\n")
         blocks = (self._rest + data).split(b"\n\n")
@@ -60,17 +63,17 @@ def _event(block: bytes) -> tuple[str, bytes] | None:
 
 @attrs.define
 class Body:
-    """Decodes a body: chunked, of a known length, or until the connection ends."""
+    """Decodes a body: chunked, of known length, or up to the end of the connection."""
 
     chunked: bool
     left: int | None
-    """Bytes that are to come, where the length is known."""
+    """Bytes still to come, if the length is known."""
     done: bool = False
     _rest: bytes = b""
     _trailers: bool = False
 
     def receive(self, data: bytes) -> bytes:
-        """The decoded bytes. Nothing follows where ``done``."""
+        """The decoded bytes. Nothing follows once ``done`` is set."""
         if self.chunked:
             return self._chunks(data)
         if self.left is None:
@@ -120,19 +123,19 @@ def _chunk_size(line: bytes) -> int:
 
 @attrs.define
 class Exchange:
-    """One request and its answer on a connection."""
+    """One request and its answer, on one connection."""
 
     status: int = 0
     headers: dict[str, str] = attrs.field(factory=dict)
     body: bytearray = attrs.field(factory=bytearray)
-    """The whole answer, where it is not a stream of events."""
+    """The body of an answer that is not a stream of events."""
     _h11: h11.Connection = attrs.field(factory=lambda: h11.Connection(h11.CLIENT), init=False)
     _decoder: Body | None = attrs.field(default=None, init=False)
     _events: Events | None = attrs.field(default=None, init=False)
     _reusable: bool = attrs.field(default=False, init=False)
 
     def request(self, method: str, target: str, headers: Sequence[tuple[str, str]], body: bytes) -> bytes:
-        """The request's bytes."""
+        """The request as bytes to send."""
         head = h11.Request(
             method=method, target=target, headers=[*headers, ("Content-Length", str(len(body)))]
         )
@@ -145,7 +148,7 @@ class Exchange:
 
     @property
     def done(self) -> bool:
-        """Whether the whole answer is there."""
+        """Whether the complete answer has arrived."""
         return self._decoder is not None and self._decoder.done
 
     @property
@@ -154,7 +157,10 @@ class Exchange:
         return self.done and self._reusable
 
     def receive(self, data: bytes) -> list[tuple[str, bytes]]:
-        """Take bytes in (none: the server closed); the events that are whole now. WireError for what is not HTTP."""
+        """Take in bytes (empty: the server has closed); returns the events that are complete now.
+
+        Raises WireError for anything but HTTP.
+        """
         if self._decoder is not None:
             return self._body(data)
         try:

@@ -1,4 +1,4 @@
-"""What is asked: sessions of turns, known before a run begins, so that every server is asked the same."""
+"""What is asked: sessions of turns, fixed before a run begins, so that every server is asked the same."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ Role = Literal["system", "user", "assistant", "tool"]
 
 @attrs.frozen
 class Piece:
-    """Generated content: the first ``tokens`` tokens of the endless, random text that belongs to ``key``."""
+    """Generated content: the first ``tokens`` tokens of the endless random text that belongs to ``key``."""
 
     key: str
     tokens: int
 
 
 Content = str | tuple[Piece, ...]
-"""Recorded text, or generated pieces one after another. Pieces become token ids or words when they are sent."""
+"""Recorded text, or a sequence of generated pieces, which become token ids or words when they are sent."""
 
 
 @attrs.frozen
 class Message:
-    """One contribution to a conversation."""
+    """One message of a conversation."""
 
     role: Role
     content: Content
@@ -33,12 +33,12 @@ class Message:
 
 @attrs.frozen
 class Turn:
-    """One request: what is added to the conversation, and how long an answer is wanted."""
+    """One request: what it adds to the conversation, and how long an answer it wants."""
 
     messages: tuple[Message, ...]
     output_tokens: int
     answer: Content | None = None
-    """What was answered when the workload was recorded; None where that is not known."""
+    """The answer that was recorded with the workload; None if it is not known."""
     think_s: float = 0.0
     """Seconds between the previous answer and this request."""
     fresh: bool = False
@@ -52,28 +52,29 @@ class Session:
     id: str
     turns: tuple[Turn, ...]
     plain: bool = False
-    """Contents are joined as they are; otherwise a completion's prompt gets ``User:`` and ``Assistant:`` lines."""
+    """Whether contents are joined as they are; otherwise a completion's prompt has ``User:`` and
+    ``Assistant:`` lines."""
     at_s: float | None = None
-    """When a trace has it begin, in seconds from the trace's start."""
+    """When it begins in its trace, in seconds from the trace's start."""
     tenant: str = ""
 
 
 @attrs.frozen
 class Workload:
-    """All that a run may ask for, in the order of asking."""
+    """Everything that a run may ask, in order."""
 
     name: str
     sessions: tuple[Session, ...]
     options: dict[str, Any] = attrs.field(factory=dict)
-    """How it came about, for reports."""
+    """The options that it was made with, for reports."""
 
     @property
     def requests(self) -> int:
-        """How many requests there are in all sessions."""
+        """Number of requests in all sessions."""
         return sum(len(one.turns) for one in self.sessions)
 
     def fingerprint(self) -> str:
-        """A digest of everything that is asked; runs are comparable where it is the same."""
+        """A digest of everything that is asked; only runs with equal digests are comparable."""
         digest = hashlib.sha256()
         for part in _parts(self.sessions):
             digest.update(part.encode())
@@ -102,30 +103,30 @@ def _content_parts(content: Content) -> Iterator[str]:
 
 
 def tokens_of(content: Content, ruler: Ruler) -> int:
-    """How long a content is, in tokens; exact for generated pieces, the ruler's word for texts."""
+    """Length of a content in tokens: exact for generated pieces, measured by the ruler for text."""
     if isinstance(content, str):
         return ruler.tokens(content)
     return sum(piece.tokens for piece in content)
 
 
 class Ruler:
-    """Tells the length of texts in tokens. This one goes by characters; see ``content.TokenizerRuler``."""
+    """Measures text in tokens, here as an estimate from characters; see also ``content.TokenizerRuler``."""
 
     def __init__(self, chars_per_token: float = 4.0) -> None:
         self.chars_per_token = chars_per_token
 
     def tokens(self, text: str) -> int:
-        """The length of a text; an empty one has 0."""
+        """The length of a text; 0 for an empty one."""
         return max(1, round(len(text) / self.chars_per_token)) if text else 0
 
     def cut(self, text: str, tokens: int) -> str:
-        """The beginning of a text, of so many tokens at most."""
+        """The beginning of a text, of at most ``tokens`` tokens."""
         return text[: round(tokens * self.chars_per_token)]
 
 
 @attrs.frozen
 class Limits:
-    """What a small model or a short benchmark takes of a workload; None leaves it as it is."""
+    """Limits that fit a workload to a small model or a short benchmark; None means no limit."""
 
     sessions: int | None = None
     turns: int | None = None

@@ -1,1 +1,1 @@
-"""Readers of published workload files, each chosen by the shape of the file's first record."""
+"""Readers of published workload files; the fields of a file's first record decide which reader is used."""

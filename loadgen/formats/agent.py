@@ -1,4 +1,4 @@
-"""Agents: few-shot prefixes and contexts that grow with every call."""
+"""Readers of agent workloads: few-shot prefixes, and contexts that grow with every call."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STEP = re.compile(r"^Observation \d+:", re.M)
 
 
 def few_shot(settings: Settings, name: str) -> str:
-    """The few-shot prefix of this name; LoadgenError where --prefixes does not have it."""
+    """The few-shot prefix of this name. Raises LoadgenError if --prefixes does not have it."""
     if name in settings.prefixes:
         return settings.prefixes[name]
     have = ", ".join(settings.prefixes) or "none"
@@ -25,7 +25,7 @@ def few_shot(settings: Settings, name: str) -> str:
 
 
 def _react(id: str, opening: str, steps: Sequence[tuple[str, str]], settings: Settings) -> Session:
-    """Calls of a ReAct agent: prefix, task, and after each call its output and what was observed."""
+    """The calls of a ReAct agent: prefix and task, then after each call its output and the observation."""
     turns, add = [], opening
     for i, (output, observation) in enumerate(steps):
         turns.append(
@@ -61,7 +61,7 @@ def _tasks(rows: Sequence[Record], settings: Settings, name: str) -> list[Sessio
 
 
 def _reflexion(rows: Sequence[Record], settings: Settings, name: str) -> list[Session]:
-    """The transcripts of reflexion's runs: blocks of Question, then Thought, Action and Observation lines."""
+    """Transcripts of reflexion's runs: blocks of Question or Claim, Thought, Action and Observation lines."""
     prefix = ""
     if settings.prefixes:
         prefix = few_shot(settings, settings.prefix or next(iter(settings.prefixes)))
@@ -95,7 +95,7 @@ def _steps(said: str) -> list[tuple[str, str]]:
 
 
 def _calls(rows: Sequence[Record], settings: Settings, name: str) -> list[Session]:
-    """Logged calls, where each prompt is the beginning of an earlier one and something more."""
+    """Logged calls, where each prompt is a prefix of an earlier prompt plus new text."""
     sessions = []
     for i, row in enumerate(rows):
         prompts: list[str] = []
@@ -116,7 +116,7 @@ def _logged(prompt: str, output: str, number: int, settings: Settings) -> Turn:
 
 
 def _logs(rows: Sequence[Record], settings: Settings, name: str) -> list[Session]:
-    """LMCache's agent traces: one line a call, with its whole input."""
+    """LMCache's agent traces: one line per call, with its whole input."""
     sessions = []
     for id, group in grouped(rows, "session_id"):
         calls = sorted(group, key=lambda row: float(row["timestamp"]))

@@ -1,4 +1,4 @@
-"""Multi-turn chats: ShareGPT and its relatives."""
+"""Readers of multi-turn chats: ShareGPT and similar formats."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ ROLES: dict[str, Role] = {
     "tool": "tool", "function": "tool", "observation": "tool", "assistant_tool_call": "assistant",
     "function_call": "assistant",
 }  # fmt: skip
-"""Who speaks, by the names that datasets have for them."""
+"""Roles, by the names that datasets give them."""
 
 
 def dialogue(id: str, said: Iterable[tuple[Role, str]], settings: Settings) -> Session:
-    """A session with a turn for every answer; what follows the last answer is left out, as nobody answered it."""
+    """A session with a turn for every answer; messages after the last answer are dropped as unanswered."""
     turns: list[Turn] = []
     waiting: list[Message] = []
     for role, text in said:
@@ -30,14 +30,14 @@ def dialogue(id: str, said: Iterable[tuple[Role, str]], settings: Settings) -> S
             turns.append(Turn(tuple(waiting), settings.answer_tokens(text), text or None, think_s))
             waiting = []
         elif turns:
-            # Two answers in a row: one answer in two parts.
+            # Two answers in a row are one answer in two parts.
             whole = f"{turns[-1].answer}\n{text}"
             turns[-1] = attrs.evolve(turns[-1], answer=whole, output_tokens=settings.answer_tokens(whole))
     return Session(id, tuple(turns))
 
 
 def asked(id: str, pairs: Sequence[tuple[str, str | None]], settings: Settings) -> Session:
-    """A session of questions with answers, some of which may not be known."""
+    """A session of questions with answers, some of which may be unknown."""
     turns = [
         Turn(
             (Message("user", user),),
@@ -62,7 +62,7 @@ def _sharegpt(rows: Sequence[Record], settings: Settings, name: str) -> list[Ses
 
 
 def messages(rows: Sequence[Record], settings: Settings, name: str) -> list[Session]:
-    """OpenAI's messages; a tool call without text stands as its JSON, as the model wrote it."""
+    """OpenAI's messages; tool calls become lines of ``name(arguments)`` after the message's text."""
     sessions = []
     for i, row in enumerate(rows):
         said: list[tuple[Role, str]] = [("system", row["tools"])] if row.get("tools") else []
@@ -78,7 +78,7 @@ def _id(row: Record, name: str, index: int) -> str:
 
 
 def _spoken(message: Record) -> str:
-    # Some copies of the data sets leave the wrapping out.
+    # Some copies of the data sets leave out the ``function`` wrapper.
     calls = [call.get("function", call) for call in message.get("tool_calls") or ()]
     called = "\n".join(f"{one['name']}({one['arguments']})" for one in calls)
     return "\n".join(filter(None, (message.get("content"), called)))
@@ -90,7 +90,7 @@ def _turns(rows: Sequence[Record], settings: Settings, name: str) -> list[Sessio
         turns = row["turns"]
         id = str(row.get("session", row.get("dialogue_id", row.get("question_id", f"{name}-{i}"))))
         if isinstance(turns[0], str):
-            # MT-Bench: questions, with reference answers for some.
+            # MT-Bench: questions, some with reference answers.
             known = (row.get("reference") or []) + [None] * len(turns)
             sessions.append(asked(id, list(zip(turns, known, strict=False)), settings))
         elif "utterance" in turns[0]:
@@ -111,7 +111,7 @@ def _history(rows: Sequence[Record], settings: Settings, name: str) -> list[Sess
 
 
 def _rounds(rows: Sequence[Record], settings: Settings, name: str) -> list[Session]:
-    """Prompts that grow by ``add``, which holds the answers too: the whole prompt of each round is known."""
+    """Prompts that grow by ``add``, which includes the answers: the whole prompt of each round is known."""
     sessions = []
     for i, row in enumerate(rows):
         prompt, turns = "", []

@@ -1,4 +1,4 @@
-"""Opens workload files: JSON, JSON lines, CSV and text, plain or gzipped, into records."""
+"""Reads workload files (JSON, JSON lines, CSV and text, plain or gzipped) into records."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Record = dict[str, Any]
 
 @attrs.frozen
 class Settings:
-    """What readers need to know besides the file."""
+    """What readers need to know in addition to the file."""
 
     ruler: Ruler = attrs.field(factory=Ruler)
     output_tokens: int = 256
-    """For requests whose answer's length the file does not tell."""
+    """Answer length for requests whose file does not give one."""
     think_s: float = 0.0
     document_tokens: int | None = None
     questions: int | None = None
@@ -35,12 +35,12 @@ class Settings:
     scale: float = 1.0
 
     def answer_tokens(self, answer: str | None) -> int:
-        """How long an answer to ask for: as long as the recorded one."""
+        """Tokens to ask for: the length of the recorded answer, or ``output_tokens`` if there is none."""
         return max(1, self.ruler.tokens(answer)) if answer else self.output_tokens
 
 
 Reader = Callable[[Sequence[Record], Settings, str], list[Session]]
-"""Makes sessions of all records of a file; the last argument is the file's name without endings."""
+"""Turns all records of a file into sessions; the last argument is the file's name without its endings."""
 
 
 @attrs.frozen
@@ -58,7 +58,7 @@ def stem(path: Path) -> str:
 
 
 def text_of(path: Path) -> str:
-    """A file's text, unpacked; LoadgenError where it cannot be read."""
+    """A file's text, decompressed. Raises LoadgenError if it cannot be read."""
     try:
         data = path.read_bytes()
         if data[:2] == b"\x1f\x8b":
@@ -69,7 +69,10 @@ def text_of(path: Path) -> str:
 
 
 def records(path: Path) -> list[Record]:
-    """All records of a file; a text that is neither JSON nor CSV is one record with the field ``transcript``."""
+    """All records of a file; text that is neither JSON nor CSV is one record with the field ``transcript``.
+
+    Raises LoadgenError for a file without records.
+    """
     text = text_of(path)
     start = text.lstrip()[:1]
     if start == "[":
@@ -108,7 +111,10 @@ def _lines(path: Path, text: str) -> list[Record]:
 
 
 def read(path: Path, formats: Sequence[Format], settings: Settings) -> list[Session]:
-    """The sessions of a file in one of these formats, told by the fields of its first record."""
+    """The sessions of a file in the first of these formats that the fields of its first record match.
+
+    Raises LoadgenError if none matches, or if the records are not as that format's.
+    """
     found = records(path)
     keys = set(found[0])
     for one in formats:
@@ -124,7 +130,7 @@ def read(path: Path, formats: Sequence[Format], settings: Settings) -> list[Sess
 
 
 def grouped(rows: Sequence[Record], key: str) -> Iterator[tuple[str, list[Record]]]:
-    """Records by a field, in the order in which its values first appear."""
+    """Records grouped by a field, in the order in which its values first appear."""
     groups: dict[str, list[Record]] = {}
     for row in rows:
         groups.setdefault(str(row[key]), []).append(row)

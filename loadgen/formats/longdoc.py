@@ -1,4 +1,4 @@
-"""Long documents with several questions each: LooGLE, QMSum."""
+"""Readers of long documents with several questions each: LooGLE, QMSum."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from loadgen.workload import Message, Session, Turn
 
 
 def _document(id: str, text: str, pairs: Sequence[tuple[str, str]], settings: Settings) -> Session:
-    """One document's questions, one after another; each prompt is the document and one question."""
+    """A session of one document's questions; each prompt is the document and one question."""
     if settings.document_tokens is not None:
         text = settings.ruler.cut(text, settings.document_tokens)
     turns = [
@@ -38,7 +38,7 @@ def _loogle(rows: Sequence[Record], settings: Settings, name: str) -> list[Sessi
     for i, row in enumerate(rows):
         pairs = row["qa_pairs"]
         if isinstance(pairs, str) and pairs != "none":
-            # The copy on Hugging Face has the list as the text of a Python literal.
+            # The copy on Hugging Face has the list as a Python literal in a string.
             pairs = ast.literal_eval(pairs)
         if pairs != "none":
             asked = [(one["Q"], str(one["A"])) for one in pairs]

@@ -1,4 +1,4 @@
-"""Traces of lengths and arrival times, with or without block ids: Mooncake, Azure, BurstGPT."""
+"""Readers of traces of lengths and arrival times, with or without block ids: Mooncake, Azure, BurstGPT."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from loadgen.formats.files import Format, Record, Settings
 from loadgen.workload import Piece, Session
 
 BLOCK_TOKENS = 512
-"""Tokens of one hash id in Mooncake's published traces."""
+"""Tokens per hash id in Mooncake's published traces."""
 
 
 def mooncake_pieces(row: Record, block_tokens: int, name: str) -> tuple[Piece, ...]:
-    """The prompt of a trace line: one piece for each id, the last as long as it was, all in blocks of ``block_tokens``.
+    """The prompt of a trace line: one piece of ``block_tokens`` tokens per id.
 
-    A block is full exactly when it was full in the trace, so an engine whose pages have ``block_tokens`` tokens hits
-    the same blocks. ValueError where ids and length do not agree.
+    The last piece is shorter in proportion to its block in the trace. A block is full exactly when it was
+    full there, so an engine with pages of ``block_tokens`` tokens hits the same blocks. Raises ValueError if
+    ids and length do not agree.
     """
     ids, length = row["hash_ids"], int(row["input_length"])
     if len(ids) != -(-length // BLOCK_TOKENS):
@@ -73,13 +74,13 @@ def _azure(rows: Sequence[Record], settings: Settings, name: str) -> list[Sessio
 
 
 def _moment(text: str) -> datetime:
-    """A time stamp; Azure's have seven digits of a second, of which Python takes six."""
+    """Parse a time stamp; Azure's have seven decimals of a second, and Python takes six."""
     whole, _, fraction = text.strip().removesuffix("+00:00").partition(".")
     return datetime.fromisoformat(f"{whole}.{fraction[:6]:0<6}")
 
 
 def _burstgpt(rows: Sequence[Record], settings: Settings, name: str) -> list[Session]:
-    # Failed requests stand in the file with no answer.
+    # Failed requests are in the file with 0 response tokens.
     answered = [row for row in rows if int(row["Response tokens"]) > 0]
     first = float(answered[0]["Timestamp"]) if answered else 0.0
     return [

@@ -1,4 +1,7 @@
-"""``memserve`` and ``python -m memserve``. Actors start here too, past the command line's parser and its memory."""
+"""``memserve`` and ``python -m memserve``.
+
+Actors start here too, without the command line's parser and its memory.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def actor(words: Sequence[str]) -> int:
-    """What the supervisor starts: ``actor NAME --runtime-dir DIR --lifeline FD``."""
+    """Run one actor; the supervisor starts ``actor NAME --runtime-dir DIR --lifeline FD``.
+
+    The exit status.
+    """
     import argparse
 
     parser = argparse.ArgumentParser(

@@ -1,4 +1,4 @@
-"""What a core asks its shell to do, as values. Cores never act: they return these from ``take()``."""
+"""What a core asks its shell to do, as values. Cores never act themselves: ``take()`` returns these."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from memserve.messages import Message
 
 @attrs.frozen
 class Send:
-    """Send ``message`` to ``to``. The shell may fail to (peer gone, queue full); cores repeat what must arrive."""
+    """Send ``message`` to ``to``. Sending may fail (peer gone, queue full); cores repeat what must arrive."""
 
     to: ActorId
     message: Message
@@ -30,7 +30,7 @@ class Log:
 
 @attrs.frozen
 class Deliver:
-    """New tokens for the client of ``request``, its end (``finish``), or its failure."""
+    """New tokens, the end (``finish``) or the failure of ``request``, for its client."""
 
     request: str
     tokens: tuple[int, ...]
@@ -38,14 +38,14 @@ class Deliver:
     cached_tokens: int
     failure: RequestFailed | None = None
     logprobs: tuple[Logprobs, ...] = ()
-    """One for each token, where they were asked for."""
+    """Log probabilities, one for each token, if requested."""
     prompt: tuple[PromptLogprobs, ...] = ()
-    """What is new of the prompt's, where those were asked for."""
+    """Newly arrived log probabilities of the prompt's tokens, if requested."""
 
 
 @attrs.frozen
 class Stop:
-    """This actor cannot go on (fenced off, or its shard is gone): leave, so that a successor starts clean."""
+    """Exit, as this actor cannot continue (fenced off, or its shard is gone): a successor starts clean."""
 
     reason: str
 
@@ -59,26 +59,29 @@ class RunBatch:
 
 @attrs.frozen
 class BatchDone:
-    """Not an action but its answer: the step is over."""
+    """Not an action but the answer to RunBatch: the step has ended."""
 
     result: BatchResult
 
 
 @attrs.frozen
 class Died:
-    """From the supervisor: a process has ended. The scheduler need not wait for its silence."""
+    """From the supervisor: a process has ended. The scheduler need not wait until it counts as silent."""
 
     actor: ActorId
 
 
 @attrs.frozen
 class Overslept:
-    """From this actor's own clock: it was stopped for a while, and has not heard what others said meanwhile."""
+    """From this actor's own clock: it was stopped, and has not heard what others sent in that time."""
 
 
 @attrs.frozen
 class Kill:
-    """End a process that was declared dead but may only sleep, before the pages it could still write to are granted anew."""
+    """End a process that was declared dead but may only be stopped.
+
+    It must end before pages that it could still write to are granted again.
+    """
 
     actor: ActorId
     pid: int
@@ -86,25 +89,25 @@ class Kill:
 
 @attrs.frozen
 class Copy:
-    """Copy pages between the tiers of a shard; the end comes back to the core as :class:`CopyDone`, whatever happens."""
+    """Copy pages between a shard's tiers. The end always comes back to the core, as :class:`CopyDone`."""
 
     id: int
     runs: tuple[tuple[int, int, int], ...]
-    """(first source slot, first target slot, pages): neighbours in one piece."""
+    """Runs of neighbouring pages: (first source slot, first target slot, number of pages)."""
 
 
 @attrs.frozen
 class CopyDone:
-    """Not an action but its answer: all that could be copied is."""
+    """Not an action but the answer to Copy: everything that could be copied has been."""
 
     id: int
     bad: tuple[int, ...] = ()
-    """Source slots whose bytes did not arrive: unreadable, damaged, or not writable to where they should go."""
+    """Source slots whose bytes did not arrive: unreadable, damaged, or not writable at the target."""
 
 
 @attrs.frozen
 class MoverOrder:
-    """For the movers of a shard: one of the orders in :mod:`memserve.transfer.actions`."""
+    """An order for the shard's movers, one of those in :mod:`memserve.transfer.actions`."""
 
     order: object
 

@@ -1,10 +1,12 @@
 """ZeroMQ under trio, and its in-memory twin.
 
-On one host over Unix sockets that only their user can open; between hosts over TCP with CURVE, where the cluster's key is
-what lets a connection in and encrypts it. Every actor binds one ROUTER, its inbox, and sends through one DEALER a peer, so that a slow peer fills its own
-bounded queue and nobody else's. Messages are one-way values (:mod:`memserve.messages`); an answer is a message
-the other way. Delivery is at most once and in order a pair; what must arrive is repeated or checked for gaps
-by the cores.
+On one host, messages go over Unix sockets that only their user can open. Between hosts, they go over TCP with
+CURVE: the cluster's key admits a connection and encrypts it. Every actor binds one ROUTER, its inbox, and
+sends through one DEALER per peer, so that a slow peer fills only its own bounded queue.
+
+Messages are one-way values (:mod:`memserve.messages`); an answer is a message in the other direction.
+Delivery is at-most-once, and in order for each pair of actors. The cores repeat what must arrive, or check
+for gaps.
 """
 
 from __future__ import annotations
@@ -31,46 +33,58 @@ if TYPE_CHECKING:
     from zmq.auth import Authenticator
 
 INBOX_MESSAGES = 10_000
-"""Receive high-water mark of an inbox; beyond it senders' own queues fill."""
+"""Receive high-water mark of an inbox; beyond it the senders' own queues fill."""
 PEER_MESSAGES = 10_000
-"""Send high-water mark a peer; beyond it ``send`` raises PeerFull."""
+"""Send high-water mark per peer; beyond it ``send`` raises PeerFull."""
 BATCH_MESSAGES = 64
-"""Messages taken from the inbox between two checkpoints."""
+"""Most messages taken from the inbox between two checkpoints."""
 HELLO = bytes([PROTOCOL_VERSION]) + b"hello"
-"""Kind of a connection's first message: the sender's own endpoint, so that it can be answered before it is announced."""
+"""Kind of a connection's first message: the sender's endpoint, so that it can be answered at once."""
 FRAME_BYTES_MAX = 64 << 20
 """Longest frame accepted; a longer one disconnects its sender."""
 LINGER_MS = 300
-"""How long unsent replies outlive their socket. Never -1: a socket with an unreachable peer would hang the exit."""
+"""How long unsent replies outlive their socket.
+
+Never -1: a socket with an unreachable peer would block the exit.
+"""
 HEARTBEAT_MS, CUT_MS = 1_000, 5_000
-"""Over TCP: how often a connection is tried, and the silence after which it is cut. As long as the scheduler bears silence
-(DEAD_AFTER_S), so that what TCP would still deliver is not lost to a shorter pause."""
+"""Heartbeat interval of a TCP connection, and the silence after which it is cut.
+
+The latter is the silence that the scheduler tolerates (DEAD_AFTER_S): after a shorter pause TCP still
+delivers everything.
+"""
 CONNECT_MS = 2_000
 """Longest wait for a TCP connection; the system itself would wait minutes for a host that has vanished."""
 RECONNECT_MS, RECONNECT_MS_MAX = 100, 2_000
-"""First and longest pause between two tries."""
+"""First and longest pause between two attempts to connect."""
 LATE_S = 1.0
-"""After so long without an answer, a host that joins says that it waits."""
+"""Time without an answer after which a host that joins reports that it waits."""
 REFUSALS = 3
-"""Connections that are broken off before one is let in: then it is the key. Fewer may be a scheduler that just ended."""
+"""Dropped connections after which the key is presumed wrong.
+
+Fewer may come from a scheduler that has just ended.
+"""
 
 
 class Inbox:
     """Receives on one pyzmq socket under trio.
 
-    A ZeroMQ descriptor is edge-triggered, and *every* call on the socket (send, receive, reading EVENTS) may eat the
-    edge that a waiting task needs. So one task receives and nobody else calls anything: it waits only after a receive
-    found nothing, which leaves the descriptor readable by whatever comes next.
+    A ZeroMQ descriptor is edge-triggered, and *every* call on the socket (send, receive, reading EVENTS) may
+    consume the edge that a waiting task needs. So one task receives, and no other task makes any call. It
+    waits only after a receive found nothing, which leaves the descriptor readable by whatever comes next.
     """
 
     def __init__(self, socket: zmq.Socket[bytes]) -> None:
         self.socket = socket
         self._descriptor = socket.FD
         self._empty = False
-        """The last receive found nothing more."""
+        """Whether the last receive emptied the socket."""
 
     async def receive(self, limit: int = BATCH_MESSAGES) -> list[list[bytes]]:
-        """Wait for a multipart message; up to ``limit`` that are there. Cancelled it has taken none."""
+        """Wait for a multipart message, and take all that have arrived, up to ``limit``.
+
+        If cancelled, it has taken none.
+        """
         if not self._empty:
             await trio.lowlevel.checkpoint_if_cancelled()
             if batch := self._take(limit):
@@ -94,38 +108,38 @@ class Inbox:
 
 @attrs.frozen
 class Received:
-    """A message and who sent it."""
+    """A message and its sender."""
 
     sender: ActorId
     message: Message
 
 
 class Link(Protocol):
-    """What an actor needs of the bus; :class:`ZmqLink` and :class:`MemoryLink` are the two kinds."""
+    """What an actor needs of the bus. :class:`ZmqLink` and :class:`MemoryLink` implement it."""
 
     actor: ActorId
     endpoint: str
     refused: int
-    """Frames dropped because they were not messages of ours."""
+    """Frames dropped because they were not memserve's messages."""
 
     def connect(self, actor: ActorId, endpoint: str) -> None:
-        """From now on ``send`` reaches ``actor``. Repeating it with the same endpoint does nothing."""
+        """Let ``send`` reach ``actor`` from now on. Repeating it with the same endpoint does nothing."""
 
     def forget(self, actor: ActorId) -> None:
-        """Drop the connection and what is queued on it. An unknown actor is no error."""
+        """Drop the connection and the messages queued on it. An unknown actor is not an error."""
 
     def send(self, to: ActorId, message: Message) -> None:
         """Queue a message. Raises PeerUnreachable without a connection and PeerFull at the limit."""
 
     async def receive(self) -> list[Received]:
-        """Wait for at least one message; take what else is there."""
+        """Wait for at least one message, and take further ones that have arrived."""
 
 
 class ZmqLink:
-    """A bound inbox and one outgoing connection an endpoint. :func:`open_link` makes one.
+    """A bound inbox and one outgoing connection per endpoint. Made by :func:`open_link`.
 
-    An actor may go by two ids, as a scheduler does, which has a name that outlives it. Its inbox passes over the second of
-    two connections of one sender without a word, so both ids share one.
+    An actor may have two ids, like a scheduler, whose well-known name outlives it. An inbox silently ignores
+    the second of two connections from the same sender, so both ids share one connection.
     """
 
     def __init__(
@@ -141,11 +155,11 @@ class ZmqLink:
         self._keys = keys
         inbox = self._make_inbox(endpoint)
         self.endpoint = inbox.getsockopt_string(zmq.LAST_ENDPOINT) if keys else endpoint
-        """With the port that the system chose."""
+        """The inbox's endpoint, with the port that the system chose."""
         self._inbox = Inbox(inbox)
         self._directory: dict[ActorId, str] = {}
         self._peers: dict[str, zmq.Socket[bytes]] = {}
-        """By endpoint."""
+        """The outgoing connections, by endpoint."""
 
     def _make_inbox(self, endpoint: str) -> zmq.Socket[bytes]:
         inbox = self._context.socket(zmq.ROUTER)
@@ -156,7 +170,8 @@ class ZmqLink:
         if self._keys:
             over_network(inbox, self._keys, endpoint)
             inbox.setsockopt(zmq.CURVE_SERVER, 1)
-            # A peer whose connection broke comes back before this side has noticed: its new connection counts.
+            # A peer whose connection broke may return before this side has noticed: then its new connection
+            # counts.
             inbox.setsockopt(zmq.ROUTER_HANDOVER, 1)
         bind_private(inbox, endpoint)
         return inbox
@@ -182,7 +197,7 @@ class ZmqLink:
             raise PeerFull(to) from full
 
     def _dial(self, endpoint: str) -> zmq.Socket[bytes]:
-        """Open the connection at the first message, and say first where an answer goes."""
+        """Open the connection for the first message; its hello tells the peer where to send answers."""
         dealer = self._peers[endpoint] = self._context.socket(zmq.DEALER)
         dealer.setsockopt(zmq.LINGER, LINGER_MS)
         dealer.setsockopt(zmq.SNDHWM, PEER_MESSAGES)
@@ -222,9 +237,9 @@ class ZmqLink:
 
 @asynccontextmanager
 async def open_link(actor: ActorId, endpoint: str, keys: KeyPair | None = None) -> AsyncIterator[ZmqLink]:
-    """A bound link; on leaving, queued replies get LINGER_MS, then everything is closed.
+    """A bound link for a ``with`` block. On leaving, queued replies get LINGER_MS, then everything is closed.
 
-    With ``keys`` every connection is by CURVE, and only who has the same keys is let in.
+    With ``keys`` every connection uses CURVE, and only peers with the same keys are let in.
     """
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     try:
@@ -242,12 +257,12 @@ async def open_link(actor: ActorId, endpoint: str, keys: KeyPair | None = None) 
 
 
 def over_network(socket: zmq.Socket[bytes], keys: KeyPair, endpoint: str) -> None:
-    """Give a socket for ``endpoint`` the cluster's keys, and let it notice when the other host is gone."""
+    """Give a socket for ``endpoint`` the cluster's keys, and heartbeats that notice a vanished host."""
     socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.public.encode())
     socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret.encode())
     if (
         "[" in endpoint
-    ):  # else an IPv4 address would be announced as IPv6 has it, which not every host can reach
+    ):  # otherwise an IPv4 address would be announced in IPv6 form, which not every host can reach
         socket.setsockopt(zmq.IPV6, 1)
     socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, CUT_MS)
@@ -255,7 +270,7 @@ def over_network(socket: zmq.Socket[bytes], keys: KeyPair, endpoint: str) -> Non
 
 
 def as_client(socket: zmq.Socket[bytes], keys: KeyPair, endpoint: str) -> None:
-    """The same for a socket that connects."""
+    """Like :func:`over_network`, for a socket that connects."""
     over_network(socket, keys, endpoint)
     socket.setsockopt(zmq.CURVE_SERVERKEY, keys.public.encode())
     socket.setsockopt(zmq.CONNECT_TIMEOUT, CONNECT_MS)
@@ -264,9 +279,10 @@ def as_client(socket: zmq.Socket[bytes], keys: KeyPair, endpoint: str) -> None:
 
 
 async def knock(head: str, keys: KeyPair, late: Callable[[], None]) -> None:
-    """Wait until the inbox at ``head`` lets in who has ``keys``. ``late`` is called when nobody answers there yet.
+    """Wait until the inbox at ``head`` accepts a connection with ``keys``.
 
-    Raises UserError when it does not.
+    Calls ``late`` if there is no answer within LATE_S, and keeps waiting. Raises UserError when the key is
+    refused.
     """
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     socket = context.socket(zmq.DEALER)
@@ -289,7 +305,10 @@ async def knock(head: str, keys: KeyPair, late: Callable[[], None]) -> None:
 
 
 async def _let_in(events: Inbox, head: str) -> None:
-    """Follow a connection's tries. One that is made and then broken off, again and again, is refused for its key."""
+    """Follow a connection's attempts.
+
+    If it is made and then dropped several times, the key is refused: raises UserError.
+    """
     broken = 0
     while True:
         for frames in await events.receive():
@@ -306,7 +325,7 @@ async def _let_in(events: Inbox, head: str) -> None:
 
 @asynccontextmanager
 async def guarded(context: zmq.Context[zmq.Socket[bytes]], keys: KeyPair) -> AsyncIterator[None]:
-    """Within it, the context's servers let in who has the public key of ``keys``, and nobody else.
+    """Within this context, the ZeroMQ context's servers let in only peers with the public key of ``keys``.
 
     ZeroMQ asks a socket of the context about every connection (ZAP), and waits for its answer.
     """
@@ -326,7 +345,7 @@ async def guarded(context: zmq.Context[zmq.Socket[bytes]], keys: KeyPair) -> Asy
 
 @attrs.frozen
 class _Members:
-    """What pyzmq's authenticator asks."""
+    """The check that pyzmq's authenticator calls."""
 
     public: str
 
@@ -337,13 +356,13 @@ class _Members:
 async def _answer_for_ever(authenticator: Authenticator) -> None:
     questions = Inbox(authenticator.zap_socket)
     while True:
-        # One at a time: a REP socket takes no second question before it has answered the first.
+        # One at a time: a REP socket accepts no second question before it has answered the first.
         for question in await questions.receive(1):
             await authenticator.handle_zap_message(question)
 
 
 def bind_private(socket: zmq.Socket[bytes], endpoint: str) -> None:
-    """Bind; an ipc socket must lie in a directory that only its owner can enter (mode 0700)."""
+    """Bind; the directory of an ipc socket must have mode 0700, so that only its owner can enter it."""
     if endpoint.startswith("ipc://"):
         mode = os.stat(Path(endpoint.removeprefix("ipc://")).parent).st_mode
         if stat.S_IMODE(mode) & 0o077:
@@ -352,7 +371,10 @@ def bind_private(socket: zmq.Socket[bytes], endpoint: str) -> None:
 
 
 class MemoryBus:
-    """An in-memory bus for tests: same rules as ZeroMQ (bounded, in order a pair, lost when the peer is gone)."""
+    """An in-memory bus for tests.
+
+    It follows ZeroMQ's rules: bounded, in order per pair, lost when the peer is gone.
+    """
 
     def __init__(self, limit: int = INBOX_MESSAGES) -> None:
         self.limit = limit
@@ -365,12 +387,12 @@ class MemoryBus:
         return link
 
     def endpoint_of(self, actor: ActorId) -> str | None:
-        """Where ``actor`` is bound: what a hello would say."""
+        """The endpoint at which ``actor`` is bound, as a hello would report it; None if it is not bound."""
         endpoint = f"memory://{actor}"
         return endpoint if endpoint in self._inboxes else None
 
     def unbind(self, link: MemoryLink) -> None:
-        """What is sent to it from now on is lost, as to a dead process."""
+        """Unbind a link: messages sent to it from now on are lost, as with a dead process."""
         self._inboxes.pop(link.endpoint, None)
 
     def deliver(self, endpoint: str, received: Received) -> None:
@@ -381,7 +403,7 @@ class MemoryBus:
 
 
 class MemoryLink:
-    """The in-memory Link. Messages still pass through the codec, so that tests see what the wire would carry."""
+    """The in-memory Link. Messages pass through the codec, so that tests see what the wire would carry."""
 
     def __init__(self, bus: MemoryBus, actor: ActorId) -> None:
         self.actor = actor
@@ -405,7 +427,7 @@ class MemoryLink:
         self._bus.deliver(endpoint, Received(self.actor, decode(*encode(message))))
 
     def put(self, received: Received) -> None:
-        """Called by the bus."""
+        """Add a message to the inbox; called by the bus. Raises PeerFull."""
         if len(self._waiting) >= self._bus.limit:
             raise PeerFull(self.actor)
         sender = self._bus.endpoint_of(received.sender)

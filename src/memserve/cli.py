@@ -1,4 +1,7 @@
-"""The command line: the verbs for people. Each imports what it needs when it is called, so that --help is quick."""
+"""The command line: the verbs for people.
+
+Each imports its dependencies when it is called, so that --help is quick.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,10 @@ Level = Literal["debug", "info", "warning", "error", "critical"]
 
 
 def run(words: Sequence[str]) -> int:
-    """Run one command; the exit status. A wrong command line or setting is explained on stderr, without a traceback."""
+    """Run one command; the exit status.
+
+    A wrong command line or setting is explained on stderr, without a traceback.
+    """
     try:
         status = app(list(words), exit_on_error=False, print_error=False)
     except (UserError, CycloptsError) as error:
@@ -58,7 +64,8 @@ def run(words: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return STATUS_INTERRUPTED
     except BrokenPipeError:
-        # The reader (head, less) has left; Python would complain when it flushes at exit.
+        # The reader (head, less) has left. Without this, Python would complain when it flushes stdout at
+        # exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return STATUS_BROKEN_PIPE
     return status if isinstance(status, int) else 0
@@ -66,7 +73,7 @@ def run(words: Sequence[str]) -> int:
 
 @app.command
 def up(*, config: ConfigPath = "demo", set_: Overrides = None) -> int:
-    """Start a cluster and serve until Ctrl-C or SIGTERM, which finish what is in flight first."""
+    """Start a cluster and serve until Ctrl-C or SIGTERM; requests in flight are finished first."""
     from memserve import supervisor
 
     return supervisor.up(config, set_ or [])
@@ -85,20 +92,20 @@ def join(
     set_: Overrides = None,
     log_dir: Path | None = None,
 ) -> int:
-    """Add a worker to a cluster that runs on this host; returns when it has left: Ctrl-C drains it, as `memserve drain` does.
+    """Add a worker to a cluster on this host; returns when it has left. Ctrl-C drains it.
 
     Parameters
     ----------
     head
-        Not for clusters on other hosts: those are joined by `memserve up` and [cluster] join.
+        Not supported: a cluster on another host is joined by `memserve up` with [cluster] join.
     name
-        The worker's name; none that the cluster has already.
+        The worker's name; the cluster must not have it already.
     role
-        What it does: prefill, decode or both.
+        The worker's role: prefill, decode or both.
     shard
-        The shard whose pages it maps; the only one unless given.
+        The shard whose pages it maps; needed if the cluster has several.
     threads
-        Most cores that one of its steps may take; all unless given.
+        Most cores that one of its steps may take; all if not given.
     config
         The configuration that the cluster was started with, for its [logging] dir.
     log_dir
@@ -114,12 +121,12 @@ def join(
 
 @app.command
 def key(file: Path, /) -> None:
-    """Make the key of a cluster of several hosts, in a new file that only you can read; copy it to the other hosts.
+    """Make the key of a cluster of several hosts, in a new private file; copy it to the other hosts.
 
     Parameters
     ----------
     file
-        Where it is written; what [cluster] key names.
+        The file to write; [cluster] key names it.
     """
     from memserve.commands import show
     from memserve.settings import network
@@ -130,7 +137,7 @@ def key(file: Path, /) -> None:
 
 @app.command
 def check(*, config: ConfigPath = "demo", set_: Overrides = None) -> None:
-    """Check a configuration; print every setting, and what was decided from it on this machine and why."""
+    """Check a configuration; print every setting, and what is derived from it on this machine and why."""
     from memserve.commands import show
     from memserve.config import settings
     from memserve.settings.configfile import load
@@ -155,12 +162,12 @@ def check(*, config: ConfigPath = "demo", set_: Overrides = None) -> None:
 def status(
     cluster: ClusterOptions | None = None, *, json: Annotated[bool, Parameter(negative=())] = False
 ) -> None:
-    """List the actors of a running cluster: name, kind, role, pid, state and load.
+    """List the actors of a running cluster: name, kind, role, site, pid, state and load.
 
     Parameters
     ----------
     json
-        Print what the cluster answered, for machines.
+        Print the cluster's answer as JSON, for machines.
     """
     from memserve.commands import show
 
@@ -178,15 +185,15 @@ def role(
     /,
     cluster: ClusterOptions | None = None,
 ) -> None:
-    """Give a running worker another role; requests under way end where they are.
+    """Give a running worker another role; requests in progress finish where they are.
 
     Parameters
     ----------
     name
         The worker, such as d1.
     role
-        What it does for new requests from now on: prefill, decode or both; auto gives it back the role of its
-        configuration, and to the scheduler where roles are its business.
+        The worker's role for new requests: prefill, decode or both. auto restores the configured role,
+        which the scheduler may change where [scheduler] roles is auto.
     """
     from memserve.commands import show
 
@@ -196,7 +203,7 @@ def role(
 
 @app.command
 def drain(name: str, /, cluster: ClusterOptions | None = None) -> None:
-    """Let a worker finish what it has, and leave the cluster for good; returns when it has left.
+    """Let a worker finish the requests that it has and leave the cluster for good; returns when it has left.
 
     Parameters
     ----------
@@ -227,26 +234,26 @@ def logs(
     summary: Annotated[bool, Parameter(negative=())] = False,
     json: Annotated[bool, Parameter(negative=())] = False,
 ) -> None:
-    """Read a run's logs: all actors' lines in order of time, one request's life, or a summary of the run.
+    """Read a run's logs: all actors' lines in order of time, one request's timeline, or a summary.
 
     Parameters
     ----------
     directory
-        A run's directory, or a [logging] dir, of which the newest run is taken.
+        A run's directory, or a [logging] dir, whose latest run is read.
     follow
-        Go on with lines that are yet to come, until Ctrl-C.
+        Continue with lines that are written from now on, until Ctrl-C.
     actor
-        Only this actor's lines: a name such as p0, or the beginning of an id such as p0.9f3a1c22.
+        Only lines of this actor: a name such as p0, or the beginning of an id such as p0.9f3a1c22.
     level
-        Only lines of this level and graver ones.
+        Only lines of this level and more severe ones.
     request
-        Only lines about this request: its id, or the beginning of it.
+        Only lines about this request, given by its id or the beginning of it.
     timeline
-        Show the life of the one --request across the actors.
+        Show the events of the one --request across the actors.
     summary
         Show requests by outcome, latency percentiles, the cached share and what each worker did.
     json
-        Print JSON: one line a record, or one object for --timeline and --summary.
+        Print JSON: one line per record, or one object for --timeline and --summary.
     """
     from memserve import inspect
     from memserve.commands import show
@@ -257,7 +264,7 @@ def logs(
         raise UserError("--timeline, --summary and --follow exclude each other: give one of them")
     run_dir, tally = inspect.find_run(directory), inspect.Tally()
     wanted = inspect.Filter(actor=actor, level=level, request=request)
-    if actor and not follow:  # one that is followed may be yet to come
+    if actor and not follow:  # with --follow, the actor may start later
         inspect.check_actor(run_dir, actor)
     if timeline:
         life = inspect.timeline(inspect.read_run(run_dir, tally), request)
@@ -272,7 +279,7 @@ def logs(
 
 @app.command
 def sim(options: SimOptions | None = None) -> int:
-    """Run a cluster's cores under a virtual clock: plan capacity on a trace, compare policies, search for faults."""
+    """Simulate a cluster in virtual time: plan capacity on a trace, compare policies, search for faults."""
     from memserve.commands import simulate
 
     return simulate.command(options or SimOptions(), print_json)
@@ -285,7 +292,7 @@ def version() -> None:
 
 
 def print_lines(run_dir: Path, tally: Tally, wanted: Filter, follow: bool, json: bool) -> None:
-    """The records that are wanted, as they are or for people."""
+    """Print the wanted records, as JSON or for people."""
     from memserve import inspect
     from memserve.commands import show
 
@@ -299,14 +306,14 @@ def print_lines(run_dir: Path, tally: Tally, wanted: Filter, follow: bool, json:
 
 
 def print_json(value: Any) -> None:
-    """One JSON value on one line."""
+    """Print one JSON value on one line."""
     from memserve.observe import to_json
 
     print(to_json(value).decode(), flush=True)
 
 
 def setting_text(value: Any) -> str:
-    """A setting's value for `memserve check`."""
+    """A setting's value as `memserve check` shows it."""
     if value is None:
         return "(unset)"
     return ", ".join(value) or "(none)" if isinstance(value, tuple) else str(value)

@@ -1,7 +1,8 @@
-"""A cluster's configuration, before and after it is decided upon; its settings are in :mod:`memserve.settings.sections`.
+"""A cluster's configuration, before and after it is resolved.
 
-``Config`` is what the user wrote (read by :mod:`memserve.settings.configfile`); ``Resolved`` is what was decided from it on one
-machine (by :mod:`memserve.settings.resolve`), and what the actors read from ``cluster.json``. Neither is ever changed.
+The settings are in :mod:`memserve.settings.sections`. ``Config`` is what the user wrote;
+:mod:`memserve.settings.configfile` reads it. ``Resolved`` is what :mod:`memserve.settings.resolve` decides
+from it on one machine; actors read it from ``cluster.json``. Both are immutable.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from memserve.settings.sections import (
 
 @attrs.frozen(kw_only=True)
 class Config:
-    """A whole cluster, as written. Relative paths count from the directory memserve was started in."""
+    """A whole cluster as configured. Relative paths count from the directory that memserve was started in."""
 
     model: ModelConfig = setting(help="what is served")
     pool: PoolConfig = setting(PoolConfig(), help="how every shard manages its pages")
@@ -58,29 +59,32 @@ class Config:
 
     @property
     def pages_move(self) -> bool:
-        """Whether some shard reaches another's pages: those in host memory one another, and those on one host's GPUs."""
+        """Whether pages can move between any two shards.
+
+        Shards in host memory reach one another, and so do those on the GPUs of one host.
+        """
         on_gpus = sum(shard.on_gpu for shard in self.shard)
         on_host = len(self.shard) - on_gpus
         return max(on_gpus, on_host) > 1 or (self.cluster.networked and on_host > 0)
 
     @property
     def transfer_path(self) -> str:
-        """The path that pages take, with what auto comes to for shards of one host."""
+        """The path that pages take between shards of one host, with auto resolved."""
         fastest = "cuda" if any(shard.on_gpu for shard in self.shard) else "mapped"
         return fastest if self.transfer.path == "auto" else self.transfer.path
 
     @property
     def far_path(self) -> str:
-        """The path of pages between hosts."""
+        """The path that pages take between hosts."""
         return "tcp" if self.transfer.path == "auto" else self.transfer.path
 
 
 RESERVED_NAME = re.compile(r"frontend(-.*)?|scheduler(-\d+)?|supervisor(-.*)?")
-"""Names that shards and workers may not have: they are other actors' log files and sockets."""
+"""Names that shards and workers may not have: other actors' sockets and log files have them."""
 
 
 def section_types() -> dict[str, type[attrs.AttrsInstance]]:
-    """The class behind each top-level table, in the order of the file."""
+    """The class of each top-level table, in the order of the file."""
     return {
         "model": ModelConfig,
         "pool": PoolConfig,
@@ -97,7 +101,7 @@ def section_types() -> dict[str, type[attrs.AttrsInstance]]:
 
 
 def settings(config: Config) -> Iterator[tuple[str, Any, attrs.Attribute[Any]]]:
-    """Every setting with its value: (path as errors write it, value, field)."""
+    """Every setting as (path as errors show it, value, field)."""
     for section in section_types():
         value = getattr(config, section)
         labelled = (
@@ -128,10 +132,10 @@ class Resolved:
 
     config: Config
     model_path: str
-    """The .gguf file or the directory itself."""
+    """The path of the .gguf file or of the model's directory."""
     spec: ModelSpec
     max_context: int
-    """Tokens, prompt and answer together."""
+    """Most tokens of prompt and answer together."""
     page_bytes: int
     shard_pages: dict[str, int]
     """Pages in each shard's arena, by shard name."""
@@ -144,23 +148,23 @@ class Resolved:
     log_dir: str
     """``[logging] dir``; each run has a directory in it."""
     runtime_dir: str
-    """Sockets, lock and cluster.json; gone when the cluster is."""
+    """The directory of sockets, lock and cluster.json; removed when the cluster ends."""
     reasons: tuple[Reason, ...]
     gpu_worker_bytes: int = 0
-    """What a worker may take of a GPU's memory, beside the weights and the pages that it shares."""
+    """GPU memory that a worker may take in addition to the weights and pages that it shares."""
     host_pages: int = 0
-    """Pages in each shard's host memory, beside its arena."""
+    """Pages in each shard's host memory, in addition to its arena."""
     disk_pages: int = 0
     """Pages in each shard's file."""
     disk_dir: str = ""
-    """Where those files are made."""
+    """The directory of these files."""
     joined: tuple[str, ...] = ()
-    """Names of the workers that `memserve join` brought; they are in ``config`` as the others are."""
+    """Names of the workers that `memserve join` brought; ``config`` has them like all others."""
     network: HostNetwork | None = None
-    """How this host reaches the others; None: there are none."""
+    """How this host reaches other hosts; None if there are none."""
 
     def with_worker(self, worker: WorkerConfig, cores: int) -> Resolved:
-        """The cluster with one more worker, of whose process ``cores`` may be used."""
+        """The cluster with one more worker, whose process may use ``cores``."""
         config = attrs.evolve(self.config, worker=(*self.config.worker, worker))
         cores = min(cores, self.cores)
         threads = {**self.threads, worker.name: min(worker.threads or cores, cores)}
@@ -176,7 +180,7 @@ class Resolved:
         return attrs.evolve(self, config=config, threads=threads, joined=joined)
 
     def shard(self, name: str) -> ShardConfig:
-        """The shard of that name."""
+        """The configuration of the shard called ``name``."""
         return next(shard for shard in self.config.shard if shard.name == name)
 
     @property
@@ -192,7 +196,7 @@ class Resolved:
 
     @property
     def transfer_host(self) -> str:
-        """Where pages from other shards come in by TCP."""
+        """The address at which pages from other shards arrive over TCP."""
         return self.config.transfer.host or (self.network.address if self.network else "127.0.0.1")
 
     @property
@@ -202,11 +206,14 @@ class Resolved:
 
     @property
     def run_dir(self) -> str:
-        """Where this run's log files are."""
+        """The directory of this run's log files."""
         return f"{self.log_dir}/{self.run}"
 
     def to_json(self) -> bytes:
-        """For ``cluster.json``. It holds the API keys and the cluster's: write it where only the owner can read."""
+        """Serialize for ``cluster.json``.
+
+        The result holds API keys and the cluster's key: write it only where no other user can read it.
+        """
         return msgspec.json.encode(self)
 
     @classmethod

@@ -1,57 +1,62 @@
-"""How a request wants its tokens drawn, and what is told about a draw. Words only: ``engine/sampling.py`` draws."""
+"""How a request wants its tokens drawn, and what is reported about a draw.
+
+Data only: ``engine/sampling.py`` draws.
+"""
 
 from __future__ import annotations
 
 import attrs
 
 BIASES_MAX = 300
-"""Tokens that one request's ``logit_bias`` may name."""
+"""Most tokens that one request's ``logit_bias`` may name."""
 LOGPROBS_MAX = 20
-"""Most probable tokens of a position that can be told."""
+"""The largest number of most probable tokens that can be reported for a position."""
 _VALUE_BYTES = 8
 
 
 @attrs.frozen
 class Adjustments:
-    """What is done to a row's logits before its draw. ``engine/adjusting.py`` has the order and the arithmetic."""
+    """Changes to a row's logits before its draw. ``engine/adjusting.py`` has the order and the arithmetic."""
 
     biased: bytes = b""
-    """Token ids, packed, each once."""
+    """Packed ids of the biased tokens, each once."""
     bias: bytes = b""
-    """What is added to their logits: a little-endian float32 for each."""
+    """What is added to the biased tokens' logits: one little-endian float32 each."""
     repetition: float = 1.0
-    """Divides positive logits, and multiplies others, of every token of prompt and answer; 1 does nothing."""
+    """Penalty on every token of prompt and answer: divides a positive logit, multiplies others; 1: none."""
     frequency: float = 0.0
-    """Taken off a token's logit for each time that the answer has it."""
+    """Subtracted from a token's logit for each time it occurs in the answer."""
     presence: float = 0.0
-    """Taken off the logit of every token that the answer has."""
+    """Subtracted from the logit of every token that occurs in the answer."""
     min_tokens: int = 0
-    """So many tokens of the answer come before one that ends it can be drawn; not with a grammar, which knows where it ends."""
+    """Tokens of the answer before an end token can be drawn; a grammar overrides this."""
     grammar: str = ""
-    """What the answer has to follow, as llguidance writes grammars; empty: nothing. See :mod:`memserve.engine.grammars`."""
+    """Grammar of the answer, in llguidance's notation; empty: none. See :mod:`memserve.engine.grammars`."""
 
 
 @attrs.frozen
 class Sampling:
     """How the next token is drawn.
 
-    The draw is a function of (seed, position), the logits and the sequence itself, so a resumed stream continues alike.
+    The draw is a function of (seed, position), the logits and the sequence itself, so a resumed stream
+    continues with the same tokens.
     """
 
     temperature: float = 1.0
-    """0 is greedy."""
+    """0 draws greedily."""
     top_k: int = 0
-    """0 is no limit."""
+    """0 means no limit."""
     top_p: float = 1.0
     seed: int = 0
     min_p: float = 0.0
-    """Tokens less probable than this share of the most probable one's probability are not drawn."""
+    """Tokens whose probability is below this share of the highest probability are not drawn."""
     adjust: Adjustments | None = None
-    """None: logits are taken as they are."""
+    """Changes to the logits before the draw; None: none."""
     logprobs: int | None = None
-    """How many of the most probable tokens are told beside the drawn one; None: nothing is told."""
+    """How many of the most probable tokens are reported next to the drawn one; None: nothing is reported."""
     prompt_logprobs: int | None = None
-    """The same of the prompt's own tokens, from the second on; then its KV is computed, whatever is cached."""
+    """How many of the most probable tokens are reported for each prompt token from the second on; None:
+    nothing is reported. If set, the prompt's KV is computed, whatever is cached."""
 
     @property
     def greedy(self) -> bool:
@@ -61,35 +66,38 @@ class Sampling:
 
 @attrs.frozen
 class Logprobs:
-    """The model's own log probabilities at one position: of its logits as they are, at temperature 1."""
+    """The model's own log probabilities at one position, from its unadjusted logits at temperature 1."""
 
     drawn: float
-    """Of the token that was drawn."""
+    """Log probability of the drawn token."""
     ids: bytes
-    """The most probable tokens, packed: by falling probability, then rising id."""
+    """The most probable tokens, packed, by falling probability, then rising id."""
     values: tuple[float, ...]
-    """Theirs, one for each."""
+    """Log probabilities of ``ids``, one each."""
 
 
 @attrs.frozen
 class PromptLogprobs:
-    """Log probabilities of tokens of a prompt that follow one another, each after all that come before it. Arrays, little-endian."""
+    """Log probabilities of consecutive tokens of a prompt, each given all tokens before it.
+
+    The arrays are little-endian.
+    """
 
     values: bytes
-    """(tokens,) float64: theirs."""
+    """(tokens,) float64: log probabilities of the tokens."""
     ranks: bytes
-    """(tokens,) int32: 1 for the most probable one, by the order of ``ids``."""
+    """(tokens,) int32: ranks of the tokens, 1 for the most probable, in the order of ``ids``."""
     ids: bytes
     """(tokens, count) int32: the most probable tokens, by falling probability, then rising id."""
     likeliest: bytes
-    """(tokens, count) float64: theirs."""
+    """(tokens, count) float64: log probabilities of ``ids``."""
 
     def __len__(self) -> int:
-        """Tokens."""
+        """Number of tokens."""
         return len(self.values) // _VALUE_BYTES
 
     def after(self, tokens: int) -> PromptLogprobs:
-        """Without the first so many tokens."""
+        """The log probabilities without those of the first ``tokens`` tokens."""
         whole = len(self)
         parts = (self.values, self.ranks, self.ids, self.likeliest)
         return PromptLogprobs(*(part[len(part) // whole * tokens :] for part in parts)) if tokens else self

@@ -1,4 +1,7 @@
-"""Every error that memserve raises on purpose. Anything else that escapes is a bug and ends its process."""
+"""Errors that memserve raises on purpose and that several packages share.
+
+Any other exception that escapes is a bug and ends its process.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,11 @@ class ConfigError(UserError):
 
 
 class PeerError(Exception):
-    """Another actor broke the rules of the bus: unknown kind, wrong version, undecodable body."""
+    """Another actor broke the protocol of the bus: unknown kind, wrong version, undecodable body."""
 
 
 class PeerUnreachable(Exception):
-    """There is no connection to the named actor: it never joined, or it is gone."""
+    """No connection to the named actor exists: it never joined, or it is gone."""
 
 
 class PeerFull(Exception):
@@ -44,7 +47,11 @@ class RequestFailed(Exception):
 
 @attrs.frozen
 class PoolError(Exception):
-    """A pool call that was refused and changed nothing. ``code`` is one of the constants below."""
+    """A pool call that was refused and changed nothing. ``code`` is one of the constants below.
+
+    After CUT, DEADLINE, PEER_GONE or CHECKSUM, a transfer's destination pages may nevertheless have been
+    written, and may be for a while yet.
+    """
 
     code: str
     message: str
@@ -54,21 +61,22 @@ class PoolError(Exception):
     NOT_OWNER = "not_owner"
     """The lease belongs to another actor."""
     TOO_LARGE = "too_large"
-    """More pages than the whole pool has."""
+    """The call needs more pages than the whole pool has."""
     NO_PAGES = "no_pages"
-    """Fewer pages free or evictable at present than were asked for."""
+    """The call needs more pages than are free or evictable at present."""
     QUEUE_FULL = "queue_full"
-    """Too many callers wait for pages already."""
+    """Too many callers wait for pages, too many transfers are under way, or a transfer's receiver is full."""
     NOT_CONTIGUOUS = "not_contiguous"
-    """An insert that leaves a gap after what the lease has retired."""
+    """An insert that leaves a gap after the tokens that the lease has retired."""
     TOKENS_CHANGED = "tokens_changed"
-    """An insert of other tokens at a position that the lease has retired."""
+    """An insert of different tokens at a position that the lease has retired."""
     NOT_WHOLE_PAGES = "not_whole_pages"
     """Tokens that do not fill whole pages."""
     DOES_NOT_FIT = "does_not_fit"
-    """An insert of more tokens than the lease's pages hold, or of more or fewer than the addresses named."""
+    """An insert of more tokens than the lease's pages hold, or an insert or transfer in which the numbers of
+    tokens, pages and addresses do not match."""
     BAD_COUNT = "bad_count"
-    """A number of pages below 0, or a deadline or a granularity that is none."""
+    """A number of pages below 0, a deadline that is not positive, or an unknown granularity."""
     BAD_TIER = "bad_tier"
     """A tier that the shard does not have, or whose pages cannot be leased."""
     FOREIGN_ADDRESS = "foreign_address"
@@ -76,21 +84,21 @@ class PoolError(Exception):
     STALE_ADDRESS = "stale_address"
     """An address of an earlier incarnation of the shard."""
     NOT_HELD = "not_held"
-    """An address that the caller does not hold: freed before, another's, or of no page at all."""
+    """An address that the caller does not hold: freed before, held by another, or not a page."""
     RETIRED = "retired"
-    """A write to, or a separate free of, a page that is in the index: its bytes may be another request's prefix."""
+    """A write to, or a separate free of, an indexed page, whose bytes may be another request's prefix."""
     MOVING = "moving"
-    """The lease's pages are under copy: its next call must wait for the answer to the one that moves them."""
+    """The lease's pages are being copied: its next call must wait until the copying call is answered."""
     PINNED = "pinned"
-    """A page that others hold at its present address, so that it cannot be moved."""
+    """A page that others hold at its present address, so it cannot be moved."""
     NO_PATH = "no_path"
-    """A transfer between shards that have no way to each other: one shard, another page size, or pages that do not move."""
+    """A transfer between shards without a path: one shard, another page size, or pages that do not move."""
     PEER_GONE = "peer_gone"
     """A transfer to a shard that is dead, or was never reached."""
     CUT = "cut"
-    """A transfer whose connection broke or stood still."""
+    """A transfer whose connection broke or stalled."""
     DEADLINE = "deadline"
-    """A transfer that was not over in time."""
+    """A transfer that did not finish in time."""
     CHECKSUM = "checksum"
     """A transfer whose bytes arrived damaged."""
     UNREADABLE = "unreadable"

@@ -1,7 +1,8 @@
-"""Reads a run's JSON lines back: all of them in order of time, one request's life, or a summary of the run.
+"""Reads a run's JSON lines back: all in order of time, one request's timeline, or a summary of the run.
 
-Logs are read as they are found: a line being written, a line cut by a full disk and a line of garbage are counted and
-passed over. Memory does not grow with the run, but for 24 bytes a finished request in :class:`Summary`.
+Damaged logs are expected: an unfinished line (being written, or cut by a full disk) and a corrupt line are
+counted and skipped. Memory does not grow with the run, except for 24 bytes per finished request in
+:class:`Summary`.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from memserve.observe import FIRST_KEYS, LEVELS
 Record = dict[str, Any]
 
 LINE_BYTES_MAX = 1 << 20
-"""A longer line is none of ours; it is counted as corrupt and never held whole."""
+"""Longest line of a log. A longer one is not from memserve; it counts as corrupt and is never held whole."""
 REQUEST_LINES_MAX = 20_000
-"""Lines of one request that a timeline takes."""
+"""Most lines of one request that a timeline uses."""
 POLL_S = 0.2
 
 
@@ -35,7 +36,10 @@ POLL_S = 0.2
 
 
 def find_run(place: Path) -> Path:
-    """``place`` itself when it holds log files, else the run in it that was written to last. Raises UserError."""
+    """``place`` itself if it holds log files, otherwise the run in it that was written to last.
+
+    Raises UserError.
+    """
     if not place.is_dir():
         raise UserError(
             f"there is no log directory {place}: give a run's directory, or start in the one of `memserve up`"
@@ -49,7 +53,7 @@ def find_run(place: Path) -> Path:
 
 
 def check_actor(run: Path, actor: str) -> None:
-    """Raises UserError when no actor of this name, or of this id's, has logged in the run."""
+    """Raise UserError when no actor with this name, or with the name in this id, has logged in the run."""
     names = {name_of(file.name) for file in run.glob("*.jsonl")}
     if name_of(actor) not in names:
         raise UserError(
@@ -62,16 +66,16 @@ def check_actor(run: Path, actor: str) -> None:
 
 @attrs.define
 class Tally:
-    """What was read, and what could not be."""
+    """How many lines were read, and how many could not be."""
 
     lines: int = 0
     corrupt: int = 0
-    """Whole lines that are not a JSON object with a time."""
+    """Whole lines that are not a JSON object with a time and an event."""
     torn: int = 0
-    """Last lines without their end: still being written, or cut by a crash."""
+    """Last lines without a line end: still being written, or cut by a crash."""
 
     def complaint(self) -> str:
-        """One sentence for the user, or nothing."""
+        """One sentence for the user about skipped lines, or an empty string."""
         parts = [f"{self.corrupt} corrupt line{'s' * (self.corrupt != 1)}"] if self.corrupt else []
         parts += [f"{self.torn} unfinished line{'s' * (self.torn != 1)}"] if self.torn else []
         return f"passed over {' and '.join(parts)}" if parts else ""
@@ -91,7 +95,7 @@ def parse(line: bytes, tally: Tally) -> Record | None:
 
 
 def whole_lines(file: BinaryIO, tally: Tally) -> Iterator[bytes]:
-    """The lines of a file that have their end; an unfinished last one is counted, and left to be read again."""
+    """The complete lines of a file. An unfinished last line is counted, and left to be read again."""
     while line := file.readline(LINE_BYTES_MAX):
         if line.endswith(b"\n"):
             yield line
@@ -121,7 +125,7 @@ def read_run(run: Path, tally: Tally) -> Iterator[Record]:
 
 
 def follow(run: Path, tally: Tally, sleep: Callable[[float], None] = time.sleep) -> Iterator[Record]:
-    """All records, then those that are yet to be written; for ever. New files are picked up."""
+    """All records, then new ones as they are written; never ends. New files are picked up."""
     files: dict[Path, BinaryIO] = {}
     try:
         while True:
@@ -144,12 +148,12 @@ def _new_records(file: BinaryIO, tally: Tally) -> Iterator[Record]:
 
 @attrs.frozen
 class Filter:
-    """Which records are wanted."""
+    """Selects records; empty fields select everything."""
 
     actor: str = ""
     """A name (``p0``), or an id or the beginning of one (``p0.9f3a``)."""
     level: str = "debug"
-    """This one and graver ones."""
+    """The least severe level that is selected."""
     request: str = ""
     """A request's id, or the beginning of it."""
 
@@ -170,7 +174,7 @@ def name_of(actor: str) -> str:
 
 
 def data_of(record: Record) -> Record:
-    """What an event says beyond the keys that every line has."""
+    """The data of an event: everything except the keys that every line has, and the request."""
     return {key: value for key, value in record.items() if key not in (*FIRST_KEYS, "request")}
 
 
@@ -179,12 +183,12 @@ def data_of(record: Record) -> Record:
 
 @attrs.frozen
 class Moment:
-    """One event in a request's life."""
+    """One event of a request's timeline."""
 
     at_ms: float
-    """Since its first event."""
+    """Time since the request's first event."""
     until_ms: float
-    """When the next one came."""
+    """Time of the next event."""
     actor: str
     event: str
     level: str
@@ -193,19 +197,22 @@ class Moment:
 
 @attrs.frozen
 class Timeline:
-    """One request's life across the actors."""
+    """The events of one request across the actors."""
 
     request: str
     total_ms: float
     moments: tuple[Moment, ...]
 
     def to_dict(self) -> Record:
-        """For JSON."""
+        """The timeline for JSON."""
         return attrs.asdict(self)
 
 
 def timeline(records: Iterable[Record], request: str) -> Timeline:
-    """The life of the request whose id begins with ``request``. Raises UserError when there is none, or several."""
+    """The timeline of the request whose id begins with ``request``.
+
+    Raises UserError for no such request, or several.
+    """
     found = [
         record
         for record, _ in zip(filter(Filter(request=request), records), range(REQUEST_LINES_MAX), strict=False)
@@ -230,7 +237,7 @@ def timeline(records: Iterable[Record], request: str) -> Timeline:
 
 
 def moment_ms(record: Record) -> float:
-    """A record's time in milliseconds; 0 when it is no time at all."""
+    """A record's time in milliseconds; 0 if it is malformed."""
     try:
         return datetime.fromisoformat(record["ts"]).timestamp() * 1e3
     except ValueError:
@@ -238,7 +245,7 @@ def moment_ms(record: Record) -> float:
 
 
 def bar(start: float, end: float, whole: float, width: int) -> str:
-    """Where ``start`` to ``end`` lies in ``whole``, in ``width`` characters."""
+    """A bar of ``width`` characters that shows where ``start`` to ``end`` lies in ``whole``."""
     scale = width / whole if whole > 0 else 0.0
     first = min(int(start * scale), width - 1)
     length = max(1, round(end * scale) - first)
@@ -250,7 +257,7 @@ def bar(start: float, end: float, whole: float, width: int) -> str:
 
 @attrs.define
 class Summary:
-    """What became of a run's requests. Feed it every record, then read :meth:`to_dict`."""
+    """The outcomes of a run's requests. Add every record, then read :meth:`to_dict`."""
 
     received: int = 0
     outcomes: Counter[str] = attrs.field(factory=Counter)
@@ -262,7 +269,7 @@ class Summary:
     actors: set[str] = attrs.field(factory=set)
     prefills: Counter[str] = attrs.field(factory=Counter)
     decodes: Counter[str] = attrs.field(factory=Counter)
-    """Finished requests by the worker that ran each part."""
+    """Finished requests by the worker that decoded them; ``prefills``: by the one that ran the prompt."""
     troubles: Counter[str] = attrs.field(factory=Counter)
     """Events at warning or above, as ``level: event``."""
     first_ts: str = ""
@@ -272,7 +279,7 @@ class Summary:
     )
 
     def add(self, record: Record) -> None:
-        """Take one record in."""
+        """Add one record."""
         self.first_ts = self.first_ts or record["ts"]
         self.last_ts = record["ts"]
         self.actors.add(name_of(str(record.get("actor", ""))))
@@ -300,7 +307,7 @@ class Summary:
                 values.append(value)
 
     def to_dict(self) -> Record:
-        """Everything, for people and machines. Times are percentiles in milliseconds."""
+        """All results, for people and machines. Times are percentiles in milliseconds."""
         finished = self.outcomes.total()
         elapsed_s = (moment_ms({"ts": self.last_ts}) - moment_ms({"ts": self.first_ts})) / 1e3
         return {
@@ -335,12 +342,12 @@ def summarize(records: Iterable[Record]) -> Summary:
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:
-    """p50, p90 and p99 by the nearest rank, or nothing for no values."""
+    """p50, p90 and p99 by the nearest rank; empty for no values."""
     ordered = sorted(values)
     ranks = {f"p{p}": -(-len(ordered) * p // 100) - 1 for p in (50, 90, 99)}
     return {name: round(ordered[rank], 3) for name, rank in ranks.items()} if ordered else {}
 
 
 def whole(value: Any) -> int:
-    """``value`` when it is a whole number, else 0: a damaged line must not spoil the sums."""
+    """``value`` if it is a whole number, otherwise 0: a damaged line must not spoil the sums."""
     return value if isinstance(value, int) else 0

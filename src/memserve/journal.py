@@ -1,8 +1,8 @@
 """The core of a Frontend: the journal of its requests.
 
 An entry holds the prompt, every token already sent to the client, and the attempt under way. That is all it
-takes to go on after any worker's death: the request is submitted again as prompt plus tokens sent, and since a
-draw depends on (seed, position) alone, the stream continues with the tokens it would have had.
+takes to continue after any worker's death: the request is submitted again as prompt plus tokens sent. A draw
+depends on (seed, position) alone, so the stream continues with the tokens it would have had.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ from memserve.scheduling.view import ClusterView, Health
 from memserve.tokens import count, unpack
 
 LOST_S = 8.0
-"""How long it may stay silent, the question unanswered, before it is planned anew; or submitted elsewhere, if it waits."""
+"""Silence after which an attempt is planned again, or a waiting request is submitted elsewhere."""
 ATTEMPTS_MAX = 8
-"""Attempts before a request fails: one that kills its workers must not do so for ever."""
+"""Attempts before a request fails, so that one that kills its workers does not do so forever."""
 
 
 @attrs.define
 class FrontendCore:
-    """See the module's text."""
+    """See the module's docstring."""
 
     presence: Presence
     requests_max: int
@@ -58,13 +58,13 @@ class FrontendCore:
     _view: ClusterView = attrs.field(factory=ClusterView, init=False)
     _actions: list[Action] = attrs.field(factory=list, init=False)
     _look_at: float = attrs.field(default=float("inf"), init=False)
-    """No entry is due before."""
+    """No entry is due before this time."""
     counters: dict[str, float] = attrs.field(factory=dict, init=False)
 
     # ---- the HTTP side --------------------------------------------------------------------------------------
 
     def open(self, request: Request, now: float) -> None:
-        """Take a request in and submit it. Raises RequestFailed (429) at ``requests_max``."""
+        """Accept a request and submit it. Raises RequestFailed (429) at ``requests_max``."""
         if len(self._entries) >= self.requests_max:
             text = f"this server has {self.requests_max} requests open, its limit (frontend.max_requests)"
             raise self._refused(request, "overloaded", text, 429)
@@ -85,34 +85,40 @@ class FrontendCore:
         return failure
 
     def close(self, request: str, outcome: str, now: float) -> None:
-        """The client wants no more: ``stop`` (a stop string was found) or ``cancelled`` (it left). Late calls do nothing."""
+        """End a request for its client. Late calls do nothing.
+
+        ``outcome``: ``stop`` (a stop string was found) or ``cancelled`` (the client left).
+        """
         entry = self._entries.get(request)
         if entry is not None:
             self._tell_attempt(entry, Cancel(request, entry.attempt))
             self._finish(entry, outcome, now)
 
     def members(self) -> list[Member]:
-        """Everyone alive, by the newest word of each scheduler."""
+        """Every live actor, by the latest view of each scheduler."""
         return self._view.members()
 
     def health(self, now: float, down: Mapping[str, str] = MappingProxyType({})) -> Health:
-        """Whether a request submitted now could be served. ``down``: what a supervisor says of actors that do not live."""
+        """Whether a request submitted now could be served.
+
+        ``down``: what a supervisor says of actors that are not alive.
+        """
         return self._view.health(self.presence.member, down, now)
 
     def order(self, worker: ActorId, change: Change) -> None:
-        """Pass an operator's wish on to a worker; repeated by the caller until the view shows it."""
+        """Pass an operator's change on to a worker; the caller repeats it until the view shows it."""
         self._actions.append(Send(worker, change))
 
     # ---- the five verbs -------------------------------------------------------------------------------------
 
     def receive(self, sender: ActorId, message: Message, now: float) -> None:
-        """Take one message in. Kinds that no Frontend handles are ignored."""
+        """Process one message. Kinds that a Frontend does not handle are ignored."""
         handler = _HANDLERS.get(type(message))
         if handler is not None:
             handler(self, sender, message, now)
 
     def advance(self, now: float) -> None:
-        """Repeat unanswered Submits, and ask after attempts that are silent."""
+        """Repeat unanswered Submits and inquire after silent attempts."""
         if now < self._look_at:
             return
         for entry in [one for one in self._entries.values() if now >= one.due]:
@@ -134,7 +140,7 @@ class FrontendCore:
         self._look_at = min((one.due for one in self._entries.values()), default=float("inf"))
 
     def take(self) -> list[Action]:
-        """Everything to be done now."""
+        """The pending actions; each is returned once."""
         actions, self._actions = self._actions, []
         return actions
 
@@ -175,7 +181,7 @@ class FrontendCore:
 
     def _on_planned(self, sender: ActorId, message: Planned, now: float) -> None:
         entry = self._current(message.request, message.attempt)
-        if entry is None:  # planned by a scheduler that did not hear of its end
+        if entry is None:  # planned by a scheduler that did not hear of the request's end
             workers = dict.fromkeys((message.plan.prefill, message.plan.decode))
             self._actions += [Send(one, Cancel(message.request, message.attempt)) for one in workers]
         elif entry.plan is None:
@@ -186,7 +192,7 @@ class FrontendCore:
             )
 
     def _on_rejected(self, sender: ActorId, message: Rejected, now: float) -> None:
-        """Of a request that another scheduler has planned or holds, a refusal says nothing."""
+        """Fail the request, unless another scheduler has planned or holds it: then the refusal is ignored."""
         entry = self._current(message.request, message.attempt)
         if entry is None or entry.plan is not None or entry.holder not in (None, sender):
             return
@@ -197,7 +203,7 @@ class FrontendCore:
             self._fail(entry, failure, now)
 
     def _resubmit(self, entry: JournalEntry, reason: str, now: float) -> None:
-        """Plan what is left of a request anew; the higher attempt fences off whatever still runs of the old one."""
+        """Plan the rest of a request again. The higher attempt fences off whatever still runs of the old."""
         self._tell_attempt(entry, Cancel(entry.request.id, entry.attempt))
         if entry.attempt + 1 >= ATTEMPTS_MAX:
             text = f"gave up after {ATTEMPTS_MAX} attempts, the last ended with: {reason}"
@@ -213,7 +219,11 @@ class FrontendCore:
         self._actions.append(Send(whom, Inquire(entry.request.id, entry.attempt)))
 
     def _on_inquired(self, sender: ActorId, message: Inquired, now: float) -> None:
-        """The prefill worker is asked before the decode worker: it holds a request until the other has taken it."""
+        """Ask the next worker if the sender does not hold the attempt, and plan it again if none does.
+
+        The prefill worker is asked before the decode worker, because it holds a request until the decode
+        worker took it.
+        """
         entry = self._current(message.request, message.attempt)
         if entry is None:
             return
@@ -227,14 +237,14 @@ class FrontendCore:
             self._resubmit(entry, "no worker holds it", now)
 
     def _on_holder(self, entry: JournalEntry, scheduler: ActorId, held: bool, now: float) -> None:
-        """A scheduler says whether a request waits there; the one that holds it may have forgotten it."""
+        """Note whether a request waits at a scheduler; submit it again if its holder has forgotten it."""
         if held and entry.holder in (None, scheduler):
             entry.holder, entry.held, entry.heard_at = scheduler, True, now
         elif not held and entry.holder == scheduler:
             self._submit(entry, now)
 
     def _submit_held_by(self, gone: Collection[ActorId], now: float) -> None:
-        """What waited at schedulers that are no more waits somewhere else."""
+        """Submit the requests again that waited at schedulers which are gone."""
         for entry in self._entries.values():
             if entry.holder in gone:
                 self._submit(entry, now)
@@ -250,7 +260,7 @@ class FrontendCore:
                 self._take_tokens(entry, update, now)
 
     def _on_prompt_told(self, sender: ActorId, message: PromptScores, now: float) -> None:
-        """Deliver what is new, by the rule of :meth:`_take_tokens`."""
+        """Deliver new log probabilities, by the rule of :meth:`_take_tokens`."""
         entry = self._current(message.request, message.attempt)
         if entry is None:
             return
@@ -263,7 +273,7 @@ class FrontendCore:
             self._actions.append(Deliver(entry.request.id, (), None, entry.cached_tokens, prompt=(new,)))
 
     def _take_tokens(self, entry: JournalEntry, update: TokenUpdate, now: float) -> None:
-        """Deliver what is new. Positions tell repeats from gaps: a repeat is dropped, a gap means another attempt."""
+        """Deliver new tokens. By position, a repeat is dropped, and a gap starts another attempt."""
         if entry.untold:
             self._resubmit(entry, _lost_of_prompt(entry.told, entry.request.prompt_tokens), now)
             return
@@ -312,7 +322,7 @@ class FrontendCore:
         gone = set(message.actors)
         self._view.gone(gone, now)
         self._submit_held_by(gone, now)
-        if self.presence.member.id in gone:  # it was held for dead while it slept, and the workers let go
+        if self.presence.member.id in gone:  # presumed dead while it was stopped; the workers let go
             self._submit_held_by({one.holder for one in self._entries.values() if one.holder}, now)
             gone = {one for entry in self._entries.values() for one in entry.needed()}
         for entry in list(self._entries.values()):
@@ -334,7 +344,7 @@ class FrontendCore:
         self.presence.changed()
 
     def undeliverable(self, to: ActorId, message: Message, now: float) -> None:
-        """The shell could not send ``message``; an unanswered Submit is repeated anyway."""
+        """Count a message that could not be sent; an unanswered Submit is repeated anyway."""
         self._count("undeliverable_total")
 
     # ---- small helpers --------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What a Frontend writes down of one request: all that it takes to go on with it on another worker."""
+"""What a Frontend records of one request: all it takes to continue the request on another worker."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ from memserve.messages import Plan, Request
 from memserve.tokens import count
 
 SUBMIT_REPEAT_S = 1.0
-"""How long a Submit may stay unanswered before it is sent again, to the next scheduler if there are several."""
+"""How long a Submit may stay unanswered before it is sent again, to the next scheduler if any."""
 STALL_S = 3.0
 """How long an attempt may be silent before its worker is asked whether it still holds it."""
 
 
 @attrs.define
 class JournalEntry:
-    """One request's part of the journal."""
+    """The journal's entry for one request."""
 
     request: Request
-    """As first submitted: ``tokens`` is the prompt."""
+    """The request as first submitted: ``tokens`` is the prompt."""
     received_at: float
     sent: bytes = b""
     """Tokens delivered to the client."""
     told: int = 1
-    """Of so many of the prompt's tokens the log probabilities were delivered, where they are wanted; the first has none."""
+    """Prompt tokens whose log probabilities were delivered, if wanted. The first token has none."""
     attempt: int = 0
     plan: Plan | None = None
     holder: ActorId | None = None
-    """The scheduler where it waits for a worker."""
+    """The scheduler at which the request waits for a worker."""
     held: bool = False
-    """It was let in once, by the holder or by one that is gone."""
+    """The request was admitted once, by the holder or by a scheduler that is gone."""
     planned_at: float | None = None
-    """When its first attempt was planned."""
+    """When the first attempt was planned."""
     asked_at: float = 0.0
-    """Of the last Submit, or of the last Inquire since there is a plan or a holder."""
+    """When the last Submit was sent, or the last Inquire once there is a plan or a holder."""
     heard_at: float = 0.0
-    """When the attempt showed a sign of life, or its holder."""
+    """When the attempt, or its holder, last showed a sign of life."""
     cached_tokens: int = 0
     fed_by_decode: bool = False
     """The decode worker of this attempt has sent tokens."""
@@ -48,26 +48,32 @@ class JournalEntry:
 
     @property
     def due(self) -> float:
-        """When something must be asked again, or given up."""
+        """When the Frontend must ask again, or give up."""
         if self.plan is None and self.holder is None:
             return min(self.asked_at + SUBMIT_REPEAT_S, self.given_up_at)
         return min(max(self.asked_at, self.heard_at) + STALL_S, self.given_up_at)
 
     @property
     def given_up_at(self) -> float:
-        """When its deadline has passed without a plan. A scheduler that hears of it refuses it before."""
+        """When a request without a plan has missed its deadline.
+
+        A scheduler that hears of the request refuses it earlier.
+        """
         waits = self.plan is None and not self.attempt and not self.sent
         ttft_s = self.request.ttft_s if waits else None
         return float("inf") if ttft_s is None else self.received_at + ttft_s + SUBMIT_REPEAT_S
 
     @property
     def untold(self) -> bool:
-        """Log probabilities of its prompt are still missing."""
+        """Log probabilities of the prompt are still missing."""
         wanted = self.request.sampling.prompt_logprobs is not None
         return wanted and self.told < self.request.prompt_tokens
 
     def current(self) -> Request:
-        """The request as the attempt under way carries it. What was told of the prompt need not be computed again."""
+        """The request as the current attempt carries it.
+
+        Once all log probabilities of the prompt are delivered, it asks for none.
+        """
         sampling = self.request.sampling
         if sampling.prompt_logprobs is not None and not self.untold:
             sampling = attrs.evolve(sampling, prompt_logprobs=None)
@@ -75,14 +81,17 @@ class JournalEntry:
         return attrs.evolve(self.request, attempt=self.attempt, tokens=tokens, sampling=sampling)
 
     def needed(self) -> set[ActorId]:
-        """Without which actors an attempt cannot go on. A stream that its decode worker feeds no longer needs the prefill worker."""
+        """The actors without which the current attempt cannot continue.
+
+        A stream that its decode worker feeds no longer needs the prefill worker.
+        """
         if self.plan is None:
             return set()
         needed = {self.plan.decode, self.plan.shard}
         return needed if self.fed_by_decode else needed | {self.plan.prefill}
 
     def canonical(self, now: float) -> dict[str, object]:
-        """Everything about a finished request, for its one line in the log."""
+        """Everything about a finished request, for its one log line."""
         first, last, output = self.first_token_at, self.last_token_at, count(self.sent)
         between = None if first is None or last is None or output < 2 else (last - first) * 1e3 / (output - 1)
         return {

@@ -1,29 +1,38 @@
-"""Every message the actors exchange, and how it becomes bytes. Read this file to know what the system can say; the calls to a
-shard are in :mod:`memserve.pool_messages`.
+"""Every message the actors exchange, and how it becomes bytes.
 
-Frames on the wire: ``[sender identity (added by ZeroMQ), kind, body]``. ``kind`` is the class name behind
-a version byte, ``body`` its msgpack. Unknown body keys are ignored, so that a newer peer may add fields;
-an unknown kind or another version is a :class:`~memserve.errors.PeerError`. Nothing is ever pickled.
+Read this file to know what the system can say; the calls to a shard are in :mod:`memserve.pool_messages`, the
+messages of a transfer between shards in :mod:`memserve.transfer_messages`.
+
+Frames on the wire: ``[sender identity (added by ZeroMQ), kind, body]``. ``kind`` is a version byte and the
+class name, ``body`` is msgpack. Unknown body keys are ignored, so that a newer peer may add fields. An
+unknown kind or another version is a :class:`~memserve.errors.PeerError`. Nothing is ever pickled.
 
 Who says what::
 
-    Frontend -> GlobalScheduler   Submit, Cancel, Finished, Inquire
-    GlobalScheduler -> Frontend   Planned, Rejected, Inquired
-    GlobalScheduler -> worker     Prefill, Change           worker -> Frontend            PromptTold, Tokens, Failed
-    prefill worker -> decode      Handoff                   decode -> prefill worker      HandoffTaken
-    Frontend -> worker            Cancel, Inquire, Change   worker -> Frontend            Inquired
-    everyone -> GlobalScheduler   Load                      worker -> MemPoolShard        Load
-    worker -> MemPoolShard        Acquire, AllocMem, Insert, Adopt, FreeMem
-    MemPoolShard -> worker        Acquired, Allocated, Inserted, Adopted, Freed, PoolRefused
-    any client -> MemPoolShard    those, Match, Delete, Evict, SwapOut, SwapIn, Prefetch, DescribePool
-    worker -> MemPoolShard        Return                    MemPoolShard -> MemPoolShard  Prefetch, Pull, PullRefused
-    MemPoolShard -> MemPoolShard  TransferOffer, TransferGranted, TransferSent, TransferArrived, TransferRefused,
-                                  TransferStop, TransferWithdrawn
-    MemPoolShard -> scheduler     IndexDelta, IndexSnapshot scheduler -> MemPoolShard     IndexWanted
-    anyone -> GlobalScheduler     Ended                     GlobalScheduler -> everyone   Cluster, Gone, Refused
+    Frontend        -> GlobalScheduler  Submit, Cancel, Finished, Inquire
+    GlobalScheduler -> Frontend         Planned, Rejected, Inquired
+    GlobalScheduler -> worker           Prefill, Change; Cancel, passed on from a Frontend
+    Frontend        -> worker           Cancel, Inquire, Change
+    worker          -> Frontend         PromptScores, Tokens, Failed, Inquired
+    prefill worker  -> decode worker    Handoff
+    decode worker   -> prefill worker   HandoffTaken
+    worker          -> MemPoolShard     Acquire, AllocMem, Insert, Adopt, FreeMem, Return, Load
+    pool client     -> MemPoolShard     Acquire, AllocMem, Insert, Adopt, FreeMem, Match, Delete, Evict,
+                                        SwapOut, SwapIn, Prefetch, DescribePool, Transfer, NextArrival, Meet
+    MemPoolShard    -> its caller       Acquired, Allocated, Inserted, Adopted, Freed, PoolDescribed,
+                                        Transferred, Arrival, PoolRefused
+    MemPoolShard    -> MemPoolShard     Prefetch, Pull, PullRefused
+    sending shard   -> receiving shard  TransferOffer, TransferSent, TransferWithdrawn
+    receiving shard -> sending shard    TransferGranted, TransferArrived, TransferRefused, TransferStop
+    MemPoolShard    -> GlobalScheduler  IndexDelta, IndexSnapshot
+    GlobalScheduler -> MemPoolShard     IndexWanted, Prefetch
+    every actor     -> GlobalScheduler  Load; Ended, from hosts without a scheduler
+    GlobalScheduler -> every actor      Cluster, Gone, Refused
 
-Token fields are packed int32 (see :mod:`memserve.tokens`). All times are durations, ``_s`` in seconds and ``_ms`` in
-milliseconds: hosts share no clock.
+A *pool client* is a program that uses :mod:`memserve.client`.
+
+Token fields are packed int32 (see :mod:`memserve.tokens`). All times are durations, ``_s`` in seconds and
+``_ms`` in milliseconds, because hosts share no clock.
 """
 
 from __future__ import annotations
@@ -88,55 +97,55 @@ PROTOCOL_VERSION = 1
 
 @attrs.frozen
 class Request:
-    """One generation, as an attempt carries it."""
+    """One generation request, as one attempt carries it."""
 
     id: str
     attempt: int
-    """Counts from 0; a higher one fences off the lower ones."""
+    """Attempts count from 0; a higher attempt fences off the lower ones."""
     frontend: ActorId
-    """Where tokens go."""
+    """The Frontend that receives the tokens."""
     scope: str
-    """Root of the prefix index, derived from the API key: one tenant cannot see another's cache."""
+    """Root of the prefix index, derived from the API key, so that no tenant can see another's cache."""
     tokens: bytes
     """The prompt and every token already sent."""
     prompt_tokens: int
-    """How many of ``tokens`` are the prompt."""
+    """Number of prompt tokens at the start of ``tokens``."""
     max_tokens: int
-    """New tokens in all, over every attempt."""
+    """Limit of new tokens, over all attempts together."""
     stop_tokens: tuple[int, ...]
-    """Ids that end the stream; empty with ignore_eos."""
+    """Token ids that end the stream; empty with ignore_eos."""
     sampling: Sampling
     priority: int = 0
-    """Its class while it waits for a worker; lower is earlier."""
+    """Priority class while the request waits for a worker; lower goes first."""
     ttft_s: float | None = None
-    """By when its first token is wanted, in seconds from when its Frontend got it; None: whenever it comes."""
+    """Deadline of the first token, in seconds after its Frontend received the request; None: no deadline."""
 
     @property
     def findable(self) -> bytes:
-        """What of ``tokens`` may be found in a cache: nothing where the prompt's log probabilities are wanted, as KV has none."""
+        """Tokens that a cache may match: none if prompt log probabilities are wanted, which KV lacks."""
         return self.tokens if self.sampling.prompt_logprobs is None else b""
 
 
 @attrs.frozen
 class Plan:
-    """What the scheduler decided for one attempt. It travels with the request: nobody downstream asks upstream."""
+    """The scheduler's decision for one attempt. It travels along, so that no later actor has to ask."""
 
     prefill: ActorId
     decode: ActorId
-    """Equal to ``prefill`` when one worker does both and nothing is handed over."""
+    """The decode worker; equal to ``prefill`` when one worker does both and nothing is handed over."""
     shard: ActorId
-    """Where the prompt's pages are: the prefill worker's."""
+    """The prefill worker's shard, where the prompt's pages are."""
     scheduler: ActorId
     decode_shard: ActorId = ActorId("")
-    """The decode worker's, where it is another one: the pages move there. Empty: ``shard``, and nothing moves."""
+    """The decode worker's shard if it differs from ``shard``: the pages move there. Empty: nothing moves."""
     source: ActorId = ActorId("")
-    """A shard that holds more of the prompt than ``shard``, worth fetching before the rest is computed. Empty: none."""
+    """A shard whose longer prefix match is worth fetching before the rest is computed. Empty: none."""
     source_tokens: int = 0
-    """How many of the prompt's tokens ``source`` is expected to hold."""
+    """Prompt tokens that ``source`` is expected to hold."""
     expected_tokens: int = 0
-    """How many of them ``shard`` is expected to hold; what it really holds tells a stale hint."""
+    """Prompt tokens that ``shard`` is expected to hold. A smaller match shows a stale hint."""
     first_token_s: float = 0.0
-    """Predicted from the placement to the first token, where a deadline depends on it; 0: none does."""
+    """Predicted seconds from placement to first token, for a request with a deadline; 0 otherwise."""
 
 
 @attrs.frozen
@@ -146,18 +155,18 @@ class TokenUpdate:
     request: str
     attempt: int
     position: int
-    """Index in the whole sequence of the first of ``tokens``; a gap before it means that a message was lost."""
+    """Index of the first of ``tokens`` in the whole sequence. A gap before it means a lost message."""
     tokens: bytes
     cached_tokens: int
-    """Prompt tokens that were found in the pool."""
+    """Prompt tokens found in the pool."""
     finish: str | None = None
-    """``stop`` or ``length`` on the last update."""
+    """``stop`` or ``length`` on the last update; None before."""
     timings: Timings | None = None
-    """Set with ``finish``."""
+    """Set together with ``finish``."""
     origins: Origins | None = None
-    """Set with ``finish``."""
+    """Set together with ``finish``."""
     logprobs: Logprobs | msgspec.UnsetType = msgspec.UNSET
-    """Of its one token, where they were asked for. Left out of the bytes of all others."""
+    """Log probabilities of the update's one token, if requested. Omitted from the encoded body otherwise."""
 
 
 @attrs.frozen
@@ -168,51 +177,51 @@ class Member:
     kind: str
     """Frontend, GlobalScheduler, PrefillWorker, DecodeWorker or MemPoolShard."""
     endpoint: str
-    """Where its inbox is bound."""
+    """Address where the actor's inbox is bound."""
     pid: int
     state: str
     """``starting``, ``ready`` or ``draining``."""
     role: str = ""
     """Workers: prefill, decode or both."""
     shard: ActorId = ActorId("")
-    """Workers: the id of the shard they are attached to, once they are."""
+    """Workers: the id of the shard that they are attached to, once they are."""
     load: dict[str, float] = attrs.field(factory=dict)
-    """Gauges and counters by metric name, units in the names."""
+    """Gauges and counters by metric name, with units in the names."""
     costs: StepCosts | None = None
-    """Workers: what their steps cost, as measured at their start."""
+    """Workers: what their steps cost, as measured when they started."""
     site: Site | None = None
-    """Workers: whose cores, or which GPU, their steps run on. None: unknown, and shared with nobody."""
+    """Workers: the cores or the GPU that their steps run on. None: unknown, and treated as not shared."""
     role_by: str = ""
-    """Workers: who gave it its role while it ran, ``hand`` or ``scheduler``; empty: its configuration did."""
+    """Workers: who changed the role at run time, ``hand`` or ``scheduler``; empty: it was not changed."""
     role_configured: str = ""
-    """Workers: the role that it started with."""
+    """Workers: the role they started with."""
     role_wanted: str = ""
-    """Workers, in a scheduler's view: the role that it was asked to take and has not yet."""
+    """Workers, in a scheduler's view: the role that the worker was asked to take and has not taken yet."""
     joined: bool = False
-    """Workers: `memserve join` brought it."""
+    """Workers: whether `memserve join` brought the worker."""
     needs: tuple[ActorId, ...] = ()
-    """Without whose answer, or whose announced death, something that this actor holds never ends."""
+    """Actors whose answer or announced death this actor needs, or something that it holds never ends."""
     host: str = ""
-    """The address of its host, in a cluster of several."""
+    """Address of the actor's host, in a cluster of several hosts."""
 
 
-# ---- requests on their way ----------------------------------------------------------------------------------
+# ---- requests under way -------------------------------------------------------------------------------------
 
 
 @attrs.frozen
 class Submit:
-    """A request that wants a plan. Answered by Planned, by Rejected, or by Inquired, which says that it waits; repeated until then."""
+    """Ask for a plan; repeated until answered by Planned, Rejected, or Inquired (the request waits)."""
 
     request: Request
     age_s: float = 0.0
-    """How long ago its Frontend got it."""
+    """Time since its Frontend received the request."""
     held: bool = False
-    """A scheduler that is gone had let it wait: it is not to be refused for lack of a place."""
+    """A scheduler that is gone had queued the request: it must not be refused for lack of a place."""
 
 
 @attrs.frozen
 class Planned:
-    """The plan for an attempt, told to its Frontend."""
+    """The plan of an attempt, sent to its Frontend."""
 
     request: str
     attempt: int
@@ -221,7 +230,7 @@ class Planned:
 
 @attrs.frozen
 class Finished:
-    """A request has ended with its last token: schedulers learn from it how long a tenant's answers are."""
+    """A request has ended with its last token. Schedulers learn from it how long a tenant's answers are."""
 
     request: str
     scope: str
@@ -230,7 +239,7 @@ class Finished:
 
 @attrs.frozen
 class Rejected:
-    """The scheduler will not place this attempt."""
+    """The scheduler refuses to place this attempt."""
 
     request: str
     attempt: int
@@ -242,7 +251,7 @@ class Rejected:
 
 @attrs.frozen
 class Prefill:
-    """Run this request's prompt; then hand it over, or keep it, as the plan says."""
+    """Run this request's prompt; then hand it over or keep it, as the plan says."""
 
     request: Request
     plan: Plan
@@ -250,28 +259,28 @@ class Prefill:
 
 @attrs.frozen
 class Handoff:
-    """A prefilled request with its lease. The sender keeps the lease until HandoffTaken, so that it is never nobody's."""
+    """A prefilled request and its lease, which always has an owner: the sender, until HandoffTaken."""
 
     request: Request
     plan: Plan
     lease: int
     pages: tuple[int, ...]
     generated: bytes
-    """Tokens sampled so far, already sent to the Frontend."""
+    """Tokens sampled so far; they were already sent to the Frontend."""
     retired_tokens: int
-    """Tokens of the sequence of which the shard has said that their pages are in the index."""
+    """Tokens of the sequence whose pages are in the index, as the shard has acknowledged."""
     cached_tokens: int
     timings: Timings
     origins: Origins
     first_token_age_s: float
-    """How long ago its first token came, when this was sent."""
+    """Seconds between the first token and the sending of this message."""
     sequel: bytes = b""
-    """What came after the prompt the last time; see :class:`~memserve.pool_messages.Acquired`."""
+    """The tokens that followed this prompt the last time; see :class:`~memserve.pool_messages.Acquired`."""
 
 
 @attrs.frozen
 class HandoffTaken:
-    """The decode worker's answer: it owns the lease now, or it has no use for it and the sender frees it."""
+    """The decode worker's answer: it owns the lease now, or does not want it and the sender frees it."""
 
     request: str
     attempt: int
@@ -280,25 +289,25 @@ class HandoffTaken:
 
 @attrs.frozen
 class PromptScores:
-    """Log probabilities of a prompt's tokens, as a chunk of it was computed. All of them go before the attempt's first token."""
+    """Log probabilities of one chunk of the prompt. All of them are sent before the attempt's first token."""
 
     request: str
     attempt: int
     position: int
-    """Index in the prompt of the first of them; a gap before it means that a message was lost."""
+    """Index in the prompt of the first scored token. A gap before it means a lost message."""
     told: PromptLogprobs
 
 
 @attrs.frozen
 class Tokens:
-    """One step's new tokens for one Frontend."""
+    """New tokens of one step for one Frontend."""
 
     updates: tuple[TokenUpdate, ...]
 
 
 @attrs.frozen
 class Failed:
-    """This attempt is over without its tokens. ``retry`` says that another attempt may succeed at once."""
+    """This attempt has ended without its tokens. ``retry`` says that another attempt may succeed at once."""
 
     request: str
     attempt: int
@@ -311,7 +320,7 @@ class Failed:
 
 @attrs.frozen
 class Cancel:
-    """Nobody wants this request any more: drop every attempt up to this one and free its pages."""
+    """The request is no longer wanted: drop every attempt up to this one and free its pages."""
 
     request: str
     attempt: int
@@ -319,7 +328,7 @@ class Cancel:
 
 @attrs.frozen
 class Inquire:
-    """Nothing was heard of this attempt for a while: do you hold it? Answered by Inquired, or by a scheduler with Planned."""
+    """Does the receiver hold this silent attempt? Answered by Inquired, or by a scheduler with Planned."""
 
     request: str
     attempt: int
@@ -327,7 +336,7 @@ class Inquire:
 
 @attrs.frozen
 class Inquired:
-    """Whether the sender holds this attempt. When nobody does, something was lost, and the Frontend plans it anew."""
+    """Whether the sender holds this attempt. If no actor does, a message was lost: it is planned again."""
 
     request: str
     attempt: int
@@ -339,54 +348,56 @@ class Inquired:
 
 @attrs.frozen
 class Load:
-    """A heartbeat: who I am and how busy. It registers, renews the sender's leases, and carries its metrics."""
+    """A heartbeat: registers the sender, renews its leases, and carries its state and metrics."""
 
     member: Member
     terms: dict[str, str] | msgspec.UnsetType = msgspec.UNSET
-    """What all hosts must agree on, as its host has it, see :mod:`memserve.scheduling.terms`. Left out on a cluster of one."""
+    """Settings that all hosts must share, as the sender's host has them; see
+    :mod:`memserve.scheduling.terms`. Omitted in a cluster of one host."""
 
 
 @attrs.frozen
 class Cluster:
-    """Everyone the scheduler knows. Absence means nothing: only ``gone`` and Gone say that an actor is dead."""
+    """Every actor the scheduler knows. Only ``gone`` and Gone say that an actor is dead, not its absence."""
 
     scheduler: ActorId
     members: tuple[Member, ...]
     gone: tuple[ActorId, ...] = ()
-    """The dead of the last minute again, for whoever missed the Gone."""
+    """Actors declared dead within the last minute, repeated for receivers that missed the Gone."""
 
 
 @attrs.frozen
 class Gone:
-    """These actors are dead or fenced off; whoever holds something of theirs lets go of it."""
+    """These actors are dead or fenced off; release whatever is held for them or depends on them."""
 
     actors: tuple[ActorId, ...]
 
 
 @attrs.frozen
 class Ended:
-    """The processes of these actors have ended, by the word of their host's supervisor, which reaches no scheduler itself."""
+    """These actors' processes have ended, says their host's supervisor, which itself reaches no scheduler."""
 
     actors: tuple[ActorId, ...]
 
 
 @attrs.frozen
 class Refused:
-    """The actor may not be part of this cluster: its host disagrees with the scheduler's, or its name is another's."""
+    """The actor may not join: its host's settings differ, or an actor of another host has its name."""
 
     reason: str
 
 
 @attrs.frozen
 class Change:
-    """What is wanted of a worker, see :mod:`memserve.scheduling.changes`. Nothing answers it: heartbeats show it."""
+    """The wanted state of a worker, see :mod:`memserve.scheduling.changes`. Only heartbeats answer it."""
 
     role: str = ""
-    """prefill, decode or both; ``auto``: the one it started with, until a scheduler says another; empty: as it is."""
+    """``prefill``, ``decode`` or ``both``; ``auto``: the one it started with, until a scheduler asks for
+    another; empty: unchanged."""
     drain: bool = False
     """Take no new request, finish or hand over those under way, then leave for good."""
     by: str = "hand"
-    """Who wants it: ``hand``, an operator; or ``scheduler``, which a role given by hand outweighs."""
+    """``hand``: an operator wants it; ``scheduler``: the scheduler does, which yields to a role by hand."""
 
 
 # ---- codec --------------------------------------------------------------------------------------------------
@@ -414,7 +425,7 @@ def encode(message: Message) -> tuple[bytes, bytes]:
 
 
 def decode(kind: bytes, body: bytes) -> Message:
-    """The message in two frames. Raises PeerError when it is not one of ours."""
+    """The message in two frames. Raises PeerError for an unknown kind or an undecodable body."""
     decoder = _decoders.get(kind)
     if decoder is None:
         raise PeerError(f"unknown message kind {kind[:64]!r}: this actor speaks version {PROTOCOL_VERSION}")

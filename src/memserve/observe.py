@@ -1,7 +1,8 @@
-"""What a running actor tells about itself: JSON lines in its log file, and metrics as Prometheus reads them.
+"""What a running actor reports about itself: JSON lines in its log file, and metrics in Prometheus' format.
 
-Modules log by ``structlog.get_logger()`` alone; each process calls :func:`configure` once. Serving never depends on
-the log: a line that cannot be written (a full disk) is counted, and the count is written when there is room again.
+Modules log through ``structlog.get_logger()`` only; each process calls :func:`configure` once. Serving never
+depends on the log: a line that cannot be written (a full disk) is counted, and the count is written when
+there is room again.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ from memserve.messages import Member
 
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
 FIRST_KEYS = ("ts", "level", "event", "actor", "kind", "pid")
-"""Every line begins with these, so that people can read the raw file too."""
+"""The keys that every line begins with, so that people can read the raw file too."""
 
 
 # ---- logs ----------------------------------------------------------------------------------------------------
 
 
 def configure(path: str | Path, level: str, *, actor: str, kind: str, pid: int | None = None) -> None:
-    """Send this process's structlog lines, and warnings of other libraries, to the file ``path`` as JSON lines.
+    """Write this process's structlog lines, and libraries' warnings, to the file ``path`` as JSON lines.
 
     Raises UserError when the file cannot be opened.
     """
@@ -45,7 +46,7 @@ def configure(path: str | Path, level: str, *, actor: str, kind: str, pid: int |
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True, key="ts"),
-        # Locals are left out: they hold prompts and keys.
+        # Local variables are left out: they hold prompts and keys.
         structlog.processors.ExceptionRenderer(ExceptionDictTransformer(show_locals=False, max_frames=30)),
         _identified(identity),
         _rendered,
@@ -61,7 +62,10 @@ def configure(path: str | Path, level: str, *, actor: str, kind: str, pid: int |
 
 @attrs.define(eq=False)
 class LineFile:
-    """A log file. A line is one append, so lines of threads and processes never mix; failures are counted, not raised."""
+    """A log file. A line is one append, so lines of threads and processes never mix.
+
+    Failures are counted, not raised.
+    """
 
     _fd: int
     _identity: Mapping[str, object]
@@ -71,7 +75,7 @@ class LineFile:
 
     @classmethod
     def open(cls, path: Path, identity: Mapping[str, object]) -> LineFile:
-        """Open for appending, with the folders on the way. Raises UserError when that fails."""
+        """Open the file for appending, and make its directories. Raises UserError when that fails."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             return cls(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644), identity)
@@ -89,7 +93,7 @@ class LineFile:
             self.lost += 1
 
     debug = info = warning = error = critical = msg = write
-    """What structlog calls, by level."""
+    """The methods that structlog calls, one per level."""
 
     def close(self) -> None:
         """Close the file; later lines are counted as lost."""
@@ -97,7 +101,10 @@ class LineFile:
         os.close(fd)
 
     def _append(self, line: bytes) -> bool:
-        """Whether the whole line was written. Part of one may be when the disk fills up; the next starts afresh."""
+        """Whether the whole line was written.
+
+        A full disk may take only part of it; the next append starts a new line.
+        """
         data = b"\n" + line + b"\n" if self._torn else line + b"\n"
         try:
             written = os.write(self._fd, data)
@@ -114,10 +121,10 @@ class LineFile:
 
 
 class ForeignLines(logging.Handler):
-    """Passes what libraries say through the standard library's logging on to our log."""
+    """Forwards what libraries log through the standard library's logging to this process's log."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """One record as one line."""
+        """Write one record as one line."""
         level = max(
             (name for name in LEVELS if LEVELS[name] <= record.levelno),
             key=LEVELS.__getitem__,
@@ -131,7 +138,7 @@ class ForeignLines(logging.Handler):
 
 
 def _identified(identity: Mapping[str, object]) -> Processor:
-    """Puts who speaks on each line, and the keys in their order."""
+    """Adds the actor's identity to each line, and puts the first keys in order."""
 
     def processor(_logger: Any, _method: str, event: EventDict) -> EventDict:
         event.update(identity)
@@ -146,10 +153,10 @@ def _rendered(_logger: Any, _method: str, event: EventDict) -> bytes:
 
 
 def to_json(value: Any) -> bytes:
-    """JSON of anything: what has no JSON form is written as its repr."""
+    """JSON of any value; a value without a JSON form is written as its repr."""
     try:
         return orjson.dumps(value, default=repr)
-    except TypeError:  # an integer beyond 64 bits, a key that is no string, half of a surrogate pair
+    except TypeError:  # an integer beyond 64 bits, a key that is not a string, half of a surrogate pair
         return json.dumps(value, default=repr, skipkeys=True).encode()
 
 
@@ -159,17 +166,17 @@ TTFT_BUCKETS_S = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75,
     1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0,
 )  # fmt: skip
-"""Upper bounds of vLLM's buckets for the time to first token, so that its dashboards fit."""
+"""Upper bounds of vLLM's buckets for the time to first token, so that its dashboards work."""
 
 
 @attrs.define
 class Histogram:
-    """Counts by upper bound, as Prometheus has them."""
+    """Counts by upper bound, as in a Prometheus histogram."""
 
     bounds: tuple[float, ...] = TTFT_BUCKETS_S
-    """Ascending, in the unit of the observed values."""
+    """Upper bounds of the buckets, ascending, in the unit of the observed values."""
     counts: list[int] = attrs.field(init=False)
-    """Values within each bound and above the one before; the last is for those above all."""
+    """Number of values within each bound and above the previous one; the last is for those above all."""
     sum: float = attrs.field(init=False, default=0.0)
 
     def __attrs_post_init__(self) -> None:
@@ -187,12 +194,12 @@ Metric = float | Histogram
 
 @attrs.define
 class Exposition:
-    """Samples gathered by metric, so that each has its HELP and TYPE once, before all of its samples."""
+    """Samples grouped by metric, so that each has its HELP and TYPE once, before all of its samples."""
 
     _families: dict[str, tuple[str, list[str]]] = attrs.field(init=False, factory=dict)
 
     def add(self, name: str, value: Metric, labels: Labels, help: str = "") -> None:
-        """One sample, or all of a histogram's. A name that ends in ``_total`` is a counter's."""
+        """Add one sample, or all of a histogram's. A name that ends in ``_total`` is a counter."""
         kind = (
             "histogram" if isinstance(value, Histogram) else "counter" if name.endswith("_total") else "gauge"
         )
@@ -209,7 +216,7 @@ class Exposition:
         samples.append(f"{name}_count{_braced(labels)} {total}")
 
     def render(self) -> bytes:
-        """Text exposition format 0.0.4 (media type ``text/plain; version=0.0.4``)."""
+        """The samples in the text exposition format 0.0.4 (media type ``text/plain; version=0.0.4``)."""
         lines = [line for header, samples in self._families.values() for line in (header, *samples)]
         return "".join(f"{line}\n" for line in lines).encode()
 
@@ -217,9 +224,10 @@ class Exposition:
 def render_metrics(
     members: Iterable[Member], own: Mapping[str, Metric], labels: Labels | None = None
 ) -> bytes:
-    """Everything the members reported, what the answering process has itself, and vLLM's names for the same.
+    """The members' reported figures, the answering process's own metrics, and the same under vLLM's names.
 
-    ``own`` has plain names (``memserve_`` is put before them) or vLLM's (``vllm:...``), and carries ``labels``.
+    ``own`` has plain names, which get the prefix ``memserve_``, or vLLM's (``vllm:...``); its samples carry
+    ``labels``.
     """
     members = sorted(members, key=lambda member: (member.kind, member.id))
     exposition = Exposition()
@@ -264,7 +272,7 @@ HELP: dict[str, str] = {
     "vllm:prefix_cache_hits_total": "Prompt tokens found in the pool",
     "vllm:time_to_first_token_seconds": "From the request's arrival to its first token",
 }
-"""Metrics whose names do not say it all."""
+"""Help texts of metrics whose names do not say everything."""
 
 
 def describe(name: str) -> str:

@@ -1,7 +1,7 @@
 """Panics of libraries that are written in Rust (llguidance, tokenizers), as errors.
 
-Where they give up in a way that they do not foresee, pyo3 raises what is no Exception, so that nothing on the way would catch it:
-one request would end the process, and with it the streams of all others.
+When such a library panics, pyo3 raises a class that is not an Exception, so no handler on the way would catch
+it: one request would end the process, and with it the streams of all others.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _PANIC = "PanicException"
-"""pyo3's class, which cannot be imported."""
+"""Name of pyo3's class, which cannot be imported."""
 
 
 class Panic(RuntimeError):
-    """A library gave up."""
+    """A library written in Rust panicked."""
 
 
 def is_panic(error: BaseException) -> bool:
-    """Whether it is one, or a group of nothing else."""
+    """Whether ``error`` is a panic, or a group of nothing but panics."""
     if isinstance(error, BaseExceptionGroup):
         return all(map(is_panic, error.exceptions))
     return type(error).__name__ == _PANIC
@@ -26,7 +26,7 @@ def is_panic(error: BaseException) -> bool:
 
 @contextmanager
 def panics_told() -> Iterator[None]:
-    """Raises Panic for a panic within."""
+    """Raise Panic for a panic within the block."""
     try:
         yield
     except BaseException as found:

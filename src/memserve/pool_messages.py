@@ -1,8 +1,8 @@
-"""The messages to and from a MemPoolShard: the paper's calls, their answers, and what its index holds.
+"""Messages to and from a MemPoolShard: the paper's pool calls, their answers, and the events of its index.
 
-A call is known by its sender and ``call``, a number that the sender never uses twice: a repeat gets the same answer.
-Pages are *slots*, tier and page number in one integer; *addresses* name the shard and its incarnation too (both in
-:mod:`memserve.mempool.addresses`).
+A call is identified by its sender and ``call``, a number that the sender never reuses: a repeated call gets
+the same answer. A *slot* names a page by tier and page number in one integer; an *address* also names the
+shard and its incarnation (both are defined in :mod:`memserve.mempool.addresses`).
 """
 
 from __future__ import annotations
@@ -11,37 +11,40 @@ import attrs
 
 from memserve.identity import ActorId
 
-# ---- pool calls ---------------------------------------------------------------------------------------------
+# ---- pool calls --------------------------------------------------------------------------------------------
 
 
 @attrs.frozen
 class Source:
-    """Another shard, from which pages that are missing here are to be fetched before a call is answered."""
+    """Another shard, from which pages missing here are fetched before a call is answered."""
 
     shard: ActorId
     tokens: int
-    """Tokens from position 0 that it is expected to hold, the last page perhaps in part where ``lease`` says so."""
+    """Tokens from position 0 that it is expected to hold; with ``lease``, the last page may be partial."""
     deadline_s: float
-    """After so long the call is answered without them: a fetch that fails costs a recompute, never the request."""
+    """Seconds until the call is answered anyway: a failed fetch costs a recompute, never the request."""
     lease: int = 0
-    """There: take the pages of this lease of ``owner``, full or not. 0: what the index holds."""
+    """The other shard's lease of ``owner`` to take pages from, full or not; 0 takes what the index holds."""
     owner: ActorId = ActorId("")
     insert: bool = True
-    """Whether whole pages that arrive go into the index here."""
+    """Whether whole pages that arrive are inserted into the index here."""
     request: str = ""
-    """Whose tokens they are, for the log."""
+    """Request that the tokens belong to.
+
+    It is logged, and a hand-over of the request waits for the prefetch under way for it.
+    """
     tries: int = 1
-    """Of a Prefetch: how often it may be begun."""
+    """How often a Prefetch may try to fetch the pages."""
     ahead: bool = False
-    """Of a Prefetch: the request will be handed over to here when its prompt is computed."""
+    """Whether a Prefetch serves a request that will be handed over to this shard after its prompt."""
 
 
 @attrs.frozen
 class Acquire:
-    """match + pin + alloc_mem: pages for all of ``tokens`` and ``extra_pages`` more, cached ones first.
+    """match + pin + alloc_mem: pages for all of ``tokens`` plus ``extra_pages`` more, cached pages first.
 
-    Answered by Acquired (perhaps later, when pages come free or are brought in) or PoolRefused. FreeMem with the same
-    ``call`` and ``lease=0`` withdraws it.
+    Answered by Acquired (possibly later, when pages come free or are brought in) or PoolRefused. A FreeMem
+    with the same ``call`` and ``lease=0`` withdraws it.
     """
 
     call: int
@@ -50,17 +53,20 @@ class Acquire:
     extra_pages: int
     source: Source | None = None
     swap_least: int = 0
-    """Cached pages of slower tiers are brought in only if they, and what is cached behind them, hold so many tokens;
-    fewer are computed sooner."""
+    """Fewest cached tokens that are worth bringing in from slower tiers.
+
+    Cached pages there are brought in only if they, and the cached pages behind them, hold at least this many
+    tokens. Computing fewer is faster.
+    """
     anew: bool = False
-    """All of ``tokens`` are to be computed: nothing is matched, and every page is a new one."""
+    """Whether all of ``tokens`` must be computed: nothing is matched, and every page is new."""
     sequel_tokens: int = 0
-    """So many tokens are wanted of what came after ``tokens`` before."""
+    """How many tokens are wanted of what followed ``tokens`` when they were last in the index."""
 
 
 @attrs.frozen
 class Match:
-    """The longest cached prefix of ``tokens``, pinned by a lease on its pages. Answered and withdrawn as an Acquire."""
+    """The longest cached prefix of ``tokens``, pinned by a lease. Answered and withdrawn like an Acquire."""
 
     call: int
     scope: str
@@ -69,9 +75,10 @@ class Match:
 
 @attrs.frozen
 class Acquired:
-    """A lease. ``pages[i]`` holds tokens ``i * page_tokens`` onwards; the first ``cached_tokens`` are filled.
+    """A lease. Page ``pages[i]`` holds the tokens from ``i * page_tokens`` on.
 
-    Pages are slots: tier and page number (see :mod:`memserve.mempool.addresses`). A device page's slot is its number.
+    The first ``cached_tokens`` tokens are filled. Pages are slots: tier and page number (see
+    :mod:`memserve.mempool.addresses`). A device page's slot equals its page number.
     """
 
     call: int
@@ -79,26 +86,29 @@ class Acquired:
     pages: tuple[int, ...]
     cached_tokens: int
     fetched_tokens: int = 0
-    """So many tokens more are filled too: they came from another shard, and are not retired yet."""
+    """How many tokens after the cached ones are filled too: fetched from another shard, not retired yet."""
     fetched_bytes: int = 0
-    """Moved to this shard for the call."""
+    """Bytes moved to this shard for the call, those moved ahead of it included."""
     found_pages: tuple[int, ...] = (0, 0, 0)
-    """The cached ones, by the tier in which they were found."""
+    """Number of cached pages by the tier in which they were found."""
     sequel: bytes = b""
-    """What came after the call's tokens the last time, packed, as far as that is in the index and was wanted."""
+    """Packed tokens that last followed the call's: those in the index, at most ``sequel_tokens``."""
 
 
 @attrs.frozen
 class AllocMem:
-    """``pages`` more pages at the end of a lease's table, all or nothing: Allocated. Of ``lease=0``, a new one: Acquired."""
+    """``pages`` more pages at the end of a lease's table, all or nothing.
+
+    Answered by Allocated. With ``lease=0`` the pages get a new lease, and the answer is Acquired.
+    """
 
     call: int
     lease: int
     pages: int
     tier: int = 0
-    """0 device, 1 host."""
+    """0 for device, 1 for host."""
     scope: str = ""
-    """Of a new lease: whose prefixes it will be inserted into."""
+    """Scope of a new lease: the one under which its pages will be inserted."""
 
 
 @attrs.frozen
@@ -112,19 +122,25 @@ class Allocated:
 
 @attrs.frozen
 class Insert:
-    """Retire whole pages of a lease into the index: ``tokens`` follow the ``start`` tokens retired before."""
+    """Retire whole pages of a lease into the index.
+
+    ``tokens`` begin at position ``start``, which must not lie beyond the tokens that are retired already.
+    """
 
     call: int
     lease: int
     start: int
     tokens: bytes
     addresses: tuple[int, ...] = ()
-    """The pages that hold them, where they are not the next of the table; may begin with cached ones."""
+    """Pages that hold the tokens, if they are not the next of the lease's table.
+
+    The first of them may be cached pages.
+    """
 
 
 @attrs.frozen
 class Inserted:
-    """How many of the inserted tokens the index already had, in other pages."""
+    """How many of the inserted tokens the index already had."""
 
     call: int
     already_tokens: int
@@ -141,7 +157,7 @@ class Adopt:
 
 @attrs.frozen
 class Adopted:
-    """The lease is the sender's now."""
+    """The lease now belongs to the sender of the Adopt."""
 
     call: int
     lease: int
@@ -149,20 +165,20 @@ class Adopted:
 
 @attrs.frozen
 class FreeMem:
-    """End a lease: unpin what is indexed, free the rest. With ``lease=0``, withdraw the call ``call``.
+    """End a lease: unpin its indexed pages and free the others. With ``lease=0``, withdraw the call ``call``.
 
-    With ``call`` it is answered by Freed or, for a lease, PoolRefused; without by nothing.
+    If ``call`` is set, the answer is Freed or, for a lease, PoolRefused. Otherwise there is no answer.
     """
 
     lease: int
     call: int = 0
     addresses: tuple[int, ...] = ()
-    """Only these of its pages, none of them retired; all of them end the lease."""
+    """If set, only these pages are freed, none of them retired. Naming all pages of the lease ends it."""
 
 
 @attrs.frozen
 class Delete:
-    """Drop a prompt, and all that continues it, from the index: Freed."""
+    """Drop a prompt and everything that continues it from the index. Answered by Freed."""
 
     call: int
     scope: str
@@ -171,7 +187,7 @@ class Delete:
 
 @attrs.frozen
 class Evict:
-    """Drop up to ``pages`` unpinned pages of a tier, the least recently used: Freed."""
+    """Drop up to ``pages`` unpinned pages of a tier, least recently used first. Answered by Freed."""
 
     call: int
     pages: int
@@ -180,7 +196,10 @@ class Evict:
 
 @attrs.frozen
 class SwapOut:
-    """Move up to ``pages`` unpinned pages of a tier, the least recently used, to the next tier: Freed, when it is done."""
+    """Move up to ``pages`` unpinned pages of a tier to the next tier, least recently used first.
+
+    Answered by Freed once they are moved.
+    """
 
     call: int
     pages: int
@@ -189,7 +208,10 @@ class SwapOut:
 
 @attrs.frozen
 class SwapIn:
-    """Bring the indexed pages of a lease into the device tier: Acquired, with their new slots, when it is done."""
+    """Bring the indexed pages of a lease into the device tier.
+
+    Answered by Acquired, with their new slots, once they are there.
+    """
 
     call: int
     lease: int
@@ -197,19 +219,21 @@ class SwapIn:
 
 @attrs.frozen
 class Prefetch:
-    """A hint: this prefix will be acquired soon, so bring it in if there is room. Never answered."""
+    """A hint that this prefix will be acquired soon: bring it in if there is room. Never answered."""
 
     scope: str
     tokens: bytes
     source: Source | None = None
-    """Where to fetch what no tier here holds."""
+    """Where to fetch the pages that no tier here holds."""
 
 
 @attrs.frozen
 class Return:
-    """A request has ended, or will be handed over: let the shard ``to`` have what it lacks of this prefix, in the background.
+    """Let the shard ``to`` fetch, in the background, what it is missing of this prefix.
 
-    Never answered. It is told by a Prefetch that names this shard as its source, after the sender's inserts, which came before.
+    Sent when a request has ended or will be handed over; never answered. The receiving shard sends ``to`` a
+    Prefetch that names itself as the source. The sender's inserts were sent earlier, so they are in the index
+    by then.
     """
 
     scope: str
@@ -217,76 +241,82 @@ class Return:
     to: ActorId
     deadline_s: float
     request: str = ""
-    """For the log."""
+    """Request that the prefix belongs to; it becomes the request of the Prefetch's source."""
     ahead: bool = False
-    """It will be handed over."""
+    """Whether the request will be handed over; otherwise it has ended."""
 
 
 @attrs.frozen
 class Transfer:
-    """Copy pages to another shard: Transferred when they are there. Withdrawn as an Acquire.
+    """Copy pages to another shard. Answered by Transferred once they are there; withdrawn like an Acquire.
 
-    With ``tokens`` the receiver inserts them before it acknowledges: the paper's ``transfer_with_insert``.
+    With ``tokens``, the receiver inserts them before it acknowledges: the paper's ``transfer_with_insert``.
     """
 
     call: int
     to: ActorId
     scope: str
     leases: tuple[int, ...]
-    """Of the sender's, which hold the pages."""
+    """Leases of the sender that hold the pages."""
     addresses: tuple[int, ...]
     deadline_s: float
     tokens: bytes = b""
-    """Whole pages from position 0; as many as there are pages."""
+    """Tokens of whole pages from position 0, as many pages as are sent; empty inserts nothing."""
     destination: tuple[int, ...] = ()
-    """Addresses there; none: the receiver allocates."""
+    """Addresses at the receiver; if empty, the receiver allocates pages."""
     into: int = 0
-    """The lease there, of ``owner``'s, that has them."""
+    """Lease of ``owner`` at the receiver that holds ``destination``."""
     owner: ActorId = ActorId("")
-    """Whose the pages are there; nobody: the sender's. It claims what was allocated by a NextArrival or an Adopt."""
+    """Owner of the pages at the receiver; if empty, the sender.
+
+    Pages that the receiver allocates must be claimed by the owner, with a NextArrival or an Adopt.
+    """
     private: bytes = b""
-    """For the owner, with the pages."""
+    """Data that the owner gets with the pages."""
     granularity: str = ""
-    """Of the values of Granularity; empty: what the shard is set to."""
+    """A value of Granularity; if empty, the shard's own setting."""
 
 
 @attrs.frozen
 class Transferred:
-    """The pages are there, under this lease."""
+    """The pages are at the receiver, under this lease."""
 
     call: int
     lease: int
     pages: tuple[int, ...]
-    """Slots of the receiver's."""
+    """Slots at the receiver."""
     nbytes: int
 
 
 @attrs.frozen
 class NextArrival:
-    """What has another sent to me? Arrival, now or when something comes. Withdrawn as an Acquire."""
+    """Ask for pages that another actor has sent to the sender of this call.
+
+    Answered by Arrival, at once or when some arrive. Withdrawn like an Acquire.
+    """
 
     call: int
 
 
 @attrs.frozen
 class Arrival:
-    """Pages that another's Transfer has brought for the asker, under a lease of its own."""
+    """Pages that another actor's Transfer has brought for the asker, under a lease that the asker owns."""
 
     call: int
     lease: int
     pages: tuple[int, ...]
     cached_tokens: int
-    """The first of them are inserted."""
+    """How many tokens, from the first on, are in the index."""
     shard: ActorId
-    """Where they come from."""
+    """Shard that the pages come from."""
     sender: ActorId
-    """Whose call it was."""
+    """Actor whose Transfer sent them."""
     private: bytes
 
 
 @attrs.frozen
 class Meet:
-    """From a client to a shard: another shard, to which it may be told to send pages. Never answered."""
+    """Introduce another shard, to which this client may ask the shard to send pages. Never answered."""
 
     shard: ActorId
     endpoint: str
@@ -302,14 +332,17 @@ class Freed:
 
 @attrs.frozen
 class DescribePool:
-    """What a client must know before it uses a shard: PoolDescribed."""
+    """Ask for what a client must know before it uses a shard. Answered by PoolDescribed."""
 
     call: int
 
 
 @attrs.frozen
 class PoolDescribed:
-    """A shard's number and incarnation, which are in its addresses; its sizes; and where its memory can be mapped."""
+    """A shard's number and incarnation, its sizes, and where its memory can be mapped.
+
+    The number and the incarnation are part of the shard's addresses.
+    """
 
     call: int
     shard: int
@@ -317,57 +350,66 @@ class PoolDescribed:
     page_tokens: int
     page_bytes: int
     pages: tuple[int, ...]
-    """By tier."""
+    """Number of pages by tier."""
     arenas: tuple[str, ...]
-    """By tier: the socket that hands out its arena on the shard's host; empty for one that cannot be mapped."""
+    """By tier, the socket that hands out the arena on the shard's host; empty if it cannot be mapped."""
     actor: ActorId = ActorId("")
-    """By which name other shards know it."""
+    """Name by which other shards know this one."""
     lease_s: float = 10.0
     """How long a caller may be silent before it loses its leases."""
 
 
 @attrs.frozen
 class PoolRefused:
-    """A pool call that changed nothing, and why (a code of :class:`~memserve.errors.PoolError`)."""
+    """A pool call that was refused and changed nothing.
+
+    ``code`` says why; it is a code of :class:`~memserve.errors.PoolError`.
+    """
 
     call: int
     code: str
     message: str
 
 
-# ---- the index, told to schedulers -------------------------------------------------------------------------
+# ---- index events for schedulers --------------------------------------------------------------------------
 
 
 @attrs.frozen
 class IndexEvent:
-    """One change of a shard's prefix index. An *entry* is a run of whole pages of one tier that continues another entry.
+    """One change of a shard's prefix index.
 
-    Whoever keeps a copy needs each entry's end only: ``stored`` puts tokens behind the end of ``parent`` (or, for an
-    entry that it knows, behind the entry's own), ``split`` leaves the end where it is and gives the first ``pages``
-    pages to the new entry ``parent``, ``moved`` changes the tier of all its pages, ``removed`` drops it.
+    An *entry* is a run of whole pages in one tier that continues another entry. A copy of the index needs
+    only the end of each entry. ``stored`` appends tokens to the end of ``parent`` or, for an entry that is
+    already known, to the entry's own end. ``split`` leaves the entry's end where it is and moves its first
+    ``pages`` pages to the new entry ``parent``. ``moved`` changes the tier of all its pages. ``removed``
+    drops it.
     """
 
     kind: str
     """``stored``, ``split``, ``moved`` or ``removed``."""
     entry: int
-    """Counts from 1 in each incarnation of a shard."""
+    """Number of the entry, counted from 1 in each incarnation of a shard."""
     parent: int = 0
-    """Stored: the entry that it continues; 0 is the root of ``scope``. Split: the entry that gets the front."""
+    """For ``stored``, the entry that it continues, or 0 for the root of ``scope``.
+
+    For ``split``, the new entry that gets the front.
+    """
     scope: str = ""
-    """Stored, below a root: whose prefix it is."""
+    """For ``stored`` below a root, the scope of the prefix."""
     tokens: bytes = b""
-    """Stored: whole pages of tokens."""
+    """For ``stored``, the tokens of whole pages."""
     tier: int = 0
-    """Stored and moved: 0 device, 1 host, 2 disk."""
+    """For ``stored`` and ``moved``: 0 device, 1 host, 2 disk."""
     pages: int = 0
-    """Split: pages of the front."""
+    """For ``split``, the number of pages in the front."""
 
 
 @attrs.frozen
 class IndexDelta:
-    """Changes of a shard's index, in order. ``first`` must be the number that was expected: a gap asks for a snapshot.
+    """Changes of a shard's index, in order.
 
-    Events count from 0 in each incarnation of a shard. An empty one says how far a shard is that has been quiet.
+    A scheduler for which ``first`` is not the number it expected asks for a snapshot. Events are numbered
+    from 0 in each incarnation of a shard. An empty delta reports the position of a shard that has been quiet.
     """
 
     first: int
@@ -376,19 +418,22 @@ class IndexDelta:
 
 @attrs.frozen
 class IndexWanted:
-    """A scheduler has missed something, or is new: send the whole index."""
+    """A scheduler that is new, or has missed events, asks for the whole index."""
 
     expected: int
-    """The number of the event that it waited for; 0 for a new one."""
+    """Number of the event that the scheduler waited for; 0 if it is new."""
 
 
 @attrs.frozen
 class IndexSnapshot:
-    """A part of a shard's whole index as ``stored`` events; valid once all ``parts`` have come, in order."""
+    """One part of a shard's whole index as ``stored`` events.
+
+    The snapshot is valid once all ``parts`` have arrived, in order.
+    """
 
     next: int
-    """The delta that follows it begins here."""
+    """Number of the first event in the delta that follows."""
     part: int
-    """From 0."""
+    """Number of this part, from 0."""
     parts: int
     events: tuple[IndexEvent, ...]

@@ -1,7 +1,8 @@
-"""``memserve up``: one process per actor, started at once, restarted when they die, drained in order, none left behind.
+"""``memserve up`` runs one process per actor: starts all, restarts dead ones, drains in order, leaves none.
 
-What to do is decided in :mod:`memserve.processes.lifecycle`; this does it. The supervisor only ever waits, for its children's
-pidfds, lifelines and output and for signals, so that an idle cluster costs it nothing.
+Decisions are made in :mod:`memserve.processes.lifecycle`; this module carries them out. The supervisor only
+ever waits: for signals and for its children's pidfds, lifelines and output. So an idle cluster costs it
+nothing.
 """
 
 from __future__ import annotations
@@ -46,23 +47,26 @@ from memserve.settings.resolve import resolve
 log = structlog.get_logger()
 
 LATE_S = 0.5
-"""What takes longer is said while it lasts."""
+"""A wait that takes longer is reported to the user while it lasts."""
 
 
 @attrs.define(eq=False)
 class Supervisor:
-    """Runs one cluster until told to stop. The place is claimed before and left after."""
+    """Runs one cluster until a signal ends it.
+
+    The caller claims the place before and leaves it afterwards.
+    """
 
     resolved: Resolved
     launch: Launch
     prepare_argv: Sequence[str] = ()
-    """Command that readies the weights before any actor starts; empty for none."""
+    """Command that prepares the weights before any actor starts; empty for none."""
     policy: Callable[[], RestartPolicy] = RestartPolicy
     say: Callable[[str], None] = say
     stage_s: float = 5.0
-    """Longest drain of a stage after the Frontends', whose limit is frontend.drain_s."""
+    """Longest drain of a stage of actors; those that serve requests have frontend.drain_s instead."""
     stop_s: float = 2.0
-    """From a second signal to SIGKILL."""
+    """Time from a second signal to SIGKILL."""
     hung_s: float = HUNG_S
     """Longest silence of a ready actor on its lifeline."""
     _children: dict[str, Child] = attrs.field(init=False)
@@ -72,11 +76,14 @@ class Supervisor:
     _begun_at: float = attrs.field(init=False, default=0.0)
     _state: str = attrs.field(init=False, default="starting")
     _started: bool = attrs.field(init=False, default=False)
-    """Whether there is any actor that would have to be drained."""
+    """Whether the start of actors has begun, so that some may have to be drained."""
     _invited: bool = attrs.field(init=False, default=False)
-    """Whether the user was told that other hosts may join."""
+    """Whether the user was informed that other hosts may join."""
     _serving: trio.Event = attrs.field(init=False, factory=trio.Event)
-    """Set for good when every Frontend has served once, and all actors are ready where there is a network: start-up is over."""
+    """Set for good at the end of start-up.
+
+    Every Frontend has served once then, and, in a cluster of several hosts, all actors of this one are ready.
+    """
 
     def __attrs_post_init__(self) -> None:
         self._children = {
@@ -92,9 +99,10 @@ class Supervisor:
         )  # fmt: skip
 
     async def run(self) -> None:
-        """Start everything and supervise it; returns when a signal has ended it and nothing is left.
+        """Start all actors and supervise them until a signal has ended the cluster and no process is left.
 
-        Raises UserError, within exception groups, when an actor cannot start for a reason that the user can remove.
+        Raises UserError, within exception groups, when an actor cannot start for a reason that the user can
+        remove.
         """
         self._begun_at = trio.current_time()
         self._enter("starting")
@@ -115,7 +123,7 @@ class Supervisor:
         self.say("memserve: stopped")
 
     def _enter(self, state: str) -> None:
-        """Go on to ``starting``, ``ready`` or ``draining``, and tell other commands and the actors."""
+        """Enter the state ``starting``, ``ready`` or ``draining``; commands and actors can read it."""
         self._state = state
         self._write_info()
 
@@ -134,7 +142,7 @@ class Supervisor:
         return next((child.url for child in self._children.values() if child.url), None)
 
     def _everyone(self) -> list[Child | Guest]:
-        """All actors, those of other terminals included."""
+        """All actors, including those that joined from other terminals."""
         return [*self._children.values(), *self._gate.guests.values()]
 
     def _of_kind(self, kind: str) -> list[Child]:
@@ -143,12 +151,13 @@ class Supervisor:
     # -- start-up --
 
     async def _prepare(self) -> None:
-        """Ready the weights in a process of their own, so that this one stays small. Raises UserError."""
+        """Prepare the weights in a process of its own, so that this one stays small. Raises UserError."""
         if not self.prepare_argv:
             return
         stdin, alive = os.pipe()  # the process ends when ``alive`` is closed, by us or by our death
         try:
-            # Not "converting": on a busy machine it can take this long to find that they are converted already.
+            # Not "converting": on a busy machine it can take this long to find that they are already
+            # converted.
             async with self._saying(f"readying the weights of {self.resolved.model_path} (converted once)"):
                 done = await trio.run_process(
                     list(self.prepare_argv),
@@ -169,7 +178,10 @@ class Supervisor:
             )
 
     async def _find_cluster(self) -> None:
-        """Wait for the scheduler's host, where that is another one. Raises UserError when it does not let this one in."""
+        """Wait for the scheduler's host, where that is another one.
+
+        Raises UserError when it does not let this host in.
+        """
         network = self.resolved.network
         if network is None or not network.joins:
             return
@@ -197,7 +209,7 @@ class Supervisor:
 
     @contextlib.asynccontextmanager
     async def _saying(self, text: str) -> AsyncIterator[None]:
-        """Say what is being waited for, once it takes long."""
+        """Tell the user what is being waited for, if it takes longer than LATE_S."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._say_late, text)
             yield
@@ -220,12 +232,15 @@ class Supervisor:
                 self._tell_fate(child, other)
         elif event["event"] == "serving":
             child.url = event["url"]
-            self._write_info()  # a successor may serve on another port, with frontend.port = 0
+            self._write_info()  # a successor may serve on another port if frontend.port is 0
         if event["event"] in ("serving", "ready"):
             self._look_around()
 
     def _look_around(self) -> None:
-        """Whether start-up is over: where other hosts serve, this one's own actors must be ready, too."""
+        """Check whether start-up has ended.
+
+        In a cluster of several hosts, this host's own actors must be ready, too.
+        """
         network = self.resolved.network
         ready = not network or all(child.ready_at < math.inf for child in self._children.values())
         if network and ready and not network.joins and not self._invited:
@@ -235,13 +250,13 @@ class Supervisor:
             self._serving.set()
 
     def _left(self, child: Child, returncode: int) -> None:
-        """Of an actor that an operator drained, in a cluster that goes on."""
+        """Report an actor that an operator drained while the cluster continues."""
         if self._state != "draining":
             log.info("actor left", child=child.id, returncode=returncode)
             self.say(f"memserve: {child.spec.name} was drained and {describe_end(returncode)}")
 
     def _announce_death(self, actor: ActorId) -> None:
-        """To the scheduler; where that is on another host, by everyone who is left here."""
+        """Report a death to the scheduler; if that is elsewhere, through this host's other actors."""
         network = self.resolved.network
         far = network is not None and network.joins
         for child in self._children.values() if far else self._of_kind("GlobalScheduler"):
@@ -249,7 +264,7 @@ class Supervisor:
                 child.events.send(event="died", id=actor)
 
     def _tell_frontends(self, child: Child) -> None:
-        """/health says who does not live, and why."""
+        """Tell the Frontends, for /health, whether an actor is down, and why."""
         for frontend in self._of_kind("Frontend"):
             self._tell_fate(frontend, child)
 
@@ -262,7 +277,7 @@ class Supervisor:
             frontend.events.send(event="up", name=child.spec.name)
 
     def _resolve_anew(self, resolved: Resolved) -> None:
-        """A worker joined or left: actors that start from now on are told so."""
+        """Replace the configuration after a worker joined or left; actors read it when they start."""
         self.resolved = resolved
         self._write_info()
 
@@ -285,12 +300,13 @@ class Supervisor:
         await self._stop_now()
 
     async def _drain(self) -> None:
-        """End the actors stage by stage, each with a limit."""
+        """End the actors stage by stage, each with a time limit."""
         self.say("memserve: draining; a second Ctrl-C stops at once")
         self._enter("draining")
         everyone = {one.spec.name: one for one in self._everyone()}
         for stage in drain_stages(one.spec for one in everyone.values()):
-            # Workers whose requests came through this host's Frontends have finished with them; others' may go on.
+            # Workers of a cluster of several hosts may still serve requests of other hosts' Frontends; those
+            # of this host's Frontends have ended by now.
             serves = stage[0].kind == "Frontend" or (self.resolved.network and stage[0].kind in WORKER_KINDS)
             limit_s = self.resolved.config.frontend.drain_s if serves else self.stage_s
             await self._drain_stage([everyone[spec.name] for spec in stage], limit_s)
@@ -309,7 +325,7 @@ class Supervisor:
         await all_gone(stage)
 
     async def _stop_now(self) -> None:
-        """End every actor at once: by its lifeline, and what is still there after ``stop_s`` by SIGKILL."""
+        """End every actor at once: through its lifeline, and after ``stop_s`` with SIGKILL."""
         everyone = self._everyone()
         self.say("memserve: stopping at once")
         for child in everyone:
@@ -320,7 +336,10 @@ class Supervisor:
 
 
 def stop_signals() -> list[int]:
-    """The signals that end a supervisor: not SIGHUP if it was started to survive its terminal (nohup)."""
+    """The signals that end a supervisor.
+
+    SIGHUP is not one if it was started to survive its terminal (nohup).
+    """
     hangup = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]
     return [signal.SIGINT, signal.SIGTERM, *hangup]
 
@@ -341,13 +360,14 @@ PREPARE = "import sys; from memserve.processes.actor import prepare_weights; sys
 def up(config_path: str, overrides: Sequence[str] = ()) -> int:
     """Run the cluster of a configuration until it is stopped; the exit status.
 
-    Raises UserError for a wrong configuration, a place or a port that is taken, or an actor that cannot start because of
-    something the user can change.
+    Raises UserError for a wrong configuration, a place or port that is taken, or an actor that cannot start
+    for a reason that the user can change.
     """
     settings = load(config_path, overrides)
     place = Place.claim(Path(settings.logging.dir))
     try:
-        # A Frontend finds it out for itself, but when all the others have been started, and models loaded.
+        # A Frontend checks the port itself, but only after all the others have been started and models
+        # loaded.
         check_port(settings.frontend.host, settings.frontend.port)
         resolved = resolve(settings)
         supervise(Supervisor(resolved, Launch(place), prepare_argv=prepare_argv(resolved)))
@@ -359,7 +379,7 @@ def up(config_path: str, overrides: Sequence[str] = ()) -> int:
 
 
 def prepare_argv(resolved: Resolved) -> list[str]:
-    """The command that readies the weights and the native step for a cluster."""
+    """The command that prepares the weights and the native step for a cluster."""
     model = resolved.config.model
     words = [sys.executable, "-c", PREPARE, resolved.model_path, model.stored, model.dtype]
     return [*words, "on GPUs"] if resolved.on_gpus else words
@@ -374,7 +394,7 @@ def supervise(supervisor: Supervisor) -> None:
 
 
 def run_supervisor(run: Callable[[], Awaitable[None]]) -> None:
-    """Run a supervisor to its end. Raises the UserErrors of its actors as one."""
+    """Run a supervisor to its end. Raises the UserErrors of its actors as one UserError."""
     try:
         trio.run(run)
     except BaseExceptionGroup as group:

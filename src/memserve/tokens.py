@@ -1,4 +1,4 @@
-"""Tokens as packed little-endian int32 bytes: the form they have on the wire, in the index and in the journal.
+"""Tokens as packed little-endian int32 bytes: their form on the wire, in the index and in the journal.
 
 2,048 tokens encode in half a microsecond this way, and two prefixes compare with one ``memcmp``.
 """
@@ -21,14 +21,14 @@ def pack(tokens: Iterable[int]) -> bytes:
 
 
 def unpack(packed: bytes) -> array[int]:
-    """The ids again, as an int32 array."""
+    """The token ids in ``packed``, as an int32 array."""
     tokens: array[int] = array("i")
     tokens.frombytes(packed)
     return tokens
 
 
 def count(packed: bytes) -> int:
-    """How many tokens ``packed`` holds."""
+    """Number of tokens in ``packed``."""
     return len(packed) // TOKEN_BYTES
 
 
@@ -38,7 +38,7 @@ def span(packed: bytes, start: int, stop: int) -> bytes:
 
 
 def alike(one: bytes, other: bytes) -> int:
-    """How many tokens both begin with."""
+    """Length of the common prefix, in tokens."""
     pairs = zip(unpack(one), unpack(other), strict=False)
     return next((at for at, (a, b) in enumerate(pairs) if a != b), min(count(one), count(other)))
 

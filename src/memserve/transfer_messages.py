@@ -1,6 +1,6 @@
-"""What two shards say to each other when pages move between them, and the words that these messages are made of.
+"""Messages between two shards that move pages, and the values that these messages contain.
 
-The conversation is told in :mod:`memserve.transfer.actions`, with what each side asks of its own process.
+:mod:`memserve.transfer.actions` describes the conversation, and what each side asks of its own process.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from memserve.identity import ActorId
 
 
 class Granularity(enum.StrEnum):
-    """In what portions a transfer's pages move; see the module's table."""
+    """The portions in which a transfer's pages move; see the table in :mod:`memserve.transfer.values`."""
 
     AGGREGATED = "aggregated"
     BY_LAYER = "by_layer"
@@ -21,39 +21,52 @@ class Granularity(enum.StrEnum):
 
 
 class Failure(enum.StrEnum):
-    """Why a transfer did not happen. Its destination pages were never reported complete."""
+    """Why a transfer failed. Its destination pages were never reported complete."""
 
     RECEIVER_FULL = "receiver_full"
-    """The receiver has no pages, or as many transfers under way as it allows. Later may do."""
+    """There is no room for the transfer. A later attempt may succeed.
+
+    The receiver has as many transfers under way as it allows, or the shard that serves a Pull has no room to
+    bring the pages in.
+    """
     PEER_GONE = "peer_gone"
-    """The other shard is dead, or nobody listens where it was announced."""
+    """The other shard is dead, or no process listens at its announced endpoint."""
     CUT = "cut"
-    """The connection broke or stood still."""
+    """The connection broke or stalled."""
     DEADLINE = "deadline"
-    """Not finished in time. When only the acknowledgement is late, the receiver may have the pages after all."""
+    """Not finished in time.
+
+    If only the acknowledgement is late, the receiver may have the pages nevertheless.
+    """
     REFUSED = "refused"
-    """One side holds the other's request for wrong: another layout, a stale token, an unknown page or transfer."""
+    """One side considers the other's request invalid.
+
+    Examples are another page layout, a stale token, and an unknown page or transfer.
+    """
     CHECKSUM = "checksum"
-    """Bytes arrived damaged."""
+    """The bytes arrived damaged."""
     WITHDRAWN = "withdrawn"
-    """The sender's own caller gave it up."""
+    """The sender's own caller withdrew the transfer."""
 
 
 @attrs.frozen
 class Way:
-    """How a sender reaches one receiver's arena: announced by the receiver with the pages it grants."""
+    """How a sender reaches a receiver's arena; the receiver announces it with the pages that it grants."""
 
     path: str
     """``mapped``, ``tcp`` or ``nixl``."""
     address: str
-    """mapped: the arena's socket; tcp: ``host:port``; nixl: the arena's first byte in the receiver, in hex."""
+    """For mapped, the arena's socket; for tcp, ``host:port``.
+
+    For nixl, the address of the arena's first byte in the receiver, in hex.
+    """
     data: bytes = b""
-    """tcp: the receiver's token; nixl: its agent's metadata."""
+    """For tcp, the receiver's token; for nixl, its agent's metadata."""
 
 
 @attrs.frozen
 class TransferOffer:
-    """Take these pages. Repeated until TransferGranted or TransferRefused."""
+    """Ask the receiver to take these pages. Repeated until TransferGranted or TransferRefused."""
 
     id: int
     pages: int
@@ -61,31 +74,38 @@ class TransferOffer:
     layers: int
     granularity: Granularity
     host: str
-    """Identity of the sender's host: a mapped way leads to the same one only."""
+    """Identity of the sender's host: a mapped way works only on the same host."""
     pid: int
-    """So that the receiver can end a dead sender that may only sleep, before it uses the pages for others."""
+    """Process ID of the sender.
+
+    With it the receiver can kill a sender that was declared dead but may only be paused, before it uses the
+    pages for others.
+    """
     paths: tuple[str, ...]
-    """Paths that the sender can take."""
+    """Paths that the sender can use."""
     remaining_s: float
-    """Seconds until the sender gives up. A duration, because the clocks of two hosts differ."""
+    """Seconds until the sender gives up. It is a duration because the clocks of two hosts differ."""
     destination: tuple[int, ...] = ()
-    """Addresses in a lease of ``owner``'s at the receiver; empty: the receiver allocates."""
+    """Addresses in a lease of ``owner`` at the receiver; if empty, the receiver allocates pages."""
     into: int = 0
-    """That lease."""
+    """Lease of ``owner`` that holds ``destination``."""
     owner: ActorId = ActorId("")
-    """Whose the pages are at the receiver. Nobody: a Pull asked for them, and ``private`` is its id in 8 bytes."""
+    """Owner of the pages at the receiver.
+
+    If empty, a Pull asked for the pages, and ``private`` is the Pull's ID in 8 bytes.
+    """
     caller: ActorId = ActorId("")
-    """Whose call this is: who is told, at the sender, how it ended."""
+    """Actor whose call this is; the sender's shard reports to it how the transfer ended."""
     scope: str = ""
     tokens: bytes = b""
-    """Packed tokens to insert with the pages (``transfer_with_insert``); empty: nothing is inserted."""
+    """Packed tokens to insert with the pages (``transfer_with_insert``); empty inserts nothing."""
     private: bytes = b""
-    """The caller's own data, given to ``owner`` with the pages."""
+    """The caller's own data, delivered to ``owner`` with the pages."""
 
 
 @attrs.frozen
 class TransferGranted:
-    """These pages are the transfer's until it ends."""
+    """These pages belong to the transfer until it ends."""
 
     id: int
     pages: tuple[int, ...]
@@ -105,30 +125,30 @@ class TransferArrived:
 
     id: int
     lease: int = 0
-    """That holds the pages there."""
+    """Lease that holds the pages at the receiver."""
 
 
 @attrs.frozen
 class TransferRefused:
-    """The receiver will not take the transfer, or not any more."""
+    """The receiver does not take the transfer, or gives it up."""
 
     id: int
     failure: Failure
     message: str
     code: str = ""
-    """Of the PoolError, where the receiver's pool refused the pages."""
+    """Code of the PoolError, if the receiver's pool refused the pages."""
 
 
 @attrs.frozen
 class TransferStop:
-    """Write no more, and say so (TransferWithdrawn). Repeated until answered."""
+    """Ask the sender to stop writing and to confirm it (TransferWithdrawn). Repeated until answered."""
 
     id: int
 
 
 @attrs.frozen
 class TransferWithdrawn:
-    """The sender writes no more for this transfer, and never will."""
+    """The sender has stopped writing for this transfer, and will not start again."""
 
     id: int
 
@@ -138,35 +158,39 @@ ToSender = TransferGranted | TransferArrived | TransferRefused | TransferStop
 TransferMessage = ToReceiver | ToSender
 
 
-# ---- asked by a receiver -------------------------------------------------------------------------------------
+# ---- requests of a receiver -------------------------------------------------------------------------------
 
 
 @attrs.frozen
 class Pull:
-    """From a shard that lacks pages to one that has them: offer me these. Repeated until a TransferOffer or PullRefused.
+    """Ask a shard to offer pages that are missing here. Repeated until a TransferOffer or PullRefused.
 
-    Known by (sender, id): a repeat begins no second transfer. The offer's ``private`` is ``id``, in 8 bytes.
+    Identified by (sender, id): a repeat does not begin a second transfer. The offer's ``private`` is ``id``
+    in 8 bytes.
     """
 
     id: int
     scope: str
     tokens: bytes
-    """Packed, from position 0."""
+    """Packed tokens from position 0."""
     first_page: int
-    """The pages before it are there already."""
+    """First page that is wanted; the asker has the pages before it."""
     pages: int
-    """At most so many from there on; fewer are offered where fewer are held."""
+    """Maximum number of pages from ``first_page`` on; fewer are offered if fewer are held."""
     remaining_s: float
     """Seconds until the asker gives up."""
     lease: int = 0
-    """Take them from this lease, full or not; 0, or a lease that has ended: what the index holds, in whole pages."""
+    """Lease to take the pages from, full or not.
+
+    If it is 0, or the lease has ended, whole pages are taken from the index.
+    """
     owner: ActorId = ActorId("")
-    """Of the lease."""
+    """Owner of ``lease``."""
 
 
 @attrs.frozen
 class PullRefused:
-    """Nothing, or nothing more, will come for this Pull."""
+    """No pages, or no further pages, will come for this Pull."""
 
     id: int
     failure: Failure

@@ -1,6 +1,6 @@
-"""The DecodeWorker: keeps sequences in its running batch until they end. With role ``both`` it prefills them too.
+"""The DecodeWorker keeps sequences in its running batch until they end; in role ``both`` it also prefills.
 
-What happens, in what order, is decided in :class:`memserve.engine.worker.WorkerCore`.
+All decisions and their order are in :class:`memserve.engine.worker.WorkerCore`.
 """
 
 from __future__ import annotations
@@ -12,5 +12,5 @@ from memserve.processes.actor import ActorContext
 
 
 async def main(context: ActorContext, *, task_status: trio.TaskStatus[None]) -> None:
-    """Serve as worker of role ``decode`` or ``both`` until drained."""
+    """Serve as a worker of role ``decode`` or ``both`` until drained."""
     await run_worker(context, task_status)

@@ -1,7 +1,8 @@
-"""One thread for one step engine.
+"""The thread that runs one step engine.
 
-Steps run here, never on the event loop. It is always the same thread, because OpenMP keeps a pool of threads and
-a thread count for each thread that calls it: trio's own worker threads come and go, and each would start a new pool.
+Steps run here, never on the event loop. The thread stays the same for the engine's life, because OpenMP keeps
+a thread pool and a thread count for each thread that calls it. trio's own worker threads come and go, and
+each would start a new pool.
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ from memserve.engine.plans import BatchPlan, BatchResult, StepEngine
 
 
 class EngineThread:
-    """Runs the steps of the engine that ``make`` builds, one at a time and in order; ``guide`` says what grammars allow."""
+    """Runs the steps of the engine that ``make`` builds, one at a time and in order.
+
+    ``guide`` fills in which tokens the grammars allow.
+    """
 
     def __init__(self, make: Callable[[], StepEngine], guide: Guide) -> None:
         self._make, self._guide = make, guide
         self._plans: queue.SimpleQueue[BatchPlan | None] = queue.SimpleQueue()
-        """At most one plan: a core starts a step only after the last one is done."""
+        """Holds at most one plan: a core starts a step only after the previous one is done."""
         self._token = trio.lowlevel.current_trio_token()
         self._ready = trio.Event()
         self._ended = trio.Event()
@@ -31,7 +35,10 @@ class EngineThread:
         self._deliver: Callable[[BatchResult], None] = lambda result: None
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Build the engine, then serve until cancelled. Raises what the engine raises: a worker without one must end."""
+        """Build the engine, then serve until cancelled.
+
+        Raises what the engine raises: without an engine the worker must end.
+        """
         threading.Thread(target=self._work, name="engine", daemon=True).start()
         try:
             await self._ready.wait()
@@ -41,12 +48,12 @@ class EngineThread:
         finally:
             self._plans.put(None)
             with trio.move_on_after(STEP_S_MAX, shield=True):
-                await self._ended.wait()  # an interpreter that ends under a native thread aborts
+                await self._ended.wait()  # an interpreter that exits while a native thread runs aborts
         if self._failure is not None:
             raise self._failure
 
     def submit(self, plan: BatchPlan, deliver: Callable[[BatchResult], None]) -> None:
-        """Run ``plan``; ``deliver`` gets the result on the event loop."""
+        """Queue ``plan`` for the engine; ``deliver`` gets the result on the event loop."""
         self._deliver = deliver
         self._plans.put(plan)
 
@@ -64,7 +71,7 @@ class EngineThread:
         self._soon(self._ended.set)
 
     def _next(self, engine: StepEngine) -> BatchPlan | None:
-        """The next plan. While there is none, the engine's share of the cores goes to others."""
+        """The next plan. After IDLE_S without one, the engine leaves its cores to other workers."""
         try:
             return self._plans.get(timeout=IDLE_S)
         except queue.Empty:
@@ -75,10 +82,10 @@ class EngineThread:
         try:
             self._token.run_sync_soon(call)
         except trio.RunFinishedError:
-            pass  # the actor ended while a step was under way; nobody waits for it
+            pass  # the actor ended while a step was running; nothing waits for its result
 
 
 STEP_S_MAX = 30.0
-"""How long an ending actor waits for the step under way."""
+"""How long an ending actor waits for the running step."""
 IDLE_S = 0.002
 """Pause between steps after which a worker counts as idle; one turn of the event loop takes far less."""

@@ -1,4 +1,4 @@
-"""The Frontend: HTTP on one side, the cluster on the other, the journal between them."""
+"""The Frontend: HTTP on one side, the cluster on the other, and the journal between them."""
 
 from __future__ import annotations
 
@@ -34,21 +34,24 @@ from memserve.tokens import count
 log = structlog.get_logger()
 
 CHANGE_S = 10.0
-"""How long a worker may take to do what an operator asks of it."""
+"""How long a worker may take to make the change that an operator ordered."""
 CHANGE_REPEAT_S = 1.0
-"""After this it is asked again: the message may be lost."""
+"""Interval at which the order is repeated, since the message may have been lost."""
 
 
 @attrs.define(eq=False)
 class ClientStream:
-    """What has arrived for one client and was not passed on yet. Bounded by the request's own max_tokens."""
+    """Tokens that have arrived for one client and are not passed on yet.
+
+    Bounded by the request's max_tokens.
+    """
 
     id: str
     opened_at: float
     outcome: str = "cancelled"
-    """How the request ends if the client's handler leaves now."""
+    """The outcome of the request if the client's handler leaves now."""
     begun: bool = False
-    """The first token has come."""
+    """Whether the first token has come."""
     _tokens: list[int] = attrs.field(factory=list, init=False)
     _logprobs: list[Logprobs] = attrs.field(factory=list, init=False)
     _prompt: list[PromptLogprobs] = attrs.field(factory=list, init=False)
@@ -59,7 +62,7 @@ class ClientStream:
     _over: trio.Event = attrs.field(factory=trio.Event, init=False)
 
     def put(self, delivery: Deliver) -> None:
-        """Called by the shell; :meth:`pass_on` follows in the same turn."""
+        """Add a delivery. The shell calls this; :meth:`pass_on` follows in the same turn."""
         self._tokens += delivery.tokens
         self._logprobs += delivery.logprobs
         self._prompt += delivery.prompt
@@ -68,7 +71,7 @@ class ClientStream:
         self._failure = delivery.failure
 
     def pass_on(self) -> None:
-        """Everything that has gathered in this turn, as one chunk."""
+        """Pass on everything gathered in this turn as one chunk."""
         if self._take is None or self._over.is_set():
             return
         if self._failure is None and (self._tokens or self._finish):
@@ -81,7 +84,7 @@ class ClientStream:
                 if not self._take(chunk):
                     self.outcome = "stop"
                     self._over.set()
-            except Exception as error:  # one client's trouble must not end the turn of all
+            except Exception as error:  # one client's error must not end the turn, which serves all clients
                 self._failure = error
         if self._failure or self._finish:
             self._over.set()
@@ -97,16 +100,16 @@ class ClientStream:
 
 @attrs.define(eq=False)
 class FrontendService:
-    """What the HTTP surface calls (:class:`memserve.api.service.Service`), on top of the journal."""
+    """The :class:`memserve.api.service.Service` that the HTTP surface calls, on top of the journal."""
 
     core: FrontendCore
     shell: Shell
     down: Mapping[str, str] = attrs.field(factory=dict)
-    """Actors that do not live, and why, by the supervisor."""
+    """Why each actor that is down is down, by name; kept up to date by the supervisor's events."""
     ttft_s: observe.Histogram = attrs.field(factory=observe.Histogram, init=False)
     _streams: dict[str, ClientStream] = attrs.field(factory=dict, init=False)
     _stirred: dict[str, ClientStream] = attrs.field(factory=dict, init=False)
-    """Those that something has come for in this turn."""
+    """The streams that got something in this turn."""
 
     def __attrs_post_init__(self) -> None:
         self.shell.perform[Deliver] = self.deliver
@@ -114,7 +117,7 @@ class FrontendService:
 
     @asynccontextmanager
     async def open(self, prompt: bytes, params: GenerationParams, scope: str) -> AsyncIterator[ClientStream]:
-        """Submit a request; leaving before its end cancels it."""
+        """Submit a request; leaving the context before the stream has ended cancels it."""
         request = Request(
             id=f"req-{secrets.token_hex(8)}",
             attempt=0,
@@ -139,7 +142,7 @@ class FrontendService:
             self.shell.turn()
 
     def deliver(self, delivery: Deliver) -> None:
-        """Take tokens for a client's handler, if it is still there."""
+        """Add a delivery to its stream, if the client's handler is still there."""
         stream = self._streams.get(delivery.request)
         if stream is None:
             return
@@ -150,7 +153,7 @@ class FrontendService:
         self._stirred[stream.id] = stream
 
     def pass_on(self) -> None:
-        """One chunk for each handler, whatever the number of steps whose tokens came in this turn."""
+        """Pass one chunk to each handler, however many steps' tokens came in this turn."""
         stirred, self._stirred = self._stirred, {}
         for stream in stirred.values():
             stream.pass_on()
@@ -160,11 +163,14 @@ class FrontendService:
         return self.core.health(self.shell.clock(), self.down)
 
     def cluster(self) -> list[Member]:
-        """Every actor known."""
+        """Every known actor."""
         return self.core.members()
 
     async def change(self, worker: str, change: Change) -> None:
-        """Order a change, and wait until the scheduler's view shows it."""
+        """Order a change of a worker, and wait until the scheduler's view shows it.
+
+        Raises RequestFailed when it does not within CHANGE_S.
+        """
         whom = find_worker(worker, change, self.core.members()).id
         with trio.move_on_after(CHANGE_S):
             while not in_force(whom, change, self.core.members()):
@@ -189,7 +195,10 @@ class FrontendService:
 
 
 async def main(context: ActorContext, *, task_status: trio.TaskStatus[None]) -> None:
-    """Serve HTTP until drained: new requests are refused then, open ones may finish within frontend.drain_s."""
+    """Serve HTTP until drained.
+
+    From then on new requests are refused; open ones may finish within frontend.drain_s.
+    """
     config = context.resolved.config.frontend
     async with open_link(context.id, context.inbox, context.keys) as link:
         core = FrontendCore(introduce(context, link), config.max_requests)
@@ -215,15 +224,18 @@ async def main(context: ActorContext, *, task_status: trio.TaskStatus[None]) -> 
 
 @attrs.define(eq=False)
 class Http:
-    """The listening server. Told to drain it takes no new connection and lets open ones finish for frontend.drain_s."""
+    """The listening server.
+
+    When drained, it accepts no new connection; open ones may finish within frontend.drain_s.
+    """
 
     app: Starlette
     context: ActorContext
     ended: trio.Event = attrs.field(factory=trio.Event, init=False)
-    """Set when the last answer has left, not merely been generated."""
+    """Set when the last answer has been sent, not only generated."""
 
     async def serve(self, *, task_status: trio.TaskStatus[int]) -> None:
-        """Serve until drained; reports the port."""
+        """Serve until drained; reports the port through ``task_status``."""
         config = self.context.resolved.config.frontend
         await serve_http(
             self.app,
@@ -238,7 +250,7 @@ class Http:
 
 
 def make_app(context: ActorContext, service: FrontendService) -> Starlette:
-    """The HTTP surface, with the tokenizer loaded: takes a moment, so off the event loop."""
+    """The HTTP surface with the tokenizer loaded. Blocks while loading, so it must run off the event loop."""
     resolved = context.resolved
     model = resolved.config.model
     files = ready_model(
@@ -260,14 +272,14 @@ def make_app(context: ActorContext, service: FrontendService) -> Starlette:
 
 
 def url_host(host: str) -> str:
-    """The host as a client on this machine would write it."""
+    """The host as a client on this machine writes it in a URL."""
     if host in ("0.0.0.0", "::"):
         return "127.0.0.1"
     return f"[{host}]" if ":" in host else host
 
 
 async def announce_serving(context: ActorContext, service: FrontendService, url: str) -> None:
-    """Tell the supervisor once /health is true."""
+    """Tell the supervisor the URL once /health is true."""
     while not service.health().serves:
         await service.shell.turned.wait()
     context.lifeline.serving(url)

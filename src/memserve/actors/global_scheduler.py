@@ -1,6 +1,7 @@
-"""The GlobalScheduler: hears from everyone, places every request, announces the dead.
+"""The GlobalScheduler hears from all actors, places every request and announces deaths.
 
-It is bound at a well-known address, its name's, so that all others find it at start and find its successor again.
+It is bound at a well-known address, given by its name, so that all other actors find it at start and find its
+successor again.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from memserve.scheduling.ttl_index import TtlIndex
 
 
 async def main(context: ActorContext, *, task_status: trio.TaskStatus[None]) -> None:
-    """Schedule until told to drain; by then the supervisor has drained everyone else."""
+    """Schedule until drained; by then the supervisor has drained all other actors."""
     endpoint = context.scheduler(context.name)
     resolved = context.resolved
     async with open_link(context.id, endpoint, context.keys) as link:
@@ -45,7 +46,7 @@ async def main(context: ActorContext, *, task_status: trio.TaskStatus[None]) -> 
 
 
 def make_core(me: Member, config: Config) -> SchedulerCore:
-    """What decides, as it is configured."""
+    """The scheduler's core as configured."""
     told = config.scheduler
     admission = Admission(told.held_max)
     return SchedulerCore(
@@ -60,13 +61,13 @@ def make_core(me: Member, config: Config) -> SchedulerCore:
 
 
 def make_roles(config: Config, name: str) -> Roles:
-    """The roles as it is configured; of several schedulers, only the first changes them."""
+    """The role decider as configured; of several schedulers, only the first changes roles."""
     auto = config.scheduler.roles == "auto" and name == config.scheduler_names[0]
     return Roles(auto, Prices(config.scheduler.ttft_weight))
 
 
 def make_policy(config: Config) -> Policy:
-    """The policy that is configured."""
+    """The configured placement policy."""
     told = config.scheduler
     if told.policy != "cost":
         return PLAIN[told.policy]()
@@ -84,7 +85,7 @@ def make_policy(config: Config) -> Policy:
 
 
 def make_index(config: Config) -> IndexFeed | TtlIndex:
-    """Where the scheduler keeps what is cached where."""
+    """The scheduler's index of which prefixes are cached on which shard."""
     tree = GlobalTree(config.pool.page_tokens)
     if config.scheduler.index == "ttl":
         return TtlIndex(tree, config.scheduler.index_ttl_s)

@@ -1,8 +1,8 @@
-"""The shell that all actors share: messages in, the core decides, actions out.
+"""The shell that all actors share: messages come in, the core decides, and the shell performs its actions.
 
-A *turn* is synchronous: let the core advance, then perform what it asks for. Whatever happens to an actor (messages,
-a finished step, a client, a deadline) is given to the core and followed by a turn, so a core needs no lock, and the
-event loop is never blocked for longer than one turn.
+A *turn* is synchronous: it lets the core advance, then performs what the core asks for. Everything that
+happens to an actor (a message, a finished step, a client, a deadline) is given to the core and followed by a
+turn. So a core needs no lock, and the event loop is never blocked for longer than one turn.
 """
 
 from __future__ import annotations
@@ -29,23 +29,26 @@ log = structlog.get_logger()
 
 @attrs.define(eq=False)
 class Shell:
-    """One core, its link, and the actions that only its kind of actor knows how to perform."""
+    """One core, its link, and ``perform``: the actions that only its kind of actor can perform."""
 
     core: Core
     link: Link
     perform: dict[type[Any], Callable[[Any], None]] = attrs.field(factory=dict)
     after_turn: Callable[[], None] = lambda: None
-    """Called at the end of each turn: for what many actions of one turn are to share."""
+    """Called at the end of each turn, for work that is done once for all actions of the turn."""
     clock: Callable[[], float] = time.monotonic
-    """Seconds, from an origin of the host's own."""
+    """Seconds, from an arbitrary origin of this host."""
     turned: trio.Event = attrs.field(factory=trio.Event, init=False)
-    """Set after the next turn, then replaced: for whoever waits for a state of the core."""
+    """Set at the end of the next turn, then replaced; wait on it for a state of the core."""
     _timer: trio.CancelScope = attrs.field(factory=trio.CancelScope, init=False)
     _due: float = attrs.field(default=float("inf"), init=False)
-    """When the timer fires, by ``clock``."""
+    """When the timer fires, in ``clock`` time."""
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Converse until cancelled. Raises RestartNeeded when the core asks to stop, UserError when the cluster refuses it."""
+        """Process messages until cancelled.
+
+        Raises RestartNeeded when the core asks to stop, and UserError when the cluster refuses this actor.
+        """
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._keep_deadlines)
             task_status.started()
@@ -67,7 +70,7 @@ class Shell:
             self.turn()
 
     def hear(self, received: Received) -> None:
-        """Give one message to the core, and keep the link's directory by what it says about actors."""
+        """Give one message to the core, and update the link's directory with the actors that it names."""
         now = self.clock()
         self.core.receive(received.sender, received.message, now)
         self._note(received.sender, received.message, now)
@@ -78,7 +81,7 @@ class Shell:
                 for member in members:
                     if member.id != self.link.actor:
                         self.link.connect(member.id, member.endpoint)
-                if gone:  # again, for whoever missed it
+                if gone:  # repeated in each Cluster for actors that missed the announcement
                     self.hear(Received(sender, Gone(gone)))
             case Meet(shard, endpoint):
                 self.link.connect(shard, endpoint)
@@ -91,12 +94,12 @@ class Shell:
                 raise UserError(reason)
 
     def tell(self, message: Any) -> None:
-        """Give the core something that happened inside this actor, and take the turn that follows."""
+        """Give the core an event from inside this actor, and run the turn that follows."""
         self.core.receive(self.link.actor, message, self.clock())
         self.turn()
 
     def turn(self) -> None:
-        """Let the core advance and perform everything that it asks for."""
+        """Let the core advance, then perform everything that it asks for."""
         self.core.advance(self.clock())
         while actions := self.core.take():
             for action in actions:
@@ -118,16 +121,17 @@ class Shell:
                 self.perform[type(action)](action)
 
     def send(self, action: Send) -> None:
-        """Queue a message, or tell the core that it cannot be."""
+        """Queue a message, or report to the core that it is undeliverable."""
         try:
             self.link.send(action.to, action.message)
         except (PeerUnreachable, PeerFull):
             self.core.undeliverable(action.to, action.message, self.clock())
 
     def _set_timer(self) -> None:
-        """Only forward: a deadline that moved back, as heartbeats and repeats do at every turn, is looked at when it was due.
+        """Move the timer only to an earlier time.
 
-        trio's clock has an origin of its own, so deadlines are passed on as distances.
+        Heartbeats and repeats postpone their deadlines at every turn; such a deadline is checked when it was
+        first due. trio's clock has its own origin, so deadlines are passed on as distances from now.
         """
         deadline = self.core.deadline
         if deadline < self._due:

@@ -1,4 +1,4 @@
-"""How an actor belongs to its cluster: what it says of itself, and of others of its host that have died."""
+"""How an actor registers with its cluster, and how deaths on its host reach schedulers on other hosts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from memserve.scheduling.terms import Terms
 
 
 def introduce(context: ActorContext, link: Link, role: str = "") -> Presence:
-    """This actor's presence, with a way to every scheduler."""
+    """This actor's presence, after connecting the link to every scheduler."""
     resolved = context.resolved
     schedulers = resolved.config.scheduler_names
     for name in schedulers:
@@ -39,12 +39,15 @@ def introduce(context: ActorContext, link: Link, role: str = "") -> Presence:
 
 
 def host_of(resolved: Resolved) -> str:
-    """This host's address where there are others."""
+    """This host's address in a cluster of several hosts; otherwise empty."""
     return resolved.network.address if resolved.network else ""
 
 
 def terms_of(resolved: Resolved) -> Terms | UnsetType:
-    """What all hosts must agree on, as this one has it. Reads the model's files, unless they were read before."""
+    """This host's values of the settings that all hosts must agree on.
+
+    Reads the model's files if they are not read yet.
+    """
     if resolved.network is None:
         return UNSET
     from memserve.engine.weights import content_digest
@@ -61,9 +64,10 @@ def terms_of(resolved: Resolved) -> Terms | UnsetType:
 
 
 async def pass_on_deaths(context: ActorContext, shell: Shell) -> None:
-    """Tell the scheduler of another host who has died on this one, by its supervisor's word; and, last, that we end ourselves.
+    """Report deaths on this host, and at last its own end, to schedulers on another host.
 
-    Where the scheduler is on this host, its supervisor tells it.
+    The supervisor announces the deaths. Where the scheduler is on this host, it announces them there
+    directly.
     """
     network = context.resolved.network
     if network is None or not network.joins:
@@ -72,12 +76,13 @@ async def pass_on_deaths(context: ActorContext, shell: Shell) -> None:
         async for actor in context.lifeline.died:
             tell_schedulers(context, shell, Ended((actor,)))
     finally:
-        # A worker that leaves in order is told of by its shard, which would kill it if it heard so before.
+        # A worker that leaves in order is reported by its shard. If the worker reported itself, the shard
+        # would hear of it while the worker still exists, and kill it.
         if context.kind not in WORKER_KINDS or context.lifeline.gone.is_set():
             tell_schedulers(context, shell, Ended((context.id,)))
 
 
 def tell_schedulers(context: ActorContext, shell: Shell, message: Ended) -> None:
-    """Send a message to every scheduler."""
+    """Send ``message`` to every scheduler."""
     for name in context.resolved.config.scheduler_names:
         shell.send(Send(seed_id(name), message))

@@ -1,7 +1,9 @@
-"""The MemPoolShard: owns one memory domain's KV pages, says whose each page is, copies them between tiers, and hands the
-memory of its arenas to workers and clients.
+"""The MemPoolShard owns the KV pages of one memory domain.
 
-:func:`open_shard` is a shard by itself, for a program that uses a pool and nothing else of memserve.
+It tracks who holds each page, copies pages between tiers, and hands the memory of its arenas to workers and
+clients.
+
+:func:`open_shard` runs a shard by itself, for a program that uses a pool and nothing else of memserve.
 """
 
 from __future__ import annotations
@@ -56,26 +58,26 @@ KILL_S = 1.0
 
 @attrs.frozen(kw_only=True)
 class ShardSettings:
-    """What a shard is told at start."""
+    """Settings that a shard gets at start."""
 
     capacity: Capacity
-    """Pages of each tier."""
+    """Number of pages in each tier."""
     page_tokens: int
     page_bytes: int
     lease_s: float = 10.0
-    """A client that is silent for so long loses its leases."""
+    """A client that is silent for longer loses its leases."""
     caching: bool = True
     number: int = 0
-    """Its number in addresses: unique among the shards that a client uses."""
+    """The shard's number in addresses: unique among the shards that a client uses."""
     disk_dir: Path = Path(".")
-    """Where the disk tier's file is made."""
+    """The directory of the disk tier's file."""
     layers: int = 1
-    """Into which a page divides, in their order."""
+    """Number of layers that a page divides into, in the model's order."""
     transfer: TransferSettings = attrs.field(factory=TransferSettings)
     granularity: Granularity = Granularity.AGGREGATED
-    """In what portions pages go to other shards."""
+    """The portions in which pages are sent to other shards."""
     gpu: int | None = None
-    """The GPU that its pages live on; None: host memory."""
+    """Index of the GPU that holds the pages; None: host memory."""
     weights: Callable[[], Path] | None = None
     """Finds the file of the weights that a GPU's shard holds for its workers. Blocks."""
 
@@ -84,7 +86,7 @@ class ShardSettings:
 
 
 async def main(context: ActorContext, *, task_status: trio.TaskStatus[None]) -> None:
-    """Serve pool calls until told to drain; by then the supervisor has drained the workers."""
+    """Serve pool calls until drained; by then the supervisor has drained the workers."""
     settings = settings_of(context)
     async with open_link(context.id, context.inbox, context.keys) as link:
         presence = introduce(context, link)
@@ -108,14 +110,14 @@ async def main(context: ActorContext, *, task_status: trio.TaskStatus[None]) -> 
             shell.turn()
             task_status.started()
             await context.lifeline.drain.wait()
-            presence.become("draining")  # so that other hosts miss nobody
+            presence.become("draining")  # so that other hosts do not report it as missing
             shell.turn()
             nursery.cancel_scope.cancel()
         core.check()
 
 
 def settings_of(context: ActorContext) -> ShardSettings:
-    """The shard's settings out of the configuration."""
+    """The shard's settings, derived from the configuration."""
     resolved = context.resolved
     pool, transfer = resolved.config.pool, resolved.config.transfer
     device = resolved.shard_pages[context.name]
@@ -136,14 +138,17 @@ def settings_of(context: ActorContext) -> ShardSettings:
 
 
 def weights_of(context: ActorContext) -> Path:
-    """The converted weights as a GPU takes them."""
+    """The file of the converted weights in the form that a GPU takes."""
     resolved, model = context.resolved, context.resolved.config.model
     return ready_model(resolved.model_path, resolved.spec, model.stored, model.dtype, on_gpus=True).weights
 
 
 @asynccontextmanager
 async def open_shard(name: str, folder: Path, settings: ShardSettings) -> AsyncIterator[str]:
-    """A shard in this program, for a ``with`` block; its endpoint. ``folder``, for sockets, must have mode 0700."""
+    """Run a shard in this program for a ``with`` block; gives its endpoint.
+
+    ``folder``, for the sockets, must have mode 0700.
+    """
     actor = ActorId(f"{name}.{secrets.token_hex(4)}")
     endpoint = f"ipc://{folder / actor}.sock"
     sockets = arena_sockets(actor, settings, lambda file: folder / file)
@@ -160,7 +165,7 @@ async def open_shard(name: str, folder: Path, settings: ShardSettings) -> AsyncI
 
 
 def arena_sockets(actor: ActorId, settings: ShardSettings, place: Callable[[str], Path]) -> dict[Tier, Path]:
-    """Where the arena of each tier in memory is handed out."""
+    """The socket path at which each memory tier's arena is handed out."""
     sockets = {Tier.DEVICE: place(f"{actor}.arena")}
     if settings.capacity.host:
         sockets[Tier.HOST] = place(f"{actor}.host.arena")
@@ -170,7 +175,7 @@ def arena_sockets(actor: ActorId, settings: ShardSettings, place: Callable[[str]
 def make_core(
     actor: ActorId, settings: ShardSettings, sockets: dict[Tier, Path], schedulers: tuple[ActorId, ...]
 ) -> ExchangingShard:
-    """The core of one run of a shard."""
+    """The core of one incarnation of a shard."""
     home = Home(settings.number, int(actor.rpartition(".")[2], 16))
     pool = Pool(
         settings.capacity, settings.page_tokens, settings.lease_s, caching=settings.caching, home=home
@@ -196,9 +201,10 @@ async def keep_pages(
     *,
     task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Hold the bytes of all tiers, hand out the arenas, copy what the core says; until cancelled.
+    """Hold the memory of all tiers, hand out the arenas, and make the copies that the core orders.
 
-    Once ready it tells how many bytes of host memory are in huge pages. Raises UserError when there is not enough memory, or no room on the disk.
+    Runs until cancelled. Once ready, reports through ``task_status`` how many bytes of host memory are in
+    huge pages. Raises UserError when there is too little memory or disk space.
     """
     copiers = Copiers(shell, trio.Event())
     shell.perform[Kill] = fence
@@ -219,11 +225,11 @@ async def keep_pages(
 async def open_memory(
     held: contextlib.ExitStack, copiers: Copiers, actor: ActorId, settings: ShardSettings
 ) -> tuple[Arena | GpuArena, dict[Tier, Arena]]:
-    """Get the memory of all tiers, which ``held`` closes, and a store over it for ``copiers``; the device tier, and the arenas.
+    """Allocate the memory of all tiers and give ``copiers`` a store over it.
 
-    Raises UserError.
+    Returns the device tier and all arenas in host memory. ``held`` closes the memory. Raises UserError.
     """
-    # Prefaulting takes a second a GiB: in a thread, while heartbeats go out.
+    # Prefaulting takes a second for each GiB, so it runs in a thread, and heartbeats keep going out.
     arenas, disk = await trio.to_thread.run_sync(allocate, actor, settings)
     if disk is not None:
         held.callback(disk.close)
@@ -251,7 +257,7 @@ async def move_pages(
     *,
     task_status: trio.TaskStatus[None],
 ) -> None:
-    """Move pages to and from other shards as the core says, until cancelled."""
+    """Move pages to and from other shards as the core orders, until cancelled."""
     async with open_transfers(settings.transfer, arena, exchange.geometry, socket, shell.tell) as transfers:
         perform = transfers.perform
         shell.perform[MoverOrder] = lambda move: perform[type(move.order)](move.order)
@@ -261,7 +267,10 @@ async def move_pages(
 
 
 def allocate(actor: ActorId, settings: ShardSettings) -> tuple[dict[Tier, Arena], DiskFile | None]:
-    """Everything that pages will be in. Blocks. Raises UserError when the machine has not enough."""
+    """The memory and the file for the pages of all tiers on the host.
+
+    Blocks. Raises UserError when the machine has too little.
+    """
     sizes, page_bytes = settings.capacity, settings.page_bytes
     disk = DiskFile.create(settings.disk_dir, sizes.disk, page_bytes) if sizes.disk else None
     pages = {Tier.DEVICE: sizes.device if settings.gpu is None else 0, Tier.HOST: sizes.host}
@@ -270,7 +279,10 @@ def allocate(actor: ActorId, settings: ShardSettings) -> tuple[dict[Tier, Arena]
 
 
 def allocate_on_gpu(actor: ActorId, settings: ShardSettings) -> GpuArena:
-    """The pages and the weights of a GPU's shard. Blocks. Raises UserError when there is no room, or no sharing."""
+    """The memory for a GPU shard's pages and weights.
+
+    Blocks. Raises UserError when there is no room or no sharing.
+    """
     assert settings.gpu is not None and settings.weights is not None, "a shard without a GPU"
     return GpuArena.create(
         actor, settings.gpu, settings.capacity.device, settings.page_bytes, settings.weights()
@@ -279,7 +291,10 @@ def allocate_on_gpu(actor: ActorId, settings: ShardSettings) -> GpuArena:
 
 @attrs.define(eq=False)
 class Copiers:
-    """Copies in threads: one for what a request waits for, one for what makes room, so that neither waits for the other."""
+    """Copies pages in two threads: one for copies that requests wait for, one for copies that make room.
+
+    So neither kind waits for the other.
+    """
 
     shell: Shell
     ready: trio.Event
@@ -288,11 +303,11 @@ class Copiers:
     _out: trio.CapacityLimiter = attrs.field(factory=lambda: trio.CapacityLimiter(1), init=False)
 
     def drop(self) -> None:
-        """Let go of the store, which keeps the memory of its tiers mapped."""
+        """Drop the reference to the store, which keeps the memory of its tiers mapped."""
         self.store = None
 
     async def copy(self, copy: Copy) -> None:
-        """Do one copy, and tell the core."""
+        """Make one copy, and report the result to the core."""
         await self.ready.wait()
         assert self.store is not None, "pages are copied after the store was closed"
         source, target, _ = copy.runs[0]
@@ -302,12 +317,15 @@ class Copiers:
 
 
 def fence(kill: Kill) -> None:
-    """Kill a worker that is held for dead, if it still exists, and wait until it is gone (SIGKILL ends a stopped one too)."""
+    """Kill a worker that is presumed dead, if it still exists, and wait until it is gone.
+
+    SIGKILL ends a stopped process too.
+    """
     with contextlib.suppress(ProcessLookupError):
         process = os.pidfd_open(kill.pid)
         try:
             words = Path(f"/proc/{kill.pid}/cmdline").read_bytes().split(b"\0")
-            if os.fsencode(actor_name(kill.actor)) in words:  # not another process that was given its number
+            if os.fsencode(actor_name(kill.actor)) in words:  # not another process with a reused pid
                 signal.pidfd_send_signal(process, signal.SIGKILL)
                 select.select([process], [], [], KILL_S)
                 log.warning("worker fenced off", worker=kill.actor, worker_pid=kill.pid)

@@ -1,6 +1,6 @@
-"""The PrefillWorker: runs prompts, draws the first token, hands the sequence and its lease to a decode worker.
+"""The PrefillWorker runs prompts, draws first tokens, and hands sequences and their leases to decode workers.
 
-What happens, in what order, is decided in :class:`memserve.engine.worker.WorkerCore`.
+All decisions and their order are in :class:`memserve.engine.worker.WorkerCore`.
 """
 
 from __future__ import annotations
@@ -12,5 +12,5 @@ from memserve.processes.actor import ActorContext
 
 
 async def main(context: ActorContext, *, task_status: trio.TaskStatus[None]) -> None:
-    """Serve as worker of role ``prefill`` until drained."""
+    """Serve as a worker of role ``prefill`` until drained."""
     await run_worker(context, task_status)

@@ -1,6 +1,7 @@
-"""What a prefill and a decode worker have in common, which is nearly all: the core and the engine are the same.
+"""What prefill and decode workers share, which is nearly everything: the core and the engine are the same.
 
-Start-up: find the shard, attach to its arena, map the weights, run a step to warm up, then say that it is ready.
+Start-up: find the shard, attach to its arena, map the weights, run a warm-up step, measure the costs of
+steps, then report ready.
 """
 
 from __future__ import annotations
@@ -40,30 +41,40 @@ if TYPE_CHECKING:
     from memserve.engine.runner import CpuEngine
 
 RETIRE = {"off": "none", "1": "prompt", "2": "all", "3": "all"}
-"""Which pages each caching mode gives to the index. On a shared shard modes 2 and 3 do the same, moving no byte; across shards 3 also returns answers to the prefill's."""
+"""Which pages each caching mode gives to the index.
+
+On a shared shard modes 2 and 3 do the same and move no byte. Across shards, mode 3 also returns an answer's
+pages to the prefill worker's shard.
+"""
 SHARD_WAIT_S = 60.0
 """How long a starting worker waits for its shard before it asks to be restarted."""
 PLANNED_S = 0.3
-"""A draining worker stays for so long at least: what was planned before the scheduler knew of it still arrives."""
+"""Shortest stay of a draining worker: requests that were placed before the scheduler knew still arrive."""
 CORES_FILE = "cores.lock"
 GPU_FILE = "gpu-{}.lock"
-"""Whose workers have work, by GPU."""
+"""The lock file of one GPU, by its index. It shows which of the GPU's workers have work."""
 CALIBRATED = {False: (32, 1024), True: (256, 8192)}
-"""Streams and tokens of context, at most, on a CPU and on a GPU; beyond, costs go on as they grew up to there."""
+"""Largest measured number of streams and context tokens, by whether the shard is on a GPU (CPU first).
+
+Beyond these, costs are extrapolated linearly.
+"""
 
 
 @attrs.define
 class Found:
-    """What the thread that starts an engine finds out about it, for the worker's heartbeats."""
+    """Properties of the engine, found by the thread that starts it, for the worker's heartbeats."""
 
     costs: StepCosts | None = None
     site: Site | None = None
     drafts: bool = False
-    """Whether it runs drafts."""
+    """Whether the engine runs draft tokens."""
 
 
 async def run_worker(context: ActorContext, task_status: trio.TaskStatus[None]) -> None:
-    """Be a worker until drained. Raises RestartNeeded when the shard is gone or this incarnation is fenced off."""
+    """Be a worker until drained.
+
+    Raises RestartNeeded when the shard is gone or this incarnation is fenced off.
+    """
     config = next(one for one in context.resolved.config.worker if one.name == context.name)
     async with open_link(context.id, context.inbox, context.keys) as link:
         presence = introduce(context, link, config.role)
@@ -88,7 +99,7 @@ async def run_worker(context: ActorContext, task_status: trio.TaskStatus[None]) 
 
 
 async def shard_found(shell: Shell, joining: JoiningCore) -> ActorId:
-    """Wait for the shard. Raises RestartNeeded after SHARD_WAIT_S."""
+    """Wait for the shard to be ready; its id. Raises RestartNeeded after SHARD_WAIT_S."""
     with trio.move_on_after(SHARD_WAIT_S):
         while joining.found is None:
             await shell.turned.wait()
@@ -98,7 +109,10 @@ async def shard_found(shell: Shell, joining: JoiningCore) -> ActorId:
 
 
 def settings_of(resolved: Resolved, drafts: bool = False) -> WorkerSettings:
-    """The core's settings out of the configuration. ``drafts``: whether its engine runs any."""
+    """The core's settings, derived from the configuration.
+
+    ``drafts``: whether the engine runs draft tokens.
+    """
     config = resolved.config
     limits = BatchLimits(config.batch.chunk_tokens, config.batch.rows)
     return WorkerSettings(
@@ -115,7 +129,7 @@ def settings_of(resolved: Resolved, drafts: bool = False) -> WorkerSettings:
 
 
 def import_engine(on_gpu: bool) -> None:
-    """Import torch while the shard still fills its arena: each takes seconds."""
+    """Import torch while the shard is still filling its arena: each takes seconds."""
     importlib.import_module("memserve.engine.cuda" if on_gpu else "memserve.engine.runner")
 
 
@@ -125,7 +139,10 @@ def start_engine(
     found: Found,
     at_work: Callable[[], StepCosts | None],
 ) -> StepEngine:
-    """Attach to the shard's arena, make the engine ready and measure it. Imports torch, and blocks: for a thread."""
+    """Attach to the shard's arena, prepare the engine and measure it.
+
+    Imports torch and blocks, so it runs in a thread.
+    """
     from memserve.engine.cpu_budget import Cores, Outsiders
     from memserve.engine.runner import CpuEngine
     from memserve.kernels.arena import attach_arena
@@ -147,14 +164,17 @@ def start_engine(
     engine = CpuEngine(files.spec, files.weights, arena.memory, pages, page_tokens, model.dtype, cores)
     engine.warm_up()
     found.site = Site(cores.key, resolved.cores, threads)
-    found.drafts = engine.native  # torch's sums differ from a chunk to a single token
+    found.drafts = engine.native  # torch's sums for a chunk differ from those for a single token
     kind = "native" if engine.native else "torch"
     found.costs = calibrate(engine, resolved, threads, kind, at_work, sliced=engine.timer)
     return engine
 
 
 def read_grammars(context: ActorContext) -> Grammars:
-    """What follows grammars in the model's tokens. Takes half a second, and memory: for a worker that is asked for it."""
+    """The grammar matcher over the model's tokens.
+
+    Takes half a second and memory, so only a worker that needs it makes it.
+    """
     from memserve.engine.grammars import Grammars
     from memserve.engine.tokenizer import Tokenizer
 
@@ -173,9 +193,10 @@ def calibrate(
     at_work: Callable[[], StepCosts | None],
     sliced: Callable[[int, int, int], TimeStep] | None = None,
 ) -> StepCosts:
-    """What its steps cost: remembered, taken from a worker that is at work, or measured, when no other one measures.
+    """The engine's step costs: remembered, taken from a busy worker of the shard, or measured now.
 
-    ``kind``: of engine, and what it runs on beside the host. ``sliced``: a timer of its steps on fewer threads.
+    One process measures at a time. ``kind``: the kind of engine, and the device it uses in addition to the
+    host. ``sliced``: makes a timer of steps on fewer threads.
     """
     from memserve.engine.calibration import SLICED, calibrated, crowding, measure, patient
     from memserve.engine.weights import default_cache_dir
@@ -201,7 +222,7 @@ def calibrate(
             return costs, fewest  # a GPU or a single core is shared in time
         return crowding(costs, whole, sliced(rows, context, threads // SLICED), context), fewest
 
-    engine.rest()  # while it waits for its turn, its cores are another's
+    engine.rest()  # while this worker waits for its turn to measure, others may use its cores
     costs = calibrated(default_cache_dir(), name, measuring, threads, at_work)
     engine.rest()
     return costs
@@ -219,7 +240,7 @@ def start_engine_on_gpu(
     found: Found,
     at_work: Callable[[], StepCosts | None],
 ) -> StepEngine:
-    """The same for a shard on a GPU, which holds the weights too."""
+    """Like :func:`start_engine`, for a shard on a GPU, which holds the weights too."""
     from memserve.engine.cpu_budget import Cores
     from memserve.engine.cuda import open_engine
 
@@ -238,7 +259,7 @@ def start_engine_on_gpu(
 
 
 def take_charge(shell: Shell, core: WorkerCore, engine: EngineThread) -> None:
-    """Put the worker's own core in charge: what it plans, the engine runs, and the result comes back to it."""
+    """Put the worker's own core in charge: the engine runs its plans, and the results go back to it."""
 
     def run_batch(action: RunBatch) -> None:
         engine.submit(action.plan, lambda result: shell.tell(BatchDone(result)))
@@ -251,7 +272,7 @@ def take_charge(shell: Shell, core: WorkerCore, engine: EngineThread) -> None:
 
 
 async def until_drained(shell: Shell, core: WorkerCore, context: ActorContext) -> None:
-    """Wait for the word, from the supervisor or from an operator, then for the last sequence to end or leave."""
+    """Wait until the supervisor or an operator drains this worker, then until no sequence is left."""
     lifeline = context.lifeline
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_drain_when_told, shell, core, lifeline)

@@ -1,4 +1,4 @@
-"""What an operator sends: the bodies of POST /cluster/{worker}."""
+"""The request body of POST /cluster/{worker}, which operators send."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from memserve.messages import Change
 
 
 class ChangeBody(msgspec.Struct, forbid_unknown_fields=True):
-    """``{"role": "prefill"}``, or ``{"drain": true}``."""
+    """A new role, ``{"role": "prefill"}``, or an order to drain, ``{"drain": true}``."""
 
     role: Literal["prefill", "decode", "both", "auto"] | None = None
     drain: bool = False
 
 
 async def read_change(request: Request) -> Change:
-    """The change in a request's body. Raises ApiError (400, 415).
+    """Read the change from a request's body. Raises ApiError (400, 415).
 
-    Only application/json is taken: a page in somebody's browser cannot send that to another origin unasked.
+    Only application/json is accepted: a web page cannot send that to another origin unasked (CORS).
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":

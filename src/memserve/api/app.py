@@ -1,4 +1,4 @@
-"""The HTTP surface as one ASGI application. ``docs/api.md`` is its description for users."""
+"""The HTTP surface as one ASGI application. ``docs/api.md`` describes it for users."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 def build_app(service: Service, tokenizer: Tokenizer, spec: ModelSpec, settings: ApiSettings) -> Starlette:
-    """The application. Raises UserError when the model's chat template does not compile."""
+    """Build the application. Raises UserError when the model's chat template does not compile."""
     api = Api(service, Model(spec, tokenizer, ChatTemplate.of(spec, tokenizer), settings))
     app = Starlette(
         routes=[
@@ -67,7 +67,7 @@ def build_app(service: Service, tokenizer: Tokenizer, spec: ModelSpec, settings:
 
 
 class _Answer(Response):
-    """What lets a Generation be returned by an endpoint: Starlette only ever calls it."""
+    """Wraps a Generation so that an endpoint can return it: Starlette only ever calls a response."""
 
     def __init__(self, generation: Generation) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class _Answer(Response):
 
 @attrs.frozen
 class Api:
-    """One method per endpoint."""
+    """The endpoints, one method each."""
 
     service: Service
     served: Model
@@ -128,7 +128,7 @@ class Api:
         return _json(self._model_card())
 
     async def health(self, _request: Request) -> Response:
-        """GET /health: 200 only when a request sent now could be served; the reason where anything is missing."""
+        """GET /health: 200 only if a request sent now could be served. Says what is missing, if anything."""
         health = self.service.health()
         said = {"status": health.status} | ({"reason": health.reason} if health.reason else {})
         return _json(said, 200 if health.serves else 503)
@@ -142,7 +142,7 @@ class Api:
         return _json({"members": self.service.cluster()})
 
     async def change(self, request: Request) -> Response:
-        """POST /cluster/{worker}: another role, or drain; answered when it is in force."""
+        """POST /cluster/{worker}: change a worker's role, or drain it; responds once that is in force."""
         caller: Caller = request.scope[CALLER]
         if not caller.may_administrate:
             message = "This key may not change workers; use one of frontend.admin_keys"
@@ -160,7 +160,7 @@ class Api:
         return body
 
     def _piece(self, body: CompletionBody | ChatBody) -> Piece | None:
-        """How tokens are shown beside their log probabilities, where those are asked for."""
+        """How to show tokens next to their log probabilities; None if these are not requested."""
         return None if body.told is None else self._shown
 
     @property
@@ -168,7 +168,7 @@ class Api:
         return partial(self.served.tokenizer.piece, skip_special=False)
 
     def _told(self, body: CompletionBody | ChatBody, prompts: Sequence[Prompt]) -> list[PromptReport]:
-        """One for each prompt, where log probabilities of prompts are asked for."""
+        """One report for each prompt if log probabilities of prompts are requested, otherwise none."""
         asked = body.told_of_echo, body.prompt_logprobs
         return (
             []
@@ -203,7 +203,7 @@ class Api:
         return _Answer(Generation(self.service, order, choices))
 
     def _choice(self, index: int, order: GenerationOrder, body: CompletionBody | ChatBody) -> Choice:
-        """A new answer, with all that is looked for in its text."""
+        """A new answer, with the parsers that its text needs."""
         at, marks = index // order.n, list[str]()
         offer, calls, thoughts = body.offer if isinstance(body, ChatBody) else None, None, None
         if self._apart(body, order.prompts[at]):
@@ -216,12 +216,12 @@ class Api:
         return Choice(
             index, at, self.served.with_marks(marks), order.stops, body.min_tokens or 0,
             thoughts=thoughts, calls=calls,
-            finish_of_calls="tool_calls" if offer is None or offer.only is None else "stop",  # as OpenAI's
+            finish_of_calls="tool_calls" if offer is None or offer.only is None else "stop",  # as OpenAI does
             about=order.told[at] if order.told else None, silent=body.max_tokens == 0,
         )  # fmt: skip
 
     def _apart(self, body: CompletionBody | ChatBody, prompt: Prompt) -> bool:
-        """Whether thoughts are told apart. An answer of a given form has none."""
+        """Whether to report thoughts apart from the text. An answer that follows a grammar has none."""
         grammar = prompt.params.sampling.adjust is not None and prompt.params.sampling.adjust.grammar
         return isinstance(body, ChatBody) and self.served.settings.reasoning == "apart" and not grammar
 

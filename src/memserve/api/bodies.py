@@ -1,7 +1,7 @@
-"""The request bodies: every field that is read, its type and its range. ``docs/api.md`` explains each.
+"""The request bodies: every field that is read, with its type and range. ``docs/api.md`` explains each.
 
-Unknown fields are ignored, as OpenAI's servers do. Fields of OpenAI's and vLLM's that would change the answer
-and are not served here are refused, unless they hold the value that asks for nothing.
+Unknown fields are ignored, as OpenAI's servers do. Fields of OpenAI's and vLLM's APIs that would change the
+answer and are not supported here are refused, unless they hold a value that requests nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from memserve.drawing import LOGPROBS_MAX
 from memserve.engine.detokenizer import check_stops
 
 CHOICES_MAX = 64
-"""Answers that one HTTP request may ask for: prompts times ``n``."""
+"""Most answers that one HTTP request may ask for: prompts times ``n``."""
 SEED_BITS = 63
 PRIORITY_MAX = 100
 
@@ -47,7 +47,7 @@ REFUSED: dict[str, tuple[object, ...]] = {
     "use_beam_search": (False,),
     "web_search_options": (),
 }
-"""Fields that are not served, with the values that ask for nothing and pass (null always does)."""
+"""Fields that are not supported, with the values that pass as they request nothing (null always passes)."""
 
 CHATS_ALONE: dict[str, tuple[object, ...]] = {
     "add_generation_prompt": (True,),
@@ -57,17 +57,18 @@ CHATS_ALONE: dict[str, tuple[object, ...]] = {
     "tools": ([],),
     "top_logprobs": (0,),
 }
-"""The same of fields that are served for chats alone."""
+"""Fields that only chats support, with the values that pass elsewhere because they request nothing."""
 _SOMEWHERE_REFUSED = REFUSED | CHATS_ALONE
 TEMPLATE_ARGUMENTS_MAX = 32
 TEMPLATE_NAMES = frozenset(
     ("add_generation_prompt", "bos_token", "documents", "eos_token", "messages", "raise_exception", "strftime_now", "tools")
 )  # fmt: skip
-"""What a chat template is given already."""
+"""Variables of chat templates that ``chat_template_kwargs`` may not set."""
 Scalar = str | int | float | bool | None
 
 Ending = Literal["answer", "closed", "open"]
-"""Of a chat's prompt: with the head of the answer's message; behind the last message; or within it, to be continued."""
+"""How a chat's prompt ends: with the head of the answer's message ("answer"), after the last message
+("closed"), or within the last message, which the answer continues ("open")."""
 Count = Annotated[int, Meta(ge=1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 COMPLETION_LOGPROBS_MAX = 5
@@ -87,7 +88,7 @@ class _Body:
     stream_options: StreamOptions | None = None
     n: Annotated[int, Meta(ge=1, le=CHOICES_MAX)] | None = None
     best_of: int | None = None
-    """Passes where it asks for nothing: equal to ``n``."""
+    """Accepted only if it requests nothing: equal to ``n``."""
     max_tokens: Count | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
@@ -96,9 +97,9 @@ class _Body:
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Meta(ge=0.01, le=100)] | None = None
-    """Bounded, so that no logit leaves float32."""
+    """Bounded so that no logit leaves the range of float32."""
     logit_bias: dict[str, Any] | None = None
-    """By token id; :mod:`memserve.api.sampling` reads it."""
+    """Biases by token id; :mod:`memserve.api.sampling` parses them."""
     min_tokens: Annotated[int, Meta(ge=0)] | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -112,7 +113,7 @@ class _Body:
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """The stop strings, however they were written."""
+        """The stop strings, whether the body has one text or several."""
         return (self.stop,) if isinstance(self.stop, str) else self.stop or ()
 
 
@@ -121,29 +122,32 @@ class CompletionBody(_Body):
     """POST /v1/completions."""
 
     prompt: Any
-    """Text, texts, token ids, or lists of token ids; :mod:`memserve.api.prompts` reads it."""
+    """A text, several texts, token ids, or lists of token ids; :mod:`memserve.api.prompts` parses it."""
     echo: bool | None = None
     max_tokens: Annotated[int, Meta(ge=0)] | None = None
     logprobs: Annotated[int, Meta(ge=0, le=COMPLETION_LOGPROBS_MAX)] | None = None
 
     @property
     def told(self) -> int | None:
-        """How many of the likeliest tokens are told at each position; None: nothing is told."""
+        """How many of the likeliest tokens to report at each position; None: no log probabilities."""
         return self.logprobs
 
     @property
     def told_of_echo(self) -> int | None:
-        """The same at each position of the echoed prompt."""
+        """How many of the likeliest tokens to report at each position of the echo.
+
+        None: no log probabilities, or no echo.
+        """
         return self.logprobs if self.echo else None
 
 
-@attrs.frozen(kw_only=True, slots=False)  # of several bases, one can have slots
+@attrs.frozen(kw_only=True, slots=False)  # only one of several bases can have slots
 class Conversation:
-    """What makes the prompt of a chat."""
+    """The fields that determine a chat's prompt."""
 
     messages: Annotated[tuple[ChatMessage, ...], Meta(min_length=1)]
     chat_template_kwargs: dict[str, Scalar] | None = None
-    """What the model's template knows beside messages, such as Qwen3's ``enable_thinking``."""
+    """Further variables of the model's chat template, such as Qwen3's ``enable_thinking``."""
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     tools: Annotated[tuple[Tool, ...], Meta(max_length=TOOLS_MAX)] | None = None
@@ -152,7 +156,7 @@ class Conversation:
 
     @property
     def offer(self) -> Offer | None:
-        """What the answer may call; None: nothing."""
+        """The tools that the answer may call; None: it may not call any."""
         return offered(self.tools, self.tool_choice, self.parallel_tool_calls)
 
     @property
@@ -173,12 +177,12 @@ class ChatBody(Conversation, _Body):
 
     @property
     def told(self) -> int | None:
-        """How many of the likeliest tokens are told at each position; None: nothing is told."""
+        """How many of the likeliest tokens to report at each position; None: no log probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def told_of_echo(self) -> None:
-        """A chat has no echo."""
+        """None: a chat has no echo."""
 
 
 Body = TypeVar("Body", CompletionBody, ChatBody)
@@ -186,7 +190,7 @@ Fields = TypeVar("Fields", bound=attrs.AttrsInstance)
 
 
 def read_body(data: bytes, kind: type[Body]) -> Body:
-    """The body in ``data``. Raises ApiError (400) that names the field, the rule and the value."""
+    """Parse the body in ``data``. Raises ApiError (400) that names the field, the rule and the value."""
     body = read_fields(read_object(data), kind)
     _check_logprobs(body)
     _check_max_tokens(body)
@@ -215,7 +219,7 @@ def _check_max_tokens(body: _Body) -> None:
 
 
 def read_fields(raw: dict[str, Any], kind: type[Fields]) -> Fields:
-    """``raw`` as a body, each field by its own rule. Raises ApiError (400)."""
+    """Convert ``raw`` to a body, checking each field by itself. Raises ApiError (400)."""
     _refuse(raw, attrs.fields_dict(kind))
     try:
         body = msgspec.convert(raw, kind)
@@ -227,7 +231,7 @@ def read_fields(raw: dict[str, Any], kind: type[Fields]) -> Fields:
 
 
 def read_object(data: bytes) -> dict[str, Any]:
-    """The JSON object in ``data``. Raises ApiError (400)."""
+    """Parse the JSON object in ``data``. Raises ApiError (400)."""
     if not data.strip():
         raise ApiError("The body is empty; it must be a JSON object", code="invalid_json")
     try:
@@ -257,7 +261,10 @@ def _check_conversation(body: Conversation, raw: dict[str, Any]) -> None:
 
 
 def _check_template_arguments(given: dict[str, Scalar]) -> None:
-    """They become variables of the template: other names than its own, and few. What may be in a value is its business."""
+    """Check the number and the names of ``chat_template_kwargs``: they become variables of the template.
+
+    The template decides which values it accepts.
+    """
     field = "chat_template_kwargs"
     if len(given) > TEMPLATE_ARGUMENTS_MAX:
         message = f"{field}: expected at most {TEMPLATE_ARGUMENTS_MAX} names, got {len(given)}"
@@ -288,18 +295,18 @@ _KNOWN = (
     (r"^tool|\.tool_calls", ("function",)),
     ("", ("text",)),
 )
-"""The values of fields that have a few."""
+"""The values that enumerated fields may have, by patterns of the field's path; the first match counts."""
 
 
 def _invalid(raw: dict[str, Any], text: str) -> ApiError:
-    """msgspec's error, told as ours: it reads "Expected `int` >= 1 - at `$.max_tokens`"."""
+    """Translate msgspec's error into ours. msgspec writes "Expected `int` >= 1 - at `$.max_tokens`"."""
     rule, _, path = text.partition(" - at `$.")
     param = path.rstrip("`") or None
     if missing := re.fullmatch(r"Object missing required field `(\w+)`(?: - at `\$\.?(.*)`)?", text):
         param = f"{missing[2]}.{missing[1]}" if missing[2] else missing[1]
         return ApiError(f"{param}: this field is required", param, code="missing_required_parameter")
     rule = rule[0].lower() + rule[1:].replace("`", "")
-    rule = re.sub(r"( \| null)?, got \w+$", "", rule)  # the value itself is shown behind it
+    rule = re.sub(r"( \| null)?, got \w+$", "", rule)  # the value itself is appended below
     if param is None:
         return ApiError(rule)
     if rule.startswith("invalid enum value"):
@@ -318,6 +325,6 @@ def _at(raw: Any, path: str) -> Any:
 
 
 def _shown(value: object) -> str:
-    """``value`` as JSON, cut where it is long."""
+    """``value`` as JSON, shortened if it is long."""
     text = msgspec.json.encode(value).decode()
     return text if len(text) <= 60 else text[:57] + "..."

@@ -1,4 +1,4 @@
-"""How models write the calls of their tools, and how it is told from a model's chat template which way is its own."""
+"""The formats in which models write tool calls, and how to detect a model's format from its chat template."""
 
 from __future__ import annotations
 
@@ -15,34 +15,36 @@ _BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
 @attrs.frozen(kw_only=True)
 class CallFormat:
-    """One way of writing calls. A call itself is a JSON object everywhere: a name, and an object of arguments."""
+    """One format of tool calls. In each, a call is a JSON object: a name, and an object of arguments."""
 
     name: str
     marker: str
-    """Announces calls, anywhere in an answer."""
+    """Announces calls; may occur anywhere in an answer."""
     close: str = ""
-    """Follows each call."""
+    """Follows each call; empty: no mark does."""
     key: Key = "arguments"
-    """What a forced answer calls the arguments; either is read."""
+    """Key of the arguments in a forced answer; the parser accepts either."""
     before: tuple[str, ...]
-    """What a forced answer writes before its first call, between two of them, and behind the last."""
+    """Marks and text that a forced answer writes before its first call."""
     between: tuple[str, ...] = ()
+    """Marks and text that a forced answer writes between two calls."""
     after: tuple[str, ...] = ()
+    """Marks and text that a forced answer writes after its last call."""
     bare: bool = False
-    """Whether an answer that begins with the object of a call is one."""
+    """Whether an answer that begins with a call's object is a call, without any marker."""
     several: bool = True
     """Whether an answer may have several calls."""
     id_prefix: str = "call_"
     id_characters: int = 24
-    """Of an id, behind its prefix."""
+    """Length of a call's id without its prefix."""
 
     @property
     def marks(self) -> tuple[str, ...]:
-        """What may be a special token of the tokenizer, whose text an answer does not show otherwise."""
+        """Marks that may be special tokens of the tokenizer, whose text answers otherwise do not show."""
         return (self.marker, self.close) if self.close else (self.marker,)
 
     def call_id(self, request: str, choice: int, number: int) -> str:
-        """The id of a call: the same whenever it is asked for, and another one for every call."""
+        """The id of a call: different for every call, and the same each time that it is computed."""
         digest = hashlib.blake2b(f"{request} {choice} {number}".encode()).digest()
         left, found = int.from_bytes(digest), ""
         for _ in range(self.id_characters):
@@ -61,28 +63,28 @@ HERMES = CallFormat(
     between=("\n", _CLOSE, "\n", _OPEN, "\n"),
     after=("\n", _CLOSE),
 )
-"""A pair of tags around each call: Qwen, Hermes and many that were trained after them."""
+"""A pair of tags around each call: Qwen, Hermes and many models trained after them."""
 LLAMA3_JSON = CallFormat(
     name="llama3_json", marker=_PYTHON, key="parameters", before=(), bare=True, several=False
 )
-"""The answer is the call: Llama 3, whose templates refuse conversations with two calls at once."""
+"""The whole answer is the call: Llama 3, whose templates refuse conversations with two calls at once."""
 MISTRAL = CallFormat(
     name="mistral", marker=_TOOL_CALLS, before=(_TOOL_CALLS, " ["), between=(", ",), after=("]",),
     id_prefix="", id_characters=9,  # their templates refuse ids of other lengths
 )  # fmt: skip
-"""A JSON array behind a control token."""
+"""A JSON array after a control token: Mistral."""
 
 CALL_FORMATS = {one.name: one for one in (HERMES, LLAMA3_JSON, MISTRAL)}
 _TELLS_TOOLS = re.compile(r"\btools\b")
 
 
 def tells_tools(template: str | None) -> bool:
-    """Whether a chat template tells the model of its tools."""
+    """Whether a chat template presents tools to the model, judged by whether it mentions ``tools``."""
     return template is not None and _TELLS_TOOLS.search(template) is not None
 
 
 def format_of(template: str | None) -> CallFormat:
-    """How a model with this chat template writes calls; Hermes' way where the template does not say."""
+    """The call format of a model with this chat template; Hermes if the template does not show one."""
     if not tells_tools(template):
         return HERMES
     assert template is not None
@@ -94,5 +96,5 @@ def format_of(template: str | None) -> CallFormat:
 
 
 def format_named(name: str, template: str | None) -> CallFormat:
-    """The format of ``[model] tool_format``."""
+    """The format that ``[model] tool_format`` names; ``auto``: detected from the template."""
     return format_of(template) if name == "auto" else CALL_FORMATS[name]

@@ -1,4 +1,4 @@
-"""The form of answers that must call tools, or may: the model's own way of writing calls, with each tool's schema in it."""
+"""Grammars for answers that must or may call tools: the model's call format with each tool's schema in it."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from memserve.api.tools import Offer, Tool
 from memserve.engine.grammars import wrong_with
 
 CALLS_MAX = 16
-"""Calls of one answer whose form is given: a small model that repeats itself would have no end."""
+"""Most calls in an answer that follows a grammar: a small model that repeats itself would never end."""
 SCHEMAS_BYTES_MAX = 131_072
-"""Of all schemas that one answer follows."""
+"""Most bytes in all schemas that one answer follows."""
 
 
 def call_grammar(offer: Offer, form: CallFormat, specials: Mapping[str, int], answer: str = "") -> str:
-    """What an answer has to follow that is offered these tools; empty: nothing.
+    """The grammar for an answer that is offered these tools; empty: it need not follow any.
 
-    ``specials``: the tokenizer's, in which marks are single tokens. ``answer``: the grammar of what is not a call, where there
-    is one. Raises ApiError (400), naming the tool, where its schema cannot be followed. It can take a second: call it in a thread.
+    ``specials``: the tokenizer's special tokens; marks found there are written as single tokens. ``answer``:
+    the grammar for an answer without calls; empty: none. Raises ApiError (400), naming the tool, if its
+    schema cannot be followed. This can take a second: call it in a thread.
     """
     if not (offer.must or answer or any(tool.function.strict for tool in offer.tools)):
         return ""
@@ -36,7 +37,7 @@ def call_grammar(offer: Offer, form: CallFormat, specials: Mapping[str, int], an
         raise cannot("tools", f"schemas of at most {SCHEMAS_BYTES_MAX} bytes can be followed, got {size}")
     lark = "\n".join(["%llguidance {}", *_rules(offer, form, specials, bool(answer))])
     made = json.dumps({"grammars": [{"name": "calls", "lark_grammar": lark}, *_named(answer)]})
-    # Each tool's part was in order, but all of them may be too much.
+    # Each tool's part has been checked, but all of them together may be too much.
     if wrong := wrong_with(made):
         raise cannot("tools", wrong)
     return made
@@ -60,7 +61,7 @@ def _rules(offer: Offer, form: CallFormat, specials: Mapping[str, int], answered
 
 
 def _among_text(form: CallFormat, specials: Mapping[str, int], calls: str) -> Iterable[str]:
-    """Any text, which ends with calls once it announces them."""
+    """Rules for any text; once it announces calls, it must end with them."""
     if form.bare:
         yield "start: TEXT | call"
         yield r"TEXT: /\s*([^{\s](.|\n)*)?/"
@@ -74,7 +75,7 @@ def _among_text(form: CallFormat, specials: Mapping[str, int], calls: str) -> It
 
 
 def _written(mark: str, specials: Mapping[str, int]) -> str:
-    """A mark as a grammar has it: the token, or the text."""
+    """A mark as a grammar writes it: as a single token, or as text."""
     return f"<[{specials[mark]}]>" if mark in specials else _text(mark)
 
 
@@ -91,7 +92,7 @@ def _size(tool: Tool) -> int:
 
 
 def _schema(tool: Tool, offer: Offer) -> str:
-    """The tool's arguments as a part of a grammar. Raises ApiError (400)."""
+    """The part of the grammar for the tool's arguments. Raises ApiError (400)."""
     field = f"tools[{offer.tools.index(tool)}].function.parameters"
     schema = _closed(tool.function.parameters or {"properties": {}}, field)
     options = COMPACT if tool.function.strict else {**COMPACT, "lenient": True}
@@ -102,7 +103,10 @@ def _schema(tool: Tool, offer: Offer) -> str:
 
 
 def _closed(schema: dict[str, Any], field: str) -> dict[str, Any]:
-    """Of an object, and of nothing that the schema does not name: a model would make up arguments without an end."""
+    """``schema`` for objects only; if it lists ``properties``, others are excluded unless it permits them.
+
+    Otherwise a model would invent arguments without end. Raises ApiError (400) if the type is not an object.
+    """
     kinds = schema.get("type", "object")
     if "object" not in (kinds if isinstance(kinds, list) else [kinds]):
         raise cannot(field, f"expected the schema of an object, got one of {json.dumps(kinds)}")

@@ -1,7 +1,8 @@
-"""Finds the calls of tools in an answer's text, as it comes.
+"""Finds tool calls in an answer's text as it arrives.
 
-What comes out depends on the text alone, not on how it was cut into pieces. A call is told as soon as its name is known and its
-arguments begin; from then on they are passed on as the model writes them. What turns out not to be a call is text, as it was.
+The output depends only on the text, not on how it was cut into pieces. A call is reported as soon as its name
+is known and its arguments begin; from then on the arguments are passed on as the model writes them. What
+turns out not to be a call is returned unchanged as text.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from memserve.api.call_formats import CallFormat
 from memserve.api.thoughts import held
 
 NAME_MAX = 256
-"""Characters of a name that a model may call."""
+"""Most characters in a name that a model may call."""
 _STRING = r'"(?:[^"\\]|\\.){1,1600}"'
 _HEAD = re.compile(r'\{\s*"name"\s*:\s*(' + _STRING + r')\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
 _TOLD = re.compile(r'["\\{}]')
@@ -25,10 +26,10 @@ _TOLD = re.compile(r'["\\{}]')
 
 @attrs.frozen
 class CallPart:
-    """A piece of a call: its beginning, which has the name, or more of its arguments."""
+    """A piece of a call: its beginning, which carries the name, or more of its arguments."""
 
     number: int
-    """Of the call in its answer, from 0."""
+    """Index of the call in its answer, from 0."""
     name: str | None = None
     arguments: str = ""
 
@@ -39,19 +40,22 @@ Found = str | CallPart
 
 @attrs.define
 class _Braces:
-    """Looks for the brace that closes an object, past those in strings."""
+    """Finds the brace that closes an object, ignoring braces in strings."""
 
     depth: int = 0
     at: int = 0
-    """What is before was looked at."""
+    """Index up to which the text has been scanned."""
     quoted: bool = False
 
     def end(self, text: str) -> int | None:
-        """Where the object ends, once ``text`` has all of it. Each call's text begins as the last one's."""
+        """Index after the object; None until ``text`` has all of it.
+
+        Between calls ``text`` may only grow at its end, unless ``at`` is reset.
+        """
         while (found := _TOLD.search(text, self.at)) is not None:
             self.at = found.end()
             if found[0] == "\\":
-                if self.at == len(text):  # what it escapes is still to come
+                if self.at == len(text):  # the escaped character is still to come
                     self.at -= 1
                     return None
                 self.at += 1
@@ -66,24 +70,24 @@ class _Braces:
 
 
 class CallParser:
-    """One answer's. ``push`` its text, ``finish`` when no more comes; both give what is known by then."""
+    """Parses one answer: ``push`` its text, then ``finish``; both return what is known by then."""
 
     def __init__(self, form: CallFormat, known: Container[str], several: bool = True) -> None:
-        """``known``: the names of the tools. Without ``several``, what follows the first call is not looked at."""
+        """``known``: the names of the tools. Without ``several``, text after the first call is ignored."""
         self._form = form
         self._known = known
         self._several = several
         self.calls = 0
-        """That have begun."""
+        """How many calls have begun."""
         self.enough = False
-        """Whether all calls that are wanted are there."""
+        """Whether all wanted calls are complete."""
         self._state: Callable[[], bool] = self._in_text
         self._rest = ""
-        """What is not told yet."""
+        """Text that is not reported yet."""
         self._opened = ""
-        """What announced the call that may follow; told as text if it does not."""
+        """The text that announced a possible call; reported as text if no call follows."""
         self._begun = False
-        """Whether anything but blanks has come: then the answer as a whole is no call."""
+        """Whether anything but whitespace has come; then the answer as a whole cannot be a call."""
         self._listed = False
         self._final = False
         self._braces = _Braces()
@@ -91,11 +95,11 @@ class CallParser:
 
     @property
     def cut(self) -> bool:
-        """Whether the last call lacks a part of its arguments."""
+        """Whether the arguments of the last call are incomplete."""
         return self._state == self._in_arguments
 
     def push(self, text: str) -> list[Found]:
-        """What is known with ``text``, in order."""
+        """Take in ``text`` and return what is now known, in order."""
         self._rest += text
         while not self.enough and self._state():
             pass
@@ -103,7 +107,7 @@ class CallParser:
         return found
 
     def finish(self) -> list[Found]:
-        """What is left, when no text follows."""
+        """What is left when no more text follows."""
         self._final = True
         found = self.push("")
         left, self._rest = self._opened + self._rest, ""
@@ -111,7 +115,7 @@ class CallParser:
             found.append(left)
         return found
 
-    # ---- each state looks at the rest, and says whether there is more to do with what is there ------------------------
+    # ---- states: each works on the rest, and returns whether there is more to do with it -------------------
 
     def _in_text(self) -> bool:
         if self._form.bare and not self._begun and self._rest.lstrip().startswith("{"):
@@ -129,7 +133,7 @@ class CallParser:
         return False
 
     def _announced(self, length: int) -> bool:
-        """A call may follow so many characters of the rest."""
+        """A call may follow the first ``length`` characters of the rest."""
         self._opened, self._rest = self._rest[:length], self._rest[length:]
         self._begun = True
         return self._to(self._in_body)
@@ -172,7 +176,7 @@ class CallParser:
         return end is not None and self._to(self._behind_arguments)
 
     def _behind_arguments(self) -> bool:
-        """A call may have more to say than we want to know; one that lacks its last brace ends here."""
+        """Skip what else the call's object holds. A call without its last brace also ends here."""
         rest = self._rest.lstrip()
         if not rest:
             return False
@@ -208,11 +212,11 @@ class CallParser:
         return self._to(self._between_calls)
 
     def _between_calls(self) -> bool:
-        """Blanks behind a call are its own."""
+        """Whitespace after a call belongs to the call."""
         self._rest = self._rest.lstrip()
         return bool(self._rest) and self._to(self._in_text)
 
-    # ---- what they share ----------------------------------------------------------------------------------------------
+    # ---- shared by the states ------------------------------------------------------------------------------
 
     def _to(self, state: Callable[[], bool]) -> bool:
         self._state = state
@@ -221,7 +225,7 @@ class CallParser:
         return True
 
     def _no_call(self, length: int) -> bool:
-        """What announced a call did not, nor are so many characters of the rest one."""
+        """Report the announcement and ``length`` characters of the rest as text: they are not a call."""
         self._tell(self._opened + self._rest[:length])
         self._rest, self._opened, self._listed = self._rest[length:], "", False
         return self._to(self._in_text)
@@ -240,7 +244,7 @@ class CallParser:
             self._found.append(CallPart(self.calls - 1, None, text))
 
     def _name(self, given: Any) -> str | None:
-        """The name of a call, or None where it can be none: a whole answer is a call only of a tool that there is."""
+        """The call's name, or None if it cannot be one: without a marker, only known tools can be called."""
         fits = isinstance(given, str) and 0 < len(given) <= NAME_MAX
         return given if fits and (self._opened_by_marker or given in self._known) else None
 
@@ -249,7 +253,7 @@ class CallParser:
         return bool(self._opened.strip()) or not self._form.bare
 
     def _whole(self, given: Any) -> tuple[str, str] | None:
-        """A call that is written otherwise than most: its name and its arguments."""
+        """Name and arguments of a complete call in an unusual notation; None if it is not a call."""
         if not isinstance(given, dict) or (name := self._name(given.get("name"))) is None:
             return None
         arguments = given.get("arguments", given.get("parameters"))
@@ -262,7 +266,7 @@ class CallParser:
 
 
 def _read(text: str) -> Any:
-    """What a JSON text says; None where it is none."""
+    """The value of a JSON text; None if it is not JSON."""
     try:
         return msgspec.json.decode(text)
     except (msgspec.DecodeError, RecursionError):

@@ -1,4 +1,4 @@
-"""Calls of tools in OpenAI's two forms: whole, and piece by piece in a stream."""
+"""Tool calls in OpenAI's two forms: whole, and piece by piece in a stream."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from memserve.api.call_parser import CallPart
 
 CallId = Callable[[int], str]
-"""The id of an answer's call, by its number."""
+"""Returns the id of a call, given its index in the answer."""
 
 
 def whole_calls(parts: Iterable[CallPart], call_id: CallId) -> list[dict[str, Any]]:
@@ -22,7 +22,7 @@ def whole_calls(parts: Iterable[CallPart], call_id: CallId) -> list[dict[str, An
 
 
 def call_deltas(parts: Iterable[CallPart], call_id: CallId) -> list[dict[str, Any]]:
-    """``delta.tool_calls``: the id and the name are told once, where a call begins."""
+    """``delta.tool_calls``: the id and the name are sent once, where a call begins."""
     return [
         {"index": part.number}
         | (_begun(part, call_id) if part.name is not None else {"function": {"arguments": part.arguments}})

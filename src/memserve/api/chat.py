@@ -1,9 +1,10 @@
 """Messages to prompt tokens: the model's own chat template, in a sandbox, proof against what messages say.
 
-A message must not be able to close its own turn by writing ``<|im_end|>``. Every string that a client wrote is
-disarmed before the template sees it (:meth:`memserve.engine.tokenizer.Tokenizer.disarm`); special tokens are
-then read in the rendered text, where only the template's own are whole; last, the marks are taken out again.
-So harmless messages get exactly the tokens they would get anyway, and control tokens arrive as characters.
+A message must not be able to close its own turn by writing ``<|im_end|>``. Every string that a client wrote
+is therefore disarmed with marks before the template sees it
+(:meth:`memserve.engine.tokenizer.Tokenizer.disarm`). Special tokens are then recognised in the rendered text,
+where only the template's own are intact. Finally, the marks are removed. Harmless messages thus get exactly
+the tokens that they would get anyway, and control tokens in messages arrive as plain characters.
 """
 
 from __future__ import annotations
@@ -30,31 +31,31 @@ CHATML = (
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-"""For models that bring no template."""
+"""The template for models that have none."""
 
 _REFUSALS = (jinja2.TemplateError, ArithmeticError, TypeError, ValueError, LookupError, RecursionError)
-"""What rendering raises over what a client sent."""
+"""Exceptions that rendering raises because of what a client sent."""
 _SCHEMA_WORDS = frozenset((
     "type", "function", "name", "description", "parameters", "properties", "required", "items", "enum", "const", "default", "title",
     "examples", "format", "pattern", "anyOf", "oneOf", "allOf", "not", "additionalProperties", "minimum", "maximum", "minLength",
     "maxLength", "minItems", "maxItems", "uniqueItems", "$ref", "$defs", "definitions", "object", "array", "string", "integer",
     "number", "boolean", "null",
 ))  # fmt: skip
-"""What templates look for in tools. They stay as they are: by themselves they say nothing of a client's."""
+"""Strings that templates look for in tools. They are not disarmed, since by themselves they are harmless."""
 _MARKS = range(0xF0000, 0xFFFFE)
-"""Private-use characters: one of them that no message holds is a request's mark."""
+"""Private-use characters. A request's mark is the first that none of its strings contains."""
 
 
 @attrs.frozen
 class ChatTemplate:
-    """A compiled template with the tokenizer it is for."""
+    """A compiled template and its model's tokenizer."""
 
     template: jinja2.Template
     tokenizer: Tokenizer
     names: dict[str, str]
-    """``bos_token`` and ``eos_token``, as templates know them."""
+    """The template variables ``bos_token`` and ``eos_token``."""
     tells_tools: bool = False
-    """Whether it has words for tools; where not, system and user messages tell of them (:mod:`memserve.api.hermes`)."""
+    """Whether the template presents tools; if not, messages do in plain text (:mod:`memserve.api.hermes`)."""
 
     @classmethod
     def of(cls, spec: ModelSpec, tokenizer: Tokenizer) -> ChatTemplate:
@@ -74,7 +75,10 @@ class ChatTemplate:
         ending: Ending = "answer",
         tools: Sequence[Tool] = (),
     ) -> Rendered:
-        """The prompt's text. ``arguments``: of the template, from the client. Raises ApiError (400) when the template refuses."""
+        """The prompt's text. ``arguments``: template variables from the client.
+
+        Raises ApiError (400) when the template refuses.
+        """
         if not self.tells_tools:
             messages, tools = in_words(messages, tools), ()
         given = dict(arguments or {})
@@ -93,7 +97,7 @@ class ChatTemplate:
         return Rendered(_cut(text, tag) if tag else text, mark)
 
     def _accepted(self, given: dict[str, Any], known: dict[str, Any]) -> str:
-        """What the template writes. Raises ApiError (400) that names whose fault it is that it does not."""
+        """The template's output. If it refuses, raises ApiError (400) that names the field at fault."""
         try:
             return written(self.template, given | known)
         except _REFUSALS as error:
@@ -102,7 +106,7 @@ class ChatTemplate:
             raise ApiError(message, field, code="invalid_value") from error
 
     def _takes(self, variables: dict[str, Any]) -> bool:
-        """Whether it would write a prompt of these."""
+        """Whether the template accepts these variables."""
         try:
             written(self.template, variables)
         except _REFUSALS:
@@ -110,9 +114,9 @@ class ChatTemplate:
         return True
 
     def encode(self, rendered: Rendered, scope: str) -> list[int]:
-        """The prompt's tokens, with BOS where the model wants one and the template has not written it.
+        """The prompt's tokens, with BOS if the model wants one and the template has not written it.
 
-        Messages of the tenant's earlier prompts (``scope``) are not encoded again.
+        Messages that earlier prompts of the tenant (``scope``) contained are not encoded again.
         """
         tokens = self.tokenizer.encode(rendered.text, allow_special=True, mark=rendered.mark, scope=scope)
         bos = list(self.tokenizer.bos)
@@ -121,7 +125,7 @@ class ChatTemplate:
 
 @attrs.frozen
 class Rendered:
-    """What a template wrote, in which ``mark`` disarms what clients wrote."""
+    """A template's output, in which ``mark`` disarms the strings that clients wrote."""
 
     text: str
     mark: str
@@ -131,7 +135,7 @@ Disarm = Callable[[str], str]
 
 
 def _variables(message: ChatMessage, disarm: Disarm) -> dict[str, Any]:
-    # Templates older than the developer role know its meaning as system's.
+    # Templates older than the developer role call it system.
     role = "system" if message.role == "developer" else message.role
     variables: dict[str, Any] = {"role": role, "content": disarm(message.text)}
     if message.name is not None:
@@ -146,14 +150,14 @@ def _variables(message: ChatMessage, disarm: Disarm) -> dict[str, Any]:
 
 
 def _call(call: ToolCall, disarm: Disarm) -> dict[str, Any]:
-    """With the arguments themselves, where OpenAI has their text: so templates want them."""
+    """A call as templates expect it: the arguments are an object, where OpenAI's API has their JSON text."""
     arguments = _disarmed(call.function.values, disarm)
     function = {"name": disarm(call.function.name), "arguments": arguments}
     return {"type": "function", "id": disarm(call.id), "function": function}
 
 
 def _disarmed(value: Any, disarm: Disarm, plain: frozenset[str] = frozenset()) -> Any:
-    """JSON with all its texts disarmed, but for those in ``plain``."""
+    """A JSON value with all its strings disarmed, except those in ``plain``."""
     if isinstance(value, str):
         return value if value in plain else disarm(value)
     if isinstance(value, list):
@@ -164,7 +168,7 @@ def _disarmed(value: Any, disarm: Disarm, plain: frozenset[str] = frozenset()) -
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """All texts in JSON."""
+    """All strings in a JSON value, keys included."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list | dict):
@@ -173,7 +177,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _cut(text: str, tag: str) -> str:
-    """``text`` up to where the last message ends, which ``tag`` was put behind."""
+    """``text`` up to the end of the last message, where ``tag`` was appended."""
     before, found, _ = text.rpartition(tag)
     if not found:
         message = "messages: the model's chat template does not write the last one, which is to be continued"

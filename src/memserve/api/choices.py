@@ -1,4 +1,4 @@
-"""One answer on its way to a client: tokens in, text and calls of tools out, until the model or a stop string ends it."""
+"""One answer on its way to a client: tokens in, text and tool calls out, up to its end or a stop string."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from memserve.engine.detokenizer import Detokenizer, StopScanner
 
 @attrs.define
 class Delta:
-    """What is new in an answer since the last look."""
+    """What is new in an answer since it was last taken."""
 
     text: str = ""
     tokens: list[int] = attrs.field(factory=list)
     finish: str | None = None
     told: list[Told] = attrs.field(factory=list)
-    """About each of ``tokens``, where log probabilities were asked for."""
+    """Log probabilities at each of ``tokens``, if requested."""
     calls: list[CallPart] = attrs.field(factory=list)
     thought: str = ""
-    """Of the model, where it is told apart from the text."""
+    """What the model thinks, if that is reported apart from the text."""
 
     def __bool__(self) -> bool:
         return bool(self.text or self.tokens or self.finish or self.calls or self.thought)
 
     @property
     def parts(self) -> list[Delta]:
-        """The same in the order in which streams tell it: thoughts, text, each call's name before its arguments, and the end."""
+        """This delta, split in the order in which streams send it: thought, text, pieces of calls, end."""
         if not self.calls and not self.thought:
             return [self]
         parts = [Delta(thought=self.thought)] if self.thought else []
@@ -45,7 +45,7 @@ class Delta:
         return parts
 
     def add(self, part: CallPart) -> None:
-        """More of a call; its arguments in one piece, however many brought them."""
+        """Append a piece of a call; consecutive pieces of its arguments are merged into one."""
         last = self.calls[-1] if self.calls else None
         if last is not None and last.name is None and part.name is None:
             part = attrs.evolve(last, arguments=last.arguments + part.arguments)
@@ -54,7 +54,7 @@ class Delta:
 
 
 class Choice:
-    """One answer. ``feed`` what the service gives, ``take`` what a client is to get."""
+    """One answer: ``feed`` what the service delivers, ``take`` what the client is to get."""
 
     def __init__(
         self,
@@ -70,41 +70,43 @@ class Choice:
         about: PromptReport | None = None,
         silent: bool = False,
     ) -> None:
-        """``index`` is the choice's in the response, ``prompt`` the number of its prompt.
+        """``index`` is the choice's index in the response, ``prompt`` the index of its prompt.
 
-        ``min_tokens``: stop strings are not looked for in the text of so many tokens, as in vLLM. ``thoughts``: finds what the
-        model thinks first, where that is told apart. ``calls``: finds the calls of tools, where there are tools; what then ends the answer is ``finish_of_calls``. ``about``: what is told of its prompt,
-        where that was asked for. ``silent``: the one token that comes is not for the client, who wants the prompt alone.
+        ``min_tokens``: stop strings are not looked for in the text of this many tokens, as in vLLM.
+        ``thoughts``: separates what the model thinks first, if that is reported apart. ``calls``: finds tool
+        calls, if there are tools; ``finish_of_calls`` is then the finish reason of an answer with calls.
+        ``about``: log probabilities of its prompt, if requested. ``silent``: drop the one token that comes,
+        as the client wants only the prompt.
         """
         self.index = index
         self.about = about
         self.prompt = prompt
         self.output_tokens = 0
-        """Up to the end of a stop string, where there was one."""
+        """Tokens of the answer, up to the end of a stop string if one was found."""
         self.cached_tokens = 0
         self.finish: str | None = None
-        """How the answer ended, once it is whole: ``stop``, ``length`` or ``tool_calls``."""
+        """How the answer ended, once it is complete: ``stop``, ``length`` or ``tool_calls``."""
         self._detokenizer = Detokenizer(piece)
         self._scanner = StopScanner(stops)
         self._piece, self._min_tokens, self._silent = piece, min_tokens, silent
         self._thoughts, self._calls, self._finish_of_calls = thoughts, calls, finish_of_calls
         self._told_characters = 0
-        # Not yet taken. Bounded by max_tokens: a client that reads slowly costs no more than one that waits.
+        # Not taken yet. Bounded by max_tokens: a slow reader costs no more than one that does not stream.
         self._new = Delta()
         self._texts: list[str] = []
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string ended the answer, or the only call that was wanted: the service need not go on."""
+        """Whether a stop string or the last wanted call ended the answer: the service need not continue."""
         return self._scanner.matched is not None or (self._calls is not None and self._calls.enough)
 
     @property
     def withheld(self) -> bool:
-        """Nothing of it can be written yet, because what is told of its prompt comes first."""
+        """Whether nothing can be written yet because the prompt's log probabilities come first."""
         return self.about is not None and not self.about.shown
 
     def feed(self, chunk: Chunk) -> None:
-        """Take tokens in. What follows the answer's end is dropped, its tokens too."""
+        """Take tokens in. Text and tokens after the answer's end are dropped."""
         self.cached_tokens = chunk.cached_tokens
         if self.about is not None:
             self.about.take(chunk.prompt)
@@ -133,7 +135,7 @@ class Choice:
             self._think(self._thoughts.push(text))
 
     def _think(self, found: Sequence[Thought | str]) -> None:
-        """What is a thought and what the answer."""
+        """Separate thoughts from the answer."""
         for one in found:
             if isinstance(one, Thought):
                 self._new.thought += one.text
@@ -147,7 +149,7 @@ class Choice:
             self._sort(self._calls.push(text))
 
     def _sort(self, found: Sequence[Found]) -> None:
-        """What is text and what a call."""
+        """Separate text from calls."""
         for one in found:
             if isinstance(one, CallPart):
                 self._new.add(one)
@@ -159,7 +161,7 @@ class Choice:
         self._told_characters += len(token_text(token, self._piece))
 
     def take(self) -> Delta:
-        """Everything new since the last call."""
+        """Everything new since the last ``take``."""
         delta, self._new = self._new, Delta()
         delta.text = "".join(self._texts)
         self._texts.clear()

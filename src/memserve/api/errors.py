@@ -1,4 +1,4 @@
-"""Every error that the HTTP surface answers with, in OpenAI's shape."""
+"""The error responses of the HTTP surface, in OpenAI's shape."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from memserve.errors import RequestFailed
 
 @attrs.frozen
 class ApiError(Exception):
-    """A request that is answered with an error: ``{"error": {message, type, param, code}}``."""
+    """Raised for a request that gets an error as response: ``{"error": {message, type, param, code}}``."""
 
     message: str
     param: str | None = None
-    """The field at fault, as a path: ``messages[0].content``."""
+    """Path of the field at fault: ``messages[0].content``."""
     status: int = 400
     code: str | None = None
     headers: Mapping[str, str] = attrs.field(factory=dict)
@@ -42,12 +42,12 @@ class ApiError(Exception):
         return msgspec.json.encode({"error": error})
 
     def response(self) -> Response:
-        """The whole answer."""
+        """The complete response."""
         return Response(self.body(), self.status, dict(self.headers), "application/json")
 
 
 def from_failure(failure: RequestFailed) -> ApiError:
-    """How a failed request looks to its client."""
+    """The error response for a failed request."""
     headers = {}
     if failure.retry_after_s is not None:
         headers["retry-after"] = str(max(1, math.ceil(failure.retry_after_s)))
@@ -55,7 +55,7 @@ def from_failure(failure: RequestFailed) -> ApiError:
 
 
 def unsupported(param: str, remedy: str = "leave it out") -> ApiError:
-    """A field of OpenAI's that is known, and not served here."""
+    """The error for a known field that this server does not support."""
     return ApiError(f"{param} is not supported by this server; {remedy}", param, code="unsupported_parameter")
 
 
@@ -78,12 +78,12 @@ async def on_http_error(request: Request, error: Exception) -> Response:
 
 
 async def on_bug(_request: Request, _error: Exception) -> Response:
-    """Starlette's handler for everything else; it raises the error again afterwards, so that it is logged."""
+    """Starlette's handler for all other errors. It raises the error again afterwards, to have it logged."""
     return ApiError("The server failed to answer; its log says why", None, 500, "internal_error").response()
 
 
 async def on_client_gone(_request: Request, _error: Exception) -> Response:
-    """Starlette's handler for a client that left before its body was whole: nobody reads this answer."""
+    """Starlette's handler for a client that left before its body was complete: no one reads this response."""
     return Response(status_code=400)
 
 

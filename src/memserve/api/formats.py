@@ -1,6 +1,6 @@
-"""What an answer has to look like: ``response_format`` and ``structured_outputs`` as grammars.
+"""The required form of an answer: ``response_format`` and ``structured_outputs`` as grammars.
 
-A grammar travels as llguidance's text. Workers follow it token by token (:mod:`memserve.engine.grammars`).
+A grammar travels as text for llguidance. Workers follow it token by token (:mod:`memserve.engine.grammars`).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 FORMATS = ("text", "json_object", "json_schema")
 GRAMMAR_BYTES_MAX = 65_536
-"""Of what a request says of its answer's form, as text."""
+"""Most bytes of a request's description of its answer's form."""
 COMPACT: JsonCompileOptions = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""No blanks but these, so that a model cannot fill its answer with them."""
+"""The only whitespace in JSON, so that a model cannot fill its answer with it."""
 
 Choice = Annotated[str, Meta(min_length=1)]
 
@@ -40,7 +40,7 @@ class JsonSchema:
 
 @attrs.frozen(kw_only=True)
 class ResponseFormat:
-    """``response_format``, as OpenAI has it."""
+    """``response_format``, as OpenAI defines it."""
 
     type: Literal[FORMATS]  # type: ignore[valid-type]
     json_schema: JsonSchema | None = None
@@ -48,7 +48,7 @@ class ResponseFormat:
 
 @attrs.frozen(kw_only=True)
 class StructuredOutputs:
-    """``structured_outputs``, as vLLM has it: one of these."""
+    """``structured_outputs``, as vLLM defines it: exactly one of these fields."""
 
     json: dict[str, Any] | str | None = None
     regex: str | None = None
@@ -58,9 +58,10 @@ class StructuredOutputs:
 
 
 def grammar_of(response: ResponseFormat | None, structured: StructuredOutputs | None) -> str:
-    """What both fields ask for; empty: nothing. Raises ApiError (400), naming the field, where it cannot be followed.
+    """The grammar that the two fields ask for; empty: none.
 
-    A grammar can take a second to be read: call it in a thread.
+    Raises ApiError (400), naming the field, if the grammar cannot be followed or both fields ask for one.
+    Checking a grammar can take a second: call this in a thread.
     """
     asked = [(field, made) for field, made in (_of_response(response), _of_structured(structured)) if made]
     if len(asked) > 1:
@@ -104,7 +105,7 @@ def _of_structured(asked: StructuredOutputs | None) -> tuple[str, str]:
 
 
 def _made(field: str, kind: str, value: Any) -> str:
-    """The grammar of one of ``_MAKES``. What is too large is refused before anybody reads it."""
+    """The grammar of one kind in ``_MAKES``. A value that is too large is refused before it is parsed."""
     try:
         size = len(value.encode() if isinstance(value, str) else msgspec.json.encode(value))
         if size > GRAMMAR_BYTES_MAX:
@@ -132,7 +133,7 @@ def _of_choice(texts: tuple[str, ...]) -> str:
 
 
 def _of_grammar(text: str) -> str:
-    """Lark's notation or GBNF, llama.cpp's."""
+    """The grammar in ``text``, which is in Lark's notation or in GBNF (llama.cpp's)."""
     made: str = LLMatcher.grammar_from_lark(any_to_lark(text))
     return made
 
@@ -144,7 +145,7 @@ _MAKES: dict[str, Any] = {
 
 
 def cannot(field: str, why: str) -> ApiError:
-    """The error of a form that cannot be followed."""
+    """The error for a form that cannot be followed."""
     text = " ".join(why.split())
     return ApiError(
         f"{field}: {text if len(text) <= 300 else text[:297] + '...'}", field, code="invalid_value"

@@ -31,7 +31,7 @@ _SSE_HEADERS = [
 
 @attrs.frozen(kw_only=True)
 class GenerationOrder:
-    """What is to be generated, and how it is to be written."""
+    """What to generate, and how to write it."""
 
     prompts: Sequence[Prompt]
     n: int
@@ -43,15 +43,16 @@ class GenerationOrder:
     cache_scope: str
     ping_s: float
     told: Sequence[PromptReport] = ()
-    """What is told of each prompt, where that was asked for."""
+    """Log probabilities of each prompt; empty if not requested."""
 
 
 class Generation:
-    """An ASGI response. It ends with its last answer, its first failure, or when the client leaves.
+    """An ASGI response. It ends with its last answer, at its first failure, or when the client leaves.
 
-    Between the first event of a stream and the last, they go to the socket from within the turn that brought their tokens,
-    as long as it takes them and the connection has a short way (:mod:`memserve.api.direct`). Otherwise this task writes
-    what has gathered since its last write: a client that reads slower than tokens come gets fewer and larger events.
+    After a stream's first event and before its last, events go to the socket from within the turn that
+    brought their tokens, as long as the socket takes them and the connection has a fast path
+    (:mod:`memserve.api.direct`). Otherwise this task writes what has accumulated since its last write: a
+    client that reads more slowly than tokens come gets fewer and larger events.
     """
 
     def __init__(self, service: Service, order: GenerationOrder, choices: Sequence[Choice]) -> None:
@@ -62,34 +63,38 @@ class Generation:
         self._failure: RequestFailed | None = None
         self._news = trio.Event()
         self._at_once: DirectWriter | None = None
-        """The short way, while nothing else is being written."""
+        """The fast path, set only while nothing else is being written."""
         self._wrote_at = float("-inf")
         self._moulds: dict[int, Mould] = {}
-        """Of the choices whose first event was written."""
+        """Event templates by choice, for choices whose first event was written."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Leaving the nursery, for whatever reason, leaves every stream's context: what runs is cancelled."""
+        """Run and write the answers.
+
+        Leaving the nursery for any reason leaves every stream's context, which cancels what still runs.
+        """
         watching = trio.CancelScope()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._cancel_when_gone, receive, watching, nursery.cancel_scope)
             for choice in self._choices:
                 nursery.start_soon(self._run, choice)
-            # OSError: the client is gone in the middle of a write.
+            # OSError: the client left in the middle of a write.
             with suppress(OSError):
                 if self._order.stream:
                     await self._write_stream(send, scope.get("extensions", {}).get(DIRECT))
                 else:
                     await self._write_whole(send)
-            # A whole answer's stream leaves its context in its own time; only what failed is cut off.
+            # If all answers are complete, their streams leave by themselves; otherwise cancel them.
             (watching if self._whole else nursery.cancel_scope).cancel()
 
     async def _cancel_when_gone(
         self, receive: Receive, watching: trio.CancelScope, request: trio.CancelScope
     ) -> None:
-        """The only way to learn that the client left while there is nothing to write.
+        """Cancel the request when the client leaves: the only way to notice while there is nothing to write.
 
-        The end of the last write is told in the same words, from within that write: cancelled there, the server would
-        take the connection for busy for ever, and wait for it when it is told to end.
+        The server reports the end of the last write with the same message, from within that write. If the
+        request were cancelled there, the server would consider the connection busy forever, and wait for it
+        at shutdown.
         """
         with watching:
             while (await receive())["type"] != "http.disconnect":
@@ -112,7 +117,7 @@ class Generation:
             self._news.set()
 
     def _take(self, choice: Choice, chunk: Chunk) -> bool:
-        """Called in the middle of the Frontend's turn."""
+        """Take in new tokens; returns whether more are wanted. Called in the middle of a Frontend's turn."""
         choice.feed(chunk)
         if self._at_once is None or self._over or choice.withheld or not self._write_at_once(self._at_once):
             self._at_once = None
@@ -120,13 +125,16 @@ class Generation:
         return not choice.stopped
 
     def _write_at_once(self, writer: DirectWriter) -> bool:
-        """Whether all of it left."""
+        """Write the pending events and return whether the socket took all of them."""
         events = self._events()
         self._wrote_at = trio.current_time() if events else self._wrote_at
         return not events or writer.write(events)
 
     async def _wait(self, writer: DirectWriter | None = None) -> bool:
-        """Wait for news that ``writer`` does not take, and clear them. False when nothing was written for so long that a ping is due."""
+        """Wait for something that the fast path has not written, and reset the event that reports it.
+
+        Returns False if nothing was written for so long that a ping is due.
+        """
         self._at_once = writer
         due, now = trio.current_time() + self._order.ping_s, float("-inf")
         while now < due and not self._news.is_set():
@@ -151,7 +159,7 @@ class Generation:
 
     @cached_property
     def _head(self) -> Head:
-        """The same for every event; not to be read before a stream is open."""
+        """Fields that all events share; must not be read before a stream is open."""
         return Head(self._id, int(time.time()), self._order.model)
 
     async def _write_whole(self, send: Send) -> None:
@@ -168,14 +176,14 @@ class Generation:
         return None
 
     async def _write_stream(self, send: Send, writer: DirectWriter | None) -> None:
-        """The first byte waits for the first news, so that an early failure still decides the status."""
+        """Write the stream. Its head waits for the first tokens, so that an early failure sets the status."""
         has_news = await self._wait()
         if self._failure is not None:
             return await _send_error(send, from_failure(self._failure))
         headers = [*_SSE_HEADERS, *self._id_header()]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         while True:
-            # Asked before the news are taken: what comes while they are being sent is for the next round.
+            # Read before the events are taken: what comes while they are sent is left to the next round.
             over = self._over
             await self._show_prompts()
             part = self._events() or (b"" if has_news else PING)
@@ -189,7 +197,7 @@ class Generation:
         return None
 
     async def _show_prompts(self) -> None:
-        """What has come of prompts is written in another thread: of a long one it would hold up the streams of others."""
+        """Format the prompts' log probabilities in another thread: long ones would hold up other streams."""
         for one in self._order.told:
             if one.ready and not one.shown:
                 await trio.to_thread.run_sync(one.show)
@@ -203,7 +211,7 @@ class Generation:
         return event(last) + DONE
 
     def _events(self) -> bytes:
-        """Events for each choice that has news."""
+        """The pending events of all choices; takes their deltas."""
         events = []
         for choice in self._choices:
             if choice.withheld or not (delta := choice.take()):
@@ -214,13 +222,16 @@ class Generation:
         return b"".join(events)
 
     def _event(self, choice: Choice, delta: Delta) -> bytes:
-        """Tokens whose text is held back (half a character, what may be the beginning of a stop string or a call) make none."""
+        """The event for ``delta``.
+
+        Empty if its text is held back: half a character, or what may begin a stop string or a call.
+        """
         if delta.finish or delta.calls or delta.thought or self._order.wire.per_token:
             return event(self._chunk(choice, delta))
         return self._moulds[choice.index].event(delta.text) if delta.text else b""
 
     def _opening(self, choice: Choice) -> bytes:
-        """What a choice's stream begins with, if anything."""
+        """The event that opens a choice's stream; may be empty."""
         self._moulds[choice.index] = Mould.of(lambda text: self._chunk(choice, Delta(text)))
         opening = self._order.wire.opening(self._head, choice)
         return b"" if opening is None else event(opening | self._usage_unknown)
@@ -237,7 +248,7 @@ class Generation:
 
 
 async def _write(part: bytes, send: Send, writer: DirectWriter | None) -> None:
-    """A part of a body, by the short way where there is one."""
+    """Write a part of a body, on the fast path if there is one."""
     if writer is None:
         await send({"type": "http.response.body", "body": part, "more_body": True})
     elif not writer.write(part):

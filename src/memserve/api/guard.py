@@ -1,4 +1,4 @@
-"""What stands before every handler: keys, and limits on what a client may send. Pure ASGI middleware."""
+"""Checks before every handler: API keys, and limits on what a client may send. Pure ASGI middleware."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ from memserve.api.service import ApiSettings
 from memserve.panics import panics_told
 
 OPEN_PATHS = ("/health", "/metrics")
-"""Asked by load balancers and scrapers, who have no key."""
+"""Paths that load balancers and metrics scrapers request, which have no key."""
 
 CALLER = "memserve.caller"
-"""Where in the ASGI scope it is who calls."""
+"""Key of the ASGI scope under which the request's :class:`Caller` is."""
 
 
 @attrs.frozen
 class Caller:
-    """Whose key a request has, and what it may do."""
+    """The owner of a request's key, and what this key may do."""
 
     cache_scope: str
-    """The tenant: root of its cache."""
+    """The tenant, as the root of its cache."""
     may_administrate: bool = True
-    """Change workers."""
+    """Whether it may change workers."""
     may_hurry: bool = True
-    """Ask for a priority below 0."""
+    """Whether it may ask for a priority below 0."""
 
 
 def cache_scope(key: str) -> str:
-    """The root of a key's cache: the same in every Frontend, and not the key."""
+    """The root of a key's cache: a hash, which is the same in every Frontend and does not reveal the key."""
     return hashlib.blake2b(key.encode(), digest_size=16, person=b"memserve-scope").hexdigest()
 
 
 ANYONE = Caller("")
-"""Who calls where no keys are set."""
+"""The caller of open paths, and of all paths if no keys are set."""
 
 
 def caller(key: str, settings: ApiSettings) -> Caller:
-    """What a key stands for."""
+    """The tenant and the permissions of a key."""
     return Caller(
         cache_scope(key),
         may_administrate=not settings.admin_keys or key in settings.admin_keys,
@@ -51,7 +51,7 @@ def caller(key: str, settings: ApiSettings) -> Caller:
 
 
 class Guard:
-    """Refuses what no handler is to see; limits the rest while it is read."""
+    """Refuses requests that no handler must see, and limits the bodies of the others while they are read."""
 
     def __init__(self, app: ASGIApp, settings: ApiSettings) -> None:
         self._app = app
@@ -61,7 +61,7 @@ class Guard:
         ]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on, or answer with an error."""
+        """Pass the request on, or respond with an error."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         headers: list[tuple[bytes, bytes]] = scope["headers"]
@@ -74,13 +74,13 @@ class Guard:
             return await self._app(scope, _Limited(receive, self._settings), send)
 
     def _authenticate(self, headers: list[tuple[bytes, bytes]]) -> Caller:
-        """Whose key the request has."""
+        """The caller whose key the request has. Raises ApiError (401)."""
         if not self._keys:
             return ANYONE
         given = next((value for name, value in headers if name == b"authorization"), b"")
         scheme, _, key = given.partition(b" ")
         digest = hashlib.sha256(key.strip()).digest()
-        # Every key is compared, and in constant time: the time tells nothing about which was close.
+        # Every key is compared in constant time: the timing does not reveal which key came close.
         callers = [one for known, one in self._keys if hmac.compare_digest(known, digest)]
         if scheme.lower() == b"bearer" and callers:
             return callers[0]
@@ -90,7 +90,7 @@ class Guard:
     def _check_framing(self, headers: list[tuple[bytes, bytes]]) -> None:
         lengths = [value for name, value in headers if name == b"content-length"]
         if lengths and any(name == b"transfer-encoding" for name, _ in headers):
-            # Two lengths for one body: what request smuggling is made of (RFC 9112, 6.1).
+            # Two lengths for one body make request smuggling possible (RFC 9112, 6.1).
             message = "Content-Length and Transfer-Encoding in one request; send one of them"
             raise ApiError(message, None, 400, "invalid_framing", {"connection": "close"})
         if lengths and lengths[0].isdigit() and int(lengths[0]) > self._settings.body_bytes_max:
@@ -98,7 +98,7 @@ class Guard:
 
 
 class _Limited:
-    """``receive`` that raises ApiError when the body grows too large or takes too long."""
+    """Wraps ``receive``; raises ApiError if the body grows too large (413) or takes too long (408)."""
 
     def __init__(self, receive: Receive, settings: ApiSettings) -> None:
         self._receive = receive
@@ -109,7 +109,7 @@ class _Limited:
 
     async def __call__(self) -> Message:
         if not self._more:
-            # Nothing but the client's leaving can come now; it may take as long as it likes.
+            # Only the client's disconnect can come now, and it has no deadline.
             return await self._receive()
         with trio.move_on_at(self._deadline):
             return self._counted(await self._receive())

@@ -1,4 +1,4 @@
-"""Tools for models whose chat template has no words for them: they are told in a system message, in Hermes' format."""
+"""Tools for models whose chat template does not present them: a system message does, in the Hermes format."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ What it returns comes between <tool_response> tags. When none helps, answer in p
 
 
 def in_words(messages: Sequence[ChatMessage], tools: Sequence[Tool]) -> list[ChatMessage]:
-    """The same conversation without tools, calls and results but what the messages say of them."""
+    """The same conversation with tools, calls and results as plain text in its messages."""
     told: list[ChatMessage] = []
     for answered, group in groupby(messages, lambda message: message.role == "tool"):
         several = list(group)

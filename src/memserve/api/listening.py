@@ -1,4 +1,7 @@
-"""Where a Frontend listens. Apart from the server, which the supervisor would have to import to find that a port is taken."""
+"""The socket on which a Frontend listens.
+
+Separate from the server, so that the supervisor need not import that to find out that a port is taken.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,17 @@ from memserve.errors import UserError
 
 BACKLOG = 1024
 SILENT_CLIENT_S = 30
-"""A client that takes nothing for so long is cut off. anycorn shields its writes from cancellation, so without
-this, one client that stops reading would keep the server from ever ending."""
+"""A client that takes no data for this long is cut off. anycorn shields its writes from cancellation, so
+without this limit one client that stops reading would keep the server from ever ending."""
 
 
 def check_port(host: str, port: int) -> None:
-    """Raise UserError when nobody could listen there now, or somebody does, on whatever terms."""
+    """Raise UserError if the address cannot be bound now, or is in use, even with SO_REUSEPORT."""
     listen(host, port, reuse_port=False).close()
 
 
 def listen(host: str, port: int, reuse_port: bool) -> socket.socket:
-    """A listening socket; ``reuse_port`` lets several processes share the port. Raises UserError."""
+    """Open a listening socket; ``reuse_port`` lets several processes share the port. Raises UserError."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except socket.gaierror as error:
@@ -28,7 +31,7 @@ def listen(host: str, port: int, reuse_port: bool) -> socket.socket:
     try:
         _set_options(listener, reuse_port)
         listener.bind(address)
-        # Not before listen() does a second process without SO_REUSEPORT see that the port is taken.
+        # A second process without SO_REUSEPORT sees only in listen() that the port is taken.
         listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
@@ -37,7 +40,7 @@ def listen(host: str, port: int, reuse_port: bool) -> socket.socket:
 
 
 def _set_options(listener: socket.socket, reuse_port: bool) -> None:
-    """On Linux, accepted connections inherit all of these."""
+    """Set the listener's options. On Linux, accepted connections inherit all of them."""
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     if reuse_port:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)

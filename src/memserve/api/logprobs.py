@@ -11,24 +11,24 @@ from memserve.drawing import Logprobs
 from memserve.tokens import unpack
 
 Piece = Callable[[int], bytes]
-"""The bytes of a token, control tokens too."""
+"""Returns the bytes of a token, including control tokens."""
 LEAST = -9999.0
-"""JSON has no infinity; the same as vLLM's."""
+"""The lowest log probability reported, as in vLLM: JSON has no infinity."""
 
 
 @attrs.frozen
 class Told:
-    """One token of an answer or of its prompt, and what is told about it."""
+    """One token of an answer or of its prompt, with its log probabilities."""
 
     token: int
     offset: int
-    """Characters of the tokens before it."""
+    """Number of characters in the tokens before it."""
     logprobs: Logprobs | None
-    """None: it is a prompt's first, which follows nothing."""
+    """None for a prompt's first token, which follows nothing."""
 
 
 def token_text(token: int, piece: Piece) -> str:
-    """A token by itself: what is but a part of a character becomes U+FFFD."""
+    """The text of a token by itself: an incomplete character becomes U+FFFD."""
     return piece(token).decode("utf-8", "replace")
 
 
@@ -49,9 +49,10 @@ def chat_logprobs(told: Iterable[Told], piece: Piece) -> dict[str, Any]:
 
 
 def completion_logprobs(told: Sequence[Told], piece: Piece, echoed: int = 0) -> dict[str, list[Any]]:
-    """``choices[].logprobs`` of a completion. Its own token is always among a position's likeliest, so they may be one more.
+    """``choices[].logprobs`` of a completion.
 
-    ``echoed``: characters of the tokens before these.
+    A position's own token is always among its ``top_logprobs``, so there may be one more than requested.
+    ``echoed``: characters in the tokens before these.
     """
     return {
         "tokens": [token_text(one.token, piece) for one in told],
@@ -66,7 +67,7 @@ def completion_logprobs(told: Sequence[Told], piece: Piece, echoed: int = 0) -> 
 def _shown(own: int, known: Logprobs, piece: Piece) -> dict[str, float]:
     shown: dict[str, float] = {}
     for token, value in (*_likeliest(known), (own, known.drawn)):
-        shown.setdefault(token_text(token, piece), max(value, LEAST))  # of tokens alike the most probable
+        shown.setdefault(token_text(token, piece), max(value, LEAST))  # of equal texts, the likeliest
     return shown
 
 

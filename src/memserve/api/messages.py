@@ -1,4 +1,4 @@
-"""The messages of a chat, as clients send them: texts, calls of tools, and what the tools answered."""
+"""The messages of a chat, as clients send them: texts, tool calls, and tool results."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from msgspec import Meta
 from memserve.api.errors import ApiError, unsupported
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-"""Who may speak in a chat. A fixed set, because templates write roles among their control tokens."""
+"""Roles of messages. The set is fixed, because templates write roles among their control tokens."""
 CALLS_MAX = 128
-"""Calls of tools in one message."""
+"""Most tool calls in one message."""
 DEPTH_MAX = 64
-"""Of JSON that templates write: objects and arrays within one another."""
+"""How deeply objects and arrays may be nested in JSON that templates write."""
 
 Label = Annotated[str, Meta(min_length=1, max_length=256)]
 """An id, or a name that a model made up."""
@@ -31,21 +31,21 @@ class TextPart:
 
 @attrs.frozen(kw_only=True)
 class Called:
-    """``function`` of a call."""
+    """``function`` of a tool call."""
 
     name: Label
     arguments: str = ""
-    """The text of a JSON object; empty: none."""
+    """Text of a JSON object; empty: no arguments."""
 
     @property
     def values(self) -> Any:
-        """What the text says. Raises msgspec.DecodeError or RecursionError where it is no JSON."""
+        """The arguments, parsed. Raises msgspec.DecodeError or RecursionError if the text is not JSON."""
         return msgspec.json.decode(self.arguments) if self.arguments.strip() else {}
 
 
 @attrs.frozen(kw_only=True)
 class ToolCall:
-    """One of an assistant's ``tool_calls``."""
+    """One element of ``tool_calls`` in an assistant's message."""
 
     id: Label
     type: Literal["function"] = "function"
@@ -58,23 +58,26 @@ class ChatMessage:
 
     role: Literal[ROLES]  # type: ignore[valid-type]
     content: str | tuple[TextPart, ...] | None = None
-    """None beside calls of tools alone."""
+    """May be None only if the message has tool calls."""
     name: str | None = None
     reasoning_content: str | None = None
-    """What was thought before it, for templates that want to know."""
+    """What the model thought before this message, for templates that use it."""
     tool_calls: Annotated[tuple[ToolCall, ...], Meta(max_length=CALLS_MAX)] | None = None
     tool_call_id: Annotated[str, Meta(max_length=256)] | None = None
 
     @property
     def text(self) -> str:
-        """The content; several parts are joined by line breaks, as vLLM does."""
+        """The content; several parts are joined by line breaks, as in vLLM."""
         if isinstance(self.content, tuple):
             return "\n".join(part.text for part in self.content)
         return self.content or ""
 
 
 def check_messages(messages: tuple[ChatMessage, ...], raw: dict[str, Any]) -> None:
-    """What the fields' types do not say. ``raw``: the body that the messages were read from. Raises ApiError (400)."""
+    """Check what the fields' types do not express. Raises ApiError (400).
+
+    ``raw``: the body from which the messages were read.
+    """
     for index, (message, given) in enumerate(zip(messages, raw["messages"], strict=True)):
         path = f"messages[{index}]"
         if given.get("function_call"):
@@ -119,7 +122,7 @@ def _check_arguments(called: Called, field: str) -> None:
 
 
 def check_depth(value: Any, field: str) -> None:
-    """Raise ApiError (400) where JSON is nested too deeply for those who walk it."""
+    """Raise ApiError (400) if JSON is nested too deeply for the functions that walk it."""
     if _deeper(value, DEPTH_MAX):
         text = (
             f"{field}: nested too deeply, expected at most {DEPTH_MAX} objects and arrays within one another"

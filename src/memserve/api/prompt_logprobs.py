@@ -1,4 +1,4 @@
-"""What is told of a prompt's own tokens: at the head of a completion's ``logprobs``, and as vLLM's ``prompt_logprobs``."""
+"""Log probabilities of prompts, in a completion's ``logprobs`` with ``echo``, and in ``prompt_logprobs``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from memserve.tokens import pack, unpack
 
 @attrs.frozen
 class _Known:
-    """Of one token: its log probability and rank, and the most probable ones in its place."""
+    """One token's log probability and rank, and the most probable tokens at its position."""
 
     value: float
     rank: int
@@ -26,37 +26,39 @@ class _Known:
 
 @attrs.define
 class PromptReport:
-    """One prompt's, for all of its answers. The first of them brings it: no other needs to have it computed again.
+    """The log probabilities of one prompt, for all of its answers.
 
-    A long prompt's takes a moment to write, so :meth:`show` is for another thread; nothing of an answer goes out before.
+    Only the first answer requests them, so that they are computed once. Formatting those of a long prompt
+    takes a moment: call :meth:`show` in another thread. No part of an answer is written before that.
     """
 
     tokens: Sequence[int]
     piece: Piece
     echoed: int | None
-    """How many of the likeliest tokens are shown with those of an echo; None: no echo is told of."""
+    """How many of the likeliest tokens to show with each token of the echo; None: no log probabilities."""
     listed: int | None
-    """How many in ``prompt_logprobs``; None: it was not asked for."""
+    """How many of the likeliest tokens to show in ``prompt_logprobs``; None: it is not requested."""
     shown: bool = attrs.field(default=False, init=False)
+    """Whether :meth:`show` has finished."""
     columns: dict[str, list[Any]] = attrs.field(factory=dict, init=False)
-    """Of a completion's ``logprobs``; empty where no echo is told of."""
+    """The echo's part of a completion's ``logprobs``, by column; empty if the echo has none."""
     characters: int = attrs.field(default=0, init=False)
-    """Of the echoed tokens."""
+    """Number of characters in the echoed tokens."""
     listing: msgspec.Raw | None = attrs.field(default=None, init=False)
-    """JSON of ``prompt_logprobs``."""
+    """``prompt_logprobs`` as JSON."""
     _pieces: list[PromptLogprobs] = attrs.field(factory=list, init=False)
 
     def take(self, pieces: Iterable[PromptLogprobs]) -> None:
-        """What came of it, in the order of its tokens."""
+        """Take in further log probabilities, in the order of the prompt's tokens."""
         self._pieces += pieces
 
     @property
     def ready(self) -> bool:
-        """All of it has come."""
+        """Whether the log probabilities of all tokens have come."""
         return 1 + sum(map(len, self._pieces)) == len(self.tokens)
 
     def show(self) -> None:
-        """Write all of it."""
+        """Format everything that was requested."""
         piece = cache(self.piece)  # the same few tokens are the likeliest at many places
         if self.echoed is not None:
             self._show_echo(self.echoed, piece)
@@ -76,7 +78,7 @@ class PromptReport:
         self.columns = completion_logprobs(told, piece)
 
     def _listing(self, count: int, piece: Piece) -> Iterator[dict[str, Any]]:
-        """By token id, as vLLM has it: the prompt's own token first, then the most probable ones."""
+        """Objects by token id, as in vLLM: the prompt's own token first, then the most probable ones."""
         text = cache(partial(token_text, piece=piece))
         for token, known in self._known():
             ranked = enumerate(known.likeliest[:count], 1)
@@ -87,7 +89,7 @@ class PromptReport:
             }
 
     def _known(self) -> Iterator[tuple[int, _Known]]:
-        """Each token but the first, and what is known of it."""
+        """Each token except the first, with its log probabilities."""
         tokens = iter(self.tokens[1:])
         for piece in self._pieces:
             values, ranks, ids = array("d", piece.values), unpack(piece.ranks), unpack(piece.ids)
@@ -99,7 +101,7 @@ class PromptReport:
 
 
 def behind_echo(prompt: PromptReport | None, answer: Mapping[str, list[Any]] | None) -> dict[str, Any] | None:
-    """A completion's ``logprobs`` with those of its echo before its own; None where there are neither."""
+    """A completion's ``logprobs``, with those of its echo before its own; None if there are neither."""
     if prompt is None or not prompt.columns:
         return None if answer is None else dict(answer)
     return {name: column + (answer[name] if answer else []) for name, column in prompt.columns.items()}

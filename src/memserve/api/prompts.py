@@ -1,4 +1,4 @@
-"""What a request asks for, checked and tokenized: the step between a body and the service."""
+"""Checks and tokenizes what a request asks for: the step between a body and the service."""
 
 from __future__ import annotations
 
@@ -25,27 +25,30 @@ from memserve.engine.spec import ModelSpec
 from memserve.engine.tokenizer import LONG_TEXT, Tokenizer
 
 COMPLETION_TOKENS = 16
-"""``max_tokens`` of a completion that names none: OpenAI's default."""
+"""Default ``max_tokens`` of a completion, as OpenAI's."""
 
 
 @attrs.frozen
 class Model:
-    """The served model, as prompts need it."""
+    """The served model, with what is needed to make prompts for it."""
 
     spec: ModelSpec
     tokenizer: Tokenizer
     template: ChatTemplate
     settings: ApiSettings
     encoders: trio.CapacityLimiter = attrs.field(factory=lambda: trio.CapacityLimiter(1))
-    """Long texts are encoded one at a time, in a thread, so that streams go on meanwhile."""
+    """Long texts are encoded one at a time, in a thread, so that streams continue in the meantime."""
 
     @property
     def call_format(self) -> CallFormat:
-        """How it writes calls of tools."""
+        """The format in which the model writes tool calls."""
         return format_named(self.settings.tool_format, self.spec.chat_template)
 
     def with_marks(self, marks: Iterable[str]) -> Piece:
-        """What tokens say in an answer in which these are looked for: control tokens among them say nothing otherwise."""
+        """How to show tokens in an answer that is searched for ``marks``.
+
+        Control tokens are shown only if they are among ``marks``.
+        """
         shown = {self.tokenizer.specials[mark] for mark in marks if mark in self.tokenizer.specials}
         piece = self.tokenizer.piece
         return (lambda token: piece(token, skip_special=token not in shown)) if shown else piece
@@ -58,20 +61,23 @@ class Prompt:
     tokens: tuple[int, ...]
     params: GenerationParams
     echo: str = ""
-    """What the answer's text begins with."""
+    """Text that the answer's text begins with."""
     thinking: bool = False
     """Whether the answer begins within a thought."""
 
     @property
     def packed(self) -> bytes:
-        """The tokens as they travel."""
+        """The tokens, packed as messages carry them."""
         return packed.pack(self.tokens)
 
 
 async def completion_prompts(
     body: CompletionBody, model: Model, scope: str, draw: Callable[[], int]
 ) -> list[Prompt]:
-    """The prompts of a completion of the tenant ``scope``. ``draw`` gives a seed where the body has none. Raises ApiError (400)."""
+    """The prompts of a completion for the tenant ``scope``. Raises ApiError (400).
+
+    ``draw`` supplies a seed if the body has none.
+    """
     items, single = _items(body.prompt)
     if len(items) * (body.n or 1) > CHOICES_MAX:
         message = f"prompt: {len(items)} prompts times n = {body.n or 1} is over {CHOICES_MAX} answers"
@@ -92,7 +98,10 @@ async def completion_prompts(
 
 
 async def chat_prompt(body: ChatBody, model: Model, scope: str, draw: Callable[[], int]) -> Prompt:
-    """The prompt of a chat of the tenant ``scope``. ``draw`` gives a seed where the body has none. Raises ApiError (400)."""
+    """The prompt of a chat for the tenant ``scope``. Raises ApiError (400).
+
+    ``draw`` supplies a seed if the body has none.
+    """
     rendered = _rendered(body, model)
     tokens = await _encoded(rendered, model, scope)
     left = _left(tokens, "messages", model.settings.max_context)
@@ -103,7 +112,7 @@ async def chat_prompt(body: ChatBody, model: Model, scope: str, draw: Callable[[
 
 
 async def chat_tokens(body: Conversation, model: Model, scope: str) -> list[int]:
-    """The conversation as the model's template writes it. Raises ApiError (400)."""
+    """The tokens of the conversation as the model's template writes it. Raises ApiError (400)."""
     return await _encoded(_rendered(body, model), model, scope)
 
 
@@ -121,7 +130,10 @@ async def _encoded(rendered: Rendered, model: Model, scope: str) -> list[int]:
 
 
 async def text_tokens(text: str, name: str, model: Model, scope: str) -> list[int]:
-    """A text's tokens, without BOS; special tokens written in it count. Raises ApiError (400) that calls it ``name``."""
+    """A text's tokens, without BOS; special tokens written in the text are recognised.
+
+    Raises ApiError (400) that calls the text ``name``.
+    """
     _not_hopeless(text, name, model)
     encode = partial(model.tokenizer.encode, text, allow_special=True, scope=scope)
     if len(text) < LONG_TEXT:
@@ -130,7 +142,7 @@ async def text_tokens(text: str, name: str, model: Model, scope: str) -> list[in
 
 
 def _items(prompt: Any) -> tuple[list[Any], bool]:
-    """The single prompts in ``prompt``, and whether it was just one."""
+    """The individual prompts in ``prompt``, and whether ``prompt`` itself is one. Raises ApiError (400)."""
     if isinstance(prompt, str):
         return [prompt], True
     if not isinstance(prompt, list) or not prompt:
@@ -149,7 +161,7 @@ def _prompt_error(name: str) -> ApiError:
 
 
 def token_ids(item: Sequence[Any], name: str, vocabulary: int) -> list[int]:
-    """``item``, once every one of it is a token id. Raises ApiError (400)."""
+    """``item`` as a list, after a check that each element is a token id. Raises ApiError (400)."""
     for index, token in enumerate(item):
         if type(token) is not int or not 0 <= token < vocabulary:
             rule = f"expected a token id from 0 to {vocabulary - 1}"
@@ -162,14 +174,14 @@ def token_ids(item: Sequence[Any], name: str, vocabulary: int) -> list[int]:
 
 
 def _not_hopeless(text: str, name: str, model: Model) -> None:
-    """Refuse what is too long however it tokenizes, before seconds are spent on tokenizing it."""
+    """Refuse a text that is too long however it tokenizes, before seconds are spent on tokenizing it."""
     fewest = len(text) // model.tokenizer.piece_bytes_max
     if fewest > model.settings.max_context:
         raise _too_long(name, f"at least {fewest}", model.settings.max_context)
 
 
 def _left(tokens: list[int], name: str, context: int) -> int:
-    """Tokens that an answer may have, at least 1."""
+    """How many tokens the context leaves for an answer. Raises ApiError (400) if it leaves none."""
     if not tokens:
         raise _prompt_error(name)
     if len(tokens) >= context:
@@ -186,7 +198,7 @@ def _too_long(name: str, tokens: str, context: int) -> ApiError:
 
 
 def _answer(asked: int | None, name: str, left: int, default: int, model: Model) -> int:
-    """How many tokens the answer may have."""
+    """How many tokens the answer may have. Raises ApiError (400) if more are asked for than are left."""
     if asked is None:
         return min(default, left)
     if asked > left:
@@ -199,7 +211,7 @@ def _answer(asked: int | None, name: str, left: int, default: int, model: Model)
 
 
 async def _grammar(body: CompletionBody | ChatBody, model: Model) -> str:
-    """What the answer has to follow; empty: nothing."""
+    """The grammar that the answer must follow; empty: none. Raises ApiError (400)."""
     offer = body.offer if isinstance(body, ChatBody) else None
     if body.response_format is None and body.structured_outputs is None and offer is None:
         return ""
@@ -217,7 +229,7 @@ async def _grammar(body: CompletionBody | ChatBody, model: Model) -> str:
 
 
 def _made(body: CompletionBody | ChatBody, offer: Offer | None, model: Model) -> str:
-    """It can take a second."""
+    """Make the grammar; this can take a second."""
     grammar = grammar_of(body.response_format, body.structured_outputs)
     if offer is None:
         return grammar
@@ -225,7 +237,7 @@ def _made(body: CompletionBody | ChatBody, offer: Offer | None, model: Model) ->
 
 
 def _asking(body: CompletionBody | ChatBody) -> str:
-    """The field that gives the answer a form."""
+    """The field that asks for the grammar."""
     if body.structured_outputs is not None:
         return "structured_outputs"
     return "tools" if body.response_format is None else "response_format"
@@ -242,7 +254,7 @@ def _params(
     ends = () if body.ignore_eos else model.spec.eos
     stops = tuple(dict.fromkeys((*ends, *(body.stop_token_ids or ()))))
     _check_min_tokens(body.min_tokens or 0, max_tokens, len(stops), model)
-    # Of a prompt that is wanted alone one token is drawn too, and dropped: what ends a request is its last token.
+    # Even if only the prompt is wanted, one token is drawn (and dropped): a request ends with its last token.
     return GenerationParams(sampling_of(body, model.spec.vocab, draw, grammar), max(max_tokens, 1), stops)
 
 
@@ -256,9 +268,9 @@ def _check_min_tokens(least: int, most: int, stops: int, model: Model) -> None:
 
 
 def of_choice(params: GenerationParams, number: int) -> GenerationParams:
-    """The parameters of a prompt's answer ``number``: each has another seed, or all would be the same.
+    """The parameters of a prompt's answer ``number``. Each has its own seed, or all answers would be equal.
 
-    What is told of the prompt comes with the first.
+    Only the first answer carries the prompt's log probabilities.
     """
     seed = (params.sampling.seed + number) % 2**SEED_BITS
     told = None if number else params.sampling.prompt_logprobs

@@ -1,4 +1,4 @@
-"""The sampling settings of a body, as they travel with its request."""
+"""Turns a body's sampling settings into those that travel with its request."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 def sampling_of(
     body: CompletionBody | ChatBody, vocabulary: int, draw: Callable[[], int], grammar: str = ""
 ) -> Sampling:
-    """How the body wants its tokens drawn. ``draw`` gives a seed where it has none; ``grammar``: what ``grammar_of`` made of it.
+    """The sampling settings that the body asks for. Raises ApiError (400).
 
-    Raises ApiError (400).
+    ``draw`` supplies a seed if the body has none. ``grammar``: the one that the answer must follow; empty:
+    none.
     """
     asked = (body.prompt_logprobs, body.told_of_echo)
     return Sampling(
@@ -36,7 +37,7 @@ def sampling_of(
 
 
 def _adjustments(body: CompletionBody | ChatBody, vocabulary: int, grammar: str) -> Adjustments | None:
-    """None where the body asks for nothing: then a request carries nothing, and its rows pay nothing."""
+    """None if the body asks for no adjustments: the request then carries none, and its rows cost no more."""
     bias = _biases(body.logit_bias or {}, vocabulary)
     asked = Adjustments(
         biased=pack(bias),
@@ -51,12 +52,12 @@ def _adjustments(body: CompletionBody | ChatBody, vocabulary: int, grammar: str)
 
 
 def _biases(given: dict[str, object], vocabulary: int) -> dict[int, float]:
-    """``logit_bias`` by token id, without what changes nothing."""
+    """``logit_bias`` by token id, without biases of 0. Raises ApiError (400)."""
     if len(given) > BIASES_MAX:
         raise _wrong("logit_bias", f"expected at most {BIASES_MAX} tokens", len(given))
     found = {}
     for name, value in given.items():
-        # Written in one way only: a token that is named twice would have two biases.
+        # Each id has one accepted spelling: otherwise a token could be named twice, with two biases.
         if not _TOKEN_ID.fullmatch(name) or int(name) >= vocabulary:
             raise _wrong("logit_bias", f"expected token ids from 0 to {vocabulary - 1} as names", name[:60])
         if type(value) not in (int, float) or not -BIAS_MAX <= value <= BIAS_MAX:  # type: ignore[operator]

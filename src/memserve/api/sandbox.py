@@ -1,7 +1,7 @@
-"""Where chat templates run: what they are written for, and no way to fill the memory with a number that a client sent.
+"""The sandbox of chat templates: what they are written for works, but no client's number can fill the memory.
 
-jinja2's sandbox bounds ranges alone. Bounded here are the operators, methods and filters whose result can be as large as
-a number says; what they make piece by piece is counted as it is written.
+jinja2's sandbox bounds only ranges. This one also bounds the operators, methods and filters whose result can
+be as large as a number says; output that a template makes piece by piece is counted as it is written.
 """
 
 from __future__ import annotations
@@ -19,21 +19,23 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 CHARACTERS_MAX = 32 << 20
-"""Of a rendered prompt: no context takes as many, and a template may write more than a body of 8 MiB holds."""
+"""Most characters of a rendered prompt. No context holds this many, yet a template may write more than a body
+of 8 MiB holds."""
 POWER_MAX = 64
+"""Largest exponent that a template may use."""
 WIDTH_MAX = 9_999
-"""To which a template may pad, indent or cut in pieces."""
+"""Largest width to which a template may pad, indent or split."""
 _WIDE = re.compile(r"\*|\d{5}")
-"""In a text before ``%``: a width that is given beside it, or one beyond WIDTH_MAX."""
+"""Matches, in the text before ``%``, a width that is passed as an argument, or one beyond WIDTH_MAX."""
 _WIDE_FIELD = re.compile(r":[^{}]*(\{|\d{5})")
-"""The same in a text that is given to ``format``."""
+"""Matches, in a text for ``format``, a width that is passed as an argument, or one beyond WIDTH_MAX."""
 _WIDTHS = ("center", "expandtabs", "ljust", "rjust", "zfill")
 _FORMATS = ("format", "format_map")
 _FILTERS = ("batch", "center", "indent", "slice", "tojson")
 
 
 def environment() -> ImmutableSandboxedEnvironment:
-    """With the settings and helpers of transformers' apply_chat_template."""
+    """A sandboxed environment with the settings and helpers of transformers' apply_chat_template."""
     sandbox = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     sandbox.filters["tojson"] = _to_json
     for name in _FILTERS:
@@ -44,9 +46,9 @@ def environment() -> ImmutableSandboxedEnvironment:
 
 
 def written(template: jinja2.Template, variables: dict[str, Any]) -> str:
-    """What the template writes. Raises TemplateError when that is more than CHARACTERS_MAX, or what rendering raises."""
+    """The template's output. Raises TemplateError if it exceeds CHARACTERS_MAX, and what rendering raises."""
     pieces, left = [], CHARACTERS_MAX
-    for piece in template.generate(variables):  # as one dict: a client's "self" is a variable like any other
+    for piece in template.generate(variables):  # one dict: a client's "self" is a variable like others
         left -= len(piece)
         if left < 0:
             raise jinja2.TemplateError(f"it writes more than {CHARACTERS_MAX} characters")
@@ -58,12 +60,12 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(("*", "**", "%"))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """``left operator right``."""
+        """Compute ``left operator right``. Raises TemplateError if the result could be too large."""
         _check(not _could_be_huge(operator, left, right), operator)
         return super().call_binop(context, operator, left, right)
 
     def call(self, context: Context, called: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """A call of a global, a macro or a method."""
+        """Call a global, a macro or a method. Raises TemplateError if its result could be too large."""
         text, name = getattr(called, "__self__", None), getattr(called, "__name__", "")
         if isinstance(text, str):
             _check(name not in _WIDTHS or not _wide((*args, *kwargs.values())), name)
@@ -91,7 +93,7 @@ def _wide(numbers: Iterable[Any]) -> bool:
 
 
 def _narrow(filtering: Callable[..., Any]) -> Callable[..., Any]:
-    """The same filter for widths up to WIDTH_MAX; its first argument is not one."""
+    """Limit a filter to widths up to WIDTH_MAX; its first argument is not a width."""
 
     @wraps(filtering)
     def narrow(value: Any, *args: Any, **kwargs: Any) -> Any:
@@ -102,7 +104,7 @@ def _narrow(filtering: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _format(value: str, *args: Any, **kwargs: Any) -> str:
-    """jinja2's filter ``format``."""
+    """jinja2's filter ``format``, limited to widths up to WIDTH_MAX."""
     _check(not _could_be_huge("%", value, args or kwargs), "format")
     return value % (kwargs or args)
 
@@ -122,7 +124,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """With the blanks that models were trained on: those of Python's own JSON."""
+    """Write JSON with the whitespace that models were trained on: that of Python's own ``json``."""
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )

@@ -17,7 +17,8 @@ from memserve.api.direct import DIRECT, DirectWriter
 from memserve.api.listening import BACKLOG, listen
 
 KEEP_ALIVE_S = 30.0
-"""Longer than the 5 s that clients keep an idle connection: the client closes first, and no request meets that."""
+"""Longer than the 5 s for which clients keep an idle connection: the client closes it first, so that no
+request is sent on a connection that the server is just closing."""
 
 
 async def serve_http(
@@ -30,9 +31,10 @@ async def serve_http(
     graceful_s: float = 30.0,
     task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serve until ``shutdown`` is set, then let running requests go on for ``graceful_s``. Reports the bound port.
+    """Serve until ``shutdown`` is set, then let running requests continue for ``graceful_s``.
 
-    ``reuse_port`` lets several processes share the port. Raises UserError when the address cannot be bound.
+    Reports the bound port. ``reuse_port`` lets several processes share the port. Raises UserError when the
+    address cannot be bound.
     """
     listener = listen(host, port, reuse_port)
     bound: int = listener.getsockname()[1]
@@ -52,9 +54,9 @@ async def serve_http(
 
 @attrs.frozen
 class _Adapted:
-    """Answers anycorn's start-up and shutdown questions itself: Starlette reports a cancellation as a failure.
+    """Handles anycorn's start-up and shutdown messages itself: Starlette reports a cancellation as a failure.
 
-    Adds the extension of :mod:`memserve.api.direct`.
+    Adds the extension of :mod:`memserve.api.direct` if the connection allows it.
     """
 
     app: ASGIApp
@@ -71,9 +73,9 @@ class _Adapted:
 
 
 def _plain_socket(scope: Scope, send: Send) -> socket.socket | None:
-    """The socket under anycorn's layers, where what it carries is HTTP/1.1 in the clear and bodies come in chunks.
+    """The socket under anycorn's layers, if it carries unencrypted HTTP/1.1, where bodies are sent in chunks.
 
-    None also where the layers are not those that are known here: all goes through them then.
+    Also None if the layers are not those expected here: everything then goes through them.
     """
     protocol = _owner(getattr(_owner(send), "send", None))
     server = _owner(getattr(protocol, "send", None))
@@ -86,13 +88,13 @@ def _plain_socket(scope: Scope, send: Send) -> socket.socket | None:
 
 
 def _owner(method: object) -> object:
-    """Whose method it is; None for a plain function."""
+    """The object to which a method is bound; None for a plain function."""
     return getattr(method, "__self__", None)
 
 
 @attrs.frozen
 class _Started:
-    """anycorn reports URLs of its own making; the caller wants to know the port."""
+    """Reports the port to the caller, in place of the URLs that anycorn makes up."""
 
     task_status: trio.TaskStatus[int]
     port: int

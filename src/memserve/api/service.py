@@ -1,4 +1,4 @@
-"""What the HTTP surface needs from whoever answers requests. The Frontend actor is one; the tests have another."""
+"""What the HTTP surface needs from a service. The Frontend actor provides one; the tests have another."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from memserve.scheduling.view import Health
 
 @attrs.frozen
 class GenerationParams:
-    """How one answer is to be generated."""
+    """How to generate one answer."""
 
     sampling: Sampling
     max_tokens: int
-    """At least 1; prompt and answer together fit the context."""
+    """Most tokens of the answer, at least 1; prompt and answer together fit the context."""
     stop_tokens: tuple[int, ...]
-    """Ids that end the answer; empty with ignore_eos."""
+    """Ids of tokens that end the answer. With ignore_eos the model's end tokens are not among them."""
     priority: int = 0
-    """Lower is earlier, as in vLLM's API."""
+    """Lower values are served earlier, as in vLLM's API."""
     ttft_s: float | None = None
-    """By when the first token is wanted, from now."""
+    """Deadline for the first token, in seconds from now; None: no deadline."""
 
 
 @attrs.frozen
@@ -34,30 +34,31 @@ class Chunk:
 
     tokens: tuple[int, ...]
     finish: str | None = None
-    """``stop`` or ``length`` on the last chunk."""
+    """How the answer ended, in the last chunk: ``stop`` or ``length``."""
     cached_tokens: int = 0
-    """Prompt tokens that were found in the pool."""
+    """Number of prompt tokens whose KV was found in the pool."""
     logprobs: tuple[Logprobs, ...] = ()
-    """One for each token, where they were asked for."""
+    """Log probabilities at each token, if requested."""
     prompt: tuple[PromptLogprobs, ...] = ()
-    """Of the first chunk: of all of the prompt's tokens but the first, where they were asked for."""
+    """Log probabilities of all prompt tokens except the first, if requested; only in the first chunk."""
 
 
 Take = Callable[[Chunk], bool]
-"""Takes new tokens in; whether more are wanted. False: a stop string was found."""
+"""Takes new tokens in; returns whether more are wanted: not after a stop string or the last wanted call."""
 
 
 class Stream(Protocol):
-    """One answer on its way."""
+    """One answer while it is generated."""
 
     id: str
-    """Of the request, as the logs have it."""
+    """The request's id, as in the logs."""
 
     async def listen(self, take: Take) -> None:
-        """Have ``take`` called with each chunk, up to the one with ``finish`` or to the first of which it returns false.
+        """Have ``take`` called with each chunk, until one has ``finish`` or ``take`` returns False.
 
-        It is called by whoever has the tokens, in the middle of its turn, and must not block. What it raises is raised
-        here. Raises RequestFailed when the request fails. The context is left next.
+        ``take`` is called in the middle of the turn that brings the tokens, and must not block. What it
+        raises is raised here. Raises RequestFailed when the request fails. The caller must leave the context
+        next.
         """
 
 
@@ -67,19 +68,20 @@ class Service(Protocol):
     def open(
         self, prompt: bytes, params: GenerationParams, scope: str
     ) -> AbstractAsyncContextManager[Stream]:
-        """Submit packed prompt tokens. Entering raises RequestFailed when refused (429, 503).
+        """Submit packed prompt tokens. Entering raises RequestFailed if the request is refused (429, 503).
 
-        Leaving the context before the stream has ended cancels the request. ``scope`` is its cache's root.
+        Leaving the context before the stream has ended cancels the request. ``scope`` is the root of its
+        cache.
         """
 
     def health(self) -> Health:
         """Whether a request sent now could be served, and what is missing."""
 
     def cluster(self) -> list[Member]:
-        """Every actor known."""
+        """All known actors."""
 
     async def change(self, worker: str, change: Change) -> None:
-        """Change the worker of this name; returns when it is in force. Raises RequestFailed (404, 409, 504)."""
+        """Change the named worker; returns once that is in force. Raises RequestFailed (404, 409, 504)."""
 
     def metrics(self) -> bytes:
         """The metrics of the cluster in Prometheus' text format."""
@@ -87,26 +89,26 @@ class Service(Protocol):
 
 @attrs.frozen(kw_only=True)
 class ApiSettings:
-    """What the HTTP surface is told by the configuration."""
+    """The HTTP surface's settings, from the configuration."""
 
     model: str
-    """The name that requests give and /v1/models shows."""
+    """The model's name in requests and in /v1/models."""
     max_context: int
-    """Tokens, prompt and answer together."""
+    """Most tokens of prompt and answer together."""
     api_keys: tuple[str, ...] = ()
-    """Accepted bearer keys; empty: no key is asked for."""
+    """Accepted bearer keys; empty: no key is required."""
     admin_keys: tuple[str, ...] = ()
-    """Those that may change workers; empty: all."""
+    """Keys that may change workers; empty: all."""
     priority_keys: tuple[str, ...] = ()
-    """Those that may ask for a priority below 0; empty: all."""
+    """Keys that may ask for a priority below 0; empty: all."""
     ttft_ms: float | None = None
-    """By when the first token of a request that does not say is wanted."""
+    """Deadline for the first token of a request that does not set one, in milliseconds; None: no deadline."""
     tool_format: str = "auto"
-    """How the model writes calls of tools; auto: as its chat template has it."""
+    """Format in which the model writes tool calls; ``auto``: detected from its chat template."""
     reasoning: str = "text"
-    """``apart``: what it thinks first is not in its answer's text."""
+    """``apart``: what the model thinks first is not part of its answer's text."""
     body_bytes_max: int = 8 << 20
     body_timeout_s: float = 30.0
-    """From the head of a request to the end of its body."""
+    """Most seconds from the head of a request to the end of its body."""
     ping_s: float = 15.0
-    """A silent stream gets a comment so often, so that proxies keep it open and a dead client is noticed."""
+    """Interval of comments on a silent stream, so that proxies keep it open and a dead client is noticed."""

@@ -1,7 +1,7 @@
-"""Tells what a model thinks before it answers from the answer, where ``[model] reasoning`` asks for that.
+"""Separates what a model thinks from its answer, if ``[model] reasoning`` asks for that.
 
-Models that reason write their thoughts between ``<think>`` and ``</think>``, at the head of an answer; some templates write the
-first of the two at the end of the prompt.
+Models that reason write their thoughts between ``<think>`` and ``</think>`` at the head of an answer. Some
+templates write the ``<think>`` at the end of the prompt.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ class Thought:
 
 
 def begins_in_thought(prompt: str) -> bool:
-    """Whether the answer to this prompt goes on with a thought."""
+    """Whether the answer to this prompt begins within a thought."""
     return prompt.rstrip().endswith(OPEN)
 
 
 class ThoughtParser:
-    """One answer's. ``push`` its text, ``finish`` when no more comes; both give what is known by then.
+    """Parses one answer: ``push`` its text, then ``finish``; both return what is known by then.
 
-    Blanks around a thought, and between it and the answer, belong to neither. What comes out depends on the text alone, not on
-    how it was cut into pieces.
+    Whitespace around a thought belongs neither to it nor to the answer. The output depends only on the text,
+    not on how it was cut into pieces.
     """
 
     def __init__(self, begun: bool) -> None:
@@ -37,11 +37,11 @@ class ThoughtParser:
         self._rest = ""
         self._state: Callable[[], bool] = self._in_thought if begun else self._at_head
         self._thinking = False
-        """Whether anything of the thought was told."""
+        """Whether any of the thought has been reported."""
         self._found: list[Thought | str] = []
 
     def push(self, text: str) -> list[Thought | str]:
-        """What is known with ``text``, in order."""
+        """Take in ``text`` and return what is now known, in order."""
         self._rest += text
         while self._state():
             pass
@@ -49,18 +49,18 @@ class ThoughtParser:
         return found
 
     def finish(self) -> list[Thought | str]:
-        """What is left, when no text follows."""
+        """What is left when no more text follows."""
         left, self._rest = self._rest, ""
         if self._state == self._in_thought:
             left = left if self._thinking else left.lstrip()
             return [Thought(left)] if left.strip() else []
         return [left] if left and self._state != self._behind_thought else []
 
-    # ---- each state looks at the rest, and says whether there is more to do with what is there ------------------------
+    # ---- states: each works on the rest, and returns whether there is more to do with it -------------------
 
     def _at_head(self) -> bool:
         head = self._rest.lstrip()
-        if OPEN.startswith(head):  # an empty one too
+        if OPEN.startswith(head):  # true of an empty head too
             if head != OPEN:
                 return False
         elif not head.startswith(OPEN):
@@ -94,7 +94,7 @@ class ThoughtParser:
 
 
 def held(text: str, marker: str) -> int:
-    """So many of the last characters of ``text`` may be the beginning of ``marker``, or blanks before it."""
+    """How many characters at the end of ``text`` may begin ``marker``, whitespace before it included."""
     begun = next(
         (size for size in range(min(len(text), len(marker) - 1), 0, -1) if text.endswith(marker[:size])), 0
     )

@@ -1,4 +1,4 @@
-"""POST /tokenize and POST /detokenize, as vLLM has them: what a client asks to count or to see, without a request's cost."""
+"""POST /tokenize and POST /detokenize, as in vLLM: count or inspect tokens without running a request."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class TokenizeChatBody(Conversation):
 
     model: str | None = None
     add_special_tokens: Literal[False] | None = None
-    """The template writes them, and BOS is added where the model wants it: there are no others."""
+    """True is refused: a chat has those that its template writes, and BOS if the model wants it."""
     return_token_strs: bool | None = None
 
 
@@ -41,7 +41,7 @@ class DetokenizeBody:
 
 
 def read_tokenize(data: bytes) -> TokenizeBody | TokenizeChatBody:
-    """The body of POST /tokenize: a text or a chat. Raises ApiError (400)."""
+    """Parse the body of POST /tokenize: a text or a chat. Raises ApiError (400)."""
     raw = read_object(data)
     if "messages" not in raw:
         return read_fields(raw, TokenizeBody)
@@ -51,12 +51,12 @@ def read_tokenize(data: bytes) -> TokenizeBody | TokenizeChatBody:
 
 
 def read_detokenize(data: bytes) -> DetokenizeBody:
-    """The body of POST /detokenize. Raises ApiError (400)."""
+    """Parse the body of POST /detokenize. Raises ApiError (400)."""
     return read_fields(read_object(data), DetokenizeBody)
 
 
 async def tokenized(body: TokenizeBody | TokenizeChatBody, model: Model, scope: str) -> dict[str, Any]:
-    """The answer to POST /tokenize. Raises ApiError (400)."""
+    """The response to POST /tokenize. Raises ApiError (400)."""
     if isinstance(body, TokenizeChatBody):
         tokens = await chat_tokens(body, model, scope)
     else:
@@ -73,6 +73,6 @@ async def tokenized(body: TokenizeBody | TokenizeChatBody, model: Model, scope: 
 
 
 def detokenized(body: DetokenizeBody, model: Model) -> dict[str, Any]:
-    """The answer to POST /detokenize. Raises ApiError (400)."""
+    """The response to POST /detokenize. Raises ApiError (400)."""
     tokens = token_ids(body.tokens, "tokens", model.spec.vocab)
     return {"prompt": model.tokenizer.decode(tokens, skip_special=False)}

@@ -1,4 +1,4 @@
-"""The tools of a chat, as clients offer them, and which of them the answer shall call."""
+"""The tools of a chat, as clients offer them, and which of them the answer must call."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ class Function:
     name: ToolName
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    """A JSON schema; None: it takes none."""
+    """A JSON schema; None: the function takes no parameters."""
     strict: bool | None = None
 
 
 @attrs.frozen(kw_only=True)
 class Tool:
-    """One of ``tools``."""
+    """One element of ``tools``."""
 
     type: Literal["function"]
     function: Function
 
     def told(self) -> dict[str, Any]:
-        """As chat templates know tools. ``strict`` is for the server, not for the model."""
+        """The tool as chat templates expect it. ``strict`` is for the server, not for the model."""
         known = {
             "name": self.function.name,
             "description": self.function.description,
@@ -54,7 +54,7 @@ class NamedFunction:
 
 @attrs.frozen(kw_only=True)
 class NamedTool:
-    """``tool_choice``, where it is one tool."""
+    """``tool_choice`` if it names one tool."""
 
     type: Literal["function"]
     function: NamedFunction
@@ -62,34 +62,34 @@ class NamedTool:
 
 ToolChoice = Literal["none", "auto", "required"] | NamedTool
 CHOICES = ("none", "auto", "required", "an object")
-"""What may be written there, in words."""
+"""The values that ``tool_choice`` may have, in words."""
 
 
 @attrs.frozen
 class Offer:
-    """What an answer may call, and whether it must."""
+    """The tools that an answer may call, and whether it must."""
 
     tools: tuple[Tool, ...]
     must: bool = False
-    """The answer is one or more calls, and nothing else."""
+    """Whether the answer must be one or more calls, and nothing else."""
     only: str | None = None
-    """The tool that must be called, once."""
+    """Name of the only tool that may be called; then it must be called exactly once."""
     several: bool = True
-    """Whether there may be more calls than one."""
+    """Whether the answer may have more than one call."""
 
     @property
     def allowed(self) -> tuple[Tool, ...]:
-        """Those of which a forced answer may be a call."""
+        """The tools that a forced answer may call."""
         return tuple(tool for tool in self.tools if self.only in (None, tool.function.name))
 
     @property
     def names(self) -> frozenset[str]:
-        """Of all tools."""
+        """The names of all tools."""
         return frozenset(tool.function.name for tool in self.tools)
 
 
 def offered(tools: Sequence[Tool] | None, choice: ToolChoice | None, parallel: bool | None) -> Offer | None:
-    """What the fields of a body offer; None: nothing. They were checked."""
+    """The offer that a body's fields make; None: no tools. The fields must have been checked."""
     if not tools or choice == "none":
         return None
     several = parallel is not False
@@ -99,7 +99,7 @@ def offered(tools: Sequence[Tool] | None, choice: ToolChoice | None, parallel: b
 
 
 def check_tools(tools: Sequence[Tool] | None, choice: ToolChoice | None) -> None:
-    """What the fields' types do not say. Raises ApiError (400)."""
+    """Check what the fields' types do not express. Raises ApiError (400)."""
     seen: set[str] = set()
     for index, tool in enumerate(tools or ()):
         field = f"tools[{index}].function"

@@ -1,4 +1,4 @@
-"""How soon a request wants to be served: its priority, its deadline, and what its key may ask for."""
+"""How urgent a request is: its priority and its deadline, and which of these its key may ask for."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from memserve.api.guard import Caller
 from memserve.api.prompts import Prompt
 
 TTFT_HEADER = "x-slo-ttft-ms"
-"""By when the first token is wanted: the name that gateways for inference have for it (llm-d, Gateway API)."""
+"""Header with the deadline for the first token, named as inference gateways do (llm-d, Gateway API)."""
 TTFT_MS_MAX = 86_400_000
 
 
@@ -24,7 +24,7 @@ def with_urgency(
     caller: Caller,
     default_ttft_ms: float | None,
 ) -> list[Prompt]:
-    """The prompts with the priority and deadline that were asked for. Raises ApiError (400, 403)."""
+    """The prompts with the requested priority and deadline. Raises ApiError (400, 403)."""
     priority = body.priority or 0
     if priority < 0 and not caller.may_hurry:
         message = f"priority: this key may use 0 and above, got {priority}; frontend.priority_keys names those that may go below"
@@ -38,7 +38,7 @@ def with_urgency(
 
 
 def read_ttft_ms(header: str) -> float:
-    """The header's milliseconds. Raises ApiError (400)."""
+    """The header's value, in milliseconds. Raises ApiError (400)."""
     try:
         value = float(header)
     except ValueError:

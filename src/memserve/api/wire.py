@@ -1,4 +1,4 @@
-"""The JSON of answers: OpenAI's objects for completions and chats, with vLLM's token ids."""
+"""The JSON of responses: OpenAI's objects for completions and chats, with vLLM's token ids."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PING = b": waiting\n\n"
 
 @attrs.frozen
 class Head:
-    """What all objects of one response share."""
+    """Fields that all objects of one response share."""
 
     id: str
     created: int
@@ -31,20 +31,20 @@ class Head:
 
 
 class Wire(Protocol):
-    """One of the two dialects."""
+    """One of OpenAI's two response formats."""
 
     @property
     def per_token(self) -> bool:
-        """Whether the client asked for more of each token than its text: ids or log probabilities."""
+        """Whether the client asked for more about each token than its text: ids or log probabilities."""
 
     def opening(self, head: Head, choice: Choice) -> dict[str, Any] | None:
-        """The chunk that a choice's stream begins with, if any."""
+        """The chunk that opens a choice's stream, if any."""
 
     def chunk(self, head: Head, choice: Choice, delta: Delta) -> dict[str, Any]:
         """A chunk of a choice's stream."""
 
     def whole(self, head: Head, answers: Sequence[tuple[Choice, Delta]]) -> dict[str, Any]:
-        """A response that is not streamed, but for its usage."""
+        """A response that is not streamed, without its usage."""
 
     def last(self, head: Head) -> dict[str, Any]:
         """The chunk without choices that carries a stream's usage."""
@@ -57,14 +57,14 @@ class CompletionWire:
     prompts: Sequence[Prompt]
     token_ids: bool
     piece: Piece | None = None
-    """Set where log probabilities are told."""
+    """Set if log probabilities are requested."""
 
     @property
     def per_token(self) -> bool:
         return self.token_ids or self.piece is not None
 
     def opening(self, head: Head, choice: Choice) -> dict[str, Any] | None:
-        """The echoed prompt, its ids and what is told of it, where they were asked for."""
+        """The echoed prompt, its ids and its log probabilities, each if requested."""
         prompt = self.prompts[choice.prompt]
         if not prompt.echo and not self.token_ids and choice.about is None:
             return None
@@ -112,16 +112,16 @@ class ChatWire:
     prompt: Prompt
     token_ids: bool
     piece: Piece | None = None
-    """Set where log probabilities are told."""
+    """Set if log probabilities are requested."""
     calls: CallFormat = HERMES
-    """How the model writes calls of tools, which says what their ids look like."""
+    """Format in which the model writes tool calls; it determines what their ids look like."""
 
     @property
     def per_token(self) -> bool:
         return self.token_ids or self.piece is not None
 
     def opening(self, head: Head, choice: Choice) -> dict[str, Any] | None:
-        """The role; in the first of them also the prompt's ids and what is told of it, where they were asked for."""
+        """The role; for the first choice also the prompt's ids and log probabilities, each if requested."""
         answer = {"index": choice.index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
         opening = self._object(head, "chat.completion.chunk", [answer])
         return opening if choice.index else opening | self._of_prompt(choice)
@@ -152,14 +152,14 @@ class ChatWire:
         return self._object(head, "chat.completion.chunk", [])
 
     def _of_prompt(self, choice: Choice) -> dict[str, Any]:
-        """What a response says of its prompt, where that was asked for."""
+        """Fields of a response about its prompt, each if requested."""
         said: dict[str, Any] = {"prompt_token_ids": self.prompt.tokens} if self.token_ids else {}
         if choice.about is not None:
             said["prompt_logprobs"] = choice.about.listing
         return said
 
     def _details(self, delta: Delta) -> dict[str, Any]:
-        """What a choice says beside its text, where that was asked for."""
+        """Fields of a choice about its tokens, each if requested."""
         details: dict[str, Any] = {"token_ids": delta.tokens} if self.token_ids else {}
         if self.piece is not None:
             details["logprobs"] = chat_logprobs(delta.told, self.piece) if delta.told else None
@@ -176,10 +176,10 @@ class ChatWire:
 
 
 def usage(prompts: Sequence[Prompt], choices: Sequence[Choice]) -> dict[str, Any]:
-    """Tokens of a whole response: each prompt once, however many answers it has."""
+    """Token counts of a whole response. Each prompt counts once, however many answers it has."""
     prompt_tokens = sum(len(prompt.tokens) for prompt in prompts)
     output_tokens = sum(choice.output_tokens for choice in choices)
-    # A prompt's second answer finds what the first has just cached; the fewest is what was there before.
+    # A prompt's second answer hits what the first has just cached; the minimum is what was cached before.
     cached = 0
     for index in range(len(prompts)):
         cached += min(choice.cached_tokens for choice in choices if choice.prompt == index)
@@ -197,27 +197,27 @@ def event(document: dict[str, Any]) -> bytes:
 
 
 _MARK = "\0text"
-"""No model and no id has it in its name."""
+"""Placeholder that occurs in no model name and no id."""
 
 
 @attrs.frozen
 class Mould:
-    """An event of which nothing changes from one token to the next but the text."""
+    """A template for events in which only the text changes from one token to the next."""
 
     before: bytes
     after: bytes
 
     @classmethod
     def of(cls, document: Callable[[str], dict[str, Any]]) -> Mould:
-        """``document``: what the event says, by its text."""
+        """Make the template; ``document`` returns the event's document for a given text."""
         before, _, after = event(document(_MARK)).partition(msgspec.json.encode(_MARK))
         return cls(before, after)
 
     def event(self, text: str) -> bytes:
-        """As :func:`event` of the document with this text."""
+        """The result of :func:`event` for the document with this text."""
         return self.before + msgspec.json.encode(text) + self.after
 
 
 def error_event(body: bytes) -> bytes:
-    """The event that ends a stream which failed; no [DONE] follows it."""
+    """The event that ends a failed stream; no [DONE] follows it."""
     return b"event: error\ndata: " + body + b"\n\n"

@@ -1,4 +1,4 @@
-"""The pool for any trio program: ``from memserve.client import open_pool``; ``docs/mempool.md`` shows it at work."""
+"""The pool for any trio program: ``from memserve.client import open_pool``. See ``docs/mempool.md``."""
 
 from memserve.client.pool import MemPool, open_pool
 

@@ -1,4 +1,4 @@
-"""A program's conversation with shards: calls repeated until they are answered, leases kept alive, memory mapped."""
+"""A program's conversation with shards: repeats calls until answered, keeps leases alive, maps memory."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from memserve.messages import Message
 from memserve.pool_messages import Acquired, Arrival, DescribePool, FreeMem, PoolRefused
 
 REPEAT_S = 1.0
-"""How long a call waits before it is sent again; a repeat is acted on once."""
+"""How long a call waits for its answer before it is sent again; the shard acts on it only once."""
 RENEW_S = 1.0
-"""How often every shard is called, so that leases live."""
+"""How often every shard is called, so that leases stay alive."""
 OPEN_S = 10.0
 """How long a shard may take to answer the first call."""
 
 
 @attrs.define(eq=False)
 class _Waiter:
-    """A call that is under way."""
+    """A call that is not answered yet."""
 
     arrived: trio.Event = attrs.field(factory=trio.Event)
     answer: Any = None
 
 
 class ShardConversation:
-    """With the shards of one program, by name. ``scope``: whose prefixes it sees."""
+    """A program's conversation with its shards, by name. ``scope``: the scope whose prefixes it sees."""
 
     def __init__(self, link: Link, shards: Mapping[str, str], scope: str) -> None:
         self.scope = scope
@@ -47,7 +47,11 @@ class ShardConversation:
             self._shards[name] = Shard(name, to, endpoint, trio.current_time() + OPEN_S)
 
     async def _ask(self, at: Shard, make: Callable[[int], Message], *, grants: bool = False) -> Any:
-        """Call, again and again until it is answered. ``grants``: an answer that nobody takes is a lease to give back."""
+        """Send a call again and again until it is answered.
+
+        ``grants``: the answer is a lease, which must be given back if the caller no longer waits for it.
+        Raises PoolError when the shard refuses, PeerUnreachable when it stays silent.
+        """
         waiter = _Waiter()
         message = self._calls.ask(waiter, make, grants=grants)
         sent_at = trio.current_time()
@@ -71,10 +75,10 @@ class ShardConversation:
         try:
             self._link.send(at.to, message)
         except PeerFull:
-            pass  # it is sent again
+            pass  # calls are sent again
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Receive answers and keep the leases alive. :func:`open_pool` starts it."""
+        """Receive answers and keep leases alive. :func:`open_pool` starts it."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._receive)
             for shard in self._shards.values():
@@ -93,7 +97,7 @@ class ShardConversation:
             try:
                 await self._ask(at, DescribePool)
             except PeerUnreachable:
-                pass  # whoever uses the shard is told; it may come back
+                pass  # the program's own calls raise it too; the shard may come back
 
     async def _receive(self) -> None:
         while True:
@@ -112,7 +116,7 @@ class ShardConversation:
             self._link.send(received.sender, FreeMem(answer.lease))
 
     def _find(self, addresses: Sequence[Address]) -> tuple[Shard, HeldLease]:
-        """Shard and lease of addresses; of the first one, where they are several's."""
+        """Shard and lease of addresses; if they belong to several leases, that of the first address."""
         if not addresses:
             raise PoolError(PoolError.NOT_HELD, "no address given")
         number = unpack(addresses[0]).shard
@@ -125,7 +129,7 @@ class ShardConversation:
         return at, at.holder(addresses[0], trio.current_time())
 
     def close(self) -> None:
-        """Give all leases back and let go of the memory."""
+        """Give all leases back and unmap the memory."""
         for at in self._shards.values():
             for lease in at.leases:
                 self._send(at, FreeMem(lease))

@@ -1,4 +1,4 @@
-"""What a program holds of each shard: leases, which of their pages it may write, and the memory that they are in."""
+"""What a program holds on each shard: leases, which of their pages it may write, and their memory."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from memserve.pool_messages import Acquired, Arrival, PoolDescribed
 
 @attrs.frozen
 class Lease:
-    """Pages that are this program's to use. ``addresses[i]`` has the tokens from ``i`` pages on."""
+    """Pages that this program may use. ``addresses[i]`` holds the tokens from ``i`` whole pages on."""
 
     shard: str
     id: int
     addresses: tuple[Address, ...]
     cached_tokens: int
-    """The first of them are filled: read them, never write them."""
+    """Number of tokens, from the first on, that are filled: read their pages, never write them."""
 
 
 @attrs.define(eq=False)
@@ -34,7 +34,7 @@ class HeldLease:
     table: list[Address]
     private: set[Address]
     moving: set[Address] = attrs.field(factory=set)
-    """Private ones that a transfer reads or fills, or may still fill after it failed."""
+    """Pages that a transfer reads or fills, or may still fill after it has failed."""
 
 
 @attrs.define(eq=False)
@@ -45,7 +45,7 @@ class Shard:
     to: ActorId
     endpoint: str
     valid_until: float
-    """Until then our leases live for certain (trio's clock): ``lease_s`` after the last call that was answered."""
+    """Until when our leases certainly live: ``lease_s`` from the sending of the last answered call."""
     about: PoolDescribed | None = None
     arenas: dict[Tier, Arena] = attrs.field(factory=dict)
     memory: dict[Tier, memoryview] = attrs.field(factory=dict)
@@ -54,17 +54,20 @@ class Shard:
 
     @property
     def known(self) -> PoolDescribed:
-        """What it said of itself."""
+        """The shard's description of itself."""
         assert self.about is not None, f"shard {self.name} is used before it was asked what it is"
         return self.about
 
     @property
     def home(self) -> Home:
-        """What its addresses have in common."""
+        """The part that all of the shard's addresses share."""
         return Home(self.known.shard, self.known.incarnation)
 
     def renewed(self, sent_at: float) -> None:
-        """A call sent then was answered. After a longer silence than the shard bears, our leases have ended."""
+        """Record that a call sent at ``sent_at`` was answered.
+
+        If our leases may have ended before it was sent, they are forgotten.
+        """
         if sent_at >= self.valid_until:
             self.leases.clear()
             self.lease_of.clear()
@@ -78,7 +81,7 @@ class Shard:
                 self.memory[tier] = arena.memory
 
     def unmap(self) -> None:
-        """Let go of the memory."""
+        """Unmap the memory."""
         self.memory.clear()
         for arena in self.arenas.values():
             arena.close()
@@ -86,7 +89,7 @@ class Shard:
     # ---- leases --------------------------------------------------------------------------------------------
 
     def hold(self, answer: Acquired | Arrival) -> Lease:
-        """A lease was granted."""
+        """Record a lease that was granted."""
         table = self.home.addresses(answer.pages)
         cached = answer.cached_tokens // self.known.page_tokens
         held = self.leases[answer.lease] = HeldLease(answer.lease, list(table), set(table[cached:]))
@@ -94,14 +97,14 @@ class Shard:
         return Lease(self.name, answer.lease, table, answer.cached_tokens)
 
     def grew(self, held: HeldLease, new: Iterable[Address]) -> None:
-        """Pages were added to a lease."""
+        """Record pages that were added to a lease."""
         new = list(new)
         held.table += new
         held.private.update(new)
         self.lease_of.update(dict.fromkeys(new, held))
 
     def inserted(self, held: HeldLease, addresses: tuple[Address, ...]) -> None:
-        """These pages are in the index, those of ``held`` among them."""
+        """Record that these pages, those of ``held`` among them, are in the index."""
         held.private.difference_update(addresses)
         own, named = set(held.table), set(addresses)
         held.table = [*addresses, *(one for one in held.table if one not in named)]
@@ -123,14 +126,14 @@ class Shard:
             del self.leases[number]
 
     def held(self, number: int) -> HeldLease:
-        """The lease. Raises PoolError (UNKNOWN_LEASE)."""
+        """The lease with this number. Raises PoolError (UNKNOWN_LEASE)."""
         held = self.leases.get(number)
         if held is None:
             raise PoolError(PoolError.UNKNOWN_LEASE, f"lease {number} on {self.name} has ended")
         return held
 
     def holder(self, address: Address, now: float) -> HeldLease:
-        """The lease that has a page. Raises PoolError (NOT_HELD)."""
+        """The lease that holds a page. Raises PoolError (NOT_HELD), also when the leases may have ended."""
         held = self.lease_of.get(address) if now < self.valid_until else None
         if held is None:
             raise PoolError(PoolError.NOT_HELD, f"{address:#x} is not, or no longer, leased by this program")
@@ -139,7 +142,7 @@ class Shard:
     # ---- bytes ---------------------------------------------------------------------------------------------
 
     def page(self, address: Address) -> memoryview:
-        """A page in place. Raises PoolError (STALE_ADDRESS, UNREADABLE)."""
+        """A page's memory, in place. Raises PoolError (STALE_ADDRESS, UNREADABLE)."""
         (slot,) = self.home.slots((address,))
         memory = self.memory.get(Tier(tier_of(slot)))
         if memory is None:

@@ -1,10 +1,11 @@
-"""The MemPool of the paper for any trio program: its calls on shards that run elsewhere, and the bytes of their pages.
+"""The paper's MemPool for any trio program: calls on shards that run elsewhere, and the bytes of their pages.
 
-``docs/mempool.md`` shows it at work. A pool is used by tasks of one program; every call may be cancelled and then leaves
-nothing behind. Pages are written and read in mapped memory, so on the shard's host only.
+``docs/mempool.md`` has an example. The tasks of one program share a pool. Every call may be cancelled, and
+then leaves nothing behind. Pages are written and read in mapped memory, so only on the shard's host.
 
-What is leased is kept by a call to every shard each second. A program that was stopped for longer than the shard's
-``lease_s`` has lost its leases, and notices before it writes: :meth:`MemPool.write` refuses once the last answer is too old.
+A call to every shard each second keeps the leases alive. A program that was stopped for longer than the
+shard's ``lease_s`` has lost its leases, and notices before it writes: :meth:`MemPool.write` refuses once the
+last answer is too old.
 """
 
 from __future__ import annotations
@@ -47,31 +48,31 @@ from memserve.tokens import count
 from memserve.transfer_messages import Granularity
 
 TRANSFER_S = 30.0
-"""How long a transfer may take where its caller does not say."""
+"""How long a transfer may take if its caller does not say."""
 MAY_WRITE_ON = {PoolError.CUT, PoolError.DEADLINE, PoolError.PEER_GONE, PoolError.CHECKSUM}
-"""After these ends of a transfer its destination may be written for a while yet: it can only be given back."""
+"""Failures after which a transfer's destination may be written for a while: it can only be given back."""
 
 
 @attrs.frozen
 class Delivery:
-    """Pages that another program has sent here."""
+    """Pages that another program has sent to this one."""
 
     lease: Lease
     sender: ActorId
     private: bytes
-    """What it had to say with them."""
+    """The sender's own data, delivered with the pages."""
 
 
 class MemPool(ShardConversation):
-    """See the module's text; :func:`open_pool` makes one. ``scope``: whose prefixes it sees.
+    """The pool; :func:`open_pool` makes one. ``scope``: the scope whose prefixes it sees.
 
-    Every call raises PoolError when it is refused, and PeerUnreachable when the shard does not answer. Tokens are packed
-    (:func:`memserve.tokens.pack`).
+    See the module's text. Every call raises PoolError when it is refused, and PeerUnreachable when the shard
+    does not answer. Tokens are packed (:func:`memserve.tokens.pack`).
     """
 
     @property
     def me(self) -> ActorId:
-        """Whom another program sends pages to: see :meth:`send`."""
+        """The name to which another program sends pages: see :meth:`send`."""
         return self._link.actor
 
     # ---- memory --------------------------------------------------------------------------------------------
@@ -79,7 +80,7 @@ class MemPool(ShardConversation):
     async def alloc_mem(
         self, size: int, shard: str, tier: Tier = Tier.DEVICE, lease: Lease | None = None
     ) -> Lease:
-        """``size`` pages of a tier, all or nothing: under a new lease, or at the end of one.
+        """``size`` pages of a tier, all or nothing: under a new lease, or at the end of ``lease``.
 
         Raises PoolError (BAD_COUNT, BAD_TIER, TOO_LARGE, NO_PAGES; with a lease also UNKNOWN_LEASE, MOVING).
         """
@@ -94,10 +95,10 @@ class MemPool(ShardConversation):
         return Lease(shard, number, tuple(held.table), lease.cached_tokens if lease else 0)
 
     async def free_mem(self, pages: Lease | Sequence[Address]) -> int:
-        """Give a lease back, or some of its pages that are not in the index; the pages that came free.
+        """Give back a lease, or some of its pages that are not in the index.
 
-        What is in the index stays there. Raises PoolError (UNKNOWN_LEASE, FOREIGN_ADDRESS, STALE_ADDRESS, NOT_HELD,
-        RETIRED).
+        Returns the number of pages that came free; indexed pages stay in the index. Raises PoolError
+        (UNKNOWN_LEASE, FOREIGN_ADDRESS, STALE_ADDRESS, NOT_HELD, RETIRED).
         """
         named: tuple[Address, ...] = () if isinstance(pages, Lease) else tuple(pages)
         if isinstance(pages, Lease):
@@ -111,9 +112,10 @@ class MemPool(ShardConversation):
         return freed
 
     def write(self, address: Address, data: bytes | memoryview, offset: int = 0) -> None:
-        """Put bytes into a page that this program has leased and not yet inserted.
+        """Write bytes into a page that this program has leased and not yet inserted.
 
-        Raises PoolError (FOREIGN_ADDRESS, STALE_ADDRESS, NOT_HELD, MOVING, RETIRED, DOES_NOT_FIT, UNREADABLE).
+        Raises PoolError (FOREIGN_ADDRESS, STALE_ADDRESS, NOT_HELD, MOVING, RETIRED, DOES_NOT_FIT,
+        UNREADABLE).
         """
         at, held = self._find((address,))
         check_writable(held, address)
@@ -124,7 +126,7 @@ class MemPool(ShardConversation):
         page[offset : offset + len(data)] = data
 
     def read(self, address: Address) -> memoryview:
-        """A page that this program has leased or matched, in place and read-only; valid as long as the lease.
+        """A page that this program has leased or matched, in place and read-only; valid as long as its lease.
 
         Raises PoolError (FOREIGN_ADDRESS, STALE_ADDRESS, NOT_HELD, UNREADABLE).
         """
@@ -134,25 +136,30 @@ class MemPool(ShardConversation):
     # ---- index ---------------------------------------------------------------------------------------------
 
     async def acquire(self, tokens: bytes, extra_pages: int, shard: str) -> Lease:
-        """match and alloc_mem in one: pages for all of ``tokens``, cached ones first, and ``extra_pages`` more.
+        """match and alloc_mem in one: pages for all of ``tokens``, cached ones first, plus ``extra_pages``.
 
-        Waits while the pool is short of pages. Raises PoolError (TOO_LARGE, NOT_WHOLE_PAGES, BAD_COUNT, QUEUE_FULL).
+        Waits while the pool is short of pages. Raises PoolError (TOO_LARGE, NOT_WHOLE_PAGES, BAD_COUNT,
+        QUEUE_FULL).
         """
         at = self._shards[shard]
         make = lambda call: Acquire(call, self.scope, tokens, extra_pages)  # noqa: E731
         return at.hold(await self._ask(at, make, grants=True))
 
     async def match(self, tokens: bytes, shard: str) -> Lease:
-        """The longest cached prefix in whole pages, pinned until it is given back. Raises PoolError (QUEUE_FULL)."""
+        """The longest cached prefix in whole pages, pinned until it is given back.
+
+        Raises PoolError (NOT_WHOLE_PAGES, QUEUE_FULL).
+        """
         at = self._shards[shard]
         return at.hold(await self._ask(at, lambda call: Match(call, self.scope, tokens), grants=True))
 
     async def insert(self, tokens: bytes, addresses: Sequence[Address]) -> int:
-        """Put a prompt into the index: ``addresses`` hold all of ``tokens``, from the first on, in whole pages.
+        """Insert a prompt into the index: ``addresses`` hold all of ``tokens``, from the first on.
 
-        They are pages of one lease, or those of a match and then pages of one lease. They cannot be written from now on.
-        Answers how many of the tokens were cached already. Raises PoolError (NOT_WHOLE_PAGES, DOES_NOT_FIT,
-        TOKENS_CHANGED, FOREIGN_ADDRESS, STALE_ADDRESS, NOT_HELD, UNKNOWN_LEASE, MOVING).
+        Tokens fill whole pages. The addresses are pages of one lease, or pages of a match followed by pages
+        of one lease. They cannot be written any more. Returns how many of the tokens were cached already.
+        Raises PoolError (NOT_WHOLE_PAGES, DOES_NOT_FIT, TOKENS_CHANGED, FOREIGN_ADDRESS, STALE_ADDRESS,
+        NOT_HELD, UNKNOWN_LEASE, MOVING).
         """
         at, held = self._find(addresses[-1:])
         named = tuple(addresses)
@@ -162,23 +169,30 @@ class MemPool(ShardConversation):
         return already
 
     async def delete(self, tokens: bytes, shard: str) -> int:
-        """Drop a prompt and all that continues it, but for what is in use; the pages that came free."""
+        """Drop a prompt and all that continues it, except pages in use; returns how many came free."""
         return await self._freed(shard, lambda call: Delete(call, self.scope, tokens))
 
     async def evict(self, n: int, shard: str, tier: Tier = Tier.DEVICE) -> int:
-        """Drop up to ``n`` pages that nobody uses, the least recently used; how many. Raises PoolError (BAD_TIER)."""
+        """Drop up to ``n`` unused pages, least recently used first; returns how many came free.
+
+        Raises PoolError (BAD_COUNT, BAD_TIER).
+        """
         return await self._freed(shard, lambda call: Evict(call, n, tier))
 
     # ---- tiers ---------------------------------------------------------------------------------------------
 
     async def swap_out(self, n: int, shard: str, tier: Tier = Tier.DEVICE) -> int:
-        """Move up to ``n`` pages that nobody uses to the next tier; how many went. Raises PoolError (BAD_TIER)."""
+        """Move up to ``n`` unused pages to the next tier; returns how many were moved.
+
+        Raises PoolError (BAD_COUNT, BAD_TIER).
+        """
         return await self._freed(shard, lambda call: SwapOut(call, n, tier))
 
     async def swap_in(self, pages: Lease | Sequence[Address]) -> Lease:
-        """Bring the pages of a match into the device tier: the lease with their new addresses.
+        """Bring the pages of a match into the device tier; returns the lease with their new addresses.
 
-        Raises PoolError (UNKNOWN_LEASE, NOT_HELD, FOREIGN_ADDRESS, STALE_ADDRESS, MOVING, PINNED).
+        Raises PoolError (UNKNOWN_LEASE, NOT_HELD, FOREIGN_ADDRESS, STALE_ADDRESS, MOVING, PINNED, NO_PAGES,
+        QUEUE_FULL).
         """
         at, held = self._find(pages.addresses[:1] if isinstance(pages, Lease) else pages)
         answer = await self._ask(at, lambda call: SwapIn(call, held.id))
@@ -186,7 +200,7 @@ class MemPool(ShardConversation):
         return at.hold(answer)
 
     def prefetch(self, tokens: bytes, shard: str) -> None:
-        """Say that a prefix will be wanted soon. A hint: nothing is promised, and nothing answered."""
+        """Hint that a prefix will be wanted soon. Nothing is promised, and nothing answered."""
         self._send(self._shards[shard], Prefetch(self.scope, tokens))
 
     # ---- between shards ------------------------------------------------------------------------------------
@@ -200,11 +214,12 @@ class MemPool(ShardConversation):
         granularity: Granularity | None = None,
         deadline_s: float = TRANSFER_S,
     ) -> Lease:
-        """Copy pages to another shard: into ``dst``, pages of one lease there, or else into new ones; the lease that has them.
+        """Copy pages to another shard, into ``dst`` or into new pages; returns the lease there that has them.
 
-        ``src``: pages of this program's in the device tier of one shard. Raises PoolError (NOT_HELD, FOREIGN_ADDRESS,
-        STALE_ADDRESS, UNKNOWN_LEASE, MOVING, RETIRED, BAD_TIER, DOES_NOT_FIT, BAD_COUNT, NO_PAGES, TOO_LARGE, QUEUE_FULL,
-        NO_PATH; and PEER_GONE, CUT, DEADLINE, CHECKSUM, after which ``dst`` can only be given back).
+        ``src`` are pages of this program in the device tier of one shard; ``dst`` are pages of one lease at
+        the other. Raises PoolError (NOT_HELD, FOREIGN_ADDRESS, STALE_ADDRESS, UNKNOWN_LEASE, MOVING, RETIRED,
+        BAD_TIER, DOES_NOT_FIT, BAD_COUNT, NO_PAGES, TOO_LARGE, QUEUE_FULL, NO_PATH; and PEER_GONE, CUT,
+        DEADLINE, CHECKSUM, after which ``dst`` can only be given back).
         """
         return await self.transfer_with_insert(
             shard, b"", src, dst, granularity=granularity, deadline_s=deadline_s
@@ -220,9 +235,10 @@ class MemPool(ShardConversation):
         granularity: Granularity | None = None,
         deadline_s: float = TRANSFER_S,
     ) -> Lease:
-        """The same, and then the receiver inserts ``tokens``, which ``src`` holds from the first on, before it acknowledges.
+        """Copy pages like :meth:`transfer`, and let the receiver insert ``tokens`` before it acknowledges.
 
-        Raises PoolError as :meth:`transfer`, and NOT_WHOLE_PAGES.
+        ``src`` holds ``tokens`` from the first on. Raises PoolError like :meth:`transfer`, and
+        NOT_WHOLE_PAGES.
         """
         there = self._shards[shard]
         into = self._destination(there, dst)
@@ -253,13 +269,19 @@ class MemPool(ShardConversation):
         *,
         deadline_s: float = TRANSFER_S,
     ) -> int:
-        """The same for another program (its ``me``), which takes the pages and ``private`` by :meth:`receive`; bytes moved."""
+        """Copy pages to another shard for another program; returns the number of bytes moved.
+
+        ``to`` is that program's ``me``. It takes the pages and ``private`` by :meth:`receive`.
+        """
         call = self._push(self._shards[shard], src, deadline_s, tokens=tokens, owner=to, private=private)
         answer = await self._move(call, None)
         return answer.nbytes
 
     async def receive(self, shard: str) -> Delivery:
-        """The next pages that another program has sent here; waits for them. Raises PoolError (QUEUE_FULL)."""
+        """The next pages that another program has sent to this one; waits for them.
+
+        Raises PoolError (QUEUE_FULL).
+        """
         at = self._shards[shard]
         answer = await self._ask(at, NextArrival, grants=True)
         return Delivery(at.hold(answer), answer.sender, answer.private)
@@ -272,7 +294,7 @@ class MemPool(ShardConversation):
         return freed
 
     def _destination(self, there: Shard, dst: Sequence[Address]) -> HeldLease | None:
-        """The lease of pages that may be written."""
+        """The lease of destination pages, all of which must be writable."""
         if not dst:
             return None
         there.home.slots(dst)
@@ -282,14 +304,14 @@ class MemPool(ShardConversation):
         return held[0]
 
     def _push(self, there: Shard, src: Sequence[Address], deadline_s: float, **more: Any) -> Transfer:
-        """A Transfer of pages to a shard, without its number."""
+        """A Transfer of pages to a shard, not yet numbered."""
         at, _ = self._find(src[:1])
         at.home.slots(src)
         leases = tuple(dict.fromkeys(at.holder(one, trio.current_time()).id for one in src))
         return Transfer(0, there.known.actor, self.scope, leases, tuple(src), deadline_s, **more)
 
     async def _move(self, call: Transfer, into: HeldLease | None) -> Transferred:
-        """Ask the shard of the pages to send them; until that is over, neither end may be written."""
+        """Ask the shard that has the pages to send them; until that has ended, neither end may be written."""
         src, dst = [Address(one) for one in call.addresses], [Address(one) for one in call.destination]
         at, _ = self._find(src[:1])
         there = next(one for one in self._shards.values() if one.known.actor == call.to)
@@ -313,7 +335,7 @@ class MemPool(ShardConversation):
         return answer
 
     async def _claim(self, there: Shard, answer: Transferred, tokens: int) -> Lease:
-        """Let the receiver know that its new lease has found its owner."""
+        """Adopt the new lease at the receiver, so that the receiver knows that its owner has claimed it."""
         try:
             await self._ask(there, lambda call: Adopt(call, answer.lease, self.me))
         except BaseException:
@@ -326,9 +348,10 @@ class MemPool(ShardConversation):
 async def open_pool(
     name: str, folder: Path, shards: Mapping[str, str], scope: str = ""
 ) -> AsyncIterator[MemPool]:
-    """A pool over shards, given by name and endpoint, for a ``with`` block; its leases end with it.
+    """A pool over shards, given by name and endpoint, for an ``async with`` block; its leases end with it.
 
-    ``folder``: for this program's own socket, with mode 0700. Raises PeerUnreachable when a shard does not answer.
+    ``folder`` is for this program's own socket and must have mode 0700. Raises PeerUnreachable when a shard
+    does not answer.
     """
     actor = ActorId(f"{name}.{secrets.token_hex(4)}")
     async with open_link(actor, f"ipc://{folder / actor}.sock") as link, trio.open_nursery() as nursery:

@@ -1,4 +1,4 @@
-"""Which running cluster a command is about; the options of `memserve status`, `role` and `drain` are made from this class."""
+"""Selects a running cluster; the options of `memserve status`, `role` and `drain` come from this class."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 @Parameter(name="*")
 @attrs.frozen(kw_only=True)
 class ClusterOptions:
-    """A cluster by its address, or the one that runs from this directory."""
+    """A cluster given by its address, or the one that runs from this directory."""
 
     url: Annotated[
         str | None,

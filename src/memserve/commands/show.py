@@ -18,7 +18,7 @@ STYLES = {"warning": "yellow", "error": "bold red", "critical": "bold red", "deb
 
 
 def console() -> Console | None:
-    """A terminal to draw on, or None when output goes to a file or a pipe."""
+    """A console for the terminal, or None when output goes to a file or a pipe."""
     if not sys.stdout.isatty():
         return None
     from rich.console import Console
@@ -27,18 +27,21 @@ def console() -> Console | None:
 
 
 def say(text: str) -> None:
-    """One line on standard output."""
+    """Print one line on standard output."""
     print(text)
 
 
 def complain(text: str) -> None:
-    """One line on standard error, for what is not the answer itself."""
+    """Print one line on standard error, for text that is not part of the answer."""
     if text:
         print(text, file=sys.stderr)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> None:
-    """Rows under a head. On a terminal, a column too wide for it is folded; in a pipe, nothing is cut."""
+    """Print rows under a head.
+
+    On a terminal, columns that are too wide are folded; in a pipe, nothing is cut.
+    """
     if (screen := console()) is None:
         plain_table(head, list(rows), title)
         return
@@ -53,7 +56,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -
 
 
 def plain_table(head: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
-    """Columns padded with blanks, for pipes."""
+    """Print columns padded with blanks, for pipes."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     if title:
         say(title)
@@ -64,12 +67,12 @@ def plain_table(head: Sequence[str], rows: Sequence[Sequence[str]], title: str =
 
 
 def pairs(data: Mapping[str, Any]) -> str:
-    """``key=value`` for each entry, figures shortened."""
+    """``key=value`` for each entry that is not None, with shortened figures."""
     return " ".join(f"{key}={figure(value)}" for key, value in data.items() if value is not None)
 
 
 def figure(value: Any) -> str:
-    """A value for people: three decimals at most, blanks quoted, exceptions by their message."""
+    """A value for people: three decimals at most, text with blanks quoted, exceptions by their message."""
     if isinstance(value, float):
         return f"{value:.3f}".rstrip("0").rstrip(".")
     if isinstance(value, list) and value and isinstance(value[0], dict) and "exc_type" in value[0]:
@@ -82,7 +85,7 @@ def figure(value: Any) -> str:
 
 
 def records(lines: Iterable[Record]) -> None:
-    """Log lines as they come."""
+    """Print log lines as they arrive."""
     screen = console()
     for record in lines:
         text = log_line(record)
@@ -104,7 +107,7 @@ def log_line(record: Record) -> str:
 
 
 def timeline(life: Timeline) -> None:
-    """A request's events with a bar for the time until the next one."""
+    """Print a request's events, each with a bar for the time until the next one."""
     rows = [
         (
             f"{moment.at_ms:.1f}",
@@ -123,7 +126,7 @@ def timeline(life: Timeline) -> None:
 
 
 def summary(run: str, facts: Record) -> None:
-    """A run's summary."""
+    """Print a run's summary."""
     requests, outcomes = facts["requests"], facts["requests"]["outcomes"]
     say(f"run {run}: {facts['elapsed_s']:.1f} s, {len(facts['actors'])} actors")
     resubmitted = f", {requests['resubmitted']} resubmitted" if requests["resubmitted"] else ""
@@ -152,11 +155,11 @@ def summary(run: str, facts: Record) -> None:
 # ---- the cluster ---------------------------------------------------------------------------------------------
 
 LOAD_SHOWN = ("requests_open", "requests_running", "requests_waiting", "requests_held", "waiting_tokens")
-"""Gauges that status shows as they are."""
+"""Gauges that status shows by name and value."""
 
 
 def members(found: Sequence[Record]) -> None:
-    """The actors of a running cluster."""
+    """Print the actors of a running cluster."""
     several = any(member.get("host") for member in found)
     rows = [
         (
@@ -176,7 +179,7 @@ def members(found: Sequence[Record]) -> None:
 
 
 def role(member: Record) -> str:
-    """A worker's role, who gave it where its configuration did not, and the one it is about to take."""
+    """A worker's role, who gave it if its configuration did not, and the role that it is about to take."""
     given = {"hand": " by hand", "scheduler": " by the scheduler"}.get(member.get("role_by", ""), "")
     wanted = f", wanted: {member['role_wanted']}" if member.get("role_wanted") else ""
     return f"{member.get('role', '')}{given}{wanted}"

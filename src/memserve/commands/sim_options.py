@@ -1,4 +1,4 @@
-"""What `memserve sim` can be told; the command line is made from this class."""
+"""The options of `memserve sim`; the command line is made from this class."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _option(text: str, *names: str) -> Parameter:
 @Parameter(name="*")
 @attrs.frozen(kw_only=True)
 class SimOptions:
-    """One call. Nothing is checked here."""
+    """The options of one call. Nothing is checked here."""
 
     config: Annotated[
         tuple[str, ...], _option("A configuration; given several times, they are compared.", "--config", "-c")

@@ -1,4 +1,4 @@
-"""`memserve sim`: what a run is asked for on the command line, and how its report is shown."""
+"""`memserve sim`: turns the command line into simulation runs, and prints their reports."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from memserve.sim.world import Violation
 SLO_NAMES = ("ttft", "tpot", "jct")
 VIOLATIONS_SHOWN = 10
 REQUESTS = 300
-"""Of a generated workload."""
+"""Number of requests of a generated workload, unless given."""
 
 
 # ---- the workload and the layouts ----------------------------------------------------------------------------
 
 
 def sessions_of(asked: SimOptions) -> tuple[Session, ...]:
-    """What clients will ask. Raises UserError."""
+    """The requests that clients will send, by session. Raises UserError."""
     if (asked.trace is None) == (not asked.workload):
         raise UserError("give either --trace FILE or --workload, one of them")
     if asked.trace is not None:
@@ -62,7 +62,10 @@ def sessions_of(asked: SimOptions) -> tuple[Session, ...]:
 
 
 def layout_of(name: str, config: Config, pages: int | None) -> Layout:
-    """The cluster that a configuration describes, ``pages`` a shard or as many as its memory holds. Raises UserError."""
+    """The cluster that a configuration describes, with ``pages`` per shard or as many as its memory holds.
+
+    Raises UserError.
+    """
     spec = read_spec(find_model(config.model.path))
     page_bytes = spec.page_bytes(config.pool.page_tokens, config.model.dtype)
     shards = tuple(
@@ -110,7 +113,10 @@ def _pages(shard: ShardConfig, pages: int | None, page_bytes: int) -> int:
 
 
 def costs_of(path: Path | None) -> CostModel:
-    """What steps cost: a TOML table of StepCosts' figures, or those of the paper's machine. Raises UserError."""
+    """The costs of steps: a TOML table of StepCosts' figures, or those of the paper's machine.
+
+    Raises UserError.
+    """
     if path is None:
         return PAPER
     try:
@@ -120,7 +126,7 @@ def costs_of(path: Path | None) -> CostModel:
 
 
 def runs_of(asked: SimOptions) -> list[Run]:
-    """Each configuration with each policy."""
+    """One run for each configuration and policy."""
     if asked.sites is not None and asked.sites < 1:
         raise UserError(f"--sites must be at least 1, not {asked.sites}")
     sessions, costs, kinds = sessions_of(asked), costs_of(asked.costs), faults.parse(asked.faults)
@@ -144,7 +150,7 @@ def runs_of(asked: SimOptions) -> list[Run]:
 
 
 def command(asked: SimOptions, print_json: Callable[[Any], None]) -> int:
-    """Do what was asked; the exit status. Raises UserError."""
+    """Run the simulations that the options ask for; the exit status. Raises UserError."""
     if asked.runs is not None:
         found = search(asked.seed, asked.runs, asked.faults, asked.jobs)
         if not asked.json:
@@ -165,7 +171,10 @@ def command(asked: SimOptions, print_json: Callable[[Any], None]) -> int:
 
 
 def run(asked: SimOptions) -> list[Report]:
-    """One report for each layout and policy. Raises UserError for a wrong command line, and when an invariant breaks."""
+    """One report for each layout and policy.
+
+    Raises UserError for a wrong command line, and when an invariant breaks.
+    """
     reports = []
     for one in runs_of(asked):
         try:
@@ -177,7 +186,7 @@ def run(asked: SimOptions) -> list[Report]:
 
 
 def parse_slo(words: str) -> dict[str, float]:
-    """``ttft=0.5,tpot=0.05``: seconds that the P99 may take. Raises UserError."""
+    """The limits of the P99 in seconds by name, from text like ``ttft=0.5,tpot=0.05``. Raises UserError."""
     found: dict[str, float] = {}
     for word in filter(None, words.split(",")):
         name, _, seconds = word.partition("=")
@@ -191,7 +200,7 @@ def parse_slo(words: str) -> dict[str, float]:
 
 
 def show_reports(reports: Sequence[Report], slo: dict[str, float]) -> None:
-    """One run in full, several side by side."""
+    """Print one run in full, or several side by side."""
     if len(reports) == 1 and not slo:
         show_one(reports[0])
         return
@@ -219,7 +228,7 @@ def show_reports(reports: Sequence[Report], slo: dict[str, float]) -> None:
 
 
 def show_one(one: Report) -> None:
-    """Everything about one run."""
+    """Print everything about one run."""
     outcomes = ", ".join(f"{name} {number}" for name, number in one.outcomes.items())
     show.say(
         f"{one.layout}, {one.policy}, seed {one.seed}: {one.virtual_s:.1f} virtual seconds, {one.events} events"
@@ -260,12 +269,12 @@ def show_one(one: Report) -> None:
 
 
 def ms(seconds: float) -> str:
-    """Seconds as milliseconds for people."""
+    """Seconds as milliseconds, for people."""
     return f"{seconds * 1e3:.1f}"
 
 
 def errors(one: Report) -> int:
-    """Requests that ended without their tokens, and not by their clients."""
+    """How many requests ended without all of their tokens, other than by their clients."""
     return sum(number for name, number in one.outcomes.items() if name not in ("length", "cancelled"))
 
 
@@ -273,7 +282,7 @@ def errors(one: Report) -> int:
 
 
 def search(first: int, runs: int, words: str, jobs: int) -> list[fuzz.Outcome]:
-    """``runs`` small clusters with faults, one a seed, in ``jobs`` processes."""
+    """Outcomes of ``runs`` small clusters with faults, one per seed, in ``jobs`` processes."""
     seeds, one = range(first, first + runs), partial(fuzz.fuzz, kinds=faults.parse(words))
     if jobs <= 1:
         return [one(seed) for seed in seeds]
@@ -282,7 +291,7 @@ def search(first: int, runs: int, words: str, jobs: int) -> list[fuzz.Outcome]:
 
 
 def show_search(found: Sequence[fuzz.Outcome], words: str) -> None:
-    """What the seeds found."""
+    """Print the results of all seeds."""
     bad = [one for one in found if one.violation]
     for one in bad[:VIOLATIONS_SHOWN]:
         show.say(f"memserve sim --faults {words} --runs 1 --seed {one.seed}: {one.violation}")

@@ -1,4 +1,4 @@
-"""Asks a running cluster who is in it, and to change its workers: `memserve status`, `role` and `drain`."""
+"""Asks a running cluster for its members, or to change its workers: `memserve status`, `role` and `drain`."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ import attrs
 from memserve.errors import UserError
 
 TIMEOUT_S = 15.0
-"""More than a Frontend waits for a worker to change."""
+"""Timeout of a request: longer than a Frontend waits for a worker to change."""
 ANSWER_BYTES_MAX = 16 << 20
 
 
 LEAVE_POLL_S = 0.2
-"""Between two looks at whether a drained worker has left."""
+"""Pause between two checks whether a drained worker has left."""
 
 
 @attrs.frozen
@@ -42,7 +42,7 @@ class Target:
         return cls(url, api_key)
 
     def ask(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        """The JSON that the cluster answers to a GET, or to a POST of ``body``. Raises UserError with a remedy."""
+        """The cluster's JSON answer to a GET, or to a POST of ``body``. Raises UserError with a remedy."""
         request = Request(f"{self.url.rstrip('/')}{path}")
         if self.api_key:
             request.add_header("Authorization", f"Bearer {self.api_key}")
@@ -70,17 +70,23 @@ class Target:
         return members
 
     def change(self, worker: str, body: dict[str, Any]) -> None:
-        """Change a worker; returns when it is in force. Raises UserError with the cluster's reason."""
+        """Change a worker; returns when the change is in force.
+
+        Raises UserError with the cluster's reason.
+        """
         self.ask(f"/cluster/{quote(worker, safe='')}", body)
 
     def wait_gone(self, worker: str) -> None:
-        """Wait until no member has this name. Raises UserError."""
+        """Wait until no member has this name. Raises UserError when the cluster does not answer."""
         while any(str(one["id"]).rpartition(".")[0] == worker for one in self.members()):
             time.sleep(LEAVE_POLL_S)
 
 
 def find(log_dir: Path) -> tuple[str, str]:
-    """Address and a key of the cluster that logs to ``log_dir``. Raises UserError when none serves."""
+    """The address of the cluster that logs to ``log_dir``, and a key for it.
+
+    Raises UserError when none serves.
+    """
     from memserve.processes.place import find_running
 
     running = find_running(log_dir)
@@ -96,7 +102,7 @@ def find(log_dir: Path) -> tuple[str, str]:
 
 
 def refusal(url: str, code: int, body: bytes = b"") -> str:
-    """Why a cluster did not answer, and what to do: in its own words where it has any."""
+    """Why a cluster refused, and what to do: in its own words if it gave any."""
     if code == 401:
         return f"{url} asks for a key: give --api-key, or set MEMSERVE_API_KEY"
     try:

@@ -1,15 +1,18 @@
-"""Changes a row's logits as its request asks, and tells the log probabilities of what they were.
+"""Adjusts a row's logits as its request asks, and reports log probabilities of the unadjusted logits.
 
-For a token whose logit is ``l``, in this order, every operation rounded to float32 and none fused with the next, so that
-every engine and device gets the same bits from the same logits (``kernels/native/sampling.hpp`` does the same):
+The adjustments of a token's logit ``l`` are, in this order:
 
 1. ``l + bias``: ``logit_bias``;
-2. ``l / repetition`` if ``l > 0``, else ``l * repetition``, once, if prompt or answer have the token (Keskar et al.,
-   arXiv 1909.05858, as in transformers and vLLM);
-3. ``l - frequency * n`` and then ``l - presence``, if the answer has the token ``n > 0`` times: OpenAI's penalties;
-4. minus infinity, if the token would end an answer that is shorter than ``min_tokens``, or if the answer's grammar does not allow it.
+2. ``l / repetition`` if ``l > 0``, otherwise ``l * repetition``; once for each token that occurs in prompt or
+   answer (Keskar et al., arXiv 1909.05858, as in transformers and vLLM);
+3. ``l - frequency * n`` and then ``l - presence``, if the token occurs ``n > 0`` times in the answer:
+   OpenAI's penalties;
+4. minus infinity, if the token would end an answer shorter than ``min_tokens``, or if the answer's grammar
+   forbids it.
 
-Temperature, min_p, top_k and top_p follow, in :mod:`memserve.engine.sampling`.
+Every operation is rounded to float32 and none is fused with the next, so every engine and device computes the
+same bits from the same logits (``kernels/native/sampling.hpp`` does the same). Temperature, min_p, top_k and
+top_p follow in :mod:`memserve.engine.sampling`.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from memserve.tokens import pack
 
 
 def adjusted(logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
-    """The logits that ``rows`` draw from: ``logits``, (rows, vocab) float32, or a copy where any row adjusts its own."""
+    """The logits that ``rows`` draw from: ``logits``, (rows, vocab) float32, or a copy if any row adjusts."""
     if all(row.past is None for row in rows):
         return logits
     changed = logits.clone()
@@ -38,7 +41,7 @@ def adjusted(logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
 
 
 def adjust(logits: torch.Tensor, how: Adjustments, past: Past) -> None:
-    """Adjust one row in place. ``logits``: (vocab,) float32 on any device, which is not waited for."""
+    """Adjust one row in place, without waiting for the device. ``logits``: (vocab,) float32 on any device."""
 
     there = partial(sent, device=logits.device)
 
@@ -46,14 +49,14 @@ def adjust(logits: torch.Tensor, how: Adjustments, past: Past) -> None:
         return there(_ids(packed)).long()
 
     def number(value: float) -> torch.Tensor:
-        # On the device: by a number of the host, CUDA multiplies with its reciprocal instead of dividing.
+        # On the device: to divide by a host number, CUDA multiplies by its reciprocal instead.
         return torch.full((1,), value, dtype=torch.float32, device=logits.device)
 
     if how.biased:
         logits[at(how.biased)] += there(np.frombuffer(how.bias, "<f4"))
     if how.repetition != 1:
         seen, by = at(past.prompt + past.output), number(how.repetition)
-        was = logits[seen]  # of a token that is there twice, the same is written twice
+        was = logits[seen]  # a token that occurs twice gets the same value twice
         logits[seen] = torch.where(was > 0, was / by, was * by)
     if past.output and (how.frequency or how.presence):
         said, times = np.unique(_ids(past.output), return_counts=True)
@@ -72,7 +75,7 @@ def _ids(packed: bytes) -> np.ndarray:
 
 
 def told(logits: Iterable[torch.Tensor], rows: Iterable[Row], tokens: Iterable[int]) -> list[Logprobs | None]:
-    """What each row that drew its token is told, if it asked. ``logits``: (vocab,) float32 of each, not adjusted."""
+    """Log probabilities per row, None for rows that did not ask. ``logits``: (vocab,) float32, unadjusted."""
     return [
         logprobs_of(one, token, row.sample.logprobs)
         if row.sample is not None and row.sample.logprobs is not None
@@ -82,9 +85,10 @@ def told(logits: Iterable[torch.Tensor], rows: Iterable[Row], tokens: Iterable[i
 
 
 def logprobs_of(logits: torch.Tensor, token: int, count: int) -> Logprobs:
-    """The log probabilities of ``token`` and of the ``count`` most probable ones. ``logits``: (vocab,) float32, not adjusted.
+    """Log probabilities of ``token`` and of the ``count`` most probable tokens.
 
-    ``l - max - log(sum(exp(l - max)))``, in float64 from ``l - max`` on.
+    ``logits``: (vocab,) float32, unadjusted. The formula is ``l - max - log(sum(exp(l - max)))``, in float64
+    after the subtraction ``l - max``.
     """
     below = (logits - logits.max()).double()
     values = below - below.exp().sum().log()

@@ -1,8 +1,8 @@
 """Which rows a step runs: continuous batching with chunked prefill under a token budget.
 
-Decode rows go first, so that a long prompt never holds up a running stream by more than one chunk; the rest of
-the budget goes to prompts, first come first served. Rows of both kinds share one step. While no stream runs there
-is nobody to hold up, and the budget is twice as large: a step's pass over the weights then serves more tokens.
+Decode rows go first, so that a long prompt never delays a running stream by more than one chunk. Prompts
+share the token budget, first come first served. Rows of both kinds run in one step. While no stream runs,
+there is none to delay, and the budget is twice as large: each pass over the weights then serves more tokens.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from memserve.engine.sequence import Sequence
 from memserve.tokens import pack
 
 ALONE = 2
-"""Chunks that a step takes while no stream runs."""
+"""Prefill chunks that a step may run while no stream runs."""
 
 
 @attrs.frozen
 class BatchLimits:
-    """How large a step may be."""
+    """Size limits of a step."""
 
     chunk_tokens: int
-    """Prefill tokens a step beside running streams."""
+    """Prefill tokens per step while streams run."""
     rows: int
-    """Sequences a step."""
+    """Sequences per step."""
 
 
 @attrs.frozen
 class WorkerSettings:
-    """What a worker is told at start."""
+    """A worker's settings, fixed at its start."""
 
     limits: BatchLimits
     page_tokens: int
@@ -39,17 +39,17 @@ class WorkerSettings:
     retire: str
     """Which pages go into the index: ``none``, ``prompt`` or ``all``."""
     fetch_s: float = 5.0
-    """How long pages of another shard are waited for, before they are computed instead."""
+    """How long to wait for pages of another shard before computing them instead, in seconds."""
     returns: bool = False
-    """Whether a request that was handed over from another shard leaves its answer's pages there too (mode 3)."""
+    """Whether a request handed over from another shard has its answer's pages copied back there (mode 3)."""
     ahead: bool = False
     """Whether a prompt's full pages go to a decode worker on another shard while the rest is computed."""
     page_bytes: int = 0
-    """Of one page's KV, for the counters."""
+    """Size of one page's KV in bytes, for the counters."""
     draft: int = 0
-    """Tokens that a stream may guess in a step; see :mod:`memserve.engine.drafting`."""
+    """Draft tokens per stream and step, at most; see :mod:`memserve.engine.drafting`."""
     requests_max: int = 1024
-    """Sequences held at once; beyond it a Prefill is answered with Failed (overloaded)."""
+    """Sequences held at once. With that many, a Prefill is answered with Failed (overloaded)."""
 
 
 @attrs.frozen
@@ -59,16 +59,19 @@ class Batch:
     plan: BatchPlan
     sequences: tuple[Sequence, ...]
     ends: tuple[int, ...]
-    """Tokens computed of each once the step is done, those of drafts not counted."""
+    """Computed tokens of each sequence after the step, not counting draft tokens."""
 
     def drawn(self, row: int, result: BatchResult) -> bytes:
-        """What a row drew, packed: nothing, a token, or more where its draft was right."""
+        """Tokens that a row drew, packed: none, one, or more where draft tokens were accepted."""
         token = result.tokens[row]
         return b"" if token is None else pack([token]) + result.more.get(row, b"")
 
 
 def form_batch(ready: Iterable[Sequence], limits: BatchLimits, page_tokens: int) -> Batch | None:
-    """The next step over ``ready`` (longest-waiting decode rows first, prompts in arrival order), or None."""
+    """The next step, or None when nothing in ``ready`` can run.
+
+    Decode rows come first, in the order of ``ready`` (longest-waiting first), then prompts in arrival order.
+    """
     runnable = [one for one in ready if one.room(page_tokens) > 0 and one.computed < one.length]
     chosen: list[tuple[Sequence, int]] = [(one, 1) for one in runnable if one.decoding][: limits.rows]
     budget = limits.chunk_tokens if chosen else ALONE * limits.chunk_tokens

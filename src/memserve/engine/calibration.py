@@ -1,8 +1,8 @@
-"""What an engine's steps cost, measured at a worker's start within a few seconds, and remembered on disk.
+"""What an engine's steps cost: measured at a worker's start within a few seconds, and cached on disk.
 
-A measurement is known by everything that it depends on: the model's weights, dtype, the engine, its threads, the machine.
-Workers of one host measure one after another, so that none takes the cores of another; those with the same answer
-then find it.
+The cache key covers everything that a measurement depends on: the model's weights, dtype, the engine, its
+threads, the machine. Workers of one host measure one after another, so that none takes cores from another;
+workers with the same key then find the result.
 """
 
 from __future__ import annotations
@@ -26,29 +26,35 @@ from memserve.engine.batching import ALONE
 from memserve.scheduling.cost_fit import Rows, Sample, fit_steps
 
 BUDGET_S = 3.0
-"""Measuring ends about then, with fewer sizes on a slow machine."""
+"""Approximate time limit of a calibration; a slow machine measures fewer sizes."""
 REPEATS = 2
-"""The least of so many is taken of what is short: noise only ever adds."""
+"""Runs of a short step, of which the fastest counts: noise only ever adds time."""
 SHORT_S = 0.15
+"""Seconds up to which a step counts as short and is repeated."""
 ROUGH_S = 600.0
-"""What was measured on fewer cores than a worker may have serves so long: the workers of one start need not all measure."""
+"""How long figures measured on fewer cores than requested stay valid.
+
+They spare the workers of one cluster start from measuring one by one.
+"""
 PATIENCE_S = 1.5
-"""How long in all a step is tried again that had not all of its threads: another worker was starting."""
+"""Total time spent on repeating steps that had too few threads because another worker was starting."""
 PATIENCE_STEP_S = 0.02
+"""Pause before such a step is repeated."""
 SLICED = 2
-"""Crowding is measured on one of so many slices of a worker's threads."""
+"""Number of slices of a worker's threads; crowding is measured on one slice."""
 SLICED_REPEATS = 4
 VERSION = 3
-"""Of what is measured and how."""
+"""Version of what is measured and how; part of the cache key."""
 
 TimeStep = Callable[[Rows], tuple[float, int]]
-"""Runs a step of such rows; seconds, and the threads it had."""
+"""Runs one step of these rows; seconds, and the threads it had."""
 
 
 def patient(run: TimeStep, threads: int, sleep: Callable[[float], None] = time.sleep) -> TimeStep:
-    """The same, but what had fewer than ``threads`` is run again a little later, until PATIENCE_S have gone by in all.
+    """``run``, except that a step with fewer than ``threads`` is run again, for PATIENCE_S in total.
 
-    A cluster's workers start together: while one measures, another still loads its weights or runs its first step.
+    A cluster's workers start together: while one measures, another still loads its weights or runs its first
+    step.
     """
     waited = 0.0
 
@@ -65,7 +71,7 @@ def patient(run: TimeStep, threads: int, sleep: Callable[[float], None] = time.s
 
 
 def cases(chunk_tokens: int, rows: int, context: int) -> list[Rows]:
-    """Steps to measure, the cheap ones first. ``context``: the longest worth asking for."""
+    """Steps to measure: decode batches, prompt chunks and mixes. ``context``: the longest to measure."""
     streams = [count for count in (1, 2, 4, 8, 16, 32, 64, 128, 256) if count <= rows]
     most = ALONE * chunk_tokens
     chunks = [tokens for tokens in (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048) if tokens < most]
@@ -81,9 +87,10 @@ def cases(chunk_tokens: int, rows: int, context: int) -> list[Rows]:
 def measure(
     run: TimeStep, chunk_tokens: int, rows: int, context: int, token_bytes: int
 ) -> tuple[StepCosts, int]:
-    """Calibrate an engine: its figures, and the fewest threads that a step of it had.
+    """Calibrate an engine: its cost figures, and the fewest threads that any measured step had.
 
-    Sizes that cost more than the budget allows are left out; beyond the largest measured, costs go on in a line.
+    Sizes that would exceed the time budget are left out; costs beyond the largest one are extrapolated
+    linearly.
     """
     began = time.monotonic()
     samples: list[Sample] = []
@@ -115,10 +122,10 @@ def measure(
 
 
 def crowding(costs: StepCosts, whole: TimeStep, sliced: TimeStep, context: int) -> StepCosts:
-    """The same with what crowding costs: steps of ``sliced``, on a part of the threads, against those of ``whole``.
+    """``costs`` with crowding figures: ``sliced`` steps, on part of the threads, against ``whole`` ones.
 
-    Unchanged where the whole never had more threads: nothing was seen. Measured alone: where two workers wait for the
-    same memory, each takes longer than this says, which the scale that it reports shows.
+    Returned unchanged where whole steps never had more threads. The measurement runs alone: two workers that
+    compete for memory bandwidth are slower than it says, which shows in the step cost scale that they report.
     """
     tokens = min(costs.chunk_tokens, context)
     decode = _stretch(whole, sliced, ((1, min(300, context - 1)),) * 4)
@@ -129,9 +136,9 @@ def crowding(costs: StepCosts, whole: TimeStep, sliced: TimeStep, context: int) 
 
 
 def _stretch(whole: TimeStep, sliced: TimeStep, rows: Rows) -> float | None:
-    """By which share a step takes longer for each time that its threads are divided by one more; None if they were not."""
+    """Relative slowdown of a step per additional slice of its threads; None if all runs had equally many."""
     best: dict[int, float] = {}
-    for _ in range(SLICED_REPEATS):  # in turn, so that what disturbs one disturbs the other
+    for _ in range(SLICED_REPEATS):  # alternating, so that a disturbance hits both
         for run in (whole, sliced):
             seconds, threads = run(rows)
             best[threads] = min(seconds, best.get(threads, math.inf))
@@ -148,11 +155,12 @@ def calibrated(
     threads: int,
     at_work: Callable[[], StepCosts | None] = lambda: None,
 ) -> StepCosts:
-    """What is remembered under ``name``, or else measured now; remembered for good if it had all of its ``threads``.
+    """Costs cached under ``name``, or measured now; cached permanently if all ``threads`` were available.
 
-    ``at_work``: the figures of a like worker that runs requests at this moment. Then nothing is measured, but they are
-    taken: beside its streams every step takes several times as long, and figures from such steps, these or those of an
-    earlier start, would keep requests away from this worker, so that it could never find out better.
+    ``at_work``: the figures of a similar worker that is running requests, or None. If there are such figures,
+    they are used instead of rough ones, and nothing is measured. Next to that worker's streams every step
+    takes several times as long. Figures from such steps, of this start or an earlier one, would keep requests
+    away from this worker, and it would never get the chance to correct them.
     """
     told = {"version": VERSION, "machine": machine(), "threads": threads, **name}
     key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
@@ -168,7 +176,7 @@ def calibrated(
 
 
 def machine() -> str:
-    """What makes another machine's figures worthless here: its processor, with the instructions that it has."""
+    """Identifies the machine of cached figures: architecture, CPU count, CPU model and instruction sets."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -195,7 +203,7 @@ def _read(path: Path, younger_s: float = math.inf) -> StepCosts | None:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Whole or not at all."""
+    """Write the file atomically."""
     part = path.with_suffix(f".{os.getpid()}")
     part.write_bytes(data)
     part.replace(path)

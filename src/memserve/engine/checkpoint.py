@@ -1,4 +1,4 @@
-"""A model as it was published, opened: a GGUF file or a Hugging Face directory, and no difference from here on."""
+"""A published model, opened: a GGUF file or a Hugging Face directory, treated alike from here on."""
 
 from __future__ import annotations
 
@@ -19,31 +19,37 @@ from memserve.engine.spec import ModelSpec
 
 @attrs.frozen
 class Checkpoint:
-    """An open model."""
+    """An open checkpoint."""
 
     path: Path
     spec: ModelSpec
     tensors: dict[str, TensorInfo]
     data: Callable[[TensorInfo], memoryview]
-    """A tensor's bytes as they are in the file; valid while the checkpoint is open."""
+    """A tensor's bytes as stored in the file; valid while the checkpoint is open."""
     sources: dict[str, tuple[str, ...]]
-    """The tensors that each weight of the engine is concatenated from."""
+    """The names of the tensors that each of the engine's weights is concatenated from."""
     interleaved: tuple[str, ...]
-    """Ends of the names of tensors whose rows have rope's pairs side by side."""
+    """Suffixes of the names of tensors whose rows interleave the two rope halves of a head."""
     passed_over: tuple[str, ...]
-    """Ends of the names of tensors that are no weights."""
+    """Suffixes of the names of tensors that are ignored, because they are not weights of the engine."""
     tokenizer: Path | dict[str, Any]
-    """A tokenizer.json, or the GGUF metadata to build one from."""
+    """The path of a tokenizer.json, or the GGUF metadata to build one from."""
 
 
 def read_spec(path: str | Path) -> ModelSpec:
-    """The spec of a GGUF file or a Hugging Face directory, from headers alone. Raises UserError when it is not usable."""
+    """The spec of a GGUF file or a Hugging Face directory, from headers alone.
+
+    Raises UserError if it is unusable.
+    """
     with open_checkpoint(Path(path)) as checkpoint:
         return checkpoint.spec
 
 
 def checkpoint_files(path: Path) -> list[Path]:
-    """Every file that the model's conversion depends on. Raises UserError naming what a directory lacks."""
+    """Every file that the model's conversion depends on.
+
+    Raises UserError naming the files that a directory lacks.
+    """
     return model_files(path) if path.is_dir() else [path]
 
 
@@ -71,7 +77,7 @@ def _of_gguf(file: Gguf) -> Checkpoint:
         data=file.data,
         sources=family.sources("gguf", spec.layers, spec.tied_embeddings),
         interleaved=family.gguf_interleaved,
-        passed_over=(ROPE_FACTORS,),  # in the spec
+        passed_over=(ROPE_FACTORS,),  # the spec has them
         tokenizer=file.metadata,
     )
 
@@ -79,7 +85,7 @@ def _of_gguf(file: Gguf) -> Checkpoint:
 def _of_folder(path: Path, weights: Safetensors) -> Checkpoint:
     spec = hf_spec(path, weights)
     family = family_named(spec.architecture)
-    # Old checkpoints hold a table that rope computes, and some the tied head once more.
+    # Old checkpoints hold a table that rope computes anyway, and some store the tied head a second time.
     passed_over = ("rotary_emb.inv_freq", *(family.tables["head"].hf if spec.tied_embeddings else ()))
     return Checkpoint(
         path=path,

@@ -1,4 +1,4 @@
-"""From a checkpoint's tensors to the engine's weights, one tensor in memory at a time."""
+"""Converts a checkpoint's tensors to the engine's weights, with one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from memserve.engine.tiles import STRIP, tiles_shape, to_tiles, whole_strips
 from memserve.errors import UserError
 
 Values = NDArray[Any]
-"""float32, bfloat16 as the bits of uint16, or int8."""
+"""Values of a tensor: float32, bfloat16 as uint16 bits, or int8."""
 
 SCALE = ".scale"
-"""Ends the name of an int8 matrix's scales, (out,) float32."""
+"""Suffix of the name of an int8 matrix's scales, (out,) float32."""
 
 
 @attrs.frozen
@@ -35,24 +35,24 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its values."""
+        """Size of its values in bytes."""
         return prod(self.shape) * STORED_BYTES[self.dtype]
 
 
 @attrs.frozen
 class Weight:
-    """What is converted at once: one tensor, or an int8 matrix and its scales."""
+    """A unit of conversion: one tensor, or an int8 matrix and its scales."""
 
     tensors: tuple[Tensor, ...]
     make: Callable[[], tuple[Values, ...]]
-    """The values of each; made only when they are written."""
+    """Make the values of each tensor; called only when they are written."""
 
 
 def weight_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every weight, matrices as (out, in). The model's whole vocabulary of names.
+    """Name and shape of every weight, matrices as (out, in). These are all the weight names that a model has.
 
-    Vectors (norm weights and biases) are float32, matrices have the type that is asked for; int8 ones have their scales
-    beside them, under their name and ``SCALE``.
+    Vectors (norm weights and biases) are float32; matrices have the requested type. The scales of an int8
+    matrix are a weight of their own, under the matrix's name plus ``SCALE``.
     """
     q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     shapes: dict[str, tuple[int, ...]] = {"embed": (spec.vocab, spec.hidden)}
@@ -76,9 +76,11 @@ def weight_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
 
 
 def conversion(model: Checkpoint, stored: str, tiled: bool) -> list[Weight]:
-    """What to write, after checking that the checkpoint holds exactly this model's tensors in the right shapes.
+    """The weights to write, after checking that the checkpoint holds exactly this model's tensors in the
+    right shapes.
 
-    ``stored``: the type of matrices; ``tiled``: they go in tiles, not as rows. ``make`` reads the checkpoint, so it must stay open. Raises UserError.
+    ``stored``: the type of matrices. ``tiled``: store them in tiles, not as rows. ``make`` reads the
+    checkpoint, so it must stay open. Raises UserError.
     """
     parts = {part for sources in model.sources.values() for part in sources}
     if missing := sorted(parts - model.tensors.keys()):
@@ -104,7 +106,8 @@ def _planned(model: Checkpoint, name: str, shape: tuple[int, ...], stored: str) 
         tensors.append(Tensor(name + SCALE, shape[:1], "float32"))
 
     def make() -> tuple[Values, ...]:
-        # The parts are rows, and rows are quantised each by itself: so less of a matrix is float32 at a time.
+        # Parts are concatenated by row, and each row is quantised on its own: so less of a matrix is float32
+        # at a time.
         made = [
             _quantised(model, part) if target == "int8" else (_values(model, part, target),) for part in parts
         ]
@@ -114,7 +117,7 @@ def _planned(model: Checkpoint, name: str, shape: tuple[int, ...], stored: str) 
 
 
 def _tiled(weight: Weight) -> Weight:
-    """A matrix in tiles, and its scales, if it has any, for whole strips."""
+    """The matrix in tiles, and its scales, if any, padded to whole strips."""
     matrix, *scales = weight.tensors
     whole = [attrs.evolve(scale, shape=(-(-scale.shape[0] // STRIP) * STRIP,)) for scale in scales]
 
@@ -149,20 +152,21 @@ def _values(model: Checkpoint, part: str, dtype: str) -> Values:
 
 
 def _unpermute(weight: Values, head_dim: int) -> Values:
-    """Undo llama.cpp's reordering of q and k rows, (heads * head_dim, in), which interleaves the two rope halves."""
+    """Undo llama.cpp's interleaving of the two rope halves in the rows of q and k, (heads * head_dim, in)."""
     out, inner = weight.shape
     pairs = weight.reshape(out // head_dim, head_dim // 2, 2, inner)
     return pairs.swapaxes(1, 2).reshape(out, inner)
 
 
 def save_tokenizer(model: Checkpoint, path: Path) -> None:
-    """Write the model's tokenizer.json. Raises UserError when it cannot be had or served."""
+    """Write the model's tokenizer.json. Raises UserError when it cannot be read, built or served."""
     # Only a conversion needs the tokenizer library.
     from memserve.engine.gguf_tokenizer import build_tokenizer
     from memserve.engine.tokenizer import Tokenizer
 
     if isinstance(model.tokenizer, Path):
-        # What cannot be served is refused now, not by a Frontend when all else has started.
+        # A tokenizer that cannot be served is refused now, not by a Frontend once everything else has
+        # started.
         ids = Tokenizer.load(model.tokenizer).vocabulary
         shutil.copyfile(model.tokenizer, path)
     else:

@@ -1,12 +1,12 @@
-"""The CUDA step engine: batch plans in, tokens out, on pages in a GPU's memory that a shard owns.
+"""The CUDA step engine: batch plans in, tokens out, on KV pages in GPU memory that a shard owns.
 
-A step of decode rows alone is one CUDA graph, captured at start for each batch size in ``page_tables.BUCKETS``; padding
-rows write to a scratch page behind the pool's. Any other step launches its kernels one by one, and so does one whose
-rows begin alike, so that attending together to what they have in common spares more than a graph does. While the GPU
-runs a captured step, the host plans the next one, which is taken if the next step's rows are the same, one token further.
+A step of decode rows alone is one CUDA graph, captured at start for each batch size in
+``page_tables.BUCKETS``; padding rows write to a scratch page behind the pool's. Other steps launch kernels
+one by one, and so do decode rows that share a prefix, if attending to it together saves more than a graph
+does. While a captured step runs, the host plans the next one, for the same rows one token further.
 
-:meth:`CudaEngine.run` returns when the GPU has finished: a page that it says was written can be read by any process,
-and one that it read can be given to another.
+:meth:`CudaEngine.run` returns when the GPU has finished: any process may then read a page that the step
+reported as written, and a page that it read may be reassigned.
 """
 
 from __future__ import annotations
@@ -49,30 +49,29 @@ from memserve.settings.gpu_room import SCRATCH_PAGES, drawn_together
 from memserve.tokens import count, pack, pages_for
 
 WARM_TOKENS = 512
-"""Of the chunk that a start runs, so that the first request finds kernels and libraries loaded."""
-
+"""Tokens of the chunk that is run at start, so that the first request finds kernels and libraries loaded."""
 
 _Drawn = tuple[tuple[int | None, ...], dict[int, Logprobs], dict[int, PromptLogprobs]]
-"""The token of each row, and by the rows' numbers what those are told that asked, of their draws and of their prompts."""
+"""The token of each row; by row number, the log probabilities asked for: of draws, and of prompts."""
 
 
 class Graphs(Protocol):
-    """What the engine needs of a device's streams; :class:`CudaGraphs` on a GPU."""
+    """The operations on a device's streams that the engine needs; on a GPU, :class:`CudaGraphs`."""
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
-        """Record what ``run`` launches; what is returned launches it again, on the same addresses.
+        """Record what ``run`` launches; the returned function launches it again, on the same addresses.
 
-        ``run`` is called twice, and what was launched before the second time is done then: its host buffers are free.
+        ``run`` is called twice. Launches before the second call have finished by then: host buffers are free.
         """
 
     def mark(self) -> Callable[[], None]:
-        """Note what was launched up to now; what is returned waits until the device has done it."""
+        """Mark what has been launched so far; the returned function waits until the device has done it."""
 
 
 class CudaGraphs:
-    """CUDA graphs and events on one GPU. The graphs share one memory pool: they run one after another.
+    """CUDA graphs and events on one GPU. Graphs run one after another, so they share a memory pool.
 
-    A graph lives as long as what ``capture`` returned.
+    A graph lives as long as the function that ``capture`` returned.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -84,7 +83,7 @@ class CudaGraphs:
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
-            run()  # what is made at a first use must not be captured
+            run()  # what the first use allocates must not be captured
         current.wait_stream(self._stream)
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
@@ -104,13 +103,13 @@ class CudaGraphs:
 class _DecodeStep:
     """A captured batch size: its arrays at fixed addresses, and the graph that reads and writes them.
 
-    A graph knows addresses and holds no tensor: all that its capture was given must live as long as it does.
+    A graph holds addresses, not tensors: all that its capture was given must live as long as it does.
     """
 
     arrays: CapturedDecode
     batch: BatchTensors
     best: torch.Tensor | None = None
-    """(2, rows) float64: the largest logit of each row, and its token."""
+    """(2, rows) float64: each row's largest logit, and the token that has it."""
     replay: Callable[[], None] = lambda: None
 
     @property
@@ -121,21 +120,21 @@ class _DecodeStep:
 
 @attrs.frozen(eq=False)
 class _Ahead:
-    """A step that was planned before its tokens were known."""
+    """A step planned before its tokens were known."""
 
     step: _DecodeStep
     before: tuple[Row, ...]
     """The rows of the step that it follows."""
 
     def holds_for(self, step: _DecodeStep, rows: Sequence[Row], page_tokens: int) -> bool:
-        """Whether it is this one."""
+        """Whether the plan made ahead fits ``rows`` on ``step``."""
         return self.step is step and continues(rows, self.before, page_tokens)
 
 
 class CudaEngine:
     """A :class:`~memserve.engine.plans.StepEngine` on one GPU. All calls come from one thread.
 
-    Arena and weights belong to the shard, which outlives the engine. ``close`` lets go of both.
+    The shard owns arena and weights and outlives the engine. ``close`` lets go of both.
     """
 
     def __init__(
@@ -152,11 +151,11 @@ class CudaEngine:
         release: Callable[[], None] = lambda: None,
         shared: Cores | None = None,
     ) -> None:
-        """``arena``: (pages + 1, layers, 2, kv_heads, page_tokens, head_dim); the last page is scratch, nobody's.
+        """``arena``: (pages + 1, layers, 2, kv_heads, page_tokens, head_dim); the last page is scratch.
 
-        ``weights``: on the arena's device, matrices in its dtype. ``rows``: of a step, at most; ``backend``: of
-        prefill, fa2 or fa3. ``max_context``: tokens of a row, at most; unset, what the model was made for.
-        ``release``: called by ``close``, when nothing uses arena and weights any more. ``shared``: who else uses the GPU.
+        ``weights``: on the arena's device, matrices in its dtype. ``rows``: most rows of a step. ``backend``:
+        of prefill, fa2 or fa3. ``max_context``: most tokens of a row; unset, the model's. ``release``: called
+        by ``close`` after the last use of both. ``shared``: the GPU's other users.
         """
         self._spec, self._graphs = spec, graphs
         self._pages, self._page_tokens = len(arena) - 1, arena.shape[4]
@@ -168,25 +167,25 @@ class CudaEngine:
             library, arena, spec.heads, backend, self._buckets[-1]
         )
         self._fresh = partial(_attention, library, spec.heads, backend)
-        # One array for all captured batch sizes: with a vocabulary of 128k tokens each row takes half a megabyte.
+        # One array for all captured batch sizes: a row of a vocabulary of 128k tokens takes half a megabyte.
         self._logits: torch.Tensor | None = None
         self._row_pages = pages_for(min(max_context or spec.max_context, spec.max_context), self._page_tokens)
         self._steps: dict[int, _DecodeStep] = {}
         self._ahead: _Ahead | None = None
         self._checked: Sequence[Row] = ()
         self.sharing = Sharing()
-        """When decode rows attend together to what they begin with."""
-        self._page_bytes = arena[0, 0].nbytes  # of a layer
+        """When decode rows attend together to a shared prefix."""
+        self._page_bytes = arena[0, 0].nbytes  # of one layer
         self._release = release
         self._shared = shared
 
     @property
     def device_name(self) -> str:
-        """What the GPU calls itself."""
+        """The GPU's own name."""
         return torch.cuda.get_device_name(self._device)
 
     def run(self, plan: BatchPlan) -> BatchResult:
-        """One step. Raises ValueError, naming the row, for a plan that would read or write what is not its own."""
+        """Run one step. Raises ValueError, naming the row, for a plan that uses pages not its own."""
         check_plan(plan, self._spec, self._pages, self._page_tokens, self._checked)
         self._checked = plan.rows
         beside = self._shared.look() if self._shared is not None else 0
@@ -195,7 +194,7 @@ class CudaEngine:
         return BatchResult(tokens, (time.perf_counter() - began) * 1000, 1, beside, logprobs, prompts)
 
     def warm_up(self) -> None:
-        """Load every kernel and capture every batch size, touching no page but the scratch page."""
+        """Load every kernel and capture every batch size, writing to no page but the scratch page."""
         with torch.inference_mode():
             self._load_kernels()
             self._logits = torch.empty(self._buckets[-1], self._spec.vocab, device=self._device)
@@ -203,7 +202,7 @@ class CudaEngine:
         self._steps = {rows: found[rows] for rows in self._buckets}
 
     def _load_kernels(self) -> None:
-        """Run a chunk, a decode row, and two that begin alike, on pages and a workspace that are given back before a capture."""
+        """Run a chunk, a decode row and two that share a prefix, on pages freed before the first capture."""
         assert self._attention is not None, "the engine is closed"
         length = min(WARM_TOKENS, self._spec.max_context - 1)
         pages = tuple(range(pages_for(length + 1, self._page_tokens)))
@@ -211,16 +210,16 @@ class CudaEngine:
         own = torch.zeros(len(pages) + 1, *shape, dtype=self._attention.shape.dtype, device=self._device)
         attention = self._fresh(own)
         first = Row(pack([0]), length, pages, Sampling(temperature=1.0, seed=1))
-        alike = attrs.evolve(first, pages=(*pages[:-1], len(pages)))  # all but the page that it writes
+        alike = attrs.evolve(first, pages=(*pages[:-1], len(pages)))  # all pages shared but the one it writes
         for rows in ((Row(pack([0] * length), 0, pages, None),), (first,), (first, alike)):
             plan = BatchPlan(rows)
             self._run_any(plan, self._tables(plan, 1), attention)
 
     def timer(self, rows: int, context: int) -> Callable[[Sequence[tuple[int, int]]], tuple[float, int]]:
-        """A function that times one step of rows, each (new tokens, tokens before them); seconds, and 1, its host thread.
+        """A function that times a step of rows, each (new tokens, earlier tokens): seconds, and 1 thread.
 
-        It reads pages of the pool, whatever they hold, and writes the scratch page alone, which all new tokens share;
-        nothing is drawn, because their logits mean nothing. Every row attends for itself, whatever pages it reads.
+        It reads pages of the pool, whatever they hold, and writes only the scratch page, which all new tokens
+        share. Nothing is drawn, because the logits mean nothing. Rows that share pages attend on their own.
         """
         assert rows <= self._buckets[-1] and context <= self._row_pages * self._page_tokens, (rows, context)
 
@@ -241,7 +240,7 @@ class CudaEngine:
         return Row(pack([0] * new), before, tuple(pages), None)
 
     def rest(self) -> None:
-        """The GPU is shared in time, and an idle engine launches nothing; only others are told."""
+        """Report to the GPU's other users that this worker is idle; an idle engine launches nothing."""
         if self._shared is not None:
             self._shared.busy(False)
 
@@ -260,7 +259,7 @@ class CudaEngine:
             if bucket is None or any(count(row.tokens) > 1 or row.tell is not None for row in plan.rows):
                 return self._run_any(plan, self._tables(plan, sharing.launched), self._attention)
             step = self._steps[bucket]
-            # Rows that go on share what they shared before, which was too little then.
+            # Continuing rows share the same prefix as before, which was too short to attend together.
             if ahead is None or not ahead.holds_for(step, plan.rows, self._page_tokens):
                 tables = self._tables(plan, sharing.captured)
                 if tables.common is not None:
@@ -269,7 +268,7 @@ class CudaEngine:
             return self._run_captured(plan, step)
 
     def _tables(self, plan: BatchPlan, least_bytes: int | None) -> StepTables:
-        """``least_bytes``: of a layer's K and V that must be spared for decode rows to attend together."""
+        """``least_bytes``: K and V of a layer that attending together must save; None: never together."""
         assert self._attention is not None, "the engine is closed"
         if least_bytes is None or not self._attention.merges:
             return StepTables.of(plan, self._page_tokens)
@@ -290,7 +289,7 @@ class CudaEngine:
         prompts = tell_prompts(rows, head, self._device, drawn_together(self._spec.vocab))
         wanted = [i for i, row in rows if row.sample is not None]
         if not wanted:
-            self._graphs.mark()()  # pages of a prompt's earlier chunks are published too, so they must be written
+            self._graphs.mark()()  # earlier chunks are published too: their pages must be written
             return (None,) * len(plan.rows), {}, prompts
         logits = head(batch.wanted)
         return *self._draw(plan, wanted, logits, best_of(logits), range(len(wanted))), prompts
@@ -319,14 +318,14 @@ class CudaEngine:
         loaded = self._graphs.mark()
         step.replay()
         if all(len(row.pages) * self._page_tokens > row.end for row in plan.rows):
-            loaded()  # FlashInfer plans in one pinned buffer, which must have been read before it is written again
+            loaded()  # FlashInfer plans in one pinned buffer: it must be read before it is rewritten
             rows = [Row(row.tokens, row.end, row.pages, None) for row in plan.rows]
             self._load(step, Table.of(rows, self._page_tokens), rows)
             self._ahead = _Ahead(step, plan.rows)
         assert self._logits is not None and step.best is not None, "a captured step that never ran"
         wanted = [i for i, row in enumerate(plan.rows) if row.sample is not None]
         if not wanted:
-            self._graphs.mark()()  # a prompt may end a chunk with one token: its page is published too
+            self._graphs.mark()()  # a prompt's chunk may be one token: its page is published too
             return (None,) * len(plan.rows), {}, {}
         return *self._draw(plan, wanted, self._logits, step.best, wanted), {}
 
@@ -345,10 +344,10 @@ class CudaEngine:
         best: torch.Tensor,
         at: Sequence[int],
     ) -> tuple[tuple[int | None, ...], dict[int, Logprobs]]:
-        """The tokens of the plan's rows ``wanted``, whose logits are rows ``at`` of ``logits``.
+        """The tokens drawn for rows ``wanted``, whose logits are rows ``at`` of ``logits``.
 
-        All draws are launched before the device is waited for, once. Raises FloatingPointError, naming the row, when logits are
-        not numbers.
+        All draws are launched before the one wait for the device. Raises FloatingPointError, naming the row,
+        when logits are not finite.
         """
         places = dict(zip(wanted, at, strict=True))
         others = [i for i in wanted if (row := plan.rows[i]).past or not (row.sample and row.sample.greedy)]
@@ -370,7 +369,7 @@ class CudaEngine:
     def _launch_draws(
         self, plan: BatchPlan, logits: torch.Tensor, others: Sequence[tuple[int, int]]
     ) -> list[torch.Tensor]:
-        """The draws of those rows that are not simply their largest logit, each (row, its place in ``logits``)."""
+        """Launch the draws of ``others``, each (row, place in ``logits``): they sample or adjust logits."""
         parts, together = [], drawn_together(self._spec.vocab)
         for first in range(0, len(others), together):
             some = others[first : first + together]
@@ -382,7 +381,7 @@ class CudaEngine:
 
 
 def _draw_alone(logits: torch.Tensor, row: Row) -> int:
-    """``logits``: (vocab,), as the model gave them."""
+    """``logits``: (vocab,), unadjusted."""
     assert row.sample is not None, "a row that draws nothing"
     (token,) = sampling.draw(adjusted(logits[None], [row]), [row.sample], [row.end])
     return token
@@ -391,16 +390,17 @@ def _draw_alone(logits: torch.Tensor, row: Row) -> int:
 def open_engine(
     resolved: Resolved, files: ModelFiles, socket: Path, device: int, neighbours: Cores | None = None
 ) -> CudaEngine:
-    """Attach to the shard's pages and weights on ``cuda:device`` and make an engine ready. Blocks for seconds.
+    """Attach to the shard's pages and weights on ``cuda:device``; return a warm engine. Blocks for seconds.
 
-    ``neighbours``: who else uses the GPU. Raises PeerUnreachable, PeerError and UserError as ``attach_gpu_arena`` does.
+    ``neighbours``: the GPU's other users. Raises PeerUnreachable, PeerError, UserError: see
+    ``attach_gpu_arena``.
     """
     where = torch.device("cuda", device)
     torch.cuda.init()  # type: ignore[no-untyped-call]
     torch.cuda.set_device(where)  # torch and CuPy share the device's primary context
     capability = torch.cuda.get_device_capability(where)
     total = torch.cuda.get_device_properties(where).total_memory
-    # torch's allocator does not know the arena, so it is held to what was planned for this worker.
+    # torch's allocator does not know of the arena, so it is limited to what was planned for this worker.
     torch.cuda.set_per_process_memory_fraction(min(1.0, resolved.gpu_worker_bytes / total), where)
     shared = attach_gpu_arena(socket, device, resolved.page_bytes, files.weights)
     spec, page_tokens = files.spec, resolved.config.pool.page_tokens
@@ -445,6 +445,6 @@ def _attention(library: Library, heads: int, backend: str, arena: torch.Tensor) 
 
 
 def best_of(logits: torch.Tensor) -> torch.Tensor:
-    """The largest logit of each row and its token, (2, rows) float64, which holds both exactly: one copy to the host."""
+    """Each row's largest logit and its token, (2, rows) float64, exact for both: one copy to the host."""
     values, ids = logits.max(dim=-1)
     return torch.stack((values.double(), ids.double()))

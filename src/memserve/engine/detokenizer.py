@@ -1,6 +1,6 @@
-"""Token ids to text, one at a time: never half a character, never a part of what may become a stop string.
+"""Incremental detokenization: never half a character, never a part of a possible stop string.
 
-Both classes take constant time per token on average: nothing that was given out is looked at again.
+Both classes take constant time per token on average: text that was passed on is never scanned again.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from collections.abc import Callable, Sequence
 import attrs
 
 STOPS_MAX = 16
-"""Stop strings of one request."""
+"""Stop strings per request."""
 STOP_CHARACTERS_MAX = 256
-"""Length of one stop string: so much text may be held back."""
+"""Length of one stop string, which bounds the text that is held back."""
 
 
 def check_stops(stops: Sequence[str]) -> None:
-    """Raise ValueError, naming what is wrong, unless these can be a request's stop strings."""
+    """Raise ValueError, naming what is wrong, unless ``stops`` are valid stop strings of a request."""
     if len(stops) > STOPS_MAX:
         raise ValueError(f"at most {STOPS_MAX} stop strings, got {len(stops)}")
     for index, stop in enumerate(stops):
@@ -28,7 +28,7 @@ def check_stops(stops: Sequence[str]) -> None:
 
 
 class Detokenizer:
-    """The text of a growing sequence of tokens. Bytes that never become UTF-8 come out as U+FFFD."""
+    """Decodes a growing sequence of tokens. Bytes that are not UTF-8 become U+FFFD."""
 
     def __init__(self, piece: Callable[[int], bytes]) -> None:
         """``piece`` gives the bytes of a token, as :meth:`memserve.engine.tokenizer.Tokenizer.piece` does."""
@@ -36,30 +36,31 @@ class Detokenizer:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
-        """The characters that ``token`` completes, perhaps none."""
+        """The characters that ``token`` completes; may be empty."""
         return self._decoder.decode(self._piece(token))
 
     def finish(self) -> str:
-        """What is left when no token follows: U+FFFD for a character cut short, or nothing."""
+        """The rest when no token follows: U+FFFD for an incomplete character, or nothing."""
         return self._decoder.decode(b"", final=True)
 
 
 class StopScanner:
-    """Lets text through up to the first stop string; what may be the beginning of one waits.
+    """Passes text on up to the first stop string, and holds back what may be the beginning of one.
 
-    The stop string that is complete first wins, of two complete at the same character the longer one: the
-    outcome does not depend on how the text was cut into pushes. One Knuth-Morris-Pratt automaton each.
+    The stop string that is completed first wins; of two completed at the same character, the longer one. The
+    outcome does not depend on how the text was cut into pushes. Each stop string has a Knuth-Morris-Pratt
+    automaton.
     """
 
     def __init__(self, stops: Sequence[str] = ()) -> None:
-        """``stops`` are not empty; see :func:`check_stops`."""
+        """No stop string may be empty; see :func:`check_stops`."""
         self._matchers = [_Matcher.of(stop) for stop in sorted(set(stops), key=len, reverse=True)]
         self._held = ""
         self.matched: str | None = None
-        """The stop string that was found; from then on nothing comes out."""
+        """The stop string that was found, after which no text is passed on."""
 
     def push(self, text: str) -> str:
-        """The text that is now known to come before any stop string."""
+        """Take more text; returns the text now known to precede any stop string."""
         if self.matched is not None:
             return ""
         if not self._matchers:
@@ -78,7 +79,7 @@ class StopScanner:
         return held[: len(held) - keep]
 
     def finish(self) -> str:
-        """What was held back, when no text follows."""
+        """The text held back, when no more text follows."""
         held, self._held = self._held, ""
         return held
 
@@ -89,7 +90,7 @@ class _Matcher:
     failure: list[int]
     """``failure[n]``: length of the longest proper border of the stop string's first n characters."""
     state: int = 0
-    """Length of the stop string's longest beginning that the text so far ends with."""
+    """Length of the longest prefix of the stop string that the text so far ends with."""
 
     @classmethod
     def of(cls, stop: str) -> _Matcher:
@@ -103,7 +104,7 @@ class _Matcher:
         return cls(stop, failure)
 
     def step(self, character: str) -> bool:
-        """Take one character; true when it completes the stop string, after which there must be no other."""
+        """Take one character; true when it completes the stop string. Do not call it after that."""
         while self.state and self.stop[self.state] != character:
             self.state = self.failure[self.state]
         self.state += self.stop[self.state] == character

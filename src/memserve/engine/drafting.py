@@ -1,14 +1,16 @@
-"""Drafts: what a stream may say next, run in the step that would have made its next token only.
+"""Speculative decoding without a draft model: draft tokens that ride along in a stream's next step.
 
-A step reads all weights however few tokens it has, so that some more cost little; and answers say again what was said before:
-a document's words, code, a name. What followed the last time after the same tokens is guessed to follow now (prompt lookup:
-Saxena 2023; of any guess: Leviathan et al., arXiv 2211.17192). The engine runs the guess behind the newest token and draws after each
-of its tokens. A draw is a function of logits, seed and position, and the native step's logits are the same to the bit in a
-chunk and alone: what is drawn as it was guessed is the very token that the next step would have drawn.
+A step reads all weights however few tokens it runs, so a few more tokens cost little. Answers repeat earlier
+text: a document's words, code, a name. The draft is what followed the most recent earlier occurrence of the
+current suffix (prompt lookup: Saxena 2023; speculative decoding in general: Leviathan et al., arXiv
+2211.17192). The engine runs the draft after the latest token and draws a token after each draft token. A draw
+is a function of logits, seed and position, and the native step's logits are bit-identical whether a token
+runs alone or in a chunk. So a draw that equals its draft token is the very token that the next step would
+have drawn.
 
-The more tokens before it are alike, the likelier is a guess; how likely, each worker learns. Its own figures say what one
-more token in a step takes. It guesses as far as that promises more tokens a second, which for one stream is far, and for
-many is hardly at all.
+The longer the matching suffix, the likelier is acceptance; each worker learns these probabilities. Its own
+cost figures say how long one more token in a step takes. It drafts as many tokens as raise the expected
+tokens per second: many for one stream, hardly any for many streams.
 """
 
 from __future__ import annotations
@@ -26,37 +28,39 @@ from memserve.scheduling.cost_model import CostModel
 from memserve.tokens import TOKEN_BYTES, count, span
 
 CHANCES = (0.0, 0.17, 0.4, 0.58, 0.72, 0.75, 0.77, 0.85, 0.9)
-"""How likely a guess is right behind so many tokens that were alike, or more, before any was tried: of answers of the demo model
-(docs/measurements/2026-11-28-drafts.md)."""
+"""Initial acceptance probability by length of the matching suffix; the last entry covers longer ones.
+
+Measured on answers of the demo model (docs/measurements/2026-11-28-drafts.md).
+"""
 LEARNED = 0.01
-"""How much each guess changes that."""
+"""Weight of one tested draft token in a learned probability."""
 FORGOTTEN = 0.001
-"""How much of that is lost each time that none is tried."""
+"""Share by which a learned probability returns to its initial value each time that a guess is not tried."""
 LOOKED_FOR = (5, 3, 2, 1)
-"""So many alike tokens are looked for, the most first."""
+"""Suffix lengths to look up, longest first."""
 FEW = 8
-"""Streams for which guesses are sooner looked for than it is reckoned whether any could pay."""
+"""Streams up to which looking guesses up is cheaper than computing first whether any could pay."""
 SEQUEL_TOKENS = 1024
-"""What came after the same prompt before is asked for up to so many tokens, 4 KiB."""
+"""Tokens to request, at most, of what followed the same prompt earlier: 4 KiB."""
 DRAFTED_MOST = 64
-"""Guessed tokens a step, of all streams."""
+"""Draft tokens per step, at most, over all streams."""
 
 
 @attrs.frozen
 class Guess:
-    """What may come next."""
+    """Tokens that may come next, and how much of the context before them matched."""
 
     tokens: bytes
-    """Packed."""
+    """Guessed tokens, packed."""
     alike: int
-    """Tokens before it that are those before the place where it was found, at most as many as CHANCES tells apart."""
+    """Length of the matching suffix in tokens, capped at the last index of ``CHANCES``."""
 
 
 def guess(tokens: bytes, most: int, sequel: bytes = b"") -> Guess | None:
-    """What followed the last tokens where they were the last time before: at most ``most`` tokens, at least 1.
+    """The tokens that followed the most recent earlier occurrence of the current suffix: 1 to ``most``.
 
-    They are looked for in ``sequel`` first. What reaches the end of ``tokens`` itself is taken to go on as it began: it has been
-    said over and over.
+    For each suffix length, ``sequel`` is searched before ``tokens``. A match so close to the end of
+    ``tokens`` that fewer than ``most`` tokens follow it is a repetition, and the guess repeats those tokens.
     """
     for alike in LOOKED_FOR:
         if count(tokens) < alike:
@@ -71,7 +75,7 @@ def guess(tokens: bytes, most: int, sequel: bytes = b"") -> Guess | None:
 
 
 def _last_place(text: bytes, tokens: bytes) -> int | None:
-    """The last position but the end of ``text`` that follows ``tokens``."""
+    """The last position in ``text``, before its end, that follows an occurrence of ``tokens``."""
     end = len(text) - TOKEN_BYTES
     while (found := text.rfind(tokens, 0, max(end, 0))) >= 0:
         if found % TOKEN_BYTES == 0:
@@ -81,7 +85,7 @@ def _last_place(text: bytes, tokens: bytes) -> int | None:
 
 
 def _alike(text: bytes, place: int, tokens: bytes, known: int) -> int:
-    """How many tokens before ``place`` of ``text`` are the last of ``tokens``; ``known`` of them are."""
+    """Length of the common suffix of ``text`` up to ``place`` and ``tokens``; at least ``known``, capped."""
     end = count(tokens)
     most = min(len(CHANCES) - 1, place, end)
     while known < most and (
@@ -93,42 +97,48 @@ def _alike(text: bytes, place: int, tokens: bytes, known: int) -> int:
 
 @attrs.define
 class Chances:
-    """How likely a guess is right, by the tokens before it that are alike."""
+    """Learned acceptance probability by length of the matching suffix."""
 
     _known: list[float] = attrs.field(factory=lambda: list(CHANCES))
 
     def after(self, alike: int) -> float:
-        """Of a token behind so many."""
+        """Acceptance probability of a token after ``alike`` matching tokens."""
         return self._known[min(alike, len(CHANCES) - 1)]
 
     def saw(self, alike: int, drafted: int, right: int) -> None:
-        """Of ``drafted`` tokens behind ``alike``, the first ``right`` were; of what came after the first wrong one nothing is known."""
+        """Learn from a draft of ``drafted`` tokens after ``alike`` matching ones, ``right`` of them accepted.
+
+        Nothing is learned about tokens after the first rejected one.
+        """
         for place in range(min(right + 1, drafted)):
             at = min(alike + place, len(CHANCES) - 1)
             self._known[at] += LEARNED * ((place < right) - self._known[at])
 
     def forget(self, alike: int) -> None:
-        """A token behind so many was not worth a try: what streams say may have changed."""
+        """A guess was not worth a try: drift back to the initial value, because the text may have changed."""
         at = min(alike, len(CHANCES) - 1)
         self._known[at] += FORGOTTEN * (CHANCES[at] - self._known[at])
 
 
 @attrs.define
 class Drafting:
-    """Gives a worker's batches their drafts."""
+    """Adds drafts to a worker's batches."""
 
     most: int
-    """Tokens a stream and step; 0: none."""
+    """Draft tokens per stream and step, at most; 0 disables drafts."""
     page_tokens: int
     max_context: int
     outbox: Outbox
     _chances: Chances = attrs.field(factory=Chances, init=False)
     _model: CostModel | None = attrs.field(default=None, init=False)
     _behind: dict[int, int] = attrs.field(factory=dict, init=False)
-    """How many alike tokens each guess of the step under way is behind, by row."""
+    """Suffix match length of each guess of the running step, by row."""
 
     def added(self, batch: Batch, costs: StepCosts | None) -> Batch:
-        """The batch, whose streams guess as far as it promises more tokens a second; where nothing was measured, as far as they may."""
+        """The batch with drafts, as long as they raise the expected tokens per second.
+
+        Without measured costs, drafts are as long as allowed.
+        """
         self._behind = {}
         rooms = dict(self._rooms(batch)) if self.most else {}
         if not rooms:
@@ -151,7 +161,7 @@ class Drafting:
         return attrs.evolve(batch, plan=BatchPlan(tuple(rows)))
 
     def saw(self, batch: Batch, result: BatchResult) -> None:
-        """What a step has shown of its guesses. What came right beyond them was forced by a grammar."""
+        """Learn from a finished step. Accepted tokens beyond a row's draft were forced by a grammar."""
         right = {number: count(more) for number, more in result.more.items()}
         for number, alike in self._behind.items():
             if drafted := count(batch.plan.rows[number].draft):
@@ -165,7 +175,7 @@ class Drafting:
             self.outbox.count("forced_tokens_total", forced)
 
     def _rooms(self, batch: Batch) -> Iterator[tuple[int, int]]:
-        """Rows that may have drafts, and how long."""
+        """Rows that may have drafts, each with the longest draft allowed."""
         for number, (row, one) in enumerate(zip(batch.plan.rows, batch.sequences, strict=True)):
             if row.sample is not None and row.sample.logprobs is None and one.decoding:
                 room = min(self.most, one.room(self.page_tokens) - 1, one.unsaid(self.max_context) - 1)
@@ -173,7 +183,7 @@ class Drafting:
                     yield number, room
 
     def _may_pay(self, plan: BatchPlan, rooms: Mapping[int, int]) -> bool:
-        """Whether a guess as likely right as any would pay, where so many would have to be looked for that it is worth asking."""
+        """Whether the likeliest possible guess would pay; taken as true for up to ``FEW`` streams."""
         if self._model is None or len(rooms) <= FEW:
             return True
         surest = self._chances.after(len(CHANCES)), min(rooms, key=lambda number: plan.rows[number].start)
@@ -188,7 +198,10 @@ class Drafting:
         return {number: one for number, one in found.items() if one is not None}
 
     def _likeliest(self, lengths: Mapping[int, int], alike: Mapping[int, int]) -> list[tuple[float, int]]:
-        """How likely each guessed token is right, and its row, the likeliest first: all before it in its row must be right too."""
+        """(Acceptance probability, row) of each draft token, likeliest first, at most ``DRAFTED_MOST``.
+
+        A token is accepted only if all draft tokens before it in its row are.
+        """
         found = []
         for row, length in lengths.items():
             chance = 1.0
@@ -199,9 +212,9 @@ class Drafting:
 
 
 def worth(rows: Values[Row], likeliest: Values[tuple[float, int]], model: CostModel) -> dict[int, int]:
-    """How many guessed tokens of each row are to run: of the ``likeliest``, as many as make the most tokens a second.
+    """Draft tokens to run, by row: as many of the ``likeliest`` as give the most expected tokens per second.
 
-    A guessed token costs what a stream of its length would cost.
+    A draft token is priced like another decode row with its row's context.
     """
     tokens = sum(count(row.tokens) for row in rows)
     number, context = len(rows), sum(row.start for row in rows)

@@ -1,9 +1,9 @@
-"""The families of models that can be served. To add one, add an entry to ``FAMILIES``: nothing else knows a family's name.
+"""The supported families of models. To add one, add an entry to ``FAMILIES``; no other file names a family.
 
-A family is a table: each of the engine's weights, and the tensors of a checkpoint that it is concatenated from, by
-their names in a Hugging Face directory and in a GGUF file. What a family's layers do beyond Llama's is read off that
-table: a family with a ``qkv_bias`` has biases, one with ``q_norm`` and ``k_norm`` normalises the heads of q and k.
-``docs/models.md`` walks through adding one.
+A family is a table: for each of the engine's weights, the checkpoint's tensors that it is concatenated from,
+by their names in a Hugging Face directory and in a GGUF file. What a family adds to Llama's layers follows
+from that table: with a ``qkv_bias`` it has biases, with ``q_norm`` and ``k_norm`` it normalises the heads of
+q and k. ``docs/models.md`` describes how to add a family.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import attrs
 from memserve.errors import UserError
 
 Form = Literal["hf", "gguf"]
-"""A Hugging Face directory, or a GGUF file."""
+"""Form of a checkpoint: a Hugging Face directory or a GGUF file."""
 
 
 @attrs.frozen
 class Parts:
-    """The tensors of a checkpoint that one weight is made of, concatenated in this order."""
+    """The checkpoint's tensors that one weight is concatenated from, in order."""
 
     hf: tuple[str, ...]
     gguf: tuple[str, ...]
@@ -35,7 +35,7 @@ TABLES: Mapping[str, Parts] = MappingProxyType(
         "head": Parts(("lm_head.weight",), ("output.weight",)),
     }
 )
-"""The weights outside the layers. ``head`` is left out where the embedding table is the head."""
+"""The weights outside the layers. ``head`` is absent if the embedding table is the head."""
 
 LAYER: Mapping[str, Parts] = MappingProxyType(
     {
@@ -52,7 +52,7 @@ LAYER: Mapping[str, Parts] = MappingProxyType(
         "down": Parts(("mlp.down_proj.weight",), ("ffn_down.weight",)),
     }
 )
-"""The weights of one of Llama's layers; names are within the layer."""
+"""The weights of one of Llama's layers; names are relative to the layer."""
 
 QKV_BIAS: Mapping[str, Parts] = MappingProxyType(
     {
@@ -74,18 +74,18 @@ _LAYER_PREFIX: Mapping[Form, str] = MappingProxyType({"hf": "model.layers.{}.", 
 
 @attrs.frozen
 class Family:
-    """One family."""
+    """A family of models."""
 
     name: str
-    """``model_type`` in config.json; ``ModelSpec.architecture``."""
+    """Name of the family: ``model_type`` in config.json, and ``ModelSpec.architecture``."""
     gguf: str | None
-    """``general.architecture`` of its GGUF files, or None where they pass as another family's."""
+    """``general.architecture`` of its GGUF files, or None if these are written as another family's."""
     layer: Mapping[str, Parts] = LAYER
     tables: Mapping[str, Parts] = TABLES
     gguf_interleaved: tuple[str, ...] = ()
-    """Tensors whose rows llama.cpp's converter reordered, so that rope's pairs lie side by side."""
+    """Suffixes of tensors whose rows llama.cpp's converter reorders, so that rope's pairs are adjacent."""
     defaults: Mapping[str, Any] = attrs.field(factory=dict)
-    """What transformers takes for a key that config.json lacks, where that differs from Llama's."""
+    """Values that transformers assumes for keys missing in config.json, where they differ from Llama's."""
 
     @property
     def qkv_bias(self) -> bool:
@@ -98,7 +98,7 @@ class Family:
         return "q_norm" in self.layer
 
     def sources(self, form: Form, layers: int, tied: bool) -> dict[str, tuple[str, ...]]:
-        """The checkpoint's tensors that each weight of a model is concatenated from."""
+        """For each weight of a model, the checkpoint's tensors that it is concatenated from."""
         found = {
             name: getattr(parts, form) for name, parts in self.tables.items() if not (tied and name == "head")
         }
@@ -119,7 +119,7 @@ FAMILIES = (
     Family("qwen2", gguf="qwen2", layer={**LAYER, **QKV_BIAS}),
     Family("qwen3", gguf="qwen3", layer={**LAYER, **QK_NORM}, defaults={"head_dim": 128}),
 )
-"""All of them."""
+"""All supported families."""
 
 
 def family_named(name: str) -> Family:

@@ -1,8 +1,8 @@
 """Reads GGUF files: metadata and tensors, little endian, versions 2 and 3.
 
-Our own reader, because the ``gguf`` package takes seconds for a header of 50,000 tokens. The format:
-https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Files are foreign input: every length is held against
-the file before it is believed, and everything wrong is a UserError that names the file.
+This is a reader of our own, because the ``gguf`` package takes seconds for a header of 50,000 tokens. The
+format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Files are untrusted input: every length is
+checked against the file's size before it is used, and every defect is a UserError that names the file.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ GGML_NAMES = {
     0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 10: "Q2_K", 11: "Q3_K",
     12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 30: "BF16",
 }  # fmt: skip
-"""Names of ggml's tensor types, for messages; more exist."""
+"""Names of ggml's tensor types, for error texts; ggml has more."""
 
 BLOCKS = {"F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q8_0": (32, 34), "Q4_0": (32, 18), "Q4_1": (32, 20)}
-"""Tensor types that can be read: values and bytes of one block."""
+"""Tensor types that can be read, with the values and the bytes of one block."""
 
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -39,30 +39,33 @@ _MAX_DIMENSIONS = 4
 
 @attrs.frozen
 class TensorInfo:
-    """Where one tensor lies in its file."""
+    """The location of one tensor in its file."""
 
     name: str
     shape: tuple[int, ...]
-    """Outermost dimension first, as in numpy (GGUF stores them reversed)."""
+    """Dimensions, outermost first, as in numpy (GGUF stores them reversed)."""
     type: str
-    """A key of ``BLOCKS``."""
+    """Tensor type, a key of ``BLOCKS``."""
     offset: int
-    """Bytes from the start of the file."""
+    """Offset in bytes from the start of the file."""
     nbytes: int
 
 
 @attrs.frozen
 class Gguf:
-    """An open GGUF file. Use it as a context manager: leaving unmaps it, and no view of its data may live on."""
+    """An open GGUF file, used as a context manager.
+
+    Leaving it unmaps the file, and no view of its data may be left by then.
+    """
 
     metadata: dict[str, Any]
-    """Scalars, strings, and lists of either, by key."""
+    """Metadata by key: scalars, strings, and lists of either."""
     tensors: dict[str, TensorInfo]
     path: Path
     mapping: mmap.mmap = attrs.field(repr=False, eq=False)
 
     def data(self, tensor: TensorInfo) -> memoryview:
-        """The tensor's bytes as they are in the file, not copied."""
+        """The tensor's bytes as stored in the file, not copied."""
         return memoryview(self.mapping)[tensor.offset : tensor.offset + tensor.nbytes]
 
     def __enter__(self) -> Gguf:
@@ -71,13 +74,13 @@ class Gguf:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # On an error, views of the mapping may live in the traceback; it goes with them then.
+        # On an error, the traceback may still hold views of the mapping; it is unmapped with them then.
         if error is None:
             self.mapping.close()
 
 
 def read_gguf(path: str | Path) -> Gguf:
-    """Map a file and read its header. Raises UserError when it is missing, damaged, or of a kind not supported."""
+    """Map a file and read its header. Raises UserError if it is missing, damaged or not supported."""
     path = Path(path)
     try:
         with path.open("rb") as file:
@@ -110,7 +113,7 @@ class _Header:
         version, tensor_count, key_count = self._take("I"), self._take("Q"), self._take("Q")
         if version not in VERSIONS:
             raise self._wrong(f"GGUF version {version:#x} is not supported; supported: little-endian 2 and 3")
-        self._check_count("metadata keys", key_count, 13)  # a key, a type and one byte of value at least
+        self._check_count("metadata keys", key_count, 13)  # a key's length, a type and one byte of value
         metadata: dict[str, Any] = {}
         for _ in range(key_count):
             key = self._string()
@@ -165,8 +168,8 @@ class _Header:
         return [bool(value) for value in values] if code == "?" else values
 
     def _strings(self, count: int) -> list[str]:
-        # The hot loop of every start: 100,000 vocabulary entries and merges. Local names and no checks inside;
-        # a length past the end makes the next unpack fail, or the last slice short.
+        # The hot loop of every start: 100,000 vocabulary entries and merges. Hence local names and no checks
+        # inside; a length past the end makes the next unpack fail, or the last slice short.
         buffer, at, unpack = self._buffer, self._at, struct.Struct("<Q").unpack_from
         strings: list[str] = []
         append: Callable[[str], None] = strings.append

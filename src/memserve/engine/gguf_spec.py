@@ -1,4 +1,4 @@
-"""The spec in a GGUF file: metadata keys are ``<architecture>.<key>``, the same for every architecture."""
+"""Reads the spec of a GGUF file; metadata keys are ``<architecture>.<key>``, alike for every architecture."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from memserve.engine.spec import Keys, ModelSpec, check_spec, name_of
 from memserve.errors import UserError
 
 ROPE_FACTORS = "rope_freqs.weight"
-"""The tensor in which converters of Llama 3.1 and later put the divisors of rope's inverse frequencies."""
+"""The tensor in which converters of Llama 3.1 and later store the divisors of rope's inverse frequencies."""
 
 
 def gguf_spec(file: Gguf) -> ModelSpec:
-    """The spec of an open file. Raises UserError when it is of a kind that would run and give wrong tokens."""
+    """The spec of an open file. Raises UserError for a variant that would run but give wrong tokens."""
     metadata, source = file.metadata, str(file.path)
     family = family_of("gguf", metadata.get("general.architecture"), source)
     a, keys = family.gguf, Keys(metadata, source)
@@ -58,7 +58,7 @@ def _ends(metadata: dict[str, Any]) -> tuple[int, ...]:
 
 
 def _rope_factors(file: Gguf, keys: Keys, prefix: str, half: int) -> tuple[float, ...] | None:
-    # A factor without a type is linear, as in llama.cpp; one of 1 is how some converters write none.
+    # A factor without a type is linear, as in llama.cpp. Some converters write a factor of 1 for no scaling.
     factor = keys.number(prefix + "scaling.factor", keys.number(prefix + "scale_linear", 1.0))
     kind = file.metadata.get(prefix + "scaling.type", "linear")
     if kind not in ("none", "linear"):

@@ -1,7 +1,8 @@
-"""The tokenizer in a GGUF file's metadata, built for the ``tokenizers`` library, equal to llama.cpp's.
+"""Builds the tokenizer in a GGUF file's metadata for the ``tokenizers`` library, equal to llama.cpp's.
 
-Two kinds occur: byte-level BPE (``gpt2``: Llama 3, Qwen, SmolLM) has its merges in the file, and a rule by name for
-how text is cut before; SentencePiece (``llama``: Llama 2, Mistral) has scores, from which the merges follow.
+There are two kinds. Byte-level BPE (``gpt2``: Llama 3, Qwen, SmolLM) has its merges in the file, and names a
+rule for splitting text before BPE. SentencePiece (``llama``: Llama 2, Mistral) has scores, from which the
+merges follow.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from memserve.engine.tokenizer import SPACE
 from memserve.errors import UserError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
-"""Token types of GGUF; control and user-defined tokens are matched in the text before BPE sees it."""
+"""Token types of GGUF; control and user-defined tokens are matched in the text before BPE runs."""
 
 MODELS = ("gpt2", "llama")
-"""Values of ``tokenizer.ggml.model`` that can be built."""
+"""Supported values of ``tokenizer.ggml.model``."""
 
 
 def _smollm() -> pre_tokenizers.PreTokenizer:
-    # llama.cpp splits at \p{N} and then by GPT-2's rule; ByteLevel holds the latter.
+    # llama.cpp splits at \p{N} first and then by GPT-2's rule, which ByteLevel implements.
     return pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
@@ -42,13 +43,13 @@ def _words(digits: str) -> pre_tokenizers.PreTokenizer:
 
 @attrs.frozen
 class _Cut:
-    """How text is cut before BPE, and what else goes with that name."""
+    """A pre-tokenizer: how text is split before BPE, and the settings that come with its name."""
 
     rule: Callable[[], pre_tokenizers.PreTokenizer]
     ignore_merges: bool = False
-    """A word that is a token is that token, whatever the merges say."""
+    """A word that is in the vocabulary becomes that token, whatever the merges say."""
     bos: bool = False
-    """Whether a file that does not say so wants BOS."""
+    """Whether BOS is added if the file does not say."""
     normalizer: normalizers.Normalizer | None = None
 
 
@@ -60,13 +61,16 @@ PRE_TOKENIZERS = {
     "qwen2": _QWEN2,
     "deepseek-r1-qwen": _QWEN2,
 }
-"""By ``tokenizer.ggml.pre``. The rules are those of the models' own tokenizer.json; smollm's was held to llama.cpp."""
+"""Pre-tokenizers by ``tokenizer.ggml.pre``.
+
+The rules are those of the models' own tokenizer.json; smollm's was compared with llama.cpp.
+"""
 
 
 def build_tokenizer(metadata: dict[str, Any]) -> tokenizers.Tokenizer:
     """The tokenizer in a GGUF file's metadata; its ``save(path)`` writes what ``Tokenizer.load`` reads.
 
-    Raises UserError when the metadata lacks a key, is damaged, or names a tokenizer that is not supported.
+    Raises UserError when the metadata is damaged, a key is missing, or the tokenizer is not supported.
     """
     kind = _supported(metadata, "tokenizer.ggml.model", MODELS)
     texts: list[str] = list(_needed(metadata, "tokenizer.ggml.tokens"))
@@ -131,7 +135,11 @@ def _sentencepiece(
 
 
 def _merges_of(words: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
-    """SentencePiece joins the two neighbours that make the token of highest score: every way to make one, in that order."""
+    """BPE merges that follow from SentencePiece's scores.
+
+    SentencePiece joins the two neighbours that make the token of highest score. So the merges are all pairs
+    that make a token, by falling score of that token.
+    """
     ways = [
         (-scores[token], words[text[:cut]], words[text[cut:]], text[:cut], text[cut:])
         for text, token in words.items()

@@ -1,7 +1,7 @@
-"""Which tokens may come next in an answer that has to follow a grammar: a JSON schema, a regular expression, a choice.
+"""Which tokens may come next in an answer that follows a grammar: JSON schema, regular expression, choice.
 
-The library llguidance reads grammars and follows them. What may come after some tokens depends on the grammar and these
-tokens alone, so that a stream which another worker resumes goes on with the very tokens it would have had.
+The library llguidance parses and follows grammars. The allowed tokens depend on the grammar and the answer so
+far alone, so a stream that another worker resumes continues with the very tokens it would have had.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from memserve.panics import Panic, panics_told
 from memserve.tokens import count, pack, span, unpack
 
 FOLLOWED_MAX = 1024
-"""Answers whose place in their grammar is remembered. One that was forgotten is read again from its first token."""
+"""Answers whose grammar state is cached. One that was dropped is replayed from its first token."""
 BACK = 65
-"""So many tokens an answer may have grown by since its place was remembered: a step's draft, and one more."""
+"""Tokens by which an answer may have grown since its state was cached: a step's draft and one more."""
 READ_MAX = 64
-"""Grammars that are remembered."""
+"""Parsed grammars that are cached."""
 
 log = structlog.get_logger()
 Key = TypeVar("Key")
 
 
 class Grammars:
-    """Follows grammars in one model's tokens. One thread uses it."""
+    """Follows grammars in one model's tokens. Only one thread may use it."""
 
     def __init__(self, tokenizer: Tokenizer, vocabulary: int, ends: tuple[int, ...]) -> None:
-        """``vocabulary``: of the model, at least the tokenizer's. ``ends``: tokens that end an answer, at least one."""
+        """``vocabulary``: the model's size, at least the tokenizer's. ``ends``: end tokens, at least one."""
         wrapped = TokenizerWrapper(_Pieces(tokenizer, vocabulary, ends[0]))
         self._tokenizer = LLTokenizer(wrapped, n_vocab=vocabulary, eos_token=list(ends))
         self._bytes = -(-vocabulary // 8)
@@ -41,9 +41,10 @@ class Grammars:
         self._followed: OrderedDict[tuple[str, bytes], LLMatcher] = OrderedDict()
 
     def allowed(self, grammar: str, output: bytes) -> bytes:
-        """Which tokens may follow the answer ``output``, packed: a bit for each id, the lowest of the first byte first.
+        """Bit mask of the tokens that may follow the answer ``output``, lowest bit of the first byte first.
 
-        At least one may. Where the grammar cannot be followed any further, which is logged, those that end the answer.
+        At least one bit is set. Where the grammar cannot be followed any further, only end tokens are
+        allowed, and that is logged.
         """
         try:
             with panics_told():
@@ -62,10 +63,11 @@ class Grammars:
     def ahead(
         self, grammar: str, output: bytes, allowed: bytes, guess: bytes, most: int
     ) -> tuple[bytes, tuple[bytes, ...]]:
-        """How an answer goes on behind ``output``, packed, and what is ``allowed`` after each of these tokens: at most ``most``.
+        """At most ``most`` tokens that continue ``output``, packed; the mask of allowed tokens after each.
 
-        They are those that alone are allowed, and those of ``guess`` for as long as it goes on as they do and is allowed. None of
-        them ends the answer. To be asked after :meth:`allowed`, whose answer ``allowed`` is.
+        Each is the only allowed token, or the next token of ``guess`` where that is allowed and all tokens
+        before it match ``guess``. None of them ends the answer. Call it after :meth:`allowed`; ``allowed`` is
+        its result.
         """
         place = self._followed.get((grammar, output))
         if place is None or not most:
@@ -74,7 +76,7 @@ class Grammars:
             with panics_told():
                 return self._walk(place.deep_copy(), allowed, unpack(guess), most)
         except Panic:
-            return b"", ()  # it is told of when the answer comes there
+            return b"", ()  # logged once the answer reaches that place
 
     def _walk(
         self, matcher: LLMatcher, mask: bytes, guess: Sequence[int], most: int
@@ -95,7 +97,7 @@ class Grammars:
         return pack(draft), tuple(masks)
 
     def _at(self, grammar: str, output: bytes) -> LLMatcher:
-        """The grammar after ``output``."""
+        """A matcher in the state after ``output``."""
         for known in range(count(output), max(count(output) - BACK, 0) - 1, -1):
             matcher = self._followed.pop((grammar, span(output, 0, known)), None)
             if matcher is not None:
@@ -112,7 +114,10 @@ class Grammars:
 
 
 def wrong_with(grammar: str) -> str:
-    """Why a grammar, llguidance's text, cannot be followed; empty: it can. It can take a second: call it in a thread."""
+    """Why a grammar, in llguidance's text form, cannot be followed; empty if it can.
+
+    The check can take a second: call it in a thread.
+    """
     try:
         with panics_told():
             wrong: str = LLMatcher.validate_grammar(grammar)
@@ -122,7 +127,7 @@ def wrong_with(grammar: str) -> str:
 
 
 class _Pieces:
-    """A tokenizer as llguidance asks it: what each id stands for."""
+    """A tokenizer in the form that llguidance expects: the bytes of each id."""
 
     bos_token_id = None
 
@@ -139,7 +144,7 @@ class _Pieces:
 
 
 def _next(mask: bytes, guessed: int | None) -> int | None:
-    """The one token that is allowed, or the guessed one if it is."""
+    """The only allowed token, or the guessed one if it is allowed; otherwise None."""
     bits = int.from_bytes(mask, "little")
     if bits.bit_count() == 1:
         return bits.bit_length() - 1

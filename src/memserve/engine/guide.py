@@ -1,4 +1,4 @@
-"""Fills in, before a step, what the grammars of its rows allow."""
+"""Fills in, before a step, which tokens the grammars of its rows allow."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from memserve.engine.plans import BatchPlan, Row
 
 
 class Allows(Protocol):
-    """Follows grammars; :class:`~memserve.engine.grammars.Grammars`."""
+    """A follower of grammars, see :class:`~memserve.engine.grammars.Grammars`."""
 
     def allowed(self, grammar: str, output: bytes) -> bytes:
-        """Which tokens may come after ``output``, packed: a bit for each, at least one set."""
+        """Bit mask of the tokens that may come after ``output``; at least one bit is set."""
 
     def ahead(
         self, grammar: str, output: bytes, allowed: bytes, guess: bytes, most: int
     ) -> tuple[bytes, tuple[bytes, ...]]:
-        """How ``output`` goes on where no choice is left, or as was guessed, and what is allowed after each of these tokens."""
+        """At most ``most`` tokens after ``output``, forced or rightly guessed, and the mask after each."""
 
 
 @attrs.define
 class Guide:
-    """Of one worker. What follows grammars is made when the first one comes."""
+    """One worker's grammar masks. The follower is created for the first row with a grammar."""
 
     _make: Callable[[], Allows]
     _made: Allows | None = None
 
     def filled(self, plan: BatchPlan) -> BatchPlan:
-        """The plan, whose rows know what their grammars allow, and draft what these leave no choice about."""
+        """The plan with masks for rows that follow grammars, and drafts of the tokens that these force."""
         if not any(_grammar(row) for row in plan.rows):
             return plan
         if self._made is None:

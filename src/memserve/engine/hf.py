@@ -1,12 +1,12 @@
-"""A Hugging Face directory: its files, and the spec in its JSON.
+"""Reads a Hugging Face directory: its files, and the spec in its JSON.
 
     config.json                                             the shape
     model.safetensors, or shards and model.safetensors.index.json
-    tokenizer.json                                          of the ``tokenizers`` library
-    tokenizer_config.json, chat_template.jinja              the chat template, BOS and EOS by their text
+    tokenizer.json                                          for the ``tokenizers`` library
+    tokenizer_config.json, chat_template.jinja              the chat template; BOS and EOS as text
     generation_config.json                                  the ids that end a stream
 
-The last three may lack. Key names are those of transformers, versions 4 and 5.
+The files of the last two lines are optional. Key names are those of transformers, versions 4 and 5.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from memserve.engine.spec import Keys, ModelSpec, check_spec
 from memserve.errors import UserError
 
 ROPE_TYPES = ("default", "linear", "llama3")
-"""Values of ``rope_type`` that can be served."""
+"""Supported values of ``rope_type``."""
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -30,7 +30,7 @@ _JSON_BYTES_MAX = 64 << 20
 
 
 def model_files(folder: Path) -> list[Path]:
-    """The files that make the model, weights last. Raises UserError naming every one that is missing."""
+    """The model's files, weights last. Raises UserError naming every file that is missing."""
     missing = []
     if not (folder / "config.json").is_file():
         missing.append("config.json" + _gguf_remedy(folder))
@@ -50,7 +50,7 @@ def model_files(folder: Path) -> list[Path]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a directory that has been checked."""
+    """The safetensors files of the directory. Raises UserError as ``model_files`` does."""
     return [path for path in model_files(folder) if path.suffix == ".safetensors"]
 
 
@@ -63,7 +63,7 @@ def _shards(folder: Path) -> list[str]:
             f"{folder / _INDEX}: weight_map must name the file of each tensor, got {str(files)[:60]}"
         )
     names = sorted({str(name) for name in files.values()})
-    # A name is a file beside the index: one with a path in it could be any file of this machine.
+    # Names must be files next to the index: a name with a path in it could be any file of this machine.
     if outside := [name for name in names if Path(name).name != name]:
         raise UserError(f"{folder / _INDEX}: weight_map names {outside[0]!r}, which is not a plain file name")
     return names
@@ -93,7 +93,7 @@ def _weights_remedy(folder: Path) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises UserError when it is none."""
+    """The JSON object in a file. Raises UserError if the file does not hold one."""
     try:
         if path.stat().st_size > _JSON_BYTES_MAX:
             raise ValueError(f"larger than {_JSON_BYTES_MAX} bytes")
@@ -113,11 +113,11 @@ def _read_if_there(path: Path) -> dict[str, Any]:
 
 
 def hf_spec(folder: Path, weights: Safetensors) -> ModelSpec:
-    """The spec of a directory. Raises UserError when it is of a kind that would run and give wrong tokens."""
+    """The spec of a directory. Raises UserError for a variant that would run but give wrong tokens."""
     source = str(folder / "config.json")
     written = _read(folder / "config.json")
     family = family_of("hf", written.get("model_type"), source)
-    # transformers writes null for what is to be derived.
+    # transformers writes null for values that are to be derived.
     config = {**family.defaults, **{key: value for key, value in written.items() if value is not None}}
     if "sliding_window" in written and written["sliding_window"] is None:
         config.pop("sliding_window", None)
@@ -181,8 +181,8 @@ def _tied(family: Family, config: dict[str, Any], weights: Safetensors) -> bool:
 
 
 def _rope(keys: Keys, head_dim: int, context: int) -> tuple[float, tuple[float, ...] | None]:
-    """Theta, and the divisors of the inverse frequencies."""
-    # rope_parameters since transformers 5; before, rope_theta and, where scaled, rope_scaling.
+    """Theta, and the divisors of the inverse frequencies, or None for plain rope."""
+    # transformers 5 has rope_parameters; earlier versions have rope_theta and, for scaled rope, rope_scaling.
     given = keys.metadata.get("rope_parameters", keys.metadata.get("rope_scaling", {}))
     if not isinstance(given, dict):
         raise UserError(f"{keys.source}: rope_parameters must be an object, got {given!r}")
@@ -210,10 +210,10 @@ def _rope(keys: Keys, head_dim: int, context: int) -> tuple[float, tuple[float, 
 def llama3_factors(
     theta: float, head_dim: int, factor: float, low: float, high: float, trained: float
 ) -> tuple[float, ...]:
-    """Llama 3.1's rule: divide slow frequencies by ``factor``, keep fast ones, and go smoothly from one to the other.
+    """Llama 3.1's rule: divide slow frequencies by ``factor``, keep fast ones, interpolate smoothly between.
 
-    Fast is a wavelength below ``trained / high`` positions, slow is one above ``trained / low``; ``trained`` is the
-    context before the scaling. As transformers' rope type ``llama3``.
+    Fast means a wavelength below ``trained / high`` positions, slow one above ``trained / low``; ``trained``
+    is the context before the scaling. Equal to transformers' rope type ``llama3``.
     """
     factors = []
     for index in range(head_dim // 2):
@@ -231,7 +231,7 @@ def _texts(folder: Path, config: dict[str, Any]) -> tuple[int | None, tuple[int,
     generation = _read_if_there(folder / "generation_config.json")
     tokenizer = _read_if_there(folder / "tokenizer_config.json")
     ids = _added_tokens(folder, tokenizer)
-    # The tokenizer's EOS comes first: it is what chat templates mean by eos_token.
+    # The tokenizer's EOS comes first: it is the token that chat templates call eos_token.
     ends = [ids.get(_content(tokenizer.get("eos_token")))]
     for place in (generation, config):
         value = place.get("eos_token_id")
@@ -243,7 +243,10 @@ def _texts(folder: Path, config: dict[str, Any]) -> tuple[int | None, tuple[int,
 
 
 def _added_tokens(folder: Path, tokenizer: dict[str, Any]) -> dict[str, int]:
-    """Ids of the added tokens by their text. tokenizer.json is large, so it is read only for a name to look up."""
+    """Ids of the added tokens by their text.
+
+    tokenizer.json is large, so it is read only if there is a token to look up.
+    """
     if not (_content(tokenizer.get("eos_token")) or _content(tokenizer.get("bos_token"))):
         return {}
     if isinstance(decoder := tokenizer.get("added_tokens_decoder"), dict):
@@ -254,7 +257,7 @@ def _added_tokens(folder: Path, tokenizer: dict[str, Any]) -> dict[str, int]:
 
 
 def _content(token: Any) -> str:
-    """A token's text: tokenizer_config.json has it bare, or in an object."""
+    """A token's text, which tokenizer_config.json has as a plain string or in an object."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else ""
 
@@ -267,7 +270,7 @@ def _written_template(path: Path) -> str | None:
 
 
 def _template(value: Any) -> str | None:
-    """The template in tokenizer_config.json: a text, or a list of named ones."""
+    """The template in tokenizer_config.json: a string, or the default of a list of named templates."""
     if isinstance(value, list):
         named = {one.get("name"): one.get("template") for one in value if isinstance(one, dict)}
         value = named.get("default")

@@ -1,4 +1,4 @@
-"""Texts that were encoded before, with their tokens: each turn of a chat brings all earlier messages again."""
+"""Cache of encoded texts with their tokens: each turn of a chat sends all earlier messages again."""
 
 from __future__ import annotations
 
@@ -11,19 +11,22 @@ import attrs
 from memserve.tokens import pack, unpack
 
 CHARACTERS_MAX = 4 << 20
-"""Of all texts together. Tokens take as much memory again, where a token is four characters."""
+"""Characters of all cached texts. Tokens take as much memory again, at four characters per token."""
 ENTRY_CHARACTERS = 100
-"""What an entry counts for beside its text: roles and line breaks between messages are worth keeping, but not free."""
+"""Characters charged per entry in addition to its text.
+
+Roles and line breaks between messages are worth caching, but not free.
+"""
 
 Key = tuple[str, bool, str]
-"""Whose it is, whether it is the later part of a prompt, and the text."""
+"""The tenant's scope, whether the text is a later part of a prompt, and the text."""
 
 
 @attrs.define
 class KnownTexts:
-    """The least recently used texts go first. Threads may share it.
+    """An LRU cache that threads may share.
 
-    One tenant's are not another's: how soon a prompt is encoded would tell whether somebody else has sent its parts.
+    Tenants do not share entries: encoding time would reveal whether another tenant has sent the same parts.
     """
 
     characters_max: int = CHARACTERS_MAX
@@ -32,7 +35,7 @@ class KnownTexts:
     _lock: threading.Lock = attrs.field(factory=threading.Lock, init=False)
 
     def tokens(self, scope: str, later: bool, text: str, encode: Callable[[str], list[int]]) -> Iterable[int]:
-        """What ``encode(text)`` gives, or gave."""
+        """The tokens of ``encode(text)``, cached or computed now."""
         if _size(text) > self.characters_max:
             return encode(text)
         key = (scope, later, text)
@@ -40,7 +43,7 @@ class KnownTexts:
             if (known := self._tokens.get(key)) is not None:
                 self._tokens.move_to_end(key)
                 return unpack(known)
-        ids = encode(text)  # may take milliseconds: others look up meanwhile
+        ids = encode(text)  # may take milliseconds: without the lock
         self._remember(key, pack(ids))
         return ids
 

@@ -1,4 +1,4 @@
-"""How busy a worker is, as its heartbeats say it and schedulers price it."""
+"""A worker's load, as its heartbeats report it and schedulers price it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from memserve.scheduling.punctuality import Punctuality
 from memserve.tokens import count
 
 _TO_RUN = (Phase.WAITING, Phase.READY)
-"""Phases in which a prompt is still to be run here."""
+"""Phases in which a prompt still has to run here."""
 
 
 def load_of(live: Collection[Sequence], me: ActorId, page_tokens: int) -> dict[str, float]:
-    """Gauges of the sequences that worker ``me`` holds."""
+    """Load gauges over the sequences that worker ``me`` holds."""
     phases = [one.phase for one in live]
     prompts = [one for one in live if not (one.decoding or one.arriving) and one.phase in _TO_RUN]
     to_run = [(one.length, one.to_compute(page_tokens)) for one in prompts]
@@ -31,37 +31,42 @@ def load_of(live: Collection[Sequence], me: ActorId, page_tokens: int) -> dict[s
         "requests_waiting": float(phases.count(Phase.WAITING) + phases.count(Phase.ADOPTING)),
         "requests_leaving": float(phases.count(Phase.LEAVING)),
         "waiting_tokens": float(sum(missing for _, missing in to_run)),
-        # Each token to run attends to all before it: the quadratic part of what waits.
+        # Each token to run attends to all tokens before it: the quadratic part of the waiting work.
         "waiting_pairs": float(sum((length**2 - (length - missing) ** 2) // 2 for length, missing in to_run)),
-        # Streams that are, or will be, continued here, whoever runs their prompt.
+        # Streams that decode here, or will, whichever worker runs their prompt.
         "decode_rows": float(len(kept)),
         "context_tokens": float(sum(one.length for one in kept)),
     }
 
 
 def swap_least(costs: StepCosts | None, tokens_max: int) -> int:
-    """Tokens from which cached pages of slower tiers are worth bringing in; 0 where nothing was measured."""
+    """Least number of cached tokens in slower tiers for which a swap-in pays; 0 without measured costs."""
     return 0 if costs is None else math.ceil(min(CostModel(costs).swap_break_even(), tokens_max))
 
 
 @attrs.define
 class StepWatch:
-    """Compares steps with what the worker's figures say, and first tokens with what plans say: figures in its heartbeats."""
+    """Compares steps with the worker's cost figures, and first tokens with the plans' predictions.
+
+    The results are gauges in the worker's heartbeats.
+    """
 
     drift: Drift = attrs.field(factory=Drift)
     punctuality: Punctuality = attrs.field(factory=Punctuality)
     _model: CostModel | None = None
     _predicted_s: float = 0.0
     _prompt_tokens: int = 0
-    """Of the step under way."""
+    """Prompt tokens in the running step."""
     _prompt_pairs: float = 0.0
     _began: float = 0.0
     _foreseen: bool = True
-    """False where it takes longer than the worker's figures say: they know nothing of a prompt's log probabilities, and not what
-    grammars will add to drafts."""
+    """Whether the cost figures cover the running step.
+
+    They cover neither prompt log probabilities nor the tokens that grammars add to drafts.
+    """
 
     def began(self, costs: StepCosts | None, plan: BatchPlan, now: float) -> None:
-        """A step begins."""
+        """Record the start of a step and predict its duration."""
         if costs is None:
             return
         if self._model is None or self._model.steps is not costs:
@@ -74,7 +79,10 @@ class StepWatch:
         self._prompt_pairs = sum(tokens * (start + tokens / 2) for tokens, start in rows if tokens > 1)
 
     def ended(self, now: float, site: Site | None = None, beside: float = 0.0) -> None:
-        """And is over; ``beside`` others of the site had work. What crowding takes is no drift: schedulers reckon with it."""
+        """Record the end of the step; ``beside`` other workers of the site had work.
+
+        Slowdown by crowding is not drift: the scheduler prices it.
+        """
         crowded = 1.0
         if site is not None and beside and self._model is not None:
             crowded = self._model.steps.crowded(site.slices(beside), self._prompt_tokens > 0)
@@ -83,10 +91,11 @@ class StepWatch:
         self._prompt_tokens, self._prompt_pairs = 0, 0.0
 
     def under_way(self, load: dict[str, float], now: float) -> dict[str, float]:
-        """What is left of a step with prompts, and the :func:`load_of` a worker without what is done, if it goes as it should.
+        """The gauges of :func:`load_of`, less what a running prompt step should have computed by ``now``.
 
-        ``step_tokens`` of the ``waiting_tokens`` are in the step, which ends in ``step_left_s`` seconds, and none of the
-        ``waiting_pairs``: however few of its tokens are left, a step reads all weights.
+        ``step_tokens`` of the ``waiting_tokens`` belong to that step, which should end in ``step_left_s``
+        seconds; it reads all weights however few of its tokens are left. None of the ``waiting_pairs`` belong
+        to it.
         """
         expected_s = self._predicted_s * self.drift.scale
         if not self._prompt_tokens or not expected_s:
@@ -103,6 +112,6 @@ class StepWatch:
         }
 
     def gauges(self) -> dict[str, float]:
-        """A scale of 1 is as measured at start, a share of 0 as predicted."""
+        """Drift and lateness gauges: a scale of 1 is as measured at start, a share of 0 is as predicted."""
         late = {"first_tokens_late_share": self.punctuality.share}
         return late if self._model is None else {"step_cost_scale": self.drift.scale, **late}

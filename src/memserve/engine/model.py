@@ -1,9 +1,9 @@
-"""Llama and its relatives in one file: token ids and paged KV in, logits out.
+"""The forward pass of Llama and its relatives, in one file: token ids and paged KV in, logits out.
 
-Written from the architecture's description (Touvron et al., 2023); what a family does beyond it (biases, norms of q
-and k) is in the spec's features. Held to transformers' models in the tests. One forward pass serves CPUs and GPUs: what
-differs is the attention backend and the :class:`~memserve.engine.ops.Ops`. Weights are those of
-:mod:`memserve.engine.weights`; nothing here owns them.
+Written from the architecture's description (Touvron et al., 2023). What a family adds to it (biases, norms of
+q and k) is in the spec's features. The tests compare it with transformers' models. One forward pass serves
+CPUs and GPUs; only the attention backend and the :class:`~memserve.engine.ops.Ops` differ. The weights come
+from :mod:`memserve.engine.weights`; nothing here owns them.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ from memserve.kernels import AttentionBackend
 from memserve.tokens import unpack
 
 _IN_PLACE = 16
-"""Rows up to which int8 weights are read as they are; for more, turning them into the run's dtype first is faster."""
+"""Most rows for which int8 weights are read as they are; for more, converting them first is faster."""
 _ROW_BY_ROW = 8
-"""Rows up to which bfloat16 weights are read as they are on any processor; for more, widening them first is faster."""
+"""Most rows for which any processor reads bfloat16 weights as they are; for more, widening them is faster."""
 _WIDENED = 1 << 20
-"""Values turned into another type at a time: they stay in the caches, and add no copy of a whole matrix."""
+"""Values converted to another type at a time: few enough to stay in cache, and no whole matrix is copied."""
 
 
 @attrs.frozen
 class BatchTensors:
-    """A batch plan as tensors: the tokens of all rows, one after another."""
+    """A batch plan as tensors, with the tokens of all rows concatenated."""
 
     ids: torch.Tensor
-    """(tokens,) int64."""
+    """Token ids, (tokens,) int64."""
     positions: torch.Tensor
-    """(tokens,) int64."""
+    """Positions of the tokens, (tokens,) int64."""
     wanted: torch.Tensor
-    """(wanted rows,) int64: the tokens whose logits somebody wants."""
+    """(wanted rows,) int64: indices in the batch of the tokens whose logits are needed."""
 
     @classmethod
     def of(cls, plan: BatchPlan) -> BatchTensors:
-        """The tensors of a plan."""
+        """Build the tensors of a plan."""
         ids: list[int] = []
         positions: list[int] = []
         wanted: list[int] = []
@@ -58,45 +58,48 @@ class BatchTensors:
 
 @attrs.frozen
 class Matrix:
-    """A weight matrix, (out, in): in the run's dtype, or int8 with a scale for each row."""
+    """A weight matrix, (out, in): in the run's dtype, or int8 with one scale per row."""
 
     values: torch.Tensor
     scale: torch.Tensor | None = None
-    """(out,) in the run's dtype, which holds what ``quantise_rows`` makes exactly."""
+    """(out,) in the run's dtype, which represents the scales that ``quantise_rows`` makes exactly."""
 
     @classmethod
     def of(cls, weights: Mapping[str, torch.Tensor], name: str, dtype: torch.dtype) -> Matrix:
-        """The matrix of that name, for a run in ``dtype``."""
+        """The matrix called ``name``, for a run in ``dtype``."""
         scale = weights.get(name + SCALE)
         return cls(weights[name], None if scale is None else scale.to(dtype))
 
     def rows(self, ids: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The rows of these numbers, (ids, in) in ``dtype``."""
+        """The rows with the numbers ``ids``, as (ids, in) in ``dtype``."""
         found = embedding(ids, self.values).to(dtype)
         return found if self.scale is None else found.mul_(self.scale[ids].to(dtype)[:, None])
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
-        """``x``, (rows, in), times the matrix: (rows, out), in the dtype of ``x``."""
+        """The product of ``x``, (rows, in), and the matrix: (rows, out) in the dtype of ``x``."""
         wide = _multiplied(x)
         if self.scale is None and wide == x.dtype:
             return linear(x, self.values)
         if self.scale is not None and self._is_read_in_place(x):
             return torch._weight_int8pack_mm(x, self.values, self.scale)
         parts = torch.split(self.values, max(1, _WIDENED // self.values.shape[1]))
-        # Both types hold every value of a narrower one exactly, and the scales multiply what has been summed up.
+        # Widening to either type is exact, and the scales multiply the finished sums.
         found = torch.cat([linear(x.to(wide), part.to(wide)) for part in parts], dim=1)
         return (found if self.scale is None else found.mul_(self.scale)).to(x.dtype)
 
     def _is_read_in_place(self, x: torch.Tensor) -> bool:
-        """torch 2.13 reads rows in aligned pieces and does not check; what is not aligned is a segmentation fault."""
+        """Whether torch can multiply by the int8 values as they are.
+
+        torch 2.13 reads rows in aligned pieces without checking: unaligned data ends in a segmentation fault.
+        """
         aligned = self.values.shape[1] % 64 == 0 and self.values.data_ptr() % 64 == 0
         return aligned and self.values.is_cpu and x.dtype == torch.bfloat16 and 0 < len(x) <= _IN_PLACE
 
 
 def _multiplied(x: torch.Tensor) -> torch.dtype:
-    """The type in which rows like these are multiplied: float32 where the processor has no products of bfloat16.
+    """The type to multiply ``x`` in: float32 for many rows where the processor has no bfloat16 products.
 
-    torch 2.13 multiplies bfloat16 there row by row, which for a prompt takes sixty times as long as float32 does.
+    There torch 2.13 multiplies bfloat16 row by row, which for a prompt takes sixty times as long as float32.
     """
     many = x.dtype == torch.bfloat16 and x.is_cpu and len(x) > _ROW_BY_ROW
     return torch.float32 if many and not has_bfloat16_products() else x.dtype
@@ -104,7 +107,7 @@ def _multiplied(x: torch.Tensor) -> torch.dtype:
 
 @cache
 def has_bfloat16_products() -> bool:
-    """Whether torch multiplies bfloat16 by instructions that this processor has for it."""
+    """Whether this processor has instructions for bfloat16 products that torch uses."""
     supported: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return supported
 
@@ -125,7 +128,7 @@ class Layer:
 
     @classmethod
     def of(cls, weights: Mapping[str, torch.Tensor], layer: int, dtype: torch.dtype) -> Layer:
-        """The weights of one layer that the model has."""
+        """The weights of layer number ``layer``, as far as the model has them."""
         found: dict[str, Any] = {}
         for field in attrs.fields(cls):
             key = f"{layer}.{field.name}"
@@ -135,7 +138,7 @@ class Layer:
 
 
 class Llama:
-    """The forward pass. Runs on whatever device its weights are on."""
+    """The forward pass, on whichever device the weights are on."""
 
     def __init__(
         self,
@@ -144,7 +147,11 @@ class Llama:
         dtype: torch.dtype | None = None,
         ops: Ops | None = None,
     ) -> None:
-        """``dtype``: of activations and KV; unset, that of the matrices. Needed where these are int8. ``ops``: unset, torch's."""
+        """Use ``weights`` as they are, without copying them.
+
+        ``dtype``: of activations and KV; unset, that of the matrices. It is required if these are int8.
+        ``ops``: unset, torch's.
+        """
         self.spec = spec
         self.dtype = dtype or weights["embed"].dtype
         if not self.dtype.is_floating_point:
@@ -162,7 +169,7 @@ class Llama:
         attention: AttentionBackend[Any],
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Logits (wanted rows, vocab) float32, in ``out`` where it is given.
+        """Logits (wanted rows, vocab) float32, written to ``out`` if it is given.
 
         Appends every token's K and V to the pages that ``plan`` names.
         """
@@ -172,7 +179,7 @@ class Llama:
     def layers(
         self, batch: BatchTensors, plan: Any, attention: AttentionBackend[Any]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """All layers, as :meth:`forward`: what :meth:`head` takes, each (tokens, hidden)."""
+        """Run all layers and return the two arguments of :meth:`head`, each (tokens, hidden)."""
         spec, ops, dtype = self.spec, self._ops, self.dtype
         x = self._embed.rows(batch.ids, ops.residual)  # (tokens, hidden)
         rotation = ops.rotation(batch.positions)
@@ -191,7 +198,10 @@ class Llama:
     def head(
         self, x: torch.Tensor, delta: torch.Tensor, places: torch.Tensor, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Logits (places, vocab) float32 after the tokens at ``places``, (places,) int64; ``x`` and ``delta`` stay as they are."""
+        """Logits (places, vocab) float32 after the tokens at ``places``, (places,) int64.
+
+        Leaves ``x`` and ``delta`` unchanged.
+        """
         normed = self._ops.add_norm(x[places], delta[places], self._norm, self.dtype)
         logits = self._head.apply(normed)
         return logits.float() if out is None else out.copy_(logits)

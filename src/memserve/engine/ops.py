@@ -1,8 +1,8 @@
 """The parts of a layer that are neither matrix products nor attention: norms, rope, activation.
 
-:class:`TorchOps` is the definition of right on any device; a GPU's backend replaces what its kernels do faster. The
-residual stream and the norms are float32 here also in a bfloat16 run: they cost little on a CPU, and the error of 30
-additions in bfloat16 would not.
+:class:`TorchOps` is the reference on any device; a GPU's backend replaces the parts that its kernels do
+faster. Here the residual stream and the norms are float32 even in a bfloat16 run: they cost little on a CPU,
+whereas the error of 30 additions in bfloat16 would matter.
 """
 
 from __future__ import annotations
@@ -16,46 +16,56 @@ from memserve.engine.spec import ModelSpec
 
 
 class HeadWeights(Protocol):
-    """What a layer does to q and k beside their projection; see :class:`memserve.engine.model.Layer`."""
+    """Optional weights that a layer applies after projecting q, k and v.
+
+    See :class:`memserve.engine.model.Layer`.
+    """
 
     @property
     def qkv_bias(self) -> torch.Tensor | None:
-        """((heads + 2 * kv_heads) * head_dim,) float32."""
+        """Biases of q, k and v, ((heads + 2 * kv_heads) * head_dim,) float32, or None."""
 
     @property
     def q_norm(self) -> torch.Tensor | None:
-        """(head_dim,)."""
+        """Weight of the norm of each head of q, (head_dim,), or None."""
 
     @property
     def k_norm(self) -> torch.Tensor | None:
-        """(head_dim,)."""
+        """Weight of the norm of each head of k, (head_dim,), or None."""
 
 
 class Ops(Protocol):
-    """One way to compute these parts. Tokens are in the batch's order."""
+    """One implementation of these parts. Tokens are in the batch's order."""
 
     residual: torch.dtype
-    """Of the residual stream."""
+    """Dtype of the residual stream."""
 
     def add_norm(
         self, x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, dtype: torch.dtype
     ) -> torch.Tensor:
-        """Add ``delta`` to the residual stream ``x`` in place, (tokens, hidden); its norm in ``dtype``. May overwrite ``delta``."""
+        """Add ``delta`` to the residual stream ``x`` in place, (tokens, hidden), and return its norm in
+        ``dtype``.
+
+        May overwrite ``delta``.
+        """
 
     def rotation(self, positions: torch.Tensor) -> Any:
-        """Once a step: what ``qkv`` needs of the tokens' positions, (tokens,)."""
+        """What ``qkv`` needs of the tokens' positions, (tokens,); computed once a step."""
 
     def qkv(
         self, projected: torch.Tensor, layer: HeadWeights, rotation: Any
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """q (tokens, heads, head_dim), k and v (tokens, kv_heads, head_dim), q and k rotated. May overwrite ``projected``."""
+        """q (tokens, heads, head_dim), k and v (tokens, kv_heads, head_dim); q and k are rotated.
+
+        May overwrite ``projected``.
+        """
 
     def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
         """silu(gate) * up of (tokens, 2 * intermediate), gate first: (tokens, intermediate)."""
 
 
 def rope_table(spec: ModelSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines of every position, (max_context, head_dim) float32, each half of the head alike."""
+    """Cosines and sines of every position, each (max_context, head_dim) float32 with two equal halves."""
     exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.int64).float() / spec.head_dim
     frequencies = 1.0 / spec.rope_theta**exponents  # (head_dim / 2,)
     if spec.rope_factors is not None:
@@ -66,14 +76,15 @@ def rope_table(spec: ModelSpec) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class TorchOps:
-    """These parts in torch; see :class:`Ops`."""
+    """The reference implementation in torch; see :class:`Ops`."""
 
     residual = torch.float32
 
     def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
         self.spec, self.dtype = spec, dtype
         cosines, sines = rope_table(spec)
-        # Rotation by halves: x * cos + swap(x) * sin, the first half's sine negated here once instead of x each time.
+        # Rotation by halves: x * cos + swap(x) * sin. The first half's sine is negated here once, instead of
+        # x in each call.
         signs = torch.ones(spec.head_dim)
         signs[: spec.head_dim // 2] = -1
         self._cosines, self._sines = cosines.to(device), (sines * signs).to(device)
@@ -93,7 +104,7 @@ class TorchOps:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         spec = self.spec
         if layer.qkv_bias is not None:
-            # In float32, and so it stays until rope is done: biases of k in the hundreds would eat bfloat16's digits.
+            # Float32 until rope is done: k biases in the hundreds would cost bfloat16 its low digits.
             projected = projected.float().add_(layer.qkv_bias)
         heads = projected.view(len(projected), -1, spec.head_dim)
         qk, v = heads[:, : spec.heads + spec.kv_heads], heads[:, spec.heads + spec.kv_heads :]

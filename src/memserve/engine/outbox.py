@@ -1,4 +1,4 @@
-"""What a worker's core has to say since the last ``take()``: messages, log lines, counts, and tokens by Frontend."""
+"""A worker core's output since the last ``take()``: messages, log lines, counters, and tokens by Frontend."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from memserve.messages import Message, PromptScores, Tokens, TokenUpdate
 
 @attrs.define
 class Outbox:
-    """Shared by the parts of one core."""
+    """Collects the actions of one core; the core's parts share it."""
 
     counters: dict[str, float] = attrs.field(factory=dict)
     """Running totals since start."""
@@ -23,30 +23,33 @@ class Outbox:
     _updates: dict[ActorId, list[TokenUpdate]] = attrs.field(factory=dict)
 
     def add(self, action: Action) -> None:
-        """Any action."""
+        """Append an action of any kind."""
         self._actions.append(action)
 
     def first(self, action: Action) -> None:
-        """One that goes before all others: the engine need not wait until what the last step made is sent."""
+        """Put an action before all others, so that the engine need not wait for the last step's messages."""
         self._actions.insert(0, action)
 
     def send(self, to: ActorId, message: Message) -> None:
-        """One message."""
+        """Append one message."""
         self._actions.append(Send(to, message))
 
     def update(self, frontend: ActorId, update: TokenUpdate) -> None:
-        """New tokens; all that one step makes for a Frontend leave as one message."""
+        """Add new tokens; all updates of a step for one Frontend leave as one message."""
         self._updates.setdefault(frontend, []).append(update)
 
     def tell(self, sequences: tuple[Sequence, ...], prompts: Mapping[int, PromptLogprobs]) -> None:
-        """What a step has told of its rows' prompts, while ``computed`` is still where each row began. It goes before all tokens."""
+        """Send the prompt log probabilities that a step reported; they leave before all tokens.
+
+        Call it while each sequence's ``computed`` is still its row's start.
+        """
         for row, told in prompts.items():
             one = sequences[row]
             if not one.dropped:
                 self.send(one.request.frontend, PromptScores(*one.key, one.computed + 1, told))
 
     def log(self, event: str, one: Sequence, *, level: str = "info", **data: object) -> None:
-        """A line about a request."""
+        """Append a log line about a request."""
         self._actions.append(
             Log(level, event, {"request": one.request.id, "attempt": one.request.attempt, **data})
         )
@@ -56,7 +59,7 @@ class Outbox:
         self.counters[name] = self.counters.get(name, 0.0) + amount
 
     def take(self) -> list[Action]:
-        """Everything, once."""
+        """All actions since the last call, then the collected tokens."""
         actions, self._actions = self._actions, []
         actions += [Send(to, Tokens(tuple(updates))) for to, updates in self._updates.items()]
         self._updates.clear()

@@ -1,9 +1,9 @@
-"""A worker's dealings with its shard: leases taken, grown, retired from, adopted and given back.
+"""A worker's calls to its shard: it acquires, grows, adopts and frees leases, and retires their pages.
 
-Every call is repeated until it is answered: the shard acts on it once. Pages are asked for one ahead, while the last
-one fills, so that no step waits for the shard. When the pool has
-none to give, the youngest sequence gives way: its pages go back (what is indexed will likely be found again)
-and it queues for all of them anew.
+Every call is repeated until it is answered; the shard acts on it once. The next page is requested while the
+last one fills, so that no step waits for the shard. When the pool has no free page, the youngest sequence is
+preempted: it gives its pages back (the indexed ones will likely be found again) and queues for all of them
+again.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _Call = Acquire | Adopt | AllocMem | FreeMem | Insert
 CALL_REPEAT_S = 1.0
 """How long a call may stay unanswered before it is sent again."""
 SHORTAGE_RETRY_S = 0.05
-"""How often a sequence without a page asks again."""
+"""Seconds between two requests for a page by a starved sequence."""
 SHORTAGE_YIELD_S = 1.0
-"""How long the only sequence of a worker starves before it gives its pages back and queues for all of them."""
+"""How long a worker's only sequence starves before it gives its pages back and queues for all of them."""
 
 
 @attrs.define
@@ -38,38 +38,38 @@ class Paging:
     """Which pages go into the index: ``none``, ``prompt`` or ``all``."""
     outbox: Outbox
     fetch_s: float = 5.0
-    """How long pages of another shard are waited for."""
+    """How long to wait for pages of another shard, in seconds."""
     ahead: bool = False
-    """Whether full pages go to the decode worker's shard while the rest of a prompt is computed."""
+    """Whether a prompt's full pages go to the decode worker's shard while the rest is computed."""
     swap_least: int = 0
-    """Cached tokens of slower tiers that are worth bringing in."""
+    """Least number of cached tokens in slower tiers for which a swap-in pays."""
     sequel_tokens: int = 0
-    """How much of what came after a prompt before is worth knowing."""
+    """Tokens to request, at most, of what followed a prompt earlier."""
     deadline: float = attrs.field(default=float("inf"), init=False)
-    """When a shortage must be looked at again."""
+    """When a shortage must be handled again."""
     now: float = attrs.field(default=0.0, init=False)
-    """Set by the owner before each of its verbs: when calls are sent."""
+    """Current time, at which calls are sent. The owner sets it before it uses this object."""
     _calls: ShardCalls[Sequence | None] = attrs.field(factory=ShardCalls, init=False)
-    """Of None: the end of a lease, for which no sequence waits."""
+    """Pending calls by sequence; under None, FreeMem calls, for which no sequence waits."""
     _unanswered: dict[int, tuple[float, _Call]] = attrs.field(factory=dict, init=False)
-    """By call: when it was sent last, the longest ago first, and what was sent."""
+    """By call number: when it was last sent, and the message. The one sent longest ago comes first."""
     _starving_since: float | None = attrs.field(default=None, init=False)
     _relief_at: float = attrs.field(default=0.0, init=False)
 
     def answered(self, call: int) -> Sequence | None:
-        """Whose call this ends; None when it was withdrawn meanwhile, and then only :meth:`freed` ends it."""
+        """The sequence whose call this ends; None if it was withdrawn, then only :meth:`freed` ends it."""
         _, message = self._unanswered.get(call, (0.0, None))
         if not isinstance(message, FreeMem) or message.lease:
             self._unanswered.pop(call, None)
         return self._calls.answered(call)
 
     def freed(self, call: int) -> None:
-        """The shard has ended a lease, or knows that a call was withdrawn."""
+        """Record that the shard has ended a lease, or confirmed that a call is withdrawn."""
         self._unanswered.pop(call, None)
         self._calls.answered(call)
 
     def inserted(self, call: int) -> Sequence | None:
-        """The shard has retired what this call said; whose it was, unless that was withdrawn."""
+        """Record the answer to an Insert; returns its sequence, or None if the call was withdrawn."""
         _, message = self._unanswered.get(call, (0.0, None))
         one = self.answered(call)
         if one is not None and isinstance(message, Insert):
@@ -77,7 +77,7 @@ class Paging:
         return one
 
     def repeat(self) -> None:
-        """Send again what has waited too long for its answer."""
+        """Send calls again that have waited too long for their answers."""
         for call, (sent_at, message) in list(self._unanswered.items()):
             if self.now < sent_at + CALL_REPEAT_S:
                 break
@@ -91,7 +91,10 @@ class Paging:
         return float("inf")
 
     def acquire(self, one: Sequence, source: Source | None = None) -> None:
-        """Ask for a lease on pages for all of a sequence's tokens, cached ones first, and from ``source`` what is missing."""
+        """Ask for a lease on pages for all tokens of a sequence: cached pages first.
+
+        Missing pages are fetched from ``source``.
+        """
         extra = one.headroom(self.page_tokens, self.max_context)
         scope, least = one.request.scope, self.swap_least
         anew = one.tells is not None
@@ -99,20 +102,20 @@ class Paging:
         self._send(self._calls.acquire(one, scope, one.tokens, extra, source, least, anew, sequel))
 
     def fetch(self, one: Sequence) -> None:
-        """Acquire, with what the plan says to fetch before the prompt runs."""
+        """Acquire pages, and have the prefix fetched that the plan names, before the prompt runs."""
         shard = one.plan.source
         held = usable(one.plan.source_tokens, one.length, self.page_tokens)
         source = Source(shard, held, self.fetch_s, request=one.request.id)
         self.acquire(one, source if held and shard not in ("", self.shard) else None)
 
     def move(self, one: Sequence, lease: int, owner: ActorId) -> None:
-        """Acquire pages here for a sequence that was handed over, filled from ``lease`` of ``owner`` on the plan's shard."""
+        """Acquire pages for a handed-over sequence, filled from ``owner``'s ``lease`` on the plan's shard."""
         insert = self.retire_what == "all"
         shard, request = one.plan.shard, one.request.id
         self.acquire(one, Source(shard, one.length - 1, self.fetch_s, lease, owner, insert, request))
 
     def give_back(self, one: Sequence, page_bytes: int) -> None:
-        """Let the shard of the prefill have the answer's pages, in the background: the last use of this lease."""
+        """Copy the answer's pages to the prefill's shard in the background: the last use of this lease."""
         full = one.acknowledged if self.retire_what != "all" else one.retired
         if full:
             tokens, to = span(one.tokens, 0, full), one.plan.shard
@@ -120,18 +123,23 @@ class Paging:
             one.returns(full, self.page_tokens, page_bytes)
 
     def adopt(self, one: Sequence, previous: ActorId) -> None:
-        """Ask for the lease that ``previous`` handed over."""
+        """Ask the shard to transfer the lease from ``previous`` to this worker."""
         self._send(self._calls.adopt(one, one.lease, previous))
 
     def grow(self, one: Sequence) -> None:
-        """Ask for the next page if the last one is in use."""
+        """Ask for the next page if the last one is in use and the sequence may outgrow it."""
         if not one.growing and one.pages_wanted(self.page_tokens, self.max_context):
             one.growing = True
             self._send(self._calls.alloc(one, one.lease, 1))
 
     def retire(self, one: Sequence) -> None:
-        """Give the pages that are full by now to the index: all that the shard has not acknowledged, as a call may be lost."""
-        prompt = 0 if one.came_with and one.crosses else one.request.prompt_tokens  # indexed there
+        """Give the full pages to the index.
+
+        The Insert covers all pages that the shard has not acknowledged, because an earlier call may be lost.
+        With ``ahead``, a prompt's pages are also sent to the decode worker's shard while the rest is
+        computed.
+        """
+        prompt = 0 if one.came_with and one.crosses else one.request.prompt_tokens  # indexed by the prefill
         limit = {"none": 0, "prompt": prompt, "all": one.computed}[self.retire_what]
         full = min(one.computed, limit) // self.page_tokens * self.page_tokens
         if full > one.retired:
@@ -146,14 +154,14 @@ class Paging:
                 )
 
     def release(self, one: Sequence) -> None:
-        """End the lease: unpin what is indexed, free the rest."""
+        """End the lease: indexed pages are unpinned, the others freed."""
         self.forget(one)
         if one.lease:
             lease = one.lease
             self._send(self._calls.ask(None, lambda call: FreeMem(lease, call)))
 
     def forget(self, one: Sequence) -> None:
-        """Stop waiting for answers about a sequence; a waiting acquire is withdrawn."""
+        """Stop waiting for answers about a sequence; a pending Acquire is withdrawn."""
         ended = self._calls.of(one)
         for call in ended:
             self._unanswered.pop(call, None)
@@ -161,11 +169,11 @@ class Paging:
             self._send(withdrawal)
 
     def relieve_shortage(self, ready: list[Sequence], now: float) -> None:
-        """When one of the ``ready`` cannot go on for want of a page: preempt the youngest, and ask again.
+        """If a ``ready`` sequence cannot continue without another page, preempt the youngest and ask again.
 
-        No step may be under way. The oldest is never preempted while another is left, so it always reaches its end.
-        A worker's only sequence gives way after SHORTAGE_YIELD_S and queues for all its pages, so that two
-        workers holding one half each cannot wait for one another for ever.
+        No step may be running. The oldest sequence is never preempted while there is another, so it always
+        finishes. A worker's only sequence gives its pages back after SHORTAGE_YIELD_S and queues for all of
+        them; otherwise two workers that each hold half of the pool could deadlock.
         """
         starving = [one for one in ready if one.starved and one.room(self.page_tokens) <= 0]
         if not starving:

@@ -1,4 +1,4 @@
-"""A batch plan held against the arena, before any step engine runs it."""
+"""Validation of a batch plan against model and arena, before any step engine runs it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from memserve.tokens import count, pages_for, unpack
 def check_plan(
     plan: BatchPlan, spec: ModelSpec, pages: int, page_tokens: int, before: Sequence[Row] = ()
 ) -> None:
-    """Raise ValueError, naming the row, for a plan that would read or write what is not its own.
+    """Raise ValueError, naming the row, for a malformed plan or one that would access memory not its own.
 
-    A wrong page id would corrupt another request's tokens in silence. ``pages``: how many the arena has.
-    ``before``: rows of the plan that was checked last. A row that goes on there has hundreds of pages, and few new ones.
+    A wrong page id would silently corrupt another request's tokens. ``pages``: how many the arena has.
+    ``before``: rows of the plan checked last. A row that continues from there has hundreds of pages and few
+    new ones, and only the new ones are compared with the arena's size.
     """
     if not plan.rows:
         raise ValueError("a step needs at least one row")
@@ -73,7 +74,7 @@ def _check_told(number: int, row: Row, tell: Tell, spec: ModelSpec) -> None:
 
 
 def _check_adjustments(number: int, row: Row, spec: ModelSpec) -> None:
-    """They index logits, on a device too, where nothing else would stop them."""
+    """Check the token ids and masks that index logits: on a device, nothing else would catch a bad index."""
     assert row.sample is not None and row.sample.adjust is not None
     adjust, past = row.sample.adjust, row.past
     if past is None or len(adjust.bias) != len(adjust.biased):

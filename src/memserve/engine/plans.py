@@ -1,4 +1,4 @@
-"""What a worker's core asks of its step engine: one value in, one value out, no arrays."""
+"""The interface between a worker's core and its step engine: one value in, one value out, no arrays."""
 
 from __future__ import annotations
 
@@ -14,31 +14,34 @@ from memserve.tokens import count, span
 
 @attrs.frozen
 class Past:
-    """What the adjustments of a row's logits need to know of its sequence; all packed."""
+    """Tokens of a row's sequence that logit adjustments depend on, packed, and masks of allowed tokens."""
 
     prompt: bytes
-    """The prompt, where ``repetition`` counts it; else empty."""
+    """The prompt, where ``repetition`` counts it; otherwise empty."""
     output: bytes
-    """The answer so far, over every attempt and every worker."""
+    """The answer so far, over all attempts and workers."""
     forbidden: bytes = b""
-    """Tokens that cannot be drawn yet: what would end the answer before ``min_tokens``."""
+    """Tokens that must not be drawn yet, because they would end the answer before ``min_tokens``."""
     allowed: bytes = b""
-    """A bit for each token that can be drawn, the lowest of the first byte first; empty: all. Filled in where a grammar is followed."""
+    """Bit mask of tokens that may be drawn, lowest bit of the first byte first; empty allows all.
+
+    Filled in where a grammar is followed.
+    """
     then: tuple[bytes, ...] = ()
-    """The same after each token of the row's draft."""
+    """Masks like ``allowed`` after each token of the row's draft."""
 
 
 @attrs.frozen
 class Tell:
-    """What is to be told of a prompt's tokens, by the logits of the row that runs those before them."""
+    """Which prompt log probabilities a row reports, from the logits after its tokens."""
 
     follows: bytes
-    """The tokens, packed: one behind each of the row's first tokens, and as many as the prompt still has."""
+    """Prompt tokens to report, packed: the successor of each of the row's tokens, if the prompt has one."""
     count: int
-    """How many of the most probable tokens are told beside each."""
+    """Most probable tokens to report in addition at each position."""
 
     def part(self, start: int, stop: int) -> Tell | None:
-        """Of the row's tokens from ``start`` to ``stop``; None where nothing is told of any."""
+        """The part for the row's tokens from ``start`` to ``stop``; None where there is nothing to report."""
         follows = span(self.follows, start, stop)
         return Tell(follows, self.count) if follows else None
 
@@ -50,28 +53,34 @@ class Row:
     tokens: bytes
     """Tokens to run, packed."""
     start: int
-    """Position of the first of them; the KV of all earlier ones is in ``pages`` already."""
+    """Position of the first token; the KV of all earlier ones is in ``pages`` already."""
     pages: tuple[int, ...]
-    """Page table; ``pages[i]`` holds positions ``i * page_tokens`` onwards. Covers all up to ``reach``."""
+    """Page table: ``pages[i]`` holds positions from ``i * page_tokens`` on. Covers all before ``reach``."""
     sample: Sampling | None
-    """How to draw the token after the last one, or None when nobody wants it (not the prompt's last chunk)."""
+    """How to draw the token after the last one; None when no draw is wanted (not the prompt's last chunk)."""
     past: Past | None = None
     """Set where ``sample`` adjusts the logits."""
     tell: Tell | None = None
     """Set where log probabilities of the prompt are wanted."""
     draft: bytes = b""
-    """A guess at the tokens that come after ``tokens``, packed. An engine may run them too, and draw after each of them for as
-    long as the draws are what was guessed. Never set beside ``tell`` or log probabilities of the draw."""
+    """Draft tokens expected after ``tokens``, packed.
+
+    An engine may run them too, and draw after each of them as long as each draw equals its draft token. Never
+    set together with ``tell`` or with log probabilities of the draw.
+    """
     draft_most: int = 0
-    """So long a draft may become, where the row follows a grammar: it forces tokens, and forbids what was guessed."""
+    """Length to which a grammar may extend the draft; set where the row follows a grammar.
+
+    The grammar adds tokens that it forces, and removes draft tokens that it forbids.
+    """
 
     @property
     def end(self) -> int:
-        """Position of the token that a draw would produce; with the seed it decides the draw."""
+        """Position of the token that the row draws. The draw is a function of it and the seed."""
         return self.start + count(self.tokens)
 
     def past_at(self, place: int) -> Past | None:
-        """The past of the draw behind ``place`` tokens of the draft."""
+        """``past`` for the draw after the first ``place`` draft tokens."""
         if self.past is None or not place:
             return self.past
         allowed = self.past.then[place - 1] if self.past.then else self.past.allowed
@@ -80,7 +89,7 @@ class Row:
 
     @property
     def reach(self) -> int:
-        """The first position behind all that an engine may write."""
+        """Position after the last one that an engine may write, drafts included."""
         return self.end + count(self.draft)
 
 
@@ -93,32 +102,37 @@ class BatchPlan:
 
 @attrs.frozen
 class BatchResult:
-    """What a step produced."""
+    """The outcome of a step."""
 
     tokens: tuple[int | None, ...]
-    """One per row, in order; None where ``sample`` was None."""
+    """The drawn token of each row, in order; None where ``sample`` was None."""
     step_ms: float
     threads: int
-    """Cores the step began on."""
+    """Cores that the step began on."""
     beside: float = 0.0
-    """Other workers of the same site (see :class:`~memserve.costs.Site`) that had work meanwhile, on average over its layers."""
+    """Other workers of the site that had work during the step, averaged over its layers.
+
+    See :class:`~memserve.costs.Site`.
+    """
     logprobs: Mapping[int, Logprobs] = MappingProxyType({})
-    """By the numbers of the rows that asked for them."""
+    """Log probabilities of draws, by row number, for the rows that asked for them."""
     prompts: Mapping[int, PromptLogprobs] = MappingProxyType({})
-    """By the numbers of the rows that have a ``tell``: of each of its tokens."""
+    """Prompt log probabilities, by row number, for the rows with a ``tell``."""
     more: Mapping[int, bytes] = MappingProxyType({})
-    """By the numbers of the rows whose ``draft`` began rightly: the tokens drawn behind the row's first one, packed. As many of
-    the draft's tokens were right, and their KV is in the pages."""
+    """Tokens drawn after the row's first one, packed, by row number, for rows with accepted draft tokens.
+
+    As many draft tokens were accepted, and their KV is in the pages.
+    """
 
 
 class StepEngine(Protocol):
-    """Runs steps on the pages of one arena. Called from one thread at a time, never the event loop's."""
+    """Runs steps on the pages of one arena. Called from one thread at a time, never from the event loop's."""
 
     def run(self, plan: BatchPlan) -> BatchResult:
-        """Append the KV of every row to its pages and draw the wanted tokens. Blocks for the whole step."""
+        """Write the KV of every row to its pages and draw the wanted tokens. Blocks for the whole step."""
 
     def rest(self) -> None:
-        """No step is wanted at present: give this engine's share of the cores to others."""
+        """No step is wanted for now: release this engine's share of the cores to other workers."""
 
     def close(self) -> None:
-        """Let go of the arena and the weights."""
+        """Release the arena and the weights."""

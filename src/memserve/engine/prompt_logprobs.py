@@ -1,7 +1,8 @@
-"""Tells log probabilities of a prompt's tokens: of those that are there, where a draw tells of the one that is drawn.
+"""Reports log probabilities of a prompt's own tokens, which are given rather than drawn.
 
-They are of the model's own logits, as :func:`memserve.engine.adjusting.logprobs_of` has it. Nobody could hold the logits of
-a whole chunk, so those of a few of its tokens are made at a time and reduced to what is told.
+They are computed from the model's unadjusted logits, as in :func:`memserve.engine.adjusting.logprobs_of`. The
+logits of a whole chunk would take too much memory, so those of a few tokens are computed at a time and
+reduced to the report.
 """
 
 from __future__ import annotations
@@ -17,16 +18,17 @@ from memserve.kernels.sending import sent
 from memserve.tokens import count, unpack
 
 LogitsAt = Callable[[torch.Tensor], torch.Tensor]
-"""Logits, (places, vocab) float32, after the tokens of a step at (places,) int64."""
+"""Maps places of tokens in a step, (places,) int64, to the logits after them, (places, vocab) float32."""
 
 
 def tell_prompts(
     rows: Iterable[tuple[int, Row]], logits_at: LogitsAt, device: torch.device, at_once: int
 ) -> dict[int, PromptLogprobs]:
-    """What each row with a ``tell`` is told, by its number. ``rows``: all of a step, in the order of its tokens.
+    """Prompt log probabilities of each row with a ``tell``, by row number.
 
-    ``at_once``: logits of so many tokens are held. One answer from the device for each row. Raises FloatingPointError,
-    naming the row, when logits are not numbers.
+    ``rows``: all rows of a step, in the order of its tokens. ``at_once``: tokens whose logits are held at a
+    time. There is one device-to-host copy per row. Raises FloatingPointError, naming the row, when logits are
+    not numbers.
     """
     first, found = 0, {}
     for number, row in rows:
@@ -40,7 +42,7 @@ def tell_prompts(
 
 
 def _lines(tell: Tell, first: int, logits_at: LogitsAt, device: torch.device, at_once: int) -> np.ndarray:
-    """What :func:`told_of` says of a row's tokens, which begin as token ``first`` of the step: a line each."""
+    """:func:`told_of` for a row's tokens, one line each; the row begins at token ``first`` of the step."""
     follows = sent(np.array(unpack(tell.follows), np.int64), device)
     places = torch.arange(first, first + len(follows), device=device)
     parts = zip(torch.split(places, at_once), torch.split(follows, at_once), strict=True)
@@ -50,10 +52,11 @@ def _lines(tell: Tell, first: int, logits_at: LogitsAt, device: torch.device, at
 
 
 def told_of(logits: torch.Tensor, tokens: torch.Tensor, count: int) -> torch.Tensor:
-    """Of each of ``tokens``, (rows,) int64, after its row of ``logits``, (rows, vocab) float32.
+    """The report on each of ``tokens``, (rows,) int64, by its row of ``logits``, (rows, vocab) float32.
 
-    (rows, 2 + 2 * count) float64, which holds all of it exactly: its log probability, its rank, the ids of the ``count`` most
-    probable tokens and their log probabilities; fewer, where the vocabulary has fewer.
+    Returns (rows, 2 + 2 * count) float64, which represents all of it exactly: the token's log probability,
+    its rank, the ids of the ``count`` most probable tokens and their log probabilities. ``count`` is capped
+    at the vocabulary.
     """
     order = _order(logits)
     below = (logits - logits.amax(-1, keepdim=True)).double()
@@ -65,7 +68,7 @@ def told_of(logits: torch.Tensor, tokens: torch.Tensor, count: int) -> torch.Ten
 
 
 def _order(logits: torch.Tensor) -> torch.Tensor:
-    """Integers, (rows, vocab) int64, that differ and order as the logits do, and where these are equal by falling id."""
+    """Distinct integers, (rows, vocab) int64, ordered as the logits; equal logits rank by falling id."""
     bits = (logits + 0.0).view(torch.int32).long()  # -0.0, which equals 0.0, becomes 0.0
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     return (ordered << 32) - torch.arange(logits.shape[1], device=logits.device)

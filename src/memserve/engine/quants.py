@@ -1,9 +1,10 @@
-"""Turns ggml's tensor types into float32, and float32 into bfloat16 or int8, vectorised.
+"""Converts ggml's tensor types to float32, and float32 to bfloat16 or int8, vectorised.
 
 A model of 135 M parameters takes about a second.
 
-Block layouts are those of ggml's ``block_q4_0``, ``block_q4_1`` and ``block_q8_0`` (ggml-common.h), whose values
-are ``d * (q - 8)``, ``d * q + m`` and ``d * q``. Low nibbles are a block's first half, high nibbles its second.
+Block layouts are those of ggml's ``block_q4_0``, ``block_q4_1`` and ``block_q8_0`` (ggml-common.h), whose
+values are ``d * (q - 8)``, ``d * q + m`` and ``d * q``. Low nibbles are a block's first half, high nibbles
+its second.
 """
 
 from __future__ import annotations
@@ -18,19 +19,22 @@ from memserve.engine.gguf import TensorInfo
 Floats = NDArray[np.float32]
 
 _PIECE = 1 << 18
-"""Values rounded at a time."""
+"""Number of values rounded at a time."""
 
 
 def dequantise(data: memoryview, tensor: TensorInfo) -> Floats:
-    """A tensor's bytes as float32 in ``tensor.shape``: a copy of its own, never a view of the file."""
+    """A tensor's bytes as float32 in ``tensor.shape``: always a copy, never a view of the file."""
     return _READERS[tensor.type](np.frombuffer(data, np.uint8)).reshape(tensor.shape)
 
 
 def round_to_bfloat16(values: Floats) -> NDArray[np.uint16]:
-    """Bits of the nearest bfloat16, ties to even, as hardware does it. NaN stays NaN. Same shape."""
+    """The bits of the nearest bfloat16 values, ties to even, as hardware rounds.
+
+    NaN stays NaN. Same shape.
+    """
     flat = np.ascontiguousarray(values).reshape(-1)
     rounded = np.empty(flat.size, np.uint16)
-    # In pieces that stay in the cache: the temporaries of a whole embedding table would take half a GB.
+    # In pieces that stay in the cache: the temporaries for a whole embedding table would take half a GB.
     for start in range(0, flat.size, _PIECE):
         piece = flat[start : start + _PIECE]
         bits = piece.view(np.uint32)
@@ -42,12 +46,12 @@ def round_to_bfloat16(values: Floats) -> NDArray[np.uint16]:
 
 
 def quantise_rows(values: Floats) -> tuple[NDArray[np.int8], Floats]:
-    """int8 of the same shape (out, in), from -127 to 127, and a scale for each row, (out,): values are int8 * scale.
+    """Quantise (out, in) to int8, from -127 to 127, and one scale per row, (out,): values are int8 * scale.
 
-    A scale is a row's greatest magnitude over 127. It is rounded to a number that bfloat16 holds, too, before the row
-    is divided by it, so that every engine multiplies by the very same number. Scales that clip, chosen for the least
-    squared error, were no better: 0.4 % less error in the weights of SmolLM2, the same NLL and argmax agreement.
-    Raises ValueError for NaN and infinities, which int8 cannot hold.
+    A scale is the row's greatest magnitude over 127. It is rounded to a number that bfloat16 represents, too,
+    before the row is divided by it, so that every engine multiplies by exactly the same number. Scales that
+    clip, chosen for the least squared error, were no better: 0.4 % less error in the weights of SmolLM2, the
+    same NLL and argmax agreement. Raises ValueError for NaN and infinities, which int8 cannot represent.
     """
     rows, width = values.shape
     quantised, scales = np.empty((rows, width), np.int8), np.empty(rows, np.float32)
@@ -59,7 +63,7 @@ def quantise_rows(values: Floats) -> tuple[NDArray[np.int8], Floats]:
         if not np.isfinite(scale).all():
             raise ValueError("values that are not finite")
         scales[start : start + step] = scale
-        # A row of nothing but zeros has the scale 0.
+        # A row of zeros has the scale 0.
         divided = piece / np.where(scale > 0, scale, 1)[:, None]
         np.rint(divided, out=divided)
         quantised[start : start + step] = np.clip(divided, -127, 127, out=divided)
@@ -79,12 +83,12 @@ def _bf16(raw: NDArray[np.uint8]) -> Floats:
 
 
 def _scale(blocks: NDArray[np.uint8], at: int) -> Floats:
-    """The float16 at byte ``at`` of every block: (blocks, 1)."""
+    """The float16 at byte ``at`` of every block as float32: (blocks, 1)."""
     return np.ascontiguousarray(blocks[:, at : at + 2]).view("<f2").astype(np.float32)
 
 
 def _nibbles(blocks: NDArray[np.uint8], at: int) -> Floats:
-    """The 32 four-bit values from byte ``at`` of every block: (blocks, 32)."""
+    """The 32 four-bit values from byte ``at`` of every block as float32: (blocks, 32)."""
     packed = blocks[:, at : at + 16]
     values = np.empty((len(blocks), 32), np.float32)
     np.bitwise_and(packed, 15, out=values[:, :16], casting="unsafe")

@@ -33,13 +33,13 @@ if TYPE_CHECKING:
     from memserve.engine.cpu_budget import Cores
 
 SCRATCH_BYTES = 96 << 20
-"""Pages that steps are timed on: more than caches hold."""
+"""Size of the pages that steps are timed on: more than CPU caches hold."""
 
 
 class CpuEngine:
-    """A :class:`~memserve.engine.plans.StepEngine` on CPU cores. All calls come from one thread at a time.
+    """A :class:`~memserve.engine.plans.StepEngine` on CPU cores. Only one thread at a time may call it.
 
-    The arena belongs to the shard, which outlives the engine; the weights are a mapping shared with other workers.
+    The shard owns the arena and outlives the engine. The weights are a mapping shared with other workers.
     """
 
     def __init__(
@@ -54,9 +54,10 @@ class CpuEngine:
         threads: int = 1,
         native: bool = True,
     ) -> None:
-        """``arena``: writable, ``pages`` pages of ``spec.page_shape(page_tokens)``.
+        """``arena``: writable memory with ``pages`` pages of ``spec.page_shape(page_tokens)``.
 
-        ``threads``: what a step runs on where no ``cores`` decide. ``native``: use the native step where it can be had.
+        ``threads``: threads of a step where ``cores`` is None. ``native``: use the native step where it is
+        available.
         """
         expected = pages * spec.page_bytes(page_tokens, dtype)
         if len(memoryview(arena).cast("B")) < expected:
@@ -73,16 +74,16 @@ class CpuEngine:
         if native and self._dtype == torch.bfloat16:
             most = cores.want if cores is not None else threads
             self._native = open_step(spec, weights, rope, page_tokens, most, default_cache_dir())
-        # Matrices in tiles are copied, which happens only where the native step's build failed.
+        # Matrices in tiles are copied to rows, which happens only where the native step's build failed.
         self._model = None if self._native else Llama(spec, in_rows(weights, spec), self._dtype)
 
     @property
     def native(self) -> bool:
-        """Whether its steps are the native step's."""
+        """Whether it runs native steps."""
         return self._native is not None
 
     def run(self, plan: BatchPlan) -> BatchResult:
-        """One step. Raises ValueError, naming the row, for a plan that would read or write what is not its own."""
+        """Run one step. Raises ValueError, naming the row, for a plan that accesses memory not its own."""
         assert self._attention is not None and self._arena is not None, "the engine is closed"
         check_plan(plan, self._spec, self._pages, self._page_tokens)
         with self._hold() as threads:
@@ -91,7 +92,7 @@ class CpuEngine:
             return result if self._cores is None else attrs.evolve(result, beside=self._cores.beside)
 
     def warm_up(self) -> None:
-        """Run a chunk and a decode row on pages of their own, so that the first request finds everything loaded."""
+        """Run a chunk and a decode row on scratch pages, so that the first request finds all loaded."""
         length = min(2 * MAX_ROWS, self._spec.max_context - 1)  # twice what the native step takes at once
         pages = tuple(range(pages_for(length + 1, self._page_tokens)))
         scratch = self._scratch(len(pages))
@@ -104,9 +105,10 @@ class CpuEngine:
     def timer(
         self, rows: int, context: int, most: int | None = None
     ) -> Callable[[Sequence[tuple[int, int]]], tuple[float, int]]:
-        """A function that times one step of rows, each (new tokens, tokens before them); seconds, and the threads it had.
+        """A function that times a step of rows (new tokens, tokens before them): seconds, and threads used.
 
-        ``most``: threads, where a step is to have fewer than it could. On pages of its own, of as many tokens as the caches of a machine do not hold: each row reads from another place.
+        ``most``: limit on the threads of a step. The steps run on scratch pages that exceed the machine's
+        caches, and each row reads from another place.
         """
         token_bytes = (
             self._spec.page_bytes(self._page_tokens, str(self._dtype).removeprefix("torch."))
@@ -123,7 +125,7 @@ class CpuEngine:
                 length = pages_for(before + new, self._page_tokens)
                 pages = [(number * length + i) % shared for i in range(length)]
                 if len(shapes) > 1 and new == 1:
-                    pages[-1] = shared + number  # what one row writes no other may read or write
+                    pages[-1] = shared + number  # no other row may read or write the page that a row writes
                 plan.append(Row(pack([0] * new), before, tuple(pages), greedy))
             with self._hold() as held:
                 threads = min(held, most or held)
@@ -134,18 +136,18 @@ class CpuEngine:
         return run
 
     def _scratch(self, pages: int) -> torch.Tensor:
-        """Pages of zeros like the arena's, in memory like the arena's: steps on other memory would take other times."""
+        """Zeroed pages in shared memory, like the arena's: steps on other memory would take other times."""
         values = pages * self._spec.kv_values_per_token * self._page_tokens
         flat = torch.frombuffer(shared_memory(values * self._dtype.itemsize), dtype=self._dtype)
         return flat.view(pages, *self._spec.page_shape(self._page_tokens))
 
     def rest(self) -> None:
-        """No step is wanted at present: this worker's share of the cores goes to the others."""
+        """No step is wanted for now: release this worker's share of the cores to other workers."""
         if self._cores is not None:
             self._cores.busy(False)
 
     def close(self) -> None:
-        """Let go of the arena and the weights."""
+        """Release the arena and the weights."""
         if self._native is not None:
             self._native.close()
         self._attention = self._model = self._arena = self._native = None
@@ -187,7 +189,7 @@ class CpuEngine:
     def _step_on_torch(
         self, plan: BatchPlan, attention: CpuAttention, threads: int
     ) -> tuple[list[bytes], list[Logprobs | None], dict[int, PromptLogprobs]]:
-        """Of each wanted row, whatever its draft says; then what is told of prompts, by the numbers of all rows."""
+        """One draw and its report per sampled row, drafts ignored; prompt log probabilities by row number."""
         assert self._model is not None, "the engine is closed"
         torch.set_num_threads(threads)
         rows = [row for row in plan.rows if row.sample is not None]

@@ -1,7 +1,8 @@
-"""Reads safetensors files, one or the many of a sharded model, without torch. Format: 8 bytes of little-endian length,
-a JSON header ``{name: {dtype, shape, data_offsets}}``, the data (https://github.com/huggingface/safetensors).
+"""Reads safetensors files, a single one or a sharded model's many, without torch.
 
-Files are foreign input: every offset is held against the file before it is believed.
+Format: 8 bytes of little-endian length, a JSON header ``{name: {dtype, shape, data_offsets}}``, the data
+(https://github.com/huggingface/safetensors). Files are untrusted input: every offset is checked against the
+file's size before it is used.
 """
 
 from __future__ import annotations
@@ -20,14 +21,17 @@ from memserve.engine.gguf import TensorInfo
 from memserve.errors import UserError
 
 DTYPES = {"F32": 4, "F16": 2, "BF16": 2}
-"""Data types that can be read, with the bytes of one value."""
+"""Data types that can be read, with the size of one value in bytes."""
 
 _HEADER_MAX = 100_000_000
-"""Bytes; the format's own limit."""
+"""Largest header in bytes; the format's own limit."""
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The header and the offset of the data. Raises ValueError when it is not a safetensors file."""
+    """The header and the offset of the data.
+
+    Raises ValueError for a file that is not in the safetensors format.
+    """
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         if not 2 <= size <= _HEADER_MAX:
@@ -40,15 +44,18 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
 
 @attrs.frozen
 class Safetensors:
-    """The tensors of one or many files, mapped. Close it when no view of its data lives on."""
+    """The tensors of one or many files, mapped. Close it once no view of its data is left."""
 
     tensors: dict[str, TensorInfo]
     _mappings: dict[str, mmap.mmap] = attrs.field(repr=False, eq=False)
-    """By tensor; tensors of one file share theirs."""
+    """Mappings by tensor name; tensors of one file share theirs."""
 
     @classmethod
     def open(cls, paths: Iterable[Path]) -> Safetensors:
-        """Map files and read their headers. Raises UserError when one is missing, damaged or of another data type."""
+        """Map files and read their headers.
+
+        Raises UserError if one is missing, damaged or of another data type.
+        """
         tensors: dict[str, TensorInfo] = {}
         mappings: dict[str, mmap.mmap] = {}
         for path in paths:
@@ -68,11 +75,11 @@ class Safetensors:
         return cls(tensors, mappings)
 
     def data(self, tensor: TensorInfo) -> memoryview:
-        """The tensor's bytes as they are in the file, not copied."""
+        """The tensor's bytes as stored in the file, not copied."""
         return memoryview(self._mappings[tensor.name])[tensor.offset : tensor.offset + tensor.nbytes]
 
     def close(self) -> None:
-        """Unmap the files; those of which a view lives on are unmapped when it goes."""
+        """Unmap the files; one that still has a view is unmapped when that view goes."""
         for mapping in set(self._mappings.values()):
             with contextlib.suppress(BufferError):
                 mapping.close()

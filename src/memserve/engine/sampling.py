@@ -1,9 +1,9 @@
 """Draws the next token of each row from its logits.
 
-A draw uses one uniform number that is a function of (seed, position) alone, so that a stream resumed by another
-worker continues with the very tokens it would have had. What a request does to its logits before is in
-:mod:`memserve.engine.adjusting`. ``uniform`` is integer arithmetic on 64 bits, for other kernels to repeat exactly, as
-``kernels/native/sampling.hpp`` does; nothing at module level imports torch.
+A draw uses one uniform number that is a function of (seed, position) alone, so a stream resumed by another
+worker continues with the very tokens it would have had. :mod:`memserve.engine.adjusting` adjusts the logits
+before the draw. ``uniform`` uses 64-bit integer arithmetic that other kernels can repeat exactly, as
+``kernels/native/sampling.hpp`` does. Nothing at module level imports torch.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ if TYPE_CHECKING:
 _MASK = (1 << 64) - 1
 _GAMMA = 0x9E3779B97F4A7C15
 _HEAD = 256
-"""Most draws fall within this many most probable tokens, which saves sorting the whole vocabulary."""
+"""Most draws fall among this many most probable tokens, so the whole vocabulary need not be sorted."""
 ELSEWHERE = -1
 
 
 def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1), the same on every machine: ``mix(mix(seed) + (position + 1) * gamma)``, top 53 bits.
+    """A number in [0, 1), equal on every machine: ``mix(mix(seed) + (position + 1) * gamma)``, top 53 bits.
 
-    ``mix`` is the finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), all arithmetic modulo 2**64. The
-    seed is mixed first because users choose small neighbouring seeds, whose streams must not be shifted copies.
+    ``mix`` is the finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014); all arithmetic is modulo
+    2**64. The seed is mixed first because users choose small neighbouring seeds, whose streams must not be
+    shifted copies of each other.
     """
     return (_mix(_mix(seed & _MASK) + (position + 1) * _GAMMA) >> 11) * 2.0**-53
 
@@ -41,17 +42,18 @@ def _mix(value: int) -> int:
 
 
 def reach(how: Sampling) -> float:
-    """How far below the largest logit, at most, a token's may be to be drawn with ``min_p``: not positive.
+    """Least ``d = l - max`` at which a token with logit ``l`` may be drawn under ``min_p``; not positive.
 
-    ``exp(d / temperature) >= min_p`` in terms of ``d`` itself, which all kernels know exactly: the difference in float32.
+    This is ``exp(d / temperature) >= min_p`` solved for ``d``, the float32 difference, which all kernels know
+    exactly.
     """
     return how.temperature * math.log(how.min_p) if how.min_p > 0 else -math.inf
 
 
 def draw(logits: torch.Tensor, settings: Sequence[Sampling], positions: Sequence[int]) -> list[int]:
-    """One token per row. ``logits``: (rows, vocab) float32; ``positions``: of the tokens drawn.
+    """Draw one token per row. ``logits``: (rows, vocab) float32; ``positions``: those of the drawn tokens.
 
-    Raises FloatingPointError, naming the row, when logits are not numbers.
+    Raises FloatingPointError, naming the row, when a row's largest logit is not finite.
     """
     best, ids = logits.max(dim=-1)
     if not bool(best.isfinite().all()):
@@ -65,9 +67,10 @@ def draw(logits: torch.Tensor, settings: Sequence[Sampling], positions: Sequence
 
 
 def draws(logits: torch.Tensor, settings: Sequence[Sampling], positions: Sequence[int]) -> torch.Tensor:
-    """The draws of :func:`draw` on the logits' device, which is not waited for: (rows,) int64.
+    """The draws of :func:`draw`, made on the logits' device without waiting for it: (rows,) int64.
 
-    ``logits``: (rows, vocab) float32. ``ELSEWHERE`` where a row's token is not among the most probable: only :func:`draw` finds it.
+    ``logits``: (rows, vocab) float32. A row gets ``ELSEWHERE`` where its token is not among the most probable
+    ones; only :func:`draw` finds it then.
     """
     import numpy as np
     import torch
@@ -102,9 +105,10 @@ def _draw_near(
     u: torch.Tensor,
     least: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``_draw_one`` on the ``_HEAD`` most probable tokens of all rows at once; parameters are (rows, 1) float64.
+    """``_draw_one`` for all rows at once, on their ``_HEAD`` most probable tokens.
 
-    ``least``: what :func:`reach` says of each, where any row has a min_p. Returns (rows,) tokens and whether each is the answer.
+    Parameters are (rows, 1) float64. ``least``: :func:`reach` of each row, or None where no row has a min_p.
+    Returns (rows,) tokens, and (rows,) flags that say whether each is the answer.
     """
     import torch
 
@@ -117,7 +121,7 @@ def _draw_near(
     ids = weights.topk(min(_HEAD, vocab), dim=-1, sorted=False).indices.sort(dim=-1).values
     order = weights.gather(1, ids).sort(dim=-1, descending=True, stable=True)
     ordered, ids = order.values, ids.gather(1, order.indices)
-    # What equals the smallest of a partial selection is left out: which of those were selected is arbitrary.
+    # Ties with the smallest weight of a partial selection are left out: topk selects among them arbitrarily.
     whole = ordered.shape[1] == vocab
     known = torch.full_like(limit, vocab) if whole else (ordered > ordered[:, -1:]).sum(-1, keepdim=True)
     complete = known >= limit
@@ -139,8 +143,10 @@ def _draw_near(
 def _draw_one(logits: torch.Tensor, how: Sampling, u: float) -> int:
     """Inverse of the cumulative distribution over tokens by falling probability, then rising id.
 
-    min_p keeps those within :func:`reach` of the most probable, top_k that many of them, top_p the fewest of those that
-    reach that share of their probability (vLLM's order); the draw is among the kept ones in proportion. Sums are float64, so that 50,000 small terms keep their order.
+    The filters apply in vLLM's order. min_p keeps tokens within :func:`reach` of the most probable one. top_k
+    keeps that many of them. top_p keeps the fewest of those that reach that share of their total probability.
+    The draw is among the kept tokens, in proportion to their probabilities. Sums are float64, so that 50,000
+    small terms keep their order.
     """
     below = (logits - logits.max()).double()  # (vocab,)
     weights = (below / how.temperature).exp()
@@ -162,7 +168,7 @@ def _draw_one(logits: torch.Tensor, how: Sampling, u: float) -> int:
 def _most_probable(weights: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """At most ``count`` largest weights in falling order, equal ones by rising id, and their ids.
 
-    What equals the smallest of a partial selection is left out: which of those were selected is arbitrary.
+    Ties with the smallest weight of a partial selection are left out: topk selects among them arbitrarily.
     """
     if count == len(weights):
         everything = weights.sort(descending=True, stable=True)
@@ -174,9 +180,9 @@ def _most_probable(weights: torch.Tensor, count: int) -> tuple[torch.Tensor, tor
 
 
 def _choose(ordered: torch.Tensor, mass: float, complete: bool, top_p: float, u: float) -> int | None:
-    """Index in ``ordered`` of the token drawn, or None when the answer lies beyond it.
+    """Index in ``ordered`` of the drawn token, or None when it lies beyond ``ordered``.
 
-    ``mass`` is the weight of all candidates; ``complete`` says that ``ordered`` holds them all.
+    ``mass``: total weight of all candidates; ``complete``: whether ``ordered`` holds them all.
     """
     sums = ordered.cumsum(0)
     last = len(sums) - 1

@@ -1,8 +1,9 @@
-"""One request as a worker holds it: its tokens, its pages, and how far it has come.
+"""One request as a worker holds it: its tokens, its pages and its progress.
 
-There is no separate prefill and decode state. A sequence has ``length`` tokens of which ``computed`` have their
-KV in its pages; the next row runs the rest, or a part of it, and draws a token when it reaches the end. A prompt
-is a sequence far behind its end, a decoding one is one token behind, and a resumed or preempted one is a prompt again.
+Prefill and decode are not separate states. A sequence has ``length`` tokens, and the KV of the first
+``computed`` of them is in its pages. The next row runs the remaining tokens, or some of them, and draws a
+token when it reaches the end. A prompt has many tokens left to run, a decoding sequence has one, and a
+resumed or preempted sequence is a prompt again.
 """
 
 from __future__ import annotations
@@ -20,20 +21,20 @@ from memserve.pool_messages import Acquired
 from memserve.tokens import TOKEN_BYTES, count, pack, pages_for, span, unpack
 
 BEFORE_SEQUEL = 8
-"""Tokens before a sequel that are kept with it: where it begins is found by them."""
+"""Prompt tokens kept in front of a sequel, so that a suffix lookup finds where the sequel begins."""
 
 
 class Phase(enum.Enum):
-    """Where a sequence stands. ``TRANSITIONS`` is the whole life."""
+    """Life-cycle phase of a sequence; ``TRANSITIONS`` lists every allowed change."""
 
     WAITING = "waiting"
-    """An Acquire is with the shard."""
+    """Waits for pages: an Acquire is with the shard, or an earlier prompt computes a shared prefix first."""
     ADOPTING = "adopting"
-    """It came by Handoff; an Adopt is with the shard."""
+    """Came by Handoff; an Adopt is with the shard."""
     READY = "ready"
-    """It has pages and takes part in batches."""
+    """Has pages and takes part in batches."""
     LEAVING = "leaving"
-    """Handed over; the lease is still ours until HandoffTaken."""
+    """Handed over; this worker keeps its lease until HandoffTaken."""
     ENDED = "ended"
 
 
@@ -53,55 +54,55 @@ class Sequence:
     request: Request
     plan: Plan
     tokens: bytes
-    """Prompt and everything generated, packed."""
+    """The prompt and all generated tokens, packed."""
     phase: Phase
     arrived_at: float
     order: int
-    """Arrival number at this worker: the youngest is preempted first, the oldest is never starved."""
+    """Arrival number at this worker: the latest arrival is preempted first, the oldest is never starved."""
     lease: int = 0
     pages: tuple[int, ...] = ()
     computed: int = 0
     """Tokens whose KV is in the pages."""
     retired: int = 0
-    """Tokens whose pages were given to the index; whole pages."""
+    """Tokens whose pages were given to the index, in whole pages."""
     acknowledged: int = 0
-    """Those of them that the shard has answered for."""
+    """Retired tokens whose Insert the shard has answered."""
     cached_tokens: int = 0
-    """Prompt tokens that the first acquire found in the index."""
+    """Prompt tokens that were cached or fetched when its pages were acquired, before its first token."""
     growing: bool = False
-    """An AllocMem is with the shard."""
+    """Whether an AllocMem is with the shard."""
     starved: bool = False
-    """The last AllocMem was refused: the pool has no page to give."""
+    """Whether the last AllocMem was refused because the pool has no free page."""
     logprobs: Logprobs | UnsetType = UNSET
-    """Of the newest token, where they are wanted."""
+    """Log probabilities of the latest token, where the request wants them."""
     dropped: bool = False
-    """Ended while a batch or an Adopt was under way; let go of it when that is over."""
+    """Whether it ended while a step or an Adopt was under way; it is released when that has finished."""
     timings: Timings = Timings()
     started_at: float | None = None
-    """First batch."""
+    """When its first batch started."""
     token_at: float | None = None
-    """First token of this attempt."""
+    """When the first token of this attempt was drawn."""
     owned_at: float | None = None
-    """Decode began here."""
+    """When decoding began at this worker."""
     asked_at: float = 0.0
     """When the Handoff was last sent."""
     came_with: int = 0
-    """The lease that its Handoff named; 0: it came by a Prefill."""
+    """The lease that its Handoff named; 0 where it came by a Prefill."""
     arriving: bool = False
-    """It came by Handoff from another shard, and its pages are still fetched from there."""
+    """Whether it came by Handoff from another shard and its pages are still being fetched from there."""
     origins: Origins = attrs.field(factory=Origins)
     behind: Sequence | None = None
-    """An earlier prompt that computes tokens of this one, which waits without pages until they are in the index."""
+    """An earlier prompt that computes a prefix of this one, which waits without pages until it is indexed."""
     shares: int = 0
-    """So many tokens."""
+    """Length in tokens of the prefix shared with ``behind``."""
     sequel: bytes = b""
-    """What came after its prompt the last time, packed, behind the prompt's own last tokens; empty: nothing is known."""
+    """The prompt's last tokens and what followed them the last time, packed; empty if nothing is known."""
     followers: list[Sequence] = attrs.field(factory=list)
-    """Those that wait behind it."""
+    """Sequences that wait for this one to compute a shared prefix."""
 
     @classmethod
     def handed_over(cls, message: Handoff, now: float, order: int) -> Sequence:
-        """What comes by a :meth:`handoff`: with its lease, or with pages still to come where it crosses to another shard."""
+        """A sequence from a Handoff: with its lease, or without pages where it crosses to another shard."""
         one = cls(
             message.request,
             message.plan,
@@ -122,7 +123,7 @@ class Sequence:
         return one
 
     def handoff(self, now: float) -> Handoff:
-        """Itself, for its decode worker."""
+        """The message that hands this sequence to its decode worker."""
         return Handoff(
             self.request, self.plan, self.lease, self.pages, self.fresh, self.acknowledged, self.cached_tokens,
             self.timings, self.origins, now - (self.token_at or now), self.sequel,
@@ -130,45 +131,49 @@ class Sequence:
 
     @property
     def key(self) -> tuple[str, int]:
-        """Request and attempt: what every handler is idempotent by."""
+        """Request id and attempt, the key by which handlers are idempotent."""
         return self.request.id, self.request.attempt
 
     @property
     def length(self) -> int:
-        """Tokens, generated ones included."""
+        """Number of tokens, generated ones included."""
         return count(self.tokens)
 
     @property
     def generated(self) -> int:
-        """New tokens over all attempts."""
+        """Number of generated tokens over all attempts."""
         return self.length - self.request.prompt_tokens
 
     @property
     def fresh(self) -> bytes:
-        """Tokens generated in this attempt."""
+        """Tokens generated in this attempt, packed."""
         return self.tokens[len(self.request.tokens) :]
 
     @property
     def tells(self) -> int | None:
-        """How many of the likeliest tokens it still has to tell at each position of its prompt; None: nothing is told.
+        """Most probable tokens to report per prompt position; None when nothing is left to report.
 
-        All is told by the first token of the attempt: who continues it, or gets its pages anew, need not compute it again.
+        The whole prompt is reported before the attempt's first token. After it, a worker that resumes the
+        sequence, or acquires its pages again, may use cached KV.
         """
         return None if len(self.tokens) > len(self.request.tokens) else self.request.sampling.prompt_logprobs
 
     @property
     def decoding(self) -> bool:
-        """Only the newest token is missing from the pages, and it was generated by this attempt."""
+        """Whether only the latest token is missing from the pages, and this attempt generated it."""
         return self.length - self.computed == 1 and len(self.tokens) > len(self.request.tokens)
 
     @property
     def guided(self) -> bool:
-        """Whether a grammar says what it may say."""
+        """Whether a grammar restricts its answer."""
         adjust = self.request.sampling.adjust
         return adjust is not None and bool(adjust.grammar)
 
     def unsaid(self, max_context: int) -> int:
-        """Tokens that may still come, all by the same rules: those that end the answer too early are forbidden up to a place."""
+        """Tokens until the next limit: ``min_tokens``, ``max_tokens`` or the context.
+
+        End tokens are forbidden up to ``min_tokens``, so the same rules hold for all of these tokens.
+        """
         adjust, early = self.request.sampling.adjust, self.request.max_tokens
         if adjust is not None and self.generated < adjust.min_tokens:
             early = adjust.min_tokens
@@ -177,23 +182,26 @@ class Sequence:
         )
 
     def hinted(self, page_tokens: int) -> int:
-        """How many of its tokens its plan says will be there before it runs, fetched ones included."""
+        """Tokens that the plan expects to be cached or fetched before it runs, in whole pages."""
         hint = max(self.plan.expected_tokens, self.plan.source_tokens)
         return usable(hint, self.length, page_tokens)
 
     def to_compute(self, page_tokens: int) -> int:
-        """Tokens whose KV it will have to compute itself; until it has pages, as far as its plan and its leader tell."""
+        """Tokens whose KV it has to compute itself; while it waits for pages, an estimate.
+
+        The estimate trusts the plan's hint and the prefix that ``behind`` computes.
+        """
         if self.phase is not Phase.WAITING:
             return self.length - self.computed
         return self.length - max(self.hinted(page_tokens), self.shares if self.behind else 0)
 
     def go(self, phase: Phase) -> None:
-        """Enter a phase."""
+        """Enter a phase; assert that the transition is allowed."""
         assert phase in TRANSITIONS[self.phase], f"{self.key}: {self.phase} -> {phase}"
         self.phase = phase
 
     def granted(self, message: Acquired, page_tokens: int, page_bytes: int) -> None:
-        """Take a lease, and note where what it holds came from."""
+        """Accept a lease, become READY, and record where the KV that it holds came from."""
         self.go(Phase.READY)
         self.lease, self.pages = message.lease, message.pages
         self.retired = self.acknowledged = message.cached_tokens
@@ -211,22 +219,22 @@ class Sequence:
             self._note(fetched_tokens=self.computed - found, bytes_fetched=moved)
 
     def adopted(self, page_tokens: int, page_bytes: int) -> None:
-        """It was handed over on one shard: nothing had to be moved."""
+        """Become READY after an Adopt on the same shard; record the bytes saved, as no KV moved."""
         self.go(Phase.READY)
         self._note(bytes_saved=pages_for(self.computed, page_tokens) * page_bytes)
 
     def begin(self, now: float) -> float:
-        """Its first step begins, after so many milliseconds here."""
+        """Record the start of its first step; returns the milliseconds since it arrived here."""
         self.started_at = now
         return self._time(queue_ms=(now - self.arrived_at) * 1e3)
 
     def prefilled(self, now: float) -> float:
-        """Its first token is there, so many milliseconds later."""
+        """Record its first token; returns the milliseconds since its first step began."""
         self.token_at = self.owned_at = now
         return self._time(prefill_ms=(now - (self.started_at or now)) * 1e3)
 
     def decoded(self, now: float) -> float:
-        """And its last one, so many milliseconds after decoding began here."""
+        """Record its last token; returns the milliseconds since decoding began here."""
         return self._time(decode_ms=(now - (self.owned_at or now)) * 1e3)
 
     def _time(self, **took: float) -> float:
@@ -234,7 +242,7 @@ class Sequence:
         return sum(took.values())
 
     def returns(self, tokens: int, page_tokens: int, page_bytes: int) -> None:
-        """Its first ``tokens`` tokens are to be where its prompt is."""
+        """Record the bytes to move when its first ``tokens`` tokens are copied back to the prompt's shard."""
         more = tokens // page_tokens - self.request.prompt_tokens // page_tokens
         self._note(bytes_to_prefill=max(more, 0) * page_bytes)
 
@@ -256,12 +264,12 @@ class Sequence:
         )
 
     def _tell(self, told: int, stop: int) -> Tell | None:
-        """What a row up to ``stop`` tells. Nothing of an answer is behind a prompt that is told of; see :attr:`tells`."""
+        """What a row that ends at ``stop`` reports: prompt tokens only, see :attr:`tells`."""
         follows = span(self.tokens, self.computed + 1, stop + 1)
         return Tell(follows, told) if follows else None
 
     def _past(self, adjust: Adjustments) -> Past:
-        """Of the request's own prompt: a resumed one carries its answer so far behind it."""
+        """Prompt and output so far, split at ``prompt_tokens``: a resumed request's ``tokens`` hold both."""
         prompt, ends = self.request.prompt_tokens, self.request.stop_tokens
         return Past(
             prompt=span(self.tokens, 0, prompt) if adjust.repetition != 1 else b"",
@@ -271,13 +279,14 @@ class Sequence:
 
     @property
     def crosses(self) -> bool:
-        """Whether its prefill and its decode are on different shards."""
+        """Whether prefill and decode run on different shards."""
         return self.plan.decode_shard not in ("", self.plan.shard)
 
     def take(self, end: int, drawn: bytes, max_context: int) -> str | None:
-        """Its row ended at ``end`` and drew these tokens, all but the last of which are in the pages too.
+        """Append the tokens that a row ending at ``end`` drew; returns the finish reason, or None.
 
-        They are taken up to the one that ends the sequence; why it is over, or None.
+        The KV of all drawn tokens but the last is in the pages already. Tokens after one that ends the
+        sequence are dropped.
         """
         finish = None
         for token in unpack(drawn):
@@ -288,7 +297,7 @@ class Sequence:
         return finish
 
     def update(self, since: int, finish: str | None = None) -> TokenUpdate:
-        """What its Frontend is told of its tokens ``since`` a position. ``finish``: why the last is the last."""
+        """The Frontend's update: all tokens from position ``since``. ``finish``: why the sequence ended."""
         new = span(self.tokens, since, self.length)
         update = TokenUpdate(*self.key, since, new, self.cached_tokens, finish, logprobs=self.logprobs)
         return attrs.evolve(update, timings=self.timings, origins=self.origins) if finish else update
@@ -306,17 +315,20 @@ class Sequence:
         return None
 
     def pages_wanted(self, page_tokens: int, max_context: int) -> int:
-        """1 when the last page is in use and the sequence may outgrow it, else 0: asked for a page's worth of steps ahead."""
+        """1 when the last page is in use and the sequence may outgrow it, otherwise 0.
+
+        This requests the next page up to a page's worth of tokens before it is needed.
+        """
         end = min(self.request.prompt_tokens + self.request.max_tokens, max_context)
         full = len(self.pages) * page_tokens
         return int(full < end and self.length > full - page_tokens)
 
     def headroom(self, page_tokens: int, max_context: int) -> int:
-        """Pages beyond the present tokens to acquire at once: one, unless the end is nearer."""
+        """Pages to acquire beyond those for the present tokens: one, or none where the end comes first."""
         end = min(self.request.prompt_tokens + self.request.max_tokens, max_context)
         return min(1, pages_for(max(end, self.length), page_tokens) - pages_for(self.length, page_tokens))
 
 
 def usable(tokens: int, length: int, page_tokens: int) -> int:
-    """Of so many cached tokens of a sequence, those in whole pages that leave one to compute."""
+    """Cached ``tokens`` that a sequence can use: whole pages, with at least one token left to compute."""
     return min(tokens, length - 1) // page_tokens * page_tokens

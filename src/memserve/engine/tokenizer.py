@@ -1,8 +1,8 @@
-"""Text to token ids and back: byte-level BPE, and BPE with byte fallback (SentencePiece's), from a tokenizer.json.
+"""Text to token ids and back, by a tokenizer.json: BPE, byte-level or with byte fallback (SentencePiece's).
 
-Special tokens (``<|im_end|>``) are recognised here and nowhere else: the ``tokenizers`` library is told to leave
-them alone, and this wrapper splits the text at them only where the caller vouches for it. What a chat template
-writes is vouched for; what a user wrote inside a message is not (:mod:`memserve.api.chat`).
+Special tokens (``<|im_end|>``) are recognised here and nowhere else. The ``tokenizers`` library is configured
+not to recognise them, and this wrapper splits the text at them only where the caller trusts the text. A chat
+template's own text is trusted; what a user wrote inside a message is not (:mod:`memserve.api.chat`).
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from memserve.engine.known_texts import KnownTexts
 from memserve.errors import UserError
 
 LONG_TEXT = 16_384
-"""Characters from which encoding takes milliseconds: call it from a thread then; the others go on."""
+"""Characters from which encoding takes milliseconds: call it from a thread then, and others keep running."""
 
 
 def _bytes_of_characters() -> dict[str, int]:
-    """GPT-2's printable stand-ins for bytes: printable Latin-1 for itself, the rest from U+0100 on."""
+    """GPT-2's printable stand-ins for bytes: printable Latin-1 stands for itself, the rest from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(0x100) if byte not in printable]
     table = {chr(byte): byte for byte in printable}
@@ -36,11 +36,11 @@ def _bytes_of_characters() -> dict[str, int]:
 _BYTES = _bytes_of_characters()
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 SPACE = "\u2581"
-"""SentencePiece's stand-in for a blank."""
+"""SentencePiece's stand-in for a space."""
 
 
 class Tokenizer:
-    """A loaded tokenizer. Threads may share it: nothing but what it remembers ever changes."""
+    """A loaded tokenizer. Threads may share it: only its caches ever change."""
 
     def __init__(self, built: tokenizers.Tokenizer) -> None:
         # From here on the library never sees a special token; encode() below finds them.
@@ -56,17 +56,17 @@ class Tokenizer:
         self._pieces: dict[int, bytes] = {}
         self._known = KnownTexts()
         self._may_be_cut = text_cuts.may_be_cut(built)
-        # Not the number of tokens: some tokenizers leave ids out.
+        # Not the number of tokens: some tokenizers have gaps in their ids.
         self.vocabulary = 1 + max(built.get_vocab().values(), default=-1)
-        """Ids run from 0 to below this."""
+        """One more than the largest token id."""
         self.bos: tuple[int, ...] = _before_text(built)
-        """What this model wants before every prompt: one id, or none."""
+        """The ids that this model expects before every prompt: one or none."""
         self.piece_bytes_max = max(len(self._piece(token)) for token in range(self.vocabulary))
-        """No token stands for more bytes, so a text of n bytes has at least n / piece_bytes_max tokens."""
+        """Longest token in bytes: a text of n bytes has at least n / piece_bytes_max tokens."""
 
     @classmethod
     def load(cls, tokenizer_json: Path) -> Tokenizer:
-        """Read a ``tokenizer.json``. Raises UserError when it cannot be read as one."""
+        """Load a ``tokenizer.json``. Raises UserError when it is unreadable or not a BPE tokenizer."""
         try:
             built = tokenizers.Tokenizer.from_file(str(tokenizer_json))
             if not isinstance(built.model, models.BPE):
@@ -82,18 +82,19 @@ class Tokenizer:
 
     @property
     def specials(self) -> dict[str, int]:
-        """Ids of the special tokens by their text."""
+        """Special tokens: text to id."""
         return self._specials
 
     def pieces(self) -> list[bytes]:
-        """What each id stands for; nothing where it stands for nothing."""
+        """The bytes of each id; empty for an id without a text."""
         return [self._piece(token) for token in range(self.vocabulary)]
 
     def encode(self, text: str, allow_special: bool, mark: str = "", scope: str | None = None) -> list[int]:
-        """Token ids of ``text``, without BOS. With ``allow_special``, special tokens written in it count.
+        """Token ids of ``text``, without BOS. With ``allow_special``, special tokens in it are recognised.
 
-        ``mark`` is the character that :meth:`disarm` put into parts of the text; it is taken out again. With a tenant's
-        ``scope``, what is between special tokens is remembered in parts for that tenant's next prompts.
+        ``mark`` is the character that :meth:`disarm` inserted into parts of the text; it is removed again.
+        With a tenant's ``scope``, the text between special tokens is cached in parts for that tenant's next
+        prompts.
         """
         parts = self._split.split(text) if allow_special else [text]
         tokens: list[int] = []
@@ -113,9 +114,10 @@ class Tokenizer:
         return chain.from_iterable(self._known.tokens(scope, later, part, encode) for part in parts)
 
     def disarm(self, text: str, mark: str) -> str:
-        """``text`` with ``mark`` put in so that no special token can be read in it, nor across its edges.
+        """``text`` with ``mark`` inserted so that no special token is recognised in it or across its edges.
 
-        What surrounds it may be anything. ``mark`` is one character that occurs in neither.
+        The surrounding text is arbitrary. ``mark`` is one character that occurs neither in it nor in
+        ``text``.
         """
         # Breaking one token may uncover another that overlapped it.
         while self._has_special(text):
@@ -123,7 +125,8 @@ class Tokenizer:
         return self._edges.disarm(text, mark)
 
     def _has_special(self, text: str) -> bool:
-        # "in" is 20 times as fast as the regex. Most texts have not even what special tokens begin with, mostly "<".
+        # "in" is 20 times as fast as the regex. Most texts have not even a special token's first character,
+        # mostly "<".
         may = any(first in text for first in self._firsts)
         return may and any(special in text for special in self._specials)
 
@@ -132,7 +135,7 @@ class Tokenizer:
         return b"".join(self.piece(token, skip_special) for token in tokens).decode("utf-8", "replace")
 
     def piece(self, token: int, skip_special: bool = True) -> bytes:
-        """The bytes that ``token`` stands for: perhaps a part of a character, nothing for a special token."""
+        """The bytes of ``token``, perhaps part of a character; empty for a special token that is skipped."""
         if (added := self._added.get(token)) is not None:
             return b"" if added.special and skip_special else added.content.encode()
         if (piece := self._pieces.get(token)) is None:
@@ -140,14 +143,14 @@ class Tokenizer:
         return piece
 
     def written(self, token: int) -> str:
-        """``token`` as the vocabulary writes it: a blank may be ``\u0120`` there; empty for an id without a text."""
+        """``token`` as the vocabulary spells it: a space may be ``\u0120``; empty for an id without text."""
         return self._built.id_to_token(token) or ""
 
     def _piece(self, token: int) -> bytes:
         if token in self._added:
             return self._added[token].content.encode()
         text = self._built.id_to_token(token) if token >= 0 else None
-        # Models pad their vocabulary: an id without a text can be drawn, and says nothing.
+        # Models pad their vocabulary: an id without a text can be drawn, and decodes to nothing.
         if text is None:
             return b""
         if not self._byte_fallback:
@@ -160,7 +163,7 @@ def _encode_plain(built: tokenizers.Tokenizer, in_a_thread: bool, text: str) -> 
     if not in_a_thread:
         ids: list[int] = built.encode(text, add_special_tokens=False).ids
     else:
-        # Only the batch call lets other threads run meanwhile.
+        # Only the batch call lets other threads run at the same time.
         ids = built.encode_batch_fast([text], add_special_tokens=False)[0].ids
     return ids
 
@@ -173,7 +176,7 @@ def _before_text(built: tokenizers.Tokenizer) -> tuple[int, ...]:
 
 
 def _without_prefix(built: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """The tokenizer for text behind a special token: some put a blank only before the text's very beginning."""
+    """The tokenizer for text after a special token: some prepend a space only at the very start of a text."""
     cut = built.pre_tokenizer
     if not isinstance(cut, pre_tokenizers.Metaspace) or cut.prepend_scheme != "first":
         return built
@@ -185,18 +188,18 @@ def _without_prefix(built: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
 
 def _alternation(specials: Iterable[str]) -> re.Pattern[str]:
     longest_first = sorted(specials, key=len, reverse=True)
-    # Without specials the pattern must match nothing at all, the empty string neither.
+    # Without specials the pattern must never match, not even the empty string.
     return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")" if longest_first else "((?!))")
 
 
 @attrs.frozen
 class _Edges:
-    """Parts of special tokens that a text may begin or end with: its surroundings could complete them."""
+    """Parts of special tokens that the surroundings of a text could complete."""
 
     heads: frozenset[str]
     tails: frozenset[str]
     wholes: str
-    """All of them, with what is in no token between them."""
+    """All special tokens, joined by a character that occurs in none of them."""
     longest: int
 
     @classmethod

@@ -1,15 +1,16 @@
 """Converts a model once into a safetensors file that every worker of a host maps, and maps it.
 
-The converted form is what the engine wants and nothing else: q|k|v and gate|up concatenated, llama.cpp's q/k
-permutation undone, a tied head not stored twice, tensors aligned to cache lines. Matrices have the run's dtype, or
-are int8 with a float32 scale for each row; norm weights and biases stay float32. For the native step matrices lie in
-tiles (see ``tiles.py``). It lies in the user's cache, keyed by
-the content of the model's files:
+The converted form holds exactly what the engine needs: q|k|v and gate|up concatenated, llama.cpp's
+permutation of q and k undone, a tied head not stored twice, tensors aligned to cache lines. Matrices have the
+run's dtype, or are int8 with one float32 scale per row; norm weights and biases stay float32. For the native
+step, matrices are stored in tiles (see ``tiles.py``). The files are in the user's cache, keyed by the content
+of the model's files:
 
     <cache>/models/<digest>-<type of matrices>[-tiles]/{weights.safetensors, tokenizer.json, spec.json}
-    <cache>/seen/<digest of path, size, mtime>      the content digest of a file seen before
+    <cache>/seen/<digest of path, size, mtime, inode>      the content digest of a file seen before
 
-Nothing here imports torch but ``map_weights`` and ``random_weights``.
+torch is imported only inside the functions that handle tensors, such as ``map_weights`` and
+``random_weights``.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     import torch
 
 ALIGNMENT = 64
-"""Bytes; a cache line, so that no row of a matrix starts in the middle of one."""
+"""Bytes; one cache line, so that every tensor starts on one."""
 
 CONVERTER = (
     *(
@@ -59,20 +60,20 @@ CONVERTER = (
     ),
     *("safetensors.py", "spec.py", "tiles.py", "tokenizer.py", "weights.py"),
 )
-"""The code that a conversion depends on."""
+"""The source files that a conversion depends on."""
 
 _SAFETENSORS_NAMES = {"bfloat16": "BF16", "float32": "F32", "int8": "I8"}
 
 
 @attrs.frozen
 class ModelFiles:
-    """A model, ready to run."""
+    """The files of a converted model."""
 
     spec: ModelSpec
     weights: Path
-    """safetensors, for ``map_weights``."""
+    """The safetensors file, for ``map_weights``."""
     tokenizer: Path
-    """tokenizer.json of the ``tokenizers`` library."""
+    """The tokenizer.json, for the ``tokenizers`` library."""
 
 
 def prepare(
@@ -80,8 +81,8 @@ def prepare(
 ) -> ModelFiles:
     """The files of a model, converted on the first call and found in milliseconds afterwards.
 
-    ``stored``: the type of its matrices, one of ``STORED_BYTES``; int8 serves a run in either dtype. ``tiled``: they
-    lie in tiles, which only models take whose widths the native step takes.
+    ``stored``: the type of its matrices, a key of ``STORED_BYTES``; int8 serves a run in either dtype.
+    ``tiled``: store matrices in tiles; only for models whose widths the native step supports.
 
     Safe to call from several processes at once: one converts, the others wait. Raises UserError when the file
     cannot be used or the cache cannot be written.
@@ -101,21 +102,24 @@ def prepare(
             "make room there, or name another folder in MEMSERVE_CACHE"
         ) from error
     spec = msgspec.json.decode((folder / "spec.json").read_bytes(), type=ModelSpec)
-    # The cache is keyed by content; the name is the name of what was asked for.
+    # The cache is keyed by content; the model's name comes from the path that was asked for.
     spec = attrs.evolve(spec, name=name_of(path))
     return ModelFiles(spec, folder / "weights.safetensors", folder / "tokenizer.json")
 
 
 def content_digest(path: Path, cache_dir: Path | None = None) -> str:
-    """A digest of what a model's files hold, wherever they are; at once for files that were prepared. Raises UserError."""
+    """A digest of the content of a model's files, wherever they are.
+
+    Immediate for files that were prepared before. Raises UserError.
+    """
     return _digest(path, cache_dir or default_cache_dir())
 
 
 def map_weights(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a converted file, by name: read-only views of one shared mapping.
 
-    All processes that map the file share its page cache, so that a further worker adds no memory for weights.
-    Writing to a view is a segmentation fault, which is better than two workers that differ.
+    All processes that map the file share its page cache, so an additional worker needs no more memory for
+    weights. Writing to a view is a segmentation fault, which is better than two workers whose weights differ.
     """
     import torch
 
@@ -127,7 +131,8 @@ def map_weights(path: Path) -> dict[str, torch.Tensor]:
     dtypes = {"BF16": torch.bfloat16, "F32": torch.float32, "I8": torch.int8}
     tensors = {}
     with warnings.catch_warnings():
-        # torch warns that writes to a read-only buffer are undefined. Nobody writes: the model has no gradients.
+        # torch warns that writes to a read-only buffer are undefined. There are none: the model has no
+        # gradients.
         warnings.filterwarnings("ignore", message="The given buffer is not writable")
         for name, entry in header.items():
             if name.startswith("_"):
@@ -141,7 +146,7 @@ def map_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def in_tiles(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights with matrices in tiles and scales for whole strips; what is so already stays where it is."""
+    """The weights with matrices in tiles and scales in whole strips; tensors in that form are not copied."""
     return {
         name: _with_values(tensor, to_tiles)
         if tensor.dim() == 2
@@ -153,7 +158,7 @@ def in_tiles(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def in_rows(weights: Mapping[str, torch.Tensor], spec: ModelSpec) -> dict[str, torch.Tensor]:
-    """The weights with matrices as rows, as torch takes them; what is so already stays where it is."""
+    """The weights with matrices as rows, as torch needs them; tensors in that form are not copied."""
     shapes = weight_shapes(spec)
     found = dict(weights)
     for name, tensor in weights.items():
@@ -165,7 +170,7 @@ def in_rows(weights: Mapping[str, torch.Tensor], spec: ModelSpec) -> dict[str, t
 
 
 def _with_values(tensor: torch.Tensor, change: Callable[[NDArray[Any]], NDArray[Any]]) -> torch.Tensor:
-    """The tensor with its values moved about; numpy knows no bfloat16, so it moves their bits."""
+    """The tensor with its values rearranged by ``change``; numpy has no bfloat16, so their bits are moved."""
     import torch
 
     bits = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
@@ -173,7 +178,7 @@ def _with_values(tensor: torch.Tensor, change: Callable[[NDArray[Any]], NDArray[
 
 
 def random_weights(spec: ModelSpec, stored: str, seed: int) -> dict[str, torch.Tensor]:
-    """Weights of the right shapes with no sense in them, for tests. A seed means the same model in every type."""
+    """Random weights of the right shapes, for tests. One seed gives the same model in every type."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -212,14 +217,14 @@ def save_weights(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def default_cache_dir() -> Path:
-    """Where converted models and built kernels are kept: MEMSERVE_CACHE, or memserve in the user's cache folder."""
+    """The folder for converted models and built kernels: MEMSERVE_CACHE, or memserve in the user's cache."""
     if named := os.environ.get("MEMSERVE_CACHE"):
         return Path(named)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "memserve"
 
 
 def _digest(path: Path, cache: Path) -> str:
-    """A digest of the model's content: its file's, or that of all its directory's files."""
+    """A digest of the model's content: of its one file, or of all files of its directory."""
     if not path.is_dir():
         return _file_digest(path, cache)
     lines = [f"{file.name} {_file_digest(file, cache)}" for file in checkpoint_files(path)]
@@ -227,7 +232,7 @@ def _digest(path: Path, cache: Path) -> str:
 
 
 def _file_digest(path: Path, cache: Path) -> str:
-    """A digest of the file's content, remembered for as long as its path, size and time stay the same."""
+    """A digest of the file's content, cached for as long as its path, size, mtime and inode stay the same."""
     try:
         status = path.stat()
     except OSError as error:
@@ -246,13 +251,13 @@ def _file_digest(path: Path, cache: Path) -> str:
 
 
 def _converter() -> str:
-    """A digest of the code that converts, so that a changed converter is never served an old conversion."""
+    """A digest of the converter's code, so that a changed converter never serves an old conversion."""
     folder = Path(__file__).parent
     return hashlib.sha256(b"".join((folder / name).read_bytes() for name in CONVERTER)).hexdigest()[:16]
 
 
 def _is_complete(folder: Path) -> bool:
-    """Whether a conversion is there, whole, and made by this very converter."""
+    """Whether a complete conversion exists that this version of the converter made."""
     if not all((folder / name).is_file() for name in ("spec.json", "tokenizer.json", "weights.safetensors")):
         return False
     try:
@@ -276,7 +281,7 @@ def _only_one(folder: Path) -> Iterator[None]:
 
 def _convert(path: Path, stored: str, tiled: bool, folder: Path) -> None:
     temporary = folder.with_suffix(".partial")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a converter that was killed: we hold the lock
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a converter that was killed: we hold the lock
     temporary.mkdir(mode=0o700)
     with open_checkpoint(path) as model:
         _write_safetensors(conversion(model, stored, tiled), temporary / "weights.safetensors")
@@ -301,7 +306,7 @@ def _write_safetensors(weights: list[Weight], path: Path) -> None:
         }
         offset = -(-end // ALIGNMENT) * ALIGNMENT
         if offset != end:
-            # safetensors allows no holes, so that what aligns the next tensor is a tensor too.
+            # safetensors allows no holes, so the padding before the next tensor is a tensor too.
             header[f"_pad.{end}"] = {"dtype": "U8", "shape": (offset - end,), "data_offsets": (end, offset)}
     text = json.dumps(header).encode()
     text += b" " * (-(len(text) + 8) % ALIGNMENT)

@@ -1,11 +1,12 @@
-"""The core of a prefill or decode worker: takes requests in, keeps a running batch, lets them go.
+"""The core of a prefill or decode worker: accepts requests, keeps a running batch, hands sequences over.
 
-Both kinds are this one machine. A worker given a Prefill runs the prompt and, when the plan names another
-worker for decoding, hands the sequence over with its lease; a worker given a Handoff adopts the lease and goes
-on. Handlers are idempotent by (request, attempt): a repeated or outdated message changes nothing.
+Both kinds of worker are this one state machine. A worker that receives a Prefill runs the prompt; when the
+plan names another worker for decoding, it hands the sequence over with its lease. A worker that receives a
+Handoff adopts the lease and continues. Handlers are idempotent by (request, attempt): a repeated or outdated
+message changes nothing.
 
-Who owns a lease at any moment: the worker that acquired it, until the shard has answered the Adopt of the next
-one. Its owner frees it when the sequence ends; the shard frees it when the owner is gone.
+A lease belongs to the worker that acquired it until the shard has answered the next worker's Adopt. The owner
+frees it when the sequence ends; the shard frees it when the owner is gone.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ HANDOFF_REPEAT_S = 2.0
 
 @attrs.define
 class WorkerCore:
-    """See the module's text. ``shard`` is the one shard whose pages this worker's engine can reach."""
+    """See the module docstring. ``shard`` is the only shard whose pages this worker's engine can reach."""
 
     presence: Presence
     shard: ActorId
@@ -73,17 +74,17 @@ class WorkerCore:
         self._following = Following(self._paging, told.retire)
         self._drafting = Drafting(told.draft, told.page_tokens, told.max_context, self._outbox)
 
-    # ---- the five verbs -------------------------------------------------------------------------------------
+    # ---- the five verbs ------------------------------------------------------------------------------------
 
     def receive(self, sender: ActorId, message: Message | BatchDone, now: float) -> None:
-        """Take one message in. Kinds that no worker handles are ignored."""
+        """Handle one message. Kinds that no worker handles are ignored."""
         self._paging.now = now
         handler = _HANDLERS.get(type(message))
         if handler is not None:
             handler(self, sender, message, now)
 
     def advance(self, now: float) -> None:
-        """Fire deadlines, and start a step when none is under way."""
+        """Act on expired deadlines, and start a step when none is running."""
         self._paging.now = now
         self._paging.repeat()
         self._repeat_handoffs(now)
@@ -92,7 +93,7 @@ class WorkerCore:
             self._start_batch(now)
 
     def take(self) -> list[Action]:
-        """Everything to be done now; new tokens as one message a Frontend."""
+        """All pending actions. New tokens leave as one message per Frontend."""
         return self._outbox.take()
 
     @property
@@ -104,7 +105,7 @@ class WorkerCore:
 
     @property
     def idle(self) -> bool:
-        """Nothing is held and no step is under way."""
+        """Whether no sequence is held and no step is running."""
         return not self._live and self._batch is None
 
     def check(self) -> None:
@@ -119,17 +120,17 @@ class WorkerCore:
         assert len({id(one) for one in in_batch}) == len(in_batch), "a sequence twice in one batch"
 
     def gauges(self) -> dict[str, float]:
-        """Load and counters for the heartbeat."""
+        """Load gauges and counters for the heartbeat."""
         load = load_of(self._live.values(), self.presence.member.id, self.settings.page_tokens)
         load = self._watch.under_way(load, self._paging.now)
         load["rows_max"] = float(self.settings.limits.rows)
         return {**load, **self._watch.gauges(), **self._outbox.counters}
 
     def needs(self) -> tuple[ActorId, ...]:
-        """Those that hand-overs wait for: alive, they answer in the end; dead, somebody must say so."""
+        """Decode workers with an unanswered Handoff: only their answer or their death ends the wait."""
         return tuple(dict.fromkeys(one.plan.decode for one in self._in_phase(Phase.LEAVING)))
 
-    # ---- requests come --------------------------------------------------------------------------------------
+    # ---- incoming requests ---------------------------------------------------------------------------------
 
     def _on_prefill(self, sender: ActorId, message: Prefill, now: float) -> None:
         request = message.request
@@ -148,7 +149,7 @@ class WorkerCore:
         request = message.request
         known = self._live.get((request.id, request.attempt))
         if known is not None:
-            # Of another lease: two schedulers planned one attempt, and this lease is too many.
+            # With another lease: two schedulers planned this attempt, and the message's lease is redundant.
             mine = known.came_with == message.lease
             if not (mine and (known.phase is Phase.ADOPTING or known.arriving)):
                 self._outbox.send(sender, HandoffTaken(*known.key, adopted=mine))
@@ -180,12 +181,12 @@ class WorkerCore:
         self._arrivals += 1
         return self._arrivals
 
-    # ---- the shard's answers --------------------------------------------------------------------------------
+    # ---- the shard's answers -------------------------------------------------------------------------------
 
     def _on_acquired(self, sender: ActorId, message: Acquired, now: float) -> None:
         one = self._paging.answered(message.call)
         if one is None:
-            return  # withdrawn meanwhile: the shard has ended this lease
+            return  # the call was withdrawn before this answer arrived: the withdrawal ends the lease
         one.granted(message, self.settings.page_tokens, self.settings.page_bytes)
         if one.arriving:
             one.arriving = False
@@ -220,7 +221,7 @@ class WorkerCore:
             self._taken(one, now)
 
     def _taken(self, one: Sequence, now: float) -> None:
-        """It is this worker's now: by its old lease, or by one of its own that holds what was fetched."""
+        """The sequence is this worker's now: its lease was adopted, or its pages arrived in a new lease."""
         self._outbox.send(one.plan.prefill, HandoffTaken(*one.key, adopted=True))
         one.owned_at = now
         if one.dropped:
@@ -236,7 +237,7 @@ class WorkerCore:
     def _on_refused(self, sender: ActorId, message: PoolRefused, now: float) -> None:
         one = self._paging.answered(message.call)
         if one is None or one.phase is Phase.LEAVING:
-            return  # of one that leaves: the next owner was faster than our last insert, and repeats it
+            return  # the next owner adopted the lease before our last Insert arrived, and repeats that Insert
         if one.phase is Phase.WAITING:
             if one.arriving:
                 self._outbox.send(one.plan.prefill, HandoffTaken(*one.key, adopted=False))
@@ -244,13 +245,13 @@ class WorkerCore:
             self._fail(one, message.code, message.message, status=status)
         elif message.code == PoolError.NO_PAGES:
             one.growing, one.starved = False, True
-        else:  # the lease is not ours (any more)
+        else:  # the lease is not ours, or no longer ours
             if one.phase is Phase.ADOPTING:
                 self._outbox.send(one.plan.prefill, HandoffTaken(*one.key, adopted=False))
                 one.go(Phase.READY)
             self._fail(one, "lease_lost", message.message, status=503, retry=True)
 
-    # ---- batches --------------------------------------------------------------------------------------------
+    # ---- batches -------------------------------------------------------------------------------------------
 
     def _start_batch(self, now: float) -> None:
         batch = form_batch(self._in_phase(Phase.READY), self.settings.limits, self.settings.page_tokens)
@@ -261,7 +262,7 @@ class WorkerCore:
             if one.started_at is None:
                 queued = one.begin(now)
                 self._outbox.log("prefill started", one, cached_tokens=one.cached_tokens, queue_ms=queued)
-            self._live[one.key] = self._live.pop(one.key)  # behind those that did not get a row
+            self._live[one.key] = self._live.pop(one.key)  # moves behind those that got no row
         self._batch = batch
         self._watch.began(self.presence.member.costs, batch.plan, now)
         self._outbox.first(RunBatch(batch.plan))
@@ -285,7 +286,7 @@ class WorkerCore:
                 self._take(one, end, batch.drawn(row, message.result), now)
 
     def _take(self, one: Sequence, end: int, drawn: bytes, now: float) -> None:
-        """Its row ended at ``end``, and drew these tokens: none, one, or more where a draft was right."""
+        """Apply a row that ended at ``end``. It drew no token, one, or more where a draft was accepted."""
         if drawn and one.token_at is None:
             self._first_token(one, now)
         since = one.length
@@ -304,7 +305,7 @@ class WorkerCore:
             self._paging.grow(one)
 
     def _first_token(self, one: Sequence, now: float) -> None:
-        if one.plan.first_token_s and one.tells is None:  # predictions know nothing of what telling takes
+        if one.plan.first_token_s and one.tells is None:  # prompt log probabilities are not in the prediction
             self._watch.punctuality.saw(one.plan.first_token_s, now - one.arrived_at)
         self._outbox.log("prefill finished", one, prefill_ms=one.prefilled(now))
 
@@ -317,7 +318,7 @@ class WorkerCore:
         self._outbox.update(one.request.frontend, one.update(since, finish))
         self._end(one)
 
-    # ---- hand-over ------------------------------------------------------------------------------------------
+    # ---- hand-over -----------------------------------------------------------------------------------------
 
     def _hand_over(self, one: Sequence, now: float) -> None:
         one.go(Phase.LEAVING)
@@ -339,14 +340,14 @@ class WorkerCore:
         if one is not None and one.phase is Phase.LEAVING:
             self._remove(one, free=one.crosses or not message.adopted)
 
-    # ---- an operator's changes ------------------------------------------------------------------------------
+    # ---- changes of role and state -------------------------------------------------------------------------
 
     def _on_change(self, sender: ActorId, message: Change, now: float) -> None:
         if self.presence.change(message):
             member = self.presence.member
             self._outbox.add(Log("info", "worker changed", {"role": member.role, "state": member.state}))
 
-    # ---- ends -----------------------------------------------------------------------------------------------
+    # ---- cancellation, failures, the end of a sequence -----------------------------------------------------
 
     def _on_inquire(self, sender: ActorId, message: Inquire, now: float) -> None:
         held = (message.request, message.attempt) in self._live
@@ -360,7 +361,7 @@ class WorkerCore:
         self._ended.remember(message.request, message.attempt)
 
     def _on_gone(self, sender: ActorId, message: Gone, now: float) -> None:
-        """Let go of what the dead were part of; their Frontends, if alive, plan those requests anew."""
+        """End the sequences that depend on a dead actor; their Frontends, if alive, submit them again."""
         gone = set(message.actors)
         if self.presence.member.id in gone:
             self._outbox.add(Stop("fenced off: the cluster holds this worker for dead"))
@@ -376,7 +377,10 @@ class WorkerCore:
         return one.plan.decode in gone and one.phase in (Phase.WAITING, Phase.READY)
 
     def undeliverable(self, to: ActorId, message: Message, now: float) -> None:
-        """The shell could not send ``message``. A lost Tokens shows as a gap at the Frontend, a lost Handoff is repeated."""
+        """Record that the shell could not send ``message``.
+
+        The Frontend notices a lost Tokens as a gap; a lost Handoff is repeated.
+        """
         self._outbox.add(Log("warning", "message undeliverable", {"to": to, "kind": type(message).__name__}))
         self._outbox.count("undeliverable_total", 1)
 
@@ -387,7 +391,7 @@ class WorkerCore:
         self._end(one)
 
     def _end(self, one: Sequence) -> None:
-        """Drop a sequence as soon as nothing of it is under way, and free what it holds."""
+        """End a sequence and free what it holds, as soon as no step and no Adopt of it is under way."""
         in_batch = self._batch is not None and one in self._batch.sequences
         if in_batch or one.phase is Phase.ADOPTING:
             one.dropped = True
@@ -408,7 +412,7 @@ class WorkerCore:
         self.presence.changed()
         self._following.lead_on(one, self._live.values())
 
-    # ---- small helpers --------------------------------------------------------------------------------------
+    # ---- small helpers -------------------------------------------------------------------------------------
 
     def _in_phase(self, phase: Phase) -> list[Sequence]:
         return [one for one in self._live.values() if one.phase is phase]

@@ -1,4 +1,4 @@
-"""Attention over paged KV: one interface, one backend a kind of device. ``kernels/cpu.py`` is the definition of right."""
+"""Attention over paged KV: one interface, one backend per kind of device. ``cpu.py`` is the reference."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ Plan = TypeVar("Plan")
 
 
 class AttentionBackend(Protocol[Plan]):
-    """Plans once a batch, runs once a layer. A backend owns no pages: it is given the arena it reads and writes.
+    """Attention that is planned once a batch and runs once a layer, on an arena that it does not own.
 
-    The arena is ``(pages, layers, 2, kv_heads, page_tokens, head_dim)``, K before V. Tokens of a batch are numbered
-    in the order of its rows; a row's tokens attend to the row's own earlier positions and to nothing else.
+    The arena is ``(pages, layers, 2, kv_heads, page_tokens, head_dim)``, K before V. Tokens of a batch are
+    numbered in the order of its rows; a row's tokens attend to their own and all earlier positions of the
+    same row, and to nothing else.
     """
 
     def plan(self, batch: BatchPlan) -> Plan:
-        """Everything of a batch that is the same for all layers: indices, masks, scratch."""
+        """Prepare what all layers of a batch share: indices, masks, scratch."""
 
     def run(
         self, plan: Plan, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor
     ) -> None:
-        """Append K and V of the batch's tokens to their pages, then attend.
+        """Append K and V of the batch's tokens to their pages, then attend, writing the result to ``out``.
 
-        q, out: (tokens, heads, head_dim); k, v: (tokens, kv_heads, head_dim), rotated already; all of the arena's
-        dtype. ``out`` is written.
+        q, out: (tokens, heads, head_dim); k, v: (tokens, kv_heads, head_dim), rotated already; all of the
+        arena's dtype.
         """

@@ -1,8 +1,8 @@
 """The arena: one shard's KV pages as a sealed memfd that the shard creates and its workers map.
 
-Lifetime: the kernel frees the memory when the last descriptor and the last mapping of it are gone, however
-the processes ended. A killed shard leaves nothing behind, and its workers' mappings stay valid until they let
-go. Nobody can shrink the memfd under a reader (it is sealed), so a mapping never faults with SIGBUS.
+Lifetime: the kernel frees the memory once its last descriptor and its last mapping are gone, however the
+processes ended. A killed shard leaves nothing behind, and its workers' mappings stay valid until they let go.
+The memfd is sealed, so it cannot shrink under a reader: a mapping never faults with SIGBUS.
 
 The descriptor travels over a Unix socket (SCM_RIGHTS) to processes of the same user, in one packet with an
 :class:`ArenaHeader`. Nothing here interprets the bytes: a page is ``page_bytes`` bytes, laid out by the
@@ -32,7 +32,7 @@ from memserve.kernels.memory import memory_available, too_few_addresses
 
 MAGIC = b"MEMSARNA"
 LAYOUT_VERSION = 1
-"""Raised whenever the meaning of a page's bytes changes."""
+"""Version of the page layout; to be raised whenever the meaning of a page's bytes changes."""
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _FIXED = struct.Struct("<8sIIQQQ")
@@ -40,27 +40,27 @@ _UCRED = struct.Struct("3i")
 """struct ucred: pid, uid, gid."""
 _HANDSHAKE_S = 1.0
 _HEADROOM_BYTES = 64 << 20
-"""Left to the system beside the arena."""
+"""Bytes that must stay available to the system after the arena is allocated."""
 
 
 @attrs.frozen
 class ArenaHeader:
-    """What an attaching process must agree with before it maps anything."""
+    """Facts on which an attaching process must agree before it maps anything."""
 
     shard: ActorId
     pages: int
     page_bytes: int
     size: int
-    """Bytes of the memfd: all pages, rounded up to the system's page size."""
+    """Size of the memfd in bytes: all pages, rounded up to the system's page size."""
 
     def encode(self) -> bytes:
-        """The header as it travels beside the descriptor."""
+        """The header as sent along with the descriptor."""
         shard = self.shard.encode()
         return _FIXED.pack(MAGIC, LAYOUT_VERSION, len(shard), self.pages, self.page_bytes, self.size) + shard
 
     @classmethod
     def decode(cls, packet: bytes) -> ArenaHeader:
-        """Read a header. Raises PeerError when it is not one, or of another layout version."""
+        """Decode a header. Raises PeerError if ``packet`` is not one, or has another layout version."""
         if len(packet) < _FIXED.size or not packet.startswith(MAGIC):
             raise PeerError(f"not an arena: the socket answered {packet[:16]!r}")
         _, version, length, pages, page_bytes, size = _FIXED.unpack_from(packet)
@@ -78,20 +78,20 @@ class ArenaHeader:
 class Arena:
     """A mapped arena.
 
-    Made by :meth:`create` (the shard) or :func:`attach_arena` (a worker); closed by whoever made it.
+    Made by :meth:`create` (the shard) or :func:`attach_arena` (a worker); its maker must close it.
     """
 
     header: ArenaHeader
     fd: int
     _mapping: Mapping | None
     huge_bytes: int = 0
-    """Of its memory in huge pages, where this process created it."""
+    """Bytes of the arena in huge pages; known only to the process that created it."""
 
     @classmethod
     def create(cls, shard: ActorId, pages: int, page_bytes: int) -> Arena:
         """Allocate, seal and prefault an arena. Takes up to a few seconds a GiB: call it off the event loop.
 
-        Raises UserError when the machine has not enough memory for it.
+        Raises UserError when the machine has not enough memory.
         """
         assert pages > 0, f"an arena of {pages} pages"
         assert page_bytes > 0, f"pages of {page_bytes} bytes"
@@ -102,7 +102,8 @@ class Arena:
             os.ftruncate(fd, size)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
             mapping = map_shared(fd, size, writable=True)
-            # All of it now: later a first touch would cost a step a fault a page, or its process its life.
+            # Prefault everything now: later, the first touch of each page would slow a step by a fault, or
+            # kill the process for lack of memory.
             huge = mapping.make_huge(fd)
             os.posix_fallocate(fd, 0, size)
             mapping.populate()
@@ -117,14 +118,14 @@ class Arena:
     def memory(self) -> memoryview:
         """All pages, writable, ``pages * page_bytes`` bytes; page ``i`` starts at ``i * page_bytes``.
 
-        The first byte is aligned to a huge page. Wrap it without copying, e.g. with ``torch.frombuffer``; every wrapper
-        keeps the mapping alive.
+        The first byte is aligned to a huge page. Wrap the view without copying, e.g. with
+        ``torch.frombuffer``; every wrapper keeps the mapping alive.
         """
         assert self._mapping is not None, "the arena is closed"
         return self._mapping.view[: self.header.pages * self.header.page_bytes]
 
     def close(self) -> None:
-        """Let go of descriptor and mapping; wrappers of :attr:`memory` keep the mapping until they go."""
+        """Let go of descriptor and mapping; wrappers of :attr:`memory` keep the mapping alive."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -135,7 +136,7 @@ class Arena:
 
 
 def check_memory(shard: ActorId, size: int) -> None:
-    """Raise UserError when ``size`` bytes are more than the machine (or this container) has to give now."""
+    """Raise UserError if ``size`` bytes are more than the machine (or this container) can provide now."""
     available = memory_available()
     if size + _HEADROOM_BYTES > available:
         raise _too_little(shard, size, available)
@@ -162,8 +163,8 @@ async def serve_arena(
 ) -> None:
     """Hand the arena's descriptor to every process of this user that connects, until cancelled.
 
-    The socket file is made before ``started()`` and removed at the end. Raises UserError when ``socket_path``
-    is taken or too long.
+    The socket file is made before ``started()`` and removed at the end. Raises UserError if its path is taken
+    or too long for a socket.
     """
     await serve_packet(arena.header.encode(), [arena.fd], socket_path, task_status=task_status)
 
@@ -175,7 +176,7 @@ async def serve_packet(
     *,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Hand ``packet`` with these descriptors to every process of this user that connects; see :func:`serve_arena`."""
+    """Hand ``packet`` and ``fds`` to every process of this user that connects; see :func:`serve_arena`."""
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds).tobytes())] if fds else []
     with trio.socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         await _bind(listener, socket_path)
@@ -208,19 +209,19 @@ async def _bind(listener: trio.socket.SocketType, path: Path) -> None:
 async def _send_packet(
     connection: trio.socket.SocketType, packet: bytes, rights: list[tuple[int, int, bytes]]
 ) -> None:
-    """Send without waiting for a slow peer: the packet fits a fresh connection's buffer."""
+    """Send to a new connection, whose buffer the packet fits; a peer gets ``_HANDSHAKE_S`` at most."""
     try:
         with trio.move_on_after(_HANDSHAKE_S):
             await connection.sendmsg([packet], rights)
     except OSError:
-        pass  # the peer left before it was served: nobody is waiting for an answer
+        pass  # the peer left before it was served; it may connect again
 
 
 def attach_arena(socket_path: Path, page_bytes: int, *, timeout_s: float = 5.0) -> Arena:
     """Map the arena served at ``socket_path``. Blocks for up to ``timeout_s``: call it off the event loop.
 
-    Raises PeerUnreachable when nobody serves it, PeerError when what is served is not a sealed arena whose
-    pages have ``page_bytes`` bytes.
+    Raises PeerUnreachable if no process serves it, and PeerError if what is served is not a sealed arena with
+    pages of ``page_bytes`` bytes.
     """
     packet, fds = receive_packet(socket_path, timeout_s)
     if not fds:
@@ -238,9 +239,9 @@ def attach_arena(socket_path: Path, page_bytes: int, *, timeout_s: float = 5.0) 
 
 
 def receive_packet(path: Path, timeout_s: float) -> tuple[bytes, list[int]]:
-    """What is served at ``path``, and the descriptors beside it, which the caller closes.
+    """The packet served at ``path``, and the descriptors sent with it, which the caller must close.
 
-    Raises PeerUnreachable when nobody serves it, PeerError when it is another user's.
+    Raises PeerUnreachable if no process serves it, PeerError if another user's process does.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
         connection.settimeout(timeout_s)

@@ -1,11 +1,12 @@
-"""Paged attention on CPU with torch alone: the definition of right for every other backend.
+"""Paged attention on CPU with torch alone: the reference for every other backend.
 
-Decode rows of similar length run together: their pages are gathered into one dense block, (2, rows, kv_heads, slots,
-head_dim), with the tail of each row's last page zeroed and masked, because a page's unused part may hold anything,
-NaN included. Prefill chunks run one by one, in blocks of queries that see no keys beyond their own last position.
+Decode rows of similar length run together: their pages are gathered into one dense block, (2, rows, kv_heads,
+slots, head_dim). The unused tail of each row's last page is zeroed and masked, because it may hold anything,
+NaN included. Prefill chunks run one by one, in blocks of queries, each without the keys behind its last
+position.
 
-Query heads that share a kv head become further queries: q is viewed as (rows, kv_heads, group * queries, head_dim).
-``enable_gqa`` would do the same, six times slower in bfloat16 with one query a row (torch 2.13).
+Query heads that share a kv head become additional queries: q is viewed as (rows, kv_heads, group * queries,
+head_dim). ``enable_gqa`` would do the same, six times slower in bfloat16 with one query a row (torch 2.13).
 """
 
 from __future__ import annotations
@@ -18,43 +19,49 @@ from memserve.engine.plans import BatchPlan, Row
 from memserve.tokens import count, pages_for
 
 QUERY_BLOCK = 128
-"""Queries of a chunk that run at once; smaller skips more of the masked triangle, larger calls less often."""
+"""Queries of a chunk that run at once.
+
+Smaller blocks skip more of the masked triangle, larger ones need fewer calls.
+"""
 
 
 @attrs.frozen
 class _Decode:
-    """Decode rows of similar length."""
+    """The plan of decode rows of similar length, which run together."""
 
     tokens: torch.Tensor
-    """(rows,) int64: where each row's one token lies in the batch."""
+    """(rows,) int64: index in the batch of each row's one token."""
     blocks: torch.Tensor
-    """(2 * rows * kv_heads * pages,) int64: blocks of layer 0 to gather. A short row repeats its first page."""
+    """(2 * rows * kv_heads * pages,) int64: blocks of layer 0 to gather.
+
+    A short row repeats its first page.
+    """
     slots: int
-    """Gathered positions a row that can be seen at all."""
+    """Gathered positions per row that the longest row attends to."""
     tail: torch.Tensor | None
-    """int64: gathered vectors past their row's end within a real page; to be zeroed. None when all end alike."""
+    """int64: gathered vectors to zero, behind the end of their row. None if all rows end alike."""
     mask: torch.Tensor | None
-    """(rows, 1, 1, slots), 0 or -inf; None when all end alike."""
+    """(rows, 1, 1, slots), 0 or -inf. None if all rows end alike."""
 
 
 @attrs.frozen
 class _Chunk:
-    """One row's prefill chunk."""
+    """The plan of one row's prefill chunk."""
 
     first: int
-    """Where its tokens start in the batch."""
+    """Index in the batch of the chunk's first token."""
     blocks: torch.Tensor
-    """(2 * kv_heads * pages,) int64: blocks of layer 0."""
+    """(2 * kv_heads * pages,) int64: blocks of layer 0 to gather."""
     parts: tuple[tuple[int, int, int, torch.Tensor], ...]
-    """Query blocks: first and last (exclusive) query, keys seen, mask (group * queries, keys)."""
+    """Query blocks: first and last (exclusive) query, number of keys seen, mask (group * queries, keys)."""
 
 
 @attrs.frozen
 class CpuPlan:
-    """What ``CpuAttention`` needs to know of one batch."""
+    """The plan that ``CpuAttention`` makes of one batch."""
 
     append: torch.Tensor
-    """(tokens * kv_heads,) int64: the vector of layer 0's K that each token's head is written to."""
+    """(tokens * kv_heads,) int64: the vectors of layer 0's K to which the heads of each token are written."""
     decodes: tuple[_Decode, ...]
     chunks: tuple[_Chunk, ...]
 
@@ -66,8 +73,8 @@ class CpuAttention:
         self._pages, self._layers, _, self._kv_heads, self._page_tokens, self._head_dim = arena.shape
         self._group = heads // self._kv_heads
         self._dtype = arena.dtype
-        # Two flat views of the same memory: a *block* is one page's K (or V) of one layer and kv head, a *vector*
-        # is one token's part of it. Indices into both grow by a constant from layer to layer.
+        # Two flat views of the same memory: a *block* is the K (or V) of one page, layer and kv head; a
+        # *vector* is one token's part of it. Indices into both grow by a constant from layer to layer.
         self._blocks = arena.view(-1, self._page_tokens * self._head_dim)
         self._vectors = arena.view(-1, self._head_dim)
 
@@ -98,7 +105,7 @@ class CpuAttention:
         return (blocks * self._page_tokens + (positions % self._page_tokens)[:, None]).flatten()
 
     def _buckets(self, rows: list[tuple[int, Row]]) -> list[list[tuple[int, Row]]]:
-        """Rows by similar length, so that padding stays below half of what is read."""
+        """Group rows by similar length, so that padding stays below half of what is read."""
         buckets: list[list[tuple[int, Row]]] = []
         for first, row in sorted(rows, key=lambda item: item[1].start):
             if not buckets or row.end > 1.5 * buckets[-1][0][1].end + 2 * self._page_tokens:
@@ -107,7 +114,7 @@ class CpuAttention:
         return buckets
 
     def _block_indices(self, pages: torch.Tensor) -> torch.Tensor:
-        """Blocks of layer 0 that hold ``pages`` (rows, n), in the order (2, rows, kv_heads, n), flat."""
+        """Blocks of layer 0 that hold ``pages`` (rows, n), in the order (2, rows, kv_heads, n), flattened."""
         halves = torch.arange(2)[:, None, None, None] * self._kv_heads
         heads = torch.arange(self._kv_heads)[:, None]
         return (pages[:, None, :] * (self._layers * 2 * self._kv_heads) + heads + halves).flatten()
@@ -128,9 +135,10 @@ class CpuAttention:
         return _Decode(tokens, self._block_indices(table), longest, tail, mask)
 
     def _tail(self, ends: list[int], width: int) -> torch.Tensor:
-        """Gathered vectors, of (2, rows, kv_heads, width * page_tokens), that no token was ever written to.
+        """Gathered vectors, of (2, rows, kv_heads, width * page_tokens), that no token was written to.
 
-        They end with the row's last real page: the page repeated after it is full. A row of one page repeats that one.
+        In a row of several pages they end with its last page: the first page, repeated after it, is full. A
+        row of one page repeats that page, so its tail extends to the end.
         """
         slots = width * self._page_tokens
         spare = [
@@ -162,7 +170,7 @@ class CpuAttention:
     def run(
         self, plan: CpuPlan, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor
     ) -> None:
-        """Append, then attend; see the protocol."""
+        """Append, then attend; see :class:`~memserve.kernels.AttentionBackend`."""
         step = self._kv_heads * self._page_tokens
         keys = plan.append + layer * 2 * step
         self._vectors.index_copy_(0, keys, k.reshape(-1, self._head_dim))
@@ -173,7 +181,7 @@ class CpuAttention:
             self._run_chunk(chunk, layer, q, out)
 
     def _gather(self, blocks: torch.Tensor, layer: int, rows: int) -> torch.Tensor:
-        """K and V: (2, rows, kv_heads, slots, head_dim)."""
+        """Gathered K and V: (2, rows, kv_heads, slots, head_dim)."""
         found = self._blocks.index_select(0, blocks + layer * 2 * self._kv_heads)
         return found.view(2, rows, self._kv_heads, -1, self._head_dim)
 

@@ -1,8 +1,8 @@
 """Attention on a GPU with FlashInfer. The only module that imports flashinfer.
 
-Planned once a batch on the host, run once a layer. FlashInfer is given a layer's strided view of the arena,
-``arena[:, layer]``, and takes its strides (``kv_layout="HND"``). Every call names its optional arguments, so that
-versions 0.6.9 to 0.7 are served alike.
+It is planned once a batch on the host, and runs once a layer. FlashInfer gets a layer's strided view of the
+arena, ``arena[:, layer]``, and follows its strides (``kv_layout="HND"``). Every call names its optional
+arguments, so that versions 0.6.9 to 0.7 all work.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from memserve.settings.gpu_room import workspace_bytes
 from memserve.settings.gpus import gpu_environment
 
 DECODE_GROUPS = (1, 2, 3, 4, 8)
-"""Query heads a kv head that the CUDA-core decode kernel of 0.6.9 is built for."""
+"""Query heads per kv head that the CUDA-core decode kernel of 0.6.9 is built for."""
 TENSOR_CORES_FROM = 4
-"""Query heads a kv head from which decode on tensor cores reads the same KV with less arithmetic in the way."""
+"""Query heads per kv head from which decode runs on tensor cores: they hold up the reading of KV less."""
 NAMED_SO = "0.6."
-"""Versions whose libraries have the names that are told here; where names are not known, a missing library is compiled."""
+"""Version prefix for which :func:`libraries` knows the names; for others, a missing library is compiled."""
 MERGED_VALUES = 8192
-"""Query heads times head_dim that flashinfer's merge takes: one block of 1,024 threads a row, 8 values each."""
+"""Query heads times head_dim that flashinfer's merge supports: 1,024 threads a row, 8 values each."""
 
 
 class Library(Protocol):
-    """What is used of flashinfer."""
+    """The parts of flashinfer that are used."""
 
     BatchDecodeWithPagedKVCacheWrapper: Any
     BatchPrefillWithPagedKVCacheWrapper: Any
@@ -46,15 +46,16 @@ class Library(Protocol):
 
 
 def load_flashinfer(capability: tuple[int, int], spec: ModelSpec) -> Library:
-    """Import flashinfer for GPUs of this compute capability, without a search for them or a compiler in a request.
+    """Import flashinfer for GPUs of this compute capability, so that no request waits for a compiler.
 
-    Where all kernels that the model needs were compiled ahead (``data/aot``), nothing is compiled any more.
+    The capability is set, so flashinfer need not detect it. If all kernels that the model needs were compiled
+    ahead (``data/aot``), compiling is disabled.
     """
     arch = f"{capability[0]}.{capability[1]}" + ("a" if capability[0] >= 9 else "")
     for name, value in {**gpu_environment(), "FLASHINFER_CUDA_ARCH_LIST": arch}.items():
         os.environ.setdefault(
             name, value
-        )  # a worker has them from its supervisor; a test or a benchmark has not
+        )  # a worker has them from its supervisor, a test or a benchmark has not
     if compiled_ahead(libraries(spec, prefill_backend(capability))):
         os.environ.setdefault("FLASHINFER_DISABLE_JIT", "1")
     import flashinfer
@@ -64,7 +65,7 @@ def load_flashinfer(capability: tuple[int, int], spec: ModelSpec) -> Library:
 
 
 def libraries(spec: ModelSpec, backend: str) -> set[str]:
-    """The names of the libraries that flashinfer has or compiles for a model's kernels in bfloat16; ``backend``: of prefill."""
+    """The names of flashinfer's libraries with a model's bfloat16 kernels. ``backend``: of prefill."""
     types = "with_kv_cache_dtype_q_bf16_dtype_kv_bf16_dtype_o_bf16_dtype_idx_i32"
     heads = f"head_dim_qk_{spec.head_dim}_head_dim_vo_{spec.head_dim}"
     plain = "posenc_0_use_swa_False_use_logits_cap_False"
@@ -79,7 +80,10 @@ def libraries(spec: ModelSpec, backend: str) -> set[str]:
 
 
 def compiled_ahead(needed: set[str]) -> bool:
-    """Whether the installed flashinfer has all of these libraries, compiled before. Of 0.7 nobody knows: it names them otherwise."""
+    """Whether the installed flashinfer includes all of these libraries, compiled ahead.
+
+    False for 0.7, which has other names.
+    """
     from importlib.metadata import version
     from importlib.util import find_spec
 
@@ -91,17 +95,20 @@ def compiled_ahead(needed: set[str]) -> bool:
 
 
 def prefill_backend(capability: tuple[int, int]) -> str:
-    """fa3 where its kernels run (Hopper), fa2 elsewhere. Never "auto", which may take paths that misread strided pages."""
+    """fa3 where its kernels run (Hopper), fa2 elsewhere.
+
+    Never "auto", which may choose paths that misread strided pages.
+    """
     return "fa3" if capability == (9, 0) else "fa2"
 
 
 def with_tensor_cores(group: int) -> bool:
-    """Whether decode of ``group`` query heads a kv head runs on tensor cores."""
+    """Whether decode with ``group`` query heads per kv head runs on tensor cores."""
     return group >= TENSOR_CORES_FROM or group not in DECODE_GROUPS
 
 
 def can_merge(heads: int, head_dim: int) -> bool:
-    """Whether a row's two results can be merged, so that rows may attend together to what they begin with."""
+    """Whether a row's two results can be merged, so that rows may attend together to a shared prefix."""
     return heads * head_dim <= MERGED_VALUES
 
 
@@ -110,7 +117,7 @@ def can_merge(heads: int, head_dim: int) -> bool:
 
 @attrs.define(eq=False)
 class Append:
-    """Where the batch's K and V go, on the device."""
+    """Where the batch's K and V are written, as arrays on the device."""
 
     batch_indices: torch.Tensor
     positions: torch.Tensor
@@ -121,25 +128,25 @@ class Append:
 
 @attrs.frozen(eq=False)
 class Together:
-    """The part of a batch that its first rows attend to together: a prefill of all their queries, where all see all keys."""
+    """The shared prefixes of a batch's first rows: a prefill of all their queries, without a mask."""
 
     rows: int
     prefill: Any
     out: torch.Tensor
-    """(rows, heads, head_dim): what they find in it."""
+    """(rows, heads, head_dim): their attention to the prefix."""
     weights: torch.Tensor
-    """(rows, heads) float32: log2 of the sum of its exponentials."""
+    """(rows, heads) float32: log2 of the sum of the exponentials in it."""
     rest: torch.Tensor
-    """(decodes, heads) float32: the same of each row's rest."""
+    """(decodes, heads) float32: the same logarithm for the rest of each decode row."""
 
 
 @attrs.frozen(eq=False)
 class FlashInferPlan:
-    """A planned batch: which of the wrappers run, and on which tokens."""
+    """A planned batch: which wrappers run, and on which tokens."""
 
     append: Append
     decodes: int
-    """Tokens of rows that are decoded; they come first."""
+    """Number of decode tokens; they come first."""
     tokens: int
     decode: Any = None
     prefill: Any = None
@@ -148,7 +155,7 @@ class FlashInferPlan:
 
 @attrs.frozen(kw_only=True)
 class Shape:
-    """The numbers that a plan needs of a model."""
+    """The dimensions of a model that a plan needs."""
 
     heads: int
     kv_heads: int
@@ -157,7 +164,7 @@ class Shape:
     dtype: torch.dtype
 
     def decode(self) -> dict[str, Any]:
-        """Arguments of a decode wrapper's ``plan`` that are the same for all batches."""
+        """Arguments of a decode wrapper's ``plan`` that all batches share."""
         return {
             "num_qo_heads": self.heads,
             "num_kv_heads": self.kv_heads,
@@ -168,7 +175,10 @@ class Shape:
         }
 
     def prefill(self, causal: bool = True) -> dict[str, Any]:
-        """The same of a prefill wrapper's. ``causal``: whether queries are a row's last positions, or come after all keys."""
+        """Arguments of a prefill wrapper's ``plan`` that all batches share.
+
+        ``causal``: whether queries are a row's last positions, instead of coming after all keys.
+        """
         given = self.decode()
         given["head_dim_qk"] = given.pop("head_dim")
         return given | {"causal": causal}
@@ -183,9 +193,9 @@ class FlashInferAttention:
     def __init__(
         self, library: Library, arena: torch.Tensor, heads: int, backend: str, most_rows: int = 1
     ) -> None:
-        """``arena``: (pages, layers, 2, kv_heads, page_tokens, head_dim) on the GPU. ``backend``: of prefill, fa2 or fa3.
+        """``arena``: (pages, layers, 2, kv_heads, page_tokens, head_dim) on the GPU.
 
-        ``most_rows``: of a captured batch, which decide how large the workspace is.
+        ``backend``: of prefill, fa2 or fa3. ``most_rows``: of a captured batch, for the workspace's size.
         """
         self._library, self._arena = library, arena
         self.device = arena.device
@@ -199,7 +209,7 @@ class FlashInferAttention:
         self._shared: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         self._decode = self._decode_wrapper()
         self._prefill = library.BatchPrefillWithPagedKVCacheWrapper(self._workspace, "HND", backend=backend)
-        # fa2 as decode is, so that both weigh what they find to the same base.
+        # fa2, which decode uses too, so that both return logarithms to the same base.
         self._common = library.BatchPrefillWithPagedKVCacheWrapper(self._workspace, "HND", backend="fa2")
         self.merges = can_merge(heads, head_dim)
         """Whether rows may attend together."""
@@ -210,7 +220,7 @@ class FlashInferAttention:
         )
 
     def plan(self, batch: BatchPlan) -> FlashInferPlan:
-        """See the protocol."""
+        """Plan any mix of rows; see :class:`~memserve.kernels.AttentionBackend`."""
         return self.plan_tables(StepTables.of(batch, self.shape.page_tokens))
 
     def plan_tables(self, tables: StepTables) -> FlashInferPlan:
@@ -223,7 +233,7 @@ class FlashInferAttention:
         )  # fmt: skip
         decode = prefill = together = None
         if tables.decodes:
-            # Host arrays: from the device they would be read back, which waits for the GPU.
+            # Host arrays: FlashInfer would read device arrays back, which waits for the GPU.
             decode, rows = self._decode, tables.decode if tables.common is None else tables.common.rest
             decode.plan(
                 indptr=torch.from_numpy(rows.indptr),
@@ -258,11 +268,17 @@ class FlashInferAttention:
         )
 
     def captured(self, rows: int, most_pages: int) -> CapturedDecode:
-        """Fixed arrays and a wrapper of their own for steps of ``rows`` decode rows with at most ``most_pages`` pages in all."""
+        """Fixed arrays with their own wrapper for steps of ``rows`` decode rows.
+
+        ``most_pages``: of all rows together.
+        """
         return CapturedDecode(self, rows, most_pages)
 
     def shared_indices(self, most: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Arrays of ``most`` page numbers, the same at every call: what kernels read, what is copied there, and the host's."""
+        """Arrays of ``most`` page numbers: on the device for kernels and for staging, and pinned on the host.
+
+        All calls return the same arrays.
+        """
         if self._shared is None:
             on_device = torch.zeros(2, most, dtype=torch.int32, device=self.device)
             self._shared = on_device[0], on_device[1], _pinned(most, self.device)
@@ -278,7 +294,7 @@ class FlashInferAttention:
         v: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
-        """See the protocol."""
+        """Launch append and attention of one layer; see :class:`~memserve.kernels.AttentionBackend`."""
         pages = self._arena[:, layer]  # (pages, 2, kv_heads, page_tokens, head_dim), strided
         to = plan.append
         self._library.append_paged_kv_cache(
@@ -307,7 +323,7 @@ class FlashInferAttention:
         pages: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
-        """Decode rows: all of them on their rest, the first ones on what they have in common too, and both merged."""
+        """Run decode rows: all on their own rest, the first ones also on their prefix, and merge both."""
         first = together.rows
         plan.decode.run(q, pages, out=out, lse=together.rest, return_lse=True)
         together.prefill.run(q[:first], pages, out=together.out, lse=together.weights, return_lse=True)
@@ -317,16 +333,16 @@ class FlashInferAttention:
 
 
 class CapturedDecode:
-    """Arrays at fixed addresses for one batch size, so that a CUDA graph that reads them can be run again.
+    """Arrays at fixed addresses for one batch size, so that a CUDA graph that reads them can be replayed.
 
-    :meth:`load` writes them in the stream's order: after the step before has read them. It never waits for the GPU:
-    what it copies lies in pinned memory, which may be written again once the copies are done.
+    :meth:`load` writes them in stream order, after the previous step has read them. It never waits for the
+    GPU: its copies read pinned memory, which may be rewritten once they are done.
     """
 
     def __init__(self, attention: FlashInferAttention, rows: int, most_pages: int) -> None:
         self._attention, self.rows = attention, rows
         device = attention.device
-        # One array of page numbers serves all batch sizes: it can be large, and only one step at a time is loaded.
+        # One array of page numbers for all batch sizes: it can be large, and one step at a time is loaded.
         indices, self._staged, self._numbers = attention.shared_indices(most_pages)
         self._append = Append(
             torch.arange(rows, dtype=torch.int32, device=device),
@@ -336,7 +352,7 @@ class CapturedDecode:
             torch.zeros(rows, dtype=torch.int32, device=device),
         )
         self.ids = torch.zeros(rows, dtype=torch.int32, device=device)
-        """(rows,): of the tokens."""
+        """(rows,) int32: token ids."""
         self._host = [_pinned(size, device) for size in (rows + 1, rows, rows, rows)]
         # FlashInfer copies a plan's arrays into these very buffers, where append reads them too.
         self._wrapper = attention._decode_wrapper(
@@ -349,16 +365,16 @@ class CapturedDecode:
 
     @property
     def positions(self) -> torch.Tensor:
-        """(rows,) int32: of the tokens, for rope and append."""
+        """(rows,) int32: positions of the tokens, for rope and append."""
         return self._append.positions
 
     def load(self, table: Table, positions: Ints) -> None:
-        """Take the page tables and positions of a step, padded to ``rows`` rows."""
+        """Load the page tables and positions of a step, padded to ``rows`` rows."""
         indptr, last_page_len, at, _ = self._host
         used = len(table.indices)
         staged = self._staged[:used]
         staged.copy_(_filled(self._numbers, table.indices), non_blocking=True)
-        # Page numbers from the host would make FlashInfer wait for the GPU; it copies the others without waiting.
+        # Page numbers on the host would make FlashInfer wait for the GPU; the others it copies without that.
         self._wrapper.plan(
             indptr=_filled(indptr, table.indptr),
             indices=staged,
@@ -368,7 +384,7 @@ class CapturedDecode:
         self._append.positions.copy_(_filled(at, positions), non_blocking=True)
 
     def load_ids(self, ids: Ints) -> None:
-        """Take the tokens of a step, padded to ``rows`` rows."""
+        """Load the token ids of a step, padded to ``rows`` rows."""
         self.ids.copy_(_filled(self._host[3], ids), non_blocking=True)
 
 
@@ -381,7 +397,7 @@ def _pinned(size: int, device: torch.device) -> torch.Tensor:
 
 
 def _filled(buffer: torch.Tensor, values: Ints) -> torch.Tensor:
-    """The beginning of a host buffer, holding ``values``."""
+    """Fill the start of a host buffer with ``values``; the filled part."""
     part = buffer[: len(values)]
     part.numpy()[:] = values
     return part

@@ -1,4 +1,7 @@
-"""A layer's parts beside attention in FlashInfer's fused kernels: norms, rope, activation. Given the library, which it does not import."""
+"""Norms, rope and activation of a layer in FlashInfer's fused kernels.
+
+The library is passed in; this module does not import it.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,8 @@ from memserve.kernels.flashinfer_kit import Library
 class FlashInferOps(TorchOps):
     """Norms, rope and activation in fused kernels; see :class:`~memserve.engine.ops.Ops`.
 
-    The residual stream is bfloat16, as the fused norm wants it. Where q and k have biases they stay with torch, in
-    float32 until rope is done.
+    The residual stream has the run's dtype, bfloat16, as the fused norm requires. If q and k have biases,
+    torch computes them, in float32 until rope is done.
     """
 
     def __init__(self, library: Library, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
@@ -31,7 +34,7 @@ class FlashInferOps(TorchOps):
         self, x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, dtype: torch.dtype
     ) -> torch.Tensor:
         if not len(x):
-            return torch.empty_like(x)  # no kernel is launched on nothing
+            return torch.empty_like(x)  # kernels cannot be launched on zero rows
         eps = self.spec.rms_eps
         if delta is None:
             normed: torch.Tensor = self._library.rmsnorm(x, weight, eps=eps)
@@ -69,7 +72,7 @@ class FlashInferOps(TorchOps):
 
 
 def norms_as(weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The weights with those of norms in ``dtype``, which FlashInfer's norms read; biases stay float32."""
+    """The weights with norm weights in ``dtype``, as FlashInfer's norms require; biases stay float32."""
     return {
         name: tensor.to(dtype) if tensor.dim() == 1 and not name.endswith("_bias") else tensor
         for name, tensor in weights.items()

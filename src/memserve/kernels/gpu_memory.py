@@ -1,12 +1,14 @@
-"""A GPU shard's memory: its pages and one copy of the weights, shared with its workers by CUDA IPC. The only module that imports cupy.
+"""A GPU shard's memory: its pages and one copy of the weights, shared with its workers by CUDA IPC.
 
-The shard allocates both with plain cudaMalloc, each a block of its own (a handle is of a whole allocation, and of none
-that a pool carved up), and hands the handles out over the socket that hands out a memfd on CPU. A worker opens them once
-and sees them as tensors. Handles are worth nothing to a process of another user: the socket is the shard user's own.
+The only module that imports cupy. The shard allocates both with plain cudaMalloc, each as a block of its own:
+an IPC handle covers a whole allocation, so a block carved out of a pool cannot be shared. It hands out the
+handles over the socket that hands out a memfd on CPU. A worker opens them once and sees them as tensors.
+Handles do not reach other users' processes: only the shard's own user may use the socket.
 
-Lifetime: the blocks live as long as the shard's process. When it dies its workers are told, and end; a mapping that is
-open then stays readable until its process ends, and its contents are nobody's. A worker that dies leaves nothing behind
-but leases, which the shard reclaims. A restarted shard makes new blocks and a new socket.
+Lifetime: the blocks live as long as the shard's process. When it dies, its workers are notified and end; a
+mapping that is still open stays readable until its process ends, but its contents belong to no actor. A
+worker that dies leaves nothing behind but leases, which the shard reclaims. A restarted shard makes new
+blocks and a new socket.
 """
 
 from __future__ import annotations
@@ -28,36 +30,36 @@ from memserve.settings.gpu_room import SCRATCH_PAGES
 
 MAGIC = b"MEMSCUDA"
 ALIGN = 2 << 20
-"""Allocations are rounded up to it: smaller ones may share a block, which a handle would expose whole."""
+"""Unit in bytes of allocations: smaller ones may share a block, which a handle would expose whole."""
 _COPY_BYTES = 64 << 20
-"""Of the weights' file, copied at a time."""
+"""Bytes of the weights' file copied at a time."""
 
 
 @attrs.frozen(kw_only=True)
 class GpuHeader:
-    """What an attaching worker must agree with before it opens anything."""
+    """Facts on which an attaching worker must agree before it opens anything."""
 
     version: int = LAYOUT_VERSION
     shard: ActorId
     pages: int
-    """The pool's; the block holds ``SCRATCH_PAGES`` more."""
+    """Pages of the pool; the block holds ``SCRATCH_PAGES`` more."""
     page_bytes: int
     weights: str
-    """Digest of the weights' header: names, types, shapes and places."""
+    """Digest of the weights' header: names, types, shapes and offsets."""
     weights_bytes: int
     bus_id: str
-    """The GPU's PCI address: processes may number GPUs differently."""
+    """The GPU's PCI address, because processes may number GPUs differently."""
     arena_handle: bytes
-    """64 bytes of cudaIpcMemHandle_t."""
+    """The cudaIpcMemHandle_t, 64 bytes."""
     weights_handle: bytes
 
     def encode(self) -> bytes:
-        """The header as it travels."""
+        """The header as sent."""
         return MAGIC + msgspec.msgpack.encode(self)
 
     @classmethod
     def decode(cls, packet: bytes) -> GpuHeader:
-        """Read a header. Raises PeerError when it is not one, or of another layout version."""
+        """Decode a header. Raises PeerError if ``packet`` is not one, or has another layout version."""
         if not packet.startswith(MAGIC):
             raise PeerError(f"not a GPU's arena: the socket answered {packet[:16]!r}")
         try:
@@ -85,7 +87,7 @@ class GpuArena:
     header: GpuHeader
     device: int
     pages_at: int
-    """Device address of page 0; different in every process."""
+    """Device address of page 0, different in every process."""
     weights_at: int
     _cupy: Any
     _release: Callable[[], None]
@@ -94,9 +96,9 @@ class GpuArena:
     def create(
         cls, shard: ActorId, device: int, pages: int, page_bytes: int, weights: Path, cupy: Any = None
     ) -> GpuArena:
-        """Allocate, and load the weights. Takes seconds: call it in a thread.
+        """Allocate both blocks and load the weights. Takes seconds: call it in a thread.
 
-        Raises UserError when the GPU has not enough memory, or when this machine lets no process share it.
+        Raises UserError if the GPU has not enough memory, or the machine does not let processes share it.
         """
         cupy = cupy or load_runtime()
         runtime = cupy.cuda.runtime
@@ -125,13 +127,13 @@ class GpuArena:
         return self._cupy.cuda.runtime
 
     def bytes_at(self, address: int, nbytes: int) -> Any:
-        """``nbytes`` of device memory as a CuPy array of bytes, for ``torch.from_dlpack``; valid while the arena is open."""
+        """``nbytes`` of device memory as a CuPy array, for ``torch.from_dlpack``; valid until ``close``."""
         memory = self._cupy.cuda.UnownedMemory(address, nbytes, self, self.device)
         pointer = self._cupy.cuda.MemoryPointer(memory, 0)
         return self._cupy.ndarray((nbytes,), self._cupy.uint8, pointer)
 
     def close(self) -> None:
-        """Let go. Nothing may use the memory any more: no tensor, no captured graph, no copy."""
+        """Release the memory, which nothing may still use: no tensor, no captured graph, no copy."""
         release, self._release = self._release, lambda: None
         release()
 
@@ -148,7 +150,7 @@ def _exported(runtime: Any, pointer: int, device: int) -> bytes:
 
 
 def _load(runtime: Any, file: Path, target: int) -> None:
-    """Copy a file to device memory, through the page cache that other processes may share."""
+    """Copy a file to device memory, through the page cache, which other processes may share."""
     with (
         file.open("rb") as opened,
         mmap.mmap(opened.fileno(), 0, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ) as source,
@@ -166,7 +168,7 @@ def _address(data: bytes) -> int:
 
 
 def weights_digest(file: Path) -> str:
-    """A digest of a converted file's header, which says where each tensor lies."""
+    """A digest of a converted file's header, which has the offset of each tensor."""
     import hashlib
 
     header, base = read_header(file)
@@ -184,8 +186,8 @@ def attach_gpu_arena(
 ) -> GpuArena:
     """Open the blocks served at ``socket_path`` in this process's context on ``cuda:device``. Blocks.
 
-    Raises PeerUnreachable when nobody serves them, PeerError when they are of another model or layout, UserError when
-    this machine does not let processes share them.
+    Raises PeerUnreachable if no process serves them, PeerError if they are for another model or layout,
+    UserError if this machine does not let processes share them.
     """
     packet, fds = receive_packet(socket_path, timeout_s)
     for fd in fds:
@@ -201,7 +203,7 @@ def attach_gpu_arena(
     opened: list[int] = []
 
     def release() -> None:
-        runtime.setDevice(device)  # a thread's own setting; handles are closed where they were opened
+        runtime.setDevice(device)  # per thread; handles are closed where they were opened
         while opened:
             runtime.ipcCloseMemHandle(opened.pop())
 
@@ -220,7 +222,10 @@ def attach_gpu_arena(
 
 
 def _same_gpu(runtime: Any, device: int, header: GpuHeader) -> None:
-    """CUDA would open another GPU's memory just as well, and lead every read through the link between the two."""
+    """Raise UserError unless ``device`` is the GPU of ``header``.
+
+    CUDA would open another GPU's memory as well, and send every read over the link between the two.
+    """
     if (mine := runtime.deviceGetPCIBusId(device)) != header.bus_id:
         raise UserError(
             f"{header.shard} is on GPU {header.bus_id}, and cuda:{device} is {mine} in this process: start both with the "
@@ -233,25 +238,26 @@ def _same_gpu(runtime: Any, device: int, header: GpuHeader) -> None:
 
 @attrs.define(eq=False)
 class PeerPages:
-    """Another shard's pages on a GPU of this host, open in this process."""
+    """Another shard's pages on a GPU of this host, opened in this process."""
 
     device: int
-    """The GPU, as this process counts them."""
+    """Number of the GPU in this process."""
     address: int
     pages: int
     page_bytes: int
     _runtime: Any
 
     def close(self) -> None:
-        """Let go; no copy may be under way."""
+        """Close the pages; no copy may be under way."""
         self._runtime.setDevice(self.device)
         self._runtime.ipcCloseMemHandle(self.address)
 
 
 def open_peer_pages(mine: GpuArena, socket_path: Path, *, timeout_s: float = 5.0) -> PeerPages:
-    """Open the pages that another GPU shard serves at ``socket_path``, and let ``mine``'s GPU reach them. Blocks.
+    """Open the pages that another GPU shard serves at ``socket_path``, and let ``mine``'s GPU reach them.
 
-    Raises PeerUnreachable when nobody serves them, PeerError when they are not a GPU's, or cannot be reached from here.
+    Blocks. Raises PeerUnreachable if no process serves them, PeerError if they are not a GPU's or cannot be
+    reached from this process.
     """
     packet, fds = receive_packet(socket_path, timeout_s)
     for fd in fds:
@@ -272,7 +278,7 @@ def open_peer_pages(mine: GpuArena, socket_path: Path, *, timeout_s: float = 5.0
 
 
 def _see(runtime: Any, device: int, other: int) -> None:
-    """Let ``device`` copy to ``other`` without the host's memory, where the machine can."""
+    """Let ``device`` copy to ``other`` without passing through host memory, if the machine can."""
     runtime.setDevice(device)
     if runtime.deviceCanAccessPeer(device, other):
         try:
@@ -287,7 +293,7 @@ def _see(runtime: Any, device: int, other: int) -> None:
 
 @attrs.define(eq=False)
 class PinnedMemory:
-    """Host memory registered with CUDA, so that copies to and from it run beside kernels."""
+    """Host memory registered with CUDA, so that copies to and from it run concurrently with kernels."""
 
     view: memoryview
     address: int
@@ -295,7 +301,10 @@ class PinnedMemory:
 
     @classmethod
     def register(cls, view: memoryview, runtime: Any, device: int) -> PinnedMemory:
-        """Pin ``view``, which must be writable and stay mapped until :meth:`close`. Raises UserError when it cannot be."""
+        """Pin ``view``, which must be writable and stay mapped until :meth:`close`.
+
+        Raises UserError on failure.
+        """
         import ctypes
 
         address = ctypes.addressof(ctypes.c_char.from_buffer(view))
@@ -310,12 +319,12 @@ class PinnedMemory:
         return cls(view, address, runtime)
 
     def close(self) -> None:
-        """Unpin."""
+        """Unpin the memory."""
         self._runtime.hostUnregister(self.address)
 
 
 def coalesced(runs: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
-    """Runs (first source, first target, pages) with those that follow one another on both sides joined: fewer copies."""
+    """Join runs (first source, first target, pages) that continue each other on both sides: fewer copies."""
     found: list[tuple[int, int, int]] = []
     for source, target, pages in runs:
         if found and found[-1][0] + found[-1][2] == source and found[-1][1] + found[-1][2] == target:

@@ -1,7 +1,7 @@
-"""The tiers of a GPU's shard and the copies between them: device memory, pinned host memory, the file on disk.
+"""The tiers of a GPU's shard and the copies between them: device memory, pinned host memory, a file on disk.
 
-Copies run on streams of their own, one for each direction, one copy for a run of pages, beside the steps of workers in
-other processes. Everything here blocks: call it in threads.
+Copies run on streams of their own, one per direction, one copy per run of pages, concurrently with the steps
+of workers in other processes. Everything here blocks: call it in threads.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from memserve.kernels.page_store import DiskFile, PageStore, Run
 from memserve.mempool.addresses import Tier, page_of, tier_of
 
 STAGED_PAGES = 16
-"""Pages that lie in pinned memory at a time between the GPU and the disk."""
+"""Pages that are staged in pinned memory at a time between the GPU and the disk."""
 
 
 @attrs.define(eq=False)
@@ -30,7 +30,7 @@ class GpuPageStore:
     host: PinnedMemory | None
     disk: DiskFile | None
     staging: dict[bool, PinnedMemory]
-    """By whether pages go towards the device; empty without a disk."""
+    """Staging memory by whether pages go to the device; empty without a disk."""
     _streams: dict[bool, Any] = attrs.field(init=False)
     _on_host: PageStore = attrs.field(init=False)
 
@@ -42,8 +42,11 @@ class GpuPageStore:
         self._on_host = PageStore(self.page_bytes, memory, self.disk)
 
     def copy(self, runs: Sequence[Run]) -> tuple[int, ...]:
-        """Copy runs of pages, in order; the source slots whose bytes did not arrive. Releases the interpreter lock."""
-        self.gpu.runtime.setDevice(self.gpu.device)  # a thread's own setting
+        """Copy runs of pages, in order; the source slots whose bytes did not arrive.
+
+        Releases the interpreter lock.
+        """
+        self.gpu.runtime.setDevice(self.gpu.device)  # the device is set per thread
         bad: list[int] = []
         up: bool | None = None
         for run in coalesced(runs):
@@ -51,7 +54,7 @@ class GpuPageStore:
             if before not in (
                 None,
                 up,
-            ):  # streams know no order among them, and a run may fill what one before emptied
+            ):  # streams are unordered, and a run may fill pages that an earlier one emptied
                 self.gpu.runtime.streamSynchronize(self._streams[not up])
             bad += self._copy_run(*run)
         for stream in self._streams.values():
@@ -61,7 +64,7 @@ class GpuPageStore:
     def _copy_run(self, source: int, target: int, pages: int) -> Sequence[int]:
         tiers = tier_of(source), tier_of(target)
         if Tier.DEVICE not in tiers:
-            for stream in self._streams.values():  # what an earlier run brings to host memory
+            for stream in self._streams.values():  # wait for pages that earlier runs bring to host memory
                 self.gpu.runtime.streamSynchronize(stream)
             return self._on_host.copy([(source, target, pages)])
         if Tier.DISK in tiers:
@@ -106,7 +109,7 @@ class GpuPageStore:
         runtime.memcpyAsync(target, source, pages * self.page_bytes, kind, self._streams[up])
 
     def close(self) -> None:
-        """Wait for nothing (no copy may be under way) and unpin host memory."""
+        """Destroy the streams and unpin host memory. Does not wait: no copy may be under way."""
         for stream in self._streams.values():
             self.gpu.runtime.streamDestroy(stream)
         for pinned in (*self.staging.values(), *([self.host] if self.host else [])):
@@ -114,7 +117,7 @@ class GpuPageStore:
 
 
 def open_gpu_store(gpu: GpuArena, host: memoryview | None, disk: DiskFile | None) -> GpuPageStore:
-    """The store of a GPU's shard: pins the host tier, and what lies between GPU and disk. Blocks. Raises UserError."""
+    """The store of a GPU's shard; pins the host tier and the staging memory. Blocks. Raises UserError."""
     page_bytes, runtime = gpu.header.page_bytes, gpu.runtime
     pinned = None if host is None else PinnedMemory.register(host, runtime, gpu.device)
     staging = {}

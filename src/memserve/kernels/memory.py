@@ -1,4 +1,5 @@
-"""What memory a process of this host can still have, and what its user is told where there was too little."""
+"""How much memory a process of this host can still get, and the error texts for users when it is too little.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _WORDS = ("Cannot allocate memory", "failed to map segment from shared object")
-"""How torch and the loader of shared objects say it, in errors of no type of their own."""
+"""How torch and the loader of shared objects report a lack of memory, in untyped errors."""
 _NO_THREAD = "can't start new thread"
-"""A stack that found no place, or more threads than are allowed."""
+"""Python's error text for a thread whose stack finds no addresses, or that exceeds the limit of threads."""
 
 
 def shortage(error: BaseException) -> str:
-    """What to tell the user, with a remedy, when ``error`` is a want of memory; empty when it is anything else."""
+    """The text for the user, with a remedy, if ``error`` is a lack of memory; otherwise an empty string."""
     limited, text = too_few_addresses(), str(error)
     known = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
     if not known and not any(words in text for words in _WORDS) and not (limited and _NO_THREAD in text):
@@ -26,7 +27,7 @@ def shortage(error: BaseException) -> str:
 
 
 def too_few_addresses() -> str:
-    """What to tell the user whose shell limits the addresses of each process; empty when it does not."""
+    """The text for the user if the shell limits each process's addresses; otherwise an empty string."""
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit == resource.RLIM_INFINITY:
         return ""
@@ -38,7 +39,7 @@ def too_few_addresses() -> str:
 
 
 def memory_available() -> int:
-    """Bytes that can be allocated now without swapping, by the machine's and the control groups' accounts."""
+    """Bytes that can be allocated now without swapping, according to the machine and the control groups."""
     fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     machine = int(fields["MemAvailable"].split()[0]) * 1024
     return min([machine, *_cgroup_rooms()])

@@ -1,4 +1,7 @@
-"""Compiles the native step into the user's cache. Without torch, so that it can be done before any worker starts."""
+"""Compiles the native step into the user's cache.
+
+Does not need torch, so it can run before any worker starts.
+"""
 
 from __future__ import annotations
 
@@ -18,23 +21,23 @@ if TYPE_CHECKING:
 _FOLDER = Path(__file__).with_name("native")
 SOURCES = sorted(path for path in _FOLDER.iterdir() if path.suffix in (".cpp", ".hpp"))
 _AVX2 = {"avx2": "-mavx2", "fma": "-mfma"}
-"""What the step needs, as the kernel and as the compiler call it."""
+"""Instructions that the step requires, by the kernel's name, with the compiler's flag."""
 _AVX512 = {
     **{name: f"-m{name}" for name in ("avx512f", "avx512bw", "avx512vl", "avx512dq", "fma")},
     "avx512_bf16": "-mavx512bf16",
 }
-"""What it uses instead where the processor has all of it,"""
+"""Instructions that it uses instead if the processor has all of them."""
 _AMX = {"amx_tile": "-mamx-tile", "amx_bf16": "-mamx-bf16"}
-"""and beside that."""
+"""Instructions that it uses in addition if the processor has them."""
 _FLAGS = ("-O3", "-shared", "-fPIC")
 _BUILD_S_MAX = 120
 
 HEAD_MAX = 256
-"""The widest head; step.cpp has the same."""
+"""Largest head_dim; interface.hpp has the same constant."""
 
 
 def target_flags() -> tuple[str, ...]:
-    """What every build of the sources for this processor needs. Raises NativeUnavailable."""
+    """Compiler flags that every build of the sources for this processor needs. Raises NativeUnavailable."""
     has = _processor_flags()
     if has >= _AVX512.keys():
         instructions = _AVX512 | (_AMX if has >= _AMX.keys() else {})
@@ -42,16 +45,16 @@ def target_flags() -> tuple[str, ...]:
         instructions = _AVX2
     else:
         raise NativeUnavailable(f"the processor lacks {', '.join(sorted(_AVX2.keys() - has))}")
-    # No contraction: whether a product and a sum are rounded once or twice must not depend on what is inlined where.
+    # No contraction: whether a product and a sum are rounded once or twice must not depend on inlining.
     return ("-std=c++17", "-pthread", "-ffp-contract=off", *instructions.values())
 
 
 class NativeUnavailable(Exception):
-    """Why this machine or model cannot have the native step."""
+    """The native step cannot run on this machine or for this model; the text says why."""
 
 
 def why_not(spec: ModelSpec, dtype: str) -> str | None:
-    """Why a model can't run in ``dtype`` on the native step of this machine, as far as can be told without a build."""
+    """Why a model cannot run in ``dtype`` on this machine's native step, as far as known without a build."""
     widths = (spec.hidden, spec.intermediate, spec.head_dim)
     if dtype != "bfloat16":
         return f"it computes in bfloat16, the model in {dtype}"
@@ -71,7 +74,7 @@ def _compiler() -> str:
 
 
 def built_library(cache_dir: Path) -> Path:
-    """The shared library, built if it is not there: 5 to 10 s, once. Raises NativeUnavailable."""
+    """The shared library, built if it does not exist: 5 to 10 s, once. Raises NativeUnavailable."""
     flags = (*_FLAGS, *target_flags())
     compiler = _compiler()
     try:
@@ -82,7 +85,7 @@ def built_library(cache_dir: Path) -> Path:
     key = hashlib.sha256(sources + version + " ".join(flags).encode()).hexdigest()[:16]
     library = cache_dir / "native" / f"step-{key}.so"
     library.parent.mkdir(parents=True, exist_ok=True)
-    # Several processes may want it at once: one builds, the others wait for it.
+    # Several processes may need it at once: one builds, the others wait.
     with library.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():

@@ -1,9 +1,9 @@
-"""The bytes of a shard's pages in all tiers, and the copies between them. Everything here blocks: call it in threads.
+"""The bytes of a shard's pages in all tiers, and the copies between tiers. All of it blocks: use threads.
 
-The disk tier is one file, allocated whole at start and without a name: the kernel frees it with the last descriptor,
-however the process ends, so that no page of an earlier run can ever be read. Every page's checksum is kept in memory
-from the moment it is written; a page that reads back otherwise (torn, flipped, lost, another's) is reported and never
-served.
+The disk tier is one file, allocated whole at start and without a name: the kernel frees it with its last
+descriptor, however the process ends, so no page of an earlier run can ever be read. Every page's checksum
+stays in memory from the moment the page is written; a page that reads back different (torn, flipped, lost,
+another page's bytes) is reported and never served.
 """
 
 from __future__ import annotations
@@ -21,23 +21,26 @@ from memserve.errors import UserError
 from memserve.mempool.addresses import Tier, page_of, tier_of
 
 Run = tuple[int, int, int]
-"""(first source slot, first target slot, pages)."""
+"""Consecutive pages to copy: (first source slot, first target slot, pages)."""
 
 
 @attrs.define(eq=False)
 class DiskFile:
-    """``pages`` pages of ``page_bytes`` bytes. Pages are written and read from any thread, each by one at a time."""
+    """A file of ``pages`` pages of ``page_bytes`` bytes.
+
+    Any thread may use it, but each page only one at a time.
+    """
 
     fd: int
     page_bytes: int
     _checksums: list[int]
-    """CRC-32 by page; -1 for one that holds nothing."""
+    """CRC-32 of each page; -1 for an empty page."""
 
     @classmethod
     def create(cls, folder: Path, pages: int, page_bytes: int) -> DiskFile:
-        """Allocate the file in ``folder``, which is made when it does not exist.
+        """Allocate the file in ``folder``, creating the folder if necessary.
 
-        Raises UserError when it cannot be written or has not enough room.
+        Raises UserError when it cannot be written or there is not enough room.
         """
         size = pages * page_bytes
         try:
@@ -56,7 +59,7 @@ class DiskFile:
         return cls(fd, page_bytes, [-1] * pages)
 
     def write(self, first: int, data: memoryview) -> None:
-        """Write whole pages from ``first`` on. Raises OSError; what was there is lost then."""
+        """Write whole pages from ``first`` on. Raises OSError; the pages' previous content is lost then."""
         for page in range(first, first + len(data) // self.page_bytes):
             self._checksums[page] = -1
         done = 0
@@ -66,7 +69,7 @@ class DiskFile:
             self._checksums[page] = zlib.crc32(part)
 
     def read(self, first: int, into: memoryview) -> list[int]:
-        """Read whole pages from ``first`` on; those that are not as they were written."""
+        """Read whole pages from ``first`` on; the pages whose bytes differ from what was written."""
         done = 0
         try:
             while done < len(into):
@@ -75,11 +78,11 @@ class DiskFile:
                     break
                 done += n
         except OSError:
-            pass  # what was not read shows by its checksum
+            pass  # pages that were not read fail their checksum
         return [page for page, part in self._parts(first, into) if zlib.crc32(part) != self._checksums[page]]
 
     def close(self) -> None:
-        """Give the room back."""
+        """Close the file, which frees its room."""
         os.close(self.fd)
 
     def _parts(self, first: int, data: memoryview) -> Iterator[tuple[int, memoryview]]:
@@ -108,7 +111,10 @@ class PageStore:
     disk: DiskFile | None = None
 
     def copy(self, runs: Sequence[Run]) -> tuple[int, ...]:
-        """Copy runs of pages, in order; the source slots whose bytes did not arrive. Releases the interpreter lock."""
+        """Copy runs of pages, in order; the source slots whose bytes did not arrive.
+
+        Releases the interpreter lock.
+        """
         return tuple(slot for run in runs for slot in self._copy_run(*run))
 
     def _copy_run(self, source: int, target: int, pages: int) -> list[int]:

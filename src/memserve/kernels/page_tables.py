@@ -1,8 +1,9 @@
 """A batch plan as FlashInfer's index arrays, made on the host with numpy.
 
-Rows with one token come first and are decoded together; rows with more follow as prefill. Within a row, page table
-and last page length already include the tokens that the step appends, as FlashInfer's append wants it. Decode rows
-that begin with the same pages, a system prompt or a document, may attend to those pages together: see ``Common``.
+Rows with one token come first and are decoded together; rows with more tokens follow as prefill. A row's page
+table and last page length already include the tokens that the step appends, as FlashInfer's append requires.
+Decode rows that share a prefix in the same pages, a system prompt or a document, may attend to those pages
+together: see ``Common``.
 """
 
 from __future__ import annotations
@@ -46,30 +47,34 @@ BUCKETS = (
     896,
     1024,
 )
-"""Batch sizes that a step of decode rows is padded to. Padding costs time in proportion to the rows, capture costs once."""  # fmt: skip
+"""Batch sizes that a step of decode rows is padded to.
+
+Padding costs time per row; each capture costs time once.
+"""
 
 MERGE_BYTES = 1 << 27
-"""K and V of a layer that must be spared for decode rows to attend together in a step that is launched kernel by kernel.
+"""K and V bytes of a layer that attending together must save in a step launched kernel by kernel.
 
-Its two launches more, of the common part and of the merge, take the host some 40 microseconds a layer, in which a GPU of
-Hopper's kind reads 128 MB. Estimated, not measured.
+The two additional launches, for the shared prefix and for the merge, take the host some 40 microseconds a
+layer, in which a GPU like Hopper reads 128 MB. Estimated, not measured.
 """
 GRAPH_BYTES = 3 << 29
-"""The same in a step that would be one CUDA graph, which attending together gives up: what is spared must exceed that too.
+"""K and V bytes of a layer that attending together must save in a step that could be one CUDA graph.
 
-Launching a layer kernel by kernel takes the host about 0.25 ms. In this time such a GPU reads 0.8 GB from its memory, and
-1.5 GB from its second-level cache, where pages that all rows read may lie anyway. Estimated, not measured.
+Attending together gives up the graph: launching a layer kernel by kernel takes the host about 0.25 ms. In
+this time such a GPU reads 0.8 GB from its memory, and 1.5 GB from its second-level cache, which may hold
+pages that all rows read. Estimated, not measured.
 """
 
 
 @attrs.frozen
 class Sharing:
-    """From how many bytes of a layer's K and V spared on decode rows attend together to what they begin with; None: never."""
+    """Bytes of a layer's K and V that rows must save to attend together to a shared prefix; None: never."""
 
     captured: int | None = GRAPH_BYTES
-    """In a step of decode rows alone, which would be captured otherwise."""
+    """For a step of decode rows alone, which would otherwise be captured."""
     launched: int | None = MERGE_BYTES
-    """In any other step."""
+    """For any other step."""
 
 
 def buckets_up_to(rows: int) -> tuple[int, ...]:
@@ -78,7 +83,7 @@ def buckets_up_to(rows: int) -> tuple[int, ...]:
 
 
 def bucket_of(rows: int, buckets: Sequence[int]) -> int | None:
-    """The smallest captured batch size that holds ``rows`` rows, or None when there is none."""
+    """The smallest captured batch size that holds ``rows`` rows, or None."""
     return next((size for size in buckets if size >= rows), None)
 
 
@@ -87,15 +92,15 @@ class Table:
     """The page tables of some rows, in FlashInfer's form: all int32."""
 
     indptr: Ints
-    """(rows + 1,): where each row's pages begin in ``indices``."""
+    """(rows + 1,): start of each row's pages in ``indices``."""
     indices: Ints
-    """Page numbers of all rows, one row after another."""
+    """Page numbers of all rows, concatenated."""
     last_page_len: Ints
     """(rows,): tokens in each row's last page, 1 to page_tokens."""
 
     @classmethod
     def of(cls, rows: Sequence[Row], page_tokens: int) -> Table:
-        """The tables of ``rows`` after their tokens were appended."""
+        """The tables of ``rows`` as they are once their tokens are appended."""
         ends = np.fromiter((row.end for row in rows), np.int32, len(rows))
         used = -(-ends // page_tokens)
         indptr = np.zeros(len(rows) + 1, np.int32)
@@ -106,7 +111,7 @@ class Table:
         return cls(indptr, indices, (ends - 1) % page_tokens + 1)
 
     def padded(self, rows: int, scratch: int) -> Table:
-        """The same with rows of one token on page ``scratch`` up to ``rows`` rows."""
+        """This table padded to ``rows`` rows, with rows of one token on page ``scratch``."""
         missing = rows - len(self.last_page_len)
         indptr = np.concatenate((self.indptr, self.indptr[-1] + np.arange(1, missing + 1, dtype=np.int32)))
         indices = np.concatenate((self.indices, np.full(missing, scratch, np.int32)))
@@ -121,12 +126,12 @@ class Table:
         return Table(indptr, np.concatenate(parts), last_page_len)
 
     def taken(self, rows: Sequence[int]) -> Table:
-        """Those rows, in that order."""
+        """The table of ``rows``, in that order."""
         at = np.array(rows, np.int32)
         return self.cut(self.indptr[at], self.indptr[at + 1], self.last_page_len[at])
 
     def joined(self, other: Table) -> Table:
-        """Both, this one's rows first."""
+        """The rows of both tables, this one's first."""
         return Table(
             np.concatenate((self.indptr, self.indptr[-1] + other.indptr[1:])),
             np.concatenate((self.indices, other.indices)),
@@ -139,28 +144,29 @@ class Table:
 
 @attrs.frozen
 class Group:
-    """Decode rows whose tables begin with the same pages."""
+    """Decode rows whose page tables share a prefix."""
 
     rows: tuple[int, ...]
-    """At least two."""
+    """The rows' numbers, at least two."""
     pages: int
-    """How many all of them begin with, at least one; full ones, and none that the step writes."""
+    """Pages in the shared prefix, at least one; all are full, and the step writes none of them."""
 
     @property
     def spared(self) -> int:
-        """Pages that need not be read when the rows attend to them together."""
+        """Page reads saved when the rows attend to the prefix together."""
         return (len(self.rows) - 1) * self.pages
 
 
 def common_groups(table: Table) -> tuple[Group, ...]:
-    """Which rows should attend to their first pages together, so that few pages are read. A row is in one group at most.
+    """The groups of rows that should attend to shared prefixes together, so that few pages are read.
 
-    A row's last page, which the step writes, stays its own. Held to be equal are page numbers, each with those before it.
+    A row is in one group at most. A row's last page, which the step writes, is never shared. Prefixes are
+    compared by page numbers.
     """
     _, at, counts = np.unique(table.indices[table.indptr[:-1]], return_inverse=True, return_counts=True)
-    rows = np.flatnonzero(counts[at] > 1).tolist()  # others share nothing
+    rows = np.flatnonzero(counts[at] > 1).tolist()  # others share no page
     full = {row: table.indices[table.indptr[row] : table.indptr[row + 1] - 1] for row in rows}
-    order = sorted(rows, key=lambda row: full[row].tobytes())  # an order in which like ones are neighbours
+    order = sorted(rows, key=lambda row: full[row].tobytes())  # rows with a common prefix become neighbours
     found, taken = [], set[int]()
     for run in _runs([_alike(full[one], full[other]) for one, other in pairwise(order)]):
         left = [i for i in range(run.first, run.end) if i not in taken]
@@ -170,7 +176,10 @@ def common_groups(table: Table) -> tuple[Group, ...]:
 
 
 def groups_worth(table: Table, least: int | None) -> tuple[Group, ...]:
-    """The same if they spare ``least`` pages together, and else none; None: they are not looked for, nor where they cannot."""
+    """The groups of :func:`common_groups` if they save at least ``least`` page reads in all, otherwise none.
+
+    None as ``least`` means never. The search is skipped for a table too small to save that much.
+    """
     if least is None or len(table.indices) < least:
         return ()
     groups = common_groups(table)
@@ -178,7 +187,7 @@ def groups_worth(table: Table, least: int | None) -> tuple[Group, ...]:
 
 
 def _alike(one: Ints, other: Ints) -> int:
-    """How many pages both begin with."""
+    """Length of the common prefix, in pages."""
     most = min(len(one), len(other))
     apart = np.flatnonzero(one[:most] != other[:most])
     return int(apart[0]) if len(apart) else most
@@ -186,7 +195,7 @@ def _alike(one: Ints, other: Ints) -> int:
 
 @attrs.frozen
 class _Run:
-    """A group of neighbours from ``first`` up to ``end``, but for those of groups within."""
+    """A group of neighbours from ``first`` up to ``end``, without the rows of groups inside it."""
 
     first: int
     end: int
@@ -200,15 +209,19 @@ class _Run:
 
 @attrs.define
 class _Span:
-    """Neighbours from ``first`` on that begin with the same ``pages``, as far as they have been looked at."""
+    """Neighbours from ``first`` on that share ``pages`` pages, as far as they have been scanned."""
 
     pages: int
     first: int
     inner: tuple[_Run, ...] = ()
-    """Groups of those that have more in common."""
+    """Groups of rows inside the span that share more pages."""
 
     def best(self, end: int) -> tuple[_Run, ...]:
-        """Groups of the rows up to ``end``: those within, or those of them that pay beside one of all other rows, and that one."""
+        """The groups of the rows up to ``end`` that save most.
+
+        Either the groups inside alone; or one group of all other rows, and those groups inside that save more
+        than joining it would.
+        """
         kept = tuple(run for run in self.inner if run.spared > run.size * self.pages)
         size = end - self.first - sum(run.size for run in kept)
         others = (*kept, _Run(self.first, end, self.pages, size)) if size > 1 else kept
@@ -216,9 +229,9 @@ class _Span:
 
 
 def _runs(alike: Sequence[int]) -> tuple[_Run, ...]:
-    """Groups of rows in a line, of which neighbours begin with ``alike`` pages; each after the groups within it.
+    """Groups of rows in a line whose neighbours share ``alike`` pages; a group follows those inside it.
 
-    Spans nest as the tree of prefixes does. One ends where two neighbours share less, and is decided once those within are.
+    Spans nest like the tree of prefixes. A span ends where two neighbours share less, after those inside it.
     """
     spans = [_Span(0, 0)]
     for end, pages in enumerate((*alike, 0), 1):
@@ -236,14 +249,14 @@ def _runs(alike: Sequence[int]) -> tuple[_Run, ...]:
 
 @attrs.frozen(eq=False)
 class Common:
-    """What a step's first decode rows attend to together, and what is left to each row."""
+    """The shared prefixes that a step's first decode rows attend to together, and the rest of each row."""
 
     qo_indptr: Ints
-    """(groups + 1,): where each group's rows begin in the step."""
+    """(groups + 1,): start of each group's rows in the step."""
     pages: Table
-    """A row for each group: the pages that its rows begin with, all full."""
+    """One row per group: the pages that its rows share, all full."""
     rest: Table
-    """The tables of all decode rows without those pages; no row's is empty."""
+    """The tables of all decode rows without those pages; no row is empty."""
 
     @classmethod
     def of(cls, groups: Sequence[Group], decode: Table, page_tokens: int) -> Common:
@@ -260,7 +273,7 @@ class Common:
 
     @property
     def rows(self) -> int:
-        """Rows that are in a group: the first of the step."""
+        """Number of rows that are in a group: the first of the step."""
         return int(self.qo_indptr[-1])
 
 
@@ -269,30 +282,33 @@ class Common:
 
 @attrs.frozen(eq=False)
 class StepTables:
-    """Everything of a batch that its attention needs."""
+    """All arrays that a batch's attention needs."""
 
     order: tuple[int, ...]
-    """Rows of the plan in the order in which the step has them: one-token rows, groups of them first, then chunks."""
+    """Rows of the plan in the step's order: one-token rows, with groups first, then chunks."""
     decodes: int
-    """How many of them have one token."""
+    """Number of one-token rows."""
     decode: Table
     chunks: Table
     qo_indptr: Ints
-    """(chunks + 1,): where each chunk's tokens begin, counted from the first chunk's first token."""
+    """(chunks + 1,): start of each chunk's tokens, counted from the first chunk's first token."""
     ids: Ints
     """(tokens,): token ids in the step's order."""
     positions: Ints
-    """(tokens,): their positions."""
+    """(tokens,): positions of the tokens."""
     batch_indices: Ints
-    """(tokens,): the row, in the step's order, that each belongs to."""
+    """(tokens,): row of each token, in the step's order."""
     wanted: Ints
-    """Tokens whose logits are wanted, in the step's order."""
+    """Indices of the tokens whose logits are needed, in the step's order."""
     common: Common | None = None
-    """What decode rows attend to together; None: each attends for itself."""
+    """Shared prefixes that decode rows attend to together; None: each row attends on its own."""
 
     @classmethod
     def of(cls, plan: BatchPlan, page_tokens: int, least: int | None = None) -> StepTables:
-        """The arrays of a plan. ``least``: pages that must be spared for decode rows to attend together; None: they do not."""
+        """The arrays of a plan.
+
+        ``least``: page reads that decode rows must save by attending together; None: they never do.
+        """
         counts = [count(row.tokens) for row in plan.rows]
         order = sorted(range(len(counts)), key=lambda i: counts[i] > 1)  # stable
         decodes = counts.count(1)
@@ -326,14 +342,14 @@ class StepTables:
 
     @property
     def all_rows(self) -> Table:
-        """The tables of all rows, in the step's order: what append wants."""
+        """The tables of all rows, in the step's order, as append needs them."""
         return self.decode.joined(self.chunks)
 
 
 def continues(rows: Sequence[Row], before: Sequence[Row], page_tokens: int) -> bool:
-    """Whether ``rows`` are the decode step after ``before``: one token further each, on the same pages and perhaps more.
+    """Whether ``rows`` are the decode step after ``before``: each one token further, on the same pages first.
 
-    Then the page tables made ahead for ``before`` hold, whatever the tokens are.
+    If so, the page tables made ahead for ``before`` hold, whatever the tokens are.
     """
     return len(rows) == len(before) and all(
         count(row.tokens) == 1

@@ -1,4 +1,4 @@
-"""Small arrays of the host on their way to a device, whose steps they must not hold up."""
+"""Copies small host arrays to a device without delaying its steps."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import torch
 
 
 def sent(values: np.ndarray, device: torch.device) -> torch.Tensor:
-    """A copy of ``values`` on ``device``, in its stream's order. The host does not wait, and may write ``values`` again.
+    """A copy of ``values`` on ``device``, in stream order. Does not wait; the caller may reuse ``values``.
 
-    A copy from ordinary memory waits for all that was launched before. torch keeps the pinned memory until the copy is done.
+    A copy from unpinned memory would wait for everything launched before. torch keeps the pinned memory until
+    the copy is done.
     """
     there = torch.from_numpy(values.copy())
     return there if device.type == "cpu" else there.pin_memory().to(device, non_blocking=True)

@@ -1,7 +1,7 @@
-"""Where a page is: shard, incarnation, tier and page number in one integer.
+"""Page addresses: shard, incarnation, tier and page number in one integer.
 
-Inside one shard the lower part is enough, the *slot*: tier and page. The device tier is 0, so a device page's slot is
-its number, and what workers index their arena with needs no unpacking::
+Inside one shard the lower part is enough. It is called the *slot*: tier and page number. The device tier is
+0, so a device page's slot equals its page number, and workers index their arena with it without unpacking::
 
     address  shard 10 bits | incarnation 24 bits | tier 2 bits | page 27 bits     63 bits: fits a signed int64
     slot                                           tier 2 bits | page 27 bits
@@ -18,7 +18,7 @@ import attrs
 from memserve.errors import PoolError
 
 Address = NewType("Address", int)
-"""One page of one tier of one run of one shard."""
+"""One page of one tier, in one incarnation of one shard."""
 
 PAGE_BITS = 27
 _TIER_BITS = 2
@@ -26,12 +26,12 @@ _INCARNATION_BITS = 24
 _SHARD_BITS = 10
 _SLOT_BITS = PAGE_BITS + _TIER_BITS
 PAGES_MAX = 1 << PAGE_BITS
-"""Pages that one tier of one shard can have."""
+"""Maximum number of pages in one tier of one shard."""
 SHARDS_MAX = 1 << _SHARD_BITS
 
 
 class Tier(enum.IntEnum):
-    """Where a page's bytes lie, the fastest first."""
+    """Where a page's bytes lie, fastest tier first."""
 
     DEVICE = 0
     """The arena that engines compute on."""
@@ -42,7 +42,7 @@ class Tier(enum.IntEnum):
 
 
 def slot(tier: int, page: int) -> int:
-    """A page within its shard."""
+    """The slot of a page, which names it within its shard."""
     return tier << PAGE_BITS | page
 
 
@@ -58,16 +58,16 @@ def page_of(where: int) -> int:
 
 @attrs.frozen
 class Home:
-    """The part that all addresses of one run of one shard have in common."""
+    """The part that all addresses of one incarnation of one shard share."""
 
     shard: int
     """Number of the shard within its cluster."""
     incarnation: int
-    """Its lowest 24 bits are used: enough to tell an address of an earlier run."""
+    """Only its lowest 24 bits are used: enough to recognize an address of an earlier incarnation."""
 
     @property
     def base(self) -> int:
-        """What is added to a slot to make an address."""
+        """The number that is added to a slot to make an address."""
         incarnation = self.incarnation & ((1 << _INCARNATION_BITS) - 1)
         return (self.shard << _INCARNATION_BITS | incarnation) << _SLOT_BITS
 
@@ -77,7 +77,10 @@ class Home:
         return tuple(Address(base | where) for where in slots)
 
     def slots(self, addresses: Iterable[Address]) -> list[int]:
-        """Slots of addresses. Raises PoolError (FOREIGN_ADDRESS, STALE_ADDRESS) unless all are of this run."""
+        """Slots of addresses of this shard.
+
+        Raises PoolError (FOREIGN_ADDRESS, STALE_ADDRESS) unless all belong to this incarnation of this shard.
+        """
         base, found = self.base, []
         for address in addresses:
             where = address ^ base
@@ -96,7 +99,7 @@ class Home:
 
 @attrs.frozen
 class Parts:
-    """An address taken apart."""
+    """The parts of an address."""
 
     shard: int
     incarnation: int
@@ -112,7 +115,7 @@ def pack(parts: Parts) -> Address:
 
 
 def unpack(address: Address) -> Parts:
-    """Raises PoolError (NOT_HELD) for an integer that is no address."""
+    """The parts of an address. Raises PoolError (NOT_HELD) for an integer that is not an address."""
     where = address & ((1 << _SLOT_BITS) - 1)
     if address < 0 or address >> (_SLOT_BITS + _INCARNATION_BITS + _SHARD_BITS) or tier_of(where) > Tier.DISK:
         raise PoolError(PoolError.NOT_HELD, f"{address:#x} is no address of a page")

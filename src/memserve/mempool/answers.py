@@ -1,4 +1,4 @@
-"""What each sender was told, so that no repeat of a call is acted on twice."""
+"""The answers sent to each sender, so that no repeated call is acted on twice."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ Answer = (
     Acquired | Allocated | Inserted | Adopted | Freed | PoolDescribed | PoolRefused | Transferred | Arrival
 )
 Granting = Acquired | Arrival
-"""Answers that give a lease to whoever asked."""
+"""Answers that give a lease to the sender of the call."""
 
 
 @attrs.define
 class Answers:
-    """The answers to one sender, whose call numbers only ever grow."""
+    """The answers sent to one sender, whose call numbers only increase."""
 
     limit: int
     _answers: dict[int, Answer | None] = attrs.field(factory=dict, init=False)
-    """Oldest first. None for a call that was withdrawn."""
+    """Answers by call, oldest first; None for a call that was withdrawn."""
     _forgotten: int = attrs.field(default=0, init=False)
-    """The highest call whose answer was dropped to keep the limit; calls up to it cannot be new."""
+    """The highest call whose answer was dropped to keep the limit; no call up to it can be new."""
 
     def __contains__(self, call: int) -> bool:
         return call in self._answers or call <= self._forgotten
@@ -44,15 +44,15 @@ class Answers:
         return len(self._answers)
 
     def answer(self, call: int) -> Answer | None:
-        """What was said; None for a call that was withdrawn, forgotten, or is new."""
+        """The answer that was sent; None for a call that was withdrawn, is forgotten, or is new."""
         return self._answers.get(call)
 
     def remembers(self, call: int) -> bool:
-        """Whether :meth:`answer` still knows: False for one that is forgotten or new."""
+        """Whether :meth:`answer` still knows the call: False for one that is forgotten or new."""
         return call in self._answers
 
     def put(self, call: int, answer: Answer | None) -> None:
-        """Remember an answer, forgetting the oldest at the limit."""
+        """Remember an answer, and forget the oldest one above the limit."""
         self._answers.pop(call, None)
         self._answers[call] = answer
         if len(self._answers) > self.limit:
@@ -63,30 +63,37 @@ class Answers:
 
 @attrs.define
 class Replies:
-    """The answers to every sender."""
+    """The answers sent to every sender."""
 
     limit: int
-    """Answers remembered for each sender. A repeat of an older call is ignored."""
+    """Number of answers remembered for each sender.
+
+    A repeat of an older call is refused with UNKNOWN_LEASE.
+    """
     _memories: dict[ActorId, Answers] = attrs.field(factory=dict, init=False)
 
     def of(self, sender: ActorId) -> Answers:
-        """What one sender was told."""
+        """The answers sent to one sender."""
         memory = self._memories.get(sender)
         if memory is None:
             memory = self._memories[sender] = Answers(self.limit)
         return memory
 
     def remembers(self, sender: ActorId, call: int) -> bool:
-        """Whether this call was answered, as far as is known."""
+        """Whether the answer to this call is remembered."""
         memory = self._memories.get(sender)
         return memory is not None and memory.remembers(call)
 
     def forget(self, sender: ActorId) -> None:
-        """The sender is gone."""
+        """Drop the answers sent to a sender that is gone."""
         self._memories.pop(sender, None)
 
     def again(self, sender: ActorId, number: int, owner_of: Callable[[int], ActorId | None]) -> Answer | None:
-        """The answer to a call that was answered before, in the same words while they hold; None: say nothing."""
+        """The answer to repeat for a call that was answered before; None: send nothing.
+
+        The answer is the same again, unless the call is too old to be remembered or the lease that it granted
+        is no longer the sender's: these are refused with UNKNOWN_LEASE.
+        """
         memory = self.of(sender)
         answer = memory.answer(number)
         if not memory.remembers(number):
@@ -95,9 +102,9 @@ class Replies:
         if isinstance(answer, Acquired | Allocated | Arrival) and owner_of(answer.lease) != sender:
             text = f"lease {answer.lease} of call {number} has ended"
             return PoolRefused(number, PoolError.UNKNOWN_LEASE, text)
-        return answer  # None: withdrawn, the sender waits for nothing
+        return answer  # None for a withdrawn call: its sender waits for no answer
 
     def check(self) -> None:
-        """Assert the limit."""
+        """Assert that no sender has more answers than the limit."""
         for sender, memory in self._memories.items():
             assert len(memory) <= self.limit, f"{len(memory)} answers to {sender} are remembered"

@@ -1,4 +1,4 @@
-"""Every invariant of a pool, for idle moments, tests and the simulator."""
+"""All invariants of a pool, to be checked when idle, in tests and in the simulator."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from memserve.mempool.tree_audit import check_tree
 
 
 def check_pool(pool: Pool) -> None:
-    """Assert that the parts are sound, that every page is in one place, and that the accounts of every tier balance."""
+    """Assert that the parts are sound, every page is in one place, and the accounts of every tier balance."""
     pool.room.tiers.check()
     check_tree(pool.tree)
     pool.leases.check()

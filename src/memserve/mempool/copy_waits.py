@@ -1,7 +1,7 @@
 """Calls that are answered when copies between tiers end: SwapOut, and an AllocMem that finds the arena full.
 
-An AllocMem never waits for what others hold, because whoever asks holds some itself. But it waits for copies that make
-room, as these always end: so what is cached leaves for the next tier rather than being lost.
+An AllocMem never waits for pages that others hold, because its caller holds some itself. But it does wait for
+copies that make room, because copies always end. So cached pages move to the next tier instead of being lost.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ Reply = tuple[ActorId, Answer]
 
 @attrs.define
 class _Out:
-    """A SwapOut under way."""
+    """A SwapOut that is under way."""
 
     sender: ActorId
     call: int
     copies: set[int]
     pages: int = 0
-    """Moved so far."""
+    """Pages moved so far."""
 
 
 @attrs.define
 class CopyWaits:
-    """The calls of one shard that wait for nothing but copies."""
+    """The calls of one shard that wait only for copies."""
 
     pool: Pool
     _outs: list[_Out] = attrs.field(factory=list, init=False)
     _allocs: dict[tuple[ActorId, int], AllocMem] = attrs.field(factory=dict, init=False)
-    """The longest waiting first."""
+    """AllocMems by (sender, call), longest waiting first."""
 
     def __len__(self) -> int:
-        """AllocMems that wait."""
+        """Number of AllocMems that wait."""
         return len(self._allocs)
 
     def has(self, sender: ActorId, call: int) -> bool:
@@ -49,7 +49,7 @@ class CopyWaits:
         return outs or (sender, call) in self._allocs
 
     def swap_out(self, sender: ActorId, call: SwapOut) -> Answer | None:
-        """Begin; None: it is answered later. Raises PoolError (BAD_COUNT, BAD_TIER)."""
+        """Begin to move pages out; None: the answer comes later. Raises PoolError (BAD_COUNT, BAD_TIER)."""
         copies = set(self.pool.swap_out(call.pages, call.tier))
         if not copies:
             return Freed(call.call, 0)
@@ -57,14 +57,17 @@ class CopyWaits:
         return None
 
     def alloc(self, sender: ActorId, call: AllocMem, now: float, *, may_wait: bool) -> Answer | None:
-        """Grant, or begin to make room; None: it is answered later. Raises PoolError, as :meth:`Pool.alloc_mem`."""
+        """Grant pages, or begin to make room; None: the answer comes later.
+
+        Raises PoolError like :meth:`Pool.alloc_mem`.
+        """
         if may_wait and not self._allocs and self._makes_room(sender, call):
             self._allocs[sender, call.call] = call
             return None
         return self._grant(sender, call, now)
 
     def _makes_room(self, sender: ActorId, call: AllocMem) -> bool:
-        """Whether copies are under way that free all that is missing; begins them."""
+        """Whether pages are missing and copies will free all of them; begins these copies."""
         if call.tier != Tier.DEVICE or call.pages <= 0 or self._is_wrong(sender, call):
             return False
         return self.pool.room.clears(call.pages)
@@ -85,7 +88,10 @@ class CopyWaits:
         return Allocated(call.call, call.lease, pages)
 
     def grown(self, now: float) -> list[Reply]:
-        """Answers to AllocMems for which there is room by now, or will not be after all: then what is cached is dropped."""
+        """Answers to AllocMems that need not wait any longer.
+
+        Either there is room by now, or copies will not make any after all: then cached pages are dropped.
+        """
         answers: list[Reply] = []
         while self._allocs:
             (sender, number), call = next(iter(self._allocs.items()))
@@ -99,7 +105,7 @@ class CopyWaits:
         return answers
 
     def copied(self, copy: int, pages: int) -> list[Reply]:
-        """A copy has moved so many pages: answers to the SwapOuts that are over with it."""
+        """Answers to the SwapOuts that are complete now that a copy has moved ``pages`` pages."""
         answers: list[Reply] = []
         for out in [one for one in self._outs if copy in one.copies]:
             out.copies.remove(copy)
@@ -110,23 +116,23 @@ class CopyWaits:
         return answers
 
     def forget(self, sender: ActorId) -> None:
-        """The sender is gone."""
+        """Drop the calls of a sender that is gone."""
         self._outs = [out for out in self._outs if out.sender != sender]
         self._allocs = {key: call for key, call in self._allocs.items() if key[0] != sender}
 
     def withdraw(self, sender: ActorId, call: int) -> None:
-        """Nobody waits for this call any more."""
+        """Drop an AllocMem whose sender no longer waits for it."""
         self._allocs.pop((sender, call), None)
 
     def check(self) -> None:
-        """Assert that whatever waits, waits for copies."""
+        """Assert that every waiting call waits for copies."""
         swaps = self.pool.room.swaps
         assert all(copy in swaps for out in self._outs for copy in out.copies), "a copy is lost"
-        # Not all of them need make room: a page that is pinned meanwhile stays, and its copy ends for nothing.
+        # A copy may free nothing: its page can be pinned in the meantime, and then it stays.
         assert not self._allocs or len(swaps), "an AllocMem waits for nothing"
 
 
 def acquired(call: int, grant: Grant, sequel: bytes = b"") -> Acquired:
-    """A grant as its caller hears of it."""
+    """The answer that reports a grant to its caller."""
     found = grant.found_pages
     return Acquired(call, grant.lease, grant.pages, grant.cached_tokens, found_pages=found, sequel=sequel)

@@ -1,4 +1,4 @@
-"""What may be asked of a pool at all: checks that change nothing."""
+"""Checks of what callers ask of a pool; they change nothing."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from memserve.tokens import TOKEN_BYTES, count, pages_for
 
 @attrs.frozen
 class Demands:
-    """Against the tiers that a pool has."""
+    """Checks against the tiers that a pool has."""
 
     room: Room
     page_tokens: int
 
     def pages(self, tokens: bytes, extra_pages: int) -> int:
-        """Device pages for ``tokens`` and ``extra_pages`` more.
+        """Number of device pages for ``tokens`` plus ``extra_pages`` more.
 
         Raises PoolError (TOO_LARGE, NOT_WHOLE_PAGES, BAD_COUNT) if they could never be granted.
         """
@@ -36,13 +36,13 @@ class Demands:
             raise PoolError(PoolError.TOO_LARGE, text)
 
     def existing(self, tier: int) -> Tier:
-        """A tier that there is. Raises PoolError (BAD_TIER)."""
+        """The tier with this number. Raises PoolError (BAD_TIER) if the shard does not have it."""
         if tier not in self.room.tiers:
             raise PoolError(PoolError.BAD_TIER, f"this shard has no tier {tier}")
         return Tier(tier)
 
     def leasable(self, tier: int) -> Tier:
-        """One whose pages can be leased. Raises PoolError (BAD_TIER)."""
+        """The tier with this number, if its pages can be leased. Raises PoolError (BAD_TIER)."""
         if tier == Tier.DISK:
             text = "pages on disk cannot be leased: nobody can write to them in place"
             raise PoolError(PoolError.BAD_TIER, text)
@@ -50,13 +50,13 @@ class Demands:
 
 
 def ragged(tokens: bytes) -> PoolError:
-    """Tokens that are none."""
+    """The error for bytes that are not a whole number of tokens."""
     text = f"{len(tokens)} bytes of tokens are no multiple of {TOKEN_BYTES}"
     return PoolError(PoolError.NOT_WHOLE_PAGES, text)
 
 
 def counted(n: int) -> int:
-    """A number of pages. Raises PoolError (BAD_COUNT)."""
+    """``n`` as a number of pages. Raises PoolError (BAD_COUNT) if it is negative."""
     if n < 0:
         raise PoolError(PoolError.BAD_COUNT, f"{n} pages: expected 0 or more")
     return n

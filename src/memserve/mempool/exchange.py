@@ -1,12 +1,13 @@
-"""Pages that come from other shards and go to them: what a shard's pool and its two transfer cores do together.
+"""Pages that come from other shards and go to them: the work of a shard's pool and its two transfer cores.
 
-A shard that lacks pages asks for them (Pull), and the one that has them sends: allocate, send, insert, acknowledge.
-Who holds what meanwhile::
+A shard that is missing pages asks for them (Pull), and the one that has them sends: allocate, send, insert,
+acknowledge. Until the transfer ends, the pages are held by leases::
 
-    the pages that are filled    the lease of the call that waits for them, which is not answered yet
-    the pages that are read      the lease that was named, or one of this shard's own on what its index holds
+    the pages being filled    the lease of the call that waits for them, which is not answered yet
+    the pages being read      the lease that was named, or a lease of this shard's own on what its index holds
 
-Both are *lent* to the transfer: if their owner ends them, or dies, they stay as they are until the mover has let go.
+Both leases are *lent* to the transfer: if their owner ends them or dies, the pages stay as they are until the
+mover has let go of them.
 """
 
 from __future__ import annotations
@@ -61,12 +62,12 @@ PULL_REPEAT_S = 0.5
 _TO_INCOMING = (TransferOffer, TransferSent, TransferWithdrawn, Received, ReceiveFailed)
 _TO_OUTGOING = (TransferGranted, TransferArrived, TransferRefused, TransferStop, Wrote, WriteFailed)
 HEARD = (*_TO_INCOMING, *_TO_OUTGOING, Pull, PullRefused)
-"""What :meth:`Exchange.receive` takes beside Gone."""
+"""Messages that :meth:`Exchange.receive` takes in addition to Gone."""
 
 
 @attrs.define(eq=False)
 class Fetch:
-    """A call that waits for pages of another shard."""
+    """A call that waits for pages from another shard."""
 
     id: int
     sender: ActorId
@@ -76,14 +77,14 @@ class Fetch:
     deadline: float
     repeat_at: float
     key: Key | None = None
-    """The transfer that fills its pages, once it was offered."""
+    """The transfer that fills the pages, once it has been offered."""
     filled_tokens: int = 0
-    """Tokens from position 0 that are there, at its end."""
+    """Tokens from position 0 that are present when the fetch ends."""
     nbytes: int = 0
     failed: bool = False
 
     def pull(self, page_tokens: int, now: float) -> Pull:
-        """What to ask the other shard for."""
+        """The message that asks the other shard for the pages."""
         first = self.grant.cached_tokens // page_tokens
         pages = pages_for(self.source.tokens, page_tokens) - first
         left, told = self.deadline - now, self.source
@@ -92,7 +93,11 @@ class Fetch:
 
 @attrs.define
 class Exchange:
-    """Verbs: receive, advance, take, deadline, check; and ``begin`` a fetch, whose end ``take_over`` tells."""
+    """Moves pages between this shard and others.
+
+    Verbs: receive, advance, take, deadline, check. In addition, ``begin`` starts a fetch, and ``take_over``
+    returns those that have ended.
+    """
 
     pool: Pool
     me: ActorId
@@ -103,12 +108,12 @@ class Exchange:
     received_bytes: int = 0
     sent_bytes: int = 0
     handed_over_bytes: int = 0
-    """Those of the received ones that came with a request which was handed over."""
+    """Received bytes that belong to requests which were handed over."""
     returned_bytes: int = 0
-    """Those that came because a request had ended at the other shard."""
+    """Received bytes that came because a request had ended at the other shard."""
     failed_fetches: int = 0
     failed_returns: int = 0
-    """Prefixes that nobody waited for, and that did not come."""
+    """Prefixes that no call waited for and that did not come."""
     lending: Lending = attrs.field(init=False)
     pushing: Pushing = attrs.field(init=False)
     serving: Serving = attrs.field(init=False)
@@ -117,11 +122,11 @@ class Exchange:
     _fetches: dict[int, Fetch] = attrs.field(factory=dict, init=False)
     _over: list[Fetch] = attrs.field(factory=list, init=False)
     _landings: dict[Key, int] = attrs.field(factory=dict, init=False)
-    """The lease that each incoming transfer fills."""
+    """The lease that each incoming transfer of a fetch fills."""
     _orders: Iterator[int] = attrs.field(factory=lambda: itertools.count(1), init=False)
-    """Numbers of transfers that go out."""
+    """Numbers of outgoing transfers."""
     _last: int = attrs.field(default=0, init=False)
-    """Number of the newest fetch."""
+    """Number of the latest fetch."""
     _now: float = attrs.field(default=0.0, init=False)
     _actions: list[Action] = attrs.field(factory=list, init=False)
 
@@ -135,7 +140,7 @@ class Exchange:
         self.incoming = Incoming(self.geometry, self.host, self, ())
 
     def open(self, paths: tuple[str, ...], ways: tuple[Way, ...]) -> None:
-        """The movers run: transfers are possible from now on, by ``paths`` to others and by ``ways`` to here."""
+        """Allow transfers, now that the movers run: by ``paths`` to others, and by ``ways`` to this shard."""
         self.outgoing.paths, self.incoming.ways = paths, ways
 
     # ---- verbs ---------------------------------------------------------------------------------------------
@@ -147,7 +152,7 @@ class Exchange:
         return min(fetches, self.outgoing.deadline, self.incoming.deadline, self.pushing.deadline)
 
     def receive(self, sender: ActorId, message: object, now: float) -> None:
-        """Take one of HEARD, or Gone, in."""
+        """Take in one message of HEARD, or Gone."""
         self._now = now
         match message:
             case Pull():
@@ -167,7 +172,7 @@ class Exchange:
         self._pass_on(now)
 
     def advance(self, now: float) -> None:
-        """Give up fetches that are late, repeat what is not answered."""
+        """Give up late fetches, and repeat messages that are not answered."""
         self._now = now
         self.pushing.advance(now)
         self.outgoing.advance(now)
@@ -180,17 +185,17 @@ class Exchange:
         self._pass_on(now)
 
     def take(self) -> list[Action]:
-        """What there is to do, once."""
+        """Actions to perform, returned once."""
         actions, self._actions = [*self.serving.take(), *self._actions], []
         return actions
 
     def take_over(self) -> list[Fetch]:
-        """Fetches that have ended, well or not, once."""
+        """Fetches that have ended, successfully or not, returned once."""
         over, self._over = self._over, []
         return over
 
     def gauges(self) -> dict[str, float]:
-        """For the heartbeat."""
+        """Figures for the heartbeat."""
         return {
             "fetches_under_way": len(self._fetches),
             "transfers_out_under_way": len(self.outgoing),
@@ -218,7 +223,7 @@ class Exchange:
     # ---- fetching ------------------------------------------------------------------------------------------
 
     def begin(self, sender: ActorId, call: Acquire, grant: Grant, now: float) -> bool:
-        """Fetch what a granted call still lacks; False when there is nothing to be fetched."""
+        """Begin to fetch what a granted call is still missing; False when there is nothing to fetch."""
         source, page_tokens = call.source, self.pool.page_tokens
         if source is None or source.shard == self.me or not self.incoming.ways:
             return False
@@ -234,12 +239,15 @@ class Exchange:
         return True
 
     def fetch_of(self, sender: ActorId, call: int) -> Fetch | None:
-        """The fetch that a call waits for."""
+        """The fetch that a call waits for; None when there is none."""
         mine = (one for one in self._fetches.values() if one.sender == sender and one.call.call == call)
         return next(mine, None)
 
     def forget(self, sender: ActorId, call: int | None = None) -> None:
-        """Nobody waits for a sender's fetches any more, or for that of one call; its lease is the caller's to end."""
+        """Drop a sender's fetches, or that of one call, which are no longer waited for.
+
+        The caller must end the leases of the fetches.
+        """
         for one in list(self._fetches.values()):
             if one.sender == sender and call in (None, one.call.call):
                 del self._fetches[one.id]
@@ -248,7 +256,11 @@ class Exchange:
         self._pass_on(self._now)
 
     def unreachable(self, to: ActorId, message: object, now: float) -> None:
-        """A message of this core's could not be sent: what is neither Pull nor offer is repeated, or asked for again."""
+        """Handle a message of this core that could not be sent.
+
+        The fetch of a Pull fails, and so does the transfer of an offer. Other messages are repeated, or asked
+        for again.
+        """
         text = f"{to} cannot be reached"
         if isinstance(message, Pull) and (one := self._fetches.get(message.id)) is not None:
             self._fail(one, text)
@@ -257,7 +269,10 @@ class Exchange:
             self._pass_on(now)
 
     def bring(self, scope: str, tokens: bytes, now: float) -> Grant | None:
-        """Pages for a prefix that nobody waits for, under a lease of this shard's own; None where they are short."""
+        """Pages for a prefix that no call waits for, under a lease of this shard's own.
+
+        None when pages are short.
+        """
         pages = count(tokens) // self.pool.page_tokens
         if pages > self.pool.free_pages + self.pool.evictable_pages:
             return None
@@ -266,7 +281,7 @@ class Exchange:
         return grant
 
     def __len__(self) -> int:
-        """Calls that wait for other shards."""
+        """Number of calls that wait for other shards."""
         return len(self._fetches)
 
     def _ask(self, one: Fetch, now: float) -> None:
@@ -292,7 +307,7 @@ class Exchange:
     # ---- landing (see Landing in transfer/incoming.py) -----------------------------------------------------
 
     def grant(self, key: Key, offer: TransferOffer) -> tuple[int, ...]:
-        """The pages of the fetch that asked for this transfer, or of the owner that it names."""
+        """The pages of the fetch that asked for this transfer, or of the owner that the offer names."""
         if offer.owner:
             return self.pushing.grant(key, offer, self._now)
         one = self._fetches.get(int.from_bytes(offer.private, "little"))
@@ -309,7 +324,10 @@ class Exchange:
         return pages
 
     def commit(self, key: Key, offer: TransferOffer, pages: tuple[int, ...]) -> int:
-        """The pages are complete: they may be inserted, and the call that waits for them answered."""
+        """Accept complete pages: insert them if asked to, and end the fetch that waits for them.
+
+        Returns the lease that holds them; 0 if the fetch was given up.
+        """
         if offer.owner:
             lease = self.pushing.commit(key, offer, pages, self._now)
             self.received_bytes += len(pages) * self.geometry.page_bytes
@@ -318,7 +336,7 @@ class Exchange:
         nbytes = len(pages) * self.geometry.page_bytes
         self.received_bytes += nbytes
         if one is None:
-            return 0  # given up meanwhile; the pages go with their lease
+            return 0  # the fetch was given up; the pages go with their lease
         there = one.grant.cached_tokens + len(pages) * self.pool.page_tokens
         one.filled_tokens, one.nbytes = min(there, one.source.tokens), nbytes
         self.handed_over_bytes += nbytes if one.source.lease else 0
@@ -330,7 +348,7 @@ class Exchange:
         return one.grant.lease
 
     def release(self, key: Key, offer: TransferOffer, pages: tuple[int, ...]) -> None:
-        """Nobody writes to the pages any more, and they are not complete."""
+        """Let go of pages that are not complete and that nothing writes to any more."""
         if offer.owner:
             self.pushing.release(key, offer)
             return
@@ -345,7 +363,7 @@ class Exchange:
     # ---- sending -------------------------------------------------------------------------------------------
 
     def push(self, sender: ActorId, call: Transfer, now: float) -> None:
-        """Begin a Transfer; ``pushing`` tells how it ended. Raises PoolError."""
+        """Begin a Transfer; ``pushing`` reports how it ended. Raises PoolError."""
         if call.to == self.me or not self.outgoing.paths:
             raise PoolError(PoolError.NO_PATH, f"pages do not move from {self.me} to {call.to}")
         if len(self.outgoing) >= self.outgoing.sending_max:
@@ -355,7 +373,7 @@ class Exchange:
         self._pass_on(now)
 
     def warm(self, grant: Grant, now: float) -> None:
-        """Pages that were brought in for a Pull are there."""
+        """Send the pages that were brought in for a Pull."""
         self.serving.warm(grant, now)
         self._pass_on(now)
 
@@ -373,7 +391,7 @@ class Exchange:
         self.serving.bury(actors)
 
     def _pass_on(self, now: float) -> None:
-        """Turn what the transfer cores ask for into actions of this shard."""
+        """Turn the actions of the transfer cores into actions of this shard."""
         while actions := [*self.outgoing.take(), *self.incoming.take()]:
             for action in actions:
                 match action:

@@ -1,6 +1,7 @@
-"""A shard that fetches pages from other shards, and sends them its own: :class:`ShardCore` with an :class:`Exchange`.
+"""A shard that fetches pages from other shards and sends them its own.
 
-Where the two meet: a granted Acquire that names a source is answered when the pages have come, or can come no more.
+It is a :class:`ShardCore` with an :class:`Exchange`. The two meet in a granted Acquire that names a source:
+it is answered when the pages have come, or can no longer come.
 """
 
 from __future__ import annotations
@@ -30,17 +31,20 @@ from memserve.pool_messages import (
 from memserve.tokens import count
 
 RETURN_TRIES = 2
-"""How often the pages of an answer are asked for: what is lost would be computed in the next turn of the chat."""
+"""How often the pages of an answer are asked for.
+
+If they do not come, they are computed in the next turn of the chat.
+"""
 
 
 @attrs.define
 class ExchangingShard(ShardCore):
-    """See the module's text. Verbs as ShardCore's."""
+    """A shard core with an exchange; see the module's text. Its verbs are those of ShardCore."""
 
     exchange: Exchange = attrs.field(kw_only=True)
     _ahead: Prefetcher = attrs.field(factory=Prefetcher, init=False)
 
-    # ---- verbs -----------------------------------------------------------------------------------------------
+    # ---- verbs ---------------------------------------------------------------------------------------------
 
     @property
     def deadline(self) -> float:
@@ -48,7 +52,7 @@ class ExchangingShard(ShardCore):
         return min(super().deadline, self.exchange.deadline)
 
     def receive(self, sender: ActorId, message: Message | CopyDone | object, now: float) -> None:
-        """Take one message in, from others or from this shard's movers."""
+        """Take in one message, from others or from this shard's movers."""
         match message:
             case Return(scope, tokens, to, deadline_s, request, ahead):
                 tries, here = 1 if ahead else RETURN_TRIES, self.exchange.me
@@ -66,28 +70,28 @@ class ExchangingShard(ShardCore):
                     self._go_on(now)
 
     def advance(self, now: float) -> None:
-        """Let time pass: for leases, and for what is fetched."""
+        """Let time pass, for leases and for fetches."""
         if now >= self.exchange.deadline:
             self.exchange.advance(now)
             self._go_on(now)
         super().advance(now)
 
     def take(self) -> list[Action]:
-        """What there is to do, once. A mover that must stop does so before anything else."""
+        """Actions to perform, returned once. A mover that must stop does so before anything else."""
         return [*self.exchange.take(), *super().take()]
 
     def undeliverable(self, to: ActorId, message: Message, now: float) -> None:
-        """The shell could not send a message: a fetch from there ends at once."""
+        """Handle a message that the shell could not send: a fetch from its receiver ends at once."""
         super().undeliverable(to, message, now)
         self.exchange.unreachable(to, message, now)
         self._go_on(now)
 
     def gauges(self) -> dict[str, float]:
-        """The shard's figures, with those of what moved."""
+        """The shard's figures, with those of its transfers."""
         return {**super().gauges(), **self.exchange.gauges()}
 
     def needs(self) -> tuple[ActorId, ...]:
-        """Those that may still write to pages here."""
+        """Actors that may still write to pages here."""
         return self.exchange.incoming.writers
 
     def check(self) -> None:
@@ -96,7 +100,7 @@ class ExchangingShard(ShardCore):
         self.exchange.check()
         self._ahead.check()
 
-    # ---- calls -----------------------------------------------------------------------------------------------
+    # ---- calls ---------------------------------------------------------------------------------------------
 
     def _is_under_way(self, sender: ActorId, call: int) -> bool:
         exchange = self.exchange
@@ -133,14 +137,14 @@ class ExchangingShard(ShardCore):
             return None
         answer = super()._granted(sender, call, grant, now)
         if isinstance(answer, Acquired) and isinstance(call, Acquire) and call.source is not None:
-            if call.source.ahead:  # all of it is here
+            if call.source.ahead:  # nothing is missing here
                 self._over_ahead(call.source, 0, now)
             found, moved = self._ahead.counted(call, grant, self.exchange.geometry.page_bytes)
             return attrs.evolve(answer, found_pages=found, fetched_bytes=moved)
         return answer
 
     def _reply(self, sender: ActorId, answer: Answer) -> None:
-        """Answer; where this shard itself has asked, end what it was given."""
+        """Answer a call; if this shard itself has called, end the lease that it was granted."""
         if sender == EXCHANGER and isinstance(answer, Acquired):
             self.pool.free_mem(sender, answer.lease)
         else:
@@ -173,10 +177,10 @@ class ExchangingShard(ShardCore):
         self._ahead.forget(owner)
         return super()._forget(owner)
 
-    # ---- going on --------------------------------------------------------------------------------------------
+    # ---- going on ------------------------------------------------------------------------------------------
 
     def _grant_waiting(self, now: float) -> None:
-        """Answer what waited for another shard, with what came or without; then grant what can be granted."""
+        """Answer calls whose fetch has ended, with or without the pages; then grant what can be granted."""
         super()._grant_waiting(now)
         self._reply_all(self.exchange.pushing.take_answers())
         while over := self.exchange.take_over():
@@ -187,7 +191,7 @@ class ExchangingShard(ShardCore):
             super()._grant_waiting(now)
 
     def _returned(self, fetch: Fetch, now: float) -> None:
-        """A prefix that nobody waits for has come, or is tried once more."""
+        """Record that a prefix that no call waits for has come, or try once more to fetch it."""
         source = fetch.source
         if source.ahead:
             self.exchange.handed_over_bytes += fetch.nbytes
@@ -203,7 +207,7 @@ class ExchangingShard(ShardCore):
             self.exchange.failed_returns += 1
 
     def _not_brought(self, source: Source, now: float) -> None:
-        """There is no room for a prefix that nobody waits for."""
+        """Give up a prefix that no call waits for, because there is no room for it."""
         if source.ahead:
             self._over_ahead(source, 0, now)
         else:
@@ -219,7 +223,7 @@ class ExchangingShard(ShardCore):
         sender, call, number = fetch.sender, fetch.call, fetch.grant.lease
         lease = self.pool.leases.find(number)
         if lease is None or lease.owner != sender:
-            return  # its owner has ended it meanwhile
+            return  # its owner has ended it in the meantime
         if not lease.lent:
             retired = lease.retired_tokens
             more = max(0, fetch.filled_tokens - retired)
@@ -228,7 +232,7 @@ class ExchangingShard(ShardCore):
             sequel = self._sequel(call)
             self._reply(sender, Acquired(call.call, number, table, retired, more, moved, found, sequel))
             return
-        self.pool.free_mem(sender, number)  # a slow sender still writes to these pages: others, then
+        self.pool.free_mem(sender, number)  # a slow sender still writes to these pages: grant others
         if sender != EXCHANGER:
             self._waiting = {(sender, call.call): attrs.evolve(call, source=None), **self._waiting}
 

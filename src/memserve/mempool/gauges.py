@@ -1,4 +1,4 @@
-"""A pool's figures, for heartbeats, metrics and `memserve status`."""
+"""A pool's figures, for heartbeats, metrics and ``memserve status``."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from memserve.mempool.addresses import Tier
 from memserve.mempool.pool import Pool
 
 NAMES = {Tier.DEVICE: "pages", Tier.HOST: "host_pages", Tier.DISK: "disk_pages"}
-"""What each tier's figures begin with."""
+"""Prefix of the names of each tier's figures."""
 
 
 def pool_gauges(pool: Pool) -> dict[str, float]:
-    """Units in the names; ``_total`` ones only grow, but for the sizes of the tiers."""
+    """A pool's figures by name, with units in the names.
+
+    ``_total`` figures only grow, except the sizes of the tiers.
+    """
     swaps = pool.room.swaps
     figures = attrs.asdict(pool.counters)
     figures["handoff_bytes_copied"] = figures.pop("handed_over_bytes_copied")

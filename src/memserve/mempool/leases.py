@@ -1,6 +1,6 @@
 """Leases: pages granted to an owner until a deadline.
 
-An owner's heartbeat renews all it holds; silence ends them all.
+An owner's heartbeat renews all of its leases; its silence ends all of them.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ from memserve.identity import ActorId
 from memserve.mempool.nodes import Pin
 
 LENDER = ActorId("lender.0")
-"""Owner of leases that have ended while their pages were lent: a mover still reads or fills them."""
+"""Owner of leases that ended while their pages were lent: a mover still reads or fills them."""
 
 
 @attrs.define(eq=False)
 class Lease:
-    """One request's pages, as slots. ``pages[i]`` holds tokens ``i * page_tokens`` onwards.
+    """One request's pages, as slots. ``pages[i]`` holds the tokens from ``i * page_tokens`` on.
 
-    Who owns which page of the table, with R = ``retired_tokens // page_tokens``::
+    The table has two parts, with R = ``retired_tokens // page_tokens``::
 
-        pages[:R]   retired: in the index and pinned, but for those in ``kept``, which this lease alone reads
-        and owns pages[R:]   private to this lease: filled, being filled, or still empty
+        pages[:R]   retired: in the index and pinned, except those in ``kept``, which only this lease reads
+                    and owns
+        pages[R:]   private to this lease: filled, being filled, or still empty
     """
 
     id: int
@@ -33,21 +34,27 @@ class Lease:
     scope: str
     pages: list[int]
     pin: Pin
-    """Covers every token that was matched or retired; ends with the lease."""
+    """Pin on every token that was matched or, with caching on, retired; ends with the lease."""
     retired_tokens: int
     kept: list[int] = attrs.field(factory=list)
     """Retired pages that stayed private: the index has their tokens in other pages, or caching is off."""
     floor: int | None = None
-    """The slowest tier that its owner can use, while pinned pages of slower ones are brought in; None once all are there."""
+    """The slowest tier in which the owner can use the pages, while pinned pages are brought in.
+
+    None once all of them are there.
+    """
     requested_tokens: int = 0
-    """What it was asked for, for the counters."""
+    """Number of tokens asked for; 0 once the counters include them."""
     found_pages: tuple[int, ...] = (0, 0, 0)
-    """What was matched for it, by tier."""
+    """Number of matched pages by tier."""
     lent: int = 0
-    """Transfers that read or fill its pages: until they are over the pages stay where they are, whoever ends the lease."""
+    """Number of transfers that read or fill the pages.
+
+    Until they have ended the pages stay where they are, even if the lease ends.
+    """
 
     def private(self, page_tokens: int) -> list[int]:
-        """The pages that nobody else can reach: they come free when the lease ends."""
+        """The pages that only this lease can reach: they come free when it ends."""
         return self.kept + self.pages[self.retired_tokens // page_tokens :]
 
 
@@ -58,12 +65,15 @@ class _Owner:
 
 
 LACKING_S = 2.0
-"""How long a lease that was refused pages may take to ask again."""
+"""How long a lease that was refused pages takes precedence over new leases.
+
+Its owner must ask again within this time.
+"""
 
 
 @attrs.define
 class Leases:
-    """Every lease, by id and by owner. Times are the caller's clock, in seconds."""
+    """Every lease, by ID and by owner. Times are in seconds on the caller's clock."""
 
     lease_s: float
     """How long an owner may be silent."""
@@ -71,7 +81,7 @@ class Leases:
     _by_id: dict[int, Lease] = attrs.field(factory=dict, init=False)
     _owners: dict[ActorId, _Owner] = attrs.field(factory=dict, init=False)
     _lacking: dict[int, float] = attrs.field(factory=dict, init=False)
-    """Leases that were refused more pages: until when those that hold nothing yet come after them."""
+    """Time until which each lease that was refused pages takes precedence over new leases."""
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -81,24 +91,30 @@ class Leases:
 
     @property
     def deadline(self) -> float:
-        """When the next owner falls silent, unless it is renewed; infinity when there is none."""
+        """When the next owner falls silent unless renewed, or a refused lease loses its precedence.
+
+        Infinity when there is neither.
+        """
         silent = min((owner.deadline for owner in self._owners.values()), default=math.inf)
         return min(silent, *self._lacking.values()) if self._lacking else silent
 
     def lack(self, lease: int, now: float) -> None:
-        """There was no page for this lease; its owner asks again. What comes free goes to it, not to new leases."""
+        """Record that this lease was refused pages; its owner asks again.
+
+        Until it has got them, and for LACKING_S at most, pages that come free are not granted to new leases.
+        """
         self._lacking[lease] = now + LACKING_S
 
     def has_enough(self, lease: int) -> None:
-        """It has got them, or has ended."""
+        """Record that the lease has got its pages, or has ended."""
         self._lacking.pop(lease, None)
 
     def any_lacks(self, now: float) -> bool:
-        """Whether some lease was refused pages a moment ago and still wants them."""
+        """Whether some lease was refused pages less than LACKING_S ago and still wants them."""
         return any(now < until and lease in self._by_id for lease, until in self._lacking.items())
 
     def renew(self, owner: ActorId, now: float) -> None:
-        """The owner was heard from: everything it holds lives for another ``lease_s``."""
+        """Record that the owner was heard from: all of its leases live for another ``lease_s``."""
         deadline = now + self.lease_s
         held = self._owners.get(owner)
         if held is None:
@@ -107,12 +123,12 @@ class Leases:
             held.deadline = max(held.deadline, deadline)
 
     def excuse(self, now: float) -> None:
-        """Everyone's silence counts from now: it was this shard that heard nothing."""
+        """Count every owner's silence from now, because it was this shard that heard nothing."""
         for owner in self._owners:
             self.renew(owner, now)
 
     def open(self, owner: ActorId, scope: str, pages: list[int], pin: Pin, now: float) -> Lease:
-        """A new lease whose first ``pin.tokens`` tokens are in the index already."""
+        """Open a lease whose first ``pin.tokens`` tokens are in the index already."""
         lease = Lease(self._next_id, owner, scope, pages, pin, pin.tokens)
         self._next_id += 1
         self.renew(owner, now)
@@ -120,30 +136,39 @@ class Leases:
         return lease
 
     def get(self, owner: ActorId, lease: int) -> Lease:
-        """The lease, if it is this owner's and at rest. Raises PoolError (UNKNOWN_LEASE, NOT_OWNER, MOVING)."""
+        """The lease, if it is this owner's and none of its pages are being brought in.
+
+        Raises PoolError (UNKNOWN_LEASE, NOT_OWNER, MOVING).
+        """
         held = self.any(owner, lease)
         if held.floor is not None:
             raise PoolError(PoolError.MOVING, f"pages of lease {lease} are being brought in")
         return held
 
     def unlent(self, owner: ActorId, lease: int) -> Lease:
-        """The same, if no transfer reads or fills its pages. Raises PoolError (UNKNOWN_LEASE, NOT_OWNER, MOVING)."""
+        """The lease, as :meth:`get` finds it, if no transfer reads or fills its pages.
+
+        Raises PoolError (UNKNOWN_LEASE, NOT_OWNER, MOVING).
+        """
         held = self.get(owner, lease)
         if held.lent:
             raise PoolError(PoolError.MOVING, f"pages of lease {lease} are read or filled by a transfer")
         return held
 
     def find(self, lease: int) -> Lease | None:
-        """The lease, whoever owns it."""
+        """The lease, whoever owns it; None when it does not exist."""
         return self._by_id.get(lease)
 
     def keep(self, lease: Lease) -> None:
-        """Its owner has ended a lease whose pages are lent: it is the lender's from now on."""
+        """Give a lease whose owner has ended it to LENDER, because its pages are lent."""
         if lease.owner != LENDER:
             self.move(lease, LENDER, math.inf)
 
     def any(self, owner: ActorId, lease: int) -> Lease:
-        """The same, at rest or not. Raises PoolError (UNKNOWN_LEASE, NOT_OWNER)."""
+        """The lease, if it is this owner's, even while its pages are brought in.
+
+        Raises PoolError (UNKNOWN_LEASE, NOT_OWNER).
+        """
         held = self._by_id.get(lease)
         if held is None:
             raise PoolError(PoolError.UNKNOWN_LEASE, f"lease {lease} does not exist: it ended, or never was")
@@ -152,19 +177,19 @@ class Leases:
         return held
 
     def owner_of(self, lease: int) -> ActorId | None:
-        """Who holds a lease; None when it does not exist."""
+        """Owner of a lease; None when the lease does not exist."""
         held = self._by_id.get(lease)
         return None if held is None else held.owner
 
     def move(self, lease: Lease, owner: ActorId, now: float) -> None:
-        """Make ``owner`` the holder; the pages stay as they are."""
+        """Make ``owner`` the lease's owner; the pages stay as they are."""
         self.renew(owner, now)
         del self._owners[lease.owner].leases[lease.id]
         self._owners[owner].leases[lease.id] = lease
         lease.owner = owner
 
     def close(self, lease: Lease) -> None:
-        """Forget a lease; its pages and its pin are the caller's to return."""
+        """Forget a lease; the caller must return its pages and its pin."""
         self.has_enough(lease.id)
         del self._by_id[lease.id]
         del self._owners[lease.owner].leases[lease.id]
@@ -175,9 +200,9 @@ class Leases:
         return [actor for actor, owner in self._owners.items() if owner.deadline <= now]
 
     def drop(self, owner: ActorId) -> list[Lease]:
-        """Forget an owner and its leases; the pages and pins of those are the caller's to return.
+        """Forget an owner and its leases, which are returned; the caller must return their pages and pins.
 
-        What is lent becomes the lender's instead.
+        Leases whose pages are lent pass to LENDER instead.
         """
         held = self._owners.get(owner)
         for lease in [] if held is None else list(held.leases.values()):
@@ -190,7 +215,7 @@ class Leases:
         return leases
 
     def check(self) -> None:
-        """Assert that both ways of finding a lease agree."""
+        """Assert that the leases by ID and the leases by owner agree."""
         by_owner = {lease.id: lease for owner in self._owners.values() for lease in owner.leases.values()}
         assert by_owner == self._by_id, "leases by owner differ from leases by id"
         for actor, owner in self._owners.items():

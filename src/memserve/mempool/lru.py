@@ -1,4 +1,4 @@
-"""Which node of one tier was used longest ago, among those whose pages nobody needs."""
+"""The least recently used node of a tier, among those whose pages are not needed."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from memserve.mempool.nodes import Node
 
 @attrs.define
 class Lru:
-    """A heap of (use when queued, ticket, node), the oldest first. A node has at most one valid entry: its ticket's.
+    """A heap of (use when queued, ticket, node), oldest use first.
 
-    Entries are lazy: a node that was pinned, grown or touched since stays in until it is popped, and whoever pops it
-    looks again.
+    A node has at most one valid entry: the one with its ticket. Entries are lazy: a node that was pinned,
+    grown or touched since it was queued stays in the heap until it is popped, and the caller of :meth:`pop`
+    checks it again.
     """
 
     tier: int
     _heap: list[tuple[int, int, Node]] = attrs.field(factory=list, init=False)
     _tickets: int = attrs.field(default=0, init=False)
     _void: int = attrs.field(default=0, init=False)
-    """Entries whose ticket their node no longer has."""
+    """Number of entries whose ticket is no longer that of their node."""
 
     def __len__(self) -> int:
         return len(self._heap)
@@ -30,14 +31,14 @@ class Lru:
     def push(self, node: Node) -> None:
         """Queue a node by its last use."""
         assert not node.ticket, "a node is queued twice"
-        self._tickets += len(Tier)  # never another tier's number: a node may have been queued there before
+        self._tickets += len(Tier)  # unique across tiers: a node may have been queued in another before
         node.ticket = self._tickets + self.tier
         heapq.heappush(self._heap, (node.last_use, node.ticket, node))
 
     def pop(self) -> Node | None:
-        """The node that was queued with the oldest use; it is queued no more. None when there is none.
+        """Take out and return the node with the oldest use; None when no node is queued.
 
-        One that was used since is queued again by its real age first.
+        A node that was used since it was queued is first queued again by its latest use.
         """
         while self._heap:
             used, ticket, node = heapq.heappop(self._heap)
@@ -51,7 +52,7 @@ class Lru:
         return None
 
     def forget(self, node: Node) -> None:
-        """A node left its tier or the tree: its entry, if it has one, is void."""
+        """Void the entry, if there is one, of a node that left its tier or the tree."""
         if node.ticket:
             node.ticket = 0
             self._void += 1

@@ -11,15 +11,15 @@ import attrs
 class Pages:
     """Fixed-size pages numbered 0 to ``count - 1``; each is free or taken, never both.
 
-    A double free is a bug of the caller and fails an assertion before anything changes. What a peer may get
-    wrong is refused one layer up, in :class:`~memserve.mempool.pool.Pool`.
+    A double free is a bug of the caller and fails an assertion before anything changes. Mistakes of a remote
+    peer are refused one layer up, in :class:`~memserve.mempool.pool.Pool`.
     """
 
     count: int = attrs.field(validator=attrs.validators.ge(1))
     _free: list[int] = attrs.field(init=False)
     """A stack with the next page on top: pages given back last are warm in the caches and go out first."""
     _taken: bytearray = attrs.field(init=False)
-    """One byte a page: 1 while it is out."""
+    """One byte per page: 1 while the page is taken."""
 
     def __attrs_post_init__(self) -> None:
         self._free = list(range(self.count - 1, -1, -1))
@@ -27,17 +27,17 @@ class Pages:
 
     @property
     def free_count(self) -> int:
-        """Pages that nobody has."""
+        """Number of free pages."""
         return len(self._free)
 
     def take(self, n: int) -> list[int] | None:
-        """Take ``n`` pages, or None (and nothing taken) when fewer are free."""
+        """Take ``n`` pages; None, with nothing taken, when fewer are free."""
         assert n >= 0, f"cannot take {n} pages"
         left = len(self._free) - n
         if left < 0:
             return None
         # Top of the stack first, so that pages given back together go out together and in the same order:
-        # runs of neighbours survive, and a run is one copy.
+        # runs of neighbours survive, and a run takes one copy.
         pages = self._free[left:][::-1]
         del self._free[left:]
         taken = self._taken
@@ -46,7 +46,7 @@ class Pages:
         return pages
 
     def give(self, pages: Sequence[int]) -> None:
-        """Give pages back. All of them must be taken and named once."""
+        """Give pages back. Each must be taken, and named only once."""
         taken = self._taken
         assert len(set(pages)) == len(pages), f"pages given back twice in one call: {sorted(pages)}"
         for page in pages:
@@ -57,7 +57,7 @@ class Pages:
         self._free.extend(reversed(pages))
 
     def check(self) -> None:
-        """Assert that the free list and the flags tell the same story."""
+        """Assert that the free list and the flags agree."""
         assert len(set(self._free)) == len(self._free), "a page is on the free list twice"
         assert all(0 <= page < self.count and not self._taken[page] for page in self._free), (
             "a free page is taken"

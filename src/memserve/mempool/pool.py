@@ -1,14 +1,16 @@
-"""The MemPool of one shard: pages, index, leases and copies together, and the calls that move pages between them.
+"""The MemPool of one shard: pages, index, leases, copies, and the calls that move pages between them.
 
-In every tier each page is exactly one of
+In every tier each page is in exactly one of three states:
 
     free      in :class:`~memserve.mempool.tiers.Tiers`
-    leased    private to one lease (being filled, or a duplicate of what the index holds), or to a copy that fills it
+    leased    private to one lease (being filled, or a duplicate of what the index holds), or to a copy
+              that fills it
     indexed   in :class:`PromptTree`, pinned by any number of leases or by none (then it is evictable)
 
-and after every call ``free + leased + indexed == total``. A refused call raises PoolError and has changed
-nothing. The pool holds slots only (:mod:`memserve.mempool.addresses`): bytes are written and read by those who map the
-arenas, and copied between tiers by the shell, which does what :meth:`Pool.take_copies` says and answers.
+After every call ``free + leased + indexed == total``. A refused call raises PoolError and has changed
+nothing. The pool holds only slots (:mod:`memserve.mempool.addresses`). Whoever maps the arenas reads and
+writes the bytes; the shell copies them between tiers as :meth:`Pool.take_copies` says, and reports the end of
+each copy.
 """
 
 from __future__ import annotations
@@ -32,10 +34,10 @@ from memserve.tokens import TOKEN_BYTES, count, span
 class Pool:
     """The calls of the paper's MemPool on one shard.
 
-    ``lease_s``: seconds an owner may be silent before it loses its leases. ``caching``: without it nothing is
-    matched and retired pages stay with their lease. ``home``: the shard's number, and the incarnation of at most 32 bits
-    drawn at process start; lease ids carry it in their upper half, so that a lease of an earlier run is unknown rather
-    than somebody else's.
+    ``lease_s``: how many seconds an owner may be silent before it loses its leases. ``caching``: without it,
+    nothing is matched and retired pages stay with their lease. ``home``: the shard's number, and its
+    incarnation of at most 32 bits, drawn at process start. Lease IDs carry the incarnation in their upper
+    half, so that a lease of an earlier incarnation is unknown and cannot be mistaken for another.
     """
 
     def __init__(
@@ -61,33 +63,33 @@ class Pool:
         self.leases = Leases(lease_s, (home.incarnation << 32) + 1)
         self._retiring = Retiring(self.tree, caching)
         self.loading: dict[int, Lease] = {}
-        """Leases whose pages are being brought in, by id."""
+        """Leases whose pages are being brought in, by ID."""
 
     # ---- the accounts --------------------------------------------------------------------------------------
 
     @property
     def free_pages(self) -> int:
-        """Device pages that hold nothing."""
+        """Number of device pages that hold nothing."""
         return self.room.free(Tier.DEVICE)
 
     @property
     def indexed_pages(self) -> int:
-        """Device pages in the index, pinned or not."""
+        """Number of device pages in the index, pinned or not."""
         return self.tree.indexed[Tier.DEVICE]
 
     @property
     def evictable_pages(self) -> int:
-        """Device pages in the index that no lease pins."""
+        """Number of device pages in the index that no lease pins."""
         return self.tree.evictable[Tier.DEVICE]
 
     @property
     def leased_pages(self) -> int:
-        """Device pages private to a lease, or to a copy."""
+        """Number of device pages private to a lease or to a copy."""
         return self.room.leased(Tier.DEVICE)
 
     @property
     def deadline(self) -> float:
-        """When :meth:`expire` must be called next; infinity when nobody is known."""
+        """When :meth:`expire` must be called next; infinity when no owner is known."""
         return self.leases.deadline
 
     # ---- granting ------------------------------------------------------------------------------------------
@@ -102,11 +104,12 @@ class Pool:
         swap_least: int = 0,
         anew: bool = False,
     ) -> Grant | None:
-        """match + pin + alloc_mem: device pages for all of ``tokens`` and ``extra_pages`` more, all or nothing.
+        """match + pin + alloc_mem: device pages for all of ``tokens`` plus ``extra_pages``, all or nothing.
 
-        At least one token is left to compute, so that there is a position to sample from; ``anew``: all are. What is cached in slower
-        tiers is brought in, where it holds ``swap_least`` tokens or more: then the grant is not ``ready``. None when pages are
-        short at present (some may be on their way out); raises PoolError when they always would be (see :class:`Demands`).
+        At least one token is left to compute, so that there is a position to sample from; with ``anew`` all
+        of them are. Cached pages in slower tiers are brought in if they hold at least ``swap_least`` tokens,
+        and then the grant is not ``ready``. None when pages are short at present (some may be on their way
+        out). Raises PoolError when the pages could never be granted (see :class:`Demands`).
         """
         need = self.demands.pages(tokens, extra_pages)
         matchable = 0 if anew else max(count(tokens) - 1, 0) // self.page_tokens * self.page_tokens
@@ -116,20 +119,21 @@ class Pool:
     def match(self, owner: ActorId, scope: str, tokens: bytes, now: float) -> Grant | None:
         """The longest cached prefix in whole pages, pinned for the caller by a lease on just these pages.
 
-        Pages in host memory stay there; pages on disk, which nobody can read, are brought in. At most as many pages as the
-        device tier has. None when device pages for those on disk are short at present. Raises PoolError (NOT_WHOLE_PAGES).
+        Pages in host memory stay there. Pages on disk, which cannot be read in place, are brought in. The
+        prefix has at most as many pages as the device tier. None when device pages for those on disk are
+        short at present. Raises PoolError (NOT_WHOLE_PAGES).
         """
         if len(tokens) % TOKEN_BYTES:
             raise ragged(tokens)
-        # A longer prefix might never fit, and would wait at the head of the queue for ever.
+        # A longer prefix might never fit, and would wait at the head of the queue forever.
         pin = self._pin(scope, span(tokens, 0, self.total * self.page_tokens), Tier.HOST)
         return self._open(owner, scope, pin, 0, Tier.HOST, now, tokens)
 
     def alloc_mem(self, owner: ActorId, lease: int, n: int, now: float, tier: int = 0) -> tuple[int, ...]:
         """``n`` more pages at the end of a lease's table, all or nothing; renews the owner.
 
-        Never waits: evicts at once what is missing. Raises PoolError (UNKNOWN_LEASE, NOT_OWNER, MOVING, BAD_COUNT,
-        BAD_TIER, TOO_LARGE, NO_PAGES).
+        Never waits: missing pages are evicted at once. Raises PoolError (UNKNOWN_LEASE, NOT_OWNER, MOVING,
+        BAD_COUNT, BAD_TIER, TOO_LARGE, NO_PAGES).
         """
         held = self.leases.get(owner, lease)
         where = self.demands.leasable(tier)
@@ -140,7 +144,7 @@ class Pool:
         return tuple(fresh)
 
     def alloc_new(self, owner: ActorId, scope: str, n: int, tier: int, now: float) -> Grant:
-        """``n`` pages of a tier under a lease of their own; otherwise as :meth:`alloc_mem`."""
+        """``n`` pages of a tier under a new lease; otherwise like :meth:`alloc_mem`."""
         where = self.demands.leasable(tier)
         self.demands.check_fits(counted(n), where)
         fresh = self._taken(n, where)
@@ -154,11 +158,12 @@ class Pool:
     ) -> int:
         """Retire whole pages of a lease: ``tokens``, at position ``start``, are filled and will not change.
 
-        ``addresses`` says which pages hold them, where that is not the table's order; the first of them may be pages
-        that the index holds for these tokens, as a match of the caller's found them. Answers how many of these tokens the
-        index already had. Their pages stay private to the lease, which goes on reading them, unless they are in a faster
-        tier than the index's. A repeat, or an overlap with what was retired before, counts as already there. Raises
-        PoolError (UNKNOWN_LEASE, NOT_OWNER, MOVING, NOT_CONTIGUOUS, NOT_WHOLE_PAGES, DOES_NOT_FIT, TOKENS_CHANGED,
+        ``addresses`` names the pages that hold them, if their order is not the table's. The first of these
+        may be pages that the index holds for the same tokens, as the caller's own match found them. Returns
+        how many of the tokens the index already had. The lease's pages for those tokens stay private to the
+        lease, which continues to read them, unless they are in a faster tier than the index's pages. A
+        repeat, or an overlap with tokens retired before, counts as already there. Raises PoolError
+        (UNKNOWN_LEASE, NOT_OWNER, MOVING, NOT_CONTIGUOUS, NOT_WHOLE_PAGES, DOES_NOT_FIT, TOKENS_CHANGED,
         FOREIGN_ADDRESS, STALE_ADDRESS, NOT_HELD).
         """
         held = self.leases.get(owner, lease)
@@ -170,35 +175,42 @@ class Pool:
         return done.already_tokens
 
     def lend_prefix(self, owner: ActorId, scope: str, tokens: bytes, pages: int, now: float) -> Grant | None:
-        """The longest cached prefix in device pages, and fresh ones up to ``pages`` in all; None when they are short."""
+        """A lease on the longest cached prefix in device pages, and on fresh ones up to ``pages`` in all.
+
+        None when pages are short.
+        """
         pin = self._pin(scope, tokens, Tier.DEVICE)
         fresh = max(0, pages - pin.tokens // self.page_tokens)
         return self._open(owner, scope, pin, fresh, Tier.DEVICE, now, b"")
 
     def peek(self, scope: str, tokens: bytes) -> CachedPrefix:
-        """The longest cached prefix at this moment. Nothing is pinned: :meth:`match` is what keeps it."""
+        """The longest cached prefix at this moment. Nothing is pinned: :meth:`match` keeps the pages."""
         return self.tree.match(scope, tokens) if self.caching else CachedPrefix(0, ())
 
     def delete(self, scope: str, tokens: bytes) -> int:
-        """Drop a prompt and all that continues it, but for what is pinned or shared; the pages freed."""
+        """Drop a prompt and everything that continues it, except what is pinned or shared.
+
+        Returns the number of pages freed.
+        """
         pages = self.tree.delete(scope, tokens)
         self.room.give(pages)
         self.counters.deleted_pages += len(pages)
         return len(pages)
 
     def evict(self, n: int, tier: int = Tier.DEVICE) -> int:
-        """Free up to ``n`` unpinned pages of a tier, least recently used leaves first; the pages freed.
+        """Free up to ``n`` unpinned pages of a tier, least recently used leaves first.
 
-        Raises PoolError (BAD_COUNT, BAD_TIER).
+        Returns the number of pages freed. Raises PoolError (BAD_COUNT, BAD_TIER).
         """
         return self.room.evict(counted(n), self.demands.existing(tier))
 
     # ---- tiers ---------------------------------------------------------------------------------------------
 
     def swap_out(self, n: int, tier: int = Tier.DEVICE) -> list[int]:
-        """Begin to move up to ``n`` unpinned pages, the least recently used, to the next tier; the copies begun.
+        """Begin to move up to ``n`` unpinned pages to the next tier, least recently used first.
 
-        Raises PoolError (BAD_COUNT, BAD_TIER) where there is no next tier.
+        Returns the IDs of the copies begun. Raises PoolError (BAD_COUNT, or BAD_TIER, also when there is no
+        next tier).
         """
         where = self.demands.existing(tier)
         if self.room.swaps.below(where) is None:
@@ -206,10 +218,10 @@ class Pool:
         return self.room.send_out(where, counted(n), urgent=True)
 
     def swap_in(self, owner: ActorId, lease: int, now: float) -> Grant:
-        """Bring a lease's indexed pages into the device tier; they get new addresses there.
+        """Bring a lease's indexed pages into the device tier, where they get new addresses.
 
-        Never waits for pages, because the caller holds some that others may wait for. Raises PoolError (UNKNOWN_LEASE,
-        NOT_OWNER, MOVING, PINNED, NO_PAGES).
+        Never waits for pages, because the caller holds some that others may wait for. Raises PoolError
+        (UNKNOWN_LEASE, NOT_OWNER, MOVING, PINNED, NO_PAGES).
         """
         held = self.leases.unlent(owner, lease)
         nodes = [node for node in held.pin.node.path() if node.tier > Tier.DEVICE]
@@ -228,22 +240,29 @@ class Pool:
         return self._grant(held)
 
     def prefetch(self, owner: ActorId, scope: str, tokens: bytes, now: float) -> Grant | None:
-        """Bring a prefix in ahead of the acquire that will want it, if free pages suffice. End the lease when it is ready."""
+        """Bring a prefix in ahead of the acquire that will want it, if free pages suffice.
+
+        The caller ends the lease once it is ready. None when nothing is brought in.
+        """
         slow = sum(tier_of(page) > Tier.DEVICE for page in self.peek(scope, tokens).pages)
         if not 0 < slow <= self.free_pages:
             return None
         grant = self._open(owner, scope, self._pin(scope, tokens, Tier.DEVICE), 0, Tier.DEVICE, now, b"")
-        if grant is not None and grant.ready:  # others hold the slow pages where they are
+        if grant is not None and grant.ready:  # others pin the slow pages where they are
             self.free_mem(owner, grant.lease)
             return None
         return grant
 
     def take_copies(self) -> list[Copy]:
-        """What the shell is to copy, once; each is answered by :meth:`copied`."""
+        """Copies that the shell must make, returned once; each is answered by :meth:`copied`."""
         return self.room.swaps.take_copies()
 
     def copied(self, done: CopyDone) -> list[int]:
-        """A copy is over. Leases that waited for bytes which are lost have ended: their ids, to be asked for anew."""
+        """Handle the end of a copy.
+
+        Leases that waited for bytes which are lost have ended: returns their IDs, so that the calls can be
+        repeated.
+        """
         ended = []
         for node in self.room.swaps.finish(done):
             for lease in [one for one in self.loading.values() if node in one.pin.node.path()]:
@@ -254,7 +273,7 @@ class Pool:
         return ended
 
     def settle(self) -> list[Grant]:
-        """Leases whose pages are all there by now."""
+        """Grants of the leases whose pages are all there by now."""
         ready = []
         for lease in list(self.loading.values()):
             assert lease.floor is not None, "a lease at rest is filed as loading"
@@ -268,7 +287,7 @@ class Pool:
     # ---- owners --------------------------------------------------------------------------------------------
 
     def adopt(self, owner: ActorId, lease: int, previous: ActorId, now: float) -> None:
-        """Move a lease from ``previous`` to ``owner``; no page is touched. A repeat changes nothing.
+        """Move a lease from ``previous`` to ``owner`` without touching a page. A repeat changes nothing.
 
         Raises PoolError (UNKNOWN_LEASE, NOT_OWNER, MOVING).
         """
@@ -279,10 +298,11 @@ class Pool:
         self.counters.handed_over_pages += len(held.pages)
 
     def free_mem(self, owner: ActorId, lease: int, addresses: Sequence[Address] = ()) -> int:
-        """End a lease, or give some of its pages back: unpin what is indexed, free the rest; the pages freed.
+        """End a lease, or give back some of its pages: unpin what is indexed, free the rest.
 
-        Pages that were retired go with the lease only. Raises PoolError (UNKNOWN_LEASE, NOT_OWNER; with addresses also
-        MOVING, FOREIGN_ADDRESS, STALE_ADDRESS, NOT_HELD, RETIRED).
+        Returns the number of pages freed. Retired pages go only with the whole lease. Raises PoolError
+        (UNKNOWN_LEASE, NOT_OWNER; with addresses also MOVING, FOREIGN_ADDRESS, STALE_ADDRESS, NOT_HELD,
+        RETIRED).
         """
         held = self.leases.any(owner, lease)
         if addresses and not self._is_all_of(held, slots := self.home.slots(addresses)):
@@ -290,21 +310,24 @@ class Pool:
         return self._close(held)
 
     def owner_of(self, lease: int) -> ActorId | None:
-        """Who holds a lease; None when it has ended."""
+        """Owner of a lease; None when the lease has ended."""
         return self.leases.owner_of(lease)
 
     def renew(self, owner: ActorId, now: float) -> None:
-        """The owner was heard from."""
+        """Record that the owner was heard from."""
         self.leases.renew(owner, now)
 
     def expire(self, now: float) -> tuple[Reclaimed, ...]:
-        """End the leases of owners silent for ``lease_s``; one entry an owner, with or without leases."""
+        """End the leases of owners that were silent for ``lease_s``.
+
+        Returns one entry per owner, with or without leases.
+        """
         reclaimed = tuple(self.drop_owner(owner) for owner in self.leases.silent(now))
         self.counters.expired_leases += sum(owner.leases for owner in reclaimed)
         return reclaimed
 
     def drop_owner(self, owner: ActorId) -> Reclaimed:
-        """The owner is gone: end all of its leases."""
+        """End all leases of an owner that is gone."""
         leases = self.leases.drop(owner)
         pages = sum(self._release(lease) for lease in leases)
         self.counters.reclaimed_pages += pages
@@ -313,10 +336,10 @@ class Pool:
     # ---- inside --------------------------------------------------------------------------------------------
 
     def _pin(self, scope: str, tokens: bytes, floor: Tier, swap_least: int = 0) -> Pin:
-        """Pin the longest cached prefix that can be had in tiers down to ``floor``, and is worth it.
+        """Pin the longest cached prefix that can be had in tiers down to ``floor``, and is worth bringing in.
 
-        It ends before pages that would have to be moved there, but are held by others at their present addresses, or have
-        fewer than ``swap_least`` tokens from there on.
+        Pages in slower tiers would have to move. The prefix ends before any that others hold at their present
+        addresses, and before any from which on there are fewer than ``swap_least`` tokens.
         """
         pin = self.tree.pin(scope, tokens if self.caching else b"")
         end = 0
@@ -331,9 +354,9 @@ class Pool:
     def _open(
         self, owner: ActorId, scope: str, pin: Pin, fresh: int, floor: Tier, now: float, asked: bytes
     ) -> Grant | None:
-        """A lease on a pinned prefix and ``fresh`` device pages, which brings in what lies below ``floor``.
+        """Open a lease on a pinned prefix and ``fresh`` device pages, and bring in what lies below ``floor``.
 
-        None, and the pin ended, when the device pages for that are short at present.
+        None, with the pin ended, when the device pages for that are short at present.
         """
         path = list(pin.node.path())
         nodes = [node for node in reversed(path) if node.tier > floor and node.moving is None]
@@ -364,7 +387,7 @@ class Pool:
         return Grant(lease.id, tuple(lease.pages), lease.retired_tokens, ready, lease.found_pages)
 
     def _reseat(self, lease: Lease) -> None:
-        """Write the present slots of the pinned prefix into a lease's table, but for the pages that it keeps."""
+        """Write the present slots of the pinned prefix into a lease's table, except for kept pages."""
         kept = set(lease.kept)
         for i, page in enumerate(self.tree.pages_of(lease.pin)):
             if lease.pages[i] not in kept:
@@ -374,7 +397,7 @@ class Pool:
         return len(slots) == len(lease.pages) and set(slots) == set(lease.pages)
 
     def _give_back(self, lease: Lease, slots: Sequence[int]) -> int:
-        """Free some of a lease's pages that it has not retired."""
+        """Free some of a lease's pages that are not retired."""
         retired = lease.retired_tokens // self.page_tokens
         own, gone = set(lease.pages[retired:]), set(slots)
         if not gone.isdisjoint(lease.pages[:retired]):
@@ -397,7 +420,7 @@ class Pool:
         return self._release(lease)
 
     def _release(self, lease: Lease) -> int:
-        """Return the pages and the pin of a lease that is no longer in the books."""
+        """Return the pages and the pin of a lease that is no longer recorded."""
         self.loading.pop(lease.id, None)
         private = lease.private(self.page_tokens)
         self.room.give(private)
@@ -416,5 +439,5 @@ class Pool:
 
 
 def _slow(pin: Pin, floor: int) -> bool:
-    """Whether pages of a pinned prefix are not where they will stay: below ``floor``, or on their way up."""
+    """Whether pages of a pinned prefix are not where they will stay: below ``floor``, or being moved."""
     return any(node.tier > floor or node.moving is not None for node in pin.node.path())

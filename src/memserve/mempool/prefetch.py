@@ -1,8 +1,9 @@
-"""Pages that a shard fetches before their request is handed over, while the rest of its prompt is still computed.
+"""Pages that a shard fetches before their request is handed over, while the rest of its prompt is computed.
 
-Each chunk of the prompt announces what is full by then (a Prefetch whose source says ``ahead``). One fetch of a request is
-under way at a time; what is announced meanwhile waits, the newest alone, as it covers the rest. The hand-over waits for
-the fetch that is under way, and takes what has come for cached: then only the last pages are still to be moved.
+Each chunk of the prompt announces the pages that are full by then (a Prefetch whose source has ``ahead``
+set). Each request has at most one fetch under way. Of the announcements that arrive during a fetch only the
+latest waits, because it covers the others. The hand-over waits for the fetch under way and treats the fetched
+pages as cached: only the last pages then remain to be moved.
 """
 
 from __future__ import annotations
@@ -16,25 +17,25 @@ from memserve.mempool.grants import Grant
 from memserve.pool_messages import Acquire, Prefetch
 
 REQUESTS_REMEMBERED = 1024
-"""Requests of which it is known what came ahead."""
+"""Number of requests for which the pages fetched ahead are remembered."""
 
 
 @attrs.define
 class Prefetcher:
-    """What one shard fetches ahead of hand-overs, by request."""
+    """The fetches of one shard ahead of hand-overs, by request."""
 
     _running: dict[str, Prefetch | None] = attrs.field(factory=dict, init=False)
-    """Requests with a fetch under way, and what was announced since."""
+    """Requests with a fetch under way, each with the latest announcement since it began."""
     _held: dict[tuple[ActorId, int], Acquire] = attrs.field(factory=dict, init=False)
-    """Hand-overs that wait for such a fetch."""
+    """Hand-overs that wait for such a fetch, by (sender, call)."""
     _pages: OrderedDict[str, int] = attrs.field(factory=OrderedDict, init=False)
 
     def __len__(self) -> int:
-        """Calls that wait."""
+        """Number of calls that wait."""
         return len(self._held)
 
     def announced(self, message: Prefetch) -> bool:
-        """Whether to fetch this now; else it is done later, or never needed."""
+        """Whether to fetch this now; if not, it is fetched later, or never needed."""
         assert message.source is not None, "nothing to be fetched"
         request = message.source.request
         if request in self._running:
@@ -44,16 +45,19 @@ class Prefetcher:
         return True
 
     def hold(self, sender: ActorId, call: Acquire) -> bool:
-        """Whether a call must wait for what is under way for its request."""
+        """Hold a call that must wait for the fetch under way for its request; False when there is none."""
         request = call.source.request if call.source else ""
         if not request or request not in self._running:
             return False
-        self._running[request] = None  # the hand-over itself fetches what comes later
+        self._running[request] = None  # the hand-over itself fetches the pages that fill later
         self._held[sender, call.call] = call
         return True
 
     def over(self, request: str, pages: int) -> tuple[Prefetch | None, dict[tuple[ActorId, int], Acquire]]:
-        """A fetch has brought so many pages, or failed: what to fetch next, and the calls that need not wait any more."""
+        """Handle the end of a fetch that has brought ``pages`` pages, 0 if it failed.
+
+        Returns what to fetch next, and the calls that need not wait any longer.
+        """
         more = self._running.pop(request, None)
         self._pages[request] = self._pages.pop(request, 0) + pages
         while len(self._pages) > REQUESTS_REMEMBERED:
@@ -66,11 +70,14 @@ class Prefetcher:
         return more, free
 
     def counted(self, call: Acquire, grant: Grant, page_bytes: int) -> tuple[tuple[int, ...], int]:
-        """The pages that were found for a hand-over, by tier, and the bytes that were moved ahead of it."""
+        """Pages found for a hand-over, by tier, and the bytes that were fetched ahead of it.
+
+        The pages that were fetched ahead do not count as found.
+        """
         source = call.source
         early = self._pages.pop(source.request, 0) if source and source.lease else 0
         device, *slower = grant.found_pages
-        early = min(early, device)  # some may have left again
+        early = min(early, device)  # some may have left the device tier again
         return (device - early, *slower), early * page_bytes
 
     def has(self, sender: ActorId, call: int) -> bool:
@@ -78,11 +85,11 @@ class Prefetcher:
         return (sender, call) in self._held
 
     def forget(self, sender: ActorId, call: int | None = None) -> None:
-        """Nobody waits for a sender's calls any more, or for one of them."""
+        """Drop the waiting calls of a sender, or one of them."""
         for key in [key for key in self._held if key[0] == sender and call in (None, key[1])]:
             del self._held[key]
 
     def check(self) -> None:
-        """Assert that whatever waits, waits for something."""
+        """Assert that every waiting call waits for a fetch."""
         for call in self._held.values():
             assert call.source and call.source.request in self._running, f"call {call.call} waits for nothing"

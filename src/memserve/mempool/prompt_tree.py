@@ -1,21 +1,21 @@
 """The prefix index of one shard: a radix tree from token sequences to the pages that hold their KV.
 
-Keys are packed int32 tokens (:mod:`memserve.tokens`) in whole pages; a child is found by the bytes of its
+Keys are packed int32 tokens (:mod:`memserve.tokens`) in whole pages. A child is found by the bytes of its
 first page, and a node's key is compared with one ``memcmp``, so no step of a look-up is a Python loop over
-tokens. Each scope has a root of its own: one tenant's look-up cannot reach another's nodes. A node's pages lie
-in one tier; moving a part of them splits it.
+tokens. Each scope has its own root: one tenant's look-up cannot reach another's nodes. A node's pages lie in
+one tier; moving only some of them splits the node.
 
 Four rules hold the structure together:
 
-* **Split keeps the old object as the suffix.** A new parent takes the front half and a copy of the pin count.
-  Pins that were given out end at the old object, so they go on naming the same tokens.
-* **A pin covers its whole path.** Whatever is above a pinned node is pinned too, so below an unpinned node
+* **A split keeps the old object as the suffix.** A new parent takes the front and a copy of the pin count.
+  Existing pins end at the old object, so they still name the same tokens.
+* **A pin covers its whole path.** Every node above a pinned node is pinned too, so below an unpinned node
   nothing is pinned: it can go with all that continues it, and ``evictable`` needs no walk.
-* **A leaf that only the inserting pin holds grows in place.** A conversation that retires a page at a time
-  stays one node however long it gets. Eviction takes the tail of a leaf, so long nodes do not make it coarse.
-* **What is pinned stays where it is**, but for pages that are brought in for those who pin them.
+* **A leaf that only the inserting pin holds grows in place.** A conversation that retires page by page stays
+  one node however long it gets. Eviction takes the tail of a leaf, so long nodes do not make it coarse.
+* **Pinned pages stay where they are**, except those that are brought in for the leases that pin them.
 
-With ``events`` on, every change is noted as an :class:`~memserve.messages.IndexEvent`.
+With ``events`` on, every change is recorded as an :class:`~memserve.pool_messages.IndexEvent`.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ from memserve.tokens import TOKEN_BYTES
 
 @attrs.define
 class PromptTree:
-    """Token prefixes to pages, with pins and least-recently-used eviction. A counter of its own is its clock."""
+    """Maps token prefixes to pages, with pins and LRU eviction. Its clock is a counter of its own."""
 
     page_tokens: int
     events: list[IndexEvent] | None = None
-    """Changes since the owner took them last; None when nobody wants them."""
+    """Changes since the owner last took them; None when they are not recorded."""
     indexed: list[int] = attrs.field(factory=lambda: [0] * len(Tier), init=False)
-    """Pages in the index by tier, pinned or not."""
+    """Number of pages in the index by tier, pinned or not."""
     evictable: list[int] = attrs.field(factory=lambda: [0] * len(Tier), init=False)
-    """Those of them that no pin covers: :meth:`evict` can free every one."""
+    """Number of indexed pages by tier that no pin covers: :meth:`evict` can free every one."""
     roots: dict[str, Root] = attrs.field(factory=dict, init=False)
     pins: set[Pin] = attrs.field(factory=set, init=False)
-    """Those that have not ended."""
+    """Pins that have not ended."""
     lru: tuple[Lru, ...] = attrs.field(factory=lambda: tuple(Lru(tier) for tier in Tier), init=False)
     page_bytes: int = attrs.field(init=False)
-    """Bytes of a page's tokens."""
+    """Bytes of the tokens of one page."""
     _uses: int = attrs.field(default=0, init=False)
     _entries: int = attrs.field(default=0, init=False)
 
@@ -87,7 +87,7 @@ class PromptTree:
     def pin(self, scope: str, tokens: bytes) -> Pin:
         """Match ``tokens`` and pin what was found, which may be nothing.
 
-        Splits a node that matches in part.
+        Splits a node that matches only in part.
         """
         root = self.roots.get(scope)
         if root is None:
@@ -102,7 +102,7 @@ class PromptTree:
         return pin
 
     def unpin(self, pin: Pin) -> None:
-        """End a pin. Its pages stay in the index, evictable once no other pin covers them."""
+        """End a pin. Its pages stay in the index, and are evictable once no other pin covers them."""
         assert pin in self.pins, f"a pin of {pin.tokens} tokens was ended twice"
         self.pins.remove(pin)
         self._touch(pin.node)
@@ -115,8 +115,8 @@ class PromptTree:
     def insert(self, pin: Pin, tokens: bytes, pages: Sequence[int]) -> Insertion:
         """Add ``tokens``, in whole pages, right after the pinned prefix, and move the pin to their end.
 
-        Pages whose tokens are in the index already are handed back as duplicates, unless they are in a faster tier
-        than what is there and nobody pins that: then they take its place. ``pages`` must not be in the index.
+        Pages whose tokens the index has already are returned as duplicates, or replace the indexed ones if
+        these are unpinned and in a slower tier. ``pages`` must not be in the index.
         """
         assert pin in self.pins, "insert with a pin that has ended"
         assert len(tokens) == len(pages) * self.page_bytes, (
@@ -138,9 +138,9 @@ class PromptTree:
     # ---- taking pages out ----------------------------------------------------------------------------------
 
     def evict(self, n: int, tier: int = Tier.DEVICE) -> list[int]:
-        """Take unpinned pages out until ``n`` of ``tier`` are, from the tails of the least recently used leaves.
+        """Take up to ``n`` unpinned pages of ``tier`` out, from the tails of the least recently used leaves.
 
-        What continues a page goes with it, in whatever tier it is. The caller owns the pages returned.
+        Pages that continue a page go with it, whatever their tier. The caller owns the returned pages.
         """
         freed: list[int] = []
         goal = self.indexed[tier] - n
@@ -154,9 +154,9 @@ class PromptTree:
         return freed
 
     def coldest(self, n: int, tier: int) -> list[Node]:
-        """Unpinned nodes of ``tier`` with ``n`` pages in all, or fewer, to be moved out; the least recently used.
+        """The least recently used unpinned nodes of ``tier``, at most ``n`` pages in all, to be moved out.
 
-        The caller gives each of them a move by :meth:`depart` before it calls anything else.
+        The caller sets a move on each of them and calls :meth:`depart` before any other method.
         """
         chosen: list[Node] = []
         passed: list[Node] = []
@@ -175,21 +175,21 @@ class PromptTree:
         return chosen
 
     def depart(self, node: Node) -> None:
-        """``node.moving`` was set to a way out: what it continues may follow it now."""
+        """Update the parent of a node whose ``moving`` was set to a way out: it may be able to follow now."""
         parent = node.parent
         if parent is not None and parent.tier == node.tier:
             parent.kin -= 1
             self._settle(parent)
 
     def stay(self, node: Node) -> None:
-        """Call off the way out of ``node``."""
+        """Cancel the move of ``node`` out of its tier."""
         assert node.moving is not None, "a node that does not move stays"
         node.moving.abandon()
         if node.parent is not None and node.parent.tier == node.tier:
             node.parent.kin += 1
 
     def arrive(self, node: Node, pages: list[int]) -> list[int]:
-        """The pages of ``node`` are in other slots now, all of one tier; the caller owns the old ones."""
+        """Record that ``node`` is in ``pages``, of one tier; returns its old pages, which the caller owns."""
         old, parent = node.pages, node.parent
         assert parent is not None, "a root has no pages to move"
         if parent.tier == node.tier and not node.leaving:
@@ -208,7 +208,7 @@ class PromptTree:
         return old
 
     def delete(self, scope: str, tokens: bytes) -> list[int]:
-        """Take a prompt, and all that continues it, out of the index. The caller owns the pages returned.
+        """Take a prompt and all that continues it out of the index. The caller owns the returned pages.
 
         Pinned pages stay, and so does the part of the prompt's prefix that other prompts share. A tail of
         ``tokens`` that fills no page, or that was never cached, is ignored.
@@ -224,7 +224,7 @@ class PromptTree:
             node = self.split(node, inside) if inside < len(node.key) else node
             beyond = list(node.walk())[1:]
         else:
-            beyond = []  # the prompt was cached in part; what hangs below that part are other prompts
+            beyond = []  # the prompt is cached only in part: below that part there are only other prompts
         freed: list[int] = []
         for doomed in reversed(beyond):  # children before their parents
             freed += self._drop(doomed)
@@ -235,7 +235,7 @@ class PromptTree:
         return freed
 
     def fell(self, node: Node) -> list[int]:
-        """Take an unpinned node and all that continues it out of the index. The caller owns the pages returned."""
+        """Take out an unpinned node and all that continues it; returns the pages, which the caller owns."""
         assert not node.pins, "a pinned node is felled"
         return [page for doomed in reversed(list(node.walk())) for page in self._drop(doomed)]
 
@@ -243,7 +243,7 @@ class PromptTree:
 
     @property
     def pages_total(self) -> int:
-        """Pages in the index, of all tiers."""
+        """Number of pages in the index, over all tiers."""
         return sum(self.indexed)
 
     def nodes(self) -> Iterator[Node]:
@@ -258,7 +258,7 @@ class PromptTree:
     # ---- inside --------------------------------------------------------------------------------------------
 
     def descend(self, node: Node, tokens: bytes) -> tuple[Node, int, int]:
-        """Follow ``tokens`` from the end of ``node``: (last node, bytes of its key, bytes of tokens)."""
+        """Follow ``tokens`` from the end of ``node``: (last node, matched bytes of its key, and of them)."""
         width = self.page_bytes
         at = 0
         while (child := node.children.get(tokens[at : at + width])) is not None:
@@ -270,9 +270,9 @@ class PromptTree:
         return node, len(node.key), at
 
     def _common(self, key: bytes, tokens: bytes, at: int) -> int:
-        """Bytes of whole pages that ``key`` shares with ``tokens[at:]``, given that they share the first.
+        """Bytes of whole pages that ``key`` shares with ``tokens[at:]``, given that the first page is shared.
 
-        Bisection over slices compared in C: at most twice the differing part is read, however the two differ.
+        Bisects over slices compared in C: reads at most twice the differing part, however the two differ.
         """
         width = self.page_bytes
         low, high = 1, min(len(key), len(tokens) - at) // width
@@ -285,9 +285,9 @@ class PromptTree:
         return low * width
 
     def split(self, node: Node, at: int) -> Node:
-        """Give the first ``at`` bytes of ``node``, whole pages, to a new parent, and return that.
+        """Give the first ``at`` bytes of ``node``, whole pages, to a new parent, which is returned.
 
-        ``node`` stays the suffix: pins end there.
+        ``node`` stays the suffix, because pins end there.
         """
         width = self.page_bytes
         parent = node.parent
@@ -306,7 +306,7 @@ class PromptTree:
         return front
 
     def _extend(self, node: Node, tokens: bytes, pages: Sequence[int]) -> Node:
-        """Put new pages after ``node``, which the inserting pin holds; the last node they are in, held too."""
+        """Append new pages to ``node``, which the inserting pin holds; returns the last node, held too."""
         start = 0
         while start < len(pages):
             stop, tier = start + 1, tier_of(pages[start])
@@ -318,7 +318,7 @@ class PromptTree:
         return node
 
     def _grow(self, node: Node, tokens: bytes, pages: Sequence[int], tier: int) -> Node:
-        """Put new pages of one tier after ``node``."""
+        """Append new pages of one tier to ``node``; returns the node that holds them."""
         self.indexed[tier] += len(pages)
         alone = node.pins == 1 and not node.children and node.moving is None
         if node.parent is not None and alone and node.tier == tier:
@@ -333,7 +333,7 @@ class PromptTree:
         return child
 
     def _improve(self, node: Node, until: Node, pages: Sequence[int]) -> tuple[list[int], list[int]]:
-        """Offer ``pages`` to the nodes from below ``until`` to ``node``: (duplicates, pages that they replace)."""
+        """Offer ``pages`` to the nodes from below ``until`` to ``node``: (duplicates, pages they replace)."""
         duplicates: list[int] = []
         replaced: list[int] = []
         end = len(pages)
@@ -342,7 +342,7 @@ class PromptTree:
             start = end - 1
             while start > first and tier_of(pages[start - 1]) == tier:
                 start -= 1
-            if start > first:  # offered in several tiers: one node each
+            if start > first:  # offered pages in several tiers: one node each
                 self.split(node, (start - first) * self.page_bytes)
             offered = list(pages[start:end])
             end = start
@@ -374,7 +374,7 @@ class PromptTree:
             above = above.parent
 
     def _pages_to(self, node: Node) -> list[int]:
-        """The pages of the whole path, the root's end first."""
+        """The pages of the whole path from the root to ``node``, in token order."""
         runs = []
         above: Node | None = node
         while above is not None:
@@ -391,7 +391,7 @@ class PromptTree:
             self.evictable[node.tier] += pages
 
     def _settle(self, node: Node) -> None:
-        """Note that ``node`` may have become idle: queue it if it can go next, forget an empty root."""
+        """Queue ``node`` if it is idle and can leave next; forget it if it is an empty root."""
         if node.pins or node.ticket:
             return
         if node.parent is not None:
@@ -401,7 +401,7 @@ class PromptTree:
             self.roots.pop(node.scope, None)
 
     def _drop(self, node: Node) -> list[int]:
-        """Take ``node`` out of the tree, unless it is pinned or others hang below it; its pages, the caller's now."""
+        """Take out ``node`` unless it is pinned or has children; returns its pages, which the caller owns."""
         parent = node.parent
         if parent is None or node.pins or node.children:
             return []

@@ -1,4 +1,4 @@
-"""Tells schedulers what a shard's index holds: numbered deltas, and the whole of it to whoever missed one."""
+"""Publishes a shard's index to schedulers: numbered deltas, and a snapshot to a scheduler that missed one."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from memserve.mempool.prompt_tree import PromptTree
 from memserve.pool_messages import IndexDelta, IndexEvent, IndexSnapshot
 
 GATHER_S = 0.05
-"""How long a change may wait for others to travel with it."""
+"""How long a change may wait for others to be sent with it."""
 QUIET_S = 1.0
-"""After the last delta an empty one follows, once, so that the loss of the last is noticed."""
+"""How long after the last delta an empty one follows, once, so that the loss of the last is noticed."""
 EVENTS_MAX = 512
-"""Events in one message. One holds the tokens of a node, at most a context's."""
+"""Maximum number of events in one message. An event holds the tokens of one node, at most a context's."""
 
 
 @attrs.define
 class Publisher:
-    """Deltas of one tree's ``events`` for ``schedulers``; without any, nothing is noted and nothing sent."""
+    """Sends the ``events`` of one tree to ``schedulers`` as deltas; without schedulers, none are recorded."""
 
     tree: PromptTree
     schedulers: tuple[ActorId, ...]
@@ -36,11 +36,14 @@ class Publisher:
 
     @property
     def published(self) -> int:
-        """Events sent so far; in each heartbeat, so that a scheduler that missed the last of them asks."""
+        """Number of events sent so far.
+
+        Every heartbeat carries it, so that a scheduler that missed the last events asks for them.
+        """
         return self._next
 
     def changed(self, now: float) -> None:
-        """There may be events: send them a little later, or now if they are many."""
+        """Schedule any new events to be sent a little later, or now if they are many."""
         events = self.tree.events
         if events and not self._gathering:
             self._gathering, self.deadline = True, now + GATHER_S
@@ -48,7 +51,7 @@ class Publisher:
             self.deadline = now
 
     def advance(self, now: float) -> list[Action]:
-        """What is due."""
+        """The messages that are due."""
         if now < self.deadline:
             return []
         if not self._gathering:
@@ -58,7 +61,10 @@ class Publisher:
         return self._flush()
 
     def snapshot(self, to: ActorId) -> list[Action]:
-        """The whole index for one scheduler, after what others are still to be told, so that the numbers agree."""
+        """The whole index for one scheduler.
+
+        Events that are not sent yet go to all schedulers first, so that the numbers agree.
+        """
         flushed = self._flush() if self.tree.events else []
         events = tuple(self.tree.snapshot())
         parts = _parts(events) or [()]

@@ -1,4 +1,4 @@
-"""What a shard sends because another asks for it (Pull): pages of a lease, or what its index holds."""
+"""Pages that a shard sends because another asks for them (Pull): those of a lease, or of its index."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from memserve.transfer_messages import Failure, Granularity, Pull, PullRefused
 EXCHANGER = ActorId("exchange.0")
 """Owner of the leases under which a shard itself reads and fills pages for others."""
 PULLS_REMEMBERED = 4096
-"""Pulls of others that are known for repeats."""
+"""Number of Pulls remembered, to recognize repeats."""
 WARMING_MAX = 64
-"""Pulls whose pages are brought in at a time; one more is refused."""
+"""Maximum number of Pulls whose pages are brought in at a time; one more is refused."""
 
 
 @attrs.define(eq=False)
@@ -35,12 +35,15 @@ class _Sending:
     lease: int
     pages: int = 0
     order: int = 0
-    """0 while its pages are brought in."""
+    """Order number; 0 while the pages are brought in."""
 
 
 @attrs.define
 class Serving:
-    """Pulls that are answered by transfers; ``outgoing`` sends them, and says by :meth:`reported` how they ended."""
+    """Pulls that are answered by transfers.
+
+    ``outgoing`` makes the transfers; :meth:`reported` must be called when one has ended.
+    """
 
     pool: Pool
     lending: Lending
@@ -50,27 +53,27 @@ class Serving:
     granularity: Granularity
     _pulls: OrderedDict[tuple[ActorId, int], None] = attrs.field(factory=OrderedDict, init=False)
     _warming: dict[int, _Sending] = attrs.field(factory=dict, init=False)
-    """By lease: what is brought into the device tier before it is sent."""
+    """Pulls by lease, while their pages are brought into the device tier."""
     _sending: dict[int, _Sending] = attrs.field(factory=dict, init=False)
-    """By order."""
+    """Pulls by order number, while their pages are sent."""
     _actions: list[Action] = attrs.field(factory=list, init=False)
 
     def take(self) -> list[Action]:
-        """Refusals, once."""
+        """Refusals to send, returned once."""
         actions, self._actions = self._actions, []
         return actions
 
     def lent(self) -> Iterator[int]:
-        """Every lease that is lent here, as often as it is."""
+        """Every lease that is lent here, once for each mover."""
         return (one.lease for one in self._sending.values())
 
     def bury(self, actors: set[ActorId]) -> None:
-        """These shards ask for nothing any more."""
+        """Forget the Pulls of these dead shards."""
         for key in [key for key in self._pulls if key[0] in actors]:
             del self._pulls[key]
 
     def pulled(self, sender: ActorId, pull: Pull, now: float) -> None:
-        """Send what is asked for, or say that it will not come."""
+        """Send the pages that are asked for, or refuse."""
         if (sender, pull.id) in self._pulls:
             return
         self._pulls[sender, pull.id] = None
@@ -97,21 +100,21 @@ class Serving:
 
     @property
     def warming(self) -> tuple[int, ...]:
-        """The leases whose pages are brought in for Pulls."""
+        """The leases whose pages are being brought in for Pulls."""
         return tuple(self._warming)
 
     def cooled(self, lease: int) -> None:
-        """What was to be brought in is lost, and its lease has ended."""
+        """Refuse a Pull whose pages are lost instead of brought in; their lease has ended."""
         one = self._warming.pop(lease)
         self._refuse(one.to, one.pull, Failure.REFUSED, "the pages are damaged")
 
     def warm(self, grant: Grant, now: float) -> None:
-        """The pages of one of EXCHANGER's leases are in the device tier: send them."""
+        """Send the pages of one of EXCHANGER's leases, which are all in the device tier now."""
         self._lend(self._warming.pop(grant.lease), grant, now)
 
     def _lend(self, one: _Sending, grant: Grant, now: float) -> None:
         self._send(one, grant.pages[one.pull.first_page :], now)
-        self.pool.free_mem(EXCHANGER, grant.lease)  # lent by now, or of no use
+        self.pool.free_mem(EXCHANGER, grant.lease)  # lent by now, or not needed
 
     def _send(self, one: _Sending, pages: tuple[int, ...], now: float) -> None:
         if not pages or any(tier_of(page) != Tier.DEVICE for page in pages):
@@ -128,7 +131,7 @@ class Serving:
         self._actions.append(Send(to, PullRefused(pull.id, failure, text)))
 
     def reported(self, result: TransferDone | TransferFailed) -> None:
-        """An order is over; its asker hears of the end of one that failed."""
+        """End an order; if it failed, its asker gets a refusal."""
         one = self._sending.pop(result.id)
         self.lending.take_back(one.lease)
         if isinstance(result, TransferFailed):

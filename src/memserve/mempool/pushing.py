@@ -1,11 +1,13 @@
 """The paper's ``transfer`` and ``transfer_with_insert``: pages that their owner sends to another shard.
 
-At the sender, a Transfer lends the leases that hold its pages to one order of the transfer core, and is answered with
-that order's result. At the receiver, the pages are granted to the *owner* that the offer names::
+At the sender, a Transfer lends the leases that hold its pages to one order of the transfer core, and is
+answered with the result of that order. At the receiver, the pages are granted to the *owner* that the offer
+names::
 
     the owner named pages of its own    they stay under its lease
-    the shard allocates them            under a new lease of the owner's, which it must claim: it may never have heard of it,
-                                        as the answer to its call is lost with the sender
+    the shard allocates pages           they get a new lease of the owner's, which it must claim: it may
+                                        never have heard of the lease, because the answer to its call is
+                                        lost if the sender dies
 
 A lease that is not claimed within the pool's ``lease_s`` ends.
 """
@@ -39,24 +41,24 @@ CODES = {
     Failure.CHECKSUM: PoolError.CHECKSUM,
     Failure.WITHDRAWN: PoolError.CUT,
 }
-"""What a caller is told where its own pool did not refuse the pages."""
+"""Codes for callers whose transfer failed for another reason than a refusal by the receiver's pool."""
 Answered = tuple[ActorId, Answer]
 
 
 @attrs.define
 class Lending:
-    """Leases whose pages movers read or fill: they stay as they are, whoever ends them."""
+    """Leases whose pages movers read or fill: the pages stay as they are, even if the lease is ended."""
 
     pool: Pool
 
     def lend(self, lease: int) -> None:
-        """One mover more."""
+        """Count one more mover of a lease's pages."""
         held = self.pool.leases.find(lease)
         assert held is not None, f"lease {lease} is lent after its end"
         held.lent += 1
 
     def take_back(self, lease: int) -> None:
-        """One mover less; the lease ends with the last if its owner has ended it meanwhile."""
+        """Count one mover less; after the last, end the lease if its owner has ended it already."""
         held = self.pool.leases.find(lease)
         assert held is not None and held.lent, f"lease {lease} was not lent"
         held.lent -= 1
@@ -68,7 +70,7 @@ class Lending:
 class _Push:
     sender: ActorId
     call: int
-    """0 when nobody waits for its answer any more."""
+    """0 when no answer is waited for any more."""
     leases: tuple[int, ...]
 
 
@@ -85,28 +87,28 @@ class _Arrived:
 
 @attrs.define
 class Pushing:
-    """Both ends of pushes, for one shard. ``order`` begins one here; the transfer cores are the caller's."""
+    """Both ends of pushes, for one shard. ``order`` begins a push; the caller owns the transfer cores."""
 
     pool: Pool
     lending: Lending
     default: Granularity
-    """In what portions pages go where a call does not say."""
+    """Granularity of calls that do not name one."""
     _pushes: dict[int, _Push] = attrs.field(factory=dict, init=False)
-    """By order."""
+    """Pushes by order number."""
     _landings: dict[Key, Lease] = attrs.field(factory=dict, init=False)
     _arrived: dict[int, _Arrived] = attrs.field(factory=dict, init=False)
-    """By lease."""
+    """Arrivals by lease."""
     _waiting: dict[tuple[ActorId, int], None] = attrs.field(factory=dict, init=False)
-    """NextArrivals without an answer, by (sender, call)."""
+    """Unanswered NextArrivals, by (sender, call)."""
     _answers: list[Answered] = attrs.field(factory=list, init=False)
 
-    # ---- the sender's side -----------------------------------------------------------------------------------
+    # ---- the sender's side ---------------------------------------------------------------------------------
 
     def order(self, number: int, sender: ActorId, call: Transfer, now: float) -> Order:
-        """Begin a call of ``sender``'s as order ``number``.
+        """Begin a call of ``sender`` as the order with this number.
 
-        Raises PoolError (BAD_COUNT, FOREIGN_ADDRESS, STALE_ADDRESS, NOT_HELD, UNKNOWN_LEASE, NOT_OWNER, MOVING,
-        BAD_TIER, NOT_WHOLE_PAGES, DOES_NOT_FIT).
+        Raises PoolError (BAD_COUNT, FOREIGN_ADDRESS, STALE_ADDRESS, NOT_HELD, UNKNOWN_LEASE, NOT_OWNER,
+        MOVING, BAD_TIER, NOT_WHOLE_PAGES, DOES_NOT_FIT).
         """
         if not 0 < call.deadline_s < math.inf:
             raise PoolError(PoolError.BAD_COUNT, f"a deadline of {call.deadline_s} s: expected more than 0")
@@ -131,7 +133,7 @@ class Pushing:
         )
 
     def _source(self, sender: ActorId, call: Transfer) -> tuple[int, ...]:
-        """The slots of the pages to be sent, if they are the sender's and can be."""
+        """Slots of the pages to send, if the sender holds them and they can be sent."""
         slots = self.pool.home.slots(Address(address) for address in call.addresses)
         held = [self.pool.leases.get(sender, lease) for lease in dict.fromkeys(call.leases)]
         mine = {page for lease in held for page in lease.pages}
@@ -168,7 +170,7 @@ class Pushing:
         )
 
     def reported(self, result: TransferDone | TransferFailed) -> bool:
-        """An order of :meth:`order` is over; False for one of somebody else's."""
+        """Answer the call whose order has ended; False if the order is not one of :meth:`order`."""
         one = self._pushes.pop(result.id, None)
         if one is None:
             return False
@@ -182,10 +184,10 @@ class Pushing:
         self._answers += [(one.sender, answer)] if one.call else []
         return True
 
-    # ---- the receiver's side ---------------------------------------------------------------------------------
+    # ---- the receiver's side -------------------------------------------------------------------------------
 
     def grant(self, key: Key, offer: TransferOffer, now: float) -> tuple[int, ...]:
-        """Pages of the owner's, or for it. Raises LandingRefused."""
+        """Pages that the owner named, or new ones for it. Raises LandingRefused."""
         try:
             lease, pages = self._given(offer) if offer.destination else self._allocated(offer, now)
         except PoolError as refused:
@@ -195,7 +197,7 @@ class Pushing:
         return pages
 
     def _given(self, offer: TransferOffer) -> tuple[Lease, tuple[int, ...]]:
-        """Pages that their owner named: none that is retired, as others may read those."""
+        """Pages that their owner named. Retired pages are refused, because others may read them."""
         slots = self.pool.home.slots(Address(address) for address in offer.destination)
         lease = self.pool.leases.unlent(offer.owner, offer.into)
         retired = lease.retired_tokens // self.pool.page_tokens
@@ -216,7 +218,10 @@ class Pushing:
         return lease, grant.pages
 
     def commit(self, key: Key, offer: TransferOffer, pages: tuple[int, ...], now: float) -> int:
-        """The pages are complete: insert the tokens, if there are any. Raises LandingRefused."""
+        """Accept complete pages, insert their tokens if there are any, and return their lease.
+
+        Raises LandingRefused.
+        """
         lease = self._landings[key]
         if lease.owner != offer.owner:
             raise LandingRefused(Failure.REFUSED, "its owner has ended the lease", PoolError.UNKNOWN_LEASE)
@@ -235,21 +240,21 @@ class Pushing:
         return lease.id
 
     def release(self, key: Key, offer: TransferOffer) -> None:
-        """The pages are not complete, and nobody writes to them any more."""
+        """Let go of pages that are not complete and that nothing writes to any more."""
         lease = self._landings.pop(key)
         if not offer.destination and lease.owner == offer.owner:
-            self.pool.free_mem(lease.owner, lease.id)  # the lender's from now on
+            self.pool.free_mem(lease.owner, lease.id)  # lent, so it passes to LENDER
         self.lending.take_back(lease.id)
 
-    # ---- claims ----------------------------------------------------------------------------------------------
+    # ---- claims --------------------------------------------------------------------------------------------
 
     def wait(self, sender: ActorId, call: NextArrival) -> None:
-        """Answer with what has arrived for ``sender`` from others, now or later."""
+        """Answer with pages that others have sent to ``sender``, now or when some arrive."""
         self._waiting[sender, call.call] = None
         self._announce()
 
     def claimed(self, lease: int) -> None:
-        """Its owner knows of it, and ends it itself."""
+        """Record that the lease's owner knows of it, and will end it itself."""
         self._arrived.pop(lease, None)
 
     def _announce(self) -> None:
@@ -263,7 +268,7 @@ class Pushing:
                 self._answers.append((sender, answer))
 
     def _next_for(self, owner: ActorId) -> Lease | None:
-        """The lease of the oldest arrival that was sent to ``owner`` by another."""
+        """The lease of the oldest arrival that another actor sent to ``owner``."""
         for number, one in self._arrived.items():
             lease = self.pool.leases.find(number)
             if one.owner == owner != one.caller and lease is not None and lease.owner == owner:
@@ -276,7 +281,7 @@ class Pushing:
         return min((one.until for one in self._arrived.values()), default=math.inf)
 
     def advance(self, now: float) -> None:
-        """End what nobody has claimed."""
+        """End the leases that were not claimed in time."""
         for number, one in list(self._arrived.items()):
             if now >= one.until:
                 del self._arrived[number]
@@ -284,7 +289,10 @@ class Pushing:
                     self.pool.free_mem(one.owner, number)
 
     def forget(self, sender: ActorId, call: int | None = None) -> list[int]:
-        """Nobody waits for a sender's calls any more, or for one of them: the orders to be withdrawn."""
+        """Drop a sender's calls, or one of them, which are no longer waited for.
+
+        Returns the orders to withdraw.
+        """
         for key in [key for key in self._waiting if key[0] == sender and call in (None, key[1])]:
             del self._waiting[key]
         mine = [number for number, one in self._pushes.items() if one.sender == sender and one.call]
@@ -294,14 +302,14 @@ class Pushing:
         return ended
 
     def take_answers(self) -> list[Answered]:
-        """Answers to calls that had to wait, once."""
+        """Answers to calls that had to wait, returned once."""
         answers, self._answers = self._answers, []
         return answers
 
-    # ---- accounts --------------------------------------------------------------------------------------------
+    # ---- accounts ------------------------------------------------------------------------------------------
 
     def lent(self) -> Iterator[int]:
-        """Every lease that is lent here, as often as it is."""
+        """Every lease that is lent here, once for each mover."""
         for push in self._pushes.values():
             yield from push.leases
         for lease in self._landings.values():
@@ -309,9 +317,9 @@ class Pushing:
 
     @property
     def landings(self) -> int:
-        """Pushes that come in."""
+        """Number of incoming pushes."""
         return len(self._landings)
 
     def __len__(self) -> int:
-        """Calls without an answer."""
+        """Number of unanswered calls."""
         return len(self._pushes) + len(self._waiting)

@@ -1,4 +1,7 @@
-"""How pages of a lease become pages of the index: checks first, so that a refused insert has changed nothing."""
+"""How pages of a lease become pages of the index.
+
+All checks come first, so that a refused insert has changed nothing.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,14 @@ from memserve.tokens import TOKEN_BYTES, count, span
 
 @attrs.define
 class Retired:
-    """What an insert did."""
+    """The result of an insert."""
 
     already_tokens: int
     new_pages: int = 0
     duplicate_pages: int = 0
     skipped_pages: int = 0
     replaced: tuple[int, ...] = ()
-    """Pages of slower tiers that the index gave up for the lease's: they hold nothing any more."""
+    """Pages in slower tiers that the index gave up for the lease's pages: they hold nothing any more."""
 
 
 @attrs.define
@@ -34,11 +37,14 @@ class Retiring:
 
     @property
     def page_tokens(self) -> int:
-        """Tokens a page."""
+        """Tokens per page."""
         return self.tree.page_tokens
 
     def insert(self, lease: Lease, start: int, tokens: bytes, slots: Sequence[int]) -> Retired:
-        """Retire ``tokens`` at position ``start``, in ``slots`` or else in the lease's next pages. See ``Pool.insert``."""
+        """Retire ``tokens`` at position ``start``, from ``slots`` or, if empty, the lease's next pages.
+
+        See ``Pool.insert``.
+        """
         self._check_span(lease, start, tokens)
         self._check_repeat(lease, start, span(tokens, 0, lease.retired_tokens - start))
         if slots:
@@ -71,7 +77,7 @@ class Retiring:
             )
 
     def _arrange(self, lease: Lease, start: int, tokens: bytes, slots: Sequence[int]) -> None:
-        """Put the lease's table in the order that ``slots`` says, behind the prefix that they begin with."""
+        """Put the lease's table in the order of ``slots``, after the cached prefix that they begin with."""
         if len(slots) * self.page_tokens != count(tokens):
             text = f"{count(tokens)} tokens do not fill {len(slots)} pages of {self.page_tokens}"
             raise PoolError(PoolError.DOES_NOT_FIT, text)
@@ -97,7 +103,10 @@ class Retiring:
         lease.pages[retired:] = fresh + [page for page in lease.pages[retired:] if page not in taken]
 
     def _attach(self, lease: Lease, tokens: bytes, slots: list[int]) -> None:
-        """Let a lease that has retired nothing begin with what the index holds for ``tokens``, if that is ``slots``."""
+        """Put what the index holds for ``tokens``, if that is ``slots``, in front of a lease's pages.
+
+        The lease must have retired nothing.
+        """
         pin: Pin = self.tree.pin(lease.scope, tokens)
         moving = any(node.moving is not None for node in pin.node.path())
         if len(tokens) != pin.tokens * TOKEN_BYTES or self.tree.pages_of(pin) != slots or moving:
@@ -111,7 +120,7 @@ class Retiring:
         lease.pages[:0] = slots
 
     def _offered(self, lease: Lease, tokens: bytes) -> list[int]:
-        """The lease's own pages that ``tokens``, next to be retired, are in."""
+        """The lease's own pages that hold ``tokens``, the next to be retired."""
         first = lease.retired_tokens // self.page_tokens
         return lease.pages[first : first + count(tokens) // self.page_tokens]
 

@@ -1,8 +1,9 @@
-"""Room for pages: what is free in every tier, and how more of it is made.
+"""Room for pages: how many are free in every tier, and how more are freed.
 
-A grant takes free pages. Short of those, the least recently used unpinned pages leave for the next tier and the grant
-waits for that copy (:meth:`Room.secure`, :meth:`Room.clears`), or they are dropped at once where nobody may wait
-(:meth:`Room.take`) or where there is no other tier. :meth:`Room.balance` keeps some pages free in the background, so that most grants never wait.
+A grant takes free pages. If they do not suffice, the least recently used unpinned pages move to the next tier
+and the grant waits for that copy (:meth:`Room.secure`, :meth:`Room.clears`). They are dropped at once if the
+caller may not wait (:meth:`Room.take`), or if there is no other tier. :meth:`Room.balance` keeps some pages
+free in the background, so that most grants never wait.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from memserve.mempool.tiers import Tiers
 
 @attrs.frozen
 class Capacity:
-    """Pages of a pool by tier, and when they are moved."""
+    """Pages of a pool by tier, and the thresholds at which they move to the next tier."""
 
     device: int
     host: int = 0
@@ -25,12 +26,12 @@ class Capacity:
     swap_low: float = 0.05
     """Pages begin to leave a tier when less than this share of it is free."""
     swap_high: float = 0.1
-    """They leave until this share is free."""
+    """Pages leave a tier until this share of it is free."""
 
 
 @attrs.define
 class Room:
-    """The pages of one pool: free ones, indexed ones, and those under way between tiers."""
+    """The pages of one pool: free ones, indexed ones, and those being copied between tiers."""
 
     capacity: Capacity
     tree: PromptTree
@@ -43,23 +44,23 @@ class Room:
         self.swaps = Swaps(self.tiers, self.tree)
 
     def total(self, tier: Tier) -> int:
-        """Pages of a tier."""
+        """Number of pages of a tier."""
         return self.tiers.total(tier)
 
     def free(self, tier: Tier) -> int:
-        """Pages of a tier that hold nothing."""
+        """Number of pages of a tier that hold nothing."""
         return self.tiers.free(tier)
 
     def leased(self, tier: Tier) -> int:
-        """Pages of a tier that are private to a lease, or to a copy that fills them."""
+        """Number of pages of a tier that are private to a lease or to a copy that fills them."""
         return self.tiers.total(tier) - self.tiers.free(tier) - self.tree.indexed[tier]
 
     def give(self, slots: list[int] | tuple[int, ...]) -> None:
-        """Pages hold nothing any more."""
+        """Free pages that hold nothing any more."""
         self.tiers.give(slots)
 
     def evict(self, n: int, tier: Tier = Tier.DEVICE) -> int:
-        """Drop unpinned pages until ``n`` of ``tier`` came free; how many did."""
+        """Drop unpinned pages until ``n`` pages of ``tier`` come free; returns how many did."""
         before = self.tiers.free(tier)
         pages = self.tree.evict(n, tier)
         self.tiers.give(pages)
@@ -67,7 +68,7 @@ class Room:
         return self.tiers.free(tier) - before
 
     def take(self, n: int, tier: Tier = Tier.DEVICE) -> list[int] | None:
-        """``n`` slots now, dropping just as many pages as are missing; None when even that would not do."""
+        """``n`` slots now, dropping only as many pages as are missing; None when even that is not enough."""
         missing = n - self.tiers.free(tier)
         if missing > self.tree.evictable[tier]:
             return None
@@ -76,7 +77,7 @@ class Room:
         return self.tiers.take(n, tier)
 
     def clears(self, n: int) -> bool:
-        """Whether ``n`` device slots are not there, but come free when copies end; begins what copies it takes."""
+        """Whether ``n`` device slots are not free yet, but will be when copies end; begins these copies."""
         missing = n - self.tiers.free(Tier.DEVICE)
         if missing <= 0:
             return False
@@ -84,9 +85,9 @@ class Room:
         return missing <= self.swaps.leaving(Tier.DEVICE)
 
     def secure(self, n: int) -> list[int] | None:
-        """``n`` device slots, losing nothing that can be kept.
+        """``n`` device slots, without losing anything that can be kept.
 
-        None when that takes time: until copies end that are under way then, or until others free pages.
+        None when that takes time: the copies that are then under way must end, or others must free pages.
         """
         while (missing := n - self.tiers.free(Tier.DEVICE)) > 0:
             if missing > self.tree.evictable[Tier.DEVICE]:
@@ -99,9 +100,10 @@ class Room:
         return self.tiers.take(n)
 
     def send_out(self, tier: Tier, n: int, *, urgent: bool) -> list[int]:
-        """Begin to move up to ``n`` pages, the least recently used, to the next tier; the copies begun.
+        """Begin to move up to ``n`` pages to the next tier, least recently used first.
 
-        An urgent call drops what is coldest there to make room, and so does one to the slowest tier.
+        Returns the IDs of the copies begun. An urgent call drops the coldest pages of the next tier to make
+        room, and so does a call that moves pages to the slowest tier.
         """
         lower = self.swaps.below(tier)
         n = min(n, self.tree.evictable[tier] - self.swaps.leaving(tier))
@@ -113,7 +115,7 @@ class Room:
         return self.swaps.send_out(tier, lower, min(n, self.tiers.free(lower)))
 
     def balance(self) -> None:
-        """Begin to move pages out of every tier that is short of free ones."""
+        """Begin to move pages out of every tier that is short of free pages."""
         for tier in self.tiers.names:
             total, free = self.tiers.total(tier), self.tiers.free(tier)
             if free >= self.capacity.swap_low * total or self.swaps.below(tier) is None:

@@ -1,4 +1,7 @@
-"""What came after a prompt when it was last in the index: very likely its answer, where the same is asked again."""
+"""The tokens that followed a prompt when it was last in the index.
+
+They are very likely its answer, if the same question is asked again.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +10,22 @@ from memserve.mempool.prompt_tree import PromptTree
 from memserve.tokens import TOKEN_BYTES
 
 SEQUEL_MAX = 4096
-"""Tokens of an answer, however many were asked for."""
+"""Maximum number of tokens returned, however many are asked for."""
 NEWEST = 64
-"""Of a node's children, as many are looked at: thousands may begin behind a system prompt."""
+"""How many of a node's latest children are examined: thousands may follow a system prompt."""
 
 
 def sequel_of(tree: PromptTree, scope: str, tokens: bytes, most: int) -> bytes:
-    """At most ``most`` tokens, and SEQUEL_MAX, packed, that the index has after all of ``tokens``; where it has several, the newest. Counts as no use.
+    """The tokens, packed, that the index has after all of ``tokens``: at most ``most``, and SEQUEL_MAX.
 
-    The index has whole pages, and ``tokens`` may end within one: then what goes on in it.
+    If it has several continuations, the latest is taken. The look-up does not count as a use. The index has
+    whole pages, and ``tokens`` may end within one: then its continuation is what follows in that page.
     """
     root = tree.roots.get(scope)
     if root is None:
         return b""
     node, inside, at = tree.descend(root, tokens)
-    begun = tokens[at:]  # of the page in which they end; longer where the index has not all of them
+    begun = tokens[at:]  # the part of the last page; longer if the index does not have all tokens
     wanted = len(begun) + min(most, SEQUEL_MAX) * TOKEN_BYTES
     found = node.key[inside:]
     while len(found) < wanted and (child := _newest(node, begun[len(found) :])) is not None:

@@ -1,13 +1,14 @@
-"""The MemPoolShard's core: pool calls in, answers out, and the clock that ends the leases of the silent.
+"""The MemPoolShard's core: pool calls in, answers out, and the clock that ends leases of silent owners.
 
-A call is known by ``(sender, call)`` and acted on once. A repeat gets the same answer again (as long as a
-granted lease lives) and never a second grant, which nobody would know to free.
+A call is identified by ``(sender, call)`` and acted on once. A repeat gets the same answer again (as long as
+a granted lease lives) and never a second grant, which no caller would know to free.
 
-An Acquire or a Match that finds the pool short waits in one bounded queue, granted strictly in order: a large one is not
-overtaken for ever by small ones. One whose pages must be brought in leaves the queue with its pages
-reserved, and is answered when the copy is over; those behind it do not wait for that. AllocMem and SwapIn never
-wait for others' pages, because whoever asks already holds some that others wait for. A lease that was refused pages comes before the
-queue when some come free, or whoever gave way to it would be granted the very pages that it gave up.
+An Acquire or a Match that finds the pool short waits in one bounded queue. The queue is granted strictly in
+order, so that small calls cannot overtake a large one forever. A call whose pages must be brought in leaves
+the queue with its pages reserved, and is answered when the copy has ended; the calls behind it do not wait
+for that. AllocMem and SwapIn never wait for pages of others, because their callers already hold pages that
+others wait for. When pages come free, a lease that was refused pages goes before the queue. Otherwise a
+caller that gave way to it would be granted the very pages that it gave up.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ Waiting = Acquire | Match
 """Calls that may wait for pages."""
 
 PREFETCHER = ActorId("prefetch.0")
-"""Owner of the leases under which pages are brought in ahead."""
+"""Owner of the leases under which pages are brought in ahead of their use."""
 
 
 @attrs.define
@@ -68,27 +69,30 @@ class ShardCore:
     """
 
     calls: ClassVar[Mapping[type[Any], Callable[..., Answer | None]]]
-    """What is done for each kind of call; None: it is answered later."""
+    """Handler for each kind of call; it returns None if the answer comes later."""
     pool: Pool
     waiting_max: int = 1024
-    """Calls that may wait for pages or copies; one more is refused with QUEUE_FULL."""
+    """Maximum number of calls that wait for pages or copies; one more is refused with QUEUE_FULL."""
     remembered_max: int = 1024
-    """Answers remembered for each sender. A repeat of an older call is ignored."""
+    """Number of answers remembered for each sender.
+
+    A repeat of an older call is refused with UNKNOWN_LEASE.
+    """
     schedulers: tuple[ActorId, ...] = ()
-    """Who is told what the index holds."""
+    """Schedulers that get the events of the index."""
     page_bytes: int = 0
     arenas: tuple[str, ...] = ()
-    """Where clients map the memory of each tier."""
-    me: ActorId | None = None  # to know when it is itself held for dead
+    """Sockets by which clients map the memory of each tier; empty for one that cannot be mapped."""
+    me: ActorId | None = None  # to notice when it is itself presumed dead
     _waiting: dict[tuple[ActorId, int], Waiting] = attrs.field(factory=dict, init=False)
-    """By (sender, call), the longest waiting first."""
+    """Waiting calls by (sender, call), longest waiting first."""
     _loading: dict[int, tuple[ActorId, Waiting | SwapIn | None]] = attrs.field(factory=dict, init=False)
-    """Calls whose pages are being brought in, by lease; None for a Prefetch."""
+    """Senders and calls whose pages are being brought in, by lease; the call is None for a Prefetch."""
     _copy_waits: CopyWaits = attrs.field(init=False)
     _replies: Replies = attrs.field(init=False)
     _actions: list[Action] = attrs.field(factory=list, init=False)
     _pids: dict[ActorId, int] = attrs.field(factory=dict, init=False)
-    """Processes that report here: those that map the arena."""
+    """PIDs of the processes that report here: those that map the arena."""
     _publisher: Publisher = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -100,11 +104,11 @@ class ShardCore:
 
     @property
     def deadline(self) -> float:
-        """When :meth:`advance` must be called next; infinity when nobody holds anything."""
+        """When :meth:`advance` must be called next; infinity when nothing is due."""
         return min(self.pool.deadline, self._publisher.deadline)
 
     def receive(self, sender: ActorId, message: Message | CopyDone | object, now: float) -> None:
-        """Take one message in. A heartbeat is believed for the member it names, whoever passed it on."""
+        """Take in one message. A heartbeat counts for the member it names, whichever actor passed it on."""
         match message:
             case FreeMem():
                 self._free(sender, message, now)
@@ -122,7 +126,7 @@ class ShardCore:
             case IndexWanted():
                 self._actions += self._publisher.snapshot(sender)
             case Cluster() | Meet():
-                pass  # the shell has noted it
+                pass  # the shell has handled it
             case _ if type(message) in self.calls:
                 self._call(sender, message, now)
             case _:
@@ -131,7 +135,10 @@ class ShardCore:
         self._go_on(now)
 
     def advance(self, now: float) -> None:
-        """End the leases of owners that fell silent, whether or not anybody waits for their pages."""
+        """Publish index events that are due, and end the leases of owners that fell silent.
+
+        The leases end whether or not a call waits for their pages.
+        """
         self._actions += self._publisher.advance(now)
         if now < self.pool.deadline:
             return
@@ -141,17 +148,23 @@ class ShardCore:
         self._go_on(now)
 
     def take(self) -> list[Action]:
-        """What there is to do, once."""
+        """Actions to perform, returned once."""
         actions, self._actions = self._actions, []
         return actions
 
     def undeliverable(self, to: ActorId, message: Message, now: float) -> None:
-        """The shell could not send an answer: the caller is gone, and what it was granted ends with its silence."""
+        """Log an answer that the shell could not send.
+
+        Its caller is gone, and what it was granted ends with its silence.
+        """
         data: dict[str, object] = {"to": to, "kind": type(message).__name__}
         self._actions.append(Log("warning", "message undeliverable", data))
 
     def gauges(self) -> dict[str, float]:
-        """The shard's figures for its heartbeat; units in the names, ``_total`` ones only grow."""
+        """The shard's figures for its heartbeat, with units in the names.
+
+        ``_total`` figures only grow, except the sizes of the tiers.
+        """
         return {
             **pool_gauges(self.pool),
             "index_published_total": self._publisher.published,
@@ -196,7 +209,7 @@ class ShardCore:
 
     @property
     def _unanswered(self) -> int:
-        """Calls that wait, for pages or for copies."""
+        """Number of calls that wait for pages or for copies."""
         return len(self._waiting) + len(self._loading) + len(self._copy_waits)
 
     def _alloc_mem(self, sender: ActorId, call: AllocMem, now: float) -> Answer | None:
@@ -228,11 +241,11 @@ class ShardCore:
         return PoolDescribed(call.call, home.shard, home.incarnation, *sizes)
 
     def _wait(self, sender: ActorId, call: Waiting, now: float) -> Answer | None:
-        """Grant a call that may wait, unless it would overtake another."""
+        """Grant a call that may wait, unless it would overtake another; otherwise queue it."""
         if isinstance(call, Acquire):
             self.pool.demands.pages(
                 call.tokens, call.extra_pages
-            )  # what never fits must not stand in the queue
+            )  # what never fits must not enter the queue
         if not self._waiting and self._unanswered < self.waiting_max:
             grant = self._try(sender, call, now)
             if grant is not None:
@@ -242,7 +255,10 @@ class ShardCore:
         return None
 
     def _check_queue(self) -> None:
-        """Calls whose pages are being brought in count: they come back to the queue if the bytes are lost."""
+        """Raise PoolError (QUEUE_FULL) if as many calls wait as may.
+
+        Calls whose pages are being brought in count, because they return to the queue if the bytes are lost.
+        """
         if (waiting := self._unanswered) >= self.waiting_max:
             raise PoolError(PoolError.QUEUE_FULL, f"{waiting} calls wait for pages already")
 
@@ -273,7 +289,7 @@ class ShardCore:
     # ---- going on ------------------------------------------------------------------------------------------
 
     def _go_on(self, now: float) -> None:
-        """After every change: grant what can be granted now, keep some pages free, have copied what must move."""
+        """After every change: grant what can be granted, keep some pages free, begin the copies needed."""
         self._reply_all(self._copy_waits.grown(now))
         self._grant_waiting(now)
         self.pool.room.balance()
@@ -281,7 +297,7 @@ class ShardCore:
         self._publisher.changed(now)
 
     def _grant_waiting(self, now: float) -> None:
-        """Grant the queue's head as often as the pool can."""
+        """Grant the head of the queue as often as the pool can."""
         while self._waiting:
             (sender, number), call = next(iter(self._waiting.items()))
             grant = self._try(sender, call, now)
@@ -297,7 +313,7 @@ class ShardCore:
         again = [self._lost(lease) for lease in self.pool.copied(done)]
         if swaps.bad_pages > bad:
             self._actions.append(Log("warning", "damaged pages dropped", {"pages": swaps.bad_pages - bad}))
-        for sender, call in reversed(again):  # their bytes are lost: first in the queue, to find what is left
+        for sender, call in reversed(again):  # their bytes are lost: back to the head of the queue
             if isinstance(call, Acquire | Match):
                 self._waiting = {(sender, call.call): call, **self._waiting}
         for grant in self.pool.settle():
@@ -332,7 +348,7 @@ class ShardCore:
             try:
                 self._free_mem(sender, message, now)
             except PoolError as refused:
-                # A second free, or one that crossed an expiry: harmless, and worth a line.
+                # A second free, or one that crossed an expiry: harmless, but worth a log line.
                 data: dict[str, object] = {"sender": sender, "lease": message.lease, "code": refused.code}
                 self._actions.append(Log("warning", "free refused", data))
 
@@ -344,9 +360,9 @@ class ShardCore:
         return Freed(call.call, pages)
 
     def _withdraw(self, sender: ActorId, number: int) -> None:
-        """Nobody waits for this call any more.
+        """Withdraw a call that its sender no longer waits for.
 
-        Its answer may have crossed the withdrawal: then the lease ends here.
+        Its answer may have crossed the withdrawal: then the lease that it granted ends here.
         """
         memory = self._replies.of(sender)
         answer = memory.answer(number)
@@ -373,7 +389,7 @@ class ShardCore:
             self._reply(sender, answer)
 
     def _forget(self, owner: ActorId) -> int:
-        """Drop an owner's calls and the answers it was given; how many waited for pages."""
+        """Drop an owner's calls and the answers it was sent; returns how many calls waited for pages."""
         self._replies.forget(owner)
         waiting = [key for key in self._waiting if key[0] == owner]
         for key in waiting:
@@ -383,11 +399,11 @@ class ShardCore:
         return len(waiting)
 
     def _bury(self, actors: Iterable[ActorId]) -> None:
-        """Free what the dead owned.
+        """Free what dead actors owned.
 
-        One that comes back after all is heard again, but its old leases are unknown.
+        An actor that comes back after all is heard again, but its old leases are unknown.
         """
-        if self.me and self.me in actors:  # its workers have left, and nobody places anything here any more
+        if self.me and self.me in actors:  # its workers have left, and no scheduler places anything here
             self._actions.append(Stop("fenced off: the cluster holds this shard for dead"))
         for actor in actors:
             self._fence(actor)
@@ -395,9 +411,10 @@ class ShardCore:
             self._log_reclaimed("owner gone", reclaimed, self._forget(actor))
 
     def _fence(self, owner: ActorId) -> None:
-        """Make sure that an owner never writes to its pages again: it may be stopped in the middle of a step.
+        """Make sure that an owner never writes to its pages again.
 
-        Comes before every grant of, and copy into, what is freed here, because actions are performed in order.
+        It may only be paused in the middle of a step. The kill comes before every grant of, and copy into,
+        the pages freed here, because actions are performed in order.
         """
         pid = self._pids.pop(owner, None)
         if pid is not None:

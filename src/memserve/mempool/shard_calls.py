@@ -1,4 +1,4 @@
-"""The caller's side of the pool calls: numbers them, and remembers what each was for until it is answered."""
+"""The caller's side of the pool calls: numbers them, and remembers what each is for until it is answered."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ Call = TypeVar("Call")
 class ShardCalls(Generic[Key]):
     """Builds the messages to shards. ``key`` is whatever the caller finds its request by.
 
-    Numbers are never used twice within an incarnation: the shard takes a number that it knows for a repeat.
+    A number is never reused within an incarnation: the shard would take the new call for a repeat.
     """
 
     _last: int = attrs.field(default=0, init=False)
     _pending: dict[int, tuple[Key, bool]] = attrs.field(factory=dict, init=False)
-    """Call to (key, whether its answer may be a new lease)."""
+    """For each unanswered call: (key, whether its answer may be a new lease)."""
 
     def __len__(self) -> int:
-        """Calls without an answer."""
+        """Number of unanswered calls."""
         return len(self._pending)
 
     def ask(self, key: Key, make: Callable[[int], Call], *, grants: bool = False) -> Call:
-        """Any call; ``grants``: its answer may be a new lease."""
+        """Number any call, which ``make`` builds; ``grants``: its answer may be a new lease."""
         return make(self._number(key, grants))
 
     def acquire(
@@ -44,12 +44,12 @@ class ShardCalls(Generic[Key]):
         anew: bool = False,
         sequel_tokens: int = 0,
     ) -> Acquire:
-        """Ask for a lease on pages for ``tokens`` and ``extra_pages`` more; the answer may take its time."""
+        """Ask for a lease on pages for ``tokens`` and ``extra_pages`` more; the answer may take a while."""
         call = self._number(key, grants=True)
         return Acquire(call, scope, tokens, extra_pages, source, swap_least, anew, sequel_tokens)
 
     def alloc(self, key: Key, lease: int, pages: int) -> AllocMem:
-        """Ask for ``pages`` more pages of a lease."""
+        """Ask for ``pages`` more pages for a lease."""
         return AllocMem(self._number(key), lease, pages)
 
     def insert(self, key: Key, lease: int, start: int, tokens: bytes) -> Insert:
@@ -61,19 +61,23 @@ class ShardCalls(Generic[Key]):
         return Adopt(self._number(key), lease, previous)
 
     def answered(self, call: int) -> Key | None:
-        """Whose call this answer ends; None when nobody waits for it.
+        """The key of the call that this answer ends; None when no request waits for it.
 
-        Then, if it is an Acquired with a lease that the caller does not hold, the lease must be given back.
+        If it is None and the answer is an Acquired with a lease that the caller does not hold, the lease must
+        be given back.
         """
         key, _ = self._pending.pop(call, (None, False))
         return key
 
     def of(self, key: Key) -> list[int]:
-        """The calls of ``key`` that have no answer yet."""
+        """The unanswered calls of ``key``."""
         return [call for call, (owner, _) in self._pending.items() if owner == key]
 
     def forget(self, key: Key) -> tuple[FreeMem, ...]:
-        """Stop waiting for every call of ``key``. Send what this returns: it withdraws those that may be granted."""
+        """Stop waiting for every call of ``key``.
+
+        The caller must send the returned messages: they withdraw the calls that may be granted.
+        """
         ended = self.of(key)
         withdrawn = tuple(FreeMem(lease=0, call=call) for call in ended if self._pending[call][1])
         for call in ended:

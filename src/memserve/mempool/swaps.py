@@ -1,8 +1,8 @@
-"""Copies between the tiers of a shard that are under way: what they move, and which pages they hold meanwhile.
+"""Copies under way between the tiers of a shard: what they move, and which pages they hold until they end.
 
-A move's source stays where it is and valid until the copy is over, and its target belongs to the move alone. A move
-that nobody wants any more (its node was pinned, improved or dropped) is abandoned: its source is free to go at once,
-because bytes read from it are thrown away, and its target comes free when the copy is over.
+A move's source stays in place and valid until the copy has ended, and its target belongs to the move alone. A
+move that is no longer wanted (its node was pinned, improved or dropped) is abandoned. Its source may then be
+freed at once, because bytes read from it are thrown away; its target comes free when the copy has ended.
 """
 
 from __future__ import annotations
@@ -18,17 +18,20 @@ from memserve.mempool.prompt_tree import PromptTree
 from memserve.mempool.tiers import Tiers
 
 COPY_PAGES = 64
-"""Pages in one Copy to a slower tier, at most: the first ones come free while the rest is copied."""
+"""Maximum number of pages in a Copy to a slower tier: the first ones come free while the rest is copied."""
 
 
 @attrs.define
 class Swaps:
-    """The moves of one pool's pages. Gives and takes pages of ``tiers`` and changes ``tree`` as copies end."""
+    """The moves of one pool's pages.
+
+    Takes and gives pages of ``tiers``, and changes ``tree`` as copies end.
+    """
 
     tiers: Tiers
     tree: PromptTree
     broken: set[Tier] = attrs.field(factory=set, init=False)
-    """Tiers that could not be written to: nothing more is moved there."""
+    """Tiers that could not be written to: no more pages are moved there."""
     out_pages: int = attrs.field(default=0, init=False)
     in_pages: int = attrs.field(default=0, init=False)
     bad_pages: int = attrs.field(default=0, init=False)
@@ -38,19 +41,19 @@ class Swaps:
     _copies: list[Copy] = attrs.field(factory=list, init=False)
 
     def __len__(self) -> int:
-        """Copies under way."""
+        """Number of copies under way."""
         return len(self._jobs)
 
     def __contains__(self, job: int) -> bool:
         return job in self._jobs
 
     def moves(self) -> Iterator[Move]:
-        """Every move under way, wanted or not."""
+        """Every move under way, abandoned ones included."""
         for job in self._jobs.values():
             yield from job.moves
 
     def leaving(self, tier: Tier) -> int:
-        """Pages of a tier that come free when copies end."""
+        """Number of pages of a tier that come free when copies end."""
         return sum(
             len(move.source)
             for move in self.moves()
@@ -58,16 +61,19 @@ class Swaps:
         )
 
     def copying(self) -> list[int]:
-        """Slots that are being written, each held by its move."""
+        """Slots that are being written; each is held by its move."""
         return [page for move in self.moves() for page in move.target]
 
     def below(self, tier: Tier) -> Tier | None:
-        """Where pages of a tier go; None from the slowest one that works."""
+        """The tier to which pages of a tier move; None from the slowest one that works."""
         lower = self.tiers.below(tier)
         return self.below(lower) if lower in self.broken and lower is not None else lower
 
     def send_out(self, tier: Tier, lower: Tier, n: int) -> list[int]:
-        """Begin to move up to ``n`` pages, the least recently used, to a tier with as many free; the jobs."""
+        """Begin to move up to ``n`` pages, least recently used first, to a tier with as many free.
+
+        Returns the IDs of the copies.
+        """
         begun = []
         while n > 0:
             nodes = self.tree.coldest(min(n, COPY_PAGES), tier)
@@ -90,7 +96,10 @@ class Swaps:
             self._begin(nodes, targets)
 
     def finish(self, done: CopyDone) -> list[Node]:
-        """A copy is over: its pages are where they should be. Returns nodes whose bytes are lost, still in the tree."""
+        """Handle the end of a copy: its pages are where they should be.
+
+        Returns the nodes whose bytes are lost; they are still in the tree.
+        """
         job = self._jobs.pop(done.id)
         bad = set(done.bad)
         # The list grows while it is walked: a node that is bad in part is split, and its move with it.
@@ -98,7 +107,7 @@ class Swaps:
         return [node for node in landed if node is not None]
 
     def take_copies(self) -> list[Copy]:
-        """What the shell is to copy, once."""
+        """Copies that the shell must make, returned once."""
         copies, self._copies = self._copies, []
         return copies
 
@@ -122,7 +131,7 @@ class Swaps:
         return job.id
 
     def _land(self, move: Move, bad: set[int]) -> Node | None:
-        """End one move; its node if its bytes are lost."""
+        """End one move; returns its node if the bytes are lost."""
         node = move.node
         if node is None:
             self.tiers.give(move.target)
@@ -152,7 +161,7 @@ class Swaps:
 
 
 def runs(moves: Sequence[Move]) -> tuple[tuple[int, int, int], ...]:
-    """The fewest (source, target, pages) that copy all moves: neighbours at both ends go in one piece."""
+    """The fewest (source, target, pages) that copy all moves: pages adjacent at both ends go in one piece."""
     pairs = sorted(pair for move in moves for pair in zip(move.source, move.target, strict=True))
     found: list[tuple[int, int, int]] = []
     for source, target in pairs:

@@ -12,13 +12,13 @@ from memserve.mempool.pages import Pages
 
 @attrs.define
 class Tiers:
-    """One allocator a tier. A tier of no pages does not exist."""
+    """One allocator per tier. A tier without pages does not exist."""
 
     _pages: dict[Tier, Pages]
 
     @classmethod
     def of(cls, device: int, host: int = 0, disk: int = 0) -> Tiers:
-        """So many pages in each tier."""
+        """Tiers with these numbers of pages."""
         counts = {Tier.DEVICE: device, Tier.HOST: host, Tier.DISK: disk}
         assert max(counts.values()) <= PAGES_MAX, f"more than {PAGES_MAX} pages in a tier"
         return cls({tier: Pages(count) for tier, count in counts.items() if count})
@@ -28,30 +28,30 @@ class Tiers:
 
     @property
     def names(self) -> tuple[Tier, ...]:
-        """The tiers that exist, the fastest first."""
+        """The tiers that exist, fastest first."""
         return tuple(self._pages)
 
     def below(self, tier: Tier) -> Tier | None:
-        """The next slower tier that exists."""
+        """The next slower tier that exists; None when there is none."""
         return next((lower for lower in self._pages if lower > tier), None)
 
     def total(self, tier: Tier) -> int:
-        """Pages of a tier; 0 for one that does not exist."""
+        """Number of pages of a tier; 0 for one that does not exist."""
         return self._pages[tier].count if tier in self._pages else 0
 
     def free(self, tier: Tier) -> int:
-        """Pages of a tier that nobody has."""
+        """Number of free pages of a tier; 0 for one that does not exist."""
         return self._pages[tier].free_count if tier in self._pages else 0
 
     def take(self, n: int, tier: Tier = Tier.DEVICE) -> list[int] | None:
-        """``n`` free slots of a tier, or None (and nothing taken) when fewer are free."""
+        """``n`` free slots of a tier; None, with nothing taken, when fewer are free."""
         pages = self._pages[tier].take(n)
         if tier is Tier.DEVICE or pages is None:
             return pages
         return [slot(tier, page) for page in pages]
 
     def give(self, slots: Sequence[int]) -> None:
-        """Give slots of any tiers back. All of them must be taken and named once."""
+        """Give slots of any tiers back. Each must be taken, and named only once."""
         if not slots:
             return
         if max(slots) < PAGES_MAX:

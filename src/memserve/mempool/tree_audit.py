@@ -1,4 +1,4 @@
-"""Every invariant of the prefix index, for :meth:`memserve.mempool.pool.Pool.check` and the tests."""
+"""Every invariant of the prefix index, for :func:`memserve.mempool.audit.check_pool` and the tests."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Actors as processes: how one runs, is watched, dies with its supervisor, is restarted, and joins a running cluster."""
+"""Actors as processes: how they run, are watched and restarted, die with their supervisor, and join."""

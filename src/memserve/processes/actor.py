@@ -1,6 +1,7 @@
-"""One actor as a process: what it is given, how it lives, and how it ends. The child's side of the supervisor.
+"""One actor as a process: what it gets at start, how it runs, and how it ends.
 
-It is tied to its supervisor by a lifeline, see :mod:`memserve.processes.lifeline`.
+This is the child's side of the supervisor. A lifeline ties it to its supervisor, see
+:mod:`memserve.processes.lifeline`.
 """
 
 from __future__ import annotations
@@ -50,9 +51,9 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 GONE_GRACE_S = 0.5
-"""From the supervisor's death to ``os._exit``, whatever the actor or one of its threads is doing."""
+"""Time from the supervisor's death to ``os._exit``, whatever the actor's threads are doing."""
 GROUP_SIGNAL_S = 0.5
-"""Within this time the supervisor has said that it drains the cluster, if it got the same signal."""
+"""If the supervisor got the same signal, it has recorded within this time that it drains the cluster."""
 
 MODULES = {
     "Frontend": "memserve.actors.frontend",
@@ -61,11 +62,14 @@ MODULES = {
     "PrefillWorker": "memserve.actors.prefill_worker",
     "DecodeWorker": "memserve.actors.decode_worker",
 }
-"""Where the ``main`` of each kind of actor is."""
+"""The module with the ``main`` of each kind of actor."""
 
 
 class RestartNeeded(Exception):
-    """Raised by an actor that lost its shard or was fenced off: it ends with status 3 and a successor is started."""
+    """Raised by an actor that lost its shard or was fenced off.
+
+    It ends with status 3, and a successor is started.
+    """
 
 
 # ---- the process ---------------------------------------------------------------------------------------------
@@ -73,7 +77,7 @@ class RestartNeeded(Exception):
 
 @attrs.frozen(eq=False)
 class ActorContext:
-    """All that an actor's ``main`` is given."""
+    """Everything that an actor's ``main`` gets."""
 
     name: str
     kind: str
@@ -85,13 +89,13 @@ class ActorContext:
 
     @property
     def inbox(self) -> str:
-        """What its inbox is to be bound to."""
+        """The endpoint to bind its inbox to."""
         network = self.resolved.network
         return network.inbox if network else self.place.endpoint(self.id)
 
     @property
     def keys(self) -> KeyPair | None:
-        """What opens connections to other actors; None where they are Unix sockets."""
+        """The keys that open connections to other actors; None where these are Unix sockets."""
         return self.resolved.network.keys if self.resolved.network else None
 
     def scheduler(self, name: str) -> str:
@@ -100,22 +104,23 @@ class ActorContext:
         return network.head if network else self.place.endpoint(name)
 
     def host_drains(self) -> bool:
-        """Whether all of this host's actors are told to end; no request comes any more, unless from other hosts."""
+        """Whether all actors of this host are asked to end. Then requests can come from other hosts only."""
         with contextlib.suppress(PlaceGone):
             return bool(self.place.read_info()["state"] == "draining")
         return True
 
 
 class ActorMain(Protocol):
-    """An actor. Returns when drained; ``task_status.started()`` says that it is ready, as ``lifeline.ready()`` does."""
+    """An actor's main, which returns when drained. ``task_status.started()`` means ``lifeline.ready()``."""
 
     async def __call__(self, context: ActorContext, *, task_status: trio.TaskStatus[None]) -> None: ...
 
 
 def run_actor(name: str, runtime_dir: str, lifeline_fd: int) -> int:
-    """Be the actor ``name`` until drained or alone; the exit status (``STATUS_*``)."""
+    """Run the actor ``name`` until it is drained or its supervisor is gone; a ``STATUS_*`` exit status."""
     for from_terminal in (signal.SIGINT, signal.SIGHUP):
-        # Ctrl-C and a closing terminal reach every process of the group: the supervisor decides what they mean.
+        # Ctrl-C and a closing terminal reach every process of the group; the supervisor decides what they
+        # mean.
         signal.signal(from_terminal, signal.SIG_IGN)
     try:
         place = Place.join(Path(runtime_dir))
@@ -132,7 +137,7 @@ def run_actor(name: str, runtime_dir: str, lifeline_fd: int) -> int:
 
 
 def _context(name: str, resolved: Resolved, place: Place, events: EventSocket) -> ActorContext:
-    """Draw the incarnation, say hello, and open the log."""
+    """Draw the incarnation, send hello, and open the log."""
     kind = {spec.name: spec.kind for spec in roster(resolved)}[name]
     incarnation = secrets.token_hex(4)
     actor = ActorId(f"{name}.{incarnation}")
@@ -148,18 +153,18 @@ def _live(context: ActorContext, leave: Callable[[], None]) -> int:
     try:
         main: ActorMain = importlib.import_module(MODULES[context.kind]).main
         trio.run(_run, context, main)
-    except Exception as error:  # the process ends here: each way of failing becomes a status and a text
+    except Exception as error:  # the process ends here: every failure becomes a status and a text
         return _explain(error)
     if context.lifeline.gone.is_set():
         log.warning("supervisor gone")
         leave()
-        os._exit(STATUS_CRASHED)  # interpreter shutdown could wait for a thread of the engine
+        os._exit(STATUS_CRASHED)  # interpreter shutdown could wait for an engine thread
     log.info("actor drained" if context.lifeline.drain.is_set() else "actor ended")
     return STATUS_DRAINED
 
 
 async def _run(context: ActorContext, main: ActorMain) -> None:
-    """The actor beside what may end it: SIGTERM asks it to drain, the supervisor's death cancels it."""
+    """Run the actor next to tasks that may end it: SIGTERM drains it, its supervisor's death cancels it."""
     lifeline = context.lifeline
     with trio.open_signal_receiver(signal.SIGTERM) as signals:
         async with trio.open_nursery() as nursery:
@@ -177,9 +182,9 @@ async def _stop_when_alone(lifeline: Lifeline, everything: trio.CancelScope) -> 
 
 
 def _exit_when_alone(lifeline_fd: int, leave: Callable[[], None]) -> None:
-    """A thread that ends the process a grace after its supervisor, whatever the others are doing.
+    """As a thread, end the process GONE_GRACE_S after its supervisor's death, whatever other threads do.
 
-    Cancelling reaches neither a step in a native thread, nor an event loop that is blocked, nor a long import.
+    Cancelling does not reach a step in a native thread, a blocked event loop, or a long import.
     """
     poll = select.poll()
     poll.register(lifeline_fd, select.POLLRDHUP)
@@ -190,9 +195,9 @@ def _exit_when_alone(lifeline_fd: int, leave: Callable[[], None]) -> None:
 
 
 async def _drain_on(signals: AsyncIterator[int], context: ActorContext) -> None:
-    """SIGTERM to this actor alone drains it; one to the whole group (systemd, timeout) is the supervisor's to answer.
+    """Drain on a SIGTERM to this actor alone; one to its group (systemd, timeout) is the supervisor's.
 
-    A shard that drained at once would end under the streams that the supervisor lets finish first.
+    A shard that drained at once would end while streams that the supervisor lets finish still use it.
     """
     async for _ in signals:
         await trio.sleep(GROUP_SIGNAL_S)
@@ -202,7 +207,7 @@ async def _drain_on(signals: AsyncIterator[int], context: ActorContext) -> None:
 
 @attrs.frozen
 class _Started:
-    """``task_status`` of an actor's main."""
+    """The ``task_status`` of an actor's main."""
 
     _lifeline: Lifeline
 
@@ -211,17 +216,18 @@ class _Started:
 
 
 def _freeze_start_up() -> None:
-    """Take what start-up made, and what lives as long as the process, out of the garbage collector's rounds.
+    """Exclude the objects made at start-up, which live as long as the process, from garbage collection.
 
-    Measured with torch imported, 180,000 objects: a full collection took 90 ms, and 0.01 ms after this (with the
-    Frontend's libraries, 44,000 objects: 10 ms). Each would be a stall of every running stream.
+    Measured with torch imported (180,000 objects): a full collection takes 90 ms before this and 0.01 ms
+    after. With the Frontend's libraries (44,000 objects) it takes 10 ms before. Each collection would stall
+    every running stream.
     """
     gc.collect()
     gc.freeze()
 
 
 def _once(leave: Callable[[], None]) -> Callable[[], None]:
-    """``leave``, callable from several threads: the first does it, and no other returns before it is done."""
+    """``leave`` for several threads: the first call runs it, and no call returns before it is done."""
     lock = threading.Lock()
 
     def leave_once() -> None:
@@ -232,7 +238,7 @@ def _once(leave: Callable[[], None]) -> Callable[[], None]:
 
 
 def _explain(error: BaseException) -> int:
-    """Say why the actor failed, on stderr for the supervisor and in its log; the exit status."""
+    """Write why the actor failed to stderr, for the supervisor, and to its log; the exit status."""
     causes = list(leaves(error))
     if wants := [want for cause in causes if (want := shortage(cause))]:
         log.critical("too little memory", exc_info=error)
@@ -247,7 +253,7 @@ def _explain(error: BaseException) -> int:
         log.warning("actor asks to be restarted", reason=text)
         print(text, file=sys.stderr)
         return STATUS_RESTART
-    # A nursery wraps even a single exception into a group, which only buries the line that matters.
+    # A nursery wraps even a single exception in a group, which would only hide the line that matters.
     error = causes[0] if len(causes) == 1 else error
     log.critical("actor crashed", exc_info=error)
     traceback.print_exception(error)
@@ -255,7 +261,7 @@ def _explain(error: BaseException) -> int:
 
 
 def leaves(error: BaseException) -> Iterator[BaseException]:
-    """The exceptions in nested groups."""
+    """The exceptions within nested groups."""
     if isinstance(error, BaseExceptionGroup):
         for inner in error.exceptions:
             yield from leaves(inner)
@@ -267,12 +273,13 @@ def leaves(error: BaseException) -> Iterator[BaseException]:
 
 
 def prepare_weights(path: str, stored: str, dtype: str, on_gpus: str = "") -> int:
-    """Convert the weights and compile the native step if they are not in the cache yet; the exit status.
+    """Convert the weights and compile the native step unless the cache has them; the exit status.
 
-    ``stored``: the type of the matrices; ``dtype``: that of the run; ``on_gpus``: not empty where all shards are on
-    GPUs, which take no native step. A process of its own, for its memory.
+    ``stored``: the type of the stored matrices. ``dtype``: the type in which the model runs. ``on_gpus``: not
+    empty where all shards are on GPUs, which do not use the native step.
 
-    Its lifeline is its standard input: at the end of file its supervisor is gone, and so is the need for it.
+    This runs in a process of its own, because of the memory it takes. Its lifeline is its standard input: at
+    the end of file its supervisor is gone, and it ends.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_at_end_of_input, daemon=True).start()
@@ -281,7 +288,7 @@ def prepare_weights(path: str, stored: str, dtype: str, on_gpus: str = "") -> in
 
     compiling = threading.Thread(target=_compile_native, args=[default_cache_dir()])
     if dtype == "bfloat16" and not on_gpus:
-        compiling.start()  # beside the conversion: each takes seconds on one core
+        compiling.start()  # concurrently with the conversion: each takes seconds on one core
     try:
         ready_model(path, read_spec(path), stored, dtype, on_gpus=bool(on_gpus))
     except Exception as error:
@@ -293,9 +300,10 @@ def prepare_weights(path: str, stored: str, dtype: str, on_gpus: str = "") -> in
 
 
 def ready_model(path: str, spec: ModelSpec, stored: str, dtype: str, *, on_gpus: bool) -> ModelFiles:
-    """The model's files as every process of this host takes them: matrices as ``stored``, for a run in ``dtype``.
+    """The model's files for every process of this host: matrices as ``stored``, for a run in ``dtype``.
 
-    In tiles where the native step can run it and a shard is on the host. Raises UserError as ``prepare`` does.
+    The matrices are in tiles where the native step can run the model and a shard is on the host. Raises
+    UserError, as ``prepare`` does.
     """
     from memserve.engine.weights import prepare
     from memserve.kernels.native_build import why_not
@@ -306,7 +314,7 @@ def ready_model(path: str, spec: ModelSpec, stored: str, dtype: str, *, on_gpus:
 def _compile_native(cache_dir: Path) -> None:
     from memserve.kernels.native_build import NativeUnavailable, built_library
 
-    with contextlib.suppress(NativeUnavailable):  # the workers say so, and serve on torch
+    with contextlib.suppress(NativeUnavailable):  # the workers report it, and serve with torch
         built_library(cache_dir)
 
 

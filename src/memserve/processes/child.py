@@ -1,4 +1,4 @@
-"""One actor as its supervisor sees it: a row of incarnations, each a process with a lifeline and an output pipe."""
+"""One actor as its supervisor sees it: successive processes, each with a lifeline and an output pipe."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ from memserve.settings.gpus import gpu_environment
 log = structlog.get_logger()
 
 OUTPUT_TAIL_BYTES = 8 << 10
-"""Of a child's stderr and stdout, kept to show when it dies."""
+"""Bytes of a child's stdout and stderr that are kept to show when it dies."""
 OUTPUT_SHOWN_LINES = 20
-"""Of the tail, printed when a child dies."""
+"""Lines of the kept output that are printed when a child dies."""
 OUTPUT_LOGGED_BYTES = 64 << 10
-"""Of one process's output, copied into the log as it comes."""
+"""Bytes of one process's output that are copied into the log as they arrive."""
 REAP_S = 5.0
 """Longest wait for a process after its SIGKILL; only an unfinished system call can take so long."""
 OVERSLEPT_S = 1.0
-"""Waking later than this, the supervisor was stopped itself and has yet to read what its actors said."""
+"""If it wakes later than this, the supervisor itself was stopped and has not read its actors' events."""
 OUTPUT_GRACE_S = 0.5
-"""How long a dead child's pipe is read on: something it started may hold it open."""
+"""How long a dead child's pipe is still read: a process that the child started may hold it open."""
 
 
 @attrs.define(eq=False)
@@ -51,68 +51,74 @@ class Child:
     spec: ActorSpec
     policy: RestartPolicy = attrs.field(factory=RestartPolicy)
     hung_s: float = HUNG_S
-    """How long it may say nothing once it is ready."""
+    """Longest silence of the actor once it is ready."""
     process: trio.Process | None = None
-    """None between two incarnations."""
+    """The present process; None between two incarnations."""
     events: EventSocket | None = None
     """Our end of its lifeline."""
     id: ActorId | None = None
     started_at: float = 0.0
     ready_at: float = math.inf
     heard_at: float = 0.0
-    """When it last said anything."""
+    """When the actor last sent an event."""
     hung: bool = False
-    """This incarnation was ended because it said nothing any more."""
+    """Whether this incarnation was killed because of its silence."""
     restarts: int = 0
     down: str = ""
-    """Why it does not live at present, and what is done about it."""
+    """Why the actor is down, and what is done about it; empty while it is up."""
     url: str | None = None
-    """Frontends: where it serves."""
+    """The address at which a Frontend serves; None for other actors."""
     tail: bytes = b""
     leaving: trio.Event = attrs.field(factory=trio.Event)
-    """It was asked to end: no further incarnation."""
+    """Set once the actor is asked to end; it gets no further incarnation."""
     gone: trio.Event = attrs.field(factory=trio.Event)
-    """It has ended, for good."""
+    """Set when the actor has ended for good."""
 
     def ready_s(self, now: float) -> float:
-        """For how long it has been ready."""
+        """Seconds since it became ready; 0 if it is not ready."""
         return max(0.0, now - self.ready_at)
 
     def text(self) -> str:
-        """The last of what it printed."""
+        """The end of its output."""
         return self.tail.decode(errors="replace").strip()
 
     def ask_to_drain(self) -> None:
-        """End it for good, politely. One that is not ready yet has nothing to finish and may not listen: it is killed."""
+        """End the actor for good, gracefully.
+
+        One that is not ready yet has nothing to finish and may not be listening: it is killed.
+        """
         self.leaving.set()
         if self.events is None or self.ready_at == math.inf or not self.events.send(event="drain"):
             self.kill()
 
     def hang_up(self) -> None:
-        """End it for good, at once: it cancels what it does and removes its sockets."""
+        """End the actor for good, at once: it cancels its work and removes its sockets."""
         self.leaving.set()
         if self.events is not None:
             self.events.hang_up()
 
     def kill(self) -> None:
-        """End this incarnation by SIGKILL."""
+        """Kill this incarnation with SIGKILL."""
         if self.process is not None:
             self.process.kill()
 
     async def live(self, launch: Launch, listen: Callable[[Child], Awaitable[None]]) -> int:
-        """One incarnation, until its process has ended; the return code. ``listen`` takes in what it says meanwhile."""
+        """Run one incarnation until its process has ended; the return code.
+
+        ``listen`` handles its events in the meantime.
+        """
         ours, theirs = socket.socketpair()
         with ours:
             self._begin(EventSocket(ours))
             with theirs:
                 try:
                     process = self.process = await launch.start(self.spec, theirs)
-                except OSError as error:  # out of processes or memory: no reason to take the others down
+                except OSError as error:  # out of processes or memory: no reason to end the other actors
                     self.tail = str(error).encode()
                     return STATUS_CRASHED
             log.info("actor started", child=self.spec.name, child_pid=process.pid)
             try:
-                if self.leaving.is_set():  # asked to while it was being started
+                if self.leaving.is_set():  # it was asked to leave while it was being started
                     self.kill()
                 return await self._watch(process, listen)
             finally:
@@ -120,7 +126,7 @@ class Child:
                 self.process = self.events = None
 
     def _begin(self, events: EventSocket) -> None:
-        """Forget the previous incarnation."""
+        """Reset the state of the previous incarnation."""
         self.events, self.id, self.tail = events, None, b""
         self.started_at, self.ready_at = trio.current_time(), math.inf
         self.heard_at, self.hung = self.started_at, False
@@ -135,7 +141,7 @@ class Child:
         return returncode
 
     async def _end_when_hung(self) -> None:
-        """End an incarnation whose event loop has stopped turning, so that a successor takes its place."""
+        """Kill an incarnation whose event loop has stopped turning, so that a successor replaces it."""
         while not self.hung:
             wake_at = min(self._hung_at(), trio.current_time() + self.hung_s)
             await trio.sleep_until(wake_at)
@@ -151,7 +157,7 @@ class Child:
         return self.heard_at + (self.hung_s if self.ready_at < math.inf else HUNG_STARTING_S)
 
     async def _read_output(self, process: trio.Process) -> None:
-        """Keep the end of what a process prints, and log its beginning."""
+        """Keep the end of a process's output, and log its beginning."""
         assert process.stdout is not None
         logged = 0
         async for chunk in process.stdout:
@@ -163,7 +169,7 @@ class Child:
 
 
 class Ending(Protocol):
-    """What ends some time."""
+    """Something that ends at some time, such as an actor."""
 
     gone: trio.Event
 
@@ -176,7 +182,7 @@ async def all_gone(children: Iterable[Ending], limit_s: float = math.inf) -> Non
 
 
 async def _reap(process: trio.Process) -> None:
-    """Leave no process behind, whatever ended the watch over it."""
+    """Make sure that the process has ended, whatever ended the watch over it."""
     if process.returncode is None:
         process.kill()
         with trio.move_on_after(REAP_S, shield=True):
@@ -195,7 +201,7 @@ def actor_argv(name: str, runtime_dir: Path, lifeline_fd: int) -> list[str]:
 
 
 def actor_environment(spec: ActorSpec) -> dict[str, str]:
-    """The environment of an actor: what CUDA, and in workers a maths library, reads once, when it is loaded."""
+    """An actor's environment, with what CUDA (and, in workers, a maths library) reads when it is loaded."""
     if spec.kind not in WORKER_KINDS:
         return {**os.environ, **gpu_environment()}
     from memserve.engine.cpu_budget import engine_environment
@@ -205,14 +211,17 @@ def actor_environment(spec: ActorSpec) -> dict[str, str]:
 
 @attrs.frozen
 class Launch:
-    """How actors are started in one place."""
+    """How actors of one place are started."""
 
     place: Place
     argv: Callable[[str, Path, int], Sequence[str]] = actor_argv
     environment: Callable[[ActorSpec], dict[str, str]] = actor_environment
 
     async def start(self, spec: ActorSpec, lifeline: socket.socket) -> trio.Process:
-        """Start an actor's process. It inherits its lifeline, and the claim: the place is taken while it lives."""
+        """Start an actor's process.
+
+        It inherits its lifeline and the claim's descriptor, so the place stays claimed while it lives.
+        """
         return await trio.lowlevel.open_process(
             list(self.argv(spec.name, self.place.path, lifeline.fileno())),
             env=self.environment(spec),

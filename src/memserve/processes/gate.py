@@ -1,12 +1,12 @@
-"""The gate of a running cluster: where the workers of `memserve join` come in, and how its supervisor sees them.
+"""The gate of a running cluster: where workers of `memserve join` enter, and how the supervisor sees them.
 
-A Unix socket in the place, and one connection a worker for as long as it belongs to the cluster, with one JSON object a
-line::
+It is a Unix socket in the place. Each worker has one connection for as long as it belongs to the cluster. A
+connection carries one JSON object per line::
 
     memserve join -> supervisor   {"event": "join", "worker": "{...}", "cores": "8"}
                                   {"event": "hello", "id": "d1.9f3a1c22"}    an incarnation began
                                   {"event": "died", "id": "d1.9f3a1c22"}     and ended
-    supervisor -> memserve join   {"event": "welcome"}                       with the claim's descriptor, see place.py
+    supervisor -> memserve join   {"event": "welcome"}                       with the claim's descriptor
                                   {"event": "refused", "reason": "..."}
                                   {"event": "drain"}                         the cluster drains its workers
 
@@ -34,58 +34,58 @@ log = structlog.get_logger()
 
 SOCKET_NAME = "supervisor.sock"
 KNOCK_S = 5.0
-"""From a connection to its request."""
+"""Longest wait from a connection to its request."""
 GUESTS_MAX = 256
-"""Joined workers at a time; another one is refused."""
+"""Most workers that may have joined at a time; further ones are refused."""
 ACCEPT_PAUSE_S = 1.0
-"""After the system refused a connection: it may have no descriptor left."""
+"""Pause after the system refused a connection: it may have no descriptor left."""
 
 
 @attrs.define(eq=False)
 class Guest:
-    """A joined worker. Its process is kept by `memserve join`, which is asked to end it as a child would be."""
+    """A joined worker. `memserve join` keeps its process; the supervisor ends it with a child's methods."""
 
     spec: ActorSpec
     _events: EventSocket
     id: ActorId | None = None
-    """Of the present incarnation."""
+    """The id of the present incarnation."""
     gone: trio.Event = attrs.field(init=False, factory=trio.Event)
 
     def ask_to_drain(self) -> None:
-        """End it for good, politely."""
+        """End the worker for good, gracefully."""
         self._events.send(event="drain")
 
     def hang_up(self) -> None:
-        """End it for good, at once."""
+        """End the worker for good, at once."""
         self._events.hang_up()
 
     def kill(self) -> None:
-        """The same: its process is another's child, which ends it when it reads the end of file."""
+        """End it at once, like :meth:`hang_up`: at the end of file `memserve join` ends its child."""
         self._events.hang_up()
 
     async def next_event(self) -> dict[str, str] | None:
-        """What `memserve join` says; None when it is gone."""
+        """The next event from `memserve join`; None when that is gone."""
         return await self._events.receive()
 
 
 @attrs.define(eq=False)
 class Gate:
-    """Lets workers join, and tells the supervisor about them."""
+    """Lets workers join, and informs the supervisor."""
 
     place: Place
     resolved: Callable[[], Resolved]
-    """The cluster as it is now, joined workers included."""
+    """The cluster's present configuration, joined workers included."""
     change: Callable[[Resolved], None]
-    """Takes the cluster with one joined worker more or less; what it is told is in cluster.json afterwards."""
+    """Replaces that configuration after a worker joined or left; on return it is in cluster.json."""
     buried: Callable[[ActorId], None]
-    """Told of each incarnation that ended."""
+    """Called with each incarnation that has ended."""
     is_open: Callable[[], bool]
-    """False while the cluster drains."""
+    """Whether workers may join; false while the cluster drains."""
     say: Callable[[str], None]
     guests: dict[str, Guest] = attrs.field(init=False, factory=dict)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Serve until cancelled."""
+        """Accept connections until cancelled."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
             listener.bind(str(self.place.socket_path(SOCKET_NAME)))
             listener.listen()
@@ -105,18 +105,21 @@ class Gate:
                     nursery.start_soon(self._serve, connection)
 
     async def _serve(self, connection: socket.socket) -> None:
-        """One connection, from its request to its end."""
+        """Serve one connection from its request to its end."""
         with connection:
             events = EventSocket(connection)
             try:
                 guest = await self._admit(events)
                 if guest is not None:
                     await self._host(guest)
-            except (ValueError, KeyError, TypeError) as error:  # not said by `memserve join`
+            except (ValueError, KeyError, TypeError) as error:  # not a message of `memserve join`
                 log.warning("join connection broken", reason=repr(error))
 
     async def _admit(self, events: EventSocket) -> Guest | None:
-        """Read the request, and refuse it or let the worker in. Raises ValueError for what is no request."""
+        """Read the request, then let the worker in or refuse it.
+
+        Raises ValueError for anything that is not a request.
+        """
         asked = None
         with trio.move_on_after(KNOCK_S):
             asked = await events.receive()
@@ -136,7 +139,7 @@ class Gate:
         return guest
 
     def _why_not(self, worker: WorkerConfig) -> str | None:
-        """Why it may not join, and what to do about it."""
+        """Why the worker may not join, and what to do about it; None if it may."""
         resolved = self.resolved()
         names = [one.name for one in roster(resolved)]
         shards = [shard.name for shard in resolved.config.shard]
@@ -153,7 +156,7 @@ class Gate:
         return None
 
     async def _host(self, guest: Guest) -> None:
-        """Pass on what happens to its process, until `memserve join` ends."""
+        """Pass on the worker's incarnations and deaths until `memserve join` ends."""
         try:
             while (event := await guest.next_event()) is not None:
                 if event["event"] == "hello":

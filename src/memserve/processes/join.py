@@ -1,7 +1,8 @@
-"""``memserve join``: one more worker for a cluster that runs, kept by a small supervisor of its own.
+"""``memserve join`` adds a worker to a running cluster and keeps it running, as a small supervisor.
 
-The supervisor of its host lets it in and tells it when that drains, see :mod:`memserve.processes.gate`. The worker's process
-is this one's child, restarted like any other; it maps the arena of its shard, so it runs on the shard's host.
+The host's supervisor lets the worker in and reports when the cluster drains, see
+:mod:`memserve.processes.gate`. The worker's process is a child of this one and restarted like any actor. It
+maps its shard's arena, so it runs on the shard's host.
 """
 
 from __future__ import annotations
@@ -56,13 +57,13 @@ class Joiner:
     worker: WorkerConfig
     launch: Launch
     gate: EventSocket
-    """To the cluster's supervisor."""
+    """The connection to the cluster's supervisor."""
     where: str = ""
-    """The cluster's address, to say."""
+    """The cluster's address, for messages to the user."""
     policy: Callable[[], RestartPolicy] = RestartPolicy
     say: Callable[[str], None] = say
     stop_s: float = 2.0
-    """From a second signal to SIGKILL."""
+    """Time from a second signal to SIGKILL."""
     hung_s: float = HUNG_S
     _child: Child = attrs.field(init=False)
     _keeper: Keeper = attrs.field(init=False)
@@ -76,7 +77,10 @@ class Joiner:
         )  # fmt: skip
 
     async def run(self) -> None:
-        """Serve until the worker has left. Raises UserError, within groups, when it cannot start."""
+        """Serve until the worker has left.
+
+        Raises UserError, within exception groups, when it cannot start.
+        """
         log.info("worker joins", child=self.worker.name, role=self.worker.role, shard=self.worker.shard)
         with trio.open_signal_receiver(*stop_signals()) as signals:
             async with trio.open_nursery() as nursery:
@@ -105,7 +109,7 @@ class Joiner:
         self.say(f"memserve: {child.spec.name} has left{how}")
 
     async def _follow_the_cluster(self) -> None:
-        """Drain when the cluster does, end when its supervisor is gone."""
+        """Drain when the cluster drains, and stop when its supervisor is gone."""
         while (event := await self.gate.receive()) is not None:
             if event["event"] == "drain":
                 log.info("cluster drains")
@@ -144,8 +148,8 @@ def join(
 ) -> int:
     """Add a worker, given by WorkerConfig's fields, to the cluster that logs to ``log_dir``; the exit status.
 
-    Returns when it has left. Raises UserError when there is no such cluster, when it refuses the worker, and when this
-    machine has not what the worker needs.
+    Returns when the worker has left. Raises UserError when there is no such cluster, when the cluster refuses
+    the worker, and when this machine does not have what the worker needs.
     """
     running = find_running(log_dir)
     if running is None:
@@ -187,7 +191,7 @@ def supervise(joiner: Joiner) -> int:
 
 
 def log_dir_of(config: str | None, overrides: Sequence[str], log_dir: Path | None) -> Path:
-    """Where the cluster logs that is to be joined. Raises UserError."""
+    """The log directory of the cluster to join. Raises UserError."""
     if config is None:
         if overrides:
             raise UserError("--set goes with --config: it changes what the file says")
@@ -198,7 +202,7 @@ def log_dir_of(config: str | None, overrides: Sequence[str], log_dir: Path | Non
 
 
 def far_away(head: str) -> str:
-    """How another host joins."""
+    """The text that explains how another host joins."""
     place = head.removeprefix("tcp://")
     return (
         f"cannot join {head}: a worker maps the memory of its shard, so it joins where that is. A host joins a cluster with"
@@ -207,7 +211,10 @@ def far_away(head: str) -> str:
 
 
 def checked(worker: dict[str, Any], resolved: Resolved) -> WorkerConfig:
-    """The worker as written, on the only shard where it names none. Raises UserError with every rule that it breaks."""
+    """The worker's configuration; its shard defaults to the cluster's only one.
+
+    Raises UserError with every broken rule.
+    """
     shards = [shard.name for shard in resolved.config.shard]
     if not worker.get("shard"):
         if len(shards) > 1:
@@ -226,7 +233,7 @@ def checked(worker: dict[str, Any], resolved: Resolved) -> WorkerConfig:
 def check_machine(
     worker: WorkerConfig, resolved: Resolved, cores: int, gpus: Callable[[], Gpus] = find_gpus
 ) -> None:
-    """Raises UserError where there are fewer cores, or less of the GPU's memory is free, than the worker needs."""
+    """Raise UserError where the worker needs more cores, or more free memory on the GPU, than there are."""
     if worker.threads is not None and worker.threads > cores:
         raise UserError(
             f"--threads must be at most {cores}, the cores that this process may use, not {worker.threads}"
@@ -247,7 +254,10 @@ def check_machine(
 
 
 def knock(runtime_dir: Path, worker: WorkerConfig, cores: int) -> tuple[EventSocket, int]:
-    """Ask the cluster's supervisor to let a worker in: the connection to it, and the claim's descriptor. Raises UserError."""
+    """Ask the cluster's supervisor to let a worker in; the connection to it and the claim's descriptor.
+
+    Raises UserError.
+    """
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         connection.settimeout(ANSWER_S)

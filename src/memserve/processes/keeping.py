@@ -1,4 +1,4 @@
-"""Keeps one actor running: takes in what it says, starts a successor when it dies, later and later while it keeps dying."""
+"""Keeps actors running: handles their events and restarts those that die, with growing delays."""
 
 from __future__ import annotations
 
@@ -18,32 +18,38 @@ log = structlog.get_logger()
 
 
 def say(line: str) -> None:
-    """Tell the user. A closed pipe or terminal is no reason to stop serving."""
+    """Print a line for the user. A closed pipe or terminal is no reason to stop serving."""
     with contextlib.suppress(OSError):
         print(line, flush=True)
 
 
 @attrs.define(eq=False)
 class Keeper:
-    """See the module's text. One serves for all actors of a supervisor."""
+    """Keeps actors running, as the module describes. One keeper serves for all actors of a supervisor."""
 
     launch: Launch
     run_dir: str
-    """Where the actors' logs are."""
+    """The directory of the actors' logs."""
     say: Callable[[str], None] = say
     started: Callable[[], bool] = lambda: False
-    """Whether start-up is over: until then an actor's UserError ends everything, later it is one death more."""
+    """Whether start-up has ended.
+
+    Until then an actor's UserError ends everything; later it counts as another death.
+    """
     heard: Callable[[Child, dict[str, str]], None] = lambda child, event: None
-    """Told of each event of an actor, after the keeper acted on it."""
+    """Called with each event of an actor, after the keeper has handled it."""
     buried: Callable[[ActorId], None] = lambda actor: None
-    """Told of each incarnation that ended."""
+    """Called with each incarnation that has ended."""
     left: Callable[[Child, int], None] = lambda child, returncode: None
-    """Told of an actor that ended as it was asked to, and with which status."""
+    """Called with an actor that ended as it was asked to, and its exit status."""
     fared: Callable[[Child], None] = lambda child: None
-    """Told of an actor that died, or is ready again: ``child.down`` has the reason, or is empty."""
+    """Called with an actor that died or is ready again; ``child.down`` is then the reason or empty."""
 
     async def keep(self, child: Child) -> None:
-        """Keep one actor running until it is asked to leave. Raises UserError for its own during start-up."""
+        """Keep one actor running until it is asked to leave.
+
+        Raises UserError if the actor has one during start-up.
+        """
         while not child.leaving.is_set():
             returncode = await self._incarnation(child)
             if child.leaving.is_set():
@@ -67,7 +73,7 @@ class Keeper:
                 self.buried(child.id)
 
     async def _listen(self, child: Child) -> None:
-        """Act on what an actor says on its lifeline."""
+        """Handle an actor's events on its lifeline."""
         assert child.events is not None
         while (event := await child.events.receive()) is not None:
             child.heard_at = trio.current_time()
@@ -89,7 +95,7 @@ class Keeper:
             self.say(f"memserve: {child.spec.name} is back, {seconds:.1f} s after its restart")
 
     def _report(self, child: Child, returncode: int, restart: Restart) -> None:
-        """One line for the user and one for the log, with the last words of the dead."""
+        """Report a death to the user and the log, one line each, with the end of the actor's output."""
         name, end = child.spec.name, "hung and was killed" if child.hung else describe_end(returncode)
         fields = {"child": child.id or name, "returncode": returncode, "restart_in_s": restart.delay_s}
         log.warning("actor died", **fields, looping=restart.looping, output=child.text())

@@ -1,6 +1,6 @@
-"""What the supervisor decides: which actors there are, when to restart one, in which order to drain, when to stop.
+"""The supervisor's decisions: which actors there are, when to restart, how to drain, when to stop.
 
-Plain values and classes: the time is passed in, and nothing here touches a process.
+These are plain values and classes: the time is passed in, and nothing here touches a process.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ STATUS_DRAINED = 0
 STATUS_CRASHED = 1
 STATUS_USER_ERROR = 2
 STATUS_RESTART = 3
-"""Nothing is broken here, but this incarnation is of no more use: start another."""
+"""Nothing is broken here, but this incarnation is of no more use: start a successor."""
 
 
 BEAT_S = 2.0
-"""How often an actor tells its supervisor that its event loop turns."""
+"""Interval at which an actor reports to its supervisor that its event loop turns."""
 HUNG_S = 10.0
-"""Silence after which a ready actor is held for hung: stopped, deadlocked, or swapped out for good."""
+"""Silence after which a ready actor is presumed hung: stopped, deadlocked, or swapped out for good."""
 HUNG_STARTING_S = 120.0
-"""The same for one that still starts: imports and large allocations block its loop for long."""
+"""The same limit while an actor starts: imports and large allocations block its loop for long."""
 
 
 @attrs.frozen
 class ActorSpec:
-    """One actor of the configuration."""
+    """The name and kind of one configured actor."""
 
     name: str
     kind: str
 
 
 def worker_spec(worker: WorkerConfig) -> ActorSpec:
-    """A worker as an actor."""
+    """The actor of a configured worker."""
     return ActorSpec(worker.name, "PrefillWorker" if worker.role == "prefill" else "DecodeWorker")
 
 
@@ -59,34 +59,34 @@ class Restart:
 
     delay_s: float
     looping: bool
-    """It dies again and again: tried at the slowest pace from now on, until it lives."""
+    """Whether the actor is in a crash loop: it is restarted with the longest delay until it stays alive."""
     newly_looping: bool
-    """True once for each crash loop: the moment to tell the user."""
+    """Whether this death began a crash loop, which is when the user is informed."""
 
 
 @attrs.define
 class RestartPolicy:
-    """When to start one actor again: soon at first, later and later while it keeps dying.
+    """When to restart one actor: soon at first, with growing delays while it keeps dying.
 
-    A crash loop are ``loop_deaths`` deaths within ``loop_window_s``, or as many in a row before it was ever ready, however
-    long each of these starts took.
+    A crash loop is ``loop_deaths`` deaths within ``loop_window_s``, or as many in a row in which the actor
+    was never ready, however long each of these starts took.
     """
 
     first_s: float = 0.2
     slowest_s: float = 10.0
     healthy_s: float = 30.0
-    """Having been ready for so long clears an actor's record."""
+    """Having been ready for this long clears an actor's record."""
     loop_deaths: int = 5
     loop_window_s: float = 30.0
     _in_a_row: int = attrs.field(init=False, default=0)
     _never_ready: int = attrs.field(init=False, default=0)
-    """Of the last deaths in a row, those before it was ready."""
+    """How many of the latest deaths in a row came before the actor was ready."""
     _recent: deque[float] = attrs.field(init=False, factory=deque)
     """Times of the last ``loop_deaths`` deaths."""
     _looping: bool = attrs.field(init=False, default=False)
 
     def died(self, ready_s: float, now: float) -> Restart:
-        """Take in a death; ``ready_s`` is for how long the actor had been ready, 0 if it never was."""
+        """Record a death. ``ready_s`` is how long the actor had been ready, 0 if it never was."""
         if ready_s >= self.healthy_s:
             self._in_a_row, self._looping = 0, False
             self._recent.clear()
@@ -99,18 +99,22 @@ class RestartPolicy:
         loops = quick or self._never_ready >= self.loop_deaths
         newly = loops and not self._looping
         self._looping |= loops
-        # The exponent is bounded because a float is not: an actor may die a thousand times.
+        # The exponent is bounded to keep the float from overflowing: an actor may die a thousand times.
         delay_s = min(self.slowest_s, self.first_s * 2.0 ** min(self._in_a_row - 1, 32))
         return Restart(self.slowest_s if self._looping else delay_s, self._looping, newly)
 
 
 WORKER_KINDS = ("PrefillWorker", "DecodeWorker")
 DRAIN_ORDER = (("Frontend",), WORKER_KINDS, ("MemPoolShard",), ("GlobalScheduler",))
-"""Each stage needs the ones after it until it is done: requests need workers, workers pages, all of them a scheduler."""
+"""Order of draining.
+
+Each stage needs the later ones while it drains: requests need workers, workers need pages, and all need a
+scheduler.
+"""
 
 
 def drain_stages(actors: Iterable[ActorSpec]) -> list[list[ActorSpec]]:
-    """The actors, in the order in which they are drained; those of one stage drain together."""
+    """The actors in the order in which they are drained; those of one stage drain together."""
     everyone = list(actors)
     stages = [[actor for actor in everyone if actor.kind in kinds] for kinds in DRAIN_ORDER]
     return [stage for stage in stages if stage]
@@ -118,14 +122,14 @@ def drain_stages(actors: Iterable[ActorSpec]) -> list[list[ActorSpec]]:
 
 @attrs.define
 class StopSignals:
-    """What a signal means: the first drains, a later one stops at once."""
+    """The meaning of a signal: the first drains, a later one stops at once."""
 
     echo_s: float = 0.5
-    """Further signals within it are the first one's echo: ``timeout`` signals its child and then its whole group."""
+    """Further signals within this time echo the first: ``timeout`` signals its child, then its group."""
     _first_at: float | None = attrs.field(init=False, default=None)
 
     def received(self, now: float) -> str:
-        """``drain``, ``stop`` or ``ignore``."""
+        """``drain``, ``stop`` or ``ignore``, for a signal at time ``now``."""
         if self._first_at is None:
             self._first_at = now
             return "drain"

@@ -1,19 +1,21 @@
-"""The lifeline: a stream socket between an actor and its supervisor that carries one JSON object a line::
+"""The lifeline: a stream socket between an actor and its supervisor that carries one JSON object per line::
 
-    actor -> supervisor   {"event": "hello", "id": "p0.9f3a1c22"}   at once, so that its death can be announced
+    actor -> supervisor   {"event": "hello", "id": "p0.9f3a1c22"}   first, so that its death can be announced
                           {"event": "ready", "id": "p0.9f3a1c22"}
-                          {"event": "leaving"}                       a worker told to drain: it is not to be restarted
-                          {"event": "serving", "url": "http://..."}  Frontends, once /health is true
+                          {"event": "leaving"}                       from a draining worker: it is not restarted
+                          {"event": "serving", "url": "http://..."}  from a Frontend, once /health is true
                           {"event": "alive"}                         every BEAT_S
     supervisor -> actor   {"event": "drain"}
-                          {"event": "died", "id": "p0.9f3a1c22"}     GlobalSchedulers; all, where those are on another host
-                          {"event": "down", "name": "p0", "why": "..."}  Frontends: an actor does not live
-                          {"event": "up", "name": "p0"}                  and lives again
+                          {"event": "died", "id": "p0.9f3a1c22"}     to GlobalSchedulers, see below
+                          {"event": "down", "name": "p0", "why": "..."}  to Frontends: an actor is down
+                          {"event": "up", "name": "p0"}                  to Frontends: it is up again
 
-The kernel closes it however the other side ends, so its end of file is the one reliable word that the supervisor is
-gone; the actor then stops at once. PR_SET_PDEATHSIG would not do: it fires when the *thread* that started the child
-ends (trio starts children from a worker thread, which retires when idle), it is lost between fork and prctl, and as
-SIGKILL it would leave the sockets behind.
+Where the GlobalSchedulers are on another host, ``died`` goes to all actors of this one, which pass it on.
+
+The kernel closes the socket however the other side ends, so its end of file is the one reliable sign that the
+supervisor is gone. The actor then stops at once. PR_SET_PDEATHSIG would not do: it fires when the *thread*
+that started the child ends (trio starts children from a worker thread, which retires when idle), it is lost
+between fork and prctl, and as SIGKILL it would leave the sockets behind.
 """
 
 from __future__ import annotations
@@ -30,14 +32,17 @@ from memserve.identity import ActorId
 from memserve.processes.lifecycle import BEAT_S
 
 DIED_MESSAGES = 256
-"""Announcements kept for a scheduler that is busy. More are dropped: missed heartbeats tell it the same, later."""
+"""Announcements queued for a busy scheduler.
+
+Further ones are dropped: missed heartbeats report the same, later.
+"""
 LINE_BYTES_MAX = 64 << 10
-"""A longer line on a lifeline is not ours."""
+"""Longest line of a lifeline; a longer one is not from memserve."""
 
 
 @attrs.define(eq=False)
 class EventSocket:
-    """One end of a lifeline. ``receive`` has one caller at a time; cancelled, it loses nothing."""
+    """One end of a lifeline. ``receive`` may have one caller at a time; cancelling it loses nothing."""
 
     _socket: socket.socket
     _unread: bytearray = attrs.field(factory=bytearray)
@@ -46,9 +51,10 @@ class EventSocket:
         self._socket.setblocking(False)
 
     def send(self, **event: str) -> bool:
-        """Send an event; whether it went out. It does not when the other side is gone, or hung with its buffer full.
+        """Send an event; whether it was sent.
 
-        A line is far smaller than a socket buffer, so the kernel takes it as a whole or not at all.
+        It is not sent when the other side is gone, or hung with its buffer full. A line is far smaller than a
+        socket buffer, so the kernel takes all of it or nothing.
         """
         try:
             self._socket.send(json.dumps(event).encode() + b"\n")
@@ -57,7 +63,7 @@ class EventSocket:
         return True
 
     def send_with(self, descriptor: int, **event: str) -> bool:
-        """The same with a copy of an open file."""
+        """Send an event together with a copy of an open file descriptor; whether it was sent."""
         try:
             socket.send_fds(self._socket, [json.dumps(event).encode() + b"\n"], [descriptor])
         except OSError:
@@ -83,31 +89,34 @@ class EventSocket:
         return event
 
     def close(self) -> None:
-        """The other side reads an end of file. No task may be in ``receive`` then: see ``hang_up``."""
+        """Close this end; the other side reads an end of file.
+
+        No task may be in ``receive`` then: see ``hang_up``.
+        """
         self._socket.close()
 
     def hang_up(self) -> None:
-        """End both directions; ``receive`` here and there answers None. The other side stops at once."""
+        """Shut down both directions: ``receive`` returns None on both sides, and the other side stops."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
 
 
 @attrs.define(eq=False)
 class Lifeline:
-    """What an actor hears from its supervisor and tells it."""
+    """An actor's end of its lifeline: the supervisor's events, and those that the actor sends."""
 
     actor: ActorId
     _events: EventSocket
     _settle: Callable[[], None] = lambda: None
     """Called once, before the actor is reported ready."""
     drain: trio.Event = attrs.field(init=False, factory=trio.Event)
-    """Finish what is in flight, take nothing new, return from ``main``. Set for good."""
+    """Set for good when the actor must drain: finish work in flight, take nothing new, leave ``main``."""
     gone: trio.Event = attrs.field(init=False, factory=trio.Event)
-    """The supervisor is gone. Everything is being cancelled already; nothing needs to wait for this."""
+    """Set when the supervisor is gone. Everything is being cancelled then; no task needs to wait for this."""
     died: trio.MemoryReceiveChannel[ActorId] = attrs.field(init=False)
-    """Actors whose process has ended, for GlobalSchedulers, or to be passed on to them: faster than missing heartbeats."""
+    """Actors whose process has ended, for GlobalSchedulers or to pass on to them. Faster than heartbeats."""
     down: dict[str, str] = attrs.field(init=False, factory=dict)
-    """Actors that do not live, and why, for Frontends: ``/health`` says it."""
+    """Why each actor that is down is down, by name. For Frontends, whose ``/health`` reports it."""
     _tell_died: trio.MemorySendChannel[ActorId] = attrs.field(init=False)
     _is_ready: bool = attrs.field(init=False, default=False)
 
@@ -115,33 +124,33 @@ class Lifeline:
         self._tell_died, self.died = trio.open_memory_channel[ActorId](DIED_MESSAGES)
 
     def hello(self) -> None:
-        """Tell the id under which this process is going to be known."""
+        """Report the id by which this process will be known."""
         self._events.send(event="hello", id=self.actor)
 
     def ready(self) -> None:
-        """The actor does its work from now on. Only the first call counts."""
+        """Report that the actor is ready to work. Only the first call counts."""
         if not self._is_ready:
             self._is_ready = True
             self._settle()
             self._events.send(event="ready", id=self.actor)
 
     async def beat(self) -> None:
-        """Tell the supervisor, for as long as the event loop turns, that it does."""
+        """Report to the supervisor every BEAT_S that the event loop turns."""
         while True:
             if not self._events.send(event="alive"):
                 return
             await trio.sleep(BEAT_S)
 
     def serving(self, url: str) -> None:
-        """A Frontend answers requests at ``url``, and /health is true."""
+        """Report that a Frontend serves requests at ``url`` and its /health is true."""
         self._events.send(event="serving", url=url)
 
     def leaving(self) -> None:
-        """The actor ends for good once it has finished what it holds: no successor is to be started."""
+        """Report that the actor ends for good when it has finished what it holds: it needs no successor."""
         self._events.send(event="leaving")
 
     async def listen(self) -> None:
-        """Take in what the supervisor says, until it is gone."""
+        """Handle the supervisor's events until it is gone."""
         while (event := await self._events.receive()) is not None:
             if event["event"] == "drain":
                 self.drain.set()

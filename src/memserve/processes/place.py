@@ -1,15 +1,16 @@
-"""The runtime directory of one cluster, "the place": who may run here, where its sockets are, and who cleans up.
+"""The runtime directory of one cluster, "the place": who may run here, its sockets, and who cleans up.
 
-Two locks, both ``flock`` and both dropped by the kernel however a process ends:
+It has two locks. Both are ``flock`` locks, which the kernel drops however a process ends:
 
-* *The claim*: exclusive, on the directory itself. The supervisor takes it and every actor inherits the descriptor
-  (one open file description), so it is free again only when the last process of the cluster is gone. A second
-  ``up`` therefore never meets half of an older cluster.
-* *The roll*: shared, on the file ``roll``, taken by each process for itself. Whoever leaves tries to turn its share
-  into an exclusive lock. A failed try still gives up the share, so of any number of processes leaving in any order
-  exactly the last one succeeds; it removes whatever is still there, sockets of killed processes included.
+* *The claim* is an exclusive lock on the directory itself. The supervisor takes it, and every actor inherits
+  the descriptor (one open file description). So it is free again only when the last process of the cluster is
+  gone, and a second ``up`` never meets half of an older cluster.
+* *The roll* is a shared lock on the file ``roll``, which each process takes for itself. A process that leaves
+  tries to turn its share into an exclusive lock. A failed try gives up the share, too. So, however many
+  processes leave in whatever order, exactly the last one succeeds. It removes all files still there,
+  including sockets of killed processes.
 
-Only when every process was killed at once is anything left, and then the next claim removes it.
+Files are left over only if every process was killed at once; then the next claim removes them.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ INFO_FILE = "cluster.json"
 ROLL_FILE = "roll"
 
 SOCKET_PATH_BYTES_MAX = 107
-"""Linux' ``sun_path`` is 108 bytes with its closing NUL (unix(7))."""
+"""The ``sun_path`` of Linux is 108 bytes with its closing NUL (unix(7))."""
 SOCKET_NAME_BYTES = 48
-"""Room kept for ``/<name>.<8 hex>.arena`` when the directory is chosen: every configurable name (32 bytes) fits."""
+"""Room kept for ``/<name>.<8 hex>.arena`` when choosing the directory: any name (32 bytes) fits."""
 
 _CLAIM_TRIES = 15
 _CLAIM_PAUSE_S = 0.02
@@ -49,8 +50,8 @@ class PlaceGone(Exception):
 def place_path(log_dir: Path) -> Path:
     """The runtime directory of the cluster that logs to ``log_dir``; the same for every process of one user.
 
-    ``$XDG_RUNTIME_DIR``, else the temp directory, else ``/tmp``: the first that exists and is short enough
-    for socket paths. Raises UserError when none is.
+    It is in ``$XDG_RUNTIME_DIR``, the temp directory or ``/tmp``: the first of these that is writable and
+    short enough for socket paths. Raises UserError when none is.
     """
     digest = hashlib.sha256(os.fsencode(log_dir.expanduser().resolve())).hexdigest()[:12]
     bases = [os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp"]
@@ -68,16 +69,19 @@ def place_path(log_dir: Path) -> Path:
 
 @attrs.define(eq=False)
 class Place:
-    """One process's hold on the runtime directory. Make it with :meth:`claim` or :meth:`join`, end it with :meth:`leave`."""
+    """One process's hold on the runtime directory.
+
+    Get it by :meth:`claim` or :meth:`join`, end it by :meth:`leave`.
+    """
 
     path: Path
     _claim_fd: int | None
-    """The claimed directory; None in an actor, which holds the claim through its inherited descriptor alone."""
+    """The claimed directory; None in an actor, whose inherited descriptor alone holds the claim."""
     _roll_fd: int
 
     @classmethod
     def claim(cls, log_dir: Path) -> Place:
-        """Take the place for a new cluster, and clear what a dead one left in it.
+        """Claim the place for a new cluster, and remove what a dead cluster left in it.
 
         Raises UserError when a cluster runs here or is still ending, or when the directory is not private.
         """
@@ -93,9 +97,9 @@ class Place:
 
     @classmethod
     def join(cls, path: Path, claim_fd: int | None = None) -> Place:
-        """Enter a claimed place as one of its actors. Raises PlaceGone when its cluster has ended meanwhile.
+        """Enter a claimed place as a process of its cluster. Raises PlaceGone when the cluster has ended.
 
-        ``claim_fd``: the claim's descriptor, of a process that starts actors of its own for the cluster.
+        ``claim_fd``: the claim's descriptor, for a process that starts actors of its own for the cluster.
         """
         try:
             return cls(path, claim_fd, _sign_roll(path, 0))
@@ -103,26 +107,32 @@ class Place:
             raise PlaceGone(f"{path} is gone: its cluster has ended") from error
 
     def fileno(self) -> int:
-        """The claim's descriptor, for the actors to inherit."""
+        """The claim's descriptor, for actors to inherit."""
         assert self._claim_fd is not None, "only a supervisor holds the claim"
         return self._claim_fd
 
     def write_info(self, info: dict[str, Any]) -> None:
-        """Replace cluster.json in one step: a reader sees the old or the new one. It may hold keys, so it is private."""
+        """Replace cluster.json atomically: a reader sees the old or the new file.
+
+        It may hold keys, so it is private.
+        """
         new = self.path / f"{INFO_FILE}.new"
         new.touch(mode=0o600)
         new.write_text(json.dumps(info))
         new.replace(self.path / INFO_FILE)
 
     def read_info(self) -> dict[str, Any]:
-        """cluster.json. Raises PlaceGone when the cluster has ended."""
+        """The content of cluster.json. Raises PlaceGone when the cluster has ended."""
         info = _read_info(self.path)
         if info is None:
             raise PlaceGone(f"{self.path / INFO_FILE} is gone: its cluster has ended")
         return info
 
     def socket_path(self, name: str) -> Path:
-        """Where a socket or lock file called ``name`` belongs. Raises UserError when that is too long for a socket."""
+        """The path of a socket or lock file called ``name``.
+
+        Raises UserError when it is too long for a socket.
+        """
         path = self.path / name
         size = len(os.fsencode(path))
         if size > SOCKET_PATH_BYTES_MAX:
@@ -137,14 +147,17 @@ class Place:
         return f"ipc://{self.socket_path(f'{actor}.sock')}"
 
     def remove_files_of(self, actor: ActorId) -> None:
-        """Remove the sockets of an actor that is gone or about to be: those of its id, and its well-known one."""
+        """Remove the sockets of an actor that is gone or about to go: its id's, and its well-known one."""
         well_known = f"{actor_name(actor)}.sock"
         for file in _entries(self.path):
             if file.name.startswith(f"{actor}.") or file.name == well_known:
                 _remove(file)
 
     def leave(self, actor: ActorId | None = None) -> None:
-        """Remove the caller's own files; if nobody else is left here, remove everything. A second call does nothing."""
+        """Remove the caller's own files, and everything if the caller is the last process here.
+
+        A second call does nothing.
+        """
         if self._roll_fd < 0:
             return
         if actor is not None:
@@ -161,7 +174,7 @@ class Place:
 
 
 def find_running(log_dir: Path) -> dict[str, Any] | None:
-    """cluster.json of the cluster that logs to ``log_dir``, or None when there is none with a living supervisor."""
+    """cluster.json of the cluster that logs to ``log_dir``; None if none has a living supervisor."""
     path = place_path(log_dir)
     try:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -177,7 +190,7 @@ def find_running(log_dir: Path) -> dict[str, Any] | None:
 
 
 def now_utc() -> str:
-    """The time as cluster.json keeps it: ISO 8601, UTC, whole seconds."""
+    """The present time as cluster.json stores it: ISO 8601, UTC, whole seconds."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
@@ -185,7 +198,10 @@ def now_utc() -> str:
 
 
 def _claim_directory(path: Path) -> int:
-    """Make and lock the directory; its descriptor. Retries cover ``status`` looking at the lock for an instant."""
+    """Make and lock the directory; its descriptor.
+
+    Retries cover ``status``, which tests the lock for an instant.
+    """
     for _ in range(_CLAIM_TRIES):
         fd = _open_directory(path)
         if not _try_lock(fd, fcntl.LOCK_EX):
@@ -199,7 +215,10 @@ def _claim_directory(path: Path) -> int:
 
 
 def _open_directory(path: Path) -> int:
-    """Open the directory, made if need be. Raises UserError unless it is the caller's own and closed to all others."""
+    """Open the directory, making it if needed.
+
+    Raises UserError unless it is the caller's own and closed to all others.
+    """
     try:
         path.mkdir(mode=0o700)
     except FileExistsError:
@@ -209,7 +228,7 @@ def _open_directory(path: Path) -> int:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except FileNotFoundError:
-        return _open_directory(path)  # removed by the last process of the old cluster just now
+        return _open_directory(path)  # the last process of the old cluster has just removed it
     except OSError as error:
         raise UserError(f"{path} is in the way: it is not a directory of this user; remove it") from error
     found = os.fstat(fd)
@@ -224,7 +243,7 @@ def _open_directory(path: Path) -> int:
 
 
 def _is_still(path: Path, fd: int) -> bool:
-    """Whether ``path`` leads to the open directory ``fd``."""
+    """Whether ``path`` still leads to the open directory ``fd``."""
     try:
         return os.path.samestat(path.stat(), os.fstat(fd))
     except FileNotFoundError:
@@ -232,11 +251,15 @@ def _is_still(path: Path, fd: int) -> bool:
 
 
 def _sign_roll(path: Path, flags: int) -> int:
-    """Take a share of the roll. Raises FileNotFoundError or BlockingIOError when the last process is leaving or gone."""
+    """Take a share of the roll.
+
+    Raises FileNotFoundError or BlockingIOError when the last process is leaving or gone.
+    """
     fd = os.open(path / ROLL_FILE, os.O_RDWR | flags, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        # Locked but unlinked: the cleaner was between our open and our lock. Linked: no cleaner can get past us.
+        # Locked but unlinked: the cleaner ran between our open and our lock. Still linked: no cleaner can
+        # overtake us.
         if os.fstat(fd).st_nlink == 0:
             raise FileNotFoundError(path / ROLL_FILE)
     except BaseException:
@@ -267,7 +290,7 @@ def _occupied(path: Path) -> str:
 
 
 def _alive(pid: int) -> bool:
-    """Whether a process of this number exists."""
+    """Whether a process with this pid exists."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -293,7 +316,7 @@ def _entries(path: Path) -> list[Path]:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file or a socket, which another process may have removed already."""
+    """Remove a file or socket; another process may have removed it already."""
     path.unlink(missing_ok=True)
 
 
@@ -301,4 +324,4 @@ def _remove_directory(path: Path) -> None:
     try:
         path.rmdir()
     except OSError:
-        pass  # a process that was just starting put a socket here; it removes it, and the directory, as it leaves
+        pass  # a process that was just starting put a socket here; it removes both when it leaves

@@ -1,16 +1,18 @@
-"""Who may come in, who waits, and who is told to come back later: the scheduler's hold-back queue.
+"""The scheduler's hold-back queue: which requests are admitted, which wait, and which must come back later.
 
-While no worker has room, requests wait here and not at the workers, so that later ones of a higher priority, and tenants who
-have had less, can still come first. Who is next is :mod:`memserve.scheduling.fair_queue`'s to say; this bounds what waits,
-keeps deadlines, and predicts how long waiting takes.
+While no worker has room, requests wait here and not at the workers, so that later requests of a higher
+priority, and tenants that have had less, can still go first. :mod:`memserve.scheduling.fair_queue` decides
+which is next. This module bounds the queue, keeps deadlines, and predicts waiting times.
 
-``held_max`` places are there in all. A tenant may take one more while it has fewer than are left free: alone it can have
-half of them, with n others that wait as long an (n + 2)th, and a newcomer always finds some. What does not fit is refused at
-once, and so is what its deadline leaves no time for. Whatever was let in once (an attempt after a worker's death, a request
-that waited at a scheduler that is gone) is never refused for lack of a place.
+The queue has ``held_max`` places. A tenant may take one more while it has fewer than are left free: alone it
+can have half of the places, next to n other tenants that do the same one (n + 2)th, and a newcomer always
+finds some. A request that does not fit is refused at once, and so is a request whose deadline leaves no time.
+A request that was admitted once (an attempt after a worker's death, a request that waited at a scheduler that
+is gone) is never refused for lack of a place.
 
-A Frontend asks after a request that waits (Inquire). One that nobody asks after is forgotten: its Frontend is gone, or
-has taken it to another scheduler; if neither, its next question is answered with no, and it submits it again.
+A Frontend inquires after a request that waits (Inquire). A request that no Frontend inquires after is
+forgotten: its Frontend is gone, or has taken it to another scheduler. If neither is the case, the Frontend's
+next Inquire is answered with no, and it submits the request again.
 """
 
 from __future__ import annotations
@@ -24,19 +26,19 @@ from memserve.scheduling.fair_queue import FairQueue, HeldRequest
 HELD_S = 60.0
 """Longest time that a request waits while no worker is ready."""
 FORGOTTEN_S = 12.0
-"""A request is forgotten that no Frontend has asked after for so long: four times what lies between two questions."""
+"""Time without an Inquire after which a waiting request is forgotten: four inquiry intervals."""
 ADMISSION_CODES = ("cluster_full", "tenant_full", "deadline_unreachable", "deadline_missed")
-"""Reasons for which a request that has begun is never refused."""
+"""Refusal codes that a request which has begun never gets."""
 RESUMED = -1_000
-"""The class of attempts after the first, before any that a client can ask for: their streams have begun."""
+"""Rank of attempts after the first, ahead of any client's priority: their streams have begun."""
 PACE_S = 2.0
-"""The shortest time over which it is measured how fast requests leave."""
+"""Shortest period over which the rate at which requests leave is measured."""
 SLOWEST = 0.02
-"""Share of the predicted speed below which a measured one is not believed."""
+"""A measured rate counts as at least this share of the predicted rate."""
 RETRY_S = (1.0, 60.0)
-"""Bounds of Retry-After."""
+"""Bounds of Retry-After, in seconds."""
 NOBODY_RETRY_S = 2.0
-"""Retry-After where no worker has been ready for HELD_S."""
+"""Retry-After when no worker has been ready for HELD_S."""
 
 
 @attrs.frozen
@@ -44,45 +46,51 @@ class Refusal:
     """Why a request is not served now, and when it may be."""
 
     submit: Submit
-    """Its age is that at which it is refused."""
+    """The refused Submit, with the request's age at the refusal."""
     code: str
     message: str
     status: int
     retry_after_s: float
     predicted_s: float
-    """To the first token, had it been let in; infinity where nobody could say."""
+    """Predicted seconds to the first token, had the request been admitted; infinity if unknown."""
     margin_s: float = 0.0
-    """Of these seconds, those that late predictions before have added."""
+    """The part of ``predicted_s`` that was added because earlier predictions were late."""
 
 
 @attrs.frozen
 class IncomingRequest:
-    """A request that comes, as it is seen here."""
+    """A request that arrives, as admission sees it."""
 
     submit: Submit
     tokens: float
-    """Prompt and expected answer."""
+    """Prompt tokens plus expected answer tokens."""
     run_s: float
-    """Predicted to run its prompt."""
+    """Predicted seconds to run its prompt."""
     soonest_s: float
-    """To its first token if it were placed now, margin included; infinity where no worker is ready."""
+    """Seconds to the first token if placed now, margin included; infinity while no worker is ready."""
     margin_s: float = 0.0
-    """See :mod:`memserve.scheduling.punctuality`."""
+    """The margin in ``soonest_s``, see :mod:`memserve.scheduling.punctuality`."""
 
 
 @attrs.define
 class Pace:
-    """How fast what waits leaves, in seconds of predicted prompts a second: about the number of workers, by prediction."""
+    """The rate at which waiting requests leave, in seconds of predicted prompt time a second.
+
+    By prediction, it is about the number of workers.
+    """
 
     rate: float | None = None
-    """None before it is measured."""
+    """The rate; None before it is measured."""
     _since: float | None = None
-    """Up to when it has been measured; None while nothing waits."""
+    """Time up to which the rate has been measured; None while nothing waits."""
     _took: float = 0.0
     _left: float = 0.0
 
     def measure(self, waiting: bool, left_s: float, now: float) -> None:
-        """``left_s`` of prompts have just left; what matters is the time in which something waited, in one piece or several."""
+        """Record that prompts of ``left_s`` seconds have left the queue.
+
+        Only the time in which something waits is counted, in one piece or several.
+        """
         if self._since is not None:
             self._left += left_s
             self._took += now - self._since
@@ -93,23 +101,23 @@ class Pace:
         self._since = now if waiting else None
 
     def at(self, workers: int) -> float:
-        """The present rate; what ``workers`` do by prediction, where nothing is measured."""
+        """The present rate, or before any measurement the predicted rate of ``workers``."""
         predicted = float(max(1, workers))
         return predicted if self.rate is None else max(SLOWEST * predicted, self.rate)
 
 
 @attrs.define
 class Admission:
-    """See the module's text."""
+    """See the module's docstring."""
 
     held_max: int = 2_048
     queue: FairQueue = attrs.field(factory=FairQueue)
     counters: dict[str, float] = attrs.field(factory=dict)
     _pace: Pace = attrs.field(factory=Pace)
     _nobody_since: float | None = None
-    """Since when no worker has been ready."""
+    """Time since when no worker has been ready; None while one is."""
     _look_at: float = float("inf")
-    """Nothing ends by itself before."""
+    """No waiting request ends by itself before this time."""
 
     def __len__(self) -> int:
         return len(self.queue)
@@ -117,7 +125,7 @@ class Admission:
     # ---- in -------------------------------------------------------------------------------------------------
 
     def ask(self, wish: IncomingRequest, workers: int, now: float) -> Refusal | None:
-        """Let a request wait, or refuse it. It must not wait already."""
+        """Queue a request, or return its refusal. It must not be in the queue already."""
         submit, scope = wish.submit, wish.submit.request.scope
         one = held(wish, now)
         wait = self.wait_s(one, workers)
@@ -134,7 +142,7 @@ class Admission:
         return None
 
     def _no_place(self, scope: str) -> tuple[str, str, int] | None:
-        """Why there is no place for one more request of a tenant."""
+        """Code, text and HTTP status if a tenant's next request has no place; None if it has one."""
         free = self.held_max - len(self.queue)
         rule = f"scheduler.held_max = {self.held_max}"
         if free <= 0:
@@ -160,30 +168,30 @@ class Admission:
     # ---- out ------------------------------------------------------------------------------------------------
 
     def served(self, one: HeldRequest, now: float) -> None:
-        """``queue.first()`` was placed."""
+        """Remove ``queue.first()``, which was placed."""
         self.queue.serve(one)
         self._pace.measure(len(self.queue) > 0, one.run_s, now)
         self._count("held_left_total")
         self._count("held_waited_s_total", now - one.since)
 
     def refuse_first(self, one: HeldRequest, predicted_s: float, margin_s: float, now: float) -> Refusal:
-        """``queue.first()`` would come too late."""
+        """Remove and refuse ``queue.first()``, whose first token would come too late."""
         self._drop(one, now)
         return self.late(attrs.evolve(one.submit, age_s=now - one.since), predicted_s, margin_s)
 
     def withdraw(self, request: str, attempt: int, now: float) -> None:
-        """Nobody wants this request any more, nor any attempt before."""
+        """Drop this attempt of a request, which is no longer wanted, and all earlier attempts."""
         for number in range(attempt + 1):
             self._forget((request, number), now)
 
     def forget_frontends(self, frontends: set[ActorId], now: float) -> None:
-        """They are dead, and their requests with them."""
+        """Drop the requests of dead Frontends."""
         for one in self.queue:
             if one.submit.request.frontend in frontends:
                 self._drop(one, now)
 
     def wanted(self, key: tuple[str, int], now: float) -> bool:
-        """Its Frontend asks after a request: whether it waits here."""
+        """Note that a request's Frontend inquires after it; whether the request waits here."""
         one = self.queue.get(key)
         if one is not None:
             one.heard_at = now
@@ -192,15 +200,21 @@ class Admission:
     # ---- time -----------------------------------------------------------------------------------------------
 
     def excuse(self, now: float) -> None:
-        """This scheduler was stopped itself: what its Frontends asked meanwhile is still in its inbox."""
+        """Count all requests as inquired after now.
+
+        This scheduler was stopped itself, and what its Frontends asked in that time is still in its inbox.
+        """
         for one in self.queue:
             one.heard_at = now
 
     def advance(self, served: bool, now: float) -> list[Refusal]:
-        """Refuse what waited too long, forget what nobody wants. ``served``: some worker is ready."""
+        """Refuse requests that waited too long and forget those without an Inquire.
+
+        ``served``: whether some worker is ready.
+        """
         if served != (self._nobody_since is None):
             self._nobody_since, self._look_at = None if served else now, now
-            self._pace = Pace()  # how fast requests leave while nobody takes them says nothing
+            self._pace = Pace()  # the rate at which requests leave while no worker takes them says nothing
         if now < self._look_at:
             return []
         refused = []
@@ -223,7 +237,7 @@ class Admission:
         return min(one.heard_at + FORGOTTEN_S, self._ends_at(one))
 
     def _ends_at(self, one: HeldRequest) -> float:
-        """When it has waited for too long."""
+        """When the request has waited for too long."""
         nobody = float("inf")
         if self._nobody_since is not None:
             nobody = max(self._nobody_since, one.since) + HELD_S
@@ -244,13 +258,13 @@ class Admission:
     # ---- figures --------------------------------------------------------------------------------------------
 
     def wait_s(self, one: HeldRequest, workers: int) -> float:
-        """Predicted seconds until a request that comes now would leave."""
+        """Predicted seconds in the queue for a request that arrives now."""
         if not len(self.queue):
             return 0.0
         return self.queue.ahead_s(one.rank, one.scope, one.run_s) / self._pace.at(workers)
 
     def explain(self, refusal: Refusal) -> dict[str, object]:
-        """Everything about a refusal, for its one line in the log."""
+        """Everything about a refusal, for its one log line."""
         submit, request = refusal.submit, refusal.submit.request
         predicted = refusal.predicted_s
         return {
@@ -271,7 +285,7 @@ class Admission:
         }
 
     def gauges(self) -> dict[str, float]:
-        """For the scheduler's own."""
+        """The queue's part of the scheduler's gauges."""
         return {"requests_held": float(len(self.queue)), **self.counters}
 
     def check(self) -> None:
@@ -309,7 +323,7 @@ class Admission:
 
 
 def held(wish: IncomingRequest, now: float) -> HeldRequest:
-    """A request as it waits."""
+    """The queue entry for an incoming request."""
     request = wish.submit.request
     since = now - wish.submit.age_s
     first = request.attempt == 0

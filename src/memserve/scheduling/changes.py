@@ -1,8 +1,8 @@
-"""Changes to a running worker, asked for by an operator or a scheduler: another role, or to drain and leave.
+"""Changes to a running worker that an operator or a scheduler wants: another role, or drain and leave.
 
-A change is a state that is wanted, not an event: it may be sent any number of times, and it is in force when the
-scheduler's view of the cluster shows it. The worker alone changes; placements follow what it reports, and requests
-under way keep the plans they have.
+A change is a wanted state, not an event: it may be sent any number of times, and it is in force when the
+scheduler's view of the cluster shows it. Only the worker changes itself. Placements follow what it reports,
+and requests under way keep their plans.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from memserve.scheduling.membership import pairs
 
 HAND = "hand"
 SCHEDULER = "scheduler"
-"""Who gives roles. An operator's choice stays until the operator gives the role back (``auto``)."""
+"""The two sources of roles. An operator's choice stays until the operator gives the role back (``auto``)."""
 
 
 def changed(member: Member, change: Change) -> Member:
-    """The worker as the change wants it; the member itself when that is so already."""
+    """The worker as the change wants it; ``member`` itself if it is so already."""
     if change.drain:
         member = attrs.evolve(member, state="draining")
     if not change.role or (change.by == SCHEDULER and member.role_by == HAND):
@@ -33,10 +33,10 @@ def changed(member: Member, change: Change) -> Member:
 
 
 def find_worker(name: str, change: Change, members: Iterable[Member]) -> Member:
-    """The worker that a change is about.
+    """The worker named in a change.
 
-    Raises RequestFailed: 404 ``worker_not_found``, 409 ``worker_not_ready``, or 409 ``no_pair_left`` when nobody
-    could prefill or decode afterwards.
+    Raises RequestFailed: 404 ``worker_not_found``, 409 ``worker_not_ready``, or 409 ``no_pair_left`` if
+    afterwards no worker could prefill or none could decode.
     """
     everyone = list(members)
     workers = {actor_name(one.id): one for one in everyone if one.role}
@@ -62,6 +62,6 @@ def find_worker(name: str, change: Change, members: Iterable[Member]) -> Member:
 
 
 def in_force(worker: ActorId, change: Change, members: Iterable[Member]) -> bool:
-    """Whether the view shows the change. One that drained and left has done what was asked."""
+    """Whether the view shows the change. A drained worker that has left has done what was asked."""
     found = next((one for one in members if one.id == worker), None)
     return change.drain if found is None else changed(found, change) == found

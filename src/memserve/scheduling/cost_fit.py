@@ -1,6 +1,6 @@
-"""From measured steps to figures: least squares for a worker's StepCosts, and a slow, bounded scale for what changes later.
+"""From measured steps to cost figures: a least-squares fit of StepCosts, and a bounded scale for drift.
 
-Small enough for plain Python: some tens of measurements, a dozen unknowns.
+The problem is small enough for plain Python: some tens of measurements, a dozen unknowns.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import attrs
 from memserve.costs import StepCosts
 
 Rows = Sequence[tuple[int, int]]
-"""Of one step: each row's new tokens and the tokens before them."""
+"""One step: each row's new tokens and the tokens before them."""
 
 RIDGE = 1e-9
-"""Of each unknown's own weight: keeps the equations solvable where measurements cannot tell two unknowns apart."""
+"""Relative addition to each diagonal entry: keeps equations solvable if samples do not separate unknowns."""
 
 
 @attrs.frozen
@@ -30,10 +30,10 @@ class Sample:
 def fit_steps(
     samples: Sequence[Sample], knots: Sequence[float], chunk_tokens: int, token_bytes: int
 ) -> StepCosts:
-    """The StepCosts with its table at ``knots`` that misses ``samples`` least, relative to what each took.
+    """The StepCosts with a table at ``knots`` that fits ``samples`` with the least relative error.
 
-    No figure is below 0: one that would be is left out, and the others fitted again. Raises ValueError with fewer
-    samples than unknowns.
+    No figure is below 0: an unknown that would be is left out, and the others are fitted again. Raises
+    ValueError with fewer samples than unknowns.
     """
     features = [_features(one.rows, knots) for one in samples]
     unknowns = list(range(len(knots) + 3))
@@ -52,7 +52,7 @@ def fit_steps(
 
 
 def _features(rows: Rows, knots: Sequence[float]) -> list[float]:
-    """By what each unknown counts in a step: the share of each knot in its tokens, rows, context, pairs."""
+    """The coefficients of the unknowns in a step: each knot's share in its tokens, rows, context, pairs."""
     tokens = sum(new for new, _ in rows)
     context = sum(before for _, before in rows)
     pairs = sum(new * (before + new / 2) for new, before in rows)
@@ -70,7 +70,7 @@ def _features(rows: Rows, knots: Sequence[float]) -> list[float]:
 def _least_squares(
     features: list[list[float]], samples: Sequence[Sample], unknowns: list[int]
 ) -> list[float]:
-    """Of relative misses, by the normal equations, each unknown in units of its own size."""
+    """Minimize the relative errors, by the normal equations, with each unknown scaled by its size."""
     sizes = [_size(features, one) or 1.0 for one in unknowns]
     rows = [
         [one[k] / size / sample.seconds for k, size in zip(unknowns, sizes, strict=True)]
@@ -91,7 +91,7 @@ def _size(features: list[list[float]], unknown: int) -> float:
 
 
 def _solve(matrix: list[list[float]]) -> list[float]:
-    """Gauss with pivoting; the right side is the last column."""
+    """Gaussian elimination with pivoting; the last column is the right-hand side."""
     size = len(matrix)
     for i in range(size):
         pivot = max(range(i, size), key=lambda row: abs(matrix[row][i]))
@@ -108,7 +108,7 @@ def _solve(matrix: list[list[float]]) -> list[float]:
 
 
 def _growing(values: list[float]) -> list[float]:
-    """More tokens never take less: noise that says so is levelled."""
+    """Make values non-decreasing: more tokens never take less time, and noise that says so is levelled."""
     most, level = 0.0, []
     for value in values:
         most = max(most, value)
@@ -116,28 +116,29 @@ def _growing(values: list[float]) -> list[float]:
     return level
 
 
-# ---- what changes later --------------------------------------------------------------------------------------
+# ---- drift after the start -----------------------------------------------------------------------------------
 
 RATE = 0.02
-"""Of the newest step's miss. Some fifty steps move the scale most of the way."""
+"""Weight of the latest step's miss. Some fifty steps move the scale most of the way."""
 MISS_MAX = 0.5
-"""A step that takes ten times as long (a page fault, another process) counts as one and a half times."""
+"""Bound of one step's miss, as a logarithm: a step that takes ten times as long (a page fault, another
+process) counts as about 1.65 times as long."""
 SCALE_MAX = 16.0
 
 
 @attrs.define
 class Drift:
-    """How much longer steps take than was measured at start. One figure, so that noise cannot bend the shape."""
+    """How much longer steps take than measured at start. One figure: noise cannot bend the costs' shape."""
 
     _log: float = attrs.field(default=0.0, init=False)
 
     @property
     def scale(self) -> float:
-        """1 is as measured."""
+        """Factor on step times; 1 is as measured."""
         return math.exp(self._log)
 
     def saw(self, predicted_s: float, seconds: float) -> None:
-        """A step was over. ``predicted_s``: by the figures alone, without the scale."""
+        """Take in a finished step. ``predicted_s``: by the figures alone, without the scale."""
         if predicted_s <= 0 or seconds <= 0:
             return
         miss = math.log(seconds / predicted_s) - self._log

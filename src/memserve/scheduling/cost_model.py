@@ -1,8 +1,9 @@
-"""What things cost on one instance, in seconds: steps, prefills, transfers, swap-ins. Arithmetic on fitted figures only.
+"""What steps, prefills, transfers and swap-ins cost on one instance, in seconds.
 
-``prefill_s`` is the paper's ``exec(x, y)`` (MemServe, 5.3), for an engine that runs prompts in chunks beside its streams.
-Where the paper sums operators over a prompt, this sums steps: each reads the weights once, so a prompt costs a fixed
-part for every step, a part linear in its tokens and a quadratic one for attention.
+This is only arithmetic on fitted figures. ``prefill_s`` is the paper's ``exec(x, y)`` (MemServe, 5.3), for an
+engine that runs prompts in chunks next to its streams. Where the paper sums operators over a prompt, this
+sums steps. Each step reads the weights once, so a prompt costs a fixed part for every step, a part linear in
+its tokens and a quadratic part for attention.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from memserve.engine.batching import ALONE
 
 @attrs.frozen
 class LinkModel:
-    """One way for bytes: a fixed time for each use, and a time for each byte."""
+    """The cost of one path for bytes: a fixed time for each use, plus a time for each byte."""
 
     fixed_s: float = 0.0
     byte_s: float = 0.0
 
     def seconds(self, size: float, queued: float = 0.0) -> float:
-        """Until ``size`` bytes are through, when ``queued`` bytes are on this way before them."""
+        """Seconds until ``size`` bytes have arrived, behind ``queued`` bytes on the same path."""
         return self.fixed_s + self.byte_s * (size + queued)
 
 
@@ -38,15 +39,15 @@ LINKS: Mapping[str, LinkModel] = {
     "tcp": LinkModel(0.004, 1 / 1e9),
     "nixl": LinkModel(0.001, 1 / 20e9),
 }
-"""Between shards, by path (docs/transfers.md), and ``shared``: workers of one shard, where no byte moves. What is assumed
-until something else is said."""
+"""Assumed costs between shards by path (docs/transfers.md), used unless configured otherwise. ``shared`` is
+between workers of one shard, where no byte moves."""
 SWAP = LinkModel(0.001, 1 / 2e9)
-"""From the host tier into the arena."""
+"""Assumed cost of bringing bytes from the host tier into the arena."""
 
 
 @attrs.define
 class CostModel:
-    """The costs of one instance. ``scale`` is how much longer than ``steps`` says its steps take at present."""
+    """The costs of one instance. ``scale`` is how much longer steps take at present than ``steps`` says."""
 
     steps: StepCosts
     scale: float = 1.0
@@ -54,7 +55,7 @@ class CostModel:
     swap: LinkModel = SWAP
     _tokens: tuple[float, ...] = attrs.field(init=False, repr=False)
     _lines: tuple[tuple[float, float, float], ...] = attrs.field(init=False, repr=False)
-    """What is right of each entry of the table: its tokens, its seconds, seconds a token."""
+    """The line to the right of each entry of the dense table: (tokens, seconds, seconds a token)."""
 
     def __attrs_post_init__(self) -> None:
         table = self.steps.dense
@@ -66,9 +67,10 @@ class CostModel:
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any]) -> CostModel:
-        """Out of a TOML table of StepCosts' fields, with ``links`` and ``swap`` as tables of Link's.
+        """The model from a TOML table.
 
-        Raises TypeError for an unknown key, ValueError for a wrong table.
+        The table has StepCosts' fields, and ``links`` and ``swap`` as tables of LinkModel's fields. Raises
+        TypeError for an unknown key, ValueError for a wrong table.
         """
         told = dict(table)
         links = {path: LinkModel(**one) for path, one in told.pop("links", {}).items()}
@@ -78,13 +80,13 @@ class CostModel:
 
     @property
     def token_s(self) -> float:
-        """Seconds that one more prompt token takes where there are many."""
+        """Seconds for one more prompt token in a large step."""
         return self.scale * self._lines[-1][2]
 
     # ---- steps ----------------------------------------------------------------------------------------------
 
     def step_s(self, rows: Iterable[tuple[int, int]]) -> float:
-        """Seconds of one step of any mix of rows, each (new tokens, tokens of context before them)."""
+        """Seconds of one step of any mix of rows, each (new tokens, context tokens before them)."""
         tokens = number = context = 0
         pairs = 0.0
         for new, before in rows:
@@ -95,19 +97,20 @@ class CostModel:
         return self.batch_s(tokens, number, context, pairs)
 
     def batch_s(self, tokens: float, rows: float, context: float, pairs: float) -> float:
-        """Seconds of one step by its sums: new tokens, rows, tokens of context, pairs (see StepCosts)."""
+        """Seconds of one step by its totals: new tokens, rows, context tokens, pairs (see StepCosts)."""
         known = self.steps
         attention = known.read_s * context + known.pair_s * pairs
         return self.scale * (self._dense(tokens) + known.row_s * rows + attention)
 
     def decode_s(self, rows: float, context: float) -> float:
-        """Seconds of a step of ``rows`` streams with ``context`` tokens in all; 0 for none."""
+        """Seconds of a step of ``rows`` streams with ``context`` tokens in all; 0 without rows."""
         return self.batch_s(rows, rows, context, context + rows / 2) if rows else 0.0
 
     def prefill_s(self, tokens: int, cached: int, rows: float = 0, context: float = 0) -> float:
-        """Seconds to run a prompt of ``tokens`` of which ``cached`` are there, beside ``rows`` streams of ``context`` tokens.
+        """Seconds to run a prompt of which ``cached`` tokens are cached, next to ``rows`` streams.
 
-        The last token always runs: its logits are wanted. The streams' own steps meanwhile are in the result.
+        ``context``: tokens of the streams in all. The last prompt token always runs, because its logits are
+        needed. The result includes the streams' own steps in that time.
         """
         cached = max(0, min(cached, tokens - 1))
         left = tokens - cached
@@ -116,16 +119,17 @@ class CostModel:
         known = self.steps
         steps = full + (rest > 0)
         dense = full * self._dense(chunk + rows) + (self._dense(rest + rows) if rest else 0.0)
-        # Contexts before the chunks: cached, cached + chunk, and so on; their sum is read.
+        # Contexts before the chunks are cached, cached + chunk, and so on; read is their sum.
         read = steps * cached + chunk * steps * (steps - 1) / 2
         own = known.row_s * steps + known.read_s * read + known.pair_s * left * (cached + left / 2)
         beside = steps * (known.row_s * rows + known.read_s * context + known.pair_s * (context + rows / 2))
         return self.scale * (dense + own + beside)
 
     def shared_s(self, queued: float, left_s: float, tokens: float, rows: float = 0) -> float:
-        """Seconds that ``tokens`` save by running in the last step of a queue of ``queued`` tokens, not in one of their own.
+        """Seconds saved by running ``tokens`` in the last step of a queue, not in a step of their own.
 
-        ``left_s``: until the queue is run; 0 when its last step has begun, or has no room for them.
+        ``queued``: tokens in the queue. ``left_s``: seconds until the queue has run. The result is 0 when its
+        last step has begun or has no room for them.
         """
         chunk = self.steps.chunk_tokens * (1 if rows else ALONE)
         rest = queued % chunk
@@ -137,7 +141,7 @@ class CostModel:
         return self.scale * max(0.0, last + self._dense(tokens + rows) - self._dense(rest + tokens + rows))
 
     def queue_s(self, tokens: float, pairs: float, rows: float = 0, context: float = 0) -> float:
-        """Seconds until ``tokens`` of several prompts, with ``pairs`` in all, are run beside ``rows`` streams."""
+        """Seconds to run ``tokens`` of several prompts, with ``pairs`` in all, next to ``rows`` streams."""
         if tokens <= 0:
             return 0.0
         chunk = self.steps.chunk_tokens * (1 if rows else ALONE)
@@ -157,21 +161,27 @@ class CostModel:
     # ---- bytes ----------------------------------------------------------------------------------------------
 
     def transfer_s(self, size: float, path: str, queued: float = 0.0) -> float:
-        """Seconds until ``size`` bytes are at another shard by ``path``, behind ``queued`` bytes. KeyError: no such path."""
+        """Seconds to move ``size`` bytes to another shard, behind ``queued`` bytes on ``path``.
+
+        Raises KeyError for an unknown path.
+        """
         return self.links[path].seconds(size, queued)
 
     def handoff_s(self, size: float, path: str = "shared", queued: float = 0.0) -> float:
-        """Seconds from the first token to the decode worker owning the request; ``size``: bytes that it lacks."""
+        """Seconds from the first token until the decode worker owns the request.
+
+        ``size``: bytes of its pages that the decode worker's shard does not have.
+        """
         return self.links["shared"].fixed_s + (self.transfer_s(size, path, queued) if size else 0.0)
 
     def swap_in_s(self, size: float, queued: float = 0.0) -> float:
-        """Seconds until ``size`` bytes of a slower tier are in the arena."""
+        """Seconds to bring ``size`` bytes from a slower tier into the arena."""
         return self.swap.seconds(size, queued) if size else 0.0
 
     def swap_break_even(self) -> float:
-        """Tokens from which bringing them in is sooner than computing them; infinity where it never is.
+        """Tokens from which a swap-in is faster than computing them; infinity if it never is.
 
-        A token costs its share of a full step: the difference of two measured steps may be noise.
+        A token's cost is its share of a full step: the difference of two measured steps may be noise.
         """
         whole = ALONE * self.steps.chunk_tokens
         saved_s = self.prefill_s(whole, 0) / whole - self.swap.byte_s * self.steps.token_bytes

@@ -1,13 +1,14 @@
-"""Whose request is next: by priority class, and within a class by fair shares between tenants.
+"""The order of waiting requests: by priority class, and within a class by fair shares between tenants.
 
-Within a class this is start-time fair queueing (Goyal, Vin and Cheng, 1996) by tokens, as virtual token counters do it
-for models (Sheng et al., OSDI 2024). Each tenant has a virtual time, at which its next request starts; the least is next,
-and a request moves its tenant's time on by its tokens. A tenant that comes anew starts at the time of what left last:
-nobody saves up shares, and nobody who waited loses any. While two tenants wait, what each has been given differs by no
-more than their two largest requests, however many either sends.
+Within a class this is start-time fair queueing (Goyal, Vin and Cheng, 1996) by tokens, as virtual token
+counters do it for models (Sheng et al., OSDI 2024). Each tenant has a virtual time at which its next request
+starts. The tenant with the least virtual time is next, and a request advances its tenant's virtual time by
+its tokens. A tenant that comes back starts at the virtual time of the request that left last: no tenant saves
+up shares, and no tenant that waited loses any. While two tenants wait, what they have been given differs by
+no more than the sum of their largest requests, however many either sends.
 
-A lower class waits for the higher ones, but not for ever: one turn in TURNS goes to the class that was passed over the
-longest.
+A lower class waits for the higher ones, but not forever: one turn in TURNS goes to the class that was passed
+over the longest.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import attrs
 from memserve.messages import Submit
 
 TURNS = 8
-"""One turn in so many is a lower class's."""
+"""One turn in this many goes to the class that was passed over the longest."""
 
 
 @attrs.define(eq=False)
@@ -30,17 +31,17 @@ class HeldRequest:
 
     submit: Submit
     rank: int
-    """Its class; lower is earlier."""
+    """Priority class; lower goes first."""
     tokens: float
-    """Prompt and expected answer: what it takes of its tenant's share."""
+    """Prompt tokens plus expected answer tokens: its charge against the tenant's share."""
     run_s: float
-    """Predicted to run its prompt."""
+    """Predicted seconds to run its prompt."""
     since: float
-    """When its Frontend got it; in a tenant's class, the one that waits longest is next."""
+    """When its Frontend received it; of a tenant's requests in a class, the oldest is next."""
     heard_at: float
-    """When its Frontend last said that it still wants it."""
+    """When its Frontend last showed that it still wants the request."""
     by: float = float("inf")
-    """When its first token must be there."""
+    """Deadline of its first token."""
 
     @property
     def key(self) -> tuple[str, int]:
@@ -49,26 +50,26 @@ class HeldRequest:
 
     @property
     def scope(self) -> str:
-        """Its tenant."""
+        """Scope of its tenant."""
         return self.submit.request.scope
 
     @property
     def latest(self) -> float:
-        """When it must leave at the latest to have its first token in time."""
+        """The latest time to leave the queue for a first token in time."""
         return self.by - self.run_s
 
 
 @attrs.define(eq=False)
 class Tenant:
-    """What waits of one tenant in one class."""
+    """One tenant's waiting requests in one class."""
 
     start: float
-    """Virtual time at which its next request starts."""
+    """Virtual time at which the tenant's next request starts."""
     held: list[HeldRequest] = attrs.field(factory=list)
     run_s: float = 0.0
-    """Of all of them."""
+    """Predicted seconds of all its waiting prompts."""
     listed: bool = False
-    """Its class has this start in its order."""
+    """The class's heap contains this start."""
 
 
 @attrs.define
@@ -76,16 +77,16 @@ class FairClass:
     """One priority class. Its tenants are forgotten when nothing waits in it any more."""
 
     passed_at: int
-    """The turn at which it was served last, or began to wait."""
+    """The turn at which the class was last served, or began to wait."""
     waiting: int = 0
     _now: float = 0.0
-    """Virtual time: the start of what left last."""
+    """Virtual time: the start of the request that left last."""
     _tenants: dict[str, Tenant] = attrs.field(factory=dict)
     _order: list[tuple[float, str]] = attrs.field(factory=list)
-    """A heap of starts and tenants; one whose start is no longer its tenant's, or who has nothing, is passed over."""
+    """A heap of (start, tenant). Entries with an outdated start or nothing waiting are skipped."""
 
     def add(self, one: HeldRequest) -> None:
-        """Let a request wait."""
+        """Queue a request."""
         tenant = self._tenants.get(one.scope)
         if tenant is None:
             tenant = self._tenants[one.scope] = Tenant(self._now)
@@ -97,7 +98,7 @@ class FairClass:
         self._list(tenant, one.scope)
 
     def first(self) -> HeldRequest:
-        """The next to leave; there must be one."""
+        """The next request to leave; the class must not be empty."""
         while True:
             start, scope = self._order[0]
             tenant = self._tenants[scope]
@@ -107,7 +108,7 @@ class FairClass:
             tenant.listed &= tenant.start != start
 
     def serve(self, one: HeldRequest, turn: int) -> None:
-        """``first`` leaves, and its tenant pays for it."""
+        """Remove the request that ``first`` gave, and charge its tenant for it."""
         tenant = self._tenants[one.scope]
         self._now, self.passed_at = tenant.start, turn
         tenant.start, tenant.listed = tenant.start + one.tokens, False
@@ -115,7 +116,7 @@ class FairClass:
         self._list(tenant, one.scope)
 
     def drop(self, one: HeldRequest) -> None:
-        """It leaves without having been served."""
+        """Remove a request that was not served."""
         tenant = self._tenants[one.scope]
         tenant.held.remove(one)
         tenant.run_s = tenant.run_s - one.run_s if tenant.held else 0.0
@@ -127,7 +128,7 @@ class FairClass:
             heappush(self._order, (tenant.start, scope))
 
     def ahead_s(self, scope: str, run_s: float) -> float:
-        """Seconds of prompts that leave before a request of ``scope`` that comes now."""
+        """Seconds of the prompts that leave before a request of ``scope`` that arrives now."""
         own = self._tenants.get(scope)
         mine = run_s + (own.run_s if own else 0.0)
         others = (min(one.run_s, mine) for one in self._tenants.values() if one is not own)
@@ -135,7 +136,7 @@ class FairClass:
 
     @property
     def run_s(self) -> float:
-        """Seconds of all prompts that wait here."""
+        """Seconds of all prompts that wait in this class."""
         return sum(one.run_s for one in self._tenants.values())
 
     def check(self) -> None:
@@ -149,7 +150,7 @@ class FairClass:
 
 @attrs.define
 class FairQueue:
-    """All that waits, by class and tenant."""
+    """All waiting requests, by class and tenant."""
 
     _classes: dict[int, FairClass] = attrs.field(factory=dict)
     _held: dict[tuple[str, int], HeldRequest] = attrs.field(factory=dict)
@@ -167,11 +168,11 @@ class FairQueue:
         return self._held.get(key)
 
     def of_tenant(self, scope: str) -> int:
-        """How many requests of a tenant wait."""
+        """Number of waiting requests of a tenant."""
         return self._of_tenant.get(scope, 0)
 
     def add(self, one: HeldRequest) -> None:
-        """Let a request wait; it must not wait yet."""
+        """Queue a request, which must not be in the queue yet."""
         assert one.key not in self._held, f"{one.key} waits already"
         self._held[one.key] = one
         self._of_tenant[one.scope] = self.of_tenant(one.scope) + 1
@@ -180,22 +181,25 @@ class FairQueue:
         self._classes[one.rank].add(one)
 
     def first(self) -> HeldRequest:
-        """The next to leave; there must be one."""
+        """The next request to leave; the queue must not be empty."""
         return self._classes[self._rank()].first()
 
     def serve(self, one: HeldRequest) -> None:
-        """``first`` leaves."""
+        """Remove the request that ``first`` gave."""
         self._turn += 1
         self._classes[one.rank].serve(one, self._turn)
         self._forget(one)
 
     def drop(self, one: HeldRequest) -> None:
-        """Any one leaves without having been served."""
+        """Remove any request that was not served."""
         self._classes[one.rank].drop(one)
         self._forget(one)
 
     def ahead_s(self, rank: int, scope: str, run_s: float) -> float:
-        """Seconds of prompts that leave before a request that comes now, lower classes' turns left out."""
+        """Seconds of the prompts that leave before a request that arrives now.
+
+        The turns of lower classes are not counted.
+        """
         higher = sum(one.run_s for other, one in self._classes.items() if other < rank)
         here = self._classes.get(rank)
         return higher + (here.ahead_s(scope, run_s) if here else 0.0)

@@ -1,10 +1,10 @@
-"""What a scheduler believes of each worker: its last report, and what was placed on it since, as queues and prices.
+"""What a scheduler believes of each worker: its last report plus later placements, as queues and prices.
 
-Reports lag. Without what was placed since, a burst would land on one worker; so a placement counts on top of a worker's
-reports until one has come that surely includes it.
+Reports lag. If placements since the report did not count, a burst would land on one worker. So a placement
+counts on top of a worker's reports until a report has come that surely includes it.
 
-Workers of one site crowd one another (:class:`~memserve.costs.Site`): a step takes as long as on fewer cores while others
-have work, whatever that is. Whoever has a site of its own is reckoned with as if there were none.
+Workers of one site crowd one another (:class:`~memserve.costs.Site`): while others have work of any kind, a
+step takes as long as on fewer cores. A worker with a site of its own is treated as if it had none.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from memserve.scheduling.cost_model import CostModel
 from memserve.scheduling.membership import DECODES, PREFILLS
 
 SURE_S = 0.1
-"""After so long a report includes a placement: workers report a change within 50 ms."""
+"""Time after which a report includes a placement: workers report a change within 50 ms."""
 RATE_S = 5.0
-"""Over how long the prompts placed on a worker are counted."""
+"""Time constant of the rate of prompts placed on a worker."""
 FREE_PAGES = ("pages_free", "host_pages_free", "disk_pages_free")
-"""Of a shard's report, by tier: while any is free, what is evicted from a faster one is not lost."""
+"""A shard's gauges of free pages, by tier. While any is free, eviction from a faster tier loses nothing."""
 UNKNOWN = StepCosts(((1.0, 0.02), (32.0, 0.03), (256.0, 0.15)), row_s=1e-4, read_s=5e-7, pair_s=2e-7)
-"""Of a worker that has measured nothing: some small machine. Its measured scale corrects the worst of it."""
+"""Costs assumed for a worker that has measured none: those of a small machine. Its measured scale corrects
+most of the error."""
 
 
 @attrs.define
@@ -44,40 +45,40 @@ class Placed:
     rows: int = 0
     context: float = 0.0
     bring_s: float = 0.0
-    """Until its prefix has come from another shard, before which it does not run."""
+    """Seconds until its prefix has come from another shard, before which the prompt does not run."""
 
 
 @attrs.define(eq=False)
 class Worker:
-    """One worker, as it stands by its report and by what was placed since."""
+    """One worker, by its last report and the placements since."""
 
     member: Member
     model: CostModel
     tokens: float = 0.0
     begun: float = 0.0
-    """Of the tokens, those in the step under way: nothing can share that step any more."""
+    """The part of ``tokens`` in the step under way, which no further prompt can share."""
     pairs: float = 0.0
-    """Of the others."""
+    """Pairs of the tokens not in the step under way."""
     rows: float = 0.0
     context: float = 0.0
     queue_until: float = 0.0
-    """When the prompts it has are run."""
+    """When the prompts it has will have run."""
     step_s: float = 0.0
-    """Of its streams without a prompt."""
+    """Seconds of a step of its streams, without a prompt."""
     alone_s: float = 0.0
-    """The same while no neighbour has work."""
+    """Seconds of a step of its streams while no neighbour has work."""
     used_at: float = 0.0
-    """The last placement: of equals, the one that waited longest is next."""
+    """Time of the last placement; among equal workers, the one placed on longest ago is next."""
     since: list[Placed] = attrs.field(factory=list)
     taken: float = 0.0
-    """Prompts that it has taken in, by its report."""
+    """Prompts it has taken in, by its last report."""
     fetched_until: float = 0.0
-    """When the last prompt whose prefix is brought from another shard will have come and run."""
+    """When the last prompt whose prefix is fetched from another shard will have arrived and run."""
     late_share: float = 0.0
-    """By how much its first tokens come later than predicted, see :mod:`memserve.scheduling.punctuality`."""
+    """How much later than predicted its first tokens come, see :mod:`memserve.scheduling.punctuality`."""
     _rate: float = 0.0
     _rate_at: float = -math.inf
-    """Of the last prompt."""
+    """Time of the last placed prompt."""
     site: list[Worker] = attrs.field(factory=list, repr=False)
     """All workers of its site, itself included."""
 
@@ -98,7 +99,7 @@ class Worker:
         self._settle(now)
 
     def _confirm(self, taken: float, now: float) -> None:
-        """Drop the placements that a report includes: as many prompts as it has taken more, and all that are old."""
+        """Drop the placements that the report includes: as many as prompts taken since, and all old ones."""
         more, left = taken - self.taken, []
         for one in self.since:
             if one.tokens and more > 0:
@@ -124,23 +125,29 @@ class Worker:
         return max(0.0, self.queue_until - now)
 
     def rate(self, now: float) -> float:
-        """Prompts a second that were placed here, lately."""
+        """Prompts placed here a second, lately."""
         return self._rate * math.exp((self._rate_at - now) / RATE_S)
 
     def wait_s(self, now: float) -> float:
-        """The same, where none is queued with the rest of a step of streams: a queue ends when a step does."""
+        """Seconds until a prompt placed now begins, counting the step under way.
+
+        A queue ends when a step does. Without a queue, half a step of streams is left on average.
+        """
         queue_s = self.queue_until - now
         return queue_s if queue_s > 0 else self.step_s / 2
 
     def row_s(self, answer: float) -> float:
-        """Seconds until a row of its batch is free for one prompt more, where answers have ``answer`` tokens and began at
-        random times; 0: one is. A prompt without a row waits for a stream to end, however short the queue is."""
+        """Seconds until its batch has a free row for one more prompt; 0 if it has one now.
+
+        Answers are assumed to have ``answer`` tokens and to have begun at random times. A prompt without a
+        row waits for a stream to end, however short the queue is.
+        """
         rows_max = self.member.load.get("rows_max", 0.0)
         beyond = self.rows + 1 - rows_max
         return beyond * answer / rows_max * self.step_s if rows_max and beyond > 0 else 0.0
 
     def prefill_s(self, tokens: int, cached: int, now: float) -> float:
-        """Seconds to run a prompt placed now, beside its streams and its neighbours, without the queue."""
+        """Seconds to run a prompt placed now, next to its streams and neighbours, without the queue."""
         return self.prompts_crowded(now) * self.model.prefill_s(tokens, cached, self.rows, self.context)
 
     def _settle(self, now: float, added: Placed | None = None) -> None:
@@ -160,13 +167,13 @@ class Worker:
                 self.queue_until = now + self.wait_s(now) + seconds
 
     def settle_step(self) -> None:
-        """What a step of its streams takes, with those who have streams beside it."""
+        """Update the seconds of a step of its streams, by the neighbours that have streams."""
         self.step_s = self.alone_s = self.model.decode_s(self.rows, self.context)
         if len(self.site) > 1:
             self.step_s *= self.crowded(sum(one.rows > 0 for one in self.neighbours()), prompts=False)
 
     def shared_s(self, tokens: float, queued: float, now: float) -> float:
-        """Seconds that a prompt saves because the last step of what is queued has room for it."""
+        """Seconds that a prompt saves because the queue's last step has room for it."""
         left_s = self.queue_until - now
         if left_s <= 0:
             return 0.0
@@ -176,37 +183,43 @@ class Worker:
     # ---- its site -------------------------------------------------------------------------------------------
 
     def neighbours(self) -> Iterator[Worker]:
-        """The others of its site."""
+        """The other workers of its site."""
         return (one for one in self.site if one is not self)
 
     def shares_with(self, other: Worker) -> bool:
-        """Whether they share cores or a GPU."""
+        """Whether it shares cores or a GPU with ``other``."""
         return self.member.site is not None and self.site is other.site and self is not other
 
     def crowded(self, others: float, *, prompts: bool) -> float:
-        """What its steps are multiplied by while so many others of its site have work."""
+        """The factor on its steps while ``others`` other workers of its site have work."""
         site = self.member.site
         return 1.0 if site is None else self.model.steps.crowded(site.slices(others), prompts)
 
     def prompts_crowded(self, now: float) -> float:
-        """The same for steps with prompts, by those that have work now: a prompt is run sooner than they have none."""
+        """The factor on steps with prompts, by the neighbours that have work now.
+
+        A prompt has usually run before they run out of work.
+        """
         if len(self.site) <= 1:
             return 1.0
         return self.crowded(sum(one.busy(now) for one in self.neighbours()), prompts=True)
 
     def streams_crowded(self) -> float:
-        """The same for a stream as long as it stays: of a neighbour's m, which end at random times, the last one does
-        after m / (m + 1) of that, on average."""
+        """The factor on a stream's steps, averaged over its stay.
+
+        Of a neighbour's m streams, which end at random times, the last ends after m / (m + 1) of that stay,
+        on average.
+        """
         if len(self.site) <= 1:
             return 1.0
         return self.crowded(sum(one.rows / (one.rows + 1.0) for one in self.neighbours()), prompts=False)
 
     def slowed(self, others: float, *, prompts: bool) -> float:
-        """The share of its time that it loses when one more of its site has work beside so many others."""
+        """The share of its time lost when one more worker of its site has work next to ``others``."""
         return 1.0 - self.crowded(others, prompts=prompts) / self.crowded(others + 1, prompts=prompts)
 
     def longer_s(self, others: float) -> float:
-        """By how much its steps are longer when one more of its site has streams beside so many others."""
+        """How much longer its steps are when one more worker of its site has streams next to ``others``."""
         return self.alone_s * (self.crowded(others + 1, prompts=False) - self.crowded(others, prompts=False))
 
     def busy(self, now: float) -> bool:
@@ -214,7 +227,10 @@ class Worker:
         return self.rows > 0 or self.queue_until > now
 
     def busiest(self) -> Worker:
-        """Who has the most streams of its site: where those of one host are together, the weights are read once a step."""
+        """The worker of its site with the most streams.
+
+        Where the streams of a host are on one worker, the weights are read once a step.
+        """
         return max(self.site, key=_rows) if len(self.site) > 1 else self
 
 
@@ -226,7 +242,7 @@ class Ranking:
     _key: dict[ActorId, tuple[float, float, ActorId]] = attrs.field(factory=dict)
 
     def put(self, worker: ActorId, figure: float, used_at: float) -> None:
-        """Place ``worker`` anew; of equal figures, the one that was used longest ago is first."""
+        """Put ``worker`` in its place; among equal figures, the one used longest ago is first."""
         key = (figure, used_at, worker)
         if len(self.keys) == 1 and worker in self._key:
             self.keys[0] = self._key[worker] = key
@@ -236,26 +252,26 @@ class Ranking:
             insort(self.keys, key)
 
     def drop(self, worker: ActorId) -> None:
-        """Forget one."""
+        """Remove ``worker``."""
         key = self._key.pop(worker, None)
         if key is not None:
             del self.keys[bisect_left(self.keys, key)]
 
     def first(self, limit: int) -> list[ActorId]:
-        """The best few."""
+        """The best ``limit`` workers."""
         return [worker for _, _, worker in self.keys[:limit]]
 
 
 @attrs.define
 class Side:
-    """Those that may prefill, or those that may decode: all, and by shard."""
+    """The workers that may prefill, or those that may decode: all of them, and by shard."""
 
     roles: tuple[str, ...]
     every: Ranking = attrs.field(factory=Ranking)
     of_shard: dict[ActorId, Ranking] = attrs.field(factory=dict)
 
     def put(self, member: Member, figure: float, used_at: float) -> None:
-        """Rank a worker, if its role is this side's."""
+        """Rank a worker, if its role is on this side."""
         if member.role in self.roles:
             self.every.put(member.id, figure, used_at)
             shard = self.of_shard.get(member.shard)
@@ -264,7 +280,7 @@ class Side:
             shard.put(member.id, figure, used_at)
 
     def drop(self, member: Member) -> None:
-        """Forget a worker."""
+        """Remove a worker."""
         self.every.drop(member.id)
         shard = self.of_shard.get(member.shard)
         if shard is not None:
@@ -275,24 +291,28 @@ class Side:
 
 @attrs.define
 class Fleet:
-    """All workers that can take requests now, ranked by what a request would wait for."""
+    """All workers that can take requests now, ranked by how long a request would wait."""
 
     workers: dict[ActorId, Worker] = attrs.field(factory=dict)
     prefills: Side = attrs.field(factory=lambda: Side(PREFILLS))
     decodes: Side = attrs.field(factory=lambda: Side(DECODES))
     shards: dict[ActorId, Member] = attrs.field(factory=dict)
-    """Those that are ready."""
+    """The ready shards."""
     sites: dict[str, list[Worker]] = attrs.field(factory=dict)
-    """Their workers, by key."""
+    """The workers of each site, by key."""
     free_pages: dict[ActorId, float] = attrs.field(factory=dict)
-    """Of each of them, in all tiers: by its last report, less what was placed there since. Below 0: pages that it evicts."""
+    """Free pages of each ready shard in all tiers: by its last report, less later placements. Below 0: pages
+    that placements evict."""
 
     def members(self) -> Iterable[Member]:
-        """The last reports of all of them, shards included."""
+        """The last reports of all workers and shards."""
         return chain(self.shards.values(), (one.member for one in self.workers.values()))
 
     def heard(self, member: Member, now: float) -> None:
-        """Take a heartbeat in. A worker counts while it is ready; its shard is looked at when a pair is made."""
+        """Take a heartbeat in.
+
+        A worker counts while it is ready. Whether its shard is ready is checked when a pair is chosen.
+        """
         if member.kind == "MemPoolShard":
             if member.state == "ready":
                 self.shards[member.id] = member
@@ -317,7 +337,7 @@ class Fleet:
             self._tell_neighbours(known, before, now)
 
     def placed(self, worker: ActorId, one: Placed, now: float) -> None:
-        """Count a placement."""
+        """Count a placement on a worker."""
         known = self.workers.get(worker)
         if known is not None:
             before = known.rows
@@ -326,12 +346,12 @@ class Fleet:
             self._tell_neighbours(known, before, now)
 
     def took(self, shard: ActorId, pages: float) -> None:
-        """A placement needs so many pages of a shard."""
+        """Count ``pages`` of a shard as needed by a placement."""
         if shard in self.free_pages:
             self.free_pages[shard] -= pages
 
     def forget(self, actor: ActorId) -> None:
-        """An actor is gone."""
+        """Remove a dead actor."""
         self.shards.pop(actor, None)
         self.free_pages.pop(actor, None)
         known = self.workers.pop(actor, None)
@@ -353,7 +373,7 @@ class Fleet:
                 del self.sites[one.member.site.key]
 
     def _tell_neighbours(self, one: Worker, rows: float, now: float) -> None:
-        """Steps of its neighbours take another time when its first stream begins or its last one ends."""
+        """Update the neighbours' step times when its first stream begins or its last one ends."""
         if len(one.site) > 1 and (rows > 0) != (one.rows > 0):
             for other in one.neighbours():
                 other.settle_step()
@@ -374,7 +394,7 @@ def _rows(one: Worker) -> float:
 
 
 def _costs(member: Member) -> CostModel:
-    """By its own figures; one whose figures make no sense is priced like one that sent none, not refused."""
+    """The worker's own costs. Invalid figures are priced like missing ones, not refused."""
     try:
         return CostModel(member.costs or UNKNOWN)
     except ValueError:

@@ -1,14 +1,17 @@
-"""The global prompt tree: which shard holds which prefixes, and in which tier. One merged radix tree for all shards.
+"""The global prompt tree: which shards hold which prefixes, and in which tier.
 
-Keys are packed tokens in whole pages, as in a shard's own tree (:mod:`memserve.mempool.prompt_tree`); each node names
-the shards that hold all of it. So a prompt is matched once, whatever the number of shards, and a prefix that a thousand
-of them hold is stored once. It serves hints only: the shard matches again when it grants a lease.
+It is one merged radix tree for all shards. Keys are packed tokens in whole pages, as in a shard's own tree
+(:mod:`memserve.mempool.prompt_tree`). Each node names the shards that hold all of it. So a prompt is matched
+once, whatever the number of shards, and a prefix that a thousand shards hold is stored once. The tree serves
+hints only: the shard matches again when it grants a lease.
 
 Two rules hold the structure together:
 
-* **Split keeps the old object as the suffix.** Whoever refers to the end of a run goes on referring to it.
-* **A node that nobody ends at, with one child that the same shards hold alike, is joined to it.** A conversation that
-  grows by a page at a time stays one node, also where a second shard follows the first page by page.
+* **Split keeps the old object as the suffix.** References to the end of a run stay valid.
+
+* **A node at which no run ends, with a single child held by the same shards in the same tiers, is merged with
+  it.** A conversation that grows by a page at a time stays one node, also where a second shard follows the
+  first page by page.
 """
 
 from __future__ import annotations
@@ -29,11 +32,11 @@ class Node:
     parent: Node | None
     """None for a root, and for a node that left the tree."""
     children: dict[bytes, Node] = attrs.field(factory=dict)
-    """By the bytes of each child's first page."""
+    """Children by the bytes of their first page."""
     holders: dict[ActorId, float] = attrs.field(factory=dict)
-    """Who holds all of it: the tier there (in a TtlIndex another figure, not above 0)."""
+    """The shards that hold all of this node, and in which tier (a TtlIndex stores another figure, <= 0)."""
     ends: int = 0
-    """Runs of some shard that end here, and would lose their end if this node were joined to its child."""
+    """Number of shards' runs that end here: they would lose their end if this node were merged."""
 
 
 @attrs.define(eq=False)
@@ -48,9 +51,9 @@ class ShardHit:
     """What one shard holds of a prompt."""
 
     tokens: int = 0
-    """From the first on, whole pages."""
+    """Tokens held from position 0, in whole pages."""
     slow_tokens: int = 0
-    """Of these, those that must be brought into the device tier first."""
+    """The part of ``tokens`` that must be brought into the device tier first."""
 
 
 NOTHING = ShardHit()
@@ -58,13 +61,13 @@ NOTHING = ShardHit()
 
 @attrs.frozen
 class PromptPath:
-    """A prompt's way down the tree. Valid until the tree changes."""
+    """A prompt's path down the tree. Valid until the tree changes."""
 
     path: tuple[tuple[Node, int], ...] = ()
-    """Each node with the tokens of it that the prompt shares, the root's end first."""
+    """Each node and how many of its tokens the prompt shares, from the root down."""
     page_tokens: int = 16
     loss_share: float = 0.0
-    """The chance that a page which is evicted now will be missed (see :mod:`memserve.scheduling.losses`)."""
+    """The chance that a page evicted now will be missed (see :mod:`memserve.scheduling.losses`)."""
 
     def held(self, shard: ActorId) -> ShardHit:
         """What ``shard`` holds of the prompt."""
@@ -90,7 +93,7 @@ class PromptPath:
 
     @property
     def tokens(self) -> int:
-        """What the shard with the most holds."""
+        """Tokens that the shard with the longest match holds."""
         tokens = 0
         for _, shared in self.path:
             tokens += shared
@@ -99,14 +102,14 @@ class PromptPath:
 
 @attrs.define
 class GlobalTree:
-    """See the module's text. ``page_tokens`` must be the shards'."""
+    """See the module's docstring. ``page_tokens`` must be the shards'."""
 
     page_tokens: int = 16
     roots: dict[str, Root] = attrs.field(factory=dict, init=False)
     pages: dict[ActorId, int] = attrs.field(factory=dict, init=False)
-    """Pages held, by shard; a shard without any is not in it."""
+    """Pages held, by shard; a shard without pages is not a key."""
     width: int = attrs.field(init=False)
-    """Bytes of a page's tokens."""
+    """Bytes of one page's tokens."""
 
     def __attrs_post_init__(self) -> None:
         self.width = self.page_tokens * TOKEN_BYTES
@@ -136,14 +139,17 @@ class GlobalTree:
     # ---- holdings -------------------------------------------------------------------------------------------
 
     def root(self, scope: str) -> Root:
-        """Where prefixes of ``scope`` begin."""
+        """The root for prefixes of ``scope``; created if missing."""
         root = self.roots.get(scope)
         if root is None:
             root = self.roots[scope] = Root(b"", None, scope=scope)
         return root
 
     def hold(self, node: Node, tokens: bytes, shard: ActorId, tier: float) -> list[Node]:
-        """``shard`` holds whole pages of ``tokens`` behind ``node``: the nodes they are in now, in order."""
+        """Record that ``shard`` holds whole pages of ``tokens`` behind ``node``.
+
+        The result is the nodes that contain them now, in order.
+        """
         at, width = 0, self.width
         held = []
         while at < len(tokens):
@@ -159,13 +165,13 @@ class GlobalTree:
         return held
 
     def mark(self, node: Node, shard: ActorId, tier: float) -> None:
-        """``shard`` holds all of ``node``, in ``tier``."""
+        """Record that ``shard`` holds all of ``node``, in ``tier``."""
         if shard not in node.holders:
             self.pages[shard] = self.pages.get(shard, 0) + len(node.key) // self.width
         node.holders[shard] = tier
 
     def unmark(self, node: Node, shard: ActorId) -> None:
-        """``shard`` holds nothing of ``node`` any more. Call :meth:`tidy` for it afterwards."""
+        """Record that ``shard`` holds nothing of ``node`` any more. Call :meth:`tidy` for it afterwards."""
         if node.holders.pop(shard, None) is not None:
             left = self.pages[shard] - len(node.key) // self.width
             if left:
@@ -174,7 +180,7 @@ class GlobalTree:
                 del self.pages[shard]
 
     def tidy(self, node: Node) -> None:
-        """Take ``node`` out if nothing needs it, or join it to its only child; then see to the one above likewise."""
+        """Remove ``node`` if nothing needs it, then tidy its parent; or merge it into its only child."""
         parent = node.parent
         if isinstance(node, Root):
             if not node.children:
@@ -193,7 +199,7 @@ class GlobalTree:
                 parent.children[child.key[: self.width]] = child
 
     def split(self, node: Node, at: int) -> Node:
-        """Give the first ``at`` bytes of ``node``, whole pages, to a new parent, and return that."""
+        """Move the first ``at`` bytes of ``node``, whole pages, into a new parent, and return that."""
         assert 0 < at < len(node.key) and node.parent is not None, (
             f"cannot split {len(node.key)} bytes at {at}"
         )
@@ -204,7 +210,7 @@ class GlobalTree:
         return front
 
     def _common(self, key: bytes, tokens: bytes, at: int) -> int:
-        """Bytes of whole pages that ``key`` shares with ``tokens[at:]``, given that they share the first."""
+        """Bytes of whole pages that ``key`` shares with ``tokens[at:]``; the first page must match."""
         width = self.width
         low, high = 1, min(len(key), len(tokens) - at) // width
         while low < high:
@@ -215,7 +221,7 @@ class GlobalTree:
                 high = middle - 1
         return low * width
 
-    # ---- for tests and figures ------------------------------------------------------------------------------
+    # ---- for tests and gauges -------------------------------------------------------------------------------
 
     def nodes(self) -> Iterator[Node]:
         """Every node but the roots, parents before their children."""

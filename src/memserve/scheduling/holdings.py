@@ -1,4 +1,4 @@
-"""One shard's index as its IndexEvents tell it, kept in the global tree."""
+"""One shard's index, rebuilt from its IndexEvents and kept in the global tree."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from memserve.scheduling.losses import Losses
 
 
 class EventsDoNotFit(Exception):
-    """Events that cannot follow what was told before: something is missing, and only a snapshot can tell what."""
+    """Events that cannot follow the earlier ones: some are missing, and only a snapshot can supply them."""
 
 
 @attrs.define(eq=False)
 class Entry:
-    """A run of pages that the shard's index keeps as one. It ends where ``end`` ends, and is ``size`` bytes long."""
+    """A run of pages that the shard's index keeps as one: ``size`` bytes that end where ``end`` ends."""
 
     end: Node
     size: int
@@ -31,11 +31,11 @@ class Holdings:
     shard: ActorId
     tree: GlobalTree
     losses: Losses | None = None
-    """Told of evictions."""
+    """Where evictions are counted."""
     entries: dict[int, Entry] = attrs.field(factory=dict, init=False)
 
     def apply(self, events: Iterable[IndexEvent]) -> None:
-        """Take events in, in order. Raises EventsDoNotFit; what came before the misfit is in."""
+        """Apply events in order. Raises EventsDoNotFit; the events before the misfit stay applied."""
         for event in events:
             try:
                 _APPLY[event.kind](self, event)
@@ -43,7 +43,7 @@ class Holdings:
                 raise EventsDoNotFit(f"{event.kind} of entry {event.entry}: {error} is not known") from error
 
     def drop(self) -> None:
-        """The shard holds nothing any more."""
+        """Remove all entries: the shard holds nothing any more."""
         for number in reversed(list(self.entries)):
             self._remove(self.entries.pop(number))
 
@@ -63,7 +63,7 @@ class Holdings:
         else:
             entry.end, entry.size = held[-1], entry.size + size
             start.ends -= 1
-        for node in (start, *held):  # upper ones first, so that a run of equals becomes one
+        for node in (start, *held):  # upper ones first, so that a run of nodes with equal holders becomes one
             if node.parent is not None:
                 self.tree.tidy(node)
 
@@ -90,7 +90,7 @@ class Holdings:
         self._remove(entry)
 
     def _mourn(self, entry: Entry, losses: Losses) -> None:
-        """Tell of pages that this shard evicted, and of those that no other holds."""
+        """Count the pages that this shard evicted, and those of them that no other shard holds."""
         losses.evicted(entry.size // self.tree.width)
         first: Node | None = None
         pages = 0
@@ -116,7 +116,7 @@ class Holdings:
             self.tree.tidy(node)
 
     def _above(self, entry: Entry) -> Node:
-        """The node that ends where ``entry`` begins; a node is split for it if need be."""
+        """The node that ends where ``entry`` begins; a node is split if necessary."""
         left, node = entry.size, entry.end
         while left >= len(node.key):
             left -= len(node.key)

@@ -1,6 +1,4 @@
-"""What schedulers are told of the shards' indexes: which events have come, when to ask for all of them again, and the
-global tree that they make.
-"""
+"""What schedulers know of the shards' indexes: events received, snapshots to request, and the global tree."""
 
 from __future__ import annotations
 
@@ -15,33 +13,34 @@ from memserve.scheduling.losses import Losses
 from memserve.tokens import TOKEN_BYTES
 
 ASK_AGAIN_S = 2.0
-"""How long a snapshot may take before it is asked for again."""
+"""How long a snapshot may take before it is requested again."""
 
 
 @attrs.define
 class _Shard:
-    """One incarnation of a shard. ``next`` is the number of the event expected."""
+    """One incarnation of a shard. ``next`` is the number of the next expected event."""
 
     holdings: Holdings
     next: int = 0
     whole: bool = True
     """False after a gap, until a snapshot has come."""
     parts: int = 0
-    """Parts of the snapshot that have come."""
+    """Parts of the snapshot received so far."""
     snapshot: list[IndexEvent] = attrs.field(factory=list)
-    """What was in them. Until it is whole, what was known before the gap serves on: hints, mostly right."""
+    """Events of the parts received. Until the snapshot is complete, the entries from before the gap serve on
+    as hints, mostly right."""
     snapshot_next: int = 0
-    """Which snapshot they are of."""
+    """The ``next`` of the snapshot that the parts belong to."""
     asked_at: float = float("-inf")
 
 
 @attrs.define
 class IndexFeed:
-    """Sequence numbers by shard, and the tree: exact to within the events that are on their way."""
+    """Sequence numbers by shard, and the tree: exact except for the events still on their way."""
 
     tree: GlobalTree = attrs.field(factory=GlobalTree)
     events: int = 0
-    """Events that came in order."""
+    """Events received in order."""
     gaps: int = 0
     snapshots: int = 0
     losses: Losses = attrs.field(init=False)
@@ -51,40 +50,40 @@ class IndexFeed:
         self.losses = Losses(self.tree.width, self.tree.pages)
 
     def match(self, scope: str, tokens: bytes, now: float) -> PromptPath:
-        """Who holds what of a prompt."""
+        """The shards that hold a prefix of a prompt, and how much each holds."""
         match = self.tree.match(scope, tokens, self.losses.share)
         self.losses.missed(scope, tokens, match.tokens * TOKEN_BYTES)
         return match
 
     def placed(self, shard: ActorId, scope: str, tokens: bytes, now: float) -> None:
-        """A prompt was placed: its shard will tell what became of it."""
+        """Ignore a placement: its shard will report what became of the prompt."""
 
     def is_whole(self, shard: ActorId) -> bool:
-        """Whether everything that a shard has said was heard."""
+        """Whether no event of a shard is missing."""
         known = self._shards.get(shard)
         return known is not None and known.whole
 
     def delta(self, sender: ActorId, delta: IndexDelta, now: float) -> list[Send]:
-        """Take events in; a question when some are missing."""
+        """Apply events; ask for a snapshot if some are missing."""
         shard = self._known(sender)
         if shard.whole and delta.first == shard.next:
             shard.next += len(delta.events)
             self.events += len(delta.events)
             return self._apply(sender, shard, delta.events, now)
         if shard.whole and delta.first + len(delta.events) <= shard.next:
-            return []  # known: it came twice
+            return []  # a duplicate
         return self._ask(sender, shard, now)
 
     def reported(self, sender: ActorId, published: int, now: float) -> list[Send]:
-        """A shard's heartbeat says how many events it has sent: a question when the last of them have not come."""
+        """Compare a shard's count of published events; ask for a snapshot if the last of them are missing."""
         shard = self._known(sender)
         return [] if shard.whole and published <= shard.next else self._ask(sender, shard, now)
 
     def snapshot(self, sender: ActorId, part: IndexSnapshot, now: float) -> list[Send]:
-        """Take a part of a snapshot in; the last one ends the gap."""
+        """Take in one part of a snapshot; the last part ends the gap."""
         shard = self._known(sender)
         if shard.whole and part.next <= shard.next:
-            return []  # known: it came late, or twice
+            return []  # late, or a duplicate
         if part.part == 0:
             shard.parts, shard.snapshot, shard.snapshot_next = 0, [], part.next
         if part.part != shard.parts or part.next != shard.snapshot_next:
@@ -100,7 +99,7 @@ class IndexFeed:
         return self._apply(sender, shard, events, now)
 
     def forget(self, shard: ActorId) -> None:
-        """A shard is gone, and all that it held; its successor counts from 0 again."""
+        """Drop a dead shard and all it held; its successor counts events from 0 again."""
         known = self._shards.pop(shard, None)
         if known is not None:
             known.holdings.drop()

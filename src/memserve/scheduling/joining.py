@@ -1,4 +1,4 @@
-"""The core of a worker that is not one yet: learns which incarnation of its shard is alive."""
+"""The core of a worker that is still starting: learns which incarnation of its shard is alive."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from memserve.messages import Cluster, Gone, Member, Message
 
 @attrs.define
 class JoiningCore:
-    """In charge until the worker's own core takes over. ``shard`` is the configured name."""
+    """The core until the worker's own core takes over. ``shard`` is the configured name."""
 
     me: ActorId
     shard: str
     found: ActorId | None = None
-    """The shard to attach to, once a scheduler knows it as ready."""
+    """The shard to attach to, once a scheduler lists it as ready."""
     at_work: StepCosts | None = None
-    """What steps cost a worker of the shard that has requests at present; None while none of them has."""
+    """Step costs of a worker of the shard that has requests at present; None while none of them has."""
     _actions: list[Action] = attrs.field(factory=list, init=False)
 
     def receive(self, sender: ActorId, message: Message, now: float) -> None:
-        """Take one message in; only those about members matter yet."""
+        """Process one message; only those about members matter yet."""
         match message:
             case Gone(actors) if self.found in actors:
                 self._actions.append(Stop(f"the shard {self.found} died while this worker started"))
@@ -37,16 +37,16 @@ class JoiningCore:
                 self.found = self.found or home
 
     def advance(self, now: float) -> None:
-        """Nothing here waits for time."""
+        """Do nothing: nothing here waits for time."""
 
     def take(self) -> list[Action]:
-        """Everything to be done now."""
+        """The pending actions; each is returned once."""
         actions, self._actions = self._actions, []
         return actions
 
     @property
     def deadline(self) -> float:
-        """When ``advance`` must be called next."""
+        """Infinity: nothing here waits for time."""
         return float("inf")
 
     def gauges(self) -> dict[str, float]:
@@ -54,7 +54,7 @@ class JoiningCore:
         return {}
 
     def undeliverable(self, to: ActorId, message: Message, now: float) -> None:
-        """It sends nothing of its own."""
+        """Do nothing: this core sends no messages."""
 
 
 def _has_requests(worker: Member) -> bool:

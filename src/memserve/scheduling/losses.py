@@ -1,8 +1,8 @@
-"""What an eviction costs later: of the pages that no shard holds any more, how many are asked for again.
+"""What an eviction costs later: the share of pages held by no shard any more that are requested again.
 
-A shard that is full evicts a page for each new one. Whether that matters is a property of the load: documents that nobody
-asks about again cost nothing. So it is measured: what was lost is remembered for a while, by its prefix, and a prompt that
-would have found it counts.
+A full shard evicts a page for each new one. Whether that matters depends on the load: documents that are not
+asked about again cost nothing. So it is measured: lost prefixes are remembered for a while, and a prompt that
+would have matched one counts.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from memserve.identity import ActorId
 from memserve.tokens import TOKEN_BYTES
 
 REMEMBERED = 20_000
-"""Lost runs of pages, the newest."""
+"""Lost runs of pages to remember, the latest."""
 WINDOW_PAGES = 4_000.0
-"""Evictions after which the older ones count half, at least; with more pages in all shards, as many as these."""
+"""Evictions after which older ones count half; the number of pages in all shards, if that is larger."""
 PRIOR_SHARE, PRIOR_PAGES = 0.5, 500.0
-"""What is believed before anything was evicted, and how many evictions it is worth."""
+"""Assumed share before any eviction, and the number of evictions that this assumption counts as."""
 
 Key = tuple[str, int, int]
-"""Scope, bytes and checksum of a prefix that ends behind the first lost page. Hints: a clash is a small error of a price."""
+"""Scope, tokens and checksum of a prefix that ends behind the first lost page. These are hints: a collision
+is a small error of a price."""
 
 
 @attrs.define
@@ -33,32 +34,32 @@ class Losses:
 
     width: int
     held: Mapping[ActorId, int]
-    """Pages of each shard."""
+    """Pages held by each shard."""
     _lost: OrderedDict[Key, int] = attrs.field(factory=OrderedDict, init=False)
-    """Pages of each lost run, by its prefix up to its first page."""
+    """Pages of each lost run, by its prefix up to and including its first page."""
     _evicted: float = attrs.field(default=PRIOR_PAGES, init=False)
     _wanted: float = attrs.field(default=PRIOR_PAGES * PRIOR_SHARE, init=False)
 
     @property
     def share(self) -> float:
-        """The chance that a page which is evicted now will be asked for again, and found nowhere."""
+        """The chance that a page evicted now will be requested again, and found on no shard."""
         return min(1.0, self._wanted / self._evicted)
 
     def evicted(self, pages: int) -> None:
-        """A shard evicted so many pages, copies of what others hold included."""
+        """Count evicted pages, including copies of pages that other shards hold."""
         self._evicted += pages
         if self._evicted > WINDOW_PAGES and self._evicted > sum(self.held.values()):
             self._evicted /= 2
             self._wanted /= 2
 
     def lost(self, scope: str, prefix: bytes, pages: int) -> None:
-        """A run of ``pages`` pages is held by nobody any more; ``prefix`` ends behind its first page."""
+        """Remember a run of pages that no shard holds any more; ``prefix`` ends behind its first page."""
         self._lost[_key(scope, prefix)] = pages
         if len(self._lost) > REMEMBERED:
             self._lost.popitem(last=False)
 
     def missed(self, scope: str, tokens: bytes, found: int) -> None:
-        """A prompt came of which ``found`` bytes are held: what it would have found else was wanted."""
+        """Count the lost pages that a prompt would have matched beyond the ``found`` bytes that are held."""
         if not self._lost:
             return
         at, whole = found, len(tokens) // self.width * self.width

@@ -1,4 +1,4 @@
-"""Who is in the cluster: soft state, rebuilt from heartbeats, so that a restarted scheduler knows all within a second."""
+"""The members of the cluster: soft state, rebuilt from heartbeats within a second of a restart."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from memserve.identity import ActorId, actor_name
 from memserve.messages import Member
 
 DEAD_AFTER_S = 5.0
-"""Silence after which a member is held for dead and fenced off."""
+"""Silence after which a member is presumed dead and fenced off."""
 DEAD_STARTING_S = 60.0
-"""The same for one that still starts: it owns nothing yet, and its imports may keep its event loop from turning."""
+"""Silence after which a starting member is presumed dead: it owns nothing, and imports may block its loop."""
 GONE_REMEMBERED = 1_000
-"""Dead incarnations remembered, so that one that wakes up is told."""
+"""Dead incarnations remembered, so that one that wakes up can be told."""
 GONE_REPEATED_S = 60.0
-"""How long the dead are named in every view, for whoever missed the announcement."""
+"""How long the dead are named in every view, for members that missed the announcement."""
 
 PREFILLS = ("prefill", "both")
 DECODES = ("decode", "both")
@@ -25,18 +25,18 @@ DECODES = ("decode", "both")
 
 @attrs.frozen
 class Pair:
-    """A prefill and a decode worker; the same worker twice when it does both."""
+    """A prefill and a decode worker; the same worker twice if it does both."""
 
     prefill: Member
     decode: Member
     shard: Member
-    """The prefill worker's. Where the decode worker's is another, the pages move there."""
+    """The prefill worker's shard. If the decode worker's shard is another one, the pages move there."""
 
 
 def pairs(members: Iterable[Member]) -> list[Pair]:
     """Every placement that can serve a request now. A worker of role ``both`` keeps what it prefills.
 
-    Prefill workers that have a decode worker on their own shard are paired with those only: there nothing moves.
+    A prefill worker with decode workers on its own shard is paired only with those: there nothing moves.
     """
     ready = [one for one in members if one.state == "ready"]
     shards = {one.id: one for one in ready if one.kind == "MemPoolShard"}
@@ -51,24 +51,29 @@ def pairs(members: Iterable[Member]) -> list[Pair]:
 
 @attrs.define
 class Membership:
-    """Members by id, and when each was heard last."""
+    """Members by id, and when each was last heard."""
 
     members: dict[ActorId, Member] = attrs.field(factory=dict)
     _heard_at: dict[ActorId, float] = attrs.field(factory=dict)
     _gone: OrderedDict[ActorId, float] = attrs.field(factory=OrderedDict)
 
     def hear(self, member: Member, now: float) -> tuple[bool, tuple[ActorId, ...]]:
-        """Take a heartbeat in: whether the view changed beyond the load, and which older incarnations it replaces."""
+        """Take a heartbeat in.
+
+        The result is whether anything lasting changed, not just load and needs, and which older incarnations
+        it replaces.
+        """
         known = self.members.get(member.id)
         replaced: tuple[ActorId, ...] = ()
-        if known is None:  # seldom: with a thousand members there are two thousand heartbeats a second
+        if known is None:  # seldom: a thousand members send two thousand heartbeats a second
             name = actor_name(member.id)
             replaced = tuple(one for one in self.members if actor_name(one) == name)
         self.members[member.id] = member
         self._heard_at[member.id] = now
         for one in (*filter(None, (member.shard,)), *member.needs):
             if one not in self._gone:
-                # It may have died with the last scheduler, which alone was told: then its silence begins here.
+                # It may have died with the last scheduler, which alone was told: then its silence begins
+                # here.
                 self._heard_at.setdefault(one, now)
         changed = known is None or _lasting(known) != _lasting(member)
         return changed, replaced
@@ -78,7 +83,7 @@ class Membership:
         return actor in self._gone
 
     def revive(self, actor: ActorId) -> None:
-        """One that only slept, and owned nothing that was given to others, is a member again."""
+        """Undo the death of an actor that was only stopped and owned nothing that was given to others."""
         self._gone.pop(actor, None)
 
     def recently_gone(self, now: float) -> tuple[ActorId, ...]:
@@ -86,7 +91,7 @@ class Membership:
         return tuple(one for one, at in self._gone.items() if now - at < GONE_REPEATED_S)
 
     def bury(self, actors: Iterable[ActorId], now: float) -> tuple[ActorId, ...]:
-        """Remove actors for good; returns those that were not buried before."""
+        """Remove dead actors for good; the result is those not buried before."""
         fresh = tuple(one for one in actors if one not in self._gone)
         for one in fresh:
             self._gone[one] = now
@@ -97,11 +102,11 @@ class Membership:
         return fresh
 
     def excuse(self, now: float) -> None:
-        """Everyone's silence counts from now: it was this scheduler that heard nothing."""
+        """Count every member as heard now: it was this scheduler that was stopped and heard nothing."""
         self._heard_at = dict.fromkeys(self._heard_at, now)
 
     def silent(self, now: float) -> tuple[ActorId, ...]:
-        """Members not heard of for DEAD_AFTER_S, or DEAD_STARTING_S."""
+        """Members not heard for DEAD_AFTER_S, or DEAD_STARTING_S while starting."""
         return tuple(one for one in self._heard_at if now >= self._silent_at(one))
 
     @property
@@ -110,11 +115,11 @@ class Membership:
         return min(map(self._silent_at, self._heard_at), default=float("inf"))
 
     def _silent_at(self, actor: ActorId) -> float:
-        member = self.members.get(actor)  # none yet, of one that only others have named
+        member = self.members.get(actor)  # None for an actor that was only named by others
         starting = member is not None and member.state == "starting"
         return self._heard_at[actor] + (DEAD_STARTING_S if starting else DEAD_AFTER_S)
 
 
 def _lasting(member: Member) -> Member:
-    """What of a member changes seldom."""
+    """The parts of a member that seldom change."""
     return attrs.evolve(member, load={}, needs=())

@@ -1,11 +1,11 @@
-"""What a request that comes now can expect of the workers: whether one of them has room, and when its first token would come.
+"""What a request that arrives now can expect: whether a worker has room, and when its first token would come.
 
-A worker has room while its prompts are run within ``hold_back_s``, and one that decodes while its batch is not full. That is
-enough to keep it busy; what it had more would only be decided too early. A few workers are looked at, those that are
-ranked best: see :class:`~memserve.scheduling.fleet.Ranking`.
+A prefill worker has room while its queued prompts will have run within ``hold_back_s``; a decode worker has
+room while its batch is not full. That is enough to keep it busy: more would only be decided too early. Only
+the few best-ranked workers are considered, see :class:`~memserve.scheduling.fleet.Ranking`.
 
-A request with a deadline wants more: a worker that is in time, by prediction and a margin, and has a row free for it now. What
-is queued at a worker ends when it is predicted to; when a stream ends nobody knows.
+A request with a deadline needs more: a worker that is in time, by prediction plus a margin, and that has a
+free row for it now. When a queue ends is predictable; when a stream ends is not predictable.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from memserve.scheduling.global_tree import PromptPath
 from memserve.scheduling.punctuality import margin_s
 
 LOOKED_AT = 3
-"""Workers of each side."""
+"""Workers considered on each side."""
 SKIPPED_MAX = 16
-"""Workers passed over because their shard is not ready."""
+"""Best-ranked workers considered at most, those whose shard is not ready included."""
 ROWS_AHEAD = 1.25
-"""Streams that a decode worker may have, against the rows of its batch: as one ends, the next must be there."""
+"""Streams that a decode worker may have, relative to its batch rows: as one ends, the next must be there."""
 
 
 @attrs.frozen
@@ -32,15 +32,18 @@ class Occupancy:
     """How full the cluster is."""
 
     served: bool
-    """Somebody can prefill and somebody decode."""
+    """A worker can prefill and a worker can decode."""
     open: bool
-    """Such that a worker wants another prompt now."""
+    """A worker has room for another prompt now."""
     at: float = float("inf")
-    """When it will, unless a report says otherwise; infinity where only a report can tell."""
+    """When a worker will have room, unless a report changes it; infinity if that is unknown."""
 
 
 def is_open(fleet: Fleet, hold_back_s: float, now: float) -> bool:
-    """Whether a worker wants another prompt now: what is asked for each request, so the first of each side are tried first."""
+    """Whether a worker has room for another prompt now.
+
+    This runs for each request, so the first worker of each side is tried before the others.
+    """
     prefills, decodes = fleet.prefills.every.keys, fleet.decodes.every.keys
     if prefills and decodes:
         prefill, decode = fleet.workers[prefills[0][2]], fleet.workers[decodes[0][2]]
@@ -51,7 +54,7 @@ def is_open(fleet: Fleet, hold_back_s: float, now: float) -> bool:
 
 
 def room(fleet: Fleet, hold_back_s: float, now: float) -> Occupancy:
-    """Whether the cluster has room for a prompt."""
+    """Whether the cluster has room for a prompt, and when it will."""
     prefills, decodes = list(_best(fleet, fleet.prefills)), list(_best(fleet, fleet.decodes))
     if not prefills or not decodes:
         return Occupancy(served=False, open=False)
@@ -63,13 +66,13 @@ def room(fleet: Fleet, hold_back_s: float, now: float) -> Occupancy:
 
 @attrs.frozen
 class Forecast:
-    """When the first token of a prompt comes that is placed on a worker now."""
+    """When the first token of a prompt would come if it were placed on a worker now."""
 
     worker: Worker
     row_s: float
     """See :meth:`~memserve.scheduling.fleet.Worker.row_s`."""
     seconds: float
-    """To the first token, as predicted."""
+    """Predicted seconds to the first token."""
 
     @property
     def margin_s(self) -> float:
@@ -78,7 +81,7 @@ class Forecast:
 
     @property
     def sure_s(self) -> float:
-        """By when it is there all but surely."""
+        """Seconds within which the first token comes almost surely."""
         return self.seconds + self.margin_s
 
 
@@ -87,21 +90,21 @@ class Prospect:
     """What a request that may have a deadline can expect."""
 
     soonest_s: float = float("inf")
-    """Until its first token is there all but surely; infinity where nobody can take it."""
+    """Seconds within which its first token comes almost surely; infinity if no worker can take it."""
     margin_s: float = 0.0
-    """Of these seconds, those beyond what is predicted."""
+    """The part of ``soonest_s`` beyond the prediction."""
     timely: Mapping[ActorId, float] = attrs.field(factory=dict)
-    """Workers that have room and bring the first token in time, with the seconds that are predicted for it.
+    """Workers that have room and bring the first token in time, with the predicted seconds to it.
 
-    A row of its own is part of the room: when one comes free is the end of a stream, which nobody can predict well, and the
-    next row to come free may be another worker's.
+    Room includes a free row. A row comes free when a stream ends, which is hard to predict, and the next row
+    to come free may be another worker's.
     """
     room_at: float = float("inf")
-    """When one more of them will have room, unless a report says otherwise; infinity where only a report can tell."""
+    """When another timely worker will have room, unless a report changes it; infinity if that is unknown."""
 
 
 def prospect(found: Sequence[Forecast], within_s: float, hold_back_s: float, now: float) -> Prospect:
-    """Of a request whose first token is wanted ``within_s``."""
+    """The prospect of a request whose first token is wanted ``within_s``."""
     if not found:
         return Prospect()
     best = min(found, key=lambda one: one.sure_s)
@@ -113,7 +116,11 @@ def prospect(found: Sequence[Forecast], within_s: float, hold_back_s: float, now
 
 
 def forecasts(fleet: Fleet, match: PromptPath, tokens: int, answer: float, now: float) -> list[Forecast]:
-    """Of the workers that are looked at, where answers have ``answer`` tokens; none where nobody can take a prompt."""
+    """Forecasts for the workers considered; empty if no worker can take a prompt.
+
+    ``answer``: expected tokens of an answer. The workers considered are the best-ranked ones and the first
+    worker of the shard that holds most of the prompt.
+    """
     candidates = {one.member.id: one for one in _best(fleet, fleet.prefills)}
     for shard in match.best(1):
         ranking = fleet.prefills.of_shard.get(shard)
@@ -129,7 +136,10 @@ def _forecast(one: Worker, match: PromptPath, tokens: int, answer: float, now: f
 
 
 def run_s(fleet: Fleet, match: PromptPath, tokens: int) -> float:
-    """Seconds to run a prompt where the most of it is cached, without a queue; of some small machine where nobody is known."""
+    """Seconds to run a prompt where most of it is cached, without a queue.
+
+    Without any worker, those of a small machine.
+    """
     for shard in match.best(1):
         ranking = fleet.prefills.of_shard.get(shard)
         if ranking is not None:
@@ -144,7 +154,7 @@ def _run_s(one: Worker, match: PromptPath, tokens: int) -> float:
 
 
 def _best(fleet: Fleet, side: Side) -> Iterator[Worker]:
-    """The first few of a side's ranking whose shards are ready."""
+    """The first few workers of a side's ranking whose shards are ready."""
     found = 0
     for one in side.every.first(SKIPPED_MAX):
         worker = fleet.workers[one]

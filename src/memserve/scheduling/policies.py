@@ -1,6 +1,6 @@
-"""Which workers serve a request. A policy is a value: a name in the configuration, a class here.
+"""Policies: which workers serve a request. A policy is a name in the configuration and a class here.
 
-Four that are easy to understand, to be compared with; the default, which prices everything, is in
+These four are easy to understand and serve for comparison. The default, which prices everything, is in
 :mod:`memserve.scheduling.pricing`.
 """
 
@@ -34,12 +34,15 @@ class Placement:
     source_tokens: int = 0
     expected_tokens: int = 0
     seconds: float = 0.0
-    """Predicted time to the first token; 0 where nothing was predicted."""
+    """Predicted seconds to the first token; 0 if nothing was predicted."""
     candidates: str = ""
-    """What the best few would have cost."""
+    """The prices of the best few candidates, as text for the log."""
 
     def explain(self, match: PromptPath) -> dict[str, object]:
-        """Why: what else there was, and whether a cached prefix was used, left where it is, or not there at all."""
+        """The reasons, for the log.
+
+        They name the alternatives, and say whether a cached prefix was used, passed over, or did not exist.
+        """
         used = max(self.expected_tokens, self.source_tokens)
         if not match.tokens:
             reuse = "nothing cached"
@@ -67,18 +70,21 @@ class Policy(Protocol):
     def choose(
         self, fleet: Fleet, request: Request, match: PromptPath, now: float, only: Collection[ActorId] = ()
     ) -> Placement | None:
-        """Where ``request`` goes; None where nobody can take it. ``only``: who may run its prompt; none named: anyone."""
+        """Where ``request`` goes; None if no worker can take it.
+
+        ``only``: workers that may run its prompt; empty: any.
+        """
 
     def learn(self, scope: str, tokens: int) -> None:
-        """An answer of a tenant had so many tokens."""
+        """Take in the length of a tenant's answer."""
 
     def forget(self, actor: ActorId) -> None:
-        """Drop what is remembered of an actor that is gone."""
+        """Drop what is remembered of a dead actor."""
 
 
 @attrs.define
 class PairPolicy:
-    """Chooses among all pairs, which it lists: fine for tens of workers."""
+    """Chooses among all pairs. It lists them, which is fine for tens of workers."""
 
     def choose(
         self, fleet: Fleet, request: Request, match: PromptPath, now: float, only: Collection[ActorId] = ()
@@ -100,19 +106,19 @@ class PairPolicy:
         return choice
 
     def pick(self, fleet: Fleet, pairs: list[Pair], request: Request, match: PromptPath) -> Pair:
-        """One of at least one pair."""
+        """One of ``pairs``, which has at least one."""
         raise NotImplementedError
 
     def learn(self, scope: str, tokens: int) -> None:
-        """Lengths of answers are not looked at."""
+        """Do nothing: answer lengths are not used."""
 
     def forget(self, actor: ActorId) -> None:
-        """Nothing is remembered of actors."""
+        """Do nothing: nothing is remembered of actors."""
 
 
 @attrs.define
 class RoundRobin(PairPolicy):
-    """Every prefill worker in turn, and every decode worker of its shard in turn."""
+    """Every prefill worker in turn, and every decode worker paired with it in turn."""
 
     _prefills: int = 0
     _decodes: int = 0
@@ -137,7 +143,7 @@ class LeastLoad(PairPolicy):
 
 @attrs.define
 class LongestPrefix(PairPolicy):
-    """The worker whose shard holds the most of the prompt, whatever its load; of equals, the least loaded."""
+    """The worker whose shard holds the most of the prompt, whatever its load; then the least loaded."""
 
     def pick(self, fleet: Fleet, pairs: list[Pair], request: Request, match: PromptPath) -> Pair:
         return min(pairs, key=lambda one: (-match.held(one.prefill.shard).tokens, *_load(fleet, one)))
@@ -145,20 +151,21 @@ class LongestPrefix(PairPolicy):
 
 SESSIONS_MAX = 100_000
 OPENING_TOKENS = 32
-"""Prompts are looked up by so many first tokens."""
+"""Number of first tokens by which prompts are looked up."""
 ALIKE_MAX = 64
-"""Sessions kept that begin alike."""
+"""Sessions kept that share an opening."""
 
 
 @attrs.define
 class StickySession(LeastLoad):
-    """A session stays with its worker, whatever the load; a new one goes to the least loaded.
+    """A session stays with its worker, whatever the load; a new session goes to the least loaded worker.
 
-    Nobody names sessions to us, so a request belongs to the one whose last prompt its own begins with.
+    Requests do not name their session, so a request belongs to the session whose last prompt is a prefix of
+    its own.
     """
 
     _sessions: OrderedDict[bytes, OrderedDict[bytes, ActorId]] = attrs.field(factory=OrderedDict)
-    """By the opening: the last prompts, and their prefill workers."""
+    """By opening: the last prompts that begin with it, and their prefill workers."""
 
     def pick(self, fleet: Fleet, pairs: list[Pair], request: Request, match: PromptPath) -> Pair:
         opening = request.tokens[: OPENING_TOKENS * TOKEN_BYTES]
@@ -189,7 +196,10 @@ def note(
     now: float,
     bring_s: float = 0.0,
 ) -> None:
-    """Count a placement on top of what its workers report. ``bring_s``: until its prefix has come from another shard."""
+    """Count a placement on top of what its workers report.
+
+    ``bring_s``: seconds until its prefix has come from another shard.
+    """
     tokens = count(request.tokens)
     missing = max(1, tokens - cached)
     pairs = missing * (tokens - missing / 2)
@@ -201,7 +211,7 @@ def note(
 
 
 def _load(fleet: Fleet, pair: Pair) -> tuple[float, float, float, float, ActorId, ActorId]:
-    """Of equals, the one that was used longest ago comes first."""
+    """The order by load; among equals, the worker used longest ago comes first."""
     prefill, decode = fleet.workers[pair.prefill.id], fleet.workers[pair.decode.id]
     return prefill.tokens, decode.rows, prefill.rows, prefill.used_at, pair.prefill.id, pair.decode.id
 
@@ -212,4 +222,4 @@ PLAIN: dict[str, Callable[[], Policy]] = {
     "session": StickySession,
     "longest_prefix": LongestPrefix,
 }
-"""The values of ``scheduler.policy``, but for ``cost``."""
+"""The values of ``scheduler.policy``, except ``cost``."""

@@ -1,4 +1,4 @@
-"""How an actor makes itself known: Load to every scheduler, each interval and soon after a change."""
+"""How an actor makes itself known: a Load to every scheduler, at each interval and soon after a change."""
 
 from __future__ import annotations
 
@@ -16,60 +16,60 @@ from memserve.scheduling.changes import changed
 HEARTBEAT_S = 1.0
 """Longest silence of a live actor."""
 CHANGE_S = 0.05
-"""Least time between two reports, however fast the load changes."""
+"""Shortest time between two reports, however fast the load changes."""
 
 OVERSLEPT_S = 2.5
-"""An actor takes a turn at least every HEARTBEAT_S; a longer gap means that it was stopped."""
+"""An actor takes a turn at least every HEARTBEAT_S; a gap longer than this means that it was stopped."""
 
 
 @attrs.define
 class Wakefulness:
-    """Tells an actor that it was stopped itself (SIGSTOP, a frozen container, Ctrl-Z and fg).
+    """Detects that this actor itself was stopped (SIGSTOP, a frozen container, Ctrl-Z and fg).
 
-    What others said meanwhile is still in its inbox, and they may have been stopped with it: it must not call them
-    silent before they had the time to speak.
+    What others sent in that time is still in its inbox, and they may have been stopped with it. So it must
+    not call them silent before they had time to speak.
     """
 
     _turn_at: float | None = None
 
     def overslept(self, now: float) -> bool:
-        """Whether the turn at ``now`` comes far too late after the one before."""
+        """Whether the turn at ``now`` comes far too late after the previous one."""
         before, self._turn_at = self._turn_at, now
         return before is not None and now - before > OVERSLEPT_S
 
 
 def seed_id(scheduler: str) -> ActorId:
-    """How others address a scheduler before, and across, its incarnations: by name."""
+    """The id under which others address a scheduler, by name, before and across its incarnations."""
     return ActorId(f"{scheduler}.seed")
 
 
 @attrs.define
 class Presence:
-    """Decides when to report. ``member.load`` is filled in by the caller at the time of the report."""
+    """Decides when to report. The caller fills in ``member.load`` at the time of the report."""
 
     member: Member
     schedulers: tuple[ActorId, ...]
     also: tuple[ActorId, ...] = ()
-    """Who else must hear that this actor lives: a worker's shard, which renews its leases by it."""
+    """Other receivers of the reports: a worker's shard, which renews the worker's leases by them."""
     deadline: float = 0.0
     """When the next report is due; at once after start."""
     _reported_at: float = float("-inf")
     terms: dict[str, str] | UnsetType = UNSET
-    """What this host has of what all must agree on."""
+    """This host's values of the settings that all hosts must share."""
 
     def changed(self) -> None:
-        """The load is worth reporting before the next heartbeat."""
+        """Have a changed load reported before the next heartbeat."""
         self.deadline = min(self.deadline, self._reported_at + CHANGE_S)
 
     def become(self, state: str, shard: ActorId | None = None) -> None:
-        """Enter a state (starting, ready, draining), on a shard if given, and report it."""
+        """Enter a state (starting, ready, draining), on a shard if given, and have it reported."""
         self.member = attrs.evolve(self.member, state=state, shard=shard or self.member.shard)
         self.changed()
         if state == "draining":
-            self.deadline = 0.0  # it may be its last word, without which it would be missed
+            self.deadline = 0.0  # it may be its last report, without which it would be missed
 
     def change(self, change: Change) -> bool:
-        """Do what an operator wants, and report it; whether anything had to change."""
+        """Apply a requested change and have it reported; whether anything had to change."""
         before, self.member = self.member, changed(self.member, change)
         if self.member == before:
             return False
@@ -81,52 +81,55 @@ class Presence:
         return now >= self.deadline
 
     def report(self, now: float, load: dict[str, float], needs: tuple[ActorId, ...] = ()) -> list[Send]:
-        """The report for everyone concerned; the next is due an interval later."""
+        """The reports to all receivers; the next is due an interval later."""
         self.member = attrs.evolve(self.member, load=load, needs=needs)
         self._reported_at, self.deadline = now, now + HEARTBEAT_S
         return [Send(one, Load(self.member, self.terms)) for one in (*self.schedulers, *self.also)]
 
 
 class Core(Protocol):
-    """What decides (DESIGN section 3): no sockets, clock, randomness, threads or arrays inside."""
+    """The part of an actor that decides (DESIGN section 3).
+
+    It has no sockets, clock, randomness, threads or arrays inside.
+    """
 
     def receive(self, sender: ActorId, message: Any, now: float) -> None:
-        """Take one message in; never blocks."""
+        """Process one message; never blocks."""
 
     def advance(self, now: float) -> None:
         """Let time pass: fire deadlines, form batches."""
 
     def take(self) -> list[Action]:
-        """Messages to send and work to run."""
+        """Messages to send and work to run; each is returned once."""
 
     @property
     def deadline(self) -> float:
-        """When ``advance`` must be called next; infinity when nothing waits for time."""
+        """When ``advance`` must be called next; infinity if nothing waits for time."""
 
     def undeliverable(self, to: ActorId, message: Message, now: float) -> None:
-        """A Send that could not be performed."""
+        """Handle a message that the shell could not send."""
 
     def gauges(self) -> dict[str, float]:
-        """Load and counters, units in the names; ``_total`` ones only grow."""
+        """Load and counters, with units in the names; ``_total`` ones only grow."""
 
 
 @attrs.define
 class Reporting:
-    """Any core, with its heartbeats: a core like the one within, which is told when it was stopped."""
+    """Wraps a core with its heartbeats, and reports to the core when this actor was stopped."""
 
     core: Core
     presence: Presence
     needs: Callable[[], tuple[ActorId, ...]] = tuple
-    """Whose death must not go unannounced, see :class:`~memserve.messages.Member`."""
+    """The actors whose death must not go unannounced, see :class:`~memserve.messages.Member`."""
     _reports: list[Send] = attrs.field(factory=list, init=False)
     _wakefulness: Wakefulness = attrs.field(factory=Wakefulness, init=False)
 
     def receive(self, sender: ActorId, message: Any, now: float) -> None:
-        """Pass a message on."""
+        """Pass a message on to the core."""
         self.core.receive(sender, message, now)
 
     def advance(self, now: float) -> None:
-        """Let time pass."""
+        """Let time pass: report an interruption to the core, and the load when due."""
         if self._wakefulness.overslept(now):
             self.core.receive(self.presence.member.id, Overslept(), now)
         self.core.advance(now)
@@ -140,14 +143,14 @@ class Reporting:
 
     @property
     def deadline(self) -> float:
-        """The core's, or the next report's."""
+        """The earlier of the core's deadline and the next report."""
         return min(self.core.deadline, self.presence.deadline)
 
     def undeliverable(self, to: ActorId, message: Message, now: float) -> None:
-        """Tell the core; a report that was lost is followed by the next."""
+        """Pass it on to the core, unless it is a report: the next report replaces it."""
         if not isinstance(message, Load):
             self.core.undeliverable(to, message, now)
 
     def gauges(self) -> dict[str, float]:
-        """The core's."""
+        """The core's gauges."""
         return self.core.gauges()

@@ -1,26 +1,32 @@
-"""The default policy, ``cost``: every placement has a price in seconds, and the least is taken.
+"""The default policy, ``cost``: every placement has a price in seconds, and the lowest price wins.
 
 For a request, a prefill worker p and a decode worker d (the same one, or two), the price is
 
     ttft_weight * (ttft + delayed_p + lost) + handoff + answer * step_d + slow_d
         + others_weight * (rows_p * added_p + rows_d * answer * longer_d / 2) + crowded
 
-``ttft``: the step under way, what is queued at p (or bringing the prefix, where that takes longer), the missing tokens
-beside p's streams. ``step_d``: a step of d's streams with this one. ``slow_d``: prompts queued at d, which lengthen its
-first steps. The other terms are what others lose: ``delayed_p``, those who come to p while this prompt is queued or runs,
-run_p * rate_p * (queue_p + run_p / 2), by the rate at which prompts have come to p lately: a long prompt is kept from the
-home of sessions that ask often, whose short ones would wait behind it; ``lost``, those who will find what must be evicted
-for this one's pages no more (see :mod:`memserve.scheduling.losses`); the streams at p while the prompt runs, those at d for
-as long as this one is there; ``crowded``, the same of the workers that share cores or a GPU with p and d, where these had
-no streams before. All times are those beside the neighbours that have work. Locality has no weight of its own: a cached
-prefix makes ``ttft`` and what others lose smaller, a queue makes them larger, so a hot prefix is run, or fetched, at a second
-place as soon as the queue at the first costs more than a second copy of it.
+``ttft``: the step under way, the queue at p (or bringing the prefix, where that takes longer), and the
+missing tokens next to p's streams. ``step_d``: a step of d's streams with this one. ``slow_d``: prompts
+queued at d, which lengthen its first steps.
 
-A second is a second, whoever loses it: ``others_weight`` is 1. Only first tokens are dearer, by ``ttft_weight``. With less
-for the others, an overloaded host brings first tokens sooner, and all answers later.
+The other terms are what other requests lose. ``delayed_p``: prompts that come to p while this one is queued
+or runs, run_p * rate_p * (queue_p + run_p / 2), by the recent rate at which prompts come to p. It keeps a
+long prompt away from the home of sessions that ask often, whose short prompts would wait behind it. ``lost``:
+prompts that will no longer match what must be evicted for this one's pages (see
+:mod:`memserve.scheduling.losses`). ``added_p``: the streams at p while the prompt runs. ``longer_d``: the
+streams at d for as long as this one is there. ``crowded``: what the workers lose that share cores or a GPU
+with p, if p has no streams, and with d, for the time by which this stream prolongs d's load.
 
-Not all pairs are priced: the few prefill workers with the shortest queues and those of the shards that hold the most of
-the prompt, each with the decode workers that it reaches at the least cost.
+All times are those next to the neighbours that have work. Locality has no weight of its own: a cached prefix
+makes ``ttft`` and what others lose smaller, a queue makes them larger. So a hot prefix is run, or fetched, at
+a second place as soon as the queue at the first costs more than a second copy of it.
+
+A second counts the same, whoever loses it: ``others_weight`` is 1. Only first tokens cost more, by
+``ttft_weight``. With a lower weight for the others, an overloaded host brings first tokens sooner, and all
+answers later.
+
+Not all pairs are priced: only the few prefill workers with the shortest queues and those of the shards that
+hold the most of the prompt, each with the decode workers that it reaches at the least cost.
 """
 
 from __future__ import annotations
@@ -41,36 +47,36 @@ from memserve.scheduling.policies import PLAIN, Placement, Policy, note
 from memserve.tokens import count
 
 BY_QUEUE = 3
-"""Prefill workers looked at for their short queue."""
+"""Prefill workers considered for their short queue."""
 BY_PREFIX = 2
-"""Shards looked at for what they hold."""
+"""Shards considered for their prefix match."""
 DECODES_EACH = 2
-"""Decode workers looked at for each prefill worker."""
+"""Decode workers considered for each prefill worker."""
 FETCH_MARGINS = 3
-"""Of these margins: what a fetch must save. While a prefix comes, others may begin before it."""
+"""What a fetch must save, in units of ``margin_s``: during a fetch, other prompts may begin first."""
 SHOWN = 3
-"""Candidates in the log."""
+"""Candidates shown in the log."""
 
 
 @attrs.frozen
 class Weights:
-    """``[scheduler]``'s figures."""
+    """The weights of ``[scheduler]``."""
 
     ttft: float = 3.0
     others: float = 1.0
     margin_s: float = 0.02
-    """A hand-over must save so much: less than that is the model's error."""
+    """What a hand-over must save; less is within the model's error."""
     fetch: bool = False
-    """Whether a prefix may be fetched from another shard, and a stream continued on one."""
+    """Whether a prefix may be fetched from another shard, and a stream continued on another shard."""
     path: str = "mapped"
     """How pages move between shards of one host, see :data:`~memserve.scheduling.cost_model.LINKS`."""
     far_path: str = "tcp"
-    """And between hosts."""
+    """How pages move between hosts."""
 
 
 @attrs.define
 class Start:
-    """Running the prompt on one worker: what it costs, and how its prefix comes there."""
+    """Running the prompt on one worker: the price, and how its prefix gets there."""
 
     worker: Worker
     price: float
@@ -78,42 +84,42 @@ class Start:
     cached: int
     """Tokens that need not be computed."""
     expected: int
-    """Tokens that its shard holds."""
+    """Tokens that the worker's shard holds."""
     source: ActorId = ActorId("")
     source_tokens: int = 0
     bring_s: float = 0.0
-    """Until what ``source`` holds is there."""
+    """Seconds until the pages of ``source`` have arrived."""
 
 
 Candidate = tuple[float, bool, float, ActorId, Start]
-"""The price, whether the request is handed over, when the decode worker was used last, which it is, and the start."""
+"""Price, whether the request is handed over, when the decode worker was last used, its id, and the start."""
 
 
 @attrs.define
 class Ways:
-    """Until when each shard's way out, and its way in, is taken by what was placed."""
+    """When each shard's outgoing and incoming link is free again, by the placements so far."""
 
     _until: dict[tuple[ActorId, str], float] = attrs.field(factory=dict)
 
     def wait_s(self, source: ActorId, to: ActorId, now: float) -> float:
-        """Until the next transfer from one to the other can begin."""
+        """Seconds until the next transfer from ``source`` to ``to`` can begin."""
         until = self._until.get
         return max(0.0, until((source, "out"), 0.0) - now, until((to, "in"), 0.0) - now)
 
     def take(self, source: ActorId, to: ActorId, seconds: float, now: float) -> None:
-        """A transfer will take them so long."""
+        """Occupy both links with a transfer of ``seconds``."""
         until = now + self.wait_s(source, to, now) + seconds
         self._until[source, "out"] = self._until[to, "in"] = until
 
     def forget(self, shard: ActorId) -> None:
-        """It is gone."""
+        """Drop a dead shard."""
         self._until.pop((shard, "out"), None)
         self._until.pop((shard, "in"), None)
 
 
 @attrs.define
 class Cost:
-    """See the module's text."""
+    """See the module's docstring."""
 
     weights: Weights = Weights()
     links: Mapping[str, LinkModel] = attrs.field(factory=lambda: LINKS)
@@ -121,7 +127,7 @@ class Cost:
     ways: Ways = attrs.field(factory=Ways, init=False)
 
     def link(self, fleet: Fleet, source: ActorId, to: ActorId) -> LinkModel:
-        """How pages move from one shard to another."""
+        """The cost of moving pages from one shard to another."""
         here, there = fleet.shards.get(source), fleet.shards.get(to)
         far = here is not None and there is not None and here.host != there.host
         return self.links[self.weights.far_path if far else self.weights.path]
@@ -141,17 +147,17 @@ class Cost:
         return choice
 
     def learn(self, scope: str, tokens: int) -> None:
-        """An answer of a tenant had so many tokens."""
+        """Take in the length of a tenant's answer."""
         self.outputs.learn(scope, tokens)
 
     def forget(self, actor: ActorId) -> None:
-        """Drop what is remembered of an actor that is gone."""
+        """Drop what is remembered of a dead actor."""
         self.ways.forget(actor)
 
 
 @attrs.define
 class Quote:
-    """The prices of one request. ``answer``: the new tokens expected."""
+    """The prices of one request. ``answer``: the expected new tokens."""
 
     policy: Cost
     fleet: Fleet
@@ -160,17 +166,17 @@ class Quote:
     answer: float
     now: float
     only: Collection[ActorId] = ()
-    """Who may run the prompt; none named: anyone."""
+    """Workers that may run the prompt; empty: any."""
     weights: Weights = attrs.field(init=False)
     best: int = attrs.field(init=False)
-    """Tokens that the shard with the most holds."""
+    """Tokens that the shard with the longest match holds."""
     stays: dict[ActorId, float] = attrs.field(factory=dict, init=False)
 
     def __attrs_post_init__(self) -> None:
         self.weights, self.best = self.policy.weights, self.match.tokens
 
     def candidates(self) -> list[Candidate]:
-        """Everything that is looked at, in no order."""
+        """All candidates, unordered."""
         found = []
         for worker in map(self.fleet.workers.__getitem__, self.only) if self.only else self._prefills():
             start = self._start(worker)
@@ -182,7 +188,7 @@ class Quote:
                 found.append((price, handed, decode.used_at, decode.member.id, start))
         return found
 
-    # ---- who is looked at -----------------------------------------------------------------------------------
+    # ---- candidates -----------------------------------------------------------------------------------------
 
     def _prefills(self) -> Iterator[Worker]:
         sides, workers = self.fleet.prefills, self.fleet.workers
@@ -205,7 +211,7 @@ class Quote:
         found = {member.id: None} if member.role == "both" else {}
         ranking = sides.of_shard.get(member.shard)
         if found and not self.weights.fetch and ranking is not None and len(ranking.keys) == 1:
-            return (prefill,)  # alone on its shard
+            return (prefill,)  # it is the only decode worker of its shard
         if ranking is not None:
             found |= dict.fromkeys(ranking.first(DECODES_EACH))
         if self.weights.fetch:
@@ -215,10 +221,10 @@ class Quote:
             found[busiest.id] = None
         return [workers[one] for one in found if workers[one].member.shard in self.fleet.shards]
 
-    # ---- what it costs --------------------------------------------------------------------------------------
+    # ---- prices ---------------------------------------------------------------------------------------------
 
     def _start(self, one: Worker) -> Start:
-        """The cheapest way to begin on a worker: with what its shard holds, or with what another one does."""
+        """The cheapest start on a worker: with what its own shard holds, or with what another shard holds."""
         shard, model = one.member.shard, one.model
         held = self.match.held(shard)
         swap_s = model.swap_in_s(held.slow_tokens * model.steps.token_bytes) if held.slow_tokens else 0.0
@@ -235,7 +241,7 @@ class Quote:
         return start
 
     def _run(self, one: Worker, cached: int, bring_s: float) -> tuple[float, float]:
-        """Seconds to the first token, and the price of what others lose while the prompt is queued or runs."""
+        """Seconds to the first token, and the price that others pay while the prompt is queued or runs."""
         model, queue_s = one.model, one.queue_until - self.now
         run_s = one.prefill_s(self.tokens, cached, self.now)
         if queue_s <= bring_s:
@@ -255,7 +261,7 @@ class Quote:
         return ttft, harm
 
     def _crowded(self, one: Worker, run_s: float) -> float:
-        """The price of what its neighbours lose while a worker without streams runs a prompt."""
+        """What its neighbours lose while a worker without streams runs a prompt."""
         price, weights = 0.0, self.weights
         busy = [other for other in one.neighbours() if other.busy(self.now)]
         beside = len(busy) - 1
@@ -269,13 +275,13 @@ class Quote:
         return price
 
     def _lost(self, one: Worker, tokens: float) -> float:
-        """Seconds that later prompts lose, on average, to what a worker's shard evicts for so many new tokens."""
+        """Seconds that later prompts lose, on average, to what the shard evicts for ``tokens`` new tokens."""
         free = self.fleet.free_pages.get(one.member.shard, math.inf)
         short = tokens - max(0.0, free) * self.match.page_tokens
         return self.match.loss_share * short * one.model.token_s if short > 0 else 0.0
 
     def _stay(self, one: Worker) -> float:
-        """The price of being continued there to the end: for the request and for those beside it."""
+        """The price of decoding there to the end: for the request and for those next to it."""
         known = self.stays.get(one.member.id)
         if known is not None:
             return known
@@ -289,7 +295,8 @@ class Quote:
         if one.rows and longer_s > 0:
             price += self.weights.others * one.rows * answer * longer_s / 2
         if len(one.site) > 1:
-            # With m streams already there, this one is the last to end, and prolongs them, by one part of m + 1.
+            # Next to m streams, this one prolongs the crowding of neighbours by 1 / (m + 1) of its stay, on
+            # average: only while it is the last to end.
             others = [other for other in one.neighbours() if other.rows]
             lost_s = sum(other.rows * other.longer_s(len(others) - 1) for other in others)
             price += self.weights.others * answer * lost_s / (one.rows + 1) / 2
@@ -297,7 +304,7 @@ class Quote:
         return price
 
     def _handoff(self, prefill: Worker, decode: Worker) -> float:
-        """The price of continuing on another worker than the one that runs the prompt."""
+        """The price of decoding on another worker than the one that runs the prompt."""
         model, here, there = prefill.model, prefill.member.shard, decode.member.shard
         price = self.weights.margin_s + model.handoff_s(0)
         if there == here:
@@ -307,7 +314,7 @@ class Quote:
         return price + moved + self.weights.ttft * self._lost(decode, lacking)
 
     def _lacking(self, shard: ActorId) -> int:
-        """Tokens that a hand-over moves to a shard: the last page at least, which no index has."""
+        """Tokens that a hand-over moves to a shard: at least the last page, which no index has."""
         return max(self.match.page_tokens, self.tokens - self.match.held(shard).tokens)
 
     def _transfer_s(self, source: ActorId, to: ActorId, tokens: int, model: CostModel) -> float:
@@ -315,10 +322,10 @@ class Quote:
         link = self.policy.link(self.fleet, source, to)
         return wait + link.seconds(tokens * model.steps.token_bytes)
 
-    # ---- what is done ---------------------------------------------------------------------------------------
+    # ---- placement ------------------------------------------------------------------------------------------
 
     def take(self, priced: list[Candidate]) -> Placement:
-        """The first of them, counted on the ways and in the room of shards."""
+        """Place the first candidate, and count what it takes of links and of the shards' room."""
         _, handed, _, decode, start = priced[0]
         member, decode_shard = start.worker.member, self.fleet.workers[decode].member.shard
         far = handed and decode_shard != member.shard
@@ -338,7 +345,7 @@ class Quote:
         )  # fmt: skip
 
     def _move(self, source: ActorId, to: ActorId, tokens: int, model: CostModel) -> None:
-        """A transfer takes its shards' ways; the fixed part of it does not."""
+        """Occupy both shards' links for a transfer; its fixed time occupies neither."""
         byte_s = self.policy.link(self.fleet, source, to).byte_s
         self.policy.ways.take(source, to, tokens * model.steps.token_bytes * byte_s, self.now)
 

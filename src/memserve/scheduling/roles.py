@@ -1,18 +1,20 @@
-"""Which role each worker ought to have: what operators gave by hand, and with ``scheduler.roles = "auto"`` what the load asks for.
+"""The role each worker should have: an operator's choice, or by load with ``scheduler.roles = "auto"``.
 
-A role is a wish that is repeated until the worker reports it, and again to the worker's successor, which starts with the
-role of the configuration. Wishes are soft state: a scheduler that restarts hears from the workers what they were given,
-and only where both die together is a worker's role the configured one again.
+A role is a wish. It is repeated until the worker reports it, and again to the worker's successor, which
+starts with its configured role. Wishes are soft state: a scheduler that restarts learns from the workers what
+they were given. Only where both die together does a worker fall back to its configured role.
 
-What the load asks for: each side has a price of being crowded, in the seconds that policy ``cost`` reckons with too. A
-prompt waits ``ttft_weight`` times the shortest queue of those that prefill; an answer takes longer by its tokens times
-what a step of the least crowded of those that decode takes more than a stream's alone would at a helper. Where workers
-share cores or a GPU, only what a helper takes off counts: beside its neighbours' work, and where it would be one of these
-itself, slowed by it. Where one side is dear and the other is not, a worker of the other does both, one that shares no cores
-with those it helps before one that does. When all of one side do both, the streams of all are disturbed by prompts,
-so that those of the other side may as well do both, too, and the policy decides request by request; a worker never has to
-be given the opposite role. When all has been calm for long, everyone has its own role again, in which streams are not
-disturbed at all.
+Under ``auto``, each side (prefill, decode) has a price of being crowded, in the same seconds as policy
+``cost``. A prompt waits ``ttft_weight`` times the shortest queue among the prefill workers. An answer takes
+longer by its tokens times the step time that the least crowded decode worker needs beyond a stream alone on a
+helper. Where workers share cores or a GPU, only what a helper really takes off counts: next to its
+neighbours' work, and, if it would be a neighbour of the workers it helps, with the slowdown that it causes.
+
+Where one side is expensive and the other is not, a worker of the other side does both. A worker that shares
+no cores with those it helps is preferred. When all workers of one side do both, prompts disturb all streams,
+so the workers of the other side may as well do both, and the policy decides request by request. A worker
+never has to take the opposite role. When both sides have been calm for long, every worker goes back to its
+own role, in which prompts do not disturb streams.
 """
 
 from __future__ import annotations
@@ -30,42 +32,42 @@ from memserve.scheduling.fleet import Fleet, Side, Worker
 from memserve.scheduling.membership import pairs
 
 ASK_AGAIN_S = 1.0
-"""How long a worker may take to report what it was asked for."""
+"""How long a worker may take to report the role it was asked for."""
 TICK_S = 0.5
-"""How often prices are looked at."""
+"""How often prices are updated."""
 SMOOTH_S = 2.0
-"""Time constant of the mean of what was seen: one burst is no mix of load."""
+"""Time constant of the moving average of prices: one burst does not change the load mix."""
 DEAR_S = 0.25
-"""Price of a side from which on the other side helps."""
+"""Price of a side from which the other side helps."""
 RATIO = 2.0
-"""And it is dearer by this factor than the other, which would be crowded by helping."""
+"""A side gets help only at this multiple of the other side's price, because helping crowds the other side."""
 NOBODY_S = 3.0
-"""A side may be empty for so long: workers that start, or report to a new scheduler, do not all come at once."""
+"""How long a side may be empty: workers that start, or report to a new scheduler, come one by one."""
 WIDEN_S = 1.0
-"""Least time from one worker that helps to the next."""
+"""Shortest time between two workers that begin to help."""
 CALM_SHARE = 0.2
-"""Below this share of DEAR_S a side is calm."""
+"""A side is calm below this share of DEAR_S."""
 CALM_S = 30.0
-"""Both sides must be calm for so long before a worker goes back to its own role, and again before the next."""
+"""How long both sides must be calm before helpers go back to their own roles, and between such returns."""
 CALM_S_MAX = 960.0
-"""It is doubled up to this whenever help was needed again soon after."""
+"""Upper limit of the calm period, which doubles whenever help was needed again soon after."""
 ANSWER_TOKENS = 128.0
-"""Length of an answer, until some were seen."""
+"""Assumed answer length until answers were seen."""
 ANSWER_WEIGHT = 0.02
-"""Of the newest answer in the mean."""
+"""Weight of the latest answer in the mean."""
 
 
 @attrs.define
 class WantedRole:
-    """The role that a worker is to have."""
+    """The role that a worker should have."""
 
     role: str
     by: str
     """HAND or SCHEDULER."""
     configured: str
-    """What it starts with. A worker of its name that starts with another role is a new one."""
+    """The role it started with. A worker of the same name that starts with another role is a new worker."""
     taken_by: ActorId | None = None
-    """The incarnation that reported it."""
+    """The incarnation that reported the role."""
     asked_at: float = float("-inf")
 
 
@@ -77,15 +79,15 @@ class Prices:
     prefill: float = 0.0
     decode: float = 0.0
     answer: float = ANSWER_TOKENS
-    """Tokens of an answer, on average."""
+    """Mean tokens of an answer."""
     _seen_at: float = float("-inf")
 
     def learn(self, tokens: int) -> None:
-        """An answer had so many tokens."""
+        """Take in an answer of ``tokens`` tokens."""
         self.answer += ANSWER_WEIGHT * (tokens - self.answer)
 
     def see(self, fleet: Fleet, helpers: tuple[Worker | None, Worker | None], now: float) -> None:
-        """Look at the fleet as it stands. ``helpers``: who would help those that prefill, and those that decode."""
+        """Update the prices. ``helpers``: the workers that would help the prefill and the decode side."""
         weight = -math.expm1((self._seen_at - now) / SMOOTH_S)
         self._seen_at = now
         self.prefill += weight * (
@@ -94,7 +96,11 @@ class Prices:
         self.decode += weight * (self._decode(_first(fleet, fleet.decodes), helpers[1], now) - self.decode)
 
     def _prefill(self, one: Worker | None, helper: Worker | None, now: float) -> float:
-        """A helper takes half of a queue; on the same cores both then take longer, by what it was not at work before."""
+        """The price of the shortest queue.
+
+        A helper takes half of a queue. On shared cores both then take longer, unless the helper was at work
+        before.
+        """
         if one is None:
             return 0.0
         price = self.ttft_weight * one.queue_s(now)
@@ -104,7 +110,7 @@ class Prices:
         return max(0.0, price)
 
     def _decode(self, one: Worker | None, helper: Worker | None, now: float) -> float:
-        """The next stream's step, against a step that it would have for itself at the helper."""
+        """The price of the next stream's step here, beyond a step that it would have alone on the helper."""
         if one is None:
             return 0.0
         each = one.context / one.rows if one.rows else 0.0
@@ -117,22 +123,22 @@ class Prices:
 
 
 def _first(fleet: Fleet, side: Side) -> Worker | None:
-    """Who is ranked best, if anybody is there."""
+    """The best-ranked worker of a side, if it has any."""
     return next((fleet.workers[one] for one in side.every.first(1)), None)
 
 
 @attrs.define
 class Roles:
-    """See the module's text. Remembers wishes by the workers' names."""
+    """See the module's docstring. Wishes are remembered by worker name."""
 
     auto: bool = False
-    """Whether this scheduler decides from the load; of several, one may."""
+    """Whether this scheduler decides roles from the load; of several schedulers, only one may."""
     prices: Prices = attrs.field(factory=lambda: Prices(3.0))
     deadline: float = attrs.field(init=False)
     """When ``advance`` must be called next."""
     _wishes: dict[str, WantedRole] = attrs.field(factory=dict, init=False)
     _complete_at: float | None = attrs.field(default=None, init=False)
-    """When there was last somebody on both sides, or this began."""
+    """When both sides last had a worker, or when this scheduler began."""
     _widened_at: float = attrs.field(default=float("-inf"), init=False)
     _narrowed_at: float = attrs.field(default=float("-inf"), init=False)
     _calm_since: float = attrs.field(default=float("inf"), init=False)
@@ -144,7 +150,7 @@ class Roles:
     # ---- wishes ---------------------------------------------------------------------------------------------
 
     def heard(self, member: Member, now: float) -> list[Action]:
-        """Take a worker's heartbeat in; a Change where it has not the role that it is to have."""
+        """Take a worker's heartbeat in; send a Change if it does not have its wanted role."""
         name, wish = actor_name(member.id), self._wishes.get(actor_name(member.id))
         if member.state == "draining":
             self._wishes.pop(name, None)  # it leaves for good
@@ -168,10 +174,10 @@ class Roles:
             return member
         return attrs.evolve(member, role_wanted=wish.role)
 
-    # ---- from the load --------------------------------------------------------------------------------------
+    # ---- roles from the load --------------------------------------------------------------------------------
 
     def advance(self, fleet: Fleet, now: float) -> list[Action]:
-        """Let time pass: at most one worker is asked to change."""
+        """Let time pass: at most one worker is asked to help."""
         if now < self.deadline:
             return []
         self.deadline = now + TICK_S
@@ -181,7 +187,7 @@ class Roles:
         return self._widen(fleet, now) or self._narrow(fleet, now)
 
     def _widen(self, fleet: Fleet, now: float) -> list[Action]:
-        """Where a side is dear, or nobody is there, one of the other takes part in both."""
+        """Have a worker of the other side do both if a side is expensive or has no workers."""
         if now < self._widened_at + WIDEN_S:
             return []
         for side, because in self._needs(fleet, now):
@@ -195,7 +201,10 @@ class Roles:
         return []
 
     def _helper(self, fleet: Fleet, side: Side) -> Worker | None:
-        """Who of the other side would take part in this one: the least busy, before all who share cores with its best."""
+        """The worker of the other side that would help this one.
+
+        The least busy comes first, but workers that share cores with this side's best worker come last.
+        """
         helpers = fleet.decodes if side is fleet.prefills else fleet.prefills
         best, near = _first(fleet, side), None
         for id in helpers.every.first(len(helpers.every.keys)):
@@ -208,7 +217,7 @@ class Roles:
         return near
 
     def _needs(self, fleet: Fleet, now: float) -> Iterator[tuple[Side, str]]:
-        """Sides that need help, the most urgent first, and why."""
+        """The sides that need help and why, the most urgent first."""
         prices = self.prices
         if self._complete_at is not None and now >= self._complete_at + NOBODY_S:
             nobody = not fleet.prefills.every.keys
@@ -225,7 +234,7 @@ class Roles:
             yield fleet.prefills, "all that prefill decode, too"
 
     def _narrow(self, fleet: Fleet, now: float) -> list[Action]:
-        """When all is calm, those that helped do their own again."""
+        """Give helpers their own roles back once both sides have been calm for long."""
         if max(self.prices.prefill, self.prices.decode) > CALM_SHARE * DEAR_S:
             self._calm_since = float("inf")
             return []
@@ -239,7 +248,7 @@ class Roles:
         return [act for one in own.values() for act in self._wish(one, one.role, "calm", now)]
 
     def _helping(self, fleet: Fleet) -> list[Member]:
-        """Those that do both because the load asked for it."""
+        """The workers that do both because of the load."""
         members = (fleet.workers[id].member for id in sorted(fleet.workers))
         return [
             one
@@ -250,7 +259,7 @@ class Roles:
         ]
 
     def _by_hand(self, member: Member) -> bool:
-        """Whether an operator chose its role, though its successor may not know yet."""
+        """Whether an operator chose its role, even if its successor does not know yet."""
         wish = self._wishes.get(actor_name(member.id))
         return HAND in (member.role_by, wish.by if wish is not None else "")
 
@@ -274,7 +283,7 @@ class Roles:
 
 
 def _is_news(member: Member, wish: WantedRole | None) -> bool:
-    """Whether it has a role that was given to it and that is not known here, or outweighs what is."""
+    """Whether it reports a given role that is unknown here, or that takes precedence over the known one."""
     if wish is None:
         return member.role_by in (HAND, SCHEDULER)
     return member.role_by == HAND and (member.role, HAND) != (wish.role, wish.by)

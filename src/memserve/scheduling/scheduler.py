@@ -1,8 +1,8 @@
-"""The core of the GlobalScheduler: knows who is there, places requests, announces the dead.
+"""The core of the GlobalScheduler: tracks the members, places requests, announces deaths.
 
-A plan leaves with its request, and a scheduler that restarts has forgotten nothing that others need: it keeps the plans
-already made (to answer a repeated Submit alike) and the requests for which no worker has room yet (:mod:`~memserve.scheduling.admission`),
-which their Frontends keep too, and submit again.
+A plan leaves with its request, so a scheduler that restarts has forgotten nothing that others need. It keeps
+the plans already made, to give a repeated Submit the same answer, and the requests for which no worker has
+room yet (:mod:`~memserve.scheduling.admission`). The Frontends keep those too, and submit them again.
 """
 
 from __future__ import annotations
@@ -51,21 +51,22 @@ from memserve.scheduling.ttl_index import TtlIndex
 from memserve.tokens import count, span
 
 PLANS_REMEMBERED = 50_000
-"""Plans kept to answer repeated Submits and questions: at 5,000 a second those of the last ten seconds."""
+"""Plans kept to answer repeated Submits and inquiries: ten seconds' worth at 5,000 requests a second."""
 AGAIN_S = 5.0
-"""How often everyone is sent the view again, in case a change was lost; less often in a large cluster."""
+"""How often every member is sent the view again, in case a change was lost; less often in a large cluster."""
 AGAIN_S_MAX = 20.0
 SMALL = 100
-"""Members of a cluster in which every change is told at once. In a larger one those that come soon after are told together."""
+"""Cluster size up to which every change is announced at once. Larger clusters batch changes."""
 CHANGES_MEMBERS_A_SECOND = 10_000
-"""Members for which changes are told each second, at most: each view names all of them, to all of them."""
+"""Upper limit of members times announcements a second in a large cluster, because each view lists every
+member and goes to every member."""
 MEMBERS_A_SECOND = 20
-"""Members for which the view is sent again each second, on average."""
+"""Members to which a large cluster's view is sent again each second, on average."""
 
 
 @attrs.define
 class SchedulerCore:
-    """See the module's text. ``me`` is this scheduler as it lists itself in the cluster."""
+    """See the module's docstring. ``me`` is this scheduler as it lists itself in the cluster."""
 
     me: Member
     policy_name: str
@@ -78,17 +79,17 @@ class SchedulerCore:
     fleet: Fleet = attrs.field(factory=Fleet, init=False)
     roles: Roles = attrs.field(factory=Roles)
     terms: Terms | UnsetType = UNSET
-    """What all hosts must agree on, where there are several."""
+    """Settings that all hosts must share, in a cluster of several hosts."""
     counters: dict[str, float] = attrs.field(factory=dict, init=False)
     _plans: OrderedDict[tuple[str, int], Planned] = attrs.field(factory=OrderedDict, init=False)
     _lengths: OutputLengths = attrs.field(factory=OutputLengths, init=False)
     _room_at: float = attrs.field(default=float("inf"), init=False)
-    """When a worker will have room for what waits."""
+    """When a worker will have room for the waiting requests."""
     _served: bool = attrs.field(default=False, init=False)
-    """Some worker is ready, as far as what waits has found out."""
+    """Whether some worker was ready when the waiting requests were last looked at."""
     _actions: list[Action] = attrs.field(factory=list, init=False)
     _told_at: float = attrs.field(default=float("-inf"), init=False)
-    """When everyone was sent a view last."""
+    """When every member was last sent a view."""
     _publish_at: float = attrs.field(default=0.0, init=False)
     _wakefulness: Wakefulness = attrs.field(factory=Wakefulness, init=False)
     _again_at: float = attrs.field(default=0.0, init=False)
@@ -96,13 +97,13 @@ class SchedulerCore:
     # ---- the five verbs -------------------------------------------------------------------------------------
 
     def receive(self, sender: ActorId, message: Message | Died, now: float) -> None:
-        """Take one message in. Kinds that no scheduler handles are ignored."""
+        """Process one message. Kinds that no scheduler handles are ignored."""
         handler = _HANDLERS.get(type(message))
         if handler is not None:
             handler(self, sender, message, now)
 
     def advance(self, now: float) -> None:
-        """Declare the silent dead, place or refuse what waits, publish the view."""
+        """Declare silent members dead, place or refuse waiting requests, publish the view."""
         if self._wakefulness.overslept(now):
             self.membership.excuse(now)
             self.admission.excuse(now)
@@ -117,7 +118,7 @@ class SchedulerCore:
             self._publish(self._listeners(now), now)
 
     def take(self) -> list[Action]:
-        """Everything to be done now."""
+        """The pending actions; each is returned once."""
         actions, self._actions = self._actions, []
         return actions
 
@@ -139,7 +140,7 @@ class SchedulerCore:
         )
 
     def gauges(self) -> dict[str, float]:
-        """Load and counters for the view that it publishes."""
+        """Load and counters for the published view."""
         index = self.index
         return {
             "index_events_total": float(index.events),
@@ -165,14 +166,18 @@ class SchedulerCore:
             self._admit(message, now)
 
     def _on_inquire(self, sender: ActorId, message: Inquire, now: float) -> None:
-        """Its Frontend was told that a request waits, and nothing since."""
+        """Answer a Frontend that was told its request waits and has heard nothing since."""
         key = (message.request, message.attempt)
         planned = self._plans.get(key)
         waits = Inquired(*key, held=self.admission.wanted(key, now))
         self._actions.append(Send(sender, planned or waits))
 
     def _admit(self, submit: Submit, now: float) -> None:
-        """Place a request at once where a worker has room and none waits before it; else let it wait, or refuse it."""
+        """Place a request at once, let it wait, or refuse it.
+
+        It is placed at once if a worker has room and no other request waits; an attempt after the first needs
+        neither.
+        """
         request, again = submit.request, submit.request.attempt > 0
         match = self.index.match(request.scope, request.findable, now)
         at_once = again or (not len(self.admission) and is_open(self.fleet, self.hold_back_s, now))
@@ -210,7 +215,7 @@ class SchedulerCore:
         self._bring_in(request, match)
 
     def _bring_in(self, request: Request, match: PromptPath) -> None:
-        """While it waits, the shard that holds most of its prompt may bring in what has left the device tier."""
+        """On the shard that holds most of a waiting prompt, prefetch what is in slower tiers."""
         for shard in match.best(1):
             held = match.held(shard)
             if held.slow_tokens:
@@ -219,7 +224,7 @@ class SchedulerCore:
                 )
 
     def _place_held(self, now: float) -> None:
-        """Place what waits, in its order, while a worker has room."""
+        """Place waiting requests, in queue order, while a worker has room."""
         self._room_at = float("inf")
         while len(self.admission):
             here = room(self.fleet, self.hold_back_s, now)
@@ -286,7 +291,7 @@ class SchedulerCore:
         self.roles.prices.learn(message.output_tokens)
 
     def _on_cancel(self, sender: ActorId, message: Cancel, now: float) -> None:
-        """From a Frontend that knows no plan yet; one that was made meanwhile is followed by the Cancel."""
+        """Drop a request whose Frontend knows of no plan; pass the Cancel on if a plan was made since."""
         self.admission.withdraw(message.request, message.attempt, now)
         planned = self._plans.get((message.request, message.attempt))
         if planned is not None:
@@ -303,7 +308,7 @@ class SchedulerCore:
                 return
             self.membership.revive(
                 member.id
-            )  # it owns no pages; told that its requests were dropped, it repeats them
+            )  # it owns no pages; once told that its requests were dropped, it submits them again
         joined = member.id not in self.membership.members
         if joined and self.terms is not UNSET and self._refused(message):
             return
@@ -327,7 +332,7 @@ class SchedulerCore:
             self._place_held(now)
 
     def _refused(self, message: Load) -> bool:
-        """Whether the sender may not be part of this cluster, which it is told then."""
+        """Refuse a newcomer that may not be part of this cluster; whether that was done."""
         member = message.member
         reason = disagreement(self.terms, message.terms) or name_taken(
             self.membership.members.values(), member
@@ -364,12 +369,12 @@ class SchedulerCore:
         self._count("members_gone_total", len(gone))
         for member in self.membership.members:
             self._actions.append(Send(member, Gone(gone)))
-        for one in gone:  # one that only slept learns that it is fenced off
+        for one in gone:  # an actor that was only stopped learns this way that it is fenced off
             self._actions.append(Send(one, Gone((one,))))
         self._publish(list(self.membership.members), now)
 
     def _listeners(self, now: float) -> list[ActorId]:
-        """Who hears the view each second: Frontends, and those that wait for another; now and then everyone."""
+        """The receivers of the view each second: Frontends and starting actors, periodically every member."""
         members = self.membership.members
         if now >= self._again_at:
             self._again_at = now + min(AGAIN_S_MAX, max(AGAIN_S, len(members) / MEMBERS_A_SECOND))
@@ -377,7 +382,7 @@ class SchedulerCore:
         return [one.id for one in members.values() if one.kind == "Frontend" or one.state == "starting"]
 
     def _tell_all(self, now: float) -> None:
-        """Something about a member has changed."""
+        """Send the view to every member after a change, at once or soon."""
         number = len(self.membership.members)
         next_at = self._told_at + number / CHANGES_MEMBERS_A_SECOND
         if number <= SMALL or now >= next_at:
@@ -393,7 +398,7 @@ class SchedulerCore:
         self._actions += [Send(one, view) for one in to]
 
     def undeliverable(self, to: ActorId, message: Message, now: float) -> None:
-        """The shell could not send ``message``: Frontends repeat a Submit, heartbeats repeat themselves."""
+        """Count a message that could not be sent: Frontends repeat Submits, and heartbeats recur anyway."""
         self._count("undeliverable_total")
         if not isinstance(message, Gone):
             self._log("warning", "message undeliverable", to=to, kind=type(message).__name__)

@@ -1,7 +1,8 @@
-"""What the hosts of a cluster must agree on, so that none of them serves another's requests wrongly; and whose a name is.
+"""The settings that all hosts of a cluster must share, and the ownership of names.
 
-The scheduler compares at registration, before it places anything on an actor: a worker with other weights, another type
-or another size of pages would continue a stream with tokens that the cluster's model never gives.
+The scheduler compares them at registration, before it places anything on an actor. A worker with other
+weights, another data type or another page size would continue a stream with tokens that the cluster's model
+never gives.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ Terms = dict[str, str]
 
 
 def disagreement(ours: Terms | UnsetType, theirs: Terms | UnsetType) -> str:
-    """Why two hosts are not of one cluster, in words for the one that joins; empty when they agree."""
+    """Why two hosts do not belong to one cluster, in words for the one that joins; empty if they do."""
     if ours is UNSET or theirs is UNSET:
         return "" if ours is theirs else "one of the two hosts has no [cluster]"
     return "\n".join(_differences(ours, theirs))
@@ -32,7 +33,7 @@ def _differences(ours: Mapping[str, str], theirs: Mapping[str, str]) -> Iterable
 
 
 def name_taken(members: Iterable[Member], member: Member) -> str:
-    """Why a newcomer cannot have its name: an actor of another host has it; empty when it can."""
+    """Why a newcomer cannot have its name: an actor of another host has it. Empty if it can."""
     name = actor_name(member.id)
     for one in members:
         if actor_name(one.id) == name and one.host != member.host:

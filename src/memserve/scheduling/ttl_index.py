@@ -1,7 +1,7 @@
-"""The paper's own way to know what shards hold (MemServe, section 6): assume it of every placement, for some minutes.
+"""The paper's way to know what shards hold (MemServe, section 6): assume it of every placement for a time.
 
-Nothing is heard of evictions, nor of answers until a next prompt repeats them. It is here to be compared with the
-shards' events.
+It does not learn of evictions, nor of answers until a later prompt repeats them. It exists for comparison
+with the shards' events.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from memserve.tokens import count
 
 @attrs.define
 class TtlIndex:
-    """A tree of what was placed where in the last ``ttl_s``. Looks like an IndexFeed."""
+    """A tree of what was placed where in the last ``ttl_s``. It has the interface of an IndexFeed."""
 
     tree: GlobalTree = attrs.field(factory=GlobalTree)
     ttl_s: float = 300.0
@@ -29,10 +29,10 @@ class TtlIndex:
     gaps: int = 0
     snapshots: int = 0
     _placed: deque[tuple[float, ActorId, str, bytes]] = attrs.field(factory=deque, init=False)
-    """Until when, who, and what; the oldest first."""
+    """Expiry time, shard, scope and prompt of each placement; the oldest first."""
 
     def match(self, scope: str, tokens: bytes, now: float) -> PromptPath:
-        """Who is assumed to hold what of a prompt."""
+        """The shards assumed to hold a prefix of a prompt, and how much of it."""
         while self._placed and self._placed[0][0] <= now:
             _, shard, of, prompt = self._placed.popleft()
             path = [node for node, _ in self.tree.match(of, prompt).path]
@@ -40,7 +40,10 @@ class TtlIndex:
         return self.tree.match(scope, tokens)
 
     def placed(self, shard: ActorId, scope: str, tokens: bytes, now: float) -> None:
-        """The shard will hold this prompt, for all we know. A holding's figure is the time it ends, below 0: device tier."""
+        """Assume that the shard will hold this prompt.
+
+        A holder's figure is its expiry time, negated: a figure not above 0 counts as the device tier.
+        """
         whole = count(tokens) // self.tree.page_tokens * self.tree.width
         if not whole:
             return
@@ -51,7 +54,7 @@ class TtlIndex:
             self.tree.tidy(node)
 
     def forget(self, shard: ActorId) -> None:
-        """A shard is gone, and all that it may have held."""
+        """Drop a dead shard and all it may have held."""
         self._placed = deque(one for one in self._placed if one[1] != shard)
         self._let_go([node for node in self.tree.nodes() if shard in node.holders], shard)
 
@@ -62,17 +65,17 @@ class TtlIndex:
             self.tree.tidy(node)
 
     def is_whole(self, shard: ActorId) -> bool:
-        """Nothing is told, so nothing is missing."""
+        """True: without events, none are missing."""
         return True
 
     def delta(self, sender: ActorId, delta: IndexDelta, now: float) -> list[Send]:
-        """Not listened to."""
+        """Ignore events."""
         return []
 
     def reported(self, sender: ActorId, published: int, now: float) -> list[Send]:
-        """Not listened to."""
+        """Ignore reports."""
         return []
 
     def snapshot(self, sender: ActorId, part: IndexSnapshot, now: float) -> list[Send]:
-        """Not listened to."""
+        """Ignore snapshots."""
         return []

@@ -1,4 +1,4 @@
-"""The cluster as a Frontend knows it: who is there by the schedulers' word, and whether a request could be served now."""
+"""The cluster as a Frontend knows it: its members by the schedulers' views, and whether it can serve."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from memserve.messages import Cluster, Member
 from memserve.scheduling.membership import DECODES, PREFILLS, pairs
 
 MISSED_S = 60.0
-"""Who died and has no successor is missed for so long, unless a supervisor goes on naming it: a joined worker may have left."""
+"""How long a dead actor without a successor counts as missing, unless a supervisor keeps naming it: a joined
+worker may have left."""
 SILENT_S = 3.0
-"""A scheduler sends its view each second; after so long without one, none is taken for there."""
+"""A scheduler sends its view each second; after this long without one, no scheduler is presumed alive."""
 RECOVERING_S = 2.0
-"""So long a scheduler's successor may not have heard from those whom it knew, and they count as there: heartbeats come each second."""
+"""How long actors known to a former scheduler count as present until they report to its successor; heartbeats
+come each second."""
 
 
 @attrs.frozen
@@ -23,7 +25,7 @@ class Health:
     """What ``/health`` says."""
 
     status: str
-    """``ok``; ``degraded``: requests are served, something is missing; ``unavailable``: none could be served now."""
+    """``ok``; ``degraded``: requests are served, something is missing; ``unavailable``: none can be."""
     reason: str = ""
     """What is missing; empty with ``ok``."""
 
@@ -35,26 +37,29 @@ class Health:
 
 @attrs.define
 class ClusterView:
-    """Everyone alive, by the newest word of each scheduler, and whoever is missed."""
+    """All live actors, by the latest view of each scheduler, and the missing ones."""
 
     _seen: dict[ActorId, dict[ActorId, Member]] = attrs.field(factory=dict)
     _heard_at: float | None = None
-    """When a scheduler was heard of last."""
+    """When a scheduler was last heard."""
     _missed: dict[str, float] = attrs.field(factory=dict)
-    """When actors died that have no successor yet that is ready, by name."""
+    """Time of death of each actor without a ready successor, by name."""
     _former: dict[ActorId, Member] = attrs.field(factory=dict)
-    """What a scheduler that ended had said: its successor begins with nobody, while everyone goes on serving."""
+    """The last view of a scheduler that ended: its successor starts empty, while the members keep serving."""
     _former_until: float = 0.0
 
     def members(self) -> list[Member]:
-        """Everyone alive."""
+        """All live actors."""
         found: dict[ActorId, Member] = {}
         for view in self._seen.values():
             found |= view
         return list(found.values())
 
     def heard(self, view: Cluster, now: float) -> list[ActorId]:
-        """Take a scheduler's word in; returns the earlier incarnations of it, which know nothing newer and are forgotten."""
+        """Take in a scheduler's view and forget its earlier incarnations, which know nothing newer.
+
+        The result is those incarnations.
+        """
         name = actor_name(view.scheduler)
         earlier = [one for one in self._seen if actor_name(one) == name and one != view.scheduler]
         for one in earlier:
@@ -67,7 +72,7 @@ class ClusterView:
         return earlier
 
     def gone(self, actors: Collection[ActorId], now: float) -> None:
-        """These are dead. One that was leaving is not missed, nor one whose successor is there."""
+        """Remove dead actors. One that was draining is not missed, nor one with a ready successor."""
         self._missed = {name: at for name, at in self._missed.items() if now < at + MISSED_S}
         known = {one.id: one for one in self.members()}
         for actor in actors:
@@ -77,18 +82,21 @@ class ClusterView:
                 view.pop(actor, None)
         alive = {actor_name(one.id) for one in self.members() if one.state == "ready"}
         for actor in actors:
-            was = known.get(actor)  # none, of one whose death is told again
+            was = known.get(actor)  # None when a death is announced again
             if was is not None and was.state != "draining" and actor_name(actor) not in alive:
                 self._missed.setdefault(actor_name(actor), now)
 
     def _forget(self, scheduler: ActorId, now: float) -> None:
-        """This one, if it is a scheduler, says nothing any more; who was there by its word still is, for a while."""
+        """If the actor is a scheduler, drop its view; the members in it count as present for a while."""
         if scheduler in self._seen:
             before = self._former if now < self._former_until else {}
             self._former, self._former_until = before | self._seen.pop(scheduler), now + RECOVERING_S
 
     def health(self, me: Member, down: Mapping[str, str], now: float) -> Health:
-        """Whether Frontend ``me`` could serve a request now. ``down``: what its supervisor says of actors that do not live."""
+        """Whether Frontend ``me`` could serve a request now.
+
+        ``down``: what its supervisor says of actors that are not alive.
+        """
         if me.state != "ready":
             return Health("unavailable", f"{actor_name(me.id)} is {me.state}")
         members = [one for one in self.members() if actor_name(one.id) not in down]
@@ -102,7 +110,7 @@ class ClusterView:
         return Health("degraded", "; ".join(missing)) if missing else Health("ok")
 
     def _unheard(self, members: list[Member], down: Mapping[str, str], now: float) -> list[Member]:
-        """Who was there by the word of a scheduler that ended just now, and has nobody of its name among ``members``."""
+        """Members of a recently ended scheduler's view whose name is not among ``members``."""
         known = {*down, *(actor_name(one.id) for one in members)}
         former = self._former.values() if now < self._former_until else ()
         return [one for one in former if actor_name(one.id) not in known]
@@ -116,7 +124,7 @@ class ClusterView:
 
 
 def _silence(heard_at: float | None, now: float) -> str:
-    """Why nobody can plan a request, if so."""
+    """Why no scheduler can plan a request; empty if one can."""
     if heard_at is None:
         return "no GlobalScheduler has been heard of yet"
     if now - heard_at >= SILENT_S:
@@ -125,7 +133,7 @@ def _silence(heard_at: float | None, now: float) -> str:
 
 
 def _lacking(members: list[Member]) -> str:
-    """Why no placement can serve a request, if so."""
+    """Why no placement can serve a request; empty if one can."""
     if pairs(members):
         return ""
     ready = [one for one in members if one.state == "ready"]

@@ -1,1 +1,1 @@
-"""Every setting of ``cluster.toml``: what it may be, how files are read, and what memserve makes of it on this machine."""
+"""The settings of ``cluster.toml``: their rules, how files are read, and what is derived on this machine."""

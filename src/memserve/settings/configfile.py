@@ -1,4 +1,4 @@
-"""TOML and ``--set`` overrides into a :class:`~memserve.config.Config`, with every mistake named at once."""
+"""Reads TOML and ``--set`` overrides into a :class:`~memserve.config.Config`, with all mistakes at once."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from memserve.settings.sections import DEFAULT_SHARDS
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> Config:
-    """Read a configuration: a TOML file, or the name of one that is shipped (``demo``), with ``key=value`` overrides.
+    """Read a configuration: a TOML file, or a shipped one by name (``demo``), with ``key=value`` overrides.
 
-    Raises ConfigError with every problem found, one a line.
+    Raises ConfigError with every problem found, one per line.
     """
     file = find(path)
     tree = parse(file)
@@ -50,7 +50,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> Config:
 
 
 def shipped() -> dict[str, Path]:
-    """The configurations that come with memserve, by name: in the wheel, or in ``configs/`` of a checkout."""
+    """The configurations that come with memserve, by name: in the wheel, or in a checkout's ``configs/``."""
     package = Path(__file__).parents[1]
     for folder in (package / "configs", package.parents[1] / "configs"):
         if files := sorted(folder.glob("*.toml")):
@@ -59,7 +59,7 @@ def shipped() -> dict[str, Path]:
 
 
 def find(path: str) -> Path:
-    """The file that the user means. Raises ConfigError when there is none."""
+    """The file that the user means by ``path``. Raises ConfigError when there is none."""
     file = Path(path).expanduser()
     if file.is_file():
         return file
@@ -76,7 +76,7 @@ def find(path: str) -> Path:
 
 
 def parse(file: Path) -> Tree:
-    """The tables of a TOML file. Raises ConfigError with line and column."""
+    """The tables of a TOML file. Raises ConfigError, with line and column where the syntax is wrong."""
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
@@ -88,7 +88,7 @@ def parse(file: Path) -> Tree:
 
 
 def fill_in(tree: Tree) -> None:
-    """Write what follows from other keys: a worker that names no shard takes the only one."""
+    """Add values that follow from other keys: a worker without a shard gets the only shard."""
     tree.setdefault("worker", default_tables("worker"))
     names = (
         [shard.get("name") for shard in tables(tree, "shard")]
@@ -104,7 +104,7 @@ def fill_in(tree: Tree) -> None:
 
 
 def apply_overrides(tree: Tree, overrides: Sequence[str]) -> tuple[dict[str, str], list[Problem]]:
-    """Write each ``a.b=value`` into ``tree``. Answers where the paths they wrote came from, and what was wrong."""
+    """Write each ``a.b=value`` into ``tree``; the override behind each written path, and the problems."""
     origins: dict[str, str] = {}
     problems: list[Problem] = []
     for override_ in overrides:
@@ -121,7 +121,7 @@ def apply_overrides(tree: Tree, overrides: Sequence[str]) -> tuple[dict[str, str
 
 
 def toml_value(text: str) -> Any:
-    """``text`` as a TOML value, or as a string when it is none: --set values need no quotes."""
+    """``text`` as a TOML value, or as a string if it is not one: --set values need no quotes."""
     try:
         parsed = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
@@ -130,7 +130,7 @@ def toml_value(text: str) -> Any:
 
 
 def put(tree: Tree, keys: list[str], value: Any) -> str:
-    """Set one value; answers its path as errors write it. Raises RuleError when the way there does not exist."""
+    """Set one value; its path as errors show it. Raises RuleError when the keys do not lead to a value."""
     if keys[0] in ("shard", "worker") and keys[0] not in tree:
         tree[keys[0]] = default_tables(keys[0])
     here: Any = tree
@@ -152,7 +152,7 @@ def put(tree: Tree, keys: list[str], value: Any) -> str:
 
 
 def element(array: list[Any], section: str, key: str) -> int:
-    """The place in ``array`` that an index or a table's name means. Raises RuleError."""
+    """The position in ``array`` that an index or a table's name refers to. Raises RuleError."""
     names = [each.get("name") for each in array if isinstance(each, dict)]
     if key in names:
         return names.index(key)
@@ -164,7 +164,7 @@ def element(array: list[Any], section: str, key: str) -> int:
 
 
 def origin_of(path: str, origins: dict[str, str]) -> str:
-    """The override that wrote ``path``, a table around it or a key in it; or nothing."""
+    """The override that wrote ``path``, a table around it or a key in it; empty if none did."""
     for written, source in origins.items():
         within = path.startswith(written) and path[len(written) :][:1] in ("", ".", "[")
         if within or written.startswith(f"{path}."):
@@ -176,7 +176,7 @@ def origin_of(path: str, origins: dict[str, str]) -> str:
 
 
 def structure(tree: Tree) -> tuple[Config | None, list[Problem]]:
-    """The configuration, or every key and value that does not fit it."""
+    """The configuration, or a problem for every key and value that does not fit."""
     try:
         return _converter.structure(tree, Config), []
     except ClassValidationError as error:
@@ -199,7 +199,10 @@ def _number(value: Any, _: Any) -> float:
 
 
 def _table(cls: type[attrs.AttrsInstance]) -> Callable[[Any, Any], Any]:
-    """cattrs' hook for one settings class, with each field's own parser and rule in it, so that all of them report."""
+    """The cattrs hook for one settings class.
+
+    It applies each field's own parser and rule, so that all of them report.
+    """
     attrs.resolve_types(cls)
     fields: Any = {field.name: override(struct_hook=_field(field)) for field in attrs.fields(cls)}
     build: Any = make_dict_structure_fn(cls, _converter, _cattrs_forbid_extra_keys=True, **fields)
@@ -258,7 +261,7 @@ Path_ = tuple[str | int, ...]
 
 
 def leaves(error: Exception, path: Path_) -> Iterator[tuple[Path_, Exception]]:
-    """Every single mistake inside cattrs' nested groups, with the path to it."""
+    """Every single mistake in cattrs' nested groups, with the path to it."""
     if not isinstance(error, ClassValidationError | IterableValidationError):
         yield path, error
         return
@@ -293,7 +296,7 @@ def explain(path: Path_, cause: Exception, tree: Tree) -> Problem:
 
 
 def look_up(tree: Any, path: Path_) -> Any:
-    """What stands at ``path``, or None."""
+    """The value at ``path``, or None."""
     for part in path:
         try:
             tree = tree[part]
@@ -310,7 +313,7 @@ def is_secret(path: Path_) -> bool:
 
 
 def suggest_key(word: str, cls: type) -> str:
-    """The nearest known key of a table, or of another table when that fits exactly, or all there are."""
+    """A hint with the nearest key of this table, an exact match in another table, or all keys of this one."""
     names = [field.name for field in attrs.fields(cls)]
     if guess := nearest(word, names):
         return f"; did you mean {guess}?"

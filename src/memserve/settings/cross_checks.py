@@ -1,4 +1,4 @@
-"""The rules of a configuration that need more than one of its tables, and the words in which mistakes are told."""
+"""The rules that involve more than one table of a configuration, and how mistakes are worded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Problem:
     path: str
     text: str
     source: str = ""
-    """Set when the mistake is in an override; otherwise it is in the file."""
+    """The override that has the mistake; empty if the file has it."""
 
     def line(self, file: str) -> str:
         """The text that the user sees."""
@@ -30,7 +30,10 @@ class Problem:
 
 
 def cross_check(tree: Tree) -> list[Problem]:
-    """Rules that need more than one table. They pass over what is malformed: that is reported already."""
+    """Check the rules that involve more than one table.
+
+    Malformed values are skipped: they are reported already.
+    """
     return [
         *check_names(tree),
         *check_shards(tree),
@@ -41,7 +44,7 @@ def cross_check(tree: Tree) -> list[Problem]:
 
 
 def check_cluster(tree: Tree) -> Iterator[Problem]:
-    """A host either has the scheduler or joins the one that has it, and says what that takes."""
+    """A host must either have the scheduler or join the host that has it, with the keys that each needs."""
     if "cluster" not in tree or not isinstance(told := tree["cluster"], dict):
         return
     listens, joins = told.get("listen"), told.get("join")
@@ -71,13 +74,13 @@ def check_cluster(tree: Tree) -> Iterator[Problem]:
 
 
 def networked(tree: Tree) -> bool:
-    """Whether other hosts belong to the cluster."""
+    """Whether the cluster has other hosts."""
     told = tree.get("cluster")
     return isinstance(told, dict) and bool(told.get("listen") or told.get("join"))
 
 
 def check_keys(tree: Tree) -> Iterator[Problem]:
-    """Keys with rights are keys. No key is shown."""
+    """Keys with special rights must be among the API keys. No key is shown."""
     frontend = tree.get("frontend")
     if not isinstance(frontend, dict):
         return
@@ -91,7 +94,7 @@ def check_keys(tree: Tree) -> Iterator[Problem]:
 
 
 def check_pool(tree: Tree) -> Iterator[Problem]:
-    """The watermarks are in order."""
+    """``swap_high`` must not be below ``swap_low``."""
     pool = tree.get("pool")
     if not isinstance(pool, dict):
         return
@@ -101,7 +104,7 @@ def check_pool(tree: Tree) -> Iterator[Problem]:
 
 
 def check_names(tree: Tree) -> Iterator[Problem]:
-    """Names are sockets and log files: each is one actor's alone."""
+    """Names must be unique and not reserved: each is used for an actor's sockets and log file."""
     seen: dict[str, str] = {}
     for section in ("shard", "worker"):
         for i, table in enumerate(tables(tree, section)):
@@ -116,7 +119,10 @@ def check_names(tree: Tree) -> Iterator[Problem]:
 
 
 def check_shards(tree: Tree) -> Iterator[Problem]:
-    """Every worker has a shard, and the workers of all shards, unless other hosts have more, can both prefill and decode."""
+    """Every worker must have a shard, and there must be workers that prefill and workers that decode.
+
+    Other hosts of a cluster may have the workers that are missing here.
+    """
     names = [t.get("name") for t in tables(tree, "shard") or default_tables("shard")]
     known = list(dict.fromkeys(name for name in names if isinstance(name, str)))
     roles: set[str] = set()
@@ -150,20 +156,20 @@ def show(value: Any, secret: bool = False) -> str:
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
-    """The likeliest of ``known`` that was meant, or nothing."""
+    """The entry of ``known`` that was probably meant, or an empty string."""
     lowered = {each.lower(): each for each in known}
     found = difflib.get_close_matches(word.lower(), lowered, n=1, cutoff=0.5)
     return lowered[found[0]] if found else ""
 
 
 def tables(tree: Tree, key: str) -> list[Tree]:
-    """The well-formed tables of ``[[key]]``; the others are reported by :func:`structure`."""
+    """The well-formed tables of ``[[key]]``; :func:`structure` reports the others."""
     value = tree.get(key)
     return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
 
 
 def default_tables(key: str) -> list[Tree]:
-    """The default of ``[[key]]`` as it would stand in a file, without what fill_in adds."""
+    """The default of ``[[key]]`` as a file would have it, without what fill_in adds."""
     parts: tuple[ShardConfig, ...] | tuple[WorkerConfig, ...] = (
         DEFAULT_SHARDS if key == "shard" else DEFAULT_WORKERS
     )

@@ -1,6 +1,7 @@
-"""What fits on a GPU: pages from the memory that weights and workers leave, and why a shard cannot be there.
+"""What fits on a GPU, and why a shard cannot be on one. Pages get the memory that weights and workers leave.
 
-Estimates of what a worker takes beside them are stated here and nowhere else; the worker holds its allocator to them.
+The estimates of what a worker takes in addition are stated here and nowhere else; the worker limits its
+allocator to them.
 """
 
 from __future__ import annotations
@@ -15,30 +16,37 @@ from memserve.settings.sections import BatchConfig, ShardConfig
 CONTEXT_BYTES = 768 << 20
 """A CUDA context with the modules of torch and FlashInfer; an estimate, about half a gigabyte on Hopper."""
 PLAN_BYTES = 320 << 20
-"""FlashInfer's integer workspaces, 8 MiB for every captured batch size and three more, and what it allocates at a first use."""
+"""FlashInfer's allocations at first use, and 8 MiB of integer workspace per captured batch size plus
+three.
+"""
 WORKSPACE_MIN = 128 << 20
-"""FlashInfer's float workspace, as its documentation advises; all wrappers share one: they run one after another."""
+"""Size of FlashInfer's float workspace that its documentation advises.
+
+Wrappers run one after another and share one.
+"""
 _ALIGNMENT = 1 << 10
-"""Of the two arrays in it."""
+"""Bytes for the alignment of the two arrays in the float workspace."""
 PROCESSORS_MAX = 160
-"""Multiprocessors of the largest GPU; a smaller one's workspace is smaller."""
+"""Multiprocessors of the largest GPU; a smaller one needs less workspace."""
 SPARE = 0.03
-"""Of a GPU's free memory: left for fragmentation and for what is not accounted here."""
+"""Share of a GPU's free memory left for fragmentation and for allocations that are not counted here."""
 HEAD_DIMS = (64, 128, 256)
-"""What FlashInfer's fa2 and fa3 kernels are built for."""
+"""Head dimensions that FlashInfer's fa2 and fa3 kernels are built for."""
 DRAW_BYTES = 64
-"""What a draw takes for each token of the vocabulary: float64 weights, their sums, and sorted ones with their indices."""
+"""Bytes of a draw per vocabulary token: float64 weights, their sums, and sorted ones with their indices."""
 DRAWN_BYTES, DRAWN_LEAST = 256 << 20, 8
-"""All draws that are made at once, and rows of them whatever they take."""
+"""Most bytes for all rows that are drawn at once, and the least number of rows, whatever they take."""
 SCRATCH_PAGES = 1
-"""Beyond the pool's pages: where the padding rows of a captured batch write."""
+"""Pages beyond the pool's, for the padding rows of a captured batch to write to."""
 
 
 def workspace_bytes(heads: int, kv_heads: int, head_dim: int, rows: int, processors: int) -> int:
-    """Of FlashInfer's float workspace, where kernels that split a row's context leave their parts before they are merged.
+    """Size of FlashInfer's float workspace in bytes.
 
-    Its plan ends with an error where it is smaller. A captured decode step always splits, in at least as many tiles as
-    it has rows; fa2's prefill, of what rows attend to together too, splits into no more tiles than the GPU runs at a time.
+    Kernels that split a row's context keep partial results in it until they are merged. FlashInfer's plan
+    fails if it is too small. A captured decode step always splits, into at least as many tiles as it has
+    rows. fa2's prefill, and with it the prefix that rows attend to together, splits into at most as many
+    tiles as the GPU runs at a time.
     """
     group, at_once = heads // kv_heads, 2 * processors // kv_heads
     decode_tile, prefill_tile = 16 if group <= 16 else 64, 128  # query tokens times ``group``
@@ -48,18 +56,19 @@ def workspace_bytes(heads: int, kv_heads: int, head_dim: int, rows: int, process
 
 
 def drawn_together(vocab: int) -> int:
-    """Rows whose tokens are drawn at once: as many as there is room for, because each lot is launched by itself."""
+    """How many rows' tokens are drawn at once: as many as fit, because each group is a launch of its own."""
     return max(DRAWN_LEAST, DRAWN_BYTES // (vocab * DRAW_BYTES))
 
 
 def worker_bytes(spec: ModelSpec, batch: BatchConfig) -> int:
-    """What one worker takes of a GPU beside the shared weights and pages: context, workspaces, a step's activations."""
+    """GPU memory of one worker besides shared weights and pages: context, workspaces and activations."""
     tokens = 2 * batch.chunk_tokens + batch.rows
     wide = 3 * spec.intermediate + 6 * spec.hidden + 2 * spec.head_dim * (spec.heads + 2 * spec.kv_heads)
-    # Of the logits: bfloat16, float32, and float64 weights and sums of those that are drawn.
+    # The logits in bfloat16 and float32, and the float64 weights and sums of those rows that are drawn at
+    # once.
     rows = max(16, batch.rows * 3 // 2)  # of the largest captured batch size, at most
     logits = rows * spec.vocab * 6 + drawn_together(spec.vocab) * spec.vocab * DRAW_BYTES
-    # Of rows that attend together: bfloat16 values of the common part, and float32 weights of both.
+    # Rows that attend together: bfloat16 values of the common part, and float32 weights of both parts.
     together = batch.rows * spec.heads * (2 * spec.head_dim + 2 * 4)
     workspace = workspace_bytes(spec.heads, spec.kv_heads, spec.head_dim, rows, PROCESSORS_MAX)
     return CONTEXT_BYTES + PLAN_BYTES + workspace + 2 * tokens * wide + together + logits
@@ -68,7 +77,7 @@ def worker_bytes(spec: ModelSpec, batch: BatchConfig) -> int:
 def gpu_pages(
     config: Config, shard: ShardConfig, gpus: Gpus, weights: int, for_worker: int, page_bytes: int
 ) -> int:
-    """Pages of a GPU's shard: of the memory written, or of what the GPU has left. 0 when there is no such GPU."""
+    """Pages of a GPU's shard, from configured memory or what the GPU has left. 0 if the GPU is missing."""
     if shard.memory is not None:
         return shard.memory // page_bytes
     gpu = gpus.get(device_index(shard.device) or 0)
@@ -76,7 +85,7 @@ def gpu_pages(
 
 
 def room(config: Config, shard: ShardConfig, gpu: Gpu, weights: int, for_worker: int) -> int:
-    """Bytes that the shard's pages may take on the GPU."""
+    """Bytes of the GPU's memory that the shard's pages may take."""
     workers = sum(worker.shard == shard.name for worker in config.worker)
     return int(gpu.free_bytes * (1 - SPARE)) - weights - workers * for_worker - CONTEXT_BYTES
 
@@ -84,7 +93,7 @@ def room(config: Config, shard: ShardConfig, gpu: Gpu, weights: int, for_worker:
 def gpu_problems(
     config: Config, spec: ModelSpec | None, gpus: Gpus, weights: int = 0, for_worker: int = 0
 ) -> Iterator[str]:
-    """Why shards cannot be on the GPUs that they name. ``spec``: None where the model could not be read."""
+    """Why shards cannot be on the GPUs that they name. ``spec`` is None if the model could not be read."""
     taken: dict[int, int] = {}
     for i, shard in enumerate(config.shard):
         index = device_index(shard.device)
@@ -106,7 +115,7 @@ def gpu_problems(
         taken.setdefault(index, i)
         yield from _unsuited(config, spec, i, shard.device)
         if gpus.problem:
-            return  # one line is enough
+            return  # it concerns all shards, so one line is enough
 
 
 def _unusable(gpus: Gpus, index: int, i: int) -> str | None:

@@ -1,7 +1,7 @@
-"""The NVIDIA GPUs of this machine and what of ours can use them, found without a CUDA context and without torch.
+"""The NVIDIA GPUs of this machine, and whether memserve can use them; needs no CUDA context and no torch.
 
-Asked of ``nvidia-smi``, which every driver brings: a process of its own, so that neither a broken driver nor a context
-of half a gigabyte stays behind in the supervisor.
+They are read from ``nvidia-smi``, which comes with every driver. It runs as a process of its own, so that
+neither a broken driver nor a context of half a gigabyte stays in the supervisor.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ QUERY = ("index", "uuid", "name", "memory.total", "memory.free", "compute_cap")
 ASK_S = 20.0
 """Longest wait for nvidia-smi; the first call on an idle machine wakes the GPUs, which takes seconds."""
 CAPABILITY_MIN = (8, 0)
-"""What FlashInfer's bfloat16 kernels need (Ampere)."""
+"""Compute capability that FlashInfer's bfloat16 kernels need (Ampere)."""
 CPU_REMEDY = "memserve up -c demo serves on CPUs"
 
 
 @attrs.frozen
 class Gpu:
-    """One GPU."""
+    """One GPU of this machine."""
 
     index: int
-    """The N of ``cuda:N``, within what CUDA_VISIBLE_DEVICES leaves, in the order of the PCI bus."""
+    """The N of ``cuda:N``, counted in PCI bus order among the GPUs that CUDA_VISIBLE_DEVICES leaves."""
     uuid: str
     name: str
     total_bytes: int
@@ -39,11 +39,11 @@ class Gpu:
 
 @attrs.frozen
 class Gpus:
-    """What was found."""
+    """The GPUs found, and whether they can be used."""
 
     found: tuple[Gpu, ...] = ()
     problem: str | None = None
-    """Why none of them can be used, in a few words; None when they can."""
+    """Why none of them can be used, in a few words; None if they can."""
 
     def get(self, index: int) -> Gpu | None:
         """The GPU ``cuda:index``."""
@@ -56,10 +56,11 @@ def device_index(device: str) -> int | None:
 
 
 def gpu_environment() -> dict[str, str]:
-    """Environment of a process that will use a GPU, to be set before it starts.
+    """The environment variables of a process that will use a GPU; they must be set before it starts.
 
-    CUDA numbers GPUs by speed unless told otherwise, nvidia-smi by PCI bus. The FlashInfer settings keep it from
-    other ways to its norms, and tvm-ffi from compiling what torch has built in.
+    By default CUDA numbers GPUs by speed, but nvidia-smi numbers them by PCI bus. The other two variables
+    keep FlashInfer from using other implementations of its norms, and tvm-ffi from compiling what torch has
+    built in.
     """
     return {
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
@@ -69,7 +70,10 @@ def gpu_environment() -> dict[str, str]:
 
 
 def find_gpus() -> Gpus:
-    """The GPUs that this process may use, and whether it has all that they need. Never raises."""
+    """The GPUs that this process may use, and whether the packages that they need are installed.
+
+    Never raises.
+    """
     command = ["nvidia-smi", f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader,nounits"]
     if shutil.which(command[0]) is None:
         return Gpus(problem="there is no NVIDIA GPU here (no nvidia-smi)")
@@ -87,7 +91,7 @@ def find_gpus() -> Gpus:
 
 
 def parse(answer: str) -> tuple[Gpu, ...]:
-    """The GPUs in nvidia-smi's answer to ``QUERY``; lines that are not of that form are passed over."""
+    """The GPUs in nvidia-smi's answer to ``QUERY``; malformed lines are skipped."""
     gpus = []
     for line in answer.splitlines():
         fields = [field.strip() for field in line.split(",")]
@@ -101,7 +105,7 @@ def parse(answer: str) -> tuple[Gpu, ...]:
 
 
 def visible(gpus: Sequence[Gpu], limit: str | None) -> tuple[Gpu, ...]:
-    """The GPUs that ``CUDA_VISIBLE_DEVICES`` leaves, renumbered as CUDA does: it stops at the first it does not know."""
+    """The GPUs that ``CUDA_VISIBLE_DEVICES`` leaves, renumbered like CUDA, which stops at an unknown one."""
     if limit is None:
         return tuple(gpus)
     found: list[Gpu] = []
@@ -114,9 +118,9 @@ def visible(gpus: Sequence[Gpu], limit: str | None) -> tuple[Gpu, ...]:
 
 
 def missing_packages(modules: Mapping[str, str] | None = None) -> str | None:
-    """What of the packages for GPUs is not installed, with the remedy; None when all are.
+    """Which packages for GPUs are not installed, with the remedy; None when all are.
 
-    They are located, never imported. ``modules``: import names and what provides them.
+    They are located, never imported. ``modules``: import names and the packages that provide them.
     """
     wanted = modules or {"cupy": "cupy-cuda13x", "flashinfer": "flashinfer-python"}
     missing = [package for module, package in wanted.items() if find_spec(module) is None]

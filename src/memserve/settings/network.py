@@ -1,8 +1,8 @@
-"""A cluster of several hosts, as one of them knows it: its own address, the scheduler's, and the key that all share.
+"""A cluster of several hosts as seen by one: its own address, the scheduler's, and the key that all share.
 
-Whoever has the key is in the cluster: its actors talk by TCP, encrypted and authenticated with CURVE, and every inbox is
-a CURVE server and every sender a client with the one key pair. It is in a file that only its owner can read, made by
-`memserve key` and copied to the other hosts by hand.
+Whoever has the key is in the cluster. Actors talk over TCP, encrypted and authenticated with CURVE: every
+inbox is a CURVE server and every sender a client, all with the same key pair. It is in a file that only its
+owner can read, made by `memserve key` and copied to the other hosts by hand.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from memserve.errors import UserError
 from memserve.settings.sections import ClusterConfig
 
 KEY_LINE = re.compile(r"memserve-cluster-key ([0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40})\n?")
-"""The secret half in Z85; the public one follows from it."""
+"""The secret half of the key pair in Z85; the public half follows from it."""
 KEY_BYTES_MAX = 1024
 
 
@@ -36,34 +36,37 @@ class KeyPair:
 
 @attrs.frozen
 class HostNetwork:
-    """How an actor of this host reaches those of all hosts."""
+    """How actors of this host and of other hosts reach one another."""
 
     address: str
-    """IP address of this host, at which the others reach it."""
+    """This host's IP address, at which other hosts reach it."""
     head: str
-    """Endpoint of the scheduler."""
+    """The scheduler's endpoint."""
     joins: bool
-    """The scheduler is another host's."""
+    """Whether the scheduler is on another host."""
     keys: KeyPair
 
     @property
     def inbox(self) -> str:
-        """What an actor of this host binds; the system chooses a free port."""
+        """The endpoint that an actor of this host binds; the system chooses a free port."""
         return endpoint(self.address, "*")
 
     @property
     def suffix(self) -> str:
-        """What makes the names of this host's Frontends its own; empty on the scheduler's host."""
+        """The suffix that distinguishes this host's Frontends by name; empty on the scheduler's host."""
         return "-" + re.sub("[.:]+", "-", self.address).strip("-") if self.joins else ""
 
 
 def endpoint(address: str, port: int | str) -> str:
-    """The ZeroMQ endpoint of a port of an IP address."""
+    """The ZeroMQ endpoint for a port of an IP address."""
     return f"tcp://[{address}]:{port}" if ":" in address else f"tcp://{address}:{port}"
 
 
 def find_network(config: ClusterConfig) -> HostNetwork | None:
-    """The network of a configuration; None where it has none. Raises UserError when this machine cannot be part of it."""
+    """The configured network; None for a single host.
+
+    Raises UserError when this machine cannot be part of it.
+    """
     if not config.networked:
         return None
     head, port = split_place(config.listen or config.join)
@@ -82,7 +85,7 @@ def split_place(place: str) -> tuple[str, str]:
 
 
 def resolved_name(host: str, key: str) -> str:
-    """An IP address of a host. Raises UserError, naming ``key``."""
+    """The first IP address of a host name. Raises UserError that names ``key``."""
     try:
         return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
     except socket.gaierror as error:
@@ -90,7 +93,7 @@ def resolved_name(host: str, key: str) -> str:
 
 
 def own_address(host: str, key: str, port: int = 0) -> str:
-    """The IP address that ``host`` is. Raises UserError unless it is this machine's and ``port`` is free there."""
+    """The IP address of ``host``. Raises UserError unless it is this machine's and ``port`` is free there."""
     address = resolved_name(host, key)
     if ipaddress.ip_address(address.partition("%")[0]).is_unspecified:
         raise UserError(
@@ -118,7 +121,7 @@ def _why_not_bound(key: str, host: str, port: int, error: OSError) -> str:
 
 
 def make_key(path: Path) -> None:
-    """Write a new key to a file that is not there yet. Raises UserError."""
+    """Write a new key to a new file. Raises UserError if it exists or cannot be written."""
     import zmq
 
     _, secret = zmq.curve_keypair()
@@ -136,7 +139,7 @@ def make_key(path: Path) -> None:
 
 
 def read_key(path: Path) -> KeyPair:
-    """The keys in a file that nobody else can read. Raises UserError with a remedy."""
+    """The keys from a file that only its owner can access. Raises UserError with a remedy."""
     try:
         fd = os.open(path, os.O_RDONLY)
     except FileNotFoundError as error:

@@ -1,4 +1,4 @@
-"""What a configuration leaves open, decided on one machine: pages from memory, threads from cores, places from names."""
+"""Decides on one machine what a configuration leaves open: pages, threads, paths."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ from memserve.tokens import pages_for
 
 @attrs.frozen(kw_only=True)
 class Machine:
-    """What the decisions depend on, so that a test can be another machine."""
+    """Properties of a machine that decisions depend on; a test can pass other ones."""
 
     cores: int
     free_bytes: int
     log_dir: str
     """``[logging] dir``, absolute."""
     runtime_dir: str
-    """For sockets and locks; see :func:`memserve.processes.place.place_path`."""
+    """The directory for sockets and locks; see :func:`memserve.processes.place.place_path`."""
     run: str
-    """Name of the run to be."""
+    """Name of the run that is to start."""
     gpus: Callable[[], Gpus] = find_gpus
-    """Looks for GPUs; called only where a shard is on one, because it takes a second."""
+    """Finds GPUs; called only if a shard is on one, because it takes a second."""
 
     @classmethod
     def here(cls, log_dir: str) -> Machine:
-        """This machine, now, within the limits of this process's control groups.
+        """This machine at present, within the limits of this process's control groups.
 
         Raises UserError when there is no usable directory for sockets.
         """
@@ -59,7 +59,7 @@ class Machine:
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on: its affinity, or a control group's quota where that is less (at least 1)."""
+    """Cores that this process may use, at least 1: its affinity, or a control group's quota if less."""
     cores = float(len(os.sched_getaffinity(0)))
     for folder in control_groups():
         quota, _, period = read_line(folder / "cpu.max").partition(" ")
@@ -69,7 +69,7 @@ def usable_cores() -> int:
 
 
 def free_memory() -> int:
-    """Bytes that can still be taken without swapping, or a control group's limit where that is less."""
+    """Bytes that can be allocated without swapping, or that a control group's limit leaves if less."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     for folder in control_groups():
@@ -80,7 +80,7 @@ def free_memory() -> int:
 
 
 def control_groups() -> Iterator[Path]:
-    """The control groups (version 2) that this process is in, from its own up to the root."""
+    """The control groups (version 2) of this process, the root first, then from its own upwards."""
     root = Path("/sys/fs/cgroup")
     yield root
     own = next((line[3:] for line in read_lines(Path("/proc/self/cgroup")) if line[:3] == "0::"), "/")
@@ -91,7 +91,7 @@ def control_groups() -> Iterator[Path]:
 
 
 def reclaimable(folder: Path) -> int:
-    """File cache of a control group that the kernel gives up first."""
+    """Bytes of a control group's file cache that the kernel gives up first."""
     for line in read_lines(folder / "memory.stat"):
         key, _, value = line.partition(" ")
         if key == "inactive_file":
@@ -100,14 +100,14 @@ def reclaimable(folder: Path) -> int:
 
 
 def read_lines(file: Path) -> list[str]:
-    """The lines of a file under /proc or /sys, or none where it is absent."""
+    """The lines of a file under /proc or /sys; none if it is absent."""
     with contextlib.suppress(OSError):
         return file.read_text().splitlines()
     return []
 
 
 def read_line(file: Path) -> str:
-    """The first line of such a file, or an empty one."""
+    """The first line of a file under /proc or /sys; empty if it is absent."""
     return next(iter(read_lines(file)), "")
 
 
@@ -115,9 +115,9 @@ def read_line(file: Path) -> str:
 
 
 def resolve(config: Config, machine: Machine | None = None) -> Resolved:
-    """Decide everything that the configuration leaves open, on this machine unless another is given.
+    """Decide everything that the configuration leaves open, for this machine unless another is given.
 
-    Raises ConfigError with every problem found, one a line.
+    Raises ConfigError with every problem found, one per line.
     """
     machine = machine or Machine.here(config.logging.dir)
     try:
@@ -191,7 +191,10 @@ def weight_bytes(spec: ModelSpec, stored: str) -> int:
 
 
 def context_problems(resolved: Resolved, gpus: Gpus) -> Iterator[str]:
-    """A request of the greatest length must be possible, and fit in every shard; a GPU that is not there has no size."""
+    """The longest possible request must be within the model's limit and fit in every shard.
+
+    A shard whose GPU was not found has no size and is skipped.
+    """
     asked, most = resolved.max_context, resolved.spec.max_context
     if asked > most:
         yield f"model.max_context must be at most {longest(resolved.spec)} ({most} tokens), not {asked}"
@@ -208,7 +211,7 @@ def context_problems(resolved: Resolved, gpus: Gpus) -> Iterator[str]:
 
 
 def memory_problems(config: Config, weights: int, machine: Machine) -> Iterator[str]:
-    """Arenas are taken whole at start, so all of them and the weights must fit in memory now."""
+    """All arenas are allocated in full at start, so together with the weights they must fit in memory now."""
     arenas = sum(shard.host_memory + config.pool.host_bytes for shard in config.shard)
     if config.shard and all(shard.on_gpu for shard in config.shard):
         weights = 0  # read once, page by page, into GPU memory
@@ -222,14 +225,14 @@ def memory_problems(config: Config, weights: int, machine: Machine) -> Iterator[
 
 
 def arena_bytes(resolved: Resolved, shard: ShardConfig) -> int:
-    """What the shard's arena was to take: as written, or what was found for it."""
+    """Intended bytes of the shard's arena: as configured, or as found for it."""
     if shard.on_gpu:
         return shard.memory or resolved.shard_pages[shard.name] * resolved.page_bytes
     return shard.host_memory
 
 
 def disk_problems(resolved: Resolved) -> Iterator[str]:
-    """The files of the disk tier are taken whole at start, so all of them must have room now."""
+    """The files of the disk tier are allocated in full at start, so there must be room for all now."""
     needed = resolved.config.pool.disk_bytes * len(resolved.config.shard)
     if not needed:
         return
@@ -242,7 +245,7 @@ def disk_problems(resolved: Resolved) -> Iterator[str]:
 
 
 def log_problems(machine: Machine) -> Iterator[str]:
-    """Logs must have a place that can be written."""
+    """The log directory must be writable."""
     folder = Path(machine.log_dir)
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not existing.is_dir():
@@ -255,7 +258,7 @@ def log_problems(machine: Machine) -> Iterator[str]:
 
 
 def reasons(resolved: Resolved, weights: int, machine: Machine) -> Iterator[Reason]:
-    """Why each value that the user did not write is what it is."""
+    """The reason for each value that the user did not set."""
     config, spec, page_tokens = resolved.config, resolved.spec, resolved.config.pool.page_tokens
     form = "Hugging Face directory" if Path(resolved.model_path).is_dir() else "GGUF file"
     shape = f"{spec.architecture}, {spec.layers} layers, {spec.kv_heads} kv heads"
@@ -311,14 +314,14 @@ def reasons(resolved: Resolved, weights: int, machine: Machine) -> Iterator[Reas
 
 
 def longest(spec: ModelSpec) -> str:
-    """What limits a model's context."""
+    """What limits a model's context, in words."""
     if spec.sliding_window is None:
         return "what the model was trained for"
     return "the model's sliding window, as attention here is full"
 
 
 def threads_why(asked: int | None, machine: Machine) -> str:
-    """Why a worker has as many threads as it has."""
+    """Why a worker has the number of threads that it has."""
     if asked is None:
         return (
             f"the machine's usable cores ({machine.cores}), shared with the other workers as they fall idle"
@@ -329,7 +332,7 @@ def threads_why(asked: int | None, machine: Machine) -> str:
 
 
 def size(count: int) -> str:
-    """Bytes for people."""
+    """A number of bytes for people to read."""
     for unit, shift in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
         if count >= 1 << shift:
             return f"{count / (1 << shift):.4g} {unit}"

@@ -1,4 +1,4 @@
-"""What values of settings must be: rules, which are attrs validators with a text, and sizes as users write them."""
+"""What values settings may have: rules (attrs validators with a text), and sizes as users write them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ SIZE_UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": GIB, "TiB": 
 
 
 class RuleError(ValueError):
-    """A value breaks its setting's rule. ``rule`` reads after "must"; ``known`` are the values that would do."""
+    """A value breaks its setting's rule.
+
+    ``rule`` continues a sentence after "must"; ``known`` has values to suggest.
+    """
 
     def __init__(self, rule: str, known: Sequence[str] = ()) -> None:
         super().__init__(f"must {rule}")
@@ -24,10 +27,10 @@ class RuleError(ValueError):
 
 @attrs.frozen
 class Rule:
-    """What a setting's value must be: an attrs validator, with a text for errors and for the documentation."""
+    """What a setting's value must be: an attrs validator with a text for errors and for the documentation."""
 
     text: str
-    """Reads after "must"."""
+    """Continues a sentence after "must"."""
     holds: Callable[[Any], bool]
     known: tuple[str, ...] = ()
 
@@ -37,29 +40,32 @@ class Rule:
 
 
 def one_of(*known: str | int) -> Rule:
-    """One of the listed values."""
+    """The rule that a value is one of those listed."""
     names = tuple(map(str, known))
     return Rule(f"be one of {', '.join(names)}", lambda value: value in known, names)
 
 
 def between(low: float, high: float) -> Rule:
-    """From ``low`` to ``high``, both included; None passes where the setting is optional."""
+    """The rule that a value is from ``low`` to ``high`` inclusive; None passes, for optional settings."""
     return Rule(f"be between {low} and {high}", lambda value: value is None or low <= value <= high)
 
 
 def matching(pattern: str, text: str) -> Rule:
-    """A string that matches ``pattern`` as a whole."""
+    """The rule that a string matches ``pattern`` as a whole."""
     compiled = re.compile(pattern)
     return Rule(text, lambda value: compiled.fullmatch(value) is not None)
 
 
 def or_unset(rule: Rule) -> Rule:
-    """The rule, for a string that may be left out."""
+    """``rule`` for a string that may be left out."""
     return Rule(rule.text, lambda value: value == "" or rule.holds(value), rule.known)
 
 
 def is_host(value: str) -> bool:
-    """Whether ``value`` is an IP address or a host name. Digits and dots alone are no name: a mistyped address."""
+    """Whether ``value`` is an IP address or a host name.
+
+    Digits and dots alone are a mistyped address, not a name.
+    """
     try:
         ipaddress.ip_address(value)
     except ValueError:
@@ -69,7 +75,7 @@ def is_host(value: str) -> bool:
 
 
 def is_place(value: str) -> bool:
-    """Whether ``value`` is HOST:PORT, with an IPv6 address in brackets, that another host can be told."""
+    """Whether ``value`` is HOST:PORT that other hosts can use; an IPv6 address must be in brackets."""
     match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%]+)\]|([^:\[\]]+)):(\d{1,5})", value)
     if match is None or not 1 <= int(match[3]) <= 65535:
         return False
@@ -77,7 +83,7 @@ def is_place(value: str) -> bool:
 
 
 def are_keys(value: tuple[str, ...]) -> bool:
-    """Whether all of ``value`` fit in an Authorization header, and none is there twice."""
+    """Whether all of ``value`` fit in an Authorization header, and none occurs twice."""
     return len(set(value)) == len(value) and all(re.fullmatch(r"[\x21-\x7e]{1,256}", key) for key in value)
 
 
@@ -97,7 +103,7 @@ some_keys = Rule("hold keys of 1 to 256 printable ASCII characters without blank
 
 
 def parse_size(value: object) -> int:
-    """Bytes from ``"1GiB"``, ``"512MiB"`` or a whole number of bytes. Raises RuleError."""
+    """The bytes that ``"1GiB"``, ``"512MiB"`` or a whole number of bytes means. Raises RuleError."""
     rule = 'be a size such as "512MiB" or "2GiB", or a whole number of bytes'
     if type(value) is int:
         return value
@@ -110,5 +116,5 @@ def parse_size(value: object) -> int:
 
 
 def parse_mode(value: object) -> object:
-    """Caching modes are names, but 1, 2 and 3 may be written as numbers."""
+    """A caching mode's name: modes 1, 2 and 3 may be written as numbers."""
     return str(value) if type(value) is int else value

@@ -1,4 +1,4 @@
-"""What must hold in every run, at every step and at its end."""
+"""The invariants that must hold in every run, at every step and at its end."""
 
 from __future__ import annotations
 
@@ -19,13 +19,16 @@ from memserve.sim.world import Actor, Violation
 from memserve.tokens import count
 
 SETTLE_S = 45.0
-"""How long after the last request pools may take to be idle and schedulers to know the index: leases of the dead end by then,
-and so does the quarantine of what a dead card may still write to."""
+"""How long after the last request pools may take to be idle and schedulers to know the index. By then leases
+of dead actors have ended, and so has the quarantine of pages that a dead sender's card may still write to."""
 
 
 @attrs.define(eq=False)
 class Audit:
-    """Checks each core after its turns: every one of them, or every ``every``-th of a shard, whose check walks its pool."""
+    """Checks each core after its turns: after all of them, or a shard after every ``every``-th shard turn.
+
+    A shard's check walks its whole pool. If ``every`` is 0, cores are checked only at the end.
+    """
 
     cluster: SimCluster
     every: int = 1
@@ -56,7 +59,7 @@ class Audit:
             self.cluster.arenas.check_index(actor.id, core.pool)
 
     def settled(self) -> str:
-        """What is not yet as it must be when nobody wants anything; empty when all is."""
+        """What is not yet at rest although no request is open; empty when everything is."""
         for name in self.cluster.names:
             actor, core = self.cluster.world.actors.get(name), self.cluster.cores.get(name)
             if actor is None or core is None:
@@ -67,7 +70,7 @@ class Audit:
         return self._feed()
 
     def _feed(self) -> str:
-        """Every scheduler must know all that the shards have said about their indexes."""
+        """Which scheduler does not yet know all that the shards have said about their indexes, if any."""
         for name, scheduler in self.cluster.cores.items():
             if not isinstance(scheduler, SchedulerCore):
                 continue
@@ -81,7 +84,10 @@ class Audit:
         return ""
 
     def finish(self, clients: Clients, until: float) -> None:
-        """Let a run go on until all has ended and come to rest. Raises Violation when it does not by ``until``."""
+        """Let a run continue until all has ended and come to rest.
+
+        Raises Violation when requests are open at ``until``, or when not all is at rest SETTLE_S later.
+        """
         world = self.cluster.world
         world.run(until, lambda: clients.done)
         if not clients.done:
@@ -99,7 +105,7 @@ class Audit:
 
 
 def wrong(tree: GlobalTree, id: ActorId, shard: ShardCore) -> bool:
-    """Whether a scheduler's tree differs from what a shard holds: in a prompt, or in how many pages there are."""
+    """Whether a scheduler's tree differs from a shard's index: in a prompt, or in the number of pages."""
     truth = shard.pool.tree
     for scope, root in truth.roots.items():
         for node in root.walk():
@@ -131,7 +137,7 @@ def _trouble(core: object, now: float) -> str:
 
 
 def _open(cluster: SimCluster, clients: Clients) -> str:
-    """The first request that has not ended, and who holds it."""
+    """The first request that has not ended, and the workers that hold it."""
     for call in clients.open_calls.values():
         holders = [
             f"{name}: {one.phase.value} attempt {one.request.attempt} computed {one.computed} of {one.length}"

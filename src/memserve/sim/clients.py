@@ -1,4 +1,4 @@
-"""The clients of a simulated cluster: they play sessions, check every token, and write down what they saw."""
+"""The clients of a simulated cluster: they play sessions, check every token, and record what they saw."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from memserve.sim.world import Actor, Violation
 from memserve.tokens import TOKEN_BYTES, count, pack
 
 RETRY_S = 0.25
-"""How long a client waits that finds no Frontend."""
+"""How long a client waits when it finds no ready Frontend."""
 
 
 @attrs.define(eq=False)
@@ -31,51 +31,51 @@ class Call:
     id: str
     session: Session
     number: int
-    """Of its turn, from 0."""
+    """Index of its turn, from 0."""
     prompt: bytes
     seed: int
     asked_at: float
-    """When the client first wanted to ask."""
+    """When the client first tried to ask."""
     frontend: Actor | None = None
     answer: bytes = b""
     content: bytes = b""
-    """What pages must hold for the prompt and the answer so far, where that is looked at."""
+    """What pages must hold for the prompt and the answer so far; kept only where pages are checked."""
     first_at: float = 0.0
     last_at: float = 0.0
     cached_tokens: int = 0
     outcome: str = ""
-    """Empty while it is open; then stop, length, cancelled, disconnected, or an error's code."""
+    """Empty while the call is open; then stop, length, cancelled, disconnected, or an error's code."""
     attempts: int = 1
     prefill: str = ""
     decode: str = ""
 
     @property
     def turn(self) -> Turn:
-        """What was asked."""
+        """The session's turn that this call asks."""
         return self.session.turns[self.number]
 
     @property
     def complete(self) -> bool:
-        """Whether all tokens came."""
+        """Whether all tokens have come."""
         return self.outcome == "length"
 
 
 @attrs.define(eq=False)
 class Clients:
-    """Every session of a run."""
+    """Plays all sessions of a run."""
 
     cluster: SimCluster
     sessions: list[Session]
     seed: int
     patience: Callable[[Call], float | None] = lambda call: None
-    """How long a client waits before it leaves; None for ever."""
+    """Seconds that a client waits before it leaves; None: it never leaves."""
     serial: bool = False
-    """Sessions come one after another, each when the one before has ended, whatever their times say."""
+    """Play sessions one after another, each when the previous one has ended, whatever their times say."""
     calls: list[Call] = attrs.field(factory=list)
-    """In order of asking."""
+    """All calls, in the order in which they were asked."""
     open_calls: dict[str, Call] = attrs.field(factory=dict)
     waiting: int = 0
-    """Turns to be asked at a time that is known."""
+    """Number of turns that are scheduled but not yet asked."""
     _turns: int = 0
     _known: dict[str, Call] = attrs.field(factory=dict)
     _following: Iterator[Session] = attrs.field(factory=lambda: iter(()))
@@ -92,7 +92,7 @@ class Clients:
 
     @property
     def done(self) -> bool:
-        """Every session has ended."""
+        """Whether every session has ended."""
         return not self.open_calls and not self.waiting
 
     # ---- asking --------------------------------------------------------------------------------------------
@@ -109,7 +109,7 @@ class Clients:
         self._submit(call)
 
     def _submit(self, call: Call) -> None:
-        """Open a stream on the next Frontend that listens; wait while there is none."""
+        """Open a stream on the next ready Frontend; try again later if there is none."""
         world = self.cluster.world
         ready = [one for one in self._frontends() if one[1].presence.member.state == "ready"]
         if not ready:
@@ -176,7 +176,7 @@ class Clients:
             self._end(call, delivery.finish)
 
     def _check(self, call: Call, tokens: tuple[int, ...]) -> None:
-        """Every token must be that of an undisturbed run."""
+        """Check that every token is that of an undisturbed run. Raises Violation."""
         sequence = call.prompt + call.answer
         for token in tokens:
             if self.cluster.pages_checked:

@@ -1,4 +1,4 @@
-"""A cluster of real cores in a virtual world: starts its actors, does what their shells do, restarts the dead."""
+"""A cluster of real cores in a virtual world: starts and restarts its actors, does what their shells do."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from memserve.transfer.values import Geometry
 from memserve.transfer_messages import Way
 
 SHARD_WAIT_S = 60.0
-"""How long a starting worker waits for its shard before it asks to be restarted, as a real one."""
+"""How long a starting worker waits for its shard before it asks to be restarted, as a real worker does."""
 RESTART_S_MAX = 10.0
 
 
@@ -58,23 +58,23 @@ class Busy:
 
 @attrs.define(eq=False)
 class SimCluster:
-    """See the module's text. ``deliver`` gets what Frontends pass on to their clients."""
+    """See the module's docstring. ``deliver`` gets what Frontends pass on to their clients."""
 
     world: World
     layout: Layout
     costs: CostModel
     times: Times = Times()
     pages_checked: bool = True
-    """Keep the pages' content, and look at who writes to which."""
+    """Keep the pages' content, and check which actor or transfer writes to which page."""
     deliver: Callable[[Actor, Deliver], None] = lambda actor, delivery: None
     lost: Callable[[Actor], None] = lambda actor: None
-    """Told of each actor that ended."""
+    """Called with each actor that has ended."""
     damaged: Callable[[int], bool] = lambda slot: False
-    """Whether a page is read back wrongly from disk."""
+    """Whether a page reads back damaged from disk."""
     noise: dict[str, float] = attrs.field(factory=dict)
-    """What the seconds of each worker's steps are multiplied by."""
+    """Factor on the seconds of each worker's steps, by the worker's name."""
     cores: dict[str, object] = attrs.field(factory=dict)
-    """The cores themselves, without their heartbeats, by name."""
+    """The cores by name, without the wrapper that sends their heartbeats."""
     busy: dict[str, Busy] = attrs.field(factory=dict)
     deaths: int = 0
     fenced: int = 0
@@ -84,7 +84,7 @@ class SimCluster:
     _policies: dict[str, RestartPolicy] = attrs.field(factory=dict)
     _ready_at: dict[ActorId, float] = attrs.field(factory=dict)
     _copiers: dict[tuple[ActorId, bool], float] = attrs.field(factory=dict)
-    """When the copier of a shard and direction is free again."""
+    """When each copier is free again, by shard and whether it copies inbound pages."""
     _incarnations: int = 0
     _start: dict[str, Callable[[], None]] = attrs.field(factory=dict)
 
@@ -113,11 +113,14 @@ class SimCluster:
 
     @property
     def names(self) -> list[str]:
-        """Of all actors."""
+        """Names of all actors."""
         return list(self._start)
 
     def kill(self, actor: Actor) -> None:
-        """SIGKILL, or an end of its own: the supervisor tells schedulers at once and starts a successor later."""
+        """End an actor, by SIGKILL or because it stops by itself.
+
+        The supervisor tells the schedulers after ``times.death_told_s`` and starts a successor later.
+        """
         if not actor.alive:
             return
         self.world.remove(actor)
@@ -213,7 +216,7 @@ class SimCluster:
             self.kill(found)
 
     def _copy(self, shard: Actor, copy: Copy) -> None:
-        """One copier for pages that come in and one for those that go out, each with a queue."""
+        """Queue a copy: a shard has one copier for pages that come in and one for pages that go out."""
         source, target, _ = copy.runs[0]
         inbound = tier_of(target) < tier_of(source)
         on_disk = max(tier_of(source), tier_of(target)) == Tier.DISK
@@ -263,14 +266,14 @@ class SimCluster:
             self.world.after(self.times.worker_start_s, begin)
 
     def _take_charge(self, actor: Actor, plan: WorkerPlan, shard: ActorId, presence: Presence) -> None:
-        """The engine is ready: the worker's own core takes over, on the arena that it could attach to."""
+        """The engine is ready: the worker's own core takes over, on the arena that it has attached to."""
         if not actor.alive:
             return
         if actor.paused:
             actor.held.append(lambda: self._take_charge(actor, plan, shard, presence))
             return
         if self.world.find(shard) is None:
-            self.kill(actor)  # its arena cannot be attached to
+            self.kill(actor)  # the shard's arena cannot be attached to
             return
         layout = self.layout
         limits = BatchLimits(layout.chunk_tokens, layout.rows)
@@ -319,7 +322,7 @@ class SimCluster:
         plan: BatchPlan,
         result: Callable[[tuple[int | None, ...]], BatchResult],
     ) -> None:
-        """The step is over: its pages are written now, as late as can be."""
+        """The step has ended. Its pages are written only now, as late as possible."""
         if not actor.alive:
             return
         if actor.paused:
@@ -338,7 +341,10 @@ class SimCluster:
         ]
 
     def _check_owner(self, actor: Actor, shard: ActorId, plan: BatchPlan) -> None:
-        """Pages that a step writes to must be private to leases of its worker, as long as their shard lives."""
+        """Check that the pages a step writes to are private to leases of its worker.
+
+        Raises Violation. Nothing is checked once their shard is dead.
+        """
         written = self._written(plan)
         self.arenas.let_go(actor.id)
         home = self.world.find(shard)
@@ -358,5 +364,5 @@ class SimCluster:
             raise Violation(f"{actor.id} writes to pages {wrong} of {shard}, which no lease of its own holds")
 
     def pools(self) -> dict[str, Pool]:
-        """The pools of the shards that live, by name."""
+        """The pools of the living shards, by name."""
         return {name: core.pool for name, core in self.cores.items() if isinstance(core, ShardCore)}

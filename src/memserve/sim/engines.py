@@ -1,9 +1,9 @@
-"""Step engines without a model: what a step costs in virtual seconds, and which tokens it draws.
+"""Step engines without a model: which tokens a step draws, and default costs of a step in virtual seconds.
 
-:class:`PageEngine` has real pages: it writes what stands for each token's KV into the page that the plan names, and draws the
-next token from what the pages hold for the whole sequence. A page that was freed too early, shared wrongly or not filled
-therefore shows as a wrong token, as it would with a model. :class:`DrawEngine` draws from the last token alone, for
-runs too large to look at every page.
+:class:`PageEngine` has real pages: it writes a stand-in for each token's KV into the page that the plan
+names, and draws the next token from what the pages hold for the whole sequence. A page that was freed too
+early, shared wrongly or not filled therefore shows as a wrong token, as it would with a model.
+:class:`DrawEngine` draws from the last token alone, for runs too large to track every page.
 """
 
 from __future__ import annotations
@@ -32,36 +32,40 @@ PAPER = CostModel(
     ),
     links={**LINKS, "mapped": LinkModel(0.001, 1 / 100e9)},
 )  # fmt: skip
-"""Of a 13B model on two H800, set from the paper's TTFT and TPOT at low load: reading the weights takes as long as
-computing 300 tokens. Pages move over NVLink, at a fourth of its speed. What is assumed until figures of another machine are given."""
+"""Costs of a 13B model on two H800, set from the paper's TTFT and TPOT at low load: reading the weights takes
+as long as computing 300 tokens. Pages move over NVLink, at a quarter of its speed. The default if no other
+costs are given."""
 
 
 def shape(plan: BatchPlan) -> list[tuple[int, int]]:
-    """The rows of a plan as :meth:`CostModel.step_s` takes them."""
+    """The rows of a plan as :meth:`CostModel.step_s` takes them: (tokens, position of the first)."""
     return [(count(row.tokens), row.start) for row in plan.rows]
 
 
 def next_token(content: bytes, seed: int) -> int:
-    """What the make-believe model says after a sequence with this content (``pages.content_of``): any change changes it."""
+    """The stand-in model's token after a sequence with this content (``pages.content_of``).
+
+    Any change to the content changes the token.
+    """
     digest = hashlib.blake2b(content, digest_size=4, salt=seed.to_bytes(8, "little")).digest()
     return FIRST_TOKEN + int.from_bytes(digest, "little") % TOKENS
 
 
 def drawn_token(last: bytes, end: int, seed: int) -> int:
-    """The same from the last token alone, its position and the request's seed."""
+    """The next token as a function of the last token alone, its end position and the request's seed."""
     return FIRST_TOKEN + zlib.crc32(last + end.to_bytes(4, "little") + seed.to_bytes(8, "little")) % TOKENS
 
 
 class Engine(Protocol):
-    """Runs the rows of a step and checks a request's tokens against an undisturbed run."""
+    """Runs the rows of a step."""
 
     def draw(self, plan: BatchPlan) -> tuple[int | None, ...]:
-        """The tokens of a step, one a row."""
+        """The tokens of a step, one per row; None for a row that draws none."""
 
 
 @attrs.define(eq=False)
 class PageEngine:
-    """On the pages of one shard, which all of its workers share."""
+    """Draws from the pages of one shard, which all of its workers share."""
 
     page_bytes: int
     arena: Slots
@@ -84,13 +88,13 @@ class PageEngine:
         return next_token(whole[:end], row.sample.seed)
 
     def _before(self, row: Row) -> bytes:
-        """What the pages hold for the token before a row's first."""
+        """What the pages hold for the token before a row's first; empty if there is none."""
         page, inside = divmod((row.start - 1) * TOKEN_BYTES, self.page_bytes)
         return bytes(self.arena[row.pages[page]][inside : inside + TOKEN_BYTES]) if row.start else b""
 
 
 class DrawEngine:
-    """Without pages."""
+    """Draws without pages."""
 
     def draw(self, plan: BatchPlan) -> tuple[int | None, ...]:
         return tuple(

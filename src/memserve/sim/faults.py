@@ -1,4 +1,4 @@
-"""What goes wrong in a run, drawn from its seed: until ``heals_at``, and never after."""
+"""The faults of a run, drawn from its seed: they happen until ``heals_at``, and never after."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from memserve.sim.cluster import SimCluster
 from memserve.sim.world import Actor
 
 KINDS = ("delay", "loss", "duplication", "partition", "crash", "pause", "slow", "damage", "cancel", "tear")
-"""``delay``: messages late by up to half a second. ``loss``, ``duplication``: of any message. ``partition``: some actors cannot
-reach the others. ``crash``: SIGKILL, of any kind of actor. ``pause``: SIGSTOP, shorter or longer than it takes to be
-declared dead. ``slow``: a worker's steps take many times as long. ``damage``: pages on disk do not read back as they were
-written. ``cancel``: clients leave. ``tear``: transfers between shards break off."""
+"""``delay``: messages are late by up to half a second. ``loss``, ``duplication``: any message may be lost or
+arrive twice. ``partition``: some actors cannot reach the others. ``crash``: SIGKILL of any kind of actor.
+``pause``: SIGSTOP, for less or more time than it takes to be declared dead. ``slow``: a worker's steps take
+many times as long. ``damage``: pages on disk do not read back as they were written. ``cancel``: clients
+leave. ``tear``: transfers between shards break off."""
 
 
 def parse(words: str) -> tuple[str, ...]:
-    """``all``, ``none``, or kinds with commas between them. Raises UserError."""
+    """The kinds that ``words`` names: ``all``, ``none``, or kinds separated by commas. Raises UserError."""
     if words in ("all", "none"):
         return KINDS if words == "all" else ()
     chosen = tuple(word.strip() for word in words.split(","))
@@ -32,7 +33,7 @@ def parse(words: str) -> tuple[str, ...]:
 
 @attrs.define(eq=False)
 class Faults:
-    """Draws the faults of one run and lets them happen. Everything is healed at ``heals_at`` seconds."""
+    """Draws the faults of one run and makes them happen. Everything is healed at ``heals_at`` seconds."""
 
     cluster: SimCluster
     random: random.Random
@@ -41,7 +42,7 @@ class Faults:
     happened: dict[str, int] = attrs.field(factory=dict)
 
     def arrange(self) -> None:
-        """Put everything that will go wrong into the world's calendar."""
+        """Set up or schedule everything that will go wrong."""
         rng, network = self.random, self.cluster.world.network
         if "delay" in self.kinds:
             network.slow_share = rng.choice((0.0, 0.02, 0.2))
@@ -66,14 +67,14 @@ class Faults:
         self.cluster.world.at(self.heals_at, self._heal)
 
     def patience(self, call: Call) -> float | None:
-        """Some clients leave."""
+        """Seconds until this client leaves; None for a client that stays."""
         if "cancel" not in self.kinds or self.healed or self.random.random() > 0.15:
             return None
         return self.random.random() * self.random.choice((0.05, 0.5, 5.0))
 
     @property
     def healed(self) -> bool:
-        """Nothing goes wrong any more."""
+        """Whether faults have ended."""
         return self.cluster.world.now >= self.heals_at
 
     # ---- one of each ---------------------------------------------------------------------------------------

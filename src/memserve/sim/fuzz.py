@@ -1,4 +1,4 @@
-"""Small clusters in which everything goes wrong: one run a seed, each with a layout, sessions and faults of its own."""
+"""Small clusters in which everything goes wrong: each seed is one run with a layout, sessions and faults."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from memserve.sim.world import Violation, World
 
 PAGE_TOKENS, TOKEN_BYTES = 4, 250
 SLOW = {"mapped": LinkModel(0.005, 1e-5), "tcp": LinkModel(0.02, 4e-5), "nixl": LinkModel(0.002, 2e-5)}
-"""Slow enough for something to go wrong while a page is on its way."""
+"""Links that are slow enough for something to go wrong while a page is on its way."""
 COSTS = CostModel(
     StepCosts(
         dense=((1, 0.031), (30, 0.031), (1030, 1.031)), row_s=1e-4, read_s=1e-6, token_bytes=TOKEN_BYTES
@@ -27,9 +27,9 @@ COSTS = CostModel(
     links={**LINKS, **SLOW},
 )
 FAULTS_S = 12.0
-"""Things go wrong for so long."""
+"""How long things go wrong, from the start of the run."""
 ENDS_S = 240.0
-"""All that began must have ended by then."""
+"""When everything that began must have ended."""
 
 ROLES: tuple[tuple[tuple[str, str, str], ...], ...] = (
     (("p0", "prefill", "s0"), ("d0", "decode", "s0")),
@@ -37,23 +37,23 @@ ROLES: tuple[tuple[tuple[str, str, str], ...], ...] = (
     (("w0", "both", "s0"), ("w1", "both", "s0")),
     (("w0", "both", "s0"), ("w1", "both", "s1"), ("p0", "prefill", "s1"), ("d0", "decode", "s1")),
 )
-"""Of one shard, or of two whose workers need no other."""
+"""Workers (name, role, shard) of clusters with one shard, or with two whose workers need no other."""
 ACROSS: tuple[tuple[tuple[str, str, str], ...], ...] = (
     (("p0", "prefill", "s0"), ("d0", "decode", "s1")),
     (("w0", "both", "s0"), ("w1", "both", "s1")),
     (("p0", "prefill", "s0"), ("p1", "prefill", "s1"), ("p2", "prefill", "s2"), ("d0", "decode", "s3")),
     (("p0", "prefill", "s0"), ("w0", "both", "s1"), ("d0", "decode", "s1"), ("d1", "decode", "s2")),
 )
-"""Where pages have to move."""
+"""Workers (name, role, shard) of clusters in which pages have to move between shards."""
 
 
 @attrs.frozen
 class Outcome:
-    """What came of one seed."""
+    """The outcome of one seed."""
 
     seed: int
     violation: str = ""
-    """Empty: none."""
+    """What was violated, and when; empty if nothing was."""
     events: int = 0
     virtual_s: float = 0.0
     checks: int = 0
@@ -65,7 +65,10 @@ class Outcome:
 
 
 def small_layout(seed: int, across: bool | None = None) -> Layout:
-    """A cluster of two to four workers and pools that are too small now and then; across shards or not, or as drawn."""
+    """A cluster of two to four workers, with pools that are sometimes too small.
+
+    ``across``: whether pages have to move between shards; None: as drawn.
+    """
     layout, rng = near_layout(random.Random(f"{seed}/layout")), random.Random(f"{seed}/across")
     if not (rng.random() < 0.6 if across is None else across):
         return layout
@@ -82,7 +85,7 @@ def small_layout(seed: int, across: bool | None = None) -> Layout:
 
 
 def near_layout(rng: random.Random) -> Layout:
-    """One in which every prefill worker has a decode worker on its shard."""
+    """A layout in which every prefill worker has a decode worker on its shard."""
     workers = tuple(WorkerPlan(*one) for one in rng.choice(ROLES))
     tiers = (rng.choice((0, 0, 20)), rng.choice((0, 0, 40)))
     pages = rng.choice((40, 60, 300))
@@ -102,7 +105,7 @@ def near_layout(rng: random.Random) -> Layout:
 
 
 def small_sessions(rng: random.Random) -> list[Session]:
-    """Some chats that share beginnings."""
+    """Some chats that share prefixes."""
     made = []
     for i in range(rng.randint(3, 10)):
         turns = [
@@ -123,7 +126,7 @@ def small_sessions(rng: random.Random) -> list[Session]:
 
 
 def pressed(layout: Layout, sessions: list[Session], rng: random.Random) -> tuple[Layout, list[Session]]:
-    """The same, with little room now and then, so that requests wait, and with priorities and deadlines."""
+    """The layout, sometimes with tight admission limits; the sessions, with priorities and deadlines."""
     layout = attrs.evolve(
         layout, hold_back_s=rng.choice((2.0, 0.3, 0.02)), held_max=rng.choice((2_048, 2_048, 4))
     )
@@ -165,7 +168,7 @@ class Trial:
         self.audit = Audit(self.cluster, self.every)
 
     def run(self) -> Outcome:
-        """Run it to its end."""
+        """Run the cluster to its end."""
         world, violation = self.cluster.world, ""
         try:
             self.cluster.start()
@@ -184,7 +187,7 @@ class Trial:
 
 
 def fuzz(seed: int, kinds: tuple[str, ...] = KINDS, every: int = 8, across: bool | None = None) -> Outcome:
-    """One run. A Violation, or any error of a core, is in the outcome."""
+    """Run one seed. A Violation, or any error of a core, is in the outcome."""
     return Trial(seed, kinds, every, across).run()
 
 

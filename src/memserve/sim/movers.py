@@ -1,8 +1,9 @@
-"""What moves pages between simulated shards: each shard sends one transfer after another, and takes one after another in.
+"""Movers between simulated shards: each shard sends, and receives, one transfer after another.
 
-Who stores into the receiver's pages decides what a death or a pause in the middle does (docs/transfers.md): on ``mapped``
-the sender's process, so that one that sleeps goes on when it wakes; on ``tcp`` the receiver's; on ``nixl`` the sender's
-network card, which goes on without its process. What breaks off leaves half of the pages spoiled.
+What a death or a pause in the middle does depends on who stores into the receiver's pages
+(docs/transfers.md). On ``mapped`` and ``cuda`` it is the sender's process, so a paused sender continues when
+it wakes. On ``tcp`` it is the receiver's process. On ``nixl`` it is the sender's network card, which
+continues without its process. A transfer that breaks off leaves half of the pages spoiled.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from memserve.transfer_messages import Failure
 
 @attrs.define(eq=False)
 class Writing:
-    """One transfer's bytes on their way."""
+    """One transfer whose bytes are on their way."""
 
     sender: Actor
     order: Write
@@ -42,7 +43,7 @@ class Writing:
 
     @property
     def key(self) -> Key:
-        """As the receiver knows it."""
+        """The transfer's key at the receiver."""
         return self.sender.id, self.order.transfer.id
 
     @property
@@ -52,7 +53,7 @@ class Writing:
 
     @property
     def path(self) -> str:
-        """``mapped``, ``tcp`` or ``nixl``."""
+        """``mapped``, ``cuda``, ``tcp`` or ``nixl``."""
         return self.order.way.path
 
 
@@ -63,24 +64,24 @@ class Movers:
     world: World
     arenas: Arenas
     page_bytes: int
-    """KV of a page, as it is counted."""
+    """KV bytes of a page, for counting what was moved."""
     timed_bytes: int
-    """KV of a page of the model whose costs the run has: what takes its time."""
+    """KV bytes of a page of the model whose costs the run uses: they decide how long a transfer takes."""
     links: Mapping[str, LinkModel] = attrs.field(factory=lambda: LINKS)
     core_of: Callable[[str], object] = lambda name: None
-    """The core of an actor, by name."""
+    """Finds an actor's core by the actor's name."""
     breaks: Callable[[], bool] = lambda: False
     """Whether a transfer breaks off in the middle."""
     moved_bytes: int = 0
-    """Complete."""
+    """KV bytes of completed transfers."""
     _writing: dict[Key, Writing] = attrs.field(factory=dict)
     _expected: dict[tuple[ActorId, Key], None] = attrs.field(factory=dict)
-    """Over tcp: what each receiver lets in."""
+    """The tcp transfers that each receiver lets in."""
     _free_at: dict[tuple[ActorId, str], float] = attrs.field(factory=dict)
-    """When a shard's way out, or in, is free again."""
+    """When a shard's outgoing or incoming link (``out``, ``in``) is free again."""
 
     def perform(self, shard: Actor, order: object) -> None:
-        """Begin what a shard's core wants of its movers."""
+        """Carry out what a shard's core orders of its movers."""
         match order:
             case Write():
                 self._begin(Writing(shard, order))
@@ -95,7 +96,7 @@ class Movers:
                 self._refuse(shard, (sender, number), Failure.WITHDRAWN)
 
     def drop(self, actor: Actor) -> None:
-        """An actor is dead: what its process wrote breaks off; what its card sends does not."""
+        """An actor is dead: what its process was writing breaks off; what its network card sends does not."""
         for one in list(self._writing.values()):
             if one.sender is actor and one.path != "nixl":
                 self._break(one, Failure.CUT, killed=True)
@@ -112,12 +113,12 @@ class Movers:
         through = begin + link.byte_s * len(transfer.source) * self.timed_bytes
         self._free_at.update(dict.fromkeys(ways, through))
         self._writing[one.key] = one
-        if one.path != "tcp":  # there it is the receiver that writes, while it expects this
+        if one.path != "tcp":  # over tcp the receiver writes, and claims the pages at Expect
             self.arenas.claim(one.to, transfer.destination, one.key)
         self.world.at(through + link.fixed_s, self._arrive, one)
 
     def _arrive(self, one: Writing) -> None:
-        """All bytes would be there now, unless somebody sleeps or the connection is cut."""
+        """The bytes land now, unless a process that writes is paused, or the transfer breaks off."""
         receiver = self.world.find(one.to)
         writers = {"tcp": (one.sender, receiver), "nixl": ()}
         for actor in writers.get(one.path, (one.sender,)):
@@ -155,12 +156,12 @@ class Movers:
         self.world.tell(one.sender, Wrote(transfer.id, size))
 
     def _break(self, one: Writing, why: Failure, killed: bool = False) -> None:
-        """Half of the pages are written in part, the others not at all."""
+        """Break a transfer off: half of the pages are written in part, the others not at all."""
         pages = one.order.transfer.destination
         if self.world.find(one.to) is not None and not self._uninvited(one):
             if (
                 not killed
-            ):  # else the receiver may just have let go of them: it kills before it grants them anew
+            ):  # a killed sender's pages may just have been released: they are granted again after the kill
                 self._check_landing(one)
             self.arenas.spoil(one.to, pages[: len(pages) // 2 + 1])
         self._end(one)
@@ -184,11 +185,14 @@ class Movers:
         self.arenas.let_go(key)
 
     def _later(self, actor: Actor, message: object) -> None:
-        """Never from within an order: a core's turn is not entered twice."""
+        """Tell an actor in an event of its own, not within an order: a core's turn is never re-entered."""
         self.world.after(0.0, self.world.tell, actor, message)
 
     def _check_landing(self, one: Writing) -> None:
-        """The pages written to must be the transfer's own, as long as their shard lives."""
+        """Check that the pages written to are the transfer's own, as long as their shard lives.
+
+        Raises Violation.
+        """
         receiver = self.world.find(one.to)
         core = self.core_of(receiver.name) if receiver is not None else None
         if isinstance(core, ExchangingShard):

@@ -1,7 +1,7 @@
 """The network of a simulated cluster: how long each message takes, and what happens to it on the way.
 
-Messages of a pair arrive in order, as on one connection. A lost one leaves a gap; a duplicate arrives later than the
-original and may be overtaken: more than ZeroMQ would do, as much as a repeated message can do.
+Messages of a pair arrive in order, as on one connection. A lost one leaves a gap. A duplicate arrives later
+than the original and may be overtaken: ZeroMQ does less, a repeated message may do as much.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from memserve.messages import Message, decode, encode
 
 @attrs.frozen
 class LinkCosts:
-    """What a healthy network does. Seconds."""
+    """Latencies of a healthy network, in seconds."""
 
     least_s: float = 0.0001
-    """The fastest message between two actors."""
+    """Least latency of a message between two actors."""
     spread_s: float = 0.0001
-    """Mean of what is added: once for each pair, and again for each message."""
+    """Mean of the exponential draws added to it: one per pair of actors, and one more per message."""
 
 
 @attrs.define(eq=False)
@@ -46,12 +46,12 @@ class Network:
     _last: dict[tuple[str, str], float] = attrs.field(factory=dict)
 
     def heal(self) -> None:
-        """From now on nothing goes wrong."""
+        """End all faults: from now on nothing goes wrong."""
         self.loss = self.duplication = self.slow_share = 0.0
         self.cut.clear()
 
     def carry(self, sender: str, to: str, message: Message, now: float) -> list[tuple[float, Message]]:
-        """When a message arrives: never, once or twice."""
+        """The arrivals of a message as (time, message): none, one or two."""
         if (sender in self.cut) != (to in self.cut) or (self.loss and self.random.random() < self.loss):
             self.lost += 1
             return []

@@ -1,7 +1,8 @@
-"""What pages hold in a run whose content is kept, and who writes to which of them.
+"""What pages hold in a run whose content is kept, and which actor or transfer writes to which of them.
 
-A token's KV depends on it and on all tokens before it. So does what stands for it here: four bytes, chained from the
-first token on. A page with the right tokens behind another prefix is therefore as wrong as one with other tokens.
+A token's KV depends on it and on all tokens before it. So does its stand-in here: four bytes, chained from
+the first token on. So a page with the right tokens behind another prefix is as wrong as one with other
+tokens.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from memserve.sim.world import Violation
 from memserve.tokens import TOKEN_BYTES
 
 Slots = dict[int, bytearray]
-"""Content by slot."""
+"""Page content by slot."""
 SPOILED = b"\xff"
-"""What a write that broke off leaves behind."""
+"""The bytes that a write leaves behind when it breaks off."""
 
 
 def content_of(tokens: bytes, before: bytes = b"") -> bytes:
-    """What pages hold for packed tokens that follow content ``before``; as many bytes as ``tokens``."""
+    """The content of pages for packed tokens that follow content ``before``; as many bytes as ``tokens``."""
     state = int.from_bytes(before[-TOKEN_BYTES:], "little")
     each = (tokens[at : at + TOKEN_BYTES] for at in range(0, len(tokens), TOKEN_BYTES))
     chain = accumulate(each, lambda crc, token: zlib.crc32(token, crc), initial=state)
@@ -36,24 +37,24 @@ def content_of(tokens: bytes, before: bytes = b"") -> bytes:
 
 @attrs.define(eq=False)
 class Arenas:
-    """The pages of every shard that lives. Without ``kept`` there is no content, and nothing is looked at."""
+    """The pages of every living shard. Without ``kept`` there is no content, and nothing is checked."""
 
     page_bytes: int
-    """Of a page's content."""
+    """Size of a page's content."""
     kept: bool = True
     of: dict[ActorId, Slots] = attrs.field(factory=dict)
     _writing: dict[tuple[ActorId, int], Hashable] = attrs.field(factory=dict)
-    """Pages that a step or a transfer under way writes to, and which."""
+    """Pages that are being written to, by shard and slot, with the worker or the transfer that writes."""
 
     def open(self, shard: ActorId, plan: ShardPlan) -> None:
-        """A shard starts, with empty pages."""
+        """Open the arena of a shard that starts, with empty pages."""
         if self.kept:
             counts = zip(Tier, (plan.pages, plan.host_pages, plan.disk_pages), strict=True)
             slots = [slot(tier, page) for tier, pages in counts for page in range(pages)]
             self.of[shard] = {one: bytearray(self.page_bytes) for one in slots}
 
     def drop(self, actor: ActorId) -> None:
-        """An actor is dead: a shard's pages are gone, a worker's step writes to nothing any more."""
+        """An actor is dead: a shard's pages are gone, a worker's step writes nothing any more."""
         self.of.pop(actor, None)
         self.let_go(actor)
 
@@ -65,28 +66,31 @@ class Arenas:
                 there[target][:] = here[page]
 
     def spoil(self, shard: ActorId, pages: Iterable[int]) -> None:
-        """Leave in pages what nobody wrote."""
+        """Fill pages with content that is valid for no token."""
         for page in pages if shard in self.of else ():
             self.of[shard][page][:] = SPOILED * self.page_bytes
 
     # ---- one page has one writer -----------------------------------------------------------------------------
 
     def claim(self, shard: ActorId, pages: Iterable[int], who: Hashable) -> None:
-        """``who`` begins to write to pages. Raises Violation where another does so already."""
+        """``who`` begins to write to pages. Raises Violation where another writer already does."""
         for page in pages if self.kept else ():
             other = self._writing.setdefault((shard, page), who)
             if other != who:
                 raise Violation(f"page {page} of {shard} is written by {who} and {other} at once")
 
     def let_go(self, who: Hashable) -> None:
-        """It writes no more."""
+        """``who`` writes no more."""
         if self.kept:
             self._writing = {page: other for page, other in self._writing.items() if other != who}
 
     # ---- what the index promises -----------------------------------------------------------------------------
 
     def check_index(self, shard: ActorId, pool: Pool) -> None:
-        """A page that can be matched holds what was written for its tokens and all before them. Raises Violation."""
+        """Check that every page that can be matched holds the content of its tokens behind all before them.
+
+        Raises Violation.
+        """
         pages = self.of.get(shard)
         if pages is None:
             return

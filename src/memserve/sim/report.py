@@ -1,4 +1,4 @@
-"""What a run is summed up to: latencies, reuse, bytes, and what each worker did."""
+"""The summary of a run: latencies, cache reuse, bytes moved, and what each worker did."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHARES = (0.5, 0.9, 0.99)
 
 @attrs.frozen
 class Spread:
-    """Mean and percentiles of some seconds; all 0 without any."""
+    """Mean and percentiles of some durations, in seconds; all 0 if there are none."""
 
     mean: float
     p50: float
@@ -27,7 +27,7 @@ class Spread:
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> Spread:
-        """By nearest rank."""
+        """The spread of ``seconds``; percentiles by nearest rank."""
         if not seconds:
             return cls(0.0, 0.0, 0.0, 0.0)
         ordered = sorted(seconds)
@@ -50,7 +50,7 @@ class WorkerReport:
 
 @attrs.frozen(kw_only=True)
 class Report:
-    """One run. Equal seeds and inputs give equal reports, byte for byte."""
+    """The summary of one run. Equal seeds and inputs give equal reports, byte for byte."""
 
     layout: str
     policy: str
@@ -65,41 +65,44 @@ class Report:
     output_tokens: int
     resubmissions: int
     handed_over_bytes: int
-    """KV of requests that changed their worker within a shard, which moves nothing."""
+    """KV bytes of requests that changed their worker within a shard, which moves nothing."""
     moved_bytes: int
-    """KV copied between shards."""
+    """KV bytes copied between shards."""
     swapped_bytes: int
-    """KV copied between tiers."""
+    """KV bytes copied between tiers."""
     evicted_pages: int
     workers: tuple[WorkerReport, ...]
     imbalance: float
-    """The busiest worker's time in steps over the mean one's, among workers of a role; the worst role."""
+    """The busiest worker's time in steps over the mean of its role's workers; the highest of all roles."""
     faults: dict[str, int]
     deaths: int
     virtual_s: float
     events: int
     messages: dict[str, int]
     digest: str
-    """Of the event log."""
+    """Digest of the event log."""
 
     @property
     def hit_share(self) -> float:
-        """Of prompt tokens."""
+        """Share of prompt tokens that were found in a cache."""
         return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
     def meets(self, slo: dict[str, float]) -> bool:
-        """Whether every P99 that ``slo`` names (ttft, tpot, jct) is within its seconds, and every request was answered."""
+        """Whether every P99 that ``slo`` names (ttft, tpot, jct) is within its seconds.
+
+        Every request must also have been answered, or cancelled by its client.
+        """
         found = {"ttft": self.ttft_s, "tpot": self.tpot_s, "jct": self.jct_s}
         answered = set(self.outcomes) <= {"length", "cancelled"}
         return answered and all(found[name].p99 <= most for name, most in slo.items())
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The report as plain values, for JSON."""
         return {**attrs.asdict(self), "hit_share": self.hit_share}
 
 
 def report(cluster: SimCluster, clients: Clients, seed: int, faults: dict[str, int], warm: int = 0) -> Report:
-    """Sum a run up, without its first ``warm`` requests."""
+    """Summarize a run, without its first ``warm`` requests."""
     calls = clients.calls[warm:]
     done = [call for call in calls if call.complete]
     world, pools = cluster.world, list(cluster.pools().values())
@@ -137,7 +140,7 @@ def report(cluster: SimCluster, clients: Clients, seed: int, faults: dict[str, i
 
 
 def tpot_s(call: Call) -> float:
-    """Seconds from one token to the next, on average."""
+    """Mean seconds from one token to the next."""
     return (call.last_at - call.first_at) / (count(call.answer) - 1)
 
 

@@ -20,14 +20,14 @@ from memserve.sim.workloads import Session
 from memserve.sim.world import World
 
 ENDS_S = 3600.0
-"""How long after the last arrival everything must have ended."""
+"""Seconds after the last arrival by which everything must have ended."""
 READY_S = 3.0
-"""Sessions come so much later than they say: the cluster starts first."""
+"""Seconds by which every session comes later than it says, because the cluster starts first."""
 
 
 @attrs.frozen(kw_only=True)
 class Run:
-    """What decides a run."""
+    """Everything that determines a run."""
 
     layout: Layout
     sessions: tuple[Session, ...]
@@ -36,16 +36,16 @@ class Run:
     times: Times = Times()
     faults: tuple[str, ...] = ()
     error: float = 0.0
-    """Each worker's steps take up to this share more or less than the costs say, which is what schedulers are told."""
+    """Each worker's steps take up to this share more or less than by the costs that schedulers are told."""
     checked: bool = False
-    """Keep the content of pages and check every core after its turns; else at the end only."""
+    """Keep the content of pages and check every core after its turns; otherwise check only at the end."""
     serial: bool = False
-    """Sessions come one after another, whatever their times say."""
+    """Play sessions one after another, whatever their times say."""
     warm: float = 0.0
-    """Share of requests, the first ones, that are left out of the report."""
+    """Share of requests that the report leaves out, counted from the first."""
 
     def cluster(self) -> SimCluster:
-        """The cluster before its start."""
+        """The cluster, not yet started."""
         network = Network(random.Random(f"{self.seed}/network"), LinkCosts())
         cluster = SimCluster(World(network), self.layout, self.costs, self.times, pages_checked=self.checked)
         if self.error:
@@ -59,13 +59,16 @@ def _errors(seed: int, error: float, workers: list[str]) -> dict[str, float]:
 
 
 def simulate(run: Run) -> Report:
-    """Run it to its end. Raises Violation when an invariant does not hold on the way, or when something never ends."""
+    """Play a run to its end and summarize it.
+
+    Raises Violation when an invariant does not hold on the way, or when something never ends.
+    """
     clients, happened = play(run)
     return report(clients.cluster, clients, run.seed, happened, int(run.warm * len(clients.calls)))
 
 
 def play(run: Run) -> tuple[Clients, dict[str, int]]:
-    """The same, with every call as its client saw it, and the faults that happened."""
+    """Play a run to its end; returns its clients with all of their calls, and the count of faults by kind."""
     cluster = run.cluster()
     sessions = [attrs.evolve(one, at_s=one.at_s + READY_S) for one in run.sessions]
     clients = Clients(cluster, sessions, run.seed, serial=run.serial)

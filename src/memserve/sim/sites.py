@@ -1,8 +1,9 @@
-"""Steps that share the cores of a site: each goes on at the speed that its share of the moment gives it.
+"""Steps that share the cores of a site: each progresses at the speed that its current share gives it.
 
-As with real workers (:mod:`memserve.engine.cpu_budget`), a step that is alone has all cores. Who comes then waits for its end, or for
-``GIVE_AFTER_S``, and shares them from then on, from step to step, for as long as it has work. So a stream that comes beside
-another worker's long prompt stops for so long once, and the prompt is slower for as long as the stream's steps take, not to its end.
+As with real workers (:mod:`memserve.engine.cpu_budget`), a step that is alone has all cores. A worker that
+comes then waits for that step's end, or for ``GIVE_AFTER_S``. From then on it shares the cores, step after
+step, for as long as it has work. So a stream that comes next to another worker's long prompt stops for that
+long once, and the prompt is slower while the stream's steps run, not until its own end.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from memserve.costs import GIVE_AFTER_S, Site, StepCosts
 from memserve.sim.world import World
 
 BETWEEN_S = 0.02
-"""A worker whose last step ended so recently has work still, and keeps its share."""
+"""A worker whose last step ended at most this long ago still has work, and keeps its share."""
 
 Done = Callable[[float, float], None]
-"""Called with a step's seconds and with how many others of its site were in a step beside it, on average over its work."""
+"""Called with a step's seconds and with the number of the site's other steps that ran concurrently, averaged
+over the step's work."""
 
 
 @attrs.define(eq=False)
@@ -27,16 +29,16 @@ class _Step:
     worker: str
     prompts: bool
     left_s: float
-    """Seconds that the rest of it takes alone."""
+    """Seconds that the rest of the step takes when it runs alone."""
     work_s: float
-    """And all of it."""
+    """Seconds that the whole step takes when it runs alone."""
     done: Done
     began: float = 0.0
     settled: float = 0.0
-    """Until when it is accounted for."""
+    """The time until which its progress is accounted for."""
     others: int = 0
     beside_s: float = 0.0
-    """Seconds of its work times the others that were beside it."""
+    """Seconds of its work, each times the number of steps that ran concurrently."""
 
 
 @attrs.define(eq=False)
@@ -48,10 +50,13 @@ class Sites:
     _under_way: dict[str, list[_Step]] = attrs.field(factory=dict)
     _waiting: dict[str, list[_Step]] = attrs.field(factory=dict)
     _ended: dict[str, dict[str, float]] = attrs.field(factory=dict)
-    """When the last step of each worker ended, by site."""
+    """When the last step of each worker ended, by site and worker."""
 
     def begin(self, site: Site | None, worker: str, seconds: float, prompts: bool, done: Done) -> None:
-        """Run a step that takes ``seconds`` where nobody else is in one. Workers without a site have their own."""
+        """Run a step that takes ``seconds`` when it is alone on its site.
+
+        Workers without a site are always alone.
+        """
         if site is None:
             self.world.after(seconds, done, seconds, 0.0)
             return
@@ -63,7 +68,10 @@ class Sites:
             self._join(step)
 
     def _all_taken(self, site: Site) -> bool:
-        """Whether one step has all cores: it is alone, and was so for a while. A GPU is shared in time, and nobody waits."""
+        """Whether one step has all cores: it is alone, and has been for a while.
+
+        A GPU is shared in time, so no step waits for it.
+        """
         steps = self._under_way.get(site.key, ())
         if len(steps) != 1 or not site.threads >= site.cores > 1:
             return False
@@ -83,7 +91,7 @@ class Sites:
         self._time(step.site)
 
     def _settle(self, site: Site) -> None:
-        """Account for what has been done until now, at the speeds until now."""
+        """Account for the progress until now, at the speeds that held until now."""
         for one in self._under_way.get(site.key, ()):
             worked_s = (self.world.now - one.settled) / self._crowded(one)
             one.left_s -= worked_s
@@ -91,7 +99,7 @@ class Sites:
             one.settled = self.world.now
 
     def _time(self, site: Site) -> None:
-        """When each will end, if nobody begins or ends one before."""
+        """Schedule each step's end, valid as long as no step of the site begins or ends before."""
         steps = self._under_way[site.key]
         for one in steps:
             one.others = len(steps) - 1
@@ -104,7 +112,7 @@ class Sites:
 
     def _end(self, one: _Step, others: int, left_s: float) -> None:
         if (one.others, one.left_s) != (others, left_s):
-            return  # timed anew meanwhile
+            return  # a later timing has replaced this one
         steps = self._under_way[one.site.key]
         if one not in steps:
             return

@@ -1,7 +1,8 @@
-"""What clients ask: sessions of turns, from traces or made up from a seed.
+"""What clients ask: sessions of turns, from traces or generated from a seed.
 
-Tokens are a function of a seed and a key, every one drawn by itself: a block that repeats one value would be found in
-other prompts' blocks. They are made when they are asked for, so that a trace of millions of tokens is a list of keys.
+Tokens are a function of a seed and a key, and each is drawn by itself: a block that repeats one value could
+match blocks of other prompts. They are generated when they are asked for, so that a trace of millions of
+tokens is stored as a list of keys.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from memserve.errors import UserError
 from memserve.tokens import TOKEN_BYTES, pages_for
 
 TRACE_BLOCK_TOKENS = 512
-"""Tokens of one hash id in Mooncake's published traces."""
+"""Tokens per hash id in Mooncake's published traces."""
 
 
 @attrs.frozen
 class Piece:
-    """So many tokens of a key; a shorter piece of the same key is a longer one's beginning."""
+    """The first ``tokens`` tokens of a key's text: a shorter piece of a key is a prefix of a longer one."""
 
     key: str
     tokens: int
@@ -43,14 +44,14 @@ class Turn:
     pieces: tuple[Piece, ...]
     output: int
     wait_s: float = 0.0
-    """After the answer to the turn before."""
+    """Seconds from the previous turn's answer to this turn."""
     fresh: bool = False
     """The pieces are the whole prompt: earlier turns and answers are not part of it."""
 
 
 @attrs.frozen
 class Session:
-    """One client. Its turns go on with the answers that it got."""
+    """One client. Each turn continues from the answers that it got before."""
 
     id: str
     at_s: float
@@ -58,7 +59,7 @@ class Session:
     scope: str = ""
     priority: int = 0
     ttft_s: float | None = None
-    """By when each first token is wanted."""
+    """Seconds within which the first token of each turn is wanted; None: no deadline."""
 
 
 # ---- traces --------------------------------------------------------------------------------------------------
@@ -67,10 +68,10 @@ class Session:
 def read_trace(
     path: Path, *, block_tokens: int, speed: float = 1.0, first: int | None = None
 ) -> list[Session]:
-    """Sessions of one turn each from a trace in Mooncake's format, JSON lines or gzipped ones.
+    """Sessions of one turn each from a trace in Mooncake's format: JSON lines, plain or gzipped.
 
-    Lengths are scaled by ``block_tokens`` / 512, time is divided by ``speed``. A line without ``hash_ids`` shares nothing.
-    Raises UserError naming the line that is wrong.
+    Lengths are scaled by ``block_tokens`` / 512, times are divided by ``speed``; only the ``first`` requests
+    are read. A line without ``hash_ids`` shares nothing. Raises UserError naming the line that is wrong.
     """
     sessions: list[Session] = []
     try:
@@ -97,9 +98,10 @@ def _parsed(path: Path, number: int, line: str, block_tokens: int, speed: float)
 
 
 def trace_session(row: dict[str, Any], id: str, block_tokens: int, speed: float = 1.0) -> Session:
-    """One line: a piece for each hash id, the last one as long as it was, cut to blocks of ``block_tokens``.
+    """One trace line: a piece of ``block_tokens`` tokens per hash id.
 
-    A block is full exactly when it was full in the trace. Raises ValueError where ids and length do not agree.
+    The last piece is shorter where it was in the trace: a block is full exactly when it was full there.
+    Raises ValueError where ids and length do not agree.
     """
     length, output = int(row["input_length"]), int(row["output_length"])
     scaled = max(1, round(output * block_tokens / TRACE_BLOCK_TOKENS))
@@ -117,11 +119,11 @@ def trace_session(row: dict[str, Any], id: str, block_tokens: int, speed: float 
     return Session(id, row["timestamp"] / 1000 / speed, (Turn(tuple(pieces), scaled),))
 
 
-# ---- made up -------------------------------------------------------------------------------------------------
+# ---- generated -----------------------------------------------------------------------------------------------
 
 
 def sharegpt(rng: random.Random, i: int) -> list[Turn]:
-    """A chat like ShareGPT's: some turns, prompts and answers of some hundred tokens."""
+    """A chat like ShareGPT's: a few turns, prompts and answers of some hundred tokens."""
     turns = min(8, 1 + int(rng.expovariate(1 / 2.2)))
     made = []
     for turn in range(turns):
@@ -146,7 +148,7 @@ def loogle(rng: random.Random, i: int, questions: int = 5) -> list[Turn]:
 
 
 def react(rng: random.Random, i: int) -> list[Turn]:
-    """An agent's loop like ReAct's: one long common beginning, then observations and thoughts."""
+    """An agent's loop like ReAct's: one long shared prefix, then observations and thoughts."""
     made = []
     for turn in range(rng.randint(3, 6)):
         answer = min(500, max(40, int(rng.lognormvariate(4.9, 0.6))))
@@ -157,11 +159,14 @@ def react(rng: random.Random, i: int) -> list[Turn]:
 
 
 BLOCK = 150
-"""Sessions of one kind in a row in a load that shifts."""
+"""Consecutive sessions of one kind in a load that shifts."""
 
 
 def shifting(rng: random.Random, i: int) -> list[Turn]:
-    """A load that shifts: long prompts with short answers, then short prompts with long answers, by turns; nothing is shared."""
+    """A load that shifts between long prompts with short answers and short prompts with long answers.
+
+    No prompts share a prefix.
+    """
     if i // BLOCK % 2 == 0:
         return [Turn((Piece(f"long/{i}", rng.randint(1500, 4000)),), rng.randint(8, 40))]
     return [Turn((Piece(f"short/{i}", rng.randint(40, 200)),), rng.randint(200, 600))]
@@ -173,14 +178,14 @@ KINDS: dict[str, Callable[[random.Random, int], list[Turn]]] = {
     "react": react,
     "shifting": shifting,
 }
-"""What ``--workload`` may name."""
+"""The workloads that ``--workload`` may name."""
 
 
 def generated(kind: str, *, rate: float, requests: int, seed: int, burst: float = 1.0) -> list[Session]:
-    """Sessions of a kind until there are so many requests, arriving as Poisson at ``rate`` requests a second.
+    """Sessions of a kind, of at least ``requests`` requests in all, with Poisson arrivals.
 
-    ``burst`` above 1: in every third of a minute's first third, sessions come that much more often, and else less, for the
-    same mean.
+    ``rate`` is in requests a second. ``burst`` above 1: in the first third of every BURST_S, sessions come
+    that many times as often as in the rest, with the same mean.
     """
     rng = random.Random(f"{seed}/{kind}")
     bodies: list[list[Turn]] = []
@@ -192,11 +197,11 @@ def generated(kind: str, *, rate: float, requests: int, seed: int, burst: float 
 
 
 BURST_S = 20.0
-"""One burst and the calm that follows."""
+"""Period of one burst and the calm that follows, in seconds."""
 
 
 def _arrivals(rng: random.Random, rate: float, burst: float) -> Iterator[float]:
-    """Moments of a Poisson process; with ``burst``, a third of the time at ``burst`` times the calm rate."""
+    """Arrivals of a Poisson process; with ``burst``, a third of the time at ``burst`` times the calm rate."""
     calm = rate * 3 / (burst + 2)
     at = 0.0
     while True:
@@ -206,7 +211,7 @@ def _arrivals(rng: random.Random, rate: float, burst: float) -> Iterator[float]:
 
 
 def shared_documents(*, sessions: int, share: int, rate: float, seed: int) -> list[Session]:
-    """LooGLE-like sessions of which ``share`` ask about the same document, as in the paper's scheduler experiment."""
+    """LooGLE-like sessions, ``share`` of them per document, as in the paper's scheduler experiment."""
     rng = random.Random(f"{seed}/shared/{share}")
     arrivals = _arrivals(rng, rate, 1.0)
     order = list(range(sessions))
@@ -224,9 +229,10 @@ def shared_documents(*, sessions: int, share: int, rate: float, seed: int) -> li
 
 
 def one_pool_bound(sessions: Iterable[Session], page_tokens: int) -> tuple[int, int]:
-    """(prompt tokens that one pool without limits would find, prompt tokens) of one-turn sessions, one after another.
+    """(prompt tokens that one unlimited pool would find, prompt tokens) of one-turn sessions.
 
-    Whole pages, and at least one token of each prompt is left to compute, as a shard has it.
+    The sessions run one after another. Only whole pages are found, and at least one token of each prompt is
+    left to compute, as in a shard.
     """
     known: set[bytes] = set()
     found = total = 0
@@ -242,7 +248,7 @@ def one_pool_bound(sessions: Iterable[Session], page_tokens: int) -> tuple[int, 
 
 
 def chained(tokens: bytes, page_tokens: int) -> Sequence[bytes]:
-    """A key for each whole page, of it and all before it."""
+    """A key for each whole page, which covers it and all pages before it."""
     width, chain, keys = page_tokens * TOKEN_BYTES, b"", []
     for start in range(0, len(tokens) - width + 1, width):
         chain = hashlib.blake2b(chain + tokens[start : start + width], digest_size=16).digest()

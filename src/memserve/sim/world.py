@@ -1,7 +1,7 @@
-"""A virtual world: a heap of events for time, and actors whose cores are driven exactly as a shell drives them.
+"""A virtual world: a heap of events for time, and actors whose cores are driven exactly as by a real shell.
 
-Nothing here waits: the clock is a number that jumps to the next event. Events of one moment happen in the order in
-which they were made, so a run is a function of its seed, whatever machine or hash seed it has.
+Nothing here waits: the clock is a number that jumps to the next event. Events at the same time happen in the
+order in which they were scheduled, so a run is a function of its seed, on any machine and with any hash seed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from memserve.scheduling.presence import Core
 from memserve.sim.network import Network
 
 SPINS_MAX = 2_000
-"""Turns that one actor may take in a row without time passing; more is a core that keeps itself awake."""
+"""Turns that one actor may take in a row without time passing; a core that takes more keeps itself awake."""
 
 
 class Violation(AssertionError):
@@ -30,24 +30,24 @@ class Violation(AssertionError):
 
 @attrs.define(eq=False)
 class Actor:
-    """One incarnation of one actor: its core, whom it can reach, and what its shell can perform."""
+    """One incarnation of an actor: its core, the actors it can reach, the actions its shell can perform."""
 
     id: ActorId
     kind: str
     core: Core
     known: set[ActorId] = attrs.field(factory=set)
-    """Whom it has an address of; a Send to anybody else is undeliverable."""
+    """Actors whose address it has; a Send to any other is undeliverable."""
     perform: dict[type[Any], Callable[[Any], None]] = attrs.field(factory=dict)
     turned: Callable[[], None] = lambda: None
-    """Called after each turn: for a shell that waits for a state of its core."""
+    """Called after each turn; for a shell that waits for a state of its core."""
     alive: bool = True
     paused: bool = False
-    """SIGSTOP: what arrives waits, and so does what happens within."""
+    """Stopped by SIGSTOP: messages that arrive wait, and so does what happens inside the actor."""
     slowness: float = 1.0
-    """Its steps take so many times as long."""
+    """Factor on the duration of its steps."""
     timer_at: float = math.inf
     held: list[Callable[[], None]] = attrs.field(factory=list)
-    """What waits for the end of a pause, in order."""
+    """Calls that wait for the end of a pause, in order."""
     _spins: int = 0
     _turned_at: float = -1.0
 
@@ -57,7 +57,7 @@ class Actor:
         return actor_name(self.id)
 
     def note_turn(self, now: float) -> None:
-        """Count turns at one moment. Raises Violation when they do not end."""
+        """Count turns at the same time. Raises Violation after more than SPINS_MAX."""
         self._spins = self._spins + 1 if now == self._turned_at else 0
         self._turned_at = now
         if self._spins > SPINS_MAX:
@@ -70,19 +70,19 @@ class World:
 
     network: Network
     now: float = 0.0
-    """Seconds."""
+    """Virtual time in seconds."""
     actors: dict[str, Actor] = attrs.field(factory=dict)
-    """Those alive, by name."""
+    """Living actors, by name."""
     kill: Callable[[Actor], None] = lambda actor: None
-    """Ends an actor as SIGKILL does; the cluster's, which restarts it."""
+    """Ends an actor as SIGKILL does; set by the cluster, which restarts the actor."""
     after_turn: Callable[[Actor], None] = lambda actor: None
-    """Called after each turn of any actor: for the audit."""
+    """Called after each turn of any actor; for the audit."""
     heard: Callable[[Actor, ActorId, Message], None] | None = None
     """Called for each message that arrives."""
     logged: Callable[[Actor, Log], None] | None = None
     events: int = 0
     messages: dict[str, int] = attrs.field(factory=dict)
-    """Messages sent, by kind."""
+    """Number of messages sent, by kind."""
     _by_id: dict[ActorId, Actor] = attrs.field(factory=dict)
     _heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = attrs.field(factory=list)
     _order: int = 0
@@ -91,16 +91,16 @@ class World:
     # ---- time ----------------------------------------------------------------------------------------------
 
     def at(self, time: float, call: Callable[..., None], *args: Any) -> None:
-        """Call later; a time in the past is now."""
+        """Schedule a call; a time in the past means now."""
         self._order += 1
         heapq.heappush(self._heap, (max(time, self.now), self._order, call, args))
 
     def after(self, delay: float, call: Callable[..., None], *args: Any) -> None:
-        """Call ``delay`` seconds from now."""
+        """Schedule a call ``delay`` seconds from now."""
         self.at(self.now + delay, call, *args)
 
     def run(self, until: float, done: Callable[[], bool] = lambda: False) -> None:
-        """Let events happen until a time, or until ``done``; the clock stops at the last event."""
+        """Run events until a time, or until ``done``; the clock stops at the last event."""
         heap = self._heap
         while heap and heap[0][0] <= until and not done():
             self.now, _, call, args = heapq.heappop(heap)
@@ -108,12 +108,12 @@ class World:
             call(*args)
 
     def note(self, *words: object) -> None:
-        """A line of the event log, which is kept as a digest only."""
+        """Add a line to the event log, which is kept only as a digest."""
         self._digest.update(f"{self.now!r} {words!r}\n".encode())
 
     @property
     def digest(self) -> str:
-        """Of every event so far: equal runs have equal ones."""
+        """Digest of the event log so far: equal runs have equal digests."""
         return str(self._digest.copy().hexdigest())
 
     # ---- actors --------------------------------------------------------------------------------------------
@@ -126,24 +126,24 @@ class World:
         self.turn(actor)
 
     def remove(self, actor: Actor) -> None:
-        """It does nothing any more; what is on its way to it is lost."""
+        """Remove an actor: it does nothing any more, and messages on their way to it are lost."""
         actor.alive = False
         del self.actors[actor.name], self._by_id[actor.id]
         self.note("end", actor.id)
 
     def find(self, actor: ActorId) -> Actor | None:
-        """The actor with this id, if it lives; a scheduler's seed id finds its present incarnation."""
+        """The actor with this id, if it lives; a scheduler's seed id finds its current incarnation."""
         if actor.endswith(".seed"):
             return self.actors.get(actor_name(actor))
         return self._by_id.get(actor)
 
     def pause(self, actor: Actor) -> None:
-        """SIGSTOP."""
+        """Pause an actor, as SIGSTOP does."""
         actor.paused = True
         self.note("pause", actor.id)
 
     def resume(self, actor: Actor) -> None:
-        """SIGCONT: everything that waited happens now, in order."""
+        """Resume an actor, as SIGCONT does: everything that waited happens now, in order."""
         if not actor.alive or not actor.paused:
             return
         actor.paused = False
@@ -156,7 +156,7 @@ class World:
             self.turn(actor)
 
     def tell(self, actor: Actor, message: Any) -> None:
-        """Something happened inside an actor (a step is over, a client asks); it waits while the actor is paused."""
+        """Tell a core of an event inside its actor, such as a step's end; waits while the actor is paused."""
         if not actor.alive:
             return
         if actor.paused:
@@ -166,7 +166,7 @@ class World:
         self.turn(actor)
 
     def turn(self, actor: Actor) -> None:
-        """Let the core advance, perform everything that it asks for, and set its timer."""
+        """Let the core advance, perform every action that it asks for, and set its timer."""
         actor.note_turn(self.now)
         actor.core.advance(self.now)
         while actions := actor.core.take():
@@ -228,7 +228,7 @@ class World:
             self.turn(actor)
 
     def _hear(self, actor: Actor, sender: ActorId, message: Message) -> None:
-        """As :meth:`memserve.actors.loop.Shell.hear`: the core first, then what the message says about addresses."""
+        """Like :meth:`memserve.actors.loop.Shell.hear`: first the core, then the addresses in the message."""
         if self.heard is not None:
             self.heard(actor, sender, message)
         actor.known.add(sender)

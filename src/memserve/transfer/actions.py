@@ -1,16 +1,17 @@
-"""What two shards' transfer cores say to each other, and what they and their shells tell one another.
+"""What a transfer core is told by its own process, and the actions that it asks of its shell.
 
-The conversation, for a transfer that succeeds::
+The messages between two shards' cores are in :mod:`memserve.transfer_messages`. For a transfer that succeeds,
+the conversation is::
 
     sender                                 receiver
     TransferOffer      ----------------->  grants pages, or refuses
                        <-----------------  TransferGranted: pages, and the way to them
-    writes the pages   =================>  (mapped, nixl: into its memory; tcp: it reads them off a socket)
+    writes the pages   =================>  (tcp: the receiver reads them off a socket; otherwise: into its memory)
     TransferSent       ----------------->  inserts
-                       <-----------------  TransferArrived: now, and not before, the pages can be matched
+                       <-----------------  TransferArrived: only from now on can the pages be matched
 
-A sender repeats TransferOffer and TransferSent until they are answered; a receiver repeats TransferStop until it
-knows that nobody writes to its pages any more. Every handler is idempotent by (sender, id).
+A sender repeats TransferOffer and TransferSent until they are answered. A receiver repeats TransferStop until
+it knows that its pages are no longer written to. Every handler is idempotent by (sender, id).
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ from memserve.transfer_messages import (
     Way,
 )
 
-# ---- told to a core by its own process -----------------------------------------------------------------------
+# ---- to a core, from its own process -------------------------------------------------------------------------
 
 
 @attrs.frozen
 class Order:
-    """To the sender's core: a transfer to begin. ``destination`` empty: the receiver allocates.
+    """To the sender's core: begin a transfer. If ``destination`` is empty, the receiver allocates the pages.
 
-    ``id`` is higher than every earlier one of this incarnation; ``deadline`` is on the core's clock, in seconds.
-    With ``fed`` (by_layer only) nothing is sent but what :class:`Ready` announces.
+    ``id`` is higher than every earlier one of this incarnation; ``deadline`` is on the core's clock, in
+    seconds. With ``fed`` (by_layer only), only the pieces that :class:`Ready` announces are sent.
     """
 
     to: ActorId
@@ -63,14 +64,14 @@ class Ready:
 
 @attrs.frozen
 class Withdraw:
-    """To the sender's core: nobody wants this transfer any more."""
+    """To the sender's core: the caller no longer wants this transfer."""
 
     id: int
 
 
 @attrs.frozen
 class Wrote:
-    """To the sender's core: its mover has every byte in the receiver's pages."""
+    """To the sender's core: its mover has written every byte into the receiver's pages."""
 
     id: int
     nbytes: int
@@ -78,7 +79,7 @@ class Wrote:
 
 @attrs.frozen
 class WriteFailed:
-    """To the sender's core: its mover has stopped for good. Also the answer to StopWriting."""
+    """To the sender's core: its mover has stopped and writes no more. Also the answer to StopWriting."""
 
     id: int
     failure: Failure
@@ -87,7 +88,7 @@ class WriteFailed:
 
 @attrs.frozen
 class Received:
-    """To the receiver's core: every byte came in and was right."""
+    """To the receiver's core: every byte has arrived intact."""
 
     sender: ActorId
     id: int
@@ -95,7 +96,10 @@ class Received:
 
 @attrs.frozen
 class ReceiveFailed:
-    """To the receiver's core: nothing more will be read for this transfer. Also the answer to StopReceiving."""
+    """To the receiver's core: nothing more will be read for this transfer.
+
+    Also the answer to StopReceiving.
+    """
 
     sender: ActorId
     id: int
@@ -116,7 +120,10 @@ class Post:
 
 @attrs.frozen
 class Write:
-    """Move a transfer's bytes; answered by Wrote or WriteFailed. With ``fed``, as :class:`Feed` brings them."""
+    """Move a transfer's bytes; answered by Wrote or WriteFailed.
+
+    With ``fed``, move pieces as :class:`Feed` brings them.
+    """
 
     transfer: PageTransfer
     way: Way
@@ -134,14 +141,14 @@ class Feed:
 
 @attrs.frozen
 class StopWriting:
-    """Stop moving; answered by WriteFailed (or Wrote, if it was done already) once no byte moves any more."""
+    """Stop moving bytes; answered by WriteFailed (Wrote if it had finished) once no byte moves any more."""
 
     id: int
 
 
 @attrs.frozen
 class Forget:
-    """The receiver behind this way is gone: let go of what was kept for it, such as a mapping of its arena."""
+    """The receiver behind this way is gone: release what was kept for it, such as a mapping of its arena."""
 
     way: Way
 
@@ -159,7 +166,7 @@ class Expect:
 
 @attrs.frozen
 class StopReceiving:
-    """Let no more in; answered by ReceiveFailed once no byte is written any more."""
+    """Let no more bytes in; answered by ReceiveFailed once no byte is written any more."""
 
     sender: ActorId
     id: int
@@ -167,7 +174,10 @@ class StopReceiving:
 
 @attrs.frozen
 class Report:
-    """The result of an Order, exactly once and by its deadline. The source pages are free to be used again."""
+    """The result of an Order, exactly once and by its deadline.
+
+    From then on the source pages may be reused.
+    """
 
     result: Result
 

@@ -1,7 +1,8 @@
-"""Reaching pages on other GPUs of the host: open their CUDA IPC handle, copy from GPU to GPU.
+"""Access to pages on other GPUs of the host: open their CUDA IPC handle, copy from GPU to GPU.
 
-Copies go over NVLink or PCIe where the two GPUs see each other; where they do not, the driver leads them through host
-memory. Two shards on one GPU copy within it. A copy is complete when its stream is, for every process.
+Copies go over NVLink or PCIe where the two GPUs can access each other; otherwise the driver routes them
+through host memory. Two shards on one GPU copy within it. Once its stream has completed, a copy is complete
+for every process.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from memserve.transfer.values import Extent, Geometry
 from memserve.transfer_messages import Failure
 
 COPY_BYTES = 64 << 20
-"""Under way between two looks at whether to go on: a few milliseconds over PCIe."""
+"""Bytes copied between two checks for cancellation: a few milliseconds over PCIe."""
 
 
 @attrs.define(eq=False)
 class GpuReach:
-    """From ``gpu``'s pages to those of other shards on GPUs of this host: a Reach for MappedMover."""
+    """A Reach for MappedMover: from ``gpu``'s pages to those of other shards on GPUs of this host."""
 
     gpu: GpuArena
     geometry: Geometry
@@ -36,7 +37,7 @@ class GpuReach:
         return self.gpu.header.pages
 
     def attach(self, socket: Path) -> Mapped:
-        """See Reach. Opens a handle: milliseconds, whatever the size."""
+        """See Reach. Opens a handle, which takes milliseconds whatever the arena's size."""
         peer = open_peer_pages(self.gpu, socket)
         if peer.page_bytes != self.geometry.page_bytes:
             peer.close()
@@ -47,10 +48,10 @@ class GpuReach:
         return Mapped(peer.address, peer.pages, peer.close, peer.device)
 
     def copy(self, there: Mapped, todo: list[Extent]) -> int:
-        """See Reach. On a stream of its own, beside the steps of workers and other copies."""
+        """See Reach. Uses a stream of its own, concurrently with workers' steps and other copies."""
         runtime = self.gpu.runtime
         try:
-            runtime.setDevice(self.gpu.device)  # a thread's own setting
+            runtime.setDevice(self.gpu.device)  # the current device is per thread
             stream = runtime.streamCreateWithFlags(runtime.streamNonBlocking)
             try:
                 return self._copy(there, todo, stream)
@@ -73,5 +74,5 @@ class GpuReach:
                     runtime.streamSynchronize(stream)
                     trio.from_thread.check_cancelled()
         finally:
-            runtime.streamSynchronize(stream)  # also when cancelled: the receiver's pages are free after that
+            runtime.streamSynchronize(stream)  # also when cancelled: then the receiver may reuse its pages
         return moved

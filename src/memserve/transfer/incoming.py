@@ -1,14 +1,14 @@
-"""The receiver's side of transfers: grant pages, let the bytes in, insert, and only then say that they arrived.
+"""The receiver's side of transfers: grant pages, let the bytes in, insert, and only then acknowledge.
 
-A transfer's pages belong to it from the grant to its end; what ends it, and when they may be used for others::
+A transfer owns its pages from the grant to its end. How it ends decides when they may be used for others::
 
-    every byte is there     the landing commits them: they are the pool's from then on
-    tcp: cut, late          once this process has stopped reading into them
-    mapped, nixl: late      once the sender says that it has stopped writing (TransferWithdrawn, TransferSent)
-    mapped: sender dead     once its process is killed for good: a paused one would go on writing when it wakes
-    nixl: sender dead       after QUARANTINE_S, when no network card still has a write of it under way
+    every byte is there        when the landing commits them: from then on the pool owns them
+    tcp: cut, late             once this process has stopped reading into them
+    mapped, cuda, nixl: late   once the sender says that it has stopped writing (TransferWithdrawn, TransferSent)
+    mapped, cuda: sender dead  once its process is killed for good: a paused one would write on when it wakes
+    nixl: sender dead          after QUARANTINE_S, when no network card still has a write of it under way
 
-Ended transfers are remembered, so that a late or repeated message gets the same answer and never a second grant.
+Ended transfers are remembered: a late or repeated message gets the same answer and never a second grant.
 """
 
 from __future__ import annotations
@@ -42,46 +42,50 @@ STOP_REPEAT_S = 0.2
 """First pause before an unanswered TransferStop is repeated; it doubles up to STOP_REPEAT_MAX_S."""
 STOP_REPEAT_MAX_S = 5.0
 QUARANTINE_S = 30.0
-"""Longer than a network card retries a write to a peer that does not answer."""
+"""How long a dead nixl sender's pages stay taken: longer than a network card retries an unanswered write."""
 
 GONE_REMEMBERED = 1024
-"""Dead senders whose last messages may still be on their way."""
+"""How many dead senders are remembered, because their last messages may still be on their way."""
 
 Key = tuple[ActorId, int]
-"""A transfer: its sender and its id."""
+"""A transfer's key: its sender and its id."""
 Ended = TransferArrived | TransferRefused
 
 
 @attrs.frozen
 class LandingRefused(Exception):
-    """The pool will not give or take the pages."""
+    """The pool refuses to grant or to commit the pages."""
 
     failure: Failure
     message: str
     code: str = ""
-    """Of the PoolError that it comes from."""
+    """The PoolError's code, if the refusal comes from one."""
 
     def __str__(self) -> str:
         return f"{self.failure}: {self.message}"
 
 
 class Landing(Protocol):
-    """Whose pages the bytes come into: the receiving shard's pool. Called in the core's turn; nothing waits."""
+    """The owner of the pages that receive the bytes: the shard's pool.
+
+    Called in the core's turn; nothing blocks.
+    """
 
     def grant(self, key: Key, offer: TransferOffer) -> tuple[int, ...]:
-        """``offer.pages`` pages for this transfer alone; those of ``offer.destination`` if it names some.
+        """Grant ``offer.pages`` pages to this transfer alone: those of ``offer.destination`` if it names any.
 
-        Raises LandingRefused, all or nothing.
+        Raises LandingRefused; all pages are granted, or none.
         """
 
     def commit(self, key: Key, offer: TransferOffer, pages: tuple[int, ...]) -> int:
-        """The pages are complete: insert ``offer.tokens``, and give them to their owner; the lease that holds them.
+        """The pages are complete: insert ``offer.tokens`` and give the pages to their owner.
 
-        Raises LandingRefused, having taken none; ``release`` follows.
+        Returns the lease that holds them. Raises LandingRefused without having taken any; ``release``
+        follows.
         """
 
     def release(self, key: Key, offer: TransferOffer, pages: tuple[int, ...]) -> None:
-        """The pages are not complete and nobody writes to them any more: free them."""
+        """The pages are incomplete and no longer written to: free them."""
 
 
 @attrs.define(eq=False)
@@ -91,34 +95,34 @@ class _Receiving:
     way: Way
     deadline: float
     failed: TransferRefused | None = None
-    """Set once it cannot succeed any more and only waits for its writer to stop."""
+    """Set once the transfer can no longer succeed and only waits for its writer to stop."""
     repeat_at: float = math.inf
     pause_s: float = STOP_REPEAT_S
     release_at: float = math.inf
-    """Of a quarantined one."""
+    """When the pages of a quarantined transfer are released."""
 
     @property
     def written_here(self) -> bool:
-        """Whether this process puts the bytes into the pages, and so can stop doing so."""
+        """Whether this process writes the bytes into the pages, and can therefore stop writing."""
         return self.way.path not in WRITTEN_BY_SENDER
 
 
 @attrs.define
 class _Memory:
-    """How one sender's last transfers ended. Its ids only grow."""
+    """How one sender's latest transfers ended. A sender's ids only grow."""
 
     limit: int
     _ended: dict[int, Ended] = attrs.field(factory=dict, init=False)
     _forgotten: int = attrs.field(default=0, init=False)
 
     def answer(self, number: int) -> Ended | None:
-        """How a transfer ended; None for one that is new."""
+        """How a transfer ended; None for a new one."""
         if number <= self._forgotten and number not in self._ended:
             return TransferRefused(number, Failure.REFUSED, f"transfer {number} is too old to be remembered")
         return self._ended.get(number)
 
     def put(self, ended: Ended) -> None:
-        """Remember an end, forgetting the oldest at the limit."""
+        """Remember how a transfer ended; beyond the limit, forget the oldest."""
         self._ended.setdefault(ended.id, ended)
         if len(self._ended) > self.limit:
             oldest = next(iter(self._ended))
@@ -128,25 +132,25 @@ class _Memory:
 
 @attrs.define
 class Incoming:
-    """Every transfer that comes to this shard.
+    """All transfers into this shard.
 
-    Verbs: receive, advance, take, deadline, check. ``receive`` takes :data:`ToReceiver` from other shards, Gone,
-    and Received, ReceiveFailed from this one.
+    Verbs: receive, advance, take, deadline, check. ``receive`` takes :data:`ToReceiver` from other shards,
+    Gone, and Received, ReceiveFailed from this one.
     """
 
     geometry: Geometry
     host: str
     landing: Landing
     ways: tuple[Way, ...]
-    """To this shard's arena, the best first."""
+    """Ways to this shard's arena, best first."""
     receiving_max: int = 64
-    """Transfers under way; one more is refused with RECEIVER_FULL."""
+    """Maximum number of transfers under way; one more is refused with RECEIVER_FULL."""
     remembered_max: int = 1024
-    """Ends remembered for each sender."""
+    """How many ended transfers are remembered per sender."""
     _receiving: dict[Key, _Receiving] = attrs.field(factory=dict, init=False)
     _memories: dict[ActorId, _Memory] = attrs.field(factory=dict, init=False)
     _gone: dict[ActorId, None] = attrs.field(factory=dict, init=False)
-    """The oldest first. What they offer would never end: nobody is left to withdraw it."""
+    """Dead senders, oldest first. An offer of theirs would never end: no sender is left to withdraw it."""
     _actions: list[IncomingAction] = attrs.field(factory=list, init=False)
 
     # ---- verbs -----------------------------------------------------------------------------------------------
@@ -159,7 +163,7 @@ class Incoming:
     def receive(
         self, sender: ActorId, message: ToReceiver | Gone | Received | ReceiveFailed, now: float
     ) -> None:
-        """Take one message in. What is late or repeated is answered as before."""
+        """Handle one message. A late or repeated one is answered as before."""
         match message:
             case TransferOffer():
                 self._offered((sender, message.id), message, now)
@@ -175,7 +179,7 @@ class Incoming:
                 self._bury(actors, now)
 
     def advance(self, now: float) -> None:
-        """End what is past its deadline, and ask again whoever may still write."""
+        """Fail transfers past their deadline, end quarantines, and repeat unanswered TransferStops."""
         for key, one in list(self._receiving.items()):
             if now >= one.release_at:
                 self._release(key)
@@ -185,7 +189,7 @@ class Incoming:
                 self._ask_to_stop(key, one, now)
 
     def take(self) -> list[IncomingAction]:
-        """What there is to do, once."""
+        """The actions to perform; each is returned once."""
         actions, self._actions = self._actions, []
         return actions
 
@@ -202,12 +206,12 @@ class Incoming:
         assert len(self._gone) <= GONE_REMEMBERED
 
     def __len__(self) -> int:
-        """Transfers that hold pages, those that only wait for their writer to stop included."""
+        """Transfers that hold pages, including those that only wait for their writer to stop."""
         return len(self._receiving)
 
     @property
     def writers(self) -> tuple[ActorId, ...]:
-        """Whose transfers hold pages until they say, or others say of them, that they write no more."""
+        """Senders whose failed transfers hold pages until they stop writing or are announced dead."""
         return tuple(
             dict.fromkeys(
                 key[0] for key, one in self._receiving.items() if one.failed and not one.written_here
@@ -271,15 +275,15 @@ class Incoming:
             unknown = TransferRefused(number, Failure.REFUSED, f"transfer {number} is not known here")
             self._post(sender, self._answer(key) or unknown)
         elif one.failed is not None and not one.written_here:
-            self._release(key)  # it came too late, but its sender has stopped writing
+            self._release(key)  # too late to succeed, but the sender has stopped writing
         elif not one.written_here:
             self._commit(key)
-        # Written here: complete when this process has read it all, which it knows better than the sender.
+        # Over tcp this process writes the pages: Received says when they are complete, not the sender.
 
     def _withdrawn(self, key: Key, now: float) -> None:
         one = self._receiving.get(key)
         if one is None:
-            # Remembered, so that an offer that comes after its own withdrawal is not granted.
+            # Remembered, so that an offer that arrives after its own withdrawal is not granted.
             self._remember(key, _refused(key, Failure.WITHDRAWN, "the sender withdrew it"))
             return
         if one.failed is None:
@@ -292,8 +296,8 @@ class Incoming:
             mine = [key for key in self._receiving if key[0] == actor]
             here = [key for key in mine if self._receiving[key].way.path in ON_ONE_HOST]
             if here:
-                # Before any release, and actions are performed in order: the kill is over before the pages are
-                # granted again.
+                # The Kill precedes every release, and actions are performed in order: the process is dead
+                # before its pages are granted again.
                 self._actions.append(Kill(actor, self._receiving[here[0]].offer.pid))
             self._gone[actor] = None
             self._memories.pop(actor, None)
@@ -333,7 +337,7 @@ class Incoming:
     # ---- ends ------------------------------------------------------------------------------------------------
 
     def _commit(self, key: Key) -> None:
-        """Insert, then acknowledge: in this order, or a sender would count on pages that nobody can match."""
+        """Insert, then acknowledge: the sender must not count on pages that cannot be matched yet."""
         one = self._receiving[key]
         try:
             lease = self.landing.commit(key, one.offer, one.pages)
@@ -345,7 +349,7 @@ class Incoming:
         self._end(key, TransferArrived(key[1], lease))
 
     def _fail(self, key: Key, failure: Failure, text: str, now: float) -> None:
-        """It cannot succeed any more; its pages stay taken until its writer has stopped."""
+        """Mark a transfer as failed; its pages stay taken until its writer has stopped."""
         one = self._receiving[key]
         one.failed = _refused(key, failure, text)
         if one.written_here:
@@ -369,7 +373,7 @@ class Incoming:
         self._post(key[0], ended)
 
     def _answer(self, key: Key) -> Ended | None:
-        """How a transfer ended, or that it must not begin; None for a new one."""
+        """How a transfer ended, or why it must not begin; None for a new one."""
         sender, number = key
         if sender in self._gone:
             return _refused(key, Failure.PEER_GONE, f"{sender} was declared gone here")

@@ -1,10 +1,11 @@
-"""The mover for one host: map the receiver's arena, copy runs of pages in a thread.
+"""The mover within one host: map the receiver's arena, copy runs of pages in a thread.
 
-What mapping and copying are is a :class:`Reach`'s: memfds and memmove here, CUDA IPC and the GPUs' copy engines in
+How to map and copy is up to a :class:`Reach`: memfds and memmove here, CUDA IPC and the GPUs' copy engines in
 :mod:`memserve.transfer.cuda`.
 
-Who owns what: the receiver's pages are the transfer's until this process says that it has stopped writing, so a copy
-is never abandoned: when it is cancelled or late, it ends at the next COPY_BYTES, and only then there is a result.
+Ownership: the receiver's pages belong to the transfer until this process says that it has stopped writing. So
+a copy is never abandoned: when it is cancelled or late, it stops after at most COPY_BYTES more, and returns
+only then.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from memserve.transfer.values import Extent, Geometry, PageTransfer, Result, ext
 from memserve.transfer_messages import Failure, Way
 
 COPY_BYTES = 1 << 20
-"""Copied between two looks at whether to go on; about 0.1 ms."""
+"""Bytes copied between two checks for cancellation; about 0.1 ms."""
 ARENAS_MAX = 64
-"""Mapped at a time. One more drops the longest unused."""
+"""Arenas mapped at a time; one more unmaps the least recently used of those that no copy uses."""
 
 
 @attrs.define(eq=False)
@@ -37,40 +38,47 @@ class Mapped:
     """A receiver's arena, mapped here."""
 
     address: int
-    """Of its first byte, in this process."""
+    """Address of its first byte in this process."""
     pages: int
     unmap: Callable[[], None]
     device: int = 0
-    """The GPU that it is on, as this process counts them."""
+    """The GPU that holds it, by this process's numbering."""
     users: int = 0
     forgotten: bool = False
-    """Its shard is gone: the mapping ends with the last copy into it, or the dead arena's memory would stay."""
+    """Its shard is gone: unmap it after the last copy into it, or the dead arena's memory would stay."""
 
     def release(self) -> None:
-        """Unmap it, if that is due."""
+        """Unmap it if it is forgotten and no copy uses it."""
         if self.forgotten and not self.users:
             self.unmap()
 
 
 class Reach(Protocol):
-    """How this process's arena and those of others on its host are reached. Both calls block: they run in threads."""
+    """Access to this process's arena and to others on its host.
+
+    ``attach`` and ``copy`` block: they run in threads.
+    """
 
     @property
     def geometry(self) -> Geometry:
-        """Of the pages on both sides."""
+        """Geometry of the pages on both sides."""
 
     @property
     def pages(self) -> int:
-        """Of this process's arena."""
+        """Number of pages in this process's arena."""
 
     def attach(self, socket: Path) -> Mapped:
-        """Map the arena that is handed out at ``socket``.
+        """Map the arena that is served at ``socket``.
 
-        Raises PeerUnreachable when nobody serves it, PeerError when its pages are others, MoveError otherwise.
+        Raises PeerUnreachable when no process serves it, PeerError when its pages have another size, and
+        MoveError otherwise.
         """
 
     def copy(self, there: Mapped, todo: list[Extent]) -> int:
-        """Copy ``todo`` into ``there``; bytes copied. Ends soon, and with nothing under way, when its task is cancelled."""
+        """Copy ``todo`` into ``there``; returns the number of bytes copied.
+
+        When its task is cancelled, it ends soon and with no copy under way.
+        """
 
 
 @attrs.define(eq=False)
@@ -80,17 +88,20 @@ class MappedMover:
     reach: Reach
     path: str = "mapped"
     _peers: OrderedDict[str, Mapped] = attrs.field(factory=OrderedDict, init=False)
-    """By the socket's address, which names the shard's incarnation; the longest unused first."""
+    """Arenas by socket address, which identifies the shard's incarnation; least recently used first."""
     _attaching: trio.Lock = attrs.field(factory=trio.Lock, init=False)
     _threads: trio.CapacityLimiter = attrs.field(factory=partial(trio.CapacityLimiter, 2), init=False)
-    """Two copies use the memory bus up; more would only take cores from the engines."""
+    """Two copies saturate the memory bus; more would only take cores from the engines."""
 
     async def send(self, transfer: PageTransfer, way: Way, feed: PieceFeed, deadline_s: float) -> Result:
-        """See Mover. Fails with PEER_GONE when nobody serves the arena, REFUSED when its pages are others."""
+        """See Mover.
+
+        Fails with PEER_GONE when no process serves the arena, REFUSED when its pages have another size.
+        """
         return await settle(transfer, deadline_s, partial(self._move, transfer, way, feed))
 
     def forget(self, way: Way) -> None:
-        """Unmap an arena: now, or when the last copy into it has ended."""
+        """Unmap an arena, now or when the last copy into it has ended."""
         peer = self._peers.pop(way.address, None)
         if peer is not None:
             peer.forgotten = True
@@ -119,7 +130,7 @@ class MappedMover:
         return moved
 
     async def _attached(self, address: str) -> Mapped:
-        async with self._attaching:  # or two transfers would map the same arena twice
+        async with self._attaching:  # otherwise two transfers could map the same arena twice
             peer = self._peers.get(address)
             if peer is None:
                 peer = self._peers[address] = await self._attach(address)
@@ -150,7 +161,7 @@ class MappedMover:
 
 @attrs.define(eq=False)
 class HostReach:
-    """Arenas in the host's memory."""
+    """Arenas in host memory."""
 
     memory: Memory
 
@@ -165,7 +176,7 @@ class HostReach:
         return self.memory.pages
 
     def attach(self, socket: Path) -> Mapped:
-        """See Reach. Maps every page of the arena: about 0.2 s a GiB, once a peer."""
+        """See Reach. Maps every page of the arena: about 0.2 s per GiB, once per peer."""
         try:
             arena = attach_arena(socket, self.geometry.page_bytes)
         except OSError as error:
@@ -191,5 +202,5 @@ class HostReach:
 
 
 def _address(view: memoryview) -> int:
-    """Of a writable view's first byte. Valid while something keeps the view's memory mapped."""
+    """Address of a writable view's first byte. Valid while something keeps the view's memory mapped."""
     return ctypes.addressof(ctypes.c_char.from_buffer(view))

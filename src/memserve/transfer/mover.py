@@ -1,8 +1,8 @@
-"""The one interface of all movers, and the choice between them.
+"""The interface of all movers, and the choice between them.
 
-A mover is the sender's shell of one path: it carries a transfer's pieces from this process's arena into pages that
-the receiver has granted, within a deadline, and answers with a result and never with an exception. It says nothing
-to anybody about what the bytes mean: see :mod:`memserve.transfer.outgoing`.
+A mover is the sender's shell for one path: it carries a transfer's pieces from this process's arena into
+pages that the receiver has granted, within a deadline. It answers with a result, never with an exception. It
+tells the receiver nothing about what the bytes mean: :mod:`memserve.transfer.outgoing` does.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from memserve.transfer.values import (
 from memserve.transfer_messages import Failure, Way
 
 PATHS = ("cuda", "mapped", "nixl", "tcp")
-"""Fastest first; ``auto`` takes the first that both sides have."""
+"""All paths, fastest first; ``auto`` takes the first that both sides have."""
 
 
 class MoveError(Exception):
-    """Inside a mover: the transfer failed, and why."""
+    """Raised inside a mover: the transfer failed, and why."""
 
     def __init__(self, failure: Failure, message: str) -> None:
         super().__init__(message)
@@ -42,7 +42,7 @@ class MoveError(Exception):
 class PieceFeed:
     """The pieces of one transfer that may be moved, in the order in which they became final.
 
-    Ends by itself once the whole transfer was fed. ``take`` may be cancelled: what it would have returned stays.
+    The feed ends once the whole transfer has been fed. Cancelling ``take`` loses no pieces.
     """
 
     def __init__(self, pages: int, parts: int) -> None:
@@ -58,9 +58,9 @@ class PieceFeed:
         return feed
 
     def put(self, some: tuple[Piece, ...]) -> None:
-        """Add pieces. Raises ValueError for one that is not of this transfer.
+        """Add pieces. Raises ValueError for one that is not part of this transfer.
 
-        Bounded by the transfer: what was fed before is dropped.
+        The feed is bounded by the transfer: pieces that were fed before are dropped.
         """
         for piece in some:
             if self._coverage.add(piece):
@@ -68,7 +68,7 @@ class PieceFeed:
         self._stirred.set()
 
     async def take(self) -> list[Piece]:
-        """Wait for pieces and take all there are; an empty list at the end."""
+        """Wait for pieces and take all that are available; an empty list at the end."""
         while not self._waiting and not self._coverage.complete:
             self._stirred = trio.Event()
             await self._stirred.wait()
@@ -77,26 +77,26 @@ class PieceFeed:
 
 
 class Mover(Protocol):
-    """The sender's end of one path. Used by many transfers at a time."""
+    """The sender's end of one path, shared by concurrent transfers."""
 
     path: str
 
     async def send(self, transfer: PageTransfer, way: Way, feed: PieceFeed, deadline_s: float) -> Result:
         """Move everything that ``feed`` brings into the receiver's pages.
 
-        Answers within ``deadline_s`` seconds, or soon after, when no byte is being written any more; the same
-        holds when it is cancelled.
+        Returns within ``deadline_s`` seconds or soon after, and only when no byte is being written any more.
+        When cancelled, it also ends only then.
         """
 
     def forget(self, way: Way) -> None:
-        """The receiver behind ``way`` is gone: let go of what was kept for it."""
+        """The receiver behind ``way`` is gone: release what was kept for it."""
 
     def close(self) -> None:
-        """Let go of everything; no transfer is under way any more."""
+        """Release everything; no transfer is under way any more."""
 
 
 async def settle(transfer: PageTransfer, deadline_s: float, move: Callable[[], Awaitable[int]]) -> Result:
-    """Run ``move``, which returns the bytes it moved, and make a result of whatever happens."""
+    """Run ``move``, which returns the bytes moved; a missed deadline or a MoveError gives TransferFailed."""
     try:
         with trio.fail_after(deadline_s):
             return TransferDone(transfer.id, await move())
@@ -123,16 +123,16 @@ class Memory:
 
     @property
     def pages(self) -> int:
-        """How many pages it has."""
+        """Number of pages in the arena."""
         return self.view.nbytes // self.geometry.page_bytes
 
 
 def host_identity() -> str:
-    """The same for two processes exactly if one can open the other's sockets by their paths."""
+    """Host identity: equal for two processes exactly if one can open the other's sockets by path."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot}/{os.readlink('/proc/self/ns/mnt')}"
 
 
 def chosen_paths(path: str, available: tuple[str, ...]) -> tuple[str, ...]:
-    """What ``path`` of the settings allows of the paths that this process has, the fastest first."""
+    """Those of this process's ``available`` paths that the setting ``path`` allows, fastest first."""
     return tuple(one for one in PATHS if one in available and path in ("auto", one))

@@ -1,10 +1,11 @@
 """The mover over NIXL, for hosts with RDMA: the optional extra ``[multihost]``.
 
-The receiver's agent describes its arena in *metadata*, a byte string that travels on the bus with the grant, so no
-metadata server is needed. The sender writes (NIXL over plain TCP emulates reads, badly); the receiver's agent needs
-its progress thread for that where the network card has no RDMA. An agent serves both directions.
+The receiver's agent describes its arena in *metadata*, a byte string that travels on the bus with the grant,
+so no metadata server is needed. The sender writes, because NIXL over plain TCP emulates reads, badly. Where
+the network card has no RDMA, the receiver's agent needs its progress thread for these writes. An agent serves
+both directions.
 
-Importing this module does not import nixl; making a :class:`NixlAgent` does.
+Importing this module does not import nixl; creating a :class:`NixlAgent` does.
 """
 
 from __future__ import annotations
@@ -24,33 +25,34 @@ from memserve.transfer.values import PageTransfer, Result, extents
 from memserve.transfer_messages import Failure, Way
 
 POLL_S = 50e-6
-"""First pause between two looks at a transfer; it doubles up to POLL_MAX_S."""
+"""First pause between two polls of a transfer's state; it doubles up to POLL_MAX_S."""
 POLL_MAX_S = 1e-3
 
 
 def available() -> bool:
-    """Whether the package is installed."""
+    """Whether the nixl package is installed."""
     return importlib.util.find_spec("nixl") is not None
 
 
 def has_rdma() -> bool:
-    """Whether this machine has a network card that NIXL is made for."""
+    """Whether this machine has an RDMA network card, the kind that NIXL is made for."""
     devices = Path("/sys/class/infiniband")
     return devices.is_dir() and any(devices.iterdir())
 
 
 @attrs.define(eq=False)
 class NixlAgent:
-    """This process's agent, with its arena registered. Made off the event loop: it pins the arena's memory.
+    """This process's agent, with its arena registered.
 
-    Raises ImportError when nixl is not installed for this machine's CUDA.
+    Create it off the event loop: it pins the arena's memory. Raises ImportError when nixl is not installed
+    for this machine's CUDA.
     """
 
     name: ActorId
     """Unique among all agents that meet: the shard's id, incarnation included."""
     memory: Memory
     way: Way = attrs.field(init=False, repr=False)
-    """To this arena, as senders are told."""
+    """The way to this arena, as announced to senders."""
     _agent: Any = attrs.field(init=False)
     _registered: Any = attrs.field(init=False)
 
@@ -68,11 +70,11 @@ class NixlAgent:
 
     @property
     def address(self) -> int:
-        """Of the arena's first byte in this process."""
+        """Address of the arena's first byte in this process."""
         return ctypes.addressof(ctypes.c_char.from_buffer(self.memory.view))
 
     def close(self) -> None:
-        """Let go of the arena. Senders' writes fail from now on."""
+        """Release the arena. Senders' writes fail from now on."""
         self._agent.deregister_memory(self._registered)
 
 
@@ -83,7 +85,7 @@ class NixlMover:
     agent: NixlAgent
     path: str = attrs.field(default="nixl", init=False)
     _peers: dict[bytes, str] = attrs.field(factory=dict, init=False)
-    """Agents' names by their metadata."""
+    """Names of the other agents, by their metadata."""
 
     async def send(self, transfer: PageTransfer, way: Way, feed: PieceFeed, deadline_s: float) -> Result:
         """See Mover. Fails with PEER_GONE when the agent cannot be reached, CUT when a write breaks off."""
@@ -96,7 +98,7 @@ class NixlMover:
             self._raw.remove_remote_agent(name)
 
     def close(self) -> None:
-        """Disconnect from everybody and let go of this process's arena."""
+        """Disconnect from all agents and release this process's arena."""
         for data in list(self._peers):
             self.forget(Way("nixl", "", data))
         self.agent.close()
@@ -129,10 +131,10 @@ class NixlMover:
         return self._peers[way.data]
 
     async def _write(self, here: list[Any], there: list[Any], name: str) -> None:
-        """One operation, until nothing of it is under way any more, whatever happens."""
+        """Run one operation; returns only when nothing of it is under way any more, whatever happens."""
         handle = None
         try:
-            # NIXL's errors share no class of their own.
+            # NIXL's errors have no common base class of their own.
             try:
                 handle = await trio.to_thread.run_sync(self._post, here, there, name)
                 await self._finish(handle)
@@ -164,11 +166,11 @@ class NixlMover:
         return state
 
     async def _release(self, handle: Any) -> None:
-        """Take a write back if it is still under way; one that cannot be is waited for."""
+        """Abort a write that is still under way; wait for one that cannot be aborted."""
         while True:
             try:
                 self._raw.release_xfer_handle(handle)
-            except Exception:  # see above: it could not be aborted
+            except Exception:  # no class of its own, as above: the write cannot be aborted
                 await trio.sleep(POLL_MAX_S)
             else:
                 return

@@ -5,9 +5,9 @@ What each state waits for::
     OFFERING   TransferGranted or TransferRefused; the offer is repeated
     WRITING    the mover's Wrote or WriteFailed
     SENT       TransferArrived or TransferRefused; TransferSent is repeated
-    STOPPING   the mover to stop. The result is reported already; TransferWithdrawn follows, and not before
+    STOPPING   the mover to stop. The result is already reported; TransferWithdrawn is sent only afterwards
 
-The receiver may rely on it that TransferWithdrawn and TransferSent mean that no byte moves any more.
+The receiver relies on TransferWithdrawn and TransferSent to mean that no byte moves any more.
 """
 
 from __future__ import annotations
@@ -65,23 +65,23 @@ class _State(enum.Enum):
 class _Sending:
     order: Order
     coverage: Coverage
-    """Of a fed transfer: what was announced."""
+    """The pieces of a fed transfer that were announced so far."""
     state: _State = _State.OFFERING
     announced: list[Piece] = attrs.field(factory=list)
-    """Before there was anybody to send it to."""
+    """Pieces announced before the grant, while no mover runs that could send them."""
     nbytes: int = 0
     pages: tuple[int, ...] = ()
-    """At the receiver, once they are granted."""
+    """Pages at the receiver, once it has granted them."""
     repeat_at: float = math.inf
     pause_s: float = REPEAT_S
 
 
 @attrs.define
 class Outgoing:
-    """Every transfer that this shard sends.
+    """All transfers that this shard sends.
 
-    Verbs: receive, advance, take, deadline, check. ``receive`` takes :data:`ToSender` from other shards, Gone, and
-    Order, Ready, Withdraw, Wrote, WriteFailed from this one.
+    Verbs: receive, advance, take, deadline, check. ``receive`` takes :data:`ToSender` from other shards,
+    Gone, and Order, Ready, Withdraw, Wrote, WriteFailed from this one.
     """
 
     me: ActorId
@@ -91,10 +91,10 @@ class Outgoing:
     paths: tuple[str, ...]
     """Paths that this process can take."""
     sending_max: int = 64
-    """Transfers under way; one more is refused at once."""
+    """Maximum number of transfers under way; one more is refused at once."""
     _sending: dict[int, _Sending] = attrs.field(factory=dict, init=False)
     _ways: dict[ActorId, Way] = attrs.field(factory=dict, init=False)
-    """The last way to each living receiver; nobody unmaps a dead one's arena but who is told to."""
+    """The last way to each living receiver: a dead one's arena stays mapped until Forget names its way."""
     _last_id: int = attrs.field(default=0, init=False)
     _actions: list[OutgoingAction] = attrs.field(factory=list, init=False)
 
@@ -113,7 +113,7 @@ class Outgoing:
         message: ToSender | Gone | Order | Ready | Withdraw | Wrote | WriteFailed,
         now: float,
     ) -> None:
-        """Take one message in. What is late, repeated or of nobody's concern changes nothing."""
+        """Handle one message. A late, repeated or unrelated one changes no state."""
         match message:
             case Order():
                 self._begin(message, now)
@@ -131,7 +131,7 @@ class Outgoing:
                 self._hear(sender, message, now)
 
     def advance(self, now: float) -> None:
-        """Report what is past its deadline, repeat what is not answered."""
+        """Give up transfers past their deadline, and repeat unanswered messages."""
         for number, one in list(self._sending.items()):
             if now >= _gives_up_at(one):
                 what = f"not finished in time, {one.state.name.lower()} was as far as it came"
@@ -140,7 +140,7 @@ class Outgoing:
                 self._say(one, now)
 
     def take(self) -> list[OutgoingAction]:
-        """What there is to do, once."""
+        """The actions to perform; each is returned once."""
         actions, self._actions = self._actions, []
         return actions
 
@@ -156,10 +156,10 @@ class Outgoing:
             assert not one.announced or one.state is _State.OFFERING
 
     def __len__(self) -> int:
-        """Transfers under way, those that only stop included."""
+        """Transfers under way, including those that only wait for their mover to stop."""
         return len(self._sending)
 
-    # ---- this shard's own wishes -----------------------------------------------------------------------------
+    # ---- asked by this shard ---------------------------------------------------------------------------------
 
     def _begin(self, order: Order, now: float) -> None:
         if order.id <= self._last_id:
@@ -174,12 +174,12 @@ class Outgoing:
         self._say(one, now)
 
     def _wrong(self, order: Order) -> str:
-        """Why an order cannot be begun; empty when it can."""
+        """Why an order cannot begin; empty when it can."""
         if len(self._sending) >= self.sending_max:
             return f"{len(self._sending)} transfers are under way already"
         if order.fed and order.granularity is not Granularity.BY_LAYER:
             return f"only by_layer can be fed, not {order.granularity}"
-        try:  # destination pages are not known yet; any distinct ones show whether the lists fit
+        try:  # the destination may not be known yet: distinct placeholders are enough to check the lists
             PageTransfer(
                 self.me, order.id, order.source, order.destination or tuple(range(len(order.source)))
             )
@@ -190,7 +190,7 @@ class Outgoing:
     def _announce(self, number: int, pieces: tuple[Piece, ...]) -> None:
         one = self._sending.get(number)
         if one is None or one.state not in (_State.OFFERING, _State.WRITING) or not one.order.fed:
-            return  # it ended meanwhile
+            return  # it has ended, or takes no pieces
         try:
             new = tuple(piece for piece in pieces if one.coverage.add(piece))
         except ValueError as error:
@@ -209,7 +209,7 @@ class Outgoing:
             return  # not its transfer
         match message:
             case TransferGranted() | TransferStop() if one is None:
-                self._post(sender, TransferWithdrawn(message.id))  # it ended: nobody here writes
+                self._post(sender, TransferWithdrawn(message.id))  # it has ended: nothing is written here
             case TransferGranted(_, pages, way):
                 self._granted(message.id, pages, way, now)
             case TransferStop(number):
@@ -237,7 +237,10 @@ class Outgoing:
             one.announced.clear()
 
     def _arrived(self, number: int, lease: int) -> None:
-        """Over tcp the receiver knows before the sender's mover does; then the mover ends by itself."""
+        """The pages have arrived.
+
+        Over tcp the receiver knows before the sender's mover, which then ends by itself.
+        """
         one = self._sending.get(number)
         if one is None or one.state not in (_State.SENT, _State.WRITING):
             return
@@ -276,7 +279,7 @@ class Outgoing:
         self._stopped(number)
 
     def _stopped(self, number: int) -> None:
-        """Nothing is written any more. If this is lost, the receiver will ask."""
+        """Say that nothing is written any more. If the message is lost, the receiver will ask."""
         one = self._sending.pop(number)
         self._post(one.order.to, TransferWithdrawn(number))
 
@@ -287,7 +290,7 @@ class Outgoing:
         if one is None or one.state is _State.STOPPING:
             return
         if one.state is _State.WRITING:
-            # First of all the mover: once the result is out, the source pages may change under it.
+            # Stop the mover before the report: once the result is out, the source pages may change under it.
             self._actions.append(StopWriting(number))
             one.state = _State.STOPPING
         else:
@@ -300,7 +303,7 @@ class Outgoing:
     # ---- messages --------------------------------------------------------------------------------------------
 
     def _say(self, one: _Sending, now: float) -> None:
-        """Say, or say again, what the state waits to have answered."""
+        """Send, or repeat, the message whose answer this state waits for."""
         order = one.order
         if one.state is _State.SENT:
             self._post(order.to, TransferSent(order.id))

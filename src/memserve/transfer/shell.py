@@ -1,8 +1,8 @@
-"""Does what the two transfer cores ask for: runs movers, lets transfers in, tells how each ended.
+"""The shell of the two transfer cores: runs movers, lets transfers in, reports how each ended.
 
-Whoever owns the cores (a shard) gives every Write, Feed, StopWriting, Forget, Expect and StopReceiving to :attr:`perform`
-and gets Wrote, WriteFailed, Received and ReceiveFailed back through ``tell``, always from a task of its own and never
-from within ``perform``, so that a core's turn is not entered twice.
+The owner of the cores (a shard) passes every Write, Feed, StopWriting, Forget, Expect and StopReceiving to
+:attr:`TransferShell.perform`. It gets Wrote, WriteFailed, Received and ReceiveFailed back through ``tell``,
+always from a separate task and never from within ``perform``, so that a core's turn is never re-entered.
 """
 
 from __future__ import annotations
@@ -56,9 +56,10 @@ class TransferShell:
 
     geometry: Geometry
     movers: dict[str, Mover]
-    """By path, the fastest first."""
+    """Movers by path, fastest first."""
     ways: tuple[Way, ...]
-    """To this shard's arena, the fastest first: what :class:`~memserve.transfer.incoming.Incoming` grants."""
+    """Ways to this shard's arena, fastest first; :class:`~memserve.transfer.incoming.Incoming` grants
+    them."""
     receiver: TcpReceiver | None
     tell: Callable[[Told], None]
     nursery: trio.Nursery
@@ -68,12 +69,12 @@ class TransferShell:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """What :class:`~memserve.transfer.outgoing.Outgoing` offers."""
+        """The paths that :class:`~memserve.transfer.outgoing.Outgoing` offers."""
         return tuple(self.movers)
 
     @property
     def perform(self) -> dict[type[Any], Callable[[Any], None]]:
-        """What to call for which action."""
+        """The handler of each action type."""
         return {
             Write: self._write,
             Feed: self._feed,
@@ -96,7 +97,7 @@ class TransferShell:
 
     def _feed(self, feed: Feed) -> None:
         one = self._writing.get(feed.id)
-        if one is not None:  # else it failed meanwhile, and the core is about to hear of it
+        if one is not None:  # otherwise it has failed, and the core is about to hear of it
             one.feed.put(feed.pieces)
 
     def _stop_writing(self, stop: StopWriting) -> None:
@@ -154,10 +155,12 @@ async def open_transfers(
     socket_path: Path,
     tell: Callable[[Told], None],
 ) -> AsyncIterator[TransferShell]:
-    """Movers and ways for one shard, as ``settings`` says. ``socket_path`` is where the arena is served.
+    """Open movers and ways for one shard, according to ``settings``.
 
-    On leaving, transfers under way are stopped without a word: the cores that own them end too. Raises UserError
-    when ``settings.path`` names a path that this machine does not have.
+    ``socket_path`` is where the arena is served.
+    On exit, transfers under way are stopped without a report: the cores that own them end too. Raises
+    UserError when ``settings.path`` is ``nixl`` and the package is missing, or when ``settings.host`` cannot
+    be listened on.
     """
     movers: dict[str, Mover] = {}
     try:
@@ -173,7 +176,10 @@ async def open_transfers(
 
 
 def _available(settings: TransferSettings, arena: Arena | GpuArena) -> tuple[str, ...]:
-    """The paths to such memory on this machine. NIXL without RDMA is slower than plain TCP: it must be asked for."""
+    """Paths to this kind of memory on this machine.
+
+    NIXL without RDMA is slower than plain TCP: it must be asked for.
+    """
     if isinstance(arena, GpuArena):
         return ("cuda",)
     installed = nixl.available()

@@ -1,8 +1,9 @@
-"""The mover for any two hosts: one plain TCP connection a transfer, from arena to arena.
+"""The mover for any two hosts: one plain TCP connection per transfer, from arena to arena.
 
-The receiver announces ``host:port`` and a token that it drew at start; only who was told it can send, and proves that
-without sending it. Only what was granted is let in, and only into the pages that were granted: the sender names positions
-in the transfer, never addresses. Nothing is encrypted: across hosts, the network between the shards must be a trusted one.
+The receiver announces ``host:port`` and a token that it drew at its start. Only a sender that was given the
+token can send, and it proves that it knows the token without sending it. Only granted transfers are let in,
+and only into the pages granted to them: the sender names positions in the transfer, never addresses. Nothing
+is encrypted: across hosts, the network between the shards must be a trusted one.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from memserve.transfer.values import Coverage, PageTransfer, Piece, Result, span
 from memserve.transfer_messages import Failure, Way
 
 CONNECT_S = 3.0
-"""Longest wait for a connection, and for a hello on one."""
+"""Longest wait for a connection, and for the hello on a new one."""
 CONNECTIONS_MAX = 256
-"""At a time; one more is closed at once."""
+"""Connections at a time; one more is closed at once."""
 LINGER_S = 1.0
-"""A refused sender's bytes are read and dropped for so long, or a reset could overtake the reason."""
+"""How long a refused sender's bytes are read and dropped: otherwise a reset could overtake the reason."""
 
 
 # ---- sender --------------------------------------------------------------------------------------------------
@@ -43,14 +44,17 @@ class TcpMover:
     path: str = attrs.field(default="tcp", init=False)
 
     async def send(self, transfer: PageTransfer, way: Way, feed: PieceFeed, deadline_s: float) -> Result:
-        """See Mover. Fails with PEER_GONE when nobody listens, and with whatever the receiver answers."""
+        """See Mover.
+
+        Fails with PEER_GONE when no process listens, or with the failure that the receiver answers.
+        """
         return await settle(transfer, deadline_s, partial(self._move, transfer, way, feed))
 
     def forget(self, way: Way) -> None:
-        """Nothing is kept for a receiver."""
+        """Do nothing: no state is kept for a receiver."""
 
     def close(self) -> None:
-        """Nothing is kept at all."""
+        """Do nothing: no state is kept at all."""
 
     async def _move(self, transfer: PageTransfer, way: Way, feed: PieceFeed) -> int:
         check_pages(transfer, self.memory.pages)
@@ -88,11 +92,14 @@ class _Sending:
         await wire.read_verdict(self.connection)
 
     async def run(self) -> int:
-        """Send everything; the bytes sent, once the receiver says that it has them all. Raises MoveError."""
+        """Send everything; returns the bytes sent once the receiver says that it has them all.
+
+        Raises MoveError.
+        """
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._send_pieces)
             nursery.start_soon(self.connection.keep_alive, wire.STILL_HERE)
-            # The receiver's word may come at any time: it need not take the rest of what it refuses.
+            # The verdict may come at any time: a receiver need not read the rest of what it refuses.
             try:
                 await wire.read_verdict(self.connection)
             except MoveError as error:
@@ -109,7 +116,7 @@ class _Sending:
                     for frame in split(piece, self._pages_a_frame):
                         await self._send(frame)
         except MoveError:
-            pass  # the reader finds the same connection cut, or a reason that came before
+            pass  # run() finds the same connection cut, or a reason that came before
 
     @property
     def _pages_a_frame(self) -> int:
@@ -139,7 +146,7 @@ class _Expected:
     granted: Expect
     tell: Callable[[Received | ReceiveFailed], None]
     stopping: trio.CancelScope | None = None
-    """Of the connection that brings it."""
+    """Cancel scope of the connection that brings the transfer; None before there is one."""
 
 
 @attrs.define(eq=False)
@@ -148,22 +155,22 @@ class TcpReceiver:
 
     memory: Memory
     host: str
-    """Address to listen on, at which the senders reach it; port 0 there means any."""
+    """Address to listen on, at which senders reach this side. ``port`` 0 means any free one."""
     port: int = 0
     token: bytes = attrs.field(factory=partial(secrets.token_bytes, wire.TOKEN_BYTES), repr=False)
-    """Drawn anew in every incarnation, so that no message of an earlier one opens this one's memory."""
+    """Drawn in every incarnation: no message meant for an earlier one opens this one's memory."""
     way: Way = attrs.field(init=False, repr=False)
-    """Set once :meth:`serve` has started."""
+    """The way to ``memory``; set once :meth:`serve` has started."""
     _expected: dict[Key, _Expected] = attrs.field(factory=dict, init=False)
     _connections: int = attrs.field(default=0, init=False)
 
     async def serve(self, *, task_status: trio.TaskStatus[Way] = trio.TASK_STATUS_IGNORED) -> None:
-        """Listen until cancelled; started with the way that senders are to be told.
+        """Listen until cancelled; the start value is the way to announce to senders.
 
         Raises OSError when ``host`` is not an address of this machine or ``port`` is taken.
         """
         listeners = await trio.open_tcp_listeners(self.port, host=self.host)
-        for other in listeners[1:]:  # of a name with several addresses the first is announced
+        for other in listeners[1:]:  # if the name has several addresses, only the first is used
             await other.aclose()
         port = listeners[0].socket.getsockname()[1]
         host = f"[{self.host}]" if ":" in self.host else self.host
@@ -173,14 +180,17 @@ class TcpReceiver:
         )
 
     def expect(self, granted: Expect, tell: Callable[[Received | ReceiveFailed], None]) -> None:
-        """Let this transfer in. ``tell`` is called once, from a task: when all is there, or nothing more comes in."""
+        """Let this transfer in.
+
+        ``tell`` is called once, from a task: when all bytes are there, or no more come in.
+        """
         self._expected[granted.sender, granted.id] = _Expected(granted, tell)
 
     def stop(self, key: Key) -> bool:
-        """Let no more in. False if nothing of it was under way: then ``tell`` is not called."""
+        """Let no more of a transfer in. False if none of it was under way: then ``tell`` is not called."""
         one = self._expected.get(key)
         if one is None:
-            return True  # it has told how it ended
+            return True  # it has reported how it ended
         if one.stopping is None:
             del self._expected[key]
             return False
@@ -205,7 +215,7 @@ class TcpReceiver:
             self._connections -= 1
 
     async def _admit(self, connection: Connection) -> None:
-        """Find out what a connection brings, and take it. Raises MoveError."""
+        """Find out which transfer a connection brings, and receive it. Raises MoveError."""
         try:
             with trio.fail_after(CONNECT_S):
                 hello, proof = await wire.read_hello(connection)
@@ -225,7 +235,7 @@ class TcpReceiver:
             raise failure
 
     def _find(self, hello: Hello, proof: bytes) -> _Expected:
-        """The transfer that a hello names. Raises MoveError unless it is expected, and just so."""
+        """The transfer that a hello names. Raises MoveError unless it is expected, and exactly as granted."""
         if not hmac.compare_digest(proof, hello.proof(self.token)):
             raise MoveError(
                 Failure.REFUSED, "the token is not this receiver's: it was started anew, or is another"
@@ -241,7 +251,10 @@ class TcpReceiver:
         return one
 
     async def _attempt(self, connection: Connection, one: _Expected) -> MoveError | None:
-        """Receive a transfer; why it failed, or None. Cancellation stops it between two system calls."""
+        """Receive a transfer; returns why it failed, or None.
+
+        Cancellation stops it between two system calls.
+        """
         failure: MoveError | None = None
         try:
             with connection.watched():
@@ -268,7 +281,10 @@ class TcpReceiver:
     async def _receive(
         self, connection: Connection, granted: Expect, coverage: Coverage, parts: int
     ) -> Piece:
-        """One frame, into its pages. A repeated one is written again: the pages are this transfer's alone."""
+        """Read one frame into its pages.
+
+        A repeated one is written again: the pages are this transfer's alone.
+        """
         header = await wire.read_header(connection)
         piece = header.piece
         if not coverage.holds(piece):
@@ -282,7 +298,7 @@ class TcpReceiver:
 
 @attrs.frozen
 class _Started:
-    """Passes a task's start on with a value of our own."""
+    """Passes a task's start on, with the way as its value."""
 
     outer: trio.TaskStatus[Way]
     way: Way
@@ -292,7 +308,7 @@ class _Started:
 
 
 async def _say_why(connection: Connection, error: MoveError) -> None:
-    """Tell the sender before the connection ends, as far as that can be done in LINGER_S."""
+    """Tell the sender the reason before the connection ends, as far as LINGER_S allows."""
     with trio.move_on_after(LINGER_S):
         try:
             await connection.write([wire.encode_failure(error)])
@@ -300,14 +316,14 @@ async def _say_why(connection: Connection, error: MoveError) -> None:
             while await connection.socket.recv(1 << 16):
                 pass
         except (MoveError, OSError):
-            pass  # it is gone: nobody is left to tell
+            pass  # the sender is gone
 
 
 # ---- memory --------------------------------------------------------------------------------------------------
 
 
 def _views(memory: Memory, piece: Piece, pages: tuple[int, ...], parts: int) -> list[memoryview]:
-    """A piece's bytes in this process's arena, page after page."""
+    """A piece's bytes in this process's arena, page by page."""
     found = spans(piece, pages, memory.geometry.page_bytes, parts)
     return [memory.view[start : start + nbytes] for start, nbytes in found]
 

@@ -1,12 +1,13 @@
-"""What goes over a transfer's connection, and how both ends move bytes between sockets and arenas.
+"""The wire format of a transfer's connection, and how both ends move bytes between sockets and arenas.
 
-One connection carries one transfer: what cuts it ends that transfer and no other. ::
+One connection carries one transfer: a cut ends that transfer and no other. ::
 
-    sender -> receiver   hello (which proves the token), then frames: header + payload; a header of no pages says "still here"
+    sender -> receiver   hello (which proves the token), then frames: header + payload;
+                         a header of 0 pages says "still here"
     receiver -> sender   A accepted, "." still here, then D done or F failed (failure and text), once
 
-Everything but the text is fixed-size little-endian. A payload is the bytes of one piece, page after page, and its
-header has their CRC-32.
+Everything but text is fixed-size little-endian. A payload is the bytes of one piece, page by page. Its header
+contains their CRC-32.
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ MAGIC = b"MEMSXFER"
 VERSION = 2
 TOKEN_BYTES = 32
 PROOF_BYTES = 32
-"""HMAC-SHA-256."""
+"""Size of an HMAC-SHA-256."""
 SENDER_BYTES_MAX = 256
 TEXT_BYTES_MAX = 1024
 STALL_S = 3.0
-"""A connection on which the other end says nothing for so long is cut. Each end speaks three times as often."""
+"""A connection is cut when the other end sends nothing for this long. Each end sends three times as often."""
 VIEWS_MAX = 512
-"""Pieces of memory in one system call; the kernel allows 1,024."""
+"""Buffers in one system call; the kernel allows 1,024."""
 FRAME_BYTES = 256 << 10
-"""Longest payload, unless one page's part is longer: small enough that the checksum finds it in the core's cache."""
+"""Longest payload, unless one page's part is longer: small enough that the checksum finds it in cache."""
 
 _HELLO = struct.Struct(f"<8sI{PROOF_BYTES}sQIIQI")
 _HEADER = struct.Struct("<IIII")
@@ -52,10 +53,10 @@ ACCEPTED, ALIVE, DONE, FAILED = b"A", b".", b"D", b"F"
 
 @attrs.frozen
 class Hello:
-    """Who sends what to whom; the receiver must have granted exactly this.
+    """Who sends which transfer, and its size; the receiver must have granted exactly this.
 
-    It does not carry the receiver's token but a proof of knowing it, for this transfer alone: who reads it on its way can
-    send nothing of their own by it.
+    It does not carry the receiver's token but a proof of knowing it, valid for this transfer alone: an
+    eavesdropper cannot use it to send another one.
     """
 
     sender: ActorId
@@ -65,11 +66,11 @@ class Hello:
     parts: int
 
     def encode(self, token: bytes) -> bytes:
-        """As it travels."""
+        """The wire form, with the proof."""
         return self._packed(self.proof(token))
 
     def proof(self, token: bytes) -> bytes:
-        """What only who knows ``token`` can say of just this transfer."""
+        """HMAC of this hello under ``token``."""
         return hmac.digest(token, self._packed(bytes(PROOF_BYTES)), "sha256")
 
     def _packed(self, proof: bytes) -> bytes:
@@ -81,7 +82,7 @@ class Hello:
 
 
 async def read_hello(connection: Connection) -> tuple[Hello, bytes]:
-    """Read a hello and its proof. Raises MoveError when it is none."""
+    """Read a hello and its proof. Raises MoveError when the bytes are not a hello."""
     fixed = await connection.read(_HELLO.size)
     magic, version, proof, number, pages, parts, page_bytes, length = _HELLO.unpack(fixed)
     if magic != MAGIC or version != VERSION or length > SENDER_BYTES_MAX:
@@ -101,7 +102,7 @@ class Header:
     checksum: int
 
     def encode(self) -> bytes:
-        """As it travels."""
+        """The wire form."""
         return _HEADER.pack(self.piece.first, self.piece.pages, self.piece.part, self.checksum)
 
 
@@ -109,7 +110,7 @@ STILL_HERE = _HEADER.pack(0, 0, 0, 0)
 
 
 async def read_header(connection: Connection) -> Header:
-    """The next header that announces a payload."""
+    """Read the next header that announces a payload."""
     while True:
         first, pages, part, checksum = _HEADER.unpack(await connection.read(_HEADER.size))
         if pages:
@@ -117,13 +118,16 @@ async def read_header(connection: Connection) -> Header:
 
 
 def encode_failure(error: MoveError) -> bytes:
-    """A receiver's last word on a transfer that failed."""
+    """The wire form of a receiver's last message on a transfer that failed."""
     text = f"{error.failure} {error}".encode()[:TEXT_BYTES_MAX]
     return FAILED + _TEXT.pack(len(text)) + text
 
 
 async def read_verdict(connection: Connection) -> bytes:
-    """The receiver's next word that says something: ACCEPTED or DONE. Raises MoveError with its failure."""
+    """Read the receiver's next message but ALIVE: ACCEPTED or DONE.
+
+    Raises MoveError with a failure it sends.
+    """
     while (word := await connection.read(1)) == ALIVE:
         pass
     if word == FAILED:
@@ -140,7 +144,7 @@ async def read_verdict(connection: Connection) -> bytes:
 
 @attrs.define(eq=False)
 class Connection:
-    """A socket that is watched: bytes that come in put off the moment at which it counts as cut."""
+    """A watched socket: it counts as cut when no bytes have come in for STALL_S."""
 
     socket: trio.socket.SocketType
     watch: trio.CancelScope = attrs.field(factory=trio.CancelScope, init=False)
@@ -154,13 +158,13 @@ class Connection:
         self.watch.deadline = trio.current_time() + STALL_S
 
     async def read(self, nbytes: int) -> bytes:
-        """Exactly so many bytes. Raises MoveError when the connection ends before."""
+        """Read exactly ``nbytes`` bytes. Raises MoveError when the connection ends before."""
         buffer = bytearray(nbytes)
         await self.read_into([memoryview(buffer)])
         return bytes(buffer)
 
     async def read_into(self, views: Sequence[memoryview]) -> None:
-        """Fill every view, straight from the socket. Raises MoveError when the connection ends before."""
+        """Fill every view straight from the socket. Raises MoveError when the connection ends before."""
         left = [view for view in views if view.nbytes]
         start = 0
         while start < len(left):
@@ -172,7 +176,7 @@ class Connection:
             start = _consume(left, start, got)
 
     async def write(self, views: Sequence[bytes | memoryview]) -> None:
-        """Send every view, straight from its memory, with nobody else's bytes in between."""
+        """Send every view straight from its memory, with no other task's bytes in between."""
         left = [memoryview(view) for view in views if len(view)]
         async with self._writing:
             start = 0
@@ -182,17 +186,17 @@ class Connection:
                 start = _consume(left, start, sent)
 
     async def keep_alive(self, word: bytes) -> None:
-        """Say ``word`` often enough for the other end's watch, until cancelled or cut."""
+        """Send ``word`` often enough for the other end's watch, until cancelled or cut."""
         while True:
             await trio.sleep(STALL_S / 3)
             try:
                 await self.write([word])
             except MoveError:
-                return  # whoever reads learns it too
+                return  # the task that reads finds out too
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Within it, a silent other end raises MoveError(CUT)."""
+        """Within this context, a silent other end raises MoveError(CUT)."""
         with self.watch:
             yield
         if self.watch.cancelled_caught:
@@ -200,7 +204,7 @@ class Connection:
 
 
 def _consume(views: list[memoryview], start: int, nbytes: int) -> int:
-    """Take ``nbytes`` off the front of ``views[start:]``; where what is left begins."""
+    """Take ``nbytes`` off the front of ``views[start:]``; returns the index where the rest begins."""
     while start < len(views) and nbytes >= views[start].nbytes:
         nbytes -= views[start].nbytes
         start += 1
@@ -211,7 +215,7 @@ def _consume(views: list[memoryview], start: int, nbytes: int) -> int:
 
 @contextmanager
 def cut_means_cut() -> Iterator[None]:
-    """Raise MoveError(CUT) for what the kernel says about a broken connection."""
+    """Turn the kernel's errors about a broken connection into MoveError(CUT)."""
     try:
         yield
     except OSError as error:

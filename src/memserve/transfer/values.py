@@ -1,13 +1,13 @@
-"""What a transfer is made of, as values: runs of neighbouring pages, parts of pages, ways to a receiver, results.
+"""What a transfer is made of, as values: runs of adjacent pages, parts of pages, results.
 
 A transfer is a list of pages of one arena and an equally long list of pages of another. A page's bytes are
-``[layers, 2, kv_heads, page_tokens, head_dim]``, so the page, each layer of it and each layer's K or V are one
-contiguous block. The granularity says in which of these a transfer moves (after MemServe, section 5.2):
+``[layers, 2, kv_heads, page_tokens, head_dim]``, so the page, each of its layers, and each layer's K or V are
+contiguous blocks. The granularity says in which of these a transfer moves (after MemServe, section 5.2):
 
 ===========  ============  =================================================================================
-aggregated   whole pages   neighbours travel together, one copy or a few large frames a run
+aggregated   whole pages   adjacent pages travel together: one copy, or a few large frames, per run
 by_layer     one layer     layer by layer over all pages; the only one that can start before the pages are full
-by_request   one K or V    every block by itself, the paper's ``2 * layers`` operations a page; kept to compare
+by_request   one K or V    every block by itself: the paper's ``2 * layers`` operations per page; for comparison
 ===========  ============  =================================================================================
 """
 
@@ -28,20 +28,20 @@ class TransferDone:
     id: int
     nbytes: int
     pages: tuple[int, ...] = ()
-    """There; as the receiver granted them."""
+    """The receiver's pages, as it granted them."""
     lease: int = 0
-    """That holds them there."""
+    """The lease that holds the pages at the receiver."""
 
 
 @attrs.frozen
 class TransferFailed:
-    """The transfer is over without its pages."""
+    """The transfer has ended without its pages, and why."""
 
     id: int
     failure: Failure
     message: str
     code: str = ""
-    """Of the PoolError, where the receiver's pool refused the pages."""
+    """The PoolError's code, where the receiver's pool refused the pages."""
 
 
 Result = TransferDone | TransferFailed
@@ -49,7 +49,10 @@ Result = TransferDone | TransferFailed
 
 @attrs.frozen
 class Geometry:
-    """How a page divides. Raises ValueError unless ``page_bytes`` is a multiple of ``2 * layers``."""
+    """How a page divides into parts.
+
+    Raises ValueError unless ``page_bytes`` is a multiple of ``2 * layers``.
+    """
 
     page_bytes: int
     layers: int
@@ -61,7 +64,7 @@ class Geometry:
             )
 
     def parts(self, granularity: Granularity) -> int:
-        """Into how many parts of equal size a page is cut."""
+        """Number of equal parts that a page is cut into."""
         match granularity:
             case Granularity.AGGREGATED:
                 return 1
@@ -75,8 +78,8 @@ class Geometry:
 class PageTransfer:
     """``source[i]`` of the sender's arena goes to ``destination[i]`` of the receiver's.
 
-    Known by ``(sender, id)`` for ever: a sender's ids only grow within its incarnation.
-    Raises ValueError for lists of different lengths, an empty one, or a page named twice in ``destination``.
+    ``(sender, id)`` identifies it and is never reused: a sender's ids only grow within its incarnation.
+    Raises ValueError for lists of different lengths, an empty list, or a page named twice in ``destination``.
     """
 
     sender: ActorId
@@ -96,11 +99,12 @@ class PageTransfer:
 
 
 ON_ONE_HOST = frozenset({"mapped", "cuda"})
-"""Paths between processes of one host only: a sender that is held for dead can be killed for good there."""
+"""Paths between processes of one host only: there, a sender that is presumed dead can be killed for good."""
 WRITTEN_BY_SENDER = ON_ONE_HOST | {"nixl"}
 """Paths on which the sender stores into the receiver's memory itself.
 
-The receiver cannot stop it, so its pages stay taken until the sender says that it has stopped, or is dead.
+The receiver cannot stop the writes, so its pages stay taken until the sender has stopped, by its own word, or
+is dead.
 """
 
 
@@ -109,7 +113,7 @@ The receiver cannot stop it, so its pages stay taken until the sender says that 
 
 @attrs.frozen
 class Run:
-    """``pages`` pages that are neighbours, in the same order, on both sides."""
+    """``pages`` pages that are adjacent on both sides, in the same order."""
 
     source: int
     destination: int
@@ -133,7 +137,7 @@ def runs(source: Sequence[int], destination: Sequence[int]) -> list[Run]:
 
 @attrs.frozen
 class Piece:
-    """Part ``part`` of each of the ``pages`` pages from position ``first`` of a transfer's lists."""
+    """Part ``part`` of each of ``pages`` pages, from position ``first`` of the transfer's lists on."""
 
     first: int
     pages: int
@@ -142,7 +146,7 @@ class Piece:
 
 @attrs.frozen
 class Extent:
-    """``nbytes`` adjacent bytes, by their offsets in the two arenas."""
+    """``nbytes`` contiguous bytes, by their offsets in the two arenas."""
 
     source: int
     destination: int
@@ -150,7 +154,7 @@ class Extent:
 
 
 def pieces(transfer: PageTransfer, geometry: Geometry) -> tuple[Piece, ...]:
-    """Everything of a transfer whose pages are all full, in the portions that its granularity names."""
+    """All pieces of a transfer whose pages are all full, cut as its granularity says."""
     pages, parts = len(transfer.source), geometry.parts(transfer.granularity)
     if transfer.granularity is Granularity.BY_REQUEST:
         return tuple(Piece(page, 1, part) for page in range(pages) for part in range(parts))
@@ -158,14 +162,14 @@ def pieces(transfer: PageTransfer, geometry: Geometry) -> tuple[Piece, ...]:
 
 
 def split(piece: Piece, pages_max: int) -> Iterator[Piece]:
-    """The same in pieces of at most ``pages_max`` pages."""
+    """Split a piece into pieces of at most ``pages_max`` pages."""
     end = piece.first + piece.pages
     for first in range(piece.first, end, pages_max):
         yield Piece(first, min(pages_max, end - first), piece.part)
 
 
 def extents(piece: Piece, transfer: PageTransfer, geometry: Geometry) -> list[Extent]:
-    """The copies that a piece takes: one a run of whole pages, else one a page."""
+    """The copies that a piece takes: one per run of whole pages; for parts of pages, one per page."""
     span = slice(piece.first, piece.first + piece.pages)
     parts = geometry.parts(transfer.granularity)
     size = geometry.page_bytes
@@ -182,7 +186,7 @@ def extents(piece: Piece, transfer: PageTransfer, geometry: Geometry) -> list[Ex
 
 
 def spans(piece: Piece, pages: Sequence[int], page_bytes: int, parts: int) -> list[tuple[int, int]]:
-    """(offset, bytes) of a piece in one arena, whose side of the transfer is ``pages``; neighbours are joined."""
+    """(offset, bytes) of a piece in one arena, with ``pages`` its list there; adjacent ranges are joined."""
     part_bytes = page_bytes // parts
     shift = piece.part * part_bytes
     found: list[tuple[int, int]] = []
@@ -197,7 +201,7 @@ def spans(piece: Piece, pages: Sequence[int], page_bytes: int, parts: int) -> li
 
 @attrs.define
 class Coverage:
-    """Which parts of which pages are there. Repeats are allowed and count once."""
+    """Which parts of which pages are covered. Repeats are allowed and count once."""
 
     pages: int
     parts: int
@@ -210,7 +214,7 @@ class Coverage:
 
     @property
     def complete(self) -> bool:
-        """Whether every part of every page is there."""
+        """Whether every part of every page is covered."""
         return self._missing == 0
 
     def holds(self, piece: Piece) -> bool:
@@ -219,7 +223,10 @@ class Coverage:
         return inside and 0 <= piece.part < self.parts
 
     def add(self, piece: Piece) -> bool:
-        """Count a piece in; whether any of it is new. Raises ValueError for one that is not of this transfer."""
+        """Mark a piece as covered; whether any of it is new.
+
+        Raises ValueError for one that is not in the transfer.
+        """
         if not self.holds(piece):
             raise ValueError(f"{piece} is not within {self.pages} pages of {self.parts} parts")
         start = piece.part * self.pages + piece.first

@@ -1,7 +1,7 @@
 """The native step: ``step.cpp`` and its headers, built on the machine it runs on, called through ctypes.
 
-Built at the first start, in 5 to 10 s, into the user's cache, keyed by sources and compiler; without a compiler or
-the instructions, ``open_step`` says so once in the log and the engine runs on torch alone: right, but slower.
+It is built at the first start, in 5 to 10 s, into the user's cache, keyed by sources and compiler. Without a
+compiler or the instructions, ``open_step`` logs this once and the engine runs on torch: correct, but slower.
 """
 
 from __future__ import annotations
@@ -41,10 +41,13 @@ from memserve.kernels.native_build import NativeUnavailable, built_library, why_
 from memserve.tokens import TOKEN_BYTES, alike, count, span, unpack
 
 MAX_ROWS = 512
-"""Tokens that its buffers hold; a larger step runs in several, with the same results."""
+"""Tokens that the native step's buffers hold; a larger step runs in several pieces, with the same results."""
 
 LONG_ROWS = 32
-"""A step of more tokens asks after each layer how many threads go on. A shorter one is soon over, and would feel the asking."""
+"""A step of more tokens asks after each layer how many threads run the next one.
+
+A shorter step ends soon, and asking would slow it noticeably.
+"""
 
 _NO_MEMORY = 2
 _NOT_A_TOKEN = -1
@@ -75,7 +78,7 @@ _LAYER_FIELDS = (
 )  # fmt: skip
 _MATRICES = {"qkv", "o", "gate_up", "down"}
 _OPTIONAL = {"qkv_bias": "qkv_bias", "q_norm": "qk_norm", "k_norm": "qk_norm"}
-"""Weights that only some models have, with the field of the spec that says so."""
+"""Weights that only some models have, with the spec's field that says whether."""
 
 
 class _Layer(Structure):
@@ -106,7 +109,7 @@ class _Ids(Structure):
 
 
 class NativeAdjustments(Structure):
-    """``ms_adjustments``. Holds the bytes that it points to."""
+    """``ms_adjustments``. Keeps the bytes that it points to alive."""
 
     _fields_ = [
         ("biased", _Ids),
@@ -117,7 +120,7 @@ class NativeAdjustments(Structure):
 
     @classmethod
     def of(cls, how: Adjustments, past: Past) -> NativeAdjustments:
-        """What a row's ``sample`` and ``past`` ask for."""
+        """The adjustments of a row's ``sample`` and ``past``."""
         allowed = past.allowed + bytes(-len(past.allowed) % TOKEN_BYTES)
         parts = [_Ids.of(part) for part in (past.prompt, past.output, past.forbidden, allowed)]
         return cls(_Ids.of(how.biased), how.bias, *parts, how.repetition, how.frequency, how.presence)
@@ -129,7 +132,10 @@ _pack_sampling = Struct("=ddQqdQQ").pack
 def sampling_bytes(
     how: Sampling, adjust: NativeAdjustments | None = None, told: NativeLogprobs | None = None
 ) -> bytes:
-    """``ms_sampling``; ``adjust`` and ``told`` must outlive it. No vocabulary has as many tokens as the largest top_k that it holds."""
+    """``ms_sampling``; ``adjust`` and ``told`` must outlive it.
+
+    top_k is clamped to the largest value that fits, which exceeds every vocabulary.
+    """
     return _pack_sampling(
         how.temperature,
         how.top_p,
@@ -142,7 +148,7 @@ def sampling_bytes(
 
 
 class _Inputs:
-    """What a step of ``rows`` reads, laid out as ``ms_batch`` has it."""
+    """The inputs of a step of ``rows``, laid out as in ``ms_batch``."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = rows
@@ -171,7 +177,10 @@ class _Inputs:
         return sampling_bytes(how, adjust, told)
 
     def kept(self, drawn: bytes) -> Iterator[bytes]:
-        """What each wanted row keeps of ``drawn``, all draws of the step: its first, and one more for each token of its draft that was right."""
+        """The tokens that each sampling row keeps of ``drawn``, all draws of the step.
+
+        These are its first draw, and one more for each accepted draft token.
+        """
         at = 0
         for row in self.rows:
             if row.sample is not None:
@@ -181,7 +190,7 @@ class _Inputs:
 
 
 class NativeStep:
-    """The model of ``engine/model.py`` in bfloat16. One step at a time; holds its own idle threads."""
+    """The model of ``engine/model.py`` in bfloat16. Runs one step at a time; owns its idle threads."""
 
     def __init__(
         self,
@@ -193,19 +202,19 @@ class NativeStep:
         threads: int,
         amx: bool = True,
     ) -> None:
-        """``weights``: matrices as rows, which are copied, or in tiles. ``amx``: use it where it can be had."""
+        """``weights``: matrices as rows, which are copied, or in tiles. ``amx``: use AMX if available."""
         half = spec.head_dim // 2
-        # Of the last step, because asking torch again costs 0.1 ms while its code is in no cache.
+        # The last step's arena: asking torch for the address again costs 0.1 ms when its code is in no cache.
         self._arena, self._arena_at, self._pages = ref(torch.empty(0)), 0, 0
         self._library, self._vocab, self._threads = library, spec.vocab, threads
-        # What the native side points to; it lives as long as this does.
+        # The native side points to these, so they live as long as this object.
         self._weights = in_tiles(weights)
         self._rope = [table[:, :half].contiguous() for table in rope]
         config = _Config(
             spec.layers, spec.hidden, spec.intermediate, spec.heads, spec.kv_heads, spec.head_dim,
             spec.vocab, spec.max_context, page_tokens, MAX_ROWS, threads, amx, spec.rms_eps,
         )  # fmt: skip
-        # A field that is not named stays a null pointer, which says that the model has no such weight.
+        # A field without a value stays a null pointer, which means that the model has no such weight.
         absent = {name for name, field in _OPTIONAL.items() if not getattr(spec, field, False)}
         names = [name for name in _LAYER_FIELDS if name not in absent]
         layers = (_Layer * spec.layers)(
@@ -221,7 +230,7 @@ class NativeStep:
 
     @property
     def amx(self) -> bool:
-        """Whether it multiplies on AMX."""
+        """Whether the step multiplies on AMX."""
         return bool(self._library.ms_amx(self._engine))
 
     def step(
@@ -232,14 +241,16 @@ class NativeStep:
         crew: Callable[[int], int] | None = None,
         telling: Telling | None = None,
     ) -> tuple[list[bytes], list[Logprobs | None]]:
-        """As ``forward`` and ``sampling.draw``: the next token of each wanted row, packed, and what it is told if it asked.
+        """Equivalent to ``forward`` and ``sampling.draw``: sampling rows' tokens, packed, and log
+        probabilities.
 
-        Where a row's draft begins rightly, one more token for each that is right.
+        A row gets one token, and one more for each accepted draft token. Log probabilities are None for rows
+        that do not ask for them.
 
-        ``crew``: told how many threads a layer of a long step has had, says how many go on. It must not raise.
-        ``telling``: takes what is told of the rows' prompts, where any row wants that.
-        Raises ValueError, computing nothing more, for a plan that reaches out of the arena or the model, and
-        FloatingPointError, naming the row, when logits are not numbers.
+        ``crew``: called between the layers and pieces of a long step with its number of threads; returns how
+        many run the next. It must not raise. ``telling``: receives the log probabilities of the rows'
+        prompts, if any ask for them. Raises ValueError, computing nothing more, for a plan that reaches
+        outside the arena or the model, and FloatingPointError, naming the row, when logits are not finite.
         """
         drawn: list[bytes] = []
         told: list[Logprobs | None] = []
@@ -260,7 +271,7 @@ class NativeStep:
         return drawn, told
 
     def _tell(self, inputs: _Inputs, arena: torch.Tensor, threads: int, telling: Telling) -> None:
-        """What the prompts of the step that was just run are told; its final activations are still there."""
+        """Log probabilities of the prompts of the last step, whose final activations are still in place."""
         for places, about in telling.questions(inputs.rows):
             inputs.wanted_at = places
             how = b"".join(sampling_bytes(_NOT_DRAWN, None, one) for one in about)
@@ -270,7 +281,10 @@ class NativeStep:
                 raise FloatingPointError("a row's prompt: the largest logit is not a finite number")
 
     def forward(self, plan: BatchPlan, arena: torch.Tensor, threads: int) -> torch.Tensor:
-        """As ``Llama.forward``: logits (wanted rows, vocab) float32, not of drafts. Raises ValueError as ``step``."""
+        """Equivalent to ``Llama.forward``: logits (wanted rows, vocab) float32, without drafts.
+
+        Raises as ``step``.
+        """
         logits = torch.empty(sum(row.sample is not None for row in plan.rows), self._vocab)
         done = 0
         for rows in _pieces([attrs.evolve(row, draft=b"") for row in plan.rows]):
@@ -290,9 +304,10 @@ class NativeStep:
         crew: Callable[[int], int] | None = None,
         again: bool = False,
     ) -> None:
-        """One call: at most ``MAX_ROWS`` tokens. ``logits``, ``tokens``: where they go; 0 where nobody wants them.
+        """One native call of at most ``MAX_ROWS`` tokens.
 
-        ``again``: what was run last, for other tokens of it.
+        ``logits``, ``tokens``: addresses of the results; 0 for those not needed. ``again``: reuse the last
+        run's activations, for other tokens of it.
         """
         if self._arena() is not arena:
             self._arena, self._arena_at, self._pages = ref(arena), arena.data_ptr(), len(arena)
@@ -323,13 +338,13 @@ class NativeStep:
             )
 
     def close(self) -> None:
-        """End its threads."""
+        """End the native side's threads and free its memory."""
         if self._engine:
             self._library.ms_close(self._engine)
             self._engine = None
 
     def _at(self, name: str) -> Any:
-        """What the native side takes for a weight: where it is, and its scales if it is a matrix."""
+        """The native form of a weight: its address, for a matrix with that of its scales."""
         tensor = self._weights[name]
         assert tensor.is_contiguous(), name
         if tensor.dim() == 1:
@@ -339,7 +354,7 @@ class NativeStep:
 
 
 def _pieces(rows: Sequence[Row]) -> Iterator[list[Row]]:
-    """The rows in order, long ones and drafts cut, in pieces of at most ``MAX_ROWS`` tokens."""
+    """The rows in order, in pieces of at most ``MAX_ROWS`` tokens; long rows and drafts are cut."""
     piece: list[Row] = []
     room = MAX_ROWS
     for row in rows:
@@ -365,7 +380,7 @@ def _pieces(rows: Sequence[Row]) -> Iterator[list[Row]]:
 
 
 def _rest(row: Row, start: int) -> Row:
-    """A row without its first ``start`` tokens."""
+    """``row`` without its first ``start`` tokens."""
     tokens, tell = (
         span(row.tokens, start, count(row.tokens)),
         row.tell and row.tell.part(start, count(row.tokens)),
@@ -385,7 +400,7 @@ def open_step(
     threads: int,
     cache_dir: Path,
 ) -> NativeStep | None:
-    """The native step for a model, or None, with the reason in the log, where there can be none."""
+    """The native step for a model, or None, after logging why there is none."""
     dtype = "bfloat16" if weights["embed"].dtype == torch.int8 else str(weights["embed"].dtype)
     try:
         if reason := why_not(spec, dtype.removeprefix("torch.")):
@@ -400,7 +415,7 @@ def open_step(
 
 @cache
 def load(cache_dir: Path) -> ctypes.CDLL:
-    """Build the library if it is not there, and load it. Raises NativeUnavailable."""
+    """Build the library if it does not exist, and load it. Raises NativeUnavailable."""
     try:
         library = ctypes.CDLL(str(built_library(cache_dir)))
     except OSError as error:

@@ -1,7 +1,7 @@
-// Matrix products on AMX tiles: 16 rows times 16 columns times 32 values of k in one instruction.
+// Matrix products on AMX tiles: one instruction multiplies 16 rows by 16 columns along 32 values of k.
 //
-// An element of a product is summed along k in one order, whatever is beside it and however many rows there are; so a
-// row's results do not depend on the rows it is computed with.
+// Each element of a product is summed along k in one fixed order, whatever its neighbours and however many rows there
+// are. So a row's results do not depend on the rows it is computed with.
 
 #pragma once
 
@@ -21,7 +21,7 @@ constexpr bool AMX = false;
 
 constexpr long ASK_FOR_STATE = 0x1023, TILE_STATE = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
 
-// Asks the kernel for the tile registers, for all threads of this process.
+// Asks the kernel for permission to use the tile registers, for all threads of this process.
 inline bool amx_granted() { return AMX && syscall(SYS_arch_prctl, ASK_FOR_STATE, TILE_STATE) == 0; }
 
 // All eight tile registers are 16 rows of 64 bytes.
@@ -34,10 +34,10 @@ const TileConfig TILE_CONFIG;
 
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__)
 
-// The compiler must have stored what a tile is loaded from: the intrinsics do not tell it that they read memory.
+// Makes the compiler complete its stores before a tile load: the intrinsics do not declare that they read memory.
 inline void stores_done() { asm volatile("" ::: "memory"); }
 
-// Holds the tile registers of a thread. Given back between steps, so that the kernel need not save them.
+// Owns a thread's tile registers during a shift. They are released afterwards, so that the kernel need not save them.
 struct Tiles {
     bool held;
     explicit Tiles(bool wanted) : held(wanted) {
@@ -48,7 +48,7 @@ struct Tiles {
     }
 };
 
-// A tile of weights as bfloat16: where it is, or widened to `to`.
+// The tile of weights `from` as bfloat16: in place, or widened into `to`.
 inline const bf16* tile_of(const bf16* from, bf16*) { return from; }
 inline const bf16* tile_of(const int8_t* from, bf16* to) {
     for (int i = 0; i < TILE_VALUES; i += TILE_K) widen(to + i, from + i);
@@ -56,13 +56,14 @@ inline const bf16* tile_of(const int8_t* from, bf16* to) {
     return to;
 }
 
-// Two strips of weights, `apart` values from one to the other, times one or two blocks of 16 rows, along `count` values
-// of k, `on_top` of what is in `out` or not. The inputs stream through: it is the weights that are wanted again, for the next
-// rows. Calls beside(tile) with each tile of weights: while products are under way, one of two ports for vectors is free.
+// Multiplies two strips of weights, `apart` values from one to the other, by one or two blocks of 16 rows, along
+// `count` values of k. Adds to `out` if `on_top`, otherwise overwrites it. Inputs are loaded with a streaming hint:
+// it is the weights that are needed again, for the next rows. Calls beside(tile) with each tile of weights: while
+// products are under way, one of the two vector ports is free.
 template <int BLOCKS, class Weight, class Beside>
 inline void amx_product(const Weight* w, long apart, long K, long count, bool on_top, const bf16* x, float* out, long stride,
                         const Beside& beside) {
-    alignas(64) bf16 widened[2][2][TILE_VALUES];  // by turns, so that none waits for the one before
+    alignas(64) bf16 widened[2][2][TILE_VALUES];  // used in turn, so that no tile waits for the previous one
     const bf16* x2 = x + TILE * K;
     float* out2 = out + TILE * stride;
     stores_done();
@@ -95,8 +96,8 @@ inline void amx_product(const Weight* w, long apart, long K, long count, bool on
     if constexpr (BLOCKS > 1) _tile_stored(3, out2 + TILE, stride * 4);
 }
 
-// out[0..16)[0..16 COLUMNS): rows of `depth` values (a multiple of 32), `x_stride` values from one to the next, times columns
-// in tiles: a column's are one after another, `column` values from the first column's to the second's.
+// out[0..16)[0..16 COLUMNS): the product of 16 rows of `depth` values (a multiple of 32), `x_stride` values apart,
+// and columns in tiles. The tiles of 16 columns are contiguous; the next 16 columns start `column` values later.
 template <int COLUMNS>
 inline void amx_columns(const bf16* x, long x_stride, const bf16* tiles, long column, int depth, float* out, long stride) {
     stores_done();
@@ -113,7 +114,7 @@ inline void amx_columns(const bf16* x, long x_stride, const bf16* tiles, long co
     if constexpr (COLUMNS > 1) _tile_stored(1, out + TILE, stride * 4);
 }
 
-#else  // built for a processor, or by a compiler, without AMX: amx_granted() says no, so nobody calls these
+#else  // without AMX in the processor or compiler, amx_granted() returns false and these are never called
 
 struct Tiles {
     explicit Tiles(bool) {}

@@ -1,15 +1,15 @@
 // Attention's products on AMX.
 //
-// A chunk's queries go in units of 16, whose scores, weights and outputs have a column for each: what is one value for a
-// query is a lane of a vector. K is copied to tiles of 16 tokens; V is transposed to tiles of 32, of which tokens i and
-// i + 16 are a pair, as they are of the weights. The sum of weights is a product with ones, of the very weights that V is
-// multiplied with.
+// A chunk's queries are processed in units of 16. Scores, weights and outputs have one column per query, so that a
+// single value of a query is a lane of a vector. K is copied into tiles of 16 tokens. V is transposed into tiles of
+// 32 tokens, in which tokens i and i + 16 form a pair, as they do in the weights. The sum of weights is a product
+// with ones, of exactly the weights that V is multiplied with.
 //
-// First all units have their weights made, then all are multiplied with V: a unit's K, or V, and what it makes of it stay in
-// the first level, which all of it together would not.
+// First the weights of all units are made, then all are multiplied with V. So K (or V) and what a unit makes of it
+// stay in the first-level cache, which could not hold everything together.
 //
-// Few queries are the other way round, with a row for each, against K where it lies. Products, sums and weights are the
-// same, bit for bit.
+// Few queries are processed the other way round, with one row per query, against K in place. Products, sums and
+// weights are the same, bit for bit.
 
 #pragma once
 
@@ -22,17 +22,17 @@ inline int whole_groups(int count) { return (count + GROUP - 1) / GROUP * GROUP;
 
 // One thread's memory for attention.
 struct AmxAttention {
-    // Of a task's queries, by unit:
+    // For a task's queries, by unit:
     Buffer<bf16> queries;    // (units, head_dim / 32) tiles: pairs of values
     Buffer<bf16> weights;    // (units, PART / GROUP) tiles: pairs of tokens
-    Buffer<float> results;   // (units, head_dim + 2, TILE) so far: sums of V, then TOTAL and MOST
-    Buffer<int32_t> counts;  // (units, TILE) of a part
-    Buffer<float> most;      // (units, TILE) of a part
-    // Of one part, or one unit:
+    Buffer<float> results;   // (units, head_dim + 2, TILE) over the parts so far: sums of V, then TOTAL and MOST
+    Buffer<int32_t> counts;  // (units, TILE) for the current part
+    Buffer<float> most;      // (units, TILE) for the current part
+    // For one part or one unit:
     Buffer<bf16> keys;    // (PART / TILE, head_dim / 32) tiles
-    Buffer<bf16> values;  // (head_dim / TILE + 1, PART / GROUP) tiles, the last of them ones
-    Buffer<float> scores;  // (PART, TILE), or of few queries (TILE, PART)
-    Buffer<float> outs;    // (head_dim + TILE, TILE), or of few queries (TILE, result_size)
+    Buffer<bf16> values;  // (head_dim / TILE + 1, PART / GROUP) tiles, the last row of which is ones
+    Buffer<float> scores;  // (PART, TILE), or for few queries (TILE, PART)
+    Buffer<float> outs;    // (head_dim + TILE, TILE), or for few queries (TILE, result_size)
 
     void resize(int head_dim, int most_queries) {
         size_t columns = whole_tiles(most_queries);
@@ -50,7 +50,7 @@ struct AmxAttention {
 
 inline float scale_of(int head_dim) { return 1.44269504f / std::sqrt((float)head_dim); }
 
-// Two weights of a pair of tokens. They are cut to bfloat16, not rounded: their sum is that of what is left of them.
+// The two weights of a pair of tokens, cut to bfloat16, not rounded: the sum of weights is that of the cut ones.
 inline __m512i pair_of(Floats a, Floats b) {
     return _mm512_mask_blend_epi16(0xAAAAAAAA, _mm512_srli_epi32(_mm512_castps_si512(a.v), 16), _mm512_castps_si512(b.v));
 }
@@ -81,7 +81,7 @@ inline void transpose_values(const Keys& keys, int head_dim, AmxAttention& mine)
     };
     for (int t = 0; t < whole_groups(keys.count); t += GROUP)
         for (int d = 0; d < head_dim; d += 32)
-            for (int half = 0; half < 2; half++) {  // of every 8 values
+            for (int half = 0; half < 2; half++) {  // halves of every 8 values
                 __m512i rows[TILE];
                 for (int i = 0; i < TILE; i++) {
                     __m512i a = value(t + i, d), b = value(t + i + TILE, d);
@@ -97,10 +97,10 @@ inline void transpose_values(const Keys& keys, int head_dim, AmxAttention& mine)
 
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__)
 
-// out[0..tokens)[0..TILE): tiles of tokens times one of queries, along head_dim. Two tiles at a time, by turns in different
-// registers, so that no product waits for the store of one before.
+// out[0..tokens)[0..TILE): the product of tiles of tokens and one tile of queries, along head_dim. Two tiles of
+// tokens at a time, in two pairs of registers in turn, so that no product waits for the previous pair's store.
 inline void amx_scores(const bf16* keys, const bf16* queries, int tokens, int head_dim, float* out) {
-    const int one = TILE * head_dim;  // tile of tokens
+    const int one = TILE * head_dim;  // values of a tile of tokens
     stores_done();
     for (int t = 0; t < tokens; t += 4 * TILE, keys += 4 * one, out += 4 * TILE * TILE) {
         _tile_zero(0);
@@ -129,7 +129,7 @@ inline void amx_scores(const bf16* keys, const bf16* queries, int tokens, int he
     }
 }
 
-// out[0..TILE N)[0..TILE): N tiles of values, up to 5, times one of queries, along `tokens` tokens.
+// out[0..TILE N)[0..TILE): the product of N tiles of values, up to 5, and one tile of weights, along `tokens` tokens.
 template <int N>
 inline void amx_values(const bf16* values, const bf16* weights, int tokens, float* out) {
     stores_done();
@@ -166,12 +166,12 @@ inline void amx_values(const bf16*, const bf16*, int, float*) {}
 
 #endif
 
-// Scores to weights, as softmax() does it, for the queries in lanes. ALL: every query attends to all `tokens`.
+// Turns scores into weights, like softmax(), with one query per lane. ALL: every query attends to all `tokens`.
 template <bool ALL>
 inline void weigh_unit(const float* scores, const int32_t* counts, int tokens, float factor, float* most, bf16* weights) {
     const __m512i count = _mm512_loadu_si512(counts);
     const Floats scale = every(factor), none = every(-INFINITY);
-    // A query's own value of token t, or what stands for it where it does not attend to that.
+    // `value` for the queries that attend to token t, `other` for the rest.
     auto own = [&](int t, Floats value, Floats other) {
         if (ALL) return value;
         return Floats{_mm512_mask_mov_ps(other.v, _mm512_cmpgt_epi32_mask(count, _mm512_set1_epi32(t)), value.v)};
@@ -190,8 +190,8 @@ inline void weigh_unit(const float* scores, const int32_t* counts, int tokens, f
             _mm512_store_si512(weights, pair_of(weight(t), weight(t + TILE)));
 }
 
-// A unit's weights for a part; zeros up to `tokens`. Of queries that are not there, whatever there is: it reaches nothing
-// else.
+// Makes a unit's weights for a part, with zeros up to `tokens`. Lanes without a query hold anything; nothing uses
+// them.
 inline void weigh_unit(int unit, int tokens, int head_dim, AmxAttention& mine) {
     const bf16 *keys = mine.keys.data(), *queries = &mine.queries[(size_t)unit * TILE * head_dim];
     float *scores = mine.scores.data(), *most = &mine.most[unit * TILE];
@@ -203,7 +203,7 @@ inline void weigh_unit(int unit, int tokens, int head_dim, AmxAttention& mine) {
     weigh(scores, counts, tokens, scale_of(head_dim), most, weights);
 }
 
-// Adds a part's results to those of a unit so far, as merge() does it.
+// Adds a part's results to a unit's results so far, like merge().
 inline void merge_unit(int unit, int head_dim, bool first, AmxAttention& mine) {
     float *sums = &mine.results[(size_t)unit * TILE * (head_dim + 2)], *most = sums + (head_dim + 1) * TILE;
     const float* part = mine.outs.data();
@@ -218,7 +218,7 @@ inline void merge_unit(int unit, int head_dim, bool first, AmxAttention& mine) {
     store(most, both);
 }
 
-// A unit's sums of V.
+// Makes a unit's sums of V.
 inline void sum_values(int unit, int tokens, int head_dim, AmxAttention& mine) {
     const bf16 *values = mine.values.data(), *weights = &mine.weights[(size_t)unit * TILE * PART];
     float* outs = mine.outs.data();
@@ -229,7 +229,7 @@ inline void sum_values(int unit, int tokens, int head_dim, AmxAttention& mine) {
     run(values, weights, tokens, outs);
 }
 
-// Results of all units, by query.
+// Writes the results of all units to their queries.
 inline void hand_out(const Query* queries, int number, int head_dim, AmxAttention& mine) {
     for (int n = 0; n < number; n += TILE) {
         const float* results = &mine.results[(size_t)n * (head_dim + 2)];
@@ -257,7 +257,7 @@ inline void attend_units(const Query* queries, int number, const Keys& keys, int
     transpose_values(keys, head_dim, mine);
     for (int n = 0; n < whole_tiles(number); n++) mine.counts[n] = n < number ? queries[n].count : 0;
     auto tokens = [&](int unit) {
-        return whole_groups(queries[std::min((unit + 1) * TILE, number) - 1].count);  // of the last, which are most
+        return whole_groups(queries[std::min((unit + 1) * TILE, number) - 1].count);  // the last query's is largest
     };
     int units = (number + TILE - 1) / TILE;
     for (int unit = 0; unit < units; unit++) {
@@ -281,7 +281,7 @@ inline __m512i interleaved(int start) {
     return _mm512_load_si512(index);
 }
 
-// V to tiles of pairs of tokens, of 16 values each.
+// Arranges V in tiles of pairs of tokens, of 16 values each.
 inline void pair_values(const Keys& keys, int head_dim, AmxAttention& mine) {
     const __m512i low = interleaved(0), high = interleaved(16), zero = _mm512_setzero_si512();
     for (int pair = 0; pair < whole_groups(keys.count) / 2; pair++)
@@ -295,7 +295,7 @@ inline void pair_values(const Keys& keys, int head_dim, AmxAttention& mine) {
         }
 }
 
-// One query's scores to weights, as softmax() does it; returns the maximum times factor.
+// Turns one query's scores into weights, like softmax(); returns the maximum times factor.
 inline float weigh(const float* scores, int count, float factor, bf16* weights) {
     Floats most = every(-INFINITY);
     for (int t = 0; t < count; t += TILE) most = larger(most, load_first(scores + t, count - t, -INFINITY));

@@ -1,22 +1,22 @@
-// Attention's products on AVX2: K and V are read where they lie.
+// Attention's products on AVX2: K and V are read in place.
 //
-// A score is a sum of 8 lanes along head_dim, added up in one order; an output is summed along the tokens. Both take 16
-// values of bfloat16 at a time, first the 8 even ones, then the 8 odd ones.
+// A score is a sum of 8 lanes along head_dim, added up in one order; an output is summed along the tokens. Both read
+// 16 bfloat16 values at a time, first the 8 even ones, then the 8 odd ones.
 
 #pragma once
 
 namespace {
 
-constexpr int QUERIES = 3;    // that are worked on together: with four tokens, or 32 values, 12 accumulators
-constexpr int SCORED = 4;     // tokens
-constexpr int TOGETHER = 12;  // queries that take turns while K and V are in the first level
-constexpr int DEPTH = 32;     // values of V that are worked on together
-constexpr int STEP = 8;       // tokens between two requests for what is needed next: many at a time would be waited for
+constexpr int QUERIES = 3;    // queries worked on together: with four tokens, or 32 values, 12 accumulators
+constexpr int SCORED = 4;     // tokens scored together
+constexpr int TOGETHER = 12;  // queries that take turns while K and V are in the first-level cache
+constexpr int DEPTH = 32;     // values of V worked on together
+constexpr int STEP = 8;       // tokens between two prefetches of what comes next: many at once would stall
 
 // One thread's memory for attention.
 struct Attention {
-    bool amx = false;       // never here
-    Buffer<float> queries;  // (TOGETHER, head_dim): of every 16 values first the even ones
+    bool amx = false;       // never on AVX2
+    Buffer<float> queries;  // (TOGETHER, head_dim): of every 16 values the even ones first
     Buffer<float> weights;  // (TOGETHER, PART): scores, then weights
     Buffer<float> outs;     // (TOGETHER, result_size)
 
@@ -27,7 +27,7 @@ struct Attention {
     }
 };
 
-// 16 values, the even ones first, and back.
+// Reorders 16 values, the even ones first, and back.
 inline Floats parted(const float* p) {
     __m256 a = _mm256_loadu_ps(p), b = _mm256_loadu_ps(p + 8);
     __m256 low = _mm256_permute2f128_ps(a, b, 0x20), high = _mm256_permute2f128_ps(a, b, 0x31);
@@ -38,7 +38,7 @@ inline Floats joined(Floats parts) {
     return {_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31)};
 }
 
-// The sums of four vectors.
+// The sums of the lanes of each of four vectors.
 inline __m128 sums_of(const __m256* a) {
     __m256 b[2];
     for (int i = 0; i < 2; i++)
@@ -47,8 +47,8 @@ inline __m128 sums_of(const __m256* a) {
     return _mm_add_ps(_mm256_castps256_ps128(c), _mm256_extractf128_ps(c, 1));
 }
 
-// Scores of N queries with the tokens [start, end), in steps of SCORED: up to that many more are written. Not inline: it takes
-// all registers.
+// Scores N queries against the tokens [start, end), in steps of SCORED: fewer than SCORED scores more may be written.
+// Not inlined: it takes all registers.
 template <int N>
 [[gnu::noinline]] void score(const float* queries, const Keys& keys, int start, int end, int head_dim, float* scores) {
     for (int t = start; t < end; t += SCORED) {
@@ -70,7 +70,7 @@ template <int N>
     }
 }
 
-// The sums of V of N queries over `count` tokens. Calls step(i) for every step of STEP tokens.
+// Sums V over `count` tokens for N queries. Calls step(i) before every STEP tokens.
 template <int N, class Step>
 inline void weigh(const float* weights, const Keys& keys, int count, int head_dim, float* outs, Step step) {
     const int steps = (count + STEP - 1) / STEP;
@@ -95,7 +95,7 @@ inline void weigh(const float* weights, const Keys& keys, int count, int head_di
     }
 }
 
-// Calls run(first, std::integral_constant of queries) for `number` queries, in as few parts of equal sizes as can be.
+// Calls run(first, std::integral_constant of queries) for `number` queries, in as few equal parts as possible.
 template <class F>
 inline void parts_of_queries(int number, F run) {
     int count = (number + QUERIES - 1) / QUERIES;

@@ -1,21 +1,21 @@
 // Attention's products on AVX-512.
 //
-// K is rearranged to columns and V to pairs of tokens, so that scores and outputs are matrix products without sums
-// across a vector.
+// K is rearranged into columns and V into pairs of tokens, so that scores and outputs are matrix products that need
+// no sums across a vector.
 
 #pragma once
 
 namespace {
 
-constexpr int STRIP = 64;   // columns that are worked on together
-constexpr int QUERIES = 6;  // queries that are worked on together: with a strip 24 accumulators
+constexpr int STRIP = 64;   // columns worked on together
+constexpr int QUERIES = 6;  // queries worked on together: with a strip, 24 accumulators
 
 // One thread's memory for attention.
 struct Attention {
     bool amx = false;
-    AmxAttention tiles;      // instead of the following
+    AmxAttention tiles;      // on AMX, used instead of the following
     Buffer<int32_t> keys;    // (PART / STRIP, head_dim / 2, STRIP): pairs of values along head_dim
-    Buffer<int32_t> values;  // (head_dim up to a multiple of STRIP / STRIP, PART / 2, STRIP): pairs of tokens
+    Buffer<int32_t> values;  // (head_dim / STRIP, rounded up, PART / 2, STRIP): pairs of tokens
     Buffer<float> scores;    // (QUERIES, PART)
     Buffer<bf16> weights;    // (QUERIES, PART)
     Buffer<float> outs;      // (QUERIES, result_size)
@@ -43,7 +43,7 @@ inline void rearrange_keys(const Keys& keys, int head_dim, Attention& mine, Ahea
     }
 }
 
-// V in pairs of tokens: of 32 values of two tokens, the pairs of the first 16 and of the last.
+// V in pairs of tokens: for 32 values of two tokens, the pairs of the first 16 values and those of the last 16.
 struct TokenPairs {
     const Keys& keys;
     const __m512i first = interleaved(0), last = interleaved(16);
@@ -66,7 +66,7 @@ inline void rearrange_values(const Keys& keys, int head_dim, Attention& mine) {
         }
 }
 
-// A pair of each column of a strip.
+// One pair per column of a strip.
 struct Columns {
     Pairs pairs[4];
 };
@@ -80,8 +80,8 @@ struct Rearranged {
     }
 };
 
-// The same of V from value d on, rearranged where it is used: for queries that are worked on together that is cheaper than
-// storing it, which also takes half of the first level.
+// The k-th pairs of V's columns from value d on, rearranged on use. With all queries worked on together, that is
+// cheaper than storing the rearranged V, which also takes half of the first-level cache.
 struct InPlace {
     const TokenPairs& tokens;
     int d;
@@ -92,8 +92,8 @@ struct InPlace {
     }
 };
 
-// out[n][0..STRIP) = sum over k < count of the pair x[n][k] times the pairs columns(k), for N rows of x. Stores `width` of
-// them.
+// out[n][0..STRIP) = the sum over k < count of the pair x[n][k] times the pairs columns(k), for N rows of x. Stores
+// the first `width` values.
 template <int N, class Source>
 inline void outer(const bf16* const* x, Source columns, int count, float* const* out, int width) {
     Floats sums[N][4];
@@ -110,7 +110,7 @@ inline void outer(const bf16* const* x, Source columns, int count, float* const*
         for (int j = 0; j < width / 16; j++) store(out[n] + 16 * j, sums[n][j]);
 }
 
-// N queries against a part whose K is rearranged, and its V too unless it is used IN_PLACE.
+// Attends with N queries to a part whose K is rearranged, and whose V is too unless IN_PLACE.
 template <int N, bool IN_PLACE>
 inline void attend_queries(const Query* queries, int padded, int head_dim, const Keys& keys, Attention& mine) {
     int size = result_size(head_dim);

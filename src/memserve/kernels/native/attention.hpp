@@ -1,9 +1,9 @@
 // Attention of a few queries to one part of a sequence: PART positions, or fewer at its end.
 //
-// All queries of a kv head go through the same code, be they one decode row's or a chunk's. Each value is one sum in one
-// order (along head_dim, along the tokens), whichever queries are beside it; what is padded adds zeros. Parts are merged
-// in order. The products are in attend_avx512.hpp, attend_amx.hpp and attend_avx2.hpp, as each set of instructions is
-// best fed.
+// All queries of a kv head run the same code, whether they belong to a decode row or to a chunk. Each value is one
+// sum in one order (along head_dim, along the tokens), whatever queries are computed with it; padding adds zeros.
+// Parts are merged in order. The products are in attend_avx512.hpp, attend_amx.hpp and attend_avx2.hpp, each written
+// for its instruction set.
 
 #pragma once
 
@@ -14,14 +14,15 @@
 
 namespace {
 
-constexpr int PART = 128;  // positions of one attention task: what is known of them stays in the first level
+constexpr int PART = 128;  // positions of a part: what is computed of them stays in the first-level cache
 
-// A result of attention: head_dim weighted sums of V, then these, in a vector of its own.
+// A result of attention: head_dim weighted sums of V, followed by a vector that holds these two values.
 constexpr int TOTAL = 0, MOST = 1;  // the sum of weights, and the maximum that they are relative to
 inline int result_size(int head_dim) { return head_dim + TILE; }
 
-// The K of a part's tokens, each `to_value` values before its V. Tokens may lie anywhere; where `tiles` is set, TILE tokens
-// from every multiple of TILE on are one after another. `first`, `last`: of the parts that the task attends to.
+// The K of a part's tokens; each token's V is `to_value` values behind its K. Tokens may lie anywhere; if `tiles` is
+// set, TILE tokens from every multiple of TILE on are contiguous. `first`: the queries have no results of earlier
+// parts. `last`: the part is the task's last.
 struct Keys {
     const bf16* const* at;
     int count;
@@ -29,22 +30,22 @@ struct Keys {
     bool tiles, first, last;
 };
 
-// One query's share of a task: `count` positions of a part. Its result is at `out` after the last part, and may be elsewhere
-// before.
+// One query's share of a task: it attends to `count` positions of a part. Its result is at `out` after the last part,
+// and may be elsewhere before.
 struct Query {
     const Operand* q;
     int count;
     float* out;
 };
 
-// Lines of memory that are to be fetched, in runs of one length: memory answers many such requests at a time, and translates
-// the address of each page of the system's once.
+// Cache lines to prefetch, in runs of equal length. Memory serves many such requests at a time, and the address of
+// each of the system's pages is translated once.
 struct Upcoming {
     std::vector<const char*> runs;
-    int length = 0;  // of a run
-    int next = 0;    // line, of all
+    int length = 0;  // lines of a run
+    int next = 0;    // next line to fetch, counted over all runs
 
-    // Asks for the share-th of `shares` equal shares, and for what is left of those before it.
+    // Prefetches the share-th of `shares` equal shares, and the rest of those before it.
     void fetch(int share, int shares) {
         int end = (int)runs.size() * length * (share + 1) / shares;
         for (int run = next / std::max(length, 1), line = next - run * length; next < end; next++) {
@@ -54,8 +55,8 @@ struct Upcoming {
     }
 };
 
-// Scores of `count` positions to weights 2^(factor (score - maximum)), zeros up to `padded`; `beside`: TOTAL and MOST, the
-// maximum times factor. Weights may be where the scores are, if they are of one type.
+// Turns the scores of `count` positions into weights 2^(factor (score - maximum)), with zeros up to `padded`. Writes
+// TOTAL and MOST, the maximum times factor, to `beside`. Weights may overwrite the scores if both have one type.
 inline void softmax(const float* scores, int count, int padded, float factor, float* beside, Operand* weights) {
     const Floats scale = every(factor);
     Floats most = every(-INFINITY), total = every(0.f);
@@ -72,7 +73,7 @@ inline void softmax(const float* scores, int count, int padded, float factor, fl
     beside[MOST] = first(maximum);
 }
 
-// Adds a part's result to what is known of a query so far; `first`: nothing is.
+// Adds a part's result to a query's result so far; `first`: there is none yet.
 inline void merge(float* sums, const float* part, int head_dim, bool first) {
     if (first) {
         std::memcpy(sums, part, result_size(head_dim) * sizeof(float));
@@ -88,10 +89,10 @@ inline void merge(float* sums, const float* part, int head_dim, bool first) {
 }  // namespace
 
 // Both files have
-//   Attention  one thread's memory for attention, of tasks of most_queries at most
-//   attend     does a part. A task's queries are the same for all of its parts, in the order of their positions; those
-//              whose positions are all before the part have a count of 0, and `out` only where they had an earlier part.
-//              ahead(i, n) fetches what is needed after the part, the i-th of n shares of it.
+//   Attention  one thread's memory for attention, for tasks of at most most_queries queries
+//   attend     attends to one part. A task's queries are the same for all its parts, in the order of their positions.
+//              Those whose positions are all before the part have a count of 0, and an `out` only if they had an
+//              earlier part. ahead(i, n) prefetches the i-th of n shares of what is needed after the part.
 
 #ifdef __AVX512BF16__
 #include "attend_amx.hpp"

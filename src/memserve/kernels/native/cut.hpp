@@ -1,4 +1,4 @@
-// How a step is cut into tasks for its threads. Nothing here changes a result: only who computes it.
+// Cuts a step into tasks for its threads. Nothing here changes a result, only which thread computes it.
 
 #pragma once
 
@@ -11,33 +11,33 @@
 namespace {
 
 constexpr int CHUNK_ROWS = 128;  // most rows of a chunk that attend together: K and V are rearranged once for them
-constexpr int CHUNK_MIN = 16;   // fewest, where there are as many
-constexpr int BLOCK_MIN = 64;   // rows of a block: weights are read once for each
-constexpr int BLOCK = 256;      // most: their inputs and outputs stay in the second level
-constexpr int TASKS_MIN = 2;    // tasks of attention for each thread
-constexpr int TASKS = 4;        // as many, where chunks are long enough
+constexpr int CHUNK_MIN = 16;   // fewest, if the chunk has as many
+constexpr int BLOCK_MIN = 64;   // rows below which a thread gets no block of its own: weights are read once per block
+constexpr int BLOCK = 256;      // most rows of a block: their inputs and outputs stay in the second-level cache
+constexpr int TASKS_MIN = 2;    // attention tasks per thread below which sequences are split into parts
+constexpr int TASKS = 4;        // attention tasks per thread, if chunks are long enough
 
-// Queries of `rows` rows against parts [part, end) of their sequence, of kv heads [kv, kv_end). They are consecutive rows from
-// `row` on, or, of a `common` task, rows of several sequences, from `row` on in Cut::order, against one part that lies in the
-// same pages for all of them.
+// A task of attention: queries of `rows` rows against parts [part, end) of their sequence, for kv heads [kv, kv_end).
+// The rows are consecutive from `row` on. A `common` task has rows of several sequences, from `row` on in Cut::order,
+// and one part, which lies in the same pages for all of them.
 struct Attend {
     int row, rows, part, end, kv, kv_end;
     bool common;
 };
 
 struct Cut {
-    int block_rows, blocks;       // of the step's rows; the last block may be smaller
-    std::vector<int> part_at;     // (rows + 1,) where results of each row's parts are kept, as far as they are
+    int block_rows, blocks;       // rows per block, and blocks; the last block may be smaller
+    std::vector<int> part_at;     // (rows + 1,) index of each row's first kept part
     std::vector<Attend> attends;  // attention tasks of a layer
-    std::vector<int> attend_at;   // (blocks + 1,) first of each block
-    bool whole;                   // whether these attend to all parts of their rows but the common ones
-    std::vector<Attend> commons;  // before them: one part of several sequences each
-    std::vector<int> order;       // rows that may share parts, those with the same pages side by side
-    std::vector<int> common;      // (rows,) leading parts of each row that those tasks are of
+    std::vector<int> attend_at;   // (blocks + 1,) index of each block's first task
+    bool whole;                   // whether each of these covers all parts of its rows but the common ones
+    std::vector<Attend> commons;  // run before them: one part of several sequences each
+    std::vector<int> order;       // rows that may share parts; those with the same pages are adjacent
+    std::vector<int> common;      // (rows,) number of each row's leading parts that common tasks cover
 
     static int most_blocks(int max_rows) { return max_rows / BLOCK_MIN + 1; }
 
-    // `together`: one row's task may be of all kv heads, and go on where another task ended.
+    // `together`: a task of one row may cover all kv heads, and continue from the results of common tasks.
     void make(const ms_batch& b, int kv_heads, int page_tokens, bool together) {
         cut_rows(b);
         cut_attention(b, kv_heads);
@@ -50,15 +50,15 @@ struct Cut {
             part_at.push_back(part_at.back() + (whole ? common[row] : b.positions[row] / PART + 1));
     }
 
-    // Into blocks, as many as there are threads where that leaves enough for each.
+    // Cuts rows into blocks: one per thread if that leaves enough rows for each.
     void cut_rows(const ms_batch& b) {
         int wanted = std::max((b.rows + BLOCK - 1) / BLOCK, std::min<int>(b.threads, b.rows / BLOCK_MIN));
         block_rows = whole_tiles((b.rows + std::max(wanted, 1) - 1) / std::max(wanted, 1));
         blocks = (b.rows + block_rows - 1) / block_rows;
     }
 
-    // Attention into tasks: rows of one chunk together, others one by one. Tasks take whole sequences
-    // unless there are so few that threads would have none.
+    // Cuts attention into tasks: rows of one chunk together, others one by one. A task covers whole sequences, unless
+    // there are so few that threads would have none.
     void cut_attention(const ms_batch& b, int kv_heads) {
         attends.clear(), attend_at.clear();
         int chunk_rows = std::clamp(b.rows * kv_heads / (TASKS * b.threads) / TILE * TILE, CHUNK_MIN, CHUNK_ROWS);
@@ -74,22 +74,23 @@ struct Cut {
         whole = (int)attends.size() * kv_heads >= TASKS_MIN * b.threads;
     }
 
-    // Sequences that begin with the same pages (a system prompt, a document, one chat's answers) attend to them together: K
-    // and V are read once for all. Of rows that are tasks of their own; a chunk's read them once for many queries already.
+    // Sequences that share a prefix in the same pages (a system prompt, a document, one chat's answers) attend to it
+    // together: K and V are read once for all. Only rows that are tasks of their own do: a chunk's task reads K and V
+    // once for many queries anyway.
     void cut_common(const ms_batch& b, int kv_heads, int page_tokens) {
         order.clear();
         for (const Attend& task : attends)
             if (task.rows == 1) order.push_back(task.row);
         auto pages = [&](int row) { return b.tables + b.table_at[row]; };
-        // Pages that hold whole parts before the row's own position, which its last part is left with.
+        // Pages that hold the whole parts before the row's position. The part with the position stays the row's own.
         auto whole_pages = [&](int row) { return (b.positions[row] / PART * PART + page_tokens - 1) / page_tokens; };
         std::sort(order.begin(), order.end(), [&](int x, int y) {
             return std::lexicographical_compare(pages(x), pages(x) + whole_pages(x), pages(y), pages(y) + whole_pages(y));
         });
-        std::vector<int> alike;  // parts that each of `order` shares with the one after it
+        std::vector<int> alike;  // parts that each of `order` shares with the next
         for (size_t i = 0; i + 1 < order.size(); i++) {
             int x = order[i], y = order[i + 1], most = std::min(whole_pages(x), whole_pages(y));
-            bool apart = (i + 1) % CHUNK_ROWS == 0;  // no task has more rows
+            bool apart = (i + 1) % CHUNK_ROWS == 0;  // no task has more than CHUNK_ROWS rows
             int same = apart ? 0 : int(std::mismatch(pages(x), pages(x) + most, pages(y)).first - pages(x));
             alike.push_back(std::min(same * page_tokens, std::min(b.positions[x], b.positions[y])) / PART);
         }
@@ -106,7 +107,7 @@ struct Cut {
             if (task.rows == 1) task.part = common[task.row];
     }
 
-    // Rows from `row` on, before `end`, that are consecutive positions of one sequence.
+    // Number of rows from `row` on, before `end`, that are consecutive positions of one sequence.
     static int chunk(const ms_batch& b, int row, int end) {
         int rows = 1;
         while (row + rows < end && b.table_at[row + rows] == b.table_at[row] &&
@@ -115,7 +116,7 @@ struct Cut {
         return rows;
     }
 
-    // A task for every part of every sequence.
+    // Splits the tasks into one for every part of every sequence.
     void split() {
         std::vector<Attend> tasks;
         tasks.swap(attends);
@@ -129,9 +130,9 @@ struct Cut {
         attend_at.back() = (int)attends.size();
     }
 
-    // Tasks of one kv head each, a head's one after another because its K and V are near then, and from the end of the
-    // sequence on, where they are longer. Behind them one row's tasks: of all kv heads, whose K and V are in the same
-    // pages, where there are enough for all threads.
+    // Makes tasks of one kv head each. A head's tasks are adjacent, because its K and V are near then; they start at
+    // the end of the sequence, where they are longer. Tasks of one row follow: they cover all kv heads, whose K and V
+    // are in the same pages, if there are enough tasks for all threads.
     void cut_heads(const ms_batch& b, int kv_heads, bool together) {
         std::vector<Attend> tasks;
         tasks.swap(attends);

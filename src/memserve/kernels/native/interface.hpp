@@ -1,5 +1,4 @@
-// What the caller and the step say to each other, and what of it is refused. memserve/kernels/native/__init__.py mirrors
-// these structs.
+// The structs that the caller passes to the step, and their checks. memserve/kernels/native/__init__.py mirrors them.
 
 #pragma once
 
@@ -8,14 +7,14 @@
 
 extern "C" struct ms_config {
     int32_t layers, hidden, intermediate, heads, kv_heads, head_dim, vocab, max_context, page_tokens;
-    int32_t max_rows, max_threads, amx;  // amx: use it where it can be had
+    int32_t max_rows, max_threads, amx;  // amx: use it if available
     float rms_eps;
 };
 
 extern "C" struct ms_layer {
     const float* attn_norm;
     Matrix qkv;
-    const float *qkv_bias, *q_norm, *k_norm;  // null where the model has none
+    const float *qkv_bias, *q_norm, *k_norm;  // null if the model has none
     Matrix o;
     const float* mlp_norm;
     Matrix gate_up, down;
@@ -29,16 +28,16 @@ extern "C" struct ms_batch {
     const int32_t* table_at;   // (rows,) where each row's table starts
     const int32_t* wanted_at;  // (wanted,) rows after which a token is wanted
     bf16* arena;               // (pages, layers, 2, kv_heads, page_tokens, head_dim)
-    float* logits;             // (wanted, vocab), or null where nobody wants them
-    const ms_sampling* how;    // (wanted,) where tokens are
-    int32_t* tokens;           // (wanted,) drawn, -1 where the largest logit is not finite; or null: none is drawn
-    int32_t (*crew)(int32_t);  // asked after each layer, told the threads it had: how many go on; or null: as many
+    float* logits;             // (wanted, vocab), or null if not needed
+    const ms_sampling* how;    // (wanted,) set if tokens are
+    int32_t* tokens;           // (wanted,) drawn, -1 if the largest logit is not finite; or null: draw none
+    int32_t (*crew)(int32_t);  // called after a layer with its threads: how many run the next; or null: the same
 };
 
 namespace {
 
-constexpr int HEAD_MAX = 256;      // head_dim
-constexpr int THREADS_MAX = 0xFF;  // what fits beside the count of steps
+constexpr int HEAD_MAX = 256;      // largest head_dim
+constexpr int THREADS_MAX = 0xFF;  // they are counted in the low byte of Engine::epoch
 
 // Whether the step can compute a model of these widths.
 inline bool possible(const ms_config& c) {
@@ -49,7 +48,7 @@ inline bool possible(const ms_config& c) {
            c.max_threads > 0 && c.max_threads <= THREADS_MAX;
 }
 
-// Whether a row's draw reaches for logits that are there.
+// Whether the token ids and the bits of allowed tokens of a row's draw fit the vocabulary.
 inline bool fits(const ms_config& c, const ms_sampling& how) {
     if (how.told && (how.told->token < NOT_A_TOKEN || how.told->token >= c.vocab)) return false;
     if (!how.adjust) return true;
@@ -60,7 +59,7 @@ inline bool fits(const ms_config& c, const ms_sampling& how) {
     return !adjust.allowed.count || adjust.allowed.count * 32 >= c.vocab;
 }
 
-// Whether every row, token id, position and page of a batch is inside of what there is.
+// Whether all rows, token ids, positions and pages of a batch are within bounds.
 inline bool fits(const ms_config& c, const ms_batch& batch) {
     if (batch.rows < 1 || batch.rows > c.max_rows || batch.wanted < 0 || batch.wanted > batch.rows) return false;
     if (batch.threads < 1 || batch.threads > c.max_threads) return false;

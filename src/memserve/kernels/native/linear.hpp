@@ -1,7 +1,7 @@
 // Linears: out = x w^T, weights and inputs in tiles (tiles.hpp), with one order of summation however many rows x has.
 //
-// On AMX the order is the instruction's. On vectors an output is one sum that takes the pairs of values along k one after
-// another. Neither depends on the rows beside a row, so its outputs do not either, bit for bit.
+// On AMX the instruction defines the order. On vectors an output is one sum that takes the pairs of values along k
+// one after another. Neither depends on the other rows, so a row's outputs do not either, bit for bit.
 
 #pragma once
 
@@ -13,11 +13,12 @@ namespace {
 
 constexpr int COLUMNS = 2 * TILE;         // outputs of one task of a linear
 constexpr int ROWS = std::min(12, SUMS);  // rows of x that vectors work on together
-constexpr int WEIGHTS_DEPTH = 512;        // values along k of a task's weights that the first level holds beside the inputs
+constexpr int WEIGHTS_DEPTH = 512;        // values along k of a task's weights that fit in L1 with the inputs
 constexpr int AHEAD = 8192;               // bytes of weights between what is prefetched and what is used
 
-// One or two strips of weights, `apart` values from one to the other, times M rows of one block. The first pass over weights
-// fetches what comes AHEAD, at the end of the strips that of those that follow: the hardware's prefetcher stops at every page.
+// Multiplies one or two strips of weights, `apart` values from one to the other, by M rows of one block. FETCH, for
+// the first pass over the weights: prefetches what comes AHEAD, and at the end of the strips those that follow; the
+// hardware's prefetcher stops at every page boundary.
 template <int STRIPS, int M, bool FETCH, class Weight>
 inline void vector_product(const Weight* w, long apart, long K, const Operand* x, float* out, long stride) {
     Floats sums[STRIPS][M];
@@ -43,8 +44,8 @@ inline void vector_product(const Weight* w, long apart, long K, const Operand* x
     each<M>([&](auto m) { each<STRIPS>([&](auto s) { store(out + m * stride + s * TILE, sums[s][m]); }); });
 }
 
-// Calls run(first row, std::integral_constant of rows) for up to 16 rows, in as few parts as there can be, of about equal
-// sizes: beyond 4 rows an even number, so that fewer are compiled; the row that is too many is padding.
+// Calls run(first row, std::integral_constant of rows) for up to 16 rows, in as few parts as possible, of about equal
+// sizes. Parts of more than 4 rows have an even number, so that fewer are compiled; a surplus row is padding.
 template <class F>
 inline void parts_of_block(int rows, F run) {
     int count = (rows + ROWS - 1) / ROWS;
@@ -56,7 +57,7 @@ inline void parts_of_block(int rows, F run) {
     }
 }
 
-// M rows of one block: both strips at a time where there are registers for their sums.
+// Computes M rows of one block: both strips at a time if there are registers for their sums.
 template <int M, bool FETCH, class Weight>
 inline void vector_strips(const Weight* w, long apart, long K, const Operand* x, float* out, long stride) {
     constexpr int TOGETHER = 2 * M <= SUMS_OF_TWO ? 2 : 1;
@@ -75,18 +76,19 @@ inline void vector_rows(const Weight* w, long apart, long K, const Operand* x, i
         });
 }
 
-// What a pass does beside its products: it fetches a share of the strips that follow and finishes the rows of the pass before.
+// The work that a pass does between its products: it prefetches a share of the strips that follow, and finishes the
+// rows of the previous pass.
 template <class Weight, class Finish>
 struct Beside {
     const Weight* next;  // the strip that follows the first
-    long apart;          // from there to the one that follows the second
-    int line, line_end;  // of each of their tiles
-    int row, row_end;    // to be finished,
-    int at_once;         // so many with a tile of the pass's own weights
+    long apart;          // from there to the strip that follows the second
+    int line, line_end;  // lines to prefetch of each of their tiles
+    int row, row_end;    // rows to finish
+    int at_once;         // how many of them with each tile of the pass's own weights
     Finish finish;
 
-    // Not inline: the compiler would have too few registers for the addresses of tiles, and moves by way of vector registers
-    // or the stack keep products waiting, by 15 to 17 % for one of them with every four products.
+    // Not inlined: the compiler would have too few registers for tile addresses, and moves by way of vector registers
+    // or the stack delay products, by 15 to 17 % with one such move for every four products.
     [[gnu::noinline]] void operator()(long tile) const {
         for (int s = 0; s < 2; s++)
             for (int l = line; l < line_end; l++)
@@ -96,12 +98,12 @@ struct Beside {
     }
 };
 
-// Computes whole blocks: rows of padding too. Deep products go in parts whose weights stay in the first level. Where weights
-// are used more than once, each pass fetches a share of those that follow; where once, the hardware's prefetcher is the better
-// one.
+// Computes whole blocks, including rows of padding. Deep products are split into parts whose weights stay in the
+// first-level cache. If weights are used more than once, each pass prefetches a share of the following ones; if only
+// once, the hardware's prefetcher does better.
 template <class Weight, class Finish>
 inline void amx_rows(const Weight* w, long apart, long K, const Operand* x, int rows, float* out, long stride, Finish finish) {
-    constexpr int PASS = 2 * TILE;  // rows
+    constexpr int PASS = 2 * TILE;  // rows of a pass
     const int passes = (rows + PASS - 1) / PASS, lines = passes > 1 ? TILE_VALUES * sizeof(Weight) / 64 : 0;
     const long depth = passes > 1 && K > 3 * WEIGHTS_DEPTH / 2 ? WEIGHTS_DEPTH : K;
     const Weight* next = w + (apart == TILE * K ? 2 : 1) * TILE * K;
@@ -120,15 +122,15 @@ inline void amx_rows(const Weight* w, long apart, long K, const Operand* x, int 
     for (int row = (passes - 1) * PASS; row < rows; row++) finish(row);
 }
 
-// A thread's linears.
+// One thread's linears.
 struct Linear {
     bool amx = false;
     Buffer<bf16> widened;  // (COLUMNS, widest input): int8 weights as bfloat16
 
-    // out[m][0..TILE) = w[first..first + TILE) . x[m], and the next TILE of them with w from `second` on. Calls finish(m) for
-    // every row, some time after it is there. `x`: the first row of a block; K: a multiple of 32; `first`, `second`: of 16. A
-    // row of `out` is `stride` values long; `out` has room for whole tiles of rows, and what is beyond the real ones is
-    // undefined.
+    // out[m][0..TILE) = w[first..first + TILE) . x[m], and the next TILE values likewise with w from `second` on.
+    // Calls finish(m) for every row, some time after it is complete. `x`: the first row of a block; K: a multiple of
+    // 32; `first`, `second`: multiples of 16. Rows of `out` are `stride` values apart. `out` has room for whole tiles
+    // of rows, and its padding rows are undefined.
     template <class Finish>
     void strips(const Matrix& w, long first, long second, long K, const Operand* x, int rows, float* out, long stride,
                 Finish finish) {
@@ -141,7 +143,7 @@ struct Linear {
             finish(m);
         };
         const int8_t* weights = (const int8_t*)w.values + first * K;
-        if (rows <= (amx ? 2 * TILE : std::min(TILE, 2 * ROWS)))  // each value is used once or twice: it is widened on its way
+        if (rows <= (amx ? 2 * TILE : std::min(TILE, 2 * ROWS)))  // each value is used once or twice: widen it on use
             return run(weights, apart, K, x, rows, out, stride, scaled);
         for (int s = 0; s < 2; s++)
             for (long i = 0; i < TILE * K; i += TILE_K) {

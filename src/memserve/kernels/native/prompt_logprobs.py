@@ -1,4 +1,4 @@
-"""What the native step tells of log probabilities: after a draw, or of a prompt's own tokens, instead of one."""
+"""Log probabilities that the native step reports: of drawn tokens, or of a prompt's own tokens."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from memserve.engine.plans import BatchPlan, Row
 from memserve.tokens import count, pack, unpack
 
 TOLD_AT_ONCE = 32
-"""Tokens whose logits are held at a time. For so many, reading the weights takes less than multiplying with them."""
+"""Tokens whose logits are held at a time; for these, reading the weights costs less than multiplying."""
 _TO_BE_DRAWN = -1
 
 
 class NativeLogprobs(Structure):
-    """``ms_logprobs``: how many are wanted and of which token, then what was found."""
+    """``ms_logprobs``: the number of top tokens and the token to report, then the results."""
 
     _fields_ = [
         ("count", c_int32),
@@ -32,23 +32,26 @@ class NativeLogprobs(Structure):
 
     @classmethod
     def of_draw(cls, wanted: int) -> NativeLogprobs:
-        """Of the token that is drawn, and of the ``wanted`` most probable ones."""
+        """A request for the drawn token's log probability and those of the ``wanted`` most probable ones."""
         return cls(count=wanted, token=_TO_BE_DRAWN)
 
     def read(self) -> Logprobs:
-        """What a step wrote."""
+        """The results that a step wrote."""
         return Logprobs(self.drawn, pack(self.ids[: self.count]), tuple(self.values[: self.count]))
 
 
 @attrs.define
 class Telling:
-    """What the rows of one step are told of their prompts, gathered over the pieces in which the step runs."""
+    """Log probabilities reported for the prompts of a step's rows, gathered over the step's pieces."""
 
     _found: list[np.ndarray] = attrs.field(factory=list, init=False)
-    """Of ``NativeLogprobs``, in the order of the rows' tokens."""
+    """Arrays of ``NativeLogprobs``, in the order of the rows' tokens."""
 
     def questions(self, rows: Sequence[Row]) -> Iterator[tuple[array[int], Sequence[NativeLogprobs]]]:
-        """Places in a piece of ``rows``, a few at a time, and what is asked about the tokens behind them."""
+        """Tokens of a piece of ``rows``, a few at a time, and what to report about the token after each.
+
+        The caller runs the step on each pair before it takes the next one.
+        """
         places, asked = array("i"), list[tuple[int, int]]()
         first = 0
         for row in rows:
@@ -61,11 +64,11 @@ class Telling:
             about = (NativeLogprobs * len(some))()
             for one, (wanted, token) in zip(about, some, strict=True):
                 one.count, one.token = wanted, token
-            yield places[start : start + TOLD_AT_ONCE], about  # type: ignore[misc]  # an array of them
+            yield places[start : start + TOLD_AT_ONCE], about  # an array of them
             self._found.append(np.frombuffer(bytes(about), np.dtype(NativeLogprobs)))
 
     def prompts(self, plan: BatchPlan) -> dict[int, PromptLogprobs]:
-        """What was told of the rows of the whole step, by their numbers."""
+        """Log probabilities reported for the rows of the whole step, by row number."""
         first, found = 0, {}
         for number, row in enumerate(plan.rows):
             if row.tell is not None:

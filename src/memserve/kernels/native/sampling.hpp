@@ -1,13 +1,13 @@
-// The next token of a row from its logits, by the same rules as memserve/engine/sampling.py.
+// Draws a row's next token from its logits, by the same rules as memserve/engine/sampling.py.
 //
-// Inverse of the cumulative distribution over tokens by falling weight, then rising id, for one uniform number that is
-// a function of (seed, position) alone; all in float64. Nothing is sorted but a few tokens: a histogram over the
-// leading bits of the weights, which order as the weights do, says in which bucket the answer lies, and its members
-// alone are looked at again, by finer buckets while they are many. So a flat distribution costs little more than a
-// peaked one, and the order is the weights' own: logits that differ may have equal weights.
+// A draw inverts the cumulative distribution over tokens, ordered by falling weight, then rising id, at one uniform
+// number that is a function of (seed, position) alone; all in float64. Only a few tokens are ever sorted. A histogram
+// over the leading bits of the weights, which order as the weights do, shows in which bucket the answer lies. Only
+// the members of that bucket are examined again, with finer buckets while they are many. So a flat distribution costs
+// little more than a peaked one. The order is that of the weights: logits that differ may have equal weights.
 //
-// A draw is one thread's work from its first logit to its token, and sums in one order: neither the threads nor the
-// rows beside it can change it.
+// One thread makes a draw, from its first logit to its token, and sums in one order: neither the threads nor other
+// rows can change it.
 
 #pragma once
 
@@ -17,9 +17,9 @@
 #include "vectors.hpp"
 
 constexpr int MS_LOGPROBS_MAX = 20;
-constexpr int NOT_A_TOKEN = -1;  // drawn where the largest logit is not finite
+constexpr int NOT_A_TOKEN = -1;  // the result if the largest logit is not finite
 
-// memserve/kernels/native/__init__.py mirrors these structs.
+// memserve/kernels/native/__init__.py and prompt_logprobs.py mirror these structs.
 extern "C" {
 
 struct ms_ids {
@@ -27,45 +27,45 @@ struct ms_ids {
     int64_t count;
 };
 
-// What is done to a row's logits before its draw: memserve/engine/adjusting.py has the order and the arithmetic.
+// Adjustments of a row's logits before its draw: memserve/engine/adjusting.py has the order and the arithmetic.
 struct ms_adjustments {
-    ms_ids biased;      // each once
-    const float* bias;  // of each
-    ms_ids prompt;      // where `repetition` counts it
+    ms_ids biased;      // each id once
+    const float* bias;  // one per id
+    ms_ids prompt;      // if `repetition` counts it
     ms_ids output;      // the answer so far
     ms_ids forbidden;   // never drawn
-    ms_ids allowed;     // a bit for each token that can be drawn, 32 to a number; none: all
+    ms_ids allowed;     // a bit for each token, set if it can be drawn, 32 to a number; empty: all can
     float repetition, frequency, presence;
 };
 
-// What the model thinks, whatever a row does to its logits: of the token that is drawn, or of one that is there already.
+// Log probabilities by the logits before any adjustment: of the drawn token, or of a given one.
 struct ms_logprobs {
-    int32_t count;  // of the most probable tokens that are wanted, at most MS_LOGPROBS_MAX
+    int32_t count;  // how many of the most probable tokens to report, at most MS_LOGPROBS_MAX
     int32_t ids[MS_LOGPROBS_MAX];
     double values[MS_LOGPROBS_MAX];
     double drawn;
-    int32_t token;  // the one that is there, or NOT_A_TOKEN: one is drawn
-    int32_t rank;   // its, from 1 on: by falling probability, then rising id
+    int32_t token;  // the given token, or NOT_A_TOKEN: one is drawn
+    int32_t rank;   // of the given token, from 1 on: by falling probability, then rising id
 };
 
 // How a row's token is drawn.
 struct ms_sampling {
     double temperature;  // 0 is greedy
-    double top_p;        // from 1 on no limit
+    double top_p;        // 1 or more is no limit
     uint64_t seed;
     int64_t top_k;                 // 0 is no limit
     double reach;                  // logits further below the largest are not drawn; -infinity is no limit
     const ms_adjustments* adjust;  // or null
-    ms_logprobs* told;             // where what the model thinks is written; or null
+    ms_logprobs* told;             // log probabilities to report; or null
 };
 
 }  // extern "C"
 
 namespace {
 
-constexpr int BUCKETS = 2048;      // of a histogram
-constexpr int FEW_TOKENS = 64;     // that are sorted instead of looked at by finer buckets
-constexpr double LEAST = 0x1p-63;  // smaller weights share a bucket: all of them together are hardly ever drawn
+constexpr int BUCKETS = 2048;      // buckets of a histogram
+constexpr int FEW_TOKENS = 64;     // tokens that are sorted instead of divided into finer buckets
+constexpr double LEAST = 0x1p-63;  // smaller weights share a bucket: even together they are hardly ever drawn
 
 inline uint64_t mix(uint64_t value) {
     value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9;
@@ -73,12 +73,12 @@ inline uint64_t mix(uint64_t value) {
     return value ^ (value >> 31);
 }
 
-// A number in [0, 1): see `uniform` in sampling.py, which says why the seed is mixed first.
+// A number in [0, 1); `uniform` in sampling.py says why the seed is mixed first.
 inline double uniform(uint64_t seed, int64_t position) {
     return (mix(mix(seed) + (uint64_t)(position + 1) * 0x9E3779B97F4A7C15) >> 11) * 0x1p-53;
 }
 
-// The first of the largest logits, or NOT_A_TOKEN where that is not finite or one is not a number.
+// Index of the first of the largest logits, or NOT_A_TOKEN if that is not finite or any logit is NaN.
 inline int largest(const float* logits, int vocab) {
     const Floats least = every(-INFINITY);
     Floats most[4] = {least, least, least, least};
@@ -100,7 +100,7 @@ inline int largest(const float* logits, int vocab) {
 
 // e^x for x <= 0, within one unit in the last place: 2^n times the Taylor series of e^r for r in [-ln 2 / 2, ln 2 / 2].
 inline Doubles exponential(Doubles x) {
-    x = larger(x, every(-1100.));  // from -746 on it is 0; infinities would make r no number
+    x = larger(x, every(-1100.));  // the result is 0 from -746 down; infinities would make r NaN
     Doubles n = rounded(x * every(0x1.71547652b82fep0));
     Doubles r = minus_product(x, n, every(0x1.62e42fefa39efp-1));
     r = minus_product(r, n, every(0x1.abc9e3b39803fp-56));
@@ -116,8 +116,8 @@ inline uint64_t bits(double value) {
     return number;
 }
 
-// Counts and sums of weights by their distance above `low`, both read as integers, in steps of 2^shift. A bucket
-// further up holds larger weights; the lowest takes all that is below `low` too.
+// Counts and sums of weights by their distance above `low`, both read as integers, in buckets of 2^shift. Higher
+// buckets hold larger weights; the lowest also takes everything below `low`.
 struct Histogram {
     uint64_t low;
     int shift;
@@ -135,12 +135,12 @@ struct Histogram {
         int at = bucket(weight);
         counts[at]++, sums[at] += weight;
     }
-    // First and last of a bucket's weights, as integers.
+    // Smallest and largest weight of a bucket, as integers.
     uint64_t first(int bucket) const { return bucket ? low + ((uint64_t)bucket << shift) : 0; }
     uint64_t last(int bucket) const { return low + ((uint64_t)(bucket + 1) << shift) - 1; }
 };
 
-// A place in the order of tokens: how many there are up to and with `id`, and their weight.
+// A place in the order of tokens: the number of tokens up to and including `id`, and the sum of their weights.
 struct Place {
     int id, count;
     double sum;
@@ -148,10 +148,10 @@ struct Place {
 
 // One thread's memory for draws.
 struct Sampler {
-    Buffer<double> weights;   // (vocab up to a multiple of 8,) e^((logit - largest) / temperature), at the end zeros
-    Buffer<int32_t> members;  // (vocab + 8,) ids, rising, of the bucket that is being looked at
+    Buffer<double> weights;   // (vocab rounded up to 8s,) e^((logit - largest) / temperature), then zeros
+    Buffer<int32_t> members;  // (vocab + 8,) ids, rising, of the bucket being examined
     Buffer<float> adjusted;   // (vocab,)
-    Buffer<int32_t> counts;   // (vocab,) zeros between draws: how often a token occurs
+    Buffer<int32_t> counts;   // (vocab,) occurrences of each token; zeros between draws
     Histogram whole, part;
     int vocab = 0;
 
@@ -163,7 +163,7 @@ struct Sampler {
         members.resize((size_t)size + 8);
     }
 
-    // The logits that a row draws from. They are valid until the next call.
+    // Adjusts the logits that a row draws from. The result is valid until the next call.
     const float* adjust(const float* logits, const ms_adjustments& how) {
         float* to = adjusted.data();
         std::copy_n(logits, vocab, to);
@@ -190,7 +190,7 @@ struct Sampler {
         return to;
     }
 
-    // Counts tokens, and calls run(id) for each when it is first counted.
+    // Counts tokens, and calls run(id) for each when it first occurs.
     template <class F>
     void for_new(const ms_ids& part, F run) {
         for (int64_t i = 0; i < part.count; i++)
@@ -201,14 +201,14 @@ struct Sampler {
         for (int64_t i = 0; i < part.count; i++) counts[part.ids[i]] = 0;
     }
 
-    // How many logits are within `reach` (not positive) of the largest, `most`.
+    // The number of logits within `reach` (not positive) of the largest, `most`.
     int within(const float* logits, float most, double reach) const {
         int count = 0;
         for (int i = 0; i < vocab; i++) count += (double)(logits[i] - most) >= reach;
         return count;
     }
 
-    // The log probabilities of `token` and the most probable ones. `most`: the largest logit.
+    // Reports the log probabilities of `token` and of the most probable tokens. `most`: the largest logit.
     void tell(const float* logits, float most, int token, ms_logprobs& to) const {
         Doubles sums = every(0.);
         for (int i = 0; i < vocab; i += 8)
@@ -228,7 +228,7 @@ struct Sampler {
         for (int i = 0; i < found; i++) to.values[i] = (double)(logits[to.ids[i]] - most) - scale;
     }
 
-    // The place of `token` among all, from 1 on: by falling probability, then rising id.
+    // The rank of `token`, from 1 on: by falling probability, then rising id.
     int rank(const float* logits, int token) const {
         int before = 0;
         for (int i = 0; i < token; i++) before += logits[i] >= logits[token];
@@ -236,11 +236,11 @@ struct Sampler {
         return before + 1;
     }
 
-    // Weights of all tokens, and their histogram; the sum of them. `most`: the largest logit.
+    // Makes the weights of all tokens and their histogram; returns the sum of weights. `most`: the largest logit.
     double weigh(const float* logits, float most, double temperature) {
         Doubles least = every(1.);
         for (int i = 0; i < vocab; i += 8) {
-            Doubles below = distances(logits + i, vocab - i, -INFINITY, most);  // in float32, as sampling.py
+            Doubles below = distances(logits + i, vocab - i, -INFINITY, most);  // in float32, like sampling.py
             Doubles weight = exponential(below / every(temperature));
             store(&weights[i], weight);
             least = smaller(least, weight);
@@ -252,7 +252,8 @@ struct Sampler {
         return sum;
     }
 
-    // The first place with a sum above `target` (not negative), or place number `limit` (at least 1) if that is before.
+    // The first place with a sum above `target` (not negative), or place number `limit` (at least 1) if that comes
+    // first.
     Place find(int limit, double target) {
         Place at = {0, 0, 0};
         int count = select(pass(whole, limit, target, at));
@@ -267,19 +268,20 @@ struct Sampler {
             for (int i = 0; i < count; i++) part.add(weights[members[i]]);
             count = narrow_to(pass(part, limit, target, at), count);
         }
-        if (count <= FEW_TOKENS)  // or they are all equal, and in order
+        if (count <= FEW_TOKENS)  // otherwise they are all equal, and in order
             std::sort(&members[0], &members[count], [&](int a, int b) {
                 return weights[a] > weights[b] || (weights[a] == weights[b] && a < b);
             });
         for (int i = 0;; i++) {
             at = {members[i], at.count + 1, at.sum + weights[members[i]]};
-            // A bucket's sum is rounded otherwise than its tokens one by one, which may just fail to pass the target.
+            // A bucket's sum is rounded differently from adding its tokens one by one, which may just fail to exceed
+            // the target.
             if (at.sum > target || at.count == limit || i == count - 1) return at;
         }
     }
 
-    // The bucket in which `limit` or `target` is reached. Adds to `at` what comes before. The lowest bucket, which is
-    // never empty, where rounding keeps the sum below a target that lies at the very end.
+    // The bucket in which `limit` or `target` is reached; adds everything before it to `at`. If rounding keeps the
+    // sum below a target at the very end, this is the lowest bucket, which is never empty.
     static int pass(const Histogram& all, int limit, double target, Place& at) {
         int bucket = BUCKETS - 1;
         for (; bucket > 0; bucket--) {
@@ -289,7 +291,7 @@ struct Sampler {
         return bucket;
     }
 
-    // Makes the members those of a bucket of `whole`; how many.
+    // Makes the tokens of a bucket of `whole` the members; returns how many they are.
     int select(int bucket) {
         const uint64_t first = whole.first(bucket), last = whole.last(bucket);
         int count = 0;
@@ -302,7 +304,7 @@ struct Sampler {
         return count;
     }
 
-    // Keeps those of `count` members that are in a bucket of `part`; how many.
+    // Keeps those of `count` members that are in a bucket of `part`; returns how many they are.
     int narrow_to(int bucket, int count) {
         auto end = std::remove_if(&members[0], &members[count],
                                   [&](int id) { return part.bucket(weights[id]) != bucket; });
@@ -310,7 +312,7 @@ struct Sampler {
     }
 };
 
-// The token at `position` of a sequence, whose largest logit is that of `best`.
+// The token at `position` of a sequence; `best` is the token with the largest logit.
 inline int choose(const float* logits, int best, const ms_sampling& how, int64_t position, Sampler& mine) {
     if (best == NOT_A_TOKEN || !(how.temperature > 0) || how.top_k == 1) return best;
     double mass = mine.weigh(logits, logits[best], how.temperature);
@@ -318,14 +320,15 @@ inline int choose(const float* logits, int best, const ms_sampling& how, int64_t
     if (how.reach > -INFINITY) kept = std::min(kept, mine.within(logits, logits[best], how.reach));
     if (kept < mine.vocab) mass = mine.find(kept, INFINITY).sum;
     if (how.top_p < 1) {
-        // The token that reaches the share is kept: the first above the number that comes before the share.
+        // The token that reaches the share is kept: the first whose sum exceeds the next smaller number.
         Place last = mine.find(kept, std::max(0., std::nextafter(how.top_p * mass, 0.)));
         kept = last.count, mass = last.sum;
     }
     return mine.find(kept, uniform(how.seed, position) * mass).id;
 }
 
-// The token at `position` of a sequence, given its logits, or NOT_A_TOKEN. It may be there already, and only be told of.
+// Draws the token at `position` of a sequence from its logits, or returns NOT_A_TOKEN. If the token is given, only
+// reports its log probabilities and returns it.
 inline int draw(const float* logits, const ms_sampling& how, int64_t position, Sampler& mine) {
     int best = largest(logits, mine.vocab);
     if (best == NOT_A_TOKEN) return best;

@@ -1,4 +1,4 @@
-// What one thread of a step needs for itself.
+// One thread's own memory for a step.
 
 #pragma once
 
@@ -9,14 +9,14 @@
 namespace {
 
 struct Scratch {
-    Barrier* barrier = nullptr;  // of the shift that its thread is in
+    Barrier* barrier = nullptr;  // the barrier of the thread's current shift
     Linear linear;
     Attention attention;
-    Buffer<Operand> x;   // (max_rows, widest input): a linear's input when rows are few, and the head's
-    Buffer<float> outs;  // (BLOCK, COLUMNS or head_dim): a linear's
-    std::vector<Query> queries;  // of a task of attention
-    const Attend* fetched;       // the task whose first part is fetched already
-    Upcoming upcoming;           // the part after the one that is attended to
+    Buffer<Operand> x;   // (max_rows, widest input): a linear's input when rows are few, and the head's input
+    Buffer<float> outs;  // (BLOCK, COLUMNS or head_dim): a linear's output
+    std::vector<Query> queries;  // of the current attention task
+    const Attend* fetched;       // the task whose first part is prefetched already
+    Upcoming upcoming;           // the part after the current one
     Buffer<float> sums;          // (queries of a task, result_size): attention so far
     Sampler sampler;
 
@@ -26,7 +26,7 @@ struct Scratch {
         outs.resize((size_t)BLOCK * std::max(COLUMNS, c.head_dim));
         linear.amx = attention.amx = amx;
         linear.widened.resize((size_t)COLUMNS * std::max(width, c.intermediate));
-        const int most = std::max(CHUNK_ROWS * group, c.heads);  // queries of a task: of a chunk, or of all kv heads
+        const int most = std::max(CHUNK_ROWS * group, c.heads);  // of a task: a chunk's, or one row's of all kv heads
         attention.resize(c.head_dim, most);
         queries.reserve(most);
         sums.resize((size_t)most * result_size(c.head_dim));

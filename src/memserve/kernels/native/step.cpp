@@ -1,21 +1,21 @@
 // One forward step of a Llama-like model in bfloat16: decode rows, prefill chunks, or both.
 //
-// With few tokens a step is one pass over the weights, so that memory bandwidth is its limit; torch 2.13 reaches a
-// fifth of it. Here one call runs all layers on a few threads, and reads the weights where they are, in the one mapping
-// that all workers of a host share, in the order in which they are stored (tiles.hpp).
+// With few tokens a step is one pass over the weights, limited by memory bandwidth, of which torch 2.13 reaches a
+// fifth. Here one call runs all layers on a few threads. It reads the weights in place, in the one mapping that all
+// workers of a host share, in the order in which they are stored (tiles.hpp).
 //
 // Every token is a row of its own: its K and V are appended first, then it attends to its own and all earlier
 // positions. So a decode row and a prefill chunk are the same thing, and chunks need no mask.
 //
 // A row's results depend on its sequence alone, bit for bit: not on the other rows, on how its prompt was cut into
 // chunks, on which pages it has, nor on the threads. Every sum is taken in one order (see linear.hpp and
-// attention.hpp); attention goes in parts of PART positions, fixed from position 0, merged in order.
+// attention.hpp); attention works in parts of PART positions, fixed from position 0 and merged in order.
 //
-// Many rows are cut into blocks, one or more a thread, which the thread takes through all stages where it can: what it
-// reads is then what it wrote. A thread that is done with its own blocks takes tasks of the others.
+// Many rows are cut into blocks, one or more per thread. A thread takes its blocks through all stages if possible, so
+// that it reads what it wrote itself. A thread that is done with its own blocks takes tasks of the others.
 //
-// Needs AVX2 and FMA, or AVX-512 F, BW, VL, DQ and BF16, and uses AMX where the processor has it; the loader builds it for
-// what there is (vectors.hpp). No dependency but libstdc++ and Linux futexes.
+// Needs AVX2 and FMA, or AVX-512 F, BW, VL, DQ and BF16, and uses AMX if the processor has it; the loader builds for
+// the instructions that are available (vectors.hpp). No dependencies but libstdc++ and Linux futexes.
 
 #include <memory>
 #include <thread>
@@ -27,7 +27,7 @@
 namespace {
 
 constexpr int FEW = 16;                    // rows up to which every thread prepares all inputs for itself
-constexpr int LAYER_STAGES = 9;            // of run_layer
+constexpr int LAYER_STAGES = 9;            // stages of run_layer
 constexpr int HEAD_COLUMNS = 8 * COLUMNS;  // outputs of one task of the head
 
 struct Engine {
@@ -42,22 +42,23 @@ struct Engine {
     Buffer<Operand> hidden;       // (max_rows, intermediate) in tiles
     Buffer<Operand> shared;       // (max_rows, widest input) in tiles: a linear's input when rows are many
     Buffer<float> parts;          // (parts, heads, result_size): see Cut::part_at
-    Buffer<float> logits;         // (most wanted so far, vocab): where the caller wants none
+    Buffer<float> logits;         // (most wanted so far, vocab): used if the caller passes none
     Cut cut;
     std::vector<Scratch> scratch;
-    std::vector<Word> counters;  // tasks taken, one for each block of each stage of a step
+    std::vector<Word> counters;  // tasks taken, per block of each stage of a step
 
     ms_batch b{};
-    Barrier barriers[2];  // of shifts in turns: who joins the next one may be there before all have left the last
-    Word epoch;     // a count of shifts and, in the low byte, the threads that take part in the newest
-    int first = 0;  // layer at which the newest shift begins
+    Barrier barriers[2];  // used by shifts in turn: a thread may enter the next before all left the last one
+    Word epoch;     // a count of shifts and, in the low byte, the threads that take part in the latest
+    int first = 0;  // layer at which the latest shift begins
     std::atomic<bool> closing{false};
     std::vector<std::thread> threads;
 
     int group() const { return c.heads / c.kv_heads; }
 
-    // Runs task(block, i) for every i below count(block), each on whichever thread comes first, its own blocks' first: a
-    // thread that lost its core for a while takes fewer. All threads must pass the same stages in the same order.
+    // Runs task(block, i) for every i below count(block), each on whichever thread takes it first; threads start with
+    // their own blocks. So a thread that lost its core for a while takes fewer. All threads must pass the same stages
+    // in the same order.
     template <class Count, class F>
     void stage(int index, int me, int blocks_here, Count count, F task) {
         for (int k = 0; k < blocks_here; k++) {
@@ -68,7 +69,7 @@ struct Engine {
         scratch[me].barrier->wait(b.threads);
     }
 
-    // A stage over `columns` for each block: task(column, first row, rows).
+    // A stage with `columns` tasks for each block: task(column, first row, rows).
     template <class F>
     void columns(int index, int me, int columns, F task) {
         stage(index, me, cut.blocks, [&](int) { return columns; }, [&](int block, int column) {
@@ -77,7 +78,7 @@ struct Engine {
         });
     }
 
-    // A stage over all rows, TILE of them a task.
+    // A stage over all rows, TILE rows per task.
     template <class F>
     void each_row(int index, int me, F task) {
         columns(index, me, cut.block_rows / TILE, [&](int tile, int row, int rows) {
@@ -91,14 +92,14 @@ struct Engine {
         return b.arena + (block * c.page_tokens + position % c.page_tokens) * c.head_dim;
     }
 
-    // One row of the residual stream, normed.
+    // Writes one row of the residual stream, normed, to `to`.
     void normed(int row, const float* weight, InputRow to) {
         rms_norm(&residual[(long)row * c.hidden], weight, c.hidden, c.rms_eps,
                  [&](int i, Floats v) { store(to.at(i), v); });
     }
 
-    // A linear's input, of which fill(row, to) makes one row. For few rows every thread makes all for itself, which
-    // is cheaper than one more barrier; many are shared out.
+    // A linear's input; fill(row, to) makes one row of it. With few rows every thread makes all of it for itself,
+    // which is cheaper than one more barrier; many rows are divided among the threads.
     template <class F>
     const Operand* input(int index, int me, int width, F fill) {
         Scratch& mine = scratch[me];
@@ -110,7 +111,7 @@ struct Engine {
         return mine.x.data();
     }
 
-    // One head of q, k or v: biased, normed and rotated as the model has it, to the q buffer or to its page.
+    // Computes one head of q, k or v, biased, normed and rotated as the model has it, into the q buffer or its page.
     void project(const ms_layer& w, int layer, int head, const Operand* x, int first, int rows, Scratch& mine) {
         const int D = c.head_dim;
         const long K = c.hidden, output = (long)head * D;
@@ -123,7 +124,7 @@ struct Engine {
                               [&](int i) { place(w, layer, head, first + i, outs + (long)i * D); });
     }
 
-    // One row's outputs of one head of q, k or v, to where they belong.
+    // Writes one row's outputs of one head of q, k or v to their destination.
     void place(const ms_layer& w, int layer, int head, int row, float* y) {
         const int D = c.head_dim, kv = head - c.heads, position = b.positions[row];
         if (w.qkv_bias) add_bias(y, w.qkv_bias + (long)head * D);
@@ -153,14 +154,14 @@ struct Engine {
         }
     }
 
-    // Whether a task's results are kept for others to go on with, as those of a part are.
+    // Whether a task's results are kept in `parts` for others to continue from, as those of single parts are.
     bool kept(const Attend& task) const { return task.common || !cut.whole; }
 
     // The i-th row of a task.
     int row_of(const Attend& task, int i) const { return task.common ? cut.order[task.row + i] : task.row + i; }
 
-    // A task's queries: to the input of the next linear, or, when others attend to other parts, to `parts`. `next`: the task
-    // that the thread will probably take then, if any.
+    // Runs a task's queries. Results go to the input of the next linear or, if they are kept, to `parts`. `next`: the
+    // task that the thread will probably take next, if any.
     void attend_task(int layer, const Attend& task, const Attend* next, Scratch& mine) {
         int heads = task.kv_end - task.kv;
         find_queries(task, mine);
@@ -187,8 +188,8 @@ struct Engine {
             }
     }
 
-    // A task's queries, by kv head and row. Their results are null where they have nothing to attend to, and begin with what
-    // common tasks found.
+    // Collects a task's queries, by kv head and row. Kept results go to `parts`, or nowhere for queries that do not
+    // attend to the part. Other results start from what common tasks found.
     void find_queries(const Attend& task, Scratch& mine) {
         int G = group(), size = result_size(c.head_dim);
         mine.queries.clear();
@@ -204,7 +205,7 @@ struct Engine {
             }
     }
 
-    // A task's queries of one kv head against one part; ahead(share, shares) fetches what comes next.
+    // Runs a task's queries of one kv head against one part; ahead(share, shares) prefetches what comes next.
     template <class Ahead>
     void attend_part(int layer, const Attend& task, int part, int kv, Scratch& mine, Ahead ahead) {
         int G = group(), first = part * PART, number = task.rows * G;
@@ -220,7 +221,7 @@ struct Engine {
         attend(queries, number, all, c.head_dim, mine.attention, ahead);
     }
 
-    // Where the K of a part lies, from position `first` on. Never past the row's own.
+    // Finds the K of a part's tokens, from position `first` on, never past the row's own; returns how many they are.
     int find_keys(int layer, int row, int first, int kv, const bf16** keys) {
         int count = std::min(PART, b.positions[row] + 1 - first);
         for (int t = 0; t < count;) {
@@ -231,7 +232,7 @@ struct Engine {
         return count;
     }
 
-    // Where the K and V of a task's part lie, in the order in which they lie.
+    // Finds the K and V of a task's part, in memory order.
     void find_lines(int layer, const Attend& task, int part, Upcoming& to) {
         int row = row_of(task, task.rows - 1), first = part * PART, last = std::min(first + PART, b.positions[row] + 1) - 1;
         int tokens = std::min(c.page_tokens, PART), start = tokens < PART ? 0 : first % c.page_tokens;
@@ -242,7 +243,7 @@ struct Engine {
                     to.runs.push_back((const char*)slot(row, page * c.page_tokens + start, layer, half, kv));
     }
 
-    // The attention of one row, of whose parts all were kept: (heads * head_dim,).
+    // Merges the attention of one row, all of whose parts were kept: (heads * head_dim,).
     void merge_row(int row, InputRow to, Scratch& mine) {
         for (int head = 0; head < c.heads; head++) {
             merge_parts(row, head, mine.sums.data());
@@ -250,19 +251,19 @@ struct Engine {
         }
     }
 
-    // The parts of a row's head that were kept, merged in order. Nothing where none was.
+    // Merges the kept parts of a row's head in order. Leaves `sums` unchanged if none was kept.
     void merge_parts(int row, int head, float* sums) {
         for (int p = cut.part_at[row]; p < cut.part_at[row + 1]; p++)
             merge(sums, &parts[((long)p * c.heads + head) * result_size(c.head_dim)], c.head_dim, p == cut.part_at[row]);
     }
 
-    // Attention's outcome of one head, to values `at` onwards of a linear's input.
+    // Writes one head's attention to values `at` onwards of a linear's input.
     static void share(const float* sums, int head_dim, InputRow to, int at) {
         Floats share = every(1.f / sums[head_dim + TOTAL]);
         for (int i = 0; i < head_dim; i += 16) store(to.at(at + i), load(sums + i) * share);
     }
 
-    // COLUMNS outputs of a linear, added to the residual stream.
+    // Computes COLUMNS outputs of a linear and adds them to the residual stream.
     void add(const Matrix& weight, int K, int task, const Operand* x, int row, int rows, Scratch& mine) {
         const int first = task * COLUMNS;
         const float* outs = mine.outs.data();
@@ -274,7 +275,7 @@ struct Engine {
         });
     }
 
-    // COLUMNS values of silu(gate) * up. Of each TILE of them gate and up are made side by side.
+    // Computes COLUMNS values of silu(gate) * up. For each TILE of them gate and up are computed side by side.
     void gate(const Matrix& weight, int task, const Operand* x, int row, int rows, Scratch& mine) {
         const float* outs = mine.outs.data();
         const long K = c.intermediate;
@@ -289,8 +290,8 @@ struct Engine {
         }
     }
 
-    // A shift: layers that the same threads run. A step is one, or several where its caller lends out or gets cores meanwhile:
-    // then all return, and those of the next one begin anew at layer `first`.
+    // Runs a shift: layers that the same threads run. A step is one shift, or several if its caller lends out or gets
+    // cores during the step: then all threads return, and those of the next shift continue at layer `first`.
     void run(int me, int shift) {
         Tiles tiles(amx);
         Barrier& barrier = *(scratch[me].barrier = &barriers[shift >> 8 & 1]);
@@ -300,13 +301,13 @@ struct Engine {
             run_layer(layer, 1 + LAYER_STAGES * layer, me);
             if (++layer == c.layers || !b.crew) continue;
             if (me == 0) change_crew(layer, crew);
-            barrier.wait(crew);  // `crew` is this thread's own: b.threads may be the next shift's
+            barrier.wait(crew);  // `crew` is this thread's copy: b.threads may already be the next shift's
             if (epoch.value.load(std::memory_order_acquire) != shift) return;
         }
         finish(1 + LAYER_STAGES * c.layers, me);
     }
 
-    // Asks the caller while all others wait. Who is let go sleeps in serve() from then on.
+    // Asks the caller while all other threads wait. A thread that is released sleeps in serve() from then on.
     void change_crew(int layer, int crew) {
         int next = std::clamp((int)b.crew(crew), 1, (int)c.max_threads);
         if (next == crew) return;
@@ -320,7 +321,7 @@ struct Engine {
         wake_all(epoch.value);
     }
 
-    // From the last layer to logits and tokens, in the stages from `at` on.
+    // Computes logits and tokens after the last layer, in the stages from `at` on.
     void finish(int at, int me) {
         Scratch& mine = scratch[me];
         for (int i = 0; i < b.wanted; i++) normed(b.wanted_at[i], norm, InputRow(mine.x.data(), i, c.hidden));
@@ -334,7 +335,7 @@ struct Engine {
         });
     }
 
-    // HEAD_COLUMNS logits of some of the wanted rows.
+    // Computes HEAD_COLUMNS logits of some of the wanted rows.
     void head_task(int task, int row, int rows, Scratch& mine) {
         const Operand* x = mine.x.data() + (long)row * c.hidden;
         float* outs = mine.outs.data();
@@ -349,7 +350,7 @@ struct Engine {
         }
     }
 
-    // In LAYER_STAGES stages from `at` on.
+    // Runs a layer in LAYER_STAGES stages from `at` on.
     void run_layer(int layer, int at, int me) {
         const ms_layer& w = layers[layer];
         Scratch& mine = scratch[me];
@@ -381,8 +382,8 @@ struct Engine {
         });
     }
 
-    // Between shifts a thread sleeps. One that takes no part may wake late, so it must not read `b` or `first`, which may be
-    // the next one's by then; one that takes part is waited for.
+    // A thread sleeps between shifts. One that takes no part in a shift may wake late, so it must not read `b` or
+    // `first`, which may be the next shift's by then. One that takes part is waited for.
     void serve(int me) {
         for (int seen = 0;;) {
             while (epoch.value.load(std::memory_order_acquire) == seen) sleep_while(epoch.value, seen);
@@ -392,7 +393,8 @@ struct Engine {
         }
     }
 
-    // From layer `from` on. With all layers behind it: the head alone, on what the last step has left in `residual`.
+    // Runs a step from layer `from` on. With `from` behind all layers: the head alone, on what the last step left in
+    // `residual`.
     void step(const ms_batch& batch, int from) {
         b = batch;
         cut.make(b, c.kv_heads, c.page_tokens, group() <= TILE && c.page_tokens % TILE == 0);
@@ -426,7 +428,7 @@ extern "C" {
 
 void ms_close(Engine* engine);
 
-// The weights stay the caller's and must outlive the engine. Returns null when memory or threads are short, or for
+// The weights remain the caller's and must outlive the engine. Returns null if memory or threads are short, or for
 // widths that it cannot compute.
 Engine* ms_open(const ms_config* config, const ms_layer* layers, const Matrix* embed, const Matrix* head,
                 const float* norm, const float* cosines, const float* sines) {
@@ -455,16 +457,17 @@ Engine* ms_open(const ms_config* config, const ms_layer* layers, const Matrix* e
     }
 }
 
-// One step. Not for two threads at once. 0, or 1 for a batch that is not inside of the engine's bounds, or 2 where
-// memory is short; then nothing was computed.
+// Runs one step; two threads must not call it at once. Returns 0, 1 for a batch outside the engine's bounds, or 2 if
+// memory is short. In the last two cases nothing was computed.
 int ms_step(Engine* engine, const ms_batch* batch) { return run(*engine, *batch, 0); }
 
-// The last step's logits and tokens after other rows: `batch` is that step's but for what is wanted. Answers as ms_step.
+// Computes the last step's logits and tokens after other rows: `batch` is that step's except for the wanted rows.
+// Returns as ms_step.
 int ms_again(Engine* engine, const ms_batch* batch) {
     return batch->rows == engine->b.rows ? run(*engine, *batch, engine->c.layers) : 1;
 }
 
-// Whether it multiplies on AMX.
+// Whether the engine multiplies on AMX.
 int ms_amx(const Engine* engine) { return engine->amx; }
 
 void ms_close(Engine* engine) {

@@ -1,4 +1,4 @@
-// Waiting for each other: short by spinning, long by sleeping in the kernel.
+// How threads wait for each other: spinning for a short time, then sleeping in the kernel.
 
 #pragma once
 
@@ -22,7 +22,7 @@ inline void wake_all(std::atomic<int>& word) {
     syscall(SYS_futex, (int*)&word, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
 }
 
-// Waits until `word` is no longer `value`: spins briefly, then sleeps, so that a thread that is not running (its core
+// Waits until `word` is no longer `value`. Spins briefly, then sleeps, so that a thread that is not running (its core
 // taken by another process) costs the others a wake-up and not a core.
 inline void wait_change(std::atomic<int>& word, int value) {
     for (int i = 0; i < SPIN; i++) {

@@ -1,13 +1,14 @@
-// How matrices lie in memory: in tiles of 1 KB, so that both kernels read them from one end to the other.
+// How matrices are stored: in tiles of 1 KB, so that both kernels read them sequentially.
 //
-// Weights (outputs, K) are strips of 16 outputs; a strip is K / 32 tiles; a tile is 16 pairs of values along k, for each
-// pair its 16 outputs, two values each:    [outputs / 16][K / 32][pair 16][output 16][2]
+// Weights (outputs, K) are strips of 16 outputs. A strip is K / 32 tiles. A tile is 16 pairs of values along k; a
+// pair has two values for each of the 16 outputs:
+//                                          [outputs / 16][K / 32][pair 16][output 16][2]
 //
-// A linear's input (rows, K) is blocks of 16 rows; a block is K / 32 tiles of 32 values of each row:
+// A linear's input (rows, K) is blocks of 16 rows. A block is K / 32 tiles of 32 values of each row:
 //                                          [rows / 16][K / 32][row 16][32]
 //
-// Both are what AMX multiplies. Otherwise a pair of a weight tile is one vector, against which a pair of an input row
-// is broadcast. Outputs and rows are padded to 16; what padding holds reaches nothing but padding.
+// AMX multiplies both as they are. In the vector kernels a pair of a weight tile is one vector, against which a pair
+// of an input row is broadcast. Outputs and rows are padded to 16; padding affects nothing but padding.
 
 #pragma once
 
@@ -22,7 +23,7 @@ struct Matrix {
 namespace {
 
 constexpr int TILE = 16;     // outputs of a strip, rows of a block
-constexpr int TILE_K = 32;   // values along k
+constexpr int TILE_K = 32;   // values along k of a tile
 constexpr int TILE_VALUES = TILE * TILE_K;
 
 inline int whole_tiles(int rows) { return (rows + TILE - 1) / TILE * TILE; }
@@ -35,7 +36,7 @@ struct InputRow {
     Operand* at(long k) const { return start + k / TILE_K * TILE_VALUES + k % TILE_K; }
 };
 
-// The weights of one output, as they are used: of an embedding table, one token's row. `to` takes K values.
+// One output's weights as float32, scaled: of an embedding table, one token's row. `to` has room for K values.
 inline void read_output(const Matrix& w, long output, long K, float* to) {
     long at = output / TILE * TILE * K + output % TILE * 2;
     for (long pair = 0; pair < K / 2; pair++, at += 2 * TILE)

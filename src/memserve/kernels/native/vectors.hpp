@@ -1,11 +1,11 @@
-// Vectors: what the parts of the step compute with. Which instructions they are made of is known to the two files that
-// this one chooses between, and to the kernels that are made for one of them: amx.hpp and attend_*.hpp.
+// Vectors: the types that the step computes with. Only the two files that this one chooses between, and the kernels
+// written for one of them (amx.hpp and attend_*.hpp), know the instructions.
 //
 // Both files have
 //   Floats    16 float32, Doubles 8 float64, with arithmetic; sums and maxima of a whole vector in one order each
 //   Operand   the type of what is multiplied with weights, keys and values, and of weights of attention
-//   Pairs     what one pass over a pair of values along k multiplies: a vector of weights, or a pair of operands in every
-//             place of one; PASSES passes are a whole pair
+//   Pairs     the factors of one pass over a pair of values along k: a vector of weights, or a pair of operands
+//             broadcast to a vector; PASSES passes are a whole pair
 
 #pragma once
 
@@ -24,7 +24,7 @@ namespace {
 
 using bf16 = uint16_t;
 
-// Memory that starts at a cache line: an unaligned vector would cost two loads.
+// Allocates memory that starts at a cache line: an unaligned vector would cost two loads.
 template <class T>
 struct Lines {
     using value_type = T;
@@ -40,8 +40,8 @@ struct Lines {
 template <class T>
 using Buffer = std::vector<T, Lines<T>>;
 
-// Asks for the cache line at `p`, into the second level. Not by the intrinsic: g++ takes a function that does nothing else for
-// one without effects, and leaves out the calls of it.
+// Prefetches the cache line at `p` into the second-level cache. Not by the intrinsic: g++ takes a function that does
+// nothing else for one without effects, and drops the calls of it.
 inline void prefetch(const void* p) { asm volatile("prefetcht1 %0" : : "m"(*(const char*)p)); }
 
 }  // namespace
@@ -54,8 +54,8 @@ inline void prefetch(const void* p) { asm volatile("prefetcht1 %0" : : "m"(*(con
 
 namespace {
 
-// Calls run(std::integral_constant of a number) for every number below N: code beside code, not a loop. g++ unrolls loops after
-// it has decided what registers hold, so that sums in an array would be stored with every product.
+// Calls run(std::integral_constant of a number) for every number below N, as straight-line code, not a loop. g++
+// unrolls loops only after it has assigned registers, so sums in an array would be stored with every product.
 template <class F, int... NUMBERS>
 inline void each_of(F run, std::integer_sequence<int, NUMBERS...>) {
     (run(std::integral_constant<int, NUMBERS>()), ...);
@@ -65,7 +65,7 @@ inline void each(F run) {
     each_of(run, std::make_integer_sequence<int, N>());
 }
 
-// Calls run(std::integral_constant of `number`), a number from 1 to MOST.
+// Calls run(std::integral_constant of `number`); `number` is 1 to MOST.
 template <int MOST, class F>
 inline void as_constant(int number, F run) {
     each<MOST>([&](auto before) {
@@ -85,10 +85,11 @@ inline Floats power_of_two(Floats x) {
 inline Floats weight_of(Floats x) { return power_of_two(x); }
 #endif
 
-// e^x for every x that is a number.
+// e^x for every x but NaN, limited to the range of power_of_two.
 inline Floats exponential(Floats x) { return power_of_two(smaller(x * every(1.44269504f), every(127.f))); }
 
-// out[i] = in[i] * scale * weight[i], where the scale makes the mean square of `in` one. `width`: a multiple of 16.
+// Calls store(i, values) for in[i] * scale * weight[i], where scale makes the mean square of `in` 1. `width` is a
+// multiple of 16, as is i.
 template <class Store>
 inline void rms_norm(const float* in, const float* weight, int width, float eps, Store store) {
     Floats squares = every(0.f);

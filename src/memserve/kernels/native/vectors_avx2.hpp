@@ -1,5 +1,5 @@
-// Vectors on AVX2 with FMA: two registers each. There are no products of bfloat16, so operands stay in float32, and a pair
-// of weights is widened where it is used: first the values in the lower halves of 32 bits, then those in the upper ones.
+// Vectors on AVX2 with FMA: two registers each. There are no bfloat16 products, so operands stay in float32, and a
+// pair of weights is widened on use: first the values in the lower halves of 32 bits, then those in the upper ones.
 
 #pragma once
 
@@ -7,7 +7,7 @@ namespace {
 
 using Operand = float;
 constexpr int PASSES = 2;
-// Vectors that a linear sums into at a time: 12 of 16 registers, and of two strips, whose weights take more of them, 8.
+// Vectors that a linear sums into at a time: 12 of 16 registers, or 8 with two strips, whose weights take more.
 constexpr int SUMS = 6, SUMS_OF_TWO = 4;
 
 struct Floats {
@@ -55,7 +55,7 @@ inline float largest(Floats a) {
 }
 inline float first(Floats a) { return _mm256_cvtss_f32(a.low); }
 
-// The first `n` of 8 lanes.
+// A mask of the first `n` of 8 lanes.
 inline __m256i first_lanes(int n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
@@ -64,7 +64,8 @@ inline __m256 load_first_8(const float* p, int n, float rest) {
     return _mm256_blendv_ps(_mm256_set1_ps(rest), _mm256_maskload_ps(p, lanes), _mm256_castsi256_ps(lanes));
 }
 
-// The first `n` of 16 values, of which no more are read, and `rest` in place of the others. And of a vector, with zeros.
+// load_first: the first `n` of 16 values, and `rest` in place of the others, which are not read. keep_first: the
+// first `n` lanes of a vector, and zeros.
 inline Floats load_first(const float* p, int n, float rest) {
     return {load_first_8(p, n, rest), load_first_8(p + 8, n - 8, rest)};
 }
@@ -73,7 +74,7 @@ inline Floats keep_first(Floats a, int n) {
             _mm256_and_ps(a.high, _mm256_castsi256_ps(first_lanes(n - 8)))};
 }
 
-// A bit for every lane that is not a number, and that is equal.
+// strange: a bit for every lane that is NaN. equal: a bit for every lane that is equal.
 inline unsigned lanes(__m256 low, __m256 high) { return _mm256_movemask_ps(low) | _mm256_movemask_ps(high) << 8; }
 inline unsigned strange(Floats a) {
     return lanes(_mm256_cmp_ps(a.low, a.low, _CMP_UNORD_Q), _mm256_cmp_ps(a.high, a.high, _CMP_UNORD_Q));
@@ -82,12 +83,12 @@ inline unsigned equal(Floats a, Floats b) {
     return lanes(_mm256_cmp_ps(a.low, b.low, _CMP_EQ_OQ), _mm256_cmp_ps(a.high, b.high, _CMP_EQ_OQ));
 }
 
-// The upper halves of 16 values of 32 bits.
+// Stores the upper halves of 16 values of 32 bits.
 inline void store_upper(bf16* p, __m256i low, __m256i high) {
     __m256i packed = _mm256_packus_epi32(_mm256_srli_epi32(low, 16), _mm256_srli_epi32(high, 16));
     _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(packed, 0xD8));
 }
-// What the upper half has to be taken of to round to nearest even. What is not a number stays so.
+// Values whose upper halves are `a` rounded to nearest even. NaN stays NaN.
 inline __m256i nearest(__m256 a) {
     __m256i bits = _mm256_castps_si256(a), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     __m256i up = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
@@ -101,7 +102,7 @@ inline void store(bf16* p, Floats a) { store_upper(p, nearest(a.low), nearest(a.
 
 using Pairs = Floats;
 
-// One value of each of 8 pairs.
+// One value of each of 8 pairs as float32: that in the lower half, or in pass 1 that in the upper half.
 template <int PASS>
 inline __m256 half(__m256i pairs) {
     return _mm256_castsi256_ps(PASS ? _mm256_and_si256(pairs, _mm256_set1_epi32((int)0xFFFF0000))
@@ -113,7 +114,7 @@ inline __m256 half(const bf16* p) {
 }
 template <int PASS>
 inline __m256 half(const int8_t* p) {
-    __m256i both = _mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i*)p));  // the second's sign is that of the whole
+    __m256i both = _mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i*)p));  // the sign is the second value's
     __m256i one = PASS ? _mm256_srai_epi32(both, 8) : _mm256_srai_epi32(_mm256_slli_epi32(both, 24), 24);
     return _mm256_cvtepi32_ps(one);
 }
@@ -128,7 +129,7 @@ inline Pairs every_pair(const Operand* p) {
 }
 inline Floats add_products(Floats sum, Pairs a, Pairs b) { return fma(a, b, sum); }
 
-// 32 int8 values to bfloat16, which holds each of them exactly.
+// Converts 32 int8 values to bfloat16, which represents each exactly.
 inline void widen(bf16* to, const int8_t* from) {
     auto eight = [&](int i) {
         __m256i values = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(from + i)));
@@ -164,7 +165,7 @@ inline __m256d power(__m128i n) {
     __m256i exponent = _mm256_add_epi64(_mm256_cvtepi32_epi64(n), _mm256_set1_epi64x(1023));
     return _mm256_castsi256_pd(_mm256_slli_epi64(exponent, 52));
 }
-// a 2^n for a from 0.5 to 2 and whole n down to -2000, in two steps of which only the second can round.
+// a 2^n for a from 0.5 to 2 and whole n down to -2000, in two products, of which only the second can round.
 inline __m256d scaled(__m256d a, __m256d n) {
     __m128i whole = _mm256_cvtpd_epi32(n), some = _mm_srai_epi32(whole, 1);
     return _mm256_mul_pd(_mm256_mul_pd(a, power(some)), power(_mm_sub_epi32(whole, some)));
@@ -177,13 +178,13 @@ inline double smallest(Doubles a) {
     return _mm_cvtsd_f64(_mm_min_sd(two, _mm_unpackhi_pd(two, two)));
 }
 
-// The first `n` of 8 values minus `from`, in float32; `rest` in place of the others.
+// Subtracts `from`, in float32, from the first `n` of 8 values, and from `rest` in place of the others.
 inline Doubles distances(const float* p, int n, float rest, float from) {
     __m256 below = _mm256_sub_ps(load_first_8(p, n, rest), _mm256_set1_ps(from));
     return {_mm256_cvtps_pd(_mm256_castps256_ps128(below)), _mm256_cvtps_pd(_mm256_extractf128_ps(below, 1))};
 }
 
-// A bit for every one of 8 values whose bits, as an integer, are from `first` to `last`. All three are below 2^63.
+// A bit for each of 8 values whose bits, as an integer, are from `first` to `last`. All three are below 2^63.
 inline unsigned between(const double* p, uint64_t first, uint64_t last) {
     auto outside = [&](const double* p) {
         __m256i keys = _mm256_loadu_si256((const __m256i*)p);
@@ -194,7 +195,7 @@ inline unsigned between(const double* p, uint64_t first, uint64_t last) {
     return ~(outside(p) | outside(p + 4) << 4) & 0xFF;
 }
 
-// Writes `start` plus the place of every bit that is set, of 8; room for 8 is needed.
+// Writes `start` plus the position of each set bit of 8; `to` has room for 8.
 inline void write_places(int32_t* to, int start, unsigned set) {
     for (; set; set &= set - 1) *to++ = start + __builtin_ctz(set);
 }

@@ -1,4 +1,4 @@
-// Vectors on AVX-512 with its bfloat16 instructions: a vector of pairs is multiplied and summed by one of them.
+// Vectors on AVX-512 with its bfloat16 instructions, one of which multiplies and sums a vector of pairs.
 
 #pragma once
 
@@ -6,7 +6,7 @@ namespace {
 
 using Operand = bf16;
 constexpr int PASSES = 1;
-constexpr int SUMS = 24, SUMS_OF_TWO = 24;  // vectors that a linear sums into at a time, and of two strips: of 32 registers
+constexpr int SUMS = 24, SUMS_OF_TWO = 24;  // accumulators of a linear, and with two strips; of 32 registers
 
 struct Floats {
     __m512 v;
@@ -30,8 +30,8 @@ inline Floats rounded(Floats a) {
 }
 // a 2^n for whole n.
 inline Floats scaled(Floats a, Floats n) { return {_mm512_scalef_ps(a.v, n.v)}; }
-// 2^x for x <= 0, relative error below 1.1e-4, which is little beside that of rounding to bfloat16: 2^n times a cubic that
-// is 1 at 0 and 2 at 1.
+// 2^x for x <= 0, relative error below 1.1e-4, little compared with that of rounding to bfloat16: 2^n times a cubic
+// that is 1 at 0 and 2 at 1.
 inline Floats weight_of(Floats x) {
     Floats f = {_mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};
     Floats y = fma(f, fma(f, fma(f, every(0.07826796f), every(0.22630769f)), every(0.69542435f)), every(1.f));
@@ -41,16 +41,17 @@ inline float sum(Floats a) { return _mm512_reduce_add_ps(a.v); }
 inline float largest(Floats a) { return _mm512_reduce_max_ps(a.v); }
 inline float first(Floats a) { return _mm512_cvtss_f32(a.v); }
 
-// The first `n` lanes; all of them from 16 on.
+// A mask of the first `n` lanes; all of them if n >= 16.
 inline __mmask16 first_lanes(int n) { return n >= 16 ? 0xFFFF : (__mmask16)((1 << n) - 1); }
 
-// The first `n` of 16 values, of which no more are read, and `rest` in place of the others. And of a vector, with zeros.
+// load_first: the first `n` of 16 values, and `rest` in place of the others, which are not read. keep_first: the
+// first `n` lanes of a vector, and zeros.
 inline Floats load_first(const float* p, int n, float rest) {
     return {_mm512_mask_loadu_ps(_mm512_set1_ps(rest), first_lanes(n), p)};
 }
 inline Floats keep_first(Floats a, int n) { return {_mm512_maskz_mov_ps(first_lanes(n), a.v)}; }
 
-// A bit for every lane that is not a number, and that is equal.
+// strange: a bit for every lane that is NaN. equal: a bit for every lane that is equal.
 inline unsigned strange(Floats a) { return _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q); }
 inline unsigned equal(Floats a, Floats b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ); }
 
@@ -60,7 +61,7 @@ using Pairs = __m512bh;
 
 inline Pairs load_pairs(const void* p) { return (__m512bh)_mm512_loadu_si512(p); }
 
-// 32 int8 values to bfloat16, which holds each of them exactly.
+// Converts 32 int8 values to bfloat16, which represents each exactly.
 inline Pairs widen(const int8_t* from) {
     __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
     __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(from + 16))));
@@ -84,7 +85,7 @@ inline Pairs every_pair(const Operand* p) {
 }
 inline Floats add_products(Floats sum, Pairs a, Pairs b) { return {_mm512_dpbf16_ps(sum.v, a, b)}; }
 
-// 16 rows of 16 32-bit values, transposed.
+// Transposes 16 rows of 16 32-bit values.
 inline void transpose(__m512i* a) {
     __m512i b[16];
     for (int i = 0; i < 16; i += 2) {
@@ -110,7 +111,7 @@ inline void transpose(__m512i* a) {
     }
 }
 
-// Of 16 rows of bfloat16 the 16 pairs from value d on, transposed to rows that are `stride` apart. Rows of null are zeros.
+// Transposes the 16 pairs from value d on of 16 bfloat16 rows, to rows that are `stride` apart. Null rows are zeros.
 inline void transpose(const bf16* const* rows, int d, int32_t* to, long stride) {
     __m512i a[16];
     for (int i = 0; i < 16; i++) a[i] = rows[i] ? _mm512_loadu_si512(rows[i] + d) : _mm512_setzero_si512();
@@ -137,20 +138,20 @@ inline Doubles rounded(Doubles a) { return {_mm512_roundscale_pd(a.v, _MM_FROUND
 inline Doubles scaled(Doubles a, Doubles n) { return {_mm512_scalef_pd(a.v, n.v)}; }
 inline double smallest(Doubles a) { return _mm512_reduce_min_pd(a.v); }
 
-// The first `n` of 8 values minus `from`, in float32; `rest` in place of the others.
+// Subtracts `from`, in float32, from the first `n` of 8 values, and from `rest` in place of the others.
 inline Doubles distances(const float* p, int n, float rest, float from) {
     __m256 v = _mm256_mask_loadu_ps(_mm256_set1_ps(rest), (__mmask8)first_lanes(n), p);
     return {_mm512_cvtps_pd(_mm256_sub_ps(v, _mm256_set1_ps(from)))};
 }
 
-// A bit for every one of 8 values whose bits, as an integer, are from `first` to `last`.
+// A bit for each of 8 values whose bits, as an integer, are from `first` to `last`.
 inline unsigned between(const double* p, uint64_t first, uint64_t last) {
     __m512i keys = _mm512_loadu_si512(p);
     return _mm512_cmpge_epu64_mask(keys, _mm512_set1_epi64(first)) &
            _mm512_cmple_epu64_mask(keys, _mm512_set1_epi64(last));
 }
 
-// Writes `start` plus the place of every bit that is set, of 8; room for 8 is needed.
+// Writes `start` plus the position of each set bit of 8; `to` has room for 8.
 inline void write_places(int32_t* to, int start, unsigned set) {
     __m256i ids = _mm256_add_epi32(_mm256_set1_epi32(start), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
     _mm256_storeu_si256((__m256i*)to, _mm256_maskz_compress_epi32((__mmask8)set, ids));
