@@ -63,7 +63,7 @@ def test_the_wheel_names_its_licence_and_command(wheel):
 def test_the_wheel_runs_outside_of_the_checkout(wheel, tmp_path):
     """If it failed, memserve would only work where it was written."""
     wheel.extractall(tmp_path / "installed")
-    code = f"import sys; sys.path.insert(0, {str(tmp_path / 'installed')!r}); from memserve import __main__, configfile;"
+    code = f"import sys; sys.path.insert(0, {str(tmp_path / 'installed')!r}); from memserve import __main__; from memserve.settings import configfile;"
     code += "print(__main__.__file__, configfile.load('demo').worker[0].name, configfile.load('2p2d').worker[3].name)"
     command = [sys.executable, "-I", "-c", code]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)

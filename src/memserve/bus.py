@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import os
 import stat
-from collections import deque
+import time
+from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -49,6 +51,10 @@ CONNECT_MS = 2_000
 """Longest wait for a TCP connection; the system itself would wait minutes for a host that has vanished."""
 RECONNECT_MS, RECONNECT_MS_MAX = 100, 2_000
 """First and longest pause between two tries."""
+GUEST_S = 60.0
+"""Silence after which the connection to an actor that only said hello is closed. Far longer than any lease lives without a call."""
+GUESTS_MAX = 10_000
+"""Such actors remembered; of more, the longest silent can no longer be answered."""
 LATE_S = 1.0
 """After so long without an answer, a host that joins says that it waits."""
 REFUSALS = 3
@@ -144,11 +150,22 @@ class ZmqLink:
         """With the port that the system chose."""
         self._inbox = Inbox(inbox)
         self._directory: dict[ActorId, str] = {}
+        self._guests: OrderedDict[ActorId, float] = OrderedDict()
+        """Known by nothing but their own hello, such as programs that use the pool; when each was last heard, the longest
+        silent first. No message will say that they are gone."""
         self._peers: dict[str, zmq.Socket[bytes]] = {}
         """By endpoint."""
 
     def _make_inbox(self, endpoint: str) -> zmq.Socket[bytes]:
         inbox = self._context.socket(zmq.ROUTER)
+        try:
+            self._bind(inbox, endpoint)
+        except BaseException:
+            inbox.close()  # a context with an open socket would never end
+            raise
+        return inbox
+
+    def _bind(self, inbox: zmq.Socket[bytes], endpoint: str) -> None:
         inbox.setsockopt(zmq.LINGER, 0)
         inbox.setsockopt(zmq.ROUTER_MANDATORY, 1)
         inbox.setsockopt(zmq.RCVHWM, INBOX_MESSAGES)
@@ -159,14 +176,15 @@ class ZmqLink:
             # A peer whose connection broke comes back before this side has noticed: its new connection counts.
             inbox.setsockopt(zmq.ROUTER_HANDOVER, 1)
         bind_private(inbox, endpoint)
-        return inbox
 
     def connect(self, actor: ActorId, endpoint: str) -> None:
+        self._guests.pop(actor, None)
         if self._directory.get(actor) != endpoint:
             self.forget(actor)
             self._directory[actor] = endpoint
 
     def forget(self, actor: ActorId) -> None:
+        self._guests.pop(actor, None)
         endpoint = self._directory.pop(actor, None)
         if endpoint in self._peers and endpoint not in self._directory.values():
             self._peers.pop(endpoint).close()
@@ -175,15 +193,27 @@ class ZmqLink:
         endpoint = self._directory.get(to)
         if endpoint is None:
             raise PeerUnreachable(to)
-        dealer = self._peers.get(endpoint) or self._dial(endpoint)
         try:
+            dealer = self._peers.get(endpoint) or self._dial(endpoint)
             dealer.send_multipart(encode(message), zmq.NOBLOCK)
         except zmq.Again as full:
             raise PeerFull(to) from full
+        except zmq.ZMQError as error:  # of a first message: no socket is left, or the hello named no endpoint
+            raise PeerUnreachable(to) from error
 
     def _dial(self, endpoint: str) -> zmq.Socket[bytes]:
-        """Open the connection at the first message, and say first where an answer goes."""
-        dealer = self._peers[endpoint] = self._context.socket(zmq.DEALER)
+        """Open the connection at the first message, and say first where an answer goes. Raises zmq.ZMQError."""
+        self._hang_up_on_silent_guests()
+        dealer = self._context.socket(zmq.DEALER)
+        try:
+            self._open(dealer, endpoint)
+        except BaseException:
+            dealer.close(0)
+            raise
+        self._peers[endpoint] = dealer
+        return dealer
+
+    def _open(self, dealer: zmq.Socket[bytes], endpoint: str) -> None:
         dealer.setsockopt(zmq.LINGER, LINGER_MS)
         dealer.setsockopt(zmq.SNDHWM, PEER_MESSAGES)
         dealer.setsockopt(zmq.IDENTITY, self.actor.encode())
@@ -191,7 +221,13 @@ class ZmqLink:
             as_client(dealer, self._keys, endpoint)
         dealer.connect(endpoint)
         dealer.send_multipart([HELLO, self.endpoint.encode()], zmq.NOBLOCK)
-        return dealer
+
+    def _hang_up_on_silent_guests(self) -> None:
+        """Connections to programs that ended would pile up. One that was only silent is called again at its next message."""
+        silent_since = time.monotonic() - GUEST_S
+        for guest in takewhile(lambda one: self._guests[one] < silent_since, self._guests):
+            if (dealer := self._peers.pop(self._directory[guest], None)) is not None:
+                dealer.close()
 
     async def receive(self) -> list[Received]:
         while True:
@@ -205,12 +241,26 @@ class ZmqLink:
             identity, kind, body = frames
             sender = ActorId(identity.decode())
             if kind == HELLO:
-                self._directory.setdefault(sender, body.decode())
+                self._hear_hello(sender, body.decode())
                 return None
+            if sender in self._guests:
+                self._heard(sender)
             return Received(sender, decode(kind, body))
         except (ValueError, PeerError):
             self.refused += 1
             return None
+
+    def _hear_hello(self, sender: ActorId, endpoint: str) -> None:
+        if sender in self._directory:
+            return
+        self._directory[sender] = endpoint
+        self._heard(sender)
+        if len(self._guests) > GUESTS_MAX:
+            self.forget(next(iter(self._guests)))
+
+    def _heard(self, guest: ActorId) -> None:
+        self._guests[guest] = time.monotonic()
+        self._guests.move_to_end(guest)
 
     def close(self) -> None:
         """Close every socket; replies already queued get LINGER_MS to leave."""

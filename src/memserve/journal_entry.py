@@ -6,13 +6,15 @@ import attrs
 
 from memserve.accounts import Origins, Timings
 from memserve.identity import ActorId
-from memserve.messages import Plan, Request
+from memserve.messages import Plan, Request, TokenUpdate
 from memserve.tokens import count
 
 SUBMIT_REPEAT_S = 1.0
 """How long a Submit may stay unanswered before it is sent again, to the next scheduler if there are several."""
 STALL_S = 3.0
 """How long an attempt may be silent before its worker is asked whether it still holds it."""
+OVERTAKEN_S = 0.5
+"""How long tokens may be missing before later ones: for a packet that is sent again, and far less than another attempt takes."""
 
 
 @attrs.define
@@ -39,6 +41,9 @@ class JournalEntry:
     heard_at: float = 0.0
     """When the attempt showed a sign of life, or its holder."""
     cached_tokens: int = 0
+    early: list[tuple[float, TokenUpdate]] = attrs.field(factory=list)
+    """Tokens that came before those they follow, and when: a decode worker's come by another connection than the first of its
+    prefill worker."""
     fed_by_decode: bool = False
     """The decode worker of this attempt has sent tokens."""
     first_token_at: float | None = None
@@ -50,8 +55,20 @@ class JournalEntry:
     def due(self) -> float:
         """When something must be asked again, or given up."""
         if self.plan is None and self.holder is None:
-            return min(self.asked_at + SUBMIT_REPEAT_S, self.given_up_at)
-        return min(max(self.asked_at, self.heard_at) + STALL_S, self.given_up_at)
+            return min(self.asked_at + SUBMIT_REPEAT_S, self.given_up_at, self.gap_ends)
+        return min(max(self.asked_at, self.heard_at) + STALL_S, self.given_up_at, self.gap_ends)
+
+    @property
+    def gap_ends(self) -> float:
+        """When the tokens before those that came early must have come."""
+        return self.early[0][0] + OVERTAKEN_S if self.early else float("inf")
+
+    def missing(self, position: int) -> str:
+        """In words, what should have come before tokens at ``position``."""
+        if self.untold:
+            end = min(position, self.request.prompt_tokens)
+            return f"log probabilities of the prompt's tokens {self.told} to {end}"
+        return f"tokens {self.request.prompt_tokens + count(self.sent)} to {position}"
 
     @property
     def given_up_at(self) -> float:

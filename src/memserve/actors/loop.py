@@ -123,6 +123,10 @@ class Shell:
             self.link.send(action.to, action.message)
         except (PeerUnreachable, PeerFull):
             self.core.undeliverable(action.to, action.message, self.clock())
+        if isinstance(action.message, Gone) and action.to in action.message.actors:
+            self.link.forget(
+                action.to
+            )  # the last word to one that is fenced off; its successor has another id
 
     def _set_timer(self) -> None:
         """Only forward: a deadline that moved back, as heartbeats and repeats do at every turn, is looked at when it was due.

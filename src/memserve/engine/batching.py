@@ -49,7 +49,7 @@ class WorkerSettings:
     draft: int = 0
     """Tokens that a stream may guess in a step; see :mod:`memserve.engine.drafting`."""
     requests_max: int = 1024
-    """Sequences held at once; beyond it a Prefill is answered with Failed (overloaded)."""
+    """Sequences held at once; beyond it a first attempt is answered with Failed (overloaded)."""
 
 
 @attrs.frozen

@@ -24,6 +24,7 @@ from memserve.engine.outbox import Outbox
 from memserve.engine.plans import BatchPlan, BatchResult, Row
 from memserve.scheduling.cost_model import CostModel
 from memserve.tokens import TOKEN_BYTES, count, span
+from memserve.tokens import alike as in_common
 
 CHANCES = (0.0, 0.17, 0.4, 0.58, 0.72, 0.75, 0.77, 0.85, 0.9)
 """How likely a guess is right behind so many tokens that were alike, or more, before any was tried: of answers of the demo model
@@ -152,17 +153,20 @@ class Drafting:
 
     def saw(self, batch: Batch, result: BatchResult) -> None:
         """What a step has shown of its guesses. What came right beyond them was forced by a grammar."""
-        right = {number: count(more) for number, more in result.more.items()}
-        for number, alike in self._behind.items():
+        accepted = {number: self._accepted(batch, number, result) for number in self._behind}
+        for number, behind in self._behind.items():
             if drafted := count(batch.plan.rows[number].draft):
-                accepted = min(drafted, right.get(number, 0))
-                self._chances.saw(alike, drafted, accepted)
+                self._chances.saw(behind, drafted, accepted[number])
                 self.outbox.count("drafted_tokens_total", drafted)
-                self.outbox.count("accepted_tokens_total", accepted)
-        if forced := sum(
-            max(0, more - count(batch.plan.rows[number].draft)) for number, more in right.items()
-        ):
+                self.outbox.count("accepted_tokens_total", accepted[number])
+        if forced := sum(count(more) - accepted.get(number, 0) for number, more in result.more.items()):
             self.outbox.count("forced_tokens_total", forced)
+
+    @staticmethod
+    def _accepted(batch: Batch, number: int, result: BatchResult) -> int:
+        """How many tokens of a row's guess came, and came by it: a grammar may have put others in its place."""
+        right = in_common(batch.plan.rows[number].draft, batch.drawn(number, result))
+        return min(right, count(result.more.get(number, b"")))
 
     def _rooms(self, batch: Batch) -> Iterator[tuple[int, int]]:
         """Rows that may have drafts, and how long."""

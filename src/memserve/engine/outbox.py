@@ -10,7 +10,7 @@ from memserve.actions import Action, Log, Send
 from memserve.drawing import PromptLogprobs
 from memserve.engine.sequence import Sequence
 from memserve.identity import ActorId
-from memserve.messages import Message, PromptScores, Tokens, TokenUpdate
+from memserve.messages import Handoff, Message, PromptScores, Tokens, TokenUpdate
 
 
 @attrs.define
@@ -56,8 +56,19 @@ class Outbox:
         self.counters[name] = self.counters.get(name, 0.0) + amount
 
     def take(self) -> list[Action]:
-        """Everything, once."""
+        """Everything, once: tokens behind what is reported of prompts, and before the sequences that leave with them.
+
+        A Handoff that left first could bring the Frontend a second token before the first, which it takes for a lost one.
+        """
         actions, self._actions = self._actions, []
-        actions += [Send(to, Tokens(tuple(updates))) for to, updates in self._updates.items()]
+        tokens = [Send(to, Tokens(tuple(updates))) for to, updates in self._updates.items()]
         self._updates.clear()
-        return actions
+        return [
+            *(one for one in actions if not _hands_over(one)),
+            *tokens,
+            *(one for one in actions if _hands_over(one)),
+        ]
+
+
+def _hands_over(action: Action) -> bool:
+    return isinstance(action, Send) and isinstance(action.message, Handoff)

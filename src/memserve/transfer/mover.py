@@ -98,7 +98,9 @@ class Mover(Protocol):
 async def settle(transfer: PageTransfer, deadline_s: float, move: Callable[[], Awaitable[int]]) -> Result:
     """Run ``move``, which returns the bytes it moved, and make a result of whatever happens."""
     try:
-        with trio.fail_after(deadline_s):
+        with trio.fail_after(
+            max(0.0, deadline_s)
+        ):  # a negative time is an error to trio; the deadline may have passed
             return TransferDone(transfer.id, await move())
     except trio.TooSlowError:
         return TransferFailed(transfer.id, Failure.DEADLINE, f"not written within {deadline_s:.3g} s")
