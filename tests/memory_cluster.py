@@ -14,11 +14,11 @@ from contextlib import asynccontextmanager
 import attrs
 import trio
 
+from memory_bus import MemoryBus
 from memserve.actions import BatchDone, Copy, CopyDone, Kill, MoverOrder, RunBatch
 from memserve.actors.frontend import FrontendService
 from memserve.actors.loop import Shell
 from memserve.api.service import GenerationParams
-from memserve.bus import MemoryBus
 from memserve.drawing import Sampling
 from memserve.engine.batching import BatchLimits, WorkerSettings
 from memserve.engine.plans import BatchPlan, BatchResult

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import socket as socket_module
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -14,7 +16,8 @@ import pytest
 import trio
 import zmq
 
-from memserve.bus import Inbox, Link, MemoryBus, Received, ZmqLink, bind_private, knock, open_link
+from memory_bus import MemoryBus
+from memserve.bus import HELLO, Inbox, Link, Received, ZmqLink, bind_private, knock, open_link
 from memserve.costs import Site, StepCosts
 from memserve.drawing import Logprobs, Sampling
 from memserve.errors import PeerError, PeerFull, PeerUnreachable, UserError
@@ -178,6 +181,57 @@ async def test_a_stranger_can_be_answered(private: Path) -> None:
         await _exchange(stranger, known)
 
 
+async def test_programs_that_come_and_go_leave_no_connection(
+    private: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each program that used a pool would cost its shard a socket for good, and the thousandth the shard."""
+    monkeypatch.setattr("memserve.bus.GUEST_S", 0.0)
+    async with zmq_links(private, "a.1", "friend.1") as (a, friend):
+        friend.connect(a.actor, a.endpoint)
+        await _exchange(friend, a)
+        a.connect(friend.actor, friend.endpoint)  # announced: no guest
+        before = open_files()
+        for number in range(12):
+            async with zmq_links(private, f"guest.{number}") as (guest,):
+                guest.connect(a.actor, a.endpoint)
+                await _exchange(guest, a)
+        assert open_files() - before < 6
+        await _exchange(friend, a)
+
+
+async def test_a_guest_that_was_silent_is_answered_all_the_same(
+    private: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program that was stopped for a while would wait for ever once it goes on."""
+    monkeypatch.setattr("memserve.bus.GUEST_S", 0.0)
+    async with zmq_links(private, "a.1") as (a,), zmq_links(private, "slow.1", "other.1") as (slow, other):
+        for one in (slow, other, slow):
+            one.connect(a.actor, a.endpoint)
+            await _exchange(one, a)
+
+
+async def test_a_hello_that_names_no_endpoint_harms_nobody(private: Path) -> None:
+    """One program with a fault would end the actor that it talked to."""
+    async with zmq_links(private, "a.1") as (a,):
+        context = zmq.Context()
+        rogue = context.socket(zmq.DEALER)
+        rogue.setsockopt(zmq.IDENTITY, b"rogue.1")
+        rogue.connect(a.endpoint)
+        rogue.send_multipart([HELLO, b"nowhere"])
+        rogue.send_multipart(encode(Cancel("r", 0)))
+        with trio.fail_after(5):
+            (heard,) = await a.receive()
+        with pytest.raises(PeerUnreachable):
+            a.send(heard.sender, Cancel("r", 0))
+        rogue.close(0)
+        context.term()
+
+
+def open_files() -> int:
+    """Descriptors of this process."""
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
 async def test_an_actor_with_two_ids_hears_both(private: Path) -> None:
     """A shard's answers to a scheduler, and its heartbeats to the scheduler's name, would go on two connections: one is passed
     over, and after a restart it may be that of the heartbeats, for good."""
@@ -237,6 +291,16 @@ async def test_garbage_is_counted_and_survived(private: Path) -> None:
         assert b.refused == 5
         rogue.close()
         context.term()
+
+
+def test_a_link_that_cannot_be_bound_says_so(tmp_path: Path) -> None:
+    """An actor whose port is taken would hang at its start, without a word, until its supervisor loses patience."""
+    tmp_path.chmod(0o755)
+    code = f"import trio; from memserve.bus import open_link; trio.run(open_link('a.1', 'ipc://{tmp_path}/a').__aenter__)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False
+    )
+    assert done.returncode == 1 and "must be 0700" in done.stderr
 
 
 def test_an_open_directory_is_refused(tmp_path: Path) -> None:

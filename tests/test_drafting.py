@@ -256,11 +256,19 @@ def test_what_came_of_guesses_is_counted() -> None:
     batch = drafting.added(form_batch([one], BatchLimits(64, 8), PAGE_TOKENS), None)
     drafting.saw(batch, BatchResult((12,), 1.0, 1, more={0: pack([13, 99])}))
     assert outbox.counters == {"drafted_tokens_total": 4, "accepted_tokens_total": 2}
-    drafting.saw(batch, BatchResult((12,), 1.0, 1, more={0: pack([13, 14, 15, 16, 50, 51])}))
+    drafting.saw(
+        batch, BatchResult((70,), 1.0, 1, more={0: pack([71, 72])})
+    )  # a grammar's, in the guess's place
     assert outbox.counters == {
         "drafted_tokens_total": 8,
-        "accepted_tokens_total": 6,
+        "accepted_tokens_total": 2,
         "forced_tokens_total": 2,
+    }
+    drafting.saw(batch, BatchResult((12,), 1.0, 1, more={0: pack([13, 14, 15, 16, 50, 51])}))
+    assert outbox.counters == {
+        "drafted_tokens_total": 12,
+        "accepted_tokens_total": 6,
+        "forced_tokens_total": 4,
     }
 
 

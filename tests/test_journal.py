@@ -10,8 +10,8 @@ from memserve.actions import Deliver, Log, Send
 from memserve.drawing import PromptLogprobs, Sampling
 from memserve.errors import RequestFailed
 from memserve.identity import ActorId
-from memserve.journal import ATTEMPTS_MAX, FrontendCore
-from memserve.journal_entry import SUBMIT_REPEAT_S
+from memserve.journal import ATTEMPTS_MAX, CANCEL_REPEAT_S, FrontendCore
+from memserve.journal_entry import OVERTAKEN_S, SUBMIT_REPEAT_S
 from memserve.messages import (
     Cancel,
     Cluster,
@@ -85,18 +85,50 @@ def test_a_gap_is_another_attempt() -> None:
     core.receive(P, update(3, 50), 0.2)
     core.take()
     core.receive(D, update(5, 52), 0.3)
+    assert took(core, Submit) == [] and core.deadline == 0.3 + OVERTAKEN_S
+    core.advance(0.3 + OVERTAKEN_S)
     actions = core.take()
     (resubmitted,) = [
         one.message for one in actions if isinstance(one, Send) and isinstance(one.message, Submit)
     ]
     assert (resubmitted.request.attempt, resubmitted.request.tokens) == (1, pack([7, 8, 9, 50]))
     assert {one.to for one in actions if isinstance(one, Send) and isinstance(one.message, Cancel)} == {P, D}
-    core.receive(D, update(4, 51), 0.4)
+    core.receive(D, update(4, 51), 0.9)
     assert took(core, Deliver) == []  # the old attempt is fenced off
-    core.receive(GS, Planned("r", 1, PLAN), 0.5)
-    core.receive(P, update(4, 51, attempt=1, finish="stop"), 0.6)
+    core.receive(GS, Planned("r", 1, PLAN), 1.0)
+    core.receive(P, update(4, 51, attempt=1, finish="stop"), 1.1)
     assert [(one.tokens, one.finish) for one in took(core, Deliver)] == [((51,), "stop")]
     assert core.idle
+
+
+def test_tokens_that_overtake_others_wait_for_them() -> None:
+    """A decode worker's tokens would cost an attempt whenever a packet of the prefill worker's had to be sent again."""
+    core = frontend()
+    core.receive(GS, Planned("r", 0, PLAN), 0.1)
+    core.receive(D, update(4, 51), 0.2)
+    core.receive(D, update(5, 52), 0.3)
+    core.receive(D, update(6, 53, finish="stop"), 0.4)
+    assert took(core, Deliver) == []
+    core.advance(0.2 + OVERTAKEN_S - 0.01)
+    core.receive(P, update(3, 50), 0.6)
+    assert [one.tokens for one in took(core, Deliver)] == [(50,), (51,), (52,), (53,)]
+    core.advance(5.0)
+    assert took(core, Submit) == [] and core.idle
+
+
+def test_a_worker_that_did_not_hear_of_an_end_is_told_again() -> None:
+    """A lost Cancel would let it go on to the last token, with a row and pages that others wait for."""
+    core = frontend()
+    core.receive(GS, Planned("r", 0, PLAN), 0.1)
+    core.receive(P, update(3, 50), 0.2)
+    core.close("r", "cancelled", 0.3)
+    core.take()
+    core.receive(D, update(4, 51), 0.4)
+    core.receive(D, update(5, 52), 0.5)
+    assert took(core, Cancel) == [(D, Cancel("r", 0))]
+    core.receive(D, update(6, 53), 0.4 + CANCEL_REPEAT_S)
+    core.receive(D, update(7, 54, finish="length"), 9.0)
+    assert took(core, Cancel) == [(D, Cancel("r", 0))]
 
 
 def telling() -> FrontendCore:
@@ -151,9 +183,10 @@ def test_a_gap_in_what_is_told_is_another_attempt(late) -> None:
     """A lost message would leave a client without some of them, or move the others to wrong tokens."""
     core = telling()
     core.receive(P, late, 0.2)
+    core.advance(0.2 + OVERTAKEN_S)
     assert took(core, Deliver) == []
-    core.receive(GS, Planned("r", 1, PLAN), 0.3)
-    core.receive(P, told(1, 11, 12, 13, attempt=1), 0.4)
+    core.receive(GS, Planned("r", 1, PLAN), 0.8)
+    core.receive(P, told(1, 11, 12, 13, attempt=1), 0.9)
     assert ranks(core) == [[11, 12, 13]]
 
 

@@ -6,8 +6,8 @@ import attrs
 import trio
 from trio.testing import MockClock
 
+from memory_bus import MemoryBus
 from memserve.actors.loop import Shell
-from memserve.bus import MemoryBus
 from memserve.identity import ActorId
 
 NEVER = float("inf")

@@ -268,6 +268,18 @@ def test_a_session_stays_where_it_began() -> None:
             assert world.place(more).prefill == first[i]
 
 
+def test_sessions_are_forgotten_beyond_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If it failed, a scheduler would grow with every prompt that it has seen."""
+    monkeypatch.setattr("memserve.scheduling.policies.SESSIONS_MAX", 3)
+    policy = StickySession()
+    world = World("w0", "w1", policy=policy)
+    for number in range(20):
+        opening = pack(range(100 * (number // 2), 100 * (number // 2) + 40))
+        world.place(opening + pack([number]))
+        assert sum(len(alike) for alike in policy._sessions.values()) == policy._known <= 3
+    assert world.place(opening + pack([19, 1, 2])).prefill and policy._known <= 3
+
+
 def test_the_longest_prefix_wins_whatever_the_load() -> None:
     """If it failed, the paper's section 6 would be compared unfairly."""
     world = World("w0", policy=LongestPrefix())

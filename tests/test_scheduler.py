@@ -22,7 +22,7 @@ from memserve.messages import (
     Request,
     Submit,
 )
-from memserve.pool_messages import IndexDelta, IndexEvent, Prefetch
+from memserve.pool_messages import IndexDelta, IndexEvent, IndexSnapshot, Prefetch
 from memserve.scheduling.admission import HELD_S
 from memserve.scheduling.fleet import Fleet
 from memserve.scheduling.global_tree import GlobalTree
@@ -287,3 +287,15 @@ def test_one_that_still_starts_may_be_silent_for_longer() -> None:
         assert not sent(core, Gone)
     core.advance(DEAD_STARTING_S)
     assert {one.message.actors for one in sent(core, Gone)} == {(decode("d0").id,)}
+
+
+STORED = (IndexEvent("stored", 1, 0, tokens=pack(range(32))),)
+
+
+@pytest.mark.parametrize("late", [IndexDelta(0, STORED), IndexSnapshot(1, 0, 1, STORED)])
+def test_what_a_shard_said_before_it_died_is_not_heard_after(late) -> None:
+    """Its pages would be looked for as long as this scheduler lives."""
+    core = scheduler(SHARD, prefill("p0"), decode("d0"))
+    core.receive(ME.id, Died(SHARD.id), 1.0)
+    core.receive(SHARD.id, late, 1.1)
+    assert core.index.match("", pack(range(32)), 1.2).tokens == 0

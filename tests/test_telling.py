@@ -120,6 +120,18 @@ def test_cuts_and_company_change_nothing_that_is_told(made):
         assert [line[0] for line in found] == pytest.approx(expected, abs=1e-4 if made.exact else 0.5)
 
 
+def test_a_draft_beside_it_moves_nothing_that_is_told(made):
+    """A prompt would be scored by what a stream of the same step has guessed."""
+    if not sums_in_one_order(made):
+        pytest.skip("only the native step runs drafts")
+    length = MAX_ROWS + 40
+    ids, pages = prompt(length, 7, SPEC.vocab), tuple(range(pages_for(length, 16)))
+    alone = told_in(made, ids, pages, 2, [length])
+    stream = Row(pack([5]), 0, (90,), Sampling(0.0), draft=pack([6, 7, 8, 9, 10]))
+    result = made.engine.run(BatchPlan((stream, chunk(ids, 0, length, pages, 2))))
+    assert list(zip(*opened(result.prompts[1]), strict=True)) == alone
+
+
 def sums_in_one_order(made) -> bool:
     """Whether its sums are taken in one order, whatever else a step does."""
     return bool(getattr(made.engine, "native", False))

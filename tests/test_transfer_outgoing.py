@@ -215,3 +215,15 @@ def test_too_many_at_a_time_and_wrong_grants_are_refused():
     assert core.take() == []
     core.receive("b.1", TransferGranted(1, (0, 0), MAPPED), 0.0)
     assert [one.failure for one in reports(core)] == [Failure.REFUSED]
+
+
+def test_a_grant_that_comes_too_late_writes_nothing():
+    """If it did, a page that the receiver has given to another by now could be overwritten."""
+    core = outgoing()
+    core.receive("a.1", ORDER, 0.0)
+    core.take()
+    core.receive("b.1", TransferGranted(1, (0, 1), MAPPED), ORDER.deadline)
+    actions = core.take()
+    assert not [one for one in actions if isinstance(one, Write)]
+    (report,) = [one for one in actions if isinstance(one, Report)]
+    assert report.result.failure is Failure.DEADLINE

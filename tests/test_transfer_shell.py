@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import asynccontextmanager
 
+import attrs
 import pytest
 import trio
 
@@ -102,6 +103,14 @@ async def test_a_fed_transfer_is_stopped_on_request(place):
         assert told == [WriteFailed(1, Failure.WITHDRAWN, "stopped")]
         one.perform[Feed](Feed(1, (Piece(0, 1, 1),)))
         one.perform[StopWriting](StopWriting(1))
+
+
+async def test_a_write_whose_time_is_up_is_answered(place):
+    """If it were an error, a shard that slept over a deadline would end, and with it all that it has cached."""
+    async with shell(place, path="mapped") as (one, _, told):
+        one.perform[Write](attrs.evolve(write(one.ways[0]), deadline=0.0))
+        await until(told, 1)
+        assert told[0].failure is Failure.DEADLINE
 
 
 async def test_a_way_that_this_process_does_not_have_is_refused(place):

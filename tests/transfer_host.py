@@ -18,11 +18,11 @@ import attrs
 import msgspec
 import trio
 
+from memserve import transfer_messages as messages
 from memserve.actions import Kill
 from memserve.actors.mempool_shard import fence
 from memserve.kernels.arena import Arena, serve_arena
 from memserve.messages import Gone
-from memserve.transfer import messages
 from memserve.transfer.actions import (
     Expect,
     Feed,

@@ -1,4 +1,4 @@
-"""ZeroMQ under trio, and its in-memory twin.
+"""ZeroMQ under trio.
 
 On one host, messages go over Unix sockets that only their user can open. Between hosts, they go over TCP with
 CURVE: the cluster's key admits a connection and encrypts it. Every actor binds one ROUTER, its inbox, and
@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import os
 import stat
-from collections import deque
+import time
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -57,6 +59,10 @@ CONNECT_MS = 2_000
 """Longest wait for a TCP connection; the system itself would wait minutes for a host that has vanished."""
 RECONNECT_MS, RECONNECT_MS_MAX = 100, 2_000
 """First and longest pause between two attempts to connect."""
+GUEST_S = 60.0
+"""Silence after which the connection to an actor that only said hello is closed; its leases have long expired."""
+GUESTS_MAX = 10_000
+"""Such actors remembered, at most. If there are more, the longest silent one can no longer be answered."""
 LATE_S = 1.0
 """Time without an answer after which a host that joins reports that it waits."""
 REFUSALS = 3
@@ -115,7 +121,7 @@ class Received:
 
 
 class Link(Protocol):
-    """What an actor needs of the bus. :class:`ZmqLink` and :class:`MemoryLink` implement it."""
+    """What an actor needs of the bus. :class:`ZmqLink` implements it; tests have a link in memory."""
 
     actor: ActorId
     endpoint: str
@@ -158,11 +164,24 @@ class ZmqLink:
         """The inbox's endpoint, with the port that the system chose."""
         self._inbox = Inbox(inbox)
         self._directory: dict[ActorId, str] = {}
+        self._guests: OrderedDict[ActorId, float] = OrderedDict()
+        """When each actor was last heard that is known only by its own hello, such as a program that uses the pool.
+
+        The longest silent one is first. No message will announce their death.
+        """
         self._peers: dict[str, zmq.Socket[bytes]] = {}
         """The outgoing connections, by endpoint."""
 
     def _make_inbox(self, endpoint: str) -> zmq.Socket[bytes]:
         inbox = self._context.socket(zmq.ROUTER)
+        try:
+            self._bind(inbox, endpoint)
+        except BaseException:
+            inbox.close()  # with a socket open, the context would never terminate
+            raise
+        return inbox
+
+    def _bind(self, inbox: zmq.Socket[bytes], endpoint: str) -> None:
         inbox.setsockopt(zmq.LINGER, 0)
         inbox.setsockopt(zmq.ROUTER_MANDATORY, 1)
         inbox.setsockopt(zmq.RCVHWM, INBOX_MESSAGES)
@@ -174,14 +193,15 @@ class ZmqLink:
             # counts.
             inbox.setsockopt(zmq.ROUTER_HANDOVER, 1)
         bind_private(inbox, endpoint)
-        return inbox
 
     def connect(self, actor: ActorId, endpoint: str) -> None:
+        self._guests.pop(actor, None)
         if self._directory.get(actor) != endpoint:
             self.forget(actor)
             self._directory[actor] = endpoint
 
     def forget(self, actor: ActorId) -> None:
+        self._guests.pop(actor, None)
         endpoint = self._directory.pop(actor, None)
         if endpoint in self._peers and endpoint not in self._directory.values():
             self._peers.pop(endpoint).close()
@@ -190,15 +210,32 @@ class ZmqLink:
         endpoint = self._directory.get(to)
         if endpoint is None:
             raise PeerUnreachable(to)
-        dealer = self._peers.get(endpoint) or self._dial(endpoint)
         try:
+            dealer = self._peers.get(endpoint) or self._dial(endpoint)
             dealer.send_multipart(encode(message), zmq.NOBLOCK)
         except zmq.Again as full:
             raise PeerFull(to) from full
+        except (
+            zmq.ZMQError
+        ) as error:  # on a first message: no descriptor is left, or the hello named no endpoint
+            raise PeerUnreachable(to) from error
 
     def _dial(self, endpoint: str) -> zmq.Socket[bytes]:
-        """Open the connection for the first message; its hello tells the peer where to send answers."""
-        dealer = self._peers[endpoint] = self._context.socket(zmq.DEALER)
+        """Open the connection for the first message; its hello tells the peer where to send answers.
+
+        Raises zmq.ZMQError.
+        """
+        self._hang_up_on_silent_guests()
+        dealer = self._context.socket(zmq.DEALER)
+        try:
+            self._open(dealer, endpoint)
+        except BaseException:
+            dealer.close(0)
+            raise
+        self._peers[endpoint] = dealer
+        return dealer
+
+    def _open(self, dealer: zmq.Socket[bytes], endpoint: str) -> None:
         dealer.setsockopt(zmq.LINGER, LINGER_MS)
         dealer.setsockopt(zmq.SNDHWM, PEER_MESSAGES)
         dealer.setsockopt(zmq.IDENTITY, self.actor.encode())
@@ -206,7 +243,16 @@ class ZmqLink:
             as_client(dealer, self._keys, endpoint)
         dealer.connect(endpoint)
         dealer.send_multipart([HELLO, self.endpoint.encode()], zmq.NOBLOCK)
-        return dealer
+
+    def _hang_up_on_silent_guests(self) -> None:
+        """Close connections to programs that may have ended; they would pile up.
+
+        A program that was only silent gets a new connection with its next answer.
+        """
+        silent_since = time.monotonic() - GUEST_S
+        for guest in takewhile(lambda one: self._guests[one] < silent_since, self._guests):
+            if (dealer := self._peers.pop(self._directory[guest], None)) is not None:
+                dealer.close()
 
     async def receive(self) -> list[Received]:
         while True:
@@ -220,12 +266,26 @@ class ZmqLink:
             identity, kind, body = frames
             sender = ActorId(identity.decode())
             if kind == HELLO:
-                self._directory.setdefault(sender, body.decode())
+                self._hear_hello(sender, body.decode())
                 return None
+            if sender in self._guests:
+                self._heard(sender)
             return Received(sender, decode(kind, body))
         except (ValueError, PeerError):
             self.refused += 1
             return None
+
+    def _hear_hello(self, sender: ActorId, endpoint: str) -> None:
+        if sender in self._directory:
+            return
+        self._directory[sender] = endpoint
+        self._heard(sender)
+        if len(self._guests) > GUESTS_MAX:
+            self.forget(next(iter(self._guests)))
+
+    def _heard(self, guest: ActorId) -> None:
+        self._guests[guest] = time.monotonic()
+        self._guests.move_to_end(guest)
 
     def close(self) -> None:
         """Close every socket; replies already queued get LINGER_MS to leave."""
@@ -368,76 +428,3 @@ def bind_private(socket: zmq.Socket[bytes], endpoint: str) -> None:
         if stat.S_IMODE(mode) & 0o077:
             raise PermissionError(f"{endpoint}: its directory has mode {stat.S_IMODE(mode):o}, must be 0700")
     socket.bind(endpoint)
-
-
-class MemoryBus:
-    """An in-memory bus for tests.
-
-    It follows ZeroMQ's rules: bounded, in order per pair, lost when the peer is gone.
-    """
-
-    def __init__(self, limit: int = INBOX_MESSAGES) -> None:
-        self.limit = limit
-        self._inboxes: dict[str, MemoryLink] = {}
-
-    def link(self, actor: ActorId) -> MemoryLink:
-        """A link bound at ``memory://<actor>``."""
-        link = MemoryLink(self, actor)
-        self._inboxes[link.endpoint] = link
-        return link
-
-    def endpoint_of(self, actor: ActorId) -> str | None:
-        """The endpoint at which ``actor`` is bound, as a hello would report it; None if it is not bound."""
-        endpoint = f"memory://{actor}"
-        return endpoint if endpoint in self._inboxes else None
-
-    def unbind(self, link: MemoryLink) -> None:
-        """Unbind a link: messages sent to it from now on are lost, as with a dead process."""
-        self._inboxes.pop(link.endpoint, None)
-
-    def deliver(self, endpoint: str, received: Received) -> None:
-        """Put a message into the inbox at ``endpoint``. Raises PeerFull."""
-        inbox = self._inboxes.get(endpoint)
-        if inbox is not None:
-            inbox.put(received)
-
-
-class MemoryLink:
-    """The in-memory Link. Messages pass through the codec, so that tests see what the wire would carry."""
-
-    def __init__(self, bus: MemoryBus, actor: ActorId) -> None:
-        self.actor = actor
-        self.endpoint = f"memory://{actor}"
-        self.refused = 0
-        self._bus = bus
-        self._peers: dict[ActorId, str] = {}
-        self._waiting: deque[Received] = deque()
-        self._arrived = trio.lowlevel.ParkingLot()
-
-    def connect(self, actor: ActorId, endpoint: str) -> None:
-        self._peers[actor] = endpoint
-
-    def forget(self, actor: ActorId) -> None:
-        self._peers.pop(actor, None)
-
-    def send(self, to: ActorId, message: Message) -> None:
-        endpoint = self._peers.get(to)
-        if endpoint is None:
-            raise PeerUnreachable(to)
-        self._bus.deliver(endpoint, Received(self.actor, decode(*encode(message))))
-
-    def put(self, received: Received) -> None:
-        """Add a message to the inbox; called by the bus. Raises PeerFull."""
-        if len(self._waiting) >= self._bus.limit:
-            raise PeerFull(self.actor)
-        sender = self._bus.endpoint_of(received.sender)
-        if sender is not None:
-            self._peers.setdefault(received.sender, sender)
-        self._waiting.append(received)
-        self._arrived.unpark_all()
-
-    async def receive(self) -> list[Received]:
-        await trio.lowlevel.checkpoint()
-        while not self._waiting:
-            await self._arrived.park()
-        return [self._waiting.popleft() for _ in range(min(BATCH_MESSAGES, len(self._waiting)))]

@@ -7,6 +7,7 @@ depends on (seed, position) alone, so the stream continues with the tokens it wo
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -43,6 +44,8 @@ from memserve.tokens import count, unpack
 
 LOST_S = 8.0
 """Silence after which an attempt is planned again, or a waiting request is submitted elsewhere."""
+CANCEL_REPEAT_S = 1.0
+"""How long a worker may keep sending tokens of a cancelled attempt before it is sent another Cancel."""
 ATTEMPTS_MAX = 8
 """Attempts before a request fails, so that one that kills its workers does not do so forever."""
 
@@ -59,6 +62,8 @@ class FrontendCore:
     _actions: list[Action] = attrs.field(factory=list, init=False)
     _look_at: float = attrs.field(default=float("inf"), init=False)
     """No entry is due before this time."""
+    _called_off: OrderedDict[tuple[ActorId, str], float] = attrs.field(factory=OrderedDict, init=False)
+    """Workers and requests for which a Cancel was repeated, and when; the oldest first."""
     counters: dict[str, float] = attrs.field(factory=dict, init=False)
 
     # ---- the HTTP side --------------------------------------------------------------------------------------
@@ -127,6 +132,8 @@ class FrontendCore:
                 self._tell_attempt(entry, Cancel(entry.request.id, entry.attempt))
                 text = "its deadline has passed, and no GlobalScheduler has planned it"
                 self._fail(entry, self._refused(entry.request, "deadline_missed", text, 503), now)
+            elif entry.early and now >= entry.gap_ends:
+                self._resubmit(entry, f"{entry.missing(entry.early[0][1].position)} never arrived", now)
             elif entry.plan is None and entry.holder is not None and not lost:
                 self._inquire(entry, entry.holder, now)
             elif entry.plan is None:
@@ -171,6 +178,7 @@ class FrontendCore:
 
     def _submit(self, entry: JournalEntry, now: float) -> None:
         entry.plan, entry.holder, entry.fed_by_decode, entry.asked_at = None, None, False, now
+        entry.early.clear()
         self._look_at = min(self._look_at, entry.due)
         submit = Submit(entry.current(), now - entry.received_at, entry.held)
         self._actions.append(Send(self.presence.schedulers[0], submit))
@@ -254,10 +262,25 @@ class FrontendCore:
     def _on_tokens(self, sender: ActorId, message: Tokens, now: float) -> None:
         for update in message.updates:
             entry = self._current(update.request, update.attempt)
-            if entry is not None:
-                entry.heard_at = now
-                entry.fed_by_decode |= entry.plan is not None and sender == entry.plan.decode
-                self._take_tokens(entry, update, now)
+            if entry is None:
+                self._call_off(sender, update, now)
+                continue
+            entry.heard_at = now
+            entry.fed_by_decode |= entry.plan is not None and sender == entry.plan.decode
+            self._take_tokens(entry, update, now)
+            self._take_early(entry)
+
+    def _call_off(self, worker: ActorId, update: TokenUpdate, now: float) -> None:
+        """Send a worker another Cancel for tokens of an ended attempt: the first was lost, or is still under way."""
+        known = self._entries.get(update.request)
+        if update.finish is not None or (known is not None and known.attempt < update.attempt):
+            return
+        if now >= self._called_off.get((worker, update.request), float("-inf")) + CANCEL_REPEAT_S:
+            self._called_off[worker, update.request] = now
+            self._called_off.move_to_end((worker, update.request))
+            self._actions.append(Send(worker, Cancel(update.request, update.attempt)))
+        if len(self._called_off) > self.requests_max:
+            self._called_off.popitem(last=False)
 
     def _on_prompt_told(self, sender: ActorId, message: PromptScores, now: float) -> None:
         """Deliver new log probabilities, by the rule of :meth:`_take_tokens`."""
@@ -266,20 +289,26 @@ class FrontendCore:
             return
         entry.heard_at = now
         if message.position > entry.told:
-            self._resubmit(entry, _lost_of_prompt(entry.told, message.position), now)
+            self._resubmit(entry, f"{entry.missing(message.position)} never arrived", now)
         elif (known := entry.told - message.position) < len(message.told):
             new = message.told.after(known)
             entry.told += len(new)
             self._actions.append(Deliver(entry.request.id, (), None, entry.cached_tokens, prompt=(new,)))
+            self._take_early(entry)
+
+    def _take_early(self, entry: JournalEntry) -> None:
+        """Take the tokens that arrived behind a gap again, in order of arrival: the gap may have closed."""
+        early, entry.early = entry.early, []
+        for heard_at, update in early:
+            if self._entries.get(entry.request.id) is entry:
+                self._take_tokens(entry, update, heard_at)
 
     def _take_tokens(self, entry: JournalEntry, update: TokenUpdate, now: float) -> None:
-        """Deliver new tokens. By position, a repeat is dropped, and a gap starts another attempt."""
-        if entry.untold:
-            self._resubmit(entry, _lost_of_prompt(entry.told, entry.request.prompt_tokens), now)
-            return
+        """Deliver new tokens. By position, a repeat is dropped, and tokens behind a gap wait for it to close."""
         have = entry.request.prompt_tokens + count(entry.sent)
-        if update.position > have:
-            self._resubmit(entry, f"tokens {have} to {update.position} never arrived", now)
+        if entry.untold or update.position > have:
+            entry.early.append((now, update))
+            self._look_at = min(self._look_at, entry.due)
             return
         fresh = update.tokens[(have - update.position) * 4 :]
         if not fresh:
@@ -368,10 +397,6 @@ class FrontendCore:
         self._actions.append(
             Log(level, event, {"request": entry.request.id, "attempt": entry.attempt, **data})
         )
-
-
-def _lost_of_prompt(first: int, end: int) -> str:
-    return f"log probabilities of the prompt's tokens {first} to {end} never arrived"
 
 
 _HANDLERS: dict[type[Any], Callable[[FrontendCore, ActorId, Any, float], None]] = {

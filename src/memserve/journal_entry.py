@@ -6,13 +6,18 @@ import attrs
 
 from memserve.accounts import Origins, Timings
 from memserve.identity import ActorId
-from memserve.messages import Plan, Request
+from memserve.messages import Plan, Request, TokenUpdate
 from memserve.tokens import count
 
 SUBMIT_REPEAT_S = 1.0
 """How long a Submit may stay unanswered before it is sent again, to the next scheduler if any."""
 STALL_S = 3.0
 """How long an attempt may be silent before its worker is asked whether it still holds it."""
+OVERTAKEN_S = 0.5
+"""How long tokens may be missing before later ones.
+
+Long enough for TCP to resend a packet, and far shorter than another attempt.
+"""
 
 
 @attrs.define
@@ -39,6 +44,11 @@ class JournalEntry:
     heard_at: float = 0.0
     """When the attempt, or its holder, last showed a sign of life."""
     cached_tokens: int = 0
+    early: list[tuple[float, TokenUpdate]] = attrs.field(factory=list)
+    """Tokens that arrived before those they follow, and when.
+
+    A decode worker's tokens come by another connection than its prefill worker's first one.
+    """
     fed_by_decode: bool = False
     """The decode worker of this attempt has sent tokens."""
     first_token_at: float | None = None
@@ -50,8 +60,20 @@ class JournalEntry:
     def due(self) -> float:
         """When the Frontend must ask again, or give up."""
         if self.plan is None and self.holder is None:
-            return min(self.asked_at + SUBMIT_REPEAT_S, self.given_up_at)
-        return min(max(self.asked_at, self.heard_at) + STALL_S, self.given_up_at)
+            return min(self.asked_at + SUBMIT_REPEAT_S, self.given_up_at, self.gap_ends)
+        return min(max(self.asked_at, self.heard_at) + STALL_S, self.given_up_at, self.gap_ends)
+
+    @property
+    def gap_ends(self) -> float:
+        """When the tokens missing before early ones must have arrived."""
+        return self.early[0][0] + OVERTAKEN_S if self.early else float("inf")
+
+    def missing(self, position: int) -> str:
+        """A description of what should have arrived before tokens at ``position``."""
+        if self.untold:
+            end = min(position, self.request.prompt_tokens)
+            return f"log probabilities of the prompt's tokens {self.told} to {end}"
+        return f"tokens {self.request.prompt_tokens + count(self.sent)} to {position}"
 
     @property
     def given_up_at(self) -> float:

@@ -126,6 +126,10 @@ class Shell:
             self.link.send(action.to, action.message)
         except (PeerUnreachable, PeerFull):
             self.core.undeliverable(action.to, action.message, self.clock())
+        if isinstance(action.message, Gone) and action.to in action.message.actors:
+            self.link.forget(
+                action.to
+            )  # the last message to an actor that is fenced off; its successor has another id
 
     def _set_timer(self) -> None:
         """Move the timer only to an earlier time.

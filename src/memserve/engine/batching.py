@@ -49,7 +49,7 @@ class WorkerSettings:
     draft: int = 0
     """Draft tokens per stream and step, at most; see :mod:`memserve.engine.drafting`."""
     requests_max: int = 1024
-    """Sequences held at once. With that many, a Prefill is answered with Failed (overloaded)."""
+    """Sequences held at once. With that many, a first attempt is answered with Failed (overloaded)."""
 
 
 @attrs.frozen

@@ -26,6 +26,7 @@ from memserve.engine.outbox import Outbox
 from memserve.engine.plans import BatchPlan, BatchResult, Row
 from memserve.scheduling.cost_model import CostModel
 from memserve.tokens import TOKEN_BYTES, count, span
+from memserve.tokens import alike as in_common
 
 CHANCES = (0.0, 0.17, 0.4, 0.58, 0.72, 0.75, 0.77, 0.85, 0.9)
 """Initial acceptance probability by length of the matching suffix; the last entry covers longer ones.
@@ -162,17 +163,20 @@ class Drafting:
 
     def saw(self, batch: Batch, result: BatchResult) -> None:
         """Learn from a finished step. Accepted tokens beyond a row's draft were forced by a grammar."""
-        right = {number: count(more) for number, more in result.more.items()}
-        for number, alike in self._behind.items():
+        accepted = {number: self._accepted(batch, number, result) for number in self._behind}
+        for number, behind in self._behind.items():
             if drafted := count(batch.plan.rows[number].draft):
-                accepted = min(drafted, right.get(number, 0))
-                self._chances.saw(alike, drafted, accepted)
+                self._chances.saw(behind, drafted, accepted[number])
                 self.outbox.count("drafted_tokens_total", drafted)
-                self.outbox.count("accepted_tokens_total", accepted)
-        if forced := sum(
-            max(0, more - count(batch.plan.rows[number].draft)) for number, more in right.items()
-        ):
+                self.outbox.count("accepted_tokens_total", accepted[number])
+        if forced := sum(count(more) - accepted.get(number, 0) for number, more in result.more.items()):
             self.outbox.count("forced_tokens_total", forced)
+
+    @staticmethod
+    def _accepted(batch: Batch, number: int, result: BatchResult) -> int:
+        """Draft tokens of a row that were accepted. A grammar may have replaced the draft by forced tokens."""
+        right = in_common(batch.plan.rows[number].draft, batch.drawn(number, result))
+        return min(right, count(result.more.get(number, b"")))
 
     def _rooms(self, batch: Batch) -> Iterator[tuple[int, int]]:
         """Rows that may have drafts, each with the longest draft allowed."""

@@ -10,7 +10,7 @@ from memserve.actions import Action, Log, Send
 from memserve.drawing import PromptLogprobs
 from memserve.engine.sequence import Sequence
 from memserve.identity import ActorId
-from memserve.messages import Message, PromptScores, Tokens, TokenUpdate
+from memserve.messages import Handoff, Message, PromptScores, Tokens, TokenUpdate
 
 
 @attrs.define
@@ -59,8 +59,19 @@ class Outbox:
         self.counters[name] = self.counters.get(name, 0.0) + amount
 
     def take(self) -> list[Action]:
-        """All actions since the last call, then the collected tokens."""
+        """All actions since the last call: tokens after reported log probabilities, and handoffs last.
+
+        If a Handoff left before the first token, the decode worker's token could reach the Frontend first.
+        """
         actions, self._actions = self._actions, []
-        actions += [Send(to, Tokens(tuple(updates))) for to, updates in self._updates.items()]
+        tokens = [Send(to, Tokens(tuple(updates))) for to, updates in self._updates.items()]
         self._updates.clear()
-        return actions
+        return [
+            *(one for one in actions if not _hands_over(one)),
+            *tokens,
+            *(one for one in actions if _hands_over(one)),
+        ]
+
+
+def _hands_over(action: Action) -> bool:
+    return isinstance(action, Send) and isinstance(action.message, Handoff)

@@ -136,7 +136,7 @@ class WorkerCore:
         request = message.request
         if self._outdated(request.id, request.attempt):
             return
-        if len(self._live) >= self.settings.requests_max:
+        if len(self._live) >= self.settings.requests_max and not request.attempt:
             self._outbox.send(request.frontend, _overloaded(request.id, request.attempt))
             return
         one = self._admit(
@@ -241,8 +241,11 @@ class WorkerCore:
         if one.phase is Phase.WAITING:
             if one.arriving:
                 self._outbox.send(one.plan.prefill, HandoffTaken(*one.key, adopted=False))
-            status = 400 if message.code == PoolError.TOO_LARGE else 503
-            self._fail(one, message.code, message.message, status=status)
+            hopeless = message.code == PoolError.TOO_LARGE
+            # A client that has begun to read its answer is not refused for lack of room.
+            begun = bool(one.fresh) or one.request.attempt > 0
+            status = 400 if hopeless else 503
+            self._fail(one, message.code, message.message, status=status, retry=begun and not hopeless)
         elif message.code == PoolError.NO_PAGES:
             one.growing, one.starved = False, True
         else:  # the lease is not ours, or no longer ours
@@ -420,7 +423,7 @@ class WorkerCore:
 
 def _overloaded(request: str, attempt: int) -> Failed:
     text = "the worker holds as many requests as it may; try again shortly"
-    return Failed(request, attempt, "overloaded", text, 503, retry_after_s=1.0)
+    return Failed(request, attempt, "overloaded", text, 429, retry_after_s=1.0)
 
 
 _HANDLERS: dict[type[Any], Callable[[WorkerCore, ActorId, Any, float], None]] = {

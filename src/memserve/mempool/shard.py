@@ -243,9 +243,7 @@ class ShardCore:
     def _wait(self, sender: ActorId, call: Waiting, now: float) -> Answer | None:
         """Grant a call that may wait, unless it would overtake another; otherwise queue it."""
         if isinstance(call, Acquire):
-            self.pool.demands.pages(
-                call.tokens, call.extra_pages
-            )  # what never fits must not enter the queue
+            self.pool.demands.pages(call.tokens, call.extra_pages)  # what never fits must not enter the queue
         if not self._waiting and self._unanswered < self.waiting_max:
             grant = self._try(sender, call, now)
             if grant is not None:

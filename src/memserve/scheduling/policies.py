@@ -150,10 +150,14 @@ class LongestPrefix(PairPolicy):
 
 
 SESSIONS_MAX = 100_000
+"""Sessions remembered, some 30 MB."""
 OPENING_TOKENS = 32
 """Number of first tokens by which prompts are looked up."""
 ALIKE_MAX = 64
 """Sessions kept that share an opening."""
+
+_Prompt = tuple[int, bytes]
+"""A session's last prompt: its length in bytes, and its digest."""
 
 
 @attrs.define
@@ -164,27 +168,42 @@ class StickySession(LeastLoad):
     its own.
     """
 
-    _sessions: OrderedDict[bytes, OrderedDict[bytes, ActorId]] = attrs.field(factory=OrderedDict)
-    """By opening: the last prompts that begin with it, and their prefill workers."""
+    _sessions: OrderedDict[bytes, OrderedDict[_Prompt, ActorId]] = attrs.field(factory=OrderedDict)
+    """By opening, the least recently used first: the last prompts that begin with it, and their prefill workers."""
+    _known: int = 0
+    """Number of sessions, over all openings."""
 
     def pick(self, fleet: Fleet, pairs: list[Pair], request: Request, match: PromptPath) -> Pair:
         opening = request.tokens[: OPENING_TOKENS * TOKEN_BYTES]
         key = hashlib.blake2b(opening, digest_size=16, key=request.scope.encode()[:64]).digest()
-        alike = self._sessions.pop(key, None)
-        if alike is None:
-            alike = OrderedDict()
-        self._sessions[key] = alike
-        known = [prompt for prompt in alike if request.tokens.startswith(prompt)]
-        home = alike.pop(max(known, key=len)) if known else None
+        alike = self._sessions.setdefault(key, OrderedDict())
+        self._sessions.move_to_end(key)
+        begins_with, whole = _prefixes(request.tokens, alike)
+        home = alike.pop(begins_with) if begins_with else None
+        self._known -= begins_with is not None
         chosen = super().pick(
             fleet, [one for one in pairs if one.prefill.id == home] or pairs, request, match
         )
-        alike[request.tokens] = chosen.prefill.id
+        self._known += whole not in alike
+        alike[whole] = chosen.prefill.id
         if len(alike) > ALIKE_MAX:
             alike.popitem(last=False)
-        if len(self._sessions) > SESSIONS_MAX:
-            self._sessions.popitem(last=False)
+            self._known -= 1
+        while self._known > SESSIONS_MAX:
+            self._known -= len(self._sessions.popitem(last=False)[1])
         return chosen
+
+
+def _prefixes(tokens: bytes, prompts: Collection[_Prompt]) -> tuple[_Prompt | None, _Prompt]:
+    """The longest of ``prompts`` that is a prefix of ``tokens``, and ``tokens`` as a prompt. Hashes each token once."""
+    digest, hashed, longest = hashlib.blake2b(digest_size=16), 0, None
+    for length in sorted({length for length, _ in prompts if length <= len(tokens)}):
+        digest.update(tokens[hashed:length])
+        hashed = length
+        if (length, digest.digest()) in prompts:
+            longest = (length, digest.digest())
+    digest.update(tokens[hashed:])
+    return longest, (len(tokens), digest.digest())
 
 
 def note(

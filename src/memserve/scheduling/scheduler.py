@@ -343,10 +343,12 @@ class SchedulerCore:
         return bool(reason)
 
     def _on_index_delta(self, sender: ActorId, message: IndexDelta, now: float) -> None:
-        self._actions += self.index.delta(sender, message, now)
+        if not self.membership.is_gone(sender):  # its events may arrive after the news of its death
+            self._actions += self.index.delta(sender, message, now)
 
     def _on_index_snapshot(self, sender: ActorId, message: IndexSnapshot, now: float) -> None:
-        self._actions += self.index.snapshot(sender, message, now)
+        if not self.membership.is_gone(sender):
+            self._actions += self.index.snapshot(sender, message, now)
 
     def _on_died(self, sender: ActorId, message: Died, now: float) -> None:
         self._bury((message.actor,), "died", now)

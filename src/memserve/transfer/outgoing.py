@@ -224,6 +224,9 @@ class Outgoing:
         if one.state is not _State.OFFERING:
             return  # a repeat
         order = one.order
+        if now >= order.deadline:
+            self._give_up(number, Failure.DEADLINE, "the grant came after the deadline")
+            return
         try:
             transfer = PageTransfer(self.me, number, order.source, pages, order.granularity)
         except ValueError as error:

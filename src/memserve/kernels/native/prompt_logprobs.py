@@ -58,7 +58,7 @@ class Telling:
             if row.tell is not None:
                 asked += [(row.tell.count, token) for token in unpack(row.tell.follows)]
                 places.extend(range(first, first + count(row.tell.follows)))
-            first += count(row.tokens)
+            first += count(row.tokens) + count(row.draft)
         for start in range(0, len(asked), TOLD_AT_ONCE):
             some = asked[start : start + TOLD_AT_ONCE]
             about = (NativeLogprobs * len(some))()
