@@ -189,7 +189,7 @@ def _document(id: str, turns: int, shape: Shape, scale: float, think_s: float, r
 
 
 def shares(sessions: list[Session]) -> tuple[list[int], list[float]]:
-    """For each request: its prompt's tokens, and which share of them was in the turn before (prompt, answer)."""
+    """For each request: its prompt's tokens, and their share that the previous prompt or answer contains."""
     lengths: list[int] = []
     known: list[float] = []
     for session in sessions:

@@ -39,9 +39,9 @@ class _Decode:
     slots: int
     """Gathered positions per row that the longest row attends to."""
     tail: torch.Tensor | None
-    """int64: gathered vectors to zero, behind the end of their row. None if all rows end alike."""
+    """int64: gathered vectors to zero, behind the end of their row. None if all rows are equally long."""
     mask: torch.Tensor | None
-    """(rows, 1, 1, slots), 0 or -inf. None if all rows end alike."""
+    """(rows, 1, 1, slots), 0 or -inf. None if all rows are equally long."""
 
 
 @attrs.frozen

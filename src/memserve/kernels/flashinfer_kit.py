@@ -374,7 +374,7 @@ class CapturedDecode:
         used = len(table.indices)
         staged = self._staged[:used]
         staged.copy_(_filled(self._numbers, table.indices), non_blocking=True)
-        # Page numbers on the host would make FlashInfer wait for the GPU; the others it copies without that.
+        # Page numbers on the host would make FlashInfer wait for the GPU; the other arrays do not.
         self._wrapper.plan(
             indptr=_filled(indptr, table.indptr),
             indices=staged,

@@ -1,4 +1,4 @@
-"""How much memory a process of this host can still get, and the error texts for users when it is too little."""
+"""How much memory a process of this host can still get, and the error texts for when it is too little."""
 
 from __future__ import annotations
 

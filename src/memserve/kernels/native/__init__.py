@@ -241,11 +241,10 @@ class NativeStep:
         crew: Callable[[int], int] | None = None,
         telling: Telling | None = None,
     ) -> tuple[list[bytes], list[Logprobs | None]]:
-        """Equivalent to ``forward`` and ``sampling.draw``: sampling rows' tokens, packed, and log
-        probabilities.
+        """Like ``forward`` and then ``sampling.draw``: each sampling row's tokens and its log probabilities.
 
-        A row gets one token, and one more for each accepted draft token. Log probabilities are None for rows
-        that do not ask for them.
+        Tokens are packed: a row gets one, and one more for each accepted draft token. Log probabilities are
+        None for rows that do not ask for them.
 
         ``crew``: called between the layers and pieces of a long step with its number of threads; returns how
         many run the next. It must not raise. ``telling``: receives the log probabilities of the rows'
@@ -281,7 +280,7 @@ class NativeStep:
                 raise FloatingPointError("a row's prompt: the largest logit is not a finite number")
 
     def forward(self, plan: BatchPlan, arena: torch.Tensor, threads: int) -> torch.Tensor:
-        """Equivalent to ``Llama.forward``: logits (wanted rows, vocab) float32, without drafts.
+        """Like ``Llama.forward``: logits (wanted rows, vocab) float32, ignoring drafts.
 
         Raises as ``step``.
         """

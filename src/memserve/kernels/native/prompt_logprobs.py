@@ -64,7 +64,7 @@ class Telling:
             about = (NativeLogprobs * len(some))()
             for one, (wanted, token) in zip(about, some, strict=True):
                 one.count, one.token = wanted, token
-            yield places[start : start + TOLD_AT_ONCE], about  # an array of them
+            yield places[start : start + TOLD_AT_ONCE], about  # type: ignore[misc]  # an array of them
             self._found.append(np.frombuffer(bytes(about), np.dtype(NativeLogprobs)))
 
     def prompts(self, plan: BatchPlan) -> dict[int, PromptLogprobs]:
