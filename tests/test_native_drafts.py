@@ -11,7 +11,7 @@ import test_native
 from adjustments import adjustments, past_of
 from memserve.drawing import Adjustments, Sampling
 from memserve.engine.plans import BatchPlan, Past, Row
-from memserve.kernels.native import MAX_ROWS
+from memserve.kernels.native.pieces import MAX_ROWS
 from memserve.tokens import count, pack, unpack
 from test_model import GREEDY, prompt
 from test_native import Twin, native_spec
@@ -102,7 +102,7 @@ def test_drafts_in_company_change_no_token(twin: Twin) -> None:
         draft = with_wrong(whole[at : at + 2 * i], i)
         rows.append(Row(pack(whole[at - 1 : at]), at - 1, pages, how, draft=draft))
         expected.append(whole[at : at + 1 + i])
-    drawn, reports = twin.step.step(BatchPlan(tuple(rows)), twin.arena, 2)
+    drawn, reports = twin.step.step(BatchPlan(tuple(rows)), twin.arena_pages, 2)
     assert [list(unpack(one)) for one in drawn] == expected
     assert reports == [None] * 4
     assert len(twin.native(*rows)) == 4  # logits are those of the rows alone
@@ -113,7 +113,7 @@ def test_a_draft_beyond_the_buffers_is_cut(twin: Twin) -> None:
     whole, pages = said(twin, prompt(30, 1), GREEDY)
     long = Row(pack(prompt(MAX_ROWS - 3, 2)), 0, twin.pages(MAX_ROWS), None)
     short = Row(pack(whole[29:30]), 29, pages, GREEDY, draft=pack(whole[30:38]))
-    drawn, _ = twin.step.step(BatchPlan((long, short, short)), twin.arena, 2)
+    drawn, _ = twin.step.step(BatchPlan((long, short, short)), twin.arena_pages, 2)
     assert [count(one) for one in drawn] == [3, 9]
     assert [list(unpack(one)) for one in drawn] == [whole[30:33], whole[30:39]]
 

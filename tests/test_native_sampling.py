@@ -20,9 +20,10 @@ from memserve.drawing import Sampling
 from memserve.engine.adjusting import logprobs_of
 from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.runner import CpuEngine
-from memserve.engine.sampling import draw, reach, uniform
+from memserve.engine.sampling import draw, uniform
 from memserve.engine.weights import default_cache_dir, random_weights, save_weights
-from memserve.kernels.native import MAX_ROWS, NativeAdjustments, load, sampling_bytes
+from memserve.kernels.native import NativeAdjustments, load, sampling_bytes
+from memserve.kernels.native.pieces import MAX_ROWS
 from memserve.kernels.native_build import SOURCES, NativeUnavailable, target_flags
 from memserve.tokens import pack, unpack
 from test_model import GREEDY, prompt
@@ -109,7 +110,7 @@ def is_at_a_boundary(logits: torch.Tensor, how: Sampling, position: int) -> bool
     another order, and the last bit of e^x differs. Where all sums are exact, nothing is rounded."""
     below = (logits - logits.max()).double()
     weights = (below / how.temperature).exp()
-    kept = weights.sort(descending=True, stable=True).values[: int((below >= reach(how)).sum())]
+    kept = weights.sort(descending=True, stable=True).values[: int((below >= how.reach).sum())]
     sums = kept[: how.top_k or None].cumsum(0)
     if bool((weights == weights.round()).all()) and how.top_p == 1:
         return False
@@ -265,7 +266,7 @@ def test_a_step_adjusts_its_rows_and_reports_the_logits_as_they_were() -> None:
     wanted = [expected(one, row) for one, row in zip(logits, rows, strict=True)]
 
     for threads in (1, 3):
-        drawn, reports = twin.step.step(BatchPlan(tuple(rows)), twin.arena, threads)
+        drawn, reports = twin.step.step(BatchPlan(tuple(rows)), twin.arena_pages, threads)
         assert list(unpack(b"".join(drawn))) == wanted and wanted[0] == 3
         assert reports[2] is None
         for i in (0, 1, 3):

@@ -17,7 +17,7 @@ from memserve.engine.prompt_logprobs import scores_of
 from memserve.engine.runner import CpuEngine
 from memserve.engine.spec import find_model
 from memserve.engine.weights import map_weights, prepare, random_weights
-from memserve.kernels.native import MAX_ROWS
+from memserve.kernels.native.pieces import MAX_ROWS
 from memserve.kernels.native.prompt_logprobs import SCORED_AT_ONCE
 from memserve.tokens import pack, pages_for, unpack
 from test_model import load_reference, prompt

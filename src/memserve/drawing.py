@@ -5,6 +5,8 @@ Data only: ``engine/sampling.py`` draws.
 
 from __future__ import annotations
 
+import math
+
 import attrs
 
 BIASES_MAX = 300
@@ -57,6 +59,15 @@ class Sampling:
     prompt_logprobs: int | None = None
     """How many of the most probable tokens are reported for each prompt token from the second on; None:
     nothing is reported. If set, the prompt's KV is computed, whatever is cached."""
+
+    @property
+    def reach(self) -> float:
+        """Least ``d = l - max`` at which a token with logit ``l`` may be drawn under ``min_p``; not positive.
+
+        This is ``exp(d / temperature) >= min_p`` solved for ``d``, the float32 difference, which all kernels
+        know exactly.
+        """
+        return self.temperature * math.log(self.min_p) if self.min_p > 0 else -math.inf
 
     @property
     def greedy(self) -> bool:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch.nn.functional import rms_norm, silu
 
+from memserve.engine.rope import rope_table
 from memserve.engine.spec import ModelSpec
 
 
@@ -64,17 +65,6 @@ class Ops(Protocol):
         """silu(gate) * up of (tokens, 2 * intermediate), gate first: (tokens, intermediate)."""
 
 
-def rope_table(spec: ModelSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines of every position, each (max_context, head_dim) float32 with two equal halves."""
-    exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.int64).float() / spec.head_dim
-    frequencies = 1.0 / spec.rope_theta**exponents  # (head_dim / 2,)
-    if spec.rope_factors is not None:
-        frequencies /= torch.tensor(spec.rope_factors)
-    angles = torch.arange(spec.max_context).float()[:, None] * frequencies  # (max_context, head_dim / 2)
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos(), angles.sin()
-
-
 class TorchOps:
     """The reference implementation in torch; see :class:`Ops`."""
 
@@ -82,12 +72,11 @@ class TorchOps:
 
     def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
         self.spec, self.dtype = spec, dtype
-        cosines, sines = rope_table(spec)
+        cosines, sines = (torch.from_numpy(table) for table in rope_table(spec))
         # Rotation by halves: x * cos + swap(x) * sin. The first half's sine is negated here once, instead of
         # x in each call.
-        signs = torch.ones(spec.head_dim)
-        signs[: spec.head_dim // 2] = -1
-        self._cosines, self._sines = cosines.to(device), (sines * signs).to(device)
+        self._cosines = torch.cat((cosines, cosines), dim=-1).to(device)
+        self._sines = torch.cat((-sines, sines), dim=-1).to(device)
 
     def add_norm(
         self, x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, dtype: torch.dtype

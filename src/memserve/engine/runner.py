@@ -1,36 +1,37 @@
-"""The CPU step engine: batch plans in, tokens out, on the pages of one arena."""
+"""The CPU step engine: batch plans in, tokens out, on the pages of one arena.
+
+The native step needs no torch, which takes 190 MiB and more than a second to import. Only an engine without
+the native step imports it.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from mmap import mmap
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
-from memserve.drawing import Logprobs, PromptLogprobs, Sampling
-from memserve.engine import sampling
-from memserve.engine.adjusting import adjusted, logprobs_of_draws
-from memserve.engine.model import BatchTensors, Llama
-from memserve.engine.ops import rope_table
+from memserve.drawing import Sampling
 from memserve.engine.plan_check import check_plan
 from memserve.engine.plans import BatchPlan, BatchResult, Row
-from memserve.engine.prompt_logprobs import score_prompts
 from memserve.engine.spec import ModelSpec
-from memserve.engine.weights import default_cache_dir, in_rows, map_weights
-from memserve.kernels.cpu import CpuAttention
+from memserve.engine.weights import HELD_AS, default_cache_dir, map_bits
 from memserve.kernels.mapping import shared_memory
-from memserve.kernels.native import MAX_ROWS, NativeStep, open_step
-from memserve.kernels.native.prompt_logprobs import SCORED_AT_ONCE, Scoring
+from memserve.kernels.native import ArenaPages, NativeStep, open_step
+from memserve.kernels.native.pieces import MAX_ROWS
+from memserve.kernels.native.prompt_logprobs import Scoring
 from memserve.tokens import count, pack, pages_for, span, unpack
 
 if TYPE_CHECKING:
     from memserve.engine.cpu_budget import Cores
+    from memserve.engine.torch_step import TorchStep
+    from memserve.engine.weights import Bits
 
 SCRATCH_BYTES = 96 << 20
 """Size of the pages that steps are timed on: more than CPU caches hold."""
@@ -64,18 +65,14 @@ class CpuEngine:
             raise ValueError(f"the arena has {len(memoryview(arena))} bytes; {pages} pages take {expected}")
         self._spec, self._pages, self._page_tokens = spec, pages, page_tokens
         self._cores, self._threads = cores, threads
-        self._dtype: torch.dtype = getattr(torch, dtype)
-        values = pages * spec.kv_values_per_token * page_tokens
-        flat = torch.frombuffer(arena, dtype=self._dtype, count=values)
-        self._arena: torch.Tensor | None = flat.view(pages, *spec.page_shape(page_tokens))
-        self._attention: CpuAttention | None = CpuAttention(self._arena, spec.heads)
-        weights, rope = map_weights(weights_path), rope_table(spec)
+        self._dtype = dtype
+        self._arena: ArenaPages | None = self._pages_in(arena, pages)
+        weights = map_bits(weights_path)
         self._native: NativeStep | None = None
-        if native and self._dtype == torch.bfloat16:
+        if native and dtype == "bfloat16":
             most = cores.want if cores is not None else threads
-            self._native = open_step(spec, weights, rope, page_tokens, most, default_cache_dir())
-        # Matrices in tiles are copied to rows, which happens only where the native step's build failed.
-        self._model = None if self._native else Llama(spec, in_rows(weights, spec), self._dtype)
+            self._native = open_step(spec, weights, page_tokens, most, default_cache_dir())
+        self._torch = None if self._native else _torch_step(spec, weights, dtype)
 
     @property
     def native(self) -> bool:
@@ -84,11 +81,11 @@ class CpuEngine:
 
     def run(self, plan: BatchPlan) -> BatchResult:
         """Run one step. Raises ValueError, naming the row, for a plan that accesses memory not its own."""
-        assert self._attention is not None and self._arena is not None, "the engine is closed"
+        assert self._arena is not None, "the engine is closed"
         check_plan(plan, self._spec, self._pages, self._page_tokens)
         with self._hold() as threads:
             crew = self._cores.regroup if self._cores is not None else None
-            result = self._step(plan, self._attention, self._arena, threads, crew)
+            result = self._step(plan, self._arena, threads, crew)
             return result if self._cores is None else attrs.evolve(result, neighbours=self._cores.neighbours)
 
     def warm_up(self) -> None:
@@ -96,11 +93,10 @@ class CpuEngine:
         length = min(2 * MAX_ROWS, self._spec.max_context - 1)  # twice what the native step takes at once
         pages = tuple(range(pages_for(length + 1, self._page_tokens)))
         scratch = self._scratch(len(pages))
-        attention = CpuAttention(scratch, self._spec.heads)
         greedy = Sampling(temperature=0.0)
         with self._hold() as threads:
-            self._step(BatchPlan((Row(pack([0] * length), 0, pages, None),)), attention, scratch, threads)
-            self._step(BatchPlan((Row(pack([0]), length, pages, greedy),)), attention, scratch, threads)
+            self._step(BatchPlan((Row(pack([0] * length), 0, pages, None),)), scratch, threads)
+            self._step(BatchPlan((Row(pack([0]), length, pages, greedy),)), scratch, threads)
 
     def timer(
         self, rows: int, context: int, most: int | None = None
@@ -110,13 +106,9 @@ class CpuEngine:
         ``most``: limit on the threads of a step. The steps run on scratch pages that exceed the machine's
         caches, and each row reads from another place.
         """
-        token_bytes = (
-            self._spec.page_bytes(self._page_tokens, str(self._dtype).removeprefix("torch."))
-            / self._page_tokens
-        )
+        token_bytes = self._spec.page_bytes(self._page_tokens, self._dtype) / self._page_tokens
         shared = pages_for(max(context, int(SCRATCH_BYTES / token_bytes)), self._page_tokens)
         scratch = self._scratch(shared + rows)
-        attention = CpuAttention(scratch, self._spec.heads)
         greedy = Sampling(temperature=0.0)
 
         def run(shapes: Sequence[tuple[int, int]]) -> tuple[float, int]:
@@ -130,16 +122,21 @@ class CpuEngine:
             with self._hold() as held:
                 threads = min(held, most or held)
                 began = time.perf_counter()
-                self._step(BatchPlan(tuple(plan)), attention, scratch, threads)
+                self._step(BatchPlan(tuple(plan)), scratch, threads)
                 return time.perf_counter() - began, threads
 
         return run
 
-    def _scratch(self, pages: int) -> torch.Tensor:
+    def _scratch(self, pages: int) -> ArenaPages:
         """Zeroed pages in shared memory, like the arena's: steps on other memory would take other times."""
+        return self._pages_in(
+            shared_memory(pages * self._spec.page_bytes(self._page_tokens, self._dtype)), pages
+        )
+
+    def _pages_in(self, memory: memoryview | mmap, pages: int) -> ArenaPages:
         values = pages * self._spec.kv_values_per_token * self._page_tokens
-        flat = torch.frombuffer(shared_memory(values * self._dtype.itemsize), dtype=self._dtype)
-        return flat.view(pages, *self._spec.page_shape(self._page_tokens))
+        flat: NDArray[Any] = np.frombuffer(memory, HELD_AS[self._dtype], values)
+        return ArenaPages(flat.reshape(pages, *self._spec.page_shape(self._page_tokens)))
 
     def rest(self) -> None:
         """No step is wanted for now: release this worker's share of the cores to other workers."""
@@ -150,7 +147,7 @@ class CpuEngine:
         """Release the arena and the weights."""
         if self._native is not None:
             self._native.close()
-        self._attention = self._model = self._arena = self._native = None
+        self._arena = self._native = self._torch = None
 
     @contextmanager
     def _hold(self) -> Iterator[int]:
@@ -163,8 +160,7 @@ class CpuEngine:
     def _step(
         self,
         plan: BatchPlan,
-        attention: CpuAttention,
-        arena: torch.Tensor,
+        arena: ArenaPages,
         threads: int,
         crew: Callable[[int], int] | None = None,
     ) -> BatchResult:
@@ -175,7 +171,8 @@ class CpuEngine:
             drawn, reports = self._native.step(plan, arena, threads, crew, scoring)
             prompts = scoring.prompts(plan) if scoring is not None else {}
         else:
-            drawn, reports, prompts = self._step_on_torch(plan, attention, threads)
+            assert self._torch is not None, "the engine is closed"
+            drawn, reports, prompts = self._torch.step(plan, arena, threads)
         tokens: list[int | None] = [None] * len(plan.rows)
         more: dict[int, bytes] = {}
         for number, one in zip(wanted, drawn, strict=True):
@@ -186,21 +183,8 @@ class CpuEngine:
         step_ms = (time.perf_counter() - began) * 1000
         return BatchResult(tuple(tokens), step_ms, threads, 0.0, logprobs, prompts, more)
 
-    def _step_on_torch(
-        self, plan: BatchPlan, attention: CpuAttention, threads: int
-    ) -> tuple[list[bytes], list[Logprobs | None], dict[int, PromptLogprobs]]:
-        """One draw and its report per sampled row, drafts ignored; prompt log probabilities by row number."""
-        assert self._model is not None, "the engine is closed"
-        torch.set_num_threads(threads)
-        rows = [row for row in plan.rows if row.sample is not None]
-        settings = [row.sample for row in rows if row.sample is not None]
-        with torch.inference_mode():
-            batch = BatchTensors.of(plan)
-            x, delta = self._model.layers(batch, attention.plan(plan), attention)
-            head = partial(self._model.head, x, delta)
-            prompts = score_prompts(enumerate(plan.rows), head, x.device, SCORED_AT_ONCE)
-            if not rows:
-                return [], [], prompts
-            logits = head(batch.wanted)
-            tokens = sampling.draw(adjusted(logits, rows), settings, [row.end for row in rows])
-            return [pack([one]) for one in tokens], logprobs_of_draws(logits, rows, tokens), prompts
+
+def _torch_step(spec: ModelSpec, weights: Bits, dtype: str) -> TorchStep:
+    from memserve.engine.torch_step import TorchStep
+
+    return TorchStep(spec, weights, dtype)

@@ -8,7 +8,6 @@ before the draw. ``uniform`` uses 64-bit integer arithmetic that other kernels c
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -39,15 +38,6 @@ def _mix(value: int) -> int:
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
     return value ^ (value >> 31)
-
-
-def reach(how: Sampling) -> float:
-    """Least ``d = l - max`` at which a token with logit ``l`` may be drawn under ``min_p``; not positive.
-
-    This is ``exp(d / temperature) >= min_p`` solved for ``d``, the float32 difference, which all kernels know
-    exactly.
-    """
-    return how.temperature * math.log(how.min_p) if how.min_p > 0 else -math.inf
 
 
 def draw(logits: torch.Tensor, settings: Sequence[Sampling], positions: Sequence[int]) -> list[int]:
@@ -82,7 +72,7 @@ def draws(logits: torch.Tensor, settings: Sequence[Sampling], positions: Sequenc
     columns = sent(
         np.array(
             [
-                [how.temperature or 1.0, min(how.top_k or vocab, vocab), how.top_p, u, reach(how), how.greedy]
+                [how.temperature or 1.0, min(how.top_k or vocab, vocab), how.top_p, u, how.reach, how.greedy]
                 for how, u in zip(settings, us, strict=True)
             ]
         ),
@@ -107,7 +97,7 @@ def _draw_near(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``_draw_one`` for all rows at once, on their ``_HEAD`` most probable tokens.
 
-    Parameters are (rows, 1) float64. ``least``: :func:`reach` of each row, or None where no row has a min_p.
+    Parameters are (rows, 1) float64. ``least``: :attr:`~memserve.drawing.Sampling.reach` of each row, or None where no row has a min_p.
     Returns (rows,) tokens, and (rows,) flags that say whether each is the answer.
     """
     import torch
@@ -143,7 +133,7 @@ def _draw_near(
 def _draw_one(logits: torch.Tensor, how: Sampling, u: float) -> int:
     """Inverse of the cumulative distribution over tokens by falling probability, then rising id.
 
-    The filters apply in vLLM's order. min_p keeps tokens within :func:`reach` of the most probable one. top_k
+    The filters apply in vLLM's order. min_p keeps tokens within :attr:`~memserve.drawing.Sampling.reach` of the most probable one. top_k
     keeps that many of them. top_p keeps the fewest of those that reach that share of their total probability.
     The draw is among the kept tokens, in proportion to their probabilities. Sums are float64, so that 50,000
     small terms keep their order.
@@ -153,7 +143,7 @@ def _draw_one(logits: torch.Tensor, how: Sampling, u: float) -> int:
     vocab = len(weights)
     limit = min(how.top_k or vocab, vocab)
     if how.min_p > 0:
-        limit = min(limit, int((below >= reach(how)).sum()))
+        limit = min(limit, int((below >= how.reach).sum()))
     for count in (min(_HEAD, vocab), vocab):
         ordered, ids = _most_probable(weights, count)
         complete = len(ordered) >= limit

@@ -9,8 +9,8 @@ of the model's files:
     <cache>/models/<digest>-<type of matrices>[-tiles]/{weights.safetensors, tokenizer.json, spec.json}
     <cache>/seen/<digest of path, size, mtime, inode>      the content digest of a file seen before
 
-torch is imported only inside the functions that handle tensors, such as ``map_weights`` and
-``random_weights``.
+Weights are numpy arrays here; numpy has no bfloat16, so that type is held as its bits, in uint16. torch is
+imported only by the functions that make or take tensors: the native step needs none.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
 import msgspec
+import numpy as np
 from numpy.typing import NDArray
 
 from memserve.engine.checkpoint import checkpoint_files, open_checkpoint
@@ -63,6 +63,11 @@ CONVERTER = (
 """The source files that a conversion depends on."""
 
 _SAFETENSORS_NAMES = {"bfloat16": "BF16", "float32": "F32", "int8": "I8"}
+HELD_AS: Mapping[str, type[np.generic]] = {"bfloat16": np.uint16, "float32": np.float32, "int8": np.int8}
+"""How values of each type are held in arrays."""
+
+Bits = Mapping[str, NDArray[Any]]
+"""Weights by name: float32, int8, or the bits of bfloat16 as uint16."""
 
 
 @attrs.frozen
@@ -115,66 +120,81 @@ def content_digest(path: Path, cache_dir: Path | None = None) -> str:
     return _digest(path, cache_dir or default_cache_dir())
 
 
-def map_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a converted file, by name: read-only views of one shared mapping.
+def map_bits(path: Path) -> dict[str, NDArray[Any]]:
+    """The weights of a converted file: read-only views of one shared mapping.
 
     All processes that map the file share its page cache, so an additional worker needs no more memory for
-    weights. Writing to a view is a segmentation fault, which is better than two workers whose weights differ.
+    weights.
     """
-    import torch
-
     header, base = read_header(path)
+    types = {stored: name for name, stored in _SAFETENSORS_NAMES.items()}
     with path.open("rb") as file:
         mapping = map_shared(file.fileno(), os.fstat(file.fileno()).st_size, writable=False)
     mapping.prefer_huge()
     mapping.populate()
-    dtypes = {"BF16": torch.bfloat16, "F32": torch.float32, "I8": torch.int8}
-    tensors = {}
-    with warnings.catch_warnings():
-        # torch warns that writes to a read-only buffer are undefined. There are none: the model has no
-        # gradients.
-        warnings.filterwarnings("ignore", message="The given buffer is not writable")
-        for name, entry in header.items():
-            if name.startswith("_"):
-                continue
-            count, (start, _) = prod(entry["shape"]), entry["data_offsets"]
-            flat = torch.frombuffer(
-                mapping.view, dtype=dtypes[entry["dtype"]], count=count, offset=base + start
-            )
-            tensors[name] = flat.view(entry["shape"])
-    return tensors
-
-
-def in_tiles(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights with matrices in tiles and scales in whole strips; tensors in that form are not copied."""
-    return {
-        name: _with_values(tensor, to_tiles)
-        if tensor.dim() == 2
-        else _with_values(tensor, whole_strips)
-        if name.endswith(SCALE)
-        else tensor
-        for name, tensor in weights.items()
-    }
-
-
-def in_rows(weights: Mapping[str, torch.Tensor], spec: ModelSpec) -> dict[str, torch.Tensor]:
-    """The weights with matrices as rows, as torch needs them; tensors in that form are not copied."""
-    shapes = weight_shapes(spec)
-    found = dict(weights)
-    for name, tensor in weights.items():
-        if tensor.dim() > 2:
-            found[name] = _with_values(tensor, partial(to_rows, outputs=shapes[name][0]))
-        elif name.endswith(SCALE):
-            found[name] = tensor[: shapes[name.removesuffix(SCALE)][0]]
+    found = {}
+    for name, entry in header.items():
+        if not name.startswith("_"):
+            shape, (start, _) = entry["shape"], entry["data_offsets"]
+            flat = np.frombuffer(mapping.view, HELD_AS[types[entry["dtype"]]], prod(shape), base + start)
+            found[name] = flat.reshape(shape)
     return found
 
 
-def _with_values(tensor: torch.Tensor, change: Callable[[NDArray[Any]], NDArray[Any]]) -> torch.Tensor:
-    """The tensor with its values rearranged by ``change``; numpy has no bfloat16, so their bits are moved."""
+def map_weights(path: Path) -> dict[str, torch.Tensor]:
+    """:func:`map_bits` as tensors.
+
+    Writing to one is a segmentation fault, which is better than two workers whose weights differ.
+    """
+    return tensors_of(map_bits(path))
+
+
+def tensors_of(bits: Bits) -> dict[str, torch.Tensor]:
+    """Weights as tensors, on the same memory."""
     import torch
 
-    bits = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
-    return torch.from_numpy(change(bits.numpy())).view(tensor.dtype)
+    with warnings.catch_warnings():
+        # torch warns that writes to a read-only buffer are undefined. There are none: the model has no
+        # gradients.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        tensors = {name: torch.from_numpy(values) for name, values in bits.items()}
+    return {
+        name: one.view(torch.bfloat16) if one.dtype == torch.uint16 else one for name, one in tensors.items()
+    }
+
+
+def bits_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, NDArray[Any]]:
+    """Tensors in host memory as weights, on the same memory."""
+    import torch
+
+    return {
+        name: (one.view(torch.uint16) if one.dtype == torch.bfloat16 else one).numpy()
+        for name, one in tensors.items()
+    }
+
+
+def in_tiles(weights: Bits) -> dict[str, NDArray[Any]]:
+    """The weights with matrices in tiles and scales in whole strips; arrays in that form are not copied."""
+    return {
+        name: to_tiles(values)
+        if values.ndim == 2
+        else whole_strips(values)
+        if name.endswith(SCALE)
+        else values
+        for name, values in weights.items()
+    }
+
+
+def in_rows(weights: Bits, spec: ModelSpec) -> dict[str, NDArray[Any]]:
+    """The weights with matrices as rows, as torch needs them; arrays in that form are not copied."""
+    shapes = weight_shapes(spec)
+    found = dict(weights)
+    for name, values in weights.items():
+        if values.ndim > 2:
+            found[name] = to_rows(values, outputs=shapes[name][0])
+        elif name.endswith(SCALE):
+            found[name] = values[: shapes[name.removesuffix(SCALE)][0]]
+    return found
 
 
 def random_weights(spec: ModelSpec, stored: str, seed: int) -> dict[str, torch.Tensor]:

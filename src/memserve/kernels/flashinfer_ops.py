@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
-from memserve.engine.ops import HeadWeights, TorchOps, rope_table
+from memserve.engine.ops import HeadWeights, TorchOps
+from memserve.engine.rope import rope_table
 from memserve.engine.spec import ModelSpec
 from memserve.kernels.flashinfer_kit import Library
 
@@ -26,9 +28,7 @@ class FlashInferOps(TorchOps):
         super().__init__(spec, dtype, device)
         self.residual = dtype
         self._library = library
-        cosines, sines = rope_table(spec)
-        half = spec.head_dim // 2
-        self._cos_sin = torch.cat((cosines[:, :half], sines[:, :half]), dim=-1).to(device).contiguous()
+        self._cos_sin = torch.from_numpy(np.concatenate(rope_table(spec), axis=-1)).to(device)
 
     def add_norm(
         self, x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, dtype: torch.dtype

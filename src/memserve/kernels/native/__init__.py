@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from ctypes import (
     CFUNCTYPE,
     POINTER,
@@ -25,23 +25,21 @@ from functools import cache
 from pathlib import Path
 from struct import Struct
 from typing import Any
-from weakref import ref
 
 import attrs
+import numpy as np
 import structlog
-import torch
+from numpy.typing import NDArray
 
 from memserve.drawing import Adjustments, Logprobs, Sampling
 from memserve.engine.plans import BatchPlan, Past, Row
-from memserve.engine.sampling import reach
+from memserve.engine.rope import rope_table
 from memserve.engine.spec import ModelSpec
-from memserve.engine.weights import in_tiles
+from memserve.engine.weights import Bits, in_tiles
+from memserve.kernels.native.pieces import MAX_ROWS, pieces
 from memserve.kernels.native.prompt_logprobs import NativeLogprobs, Scoring
 from memserve.kernels.native_build import NativeUnavailable, built_library, why_not
 from memserve.tokens import TOKEN_BYTES, common_prefix, count, span, unpack
-
-MAX_ROWS = 512
-"""Tokens that the native step's buffers hold; a larger step runs in several pieces, with the same results."""
 
 LONG_ROWS = 32
 """A step of more tokens asks after each layer how many threads run the next one.
@@ -141,7 +139,7 @@ def sampling_bytes(
         how.top_p,
         how.seed & _SEED_MASK,
         min(how.top_k, _TOP_K_MAX),
-        reach(how),
+        how.reach,
         addressof(adjust) if adjust is not None else 0,
         addressof(reported) if reported is not None else 0,
     )
@@ -189,6 +187,29 @@ class _Inputs:
                 at += 1 + count(row.draft)
 
 
+@attrs.frozen(eq=False)
+class ArenaPages:
+    """The pages of an arena, as the native step needs them. Keeps their memory alive."""
+
+    memory: NDArray[Any]
+    """(pages, ...), contiguous, any type."""
+    address: int = attrs.field(init=False)
+
+    @address.default
+    def _its_address(self) -> int:
+        return address_of(self.memory)
+
+    @property
+    def count(self) -> int:
+        """How many pages there are."""
+        return len(self.memory)
+
+
+def address_of(values: NDArray[Any]) -> int:
+    """Where an array's first value lies."""
+    return int(values.ctypes.data)
+
+
 class NativeStep:
     """The model of ``engine/model.py`` in bfloat16. Runs one step at a time; owns its idle threads."""
 
@@ -196,20 +217,16 @@ class NativeStep:
         self,
         library: ctypes.CDLL,
         spec: ModelSpec,
-        weights: Mapping[str, torch.Tensor],
-        rope: tuple[torch.Tensor, torch.Tensor],
+        weights: Bits,
         page_tokens: int,
         threads: int,
         amx: bool = True,
     ) -> None:
         """``weights``: matrices as rows, which are copied, or in tiles. ``amx``: use AMX if available."""
-        half = spec.head_dim // 2
-        # The last step's arena: asking torch for the address again costs 0.1 ms when its code is in no cache.
-        self._arena, self._arena_at, self._pages = ref(torch.empty(0)), 0, 0
         self._library, self._vocab, self._threads = library, spec.vocab, threads
         # The native side points to these, so they live as long as this object.
         self._weights = in_tiles(weights)
-        self._rope = [table[:, :half].contiguous() for table in rope]
+        self._rope = rope_table(spec)
         config = _Config(
             spec.layers, spec.hidden, spec.intermediate, spec.heads, spec.kv_heads, spec.head_dim,
             spec.vocab, spec.max_context, page_tokens, MAX_ROWS, threads, amx, spec.rms_eps,
@@ -221,7 +238,7 @@ class NativeStep:
             *(_Layer(**{name: self._at(f"{layer}.{name}") for name in names}) for layer in range(spec.layers))
         )
         embed, head = self._at("embed"), self._at("embed" if spec.tied_embeddings else "head")
-        tables = [table.data_ptr() for table in self._rope]
+        tables = [address_of(table) for table in self._rope]
         self._engine: int | None = library.ms_open(
             byref(config), layers, byref(embed), byref(head), self._at("norm"), *tables
         )
@@ -236,7 +253,7 @@ class NativeStep:
     def step(
         self,
         plan: BatchPlan,
-        arena: torch.Tensor,
+        arena: ArenaPages,
         threads: int,
         crew: Callable[[int], int] | None = None,
         scoring: Scoring | None = None,
@@ -253,7 +270,7 @@ class NativeStep:
         """
         drawn: list[bytes] = []
         reports: list[Logprobs | None] = []
-        for number, rows in enumerate(_pieces(plan.rows)):
+        for number, rows in enumerate(pieces(plan.rows)):
             if number and crew is not None:
                 threads = crew(threads)
             inputs = _Inputs(rows)
@@ -269,7 +286,7 @@ class NativeStep:
                 raise FloatingPointError(f"row {number}: the largest logit is not a finite number")
         return drawn, reports
 
-    def _score(self, inputs: _Inputs, arena: torch.Tensor, threads: int, scoring: Scoring) -> None:
+    def _score(self, inputs: _Inputs, arena: ArenaPages, threads: int, scoring: Scoring) -> None:
         """Log probabilities of the prompts of the last step, whose final activations are still in place."""
         for places, about in scoring.questions(inputs.rows):
             inputs.wanted_at = places
@@ -279,23 +296,23 @@ class NativeStep:
             if _NOT_A_TOKEN in tokens:
                 raise FloatingPointError("a row's prompt: the largest logit is not a finite number")
 
-    def forward(self, plan: BatchPlan, arena: torch.Tensor, threads: int) -> torch.Tensor:
+    def forward(self, plan: BatchPlan, arena: ArenaPages, threads: int) -> NDArray[np.float32]:
         """Like ``Llama.forward``: logits (wanted rows, vocab) float32, ignoring drafts.
 
         Raises as ``step``.
         """
-        logits = torch.empty(sum(row.sample is not None for row in plan.rows), self._vocab)
+        logits = np.empty((sum(row.sample is not None for row in plan.rows), self._vocab), np.float32)
         done = 0
-        for rows in _pieces([attrs.evolve(row, draft=b"") for row in plan.rows]):
+        for rows in pieces([attrs.evolve(row, draft=b"") for row in plan.rows]):
             inputs = _Inputs(rows)
-            self._run(inputs, arena, threads, logits=logits[done:].data_ptr())
+            self._run(inputs, arena, threads, logits=address_of(logits[done:]))
             done += len(inputs.wanted_at)
         return logits
 
     def _run(
         self,
         inputs: _Inputs,
-        arena: torch.Tensor,
+        arena: ArenaPages,
         threads: int,
         logits: int = 0,
         how: bytes = b"",
@@ -308,20 +325,18 @@ class NativeStep:
         ``logits``, ``tokens``: addresses of the results; 0 for those not needed. ``again``: reuse the last
         run's activations, for other tokens of it.
         """
-        if self._arena() is not arena:
-            self._arena, self._arena_at, self._pages = ref(arena), arena.data_ptr(), len(arena)
         batch = _Batch(
             len(inputs.positions),
             len(inputs.wanted_at),
             max(1, min(threads, self._threads)),
-            self._pages,
+            arena.count,
             len(inputs.tables),
             inputs.ids,
             *(
                 values.buffer_info()[0]
                 for values in (inputs.positions, inputs.tables, inputs.table_at, inputs.wanted_at)
             ),
-            self._arena_at,
+            arena.address,
             logits,
             how,
             tokens,
@@ -344,49 +359,12 @@ class NativeStep:
 
     def _at(self, name: str) -> Any:
         """The native form of a weight: its address, for a matrix with that of its scales."""
-        tensor = self._weights[name]
-        assert tensor.is_contiguous(), name
-        if tensor.dim() == 1:
-            return tensor.data_ptr()
+        values = self._weights[name]
+        assert values.flags.c_contiguous, name
+        if values.ndim == 1:
+            return address_of(values)
         scales = self._weights.get(f"{name}.scale")
-        return _Matrix(tensor.data_ptr(), None if scales is None else scales.data_ptr())
-
-
-def _pieces(rows: Sequence[Row]) -> Iterator[list[Row]]:
-    """The rows in order, in pieces of at most ``MAX_ROWS`` tokens; long rows and drafts are cut."""
-    piece: list[Row] = []
-    room = MAX_ROWS
-    for row in rows:
-        start, tokens = 0, count(row.tokens)
-        while tokens - start > room:
-            part = span(row.tokens, start, start + room)
-            score = row.score and row.score.part(start, start + room)
-            whole = attrs.evolve(
-                row, tokens=part, start=row.start + start, sample=None, score=score, draft=b""
-            )
-            yield [*piece, whole]
-            start += room
-            piece, room = [], MAX_ROWS
-        last = _rest(row, start) if start else row
-        room -= tokens - start
-        if count(row.draft) > room:
-            last = attrs.evolve(last, draft=span(row.draft, 0, room))
-        piece.append(last)
-        room -= count(last.draft)
-        if not room:
-            yield piece
-            piece, room = [], MAX_ROWS
-    if piece:
-        yield piece
-
-
-def _rest(row: Row, start: int) -> Row:
-    """``row`` without its first ``start`` tokens."""
-    tokens, score = (
-        span(row.tokens, start, count(row.tokens)),
-        row.score and row.score.part(start, count(row.tokens)),
-    )
-    return attrs.evolve(row, tokens=tokens, start=row.start + start, score=score)
+        return _Matrix(address_of(values), None if scales is None else address_of(scales))
 
 
 def _outline(rows: Sequence[Row]) -> str:
@@ -395,18 +373,17 @@ def _outline(rows: Sequence[Row]) -> str:
 
 def open_step(
     spec: ModelSpec,
-    weights: Mapping[str, torch.Tensor],
-    rope: tuple[torch.Tensor, torch.Tensor],
+    weights: Bits,
     page_tokens: int,
     threads: int,
     cache_dir: Path,
 ) -> NativeStep | None:
     """The native step for a model, or None, after logging why there is none."""
-    dtype = "bfloat16" if weights["embed"].dtype == torch.int8 else str(weights["embed"].dtype)
+    dtype = "float32" if weights["embed"].dtype == np.float32 else "bfloat16"
     try:
-        if reason := why_not(spec, dtype.removeprefix("torch.")):
+        if reason := why_not(spec, dtype):
             raise NativeUnavailable(reason)
-        return NativeStep(load(cache_dir), spec, weights, rope, page_tokens, threads)
+        return NativeStep(load(cache_dir), spec, weights, page_tokens, threads)
     except NativeUnavailable as reason:
         log.warning(
             "native step unavailable", reason=str(reason), consequence="decoding runs on torch, slower"
