@@ -137,7 +137,7 @@ gpu-kernels: .gpu/venv/stamp  ## compile FlashInfer for ARCH=9.0a into .gpu, wit
 	PATH="$(CURDIR)/.gpu/venv/bin:$$PATH" .gpu/venv/bin/python bench/gpu_kernels.py --arch $(ARCH) $(ARGS)
 
 gpu-rehearsal: .gpu/venv/stamp  ## the CUDA engine on what gpu-kernels compiled, without a GPU: the kernels run on the CPU
-	.gpu/venv/bin/python -m pytest tests/test_gpu_rehearsal.py tests/test_played_gpu.py tests/test_backends.py tests/test_common_pages.py tests/test_telling.py -k "rehears or played" $(ARGS)
+	.gpu/venv/bin/python -m pytest tests/test_gpu_rehearsal.py tests/test_played_gpu.py tests/test_backends.py tests/test_common_pages.py tests/test_prompt_logprobs.py -k "rehears or played" $(ARGS)
 
 gpu-wheels:  ## fetch what a GPU machine without a network lacks into .gpu/wheels
 	$(GPU_PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \

@@ -13,7 +13,7 @@ from adjustments import adjustments, by_definition, past_of, some_adjustments
 from memory_cluster import MemoryCluster, PageEngine, baseline, memory_cluster
 from memserve.api.service import GenerationParams
 from memserve.drawing import Logprobs, Sampling
-from memserve.engine.adjusting import adjusted, logprobs_of, told
+from memserve.engine.adjusting import adjusted, logprobs_of, logprobs_of_draws
 from memserve.engine.plans import BatchPlan, BatchResult, Past, Row
 from memserve.engine.sampling import draw
 from memserve.tokens import pack, unpack
@@ -51,7 +51,7 @@ def test_every_adjustment_shows() -> None:
 
 
 def test_other_rows_and_the_models_logits_stay_as_they_are() -> None:
-    """A row's penalties would change its neighbours' answers, or the log probabilities that it is told."""
+    """A row's penalties would change its neighbours' answers, or the log probabilities that it gets."""
     logits = _logits(3)
     before = logits.clone()
     how = adjustments({5: 100.0}, presence=1.0)
@@ -114,7 +114,7 @@ class AdjustingEngine(PageEngine):
             return None, None
         logits = make_believe_logits(tokens)[None]
         found = draw(adjusted(logits, [row]), [row.sample], [row.end])
-        return found[0], told(logits, [row], found)[0]
+        return found[0], logprobs_of_draws(logits, [row], found)[0]
 
 
 class AdjustingCluster(MemoryCluster):
@@ -132,7 +132,7 @@ def undisturbed(prompt: list[int], new: int) -> list[tuple[int, Logprobs]]:
         logits = make_believe_logits(tokens)[None]
         found = draw(adjusted(logits, [row]), [HOW], [len(tokens)])
         tokens += found
-        answer.append((found[0], *told(logits, [row], found)))
+        answer.append((found[0], *logprobs_of_draws(logits, [row], found)))
         if found[0] in ENDS:
             break
     return answer

@@ -128,7 +128,7 @@ def test_who_comes_during_a_long_step_gets_a_core_of_it(start: Start, tmp_path: 
         assert _line(child) == 1, "it had to wait for the end of this step"
         assert _line(child) == 0
         assert mine.regroup(1) == 2, "what it left stays unused"
-    assert 0 < mine.beside < 1
+    assert 0 < mine.neighbours < 1
     with mine.hold() as held:
         assert held == 2
 
@@ -225,7 +225,7 @@ def test_who_shares_cores_tells_the_same_key_and_sees_the_others_work(tmp_path: 
     near.busy(True)
     far.busy(True)
     with mine.hold() as held:
-        assert (held, mine.beside) == (1, 1)
+        assert (held, mine.neighbours) == (1, 1)
     near.busy(False)
     assert mine.look() == 0
     assert near.look() == 1, "who looks has work itself"

@@ -18,7 +18,7 @@ from memserve.costs import Site, StepCosts
 from memserve.engine.batching import ALONE
 from memserve.engine.calibration import PATIENCE_S, TimeStep, calibrated, cases, crowding, measure, patient
 from memserve.engine.load import StepWatch, swap_least
-from memserve.engine.plans import BatchPlan, Row, Tell
+from memserve.engine.plans import BatchPlan, Row, Score
 from memserve.identity import ActorId
 from memserve.messages import Cluster, Member
 from memserve.scheduling.cost_fit import Drift, Rows, Sample, fit_steps
@@ -212,15 +212,17 @@ def test_a_step_beside_a_neighbour_is_no_drift() -> None:
         seconds = CostModel(costs).step_s([(tokens, 0)]) * crowded
         for at in range(200):
             watch.began(costs, plan, float(at))
-            watch.ended(at + seconds, site, beside=1)
+            watch.ended(at + seconds, site, neighbours=1)
         assert watch.gauges()["step_cost_scale"] == pytest.approx(1.0)
         for at in range(400):
             watch.began(costs, plan, float(at))
-            watch.ended(at + seconds, site, beside=0)
+            watch.ended(at + seconds, site, neighbours=0)
         assert watch.gauges()["step_cost_scale"] == pytest.approx(crowded, rel=0.01)
 
 
-@pytest.mark.parametrize("more", [{"tell": Tell(pack([0]), 1)}, {"draft_most": 8}], ids=["told", "forced"])
+@pytest.mark.parametrize(
+    "more", [{"score": Score(pack([0]), 1)}, {"draft_most": 8}], ids=["scored", "forced"]
+)
 def test_a_step_that_does_more_than_was_foreseen_is_no_drift(more: dict[str, Any]) -> None:
     """If it failed, an evaluation or answers in JSON would make all prompts of their worker seem slower than they are."""
     watch, row = StepWatch(), Row(pack([0] * 64), 0, tuple(range(8)), None)

@@ -249,11 +249,11 @@ def test_workers_of_one_gpu_see_one_another_at_work(tiny, tmp_path):
     )
     engine, _, _ = make_engine(tiny, shared=ours)
     plan = BatchPlan((Row(pack([5, 6]), 0, (3,), GREEDY),))
-    assert engine.run(plan).beside == 0
-    assert other.run(plan).beside == 1
-    assert engine.run(plan).beside == 1
+    assert engine.run(plan).neighbours == 0
+    assert other.run(plan).neighbours == 1
+    assert engine.run(plan).neighbours == 1
     other.rest()
-    assert engine.run(plan).beside == 0
+    assert engine.run(plan).neighbours == 0
 
 
 def test_the_next_decode_step_is_planned_while_this_one_runs(tiny, monkeypatch):

@@ -191,12 +191,12 @@ async def test_answers_that_end_at_different_times_share_the_short_way(autojump_
         assert [one["finish_reason"] for one in mine] == [None] * len(tokens) + ["length"]
 
 
-async def test_what_is_told_of_a_prompt_goes_before_all_that_came_sooner():
+async def test_the_scores_of_a_prompt_go_before_all_that_came_sooner():
     """The short way would write an answer before its prompt, or nobody would write it until the next ping."""
     values, two = array("d", [-0.5]).tobytes(), pack([2])
-    told = (PromptLogprobs(values, two, two, values),)
+    scores = (PromptLogprobs(values, two, two, values),)
     scripts = (
-        [0.3, Chunk((300,), None, 0, (), told), 0.5, Chunk((301,), "length")],
+        [0.3, Chunk((300,), None, 0, (), scores), 0.5, Chunk((301,), "length")],
         spaced(0.05, 400, 401, 402),
     )
     with trio.fail_after(5):

@@ -11,7 +11,7 @@ import memserve.engine.drafting as drafting_module
 from memserve.costs import StepCosts
 from memserve.drawing import Adjustments, Sampling
 from memserve.engine.batching import BatchLimits, form_batch
-from memserve.engine.drafting import CHANCES, DRAFTED_MOST, Chances, Drafting, Guess, guess, worth
+from memserve.engine.drafting import ACCEPTANCE, DRAFTED_MOST, Acceptance, Drafting, Guess, guess, worth
 from memserve.engine.outbox import Outbox
 from memserve.engine.plans import BatchResult, Row
 from memserve.engine.sequence import Phase, Sequence
@@ -26,10 +26,10 @@ WEIGHTS_ALONE = StepCosts(((1.0, 0.010), (8.0, 0.011), (16.0, 0.018), (64.0, 0.0
 """A machine on which eight tokens take hardly longer than one, and sixteen nearly twice as long."""
 
 
-def followed(tokens: list[int], alike: int, most: int) -> list[int] | None:
-    """What followed the last ``alike`` tokens the last time before, said over and over where it reaches the end."""
-    for end in range(len(tokens) - 1, alike - 1, -1):
-        if tokens[end - alike : end] == tokens[len(tokens) - alike :]:
+def followed(tokens: list[int], length: int, most: int) -> list[int] | None:
+    """What followed the last ``length`` tokens the last time before, said over and over where it reaches the end."""
+    for end in range(len(tokens) - 1, length - 1, -1):
+        if tokens[end - length : end] == tokens[len(tokens) - length :]:
             return [tokens[end + i % (len(tokens) - end)] for i in range(most)]
     return None
 
@@ -41,18 +41,18 @@ def test_a_guess_is_what_followed_the_most_alike_tokens(tokens: list[int], most:
     expected = next((one for n in (5, 3, 2, 1) if (one := followed(tokens, n, most)) is not None), None)
     assert (None if found is None else list(unpack(found.tokens))) == expected
     if found is not None:
-        assert followed(tokens, found.alike, most) == expected
+        assert followed(tokens, found.suffix, most) == expected
         assert (
-            found.alike == len(CHANCES) - 1
-            or followed(tokens, found.alike + 1, most) is None
-            or (found.alike + 1 not in (5, 3, 2, 1))
+            found.suffix == len(ACCEPTANCE) - 1
+            or followed(tokens, found.suffix + 1, most) is None
+            or (found.suffix + 1 not in (5, 3, 2, 1))
         )
 
 
 def test_the_more_is_alike_the_likelier_a_guess() -> None:
-    """How much was alike would not be told, and all guesses be worth the same."""
+    """The length of the match would not be known, and all guesses be worth the same."""
     text = [7, *range(10, 20), 99, 8]
-    assert [guess(pack(text + text[1 : 1 + n]), 1).alike for n in (1, 2, 3, 4, 5, 8, 9)] == [
+    assert [guess(pack(text + text[1 : 1 + n]), 1).suffix for n in (1, 2, 3, 4, 5, 8, 9)] == [
         1,
         2,
         3,
@@ -75,17 +75,17 @@ def test_what_came_after_the_prompt_before_is_guessed_first() -> None:
     assert guess(pack(own), 2, sequel) == Guess(pack([60, 61]), 3)  # more is alike than of the sequel
 
 
-def test_chances_are_learned_and_nothing_is_learned_of_what_was_not_reached() -> None:
+def test_acceptance_is_learned_and_nothing_is_learned_of_what_was_not_reached() -> None:
     """A worker whose streams say nothing twice would guess for ever, or one wrong token would speak of all behind it."""
-    chances = Chances()
-    chances.saw(2, drafted=3, right=1)
-    assert chances.after(2) > CHANCES[2]
-    assert chances.after(3) < CHANCES[3]
-    assert chances.after(4) == CHANCES[4]
+    acceptance = Acceptance()
+    acceptance.saw(2, drafted=3, right=1)
+    assert acceptance.after(2) > ACCEPTANCE[2]
+    assert acceptance.after(3) < ACCEPTANCE[3]
+    assert acceptance.after(4) == ACCEPTANCE[4]
     for _ in range(2000):
-        chances.saw(8, drafted=2, right=0)
-    assert chances.after(8) < 0.01
-    assert chances.after(20) == chances.after(8)
+        acceptance.saw(8, drafted=2, right=0)
+    assert acceptance.after(8) < 0.01
+    assert acceptance.after(20) == acceptance.after(8)
 
 
 def test_what_was_learned_is_forgotten_where_nothing_is_tried() -> None:
@@ -109,9 +109,9 @@ def rows(number: int, context: int = 100) -> list[Row]:
     return [Row(pack([1]), context, (), GREEDY) for _ in range(number)]
 
 
-def likeliest(chance: float, number: int, length: int) -> list[tuple[float, int]]:
+def likeliest(probability: float, number: int, length: int) -> list[tuple[float, int]]:
     """Of streams that are all alike."""
-    found = [(chance**place, row) for row in range(number) for place in range(1, length + 1)]
+    found = [(probability**place, row) for row in range(number) for place in range(1, length + 1)]
     return sorted(found, reverse=True)
 
 
@@ -177,7 +177,7 @@ def test_a_draft_is_no_longer_than_what_can_be_used() -> None:
 
 
 def test_who_wants_more_than_tokens_guesses_nothing() -> None:
-    """Log probabilities are told of one token a step: those of a draft would be missing."""
+    """Log probabilities are reported for one token a step: those of a draft would be missing."""
     assert drafted(stream(ROUND, Sampling(0.0, logprobs=2))) == []
     assert drafted(stream(ROUND, Sampling(0.7, seed=3))) != []
 
@@ -273,7 +273,7 @@ def test_what_came_of_guesses_is_counted() -> None:
 
 
 def test_a_sequence_ends_within_a_draft() -> None:
-    """Tokens behind the one that ends an answer would be told, or its count run past what was asked for."""
+    """Tokens behind the one that ends an answer would be delivered, or its count run past what was asked for."""
     one = stream(ROUND)
     one.request = attrs.evolve(one.request, stop_tokens=(14,))
     assert one.take(16, pack([12, 13, 14, 15]), 1000) == "stop"

@@ -131,7 +131,7 @@ def test_a_worker_that_did_not_hear_of_an_end_is_told_again() -> None:
     assert took(core, Cancel) == [(D, Cancel("r", 0))]
 
 
-def telling() -> FrontendCore:
+def scoring() -> FrontendCore:
     """The same, with log probabilities of its prompt, of four tokens now; and a plan."""
     core = frontend()
     core.close("r", "cancelled", 0.0)
@@ -143,8 +143,8 @@ def telling() -> FrontendCore:
     return core
 
 
-def told(position: int, *ranks: int, attempt: int = 0) -> PromptScores:
-    """Of tokens of the prompt, which their ranks tell from one another."""
+def scores(position: int, *ranks: int, attempt: int = 0) -> PromptScores:
+    """Of tokens of the prompt, which their ranks distinguish."""
     eights = bytes(8 * len(ranks))
     return PromptScores("r", attempt, position, PromptLogprobs(eights, pack(ranks), pack(ranks), eights))
 
@@ -154,19 +154,19 @@ def ranks(core: FrontendCore) -> list[list[int]]:
     return [list(unpack(one.ranks)) for delivery in took(core, Deliver) for one in delivery.prompt]
 
 
-def test_what_is_told_of_a_prompt_is_delivered_once() -> None:
+def test_the_scores_of_a_prompt_are_delivered_once() -> None:
     """A client would get more log probabilities than its prompt has tokens, or the same ones twice."""
-    core = telling()
-    core.receive(P, told(1, 11), 0.2)
-    core.receive(P, told(1, 11, 12), 0.3)
-    core.receive(P, told(1, 11, 12), 0.4)
+    core = scoring()
+    core.receive(P, scores(1, 11), 0.2)
+    core.receive(P, scores(1, 11, 12), 0.3)
+    core.receive(P, scores(1, 11, 12), 0.4)
     assert ranks(core) == [[11], [12]]
     core.receive(GS, Gone((P,)), 0.5)
     ((_, again),) = took(core, Submit)
     assert again.request.sampling.prompt_logprobs == 1
-    core.receive(P, told(3, 13), 0.6)  # of the attempt that was given up
+    core.receive(P, scores(3, 13), 0.6)  # of the attempt that was given up
     core.receive(GS, Planned("r", 1, PLAN), 0.7)
-    core.receive(P, told(1, 11, 12, 13, attempt=1), 0.8)
+    core.receive(P, scores(1, 11, 12, 13, attempt=1), 0.8)
     core.receive(P, update(4, 50, attempt=1), 0.9)
     deliveries = took(core, Deliver)
     assert [one.tokens for one in deliveries] == [(), (50,)]
@@ -175,18 +175,18 @@ def test_what_is_told_of_a_prompt_is_delivered_once() -> None:
     ((_, third),) = took(core, Submit)
     assert (
         third.request.sampling.prompt_logprobs is None
-    )  # all of it was told: a cache may have the prompt now
+    )  # all of it was scored: a cache may have the prompt now
 
 
-@pytest.mark.parametrize("late", [told(2, 12), update(4, 50)])
-def test_a_gap_in_what_is_told_is_another_attempt(late) -> None:
+@pytest.mark.parametrize("late", [scores(2, 12), update(4, 50)])
+def test_a_gap_in_the_scores_is_another_attempt(late) -> None:
     """A lost message would leave a client without some of them, or move the others to wrong tokens."""
-    core = telling()
+    core = scoring()
     core.receive(P, late, 0.2)
     core.advance(0.2 + OVERTAKEN_S)
     assert took(core, Deliver) == []
     core.receive(GS, Planned("r", 1, PLAN), 0.8)
-    core.receive(P, told(1, 11, 12, 13, attempt=1), 0.9)
+    core.receive(P, scores(1, 11, 12, 13, attempt=1), 0.9)
     assert ranks(core) == [[11, 12, 13]]
 
 

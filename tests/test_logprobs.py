@@ -17,7 +17,7 @@ TOKENS = [*demo_tokenizer().encode(TEXT, False), IM_END]
 TEXTS = [demo_tokenizer().decode([token], skip_special=False) for token in TOKENS]
 
 
-def told(place: int, count: int) -> Logprobs:
+def logprobs_at(place: int, count: int) -> Logprobs:
     """Of the token at a place: it is the second of the likeliest, so the first is another."""
     ids, values = (
         [5 + place, TOKENS[place], 7, 8, 9][:count],
@@ -33,7 +33,7 @@ def service() -> FakeService:
         count = request.params.sampling.logprobs
         steps = []
         for place, token in enumerate(TOKENS):
-            known = () if count is None else (told(place, count),)
+            known = () if count is None else (logprobs_at(place, count),)
             steps += [Chunk((token,), "stop" if token == IM_END else None, 0, known), 0.001]
         return steps
 
@@ -47,7 +47,7 @@ async def chunks(body, path) -> list[dict]:
     return [choice for event in events for choice in event["choices"]]
 
 
-async def test_a_completion_tells_of_each_token():
+async def test_a_completion_reports_each_token():
     """Clients written for OpenAI would not find the log probabilities, or those of other tokens."""
     answer = await post({"prompt": "x", "logprobs": 1}, service=service())
     found = answer.json()["choices"][0]["logprobs"]
@@ -67,7 +67,7 @@ async def test_no_likeliest_tokens_leave_the_drawn_one():
     assert found["top_logprobs"] == [{text: -1.5 - place} for place, text in enumerate(TEXTS)]
 
 
-async def test_a_chat_tells_of_each_token():
+async def test_a_chat_reports_each_token():
     """Chat clients would not find them, or could not put characters together that tokens share."""
     answer = await post({"messages": HI, "logprobs": True, "top_logprobs": 5}, CHAT, service())
     found = answer.json()["choices"][0]["logprobs"]
@@ -81,7 +81,7 @@ async def test_a_chat_tells_of_each_token():
     assert likeliest[1]["token"] == TEXTS[3] and likeliest[1]["bytes"] == found["content"][3]["bytes"]
 
 
-async def test_unasked_for_nothing_is_told():
+async def test_unasked_for_nothing_is_reported():
     """Every answer would carry what nobody reads."""
     chat = (await post({"messages": HI}, CHAT, service())).json()["choices"][0]
     completion = (await post({"prompt": "x"}, service=service())).json()["choices"][0]
@@ -91,7 +91,7 @@ async def test_unasked_for_nothing_is_told():
 
 
 @pytest.mark.parametrize("n", [1, 2])
-async def test_streams_tell_the_same(n):
+async def test_streams_report_the_same(n):
     """A streamed answer would lose log probabilities, or mix those of several answers."""
     asked = {"messages": HI, "logprobs": True, "top_logprobs": 2, "n": n}
     whole = (await post(asked, CHAT, service())).json()["choices"]
@@ -110,8 +110,8 @@ async def test_streams_tell_the_same(n):
             assert [value for one in mine for value in one[part]] == whole[index]["logprobs"][part]
 
 
-async def test_nothing_is_told_of_tokens_after_a_stop_string():
-    """Log probabilities would tell of text that the answer does not have."""
+async def test_nothing_is_reported_of_tokens_after_a_stop_string():
+    """Log probabilities would be of text that the answer does not have."""
     asked = {"messages": HI, "logprobs": True, "stop": "END", "return_token_ids": True}
     choice = (await post(asked, CHAT, service())).json()["choices"][0]
     assert choice["message"]["content"] == "one 日本 "

@@ -102,9 +102,9 @@ def test_drafts_in_company_change_no_token(twin: Twin) -> None:
         draft = with_wrong(whole[at : at + 2 * i], i)
         rows.append(Row(pack(whole[at - 1 : at]), at - 1, pages, how, draft=draft))
         expected.append(whole[at : at + 1 + i])
-    drawn, told = twin.step.step(BatchPlan(tuple(rows)), twin.arena, 2)
+    drawn, reports = twin.step.step(BatchPlan(tuple(rows)), twin.arena, 2)
     assert [list(unpack(one)) for one in drawn] == expected
-    assert told == [None] * 4
+    assert reports == [None] * 4
     assert len(twin.native(*rows)) == 4  # logits are those of the rows alone
 
 
@@ -119,7 +119,7 @@ def test_a_draft_beyond_the_buffers_is_cut(twin: Twin) -> None:
 
 
 def test_a_draft_whose_logits_are_not_numbers_names_its_row(twin: Twin) -> None:
-    """A broken row would be told what was never drawn."""
+    """A broken row would get a token that was never drawn."""
     whole, pages = said(twin, prompt(30, 1), GREEDY)
     fine = Row(pack(whole[29:30]), 29, pages, GREEDY, draft=pack(whole[30:33]))
     broken = Row(pack(whole[29:30]), 29, twin.pages(40), GREEDY, draft=pack(whole[30:33]))

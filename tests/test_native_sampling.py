@@ -246,7 +246,7 @@ def test_a_step_draws_from_its_own_logits() -> None:
 
 
 @pytest.mark.usefixtures("native")
-def test_a_step_adjusts_its_rows_and_tells_of_the_logits_as_they_were() -> None:
+def test_a_step_adjusts_its_rows_and_reports_the_logits_as_they_were() -> None:
     """Another row's past would shape an answer, or log probabilities would be those of penalised logits."""
     twin = Twin(native_spec(4, 2, 32), threads=3)
     vocab = twin.spec.vocab
@@ -265,13 +265,13 @@ def test_a_step_adjusts_its_rows_and_tells_of_the_logits_as_they_were() -> None:
     wanted = [expected(one, row) for one, row in zip(logits, rows, strict=True)]
 
     for threads in (1, 3):
-        drawn, told = twin.step.step(BatchPlan(tuple(rows)), twin.arena, threads)
+        drawn, reports = twin.step.step(BatchPlan(tuple(rows)), twin.arena, threads)
         assert list(unpack(b"".join(drawn))) == wanted and wanted[0] == 3
-        assert told[2] is None
+        assert reports[2] is None
         for i in (0, 1, 3):
             known = logprobs_of(logits[i], wanted[i], hows[i].logprobs or 0)
-            assert told[i].ids == known.ids
-            assert (told[i].drawn, *told[i].values) == pytest.approx((known.drawn, *known.values))
+            assert reports[i].ids == known.ids
+            assert (reports[i].drawn, *reports[i].values) == pytest.approx((known.drawn, *known.values))
 
 
 @pytest.mark.usefixtures("native")

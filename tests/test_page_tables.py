@@ -138,7 +138,7 @@ def test_groups_spare_nearly_the_most_and_leave_each_row_its_last_page(case):
         assert len(group.rows) > 1 and group.pages == begun_alike([full[row] for row in group.rows]) > 0
     grouped = [row for group in groups for row in group.rows]
     assert len(set(grouped)) == len(grouped)
-    spared = sum(group.spared for group in groups)
+    spared = sum(group.saved for group in groups)
     assert 0.8 * most_spared(full) <= spared <= most_spared(full)
     assert groups_worth(table, spared) == groups and groups_worth(table, None) == ()
     assert groups_worth(table, spared + 1) == ()
@@ -182,7 +182,7 @@ def test_a_long_chain_of_prefixes_is_no_burden():
     rows = [Row(pack([1]), turn + 1, (*range(turn + 1), 10**6 + turn), GREEDY) for turn in range(1000)]
     groups = common_groups(Table.of(rows, 1))
     # The last 500 or so have the first 500 pages in common: n rows spare (n - 1) * (1001 - n) pages.
-    assert sum(group.spared for group in groups) >= 500 * 500
+    assert sum(group.saved for group in groups) >= 500 * 500
 
 
 @settings(deadline=None)  # a busy machine is no fault of the arrays

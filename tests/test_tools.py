@@ -71,7 +71,7 @@ def joined(chunks):
     return text, list(calls.values()), chunks[-1]["finish_reason"]
 
 
-def told(choice):
+def answered(choice):
     """A whole answer in the same words."""
     message = choice["message"]
     calls = [[one["id"], *one["function"].values()] for one in message.get("tool_calls", ())]
@@ -99,7 +99,7 @@ async def test_a_stream_tells_the_same(text, finish):
     if not text and finish == "length":
         return
     (choice,) = await whole(text, finish=finish)
-    assert joined(await streamed(text, finish=finish)) == told(choice)
+    assert joined(await streamed(text, finish=finish)) == answered(choice)
 
 
 async def test_arguments_are_streamed_as_they_come():
@@ -119,7 +119,7 @@ async def test_what_is_no_call_is_content():
     """An answer would be lost where the model fails to write a call, or the request would fail."""
     text = '<tool_call>{"name": "get_weather", "arguments": nonsense}</tool_call>'
     (choice,) = await whole(text)
-    assert told(choice) == (text, [], "stop")
+    assert answered(choice) == (text, [], "stop")
     assert "tool_calls" not in choice["message"]
 
 
@@ -127,9 +127,9 @@ async def test_a_call_that_is_cut_off_is_not_told_as_whole():
     """A client would run a tool with half of its arguments."""
     text = CALL.partition("ris")[0]
     (choice,) = await whole(text, finish="length")
-    content, ((_, name, arguments),), finish = told(choice)
+    content, ((_, name, arguments),), finish = answered(choice)
     assert (content, name, arguments, finish) == ("", "get_weather", '{"city": "Pa', "length")
-    assert told((await whole(text))[0])[2] == "stop", "the model's own end token does not make it whole"
+    assert answered((await whole(text))[0])[2] == "stop", "the model's own end token does not make it whole"
 
 
 @pytest.mark.parametrize(("asked", "finish"), [
@@ -140,7 +140,7 @@ async def test_one_call_ends_the_answer_where_one_is_wanted(asked, finish):
     service = FakeService(lambda _r: [*says(TWO)[:-1], 60.0])
     with trio.fail_after(5):
         (choice,) = await whole("", service, **asked)
-    ((_, name, arguments),) = told(choice)[1]
+    ((_, name, arguments),) = answered(choice)[1]
     assert (name, arguments) == ("get_weather", PARIS)
     assert choice["finish_reason"] == finish
     assert service.opened[0].outcome == "stop string"
@@ -151,7 +151,7 @@ async def test_calls_that_nobody_offered_are_text():
     for asked in ({"tools": []}, {"tools": None}, {"tool_choice": "none"}):
         service = saying(CALL)
         (choice,) = await whole("", service, **asked)
-        assert told(choice) == (CALL, [], "stop")
+        assert answered(choice) == (CALL, [], "stop")
         assert "get_weather" not in demo_tokenizer().decode(service.opened[0].prompt)
 
 
@@ -165,7 +165,7 @@ async def test_several_answers_have_their_own_calls():
 async def test_ids_are_the_same_within_a_request_and_others_in_the_next():
     """A conversation of several turns would have two calls of one id."""
     service = saying(CALL)
-    ids = [told(choice)[1][0][0] for _ in range(2) for choice in await whole("", service)]
+    ids = [answered(choice)[1][0][0] for _ in range(2) for choice in await whole("", service)]
     assert len(set(ids)) == 2
 
 
@@ -187,7 +187,7 @@ async def test_tokens_are_told_beside_calls(stream):
 async def test_a_stop_string_ends_a_call():
     """Stop strings would do nothing where there are tools, or a client run a tool with half of its arguments."""
     (choice,) = await whole(f"Well. {CALL}", stop="Paris")
-    content, ((_, name, arguments),), finish = told(choice)
+    content, ((_, name, arguments),), finish = answered(choice)
     assert (content, name, arguments, finish) == ("Well.", "get_weather", '{"city": "', "stop")
 
 
@@ -208,7 +208,7 @@ async def test_marks_may_be_control_tokens(monkeypatch):
     ]
     script = [Chunk((token,), "stop" if token == IM_END else None) for token in tokens]
     response = await post(ASKED, CHAT, FakeService(lambda _r: script), tool_format="hermes")
-    content, ((_, name, arguments),), finish = told(response.json()["choices"][0])
+    content, ((_, name, arguments),), finish = answered(response.json()["choices"][0])
     assert (content, name, arguments, finish) == ("So", "get_weather", PARIS, "tool_calls")
 
 
@@ -216,7 +216,7 @@ async def test_the_configured_format_is_read():
     """A model whose template does not tell its format could not call tools."""
     text = f'[TOOL_CALLS] [{{"name": "get_weather", "arguments": {PARIS}}}]'
     response = await post(ASKED, CHAT, saying(text), tool_format="mistral")
-    ((call_id, name, arguments),) = told(response.json()["choices"][0])[1]
+    ((call_id, name, arguments),) = answered(response.json()["choices"][0])[1]
     assert (name, arguments) == ("get_weather", PARIS)
     assert len(call_id) == 9 and call_id.isalnum()
     rule = attrs.fields(ModelConfig).tool_format.metadata["rule"]

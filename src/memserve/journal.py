@@ -282,17 +282,17 @@ class FrontendCore:
         if len(self._called_off) > self.requests_max:
             self._called_off.popitem(last=False)
 
-    def _on_prompt_told(self, sender: ActorId, message: PromptScores, now: float) -> None:
+    def _on_prompt_scores(self, sender: ActorId, message: PromptScores, now: float) -> None:
         """Deliver new log probabilities, by the rule of :meth:`_take_tokens`."""
         entry = self._current(message.request, message.attempt)
         if entry is None:
             return
         entry.heard_at = now
-        if message.position > entry.told:
+        if message.position > entry.scored:
             self._resubmit(entry, f"{entry.missing(message.position)} never arrived", now)
-        elif (known := entry.told - message.position) < len(message.told):
-            new = message.told.after(known)
-            entry.told += len(new)
+        elif (known := entry.scored - message.position) < len(message.scores):
+            new = message.scores.after(known)
+            entry.scored += len(new)
             self._actions.append(Deliver(entry.request.id, (), None, entry.cached_tokens, prompt=(new,)))
             self._take_early(entry)
 
@@ -306,7 +306,7 @@ class FrontendCore:
     def _take_tokens(self, entry: JournalEntry, update: TokenUpdate, now: float) -> None:
         """Deliver new tokens. By position, a repeat is dropped, and tokens behind a gap wait for it to close."""
         have = entry.request.prompt_tokens + count(entry.sent)
-        if entry.untold or update.position > have:
+        if entry.unscored or update.position > have:
             entry.early.append((now, update))
             self._look_at = min(self._look_at, entry.due)
             return
@@ -319,9 +319,9 @@ class FrontendCore:
         entry.timings = update.timings or entry.timings
         entry.origins = update.origins or entry.origins
         self._count("output_tokens_total", count(fresh))
-        told = () if update.logprobs is UNSET else (update.logprobs,)
+        logprobs = () if update.logprobs is UNSET else (update.logprobs,)
         new = tuple(unpack(fresh)), update.finish, entry.cached_tokens
-        self._actions.append(Deliver(entry.request.id, *new, logprobs=told))
+        self._actions.append(Deliver(entry.request.id, *new, logprobs=logprobs))
         if update.finish is not None:
             self._finish(entry, update.finish, now)
 
@@ -402,7 +402,7 @@ class FrontendCore:
 _HANDLERS: dict[type[Any], Callable[[FrontendCore, ActorId, Any, float], None]] = {
     Planned: FrontendCore._on_planned,
     Rejected: FrontendCore._on_rejected,
-    PromptScores: FrontendCore._on_prompt_told,
+    PromptScores: FrontendCore._on_prompt_scores,
     Tokens: FrontendCore._on_tokens,
     Inquired: FrontendCore._on_inquired,
     Failed: FrontendCore._on_failed,

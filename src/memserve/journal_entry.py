@@ -29,7 +29,7 @@ class JournalEntry:
     received_at: float
     sent: bytes = b""
     """Tokens delivered to the client."""
-    told: int = 1
+    scored: int = 1
     """Prompt tokens whose log probabilities were delivered, if wanted. The first token has none."""
     attempt: int = 0
     plan: Plan | None = None
@@ -70,9 +70,9 @@ class JournalEntry:
 
     def missing(self, position: int) -> str:
         """A description of what should have arrived before tokens at ``position``."""
-        if self.untold:
+        if self.unscored:
             end = min(position, self.request.prompt_tokens)
-            return f"log probabilities of the prompt's tokens {self.told} to {end}"
+            return f"log probabilities of the prompt's tokens {self.scored} to {end}"
         return f"tokens {self.request.prompt_tokens + count(self.sent)} to {position}"
 
     @property
@@ -86,10 +86,10 @@ class JournalEntry:
         return float("inf") if ttft_s is None else self.received_at + ttft_s + SUBMIT_REPEAT_S
 
     @property
-    def untold(self) -> bool:
+    def unscored(self) -> bool:
         """Log probabilities of the prompt are still missing."""
         wanted = self.request.sampling.prompt_logprobs is not None
-        return wanted and self.told < self.request.prompt_tokens
+        return wanted and self.scored < self.request.prompt_tokens
 
     def current(self) -> Request:
         """The request as the current attempt carries it.
@@ -97,7 +97,7 @@ class JournalEntry:
         Once all log probabilities of the prompt are delivered, it asks for none.
         """
         sampling = self.request.sampling
-        if sampling.prompt_logprobs is not None and not self.untold:
+        if sampling.prompt_logprobs is not None and not self.unscored:
             sampling = attrs.evolve(sampling, prompt_logprobs=None)
         tokens = self.request.tokens + self.sent
         return attrs.evolve(self.request, attempt=self.attempt, tokens=tokens, sampling=sampling)

@@ -295,7 +295,7 @@ class PromptScores:
     attempt: int
     position: int
     """Index in the prompt of the first scored token. A gap before it means a lost message."""
-    told: PromptLogprobs
+    scores: PromptLogprobs
 
 
 @attrs.frozen

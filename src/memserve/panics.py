@@ -25,7 +25,7 @@ def is_panic(error: BaseException) -> bool:
 
 
 @contextmanager
-def panics_told() -> Iterator[None]:
+def panics_as_errors() -> Iterator[None]:
     """Raise Panic for a panic within the block."""
     try:
         yield

@@ -37,7 +37,7 @@ def span(packed: bytes, start: int, stop: int) -> bytes:
     return packed[start * TOKEN_BYTES : stop * TOKEN_BYTES]
 
 
-def alike(one: bytes, other: bytes) -> int:
+def common_prefix(one: bytes, other: bytes) -> int:
     """Length of the common prefix, in tokens."""
     pairs = zip(unpack(one), unpack(other), strict=False)
     return next((at for at, (a, b) in enumerate(pairs) if a != b), min(count(one), count(other)))

@@ -173,32 +173,32 @@ bool shares_pages(bool amx) {
     return true;
 }
 
-// Logits that a row adjusts, and what it is told: at both ends of the vocabulary, some tokens several times, every other one allowed.
+// Logits that a row adjusts, and what is reported: at both ends of the vocabulary, some tokens several times, every other one allowed.
 bool adjusts_what_there_is(const std::vector<float>& logits, ms_sampling how, Sampler& sampler) {
     const int vocab = (int)logits.size();
     const int32_t ids[] = {vocab - 1, 0, vocab / 2, 0, vocab - 1};
     const float bias[] = {-3};
     const std::vector<int32_t> even((vocab + 31) / 32, 0x55555555);
     ms_adjustments adjust = {{ids, 1}, bias, {ids, 3}, {ids, 5}, {ids, vocab > 1}, {even.data(), (int64_t)even.size()}, 1.3f, 0.5f, -0.2f};
-    ms_logprobs told = {MS_LOGPROBS_MAX, {}, {}, 0, NOT_A_TOKEN, 0};
-    how.adjust = &adjust, how.told = &told;
+    ms_logprobs reported = {MS_LOGPROBS_MAX, {}, {}, 0, NOT_A_TOKEN, 0};
+    how.adjust = &adjust, how.reported = &reported;
     int token = draw(logits.data(), how, vocab, sampler);
     if (token == NOT_A_TOKEN) return largest(sampler.adjust(logits.data(), adjust), vocab) == NOT_A_TOKEN;
-    bool fine = told.count == std::min(vocab, MS_LOGPROBS_MAX) && told.drawn <= 0 && (vocab == 1 || token != vocab - 1) && token % 2 == 0;
-    for (int i = 0; i < told.count; i++) fine &= told.ids[i] >= 0 && told.ids[i] < vocab && told.values[i] <= 0;
+    bool fine = reported.count == std::min(vocab, MS_LOGPROBS_MAX) && reported.drawn <= 0 && (vocab == 1 || token != vocab - 1) && token % 2 == 0;
+    for (int i = 0; i < reported.count; i++) fine &= reported.ids[i] >= 0 && reported.ids[i] < vocab && reported.values[i] <= 0;
     return fine && token >= 0 && token < vocab;
 }
 
-// A token that is there already, at both ends of the vocabulary: it is kept, and told of.
-bool tells_of_what_there_is(const std::vector<float>& logits, ms_sampling how, Sampler& sampler) {
+// A token that is there already, at both ends of the vocabulary: it is kept, and reported.
+bool reports_a_given_token(const std::vector<float>& logits, ms_sampling how, Sampler& sampler) {
     const int vocab = (int)logits.size();
     if (largest(logits.data(), vocab) == NOT_A_TOKEN) return true;
     for (int token : {0, vocab / 2, vocab - 1}) {
-        ms_logprobs told = {MS_LOGPROBS_MAX, {}, {}, 1, token, 0};
-        how.told = &told;
+        ms_logprobs reported = {MS_LOGPROBS_MAX, {}, {}, 1, token, 0};
+        how.reported = &reported;
         if (draw(logits.data(), how, vocab, sampler) != token) return false;
-        if (told.drawn > 0 || told.rank < 1 || told.rank > vocab) return false;
-        if (told.rank <= told.count && told.ids[told.rank - 1] != token) return false;
+        if (reported.drawn > 0 || reported.rank < 1 || reported.rank > vocab) return false;
+        if (reported.rank <= reported.count && reported.ids[reported.rank - 1] != token) return false;
     }
     return true;
 }
@@ -223,7 +223,7 @@ bool draws_what_there_is() {
                         ms_sampling how = {temperature, top_p, 3, top_k, top_k ? -1 : -INFINITY, nullptr, nullptr};
                         int token = draw(logits.data(), how, vocab, sampler);
                         if (!adjusts_what_there_is(logits, how, sampler)) return false;
-                        if (!tells_of_what_there_is(logits, how, sampler)) return false;
+                        if (!reports_a_given_token(logits, how, sampler)) return false;
                         bool none = largest(logits.data(), vocab) < 0;
                         if (none ? token != NOT_A_TOKEN : token < 0 || token >= vocab || logits[token] == -INFINITY)
                             return false;

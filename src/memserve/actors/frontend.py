@@ -75,8 +75,8 @@ class ClientStream:
         if self._take is None or self._over.is_set():
             return
         if self._failure is None and (self._tokens or self._finish):
-            told = tuple(self._logprobs), tuple(self._prompt)
-            chunk = Chunk(tuple(self._tokens), self._finish, self._cached_tokens, *told)
+            logprobs, prompt = tuple(self._logprobs), tuple(self._prompt)
+            chunk = Chunk(tuple(self._tokens), self._finish, self._cached_tokens, logprobs, prompt)
             self._tokens.clear()
             self._logprobs.clear()
             self._prompt.clear()
@@ -257,14 +257,14 @@ def make_app(context: ActorContext, service: FrontendService) -> Starlette:
         resolved.model_path, resolved.spec, model.stored, model.dtype, on_gpus=resolved.on_gpus
     )
     tokenizer = Tokenizer.load(files.tokenizer)
-    told = resolved.config.frontend
+    frontend = resolved.config.frontend
     settings = ApiSettings(
         model=resolved.spec.name,
         max_context=resolved.max_context,
-        api_keys=told.api_keys,
-        admin_keys=told.admin_keys,
-        priority_keys=told.priority_keys,
-        ttft_ms=told.ttft_ms,
+        api_keys=frontend.api_keys,
+        admin_keys=frontend.admin_keys,
+        priority_keys=frontend.priority_keys,
+        ttft_ms=frontend.ttft_ms,
         tool_format=model.tool_format,
         reasoning=model.reasoning,
     )

@@ -161,15 +161,17 @@ class Api:
 
     def _piece(self, body: CompletionBody | ChatBody) -> Piece | None:
         """How to show tokens next to their log probabilities; None if these are not requested."""
-        return None if body.told is None else self._shown
+        return None if body.logprobs_wanted is None else self._shown
 
     @property
     def _shown(self) -> Piece:
         return partial(self.served.tokenizer.piece, skip_special=False)
 
-    def _told(self, body: CompletionBody | ChatBody, prompts: Sequence[Prompt]) -> list[PromptReport]:
+    def _prompt_reports(
+        self, body: CompletionBody | ChatBody, prompts: Sequence[Prompt]
+    ) -> list[PromptReport]:
         """One report for each prompt if log probabilities of prompts are requested, otherwise none."""
-        asked = body.told_of_echo, body.prompt_logprobs
+        asked = body.scores_of_echo, body.prompt_logprobs
         return (
             []
             if asked == (None, None)
@@ -197,7 +199,7 @@ class Api:
             include_usage=body.stream_options is not None and bool(body.stream_options.include_usage),
             cache_scope=caller.cache_scope,
             ping_s=self.served.settings.ping_s,
-            told=self._told(body, prompts),
+            prompt_reports=self._prompt_reports(body, prompts),
         )
         choices = [self._choice(index, order, body) for index in range(len(prompts) * order.n)]
         return _Answer(Generation(self.service, order, choices))
@@ -217,7 +219,7 @@ class Api:
             index, at, self.served.with_marks(marks), order.stops, body.min_tokens or 0,
             thoughts=thoughts, calls=calls,
             finish_of_calls="tool_calls" if offer is None or offer.only is None else "stop",  # as OpenAI does
-            about=order.told[at] if order.told else None, silent=body.max_tokens == 0,
+            about=order.prompt_reports[at] if order.prompt_reports else None, silent=body.max_tokens == 0,
         )  # fmt: skip
 
     def _apart(self, body: CompletionBody | ChatBody, prompt: Prompt) -> bool:

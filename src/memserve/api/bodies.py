@@ -128,12 +128,12 @@ class CompletionBody(_Body):
     logprobs: Annotated[int, Meta(ge=0, le=COMPLETION_LOGPROBS_MAX)] | None = None
 
     @property
-    def told(self) -> int | None:
+    def logprobs_wanted(self) -> int | None:
         """How many of the likeliest tokens to report at each position; None: no log probabilities."""
         return self.logprobs
 
     @property
-    def told_of_echo(self) -> int | None:
+    def scores_of_echo(self) -> int | None:
         """How many of the likeliest tokens to report at each position of the echo.
 
         None: no log probabilities, or no echo.
@@ -176,12 +176,12 @@ class ChatBody(Conversation, _Body):
     top_logprobs: Annotated[int, Meta(ge=0, le=LOGPROBS_MAX)] | None = None
 
     @property
-    def told(self) -> int | None:
+    def logprobs_wanted(self) -> int | None:
         """How many of the likeliest tokens to report at each position; None: no log probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
-    def told_of_echo(self) -> None:
+    def scores_of_echo(self) -> None:
         """None: a chat has no echo."""
 
 

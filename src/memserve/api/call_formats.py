@@ -75,17 +75,17 @@ MISTRAL = CallFormat(
 """A JSON array after a control token: Mistral."""
 
 CALL_FORMATS = {one.name: one for one in (HERMES, LLAMA3_JSON, MISTRAL)}
-_TELLS_TOOLS = re.compile(r"\btools\b")
+_MENTIONS_TOOLS = re.compile(r"\btools\b")
 
 
-def tells_tools(template: str | None) -> bool:
+def mentions_tools(template: str | None) -> bool:
     """Whether a chat template presents tools to the model, judged by whether it mentions ``tools``."""
-    return template is not None and _TELLS_TOOLS.search(template) is not None
+    return template is not None and _MENTIONS_TOOLS.search(template) is not None
 
 
 def format_of(template: str | None) -> CallFormat:
     """The call format of a model with this chat template; Hermes if the template does not show one."""
-    if not tells_tools(template):
+    if not mentions_tools(template):
         return HERMES
     assert template is not None
     if _TOOL_CALLS in template:

@@ -21,7 +21,7 @@ NAME_MAX = 256
 """Most characters in a name that a model may call."""
 _STRING = r'"(?:[^"\\]|\\.){1,1600}"'
 _HEAD = re.compile(r'\{\s*"name"\s*:\s*(' + _STRING + r')\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
-_TOLD = re.compile(r'["\\{}]')
+_QUOTES_AND_BRACES = re.compile(r'["\\{}]')
 
 
 @attrs.frozen
@@ -52,7 +52,7 @@ class _Braces:
 
         Between calls ``text`` may only grow at its end, unless ``at`` is reset.
         """
-        while (found := _TOLD.search(text, self.at)) is not None:
+        while (found := _QUOTES_AND_BRACES.search(text, self.at)) is not None:
             self.at = found.end()
             if found[0] == "\\":
                 if self.at == len(text):  # the escaped character is still to come
@@ -124,11 +124,11 @@ class CallParser:
         at = self._rest.find(marker)
         if at >= 0:
             text = self._rest[:at]
-            self._tell(text.rstrip())
+            self._add_text(text.rstrip())
             self._rest = self._rest[len(text.rstrip()) :]
             return self._announced(at - len(text.rstrip()) + len(marker))
         keep = 0 if self._final else held(self._rest, marker)
-        self._tell(self._rest[: len(self._rest) - keep])
+        self._add_text(self._rest[: len(self._rest) - keep])
         self._rest = self._rest[len(self._rest) - keep :]
         return False
 
@@ -170,9 +170,9 @@ class CallParser:
 
     def _in_arguments(self) -> bool:
         end = self._braces.end(self._rest)
-        told = len(self._rest) if end is None and self._final else self._braces.at
-        self._argue(self._rest[:told])
-        self._rest, self._braces.at = self._rest[told:], 0
+        known = len(self._rest) if end is None and self._final else self._braces.at
+        self._argue(self._rest[:known])
+        self._rest, self._braces.at = self._rest[known:], 0
         return end is not None and self._to(self._behind_arguments)
 
     def _behind_arguments(self) -> bool:
@@ -226,11 +226,11 @@ class CallParser:
 
     def _no_call(self, length: int) -> bool:
         """Report the announcement and ``length`` characters of the rest as text: they are not a call."""
-        self._tell(self._opened + self._rest[:length])
+        self._add_text(self._opened + self._rest[:length])
         self._rest, self._opened, self._listed = self._rest[length:], "", False
         return self._to(self._in_text)
 
-    def _tell(self, text: str) -> None:
+    def _add_text(self, text: str) -> None:
         self._begun = self._begun or bool(text.strip())
         if text:
             self._found.append(text)

@@ -16,7 +16,7 @@ import attrs
 import jinja2
 
 from memserve.api.bodies import Ending, Scalar
-from memserve.api.call_formats import tells_tools
+from memserve.api.call_formats import mentions_tools
 from memserve.api.errors import ApiError
 from memserve.api.hermes import in_words
 from memserve.api.messages import ChatMessage, ToolCall
@@ -54,7 +54,7 @@ class ChatTemplate:
     tokenizer: Tokenizer
     names: dict[str, str]
     """The template variables ``bos_token`` and ``eos_token``."""
-    tells_tools: bool = False
+    mentions_tools: bool = False
     """Whether the template presents tools; if not, messages do in plain text (:mod:`memserve.api.hermes`)."""
 
     @classmethod
@@ -66,7 +66,7 @@ class ChatTemplate:
             raise UserError(f"{spec.name}: the model's chat template does not compile: {error}") from error
         eos = spec.eos[0] if spec.eos else None
         names = {"bos_token": _text(tokenizer, spec.bos), "eos_token": _text(tokenizer, eos)}
-        return cls(template, tokenizer, names, tells_tools(spec.chat_template))
+        return cls(template, tokenizer, names, mentions_tools(spec.chat_template))
 
     def render(
         self,
@@ -79,11 +79,11 @@ class ChatTemplate:
 
         Raises ApiError (400) when the template refuses.
         """
-        if not self.tells_tools:
+        if not self.mentions_tools:
             messages, tools = in_words(messages, tools), ()
         given = dict(arguments or {})
-        told = [tool.told() for tool in tools]
-        texts = list(_texts([[_variables(message, str) for message in messages], told, given]))
+        offered = [tool.for_template() for tool in tools]
+        texts = list(_texts([[_variables(message, str) for message in messages], offered, given]))
         mark = _mark(texts)
         disarm: Disarm = lambda text: self.tokenizer.disarm(text, mark)  # noqa: E731
         variables = [_variables(message, disarm) for message in messages]
@@ -91,8 +91,8 @@ class ChatTemplate:
         tag = _mark([*texts, mark]) if ending == "open" else ""
         variables[-1]["content"] += tag
         known = {"messages": variables, "add_generation_prompt": ending == "answer", **self.names}
-        if told:
-            known["tools"] = _disarmed(told, disarm, _SCHEMA_WORDS)
+        if offered:
+            known["tools"] = _disarmed(offered, disarm, _SCHEMA_WORDS)
         text = self._accepted(given, known)
         return Rendered(_cut(text, tag) if tag else text, mark)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import attrs
 
 from memserve.api.call_parser import CallParser, CallPart, Found
-from memserve.api.logprobs import Told, token_text
+from memserve.api.logprobs import TokenLogprobs, token_text
 from memserve.api.prompt_logprobs import PromptReport
 from memserve.api.service import Chunk
 from memserve.api.thoughts import Thought, ThoughtParser
@@ -22,7 +22,7 @@ class Delta:
     text: str = ""
     tokens: list[int] = attrs.field(factory=list)
     finish: str | None = None
-    told: list[Told] = attrs.field(factory=list)
+    logprobs: list[TokenLogprobs] = attrs.field(factory=list)
     """Log probabilities at each of ``tokens``, if requested."""
     calls: list[CallPart] = attrs.field(factory=list)
     thought: str = ""
@@ -41,7 +41,7 @@ class Delta:
         parts += [Delta(calls=[call]) for call in self.calls]
         if self.finish:
             parts.append(Delta(finish=self.finish))
-        parts[-1].tokens, parts[-1].told = self.tokens, self.told
+        parts[-1].tokens, parts[-1].logprobs = self.tokens, self.logprobs
         return parts
 
     def add(self, part: CallPart) -> None:
@@ -90,7 +90,7 @@ class Choice:
         self._scanner = StopScanner(stops)
         self._piece, self._min_tokens, self._silent = piece, min_tokens, silent
         self._thoughts, self._calls, self._finish_of_calls = thoughts, calls, finish_of_calls
-        self._told_characters = 0
+        self._reported_characters = 0
         # Not taken yet. Bounded by max_tokens: a slow reader costs no more than one that does not stream.
         self._new = Delta()
         self._texts: list[str] = []
@@ -116,7 +116,7 @@ class Choice:
             self.output_tokens += 1
             self._new.tokens.append(token)
             if chunk.logprobs:
-                self._tell(token, chunk.logprobs[number])
+                self._report(token, chunk.logprobs[number])
             text = self._detokenizer.push(token)
             early = self.output_tokens <= self._min_tokens
             self._say(text if early else self._scanner.push(text))
@@ -156,9 +156,9 @@ class Choice:
             else:
                 self._texts.append(one)
 
-    def _tell(self, token: int, logprobs: Logprobs) -> None:
-        self._new.told.append(Told(token, self._told_characters, logprobs))
-        self._told_characters += len(token_text(token, self._piece))
+    def _report(self, token: int, logprobs: Logprobs) -> None:
+        self._new.logprobs.append(TokenLogprobs(token, self._reported_characters, logprobs))
+        self._reported_characters += len(token_text(token, self._piece))
 
     def take(self) -> Delta:
         """Everything new since the last ``take``."""

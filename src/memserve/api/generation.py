@@ -42,7 +42,7 @@ class GenerationOrder:
     include_usage: bool
     cache_scope: str
     ping_s: float
-    told: Sequence[PromptReport] = ()
+    prompt_reports: Sequence[PromptReport] = ()
     """Log probabilities of each prompt; empty if not requested."""
 
 
@@ -198,7 +198,7 @@ class Generation:
 
     async def _show_prompts(self) -> None:
         """Format the prompts' log probabilities in another thread: long ones would hold up other streams."""
-        for one in self._order.told:
+        for one in self._order.prompt_reports:
             if one.ready and not one.shown:
                 await trio.to_thread.run_sync(one.show)
 

@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from memserve.api.errors import ApiError
 from memserve.api.service import ApiSettings
-from memserve.panics import panics_told
+from memserve.panics import panics_as_errors
 
 OPEN_PATHS = ("/health", "/metrics")
 """Paths that load balancers and metrics scrapers request, which have no key."""
@@ -70,7 +70,7 @@ class Guard:
             self._check_framing(headers)
         except ApiError as error:
             return await error.response()(scope, receive, send)
-        with panics_told():
+        with panics_as_errors():
             return await self._app(scope, _Limited(receive, self._settings), send)
 
     def _authenticate(self, headers: list[tuple[bytes, bytes]]) -> Caller:

@@ -11,7 +11,7 @@ import attrs
 from memserve.api.messages import ChatMessage, ToolCall
 from memserve.api.tools import Tool
 
-_TOLD = """\
+_INSTRUCTIONS = """\
 You can call functions. Each line between these tags is one of them in JSON, with a schema of its arguments:
 <tools>
 {tools}
@@ -26,15 +26,15 @@ What it returns comes between <tool_response> tags. When none helps, answer in p
 
 def in_words(messages: Sequence[ChatMessage], tools: Sequence[Tool]) -> list[ChatMessage]:
     """The same conversation with tools, calls and results as plain text in its messages."""
-    told: list[ChatMessage] = []
+    plain: list[ChatMessage] = []
     for answered, group in groupby(messages, lambda message: message.role == "tool"):
         several = list(group)
-        told += [_results(several)] if answered else map(_calls, several)
-    return _with_tools(told, tools) if tools else told
+        plain += [_results(several)] if answered else map(_calls, several)
+    return _with_tools(plain, tools) if tools else plain
 
 
 def _with_tools(messages: list[ChatMessage], tools: Sequence[Tool]) -> list[ChatMessage]:
-    text = _TOLD.format(tools="\n".join(_json(tool.told()) for tool in tools))
+    text = _INSTRUCTIONS.format(tools="\n".join(_json(tool.for_template()) for tool in tools))
     if messages and messages[0].role in ("system", "developer"):
         first = attrs.evolve(messages[0], content=f"{messages[0].text}\n\n{text}")
         return [first, *messages[1:]]

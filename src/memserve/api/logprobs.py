@@ -17,7 +17,7 @@ LEAST = -9999.0
 
 
 @attrs.frozen
-class Told:
+class TokenLogprobs:
     """One token of an answer or of its prompt, with its log probabilities."""
 
     token: int
@@ -32,7 +32,7 @@ def token_text(token: int, piece: Piece) -> str:
     return piece(token).decode("utf-8", "replace")
 
 
-def chat_logprobs(told: Iterable[Told], piece: Piece) -> dict[str, Any]:
+def chat_logprobs(tokens: Iterable[TokenLogprobs], piece: Piece) -> dict[str, Any]:
     """``choices[].logprobs`` of a chat."""
 
     def entry(token: int, value: float) -> dict[str, Any]:
@@ -42,25 +42,29 @@ def chat_logprobs(told: Iterable[Told], piece: Piece) -> dict[str, Any]:
     content = [
         entry(one.token, one.logprobs.drawn)
         | {"top_logprobs": [entry(*likely) for likely in _likeliest(one.logprobs)]}
-        for one in told
+        for one in tokens
         if one.logprobs is not None
     ]
     return {"content": content, "refusal": None}
 
 
-def completion_logprobs(told: Sequence[Told], piece: Piece, echoed: int = 0) -> dict[str, list[Any]]:
+def completion_logprobs(
+    tokens: Sequence[TokenLogprobs], piece: Piece, echoed: int = 0
+) -> dict[str, list[Any]]:
     """``choices[].logprobs`` of a completion.
 
     A position's own token is always among its ``top_logprobs``, so there may be one more than requested.
     ``echoed``: characters in the tokens before these.
     """
     return {
-        "tokens": [token_text(one.token, piece) for one in told],
-        "token_logprobs": [None if one.logprobs is None else max(one.logprobs.drawn, LEAST) for one in told],
-        "top_logprobs": [
-            None if one.logprobs is None else _shown(one.token, one.logprobs, piece) for one in told
+        "tokens": [token_text(one.token, piece) for one in tokens],
+        "token_logprobs": [
+            None if one.logprobs is None else max(one.logprobs.drawn, LEAST) for one in tokens
         ],
-        "text_offset": [echoed + one.offset for one in told],
+        "top_logprobs": [
+            None if one.logprobs is None else _shown(one.token, one.logprobs, piece) for one in tokens
+        ],
+        "text_offset": [echoed + one.offset for one in tokens],
     }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import attrs
 import msgspec
 
-from memserve.api.logprobs import LEAST, Piece, Told, completion_logprobs, token_text
+from memserve.api.logprobs import LEAST, Piece, TokenLogprobs, completion_logprobs, token_text
 from memserve.drawing import Logprobs, PromptLogprobs
 from memserve.tokens import pack, unpack
 
@@ -68,14 +68,16 @@ class PromptReport:
         self.shown = True
 
     def _show_echo(self, count: int, piece: Piece) -> None:
-        told = [Told(self.tokens[0], 0, None)]
+        shown = [TokenLogprobs(self.tokens[0], 0, None)]
         self.characters = len(token_text(self.tokens[0], piece))
         for token, known in self._known():
             ids = [one for one, _ in known.likeliest[:count]]
             values = [value for _, value in known.likeliest[:count]]
-            told.append(Told(token, self.characters, Logprobs(known.value, pack(ids), tuple(values))))
+            shown.append(
+                TokenLogprobs(token, self.characters, Logprobs(known.value, pack(ids), tuple(values)))
+            )
             self.characters += len(token_text(token, piece))
-        self.columns = completion_logprobs(told, piece)
+        self.columns = completion_logprobs(shown, piece)
 
     def _listing(self, count: int, piece: Piece) -> Iterator[dict[str, Any]]:
         """Objects by token id, as in vLLM: the prompt's own token first, then the most probable ones."""

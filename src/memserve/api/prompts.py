@@ -273,8 +273,8 @@ def of_choice(params: GenerationParams, number: int) -> GenerationParams:
     Only the first answer carries the prompt's log probabilities.
     """
     seed = (params.sampling.seed + number) % 2**SEED_BITS
-    told = None if number else params.sampling.prompt_logprobs
-    return attrs.evolve(params, sampling=attrs.evolve(params.sampling, seed=seed, prompt_logprobs=told))
+    count = None if number else params.sampling.prompt_logprobs
+    return attrs.evolve(params, sampling=attrs.evolve(params.sampling, seed=seed, prompt_logprobs=count))
 
 
 def _echo(item: str | list[int], tokenizer: Tokenizer) -> str:

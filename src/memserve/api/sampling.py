@@ -23,7 +23,7 @@ def sampling_of(
     ``draw`` supplies a seed if the body has none. ``grammar``: the one that the answer must follow; empty:
     none.
     """
-    asked = (body.prompt_logprobs, body.told_of_echo)
+    asked = (body.prompt_logprobs, body.scores_of_echo)
     return Sampling(
         temperature=1.0 if body.temperature is None else body.temperature,
         top_k=max(body.top_k or 0, 0),
@@ -31,7 +31,7 @@ def sampling_of(
         seed=(draw() if body.seed is None else body.seed) % 2**SEED_BITS,
         min_p=body.min_p or 0.0,
         adjust=_adjustments(body, vocabulary, grammar),
-        logprobs=body.told,
+        logprobs=body.logprobs_wanted,
         prompt_logprobs=max((one for one in asked if one is not None), default=None),
     )
 

@@ -70,12 +70,12 @@ class ThoughtParser:
 
     def _in_thought(self) -> bool:
         text, closed, behind = self._rest.partition(CLOSE)
-        told = text.rstrip() if closed else text[: len(text) - held(text, CLOSE)]
-        shown = told if self._thinking else told.lstrip()
+        thought = text.rstrip() if closed else text[: len(text) - held(text, CLOSE)]
+        shown = thought if self._thinking else thought.lstrip()
         if shown:
             self._thinking = True
             self._found.append(Thought(shown))
-        self._rest = behind if closed else text[len(told) :]
+        self._rest = behind if closed else text[len(thought) :]
         return bool(closed) and self._to(self._behind_thought)
 
     def _behind_thought(self) -> bool:

@@ -35,7 +35,7 @@ class Tool:
     type: Literal["function"]
     function: Function
 
-    def told(self) -> dict[str, Any]:
+    def for_template(self) -> dict[str, Any]:
         """The tool as chat templates expect it. ``strict`` is for the server, not for the model."""
         known = {
             "name": self.function.name,

@@ -91,8 +91,15 @@ class CompletionWire:
 
     def _choice(self, choice: Choice, delta: Delta) -> dict[str, Any]:
         echoed = 0 if choice.about is None else choice.about.characters
-        told = completion_logprobs(delta.told, self.piece, echoed) if self.piece and delta.told else None
-        answer = {"index": choice.index, "text": delta.text, "logprobs": told, "finish_reason": delta.finish}
+        logprobs = (
+            completion_logprobs(delta.logprobs, self.piece, echoed) if self.piece and delta.logprobs else None
+        )
+        answer = {
+            "index": choice.index,
+            "text": delta.text,
+            "logprobs": logprobs,
+            "finish_reason": delta.finish,
+        }
         return answer | {"token_ids": delta.tokens} if self.token_ids else answer
 
     def _object(self, head: Head, choices: list[dict[str, Any]]) -> dict[str, Any]:
@@ -162,7 +169,7 @@ class ChatWire:
         """Fields of a choice about its tokens, each if requested."""
         details: dict[str, Any] = {"token_ids": delta.tokens} if self.token_ids else {}
         if self.piece is not None:
-            details["logprobs"] = chat_logprobs(delta.told, self.piece) if delta.told else None
+            details["logprobs"] = chat_logprobs(delta.logprobs, self.piece) if delta.logprobs else None
         return details
 
     def _object(self, head: Head, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:

@@ -74,7 +74,9 @@ def _ids(packed: bytes) -> np.ndarray:
     return np.frombuffer(packed, "<i4")
 
 
-def told(logits: Iterable[torch.Tensor], rows: Iterable[Row], tokens: Iterable[int]) -> list[Logprobs | None]:
+def logprobs_of_draws(
+    logits: Iterable[torch.Tensor], rows: Iterable[Row], tokens: Iterable[int]
+) -> list[Logprobs | None]:
     """Log probabilities per row, None for rows that did not ask. ``logits``: (vocab,) float32, unadjusted."""
     return [
         logprobs_of(one, token, row.sample.logprobs)

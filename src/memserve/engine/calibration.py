@@ -162,8 +162,8 @@ def calibrated(
     takes several times as long. Figures from such steps, of this start or an earlier one, would keep requests
     away from this worker, and it would never get the chance to correct them.
     """
-    told = {"version": VERSION, "machine": machine(), "threads": threads, **name}
-    key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+    identity = {"version": VERSION, "machine": machine(), "threads": threads, **name}
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     path = cache_dir / f"costs-{key}.json"
     rough = path.with_suffix(".rough")
     with _alone(cache_dir):
@@ -181,8 +181,8 @@ def machine() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    told = [line for line in dict.fromkeys(lines) if line.startswith(("model name", "flags", "Features"))]
-    return f"{platform.machine()} {os.cpu_count()} {' '.join(told)}"
+    features = [line for line in dict.fromkeys(lines) if line.startswith(("model name", "flags", "Features"))]
+    return f"{platform.machine()} {os.cpu_count()} {' '.join(features)}"
 
 
 @contextmanager

@@ -28,9 +28,9 @@ class Checkpoint:
     """A tensor's bytes as stored in the file; valid while the checkpoint is open."""
     sources: dict[str, tuple[str, ...]]
     """The names of the tensors that each of the engine's weights is concatenated from."""
-    interleaved: tuple[str, ...]
+    interleaved_suffixes: tuple[str, ...]
     """Suffixes of the names of tensors whose rows interleave the two rope halves of a head."""
-    passed_over: tuple[str, ...]
+    ignored_suffixes: tuple[str, ...]
     """Suffixes of the names of tensors that are ignored, because they are not weights of the engine."""
     tokenizer: Path | dict[str, Any]
     """The path of a tokenizer.json, or the GGUF metadata to build one from."""
@@ -76,8 +76,8 @@ def _of_gguf(file: Gguf) -> Checkpoint:
         tensors=file.tensors,
         data=file.data,
         sources=family.sources("gguf", spec.layers, spec.tied_embeddings),
-        interleaved=family.gguf_interleaved,
-        passed_over=(ROPE_FACTORS,),  # the spec has them
+        interleaved_suffixes=family.gguf_interleaved,
+        ignored_suffixes=(ROPE_FACTORS,),  # the spec has them
         tokenizer=file.metadata,
     )
 
@@ -86,14 +86,14 @@ def _of_folder(path: Path, weights: Safetensors) -> Checkpoint:
     spec = hf_spec(path, weights)
     family = family_named(spec.architecture)
     # Old checkpoints hold a table that rope computes anyway, and some store the tied head a second time.
-    passed_over = ("rotary_emb.inv_freq", *(family.tables["head"].hf if spec.tied_embeddings else ()))
+    ignored_suffixes = ("rotary_emb.inv_freq", *(family.tables["head"].hf if spec.tied_embeddings else ()))
     return Checkpoint(
         path=path,
         spec=spec,
         tensors=weights.tensors,
         data=weights.data,
         sources=family.sources("hf", spec.layers, spec.tied_embeddings),
-        interleaved=(),
-        passed_over=passed_over,
+        interleaved_suffixes=(),
+        ignored_suffixes=ignored_suffixes,
         tokenizer=path / "tokenizer.json",
     )

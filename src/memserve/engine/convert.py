@@ -85,7 +85,9 @@ def conversion(model: Checkpoint, stored: str, tiled: bool) -> list[Weight]:
     parts = {part for sources in model.sources.values() for part in sources}
     if missing := sorted(parts - model.tensors.keys()):
         raise UserError(f"{model.path}: tensors are missing: {', '.join(missing[:4])}")
-    unknown = [name for name in model.tensors if name not in parts and not name.endswith(model.passed_over)]
+    unknown = [
+        name for name in model.tensors if name not in parts and not name.endswith(model.ignored_suffixes)
+    ]
     if unknown:
         raise UserError(
             f"{model.path}: {len(unknown)} tensors are not part of a {model.spec.architecture} model as it is "
@@ -148,7 +150,7 @@ def _values(model: Checkpoint, part: str, dtype: str) -> Values:
     else:
         floats = dequantise(raw, tensor)
         values = round_to_bfloat16(floats) if dtype == "bfloat16" else floats
-    return _unpermute(values, model.spec.head_dim) if part.endswith(model.interleaved) else values
+    return _unpermute(values, model.spec.head_dim) if part.endswith(model.interleaved_suffixes) else values
 
 
 def _unpermute(weight: Values, head_dim: int) -> Values:

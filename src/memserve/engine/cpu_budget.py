@@ -120,7 +120,7 @@ class Cores:
         """Cores that the running step holds."""
         self._waited_since = float("inf")
         """Since when the running step has seen another worker wait; infinity: none waits."""
-        self._beside: list[int] = []
+        self._neighbours: list[int] = []
         """Number of other workers with work, each time that the last step looked."""
         self._cores, self._patience_s = cores, patience_s
         self._outsiders = outsiders
@@ -151,16 +151,16 @@ class Cores:
         Also announces that this worker has work.
         """
         self.busy(True)
-        self._beside = [self._others(_BUSY)]
-        return self._beside[0]
+        self._neighbours = [self._others(_BUSY)]
+        return self._neighbours[0]
 
     @property
-    def beside(self) -> float:
+    def neighbours(self) -> float:
         """Number of other workers with work, averaged over the times that the last step looked.
 
         It looked at its start and, if it was long, once per layer.
         """
-        return sum(self._beside) / max(1, len(self._beside))
+        return sum(self._neighbours) / max(1, len(self._neighbours))
 
     @contextmanager
     def hold(self) -> Iterator[int]:
@@ -199,7 +199,7 @@ class Cores:
     def _take(self) -> None:
         deadline = time.monotonic() + self._patience_s
         while True:
-            self._beside.clear()
+            self._neighbours.clear()
             self._waited_since = float("inf")
             self._take_free(self._share())
             if self._held or time.monotonic() >= deadline:
@@ -223,8 +223,8 @@ class Cores:
     def _share(self) -> int:
         """This worker's share: the cores that outsiders leave, divided among the workers that have work."""
         outside = self._outsiders.cores if self._outsiders is not None else 0
-        self._beside.append(self._others(_BUSY))
-        return max(1, min(self.want, (self._cores - outside) // (1 + self._beside[-1])))
+        self._neighbours.append(self._others(_BUSY))
+        return max(1, min(self.want, (self._cores - outside) // (1 + self._neighbours[-1])))
 
     def _set(self, byte: int, locked: bool) -> bool:
         """Lock or unlock one byte without waiting. False when another descriptor holds it."""
@@ -254,5 +254,5 @@ class Cores:
 def _key(budget: os.stat_result) -> str:
     """Site key of a budget file: exactly the workers that open the same file share its cores."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    told = f"{boot} {budget.st_dev} {budget.st_ino}"
-    return hashlib.blake2b(told.encode(), digest_size=6).hexdigest()
+    identity = f"{boot} {budget.st_dev} {budget.st_ino}"
+    return hashlib.blake2b(identity.encode(), digest_size=6).hexdigest()

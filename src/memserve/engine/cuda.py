@@ -25,12 +25,12 @@ from torch.utils.dlpack import from_dlpack
 from memserve.config import Resolved
 from memserve.drawing import Logprobs, PromptLogprobs, Sampling
 from memserve.engine import sampling
-from memserve.engine.adjusting import adjusted, told
+from memserve.engine.adjusting import adjusted, logprobs_of_draws
 from memserve.engine.cpu_budget import Cores
 from memserve.engine.model import BatchTensors, Llama
 from memserve.engine.plan_check import check_plan
 from memserve.engine.plans import BatchPlan, BatchResult, Row
-from memserve.engine.prompt_logprobs import tell_prompts
+from memserve.engine.prompt_logprobs import score_prompts
 from memserve.engine.safetensors import read_header
 from memserve.engine.spec import ModelSpec
 from memserve.engine.weights import ModelFiles
@@ -119,7 +119,7 @@ class _DecodeStep:
 
 
 @attrs.frozen(eq=False)
-class _Ahead:
+class _PlannedStep:
     """A step planned before its tokens were known."""
 
     step: _DecodeStep
@@ -171,7 +171,7 @@ class CudaEngine:
         self._logits: torch.Tensor | None = None
         self._row_pages = pages_for(min(max_context or spec.max_context, spec.max_context), self._page_tokens)
         self._steps: dict[int, _DecodeStep] = {}
-        self._ahead: _Ahead | None = None
+        self._ahead: _PlannedStep | None = None
         self._checked: Sequence[Row] = ()
         self.sharing = Sharing()
         """When decode rows attend together to a shared prefix."""
@@ -188,10 +188,10 @@ class CudaEngine:
         """Run one step. Raises ValueError, naming the row, for a plan that uses pages not its own."""
         check_plan(plan, self._spec, self._pages, self._page_tokens, self._checked)
         self._checked = plan.rows
-        beside = self._shared.look() if self._shared is not None else 0
+        neighbours = self._shared.look() if self._shared is not None else 0
         began = time.perf_counter()
         tokens, logprobs, prompts = self._step(plan, self.sharing)
-        return BatchResult(tokens, (time.perf_counter() - began) * 1000, 1, beside, logprobs, prompts)
+        return BatchResult(tokens, (time.perf_counter() - began) * 1000, 1, neighbours, logprobs, prompts)
 
     def warm_up(self) -> None:
         """Load every kernel and capture every batch size, writing to no page but the scratch page."""
@@ -256,7 +256,7 @@ class CudaEngine:
         ahead, self._ahead = self._ahead, None
         bucket = bucket_of(len(plan.rows), tuple(self._steps))
         with torch.inference_mode():
-            if bucket is None or any(count(row.tokens) > 1 or row.tell is not None for row in plan.rows):
+            if bucket is None or any(count(row.tokens) > 1 or row.score is not None for row in plan.rows):
                 return self._run_any(plan, self._tables(plan, sharing.launched), self._attention)
             step = self._steps[bucket]
             # Continuing rows share the same prefix as before, which was too short to attend together.
@@ -286,7 +286,7 @@ class CudaEngine:
         )
         head = partial(self._model.head, *self._model.layers(batch, planned, attention))
         rows = [(i, plan.rows[i]) for i in tables.order]
-        prompts = tell_prompts(rows, head, self._device, drawn_together(self._spec.vocab))
+        prompts = score_prompts(rows, head, self._device, drawn_together(self._spec.vocab))
         wanted = [i for i, row in rows if row.sample is not None]
         if not wanted:
             self._graphs.mark()()  # earlier chunks are published too: their pages must be written
@@ -321,7 +321,7 @@ class CudaEngine:
             loaded()  # FlashInfer plans in one pinned buffer: it must be read before it is rewritten
             rows = [Row(row.tokens, row.end, row.pages, None) for row in plan.rows]
             self._load(step, Table.of(rows, self._page_tokens), rows)
-            self._ahead = _Ahead(step, plan.rows)
+            self._ahead = _PlannedStep(step, plan.rows)
         assert self._logits is not None and step.best is not None, "a captured step that never ran"
         wanted = [i for i, row in enumerate(plan.rows) if row.sample is not None]
         if not wanted:
@@ -362,7 +362,7 @@ class CudaEngine:
             drawn[number] = _draw_alone(logits[places[number]], plan.rows[number]) if alone else token
         asked = [i for i in wanted if (how := plan.rows[i].sample) and how.logprobs is not None]
         lines = [logits[places[i]] for i in asked]
-        reports = told(lines, [plan.rows[i] for i in asked], [drawn[i] for i in asked])
+        reports = logprobs_of_draws(lines, [plan.rows[i] for i in asked], [drawn[i] for i in asked])
         logprobs = {i: one for i, one in zip(asked, reports, strict=True) if one is not None}
         return tuple(drawn.get(i) for i in range(len(plan.rows))), logprobs
 

@@ -25,10 +25,9 @@ from memserve.engine.batching import Batch
 from memserve.engine.outbox import Outbox
 from memserve.engine.plans import BatchPlan, BatchResult, Row
 from memserve.scheduling.cost_model import CostModel
-from memserve.tokens import TOKEN_BYTES, count, span
-from memserve.tokens import alike as in_common
+from memserve.tokens import TOKEN_BYTES, common_prefix, count, span
 
-CHANCES = (0.0, 0.17, 0.4, 0.58, 0.72, 0.75, 0.77, 0.85, 0.9)
+ACCEPTANCE = (0.0, 0.17, 0.4, 0.58, 0.72, 0.75, 0.77, 0.85, 0.9)
 """Initial acceptance probability by length of the matching suffix; the last entry covers longer ones.
 
 Measured on answers of the demo model (docs/measurements/2026-11-28-drafts.md).
@@ -37,7 +36,7 @@ LEARNED = 0.01
 """Weight of one tested draft token in a learned probability."""
 FORGOTTEN = 0.001
 """Share by which a learned probability returns to its initial value each time that a guess is not tried."""
-LOOKED_FOR = (5, 3, 2, 1)
+SUFFIX_LENGTHS = (5, 3, 2, 1)
 """Suffix lengths to look up, longest first."""
 FEW = 8
 """Streams up to which looking guesses up is cheaper than computing first whether any could pay."""
@@ -53,8 +52,8 @@ class Guess:
 
     tokens: bytes
     """Guessed tokens, packed."""
-    alike: int
-    """Length of the matching suffix in tokens, capped at the last index of ``CHANCES``."""
+    suffix: int
+    """Length of the matching suffix in tokens, capped at the last index of ``ACCEPTANCE``."""
 
 
 def guess(tokens: bytes, most: int, sequel: bytes = b"") -> Guess | None:
@@ -63,15 +62,15 @@ def guess(tokens: bytes, most: int, sequel: bytes = b"") -> Guess | None:
     For each suffix length, ``sequel`` is searched before ``tokens``. A match so close to the end of
     ``tokens`` that fewer than ``most`` tokens follow it is a repetition, and the guess repeats those tokens.
     """
-    for alike in LOOKED_FOR:
-        if count(tokens) < alike:
+    for length in SUFFIX_LENGTHS:
+        if count(tokens) < length:
             continue
-        last = tokens[-alike * TOKEN_BYTES :]
+        last = tokens[-length * TOKEN_BYTES :]
         if (place := _last_place(sequel, last)) is not None:
-            return Guess(span(sequel, place, place + most), _alike(sequel, place, tokens, alike))
+            return Guess(span(sequel, place, place + most), _common_suffix(sequel, place, tokens, length))
         if (place := _last_place(tokens, last)) is not None:
             followed = span(tokens, place, place + most)
-            return Guess(span(followed * most, 0, most), _alike(tokens, place, tokens, alike))
+            return Guess(span(followed * most, 0, most), _common_suffix(tokens, place, tokens, length))
     return None
 
 
@@ -85,10 +84,10 @@ def _last_place(text: bytes, tokens: bytes) -> int | None:
     return None
 
 
-def _alike(text: bytes, place: int, tokens: bytes, known: int) -> int:
+def _common_suffix(text: bytes, place: int, tokens: bytes, known: int) -> int:
     """Length of the common suffix of ``text`` up to ``place`` and ``tokens``; at least ``known``, capped."""
     end = count(tokens)
-    most = min(len(CHANCES) - 1, place, end)
+    most = min(len(ACCEPTANCE) - 1, place, end)
     while known < most and (
         span(text, place - known - 1, place - known) == span(tokens, end - known - 1, end - known)
     ):
@@ -97,28 +96,28 @@ def _alike(text: bytes, place: int, tokens: bytes, known: int) -> int:
 
 
 @attrs.define
-class Chances:
+class Acceptance:
     """Learned acceptance probability by length of the matching suffix."""
 
-    _known: list[float] = attrs.field(factory=lambda: list(CHANCES))
+    _known: list[float] = attrs.field(factory=lambda: list(ACCEPTANCE))
 
-    def after(self, alike: int) -> float:
-        """Acceptance probability of a token after ``alike`` matching tokens."""
-        return self._known[min(alike, len(CHANCES) - 1)]
+    def after(self, suffix: int) -> float:
+        """Acceptance probability of a token after ``suffix`` matching tokens."""
+        return self._known[min(suffix, len(ACCEPTANCE) - 1)]
 
-    def saw(self, alike: int, drafted: int, right: int) -> None:
-        """Learn from a draft of ``drafted`` tokens after ``alike`` matching ones, ``right`` of them accepted.
+    def saw(self, suffix: int, drafted: int, right: int) -> None:
+        """Learn from a draft of ``drafted`` tokens after ``suffix`` matching ones, ``right`` of them accepted.
 
         Nothing is learned about tokens after the first rejected one.
         """
         for place in range(min(right + 1, drafted)):
-            at = min(alike + place, len(CHANCES) - 1)
+            at = min(suffix + place, len(ACCEPTANCE) - 1)
             self._known[at] += LEARNED * ((place < right) - self._known[at])
 
-    def forget(self, alike: int) -> None:
+    def forget(self, suffix: int) -> None:
         """A guess was not worth a try: drift back to the initial value, because the text may have changed."""
-        at = min(alike, len(CHANCES) - 1)
-        self._known[at] += FORGOTTEN * (CHANCES[at] - self._known[at])
+        at = min(suffix, len(ACCEPTANCE) - 1)
+        self._known[at] += FORGOTTEN * (ACCEPTANCE[at] - self._known[at])
 
 
 @attrs.define
@@ -130,7 +129,7 @@ class Drafting:
     page_tokens: int
     max_context: int
     outbox: Outbox
-    _chances: Chances = attrs.field(factory=Chances, init=False)
+    _acceptance: Acceptance = attrs.field(factory=Acceptance, init=False)
     _model: CostModel | None = attrs.field(default=None, init=False)
     _behind: dict[int, int] = attrs.field(factory=dict, init=False)
     """Suffix match length of each guess of the running step, by row."""
@@ -147,7 +146,7 @@ class Drafting:
         if costs is not None and (self._model is None or self._model.steps is not costs):
             self._model = CostModel(costs)
         found = self._guesses(batch, rooms) if self._may_pay(batch.plan, rooms) else {}
-        self._behind.update({number: one.alike for number, one in found.items()})
+        self._behind.update({number: one.suffix for number, one in found.items()})
         lengths = {number: count(one.tokens) for number, one in found.items()}
         if self._model is not None:
             lengths = worth(batch.plan.rows, self._likeliest(lengths, self._behind), self._model)
@@ -155,7 +154,7 @@ class Drafting:
         for number, most in rooms.items():
             draft = span(found[number].tokens, 0, lengths.get(number, 0)) if number in found else b""
             if number in found and not draft:
-                self._chances.forget(found[number].alike)
+                self._acceptance.forget(found[number].suffix)
             forced = most if batch.sequences[number].guided else 0
             if draft or forced:
                 rows[number] = attrs.evolve(rows[number], draft=draft, draft_most=forced)
@@ -166,7 +165,7 @@ class Drafting:
         accepted = {number: self._accepted(batch, number, result) for number in self._behind}
         for number, behind in self._behind.items():
             if drafted := count(batch.plan.rows[number].draft):
-                self._chances.saw(behind, drafted, accepted[number])
+                self._acceptance.saw(behind, drafted, accepted[number])
                 self.outbox.count("drafted_tokens_total", drafted)
                 self.outbox.count("accepted_tokens_total", accepted[number])
         if forced := sum(count(more) - accepted.get(number, 0) for number, more in result.more.items()):
@@ -175,14 +174,14 @@ class Drafting:
     @staticmethod
     def _accepted(batch: Batch, number: int, result: BatchResult) -> int:
         """Draft tokens of a row that were accepted. A grammar may have replaced the draft by forced tokens."""
-        right = in_common(batch.plan.rows[number].draft, batch.drawn(number, result))
+        right = common_prefix(batch.plan.rows[number].draft, batch.drawn(number, result))
         return min(right, count(result.more.get(number, b"")))
 
     def _rooms(self, batch: Batch) -> Iterator[tuple[int, int]]:
         """Rows that may have drafts, each with the longest draft allowed."""
         for number, (row, one) in enumerate(zip(batch.plan.rows, batch.sequences, strict=True)):
             if row.sample is not None and row.sample.logprobs is None and one.decoding:
-                room = min(self.most, one.room(self.page_tokens) - 1, one.unsaid(self.max_context) - 1)
+                room = min(self.most, one.room(self.page_tokens) - 1, one.remaining(self.max_context) - 1)
                 if room > 0:
                     yield number, room
 
@@ -190,10 +189,13 @@ class Drafting:
         """Whether the likeliest possible guess would pay; taken as true for up to ``FEW`` streams."""
         if self._model is None or len(rooms) <= FEW:
             return True
-        surest = self._chances.after(len(CHANCES)), min(rooms, key=lambda number: plan.rows[number].start)
+        surest = (
+            self._acceptance.after(len(ACCEPTANCE)),
+            min(rooms, key=lambda number: plan.rows[number].start),
+        )
         pays = bool(worth(plan.rows, [surest], self._model))
         if not pays:
-            self._chances.forget(len(CHANCES))
+            self._acceptance.forget(len(ACCEPTANCE))
         return pays
 
     def _guesses(self, batch: Batch, rooms: Mapping[int, int]) -> dict[int, Guess]:
@@ -201,17 +203,17 @@ class Drafting:
         found = {number: guess(one.tokens, rooms[number], one.sequel) for number, one in sequences.items()}
         return {number: one for number, one in found.items() if one is not None}
 
-    def _likeliest(self, lengths: Mapping[int, int], alike: Mapping[int, int]) -> list[tuple[float, int]]:
+    def _likeliest(self, lengths: Mapping[int, int], suffixes: Mapping[int, int]) -> list[tuple[float, int]]:
         """(Acceptance probability, row) of each draft token, likeliest first, at most ``DRAFTED_MOST``.
 
         A token is accepted only if all draft tokens before it in its row are.
         """
         found = []
         for row, length in lengths.items():
-            chance = 1.0
+            probability = 1.0
             for place in range(length):
-                chance *= self._chances.after(alike[row] + place)
-                found.append((chance, row))
+                probability *= self._acceptance.after(suffixes[row] + place)
+                found.append((probability, row))
         return sorted(found, reverse=True)[:DRAFTED_MOST]
 
 
@@ -225,8 +227,8 @@ def worth(rows: Values[Row], likeliest: Values[tuple[float, int]], model: CostMo
     pairs = sum(count(row.tokens) * (row.start + count(row.tokens) / 2) for row in rows)
     made = float(sum(row.sample is not None for row in rows))
     best, taken = made / model.batch_s(tokens, number, context, pairs), 0
-    for at, (chance, row) in enumerate(likeliest, 1):
-        tokens, number, made = tokens + 1, number + 1, made + chance
+    for at, (probability, row) in enumerate(likeliest, 1):
+        tokens, number, made = tokens + 1, number + 1, made + probability
         context, pairs = context + rows[row].start, pairs + rows[row].start + 0.5
         rate = made / model.batch_s(tokens, number, context, pairs)
         if rate > best:

@@ -61,7 +61,7 @@ def leader_of(
     The leader is the earlier prompt with the longest shared prefix, in whole pages of its prompt. Only
     prompts that give pages to the index lead. The earliest prompt follows none, so one always makes progress.
     """
-    if retire == "none" or one.tells is not None:
+    if retire == "none" or one.score_count is not None:
         return None  # nothing is indexed, or this prompt must compute all its KV itself
     shared = [(_shared(one, other, page_tokens), other) for other in live if _leads(other, one)]
     most, leader = max(shared, key=lambda pair: pair[0], default=(0, one))

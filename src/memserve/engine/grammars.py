@@ -14,7 +14,7 @@ import structlog
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
 from memserve.engine.tokenizer import Tokenizer
-from memserve.panics import Panic, panics_told
+from memserve.panics import Panic, panics_as_errors
 from memserve.tokens import count, pack, span, unpack
 
 FOLLOWED_MAX = 1024
@@ -47,7 +47,7 @@ class Grammars:
         allowed, and that is logged.
         """
         try:
-            with panics_told():
+            with panics_as_errors():
                 matcher = self._at(grammar, output)
                 mask: bytes = matcher.compute_bitmask()[: self._bytes]
                 wrong = matcher.get_error() if matcher.is_error() else ""
@@ -73,7 +73,7 @@ class Grammars:
         if place is None or not most:
             return b"", ()
         try:
-            with panics_told():
+            with panics_as_errors():
                 return self._walk(place.deep_copy(), allowed, unpack(guess), most)
         except Panic:
             return b"", ()  # logged once the answer reaches that place
@@ -119,7 +119,7 @@ def wrong_with(grammar: str) -> str:
     The check can take a second: call it in a thread.
     """
     try:
-        with panics_told():
+        with panics_as_errors():
             wrong: str = LLMatcher.validate_grammar(grammar)
     except Panic as panic:
         return str(panic)

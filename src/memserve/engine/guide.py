@@ -10,7 +10,7 @@ import attrs
 from memserve.engine.plans import BatchPlan, Row
 
 
-class Allows(Protocol):
+class GrammarMasks(Protocol):
     """A follower of grammars, see :class:`~memserve.engine.grammars.Grammars`."""
 
     def allowed(self, grammar: str, output: bytes) -> bytes:
@@ -26,8 +26,8 @@ class Allows(Protocol):
 class Guide:
     """One worker's grammar masks. The follower is created for the first row with a grammar."""
 
-    _make: Callable[[], Allows]
-    _made: Allows | None = None
+    _make: Callable[[], GrammarMasks]
+    _made: GrammarMasks | None = None
 
     def filled(self, plan: BatchPlan) -> BatchPlan:
         """The plan with masks for rows that follow grammars, and drafts of the tokens that these force."""
@@ -38,7 +38,7 @@ class Guide:
         return attrs.evolve(plan, rows=tuple(self._row(row, self._made) for row in plan.rows))
 
     @staticmethod
-    def _row(row: Row, grammars: Allows) -> Row:
+    def _row(row: Row, grammars: GrammarMasks) -> Row:
         grammar, past = _grammar(row), row.past
         if not grammar or past is None:
             return row

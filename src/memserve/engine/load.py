@@ -73,19 +73,19 @@ class StepWatch:
             self._model = CostModel(costs)
         rows = [(count(row.tokens), row.start) for row in plan.rows]
         drafted = [(1, row.start) for row in plan.rows for _ in range(count(row.draft))]
-        self._foreseen = not any(row.tell is not None or row.draft_most for row in plan.rows)
+        self._foreseen = not any(row.score is not None or row.draft_most for row in plan.rows)
         self._predicted_s, self._began = self._model.step_s(rows + drafted), now
         self._prompt_tokens = sum(tokens for tokens, _ in rows if tokens > 1)
         self._prompt_pairs = sum(tokens * (start + tokens / 2) for tokens, start in rows if tokens > 1)
 
-    def ended(self, now: float, site: Site | None = None, beside: float = 0.0) -> None:
-        """Record the end of the step; ``beside`` other workers of the site had work.
+    def ended(self, now: float, site: Site | None = None, neighbours: float = 0.0) -> None:
+        """Record the end of the step; ``neighbours`` other workers of the site had work.
 
         Slowdown by crowding is not drift: the scheduler prices it.
         """
         crowded = 1.0
-        if site is not None and beside and self._model is not None:
-            crowded = self._model.steps.crowded(site.slices(beside), self._prompt_tokens > 0)
+        if site is not None and neighbours and self._model is not None:
+            crowded = self._model.steps.crowded(site.slices(neighbours), self._prompt_tokens > 0)
         if self._foreseen:
             self.drift.saw(self._predicted_s * crowded, now - self._began)
         self._prompt_tokens, self._prompt_pairs = 0, 0.0

@@ -38,15 +38,15 @@ class Outbox:
         """Add new tokens; all updates of a step for one Frontend leave as one message."""
         self._updates.setdefault(frontend, []).append(update)
 
-    def tell(self, sequences: tuple[Sequence, ...], prompts: Mapping[int, PromptLogprobs]) -> None:
+    def report_scores(self, sequences: tuple[Sequence, ...], prompts: Mapping[int, PromptLogprobs]) -> None:
         """Send the prompt log probabilities that a step reported; they leave before all tokens.
 
         Call it while each sequence's ``computed`` is still its row's start.
         """
-        for row, told in prompts.items():
+        for row, scores in prompts.items():
             one = sequences[row]
             if not one.dropped:
-                self.send(one.request.frontend, PromptScores(*one.key, one.computed + 1, told))
+                self.send(one.request.frontend, PromptScores(*one.key, one.computed + 1, scores))
 
     def log(self, event: str, one: Sequence, *, level: str = "info", **data: object) -> None:
         """Append a log line about a request."""

@@ -97,7 +97,7 @@ class Paging:
         """
         extra = one.headroom(self.page_tokens, self.max_context)
         scope, least = one.request.scope, self.swap_least
-        anew = one.tells is not None
+        anew = one.score_count is not None
         sequel = self.sequel_tokens
         self._send(self._calls.acquire(one, scope, one.tokens, extra, source, least, anew, sequel))
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from memserve.drawing import LOGPROBS_MAX
-from memserve.engine.plans import BatchPlan, Row, Tell
+from memserve.engine.plans import BatchPlan, Row, Score
 from memserve.engine.spec import ModelSpec
 from memserve.tokens import count, pages_for, unpack
 
@@ -53,23 +53,26 @@ def _check_row(number: int, row: Row, spec: ModelSpec, page_tokens: int) -> None
     ids = unpack(row.tokens + row.draft)
     if min(ids) < 0 or max(ids) >= spec.vocab:
         raise ValueError(f"row {number}: token ids {min(ids)} to {max(ids)}; the vocabulary has {spec.vocab}")
-    if row.draft and (row.sample is None or row.sample.logprobs is not None or row.tell):
-        raise ValueError(f"row {number}: a draft where nothing is drawn, or more is wanted than the draws")
-    if row.tell is not None:
-        _check_told(number, row, row.tell, spec)
+    if row.draft and (row.sample is None or row.sample.logprobs is not None or row.score):
+        raise ValueError(
+            f"row {number}: has a draft, but draws no token or wants log probabilities; leave the draft out"
+        )
+    if row.score is not None:
+        _check_score(number, row, row.score, spec)
     if row.sample is not None and row.sample.adjust is not None:
         _check_adjustments(number, row, spec)
 
 
-def _check_told(number: int, row: Row, tell: Tell, spec: ModelSpec) -> None:
-    ids = unpack(tell.follows)
-    if not 0 < len(ids) <= count(row.tokens) or not 0 <= tell.count <= LOGPROBS_MAX:
+def _check_score(number: int, row: Row, score: Score, spec: ModelSpec) -> None:
+    ids = unpack(score.follows)
+    if not 0 < len(ids) <= count(row.tokens) or not 0 <= score.count <= LOGPROBS_MAX:
         raise ValueError(
-            f"row {number}: is told of {len(ids)} tokens behind {count(row.tokens)}, {tell.count} each"
+            f"row {number}: scores {len(ids)} prompt tokens with {score.count} top tokens each; "
+            f"expected 1 to {count(row.tokens)} tokens with 0 to {LOGPROBS_MAX}"
         )
     if not 0 <= min(ids) <= max(ids) < spec.vocab:
         raise ValueError(
-            f"row {number}: is told of {min(ids)} to {max(ids)}; the vocabulary has {spec.vocab}"
+            f"row {number}: scores token ids {min(ids)} to {max(ids)}; the vocabulary has {spec.vocab}"
         )
 
 

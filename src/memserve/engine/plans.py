@@ -32,7 +32,7 @@ class Past:
 
 
 @attrs.frozen
-class Tell:
+class Score:
     """Which prompt log probabilities a row reports, from the logits after its tokens."""
 
     follows: bytes
@@ -40,10 +40,10 @@ class Tell:
     count: int
     """Most probable tokens to report in addition at each position."""
 
-    def part(self, start: int, stop: int) -> Tell | None:
+    def part(self, start: int, stop: int) -> Score | None:
         """The part for the row's tokens from ``start`` to ``stop``; None where there is nothing to report."""
         follows = span(self.follows, start, stop)
-        return Tell(follows, self.count) if follows else None
+        return Score(follows, self.count) if follows else None
 
 
 @attrs.frozen
@@ -60,13 +60,13 @@ class Row:
     """How to draw the token after the last one; None when no draw is wanted (not the prompt's last chunk)."""
     past: Past | None = None
     """Set where ``sample`` adjusts the logits."""
-    tell: Tell | None = None
+    score: Score | None = None
     """Set where log probabilities of the prompt are wanted."""
     draft: bytes = b""
     """Draft tokens expected after ``tokens``, packed.
 
     An engine may run them too, and draw after each of them as long as each draw equals its draft token. Never
-    set together with ``tell`` or with log probabilities of the draw.
+    set together with ``score`` or with log probabilities of the draw.
     """
     draft_most: int = 0
     """Length to which a grammar may extend the draft; set where the row follows a grammar.
@@ -109,7 +109,7 @@ class BatchResult:
     step_ms: float
     threads: int
     """Cores that the step began on."""
-    beside: float = 0.0
+    neighbours: float = 0.0
     """Other workers of the site that had work during the step, averaged over its layers.
 
     See :class:`~memserve.costs.Site`.
@@ -117,7 +117,7 @@ class BatchResult:
     logprobs: Mapping[int, Logprobs] = MappingProxyType({})
     """Log probabilities of draws, by row number, for the rows that asked for them."""
     prompts: Mapping[int, PromptLogprobs] = MappingProxyType({})
-    """Prompt log probabilities, by row number, for the rows with a ``tell``."""
+    """Prompt log probabilities, by row number, for the rows with a ``score``."""
     more: Mapping[int, bytes] = MappingProxyType({})
     """Tokens drawn after the row's first one, packed, by row number, for rows with accepted draft tokens.
 

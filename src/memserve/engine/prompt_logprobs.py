@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from memserve.drawing import PromptLogprobs
-from memserve.engine.plans import Row, Tell
+from memserve.engine.plans import Row, Score
 from memserve.kernels.sending import sent
 from memserve.tokens import count, unpack
 
@@ -21,10 +21,10 @@ LogitsAt = Callable[[torch.Tensor], torch.Tensor]
 """Maps places of tokens in a step, (places,) int64, to the logits after them, (places, vocab) float32."""
 
 
-def tell_prompts(
+def score_prompts(
     rows: Iterable[tuple[int, Row]], logits_at: LogitsAt, device: torch.device, at_once: int
 ) -> dict[int, PromptLogprobs]:
-    """Prompt log probabilities of each row with a ``tell``, by row number.
+    """Prompt log probabilities of each row with a ``score``, by row number.
 
     ``rows``: all rows of a step, in the order of its tokens. ``at_once``: tokens whose logits are held at a
     time. There is one device-to-host copy per row. Raises FloatingPointError, naming the row, when logits are
@@ -32,8 +32,8 @@ def tell_prompts(
     """
     first, found = 0, {}
     for number, row in rows:
-        if row.tell is not None:
-            lines = _lines(row.tell, first, logits_at, device, at_once)
+        if row.score is not None:
+            lines = _lines(row.score, first, logits_at, device, at_once)
             if np.isnan(lines).any():
                 raise FloatingPointError(f"row {number}: logits of its prompt are not numbers")
             found[number] = _packed(lines)
@@ -41,17 +41,17 @@ def tell_prompts(
     return found
 
 
-def _lines(tell: Tell, first: int, logits_at: LogitsAt, device: torch.device, at_once: int) -> np.ndarray:
-    """:func:`told_of` for a row's tokens, one line each; the row begins at token ``first`` of the step."""
-    follows = sent(np.array(unpack(tell.follows), np.int64), device)
+def _lines(score: Score, first: int, logits_at: LogitsAt, device: torch.device, at_once: int) -> np.ndarray:
+    """:func:`scores_of` for a row's tokens, one line each; the row begins at token ``first`` of the step."""
+    follows = sent(np.array(unpack(score.follows), np.int64), device)
     places = torch.arange(first, first + len(follows), device=device)
     parts = zip(torch.split(places, at_once), torch.split(follows, at_once), strict=True)
-    lines = torch.cat([told_of(logits_at(some), tokens, tell.count) for some, tokens in parts])
+    lines = torch.cat([scores_of(logits_at(some), tokens, score.count) for some, tokens in parts])
     found: np.ndarray = lines.cpu().numpy()
     return found
 
 
-def told_of(logits: torch.Tensor, tokens: torch.Tensor, count: int) -> torch.Tensor:
+def scores_of(logits: torch.Tensor, tokens: torch.Tensor, count: int) -> torch.Tensor:
     """The report on each of ``tokens``, (rows,) int64, by its row of ``logits``, (rows, vocab) float32.
 
     Returns (rows, 2 + 2 * count) float64, which represents all of it exactly: the token's log probability,

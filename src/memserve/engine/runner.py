@@ -15,18 +15,18 @@ import torch
 
 from memserve.drawing import Logprobs, PromptLogprobs, Sampling
 from memserve.engine import sampling
-from memserve.engine.adjusting import adjusted, told
+from memserve.engine.adjusting import adjusted, logprobs_of_draws
 from memserve.engine.model import BatchTensors, Llama
 from memserve.engine.ops import rope_table
 from memserve.engine.plan_check import check_plan
 from memserve.engine.plans import BatchPlan, BatchResult, Row
-from memserve.engine.prompt_logprobs import tell_prompts
+from memserve.engine.prompt_logprobs import score_prompts
 from memserve.engine.spec import ModelSpec
 from memserve.engine.weights import default_cache_dir, in_rows, map_weights
 from memserve.kernels.cpu import CpuAttention
 from memserve.kernels.mapping import shared_memory
 from memserve.kernels.native import MAX_ROWS, NativeStep, open_step
-from memserve.kernels.native.prompt_logprobs import TOLD_AT_ONCE, Telling
+from memserve.kernels.native.prompt_logprobs import SCORED_AT_ONCE, Scoring
 from memserve.tokens import count, pack, pages_for, span, unpack
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class CpuEngine:
         with self._hold() as threads:
             crew = self._cores.regroup if self._cores is not None else None
             result = self._step(plan, self._attention, self._arena, threads, crew)
-            return result if self._cores is None else attrs.evolve(result, beside=self._cores.beside)
+            return result if self._cores is None else attrs.evolve(result, neighbours=self._cores.neighbours)
 
     def warm_up(self) -> None:
         """Run a chunk and a decode row on scratch pages, so that the first request finds all loaded."""
@@ -171,9 +171,9 @@ class CpuEngine:
         began = time.perf_counter()
         wanted = [number for number, row in enumerate(plan.rows) if row.sample is not None]
         if self._native is not None:
-            telling = Telling() if any(row.tell for row in plan.rows) else None
-            drawn, reports = self._native.step(plan, arena, threads, crew, telling)
-            prompts = telling.prompts(plan) if telling is not None else {}
+            scoring = Scoring() if any(row.score for row in plan.rows) else None
+            drawn, reports = self._native.step(plan, arena, threads, crew, scoring)
+            prompts = scoring.prompts(plan) if scoring is not None else {}
         else:
             drawn, reports, prompts = self._step_on_torch(plan, attention, threads)
         tokens: list[int | None] = [None] * len(plan.rows)
@@ -198,9 +198,9 @@ class CpuEngine:
             batch = BatchTensors.of(plan)
             x, delta = self._model.layers(batch, attention.plan(plan), attention)
             head = partial(self._model.head, x, delta)
-            prompts = tell_prompts(enumerate(plan.rows), head, x.device, TOLD_AT_ONCE)
+            prompts = score_prompts(enumerate(plan.rows), head, x.device, SCORED_AT_ONCE)
             if not rows:
                 return [], [], prompts
             logits = head(batch.wanted)
             tokens = sampling.draw(adjusted(logits, rows), settings, [row.end for row in rows])
-            return [pack([one]) for one in tokens], told(logits, rows, tokens), prompts
+            return [pack([one]) for one in tokens], logprobs_of_draws(logits, rows, tokens), prompts

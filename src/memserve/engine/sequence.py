@@ -15,7 +15,7 @@ from msgspec import UNSET, UnsetType
 
 from memserve.accounts import Origins, Timings
 from memserve.drawing import Adjustments, Logprobs
-from memserve.engine.plans import Past, Row, Tell
+from memserve.engine.plans import Past, Row, Score
 from memserve.messages import Handoff, Plan, Request, TokenUpdate
 from memserve.pool_messages import Acquired
 from memserve.tokens import TOKEN_BYTES, count, pack, pages_for, span, unpack
@@ -150,7 +150,7 @@ class Sequence:
         return self.tokens[len(self.request.tokens) :]
 
     @property
-    def tells(self) -> int | None:
+    def score_count(self) -> int | None:
         """Most probable tokens to report per prompt position; None when nothing is left to report.
 
         The whole prompt is reported before the attempt's first token. After it, a worker that resumes the
@@ -169,7 +169,7 @@ class Sequence:
         adjust = self.request.sampling.adjust
         return adjust is not None and bool(adjust.grammar)
 
-    def unsaid(self, max_context: int) -> int:
+    def remaining(self, max_context: int) -> int:
         """Tokens until the next limit: ``min_tokens``, ``max_tokens`` or the context.
 
         End tokens are forbidden up to ``min_tokens``, so the same rules hold for all of these tokens.
@@ -260,13 +260,13 @@ class Sequence:
             pages=self.pages,
             sample=sample,
             past=None if sample is None or sample.adjust is None else self._past(sample.adjust),
-            tell=None if (told := self.tells) is None else self._tell(told, stop),
+            score=None if (most := self.score_count) is None else self._score(most, stop),
         )
 
-    def _tell(self, told: int, stop: int) -> Tell | None:
-        """What a row that ends at ``stop`` reports: prompt tokens only, see :attr:`tells`."""
+    def _score(self, most: int, stop: int) -> Score | None:
+        """What a row that ends at ``stop`` reports: prompt tokens only, see :attr:`score_count`."""
         follows = span(self.tokens, self.computed + 1, stop + 1)
-        return Tell(follows, told) if follows else None
+        return Score(follows, most) if follows else None
 
     def _past(self, adjust: Adjustments) -> Past:
         """Prompt and output so far, split at ``prompt_tokens``: a resumed request's ``tokens`` hold both."""

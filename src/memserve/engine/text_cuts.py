@@ -41,16 +41,16 @@ def may_be_cut(built: tokenizers.Tokenizer) -> bool:
     added = built.get_added_tokens_decoder().values()
     if built.pre_tokenizer is None or any(not token.special for token in added):
         return False
-    if built.normalizer is not None and _told(built.normalizer)["type"] != "NFC":
+    if built.normalizer is not None and _settings(built.normalizer)["type"] != "NFC":
         return False
-    told = _told(built.pre_tokenizer)
-    steps = told["pretokenizers"] if told["type"] == "Sequence" else [told]
+    outer = _settings(built.pre_tokenizer)
+    steps = outer["pretokenizers"] if outer["type"] == "Sequence" else [outer]
     return all(map(_leaves_cuts, steps)) and any(map(_cuts, steps))
 
 
-def _told(step: Any) -> dict[str, Any]:
-    told: dict[str, Any] = msgspec.json.decode(step.__getstate__())
-    return told
+def _settings(step: Any) -> dict[str, Any]:
+    settings: dict[str, Any] = msgspec.json.decode(step.__getstate__())
+    return settings
 
 
 def _cuts(step: dict[str, Any]) -> bool:

@@ -66,13 +66,13 @@ class WorkerCore:
     _arrivals: int = attrs.field(default=0, init=False)
 
     def __attrs_post_init__(self) -> None:
-        told, least = self.settings, swap_least(self.presence.member.costs, self.settings.max_context)
+        settings, least = self.settings, swap_least(self.presence.member.costs, self.settings.max_context)
         self._paging = Paging(
-            self.shard, told.page_tokens, told.max_context, told.retire,
-            self._outbox, told.fetch_s, told.ahead, least, SEQUEL_TOKENS if told.draft else 0,
+            self.shard, settings.page_tokens, settings.max_context, settings.retire,
+            self._outbox, settings.fetch_s, settings.ahead, least, SEQUEL_TOKENS if settings.draft else 0,
         )  # fmt: skip
-        self._following = Following(self._paging, told.retire)
-        self._drafting = Drafting(told.draft, told.page_tokens, told.max_context, self._outbox)
+        self._following = Following(self._paging, settings.retire)
+        self._drafting = Drafting(settings.draft, settings.page_tokens, settings.max_context, self._outbox)
 
     # ---- the five verbs ------------------------------------------------------------------------------------
 
@@ -273,11 +273,11 @@ class WorkerCore:
     def _on_batch_done(self, sender: ActorId, message: BatchDone, now: float) -> None:
         batch, self._batch = self._batch, None
         assert batch is not None, "a batch is done that was never started"
-        self._watch.ended(now, self.presence.member.site, message.result.beside)
+        self._watch.ended(now, self.presence.member.site, message.result.neighbours)
         self._outbox.count("steps_total", 1)
         self._outbox.count("step_ms_total", message.result.step_ms)
         self._outbox.count("step_threads_total", message.result.threads)
-        self._outbox.tell(batch.sequences, message.result.prompts)
+        self._outbox.report_scores(batch.sequences, message.result.prompts)
         self._drafting.saw(batch, message.result)
         for row, (one, end) in enumerate(zip(batch.sequences, batch.ends, strict=True)):
             one.logprobs = message.result.logprobs.get(row, UNSET)
@@ -308,7 +308,9 @@ class WorkerCore:
             self._paging.grow(one)
 
     def _first_token(self, one: Sequence, now: float) -> None:
-        if one.plan.first_token_s and one.tells is None:  # prompt log probabilities are not in the prediction
+        if (
+            one.plan.first_token_s and one.score_count is None
+        ):  # prompt log probabilities are not in the prediction
             self._watch.punctuality.saw(one.plan.first_token_s, now - one.arrived_at)
         self._outbox.log("prefill finished", one, prefill_ms=one.prefilled(now))
 
@@ -367,7 +369,7 @@ class WorkerCore:
         """End the sequences that depend on a dead actor; their Frontends, if alive, submit them again."""
         gone = set(message.actors)
         if self.presence.member.id in gone:
-            self._outbox.add(Stop("fenced off: the cluster holds this worker for dead"))
+            self._outbox.add(Stop("fenced off: the cluster presumes this worker dead"))
         elif self.shard in gone:
             self._outbox.add(Stop(f"the shard {self.shard} is gone"))
         else:

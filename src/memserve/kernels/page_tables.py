@@ -152,7 +152,7 @@ class Group:
     """Pages in the shared prefix, at least one; all are full, and the step writes none of them."""
 
     @property
-    def spared(self) -> int:
+    def saved(self) -> int:
         """Page reads saved when the rows attend to the prefix together."""
         return (len(self.rows) - 1) * self.pages
 
@@ -183,7 +183,7 @@ def groups_worth(table: Table, least: int | None) -> tuple[Group, ...]:
     if least is None or len(table.indices) < least:
         return ()
     groups = common_groups(table)
-    return groups if sum(group.spared for group in groups) >= least else ()
+    return groups if sum(group.saved for group in groups) >= least else ()
 
 
 def _alike(one: Ints, other: Ints) -> int:
@@ -203,7 +203,7 @@ class _Run:
     size: int
 
     @property
-    def spared(self) -> int:
+    def saved(self) -> int:
         return (self.size - 1) * self.pages
 
 
@@ -222,10 +222,10 @@ class _Span:
         Either the groups inside alone; or one group of all other rows, and those groups inside that save more
         than joining it would.
         """
-        kept = tuple(run for run in self.inner if run.spared > run.size * self.pages)
+        kept = tuple(run for run in self.inner if run.saved > run.size * self.pages)
         size = end - self.first - sum(run.size for run in kept)
         others = (*kept, _Run(self.first, end, self.pages, size)) if size > 1 else kept
-        return max(others, self.inner, key=lambda runs: sum(run.spared for run in runs))
+        return max(others, self.inner, key=lambda runs: sum(run.saved for run in runs))
 
 
 def _runs(alike: Sequence[int]) -> tuple[_Run, ...]:

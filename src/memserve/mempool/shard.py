@@ -402,7 +402,7 @@ class ShardCore:
         An actor that comes back after all is heard again, but its old leases are unknown.
         """
         if self.me and self.me in actors:  # its workers have left, and no scheduler places anything here
-            self._actions.append(Stop("fenced off: the cluster holds this shard for dead"))
+            self._actions.append(Stop("fenced off: the cluster presumes this shard dead"))
         for actor in actors:
             self._fence(actor)
             reclaimed = self.pool.drop_owner(actor)

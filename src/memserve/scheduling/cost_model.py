@@ -72,11 +72,11 @@ class CostModel:
         The table has StepCosts' fields, and ``links`` and ``swap`` as tables of LinkModel's fields. Raises
         TypeError for an unknown key, ValueError for a wrong table.
         """
-        told = dict(table)
-        links = {path: LinkModel(**one) for path, one in told.pop("links", {}).items()}
-        swap = LinkModel(**told.pop("swap")) if "swap" in told else SWAP
-        told["dense"] = tuple((float(tokens), float(seconds)) for tokens, seconds in told["dense"])
-        return cls(StepCosts(**told), links={**LINKS, **links}, swap=swap)
+        values = dict(table)
+        links = {path: LinkModel(**one) for path, one in values.pop("links", {}).items()}
+        swap = LinkModel(**values.pop("swap")) if "swap" in values else SWAP
+        values["dense"] = tuple((float(tokens), float(seconds)) for tokens, seconds in values["dense"])
+        return cls(StepCosts(**values), links={**LINKS, **links}, swap=swap)
 
     @property
     def token_s(self) -> float:

@@ -316,8 +316,8 @@ class Fleet:
         if member.kind == "MemPoolShard":
             if member.state == "ready":
                 self.shards[member.id] = member
-                told = [member.load[name] for name in FREE_PAGES if name in member.load]
-                self.free_pages[member.id] = sum(told) if told else math.inf
+                free = [member.load[name] for name in FREE_PAGES if name in member.load]
+                self.free_pages[member.id] = sum(free) if free else math.inf
             else:
                 self.shards.pop(member.id, None)
                 self.free_pages.pop(member.id, None)

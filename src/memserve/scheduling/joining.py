@@ -28,7 +28,7 @@ class JoiningCore:
             case Gone(actors) if self.found in actors:
                 self._actions.append(Stop(f"the shard {self.found} died while this worker started"))
             case Gone(actors) if self.me in actors:
-                self._actions.append(Stop("fenced off: the cluster holds this worker for dead"))
+                self._actions.append(Stop("fenced off: the cluster presumes this worker dead"))
             case Cluster(_, members):
                 near = [one for one in members if actor_name(one.shard) == self.shard]
                 self.at_work = next((one.costs for one in near if one.costs and _has_requests(one)), None)

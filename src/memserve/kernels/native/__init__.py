@@ -36,9 +36,9 @@ from memserve.engine.plans import BatchPlan, Past, Row
 from memserve.engine.sampling import reach
 from memserve.engine.spec import ModelSpec
 from memserve.engine.weights import in_tiles
-from memserve.kernels.native.prompt_logprobs import NativeLogprobs, Telling
+from memserve.kernels.native.prompt_logprobs import NativeLogprobs, Scoring
 from memserve.kernels.native_build import NativeUnavailable, built_library, why_not
-from memserve.tokens import TOKEN_BYTES, alike, count, span, unpack
+from memserve.tokens import TOKEN_BYTES, common_prefix, count, span, unpack
 
 MAX_ROWS = 512
 """Tokens that the native step's buffers hold; a larger step runs in several pieces, with the same results."""
@@ -86,7 +86,7 @@ class _Layer(Structure):
 
 
 _Crew = CFUNCTYPE(c_int32, c_int32)
-_NOBODY_ASKED = _Crew()
+_NO_CREW_CALLBACK = _Crew()
 
 
 class _Batch(Structure):
@@ -130,9 +130,9 @@ _pack_sampling = Struct("=ddQqdQQ").pack
 
 
 def sampling_bytes(
-    how: Sampling, adjust: NativeAdjustments | None = None, told: NativeLogprobs | None = None
+    how: Sampling, adjust: NativeAdjustments | None = None, reported: NativeLogprobs | None = None
 ) -> bytes:
-    """``ms_sampling``; ``adjust`` and ``told`` must outlive it.
+    """``ms_sampling``; ``adjust`` and ``reported`` must outlive it.
 
     top_k is clamped to the largest value that fits, which exceeds every vocabulary.
     """
@@ -143,7 +143,7 @@ def sampling_bytes(
         min(how.top_k, _TOP_K_MAX),
         reach(how),
         addressof(adjust) if adjust is not None else 0,
-        addressof(told) if told is not None else 0,
+        addressof(reported) if reported is not None else 0,
     )
 
 
@@ -156,7 +156,7 @@ class _Inputs:
         self.positions, self.tables, self.table_at, self.wanted_at = (array("i") for _ in range(4))
         self.how: list[bytes] = []
         self.adjust: list[NativeAdjustments] = []
-        self.told: list[NativeLogprobs | None] = []
+        self.reported: list[NativeLogprobs | None] = []
         for row in rows:
             drafted = count(row.draft)
             self.positions.extend(range(row.start, row.reach))
@@ -165,16 +165,16 @@ class _Inputs:
             if (how := row.sample) is not None:
                 end = len(self.positions)
                 self.wanted_at.extend(range(end - 1 - drafted, end))
-                told = None if how.logprobs is None else NativeLogprobs.of_draw(how.logprobs)
-                self.told.append(told)
-                self.how += [self._sampling(how, row.past_at(i), told) for i in range(1 + drafted)]
+                reported = None if how.logprobs is None else NativeLogprobs.of_draw(how.logprobs)
+                self.reported.append(reported)
+                self.how += [self._sampling(how, row.past_at(i), reported) for i in range(1 + drafted)]
 
-    def _sampling(self, how: Sampling, past: Past | None, told: NativeLogprobs | None) -> bytes:
+    def _sampling(self, how: Sampling, past: Past | None, reported: NativeLogprobs | None) -> bytes:
         adjust = None
         if how.adjust is not None and past is not None:
             adjust = NativeAdjustments.of(how.adjust, past)
             self.adjust.append(adjust)
-        return sampling_bytes(how, adjust, told)
+        return sampling_bytes(how, adjust, reported)
 
     def kept(self, drawn: bytes) -> Iterator[bytes]:
         """The tokens that each sampling row keeps of ``drawn``, all draws of the step.
@@ -184,7 +184,7 @@ class _Inputs:
         at = 0
         for row in self.rows:
             if row.sample is not None:
-                right = alike(row.draft, span(drawn, at, at + count(row.draft))) if row.draft else 0
+                right = common_prefix(row.draft, span(drawn, at, at + count(row.draft))) if row.draft else 0
                 yield span(drawn, at, at + 1 + right)
                 at += 1 + count(row.draft)
 
@@ -239,7 +239,7 @@ class NativeStep:
         arena: torch.Tensor,
         threads: int,
         crew: Callable[[int], int] | None = None,
-        telling: Telling | None = None,
+        scoring: Scoring | None = None,
     ) -> tuple[list[bytes], list[Logprobs | None]]:
         """Like ``forward`` and then ``sampling.draw``: each sampling row's tokens and its log probabilities.
 
@@ -247,12 +247,12 @@ class NativeStep:
         None for rows that do not ask for them.
 
         ``crew``: called between the layers and pieces of a long step with its number of threads; returns how
-        many run the next. It must not raise. ``telling``: receives the log probabilities of the rows'
+        many run the next. It must not raise. ``scoring``: receives the log probabilities of the rows'
         prompts, if any ask for them. Raises ValueError, computing nothing more, for a plan that reaches
         outside the arena or the model, and FloatingPointError, naming the row, when logits are not finite.
         """
         drawn: list[bytes] = []
-        told: list[Logprobs | None] = []
+        reports: list[Logprobs | None] = []
         for number, rows in enumerate(_pieces(plan.rows)):
             if number and crew is not None:
                 threads = crew(threads)
@@ -261,17 +261,17 @@ class NativeStep:
             how, to = b"".join(inputs.how), tokens.buffer_info()[0]
             self._run(inputs, arena, threads, how=how, tokens=to, crew=crew)
             drawn += inputs.kept(tokens.tobytes())
-            if telling is not None:
-                self._tell(inputs, arena, threads, telling)
-            told += [None if one is None else one.read() for one in inputs.told]
+            if scoring is not None:
+                self._score(inputs, arena, threads, scoring)
+            reports += [None if one is None else one.read() for one in inputs.reported]
         for number, tokens_of_row in enumerate(drawn):
             if _NOT_A_TOKEN in unpack(tokens_of_row):
                 raise FloatingPointError(f"row {number}: the largest logit is not a finite number")
-        return drawn, told
+        return drawn, reports
 
-    def _tell(self, inputs: _Inputs, arena: torch.Tensor, threads: int, telling: Telling) -> None:
+    def _score(self, inputs: _Inputs, arena: torch.Tensor, threads: int, scoring: Scoring) -> None:
         """Log probabilities of the prompts of the last step, whose final activations are still in place."""
-        for places, about in telling.questions(inputs.rows):
+        for places, about in scoring.questions(inputs.rows):
             inputs.wanted_at = places
             how = b"".join(sampling_bytes(_NOT_DRAWN, None, one) for one in about)
             tokens = array("i", bytes(TOKEN_BYTES * len(places)))
@@ -325,7 +325,7 @@ class NativeStep:
             logits,
             how,
             tokens,
-            _Crew(crew) if crew is not None and len(inputs.positions) > LONG_ROWS else _NOBODY_ASKED,
+            _Crew(crew) if crew is not None and len(inputs.positions) > LONG_ROWS else _NO_CREW_CALLBACK,
         )
         run = self._library.ms_again if again else self._library.ms_step
         refused = run(self._engine, byref(batch))
@@ -360,8 +360,10 @@ def _pieces(rows: Sequence[Row]) -> Iterator[list[Row]]:
         start, tokens = 0, count(row.tokens)
         while tokens - start > room:
             part = span(row.tokens, start, start + room)
-            tell = row.tell and row.tell.part(start, start + room)
-            whole = attrs.evolve(row, tokens=part, start=row.start + start, sample=None, tell=tell, draft=b"")
+            score = row.score and row.score.part(start, start + room)
+            whole = attrs.evolve(
+                row, tokens=part, start=row.start + start, sample=None, score=score, draft=b""
+            )
             yield [*piece, whole]
             start += room
             piece, room = [], MAX_ROWS
@@ -380,11 +382,11 @@ def _pieces(rows: Sequence[Row]) -> Iterator[list[Row]]:
 
 def _rest(row: Row, start: int) -> Row:
     """``row`` without its first ``start`` tokens."""
-    tokens, tell = (
+    tokens, score = (
         span(row.tokens, start, count(row.tokens)),
-        row.tell and row.tell.part(start, count(row.tokens)),
+        row.score and row.score.part(start, count(row.tokens)),
     )
-    return attrs.evolve(row, tokens=tokens, start=row.start + start, tell=tell)
+    return attrs.evolve(row, tokens=tokens, start=row.start + start, score=score)
 
 
 def _outline(rows: Sequence[Row]) -> str:

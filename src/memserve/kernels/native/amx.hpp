@@ -58,11 +58,11 @@ inline const bf16* tile_of(const int8_t* from, bf16* to) {
 
 // Multiplies two strips of weights, `apart` values from one to the other, by one or two blocks of 16 rows, along
 // `count` values of k. Adds to `out` if `on_top`, otherwise overwrites it. Inputs are loaded with a streaming hint:
-// it is the weights that are needed again, for the next rows. Calls beside(tile) with each tile of weights: while
-// products are under way, one of the two vector ports is free.
-template <int BLOCKS, class Weight, class Beside>
+// it is the weights that are needed again, for the next rows. Calls interleaved(tile) with each tile of weights:
+// while products are under way, one of the two vector ports is free.
+template <int BLOCKS, class Weight, class Interleaved>
 inline void amx_product(const Weight* w, long apart, long K, long count, bool on_top, const bf16* x, float* out, long stride,
-                        const Beside& beside) {
+                        const Interleaved& interleaved) {
     alignas(64) bf16 widened[2][2][TILE_VALUES];  // used in turn, so that no tile waits for the previous one
     const bf16* x2 = x + TILE * K;
     float* out2 = out + TILE * stride;
@@ -88,7 +88,7 @@ inline void amx_product(const Weight* w, long apart, long K, long count, bool on
         _tile_dpbf16ps(1, 4, 7);
         if constexpr (BLOCKS > 1) _tile_dpbf16ps(2, 5, 6);
         if constexpr (BLOCKS > 1) _tile_dpbf16ps(3, 5, 7);
-        beside(at / TILE_VALUES);
+        interleaved(at / TILE_VALUES);
     }
     _tile_stored(0, out, stride * 4);
     _tile_stored(1, out + TILE, stride * 4);
@@ -119,8 +119,8 @@ inline void amx_columns(const bf16* x, long x_stride, const bf16* tiles, long co
 struct Tiles {
     explicit Tiles(bool) {}
 };
-template <int BLOCKS, class Weight, class Beside>
-inline void amx_product(const Weight*, long, long, long, bool, const Operand*, float*, long, const Beside&) {}
+template <int BLOCKS, class Weight, class Interleaved>
+inline void amx_product(const Weight*, long, long, long, bool, const Operand*, float*, long, const Interleaved&) {}
 template <int COLUMNS>
 inline void amx_columns(const Operand*, long, const Operand*, long, int, float*, long) {}
 

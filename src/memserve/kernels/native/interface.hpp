@@ -50,7 +50,7 @@ inline bool possible(const ms_config& c) {
 
 // Whether the token ids and the bits of allowed tokens of a row's draw fit the vocabulary.
 inline bool fits(const ms_config& c, const ms_sampling& how) {
-    if (how.told && (how.told->token < NOT_A_TOKEN || how.told->token >= c.vocab)) return false;
+    if (how.reported && (how.reported->token < NOT_A_TOKEN || how.reported->token >= c.vocab)) return false;
     if (!how.adjust) return true;
     const ms_adjustments& adjust = *how.adjust;
     for (const ms_ids& part : {adjust.biased, adjust.prompt, adjust.output, adjust.forbidden})

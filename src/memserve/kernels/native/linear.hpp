@@ -79,7 +79,7 @@ inline void vector_rows(const Weight* w, long apart, long K, const Operand* x, i
 // The work that a pass does between its products: it prefetches a share of the strips that follow, and finishes the
 // rows of the previous pass.
 template <class Weight, class Finish>
-struct Beside {
+struct Interleaved {
     const Weight* next;  // the strip that follows the first
     long apart;          // from there to the strip that follows the second
     int line, line_end;  // lines to prefetch of each of their tiles
@@ -113,10 +113,11 @@ inline void amx_rows(const Weight* w, long apart, long K, const Operand* x, int 
         const int at_once = int((PASS * TILE_K + count - 1) / count);
         for (int pass = 0; pass < passes; pass++) {
             const int m = pass * PASS, ready = last && pass ? m - PASS : m;
-            Beside<Weight, Finish> beside = {next + TILE * start, apart, pass * lines / passes, (pass + 1) * lines / passes,
-                                             ready, m, at_once, finish};
-            auto run = m + TILE < rows ? amx_product<2, Weight, decltype(beside)> : amx_product<1, Weight, decltype(beside)>;
-            run(w + TILE * start, apart, K, count, start > 0, x + m * K + TILE * start, out + m * stride, stride, beside);
+            Interleaved<Weight, Finish> interleaved = {next + TILE * start, apart, pass * lines / passes,
+                                                       (pass + 1) * lines / passes, ready, m, at_once, finish};
+            auto run = m + TILE < rows ? amx_product<2, Weight, decltype(interleaved)>
+                                       : amx_product<1, Weight, decltype(interleaved)>;
+            run(w + TILE * start, apart, K, count, start > 0, x + m * K + TILE * start, out + m * stride, stride, interleaved);
         }
     }
     for (int row = (passes - 1) * PASS; row < rows; row++) finish(row);

@@ -13,7 +13,7 @@ from memserve.drawing import LOGPROBS_MAX, Logprobs, PromptLogprobs
 from memserve.engine.plans import BatchPlan, Row
 from memserve.tokens import count, pack, unpack
 
-TOLD_AT_ONCE = 32
+SCORED_AT_ONCE = 32
 """Tokens whose logits are held at a time; for these, reading the weights costs less than multiplying."""
 _TO_BE_DRAWN = -1
 
@@ -41,7 +41,7 @@ class NativeLogprobs(Structure):
 
 
 @attrs.define
-class Telling:
+class Scoring:
     """Log probabilities reported for the prompts of a step's rows, gathered over the step's pieces."""
 
     _found: list[np.ndarray] = attrs.field(factory=list, init=False)
@@ -55,24 +55,24 @@ class Telling:
         places, asked = array("i"), list[tuple[int, int]]()
         first = 0
         for row in rows:
-            if row.tell is not None:
-                asked += [(row.tell.count, token) for token in unpack(row.tell.follows)]
-                places.extend(range(first, first + count(row.tell.follows)))
+            if row.score is not None:
+                asked += [(row.score.count, token) for token in unpack(row.score.follows)]
+                places.extend(range(first, first + count(row.score.follows)))
             first += count(row.tokens) + count(row.draft)
-        for start in range(0, len(asked), TOLD_AT_ONCE):
-            some = asked[start : start + TOLD_AT_ONCE]
+        for start in range(0, len(asked), SCORED_AT_ONCE):
+            some = asked[start : start + SCORED_AT_ONCE]
             about = (NativeLogprobs * len(some))()
             for one, (wanted, token) in zip(about, some, strict=True):
                 one.count, one.token = wanted, token
-            yield places[start : start + TOLD_AT_ONCE], about  # type: ignore[misc]  # an array of them
+            yield places[start : start + SCORED_AT_ONCE], about  # type: ignore[misc]  # an array of them
             self._found.append(np.frombuffer(bytes(about), np.dtype(NativeLogprobs)))
 
     def prompts(self, plan: BatchPlan) -> dict[int, PromptLogprobs]:
         """Log probabilities reported for the rows of the whole step, by row number."""
         first, found = 0, {}
         for number, row in enumerate(plan.rows):
-            if row.tell is not None:
-                end = first + count(row.tell.follows)
+            if row.score is not None:
+                end = first + count(row.score.follows)
                 found[number] = _packed(np.concatenate(self._found)[first:end])
                 first = end
         return found

@@ -56,7 +56,7 @@ struct ms_sampling {
     int64_t top_k;                 // 0 is no limit
     double reach;                  // logits further below the largest are not drawn; -infinity is no limit
     const ms_adjustments* adjust;  // or null
-    ms_logprobs* told;             // log probabilities to report; or null
+    ms_logprobs* reported;         // log probabilities to report; or null
 };
 
 }  // extern "C"
@@ -209,7 +209,7 @@ struct Sampler {
     }
 
     // Reports the log probabilities of `token` and of the most probable tokens. `most`: the largest logit.
-    void tell(const float* logits, float most, int token, ms_logprobs& to) const {
+    void report(const float* logits, float most, int token, ms_logprobs& to) const {
         Doubles sums = every(0.);
         for (int i = 0; i < vocab; i += 8)
             sums = fma(exponential(distances(logits + i, vocab - i, -INFINITY, most)), every(1.), sums);
@@ -332,14 +332,14 @@ inline int choose(const float* logits, int best, const ms_sampling& how, int64_t
 inline int draw(const float* logits, const ms_sampling& how, int64_t position, Sampler& mine) {
     int best = largest(logits, mine.vocab);
     if (best == NOT_A_TOKEN) return best;
-    if (how.told && how.told->token != NOT_A_TOKEN) {
-        mine.tell(logits, logits[best], how.told->token, *how.told);
-        how.told->rank = mine.rank(logits, how.told->token);
-        return how.told->token;
+    if (how.reported && how.reported->token != NOT_A_TOKEN) {
+        mine.report(logits, logits[best], how.reported->token, *how.reported);
+        how.reported->rank = mine.rank(logits, how.reported->token);
+        return how.reported->token;
     }
     const float* from = how.adjust ? mine.adjust(logits, *how.adjust) : logits;
     int token = choose(from, how.adjust ? largest(from, mine.vocab) : best, how, position, mine);
-    if (how.told && token != NOT_A_TOKEN) mine.tell(logits, logits[best], token, *how.told);
+    if (how.reported && token != NOT_A_TOKEN) mine.report(logits, logits[best], token, *how.reported);
     return token;
 }
 

@@ -184,7 +184,7 @@ struct Engine {
             for (int row = task.row; row < task.row + task.rows; row++) {
                 InputRow to(shared.data(), row, (long)c.heads * c.head_dim);
                 for (int head = kv * group(); head < (kv + 1) * group(); head++, query++)
-                    share(query->out, c.head_dim, to, head * c.head_dim);
+                    write_attention(query->out, c.head_dim, to, head * c.head_dim);
             }
     }
 
@@ -247,7 +247,7 @@ struct Engine {
     void merge_row(int row, InputRow to, Scratch& mine) {
         for (int head = 0; head < c.heads; head++) {
             merge_parts(row, head, mine.sums.data());
-            share(mine.sums.data(), c.head_dim, to, head * c.head_dim);
+            write_attention(mine.sums.data(), c.head_dim, to, head * c.head_dim);
         }
     }
 
@@ -258,7 +258,7 @@ struct Engine {
     }
 
     // Writes one head's attention to values `at` onwards of a linear's input.
-    static void share(const float* sums, int head_dim, InputRow to, int at) {
+    static void write_attention(const float* sums, int head_dim, InputRow to, int at) {
         Floats share = every(1.f / sums[head_dim + TOTAL]);
         for (int i = 0; i < head_dim; i += 16) store(to.at(at + i), load(sums + i) * share);
     }

@@ -36,29 +36,30 @@ def prompt(seed: int, length: int) -> list[int]:
     return [rng.randrange(2, 50_000) for _ in range(length)]
 
 
-def told_after(before: list[int], token: int) -> tuple[float, int]:
+def scored_after(before: list[int], token: int) -> tuple[float, int]:
     """The log probability and rank that the make-believe model gives a token: any change of those before it changes them."""
     rng = random.Random(pack([*before, token]))
     return -rng.random(), rng.randrange(1, 50_000)
 
 
 def of_prompt(tokens: list[int]) -> list[tuple[float, int]]:
-    """All that is to be told of a prompt."""
-    return [told_after(tokens[:at], tokens[at]) for at in range(1, len(tokens))]
+    """All scores that a prompt should get."""
+    return [scored_after(tokens[:at], tokens[at]) for at in range(1, len(tokens))]
 
 
-class TellingEngine(PageEngine):
-    """Tells, as engines with a model do, what the tokens in its pages make of those that follow."""
+class ScoringEngine(PageEngine):
+    """Scores, as engines with a model do, what the tokens in its pages make of those that follow."""
 
     def run(self, plan: BatchPlan) -> BatchResult:
         result = super().run(plan)
-        told = {i: self.told(row) for i, row in enumerate(plan.rows) if row.tell is not None}
-        return attrs.evolve(result, prompts=told)
+        scores = {i: self.scores(row) for i, row in enumerate(plan.rows) if row.score is not None}
+        return attrs.evolve(result, prompts=scores)
 
-    def told(self, row: Row) -> PromptLogprobs:
+    def scores(self, row: Row) -> PromptLogprobs:
         held = [self.arena[row.pages[i // PAGE_TOKENS]][i % PAGE_TOKENS] for i in range(row.end)]
         lines = [
-            told_after(held[: row.start + i + 1], token) for i, token in enumerate(unpack(row.tell.follows))
+            scored_after(held[: row.start + i + 1], token)
+            for i, token in enumerate(unpack(row.score.follows))
         ]
         values, ranks = zip(*lines, strict=True)
         packed = array("d", values).tobytes()
@@ -66,18 +67,18 @@ class TellingEngine(PageEngine):
 
 
 @attrs.define(eq=False)
-class TellingCluster(MemoryCluster):
+class ScoringCluster(MemoryCluster):
     """Its workers have such engines."""
 
-    engines: list[TellingEngine] = attrs.field(factory=list)
+    engines: list[ScoringEngine] = attrs.field(factory=list)
 
     def make_engine(self, arena):
-        self.engines.append(TellingEngine(arena))
+        self.engines.append(ScoringEngine(arena))
         return self.engines[-1]
 
 
 async def ask(frontend, tokens: list[int], new: int) -> tuple[list[tuple[float, int]], list[int], int]:
-    """What is told of a prompt, which must come before any token; the answer; prompt tokens found in the cache."""
+    """The scores of a prompt, which must come before any token; the answer; prompt tokens found in the cache."""
     found: list[tuple[float, int]] = []
     answer: list[int] = []
     cached = set()
@@ -98,11 +99,11 @@ async def ask(frontend, tokens: list[int], new: int) -> tuple[list[tuple[float, 
 
 @pytest.mark.parametrize("workers", [PD2, APART, BOTH])
 @pytest.mark.parametrize("chunk_tokens", [3, 16, 1000])
-async def test_all_of_a_prompt_is_told_before_its_answer(
+async def test_all_of_a_prompt_is_scored_before_its_answer(
     autojump_clock: MockClock, workers, chunk_tokens
 ) -> None:
     """A chunk's log probabilities would be missing, be another's, or come after clients have read on."""
-    async with memory_cluster(*workers, kind=TellingCluster, chunk_tokens=chunk_tokens) as (
+    async with memory_cluster(*workers, kind=ScoringCluster, chunk_tokens=chunk_tokens) as (
         cluster,
         frontend,
     ):
@@ -114,8 +115,8 @@ async def test_all_of_a_prompt_is_told_before_its_answer(
 
 @pytest.mark.parametrize("workers", [PD2, APART, BOTH])
 async def test_what_is_cached_is_computed_again_and_serves_others(autojump_clock: MockClock, workers) -> None:
-    """Positions found in a cache have no logits: what is told would begin behind them. What was computed is worth caching."""
-    async with memory_cluster(*workers, kind=TellingCluster) as (cluster, frontend):
+    """Positions found in a cache have no logits: scores would begin behind them. What was computed is worth caching."""
+    async with memory_cluster(*workers, kind=ScoringCluster) as (cluster, frontend):
         tokens = prompt(5, 50)
         await generate(frontend, tokens, 6)
         assert await ask(frontend, tokens, 6) == (of_prompt(tokens), reference(tokens, 6), 0)
@@ -130,14 +131,14 @@ async def test_what_is_cached_is_computed_again_and_serves_others(autojump_clock
 
 async def test_nobody_waits_for_what_is_of_no_use_to_it(autojump_clock: MockClock) -> None:
     """One that has to compute all of its prompt would wait for another to compute it first."""
-    async with memory_cluster(*BOTH, kind=TellingCluster, chunk_tokens=10) as (cluster, frontend):
+    async with memory_cluster(*BOTH, kind=ScoringCluster, chunk_tokens=10) as (cluster, frontend):
         tokens = prompt(7, 100)
         async with trio.open_nursery() as nursery:
             for run in (generate, ask, generate):
                 nursery.start_soon(run, frontend, tokens, 1)
                 await trio.sleep(0.001)
             live = cluster.actors["w0"].core._live.values()
-            assert [(one.tells is not None, one.behind is not None) for one in live] == [
+            assert [(one.score_count is not None, one.behind is not None) for one in live] == [
                 (False, False),
                 (True, False),
                 (False, True),
@@ -145,9 +146,9 @@ async def test_nobody_waits_for_what_is_of_no_use_to_it(autojump_clock: MockCloc
         await baseline(cluster)
 
 
-async def test_preempted_prompts_tell_all_once(autojump_clock: MockClock) -> None:
-    """A prompt whose pages were taken from it begins anew, and must neither tell twice nor find its own pages."""
-    async with memory_cluster(*BOTH, kind=TellingCluster, pages=44, chunk_tokens=12) as (cluster, frontend):
+async def test_preempted_prompts_are_scored_once(autojump_clock: MockClock) -> None:
+    """A prompt whose pages were taken from it begins anew, and must neither report twice nor find its own pages."""
+    async with memory_cluster(*BOTH, kind=ScoringCluster, pages=44, chunk_tokens=12) as (cluster, frontend):
         results = {}
 
         async def one(i: int) -> None:
@@ -166,11 +167,11 @@ async def test_preempted_prompts_tell_all_once(autojump_clock: MockClock) -> Non
 @pytest.mark.parametrize("victim", ["p0", "p1", "d0", "d1"])
 @pytest.mark.parametrize("after", [0.001, 0.02, 0.04, 0.06, 0.09, 0.13, 0.3])
 @pytest.mark.parametrize("announced", [True, False])
-async def test_killing_a_worker_tells_nothing_twice(
+async def test_killing_a_worker_reports_nothing_twice(
     autojump_clock: MockClock, victim, after, announced
 ) -> None:
-    """kill -9 in any chunk, at the hand-over, within the answer: another attempt tells what is missing, and only that."""
-    setting = {"kind": TellingCluster, "announce_deaths": announced, "chunk_tokens": 8}
+    """kill -9 in any chunk, at the hand-over, within the answer: another attempt reports what is missing, and only that."""
+    setting = {"kind": ScoringCluster, "announce_deaths": announced, "chunk_tokens": 8}
     async with memory_cluster(*PD2, **setting) as (cluster, frontend):
         results = {}
 
@@ -190,8 +191,8 @@ async def test_killing_a_worker_tells_nothing_twice(
 
 
 async def test_a_later_attempt_computes_only_what_is_missing(autojump_clock: MockClock) -> None:
-    """A stream whose decode worker dies would wait for its whole prompt again, which was told long ago."""
-    async with memory_cluster(*PD2, kind=TellingCluster, chunk_tokens=8) as (cluster, frontend):
+    """A stream whose decode worker dies would wait for its whole prompt again, which was scored long ago."""
+    async with memory_cluster(*PD2, kind=ScoringCluster, chunk_tokens=8) as (cluster, frontend):
         tokens, results = prompt(3, 80), []
 
         async def one() -> None:
@@ -201,7 +202,7 @@ async def test_a_later_attempt_computes_only_what_is_missing(autojump_clock: Moc
             nursery.start_soon(one)
             await trio.sleep(0.4)
             (entry,) = frontend.core._entries.values()
-            assert count(entry.sent) > 5 and not entry.untold
+            assert count(entry.sent) > 5 and not entry.unscored
             assert entry.current().sampling.prompt_logprobs is None
             cluster.kill(entry.plan.decode.rpartition(".")[0])
         assert results == [(of_prompt(tokens), reference(tokens, 60), 0)]

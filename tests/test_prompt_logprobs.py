@@ -1,4 +1,4 @@
-"""Log probabilities of prompts: what step engines tell of the tokens that are there, however a prompt is cut and in whatever company."""
+"""Log probabilities of prompts: what step engines report about the tokens that are there, however a prompt is cut and in whatever company."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from backends import ENGINES, SPEC, make_engine
 from fake_service import MODEL_PATH, demo_tokenizer
 from memserve.drawing import LOGPROBS_MAX, PromptLogprobs, Sampling
 from memserve.engine.adjusting import logprobs_of
-from memserve.engine.plans import BatchPlan, Row, Tell
-from memserve.engine.prompt_logprobs import told_of
+from memserve.engine.plans import BatchPlan, Row, Score
+from memserve.engine.prompt_logprobs import scores_of
 from memserve.engine.runner import CpuEngine
 from memserve.engine.spec import find_model
 from memserve.engine.weights import map_weights, prepare, random_weights
 from memserve.kernels.native import MAX_ROWS
-from memserve.kernels.native.prompt_logprobs import TOLD_AT_ONCE
+from memserve.kernels.native.prompt_logprobs import SCORED_AT_ONCE
 from memserve.tokens import pack, pages_for, unpack
 from test_model import load_reference, prompt
 
@@ -48,21 +48,21 @@ def right(weights, ids: list[int], spec=SPEC) -> torch.Tensor:
 
 
 def chunk(ids: list[int], start: int, stop: int, pages: tuple[int, ...], count: int, how=None) -> Row:
-    """A row of a prompt, which tells of the tokens behind its own."""
+    """A row of a prompt, which scores the tokens behind its own."""
     follows = pack(ids[start + 1 : stop + 1])
-    return Row(pack(ids[start:stop]), start, pages, how, tell=Tell(follows, count) if follows else None)
+    return Row(pack(ids[start:stop]), start, pages, how, score=Score(follows, count) if follows else None)
 
 
-def opened(told: PromptLogprobs) -> tuple[list[float], list[int], list[list[int]], list[list[float]]]:
+def opened(scores: PromptLogprobs) -> tuple[list[float], list[int], list[list[int]], list[list[float]]]:
     """Values, ranks, most probable ids, their values."""
-    tokens = len(told)
-    ids = np.frombuffer(told.ids, "<i4").reshape(tokens, -1).tolist()
-    likeliest = np.frombuffer(told.likeliest, "<f8").reshape(tokens, -1).tolist()
-    return np.frombuffer(told.values, "<f8").tolist(), list(unpack(told.ranks)), ids, likeliest
+    tokens = len(scores)
+    ids = np.frombuffer(scores.ids, "<i4").reshape(tokens, -1).tolist()
+    likeliest = np.frombuffer(scores.likeliest, "<f8").reshape(tokens, -1).tolist()
+    return np.frombuffer(scores.values, "<f8").tolist(), list(unpack(scores.ranks)), ids, likeliest
 
 
-def told_in(made, ids: list[int], pages: tuple[int, ...], count: int, cuts: list[int]) -> list[tuple]:
-    """All that is told of a prompt that runs alone, in chunks up to ``cuts``: a tuple for each of its tokens but the first."""
+def scores_in(made, ids: list[int], pages: tuple[int, ...], count: int, cuts: list[int]) -> list[tuple]:
+    """All scores of a prompt that runs alone, in chunks up to ``cuts``: a tuple for each of its tokens but the first."""
     found, start = [], 0
     for stop in cuts:
         result = made.engine.run(BatchPlan((chunk(ids, start, stop, pages, count),)))
@@ -71,12 +71,12 @@ def told_in(made, ids: list[int], pages: tuple[int, ...], count: int, cuts: list
     return found
 
 
-def test_a_prompt_is_told_what_the_reference_says(made, weights):
+def test_a_prompt_is_scored_as_the_reference_does(made, weights):
     """Evaluations would score answers by other probabilities than the model's."""
     ids, pages = prompt(150, 3, SPEC.vocab), tuple(range(pages_for(150, 16)))
     expected = right(weights, ids)
     near = {"abs": 1e-3} if made.exact else {"abs": 0.5, "rel": 0.01}  # logits in bfloat16
-    found = told_in(made, ids, pages, 4, [1, 2, 70, 71, 149, 150])
+    found = scores_in(made, ids, pages, 4, [1, 2, 70, 71, 149, 150])
 
     assert len(found) == len(ids) - 1
     for at, (value, rank, best, values) in enumerate(found):
@@ -90,11 +90,11 @@ def test_a_prompt_is_told_what_the_reference_says(made, weights):
             assert best == expected[at].topk(4).indices.tolist()
 
 
-def test_cuts_and_company_change_nothing_that_is_told(made):
+def test_cuts_and_company_change_no_scores(made):
     """A prompt's score would depend on what else the worker did, or on another row's tokens."""
     ids, others = prompt(90, 7, SPEC.vocab), prompt(60, 8, SPEC.vocab)
     pages, free = tuple(range(6)), tuple(range(6, 30))
-    alone = told_in(made, ids, pages, 2, [90])
+    alone = scores_in(made, ids, pages, 2, [90])
 
     rows = (
         Row(pack([5]), 0, free[:1], GREEDY),
@@ -120,13 +120,13 @@ def test_cuts_and_company_change_nothing_that_is_told(made):
         assert [line[0] for line in found] == pytest.approx(expected, abs=1e-4 if made.exact else 0.5)
 
 
-def test_a_draft_beside_it_moves_nothing_that_is_told(made):
+def test_a_draft_beside_it_changes_no_scores(made):
     """A prompt would be scored by what a stream of the same step has guessed."""
     if not sums_in_one_order(made):
         pytest.skip("only the native step runs drafts")
     length = MAX_ROWS + 40
     ids, pages = prompt(length, 7, SPEC.vocab), tuple(range(pages_for(length, 16)))
-    alone = told_in(made, ids, pages, 2, [length])
+    alone = scores_in(made, ids, pages, 2, [length])
     stream = Row(pack([5]), 0, (90,), Sampling(0.0), draft=pack([6, 7, 8, 9, 10]))
     result = made.engine.run(BatchPlan((stream, chunk(ids, 0, length, pages, 2))))
     assert list(zip(*opened(result.prompts[1]), strict=True)) == alone
@@ -137,7 +137,7 @@ def sums_in_one_order(made) -> bool:
     return bool(getattr(made.engine, "native", False))
 
 
-def test_a_draw_is_told_the_same_as_the_token_that_it_drew(made):
+def test_a_draw_is_reported_like_the_same_token_of_a_prompt(made):
     """A prompt that is an earlier prompt and its answer would be scored otherwise than the answer was."""
     ids, pages = prompt(40, 9, SPEC.vocab), tuple(range(5))
     text, drawn = list(ids), []
@@ -147,9 +147,9 @@ def test_a_draw_is_told_the_same_as_the_token_that_it_drew(made):
         start = len(text)
         drawn.append(result.logprobs[0])
         text.append(result.tokens[0])
-    told = told_in(made, text, tuple(range(5, 10)), 3, [70])[39:]
-    assert len(told) == len(drawn) == 30
-    for (value, rank, best, values), known in zip(told, drawn, strict=True):
+    found = scores_in(made, text, tuple(range(5, 10)), 3, [70])[39:]
+    assert len(found) == len(drawn) == 30
+    for (value, rank, best, values), known in zip(found, drawn, strict=True):
         if sums_in_one_order(made):
             assert (value, values) == (known.drawn, list(known.values))
         assert value == pytest.approx(known.drawn, abs=1e-4 if made.exact else 0.5)
@@ -157,9 +157,9 @@ def test_a_draw_is_told_the_same_as_the_token_that_it_drew(made):
             assert (rank, best) == (1, list(unpack(known.ids)))
 
 
-def test_a_prompt_of_several_pieces_is_told_whole(made, weights):
-    """A long chunk, which runs in pieces, would be told of some of its tokens only, or of each in another's place."""
-    length = MAX_ROWS + 3 * TOLD_AT_ONCE + 7
+def test_a_prompt_of_several_pieces_is_scored_whole(made, weights):
+    """A long chunk, which runs in pieces, would be scored at some of its tokens only, or of each in another's place."""
+    length = MAX_ROWS + 3 * SCORED_AT_ONCE + 7
     ids, pages = prompt(length, 4, SPEC.vocab), tuple(range(pages_for(length, 16)))
     before = Row(pack([9] * 20), 0, (90, 91), None)
     result = made.engine.run(BatchPlan((before, chunk(ids, 0, length, pages, 1, GREEDY))))
@@ -186,26 +186,29 @@ def test_the_demo_model_scores_text_as_a_plain_forward_does():
     assert float((found - expected).abs().mean()) < 0.05
 
 
-def test_rows_that_tell_nothing_pay_nothing(made):
+def test_rows_without_scores_pay_nothing(made):
     """Every prompt would have its logits made for nobody."""
     result = made.engine.run(BatchPlan((Row(pack([1, 2, 3]), 0, (0,), GREEDY),)))
     assert not result.prompts
 
 
 @pytest.mark.parametrize(
-    ("tell", "message"),
+    ("score", "message"),
     [
-        (Tell(b"", 1), "row 0: is told of 0 tokens behind 2"),
-        (Tell(pack([1, 2, 3]), 1), "row 0: is told of 3 tokens behind 2"),
-        (Tell(pack([1]), LOGPROBS_MAX + 1), "row 0: is told of 1 tokens behind 2, 21 each"),
-        (Tell(pack([SPEC.vocab]), 1), "row 0: is told of 1024 to 1024"),
-        (Tell(pack([-1]), 1), "row 0: is told of -1 to -1"),
+        (Score(b"", 1), "row 0: scores 0 prompt tokens"),
+        (Score(pack([1, 2, 3]), 1), "row 0: scores 3 prompt tokens"),
+        (
+            Score(pack([1]), LOGPROBS_MAX + 1),
+            "row 0: scores 1 prompt tokens with 21 top tokens each; expected 1 to 2 tokens with 0 to 20",
+        ),
+        (Score(pack([SPEC.vocab]), 1), "row 0: scores token ids 1024 to 1024"),
+        (Score(pack([-1]), 1), "row 0: scores token ids -1 to -1"),
     ],
 )
-def test_what_is_not_there_cannot_be_told(made, tell, message):
+def test_what_is_not_there_cannot_be_scored(made, score, message):
     """A damaged message would read another place's memory."""
     with pytest.raises(ValueError, match=message):
-        made.engine.run(BatchPlan((Row(pack([1, 2]), 0, (0,), None, tell=tell),)))
+        made.engine.run(BatchPlan((Row(pack([1, 2]), 0, (0,), None, score=score),)))
 
 
 def test_logits_that_are_not_numbers_name_their_row(made):
@@ -214,11 +217,11 @@ def test_logits_that_are_not_numbers_name_their_row(made):
     with pytest.raises(
         FloatingPointError, match="row"
     ):  # position 16 attends to a page that was never written
-        made.engine.run(BatchPlan((Row(pack([1, 2]), 16, (50, 51), None, tell=Tell(pack([3]), 1)),)))
+        made.engine.run(BatchPlan((Row(pack([1, 2]), 16, (50, 51), None, score=Score(pack([3]), 1)),)))
 
 
 @pytest.mark.parametrize("count", [0, 1, 5, 20])
-def test_many_at_once_are_told_as_one_is(count):
+def test_many_at_once_are_scored_as_one_is(count):
     """The likeliest tokens of a prompt would be others than those of a draw after the same tokens, above all among equals."""
     generator = torch.Generator().manual_seed(count)
     logits = (
@@ -226,7 +229,7 @@ def test_many_at_once_are_told_as_one_is(count):
     )  # many equal ones, zeros of both signs
     logits[3, 40:60] = -0.0
     tokens = torch.randint(0, 300, (7,), generator=generator)
-    lines = told_of(logits, tokens, count)
+    lines = scores_of(logits, tokens, count)
     assert lines.shape == (7, 2 + 2 * count)
     for row, token, line in zip(logits, tokens.tolist(), lines.tolist(), strict=True):
         known = logprobs_of(row, token, count)
@@ -237,14 +240,14 @@ def test_many_at_once_are_told_as_one_is(count):
         assert line[1] == 1 + order.index(token)
 
 
-def test_a_small_vocabulary_has_no_more_to_tell():
-    """More would be told than there are."""
-    lines = told_of(torch.tensor([[0.5, 1.5, 1.0]]), torch.tensor([0]), 20)
+def test_a_small_vocabulary_has_no_more_to_report():
+    """More tokens would be reported than there are."""
+    lines = scores_of(torch.tensor([[0.5, 1.5, 1.0]]), torch.tensor([0]), 20)
     assert lines[0, 1:5].tolist() == [3, 1, 2, 0] and lines.shape == (1, 8)
 
 
 def test_pieces_are_cut_where_some_is_known():
-    """What another attempt tells again would be told twice, or in another place."""
+    """What another attempt reports again would be delivered twice, or in another place."""
     whole = PromptLogprobs(
         np.arange(4.0).tobytes(), pack([1, 2, 3, 4]), pack(range(8)), np.arange(8.0).tobytes()
     )

@@ -22,7 +22,7 @@ VALUES = [-1.5 - place for place in range(1, len(PROMPT))]
 """Of the prompt's tokens from the second on."""
 
 
-def told(tokens: list[int], count: int) -> tuple[PromptLogprobs, ...]:
+def scores(tokens: list[int], count: int) -> tuple[PromptLogprobs, ...]:
     """Of a prompt, in two pieces: each token is the second of the likeliest, and ``100 + place`` the first."""
     lines = [
         (
@@ -45,12 +45,12 @@ def told(tokens: list[int], count: int) -> tuple[PromptLogprobs, ...]:
 
 
 def service(finish: str = "stop") -> FakeService:
-    """Says SAYS, one token a chunk, after what it tells of the prompt where that is asked for."""
+    """Says SAYS, one token a chunk, after the prompt's scores where these are wanted."""
 
     def script(request):
         how = request.params.sampling
         count = how.prompt_logprobs
-        prompt = () if count is None else told(request.prompt, count)
+        prompt = () if count is None else scores(request.prompt, count)
         known = () if how.logprobs is None else (Logprobs(-0.25, b"", ()),)
         tokens = [*SAYS, IM_END][: request.params.max_tokens]
         steps = [0.002 * (count is not None)]
@@ -78,7 +78,7 @@ async def events(body, path="/v1/completions") -> list[dict]:
 ECHO = {"prompt": TEXT, "echo": True, "logprobs": 1, "temperature": 0}
 
 
-async def test_an_echo_is_told_of_before_the_answer():
+async def test_an_echo_is_scored_before_the_answer():
     """Evaluation harnesses add up the log probabilities of a prompt's last tokens, by their places in these lists."""
     (choice,) = await choices(ECHO)
     found = choice["logprobs"]
@@ -160,7 +160,7 @@ async def test_echo_and_prompt_logprobs_go_together():
 
 
 @pytest.mark.parametrize("n", [1, 3])
-async def test_a_stream_begins_with_what_is_told_of_its_prompt(n):
+async def test_a_stream_begins_with_the_scores_of_its_prompt(n):
     """Parts would come in another order than a client can put together, or an answer before its prompt."""
     asked = ECHO | {"prompt": [TEXT, "x"], "n": n, "prompt_logprobs": 2}
     whole = await choices(asked)
@@ -196,7 +196,7 @@ async def test_only_the_first_answer_has_its_prompt_computed():
     assert {one.params.sampling.prompt_logprobs for one in plain.opened} == {None}
 
 
-async def test_a_failure_before_its_prompt_is_told_decides_the_status():
+async def test_a_failure_before_its_prompt_is_scored_decides_the_status():
     """A client would get an answer without its beginning, or wait for it for ever."""
     failing = FakeService(lambda request: [0.01, RequestFailed("no_capacity", "nobody is there", 503)])
     for stream in (False, True):
