@@ -203,7 +203,10 @@ BOUND = Sampling(adjust=Adjustments(grammar="any"))
         (Row(pack([1]), 2046, (4,) * 129, GREEDY, draft=pack([1, 1])), "row 1: 3 tokens from position 2046"),
         (Row(pack([1]), 0, (4,), GREEDY, draft=pack([1024])), "row 1: token ids 1 to 1024"),
         (Row(pack([1]), 0, (4,), None, draft=pack([1])), "row 1: has a draft, but draws no token"),
-        (Row(pack([1]), 0, (4,), Sampling(logprobs=1), draft=pack([1])), "row 1: a draft where nothing is"),
+        (
+            Row(pack([1]), 0, (4,), Sampling(logprobs=1), draft=pack([1])),
+            "row 1: has a draft, but draws no token or wants",
+        ),
         (
             Row(pack([1]), 0, (4,), BOUND, Past(b"", b"", allowed=b"\xff" * 128), draft=pack([1])),
             "row 1: follows a grammar",
