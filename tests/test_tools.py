@@ -271,8 +271,8 @@ def test_formats_and_limits_are_documented_as_they_are():
     page = DOCS.read_text().partition("\n## Tools\n")[2].partition("\n## ")[0]
     assert re.findall(r"^\| `(\w+)` \|", page.partition("**Formats.**")[2], re.M) == list(CALL_FORMATS)
     said = (
-        f"{SCHEMAS_BYTES_MAX:,} bytes", f"{TOOLS_MAX} tools, and {CALLS_MAX} calls in a message", f"up to {FORCED_CALLS_MAX} calls",
-        f"{DEPTH_MAX} objects and arrays", "1 to 64 letters",
+        f"{SCHEMAS_BYTES_MAX:,} bytes", f"{TOOLS_MAX} tools, and {CALLS_MAX} calls in a message", f"1 to {FORCED_CALLS_MAX} calls",
+        f"at most {DEPTH_MAX} deep", "1 to 64 letters",
     )  # fmt: skip
     assert [one for one in said if one not in " ".join(page.split())] == []
     assert "{1,64}" in NAME_PATTERN
