@@ -129,7 +129,7 @@ def settings_of(resolved: Resolved, drafts: bool = False) -> WorkerSettings:
 
 
 def import_engine(on_gpu: bool) -> None:
-    """Import torch while the shard is still filling its arena: each takes seconds."""
+    """Import the engine while the shard is still filling its arena; a GPU's takes seconds."""
     importlib.import_module("memserve.engine.cuda" if on_gpu else "memserve.engine.runner")
 
 
@@ -141,7 +141,7 @@ def start_engine(
 ) -> StepEngine:
     """Attach to the shard's arena, prepare the engine and measure it.
 
-    Imports torch and blocks, so it runs in a thread.
+    Blocks for a second or more, so it runs in a thread.
     """
     from memserve.engine.cpu_budget import Cores, Outsiders
     from memserve.engine.runner import CpuEngine
