@@ -47,15 +47,15 @@ async def main(context: ActorContext, *, task_status: trio.TaskStatus[None]) -> 
 
 def make_core(me: Member, config: Config) -> SchedulerCore:
     """The scheduler's core as configured."""
-    told = config.scheduler
-    admission = Admission(told.held_max)
+    settings = config.scheduler
+    admission = Admission(settings.held_max)
     return SchedulerCore(
         me,
-        told.policy,
+        settings.policy,
         make_policy(config),
         make_index(config),
         admission,
-        told.hold_back_s,
+        settings.hold_back_s,
         make_roles(config, actor_name(me.id)),
     )
 
@@ -68,14 +68,14 @@ def make_roles(config: Config, name: str) -> Roles:
 
 def make_policy(config: Config) -> Policy:
     """The configured placement policy."""
-    told = config.scheduler
-    if told.policy != "cost":
-        return PLAIN[told.policy]()
-    margin_s = told.handoff_margin_ms / 1e3
+    settings = config.scheduler
+    if settings.policy != "cost":
+        return PLAIN[settings.policy]()
+    margin_s = settings.handoff_margin_ms / 1e3
     return Cost(
         Weights(
-            told.ttft_weight,
-            told.others_weight,
+            settings.ttft_weight,
+            settings.others_weight,
             margin_s,
             config.pages_move,
             config.transfer_path,

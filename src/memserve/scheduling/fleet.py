@@ -316,8 +316,8 @@ class Fleet:
         if member.kind == "MemPoolShard":
             if member.state == "ready":
                 self.shards[member.id] = member
-                told = [member.load[name] for name in FREE_PAGES if name in member.load]
-                self.free_pages[member.id] = sum(told) if told else math.inf
+                reported = [member.load[name] for name in FREE_PAGES if name in member.load]
+                self.free_pages[member.id] = sum(reported) if reported else math.inf
             else:
                 self.shards.pop(member.id, None)
                 self.free_pages.pop(member.id, None)
