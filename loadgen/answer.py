@@ -90,9 +90,9 @@ class Answer:
     @property
     def output_tokens(self) -> int:
         """Tokens by the usage; without it, by the ids; without both, one per event."""
-        told = self.tokens("completion_tokens")
-        if told is not None:
-            return told
+        reported = self.tokens("completion_tokens")
+        if reported is not None:
+            return reported
         return len(self.ids) if self.ids is not None else len(self.event_s)
 
 

@@ -215,11 +215,11 @@ def summarize(
         "figures": measures.figures(records, window, rules),
         "tenants": measures.by_tenant(records, window, rules),
     }
-    summary["warnings"] = warnings(options, summary, records)
+    summary["warnings"] = warnings(options, summary)
     return summary
 
 
-def warnings(options: RunOptions, summary: dict[str, Any], records: list[Record]) -> list[str]:
+def warnings(options: RunOptions, summary: dict[str, Any]) -> list[str]:
     """Warnings that a reader must know before believing the figures."""
     lag, outcome, figures = summary["lag"], summary["outcome"], summary["figures"]
     found = []
@@ -237,9 +237,7 @@ def warnings(options: RunOptions, summary: dict[str, Any], records: list[Record]
             f"{outcome['overflowed']} sessions were not played: {options.arrivals.in_flight_max} were under way."
         )
     if outcome["abandoned"]:
-        found.append(
-            f"{outcome['abandoned']} requests were not sent: their session failed, or the time was over."
-        )
+        found.append(f"{outcome['abandoned']} requests were not sent: their session failed, or time ran out.")
     duration_s = options.arrivals.duration_s
     if duration_s is not None and outcome["last_due_s"] < 0.8 * duration_s and not outcome["interrupted"]:
         found.append(

@@ -140,7 +140,9 @@ def compare_runs(
     *,
     out: Annotated[Path | None, Parameter(help="Write the comparison as a page, with plots.")] = None,
     json: Annotated[bool, Parameter(help="Print JSON instead of a table.", negative=())] = False,
-    replicates: Annotated[int, Parameter(help="How often sessions are drawn anew for an interval.")] = 1000,
+    replicates: Annotated[
+        int, Parameter(help="Number of times that sessions are resampled for an interval.")
+    ] = 1000,
 ) -> None:
     """Compare runs of one workload: ratios with 95 % confidence intervals.
 
@@ -196,8 +198,8 @@ def matched(directories: Sequence[Path]) -> list[list[rundir.Run]]:
         raise LoadgenError("compare: needs the directories of two runs or more")
     each = [rundir.points(one) for one in directories]
     if len({len(points) for points in each}) > 1:
-        told = ", ".join(f"{one} {len(points)}" for one, points in zip(directories, each, strict=True))
-        raise LoadgenError(f"compare: sweeps must have as many points as each other: {told}")
+        counts = ", ".join(f"{one} {len(points)}" for one, points in zip(directories, each, strict=True))
+        raise LoadgenError(f"compare: sweeps must have as many points as each other: {counts}")
     return [list(group) for group in zip(*each, strict=True)]
 
 

@@ -95,10 +95,12 @@ def comparable(runs: Sequence[Run]) -> None:
         ours, theirs = first.summary["identity"], other.summary["identity"]
         differing = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
         if differing:
-            told = "; ".join(f"{name}: {ours.get(name)} and {theirs.get(name)}" for name in sorted(differing))
+            differences = "; ".join(
+                f"{name}: {ours.get(name)} and {theirs.get(name)}" for name in sorted(differing)
+            )
             raise LoadgenError(
                 f"{first.label} and {other.label} are runs of different workloads, and their ratio would mean "
-                f"nothing. They differ in {told}"
+                f"nothing. They differ in {differences}"
             )
 
 

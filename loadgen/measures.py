@@ -128,9 +128,9 @@ def throughput(records: Iterable[Record], window: Window) -> dict[str, float]:
 
 def cached_share(records: Iterable[Record]) -> float | None:
     """Cached share of prompt tokens, over requests whose usage reports both counts; None if none does."""
-    told = [one for one in records if one.cached_tokens is not None and one.prompt_tokens]
-    total = sum(one.prompt_tokens or 0 for one in told)
-    return sum(one.cached_tokens or 0 for one in told) / total if total else None
+    known = [one for one in records if one.cached_tokens is not None and one.prompt_tokens]
+    total = sum(one.prompt_tokens or 0 for one in known)
+    return sum(one.cached_tokens or 0 for one in known) / total if total else None
 
 
 def errors(records: Iterable[Record]) -> dict[str, dict[str, Any]]:

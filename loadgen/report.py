@@ -237,10 +237,10 @@ def slowest(run: Run) -> Table:
     return table(head, rows)
 
 
-def told(value: Any) -> str:
+def setting_text(value: Any) -> str:
     """A setting as text for people."""
     if isinstance(value, dict):
-        return ", ".join(f"{name} {told(one)}" for name, one in value.items()) or "none"
+        return ", ".join(f"{name} {setting_text(one)}" for name, one in value.items()) or "none"
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
@@ -250,11 +250,11 @@ def circumstances(summary: dict[str, Any]) -> Table:
     rows = [
         ("server", f"{summary['server']['model']} at {summary['server']['url']}"),
         ("workload", f"{work['name']}: {work['sessions']} sessions, {work['requests']} requests"),
-        *((f"workload: {name}", told(value)) for name, value in work["options"].items()),
+        *((f"workload: {name}", setting_text(value)) for name, value in work["options"].items()),
         ("measured", f"from {window['start_s']:.1f} s to {window['end_s']:.1f} s"),
         ("send lag p50 / p99, ms", _two(lag["send_ms"], 2)),
         ("clock's ticks late by p50 / p99, ms", _two(lag["tick_ms"], 2)),
-        *((f"identity: {name}", told(value)) for name, value in summary["identity"].items()),
+        *((f"identity: {name}", setting_text(value)) for name, value in summary["identity"].items()),
     ]
     return Table(("", ""), [[Cell(name), Cell(value, "text")] for name, value in rows])
 

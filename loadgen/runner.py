@@ -150,13 +150,13 @@ class Player:
             await trio.sleep_until(self._began + self.manner.duration_s + self.manner.drain_s)
             self._scope.cancel()
 
-    def _over(self, due_s: float) -> bool:
+    def _out_of_time(self, due_s: float) -> bool:
         return self.manner.duration_s is not None and due_s >= self.manner.duration_s
 
     async def _open_loop(self, nursery: trio.Nursery) -> None:
         moments = times(self.arrivals, self.workload.sessions)
         for session, at_s in zip(self.workload.sessions, moments, strict=True):
-            if self._over(at_s):
+            if self._out_of_time(at_s):
                 return
             await trio.sleep_until(self._began + at_s)
             if self._under_way >= self.manner.in_flight_max:
@@ -173,7 +173,7 @@ class Player:
 
     async def _client(self, waiting: Iterator[Session]) -> None:
         for session in waiting:
-            if self._over(self._now()):
+            if self._out_of_time(self._now()):
                 return
             self._under_way += 1
             await self._session(session, self._now())
@@ -186,8 +186,8 @@ class Player:
                 if number:
                     due_s = self._now() + turn.think_s
                     await trio.sleep_until(self._began + due_s)
-                if self._over(due_s) or not await self._turn(conversation, number, turn, due_s):
-                    sent = number + (not self._over(due_s))
+                if self._out_of_time(due_s) or not await self._turn(conversation, number, turn, due_s):
+                    sent = number + (not self._out_of_time(due_s))
                     self.outcome.abandoned += len(session.turns) - sent
                     return
         finally:
@@ -197,9 +197,11 @@ class Player:
         """Send one request; whether the session can continue."""
         prompt = conversation.prompt(turn)
         # Built before the time of sending is taken: the time that it takes is the generator's lag.
-        body, told = self._body(prompt, turn), digest(prompt)
+        body, prompt_digest = self._body(prompt, turn), digest(prompt)
         session = conversation.session
-        record = Record(session.id, number, session.tenant, due_s, self._now(), turn.output_tokens, told)
+        record = Record(
+            session.id, number, session.tenant, due_s, self._now(), turn.output_tokens, prompt_digest
+        )
         self.outcome.last_due_s = max(self.outcome.last_due_s, due_s)
         answer = Answer()
         self.progress.sent += 1

@@ -54,13 +54,13 @@ class Live:
 
     def line(self, progress: Progress, elapsed_s: float) -> str:
         """The progress on one line."""
-        told = ", ".join(f"{name} {value}" for name, value in self.cells(progress, elapsed_s))
-        return f"{elapsed_s:7.1f} s  {told}"
+        figures = ", ".join(f"{name} {value}" for name, value in self.cells(progress, elapsed_s))
+        return f"{elapsed_s:7.1f} s  {figures}"
 
     def page(self, progress: Progress, elapsed_s: float) -> Group:
         """The progress as a bar and a table."""
-        over = progress.ok + progress.failed
-        bar = ProgressBar(total=progress.planned, completed=over)
+        ended = progress.ok + progress.failed
+        bar = ProgressBar(total=progress.planned, completed=ended)
         if self.duration_s is not None:
             bar = ProgressBar(total=self.duration_s, completed=min(elapsed_s, self.duration_s))
         table = Table(box=None, show_header=False)
@@ -108,7 +108,7 @@ def summary(run: Run) -> None:
         markup=False,
     )
     console.print(latencies(figures))
-    for line in told(run.summary):
+    for line in figure_lines(run.summary):
         console.print(line, highlight=False, markup=False)
     for warning in run.summary["warnings"]:
         console.print(f"! {warning}", style="yellow", highlight=False, markup=False)
@@ -130,7 +130,7 @@ def latencies(figures: dict[str, Any]) -> Table:
     return table
 
 
-def told(found: dict[str, Any]) -> list[str]:
+def figure_lines(found: dict[str, Any]) -> list[str]:
     """The figures other than latencies, one line each."""
     figures, rates = found["figures"], found["figures"]["throughput"]
     lines = [

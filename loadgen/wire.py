@@ -118,7 +118,7 @@ def _chunk_size(line: bytes) -> int:
     try:
         return int(digits, 16)
     except ValueError:
-        raise WireError(f"a chunk size that is none: {digits[:40]!r}") from None
+        raise WireError(f"not a chunk size: {digits[:40]!r}") from None
 
 
 @attrs.define

@@ -136,7 +136,7 @@ def test_damage_is_said_on_stderr(logs, capsys):
         (["check", "--set", "frontend.prt=1"], "did you mean port?"),
         (["up", "-c", "dmo"], "did you mean demo?"),
         (["status", "--url", "localhost:1"], "--url must begin with http://"),
-        (["status", "--url", "http://127.0.0.1:1"], "nothing answers at http://127.0.0.1:1"),
+        (["status", "--url", "http://127.0.0.1:1"], "no answer at http://127.0.0.1:1"),
         (["stauts"], "status"),
         (["logs", "--actr", "x"], "--actor"),
     ],
@@ -193,7 +193,7 @@ def test_status_finds_the_cluster_of_this_directory_and_its_key(cluster, capsys,
     assert cli.run(["status", "--log-dir", str(tmp_path)]) == 0
     capsys.readouterr()
     assert cli.run(["status", "--url", cluster.url]) == 2
-    assert "asks for a key: give --api-key" in capsys.readouterr().err
+    assert "requires a key: give --api-key" in capsys.readouterr().err
     assert cli.run(["status", "--url", cluster.url, "--api-key", "k1"]) == 0
 
 
@@ -225,10 +225,10 @@ def test_role_and_drain_ask_the_cluster_and_pass_on_its_refusals(cluster, capsys
 def test_status_without_a_cluster_says_so(monkeypatch, tmp_path):
     """If it failed, "nothing runs" could not be told from "it is broken"."""
     monkeypatch.setattr("memserve.processes.place.find_running", lambda log_dir: None)
-    with pytest.raises(UserError, match="no memserve runs that logs to"):
+    with pytest.raises(UserError, match="no running memserve logs to"):
         status.Target.find(None, None, tmp_path)
     monkeypatch.setattr("memserve.processes.place.find_running", lambda log_dir: {"pid": 7, "url": None})
-    with pytest.raises(UserError, match=r"pid 7\) but does not serve yet"):
+    with pytest.raises(UserError, match=r"pid 7\) but is not serving yet"):
         status.Target.find(None, None, tmp_path)
 
 

@@ -39,7 +39,7 @@ class Home:
     buried: list[ActorId] = attrs.field(factory=list)
     connections: list[EventSocket] = attrs.field(factory=list)
 
-    def change(self, resolved: Resolved) -> None:
+    def replace_config(self, resolved: Resolved) -> None:
         """Take in a worker more or less."""
         self.resolved = resolved
 
@@ -62,7 +62,7 @@ async def gate(log_dir: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[
         home.gate = Gate(
             place,
             lambda: home.resolved,
-            home.change,
+            home.replace_config,
             home.buried.append,
             lambda: home.is_open,
             home.said.append,
@@ -133,7 +133,7 @@ async def test_what_else_is_refused(tmp_path, monkeypatch) -> None:
         home.is_open = False
         with pytest.raises(UserError, match="the cluster is shutting down"):
             await home.knock(attrs.evolve(D1, name="d2"))
-    with pytest.raises(UserError, match="lets no worker in: it is starting or ending"):
+    with pytest.raises(UserError, match="accepts no worker now: it is starting or ending"):
         knock(tmp_path, D1, 1)
 
 
@@ -180,8 +180,8 @@ def test_what_the_machine_must_have(tmp_path) -> None:
         config=attrs.evolve(cluster.config, shard=(ShardConfig(name="s0", device="cuda:0"),)),
         gpu_worker_bytes=2 << 30,
     )
-    for free, problem in ((3 << 30, ""), (1 << 30, r"takes 2 GiB of cuda:0, and 1 GiB are free")):
-        gpus = Gpus((Gpu(0, "u", "H100", 80 << 30, free, (9, 0)),))
+    for free, problem in ((3 << 30, ""), (1 << 30, r"needs 2 GiB of cuda:0, and 1 GiB are free")):
+        gpus = Gpus((Gpu(0, "u", "H100", free, (9, 0)),))
         with pytest.raises(UserError, match=problem) if problem else contextlib.nullcontext():
             check_machine(D1, on_gpu, 1, lambda gpus=gpus: gpus)
     with pytest.raises(UserError, match="on cuda:0, but no driver"):
@@ -195,14 +195,14 @@ def test_which_cluster_is_meant(tmp_path, monkeypatch) -> None:
     assert log_dir_of("demo", [f"logging.dir={tmp_path}"], None) == tmp_path
     with pytest.raises(UserError, match="give either --config or --log-dir"):
         log_dir_of("demo", [], tmp_path)
-    with pytest.raises(UserError, match="--set goes with --config"):
+    with pytest.raises(UserError, match="--set requires --config"):
         log_dir_of(None, ["frontend.port=1"], None)
 
 
 def test_mistakes_of_the_command_line_exit_2(capsys, tmp_path) -> None:
     """Somebody would wait for a worker that never comes."""
     for words, said in (
-        (["join", "--name", "d1", "--log-dir", str(tmp_path)], "no memserve runs that logs to"),
+        (["join", "--name", "d1", "--log-dir", str(tmp_path)], "no running memserve logs to"),
         (["join", "tcp://h:1", "--name", "d1"], far_away("tcp://h:1")),
         (["join"], "--name"),
         (["join", "--name", "d1", "--role", "boss"], "boss"),

@@ -17,8 +17,8 @@ from memserve.settings.gpus import Gpu, Gpus, find_gpus, parse, visible
 from memserve.settings.sections import BatchConfig, ModelConfig
 from test_config import MACHINE, SPEC
 
-ANSWER = "0, GPU-aa, NVIDIA H100 80GB HBM3, 81559, 80000, 9.0\n1, GPU-bb, NVIDIA H100 80GB HBM3, 81559, 1024, 9.0\n"
-H100 = Gpu(0, "GPU-aa", "NVIDIA H100 80GB HBM3", 81559 << 20, 80000 << 20, (9, 0))
+ANSWER = "0, GPU-aa, NVIDIA H100 80GB HBM3, 80000, 9.0\n1, GPU-bb, NVIDIA H100 80GB HBM3, 1024, 9.0\n"
+H100 = Gpu(0, "GPU-aa", "NVIDIA H100 80GB HBM3", 80000 << 20, (9, 0))
 ON_GPU = """
 [model]
 path = "m.gguf"

@@ -146,7 +146,7 @@ async def test_the_terminal_tells_how_a_run_goes(autojump_clock):
     page, line = shown
     assert " 5 of 6" in page and "http 429" in page
     assert "ok 3" in line and "failed 1" in line and "TTFT p50/p99 1,000/1,000 ms" in line
-    assert "http 429: 2, for example: too much to do" in terminal.told(run.summary)
+    assert "http 429: 2, for example: too much to do" in terminal.figure_lines(run.summary)
 
 
 async def test_the_warm_up_is_not_measured(autojump_clock):

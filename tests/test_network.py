@@ -48,12 +48,12 @@ def test_a_key_is_private_and_never_overwritten(key: Path, capsys: pytest.Captur
 
 def test_a_file_that_is_no_key_is_called_so(tmp_path: Path) -> None:
     """ZeroMQ would fail in an actor with nothing but 'invalid argument'."""
-    with pytest.raises(UserError, match=r"is not there: make it on one host with `memserve key"):
+    with pytest.raises(UserError, match=r"does not exist: make it on one host with `memserve key"):
         read_key(tmp_path / "key")
     (tmp_path / "key").touch(mode=0o600)
     for text in ("", "memserve-cluster-key short\n", "memserve-cluster-key " + "\xff" * 40):
         (tmp_path / "key").write_text(text)
-        with pytest.raises(UserError, match="holds no key"):
+        with pytest.raises(UserError, match="does not contain a cluster's key"):
             read_key(tmp_path / "key")
 
 
@@ -92,7 +92,7 @@ def test_an_address_must_be_this_machines_and_its_port_free() -> None:
         ("[cluster]\nlisten = '0.0.0.0:7'\nkey = 'k'", "cluster.listen must be HOST:PORT"),
         ("[cluster]\nlisten = '[::1]:70000'\nkey = 'k'", "cluster.listen must be HOST:PORT"),
         ("[cluster]\nlisten = '[fd00::1]:7070'", "cluster.key is required"),
-        ("[cluster]\nlisten = 'a:1'\njoin = 'b:1'\nkey = 'k'", "cluster.join must be left out beside listen"),
+        ("[cluster]\nlisten = 'a:1'\njoin = 'b:1'\nkey = 'k'", "cluster.join must be left out where listen is set"),
         ("[cluster]\njoin = 'a:1'\nkey = 'k'", "cluster.address is required with join"),
         ("[cluster]\nlisten = 'a:1'\naddress = 'a'\nkey = 'k'", "cluster.address must be left out without join"),
         (

@@ -14,7 +14,7 @@ from memserve.messages import Change, Member
 from memserve.scheduling.changes import HAND, SCHEDULER, changed
 from memserve.scheduling.fleet import Fleet
 from memserve.scheduling.membership import pairs
-from memserve.scheduling.roles import CALM_S, NOBODY_S, TICK_S, Prices, Roles
+from memserve.scheduling.roles import CALM_S, EMPTY_SIDE_S, TICK_S, Prices, Roles
 from memserve.sim.layout import fixed
 from memserve.sim.report import Report
 from memserve.sim.run import Run, simulate
@@ -102,7 +102,7 @@ def test_where_prompts_wait_a_decode_worker_helps():
     office.load("d2", rows=5.0)
     assert office.run(1.0) == {"p0": "prefill", "d0": "decode", "d1": "both", "d2": "decode"}, "the idle one"
     (why,) = office.said
-    assert (why["worker"], why["role"], why["reason"]) == ("d1.1", "both", "prompts wait")
+    assert (why["worker"], why["role"], why["reason"]) == ("d1.1", "both", "prompts are waiting")
     assert why["prefill_price_ms"] > 250
     assert office.members["d1"].role_by == SCHEDULER
     office.load("d1", waiting=4000.0)
@@ -181,8 +181,8 @@ def test_when_all_of_a_side_help_the_other_side_does_too():
     for name in ("p0", "p1"):
         office.load(name, waiting=4000.0)
     assert set(office.run(5.0).values()) == {"both"}
-    assert [one["reason"] for one in office.said] == ["prompts wait"] * 2 + [
-        "all that decode prefill, too"
+    assert [one["reason"] for one in office.said] == ["prompts are waiting"] * 2 + [
+        "all decode workers also prefill"
     ] * 2
 
 
@@ -192,14 +192,14 @@ def test_when_the_last_of_a_side_dies_another_one_takes_over(gone, left):
     office = Office.of(("p0", "prefill"), ("d0", "decode"))
     office.run(1.0)
     office.lose(gone)
-    assert office.run(NOBODY_S - TICK_S)[left] != "both", "it may only be slower to report"
+    assert office.run(EMPTY_SIDE_S - TICK_S)[left] != "both", "it may only be slower to report"
     assert office.run(2 * TICK_S)[left] == "both"
 
 
 def test_at_the_start_workers_may_come_one_after_another():
     """Each start of a cluster, or of its scheduler, would change roles."""
     office = Office.of(("d0", "decode"))
-    assert office.run(NOBODY_S - TICK_S) == {"d0": "decode"}
+    assert office.run(EMPTY_SIDE_S - TICK_S) == {"d0": "decode"}
     office.members |= Office.of(("p0", "prefill")).members
     assert office.run(10.0) == {"d0": "decode", "p0": "prefill"}
     assert office.said == []

@@ -28,7 +28,7 @@ from memserve.scheduling.fleet import Fleet
 from memserve.scheduling.global_tree import GlobalTree
 from memserve.scheduling.membership import DEAD_AFTER_S, DEAD_STARTING_S, pairs
 from memserve.scheduling.policies import LeastLoad, RoundRobin
-from memserve.scheduling.scheduler import SMALL, SchedulerCore
+from memserve.scheduling.scheduler import SMALL_CLUSTER, SchedulerCore
 from memserve.tokens import pack
 
 ME = Member(ActorId("scheduler-0.1"), "GlobalScheduler", "ipc://s", 1, "ready")
@@ -262,12 +262,12 @@ def test_a_scheduler_that_was_stopped_calls_nobody_silent() -> None:
 
 def test_in_a_large_cluster_changes_are_told_together() -> None:
     """If each of a thousand that start were told to all at once, a view for everyone each time, none would ever be heard."""
-    core = scheduler(SHARD, *(decode(f"d{i}") for i in range(2 * SMALL)))
+    core = scheduler(SHARD, *(decode(f"d{i}") for i in range(2 * SMALL_CLUSTER)))
     more = [decode(f"e{i}") for i in range(50)]
     core.advance(0.5)
     core.take()
     core.receive(more[0].id, Load(more[0]), 1.0)
-    assert len(sent(core, Cluster)) == 2 * SMALL + 2
+    assert len(sent(core, Cluster)) == 2 * SMALL_CLUSTER + 2
     for one in more[1:]:
         core.receive(one.id, Load(one), 1.001)
     assert not sent(core, Cluster)
@@ -275,7 +275,7 @@ def test_in_a_large_cluster_changes_are_told_together() -> None:
     core.advance(core.deadline)
     views = sent(core, Cluster)
     assert {one.to for one in views} >= {SHARD.id, more[0].id, more[-1].id}
-    assert len(views[0].message.members) == 2 * SMALL + 52
+    assert len(views[0].message.members) == 2 * SMALL_CLUSTER + 52
 
 
 def test_one_that_still_starts_may_be_silent_for_longer() -> None:

@@ -8,7 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from memserve.actions import Kill, Log, Overslept, Send
 from memserve.errors import PoolError
-from memserve.mempool.leases import LACKING_S
+from memserve.mempool.leases import STARVED_S
 from memserve.mempool.pool import Pool
 from memserve.mempool.shard import ShardCore
 from memserve.mempool.shard_calls import ShardCalls
@@ -194,8 +194,8 @@ def test_a_refused_lease_that_asks_no_more_holds_nobody_up():
     shard.say("p.1", AllocMem(3, old.lease, 1))
     shard.say("p.1", FreeMem(young.lease, 4))
     assert shard.say("p.1", Acquire(5, "bob", PROMPT, 0)) == []
-    assert shard.core.deadline == LACKING_S
-    assert [type(one) for _, one in shard.wait(LACKING_S)] == [Acquired]
+    assert shard.core.deadline == STARVED_S
+    assert [type(one) for _, one in shard.wait(STARVED_S)] == [Acquired]
 
 
 def test_a_silent_owner_loses_its_leases_on_the_timer():

@@ -265,7 +265,7 @@ def test_layouts_and_policies_are_compared_by_an_slo(capsys: pytest.CaptureFixtu
         (("--workload", "poetry"), "must be one of sharegpt, loogle, react, shifting"),
         ((), "give either --trace FILE or --workload"),
         (("--workload", "react", "--faults", "flood"), "--faults must be all, none or of"),
-        (("--workload", "react", "--slo", "speed=1"), "--slo knows ttft, tpot, jct"),
+        (("--workload", "react", "--slo", "speed=1"), "--slo must use the names ttft, tpot, jct"),
         (("--workload", "react", "--sites", "-1"), "--sites must be at least 1"),
         (("--trace", "/nowhere.jsonl"), "cannot be read"),
         (("--workload", "react", "--costs", "/nowhere.toml"), "--costs /nowhere.toml"),

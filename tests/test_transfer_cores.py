@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memserve.transfer.incoming import LandingRefused
+from memserve.transfer.incoming import ReceiveRefused
 from memserve.transfer.values import TransferDone
 from memserve.transfer_messages import Failure, Granularity, TransferOffer
 from transfer_world import GEOMETRY, Faults, Pool, World
@@ -100,7 +100,7 @@ def test_a_full_receiver_says_so_at_once():
     world.settled()
 
 
-def test_the_model_landing_is_one():
+def test_the_model_pool_is_one():
     """If the world's pool did not count, the leak test above could not fail."""
     world = World(Faults(), 1)
     shard = world.shard("a", pages=2)
@@ -108,5 +108,5 @@ def test_the_model_landing_is_one():
     pages = pool.grant(("a.1", 1), OFFER)
     with pytest.raises(AssertionError, match="not complete"):
         pool.commit(("a.1", 1), OFFER, pages)
-    with pytest.raises(LandingRefused):
+    with pytest.raises(ReceiveRefused):
         pool.grant(("a.1", 2), OFFER)

@@ -8,7 +8,7 @@ import pytest
 from memserve.actions import Kill
 from memserve.messages import Gone
 from memserve.transfer.actions import Expect, Post, Received, ReceiveFailed, StopReceiving
-from memserve.transfer.incoming import GONE_REMEMBERED, QUARANTINE_S, Incoming, LandingRefused
+from memserve.transfer.incoming import GONE_REMEMBERED, QUARANTINE_S, Incoming, ReceiveRefused
 from memserve.transfer_messages import (
     Failure,
     Granularity,
@@ -39,7 +39,7 @@ OFFER = TransferOffer(
 LEASE = 7
 
 
-class Landing:
+class ReceivingPool:
     """Grants pages 0, 1, 2, ... and writes down what it is told."""
 
     def __init__(self, refuse=None):
@@ -48,14 +48,14 @@ class Landing:
     def grant(self, key, offer):
         """See the protocol."""
         if self.refuse == "grant":
-            raise LandingRefused(Failure.RECEIVER_FULL, "full")
+            raise ReceiveRefused(Failure.RECEIVER_FULL, "full")
         self.next += offer.pages
         return tuple(range(self.next - offer.pages, self.next))
 
     def commit(self, key, offer, pages):
         """See the protocol."""
         if self.refuse == "commit":
-            raise LandingRefused(Failure.REFUSED, "the tokens do not fit")
+            raise ReceiveRefused(Failure.REFUSED, "the tokens do not fit")
         self.calls.append(("commit", key, pages))
         return LEASE
 
@@ -65,40 +65,40 @@ class Landing:
 
 
 def incoming(*ways, refuse=None, **limits):
-    """A receiver's core, and its landing."""
-    landing = Landing(refuse)
-    return Incoming(GEOMETRY, "host", landing, ways, **limits), landing
+    """A receiver's core, and its pool."""
+    pool = ReceivingPool(refuse)
+    return Incoming(GEOMETRY, "host", pool, ways, **limits), pool
 
 
 def test_written_by_the_sender_it_is_complete_when_the_sender_says_so():
     """If anything were acknowledged before, a sender could count on pages that cannot be matched."""
-    core, landing = incoming(MAPPED, TCP)
+    core, pool = incoming(MAPPED, TCP)
     core.receive("a.1", OFFER, 0.0)
     assert core.take() == [Post("a.1", TransferGranted(1, (0, 1), MAPPED))]
     core.receive("a.1", TransferSent(1), 1.0)
 
-    assert landing.calls == [("commit", ("a.1", 1), (0, 1))]
+    assert pool.calls == [("commit", ("a.1", 1), (0, 1))]
     assert core.take() == [Post("a.1", TransferArrived(1, LEASE))]
     assert core.deadline == float("inf")
 
 
 def test_read_here_it_is_complete_when_it_was_read():
     """If the sender's word counted, bytes that are still in a socket would be served."""
-    core, landing = incoming(TCP)
+    core, pool = incoming(TCP)
     core.receive("a.1", OFFER, 0.0)
     expect = Expect("a.1", 1, (0, 1), Granularity.AGGREGATED, 5.0)
     assert core.take() == [expect, Post("a.1", TransferGranted(1, (0, 1), TCP))]
     core.receive("a.1", TransferSent(1), 1.0)
-    assert landing.calls == [] and core.take() == []
+    assert pool.calls == [] and core.take() == []
     core.receive("b.1", Received("a.1", 1), 1.0)
 
-    assert landing.calls == [("commit", ("a.1", 1), (0, 1))]
+    assert pool.calls == [("commit", ("a.1", 1), (0, 1))]
     assert core.take() == [Post("a.1", TransferArrived(1, LEASE))]
 
 
 def test_every_repeat_gets_the_same_answer_and_no_second_grant():
     """If a lost answer led to a second grant, the first pages would leak."""
-    core, landing = incoming(MAPPED)
+    core, pool = incoming(MAPPED)
     for _ in range(3):
         core.receive("a.1", OFFER, 0.0)
         assert core.take() == [Post("a.1", TransferGranted(1, (0, 1), MAPPED))]
@@ -108,49 +108,49 @@ def test_every_repeat_gets_the_same_answer_and_no_second_grant():
     core.receive("a.1", OFFER, 2.0)
 
     assert core.take() == [Post("a.1", TransferArrived(1, LEASE))]
-    assert landing.calls == [("commit", ("a.1", 1), (0, 1))]
+    assert pool.calls == [("commit", ("a.1", 1), (0, 1))]
 
 
 def test_late_pages_stay_taken_until_their_writer_has_stopped():
     """If they were freed at the deadline, a slow sender would write into another request's KV."""
-    core, landing = incoming(MAPPED)
+    core, pool = incoming(MAPPED)
     core.receive("a.1", OFFER, 0.0)
     core.take()
     core.advance(5.0)
     assert core.take() == [Post("a.1", TransferStop(1))]
     core.advance(core.deadline)
     assert core.take() == [Post("a.1", TransferStop(1))]
-    assert landing.calls == []
+    assert pool.calls == []
     core.receive("a.1", TransferWithdrawn(1), 7.0)
 
-    assert landing.calls == [("release", ("a.1", 1), (0, 1))]
+    assert pool.calls == [("release", ("a.1", 1), (0, 1))]
     assert [post.message.failure for post in core.take()] == [Failure.DEADLINE]
     assert len(core) == 0
 
 
 def test_what_is_read_here_stops_here():
     """If the pages were freed before the socket is left alone, its bytes would land in another request's KV."""
-    core, landing = incoming(TCP)
+    core, pool = incoming(TCP)
     core.receive("a.1", OFFER, 0.0)
     core.take()
     core.advance(5.0)
-    assert core.take() == [StopReceiving("a.1", 1)] and landing.calls == []
+    assert core.take() == [StopReceiving("a.1", 1)] and pool.calls == []
     core.receive("b.1", ReceiveFailed("a.1", 1, Failure.WITHDRAWN, "stopped"), 5.0)
 
-    assert landing.calls == [("release", ("a.1", 1), (0, 1))]
+    assert pool.calls == [("release", ("a.1", 1), (0, 1))]
     assert [post.message.failure for post in core.take()] == [Failure.DEADLINE]
 
 
 def test_a_dead_sender_is_killed_for_good_before_its_pages_are_free():
     """If it only slept, it would go on copying when it wakes, into pages that are somebody else's."""
-    core, landing = incoming(MAPPED)
+    core, pool = incoming(MAPPED)
     for number in (1, 2):
         core.receive("a.1", attrs.evolve(OFFER, id=number), 0.0)
     core.take()
     core.receive("scheduler", Gone(("a.1",)), 1.0)
 
     assert core.take()[0] == Kill("a.1", 7)
-    assert [call[0] for call in landing.calls] == ["release", "release"]
+    assert [call[0] for call in pool.calls] == ["release", "release"]
     core.receive("a.1", attrs.evolve(OFFER, id=3), 2.0)  # was still on its way
     assert [post.message.failure for post in core.take()] == [Failure.PEER_GONE]
     assert len(core) == 0
@@ -158,15 +158,15 @@ def test_a_dead_sender_is_killed_for_good_before_its_pages_are_free():
 
 def test_a_dead_sender_with_rdma_is_waited_for():
     """If its pages were freed at once, a write that its network card still repeats would land in them."""
-    core, landing = incoming(NIXL)
+    core, pool = incoming(NIXL)
     core.receive("a.1", OFFER, 0.0)
     core.receive("scheduler", Gone(("a.1",)), 1.0)
     core.advance(QUARANTINE_S)
-    assert landing.calls == []
+    assert pool.calls == []
     assert core.deadline == 1.0 + QUARANTINE_S
     core.advance(1.0 + QUARANTINE_S)
 
-    assert landing.calls == [("release", ("a.1", 1), (0, 1))]
+    assert pool.calls == [("release", ("a.1", 1), (0, 1))]
     core.check()
 
 
@@ -223,7 +223,7 @@ def test_transfers_under_way_are_limited():
 
 def test_a_refused_insert_is_no_arrival():
     """If it were acknowledged, the sender would free pages that nobody has."""
-    core, landing = incoming(MAPPED, refuse="commit")
+    core, pool = incoming(MAPPED, refuse="commit")
     core.receive("a.1", OFFER, 0.0)
     core.take()
     core.receive("a.1", TransferSent(1), 0.0)
@@ -231,7 +231,7 @@ def test_a_refused_insert_is_no_arrival():
     assert [post.message for post in core.take()] == [
         TransferRefused(1, Failure.REFUSED, "the tokens do not fit")
     ]
-    assert landing.calls == [("release", ("a.1", 1), (0, 1))]
+    assert pool.calls == [("release", ("a.1", 1), (0, 1))]
 
 
 def test_what_is_too_old_to_be_remembered_does_not_begin_again():

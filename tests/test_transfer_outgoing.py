@@ -182,7 +182,7 @@ def test_layers_are_passed_on_as_they_come_and_kept_until_there_is_somewhere_to_
 @pytest.mark.parametrize(
     ("order", "text"),
     [
-        (attrs.evolve(ORDER, source=()), "at least one"),
+        (attrs.evolve(ORDER, source=()), "at least 1"),
         (attrs.evolve(ORDER, destination=(1,)), "from 2 pages to 1"),
         (attrs.evolve(ORDER, destination=(1, 1)), "twice"),
         (attrs.evolve(ORDER, fed=True), "only by_layer"),

@@ -89,7 +89,7 @@ def test_repeats_count_once_and_strangers_not_at_all():
 
 @pytest.mark.parametrize(
     ("source", "destination", "text"),
-    [((), (), "at least one"), ((1, 2), (1,), "from 2 pages to 1"), ((1, 2), (3, 3), "twice")],
+    [((), (), "at least 1"), ((1, 2), (1,), "from 2 pages to 1"), ((1, 2), (3, 3), "twice")],
 )
 def test_a_transfer_pairs_pages(source, destination, text):
     """If it did not, which bytes a page holds would depend on the order of two copies."""

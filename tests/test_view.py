@@ -134,7 +134,7 @@ def test_two_schedulers_make_one_view_and_an_old_one_is_forgotten() -> None:
     assert {one.id for one in view.members()} == {SHARD.id, D0.id}
 
 
-ANEW = Health("degraded", "a scheduler that has just started is hearing from everyone anew")
+COLLECTING = Health("degraded", "a scheduler that has just started is still collecting reports")
 GS2 = ActorId("scheduler-0.2")
 
 
@@ -144,9 +144,11 @@ def test_a_scheduler_s_successor_that_knows_nobody_yet_takes_nobody_away(told: b
     view = seen(*WHOLE)
     if told:
         view.gone((GS,), 1.0)
-        assert view.health(ME, {}, 1.0) == attrs.evolve(ANEW, reason=f"scheduler-0 is gone; {ANEW.reason}")
+        assert view.health(ME, {}, 1.0) == attrs.evolve(
+            COLLECTING, reason=f"scheduler-0 is gone; {COLLECTING.reason}"
+        )
     view.heard(Cluster(GS2, (attrs.evolve(SCHEDULER, id=GS2),)), 1.0)
-    assert view.health(ME, {}, 1.0 + RECOVERING_S - 0.1) == ANEW
+    assert view.health(ME, {}, 1.0 + RECOVERING_S - 0.1) == COLLECTING
     assert view.health(ME, {}, 1.0 + RECOVERING_S) == Health("unavailable", "no MemPoolShard is ready")
     view.heard(Cluster(GS2, (SHARD, P0, D0)), 3.0)
     assert view.health(ME, {}, 3.0) == Health("ok")
@@ -171,4 +173,4 @@ def test_a_scheduler_that_restarts_twice_takes_nobody_away_either() -> None:
     view = seen(*WHOLE)
     view.heard(Cluster(GS2, ()), 1.0)
     view.heard(Cluster(ActorId("scheduler-0.3"), ()), 2.0)
-    assert view.health(ME, {}, 2.5) == ANEW
+    assert view.health(ME, {}, 2.5) == COLLECTING

@@ -67,7 +67,7 @@ def content(page):
 
 
 @attrs.define(eq=False)
-class Landing:
+class HostPool:
     """A pool of free pages that checks what is committed."""
 
     memory: memoryview
@@ -98,7 +98,7 @@ class Host:
     """The process."""
 
     id: str
-    landing: Landing
+    pool: HostPool
     outgoing: Outgoing
     incoming: Incoming
     perform: dict = attrs.field(factory=dict)
@@ -182,7 +182,7 @@ class Host:
         size = GEOMETRY.page_bytes
         while True:
             await trio.sleep(0.002)
-            if self.landing.granted and self.landing.memory[self.landing.granted[0] * size]:
+            if self.pool.granted and self.pool.memory[self.pool.granted[0] * size]:
                 say("half")
                 return
 
@@ -214,13 +214,13 @@ async def main(name, incarnation, path, address, peer=""):
         arena.memory[page * GEOMETRY.page_bytes :][: GEOMETRY.page_bytes] = content(page)
     host, port = address.split(":")
     socket_path = Path(tempfile.mkdtemp()) / "arena"
-    landing = Landing(arena.memory)
+    pool = HostPool(arena.memory)
     identity = host_identity()
     node = Host(
         actor,
-        landing,
+        pool,
         Outgoing(actor, GEOMETRY, identity, os.getpid(), ()),
-        Incoming(GEOMETRY, identity, landing, ()),
+        Incoming(GEOMETRY, identity, pool, ()),
     )
     async with trio.open_nursery() as nursery:
         config = TransferSettings(path=path, host=host)

@@ -31,7 +31,7 @@ from memserve.transfer.actions import (
     WriteFailed,
     Wrote,
 )
-from memserve.transfer.incoming import Incoming, LandingRefused
+from memserve.transfer.incoming import Incoming, ReceiveRefused
 from memserve.transfer.outgoing import Outgoing
 from memserve.transfer.values import Geometry, Piece, TransferDone
 from memserve.transfer_messages import (
@@ -61,7 +61,7 @@ class Faults:
 
 @attrs.define(eq=False)
 class Pool:
-    """A landing whose accounts are kept, and whose commits are checked by content."""
+    """A receiving pool whose accounts are kept, and whose commits are checked by content."""
 
     shard: Shard
     free: list[int]
@@ -69,18 +69,18 @@ class Pool:
     committed: dict = attrs.field(factory=dict)
 
     def grant(self, key, offer):
-        """See Landing."""
+        """See ReceivingPool."""
         if len(self.free) < offer.pages:
-            raise LandingRefused(Failure.RECEIVER_FULL, f"{len(self.free)} pages are free")
+            raise ReceiveRefused(Failure.RECEIVER_FULL, f"{len(self.free)} pages are free")
         assert key not in self.held and key not in self.committed, f"{key} was granted twice"
         self.held[key] = tuple(self.free.pop() for _ in range(offer.pages))
         return self.held[key]
 
     def commit(self, key, offer, pages):
-        """See Landing. What becomes visible must be whole, and right."""
+        """See ReceivingPool. What becomes visible must be whole, and right."""
         world = self.shard.world
         if world.chance(world.faults.refuse_commit):
-            raise LandingRefused(Failure.REFUSED, "the tokens do not fit")
+            raise ReceiveRefused(Failure.REFUSED, "the tokens do not fit")
         for i, page in enumerate(pages):
             wanted = dict.fromkeys(range(GEOMETRY.layers), (key, i))
             assert self.shard.arena.get(page) == wanted, f"{key}: page {i} is visible, but not complete"
@@ -88,7 +88,7 @@ class Pool:
         return 0
 
     def release(self, key, offer, pages):
-        """See Landing."""
+        """See ReceivingPool."""
         assert self.held.pop(key) == pages
         self.free += pages
 
@@ -107,7 +107,7 @@ class Stream:
     waiting: list[Piece]
     missing: int
     stopped: bool = False
-    over: bool = False
+    ended: bool = False
 
 
 @attrs.define(eq=False)
@@ -292,7 +292,7 @@ class Shard:
         self._ended(stream, Wrote(number, 0))
 
     def _ended(self, stream, told):
-        stream.over = True
+        stream.ended = True
         self.streams.pop(stream.write.transfer.id)
         self.world.at(0.0, lambda: self.tell(self.id, told))
 

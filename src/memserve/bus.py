@@ -338,10 +338,10 @@ def as_client(socket: zmq.Socket[bytes], keys: KeyPair, endpoint: str) -> None:
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MS_MAX)
 
 
-async def knock(head: str, keys: KeyPair, late: Callable[[], None]) -> None:
+async def knock(head: str, keys: KeyPair, on_no_answer: Callable[[], None]) -> None:
     """Wait until the inbox at ``head`` accepts a connection with ``keys``.
 
-    Calls ``late`` if there is no answer within LATE_S, and keeps waiting. Raises UserError when the key is
+    Calls ``on_no_answer`` if there is no answer within LATE_S, and keeps waiting. Raises UserError when the key is
     refused.
     """
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -355,7 +355,7 @@ async def knock(head: str, keys: KeyPair, late: Callable[[], None]) -> None:
         with trio.move_on_after(LATE_S) as in_time:
             await _let_in(events, head)
         if in_time.cancelled_caught:
-            late()
+            on_no_answer()
             await _let_in(events, head)
     finally:
         socket.disable_monitor()
@@ -396,7 +396,7 @@ async def guarded(context: zmq.Context[zmq.Socket[bytes]], keys: KeyPair) -> Asy
     authenticator.start()
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_answer_for_ever, authenticator)
+            nursery.start_soon(_answer_forever, authenticator)
             yield
             nursery.cancel_scope.cancel()
     finally:
@@ -413,7 +413,7 @@ class _Members:
         return key == self.public.encode()
 
 
-async def _answer_for_ever(authenticator: Authenticator) -> None:
+async def _answer_forever(authenticator: Authenticator) -> None:
     questions = Inbox(authenticator.zap_socket)
     while True:
         # One at a time: a REP socket accepts no second question before it has answered the first.

@@ -45,7 +45,7 @@ Overrides = Annotated[
     Parameter(
         name="--set",
         negative=(),
-        help="KEY=VALUE over the file's, such as frontend.port=8123; may be repeated.",
+        help="KEY=VALUE overrides the file's value, such as frontend.port=8123; may be repeated.",
     ),
 ]
 Level = Literal["debug", "info", "warning", "error", "critical"]

@@ -40,17 +40,17 @@ from memserve.settings.sections import (
 class Config:
     """A whole cluster as configured. Relative paths count from the directory that memserve was started in."""
 
-    model: ModelConfig = setting(help="what is served")
+    model: ModelConfig = setting(help="the model to serve")
     pool: PoolConfig = setting(PoolConfig(), help="how every shard manages its pages")
     shard: tuple[ShardConfig, ...] = setting(DEFAULT_SHARDS, help="memory domains, one table each")
     worker: tuple[WorkerConfig, ...] = setting(DEFAULT_WORKERS, help="worker processes, one table each")
-    scheduler: SchedulerConfig = setting(SchedulerConfig(), help="who gets a request")
-    cache: CacheConfig = setting(CacheConfig(), help="what is kept of finished requests")
+    scheduler: SchedulerConfig = setting(SchedulerConfig(), help="which worker gets a request")
+    cache: CacheConfig = setting(CacheConfig(), help="which pages of finished requests stay cached")
     transfer: TransferConfig = setting(TransferConfig(), help="how pages move between shards")
-    batch: BatchConfig = setting(BatchConfig(), help="what one model step may hold")
-    frontend: FrontendConfig = setting(FrontendConfig(), help="the HTTP surface")
-    logging: LoggingConfig = setting(LoggingConfig(), help="where each run leaves its logs")
-    cluster: ClusterConfig = setting(ClusterConfig(), help="the other hosts, where there are any")
+    batch: BatchConfig = setting(BatchConfig(), help="the limits of one model step")
+    frontend: FrontendConfig = setting(FrontendConfig(), help="the HTTP server")
+    logging: LoggingConfig = setting(LoggingConfig(), help="where each run writes its logs")
+    cluster: ClusterConfig = setting(ClusterConfig(), help="the other hosts, if there are any")
 
     @property
     def scheduler_names(self) -> tuple[str, ...]:

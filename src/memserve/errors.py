@@ -76,7 +76,7 @@ class PoolError(Exception):
     """An insert of more tokens than the lease's pages hold, or an insert or transfer in which the numbers of
     tokens, pages and addresses do not match."""
     BAD_COUNT = "bad_count"
-    """A number of pages below 0, a deadline that is not positive, or an unknown granularity."""
+    """A number of pages below 0, or an invalid deadline or granularity."""
     BAD_TIER = "bad_tier"
     """A tier that the shard does not have, or whose pages cannot be leased."""
     FOREIGN_ADDRESS = "foreign_address"

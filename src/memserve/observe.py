@@ -266,7 +266,7 @@ def vllm_metrics(members: Sequence[Member]) -> dict[str, float]:
 HELP: dict[str, str] = {
     "memserve_up": "1 while the actor is ready, 0 while it starts or drains",
     "vllm:num_requests_running": "Requests in the workers' batches",
-    "vllm:num_requests_waiting": "Requests that wait for a worker, for pages or for their hand-off",
+    "vllm:num_requests_waiting": "Requests that wait for a worker, for pages or for their handoff",
     "vllm:kv_cache_usage_perc": "Pages held by running requests, as a share of all (1 is all)",
     "vllm:prefix_cache_queries_total": "Prompt tokens looked up in the pool",
     "vllm:prefix_cache_hits_total": "Prompt tokens found in the pool",

@@ -58,7 +58,7 @@ class Acquire:
     Cached pages there are brought in only if they, and the cached pages behind them, hold at least this many
     tokens. Computing fewer is faster.
     """
-    anew: bool = False
+    uncached: bool = False
     """Whether all of ``tokens`` must be computed: nothing is matched, and every page is new."""
     sequel_tokens: int = 0
     """How many tokens are wanted of what followed ``tokens`` when they were last in the index."""

@@ -90,11 +90,11 @@ class Supervisor:
             spec.name: Child(spec, self.policy(), self.hung_s) for spec in roster(self.resolved)
         }
         self._keeper = Keeper(
-            self.launch, self.resolved.run_dir, self.say, self._serving.is_set, self._heard,
+            self.launch, self.resolved.run_dir, self.say, self._serving.is_set, self._on_event,
             self._announce_death, self._left, self._tell_frontends,
         )  # fmt: skip
         self._gate = Gate(
-            self.launch.place, lambda: self.resolved, self._resolve_anew, self._announce_death,
+            self.launch.place, lambda: self.resolved, self._replace_config, self._announce_death,
             lambda: self._state != "draining", self.say,
         )  # fmt: skip
 
@@ -187,11 +187,11 @@ class Supervisor:
             return
         from memserve.bus import knock  # only where there is a network: a supervisor stays small
 
-        def late() -> None:
+        def on_no_answer() -> None:
             log.warning("cluster not found yet", head=network.head)
-            self.say(f"memserve: waiting for the cluster: nobody answers at {network.head}")
+            self.say(f"memserve: waiting for the cluster: no answer at {network.head}")
 
-        await knock(network.head, network.keys, late)
+        await knock(network.head, network.keys, on_no_answer)
         log.info("cluster found", head=network.head)
         self.say(f"memserve: found the cluster at {network.head}; this host is {network.address} in it")
 
@@ -226,7 +226,7 @@ class Supervisor:
             for child in self._children.values():
                 nursery.start_soon(self._keeper.keep, child)
 
-    def _heard(self, child: Child, event: dict[str, str]) -> None:
+    def _on_event(self, child: Child, event: dict[str, str]) -> None:
         if event["event"] == "hello" and child.spec.kind == "Frontend":
             for other in self._children.values():
                 self._tell_fate(child, other)
@@ -234,9 +234,9 @@ class Supervisor:
             child.url = event["url"]
             self._write_info()  # a successor may serve on another port if frontend.port is 0
         if event["event"] in ("serving", "ready"):
-            self._look_around()
+            self._check_started()
 
-    def _look_around(self) -> None:
+    def _check_started(self) -> None:
         """Check whether start-up has ended.
 
         In a cluster of several hosts, this host's own actors must be ready, too.
@@ -276,7 +276,7 @@ class Supervisor:
         else:
             frontend.events.send(event="up", name=child.spec.name)
 
-    def _resolve_anew(self, resolved: Resolved) -> None:
+    def _replace_config(self, resolved: Resolved) -> None:
         """Replace the configuration after a worker joined or left; actors read it when they start."""
         self.resolved = resolved
         self._write_info()

@@ -43,6 +43,22 @@ def common_prefix(one: bytes, other: bytes) -> int:
     return next((at for at, (a, b) in enumerate(pairs) if a != b), min(count(one), count(other)))
 
 
+def common_pages(key: bytes, packed: bytes, at: int, width: int) -> int:
+    """Bytes of whole pages that ``key`` shares with ``packed[at:]``; the first page must match.
+
+    ``width``: bytes of a page. Bisects over slices compared in C: reads at most twice the differing part,
+    however the two differ.
+    """
+    low, high = 1, min(len(key), len(packed) - at) // width
+    while low < high:
+        middle = (low + high + 1) // 2
+        if key[low * width : middle * width] == packed[at + low * width : at + middle * width]:
+            low = middle
+        else:
+            high = middle - 1
+    return low * width
+
+
 def pages_for(tokens: int, page_tokens: int) -> int:
     """Pages needed to hold ``tokens`` tokens (rounded up)."""
     return -(-tokens // page_tokens)

@@ -54,7 +54,7 @@ class Way:
     """How a sender reaches a receiver's arena; the receiver announces it with the pages that it grants."""
 
     path: str
-    """``mapped``, ``tcp`` or ``nixl``."""
+    """``mapped``, ``cuda``, ``tcp`` or ``nixl``."""
     address: str
     """For mapped, the arena's socket; for tcp, ``host:port``.
 

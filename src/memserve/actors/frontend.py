@@ -59,7 +59,7 @@ class ClientStream:
     _finish: str | None = attrs.field(default=None, init=False)
     _failure: Exception | None = attrs.field(default=None, init=False)
     _take: Take | None = attrs.field(default=None, init=False)
-    _over: trio.Event = attrs.field(factory=trio.Event, init=False)
+    _ended: trio.Event = attrs.field(factory=trio.Event, init=False)
 
     def put(self, delivery: Deliver) -> None:
         """Add a delivery. The shell calls this; :meth:`pass_on` follows in the same turn."""
@@ -72,7 +72,7 @@ class ClientStream:
 
     def pass_on(self) -> None:
         """Pass on everything gathered in this turn as one chunk."""
-        if self._take is None or self._over.is_set():
+        if self._take is None or self._ended.is_set():
             return
         if self._failure is None and (self._tokens or self._finish):
             logprobs, prompt = tuple(self._logprobs), tuple(self._prompt)
@@ -83,17 +83,17 @@ class ClientStream:
             try:
                 if not self._take(chunk):
                     self.outcome = "stop"
-                    self._over.set()
+                    self._ended.set()
             except Exception as error:  # one client's error must not end the turn, which serves all clients
                 self._failure = error
         if self._failure or self._finish:
-            self._over.set()
+            self._ended.set()
 
     async def listen(self, take: Take) -> None:
         """See :class:`memserve.api.service.Stream`."""
         self._take = take
         self.pass_on()
-        await self._over.wait()
+        await self._ended.wait()
         if self._failure is not None:
             raise self._failure
 
@@ -108,7 +108,7 @@ class FrontendService:
     """Why each actor that is down is down, by name; kept up to date by the supervisor's events."""
     ttft_s: observe.Histogram = attrs.field(factory=observe.Histogram, init=False)
     _streams: dict[str, ClientStream] = attrs.field(factory=dict, init=False)
-    _stirred: dict[str, ClientStream] = attrs.field(factory=dict, init=False)
+    _updated: dict[str, ClientStream] = attrs.field(factory=dict, init=False)
     """The streams that got something in this turn."""
 
     def __attrs_post_init__(self) -> None:
@@ -150,12 +150,12 @@ class FrontendService:
             stream.begun = True
             self.ttft_s.observe(self.shell.clock() - stream.opened_at)
         stream.put(delivery)
-        self._stirred[stream.id] = stream
+        self._updated[stream.id] = stream
 
     def pass_on(self) -> None:
         """Pass one chunk to each handler, however many steps' tokens came in this turn."""
-        stirred, self._stirred = self._stirred, {}
-        for stream in stirred.values():
+        updated, self._updated = self._updated, {}
+        for stream in updated.values():
             stream.pass_on()
 
     def health(self) -> Health:

@@ -21,7 +21,7 @@ from memserve.actors.membership import introduce, pass_on_deaths
 from memserve.bus import open_link
 from memserve.config import Resolved
 from memserve.costs import Site, StepCosts
-from memserve.engine.batching import BatchLimits, WorkerSettings
+from memserve.engine.batching import RETIRE, BatchLimits, WorkerSettings
 from memserve.engine.guide import Guide
 from memserve.engine.plans import StepEngine
 from memserve.engine.worker import WorkerCore
@@ -29,7 +29,7 @@ from memserve.errors import PeerError, PeerUnreachable
 from memserve.identity import ActorId
 from memserve.processes.actor import ActorContext, RestartNeeded, ready_model
 from memserve.processes.lifeline import Lifeline
-from memserve.scheduling.joining import JoiningCore
+from memserve.scheduling.joining import SHARD_WAIT_S, JoiningCore
 from memserve.scheduling.presence import Reporting
 from memserve.settings.gpus import device_index
 from memserve.settings.sections import ShardConfig
@@ -40,14 +40,6 @@ if TYPE_CHECKING:
     from memserve.engine.grammars import Grammars
     from memserve.engine.runner import CpuEngine
 
-RETIRE = {"off": "none", "1": "prompt", "2": "all", "3": "all"}
-"""Which pages each caching mode gives to the index.
-
-On a shared shard modes 2 and 3 do the same and move no byte. Across shards, mode 3 also returns an answer's
-pages to the prefill worker's shard.
-"""
-SHARD_WAIT_S = 60.0
-"""How long a starting worker waits for its shard before it asks to be restarted."""
 PLANNED_S = 0.3
 """Shortest stay of a draining worker: requests that were placed before the scheduler knew still arrive."""
 CORES_FILE = "cores.lock"

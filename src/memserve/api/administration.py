@@ -32,5 +32,7 @@ async def read_change(request: Request) -> Change:
         message = f'The body must be {{"role": "prefill" | "decode" | "both" | "auto"}} or {{"drain": true}}: {error}'
         raise ApiError(message, code="invalid_value") from error
     if (body.role is not None) == body.drain:
-        raise ApiError("Give either role, or drain as true", "role", code="invalid_value")
+        raise ApiError(
+            "The body must have either role, or drain with the value true", "role", code="invalid_value"
+        )
     return Change(body.role or "", body.drain)

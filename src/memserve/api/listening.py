@@ -58,8 +58,10 @@ def _set_options(listener: socket.socket, reuse_port: bool) -> None:
 
 def _bind_error(host: str, port: int, error: OSError) -> UserError:
     if error.errno == errno.EADDRINUSE:
-        remedy = "stop who uses it, or set another (0 takes a free one)"
+        remedy = "stop the process that uses it, or set another port (0 takes a free one)"
         return UserError(f"frontend.port: {port} on {host} is in use already; {remedy}")
     if error.errno == errno.EACCES:
-        return UserError(f"frontend.port: {port} needs privileges this process lacks; set one above 1023")
+        return UserError(
+            f"frontend.port: {port} needs privileges that this process lacks; set a port above 1023"
+        )
     return UserError(f"frontend.host: cannot listen on {host!r}: {error.strerror}")

@@ -23,70 +23,78 @@ class SimOptions:
     ] = ("demo",)
     overrides: Annotated[
         tuple[str, ...],
-        _option("KEY=VALUE over the files', such as pool.page_tokens=32; may be repeated.", "--set"),
+        _option(
+            "KEY=VALUE overrides the files' value, such as pool.page_tokens=32; may be repeated.", "--set"
+        ),
     ] = ()
     policy: Annotated[
-        str, _option("Instead of the configuration's; several, with commas between them, are compared.")
+        str,
+        _option("Used instead of the configuration's policy; several, separated by commas, are compared."),
     ] = ""
-    trace: Annotated[Path | None, _option("A trace in Mooncake's format: JSON lines, or gzipped ones.")] = (
-        None
-    )
+    trace: Annotated[Path | None, _option("A trace in Mooncake's format: JSON lines, may be gzipped.")] = None
     workload: Annotated[
-        str, _option("A generated workload instead: sharegpt, loogle, react or shifting.")
+        str, _option("A generated workload instead of a trace: sharegpt, loogle, react or shifting.")
     ] = ""
-    rate: Annotated[float, _option("Requests a second of a --workload, on average.")] = 4.0
+    rate: Annotated[float, _option("Average requests a second of a --workload.")] = 4.0
     requests: Annotated[
         int | None,
         _option(
-            "Requests of a --workload (300 unless set), or the first ones of a --trace (all unless set)."
+            "Number of requests of a --workload (300 unless set), or to take from a --trace (all unless set)."
         ),
     ] = None
     scale: Annotated[
         float,
         _option(
-            "Length of a --trace's prompts and answers against what it says: 0.03125 makes blocks of 16 tokens."
+            "Factor for the length of a --trace's prompts and answers: 0.03125 makes its blocks 16 tokens long."
         ),
     ] = 1.0
-    speed: Annotated[float, _option("How many times faster than it says a --trace arrives.")] = 1.0
+    speed: Annotated[float, _option("Factor for the rate at which a --trace's requests arrive.")] = 1.0
     seed: Annotated[
-        int, _option("Decides everything that is drawn: the same one gives the same run, byte for byte.")
+        int, _option("Seed of all random numbers: the same seed gives the same run, byte for byte.")
     ] = 0
     faults: Annotated[
         str,
         _option(
-            "What goes wrong: all, none, or of delay, loss, duplication, partition, crash, pause, slow, damage, cancel, tear."
+            "Faults to inject: all, none, or a list of delay, loss, duplication, partition, crash, pause, slow, damage, cancel, tear."
         ),
     ] = "none"
-    pages: Annotated[int | None, _option("Pages of each shard, instead of what its memory holds.")] = None
+    pages: Annotated[
+        int | None, _option("Number of pages of each shard, instead of as many as fit in its memory.")
+    ] = None
     costs: Annotated[
         Path | None,
-        _option(
-            "A TOML table of what steps cost on the machine to plan for; unset: a 13B model on two H800."
-        ),
+        _option("A TOML table of step costs on the machine to plan for; unset: a 13B model on two H800."),
     ] = None
     error: Annotated[
-        float, _option("Share by which each worker's steps may differ from what the scheduler is told.")
+        float,
+        _option("Share by which the cost of each worker's steps may differ from what the scheduler assumes."),
     ] = 0.0
     sites: Annotated[
         int | None,
         _option(
-            "Sites (cores of a host, or GPUs) that the workers share in turn: those of one site crowd one another. Unset: each has its own."
+            "Number of sites (the cores of a host, or a GPU) over which workers are spread in turn; "
+            "workers of one site slow one another down. Unset: each worker has its own."
         ),
     ] = None
     slo: Annotated[
         str,
-        _option("What 99th percentiles may be, in seconds, such as ttft=0.5,tpot=0.05: says who keeps it."),
+        _option(
+            "Limits of 99th percentiles in seconds, such as ttft=0.5,tpot=0.05: the report "
+            "says which layouts keep them."
+        ),
     ] = ""
     checked: Annotated[
-        bool, _option("Keep the content of every page and check every core as it goes: slower.")
+        bool, _option("Keep the content of every page and check every core during the run; slower.")
     ] = False
-    serial: Annotated[bool, _option("Sessions come one after another: how much could be reused.")] = False
+    serial: Annotated[
+        bool, _option("Play sessions one after another, which shows how much could be reused.")
+    ] = False
     runs: Annotated[
         int | None,
         _option(
-            "So many small clusters with --faults, one a seed from --seed on, instead of a configuration; "
-            "exit status 1 if one fails."
+            "Simulate this many small clusters with --faults, one per seed from --seed on, instead of a "
+            "configuration; exit status 1 if one fails."
         ),
     ] = None
-    jobs: Annotated[int, _option("Processes for --runs.")] = 1
-    json: Annotated[bool, _option("Print JSON: one object a run.")] = False
+    jobs: Annotated[int, _option("Number of processes for --runs.")] = 1
+    json: Annotated[bool, _option("Print JSON: one object per run.")] = False

@@ -41,7 +41,7 @@ REQUESTS = 300
 def sessions_of(asked: SimOptions) -> tuple[Session, ...]:
     """The requests that clients will send, by session. Raises UserError."""
     if (asked.trace is None) == (not asked.workload):
-        raise UserError("give either --trace FILE or --workload, one of them")
+        raise UserError("give either --trace FILE or --workload")
     if asked.trace is not None:
         block_tokens = round(TRACE_BLOCK_TOKENS * asked.scale)
         if block_tokens < 1:
@@ -109,7 +109,9 @@ def layout_of(name: str, config: Config, pages: int | None) -> Layout:
 def _pages(shard: ShardConfig, pages: int | None, page_bytes: int) -> int:
     if pages is not None or shard.memory is not None:
         return pages or (shard.memory or 0) // page_bytes
-    raise UserError(f"how many pages shard {shard.name} has is decided at its start: say it with --pages")
+    raise UserError(
+        f"the number of pages of shard {shard.name} is decided at its start: give it with --pages"
+    )
 
 
 def costs_of(path: Path | None) -> CostModel:
@@ -122,7 +124,7 @@ def costs_of(path: Path | None) -> CostModel:
     try:
         return CostModel.from_table(tomllib.loads(path.read_text()))
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"--costs {path} is no table of step costs: {error}") from error
+        raise UserError(f"--costs {path} is not a table of step costs: {error}") from error
 
 
 def runs_of(asked: SimOptions) -> list[Run]:
@@ -195,7 +197,7 @@ def parse_slo(words: str) -> dict[str, float]:
         except ValueError:
             raise UserError(f"--slo must be like ttft=0.5,tpot=0.05 (seconds), not {word!r}") from None
     if unknown := found.keys() - set(SLO_NAMES):
-        raise UserError(f"--slo knows {', '.join(SLO_NAMES)}, not {sorted(unknown)[0]!r}")
+        raise UserError(f"--slo must use the names {', '.join(SLO_NAMES)}, not {sorted(unknown)[0]!r}")
     return found
 
 

@@ -56,9 +56,9 @@ class Target:
         except HTTPError as error:
             raise UserError(refusal(self.url, error.code, error.read(ANSWER_BYTES_MAX))) from error
         except (OSError, HTTPException) as error:
-            raise UserError(f"nothing answers at {self.url}: {getattr(error, 'reason', error)}") from error
+            raise UserError(f"no answer at {self.url}: {getattr(error, 'reason', error)}") from error
         except ValueError as error:
-            raise UserError(f"what answers at {self.url} is not memserve") from error
+            raise UserError(f"the server at {self.url} is not memserve") from error
         return found
 
     def members(self) -> list[dict[str, Any]]:
@@ -66,7 +66,7 @@ class Target:
         try:
             members: list[dict[str, Any]] = self.ask("/cluster")["members"]
         except (KeyError, TypeError) as error:
-            raise UserError(f"what answers at {self.url} is not memserve") from error
+            raise UserError(f"the server at {self.url} is not memserve") from error
         return members
 
     def change(self, worker: str, body: dict[str, Any]) -> None:
@@ -91,20 +91,20 @@ def find(log_dir: Path) -> tuple[str, str]:
 
     running = find_running(log_dir)
     if running is None:
-        raise UserError(f"no memserve runs that logs to {log_dir.resolve()}; give --log-dir or --url")
+        raise UserError(f"no running memserve logs to {log_dir.resolve()}; give --log-dir or --url")
     if not running.get("url"):
         raise UserError(
-            f"memserve runs here (pid {running['pid']}) but does not serve yet; try again in a moment"
+            f"memserve runs here (pid {running['pid']}) but is not serving yet; try again in a moment"
         )
-    told = running.get("resolved", {}).get("config", {}).get("frontend", {})
-    keys = told.get("admin_keys") or told.get("api_keys") or [""]
+    frontend = running.get("resolved", {}).get("config", {}).get("frontend", {})
+    keys = frontend.get("admin_keys") or frontend.get("api_keys") or [""]
     return running["url"], keys[0]
 
 
 def refusal(url: str, code: int, body: bytes = b"") -> str:
     """Why a cluster refused, and what to do: in its own words if it gave any."""
     if code == 401:
-        return f"{url} asks for a key: give --api-key, or set MEMSERVE_API_KEY"
+        return f"{url} requires a key: give --api-key, or set MEMSERVE_API_KEY"
     try:
         return str(json.loads(body)["error"]["message"])
     except (ValueError, KeyError, TypeError):

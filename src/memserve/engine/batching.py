@@ -17,6 +17,12 @@ from memserve.tokens import pack
 
 ALONE = 2
 """Prefill chunks that a step may run while no stream runs."""
+RETIRE = {"off": "none", "1": "prompt", "2": "all", "3": "all"}
+"""Which pages each caching mode gives to the index.
+
+On a shared shard modes 2 and 3 do the same and move no byte. Across shards, mode 3 also returns an answer's
+pages to the prefill worker's shard.
+"""
 
 
 @attrs.frozen

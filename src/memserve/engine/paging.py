@@ -97,9 +97,9 @@ class Paging:
         """
         extra = one.headroom(self.page_tokens, self.max_context)
         scope, least = one.request.scope, self.swap_least
-        anew = one.score_count is not None
+        uncached = one.score_count is not None
         sequel = self.sequel_tokens
-        self._send(self._calls.acquire(one, scope, one.tokens, extra, source, least, anew, sequel))
+        self._send(self._calls.acquire(one, scope, one.tokens, extra, source, least, uncached, sequel))
 
     def fetch(self, one: Sequence) -> None:
         """Acquire pages, and have the prefix fetched that the plan names, before the prompt runs."""

@@ -52,4 +52,6 @@ def _check_loading(lease: Lease) -> None:
     assert lease.floor is not None, "a lease at rest loads nothing"
     slow = [node for node in lease.pin.node.path() if node.tier > lease.floor]
     for node in slow:
-        assert node.moving is not None and node.moving.inbound, f"nobody brings in pages of lease {lease.id}"
+        assert node.moving is not None and node.moving.inbound, (
+            f"pages of lease {lease.id} are not being brought in"
+        )

@@ -82,9 +82,9 @@ class CopyWaits:
             pages = self.pool.alloc_mem(sender, call.lease, call.pages, now, call.tier)
         except PoolError as refused:
             if refused.code == PoolError.NO_PAGES:
-                self.pool.leases.lack(call.lease, now)
+                self.pool.leases.mark_starved(call.lease, now)
             raise
-        self.pool.leases.has_enough(call.lease)
+        self.pool.leases.clear_starved(call.lease)
         return Allocated(call.call, call.lease, pages)
 
     def grown(self, now: float) -> list[Reply]:

@@ -44,14 +44,14 @@ class Demands:
     def leasable(self, tier: int) -> Tier:
         """The tier with this number, if its pages can be leased. Raises PoolError (BAD_TIER)."""
         if tier == Tier.DISK:
-            text = "pages on disk cannot be leased: nobody can write to them in place"
+            text = "pages on disk cannot be leased: they cannot be written to in place"
             raise PoolError(PoolError.BAD_TIER, text)
         return self.existing(tier)
 
 
 def ragged(tokens: bytes) -> PoolError:
     """The error for bytes that are not a whole number of tokens."""
-    text = f"{len(tokens)} bytes of tokens are no multiple of {TOKEN_BYTES}"
+    text = f"{len(tokens)} bytes of tokens are not a multiple of {TOKEN_BYTES}"
     return PoolError(PoolError.NOT_WHOLE_PAGES, text)
 
 

@@ -38,7 +38,7 @@ from memserve.transfer.actions import (
     WriteFailed,
     Wrote,
 )
-from memserve.transfer.incoming import Incoming, Key, LandingRefused
+from memserve.transfer.incoming import Incoming, Key, ReceiveRefused
 from memserve.transfer.outgoing import Outgoing
 from memserve.transfer.values import Geometry, TransferDone, TransferFailed
 from memserve.transfer_messages import (
@@ -87,15 +87,17 @@ class Fetch:
         """The message that asks the other shard for the pages."""
         first = self.grant.cached_tokens // page_tokens
         pages = pages_for(self.source.tokens, page_tokens) - first
-        left, told = self.deadline - now, self.source
-        return Pull(self.id, self.call.scope, self.call.tokens, first, pages, left, told.lease, told.owner)
+        left, source = self.deadline - now, self.source
+        return Pull(
+            self.id, self.call.scope, self.call.tokens, first, pages, left, source.lease, source.owner
+        )
 
 
 @attrs.define
 class Exchange:
     """Moves pages between this shard and others.
 
-    Verbs: receive, advance, take, deadline, check. In addition, ``begin`` starts a fetch, and ``take_over``
+    Verbs: receive, advance, take, deadline, check. In addition, ``begin`` starts a fetch, and ``take_ended``
     returns those that have ended.
     """
 
@@ -120,8 +122,8 @@ class Exchange:
     outgoing: Outgoing = attrs.field(init=False)
     incoming: Incoming = attrs.field(init=False)
     _fetches: dict[int, Fetch] = attrs.field(factory=dict, init=False)
-    _over: list[Fetch] = attrs.field(factory=list, init=False)
-    _landings: dict[Key, int] = attrs.field(factory=dict, init=False)
+    _ended: list[Fetch] = attrs.field(factory=list, init=False)
+    _receiving: dict[Key, int] = attrs.field(factory=dict, init=False)
     """The lease that each incoming transfer of a fetch fills."""
     _orders: Iterator[int] = attrs.field(factory=lambda: itertools.count(1), init=False)
     """Numbers of outgoing transfers."""
@@ -189,10 +191,10 @@ class Exchange:
         actions, self._actions = [*self.serving.take(), *self._actions], []
         return actions
 
-    def take_over(self) -> list[Fetch]:
+    def take_ended(self) -> list[Fetch]:
         """Fetches that have ended, successfully or not, returned once."""
-        over, self._over = self._over, []
-        return over
+        ended, self._ended = self._ended, []
+        return ended
 
     def gauges(self) -> dict[str, float]:
         """Figures for the heartbeat."""
@@ -212,11 +214,11 @@ class Exchange:
         """Assert every invariant."""
         self.outgoing.check()
         self.incoming.check()
-        landings = len(self._landings) + self.pushing.landings
-        assert landings == len(self.incoming), "a landing without a transfer, or the reverse"
-        lent = [*self._landings.values(), *self.pushing.lent(), *self.serving.lent()]
+        receiving = len(self._receiving) + self.pushing.receiving
+        assert receiving == len(self.incoming), "pages that receive without a transfer, or the reverse"
+        lent = [*self._receiving.values(), *self.pushing.lent(), *self.serving.lent()]
         for lease in self.pool.leases:
-            assert lease.lent == lent.count(lease.id), f"lease {lease.id} is lent to nobody, or not to all"
+            assert lease.lent == lent.count(lease.id), f"lease {lease.id} is not lent as often as it is used"
         for one in self._fetches.values():
             assert self.pool.owner_of(one.grant.lease) == one.sender, f"fetch {one.id} has lost its lease"
 
@@ -302,9 +304,9 @@ class Exchange:
 
     def _finish(self, one: Fetch) -> None:
         del self._fetches[one.id]
-        self._over.append(one)
+        self._ended.append(one)
 
-    # ---- landing (see Landing in transfer/incoming.py) -----------------------------------------------------
+    # ---- receiving (see ReceivingPool in transfer/incoming.py) ---------------------------------------------
 
     def grant(self, key: Key, offer: TransferOffer) -> tuple[int, ...]:
         """The pages of the fetch that asked for this transfer, or of the owner that the offer names."""
@@ -312,15 +314,15 @@ class Exchange:
             return self.pushing.grant(key, offer, self._now)
         one = self._fetches.get(int.from_bytes(offer.private, "little"))
         if one is None or one.key is not None or one.source.shard != key[0]:
-            raise LandingRefused(Failure.REFUSED, "nobody here waits for this transfer")
+            raise ReceiveRefused(Failure.REFUSED, "no fetch here waits for this transfer")
         first = one.grant.cached_tokens // self.pool.page_tokens
         pages = one.grant.pages[first : first + offer.pages]
         asked = pages_for(one.source.tokens, self.pool.page_tokens) - first
         if len(pages) != offer.pages or offer.pages > asked:
-            raise LandingRefused(Failure.REFUSED, f"{offer.pages} pages are more than were asked for")
+            raise ReceiveRefused(Failure.REFUSED, f"{offer.pages} pages are more than were asked for")
         one.key, one.repeat_at = key, math.inf
         self.lending.lend(one.grant.lease)
-        self._landings[key] = one.grant.lease
+        self._receiving[key] = one.grant.lease
         return pages
 
     def commit(self, key: Key, offer: TransferOffer, pages: tuple[int, ...]) -> int:
@@ -332,7 +334,7 @@ class Exchange:
             lease = self.pushing.commit(key, offer, pages, self._now)
             self.received_bytes += len(pages) * self.geometry.page_bytes
             return lease
-        one = self._landed(key)
+        one = self._stop_receiving(key)
         nbytes = len(pages) * self.geometry.page_bytes
         self.received_bytes += nbytes
         if one is None:
@@ -352,12 +354,12 @@ class Exchange:
         if offer.owner:
             self.pushing.release(key, offer)
             return
-        one = self._landed(key)
+        one = self._stop_receiving(key)
         if one is not None:
             self._fail(one, "the transfer failed")
 
-    def _landed(self, key: Key) -> Fetch | None:
-        self.lending.take_back(self._landings.pop(key))
+    def _stop_receiving(self, key: Key) -> Fetch | None:
+        self.lending.take_back(self._receiving.pop(key))
         return next((one for one in self._fetches.values() if one.key == key), None)
 
     # ---- sending -------------------------------------------------------------------------------------------

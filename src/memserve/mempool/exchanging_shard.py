@@ -56,24 +56,24 @@ class ExchangingShard(ShardCore):
         match message:
             case Return(scope, tokens, to, deadline_s, request, ahead):
                 tries, here = 1 if ahead else RETURN_TRIES, self.exchange.me
-                told = Source(here, count(tokens), deadline_s, request=request, tries=tries, ahead=ahead)
-                self._actions.append(Send(to, Prefetch(scope, tokens, told)))
+                source = Source(here, count(tokens), deadline_s, request=request, tries=tries, ahead=ahead)
+                self._actions.append(Send(to, Prefetch(scope, tokens, source)))
             case _ if isinstance(message, HEARD):
                 self.exchange.receive(sender, message, now)
                 for lease in self.exchange.serving.warming:
                     self._loading.setdefault(lease, (EXCHANGER, None))
-                self._go_on(now)
+                self._proceed(now)
             case _:
                 super().receive(sender, message, now)
                 if isinstance(message, Gone):
                     self.exchange.receive(sender, message, now)
-                    self._go_on(now)
+                    self._proceed(now)
 
     def advance(self, now: float) -> None:
         """Let time pass, for leases and for fetches."""
         if now >= self.exchange.deadline:
             self.exchange.advance(now)
-            self._go_on(now)
+            self._proceed(now)
         super().advance(now)
 
     def take(self) -> list[Action]:
@@ -84,7 +84,7 @@ class ExchangingShard(ShardCore):
         """Handle a message that the shell could not send: a fetch from its receiver ends at once."""
         super().undeliverable(to, message, now)
         self.exchange.unreachable(to, message, now)
-        self._go_on(now)
+        self._proceed(now)
 
     def gauges(self) -> dict[str, float]:
         """The shard's figures, with those of its transfers."""
@@ -138,7 +138,7 @@ class ExchangingShard(ShardCore):
         answer = super()._granted(sender, call, grant, now)
         if isinstance(answer, Acquired) and isinstance(call, Acquire) and call.source is not None:
             if call.source.ahead:  # nothing is missing here
-                self._over_ahead(call.source, 0, now)
+                self._prefetch_ended(call.source, 0, now)
             found, moved = self._ahead.counted(call, grant, self.exchange.geometry.page_bytes)
             return attrs.evolve(answer, found_pages=found, fetched_bytes=moved)
         return answer
@@ -183,8 +183,8 @@ class ExchangingShard(ShardCore):
         """Answer calls whose fetch has ended, with or without the pages; then grant what can be granted."""
         super()._grant_waiting(now)
         self._reply_all(self.exchange.pushing.take_answers())
-        while over := self.exchange.take_over():
-            for fetch in over:
+        while ended := self.exchange.take_ended():
+            for fetch in ended:
                 self._end_fetch(fetch)
                 if fetch.sender == EXCHANGER:
                     self._returned(fetch, now)
@@ -195,7 +195,7 @@ class ExchangingShard(ShardCore):
         source = fetch.source
         if source.ahead:
             self.exchange.handed_over_bytes += fetch.nbytes
-            self._over_ahead(source, fetch.nbytes, now)
+            self._prefetch_ended(source, fetch.nbytes, now)
         elif not fetch.failed:
             self.exchange.returned_bytes += fetch.nbytes
             data: dict[str, object] = {"source": source.shard, "moved_bytes": fetch.nbytes}
@@ -209,12 +209,12 @@ class ExchangingShard(ShardCore):
     def _not_brought(self, source: Source, now: float) -> None:
         """Give up a prefix that no call waits for, because there is no room for it."""
         if source.ahead:
-            self._over_ahead(source, 0, now)
+            self._prefetch_ended(source, 0, now)
         else:
             self.exchange.failed_returns += 1
 
-    def _over_ahead(self, source: Source, nbytes: int, now: float) -> None:
-        more, free = self._ahead.over(source.request, nbytes // self.exchange.geometry.page_bytes)
+    def _prefetch_ended(self, source: Source, nbytes: int, now: float) -> None:
+        more, free = self._ahead.ended(source.request, nbytes // self.exchange.geometry.page_bytes)
         self._waiting = {**free, **self._waiting}
         if more is not None:
             self._prefetch(more.scope, more.tokens, more.source, now)
@@ -238,7 +238,7 @@ class ExchangingShard(ShardCore):
 
     def _lost(self, lease: int) -> tuple[ActorId, Waiting | SwapIn | None]:
         if lease in self.exchange.serving.warming:
-            self.exchange.serving.cooled(lease)
+            self.exchange.serving.warming_failed(lease)
         return super()._lost(lease)
 
     def _loaded(self, grant: Grant, now: float) -> None:

@@ -64,7 +64,7 @@ class _Owner:
     leases: dict[int, Lease] = attrs.field(factory=dict)
 
 
-LACKING_S = 2.0
+STARVED_S = 2.0
 """How long a lease that was refused pages takes precedence over new leases.
 
 Its owner must ask again within this time.
@@ -80,7 +80,7 @@ class Leases:
     _next_id: int
     _by_id: dict[int, Lease] = attrs.field(factory=dict, init=False)
     _owners: dict[ActorId, _Owner] = attrs.field(factory=dict, init=False)
-    _lacking: dict[int, float] = attrs.field(factory=dict, init=False)
+    _starved: dict[int, float] = attrs.field(factory=dict, init=False)
     """Time until which each lease that was refused pages takes precedence over new leases."""
 
     def __len__(self) -> int:
@@ -96,22 +96,22 @@ class Leases:
         Infinity when there is neither.
         """
         silent = min((owner.deadline for owner in self._owners.values()), default=math.inf)
-        return min(silent, *self._lacking.values()) if self._lacking else silent
+        return min(silent, *self._starved.values()) if self._starved else silent
 
-    def lack(self, lease: int, now: float) -> None:
+    def mark_starved(self, lease: int, now: float) -> None:
         """Record that this lease was refused pages; its owner asks again.
 
-        Until it has got them, and for LACKING_S at most, pages that come free are not granted to new leases.
+        Until it has got them, and for STARVED_S at most, pages that come free are not granted to new leases.
         """
-        self._lacking[lease] = now + LACKING_S
+        self._starved[lease] = now + STARVED_S
 
-    def has_enough(self, lease: int) -> None:
+    def clear_starved(self, lease: int) -> None:
         """Record that the lease has got its pages, or has ended."""
-        self._lacking.pop(lease, None)
+        self._starved.pop(lease, None)
 
-    def any_lacks(self, now: float) -> bool:
-        """Whether some lease was refused pages less than LACKING_S ago and still wants them."""
-        return any(now < until and lease in self._by_id for lease, until in self._lacking.items())
+    def any_starved(self, now: float) -> bool:
+        """Whether some lease was refused pages less than STARVED_S ago and still wants them."""
+        return any(now < until and lease in self._by_id for lease, until in self._starved.items())
 
     def renew(self, owner: ActorId, now: float) -> None:
         """Record that the owner was heard from: all of its leases live for another ``lease_s``."""
@@ -190,13 +190,13 @@ class Leases:
 
     def close(self, lease: Lease) -> None:
         """Forget a lease; the caller must return its pages and its pin."""
-        self.has_enough(lease.id)
+        self.clear_starved(lease.id)
         del self._by_id[lease.id]
         del self._owners[lease.owner].leases[lease.id]
 
     def silent(self, now: float) -> list[ActorId]:
         """Owners whose deadline has passed, with or without leases."""
-        self._lacking = {lease: until for lease, until in self._lacking.items() if now < until}
+        self._starved = {lease: until for lease, until in self._starved.items() if now < until}
         return [actor for actor, owner in self._owners.items() if owner.deadline <= now]
 
     def drop(self, owner: ActorId) -> list[Lease]:

@@ -24,7 +24,7 @@ class Node:
     """Entry number of the node in IndexEvents; 0 for roots."""
     children: dict[bytes, Node] = attrs.field(factory=dict)
     """Children by the bytes of their first page."""
-    kin: int = 0
+    staying_children: int = 0
     """Number of children in the same tier that are not leaving it. A node without any can leave next."""
     pins: int = 0
     """Number of pins that end here or below."""

@@ -102,17 +102,17 @@ class Pool:
         extra_pages: int,
         now: float,
         swap_least: int = 0,
-        anew: bool = False,
+        uncached: bool = False,
     ) -> Grant | None:
         """match + pin + alloc_mem: device pages for all of ``tokens`` plus ``extra_pages``, all or nothing.
 
-        At least one token is left to compute, so that there is a position to sample from; with ``anew`` all
-        of them are. Cached pages in slower tiers are brought in if they hold at least ``swap_least`` tokens,
-        and then the grant is not ``ready``. None when pages are short at present (some may be on their way
-        out). Raises PoolError when the pages could never be granted (see :class:`Demands`).
+        At least one token is left to compute, so that there is a position to sample from; with ``uncached``
+        all of them are. Cached pages in slower tiers are brought in if they hold at least ``swap_least``
+        tokens, and then the grant is not ``ready``. None when pages are short at present (some may be on their
+        way out). Raises PoolError when the pages could never be granted (see :class:`Demands`).
         """
         need = self.demands.pages(tokens, extra_pages)
-        matchable = 0 if anew else max(count(tokens) - 1, 0) // self.page_tokens * self.page_tokens
+        matchable = 0 if uncached else max(count(tokens) - 1, 0) // self.page_tokens * self.page_tokens
         pin = self._pin(scope, span(tokens, 0, matchable), Tier.DEVICE, swap_least)
         return self._open(owner, scope, pin, need - pin.tokens // self.page_tokens, Tier.DEVICE, now, tokens)
 
@@ -269,7 +269,7 @@ class Pool:
                 ended.append(lease.id)
                 self._close(lease)
             if node.parent is not None:
-                self.room.give(self.tree.fell(node))
+                self.room.give(self.tree.remove_subtree(node))
         return ended
 
     def settle(self) -> list[Grant]:

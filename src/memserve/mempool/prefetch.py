@@ -53,7 +53,7 @@ class Prefetcher:
         self._held[sender, call.call] = call
         return True
 
-    def over(self, request: str, pages: int) -> tuple[Prefetch | None, dict[tuple[ActorId, int], Acquire]]:
+    def ended(self, request: str, pages: int) -> tuple[Prefetch | None, dict[tuple[ActorId, int], Acquire]]:
         """Handle the end of a fetch that has brought ``pages`` pages, 0 if it failed.
 
         Returns what to fetch next, and the calls that need not wait any longer.

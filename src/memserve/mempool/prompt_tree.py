@@ -28,7 +28,7 @@ from memserve.mempool.addresses import Tier, tier_of
 from memserve.mempool.lru import Lru
 from memserve.mempool.nodes import CachedPrefix, Insertion, Node, Pin, Root
 from memserve.pool_messages import IndexEvent
-from memserve.tokens import TOKEN_BYTES
+from memserve.tokens import TOKEN_BYTES, common_pages
 
 
 @attrs.define
@@ -145,12 +145,12 @@ class PromptTree:
         freed: list[int] = []
         goal = self.indexed[tier] - n
         while self.indexed[tier] > goal and (leaf := self.lru[tier].pop()) is not None:
-            if leaf.pins or leaf.kin:
+            if leaf.pins or leaf.staying_children:
                 continue
             spare = len(leaf.pages) - (self.indexed[tier] - goal)
             if spare > 0:
                 self.split(leaf, spare * self.page_bytes)
-            freed += self.fell(leaf)
+            freed += self.remove_subtree(leaf)
         return freed
 
     def coldest(self, n: int, tier: int) -> list[Node]:
@@ -161,7 +161,7 @@ class PromptTree:
         chosen: list[Node] = []
         passed: list[Node] = []
         while n > 0 and (leaf := self.lru[tier].pop()) is not None:
-            if leaf.pins or leaf.kin:
+            if leaf.pins or leaf.staying_children:
                 continue
             if leaf.moving is not None:
                 passed.append(leaf)
@@ -178,7 +178,7 @@ class PromptTree:
         """Update the parent of a node whose ``moving`` was set to a way out: it may be able to follow now."""
         parent = node.parent
         if parent is not None and parent.tier == node.tier:
-            parent.kin -= 1
+            parent.staying_children -= 1
             self._settle(parent)
 
     def stay(self, node: Node) -> None:
@@ -186,22 +186,24 @@ class PromptTree:
         assert node.moving is not None, "a node that does not move stays"
         node.moving.abandon()
         if node.parent is not None and node.parent.tier == node.tier:
-            node.parent.kin += 1
+            node.parent.staying_children += 1
 
     def arrive(self, node: Node, pages: list[int]) -> list[int]:
         """Record that ``node`` is in ``pages``, of one tier; returns its old pages, which the caller owns."""
         old, parent = node.pages, node.parent
         assert parent is not None, "a root has no pages to move"
         if parent.tier == node.tier and not node.leaving:
-            parent.kin -= 1
+            parent.staying_children -= 1
         if node.moving is not None:
             node.moving.abandon()
         self.lru[node.tier].forget(node)
         self._account(node, -len(old))
         node.pages, node.tier = pages, tier_of(pages[0])
         self._account(node, len(pages))
-        node.kin = sum(child.tier == node.tier and not child.leaving for child in node.children.values())
-        parent.kin += parent.tier == node.tier
+        node.staying_children = sum(
+            child.tier == node.tier and not child.leaving for child in node.children.values()
+        )
+        parent.staying_children += parent.tier == node.tier
         self._settle(node)
         self._settle(parent)
         self._note("moved", node, tier=node.tier)
@@ -234,7 +236,7 @@ class PromptTree:
             node = parent
         return freed
 
-    def fell(self, node: Node) -> list[int]:
+    def remove_subtree(self, node: Node) -> list[int]:
         """Take out an unpinned node and all that continues it; returns the pages, which the caller owns."""
         assert not node.pins, "a pinned node is felled"
         return [page for doomed in reversed(list(node.walk())) for page in self._drop(doomed)]
@@ -264,25 +266,10 @@ class PromptTree:
         while (child := node.children.get(tokens[at : at + width])) is not None:
             node = child
             if not tokens.startswith(node.key, at):
-                inside = self._common(node.key, tokens, at)
+                inside = common_pages(node.key, tokens, at, width)
                 return node, inside, at + inside
             at += len(node.key)
         return node, len(node.key), at
-
-    def _common(self, key: bytes, tokens: bytes, at: int) -> int:
-        """Bytes of whole pages that ``key`` shares with ``tokens[at:]``, given that the first page is shared.
-
-        Bisects over slices compared in C: reads at most twice the differing part, however the two differ.
-        """
-        width = self.page_bytes
-        low, high = 1, min(len(key), len(tokens) - at) // width
-        while low < high:
-            middle = (low + high + 1) // 2
-            if key[low * width : middle * width] == tokens[at + low * width : at + middle * width]:
-                low = middle
-            else:
-                high = middle - 1
-        return low * width
 
     def split(self, node: Node, at: int) -> Node:
         """Give the first ``at`` bytes of ``node``, whole pages, to a new parent, which is returned.
@@ -300,7 +287,7 @@ class PromptTree:
         front.children[node.key[:width]] = node
         if node.moving is not None:
             front.moving = node.moving.split(front, at // width)
-        front.kin = int(not node.leaving)
+        front.staying_children = int(not node.leaving)
         self._note("split", node, parent=front.id, pages=at // width)
         self._settle(front)
         return front
@@ -328,7 +315,7 @@ class PromptTree:
             return node
         child = Node(tokens, list(pages), node, tier, self._entry(), pins=1)
         node.children[tokens[: self.page_bytes]] = child
-        node.kin += node.tier == tier
+        node.staying_children += node.tier == tier
         self._note("stored", child, parent=node.id, scope=self._scope(node), tokens=tokens, tier=tier)
         return child
 
@@ -395,7 +382,7 @@ class PromptTree:
         if node.pins or node.ticket:
             return
         if node.parent is not None:
-            if not node.kin:
+            if not node.staying_children:
                 self.lru[node.tier].push(node)
         elif isinstance(node, Root) and not node.children:
             self.roots.pop(node.scope, None)
@@ -407,7 +394,7 @@ class PromptTree:
             return []
         del parent.children[node.key[: self.page_bytes]]
         if parent.tier == node.tier and not node.leaving:
-            parent.kin -= 1
+            parent.staying_children -= 1
         node.parent = None
         if node.moving is not None:
             node.moving.abandon()

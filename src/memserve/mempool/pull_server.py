@@ -103,7 +103,7 @@ class Serving:
         """The leases whose pages are being brought in for Pulls."""
         return tuple(self._warming)
 
-    def cooled(self, lease: int) -> None:
+    def warming_failed(self, lease: int) -> None:
         """Refuse a Pull whose pages are lost instead of brought in; their lease has ended."""
         one = self._warming.pop(lease)
         self._refuse(one.to, one.pull, Failure.REFUSED, "the pages are damaged")

@@ -28,7 +28,7 @@ from memserve.mempool.pool import Pool
 from memserve.pool_messages import Arrival, NextArrival, PoolRefused, Transfer, Transferred
 from memserve.tokens import count
 from memserve.transfer.actions import Order
-from memserve.transfer.incoming import Key, LandingRefused
+from memserve.transfer.incoming import Key, ReceiveRefused
 from memserve.transfer.values import TransferDone, TransferFailed
 from memserve.transfer_messages import Failure, Granularity, TransferOffer
 
@@ -95,7 +95,7 @@ class Pushing:
     """Granularity of calls that do not name one."""
     _pushes: dict[int, _Push] = attrs.field(factory=dict, init=False)
     """Pushes by order number."""
-    _landings: dict[Key, Lease] = attrs.field(factory=dict, init=False)
+    _receiving: dict[Key, Lease] = attrs.field(factory=dict, init=False)
     _arrived: dict[int, _Arrived] = attrs.field(factory=dict, init=False)
     """Arrivals by lease."""
     _waiting: dict[tuple[ActorId, int], None] = attrs.field(factory=dict, init=False)
@@ -187,13 +187,13 @@ class Pushing:
     # ---- the receiver's side -------------------------------------------------------------------------------
 
     def grant(self, key: Key, offer: TransferOffer, now: float) -> tuple[int, ...]:
-        """Pages that the owner named, or new ones for it. Raises LandingRefused."""
+        """Pages that the owner named, or new ones for it. Raises ReceiveRefused."""
         try:
             lease, pages = self._given(offer) if offer.destination else self._allocated(offer, now)
         except PoolError as refused:
-            raise LandingRefused(Failure.REFUSED, refused.message, refused.code) from refused
+            raise ReceiveRefused(Failure.REFUSED, refused.message, refused.code) from refused
         self.lending.lend(lease.id)
-        self._landings[key] = lease
+        self._receiving[key] = lease
         return pages
 
     def _given(self, offer: TransferOffer) -> tuple[Lease, tuple[int, ...]]:
@@ -220,18 +220,18 @@ class Pushing:
     def commit(self, key: Key, offer: TransferOffer, pages: tuple[int, ...], now: float) -> int:
         """Accept complete pages, insert their tokens if there are any, and return their lease.
 
-        Raises LandingRefused.
+        Raises ReceiveRefused.
         """
-        lease = self._landings[key]
+        lease = self._receiving[key]
         if lease.owner != offer.owner:
-            raise LandingRefused(Failure.REFUSED, "its owner has ended the lease", PoolError.UNKNOWN_LEASE)
+            raise ReceiveRefused(Failure.REFUSED, "its owner has ended the lease", PoolError.UNKNOWN_LEASE)
         if offer.tokens:
             named = self.pool.home.addresses(pages)
             try:
                 self.pool.insert(offer.owner, lease.id, 0, offer.tokens, named)
             except PoolError as refused:
-                raise LandingRefused(Failure.REFUSED, refused.message, refused.code) from refused
-        del self._landings[key]
+                raise ReceiveRefused(Failure.REFUSED, refused.message, refused.code) from refused
+        del self._receiving[key]
         self.lending.take_back(lease.id)
         if not offer.destination:
             until = now + self.pool.leases.lease_s
@@ -241,7 +241,7 @@ class Pushing:
 
     def release(self, key: Key, offer: TransferOffer) -> None:
         """Let go of pages that are not complete and that nothing writes to any more."""
-        lease = self._landings.pop(key)
+        lease = self._receiving.pop(key)
         if not offer.destination and lease.owner == offer.owner:
             self.pool.free_mem(lease.owner, lease.id)  # lent, so it passes to LENDER
         self.lending.take_back(lease.id)
@@ -312,13 +312,13 @@ class Pushing:
         """Every lease that is lent here, once for each mover."""
         for push in self._pushes.values():
             yield from push.leases
-        for lease in self._landings.values():
+        for lease in self._receiving.values():
             yield lease.id
 
     @property
-    def landings(self) -> int:
+    def receiving(self) -> int:
         """Number of incoming pushes."""
-        return len(self._landings)
+        return len(self._receiving)
 
     def __len__(self) -> int:
         """Number of unanswered calls."""

@@ -15,8 +15,8 @@ NEWEST = 64
 """How many of a node's latest children are examined: thousands may follow a system prompt."""
 
 
-def sequel_of(tree: PromptTree, scope: str, tokens: bytes, most: int) -> bytes:
-    """The tokens, packed, that the index has after all of ``tokens``: at most ``most``, and SEQUEL_MAX.
+def sequel_of(tree: PromptTree, scope: str, tokens: bytes, max_tokens: int) -> bytes:
+    """The tokens, packed, that the index has after all of ``tokens``: at most ``max_tokens``, and SEQUEL_MAX.
 
     If it has several continuations, the latest is taken. The look-up does not count as a use. The index has
     whole pages, and ``tokens`` may end within one: then its continuation is what follows in that page.
@@ -26,7 +26,7 @@ def sequel_of(tree: PromptTree, scope: str, tokens: bytes, most: int) -> bytes:
         return b""
     node, inside, at = tree.descend(root, tokens)
     begun = tokens[at:]  # the part of the last page; longer if the index does not have all tokens
-    wanted = len(begun) + min(most, SEQUEL_MAX) * TOKEN_BYTES
+    wanted = len(begun) + min(max_tokens, SEQUEL_MAX) * TOKEN_BYTES
     found = node.key[inside:]
     while len(found) < wanted and (child := _newest(node, begun[len(found) :])) is not None:
         node, found = child, found + child.key

@@ -132,7 +132,7 @@ class ShardCore:
             case _:
                 data: dict[str, object] = {"sender": sender, "kind": type(message).__name__}
                 self._actions.append(Log("warning", "unexpected message", data))
-        self._go_on(now)
+        self._proceed(now)
 
     def advance(self, now: float) -> None:
         """Publish index events that are due, and end the leases of owners that fell silent.
@@ -145,7 +145,7 @@ class ShardCore:
         for reclaimed in self.pool.expire(now):
             self._fence(reclaimed.owner)
             self._log_reclaimed("lease expired", reclaimed, self._forget(reclaimed.owner))
-        self._go_on(now)
+        self._proceed(now)
 
     def take(self) -> list[Action]:
         """Actions to perform, returned once."""
@@ -261,11 +261,11 @@ class ShardCore:
             raise PoolError(PoolError.QUEUE_FULL, f"{waiting} calls wait for pages already")
 
     def _try(self, sender: ActorId, call: Waiting, now: float) -> Grant | None:
-        if self.pool.leases.any_lacks(now):
+        if self.pool.leases.any_starved(now):
             return None
         match call:
-            case Acquire(_, scope, tokens, extra_pages, _, swap_least, anew, _):
-                return self.pool.acquire(sender, scope, tokens, extra_pages, now, swap_least, anew)
+            case Acquire(_, scope, tokens, extra_pages, _, swap_least, uncached, _):
+                return self.pool.acquire(sender, scope, tokens, extra_pages, now, swap_least, uncached)
             case Match(_, scope, tokens):
                 return self.pool.match(sender, scope, tokens, now)
 
@@ -286,7 +286,7 @@ class ShardCore:
 
     # ---- going on ------------------------------------------------------------------------------------------
 
-    def _go_on(self, now: float) -> None:
+    def _proceed(self, now: float) -> None:
         """After every change: grant what can be granted, keep some pages free, begin the copies needed."""
         self._reply_all(self._copy_waits.grown(now))
         self._grant_waiting(now)

@@ -41,12 +41,12 @@ class ShardCalls(Generic[Key]):
         extra_pages: int,
         source: Source | None = None,
         swap_least: int = 0,
-        anew: bool = False,
+        uncached: bool = False,
         sequel_tokens: int = 0,
     ) -> Acquire:
         """Ask for a lease on pages for ``tokens`` and ``extra_pages`` more; the answer may take a while."""
         call = self._number(key, grants=True)
-        return Acquire(call, scope, tokens, extra_pages, source, swap_least, anew, sequel_tokens)
+        return Acquire(call, scope, tokens, extra_pages, source, swap_least, uncached, sequel_tokens)
 
     def alloc(self, key: Key, lease: int, pages: int) -> AllocMem:
         """Ask for ``pages`` more pages for a lease."""

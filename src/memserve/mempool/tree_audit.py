@@ -50,12 +50,16 @@ def _check_node(tree: PromptTree, node: Node) -> None:
         assert node.pins or node.children, f"the empty root of scope {node.scope!r} was kept"
     else:
         assert node.key, "a node without pages was kept"
-        assert node.pins or node.kin or node.ticket, "a node that can go is not queued: it never would"
+        assert node.pins or node.staying_children or node.ticket, (
+            "a node that can go is not queued: it never would"
+        )
 
 
 def _check_children(tree: PromptTree, node: Node) -> None:
-    kin = sum(child.tier == node.tier and not child.leaving for child in node.children.values())
-    assert node.kin == kin, f"{node.kin} children in the same tier counted, {kin} there"
+    staying = sum(child.tier == node.tier and not child.leaving for child in node.children.values())
+    assert node.staying_children == staying, (
+        f"{node.staying_children} children in the same tier counted, {staying} there"
+    )
     for first, child in node.children.items():
         assert child.parent is node, "a child names another parent"
         assert child.key[: tree.page_bytes] == first, "a child is filed under another page"

@@ -75,9 +75,9 @@ class Gate:
     place: Place
     resolved: Callable[[], Resolved]
     """The cluster's present configuration, joined workers included."""
-    change: Callable[[Resolved], None]
+    replace_config: Callable[[Resolved], None]
     """Replaces that configuration after a worker joined or left; on return it is in cluster.json."""
-    buried: Callable[[ActorId], None]
+    on_end: Callable[[ActorId], None]
     """Called with each incarnation that has ended."""
     is_open: Callable[[], bool]
     """Whether workers may join; false while the cluster drains."""
@@ -131,7 +131,7 @@ class Gate:
             log.warning("join refused", child=worker.name, reason=reason)
             events.send(event="refused", reason=reason)
             return None
-        self.change(self.resolved().with_worker(worker, cores))
+        self.replace_config(self.resolved().with_worker(worker, cores))
         guest = self.guests[worker.name] = Guest(worker_spec(worker), events)
         events.send_with(self.place.fileno(), event="welcome")
         log.info("worker joined", child=worker.name, role=worker.role, shard=worker.shard)
@@ -166,7 +166,7 @@ class Gate:
         finally:
             self._bury(guest)
             del self.guests[guest.spec.name]
-            self.change(self.resolved().without_worker(guest.spec.name))
+            self.replace_config(self.resolved().without_worker(guest.spec.name))
             guest.gone.set()
             log.info("joined worker left", child=guest.spec.name)
             self.say(f"memserve: {guest.spec.name} has left")
@@ -174,5 +174,5 @@ class Gate:
     def _bury(self, guest: Guest) -> None:
         if guest.id is not None:
             self.place.remove_files_of(guest.id)
-            self.buried(guest.id)
+            self.on_end(guest.id)
             guest.id = None

@@ -72,7 +72,7 @@ class Joiner:
     def __attrs_post_init__(self) -> None:
         self._child = Child(worker_spec(self.worker), self.policy(), self.hung_s)
         self._keeper = Keeper(
-            self.launch, self.resolved.run_dir, self.say, lambda: self._was_ready, self._heard, self._buried,
+            self.launch, self.resolved.run_dir, self.say, lambda: self._was_ready, self._on_event, self._buried,
             self._left,
         )  # fmt: skip
 
@@ -90,7 +90,7 @@ class Joiner:
                 nursery.cancel_scope.cancel()
         log.info("worker left", child=self.worker.name)
 
-    def _heard(self, child: Child, event: dict[str, str]) -> None:
+    def _on_event(self, child: Child, event: dict[str, str]) -> None:
         if event["event"] == "hello":
             self.gate.send(event="hello", id=event["id"])
         elif event["event"] == "ready" and not self._was_ready:
@@ -98,7 +98,7 @@ class Joiner:
             seconds = child.ready_at - child.started_at
             self.say(
                 f"memserve: {self.worker.name} is ready in {seconds:.1f} s: role {self.worker.role}, on"
-                f" {self.worker.shard}{self.where}; Ctrl-C lets it finish what it has, and leave"
+                f" {self.worker.shard}{self.where}; Ctrl-C lets it finish its requests and leave"
             )
 
     def _buried(self, actor: ActorId) -> None:
@@ -127,8 +127,8 @@ class Joiner:
             log.info("signal received", signal=signal.Signals(number).name, step=step)
             if step == "drain":
                 self.say(
-                    f"memserve: {self.worker.name} takes no new request and finishes those it has; a second Ctrl-C"
-                    " stops it at once, and others go on with them"
+                    f"memserve: {self.worker.name} takes no new requests and finishes those it has; a second Ctrl-C"
+                    " stops it at once, and other workers continue them"
                 )
                 self._child.ask_to_drain()
             elif step == "stop":
@@ -154,15 +154,15 @@ def join(
     running = find_running(log_dir)
     if running is None:
         raise UserError(
-            f"no memserve runs that logs to {log_dir.resolve()}; start one with `memserve up`, or give --config or"
+            f"no running memserve logs to {log_dir.resolve()}; start one with `memserve up`, or give --config or"
             " --log-dir"
         )
     resolved = Resolved.from_json(json.dumps(running["resolved"]).encode())
-    told = checked(worker, resolved)
+    joining = checked(worker, resolved)
     cores = usable_cores()
-    check_machine(told, resolved, cores)
+    check_machine(joining, resolved, cores)
     runtime_dir = Path(resolved.runtime_dir)
-    gate, claim_fd = knock(runtime_dir, told, cores)
+    gate, claim_fd = knock(runtime_dir, joining, cores)
     try:
         place = Place.join(runtime_dir, claim_fd)
     except PlaceGone as error:
@@ -173,7 +173,7 @@ def join(
                 f"memserve: {len(resolved.config.worker) + 1} workers share {resolved.cores} cores of this host"
             )
         where = f" of {running['url']}" if running.get("url") else ""
-        joiner = Joiner(resolved, told, launch(place), gate, where, hung_s=hung_s)
+        joiner = Joiner(resolved, joining, launch(place), gate, where, hung_s=hung_s)
         return supervise(joiner)
     finally:
         gate.close()
@@ -194,7 +194,7 @@ def log_dir_of(config: str | None, overrides: Sequence[str], log_dir: Path | Non
     """The log directory of the cluster to join. Raises UserError."""
     if config is None:
         if overrides:
-            raise UserError("--set goes with --config: it changes what the file says")
+            raise UserError("--set requires --config: it overrides the file's values")
         return log_dir or Path("logs")
     if log_dir is not None:
         raise UserError("give either --config or --log-dir: both say which cluster to join")
@@ -205,7 +205,8 @@ def far_away(head: str) -> str:
     """The text that explains how another host joins."""
     place = head.removeprefix("tcp://")
     return (
-        f"cannot join {head}: a worker maps the memory of its shard, so it joins where that is. A host joins a cluster with"
+        f"cannot join {head}: a worker maps the memory of its shard, so it must join on"
+        " the shard's host. A host joins a cluster with"
         f' `memserve up` and a configuration that has shards, workers, and [cluster] with join = "{place}"'
     )
 
@@ -245,10 +246,12 @@ def check_machine(
     found = gpus()
     gpu = found.get(index)
     if found.problem or gpu is None:
-        raise UserError(f"the shard {worker.shard} is on {device}, but {found.problem or 'it is not there'}")
+        raise UserError(
+            f"the shard {worker.shard} is on {device}, but {found.problem or 'this machine does not have that GPU'}"
+        )
     if gpu.free_bytes < resolved.gpu_worker_bytes:
         raise UserError(
-            f"a worker takes {size(resolved.gpu_worker_bytes)} of {device}, and {size(gpu.free_bytes)} are free: start"
+            f"a worker needs {size(resolved.gpu_worker_bytes)} of {device}, and {size(gpu.free_bytes)} are free: start"
             f" the cluster with less memory for the shard {worker.shard}"
         )
 
@@ -268,7 +271,7 @@ def knock(runtime_dir: Path, worker: WorkerConfig, cores: int) -> tuple[EventSoc
     except (OSError, TimeoutError) as error:
         connection.close()
         raise UserError(
-            "memserve runs here but lets no worker in: it is starting or ending; try again in a moment"
+            "memserve runs here but accepts no worker now: it is starting or ending; try again in a moment"
         ) from error
     line, _, rest = data.partition(b"\n")
     answer = json.loads(line) if line else {}

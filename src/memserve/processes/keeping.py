@@ -36,13 +36,13 @@ class Keeper:
 
     Until then an actor's UserError ends everything; later it counts as another death.
     """
-    heard: Callable[[Child, dict[str, str]], None] = lambda child, event: None
+    on_event: Callable[[Child, dict[str, str]], None] = lambda child, event: None
     """Called with each event of an actor, after the keeper has handled it."""
-    buried: Callable[[ActorId], None] = lambda actor: None
+    on_end: Callable[[ActorId], None] = lambda actor: None
     """Called with each incarnation that has ended."""
-    left: Callable[[Child, int], None] = lambda child, returncode: None
+    on_leave: Callable[[Child, int], None] = lambda child, returncode: None
     """Called with an actor that ended as it was asked to, and its exit status."""
-    fared: Callable[[Child], None] = lambda child: None
+    on_status: Callable[[Child], None] = lambda child: None
     """Called with an actor that died or is ready again; ``child.down`` is then the reason or empty."""
 
     async def keep(self, child: Child) -> None:
@@ -53,7 +53,7 @@ class Keeper:
         while not child.leaving.is_set():
             returncode = await self._incarnation(child)
             if child.leaving.is_set():
-                self.left(child, returncode)
+                self.on_leave(child, returncode)
                 break
             if returncode == STATUS_USER_ERROR and not self.started():
                 raise UserError(child.text())
@@ -70,7 +70,7 @@ class Keeper:
         finally:
             if child.id is not None:
                 self.launch.place.remove_files_of(child.id)
-                self.buried(child.id)
+                self.on_end(child.id)
 
     async def _listen(self, child: Child) -> None:
         """Handle an actor's events on its lifeline."""
@@ -84,11 +84,11 @@ class Keeper:
             elif event["event"] == "leaving":
                 child.leaving.set()
                 log.info("actor leaves", child=child.id)
-            self.heard(child, event)
+            self.on_event(child, event)
 
     def _ready(self, child: Child) -> None:
         child.ready_at, child.down = trio.current_time(), ""
-        self.fared(child)
+        self.on_status(child)
         seconds = child.ready_at - child.started_at
         log.info("actor ready", child=child.id, ready_s=round(seconds, 2))
         if child.restarts and self.started():
@@ -103,7 +103,7 @@ class Keeper:
         child.down = f"{end} and is being restarted"
         if restart.looping:
             child.down = f"{end} again and again; it is tried every {restart.delay_s:g} s"
-        self.fared(child)
+        self.on_status(child)
         if restart.looping and not restart.newly_looping:
             return
         words = "".join(f"\n  {name} | {line}" for line in child.text().splitlines()[-OUTPUT_SHOWN_LINES:])

@@ -37,7 +37,7 @@ SLOWEST = 0.02
 """A measured rate counts as at least this share of the predicted rate."""
 RETRY_S = (1.0, 60.0)
 """Bounds of Retry-After, in seconds."""
-NOBODY_RETRY_S = 2.0
+NO_WORKER_RETRY_S = 2.0
 """Retry-After when no worker has been ready for HELD_S."""
 
 
@@ -114,7 +114,7 @@ class Admission:
     queue: FairQueue = attrs.field(factory=FairQueue)
     counters: dict[str, float] = attrs.field(factory=dict)
     _pace: Pace = attrs.field(factory=Pace)
-    _nobody_since: float | None = None
+    _unserved_since: float | None = None
     """Time since when no worker has been ready; None while one is."""
     _look_at: float = float("inf")
     """No waiting request ends by itself before this time."""
@@ -212,8 +212,8 @@ class Admission:
 
         ``served``: whether some worker is ready.
         """
-        if served != (self._nobody_since is None):
-            self._nobody_since, self._look_at = None if served else now, now
+        if served != (self._unserved_since is None):
+            self._unserved_since, self._look_at = None if served else now, now
             self._pace = Pace()  # the rate at which requests leave while no worker takes them says nothing
         if now < self._look_at:
             return []
@@ -238,10 +238,10 @@ class Admission:
 
     def _ends_at(self, one: HeldRequest) -> float:
         """When the request has waited for too long."""
-        nobody = float("inf")
-        if self._nobody_since is not None:
-            nobody = max(self._nobody_since, one.since) + HELD_S
-        return min(nobody, one.latest)
+        given_up_at = float("inf")
+        if self._unserved_since is not None:
+            given_up_at = max(self._unserved_since, one.since) + HELD_S
+        return min(given_up_at, one.latest)
 
     def _too_long(self, one: HeldRequest, now: float) -> Refusal:
         waited = now - one.since
@@ -253,7 +253,7 @@ class Admission:
             )
             return self._refused(submit, "deadline_missed", text, 503, one.run_s, one.run_s)
         text = f"no worker became ready within {HELD_S:.0f} s"
-        return self._refused(submit, "no_capacity", text, 503, float("inf"), NOBODY_RETRY_S)
+        return self._refused(submit, "no_capacity", text, 503, float("inf"), NO_WORKER_RETRY_S)
 
     # ---- figures --------------------------------------------------------------------------------------------
 

@@ -38,7 +38,7 @@ def fit_steps(
     features = [_features(one.rows, knots) for one in samples]
     unknowns = list(range(len(knots) + 3))
     if len(samples) < len(unknowns):
-        raise ValueError(f"{len(samples)} samples cannot tell {len(unknowns)} figures")
+        raise ValueError(f"{len(samples)} samples are too few to fit {len(unknowns)} figures")
     while True:
         found = dict(zip(unknowns, _least_squares(features, samples, unknowns), strict=True))
         wrong = min(unknowns, key=lambda one: found[one] * _size(features, one))

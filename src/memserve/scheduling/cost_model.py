@@ -122,8 +122,8 @@ class CostModel:
         # Contexts before the chunks are cached, cached + chunk, and so on; read is their sum.
         read = steps * cached + chunk * steps * (steps - 1) / 2
         own = known.row_s * steps + known.read_s * read + known.pair_s * left * (cached + left / 2)
-        beside = steps * (known.row_s * rows + known.read_s * context + known.pair_s * (context + rows / 2))
-        return self.scale * (dense + own + beside)
+        others = steps * (known.row_s * rows + known.read_s * context + known.pair_s * (context + rows / 2))
+        return self.scale * (dense + own + others)
 
     def shared_s(self, queued: float, left_s: float, tokens: float, rows: float = 0) -> float:
         """Seconds saved by running ``tokens`` in the last step of a queue, not in a step of their own.
@@ -148,8 +148,8 @@ class CostModel:
         full, rest = divmod(tokens, chunk)
         dense = full * self._dense(chunk + rows) + (self._dense(rest + rows) if rest else 0.0)
         known, steps = self.steps, full + (rest > 0)
-        beside = known.row_s * (1 + rows) + known.read_s * context + known.pair_s * (context + rows / 2)
-        return self.scale * (dense + known.pair_s * pairs + steps * beside)
+        others = known.row_s * (1 + rows) + known.read_s * context + known.pair_s * (context + rows / 2)
+        return self.scale * (dense + known.pair_s * pairs + steps * others)
 
     def _dense(self, tokens: float) -> float:
         after = bisect_right(self._tokens, tokens)

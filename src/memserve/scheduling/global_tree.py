@@ -21,7 +21,7 @@ from collections.abc import Iterator
 import attrs
 
 from memserve.identity import ActorId
-from memserve.tokens import TOKEN_BYTES
+from memserve.tokens import TOKEN_BYTES, common_pages
 
 
 @attrs.define(eq=False)
@@ -121,7 +121,7 @@ class GlobalTree:
         at, width = 0, self.width
         while node is not None and (child := node.children.get(tokens[at : at + width])) is not None:
             if not tokens.startswith(child.key, at):
-                path.append((child, self._common(child.key, tokens, at) // TOKEN_BYTES))
+                path.append((child, common_pages(child.key, tokens, at, width) // TOKEN_BYTES))
                 break
             path.append((child, len(child.key) // TOKEN_BYTES))
             at += len(child.key)
@@ -157,7 +157,7 @@ class GlobalTree:
             if child is None:
                 child = node.children[tokens[at : at + width]] = Node(tokens[at:], node)
             elif not tokens.startswith(child.key, at):
-                child = self.split(child, self._common(child.key, tokens, at))
+                child = self.split(child, common_pages(child.key, tokens, at, width))
             self.mark(child, shard, tier)
             held.append(child)
             at += len(child.key)
@@ -209,18 +209,6 @@ class GlobalTree:
         front.children[node.key[: self.width]] = node
         return front
 
-    def _common(self, key: bytes, tokens: bytes, at: int) -> int:
-        """Bytes of whole pages that ``key`` shares with ``tokens[at:]``; the first page must match."""
-        width = self.width
-        low, high = 1, min(len(key), len(tokens) - at) // width
-        while low < high:
-            middle = (low + high + 1) // 2
-            if key[low * width : middle * width] == tokens[at + low * width : at + middle * width]:
-                low = middle
-            else:
-                high = middle - 1
-        return low * width
-
     # ---- for tests and gauges -------------------------------------------------------------------------------
 
     def nodes(self) -> Iterator[Node]:
@@ -239,7 +227,7 @@ class GlobalTree:
             parent = node.parent
             assert parent is not None and parent.children[node.key[: self.width]] is node
             assert node.key and len(node.key) % self.width == 0
-            assert node.holders or node.children or node.ends, "a node that nobody needs"
+            assert node.holders or node.children or node.ends, "a node without holders, children and ends"
             assert isinstance(parent, Root) or parent.holders.keys() >= node.holders.keys(), (
                 "a hole in a prefix"
             )

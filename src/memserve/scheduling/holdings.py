@@ -50,7 +50,7 @@ class Holdings:
     def _stored(self, event: IndexEvent) -> None:
         size = len(event.tokens)
         if not size or size % self.tree.width:
-            raise EventsDoNotFit(f"{size} bytes are no whole pages of {self.tree.page_tokens} tokens")
+            raise EventsDoNotFit(f"{size} bytes are not whole pages of {self.tree.page_tokens} tokens")
         entry = self.entries.get(event.entry)
         if entry is None:
             start = self.entries[event.parent].end if event.parent else self.tree.root(event.scope)
@@ -86,10 +86,10 @@ class Holdings:
     def _removed(self, event: IndexEvent) -> None:
         entry = self.entries.pop(event.entry)
         if self.losses is not None:
-            self._mourn(entry, self.losses)
+            self._count_losses(entry, self.losses)
         self._remove(entry)
 
-    def _mourn(self, entry: Entry, losses: Losses) -> None:
+    def _count_losses(self, entry: Entry, losses: Losses) -> None:
         """Count the pages that this shard evicted, and those of them that no other shard holds."""
         losses.evicted(entry.size // self.tree.width)
         first: Node | None = None

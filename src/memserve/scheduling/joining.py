@@ -9,6 +9,9 @@ from memserve.costs import StepCosts
 from memserve.identity import ActorId, actor_name
 from memserve.messages import Cluster, Gone, Member, Message
 
+SHARD_WAIT_S = 60.0
+"""How long a starting worker waits for its shard before it asks to be restarted."""
+
 
 @attrs.define
 class JoiningCore:

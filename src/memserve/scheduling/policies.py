@@ -102,7 +102,7 @@ class PairPolicy:
             other if other != shard else ActorId(""),
             expected_tokens=held,
         )
-        note(fleet, choice, request, held, SURE_S, now)
+        count_placement(fleet, choice, request, held, SURE_S, now)
         return choice
 
     def pick(self, fleet: Fleet, pairs: list[Pair], request: Request, match: PromptPath) -> Pair:
@@ -206,7 +206,7 @@ def _prefixes(tokens: bytes, prompts: Collection[_Prompt]) -> tuple[_Prompt | No
     return longest, (len(tokens), digest.digest())
 
 
-def note(
+def count_placement(
     fleet: Fleet,
     choice: Placement,
     request: Request,

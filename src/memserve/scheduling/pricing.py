@@ -43,7 +43,7 @@ from memserve.scheduling.fleet import SURE_S, Fleet, Worker
 from memserve.scheduling.global_tree import PromptPath
 from memserve.scheduling.membership import DECODES, PREFILLS
 from memserve.scheduling.outputs import OutputLengths
-from memserve.scheduling.policies import PLAIN, Placement, Policy, note
+from memserve.scheduling.policies import PLAIN, Placement, Policy, count_placement
 from memserve.tokens import count
 
 BY_QUEUE = 3
@@ -96,7 +96,7 @@ Candidate = tuple[float, bool, float, ActorId, Start]
 
 
 @attrs.define
-class Ways:
+class LinkOccupancy:
     """When each shard's outgoing and incoming link is free again, by the placements so far."""
 
     _until: dict[tuple[ActorId, str], float] = attrs.field(factory=dict)
@@ -124,7 +124,7 @@ class Cost:
     weights: Weights = Weights()
     links: Mapping[str, LinkModel] = attrs.field(factory=lambda: LINKS)
     outputs: OutputLengths = attrs.field(factory=OutputLengths)
-    ways: Ways = attrs.field(factory=Ways, init=False)
+    occupancy: LinkOccupancy = attrs.field(factory=LinkOccupancy, init=False)
 
     def link(self, fleet: Fleet, source: ActorId, to: ActorId) -> LinkModel:
         """The cost of moving pages from one shard to another."""
@@ -143,7 +143,7 @@ class Cost:
         choice = quote.take(priced)
         start, handed = priced[0][4], priced[0][1]
         sure_s = start.ttft + SURE_S if handed else SURE_S
-        note(fleet, choice, request, start.cached, sure_s, now, start.bring_s)
+        count_placement(fleet, choice, request, start.cached, sure_s, now, start.bring_s)
         return choice
 
     def learn(self, scope: str, tokens: int) -> None:
@@ -152,7 +152,7 @@ class Cost:
 
     def forget(self, actor: ActorId) -> None:
         """Drop what is remembered of a dead actor."""
-        self.ways.forget(actor)
+        self.occupancy.forget(actor)
 
 
 @attrs.define
@@ -264,13 +264,13 @@ class Quote:
         """What its neighbours lose while a worker without streams runs a prompt."""
         price, weights = 0.0, self.weights
         busy = [other for other in one.neighbours() if other.busy(self.now)]
-        beside = len(busy) - 1
+        neighbours = len(busy) - 1
         for other in busy:
-            price += weights.others * other.rows * run_s * other.slowed(beside, prompts=False)
+            price += weights.others * other.rows * run_s * other.slowed(neighbours, prompts=False)
             queued_s = other.queue_s(self.now)
             both_s = min(run_s, queued_s - one.queue_s(self.now))
             if both_s > 0:
-                delayed_s = both_s * other.slowed(beside, prompts=True)
+                delayed_s = both_s * other.slowed(neighbours, prompts=True)
                 price += weights.ttft * delayed_s * (1.0 + other.rate(self.now) * queued_s)
         return price
 
@@ -309,16 +309,16 @@ class Quote:
         price = self.weights.margin_s + model.handoff_s(0)
         if there == here:
             return price
-        lacking = self._lacking(there)
-        moved = self._transfer_s(here, there, lacking, model)
-        return price + moved + self.weights.ttft * self._lost(decode, lacking)
+        missing = self._missing_tokens(there)
+        moved = self._transfer_s(here, there, missing, model)
+        return price + moved + self.weights.ttft * self._lost(decode, missing)
 
-    def _lacking(self, shard: ActorId) -> int:
+    def _missing_tokens(self, shard: ActorId) -> int:
         """Tokens that a hand-over moves to a shard: at least the last page, which no index has."""
         return max(self.match.page_tokens, self.tokens - self.match.held(shard).tokens)
 
     def _transfer_s(self, source: ActorId, to: ActorId, tokens: int, model: CostModel) -> float:
-        wait = self.policy.ways.wait_s(source, to, self.now)
+        wait = self.policy.occupancy.wait_s(source, to, self.now)
         link = self.policy.link(self.fleet, source, to)
         return wait + link.seconds(tokens * model.steps.token_bytes)
 
@@ -332,9 +332,9 @@ class Quote:
         if start.source:
             self._move(start.source, member.shard, start.cached - start.expected, start.worker.model)
         if far:
-            self._move(member.shard, decode_shard, self._lacking(decode_shard), start.worker.model)
+            self._move(member.shard, decode_shard, self._missing_tokens(decode_shard), start.worker.model)
             self.fleet.took(
-                decode_shard, (self._lacking(decode_shard) + self.answer) / self.match.page_tokens
+                decode_shard, (self._missing_tokens(decode_shard) + self.answer) / self.match.page_tokens
             )
         new = self.tokens - start.expected + (0.0 if far else self.answer)
         self.fleet.took(member.shard, new / self.match.page_tokens)
@@ -347,7 +347,7 @@ class Quote:
     def _move(self, source: ActorId, to: ActorId, tokens: int, model: CostModel) -> None:
         """Occupy both shards' links for a transfer; its fixed time occupies neither."""
         byte_s = self.policy.link(self.fleet, source, to).byte_s
-        self.policy.ways.take(source, to, tokens * model.steps.token_bytes * byte_s, self.now)
+        self.policy.occupancy.take(source, to, tokens * model.steps.token_bytes * byte_s, self.now)
 
 
 def _by_price(one: Candidate) -> tuple[float, bool, float, ActorId]:

@@ -41,7 +41,7 @@ DEAR_S = 0.25
 """Price of a side from which the other side helps."""
 RATIO = 2.0
 """A side gets help only at this multiple of the other side's price, because helping crowds the other side."""
-NOBODY_S = 3.0
+EMPTY_SIDE_S = 3.0
 """How long a side may be empty: workers that start, or report to a new scheduler, come one by one."""
 WIDEN_S = 1.0
 """Shortest time between two workers that begin to help."""
@@ -105,8 +105,8 @@ class Prices:
             return 0.0
         price = self.ttft_weight * one.queue_s(now)
         if helper is not None and one.shares_with(helper) and not helper.busy(now):
-            beside = sum(other.busy(now) for other in one.neighbours())
-            price *= 2.0 - one.crowded(beside + 1, prompts=True) / one.crowded(beside, prompts=True)
+            neighbours = sum(other.busy(now) for other in one.neighbours())
+            price *= 2.0 - one.crowded(neighbours + 1, prompts=True) / one.crowded(neighbours, prompts=True)
         return max(0.0, price)
 
     def _decode(self, one: Worker | None, helper: Worker | None, now: float) -> float:
@@ -114,8 +114,8 @@ class Prices:
         if one is None:
             return 0.0
         each = one.context / one.rows if one.rows else 0.0
-        beside = sum(other.busy(now) for other in one.neighbours())
-        here = one.crowded(beside, prompts=False) * one.model.decode_s(one.rows + 1, one.context + each)
+        neighbours = sum(other.busy(now) for other in one.neighbours())
+        here = one.crowded(neighbours, prompts=False) * one.model.decode_s(one.rows + 1, one.context + each)
         there = one.model.decode_s(1, each)
         if helper is not None:
             there *= helper.crowded(sum(other.busy(now) for other in helper.neighbours()), prompts=False)
@@ -219,19 +219,21 @@ class Roles:
     def _needs(self, fleet: Fleet, now: float) -> Iterator[tuple[Side, str]]:
         """The sides that need help and why, the most urgent first."""
         prices = self.prices
-        if self._complete_at is not None and now >= self._complete_at + NOBODY_S:
-            nobody = not fleet.prefills.every.keys
-            yield (fleet.prefills, "nobody prefills") if nobody else (fleet.decodes, "nobody decodes")
+        if self._complete_at is not None and now >= self._complete_at + EMPTY_SIDE_S:
+            no_prefill = not fleet.prefills.every.keys
+            yield (
+                (fleet.prefills, "no worker prefills") if no_prefill else (fleet.decodes, "no worker decodes")
+            )
         if prices.prefill > max(DEAR_S, RATIO * prices.decode):
-            yield fleet.prefills, "prompts wait"
+            yield fleet.prefills, "prompts are waiting"
         if prices.decode > max(DEAR_S, RATIO * prices.prefill):
             yield fleet.decodes, "streams are crowded"
         helped = {one.role_configured for one in self._helping(fleet)}
         left = {self._role(one.member) for one in fleet.workers.values()} if helped else set()
         if "decode" in helped and "decode" not in left:
-            yield fleet.decodes, "all that decode prefill, too"
+            yield fleet.decodes, "all decode workers also prefill"
         if "prefill" in helped and "prefill" not in left:
-            yield fleet.prefills, "all that prefill decode, too"
+            yield fleet.prefills, "all prefill workers also decode"
 
     def _narrow(self, fleet: Fleet, now: float) -> list[Action]:
         """Give helpers their own roles back once both sides have been calm for long."""

@@ -52,10 +52,10 @@ from memserve.tokens import count, span
 
 PLANS_REMEMBERED = 50_000
 """Plans kept to answer repeated Submits and inquiries: ten seconds' worth at 5,000 requests a second."""
-AGAIN_S = 5.0
+REPUBLISH_S = 5.0
 """How often every member is sent the view again, in case a change was lost; less often in a large cluster."""
-AGAIN_S_MAX = 20.0
-SMALL = 100
+REPUBLISH_S_MAX = 20.0
+SMALL_CLUSTER = 100
 """Cluster size up to which every change is announced at once. Larger clusters batch changes."""
 CHANGES_MEMBERS_A_SECOND = 10_000
 """Upper limit of members times announcements a second in a large cluster, because each view lists every
@@ -92,7 +92,7 @@ class SchedulerCore:
     """When every member was last sent a view."""
     _publish_at: float = attrs.field(default=0.0, init=False)
     _wakefulness: Wakefulness = attrs.field(factory=Wakefulness, init=False)
-    _again_at: float = attrs.field(default=0.0, init=False)
+    _republish_at: float = attrs.field(default=0.0, init=False)
 
     # ---- the five verbs -------------------------------------------------------------------------------------
 
@@ -310,7 +310,7 @@ class SchedulerCore:
                 member.id
             )  # it owns no pages; once told that its requests were dropped, it submits them again
         joined = member.id not in self.membership.members
-        if joined and self.terms is not UNSET and self._refused(message):
+        if joined and self.terms is not UNSET and self._refuse_member(message):
             return
         changed, replaced = self.membership.hear(member, now)
         self.fleet.heard(member, now)
@@ -331,7 +331,7 @@ class SchedulerCore:
         if len(self.admission):
             self._place_held(now)
 
-    def _refused(self, message: Load) -> bool:
+    def _refuse_member(self, message: Load) -> bool:
         """Refuse a newcomer that may not be part of this cluster; whether that was done."""
         member = message.member
         reason = disagreement(self.terms, message.terms) or name_taken(
@@ -378,8 +378,8 @@ class SchedulerCore:
     def _listeners(self, now: float) -> list[ActorId]:
         """The receivers of the view each second: Frontends and starting actors, periodically every member."""
         members = self.membership.members
-        if now >= self._again_at:
-            self._again_at = now + min(AGAIN_S_MAX, max(AGAIN_S, len(members) / MEMBERS_A_SECOND))
+        if now >= self._republish_at:
+            self._republish_at = now + min(REPUBLISH_S_MAX, max(REPUBLISH_S, len(members) / MEMBERS_A_SECOND))
             return list(members)
         return [one.id for one in members.values() if one.kind == "Frontend" or one.state == "starting"]
 
@@ -387,11 +387,11 @@ class SchedulerCore:
         """Send the view to every member after a change, at once or soon."""
         number = len(self.membership.members)
         next_at = self._told_at + number / CHANGES_MEMBERS_A_SECOND
-        if number <= SMALL or now >= next_at:
+        if number <= SMALL_CLUSTER or now >= next_at:
             self._told_at = now
             self._publish(list(self.membership.members), now)
         else:
-            self._publish_at, self._again_at = min(self._publish_at, next_at), now
+            self._publish_at, self._republish_at = min(self._publish_at, next_at), now
 
     def _publish(self, to: list[ActorId], now: float) -> None:
         me = attrs.evolve(self.me, load=self.gauges())

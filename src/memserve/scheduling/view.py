@@ -102,11 +102,11 @@ class ClusterView:
         members = [one for one in self.members() if actor_name(one.id) not in down]
         missing = self._missing(members, down, now)
         silent = _silence(self._heard_at, now)
-        lacking = silent or _lacking(members)
-        if lacking and not silent and not _lacking(members + self._unheard(members, down, now)):
-            missing.append("a scheduler that has just started is hearing from everyone anew")
-        elif lacking:
-            return Health("unavailable", "; ".join((lacking, *missing)))
+        unservable = silent or _why_unservable(members)
+        if unservable and not silent and not _why_unservable(members + self._unheard(members, down, now)):
+            missing.append("a scheduler that has just started is still collecting reports")
+        elif unservable:
+            return Health("unavailable", "; ".join((unservable, *missing)))
         return Health("degraded", "; ".join(missing)) if missing else Health("ok")
 
     def _unheard(self, members: list[Member], down: Mapping[str, str], now: float) -> list[Member]:
@@ -132,7 +132,7 @@ def _silence(heard_at: float | None, now: float) -> str:
     return ""
 
 
-def _lacking(members: list[Member]) -> str:
+def _why_unservable(members: list[Member]) -> str:
     """Why no placement can serve a request; empty if one can."""
     if pairs(members):
         return ""
@@ -141,7 +141,11 @@ def _lacking(members: list[Member]) -> str:
     roles = {one.role for one in ready if one.shard in shards}
     if not shards:
         return "no MemPoolShard is ready"
-    lack = [name for name, side in (("prefill", PREFILLS), ("decode", DECODES)) if not roles & {*side}]
+    missing_sides = [
+        name for name, side in (("prefill", PREFILLS), ("decode", DECODES)) if not roles & {*side}
+    ]
     return (
-        f"no {' and no '.join(lack)} worker is ready" if lack else "no prefill worker reaches a decode worker"
+        f"no {' and no '.join(missing_sides)} worker is ready"
+        if missing_sides
+        else "no prefill worker reaches a decode worker"
     )

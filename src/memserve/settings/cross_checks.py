@@ -45,22 +45,23 @@ def cross_check(tree: Tree) -> list[Problem]:
 
 def check_cluster(tree: Tree) -> Iterator[Problem]:
     """A host must either have the scheduler or join the host that has it, with the keys that each needs."""
-    if "cluster" not in tree or not isinstance(told := tree["cluster"], dict):
+    if "cluster" not in tree or not isinstance(cluster := tree["cluster"], dict):
         return
-    listens, joins = told.get("listen"), told.get("join")
+    listens, joins = cluster.get("listen"), cluster.get("join")
     if not listens and not joins:
         yield Problem("cluster", "must have listen, on the host of the scheduler, or join, on the others")
     elif listens and joins:
         yield Problem(
-            "cluster.join", "must be left out beside listen: this host has the scheduler, or another"
+            "cluster.join",
+            "must be left out where listen is set: either this host has the scheduler or another one",
         )
-    if not told.get("key"):
+    if not cluster.get("key"):
         yield Problem(
             "cluster.key", "is required: the file that `memserve key FILE` makes, the same on all hosts"
         )
-    if joins and not told.get("address"):
+    if joins and not cluster.get("address"):
         yield Problem("cluster.address", "is required with join: this host's own address")
-    elif told.get("address") and not joins:
+    elif cluster.get("address") and not joins:
         yield Problem("cluster.address", "must be left out without join: listen has this host's address")
     if joins and "scheduler" in tree:
         yield Problem("scheduler", f"must be left out with cluster.join: the scheduler is at {show(joins)}")
@@ -75,8 +76,8 @@ def check_cluster(tree: Tree) -> Iterator[Problem]:
 
 def networked(tree: Tree) -> bool:
     """Whether the cluster has other hosts."""
-    told = tree.get("cluster")
-    return isinstance(told, dict) and bool(told.get("listen") or told.get("join"))
+    cluster = tree.get("cluster")
+    return isinstance(cluster, dict) and bool(cluster.get("listen") or cluster.get("join"))
 
 
 def check_keys(tree: Tree) -> Iterator[Problem]:

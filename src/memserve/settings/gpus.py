@@ -16,7 +16,7 @@ from pathlib import Path
 import attrs
 
 PREFIX = "cuda:"
-QUERY = ("index", "uuid", "name", "memory.total", "memory.free", "compute_cap")
+QUERY = ("index", "uuid", "name", "memory.free", "compute_cap")
 ASK_S = 20.0
 """Longest wait for nvidia-smi; the first call on an idle machine wakes the GPUs, which takes seconds."""
 CAPABILITY_MIN = (8, 0)
@@ -32,7 +32,6 @@ class Gpu:
     """The N of ``cuda:N``, counted in PCI bus order among the GPUs that CUDA_VISIBLE_DEVICES leaves."""
     uuid: str
     name: str
-    total_bytes: int
     free_bytes: int
     capability: tuple[int, int]
 
@@ -96,9 +95,9 @@ def parse(answer: str) -> tuple[Gpu, ...]:
     for line in answer.splitlines():
         fields = [field.strip() for field in line.split(",")]
         try:
-            index, uuid, name, total, free, capability = fields
+            index, uuid, name, free, capability = fields
             major, minor = map(int, capability.split("."))
-            gpus.append(Gpu(int(index), uuid, name, int(total) << 20, int(free) << 20, (major, minor)))
+            gpus.append(Gpu(int(index), uuid, name, int(free) << 20, (major, minor)))
         except ValueError:
             continue
     return tuple(gpus)

@@ -69,7 +69,7 @@ def find_network(config: ClusterConfig) -> HostNetwork | None:
     """
     if not config.networked:
         return None
-    head, port = split_place(config.listen or config.join)
+    head, port = split_host_port(config.listen or config.join)
     keys = read_key(Path(config.key).expanduser())
     if config.listen:
         address = own_address(head, "cluster.listen", int(port))
@@ -78,9 +78,9 @@ def find_network(config: ClusterConfig) -> HostNetwork | None:
     return HostNetwork(address, endpoint(resolved_name(head, "cluster.join"), port), True, keys)
 
 
-def split_place(place: str) -> tuple[str, str]:
+def split_host_port(text: str) -> tuple[str, str]:
     """Host and port of ``HOST:PORT`` or ``[IPV6]:PORT``."""
-    host, _, port = place.rpartition(":")
+    host, _, port = text.rpartition(":")
     return host.strip("[]"), port
 
 
@@ -97,7 +97,7 @@ def own_address(host: str, key: str, port: int = 0) -> str:
     address = resolved_name(host, key)
     if ipaddress.ip_address(address.partition("%")[0]).is_unspecified:
         raise UserError(
-            f"{key}: {host!r} means every address: name the one at which the other hosts reach this one"
+            f"{key}: {host!r} means every address: give the one at which the other hosts reach this one"
         )
     with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -111,9 +111,9 @@ def own_address(host: str, key: str, port: int = 0) -> str:
 
 def _why_not_bound(key: str, host: str, port: int, error: OSError) -> str:
     if error.errno == errno.EADDRINUSE:
-        return f"{key}: port {port} of {host} is in use already; stop who uses it, or choose another on all hosts"
+        return f"{key}: port {port} of {host} is in use already; stop the process that uses it, or choose another port on all hosts"
     if error.errno == errno.EADDRNOTAVAIL:
-        return f"{key}: {host} is not an address of this machine; `ip address` lists those it has"
+        return f"{key}: {host} is not an address of this machine; `ip address` lists its addresses"
     return f"{key}: cannot listen on {host}, port {port}: {error.strerror}"
 
 
@@ -129,7 +129,7 @@ def make_key(path: Path) -> None:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError as error:
         raise UserError(
-            f"{path} exists: it may be the key of a cluster; remove it first to replace it"
+            f"{path} exists: it may be the key of a cluster; to replace it, remove it first"
         ) from error
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from error
@@ -144,7 +144,7 @@ def read_key(path: Path) -> KeyPair:
         fd = os.open(path, os.O_RDONLY)
     except FileNotFoundError as error:
         raise UserError(
-            f"cluster.key: {path} is not there: make it on one host with `memserve key {path}`, and copy it to the others"
+            f"cluster.key: {path} does not exist: make it on one host with `memserve key {path}`, and copy it to the others"
         ) from error
     except OSError as error:
         raise UserError(f"cluster.key: {path} cannot be read: {error.strerror}") from error
@@ -155,8 +155,8 @@ def read_key(path: Path) -> KeyPair:
         if found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
             raise UserError(
                 f"cluster.key: {path} is not private: it has owner {found.st_uid} and mode"
-                f" {stat.S_IMODE(found.st_mode):04o}, must have owner {os.getuid()} and mode 0600: whoever reads it"
-                " is in the cluster"
+                f" {stat.S_IMODE(found.st_mode):04o}, must have owner {os.getuid()} and mode 0600: whoever can read it"
+                " can join the cluster"
             )
         return _parse_key(path, file.read(KEY_BYTES_MAX))
 
@@ -167,4 +167,4 @@ def _parse_key(path: Path, text: bytes) -> KeyPair:
     with contextlib.suppress(UnicodeDecodeError, zmq.ZMQError, ValueError):
         if match := KEY_LINE.fullmatch(text.decode("ascii")):
             return KeyPair(zmq.curve_public(match[1].encode()).decode(), match[1])
-    raise UserError(f"cluster.key: {path} holds no key of a cluster; `memserve key` makes one")
+    raise UserError(f"cluster.key: {path} does not contain a cluster's key; make one with `memserve key`")

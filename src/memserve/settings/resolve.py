@@ -217,9 +217,9 @@ def memory_problems(config: Config, weights: int, machine: Machine) -> Iterator[
         weights = 0  # read once, page by page, into GPU memory
     if arenas + weights > machine.free_bytes:
         with_host = " with pool.host_bytes" if config.pool.host_bytes else ""
-        beside = f" beside the weights ({size(weights)})" if weights else ""
+        besides = f" besides the weights ({size(weights)})" if weights else ""
         yield (
-            f"shard.memory must fit in the machine's free memory ({size(machine.free_bytes)}){beside}, "
+            f"shard.memory must fit in the machine's free memory ({size(machine.free_bytes)}){besides}, "
             f"not {size(arenas)} in all{with_host}: lower it in one of the shards"
         )
 

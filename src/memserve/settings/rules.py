@@ -74,7 +74,7 @@ def is_host(value: str) -> bool:
     return True
 
 
-def is_place(value: str) -> bool:
+def is_host_port(value: str) -> bool:
     """Whether ``value`` is HOST:PORT that other hosts can use; an IPv6 address must be in brackets."""
     match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%]+)\]|([^:\[\]]+)):(\d{1,5})", value)
     if match is None or not 1 <= int(match[3]) <= 65535:
@@ -95,11 +95,11 @@ a_reachable_host = Rule(
     "be an IP address or a host name, without a port, and not 0.0.0.0 or ::",
     lambda value: is_host(value) and value not in ("0.0.0.0", "::"),
 )
-a_place = Rule(
+a_host_port = Rule(
     "be HOST:PORT, with an IP address or a host name other than 0.0.0.0 and ::, and a port from 1 to 65535",
-    is_place,
+    is_host_port,
 )
-some_keys = Rule("hold keys of 1 to 256 printable ASCII characters without blanks, each once", are_keys)
+some_keys = Rule("be distinct keys of 1 to 256 printable ASCII characters without blanks", are_keys)
 
 
 def parse_size(value: object) -> int:

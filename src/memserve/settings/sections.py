@@ -11,8 +11,8 @@ from memserve.settings.rules import (
     GIB,
     Rule,
     a_host,
+    a_host_port,
     a_name,
-    a_place,
     a_reachable_host,
     between,
     matching,
@@ -358,10 +358,12 @@ class ClusterConfig:
 
     listen: str = setting(
         "",
-        rule=or_unset(a_place),
+        rule=or_unset(a_host_port),
         help="on the scheduler's host: its own address and port, at which other hosts join",
     )
-    join: str = setting("", rule=or_unset(a_place), help="on all other hosts: listen of the scheduler's host")
+    join: str = setting(
+        "", rule=or_unset(a_host_port), help="on all other hosts: listen of the scheduler's host"
+    )
     address: str = setting(
         "",
         rule=or_unset(a_reachable_host),

@@ -146,5 +146,5 @@ def _open(cluster: SimCluster, clients: Clients) -> str:
             for one in core._live.values()
             if one.request.id == call.id
         ]
-        return f"{call.id} ({len(clients.open_calls)} in all), held by {holders or 'nobody'}"
+        return f"{call.id} ({len(clients.open_calls)} in all), held by {holders or 'no worker'}"
     return f"{clients.waiting} turns that were never asked"

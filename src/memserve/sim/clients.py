@@ -147,7 +147,7 @@ class Clients:
         if call.outcome or actor is None or not actor.alive or actor.paused:
             return
         core = self.cluster.cores[actor.name]
-        assert isinstance(core, FrontendCore), f"{actor.name} is no Frontend"
+        assert isinstance(core, FrontendCore), f"{actor.name} is not a Frontend"
         core.close(call.id, "cancelled", self.cluster.world.now)
         self._end(call, "cancelled")
         self.cluster.world.turn(actor)

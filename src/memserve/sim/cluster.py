@@ -9,7 +9,7 @@ import attrs
 
 from memserve.actions import BatchDone, Copy, CopyDone, Deliver, Died, Kill, MoverOrder, RunBatch
 from memserve.costs import Site
-from memserve.engine.batching import BatchLimits, WorkerSettings
+from memserve.engine.batching import RETIRE, BatchLimits, WorkerSettings
 from memserve.engine.plans import BatchPlan, BatchResult
 from memserve.engine.worker import WorkerCore
 from memserve.identity import ActorId
@@ -26,13 +26,13 @@ from memserve.scheduling.admission import Admission
 from memserve.scheduling.cost_model import CostModel
 from memserve.scheduling.global_tree import GlobalTree
 from memserve.scheduling.index_feed import IndexFeed
-from memserve.scheduling.joining import JoiningCore
+from memserve.scheduling.joining import SHARD_WAIT_S, JoiningCore
 from memserve.scheduling.presence import Presence, Reporting, seed_id
 from memserve.scheduling.pricing import POLICIES, Cost
 from memserve.scheduling.roles import Prices, Roles
 from memserve.scheduling.scheduler import SchedulerCore
 from memserve.sim.engines import DrawEngine, Engine, PageEngine, shape
-from memserve.sim.layout import RETIRE, Layout, ShardPlan, Times, WorkerPlan
+from memserve.sim.layout import Layout, ShardPlan, Times, WorkerPlan
 from memserve.sim.movers import Movers
 from memserve.sim.pages import Arenas
 from memserve.sim.sites import Sites
@@ -41,8 +41,6 @@ from memserve.tokens import TOKEN_BYTES
 from memserve.transfer.values import Geometry
 from memserve.transfer_messages import Way
 
-SHARD_WAIT_S = 60.0
-"""How long a starting worker waits for its shard before it asks to be restarted, as a real worker does."""
 RESTART_S_MAX = 10.0
 
 
@@ -351,7 +349,7 @@ class SimCluster:
         if home is None:
             return
         core = self.cores[home.name]
-        assert isinstance(core, ShardCore), f"{home.name} is no shard"
+        assert isinstance(core, ShardCore), f"{home.name} is not a shard"
         pool = core.pool
         own = {
             page

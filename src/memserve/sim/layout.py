@@ -7,9 +7,6 @@ import attrs
 from memserve.costs import Site
 from memserve.scheduling.pricing import Weights
 
-RETIRE = {"off": "none", "1": "prompt", "2": "all", "3": "all"}
-"""Which pages a worker gives to the index in each caching mode, as real workers do."""
-
 
 @attrs.frozen
 class ShardPlan:

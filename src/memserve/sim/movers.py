@@ -39,7 +39,7 @@ class Writing:
 
     sender: Actor
     order: Write
-    over: bool = False
+    ended: bool = False
 
     @property
     def key(self) -> Key:
@@ -87,7 +87,7 @@ class Movers:
                 self._begin(Writing(shard, order))
             case StopWriting(number):
                 one = self._writing.get((shard.id, number))
-                if one is not None and not one.over:
+                if one is not None and not one.ended:
                     self._break(one, Failure.WITHDRAWN)
             case Expect(sender, number, pages):
                 self._expected[shard.id, (sender, number)] = None
@@ -125,7 +125,7 @@ class Movers:
             if actor is not None and actor.paused:
                 actor.held.append(partial(self._arrive, one))
                 return
-        if one.over:
+        if one.ended:
             return
         if one.path not in ON_ONE_HOST and (receiver is None or self._is_cut(one) or self._uninvited(one)):
             self._break(one, Failure.PEER_GONE if receiver is None else Failure.CUT)
@@ -145,7 +145,7 @@ class Movers:
 
     def _land(self, one: Writing) -> None:
         transfer, size = one.order.transfer, len(one.order.transfer.source) * self.page_bytes
-        self._check_landing(one)
+        self._check_written_pages(one)
         self.arenas.copy(one.sender.id, transfer.source, one.to, transfer.destination)
         self.moved_bytes += size
         self._end(one)
@@ -162,7 +162,7 @@ class Movers:
             if (
                 not killed
             ):  # a killed sender's pages may just have been released: they are granted again after the kill
-                self._check_landing(one)
+                self._check_written_pages(one)
             self.arenas.spoil(one.to, pages[: len(pages) // 2 + 1])
         self._end(one)
         receiver = self.world.find(one.to)
@@ -171,7 +171,7 @@ class Movers:
         self._later(one.sender, WriteFailed(one.order.transfer.id, why, "broken off"))
 
     def _end(self, one: Writing) -> None:
-        one.over = True
+        one.ended = True
         del self._writing[one.key]
         if one.path != "tcp":
             self.arenas.let_go(one.key)
@@ -188,7 +188,7 @@ class Movers:
         """Tell an actor in an event of its own, not within an order: a core's turn is never re-entered."""
         self.world.after(0.0, self.world.tell, actor, message)
 
-    def _check_landing(self, one: Writing) -> None:
+    def _check_written_pages(self, one: Writing) -> None:
         """Check that the pages written to are the transfer's own, as long as their shard lives.
 
         Raises Violation.

@@ -2,7 +2,7 @@
 
 A transfer owns its pages from the grant to its end. How it ends decides when they may be used for others::
 
-    every byte is there        when the landing commits them: from then on the pool owns them
+    every byte is there        when the pool commits them: from then on the pool owns them
     tcp: cut, late             once this process has stopped reading into them
     mapped, cuda, nixl: late   once the sender says that it has stopped writing (TransferWithdrawn, TransferSent)
     mapped, cuda: sender dead  once its process is killed for good: a paused one would write on when it wakes
@@ -53,7 +53,7 @@ Ended = TransferArrived | TransferRefused
 
 
 @attrs.frozen
-class LandingRefused(Exception):
+class ReceiveRefused(Exception):
     """The pool refuses to grant or to commit the pages."""
 
     failure: Failure
@@ -65,7 +65,7 @@ class LandingRefused(Exception):
         return f"{self.failure}: {self.message}"
 
 
-class Landing(Protocol):
+class ReceivingPool(Protocol):
     """The owner of the pages that receive the bytes: the shard's pool.
 
     Called in the core's turn; nothing blocks.
@@ -74,13 +74,13 @@ class Landing(Protocol):
     def grant(self, key: Key, offer: TransferOffer) -> tuple[int, ...]:
         """Grant ``offer.pages`` pages to this transfer alone: those of ``offer.destination`` if it names any.
 
-        Raises LandingRefused; all pages are granted, or none.
+        Raises ReceiveRefused; all pages are granted, or none.
         """
 
     def commit(self, key: Key, offer: TransferOffer, pages: tuple[int, ...]) -> int:
         """The pages are complete: insert ``offer.tokens`` and give the pages to their owner.
 
-        Returns the lease that holds them. Raises LandingRefused without having taken any; ``release``
+        Returns the lease that holds them. Raises ReceiveRefused without having taken any; ``release``
         follows.
         """
 
@@ -140,7 +140,7 @@ class Incoming:
 
     geometry: Geometry
     host: str
-    landing: Landing
+    pool: ReceivingPool
     ways: tuple[Way, ...]
     """Ways to this shard's arena, best first."""
     receiving_max: int = 64
@@ -236,8 +236,8 @@ class Incoming:
     def _grant(self, key: Key, offer: TransferOffer, now: float) -> None:
         try:
             way = self._way(offer)
-            pages = self.landing.grant(key, offer)
-        except LandingRefused as refused:
+            pages = self.pool.grant(key, offer)
+        except ReceiveRefused as refused:
             self._end(key, TransferRefused(offer.id, refused.failure, refused.message, refused.code))
             return
         deadline = now + offer.remaining_s
@@ -247,14 +247,14 @@ class Incoming:
         self._post(key[0], TransferGranted(offer.id, pages, way))
 
     def _way(self, offer: TransferOffer) -> Way:
-        """The best way that this sender can take. Raises LandingRefused."""
+        """The best way that this sender can take. Raises ReceiveRefused."""
         if len(self._receiving) >= self.receiving_max:
-            raise LandingRefused(
+            raise ReceiveRefused(
                 Failure.RECEIVER_FULL, f"{self.receiving_max} transfers are under way already"
             )
         theirs = Geometry(offer.page_bytes, offer.layers) if _divides(offer) else None
         if theirs != self.geometry or offer.pages < 1:
-            raise LandingRefused(
+            raise ReceiveRefused(
                 Failure.REFUSED,
                 f"{offer.pages} pages of {offer.page_bytes} bytes in {offer.layers} layers: "
                 f"they must have {self.geometry.page_bytes} bytes in {self.geometry.layers} layers",
@@ -263,7 +263,7 @@ class Incoming:
             if way.path in offer.paths and (way.path not in ON_ONE_HOST or offer.host == self.host):
                 return way
         mine = ", ".join(way.path for way in self.ways)
-        raise LandingRefused(
+        raise ReceiveRefused(
             Failure.REFUSED,
             f"no common path: {', '.join(offer.paths)} there, {mine} here; see path in their TransferSettings",
         )
@@ -340,8 +340,8 @@ class Incoming:
         """Insert, then acknowledge: the sender must not count on pages that cannot be matched yet."""
         one = self._receiving[key]
         try:
-            lease = self.landing.commit(key, one.offer, one.pages)
-        except LandingRefused as refused:
+            lease = self.pool.commit(key, one.offer, one.pages)
+        except ReceiveRefused as refused:
             one.failed = TransferRefused(key[1], refused.failure, refused.message, refused.code)
             self._release(key)
             return
@@ -365,7 +365,7 @@ class Incoming:
     def _release(self, key: Key) -> None:
         one = self._receiving.pop(key)
         assert one.failed is not None, f"{key} is released without a reason"
-        self.landing.release(key, one.offer, one.pages)
+        self.pool.release(key, one.offer, one.pages)
         self._end(key, one.failed)
 
     def _end(self, key: Key, ended: Ended) -> None:

@@ -48,7 +48,7 @@ class PieceFeed:
     def __init__(self, pages: int, parts: int) -> None:
         self._coverage = Coverage(pages, parts)
         self._waiting: list[Piece] = []
-        self._stirred = trio.Event()
+        self._changed = trio.Event()
 
     @classmethod
     def whole(cls, transfer: PageTransfer, geometry: Geometry) -> PieceFeed:
@@ -65,13 +65,13 @@ class PieceFeed:
         for piece in some:
             if self._coverage.add(piece):
                 self._waiting.append(piece)
-        self._stirred.set()
+        self._changed.set()
 
     async def take(self) -> list[Piece]:
         """Wait for pieces and take all that are available; an empty list at the end."""
         while not self._waiting and not self._coverage.complete:
-            self._stirred = trio.Event()
-            await self._stirred.wait()
+            self._changed = trio.Event()
+            await self._changed.wait()
         taken, self._waiting = self._waiting, []
         return taken
 

@@ -135,7 +135,7 @@ async def _connected(address: str) -> trio.SocketStream:
         with trio.fail_after(CONNECT_S):
             return await trio.open_tcp_stream(host.strip("[]"), int(port))
     except (OSError, trio.TooSlowError) as error:
-        raise MoveError(Failure.PEER_GONE, f"nobody answers at {address}: {error}") from error
+        raise MoveError(Failure.PEER_GONE, f"no answer at {address}: {error}") from error
 
 
 # ---- receiver ------------------------------------------------------------------------------------------------
@@ -238,7 +238,7 @@ class TcpReceiver:
         """The transfer that a hello names. Raises MoveError unless it is expected, and exactly as granted."""
         if not hmac.compare_digest(proof, hello.proof(self.token)):
             raise MoveError(
-                Failure.REFUSED, "the token is not this receiver's: it was started anew, or is another"
+                Failure.REFUSED, "the token is not this receiver's: it has restarted, or is another"
             )
         one = self._expected.get((hello.sender, hello.id))
         if one is None or one.stopping is not None:

@@ -91,8 +91,8 @@ class PageTransfer:
     def __attrs_post_init__(self) -> None:
         if not self.source or len(self.source) != len(self.destination):
             raise ValueError(
-                f"transfer {self.id} goes from {len(self.source)} pages to {len(self.destination)}: "
-                "it must be as many, and at least one"
+                f"transfer {self.id} goes from {len(self.source)} pages to {len(self.destination)}; "
+                "the numbers must be equal and at least 1"
             )
         if len(set(self.destination)) < len(self.destination):
             raise ValueError(f"transfer {self.id} names a destination page twice")
