@@ -66,6 +66,9 @@ bench-quality: setup  ## what bfloat16 and int8 cost in quality, on real text
 bench-cluster: setup-test  ## memory, idle CPU, latency and throughput of a whole cluster
 	$(BIN)/python bench/cluster.py $(ARGS)
 
+bench-kills: setup-test  ## how long a stream pauses when an actor is killed
+	$(BIN)/python bench/kills.py $(ARGS)
+
 bench-frontend: setup-test  ## the control plane alone, on an engine that answers at once; ARGS="--beside CHECKOUT" compares CPU
 	$(BIN)/python bench/frontend.py $(ARGS)
 
