@@ -10,7 +10,8 @@ JOBS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+# Modules are compiled as they are imported: most of torch's never are.
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile --constraint constraints.txt
 SOURCES := src tests bench loadgen
 
 .DEFAULT_GOAL := check

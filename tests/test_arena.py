@@ -69,7 +69,7 @@ def owner(place):
 
 
 def test_what_one_process_writes_the_others_read(owner, place):
-    """If the mappings were copies, hand-over without copying would hand over nothing."""
+    """If the mappings were copies, handoff without copying would hand over nothing."""
     arena = attach_arena(place, PAGE_BYTES)
     assert bytes(arena.memory[:5]) == b"owner"
     with python(READER, place, PAGES, PAGE_BYTES) as reader:

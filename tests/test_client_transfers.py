@@ -93,7 +93,7 @@ async def test_what_is_inserted_there_can_be_matched(folder) -> None:
 
 
 async def test_pages_go_to_another_program(folder) -> None:
-    """The paper's hand-over: pages, and what the sender has to say about the request."""
+    """The paper's handoff: pages, and what the sender has to say about the request."""
     async with two_shards(folder) as (pool, shards), open_pool("d", folder, shards) as other:
         mine = await filled(pool, "ab")
         async with trio.open_nursery() as nursery:

@@ -19,7 +19,7 @@ SIZES = [
 
 @pytest.mark.parametrize("seed", range(24))
 def test_random_calls_over_two_shards(seed: int) -> None:
-    """Fetches, hand-overs and transfers among all other calls, over a wire that loses and repeats."""
+    """Fetches, handoffs and transfers among all other calls, over a wire that loses and repeats."""
     pair = Pair(seed, SIZES[seed % len(SIZES)])
     pair.run(800)
     pair.end()

@@ -169,7 +169,7 @@ def test_chunks_and_graphs_give_nearly_the_best_token_of_the_cpu(shard, backend)
 @pytest.mark.gpu
 @needs_gpu
 async def test_another_process_sees_and_writes_the_pages(shard, tmp_path_factory):
-    """If it failed, hand-over without copying would hand over nothing on this machine."""
+    """If it failed, handoff without copying would hand over nothing on this machine."""
     import textwrap
 
     import trio

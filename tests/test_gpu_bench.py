@@ -48,7 +48,7 @@ def engines():
 
 
 def test_a_hand_over_is_timed_and_gives_the_same_token(engines, monkeypatch):
-    """If it failed, the hand-over's time would be that of something else, or its tokens wrong without a word."""
+    """If it failed, the handoff's time would be that of something else, or its tokens wrong without a word."""
     monkeypatch.setattr(gpu_moving, "HAND_OVERS", 3)
     gives, takes = engines
     with zmq.Context() as context, context.socket(zmq.PAIR) as one, context.socket(zmq.PAIR) as other:
@@ -59,7 +59,7 @@ def test_a_hand_over_is_timed_and_gives_the_same_token(engines, monkeypatch):
         figures = list(gpu_moving.hand_over(gives, one, CONTEXTS, SPEC.vocab))
         thread.join(10)
     assert [one.what for one in figures] == [
-        f"hand-over of {n} tokens, {pages_for(n + 1, 16)} pages" for n in CONTEXTS
+        f"handoff of {n} tokens, {pages_for(n + 1, 16)} pages" for n in CONTEXTS
     ]
     assert all(
         one.value is not None and 0 < one.value < 1000 and one.goal == 1.0 and one.at_most for one in figures

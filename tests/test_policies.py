@@ -55,7 +55,7 @@ def test_a_hot_prefix_gets_a_second_home() -> None:
 
 
 def test_a_short_prefill_where_the_answer_is_made_beats_a_hand_over() -> None:
-    """If it failed, every turn of a warm chat would pay a hand-over."""
+    """If it failed, every turn of a warm chat would pay a handoff."""
     world = World("p0@s0", "w0@s0")
     world.cache("s0", DOCUMENT)
     choice = world.place(DOCUMENT + pack(range(30)))

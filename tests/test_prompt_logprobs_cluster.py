@@ -170,7 +170,7 @@ async def test_preempted_prompts_are_scored_once(autojump_clock: MockClock) -> N
 async def test_killing_a_worker_reports_nothing_twice(
     autojump_clock: MockClock, victim, after, announced
 ) -> None:
-    """kill -9 in any chunk, at the hand-over, within the answer: another attempt reports what is missing, and only that."""
+    """kill -9 in any chunk, at the handoff, within the answer: another attempt reports what is missing, and only that."""
     setting = {"kind": ScoringCluster, "announce_deaths": announced, "chunk_tokens": 8}
     async with memory_cluster(*PD2, **setting) as (cluster, frontend):
         results = {}

@@ -76,7 +76,7 @@ def sent(core: SchedulerCore, kind: type) -> list[Send]:
 
 
 def test_pairs_share_a_ready_shard() -> None:
-    """A hand-over between workers on different shards would hand over pages the other cannot see."""
+    """A handoff between workers on different shards would hand over pages the other cannot see."""
     other = member("s1", "MemPoolShard")
     workers = [prefill("p0"), prefill("p1", shard="s1.1"), decode("d0"), decode("d1", shard="s1.1")]
     starting = decode("d2", state="starting")

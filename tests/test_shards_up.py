@@ -14,7 +14,7 @@ TURN = 40
 
 
 def test_a_chat_whose_pages_go_over_tcp(tmp_path: Path) -> None:
-    """If the movers of a real cluster were never started, every hand-over would be computed again, and nobody would notice."""
+    """If the movers of a real cluster were never started, every handoff would be computed again, and nobody would notice."""
     settings = ("transfer.path=tcp", "scheduler.policy=least_load", "model.dtype=float32")
     with running("2shards.toml", tmp_path, *settings) as cluster:
         first = prompt(100, 1, VOCAB)

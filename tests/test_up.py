@@ -192,7 +192,7 @@ def test_no_torch_where_it_is_not_needed(demo: Cluster) -> None:
 
 
 def test_logs_tell_every_request_s_life(demo: Cluster) -> None:
-    """One canonical line a finished request, the id on every line about it, and no byte copied at a hand-over."""
+    """One canonical line a finished request, the id on every line about it, and no byte copied at a handoff."""
     answer = demo.complete(PREFIX[:33], 12, ignore_eos=True)
     request = answer["id"].partition("-")[2]
     lines = [line for line in demo.lines() if line.get("request") == request]

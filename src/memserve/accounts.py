@@ -16,7 +16,7 @@ class Timings:
     handoff_ms: float = 0.0
     """From the first token until the decode worker owns the lease."""
     decode_ms: float = 0.0
-    """From the hand-over, or the first token if nothing is handed over, to the last token."""
+    """From the handoff, or the first token if nothing is handed over, to the last token."""
 
 
 @attrs.frozen
@@ -38,7 +38,7 @@ class Origins:
     bytes_fetched: int = 0
     """Bytes moved for ``fetched_tokens``."""
     bytes_to_decode: int = 0
-    """Bytes moved by the hand-over."""
+    """Bytes moved by the handoff."""
     bytes_to_prefill: int = 0
     """Bytes of the answer's pages, returned after the request's end (mode 3) unless that fails."""
     bytes_saved: int = 0

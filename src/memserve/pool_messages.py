@@ -31,7 +31,7 @@ class Source:
     request: str = ""
     """Request that the tokens belong to.
 
-    It is logged, and a hand-over of the request waits for the prefetch under way for it.
+    It is logged, and a handoff of the request waits for the prefetch under way for it.
     """
     tries: int = 1
     """How often a Prefetch may try to fetch the pages."""

@@ -323,7 +323,7 @@ class WorkerCore:
         self._outbox.update(one.request.frontend, one.update(since, finish))
         self._end(one)
 
-    # ---- hand-over -----------------------------------------------------------------------------------------
+    # ---- handoff -----------------------------------------------------------------------------------------
 
     def _hand_over(self, one: Sequence, now: float) -> None:
         one.go(Phase.LEAVING)

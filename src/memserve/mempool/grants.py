@@ -56,7 +56,7 @@ class Counters:
     expired_leases: int = 0
     handed_over_pages: int = 0
     handed_over_bytes_copied: int = 0
-    """Bytes of KV moved by hand-overs.
+    """Bytes of KV moved by handoffs.
 
     :meth:`Pool.adopt` moves none; a code path that copies pages must add its bytes here.
     """

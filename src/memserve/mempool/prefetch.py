@@ -2,7 +2,7 @@
 
 Each chunk of the prompt announces the pages that are full by then (a Prefetch whose source has ``ahead``
 set). Each request has at most one fetch under way. Of the announcements that arrive during a fetch only the
-latest waits, because it covers the others. The hand-over waits for the fetch under way and treats the fetched
+latest waits, because it covers the others. The handoff waits for the fetch under way and treats the fetched
 pages as cached: only the last pages then remain to be moved.
 """
 
@@ -22,12 +22,12 @@ REQUESTS_REMEMBERED = 1024
 
 @attrs.define
 class Prefetcher:
-    """The fetches of one shard ahead of hand-overs, by request."""
+    """The fetches of one shard ahead of handoffs, by request."""
 
     _running: dict[str, Prefetch | None] = attrs.field(factory=dict, init=False)
     """Requests with a fetch under way, each with the latest announcement since it began."""
     _held: dict[tuple[ActorId, int], Acquire] = attrs.field(factory=dict, init=False)
-    """Hand-overs that wait for such a fetch, by (sender, call)."""
+    """Handoffs that wait for such a fetch, by (sender, call)."""
     _pages: OrderedDict[str, int] = attrs.field(factory=OrderedDict, init=False)
 
     def __len__(self) -> int:
@@ -49,7 +49,7 @@ class Prefetcher:
         request = call.source.request if call.source else ""
         if not request or request not in self._running:
             return False
-        self._running[request] = None  # the hand-over itself fetches the pages that fill later
+        self._running[request] = None  # the handoff itself fetches the pages that fill later
         self._held[sender, call.call] = call
         return True
 
@@ -70,7 +70,7 @@ class Prefetcher:
         return more, free
 
     def counted(self, call: Acquire, grant: Grant, page_bytes: int) -> tuple[tuple[int, ...], int]:
-        """Pages found for a hand-over, by tier, and the bytes that were fetched ahead of it.
+        """Pages found for a handoff, by tier, and the bytes that were fetched ahead of it.
 
         The pages that were fetched ahead do not count as found.
         """

@@ -65,7 +65,7 @@ class Weights:
     ttft: float = 3.0
     others: float = 1.0
     margin_s: float = 0.02
-    """What a hand-over must save; less is within the model's error."""
+    """What a handoff must save; less is within the model's error."""
     fetch: bool = False
     """Whether a prefix may be fetched from another shard, and a stream continued on another shard."""
     path: str = "mapped"
@@ -314,7 +314,7 @@ class Quote:
         return price + moved + self.weights.ttft * self._lost(decode, missing)
 
     def _missing_tokens(self, shard: ActorId) -> int:
-        """Tokens that a hand-over moves to a shard: at least the last page, which no index has."""
+        """Tokens that a handoff moves to a shard: at least the last page, which no index has."""
         return max(self.match.page_tokens, self.tokens - self.match.held(shard).tokens)
 
     def _transfer_s(self, source: ActorId, to: ActorId, tokens: int, model: CostModel) -> float:
