@@ -18,7 +18,7 @@ def test_restarts_come_later_and_later():
     policy = RestartPolicy(loop_deaths=1000)
 
     delays = [policy.died(0.0, now=100.0 * i).delay_s for i in range(8)]
-    assert delays == [0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10.0, 10.0]
+    assert delays == [0.0, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10.0]
 
 
 def test_health_clears_the_record():
@@ -27,7 +27,7 @@ def test_health_clears_the_record():
     for i in range(4):
         policy.died(29.9, now=40.0 * i)
 
-    assert policy.died(30.0, now=500.0).delay_s == 0.2
+    assert policy.died(30.0, now=500.0).delay_s == 0.0
 
 
 def test_five_deaths_in_thirty_seconds_are_a_loop_told_once():

@@ -176,7 +176,7 @@ def test_killed_actor_comes_back_and_its_death_is_announced(start):
     until(lambda: cluster.names("ready").count("w0") == 2)
     assert [word[:8] for word, name, _ in cluster.notes if name == "scheduler-0"] == ["ready", "died:w0."]
     assert len(list(place_path(cluster.log_dir).glob("w0.*"))) == 1
-    assert "w0 was killed by SIGKILL; restarting it in 0.2 s" in cluster.output
+    assert "w0 was killed by SIGKILL; restarting it" in cluster.output
     until(lambda: len(cluster.down) == 2)
     assert cluster.down == [{"w0": "was killed by SIGKILL and is being restarted"}, {}]
     assert cluster.end() == 0
@@ -271,10 +271,7 @@ def test_crashing_actor_is_shown_and_takes_nobody_along(start):
     )
 
     assert "  w0 | RuntimeError: the crash of the test" in cluster.output
-    assert (
-        "s0 lost its shard or was fenced off; restarting it in 0.2 s\n  s0 | shard s0 is gone"
-        in cluster.output
-    )
+    assert "s0 lost its shard or was fenced off; restarting it\n  s0 | shard s0 is gone" in cluster.output
     crash = (cluster.log_dir / "run" / "w0.jsonl").read_text()
     assert "actor crashed" in crash
     until(lambda: cluster.down and "again and again" in cluster.down[-1].get("w0", ""))
@@ -323,7 +320,7 @@ def test_life_of_a_joined_worker(start):
     os.kill(cluster.pid("d1"), signal.SIGKILL)
     until(lambda: cluster.names("ready").count("d1") == 2)
     until(lambda: [word[:8] for word, name, _ in cluster.notes if name == "scheduler-0"][1:] == ["died:d1."])
-    assert "d1 was killed by SIGKILL; restarting it in 0.2 s" in cluster.said("d1")
+    assert "d1 was killed by SIGKILL; restarting it" in cluster.said("d1")
     assert idle_share([cluster.process.pid, joiner.pid]) < 0.02
 
     joiner.send_signal(signal.SIGINT)

@@ -132,12 +132,14 @@ class Child:
         self.heard_at, self.hung = self.started_at, False
 
     async def _watch(self, process: trio.Process, listen: Callable[[Child], Awaitable[None]]) -> int:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(listen, self)
-            nursery.start_soon(self._read_output, process)
-            nursery.start_soon(self._end_when_hung)
-            returncode = await process.wait()
-            nursery.cancel_scope.deadline = trio.current_time() + OUTPUT_GRACE_S
+        async with trio.open_nursery() as readers:
+            readers.start_soon(listen, self)
+            readers.start_soon(self._read_output, process)
+            async with trio.open_nursery() as watching:
+                watching.start_soon(self._end_when_hung)
+                returncode = await process.wait()
+                watching.cancel_scope.cancel()
+            readers.cancel_scope.deadline = trio.current_time() + OUTPUT_GRACE_S
         return returncode
 
     async def _end_when_hung(self) -> None:

@@ -107,7 +107,7 @@ class Keeper:
         if restart.looping and not restart.newly_looping:
             return
         words = "".join(f"\n  {name} | {line}" for line in child.text().splitlines()[-OUTPUT_SHOWN_LINES:])
-        next_step = f"restarting it in {restart.delay_s:g} s"
+        next_step = "restarting it" + (f" in {restart.delay_s:g} s" if restart.delay_s else "")
         if restart.newly_looping:
             next_step = (
                 f"the {child.policy.loop_deaths}th time in a row; the others go on, and it is"

@@ -66,13 +66,14 @@ class Restart:
 
 @attrs.define
 class RestartPolicy:
-    """When to restart one actor: soon at first, with growing delays while it keeps dying.
+    """When to restart one actor: at once the first time, with growing delays while it keeps dying.
 
     A crash loop is ``loop_deaths`` deaths within ``loop_window_s``, or as many in a row in which the actor
     was never ready, however long each of these starts took.
     """
 
     first_s: float = 0.2
+    """Delay after a second death in a row; doubled with each further one."""
     slowest_s: float = 10.0
     healthy_s: float = 30.0
     """Having been ready for this long clears an actor's record."""
@@ -100,7 +101,8 @@ class RestartPolicy:
         newly = loops and not self._looping
         self._looping |= loops
         # The exponent is bounded to keep the float from overflowing: an actor may die a thousand times.
-        delay_s = min(self.slowest_s, self.first_s * 2.0 ** min(self._in_a_row - 1, 32))
+        growing = self.first_s * 2.0 ** min(self._in_a_row - 2, 32)
+        delay_s = min(self.slowest_s, growing) if self._in_a_row > 1 else 0.0
         return Restart(self.slowest_s if self._looping else delay_s, self._looping, newly)
 
 
