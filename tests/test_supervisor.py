@@ -315,7 +315,7 @@ def test_life_of_a_joined_worker(start):
     cluster = start()
     cluster.until_ready()
     joiner = cluster.join("d1")
-    until(lambda: "d1 is ready" in cluster.said("d1"))
+    until(lambda: "d1 is ready" in cluster.said("d1") and "d1" in cluster.names("ready"))
     assert "d1" in find_running(cluster.log_dir)["resolved"]["joined"]
     os.kill(cluster.pid("d1"), signal.SIGKILL)
     until(lambda: cluster.names("ready").count("d1") == 2)
