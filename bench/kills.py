@@ -63,7 +63,8 @@ def main() -> None:
                 print(f"round {number + 1}: {config} {victim} {name}: {one}", file=sys.stderr, flush=True)
     rows = [[config, victim, name, *figures(found)] for (config, victim, name), found in samples.items()]
     head = ["configuration", "killed", "code", "pause, s", "ready, s", "own memory of a worker, MiB"]
-    words = f"make bench-kills ARGS='{' '.join(sys.argv[1:])}'"
+    given = " ".join(["--rounds", str(options.rounds), *(["--beside", "CHECKOUT"] if options.beside else [])])
+    words = f"make bench-kills ARGS='{given}'"
     print(Note("kills").write("How long a stream pauses when an actor is killed", words, table(head, rows)))
 
 
