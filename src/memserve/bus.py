@@ -144,8 +144,8 @@ class Link(Protocol):
 class ZmqLink:
     """A bound inbox and one outgoing connection per endpoint. Made by :func:`open_link`.
 
-    An actor may have two ids, like a scheduler, whose well-known name outlives it. An inbox silently ignores
-    the second of two connections from the same sender, so both ids share one connection.
+    An actor may have two ids, like a scheduler, whose well-known name outlives it. Of two connections from the
+    same sender an inbox serves only the later one, so both ids share one connection.
     """
 
     def __init__(
@@ -184,14 +184,14 @@ class ZmqLink:
     def _bind(self, inbox: zmq.Socket[bytes], endpoint: str) -> None:
         inbox.setsockopt(zmq.LINGER, 0)
         inbox.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        # A peer may connect again before this side has noticed the end of its last connection: without this, the
+        # new connection would be ignored for good.
+        inbox.setsockopt(zmq.ROUTER_HANDOVER, 1)
         inbox.setsockopt(zmq.RCVHWM, INBOX_MESSAGES)
         inbox.setsockopt(zmq.MAXMSGSIZE, FRAME_BYTES_MAX)
         if self._keys:
             over_network(inbox, self._keys, endpoint)
             inbox.setsockopt(zmq.CURVE_SERVER, 1)
-            # A peer whose connection broke may return before this side has noticed: then its new connection
-            # counts.
-            inbox.setsockopt(zmq.ROUTER_HANDOVER, 1)
         bind_private(inbox, endpoint)
 
     def connect(self, actor: ActorId, endpoint: str) -> None:
