@@ -215,9 +215,8 @@ class ZmqLink:
             dealer.send_multipart(encode(message), zmq.NOBLOCK)
         except zmq.Again as full:
             raise PeerFull(to) from full
-        except (
-            zmq.ZMQError
-        ) as error:  # on a first message: no descriptor is left, or the hello named no endpoint
+        except zmq.ZMQError as error:
+            # On a first message: no descriptor is left, or the hello named no endpoint.
             raise PeerUnreachable(to) from error
 
     def _dial(self, endpoint: str) -> zmq.Socket[bytes]:
@@ -320,9 +319,8 @@ def over_network(socket: zmq.Socket[bytes], keys: KeyPair, endpoint: str) -> Non
     """Give a socket for ``endpoint`` the cluster's keys, and heartbeats that notice a vanished host."""
     socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.public.encode())
     socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret.encode())
-    if (
-        "[" in endpoint
-    ):  # otherwise an IPv4 address would be announced in IPv6 form, which not every host can reach
+    # With this option, an IPv4 address would be announced in IPv6 form, which not every host can reach.
+    if "[" in endpoint:
         socket.setsockopt(zmq.IPV6, 1)
     socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, CUT_MS)

@@ -127,9 +127,8 @@ class Shell:
         except (PeerUnreachable, PeerFull):
             self.core.undeliverable(action.to, action.message, self.clock())
         if isinstance(action.message, Gone) and action.to in action.message.actors:
-            self.link.forget(
-                action.to
-            )  # the last message to an actor that is fenced off; its successor has another id
+            # The last message to an actor that is fenced off; its successor has another id.
+            self.link.forget(action.to)
 
     def _set_timer(self) -> None:
         """Move the timer only to an earlier time.

@@ -308,9 +308,8 @@ class WorkerCore:
             self._paging.grow(one)
 
     def _first_token(self, one: Sequence, now: float) -> None:
-        if (
-            one.plan.first_token_s and one.score_count is None
-        ):  # prompt log probabilities are not in the prediction
+        # Predictions do not include prompt log probabilities.
+        if one.plan.first_token_s and one.score_count is None:
             self._watch.punctuality.saw(one.plan.first_token_s, now - one.arrived_at)
         self._outbox.log("prefill finished", one, prefill_ms=one.prefilled(now))
 

@@ -53,9 +53,8 @@ def load_flashinfer(capability: tuple[int, int], spec: ModelSpec) -> Library:
     """
     arch = f"{capability[0]}.{capability[1]}" + ("a" if capability[0] >= 9 else "")
     for name, value in {**gpu_environment(), "FLASHINFER_CUDA_ARCH_LIST": arch}.items():
-        os.environ.setdefault(
-            name, value
-        )  # a worker has them from its supervisor, a test or a benchmark has not
+        # A worker has these from its supervisor; a test or a benchmark does not.
+        os.environ.setdefault(name, value)
     if compiled_ahead(libraries(spec, prefill_backend(capability))):
         os.environ.setdefault("FLASHINFER_DISABLE_JIT", "1")
     import flashinfer

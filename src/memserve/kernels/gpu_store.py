@@ -51,10 +51,8 @@ class GpuPageStore:
         up: bool | None = None
         for run in coalesced(runs):
             before, up = up, tier_of(run[1]) == Tier.DEVICE
-            if before not in (
-                None,
-                up,
-            ):  # streams are unordered, and a run may fill pages that an earlier one emptied
+            # Streams are unordered, and a run may fill pages that an earlier one emptied.
+            if before not in (None, up):
                 self.gpu.runtime.streamSynchronize(self._streams[not up])
             bad += self._copy_run(*run)
         for stream in self._streams.values():

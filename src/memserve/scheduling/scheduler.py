@@ -306,9 +306,8 @@ class SchedulerCore:
             self._actions.append(Send(member.id, Gone((member.id,))))
             if member.kind != "Frontend":
                 return
-            self.membership.revive(
-                member.id
-            )  # it owns no pages; once told that its requests were dropped, it submits them again
+            # It owns no pages; once told that its requests were dropped, it submits them again.
+            self.membership.revive(member.id)
         joined = member.id not in self.membership.members
         if joined and self.terms is not UNSET and self._refuse_member(message):
             return

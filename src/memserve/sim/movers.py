@@ -159,9 +159,8 @@ class Movers:
         """Break a transfer off: half of the pages are written in part, the others not at all."""
         pages = one.order.transfer.destination
         if self.world.find(one.to) is not None and not self._uninvited(one):
-            if (
-                not killed
-            ):  # a killed sender's pages may just have been released: they are granted again after the kill
+            # A killed sender's pages may just have been released: they are granted again after the kill.
+            if not killed:
                 self._check_written_pages(one)
             self.arenas.spoil(one.to, pages[: len(pages) // 2 + 1])
         self._end(one)

@@ -98,9 +98,8 @@ class Mover(Protocol):
 async def settle(transfer: PageTransfer, deadline_s: float, move: Callable[[], Awaitable[int]]) -> Result:
     """Run ``move``, which returns the bytes moved; a missed deadline or a MoveError gives TransferFailed."""
     try:
-        with trio.fail_after(
-            max(0.0, deadline_s)
-        ):  # the deadline may have passed, and trio refuses negative times
+        # The deadline may have passed, and trio refuses negative times.
+        with trio.fail_after(max(0.0, deadline_s)):
             return TransferDone(transfer.id, await move())
     except trio.TooSlowError:
         return TransferFailed(transfer.id, Failure.DEADLINE, f"not written within {deadline_s:.3g} s")
