@@ -32,12 +32,12 @@ from memserve.mempool.pool import Pool
 from memserve.mempool.room import Capacity
 from memserve.mempool.shard import ShardCore
 from memserve.messages import Member
+from memserve.presence import Presence, Reporting, seed_id
 from memserve.processes.actor import RestartNeeded
 from memserve.scheduling.admission import Admission
 from memserve.scheduling.global_tree import GlobalTree
 from memserve.scheduling.index_feed import IndexFeed
 from memserve.scheduling.policies import PLAIN
-from memserve.scheduling.presence import Presence, Reporting, seed_id
 from memserve.scheduling.pricing import Cost, Weights
 from memserve.scheduling.scheduler import SchedulerCore
 from memserve.tokens import pack, unpack

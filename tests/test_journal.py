@@ -29,7 +29,7 @@ from memserve.messages import (
     Tokens,
     TokenUpdate,
 )
-from memserve.scheduling.presence import Presence, seed_id
+from memserve.presence import Presence, seed_id
 from memserve.tokens import pack, unpack
 
 ME = ActorId("frontend-0.1")

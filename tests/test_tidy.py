@@ -61,6 +61,8 @@ LAYERS = {
         "transfer.actions",
         "transfer.outgoing",
         "transfer.incoming",
+        "core",
+        "presence",
         "journal",
         "journal_entry",
     ),

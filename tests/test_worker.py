@@ -14,7 +14,7 @@ from memserve.errors import PoolError
 from memserve.identity import ActorId
 from memserve.messages import Failed, Handoff, Member, Plan, Prefill, Request, Tokens
 from memserve.pool_messages import Acquire, PoolRefused
-from memserve.scheduling.presence import Presence, seed_id
+from memserve.presence import Presence, seed_id
 from memserve.tokens import pack
 
 ME, SHARD, FRONTEND, OTHER = (ActorId(f"{name}.1") for name in ("w0", "s0", "frontend-0", "d0"))

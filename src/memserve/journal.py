@@ -38,7 +38,7 @@ from memserve.messages import (
     Tokens,
     TokenUpdate,
 )
-from memserve.scheduling.presence import Presence
+from memserve.presence import Presence
 from memserve.scheduling.view import ClusterView, Health
 from memserve.tokens import count, unpack
 

@@ -25,9 +25,9 @@ from memserve.errors import RequestFailed
 from memserve.identity import ActorId, actor_name
 from memserve.journal import FrontendCore
 from memserve.messages import Change, Member, Request
+from memserve.presence import Reporting
 from memserve.processes.actor import ActorContext, ready_model
 from memserve.scheduling.changes import find_worker, in_force
-from memserve.scheduling.presence import Reporting
 from memserve.scheduling.view import Health
 from memserve.tokens import count
 

@@ -17,12 +17,12 @@ import trio
 
 from memserve.actions import Action, Log, Send, Stop
 from memserve.bus import Link, Received
+from memserve.core import Core
 from memserve.errors import PeerFull, PeerUnreachable, UserError
 from memserve.identity import ActorId
 from memserve.messages import Cluster, Gone, Load, Message, Refused
 from memserve.pool_messages import Meet
 from memserve.processes.actor import RestartNeeded
-from memserve.scheduling.presence import Core
 
 log = structlog.get_logger()
 

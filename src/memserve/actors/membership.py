@@ -12,9 +12,9 @@ from memserve.actors.loop import Shell
 from memserve.bus import Link
 from memserve.config import Resolved
 from memserve.messages import Ended, Member
+from memserve.presence import Presence, seed_id
 from memserve.processes.actor import ActorContext
 from memserve.processes.lifecycle import WORKER_KINDS
-from memserve.scheduling.presence import Presence, seed_id
 from memserve.scheduling.terms import Terms
 
 

@@ -36,8 +36,8 @@ from memserve.mempool.exchange import Exchange
 from memserve.mempool.exchanging_shard import ExchangingShard
 from memserve.mempool.pool import Pool
 from memserve.mempool.room import Capacity
+from memserve.presence import Reporting
 from memserve.processes.actor import ActorContext, ready_model
-from memserve.scheduling.presence import Reporting
 from memserve.settings.gpus import device_index
 from memserve.transfer.mover import host_identity
 from memserve.transfer.settings import TransferSettings

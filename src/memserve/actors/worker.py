@@ -27,10 +27,10 @@ from memserve.engine.plans import StepEngine
 from memserve.engine.worker import WorkerCore
 from memserve.errors import PeerError, PeerUnreachable
 from memserve.identity import ActorId
+from memserve.presence import Reporting
 from memserve.processes.actor import ActorContext, RestartNeeded, ready_model
 from memserve.processes.lifeline import Lifeline
 from memserve.scheduling.joining import SHARD_WAIT_S, JoiningCore
-from memserve.scheduling.presence import Reporting
 from memserve.settings.gpus import device_index
 from memserve.settings.sections import ShardConfig
 

@@ -41,7 +41,7 @@ from memserve.messages import (
     Prefill,
 )
 from memserve.pool_messages import Acquired, Adopted, Allocated, Freed, Inserted, PoolRefused
-from memserve.scheduling.presence import Presence
+from memserve.presence import Presence
 from memserve.tokens import count
 
 HANDOFF_REPEAT_S = 2.0

@@ -36,6 +36,7 @@ from memserve.messages import (
     Submit,
 )
 from memserve.pool_messages import IndexDelta, IndexSnapshot, Prefetch
+from memserve.presence import HEARTBEAT_S, Wakefulness
 from memserve.scheduling.admission import Admission, IncomingRequest, Refusal
 from memserve.scheduling.fleet import Fleet
 from memserve.scheduling.global_tree import PromptPath
@@ -44,7 +45,6 @@ from memserve.scheduling.membership import Membership
 from memserve.scheduling.outlook import Prospect, forecasts, is_open, prospect, room, run_s
 from memserve.scheduling.outputs import OutputLengths
 from memserve.scheduling.policies import Policy
-from memserve.scheduling.presence import HEARTBEAT_S, Wakefulness
 from memserve.scheduling.roles import Roles
 from memserve.scheduling.terms import Terms, disagreement, name_taken
 from memserve.scheduling.ttl_index import TtlIndex

@@ -21,13 +21,13 @@ from memserve.mempool.pool import Pool
 from memserve.mempool.room import Capacity
 from memserve.mempool.shard import ShardCore
 from memserve.messages import Member
+from memserve.presence import Presence, Reporting, seed_id
 from memserve.processes.lifecycle import RestartPolicy
 from memserve.scheduling.admission import Admission
 from memserve.scheduling.cost_model import CostModel
 from memserve.scheduling.global_tree import GlobalTree
 from memserve.scheduling.index_feed import IndexFeed
 from memserve.scheduling.joining import SHARD_WAIT_S, JoiningCore
-from memserve.scheduling.presence import Presence, Reporting, seed_id
 from memserve.scheduling.pricing import POLICIES, Cost
 from memserve.scheduling.roles import Prices, Roles
 from memserve.scheduling.scheduler import SchedulerCore

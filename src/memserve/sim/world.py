@@ -15,9 +15,9 @@ from typing import Any
 import attrs
 
 from memserve.actions import Action, Log, Send, Stop
+from memserve.core import Core
 from memserve.identity import ActorId, actor_name
 from memserve.messages import Cluster, Gone, Load, Message
-from memserve.scheduling.presence import Core
 from memserve.sim.network import Network
 
 SPINS_MAX = 2_000

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import attrs
 from msgspec import UNSET, UnsetType
 
 from memserve.actions import Action, Overslept, Send
+from memserve.core import Core
 from memserve.identity import ActorId
 from memserve.messages import Change, Load, Member, Message
 from memserve.scheduling.changes import changed
@@ -85,32 +86,6 @@ class Presence:
         self.member = attrs.evolve(self.member, load=load, needs=needs)
         self._reported_at, self.deadline = now, now + HEARTBEAT_S
         return [Send(one, Load(self.member, self.terms)) for one in (*self.schedulers, *self.also)]
-
-
-class Core(Protocol):
-    """The part of an actor that decides (DESIGN section 3).
-
-    It has no sockets, clock, randomness, threads or arrays inside.
-    """
-
-    def receive(self, sender: ActorId, message: Any, now: float) -> None:
-        """Process one message; never blocks."""
-
-    def advance(self, now: float) -> None:
-        """Let time pass: fire deadlines, form batches."""
-
-    def take(self) -> list[Action]:
-        """Messages to send and work to run; each is returned once."""
-
-    @property
-    def deadline(self) -> float:
-        """When ``advance`` must be called next; infinity if nothing waits for time."""
-
-    def undeliverable(self, to: ActorId, message: Message, now: float) -> None:
-        """Handle a message that the shell could not send."""
-
-    def gauges(self) -> dict[str, float]:
-        """Load and counters, with units in the names; ``_total`` ones only grow."""
 
 
 @attrs.define
