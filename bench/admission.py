@@ -1,8 +1,10 @@
-"""What holding requests back costs and what it gives, in the simulator: a flood beside a calm tenant, priorities, deadlines
-under too much load, and latencies by ``scheduler.hold_back_s``. Writes docs/measurements/<date>-admission.md.
+"""Measure the costs and benefits of holding requests back in the scheduler, in the simulator.
 
-Everything is seeded: the same commit gives the same figures on any machine. It takes a quarter of an hour; in pieces:
-``--only PART --json FILE`` for each part, then ``--merge FILE...``.
+The parts are a flood next to a calm tenant, priorities, deadlines under overload, and latencies by
+``scheduler.hold_back_s``. Writes docs/measurements/<date>-admission.md.
+
+Everything is seeded: the same commit gives the same figures on any machine. A full run takes a quarter of an
+hour. To measure in pieces, run ``--only PART --json FILE`` for each part, then ``--merge FILE...``.
 """
 
 from __future__ import annotations
@@ -30,14 +32,14 @@ ROWS = 64
 
 
 def layout(kind: str, hold_back_s: float = 1.0, instances: int = 4) -> Layout:
-    """Four instances, or as many as are asked for."""
+    """A fixed layout of ``instances`` instances."""
     return fixed(kind, instances, pages=12_000, rows=ROWS, hold_back_s=hold_back_s, held_max=100_000)
 
 
 def play(
     sessions: Iterable[Session], where: Layout, seed: int, noise: Mapping[str, float] | None = None
 ) -> list[Call]:
-    """Every request of a run. ``noise``: by what the seconds of each worker's steps are multiplied."""
+    """Run the sessions and return all requests. ``noise``: factor on the step times, by worker."""
     run = Run(layout=where, sessions=tuple(sessions), seed=seed)
     cluster = run.cluster()
     cluster.noise |= noise or {}
@@ -49,12 +51,12 @@ def play(
 
 
 def single(name: str, at_s: float, prompt: int, answer: int, **more: object) -> Session:
-    """One request that shares nothing."""
+    """A session of one request that shares no prefix with any other."""
     return Session(name, at_s, (Turn((Piece(name, prompt),), answer),), **more)  # type: ignore[arg-type]
 
 
 def flood_and_calm(seed: int, **calm: object) -> list[Session]:
-    """A flood at once, and two a second of somebody else."""
+    """``FLOOD`` requests at once, and ``CALM_RATE`` requests a second with the fields in ``calm``."""
     rng = random.Random(f"{seed}/flood")
     flood = [
         single(f"flood/{i}", 1.0, rng.randint(500, 3000), rng.randint(50, 400), scope="flood")
@@ -67,7 +69,7 @@ def flood_and_calm(seed: int, **calm: object) -> list[Session]:
     return flood + made
 
 
-# ---- figures -------------------------------------------------------------------------------------------------
+# ---- figures -----------------------------------------------------------------------------------------------
 
 
 def ttft_s(call: Call) -> float:
@@ -75,17 +77,17 @@ def ttft_s(call: Call) -> float:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """Of at least one value."""
+    """The value below which ``share`` of ``values`` lie; ``values`` must not be empty."""
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
 def shown(values: Sequence[float]) -> str:
-    """Median and 99th percentile in seconds."""
+    """Median and 99th percentile in seconds, as text."""
     return f"{percentile(values, 0.5):.2f}; {percentile(values, 0.99):.2f}" if values else "none"
 
 
 def beside_a_flood(seeds: Sequence[int], **calm: object) -> str:
-    """TTFT of both, and when all is done."""
+    """A table of the TTFT of both tenants, and of the time at which the flood has been answered."""
     rows = []
     for kind in ("colocated", "2P2D"):
         for hold_back_s in HOLD_BACKS_S:
@@ -111,20 +113,23 @@ def beside_a_flood(seeds: Sequence[int], **calm: object) -> str:
 
 @attrs.frozen
 class Overload:
-    """More than a cluster can answer in time."""
+    """A load that is more than a cluster can answer in time."""
 
     cluster: str
-    """As the table has it."""
+    """The cluster's description in the table."""
     where: Layout
     rate: float
     """Requests a second."""
     wanted_s: float = 1.0
     workload: str = "alone"
-    """``alone``: requests that share nothing; or one of the paper's."""
+    """``alone`` (requests that share no prefix), or one of the paper's workloads."""
     noise: Mapping[str, float] = attrs.field(factory=dict)
 
     def shares(self, seeds: Sequence[int], told: float | None) -> tuple[str, str]:
-        """Of all requests: those answered in time, and those answered late."""
+        """Shares of all requests that were answered in time and answered late.
+
+        ``told``: the TTFT deadline that requests carry, or None.
+        """
         calls = [
             call for seed in seeds for call in play(self.sessions(seed, told), self.where, seed, self.noise)
         ]
@@ -133,7 +138,7 @@ class Overload:
         return f"{good / len(calls):.0%}", f"{(len(waits) - good) / len(calls):.1%}"
 
     def sessions(self, seed: int, told: float | None) -> list[Session]:
-        """Some ten seconds of them, with a deadline or without."""
+        """Ten to fifteen seconds of requests, with the deadline ``told`` or without one."""
         if self.workload == "alone":
             return rushed(self.rate, seed, told)
         made = generated(self.workload, rate=self.rate, requests=int(10 * self.rate), seed=seed)
@@ -161,7 +166,7 @@ SHARING = [
 
 
 def too_much_load(cases: Sequence[Overload]) -> Callable[[Sequence[int]], str]:
-    """Which share is answered in time, with deadlines that refuse at once and without."""
+    """A measurement of the shares answered in time and late, with deadlines (and refusals) and without."""
 
     def measure(seeds: Sequence[int]) -> str:
         rows = [
@@ -182,7 +187,7 @@ def too_much_load(cases: Sequence[Overload]) -> Callable[[Sequence[int]], str]:
 
 
 def rushed(rate: float, seed: int, told: float | None) -> list[Session]:
-    """A quarter of a minute of requests that share nothing."""
+    """Fifteen seconds of requests that share no prefix."""
     rng, at, made = random.Random(f"{seed}/rush"), 0.0, []
     while at < 15.0:
         at += rng.expovariate(rate)
@@ -191,7 +196,7 @@ def rushed(rate: float, seed: int, told: float | None) -> list[Session]:
 
 
 def latencies(seeds: Sequence[int]) -> str:
-    """Mean JCT and P99 TTFT on the paper's kinds of workloads, near and beyond what the cluster can do."""
+    """Mean JCT and P99 TTFT on the paper's workloads, near and beyond the cluster's capacity."""
     rows = []
     for kind, rates in (("sharegpt", (40.0, 150.0)), ("loogle", (40.0, 150.0)), ("react", (40.0, 150.0))):
         for rate in rates:
@@ -246,7 +251,7 @@ PARTS: dict[str, tuple[str, Callable[[Sequence[int]], str]]] = {
 
 @attrs.frozen
 class Sample:
-    """One part, as it was measured."""
+    """The measured text of one part."""
 
     part: str
     text: str
@@ -254,7 +259,7 @@ class Sample:
 
 
 def measured(part: str, seeds: Sequence[int], at: str) -> Sample:
-    """Measure one part, and show it."""
+    """Measure one part and print it."""
     words, measure = PARTS[part]
     text = f"{words}\n\n{measure(seeds)}"
     print(text + "\n", flush=True)
@@ -262,7 +267,7 @@ def measured(part: str, seeds: Sequence[int], at: str) -> Sample:
 
 
 def write_note(samples: Sequence[Sample], command: str) -> None:
-    """The parts that there are, in their order, as of the one commit that they were measured at."""
+    """Write the note from the measured parts, in the order of ``PARTS``, under their common commit."""
     texts = {one.part: one.text for one in samples}
     note = attrs.evolve(Note("admission"), commit=samples[0].commit)
     print(

@@ -1,9 +1,11 @@
-"""``memserve up`` whose workers are as if each had a machine of its own, though they share one: a part of a core each.
+"""``memserve up`` with a part of a core for each worker, so that its workers do not delay one another.
 
-Each worker's process is in a control group that may take so much CPU, runs steps of one thread, and has a budget of cores of
-its own, as on another host. So one that is busy makes no other wait, which is what a scheduler's choice is about; how fast the
-machine's cores are beside one another, it does not change. Nothing else is different: the same model, kernels, processes and sockets. Needs the right to make control groups (root has it), and cores for
-all the parts and for what runs beside them. ``bench/policies.py`` starts it::
+Each worker's process is in a control group with a CPU limit, runs its steps on one thread, and has its own
+core budget, as on another host. A busy worker therefore makes no other worker wait, which is what the
+scheduler's choice of a worker depends on. The cores of the machine still affect one another's speed.
+Everything else is the same: model, kernels, processes and sockets. Needs the right to make control groups
+(root has it), and enough cores for all the parts and for the other processes. ``bench/policies.py`` starts
+it::
 
     python bench/apart_cluster.py up --cores p0=0.25,d0=0.7 -c configs/demo.toml --set frontend.port=0
 """
@@ -32,7 +34,7 @@ from memserve.supervisor import Supervisor, prepare_argv, supervise
 def actor_argv(
     groups: Mapping[str, Path], cores: Mapping[str, float], name: str, runtime_dir: Path, lifeline_fd: int
 ) -> Sequence[str]:
-    """The command line of an actor: a worker is told its group."""
+    """The command line of an actor; that of a worker names its control group and its part of a core."""
     if name not in groups:
         return child.actor_argv(name, runtime_dir, lifeline_fd)
     command = [sys.executable, __file__, "actor", name, "--runtime-dir", str(runtime_dir)]
@@ -48,7 +50,7 @@ def actor_argv(
 
 
 def parts(text: str) -> dict[str, float]:
-    """Cores by worker, written ``p0=0.25,d0=0.7``. Raises ValueError."""
+    """Parse cores by worker, written ``p0=0.25,d0=0.7``. Raises ValueError for a part below 0.1."""
     found = (one.partition("=") for one in text.split(","))
     cores = {name: float(value) for name, _, value in found}
     if not all(one >= 0.1 for one in cores.values()):
@@ -57,7 +59,10 @@ def parts(text: str) -> dict[str, float]:
 
 
 def up(cores: Mapping[str, float], file: str, settings: Sequence[str]) -> None:
-    """Run a cluster of CPU workers until it is stopped. Ends the program when a worker has no part."""
+    """Run a cluster of CPU workers until it is stopped.
+
+    Ends the program unless ``cores`` names exactly the configured workers.
+    """
     chosen = load(file, settings)
     if (names := {one.name for one in chosen.worker}) != set(cores):
         sys.exit(f"--cores: must name each of {', '.join(sorted(names))} once, not {', '.join(cores)}")
@@ -75,7 +80,7 @@ def up(cores: Mapping[str, float], file: str, settings: Sequence[str]) -> None:
 
 
 def be_worker(options: argparse.Namespace) -> int:
-    """Be one worker, within its group once its steps have been measured; the exit status."""
+    """Be one worker and return the exit status. It enters its control group once its steps are measured."""
     worker.CORES_FILE = f"cores-{options.name}.lock"
     worker.calibrate = partial(calibrate, worker.calibrate, options)
     return run_actor(options.name, options.runtime_dir, options.lifeline)
@@ -84,7 +89,11 @@ def be_worker(options: argparse.Namespace) -> int:
 def calibrate(
     whole: Callable[..., StepCosts], options: argparse.Namespace, *told: object, **named: object
 ) -> StepCosts:
-    """What its steps will cost: measured on a whole core, by ``whole``, which takes seconds, and not for each again."""
+    """The worker's step costs: those that ``whole`` gives for a whole core, scaled to the worker's part.
+
+    Measuring takes seconds; ``whole`` remembers the result, so that not every worker measures again. Then the
+    process enters its control group.
+    """
     engine, resolved, threads, kind, _ = told
     costs = whole(engine, resolved, threads, kind, lambda: None, **named)
     enter(options.group)
@@ -92,7 +101,7 @@ def calibrate(
 
 
 def slower(costs: StepCosts, times: float) -> StepCosts:
-    """What the same steps cost where all takes so many times as long."""
+    """The step costs on a machine where everything takes ``times`` times as long."""
     parts = {name: times * getattr(costs, name) for name in ("row_s", "read_s", "pair_s")}
     dense = tuple((tokens, times * seconds) for tokens, seconds in costs.dense)
     return attrs.evolve(costs, dense=dense, **parts)

@@ -1,4 +1,4 @@
-"""Plays sessions on a running server through the load generator, for benchmarks that make their own."""
+"""Plays sessions on a running server through the load generator, for benchmarks that make their sessions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from loadgen.runner import Manner, Player
 from loadgen.workload import Workload
 
 TIMEOUT_S = 120.0
-"""Of one request; a server that takes longer for one of a benchmark's has failed."""
+"""Timeout of one request: a server that takes longer for a benchmark's request has failed."""
 
 
 async def ask(
@@ -27,11 +27,12 @@ async def ask(
     model: str | None = None,
     seed: int = 0,
 ) -> list[Record]:
-    """Play the workload and take the answers in; a record a request.
+    """Play the workload and return one record per request, answers included.
 
-    Turns are completions that repeat the model's own answers, because those are what a server's cache holds. ``form``: of
-    prompts, ``text`` or ``ids``. ``body``: what every request has besides. ``model``: unset, the first that the server
-    names. Another ``seed``: other words in every piece. Raises LoadgenError when the server cannot be asked.
+    Turns are completions that repeat the model's own answers, because those are what a server's cache holds.
+    ``form``: the form of prompts, ``text`` or ``ids``. ``body``: further fields of every request. ``model``:
+    by default, the first that the server lists. A different ``seed`` gives every piece different words.
+    Raises LoadgenError when the server cannot be asked.
     """
     client = Client(url)
     try:

@@ -1,8 +1,8 @@
-"""What a whole cluster costs and gives on this machine: ``make bench-cluster``.
+"""Measure the costs and the speed of a whole cluster on this machine: ``make bench-cluster``.
 
-Starts ``memserve up`` on a free port and measures from outside: time until ready, CPU of the idle cluster, memory by
-actor and of one more worker, time to first token of a prompt whose long prefix is cold and then warm, one stream
-alone, and many at once. Latencies are medians of several rounds; the client runs on the same cores.
+Starts ``memserve up`` on a free port and measures from outside: time until ready, CPU of the idle cluster,
+memory by actor and of each further worker, TTFT of a prompt whose long prefix is cold and then warm, one
+stream alone, and many at once. Latencies are medians of several rounds; the client runs on the same cores.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ROUNDS = 5
 PREFIX_TOKENS = 1500
 STREAMS = 64
 CLIENT = httpx.Client(timeout=300, limits=httpx.Limits(max_connections=STREAMS))
-"""One for all: making a client takes as long as a warm request."""
+"""The HTTP client of all requests: making one takes as long as a warm request."""
 
 
 @attrs.frozen
@@ -44,7 +44,7 @@ class Running:
     ready_s: float
 
     def members(self) -> list[dict[str, Any]]:
-        """Every actor, as ``memserve status`` has it."""
+        """Every actor, as ``memserve status`` reports it."""
         found: list[dict[str, Any]] = httpx.get(f"{self.url}/cluster").json()["members"]
         return found
 
@@ -54,10 +54,13 @@ UP = (sys.executable, "-m", "memserve", "up")
 
 @contextmanager
 def cluster(config: str, *settings: str, up: Sequence[str] = UP) -> Iterator[Running]:
-    """``memserve up`` with a configuration of this project. Ends the program, saying why, when it does not start.
+    """Run ``memserve up`` with a configuration of this project.
 
-    ``up``: the command that starts it, where that is another. Without drafts, unless ``settings`` say otherwise: answers to the
-    random words of most benchmarks go round in circles, and guessing what comes next would be all that they measure.
+    Ends the program, saying why, if the cluster does not start.
+
+    ``up``: the command that starts it. Drafts are off unless ``settings`` say otherwise: answers to the
+    random words of most benchmarks repeat themselves, so a benchmark would measure little but speculative
+    decoding.
     """
     with tempfile.TemporaryDirectory() as logs:
         ours = ("frontend.port=0", f"logging.dir={logs}", "batch.draft=0")
@@ -74,7 +77,7 @@ def cluster(config: str, *settings: str, up: Sequence[str] = UP) -> Iterator[Run
 
 
 def _url(output: Iterable[str], config: str) -> str:
-    """Where ``memserve up`` says it can be asked. What it says besides goes to stderr, where its errors are."""
+    """The URL that ``memserve up`` prints. Its other lines go to stderr, where its errors are."""
     for line in output:
         if found := re.search(r"at (http://\S+?);", line):
             return found[1]
@@ -89,7 +92,7 @@ def cpu_s(pids: list[int]) -> float:
 
 
 def memory_mib(pid: int) -> dict[str, float]:
-    """Resident memory without shared mappings' arena, and the proportional set size."""
+    """Resident memory without shared memory (the arena), and the proportional set size, in MiB."""
     status = Path(f"/proc/{pid}/status").read_text()
     resident = sum(int(kib) for kib in re.findall(r"Rss(?:Anon|File):\s+(\d+)", status))
     proportional = int(re.search(r"Pss:\s+(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text())[1])  # type: ignore[index]
@@ -97,7 +100,7 @@ def memory_mib(pid: int) -> dict[str, float]:
 
 
 def stream(url: str, prompt: list[int], max_tokens: int) -> tuple[float, float, int]:
-    """Seconds to the first and to the last token, and how many cached prompt tokens it had."""
+    """Seconds to the first token and to the end of the answer, and the number of cached prompt tokens."""
     body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True, "stream": True}
     body["stream_options"] = {"include_usage": True}
     began, first, cached = time.perf_counter(), 0.0, 0
@@ -112,7 +115,7 @@ def stream(url: str, prompt: list[int], max_tokens: int) -> tuple[float, float, 
 
 
 def idle(running: Running) -> dict[str, float]:
-    """CPU of all processes while nothing is asked for, as a share of one core."""
+    """CPU used by all processes while there are no requests, in percent of one core."""
     pids = [one["pid"] for one in running.members()]
     time.sleep(2)
     before = cpu_s(pids)
@@ -121,7 +124,7 @@ def idle(running: Running) -> dict[str, float]:
 
 
 def prefix(running: Running) -> dict[str, float]:
-    """Time to first token with a shared prefix that is new, and that was there before."""
+    """TTFT with a shared prefix that is new, and with one that is cached."""
     cold, warm = [], []
     for i in range(ROUNDS):
         shared = [(i * 7919 + k * 31) % 40_000 + 20 for k in range(PREFIX_TOKENS)]
@@ -134,7 +137,7 @@ def prefix(running: Running) -> dict[str, float]:
 
 
 def throughput(running: Running) -> dict[str, float]:
-    """Decode rate of one stream, and of many at once, prompts included."""
+    """Decode rate of one stream, and the output rate of many at once with their prompts included."""
     alone = []
     for _ in range(ROUNDS):
         first, last, _ = stream(running.url, list(range(100, 120)), 64)
@@ -151,7 +154,7 @@ def throughput(running: Running) -> dict[str, float]:
 
 
 def measure() -> dict[str, Any]:
-    """Everything."""
+    """All figures of a run."""
     found: dict[str, Any] = {}
     with cluster("demo.toml") as running:
         found["ready_s"] = running.ready_s
@@ -166,7 +169,7 @@ def measure() -> dict[str, Any]:
 
 
 def one_more_worker() -> dict[str, float]:
-    """How much more memory each further worker takes: the PSS of all actors, which counts shared pages once."""
+    """Memory of each further worker, from the sum of all actors' PSS, which counts shared pages once."""
     sums = []
     for config in ("demo.toml", "2p2d.toml"):  # two workers, four workers, on one shard of one size
         with cluster(config, "shard.0.memory=1GiB") as running:

@@ -1,8 +1,9 @@
-"""How well a worker's figures forecast its steps: ``make bench-costmodel``.
+"""Measure how well a worker's step costs predict its steps: ``make bench-costmodel``.
 
-An engine is measured as a worker measures it at its start. Then it runs steps that it was not measured on, mixed at random
-(streams, chunks of prompts, both, at any context), and whole prompts in chunks; what they took is compared with what the
-figures say, beside a model with one figure: seconds a token, fitted to the same measurements.
+An engine is measured as a worker measures it at its start. Then it runs steps that were not measured, mixed
+at random (streams, prompt chunks, or both, at any context), and whole prompts in chunks. Their times are
+compared with the predictions of the step costs, and with those of a model with a single figure: seconds per
+token, fitted to the same measurements.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def _noting(run: TimeStep, noted: list[Sample]) -> TimeStep:
 
 
 def _token_s(samples: list[Sample]) -> float:
-    """Seconds a token: the one figure with the least squares of relative misses."""
+    """Seconds per token: the single figure that minimises the sum of squared relative errors."""
     shares = [sum(new for new, _ in one.rows) / one.seconds for one in samples]
     return sum(shares) / sum(one * one for one in shares)
 
@@ -124,7 +125,7 @@ def _rows(kind: str, rng: random.Random, options: argparse.Namespace) -> Rows:
 
 
 def _prompt(run: TimeStep, tokens: int, cached: int, chunk: int) -> float:
-    """Seconds of a prompt that runs alone, in chunks."""
+    """Seconds that a prompt takes when it runs alone, in chunks."""
     total = 0.0
     while cached < tokens:
         new = min(chunk, tokens - cached)

@@ -1,4 +1,4 @@
-"""Control groups that may use a part of a core: for workers that are to be as far apart as on machines of their own."""
+"""Control groups limited to a part of a core, for workers as independent as on machines of their own."""
 
 from __future__ import annotations
 
@@ -9,16 +9,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 PERIOD_US = 10_000
-"""So short that a step is spread over several, so that it takes as long as on a slower core; the kernel counts in milliseconds."""
+"""Period of a CPU limit. A step spans several, so that it takes as long as on a slower core.
+
+It is no shorter because the kernel counts quotas in milliseconds.
+"""
 ROOTS = (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/cpu"))
-"""Where version 2 and the CPU controller of version 1 are mounted."""
+"""Mount points of cgroup version 2 and of version 1's CPU controller."""
 
 
 @contextmanager
 def cpu_groups(cores: Mapping[str, float]) -> Iterator[dict[str, Path]]:
-    """A group for each name, its folder, whose processes together take at most so many cores of CPU. All gone afterwards.
+    """Make a control group for each name and yield the groups' folders; remove them afterwards.
 
-    Raises OSError where this user may not make them: they are root's, unless they were given away.
+    The processes of a group together use at most its number of cores in ``cores``. Raises OSError if this
+    user may not make groups: only root may, unless the right was delegated.
     """
     with contextlib.ExitStack() as made:
         folders = {}
@@ -32,12 +36,12 @@ def cpu_groups(cores: Mapping[str, float]) -> Iterator[dict[str, Path]]:
 
 
 def enter(folder: Path) -> None:
-    """Move this process into a group with all of its threads."""
+    """Move this process, with all of its threads, into a group."""
     (folder / "cgroup.procs").write_text(str(os.getpid()))
 
 
 def _root() -> Path:
-    """Where groups with a limit of CPU can be made. Raises OSError where there is no such place."""
+    """The folder in which groups with a CPU limit can be made. Raises OSError if there is none."""
     version_2, version_1 = ROOTS
     if (version_1 / "cpu.cfs_quota_us").exists():
         return version_1

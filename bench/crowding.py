@@ -1,8 +1,9 @@
-"""How much longer a worker's steps take beside another worker of the same host: ``bench/crowding.py``.
+"""Measure how much longer a worker's steps take next to another worker of the host: ``bench/crowding.py``.
 
-Two processes with a real engine each share the host's cores as workers do (memserve.engine.cpu_budget). One runs steps of one
-kind without a pause while the other does the same, or nothing; printed is what a step takes, the wait for a core included,
-against the same step alone. Steps of both are of the same model on the same mapped weights.
+Two processes, each with a real engine, share the host's cores as workers do (memserve.engine.cpu_budget). One
+runs steps of one kind without a pause; the other does so too, with steps of the same or another kind, or is
+idle. The table has the time of a step, the wait for a core included, relative to the same step alone. Both
+processes run the same model on the same mapped weights.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def _started(options: argparse.Namespace, place: str) -> Connection:
 def _run(
     pipes: Sequence[Connection], seconds: float, *kinds: str | None, want: int | None = None
 ) -> list[float]:
-    """Median seconds of a step of each of the two, who run at once; ``want``: the most cores of a step."""
+    """Median step seconds of each of the two workers, run at once. ``want``: the most cores of a step."""
     until = time.monotonic() + seconds
     for pipe, kind in zip(pipes, kinds, strict=True):
         pipe.send((kind, until, want))

@@ -1,10 +1,13 @@
-"""What guessing ahead gives: ``make bench-drafts``.
+"""Measure the speedup of speculative decoding: ``make bench-drafts``.
 
-Two clusters of one configuration run at once, one with drafts and one without, and are asked the
-same by turns: only one of them has work at any time. Texts are questions, documents to be summed up, code to be changed
-and JSON of a given schema; streams are alone or several at once, and what is asked is new, or was asked before. Answers of both must be alike to the letter, and the program ends if any is not.
+Two clusters of one configuration run at once, one with drafts and one without. They get the same requests in
+turn, so that only one of them has work at any time. The prompts are questions, documents to summarise, code
+to change, and requests for JSON of a given schema. Streams run alone or several at once, and prompts are new
+or were asked before. The answers of both clusters must be identical to the letter; the program ends if any
+differs.
 
-Takes a quarter of an hour. TPOT is the time from a stream's first token to its last, over the tokens between; a table row has the medians of all streams.
+Takes a quarter of an hour. TPOT is the time from a stream's first token to its last, divided by the number of
+tokens after the first; a table row has the medians of all streams.
 """
 
 from __future__ import annotations
@@ -66,18 +69,18 @@ PLACE = {
     ],
     "additionalProperties": False,
 }
-"""A form that every answer of its case has to have."""
+"""JSON schema of every answer of a case with ``form``."""
 
 
 def documents() -> list[str]:
-    """Pages of this project's own, to be summed up."""
+    """Prompts to summarise pages of this project's documentation."""
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     texts = [page.read_text()[:4000] for page in pages[: max(STREAMS)]]
     return [f"Sum up this page in a few sentences, and quote from it:\n\n{text}" for text in texts]
 
 
 def code() -> list[str]:
-    """Files of this project's own, to be changed."""
+    """Prompts to change source files of this project."""
     files = sorted((ROOT / "src" / "memserve" / "engine").glob("*.py"), key=lambda one: one.stat().st_size)
     texts = [file.read_text()[:3000] for file in files[2 : 2 + max(STREAMS)]]
     return [f"Write this again with every docstring in capital letters:\n\n{text}" for text in texts]
@@ -93,24 +96,24 @@ class Asked:
 
 @attrs.frozen
 class Case:
-    """What is asked at once."""
+    """Prompts that are sent together, with the settings of their requests."""
 
     name: str
     prompts: tuple[str, ...]
     temperature: float
     streams: int
     again: bool = False
-    """Whether all of it was asked before."""
+    """Whether every prompt was asked before."""
     form: bool = False
-    """Whether answers are PLACEs."""
+    """Whether answers must match ``PLACE``."""
 
     def anew(self, place: int) -> Case:
-        """The same, not asked before: with a number before each prompt."""
+        """This case with a number before each prompt, so that no prompt was asked before."""
         return attrs.evolve(self, prompts=tuple(f"No. {place}. {prompt}" for prompt in self.prompts))
 
 
 def cases() -> list[Case]:
-    """Every kind of text, greedy and drawn, alone and in company; and questions asked again."""
+    """Every kind of prompt, greedy and sampled, alone and in company; then repeated questions and JSON."""
     kinds = {"questions": QUESTIONS, "documents": documents(), "code": code()}
     new = [
         Case(name, tuple(prompts), temperature, streams)
@@ -214,7 +217,7 @@ def _ask(url: str, prompt: str, case: Case) -> Asked:
 
 
 def _counters(running: Running) -> tuple[float, ...]:
-    time.sleep(1.5)  # heartbeats tell it
+    time.sleep(1.5)  # until heartbeats have reported the counters
     loads = [one["load"] for one in running.members()]
     return tuple(sum(load.get(name, 0.0) for load in loads) for name in COUNTERS)
 

@@ -1,14 +1,16 @@
-"""What the step engine gets out of this machine: ``make bench-engine``.
+"""Measure how much of this machine's speed the step engine uses: ``make bench-engine``.
 
-Measures in one run, in interleaved rounds so that a noisy neighbour disturbs all figures alike, the machine's read
-bandwidth and GEMM peak, then decode steps and prefills of the real model. A step is one ``CpuEngine.run``: attention,
-head and greedy draw included; HTTP, tokenizer and scheduling not.
+One run measures the machine's read bandwidth and GEMM peak, then decode steps and prefills of the real model.
+Its rounds are interleaved, so that a noisy neighbour disturbs all figures alike. A step is one
+``CpuEngine.run``: it includes attention, head and greedy sampling, but not HTTP, tokenizer or scheduling.
 
-With ``--int8``, int8 weights are measured beside those in ``--dtype``, in the same rounds, in fewer cases.
+With ``--int8``, int8 weights are measured in addition to those in ``--dtype``, in the same rounds but fewer
+cases.
 
-Shares are of two rooflines: decoding cannot be faster than reading all weights once a step, prefilling not faster
-than its floating point operations (attention's causal half included) at the GEMM peak: that of ``--dtype`` or of
-float32, whichever is higher, because a processor without bfloat16 instructions multiplies in float32.
+Shares are of two rooflines. Decoding cannot be faster than reading all weights once a step. Prefilling cannot
+be faster than its floating point operations (attention's causal half included) at the GEMM peak: that of
+``--dtype`` or of float32, whichever is higher, because a processor without bfloat16 instructions multiplies
+in float32.
 """
 
 from __future__ import annotations
@@ -48,9 +50,9 @@ BATCHES = (1, 4, 8, 16)
 CONTEXTS = (128, 512)
 PROMPTS = (512, 2048)
 TOGETHER, COMMON = 8, 384
-"""Rows that begin with the same so many tokens, at the longest context."""
+"""Number of rows that share a prefix, and the tokens of that prefix; measured at the longest context."""
 BESIDE_INT8 = {"batches": (1, 8), "prompts": (512,)}
-"""What is measured with both kinds of weights: the whole takes twice as long otherwise."""
+"""Cases of a run with both kinds of weights: all of them would take twice as long."""
 GREEDY = Sampling(temperature=0.0)
 
 
@@ -60,19 +62,19 @@ class Contender:
 
     name: str
     stored: str
-    """The type of its matrices."""
+    """Stored type of the weight matrices."""
     engine: CpuEngine
 
 
 @attrs.frozen
 class Case:
-    """One thing measured: ``measure`` runs for about ``MEASURE_S`` and returns ``unit``."""
+    """One thing measured: ``measure`` runs for about ``--seconds`` and returns a figure in ``unit``."""
 
     name: str
     unit: str
     measure: Callable[[], float]
     share: Callable[[float, dict[str, float]], float] | None = None
-    """Of the roofline, from the case's median and the machine's."""
+    """Computes the share of the roofline from the case's median and the medians of all cases, by name."""
 
 
 def main() -> None:
@@ -85,7 +87,7 @@ def main() -> None:
         for path in options.paths.split(",") if options.dtype == "bfloat16" else ("torch",):
             native = path == "native"
             engine = _engine(files, options, native)
-            if engine.native == native:  # not where the native step is not to be had
+            if engine.native == native:  # false if the native step is not available here
                 name = f"{path}{' int8' if stored == 'int8' else ''}"
                 contenders.append(Contender(name, stored, engine))
     assert spec is not None
@@ -132,13 +134,13 @@ def _engine(files: ModelFiles, options: argparse.Namespace, native: bool) -> Cpu
     return engine
 
 
-# ---- the machine --------------------------------------------------------------------------------------------
+# ---- the machine -------------------------------------------------------------------------------------------
 
 
 def _machine(options: argparse.Namespace) -> list[Case]:
     field = torch.ones(256 * 2**20 // 4)
     cases = [Case("read bandwidth", "GB/s", _repeat(lambda: field.sum(), options, field.nbytes / 1e9))]
-    # Without instructions for bfloat16 torch takes seconds a product: that is no roofline.
+    # Without bfloat16 instructions, torch takes seconds for a product, which would not be a roofline.
     for dtype in DTYPE_BYTES if has_bfloat16_products() else ["float32"]:
         square = torch.randn(2048, 2048).to(getattr(torch, dtype))
         work = _repeat(lambda square=square: square @ square, options, 2 * 2048**3 / 1e9)  # type: ignore[misc]
@@ -147,7 +149,7 @@ def _machine(options: argparse.Namespace) -> list[Case]:
 
 
 def _repeat(call: Callable[[], object], options: argparse.Namespace, amount: float) -> Callable[[], float]:
-    """Amount per second, by the median call of ``options.seconds``."""
+    """A measurement that calls for ``options.seconds`` and returns ``amount`` per median second of a call."""
 
     def measure() -> float:
         torch.set_num_threads(options.threads)
@@ -162,7 +164,7 @@ def _repeat(call: Callable[[], object], options: argparse.Namespace, amount: flo
     return measure
 
 
-# ---- the engine ---------------------------------------------------------------------------------------------
+# ---- the engine --------------------------------------------------------------------------------------------
 
 
 def _engine_cases(spec: ModelSpec, contenders: list[Contender], options: argparse.Namespace) -> list[Case]:
@@ -187,7 +189,7 @@ def _engine_cases(spec: ModelSpec, contenders: list[Contender], options: argpars
 
 
 def _decode_plan(spec: ModelSpec, batch: int, context: int, common: int = 0) -> BatchPlan:
-    """Rows at the same context, whose first ``common`` tokens are in the same pages."""
+    """Decode rows at one context length, whose first ``common`` tokens are in the same pages."""
     width = pages_for(context, PAGE_TOKENS)
     pages = random.Random(0).sample(
         range(max(BATCHES) * (pages_for(max(CONTEXTS), PAGE_TOKENS) + 1)), batch * width
@@ -219,7 +221,7 @@ def _prefill(spec: ModelSpec, engine: CpuEngine, prompt: int, chunk: int) -> Cal
 def _decode_share(spec: ModelSpec, stored: str, batch: int) -> Callable[[float, dict[str, float]], float]:
     values = sum(shape[0] * shape[1] for shape in weight_shapes(spec).values() if len(shape) == 2)
     if not spec.tied_embeddings:
-        values -= spec.vocab * spec.hidden  # only single rows of a separate embedding table are read
+        values -= spec.vocab * spec.hidden  # of a separate embedding table, only single rows are read
     gigabytes = values * STORED_BYTES[stored] / 1e9
     return lambda rate, machine: rate / batch * gigabytes / machine["read bandwidth"]
 
@@ -235,12 +237,12 @@ def _prefill_share(spec: ModelSpec, dtype: str, prompt: int) -> Callable[[float,
 
 
 def _gemm_peak(medians: dict[str, float], dtype: str) -> str:
-    """The case whose figure is the roofline of prefilling."""
+    """Name of the case whose figure is the roofline of prefilling."""
     names = {f"GEMM 2048 {dtype}", "GEMM 2048 float32"} & medians.keys()
     return max(names, key=lambda name: medians[name])
 
 
-# ---- the report ---------------------------------------------------------------------------------------------
+# ---- the report --------------------------------------------------------------------------------------------
 
 
 def _report(cases: list[Case], samples: dict[str, list[float]], options: argparse.Namespace) -> None:

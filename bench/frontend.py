@@ -1,12 +1,13 @@
-"""What the control plane alone costs and carries: ``make bench-frontend``.
+"""Measure the cost and capacity of the control plane alone: ``make bench-frontend``.
 
-A whole cluster (one Frontend or two, GlobalScheduler, MemPoolShard, one worker; real processes, ZeroMQ and HTTP)
-whose step engine answers at once with fixed tokens. Measured from outside with a client that costs little, on the same
-cores: what is added to the time to first token and to the pace of a stream, tokens a second at 64 and 256 streams,
-requests a second, and the CPU time that each actor spends on a token.
+The cluster is whole (one Frontend or two, GlobalScheduler, MemPoolShard, one worker; real processes, ZeroMQ
+and HTTP), but its step engine answers at once with fixed tokens. A client that costs little measures from
+outside, on the same cores: the latency added to TTFT and to the pace of a stream, tokens a second at 64 and
+256 streams, requests a second, and the CPU time that each actor spends on a token.
 
-``--beside CHECKOUT`` compares that CPU time with another checkout's (its ``src``, in this environment) in interleaved rounds,
-with answers to chats of several turns beside; it prints tables and writes no note.
+``--beside CHECKOUT`` compares that CPU time, and the CPU time of chats of several turns, with those of
+another checkout (its ``src``, in this environment) in interleaved rounds. It prints tables and writes no
+note.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ from notes import ROOT, Note, number, table
 from raw_client import Stream, closed_loop, request_bytes, run_streams
 
 STREAM_TOKENS = 256
-"""Answer of one stream where tokens a second are measured."""
+"""Length of each answer when tokens a second are measured."""
 PACE_MS = 20.0
-"""A step of the paced runs: 256 streams then ask for 12,800 tokens a second."""
+"""Duration of a step in the paced runs: 256 streams then ask for 12,800 tokens a second."""
 CLUSTER = (
     "worker=[{name='w0', role='both', shard='s0'}]",
     "shard=[{name='s0', memory='2GiB'}]",
@@ -56,7 +57,7 @@ class Running:
 
     port: int
     pids: dict[str, list[int]]
-    """Processes by kind of actor."""
+    """Process ids by kind of actor."""
 
     def cpu_s(self) -> dict[str, float]:
         """CPU seconds used so far, by kind of actor."""
@@ -65,7 +66,7 @@ class Running:
 
 @contextmanager
 def cluster(step_ms: float, *settings: str, checkout: Path = ROOT) -> Iterator[Running]:
-    """The null cluster of a checkout, ready; ended by its own drain."""
+    """Run the null cluster of a checkout and yield it once it is ready; at the end, SIGTERM drains it."""
     with tempfile.TemporaryDirectory() as logs:
         script = Path(__file__).with_name("null_cluster.py")
         overrides = [f"--set={one}" for one in (*CLUSTER, f"logging.dir={logs}", *settings)]
@@ -85,7 +86,7 @@ def cluster(step_ms: float, *settings: str, checkout: Path = ROOT) -> Iterator[R
 
 
 def actors(port: int) -> dict[str, list[int]]:
-    """The processes of a cluster by kind."""
+    """Process ids of a cluster's actors, by kind."""
     found: dict[str, list[int]] = {}
     for one in httpx.get(f"http://127.0.0.1:{port}/cluster").json()["members"]:
         found.setdefault(one["kind"], []).append(one["pid"])
@@ -93,12 +94,12 @@ def actors(port: int) -> dict[str, list[int]]:
 
 
 def cpu_s(pid: int) -> float:
-    """CPU seconds that a process has used, ended threads included: its clock, as clock_getcpuclockid(3) makes it."""
+    """CPU seconds that a process has used, ended threads included, by its clock (clock_getcpuclockid(3))."""
     return time.clock_gettime(~pid << 3 | 2)
 
 
 def completion(number: int, prompt_tokens: int, max_tokens: int, *, stream: bool = True) -> bytes:
-    """A request with a prompt of its own."""
+    """A completions request with a prompt specific to ``number``."""
     prompt = [20 + (number * 7919 + k * 31) % 40_000 for k in range(prompt_tokens)]
     body: dict[str, Any] = {"prompt": prompt, "max_tokens": max_tokens, "ignore_eos": True, "temperature": 0}
     if stream:
@@ -106,11 +107,11 @@ def completion(number: int, prompt_tokens: int, max_tokens: int, *, stream: bool
     return request_bytes("/v1/completions", body)
 
 
-# ---- what is measured ----------------------------------------------------------------------------------------
+# ---- what is measured --------------------------------------------------------------------------------------
 
 
 def added_ttft(running: Running, repeats: int) -> dict[str, float]:
-    """Milliseconds from the request to its first event with nothing else running, median and P99."""
+    """Median and P99 milliseconds from a request to its first event, while nothing else runs."""
     figures = {}
     for tokens in (16, 1500):
         times = []
@@ -123,7 +124,7 @@ def added_ttft(running: Running, repeats: int) -> dict[str, float]:
 
 
 def requests_a_second(running: Running, seconds: float) -> dict[str, float]:
-    """Answers of one token, not streamed, with 32 connections kept open; and /health, which is HTTP alone."""
+    """Rates of unstreamed answers of one token and of /health (HTTP alone), with 32 connections kept open."""
     health = b"GET /health HTTP/1.1\r\nHost: bench\r\n\r\n"
     answer = completion(1, 16, 1, stream=False).replace(b"Connection: close\r\n", b"")
     return {
@@ -133,7 +134,7 @@ def requests_a_second(running: Running, seconds: float) -> dict[str, float]:
 
 
 def throughput(running: Running, streams: int, rounds: int) -> dict[str, Any]:
-    """Tokens a second of many streams at once, tokens an event, gaps, and CPU by kind of actor."""
+    """Tokens a second of concurrent streams, tokens per event, gaps, and CPU per token by kind of actor."""
     rates, per_event, gaps, cpu = [], [], [], []
     for i in range(rounds):
         requests = [completion(i * 1000 + k, 16, STREAM_TOKENS) for k in range(streams)]
@@ -158,19 +159,19 @@ def throughput(running: Running, streams: int, rounds: int) -> dict[str, Any]:
 
 
 def rate_of(done: Sequence[Stream]) -> float:
-    """Tokens a second from the first request to the last token. Raises ValueError when tokens are missing."""
+    """Tokens a second from first request to last token. Raises ValueError if a token count is wrong."""
     if wrong := [one.output_tokens for one in done if one.output_tokens != STREAM_TOKENS]:
         raise ValueError(f"streams of {STREAM_TOKENS} tokens ended with {wrong[:5]}")
     return len(done) * STREAM_TOKENS / (max(one.last for one in done) - min(one.began for one in done))
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """The value below which ``share`` of the others lie."""
+    """The value below which ``share`` of ``values`` lie."""
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Everything, one cluster at a time."""
+    """All figures, measured on one cluster at a time."""
     found: dict[str, Any] = {}
     for frontends in (1, 2):
         count = f"frontend.count={frontends}"
@@ -189,16 +190,16 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-# ---- beside another checkout ---------------------------------------------------------------------------------
+# ---- compared with another checkout ------------------------------------------------------------------------
 
 BESIDE_STREAMS = 8
 CHAT_TURNS = 4
 CHAT_WORDS = 80
-"""Of each message."""
+"""Words of each user message."""
 
 
 def chat_turns(running: Running, key: int) -> None:
-    """Chats of several turns, one after another, answered with 32 tokens each."""
+    """Play chats of several turns one after another; each answer has 32 tokens."""
     for chat in range(BESIDE_STREAMS):
         messages: list[dict[str, str]] = []
         for turn in range(CHAT_TURNS):
@@ -213,7 +214,10 @@ def chat_turns(running: Running, key: int) -> None:
 
 
 def beside(other: Path, rounds: int) -> str:
-    """CPU microseconds by kind of actor, of this checkout and of another one; medians of interleaved rounds, and ratios."""
+    """Tables of CPU microseconds by kind of actor in this checkout and another.
+
+    They have the medians of interleaved rounds, and their ratios.
+    """
     streams: dict[Path, list[dict[str, float]]] = {ROOT: [], other: []}
     chats: dict[Path, list[dict[str, float]]] = {ROOT: [], other: []}
     for i in range(rounds):
@@ -239,7 +243,7 @@ def beside(other: Path, rounds: int) -> str:
 
 
 def ratios(what: str, found: dict[Path, list[dict[str, float]]], other: Path) -> str:
-    """A table: a row a kind of actor."""
+    """A table with one row per kind of actor."""
     rows = []
     for kind in KINDS:
         values = {one: [spent[kind] for spent in rounds if kind in spent] for one, rounds in found.items()}
@@ -254,13 +258,13 @@ def ratios(what: str, found: dict[Path, list[dict[str, float]]], other: Path) ->
     return table([what, "the other", "this", "ratio"], rows)
 
 
-# ---- the note ------------------------------------------------------------------------------------------------
+# ---- the note ----------------------------------------------------------------------------------------------
 
 KINDS = ("Frontend", "DecodeWorker", "MemPoolShard", "GlobalScheduler", "client")
 
 
 def write_note(found: dict[str, Any], command: str, rounds: int) -> Path:
-    """Write docs/measurements/<date>-frontend.md with its plot."""
+    """Write docs/measurements/<date>-frontend.md and its plot."""
     note = Note("frontend")
     plot = note.plot("cpu")
     draw(found, plot)
@@ -305,7 +309,7 @@ def tables(found: dict[str, Any]) -> list[str]:
 
 
 def stream_row(one: dict[str, Any]) -> list[str]:
-    """The cells of one measurement of throughput."""
+    """The cells of one throughput measurement."""
     low, high = map(number, one["tok_s_range"])
     cpu = one["cpu_us_per_token"]
     return [
@@ -317,7 +321,7 @@ def stream_row(one: dict[str, Any]) -> list[str]:
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    """CPU microseconds a token, stacked by kind of actor, for each measurement of throughput."""
+    """Plot CPU microseconds per token, stacked by kind of actor, for each throughput measurement."""
     import matplotlib
 
     matplotlib.use("Agg")

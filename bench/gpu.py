@@ -1,10 +1,11 @@
-"""Speed of the GPU backend beside what the GPU can do, and the project's goals: ``make gpu-bench``.
+"""Compare the GPU backend's speed with the GPU's limits and the project's goals: ``make gpu-bench``.
 
     make gpu-bench ARGS="--only attention,steps-8b --seconds 300 --commit abc1234"
 
-Each section is a process of its own with a limit, and the note ``docs/measurements/<date>-gpu.md`` (in ``$OUT`` too, where
-that is set) is written anew after each, so that a run that is cut short keeps what it has. The ceilings are always
-measured first. Random weights in the shapes of Llama 3.2 1B and Llama 3.1 8B, but for the demo model that is served.
+Each section is a separate process with a time limit. The note ``docs/measurements/<date>-gpu.md`` (copied to
+``$OUT`` if that is set) is rewritten after each section, so that a run that is cut short keeps its results.
+The ceilings are always measured first. Models have random weights in the shapes of Llama 3.2 1B and Llama 3.1
+8B, except for the demo model, which is served.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ from gpu_parts import DEVICE, Ceilings, Figure
 from notes import FOLDER, Note, commit, number, table
 
 SECONDS = 540.0
-"""Of a whole run, at most: what a command of ten minutes leaves for installing wheels."""
+"""Longest whole run: what is left of a command of ten minutes after wheels are installed."""
 STOP_S = 10.0
-"""For a section that is told to stop."""
+"""Time for a section to end after SIGTERM; a section is not started with less time than this left."""
 PACKAGES = ("torch", "flashinfer-python", "apache-tvm-ffi", "cupy-cuda13x", "memserve")
 
 
@@ -50,7 +51,7 @@ class Section:
 
 
 def _served(roof: Ceilings) -> Iterator[Figure]:
-    from gpu_served import served  # needs what the load generator needs
+    from gpu_served import served  # needs the load generator's dependencies
 
     yield from served(roof)
 
@@ -68,14 +69,14 @@ SECTIONS = {
     "ttft-1b": Section(partial(gpu_moving.ttft, "1b"), 60, "The same of the 1B model."),
     "served": Section(_served, 150, "The demo model behind HTTP, prefill and decode worker on one GPU, under the load generator."),
 }  # fmt: skip
-"""In the order of a run: what has a goal first."""
+"""Sections in the order of a run: those with a goal come first."""
 
 
-# ---- a section, in a process of its own ---------------------------------------------------------------------------
+# ---- a section, in its own process --------------------------------------------------------------------
 
 
 def run_section(name: str, folder: Path) -> None:
-    """Measure, and append each figure to the section's file as it comes."""
+    """Measure a section; each figure is appended to the section's file at once."""
     torch.cuda.set_device(DEVICE)
     roofs = folder / "ceilings.json"
     if name == "ceilings":
@@ -86,22 +87,22 @@ def run_section(name: str, folder: Path) -> None:
             out.flush()
 
 
-# ---- the run ------------------------------------------------------------------------------------------------------
+# ---- the run -----------------------------------------------------------------------------------------------
 
 
 @attrs.frozen
 class Ran:
-    """What a section left."""
+    """The result of a section's process."""
 
     name: str
     figures: tuple[Figure, ...]
     problem: str | None
-    """Why it did not end, in a line."""
+    """Why the section failed or was stopped, in one line; None if it ended well."""
     took_s: float
 
 
 def run_apart(command: Sequence[str], name: str, folder: Path, limit_s: float) -> Ran:
-    """Run a section's process, and those that it starts, at most ``limit_s``."""
+    """Run a section's process, and those that it starts, for at most ``limit_s``."""
     began, errors = time.monotonic(), folder / f"{name}.err"
     with errors.open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
@@ -113,12 +114,12 @@ def run_apart(command: Sequence[str], name: str, folder: Path, limit_s: float) -
 
 
 def _ended(process: subprocess.Popen[bytes], limit_s: float) -> str | None:
-    """Wait for it; why it did not end well, if so."""
+    """Wait for the process and return why it did not end well, or None."""
     try:
         status = process.wait(limit_s)
         return None if status == 0 else f"ended with status {status}"
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGTERM)  # its own group: the workers that it has started end with it
+        os.killpg(process.pid, signal.SIGTERM)  # it leads a process group: its workers end with it
         with suppress(subprocess.TimeoutExpired):
             process.wait(STOP_S)
         return f"stopped after {limit_s:.0f} s"
@@ -136,7 +137,7 @@ def _figures(path: Path) -> tuple[Figure, ...]:
 
 
 def device() -> str:
-    """The GPU, its driver, and the versions of what computes on it, without a CUDA context."""
+    """The GPU, its driver and the versions of ``PACKAGES``; makes no CUDA context."""
     asked = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     said = ""
     with suppress(OSError):
@@ -165,7 +166,7 @@ def row(figure: Figure) -> list[str]:
 
 
 def parts_of(ran: Ran) -> list[str]:
-    """A section of the note."""
+    """The paragraphs of one section of the note."""
     head = ["what", "figure", "unit", "goal", "", "more"]
     parts = [f"## {ran.name}", f"{SECTIONS[ran.name].about} {ran.took_s:.0f} s."]
     if ran.problem:
@@ -174,7 +175,10 @@ def parts_of(ran: Ran) -> list[str]:
 
 
 def write(note: Note, words: str, found: Sequence[Ran]) -> None:
-    """The note as it stands, and a copy where a borrowed machine hands files back."""
+    """Write the note from the sections so far.
+
+    A copy goes to ``$OUT`` if that is set: a borrowed machine returns the files in it.
+    """
     parts = [part for ran in found for part in parts_of(ran)]
     path = note.write("The GPU backend", f"make gpu-bench{words}", device(), *parts)
     out = os.environ.get("OUT")
@@ -183,7 +187,7 @@ def write(note: Note, words: str, found: Sequence[Ran]) -> None:
 
 
 def measure(names: Sequence[str], note: Note, words: str, seconds: float) -> list[Ran]:
-    """Run the sections one after another; the note is written after each."""
+    """Run the sections one after another for at most ``seconds``; the note is rewritten after each."""
     found: list[Ran] = []
     until = time.monotonic() + seconds
     with tempfile.TemporaryDirectory(prefix="memserve-gpu-bench-") as place:
@@ -198,7 +202,7 @@ def measure(names: Sequence[str], note: Note, words: str, seconds: float) -> lis
 
 
 def options() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", default=",".join(SECTIONS), help=f"some of {', '.join(SECTIONS)}")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of the whole run, at most")
@@ -215,7 +219,7 @@ def options() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Measure and write; 1 when a section did not end or a goal was missed."""
+    """Measure and write the note. The exit status is 1 if a section did not end well or a goal was missed."""
     given = options()
     if given.worker:
         torch.cuda.set_device(DEVICE)

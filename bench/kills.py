@@ -1,11 +1,12 @@
-"""How long a stream pauses when an actor is killed: ``make bench-kills``.
+"""Measure how long a stream pauses when an actor is killed: ``make bench-kills``.
 
-Each sample is a cluster of its own: one greedy stream, ``kill -9`` of one actor in its middle, the longest pause between two of its
-tokens after that. In ``demo.toml`` the killed worker is the only one of its kind, so the stream waits for its successor; in
-``2p2d.toml`` another worker takes the stream over. The answer must be the undisturbed one. Also: seconds until ``memserve up`` is
-ready, and the memory that is a worker's own. Medians over the rounds; the client runs on the same cores.
+Each sample has its own cluster. It runs one greedy stream, kills one actor with ``kill -9`` in the middle,
+and takes the longest pause between two tokens after that. In ``demo.toml`` the killed worker is the only one
+of its kind, so the stream waits for its successor; in ``2p2d.toml`` another worker takes the stream over. The
+answer must equal the undisturbed one. Each sample also has the seconds until ``memserve up`` is ready and a
+worker's anonymous memory. Figures are medians over the rounds; the client runs on the same cores.
 
-``--beside CHECKOUT`` measures another checkout too (its ``src``, in this environment), in the same rounds.
+``--beside CHECKOUT`` also measures another checkout (its ``src``, in this environment), in the same rounds.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ VICTIMS = (("demo.toml", "d0"), ("2p2d.toml", "d0"), ("demo.toml", "s0"), ("demo
 
 @attrs.frozen
 class Sample:
-    """What one cluster showed."""
+    """The figures of one cluster."""
 
     ready_s: float
     own_mib: float
-    """Anonymous memory of a worker."""
+    """Anonymous memory of a worker, in MiB; the median of p0 and d0."""
     pause_s: float
 
 
@@ -69,7 +70,10 @@ def main() -> None:
 
 
 def sample(running: Running, victim: str) -> Sample:
-    """Kill ``victim`` in the middle of an answer. Raises AssertionError if the answer is not the undisturbed one."""
+    """Kill ``victim`` in the middle of an answer.
+
+    Raises AssertionError if the answer differs from an undisturbed one.
+    """
     pids = {member["id"].partition(".")[0]: member["pid"] for member in running.members()}
     own = statistics.median(anonymous_mib(pid) for name, pid in pids.items() if name in ("p0", "d0"))
     tokens, times = [], []
@@ -86,7 +90,7 @@ def sample(running: Running, victim: str) -> Sample:
 
 
 def stream(url: str) -> Iterator[tuple[int, float]]:
-    """The tokens of one answer, and when each came, in seconds."""
+    """The tokens of one answer, each with its arrival time in seconds."""
     body = {"prompt": PROMPT, "max_tokens": ANSWER, "temperature": 0, "ignore_eos": True, "stream": True}
     with CLIENT.stream("POST", f"{url}/v1/completions", json={**body, "return_token_ids": True}) as answer:
         answer.raise_for_status()
@@ -97,13 +101,13 @@ def stream(url: str) -> Iterator[tuple[int, float]]:
 
 
 def anonymous_mib(pid: int) -> float:
-    """Memory of a process that no file or other process shares."""
+    """Anonymous resident memory of a process, which belongs to no file and to no other process, in MiB."""
     (found,) = re.findall(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
     return int(found) / 1024
 
 
 def figures(found: list[Sample]) -> list[str]:
-    """Median and range of the pauses, medians of the rest."""
+    """Cells of a table row: median and range of the pauses, medians of the other figures."""
     pauses = sorted(one.pause_s for one in found)
     return [
         f"{statistics.median(pauses):.2f} ({pauses[0]:.2f} to {pauses[-1]:.2f})",

@@ -1,8 +1,9 @@
-"""How much the load generator can take on one core: ``make bench-loadgen``.
+"""Measure how many events the load generator can read on one core: ``make bench-loadgen``.
 
-A second process sends server-sent events to many streams at once, at rates that rise, and puts the time into each event; both
-clocks are the same. The generator reads them as in any run. What is printed: events a second, CPU for an event, and how
-long an event waited until the generator had read it. Next to it: h11's own body path, and httpx, on the same events.
+A second process sends server-sent events on many streams at once, at rising rates, and puts the time into
+each event; both processes read the same clock. The generator reads the events as in any run. The table has
+events a second, CPU per event, and how long an event waited until the generator had read it. For comparison,
+h11's own body path and httpx read the same events.
 """
 
 from __future__ import annotations
@@ -41,23 +42,23 @@ EVENT = (
 )
 
 
-# ---- the server: as little as can be, so that the generator is what is measured ----------------------------------
+# ---- the server: as little as possible, so that the generator is what is measured --------------------------
 
 
 @attrs.define
 class Hose:
-    """Sends every stream an event at each tick. Not trio: one send for an event, and nothing else."""
+    """Sends an event on every stream at each tick. It does not use trio: an event costs one send."""
 
     rate: float
     """Events a second on each stream."""
     count: int
-    """Events of a stream."""
+    """Events per stream."""
     streams: dict[socket.socket, int] = attrs.field(factory=dict)
-    """How many events are left."""
+    """Number of events left, by connection."""
     selector: selectors.BaseSelector = attrs.field(factory=selectors.DefaultSelector)
 
     def serve(self, listener: socket.socket) -> None:
-        """Until the process is killed."""
+        """Serve until the process is killed."""
         listener.setblocking(False)
         self.selector.register(listener, selectors.EVENT_READ)
         tick = time.monotonic()
@@ -95,29 +96,32 @@ class Hose:
             try:
                 connection.send(data)
             except OSError:
-                left = 1  # the client has left, or does not read at all
+                left = 1  # the client has closed the connection, or does not read at all
             self.streams[connection] = left - 1
             if left == 1:
                 del self.streams[connection]
 
 
-# ---- the clients -------------------------------------------------------------------------------------------------
+# ---- the clients -------------------------------------------------------------------------------------------
 
 
 @attrs.define
 class Reading:
-    """What a client read."""
+    """Delays of the events that a client has read."""
 
     delays_s: list[float] = attrs.field(factory=list)
 
     def event(self, data: bytes) -> None:
-        """Count an event by the time in it."""
+        """Record an event's delay since the time in it."""
         if data.startswith(b"{"):
             self.delays_s.append(time.monotonic() - orjson.loads(data)["at"])
 
 
 async def ours(port: int, reading: Reading, client: Client) -> None:
-    """The generator's own client and answer; the event's time costs a second look at the JSON, which counts against it."""
+    """The generator's own client and answer.
+
+    Reading an event's time parses its JSON a second time, which counts against the generator.
+    """
     answer = Answer()
 
     def on_event(name: str, data: bytes, now: float) -> None:
@@ -128,7 +132,7 @@ async def ours(port: int, reading: Reading, client: Client) -> None:
 
 
 async def through_h11(port: int, reading: Reading) -> None:
-    """h11 for heads and bodies."""
+    """A client that uses h11 for heads and bodies."""
     stream = await trio.open_tcp_stream("127.0.0.1", port)
     connection, events, answer = h11.Connection(h11.CLIENT), Events(), Answer()
     head = h11.Request(
@@ -150,7 +154,7 @@ async def through_h11(port: int, reading: Reading) -> None:
 
 
 async def through_httpx(port: int, reading: Reading, client: httpx.AsyncClient) -> None:
-    """httpx, reading lines."""
+    """A client that uses httpx and reads lines."""
     answer = Answer()
     async with client.stream("POST", f"http://127.0.0.1:{port}{PATH}", content=BODY) as response:
         async for line in response.aiter_lines():
@@ -163,7 +167,7 @@ One = Callable[[int, Reading], Awaitable[None]]
 
 
 async def all_at_once(one: One, port: int, streams: int) -> dict[str, float]:
-    """So many streams at once; the figures."""
+    """Run a client on ``streams`` streams at once and return the figures."""
     reading = Reading()
     began, cpu = time.monotonic(), time.process_time()
     async with trio.open_nursery() as nursery:
@@ -184,7 +188,7 @@ async def all_at_once(one: One, port: int, streams: int) -> dict[str, float]:
 
 
 async def measure(client: str, port: int, streams: int) -> dict[str, float]:
-    """The figures of one client."""
+    """Run one kind of client and return its figures."""
     if client == "httpx":
         limits = httpx.Limits(max_connections=streams)
         async with httpx.AsyncClient(timeout=600, limits=limits) as session:
@@ -199,7 +203,7 @@ async def measure(client: str, port: int, streams: int) -> dict[str, float]:
 
 
 def against_hose(client: str, streams: int, rate: float, count: int) -> dict[str, float]:
-    """One client against a hose in a process of its own."""
+    """Run one kind of client against a :class:`Hose` in a separate process and return its figures."""
     with socket.create_server(("127.0.0.1", 0), backlog=1024) as listener:
         listener.set_inheritable(True)
         words = [sys.executable, __file__, "--hose", str(listener.fileno()), str(rate / streams), str(count)]
@@ -241,7 +245,7 @@ def main() -> None:
                 flush=True,
             )
             if figures["events_per_s"] < 0.7 * rate:
-                break  # faster would only be slower
+                break  # at higher rates the client would only fall further behind
     kept = [
         one for one in found if one["client"] == "loadgen" and float(one["delay_p99_ms"]) <= DELAY_LIMIT_MS
     ]

@@ -1,12 +1,15 @@
-"""What the MemPool costs: ``make bench-mempool``.
+"""Cost of the MemPool's operations: ``make bench-mempool``.
 
-Index and allocator: the calls that the shard's core makes, 2,048-token prompts in pages of 16, half of each prompt
-shared with its family (64 of them), the rest its own. Acquire: from another process, over ipc, a prompt that is wholly
-cached. Swaps: 128 pages of the demo model between two arenas and a file, beside one copy of as many bytes
-(``memcpy``) and one write and read of them (``the file's own speed``, through the page cache as the pool does).
-With ``--ttft``: seconds until a prompt is ready, by cached share, from each tier, beside computing all of it: swap-in
-as the pool copies, the rest on the engine. Peers that are installed are measured in the same rounds: see
-``bench/index_peers.py``.
+- Index and allocator: the calls that the shard's core makes. Prompts have 2,048 tokens in pages of 16; half of each
+  prompt is shared with its family (there are 64), the rest is its own.
+- Acquire: called from another process over ipc, for a fully cached prompt.
+- Swaps: 128 pages of the demo model between two arenas and a file. For comparison: one copy of the same number of
+  bytes (``memcpy``), and one write and one read of them (``the file's own`` speed, through the page cache as the
+  pool does).
+- With ``--ttft``: time until a prompt is ready, by cached share and tier, compared with computing all of it. Cached
+  pages are swapped in as the pool copies them; the engine computes the rest.
+
+Installed peers are measured in the same rounds: see ``bench/index_peers.py``.
 """
 
 from __future__ import annotations
@@ -44,7 +47,7 @@ PAGES = PROMPT // PAGE_TOKENS
 SHARED = PROMPT // 2
 FAMILIES = 64
 PAGE_BYTES = 368_640
-"""SmolLM2-135M in bfloat16."""
+"""Bytes of one page of SmolLM2-135M in bfloat16."""
 SWAP_PAGES = 128
 
 Figures = dict[str, list[float]]
@@ -91,7 +94,7 @@ def _note(figures: Figures, name: str, value: float) -> None:
 
 
 def _each(calls: int, call: Callable[[int], object]) -> Iterator[float]:
-    """Seconds of each of so many calls."""
+    """Make ``calls`` calls; yield the seconds that each takes."""
     clock = time.perf_counter
     for i in range(calls):
         start = clock()
@@ -123,7 +126,7 @@ def _store(tree: PromptTree, tokens: bytes, first: int) -> None:
 
 
 def _index(stored: int, rounds: int, figures: Figures) -> None:
-    """Match and insert with so many prompts stored, peers in the same rounds."""
+    """Measure match and insert with ``stored`` prompts in the index; peers run in the same rounds."""
     texts = prompts(stored + 200 * rounds)
     tracemalloc.start()
     tree = PromptTree(PAGE_TOKENS)
@@ -270,7 +273,7 @@ def _swaps(options: argparse.Namespace, figures: Figures) -> None:
 
 GOALS = {"match us": 15, "insert us": 40, "alloc us a page, batches of 64": 0.2, "free us a page, batches of 64": 0.2,
          "acquire over ipc ms, p50": 0.5}  # fmt: skip
-"""Figures whose names begin so must be at most this."""
+"""Upper limit of each figure, by the beginning of its name."""
 
 
 def _report(figures: Figures, options: argparse.Namespace) -> None:
@@ -279,7 +282,7 @@ def _report(figures: Figures, options: argparse.Namespace) -> None:
     print(f"{'':62}{'median':>10} {'range':>21}")
     for name, values in figures.items():
         share = _share(name, medians)
-        ours = "Radix" not in name  # a peer's figure stands for comparison
+        ours = "Radix" not in name  # peers are shown for comparison and have no goal
         goal = next((f"goal {most}" for start, most in GOALS.items() if ours and name.startswith(start)), "")
         print(
             f"{name:62}{medians[name]:10.3f} {f'{min(values):.3f} - {max(values):.3f}':>21}  {share or goal}"

@@ -1,7 +1,7 @@
-"""Seconds until a prompt's first token, by how much of it is cached and where: the paper's figure 13, on this machine.
+"""TTFT by how much of the prompt is cached, and in which tier: the paper's figure 13, on this machine.
 
-What counts is the copy into the arena, as the shard makes it, and the engine's chunks for the rest. HTTP, scheduling and
-messages are the same for all and left out.
+The time covers the copy into the arena, made as the shard makes it, and the engine's prefill chunks for the rest.
+HTTP, scheduling and messages cost the same in all cases and are left out.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ GREEDY = Sampling(temperature=0.0)
 
 
 def measure(rounds: int, figures: dict[str, list[float]]) -> None:
-    """Add ``ttft ms ...`` for every prompt, share and tier."""
+    """Add a ``ttft ms ...`` figure for every prompt length, cached share and tier."""
     files = prepare(find_model(MODEL), "bfloat16")
     pages = pages_for(max(PROMPTS), PAGE_TOKENS)
     page_bytes = files.spec.page_bytes(PAGE_TOKENS, "bfloat16")
@@ -73,7 +73,7 @@ def _cached(engine: CpuEngine, store: PageStore, ids: list[int], share: float, t
 
 
 def _run(engine: CpuEngine, ids: list[int], cached: int) -> float:
-    """Milliseconds to compute what is not cached, with the first draw."""
+    """Milliseconds to compute the tokens that are not cached and to draw the first output token."""
     table = tuple(range(pages_for(len(ids), PAGE_TOKENS)))
     start = time.perf_counter()
     for at in range(cached, len(ids), CHUNK):

@@ -1,4 +1,4 @@
-"""What every note under docs/measurements begins with, and how its tables are written."""
+"""The common parts of the notes under docs/measurements: header, tables, numbers, merging of samples."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ Sample = TypeVar("Sample", bound=attrs.AttrsInstance)
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "docs" / "measurements"
 INSTRUCTIONS = ("amx_bf16", "amx_int8", "avx512_bf16", "avx512f", "avx2")
-"""Of the CPU's flags, those that decide how fast a model can run."""
+"""The CPU flags that decide how fast a model can run."""
 
 
 @attrs.frozen
 class Note:
-    """One file of measurements: ``<date>-<name>.md`` and plots beside it."""
+    """One file of measurements, ``<date>-<name>.md``, with its plots next to it."""
 
     name: str
     folder: Path = FOLDER
     date: str = attrs.field(factory=lambda: f"{datetime.now(UTC):%Y-%m-%d}")
     commit: str = attrs.field(factory=lambda: commit())
-    """As it is when the note is begun: its own plots do not count as changes."""
+    """The commit at the time the note is created. Its own plots do not count as changes."""
 
     @property
     def path(self) -> Path:
@@ -40,7 +40,7 @@ class Note:
         return self.folder / f"{self.date}-{self.name}.md"
 
     def plot(self, what: str) -> Path:
-        """Where a plot of it goes."""
+        """Path of one of the note's plots."""
         return self.folder / f"{self.date}-{self.name}-{what}.svg"
 
     def write(self, title: str, command: str, *parts: str) -> Path:
@@ -52,7 +52,7 @@ class Note:
 
 
 def take_pieces(parser: argparse.ArgumentParser) -> None:
-    """Options of a benchmark that may be measured in pieces, ``--json`` and ``--merge``: see :func:`save` and :func:`merged`."""
+    """Add ``--json`` and ``--merge``, for a benchmark that can be run in pieces: see :func:`save`, :func:`merged`."""
     parser.add_argument("--json", type=Path, help="write samples to this file, and no note: for --merge")
     parser.add_argument(
         "--merge",
@@ -68,7 +68,10 @@ def save(samples: Sequence[attrs.AttrsInstance], path: Path) -> None:
 
 
 def merged(paths: Iterable[Path], kind: type[Sample], same: Sequence[str]) -> list[Sample]:
-    """The samples of several runs. ``same``: fields that must be alike. Raises ValueError where they cannot stand in one table."""
+    """The samples of several runs, to be shown in one table.
+
+    Raises ValueError if there are none, or if they differ in a field named in ``same``.
+    """
     samples = [one for path in paths for one in msgspec.json.decode(path.read_bytes(), type=list[kind])]  # type: ignore[valid-type]
     if not samples:
         raise ValueError("no samples to merge")
@@ -79,7 +82,7 @@ def merged(paths: Iterable[Path], kind: type[Sample], same: Sequence[str]) -> li
 
 
 def _told(value: object) -> str:
-    """As a person would write it in a command."""
+    """A value as a person would write it in a command."""
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -99,7 +102,10 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """The commit that is checked out, with a mark when files differ from it. Notes do not count: a run before may have written them."""
+    """The checked-out commit, with ``-dirty`` if files differ from it.
+
+    Files under docs/measurements do not count: an earlier run may have written them.
+    """
 
     def git(*words: str) -> str:
         return subprocess.run(
@@ -119,7 +125,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def number(value: float) -> str:
-    """Three significant digits, or whole numbers with their thousands apart."""
+    """A number with three significant digits; from 100 on, a whole number with thousands separators."""
     if abs(value) >= 100:
         return f"{value:,.0f}"
     digits = 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
@@ -127,7 +133,7 @@ def number(value: float) -> str:
 
 
 def told(arguments: Sequence[str]) -> list[str]:
-    """The words that a note repeats: without --json and its path."""
+    """The command-line words that a note repeats: all but ``--json`` and its path."""
     return [
         word
         for before, word in zip(["", *arguments], arguments, strict=False)

@@ -1,8 +1,8 @@
 """``memserve up`` with a step engine that computes nothing and answers with fixed tokens: the control plane alone.
 
-The same processes, sockets, pages and cores; no model is run. A step takes a fixed time (``bench/frontend.py`` starts it so), or
-what a cost model says of it, asleep: then every worker is as fast as on a machine of its own, however many share this one
-(``bench/policies.py``)::
+Processes, sockets, pages and cores are the real ones, but no model runs. A step sleeps for a fixed time
+(``bench/frontend.py`` uses this) or for the time that a cost model predicts (``bench/policies.py``). In the second
+case every worker is as fast as on a machine of its own, however many share this one::
 
     python bench/null_cluster.py up --step-ms 0 --set frontend.port=0
     python bench/null_cluster.py up --costs configs/costs/135m-two-cores.toml -c configs/3p1d.toml --set frontend.port=0
@@ -37,28 +37,28 @@ TOKENS = range(1000, 1064)
 
 
 Pace = Callable[[BatchPlan, float, float], float]
-"""When a step ends: of what is in it, when it begins, and when the last one ended."""
+"""The time at which a step ends, from its plan, the time it begins and the time the previous one ended. Seconds."""
 
 
 def steady(step_s: float) -> Pace:
-    """All steps take as long. Those that follow one another keep the pace, whatever came between."""
+    """End steps ``step_s`` apart, however long the work between them took; a step that begins later ends at once."""
     return lambda plan, begin, last: max(last + step_s, begin)
 
 
 def predicted(costs: CostModel) -> Pace:
-    """Each step takes what it costs."""
+    """Let each step take the time that ``costs`` predicts."""
     return lambda plan, begin, last: begin + costs.step_s((count(row.tokens), row.start) for row in plan.rows)
 
 
 @attrs.define
 class NullEngine:
-    """The token at position p is ``TOKENS[p % len(TOKENS)]``. Most of a step is spent asleep."""
+    """A step engine whose token at position p is ``TOKENS[p % len(TOKENS)]``; it sleeps for most of a step."""
 
     pace: Pace = attrs.field(factory=partial(steady, 0.0))
     _last: float = attrs.field(default=0.0, init=False)
 
     def run(self, plan: BatchPlan) -> BatchResult:
-        """A full step without arithmetic."""
+        """Run a whole step without its arithmetic."""
         now = time.monotonic()
         self._last = self.pace(plan, now, self._last)
         if self._last > now:
@@ -67,16 +67,19 @@ class NullEngine:
         return BatchResult(tuple(tokens), (time.monotonic() - now) * 1e3, 1)
 
     def rest(self) -> None:
-        """Holds no cores."""
+        """Do nothing: the engine occupies no cores."""
 
     def close(self) -> None:
-        """Holds nothing."""
+        """Do nothing: the engine holds no resources."""
 
 
 def start_null_engine(
     options: argparse.Namespace, context: object, shard: object, found: Found, *_: object
 ) -> StepEngine:
-    """What :func:`memserve.actors.worker.start_engine` is replaced by. A worker that knows its costs tells the scheduler."""
+    """Replacement for :func:`memserve.actors.worker.start_engine`.
+
+    With ``--costs``, the worker also reports these costs to the scheduler.
+    """
     if options.costs is None:
         return NullEngine(steady(options.step_ms / 1e3))
     costs = costs_of(options.costs)
@@ -85,7 +88,7 @@ def start_null_engine(
 
 
 def actor_argv(how: Sequence[str], name: str, runtime_dir: Path, lifeline_fd: int) -> Sequence[str]:
-    """The command line of an actor with this engine; ``how`` long its steps take."""
+    """The command line of an actor with this engine; ``how``: the options that set the duration of its steps."""
     command = [sys.executable, __file__, "actor", name, "--runtime-dir", str(runtime_dir)]
     return [*command, "--lifeline", str(lifeline_fd), *how]
 
@@ -103,14 +106,14 @@ def up(options: argparse.Namespace) -> None:
 
 
 def be_actor(options: argparse.Namespace) -> int:
-    """Be one actor; the exit status."""
+    """Run as one actor; its exit status."""
     worker.start_engine = partial(start_null_engine, options)
     worker.import_engine = lambda on_gpu: None  # torch is not needed here
     return run_actor(options.name, options.runtime_dir, options.lifeline)
 
 
 def main() -> int:
-    """Be the cluster or one of its actors."""
+    """Run the cluster, or one of its actors."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

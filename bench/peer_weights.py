@@ -1,4 +1,4 @@
-"""Writes the weights that memserve runs as a Hugging Face directory, so that other servers run the very same values."""
+"""Write memserve's weights as a Hugging Face directory, so that other servers run exactly the same values."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from memserve.engine.weights import ModelFiles, map_weights
 
 
 def write_hf_directory(files: ModelFiles, folder: Path) -> Path:
-    """Write ``files`` (converted to bfloat16) as config.json, model.safetensors and the tokenizer's files; ``folder``."""
+    """Write ``files`` into ``folder`` and return it: configuration, tokenizer and the weights in bfloat16."""
     spec = files.spec
     folder.mkdir(parents=True, exist_ok=True)
     tensors = hf_tensors(spec, map_weights(files.weights))
@@ -33,7 +33,7 @@ def write_hf_directory(files: ModelFiles, folder: Path) -> Path:
 
 
 def hf_tensors(spec: ModelSpec, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The engine's weights under their Hugging Face names: fused matrices cut apart, everything bfloat16."""
+    """The engine's weights under their Hugging Face names: fused matrices are split, everything is bfloat16."""
     sources = family_named(spec.architecture).sources("hf", spec.layers, spec.tied_embeddings)
     tensors: dict[str, torch.Tensor] = {}
     for name, parts in sources.items():
@@ -53,7 +53,7 @@ def _rows_of_parts(spec: ModelSpec, name: str, weight: torch.Tensor) -> list[int
 
 
 def hf_config(spec: ModelSpec) -> dict[str, Any]:
-    """config.json of a Llama. Raises ValueError for what the demo model does not have, and nobody has tried."""
+    """config.json of a Llama. Raises ValueError for other families and for rope scaling, which are untested."""
     if spec.architecture != "llama" or spec.rope_factors is not None:
         raise ValueError(f"only Llama models without rope scaling are written, not {spec.architecture}")
     return {

@@ -1,7 +1,7 @@
-"""What every server is asked in ``make bench-peers``, in the load generator's terms, and what is read off the answers.
+"""The workloads of ``make bench-peers``, in the load generator's terms, and the figures computed from the answers.
 
-Prompts are random words of exactly one token each, sent as text, which every server takes. The words are drawn for
-each round and request anew, the same for every server, so that what is to be cold is cold.
+Prompts are random words of exactly one token each, sent as text, which every server accepts. Each round and request
+draws new words, the same for every server, so that prompts meant to be cold are cold.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CHAT_SHARED, CHAT_OWN, CHAT_TURN = 400, 200, 96
 
 
 class Wrong(Exception):
-    """An answer that is not what was asked for: a row made of it would compare different work."""
+    """An answer of the wrong size: a row made from it would compare different work."""
 
 
 @attrs.frozen
@@ -37,20 +37,20 @@ class Figure:
 
 @attrs.frozen
 class Case:
-    """One row of the table: sessions that so many clients play, and its figures."""
+    """One workload: sessions played by ``clients`` clients, and its figures, each a row of the table."""
 
     name: str
     sessions: Callable[[str], tuple[Session, ...]]
-    """From a key that no other run has; the sessions' ids are the same for every key."""
+    """The sessions, made from a key that no other run has; their ids are the same for every key."""
     clients: int
     figures: tuple[Figure, ...]
     prompt_tokens: Callable[[int], tuple[int, int]]
     """Fewest and most prompt tokens of a session's n-th turn."""
     repeats: int = 3
-    """In each round."""
+    """Number of runs in each round."""
 
     def check(self, records: Sequence[Record]) -> None:
-        """Raises Wrong unless every answer came whole, with the token counts that were asked for."""
+        """Check that every answer is complete and has the requested token counts. Raises Wrong otherwise."""
         asked = sum(len(one.turns) for one in self.sessions(""))
         if failed := [one for one in records if not one.ok]:
             raise Wrong(f"{self.name}: {failed[0].error}: {failed[0].detail[:200]}")
@@ -75,7 +75,7 @@ def decode_sessions(key: str) -> tuple[Session, ...]:
 
 
 def prefill_sessions(tokens: int) -> Callable[[str], tuple[Session, ...]]:
-    """One cold prompt, of which one token is wanted."""
+    """One cold prompt that asks for a single output token."""
 
     def sessions(key: str) -> tuple[Session, ...]:
         return (one_turn("prefill", (Piece(f"{key} prefill", tokens),), 1),)
@@ -84,12 +84,12 @@ def prefill_sessions(tokens: int) -> Callable[[str], tuple[Session, ...]]:
 
 
 def stream_sessions(key: str) -> tuple[Session, ...]:
-    """Eight cold prompts of 128 tokens, 64 tokens each."""
+    """Eight cold prompts of 128 tokens that ask for 64 tokens each."""
     return tuple(one_turn(f"stream {i}", (Piece(f"{key} stream {i}", 128),), 64) for i in range(8))
 
 
 def prefix_sessions(key: str) -> tuple[Session, ...]:
-    """Two requests, one after the other, that share all but the end of their prompts."""
+    """Two requests whose prompts share all but their ends; played by one client, the second hits the cache."""
     shared = Piece(f"{key} shared", SHARED_TOKENS)
     return tuple(
         one_turn(name, (shared, Piece(f"{key} {name}", SUFFIX_TOKENS)), 1) for name in ("cold", "warm")
@@ -116,13 +116,16 @@ def chat_sessions(key: str) -> tuple[Session, ...]:
 
 
 def chat_prompt_tokens(turn: int) -> tuple[int, int]:
-    """Answers are text on their way back in: special tokens vanish, and two tokens may become one or one two."""
+    """Fewest and most prompt tokens of a chat's n-th turn.
+
+    Answers return to the server as text: special tokens vanish, and other tokens may merge or split.
+    """
     asked = CHAT_SHARED + CHAT_OWN + turn * CHAT_TURN
     return asked, asked + turn * CHAT_TOKENS * 2
 
 
 def exactly(tokens: int) -> Callable[[int], tuple[int, int]]:
-    """Every prompt has so many tokens."""
+    """Bounds for turns whose prompts all have ``tokens`` tokens."""
     return lambda _turn: (tokens, tokens)
 
 
@@ -130,24 +133,24 @@ def exactly(tokens: int) -> Callable[[int], tuple[int, int]]:
 
 
 def decode_rate(records: Sequence[Record]) -> float:
-    """Tokens a second of one stream after its first token."""
+    """Tokens per second of a single stream after its first token."""
     [one] = records
     return 1e3 / _told(one.tpot_ms)
 
 
 def prefill_rate(records: Sequence[Record]) -> float:
-    """Prompt tokens a second until the first token."""
+    """Prompt tokens per second of TTFT."""
     [one] = records
     return _told(one.prompt_tokens) / first_ms(one) * 1e3
 
 
 def total_rate(records: Sequence[Record]) -> float:
-    """Output tokens a second of all streams, prompts included."""
+    """Output tokens of all streams per second of the whole run, prefill included."""
     return sum(_told(one.output_tokens) for one in records) / wall_s(records)
 
 
 def wall_s(records: Sequence[Record]) -> float:
-    """Seconds from the first request to the last answer's end."""
+    """Seconds from the first request to the end of the last answer."""
     return max(one.end_s for one in records) - min(one.sent_s for one in records)
 
 
@@ -157,7 +160,10 @@ def ttft_s(records: Sequence[Record]) -> float:
 
 
 def first_ms(record: Record) -> float:
-    """Time to first token, milliseconds. A sole token without text (half a character) makes no event but the end."""
+    """Time to first token, milliseconds.
+
+    A single output token without text (half a character) causes no event but the final one, which then counts.
+    """
     return _told(record.jct_ms if record.ttft_ms is None and record.asked_tokens == 1 else record.ttft_ms)
 
 
@@ -172,7 +178,7 @@ def later_ttft_s(records: Sequence[Record]) -> float:
 
 
 def jct_s(records: Sequence[Record]) -> float:
-    """Mean time of a turn from its request to its answer's end, seconds."""
+    """Mean time of a turn from its request to the end of its answer, seconds."""
     return statistics.mean(one.jct_ms for one in records) / 1e3
 
 
@@ -231,4 +237,4 @@ CASES = (
         repeats=1,
     ),
 )
-"""The rows."""
+"""All workloads, in the order of the table."""

@@ -1,8 +1,9 @@
-"""memserve beside its peers: ``make bench-peers``.
+"""memserve compared with its peers: ``make bench-peers``.
 
-Each round starts every server in turn, alone, on the same cores, with the same weights in bfloat16; warms it up; and
-asks it what ``peer_workloads.py`` has, through the load generator, which runs on the same cores. Peers are installed by
-``make peers``; one that is absent is left out, and the note says so. Writes docs/measurements/<date>-peers.md.
+Each round starts every server in turn, alone, on the same cores, with the same weights in bfloat16. It warms the
+server up and runs the workloads of ``peer_workloads.py`` on it with the load generator, which uses the same cores.
+``make peers`` installs the peers; a missing one is left out, and the note says so. Writes
+docs/measurements/<date>-peers.md.
 """
 
 from __future__ import annotations
@@ -34,31 +35,31 @@ from peer_servers import Absent, NotReady, Server, find_servers, running
 from peer_workloads import CASES, Case, Figure, Wrong
 
 PROMPT = "The three states of matter are"
-"""Answered by each server, to show that they run the same weights."""
+"""A prompt that every server answers, to show that all run the same weights."""
 SAME_TOKENS = 24
 OURS = "memserve"
 
 
 @attrs.define
 class Measured:
-    """What one server gave, over all rounds."""
+    """One server's results over all rounds."""
 
     server: Server
     samples: dict[str, list[float]] = attrs.field(factory=dict)
-    """By row: :func:`row_name`."""
+    """All samples of each row, by :func:`row_name`."""
     failed: dict[str, str] = attrs.field(factory=dict)
-    """By case, why it has no figures."""
+    """Cases without figures: the reason, by the case's name."""
     answer: str = ""
-    """To PROMPT."""
+    """The server's answer to PROMPT."""
 
     def value(self, case: Case, figure: Figure) -> float | None:
-        """The median, or None where there is none."""
+        """The median, or None if the case failed or has no samples."""
         found = self.samples.get(row_name(case, figure))
         return statistics.median(found) if found and case.name not in self.failed else None
 
 
 def row_name(case: Case, figure: Figure) -> str:
-    """What a row of the table is called."""
+    """Label of a row of the table."""
     return f"{case.name}: {figure.name}, {figure.unit}"
 
 
@@ -68,7 +69,7 @@ def row_name(case: Case, figure: Figure) -> str:
 async def play(
     url: str, server: Server, sessions: tuple[Session, ...], clients: int, seed: int = 0
 ) -> list[Record]:
-    """Ask a server for these sessions, and take the answers in."""
+    """Play sessions against a server; a record for each request."""
     work, arrivals = Workload("peers", sessions), Arrivals("closed", clients=clients)
     return await asking.ask(url, work, arrivals, form="text", body=server.body, model=server.model, seed=seed)
 
@@ -76,14 +77,14 @@ async def play(
 async def play_until(
     ends_at: float, url: str, server: Server, sessions: tuple[Session, ...], clients: int
 ) -> list[Record]:
-    """The same, until ``time.monotonic`` is ``ends_at``. Raises Wrong then."""
+    """Like :func:`play`, but raises Wrong once ``time.monotonic()`` reaches ``ends_at``."""
     with trio.move_on_after(max(0.0, ends_at - time.monotonic())):
         return await play(url, server, sessions, clients)
     raise Wrong("not done within --server-s of a round")
 
 
 def ask(url: str, measured: Measured, case: Case, key: str, ends_at: float) -> dict[str, float]:
-    """Run a case once; its figures by row. A case that failed once is not asked again, and has none."""
+    """Run a case once; its figures by row. A case that has failed before is not run again and has none."""
     if case.name in measured.failed:
         return {}
     try:
@@ -96,7 +97,7 @@ def ask(url: str, measured: Measured, case: Case, key: str, ends_at: float) -> d
 
 
 def run_round(measured: Measured, cases: Sequence[Case], turn: int, logs: Path, server_s: float) -> None:
-    """Start a server, warm it up, ask it what it can answer in ``server_s`` seconds, end it."""
+    """Start a server, warm it up, run the cases that fit into ``server_s`` seconds, and stop it."""
     server = measured.server
     with tempfile.TemporaryDirectory() as scratch:
         log = logs / f"{server.name.replace(' ', '-')}-{turn}.log"
@@ -104,7 +105,7 @@ def run_round(measured: Measured, cases: Sequence[Case], turn: int, logs: Path, 
             [said] = trio.run(play, url, server, (one_turn("same", PROMPT, SAME_TOKENS),), 1)
             measured.answer = said.answer or f"({said.error}: {said.detail})"
             ends_at = time.monotonic() + server_s
-            for case in cases[:4]:  # threads started, code paged in, shapes compiled
+            for case in cases[:4]:  # start threads, page code in, compile shapes
                 ask(url, measured, case, "warm-up", ends_at)
             for case in cases:
                 for repeat in range(case.repeats):
@@ -116,7 +117,10 @@ def run_round(measured: Measured, cases: Sequence[Case], turn: int, logs: Path, 
 def measure(
     servers: Sequence[Server], cases: Sequence[Case], rounds: int, logs: Path, server_s: float
 ) -> Iterator[tuple[int, list[Measured]]]:
-    """All servers, in rounds, each of which begins with another one; after each, the rounds done and all figures."""
+    """Measure all servers in rounds, each round starting with a different server.
+
+    After each round, yields the number of rounds done and all results so far.
+    """
     found = [Measured(one) for one in servers]
     for turn in range(rounds):
         for one in found[turn % len(found) :] + found[: turn % len(found)]:
@@ -134,21 +138,21 @@ def measure(
 
 
 def best_peer(case: Case, figure: Figure, found: Sequence[Measured]) -> float | None:
-    """The best value of a row among those who are not memserve."""
+    """The best value of a row among the servers other than memserve."""
     values = [one.value(case, figure) for one in found if not one.server.name.startswith(OURS)]
     told = [one for one in values if one is not None]
     return (max if figure.higher_is_better else min)(told) if told else None
 
 
 def ahead(value: float | None, best: float | None, figure: Figure) -> float | None:
-    """How many times better ``value`` is than ``best``: above 1 is ahead, for rates and for times."""
+    """How many times better ``value`` is than ``best``: more than 1 is ahead, for rates and for times."""
     if value is None or best is None:
         return None
     return value / best if figure.higher_is_better else best / value
 
 
 def cell(measured: Measured, case: Case, figure: Figure) -> str:
-    """Median and range."""
+    """A cell of the table: median and range."""
     value = measured.value(case, figure)
     if value is None:
         return "failed" if case.name in measured.failed else "not run"
@@ -157,7 +161,7 @@ def cell(measured: Measured, case: Case, figure: Figure) -> str:
 
 
 def results(found: Sequence[Measured], cases: Sequence[Case]) -> str:
-    """The table: a row a figure, a column a server, and how far memserve is ahead of the best peer."""
+    """The table: a row per figure, a column per server, and how far memserve is ahead of the best peer."""
     ours = [one for one in found if one.server.name.startswith(OURS)]
     head = ["", *(one.server.name for one in found), *(f"{one.server.name} / best peer" for one in ours)]
     rows = []
@@ -171,7 +175,7 @@ def results(found: Sequence[Measured], cases: Sequence[Case]) -> str:
 
 
 def remarks(found: Sequence[Measured], absent: Sequence[Absent]) -> str:
-    """How each server was run, what failed, who was left out, and what each answered."""
+    """How each server was run, which servers were left out, what failed, and how each answered PROMPT."""
     lines = [f"- **{one.server.name}**: {one.server.what}." for one in found]
     lines += [f"- {one.name} is left out: {one.why}." for one in absent]
     lines += [
@@ -187,7 +191,7 @@ def remarks(found: Sequence[Measured], absent: Sequence[Absent]) -> str:
 
 
 def draw(found: Sequence[Measured], cases: Sequence[Case], path: Path) -> None:
-    """Every server's figures relative to the best peer's; to the right is better."""
+    """Plot every server's figures relative to the best peer's; further right is better."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -234,7 +238,7 @@ def write_note(
 
 
 def positive(text: str) -> int:
-    """A whole number from 1. Raises ValueError, which argparse reports."""
+    """An integer of at least 1. Raises ValueError, which argparse reports."""
     value = int(text)
     if value < 1:
         raise ValueError(text)
@@ -242,7 +246,7 @@ def positive(text: str) -> int:
 
 
 def options_of(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -265,7 +269,7 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def chosen(options: argparse.Namespace) -> tuple[list[Server], list[Absent], list[Case]]:
-    """Servers to run, peers to leave out, rows. Ends the program when a name is not known."""
+    """Servers to run, peers to leave out, and cases. Ends the program if a server's name is unknown."""
     everyone = find_servers(options.folder, sorted(os.sched_getaffinity(0)))
     names = [one for one in options.servers.split(",") if one]
     if unknown := set(names) - {one.name for one in everyone}:
@@ -278,7 +282,7 @@ def chosen(options: argparse.Namespace) -> tuple[list[Server], list[Absent], lis
 
 
 def command_of(options: argparse.Namespace) -> str:
-    """The command that does this again, without the paths of this machine."""
+    """The command that repeats this run, without the paths of this machine."""
     usual = options_of([])
     names = [
         one
@@ -298,7 +302,7 @@ def samples_of(found: Sequence[Measured]) -> dict[str, Any]:
 
 def main() -> None:
     """Measure and write the note."""
-    # Ended by a signal, it still ends the server that it started.
+    # When SIGTERM ends this process, it must still stop the server that it started.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     options = options_of(sys.argv[1:])
     if options.cores:
@@ -307,7 +311,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         logs = options.logs or Path(scratch)
         logs.mkdir(parents=True, exist_ok=True)
-        # After each round, so that a run that is ended early leaves what it has.
+        # The note is written after each round, so that an interrupted run keeps its results.
         for done, found in measure(servers, cases, options.rounds, logs, options.server_s):
             path = write_note(found, absent, cases, command_of(options), done)
             if options.json:

@@ -1,9 +1,9 @@
 """The paper's scheduler experiment on a real cluster: ``make bench-policies``.
 
-LooGLE-like sessions, of which one, two or three ask about the same document, on three prefill workers with a pool each and one
-decode worker with another (configs/3p1d.toml). Each policy places the same sessions, at the same times, on a cluster that was
-started for it; beside each run stands what the simulator says of it, with the costs that the cluster's workers have measured.
-Writes docs/measurements/<date>-policies.md with a plot.
+LooGLE-like sessions, of which one, two or three ask about the same document, run on three prefill workers and one
+decode worker, each with a pool of its own (configs/3p1d.toml). Each policy places the same sessions, at the same
+times, on a cluster started for it. Each run is compared with the simulator's prediction, which uses the costs that
+the cluster's workers measured. Writes docs/measurements/<date>-policies.md with a plot.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from policies_note import MEASURES, POLICIES, SAME, Sample, pools, write_note
 CONFIG = "3p1d.toml"
 SHARES = (1, 2, 3)
 MAX_CONTEXT, TOKENS_PER_MIB = 8192, 40
-"""Of the demo model; its KV takes 22.5 KiB a token."""
+"""Limits of the demo model; its KV takes 22.5 KiB per token."""
 WARM_UP_SEED = 0
-"""Of the words of what is asked before a run, which no run has."""
+"""Seed for the words of the warm-up requests; no measured run uses it."""
 
 
 # ---- playing -------------------------------------------------------------------------------------------------
 
 
 def sessions_of(share: int, seed: int, given: argparse.Namespace) -> tuple[Session, ...]:
-    """What is asked at a share ratio: the simulator's sessions, with all lengths of prompts times the scale."""
+    """The sessions of a share ratio: the simulator's, with all prompt lengths multiplied by the scale."""
     made = shared_documents(sessions=given.sessions, share=share, rate=given.rate, seed=seed)
     return tuple(
         attrs.evolve(
@@ -79,25 +79,25 @@ def asked(one: Session) -> workload.Session:
 
 
 async def ask(url: str, sessions: Sequence[Session], seed: int) -> list[Record]:
-    """Play the sessions at their times; a record a request. Another ``seed``: other words in every piece."""
+    """Play the sessions at their times; a record for each request. ``seed`` changes the words of every piece."""
     work = workload.Workload("shared documents", tuple(asked(one) for one in sessions))
     body = {"temperature": 0, "ignore_eos": True, "return_token_ids": True}
     return await asking.ask(url, work, Arrivals("trace"), form="ids", body=body, seed=seed)
 
 
 def settings_of(policy: str, given: argparse.Namespace) -> list[str]:
-    """What is set over the configuration."""
+    """Settings that override the configuration."""
     sizes = pools(given.scale)
     memory = [f"shard.s{i}.memory={size}MiB" for i, size in enumerate(sizes)]
-    context = min(MAX_CONTEXT, min(sizes) * TOKENS_PER_MIB)  # a shard must hold one whole context
+    context = min(MAX_CONTEXT, min(sizes) * TOKENS_PER_MIB)  # a shard must be able to hold one whole context
     return [*memory, f"model.max_context={context}", f"scheduler.policy={policy}", *given.set]
 
 
 def run_policy(policy: str, share: int, seed: int, given: argparse.Namespace) -> Sample:
-    """One cell, on a cluster of its own. Ends the program when nothing was answered."""
+    """Measure one cell on a cluster of its own. Ends the program if no request was answered."""
     sessions, words = sessions_of(share, seed, given), settings_of(policy, given)
     with cluster(CONFIG, *words, up=up(given)) as running:
-        trio.run(ask, running.url, sessions[:4], WARM_UP_SEED)  # threads started, code paged in
+        trio.run(ask, running.url, sessions[:4], WARM_UP_SEED)  # start threads, page code in
         records = trio.run(ask, running.url, sessions, seed)
         predicted = predict(running, words, sessions)
     well = [one for one in records if one.ok]
@@ -112,7 +112,7 @@ def run_policy(policy: str, share: int, seed: int, given: argparse.Namespace) ->
 
 
 def up(given: argparse.Namespace) -> Sequence[str]:
-    """The command that starts a cluster: as it is, with a part of a core for each worker, or with steps that are slept."""
+    """The command that starts a cluster: unchanged, with a fixed part of a core per worker, or with slept steps."""
     script = Path(__file__).with_name
     if given.costs is not None:
         return sys.executable, str(script("null_cluster.py")), "up", "--costs", given.costs
@@ -122,7 +122,7 @@ def up(given: argparse.Namespace) -> Sequence[str]:
 
 
 def predict(running: Running, words: Sequence[str], sessions: tuple[Session, ...]) -> dict[str, float]:
-    """The same from the simulator, for pools of as many pages as the running cluster's."""
+    """The simulator's figures for the same sessions, on the running cluster's layout, sites and costs."""
     members = running.members()
     layout = layout_of(CONFIG, load(str(ROOT / "configs" / CONFIG), list(words)), None)
     sites = prediction.sites_of(members)
@@ -140,7 +140,7 @@ def predict(running: Running, words: Sequence[str], sessions: tuple[Session, ...
 
 
 def measure(given: argparse.Namespace) -> Iterator[list[Sample]]:
-    """Policies in turn, for one seed and share ratio after the other; after each cell everything so far."""
+    """Run all policies for each seed and share ratio; after each cell, yield all samples so far."""
     samples: list[Sample] = []
     for turn, (seed, share) in enumerate(product(given.seeds, given.shares)):
         for policy in (*POLICIES[turn % len(POLICIES) :], *POLICIES[: turn % len(POLICIES)]):
@@ -156,12 +156,12 @@ def measure(given: argparse.Namespace) -> Iterator[list[Sample]]:
 
 
 def numbers(text: str) -> list[int]:
-    """Whole numbers by comma."""
+    """Integers separated by commas."""
     return [int(one) for one in text.split(",")]
 
 
 def options_of(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line. Ends the program when a policy is not known."""
+    """Parse the command line. Ends the program if a policy is unknown."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -192,7 +192,7 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure and write the note, after each cell, so that a run that is ended early leaves what it has."""
+    """Measure, and write the note after each cell, so that an interrupted run keeps its results."""
     given = options_of(sys.argv[1:])
     if given.merge:
         try:
