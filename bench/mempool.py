@@ -1,13 +1,13 @@
 """Cost of the MemPool's operations: ``make bench-mempool``.
 
-- Index and allocator: the calls that the shard's core makes. Prompts have 2,048 tokens in pages of 16; half of each
-  prompt is shared with its family (there are 64), the rest is its own.
+- Index and allocator: the calls that the shard's core makes. Prompts have 2,048 tokens in pages of 16; half
+  of each prompt is shared with its family (there are 64), the rest is its own.
 - Acquire: called from another process over ipc, for a fully cached prompt.
-- Swaps: 128 pages of the demo model between two arenas and a file. For comparison: one copy of the same number of
-  bytes (``memcpy``), and one write and one read of them (``the file's own`` speed, through the page cache as the
-  pool does).
-- With ``--ttft``: time until a prompt is ready, by cached share and tier, compared with computing all of it. Cached
-  pages are swapped in as the pool copies them; the engine computes the rest.
+- Swaps: 128 pages of the demo model between two arenas and a file. For comparison: one copy of the same
+  number of bytes (``memcpy``), and one write and one read of them (``the file's own`` speed, through the page
+  cache as the pool does).
+- With ``--ttft``: time until a prompt is ready, by cached share and tier, compared with computing all of it.
+  Cached pages are swapped in as the pool copies them; the engine computes the rest.
 
 Installed peers are measured in the same rounds: see ``bench/index_peers.py``.
 """

@@ -1,7 +1,7 @@
 """TTFT by how much of the prompt is cached, and in which tier: the paper's figure 13, on this machine.
 
-The time covers the copy into the arena, made as the shard makes it, and the engine's prefill chunks for the rest.
-HTTP, scheduling and messages cost the same in all cases and are left out.
+The time covers the copy into the arena, made as the shard makes it, and the engine's prefill chunks for the
+rest. HTTP, scheduling and messages cost the same in all cases and are left out.
 """
 
 from __future__ import annotations

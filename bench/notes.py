@@ -44,7 +44,7 @@ class Note:
         return self.folder / f"{self.date}-{self.name}-{what}.svg"
 
     def write(self, title: str, command: str, *parts: str) -> Path:
-        """Write the note: title, machine, commit, command, then ``parts``, each a paragraph, table or image."""
+        """Write the note: title, machine, commit, command, then ``parts`` (paragraphs, tables, images)."""
         self.folder.mkdir(parents=True, exist_ok=True)
         head = f"Machine: {machine()}. Commit {self.commit}. Command: `{command}`."
         self.path.write_text("\n\n".join([f"# {title} ({self.date})", head, *parts]) + "\n")
@@ -52,7 +52,7 @@ class Note:
 
 
 def take_pieces(parser: argparse.ArgumentParser) -> None:
-    """Add ``--json`` and ``--merge``, for a benchmark that can be run in pieces: see :func:`save`, :func:`merged`."""
+    """Add ``--json`` and ``--merge``, for runs in pieces: see :func:`save` and :func:`merged`."""
     parser.add_argument("--json", type=Path, help="write samples to this file, and no note: for --merge")
     parser.add_argument(
         "--merge",

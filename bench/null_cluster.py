@@ -1,8 +1,8 @@
-"""``memserve up`` with a step engine that computes nothing and answers with fixed tokens: the control plane alone.
+"""The control plane alone: ``memserve up`` with a step engine that computes nothing and answers fixed tokens.
 
 Processes, sockets, pages and cores are the real ones, but no model runs. A step sleeps for a fixed time
-(``bench/frontend.py`` uses this) or for the time that a cost model predicts (``bench/policies.py``). In the second
-case every worker is as fast as on a machine of its own, however many share this one::
+(``bench/frontend.py`` uses this) or for the time that a cost model predicts (``bench/policies.py``). In the
+second case every worker is as fast as on a machine of its own, however many share this one::
 
     python bench/null_cluster.py up --step-ms 0 --set frontend.port=0
     python bench/null_cluster.py up --costs configs/costs/135m-two-cores.toml -c configs/3p1d.toml --set frontend.port=0
@@ -37,11 +37,11 @@ TOKENS = range(1000, 1064)
 
 
 Pace = Callable[[BatchPlan, float, float], float]
-"""The time at which a step ends, from its plan, the time it begins and the time the previous one ended. Seconds."""
+"""End of a step in seconds, from its plan, its beginning and the end of the previous step."""
 
 
 def steady(step_s: float) -> Pace:
-    """End steps ``step_s`` apart, however long the work between them took; a step that begins later ends at once."""
+    """End steps ``step_s`` apart, whatever happens between them; a step that begins later ends at once."""
     return lambda plan, begin, last: max(last + step_s, begin)
 
 
@@ -52,7 +52,7 @@ def predicted(costs: CostModel) -> Pace:
 
 @attrs.define
 class NullEngine:
-    """A step engine whose token at position p is ``TOKENS[p % len(TOKENS)]``; it sleeps for most of a step."""
+    """A step engine that sleeps. Its token at position p is ``TOKENS[p % len(TOKENS)]``."""
 
     pace: Pace = attrs.field(factory=partial(steady, 0.0))
     _last: float = attrs.field(default=0.0, init=False)
@@ -88,7 +88,7 @@ def start_null_engine(
 
 
 def actor_argv(how: Sequence[str], name: str, runtime_dir: Path, lifeline_fd: int) -> Sequence[str]:
-    """The command line of an actor with this engine; ``how``: the options that set the duration of its steps."""
+    """The command line of an actor with this engine; ``how``: options for the duration of its steps."""
     command = [sys.executable, __file__, "actor", name, "--runtime-dir", str(runtime_dir)]
     return [*command, "--lifeline", str(lifeline_fd), *how]
 

@@ -1,7 +1,7 @@
-"""How memserve and each of its peers is started for ``make bench-peers``: the same weights, the same cores, bfloat16.
+"""How ``make bench-peers`` starts memserve and its peers: the same weights, the same cores, bfloat16.
 
-One server runs at a time. Each gets the settings that its own documentation recommends for a machine without a GPU.
-Settings that differ from the defaults are explained where they are made.
+One server runs at a time. Each gets the settings that its own documentation recommends for a machine without
+a GPU. Settings that differ from the defaults are explained where they are made.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def llama_server(folder: Path, cores: Sequence[int]) -> Server | Absent:
 
 
 def vllm_cpu(folder: Path, cores: Sequence[int]) -> Server | Absent:
-    """vLLM's CPU backend. Its engine compiles for minutes at the first start and keeps the result for later ones."""
+    """vLLM's CPU backend. Its engine compiles for minutes at the first start and keeps the result."""
     bin, model = folder / "vllm-cpu" / "bin", _hf_model(folder)
     if not (bin / "vllm").is_file() or model is None:
         return Absent("vllm-cpu", "no environment with weights in the peers' folder")

@@ -33,7 +33,7 @@ def write_hf_directory(files: ModelFiles, folder: Path) -> Path:
 
 
 def hf_tensors(spec: ModelSpec, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The engine's weights under their Hugging Face names: fused matrices are split, everything is bfloat16."""
+    """The engine's weights under their Hugging Face names: fused matrices split, everything bfloat16."""
     sources = family_named(spec.architecture).sources("hf", spec.layers, spec.tied_embeddings)
     tensors: dict[str, torch.Tensor] = {}
     for name, parts in sources.items():
@@ -53,7 +53,7 @@ def _rows_of_parts(spec: ModelSpec, name: str, weight: torch.Tensor) -> list[int
 
 
 def hf_config(spec: ModelSpec) -> dict[str, Any]:
-    """config.json of a Llama. Raises ValueError for other families and for rope scaling, which are untested."""
+    """config.json of a Llama. Raises ValueError for other families and rope scaling, which are untested."""
     if spec.architecture != "llama" or spec.rope_factors is not None:
         raise ValueError(f"only Llama models without rope scaling are written, not {spec.architecture}")
     return {

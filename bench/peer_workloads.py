@@ -1,7 +1,7 @@
-"""The workloads of ``make bench-peers``, in the load generator's terms, and the figures computed from the answers.
+"""The workloads of ``make bench-peers``, in the load generator's terms, and their figures.
 
-Prompts are random words of exactly one token each, sent as text, which every server accepts. Each round and request
-draws new words, the same for every server, so that prompts meant to be cold are cold.
+Prompts are random words of exactly one token each, sent as text, which every server accepts. Each round and
+request draws new words, the same for every server, so that prompts meant to be cold are cold.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def stream_sessions(key: str) -> tuple[Session, ...]:
 
 
 def prefix_sessions(key: str) -> tuple[Session, ...]:
-    """Two requests whose prompts share all but their ends; played by one client, the second hits the cache."""
+    """Two requests, one after the other, whose prompts share all but their ends."""
     shared = Piece(f"{key} shared", SHARED_TOKENS)
     return tuple(
         one_turn(name, (shared, Piece(f"{key} {name}", SUFFIX_TOKENS)), 1) for name in ("cold", "warm")
@@ -162,7 +162,8 @@ def ttft_s(records: Sequence[Record]) -> float:
 def first_ms(record: Record) -> float:
     """Time to first token, milliseconds.
 
-    A single output token without text (half a character) causes no event but the final one, which then counts.
+    A single output token without text (half a character) causes no event but the final one, which then
+    counts.
     """
     return _told(record.jct_ms if record.ttft_ms is None and record.asked_tokens == 1 else record.ttft_ms)
 

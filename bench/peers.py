@@ -1,8 +1,8 @@
 """memserve compared with its peers: ``make bench-peers``.
 
-Each round starts every server in turn, alone, on the same cores, with the same weights in bfloat16. It warms the
-server up and runs the workloads of ``peer_workloads.py`` on it with the load generator, which uses the same cores.
-``make peers`` installs the peers; a missing one is left out, and the note says so. Writes
+Each round starts every server in turn, alone, on the same cores, with the same weights in bfloat16. It warms
+the server up and runs the workloads of ``peer_workloads.py`` on it with the load generator, which uses the
+same cores. ``make peers`` installs the peers; a missing one is left out, and the note says so. Writes
 docs/measurements/<date>-peers.md.
 """
 

@@ -1,9 +1,9 @@
 """The paper's scheduler experiment on a real cluster: ``make bench-policies``.
 
-LooGLE-like sessions, of which one, two or three ask about the same document, run on three prefill workers and one
-decode worker, each with a pool of its own (configs/3p1d.toml). Each policy places the same sessions, at the same
-times, on a cluster started for it. Each run is compared with the simulator's prediction, which uses the costs that
-the cluster's workers measured. Writes docs/measurements/<date>-policies.md with a plot.
+LooGLE-like sessions, of which one, two or three ask about the same document, run on three prefill workers and
+one decode worker, each with a pool of its own (configs/3p1d.toml). Each policy places the same sessions, at
+the same times, on a cluster started for it. Each run is compared with the simulator's prediction, which uses
+the costs that the cluster's workers measured. Writes docs/measurements/<date>-policies.md with a plot.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def asked(one: Session) -> workload.Session:
 
 
 async def ask(url: str, sessions: Sequence[Session], seed: int) -> list[Record]:
-    """Play the sessions at their times; a record for each request. ``seed`` changes the words of every piece."""
+    """Play the sessions at their times; a record per request. ``seed`` changes the words of every piece."""
     work = workload.Workload("shared documents", tuple(asked(one) for one in sessions))
     body = {"temperature": 0, "ignore_eos": True, "return_token_ids": True}
     return await asking.ask(url, work, Arrivals("trace"), form="ids", body=body, seed=seed)
@@ -112,7 +112,7 @@ def run_policy(policy: str, share: int, seed: int, given: argparse.Namespace) ->
 
 
 def up(given: argparse.Namespace) -> Sequence[str]:
-    """The command that starts a cluster: unchanged, with a fixed part of a core per worker, or with slept steps."""
+    """The command that starts a cluster: as shipped, with part of a core per worker, or with slept steps."""
     script = Path(__file__).with_name
     if given.costs is not None:
         return sys.executable, str(script("null_cluster.py")), "up", "--costs", given.costs
@@ -122,7 +122,7 @@ def up(given: argparse.Namespace) -> Sequence[str]:
 
 
 def predict(running: Running, words: Sequence[str], sessions: tuple[Session, ...]) -> dict[str, float]:
-    """The simulator's figures for the same sessions, on the running cluster's layout, sites and costs."""
+    """The simulator's figures for the same sessions, pool sizes, sites and costs as the running cluster's."""
     members = running.members()
     layout = layout_of(CONFIG, load(str(ROOT / "configs" / CONFIG), list(words)), None)
     sites = prediction.sites_of(members)

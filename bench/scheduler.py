@@ -1,10 +1,10 @@
-"""How many placements a GlobalScheduler makes on one core: ``make bench-scheduler``.
+"""Placements per second that a GlobalScheduler makes on one core: ``make bench-scheduler``.
 
-The real core with its default policy, and shards whose events have filled its tree: Submits in, plans, log lines and
-all out. No sockets. Half of the requests continue a cached chat, half are new; heartbeats with changing load come in
-between and are timed apart. Rates are by the CPU time of its one
-thread. Memory is what the process took to hold the tree, by cached page; many shards hold the
-same openings.
+It runs the real core with its default policy, and a tree filled by the events of shards. Submits go in;
+plans, log lines and everything else come out. There are no sockets. Half of the requests continue a cached
+chat, half are new. Heartbeats with changing load come between the rounds and are timed separately. Rates are
+per second of CPU time of the one thread. Memory is what the process needs for the tree, per cached page; many
+shards hold the same openings.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ FRONTEND = ActorId("frontend-0.1")
 
 @attrs.frozen
 class Result:
-    """One size."""
+    """Figures for one size."""
 
     instances: int
     pages: int
     decisions_s: float
-    """The median round's."""
+    """Placements per second of CPU time in the median round."""
     worst_s: float
-    """The slowest round's."""
+    """Placements per second of CPU time in the slowest round."""
     heartbeats_s: float
     events_s: float
     bytes_a_page: float
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def _alone(instances: int, pages: int, options: argparse.Namespace) -> Result:
-    """One size in a process of its own, whose memory is then its alone."""
+    """Measure one size in a process of its own, so that the process's memory is that of this size alone."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(_measure, instances, pages, options).result()
@@ -91,7 +91,7 @@ def _options() -> argparse.Namespace:
 
 
 def _sizes(options: argparse.Namespace) -> list[tuple[int, int]]:
-    """Every number of instances with the most pages, every number of pages with the most instances."""
+    """Every number of instances with the most pages, and every number of pages with the most instances."""
     most = max(options.instances), max(options.pages)
     across = [(instances, most[1]) for instances in options.instances]
     return across + [(most[0], pages) for pages in options.pages if pages != most[1]]
@@ -136,7 +136,7 @@ def _measure(instances: int, pages: int, options: argparse.Namespace) -> Result:
 
 
 def _heartbeat(core: SchedulerCore, number: int, a_site: int, rng: random.Random) -> Member:
-    """A shard and a worker join."""
+    """Let a shard and its worker join; the worker."""
     shard = Member(ActorId(f"s{number}.1"), "MemPoolShard", "", 1, "ready")
     worker = Member(
         ActorId(f"w{number}.1"),
@@ -168,7 +168,10 @@ def _load(rng: random.Random) -> dict[str, float]:
 
 
 def _fill(core: SchedulerCore, instances: int, pages: int, rng: random.Random) -> list[bytes]:
-    """Chats are cached in turn by all shards, each behind one of a few openings, which many shards hold."""
+    """Cache chats on all shards in turn until ``pages`` pages are held; the tokens of each chat.
+
+    Each chat follows one of a few openings, which many shards hold.
+    """
     openings = [rng.randbytes(OPENING_PAGES * PAGE_BYTES) for _ in range(OPENINGS)]
     known: list[dict[int, int]] = [{} for _ in range(instances)]
     numbers = [0] * instances
@@ -201,7 +204,7 @@ def _submit(chats: list[bytes], name: str, rng: random.Random) -> Submit:
 
 
 def _resident() -> int:
-    """Bytes of memory in use."""
+    """Resident bytes of this process."""
     gc.collect()
     fields = Path("/proc/self/statm").read_text().split()
     return int(fields[1]) * 4096

@@ -1,11 +1,11 @@
 """The paper's figure 8 in miniature, on this machine: ``make bench-serving``.
 
-Layouts of the same cores (colocated and disaggregated, caching off and on, the caching modes, the adaptive policy) play the same
-sessions of the paper's three workloads at the same rates, in rounds that begin with another layout each time. Every
-layout of a round starts afresh and caches nothing of another's; rates follow one another in one cluster, each with
-prompts of its own. Beside each run stands what the simulator says of it, with the costs that the cluster's own workers have
-measured (bench/prediction.py). Writes docs/measurements/<date>-serving.md, with a plot a
-workload where there are several rates.
+Several layouts of the same cores (colocated and disaggregated, caching off and on, the caching modes, the
+adaptive policy) serve the same sessions of the paper's three workloads at the same rates. Each round begins
+with a different layout. In a round every layout starts with empty caches; the rates of a workload follow one
+another on one cluster, each with prompts of its own. Each run is compared with the simulator's prediction,
+which uses the costs that the cluster's own workers measured (bench/prediction.py). Writes
+docs/measurements/<date>-serving.md, with a plot per workload if there are several rates.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ LAYOUTS = (
     Layout("cost", "demo.toml", (*TWO_BOTH, "scheduler.policy=cost"), "two workers that may do both, placed by predicted cost"),
 )  # fmt: skip
 THINK_S = 1.0
-"""From an answer to the next turn: in mode 3 an answer's pages come back meanwhile."""
+"""Seconds between an answer and the next turn; in mode 3 the answer's pages return during this time."""
 # ---- playing -------------------------------------------------------------------------------------------------
 
 
 def options_of_run(kind: Kind, rate: float, url: str, salt: str, given: argparse.Namespace) -> RunOptions:
-    """What is asked: the same for every layout of a round."""
+    """Options of one run of the load generator: the same for every layout of a round."""
     return RunOptions(
         kind=kind,
         workload=WorkloadOptions(sessions=400, scale=given.scale, answers="own", think_s=THINK_S, salt=salt, seed=given.seed),
@@ -55,7 +55,7 @@ def options_of_run(kind: Kind, rate: float, url: str, salt: str, given: argparse
 
 
 def moved_bytes(running: Running) -> float:
-    """KV bytes that have gone from shard to shard, as the shards count them."""
+    """KV bytes that have moved between shards so far, as the shards count them."""
     members = httpx.get(f"{running.url}/cluster").json()["members"]
     return sum(one["load"].get("transfer_in_bytes_total", 0.0) for one in members)
 
@@ -63,7 +63,7 @@ def moved_bytes(running: Running) -> float:
 def play(
     running: Running, layout: Layout, kind: Kind, rate: float, salt: str, given: argparse.Namespace
 ) -> Sample:
-    """One run against a started cluster."""
+    """Play one workload at one rate against a running cluster."""
     before, options = moved_bytes(running), options_of_run(kind, rate, running.url, salt, given)
     summary = api.run(options).summary
     figures = summary["figures"]
@@ -80,18 +80,18 @@ def play(
 
 
 def pages_of(running: Running) -> int:
-    """Pages of a shard's device tier; all shards of a layout have as many."""
+    """Pages of a shard's device tier; equal for all shards of a layout."""
     shards = [one["load"] for one in running.members() if one["kind"] == "MemPoolShard"]
     return int(shards[0]["pages_total"])
 
 
 def costs_of(running: Running) -> CostModel:
-    """As the cluster's workers measured at their start."""
+    """The step costs that the cluster's workers measured at their start."""
     return prediction.costs_of(running.members())
 
 
 def play_layout(layout: Layout, turn: int, given: argparse.Namespace) -> Iterator[Sample]:
-    """Every workload at every rate on one layout, with a cluster for each workload."""
+    """Play every workload at every rate on one layout, with a new cluster for each workload."""
     for kind in given.kinds:
         with cluster(layout.config, *layout.settings, *given.set) as running:
             for rate in given.rates:
@@ -99,7 +99,7 @@ def play_layout(layout: Layout, turn: int, given: argparse.Namespace) -> Iterato
 
 
 def measure(layouts: Sequence[Layout], given: argparse.Namespace) -> Iterator[list[Sample]]:
-    """All layouts in rounds; after each round everything so far."""
+    """Measure all layouts in rounds; after each round, yield all samples so far."""
     samples: list[Sample] = []
     for turn in range(given.rounds):
         for layout in (*layouts[turn % len(layouts) :], *layouts[: turn % len(layouts)]):
@@ -115,12 +115,12 @@ def measure(layouts: Sequence[Layout], given: argparse.Namespace) -> Iterator[li
 
 
 def numbers(text: str) -> tuple[float, ...]:
-    """Numbers by comma. Raises ValueError, which argparse reports."""
+    """Numbers separated by commas. Raises ValueError, which argparse reports."""
     return tuple(float(one) for one in text.split(","))
 
 
 def options_of(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line. Ends the program when a name is not known."""
+    """Parse the command line. Ends the program if a layout or workload is unknown."""
     names = [one.name for one in LAYOUTS]
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -148,7 +148,7 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure and write the note, after each round, so that a run that is ended early leaves what it has."""
+    """Measure, and write the note after each round, so that an interrupted run keeps its results."""
     given = options_of(sys.argv[1:])
     layouts = [one for one in LAYOUTS if one.name in given.layouts]
     try:

@@ -1,6 +1,7 @@
-"""The note of ``make bench-serving``: what was measured on each layout, beside what was predicted, as tables and plots.
+"""The note of ``make bench-serving``: measured and predicted figures of each layout, as tables and plots.
 
-Samples come from one run of the bench or from several (``notes.merged``): long sweeps are made in pieces.
+Samples come from one run of the benchmark or from several (``notes.merged``), because long sweeps run in
+pieces.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from cluster import ROOT
 from notes import Note, number, table
 
 BASE = "colocated"
-"""Whom ratios are to, as in the paper's figure 8."""
+"""The layout that ratios refer to, as in the paper's figure 8."""
 
 
 @attrs.frozen
 class Layout:
-    """A way to use the same cores: a configuration that comes with memserve, and what is set over it."""
+    """A way to use the cores: a configuration that comes with memserve, and settings that override it."""
 
     name: str
     config: str
@@ -31,7 +32,7 @@ class Layout:
 
     @property
     def path(self) -> str:
-        """Of the configuration."""
+        """Path of the configuration file."""
         return str(ROOT / "configs" / self.config)
 
 
@@ -45,7 +46,7 @@ class Measure:
     quantile: str
 
     def read(self, figures: dict[str, Any]) -> float | None:
-        """The value in a summary's figures; None where no request gave one."""
+        """The value in a summary's figures; None if no request has one."""
         found = figures[self.source]
         return float(found[self.quantile]) if found and found["count"] else None
 
@@ -60,30 +61,30 @@ MEASURES = (
 
 
 SAME = ("seconds", "scale")
-"""Fields in which the samples of one note are alike."""
+"""Fields that must be equal in all samples of a note."""
 
 
 @attrs.frozen
 class Sample:
-    """One layout under one workload at one rate, once."""
+    """One run of a workload at a rate on a layout."""
 
     layout: str
     kind: str
     rate: float
     values: dict[str, float]
-    """By measure, and ``requests``, ``failed``, ``cached_share``, ``moved_mib``."""
+    """Measured values, by measure; also ``requests``, ``failed``, ``cached_share`` and ``moved_mib``."""
     fell_behind: bool
     predicted: dict[str, float] = attrs.field(factory=dict)
-    """By measure, and ``cached_share``: what the simulator says of the same run."""
+    """The simulator's values for the same run, by measure; also ``cached_share``."""
     seconds: float = 0.0
     """Length of the run."""
     scale: float = 1.0
-    """All lengths of the workload times this."""
+    """Factor on all lengths of the workload."""
     commit: str = ""
 
 
 def median(samples: Sequence[Sample], layout: str, kind: str, rate: float, name: str) -> float | None:
-    """Over the rounds; None where there is no value."""
+    """Median of a measure over the rounds; None without values."""
     found = [
         one.values[name]
         for one in samples
@@ -93,13 +94,13 @@ def median(samples: Sequence[Sample], layout: str, kind: str, rate: float, name:
 
 
 def ratio(samples: Sequence[Sample], layout: str, kind: str, rate: float, name: str) -> float | None:
-    """A layout's median over the base's: below 1 is better."""
+    """A layout's median divided by the base layout's: below 1 is better."""
     value, base = (median(samples, one, kind, rate, name) for one in (layout, BASE))
     return value / base if value is not None and base else None
 
 
 def cell(samples: Sequence[Sample], layout: str, kind: str, rate: float, name: str) -> str:
-    """A value, and its ratio to the base."""
+    """A cell of the table: a value and its ratio to the base layout's."""
     value, times = median(samples, layout, kind, rate, name), ratio(samples, layout, kind, rate, name)
     if value is None:
         return ""
@@ -107,7 +108,7 @@ def cell(samples: Sequence[Sample], layout: str, kind: str, rate: float, name: s
 
 
 def results(samples: Sequence[Sample], kind: str, rate: float, layouts: Sequence[Layout]) -> str:
-    """A row a layout: each measure with its ratio to the base, what was cached and what moved."""
+    """A table with a row per layout: each measure with its ratio to the base, cached share, MiB moved."""
     head = [
         "",
         *(f"{one.name}, {one.unit}" for one in MEASURES),
@@ -128,7 +129,7 @@ def results(samples: Sequence[Sample], kind: str, rate: float, layouts: Sequence
 
 
 def predictions(samples: Sequence[Sample], kind: str, rate: float, layouts: Sequence[Layout]) -> str:
-    """A row a layout: what the simulator says over what was measured."""
+    """A table with a row per layout: predicted over measured values."""
     rows = [
         [layout.name, *(_share(error_of(samples, layout.name, kind, rate, one.name)) for one in MEASURES)]
         for layout in layouts
@@ -141,7 +142,7 @@ def _share(value: float | None) -> str:
 
 
 def error_of(samples: Sequence[Sample], layout: str, kind: str, rate: float, name: str) -> float | None:
-    """Median over the rounds of predicted over measured."""
+    """Median over the rounds of predicted over measured; None without values."""
     found = [
         one.predicted[name] / one.values[name]
         for one in samples
@@ -153,7 +154,7 @@ def error_of(samples: Sequence[Sample], layout: str, kind: str, rate: float, nam
 
 
 def errors(samples: Sequence[Sample]) -> str:
-    """How far off the predictions are: in absolute terms, and in the ratio to the base that a planner goes by."""
+    """The predictions' median errors, in words: of values, and of ratios to the base, which planning uses."""
     cells = sorted({(one.layout, one.kind, one.rate) for one in samples})
     told = []
     for one in MEASURES:
@@ -174,7 +175,7 @@ def errors(samples: Sequence[Sample]) -> str:
 
 
 def draw(samples: Sequence[Sample], kind: str, layouts: Sequence[Layout], path: Path) -> None:
-    """Mean TTFT and JCT and the 99th percentile of TPOT against the rate, a line a layout."""
+    """Plot mean TTFT, mean JCT and p99 TPOT against the rate, a line per layout."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -227,7 +228,7 @@ def write_note(samples: Sequence[Sample], layouts: Sequence[Layout], command: st
 
 
 def conditions(samples: Sequence[Sample]) -> str:
-    """How it was measured, in words."""
+    """The conditions of the measurement, in words."""
     cells = Counter((one.layout, one.kind, one.rate) for one in samples)
     rounds = (
         f"{min(cells.values())} to {max(cells.values())}"

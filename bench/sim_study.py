@@ -1,7 +1,8 @@
-"""Policies and layouts in the simulator: the paper's scheduler experiment, a trace on up to a thousand instances, and the
-adaptive policy against the best fixed layout at every load. Writes docs/measurements/<date>-simulator.md and plots.
+"""Policies and layouts in the simulator. Writes docs/measurements/<date>-simulator.md and plots.
 
-Everything is seeded: the same commit gives the same figures on any machine.
+Three parts: the paper's scheduler experiment, a trace on up to a thousand instances, and the adaptive policy
+against the best fixed layout at every load. Everything simulated is seeded: the same commit gives the same
+figures on any machine. Only placements per second and memory, in the second part, are measured.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from memserve.sim.workloads import generated, one_pool_bound, read_trace, shared
 from notes import Note, table
 
 SEEDS = (1, 2, 3, 4)
-"""Of each cell. What differs by less than it does between them is no difference."""
+"""Seeds of each cell. A difference smaller than the spread between seeds is not significant."""
 POLICIES = ("round_robin", "least_load", "session", "longest_prefix", "cost")
 
 
@@ -40,15 +41,15 @@ POLICIES = ("round_robin", "least_load", "session", "longest_prefix", "cost")
 
 SHARES = (1, 2, 3)
 SESSIONS = 240
-"""Of each run."""
+"""Sessions of each run."""
 DECODE_PAGES = 7_500
-"""Of the decode instance's pool."""
+"""Pages of the decode instance's pool."""
 PAGES_EACH = 2_500
-"""40,000 tokens of KV on each instance: about twenty documents."""
+"""Pages of each prefill instance's pool: 40,000 tokens of KV, about twenty documents."""
 
 
 def three_prefills(policy: str) -> Layout:
-    """Three prefill instances, each with a pool of its own, and one decode instance with another."""
+    """Three prefill instances and one decode instance, each with a pool of its own."""
     decodes = WorkerPlan("d0", "decode", "s3")
     return Layout(
         name="3P1D",
@@ -60,17 +61,17 @@ def three_prefills(policy: str) -> Layout:
 
 
 def scheduler_run(policy: str, share: int, rate: float, seed: int) -> Run:
-    """LooGLE-like sessions of which ``share`` ask about the same document; ``rate`` sessions a second."""
+    """A run of LooGLE-like sessions, ``share`` per document, arriving at ``rate`` sessions per second."""
     sessions = tuple(shared_documents(sessions=SESSIONS, share=share, rate=rate, seed=seed))
     return Run(layout=three_prefills(policy), sessions=sessions, seed=seed)
 
 
 RATES = (12.0, 20.0)
-"""Sessions a second: prefill instances busy for a third of the time, and for about half of it."""
+"""Sessions per second; prefill instances are busy for a third of the time, and for about half of it."""
 
 
 def scheduler_part(map_runs: Callable[..., list[Report]], note: Note) -> str:
-    """TTFT by policy and share ratio: the mean over seeds of each run's percentiles."""
+    """The note's first part: TTFT by policy and share ratio, as means over seeds of the runs' percentiles."""
     cases = [
         (policy, share, rate, seed)
         for policy in POLICIES
@@ -110,7 +111,11 @@ def scheduler_part(map_runs: Callable[..., list[Report]], note: Note) -> str:
 
 
 def gains(runs_of: dict[str, list[list[Report]]], rate: float) -> str:
-    """What `cost` saves of the others' P50 and P99, and whether that is more than chance: by the same seed, over all seeds."""
+    """A table of what `cost` saves of the other policies' p50 and p99.
+
+    Runs of the same seed are compared; the standard error over all seeds shows whether the saving exceeds
+    chance.
+    """
     rows = []
     for other in ("round_robin", "session"):
         cells = []
@@ -126,14 +131,14 @@ def gains(runs_of: dict[str, list[list[Report]]], rate: float) -> str:
 
 
 def saved(shares: Sequence[float]) -> str:
-    """A mean share with its standard error."""
+    """A mean share with its standard error, as text."""
     return f"{mean(shares):.0%} ± {error(shares):.0%}"
 
 
 # ---- 2: a trace on many instances ----------------------------------------------------------------------------
 
 INSTANCES = ((4, 8.0), (16, 32.0), (64, 128.0), (256, 256.0), (1000, 256.0))
-"""Instances, and how many times faster than it says the trace arrives."""
+"""Numbers of instances, each with the factor by which the trace is sped up."""
 TRACE_REQUESTS = 3_000
 
 
@@ -143,13 +148,13 @@ class Traced:
 
     report: Report
     placements_s: float
-    """A second of the scheduler's CPU time."""
+    """Placements per second of the scheduler's CPU time."""
     resident: int
-    """Most bytes of memory that the whole simulation had."""
+    """Peak resident bytes of the whole simulation."""
 
 
 def traced(run: Run) -> Traced:
-    """Run it in a process of its own, and time every placement."""
+    """Simulate a run and time every placement, in a process of its own: peak memory is the process's."""
     plain, spent = scheduler._HANDLERS[Submit], [0.0, 0.0]
 
     def timed(core: Any, sender: Any, message: Any, now: float) -> None:
@@ -165,7 +170,10 @@ def traced(run: Run) -> Traced:
 
 
 def trace_part(trace: Path, jobs: int, note: Note) -> str:
-    """Hit share against one pool's, how even the load is, and what placing costs, from four instances to a thousand."""
+    """The second part of the note: a trace on four to a thousand instances.
+
+    It shows the hit share relative to a single pool's, the balance of the load, and the cost of placement.
+    """
     cases = []
     for instances, speed in INSTANCES:
         sessions = tuple(read_trace(trace, block_tokens=16, speed=speed, first=TRACE_REQUESTS))
@@ -199,7 +207,7 @@ def trace_part(trace: Path, jobs: int, note: Note) -> str:
 
 
 def plot_trace(priced: Sequence[tuple[int, Traced]], bound: float, path: Path) -> None:
-    """By instances: the share of what one pool finds, imbalance, and placements a second."""
+    """Plot hit share relative to one pool's, imbalance, and placements per second against instances."""
     instances = [one for one, _ in priced]
     lines = {
         "hit share / one pool's": [two.report.hit_share / bound for _, two in priced],
@@ -222,7 +230,7 @@ def plot_trace(priced: Sequence[tuple[int, Traced]], bound: float, path: Path) -
 # ---- 3: one adaptive policy against the best fixed layout ----------------------------------------------------
 
 LOADS: dict[str, tuple[float, ...]] = {"sharegpt": (4, 40), "loogle": (10, 100), "react": (6, 60)}
-"""Requests a second over four instances; three get three fourths of it."""
+"""Requests per second over four instances; three instances get three quarters of this."""
 LAYOUT_SEEDS = (1, 2, 3)
 METRICS = ("mean JCT", "P99 JCT", "P99 TPOT", "mean TTFT")
 ADAPTIVE = ("colocated", "cost", "3")
@@ -235,15 +243,15 @@ FIXED = {
     ),
     3: (*((kind, "cost", "3") for kind in ("1P2D", "2P1D")), ("colocated", "least_load", "3")),
 }
-"""By instances: layout, policy, caching."""
+"""Fixed layouts by number of instances: layout, policy, caching."""
 POOL_PAGES = 3_000
-"""An instance's part of the pool that all of them share: 192,000 tokens for four."""
+"""Pages that each instance adds to the pool that all share: 192,000 tokens for four instances."""
 
 
 def layout_run(
     instances: int, kind: str, policy: str, caching: str, workload: str, rate: float, seed: int, requests: int
 ) -> Run:
-    """One layout under bursts, each instance up to a fifth faster or slower than the scheduler is told."""
+    """A run of a layout under bursts; instances are up to 20 % off the speed that the scheduler assumes."""
     rate *= instances / 4
     sessions = tuple(generated(workload, rate=rate, requests=requests, seed=seed, burst=3.0))
     layout = fixed(
@@ -263,12 +271,12 @@ WEIGHTS = Weights()
 
 
 def measures(one: Report) -> tuple[float, ...]:
-    """In METRICS' order. Seconds."""
+    """The metrics of a report, in the order of METRICS, in seconds."""
     return one.jct_s.mean, one.jct_s.p99, one.tpot_s.p99, one.ttft_s.mean
 
 
 def layouts_part(map_runs: Callable[..., list[Report]], note: Note, requests: int) -> str:
-    """Ratios of the adaptive policy to the best fixed layout, metric by metric."""
+    """The third part of the note: the adaptive policy's ratio to the best fixed layout, for each metric."""
     places = [(workload, rate) for workload, rates in LOADS.items() for rate in rates]
     cases = [
         (instances, *kind, *place, seed, requests)
@@ -302,7 +310,7 @@ def layouts_part(map_runs: Callable[..., list[Report]], note: Note, requests: in
 
 
 def layouts_text(requests: int) -> str:
-    """What the tables are about."""
+    """The conditions of the third part, in words."""
     return (
         f"Equal instances on one pool of {POOL_PAGES * 16:,} tokens each, {requests} requests a run, bursts of three times the calm rate, every "
         "instance up to 20 % faster or slower than the scheduler is told, another draw for each seed. *Adaptive*: every instance may prefill and decode, `cost` decides for each "
@@ -314,7 +322,10 @@ def layouts_text(requests: int) -> str:
 
 
 def against_best(of: dict[tuple[str, str, str], list[tuple[float, ...]]], i: int) -> tuple[float, str]:
-    """Of metric ``i``, by layout and seed: the ratio to the fixed layout with the least mean, and the cell that says so."""
+    """Compare metric ``i`` of the adaptive layout with that of the fixed layout whose mean is lowest.
+
+    ``of``: the metrics by layout, a tuple for each seed. The ratio, and the table's cell with it.
+    """
     ours = [one[i] for one in of[ADAPTIVE]]
     best = min((kind for kind in of if kind != ADAPTIVE), key=lambda kind: mean(one[i] for one in of[kind]))
     theirs = [one[i] for one in of[best]]
@@ -324,7 +335,7 @@ def against_best(of: dict[tuple[str, str, str], list[tuple[float, ...]]], i: int
 
 
 def label(kind: tuple[str, str, str]) -> str:
-    """A fixed layout in a word or two."""
+    """A short name of a fixed layout."""
     name, policy, caching = kind
     return " ".join(
         [
@@ -336,7 +347,7 @@ def label(kind: tuple[str, str, str]) -> str:
 
 
 def plot_ratios(ratios: dict[tuple[str, float], list[float]], note: Note) -> None:
-    """One line a metric over workloads and loads."""
+    """Plot the ratios over workloads and loads, a line per metric."""
     names = [f"{workload}\n{rate:g}/s" for workload, rate in ratios]
     plt.figure(figsize=(8, 4))
     for i, metric in enumerate(METRICS):
@@ -349,19 +360,19 @@ def plot_ratios(ratios: dict[tuple[str, float], list[float]], note: Note) -> Non
 
 
 def mean(values: Iterable[float]) -> float:
-    """Of at least one."""
+    """Mean of at least one value."""
     found = list(values)
     return math.fsum(found) / len(found)
 
 
 def error(values: Sequence[float]) -> float:
-    """The standard error of the mean of at least two."""
+    """Standard error of the mean of at least two values."""
     middle = mean(values)
     return math.sqrt(math.fsum((one - middle) ** 2 for one in values) / (len(values) - 1) / len(values))
 
 
 def save(path: Path, xlabel: str, ylabel: str, xticks: Sequence[float] = ()) -> None:
-    """Finish a plot."""
+    """Label the current plot, write it to ``path`` and close it."""
     plt.xlabel(xlabel)
     plt.ylabel(ylabel)
     if xticks:
@@ -375,12 +386,12 @@ def save(path: Path, xlabel: str, ylabel: str, xticks: Sequence[float] = ()) -> 
 
 
 def image(path: Path) -> str:
-    """A plot in the note."""
+    """The Markdown that shows a plot in the note."""
     return f"![{path.stem}]({path.name})"
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Run the parts that are asked for, and write the note."""
+    """Run the requested parts and write the note."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--trace", type=Path, help="a Mooncake-format trace; without it that part is left out"

@@ -1,11 +1,15 @@
-"""How fast pages move between two shards of this machine: ``make bench-transfer``.
+"""Speed of page transfers between two shards of this machine: ``make bench-transfer``.
 
-Two processes with an arena each. Measures in interleaved rounds, so that a noisy neighbour disturbs all figures alike:
-memcpy of the same bytes, then each path (mapped, tcp, and nixl where it is installed) at each granularity, of pages that
-are neighbours and of scattered ones; beside tcp, what a bare blocking socket makes of the same bytes. Then how long after
-the end of a prefill of ``--layer-ms`` a layer the pages are at the receiver, sent whole and sent layer by layer.
+There are two processes with an arena each. Rounds are interleaved, so that a noisy neighbour disturbs all
+figures equally. Measured are
 
-Rates are of the whole call: connecting, checksums and the receiver's answer included.
+- memcpy of the same bytes, and a bare blocking socket as a reference for tcp,
+- each path (mapped, tcp, and nixl if it is installed) at each granularity, to contiguous and to scattered
+  pages,
+- the time from the end of a prefill of ``--layer-ms`` per layer until the pages are at the receiver, when
+  they are sent whole and when they are sent layer by layer.
+
+Rates cover the whole call, including connecting, checksums and the receiver's answer.
 """
 
 from __future__ import annotations
@@ -46,7 +50,7 @@ SENDER = ActorId("sender.1")
 
 @attrs.define(eq=False)
 class Bench:
-    """The sender's process: its movers, and the receiver at the other end of a pipe."""
+    """The sending process: its movers, and a pipe to the receiving process."""
 
     geometry: Geometry
     pages: int
@@ -58,14 +62,14 @@ class Bench:
     number: int = 0
 
     def command(self, *words: object) -> str:
-        """Tell the receiver something and wait for its answer."""
+        """Send the receiver a command and wait for its answer."""
         assert self.pipe.stdin and self.pipe.stdout
         self.pipe.stdin.write(" ".join(map(str, words)) + "\n")
         self.pipe.stdin.flush()
         return self.pipe.stdout.readline()
 
     def expected(self, granularity: Granularity, scattered: bool) -> PageTransfer:
-        """The next transfer, which the receiver is ready for."""
+        """The next transfer, after telling the receiver to expect it."""
         self.number += 1
         source = tuple(range(self.pages))
         destination = _destination(self.pages, scattered)
@@ -73,7 +77,7 @@ class Bench:
         return PageTransfer(SENDER, self.number, source, destination, granularity)
 
     async def move(self, path: str, granularity: Granularity, scattered: bool = False) -> float:
-        """GB/s of one transfer."""
+        """Make one transfer; its GB/s."""
         transfer = self.expected(granularity, scattered)
         began = time.perf_counter()
         feed = PieceFeed.whole(transfer, self.geometry)
@@ -83,7 +87,7 @@ class Bench:
         return result.nbytes / took / 1e9
 
     async def tail(self, path: str, granularity: Granularity, layer_s: float) -> float:
-        """Milliseconds from a prefill's end to the pages' arrival."""
+        """Milliseconds from the end of a prefill to the arrival of its pages."""
         transfer = self.expected(granularity, scattered=False)
         feed = PieceFeed(self.pages, self.geometry.parts(granularity))
         ends = 0.0
@@ -111,7 +115,7 @@ def _destination(pages: int, scattered: bool) -> tuple[int, ...]:
 
 
 async def receive(options: argparse.Namespace) -> None:
-    """Serve an arena every way there is, until stdin ends."""
+    """Serve an arena over every available path until stdin ends."""
     geometry = Geometry(options.page_bytes, options.layers)
     arena = Arena.create(ActorId("receiver.1"), options.pages, geometry.page_bytes)
     memory = Memory(arena.memory, geometry)
@@ -136,7 +140,7 @@ async def receive(options: argparse.Namespace) -> None:
 
 
 def _drain(listener: socket.socket, view: memoryview) -> None:
-    """What a socket can do: read straight into memory, in a thread, and say when it is full."""
+    """Receive as fast as a socket can: read straight into memory, and send one byte when it is full."""
     while True:
         connection, _ = listener.accept()
         with connection:
@@ -150,7 +154,7 @@ def _drain(listener: socket.socket, view: memoryview) -> None:
 
 
 def measure(options: argparse.Namespace) -> None:
-    """Start the receiver, measure and report."""
+    """Start the receiver, measure, and print the report."""
     with tempfile.TemporaryDirectory() as directory:
         place = str(Path(directory) / "arena")
         command = [sys.executable, __file__, "--receive", place, "--pages", str(options.pages)]
@@ -158,7 +162,7 @@ def measure(options: argparse.Namespace) -> None:
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as pipe:
             assert pipe.stdin and pipe.stdout
             try:
-                # NIXL logs to stdout, too.
+                # NIXL logs to stdout too, so other lines may come first.
                 said = next(line for line in pipe.stdout if line.startswith("{"))
                 trio.run(_send, options, place, pipe, json.loads(said))
             finally:
@@ -185,7 +189,7 @@ async def _send(
 async def _measure(bench: Bench, options: argparse.Namespace, place: str) -> None:
     cases = _cases(bench, options, place)
     for _, measure in cases.values():
-        await measure()  # connects, maps, warms
+        await measure()  # connects, maps memory, warms up
     samples: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(options.rounds):
         for name, (_, measure) in cases.items():
@@ -199,7 +203,7 @@ Case = tuple[str, Callable[[], Awaitable[float]]]
 def _cases(bench: Bench, options: argparse.Namespace, place: str) -> dict[str, Case]:
     mapped = attach_arena(Path(place), options.page_bytes)
     cases: dict[str, Case] = {
-        # libc goes past the cache in one long call and not in short ones; which is faster depends on the machine.
+        # libc bypasses the cache in one long call, not in short ones; the faster way depends on the machine.
         "memcpy, one call": ("GB/s", partial(_memcpy, bench, mapped, bench.memory.view.nbytes)),
         "memcpy, 1 MiB a call": ("GB/s", partial(_memcpy, bench, mapped, 1 << 20)),
         "socket": ("GB/s", partial(_socket, bench)),

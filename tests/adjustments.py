@@ -1,4 +1,4 @@
-"""Adjustments of logits for tests, and what they mean, one token at a time."""
+"""Adjustments of logits for tests, and a reference implementation that applies them one token at a time."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from memserve.tokens import pack, unpack
 
 
 def adjustments(bias: dict[int, float] | None = None, **rest: float) -> Adjustments:
-    """Of a map of biases, as a request writes it."""
+    """Adjustments from a map of token to bias, as a request gives it, and other fields."""
     given = bias or {}
     return Adjustments(pack(given), np.array(list(given.values()), "<f4").tobytes(), **rest)
 
 
 def some_adjustments(generator: random.Random, vocab: int) -> tuple[Adjustments, Past]:
-    """Adjustments with every edge among them: none of a kind, tokens in all of the lists, tokens many times."""
+    """Random adjustments that cover the edge cases: empty lists, tokens in several lists, repeated tokens."""
 
     def some(most: int) -> list[int]:
         favourite = generator.randrange(vocab)
@@ -48,12 +48,12 @@ def some_adjustments(generator: random.Random, vocab: int) -> tuple[Adjustments,
 
 
 def some_allowed(generator: random.Random, vocab: int) -> bytes:
-    """A bit for each token, about half of them set, and of the rest of the last byte any."""
+    """A bit for each token, about half of them set; the unused bits of the last byte are random too."""
     return generator.randbytes(-(-vocab // 8))
 
 
 def by_definition(logits: torch.Tensor, how: Adjustments, past: Past) -> torch.Tensor:
-    """The adjusted logits of one row, (vocab,) float32, as the documentation words them."""
+    """The adjusted logits of one row, (vocab,) float32, computed as the documentation defines them."""
     single, found = np.float32, []
     bias = dict(zip(unpack(how.biased), np.frombuffer(how.bias, "<f4"), strict=True))
     output, seen = list(unpack(past.output)), set(unpack(past.prompt + past.output))
@@ -73,7 +73,7 @@ def by_definition(logits: torch.Tensor, how: Adjustments, past: Past) -> torch.T
 def past_of(
     how: Sampling | None, tokens: Sequence[int], prompt_tokens: int, ends: Sequence[int] = ()
 ) -> Past | None:
-    """What a row that draws after ``tokens`` needs."""
+    """The past of a row that draws after ``tokens``; None if it has no adjustments."""
     if how is None or how.adjust is None:
         return None
     early = len(tokens) - prompt_tokens < how.adjust.min_tokens
@@ -81,7 +81,7 @@ def past_of(
 
 
 def expected(logits: torch.Tensor, row: Row) -> int:
-    """The token of a row whose logits, (vocab,) float32, are known."""
+    """The token that a row must draw from its logits, (vocab,) float32."""
     assert row.sample is not None
     if row.past is not None and row.sample.adjust is not None:
         logits = by_definition(logits, row.sample.adjust, row.past)

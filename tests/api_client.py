@@ -1,4 +1,4 @@
-"""Asks the HTTP surface around a scripted service, without a network."""
+"""Calls the HTTP API around a scripted service, without a network."""
 
 from __future__ import annotations
 

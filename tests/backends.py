@@ -1,4 +1,4 @@
-"""Every attention backend and step engine, made alike for the tests that hold all of them to one behaviour."""
+"""Every attention backend and step engine behind one interface, for tests that compare their behaviour."""
 
 from __future__ import annotations
 
@@ -35,23 +35,23 @@ PROBLEM = None if torch.cuda.is_available() else find_gpus().problem or "torch s
 needs_gpu = pytest.mark.skipif(PROBLEM is not None, reason=f"no GPU: {PROBLEM}")
 ON_GPU = pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])
 ON_CARDS = [ON_GPU] if gpu_rehearsal.missing() else [ON_GPU, "rehearsed"]
-"""FlashInfer on a GPU, and its kernels on the CPU where they were compiled."""
+"""FlashInfer on a GPU, and its kernels on the CPU if they were compiled."""
 CARDS = ("cuda", "rehearsed")
-"""What computes in bfloat16 alone."""
+"""Backends that compute in bfloat16 only."""
 
 BACKENDS = ["cpu", "stand-in", *ON_CARDS]
 """The CPU's attention, FlashInfer's calls computed by torch, and FlashInfer."""
 ENGINES = ["torch", "native", "stand-in", *ON_CARDS]
 
 SPEC = attrs.evolve(tiny_spec(8, 2, 64), hidden=128, intermediate=256, vocab=1024, max_context=2048)
-"""Small, and of a head size that FlashInfer has kernels for."""
+"""A small model with a head size that FlashInfer has kernels for."""
 
 
 class FlashRunner(Runner):
     """``Runner`` with FlashInfer's attention and ops in place of the CPU's."""
 
     least: int | None = None
-    """Pages that must be spared for decode rows to attend together."""
+    """Page reads that grouping decode rows must save for them to attend together; None: they never do."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class FlashRunner(Runner):
         self.flash = FlashInferAttention(library, arena, spec.heads, backend)
 
     def step(self, *rows: Row) -> torch.Tensor:
-        """Logits of the rows that want them, in the order of the rows."""
+        """Logits of the rows that draw a token, in the order of ``rows``."""
         tables = StepTables.of(BatchPlan(rows), self.page_tokens, self.least)
         device = self.flash.device
         with torch.inference_mode():
@@ -90,17 +90,17 @@ class FlashRunner(Runner):
 
 @attrs.frozen
 class Card:
-    """A GPU, or what stands for one."""
+    """A GPU, or the rehearsed device that stands for one."""
 
     device: torch.device
     library: Library
     graphs: Callable[[torch.device], Any]
     prefill: str
-    """The backend of prefill there."""
+    """FlashInfer's prefill backend on this card."""
 
 
 def card_of(name: str, spec: ModelSpec) -> Card:
-    """One of ``CARDS``, for a model."""
+    """One of ``CARDS``, prepared for a model. Skips the test if the model's kernels were not compiled."""
     if name == "rehearsed":
         backend = prefill_backend(gpu_rehearsal.CAPABILITY)
         gpu_rehearsal.needs_compiled(spec, backend)
@@ -114,7 +114,7 @@ def card_of(name: str, spec: ModelSpec) -> Card:
 def make_runner(
     backend: str, weights: dict[str, torch.Tensor], page_tokens: int = 16, pages: int = 128
 ) -> Runner:
-    """A model of ``SPEC`` on one of ``BACKENDS``; ``weights`` in bfloat16. In float32 where the backend has it."""
+    """A model of ``SPEC`` on one of ``BACKENDS``, in float32 if it can be; ``weights`` are in bfloat16."""
     if backend in CARDS:
         card = card_of(backend, SPEC)
         return FlashRunner(
@@ -128,17 +128,17 @@ def make_runner(
 
 @attrs.frozen(eq=False)
 class Made:
-    """An engine with an arena of its own, NaN wherever nothing was written."""
+    """An engine with an arena of its own, which holds NaN wherever nothing was written."""
 
     engine: Any
     exact: bool
-    """Whether it computes in float32."""
+    """Whether the engine computes in float32."""
     pages: Callable[[], torch.Tensor]
-    """What the pool's pages hold, on the host."""
+    """Copies the contents of the pool's pages to the host."""
 
 
 def make_engine(name: str, weights: dict[str, torch.Tensor], folder: Path, pages: int, rows: int = 8) -> Made:
-    """One of ``ENGINES`` of ``SPEC`` with pages of 16 tokens, not warmed up; ``weights`` in bfloat16."""
+    """One of ``ENGINES`` for ``SPEC`` with pages of 16 tokens, not warmed up; ``weights`` in bfloat16."""
     exact = {key: tensor.float() for key, tensor in weights.items()}
     if name in ("torch", "native"):
         dtype = "float32" if name == "torch" else "bfloat16"
@@ -189,21 +189,21 @@ def _cuda(
 
 @attrs.frozen
 class Exact:
-    """The demo model in float32: what a GPU's bfloat16 must come near to."""
+    """The demo model in float32, as a reference for a GPU's bfloat16."""
 
     runner: Runner
 
     @classmethod
     def of_demo(cls) -> Exact:
-        """With the weights that clusters serve."""
+        """The reference with the weights that clusters serve."""
         files = prepare(find_model(DEMO), "float32")
         return cls(Runner(files.spec, map_weights(files.weights)))
 
     def check(self, start: list[int], answer: list[int]) -> None:
-        """Every token is the best of its context, or as good as that in bfloat16."""
+        """Check that each token has the best logit in its context, or one within 1.0 of it (bfloat16)."""
         pages = self.runner.pages(len(start) + len(answer))
         rows = [Row(pack(start), 0, pages, GREEDY)]
         rows += [Row(pack([token]), len(start) + i, pages, GREEDY) for i, token in enumerate(answer[:-1])]
-        # In one step: every layer has stored the keys and values of all rows before any of them attends to them.
+        # One step is enough: every layer stores the keys and values of all rows before any row attends.
         for i, logits in enumerate(self.runner.step(*rows)):
             assert float(logits.max() - logits[answer[i]]) < 1.0, i

@@ -1,4 +1,4 @@
-"""Real clusters for tests: ``memserve up`` as a user runs it, on a free port, logging into a temporary directory."""
+"""Real clusters for tests: ``memserve up`` as a user runs it, on a free port, with temporary logs."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ import httpx
 
 ROOT = Path(__file__).parent.parent
 SMALL = "256MiB"
-"""Of a shard on the host: filling a whole GiB costs each start of a cluster seconds, and no test needs as much."""
+"""Memory of a host shard: a whole GiB would add seconds to each start of a cluster, and no test needs it."""
 READY_S = 120.0
-"""Generous: CI machines are slow and converting the weights is part of the first start."""
+"""Longest start in seconds: CI machines are slow, and the first start converts the weights."""
 
 
 @attrs.define
@@ -35,7 +35,7 @@ class Cluster:
     logs: Path
 
     def complete(self, prompt: list[int] | str, max_tokens: int, **more: Any) -> dict[str, Any]:
-        """One whole /v1/completions answer: greedy, with token ids."""
+        """Request one completion, greedy and with token ids; the answer's JSON."""
         body = {
             "prompt": prompt,
             "max_tokens": max_tokens,
@@ -49,12 +49,12 @@ class Cluster:
         return found
 
     def tokens(self, prompt: list[int], max_tokens: int, **more: Any) -> list[int]:
-        """The generated ids, whatever they are."""
+        """The ``max_tokens`` generated ids; end tokens do not end the answer."""
         ids: list[int] = self.complete(prompt, max_tokens, ignore_eos=True, **more)["choices"][0]["token_ids"]
         return ids
 
     def stream(self, prompt: list[int], max_tokens: int, **more: Any) -> Iterator[list[int]]:
-        """The ids of a streamed answer, event by event; stop iterating to leave as a client does."""
+        """The ids of a streamed answer, event by event; stop iterating to disconnect as a client does."""
         body = {
             "prompt": prompt,
             "max_tokens": max_tokens,
@@ -73,22 +73,22 @@ class Cluster:
                         yield choice.get("token_ids") or []
 
     def members(self) -> list[dict[str, Any]]:
-        """What ``memserve status`` shows."""
+        """The cluster's members, as ``memserve status`` shows them."""
         found = httpx.get(f"{self.url}/cluster").json()
         members: list[dict[str, Any]] = found["members"] if isinstance(found, dict) else found
         return members
 
     def pid(self, name: str) -> int:
-        """Process id of the newest incarnation of an actor."""
+        """Process id of the latest incarnation of an actor."""
         return [one["pid"] for one in self.members() if one["id"].startswith(f"{name}.")][-1]
 
     def close(self) -> None:
-        """Let go of the pipe."""
+        """Close the pipe to the process."""
         assert self.process.stdout is not None
         self.process.stdout.close()
 
     def wait_idle(self) -> dict[str, float]:
-        """Wait until no page is leased; the shard's load then. Fails after 20 s."""
+        """Wait until no page is leased, then return the shard's load. Fails after 20 s."""
         deadline = time.monotonic() + 20
         while True:
             shard = next(one["load"] for one in self.members() if one["kind"] == "MemPoolShard")
@@ -98,14 +98,14 @@ class Cluster:
             time.sleep(0.1)
 
     def wait_healthy(self) -> None:
-        """Wait until it serves again after a restart. Fails after a minute."""
+        """Wait until the cluster serves, for example after a restart. Fails after a minute."""
         deadline = time.monotonic() + 60
         while httpx.get(f"{self.url}/health").status_code != 200:
             assert time.monotonic() < deadline
             time.sleep(0.2)
 
     def lines(self) -> list[dict[str, Any]]:
-        """Every log line of the run."""
+        """Every log line of the latest run."""
         run = max(self.logs.iterdir())
         return [
             json.loads(line) for file in sorted(run.glob("*.jsonl")) for line in file.read_text().splitlines()
@@ -113,7 +113,10 @@ class Cluster:
 
 
 def command(config: str, logs: Path, *settings: str) -> list[str]:
-    """``memserve up`` with settings, of which later ones count. Texts are short and shards small unless they say otherwise."""
+    """The command line of ``memserve up`` with ``settings``; later ones win.
+
+    Contexts are short and host shards small unless ``settings`` say otherwise.
+    """
     shards = tomllib.loads((ROOT / "configs" / config).read_text())["shard"]
     small = [f"shard.{i}.memory={SMALL}" for i, shard in enumerate(shards) if "device" not in shard]
     given = ["frontend.port=0", f"logging.dir={logs}", "model.max_context=2048", *small, *settings]
@@ -122,7 +125,7 @@ def command(config: str, logs: Path, *settings: str) -> list[str]:
 
 
 def start(config: str, logs: Path, *settings: str) -> Cluster:
-    """Start and wait until it says where it serves."""
+    """Start a cluster and wait until it reports its address. Fails if it ends first, or after READY_S."""
     process = subprocess.Popen(
         command(config, logs, *settings),
         stdout=subprocess.PIPE,
@@ -146,7 +149,7 @@ def start(config: str, logs: Path, *settings: str) -> Cluster:
 
 @contextmanager
 def running(config: str, logs: Path, *settings: str) -> Iterator[Cluster]:
-    """A cluster for a ``with`` block; ended by SIGTERM, and nothing of it may be left."""
+    """A cluster for a ``with`` block; SIGTERM ends it, and it must exit within a minute."""
     cluster = start(config, logs, *settings)
     try:
         yield cluster
@@ -158,7 +161,7 @@ def running(config: str, logs: Path, *settings: str) -> Iterator[Cluster]:
 
 
 def stream_through_a_kill(cluster: Cluster, ids: list[int], many: int, name: str) -> list[int]:
-    """A stream whose worker is killed in its middle."""
+    """The ids of a stream during which the actor ``name`` is killed, after the first event."""
     events: Iterator[list[int]] = cluster.stream(ids, many)
     found = next(events)
     os.kill(cluster.pid(name), signal.SIGKILL)
@@ -168,7 +171,7 @@ def stream_through_a_kill(cluster: Cluster, ids: list[int], many: int, name: str
 
 
 def actor_processes(logs: Path) -> list[int]:
-    """Pids of all actors of the cluster that logs there, by their command lines."""
+    """Pids of all actors of the cluster that logs into ``logs``, found by their command lines."""
     from memserve.processes.place import place_path
 
     runtime = str(place_path(logs))

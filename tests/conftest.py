@@ -1,4 +1,4 @@
-"""Shared by all tests: async tests run under trio, with a virtual clock where they ask for one."""
+"""Fixtures and hooks for all tests: async tests run under trio, with a virtual clock if they request one."""
 
 from __future__ import annotations
 
@@ -29,20 +29,21 @@ LONG_FIRST = (
     "test_transfer_processes.py",
     "test_cuda_engine.py",
 )
-"""Files that take longest, by which `make test`, which runs two files at a time, begins: none of them is left for the end."""
+"""The slowest files: `make test` runs two at a time and starts with these, so none is left for the end."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the long files first; within a file, and among the others, tests stay in their order."""
+    """Put the slow files first; otherwise files and the tests in them keep their order."""
     rank = {name: place for place, name in enumerate(LONG_FIRST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
 @pytest.fixture(autouse=True)
 def _one_thread_each() -> None:
-    """Of torch, where several files run at a time: threads that wait for each other on cores that are taken only spin.
+    """Give torch one thread when several files run at a time: more would spin, waiting for occupied cores.
 
-    By a call, because a variable would reach the clusters that tests start, and how many threads those take is theirs.
+    A call sets it and not an environment variable, which the clusters that tests start would inherit; they
+    choose their own number of threads.
     """
     if "PYTEST_XDIST_WORKER" in os.environ and (torch := sys.modules.get("torch")) is not None:
         torch.set_num_threads(1)
@@ -50,13 +51,13 @@ def _one_thread_each() -> None:
 
 @pytest.fixture
 def autojump_clock() -> trio.testing.MockClock:
-    """A clock that jumps to the next deadline whenever every task waits. Not for real sockets or processes."""
+    """A clock that jumps to the next deadline when every task waits. Not for real sockets or processes."""
     return trio.testing.MockClock(autojump_threshold=0)
 
 
 @pytest.fixture
 def folder(tmp_path_factory) -> Path:
-    """A short path that only we can enter."""
+    """A directory with a short path that only this user can enter."""
     path = tmp_path_factory.mktemp("p")
     path.chmod(0o700)
     return path

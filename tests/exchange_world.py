@@ -1,6 +1,6 @@
-"""Two shards with make-believe memory and movers, and clients that share both: every call at random, by owners that die.
+"""Two shards with simulated memory and movers, and clients of both that make random calls and die at random.
 
-A site is a shard with its clients (:class:`World`); a client is known at both sites by one id, and dies at both.
+A site is a shard with its clients (:class:`World`). A client has the same id at both sites and dies at both.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ PAGE_BYTES = 16
 
 @attrs.define(eq=False)
 class Stream:
-    """A mover at work."""
+    """A transfer that a mover is carrying out."""
 
     write: Write
     moved: int = 0
@@ -52,14 +52,14 @@ class Stream:
 
 @attrs.define(eq=False)
 class Site(World):
-    """One of the two shards, as its clients see it."""
+    """One of the two shards with its clients."""
 
     number: int = 0
     pair: Pair | None = None
     streams: dict[int, Stream] = attrs.field(factory=dict)
 
     def make_core(self) -> ExchangingShard:
-        """A shard that exchanges pages."""
+        """The core of a shard that exchanges pages with the other one."""
         me = ActorId(f"s{self.number}.1")
         pool = Pool(self.capacity, PAGE, 5.0, home=Home(self.number, self.seed))
         exchange = Exchange(pool, me, Geometry(PAGE_BYTES, 1), "host", 1)
@@ -76,7 +76,7 @@ class Site(World):
     # ---- the world -------------------------------------------------------------------------------------------
 
     def perform(self, action: object) -> None:
-        """One action; what goes to the other shard is under way for a while."""
+        """Perform one action; messages to the other shard spend some time on the wire."""
         match action:
             case Send(to, message) if to == self.other.core.me:
                 self.pair.post(self, message)
@@ -89,17 +89,17 @@ class Site(World):
                 super().perform(action)
 
     def die(self, name: str) -> None:
-        """kill -9 of a client, which each shard notices in its own way."""
+        """Kill a client as by kill -9; each shard notices it in its own way."""
         for site in self.pair.sites:
             World.die(site, name)
 
     def live(self, seconds: float) -> None:
-        """Time passes for both."""
+        """Let time pass at both sites."""
         for site in self.pair.sites:
             World.live(site, seconds)
 
     def move(self) -> None:
-        """A mover gets on by a page, breaks, or is done."""
+        """Let a random mover move one page, break, or finish."""
         number = self.rng.choice(list(self.streams))
         one = self.streams[number]
         transfer = one.write.transfer
@@ -122,7 +122,7 @@ class Site(World):
     # ---- calls that concern both shards ----------------------------------------------------------------------
 
     def step(self) -> None:
-        """One thing happens."""
+        """Let one random thing happen."""
         roll = self.rng.random()
         if self.streams and roll < 0.4:
             self.move()
@@ -134,7 +134,7 @@ class Site(World):
             super().step()
 
     def across(self, client: Client) -> None:
-        """One call that concerns the other shard."""
+        """Make a random call that concerns the other shard, unless three calls of the client are pending."""
         if len(client.asked) < 3:
             call = self.rng.choices(
                 [self.fetch, self.hand_over_from, self.transfer, self.receive], [3, 2, 6, 2]
@@ -142,7 +142,7 @@ class Site(World):
             call[0](client)
 
     def fetch(self, client: Client) -> None:
-        """A prompt, with what the other shard's index may hold of it; waited for, or ahead."""
+        """Acquire or prefetch a prompt, with pages that the other shard's index may hold as a source."""
         scope, tokens = self.rng.choice("xy"), self.rng.choice(self.prompts)
         expected = self.rng.randrange(1, count(tokens) // PAGE * PAGE + 2)
         source = Source(
@@ -158,7 +158,7 @@ class Site(World):
             self.acquire_from(client, scope, tokens, source)
 
     def hand_over_from(self, client: Client) -> None:
-        """A prompt, with the pages of a lease that some client has at the other shard."""
+        """Acquire a prompt with the pages of a lease that some client has at the other shard."""
         leases = [(one, *held) for one in self.other.clients.values() for held in one.leases.items()]
         if leases:
             owner, lease, held = self.rng.choice(leases)
@@ -171,7 +171,7 @@ class Site(World):
                 )
 
     def acquire_from(self, client: Client, scope: str, tokens: bytes, source: Source) -> None:
-        """On the grant, check what was found here and what has come."""
+        """Acquire from ``source``; on the grant, check the pages found here and the pages fetched."""
 
         def done(answer: object) -> None:
             if isinstance(answer, Acquired):
@@ -185,15 +185,15 @@ class Site(World):
         self.ask(client, lambda call: Acquire(call, scope, tokens, 1, source), done)
 
     def request(self) -> str:
-        """Whose pages they are said to be: handoffs wait for what comes ahead of them."""
+        """A request that pages belong to: handoffs wait for pages sent ahead for the same request."""
         return self.rng.choice(["", "r1", "r2"])
 
     def patience(self) -> float:
-        """A deadline, in seconds."""
+        """A random deadline, in seconds."""
         return self.rng.choice([0.5, 2.0, 20.0])
 
     def transfer(self, client: Client) -> None:
-        """The full pages of a lease to the other shard: to new pages or given ones, for oneself or for another."""
+        """Send a lease's full pages to the other shard: to new or given pages, for the client or another."""
         if not client.leases:
             return
         lease, held = self.rng.choice(list(client.leases.items()))
@@ -223,7 +223,7 @@ class Site(World):
             self.other.ask(mine, lambda number: AllocMem(number, 0, pages + 1, 0, sent.scope), granted)
 
     def _fill(self, client: Client, call: Transfer, mine: Client, into: int, sent: Held) -> None:
-        """Send into a lease at the other shard; nothing else is asked of it meanwhile."""
+        """Send into a lease at the other shard; nothing else is asked of that lease until this ends."""
         held = mine.leases.pop(into)
         there = self.other.core.pool.home.addresses(held.pages[: len(sent.pages)])
         call, insert = attrs.evolve(call, destination=there, into=into), bool(call.tokens)
@@ -233,7 +233,10 @@ class Site(World):
         self.ask(client, lambda number: attrs.evolve(call, call=number), done)
 
     def _room_for(self, client: Client, sent: Held) -> int:
-        """A lease whose first pages may be overwritten."""
+        """A lease whose first pages may be overwritten, or 0.
+
+        One time in ten its pages may also be retired or in another tier than the device.
+        """
         for lease, held in client.leases.items():
             enough = len(held.pages) >= len(sent.pages) > 0 and held.scope == sent.scope
             careless = self.rng.random() < 0.1
@@ -248,7 +251,7 @@ class Site(World):
     def filled(
         self, client: Client, lease: int, held: Held, sent: Held, insert: bool, answer: object
     ) -> None:
-        """A transfer into a lease here is over."""
+        """A transfer into a lease at this site has ended."""
         if isinstance(answer, Transferred):
             held.tokens, held.retired = sent.tokens, count(sent.tokens) if insert else 0
             self.verify(held, len(sent.pages))
@@ -259,7 +262,7 @@ class Site(World):
             client.leases[lease] = held
 
     def claim(self, client: Client, sent: Held, insert: bool, answer: object) -> None:
-        """New pages here: make them known as one's own."""
+        """Adopt the lease of new pages that the client's transfer created at this site."""
         if not isinstance(answer, Transferred):
             return
         lease = answer.lease
@@ -274,7 +277,7 @@ class Site(World):
         self.ask(client, lambda call: Adopt(call, lease, client.id), done)
 
     def receive(self, client: Client) -> None:
-        """What another has sent here."""
+        """Wait for the next pages that a client has sent here, unless already waiting."""
 
         def done(answer: object) -> None:
             if isinstance(answer, Arrival):
@@ -288,7 +291,7 @@ class Site(World):
             self.ask(client, NextArrival, done)
 
     def withdrawn(self, client: Client, asked: object) -> None:
-        """A mover may still write into the lease that a transfer was to fill."""
+        """Free the lease that a withdrawn transfer was to fill: a mover may still be writing into it."""
         if isinstance(asked, Transfer) and asked.into:
             mine = self.other.clients[client.id.partition(".")[0]]
             self.other.ask(mine, lambda call: FreeMem(asked.into, call), lambda answer: None)
@@ -296,7 +299,7 @@ class Site(World):
 
 @attrs.define(eq=False)
 class Pair:
-    """Both shards, and the wire between them: messages are late, lost now and then, or come twice."""
+    """Both shards and the wire between them, which delays messages and sometimes loses or repeats one."""
 
     seed: int
     capacity: tuple[Capacity, Capacity]
@@ -305,7 +308,7 @@ class Pair:
     wire: list[tuple[Site, object]] = attrs.field(factory=list)
     sent: list[tuple[Held, bool]] = attrs.field(factory=list)
     read_from: set[int] = attrs.field(factory=set)
-    """Leases that requests were handed over with: their owner does not overwrite them."""
+    """Leases whose pages were handed over to a request: transfers do not overwrite them."""
     lossless: bool = False
 
     def __attrs_post_init__(self) -> None:
@@ -317,31 +320,31 @@ class Pair:
         self.sites[1].prompts = self.sites[0].prompts
 
     def note(self, sent: Held, insert: bool) -> bytes:
-        """What is sent along with pages, so that their receiver knows what they must hold."""
+        """Private data to send with pages, from which the receiver knows what they must hold."""
         self.sent.append((sent, insert))
         return str(len(self.sent) - 1).encode()
 
     def post(self, sender: Site, message: object) -> None:
-        """From one shard to the other."""
+        """Send a message from one shard to the other."""
         if self.lossless or self.rng.random() > 0.05:
             self.wire.append((sender, message))
             if self.rng.random() < 0.05 and not self.lossless:
                 self.wire.append((sender, message))
 
     def deliver(self) -> None:
-        """The oldest message of one direction arrives: a pair's messages keep their order."""
+        """Deliver the oldest message of a random direction: messages of one direction keep their order."""
         sender = self.rng.choice([one for one, _ in self.wire])
         i = next(i for i, (one, _) in enumerate(self.wire) if one is sender)
         _, message = self.wire.pop(i)
         sender.other.say(sender.core.me, message)
 
     def run(self, steps: int) -> None:
-        """So many things happen."""
+        """Let ``steps`` random things happen."""
         for _ in range(steps):
             self.rng.choice(self.sites).step()
 
     def end(self) -> None:
-        """Everyone dies, and everything under way ends: nothing may be left."""
+        """Kill all clients and let everything under way end: nothing may be left."""
         self.lossless = True
         for name in ("a", "b", "c"):
             self.sites[0].die(name)
@@ -353,7 +356,7 @@ class Pair:
         self.settle()
 
     def settle(self) -> None:
-        """What is under way arrives."""
+        """Deliver all messages and finish all transfers and copies."""
         while self.wire or any(site.streams or site.copies for site in self.sites):
             while self.wire:
                 self.deliver()

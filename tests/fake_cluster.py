@@ -1,8 +1,8 @@
-"""A cluster of real processes whose actors only live and die: for the tests of the supervisor and of an actor's process.
+"""A cluster of real processes whose actors only live and die, for tests of the supervisor and of actors.
 
-``python fake_cluster.py up LOG_DIR BEHAVIOUR`` supervises; ``python fake_cluster.py join LOG_DIR BEHAVIOUR NAME`` adds a
-worker; ``python fake_cluster.py actor NAME DIR FD`` is an actor.
-BEHAVIOUR is a JSON object ``{actor name: word}``, see ``main``.
+``python fake_cluster.py up LOG_DIR BEHAVIOUR`` supervises; ``python fake_cluster.py join LOG_DIR BEHAVIOUR
+NAME`` adds a worker; ``python fake_cluster.py actor NAME DIR FD`` is an actor. BEHAVIOUR is a JSON object
+``{actor name: word}``; see ``main`` for the words.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from memserve.settings.sections import FrontendConfig, ModelConfig, ShardConfig,
 from memserve.supervisor import Supervisor, supervise
 
 HUNG_S = 4.0
-"""Two beats of an actor."""
+"""Silence after which an actor counts as hung: two of its heartbeats."""
 SPEC = ModelSpec("fake", "llama", 1, 8, 8, 1, 1, 8, 16, 1e4, 1e-5, 64, True, None, (), None)
 
 
@@ -62,18 +62,18 @@ def argv(name: str, runtime_dir: Path, lifeline_fd: int) -> list[str]:
 
 
 def environment(behaviour: dict[str, str]):
-    """The environment that tells the actors how to behave."""
+    """A function that gives each actor the environment with its behaviour."""
     return lambda spec: {**os.environ, "FAKE_BEHAVIOUR": json.dumps(behaviour)}
 
 
 def note(context: ActorContext, word: str) -> None:
-    """One line in LOG_DIR/notes; a single append, so that lines of several actors keep their order."""
+    """Write one line to LOG_DIR/notes, in a single append: lines of several actors keep their order."""
     with (Path(context.resolved.log_dir) / "notes").open("a") as notes:
         notes.write(f"{word} {context.name} {os.getpid()}\n")
 
 
 async def main(context: ActorContext, *, task_status: trio.TaskStatus[None]) -> None:
-    """An actor with a socket file, which does as it is told and otherwise drains when asked."""
+    """An actor with a socket file, which behaves as its word says and otherwise drains when asked to."""
     word = json.loads(os.environ["FAKE_BEHAVIOUR"]).get(context.name)
     context.place.socket_path(f"{context.id}.sock").touch()
     if word == "user error":
@@ -108,7 +108,7 @@ async def note_deaths(context: ActorContext) -> None:
 
 
 async def note_down(context: ActorContext) -> None:
-    """A line in LOG_DIR/down whenever the supervisor says something else about who does not live."""
+    """Write a line to LOG_DIR/down whenever the supervisor's report of actors that are down changes."""
     known: dict[str, str] = {}
     while True:
         if known != context.lifeline.down:
@@ -119,7 +119,7 @@ async def note_down(context: ActorContext) -> None:
 
 
 def up(log_dir: Path, behaviour: dict[str, str]) -> int:
-    """Supervise until a signal comes."""
+    """Supervise until a signal arrives; the exit status."""
     try:
         place = Place.claim(log_dir)
         try:
@@ -137,7 +137,7 @@ def up(log_dir: Path, behaviour: dict[str, str]) -> int:
 
 
 def join_cluster(log_dir: Path, behaviour: dict[str, str], name: str) -> int:
-    """Keep one more worker until it leaves."""
+    """Supervise one additional worker until it leaves; the exit status."""
     worker = {"name": name, "role": "decode", "shard": "", "threads": None}
     try:
         return join.join(

@@ -1,6 +1,7 @@
-"""CuPy's calls as memserve makes them, on host memory. Asynchronous copies happen when their stream is synchronised.
+"""The CuPy calls that memserve makes, on host memory.
 
-The memory may lie in files, so that other processes can open it by its handle.
+Asynchronous copies happen when their stream is synchronised. The memory may be in files, so that other
+processes can open it by its handle.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 
 class CUDARuntimeError(RuntimeError):
-    """As CuPy's."""
+    """Stands for CuPy's exception of this name."""
 
 
 class Runtime:
@@ -119,7 +120,10 @@ class Runtime:
 
 
 class SharedRuntime(Runtime):
-    """The same of memory that lies in files of a folder: a handle names one, and opens in any process but its own."""
+    """A runtime whose memory is in files of a folder.
+
+    A handle names a file and opens in any process but its owner.
+    """
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -128,7 +132,7 @@ class SharedRuntime(Runtime):
         self.mapped: dict[int, Any] = {}
 
     def allocate(self, size: int) -> Any:
-        """Zeroed, as fresh pages are; its address is known by what is returned."""
+        """Zeroed memory, as fresh pages are; the result has its address."""
         with tempfile.NamedTemporaryFile(dir=self.folder, delete=False) as file:
             file.truncate(size)
             memory = _Mapped(file.fileno(), size)
@@ -156,7 +160,7 @@ class SharedRuntime(Runtime):
 
 
 class _Mapped:
-    """A file mapped whole, as long as something refers to this."""
+    """A whole file, mapped as long as this object is referenced."""
 
     def __init__(self, fd: int, size: int) -> None:
         self._map = mmap.mmap(fd, size)
@@ -164,7 +168,10 @@ class _Mapped:
 
 
 def fake_cupy(room: int = 1 << 30, folder: Path | None = None, devices: int = 1) -> Any:
-    """A module ``cupy`` of GPUs with ``room`` bytes in all; ``folder``: where other processes find the memory."""
+    """A stand-in for the module ``cupy``, with ``devices`` GPUs of ``room`` bytes in total.
+
+    ``folder``: where the memory's files are if other processes must be able to open it.
+    """
     import numpy as np
 
     left = [room]

@@ -1,7 +1,8 @@
-"""The calls of FlashInfer that memserve makes, computed with torch on the CPU from the very same arrays and strides.
+"""The FlashInfer calls that memserve makes, computed with torch on the CPU from the same arrays and strides.
 
-As strict as the C++ side: types, shapes, strides and where an array must lie are checked. A graph in :class:`Replays`
-runs its Python function again, on the same tensors, so that what a captured step reads must really be at fixed addresses.
+It is as strict as FlashInfer's C++ side: it checks types, shapes, strides and alignment. A graph in
+:class:`Replays` runs its Python function again on the same tensors, so everything that a captured step reads
+must be at a fixed address.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ import torch
 
 
 class Replays:
-    """Stands for CUDA graphs and events: a replay runs the function again."""
+    """Stands for CUDA graphs and events: a replay runs the captured function again."""
 
     def __init__(self) -> None:
         self.captured = 0
         self.log: list[str] = []
-        """What was launched and waited for, in order: ``replay`` and ``wait``."""
+        """Launches and waits, in order, as ``replay`` and ``wait``."""
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
-        """Run it twice, as a capture with a warm-up does."""
+        """Run ``run`` twice, as a capture with a warm-up does; the function that replays it."""
         self.captured += 1
         run()
         run()
@@ -34,7 +35,7 @@ class Replays:
         return replay
 
     def mark(self) -> Callable[[], None]:
-        """A wait that is only noted."""
+        """A wait that is only logged."""
         return lambda: self.log.append("wait")
 
 
@@ -44,7 +45,10 @@ def _ints(*tensors: torch.Tensor) -> None:
 
 
 def _halves(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """K and V of a layer's view, (pages, kv_heads, page_tokens, head_dim), as the kernels take them: same strides, last one 1."""
+    """K and V of a layer's view, each (pages, kv_heads, page_tokens, head_dim).
+
+    They must have equal strides, the last one 1, as the kernels require, and be aligned to 16 bytes.
+    """
     assert cache.dim() == 5 and cache.shape[1] == 2
     k, v = cache.unbind(1)
     assert k.stride() == v.stride() and k.stride(-1) == 1
@@ -53,7 +57,7 @@ def _halves(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class _Attention:
-    """What both wrappers share: planned page tables, and attention over them."""
+    """The common part of both wrappers: planned page tables, and attention over them."""
 
     causal = False
     heads: tuple[int, int, int]
@@ -66,7 +70,7 @@ class _Attention:
     def _attend(
         self, q: torch.Tensor, cache: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, qo: list[int]
     ) -> None:
-        """``lse``: log2 of each query's sum of exponentials, in which merges weigh."""
+        """Attend; ``lse`` receives log2 of each query's sum of exponentials, its weight in merges."""
         assert self.tables is not None, "run before plan"
         k, v = _halves(cache)
         indptr, indices, last = (table.tolist() for table in self.tables)
@@ -77,7 +81,7 @@ class _Attention:
             pages = indices[indptr[row] : indptr[row + 1]]
             assert 1 <= last[row] <= self.page_size and pages
             length = (len(pages) - 1) * self.page_size + last[row]
-            # (kv_heads, length, head_dim): what lies behind the last token is never read.
+            # (kv_heads, length, head_dim): slots after the last token are never read.
             keys, values = (
                 half[pages].transpose(0, 1).reshape(self.heads[1], -1, self.heads[2])[:, :length].double()
                 for half in (k, v)
@@ -92,7 +96,10 @@ class _Attention:
             out[qo[row] : qo[row + 1]] = found.transpose(0, 1).to(out.dtype)
 
     def _split(self, tiles: int, tile: int) -> None:
-        """Room for the parts of a split context: values and their weights in float32, each array aligned to 16 bytes."""
+        """Check that the workspace holds the parts of a split context.
+
+        They are values and their weights in float32, each array aligned to 16 bytes.
+        """
         heads, _, head_dim = self.heads
         taken = heads * tiles * tile * head_dim * 4 + 16 + heads * tiles * tile * 4
         assert taken <= self.room, f"Buffer overflow: {taken} bytes of parts, {self.room} of workspace"
@@ -117,7 +124,7 @@ class _Attention:
 
 
 class BatchDecodeWithPagedKVCacheWrapper(_Attention):
-    """One query a row."""
+    """Attention with one query per row."""
 
     def __init__(
         self, float_workspace_buffer: torch.Tensor, kv_layout: str = "NHD", use_cuda_graph: bool = False,
@@ -134,7 +141,7 @@ class BatchDecodeWithPagedKVCacheWrapper(_Attention):
         self, indptr: torch.Tensor, indices: torch.Tensor, last_page_len: torch.Tensor, num_qo_heads: int,
         num_kv_heads: int, head_dim: int, page_size: int, q_data_type: Any, kv_data_type: Any,
     ) -> None:  # fmt: skip
-        """Take the tables, into the fixed buffers where there are some."""
+        """Store the page tables, in the fixed buffers if there are any."""
         _ints(indptr, indices, last_page_len)
         group = num_qo_heads // num_kv_heads
         assert self.tensor_cores or group in (1, 2, 3, 4, 8), "Unsupported group_size"
@@ -161,7 +168,7 @@ class BatchDecodeWithPagedKVCacheWrapper(_Attention):
 
 
 class BatchPrefillWithPagedKVCacheWrapper(_Attention):
-    """Many queries a row; causal, or each sees all keys."""
+    """Attention with several queries per row; causal, or each query sees all keys."""
 
     def __init__(
         self, float_workspace_buffer: torch.Tensor, kv_layout: str = "NHD", backend: str = "auto"
@@ -174,7 +181,7 @@ class BatchPrefillWithPagedKVCacheWrapper(_Attention):
         paged_kv_last_page_len: torch.Tensor, num_qo_heads: int, num_kv_heads: int, head_dim_qk: int,
         page_size: int, causal: bool = False, *, q_data_type: Any, kv_data_type: Any,
     ) -> None:  # fmt: skip
-        """Take the tables."""
+        """Store the page tables."""
         _ints(qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len)
         assert int(qo_indptr[0]) == 0 and len(qo_indptr) == len(paged_kv_indptr)
         self.causal, self.qo = causal, qo_indptr.tolist()
@@ -193,7 +200,7 @@ def merge_state_in_place(
     v: torch.Tensor, s: torch.Tensor, v_other: torch.Tensor, s_other: torch.Tensor,
     mask: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Make ``v`` and ``s`` what attention over both parts gives; rows of a false ``mask`` stay as they are."""
+    """Set ``v`` and ``s`` to the attention over both parts; rows with a false ``mask`` keep their values."""
     assert all(one.is_contiguous() for one in (v, s, v_other, s_other))
     assert v.dim() == 3 and v.shape == v_other.shape and s.shape == s_other.shape == v.shape[:2]
     assert v.dtype == v_other.dtype and s.dtype == s_other.dtype == torch.float32
@@ -235,7 +242,7 @@ def rmsnorm(input: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> tor
 def fused_add_rmsnorm(
     input: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6
 ) -> None:
-    """residual += input; input = its norm."""
+    """Compute residual += input, then input = norm(residual)."""
     assert input.dim() == residual.dim() == 2 and input.dtype == residual.dtype
     total = input.float() + residual.float()
     residual.copy_(total)
@@ -244,7 +251,7 @@ def fused_add_rmsnorm(
 
 
 def silu_and_mul(input: torch.Tensor) -> torch.Tensor:
-    """silu of the first half times the second."""
+    """silu of the first half times the second half."""
     assert input.is_contiguous() and input.shape[-1] // 2 * input.element_size() % 16 == 0
     gate, up = input.float().chunk(2, -1)
     return (torch.nn.functional.silu(gate) * up).to(input.dtype)
@@ -254,7 +261,7 @@ def apply_rope_with_cos_sin_cache_inplace(
     positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor, head_size: int, cos_sin_cache: torch.Tensor,
     is_neox: bool = True,
 ) -> None:  # fmt: skip
-    """Rotate q and k where they are."""
+    """Rotate q and k in place."""
     _ints(positions)
     assert cos_sin_cache.dtype == torch.float32 and is_neox
     cosines, sines = cos_sin_cache[positions.long()].chunk(2, -1)

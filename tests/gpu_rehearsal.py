@@ -1,11 +1,15 @@
-"""FlashInfer itself without a GPU: its Python, its compiled host code, and its kernels, which the CPU runs from their PTX.
+"""The real FlashInfer without a GPU: its Python, its compiled host code, and its kernels' PTX run on the CPU.
 
-Three parts stand in for the machine. A torch device of its own (``rehearsal/device.cpp``) refuses, as a GPU does, to mix its
-tensors with the host's and to wait within a capture. A CUDA runtime (``rehearsal/cudart.c``) has an H100's limits and
-notes each launch. And the kernel that is launched is run (``ptx_kernels``), a thread after another, on the device's memory.
+Three parts stand in for the machine:
 
-Nothing runs before the host waits for it (``rehearsal/stream.hpp``): a host that reads what the device has yet to write, or writes what
-it has yet to read, gets other tokens.
+- A torch device (``rehearsal/device.cpp``) that, like a GPU, refuses to mix its tensors with the host's and
+  to wait within a capture.
+- A CUDA runtime (``rehearsal/cudart.c``) with an H100's limits, which records each launch.
+- A runner (``ptx_kernels``) that executes each launched kernel on the device's memory, one thread after
+  another.
+
+Nothing runs until the host waits for it (``rehearsal/stream.hpp``). A host that reads memory before the
+device has written it, or overwrites memory that the device has yet to read, therefore gets different tokens.
 """
 
 from __future__ import annotations
@@ -36,12 +40,12 @@ COMPILED, PTX = ROOT / ".gpu" / "aot", ROOT / ".gpu" / "ptx"
 SOURCES = Path(__file__).parent / "rehearsal"
 NAME = "rehearsed"
 PROCESSORS = 132
-"""Of an H100."""
+"""Streaming multiprocessors of an H100."""
 CAPABILITY = (9, 0)
 
 
 def missing() -> str | None:
-    """Why nothing can be rehearsed here."""
+    """Why nothing can be rehearsed here; None if it can."""
     if find_spec("flashinfer") is None:
         return "flashinfer is not installed"
     there = any(COMPILED.glob("*/*.so")) and any(PTX.glob("*/*.ptx"))
@@ -49,7 +53,7 @@ def missing() -> str | None:
 
 
 def needs_compiled(spec: ModelSpec, backend: str) -> None:
-    """Skip where ``make gpu-kernels`` was told to leave out what this model needs."""
+    """Skip the test if ``make gpu-kernels`` did not compile the libraries that this model needs."""
     there = {path.stem for path in COMPILED.glob("*/*.so")}
     if left_out := libraries(spec, backend) - there:
         pytest.skip(f"not compiled: {', '.join(sorted(left_out))}")
@@ -57,7 +61,7 @@ def needs_compiled(spec: ModelSpec, backend: str) -> None:
 
 @attrs.frozen
 class Launch:
-    """A kernel as it was launched."""
+    """One launch of a kernel."""
 
     kernel: str
     grid: tuple[int, ...]
@@ -67,7 +71,7 @@ class Launch:
 
 
 class Machine:
-    """The device and the runtime, built and loaded once a process."""
+    """The device and the runtime, built and loaded once per process."""
 
     def __init__(self, folder: Path) -> None:
         script = folder / "cudart.map"
@@ -80,7 +84,7 @@ class Machine:
             folder, "device.cpp", "g++", "-std=c++20", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
             f"-I{torch_at / 'include'}", f"-L{torch_at / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10",
         )  # fmt: skip
-        # FlashInfer's libraries name it as what they need, and find it loaded.
+        # FlashInfer's libraries depend on it by its soname and find it already loaded.
         self._runtime = ctypes.CDLL(str(runtime), ctypes.RTLD_GLOBAL)
         self._runtime.noted_launches.restype = ctypes.c_char_p
         self._device = ctypes.CDLL(str(device))
@@ -101,14 +105,14 @@ class Machine:
         self.device = torch.device(NAME, 0)
 
     def launches(self) -> list[Launch]:
-        """What was launched since the last call."""
+        """Kernels launched since the last call."""
         lines = self._runtime.noted_launches().decode().splitlines()
         self._runtime.forget_launches()
         return [_launch(line) for line in lines]
 
     @contextmanager
     def only_noting(self) -> Iterator[None]:
-        """No kernel runs: what is launched for a large model would take hours."""
+        """Record launches without running the kernels, which would take hours for a large model."""
         self._runtime.run_kernels(Runner())
         try:
             yield
@@ -116,27 +120,27 @@ class Machine:
             self._runtime.run_kernels(self._kernels.runner)
 
     def peak(self) -> int:
-        """Bytes that were allocated at most at a time since the last call."""
+        """Peak of the allocated bytes since the last call."""
         peak: int = self._device.device_peak()
         return peak
 
     def mark(self) -> int:
-        """How many operations, copies and kernels have been launched."""
+        """Number of operations, copies and kernels launched so far."""
         launched: int = self._device.device_mark()
         return launched
 
     def waits(self) -> int:
-        """How often the host had to wait since the last call."""
+        """Number of times the host had to wait since the last call."""
         waits: int = self._device.device_waits()
         return waits
 
     def wait(self, mark: int) -> None:
-        """Until the first ``mark`` of all that was launched are done. Raises RuntimeError for one that failed."""
+        """Wait until the first ``mark`` launches are done. Raises RuntimeError if one of them failed."""
         if wrong := self._device.device_wait(mark):
             raise RuntimeError(f"on the device: {wrong.decode()}")
 
     def capture(self, run: Callable[[], None]) -> Graph:
-        """What ``run`` does on the device, to be done again. While it is captured nothing may wait or copy to or from the host."""
+        """Capture the device work of ``run``, which may not wait, nor copy to or from the host."""
         self._device.device_begin_capture()
         try:
             run()
@@ -146,7 +150,7 @@ class Machine:
 
 
 class Graph:
-    """A captured step: the operations and kernels of a run, with the tensors, numbers and addresses that they had in it."""
+    """A captured step: the operations and kernels of one run, with its tensors, numbers and addresses."""
 
     def __init__(self, device: ctypes.CDLL, held: int) -> None:
         self._device, self._held = device, held
@@ -155,12 +159,15 @@ class Graph:
         self._device.device_drop(self._held)
 
     def replay(self) -> None:
-        """Launch it all again; none of the host's code runs."""
+        """Launch the captured work again; none of the host's code runs."""
         self._device.device_replay(self._held)
 
 
 def _compiled(folder: Path, source: str, compiler: str, *more: str) -> Path:
-    """A library of a source, compiled once. Processes that start together may both compile it; neither sees half of it."""
+    """The library of a source file, compiled once.
+
+    Processes that start together may both compile it; neither sees half a file.
+    """
     parts = (SOURCES / source, SOURCES / "stream.hpp")
     given = b"".join(part.read_bytes() for part in parts) + repr((torch.__version__, more)).encode()
     library = folder / f"{Path(source).stem}-{hashlib.sha256(given).hexdigest()[:16]}.so"
@@ -204,7 +211,7 @@ class _DLManagedTensor(ctypes.Structure):
 
 
 CUDA_DEVICE = 2
-"""DLPack's number of CUDA devices."""
+"""DLPack's device type for CUDA."""
 _TYPES = {
     torch.bfloat16: (4, 16), torch.float32: (2, 32), torch.int32: (0, 32), torch.uint8: (1, 8), torch.int64: (0, 64),
 }  # fmt: skip
@@ -216,7 +223,7 @@ _new_capsule.restype, _new_capsule.argtypes = (
 
 
 class _OnCuda:
-    """A tensor of the device, said to be a GPU's; its own address, shape and strides."""
+    """A tensor of the device, presented as a GPU tensor with the same address, shape and strides."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
@@ -237,7 +244,7 @@ class _OnCuda:
 
 
 class _Library:
-    """One of FlashInfer's compiled libraries, given the device's tensors as a GPU's."""
+    """One of FlashInfer's compiled libraries, which receives the device's tensors as GPU tensors."""
 
     def __init__(self, name: str, library: Any) -> None:
         self._name, self._library = name, library
@@ -269,7 +276,10 @@ def machine() -> Machine:
 
 @functools.cache
 def flashinfer() -> Any:
-    """FlashInfer, which takes the device for an H100. Its libraries are those that ``make gpu-kernels`` compiled; it compiles none."""
+    """FlashInfer, made to take the device for an H100.
+
+    It uses only the libraries that ``make gpu-kernels`` compiled and compiles none itself.
+    """
     from memserve.settings.gpus import gpu_environment
 
     os.environ.update(gpu_environment(), FLASHINFER_CUDA_ARCH_LIST="9.0a", FLASHINFER_DISABLE_JIT="1")
@@ -295,11 +305,11 @@ def _shown_a_gpu(load: Callable[[Any, Path], Any]) -> Callable[[Any, Path], _Lib
 
 
 asked: set[str] = set()
-"""Names of the libraries that were called. Loaded is each once a process."""
+"""Names of the libraries that were called; each library is loaded once per process."""
 
 
 class _FlashInfer:
-    """FlashInfer, imported when something of it is first used."""
+    """FlashInfer, imported at its first use."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(flashinfer(), name)
@@ -313,7 +323,7 @@ Rehearsed: Any = _FlashInfer()
 
 
 class Graphs:
-    """CUDA graphs of the machine, and events."""
+    """Stands for CUDA graphs and events, on the machine."""
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         """See the protocol."""
@@ -327,7 +337,7 @@ class Graphs:
 
 
 def take_over(engine: Any) -> None:
-    """Let ``memserve.engine.cuda`` of this process run on the device, with FlashInfer."""
+    """Make this process's ``memserve.engine.cuda`` (``engine``) run on the device with FlashInfer."""
     from memserve.kernels import flashinfer_kit
 
     machine()

@@ -1,4 +1,4 @@
-"""A copy of a shard's index made from its IndexEvents alone: what a scheduler could know."""
+"""A copy of a shard's index, made only from its IndexEvents: all that a scheduler can know of it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from memserve.pool_messages import IndexDelta, IndexEvent, IndexSnapshot
 
 @attrs.define
 class Entry:
-    """One entry: all tokens up to its end, and how many bytes of them are its own."""
+    """One entry: all tokens up to its end, and the number of their bytes that are its own."""
 
     scope: str
     tokens: bytes
@@ -19,16 +19,16 @@ class Entry:
 
 @attrs.define
 class Mirror:
-    """Events in, prefixes out. ``page_bytes``: bytes of one page's tokens."""
+    """Turns events into cached prefixes. ``page_bytes``: bytes of the tokens of one page."""
 
     page_bytes: int
     entries: dict[int, Entry] = attrs.field(factory=dict)
     next: int | None = 0
-    """The sequence number expected; None after a gap, until a snapshot is whole."""
+    """The expected sequence number; None from a gap until a snapshot is complete."""
     parts: list[IndexSnapshot] = attrs.field(factory=list)
 
     def hear(self, message: IndexDelta | IndexSnapshot) -> bool:
-        """Take a message in; whether a snapshot is wanted."""
+        """Process a message; whether a snapshot must be requested."""
         if isinstance(message, IndexDelta):
             if self.next != message.first:
                 self.next = None
@@ -45,12 +45,12 @@ class Mirror:
         return False
 
     def apply(self, events: tuple[IndexEvent, ...] | list[IndexEvent]) -> None:
-        """Take events in, in order."""
+        """Apply events, in order."""
         for event in events:
             getattr(self, f"_{event.kind}")(event)
 
     def prefixes(self) -> dict[tuple[str, bytes], int]:
-        """Every cached prefix in whole pages, and the tier of its last page."""
+        """Every cached prefix of whole pages, with the tier of its last page."""
         found = {}
         for entry in self.entries.values():
             start = len(entry.tokens) - entry.own

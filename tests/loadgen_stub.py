@@ -1,4 +1,4 @@
-"""The stub server for tests of the load generator: over memory streams with a virtual clock, or on loopback."""
+"""The load generator's stub server for tests, over memory streams with a virtual clock or on loopback."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def options(
     measures: MeasureOptions | None = None,
     kind: str = "shared-prefix",
 ) -> RunOptions:
-    """A run of a small workload, one client after another unless told otherwise."""
+    """Options for a run of a small workload, by default with a single client."""
     return RunOptions(
         kind=kind,  # type: ignore[arg-type]
         workload=workload,
@@ -63,5 +63,5 @@ async def on_loopback(stub: Stub) -> AsyncIterator[str]:
 
 
 def with_(behaviour: Behaviour | None = None, **changes: Any) -> Stub:
-    """A stub that behaves so."""
+    """A stub with this behaviour and these changes to it."""
     return Stub(attrs.evolve(behaviour or Behaviour(), **changes))

@@ -1,4 +1,4 @@
-"""Log lines for the tests that read them: one request's life, and the makings of others."""
+"""Log lines for tests that read logs: the life of one request, and functions that make other lines."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def line(at_ms: float, actor: str, event: str, level: str = "info", **data) -> d
 
 
 def finished(at_ms: float, request: str, outcome: str = "stop", **data) -> dict:
-    """A canonical line."""
+    """A canonical ``request finished`` line of the Frontend."""
     base = {"prompt_tokens": 100, "cached_tokens": 25, "output_tokens": 10, "ttft_ms": 20.0, "tpot_ms": 2.0}
     base |= {"total_ms": 40.0, "prefill": "p0.00000001", "decode": "d0.00000001"}
     return line(at_ms, "frontend-0", "request finished", request=request, outcome=outcome, **(base | data))

@@ -1,8 +1,8 @@
 """A whole cluster in one process and in virtual time: the real cores and shells on the in-memory bus.
 
-Its engine has no model, but it has real pages: it writes each token into the page that the plan names, and draws the
-next token from what the pages hold for the whole sequence. A page that was freed too early, shared wrongly, or not
-filled therefore shows as a wrong token, as it would with a model.
+Its engine has no model, but real pages: it writes each token into the page that the plan names, and derives
+the next token from the contents of the sequence's pages. A page that was freed too early, shared wrongly or
+not filled therefore produces a wrong token, as it would with a model.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ PAGE_TOKENS = 4
 PAGE_BYTES = 16
 MAX_CONTEXT = 200
 PAUSE_S = 12.0
-"""A paused worker wakes after it was declared dead and its leases have ended, and finishes its step."""
+"""Extra seconds of a paused worker's step: enough for it to be declared dead and to lose its leases."""
 
 
 def next_token(tokens: list[int], seed: int) -> int:
-    """What the make-believe model says after ``tokens``: any change of any token changes it."""
+    """The simulated model's next token after ``tokens``: it depends on every one of them."""
     digest = hashlib.sha256(pack(tokens) + bytes([seed])).digest()
     return 2 + int.from_bytes(digest[:4], "little") % 49_000
 
@@ -73,7 +73,7 @@ class PageEngine:
     arena: dict[int, list[int]]
 
     def run(self, plan: BatchPlan) -> BatchResult:
-        """Write the rows' tokens into their pages; draw from what the pages hold."""
+        """Write the rows' tokens into their pages, and draw from the pages' contents."""
         return BatchResult(tuple(self._row(row) for row in plan.rows), 1.0, 1)
 
     def _row(self, row) -> int | None:
@@ -81,7 +81,7 @@ class PageEngine:
         return None if tokens is None else next_token(tokens, row.sample.seed)
 
     def write(self, row) -> list[int] | None:
-        """Write a row's tokens into its pages; what they hold for the whole sequence, where a token is wanted after it."""
+        """Write a row's tokens into its pages; if it draws, the whole sequence as its pages hold it."""
         for offset, token in enumerate(unpack(row.tokens)):
             position = row.start + offset
             self.arena[row.pages[position // PAGE_TOKENS]][position % PAGE_TOKENS] = token
@@ -92,7 +92,7 @@ class PageEngine:
 
 @attrs.define(eq=False)
 class Actor:
-    """One running actor: its shell, and the scope that kills it."""
+    """One running actor: its shell, its core, and the scope that kills it."""
 
     id: ActorId
     shell: Shell
@@ -103,7 +103,7 @@ class Actor:
 
 @attrs.define(eq=False)
 class MemoryCluster:
-    """Actors by name. ``kill`` is SIGKILL: no message, no cleaning up."""
+    """The actors, by name. ``kill`` acts like SIGKILL: no message and no cleanup."""
 
     nursery: trio.Nursery
     pages: int
@@ -120,13 +120,13 @@ class MemoryCluster:
     host_pages: int = 0
     disk_pages: int = 0
     copy_s: float = 0.02
-    """How long a copy between tiers takes; now and then a page from disk comes damaged."""
+    """Base duration of a copy between tiers, in seconds; some pages copied from disk arrive damaged."""
     fetch_s: float = 5.0
     ahead: bool = True
     move_s: float = 0.01
-    """How long a transfer between shards takes."""
+    """Duration of a transfer between shards, in seconds."""
     move_fails: Callable[[int], bool] = lambda number: False
-    """Which transfers, by their number in their shard, break in the middle."""
+    """Decides which transfers, by their number in their shard, break off half way."""
     bus: MemoryBus = attrs.field(factory=MemoryBus)
     actors: dict[str, Actor] = attrs.field(factory=dict)
     arenas: dict[str, dict[int, list[int]]] = attrs.field(factory=dict)
@@ -159,7 +159,7 @@ class MemoryCluster:
         return actor
 
     async def scheduler(self, name: str = "scheduler-0") -> Actor:
-        """A GlobalScheduler; start it first."""
+        """Start a GlobalScheduler; it must be the first actor."""
         link = self._new_link(name)
         me = Member(link.actor, "GlobalScheduler", link.endpoint, 1, "ready")
         policy = Cost(Weights(fetch=True)) if self.policy == "cost" else PLAIN[self.policy]()
@@ -168,7 +168,7 @@ class MemoryCluster:
         return await self._start(name, link, core, core)
 
     async def shard(self, name: str = "s0") -> Actor:
-        """A MemPoolShard with ``pages`` pages."""
+        """Start a MemPoolShard with ``pages`` device pages."""
         link = self._new_link(name)
         sizes = Capacity(self.pages, self.host_pages, self.disk_pages, 0.1, 0.2)
         counts = zip(Tier, (sizes.device, sizes.host, sizes.disk), strict=True)
@@ -195,7 +195,7 @@ class MemoryCluster:
         return actor
 
     async def _move(self, shard: Actor, write: Write, moving: dict[int, trio.CancelScope]) -> None:
-        """A mover: page by page, each when its time has come; what is broken off leaves half of them written."""
+        """A mover: it writes page by page over ``move_s``; a broken transfer leaves half of them written."""
         transfer, told = write.transfer, None
         source, target = self.arenas[shard.id], self.arenas[write.way.address]
         broken = len(transfer.source) // 2 if self.move_fails(transfer.id) else -1
@@ -214,7 +214,7 @@ class MemoryCluster:
             shard.shell.tell(told or WriteFailed(transfer.id, Failure.WITHDRAWN, "stopped"))
 
     async def _copy(self, shard: Actor, copy: Copy) -> None:
-        """Copies end late, and some of what was on disk is damaged; the pages are read when the copy ends."""
+        """A copy between tiers: it ends late and only then reads the pages; some from disk are damaged."""
         await trio.sleep(self.copy_s * (1 + copy.id % 3))
         arena, bad = self.arenas[shard.id], []
         for source, target, pages in copy.runs:
@@ -226,7 +226,7 @@ class MemoryCluster:
         shard.shell.tell(CopyDone(copy.id, tuple(bad)))
 
     async def worker(self, name: str, role: str, shard: str = "s0") -> Actor:
-        """A worker of any role on ``shard``."""
+        """Start a worker of any role on ``shard``."""
         link = self._new_link(name)
         home = self.actors[shard]
         link.connect(home.id, home.shell.link.endpoint)
@@ -262,15 +262,15 @@ class MemoryCluster:
         return actor
 
     def make_arena(self, slots: list[int]):
-        """Pages by slot."""
+        """An arena: empty pages by slot."""
         return {one: [0] * PAGE_TOKENS for one in slots}
 
     def make_engine(self, arena):
-        """What runs steps on the pages of an arena."""
+        """The engine that runs steps on the pages of an arena."""
         return PageEngine(arena)
 
     async def frontend(self, name: str = "frontend-0") -> FrontendService:
-        """A Frontend without HTTP: the service that HTTP handlers call."""
+        """Start a Frontend without HTTP; the service that HTTP handlers would call."""
         link = self._new_link(name)
         presence = self._presence(link, "Frontend")
         core = FrontendCore(presence, 64)
@@ -278,19 +278,19 @@ class MemoryCluster:
         return FrontendService(core, actor.shell)
 
     def _fence(self, actor: ActorId) -> None:
-        """What a shard does to a worker that is held for dead."""
+        """Kill an actor that is presumed dead, as a shard does."""
         found = next((one for one in self.actors.values() if one.id == actor), None)
         if found is not None:
             self.kill(actor.rpartition(".")[0])
 
     def pause(self, name: str) -> None:
-        """SIGSTOP: it hears and says nothing, and its step stays unfinished; wakes only to be found dead."""
+        """Pause a worker as SIGSTOP does: no messages in or out, and its step ends PAUSE_S late."""
         self.actors[name].paused = True
         self.bus.unbind(self.actors[name].shell.link)
         self.actors[name].shell.link.send = lambda to, message: None
 
     def kill(self, name: str) -> None:
-        """The process is gone; the supervisor notices at once."""
+        """Kill an actor; with ``announce_deaths`` the supervisor reports it to the schedulers at once."""
         actor = self.actors.pop(name)
         actor.scope.cancel()
         self.bus.unbind(actor.shell.link)
@@ -302,7 +302,7 @@ class MemoryCluster:
                     one.shell.tell(Died(actor.id))
 
     def check(self) -> None:
-        """Every core's invariants."""
+        """Check the invariants of every core."""
         for actor in self.actors.values():
             actor.core.check()
 
@@ -321,7 +321,10 @@ class MemoryCluster:
 async def memory_cluster(
     *workers: tuple[str, str] | tuple[str, str, str], pages: int = 400, kind=MemoryCluster, **settings
 ) -> AsyncIterator[tuple[MemoryCluster, FrontendService]]:
-    """One scheduler, the given (name, role, shard) workers and their shards, s0 unless named, one Frontend; ready."""
+    """A ready cluster: a scheduler, the given (name, role, shard) workers, their shards and a Frontend.
+
+    A worker without a shard is on s0, which always exists.
+    """
     async with trio.open_nursery() as nursery:
         cluster = kind(nursery, pages, **settings)
         await cluster.scheduler()
@@ -337,7 +340,7 @@ async def memory_cluster(
 
 
 async def generate(frontend: FrontendService, prompt: list[int], max_tokens: int, seed: int = 0) -> list[int]:
-    """All ``max_tokens`` tokens of one request: nothing ends it, whatever a model has to say."""
+    """All ``max_tokens`` tokens of one request: no token ends it early."""
     return await generate_with(frontend, prompt, Sampling(0.0, seed=seed), max_tokens, ())
 
 
@@ -354,7 +357,7 @@ async def generate_with(
 
 
 async def baseline(cluster: MemoryCluster) -> None:
-    """Wait until nothing is leased any more; fails when that does not come."""
+    """Wait until no page is leased, then check all cores. Fails after 60 s."""
     pools = [one.core.pool for one in cluster.actors.values() if isinstance(one.core, ShardCore)]
     with trio.fail_after(60):
         while any(pool.leased_pages or len(pool.leases) for pool in pools):

@@ -1,4 +1,4 @@
-"""One sender's arena and one receiver's, and every path between them, for tests of movers."""
+"""A sender's arena, a receiver's arena and every path between them, for tests of movers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from memserve.transfer.tcp import TcpMover, TcpReceiver
 from memserve.transfer.values import Geometry, PageTransfer, Result
 from memserve.transfer_messages import Granularity, Way
 
-GEOMETRY = Geometry(page_bytes=24_000, layers=4)  # no multiple of a system page
+GEOMETRY = Geometry(page_bytes=24_000, layers=4)  # a page is not a multiple of the system's page size
 PAGES = 40
 
 PATHS = [
@@ -50,13 +50,13 @@ class Pair:
     destination: memoryview
     receiver: TcpReceiver | None
     told: list = attrs.field(factory=list)
-    """What the receiving side made of it, for paths where it takes part."""
+    """What the receiving side reported, for paths in which it takes part."""
     number: int = 0
     runtime: Any = None
-    """CuPy's, where the pages are on GPUs."""
+    """CuPy's runtime, if the pages are on GPUs."""
 
     def transfer(self, source, destination, granularity=Granularity.AGGREGATED) -> PageTransfer:
-        """The next transfer, expected on the other side."""
+        """The next transfer; the receiving side expects it."""
         self.number += 1
         one = PageTransfer("a.1", self.number, tuple(source), tuple(destination), granularity)
         if self.receiver is not None:
@@ -64,12 +64,12 @@ class Pair:
         return one
 
     async def send(self, transfer, feed=None, deadline_s=20.0) -> Result:
-        """Move it."""
+        """Carry out a transfer; its result."""
         feed = feed or PieceFeed.whole(transfer, GEOMETRY)
         return await self.mover.send(transfer, self.way, feed, deadline_s)
 
     def assert_moved(self, transfer) -> None:
-        """Exactly the destination pages changed, and they hold what the source pages hold."""
+        """Check that only the destination pages changed, and that they equal the source pages."""
         size = GEOMETRY.page_bytes
         expected = bytearray(len(self.destination))
         for source, destination in zip(transfer.source, transfer.destination, strict=True):
@@ -79,7 +79,7 @@ class Pair:
 
 @asynccontextmanager
 async def gpus(nursery, directory, devices=2):
-    """Two shards on a GPU each, of a machine with ``devices``: CuPy's calls on host memory."""
+    """Two shards on GPUs of a machine with ``devices`` of them, by CuPy's calls on host memory."""
     cupy = fake_cupy()
     cupy.cuda.runtime.devices = devices
     weights = directory / "w.safetensors"
@@ -101,7 +101,7 @@ async def gpus(nursery, directory, devices=2):
 
 @asynccontextmanager
 async def pair(path, directory):
-    """Two arenas in this process and the mover between them."""
+    """Two arenas in this process and a mover between them over ``path``."""
     arenas = [Arena.create(f"{name}.1", PAGES, GEOMETRY.page_bytes) for name in "ab"]
     here, there = (Memory(arena.memory, GEOMETRY) for arena in arenas)
     here.view[:] = random.Random(1).randbytes(len(here.view))

@@ -1,4 +1,4 @@
-"""A fleet and an index made by hand, for tests of where requests go."""
+"""A fleet and an index made by hand, for tests of placement."""
 
 from __future__ import annotations
 
@@ -24,13 +24,15 @@ COSTS = StepCosts(
     chunk_tokens=256,
     token_bytes=20_000,
 )
-"""About a small model on a few cores: 2,500 tokens/s, 10 ms a step."""
+"""Roughly a small model on a few cores: 2,500 tokens/s of prefill, 10 ms per step."""
 DOCUMENT = pack(range(1600))
 
 
 class World:
-    """A fleet and an index, by hand. Workers are ``p…`` (prefill), ``d…`` (decode) and ``w…`` (both), on a shard each
-    unless named ``p0@s1``.
+    """A fleet and an index made by hand.
+
+    Workers are named ``p…`` (prefill), ``d…`` (decode) or ``w…`` (both). Each has a shard of its own, unless
+    its name gives one: ``p0@s1``.
     """
 
     def __init__(self, *workers: str, policy: Policy | None = None):
@@ -42,7 +44,7 @@ class World:
             self.report(one)
 
     def report(self, worker: str, costs: StepCosts = COSTS, site: Site | None = None, **load: float) -> None:
-        """A heartbeat of a worker, and of its shard."""
+        """Deliver a heartbeat of a worker and of its shard."""
         name, _, shard = worker.partition("@")
         shard = ActorId(f"{shard or 's-' + name}.1")
         role = {"p": "prefill", "d": "decode", "w": "both"}[name[0]]
@@ -52,21 +54,21 @@ class World:
         self.fleet.heard(me, self.now)
 
     def cache(self, shard: str, tokens: bytes, tier: int = 0) -> None:
-        """A shard tells that it holds a prompt."""
+        """Let a shard report that it holds a prompt."""
         first = self.entries.get(shard, 0)
         self.entries[shard] = first + 1
         event = IndexEvent("stored", first + 1, 0, "anne", tokens[: len(tokens) // 64 * 64], tier)
         assert self.index.delta(ActorId(f"{shard}.1"), IndexDelta(first, (event,)), self.now) == []
 
     def evict(self, shard: str) -> None:
-        """A shard tells that what it stored last is gone."""
+        """Let a shard report that the prompt it stored last is gone."""
         first = self.entries[shard]
         self.entries[shard] = first + 1
         event = IndexEvent("removed", first)
         assert self.index.delta(ActorId(f"{shard}.1"), IndexDelta(first, (event,)), self.now) == []
 
     def place(self, tokens: bytes = DOCUMENT, max_tokens: int = 100) -> Placement:
-        """Where a request goes."""
+        """The placement of a new request."""
         self.number += 1
         length = len(tokens) // 4
         request = Request(
@@ -80,7 +82,10 @@ class World:
 
 
 def busy(tokens: float, rows: float = 0) -> dict[str, float]:
-    """The load of a worker with so many prompt tokens waiting, in prompts of about 1,000, and streams of 500 tokens."""
+    """The load of a worker with ``tokens`` waiting prompt tokens and ``rows`` streams.
+
+    Waiting prompts have about 1,000 tokens; streams have contexts of 500.
+    """
     return {
         "waiting_tokens": tokens,
         "waiting_pairs": tokens * 500,
@@ -90,5 +95,5 @@ def busy(tokens: float, rows: float = 0) -> dict[str, float]:
 
 
 def fetching(byte_s: float) -> Cost:
-    """The policy where pages move, so many seconds a byte."""
+    """The cost policy with fetching, over links that take ``byte_s`` seconds per byte."""
     return Cost(Weights(fetch=True), {**LINKS, "mapped": LinkModel(0.002, byte_s)})

@@ -1,6 +1,6 @@
-"""PTX as C++: a kernel becomes a function that a thread of it runs as a fiber (``warps.hpp``).
+"""Translates PTX to C++: a kernel becomes a function that each thread runs as a fiber (``warps.hpp``).
 
-Copies and products that a GPU does asynchronously are done when they are issued, and hints are left out.
+Copies and matrix products that are asynchronous on a GPU are done when they are issued. Hints are left out.
 """
 
 from __future__ import annotations
@@ -23,14 +23,17 @@ WAITED_AT_ONCE = (
     "cp.async.commit_group", "cp.async.wait_group", "cp.async.wait_all", "wgmma.fence", "wgmma.commit_group",
     "wgmma.wait_group", "fence.", "membar", "griddepcontrol", "setmaxnreg", "prefetch", "cp.async.mbarrier.arrive.shared",
 )  # fmt: skip
-"""What orders or hints what is done at once. A thread's arrival at an mbarrier for its copies is counted and taken back at once."""
+"""Instructions without effect here, as they order or hint work that is done when it is issued.
+
+One is a thread's arrival at an mbarrier for its copies, which would be counted and taken back at once.
+"""
 
 
 def entries(module: str) -> dict[str, str]:
-    """The text of each entry of a module, by name."""
+    """The text of each entry (kernel) of a module, by name."""
     found = list(re.finditer(r"^(?:\.visible |\.weak )?\.entry (\w+)\(", module, re.MULTILINE))
     ends = [match.start() for match in found[1:]] + [len(module)]
-    # Braces at the start of a line are inline assembly's too: an entry ends with the last one before the next entry.
+    # Inline assembly can also start a line with a brace: an entry ends with the last before the next.
     return {
         match[1]: module[match.start() : module.rindex("\n}", 0, end) + 2]
         for match, end in zip(found, ends, strict=True)
@@ -38,7 +41,7 @@ def entries(module: str) -> dict[str, str]:
 
 
 def variables(module: str) -> dict[str, str]:
-    """C++ of the constants and variables outside entries, by name."""
+    """C++ declarations of the constants and variables outside entries, by name."""
     pattern = r"^(?:\.visible )?\.(?:const|global) (?:\.align \d+ )?\.(\w+) (\w+)(?:\[(\d+)\])?(?: = \{?([^;}]*)\}?)?;"
     return {
         name: f"alignas(16) static {TYPES[kind]} {name}[{size or 1}] = {{{values or '0'}}};"
@@ -47,9 +50,11 @@ def variables(module: str) -> dict[str, str]:
 
 
 def translate(module: str, name: str) -> str:
-    """C++ of one of a module's entries: ``gather(arguments, 4096 bytes)`` puts a launch's arguments where the kernel looks for them.
+    """C++ of one of a module's entries, with two functions.
 
-    Then there is ``run(grid, block, bytes of dynamic shared memory, those bytes, holds)``, which returns what went wrong. Raises NotTranslated, naming the first instruction that is not known.
+    ``gather(arguments, 4096 bytes)`` copies a launch's arguments to where the kernel looks for them.
+    ``run(grid, block, bytes of dynamic shared memory, those arguments, holds)`` runs the kernel and returns
+    what went wrong. Raises NotTranslated, which names the first unknown instruction.
     """
     text = entries(module)[name]
     head, _, body = text.partition("{")
@@ -95,7 +100,7 @@ extern "C" const char *run(Dim grid, Dim dim, size_t shared, const char *params,
 
 
 def _tokens(body: str) -> Iterator[str]:
-    """``{``, ``}``, ``label:`` and instructions."""
+    """Split an entry's body into ``{``, ``}``, ``label:`` and instructions."""
     body = re.sub(r"//[^\n]*", "", body)
     held, depth = "", 0
     for char in body:
@@ -113,7 +118,7 @@ def _tokens(body: str) -> Iterator[str]:
 
 
 def _literal(text: str) -> str | None:
-    """A number."""
+    """C++ of a PTX number; None if the text is not a number."""
     if re.fullmatch(r"0[fF][0-9a-fA-F]{8}", text):
         return f"std::bit_cast<f32>(0x{text[2:]}u)"
     if re.fullmatch(r"0[dD][0-9a-fA-F]{16}", text):
@@ -124,7 +129,7 @@ def _literal(text: str) -> str | None:
 
 
 class _Function:
-    """What is known of an entry while its statements are read in order."""
+    """The state of an entry's translation: names and declarations, as its statements are read in order."""
 
     def __init__(self, params: dict[str, int], dynamic_shared: list[str]) -> None:
         self._params, self._dynamic = params, dynamic_shared
@@ -136,13 +141,13 @@ class _Function:
         self.fixed_shared = 0
 
     def declared(self) -> Iterator[str]:
-        """C++ of all registers, of which each has its own name, and of local memory."""
+        """C++ declarations of all registers, each under a name of its own, and of local memory."""
         for name, kind in self._registers.items():
             yield f"{kind} {name};"
         yield from self._local.values()
 
     def statements(self, body: str) -> Iterator[str]:
-        """C++, a line a statement."""
+        """C++ of the body, a line per statement."""
         for token in _tokens(body):
             if token == "{":
                 self._blocks += 1
@@ -182,7 +187,7 @@ class _Function:
         return made
 
     def name(self, name: str) -> str:
-        """C++ of a register."""
+        """C++ name of a register."""
         for scope in reversed(self._scopes):
             if name in scope:
                 return scope[name]
@@ -195,12 +200,13 @@ class _Function:
         raise NotTranslated(f"the name {name}")
 
     def _label(self, name: str) -> str:
-        # Labels of a block, which inline assembly repeats, are its own; the compiler's own begin with $ and are the function's.
+        # Inline assembly repeats its labels, so they belong to their block; the compiler's begin with $ and
+        # belong to the function.
         suffix = "" if name.startswith("$") else self._scopes[-1].get("", "")
         return "l_" + re.sub(r"\W", "_", name) + suffix
 
     def value(self, text: str, kind: str) -> str:
-        """An operand as this C++ type."""
+        """An operand, converted to the C++ type ``kind``."""
         text = text.strip()
         if text.startswith("!"):
             return f"!{self.value(text[1:], kind)}"
@@ -208,7 +214,7 @@ class _Function:
         return f"as<{kind}>({found})"
 
     def _place(self, name: str) -> str | None:
-        """The address of a parameter or a variable."""
+        """C++ of the address of a parameter or variable; None for any other name."""
         if name in self._params:
             return f"reinterpret_cast<u64>(block.params) + {self._params[name]}"
         if name in self._shared:
@@ -223,11 +229,11 @@ class _Function:
         return any(name in scope for scope in self._scopes)
 
     def put(self, target: str, value: str) -> str:
-        """A statement that gives a register a value."""
+        """C++ statement that assigns a value to a register."""
         return "" if target == "_" else f"put({self.name(target)}, {value});"
 
     def address(self, text: str) -> tuple[str, bool]:
-        """Of ``[register+offset]`` or ``[parameter+offset]``; and whether it is a parameter's."""
+        """C++ of ``[register+offset]`` or ``[parameter+offset]``, and whether it is a parameter's address."""
         match = re.fullmatch(r"\[\s*([$%\w]+)\s*(?:\+\s*(-?\d+))?\s*\]", text.strip())
         if not match:
             raise NotTranslated(f"the address {text}")

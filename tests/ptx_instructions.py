@@ -1,6 +1,7 @@
-"""Instructions of PTX as statements of C++, which use what ``rehearsal/warps.hpp`` offers.
+"""Translates PTX instructions to C++ statements, which use the functions of ``rehearsal/warps.hpp``.
 
-Of the PTX ISA there is what FlashInfer's kernels for bfloat16 use; anything else is an error that names the instruction.
+Only the part of the PTX ISA that FlashInfer's bfloat16 kernels use is covered; any other instruction is an
+error that names it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ TYPES = {
     **{f"b{bits}": f"u{bits}" for bits in (8, 16, 32, 64)},
     "f16": "f16", "f32": "f32", "f64": "f64", "pred": "bool", "bf16": "u16",
 }  # fmt: skip
-"""The C++ type in which an instruction of a PTX type computes."""
+"""C++ type in which an instruction computes, by its PTX type."""
 COMPARED = {
     "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "lo": "<", "ls": "<=", "hi": ">", "hs": ">=",
 }  # fmt: skip
@@ -22,27 +23,27 @@ UNORDERED = {"equ": "eq", "neu": "ne", "ltu": "lt", "leu": "le", "gtu": "gt", "g
 
 
 class NotTranslated(Exception):
-    """An instruction that is not known here."""
+    """An instruction that is not supported."""
 
 
 class Names(Protocol):
-    """What an instruction's operands are called in C++, where it stands."""
+    """Gives the C++ of an instruction's operands, as they are named at its place in the kernel."""
 
     def name(self, name: str) -> str:
-        """Of a register."""
+        """C++ name of a register."""
 
     def value(self, text: str, kind: str) -> str:
-        """Of any operand, as this C++ type."""
+        """C++ of any operand, converted to the C++ type ``kind``."""
 
     def put(self, target: str, value: str) -> str:
-        """A statement that gives a register a value."""
+        """C++ statement that assigns a value to a register."""
 
     def address(self, text: str) -> tuple[str, bool]:
-        """Of what stands in brackets; and whether it is a parameter's."""
+        """C++ of the address in brackets, and whether it is a parameter's."""
 
 
 def split(text: str) -> list[str]:
-    """Operands, at the commas that are in no braces or brackets."""
+    """Split operands at the commas outside braces and brackets."""
     parts, depth = [""], 0
     for char in text:
         depth += (char in "{[") - (char in "}]")
@@ -64,7 +65,10 @@ def _vector(text: str) -> list[str]:
 
 
 def _of(expression: str) -> Instruction:
-    """``{a}``, ``{b}``, ``{c}`` and ``{d}`` are operands in the instruction's type, ``{T}``."""
+    """An instruction that computes a C++ expression.
+
+    In it ``{a}``, ``{b}``, ``{c}`` and ``{d}`` are the operands, in the instruction's type ``{T}``.
+    """
 
     def make(function: Names, parts: list[str], given: list[str]) -> str:
         kind = TYPES[parts[-1]]
@@ -186,7 +190,7 @@ def _store(function: Names, parts: list[str], given: list[str]) -> str:
 
 
 def _generic(function: Names, parts: list[str], given: list[str]) -> str:
-    """cvta: an address of shared memory differs from the generic one, all others do not."""
+    """cvta: only addresses of shared memory differ from generic addresses."""
     value = function.value(given[1], "u64")
     if not any(part.startswith("shared") for part in parts):
         return function.put(given[0], value)
@@ -289,7 +293,7 @@ def _phases(function: Names, parts: list[str], given: list[str]) -> str:
 
 
 def _of_this_block(function: Names, parts: list[str], given: list[str]) -> str:
-    """mapa: clusters are of one block."""
+    """mapa: a cluster has only one block here, so any other rank fails."""
     check = f'if ({function.value(given[2], "u32")}) fail("another block of a cluster");'
     return f"{check} {function.put(given[0], function.value(given[1], 'u32'))}"
 

@@ -1,4 +1,4 @@
-"""Kernels that ``make gpu-kernels`` kept as PTX, run on the CPU: translated (``ptx``) and compiled when they are first launched."""
+"""Runs the PTX of ``make gpu-kernels`` on the CPU: translated (``ptx``) and compiled at first launch."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ import ptx_instructions
 RUNTIME = Path(__file__).parent / "rehearsal"
 COMPILER = ("g++", "-std=c++20", "-O1", "-march=x86-64-v3", "-fwrapv", "-ffp-contract=off", "-w", "-shared", "-fPIC", f"-I{RUNTIME}")  # fmt: skip
 PARAMS = 4096
-"""Bytes of a kernel's arguments at most."""
+"""Maximum size of a kernel's arguments, in bytes."""
 NO_KERNEL = 98
 """cudaErrorInvalidDeviceFunction."""
 
 
 class Dim(ctypes.Structure):
-    """Of a grid or a block."""
+    """Dimensions of a grid or a block."""
 
     _fields_ = (("x", ctypes.c_uint), ("y", ctypes.c_uint), ("z", ctypes.c_uint))
 
@@ -35,10 +35,10 @@ Runner = ctypes.CFUNCTYPE(
 
 
 class Kernels:
-    """All kernels of the modules under ``modules``; compiled ones are kept in ``folder``."""
+    """All kernels of the PTX modules under ``modules``; compiled libraries are kept in ``folder``."""
 
     def __init__(self, modules: Path, folder: Path, device: ctypes.CDLL) -> None:
-        """``device``: takes what is compiled here on its stream, or into the graph that it captures."""
+        """``device``: takes compiled kernels onto its stream, or into the graph that it captures."""
         self._folder, self._launch = folder, device.device_run
         self._launch.restype = None
         self._launch.argtypes = (ctypes.c_void_p, ctypes.c_char_p, Dim, Dim, ctypes.c_size_t, ctypes.c_char_p)
@@ -51,7 +51,7 @@ class Kernels:
         self._compiled: dict[str, Any] = {}
         self._one_at_a_time = threading.Lock()
         self.runner = Runner(self._run)
-        """For ``run_kernels`` of the runtime."""
+        """C callback for ``run_kernels`` of the runtime."""
 
     def _run(self, name: bytes, grid: Any, block: Any, shared: int, given: Any) -> int:
         try:

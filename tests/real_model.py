@@ -1,4 +1,4 @@
-"""The demo model in transformers, with our float32 weights: what memserve's tokens are held to."""
+"""The demo model in transformers with memserve's float32 weights: the reference for memserve's tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from test_model import DEMO, load_reference
 
 @cache
 def _reference() -> Any:
-    """Made once: that takes longer than most of what it is asked."""
+    """The reference model, made once: that takes longer than most of its uses."""
     files = prepare(find_model(DEMO), "float32")
     return load_reference(files.spec, map_weights(files.weights))
 
@@ -31,7 +31,10 @@ def greedy(prompt: list[int], new: int) -> list[int]:
 
 
 def agreed(prompt: list[int], answer: list[int]) -> list[int]:
-    """What the reference says in place of each token of ``answer``, after those before it: a tenth of the time of greedy."""
+    """The reference's choice at each token of ``answer``, given the tokens before it.
+
+    It takes a tenth of the time of :func:`greedy`.
+    """
     with torch.inference_mode():
         logits = _reference()(torch.tensor([prompt + answer])).logits[0]
     tokens: list[int] = logits[len(prompt) - 1 : -1].argmax(-1).tolist()

@@ -1,4 +1,4 @@
-"""A shard's core with make-believe memory and clients that share it: every call at random, by owners that die at random."""
+"""A shard's core with simulated memory, and clients that make random calls and die at random."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ SCHEDULER = ActorId("scheduler-0.seed")
 
 @attrs.define(eq=False)
 class Held:
-    """A lease as its owner knows it; ``tokens`` as far as they are in the pages."""
+    """A lease as its owner knows it; ``tokens``: those whose KV is in the pages."""
 
     scope: str
     tokens: bytes
@@ -56,7 +56,7 @@ class Held:
 
 @attrs.define(eq=False)
 class Client:
-    """One incarnation of one owner."""
+    """One incarnation of an owner of leases."""
 
     id: ActorId
     call: int = 0
@@ -66,7 +66,7 @@ class Client:
 
 @attrs.define
 class World:
-    """Everything, driven by one seed. Copies end late and out of order; some bytes on disk rot."""
+    """A shard and its clients, driven by one seed. Copies end late and out of order; some disk pages rot."""
 
     seed: int
     capacity: Capacity
@@ -95,31 +95,31 @@ class World:
             self.born(name)
 
     def make_core(self) -> ShardCore:
-        """The shard."""
+        """The shard's core."""
         pool = Pool(self.capacity, PAGE, 5.0, home=Home(1, self.seed))
         return ShardCore(pool, waiting_max=6, remembered_max=50, schedulers=(SCHEDULER,))
 
     # ---- the world -----------------------------------------------------------------------------------------
 
     def born(self, name: str) -> None:
-        """A new incarnation of an owner; what the old one was to hear is lost."""
+        """Start a new incarnation of an owner; answers to the old one are lost."""
         self.incarnations += 1
         self.clients[name] = Client(ActorId(f"{name}.{self.incarnations}"))
 
     def say(self, sender: ActorId, message: object) -> None:
-        """Give the core a message and do what it asks for."""
+        """Give the core a message and perform its actions."""
         self.core.receive(sender, message, self.now)
         self.act()
 
     def act(self) -> None:
-        """Perform actions, in order."""
+        """Perform the core's actions in order, then check its invariants."""
         while actions := self.core.take():
             for action in actions:
                 self.perform(action)
         self.core.check()
 
     def perform(self, action: object) -> None:
-        """One action. A scheduler that noticed a gap asks for everything."""
+        """Perform one action. A scheduler that notices a gap requests a snapshot."""
         match action:
             case Send(_, IndexDelta() | IndexSnapshot() as message):
                 lost = self.lost_messages and self.rng.random() < 0.1
@@ -133,7 +133,7 @@ class World:
                 assert not any(one.id == actor for one in self.clients.values()), f"{actor} lives"
 
     def hear(self, to: ActorId, message: object) -> None:
-        """An answer, to whoever still lives and waits for it."""
+        """Deliver an answer to its client if that incarnation still lives; free leases that no call wants."""
         client = next((one for one in self.clients.values() if one.id == to), None)
         if client is None:
             return
@@ -145,11 +145,11 @@ class World:
             self.core.receive(to, FreeMem(message.lease), self.now)
 
     def count(self, what: str) -> None:
-        """Note that something happened, so that the test can say that it did."""
+        """Count an event, so that the test can check that it happened."""
         self.seen[what] = self.seen.get(what, 0) + 1
 
     def ask(self, client: Client, make: Callable[[int], object], done: Callable[[object], None]) -> None:
-        """One call."""
+        """Make one call; ``done`` gets the answer."""
         client.call += 1
         message = make(client.call)
         client.asked[client.call] = (done, message)
@@ -158,21 +158,21 @@ class World:
     # ---- bytes ---------------------------------------------------------------------------------------------
 
     def content(self, scope: str, tokens: bytes, page: int) -> tuple[str, bytes]:
-        """What the KV of a page depends on."""
+        """Simulated contents of a page: all that its KV depends on."""
         return scope, span(tokens, 0, (page + 1) * PAGE)
 
     def verify(self, held: Held, pages: int) -> None:
-        """The first pages hold exactly what belongs to these tokens."""
+        """Check that the first ``pages`` pages hold exactly the contents for the lease's tokens."""
         for i in range(pages):
             assert self.memory.get(held.pages[i]) == self.content(held.scope, held.tokens, i), "wrong bytes"
 
     def fill(self, held: Held, start: int) -> None:
-        """Write the pages behind ``start`` tokens, as a step would."""
+        """Write the pages after the first ``start`` tokens, as a step would."""
         for i in range(start // PAGE, -(-count(held.tokens) // PAGE)):
             self.memory[held.pages[i]] = self.content(held.scope, held.tokens, i)
 
     def copy_ends(self) -> None:
-        """Some copy is over."""
+        """End a random copy."""
         copy = self.copies.pop(self.rng.randrange(len(self.copies)))
         bad = []
         for source, target, n in copy.runs:
@@ -188,7 +188,7 @@ class World:
     # ---- calls ---------------------------------------------------------------------------------------------
 
     def acquire(self, client: Client) -> None:
-        """A request: on the grant, check what is cached and fill the rest."""
+        """Acquire a prompt; on the grant, check the cached pages and fill the rest."""
         scope, tokens = self.rng.choice("xy"), self.rng.choice(self.prompts)
         extra = self.rng.randrange(3)
 
@@ -203,7 +203,7 @@ class World:
         self.ask(client, lambda call: Acquire(call, scope, tokens, extra), done)
 
     def match(self, client: Client) -> None:
-        """A prefix, pinned where it is."""
+        """Match a prompt; the cached prefix is pinned in the tiers where it is."""
         scope, tokens = self.rng.choice("xy"), self.rng.choice(self.prompts)
 
         def done(answer: object) -> None:
@@ -216,7 +216,7 @@ class World:
         self.ask(client, lambda call: Match(call, scope, tokens), done)
 
     def alloc(self, client: Client, lease: int, held: Held) -> None:
-        """More pages for a lease, and tokens in them."""
+        """Allocate more pages for a lease and put tokens into them."""
         more = pack(self.rng.randrange(3) for _ in range(self.rng.randrange(9)))
 
         def done(answer: object) -> None:
@@ -230,14 +230,14 @@ class World:
         self.ask(client, lambda call: AllocMem(call, lease, self.rng.randrange(3), tier), done)
 
     def insert(self, client: Client, lease: int, held: Held) -> None:
-        """Retire what is full."""
+        """Retire a lease's full pages into the index."""
         full = count(held.tokens) // PAGE * PAGE
         start, held.retired = held.retired, max(full, held.retired)
         tokens = span(held.tokens, start, full)
         self.ask(client, lambda call: Insert(call, lease, start, tokens), lambda answer: None)
 
     def swap_in(self, client: Client, lease: int, held: Held) -> None:
-        """Bring a lease's pages in; nothing else is asked of it meanwhile."""
+        """Swap a lease's pages in; the client makes no other call on the lease until the answer."""
         del client.leases[lease]
 
         def done(answer: object) -> None:
@@ -253,7 +253,7 @@ class World:
         self.ask(client, lambda call: FreeMem(lease, call), lambda answer: None)
 
     def hand_over(self, client: Client, lease: int) -> None:
-        """Another owner adopts a lease."""
+        """Let another owner adopt a lease."""
         other = self.rng.choice([one for one in self.clients.values() if one is not client])
         held = client.leases.pop(lease)
 
@@ -264,7 +264,7 @@ class World:
         self.ask(other, lambda call: Adopt(call, lease, client.id), done)
 
     def withdraw(self, client: Client) -> None:
-        """Stop waiting for an answer."""
+        """Withdraw a call that is waiting for an answer."""
         waiting = [call for call, (_, asked) in client.asked.items() if isinstance(asked, MAY_WAIT)]
         if waiting:
             call = self.rng.choice(waiting)
@@ -273,15 +273,15 @@ class World:
             self.withdrawn(client, asked)
 
     def withdrawn(self, client: Client, asked: object) -> None:
-        """A call of a client's was withdrawn."""
+        """Called when a client has withdrawn a call."""
 
     def repeat(self, client: Client) -> None:
-        """A message arrives twice."""
+        """Deliver a pending call a second time."""
         if client.asked:
             self.say(client.id, self.rng.choice([asked for _, asked in client.asked.values()]))
 
     def die(self, name: str) -> None:
-        """kill -9, noticed at once or by silence."""
+        """Kill an owner as by kill -9; the shard is told, or notices by the silence."""
         old = self.clients[name].id
         self.born(name)
         self.count("died")
@@ -289,7 +289,7 @@ class World:
             self.say(ActorId("scheduler-0.1"), Gone((old,)))
 
     def live(self, seconds: float) -> None:
-        """Time passes; who lives is heard."""
+        """Let time pass; living clients send heartbeats."""
         self.now += seconds
         for client in self.clients.values():
             self.say(client.id, Load(Member(client.id, "Client", "", 1, "ready")))
@@ -297,7 +297,7 @@ class World:
         self.act()
 
     def step(self) -> None:
-        """One thing happens."""
+        """Let one random thing happen."""
         name = self.rng.choice(list(self.clients))
         client = self.clients[name]
         roll = self.rng.random()
@@ -319,7 +319,7 @@ class World:
             self.rarely(name, client)
 
     def rarely(self, name: str, client: Client) -> None:
-        """One of the less frequent things."""
+        """Let one of the rarer things happen."""
         scope, prompt, n = self.rng.choice("xy"), self.rng.choice(self.prompts), self.rng.randrange(5)
         tier = self.rng.randrange(3)
         match self.rng.randrange(10):
@@ -343,7 +343,7 @@ class World:
                 self.ask(client, lambda call: Delete(call, scope, prompt), lambda answer: None)
 
     def end(self) -> None:
-        """Everyone dies, every copy ends: nothing may be left."""
+        """Kill all clients and end all copies: nothing may be left."""
         gone = tuple(one.id for one in self.clients.values())
         self.clients.clear()
         self.say(ActorId("scheduler-0.1"), Gone(gone))

@@ -1,7 +1,8 @@
-"""One shard process for tests of transfers: an arena, both cores, real movers, and a plain control connection.
+"""One shard process for tests of transfers: an arena, both cores, real movers, a plain control connection.
 
-``python transfer_host.py NAME INCARNATION PATH ADDRESS PEER`` listens on ADDRESS (host:port) for control messages; with a
-PEER (its id@host:port) it sends what it is told to. Commands come on stdin, events go to stdout, one JSON object a line.
+``python transfer_host.py NAME INCARNATION PATH ADDRESS PEER`` listens on ADDRESS (host:port) for control
+messages. With a PEER (its id@host:port) it is the sender. It reads commands from stdin and writes events to
+stdout, one JSON object per line.
 """
 
 from __future__ import annotations
@@ -57,18 +58,18 @@ TO_INCOMING = (*messages.ToReceiver.__args__, Gone, Received, ReceiveFailed)
 
 
 def say(event, **data):
-    """One line for the test."""
+    """Print an event for the test."""
     print(json.dumps({"event": event, **data}), flush=True)
 
 
 def content(page):
-    """What the sender's page holds."""
+    """Contents of the sender's page with this number."""
     return bytes([page + 1]) * GEOMETRY.page_bytes
 
 
 @attrs.define(eq=False)
 class HostPool:
-    """A pool of free pages that checks what is committed."""
+    """A pool of free pages that checks the contents of committed pages."""
 
     memory: memoryview
     free: list[int] = attrs.field(factory=lambda: list(range(PAGES)))
@@ -95,7 +96,7 @@ class HostPool:
 
 @attrs.define(eq=False)
 class Host:
-    """The process."""
+    """The shard process: both cores, their movers and control connections."""
 
     id: str
     pool: HostPool
@@ -107,7 +108,7 @@ class Host:
     timer: trio.CancelScope = attrs.field(factory=trio.CancelScope)
 
     def tell(self, message, sender=None):
-        """Something happened: the cores' turn."""
+        """Give a message to the core that it concerns, and take a turn."""
         now = time.monotonic()
         for core, kinds in ((self.outgoing, TO_OUTGOING), (self.incoming, TO_INCOMING)):
             if isinstance(message, kinds):
@@ -115,7 +116,7 @@ class Host:
         self.turn()
 
     def turn(self):
-        """Do what both cores ask for."""
+        """Advance both cores and perform their actions."""
         now = time.monotonic()
         for core in (self.outgoing, self.incoming):
             core.advance(now)
@@ -126,7 +127,7 @@ class Host:
         self.timer.deadline = trio.current_time() + max(due - now, 0.0)
 
     def act(self, action):
-        """One action."""
+        """Perform one action."""
         if isinstance(action, MOVER_ACTIONS):
             self.perform[type(action)](action)
         elif isinstance(action, Post):
@@ -142,14 +143,14 @@ class Host:
     # ---- tasks -----------------------------------------------------------------------------------------------
 
     async def keep_deadlines(self):
-        """Wake the cores."""
+        """Take a turn whenever a core's deadline is due."""
         while True:
             with trio.CancelScope() as self.timer:
                 self.turn()
                 await trio.sleep_forever()
 
     async def post(self):
-        """Send what is in the outbox; what cannot be sent is lost."""
+        """Send the messages in the outbox; a message that cannot be sent is lost."""
         while True:
             await trio.sleep(0.001)
             while self.outbox:
@@ -178,7 +179,7 @@ class Host:
             pass
 
     async def watch(self):
-        """Say when the granted pages are half full."""
+        """Report once that the granted pages are being filled (the first one has data)."""
         size = GEOMETRY.page_bytes
         while True:
             await trio.sleep(0.002)
@@ -187,7 +188,7 @@ class Host:
                 return
 
     async def obey(self, nursery):
-        """Commands: send ID PAGES SECONDS PEER; layers ID FROM TO PAGES; gone ACTOR; quit."""
+        """Carry out commands: send ID PAGES SECONDS PEER; layers ID FROM TO PAGES; gone ACTOR; quit."""
         async for line in trio.wrap_file(sys.stdin):
             match line.split():
                 case ["send", number, pages, seconds, peer]:
@@ -207,7 +208,7 @@ class Host:
 
 
 async def main(name, incarnation, path, address, peer=""):
-    """Run until told to quit."""
+    """Run until the command quit or the end of stdin."""
     actor = f"{name}.{incarnation}"
     arena = Arena.create(actor, PAGES, GEOMETRY.page_bytes)
     for page in range(PAGES if peer else 0):
@@ -239,7 +240,7 @@ async def main(name, incarnation, path, address, peer=""):
             nursery.start_soon(node.watch)
             say("ready", port=listeners[0].socket.getsockname()[1])
             await node.obey(nursery)
-    os._exit(0)  # a thread may wait for stdin
+    os._exit(0)  # a thread may still wait for stdin
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Shards that send each other pages in virtual time, over a network that loses, repeats, delays and cuts.
+"""Shards that send each other pages in virtual time, over a network that loses, repeats and delays messages.
 
-The cores are the real ones; pools, arenas, movers and processes are models that know more than a shard does: every
-byte that lands is checked against who holds its page at that moment.
+It also cuts connections. The cores are the real ones. Pools, arenas, movers and processes are models that
+know more than a shard does: each write to a page is checked against the transfer that holds the page at that
+moment.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ TO_SENDER = (TransferGranted, TransferArrived, TransferRefused, TransferStop)
 
 @attrs.define
 class Faults:
-    """How bad the world is. Probabilities a message or a piece."""
+    """Faults. Probabilities are per message, per piece (``cut``) or per commit (``refuse_commit``)."""
 
     lose: float = 0.0
     repeat: float = 0.0
@@ -61,7 +62,7 @@ class Faults:
 
 @attrs.define(eq=False)
 class Pool:
-    """A receiving pool whose accounts are kept, and whose commits are checked by content."""
+    """A receiving pool that accounts for all its pages and checks the contents of every commit."""
 
     shard: Shard
     free: list[int]
@@ -77,7 +78,7 @@ class Pool:
         return self.held[key]
 
     def commit(self, key, offer, pages):
-        """See ReceivingPool. What becomes visible must be whole, and right."""
+        """See ReceivingPool. Pages that become visible must be complete and correct."""
         world = self.shard.world
         if world.chance(world.faults.refuse_commit):
             raise ReceiveRefused(Failure.REFUSED, "the tokens do not fit")
@@ -93,7 +94,7 @@ class Pool:
         self.free += pages
 
     def forget(self):
-        """Free what was committed: as an index would evict it."""
+        """Free all committed pages, as if the index evicted them."""
         for key in list(self.committed):
             self.free += self.committed[key]
             self.committed[key] = ()
@@ -101,7 +102,7 @@ class Pool:
 
 @attrs.define(eq=False)
 class Stream:
-    """One transfer's bytes on their way."""
+    """The bytes of one transfer on their way."""
 
     write: Write
     waiting: list[Piece]
@@ -112,7 +113,7 @@ class Stream:
 
 @attrs.define(eq=False)
 class Shard:
-    """One process."""
+    """One shard's process."""
 
     world: World
     id: str
@@ -120,7 +121,7 @@ class Shard:
     paths: tuple[str, ...]
     total: int
     arena: dict = attrs.field(factory=dict)
-    """Page to part to (transfer, position), the content."""
+    """Contents: for each page, and each part of it, the transfer and position that wrote it."""
     alive: bool = True
     paused_until: float = 0.0
     was_paused: bool = False
@@ -141,7 +142,7 @@ class Shard:
     # ---- turns -----------------------------------------------------------------------------------------------
 
     def tell(self, sender, message):
-        """Give a message to the core it is for, and take the turn that follows."""
+        """Give a message to the core it concerns, and take the turn that follows."""
         world = self.world
         if not self.alive:
             return
@@ -150,7 +151,7 @@ class Shard:
             return
         for core in self._cores(message):
             core.receive(sender, message, world.now)
-            # Twice what is said once must not change a thing.
+            # Delivering a message twice must not change anything.
             if world.chance(world.faults.repeat) and not isinstance(message, Gone):
                 core.receive(sender, message, world.now)
         self.turn()
@@ -162,7 +163,7 @@ class Shard:
         return [self.outgoing if isinstance(message, (*TO_SENDER, *ours)) else self.incoming]
 
     def turn(self):
-        """Advance both cores and do what they ask for."""
+        """Advance both cores and perform their actions."""
         world = self.world
         if not self.alive or world.now < self.paused_until:
             return
@@ -177,13 +178,13 @@ class Shard:
             world.at(max(due - world.now, 0.0), self.turn)
 
     def check(self):
-        """The accounts balance."""
+        """Check that every page is free, held or committed, exactly once."""
         held = [page for pages in self.pool.held.values() for page in pages]
         committed = [page for pages in self.pool.committed.values() for page in pages]
         assert sorted(self.pool.free + held + committed) == list(range(self.total))
 
     def perform(self, action):
-        """One action of a core."""
+        """Perform one action of a core."""
         match action:
             case Post(to, message):
                 self.world.post(self.id, to, message)
@@ -234,7 +235,7 @@ class Shard:
         self.world.at(self.world.delay(), lambda: self._step(stream))
 
     def _step(self, stream):
-        """Move one piece, unless that is over."""
+        """Move one piece, or end the stream if it was stopped, is cut, or has moved everything."""
         world = self.world
         if not self.alive:
             return
@@ -257,7 +258,7 @@ class Shard:
             self._step_later(stream)
 
     def _is_cut(self, stream, receiver):
-        """Whether the connection is gone; the receiver finds out too, but at a time of its own."""
+        """Whether the connection is gone; the receiver notices as well, but later."""
         key = (self.id, stream.write.transfer.id)
         if not receiver.alive or key not in receiver.expected:
             return True
@@ -273,11 +274,11 @@ class Shard:
         return False
 
     def _land(self, stream, receiver, piece):
-        """The moment of truth: bytes are stored into a page, which must be this transfer's at this moment."""
+        """Store bytes into a page, and check that the page belongs to this transfer at this moment."""
         transfer = stream.write.transfer
         key = (self.id, transfer.id)
         page = transfer.destination[piece.first]
-        if receiver.alive:  # else its arena went with it
+        if receiver.alive:  # the arena of a dead process is gone with it
             assert page in receiver.pool.held.get(key, ()), (
                 f"{key} writes to page {page}, which is not its own"
             )
@@ -315,19 +316,19 @@ class World:
         self._chance = random.Random(self.seed)
 
     def chance(self, probability: float) -> bool:
-        """Whether something of this probability happens now."""
+        """True with this probability."""
         return self._chance.random() < probability
 
     def delay(self) -> float:
-        """Seconds that something takes; now and then a hundred times as long."""
+        """A random delay in seconds, up to ``delay_s``; two in a hundred are a hundred times as long."""
         return self._chance.random() * self.faults.delay_s * (100 if self.chance(0.02) else 1)
 
     def at(self, after: float, happen: Callable[[], None]) -> None:
-        """Let something happen ``after`` seconds from now."""
+        """Schedule ``happen`` for ``after`` seconds from now."""
         heapq.heappush(self._events, (self.now + after, next(self._order), happen))
 
     def run(self, until: float) -> None:
-        """Let time pass."""
+        """Let time pass until ``until``."""
         while self._events and self._events[0][0] <= until:
             self.now, _, happen = heapq.heappop(self._events)
             happen()
@@ -336,19 +337,19 @@ class World:
     # ---- shards ----------------------------------------------------------------------------------------------
 
     def shard(self, name: str, pages: int = 12, paths: tuple[str, ...] = ("mapped", "tcp")) -> Shard:
-        """Start a process."""
+        """Start a shard's process."""
         pid = next(self._pids)
         shard = self.shards[f"{name}.{pid}"] = Shard(self, f"{name}.{pid}", pid, paths, pages)
         return shard
 
     def kill(self, actor: str) -> None:
-        """SIGKILL. Everybody else hears of it, sooner or later."""
+        """Kill a process as SIGKILL does. All others hear of it, sooner or later."""
         if self.shards[actor].alive:
             self.shards[actor].alive = False
             self.announce(actor)
 
     def announce(self, actor: str) -> None:
-        """Tell everybody that an actor is gone, true or not."""
+        """Tell all other shards that an actor is gone, true or not."""
         for other in list(self.shards.values()):
             if other.id != actor:
                 self.at(
@@ -356,20 +357,20 @@ class World:
                 )
 
     def pause(self, actor: str, seconds: float) -> None:
-        """SIGSTOP, and SIGCONT later."""
+        """Pause a process as SIGSTOP does; it continues after ``seconds``."""
         shard = self.shards[actor]
         shard.was_paused = True
         shard.paused_until = self.now + seconds
         self.at(seconds, shard.turn)
 
     def post(self, sender: str, to: str, message: object) -> None:
-        """The bus: late, twice, or not at all."""
+        """Send a message over the bus, which may deliver it late, twice or not at all."""
         times = 0 if self.chance(self.faults.lose) else 1 + self.chance(self.faults.repeat)
         for _ in range(times):
             self.at(self.delay(), lambda: self.shards[to].tell(sender, message))
 
     def send(self, sender: Shard, to: Shard, pages: int, seconds: float, fed: bool = False) -> int:
-        """Begin a transfer; its id."""
+        """Start a transfer; its id. Does nothing if the sender is dead or paused."""
         number = next(self._ids)
         if not sender.alive or self.now < sender.paused_until:
             return number
@@ -386,7 +387,7 @@ class World:
         return number
 
     def settled(self) -> None:
-        """Once the world is quiet: nothing is under way, nothing leaked, everything was reported."""
+        """Check a quiet world: nothing is under way, nothing has leaked, everything was reported."""
         for shard in self.shards.values():
             if shard.alive:
                 assert shard.reports.keys() == shard.orders.keys()
