@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import attrs
+import pytest
 import trio
 from trio.testing import MockClock
 
 from memory_bus import MemoryBus
+from memserve.actions import Send
 from memserve.actors.loop import Shell
+from memserve.errors import PeerUnreachable
 from memserve.identity import ActorId
+from memserve.messages import Gone
 
 NEVER = float("inf")
 
@@ -76,3 +80,17 @@ async def test_the_end_of_a_turn_comes_once_after_all_messages_that_waited(autoj
         shell.turn()
         assert ends == [104.0]
         nursery.cancel_scope.cancel()
+
+
+async def test_the_last_word_to_a_dead_actor_ends_its_connection() -> None:
+    """A scheduler would keep a socket for each incarnation that ever died, until it had no descriptor left."""
+    bus = MemoryBus()
+    dead, other = ActorId("w0.1"), ActorId("w1.1")
+    shell = Shell(Waiting(), bus.link(ActorId("scheduler-0.1")))
+    for actor in (dead, other):
+        shell.link.connect(actor, bus.link(actor).endpoint)
+    for actor in (other, dead):
+        shell.send(Send(actor, Gone((dead,))))
+    shell.link.send(other, Gone((dead,)))
+    with pytest.raises(PeerUnreachable):
+        shell.link.send(dead, Gone((dead,)))
