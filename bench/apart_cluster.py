@@ -13,6 +13,7 @@ it::
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -23,30 +24,26 @@ import attrs
 from cpu_groups import cpu_groups, enter
 from memserve.actors import worker
 from memserve.costs import StepCosts
-from memserve.processes import child
-from memserve.processes.actor import run_actor
+from memserve.processes.actor import modules_of, run_actor
+from memserve.processes.lifecycle import roster
 from memserve.processes.place import Place
+from memserve.processes.zygote import Zygote, serve
 from memserve.settings.configfile import load
 from memserve.settings.resolve import resolve
 from memserve.supervisor import Supervisor, prepare_argv, supervise
 
 
-def actor_argv(
-    groups: Mapping[str, Path], cores: Mapping[str, float], name: str, runtime_dir: Path, lifeline_fd: int
+def zygote_argv(
+    groups: Mapping[str, Path],
+    cores: Mapping[str, float],
+    runtime_dir: Path,
+    modules: Sequence[str],
+    orders_fd: int,
 ) -> Sequence[str]:
-    """The command line of an actor; that of a worker names its control group and its part of a core."""
-    if name not in groups:
-        return child.actor_argv(name, runtime_dir, lifeline_fd)
-    command = [sys.executable, __file__, "actor", name, "--runtime-dir", str(runtime_dir)]
-    return [
-        *command,
-        "--lifeline",
-        str(lifeline_fd),
-        "--group",
-        str(groups[name]),
-        "--cores",
-        str(cores[name]),
-    ]
+    """The command line of a zygote that knows each worker's control group and its part of a core."""
+    own = {name: [str(group), cores[name]] for name, group in groups.items()}
+    command = [sys.executable, __file__, "zygote", json.dumps(own), *modules]
+    return [*command, "--runtime-dir", str(runtime_dir), "--orders", str(orders_fd)]
 
 
 def parts(text: str) -> dict[str, float]:
@@ -71,23 +68,29 @@ def up(cores: Mapping[str, float], file: str, settings: Sequence[str]) -> None:
     try:
         resolved = resolve(chosen)
         with cpu_groups(cores) as groups:
-            argv = partial(actor_argv, groups, cores)
-            supervise(
-                Supervisor(resolved, child.Launch(place, argv=argv), prepare_argv=prepare_argv(resolved))
+            zygote = Zygote(
+                place, modules_of(roster(resolved), resolved), partial(zygote_argv, groups, cores)
             )
+            supervise(Supervisor(resolved, zygote, prepare_argv=prepare_argv(resolved)))
     finally:
         place.leave()
 
 
-def be_worker(options: argparse.Namespace) -> int:
-    """Be one worker and return the exit status. It enters its control group once its steps are measured."""
-    worker.CORES_FILE = f"cores-{options.name}.lock"
-    worker.calibrate = partial(calibrate, worker.calibrate, options)
-    return run_actor(options.name, options.runtime_dir, options.lifeline)
+def fork_actors(options: argparse.Namespace) -> int:
+    """Be a zygote, and then each actor that it forks; the exit status of the actor.
+
+    A worker enters its control group once its steps are measured.
+    """
+    name, lifeline = serve(options.runtime_dir, options.modules, options.orders)
+    if name in options.own:
+        group, cores = options.own[name]
+        worker.CORES_FILE = f"cores-{name}.lock"
+        worker.calibrate = partial(calibrate, worker.calibrate, Path(group), cores)
+    return run_actor(name, options.runtime_dir, lifeline)
 
 
 def calibrate(
-    whole: Callable[..., StepCosts], options: argparse.Namespace, *told: object, **named: object
+    whole: Callable[..., StepCosts], group: Path, cores: float, *told: object, **named: object
 ) -> StepCosts:
     """The worker's step costs: those that ``whole`` gives for a whole core, scaled to the worker's part.
 
@@ -96,8 +99,8 @@ def calibrate(
     """
     engine, resolved, threads, kind, _ = told
     costs = whole(engine, resolved, threads, kind, lambda: None, **named)
-    enter(options.group)
-    return slower(costs, 1 / options.cores)
+    enter(group)
+    return slower(costs, 1 / cores)
 
 
 def slower(costs: StepCosts, times: float) -> StepCosts:
@@ -108,23 +111,22 @@ def slower(costs: StepCosts, times: float) -> StepCosts:
 
 
 def main() -> int:
-    """Be the cluster or one of its workers."""
+    """Be the cluster or its zygote."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    cluster, actor = commands.add_parser("up"), commands.add_parser("actor")
+    cluster, zygote = commands.add_parser("up"), commands.add_parser("zygote")
     cluster.add_argument("--cores", type=parts, required=True, help="by worker: p0=0.25,d0=0.7")
-    actor.add_argument("--cores", type=float, required=True)
     cluster.add_argument("--config", "-c", required=True)
     cluster.add_argument("--set", action="append", default=[])
-    actor.add_argument("name")
-    actor.add_argument("--runtime-dir", required=True)
-    actor.add_argument("--lifeline", type=int, required=True)
-    actor.add_argument("--group", type=Path, required=True)
+    zygote.add_argument("own", type=json.loads, help="JSON: by worker, its control group and part of a core")
+    zygote.add_argument("modules", nargs="*")
+    zygote.add_argument("--runtime-dir", required=True)
+    zygote.add_argument("--orders", type=int, required=True)
     options = parser.parse_args()
-    if options.command == "actor":
-        return be_worker(options)
+    if options.command == "zygote":
+        return fork_actors(options)
     up(options.cores, options.config, options.set)
     return 0
 

@@ -23,9 +23,10 @@ from memserve.actors import worker
 from memserve.actors.worker import Found
 from memserve.commands.simulate import costs_of
 from memserve.engine.plans import BatchPlan, BatchResult, StepEngine
-from memserve.processes.actor import run_actor
-from memserve.processes.child import Launch
+from memserve.processes.actor import modules_of, run_actor
+from memserve.processes.lifecycle import roster
 from memserve.processes.place import Place
+from memserve.processes.zygote import Zygote, serve
 from memserve.scheduling.cost_model import CostModel
 from memserve.settings.configfile import load
 from memserve.settings.resolve import resolve
@@ -87,10 +88,12 @@ def start_null_engine(
     return NullEngine(predicted(costs))
 
 
-def actor_argv(how: Sequence[str], name: str, runtime_dir: Path, lifeline_fd: int) -> Sequence[str]:
-    """The command line of an actor with this engine; ``how``: options for the duration of its steps."""
-    command = [sys.executable, __file__, "actor", name, "--runtime-dir", str(runtime_dir)]
-    return [*command, "--lifeline", str(lifeline_fd), *how]
+def zygote_argv(
+    how: Sequence[str], runtime_dir: Path, modules: Sequence[str], orders_fd: int
+) -> Sequence[str]:
+    """The command line of a zygote of actors with this engine; ``how``: options for the duration of steps."""
+    command = [sys.executable, __file__, "zygote", *modules]
+    return [*command, "--runtime-dir", str(runtime_dir), "--orders", str(orders_fd), *how]
 
 
 def up(options: argparse.Namespace) -> None:
@@ -100,37 +103,40 @@ def up(options: argparse.Namespace) -> None:
     how = [word for name, value in given.items() if value is not None for word in (name, str(value))]
     place = Place.claim(Path(chosen.logging.dir))
     try:
-        supervise(Supervisor(resolve(chosen), Launch(place, argv=partial(actor_argv, how))))
+        resolved = resolve(chosen)
+        zygote = Zygote(place, modules_of(roster(resolved), resolved), partial(zygote_argv, how))
+        supervise(Supervisor(resolved, zygote))
     finally:
         place.leave()
 
 
-def be_actor(options: argparse.Namespace) -> int:
-    """Run as one actor; its exit status."""
+def fork_actors(options: argparse.Namespace) -> int:
+    """Be a zygote, and then each actor that it forks; the exit status of the actor."""
     worker.start_engine = partial(start_null_engine, options)
     worker.import_engine = lambda on_gpu: None  # torch is not needed here
-    return run_actor(options.name, options.runtime_dir, options.lifeline)
+    name, lifeline = serve(options.runtime_dir, options.modules, options.orders)
+    return run_actor(name, options.runtime_dir, lifeline)
 
 
 def main() -> int:
-    """Run the cluster, or one of its actors."""
+    """Run the cluster, or its zygote."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    cluster, actor = commands.add_parser("up"), commands.add_parser("actor")
-    for one in (cluster, actor):
+    cluster, zygote = commands.add_parser("up"), commands.add_parser("zygote")
+    for one in (cluster, zygote):
         how = one.add_mutually_exclusive_group(required=True)
         how.add_argument("--step-ms", type=float)
         how.add_argument("--costs", type=Path, help="TOML, as memserve sim takes it")
     cluster.add_argument("--config", "-c", default="demo")
     cluster.add_argument("--set", action="append", default=[])
-    actor.add_argument("name")
-    actor.add_argument("--runtime-dir", required=True)
-    actor.add_argument("--lifeline", type=int, required=True)
+    zygote.add_argument("modules", nargs="*")
+    zygote.add_argument("--runtime-dir", required=True)
+    zygote.add_argument("--orders", type=int, required=True)
     options = parser.parse_args()
-    if options.command == "actor":
-        return be_actor(options)
+    if options.command == "zygote":
+        return fork_actors(options)
     up(options)
     return 0
 

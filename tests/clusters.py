@@ -182,6 +182,6 @@ def actor_processes(logs: Path) -> list[int]:
                 words = (entry / "cmdline").read_bytes().split(b"\0")
             except OSError:
                 continue
-            if os.fsencode(runtime) in words:
+            if any(os.fsencode(runtime) in word for word in words):
                 found.append(int(entry.name))
     return found

@@ -1,7 +1,7 @@
 """A cluster of real processes whose actors only live and die, for tests of the supervisor and of actors.
 
 ``python fake_cluster.py up LOG_DIR BEHAVIOUR`` supervises; ``python fake_cluster.py join LOG_DIR BEHAVIOUR
-NAME`` adds a worker; ``python fake_cluster.py actor NAME DIR FD`` is an actor. BEHAVIOUR is a JSON object
+NAME`` adds a worker; ``python fake_cluster.py zygote DIR FD`` forks actors. BEHAVIOUR is a JSON object
 ``{actor name: word}``; see ``main`` for the words.
 """
 
@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -22,9 +23,9 @@ from memserve.errors import UserError
 from memserve.processes import actor as process
 from memserve.processes import join
 from memserve.processes.actor import ActorContext, RestartNeeded
-from memserve.processes.child import Launch
 from memserve.processes.lifecycle import RestartPolicy
 from memserve.processes.place import Place, place_path
+from memserve.processes.zygote import Zygote, serve
 from memserve.settings.sections import FrontendConfig, ModelConfig, ShardConfig, WorkerConfig
 from memserve.supervisor import Supervisor, supervise
 
@@ -57,13 +58,8 @@ def resolved(log_dir: Path, workers: int = 1, drain_s: float = 5.0) -> Resolved:
     )
 
 
-def argv(name: str, runtime_dir: Path, lifeline_fd: int) -> list[str]:
-    return [sys.executable, __file__, "actor", name, str(runtime_dir), str(lifeline_fd)]
-
-
-def environment(behaviour: dict[str, str]):
-    """A function that gives each actor the environment with its behaviour."""
-    return lambda spec: {**os.environ, "FAKE_BEHAVIOUR": json.dumps(behaviour)}
+def argv(runtime_dir: Path, modules: Sequence[str], orders_fd: int) -> list[str]:
+    return [sys.executable, __file__, "zygote", str(runtime_dir), str(orders_fd)]
 
 
 def note(context: ActorContext, word: str) -> None:
@@ -120,13 +116,14 @@ async def note_down(context: ActorContext) -> None:
 
 def up(log_dir: Path, behaviour: dict[str, str]) -> int:
     """Supervise until a signal arrives; the exit status."""
+    os.environ["FAKE_BEHAVIOUR"] = json.dumps(behaviour)
     try:
         place = Place.claim(log_dir)
         try:
-            launch = Launch(place, argv, environment(behaviour))
+            zygote = Zygote(place, argv=argv)
             policy = partial(RestartPolicy, loop_deaths=3)
             supervise(
-                Supervisor(resolved(log_dir), launch, policy=policy, stage_s=2.0, stop_s=0.3, hung_s=HUNG_S)
+                Supervisor(resolved(log_dir), zygote, policy=policy, stage_s=2.0, stop_s=0.3, hung_s=HUNG_S)
             )
         finally:
             place.leave()
@@ -138,11 +135,10 @@ def up(log_dir: Path, behaviour: dict[str, str]) -> int:
 
 def join_cluster(log_dir: Path, behaviour: dict[str, str], name: str) -> int:
     """Supervise one additional worker until it leaves; the exit status."""
+    os.environ["FAKE_BEHAVIOUR"] = json.dumps(behaviour)
     worker = {"name": name, "role": "decode", "shard": "", "threads": None}
     try:
-        return join.join(
-            worker, log_dir, lambda place: Launch(place, argv, environment(behaviour)), hung_s=HUNG_S
-        )
+        return join.join(worker, log_dir, partial(Zygote, argv=argv), hung_s=HUNG_S)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
@@ -155,4 +151,5 @@ if __name__ == "__main__":
         sys.exit(join_cluster(Path(sys.argv[2]), json.loads(sys.argv[3]), sys.argv[4]))
     else:
         process.MODULES = dict.fromkeys(process.MODULES, "fake_cluster")
-        sys.exit(process.run_actor(sys.argv[2], sys.argv[3], int(sys.argv[4])))
+        actor_name, lifeline = serve(sys.argv[2], ["fake_cluster"], int(sys.argv[3]))
+        sys.exit(process.run_actor(actor_name, sys.argv[2], lifeline))

@@ -1,6 +1,6 @@
 """``memserve`` and ``python -m memserve``.
 
-Actors start here too, without the command line's parser and its memory.
+Zygotes start here too, and so do actors: without the command line's parser and its memory.
 """
 
 from __future__ import annotations
@@ -12,32 +12,32 @@ from collections.abc import Sequence
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] == ["actor"]:
-        return actor(words[1:])
+    if words[:1] == ["zygote"]:
+        return zygote(words[1:])
     from memserve.cli import run
 
     return run(words)
 
 
-def actor(words: Sequence[str]) -> int:
-    """Run one actor; the supervisor starts ``actor NAME --runtime-dir DIR --lifeline FD``.
+def zygote(words: Sequence[str]) -> int:
+    """Be a zygote, and then each actor that it forks: the exit status of the actor.
 
-    The exit status.
+    A supervisor starts ``memserve zygote MODULE ... --runtime-dir DIR --orders FD``.
     """
     import argparse
 
     parser = argparse.ArgumentParser(
-        prog="memserve actor", description="One actor of a cluster; `memserve up` starts it."
+        prog="memserve zygote", description="Forks the actors of a cluster; `memserve up` starts it."
     )
-    parser.add_argument("name")
+    parser.add_argument("modules", nargs="*", help="modules to import before the first fork")
     parser.add_argument("--runtime-dir", required=True)
-    parser.add_argument(
-        "--lifeline", type=int, required=True, help="descriptor of a socket to the supervisor"
-    )
+    parser.add_argument("--orders", type=int, required=True, help="descriptor of a socket to the supervisor")
     given = parser.parse_args(words)
     from memserve.processes.actor import run_actor
+    from memserve.processes.zygote import serve
 
-    return run_actor(given.name, given.runtime_dir, given.lifeline)
+    name, lifeline = serve(given.runtime_dir, given.modules, given.orders)
+    return run_actor(name, given.runtime_dir, lifeline)
 
 
 if __name__ == "__main__":

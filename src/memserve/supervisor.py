@@ -26,8 +26,8 @@ from memserve.api.listening import check_port
 from memserve.config import Resolved
 from memserve.errors import UserError
 from memserve.identity import ActorId
-from memserve.processes.actor import leaves
-from memserve.processes.child import OUTPUT_TAIL_BYTES, Child, Launch, all_gone
+from memserve.processes.actor import leaves, modules_of
+from memserve.processes.child import OUTPUT_TAIL_BYTES, Child, all_gone
 from memserve.processes.gate import Gate, Guest
 from memserve.processes.keeping import Keeper, say
 from memserve.processes.lifecycle import (
@@ -41,6 +41,7 @@ from memserve.processes.lifecycle import (
     roster,
 )
 from memserve.processes.place import Place, now_utc
+from memserve.processes.zygote import Zygote
 from memserve.settings.configfile import load
 from memserve.settings.resolve import resolve
 
@@ -58,7 +59,7 @@ class Supervisor:
     """
 
     resolved: Resolved
-    launch: Launch
+    zygote: Zygote
     prepare_argv: Sequence[str] = ()
     """Command that prepares the weights before any actor starts; empty for none."""
     policy: Callable[[], RestartPolicy] = RestartPolicy
@@ -90,11 +91,11 @@ class Supervisor:
             spec.name: Child(spec, self.policy(), self.hung_s) for spec in roster(self.resolved)
         }
         self._keeper = Keeper(
-            self.launch, self.resolved.run_dir, self.say, self._serving.is_set, self._on_event,
+            self.zygote, self.resolved.run_dir, self.say, self._serving.is_set, self._on_event,
             self._announce_death, self._left, self._tell_frontends,
         )  # fmt: skip
         self._gate = Gate(
-            self.launch.place, lambda: self.resolved, self._replace_config, self._announce_death,
+            self.zygote.place, lambda: self.resolved, self._replace_config, self._announce_death,
             lambda: self._state != "draining", self.say,
         )  # fmt: skip
 
@@ -107,7 +108,8 @@ class Supervisor:
         self._begun_at = trio.current_time()
         self._enter("starting")
         with trio.open_signal_receiver(*stop_signals()) as signals:
-            async with trio.open_nursery() as nursery:
+            # The zygote imports while the weights are prepared.
+            async with self.zygote, trio.open_nursery() as nursery:
                 nursery.start_soon(self._obey, signals, nursery.cancel_scope)
                 await self._prepare()
                 await self._find_cluster()
@@ -128,7 +130,7 @@ class Supervisor:
         self._write_info()
 
     def _write_info(self) -> None:
-        self.launch.place.write_info(
+        self.zygote.place.write_info(
             {
                 "pid": os.getpid(),
                 "state": self._state,
@@ -370,7 +372,8 @@ def up(config_path: str, overrides: Sequence[str] = ()) -> int:
         # loaded.
         check_port(settings.frontend.host, settings.frontend.port)
         resolved = resolve(settings)
-        supervise(Supervisor(resolved, Launch(place), prepare_argv=prepare_argv(resolved)))
+        zygote = Zygote(place, modules_of(roster(resolved), resolved))
+        supervise(Supervisor(resolved, zygote, prepare_argv=prepare_argv(resolved)))
     except KeyboardInterrupt:  # before trio took over the signals: nothing has been started
         return 128 + signal.SIGINT
     finally:

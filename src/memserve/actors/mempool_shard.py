@@ -38,6 +38,7 @@ from memserve.mempool.pool import Pool
 from memserve.mempool.room import Capacity
 from memserve.presence import Reporting
 from memserve.processes.actor import ActorContext, ready_model
+from memserve.processes.lifecycle import process_title
 from memserve.settings.gpus import device_index
 from memserve.transfer.mover import host_identity
 from memserve.transfer.settings import TransferSettings
@@ -324,8 +325,8 @@ def fence(kill: Kill) -> None:
     with contextlib.suppress(ProcessLookupError):
         process = os.pidfd_open(kill.pid)
         try:
-            words = Path(f"/proc/{kill.pid}/cmdline").read_bytes().split(b"\0")
-            if os.fsencode(actor_name(kill.actor)) in words:  # not another process with a reused pid
+            title = Path(f"/proc/{kill.pid}/cmdline").read_bytes()
+            if title.startswith(os.fsencode(process_title(actor_name(kill.actor), ""))):  # no reused pid
                 signal.pidfd_send_signal(process, signal.SIGKILL)
                 select.select([process], [], [], KILL_S)
                 log.warning("worker fenced off", worker=kill.actor, worker_pid=kill.pid)

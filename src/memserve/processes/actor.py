@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -38,6 +38,8 @@ from memserve.processes.lifecycle import (
     STATUS_DRAINED,
     STATUS_RESTART,
     STATUS_USER_ERROR,
+    WORKER_KINDS,
+    ActorSpec,
     roster,
 )
 from memserve.processes.lifeline import EventSocket, Lifeline
@@ -63,6 +65,21 @@ MODULES = {
     "DecodeWorker": "memserve.actors.decode_worker",
 }
 """The module with the ``main`` of each kind of actor."""
+ENGINE_MODULES = ("memserve.engine.runner", "memserve.engine.calibration", "memserve.kernels.arena")
+"""What the engine of a worker needs, beyond what its actor imports."""
+
+
+def modules_of(actors: Iterable[ActorSpec], resolved: Resolved) -> list[str]:
+    """What the processes of ``actors`` import, for a zygote to import before it forks them."""
+    from memserve.kernels.native_build import why_not
+
+    kinds = dict.fromkeys(actor.kind for actor in actors)
+    modules = [MODULES[kind] for kind in kinds]
+    if not kinds.keys().isdisjoint(WORKER_KINDS):
+        modules += ENGINE_MODULES
+        if resolved.on_gpus or why_not(resolved.spec, resolved.config.model.dtype):
+            modules.append("torch")
+    return modules
 
 
 class RestartNeeded(Exception):

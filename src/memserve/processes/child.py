@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import socket
-import subprocess
-import sys
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Protocol
 
 import attrs
@@ -20,13 +16,11 @@ from memserve.processes.lifecycle import (
     HUNG_S,
     HUNG_STARTING_S,
     STATUS_CRASHED,
-    WORKER_KINDS,
     ActorSpec,
     RestartPolicy,
 )
 from memserve.processes.lifeline import EventSocket
-from memserve.processes.place import Place
-from memserve.settings.gpus import gpu_environment
+from memserve.processes.zygote import Forked, Zygote
 
 log = structlog.get_logger()
 
@@ -52,7 +46,7 @@ class Child:
     policy: RestartPolicy = attrs.field(factory=RestartPolicy)
     hung_s: float = HUNG_S
     """Longest silence of the actor once it is ready."""
-    process: trio.Process | None = None
+    process: Forked | None = None
     """The present process; None between two incarnations."""
     events: EventSocket | None = None
     """Our end of its lifeline."""
@@ -102,7 +96,7 @@ class Child:
         if self.process is not None:
             self.process.kill()
 
-    async def live(self, launch: Launch, listen: Callable[[Child], Awaitable[None]]) -> int:
+    async def live(self, zygote: Zygote, listen: Callable[[Child], Awaitable[None]]) -> int:
         """Run one incarnation until its process has ended; the return code.
 
         ``listen`` handles its events in the meantime.
@@ -112,7 +106,7 @@ class Child:
             self._begin(EventSocket(ours))
             with theirs:
                 try:
-                    process = self.process = await launch.start(self.spec, theirs)
+                    process = self.process = await zygote.fork(self.spec.name, theirs)
                 except OSError as error:  # out of processes or memory: no reason to end the other actors
                     self.tail = str(error).encode()
                     return STATUS_CRASHED
@@ -131,7 +125,7 @@ class Child:
         self.started_at, self.ready_at = trio.current_time(), math.inf
         self.heard_at, self.hung = self.started_at, False
 
-    async def _watch(self, process: trio.Process, listen: Callable[[Child], Awaitable[None]]) -> int:
+    async def _watch(self, process: Forked, listen: Callable[[Child], Awaitable[None]]) -> int:
         async with trio.open_nursery() as readers:
             readers.start_soon(listen, self)
             readers.start_soon(self._read_output, process)
@@ -158,9 +152,8 @@ class Child:
     def _hung_at(self) -> float:
         return self.heard_at + (self.hung_s if self.ready_at < math.inf else HUNG_STARTING_S)
 
-    async def _read_output(self, process: trio.Process) -> None:
+    async def _read_output(self, process: Forked) -> None:
         """Keep the end of a process's output, and log its beginning."""
-        assert process.stdout is not None
         logged = 0
         async for chunk in process.stdout:
             self.tail = (self.tail + chunk)[-OUTPUT_TAIL_BYTES:]
@@ -183,52 +176,10 @@ async def all_gone(children: Iterable[Ending], limit_s: float = math.inf) -> Non
             await child.gone.wait()
 
 
-async def _reap(process: trio.Process) -> None:
+async def _reap(process: Forked) -> None:
     """Make sure that the process has ended, whatever ended the watch over it."""
     if process.returncode is None:
         process.kill()
         with trio.move_on_after(REAP_S, shield=True):
             await process.wait()
-    if process.stdout is not None:
-        await trio.aclose_forcefully(process.stdout)
-
-
-# ---- how an actor is started ---------------------------------------------------------------------------------
-
-
-def actor_argv(name: str, runtime_dir: Path, lifeline_fd: int) -> list[str]:
-    """The command line of an actor."""
-    command = [sys.executable, "-m", "memserve", "actor", name]
-    return [*command, "--runtime-dir", str(runtime_dir), "--lifeline", str(lifeline_fd)]
-
-
-def actor_environment(spec: ActorSpec) -> dict[str, str]:
-    """An actor's environment, with what CUDA (and, in workers, a maths library) reads when it is loaded."""
-    if spec.kind not in WORKER_KINDS:
-        return {**os.environ, **gpu_environment()}
-    from memserve.engine.cpu_budget import engine_environment
-
-    return {**os.environ, **gpu_environment(), **engine_environment()}
-
-
-@attrs.frozen
-class Launch:
-    """How actors of one place are started."""
-
-    place: Place
-    argv: Callable[[str, Path, int], Sequence[str]] = actor_argv
-    environment: Callable[[ActorSpec], dict[str, str]] = actor_environment
-
-    async def start(self, spec: ActorSpec, lifeline: socket.socket) -> trio.Process:
-        """Start an actor's process.
-
-        It inherits its lifeline and the claim's descriptor, so the place stays claimed while it lives.
-        """
-        return await trio.lowlevel.open_process(
-            list(self.argv(spec.name, self.place.path, lifeline.fileno())),
-            env=self.environment(spec),
-            pass_fds=(lifeline.fileno(), self.place.fileno()),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
+    await trio.aclose_forcefully(process.stdout)

@@ -24,7 +24,8 @@ from memserve import observe
 from memserve.config import Resolved
 from memserve.errors import UserError
 from memserve.identity import ActorId
-from memserve.processes.child import Child, Launch, all_gone
+from memserve.processes.actor import modules_of
+from memserve.processes.child import Child, all_gone
 from memserve.processes.gate import SOCKET_NAME
 from memserve.processes.keeping import Keeper, say
 from memserve.processes.lifecycle import (
@@ -37,6 +38,7 @@ from memserve.processes.lifecycle import (
 )
 from memserve.processes.lifeline import LINE_BYTES_MAX, EventSocket
 from memserve.processes.place import Place, PlaceGone, find_running
+from memserve.processes.zygote import Zygote
 from memserve.settings.configfile import load
 from memserve.settings.gpus import Gpus, device_index, find_gpus
 from memserve.settings.resolve import size, usable_cores
@@ -55,7 +57,7 @@ class Joiner:
 
     resolved: Resolved
     worker: WorkerConfig
-    launch: Launch
+    zygote: Zygote
     gate: EventSocket
     """The connection to the cluster's supervisor."""
     where: str = ""
@@ -72,7 +74,7 @@ class Joiner:
     def __attrs_post_init__(self) -> None:
         self._child = Child(worker_spec(self.worker), self.policy(), self.hung_s)
         self._keeper = Keeper(
-            self.launch, self.resolved.run_dir, self.say, lambda: self._was_ready, self._on_event, self._buried,
+            self.zygote, self.resolved.run_dir, self.say, lambda: self._was_ready, self._on_event, self._buried,
             self._left,
         )  # fmt: skip
 
@@ -83,7 +85,7 @@ class Joiner:
         """
         log.info("worker joins", child=self.worker.name, role=self.worker.role, shard=self.worker.shard)
         with trio.open_signal_receiver(*stop_signals()) as signals:
-            async with trio.open_nursery() as nursery:
+            async with self.zygote, trio.open_nursery() as nursery:
                 nursery.start_soon(self._obey, signals)
                 nursery.start_soon(self._follow_the_cluster)
                 await self._keeper.keep(self._child)
@@ -144,7 +146,10 @@ class Joiner:
 
 
 def join(
-    worker: dict[str, Any], log_dir: Path, launch: Callable[[Place], Launch] = Launch, hung_s: float = HUNG_S
+    worker: dict[str, Any],
+    log_dir: Path,
+    zygote: Callable[[Place, Sequence[str]], Zygote] = Zygote,
+    hung_s: float = HUNG_S,
 ) -> int:
     """Add a worker, given by WorkerConfig's fields, to the cluster that logs to ``log_dir``; the exit status.
 
@@ -173,7 +178,8 @@ def join(
                 f"memserve: {len(resolved.config.worker) + 1} workers share {resolved.cores} cores of this host"
             )
         where = f" of {running['url']}" if running.get("url") else ""
-        joiner = Joiner(resolved, joining, launch(place), gate, where, hung_s=hung_s)
+        modules = modules_of([worker_spec(joining)], resolved)
+        joiner = Joiner(resolved, joining, zygote(place, modules), gate, where, hung_s=hung_s)
         return supervise(joiner)
     finally:
         gate.close()

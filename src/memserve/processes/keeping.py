@@ -11,8 +11,9 @@ import trio
 
 from memserve.errors import UserError
 from memserve.identity import ActorId
-from memserve.processes.child import OUTPUT_SHOWN_LINES, Child, Launch
+from memserve.processes.child import OUTPUT_SHOWN_LINES, Child
 from memserve.processes.lifecycle import STATUS_USER_ERROR, Restart, describe_end
+from memserve.processes.zygote import Zygote
 
 log = structlog.get_logger()
 
@@ -27,7 +28,7 @@ def say(line: str) -> None:
 class Keeper:
     """Keeps actors running, as the module describes. One keeper serves for all actors of a supervisor."""
 
-    launch: Launch
+    zygote: Zygote
     run_dir: str
     """The directory of the actors' logs."""
     say: Callable[[str], None] = say
@@ -66,10 +67,10 @@ class Keeper:
 
     async def _incarnation(self, child: Child) -> int:
         try:
-            return await child.live(self.launch, self._listen)
+            return await child.live(self.zygote, self._listen)
         finally:
             if child.id is not None:
-                self.launch.place.remove_files_of(child.id)
+                self.zygote.place.remove_files_of(child.id)
                 self.on_end(child.id)
 
     async def _listen(self, child: Child) -> None:

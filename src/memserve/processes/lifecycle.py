@@ -138,6 +138,11 @@ class StopSignals:
         return "stop" if now - self._first_at > self.echo_s else "ignore"
 
 
+def process_title(name: str, runtime_dir: object) -> str:
+    """What process listings and /proc show as the command line of an actor, or of a ``zygote``."""
+    return f"memserve {name} {runtime_dir}"
+
+
 def describe_end(returncode: int) -> str:
     """How a process ended, in words."""
     if returncode < 0:
