@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import attrs
 
@@ -27,7 +28,7 @@ from memserve.costs import StepCosts
 from memserve.processes.actor import modules_of, run_actor
 from memserve.processes.lifecycle import roster
 from memserve.processes.place import Place
-from memserve.processes.zygote import Zygote, serve
+from memserve.processes.zygote import Zygote, end, serve
 from memserve.settings.configfile import load
 from memserve.settings.resolve import resolve
 from memserve.supervisor import Supervisor, prepare_argv, supervise
@@ -76,8 +77,8 @@ def up(cores: Mapping[str, float], file: str, settings: Sequence[str]) -> None:
         place.leave()
 
 
-def fork_actors(options: argparse.Namespace) -> int:
-    """Be a zygote, and then each actor that it forks; the exit status of the actor.
+def fork_actors(options: argparse.Namespace) -> NoReturn:
+    """Be a zygote, and then each actor that it forks.
 
     A worker enters its control group once its steps are measured.
     """
@@ -86,7 +87,7 @@ def fork_actors(options: argparse.Namespace) -> int:
         group, cores = options.own[name]
         worker.CORES_FILE = f"cores-{name}.lock"
         worker.calibrate = partial(calibrate, worker.calibrate, Path(group), cores)
-    return run_actor(name, options.runtime_dir, lifeline)
+    end(run_actor(name, options.runtime_dir, lifeline))
 
 
 def calibrate(
@@ -126,7 +127,7 @@ def main() -> int:
     zygote.add_argument("--orders", type=int, required=True)
     options = parser.parse_args()
     if options.command == "zygote":
-        return fork_actors(options)
+        fork_actors(options)
     up(options.cores, options.config, options.set)
     return 0
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import attrs
 
@@ -26,7 +27,7 @@ from memserve.engine.plans import BatchPlan, BatchResult, StepEngine
 from memserve.processes.actor import modules_of, run_actor
 from memserve.processes.lifecycle import roster
 from memserve.processes.place import Place
-from memserve.processes.zygote import Zygote, serve
+from memserve.processes.zygote import Zygote, end, serve
 from memserve.scheduling.cost_model import CostModel
 from memserve.settings.configfile import load
 from memserve.settings.resolve import resolve
@@ -110,12 +111,12 @@ def up(options: argparse.Namespace) -> None:
         place.leave()
 
 
-def fork_actors(options: argparse.Namespace) -> int:
-    """Be a zygote, and then each actor that it forks; the exit status of the actor."""
+def fork_actors(options: argparse.Namespace) -> NoReturn:
+    """Be a zygote, and then each actor that it forks."""
     worker.start_engine = partial(start_null_engine, options)
     worker.import_engine = lambda on_gpu: None  # torch is not needed here
     name, lifeline = serve(options.runtime_dir, options.modules, options.orders)
-    return run_actor(name, options.runtime_dir, lifeline)
+    end(run_actor(name, options.runtime_dir, lifeline))
 
 
 def main() -> int:
@@ -136,7 +137,7 @@ def main() -> int:
     zygote.add_argument("--orders", type=int, required=True)
     options = parser.parse_args()
     if options.command == "zygote":
-        return fork_actors(options)
+        fork_actors(options)
     up(options)
     return 0
 

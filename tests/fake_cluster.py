@@ -25,7 +25,7 @@ from memserve.processes import join
 from memserve.processes.actor import ActorContext, RestartNeeded
 from memserve.processes.lifecycle import RestartPolicy
 from memserve.processes.place import Place, place_path
-from memserve.processes.zygote import Zygote, serve
+from memserve.processes.zygote import Zygote, end, serve
 from memserve.settings.sections import FrontendConfig, ModelConfig, ShardConfig, WorkerConfig
 from memserve.supervisor import Supervisor, supervise
 
@@ -152,4 +152,4 @@ if __name__ == "__main__":
     else:
         process.MODULES = dict.fromkeys(process.MODULES, "fake_cluster")
         actor_name, lifeline = serve(sys.argv[2], ["fake_cluster"], int(sys.argv[3]))
-        sys.exit(process.run_actor(actor_name, sys.argv[2], lifeline))
+        end(process.run_actor(actor_name, sys.argv[2], lifeline))

@@ -18,7 +18,7 @@ import trio
 from clusters import running
 from memserve.processes import zygote as module
 from memserve.processes.place import Place
-from memserve.processes.zygote import Zygote, serve
+from memserve.processes.zygote import Zygote, end, serve
 
 
 def argv(runtime_dir: Path, modules: list[str], orders_fd: int) -> list[str]:
@@ -167,4 +167,4 @@ def until_gone(entry: Path) -> None:
 
 if __name__ == "__main__":
     actor, lifeline_fd = serve(sys.argv[1], sys.argv[3:], int(sys.argv[2]))
-    sys.exit(be_actor(actor, lifeline_fd))
+    end(be_actor(actor, lifeline_fd))

@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["zygote"]:
-        return zygote(words[1:])
+        zygote(words[1:])
     from memserve.cli import run
 
     return run(words)
 
 
-def zygote(words: Sequence[str]) -> int:
-    """Be a zygote, and then each actor that it forks: the exit status of the actor.
+def zygote(words: Sequence[str]) -> NoReturn:
+    """Be a zygote, and then each actor that it forks.
 
     A supervisor starts ``memserve zygote MODULE ... --runtime-dir DIR --orders FD``.
     """
@@ -34,10 +35,10 @@ def zygote(words: Sequence[str]) -> int:
     parser.add_argument("--orders", type=int, required=True, help="descriptor of a socket to the supervisor")
     given = parser.parse_args(words)
     from memserve.processes.actor import run_actor
-    from memserve.processes.zygote import serve
+    from memserve.processes.zygote import end, serve
 
     name, lifeline = serve(given.runtime_dir, given.modules, given.orders)
-    return run_actor(name, given.runtime_dir, lifeline)
+    end(run_actor(name, given.runtime_dir, lifeline))
 
 
 if __name__ == "__main__":

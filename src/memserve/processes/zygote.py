@@ -27,7 +27,7 @@ import sys
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Self
+from typing import NoReturn, Self
 
 import attrs
 import structlog
@@ -208,6 +208,17 @@ def serve(runtime_dir: str, modules: Iterable[str], orders_fd: int) -> tuple[str
     os.dup2(output, 2)
     os.close(output)
     return name, lifeline
+
+
+def end(status: int) -> NoReturn:
+    """End an actor's process.
+
+    An interpreter that ends as usual visits all its objects, and so copies the memory that it shares with the
+    zygote: 0.2 s for each actor.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _forked(orders: socket.socket) -> tuple[str, int, int]:
