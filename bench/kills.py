@@ -40,7 +40,7 @@ class Sample:
 
     ready_s: float
     own_mib: float
-    """Anonymous memory of a worker, in MiB; the median of p0 and d0."""
+    """Memory of a worker that no other process shares, in MiB; the median of p0 and d0."""
     pause_s: float
 
 
@@ -75,7 +75,7 @@ def sample(running: Running, victim: str) -> Sample:
     Raises AssertionError if the answer differs from an undisturbed one.
     """
     pids = {member["id"].partition(".")[0]: member["pid"] for member in running.members()}
-    own = statistics.median(anonymous_mib(pid) for name, pid in pids.items() if name in ("p0", "d0"))
+    own = statistics.median(private_mib(pid) for name, pid in pids.items() if name in ("p0", "d0"))
     tokens, times = [], []
     for token, at in stream(running.url):
         tokens.append(token)
@@ -100,10 +100,10 @@ def stream(url: str) -> Iterator[tuple[int, float]]:
                     yield from ((token, time.perf_counter()) for token in choice["token_ids"])
 
 
-def anonymous_mib(pid: int) -> float:
-    """Anonymous resident memory of a process, which belongs to no file and to no other process, in MiB."""
-    (found,) = re.findall(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-    return int(found) / 1024
+def private_mib(pid: int) -> float:
+    """Resident memory of a process that no other process shares, in MiB."""
+    found = re.findall(r"Private_\w+:\s+(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text())
+    return sum(map(int, found)) / 1024
 
 
 def figures(found: list[Sample]) -> list[str]:

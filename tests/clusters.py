@@ -171,7 +171,7 @@ def stream_through_a_kill(cluster: Cluster, ids: list[int], many: int, name: str
 
 
 def actor_processes(logs: Path) -> list[int]:
-    """Pids of all actors of the cluster that logs into ``logs``, found by their command lines."""
+    """Pids of the actors of the cluster that logs into ``logs``, and of its zygotes, found by their titles."""
     from memserve.processes.place import place_path
 
     runtime = str(place_path(logs))
