@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -49,6 +50,7 @@ def place(tmp_path, monkeypatch):
         claimed = Place.claim(tmp_path)
         yield claimed
         claimed.leave()
+    ctypes.CDLL(None).prctl(module.PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)  # other tests' orphans are not ours
 
 
 @asynccontextmanager

@@ -41,8 +41,8 @@ from memserve.settings.gpus import gpu_environment
 
 log = structlog.get_logger()
 
-FORK_S = 30.0
-"""Longest wait for a fork; the first one waits until everything is imported."""
+FORK_S = 120.0
+"""Longest wait for a fork; the first one waits for the imports, which a cold disk can make long."""
 END_S = 1.0
 """Longest wait for a zygote's end."""
 MESSAGE_BYTES_MAX = 4096
