@@ -18,12 +18,14 @@ from pathlib import Path
 import attrs
 import msgspec
 import trio
+from setproctitle import setproctitle
 
 from memserve import transfer_messages as messages
 from memserve.actions import Kill
 from memserve.actors.mempool_shard import fence
 from memserve.kernels.arena import Arena, serve_arena
 from memserve.messages import Gone
+from memserve.processes.lifecycle import process_title
 from memserve.transfer.actions import (
     Expect,
     Feed,
@@ -244,4 +246,5 @@ async def main(name, incarnation, path, address, peer=""):
 
 
 if __name__ == "__main__":
+    setproctitle(process_title(sys.argv[1], "of a test"))  # by which a shard knows whom it kills
     trio.run(main, *sys.argv[1:])
