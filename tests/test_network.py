@@ -169,6 +169,14 @@ def test_who_has_another_model_is_refused_before_anything_is_placed_on_it(core: 
     assert ActorId("w1.1") in core.membership.members
 
 
+def test_a_host_that_is_refused_leaves_no_connection(core: SchedulerCore) -> None:
+    """One that is started again each second would take the scheduler's last socket, and newcomers could not be answered."""
+    refused = member("w1", "10.0.0.2")
+    core.receive(refused.id, Load(refused, TERMS | {"model.path": "content 2"}), 1.0)
+    sent = [one for one in core.take() if isinstance(one, Send) and isinstance(one.message, Refused)]
+    assert [(one.to, one.last) for one in sent] == [(refused.id, True)]
+
+
 def test_a_name_belongs_to_the_host_that_has_it(core: SchedulerCore) -> None:
     """Two hosts with one name would declare each other's worker dead in turn."""
     (reason,) = answers(core, member("w0", "10.0.0.2", incarnation=5), TERMS)
