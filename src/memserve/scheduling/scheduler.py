@@ -15,7 +15,7 @@ import attrs
 from msgspec import UNSET, UnsetType
 
 from memserve.actions import Action, Died, Log, Send
-from memserve.identity import ActorId
+from memserve.identity import ActorId, actor_name
 from memserve.messages import (
     Cancel,
     Cluster,
@@ -304,7 +304,7 @@ class SchedulerCore:
         member = message.member
         if self.membership.is_gone(member.id):
             # A Frontend owns no pages: once told that its requests were dropped, it submits them again.
-            back = member.kind == "Frontend"
+            back = member.kind == "Frontend" and not self.membership.named(actor_name(member.id))
             self._actions.append(Send(member.id, Gone((member.id,)), last=not back))
             if not back:
                 return
