@@ -14,9 +14,10 @@ from memserve.actors.global_scheduler import make_policy
 from memserve.config import Config, Resolved
 from memserve.engine.spec import ModelSpec
 from memserve.engine.weights import random_weights
-from memserve.errors import ConfigError
+from memserve.errors import ConfigError, UserError
 from memserve.settings import configfile, resolve
-from memserve.settings.sections import ModelConfig
+from memserve.settings.network import find_network
+from memserve.settings.sections import ClusterConfig, ModelConfig
 
 MINIMAL = '[model]\npath = "m.gguf"\n'
 SPEC = ModelSpec(
@@ -151,6 +152,13 @@ def test_every_mistake_is_reported_at_once_with_path_rule_value_and_hint(written
         ("frontend.host", '"localhost:80"'),
         ("frontend.host", '"300.1.1.1"'),
         ("pool.page_tokens", "12"),
+        ("pool.lease_s", "inf"),
+        ("pool.lease_s", "9" * 400),
+        ("pool.lease_s", "9" * 5000),
+        ("shard.0.memory", f'"{"9" * 400}GiB"'),
+        ("frontend.ttft_ms", "[" * 3000 + "]" * 3000),
+        ("frontend.host", '"a..b"'),
+        ("frontend.host", f'"{"a" * 64}.example"'),
     ],
 )
 def test_wrong_values_are_refused_not_converted(written, key, value):
@@ -243,6 +251,47 @@ def test_api_keys_never_appear_in_errors(written):
     path = written(MINIMAL)
     for value in ('["s3cret key"]', '"s3cret"', '["s3cret", "s3cret"]', "[3, 's3cret']"):
         assert "s3cret" not in "\n".join(problems(path, f"frontend.api_keys={value}"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[frontend]\napi_key = "s3cret"\n',
+        '[frontend]\nkeys = ["s3cret"]\n',
+        '[fronted]\napi_keys = ["s3cret"]\n',
+        '[pool]\nadmin_keys = ["s3cret"]\n',
+    ],
+)
+def test_a_key_under_a_mistyped_name_does_not_appear_either(written, text):
+    """If it failed, one letter too few would print the key."""
+    (line,) = problems(written(MINIMAL + text))
+    assert "is not a known key (value hidden)" in line
+
+
+def test_a_table_in_place_of_an_array_is_one_mistake(written):
+    """If it failed, [shard] for [[shard]] would be said to leave out the workers' shards, too."""
+    (line,) = problems(written(MINIMAL + '[shard]\nname = "s0"\n'))
+    assert "shard must be an array of tables: write its name in double brackets" in line
+
+
+@pytest.mark.parametrize("text", ["x = " + "9" * 5000, "x = " + "[" * 3000 + "]" * 3000])
+def test_what_the_parser_gives_up_on_is_called_so(written, text):
+    """If it failed, a damaged file would be answered by a traceback."""
+    assert problems(written(text))[0].startswith("not valid TOML: ")
+
+
+def test_a_home_that_is_not_there_is_called_so():
+    """If it failed, ~logs for ~/logs would be a traceback."""
+    missing = "begins with ~, and no such home directory is known"
+    with pytest.raises(UserError, match=f"--config: '~nobody-x/c.toml' {missing}"):
+        configfile.load("~nobody-x/c.toml")
+    with pytest.raises(UserError, match=f"logging.dir: '~nobody-x' {missing}"):
+        resolve.Machine.here("~nobody-x")
+    key = ClusterConfig(listen="127.0.0.1:7070", key="~nobody-x/key")
+    with pytest.raises(UserError, match=f"cluster.key: '~nobody-x/key' {missing}"):
+        find_network(key)
+    with pytest.raises(UserError, match=f"model.path: '~nobody-x/m.gguf' {missing}"):
+        resolve.find_model("~nobody-x/m.gguf")
 
 
 def test_syntax_errors_say_line_and_column(written):

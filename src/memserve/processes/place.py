@@ -30,6 +30,7 @@ import attrs
 
 from memserve.errors import UserError
 from memserve.identity import ActorId, actor_name
+from memserve.settings.rules import expanded
 
 INFO_FILE = "cluster.json"
 ROLL_FILE = "roll"
@@ -53,7 +54,7 @@ def place_path(log_dir: Path) -> Path:
     It is in ``$XDG_RUNTIME_DIR``, the temp directory or ``/tmp``: the first of these that is writable and
     short enough for socket paths. Raises UserError when none is.
     """
-    digest = hashlib.sha256(os.fsencode(log_dir.expanduser().resolve())).hexdigest()[:12]
+    digest = hashlib.sha256(os.fsencode(expanded(log_dir, "logging.dir").resolve())).hexdigest()[:12]
     bases = [os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp"]
     for base in filter(None, bases):
         path = Path(base).absolute() / f"memserve-{os.getuid()}-{digest}"

@@ -19,6 +19,7 @@ from pathlib import Path
 import attrs
 
 from memserve.errors import UserError
+from memserve.settings.rules import expanded
 from memserve.settings.sections import ClusterConfig
 
 KEY_LINE = re.compile(r"memserve-cluster-key ([0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40})\n?")
@@ -70,7 +71,7 @@ def find_network(config: ClusterConfig) -> HostNetwork | None:
     if not config.networked:
         return None
     head, port = split_host_port(config.listen or config.join)
-    keys = read_key(Path(config.key).expanduser())
+    keys = read_key(expanded(config.key, "cluster.key"))
     if config.listen:
         address = own_address(head, "cluster.listen", int(port))
         return HostNetwork(address, endpoint(address, port), False, keys)
