@@ -227,6 +227,20 @@ def test_roles_must_be_complete_on_each_shard(written):
     assert problems(written(text)) == ["worker must hold one that can decode, not only prefill"]
 
 
+@pytest.mark.parametrize("networked", [False, True])
+def test_roles_must_be_complete_on_each_side_of_the_bus(written, networked):
+    """If it failed, prompts would run in host memory whose pages no decode worker could ever get."""
+    text = MINIMAL + '[[shard]]\nname = "h"\n[[shard]]\nname = "g"\ndevice = "cuda:0"\n'
+    text += '[[worker]]\nname = "p0"\nshard = "h"\nrole = "prefill"\n'
+    text += '[[worker]]\nname = "d0"\nshard = "g"\nrole = "decode"\n'
+    cluster = '[cluster]\nlisten = "127.0.0.1:7070"\nkey = "k"\n' if networked else ""
+    found = problems(written(text + cluster))
+    said = "must hold one that can prefill on a GPU, not only decode: pages do not move between GPUs and host memory"
+    assert f"worker {said}" in found
+    assert len(found) == (1 if networked else 2), "another host may have what is missing in host memory"
+    assert configfile.load(written(text), ["worker.p0.role=both", "worker.d0.role=both"])
+
+
 def test_a_worker_must_say_which_of_several_shards_it_uses(written):
     """If it failed, workers would land on a shard by accident of order."""
     text = MINIMAL + '[[shard]]\nname = "a"\n[[shard]]\nname = "b"\n[[worker]]\nname = "w0"\n'

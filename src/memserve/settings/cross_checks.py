@@ -122,11 +122,11 @@ def check_names(tree: Tree) -> Iterator[Problem]:
 def check_shards(tree: Tree) -> Iterator[Problem]:
     """Every worker must have a shard, and there must be workers that prefill and workers that decode.
 
-    Other hosts of a cluster may have the workers that are missing here.
+    Pages do not move between GPUs and host memory, so this holds for each of the two.
     """
-    names = [t.get("name") for t in tables(tree, "shard") or default_tables("shard")]
-    known = list(dict.fromkeys(name for name in names if isinstance(name, str)))
-    roles: set[str] = set()
+    shards = tables(tree, "shard") or default_tables("shard")
+    known = {one["name"]: one for one in shards if isinstance(one.get("name"), str)}
+    roles: dict[bool, set[str]] = {}
     for i, worker in enumerate(tables(tree, "worker")):
         shard = worker.get("shard")
         if shard is None:
@@ -134,15 +134,26 @@ def check_shards(tree: Tree) -> Iterator[Problem]:
                 f"worker[{i}].shard", f"is required with more than one shard; known: {', '.join(known)}"
             )
         elif isinstance(shard, str) and shard not in known:
-            guess = f"; did you mean {show(hint)}?" if (hint := nearest(shard, known)) else ""
+            guess = f"; did you mean {show(hint)}?" if (hint := nearest(shard, list(known))) else ""
             yield Problem(
                 f"worker[{i}].shard", f"must name a [[shard]] ({', '.join(known)}), not {show(shard)}{guess}"
             )
         elif isinstance(shard, str):
-            roles.add(str(worker.get("role", "both")))
-    if len(roles) == 1 and roles <= {"prefill", "decode"} and not networked(tree):
-        missing = "decode" if "prefill" in roles else "prefill"
-        yield Problem("worker", f"must hold one that can {missing}, not only {roles.pop()}")
+            on_gpu = str(known[shard].get("device", "cpu")) != "cpu"
+            roles.setdefault(on_gpu, set()).add(str(worker.get("role", "both")))
+    for on_gpu, found in roles.items():
+        if on_gpu or not networked(tree):  # another host's workers reach the host memory of this one
+            yield from check_roles(found, "" if len(roles) == 1 else "on a GPU" if on_gpu else "in host memory")
+
+
+def check_roles(roles: set[str], where: str) -> Iterator[Problem]:
+    """Both roles must be there. ``where``: the memory that is meant, if shards are in both kinds of it."""
+    if len(roles) == 1 and roles <= {"prefill", "decode"}:
+        (only,) = roles
+        missing = "decode" if only == "prefill" else "prefill"
+        place = f" {where}" if where else ""
+        why = ": pages do not move between GPUs and host memory" if where else ""
+        yield Problem("worker", f"must hold one that can {missing}{place}, not only {only}{why}")
 
 
 # ---- words and tables ------------------------------------------------------------------------------------------------
