@@ -80,7 +80,7 @@ def parse(file: Path) -> Tree:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise ConfigError(f"{file}: not UTF-8 text, at byte {error.start}") from error
-    except (ValueError, RecursionError) as error:  # besides syntax: numbers of thousands of digits, deep nesting
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and deep nesting
         raise ConfigError(f"{file}: not valid TOML: {error}") from error
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read: {error.strerror}") from error

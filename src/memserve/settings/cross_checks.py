@@ -143,7 +143,8 @@ def check_shards(tree: Tree) -> Iterator[Problem]:
             roles.setdefault(on_gpu, set()).add(str(worker.get("role", "both")))
     for on_gpu, found in roles.items():
         if on_gpu or not networked(tree):  # another host's workers reach the host memory of this one
-            yield from check_roles(found, "" if len(roles) == 1 else "on a GPU" if on_gpu else "in host memory")
+            where = "on a GPU" if on_gpu else "in host memory"
+            yield from check_roles(found, where if len(roles) > 1 else "")
 
 
 def check_roles(roles: set[str], where: str) -> Iterator[Problem]:
