@@ -39,6 +39,7 @@ from memserve.messages import (
     TokenUpdate,
 )
 from memserve.presence import Presence
+from memserve.scheduling.changes import in_force, incarnations
 from memserve.scheduling.view import ClusterView, Health
 from memserve.tokens import count, unpack
 
@@ -110,9 +111,13 @@ class FrontendCore:
         """
         return self._view.health(self.presence.member, down, now)
 
-    def order(self, worker: ActorId, change: Change) -> None:
-        """Pass an operator's change on to a worker; the caller repeats it until the view shows it."""
-        self._actions.append(Send(worker, change))
+    def order(self, worker: str, change: Change) -> None:
+        """Pass an operator's change on to a worker, by name; the caller repeats it until it is in force."""
+        self._actions += [Send(one.id, change) for one in incarnations(worker, self.members())]
+
+    def obeyed(self, worker: str, change: Change, now: float) -> bool:
+        """Whether an operator's change of a worker is in force."""
+        return in_force(worker, change, self.members(), self._view.expects(worker, now))
 
     # ---- the five verbs -------------------------------------------------------------------------------------
 

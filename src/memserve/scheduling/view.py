@@ -92,6 +92,15 @@ class ClusterView:
             before = self._former if now < self._former_until else {}
             self._former, self._former_until = before | self._seen.pop(scheduler), now + RECOVERING_S
 
+    def expects(self, name: str, now: float) -> bool:
+        """Whether an actor that is not a member will be one again.
+
+        It died and did not leave, or a scheduler that has just started has not heard from it yet.
+        """
+        missed = name in self._missed and now < self._missed[name] + MISSED_S
+        former = self._former.values() if now < self._former_until else ()
+        return missed or any(actor_name(one.id) == name for one in former)
+
     def health(self, me: Member, down: Mapping[str, str], now: float) -> Health:
         """Whether Frontend ``me`` could serve a request now.
 
