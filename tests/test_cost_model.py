@@ -112,6 +112,12 @@ def test_a_wrong_table_is_refused() -> None:
         CostModel(attrs.evolve(COSTS, dense=((8, 0.1), (8, 0.2))))
     with pytest.raises(TypeError):
         CostModel.from_table({"dense": [[1, 1]], "rows": 1})
+    for wrong in (
+        {"row_s": "x"}, {"row_s": -1.0}, {"dense": [[1, math.nan]]}, {"chunk_tokens": 0}, {"links": 3},
+        {"links": {"tcp": {"byte_s": math.inf}}}, {"swap": {"fixed_s": -1}},
+    ):  # fmt: skip
+        with pytest.raises((TypeError, ValueError)):
+            CostModel.from_table({"dense": [[1, 1]], **wrong})
 
 
 # ---- fitting -------------------------------------------------------------------------------------------------
