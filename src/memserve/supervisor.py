@@ -105,7 +105,7 @@ class Supervisor:
         remove.
         """
         self._begun_at = trio.current_time()
-        self._enter("starting")
+        self._write_info()
         with trio.open_signal_receiver(*stop_signals()) as signals:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._obey, signals, nursery.cancel_scope)
@@ -123,11 +123,23 @@ class Supervisor:
         self.say("memserve: stopped")
 
     def _enter(self, state: str) -> None:
-        """Enter the state ``starting``, ``ready`` or ``draining``; commands and actors can read it."""
+        """Enter the state ``ready`` or ``draining``; commands and actors can read it."""
         self._state = state
-        self._write_info()
+        self._update_info()
+
+    def _update_info(self) -> None:
+        """Write cluster.json again.
+
+        A full disk is no reason to end the cluster: readers then see the earlier state.
+        """
+        try:
+            self._write_info()
+        except UserError as error:
+            log.error("cluster.json not written", reason=str(error))
+            self.say(f"memserve: {error}")
 
     def _write_info(self) -> None:
+        """Write cluster.json. Raises UserError."""
         self.launch.place.write_info(
             {
                 "pid": os.getpid(),
@@ -232,7 +244,7 @@ class Supervisor:
                 self._tell_fate(child, other)
         elif event["event"] == "serving":
             child.url = event["url"]
-            self._write_info()  # a successor may serve on another port if frontend.port is 0
+            self._update_info()  # a successor may serve on another port if frontend.port is 0
         if event["event"] in ("serving", "ready"):
             self._check_started()
 
@@ -277,7 +289,10 @@ class Supervisor:
             frontend.events.send(event="up", name=child.spec.name)
 
     def _replace_config(self, resolved: Resolved) -> None:
-        """Replace the configuration after a worker joined or left; actors read it when they start."""
+        """Replace the configuration after a worker joined or left; actors read it when they start.
+
+        Raises UserError when it is replaced but could not be written.
+        """
         self.resolved = resolved
         self._write_info()
 

@@ -115,12 +115,18 @@ class Place:
     def write_info(self, info: dict[str, Any]) -> None:
         """Replace cluster.json atomically: a reader sees the old or the new file.
 
-        It may hold keys, so it is private.
+        It may hold keys, so it is private. Raises UserError when it cannot be written; the old file stays.
         """
         new = self.path / f"{INFO_FILE}.new"
-        new.touch(mode=0o600)
-        new.write_text(json.dumps(info))
-        new.replace(self.path / INFO_FILE)
+        try:
+            new.touch(mode=0o600)
+            new.write_text(json.dumps(info))
+            new.replace(self.path / INFO_FILE)
+        except OSError as error:
+            raise UserError(
+                f"{self.path / INFO_FILE} cannot be written: {error.strerror}; make room, or set XDG_RUNTIME_DIR to"
+                " another private directory"
+            ) from error
 
     def read_info(self) -> dict[str, Any]:
         """The content of cluster.json. Raises PlaceGone when the cluster has ended."""
