@@ -27,7 +27,7 @@ from memserve.config import Resolved
 from memserve.errors import UserError
 from memserve.identity import ActorId
 from memserve.processes.actor import leaves
-from memserve.processes.child import OUTPUT_TAIL_BYTES, Child, Launch, all_gone
+from memserve.processes.child import OUTPUT_TAIL_BYTES, Child, Launch, all_gone, end_now
 from memserve.processes.gate import Gate, Guest
 from memserve.processes.keeping import Keeper, say
 from memserve.processes.lifecycle import (
@@ -340,14 +340,8 @@ class Supervisor:
         await all_gone(stage)
 
     async def _stop_now(self) -> None:
-        """End every actor at once: through its lifeline, and after ``stop_s`` with SIGKILL."""
-        everyone = self._everyone()
         self.say("memserve: stopping at once")
-        for child in everyone:
-            child.hang_up()
-        await all_gone(everyone, self.stop_s)
-        for child in everyone:
-            child.kill()
+        await end_now(self._everyone(), self.stop_s)
 
 
 def stop_signals() -> list[int]:
@@ -401,15 +395,14 @@ def prepare_argv(resolved: Resolved) -> list[str]:
 
 
 def supervise(supervisor: Supervisor) -> None:
-    """Open the log and run a cluster's supervisor to its end. Raises UserError."""
-    resolved = supervisor.resolved
-    log_file, level = Path(resolved.run_dir) / "supervisor.jsonl", resolved.config.logging.level
-    observe.configure(log_file, level, actor="supervisor", kind="Supervisor", pid=os.getpid())
-    run_supervisor(supervisor.run)
+    """Run a cluster's supervisor to its end. Raises UserError."""
+    run_supervisor(supervisor.run, supervisor.resolved, "supervisor")
 
 
-def run_supervisor(run: Callable[[], Awaitable[None]]) -> None:
-    """Run a supervisor to its end. Raises the UserErrors of its actors as one UserError."""
+def run_supervisor(run: Callable[[], Awaitable[None]], resolved: Resolved, name: str) -> None:
+    """Open the log of a supervisor and run it to its end. Raises the UserErrors of its actors as one UserError."""
+    log_file, level = Path(resolved.run_dir) / f"{name}.jsonl", resolved.config.logging.level
+    observe.configure(log_file, level, actor=name, kind="Supervisor", pid=os.getpid())
     try:
         trio.run(run)
     except BaseExceptionGroup as group:

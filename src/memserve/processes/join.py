@@ -8,7 +8,6 @@ maps its shard's arena, so it runs on the shard's host.
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -20,11 +19,10 @@ import msgspec
 import structlog
 import trio
 
-from memserve import observe
 from memserve.config import Resolved
 from memserve.errors import UserError
 from memserve.identity import ActorId
-from memserve.processes.child import Child, Launch, all_gone
+from memserve.processes.child import Child, Launch, end_now
 from memserve.processes.gate import SOCKET_NAME
 from memserve.processes.keeping import Keeper, say
 from memserve.processes.lifecycle import (
@@ -135,9 +133,7 @@ class Joiner:
                 await self._stop_now()
 
     async def _stop_now(self) -> None:
-        self._child.hang_up()
-        await all_gone([self._child], self.stop_s)
-        self._child.kill()
+        await end_now([self._child], self.stop_s)
 
 
 # ---- the command ---------------------------------------------------------------------------------------------
@@ -174,19 +170,10 @@ def join(
             )
         where = f" of {running['url']}" if running.get("url") else ""
         joiner = Joiner(resolved, joining, launch(place), gate, where, hung_s=hung_s)
-        return supervise(joiner)
+        run_supervisor(joiner.run, resolved, f"supervisor-{joining.name}")
     finally:
         gate.close()
         place.leave()
-
-
-def supervise(joiner: Joiner) -> int:
-    """Run a joiner to its end, with a log of its own; the exit status."""
-    name = f"supervisor-{joiner.worker.name}"
-    log_file = Path(joiner.resolved.run_dir) / f"{name}.jsonl"
-    level = joiner.resolved.config.logging.level
-    observe.configure(log_file, level, actor=name, kind="Supervisor", pid=os.getpid())
-    run_supervisor(joiner.run)
     return 0
 
 

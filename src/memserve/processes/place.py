@@ -20,7 +20,6 @@ import fcntl
 import hashlib
 import json
 import os
-import stat
 import tempfile
 import time
 from pathlib import Path
@@ -30,7 +29,7 @@ import attrs
 
 from memserve.errors import UserError
 from memserve.identity import ActorId, actor_name
-from memserve.settings.rules import expanded
+from memserve.settings.rules import expanded, why_not_private
 
 INFO_FILE = "cluster.json"
 ROLL_FILE = "roll"
@@ -238,13 +237,10 @@ def _open_directory(path: Path) -> int:
         return _open_directory(path)  # the last process of the old cluster has just removed it
     except OSError as error:
         raise UserError(f"{path} is in the way: it is not a directory of this user; remove it") from error
-    found = os.fstat(fd)
-    if found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
+    if why := why_not_private(os.fstat(fd), 0o700):
         os.close(fd)
         raise UserError(
-            f"the runtime directory {path} is not private: it has owner {found.st_uid} and mode"
-            f" {stat.S_IMODE(found.st_mode):04o}, must have owner {os.getuid()} and mode 0700; remove it, or set"
-            " XDG_RUNTIME_DIR to a directory of your own"
+            f"the runtime directory {path} {why}; remove it, or set XDG_RUNTIME_DIR to a directory of your own"
         )
     return fd
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import attrs
 
 from memserve.errors import UserError
-from memserve.settings.rules import expanded
+from memserve.settings.rules import expanded, why_not_private
 from memserve.settings.sections import ClusterConfig
 
 KEY_LINE = re.compile(r"memserve-cluster-key ([0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40})\n?")
@@ -153,12 +153,8 @@ def read_key(path: Path) -> KeyPair:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode):
             raise UserError(f"cluster.key: {path} is not a file")
-        if found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
-            raise UserError(
-                f"cluster.key: {path} is not private: it has owner {found.st_uid} and mode"
-                f" {stat.S_IMODE(found.st_mode):04o}, must have owner {os.getuid()} and mode 0600: whoever can read it"
-                " can join the cluster"
-            )
+        if why := why_not_private(found, 0o600):
+            raise UserError(f"cluster.key: {path} {why}: whoever can read it can join the cluster")
         return _parse_key(path, file.read(KEY_BYTES_MAX))
 
 

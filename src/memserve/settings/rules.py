@@ -1,9 +1,11 @@
-"""What values settings may have: rules (attrs validators with a text), and sizes as users write them."""
+"""What values settings may have: rules (attrs validators with a text), and sizes and paths as users write them."""
 
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
+import stat
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,6 +79,16 @@ def expanded(path: str | Path, key: str) -> Path:
         raise UserError(
             f"{key}: {str(path)!r} begins with ~, and no such home directory is known: give the whole path"
         ) from error
+
+
+def why_not_private(found: os.stat_result, mode: int) -> str:
+    """Why others may access a file or directory that must have ``mode``; empty if only this user may."""
+    if found.st_uid == os.getuid() and not stat.S_IMODE(found.st_mode) & 0o077:
+        return ""
+    return (
+        f"is not private: it has owner {found.st_uid} and mode {stat.S_IMODE(found.st_mode):04o}, must have owner"
+        f" {os.getuid()} and mode {mode:04o}"
+    )
 
 
 def is_host(value: str) -> bool:
