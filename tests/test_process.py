@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from memserve.errors import UserError
 from memserve.identity import ActorId
 from memserve.kernels import memory
 from memserve.processes.actor import RestartNeeded, _explain
-from memserve.processes.lifecycle import STATUS_CRASHED
+from memserve.processes.lifecycle import BEAT_S, STATUS_CRASHED
 from memserve.processes.lifeline import DIED_MESSAGES, EventSocket, Lifeline
 from test_gguf import DEMO
 
@@ -104,6 +105,23 @@ async def test_lifeline_tells_what_the_supervisor_says(ends):
     assert lifeline.gone.is_set()
     assert lifeline.died.receive_nowait() == "w0.1"
     assert lifeline.died.statistics().current_buffer_used == DIED_MESSAGES - 1
+
+
+async def test_an_actor_goes_on_to_report_after_its_supervisor_was_stopped(
+    ends, autojump_clock: trio.testing.MockClock
+):
+    """Its buffer is full after ten minutes: all actors would fall silent for good, and be killed as hung when it goes on."""
+    raw, events = ends
+    while events.send(event="alive"):
+        pass
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(Lifeline(ActorId("w0.1"), events).beat)
+        await trio.sleep(2 * BEAT_S)
+        while raw.recv(1 << 20).endswith(b"\n") and select.select([raw], [], [], 0)[0]:
+            pass
+        await trio.sleep(2 * BEAT_S)
+        assert select.select([raw], [], [], 0)[0]
+        nursery.cancel_scope.cancel()
 
 
 def test_ready_is_told_once(ends):
