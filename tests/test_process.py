@@ -189,6 +189,18 @@ def prepare(path, **more):
     return done
 
 
+def test_an_actor_may_open_what_its_system_allows():
+    """With the usual limit of 1,024, as many clients as frontend.max_requests allows would be too many."""
+    code = (
+        "import resource; from memserve.processes.actor import raise_descriptor_limit\n"
+        "most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (256, most))\n"
+        "raise_descriptor_limit()\n"
+        "assert resource.getrlimit(resource.RLIMIT_NOFILE) == (most, most)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_weights_are_ready_without_a_compiler():
     """`memserve up` would end before its first actor starts, over a compiler that it can do without."""
     done = prepare(find_model(DEMO), CXX="/nonexistent/g++")
