@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -14,11 +16,13 @@ import pytest
 import trio
 import trio.testing
 
+from memserve.actions import Kill
+from memserve.actors.mempool_shard import fence
 from memserve.engine.spec import find_model
 from memserve.errors import UserError
 from memserve.identity import ActorId
 from memserve.kernels import memory
-from memserve.processes.actor import RestartNeeded, _explain
+from memserve.processes.actor import RestartNeeded, _explain, raise_descriptor_limit
 from memserve.processes.lifecycle import BEAT_S, STATUS_CRASHED
 from memserve.processes.lifeline import DIED_MESSAGES, EventSocket, Lifeline
 from test_gguf import DEMO
@@ -199,6 +203,17 @@ def test_an_actor_may_open_what_its_system_allows():
         "assert resource.getrlimit(resource.RLIMIT_NOFILE) == (most, most)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_shard_with_many_connections_fences_a_worker_off():
+    """It would end with "descriptor out of range", and all of its pages with it."""
+    worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "w0"])
+    raise_descriptor_limit()
+    with contextlib.ExitStack() as held:
+        for _ in range(1_024):
+            held.callback(os.close, os.dup(0))
+        fence(Kill(ActorId("w0.1"), worker.pid))
+    assert worker.wait(10) == -signal.SIGKILL
 
 
 def test_weights_are_ready_without_a_compiler():
