@@ -34,6 +34,7 @@ from memserve.messages import (
     decode,
     encode,
 )
+from memserve.processes.actor import raise_descriptor_limit
 from memserve.settings.network import KeyPair
 
 
@@ -281,6 +282,15 @@ async def test_unknown_and_full_peers_are_errors(private: Path) -> None:
         a.forget(ActorId("absent.0"))
         with pytest.raises(PeerUnreachable):
             a.send(ActorId("absent.0"), Cancel("r", 0))
+
+
+async def test_a_thousand_peers_and_more_can_be_sent_to(private: Path) -> None:
+    """The scheduler of a large cluster could not answer those who join last."""
+    raise_descriptor_limit()
+    async with zmq_links(private, "a.1") as (a,):
+        for number in range(1_100):
+            a.connect(ActorId(f"b.{number}"), f"ipc://{private}/{number}")
+            a.send(ActorId(f"b.{number}"), Cancel("r", 0))
 
 
 async def test_garbage_is_counted_and_survived(private: Path) -> None:

@@ -62,6 +62,8 @@ GUEST_S = 60.0
 """Silence after which the connection to an actor that only said hello is closed; its leases have long expired."""
 GUESTS_MAX = 10_000
 """Such actors remembered, at most. If there are more, the longest silent one can no longer be answered."""
+PEERS_MAX = 16_384
+"""Connections of one link, at most. ZeroMQ's own limit is 1,023: fewer than the members of a large cluster."""
 LATE_S = 1.0
 """Time without an answer after which a host that joins reports that it waits."""
 REFUSALS = 3
@@ -300,6 +302,7 @@ async def open_link(actor: ActorId, endpoint: str, keys: KeyPair | None = None) 
     With ``keys`` every connection uses CURVE, and only peers with the same keys are let in.
     """
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    context.set(zmq.MAX_SOCKETS, PEERS_MAX)
     try:
         async with AsyncExitStack() as held:
             if keys:
