@@ -134,9 +134,13 @@ def make_key(path: Path) -> None:
         ) from error
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from error
-    with os.fdopen(fd, "wb") as file:
-        os.fchmod(fd, 0o600)
-        file.write(b"memserve-cluster-key " + secret + b"\n")
+    try:
+        with os.fdopen(fd, "wb") as file:
+            os.fchmod(fd, 0o600)
+            file.write(b"memserve-cluster-key " + secret + b"\n")
+    except OSError as error:
+        path.unlink()
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def read_key(path: Path) -> KeyPair:
