@@ -31,6 +31,11 @@ def test_defaults_need_only_a_model(written):
     assert [worker.shard for worker in loaded.worker] == [loaded.shard[0].name]
 
 
+def test_a_byte_order_mark_is_no_mistake(written):
+    """If it failed, a file saved by an editor that begins files with one would have an error that nobody can see."""
+    assert configfile.load(written("\ufeff" + MINIMAL)).model.path == "m.gguf"
+
+
 def test_every_mistake_is_reported_at_once_with_path_rule_value_and_hint(written):
     """If it failed, users would repair one key a try, or not learn which of the tables is meant."""
     text = """
@@ -190,6 +195,17 @@ def test_roles_must_be_complete_on_each_side_of_the_bus(written, networked):
     assert f"worker {said}" in found
     assert len(found) == (1 if networked else 2), "another host may have what is missing in host memory"
     assert configfile.load(written(text), ["worker.p0.role=both", "worker.d0.role=both"])
+
+
+@pytest.mark.parametrize(
+    ("shipped", "path", "others"),
+    [("2shards", "cuda", "auto, mapped, tcp or nixl"), ("two-gpus", "tcp", "auto or cuda")],
+)
+def test_pages_must_have_a_path(shipped, path, others):
+    """If it failed, every prompt would be computed twice, and nobody would know why."""
+    (line,) = problems(shipped, f"transfer.path={path}")
+    assert f'transfer.path must be {others}, not "{path}"' in line
+    assert configfile.load(shipped, ["transfer.path=auto"])
 
 
 def test_a_worker_must_say_which_of_several_shards_it_uses(written):

@@ -364,17 +364,7 @@ def test_every_kind_of_fault_is_documented() -> None:
 
 def test_gpus_of_one_host_move_pages_in_the_simulator_too(capsys: pytest.CaptureFixture[str]) -> None:
     """A path that real shards have and simulated ones have not could not be planned for."""
-    words = (
-        "--workload",
-        "sharegpt",
-        "--requests",
-        "10",
-        "--pages",
-        "4000",
-        "--set",
-        "transfer.path=cuda",
-        "--json",
-    )
-    status, said = sim("-c", str(ROOT / "configs/2shards.toml"), *words, capsys=capsys)
+    words = ("--workload", "sharegpt", "--requests", "10", "--pages", "4000", "--json")
+    status, said = sim("-c", str(ROOT / "configs/two-gpus.toml"), *words, capsys=capsys)
     assert status == 0, said
     assert json.loads(said)["moved_bytes"] > 0

@@ -77,7 +77,7 @@ def find(path: str) -> Path:
 def parse(file: Path) -> Tree:
     """The tables of a TOML file. Raises ConfigError, with line and column where the syntax is wrong."""
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
+        return tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ConfigError(f"{file}: not UTF-8 text, at byte {error.start}") from error
     except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and deep nesting

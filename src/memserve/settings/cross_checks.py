@@ -40,6 +40,7 @@ def cross_check(tree: Tree) -> list[Problem]:
         *check_pool(tree),
         *check_keys(tree),
         *check_cluster(tree),
+        *check_transfer(tree),
     ]
 
 
@@ -72,6 +73,21 @@ def check_cluster(tree: Tree) -> Iterator[Problem]:
         yield Problem(
             "transfer.path", f"must be auto, tcp or nixl with [cluster], not {path}: hosts share no memory"
         )
+
+
+def check_transfer(tree: Tree) -> Iterator[Problem]:
+    """Pages must be able to move between the shards of one host: else every handoff would compute its prompt again."""
+    transfer, shards = tree.get("transfer"), tables(tree, "shard")
+    path = transfer.get("path", "auto") if isinstance(transfer, dict) else "auto"
+    if len(shards) < 2 or networked(tree) or path == "auto":
+        return
+    gpus = sum(is_on_gpu(one) for one in shards)
+    if path == "cuda" and not gpus:
+        yield Problem(
+            "transfer.path", 'must be auto, mapped, tcp or nixl, not "cuda": all shards are in host memory'
+        )
+    elif path in ("mapped", "tcp", "nixl") and gpus == len(shards):
+        yield Problem("transfer.path", f"must be auto or cuda, not {show(path)}: all shards are on GPUs")
 
 
 def networked(tree: Tree) -> bool:
@@ -139,8 +155,7 @@ def check_shards(tree: Tree) -> Iterator[Problem]:
                 f"worker[{i}].shard", f"must name a [[shard]] ({', '.join(known)}), not {show(shard)}{guess}"
             )
         elif isinstance(shard, str):
-            on_gpu = str(known[shard].get("device", "cpu")) != "cpu"
-            roles.setdefault(on_gpu, set()).add(str(worker.get("role", "both")))
+            roles.setdefault(is_on_gpu(known[shard]), set()).add(str(worker.get("role", "both")))
     for on_gpu, found in roles.items():
         if on_gpu or not networked(tree):  # another host's workers reach the host memory of this one
             where = "on a GPU" if on_gpu else "in host memory"
@@ -179,6 +194,11 @@ def tables(tree: Tree, key: str) -> list[Tree]:
     """The well-formed tables of ``[[key]]``; :func:`structure` reports the others."""
     value = tree.get(key)
     return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
+
+
+def is_on_gpu(shard: Tree) -> bool:
+    """Whether a [[shard]] is on a GPU."""
+    return str(shard.get("device", "cpu")) != "cpu"
 
 
 def default_tables(key: str) -> list[Tree]:
