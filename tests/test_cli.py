@@ -117,6 +117,15 @@ def test_logs_timeline_and_summary_for_people_and_machines(logs, capsys):
     assert json.loads(capsys.readouterr().out)["run"] == "run1"
 
 
+def test_a_terminal_that_lacks_a_character_gets_its_number(logs):
+    """If it failed, a bar of a timeline, or one letter in an actor's last words, would end the command, or the cluster."""
+    command = [sys.executable, "-m", "memserve", "logs", str(logs), "--request", "ab", "--timeline"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\\u2588" in done.stdout
+
+
 def test_damage_is_said_on_stderr(logs, capsys):
     """If it failed, a summary of half a log would look like one of a whole log."""
     with (logs / "run1" / "p0.jsonl").open("a") as file:

@@ -5,6 +5,7 @@ Actors start here too, without the command line's parser and its memory.
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 
@@ -14,6 +15,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["actor"]:
         return actor(words[1:])
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: no text may end a command
     from memserve.cli import run
 
     return run(words)
