@@ -153,7 +153,12 @@ def join(
             f"no running memserve logs to {log_dir.resolve()}; start one with `memserve up`, or give --config or"
             " --log-dir"
         )
-    resolved = Resolved.from_json(json.dumps(running["resolved"]).encode())
+    try:
+        resolved = Resolved.from_json(json.dumps(running["resolved"]).encode())
+    except msgspec.MsgspecError as error:
+        raise UserError(
+            f"the cluster that logs to {log_dir.resolve()} was started by another version of memserve: restart it"
+        ) from error
     joining = checked(worker, resolved)
     cores = usable_cores()
     check_machine(joining, resolved, cores)
