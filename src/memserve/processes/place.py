@@ -48,23 +48,33 @@ class PlaceGone(Exception):
 
 
 def place_path(log_dir: Path) -> Path:
-    """The runtime directory of the cluster that logs to ``log_dir``; the same for every process of one user.
+    """The runtime directory for a cluster that logs to ``log_dir``.
 
     It is in ``$XDG_RUNTIME_DIR``, the temp directory or ``/tmp``: the first of these that is writable and
     short enough for socket paths. Raises UserError when none is.
     """
-    digest = hashlib.sha256(os.fsencode(expanded(log_dir, "logging.dir").resolve())).hexdigest()[:12]
-    bases = [os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp"]
-    for base in filter(None, bases):
-        path = Path(base).absolute() / f"memserve-{os.getuid()}-{digest}"
+    for path in place_paths(log_dir):
         short_enough = len(os.fsencode(path)) + SOCKET_NAME_BYTES <= SOCKET_PATH_BYTES_MAX
-        if short_enough and os.access(base, os.W_OK | os.X_OK):
+        if short_enough and os.access(path.parent, os.W_OK | os.X_OK):
             return path
+    bases = ", ".join(str(path.parent) for path in place_paths(log_dir))
     raise UserError(
-        f"no directory for sockets: tried {', '.join(filter(None, bases))}, but each is missing, not writable, or"
+        f"no directory for sockets: tried {bases}, but each is missing, not writable, or"
         f" longer than the {SOCKET_PATH_BYTES_MAX} bytes of a socket path allow. Set XDG_RUNTIME_DIR to a short,"
         " private directory."
     )
+
+
+def place_paths(log_dir: Path) -> list[Path]:
+    """Where the runtime directory may be, whatever the environment of the process that made it; the best first.
+
+    A service, for example, has no ``$XDG_RUNTIME_DIR``, and a login has.
+    """
+    digest = hashlib.sha256(os.fsencode(expanded(log_dir, "logging.dir").resolve())).hexdigest()[:12]
+    user = os.getuid()
+    bases = (os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp", f"/run/user/{user}")
+    found = (Path(base).absolute() / f"memserve-{user}-{digest}" for base in bases if base)
+    return list(dict.fromkeys(found))
 
 
 @attrs.define(eq=False)
@@ -88,6 +98,9 @@ class Place:
         path = place_path(log_dir)
         claim_fd = _claim_directory(path)
         try:
+            for other in place_paths(log_dir):
+                if other != path and _running(other) is not None:
+                    raise UserError(_occupied(other))
             for stale in path.iterdir():
                 _remove(stale)
             return cls(path, claim_fd, _sign_roll(path, os.O_CREAT | os.O_EXCL))
@@ -181,7 +194,11 @@ class Place:
 
 def find_running(log_dir: Path) -> dict[str, Any] | None:
     """cluster.json of the cluster that logs to ``log_dir``; None if none has a living supervisor."""
-    path = place_path(log_dir)
+    return next(filter(None, map(_running, place_paths(log_dir))), None)
+
+
+def _running(path: Path) -> dict[str, Any] | None:
+    """cluster.json of the cluster whose runtime directory is ``path``; None if it has no living supervisor."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:
