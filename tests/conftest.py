@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -82,15 +81,3 @@ async def _limited(test: Any, arguments: dict[str, Any], real_clock: bool) -> No
         return
     with trio.fail_after(TEST_TIMEOUT_S):
         await test(**arguments)
-
-
-@pytest.fixture
-def written(tmp_path: Path) -> Callable[[str], str]:
-    """Writes a TOML file; answers its path."""
-
-    def write(text: str) -> str:
-        path = tmp_path / "cluster.toml"
-        path.write_text(text)
-        return str(path)
-
-    return write

@@ -1,6 +1,8 @@
-"""Configurations: what is accepted, what is refused and in which words."""
+"""Configurations: what is accepted, what is refused and in which words, and what a machine makes of them."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import attrs
 import pytest
@@ -8,13 +10,59 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memserve import config
-from memserve.config import Config
-from memserve.errors import ConfigError, UserError
+from memserve.actors.global_scheduler import make_policy
+from memserve.config import Config, Resolved
+from memserve.engine.spec import ModelSpec
+from memserve.engine.weights import random_weights
+from memserve.errors import ConfigError
 from memserve.settings import configfile, resolve
-from memserve.settings.network import find_network
-from memserve.settings.sections import ClusterConfig, ModelConfig
+from memserve.settings.sections import ModelConfig
 
 MINIMAL = '[model]\npath = "m.gguf"\n'
+SPEC = ModelSpec(
+    name="toy",
+    architecture="llama",
+    layers=2,
+    hidden=64,
+    intermediate=128,
+    heads=4,
+    kv_heads=2,
+    head_dim=16,
+    vocab=100,
+    rope_theta=10000.0,
+    rms_eps=1e-5,
+    max_context=2048,
+    tied_embeddings=True,
+    bos=None,
+    eos=(2,),
+    chat_template="{{ messages }}",
+)
+MACHINE = resolve.Machine(
+    cores=4,
+    free_bytes=8 << 30,
+    log_dir="/tmp/logs",
+    runtime_dir="/tmp/memserve-0-x",
+    run="20260101-000000-beef",
+)
+
+
+@pytest.fixture
+def written(tmp_path):
+    """Writes a TOML file; answers its path."""
+
+    def write(text: str) -> str:
+        path = tmp_path / "cluster.toml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def toy_model(monkeypatch):
+    """Every path is a toy model's."""
+    monkeypatch.setattr(resolve, "find_model", lambda path: Path("/models") / path)
+    monkeypatch.setattr(resolve, "read_spec", lambda path: SPEC)
 
 
 def problems(path: str, *overrides: str) -> list[str]:
@@ -29,11 +77,6 @@ def test_defaults_need_only_a_model(written):
     loaded = configfile.load(written(MINIMAL))
     assert loaded == Config(model=ModelConfig(path="m.gguf"))
     assert [worker.shard for worker in loaded.worker] == [loaded.shard[0].name]
-
-
-def test_a_byte_order_mark_is_no_mistake(written):
-    """If it failed, a file saved by an editor that begins files with one would have an error that nobody can see."""
-    assert configfile.load(written("\ufeff" + MINIMAL)).model.path == "m.gguf"
 
 
 def test_every_mistake_is_reported_at_once_with_path_rule_value_and_hint(written):
@@ -183,31 +226,6 @@ def test_roles_must_be_complete_on_each_shard(written):
     assert problems(written(text)) == ["worker must hold one that can decode, not only prefill"]
 
 
-@pytest.mark.parametrize("networked", [False, True])
-def test_roles_must_be_complete_on_each_side_of_the_bus(written, networked):
-    """If it failed, prompts would run in host memory whose pages no decode worker could ever get."""
-    text = MINIMAL + '[[shard]]\nname = "h"\n[[shard]]\nname = "g"\ndevice = "cuda:0"\n'
-    text += '[[worker]]\nname = "p0"\nshard = "h"\nrole = "prefill"\n'
-    text += '[[worker]]\nname = "d0"\nshard = "g"\nrole = "decode"\n'
-    cluster = '[cluster]\nlisten = "127.0.0.1:7070"\nkey = "k"\n' if networked else ""
-    found = problems(written(text + cluster))
-    said = "must hold one that can prefill on a GPU, not only decode: pages do not move between GPUs and host memory"
-    assert f"worker {said}" in found
-    assert len(found) == (1 if networked else 2), "another host may have what is missing in host memory"
-    assert configfile.load(written(text), ["worker.p0.role=both", "worker.d0.role=both"])
-
-
-@pytest.mark.parametrize(
-    ("shipped", "path", "others"),
-    [("2shards", "cuda", "auto, mapped, tcp or nixl"), ("two-gpus", "tcp", "auto or cuda")],
-)
-def test_pages_must_have_a_path(shipped, path, others):
-    """If it failed, every prompt would be computed twice, and nobody would know why."""
-    (line,) = problems(shipped, f"transfer.path={path}")
-    assert f'transfer.path must be {others}, not "{path}"' in line
-    assert configfile.load(shipped, ["transfer.path=auto"])
-
-
 def test_a_worker_must_say_which_of_several_shards_it_uses(written):
     """If it failed, workers would land on a shard by accident of order."""
     text = MINIMAL + '[[shard]]\nname = "a"\n[[shard]]\nname = "b"\n[[worker]]\nname = "w0"\n'
@@ -232,47 +250,6 @@ def test_api_keys_never_appear_in_errors(written):
     path = written(MINIMAL)
     for value in ('["s3cret key"]', '"s3cret"', '["s3cret", "s3cret"]', "[3, 's3cret']"):
         assert "s3cret" not in "\n".join(problems(path, f"frontend.api_keys={value}"))
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        '[frontend]\napi_key = "s3cret"\n',
-        '[frontend]\nkeys = ["s3cret"]\n',
-        '[fronted]\napi_keys = ["s3cret"]\n',
-        '[pool]\nadmin_keys = ["s3cret"]\n',
-    ],
-)
-def test_a_key_under_a_mistyped_name_does_not_appear_either(written, text):
-    """If it failed, one letter too few would print the key."""
-    (line,) = problems(written(MINIMAL + text))
-    assert "is not a known key (value hidden)" in line
-
-
-def test_a_table_in_place_of_an_array_is_one_mistake(written):
-    """If it failed, [shard] for [[shard]] would be said to leave out the workers' shards, too."""
-    (line,) = problems(written(MINIMAL + '[shard]\nname = "s0"\n'))
-    assert "shard must be an array of tables: write its name in double brackets" in line
-
-
-@pytest.mark.parametrize("text", ["x = " + "9" * 5000, "x = " + "[" * 3000 + "]" * 3000])
-def test_what_the_parser_gives_up_on_is_called_so(written, text):
-    """If it failed, a damaged file would be answered by a traceback."""
-    assert problems(written(text))[0].startswith("not valid TOML: ")
-
-
-def test_a_home_that_is_not_there_is_called_so():
-    """If it failed, ~logs for ~/logs would be a traceback."""
-    missing = "begins with ~, and no such home directory is known"
-    with pytest.raises(UserError, match=f"--config: '~nobody-x/c.toml' {missing}"):
-        configfile.load("~nobody-x/c.toml")
-    with pytest.raises(UserError, match=f"logging.dir: '~nobody-x' {missing}"):
-        resolve.Machine.here("~nobody-x")
-    key = ClusterConfig(listen="127.0.0.1:7070", key="~nobody-x/key")
-    with pytest.raises(UserError, match=f"cluster.key: '~nobody-x/key' {missing}"):
-        find_network(key)
-    with pytest.raises(UserError, match=f"model.path: '~nobody-x/m.gguf' {missing}"):
-        resolve.find_model("~nobody-x/m.gguf")
 
 
 def test_syntax_errors_say_line_and_column(written):
@@ -325,3 +302,130 @@ def test_no_tree_of_values_escapes_as_anything_but_problems(tree):
     loaded, wrong = configfile.structure(tree)
     assert (loaded is None) == bool(wrong)
     assert all(problem.text for problem in [*wrong, *configfile.cross_check(tree)])
+
+
+# ---- resolving -----------------------------------------------------------------------------------------------
+
+
+def test_resolved_counts_pages_and_threads_and_says_why(written, toy_model):
+    """If it failed, `check` would not explain a cluster, or actors would disagree on page counts."""
+    loaded = configfile.load(written(MINIMAL), ["shard.s0.memory=1MiB", "worker.w0.threads=99"])
+    resolved = resolve.resolve(loaded, MACHINE)
+    assert resolved.page_bytes == SPEC.layers * 2 * SPEC.kv_heads * 16 * SPEC.head_dim * 2 == 4096 * 1
+    assert resolved.shard_pages == {"s0": 256}
+    assert resolved.threads == {"w0": 4}
+    assert resolved.max_context == 2048
+    assert resolved.run_dir == "/tmp/logs/20260101-000000-beef"
+    why = {reason.key: reason.why for reason in resolved.reasons}
+    assert why["worker.w0.threads"] == "99 asked for, but this process may use 4 cores"
+    assert "4096 tokens, 2.0 full contexts" in why["shard.s0"]
+
+
+def test_resolved_survives_json(written, toy_model):
+    """If it failed, actors would run with other settings than the supervisor decided."""
+    loaded = configfile.load(written(MINIMAL), ['frontend.api_keys=["k"]', "pool.lease_s=3"])
+    resolved = resolve.resolve(loaded, MACHINE)
+    assert Resolved.from_json(resolved.to_json()) == resolved
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (
+            ["shard.s0.memory=1MiB", "pool.page_tokens=8", "model.dtype=float32", "model.max_context=4096"],
+            "2048",
+        ),
+        (["shard.s0.memory=9GiB"], "shard.memory must fit in the machine's free memory (8 GiB)"),
+        (["shard.s0.memory=1MiB", "model.dtype=float32"], ""),
+    ],
+)
+def test_what_the_machine_cannot_do_is_refused(written, toy_model, overrides, said):
+    """If it failed, a cluster would be killed for want of memory, or its longest request would never fit."""
+    if not said:
+        assert resolve.resolve(configfile.load(written(MINIMAL), overrides), MACHINE).shard_pages == {
+            "s0": 128
+        }
+        return
+    with pytest.raises(ConfigError, match=said.replace("(", r"\(").replace(")", r"\)")):
+        resolve.resolve(configfile.load(written(MINIMAL), overrides), MACHINE)
+
+
+def test_a_shard_too_small_for_one_context_says_what_would_fit(written, toy_model, monkeypatch):
+    """If it failed, the user would have to guess the size that is enough."""
+    monkeypatch.setattr(resolve, "read_spec", lambda path: attrs.evolve(SPEC, max_context=8192))
+    with pytest.raises(ConfigError) as caught:
+        resolve.resolve(configfile.load(written(MINIMAL), ["shard.s0.memory=1MiB"]), MACHINE)
+    assert str(caught.value) == (
+        "shard[0].memory must hold one context of 8192 tokens (2 MiB), not 1 MiB: "
+        "raise it, or set model.max_context to at most 4096"
+    )
+
+
+def test_a_sliding_window_is_said_to_be_the_limit(written, toy_model, monkeypatch):
+    """If it failed, nobody would know why a model of 32768 tokens takes 4096."""
+    windowed = attrs.evolve(SPEC, sliding_window=2048)
+    monkeypatch.setattr(resolve, "read_spec", lambda path: windowed)
+    why = {one.key: one.why for one in resolve.resolve(configfile.load(written(MINIMAL)), MACHINE).reasons}
+    assert why["model.max_context"] == "the model's sliding window, as attention here is full"
+    with pytest.raises(ConfigError, match=r"sliding window, .* \(2048 tokens\), not 4096"):
+        resolve.resolve(configfile.load(written(MINIMAL), ["model.max_context=4096"]), MACHINE)
+
+
+def test_a_directory_is_checked_and_named(written, tmp_path):
+    """If it failed, `check` would pass over a directory that `up` cannot serve, or not say what it lacks."""
+    with pytest.raises(
+        ConfigError, match=r"missing config\.json; missing tokenizer\.json; missing model\.saf"
+    ):
+        resolve.resolve(configfile.load(written(f'[model]\npath = "{tmp_path}"\n')), MACHINE)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("weights", ["dtype", "int8"])
+def test_weights_take_what_is_said(written, toy_model, monkeypatch, tied, dtype, weights):
+    """If it failed, a machine would be taken for large enough that is not, or the other way round."""
+    spec = attrs.evolve(SPEC, tied_embeddings=tied)
+    monkeypatch.setattr(resolve, "read_spec", lambda path: spec)
+    loaded = configfile.load(written(MINIMAL), [f"model.dtype={dtype}", f"model.weights={weights}"])
+    resolved = resolve.resolve(loaded, MACHINE)
+    whole = sum(tensor.nbytes for tensor in random_weights(spec, loaded.model.stored, 0).values())
+    assert resolve.weight_bytes(spec, loaded.model.stored) == whole
+    (said,) = [one for one in resolved.reasons if one.key == "model.weights"]
+    assert said.why == f"as {loaded.model.stored}, mapped once for all workers"
+    assert said.value == resolve.size(whole)
+    assert resolved.page_bytes == spec.page_bytes(16, dtype)
+
+
+def test_a_missing_model_is_a_config_error(written):
+    """If it failed, a wrong path would be a traceback."""
+    with pytest.raises(ConfigError, match=r"no file 'm\.gguf'"):
+        resolve.resolve(configfile.load(written(MINIMAL)), MACHINE)
+
+
+def test_this_machine_is_measured():
+    """If it failed, threads or memory would be planned for another machine."""
+    machine = resolve.Machine.here("logs")
+    assert machine.cores >= 1
+    assert machine.free_bytes > 0
+    assert Path(machine.log_dir).is_absolute()
+    assert Path(machine.runtime_dir).is_absolute()
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "moves", "path"),
+    [
+        ("demo", (), False, "mapped"),
+        ("2shards", (), True, "mapped"),
+        ("2shards", ("transfer.path=tcp",), True, "tcp"),
+        ("one-gpu", (), False, "cuda"),
+        ("two-gpus", (), True, "cuda"),
+        ("two-hosts-first", (), True, "mapped"),
+        ("two-hosts-first", ("shard.0.device=cuda:0", "worker.0.role=both"), False, "cuda"),
+    ],
+)
+def test_schedulers_know_whether_and_how_pages_move(name, settings, moves, path):
+    """Else pages of two GPUs would be computed again that could be fetched, or priced like another machine's."""
+    found = configfile.load(name, list(settings))
+    assert (found.pages_move, found.transfer_path) == (moves, path)
+    cost = make_policy(found)
+    assert (cost.weights.fetch, cost.weights.path) == (moves, path)

@@ -15,7 +15,7 @@ from memserve.settings import configfile, gpus, resolve
 from memserve.settings.gpu_room import CONTEXT_BYTES, SPARE, worker_bytes
 from memserve.settings.gpus import Gpu, Gpus, find_gpus, parse, visible
 from memserve.settings.sections import BatchConfig, ModelConfig
-from test_resolve import MACHINE, SPEC
+from test_config import MACHINE, SPEC
 
 ANSWER = "0, GPU-aa, NVIDIA H100 80GB HBM3, 80000, 9.0\n1, GPU-bb, NVIDIA H100 80GB HBM3, 1024, 9.0\n"
 H100 = Gpu(0, "GPU-aa", "NVIDIA H100 80GB HBM3", 80000 << 20, (9, 0))

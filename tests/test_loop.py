@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import attrs
 import pytest
 import trio
@@ -10,11 +12,12 @@ from trio.testing import MockClock
 from memory_bus import MemoryBus
 from memserve.actions import Died, Send
 from memserve.actors.loop import Shell
-from memserve.bus import Received
+from memserve.bus import Received, open_link
 from memserve.drawing import Sampling
 from memserve.errors import PeerUnreachable
 from memserve.identity import ActorId
 from memserve.messages import Gone, Inquired, Load, Member, Request, Submit
+from memserve.processes.actor import raise_descriptor_limit
 from memserve.scheduling.policies import RoundRobin
 from memserve.scheduling.scheduler import SchedulerCore
 
@@ -118,3 +121,13 @@ async def test_a_frontend_that_is_taken_back_is_answered_at_once() -> None:
         heard = [one.message for one in await link.receive()]
     assert heard[0] == Gone((frontend.id,))
     assert Inquired("r", 0, held=True) in heard
+
+
+async def test_a_thousand_peers_and_more_can_be_sent_to(tmp_path: Path) -> None:
+    """The scheduler of a large cluster could not answer those who join last."""
+    raise_descriptor_limit()
+    tmp_path.chmod(0o700)
+    async with open_link(ActorId("a.1"), f"ipc://{tmp_path}/a.1.sock") as link:
+        for number in range(1_100):
+            link.connect(ActorId(f"b.{number}"), f"ipc://{tmp_path}/{number}")
+            link.send(ActorId(f"b.{number}"), Gone(()))
