@@ -126,7 +126,6 @@ async def test_a_frontend_that_is_taken_back_is_answered_at_once() -> None:
 async def test_a_thousand_peers_and_more_can_be_sent_to(tmp_path: Path) -> None:
     """The scheduler of a large cluster could not answer those who join last."""
     raise_descriptor_limit()
-    tmp_path.chmod(0o700)
     async with open_link(ActorId("a.1"), f"ipc://{tmp_path}/a.1.sock") as link:
         for number in range(1_100):
             link.connect(ActorId(f"b.{number}"), f"ipc://{tmp_path}/{number}")
