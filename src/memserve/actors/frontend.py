@@ -164,17 +164,17 @@ class FrontendService:
 
     def cluster(self) -> list[Member]:
         """Every known actor."""
-        return self.core.members()
+        return self.core.members(self.shell.clock())
 
     async def change(self, worker: str, change: Change) -> None:
         """Order a change of a worker, and wait until the scheduler's view shows it.
 
         Raises RequestFailed when it does not within CHANGE_S.
         """
-        find_worker(worker, change, self.core.members())
+        find_worker(worker, change, self.core.members(self.shell.clock()))
         with trio.move_on_after(CHANGE_S):
             while not self._obeyed(worker, change):
-                self.core.order(worker, change)
+                self.core.order(worker, change, self.shell.clock())
                 self.shell.turn()
                 with trio.move_on_after(CHANGE_REPEAT_S):
                     await self._seen(worker, change)
@@ -193,7 +193,7 @@ class FrontendService:
         """The whole cluster's metrics."""
         who = {"actor": actor_name(self.shell.link.actor), "kind": "Frontend"}
         return observe.render_metrics(
-            self.core.members(), {"vllm:time_to_first_token_seconds": self.ttft_s}, who
+            self.core.members(self.shell.clock()), {"vllm:time_to_first_token_seconds": self.ttft_s}, who
         )
 
 
