@@ -300,7 +300,9 @@ def _try_lock(fd: int, kind: int) -> bool:
 def _occupied(path: Path) -> str:
     """Why the place cannot be claimed, and what to do about it."""
     info = _read_info(path)
-    if info is None or info.get("state") == "draining" or not _alive(info["pid"]):
+    if info is None:
+        return f"another memserve is starting or still shutting down here (runtime directory {path}); try again in a moment"
+    if info.get("state") == "draining" or not _alive(info["pid"]):
         return f"the previous memserve here is still shutting down (runtime directory {path}); try again in a moment"
     url = info.get("url") or f"still {info.get('state', 'starting')}"
     return (
