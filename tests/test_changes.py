@@ -58,11 +58,13 @@ def test_what_may_be_changed(name, change, code):
 def test_in_force():
     """An operator would be told of a change that nobody places by yet, or wait for one for ever."""
     before = worker("d0", "decode")
-    assert not in_force(before.id, Change("both"), [before])
-    assert in_force(before.id, Change("both"), [attrs.evolve(before, role="both", role_by=HAND)])
-    assert in_force(before.id, DRAIN, [attrs.evolve(before, state="draining")])
-    assert in_force(before.id, DRAIN, [])
-    assert not in_force(before.id, Change("both"), [])
+    assert not in_force("d0", Change("both"), [before])
+    assert in_force("d0", Change("both"), [attrs.evolve(before, role="both", role_by=HAND)])
+    assert in_force("d0", DRAIN, [attrs.evolve(before, state="draining")])
+    assert in_force("d0", DRAIN, [])
+    assert not in_force("d0", DRAIN, [], expected=True)
+    assert not in_force("d0", DRAIN, [attrs.evolve(before, id=ActorId("d0.2"))])
+    assert not in_force("d0", Change("both"), [])
 
 
 def test_who_gives_a_role_and_who_takes_it_back():
@@ -188,6 +190,22 @@ async def test_a_drained_worker_gets_no_request_and_loses_none(autojump_clock: M
             cluster.kill(name)
         assert results == {i: reference([i + 5] * 30, 20, seed=i) for i in range(60)}
         await baseline(cluster)
+
+
+async def test_a_worker_that_dies_before_it_drains_is_drained_when_it_is_back(
+    autojump_clock: MockClock,
+) -> None:
+    """`memserve drain` of a worker that hangs would say that it has left, and its supervisor start another one."""
+    async with memory_cluster(("p0", "prefill"), ("d0", "decode"), ("d1", "decode")) as (cluster, frontend):
+        cluster.pause("d1")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(frontend.change, "d1", DRAIN)
+            await trio.sleep(7.0)
+            assert "d1" not in {actor_name(one.id) for one in frontend.cluster()}
+            cluster.actors.pop("d1", None)
+            await cluster.worker("d1", "decode")
+        states = {actor_name(one.id): one.state for one in frontend.cluster()}
+        assert states["d1"] == "draining"
 
 
 def test_role_and_drain_of_processes(tmp_path: Path) -> None:

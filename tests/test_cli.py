@@ -117,6 +117,15 @@ def test_logs_timeline_and_summary_for_people_and_machines(logs, capsys):
     assert json.loads(capsys.readouterr().out)["run"] == "run1"
 
 
+def test_a_terminal_that_lacks_a_character_gets_its_number(logs):
+    """If it failed, a bar of a timeline, or one letter in an actor's last words, would end the command, or the cluster."""
+    command = [sys.executable, "-m", "memserve", "logs", str(logs), "--request", "ab", "--timeline"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\\u2588" in done.stdout
+
+
 def test_damage_is_said_on_stderr(logs, capsys):
     """If it failed, a summary of half a log would look like one of a whole log."""
     with (logs / "run1" / "p0.jsonl").open("a") as file:
@@ -136,7 +145,10 @@ def test_damage_is_said_on_stderr(logs, capsys):
         (["check", "--set", "frontend.prt=1"], "did you mean port?"),
         (["up", "-c", "dmo"], "did you mean demo?"),
         (["status", "--url", "localhost:1"], "--url must begin with http://"),
+        (["status", "--url", "http://[::1"], "--url must be an address such as http://127.0.0.1:8080"),
         (["status", "--url", "http://127.0.0.1:1"], "no answer at http://127.0.0.1:1"),
+        (["status", "--log-dir", "~nobody-x"], "logging.dir: '~nobody-x' begins with ~"),
+        (["key", "~nobody-x/key"], "FILE: '~nobody-x/key' begins with ~"),
         (["stauts"], "status"),
         (["logs", "--actr", "x"], "--actor"),
     ],

@@ -151,6 +151,13 @@ def test_every_mistake_is_reported_at_once_with_path_rule_value_and_hint(written
         ("frontend.host", '"localhost:80"'),
         ("frontend.host", '"300.1.1.1"'),
         ("pool.page_tokens", "12"),
+        ("pool.lease_s", "inf"),
+        ("pool.lease_s", "9" * 400),
+        ("pool.lease_s", "9" * 5000),
+        ("shard.0.memory", f'"{"9" * 400}GiB"'),
+        ("frontend.ttft_ms", "[" * 3000 + "]" * 3000),
+        ("frontend.host", '"a..b"'),
+        ("frontend.host", f'"{"a" * 64}.example"'),
     ],
 )
 def test_wrong_values_are_refused_not_converted(written, key, value):
@@ -413,7 +420,7 @@ def test_this_machine_is_measured():
         ("one-gpu", (), False, "cuda"),
         ("two-gpus", (), True, "cuda"),
         ("two-hosts-first", (), True, "mapped"),
-        ("two-hosts-first", ("shard.0.device=cuda:0",), False, "cuda"),
+        ("two-hosts-first", ("shard.0.device=cuda:0", "worker.0.role=both"), False, "cuda"),
     ],
 )
 def test_schedulers_know_whether_and_how_pages_move(name, settings, moves, path):

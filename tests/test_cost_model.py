@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import random
@@ -112,6 +113,12 @@ def test_a_wrong_table_is_refused() -> None:
         CostModel(attrs.evolve(COSTS, dense=((8, 0.1), (8, 0.2))))
     with pytest.raises(TypeError):
         CostModel.from_table({"dense": [[1, 1]], "rows": 1})
+    for wrong in (
+        {"row_s": "x"}, {"row_s": -1.0}, {"dense": [[1, math.nan]]}, {"chunk_tokens": 0}, {"links": 3},
+        {"links": {"tcp": {"byte_s": math.inf}}}, {"swap": {"fixed_s": -1}},
+    ):  # fmt: skip
+        with pytest.raises((TypeError, ValueError)):
+            CostModel.from_table({"dense": [[1, 1]], **wrong})
 
 
 # ---- fitting -------------------------------------------------------------------------------------------------
@@ -277,6 +284,18 @@ def test_a_measurement_is_made_once_and_kept_if_it_had_its_threads(tmp_path: Pat
     assert calibrated(tmp_path, name, lambda: measuring(3), 2) == COSTS
     assert calibrated(tmp_path, {"model": "other"}, lambda: measuring(4), 2) == COSTS
     assert calls == [1, 2, 4]
+
+
+def test_a_full_disk_keeps_no_worker_from_starting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If it failed, a worker that dies while the disk is full would not come back."""
+
+    def full(path: Path, data: bytes) -> int:
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert calibrated(tmp_path, {"model": "m"}, lambda: (COSTS, 2), 2) == COSTS
+    assert [one.name for one in tmp_path.iterdir()] == ["costs.lock"]
 
 
 def test_nothing_is_measured_beside_streams(tmp_path: Path) -> None:

@@ -199,6 +199,13 @@ def test_which_cluster_is_meant(tmp_path, monkeypatch) -> None:
         log_dir_of(None, ["frontend.port=1"], None)
 
 
+def test_a_cluster_of_another_version_cannot_be_joined(capsys, tmp_path, monkeypatch) -> None:
+    """After an update, somebody would get a traceback, and not learn that the cluster must be restarted."""
+    monkeypatch.setattr("memserve.processes.join.find_running", lambda log_dir: {"pid": 7, "resolved": {}})
+    assert cli.run(["join", "--name", "d1", "--log-dir", str(tmp_path)]) == 2
+    assert "was started by another version of memserve: restart it" in capsys.readouterr().err
+
+
 def test_mistakes_of_the_command_line_exit_2(capsys, tmp_path) -> None:
     """Somebody would wait for a worker that never comes."""
     for words, said in (

@@ -102,3 +102,5 @@ def test_ends_are_told_in_words():
     assert describe_end(-9) == "was killed by SIGKILL"
     assert describe_end(1) == "ended with status 1"
     assert "shard" in describe_end(3)
+    # A real-time signal has no name; the supervisor would end while it says so, and the cluster with it.
+    assert describe_end(-35) == "was killed by signal 35"

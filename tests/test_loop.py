@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import attrs
 import pytest
 import trio
 from trio.testing import MockClock
 
 from memory_bus import MemoryBus
-from memserve.actions import Send
+from memserve.actions import Died, Send
 from memserve.actors.loop import Shell
+from memserve.bus import Received, open_link
+from memserve.drawing import Sampling
 from memserve.errors import PeerUnreachable
 from memserve.identity import ActorId
-from memserve.messages import Gone
+from memserve.messages import Gone, Inquired, Load, Member, Request, Submit
+from memserve.processes.actor import raise_descriptor_limit
+from memserve.scheduling.policies import RoundRobin
+from memserve.scheduling.scheduler import SchedulerCore
 
 NEVER = float("inf")
 
@@ -90,7 +97,36 @@ async def test_the_last_word_to_a_dead_actor_ends_its_connection() -> None:
     for actor in (dead, other):
         shell.link.connect(actor, bus.link(actor).endpoint)
     for actor in (other, dead):
-        shell.send(Send(actor, Gone((dead,))))
+        shell.send(Send(actor, Gone((dead,)), last=actor == dead))
     shell.link.send(other, Gone((dead,)))
     with pytest.raises(PeerUnreachable):
         shell.link.send(dead, Gone((dead,)))
+
+
+async def test_a_frontend_that_is_taken_back_is_answered_at_once() -> None:
+    """What it asks after a pause would stay unanswered until its next heartbeat names its address again."""
+    bus = MemoryBus()
+    me = Member(ActorId("scheduler-0.1"), "GlobalScheduler", "memory://scheduler-0.1", 1, "ready")
+    shell = Shell(SchedulerCore(me, "round_robin", RoundRobin()), bus.link(me.id))
+    link = bus.link(ActorId("frontend-0.1"))
+    frontend = Member(link.actor, "Frontend", link.endpoint, 1, "ready")
+    shell.hear(Received(frontend.id, Load(frontend)))
+    shell.tell(Died(frontend.id))
+    await link.receive()
+    request = Request("r", 0, frontend.id, "", b"\1\0\0\0", 1, 3, (), Sampling())
+    for message in (Load(frontend), Submit(request)):
+        shell.hear(Received(frontend.id, message))
+    shell.turn()
+    with trio.fail_after(2):
+        heard = [one.message for one in await link.receive()]
+    assert heard[0] == Gone((frontend.id,))
+    assert Inquired("r", 0, held=True) in heard
+
+
+async def test_a_thousand_peers_and_more_can_be_sent_to(tmp_path: Path) -> None:
+    """The scheduler of a large cluster could not answer those who join last."""
+    raise_descriptor_limit()
+    async with open_link(ActorId("a.1"), f"ipc://{tmp_path}/a.1.sock") as link:
+        for number in range(1_100):
+            link.connect(ActorId(f"b.{number}"), f"ipc://{tmp_path}/{number}")
+            link.send(ActorId(f"b.{number}"), Gone(()))

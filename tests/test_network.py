@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import socket
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,6 +46,14 @@ def test_a_key_is_private_and_never_overwritten(key: Path, capsys: pytest.Captur
     key.chmod(0o640)
     with pytest.raises(UserError, match="mode 0640, must have owner"):
         read_key(key)
+
+
+def test_a_key_that_cannot_be_written_leaves_no_file(tmp_path: Path) -> None:
+    """An empty file would stay, be taken for a key, and never be overwritten."""
+    shell = f"ulimit -f 0; exec {sys.executable} -m memserve key {tmp_path}/key"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (2, f"{tmp_path}/key cannot be written: File too large\n")
+    assert not (tmp_path / "key").exists()
 
 
 def test_a_file_that_is_no_key_is_called_so(tmp_path: Path) -> None:
@@ -167,6 +177,14 @@ def test_who_has_another_model_is_refused_before_anything_is_placed_on_it(core: 
     assert ActorId("w1.1") not in core.membership.members
     assert answers(core, member("w1", "10.0.0.2"), TERMS) == []
     assert ActorId("w1.1") in core.membership.members
+
+
+def test_a_host_that_is_refused_leaves_no_connection(core: SchedulerCore) -> None:
+    """One that is started again each second would take the scheduler's last socket, and newcomers could not be answered."""
+    refused = member("w1", "10.0.0.2")
+    core.receive(refused.id, Load(refused, TERMS | {"model.path": "content 2"}), 1.0)
+    sent = [one for one in core.take() if isinstance(one, Send) and isinstance(one.message, Refused)]
+    assert [(one.to, one.last) for one in sent] == [(refused.id, True)]
 
 
 def test_a_name_belongs_to_the_host_that_has_it(core: SchedulerCore) -> None:

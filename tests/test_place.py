@@ -82,7 +82,8 @@ def test_claim_during_shutdown_says_so(log_dir):
         if left:
             place.write_info(left)
 
-        with pytest.raises(UserError, match="still shutting down"):
+        said = "memserve here is still shutting down" if left else "is starting or still shutting down here"
+        with pytest.raises(UserError, match=said):
             Place.claim(log_dir)
     place.leave()
 
@@ -174,6 +175,23 @@ def test_find_running_is_none_without_a_living_supervisor(log_dir):
     assert find_running(log_dir) is None
     place.leave()
     assert find_running(log_dir) is None
+
+
+def test_a_cluster_is_found_from_another_environment(log_dir, monkeypatch):
+    """A service has no XDG_RUNTIME_DIR and a login has one: `memserve status` would find nothing, `up` start a second one."""
+    with tempfile.TemporaryDirectory(prefix="mst") as base:
+        login = os.environ["XDG_RUNTIME_DIR"]
+        monkeypatch.delenv("XDG_RUNTIME_DIR")
+        monkeypatch.setattr(tempfile, "tempdir", base)
+        place = Place.claim(log_dir)
+        place.write_info(info(os.getpid()))
+        monkeypatch.setenv("XDG_RUNTIME_DIR", login)
+        assert find_running(log_dir)["pid"] == os.getpid()
+        with pytest.raises(UserError, match=f"already runs here: pid {os.getpid()}"):
+            Place.claim(log_dir)
+        place.leave()
+        assert find_running(log_dir) is None
+        Place.claim(log_dir).leave()
 
 
 def test_looking_does_not_disturb_a_claim(log_dir):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import select
+import signal
 import socket
 import subprocess
 import sys
@@ -13,12 +16,14 @@ import pytest
 import trio
 import trio.testing
 
+from memserve.actions import Kill
+from memserve.actors.mempool_shard import fence
 from memserve.engine.spec import find_model
 from memserve.errors import UserError
 from memserve.identity import ActorId
 from memserve.kernels import memory
-from memserve.processes.actor import RestartNeeded, _explain
-from memserve.processes.lifecycle import STATUS_CRASHED
+from memserve.processes.actor import RestartNeeded, _explain, raise_descriptor_limit
+from memserve.processes.lifecycle import BEAT_S, STATUS_CRASHED
 from memserve.processes.lifeline import DIED_MESSAGES, EventSocket, Lifeline
 from test_gguf import DEMO
 
@@ -106,6 +111,23 @@ async def test_lifeline_tells_what_the_supervisor_says(ends):
     assert lifeline.died.statistics().current_buffer_used == DIED_MESSAGES - 1
 
 
+async def test_an_actor_goes_on_to_report_after_its_supervisor_was_stopped(
+    ends, autojump_clock: trio.testing.MockClock
+):
+    """Its buffer is full after ten minutes: all actors would fall silent for good, and be killed as hung when it goes on."""
+    raw, events = ends
+    while events.send(event="alive"):
+        pass
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(Lifeline(ActorId("w0.1"), events).beat)
+        await trio.sleep(2 * BEAT_S)
+        while raw.recv(1 << 20).endswith(b"\n") and select.select([raw], [], [], 0)[0]:
+            pass
+        await trio.sleep(2 * BEAT_S)
+        assert select.select([raw], [], [], 0)[0]
+        nursery.cancel_scope.cancel()
+
+
 def test_ready_is_told_once(ends):
     """The supervisor would take an actor that has been up for an hour for a new one."""
     raw, events = ends
@@ -169,6 +191,29 @@ def prepare(path, **more):
     os.close(read)
     os.close(write)
     return done
+
+
+def test_an_actor_may_open_what_its_system_allows():
+    """With the usual limit of 1,024, as many clients as frontend.max_requests allows would be too many."""
+    code = (
+        "import resource; from memserve.processes.actor import raise_descriptor_limit\n"
+        "most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (256, most))\n"
+        "raise_descriptor_limit()\n"
+        "assert resource.getrlimit(resource.RLIMIT_NOFILE) == (most, most)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_shard_with_many_connections_fences_a_worker_off():
+    """It would end with "descriptor out of range", and all of its pages with it."""
+    worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "w0"])
+    raise_descriptor_limit()
+    with contextlib.ExitStack() as held:
+        for _ in range(1_024):
+            held.callback(os.close, os.dup(0))
+        fence(Kill(ActorId("w0.1"), worker.pid))
+    assert worker.wait(10) == -signal.SIGKILL
 
 
 def test_weights_are_ready_without_a_compiler():

@@ -217,6 +217,17 @@ def test_the_dead_are_announced_and_fenced_off(how: str) -> None:
     assert [(one.to, one.message.actors) for one in sent(core, Gone)] == [("d0.1", ("d0.1",))]
 
 
+def test_a_late_heartbeat_of_a_dead_frontend_harms_no_successor() -> None:
+    """Its last messages may be read after those of its successor, whose requests the workers would drop."""
+    core = scheduler(SHARD, FRONTEND, prefill("p0"), decode("d0"))
+    successor = attrs.evolve(FRONTEND, id=ActorId("frontend-0.2"))
+    core.receive(successor.id, Load(successor), 1.0)
+    core.take()
+    core.receive(FRONTEND.id, Load(FRONTEND), 1.1)
+    assert [(one.to, one.message.actors) for one in sent(core, Gone)] == [(FRONTEND.id, (FRONTEND.id,))]
+    assert successor.id in core.membership.members and FRONTEND.id not in core.membership.members
+
+
 def test_one_that_died_unseen_is_declared_dead_when_somebody_waits_for_it() -> None:
     """It died while no scheduler lived: whoever hands a request over to it would offer that for ever."""
     waiting = attrs.evolve(prefill("p0"), needs=(ActorId("d0.0"),))

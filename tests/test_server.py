@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from functools import partial
 
 import pytest
 import trio
@@ -206,3 +210,49 @@ async def test_an_address_that_cannot_be_bound_is_named():
             )
     with pytest.raises(UserError, match=r"frontend.host: cannot listen on '192\.0\.2\.1'"):
         await serve_http(lambda *_: None, "192.0.2.1", 0, shutdown=shutdown)
+
+
+async def test_a_client_that_leaves_takes_its_connection_along():
+    """Each request on a connection of its own would cost a descriptor for half a minute."""
+    service = FakeService(lambda _r: says("x"))
+    async with served(service) as url:
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(10):
+            assert await raw(url, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n", until=b"ok")
+            await raw(url, wait_s=0.0)
+        with trio.fail_after(5):
+            while len(os.listdir("/proc/self/fd")) > before + 2:
+                await trio.sleep(0.05)
+
+
+FEW_DESCRIPTORS = """
+import resource, trio
+from starlette.applications import Starlette
+from memserve.api.server import serve_http
+
+async def main():
+    resource.setrlimit(resource.RLIMIT_NOFILE, (48, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    async with trio.open_nursery() as nursery:
+        serve = lambda task_status: serve_http(
+            Starlette(), "127.0.0.1", 0, shutdown=trio.Event(), task_status=task_status
+        )
+        print(await nursery.start(serve), flush=True)
+
+trio.run(main)
+"""
+
+
+async def test_more_clients_than_descriptors_end_no_server():
+    """Somebody who opens a thousand connections would end the Frontend, and every stream with it."""
+    async with trio.open_nursery() as nursery:
+        start = partial(trio.run_process, [sys.executable, "-c", FEW_DESCRIPTORS], stdout=subprocess.PIPE)
+        process = await nursery.start(start)
+        url = f"http://127.0.0.1:{int(await process.stdout.receive_some(20))}"
+        clients = [await trio.open_tcp_stream("127.0.0.1", int(url.rpartition(":")[2])) for _ in range(60)]
+        await trio.sleep(0.3)
+        for client in clients:
+            await client.aclose()
+        assert (await raw(url, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", until=b"Not Found")).startswith(
+            b"HTTP/1.1 404"
+        )
+        nursery.cancel_scope.cancel()

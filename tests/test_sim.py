@@ -267,6 +267,11 @@ def test_layouts_and_policies_are_compared_by_an_slo(capsys: pytest.CaptureFixtu
         (("--workload", "react", "--faults", "flood"), "--faults must be all, none or of"),
         (("--workload", "react", "--slo", "speed=1"), "--slo must use the names ttft, tpot, jct"),
         (("--workload", "react", "--sites", "-1"), "--sites must be at least 1"),
+        (("--workload", "react", "--pages", "-5"), "--pages must be at least 1"),
+        (("--workload", "react", "--rate", "nan"), "--rate must be above 0, and finite, not nan"),
+        (("--trace", "/nowhere.jsonl", "--scale", "nan"), "--scale must be above 0"),
+        (("--trace", "/nowhere.jsonl", "--speed", "-1"), "--speed must be above 0"),
+        (("--workload", "react", "--error", "-3"), "--error must be a share from 0 to below 1"),
         (("--trace", "/nowhere.jsonl"), "cannot be read"),
         (("--workload", "react", "--costs", "/nowhere.toml"), "--costs /nowhere.toml"),
     ],
@@ -359,17 +364,7 @@ def test_every_kind_of_fault_is_documented() -> None:
 
 def test_gpus_of_one_host_move_pages_in_the_simulator_too(capsys: pytest.CaptureFixture[str]) -> None:
     """A path that real shards have and simulated ones have not could not be planned for."""
-    words = (
-        "--workload",
-        "sharegpt",
-        "--requests",
-        "10",
-        "--pages",
-        "4000",
-        "--set",
-        "transfer.path=cuda",
-        "--json",
-    )
-    status, said = sim("-c", str(ROOT / "configs/2shards.toml"), *words, capsys=capsys)
+    words = ("--workload", "sharegpt", "--requests", "10", "--pages", "4000", "--json")
+    status, said = sim("-c", str(ROOT / "configs/two-gpus.toml"), *words, capsys=capsys)
     assert status == 0, said
     assert json.loads(said)["moved_bytes"] > 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -227,6 +228,23 @@ def test_a_cluster_that_was_stopped_as_a_whole_goes_on(start):
     assert "hung" not in cluster.output
     assert len(cluster.names("ready")) == 4
     assert cluster.end() == 0
+
+
+def test_a_full_disk_ends_no_cluster(start):
+    """Its state could not be written, and the supervisor would die of that: every stream with it."""
+    cluster = start(w0="deaf")
+    cluster.until_ready()
+    unlimited = resource.prlimit(cluster.process.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(cluster.process.pid, resource.RLIMIT_FSIZE, (0, unlimited[1]))
+    assert cluster.join("d1").wait(PATIENCE_S) == 2
+    assert "cluster.json cannot be written: File too large; make room" in cluster.said("d1")
+
+    cluster.process.terminate()
+    until(lambda: "frontend-0" in cluster.names("drained") or cluster.process.poll() is not None)
+    assert cluster.process.poll() is None
+    resource.prlimit(cluster.process.pid, resource.RLIMIT_FSIZE, unlimited)  # its output is a file, too
+    assert cluster.process.wait(PATIENCE_S) == 0
+    assert cluster.names("drained") == ["frontend-0", "s0", "scheduler-0"]
 
 
 def test_actor_that_ignores_the_drain_is_killed(start):

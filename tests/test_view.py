@@ -174,3 +174,20 @@ def test_a_scheduler_that_restarts_twice_takes_nobody_away_either() -> None:
     view.heard(Cluster(GS2, ()), 1.0)
     view.heard(Cluster(ActorId("scheduler-0.3"), ()), 2.0)
     assert view.health(ME, {}, 2.5) == COLLECTING
+
+
+def test_who_died_is_expected_and_who_left_is_not() -> None:
+    """An order to drain would count as obeyed although its worker died."""
+    view = seen(*without(D1), attrs.evolve(D1, state="draining"))
+    view.gone((D0.id, D1.id), 1.0)
+    assert (view.expects("d0", 1.0), view.expects("d1", 1.0)) == (True, False)
+    assert not view.expects("d0", 1.0 + MISSED_S)
+
+
+def test_who_has_not_reported_to_a_new_scheduler_yet_is_there() -> None:
+    """`memserve drain` would say that its worker has left, or that there is no such worker, and status show half a cluster."""
+    view = seen(*WHOLE)
+    view.gone((D1.id,), 1.0)
+    view.heard(Cluster(GS2, (attrs.evolve(SCHEDULER, id=GS2), D0)), 2.0)
+    assert {one.id for one in view.everyone(2.0)} == {GS2, ME.id, SHARD.id, P0.id, P1.id, D0.id}
+    assert {one.id for one in view.everyone(2.0 + RECOVERING_S)} == {GS2, D0.id}

@@ -17,6 +17,8 @@ class Send:
 
     to: ActorId
     message: Message
+    last: bool = False
+    """Nothing else will be sent to this incarnation: its connection is closed behind the message."""
 
 
 @attrs.frozen

@@ -11,8 +11,6 @@ for gaps.
 
 from __future__ import annotations
 
-import os
-import stat
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
@@ -30,6 +28,7 @@ from memserve.errors import PeerError, PeerFull, PeerUnreachable, UserError
 from memserve.identity import ActorId
 from memserve.messages import PROTOCOL_VERSION, Message, decode, encode
 from memserve.settings.network import KeyPair
+from memserve.settings.rules import why_not_private
 
 if TYPE_CHECKING:
     from zmq.auth import Authenticator
@@ -63,6 +62,8 @@ GUEST_S = 60.0
 """Silence after which the connection to an actor that only said hello is closed; its leases have long expired."""
 GUESTS_MAX = 10_000
 """Such actors remembered, at most. If there are more, the longest silent one can no longer be answered."""
+PEERS_MAX = 16_384
+"""Connections of one link, at most. ZeroMQ's own limit is 1,023: fewer than the members of a large cluster."""
 LATE_S = 1.0
 """Time without an answer after which a host that joins reports that it waits."""
 REFUSALS = 3
@@ -301,6 +302,7 @@ async def open_link(actor: ActorId, endpoint: str, keys: KeyPair | None = None) 
     With ``keys`` every connection uses CURVE, and only peers with the same keys are let in.
     """
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    context.set(zmq.MAX_SOCKETS, PEERS_MAX)
     try:
         async with AsyncExitStack() as held:
             if keys:
@@ -421,8 +423,7 @@ async def _answer_forever(authenticator: Authenticator) -> None:
 
 def bind_private(socket: zmq.Socket[bytes], endpoint: str) -> None:
     """Bind; the directory of an ipc socket must have mode 0700, so that only its owner can enter it."""
-    if endpoint.startswith("ipc://"):
-        mode = os.stat(Path(endpoint.removeprefix("ipc://")).parent).st_mode
-        if stat.S_IMODE(mode) & 0o077:
-            raise PermissionError(f"{endpoint}: its directory has mode {stat.S_IMODE(mode):o}, must be 0700")
+    path = endpoint.removeprefix("ipc://")
+    if path != endpoint and (why := why_not_private(Path(path).parent.stat(), 0o700)):
+        raise PermissionError(f"{endpoint}: its directory {why}")
     socket.bind(endpoint)

@@ -130,8 +130,9 @@ def key(file: Path, /) -> None:
     """
     from memserve.commands import show
     from memserve.settings import network
+    from memserve.settings.rules import expanded
 
-    network.make_key(file.expanduser())
+    network.make_key(expanded(file, "FILE"))
     show.say(f"{file} has a new key: copy it to every host of the cluster, and keep it private")
 
 

@@ -39,6 +39,7 @@ from memserve.messages import (
     TokenUpdate,
 )
 from memserve.presence import Presence
+from memserve.scheduling.changes import in_force, incarnations
 from memserve.scheduling.view import ClusterView, Health
 from memserve.tokens import count, unpack
 
@@ -99,9 +100,9 @@ class FrontendCore:
             self._tell_attempt(entry, Cancel(request, entry.attempt))
             self._finish(entry, outcome, now)
 
-    def members(self) -> list[Member]:
+    def members(self, now: float) -> list[Member]:
         """Every live actor, by the latest view of each scheduler."""
-        return self._view.members()
+        return self._view.everyone(now)
 
     def health(self, now: float, down: Mapping[str, str] = MappingProxyType({})) -> Health:
         """Whether a request submitted now could be served.
@@ -110,9 +111,13 @@ class FrontendCore:
         """
         return self._view.health(self.presence.member, down, now)
 
-    def order(self, worker: ActorId, change: Change) -> None:
-        """Pass an operator's change on to a worker; the caller repeats it until the view shows it."""
-        self._actions.append(Send(worker, change))
+    def order(self, worker: str, change: Change, now: float) -> None:
+        """Pass an operator's change on to a worker, by name; the caller repeats it until it is in force."""
+        self._actions += [Send(one.id, change) for one in incarnations(worker, self.members(now))]
+
+    def obeyed(self, worker: str, change: Change, now: float) -> bool:
+        """Whether an operator's change of a worker is in force."""
+        return in_force(worker, change, self.members(now), self._view.expects(worker, now))
 
     # ---- the five verbs -------------------------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ from memserve.config import Resolved
 from memserve.errors import UserError
 from memserve.identity import ActorId
 from memserve.processes.actor import leaves, modules_of
-from memserve.processes.child import OUTPUT_TAIL_BYTES, Child, all_gone
+from memserve.processes.child import OUTPUT_TAIL_BYTES, Child, all_gone, end_now
 from memserve.processes.gate import Gate, Guest
 from memserve.processes.keeping import Keeper, say
 from memserve.processes.lifecycle import (
@@ -106,7 +106,7 @@ class Supervisor:
         remove.
         """
         self._begun_at = trio.current_time()
-        self._enter("starting")
+        self._write_info()
         with trio.open_signal_receiver(*stop_signals()) as signals:
             # The zygote imports while the weights are prepared.
             async with self.zygote, trio.open_nursery() as nursery:
@@ -125,11 +125,23 @@ class Supervisor:
         self.say("memserve: stopped")
 
     def _enter(self, state: str) -> None:
-        """Enter the state ``starting``, ``ready`` or ``draining``; commands and actors can read it."""
+        """Enter the state ``ready`` or ``draining``; commands and actors can read it."""
         self._state = state
-        self._write_info()
+        self._update_info()
+
+    def _update_info(self) -> None:
+        """Write cluster.json again.
+
+        A full disk is no reason to end the cluster: readers then see the earlier state.
+        """
+        try:
+            self._write_info()
+        except UserError as error:
+            log.error("cluster.json not written", reason=str(error))
+            self.say(f"memserve: {error}")
 
     def _write_info(self) -> None:
+        """Write cluster.json. Raises UserError."""
         self.zygote.place.write_info(
             {
                 "pid": os.getpid(),
@@ -234,7 +246,7 @@ class Supervisor:
                 self._tell_fate(child, other)
         elif event["event"] == "serving":
             child.url = event["url"]
-            self._write_info()  # a successor may serve on another port if frontend.port is 0
+            self._update_info()  # a successor may serve on another port if frontend.port is 0
         if event["event"] in ("serving", "ready"):
             self._check_started()
 
@@ -279,7 +291,10 @@ class Supervisor:
             frontend.events.send(event="up", name=child.spec.name)
 
     def _replace_config(self, resolved: Resolved) -> None:
-        """Replace the configuration after a worker joined or left; actors read it when they start."""
+        """Replace the configuration after a worker joined or left; actors read it when they start.
+
+        Raises UserError when it is replaced but could not be written.
+        """
         self.resolved = resolved
         self._write_info()
 
@@ -327,14 +342,8 @@ class Supervisor:
         await all_gone(stage)
 
     async def _stop_now(self) -> None:
-        """End every actor at once: through its lifeline, and after ``stop_s`` with SIGKILL."""
-        everyone = self._everyone()
         self.say("memserve: stopping at once")
-        for child in everyone:
-            child.hang_up()
-        await all_gone(everyone, self.stop_s)
-        for child in everyone:
-            child.kill()
+        await end_now(self._everyone(), self.stop_s)
 
 
 def stop_signals() -> list[int]:
@@ -389,15 +398,14 @@ def prepare_argv(resolved: Resolved) -> list[str]:
 
 
 def supervise(supervisor: Supervisor) -> None:
-    """Open the log and run a cluster's supervisor to its end. Raises UserError."""
-    resolved = supervisor.resolved
-    log_file, level = Path(resolved.run_dir) / "supervisor.jsonl", resolved.config.logging.level
-    observe.configure(log_file, level, actor="supervisor", kind="Supervisor", pid=os.getpid())
-    run_supervisor(supervisor.run)
+    """Run a cluster's supervisor to its end. Raises UserError."""
+    run_supervisor(supervisor.run, supervisor.resolved, "supervisor")
 
 
-def run_supervisor(run: Callable[[], Awaitable[None]]) -> None:
-    """Run a supervisor to its end. Raises the UserErrors of its actors as one UserError."""
+def run_supervisor(run: Callable[[], Awaitable[None]], resolved: Resolved, name: str) -> None:
+    """Open the log of a supervisor and run it to its end. Raises the UserErrors of its actors as one UserError."""
+    log_file, level = Path(resolved.run_dir) / f"{name}.jsonl", resolved.config.logging.level
+    observe.configure(log_file, level, actor=name, kind="Supervisor", pid=os.getpid())
     try:
         trio.run(run)
     except BaseExceptionGroup as group:

@@ -22,12 +22,12 @@ from memserve.bus import open_link
 from memserve.drawing import Logprobs, PromptLogprobs
 from memserve.engine.tokenizer import Tokenizer
 from memserve.errors import RequestFailed
-from memserve.identity import ActorId, actor_name
+from memserve.identity import actor_name
 from memserve.journal import FrontendCore
 from memserve.messages import Change, Member, Request
 from memserve.presence import Reporting
 from memserve.processes.actor import ActorContext, ready_model
-from memserve.scheduling.changes import find_worker, in_force
+from memserve.scheduling.changes import find_worker
 from memserve.scheduling.view import Health
 from memserve.tokens import count
 
@@ -164,33 +164,36 @@ class FrontendService:
 
     def cluster(self) -> list[Member]:
         """Every known actor."""
-        return self.core.members()
+        return self.core.members(self.shell.clock())
 
     async def change(self, worker: str, change: Change) -> None:
         """Order a change of a worker, and wait until the scheduler's view shows it.
 
         Raises RequestFailed when it does not within CHANGE_S.
         """
-        whom = find_worker(worker, change, self.core.members()).id
+        find_worker(worker, change, self.core.members(self.shell.clock()))
         with trio.move_on_after(CHANGE_S):
-            while not in_force(whom, change, self.core.members()):
-                self.core.order(whom, change)
+            while not self._obeyed(worker, change):
+                self.core.order(worker, change, self.shell.clock())
                 self.shell.turn()
                 with trio.move_on_after(CHANGE_REPEAT_S):
-                    await self._seen(whom, change)
+                    await self._seen(worker, change)
             return
         text = f"{worker} did not change within {CHANGE_S:g} s; `memserve status` shows whether it does later"
         raise RequestFailed("change_unconfirmed", text, 504)
 
-    async def _seen(self, whom: ActorId, change: Change) -> None:
-        while not in_force(whom, change, self.core.members()):
+    def _obeyed(self, worker: str, change: Change) -> bool:
+        return self.core.obeyed(worker, change, self.shell.clock())
+
+    async def _seen(self, worker: str, change: Change) -> None:
+        while not self._obeyed(worker, change):
             await self.shell.turned.wait()
 
     def metrics(self) -> bytes:
         """The whole cluster's metrics."""
         who = {"actor": actor_name(self.shell.link.actor), "kind": "Frontend"}
         return observe.render_metrics(
-            self.core.members(), {"vllm:time_to_first_token_seconds": self.ttft_s}, who
+            self.core.members(self.shell.clock()), {"vllm:time_to_first_token_seconds": self.ttft_s}, who
         )
 
 

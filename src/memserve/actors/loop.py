@@ -126,8 +126,7 @@ class Shell:
             self.link.send(action.to, action.message)
         except (PeerUnreachable, PeerFull):
             self.core.undeliverable(action.to, action.message, self.clock())
-        if isinstance(action.message, Gone) and action.to in action.message.actors:
-            # The last message to an actor that is fenced off; its successor has another id.
+        if action.last:
             self.link.forget(action.to)
 
     def _set_timer(self) -> None:

@@ -328,7 +328,9 @@ def fence(kill: Kill) -> None:
             title = Path(f"/proc/{kill.pid}/cmdline").read_bytes()
             if title.startswith(os.fsencode(process_title(actor_name(kill.actor), ""))):  # no reused pid
                 signal.pidfd_send_signal(process, signal.SIGKILL)
-                select.select([process], [], [], KILL_S)
+                ended = select.poll()  # not select(): the shard may have more than 1,024 descriptors
+                ended.register(process, select.POLLIN)
+                ended.poll(KILL_S * 1e3)
                 log.warning("worker fenced off", worker=kill.actor, worker_pid=kill.pid)
         except FileNotFoundError:
             pass  # it ended between the two look-ups

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -48,17 +49,26 @@ def sessions_of(asked: SimOptions) -> tuple[Session, ...]:
             raise UserError(
                 f"--scale must leave a block of {TRACE_BLOCK_TOKENS} at least one token, not {asked.scale}"
             )
-        if asked.speed <= 0:
-            raise UserError(f"--speed must be above 0, not {asked.speed:g}")
         return tuple(
             read_trace(asked.trace, block_tokens=block_tokens, speed=asked.speed, first=asked.requests)
         )
     if asked.workload not in KINDS:
         raise UserError(f"--workload must be one of {', '.join(KINDS)}, not {asked.workload!r}")
     requests = REQUESTS if asked.requests is None else asked.requests
-    if asked.rate <= 0 or requests < 1:
-        raise UserError("--rate must be above 0, and --requests at least 1")
     return tuple(generated(asked.workload, rate=asked.rate, requests=requests, seed=asked.seed))
+
+
+def check_numbers(asked: SimOptions) -> None:
+    """Raise UserError for a number that means nothing; NaN is none either."""
+    for name in ("rate", "scale", "speed"):
+        if not 0 < getattr(asked, name) < math.inf:
+            raise UserError(f"--{name} must be above 0, and finite, not {getattr(asked, name):g}")
+    for name in ("requests", "pages", "sites"):
+        number = getattr(asked, name)
+        if number is not None and number < 1:
+            raise UserError(f"--{name} must be at least 1, not {number}")
+    if not 0 <= asked.error < 1:
+        raise UserError(f"--error must be a share from 0 to below 1, not {asked.error:g}")
 
 
 def layout_of(name: str, config: Config, pages: int | None) -> Layout:
@@ -128,9 +138,8 @@ def costs_of(path: Path | None) -> CostModel:
 
 
 def runs_of(asked: SimOptions) -> list[Run]:
-    """One run for each configuration and policy."""
-    if asked.sites is not None and asked.sites < 1:
-        raise UserError(f"--sites must be at least 1, not {asked.sites}")
+    """One run for each configuration and policy. Raises UserError."""
+    check_numbers(asked)
     sessions, costs, kinds = sessions_of(asked), costs_of(asked.costs), faults.parse(asked.faults)
     found = []
     for name in asked.config:

@@ -37,7 +37,11 @@ class Target:
         if url is None:
             found, key = find(log_dir)
             return cls(found, api_key or key)
-        if urlsplit(url).scheme not in ("http", "https"):
+        try:
+            scheme = urlsplit(url).scheme
+        except ValueError as error:  # brackets that are not an IPv6 address's
+            raise UserError(f"--url must be an address such as http://127.0.0.1:8080, not {url!r}") from error
+        if scheme not in ("http", "https"):
             raise UserError(f"--url must begin with http:// or https://, not {url!r}")
         return cls(url, api_key)
 

@@ -203,7 +203,10 @@ def _read(path: Path, younger_s: float = math.inf) -> StepCosts | None:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Write the file atomically."""
+    """Write the file atomically; on a full disk, leave it out, and the next start measures again."""
     part = path.with_suffix(f".{os.getpid()}")
-    part.write_bytes(data)
-    part.replace(path)
+    try:
+        part.write_bytes(data)
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)

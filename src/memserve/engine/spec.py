@@ -10,6 +10,7 @@ from typing import Any
 import attrs
 
 from memserve.errors import UserError
+from memserve.settings.rules import expanded
 
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 """Data types that a model can run in, with the size of one value in bytes."""
@@ -84,7 +85,7 @@ def find_model(path: str) -> Path:
     the remedy when there is no such file or directory.
     """
     if not path.startswith(PACKAGE_PREFIX):
-        found = Path(path).expanduser()
+        found = expanded(path, "model.path")
         if not found.exists():
             raise UserError(
                 f"model.path: there is no file {path!r}, nor a directory of that name; "

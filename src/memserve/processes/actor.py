@@ -11,6 +11,7 @@ import gc
 import importlib
 import json
 import os
+import resource
 import secrets
 import select
 import signal
@@ -135,6 +136,7 @@ class ActorMain(Protocol):
 
 def run_actor(name: str, runtime_dir: str, lifeline_fd: int) -> int:
     """Run the actor ``name`` until it is drained or its supervisor is gone; a ``STATUS_*`` exit status."""
+    raise_descriptor_limit()
     for from_terminal in (signal.SIGINT, signal.SIGHUP):
         # Ctrl-C and a closing terminal reach every process of the group; the supervisor decides what they
         # mean.
@@ -151,6 +153,16 @@ def run_actor(name: str, runtime_dir: str, lifeline_fd: int) -> int:
         return _live(context, leave)
     finally:
         leave()
+
+
+def raise_descriptor_limit() -> None:
+    """Let this process open as many files and connections as its system allows.
+
+    Most systems set a limit of 1,024 that any process may raise: fewer than a Frontend's clients, or a large
+    cluster's members.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _context(name: str, resolved: Resolved, place: Place, events: EventSocket) -> ActorContext:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import socket
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Protocol
 
 import attrs
@@ -164,9 +164,15 @@ class Child:
 
 
 class Ending(Protocol):
-    """Something that ends at some time, such as an actor."""
+    """An actor as its supervisor ends it."""
 
     gone: trio.Event
+
+    def hang_up(self) -> None:
+        """End it for good, at once."""
+
+    def kill(self) -> None:
+        """Kill its process."""
 
 
 async def all_gone(children: Iterable[Ending], limit_s: float = math.inf) -> None:
@@ -174,6 +180,15 @@ async def all_gone(children: Iterable[Ending], limit_s: float = math.inf) -> Non
     with trio.move_on_after(limit_s):
         for child in children:
             await child.gone.wait()
+
+
+async def end_now(children: Sequence[Ending], stop_s: float) -> None:
+    """End every one of ``children`` at once: through its lifeline, and after ``stop_s`` with SIGKILL."""
+    for child in children:
+        child.hang_up()
+    await all_gone(children, stop_s)
+    for child in children:
+        child.kill()
 
 
 async def _reap(process: Forked) -> None:

@@ -15,6 +15,7 @@ The end of file tells either side that the other is gone, however it ended.
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from collections.abc import Callable
 
@@ -24,6 +25,7 @@ import structlog
 import trio
 
 from memserve.config import RESERVED_NAME, Resolved
+from memserve.errors import UserError
 from memserve.identity import ActorId
 from memserve.processes.lifecycle import ActorSpec, roster, worker_spec
 from memserve.processes.lifeline import EventSocket
@@ -76,7 +78,10 @@ class Gate:
     resolved: Callable[[], Resolved]
     """The cluster's present configuration, joined workers included."""
     replace_config: Callable[[Resolved], None]
-    """Replaces that configuration after a worker joined or left; on return it is in cluster.json."""
+    """Replaces that configuration after a worker joined or left; on return it is in cluster.json.
+
+    Raises UserError when it is replaced but could not be written.
+    """
     on_end: Callable[[ActorId], None]
     """Called with each incarnation that has ended."""
     is_open: Callable[[], bool]
@@ -126,12 +131,11 @@ class Gate:
         if asked is None:
             return None
         worker, cores = msgspec.json.decode(asked["worker"], type=WorkerConfig), int(asked["cores"])
-        reason = self._why_not(worker)
+        reason = self._why_not(worker) or self._add(worker, cores)
         if reason is not None:
             log.warning("join refused", child=worker.name, reason=reason)
             events.send(event="refused", reason=reason)
             return None
-        self.replace_config(self.resolved().with_worker(worker, cores))
         guest = self.guests[worker.name] = Guest(worker_spec(worker), events)
         events.send_with(self.place.fileno(), event="welcome")
         log.info("worker joined", child=worker.name, role=worker.role, shard=worker.shard)
@@ -155,6 +159,20 @@ class Gate:
             return f"{GUESTS_MAX} workers have joined, and more may not: let one of them leave first"
         return None
 
+    def _add(self, worker: WorkerConfig, cores: int) -> str | None:
+        """Add a worker to the configuration; why that failed, or None."""
+        try:
+            self.replace_config(self.resolved().with_worker(worker, cores))
+        except UserError as error:
+            self._remove(worker.name)
+            return str(error)
+        return None
+
+    def _remove(self, name: str) -> None:
+        """Remove a worker from the configuration; the file, if it cannot be written now, lists it for longer."""
+        with contextlib.suppress(UserError):
+            self.replace_config(self.resolved().without_worker(name))
+
     async def _host(self, guest: Guest) -> None:
         """Pass on the worker's incarnations and deaths until `memserve join` ends."""
         try:
@@ -166,7 +184,7 @@ class Gate:
         finally:
             self._bury(guest)
             del self.guests[guest.spec.name]
-            self.replace_config(self.resolved().without_worker(guest.spec.name))
+            self._remove(guest.spec.name)
             guest.gone.set()
             log.info("joined worker left", child=guest.spec.name)
             self.say(f"memserve: {guest.spec.name} has left")

@@ -8,7 +8,6 @@ maps its shard's arena, so it runs on the shard's host.
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -20,12 +19,11 @@ import msgspec
 import structlog
 import trio
 
-from memserve import observe
 from memserve.config import Resolved
 from memserve.errors import UserError
 from memserve.identity import ActorId
 from memserve.processes.actor import modules_of
-from memserve.processes.child import Child, all_gone
+from memserve.processes.child import Child, end_now
 from memserve.processes.gate import SOCKET_NAME
 from memserve.processes.keeping import Keeper, say
 from memserve.processes.lifecycle import (
@@ -137,9 +135,7 @@ class Joiner:
                 await self._stop_now()
 
     async def _stop_now(self) -> None:
-        self._child.hang_up()
-        await all_gone([self._child], self.stop_s)
-        self._child.kill()
+        await end_now([self._child], self.stop_s)
 
 
 # ---- the command ---------------------------------------------------------------------------------------------
@@ -162,7 +158,12 @@ def join(
             f"no running memserve logs to {log_dir.resolve()}; start one with `memserve up`, or give --config or"
             " --log-dir"
         )
-    resolved = Resolved.from_json(json.dumps(running["resolved"]).encode())
+    try:
+        resolved = Resolved.from_json(json.dumps(running["resolved"]).encode())
+    except msgspec.MsgspecError as error:
+        raise UserError(
+            f"the cluster that logs to {log_dir.resolve()} was started by another version of memserve: restart it"
+        ) from error
     joining = checked(worker, resolved)
     cores = usable_cores()
     check_machine(joining, resolved, cores)
@@ -180,19 +181,10 @@ def join(
         where = f" of {running['url']}" if running.get("url") else ""
         modules = modules_of([worker_spec(joining)], resolved)
         joiner = Joiner(resolved, joining, zygote(place, modules), gate, where, hung_s=hung_s)
-        return supervise(joiner)
+        run_supervisor(joiner.run, resolved, f"supervisor-{joining.name}")
     finally:
         gate.close()
         place.leave()
-
-
-def supervise(joiner: Joiner) -> int:
-    """Run a joiner to its end, with a log of its own; the exit status."""
-    name = f"supervisor-{joiner.worker.name}"
-    log_file = Path(joiner.resolved.run_dir) / f"{name}.jsonl"
-    level = joiner.resolved.config.logging.level
-    observe.configure(log_file, level, actor=name, kind="Supervisor", pid=os.getpid())
-    run_supervisor(joiner.run)
     return 0
 
 

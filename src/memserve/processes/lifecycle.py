@@ -146,6 +146,7 @@ def process_title(name: str, runtime_dir: object) -> str:
 def describe_end(returncode: int) -> str:
     """How a process ended, in words."""
     if returncode < 0:
-        return f"was killed by {signal.Signals(-returncode).name}"
+        names = {one.value: one.name for one in signal.Signals}
+        return f"was killed by {names.get(-returncode, f'signal {-returncode}')}"
     known = {STATUS_DRAINED: "ended by itself", STATUS_RESTART: "lost its shard or was fenced off"}
     return known.get(returncode, f"ended with status {returncode}")

@@ -135,10 +135,12 @@ class Lifeline:
             self._events.send(event="ready", id=self.actor)
 
     async def beat(self) -> None:
-        """Report to the supervisor every BEAT_S that the event loop turns."""
+        """Report to the supervisor every BEAT_S that the event loop turns.
+
+        A report that cannot be sent is left out: the supervisor may be stopped, and read on later.
+        """
         while True:
-            if not self._events.send(event="alive"):
-                return
+            self._events.send(event="alive")
             await trio.sleep(BEAT_S)
 
     def serving(self, url: str) -> None:

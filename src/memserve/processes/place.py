@@ -20,7 +20,6 @@ import fcntl
 import hashlib
 import json
 import os
-import stat
 import tempfile
 import time
 from pathlib import Path
@@ -30,6 +29,7 @@ import attrs
 
 from memserve.errors import UserError
 from memserve.identity import ActorId, actor_name
+from memserve.settings.rules import expanded, why_not_private
 
 INFO_FILE = "cluster.json"
 ROLL_FILE = "roll"
@@ -48,23 +48,33 @@ class PlaceGone(Exception):
 
 
 def place_path(log_dir: Path) -> Path:
-    """The runtime directory of the cluster that logs to ``log_dir``; the same for every process of one user.
+    """The runtime directory for a cluster that logs to ``log_dir``.
 
     It is in ``$XDG_RUNTIME_DIR``, the temp directory or ``/tmp``: the first of these that is writable and
     short enough for socket paths. Raises UserError when none is.
     """
-    digest = hashlib.sha256(os.fsencode(log_dir.expanduser().resolve())).hexdigest()[:12]
-    bases = [os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp"]
-    for base in filter(None, bases):
-        path = Path(base).absolute() / f"memserve-{os.getuid()}-{digest}"
+    for path in place_paths(log_dir):
         short_enough = len(os.fsencode(path)) + SOCKET_NAME_BYTES <= SOCKET_PATH_BYTES_MAX
-        if short_enough and os.access(base, os.W_OK | os.X_OK):
+        if short_enough and os.access(path.parent, os.W_OK | os.X_OK):
             return path
+    bases = ", ".join(str(path.parent) for path in place_paths(log_dir))
     raise UserError(
-        f"no directory for sockets: tried {', '.join(filter(None, bases))}, but each is missing, not writable, or"
+        f"no directory for sockets: tried {bases}, but each is missing, not writable, or"
         f" longer than the {SOCKET_PATH_BYTES_MAX} bytes of a socket path allow. Set XDG_RUNTIME_DIR to a short,"
         " private directory."
     )
+
+
+def place_paths(log_dir: Path) -> list[Path]:
+    """Where the runtime directory may be, whatever the environment of the process that made it; the best first.
+
+    A service, for example, has no ``$XDG_RUNTIME_DIR``, and a login has.
+    """
+    digest = hashlib.sha256(os.fsencode(expanded(log_dir, "logging.dir").resolve())).hexdigest()[:12]
+    user = os.getuid()
+    bases = (os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp", f"/run/user/{user}")
+    found = (Path(base).absolute() / f"memserve-{user}-{digest}" for base in bases if base)
+    return list(dict.fromkeys(found))
 
 
 @attrs.define(eq=False)
@@ -88,6 +98,9 @@ class Place:
         path = place_path(log_dir)
         claim_fd = _claim_directory(path)
         try:
+            for other in place_paths(log_dir):
+                if other != path and _running(other) is not None:
+                    raise UserError(_occupied(other))
             for stale in path.iterdir():
                 _remove(stale)
             return cls(path, claim_fd, _sign_roll(path, os.O_CREAT | os.O_EXCL))
@@ -114,12 +127,18 @@ class Place:
     def write_info(self, info: dict[str, Any]) -> None:
         """Replace cluster.json atomically: a reader sees the old or the new file.
 
-        It may hold keys, so it is private.
+        It may hold keys, so it is private. Raises UserError when it cannot be written; the old file stays.
         """
         new = self.path / f"{INFO_FILE}.new"
-        new.touch(mode=0o600)
-        new.write_text(json.dumps(info))
-        new.replace(self.path / INFO_FILE)
+        try:
+            new.touch(mode=0o600)
+            new.write_text(json.dumps(info))
+            new.replace(self.path / INFO_FILE)
+        except OSError as error:
+            raise UserError(
+                f"{self.path / INFO_FILE} cannot be written: {error.strerror}; make room, or set XDG_RUNTIME_DIR to"
+                " another private directory"
+            ) from error
 
     def read_info(self) -> dict[str, Any]:
         """The content of cluster.json. Raises PlaceGone when the cluster has ended."""
@@ -175,7 +194,11 @@ class Place:
 
 def find_running(log_dir: Path) -> dict[str, Any] | None:
     """cluster.json of the cluster that logs to ``log_dir``; None if none has a living supervisor."""
-    path = place_path(log_dir)
+    return next(filter(None, map(_running, place_paths(log_dir))), None)
+
+
+def _running(path: Path) -> dict[str, Any] | None:
+    """cluster.json of the cluster whose runtime directory is ``path``; None if it has no living supervisor."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:
@@ -231,13 +254,10 @@ def _open_directory(path: Path) -> int:
         return _open_directory(path)  # the last process of the old cluster has just removed it
     except OSError as error:
         raise UserError(f"{path} is in the way: it is not a directory of this user; remove it") from error
-    found = os.fstat(fd)
-    if found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
+    if why := why_not_private(os.fstat(fd), 0o700):
         os.close(fd)
         raise UserError(
-            f"the runtime directory {path} is not private: it has owner {found.st_uid} and mode"
-            f" {stat.S_IMODE(found.st_mode):04o}, must have owner {os.getuid()} and mode 0700; remove it, or set"
-            " XDG_RUNTIME_DIR to a directory of your own"
+            f"the runtime directory {path} {why}; remove it, or set XDG_RUNTIME_DIR to a directory of your own"
         )
     return fd
 
@@ -280,7 +300,9 @@ def _try_lock(fd: int, kind: int) -> bool:
 def _occupied(path: Path) -> str:
     """Why the place cannot be claimed, and what to do about it."""
     info = _read_info(path)
-    if info is None or info.get("state") == "draining" or not _alive(info["pid"]):
+    if info is None:
+        return f"another memserve is starting or still shutting down here (runtime directory {path}); try again in a moment"
+    if info.get("state") == "draining" or not _alive(info["pid"]):
         return f"the previous memserve here is still shutting down (runtime directory {path}); try again in a moment"
     url = info.get("url") or f"still {info.get('state', 'starting')}"
     return (

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import attrs
 
 from memserve.errors import RequestFailed
-from memserve.identity import ActorId, actor_name
+from memserve.identity import actor_name
 from memserve.messages import Change, Member
 from memserve.scheduling.membership import pairs
 
@@ -61,7 +61,15 @@ def find_worker(name: str, change: Change, members: Iterable[Member]) -> Member:
     return worker
 
 
-def in_force(worker: ActorId, change: Change, members: Iterable[Member]) -> bool:
-    """Whether the view shows the change. A drained worker that has left has done what was asked."""
-    found = next((one for one in members if one.id == worker), None)
-    return change.drain if found is None else changed(found, change) == found
+def incarnations(name: str, members: Iterable[Member]) -> list[Member]:
+    """The worker of this name: one member; none where it is gone, or two that different schedulers list."""
+    return [one for one in members if one.role and actor_name(one.id) == name]
+
+
+def in_force(name: str, change: Change, members: Iterable[Member], expected: bool = False) -> bool:
+    """Whether the view shows the change of the worker called ``name``.
+
+    A worker that has left was drained, unless it is ``expected`` back: then it died before it drained.
+    """
+    found = incarnations(name, members)
+    return all(changed(one, change) == one for one in found) if found else change.drain and not expected

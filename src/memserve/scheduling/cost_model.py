@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import attrs
@@ -73,10 +73,18 @@ class CostModel:
         TypeError for an unknown key, ValueError for a wrong table.
         """
         values = dict(table)
-        links = {path: LinkModel(**one) for path, one in values.pop("links", {}).items()}
+        links = {path: LinkModel(**one) for path, one in dict(values.pop("links", {})).items()}
         swap = LinkModel(**values.pop("swap")) if "swap" in values else SWAP
         values["dense"] = tuple((float(tokens), float(seconds)) for tokens, seconds in values["dense"])
-        return cls(StepCosts(**values), links={**LINKS, **links}, swap=swap)
+        steps = StepCosts(**values)
+        figures = [
+            *chain(*steps.dense),
+            *attrs.astuple(steps, recurse=False)[1:],
+            *chain(*map(attrs.astuple, (swap, *links.values()))),
+        ]
+        if not all(0 <= one < math.inf for one in figures) or steps.chunk_tokens < 1:
+            raise ValueError("every figure must be a number, not below 0, and chunk_tokens not below 1")
+        return cls(steps, links={**LINKS, **links}, swap=swap)
 
     @property
     def token_s(self) -> float:

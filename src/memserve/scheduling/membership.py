@@ -64,10 +64,8 @@ class Membership:
         it replaces.
         """
         known = self.members.get(member.id)
-        replaced: tuple[ActorId, ...] = ()
-        if known is None:  # seldom: a thousand members send two thousand heartbeats a second
-            name = actor_name(member.id)
-            replaced = tuple(one for one in self.members if actor_name(one) == name)
+        # Seldom: a thousand members send two thousand heartbeats a second.
+        replaced = self.named(actor_name(member.id)) if known is None else ()
         self.members[member.id] = member
         self._heard_at[member.id] = now
         for one in (*filter(None, (member.shard,)), *member.needs):
@@ -77,6 +75,10 @@ class Membership:
                 self._heard_at.setdefault(one, now)
         changed = known is None or _lasting(known) != _lasting(member)
         return changed, replaced
+
+    def named(self, name: str) -> tuple[ActorId, ...]:
+        """The members called ``name``: one, or none."""
+        return tuple(one for one in self.members if actor_name(one) == name)
 
     def is_gone(self, actor: ActorId) -> bool:
         """Whether this incarnation was declared dead before."""

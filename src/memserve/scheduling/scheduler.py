@@ -15,7 +15,7 @@ import attrs
 from msgspec import UNSET, UnsetType
 
 from memserve.actions import Action, Died, Log, Send
-from memserve.identity import ActorId
+from memserve.identity import ActorId, actor_name
 from memserve.messages import (
     Cancel,
     Cluster,
@@ -303,10 +303,11 @@ class SchedulerCore:
     def _on_load(self, sender: ActorId, message: Load, now: float) -> None:
         member = message.member
         if self.membership.is_gone(member.id):
-            self._actions.append(Send(member.id, Gone((member.id,))))
-            if member.kind != "Frontend":
+            # A Frontend owns no pages: once told that its requests were dropped, it submits them again.
+            back = member.kind == "Frontend" and not self.membership.named(actor_name(member.id))
+            self._actions.append(Send(member.id, Gone((member.id,)), last=not back))
+            if not back:
                 return
-            # It owns no pages; once told that its requests were dropped, it submits them again.
             self.membership.revive(member.id)
         joined = member.id not in self.membership.members
         if joined and self.terms is not UNSET and self._refuse_member(message):
@@ -338,7 +339,7 @@ class SchedulerCore:
         )
         if reason:
             self._log("warning", "member refused", member=member.id, host=member.host, reason=reason)
-            self._actions.append(Send(member.id, Refused(reason)))
+            self._actions.append(Send(member.id, Refused(reason), last=True))
         return bool(reason)
 
     def _on_index_delta(self, sender: ActorId, message: IndexDelta, now: float) -> None:
@@ -371,7 +372,7 @@ class SchedulerCore:
         for member in self.membership.members:
             self._actions.append(Send(member, Gone(gone)))
         for one in gone:  # an actor that was only stopped learns this way that it is fenced off
-            self._actions.append(Send(one, Gone((one,))))
+            self._actions.append(Send(one, Gone((one,)), last=True))
         self._publish(list(self.membership.members), now)
 
     def _listeners(self, now: float) -> list[ActorId]:

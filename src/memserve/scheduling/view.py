@@ -55,6 +55,11 @@ class ClusterView:
             found |= view
         return list(found.values())
 
+    def everyone(self, now: float) -> list[Member]:
+        """All live actors, with those that have yet to report to a scheduler that has just started."""
+        members = self.members()
+        return members + self._unheard(members, {}, now)
+
     def heard(self, view: Cluster, now: float) -> list[ActorId]:
         """Take in a scheduler's view and forget its earlier incarnations, which know nothing newer.
 
@@ -91,6 +96,10 @@ class ClusterView:
         if scheduler in self._seen:
             before = self._former if now < self._former_until else {}
             self._former, self._former_until = before | self._seen.pop(scheduler), now + RECOVERING_S
+
+    def expects(self, name: str, now: float) -> bool:
+        """Whether an actor that is not there will be again: it died, and did not leave."""
+        return name in self._missed and now < self._missed[name] + MISSED_S
 
     def health(self, me: Member, down: Mapping[str, str], now: float) -> Health:
         """Whether Frontend ``me`` could serve a request now.

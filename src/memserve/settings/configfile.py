@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
+import sys
 import tomllib
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -24,8 +24,7 @@ from cattrs.gen import make_dict_structure_fn, override
 from memserve.config import Config, section_types
 from memserve.errors import ConfigError
 from memserve.settings.cross_checks import Problem, Tree, cross_check, default_tables, nearest, show, tables
-from memserve.settings.rules import RuleError
-from memserve.settings.sections import DEFAULT_SHARDS
+from memserve.settings.rules import RuleError, expanded
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> Config:
@@ -60,7 +59,7 @@ def shipped() -> dict[str, Path]:
 
 def find(path: str) -> Path:
     """The file that the user means by ``path``. Raises ConfigError when there is none."""
-    file = Path(path).expanduser()
+    file = expanded(path, "--config")
     if file.is_file():
         return file
     names = shipped()
@@ -78,11 +77,11 @@ def find(path: str) -> Path:
 def parse(file: Path) -> Tree:
     """The tables of a TOML file. Raises ConfigError, with line and column where the syntax is wrong."""
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{file}: not valid TOML: {error}") from error
+        return tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ConfigError(f"{file}: not UTF-8 text, at byte {error.start}") from error
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and deep nesting
+        raise ConfigError(f"{file}: not valid TOML: {error}") from error
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read: {error.strerror}") from error
 
@@ -90,11 +89,7 @@ def parse(file: Path) -> Tree:
 def fill_in(tree: Tree) -> None:
     """Add values that follow from other keys: a worker without a shard gets the only shard."""
     tree.setdefault("worker", default_tables("worker"))
-    names = (
-        [shard.get("name") for shard in tables(tree, "shard")]
-        if "shard" in tree
-        else [DEFAULT_SHARDS[0].name]
-    )
+    names = [shard.get("name") for shard in tables(tree, "shard") or default_tables("shard")]
     if len(names) == 1 and isinstance(names[0], str):
         for worker in tables(tree, "worker"):
             worker.setdefault("shard", names[0])
@@ -124,7 +119,7 @@ def toml_value(text: str) -> Any:
     """``text`` as a TOML value, or as a string if it is not one: --set values need no quotes."""
     try:
         parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
     return parsed["value"] if len(parsed) == 1 else text
 
@@ -193,8 +188,10 @@ def _strict(kind: type, rule: str) -> Callable[[Any, Any], Any]:
 
 
 def _number(value: Any, _: Any) -> float:
-    if type(value) not in (int, float) or not math.isfinite(value):
+    if type(value) not in (int, float):
         raise RuleError("be a number")
+    if not abs(value) <= sys.float_info.max:  # NaN, infinity, or a whole number that is too large for a float
+        raise RuleError(f"be a finite number below {sys.float_info.max:.4g}")
     return float(value)
 
 
@@ -283,9 +280,8 @@ def explain(path: Path_, cause: Exception, tree: Tree) -> Problem:
     where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
     value = look_up(tree, path)
     if isinstance(cause, ForbiddenExtraKeysError):
-        return Problem(
-            where, f"is not a known key (value {show(value)}){suggest_key(str(path[-1]), cause.cl)}"
-        )
+        shown = "hidden" if may_be_secret(path, value) else show(value)
+        return Problem(where, f"is not a known key (value {shown}){suggest_key(str(path[-1]), cause.cl)}")
     if isinstance(cause, KeyError):
         return Problem(where, "is required and missing")
     if isinstance(cause, RuleError):
@@ -307,9 +303,24 @@ def look_up(tree: Any, path: Path_) -> Any:
 
 def is_secret(path: Path_) -> bool:
     """Whether ``path`` is in a setting whose value must not be shown."""
-    section = section_types().get(str(path[0]))
-    names = [field.name for field in attrs.fields(section) if field.metadata["secret"]] if section else []
+    names = secret_names(path[0])
     return any(part in names for part in path[1:]) or (len(path) == 1 and bool(names))
+
+
+def secret_names(section: str | int) -> list[str]:
+    """The keys of a section whose values must not be shown."""
+    kind = section_types().get(str(section))
+    return [field.name for field in attrs.fields(kind) if field.metadata["secret"]] if kind else []
+
+
+def may_be_secret(path: Path_, value: object) -> bool:
+    """Whether an unknown key may be a secret one that was mistyped, or a table with such a key."""
+    sections = section_types()
+    section = path[0] if path[0] in sections else nearest(str(path[0]), list(sections))
+    secrets = [one for name in sections for one in secret_names(name)]
+    return not isinstance(value, int | float) and bool(
+        secret_names(section) or nearest(str(path[-1]), secrets)
+    )
 
 
 def suggest_key(word: str, cls: type) -> str:

@@ -40,6 +40,7 @@ def cross_check(tree: Tree) -> list[Problem]:
         *check_pool(tree),
         *check_keys(tree),
         *check_cluster(tree),
+        *check_transfer(tree),
     ]
 
 
@@ -72,6 +73,21 @@ def check_cluster(tree: Tree) -> Iterator[Problem]:
         yield Problem(
             "transfer.path", f"must be auto, tcp or nixl with [cluster], not {path}: hosts share no memory"
         )
+
+
+def check_transfer(tree: Tree) -> Iterator[Problem]:
+    """Pages must be able to move between the shards of one host: else every handoff would compute its prompt again."""
+    transfer, shards = tree.get("transfer"), tables(tree, "shard")
+    path = transfer.get("path", "auto") if isinstance(transfer, dict) else "auto"
+    if len(shards) < 2 or networked(tree) or path == "auto":
+        return
+    gpus = sum(is_on_gpu(one) for one in shards)
+    if path == "cuda" and not gpus:
+        yield Problem(
+            "transfer.path", 'must be auto, mapped, tcp or nixl, not "cuda": all shards are in host memory'
+        )
+    elif path in ("mapped", "tcp", "nixl") and gpus == len(shards):
+        yield Problem("transfer.path", f"must be auto or cuda, not {show(path)}: all shards are on GPUs")
 
 
 def networked(tree: Tree) -> bool:
@@ -122,11 +138,11 @@ def check_names(tree: Tree) -> Iterator[Problem]:
 def check_shards(tree: Tree) -> Iterator[Problem]:
     """Every worker must have a shard, and there must be workers that prefill and workers that decode.
 
-    Other hosts of a cluster may have the workers that are missing here.
+    Pages do not move between GPUs and host memory, so this holds for each of the two.
     """
-    names = [t.get("name") for t in tables(tree, "shard") or default_tables("shard")]
-    known = list(dict.fromkeys(name for name in names if isinstance(name, str)))
-    roles: set[str] = set()
+    shards = tables(tree, "shard") or default_tables("shard")
+    known = {one["name"]: one for one in shards if isinstance(one.get("name"), str)}
+    roles: dict[bool, set[str]] = {}
     for i, worker in enumerate(tables(tree, "worker")):
         shard = worker.get("shard")
         if shard is None:
@@ -134,15 +150,26 @@ def check_shards(tree: Tree) -> Iterator[Problem]:
                 f"worker[{i}].shard", f"is required with more than one shard; known: {', '.join(known)}"
             )
         elif isinstance(shard, str) and shard not in known:
-            guess = f"; did you mean {show(hint)}?" if (hint := nearest(shard, known)) else ""
+            guess = f"; did you mean {show(hint)}?" if (hint := nearest(shard, list(known))) else ""
             yield Problem(
                 f"worker[{i}].shard", f"must name a [[shard]] ({', '.join(known)}), not {show(shard)}{guess}"
             )
         elif isinstance(shard, str):
-            roles.add(str(worker.get("role", "both")))
-    if len(roles) == 1 and roles <= {"prefill", "decode"} and not networked(tree):
-        missing = "decode" if "prefill" in roles else "prefill"
-        yield Problem("worker", f"must hold one that can {missing}, not only {roles.pop()}")
+            roles.setdefault(is_on_gpu(known[shard]), set()).add(str(worker.get("role", "both")))
+    for on_gpu, found in roles.items():
+        if on_gpu or not networked(tree):  # another host's workers reach the host memory of this one
+            where = "on a GPU" if on_gpu else "in host memory"
+            yield from check_roles(found, where if len(roles) > 1 else "")
+
+
+def check_roles(roles: set[str], where: str) -> Iterator[Problem]:
+    """Both roles must be there. ``where``: the memory that is meant, if shards are in both kinds of it."""
+    if len(roles) == 1 and roles <= {"prefill", "decode"}:
+        (only,) = roles
+        missing = "decode" if only == "prefill" else "prefill"
+        place = f" {where}" if where else ""
+        why = ": pages do not move between GPUs and host memory" if where else ""
+        yield Problem("worker", f"must hold one that can {missing}{place}, not only {only}{why}")
 
 
 # ---- words and tables ------------------------------------------------------------------------------------------------
@@ -167,6 +194,11 @@ def tables(tree: Tree, key: str) -> list[Tree]:
     """The well-formed tables of ``[[key]]``; :func:`structure` reports the others."""
     value = tree.get(key)
     return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
+
+
+def is_on_gpu(shard: Tree) -> bool:
+    """Whether a [[shard]] is on a GPU."""
+    return str(shard.get("device", "cpu")) != "cpu"
 
 
 def default_tables(key: str) -> list[Tree]:

@@ -19,6 +19,7 @@ from pathlib import Path
 import attrs
 
 from memserve.errors import UserError
+from memserve.settings.rules import expanded, why_not_private
 from memserve.settings.sections import ClusterConfig
 
 KEY_LINE = re.compile(r"memserve-cluster-key ([0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40})\n?")
@@ -70,7 +71,7 @@ def find_network(config: ClusterConfig) -> HostNetwork | None:
     if not config.networked:
         return None
     head, port = split_host_port(config.listen or config.join)
-    keys = read_key(Path(config.key).expanduser())
+    keys = read_key(expanded(config.key, "cluster.key"))
     if config.listen:
         address = own_address(head, "cluster.listen", int(port))
         return HostNetwork(address, endpoint(address, port), False, keys)
@@ -133,9 +134,13 @@ def make_key(path: Path) -> None:
         ) from error
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from error
-    with os.fdopen(fd, "wb") as file:
-        os.fchmod(fd, 0o600)
-        file.write(b"memserve-cluster-key " + secret + b"\n")
+    try:
+        with os.fdopen(fd, "wb") as file:
+            os.fchmod(fd, 0o600)
+            file.write(b"memserve-cluster-key " + secret + b"\n")
+    except OSError as error:
+        path.unlink()
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def read_key(path: Path) -> KeyPair:
@@ -152,12 +157,8 @@ def read_key(path: Path) -> KeyPair:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode):
             raise UserError(f"cluster.key: {path} is not a file")
-        if found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
-            raise UserError(
-                f"cluster.key: {path} is not private: it has owner {found.st_uid} and mode"
-                f" {stat.S_IMODE(found.st_mode):04o}, must have owner {os.getuid()} and mode 0600: whoever can read it"
-                " can join the cluster"
-            )
+        if why := why_not_private(found, 0o600):
+            raise UserError(f"cluster.key: {path} {why}: whoever can read it can join the cluster")
         return _parse_key(path, file.read(KEY_BYTES_MAX))
 
 

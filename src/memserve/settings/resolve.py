@@ -20,6 +20,7 @@ from memserve.processes.place import place_path
 from memserve.settings.gpu_room import gpu_pages, gpu_problems, worker_bytes
 from memserve.settings.gpus import Gpus, find_gpus
 from memserve.settings.network import find_network
+from memserve.settings.rules import expanded
 from memserve.settings.sections import ShardConfig
 from memserve.tokens import pages_for
 
@@ -45,7 +46,7 @@ class Machine:
 
         Raises UserError when there is no usable directory for sockets.
         """
-        absolute = Path(log_dir).expanduser().resolve()
+        absolute = expanded(log_dir, "logging.dir").resolve()
         return cls(
             cores=usable_cores(),
             free_bytes=free_memory(),
@@ -155,9 +156,7 @@ def resolve(config: Config, machine: Machine | None = None) -> Resolved:
         reasons=(),
         host_pages=config.pool.host_bytes // page_bytes,
         disk_pages=config.pool.disk_bytes // page_bytes,
-        disk_dir=str(
-            Path(config.pool.disk_path).expanduser().resolve() if config.pool.disk_path else machine.log_dir
-        ),
+        disk_dir=str(expanded(config.pool.disk_path or machine.log_dir, "pool.disk_path").resolve()),
     )
     problems: list[str] = []
     try:

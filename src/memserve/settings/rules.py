@@ -1,15 +1,22 @@
-"""What values settings may have: rules (attrs validators with a text), and sizes as users write them."""
+"""What values settings may have: rules (attrs validators with a text), and sizes and paths as users write them."""
 
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
+import stat
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import attrs
 
+from memserve.errors import UserError
+
 GIB = 1 << 30
+HOST_NAME_MAX = 253
+"""Most characters of a host name; each of its labels has at most 63 (RFC 1035)."""
 SIZE_UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": GIB, "TiB": 1 << 40}
 
 
@@ -61,6 +68,29 @@ def or_unset(rule: Rule) -> Rule:
     return Rule(rule.text, lambda value: value == "" or rule.holds(value), rule.known)
 
 
+def expanded(path: str | Path, key: str) -> Path:
+    """The path with a leading ``~`` or ``~user`` replaced by the home directory.
+
+    Raises UserError, which names the setting or option ``key``, where there is no such directory.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(
+            f"{key}: {str(path)!r} begins with ~, and no such home directory is known: give the whole path"
+        ) from error
+
+
+def why_not_private(found: os.stat_result, mode: int) -> str:
+    """Why others may access a file or directory that must have ``mode``; empty if only this user may."""
+    if found.st_uid == os.getuid() and not stat.S_IMODE(found.st_mode) & 0o077:
+        return ""
+    return (
+        f"is not private: it has owner {found.st_uid} and mode {stat.S_IMODE(found.st_mode):04o}, must have owner"
+        f" {os.getuid()} and mode {mode:04o}"
+    )
+
+
 def is_host(value: str) -> bool:
     """Whether ``value`` is an IP address or a host name.
 
@@ -69,8 +99,9 @@ def is_host(value: str) -> bool:
     try:
         ipaddress.ip_address(value)
     except ValueError:
-        name = r"(?!\d+(\.\d+)*$)[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?"
-        return re.fullmatch(name, value) is not None
+        label = r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+        name = rf"(?!\d+(\.\d+)*$){label}(\.{label})*"
+        return len(value) <= HOST_NAME_MAX and re.fullmatch(name, value) is not None
     return True
 
 
@@ -107,7 +138,7 @@ def parse_size(value: object) -> int:
     rule = 'be a size such as "512MiB" or "2GiB", or a whole number of bytes'
     if type(value) is int:
         return value
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]*)", value) if isinstance(value, str) else None
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d+)?) ?([A-Za-z]*)", value) if isinstance(value, str) else None
     if match is None:
         raise RuleError(rule)
     if match[2] not in SIZE_UNITS:

@@ -91,7 +91,7 @@ def read_trace(
 def _parsed(path: Path, number: int, line: str, block_tokens: int, speed: float) -> Session:
     try:
         return trace_session(json.loads(line), f"{path.name}:{number}", block_tokens, speed)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         keys = "timestamp (ms), input_length, output_length and hash_ids"
         what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
         raise UserError(f"--trace {path}, line {number}: {what}; expected an object with {keys}") from error
