@@ -24,6 +24,7 @@ from memserve.pool_messages import (
     FreeMem,
     Insert,
     Inserted,
+    Match,
 )
 from memserve.tokens import pack
 
@@ -157,6 +158,20 @@ def test_the_queue_has_a_limit():
     assert (to, refused.call, refused.code) == ("p.1", 3, PoolError.QUEUE_FULL)
     [(_, refused)] = shard.say("p.1", Acquire(4, "anne", PROMPT, 1))
     assert refused.code == PoolError.TOO_LARGE  # at once: no wait could help
+
+
+def test_a_wrong_call_is_refused_at_once_and_not_from_the_queue():
+    """If it waited, its refusal would come out of whatever message frees pages: the shard would end there."""
+    shard = Shard(pages=3)
+    [(_, first)] = shard.say("p.1", Acquire(1, "anne", PROMPT, 0))
+    shard.say("p.1", Acquire(2, "anne", PROMPT, 0))
+    for wrong in (Match(1, "anne", b"abc"), Acquire(1, "anne", b"abc", 0), Acquire(1, "anne", b"", -1)):
+        [(_, refused)] = shard.say("p.2", wrong)
+        assert refused.code in (PoolError.NOT_WHOLE_PAGES, PoolError.BAD_COUNT)
+        shard = Shard(pages=3)
+        [(_, first)] = shard.say("p.1", Acquire(1, "anne", PROMPT, 0))
+        shard.say("p.1", Acquire(2, "anne", PROMPT, 0))
+    assert [answer.call for _, answer in shard.say("p.1", FreeMem(first.lease))] == [2]
 
 
 def test_alloc_mem_never_waits():

@@ -22,11 +22,16 @@ class Demands:
 
         Raises PoolError (TOO_LARGE, NOT_WHOLE_PAGES, BAD_COUNT) if they could never be granted.
         """
-        if len(tokens) % TOKEN_BYTES:
-            raise ragged(tokens)
+        self.check_tokens(tokens)
         need = pages_for(count(tokens), self.page_tokens) + counted(extra_pages)
         self.check_fits(need)
         return need
+
+    def check_tokens(self, tokens: bytes) -> None:
+        """Raise PoolError (NOT_WHOLE_PAGES) for bytes that are not a whole number of tokens."""
+        if len(tokens) % TOKEN_BYTES:
+            text = f"{len(tokens)} bytes of tokens are not a multiple of {TOKEN_BYTES}"
+            raise PoolError(PoolError.NOT_WHOLE_PAGES, text)
 
     def check_fits(self, pages: int, tier: Tier = Tier.DEVICE) -> None:
         """Raise PoolError (TOO_LARGE) for more pages than a tier has."""
@@ -47,12 +52,6 @@ class Demands:
             text = "pages on disk cannot be leased: they cannot be written to in place"
             raise PoolError(PoolError.BAD_TIER, text)
         return self.existing(tier)
-
-
-def ragged(tokens: bytes) -> PoolError:
-    """The error for bytes that are not a whole number of tokens."""
-    text = f"{len(tokens)} bytes of tokens are not a multiple of {TOKEN_BYTES}"
-    return PoolError(PoolError.NOT_WHOLE_PAGES, text)
 
 
 def counted(n: int) -> int:

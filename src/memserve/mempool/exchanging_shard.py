@@ -6,6 +6,9 @@ it is answered when the pages have come, or can no longer come.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+
 import attrs
 
 from memserve.actions import Action, CopyDone, Log, Send
@@ -43,6 +46,8 @@ class ExchangingShard(ShardCore):
 
     exchange: Exchange = attrs.field(kw_only=True)
     _ahead: Prefetcher = attrs.field(factory=Prefetcher, init=False)
+    _own_calls: Iterator[int] = attrs.field(factory=lambda: itertools.count(1), init=False)
+    """Numbers of EXCHANGER's calls: several may wait at a time."""
 
     # ---- verbs ---------------------------------------------------------------------------------------------
 
@@ -158,7 +163,7 @@ class ExchangingShard(ShardCore):
                 return
             room = self._unanswered < self.waiting_max
             grant = self.exchange.bring(scope, tokens, now) if room else None
-            call = Acquire(0, scope, tokens, 0, source)
+            call = Acquire(next(self._own_calls), scope, tokens, 0, source)
             if grant is None:
                 self._not_brought(source, now)
             elif (answer := self._granted(EXCHANGER, call, grant, now)) is not None:

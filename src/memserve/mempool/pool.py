@@ -21,7 +21,7 @@ from memserve.actions import Copy, CopyDone
 from memserve.errors import PoolError
 from memserve.identity import ActorId
 from memserve.mempool.addresses import Address, Home, Tier, tier_of
-from memserve.mempool.demands import Demands, counted, ragged
+from memserve.mempool.demands import Demands, counted
 from memserve.mempool.grants import Counters, Grant, Reclaimed
 from memserve.mempool.leases import Lease, Leases
 from memserve.mempool.nodes import CachedPrefix, Pin
@@ -123,8 +123,7 @@ class Pool:
         prefix has at most as many pages as the device tier. None when device pages for those on disk are
         short at present. Raises PoolError (NOT_WHOLE_PAGES).
         """
-        if len(tokens) % TOKEN_BYTES:
-            raise ragged(tokens)
+        self.demands.check_tokens(tokens)
         # A longer prefix might never fit, and would wait at the head of the queue forever.
         pin = self._pin(scope, span(tokens, 0, self.total * self.page_tokens), Tier.HOST)
         return self._open(owner, scope, pin, 0, Tier.HOST, now, tokens)
@@ -260,17 +259,17 @@ class Pool:
     def copied(self, done: CopyDone) -> list[int]:
         """Handle the end of a copy.
 
-        Leases that waited for bytes which are lost have ended: returns their IDs, so that the calls can be
+        Leases that waited for pages which do not come have ended: returns their IDs, so that the calls can be
         repeated.
         """
-        ended = []
-        for node in self.room.swaps.finish(done):
-            for lease in [one for one in self.loading.values() if node in one.pin.node.path()]:
-                ended.append(lease.id)
-                self._close(lease)
+        lost = self.room.swaps.finish(done)
+        ended = [lease for lease in self.loading.values() if lease.in_vain(lost)]
+        for lease in ended:
+            self._close(lease)
+        for node in lost:
             if node.parent is not None:
                 self.room.give(self.tree.remove_subtree(node))
-        return ended
+        return [lease.id for lease in ended]
 
     def settle(self) -> list[Grant]:
         """Grants of the leases whose pages are all there by now."""

@@ -104,9 +104,9 @@ class Serving:
         return tuple(self._warming)
 
     def warming_failed(self, lease: int) -> None:
-        """Refuse a Pull whose pages are lost instead of brought in; their lease has ended."""
+        """Refuse a Pull whose pages were not brought in after all; their lease has ended."""
         one = self._warming.pop(lease)
-        self._refuse(one.to, one.pull, Failure.REFUSED, "the pages are damaged")
+        self._refuse(one.to, one.pull, Failure.REFUSED, "the pages could not be brought in")
 
     def warm(self, grant: Grant, now: float) -> None:
         """Send the pages of one of EXCHANGER's leases, which are all in the device tier now."""

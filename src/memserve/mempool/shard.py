@@ -242,8 +242,11 @@ class ShardCore:
 
     def _wait(self, sender: ActorId, call: Waiting, now: float) -> Answer | None:
         """Grant a call that may wait, unless it would overtake another; otherwise queue it."""
+        # What is refused in any case must not enter the queue: there, nothing would catch the error.
         if isinstance(call, Acquire):
-            self.pool.demands.pages(call.tokens, call.extra_pages)  # what never fits must not enter the queue
+            self.pool.demands.pages(call.tokens, call.extra_pages)
+        else:
+            self.pool.demands.check_tokens(call.tokens)
         if not self._waiting and self._unanswered < self.waiting_max:
             grant = self._try(sender, call, now)
             if grant is not None:
