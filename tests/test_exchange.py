@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import attrs
 import pytest
 
 from exchange_world import Pair
+from memserve.actions import Copy, CopyDone, Send
 from memserve.errors import PoolError
+from memserve.identity import ActorId
 from memserve.mempool.addresses import Tier
 from memserve.mempool.room import Capacity
+from memserve.pool_messages import Acquire, Acquired, Prefetch, Source
+from memserve.tokens import TOKEN_BYTES, pack
+from shard_clients import PAGE
+from test_swaps import stored
 
 SIZES = [
     (Capacity(20, 10, 12, 0.2, 0.4), Capacity(20, 10, 12, 0.2, 0.4)),
@@ -42,3 +49,24 @@ def test_the_random_calls_do_reach_what_they_are_for() -> None:
     wanted = {"Wrote", "WriteFailed", "fetched", "Transferred", "Arrival", "filled", "claimed", "died"}
     codes = {PoolError.CUT, PoolError.NO_PAGES, PoolError.DEADLINE, PoolError.MOVING, PoolError.BAD_TIER}
     assert not {name for name in wanted | codes if seen.get(name, 0) < 3}, seen
+
+
+def test_prefixes_that_are_lost_on_their_way_in_hold_no_handoff_up() -> None:
+    """If one of two was forgotten, the requests that are handed over meanwhile would wait for it for ever."""
+    site = Pair(0, (Capacity(12, 0, 8), Capacity(12))).sites[0]
+    core, tokens = site.core, pack(range(4 * PAGE))
+    stored(core.pool, tokens[: 2 * PAGE * TOKEN_BYTES], [(Tier.DEVICE, 2)])
+    sources = [Source(site.other.core.me, 4 * PAGE, 1.0, request=f"r{i}", ahead=True) for i in (1, 2)]
+    for source in sources:
+        core.receive("p.1", Prefetch("anne", tokens, source), 0.0)
+    (copy,) = [action for action in core.take() if isinstance(action, Copy)]
+    for i, source in enumerate(sources, 1):
+        core.receive(f"d.{i}", Acquire(1, "anne", tokens, 0, attrs.evolve(source, ahead=False)), 0.0)
+    core.receive(core.me, CopyDone(copy.id, (copy.runs[0][0],)), 0.0)
+    core.check()
+    heard: list[ActorId] = []
+    for second in range(1, 6):
+        core.advance(float(second))
+        core.check()
+        heard += [one.to for one in core.take() if isinstance(one, Send) and isinstance(one.message, Acquired)]
+    assert sorted(heard) == ["d.1", "d.2"]

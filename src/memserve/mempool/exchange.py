@@ -245,6 +245,10 @@ class Exchange:
         mine = (one for one in self._fetches.values() if one.sender == sender and one.call.call == call)
         return next(mine, None)
 
+    def calls_of(self, sender: ActorId) -> list[Acquire]:
+        """A sender's calls that wait for other shards."""
+        return [one.call for one in self._fetches.values() if one.sender == sender]
+
     def forget(self, sender: ActorId, call: int | None = None) -> None:
         """Drop a sender's fetches, or that of one call, which are no longer waited for.
 

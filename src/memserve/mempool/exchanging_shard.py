@@ -103,7 +103,11 @@ class ExchangingShard(ShardCore):
         """Assert every invariant."""
         super().check()
         self.exchange.check()
-        self._ahead.check()
+        waiting = [call for (who, _), call in self._waiting.items() if who == EXCHANGER]
+        loading = [call for who, call in self._loading.values() if who == EXCHANGER]
+        own = [*waiting, *loading, *self.exchange.calls_of(EXCHANGER)]
+        sources = [call.source for call in own if isinstance(call, Acquire) and call.source]
+        self._ahead.check({source.request for source in sources if source.ahead})
 
     # ---- calls ---------------------------------------------------------------------------------------------
 
