@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import attrs
 
-from memserve.actions import Action, CopyDone, Log, Send
+from memserve.actions import Action, CopyDone, Kill, Log, Send
 from memserve.identity import ActorId
 from memserve.mempool.answers import Answer
 from memserve.mempool.exchange import HEARD, Exchange, Fetch
@@ -82,8 +82,12 @@ class ExchangingShard(ShardCore):
         super().advance(now)
 
     def take(self) -> list[Action]:
-        """Actions to perform, returned once. A mover that must stop does so before anything else."""
-        return [*self.exchange.take(), *super().take()]
+        """Actions to perform, returned once.
+
+        Whoever must be killed is, before another shard hears of its pages; then movers stop that must.
+        """
+        actions = [*self.exchange.take(), *super().take()]
+        return sorted(actions, key=lambda action: not isinstance(action, Kill))
 
     def undeliverable(self, to: ActorId, message: Message, now: float) -> None:
         """Handle a message that the shell could not send: a fetch from its receiver ends at once."""
