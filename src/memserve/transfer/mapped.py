@@ -90,6 +90,8 @@ class MappedMover:
     _peers: OrderedDict[str, Mapped] = attrs.field(factory=OrderedDict, init=False)
     """Arenas by socket address, which identifies the shard's incarnation; least recently used first."""
     _attaching: trio.Lock = attrs.field(factory=trio.Lock, init=False)
+    _coming: str = attrs.field(default="", init=False)
+    """Address of the arena that is being mapped; empty once its shard is gone."""
     _threads: trio.CapacityLimiter = attrs.field(factory=partial(trio.CapacityLimiter, 2), init=False)
     """Two copies saturate the memory bus; more would only take cores from the engines."""
 
@@ -101,7 +103,9 @@ class MappedMover:
         return await settle(transfer, deadline_s, partial(self._move, transfer, way, feed))
 
     def forget(self, way: Way) -> None:
-        """Unmap an arena, now or when the last copy into it has ended."""
+        """Unmap an arena, now or when the last copy into it has ended; one that is being mapped, after that."""
+        if way.address == self._coming:
+            self._coming = ""
         peer = self._peers.pop(way.address, None)
         if peer is not None:
             peer.forgotten = True
@@ -110,12 +114,11 @@ class MappedMover:
     async def _move(self, transfer: PageTransfer, way: Way, feed: PieceFeed) -> int:
         check_pages(transfer, self.reach.pages)
         peer = await self._attached(way.address)
-        if any(not 0 <= page < peer.pages for page in transfer.destination):
-            raise MoveError(
-                Failure.REFUSED, f"the receiver granted a page that is not one of its {peer.pages}"
-            )
         peer.users += 1
         try:
+            if any(not 0 <= page < peer.pages for page in transfer.destination):
+                text = f"the receiver granted a page that is not one of its {peer.pages}"
+                raise MoveError(Failure.REFUSED, text)
             return await self._copy_all(transfer, peer, feed)
         finally:
             peer.users -= 1
@@ -130,13 +133,22 @@ class MappedMover:
         return moved
 
     async def _attached(self, address: str) -> Mapped:
-        async with self._attaching:  # otherwise two transfers could map the same arena twice
-            peer = self._peers.get(address)
-            if peer is None:
-                peer = self._peers[address] = await self._attach(address)
-                self._drop_unused()
+        peer = self._peers.get(address)
+        if peer is None:
+            async with self._attaching:  # otherwise two transfers could map the same arena twice
+                peer = self._peers.get(address) or await self._map(address)
+        if not peer.forgotten:
             self._peers.move_to_end(address)
-            return peer
+        return peer
+
+    async def _map(self, address: str) -> Mapped:
+        self._coming = address
+        peer = await self._attach(address)
+        peer.forgotten = self._coming != address
+        if not peer.forgotten:
+            self._peers[address] = peer
+            self._drop_unused()
+        return peer
 
     async def _attach(self, address: str) -> Mapped:
         try:
