@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import gc
+import os
 import threading
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 import trio
 
 from memserve.errors import PeerUnreachable
+from memserve.transfer import cuda, mapped
 from memserve.transfer.mapped import HostReach
 from memserve.transfer.mover import PATHS as ALL_PATHS
 from memserve.transfer.mover import PieceFeed, chosen_paths, host_identity
@@ -206,6 +209,22 @@ async def test_a_receiver_that_does_not_hand_out_its_arena_holds_up_nobody_else(
             done = await both.send(both.transfer([3], [4]), deadline_s=1.0)
             go_on.set()
         assert isinstance(done, TransferDone)
+
+
+@pytest.mark.parametrize("error", [errno.EMFILE, errno.ENOMEM])
+async def test_what_cannot_be_mapped_costs_its_transfer_and_nothing_else(path, error, place, monkeypatch):
+    """If the error came out of the mover, the shard would end, and take every page with it."""
+    if path not in ("mapped", "cuda"):
+        return
+    async with pair(path, place) as both:
+
+        def failing(*_, **__):
+            raise OSError(error, os.strerror(error))
+
+        monkeypatch.setattr(mapped, "attach_arena", failing)
+        monkeypatch.setattr(cuda, "open_peer_pages", failing)
+        result = await both.send(both.transfer([0], [0]))
+        assert result.failure is Failure.REFUSED and os.strerror(error) in result.message
 
 
 async def test_pages_go_from_gpu_to_gpu_without_the_host_where_they_see_each_other(path, place):

@@ -11,7 +11,6 @@ only then.
 from __future__ import annotations
 
 import ctypes
-import errno
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
@@ -71,7 +70,7 @@ class Reach(Protocol):
         """Map the arena that is served at ``socket``.
 
         Raises PeerUnreachable when no process serves it, PeerError when its pages have another size, and
-        MoveError otherwise.
+        OSError when this process has not enough memory or descriptors.
         """
 
     def copy(self, there: Mapped, todo: list[Extent]) -> int:
@@ -157,6 +156,8 @@ class MappedMover:
             raise MoveError(Failure.PEER_GONE, str(error)) from error
         except PeerError as error:
             raise MoveError(Failure.REFUSED, str(error)) from error
+        except OSError as error:  # too little memory, or no descriptor left
+            raise MoveError(Failure.REFUSED, f"{address} cannot be mapped: {error.strerror}") from error
 
     def _drop_unused(self) -> None:
         for address, peer in list(self._peers.items()):
@@ -189,12 +190,7 @@ class HostReach:
 
     def attach(self, socket: Path) -> Mapped:
         """See Reach. Maps every page of the arena: about 0.2 s per GiB, once per peer."""
-        try:
-            arena = attach_arena(socket, self.geometry.page_bytes)
-        except OSError as error:
-            if error.errno != errno.ENOMEM:
-                raise
-            raise MoveError(Failure.REFUSED, f"{socket} cannot be mapped: {error.strerror}") from error
+        arena = attach_arena(socket, self.geometry.page_bytes)
         return Mapped(_address(arena.memory), arena.header.pages, arena.close)
 
     def copy(self, there: Mapped, todo: list[Extent]) -> int:
