@@ -70,7 +70,9 @@ def test_prefixes_that_are_lost_on_their_way_in_hold_no_handoff_up() -> None:
     for second in range(1, 6):
         core.advance(float(second))
         core.check()
-        heard += [one.to for one in core.take() if isinstance(one, Send) and isinstance(one.message, Acquired)]
+        heard += [
+            one.to for one in core.take() if isinstance(one, Send) and isinstance(one.message, Acquired)
+        ]
     assert sorted(heard) == ["d.1", "d.2"]
 
 

@@ -204,7 +204,9 @@ async def test_a_receiver_that_does_not_hand_out_its_arena_holds_up_nobody_else(
 
         monkeypatch.setattr(HostReach, "attach", paused)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(both.mover.send, both.transfer([1], [2]), Way("mapped", "c"), PieceFeed(1, 1), 9.0)
+            nursery.start_soon(
+                both.mover.send, both.transfer([1], [2]), Way("mapped", "c"), PieceFeed(1, 1), 9.0
+            )
             assert await trio.to_thread.run_sync(waits.wait, 5)
             done = await both.send(both.transfer([3], [4]), deadline_s=1.0)
             go_on.set()

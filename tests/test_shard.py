@@ -148,6 +148,23 @@ def test_a_withdrawal_that_crosses_the_grant_ends_the_lease():
     ]  # the worker's own, on the late answer
 
 
+def test_a_withdrawal_that_crosses_a_lease_s_growth_takes_the_pages_back():
+    """If it did not, a program that gives up would hold pages that it has never heard of."""
+    shard = Shard()
+    [(_, granted)] = shard.say("p.1", Acquire(1, "anne", PROMPT, 0))
+    shard.say("p.1", AllocMem(2, granted.lease, 2))
+    assert shard.say("p.1", FreeMem(lease=0, call=2)) == [("p.1", Freed(2, 0))]
+    assert shard.core.gauges()["pages_free"] == 5
+    shard.say("p.1", AllocMem(4, granted.lease, 1))
+    shard.say("p.1", Insert(5, granted.lease, 0, pack(range(16))))
+    shard.say("p.1", FreeMem(lease=0, call=4))  # by one who has used them: nothing happens
+    assert shard.core.gauges()["pages_free"] == 4
+    shard.say("p.1", AllocMem(3, granted.lease, 2))
+    shard.say("p.1", FreeMem(granted.lease))
+    assert shard.say("p.1", FreeMem(lease=0, call=3)) == [("p.1", Freed(3, 0))]
+    assert shard.core.gauges()["pages_leased"] == 0
+
+
 def test_the_queue_has_a_limit():
     """If it had none, a stuck pool would take all memory before anyone noticed."""
     shard = Shard(pages=3, waiting_max=1)

@@ -102,7 +102,7 @@ class PoolError(Exception):
     CHECKSUM = "checksum"
     """A transfer whose bytes arrived damaged."""
     UNREADABLE = "unreadable"
-    """The page's bytes cannot be reached from here: it is on disk, or in another host's memory."""
+    """The page's bytes cannot be reached from here: it is on disk, on a GPU, or in another host's memory."""
 
     def __str__(self) -> str:
         return f"{self.code}: {self.message}"

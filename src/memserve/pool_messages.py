@@ -99,7 +99,8 @@ class Acquired:
 class AllocMem:
     """``pages`` more pages at the end of a lease's table, all or nothing.
 
-    Answered by Allocated. With ``lease=0`` the pages get a new lease, and the answer is Acquired.
+    Answered by Allocated. With ``lease=0`` the pages get a new lease, and the answer is Acquired. Withdrawn
+    like an Acquire.
     """
 
     call: int

@@ -180,7 +180,8 @@ def make_core(
     pool = Pool(
         settings.capacity, settings.page_tokens, settings.lease_s, caching=settings.caching, home=home
     )
-    arenas = tuple(str(sockets.get(tier, "")) for tier in Tier)
+    mappable = sockets if settings.gpu is None else {**sockets, Tier.DEVICE: ""}
+    arenas = tuple(str(mappable.get(tier, "")) for tier in Tier)
     geometry = Geometry(settings.page_bytes, settings.layers)
     exchange = Exchange(pool, actor, geometry, host_identity(), os.getpid(), settings.granularity)
     return ExchangingShard(

@@ -308,6 +308,13 @@ class Pool:
             return self._give_back(self.leases.unlent(owner, lease), slots)
         return self._close(held)
 
+    def shrink(self, owner: ActorId, lease: int, pages: Sequence[int]) -> None:
+        """Take pages back that were added to a lease and that its owner has not heard of.
+
+        Raises PoolError (UNKNOWN_LEASE, NOT_OWNER; RETIRED, NOT_HELD if it has used them after all).
+        """
+        self._give_back(self.leases.any(owner, lease), pages)
+
     def owner_of(self, lease: int) -> ActorId | None:
         """Owner of a lease; None when the lease has ended."""
         return self.leases.owner_of(lease)

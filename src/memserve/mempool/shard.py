@@ -13,6 +13,7 @@ caller that gave way to it would be granted the very pages that it gave up.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -35,6 +36,7 @@ from memserve.pool_messages import (
     Acquire,
     Adopt,
     Adopted,
+    Allocated,
     AllocMem,
     Delete,
     DescribePool,
@@ -363,10 +365,14 @@ class ShardCore:
     def _withdraw(self, sender: ActorId, number: int) -> None:
         """Withdraw a call that its sender no longer waits for.
 
-        Its answer may have crossed the withdrawal: then the lease that it granted ends here.
+        Its answer may have crossed the withdrawal: then the lease that it granted ends here, and the pages
+        that it added to a lease come free.
         """
         memory = self._replies.of(sender)
         answer = memory.answer(number)
+        if isinstance(answer, Allocated):
+            with contextlib.suppress(PoolError):
+                self.pool.shrink(sender, answer.lease, answer.pages)
         lease = answer.lease if isinstance(answer, Granting) else 0
         for loading, (who, held) in self._loading.items():
             if who == sender and held is not None and held.call == number:
