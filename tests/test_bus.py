@@ -199,6 +199,23 @@ async def test_programs_that_come_and_go_leave_no_connection(
         await _exchange(friend, a)
 
 
+async def test_shards_that_programs_introduce_leave_no_connection_either(
+    private: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program may have brought a shard of its own: its end is announced to nobody."""
+    monkeypatch.setattr("memserve.bus.GUEST_S", 0.0)
+    async with zmq_links(private, "a.1", "friend.1") as (a, friend):
+        a.connect(friend.actor, friend.endpoint)
+        a.introduce(friend.actor, "ipc:///nowhere")  # a program's word does not lead a known actor's messages astray
+        await _exchange(a, friend)
+        before = open_files()
+        for number in range(12):
+            async with zmq_links(private, f"shard.{number}") as (shard,):
+                a.introduce(shard.actor, shard.endpoint)
+                await _exchange(a, shard)
+        assert open_files() - before < 6
+
+
 async def test_a_guest_that_was_silent_is_answered_all_the_same(
     private: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
