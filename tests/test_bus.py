@@ -206,7 +206,7 @@ async def test_shards_that_programs_introduce_leave_no_connection_either(
     monkeypatch.setattr("memserve.bus.GUEST_S", 0.0)
     async with zmq_links(private, "a.1", "friend.1") as (a, friend):
         a.connect(friend.actor, friend.endpoint)
-        a.introduce(friend.actor, "ipc:///nowhere")  # a program's word does not lead a known actor's messages astray
+        a.introduce(friend.actor, "ipc:///nowhere")  # what is known counts for more than a program's word
         await _exchange(a, friend)
         before = open_files()
         for number in range(12):

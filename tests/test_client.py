@@ -310,6 +310,18 @@ trio.run(main)
         assert len(got.addresses) == 8
 
 
+async def test_an_error_within_a_pool_s_block_comes_out_as_it_is(folder: Path, monkeypatch) -> None:
+    """Wrapped in groups of tasks that the program does not know of, no handler of its own would find it."""
+    with pytest.raises(PoolError, match="bad_count"):
+        async with open_shard("s0", folder, sizes(disk=0)) as endpoint:
+            async with open_pool("me", folder, {"s0": endpoint}) as pool:
+                await pool.alloc_mem(-1, "s0")
+    monkeypatch.setattr("memserve.client.calls.OPEN_S", 0.1)
+    with pytest.raises(PeerUnreachable, match="s0"):
+        async with open_pool("me", folder, {"s0": f"ipc://{folder}/nobody.sock"}):
+            pass
+
+
 async def test_a_shard_that_is_gone_is_said_to_be(folder: Path) -> None:
     """If calls hung, a program could not tell a busy pool from a dead one."""
     life = trio.CancelScope()

@@ -5,6 +5,9 @@ Any other exception that escapes is a bug and ends its process.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import attrs
 
 
@@ -106,3 +109,15 @@ class PoolError(Exception):
 
     def __str__(self) -> str:
         return f"{self.code}: {self.message}"
+
+
+@contextmanager
+def unwrapped() -> Iterator[None]:
+    """Let the only exception of a group, as nurseries make them, come out of the block by itself."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+            (error,) = error.exceptions
+        raise error  # a group of several as it is

@@ -26,6 +26,7 @@ from memserve.actions import Copy, CopyDone, Kill, MoverOrder
 from memserve.actors.loop import Shell
 from memserve.actors.membership import introduce, pass_on_deaths
 from memserve.bus import open_link
+from memserve.errors import unwrapped
 from memserve.identity import ActorId, actor_name
 from memserve.kernels.arena import Arena, serve_arena, serve_packet
 from memserve.kernels.gpu_memory import GpuArena
@@ -147,18 +148,20 @@ def weights_of(context: ActorContext) -> Path:
 async def open_shard(name: str, folder: Path, settings: ShardSettings) -> AsyncIterator[str]:
     """Run a shard in this program for a ``with`` block; gives its endpoint.
 
-    ``folder``, for the sockets, must have mode 0700.
+    ``folder``, for the sockets, must have mode 0700. Raises UserError when there is too little memory or disk
+    space.
     """
     actor = ActorId(f"{name}.{secrets.token_hex(4)}")
     endpoint = f"ipc://{folder / actor}.sock"
     sockets = arena_sockets(actor, settings, lambda file: folder / file)
-    async with open_link(actor, endpoint) as link, trio.open_nursery() as nursery:
-        core = make_core(actor, settings, sockets, ())
-        shell = Shell(core, link)
-        await nursery.start(shell.run)
-        await nursery.start(keep_pages, shell, core.exchange, settings, sockets)
-        yield endpoint
-        nursery.cancel_scope.cancel()
+    with unwrapped():
+        async with open_link(actor, endpoint) as link, trio.open_nursery() as nursery:
+            core = make_core(actor, settings, sockets, ())
+            shell = Shell(core, link)
+            await nursery.start(shell.run)
+            await nursery.start(keep_pages, shell, core.exchange, settings, sockets)
+            yield endpoint
+            nursery.cancel_scope.cancel()
 
 
 # ---- its parts -----------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ import trio
 from memserve.bus import open_link
 from memserve.client.calls import ShardConversation, Waiter
 from memserve.client.leases import HeldLease, Lease, Shard, check_writable
-from memserve.errors import PoolError
+from memserve.errors import PoolError, unwrapped
 from memserve.identity import ActorId
 from memserve.mempool.addresses import Address, Tier
 from memserve.messages import Message
@@ -376,11 +376,12 @@ async def open_pool(
     does not answer.
     """
     actor = ActorId(f"{name}.{secrets.token_hex(4)}")
-    async with open_link(actor, f"ipc://{folder / actor}.sock") as link, trio.open_nursery() as nursery:
-        pool = MemPool(link, shards, scope)
-        try:
-            await nursery.start(pool.run)
-            yield pool
-        finally:
-            pool.close()
-        nursery.cancel_scope.cancel()
+    with unwrapped():
+        async with open_link(actor, f"ipc://{folder / actor}.sock") as link, trio.open_nursery() as nursery:
+            pool = MemPool(link, shards, scope)
+            try:
+                await nursery.start(pool.run)
+                yield pool
+            finally:
+                pool.close()
+            nursery.cancel_scope.cancel()
