@@ -313,9 +313,8 @@ trio.run(main)
 async def test_an_error_within_a_pool_s_block_comes_out_as_it_is(folder: Path, monkeypatch) -> None:
     """Wrapped in groups of tasks that the program does not know of, no handler of its own would find it."""
     with pytest.raises(PoolError, match="bad_count"):
-        async with open_shard("s0", folder, sizes(disk=0)) as endpoint:
-            async with open_pool("me", folder, {"s0": endpoint}) as pool:
-                await pool.alloc_mem(-1, "s0")
+        async with one_shard(folder) as (pool, _):
+            await pool.alloc_mem(-1, "s0")
     monkeypatch.setattr("memserve.client.calls.OPEN_S", 0.1)
     with pytest.raises(PeerUnreachable, match="s0"):
         async with open_pool("me", folder, {"s0": f"ipc://{folder}/nobody.sock"}):

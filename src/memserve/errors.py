@@ -120,4 +120,4 @@ def unwrapped() -> Iterator[None]:
         error: BaseException = group
         while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
             (error,) = error.exceptions
-        raise error  # a group of several as it is
+        raise error from error.__cause__  # a group of several as it is
