@@ -6,15 +6,15 @@ import attrs
 import pytest
 
 from exchange_world import PAGE_BYTES, Pair
-from memserve.actions import Copy, CopyDone, Kill, Send
+from memserve.actions import Copy, CopyDone, Kill, Overslept, Send
 from memserve.errors import PoolError
 from memserve.identity import ActorId
 from memserve.mempool.addresses import Tier
 from memserve.mempool.room import Capacity
 from memserve.messages import Gone, Load, Member
-from memserve.pool_messages import Acquire, Acquired, Prefetch, Source
+from memserve.pool_messages import Acquire, Acquired, Arrival, NextArrival, Prefetch, Source
 from memserve.tokens import TOKEN_BYTES, pack
-from memserve.transfer_messages import Granularity, TransferGranted, TransferOffer
+from memserve.transfer_messages import Granularity, TransferGranted, TransferOffer, TransferSent
 from shard_clients import PAGE
 from test_swaps import stored
 
@@ -76,6 +76,12 @@ def test_prefixes_that_are_lost_on_their_way_in_hold_no_handoff_up() -> None:
     assert sorted(heard) == ["d.1", "d.2"]
 
 
+def offer(pages: int) -> TransferOffer:
+    """A transfer of the other shard's, of new pages for a client here."""
+    size, way = (PAGE_BYTES, 1, Granularity.AGGREGATED), ("host", 1, ("mapped",))
+    return TransferOffer(1, pages, *size, *way, 5.0, owner="c.1", caller="c.2")
+
+
 def test_the_dead_are_killed_before_another_shard_is_told_of_their_pages() -> None:
     """If the grant went first, a worker in the middle of a step could write over what the other shard sends."""
     site = Pair(0, (Capacity(4), Capacity(4))).sites[0]
@@ -84,10 +90,18 @@ def test_the_dead_are_killed_before_another_shard_is_told_of_their_pages() -> No
     core.receive("p.1", Acquire(1, "anne", b"", 4), 0.0)
     core.take()
     core.receive("g.1", Gone(("p.1",)), 0.0)  # both come in one turn of the shell
-    offer = TransferOffer(
-        1, 4, PAGE_BYTES, 1, Granularity.AGGREGATED, "host", 1, ("mapped",), 5.0, owner="c.1", caller="c.1"
-    )
-    core.receive("s1.1", offer, 0.0)
+    core.receive("s1.1", offer(4), 0.0)
     killed, *rest = core.take()
     assert isinstance(killed, Kill)
     assert [type(one.message) for one in rest if isinstance(one, Send)] == [TransferGranted]
+
+
+def test_a_shard_that_was_stopped_keeps_what_has_arrived() -> None:
+    """The claim is still in its inbox: the sender was told that its pages are there."""
+    core = Pair(0, (Capacity(4), Capacity(4))).sites[0].core
+    core.receive("s1.1", offer(4), 0.0)
+    core.receive("s1.1", TransferSent(1), 0.0)
+    core.receive(core.me, Overslept(), 60.0)
+    core.advance(60.0)
+    core.receive("c.1", NextArrival(1), 60.0)
+    assert [type(one.message) for one in core.take() if isinstance(one, Send)][-1] is Arrival

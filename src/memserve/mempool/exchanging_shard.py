@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import attrs
 
-from memserve.actions import Action, CopyDone, Kill, Log, Send
+from memserve.actions import Action, CopyDone, Kill, Log, Overslept, Send
 from memserve.identity import ActorId
 from memserve.mempool.answers import Answer
 from memserve.mempool.exchange import HEARD, Exchange, Fetch
@@ -73,6 +73,8 @@ class ExchangingShard(ShardCore):
                 if isinstance(message, Gone):
                     self.exchange.receive(sender, message, now)
                     self._proceed(now)
+                elif isinstance(message, Overslept):
+                    self.exchange.pushing.excuse(now)
 
     def advance(self, now: float) -> None:
         """Let time pass, for leases and for fetches."""

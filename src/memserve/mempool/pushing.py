@@ -288,6 +288,11 @@ class Pushing:
                 if self.pool.owner_of(number) == one.owner:
                     self.pool.free_mem(one.owner, number)
 
+    def excuse(self, now: float) -> None:
+        """Give every arrival the whole time to be claimed, because it was this shard that heard nothing."""
+        for one in self._arrived.values():
+            one.until = now + self.pool.leases.lease_s
+
     def forget(self, sender: ActorId, call: int | None = None) -> list[int]:
         """Drop a sender's calls, or one of them, which are no longer waited for.
 
