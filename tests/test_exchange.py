@@ -12,7 +12,17 @@ from memserve.identity import ActorId
 from memserve.mempool.addresses import Tier
 from memserve.mempool.room import Capacity
 from memserve.messages import Gone, Load, Member
-from memserve.pool_messages import Acquire, Acquired, Arrival, NextArrival, Prefetch, Source
+from memserve.pool_messages import (
+    Acquire,
+    Acquired,
+    AllocMem,
+    Arrival,
+    Insert,
+    Inserted,
+    NextArrival,
+    Prefetch,
+    Source,
+)
 from memserve.tokens import TOKEN_BYTES, pack
 from memserve.transfer_messages import Granularity, TransferGranted, TransferOffer, TransferSent
 from shard_clients import PAGE
@@ -105,3 +115,17 @@ def test_a_shard_that_was_stopped_keeps_what_has_arrived() -> None:
     core.advance(60.0)
     core.receive("c.1", NextArrival(1), 60.0)
     assert [type(one.message) for one in core.take() if isinstance(one, Send)][-1] is Arrival
+
+
+def test_pages_that_a_transfer_fills_cannot_be_inserted() -> None:
+    """If they could, others would match bytes that are not there yet."""
+    core = Pair(0, (Capacity(4), Capacity(4))).sites[0].core
+    core.receive("c.1", AllocMem(1, 0, 2, 0, "x"), 0.0)
+    lease = core.take()[-1].message
+    there = core.pool.home.addresses(lease.pages)
+    core.receive("s1.1", attrs.evolve(offer(2), destination=there, into=lease.lease), 0.0)
+    core.receive("c.1", Insert(2, lease.lease, 0, pack(range(2 * PAGE))), 0.0)
+    assert core.take()[-1].message.code == PoolError.MOVING
+    core.receive("s1.1", TransferSent(1), 0.0)
+    core.receive("c.1", Insert(3, lease.lease, 0, pack(range(2 * PAGE))), 0.0)
+    assert core.take()[-1].message == Inserted(3, 0)

@@ -216,6 +216,8 @@ class Exchange:
         self.incoming.check()
         receiving = len(self._receiving) + self.pushing.receiving
         assert receiving == len(self.incoming), "pages that receive without a transfer, or the reverse"
+        filled = {page for pages in self.incoming.filling for page in pages}
+        assert filled.isdisjoint(self.pool.tree.all_pages()), "a transfer fills pages that can be matched"
         lent = [*self._receiving.values(), *self.pushing.lent(), *self.serving.lent()]
         for lease in self.pool.leases:
             assert lease.lent == lent.count(lease.id), f"lease {lease.id} is not lent as often as it is used"

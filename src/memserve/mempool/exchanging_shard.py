@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import attrs
 
 from memserve.actions import Action, CopyDone, Kill, Log, Overslept, Send
+from memserve.errors import PoolError
 from memserve.identity import ActorId
 from memserve.mempool.answers import Answer
 from memserve.mempool.exchange import HEARD, Exchange, Fetch
@@ -24,6 +25,7 @@ from memserve.pool_messages import (
     Acquire,
     Acquired,
     Adopt,
+    Insert,
     NextArrival,
     Prefetch,
     Return,
@@ -141,6 +143,11 @@ class ExchangingShard(ShardCore):
     def _next_arrival(self, sender: ActorId, call: NextArrival, now: float) -> None:
         self._check_queue()
         self.exchange.pushing.wait(sender, call)
+
+    def _insert(self, sender: ActorId, call: Insert, now: float) -> Answer:
+        if self.exchange.pushing.fills(call.lease):
+            raise PoolError(PoolError.MOVING, f"pages of lease {call.lease} are filled by a transfer")
+        return super()._insert(sender, call, now)
 
     def _adopt(self, sender: ActorId, call: Adopt, now: float) -> Answer:
         answer = super()._adopt(sender, call, now)
@@ -267,6 +274,7 @@ class ExchangingShard(ShardCore):
 ExchangingShard.calls = {
     **ShardCore.calls,
     Acquire: ExchangingShard._wait,
+    Insert: ExchangingShard._insert,
     Adopt: ExchangingShard._adopt,
     Transfer: ExchangingShard._transfer,
     NextArrival: ExchangingShard._next_arrival,

@@ -217,6 +217,10 @@ class Pushing:
         assert lease is not None
         return lease, grant.pages
 
+    def fills(self, lease: int) -> bool:
+        """Whether a transfer fills pages of this lease."""
+        return any(one.id == lease for one in self._receiving.values())
+
     def commit(self, key: Key, offer: TransferOffer, pages: tuple[int, ...], now: float) -> int:
         """Accept complete pages, insert their tokens if there are any, and return their lease.
 

@@ -14,7 +14,7 @@ Ended transfers are remembered: a late or repeated message gets the same answer 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 import attrs
@@ -208,6 +208,11 @@ class Incoming:
     def __len__(self) -> int:
         """Transfers that hold pages, including those that only wait for their writer to stop."""
         return len(self._receiving)
+
+    @property
+    def filling(self) -> Iterator[tuple[int, ...]]:
+        """The pages of each transfer."""
+        return (one.pages for one in self._receiving.values())
 
     @property
     def writers(self) -> tuple[ActorId, ...]:
