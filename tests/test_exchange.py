@@ -24,7 +24,7 @@ from memserve.pool_messages import (
     Source,
 )
 from memserve.tokens import TOKEN_BYTES, pack
-from memserve.transfer_messages import Granularity, TransferGranted, TransferOffer, TransferSent
+from memserve.transfer_messages import Granularity, Purpose, TransferGranted, TransferOffer, TransferSent
 from shard_clients import PAGE
 from test_swaps import stored
 
@@ -89,7 +89,7 @@ def test_prefixes_that_are_lost_on_their_way_in_hold_no_handoff_up() -> None:
 def offer(pages: int) -> TransferOffer:
     """A transfer of the other shard's, of new pages for a client here."""
     size, way = (PAGE_BYTES, 1, Granularity.AGGREGATED), ("host", 1, ("mapped",))
-    return TransferOffer(1, pages, *size, *way, 5.0, owner="c.1", caller="c.2")
+    return TransferOffer(1, pages, *size, *way, 5.0, Purpose(owner="c.1", caller="c.2"))
 
 
 def test_the_dead_are_killed_before_another_shard_is_told_of_their_pages() -> None:
@@ -123,7 +123,7 @@ def test_pages_that_a_transfer_fills_cannot_be_inserted() -> None:
     core.receive("c.1", AllocMem(1, 0, 2, 0, "x"), 0.0)
     lease = core.take()[-1].message
     there = core.pool.home.addresses(lease.pages)
-    core.receive("s1.1", attrs.evolve(offer(2), destination=there, into=lease.lease), 0.0)
+    core.receive("s1.1", attrs.evolve(offer(2), purpose=Purpose(there, lease.lease, "c.1")), 0.0)
     core.receive("c.1", Insert(2, lease.lease, 0, pack(range(2 * PAGE))), 0.0)
     assert core.take()[-1].message.code == PoolError.MOVING
     core.receive("s1.1", TransferSent(1), 0.0)

@@ -316,9 +316,9 @@ class Exchange:
 
     def grant(self, key: Key, offer: TransferOffer) -> tuple[int, ...]:
         """The pages of the fetch that asked for this transfer, or of the owner that the offer names."""
-        if offer.owner:
+        if offer.purpose.owner:
             return self.pushing.grant(key, offer, self._now)
-        one = self._fetches.get(int.from_bytes(offer.private, "little"))
+        one = self._fetches.get(int.from_bytes(offer.purpose.private, "little"))
         if one is None or one.key is not None or one.source.shard != key[0]:
             raise ReceiveRefused(Failure.REFUSED, "no fetch here waits for this transfer")
         first = one.grant.cached_tokens // self.pool.page_tokens
@@ -336,7 +336,7 @@ class Exchange:
 
         Returns the lease that holds them; 0 if the fetch was given up.
         """
-        if offer.owner:
+        if offer.purpose.owner:
             lease = self.pushing.commit(key, offer, pages, self._now)
             self.received_bytes += len(pages) * self.geometry.page_bytes
             return lease
@@ -357,7 +357,7 @@ class Exchange:
 
     def release(self, key: Key, offer: TransferOffer, pages: tuple[int, ...]) -> None:
         """Let go of pages that are not complete and that nothing writes to any more."""
-        if offer.owner:
+        if offer.purpose.owner:
             self.pushing.release(key, offer)
             return
         one = self._stop_receiving(key)

@@ -18,7 +18,7 @@ from memserve.tokens import count, span
 from memserve.transfer.actions import Order
 from memserve.transfer.outgoing import Outgoing
 from memserve.transfer.values import TransferDone, TransferFailed
-from memserve.transfer_messages import Failure, Granularity, Pull, PullRefused
+from memserve.transfer_messages import Failure, Granularity, Pull, PullRefused, Purpose
 
 EXCHANGER = ActorId("exchange.0")
 """Owner of the leases under which a shard itself reads and fills pages for others."""
@@ -123,8 +123,8 @@ class Serving:
         one.order, one.pages = next(self.orders), len(pages)
         self.lending.lend(one.lease)
         self._sending[one.order] = one
-        private = one.pull.id.to_bytes(8, "little")
-        order = Order(one.to, one.order, pages, now + one.pull.remaining_s, self.granularity, private=private)
+        purpose = Purpose(private=one.pull.id.to_bytes(8, "little"))
+        order = Order(one.to, one.order, pages, now + one.pull.remaining_s, self.granularity, purpose=purpose)
         self.outgoing.receive(self.me, order, now)
 
     def _refuse(self, to: ActorId, pull: Pull, failure: Failure, text: str) -> None:

@@ -24,6 +24,7 @@ from memserve.transfer.values import PageTransfer, Piece, Result
 from memserve.transfer_messages import (
     Failure,
     Granularity,
+    Purpose,
     TransferMessage,
     Way,
 )
@@ -33,7 +34,7 @@ from memserve.transfer_messages import (
 
 @attrs.frozen
 class Order:
-    """To the sender's core: begin a transfer. If ``destination`` is empty, the receiver allocates the pages.
+    """To the sender's core: begin a transfer.
 
     ``id`` is higher than every earlier one of this incarnation; ``deadline`` is on the core's clock, in
     seconds. With ``fed`` (by_layer only), only the pieces that :class:`Ready` announces are sent.
@@ -45,13 +46,7 @@ class Order:
     deadline: float
     granularity: Granularity = Granularity.AGGREGATED
     fed: bool = False
-    destination: tuple[int, ...] = ()
-    into: int = 0
-    owner: ActorId = ActorId("")
-    caller: ActorId = ActorId("")
-    scope: str = ""
-    tokens: bytes = b""
-    private: bytes = b""
+    purpose: Purpose = attrs.field(factory=Purpose)
 
 
 @attrs.frozen

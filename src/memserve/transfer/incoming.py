@@ -72,13 +72,13 @@ class ReceivingPool(Protocol):
     """
 
     def grant(self, key: Key, offer: TransferOffer) -> tuple[int, ...]:
-        """Grant ``offer.pages`` pages to this transfer alone: those of ``offer.destination`` if it names any.
+        """Grant ``offer.pages`` pages to this transfer alone: those of its destination if it names any.
 
         Raises ReceiveRefused; all pages are granted, or none.
         """
 
     def commit(self, key: Key, offer: TransferOffer, pages: tuple[int, ...]) -> int:
-        """The pages are complete: insert ``offer.tokens`` and give the pages to their owner.
+        """The pages are complete: insert their tokens, if any, and give the pages to their owner.
 
         Returns the lease that holds them. Raises ReceiveRefused without having taken any; ``release``
         follows.
