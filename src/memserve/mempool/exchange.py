@@ -276,7 +276,7 @@ class Exchange:
             self.outgoing.receive(to, TransferRefused(message.id, Failure.PEER_GONE, text), now)
             self._pass_on(now)
 
-    def bring(self, scope: str, tokens: bytes, now: float) -> Grant | None:
+    def bring(self, scope: str, tokens: bytes) -> Grant | None:
         """Pages for a prefix that no call waits for, under a lease of this shard's own.
 
         None when pages are short.
@@ -284,9 +284,7 @@ class Exchange:
         pages = count(tokens) // self.pool.page_tokens
         if pages > self.pool.free_pages + self.pool.evictable_pages:
             return None
-        grant = self.pool.lend_prefix(EXCHANGER, scope, tokens, pages, now)
-        self.pool.renew(EXCHANGER, math.inf)
-        return grant
+        return self.pool.lend_prefix(EXCHANGER, scope, tokens, pages)
 
     def __len__(self) -> int:
         """Number of calls that wait for other shards."""

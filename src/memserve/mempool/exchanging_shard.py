@@ -179,7 +179,7 @@ class ExchangingShard(ShardCore):
             if source.ahead and not self._ahead.announced(Prefetch(scope, tokens, source)):
                 return
             room = self._unanswered < self.waiting_max
-            grant = self.exchange.bring(scope, tokens, now) if room else None
+            grant = self.exchange.bring(scope, tokens) if room else None
             call = Acquire(next(self._own_calls), scope, tokens, 0, source)
             if grant is None:
                 self._not_brought(source, now)

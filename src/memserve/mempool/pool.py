@@ -15,6 +15,7 @@ each copy.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from memserve.actions import Copy, CopyDone
@@ -173,14 +174,14 @@ class Pool:
         self.counters.skipped_pages += done.skipped_pages
         return done.already_tokens
 
-    def lend_prefix(self, owner: ActorId, scope: str, tokens: bytes, pages: int, now: float) -> Grant | None:
+    def lend_prefix(self, owner: ActorId, scope: str, tokens: bytes, pages: int) -> Grant | None:
         """A lease on the longest cached prefix in device pages, and on fresh ones up to ``pages`` in all.
 
-        None when pages are short.
+        Its owner never counts as silent. None when pages are short.
         """
         pin = self._pin(scope, tokens, Tier.DEVICE)
         fresh = max(0, pages - pin.tokens // self.page_tokens)
-        return self._open(owner, scope, pin, fresh, Tier.DEVICE, now, b"")
+        return self._open(owner, scope, pin, fresh, Tier.DEVICE, math.inf, b"")
 
     def peek(self, scope: str, tokens: bytes) -> CachedPrefix:
         """The longest cached prefix at this moment. Nothing is pinned: :meth:`match` keeps the pages."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Iterator
 
@@ -87,11 +86,10 @@ class Serving:
         last = (pull.first_page + pull.pages) * self.pool.page_tokens
         tokens = span(pull.tokens, 0, min(last, count(pull.tokens)))
         room = len(self._warming) < WARMING_MAX
-        grant = self.pool.lend_prefix(EXCHANGER, pull.scope, tokens, 0, now) if room else None
+        grant = self.pool.lend_prefix(EXCHANGER, pull.scope, tokens, 0) if room else None
         if grant is None:
             self._refuse(sender, pull, Failure.RECEIVER_FULL, "no room to bring the prefix in")
             return
-        self.pool.renew(EXCHANGER, math.inf)
         one = _Sending(sender, pull, grant.lease)
         if grant.ready:
             self._lend(one, grant, now)
