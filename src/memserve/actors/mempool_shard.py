@@ -34,9 +34,9 @@ from memserve.kernels.gpu_store import GpuPageStore, open_gpu_store
 from memserve.kernels.page_store import DiskFile, PageStore
 from memserve.mempool.addresses import Home, Tier, tier_of
 from memserve.mempool.exchange import Exchange
-from memserve.mempool.exchanging_shard import ExchangingShard
 from memserve.mempool.pool import Pool
 from memserve.mempool.room import Capacity
+from memserve.mempool.shard import ShardCore
 from memserve.presence import Reporting
 from memserve.processes.actor import ActorContext, ready_model
 from memserve.settings.gpus import device_index
@@ -177,7 +177,7 @@ def arena_sockets(actor: ActorId, settings: ShardSettings, place: Callable[[str]
 
 def make_core(
     actor: ActorId, settings: ShardSettings, sockets: dict[Tier, Path], schedulers: tuple[ActorId, ...]
-) -> ExchangingShard:
+) -> ShardCore:
     """The core of one incarnation of a shard."""
     home = Home(settings.number, int(actor.rpartition(".")[2], 16))
     pool = Pool(
@@ -187,12 +187,11 @@ def make_core(
     arenas = tuple(str(mappable.get(tier, "")) for tier in Tier)
     geometry = Geometry(settings.page_bytes, settings.layers)
     exchange = Exchange(pool, actor, geometry, host_identity(), os.getpid(), settings.granularity)
-    return ExchangingShard(
+    return ShardCore(
         pool,
         schedulers=schedulers,
         page_bytes=settings.page_bytes,
         arenas=arenas,
-        me=actor,
         exchange=exchange,
     )
 

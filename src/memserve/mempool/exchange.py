@@ -141,6 +141,11 @@ class Exchange:
         )
         self.incoming = Incoming(self.geometry, self.host, self, ())
 
+    @classmethod
+    def closed(cls, pool: Pool) -> Exchange:
+        """One that moves nothing, for a shard by itself."""
+        return cls(pool, ActorId(""), Geometry(2, 1), "", 0)
+
     def open(self, paths: tuple[str, ...], ways: tuple[Way, ...]) -> None:
         """Allow transfers, now that the movers run: by ``paths`` to others, and by ``ways`` to this shard."""
         self.outgoing.paths, self.incoming.ways = paths, ways
