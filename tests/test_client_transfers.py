@@ -9,12 +9,13 @@ import pytest
 import trio
 
 from memserve.actors.mempool_shard import ShardSettings, open_shard
+from memserve.bus import FRAME_BYTES_MAX
 from memserve.client import open_pool
 from memserve.errors import PoolError
 from memserve.mempool.addresses import Parts, Tier, unpack
 from memserve.mempool.addresses import pack as pack_address
 from memserve.mempool.room import Capacity
-from memserve.pool_messages import FreeMem, Transfer
+from memserve.pool_messages import PRIVATE_BYTES_MAX, FreeMem, Transfer
 from memserve.tokens import pack
 from memserve.transfer.settings import TransferSettings
 from memserve.transfer_messages import Granularity
@@ -216,6 +217,10 @@ async def test_every_misuse_has_its_code_and_changes_nothing(folder) -> None:
             (PoolError.DOES_NOT_FIT, TOKENS, (a,)),
         ]:
             await refused(code, pool.transfer_with_insert, "s1", tokens, src)
+        large = bytes(PRIVATE_BYTES_MAX + 1)
+        with trio.fail_after(5):
+            await refused(PoolError.DOES_NOT_FIT, pool.send, "s1", (a,), pool.me, large)
+            await refused(PoolError.DOES_NOT_FIT, pool.send, "s1", (a,), pool.me, bytes(FRAME_BYTES_MAX))
         for wrong in (-1.0, 0.0, float("inf"), float("nan")):
             with pytest.raises(PoolError, match="bad_count"):
                 await pool.transfer("s1", (a,), deadline_s=wrong)

@@ -76,8 +76,8 @@ class PoolError(Exception):
     NOT_WHOLE_PAGES = "not_whole_pages"
     """Tokens that do not fill whole pages."""
     DOES_NOT_FIT = "does_not_fit"
-    """An insert of more tokens than the lease's pages hold, or an insert or transfer in which the numbers of
-    tokens, pages and addresses do not match."""
+    """An insert of more tokens than the lease's pages hold, an insert or transfer in which the numbers of tokens,
+    pages and addresses do not match, a write beyond its page, or more than 1 MiB of private data."""
     BAD_COUNT = "bad_count"
     """A number of pages below 0, or an invalid deadline or granularity."""
     BAD_TIER = "bad_tier"

@@ -25,6 +25,7 @@ from memserve.client.leases import HeldLease, Lease, Shard, check_writable
 from memserve.errors import PoolError, unwrapped
 from memserve.identity import ActorId
 from memserve.mempool.addresses import Address, Tier
+from memserve.mempool.demands import check_private
 from memserve.messages import Message
 from memserve.pool_messages import (
     Acquire,
@@ -292,8 +293,10 @@ class MemPool(ShardConversation):
     ) -> int:
         """Copy pages to another shard for another program; returns the number of bytes moved.
 
-        ``to`` is that program's ``me``. It takes the pages and ``private`` by :meth:`receive`.
+        ``to`` is that program's ``me``. It takes the pages and ``private``, at most 1 MiB, by :meth:`receive`.
+        Raises PoolError like :meth:`transfer`.
         """
+        check_private(private)
         call = self._push(self._shards[shard], src, deadline_s, tokens=tokens, owner=to, private=private)
         answer = await self._move(call, None)
         return answer.nbytes

@@ -7,6 +7,7 @@ import attrs
 from memserve.errors import PoolError
 from memserve.mempool.addresses import Tier
 from memserve.mempool.room import Room
+from memserve.pool_messages import PRIVATE_BYTES_MAX
 from memserve.tokens import TOKEN_BYTES, count, pages_for
 
 
@@ -52,6 +53,13 @@ class Demands:
             text = "pages on disk cannot be leased: they cannot be written to in place"
             raise PoolError(PoolError.BAD_TIER, text)
         return self.existing(tier)
+
+
+def check_private(data: bytes) -> None:
+    """Raise PoolError (DOES_NOT_FIT) if private data is too large for a Transfer."""
+    if len(data) > PRIVATE_BYTES_MAX:
+        text = f"{len(data)} bytes of private data: at most {PRIVATE_BYTES_MAX} go with a transfer"
+        raise PoolError(PoolError.DOES_NOT_FIT, text)
 
 
 def counted(n: int) -> int:

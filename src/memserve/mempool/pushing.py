@@ -23,6 +23,7 @@ from memserve.errors import PoolError
 from memserve.identity import ActorId
 from memserve.mempool.addresses import Address, Tier, tier_of
 from memserve.mempool.answers import Answer
+from memserve.mempool.demands import check_private
 from memserve.mempool.leases import LENDER, Lease
 from memserve.mempool.pool import Pool
 from memserve.pool_messages import Arrival, NextArrival, PoolRefused, Transfer, Transferred
@@ -153,6 +154,7 @@ class Pushing:
             raise PoolError(PoolError.DOES_NOT_FIT, text)
         if len(set(call.destination)) < len(call.destination):
             raise PoolError(PoolError.NOT_HELD, "a destination page is named twice")
+        check_private(call.private)
         if call.granularity not in ("", *Granularity):
             text = f"granularity {call.granularity!r}: expected one of {', '.join(Granularity)}"
             raise PoolError(PoolError.BAD_COUNT, text)
