@@ -3,7 +3,7 @@
 import pytest
 
 from memserve.actions import Copy, CopyDone, Kill, Log, Send
-from memserve.errors import PoolError
+from memserve.errors import PoolError, UserError
 from memserve.mempool.addresses import Tier, slot
 from memserve.mempool.audit import check_pool
 from memserve.mempool.pool import Pool
@@ -57,6 +57,12 @@ def test_two_who_hold_half_each_do_not_wait_for_one_another():
     for owner, lease in leases:
         with pytest.raises(PoolError, match="no_pages"):
             pool.swap_in(owner, lease, 0.0)
+
+
+def test_a_tier_that_is_too_large_to_be_addressed_says_so():
+    """If it ended in a traceback, the user would not know which size to change."""
+    with pytest.raises(UserError, match="tier disk of the pool would have 134217729 pages"):
+        Pool(Capacity(4, 0, (1 << 27) + 1), PAGE, 10.0)
 
 
 def test_a_page_is_in_one_piece_with_its_neighbours():
