@@ -13,6 +13,7 @@ import pytest
 import trio
 
 from memserve.errors import PeerUnreachable
+from memserve.kernels.arena import Arena, serve_arena
 from memserve.transfer import cuda, mapped
 from memserve.transfer.mapped import HostReach
 from memserve.transfer.mover import PATHS as ALL_PATHS
@@ -187,6 +188,24 @@ async def test_a_receiver_that_dies_while_its_arena_is_mapped_does_not_stay_mapp
             both.mover.forget(both.way)
             go_on.set()
         assert mappings("memserve-b.1") == before
+
+
+async def test_a_shard_that_has_ended_does_not_stay_mapped(path, place):
+    """Where nobody announces its end, as for a program's own shard, each would leave its memory behind."""
+    if path != "mapped":
+        return
+    async with pair(path, place) as both:
+        other = Arena.create("c.1", PAGES, GEOMETRY.page_bytes)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(serve_arena, other, place / "c")
+            transfer, way = both.transfer([1], [2]), Way("mapped", str(place / "c"))
+            sent = await both.mover.send(transfer, way, PieceFeed.whole(transfer, GEOMETRY), 9.0)
+            assert isinstance(sent, TransferDone)
+            nursery.cancel_scope.cancel()
+        other.close()
+        assert mappings("memserve-c.1") == 1
+        assert isinstance(await both.send(both.transfer([1], [2])), TransferDone)
+        assert mappings("memserve-c.1") == 0
 
 
 async def test_a_receiver_that_does_not_hand_out_its_arena_holds_up_nobody_else(path, place, monkeypatch):

@@ -11,6 +11,7 @@ only then.
 from __future__ import annotations
 
 import ctypes
+import os
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
@@ -145,8 +146,8 @@ class MappedMover:
         peer = await self._attach(address)
         peer.forgotten = self._coming != address
         if not peer.forgotten:
-            self._peers[address] = peer
             self._drop_unused()
+            self._peers[address] = peer
         return peer
 
     async def _attach(self, address: str) -> Mapped:
@@ -160,10 +161,9 @@ class MappedMover:
             raise MoveError(Failure.REFUSED, f"{address} cannot be mapped: {error.strerror}") from error
 
     def _drop_unused(self) -> None:
+        """Make room for one more arena, and unmap those that are served no more: their shards have ended."""
         for address, peer in list(self._peers.items()):
-            if len(self._peers) <= ARENAS_MAX:
-                return
-            if not peer.users:
+            if not peer.users and (len(self._peers) >= ARENAS_MAX or not os.path.exists(address)):
                 self.forget(Way(self.path, address))
 
     def close(self) -> None:
