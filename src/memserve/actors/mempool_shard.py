@@ -330,7 +330,9 @@ def fence(kill: Kill) -> None:
             words = Path(f"/proc/{kill.pid}/cmdline").read_bytes().split(b"\0")
             if os.fsencode(actor_name(kill.actor)) in words:  # not another process with a reused pid
                 signal.pidfd_send_signal(process, signal.SIGKILL)
-                select.select([process], [], [], KILL_S)
+                ended = select.poll()  # select.select takes no descriptor above 1,023
+                ended.register(process, select.POLLIN)
+                ended.poll(KILL_S * 1000)
                 log.warning("worker fenced off", worker=kill.actor, worker_pid=kill.pid)
         except FileNotFoundError:
             pass  # it ended between the two look-ups
