@@ -6,7 +6,7 @@ import attrs
 import pytest
 
 from exchange_world import PAGE_BYTES, Pair
-from memserve.actions import Copy, CopyDone, Kill, Overslept, Send
+from memserve.actions import Copy, CopyDone, Kill, MoverOrder, Overslept, Send
 from memserve.errors import PoolError
 from memserve.identity import ActorId
 from memserve.mempool.addresses import Tier
@@ -24,6 +24,7 @@ from memserve.pool_messages import (
     Source,
 )
 from memserve.tokens import TOKEN_BYTES, pack
+from memserve.transfer.actions import Probe
 from memserve.transfer_messages import Granularity, Purpose, TransferGranted, TransferOffer, TransferSent
 from shard_clients import PAGE
 from test_swaps import stored
@@ -129,3 +130,17 @@ def test_pages_that_a_transfer_fills_cannot_be_inserted() -> None:
     core.receive("s1.1", TransferSent(1), 0.0)
     core.receive("c.1", Insert(3, lease.lease, 0, pack(range(2 * PAGE))), 0.0)
     assert core.take()[-1].message == Inserted(3, 0)
+
+
+def test_pages_of_a_sender_that_has_ended_come_free_without_an_announcement() -> None:
+    """A program's own shard belongs to no cluster: each that crashed in the middle would cost pages for good."""
+    core = Pair(0, (Capacity(4), Capacity(4))).sites[0].core
+    core.receive("s1.1", offer(4), 0.0)
+    core.advance(5.0)
+    core.advance(20.0)
+    assert core.pool.free_pages == 0
+    probes = [one.order for one in core.take() if isinstance(one, MoverOrder)]
+    assert probes and set(probes) == {Probe("s1.1", 1)}
+    core.receive(core.me, Gone(("s1.1",)), 20.0)
+    core.check()
+    assert core.pool.free_pages == 4

@@ -168,6 +168,14 @@ class StopReceiving:
 
 
 @attrs.frozen
+class Probe:
+    """Find out whether a sender on this host still exists; answered by Gone if its process has ended."""
+
+    sender: ActorId
+    pid: int
+
+
+@attrs.frozen
 class Report:
     """The result of an Order, exactly once and by its deadline.
 
@@ -178,4 +186,4 @@ class Report:
 
 
 OutgoingAction = Post | Write | Feed | StopWriting | Forget | Report
-IncomingAction = Post | Expect | StopReceiving | Kill
+IncomingAction = Post | Expect | StopReceiving | Probe | Kill

@@ -5,7 +5,8 @@ A transfer owns its pages from the grant to its end. How it ends decides when th
     every byte is there        when the pool commits them: from then on the pool owns them
     tcp: cut, late             once this process has stopped reading into them
     mapped, cuda, nixl: late   once the sender says that it has stopped writing (TransferWithdrawn, TransferSent)
-    mapped, cuda: sender dead  once its process is killed for good: a paused one would write on when it wakes
+    mapped, cuda: sender dead  once its process is killed for good: a paused one would write on when it wakes. One
+                               whose death nobody announces is found by the shell (Probe)
     nixl: sender dead          after QUARANTINE_S, when no network card still has a write of it under way
 
 Ended transfers are remembered: a late or repeated message gets the same answer and never a second grant.
@@ -22,7 +23,15 @@ import attrs
 from memserve.actions import Kill
 from memserve.identity import ActorId
 from memserve.messages import Gone
-from memserve.transfer.actions import Expect, IncomingAction, Post, Received, ReceiveFailed, StopReceiving
+from memserve.transfer.actions import (
+    Expect,
+    IncomingAction,
+    Post,
+    Probe,
+    Received,
+    ReceiveFailed,
+    StopReceiving,
+)
 from memserve.transfer.values import ON_ONE_HOST, WRITTEN_BY_SENDER, Geometry
 from memserve.transfer_messages import (
     Failure,
@@ -364,6 +373,8 @@ class Incoming:
 
     def _ask_to_stop(self, key: Key, one: _Receiving, now: float) -> None:
         self._post(key[0], TransferStop(key[1]))
+        if one.way.path in ON_ONE_HOST:  # nobody may announce its death, if it is a program's own shard
+            self._actions.append(Probe(key[0], one.offer.pid))
         one.repeat_at = now + one.pause_s
         one.pause_s = min(2 * one.pause_s, STOP_REPEAT_MAX_S)
 
