@@ -14,9 +14,9 @@ from memserve.client.pool import MAY_WRITE_ON
 from memserve.identity import ActorId
 from memserve.mempool.addresses import Home, tier_of
 from memserve.mempool.exchange import Exchange
-from memserve.mempool.exchanging_shard import ExchangingShard
 from memserve.mempool.pool import Pool
 from memserve.mempool.room import Capacity
+from memserve.mempool.shard import ShardCore
 from memserve.pool_messages import (
     Acquire,
     Acquired,
@@ -58,15 +58,13 @@ class Site(World):
     pair: Pair | None = None
     streams: dict[int, Stream] = attrs.field(factory=dict)
 
-    def make_core(self) -> ExchangingShard:
+    def make_core(self) -> ShardCore:
         """The core of a shard that exchanges pages with the other one."""
         me = ActorId(f"s{self.number}.1")
         pool = Pool(self.capacity, PAGE, 5.0, home=Home(self.number, self.seed))
         exchange = Exchange(pool, me, Geometry(PAGE_BYTES, 1), "host", 1)
         exchange.open(("mapped",), (Way("mapped", me),))
-        return ExchangingShard(
-            pool, waiting_max=12, remembered_max=50, schedulers=(SCHEDULER,), me=me, exchange=exchange
-        )
+        return ShardCore(pool, waiting_max=12, remembered_max=50, schedulers=(SCHEDULER,), exchange=exchange)
 
     @property
     def other(self) -> Site:

@@ -59,6 +59,9 @@ class MemoryLink:
     def connect(self, actor: ActorId, endpoint: str) -> None:
         self._peers[actor] = endpoint
 
+    def introduce(self, actor: ActorId, endpoint: str) -> None:
+        self._peers.setdefault(actor, endpoint)
+
     def forget(self, actor: ActorId) -> None:
         self._peers.pop(actor, None)
 

@@ -27,7 +27,6 @@ from memserve.identity import ActorId
 from memserve.journal import FrontendCore
 from memserve.mempool.addresses import Home, Tier, slot, tier_of
 from memserve.mempool.exchange import Exchange
-from memserve.mempool.exchanging_shard import ExchangingShard
 from memserve.mempool.pool import Pool
 from memserve.mempool.room import Capacity
 from memserve.mempool.shard import ShardCore
@@ -179,7 +178,7 @@ class MemoryCluster:
         pool = Pool(sizes, PAGE_TOKENS, 10.0, caching=caching, home=Home(len(self.arenas), self.incarnations))
         exchange = Exchange(pool, link.actor, Geometry(PAGE_BYTES, 1), "host", 1)
         exchange.open(("mapped",), (Way("mapped", link.actor),))
-        core = ExchangingShard(pool, schedulers=presence.schedulers, me=link.actor, exchange=exchange)
+        core = ShardCore(pool, schedulers=presence.schedulers, exchange=exchange)
         actor = await self._start(name, link, core, Reporting(core, presence, core.needs))
         moving: dict[int, trio.CancelScope] = {}
 

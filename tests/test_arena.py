@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import resource
 import socket
 import struct
 import subprocess
@@ -145,6 +146,29 @@ def test_the_socket_lives_as_long_as_the_service(place):
 
     trio.run(main)
     assert not place.exists()
+
+
+def test_a_process_without_descriptors_serves_again_when_it_has_some(place):
+    """If it gave up, every client's page would be lost because one moment brought too many connections."""
+
+    async def main():
+        arena = Arena.create("kv.1", PAGES, PAGE_BYTES)
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(serve_arena, arena, place)
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+                try:
+                    client.connect(str(place))
+                    await trio.sleep(0.05)
+                finally:
+                    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+                _, fds, *_ = await trio.to_thread.run_sync(socket.recv_fds, client, 4096, 1)
+            os.close(fds[0])
+            nursery.cancel_scope.cancel()
+        arena.close()
+
+    trio.run(main)
 
 
 def test_another_user_gets_no_descriptor(place, monkeypatch):

@@ -181,8 +181,9 @@ async def test_a_stranger_can_be_answered(private: Path) -> None:
         await _exchange(stranger, known)
 
 
+@pytest.mark.parametrize("introduced", [False, True])  # as programs do with a shard of their own
 async def test_programs_that_come_and_go_leave_no_connection(
-    private: Path, monkeypatch: pytest.MonkeyPatch
+    private: Path, monkeypatch: pytest.MonkeyPatch, introduced: bool
 ) -> None:
     """Each program that used a pool would cost its shard a socket for good, and the thousandth the shard."""
     monkeypatch.setattr("memserve.bus.GUEST_S", 0.0)
@@ -190,11 +191,13 @@ async def test_programs_that_come_and_go_leave_no_connection(
         friend.connect(a.actor, a.endpoint)
         await _exchange(friend, a)
         a.connect(friend.actor, friend.endpoint)  # announced: no guest
+        a.introduce(friend.actor, "ipc:///nowhere")  # what is known counts for more than a program's word
         before = open_files()
         for number in range(12):
             async with zmq_links(private, f"guest.{number}") as (guest,):
-                guest.connect(a.actor, a.endpoint)
-                await _exchange(guest, a)
+                caller, callee = (a, guest) if introduced else (guest, a)
+                caller.introduce(callee.actor, callee.endpoint)
+                await _exchange(caller, callee)
         assert open_files() - before < 6
         await _exchange(friend, a)
 

@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 import trio
 
-from memserve.actors.mempool_shard import ShardSettings, open_shard
+from memserve.actors.mempool_shard import ShardSettings, make_core, open_shard
 from memserve.client import MemPool, open_pool
 from memserve.errors import PeerUnreachable, PoolError
+from memserve.identity import ActorId
 from memserve.mempool.addresses import Address, Parts, Tier, unpack
 from memserve.mempool.addresses import pack as pack_address
 from memserve.mempool.room import Capacity
+from memserve.pool_messages import DescribePool
 from memserve.tokens import pack
 
 ROOT = Path(__file__).parents[1]
@@ -219,6 +221,69 @@ async def test_a_caller_that_gives_up_holds_nothing(folder: Path) -> None:
         assert len((await pool.alloc_mem(8, "s0")).addresses) == 8
 
 
+async def test_a_cancelled_call_leaves_no_page_that_others_could_have(folder: Path) -> None:
+    """Whether the shard has heard it or not: what is written or read afterwards would be another's."""
+    async with one_shard(folder) as (pool, _):
+        mine = await pool.alloc_mem(2, "s0")
+        with trio.move_on_after(0):
+            await pool.insert(pack(range(4)), mine.addresses[:1])
+        await refused(PoolError.RETIRED, pool.write, mine.addresses[0], b"x")
+        pool.write(mine.addresses[1], b"mine")
+        with trio.move_on_after(0):
+            await pool.free_mem(mine.addresses[1:])
+        await refused(PoolError.NOT_HELD, pool.write, mine.addresses[1], b"x")
+        with trio.move_on_after(0):
+            await pool.free_mem(mine)
+        await refused(PoolError.NOT_HELD, pool.read, mine.addresses[0])
+        assert await pool.swap_out(1, "s0") == 1
+        found = await pool.match(pack(range(4)), "s0")
+        with trio.move_on_after(0):
+            await pool.swap_in(found)
+        await refused(PoolError.NOT_HELD, pool.read, found.addresses[0])
+        assert len((await pool.acquire(pack(range(50, 82)), 0, "s0")).addresses) == 8
+
+
+async def test_a_refused_insert_leaves_its_pages_to_be_written(folder: Path) -> None:
+    """If it did not, a mistake would cost the program its pages."""
+    async with one_shard(folder) as (pool, _):
+        mine = await pool.alloc_mem(1, "s0")
+        await refused(PoolError.NOT_WHOLE_PAGES, pool.insert, pack(range(3)), mine.addresses)
+        pool.write(mine.addresses[0], b"x")
+
+
+async def test_a_lease_that_grows_for_a_caller_that_gives_up_does_not_grow(folder: Path) -> None:
+    """If it did, the program could not give back the pages: it never heard of them."""
+    async with one_shard(folder) as (pool, _):
+        mine = await pool.alloc_mem(2, "s0")
+        with trio.move_on_after(0):
+            await pool.alloc_mem(3, "s0", lease=mine)
+        await pool.free_mem(mine.addresses)
+        assert len((await pool.alloc_mem(8, "s0")).addresses) == 8
+
+
+async def test_two_tasks_hold_the_same_prefix_each_for_itself(folder: Path) -> None:
+    """If the first to give it back took it from the other, tasks of one program could not share a prompt."""
+    async with one_shard(folder) as (pool, _):
+        await store(pool, list(range(8)))
+        assert await pool.swap_out(1, "s0") == 1
+        one, other = [await pool.match(pack(range(8)), "s0") for _ in range(2)]
+        await refused(PoolError.PINNED, pool.swap_in, one)
+        await pool.free_mem(other)
+        assert pool.read(one.addresses[1])[0] == 4
+        there = await pool.swap_in(one)
+        assert (there.id, pool.read(there.addresses[1])[0]) == (one.id, 4)
+
+
+async def test_leases_that_a_program_must_forget_are_given_back(folder: Path) -> None:
+    """A shard that slept keeps what a program that waited for it no longer dares to use: it would keep it for ever."""
+    async with one_shard(folder) as (pool, _):
+        mine = await pool.alloc_mem(8, "s0")
+        pool._shards["s0"].valid_until = trio.current_time()  # as after a silence
+        await pool.evict(0, "s0")
+        await refused(PoolError.NOT_HELD, pool.write, mine.addresses[0], b"x")
+        assert len((await pool.acquire(pack(range(32)), 0, "s0")).addresses) == 8
+
+
 async def test_a_program_that_ends_or_dies_gives_back(folder: Path) -> None:
     """If its leases outlived it, every crash would cost the pool its pages for good."""
     code = f"""
@@ -245,6 +310,17 @@ trio.run(main)
         assert len(got.addresses) == 8
 
 
+async def test_an_error_within_a_pool_s_block_comes_out_as_it_is(folder: Path, monkeypatch) -> None:
+    """Wrapped in groups of tasks that the program does not know of, no handler of its own would find it."""
+    with pytest.raises(PoolError, match="bad_count"):
+        async with one_shard(folder) as (pool, _):
+            await pool.alloc_mem(-1, "s0")
+    monkeypatch.setattr("memserve.client.calls.OPEN_S", 0.1)
+    with pytest.raises(PeerUnreachable, match="s0"):
+        async with open_pool("me", folder, {"s0": f"ipc://{folder}/nobody.sock"}):
+            pass
+
+
 async def test_a_shard_that_is_gone_is_said_to_be(folder: Path) -> None:
     """If calls hung, a program could not tell a busy pool from a dead one."""
     life = trio.CancelScope()
@@ -263,3 +339,13 @@ async def test_a_shard_that_is_gone_is_said_to_be(folder: Path) -> None:
             with pytest.raises(PeerUnreachable):
                 await pool.match(pack(range(4)), "s0")
             await refused(PoolError.NOT_HELD, pool.write, lease.addresses[0], b"x")
+
+
+def test_a_gpu_announces_no_memory_that_a_program_could_map() -> None:
+    """If it did, a program that maps everything announced could not open a pool over a GPU's shard at all."""
+    sockets = {Tier.DEVICE: Path("/run/d"), Tier.HOST: Path("/run/h")}
+    for gpu, first in ((None, "/run/d"), (0, "")):
+        core = make_core(ActorId("s0.1"), sizes(gpu=gpu), sockets, ())
+        core.receive(ActorId("me.1"), DescribePool(1), 0.0)
+        (answer,) = core.take()
+        assert answer.message.arenas == (first, "/run/h", "")

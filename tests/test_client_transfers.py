@@ -9,11 +9,13 @@ import pytest
 import trio
 
 from memserve.actors.mempool_shard import ShardSettings, open_shard
+from memserve.bus import FRAME_BYTES_MAX
 from memserve.client import open_pool
 from memserve.errors import PoolError
 from memserve.mempool.addresses import Parts, Tier, unpack
 from memserve.mempool.addresses import pack as pack_address
 from memserve.mempool.room import Capacity
+from memserve.pool_messages import PRIVATE_BYTES_MAX, FreeMem, Transfer
 from memserve.tokens import pack
 from memserve.transfer.settings import TransferSettings
 from memserve.transfer_messages import Granularity
@@ -136,6 +138,49 @@ async def test_a_cancelled_transfer_leaves_nothing(folder) -> None:
                 await pool.free_mem(everything)
 
 
+@pytest.fixture
+def held_up(monkeypatch):
+    """Has a pool send the messages that ``which`` picks only after 50 ms."""
+
+    def hold_up(pool, nursery, which) -> None:
+        send = pool._link.send
+
+        async def later(*told) -> None:
+            await trio.sleep(0.05)
+            send(*told)
+
+        def sort(to, message) -> None:
+            nursery.start_soon(later, to, message) if which(message) else send(to, message)
+
+        monkeypatch.setattr(pool._link, "send", sort)
+
+    return hold_up
+
+
+async def test_a_cancelled_transfer_is_over_before_its_pages_can_be_written(folder, held_up) -> None:
+    """If it was not, what is written next could arrive under the tokens of what was there."""
+    async with two_shards(folder) as (pool, _), trio.open_nursery() as nursery:
+        mine = await filled(pool, "ab")
+        held_up(pool, nursery, lambda message: isinstance(message, FreeMem) and not message.lease)
+        with trio.move_on_after(0):
+            await pool.transfer_with_insert("s1", TOKENS, mine.addresses)
+        pool.write(mine.addresses[0], b"x" * PAGE_BYTES)
+        await trio.sleep(0.1)
+        found = await pool.match(TOKENS, "s1")
+        assert words(pool, found.addresses) in ("", "ab")
+
+
+async def test_pages_stay_as_they_are_until_their_last_transfer_has_ended(folder, held_up) -> None:
+    """If the end of the first set them free, the second would carry what is written meanwhile."""
+    async with two_shards(folder) as (pool, _), trio.open_nursery() as nursery:
+        mine = await filled(pool, "ab")
+        held_up(pool, nursery, lambda message: isinstance(message, Transfer) and message.tokens)
+        nursery.start_soon(pool.transfer_with_insert, "s1", TOKENS, mine.addresses)
+        await pool.transfer("s1", mine.addresses)
+        await refused(PoolError.MOVING, pool.write, mine.addresses[0], b"x")
+    assert not nursery.child_tasks
+
+
 async def test_every_misuse_has_its_code_and_changes_nothing(folder) -> None:
     """If a mistake went through, pages of others would be overwritten, or match with wrong bytes."""
     async with two_shards(folder) as (pool, shards):
@@ -172,6 +217,10 @@ async def test_every_misuse_has_its_code_and_changes_nothing(folder) -> None:
             (PoolError.DOES_NOT_FIT, TOKENS, (a,)),
         ]:
             await refused(code, pool.transfer_with_insert, "s1", tokens, src)
+        large = bytes(PRIVATE_BYTES_MAX + 1)
+        with trio.fail_after(5):
+            await refused(PoolError.DOES_NOT_FIT, pool.send, "s1", (a,), pool.me, large)
+            await refused(PoolError.DOES_NOT_FIT, pool.send, "s1", (a,), pool.me, bytes(FRAME_BYTES_MAX))
         for wrong in (-1.0, 0.0, float("inf"), float("nan")):
             with pytest.raises(PoolError, match="bad_count"):
                 await pool.transfer("s1", (a,), deadline_s=wrong)

@@ -4,10 +4,13 @@ import random
 
 from index_mirror import Mirror
 from memserve.actions import Send
+from memserve.bus import FRAME_BYTES_MAX
 from memserve.identity import ActorId
 from memserve.mempool.pool import Pool
-from memserve.mempool.publishing import EVENTS_MAX, GATHER_S, QUIET_S
+from memserve.mempool.prompt_tree import PromptTree
+from memserve.mempool.publishing import EVENTS_MAX, GATHER_S, QUIET_S, Publisher
 from memserve.mempool.shard import ShardCore
+from memserve.messages import encode
 from memserve.pool_messages import (
     Acquire,
     Acquired,
@@ -111,6 +114,21 @@ def test_a_large_index_comes_in_parts():
     again = Mirror(TOKEN_BYTES)
     assert not any(again.hear(part) for part in parts)
     assert (again.prefixes(), again.next) == (told.mirror.prefixes(), told.mirror.next)
+
+
+def test_no_part_is_longer_than_the_bus_allows():
+    """If one was, the scheduler would cut the shard off and ask again, for ever: an index of long prompts stays unknown."""
+    tree = PromptTree(1 << 18)
+    publisher = Publisher(tree, (SEED,))
+    for first in range(80):  # of a megabyte each
+        pin = tree.pin("anne", b"")
+        tree.insert(pin, pack([first]) * (1 << 18), [first])
+        tree.unpin(pin)
+    messages = [send.message for send in publisher.snapshot(SEED)]
+    for kind in (IndexDelta, IndexSnapshot):
+        parts = [message for message in messages if isinstance(message, kind)]
+        assert sum(len(part.events) for part in parts) == 80
+        assert max(len(frame) for part in parts for frame in encode(part)) < FRAME_BYTES_MAX / 2
 
 
 def test_a_scheduler_asks_once_and_again_when_nothing_comes():

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import gc
+import os
+import threading
 from pathlib import Path
 
 import attrs
 import pytest
 import trio
 
+from memserve.errors import PeerUnreachable
+from memserve.kernels.arena import Arena, serve_arena
+from memserve.transfer import cuda, mapped
+from memserve.transfer.mapped import HostReach
 from memserve.transfer.mover import PATHS as ALL_PATHS
 from memserve.transfer.mover import PieceFeed, chosen_paths, host_identity
 from memserve.transfer.values import Piece, TransferDone
@@ -157,6 +164,88 @@ async def test_what_is_known_of_a_receiver_can_be_forgotten(path, place):
         again = both.transfer([3], [4])
         assert isinstance(await both.send(again), TransferDone)
         both.assert_moved(again)
+
+
+async def test_a_receiver_that_dies_while_its_arena_is_mapped_does_not_stay_mapped(path, place, monkeypatch):
+    """If it did, a dead shard's memory would stay taken, and its successor might not find enough to start."""
+    if path != "mapped":
+        return
+    async with pair(path, place) as both:
+        attach, mapped, go_on = HostReach.attach, threading.Event(), threading.Event()
+
+        def slowly(*told):
+            arena = attach(*told)
+            mapped.set()
+            assert go_on.wait(5)
+            return arena
+
+        before = mappings("memserve-b.1")
+        monkeypatch.setattr(HostReach, "attach", slowly)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(both.send, both.transfer([1], [2]))
+            assert await trio.to_thread.run_sync(mapped.wait, 5)
+            nursery.cancel_scope.cancel()
+            both.mover.forget(both.way)
+            go_on.set()
+        assert mappings("memserve-b.1") == before
+
+
+async def test_a_shard_that_has_ended_does_not_stay_mapped(path, place):
+    """Where nobody announces its end, as for a program's own shard, each would leave its memory behind."""
+    if path != "mapped":
+        return
+    async with pair(path, place) as both:
+        other = Arena.create("c.1", PAGES, GEOMETRY.page_bytes)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(serve_arena, other, place / "c")
+            transfer, way = both.transfer([1], [2]), Way("mapped", str(place / "c"))
+            sent = await both.mover.send(transfer, way, PieceFeed.whole(transfer, GEOMETRY), 9.0)
+            assert isinstance(sent, TransferDone)
+            nursery.cancel_scope.cancel()
+        other.close()
+        assert mappings("memserve-c.1") == 1
+        assert isinstance(await both.send(both.transfer([1], [2])), TransferDone)
+        assert mappings("memserve-c.1") == 0
+
+
+async def test_a_receiver_that_does_not_hand_out_its_arena_holds_up_nobody_else(path, place, monkeypatch):
+    """If it did, one paused shard would stop all transfers of its host, for seconds at a time."""
+    if path != "mapped":
+        return
+    async with pair(path, place) as both:
+        assert isinstance(await both.send(both.transfer([1], [2])), TransferDone)
+        waits, go_on = threading.Event(), threading.Event()
+
+        def paused(*_):
+            waits.set()
+            assert go_on.wait(5)
+            raise PeerUnreachable("no answer")
+
+        monkeypatch.setattr(HostReach, "attach", paused)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(
+                both.mover.send, both.transfer([1], [2]), Way("mapped", "c"), PieceFeed(1, 1), 9.0
+            )
+            assert await trio.to_thread.run_sync(waits.wait, 5)
+            done = await both.send(both.transfer([3], [4]), deadline_s=1.0)
+            go_on.set()
+        assert isinstance(done, TransferDone)
+
+
+@pytest.mark.parametrize("error", [errno.EMFILE, errno.ENOMEM])
+async def test_what_cannot_be_mapped_costs_its_transfer_and_nothing_else(path, error, place, monkeypatch):
+    """If the error came out of the mover, the shard would end, and take every page with it."""
+    if path not in ("mapped", "cuda"):
+        return
+    async with pair(path, place) as both:
+
+        def failing(*_, **__):
+            raise OSError(error, os.strerror(error))
+
+        monkeypatch.setattr(mapped, "attach_arena", failing)
+        monkeypatch.setattr(cuda, "open_peer_pages", failing)
+        result = await both.send(both.transfer([0], [0]))
+        assert result.failure is Failure.REFUSED and os.strerror(error) in result.message
 
 
 async def test_pages_go_from_gpu_to_gpu_without_the_host_where_they_see_each_other(path, place):

@@ -24,6 +24,7 @@ from memserve.pool_messages import (
     FreeMem,
     Insert,
     Inserted,
+    Match,
 )
 from memserve.tokens import pack
 
@@ -147,6 +148,23 @@ def test_a_withdrawal_that_crosses_the_grant_ends_the_lease():
     ]  # the worker's own, on the late answer
 
 
+def test_a_withdrawal_that_crosses_a_lease_s_growth_takes_the_pages_back():
+    """If it did not, a program that gives up would hold pages that it has never heard of."""
+    shard = Shard()
+    [(_, granted)] = shard.say("p.1", Acquire(1, "anne", PROMPT, 0))
+    shard.say("p.1", AllocMem(2, granted.lease, 2))
+    assert shard.say("p.1", FreeMem(lease=0, call=2)) == [("p.1", Freed(2, 0))]
+    assert shard.core.gauges()["pages_free"] == 5
+    shard.say("p.1", AllocMem(4, granted.lease, 1))
+    shard.say("p.1", Insert(5, granted.lease, 0, pack(range(16))))
+    shard.say("p.1", FreeMem(lease=0, call=4))  # by one who has used them: nothing happens
+    assert shard.core.gauges()["pages_free"] == 4
+    shard.say("p.1", AllocMem(3, granted.lease, 2))
+    shard.say("p.1", FreeMem(granted.lease))
+    assert shard.say("p.1", FreeMem(lease=0, call=3)) == [("p.1", Freed(3, 0))]
+    assert shard.core.gauges()["pages_leased"] == 0
+
+
 def test_the_queue_has_a_limit():
     """If it had none, a stuck pool would take all memory before anyone noticed."""
     shard = Shard(pages=3, waiting_max=1)
@@ -157,6 +175,20 @@ def test_the_queue_has_a_limit():
     assert (to, refused.call, refused.code) == ("p.1", 3, PoolError.QUEUE_FULL)
     [(_, refused)] = shard.say("p.1", Acquire(4, "anne", PROMPT, 1))
     assert refused.code == PoolError.TOO_LARGE  # at once: no wait could help
+
+
+def test_a_wrong_call_is_refused_at_once_and_not_from_the_queue():
+    """If it waited, its refusal would come out of whatever message frees pages: the shard would end there."""
+    shard = Shard(pages=3)
+    [(_, first)] = shard.say("p.1", Acquire(1, "anne", PROMPT, 0))
+    shard.say("p.1", Acquire(2, "anne", PROMPT, 0))
+    for wrong in (Match(1, "anne", b"abc"), Acquire(1, "anne", b"abc", 0), Acquire(1, "anne", b"", -1)):
+        [(_, refused)] = shard.say("p.2", wrong)
+        assert refused.code in (PoolError.NOT_WHOLE_PAGES, PoolError.BAD_COUNT)
+        shard = Shard(pages=3)
+        [(_, first)] = shard.say("p.1", Acquire(1, "anne", PROMPT, 0))
+        shard.say("p.1", Acquire(2, "anne", PROMPT, 0))
+    assert [answer.call for _, answer in shard.say("p.1", FreeMem(first.lease))] == [2]
 
 
 def test_alloc_mem_never_waits():

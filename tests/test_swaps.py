@@ -3,14 +3,14 @@
 import pytest
 
 from memserve.actions import Copy, CopyDone, Kill, Log, Send
-from memserve.errors import PoolError
+from memserve.errors import PoolError, UserError
 from memserve.mempool.addresses import Tier, slot
 from memserve.mempool.audit import check_pool
 from memserve.mempool.pool import Pool
 from memserve.mempool.room import Capacity
 from memserve.mempool.shard import ShardCore
 from memserve.messages import Gone, Load, Member
-from memserve.pool_messages import Acquire, Allocated, AllocMem, FreeMem
+from memserve.pool_messages import Acquire, Allocated, AllocMem, FreeMem, Insert
 from memserve.tokens import pack
 
 PAGE = 2
@@ -57,6 +57,12 @@ def test_two_who_hold_half_each_do_not_wait_for_one_another():
     for owner, lease in leases:
         with pytest.raises(PoolError, match="no_pages"):
             pool.swap_in(owner, lease, 0.0)
+
+
+def test_a_tier_that_is_too_large_to_be_addressed_says_so():
+    """If it ended in a traceback, the user would not know which size to change."""
+    with pytest.raises(UserError, match="tier disk of the pool would have 134217729 pages"):
+        Pool(Capacity(4, 0, (1 << 27) + 1), PAGE, 10.0)
 
 
 def test_a_page_is_in_one_piece_with_its_neighbours():
@@ -152,6 +158,38 @@ def test_a_lease_that_grows_does_not_wait_for_others():
     shard.core.pool.alloc_new("p.2", "anne", 1, 0, 0.0)
     _, [answer] = shard.say("p.1", AllocMem(2, shard.lease, 1))
     assert answer.code == PoolError.NO_PAGES
+
+
+def test_a_refused_alloc_mem_moves_nothing():
+    """If it did, one program that asks for too much would send everybody's cached pages out, and drop the coldest."""
+    shard = Shard()
+    for call, pages in enumerate((4, 100), 1):
+        copies, [answer] = shard.say("p.1", AllocMem(call, shard.lease, pages))
+        assert (copies, answer.code) == ([], PoolError.TOO_LARGE)
+    copies, [answer] = shard.say("p.2", AllocMem(1, 0, 4))
+    assert (copies, answer.code) == ([], PoolError.NO_PAGES)
+    assert shard.core.pool.room.evicted_pages == 0
+
+
+def test_pages_in_host_memory_do_not_keep_a_grant_waiting_for_pages_on_disk():
+    """If an insert took the place of pages on their way in, those who wait for them would wait for ever."""
+    core = ShardCore(Pool(Capacity(8, 8, 8, 0.0, 0.0), PAGE, 10.0))
+    tokens = pack(range(4))
+    stored(core.pool, tokens, [(Tier.DEVICE, 2), (Tier.HOST, 2)])
+    core.receive("p.1", Acquire(1, "anne", tokens + pack([9]), 0), 0.0)
+    (copy,) = core.take()
+    lease = core.pool.alloc_new("p.2", "anne", 2, Tier.HOST, 0.0).lease
+    core.receive("p.2", Insert(1, lease, 0, tokens), 0.0)
+    core.check()
+    core.receive("p.2", FreeMem(lease), 0.0)
+    core.take()
+    core.receive("s0.1", CopyDone(copy.id), 0.0)
+    core.check()
+    (copy,) = core.take()  # from host memory this time
+    core.receive("s0.1", CopyDone(copy.id), 0.0)
+    core.check()
+    (answer,) = core.take()
+    assert (answer.to, answer.message.cached_tokens) == ("p.1", 4)
 
 
 def test_a_copy_that_fails_ends_the_wait():

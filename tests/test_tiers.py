@@ -269,6 +269,7 @@ class TieredPool(RuleBasedStateMachine):
             self.pool.copied(CopyDone(copy.id))
             self.pool.settle()
             self.copies += self.pool.take_copies()
+        assert not self.pool.loading
         for owner in ("p.1", "d.1", "d.2", "d.3", "ahead.1"):
             self.pool.drop_owner(owner)
         check_pool(self.pool)

@@ -7,7 +7,7 @@ import pytest
 
 from memserve.actions import Kill
 from memserve.messages import Gone
-from memserve.transfer.actions import Expect, Post, Received, ReceiveFailed, StopReceiving
+from memserve.transfer.actions import Expect, Post, Probe, Received, ReceiveFailed, StopReceiving
 from memserve.transfer.incoming import GONE_REMEMBERED, QUARANTINE_S, Incoming, ReceiveRefused
 from memserve.transfer_messages import (
     Failure,
@@ -117,9 +117,9 @@ def test_late_pages_stay_taken_until_their_writer_has_stopped():
     core.receive("a.1", OFFER, 0.0)
     core.take()
     core.advance(5.0)
-    assert core.take() == [Post("a.1", TransferStop(1))]
+    assert core.take() == [Post("a.1", TransferStop(1)), Probe("a.1", 7)]
     core.advance(core.deadline)
-    assert core.take() == [Post("a.1", TransferStop(1))]
+    assert core.take() == [Post("a.1", TransferStop(1)), Probe("a.1", 7)]
     assert pool.calls == []
     core.receive("a.1", TransferWithdrawn(1), 7.0)
 

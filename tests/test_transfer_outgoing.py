@@ -23,6 +23,7 @@ from memserve.transfer.values import Piece, TransferDone, TransferFailed
 from memserve.transfer_messages import (
     Failure,
     Granularity,
+    Purpose,
     TransferArrived,
     TransferGranted,
     TransferOffer,
@@ -183,8 +184,8 @@ def test_layers_are_passed_on_as_they_come_and_kept_until_there_is_somewhere_to_
     ("order", "text"),
     [
         (attrs.evolve(ORDER, source=()), "at least 1"),
-        (attrs.evolve(ORDER, destination=(1,)), "from 2 pages to 1"),
-        (attrs.evolve(ORDER, destination=(1, 1)), "twice"),
+        (attrs.evolve(ORDER, purpose=Purpose((1,))), "from 2 pages to 1"),
+        (attrs.evolve(ORDER, purpose=Purpose((1, 1))), "twice"),
         (attrs.evolve(ORDER, fed=True), "only by_layer"),
     ],
 )

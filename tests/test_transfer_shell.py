@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
+import subprocess
+import sys
 from contextlib import asynccontextmanager
 
 import attrs
 import pytest
 import trio
 
+from memserve.actions import Kill
+from memserve.actors.mempool_shard import fence
 from memserve.errors import UserError
+from memserve.identity import ActorId, actor_name
 from memserve.kernels.arena import Arena, serve_arena
+from memserve.messages import Gone
 from memserve.settings.rules import RuleError
 from memserve.transfer import nixl
 from memserve.transfer.actions import (
     Expect,
     Feed,
+    Probe,
     Received,
     ReceiveFailed,
     StopReceiving,
@@ -150,3 +160,33 @@ def test_settings_that_cannot_work_are_refused_at_once(wrong):
     """If it failed, a shard would announce an address that nobody can reach, or no path at all."""
     with pytest.raises(RuleError, match="must be"):
         TransferSettings(**wrong)
+
+
+async def test_a_sender_that_has_ended_is_found_out(place):
+    """Where nobody announces its death, the pages that it was to fill would stay taken for good."""
+    async with shell(place, path="mapped") as (one, _, told):
+        process = await trio.lowlevel.open_process([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+        one.perform[Probe](Probe("a.1", process.pid))
+        await trio.sleep(0.05)
+        assert told == []
+        process.kill()
+        await trio.sleep(0.2)
+        one.perform[Probe](Probe("a.1", process.pid))  # it is not waited for yet
+        await until(told, 1)
+        await process.wait()
+        one.perform[Probe](Probe("a.2", process.pid))
+        await until(told, 2)
+        assert told == [Gone(("a.1",)), Gone(("a.2",))]
+
+
+def test_a_paused_process_is_killed_however_many_descriptors_are_open(place):
+    """A shard that a thousand clients are connected to would end instead, and take all that it has cached."""
+    actor = ActorId("w0.0000000f")
+    command = [sys.executable, "-c", "import time; print(flush=True); time.sleep(60)", actor_name(actor)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process, contextlib.ExitStack() as held:
+        process.stdout.readline()
+        process.send_signal(signal.SIGSTOP)
+        for _ in range(1100):
+            held.callback(os.close, os.dup(0))
+        fence(Kill(actor, process.pid))
+        assert process.wait(5) == -signal.SIGKILL

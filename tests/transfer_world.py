@@ -38,6 +38,7 @@ from memserve.transfer.values import Geometry, Piece, TransferDone
 from memserve.transfer_messages import (
     Failure,
     Granularity,
+    Purpose,
     TransferArrived,
     TransferGranted,
     TransferRefused,
@@ -376,7 +377,13 @@ class World:
             return number
         granularity = Granularity.BY_LAYER if fed else Granularity.AGGREGATED
         order = Order(
-            to.id, number, tuple(range(pages)), self.now + seconds, granularity, fed, private=b"mine"
+            to.id,
+            number,
+            tuple(range(pages)),
+            self.now + seconds,
+            granularity,
+            fed,
+            purpose=Purpose(private=b"mine"),
         )
         sender.orders[number] = order
         sender.tell(sender.id, order)

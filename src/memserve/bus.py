@@ -59,7 +59,7 @@ CONNECT_MS = 2_000
 RECONNECT_MS, RECONNECT_MS_MAX = 100, 2_000
 """First and longest pause between two attempts to connect."""
 GUEST_S = 60.0
-"""Silence after which the connection to an actor that only said hello is closed; its leases have long expired."""
+"""Silence after which the connection to an actor that was only introduced is closed; its leases have long expired."""
 GUESTS_MAX = 10_000
 """Such actors remembered, at most. If there are more, the longest silent one can no longer be answered."""
 PEERS_MAX = 16_384
@@ -132,6 +132,9 @@ class Link(Protocol):
     def connect(self, actor: ActorId, endpoint: str) -> None:
         """Let ``send`` reach ``actor`` from now on. Repeating it with the same endpoint does nothing."""
 
+    def introduce(self, actor: ActorId, endpoint: str) -> None:
+        """Let ``send`` reach an actor whose end nobody will announce, unless another endpoint is known for it."""
+
     def forget(self, actor: ActorId) -> None:
         """Drop the connection and the messages queued on it. An unknown actor is not an error."""
 
@@ -166,7 +169,8 @@ class ZmqLink:
         self._inbox = Inbox(inbox)
         self._directory: dict[ActorId, str] = {}
         self._guests: OrderedDict[ActorId, float] = OrderedDict()
-        """When each actor was last heard that is known only by its own hello, such as a program that uses the pool.
+        """When each actor was last heard that is known only by a hello or another's word, such as a program that uses
+        the pool, or a shard of its own.
 
         The longest silent one is first. No message will announce their death.
         """
@@ -200,6 +204,14 @@ class ZmqLink:
         if self._directory.get(actor) != endpoint:
             self.forget(actor)
             self._directory[actor] = endpoint
+
+    def introduce(self, actor: ActorId, endpoint: str) -> None:
+        if actor in self._directory:
+            return
+        self._directory[actor] = endpoint
+        self._heard(actor)
+        if len(self._guests) > GUESTS_MAX:
+            self.forget(next(iter(self._guests)))
 
     def forget(self, actor: ActorId) -> None:
         self._guests.pop(actor, None)
@@ -266,7 +278,7 @@ class ZmqLink:
             identity, kind, body = frames
             sender = ActorId(identity.decode())
             if kind == HELLO:
-                self._hear_hello(sender, body.decode())
+                self.introduce(sender, body.decode())
                 return None
             if sender in self._guests:
                 self._heard(sender)
@@ -274,14 +286,6 @@ class ZmqLink:
         except (ValueError, PeerError):
             self.refused += 1
             return None
-
-    def _hear_hello(self, sender: ActorId, endpoint: str) -> None:
-        if sender in self._directory:
-            return
-        self._directory[sender] = endpoint
-        self._heard(sender)
-        if len(self._guests) > GUESTS_MAX:
-            self.forget(next(iter(self._guests)))
 
     def _heard(self, guest: ActorId) -> None:
         self._guests[guest] = time.monotonic()

@@ -5,6 +5,9 @@ Any other exception that escapes is a bug and ends its process.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import attrs
 
 
@@ -73,8 +76,8 @@ class PoolError(Exception):
     NOT_WHOLE_PAGES = "not_whole_pages"
     """Tokens that do not fill whole pages."""
     DOES_NOT_FIT = "does_not_fit"
-    """An insert of more tokens than the lease's pages hold, or an insert or transfer in which the numbers of
-    tokens, pages and addresses do not match."""
+    """An insert of more tokens than the lease's pages hold, an insert or transfer in which the numbers of tokens,
+    pages and addresses do not match, a write beyond its page, or more than 1 MiB of private data."""
     BAD_COUNT = "bad_count"
     """A number of pages below 0, or an invalid deadline or granularity."""
     BAD_TIER = "bad_tier"
@@ -102,7 +105,19 @@ class PoolError(Exception):
     CHECKSUM = "checksum"
     """A transfer whose bytes arrived damaged."""
     UNREADABLE = "unreadable"
-    """The page's bytes cannot be reached from here: it is on disk, or in another host's memory."""
+    """The page's bytes cannot be reached from here: it is on disk, on a GPU, or in another host's memory."""
 
     def __str__(self) -> str:
         return f"{self.code}: {self.message}"
+
+
+@contextmanager
+def unwrapped() -> Iterator[None]:
+    """Let the only exception of a group, as nurseries make them, come out of the block by itself."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+            (error,) = error.exceptions
+        raise error from error.__cause__  # a group of several as it is

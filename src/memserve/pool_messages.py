@@ -99,7 +99,8 @@ class Acquired:
 class AllocMem:
     """``pages`` more pages at the end of a lease's table, all or nothing.
 
-    Answered by Allocated. With ``lease=0`` the pages get a new lease, and the answer is Acquired.
+    Answered by Allocated. With ``lease=0`` the pages get a new lease, and the answer is Acquired. Withdrawn
+    like an Acquire.
     """
 
     call: int
@@ -246,6 +247,13 @@ class Return:
     """Whether the request will be handed over; otherwise it has ended."""
 
 
+PRIVATE_BYTES_MAX = 1 << 20
+"""Maximum size of a Transfer's private data.
+
+A message above the bus's limit would cut the connection that all others use too.
+"""
+
+
 @attrs.frozen
 class Transfer:
     """Copy pages to another shard. Answered by Transferred once they are there; withdrawn like an Acquire.
@@ -272,7 +280,7 @@ class Transfer:
     Pages that the receiver allocates must be claimed by the owner, with a NextArrival or an Adopt.
     """
     private: bytes = b""
-    """Data that the owner gets with the pages."""
+    """Data that the owner gets with the pages, at most PRIVATE_BYTES_MAX bytes."""
     granularity: str = ""
     """A value of Granularity; if empty, the shard's own setting."""
 

@@ -65,6 +65,28 @@ class Way:
 
 
 @attrs.frozen
+class Purpose:
+    """What the pages of a transfer are for. The two transfer cores pass it on as it is."""
+
+    destination: tuple[int, ...] = ()
+    """Addresses in a lease of ``owner`` at the receiver; if empty, the receiver allocates pages."""
+    into: int = 0
+    """Lease of ``owner`` that holds ``destination``."""
+    owner: ActorId = ActorId("")
+    """Owner of the pages at the receiver.
+
+    If empty, a Pull asked for the pages, and ``private`` is the Pull's ID in 8 bytes.
+    """
+    caller: ActorId = ActorId("")
+    """Actor whose call this is; the sender's shard reports to it how the transfer ended."""
+    scope: str = ""
+    tokens: bytes = b""
+    """Packed tokens to insert with the pages (``transfer_with_insert``); empty inserts nothing."""
+    private: bytes = b""
+    """The caller's own data, delivered to ``owner`` with the pages."""
+
+
+@attrs.frozen
 class TransferOffer:
     """Ask the receiver to take these pages. Repeated until TransferGranted or TransferRefused."""
 
@@ -85,22 +107,7 @@ class TransferOffer:
     """Paths that the sender can use."""
     remaining_s: float
     """Seconds until the sender gives up. It is a duration because the clocks of two hosts differ."""
-    destination: tuple[int, ...] = ()
-    """Addresses in a lease of ``owner`` at the receiver; if empty, the receiver allocates pages."""
-    into: int = 0
-    """Lease of ``owner`` that holds ``destination``."""
-    owner: ActorId = ActorId("")
-    """Owner of the pages at the receiver.
-
-    If empty, a Pull asked for the pages, and ``private`` is the Pull's ID in 8 bytes.
-    """
-    caller: ActorId = ActorId("")
-    """Actor whose call this is; the sender's shard reports to it how the transfer ended."""
-    scope: str = ""
-    tokens: bytes = b""
-    """Packed tokens to insert with the pages (``transfer_with_insert``); empty inserts nothing."""
-    private: bytes = b""
-    """The caller's own data, delivered to ``owner`` with the pages."""
+    purpose: Purpose = attrs.field(factory=Purpose)
 
 
 @attrs.frozen
@@ -165,8 +172,8 @@ TransferMessage = ToReceiver | ToSender
 class Pull:
     """Ask a shard to offer pages that are missing here. Repeated until a TransferOffer or PullRefused.
 
-    Identified by (sender, id): a repeat does not begin a second transfer. The offer's ``private`` is ``id``
-    in 8 bytes.
+    Identified by (sender, id): a repeat does not begin a second transfer. The private data of the
+    offer's purpose is ``id`` in 8 bytes.
     """
 
     id: int

@@ -84,7 +84,7 @@ class Shell:
                 if gone:  # repeated in each Cluster for actors that missed the announcement
                     self.hear(Received(sender, Gone(gone)))
             case Meet(shard, endpoint):
-                self.link.connect(shard, endpoint)
+                self.link.introduce(shard, endpoint)
             case Load(member):
                 self.link.connect(member.id, member.endpoint)
             case Gone(actors):

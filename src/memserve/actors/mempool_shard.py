@@ -26,6 +26,7 @@ from memserve.actions import Copy, CopyDone, Kill, MoverOrder
 from memserve.actors.loop import Shell
 from memserve.actors.membership import introduce, pass_on_deaths
 from memserve.bus import open_link
+from memserve.errors import unwrapped
 from memserve.identity import ActorId, actor_name
 from memserve.kernels.arena import Arena, serve_arena, serve_packet
 from memserve.kernels.gpu_memory import GpuArena
@@ -33,9 +34,9 @@ from memserve.kernels.gpu_store import GpuPageStore, open_gpu_store
 from memserve.kernels.page_store import DiskFile, PageStore
 from memserve.mempool.addresses import Home, Tier, tier_of
 from memserve.mempool.exchange import Exchange
-from memserve.mempool.exchanging_shard import ExchangingShard
 from memserve.mempool.pool import Pool
 from memserve.mempool.room import Capacity
+from memserve.mempool.shard import ShardCore
 from memserve.presence import Reporting
 from memserve.processes.actor import ActorContext, ready_model
 from memserve.processes.lifecycle import process_title
@@ -148,18 +149,20 @@ def weights_of(context: ActorContext) -> Path:
 async def open_shard(name: str, folder: Path, settings: ShardSettings) -> AsyncIterator[str]:
     """Run a shard in this program for a ``with`` block; gives its endpoint.
 
-    ``folder``, for the sockets, must have mode 0700.
+    ``folder``, for the sockets, must have mode 0700. Raises UserError when there is too little memory or disk
+    space.
     """
     actor = ActorId(f"{name}.{secrets.token_hex(4)}")
     endpoint = f"ipc://{folder / actor}.sock"
     sockets = arena_sockets(actor, settings, lambda file: folder / file)
-    async with open_link(actor, endpoint) as link, trio.open_nursery() as nursery:
-        core = make_core(actor, settings, sockets, ())
-        shell = Shell(core, link)
-        await nursery.start(shell.run)
-        await nursery.start(keep_pages, shell, core.exchange, settings, sockets)
-        yield endpoint
-        nursery.cancel_scope.cancel()
+    with unwrapped():
+        async with open_link(actor, endpoint) as link, trio.open_nursery() as nursery:
+            core = make_core(actor, settings, sockets, ())
+            shell = Shell(core, link)
+            await nursery.start(shell.run)
+            await nursery.start(keep_pages, shell, core.exchange, settings, sockets)
+            yield endpoint
+            nursery.cancel_scope.cancel()
 
 
 # ---- its parts -----------------------------------------------------------------------------------------------
@@ -175,21 +178,21 @@ def arena_sockets(actor: ActorId, settings: ShardSettings, place: Callable[[str]
 
 def make_core(
     actor: ActorId, settings: ShardSettings, sockets: dict[Tier, Path], schedulers: tuple[ActorId, ...]
-) -> ExchangingShard:
+) -> ShardCore:
     """The core of one incarnation of a shard."""
     home = Home(settings.number, int(actor.rpartition(".")[2], 16))
     pool = Pool(
         settings.capacity, settings.page_tokens, settings.lease_s, caching=settings.caching, home=home
     )
-    arenas = tuple(str(sockets.get(tier, "")) for tier in Tier)
+    mappable = sockets if settings.gpu is None else {**sockets, Tier.DEVICE: ""}
+    arenas = tuple(str(mappable.get(tier, "")) for tier in Tier)
     geometry = Geometry(settings.page_bytes, settings.layers)
     exchange = Exchange(pool, actor, geometry, host_identity(), os.getpid(), settings.granularity)
-    return ExchangingShard(
+    return ShardCore(
         pool,
         schedulers=schedulers,
         page_bytes=settings.page_bytes,
         arenas=arenas,
-        me=actor,
         exchange=exchange,
     )
 

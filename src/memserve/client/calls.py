@@ -26,7 +26,7 @@ OPEN_S = 10.0
 
 
 @attrs.define(eq=False)
-class _Waiter:
+class Waiter:
     """A call that is not answered yet."""
 
     arrived: trio.Event = attrs.field(factory=trio.Event)
@@ -39,20 +39,28 @@ class ShardConversation:
     def __init__(self, link: Link, shards: Mapping[str, str], scope: str) -> None:
         self.scope = scope
         self._link = link
-        self._calls: ShardCalls[_Waiter] = ShardCalls()
+        self._calls: ShardCalls[Waiter] = ShardCalls()
         self._shards: dict[str, Shard] = {}
         for name, endpoint in shards.items():
             to = ActorId(f"{name}.pool")
             link.connect(to, endpoint)
             self._shards[name] = Shard(name, to, endpoint, trio.current_time() + OPEN_S)
 
-    async def _ask(self, at: Shard, make: Callable[[int], Message], *, grants: bool = False) -> Any:
+    async def _ask(
+        self,
+        at: Shard,
+        make: Callable[[int], Message],
+        *,
+        grants: bool = False,
+        waiter: Waiter | None = None,
+    ) -> Any:
         """Send a call again and again until it is answered.
 
         ``grants``: the answer is a lease, which must be given back if the caller no longer waits for it.
+        ``waiter``: given by a caller for whom a cancelled call must be over; has ``arrived`` when it is.
         Raises PoolError when the shard refuses, PeerUnreachable when it stays silent.
         """
-        waiter = _Waiter()
+        until_over, waiter = waiter is not None, waiter or Waiter()
         message = self._calls.ask(waiter, make, grants=grants)
         sent_at = trio.current_time()
         try:
@@ -62,14 +70,26 @@ class ShardConversation:
                 self._send(at, message)
                 with trio.move_on_after(REPEAT_S):
                     await waiter.arrived.wait()
+        except trio.Cancelled:
+            if until_over:
+                await self._withdraw(at, waiter)
+            raise
         finally:
             for withdrawal in self._calls.forget(waiter):
                 self._send(at, withdrawal)
         if isinstance(waiter.answer, PoolRefused):
             raise PoolError(waiter.answer.code, waiter.answer.message)
         if at.about is not None:
-            at.renewed(sent_at)
+            for lease in at.renewed(sent_at, trio.current_time()):
+                self._send(at, FreeMem(lease))
         return waiter.answer
+
+    async def _withdraw(self, at: Shard, waiter: Waiter) -> None:
+        """Withdraw a call, and wait a little for the answer to it or to its withdrawal."""
+        for call in self._calls.of(waiter):
+            self._send(at, FreeMem(lease=0, call=call))
+            with trio.move_on_after(REPEAT_S, shield=True):
+                await waiter.arrived.wait()
 
     def _send(self, at: Shard, message: Message) -> None:
         try:
@@ -88,7 +108,7 @@ class ShardConversation:
 
     async def _introduce(self, at: Shard) -> None:
         at.about = await self._ask(at, DescribePool)
-        at.renewed(trio.current_time())
+        at.renewed(trio.current_time(), trio.current_time())
         await trio.to_thread.run_sync(at.map)
 
     async def _renew(self, at: Shard) -> None:

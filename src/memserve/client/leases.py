@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -33,8 +34,16 @@ class HeldLease:
     id: int
     table: list[Address]
     private: set[Address]
-    moving: set[Address] = attrs.field(factory=set)
-    """Pages that a transfer reads or fills, or may still fill after it has failed."""
+    moving: Counter[Address] = attrs.field(factory=Counter)
+    """Pages that transfers read or fill, or may still fill after they have failed, and how many transfers do."""
+
+    def lend(self, pages: Iterable[Address]) -> None:
+        """Record that one more transfer reads or fills these pages."""
+        self.moving.update(pages)
+
+    def take_back(self, pages: Iterable[Address]) -> None:
+        """Record that one transfer less does."""
+        self.moving -= Counter(pages)
 
 
 @attrs.define(eq=False)
@@ -50,7 +59,8 @@ class Shard:
     arenas: dict[Tier, Arena] = attrs.field(factory=dict)
     memory: dict[Tier, memoryview] = attrs.field(factory=dict)
     leases: dict[int, HeldLease] = attrs.field(factory=dict)
-    lease_of: dict[Address, HeldLease] = attrs.field(factory=dict)
+    holders: dict[Address, list[HeldLease]] = attrs.field(factory=dict)
+    """The leases that hold each page, the latest last: several matches may find the same page."""
 
     @property
     def known(self) -> PoolDescribed:
@@ -63,15 +73,18 @@ class Shard:
         """The part that all of the shard's addresses share."""
         return Home(self.known.shard, self.known.incarnation)
 
-    def renewed(self, sent_at: float) -> None:
+    def renewed(self, sent_at: float, now: float) -> list[int]:
         """Record that a call sent at ``sent_at`` was answered.
 
-        If our leases may have ended before it was sent, they are forgotten.
+        If our leases may have ended before the shard heard it, they are forgotten, and returned to be given
+        back: if it was the shard that slept, they live on there.
         """
-        if sent_at >= self.valid_until:
+        forgotten = list(self.leases) if now >= self.valid_until else []
+        if forgotten:
             self.leases.clear()
-            self.lease_of.clear()
+            self.holders.clear()
         self.valid_until = max(self.valid_until, sent_at + self.known.lease_s)
+        return forgotten
 
     def map(self) -> None:
         """Map the memory of every tier that is on this host. Blocks."""
@@ -93,7 +106,7 @@ class Shard:
         table = self.home.addresses(answer.pages)
         cached = answer.cached_tokens // self.known.page_tokens
         held = self.leases[answer.lease] = HeldLease(answer.lease, list(table), set(table[cached:]))
-        self.lease_of.update(dict.fromkeys(table, held))
+        self._file(held, table)
         return Lease(self.name, answer.lease, table, answer.cached_tokens)
 
     def grew(self, held: HeldLease, new: Iterable[Address]) -> None:
@@ -101,14 +114,14 @@ class Shard:
         new = list(new)
         held.table += new
         held.private.update(new)
-        self.lease_of.update(dict.fromkeys(new, held))
+        self._file(held, new)
 
     def inserted(self, held: HeldLease, addresses: tuple[Address, ...]) -> None:
         """Record that these pages, those of ``held`` among them, are in the index."""
         held.private.difference_update(addresses)
         own, named = set(held.table), set(addresses)
         held.table = [*addresses, *(one for one in held.table if one not in named)]
-        self.lease_of.update({one: held for one in addresses if one in own or one not in self.lease_of})
+        self._file(held, [one for one in addresses if one not in own])
 
     def let_go(self, number: int, gone: set[Address] | None) -> None:
         """Forget a lease, or these of its pages."""
@@ -118,12 +131,18 @@ class Shard:
         gone = set(held.table) if gone is None else gone
         held.table = [one for one in held.table if one not in gone]
         held.private -= gone
-        held.moving -= gone
         for one in gone:
-            if self.lease_of.get(one) is held:
-                del self.lease_of[one]
+            del held.moving[one]
+            holders = [other for other in self.holders.get(one, []) if other is not held]
+            self.holders[one] = holders
+            if not holders:
+                del self.holders[one]
         if not held.table:
             del self.leases[number]
+
+    def _file(self, held: HeldLease, pages: Iterable[Address]) -> None:
+        for one in pages:
+            self.holders.setdefault(one, []).append(held)
 
     def held(self, number: int) -> HeldLease:
         """The lease with this number. Raises PoolError (UNKNOWN_LEASE)."""
@@ -133,11 +152,11 @@ class Shard:
         return held
 
     def holder(self, address: Address, now: float) -> HeldLease:
-        """The lease that holds a page. Raises PoolError (NOT_HELD), also when the leases may have ended."""
-        held = self.lease_of.get(address) if now < self.valid_until else None
-        if held is None:
+        """The latest lease on a page. Raises PoolError (NOT_HELD), also when the leases may have ended."""
+        holders = self.holders.get(address) if now < self.valid_until else None
+        if not holders:
             raise PoolError(PoolError.NOT_HELD, f"{address:#x} is not, or no longer, leased by this program")
-        return held
+        return holders[-1]
 
     # ---- bytes ---------------------------------------------------------------------------------------------
 

@@ -20,11 +20,12 @@ import attrs
 import trio
 
 from memserve.bus import open_link
-from memserve.client.calls import ShardConversation
+from memserve.client.calls import ShardConversation, Waiter
 from memserve.client.leases import HeldLease, Lease, Shard, check_writable
-from memserve.errors import PoolError
+from memserve.errors import PoolError, unwrapped
 from memserve.identity import ActorId
 from memserve.mempool.addresses import Address, Tier
+from memserve.mempool.demands import check_private
 from memserve.messages import Message
 from memserve.pool_messages import (
     Acquire,
@@ -85,9 +86,7 @@ class MemPool(ShardConversation):
         Raises PoolError (BAD_COUNT, BAD_TIER, TOO_LARGE, NO_PAGES; with a lease also UNKNOWN_LEASE, MOVING).
         """
         at, number = self._shards[shard], lease.id if lease else 0
-        answer = await self._ask(
-            at, lambda call: AllocMem(call, number, size, tier, self.scope), grants=not number
-        )
+        answer = await self._ask(at, lambda call: AllocMem(call, number, size, tier, self.scope), grants=True)
         if not number:
             return at.hold(answer)
         held = at.held(number)
@@ -106,8 +105,15 @@ class MemPool(ShardConversation):
         else:
             at, held = self._find(named)
             number = held.id
-        answer = await self._ask(at, lambda call: FreeMem(number, call, named))
-        at.let_go(number, set(named) or None)
+        gone = set(named) or None
+        try:
+            answer = await self._ask(at, lambda call: FreeMem(number, call, named))
+        except PoolError:
+            raise  # it has changed nothing
+        except BaseException:
+            at.let_go(number, gone)  # the shard may have heard it, and granted the pages to another
+            raise
+        at.let_go(number, gone)
         freed: int = answer.pages
         return freed
 
@@ -163,7 +169,13 @@ class MemPool(ShardConversation):
         """
         at, held = self._find(addresses[-1:])
         named = tuple(addresses)
-        answer = await self._ask(at, lambda call: Insert(call, held.id, 0, tokens, named))
+        own = held.private.intersection(named)
+        held.private -= own  # from now on, whether an answer comes or not
+        try:
+            answer = await self._ask(at, lambda call: Insert(call, held.id, 0, tokens, named))
+        except PoolError:
+            held.private |= own
+            raise
         at.inserted(held, named)
         already: int = answer.already_tokens
         return already
@@ -194,8 +206,18 @@ class MemPool(ShardConversation):
         Raises PoolError (UNKNOWN_LEASE, NOT_HELD, FOREIGN_ADDRESS, STALE_ADDRESS, MOVING, PINNED, NO_PAGES,
         QUEUE_FULL).
         """
-        at, held = self._find(pages.addresses[:1] if isinstance(pages, Lease) else pages)
-        answer = await self._ask(at, lambda call: SwapIn(call, held.id))
+        if isinstance(pages, Lease):
+            at = self._shards[pages.shard]
+            held = at.held(pages.id)
+        else:
+            at, held = self._find(pages)
+        try:
+            answer = await self._ask(at, lambda call: SwapIn(call, held.id))
+        except BaseException as error:
+            if not isinstance(error, PoolError) or error.code == PoolError.UNKNOWN_LEASE:
+                at.let_go(held.id, None)  # the pages may have moved, and nobody here knows where to
+                self._send(at, FreeMem(held.id))
+            raise
         at.let_go(held.id, None)
         return at.hold(answer)
 
@@ -271,8 +293,10 @@ class MemPool(ShardConversation):
     ) -> int:
         """Copy pages to another shard for another program; returns the number of bytes moved.
 
-        ``to`` is that program's ``me``. It takes the pages and ``private`` by :meth:`receive`.
+        ``to`` is that program's ``me``. It takes the pages and ``private``, at most 1 MiB, by :meth:`receive`.
+        Raises PoolError like :meth:`transfer`.
         """
+        check_private(private)
         call = self._push(self._shards[shard], src, deadline_s, tokens=tokens, owner=to, private=private)
         answer = await self._move(call, None)
         return answer.nbytes
@@ -316,22 +340,23 @@ class MemPool(ShardConversation):
         at, _ = self._find(src[:1])
         there = next(one for one in self._shards.values() if one.known.actor == call.to)
         self._send(at, Meet(call.to, there.endpoint))
-        sending = [(at.lease_of[one], one) for one in src]
-        filling = [(into, one) for one in dst if into]
-        for held, one in (*sending, *filling):
-            held.moving.add(one)
-        settled = False
+        reads = [(at.holder(one, trio.current_time()), (one,)) for one in src]
+        fills = [(into, tuple(dst))] if into else []
+        for held, some in (*reads, *fills):
+            held.lend(some)
+        waiter, settled = Waiter(), False
         try:
             answer: Transferred = await self._ask(
-                at, lambda number: attrs.evolve(call, call=number), grants=True
+                at, lambda number: attrs.evolve(call, call=number), grants=True, waiter=waiter
             )
             settled = True
         except PoolError as refused:
             settled = refused.code not in MAY_WRITE_ON
             raise
         finally:
-            for held, one in (*sending, *(filling if settled else ())):
-                held.moving.discard(one)
+            over = reads if waiter.arrived.is_set() else []  # otherwise nobody knows what is still read
+            for held, some in (*over, *(fills if settled else ())):
+                held.take_back(some)
         return answer
 
     async def _claim(self, there: Shard, answer: Transferred, tokens: int) -> Lease:
@@ -354,11 +379,12 @@ async def open_pool(
     does not answer.
     """
     actor = ActorId(f"{name}.{secrets.token_hex(4)}")
-    async with open_link(actor, f"ipc://{folder / actor}.sock") as link, trio.open_nursery() as nursery:
-        pool = MemPool(link, shards, scope)
-        try:
-            await nursery.start(pool.run)
-            yield pool
-        finally:
-            pool.close()
-        nursery.cancel_scope.cancel()
+    with unwrapped():
+        async with open_link(actor, f"ipc://{folder / actor}.sock") as link, trio.open_nursery() as nursery:
+            pool = MemPool(link, shards, scope)
+            try:
+                await nursery.start(pool.run)
+                yield pool
+            finally:
+                pool.close()
+            nursery.cancel_scope.cancel()

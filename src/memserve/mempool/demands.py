@@ -7,6 +7,7 @@ import attrs
 from memserve.errors import PoolError
 from memserve.mempool.addresses import Tier
 from memserve.mempool.room import Room
+from memserve.pool_messages import PRIVATE_BYTES_MAX
 from memserve.tokens import TOKEN_BYTES, count, pages_for
 
 
@@ -22,11 +23,16 @@ class Demands:
 
         Raises PoolError (TOO_LARGE, NOT_WHOLE_PAGES, BAD_COUNT) if they could never be granted.
         """
-        if len(tokens) % TOKEN_BYTES:
-            raise ragged(tokens)
+        self.check_tokens(tokens)
         need = pages_for(count(tokens), self.page_tokens) + counted(extra_pages)
         self.check_fits(need)
         return need
+
+    def check_tokens(self, tokens: bytes) -> None:
+        """Raise PoolError (NOT_WHOLE_PAGES) for bytes that are not a whole number of tokens."""
+        if len(tokens) % TOKEN_BYTES:
+            text = f"{len(tokens)} bytes of tokens are not a multiple of {TOKEN_BYTES}"
+            raise PoolError(PoolError.NOT_WHOLE_PAGES, text)
 
     def check_fits(self, pages: int, tier: Tier = Tier.DEVICE) -> None:
         """Raise PoolError (TOO_LARGE) for more pages than a tier has."""
@@ -49,10 +55,11 @@ class Demands:
         return self.existing(tier)
 
 
-def ragged(tokens: bytes) -> PoolError:
-    """The error for bytes that are not a whole number of tokens."""
-    text = f"{len(tokens)} bytes of tokens are not a multiple of {TOKEN_BYTES}"
-    return PoolError(PoolError.NOT_WHOLE_PAGES, text)
+def check_private(data: bytes) -> None:
+    """Raise PoolError (DOES_NOT_FIT) if private data is too large for a Transfer."""
+    if len(data) > PRIVATE_BYTES_MAX:
+        text = f"{len(data)} bytes of private data: at most {PRIVATE_BYTES_MAX} go with a transfer"
+        raise PoolError(PoolError.DOES_NOT_FIT, text)
 
 
 def counted(n: int) -> int:

@@ -141,6 +141,11 @@ class Exchange:
         )
         self.incoming = Incoming(self.geometry, self.host, self, ())
 
+    @classmethod
+    def closed(cls, pool: Pool) -> Exchange:
+        """One that moves nothing, for a shard by itself."""
+        return cls(pool, ActorId(""), Geometry(2, 1), "", 0)
+
     def open(self, paths: tuple[str, ...], ways: tuple[Way, ...]) -> None:
         """Allow transfers, now that the movers run: by ``paths`` to others, and by ``ways`` to this shard."""
         self.outgoing.paths, self.incoming.ways = paths, ways
@@ -216,6 +221,8 @@ class Exchange:
         self.incoming.check()
         receiving = len(self._receiving) + self.pushing.receiving
         assert receiving == len(self.incoming), "pages that receive without a transfer, or the reverse"
+        filled = {page for pages in self.incoming.filling for page in pages}
+        assert filled.isdisjoint(self.pool.tree.all_pages()), "a transfer fills pages that can be matched"
         lent = [*self._receiving.values(), *self.pushing.lent(), *self.serving.lent()]
         for lease in self.pool.leases:
             assert lease.lent == lent.count(lease.id), f"lease {lease.id} is not lent as often as it is used"
@@ -245,6 +252,10 @@ class Exchange:
         mine = (one for one in self._fetches.values() if one.sender == sender and one.call.call == call)
         return next(mine, None)
 
+    def calls_of(self, sender: ActorId) -> list[Acquire]:
+        """A sender's calls that wait for other shards."""
+        return [one.call for one in self._fetches.values() if one.sender == sender]
+
     def forget(self, sender: ActorId, call: int | None = None) -> None:
         """Drop a sender's fetches, or that of one call, which are no longer waited for.
 
@@ -270,7 +281,7 @@ class Exchange:
             self.outgoing.receive(to, TransferRefused(message.id, Failure.PEER_GONE, text), now)
             self._pass_on(now)
 
-    def bring(self, scope: str, tokens: bytes, now: float) -> Grant | None:
+    def bring(self, scope: str, tokens: bytes) -> Grant | None:
         """Pages for a prefix that no call waits for, under a lease of this shard's own.
 
         None when pages are short.
@@ -278,9 +289,7 @@ class Exchange:
         pages = count(tokens) // self.pool.page_tokens
         if pages > self.pool.free_pages + self.pool.evictable_pages:
             return None
-        grant = self.pool.lend_prefix(EXCHANGER, scope, tokens, pages, now)
-        self.pool.renew(EXCHANGER, math.inf)
-        return grant
+        return self.pool.lend_prefix(EXCHANGER, scope, tokens, pages)
 
     def __len__(self) -> int:
         """Number of calls that wait for other shards."""
@@ -310,9 +319,9 @@ class Exchange:
 
     def grant(self, key: Key, offer: TransferOffer) -> tuple[int, ...]:
         """The pages of the fetch that asked for this transfer, or of the owner that the offer names."""
-        if offer.owner:
+        if offer.purpose.owner:
             return self.pushing.grant(key, offer, self._now)
-        one = self._fetches.get(int.from_bytes(offer.private, "little"))
+        one = self._fetches.get(int.from_bytes(offer.purpose.private, "little"))
         if one is None or one.key is not None or one.source.shard != key[0]:
             raise ReceiveRefused(Failure.REFUSED, "no fetch here waits for this transfer")
         first = one.grant.cached_tokens // self.pool.page_tokens
@@ -330,7 +339,7 @@ class Exchange:
 
         Returns the lease that holds them; 0 if the fetch was given up.
         """
-        if offer.owner:
+        if offer.purpose.owner:
             lease = self.pushing.commit(key, offer, pages, self._now)
             self.received_bytes += len(pages) * self.geometry.page_bytes
             return lease
@@ -351,7 +360,7 @@ class Exchange:
 
     def release(self, key: Key, offer: TransferOffer, pages: tuple[int, ...]) -> None:
         """Let go of pages that are not complete and that nothing writes to any more."""
-        if offer.owner:
+        if offer.purpose.owner:
             self.pushing.release(key, offer)
             return
         one = self._stop_receiving(key)

@@ -6,13 +6,13 @@ An owner's heartbeat renews all of its leases; its silence ends all of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import attrs
 
 from memserve.errors import PoolError
 from memserve.identity import ActorId
-from memserve.mempool.nodes import Pin
+from memserve.mempool.nodes import Node, Pin
 
 LENDER = ActorId("lender.0")
 """Owner of leases that ended while their pages were lent: a mover still reads or fills them."""
@@ -56,6 +56,17 @@ class Lease:
     def private(self, page_tokens: int) -> list[int]:
         """The pages that only this lease can reach: they come free when it ends."""
         return self.kept + self.pages[self.retired_tokens // page_tokens :]
+
+    def in_vain(self, lost: Sequence[Node]) -> bool:
+        """Whether it waits for pages that do not come: those of ``lost`` nodes, or some not on their way any more.
+
+        The latter were on disk, and another lease has meanwhile inserted pages in host memory in their place.
+        """
+        assert self.floor is not None, "a lease at rest waits for nothing"
+        floor = self.floor
+        return any(
+            node in lost or (node.tier > floor and node.moving is None) for node in self.pin.node.path()
+        )
 
 
 @attrs.define

@@ -15,13 +15,14 @@ each copy.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from memserve.actions import Copy, CopyDone
 from memserve.errors import PoolError
 from memserve.identity import ActorId
 from memserve.mempool.addresses import Address, Home, Tier, tier_of
-from memserve.mempool.demands import Demands, counted, ragged
+from memserve.mempool.demands import Demands, counted
 from memserve.mempool.grants import Counters, Grant, Reclaimed
 from memserve.mempool.leases import Lease, Leases
 from memserve.mempool.nodes import CachedPrefix, Pin
@@ -123,8 +124,7 @@ class Pool:
         prefix has at most as many pages as the device tier. None when device pages for those on disk are
         short at present. Raises PoolError (NOT_WHOLE_PAGES).
         """
-        if len(tokens) % TOKEN_BYTES:
-            raise ragged(tokens)
+        self.demands.check_tokens(tokens)
         # A longer prefix might never fit, and would wait at the head of the queue forever.
         pin = self._pin(scope, span(tokens, 0, self.total * self.page_tokens), Tier.HOST)
         return self._open(owner, scope, pin, 0, Tier.HOST, now, tokens)
@@ -174,14 +174,14 @@ class Pool:
         self.counters.skipped_pages += done.skipped_pages
         return done.already_tokens
 
-    def lend_prefix(self, owner: ActorId, scope: str, tokens: bytes, pages: int, now: float) -> Grant | None:
+    def lend_prefix(self, owner: ActorId, scope: str, tokens: bytes, pages: int) -> Grant | None:
         """A lease on the longest cached prefix in device pages, and on fresh ones up to ``pages`` in all.
 
-        None when pages are short.
+        Its owner never counts as silent. None when pages are short.
         """
         pin = self._pin(scope, tokens, Tier.DEVICE)
         fresh = max(0, pages - pin.tokens // self.page_tokens)
-        return self._open(owner, scope, pin, fresh, Tier.DEVICE, now, b"")
+        return self._open(owner, scope, pin, fresh, Tier.DEVICE, math.inf, b"")
 
     def peek(self, scope: str, tokens: bytes) -> CachedPrefix:
         """The longest cached prefix at this moment. Nothing is pinned: :meth:`match` keeps the pages."""
@@ -260,17 +260,17 @@ class Pool:
     def copied(self, done: CopyDone) -> list[int]:
         """Handle the end of a copy.
 
-        Leases that waited for bytes which are lost have ended: returns their IDs, so that the calls can be
+        Leases that waited for pages which do not come have ended: returns their IDs, so that the calls can be
         repeated.
         """
-        ended = []
-        for node in self.room.swaps.finish(done):
-            for lease in [one for one in self.loading.values() if node in one.pin.node.path()]:
-                ended.append(lease.id)
-                self._close(lease)
+        lost = self.room.swaps.finish(done)
+        ended = [lease for lease in self.loading.values() if lease.in_vain(lost)]
+        for lease in ended:
+            self._close(lease)
+        for node in lost:
             if node.parent is not None:
                 self.room.give(self.tree.remove_subtree(node))
-        return ended
+        return [lease.id for lease in ended]
 
     def settle(self) -> list[Grant]:
         """Grants of the leases whose pages are all there by now."""
@@ -308,6 +308,13 @@ class Pool:
         if addresses and not self._is_all_of(held, slots := self.home.slots(addresses)):
             return self._give_back(self.leases.unlent(owner, lease), slots)
         return self._close(held)
+
+    def shrink(self, owner: ActorId, lease: int, pages: Sequence[int]) -> None:
+        """Take pages back that were added to a lease and that its owner has not heard of.
+
+        Raises PoolError (UNKNOWN_LEASE, NOT_OWNER; RETIRED, NOT_HELD if it has used them after all).
+        """
+        self._give_back(self.leases.any(owner, lease), pages)
 
     def owner_of(self, lease: int) -> ActorId | None:
         """Owner of a lease; None when the lease has ended."""

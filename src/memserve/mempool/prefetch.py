@@ -89,7 +89,8 @@ class Prefetcher:
         for key in [key for key in self._held if key[0] == sender and call in (None, key[1])]:
             del self._held[key]
 
-    def check(self) -> None:
-        """Assert that every waiting call waits for a fetch."""
+    def check(self, fetching: set[str]) -> None:
+        """Assert that every waiting call waits for a fetch, and that ``fetching`` are the requests with one."""
+        assert self._running.keys() == fetching, f"fetches ahead for {fetching}, noted for {[*self._running]}"
         for call in self._held.values():
             assert call.source and call.source.request in self._running, f"call {call.call} waits for nothing"

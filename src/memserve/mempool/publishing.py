@@ -16,7 +16,12 @@ GATHER_S = 0.05
 QUIET_S = 1.0
 """How long after the last delta an empty one follows, once, so that the loss of the last is noticed."""
 EVENTS_MAX = 512
-"""Maximum number of events in one message. An event holds the tokens of one node, at most a context's."""
+"""Maximum number of events in one message."""
+TOKEN_BYTES_MAX = 8 << 20
+"""Bytes of tokens in one message, exceeded by at most one event, which holds the tokens of one node.
+
+A message that is longer than the bus allows would never arrive, however often the snapshot is repeated.
+"""
 
 
 @attrs.define
@@ -85,4 +90,12 @@ class Publisher:
 
 
 def _parts(events: tuple[IndexEvent, ...]) -> list[tuple[IndexEvent, ...]]:
-    return [events[start : start + EVENTS_MAX] for start in range(0, len(events), EVENTS_MAX)]
+    parts: list[list[IndexEvent]] = []
+    nbytes = 0
+    for event in events:
+        if not parts or len(parts[-1]) == EVENTS_MAX or nbytes >= TOKEN_BYTES_MAX:
+            parts.append([])
+            nbytes = 0
+        parts[-1].append(event)
+        nbytes += len(event.tokens)
+    return [tuple(part) for part in parts]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Iterator
 
@@ -18,7 +17,7 @@ from memserve.tokens import count, span
 from memserve.transfer.actions import Order
 from memserve.transfer.outgoing import Outgoing
 from memserve.transfer.values import TransferDone, TransferFailed
-from memserve.transfer_messages import Failure, Granularity, Pull, PullRefused
+from memserve.transfer_messages import Failure, Granularity, Pull, PullRefused, Purpose
 
 EXCHANGER = ActorId("exchange.0")
 """Owner of the leases under which a shard itself reads and fills pages for others."""
@@ -87,11 +86,10 @@ class Serving:
         last = (pull.first_page + pull.pages) * self.pool.page_tokens
         tokens = span(pull.tokens, 0, min(last, count(pull.tokens)))
         room = len(self._warming) < WARMING_MAX
-        grant = self.pool.lend_prefix(EXCHANGER, pull.scope, tokens, 0, now) if room else None
+        grant = self.pool.lend_prefix(EXCHANGER, pull.scope, tokens, 0) if room else None
         if grant is None:
             self._refuse(sender, pull, Failure.RECEIVER_FULL, "no room to bring the prefix in")
             return
-        self.pool.renew(EXCHANGER, math.inf)
         one = _Sending(sender, pull, grant.lease)
         if grant.ready:
             self._lend(one, grant, now)
@@ -104,9 +102,9 @@ class Serving:
         return tuple(self._warming)
 
     def warming_failed(self, lease: int) -> None:
-        """Refuse a Pull whose pages are lost instead of brought in; their lease has ended."""
+        """Refuse a Pull whose pages were not brought in after all; their lease has ended."""
         one = self._warming.pop(lease)
-        self._refuse(one.to, one.pull, Failure.REFUSED, "the pages are damaged")
+        self._refuse(one.to, one.pull, Failure.REFUSED, "the pages could not be brought in")
 
     def warm(self, grant: Grant, now: float) -> None:
         """Send the pages of one of EXCHANGER's leases, which are all in the device tier now."""
@@ -123,8 +121,8 @@ class Serving:
         one.order, one.pages = next(self.orders), len(pages)
         self.lending.lend(one.lease)
         self._sending[one.order] = one
-        private = one.pull.id.to_bytes(8, "little")
-        order = Order(one.to, one.order, pages, now + one.pull.remaining_s, self.granularity, private=private)
+        purpose = Purpose(private=one.pull.id.to_bytes(8, "little"))
+        order = Order(one.to, one.order, pages, now + one.pull.remaining_s, self.granularity, purpose=purpose)
         self.outgoing.receive(self.me, order, now)
 
     def _refuse(self, to: ActorId, pull: Pull, failure: Failure, text: str) -> None:

@@ -23,6 +23,7 @@ from memserve.errors import PoolError
 from memserve.identity import ActorId
 from memserve.mempool.addresses import Address, Tier, tier_of
 from memserve.mempool.answers import Answer
+from memserve.mempool.demands import check_private
 from memserve.mempool.leases import LENDER, Lease
 from memserve.mempool.pool import Pool
 from memserve.pool_messages import Arrival, NextArrival, PoolRefused, Transfer, Transferred
@@ -30,7 +31,7 @@ from memserve.tokens import count
 from memserve.transfer.actions import Order
 from memserve.transfer.incoming import Key, ReceiveRefused
 from memserve.transfer.values import TransferDone, TransferFailed
-from memserve.transfer_messages import Failure, Granularity, TransferOffer
+from memserve.transfer_messages import Failure, Granularity, Purpose, TransferOffer
 
 CODES = {
     Failure.RECEIVER_FULL: PoolError.QUEUE_FULL,
@@ -78,10 +79,8 @@ class _Push:
 class _Arrived:
     """Pages that their owner has not claimed yet."""
 
-    owner: ActorId
-    caller: ActorId
+    purpose: Purpose
     shard: ActorId
-    private: bytes
     until: float
 
 
@@ -117,12 +116,7 @@ class Pushing:
         push = self._pushes[number] = _Push(sender, call.call, tuple(dict.fromkeys(call.leases)))
         for lease in push.leases:
             self.lending.lend(lease)
-        return Order(
-            to=call.to,
-            id=number,
-            source=source,
-            deadline=now + call.deadline_s,
-            granularity=Granularity(call.granularity) if call.granularity else self.default,
+        purpose = Purpose(
             destination=call.destination,
             into=call.into,
             owner=call.owner or sender,
@@ -131,6 +125,8 @@ class Pushing:
             tokens=call.tokens,
             private=call.private,
         )
+        granularity = Granularity(call.granularity) if call.granularity else self.default
+        return Order(call.to, number, source, now + call.deadline_s, granularity, purpose=purpose)
 
     def _source(self, sender: ActorId, call: Transfer) -> tuple[int, ...]:
         """Slots of the pages to send, if the sender holds them and they can be sent."""
@@ -158,6 +154,7 @@ class Pushing:
             raise PoolError(PoolError.DOES_NOT_FIT, text)
         if len(set(call.destination)) < len(call.destination):
             raise PoolError(PoolError.NOT_HELD, "a destination page is named twice")
+        check_private(call.private)
         if call.granularity not in ("", *Granularity):
             text = f"granularity {call.granularity!r}: expected one of {', '.join(Granularity)}"
             raise PoolError(PoolError.BAD_COUNT, text)
@@ -189,19 +186,21 @@ class Pushing:
     def grant(self, key: Key, offer: TransferOffer, now: float) -> tuple[int, ...]:
         """Pages that the owner named, or new ones for it. Raises ReceiveRefused."""
         try:
-            lease, pages = self._given(offer) if offer.destination else self._allocated(offer, now)
+            lease, pages = (
+                self._given(offer.purpose) if offer.purpose.destination else self._allocated(offer, now)
+            )
         except PoolError as refused:
             raise ReceiveRefused(Failure.REFUSED, refused.message, refused.code) from refused
         self.lending.lend(lease.id)
         self._receiving[key] = lease
         return pages
 
-    def _given(self, offer: TransferOffer) -> tuple[Lease, tuple[int, ...]]:
+    def _given(self, purpose: Purpose) -> tuple[Lease, tuple[int, ...]]:
         """Pages that their owner named. Retired pages are refused, because others may read them."""
-        slots = self.pool.home.slots(Address(address) for address in offer.destination)
-        lease = self.pool.leases.unlent(offer.owner, offer.into)
+        slots = self.pool.home.slots(Address(address) for address in purpose.destination)
+        lease = self.pool.leases.unlent(purpose.owner, purpose.into)
         retired = lease.retired_tokens // self.pool.page_tokens
-        if (offer.tokens and retired) or not set(slots).isdisjoint(lease.pages[:retired]):
+        if (purpose.tokens and retired) or not set(slots).isdisjoint(lease.pages[:retired]):
             raise PoolError(PoolError.RETIRED, f"lease {lease.id} has retired pages, which cannot be written")
         if len(set(slots)) < len(slots) or not set(slots).issubset(lease.pages):
             raise PoolError(
@@ -212,37 +211,40 @@ class Pushing:
         return lease, tuple(slots)
 
     def _allocated(self, offer: TransferOffer, now: float) -> tuple[Lease, tuple[int, ...]]:
-        grant = self.pool.alloc_new(offer.owner, offer.scope, offer.pages, Tier.DEVICE, now)
+        grant = self.pool.alloc_new(offer.purpose.owner, offer.purpose.scope, offer.pages, Tier.DEVICE, now)
         lease = self.pool.leases.find(grant.lease)
         assert lease is not None
         return lease, grant.pages
+
+    def fills(self, lease: int) -> bool:
+        """Whether a transfer fills pages of this lease."""
+        return any(one.id == lease for one in self._receiving.values())
 
     def commit(self, key: Key, offer: TransferOffer, pages: tuple[int, ...], now: float) -> int:
         """Accept complete pages, insert their tokens if there are any, and return their lease.
 
         Raises ReceiveRefused.
         """
-        lease = self._receiving[key]
-        if lease.owner != offer.owner:
+        lease, purpose = self._receiving[key], offer.purpose
+        if lease.owner != purpose.owner:
             raise ReceiveRefused(Failure.REFUSED, "its owner has ended the lease", PoolError.UNKNOWN_LEASE)
-        if offer.tokens:
+        if purpose.tokens:
             named = self.pool.home.addresses(pages)
             try:
-                self.pool.insert(offer.owner, lease.id, 0, offer.tokens, named)
+                self.pool.insert(purpose.owner, lease.id, 0, purpose.tokens, named)
             except PoolError as refused:
                 raise ReceiveRefused(Failure.REFUSED, refused.message, refused.code) from refused
         del self._receiving[key]
         self.lending.take_back(lease.id)
-        if not offer.destination:
-            until = now + self.pool.leases.lease_s
-            self._arrived[lease.id] = _Arrived(offer.owner, offer.caller, key[0], offer.private, until)
+        if not purpose.destination:
+            self._arrived[lease.id] = _Arrived(purpose, key[0], now + self.pool.leases.lease_s)
             self._announce()
         return lease.id
 
     def release(self, key: Key, offer: TransferOffer) -> None:
         """Let go of pages that are not complete and that nothing writes to any more."""
         lease = self._receiving.pop(key)
-        if not offer.destination and lease.owner == offer.owner:
+        if not offer.purpose.destination and lease.owner == offer.purpose.owner:
             self.pool.free_mem(lease.owner, lease.id)  # lent, so it passes to LENDER
         self.lending.take_back(lease.id)
 
@@ -264,14 +266,19 @@ class Pushing:
                 one = self._arrived.pop(lease.id)
                 del self._waiting[sender, call]
                 pages, tokens = tuple(lease.pages), lease.retired_tokens
-                answer = Arrival(call, lease.id, pages, tokens, one.shard, one.caller, one.private)
+                caller, private = one.purpose.caller, one.purpose.private
+                answer = Arrival(call, lease.id, pages, tokens, one.shard, caller, private)
                 self._answers.append((sender, answer))
 
     def _next_for(self, owner: ActorId) -> Lease | None:
         """The lease of the oldest arrival that another actor sent to ``owner``."""
         for number, one in self._arrived.items():
             lease = self.pool.leases.find(number)
-            if one.owner == owner != one.caller and lease is not None and lease.owner == owner:
+            if (
+                one.purpose.owner == owner != one.purpose.caller
+                and lease is not None
+                and lease.owner == owner
+            ):
                 return lease
         return None
 
@@ -285,8 +292,13 @@ class Pushing:
         for number, one in list(self._arrived.items()):
             if now >= one.until:
                 del self._arrived[number]
-                if self.pool.owner_of(number) == one.owner:
-                    self.pool.free_mem(one.owner, number)
+                if self.pool.owner_of(number) == one.purpose.owner:
+                    self.pool.free_mem(one.purpose.owner, number)
+
+    def excuse(self, now: float) -> None:
+        """Give every arrival the whole time to be claimed, because it was this shard that heard nothing."""
+        for one in self._arrived.values():
+            one.until = now + self.pool.leases.lease_s
 
     def forget(self, sender: ActorId, call: int | None = None) -> list[int]:
         """Drop a sender's calls, or one of them, which are no longer waited for.

@@ -77,9 +77,12 @@ class Room:
         return self.tiers.take(n, tier)
 
     def clears(self, n: int) -> bool:
-        """Whether ``n`` device slots are not free yet, but will be when copies end; begins these copies."""
+        """Whether ``n`` device slots are not free yet, but will be when copies end; begins these copies.
+
+        Begins none if not all of the missing slots can come free.
+        """
         missing = n - self.tiers.free(Tier.DEVICE)
-        if missing <= 0:
+        if not 0 < missing <= self.tree.evictable[Tier.DEVICE]:
             return False
         self.send_out(Tier.DEVICE, missing - self.swaps.leaving(Tier.DEVICE), urgent=True)
         return missing <= self.swaps.leaving(Tier.DEVICE)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import attrs
 
+from memserve.errors import UserError
 from memserve.mempool.addresses import PAGES_MAX, Tier, page_of, slot, tier_of
 from memserve.mempool.pages import Pages
 
@@ -18,9 +19,14 @@ class Tiers:
 
     @classmethod
     def of(cls, device: int, host: int = 0, disk: int = 0) -> Tiers:
-        """Tiers with these numbers of pages."""
+        """Tiers with these numbers of pages. Raises UserError for more than addresses can name."""
         counts = {Tier.DEVICE: device, Tier.HOST: host, Tier.DISK: disk}
-        assert max(counts.values()) <= PAGES_MAX, f"more than {PAGES_MAX} pages in a tier"
+        for tier, count in counts.items():
+            if count > PAGES_MAX:
+                raise UserError(
+                    f"tier {tier.name.lower()} of the pool would have {count} pages, and at most {PAGES_MAX} can be "
+                    "addressed: make it smaller, or its pages larger ([pool] page_tokens)"
+                )
         return cls({tier: Pages(count) for tier, count in counts.items() if count})
 
     def __contains__(self, tier: int) -> bool:

@@ -21,6 +21,15 @@ from memserve.tokens import count
 SETTLE_S = 45.0
 """How long after the last request pools may take to be idle and schedulers to know the index. By then leases
 of dead actors have ended, and so has the quarantine of pages that a dead sender's card may still write to."""
+UNDER_WAY = (
+    "waiting_acquires",
+    "loading_acquires",
+    "copies_under_way",
+    "fetches_under_way",
+    "transfers_out_under_way",
+    "transfers_in_under_way",
+)
+"""Gauges of a shard that are 0 when it is at rest."""
 
 
 @attrs.define(eq=False)
@@ -121,7 +130,11 @@ def _trouble(core: object, now: float) -> str:
         case ShardCore(pool=pool):
             if len(pool.leases):
                 return f"still has {len(pool.leases)} leases"
-            return f"still has {pool.leased_pages} leased pages" if pool.leased_pages else ""
+            if pool.leased_pages:
+                return f"still has {pool.leased_pages} leased pages"
+            gauges = core.gauges()
+            busy = [f"{name} {gauges[name]:.0f}" for name in UNDER_WAY if gauges.get(name)]
+            return f"still has {', '.join(busy)}" if busy else ""
         case WorkerCore():
             return "" if core.idle else "still holds requests"
         case FrontendCore():

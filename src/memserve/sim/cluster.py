@@ -16,7 +16,6 @@ from memserve.identity import ActorId
 from memserve.journal import FrontendCore
 from memserve.mempool.addresses import Home, Tier, tier_of
 from memserve.mempool.exchange import Exchange
-from memserve.mempool.exchanging_shard import ExchangingShard
 from memserve.mempool.pool import Pool
 from memserve.mempool.room import Capacity
 from memserve.mempool.shard import ShardCore
@@ -196,8 +195,8 @@ class SimCluster:
         pool = Pool(sizes, layout.page_tokens, layout.lease_s, caching=layout.caching != "off", home=home)
         exchange = Exchange(pool, id, Geometry(layout.page_bytes, 1), "host", self._incarnations)
         exchange.open((layout.path,), (Way(layout.path, id),))
-        core = self.cores[plan.name] = ExchangingShard(
-            pool, schedulers=presence.schedulers, page_bytes=layout.page_bytes, me=id, exchange=exchange
+        core = self.cores[plan.name] = ShardCore(
+            pool, schedulers=presence.schedulers, page_bytes=layout.page_bytes, exchange=exchange
         )
         self.arenas.open(id, plan)
         actor = Actor(id, "MemPoolShard", Reporting(core, presence, core.needs))

@@ -14,7 +14,7 @@ from functools import partial
 import attrs
 
 from memserve.identity import ActorId
-from memserve.mempool.exchanging_shard import ExchangingShard
+from memserve.mempool.shard import ShardCore
 from memserve.scheduling.cost_model import LINKS, LinkModel
 from memserve.sim.pages import Arenas
 from memserve.sim.world import Actor, Violation, World
@@ -194,7 +194,7 @@ class Movers:
         """
         receiver = self.world.find(one.to)
         core = self.core_of(receiver.name) if receiver is not None else None
-        if isinstance(core, ExchangingShard):
+        if isinstance(core, ShardCore):
             held = core.exchange.incoming._receiving.get(one.key)
             if held is None or held.pages != one.order.transfer.destination:
                 raise Violation(f"{one.key} is written to pages of {one.to} that no transfer holds")

@@ -24,6 +24,7 @@ from memserve.transfer.values import PageTransfer, Piece, Result
 from memserve.transfer_messages import (
     Failure,
     Granularity,
+    Purpose,
     TransferMessage,
     Way,
 )
@@ -33,7 +34,7 @@ from memserve.transfer_messages import (
 
 @attrs.frozen
 class Order:
-    """To the sender's core: begin a transfer. If ``destination`` is empty, the receiver allocates the pages.
+    """To the sender's core: begin a transfer.
 
     ``id`` is higher than every earlier one of this incarnation; ``deadline`` is on the core's clock, in
     seconds. With ``fed`` (by_layer only), only the pieces that :class:`Ready` announces are sent.
@@ -45,13 +46,7 @@ class Order:
     deadline: float
     granularity: Granularity = Granularity.AGGREGATED
     fed: bool = False
-    destination: tuple[int, ...] = ()
-    into: int = 0
-    owner: ActorId = ActorId("")
-    caller: ActorId = ActorId("")
-    scope: str = ""
-    tokens: bytes = b""
-    private: bytes = b""
+    purpose: Purpose = attrs.field(factory=Purpose)
 
 
 @attrs.frozen
@@ -173,6 +168,14 @@ class StopReceiving:
 
 
 @attrs.frozen
+class Probe:
+    """Find out whether a sender on this host still exists; answered by Gone if its process has ended."""
+
+    sender: ActorId
+    pid: int
+
+
+@attrs.frozen
 class Report:
     """The result of an Order, exactly once and by its deadline.
 
@@ -183,4 +186,4 @@ class Report:
 
 
 OutgoingAction = Post | Write | Feed | StopWriting | Forget | Report
-IncomingAction = Post | Expect | StopReceiving | Kill
+IncomingAction = Post | Expect | StopReceiving | Probe | Kill

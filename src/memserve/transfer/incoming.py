@@ -5,7 +5,8 @@ A transfer owns its pages from the grant to its end. How it ends decides when th
     every byte is there        when the pool commits them: from then on the pool owns them
     tcp: cut, late             once this process has stopped reading into them
     mapped, cuda, nixl: late   once the sender says that it has stopped writing (TransferWithdrawn, TransferSent)
-    mapped, cuda: sender dead  once its process is killed for good: a paused one would write on when it wakes
+    mapped, cuda: sender dead  once its process is killed for good: a paused one would write on when it wakes. One
+                               whose death nobody announces is found by the shell (Probe)
     nixl: sender dead          after QUARANTINE_S, when no network card still has a write of it under way
 
 Ended transfers are remembered: a late or repeated message gets the same answer and never a second grant.
@@ -14,7 +15,7 @@ Ended transfers are remembered: a late or repeated message gets the same answer 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 import attrs
@@ -22,7 +23,15 @@ import attrs
 from memserve.actions import Kill
 from memserve.identity import ActorId
 from memserve.messages import Gone
-from memserve.transfer.actions import Expect, IncomingAction, Post, Received, ReceiveFailed, StopReceiving
+from memserve.transfer.actions import (
+    Expect,
+    IncomingAction,
+    Post,
+    Probe,
+    Received,
+    ReceiveFailed,
+    StopReceiving,
+)
 from memserve.transfer.values import ON_ONE_HOST, WRITTEN_BY_SENDER, Geometry
 from memserve.transfer_messages import (
     Failure,
@@ -72,13 +81,13 @@ class ReceivingPool(Protocol):
     """
 
     def grant(self, key: Key, offer: TransferOffer) -> tuple[int, ...]:
-        """Grant ``offer.pages`` pages to this transfer alone: those of ``offer.destination`` if it names any.
+        """Grant ``offer.pages`` pages to this transfer alone: those of its destination if it names any.
 
         Raises ReceiveRefused; all pages are granted, or none.
         """
 
     def commit(self, key: Key, offer: TransferOffer, pages: tuple[int, ...]) -> int:
-        """The pages are complete: insert ``offer.tokens`` and give the pages to their owner.
+        """The pages are complete: insert their tokens, if any, and give the pages to their owner.
 
         Returns the lease that holds them. Raises ReceiveRefused without having taken any; ``release``
         follows.
@@ -208,6 +217,11 @@ class Incoming:
     def __len__(self) -> int:
         """Transfers that hold pages, including those that only wait for their writer to stop."""
         return len(self._receiving)
+
+    @property
+    def filling(self) -> Iterator[tuple[int, ...]]:
+        """The pages of each transfer."""
+        return (one.pages for one in self._receiving.values())
 
     @property
     def writers(self) -> tuple[ActorId, ...]:
@@ -359,6 +373,8 @@ class Incoming:
 
     def _ask_to_stop(self, key: Key, one: _Receiving, now: float) -> None:
         self._post(key[0], TransferStop(key[1]))
+        if one.way.path in ON_ONE_HOST:  # nobody may announce its death, if it is a program's own shard
+            self._actions.append(Probe(key[0], one.offer.pid))
         one.repeat_at = now + one.pause_s
         one.pause_s = min(2 * one.pause_s, STOP_REPEAT_MAX_S)
 

@@ -11,7 +11,7 @@ only then.
 from __future__ import annotations
 
 import ctypes
-import errno
+import os
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
@@ -71,7 +71,7 @@ class Reach(Protocol):
         """Map the arena that is served at ``socket``.
 
         Raises PeerUnreachable when no process serves it, PeerError when its pages have another size, and
-        MoveError otherwise.
+        OSError when this process has not enough memory or descriptors.
         """
 
     def copy(self, there: Mapped, todo: list[Extent]) -> int:
@@ -90,6 +90,8 @@ class MappedMover:
     _peers: OrderedDict[str, Mapped] = attrs.field(factory=OrderedDict, init=False)
     """Arenas by socket address, which identifies the shard's incarnation; least recently used first."""
     _attaching: trio.Lock = attrs.field(factory=trio.Lock, init=False)
+    _coming: str = attrs.field(default="", init=False)
+    """Address of the arena that is being mapped; empty once its shard is gone."""
     _threads: trio.CapacityLimiter = attrs.field(factory=partial(trio.CapacityLimiter, 2), init=False)
     """Two copies saturate the memory bus; more would only take cores from the engines."""
 
@@ -101,7 +103,9 @@ class MappedMover:
         return await settle(transfer, deadline_s, partial(self._move, transfer, way, feed))
 
     def forget(self, way: Way) -> None:
-        """Unmap an arena, now or when the last copy into it has ended."""
+        """Unmap an arena, now or when the last copy into it has ended; one that is being mapped, after that."""
+        if way.address == self._coming:
+            self._coming = ""
         peer = self._peers.pop(way.address, None)
         if peer is not None:
             peer.forgotten = True
@@ -110,12 +114,11 @@ class MappedMover:
     async def _move(self, transfer: PageTransfer, way: Way, feed: PieceFeed) -> int:
         check_pages(transfer, self.reach.pages)
         peer = await self._attached(way.address)
-        if any(not 0 <= page < peer.pages for page in transfer.destination):
-            raise MoveError(
-                Failure.REFUSED, f"the receiver granted a page that is not one of its {peer.pages}"
-            )
         peer.users += 1
         try:
+            if any(not 0 <= page < peer.pages for page in transfer.destination):
+                text = f"the receiver granted a page that is not one of its {peer.pages}"
+                raise MoveError(Failure.REFUSED, text)
             return await self._copy_all(transfer, peer, feed)
         finally:
             peer.users -= 1
@@ -130,13 +133,22 @@ class MappedMover:
         return moved
 
     async def _attached(self, address: str) -> Mapped:
-        async with self._attaching:  # otherwise two transfers could map the same arena twice
-            peer = self._peers.get(address)
-            if peer is None:
-                peer = self._peers[address] = await self._attach(address)
-                self._drop_unused()
+        peer = self._peers.get(address)
+        if peer is None:
+            async with self._attaching:  # otherwise two transfers could map the same arena twice
+                peer = self._peers.get(address) or await self._map(address)
+        if not peer.forgotten:
             self._peers.move_to_end(address)
-            return peer
+        return peer
+
+    async def _map(self, address: str) -> Mapped:
+        self._coming = address
+        peer = await self._attach(address)
+        peer.forgotten = self._coming != address
+        if not peer.forgotten:
+            self._drop_unused()
+            self._peers[address] = peer
+        return peer
 
     async def _attach(self, address: str) -> Mapped:
         try:
@@ -145,12 +157,13 @@ class MappedMover:
             raise MoveError(Failure.PEER_GONE, str(error)) from error
         except PeerError as error:
             raise MoveError(Failure.REFUSED, str(error)) from error
+        except OSError as error:  # too little memory, or no descriptor left
+            raise MoveError(Failure.REFUSED, f"{address} cannot be mapped: {error.strerror}") from error
 
     def _drop_unused(self) -> None:
+        """Make room for one more arena, and unmap those that are served no more: their shards have ended."""
         for address, peer in list(self._peers.items()):
-            if len(self._peers) <= ARENAS_MAX:
-                return
-            if not peer.users:
+            if not peer.users and (len(self._peers) >= ARENAS_MAX or not os.path.exists(address)):
                 self.forget(Way(self.path, address))
 
     def close(self) -> None:
@@ -177,12 +190,7 @@ class HostReach:
 
     def attach(self, socket: Path) -> Mapped:
         """See Reach. Maps every page of the arena: about 0.2 s per GiB, once per peer."""
-        try:
-            arena = attach_arena(socket, self.geometry.page_bytes)
-        except OSError as error:
-            if error.errno != errno.ENOMEM:
-                raise
-            raise MoveError(Failure.REFUSED, f"{socket} cannot be mapped: {error.strerror}") from error
+        arena = attach_arena(socket, self.geometry.page_bytes)
         return Mapped(_address(arena.memory), arena.header.pages, arena.close)
 
     def copy(self, there: Mapped, todo: list[Extent]) -> int:

@@ -179,10 +179,9 @@ class Outgoing:
             return f"{len(self._sending)} transfers are under way already"
         if order.fed and order.granularity is not Granularity.BY_LAYER:
             return f"only by_layer can be fed, not {order.granularity}"
-        try:  # the destination may not be known yet: distinct placeholders are enough to check the lists
-            PageTransfer(
-                self.me, order.id, order.source, order.destination or tuple(range(len(order.source)))
-            )
+        pages = tuple(range(len(order.source)))  # a destination that is not known yet: distinct placeholders
+        try:
+            PageTransfer(self.me, order.id, order.source, order.purpose.destination or pages)
         except ValueError as error:
             return str(error)
         return ""
@@ -326,13 +325,7 @@ class Outgoing:
             pid=self.pid,
             paths=self.paths,
             remaining_s=order.deadline - now,
-            destination=order.destination,
-            into=order.into,
-            owner=order.owner,
-            caller=order.caller,
-            scope=order.scope,
-            tokens=order.tokens,
-            private=order.private,
+            purpose=order.purpose,
         )
 
     def _post(self, to: ActorId, message: TransferMessage) -> None:

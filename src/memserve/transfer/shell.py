@@ -1,12 +1,14 @@
 """The shell of the two transfer cores: runs movers, lets transfers in, reports how each ended.
 
-The owner of the cores (a shard) passes every Write, Feed, StopWriting, Forget, Expect and StopReceiving to
-:attr:`TransferShell.perform`. It gets Wrote, WriteFailed, Received and ReceiveFailed back through ``tell``,
-always from a separate task and never from within ``perform``, so that a core's turn is never re-entered.
+The owner of the cores (a shard) passes every Write, Feed, StopWriting, Forget, Expect, StopReceiving and Probe
+to :attr:`TransferShell.perform`. It gets Wrote, WriteFailed, Received, ReceiveFailed and Gone back through
+``tell``, always from a separate task and never from within ``perform``, so that a core's turn is never re-entered.
 """
 
 from __future__ import annotations
 
+import os
+import select
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -20,11 +22,13 @@ import trio
 from memserve.errors import UserError
 from memserve.kernels.arena import Arena
 from memserve.kernels.gpu_memory import GpuArena
+from memserve.messages import Gone
 from memserve.transfer import nixl
 from memserve.transfer.actions import (
     Expect,
     Feed,
     Forget,
+    Probe,
     Received,
     ReceiveFailed,
     StopReceiving,
@@ -41,7 +45,7 @@ from memserve.transfer.tcp import TcpMover, TcpReceiver
 from memserve.transfer.values import Geometry, Result, TransferDone
 from memserve.transfer_messages import Failure, Way
 
-Told = Wrote | WriteFailed | Received | ReceiveFailed
+Told = Wrote | WriteFailed | Received | ReceiveFailed | Gone
 
 
 @attrs.define(eq=False)
@@ -82,6 +86,7 @@ class TransferShell:
             Forget: self._forget,
             Expect: self._expect,
             StopReceiving: self._stop_receiving,
+            Probe: self._probe,
         }
 
     # ---- sending ---------------------------------------------------------------------------------------------
@@ -137,8 +142,26 @@ class TransferShell:
             told = ReceiveFailed(stop.sender, stop.id, Failure.WITHDRAWN, "nothing had come in")
             self.nursery.start_soon(self._tell_soon, told)
 
+    def _probe(self, probe: Probe) -> None:
+        if has_ended(probe.pid):
+            self.nursery.start_soon(self._tell_soon, Gone((probe.sender,)))
+
     async def _tell_soon(self, told: Told) -> None:
         self.tell(told)
+
+
+def has_ended(pid: int) -> bool:
+    """Whether no process with this ID runs any more."""
+    try:
+        process = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        waiting = select.poll()
+        waiting.register(process, select.POLLIN)
+        return bool(waiting.poll(0))  # it has ended, and its parent has not noticed yet
+    finally:
+        os.close(process)
 
 
 def _told(result: Result) -> Told:
