@@ -133,6 +133,9 @@ BAD_CHATS = [
     ({"messages": HI, "structured_outputs": {"json": {"minimum": "é" * 99}}}, "structured_outputs.json", "a library failed over it"),  # a panic of the library
     ({"messages": HI, "tool_choice": "required", "tools": [{"type": "function", "function": {"name": "f", "parameters": {"required": "é" * 99}}}]}, "tools[0].function.parameters", "a library failed over it"),
     ({"messages": HI, "structured_outputs": {"json": '{"items":' * 5000 + "{}" + "}" * 5000}}, "structured_outputs.json", "nested too deeply"),
+    ({"messages": HI, "structured_outputs": {"grammar": "root ::= other"}}, "structured_outputs.grammar", "Rule 'other' not found"),
+    ({"messages": HI, "structured_outputs": {"grammar": 'other ::= "x"'}}, "structured_outputs.grammar", "No 'root' rule found"),
+    ({"messages": HI, "structured_outputs": {"grammar": 'root ::= "\\'}}, "structured_outputs.grammar", "structured_outputs.grammar: "),
     ({"messages": HI, "structured_outputs": {"grammar": "root ::= " + '"a" ' * 20_000}}, "structured_outputs.grammar", "at most 65536 bytes, got 80009"),
     ({"messages": HI, "structured_outputs": {"choice": []}}, "structured_outputs.choice", "length >= 1"),
     ({"messages": HI, "logprobs": 1}, "logprobs", "logprobs: expected bool, got 1"),
