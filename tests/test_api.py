@@ -86,6 +86,13 @@ async def test_parameters_reach_the_service():
     assert second.params.sampling.top_k == 0
 
 
+async def test_a_limit_beyond_the_vocabulary_is_none():
+    """A number that no message can carry would be a server error, where it asks for nothing."""
+    service = FakeService(lambda _r: says("x"))
+    await post({"prompt": "x", "top_k": 10**30}, service=service)
+    assert service.opened[0].params.sampling.top_k == demo_tokenizer().vocabulary
+
+
 async def test_adjustments_reach_the_service_of_every_answer():
     """A penalty or a bias would silently do nothing, or for the first answer alone."""
     service = FakeService(lambda _r: says("x"))

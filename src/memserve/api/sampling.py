@@ -26,7 +26,7 @@ def sampling_of(
     asked = (body.prompt_logprobs, body.scores_of_echo)
     return Sampling(
         temperature=1.0 if body.temperature is None else body.temperature,
-        top_k=max(body.top_k or 0, 0),
+        top_k=min(max(body.top_k or 0, 0), vocabulary),  # messages carry no larger integers than 64 bits
         top_p=1.0 if body.top_p is None else body.top_p,
         seed=(draw() if body.seed is None else body.seed) % 2**SEED_BITS,
         min_p=body.min_p or 0.0,
