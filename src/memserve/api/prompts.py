@@ -108,7 +108,8 @@ async def chat_prompt(body: ChatBody, model: Model, scope: str, draw: Callable[[
     name = "max_completion_tokens" if body.max_completion_tokens is not None else "max_tokens"
     asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     params = _params(body, model, _answer(asked, name, left, left, model), draw, await _grammar(body, model))
-    return Prompt(tuple(tokens), params, thinking=begins_in_thought(rendered.text))
+    continued = body.messages[-1].text if body.ending == "open" else ""
+    return Prompt(tuple(tokens), params, thinking=begins_in_thought(rendered.text, continued))
 
 
 async def chat_tokens(body: Conversation, model: Model, scope: str) -> list[int]:
