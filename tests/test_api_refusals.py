@@ -90,7 +90,7 @@ BAD = [
     ({"prompt": "x", "repetition_penalty": 0}, "repetition_penalty", "expected float >= 0.01, got 0"),
     ({"prompt": "x", "min_tokens": -1}, "min_tokens", "min_tokens: expected int >= 0, got -1"),
     ({"prompt": "x", "min_tokens": 17}, "min_tokens", r"17 asked for, but the answer has at most 16 \(max_tokens\)"),
-    ({"prompt": "x", "min_tokens": 1, "stop_token_ids": [*range(49152)]}, "min_tokens", "stop_token_ids names all"),
+    ({"prompt": "x", "stop_token_ids": [*range(1025)]}, "stop_token_ids", "expected array of length <= 1024, got"),
     ({"prompt": "x", "logit_bias": [1]}, "logit_bias", r"logit_bias: expected object, got \[1\]"),
     ({"prompt": "x", "logit_bias": {"49152": 1}}, "logit_bias", "token ids from 0 to 49151 as names, got 49152"),
     ({"prompt": "x", "logit_bias": {"07": 1}}, "logit_bias", "as names, got 07"),
@@ -111,6 +111,7 @@ def schema(found: dict[str, object]) -> dict[str, object]:
 BAD_CHATS = [
     ({"messages": []}, "messages", "length >= 1"),
     ({"messages": "x"}, "messages", 'messages: expected array, got "x"'),
+    ({"messages": HI * 10_001}, "messages", "messages: expected array of length <= 10000, got"),
     ({"messages": [{"content": "x"}]}, "messages[0].role", "this field is required"),
     ({"messages": [{"role": "root", "content": "x"}]}, "messages[0].role", "system, developer, user, assistant, tool, got"),
     ({"messages": [*HI, {"role": "user"}]}, "messages[1].content", "this field is required"),

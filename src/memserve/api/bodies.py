@@ -16,13 +16,15 @@ from msgspec import Meta
 
 from memserve.api.errors import ApiError, unsupported
 from memserve.api.formats import FORMATS, ResponseFormat, StructuredOutputs
-from memserve.api.messages import ROLES, ChatMessage, check_messages
+from memserve.api.messages import MESSAGES_MAX, ROLES, ChatMessage, check_messages
 from memserve.api.tools import CHOICES, TOOLS_MAX, Offer, Tool, ToolChoice, check_tools, offered
 from memserve.drawing import LOGPROBS_MAX
 from memserve.engine.detokenizer import check_stops
 
 CHOICES_MAX = 64
 """Most answers that one HTTP request may ask for: prompts times ``n``."""
+STOP_TOKENS_MAX = 1024
+"""Most ids in ``stop_token_ids``: a worker looks through them after each token, and all its streams wait."""
 SEED_BITS = 63
 PRIORITY_MAX = 100
 
@@ -105,7 +107,7 @@ class _Body:
     structured_outputs: StructuredOutputs | None = None
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: str | tuple[str, ...] | None = None
-    stop_token_ids: tuple[int, ...] | None = None
+    stop_token_ids: Annotated[tuple[int, ...], Meta(max_length=STOP_TOKENS_MAX)] | None = None
     ignore_eos: bool | None = None
     priority: Annotated[int, Meta(ge=-PRIORITY_MAX, le=PRIORITY_MAX)] | None = None
     return_token_ids: bool | None = None
@@ -145,7 +147,7 @@ class CompletionBody(_Body):
 class Conversation:
     """The fields that determine a chat's prompt."""
 
-    messages: Annotated[tuple[ChatMessage, ...], Meta(min_length=1)]
+    messages: Annotated[tuple[ChatMessage, ...], Meta(min_length=1, max_length=MESSAGES_MAX)]
     chat_template_kwargs: dict[str, Scalar] | None = None
     """Further variables of the model's chat template, such as Qwen3's ``enable_thinking``."""
     add_generation_prompt: bool | None = None
