@@ -211,6 +211,19 @@ async def test_a_stop_string_waits_for_the_least_length():
     assert response.json()["choices"][0]["text"] == "END one "
 
 
+async def test_a_completion_begins_with_bos_unless_its_client_says_no():
+    """A prompt that has the token already would begin with two of them, whatever the client asks for."""
+    service, tokenizer = FakeService(lambda _r: says("x")), demo_tokenizer()
+    tokenizer.bos = (IM_START,)
+    try:
+        for asked in ({}, {"add_special_tokens": True}, {"add_special_tokens": False}):
+            await post({"prompt": "x", **asked}, service=service)
+    finally:
+        tokenizer.bos = ()
+    plain = tokenizer.encode("x", False)
+    assert [one.prompt for one in service.opened] == [[IM_START, *plain], [IM_START, *plain], plain]
+
+
 async def test_length_is_told():
     """A client could not tell a cut answer from a whole one."""
     response = await post({"prompt": "x"}, service=FakeService(lambda _r: says("and so", "length")))

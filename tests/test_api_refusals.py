@@ -12,7 +12,7 @@ from fake_service import (
     FakeService,
     says,
 )
-from memserve.api.bodies import REFUSED
+from memserve.api.bodies import COMPLETIONS_ALONE, REFUSED
 from memserve.api.guard import cache_scope
 from memserve.errors import RequestFailed
 from memserve.messages import Change
@@ -112,6 +112,8 @@ BAD_CHATS = [
     ({"messages": []}, "messages", "length >= 1"),
     ({"messages": "x"}, "messages", 'messages: expected array, got "x"'),
     ({"messages": HI * 10_001}, "messages", "messages: expected array of length <= 10000, got"),
+    ({"messages": HI, "echo": True}, "echo", "echo is not supported"),
+    ({"messages": HI, "add_special_tokens": True}, "add_special_tokens", "add_special_tokens is not supported"),
     ({"messages": [{"content": "x"}]}, "messages[0].role", "this field is required"),
     ({"messages": [{"role": "root", "content": "x"}]}, "messages[0].role", "system, developer, user, assistant, tool, got"),
     ({"messages": [*HI, {"role": "user"}]}, "messages[1].content", "this field is required"),
@@ -172,7 +174,8 @@ async def test_bad_fields_are_named(path, body, param, text):
 
 async def test_values_that_ask_for_nothing_pass():
     """Clients that always send every field with its default would be refused."""
-    neutral = {name: values[0] for name, values in REFUSED.items() if values}
+    refused = REFUSED | COMPLETIONS_ALONE
+    neutral = {name: values[0] for name, values in refused.items() if values}
     nulls = dict.fromkeys(REFUSED, None)
 
     assert (await post({"messages": HI, "user": "me", "store": False} | neutral, CHAT)).status_code == 200

@@ -60,7 +60,9 @@ CHATS_ALONE: dict[str, tuple[object, ...]] = {
     "top_logprobs": (0,),
 }
 """Fields that only chats support, with the values that pass elsewhere because they request nothing."""
-_SOMEWHERE_REFUSED = REFUSED | CHATS_ALONE
+COMPLETIONS_ALONE: dict[str, tuple[object, ...]] = {"add_special_tokens": (False,), "echo": (False,)}
+"""Fields that only completions support, likewise."""
+_SOMEWHERE_REFUSED = REFUSED | CHATS_ALONE | COMPLETIONS_ALONE
 TEMPLATE_ARGUMENTS_MAX = 32
 TEMPLATE_NAMES = frozenset(
     ("add_generation_prompt", "bos_token", "documents", "eos_token", "messages", "raise_exception", "strftime_now", "tools")
@@ -125,6 +127,7 @@ class CompletionBody(_Body):
 
     prompt: Any
     """A text, several texts, token ids, or lists of token ids; :mod:`memserve.api.prompts` parses it."""
+    add_special_tokens: bool | None = None
     echo: bool | None = None
     max_tokens: Annotated[int, Meta(ge=0)] | None = None
     logprobs: Annotated[int, Meta(ge=0, le=COMPLETION_LOGPROBS_MAX)] | None = None

@@ -83,11 +83,12 @@ async def completion_prompts(
         message = f"prompt: {len(items)} prompts times n = {body.n or 1} is over {CHOICES_MAX} answers"
         raise ApiError(message, "prompt", code="invalid_value")
     grammar = await _grammar(body, model)
+    bos = () if body.add_special_tokens is False else model.tokenizer.bos
     prompts = []
     for index, item in enumerate(items):
         name = "prompt" if single else f"prompt[{index}]"
         if isinstance(item, str):
-            tokens = [*model.tokenizer.bos, *await text_tokens(item, name, model, scope)]
+            tokens = [*bos, *await text_tokens(item, name, model, scope)]
         else:
             tokens = token_ids(item, name, model.spec.vocab)
         left = _left(tokens, name, model.settings.max_context)
