@@ -211,6 +211,48 @@ async def test_a_stop_string_waits_for_the_least_length():
     assert response.json()["choices"][0]["text"] == "END one "
 
 
+async def test_the_token_that_ends_an_answer_is_no_part_of_its_text():
+    """An answer that a stop token ends would show that token, unlike one that the model's own end token does."""
+    *words, end = demo_tokenizer().encode("one two.", False)
+    service = FakeService(lambda _r: [Chunk(tuple(words)), Chunk((end,), "stop")])
+    body = {"prompt": "x", "stop_token_ids": [end], "return_token_ids": True}
+    (choice,) = (await post(body, service=service)).json()["choices"]
+    assert (choice["text"], choice["token_ids"]) == ("one two", [*words, end])
+    (choice,) = (await post(body | {"include_stop_str_in_output": True}, service=service)).json()["choices"]
+    assert choice["text"] == "one two."
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_stop_string_is_shown_to_those_who_ask(stream):
+    """A client that needs the end of what it asked for, such as a closing brace, would have to guess it."""
+    service = FakeService(lambda _r: says("one two END three", delay_s=0.001))
+    body = {"prompt": "x", "stop": ["o E", "END", "three"], "include_stop_str_in_output": True}
+    if stream:
+        *chunks, _done = await events(body, "/v1/completions", service)
+        choices = [json.loads(chunk)["choices"][0] for chunk in chunks]
+    else:
+        choices = (await post(body, service=service)).json()["choices"]
+    assert "".join(choice["text"] for choice in choices) == "one two E"
+    assert choices[-1]["finish_reason"] == "stop"
+    assert service.opened[0].outcome == "stop string"
+
+
+async def test_special_tokens_are_shown_to_those_who_ask():
+    """A client that parses a model's own control tokens would not find them."""
+    text = demo_tokenizer().encode("a <|im_start|> b", True)
+    service = FakeService(lambda _r: [Chunk(tuple(text)), Chunk((IM_END,), "stop")])
+
+    async def shown(**asked) -> str:
+        answer = await post({"messages": HI, **asked}, CHAT, service)
+        return answer.json()["choices"][0]["message"]["content"]
+
+    assert await shown() == "a  b"
+    assert await shown(skip_special_tokens=False) == "a <|im_start|> b"
+    both = {"skip_special_tokens": False, "include_stop_str_in_output": True}
+    assert await shown(**both) == "a <|im_start|> b<|im_end|>"
+    assert await shown(skip_special_tokens=False, stop="<|im_start|>") == "a "
+
+
 async def test_a_completion_begins_with_bos_unless_its_client_says_no():
     """A prompt that has the token already would begin with two of them, whatever the client asks for."""
     service, tokenizer = FakeService(lambda _r: says("x")), demo_tokenizer()

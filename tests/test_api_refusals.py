@@ -114,6 +114,7 @@ BAD_CHATS = [
     ({"messages": HI * 10_001}, "messages", "messages: expected array of length <= 10000, got"),
     ({"messages": HI, "echo": True}, "echo", "echo is not supported"),
     ({"messages": HI, "add_special_tokens": True}, "add_special_tokens", "add_special_tokens is not supported"),
+    ({"messages": HI, "skip_special_tokens": 0}, "skip_special_tokens", "expected bool, got 0"),
     ({"messages": [{"content": "x"}]}, "messages[0].role", "this field is required"),
     ({"messages": [{"role": "root", "content": "x"}]}, "messages[0].role", "system, developer, user, assistant, tool, got"),
     ({"messages": [*HI, {"role": "user"}]}, "messages[1].content", "this field is required"),

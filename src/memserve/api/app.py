@@ -215,11 +215,13 @@ class Api:
             form = self.served.call_format
             calls = CallParser(form, offer.names, offer.several and form.several)
             marks += form.marks
+        piece = self.served.with_marks(marks, skip_special=body.skip_special_tokens is not False)
         return Choice(
-            index, at, self.served.with_marks(marks), order.stops, body.min_tokens or 0,
+            index, at, piece, order.stops, body.min_tokens or 0,
             thoughts=thoughts, calls=calls,
             finish_of_calls="tool_calls" if offer is None or offer.only is None else "stop",  # as OpenAI does
             about=order.prompt_reports[at] if order.prompt_reports else None, silent=body.max_tokens == 0,
+            with_stop=bool(body.include_stop_str_in_output),
         )  # fmt: skip
 
     def _apart(self, body: CompletionBody | ChatBody, prompt: Prompt) -> bool:

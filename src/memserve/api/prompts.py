@@ -44,11 +44,13 @@ class Model:
         """The format in which the model writes tool calls."""
         return format_named(self.settings.tool_format, self.spec.chat_template)
 
-    def with_marks(self, marks: Iterable[str]) -> Piece:
+    def with_marks(self, marks: Iterable[str], skip_special: bool = True) -> Piece:
         """How to show tokens in an answer that is searched for ``marks``.
 
-        Control tokens are shown only if they are among ``marks``.
+        With ``skip_special``, control tokens are shown only if they are among ``marks``.
         """
+        if not skip_special:
+            return partial(self.tokenizer.piece, skip_special=False)
         shown = {self.tokenizer.specials[mark] for mark in marks if mark in self.tokenizer.specials}
         piece = self.tokenizer.piece
         return (lambda token: piece(token, skip_special=token not in shown)) if shown else piece
