@@ -266,6 +266,49 @@ async def test_a_completion_begins_with_bos_unless_its_client_says_no():
     assert [one.prompt for one in service.opened] == [[IM_START, *plain], [IM_START, *plain], plain]
 
 
+async def test_allowed_tokens_reach_the_service_of_every_answer():
+    """A client that wants one of a few tokens would get any."""
+    service = FakeService(lambda _r: says("x"))
+    await post({"prompt": "x", "n": 2, "allowed_token_ids": [9, 8, 9, 49151]}, service=service)
+    for one in service.opened:
+        mask = one.params.sampling.adjust.allowed
+        assert (len(mask), int.from_bytes(mask, "little")) == (49152 // 8, 1 << 8 | 1 << 9 | 1 << 49151)
+
+
+@pytest.mark.parametrize(("bos", "most", "kept"), [
+    ((), 2, 2), ((), 4, 4), ((), 9, 4), ((IM_START,), 3, 2), ((IM_START,), 1, 0), ((IM_START,), 5, 4),
+])  # fmt: skip
+async def test_a_prompt_is_cut_at_its_head_if_its_client_asks_for_that(bos, most, kept):
+    """A client with a long history would be refused, or lose the end, which is what it asks."""
+    service, tokenizer = FakeService(lambda _r: says("x")), demo_tokenizer()
+    ids, text = tokenizer.encode("one two three four", False), "one two three four"
+    asked = {"truncate_prompt_tokens": most, "max_tokens": 1}
+    tokenizer.bos = bos
+    try:
+        answer = await post({"prompt": text, "echo": True, **asked}, service=service)
+        await post({"prompt": ids, **asked}, service=service)
+        await post({"messages": HI, **asked}, CHAT, service)
+        await post({"messages": HI}, CHAT, service)
+    finally:
+        tokenizer.bos = ()
+    cut, listed, chat, whole = (one.prompt for one in service.opened)
+    assert cut == [*bos, *ids[4 - kept :]] and listed == ids[-most:]
+    assert answer.json()["choices"][0]["text"] == tokenizer.decode(ids[4 - kept :]) + "x"
+    assert whole[0] == IM_START
+    assert chat == [*bos, *whole[len(whole) - most + len(bos) :]]
+
+
+async def test_a_prompt_that_is_cut_may_be_of_any_length():
+    """A text that is far too long would be refused, although its client said what to do with it."""
+    service = FakeService(lambda _r: says("x"))
+    answer = await post({"prompt": "x" * 700_000, "truncate_prompt_tokens": 9}, service=service)
+    assert answer.status_code == 200, answer.text
+    chat = [{"role": "user", "content": "x" * 700_000}]
+    answer = await post({"messages": chat, "truncate_prompt_tokens": 9}, CHAT, service)
+    assert answer.status_code == 200, answer.text
+    assert [len(one.prompt) for one in service.opened] == [9, 9]
+
+
 async def test_length_is_told():
     """A client could not tell a cut answer from a whole one."""
     response = await post({"prompt": "x"}, service=FakeService(lambda _r: says("and so", "length")))

@@ -29,7 +29,6 @@ SEED_BITS = 63
 PRIORITY_MAX = 100
 
 REFUSED: dict[str, tuple[object, ...]] = {
-    "allowed_token_ids": (),
     "audio": (),
     "bad_words": ([],),
     "chat_template": (),
@@ -43,7 +42,6 @@ REFUSED: dict[str, tuple[object, ...]] = {
     "modalities": (["text"],),
     "prompt_embeds": (),
     "suffix": ("",),
-    "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
     "web_search_options": (),
 }
@@ -110,6 +108,8 @@ class _Body:
     stop_token_ids: Annotated[tuple[int, ...], Meta(max_length=STOP_TOKENS_MAX)] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
+    allowed_token_ids: Annotated[tuple[int, ...], Meta(min_length=1)] | None = None
+    truncate_prompt_tokens: Count | None = None
     ignore_eos: bool | None = None
     priority: Annotated[int, Meta(ge=-PRIORITY_MAX, le=PRIORITY_MAX)] | None = None
     return_token_ids: bool | None = None

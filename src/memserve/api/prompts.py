@@ -85,19 +85,41 @@ async def completion_prompts(
         message = f"prompt: {len(items)} prompts times n = {body.n or 1} is over {CHOICES_MAX} answers"
         raise ApiError(message, "prompt", code="invalid_value")
     grammar = await _grammar(body, model)
-    bos = () if body.add_special_tokens is False else model.tokenizer.bos
     prompts = []
     for index, item in enumerate(items):
         name = "prompt" if single else f"prompt[{index}]"
-        if isinstance(item, str):
-            tokens = [*bos, *await text_tokens(item, name, model, scope)]
-        else:
-            tokens = token_ids(item, name, model.spec.vocab)
+        tokens = await _tokens_of(item, name, body, model, scope)
         left = _left(tokens, name, model.settings.max_context)
         max_tokens = _answer(body.max_tokens, "max_tokens", left, COMPLETION_TOKENS, model)
         params = _params(body, model, max_tokens, draw, grammar)
-        prompts.append(Prompt(tuple(tokens), params, _echo(item, model.tokenizer) if body.echo else ""))
+        echo = _echo(item, tokens, body, model.tokenizer) if body.echo else ""
+        prompts.append(Prompt(tuple(tokens), params, echo))
     return prompts
+
+
+async def _tokens_of(
+    item: str | list[int], name: str, body: CompletionBody, model: Model, scope: str
+) -> list[int]:
+    """The tokens of one of a completion's prompts. Raises ApiError (400)."""
+    most = body.truncate_prompt_tokens
+    if not isinstance(item, str):
+        return _truncated(token_ids(item, name, model.spec.vocab), most)
+    tokens = await text_tokens(item, name, model, scope, whole=most is None)
+    bos = _bos(body, model.tokenizer)
+    return _truncated([*bos, *tokens], most, bos)
+
+
+def _bos(body: CompletionBody, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The tokens that the server writes before a completion's text."""
+    return () if body.add_special_tokens is False else tokenizer.bos
+
+
+def _truncated(tokens: list[int], most: int | None, first: Sequence[int] = ()) -> list[int]:
+    """The last ``most`` tokens, or all if that is None. If ``first`` begins them, it is kept, and counts."""
+    if most is None or len(tokens) <= most:
+        return tokens
+    head = [*first] if tokens[: len(first)] == [*first] else []
+    return [*head, *tokens[len(tokens) - max(most - len(head), 0) :]]
 
 
 async def chat_prompt(body: ChatBody, model: Model, scope: str, draw: Callable[[], int]) -> Prompt:
@@ -105,8 +127,9 @@ async def chat_prompt(body: ChatBody, model: Model, scope: str, draw: Callable[[
 
     ``draw`` supplies a seed if the body has none.
     """
-    rendered = _rendered(body, model)
-    tokens = await _encoded(rendered, model, scope)
+    most = body.truncate_prompt_tokens
+    rendered = _rendered(body, model, whole=most is None)
+    tokens = _truncated(await _encoded(rendered, model, scope), most, model.tokenizer.bos)
     left = _left(tokens, "messages", model.settings.max_context)
     name = "max_completion_tokens" if body.max_completion_tokens is not None else "max_tokens"
     asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
@@ -120,10 +143,12 @@ async def chat_tokens(body: Conversation, model: Model, scope: str) -> list[int]
     return await _encoded(_rendered(body, model), model, scope)
 
 
-def _rendered(body: Conversation, model: Model) -> Rendered:
+def _rendered(body: Conversation, model: Model, whole: bool = True) -> Rendered:
+    """The conversation as the template writes it; if all of it is used, it must not be hopelessly long."""
     tools = () if body.offer is None else body.offer.tools
     rendered = model.template.render(body.messages, body.chat_template_kwargs, body.ending, tools)
-    _not_hopeless(rendered.text, "messages", model)
+    if whole:
+        _not_hopeless(rendered.text, "messages", model)
     return rendered
 
 
@@ -133,12 +158,13 @@ async def _encoded(rendered: Rendered, model: Model, scope: str) -> list[int]:
     return await trio.to_thread.run_sync(model.template.encode, rendered, scope, limiter=model.encoders)
 
 
-async def text_tokens(text: str, name: str, model: Model, scope: str) -> list[int]:
+async def text_tokens(text: str, name: str, model: Model, scope: str, whole: bool = True) -> list[int]:
     """A text's tokens, without BOS; special tokens written in the text are recognised.
 
-    Raises ApiError (400) that calls the text ``name``.
+    Raises ApiError (400) that calls the text ``name`` if all of it is used and it is hopelessly long.
     """
-    _not_hopeless(text, name, model)
+    if whole:
+        _not_hopeless(text, name, model)
     encode = partial(model.tokenizer.encode, text, allow_special=True, scope=scope)
     if len(text) < LONG_TEXT:
         return encode()
@@ -225,8 +251,8 @@ async def _grammar(body: CompletionBody | ChatBody, model: Model) -> str:
     field = _asking(body)
     if not model.spec.eos:
         raise ApiError(f"{field}: this model has no token that ends an answer", field, code="invalid_value")
-    for name, asked in (("min_tokens", body.min_tokens), ("ignore_eos", body.ignore_eos)):
-        if asked:
+    for name in ("min_tokens", "ignore_eos", "allowed_token_ids"):
+        if getattr(body, name):
             message = f"{name}: not beside {field}, which says where the answer ends"
             raise ApiError(message, name, code="invalid_value")
     return grammar
@@ -250,6 +276,7 @@ def _asking(body: CompletionBody | ChatBody) -> str:
 def _params(
     body: CompletionBody | ChatBody, model: Model, max_tokens: int, draw: Callable[[], int], grammar: str
 ) -> GenerationParams:
+    allowed = frozenset(token_ids(body.allowed_token_ids or (), "allowed_token_ids", model.spec.vocab))
     for index, token in enumerate(body.stop_token_ids or ()):
         if not 0 <= token < model.spec.vocab:
             name = f"stop_token_ids[{index}]"
@@ -257,17 +284,19 @@ def _params(
             raise ApiError(message, name, code="invalid_value")
     ends = () if body.ignore_eos else model.spec.eos
     stops = tuple(dict.fromkeys((*ends, *(body.stop_token_ids or ()))))
-    _check_min_tokens(body.min_tokens or 0, max_tokens, len(stops), model)
+    others = len(allowed.difference(stops)) if allowed else model.spec.vocab - len(stops)
+    _check_min_tokens(body.min_tokens or 0, max_tokens, others)
     # Even if only the prompt is wanted, one token is drawn (and dropped): a request ends with its last token.
     return GenerationParams(sampling_of(body, model.spec.vocab, draw, grammar), max(max_tokens, 1), stops)
 
 
-def _check_min_tokens(least: int, most: int, stops: int, model: Model) -> None:
+def _check_min_tokens(least: int, most: int, others: int) -> None:
+    """``others``: number of tokens that can be drawn and do not end the answer."""
     if least > most:
         message = f"min_tokens: {least} asked for, but the answer has at most {most} (max_tokens)"
         raise ApiError(message, "min_tokens", code="invalid_value")
-    if least and stops >= model.spec.vocab:
-        message = "min_tokens: expected a token that does not end the answer, but stop_token_ids names all"
+    if least and not others:
+        message = "min_tokens: expected a token that does not end the answer, but stop_token_ids names all that may be drawn"
         raise ApiError(message, "min_tokens", code="invalid_value")
 
 
@@ -281,5 +310,10 @@ def of_choice(params: GenerationParams, number: int) -> GenerationParams:
     return attrs.evolve(params, sampling=attrs.evolve(params.sampling, seed=seed, prompt_logprobs=count))
 
 
-def _echo(item: str | list[int], tokenizer: Tokenizer) -> str:
-    return item if isinstance(item, str) else tokenizer.decode(item, skip_special=False)
+def _echo(item: str | list[int], tokens: list[int], body: CompletionBody, tokenizer: Tokenizer) -> str:
+    """The text of a prompt ``item`` of these ``tokens``, without what the server writes before it."""
+    if not isinstance(item, str):
+        return tokenizer.decode(tokens, skip_special=False)
+    if body.truncate_prompt_tokens is None or len(tokens) < body.truncate_prompt_tokens:
+        return item
+    return tokenizer.decode(tokens[len(_bos(body, tokenizer)) :], skip_special=False)
