@@ -243,7 +243,8 @@ def _answer(asked: int | None, name: str, left: int, default: int, model: Model)
 async def _grammar(body: CompletionBody | ChatBody, model: Model) -> str:
     """The grammar that the answer must follow; empty: none. Raises ApiError (400)."""
     offer = body.offer if isinstance(body, ChatBody) else None
-    if body.response_format is None and body.structured_outputs is None and offer is None:
+    formed = body.response_format is not None or body.structured_outputs is not None
+    if not formed and not (offer is not None and offer.followed):
         return ""
     grammar = await trio.to_thread.run_sync(_made, body, offer, model, limiter=model.encoders)
     if not grammar:
