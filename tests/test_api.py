@@ -298,17 +298,6 @@ async def test_a_prompt_is_cut_at_its_head_if_its_client_asks_for_that(bos, most
     assert chat == [*bos, *whole[len(whole) - most + len(bos) :]]
 
 
-async def test_a_prompt_that_is_cut_may_be_of_any_length():
-    """A text that is far too long would be refused, although its client said what to do with it."""
-    service = FakeService(lambda _r: says("x"))
-    answer = await post({"prompt": "x" * 700_000, "truncate_prompt_tokens": 9}, service=service)
-    assert answer.status_code == 200, answer.text
-    chat = [{"role": "user", "content": "x" * 700_000}]
-    answer = await post({"messages": chat, "truncate_prompt_tokens": 9}, CHAT, service)
-    assert answer.status_code == 200, answer.text
-    assert [len(one.prompt) for one in service.opened] == [9, 9]
-
-
 async def test_length_is_told():
     """A client could not tell a cut answer from a whole one."""
     response = await post({"prompt": "x"}, service=FakeService(lambda _r: says("and so", "length")))

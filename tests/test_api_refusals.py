@@ -67,6 +67,7 @@ BAD = [
     ({"prompt": "x", "max_tokens": 8192}, "max_tokens", "8192 asked for, but a prompt of 1 tokens leaves 8191 of 8192"),
     ({"prompt": [1] * 8192}, "prompt", "prompt has 8192 tokens, and the context of 8192"),
     ({"prompt": "x" * 700_000}, "prompt", r"at least 8641 tokens"),
+    ({"prompt": "1" * 700_000, "truncate_prompt_tokens": 9}, "prompt", r"at least 8641 tokens"),  # no cheap work either
     ({"prompt": "x", "temperature": 2.5}, "temperature", "temperature: expected float <= 2.0, got 2.5"),
     ({"prompt": "x", "top_p": 0}, "top_p", "top_p: expected float > 0"),
     ({"prompt": "x", "priority": 101}, "priority", "priority: expected int <= 100, got 101"),

@@ -104,7 +104,7 @@ async def _tokens_of(
     most = body.truncate_prompt_tokens
     if not isinstance(item, str):
         return _truncated(token_ids(item, name, model.spec.vocab), most)
-    tokens = await text_tokens(item, name, model, scope, whole=most is None)
+    tokens = await text_tokens(item, name, model, scope)
     bos = _bos(body, model.tokenizer)
     return _truncated([*bos, *tokens], most, bos)
 
@@ -128,7 +128,7 @@ async def chat_prompt(body: ChatBody, model: Model, scope: str, draw: Callable[[
     ``draw`` supplies a seed if the body has none.
     """
     most = body.truncate_prompt_tokens
-    rendered = _rendered(body, model, whole=most is None)
+    rendered = _rendered(body, model)
     tokens = _truncated(await _encoded(rendered, model, scope), most, model.tokenizer.bos)
     left = _left(tokens, "messages", model.settings.max_context)
     name = "max_completion_tokens" if body.max_completion_tokens is not None else "max_tokens"
@@ -143,12 +143,10 @@ async def chat_tokens(body: Conversation, model: Model, scope: str) -> list[int]
     return await _encoded(_rendered(body, model), model, scope)
 
 
-def _rendered(body: Conversation, model: Model, whole: bool = True) -> Rendered:
-    """The conversation as the template writes it; if all of it is used, it must not be hopelessly long."""
+def _rendered(body: Conversation, model: Model) -> Rendered:
     tools = () if body.offer is None else body.offer.tools
     rendered = model.template.render(body.messages, body.chat_template_kwargs, body.ending, tools)
-    if whole:
-        _not_hopeless(rendered.text, "messages", model)
+    _not_hopeless(rendered.text, "messages", model)
     return rendered
 
 
@@ -158,13 +156,12 @@ async def _encoded(rendered: Rendered, model: Model, scope: str) -> list[int]:
     return await trio.to_thread.run_sync(model.template.encode, rendered, scope, limiter=model.encoders)
 
 
-async def text_tokens(text: str, name: str, model: Model, scope: str, whole: bool = True) -> list[int]:
+async def text_tokens(text: str, name: str, model: Model, scope: str) -> list[int]:
     """A text's tokens, without BOS; special tokens written in the text are recognised.
 
-    Raises ApiError (400) that calls the text ``name`` if all of it is used and it is hopelessly long.
+    Raises ApiError (400) that calls the text ``name``.
     """
-    if whole:
-        _not_hopeless(text, name, model)
+    _not_hopeless(text, name, model)
     encode = partial(model.tokenizer.encode, text, allow_special=True, scope=scope)
     if len(text) < LONG_TEXT:
         return encode()
