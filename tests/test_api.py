@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from array import array
 from pathlib import Path
 
@@ -20,7 +21,8 @@ from fake_service import (
     says,
     sse,
 )
-from memserve.api.bodies import REFUSED, ChatBody, CompletionBody
+from memserve.api import app, prompts
+from memserve.api.bodies import LONG_BODY, REFUSED, ChatBody, CompletionBody
 from memserve.api.service import Chunk
 from memserve.drawing import Adjustments, Sampling
 from memserve.errors import RequestFailed
@@ -296,6 +298,26 @@ async def test_a_prompt_is_cut_at_its_head_if_its_client_asks_for_that(bos, most
     assert answer.json()["choices"][0]["text"] == tokenizer.decode(ids[4 - kept :]) + "x"
     assert whole[0] == IM_START
     assert chat == [*bos, *whole[len(whole) - most + len(bos) :]]
+
+
+async def test_a_long_body_is_read_and_rendered_while_streams_go_on(monkeypatch):
+    """One client's megabytes would hold up all other clients' streams for a second or two."""
+    here = threading.current_thread()
+    aside: list[bool] = []
+
+    def noting(call):
+        def noted(*given):
+            aside.append(threading.current_thread() is not here)
+            return call(*given)
+
+        return noted
+
+    monkeypatch.setattr(app, "read_body", noting(app.read_body))
+    monkeypatch.setattr(prompts, "_rendered", noting(prompts._rendered))
+    assert (await post({"messages": HI}, CHAT)).status_code == 200
+    long = [{"role": "user", "content": "x" * LONG_BODY}]
+    assert (await post({"messages": long}, CHAT)).json()["error"]["param"] == "messages"
+    assert aside == [False, False, True, True]
 
 
 async def test_length_is_told():

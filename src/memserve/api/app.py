@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 from memserve import __version__
 from memserve.api import errors
 from memserve.api.administration import read_change
-from memserve.api.bodies import SEED_BITS, Body, ChatBody, CompletionBody, read_body
+from memserve.api.bodies import LONG_BODY, SEED_BITS, Body, ChatBody, CompletionBody, read_body
 from memserve.api.call_parser import CallParser
 from memserve.api.chat import ChatTemplate
 from memserve.api.choices import Choice
@@ -97,22 +97,27 @@ class Api:
         """POST /v1/chat/completions."""
         body = await self._body(request, ChatBody)
         caller: Caller = request.scope[CALLER]
-        prompt = await chat_prompt(body, self.served, caller.cache_scope, _draw_seed)
+        long = len(await request.body()) >= LONG_BODY
+        prompt = await chat_prompt(body, self.served, caller.cache_scope, _draw_seed, long)
         wire = ChatWire(prompt, bool(body.return_token_ids), self._piece(body), self.served.call_format)
         return self._generate(request, body, [prompt], wire)
 
     async def tokenize(self, request: Request) -> Response:
         """POST /tokenize."""
-        body = read_tokenize(await request.body())
+        data = await request.body()
+        long = len(data) >= LONG_BODY
+        body = await self.served.aside(long, partial(read_tokenize, data))
         self._check_model(body.model)
         caller: Caller = request.scope[CALLER]
-        return _json(await tokenized(body, self.served, caller.cache_scope))
+        return _json(await tokenized(body, self.served, caller.cache_scope, long))
 
     async def detokenize(self, request: Request) -> Response:
         """POST /detokenize."""
-        body = read_detokenize(await request.body())
+        data = await request.body()
+        long = len(data) >= LONG_BODY
+        body = await self.served.aside(long, partial(read_detokenize, data))
         self._check_model(body.model)
-        return _json(detokenized(body, self.served))
+        return _json(await self.served.aside(long, partial(detokenized, body, self.served)))
 
     async def version(self, _request: Request) -> Response:
         """GET /version."""
@@ -155,7 +160,8 @@ class Api:
         return _json({"worker": request.path_params["worker"], "role": body.role, "drain": body.drain})
 
     async def _body(self, request: Request, kind: type[Body]) -> Body:
-        body = read_body(await request.body(), kind)
+        data = await request.body()
+        body = await self.served.aside(len(data) >= LONG_BODY, partial(read_body, data, kind))
         self._check_model(body.model)
         return body
 

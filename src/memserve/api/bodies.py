@@ -21,6 +21,8 @@ from memserve.api.tools import CHOICES, TOOLS_MAX, Offer, Tool, ToolChoice, chec
 from memserve.drawing import LOGPROBS_MAX
 from memserve.engine.detokenizer import check_stops
 
+LONG_BODY = 262_144
+"""Bytes from which to check and render a body takes tens of milliseconds: call it from a thread then."""
 CHOICES_MAX = 64
 """Most answers that one HTTP request may ask for: prompts times ``n``."""
 STOP_TOKENS_MAX = 1024

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import attrs
 import trio
@@ -24,6 +24,7 @@ from memserve.api.tools import Offer
 from memserve.engine.spec import ModelSpec
 from memserve.engine.tokenizer import LONG_TEXT, Tokenizer
 
+Found = TypeVar("Found")
 COMPLETION_TOKENS = 16
 """Default ``max_tokens`` of a completion, as OpenAI's."""
 
@@ -37,12 +38,16 @@ class Model:
     template: ChatTemplate
     settings: ApiSettings
     encoders: trio.CapacityLimiter = attrs.field(factory=lambda: trio.CapacityLimiter(1))
-    """Long texts are encoded one at a time, in a thread, so that streams continue in the meantime."""
+    """Limits long work to one call at a time, see :meth:`aside`."""
 
     @property
     def call_format(self) -> CallFormat:
         """The format in which the model writes tool calls."""
         return format_named(self.settings.tool_format, self.spec.chat_template)
+
+    async def aside(self, long: bool, call: Callable[[], Found]) -> Found:
+        """The result of ``call``; if it takes ``long``, in a thread, so that streams continue meanwhile."""
+        return await trio.to_thread.run_sync(call, limiter=self.encoders) if long else call()
 
     def with_marks(self, marks: Iterable[str], skip_special: bool = True) -> Piece:
         """How to show tokens in an answer that is searched for ``marks``.
@@ -122,13 +127,15 @@ def _truncated(tokens: list[int], most: int | None, first: Sequence[int] = ()) -
     return [*head, *tokens[len(tokens) - max(most - len(head), 0) :]]
 
 
-async def chat_prompt(body: ChatBody, model: Model, scope: str, draw: Callable[[], int]) -> Prompt:
+async def chat_prompt(
+    body: ChatBody, model: Model, scope: str, draw: Callable[[], int], long: bool = False
+) -> Prompt:
     """The prompt of a chat for the tenant ``scope``. Raises ApiError (400).
 
-    ``draw`` supplies a seed if the body has none.
+    ``draw`` supplies a seed if the body has none. ``long``: whether the body is.
     """
     most = body.truncate_prompt_tokens
-    rendered = _rendered(body, model)
+    rendered = await model.aside(long, partial(_rendered, body, model))
     tokens = _truncated(await _encoded(rendered, model, scope), most, model.tokenizer.bos)
     left = _left(tokens, "messages", model.settings.max_context)
     name = "max_completion_tokens" if body.max_completion_tokens is not None else "max_tokens"
@@ -138,9 +145,12 @@ async def chat_prompt(body: ChatBody, model: Model, scope: str, draw: Callable[[
     return Prompt(tuple(tokens), params, thinking=begins_in_thought(rendered.text, continued))
 
 
-async def chat_tokens(body: Conversation, model: Model, scope: str) -> list[int]:
-    """The tokens of the conversation as the model's template writes it. Raises ApiError (400)."""
-    return await _encoded(_rendered(body, model), model, scope)
+async def chat_tokens(body: Conversation, model: Model, scope: str, long: bool = False) -> list[int]:
+    """The tokens of the conversation as the model's template writes it. Raises ApiError (400).
+
+    ``long``: whether the body is.
+    """
+    return await _encoded(await model.aside(long, partial(_rendered, body, model)), model, scope)
 
 
 def _rendered(body: Conversation, model: Model) -> Rendered:
@@ -151,9 +161,8 @@ def _rendered(body: Conversation, model: Model) -> Rendered:
 
 
 async def _encoded(rendered: Rendered, model: Model, scope: str) -> list[int]:
-    if len(rendered.text) < LONG_TEXT:
-        return model.template.encode(rendered, scope)
-    return await trio.to_thread.run_sync(model.template.encode, rendered, scope, limiter=model.encoders)
+    encode = partial(model.template.encode, rendered, scope)
+    return await model.aside(len(rendered.text) >= LONG_TEXT, encode)
 
 
 async def text_tokens(text: str, name: str, model: Model, scope: str) -> list[int]:
@@ -163,9 +172,7 @@ async def text_tokens(text: str, name: str, model: Model, scope: str) -> list[in
     """
     _not_hopeless(text, name, model)
     encode = partial(model.tokenizer.encode, text, allow_special=True, scope=scope)
-    if len(text) < LONG_TEXT:
-        return encode()
-    return await trio.to_thread.run_sync(encode, limiter=model.encoders)
+    return await model.aside(len(text) >= LONG_TEXT, encode)
 
 
 def _items(prompt: Any) -> tuple[list[Any], bool]:
@@ -243,7 +250,7 @@ async def _grammar(body: CompletionBody | ChatBody, model: Model) -> str:
     formed = body.response_format is not None or body.structured_outputs is not None
     if not formed and not (offer is not None and offer.followed):
         return ""
-    grammar = await trio.to_thread.run_sync(_made, body, offer, model, limiter=model.encoders)
+    grammar = await model.aside(True, partial(_made, body, offer, model))
     if not grammar:
         return ""
     field = _asking(body)
