@@ -100,6 +100,7 @@ BAD = [
     ({"prompt": "x", "logit_bias": {str(i): 1 for i in range(301)}}, "logit_bias", "at most 300 tokens, got 301"),
     ({"prompt": "x", "continue_final_message": True}, "continue_final_message", "not supported"),
     ({"prompt": "x", "suffix": "y"}, "suffix", "suffix is not supported"),
+    ({"prompt": "x", "return_tokens_as_token_ids": True}, "return_tokens_as_token_ids", "is not supported"),
     ({"prompt": "x", "tools": [{}]}, "tools", "tools is not supported"),
 ]  # fmt: skip
 

@@ -43,6 +43,7 @@ REFUSED: dict[str, tuple[object, ...]] = {
     "guided_regex": (),
     "modalities": (["text"],),
     "prompt_embeds": (),
+    "return_tokens_as_token_ids": (False,),
     "suffix": ("",),
     "use_beam_search": (False,),
     "web_search_options": (),
