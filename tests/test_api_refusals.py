@@ -48,6 +48,7 @@ async def test_one_failed_answer_ends_them_all():
         response = await post({"prompt": "x", "n": 3, "seed": 0}, service=service)
 
     assert response.status_code == 500
+    assert response.headers["x-request-id"], "its history tells why"
     assert sorted(request.outcome for request in service.opened) == ["cancelled", "cancelled", "failed"]
 
 

@@ -166,7 +166,7 @@ class Generation:
         while not self._over:
             await self._wait()
         if self._failure is not None:
-            return await _send_error(send, from_failure(self._failure))
+            return await _send_error(send, from_failure(self._failure), self._id_header())
         await self._show_prompts()
         whole = self._order.wire.whole(self._head, [(choice, choice.take()) for choice in self._choices])
         body = msgspec.json.encode(whole | {"usage": usage(self._order.prompts, self._choices)})
@@ -179,7 +179,7 @@ class Generation:
         """Write the stream. Its head waits for the first tokens, so that an early failure sets the status."""
         has_news = await self._wait()
         if self._failure is not None:
-            return await _send_error(send, from_failure(self._failure))
+            return await _send_error(send, from_failure(self._failure), self._id_header())
         headers = [*_SSE_HEADERS, *self._id_header()]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         while True:
@@ -255,9 +255,9 @@ async def _write(part: bytes, send: Send, writer: DirectWriter | None) -> None:
         await writer.drain()
 
 
-async def _send_error(send: Send, error: ApiError) -> None:
+async def _send_error(send: Send, error: ApiError, more: list[tuple[bytes, bytes]]) -> None:
     body = error.body()
-    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)), *more]
     headers += [(name.encode(), value.encode()) for name, value in error.headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
