@@ -76,5 +76,8 @@ async def tokenized(
 
 def detokenized(body: DetokenizeBody, model: Model) -> dict[str, Any]:
     """The response to POST /detokenize. Raises ApiError (400)."""
+    if len(body.tokens) > (most := model.settings.max_context):
+        message = f"tokens: expected at most {most}, the context, got {len(body.tokens)}"
+        raise ApiError(message, "tokens", code="context_length_exceeded")
     tokens = token_ids(body.tokens, "tokens", model.spec.vocab)
     return {"prompt": model.tokenizer.decode(tokens, skip_special=False)}
