@@ -64,6 +64,7 @@ BAD = [
     ({"prompt": "x", "max_tokens": 0, "echo": True, "min_tokens": 1}, "min_tokens", "the answer has at most 0"),
     ({"prompt": "x", "prompt_logprobs": 21}, "prompt_logprobs", "prompt_logprobs: expected int <= 20, got 21"),
     ({"prompt": "x", "prompt_logprobs": -1}, "prompt_logprobs", "prompt_logprobs: expected int >= 0, got -1"),
+    ({"prompt": [[1] * 8000] * 64, "prompt_logprobs": 20}, "prompt", "512000 tokens with 20 of the likeliest each are over 4000000"),
     ({"prompt": "x", "max_tokens": "9"}, "max_tokens", 'max_tokens: expected int, got "9"'),
     ({"prompt": "x", "max_tokens": 8192}, "max_tokens", "8192 asked for, but a prompt of 1 tokens leaves 8191 of 8192"),
     ({"prompt": [1] * 8192}, "prompt", "prompt has 8192 tokens, and the context of 8192"),

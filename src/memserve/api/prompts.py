@@ -27,6 +27,8 @@ from memserve.engine.tokenizer import LONG_TEXT, Tokenizer
 Found = TypeVar("Found")
 COMPLETION_TOKENS = 16
 """Default ``max_tokens`` of a completion, as OpenAI's."""
+SCORES_MAX = 4_000_000
+"""Most log probabilities of prompts in one response; each takes about 60 bytes of JSON, all of it in memory."""
 
 
 @attrs.frozen
@@ -99,7 +101,19 @@ async def completion_prompts(
         params = _params(body, model, max_tokens, draw, grammar)
         echo = _echo(item, tokens, body, model.tokenizer) if body.echo else ""
         prompts.append(Prompt(tuple(tokens), params, echo))
+    _check_scores(body, sum(len(one.tokens) for one in prompts))
     return prompts
+
+
+def _check_scores(body: CompletionBody, tokens: int) -> None:
+    """``tokens``: number of all prompts' tokens. Raises ApiError (400) if too much is asked about them."""
+    asked = [count for count in (body.prompt_logprobs, body.scores_of_echo) if count is not None]
+    if asked and tokens * (1 + max(asked)) > SCORES_MAX:
+        message = (
+            f"prompt: {tokens} tokens with {max(asked)} of the likeliest each are over {SCORES_MAX} log "
+            "probabilities in one response; send fewer prompts at once"
+        )
+        raise ApiError(message, "prompt", code="invalid_value")
 
 
 async def _tokens_of(
