@@ -350,6 +350,24 @@ async def test_a_chat_stream_begins_with_the_role_and_ends_with_done():
     assert all(chunk["usage"] is None for chunk in chunks[:-1])
 
 
+async def test_a_stream_tells_its_usage_so_far_to_those_who_ask():
+    """A client that meters its users as they read would have nothing to count by until the end."""
+    service = FakeService(lambda _r: says("one two three", cached=1, delay_s=0.005))
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *chunks, _done = await events({"messages": HI, "n": 2, "stream_options": options}, CHAT, service)
+    *chunks, last = [json.loads(chunk) for chunk in chunks]
+
+    for index in range(2):
+        told = [one["usage"] for one in chunks if one["choices"][0]["index"] == index]
+        counts = [usage["completion_tokens"] for usage in told]
+        assert counts == sorted(counts) and counts[0] == 0 and counts[-1] == 4 and len({*counts}) > 2
+        assert {usage["prompt_tokens"] for usage in told} == {last["usage"]["prompt_tokens"]}
+        assert told[-1]["prompt_tokens_details"] == {"cached_tokens": 1}
+    assert last["usage"]["completion_tokens"] == 8
+    plain = {"messages": HI, "stream_options": {"continuous_usage_stats": True}}
+    assert all("usage" not in json.loads(chunk) for chunk in (await events(plain, CHAT))[:-1])
+
+
 async def test_streamed_token_ids_are_all_there_and_prompts_come_first():
     """A load generator that counts streamed tokens would count wrongly."""
     service = FakeService(lambda _r: says("日本 <|im", delay_s=0.001))

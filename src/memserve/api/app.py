@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 from memserve import __version__
 from memserve.api import errors
 from memserve.api.administration import read_change
-from memserve.api.bodies import LONG_BODY, SEED_BITS, Body, ChatBody, CompletionBody, read_body
+from memserve.api.bodies import LONG_BODY, SEED_BITS, Body, ChatBody, CompletionBody, StreamOptions, read_body
 from memserve.api.call_parser import CallParser
 from memserve.api.chat import ChatTemplate
 from memserve.api.choices import Choice
@@ -195,6 +195,7 @@ class Api:
     ) -> Response:
         caller: Caller = request.scope[CALLER]
         asked = request.headers.get(TTFT_HEADER)
+        options = body.stream_options or StreamOptions()
         order = GenerationOrder(
             prompts=with_urgency(prompts, body, asked, caller, self.served.settings.ttft_ms),
             n=body.n or 1,
@@ -202,7 +203,8 @@ class Api:
             wire=wire,
             model=self.served.settings.model,
             stream=bool(body.stream),
-            include_usage=body.stream_options is not None and bool(body.stream_options.include_usage),
+            include_usage=bool(options.include_usage),
+            usage_so_far=bool(options.continuous_usage_stats),
             cache_scope=caller.cache_scope,
             ping_s=self.served.settings.ping_s,
             prompt_reports=self._prompt_reports(body, prompts),

@@ -82,6 +82,7 @@ class StreamOptions:
     """``stream_options``."""
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 @attrs.frozen(kw_only=True)
