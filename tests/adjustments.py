@@ -77,7 +77,13 @@ def past_of(
     if how is None or how.adjust is None:
         return None
     early = len(tokens) - prompt_tokens < how.adjust.min_tokens
-    return Past(pack(tokens[:prompt_tokens]), pack(tokens[prompt_tokens:]), pack(ends if early else ()))
+    forbidden, allowed = pack(ends if early else ()), how.adjust.allowed
+    return Past(pack(tokens[:prompt_tokens]), pack(tokens[prompt_tokens:]), forbidden, allowed)
+
+
+def mask_of(tokens: Sequence[int], vocab: int) -> bytes:
+    """A bit mask of the vocabulary with these tokens' bits set."""
+    return sum(1 << token for token in {*tokens}).to_bytes(-(-vocab // 8), "little")
 
 
 def expected(logits: torch.Tensor, row: Row) -> int:

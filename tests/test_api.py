@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from array import array
 from pathlib import Path
 
@@ -20,7 +21,8 @@ from fake_service import (
     says,
     sse,
 )
-from memserve.api.bodies import REFUSED, ChatBody, CompletionBody
+from memserve.api import app, prompts
+from memserve.api.bodies import LONG_BODY, REFUSED, ChatBody, CompletionBody
 from memserve.api.service import Chunk
 from memserve.drawing import Adjustments, Sampling
 from memserve.errors import RequestFailed
@@ -84,6 +86,13 @@ async def test_parameters_reach_the_service():
     assert first.params.stop_tokens == (IM_END, 9)
     assert second.params.stop_tokens == ()
     assert second.params.sampling.top_k == 0
+
+
+async def test_a_limit_beyond_the_vocabulary_is_none():
+    """A number that no message can carry would be a server error, where it asks for nothing."""
+    service = FakeService(lambda _r: says("x"))
+    await post({"prompt": "x", "top_k": 10**30}, service=service)
+    assert service.opened[0].params.sampling.top_k == demo_tokenizer().vocabulary
 
 
 async def test_adjustments_reach_the_service_of_every_answer():
@@ -204,6 +213,113 @@ async def test_a_stop_string_waits_for_the_least_length():
     assert response.json()["choices"][0]["text"] == "END one "
 
 
+async def test_the_token_that_ends_an_answer_is_no_part_of_its_text():
+    """An answer that a stop token ends would show that token, unlike one that the model's own end token does."""
+    *words, end = demo_tokenizer().encode("one two.", False)
+    service = FakeService(lambda _r: [Chunk(tuple(words)), Chunk((end,), "stop")])
+    body = {"prompt": "x", "stop_token_ids": [end], "return_token_ids": True}
+    (choice,) = (await post(body, service=service)).json()["choices"]
+    assert (choice["text"], choice["token_ids"]) == ("one two", [*words, end])
+    (choice,) = (await post(body | {"include_stop_str_in_output": True}, service=service)).json()["choices"]
+    assert choice["text"] == "one two."
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_stop_string_is_shown_to_those_who_ask(stream):
+    """A client that needs the end of what it asked for, such as a closing brace, would have to guess it."""
+    service = FakeService(lambda _r: says("one two END three", delay_s=0.001))
+    body = {"prompt": "x", "stop": ["o E", "END", "three"], "include_stop_str_in_output": True}
+    if stream:
+        *chunks, _done = await events(body, "/v1/completions", service)
+        choices = [json.loads(chunk)["choices"][0] for chunk in chunks]
+    else:
+        choices = (await post(body, service=service)).json()["choices"]
+    assert "".join(choice["text"] for choice in choices) == "one two E"
+    assert choices[-1]["finish_reason"] == "stop"
+    assert service.opened[0].outcome == "stop string"
+
+
+async def test_special_tokens_are_shown_to_those_who_ask():
+    """A client that parses a model's own control tokens would not find them."""
+    text = demo_tokenizer().encode("a <|im_start|> b", True)
+    service = FakeService(lambda _r: [Chunk(tuple(text)), Chunk((IM_END,), "stop")])
+
+    async def shown(**asked) -> str:
+        answer = await post({"messages": HI, **asked}, CHAT, service)
+        return answer.json()["choices"][0]["message"]["content"]
+
+    assert await shown() == "a  b"
+    assert await shown(skip_special_tokens=False) == "a <|im_start|> b"
+    both = {"skip_special_tokens": False, "include_stop_str_in_output": True}
+    assert await shown(**both) == "a <|im_start|> b<|im_end|>"
+    assert await shown(skip_special_tokens=False, stop="<|im_start|>") == "a "
+
+
+async def test_a_completion_begins_with_bos_unless_its_client_says_no():
+    """A prompt that has the token already would begin with two of them, whatever the client asks for."""
+    service, tokenizer = FakeService(lambda _r: says("x")), demo_tokenizer()
+    tokenizer.bos = (IM_START,)
+    try:
+        for asked in ({}, {"add_special_tokens": True}, {"add_special_tokens": False}):
+            await post({"prompt": "x", **asked}, service=service)
+    finally:
+        tokenizer.bos = ()
+    plain = tokenizer.encode("x", False)
+    assert [one.prompt for one in service.opened] == [[IM_START, *plain], [IM_START, *plain], plain]
+
+
+async def test_allowed_tokens_reach_the_service_of_every_answer():
+    """A client that wants one of a few tokens would get any."""
+    service = FakeService(lambda _r: says("x"))
+    await post({"prompt": "x", "n": 2, "allowed_token_ids": [9, 8, 9, 49151]}, service=service)
+    for one in service.opened:
+        mask = one.params.sampling.adjust.allowed
+        assert (len(mask), int.from_bytes(mask, "little")) == (49152 // 8, 1 << 8 | 1 << 9 | 1 << 49151)
+
+
+@pytest.mark.parametrize(("bos", "most", "kept"), [
+    ((), 2, 2), ((), 4, 4), ((), 9, 4), ((IM_START,), 3, 2), ((IM_START,), 1, 0), ((IM_START,), 5, 4),
+])  # fmt: skip
+async def test_a_prompt_is_cut_at_its_head_if_its_client_asks_for_that(bos, most, kept):
+    """A client with a long history would be refused, or lose the end, which is what it asks."""
+    service, tokenizer = FakeService(lambda _r: says("x")), demo_tokenizer()
+    ids, text = tokenizer.encode("one two three four", False), "one two three four"
+    asked = {"truncate_prompt_tokens": most, "max_tokens": 1}
+    tokenizer.bos = bos
+    try:
+        answer = await post({"prompt": text, "echo": True, **asked}, service=service)
+        await post({"prompt": ids, **asked}, service=service)
+        await post({"messages": HI, **asked}, CHAT, service)
+        await post({"messages": HI}, CHAT, service)
+    finally:
+        tokenizer.bos = ()
+    cut, listed, chat, whole = (one.prompt for one in service.opened)
+    assert cut == [*bos, *ids[4 - kept :]] and listed == ids[-most:]
+    assert answer.json()["choices"][0]["text"] == tokenizer.decode(ids[4 - kept :]) + "x"
+    assert whole[0] == IM_START
+    assert chat == [*bos, *whole[len(whole) - most + len(bos) :]]
+
+
+async def test_a_long_body_is_read_and_rendered_while_streams_go_on(monkeypatch):
+    """One client's megabytes would hold up all other clients' streams for a second or two."""
+    here = threading.current_thread()
+    aside: list[bool] = []
+
+    def noting(call):
+        def noted(*given):
+            aside.append(threading.current_thread() is not here)
+            return call(*given)
+
+        return noted
+
+    monkeypatch.setattr(app, "read_body", noting(app.read_body))
+    monkeypatch.setattr(prompts, "_rendered", noting(prompts._rendered))
+    assert (await post({"messages": HI}, CHAT)).status_code == 200
+    long = [{"role": "user", "content": "x" * LONG_BODY}]
+    assert (await post({"messages": long}, CHAT)).json()["error"]["param"] == "messages"
+    assert aside == [False, False, True, True]
+
+
 async def test_length_is_told():
     """A client could not tell a cut answer from a whole one."""
     response = await post({"prompt": "x"}, service=FakeService(lambda _r: says("and so", "length")))
@@ -232,6 +348,24 @@ async def test_a_chat_stream_begins_with_the_role_and_ends_with_done():
     assert chunks[-1]["choices"] == []
     assert chunks[-1]["usage"]["completion_tokens"] == 3
     assert all(chunk["usage"] is None for chunk in chunks[:-1])
+
+
+async def test_a_stream_tells_its_usage_so_far_to_those_who_ask():
+    """A client that meters its users as they read would have nothing to count by until the end."""
+    service = FakeService(lambda _r: says("one two three", cached=1, delay_s=0.005))
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *chunks, _done = await events({"messages": HI, "n": 2, "stream_options": options}, CHAT, service)
+    *chunks, last = [json.loads(chunk) for chunk in chunks]
+
+    for index in range(2):
+        told = [one["usage"] for one in chunks if one["choices"][0]["index"] == index]
+        counts = [usage["completion_tokens"] for usage in told]
+        assert counts == sorted(counts) and counts[0] == 0 and counts[-1] == 4 and len({*counts}) > 2
+        assert {usage["prompt_tokens"] for usage in told} == {last["usage"]["prompt_tokens"]}
+        assert told[-1]["prompt_tokens_details"] == {"cached_tokens": 1}
+    assert last["usage"]["completion_tokens"] == 8
+    plain = {"messages": HI, "stream_options": {"continuous_usage_stats": True}}
+    assert all("usage" not in json.loads(chunk) for chunk in (await events(plain, CHAT))[:-1])
 
 
 async def test_streamed_token_ids_are_all_there_and_prompts_come_first():

@@ -12,7 +12,7 @@ from fake_service import (
     FakeService,
     says,
 )
-from memserve.api.bodies import REFUSED
+from memserve.api.bodies import COMPLETIONS_ALONE, REFUSED
 from memserve.api.guard import cache_scope
 from memserve.errors import RequestFailed
 from memserve.messages import Change
@@ -48,6 +48,7 @@ async def test_one_failed_answer_ends_them_all():
         response = await post({"prompt": "x", "n": 3, "seed": 0}, service=service)
 
     assert response.status_code == 500
+    assert response.headers["x-request-id"], "its history tells why"
     assert sorted(request.outcome for request in service.opened) == ["cancelled", "cancelled", "failed"]
 
 
@@ -63,10 +64,12 @@ BAD = [
     ({"prompt": "x", "max_tokens": 0, "echo": True, "min_tokens": 1}, "min_tokens", "the answer has at most 0"),
     ({"prompt": "x", "prompt_logprobs": 21}, "prompt_logprobs", "prompt_logprobs: expected int <= 20, got 21"),
     ({"prompt": "x", "prompt_logprobs": -1}, "prompt_logprobs", "prompt_logprobs: expected int >= 0, got -1"),
+    ({"prompt": [[1] * 8000] * 64, "prompt_logprobs": 20}, "prompt", "512000 tokens with 20 of the likeliest each are over 4000000"),
     ({"prompt": "x", "max_tokens": "9"}, "max_tokens", 'max_tokens: expected int, got "9"'),
     ({"prompt": "x", "max_tokens": 8192}, "max_tokens", "8192 asked for, but a prompt of 1 tokens leaves 8191 of 8192"),
     ({"prompt": [1] * 8192}, "prompt", "prompt has 8192 tokens, and the context of 8192"),
     ({"prompt": "x" * 700_000}, "prompt", r"at least 8641 tokens"),
+    ({"prompt": "1" * 700_000, "truncate_prompt_tokens": 9}, "prompt", r"at least 8641 tokens"),  # no cheap work either
     ({"prompt": "x", "temperature": 2.5}, "temperature", "temperature: expected float <= 2.0, got 2.5"),
     ({"prompt": "x", "top_p": 0}, "top_p", "top_p: expected float > 0"),
     ({"prompt": "x", "priority": 101}, "priority", "priority: expected int <= 100, got 101"),
@@ -90,7 +93,7 @@ BAD = [
     ({"prompt": "x", "repetition_penalty": 0}, "repetition_penalty", "expected float >= 0.01, got 0"),
     ({"prompt": "x", "min_tokens": -1}, "min_tokens", "min_tokens: expected int >= 0, got -1"),
     ({"prompt": "x", "min_tokens": 17}, "min_tokens", r"17 asked for, but the answer has at most 16 \(max_tokens\)"),
-    ({"prompt": "x", "min_tokens": 1, "stop_token_ids": [*range(49152)]}, "min_tokens", "stop_token_ids names all"),
+    ({"prompt": "x", "stop_token_ids": [*range(1025)]}, "stop_token_ids", "expected array of length <= 1024, got"),
     ({"prompt": "x", "logit_bias": [1]}, "logit_bias", r"logit_bias: expected object, got \[1\]"),
     ({"prompt": "x", "logit_bias": {"49152": 1}}, "logit_bias", "token ids from 0 to 49151 as names, got 49152"),
     ({"prompt": "x", "logit_bias": {"07": 1}}, "logit_bias", "as names, got 07"),
@@ -99,6 +102,7 @@ BAD = [
     ({"prompt": "x", "logit_bias": {str(i): 1 for i in range(301)}}, "logit_bias", "at most 300 tokens, got 301"),
     ({"prompt": "x", "continue_final_message": True}, "continue_final_message", "not supported"),
     ({"prompt": "x", "suffix": "y"}, "suffix", "suffix is not supported"),
+    ({"prompt": "x", "return_tokens_as_token_ids": True}, "return_tokens_as_token_ids", "is not supported"),
     ({"prompt": "x", "tools": [{}]}, "tools", "tools is not supported"),
 ]  # fmt: skip
 
@@ -111,6 +115,10 @@ def schema(found: dict[str, object]) -> dict[str, object]:
 BAD_CHATS = [
     ({"messages": []}, "messages", "length >= 1"),
     ({"messages": "x"}, "messages", 'messages: expected array, got "x"'),
+    ({"messages": HI * 10_001}, "messages", "messages: expected array of length <= 10000, got"),
+    ({"messages": HI, "echo": True}, "echo", "echo is not supported"),
+    ({"messages": HI, "add_special_tokens": True}, "add_special_tokens", "add_special_tokens is not supported"),
+    ({"messages": HI, "skip_special_tokens": 0}, "skip_special_tokens", "expected bool, got 0"),
     ({"messages": [{"content": "x"}]}, "messages[0].role", "this field is required"),
     ({"messages": [{"role": "root", "content": "x"}]}, "messages[0].role", "system, developer, user, assistant, tool, got"),
     ({"messages": [*HI, {"role": "user"}]}, "messages[1].content", "this field is required"),
@@ -129,6 +137,9 @@ BAD_CHATS = [
     ({"messages": HI, "structured_outputs": {"regex": "(x"}}, "structured_outputs.regex", "unclosed group"),
     ({"messages": HI, "structured_outputs": {"json": "{"}}, "structured_outputs.json", "truncated"),
     ({"messages": HI, "structured_outputs": {"grammar": "root: x ::="}}, "structured_outputs.grammar", "Expected ::="),
+    ({"messages": HI, "structured_outputs": {"grammar": "root ::= other"}}, "structured_outputs.grammar", "Rule 'other' not found"),
+    ({"messages": HI, "structured_outputs": {"grammar": 'other ::= "x"'}}, "structured_outputs.grammar", "No 'root' rule found"),
+    ({"messages": HI, "structured_outputs": {"grammar": 'root ::= "\\'}}, "structured_outputs.grammar", "structured_outputs.grammar: "),
     ({"messages": HI, "structured_outputs": {"grammar": "root ::= " + "(" * 5000 + '"a"' + ")" * 5000}}, "structured_outputs.grammar", "nested too deeply"),
     ({"messages": HI, "structured_outputs": {"json": {"minimum": "é" * 99}}}, "structured_outputs.json", "a library failed over it"),  # a panic of the library
     ({"messages": HI, "tool_choice": "required", "tools": [{"type": "function", "function": {"name": "f", "parameters": {"required": "é" * 99}}}]}, "tools[0].function.parameters", "a library failed over it"),
@@ -143,7 +154,11 @@ BAD_CHATS = [
     ({"messages": HI, "guided_choice": ["yes", "no"]}, "guided_choice", "not supported"),
     ({"messages": HI, "add_generation_prompt": True, "continue_final_message": True}, "continue_final_message", "not together"),
     ({"messages": HI, "add_generation_prompt": "no"}, "add_generation_prompt", "expected bool"),
-    ({"messages": HI, "truncate_prompt_tokens": 5}, "truncate_prompt_tokens", "not supported"),
+    ({"messages": HI, "truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "expected int >= 1, got 0"),
+    ({"messages": HI, "allowed_token_ids": []}, "allowed_token_ids", "length >= 1"),
+    ({"messages": HI, "allowed_token_ids": [5, 49152]}, "allowed_token_ids", r"allowed_token_ids\[1\]: expected a token id from 0 to 49151"),
+    ({"messages": HI, "response_format": {"type": "json_object"}, "allowed_token_ids": [5]}, "allowed_token_ids", "not beside response_format"),
+    ({"messages": HI, "allowed_token_ids": [2, 5], "stop_token_ids": [5], "min_tokens": 1}, "min_tokens", "names all that may be drawn"),
     ({"messages": HI, "max_completion_tokens": 9000}, "max_completion_tokens", "9000 asked for"),
     ({"messages": [{"role": "user", "content": "x y " * 5000}]}, "messages", "must hold it"),
 ]  # fmt: skip
@@ -168,7 +183,8 @@ async def test_bad_fields_are_named(path, body, param, text):
 
 async def test_values_that_ask_for_nothing_pass():
     """Clients that always send every field with its default would be refused."""
-    neutral = {name: values[0] for name, values in REFUSED.items() if values}
+    refused = REFUSED | COMPLETIONS_ALONE
+    neutral = {name: values[0] for name, values in refused.items() if values}
     nulls = dict.fromkeys(REFUSED, None)
 
     assert (await post({"messages": HI, "user": "me", "store": False} | neutral, CHAT)).status_code == 200

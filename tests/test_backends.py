@@ -189,6 +189,7 @@ def test_draws_follow_seed_and_position(made):
 
 
 BOUND = Sampling(adjust=Adjustments(grammar="any"))
+LISTED = Sampling(adjust=Adjustments(allowed=b"\xff" * 127))
 
 
 @pytest.mark.parametrize(
@@ -216,6 +217,10 @@ BOUND = Sampling(adjust=Adjustments(grammar="any"))
                 pack([1]), 0, (4,), BOUND, Past(b"", b"", b"", b"\xff" * 128, (bytes(128),)), draft=pack([1])
             ),
             "row 1: follows a grammar",
+        ),
+        (
+            Row(pack([1]), 0, (4,), LISTED, Past(b"", b"", allowed=b"\xff" * 127)),
+            "row 1: follows a grammar or a list",
         ),
         (Row(pack([1024]), 0, (4,), None), "row 1: token ids 1024 to 1024; the vocabulary has 1024"),
         (Row(pack([1]), 0, (2,), None), r"row 1: writes to a page that the step writes to already"),

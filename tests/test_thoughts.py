@@ -104,6 +104,18 @@ async def test_a_stream_tells_thoughts_before_the_answer_and_calls():
     assert "".join(calls) == PARIS
 
 
+async def test_an_answer_may_continue_a_thought():
+    """If it failed, the rest of a thought that a client began would be shown to users, with its closing mark."""
+    begun = [*HI, {"role": "assistant", "content": "<think>\nA"}]
+    (choice,) = (await asked(" fox.</think>Yes.", messages=begun, continue_final_message=True)).json()[
+        "choices"
+    ]
+    assert choice["message"]["reasoning_content"] == "fox." and choice["message"]["content"] == "Yes."
+    begun[-1] = {"role": "assistant", "content": "<think>A fox.</think> I"}
+    (choice,) = (await asked(" say yes.", messages=begun, continue_final_message=True)).json()["choices"]
+    assert choice["message"]["content"] == " say yes." and "reasoning_content" not in choice["message"]
+
+
 async def test_an_answer_of_a_given_form_has_no_thoughts():
     """If it failed, an answer whose prompt ends within a thought would be taken for one."""
     form = {"type": "json_object"}

@@ -79,6 +79,20 @@ def test_a_blank_comes_before_the_text_only_where_the_model_has_it_so():
             )
 
 
+@pytest.mark.parametrize(("left", "right"), [(True, True), (False, True), (True, False)])
+def test_a_special_token_takes_the_blanks_that_are_its_own(left, right):
+    """Phi, which has such tokens, would read line breaks that it never saw in training."""
+    built = Built(build_tokenizer(SPM).model)
+    built.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, "never", split=False)
+    own = AddedToken("</s>", special=True, lstrip=left, rstrip=right, normalized=False)
+    built.add_special_tokens([AddedToken("<s>", special=True), own])
+    library = Built.from_str(built.to_str())
+    tokenizer = Tokenizer(built)
+    for text in ("ab</s>\n c", "</s>", " </s> </s> ", "ab \n</s>c a</s>", "<s> a </s>  <s> b"):
+        known = library.encode(text, add_special_tokens=False).ids
+        assert tokenizer.encode(text, True) == known, text
+
+
 ALPHABET = sorted(_bytes_of_characters())
 
 

@@ -65,6 +65,7 @@ async def test_bos_is_left_out_on_demand(monkeypatch):
         ("/detokenize", {}, "tokens"),
         ("/detokenize", {"tokens": [49152]}, "tokens"),
         ("/detokenize", {"tokens": [-1]}, "tokens[0]"),
+        ("/detokenize", {"tokens": [1] * 8193}, "tokens"),  # 8 MiB of long tokens would make 200 MB of text
         ("/detokenize", {"tokens": [1], "model": "other"}, "model"),
     ],
 )  # fmt: skip

@@ -10,11 +10,14 @@ import pytest
 import trio
 
 from api_client import CHAT, HI, post
-from fake_service import IM_END, FakeService, demo_tokenizer, says, sse
+from fake_service import IM_END, FakeService, demo_spec, demo_tokenizer, says, settings, sse
+from memserve.api.bodies import ChatBody, read_body
 from memserve.api.call_formats import CALL_FORMATS, HERMES, MISTRAL
 from memserve.api.call_grammars import CALLS_MAX as FORCED_CALLS_MAX
 from memserve.api.call_grammars import SCHEMAS_BYTES_MAX
+from memserve.api.chat import ChatTemplate
 from memserve.api.messages import CALLS_MAX, DEPTH_MAX
+from memserve.api.prompts import Model, chat_prompt
 from memserve.api.service import Chunk
 from memserve.api.tools import NAME_PATTERN, TOOLS_MAX
 from memserve.settings.sections import ModelConfig
@@ -55,6 +58,16 @@ async def streamed(text, service=None, finish="stop", **changes):
     assert done == "[DONE]"
     chunks = [choice for event in events for choice in json.loads(event)["choices"]]
     return [chunk for chunk in chunks if chunk["index"] == 0]
+
+
+async def test_tools_that_may_be_called_in_any_form_wait_for_no_grammar():
+    """An agent's every turn would wait for the long texts and the grammars of other clients."""
+    template = ChatTemplate.of(demo_spec(), demo_tokenizer())
+    model = Model(demo_spec(), demo_tokenizer(), template, settings())
+    with trio.fail_after(5):
+        async with model.encoders:  # as while another client's grammar is checked
+            prompt = await chat_prompt(read_body(json.dumps(ASKED).encode(), ChatBody), model, "", lambda: 1)
+    assert prompt.params.sampling.adjust is None
 
 
 def joined(chunks):

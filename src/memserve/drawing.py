@@ -32,6 +32,9 @@ class Adjustments:
     """Subtracted from the logit of every token that occurs in the answer."""
     min_tokens: int = 0
     """Tokens of the answer before an end token can be drawn; a grammar overrides this."""
+    allowed: bytes = b""
+    """Bit mask of the tokens that may be drawn, lowest bit of the first byte first; empty: all. Never together
+    with a grammar."""
     grammar: str = ""
     """Grammar of the answer, in llguidance's notation; empty: none. See :mod:`memserve.engine.grammars`."""
 

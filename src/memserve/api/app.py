@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 from memserve import __version__
 from memserve.api import errors
 from memserve.api.administration import read_change
-from memserve.api.bodies import SEED_BITS, Body, ChatBody, CompletionBody, read_body
+from memserve.api.bodies import LONG_BODY, SEED_BITS, Body, ChatBody, CompletionBody, StreamOptions, read_body
 from memserve.api.call_parser import CallParser
 from memserve.api.chat import ChatTemplate
 from memserve.api.choices import Choice
@@ -97,22 +97,27 @@ class Api:
         """POST /v1/chat/completions."""
         body = await self._body(request, ChatBody)
         caller: Caller = request.scope[CALLER]
-        prompt = await chat_prompt(body, self.served, caller.cache_scope, _draw_seed)
+        long = len(await request.body()) >= LONG_BODY
+        prompt = await chat_prompt(body, self.served, caller.cache_scope, _draw_seed, long)
         wire = ChatWire(prompt, bool(body.return_token_ids), self._piece(body), self.served.call_format)
         return self._generate(request, body, [prompt], wire)
 
     async def tokenize(self, request: Request) -> Response:
         """POST /tokenize."""
-        body = read_tokenize(await request.body())
+        data = await request.body()
+        long = len(data) >= LONG_BODY
+        body = await self.served.aside(long, partial(read_tokenize, data))
         self._check_model(body.model)
         caller: Caller = request.scope[CALLER]
-        return _json(await tokenized(body, self.served, caller.cache_scope))
+        return _json(await tokenized(body, self.served, caller.cache_scope, long))
 
     async def detokenize(self, request: Request) -> Response:
         """POST /detokenize."""
-        body = read_detokenize(await request.body())
+        data = await request.body()
+        long = len(data) >= LONG_BODY
+        body = await self.served.aside(long, partial(read_detokenize, data))
         self._check_model(body.model)
-        return _json(detokenized(body, self.served))
+        return _json(await self.served.aside(long, partial(detokenized, body, self.served)))
 
     async def version(self, _request: Request) -> Response:
         """GET /version."""
@@ -155,7 +160,8 @@ class Api:
         return _json({"worker": request.path_params["worker"], "role": body.role, "drain": body.drain})
 
     async def _body(self, request: Request, kind: type[Body]) -> Body:
-        body = read_body(await request.body(), kind)
+        data = await request.body()
+        body = await self.served.aside(len(data) >= LONG_BODY, partial(read_body, data, kind))
         self._check_model(body.model)
         return body
 
@@ -189,6 +195,7 @@ class Api:
     ) -> Response:
         caller: Caller = request.scope[CALLER]
         asked = request.headers.get(TTFT_HEADER)
+        options = body.stream_options or StreamOptions()
         order = GenerationOrder(
             prompts=with_urgency(prompts, body, asked, caller, self.served.settings.ttft_ms),
             n=body.n or 1,
@@ -196,7 +203,8 @@ class Api:
             wire=wire,
             model=self.served.settings.model,
             stream=bool(body.stream),
-            include_usage=body.stream_options is not None and bool(body.stream_options.include_usage),
+            include_usage=bool(options.include_usage),
+            usage_so_far=bool(options.continuous_usage_stats),
             cache_scope=caller.cache_scope,
             ping_s=self.served.settings.ping_s,
             prompt_reports=self._prompt_reports(body, prompts),
@@ -215,11 +223,13 @@ class Api:
             form = self.served.call_format
             calls = CallParser(form, offer.names, offer.several and form.several)
             marks += form.marks
+        piece = self.served.with_marks(marks, skip_special=body.skip_special_tokens is not False)
         return Choice(
-            index, at, self.served.with_marks(marks), order.stops, body.min_tokens or 0,
+            index, at, piece, order.stops, body.min_tokens or 0,
             thoughts=thoughts, calls=calls,
             finish_of_calls="tool_calls" if offer is None or offer.only is None else "stop",  # as OpenAI does
             about=order.prompt_reports[at] if order.prompt_reports else None, silent=body.max_tokens == 0,
+            with_stop=bool(body.include_stop_str_in_output),
         )  # fmt: skip
 
     def _apart(self, body: CompletionBody | ChatBody, prompt: Prompt) -> bool:

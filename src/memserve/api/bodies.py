@@ -16,18 +16,21 @@ from msgspec import Meta
 
 from memserve.api.errors import ApiError, unsupported
 from memserve.api.formats import FORMATS, ResponseFormat, StructuredOutputs
-from memserve.api.messages import ROLES, ChatMessage, check_messages
+from memserve.api.messages import MESSAGES_MAX, ROLES, ChatMessage, check_messages
 from memserve.api.tools import CHOICES, TOOLS_MAX, Offer, Tool, ToolChoice, check_tools, offered
 from memserve.drawing import LOGPROBS_MAX
 from memserve.engine.detokenizer import check_stops
 
+LONG_BODY = 262_144
+"""Bytes from which to check and render a body takes tens of milliseconds: call it from a thread then."""
 CHOICES_MAX = 64
 """Most answers that one HTTP request may ask for: prompts times ``n``."""
+STOP_TOKENS_MAX = 1024
+"""Most ids in ``stop_token_ids``: a worker looks through them after each token, and all its streams wait."""
 SEED_BITS = 63
 PRIORITY_MAX = 100
 
 REFUSED: dict[str, tuple[object, ...]] = {
-    "allowed_token_ids": (),
     "audio": (),
     "bad_words": ([],),
     "chat_template": (),
@@ -38,12 +41,10 @@ REFUSED: dict[str, tuple[object, ...]] = {
     "guided_grammar": (),
     "guided_json": (),
     "guided_regex": (),
-    "include_stop_str_in_output": (False,),
     "modalities": (["text"],),
     "prompt_embeds": (),
-    "skip_special_tokens": (True,),
+    "return_tokens_as_token_ids": (False,),
     "suffix": ("",),
-    "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
     "web_search_options": (),
 }
@@ -58,7 +59,9 @@ CHATS_ALONE: dict[str, tuple[object, ...]] = {
     "top_logprobs": (0,),
 }
 """Fields that only chats support, with the values that pass elsewhere because they request nothing."""
-_SOMEWHERE_REFUSED = REFUSED | CHATS_ALONE
+COMPLETIONS_ALONE: dict[str, tuple[object, ...]] = {"add_special_tokens": (False,), "echo": (False,)}
+"""Fields that only completions support, likewise."""
+_SOMEWHERE_REFUSED = REFUSED | CHATS_ALONE | COMPLETIONS_ALONE
 TEMPLATE_ARGUMENTS_MAX = 32
 TEMPLATE_NAMES = frozenset(
     ("add_generation_prompt", "bos_token", "documents", "eos_token", "messages", "raise_exception", "strftime_now", "tools")
@@ -79,6 +82,7 @@ class StreamOptions:
     """``stream_options``."""
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 @attrs.frozen(kw_only=True)
@@ -105,7 +109,11 @@ class _Body:
     structured_outputs: StructuredOutputs | None = None
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: str | tuple[str, ...] | None = None
-    stop_token_ids: tuple[int, ...] | None = None
+    stop_token_ids: Annotated[tuple[int, ...], Meta(max_length=STOP_TOKENS_MAX)] | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    allowed_token_ids: Annotated[tuple[int, ...], Meta(min_length=1)] | None = None
+    truncate_prompt_tokens: Count | None = None
     ignore_eos: bool | None = None
     priority: Annotated[int, Meta(ge=-PRIORITY_MAX, le=PRIORITY_MAX)] | None = None
     return_token_ids: bool | None = None
@@ -123,6 +131,7 @@ class CompletionBody(_Body):
 
     prompt: Any
     """A text, several texts, token ids, or lists of token ids; :mod:`memserve.api.prompts` parses it."""
+    add_special_tokens: bool | None = None
     echo: bool | None = None
     max_tokens: Annotated[int, Meta(ge=0)] | None = None
     logprobs: Annotated[int, Meta(ge=0, le=COMPLETION_LOGPROBS_MAX)] | None = None
@@ -145,7 +154,7 @@ class CompletionBody(_Body):
 class Conversation:
     """The fields that determine a chat's prompt."""
 
-    messages: Annotated[tuple[ChatMessage, ...], Meta(min_length=1)]
+    messages: Annotated[tuple[ChatMessage, ...], Meta(min_length=1, max_length=MESSAGES_MAX)]
     chat_template_kwargs: dict[str, Scalar] | None = None
     """Further variables of the model's chat template, such as Qwen3's ``enable_thinking``."""
     add_generation_prompt: bool | None = None

@@ -28,7 +28,7 @@ def call_grammar(offer: Offer, form: CallFormat, specials: Mapping[str, int], an
     the grammar for an answer without calls; empty: none. Raises ApiError (400), naming the tool, if its
     schema cannot be followed. This can take a second: call it in a thread.
     """
-    if not (offer.must or answer or any(tool.function.strict for tool in offer.tools)):
+    if not (offer.followed or answer):
         return ""
     if offer.must and answer:
         text = "tool_choice: not beside response_format or structured_outputs, where it asks for a call"

@@ -69,6 +69,7 @@ class Choice:
         finish_of_calls: str = "tool_calls",
         about: PromptReport | None = None,
         silent: bool = False,
+        with_stop: bool = False,
     ) -> None:
         """``index`` is the choice's index in the response, ``prompt`` the index of its prompt.
 
@@ -76,7 +77,7 @@ class Choice:
         ``thoughts``: separates what the model thinks first, if that is reported apart. ``calls``: finds tool
         calls, if there are tools; ``finish_of_calls`` is then the finish reason of an answer with calls.
         ``about``: log probabilities of its prompt, if requested. ``silent``: drop the one token that comes,
-        as the client wants only the prompt.
+        as the client wants only the prompt. ``with_stop``: the text ends with the stop string or stop token.
         """
         self.index = index
         self.about = about
@@ -87,8 +88,8 @@ class Choice:
         self.finish: str | None = None
         """How the answer ended, once it is complete: ``stop``, ``length`` or ``tool_calls``."""
         self._detokenizer = Detokenizer(piece)
-        self._scanner = StopScanner(stops)
-        self._piece, self._min_tokens, self._silent = piece, min_tokens, silent
+        self._scanner = StopScanner(stops, with_stop)
+        self._piece, self._min_tokens, self._silent, self._with_stop = piece, min_tokens, silent, with_stop
         self._thoughts, self._calls, self._finish_of_calls = thoughts, calls, finish_of_calls
         self._reported_characters = 0
         # Not taken yet. Bounded by max_tokens: a slow reader costs no more than one that does not stream.
@@ -117,6 +118,8 @@ class Choice:
             self._new.tokens.append(token)
             if chunk.logprobs:
                 self._report(token, chunk.logprobs[number])
+            if chunk.finish == "stop" and number + 1 == len(chunk.tokens) and not self._with_stop:
+                break  # the token that ended the answer, which as in vLLM is not part of its text
             text = self._detokenizer.push(token)
             early = self.output_tokens <= self._min_tokens
             self._say(text if early else self._scanner.push(text))

@@ -5,12 +5,13 @@ A grammar travels as text for llguidance. Workers follow it token by token (:mod
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import attrs
 import msgspec
 from llguidance import LLMatcher
-from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
+from llguidance.gbnf_to_lark import gbnf_to_lark
 from msgspec import Meta
 
 from memserve.api.errors import ApiError
@@ -24,6 +25,9 @@ GRAMMAR_BYTES_MAX = 65_536
 """Most bytes of a request's description of its answer's form."""
 COMPACT: JsonCompileOptions = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """The only whitespace in JSON, so that a model cannot fill its answer with it."""
+
+_LARK = re.compile(r"^[^\S\n]*(?:%llguidance\b|start\s*:)", re.MULTILINE)
+"""Found in grammars in Lark's notation only. The library's own expression takes half a minute for blank lines."""
 
 Choice = Annotated[str, Meta(min_length=1)]
 
@@ -113,7 +117,7 @@ def _made(field: str, kind: str, value: Any) -> str:
         made: str = _MAKES[kind](value)
     except RecursionError as error:
         raise cannot(field, "nested too deeply") from error
-    except (ValueError, msgspec.DecodeError, GbnfToLarkError) as error:
+    except (ValueError, msgspec.DecodeError) as error:
         raise cannot(field, str(error)) from error
     return made
 
@@ -134,8 +138,18 @@ def _of_choice(texts: tuple[str, ...]) -> str:
 
 def _of_grammar(text: str) -> str:
     """The grammar in ``text``, which is in Lark's notation or in GBNF (llama.cpp's)."""
-    made: str = LLMatcher.grammar_from_lark(any_to_lark(text))
+    made: str = LLMatcher.grammar_from_lark(text if _LARK.search(text) else _of_gbnf(text))
     return made
+
+
+def _of_gbnf(text: str) -> str:
+    """A GBNF grammar in Lark's notation. Raises ValueError and RecursionError."""
+    try:
+        return gbnf_to_lark(text)
+    except RecursionError:
+        raise
+    except Exception as error:  # the library raises bare Exception, as for a rule that is missing
+        raise ValueError(str(error)) from error
 
 
 _MAKES: dict[str, Any] = {

@@ -19,7 +19,7 @@ from memserve.api.errors import ApiError, from_failure
 from memserve.api.prompt_logprobs import PromptReport
 from memserve.api.prompts import Prompt, of_choice
 from memserve.api.service import Chunk, Service
-from memserve.api.wire import DONE, PING, Head, Mould, Wire, error_event, event, usage
+from memserve.api.wire import DONE, PING, Head, Mould, Wire, error_event, event, token_counts, usage
 from memserve.errors import RequestFailed
 
 _SSE_HEADERS = [
@@ -40,6 +40,8 @@ class GenerationOrder:
     model: str
     stream: bool
     include_usage: bool
+    usage_so_far: bool = False
+    """With ``include_usage``: each chunk of a stream has the usage of its answer so far."""
     cache_scope: str
     ping_s: float
     prompt_reports: Sequence[PromptReport] = ()
@@ -166,7 +168,7 @@ class Generation:
         while not self._over:
             await self._wait()
         if self._failure is not None:
-            return await _send_error(send, from_failure(self._failure))
+            return await _send_error(send, from_failure(self._failure), self._id_header())
         await self._show_prompts()
         whole = self._order.wire.whole(self._head, [(choice, choice.take()) for choice in self._choices])
         body = msgspec.json.encode(whole | {"usage": usage(self._order.prompts, self._choices)})
@@ -179,7 +181,7 @@ class Generation:
         """Write the stream. Its head waits for the first tokens, so that an early failure sets the status."""
         has_news = await self._wait()
         if self._failure is not None:
-            return await _send_error(send, from_failure(self._failure))
+            return await _send_error(send, from_failure(self._failure), self._id_header())
         headers = [*_SSE_HEADERS, *self._id_header()]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         while True:
@@ -226,7 +228,8 @@ class Generation:
 
         Empty if its text is held back: half a character, or what may begin a stop string or a call.
         """
-        if delta.finish or delta.calls or delta.thought or self._order.wire.per_token:
+        changing = self._order.wire.per_token or self._order.usage_so_far
+        if delta.finish or delta.calls or delta.thought or changing:
             return event(self._chunk(choice, delta))
         return self._moulds[choice.index].event(delta.text) if delta.text else b""
 
@@ -234,14 +237,21 @@ class Generation:
         """The event that opens a choice's stream; may be empty."""
         self._moulds[choice.index] = Mould.of(lambda text: self._chunk(choice, Delta(text)))
         opening = self._order.wire.opening(self._head, choice)
-        return b"" if opening is None else event(opening | self._usage_unknown)
+        return b"" if opening is None else event(opening | self._usage_yet(choice, 0))
 
     def _chunk(self, choice: Choice, delta: Delta) -> dict[str, Any]:
-        return self._order.wire.chunk(self._head, choice, delta) | self._usage_unknown
+        return self._order.wire.chunk(self._head, choice, delta) | self._usage_yet(
+            choice, choice.output_tokens
+        )
 
-    @property
-    def _usage_unknown(self) -> dict[str, Any]:
-        return {"usage": None} if self._order.include_usage else {}
+    def _usage_yet(self, choice: Choice, tokens: int) -> dict[str, Any]:
+        """A chunk's usage, if requested: unknown, or that of the choice after ``tokens`` tokens."""
+        if not self._order.include_usage:
+            return {}
+        if not self._order.usage_so_far:
+            return {"usage": None}
+        prompt = self._order.prompts[choice.prompt]
+        return {"usage": token_counts(len(prompt.tokens), tokens, choice.cached_tokens)}
 
     def _id_header(self) -> list[tuple[bytes, bytes]]:
         return [(b"x-request-id", self._id.encode())] if self._id else []
@@ -255,9 +265,9 @@ async def _write(part: bytes, send: Send, writer: DirectWriter | None) -> None:
         await writer.drain()
 
 
-async def _send_error(send: Send, error: ApiError) -> None:
+async def _send_error(send: Send, error: ApiError, more: list[tuple[bytes, bytes]]) -> None:
     body = error.body()
-    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)), *more]
     headers += [(name.encode(), value.encode()) for name, value in error.headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

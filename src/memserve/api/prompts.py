@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import attrs
 import trio
@@ -24,8 +24,11 @@ from memserve.api.tools import Offer
 from memserve.engine.spec import ModelSpec
 from memserve.engine.tokenizer import LONG_TEXT, Tokenizer
 
+Found = TypeVar("Found")
 COMPLETION_TOKENS = 16
 """Default ``max_tokens`` of a completion, as OpenAI's."""
+SCORES_MAX = 4_000_000
+"""Most log probabilities of prompts in one response; each takes about 60 bytes of JSON, all of it in memory."""
 
 
 @attrs.frozen
@@ -37,18 +40,24 @@ class Model:
     template: ChatTemplate
     settings: ApiSettings
     encoders: trio.CapacityLimiter = attrs.field(factory=lambda: trio.CapacityLimiter(1))
-    """Long texts are encoded one at a time, in a thread, so that streams continue in the meantime."""
+    """Limits long work to one call at a time, see :meth:`aside`."""
 
     @property
     def call_format(self) -> CallFormat:
         """The format in which the model writes tool calls."""
         return format_named(self.settings.tool_format, self.spec.chat_template)
 
-    def with_marks(self, marks: Iterable[str]) -> Piece:
+    async def aside(self, long: bool, call: Callable[[], Found]) -> Found:
+        """The result of ``call``; if it takes ``long``, in a thread, so that streams continue meanwhile."""
+        return await trio.to_thread.run_sync(call, limiter=self.encoders) if long else call()
+
+    def with_marks(self, marks: Iterable[str], skip_special: bool = True) -> Piece:
         """How to show tokens in an answer that is searched for ``marks``.
 
-        Control tokens are shown only if they are among ``marks``.
+        With ``skip_special``, control tokens are shown only if they are among ``marks``.
         """
+        if not skip_special:
+            return partial(self.tokenizer.piece, skip_special=False)
         shown = {self.tokenizer.specials[mark] for mark in marks if mark in self.tokenizer.specials}
         piece = self.tokenizer.piece
         return (lambda token: piece(token, skip_special=token not in shown)) if shown else piece
@@ -86,34 +95,76 @@ async def completion_prompts(
     prompts = []
     for index, item in enumerate(items):
         name = "prompt" if single else f"prompt[{index}]"
-        if isinstance(item, str):
-            tokens = [*model.tokenizer.bos, *await text_tokens(item, name, model, scope)]
-        else:
-            tokens = token_ids(item, name, model.spec.vocab)
+        tokens = await _tokens_of(item, name, body, model, scope)
         left = _left(tokens, name, model.settings.max_context)
         max_tokens = _answer(body.max_tokens, "max_tokens", left, COMPLETION_TOKENS, model)
         params = _params(body, model, max_tokens, draw, grammar)
-        prompts.append(Prompt(tuple(tokens), params, _echo(item, model.tokenizer) if body.echo else ""))
+        echo = _echo(item, tokens, body, model.tokenizer) if body.echo else ""
+        prompts.append(Prompt(tuple(tokens), params, echo))
+    _check_scores(body, sum(len(one.tokens) for one in prompts))
     return prompts
 
 
-async def chat_prompt(body: ChatBody, model: Model, scope: str, draw: Callable[[], int]) -> Prompt:
+def _check_scores(body: CompletionBody, tokens: int) -> None:
+    """``tokens``: number of all prompts' tokens. Raises ApiError (400) if too much is asked about them."""
+    asked = [count for count in (body.prompt_logprobs, body.scores_of_echo) if count is not None]
+    if asked and tokens * (1 + max(asked)) > SCORES_MAX:
+        message = (
+            f"prompt: {tokens} tokens with {max(asked)} of the likeliest each are over {SCORES_MAX} log "
+            "probabilities in one response; send fewer prompts at once"
+        )
+        raise ApiError(message, "prompt", code="invalid_value")
+
+
+async def _tokens_of(
+    item: str | list[int], name: str, body: CompletionBody, model: Model, scope: str
+) -> list[int]:
+    """The tokens of one of a completion's prompts. Raises ApiError (400)."""
+    most = body.truncate_prompt_tokens
+    if not isinstance(item, str):
+        return _truncated(token_ids(item, name, model.spec.vocab), most)
+    tokens = await text_tokens(item, name, model, scope)
+    bos = _bos(body, model.tokenizer)
+    return _truncated([*bos, *tokens], most, bos)
+
+
+def _bos(body: CompletionBody, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The tokens that the server writes before a completion's text."""
+    return () if body.add_special_tokens is False else tokenizer.bos
+
+
+def _truncated(tokens: list[int], most: int | None, first: Sequence[int] = ()) -> list[int]:
+    """The last ``most`` tokens, or all if that is None. If ``first`` begins them, it is kept, and counts."""
+    if most is None or len(tokens) <= most:
+        return tokens
+    head = [*first] if tokens[: len(first)] == [*first] else []
+    return [*head, *tokens[len(tokens) - max(most - len(head), 0) :]]
+
+
+async def chat_prompt(
+    body: ChatBody, model: Model, scope: str, draw: Callable[[], int], long: bool = False
+) -> Prompt:
     """The prompt of a chat for the tenant ``scope``. Raises ApiError (400).
 
-    ``draw`` supplies a seed if the body has none.
+    ``draw`` supplies a seed if the body has none. ``long``: whether the body is.
     """
-    rendered = _rendered(body, model)
-    tokens = await _encoded(rendered, model, scope)
+    most = body.truncate_prompt_tokens
+    rendered = await model.aside(long, partial(_rendered, body, model))
+    tokens = _truncated(await _encoded(rendered, model, scope), most, model.tokenizer.bos)
     left = _left(tokens, "messages", model.settings.max_context)
     name = "max_completion_tokens" if body.max_completion_tokens is not None else "max_tokens"
     asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     params = _params(body, model, _answer(asked, name, left, left, model), draw, await _grammar(body, model))
-    return Prompt(tuple(tokens), params, thinking=begins_in_thought(rendered.text))
+    continued = body.messages[-1].text if body.ending == "open" else ""
+    return Prompt(tuple(tokens), params, thinking=begins_in_thought(rendered.text, continued))
 
 
-async def chat_tokens(body: Conversation, model: Model, scope: str) -> list[int]:
-    """The tokens of the conversation as the model's template writes it. Raises ApiError (400)."""
-    return await _encoded(_rendered(body, model), model, scope)
+async def chat_tokens(body: Conversation, model: Model, scope: str, long: bool = False) -> list[int]:
+    """The tokens of the conversation as the model's template writes it. Raises ApiError (400).
+
+    ``long``: whether the body is.
+    """
+    return await _encoded(await model.aside(long, partial(_rendered, body, model)), model, scope)
 
 
 def _rendered(body: Conversation, model: Model) -> Rendered:
@@ -124,9 +175,8 @@ def _rendered(body: Conversation, model: Model) -> Rendered:
 
 
 async def _encoded(rendered: Rendered, model: Model, scope: str) -> list[int]:
-    if len(rendered.text) < LONG_TEXT:
-        return model.template.encode(rendered, scope)
-    return await trio.to_thread.run_sync(model.template.encode, rendered, scope, limiter=model.encoders)
+    encode = partial(model.template.encode, rendered, scope)
+    return await model.aside(len(rendered.text) >= LONG_TEXT, encode)
 
 
 async def text_tokens(text: str, name: str, model: Model, scope: str) -> list[int]:
@@ -136,9 +186,7 @@ async def text_tokens(text: str, name: str, model: Model, scope: str) -> list[in
     """
     _not_hopeless(text, name, model)
     encode = partial(model.tokenizer.encode, text, allow_special=True, scope=scope)
-    if len(text) < LONG_TEXT:
-        return encode()
-    return await trio.to_thread.run_sync(encode, limiter=model.encoders)
+    return await model.aside(len(text) >= LONG_TEXT, encode)
 
 
 def _items(prompt: Any) -> tuple[list[Any], bool]:
@@ -213,16 +261,17 @@ def _answer(asked: int | None, name: str, left: int, default: int, model: Model)
 async def _grammar(body: CompletionBody | ChatBody, model: Model) -> str:
     """The grammar that the answer must follow; empty: none. Raises ApiError (400)."""
     offer = body.offer if isinstance(body, ChatBody) else None
-    if body.response_format is None and body.structured_outputs is None and offer is None:
+    formed = body.response_format is not None or body.structured_outputs is not None
+    if not formed and not (offer is not None and offer.followed):
         return ""
-    grammar = await trio.to_thread.run_sync(_made, body, offer, model, limiter=model.encoders)
+    grammar = await model.aside(True, partial(_made, body, offer, model))
     if not grammar:
         return ""
     field = _asking(body)
     if not model.spec.eos:
         raise ApiError(f"{field}: this model has no token that ends an answer", field, code="invalid_value")
-    for name, asked in (("min_tokens", body.min_tokens), ("ignore_eos", body.ignore_eos)):
-        if asked:
+    for name in ("min_tokens", "ignore_eos", "allowed_token_ids"):
+        if getattr(body, name):
             message = f"{name}: not beside {field}, which says where the answer ends"
             raise ApiError(message, name, code="invalid_value")
     return grammar
@@ -246,6 +295,7 @@ def _asking(body: CompletionBody | ChatBody) -> str:
 def _params(
     body: CompletionBody | ChatBody, model: Model, max_tokens: int, draw: Callable[[], int], grammar: str
 ) -> GenerationParams:
+    allowed = frozenset(token_ids(body.allowed_token_ids or (), "allowed_token_ids", model.spec.vocab))
     for index, token in enumerate(body.stop_token_ids or ()):
         if not 0 <= token < model.spec.vocab:
             name = f"stop_token_ids[{index}]"
@@ -253,17 +303,19 @@ def _params(
             raise ApiError(message, name, code="invalid_value")
     ends = () if body.ignore_eos else model.spec.eos
     stops = tuple(dict.fromkeys((*ends, *(body.stop_token_ids or ()))))
-    _check_min_tokens(body.min_tokens or 0, max_tokens, len(stops), model)
+    others = len(allowed.difference(stops)) if allowed else model.spec.vocab - len(stops)
+    _check_min_tokens(body.min_tokens or 0, max_tokens, others)
     # Even if only the prompt is wanted, one token is drawn (and dropped): a request ends with its last token.
     return GenerationParams(sampling_of(body, model.spec.vocab, draw, grammar), max(max_tokens, 1), stops)
 
 
-def _check_min_tokens(least: int, most: int, stops: int, model: Model) -> None:
+def _check_min_tokens(least: int, most: int, others: int) -> None:
+    """``others``: number of tokens that can be drawn and do not end the answer."""
     if least > most:
         message = f"min_tokens: {least} asked for, but the answer has at most {most} (max_tokens)"
         raise ApiError(message, "min_tokens", code="invalid_value")
-    if least and stops >= model.spec.vocab:
-        message = "min_tokens: expected a token that does not end the answer, but stop_token_ids names all"
+    if least and not others:
+        message = "min_tokens: expected a token that does not end the answer, but stop_token_ids names all that may be drawn"
         raise ApiError(message, "min_tokens", code="invalid_value")
 
 
@@ -277,5 +329,10 @@ def of_choice(params: GenerationParams, number: int) -> GenerationParams:
     return attrs.evolve(params, sampling=attrs.evolve(params.sampling, seed=seed, prompt_logprobs=count))
 
 
-def _echo(item: str | list[int], tokenizer: Tokenizer) -> str:
-    return item if isinstance(item, str) else tokenizer.decode(item, skip_special=False)
+def _echo(item: str | list[int], tokens: list[int], body: CompletionBody, tokenizer: Tokenizer) -> str:
+    """The text of a prompt ``item`` of these ``tokens``, without what the server writes before it."""
+    if not isinstance(item, str):
+        return tokenizer.decode(tokens, skip_special=False)
+    if body.truncate_prompt_tokens is None or len(tokens) < body.truncate_prompt_tokens:
+        return item
+    return tokenizer.decode(tokens[len(_bos(body, tokenizer)) :], skip_special=False)

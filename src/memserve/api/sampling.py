@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from memserve.api.bodies import SEED_BITS, ChatBody, CompletionBody
 from memserve.api.errors import ApiError
@@ -20,13 +20,14 @@ def sampling_of(
 ) -> Sampling:
     """The sampling settings that the body asks for. Raises ApiError (400).
 
+    Its ``allowed_token_ids`` must be in the vocabulary.
     ``draw`` supplies a seed if the body has none. ``grammar``: the one that the answer must follow; empty:
     none.
     """
     asked = (body.prompt_logprobs, body.scores_of_echo)
     return Sampling(
         temperature=1.0 if body.temperature is None else body.temperature,
-        top_k=max(body.top_k or 0, 0),
+        top_k=min(max(body.top_k or 0, 0), vocabulary),  # messages carry no larger integers than 64 bits
         top_p=1.0 if body.top_p is None else body.top_p,
         seed=(draw() if body.seed is None else body.seed) % 2**SEED_BITS,
         min_p=body.min_p or 0.0,
@@ -46,9 +47,18 @@ def _adjustments(body: CompletionBody | ChatBody, vocabulary: int, grammar: str)
         frequency=body.frequency_penalty or 0.0,
         presence=body.presence_penalty or 0.0,
         min_tokens=body.min_tokens or 0,
+        allowed=_mask(body.allowed_token_ids, vocabulary) if body.allowed_token_ids else b"",
         grammar=grammar,
     )
     return None if asked == Adjustments() else asked
+
+
+def _mask(tokens: Iterable[int], vocabulary: int) -> bytes:
+    """A bit for each token of the vocabulary, set for ``tokens``, which must be in it."""
+    made = bytearray(-(-vocabulary // 8))
+    for token in tokens:
+        made[token // 8] |= 1 << token % 8
+    return bytes(made)
 
 
 def _biases(given: dict[str, object], vocabulary: int) -> dict[int, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import select
 import socket
 from typing import Any
 
@@ -15,8 +16,8 @@ from anycorn.events import Event, Updated
 from anycorn.protocol.h11 import H11Protocol
 from anycorn.tcp_server import TCPServer
 from anyio._backends import _trio as backend
-from anyio.abc import SocketAttribute, SocketStream
-from starlette.types import ASGIApp, Receive, Scope, Send
+from anyio.abc import SocketAttribute
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from memserve.api.direct import DIRECT, DirectWriter
 from memserve.api.listening import BACKLOG, listen
@@ -24,7 +25,8 @@ from memserve.api.listening import BACKLOG, listen
 KEEP_ALIVE_S = 30.0
 """Longer than the 5 s for which clients keep an idle connection: the client closes it first, so that no
 request is sent on a connection that the server is just closing."""
-
+LOOK_S = 2.0
+"""Interval at which a waiting request's connection is looked at."""
 ACCEPT_PAUSE_S = 0.1
 """Pause after a connection could not be accepted for lack of resources."""
 LACKING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
@@ -34,7 +36,7 @@ LACKING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 class PatientListener(backend.TCPSocketListener):
     """Waits while there is no descriptor left for another connection; anyio's listener ends the server."""
 
-    async def accept(self) -> SocketStream:
+    async def accept(self) -> backend.SocketStream:
         while True:
             try:
                 return await super().accept()
@@ -104,7 +106,8 @@ async def serve_http(
 class _Adapted:
     """Handles anycorn's start-up and shutdown messages itself: Starlette reports a cancellation as a failure.
 
-    Adds the extension of :mod:`memserve.api.direct` if the connection allows it.
+    Adds the extension of :mod:`memserve.api.direct` if the connection allows it, and looks at the connection
+    while a request waits.
     """
 
     app: ASGIApp
@@ -113,11 +116,40 @@ class _Adapted:
         if scope["type"] != "lifespan":
             if (connection := _plain_socket(scope, send)) is not None:
                 scope["extensions"][DIRECT] = DirectWriter(connection)
+                receive = _Watching(receive, connection)
             return await self.app(scope, receive, send)
         for _ in ("startup", "shutdown"):
             message = await receive()
             await send({"type": f"{message['type']}.complete"})
         return None
+
+
+@attrs.frozen
+class _Watching:
+    """Wraps ``receive``. Notices that the client is gone where the server does not.
+
+    If bytes come after a request, of the next one or a line break too many, the server reads no more until it
+    has answered the first.
+    """
+
+    receive: Receive
+    connection: socket.socket
+
+    async def __call__(self) -> Message:
+        while True:
+            with trio.move_on_after(LOOK_S):
+                return await self.receive()
+            if _hung_up(self.connection):
+                return {"type": "http.disconnect"}
+
+
+def _hung_up(connection: socket.socket) -> bool:
+    """Whether the other side has closed the connection, whatever is left to read."""
+    if connection.fileno() < 0:
+        return True
+    looking = select.poll()
+    looking.register(connection, select.POLLRDHUP)
+    return bool(looking.poll(0))
 
 
 def _plain_socket(scope: Scope, send: Send) -> socket.socket | None:

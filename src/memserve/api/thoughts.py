@@ -20,9 +20,12 @@ class Thought:
     text: str
 
 
-def begins_in_thought(prompt: str) -> bool:
-    """Whether the answer to this prompt begins within a thought."""
-    return prompt.rstrip().endswith(OPEN)
+def begins_in_thought(prompt: str, continued: str = "") -> bool:
+    """Whether the answer to this prompt begins within a thought.
+
+    ``continued``: the message that the answer continues, if it does.
+    """
+    return prompt.rstrip().endswith(OPEN) or continued.rfind(OPEN) > continued.rfind(CLOSE)
 
 
 class ThoughtParser:

@@ -55,10 +55,12 @@ def read_detokenize(data: bytes) -> DetokenizeBody:
     return read_fields(read_object(data), DetokenizeBody)
 
 
-async def tokenized(body: TokenizeBody | TokenizeChatBody, model: Model, scope: str) -> dict[str, Any]:
-    """The response to POST /tokenize. Raises ApiError (400)."""
+async def tokenized(
+    body: TokenizeBody | TokenizeChatBody, model: Model, scope: str, long: bool = False
+) -> dict[str, Any]:
+    """The response to POST /tokenize. Raises ApiError (400). ``long``: whether the body is."""
     if isinstance(body, TokenizeChatBody):
-        tokens = await chat_tokens(body, model, scope)
+        tokens = await chat_tokens(body, model, scope, long)
     else:
         tokens = await text_tokens(body.prompt, "prompt", model, scope)
         if body.add_special_tokens is not False:
@@ -74,5 +76,8 @@ async def tokenized(body: TokenizeBody | TokenizeChatBody, model: Model, scope: 
 
 def detokenized(body: DetokenizeBody, model: Model) -> dict[str, Any]:
     """The response to POST /detokenize. Raises ApiError (400)."""
+    if len(body.tokens) > (most := model.settings.max_context):
+        message = f"tokens: expected at most {most}, the context, got {len(body.tokens)}"
+        raise ApiError(message, "tokens", code="context_length_exceeded")
     tokens = token_ids(body.tokens, "tokens", model.spec.vocab)
     return {"prompt": model.tokenizer.decode(tokens, skip_special=False)}

@@ -83,6 +83,11 @@ class Offer:
         return tuple(tool for tool in self.tools if self.only in (None, tool.function.name))
 
     @property
+    def followed(self) -> bool:
+        """Whether calls follow their tools' schemas, whatever else is asked for."""
+        return self.must or any(tool.function.strict for tool in self.tools)
+
+    @property
     def names(self) -> frozenset[str]:
         """The names of all tools."""
         return frozenset(tool.function.name for tool in self.tools)

@@ -190,10 +190,15 @@ def usage(prompts: Sequence[Prompt], choices: Sequence[Choice]) -> dict[str, Any
     cached = 0
     for index in range(len(prompts)):
         cached += min(choice.cached_tokens for choice in choices if choice.prompt == index)
+    return token_counts(prompt_tokens, output_tokens, cached)
+
+
+def token_counts(prompt: int, output: int, cached: int) -> dict[str, Any]:
+    """``usage``, given the numbers of tokens."""
     return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": output_tokens,
-        "total_tokens": prompt_tokens + output_tokens,
+        "prompt_tokens": prompt,
+        "completion_tokens": output,
+        "total_tokens": prompt + output,
         "prompt_tokens_details": {"cached_tokens": cached},
     }
 

@@ -52,15 +52,16 @@ class StopScanner:
     automaton.
     """
 
-    def __init__(self, stops: Sequence[str] = ()) -> None:
-        """No stop string may be empty; see :func:`check_stops`."""
+    def __init__(self, stops: Sequence[str] = (), with_stop: bool = False) -> None:
+        """No stop string may be empty; see :func:`check_stops`. ``with_stop``: pass on the stop string too."""
+        self._with_stop = with_stop
         self._matchers = [_Matcher.of(stop) for stop in sorted(set(stops), key=len, reverse=True)]
         self._held = ""
         self.matched: str | None = None
         """The stop string that was found, after which no text is passed on."""
 
     def push(self, text: str) -> str:
-        """Take more text; returns the text now known to precede any stop string."""
+        """Take more text; returns the text now known to be passed on."""
         if self.matched is not None:
             return ""
         if not self._matchers:
@@ -73,7 +74,7 @@ class StopScanner:
                     self.matched = matcher.stop
             if self.matched is not None:
                 self._held = ""
-                return held[: end - len(self.matched)]
+                return held[: end if self._with_stop else end - len(self.matched)]
         keep = max(matcher.state for matcher in self._matchers)
         self._held = held[len(held) - keep :]
         return held[: len(held) - keep]

@@ -53,7 +53,8 @@ def gguf_spec(file: Gguf) -> ModelSpec:
 
 
 def _ends(metadata: dict[str, Any]) -> tuple[int, ...]:
-    keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
+    """The ids that end an answer: of the text, of a turn, and of a message that waits for a tool."""
+    keys = (f"tokenizer.ggml.{end}_token_id" for end in ("eos", "eot", "eom"))
     return tuple(dict.fromkeys(metadata[key] for key in keys if key in metadata))
 
 

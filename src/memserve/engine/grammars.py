@@ -6,8 +6,11 @@ far alone, so a stream that another worker resumes continues with the very token
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from functools import partial
 from typing import TypeVar
 
 import structlog
@@ -23,9 +26,17 @@ BACK = 65
 """Tokens by which an answer may have grown since its state was cached: a step's draft and one more."""
 READ_MAX = 64
 """Parsed grammars that are cached."""
+STACK_BYTES = 256 << 20
+"""Stack of a thread that parses a grammar; only what is used of it takes memory.
+
+The library recurses where rules or schemas refer to one another, and an overflow ends the process. The deepest
+grammars of the permitted size took less than 64 MiB.
+"""
 
 log = structlog.get_logger()
 Key = TypeVar("Key")
+Found = TypeVar("Found")
+_stack_size = threading.Lock()
 
 
 class Grammars:
@@ -108,7 +119,8 @@ class Grammars:
         return matcher
 
     def _new(self, grammar: str) -> LLMatcher:
-        read = self._read.get(grammar) or LLMatcher(self._tokenizer, grammar, log_level=0)
+        parse = partial(LLMatcher, self._tokenizer, grammar, log_level=0)
+        read = self._read.get(grammar) or _on_deep_stack(parse)
         _remember(self._read, grammar, read, READ_MAX)
         return read.deep_copy()
 
@@ -120,10 +132,28 @@ def wrong_with(grammar: str) -> str:
     """
     try:
         with panics_as_errors():
-            wrong: str = LLMatcher.validate_grammar(grammar)
+            return _on_deep_stack(partial(LLMatcher.validate_grammar, grammar))
     except Panic as panic:
         return str(panic)
-    return wrong
+
+
+def _on_deep_stack(call: Callable[[], Found]) -> Found:
+    """The result of ``call``, which runs on a thread with a stack of STACK_BYTES. Raises what it raises."""
+    result: Future[Found] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(call())
+        except BaseException as error:
+            result.set_exception(error)
+
+    with _stack_size:  # a setting of the process, for all threads that start while it is in force
+        before = threading.stack_size(STACK_BYTES)
+        try:
+            threading.Thread(target=run, name="grammar").start()
+        finally:
+            threading.stack_size(before)
+    return result.result()
 
 
 class _Pieces:

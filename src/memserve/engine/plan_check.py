@@ -82,11 +82,11 @@ def _check_adjustments(number: int, row: Row, spec: ModelSpec) -> None:
     adjust, past = row.sample.adjust, row.past
     if past is None or len(adjust.bias) != len(adjust.biased):
         raise ValueError(f"row {number}: adjusts its logits without its past, or some without a bias")
-    if adjust.grammar:
-        masks = (past.allowed, *past.then)
-        known = len(masks) == 1 + count(row.draft)
+    masks = (past.allowed, *past.then)
+    if adjust.grammar or past.allowed:
+        known = len(masks) == 1 + (count(row.draft) if adjust.grammar else 0)
         if not known or not all(len(mask) * 8 >= spec.vocab and any(mask) for mask in masks):
-            raise ValueError(f"row {number}: follows a grammar, and what it allows is not known")
+            raise ValueError(f"row {number}: follows a grammar or a list, and what it allows is not known")
     ids = np.frombuffer(past.prompt + past.output + past.forbidden + adjust.biased, np.int32)
     if len(ids) and not 0 <= ids.min() <= ids.max() < spec.vocab:
         raise ValueError(

@@ -25,7 +25,7 @@ class Past:
     allowed: bytes = b""
     """Bit mask of tokens that may be drawn, lowest bit of the first byte first; empty allows all.
 
-    Filled in where a grammar is followed.
+    The request's own, or filled in where a grammar is followed.
     """
     then: tuple[bytes, ...] = ()
     """Masks like ``allowed`` after each token of the row's draft."""

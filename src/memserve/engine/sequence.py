@@ -274,6 +274,7 @@ class Sequence:
         return Past(
             prompt=span(self.tokens, 0, prompt) if adjust.repetition != 1 else b"",
             output=span(self.tokens, prompt, self.length),
+            allowed=adjust.allowed,
             forbidden=pack(ends) if self.generated < adjust.min_tokens and not adjust.grammar else b"",
         )
 

@@ -50,6 +50,10 @@ class Tokenizer:
         self._byte_fallback: bool = built.model.byte_fallback
         self._added = dict(built.get_added_tokens_decoder())
         self._specials = {token.content: id for id, token in self._added.items() if token.special}
+        self._take_blanks = any(
+            token.lstrip or token.rstrip for token in self._added.values() if token.special
+        )
+        """Whether blanks beside some special tokens belong to these, as in Phi's tokenizers."""
         self._split = _alternation(self._specials)
         self._firsts = {special[0] for special in self._specials}
         self._edges = _Edges.of(self._specials)
@@ -97,6 +101,8 @@ class Tokenizer:
         prompts.
         """
         parts = self._split.split(text) if allow_special else [text]
+        if self._take_blanks:
+            self._drop_blanks(parts)
         tokens: list[int] = []
         for index, part in enumerate(parts):
             if index % 2:
@@ -105,6 +111,13 @@ class Tokenizer:
                 plain = part.replace(mark, "") if mark else part
                 tokens.extend(self._encode_part(plain, index > 0, scope))
         return tokens
+
+    def _drop_blanks(self, parts: list[str]) -> None:
+        """Drop the blanks that belong to a special token beside them. Odd parts are special tokens."""
+        for at in range(1, len(parts), 2):
+            token = self._added[self._specials[parts[at]]]
+            parts[at - 1] = parts[at - 1].rstrip() if token.lstrip else parts[at - 1]
+            parts[at + 1] = parts[at + 1].lstrip() if token.rstrip else parts[at + 1]
 
     def _encode_part(self, text: str, later: bool, scope: str | None) -> Iterable[int]:
         encode = partial(_encode_plain, self._later if later else self._built, len(text) >= LONG_TEXT)
