@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import random
 import tomllib
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import attrs
 import pytest
@@ -277,6 +279,15 @@ def test_a_measurement_is_made_once_and_kept_if_it_had_its_threads(tmp_path: Pat
     assert calibrated(tmp_path, name, lambda: measuring(3), 2) == COSTS
     assert calibrated(tmp_path, {"model": "other"}, lambda: measuring(4), 2) == COSTS
     assert calls == [1, 2, 4]
+
+
+def test_figures_that_cannot_be_saved_serve_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If it failed, no worker would start again while the disk is full."""
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(Path, "write_bytes", Mock(side_effect=full))
+    assert calibrated(tmp_path, {"model": "m"}, lambda: (COSTS, 2), 2) == COSTS
 
 
 def test_nothing_is_measured_beside_streams(tmp_path: Path) -> None:
