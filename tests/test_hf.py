@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -232,6 +234,28 @@ def test_every_truncation_of_a_file_is_a_user_error(tmp_path: Path) -> None:
             Safetensors.open([cut])
     save_file({"a": torch.ones(3, dtype=torch.int64)}, tmp_path / "w")
     with pytest.raises(UserError, match="data type I64, which is not supported; supported: F32, F16, BF16"):
+        Safetensors.open([tmp_path / "w"])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"dtype": []},
+        {"shape": [math.inf]},
+        {"shape": [-3, -4]},
+        {"shape": ["3", "4"]},
+        {"shape": [3.5, 4]},
+        {"data_offsets": [0.0, 48.0]},
+        {"data_offsets": [-48, 0]},
+        {"data_offsets": [0, 1 << 80]},
+    ],
+)
+def test_a_hostile_header_is_a_user_error(tmp_path: Path, damage: dict[str, Any]) -> None:
+    """It would end a start in a traceback that does not name the file."""
+    entry = {"dtype": "F32", "shape": [3, 4], "data_offsets": [0, 48]} | damage
+    header = json.dumps({"a": entry}).encode()
+    (tmp_path / "w").write_bytes(len(header).to_bytes(8, "little") + header + bytes(48))
+    with pytest.raises(UserError, match=re.escape(str(tmp_path / "w"))):
         Safetensors.open([tmp_path / "w"])
 
 

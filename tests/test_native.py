@@ -16,7 +16,7 @@ from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.spec import ModelSpec
 from memserve.engine.weights import bits_of, default_cache_dir, random_weights
 from memserve.kernels.cpu import CpuAttention
-from memserve.kernels.native import ArenaPages, NativeStep, load
+from memserve.kernels.native import THREADS_MAX, ArenaPages, NativeStep, load
 from memserve.kernels.native_build import NativeUnavailable
 from memserve.tokens import pack, pages_for, unpack
 from test_model import GREEDY, prompt, tiny_spec
@@ -409,6 +409,15 @@ def test_thread_counts_may_change_from_step_to_step() -> None:
         twin.threads = 1 + step * 7 % 4
         assert torch.equal(twin.native(row), expected), step
     twin.step.close()
+
+
+def test_a_machine_of_more_cores_than_it_counts_runs_it_too() -> None:
+    """The largest machines would compute in torch, many times slower."""
+    spec = native_spec(4, 2, 32)
+    large = Twin(spec, threads=THREADS_MAX + 1)
+    row = Row(pack(prompt(90, 1)), 0, large.pages(90), GREEDY)
+    assert torch.equal(large.native(row), Twin(spec, threads=1).native(row))
+    large.step.close()
 
 
 def test_threads_may_come_and_go_within_a_step() -> None:

@@ -69,6 +69,21 @@ def test_it_compiles_for_every_processor(name: str, monkeypatch: pytest.MonkeyPa
     compiled(SOURCES[0].parent / "step.cpp", flags, "-fsyntax-only")
 
 
+@pytest.mark.parametrize(("unknown", "like"), [("-mamx*", "Zen 4"), ("-mavx512bf16|-mamx*", "Zen 3")])
+def test_a_compiler_older_than_the_processor_builds_what_it_knows(
+    unknown: str, like: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Distributions are kept for ten years: on a new machine with one, everything would run on torch."""
+    old = tmp_path / "g++"
+    told = f'for one; do case "$one" in {unknown}) echo "unknown: $one" >&2; exit 1;; esac; done'
+    old.write_text(f'#!/bin/sh\n{told}\nexec {os.environ.get("CXX", "g++")} "$@"\n')
+    old.chmod(0o755)
+    monkeypatch.setenv("CXX", str(old))
+    monkeypatch.setattr(native_build, "_processor_flags", lambda: PROCESSORS["Sapphire Rapids"][0])
+
+    assert {flag for flag in target_flags() if flag.startswith("-m")} == PROCESSORS[like][1]
+
+
 @pytest.mark.parametrize("name", ["Zen 3", "Zen 4"])
 def test_sums_of_products_stay_in_registers(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

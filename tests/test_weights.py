@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -194,6 +195,23 @@ def test_an_unwritable_cache_is_a_user_error(tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match="MEMSERVE_CACHE"):
         prepare(path, "float32", tmp_path / "cache")
+
+
+def test_a_conversion_that_failed_leaves_the_disk_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The half of a model that filled the disk would stay there, and the disk full."""
+
+    def fills_the_disk(weights: object, path: Path) -> None:
+        path.write_bytes(b"half of the weights")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = _write(tmp_path / "tiny.gguf", _tensors(True))
+    monkeypatch.setattr(under_test, "_write_safetensors", fills_the_disk)
+    with pytest.raises(UserError, match="No space left on device"):
+        prepare(path, "float32", tmp_path / "cache")
+
+    assert not [one for one in (tmp_path / "cache" / "models").iterdir() if one.is_dir()]
 
 
 @pytest.mark.parametrize("stored", ["bfloat16", "int8"])

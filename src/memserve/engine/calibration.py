@@ -20,6 +20,7 @@ from pathlib import Path
 
 import attrs
 import msgspec
+import structlog
 
 from memserve.costs import StepCosts
 from memserve.engine.batching import ALONE
@@ -46,6 +47,7 @@ SLICED_REPEATS = 4
 VERSION = 3
 """Version of what is measured and how; part of the cache key."""
 
+log = structlog.get_logger()
 TimeStep = Callable[[Rows], tuple[float, int]]
 """Runs one step of these rows; seconds, and the threads it had."""
 
@@ -171,7 +173,12 @@ def calibrated(
         if known is not None:
             return known
         costs, fewest = measuring()
-        _write(path if fewest >= threads else rough, msgspec.json.encode(costs))
+        try:
+            _write(path if fewest >= threads else rough, msgspec.json.encode(costs))
+        except OSError as error:  # a full disk must not keep a worker from starting
+            log.warning(
+                "step costs not saved", reason=str(error), consequence="the next start measures again"
+            )
         return costs
 
 
@@ -203,10 +210,11 @@ def _read(path: Path, younger_s: float = math.inf) -> StepCosts | None:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Write the file atomically; on a full disk, leave it out, and the next start measures again."""
+    """Write the file atomically. Raises OSError, and leaves no part of a file behind."""
     part = path.with_suffix(f".{os.getpid()}")
     try:
         part.write_bytes(data)
         part.replace(path)
     except OSError:
         part.unlink(missing_ok=True)
+        raise

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from array import array
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from memserve.engine.families import family_of
@@ -14,10 +16,26 @@ from memserve.errors import UserError
 ROPE_FACTORS = "rope_freqs.weight"
 """The tensor in which converters of Llama 3.1 and later store the divisors of rope's inverse frequencies."""
 
+_ENDS = tuple(f"tokenizer.ggml.{end}_token_id" for end in ("eos", "eot", "eom"))
+_TYPES: Mapping[str, type] = MappingProxyType(
+    {**dict.fromkeys((*_ENDS, "tokenizer.ggml.bos_token_id"), int), "tokenizer.chat_template": str}
+)
+"""Types of values that are used as they are, here or by the tokenizer."""
+_LISTED_TYPES: Mapping[str, type] = MappingProxyType(
+    {
+        "tokenizer.ggml.tokens": str,
+        "tokenizer.ggml.merges": str,
+        "tokenizer.ggml.token_type": int,
+        "tokenizer.ggml.scores": float,
+    }
+)
+"""The same for lists: the type of their members, which is one for all of a list."""
+
 
 def gguf_spec(file: Gguf) -> ModelSpec:
     """The spec of an open file. Raises UserError for a variant that would run but give wrong tokens."""
     metadata, source = file.metadata, str(file.path)
+    _check_types(metadata, source)
     family = family_of("gguf", metadata.get("general.architecture"), source)
     a, keys = family.gguf, Keys(metadata, source)
     hidden, heads = keys.count(f"{a}.embedding_length"), keys.count(f"{a}.attention.head_count")
@@ -52,10 +70,20 @@ def gguf_spec(file: Gguf) -> ModelSpec:
     return check_spec(spec, source)
 
 
+def _check_types(metadata: dict[str, Any], source: str) -> None:
+    """Raise UserError if a value that the spec or the tokenizer uses is of another type."""
+    for key, kind in _TYPES.items():
+        if key in metadata and type(metadata[key]) is not kind:
+            raise UserError(f"{source}: {key} must be of type {kind.__name__}: the file is damaged")
+    for key, kind in _LISTED_TYPES.items():
+        value = metadata.get(key, [])
+        if not isinstance(value, list) or (value and type(value[0]) is not kind):
+            raise UserError(f"{source}: {key} must be a list of {kind.__name__}: the file is damaged")
+
+
 def _ends(metadata: dict[str, Any]) -> tuple[int, ...]:
     """The ids that end an answer: of the text, of a turn, and of a message that waits for a tool."""
-    keys = (f"tokenizer.ggml.{end}_token_id" for end in ("eos", "eot", "eom"))
-    return tuple(dict.fromkeys(metadata[key] for key in keys if key in metadata))
+    return tuple(dict.fromkeys(metadata[key] for key in _ENDS if key in metadata))
 
 
 def _rope_factors(file: Gguf, keys: Keys, prefix: str, half: int) -> tuple[float, ...] | None:

@@ -87,14 +87,15 @@ class Safetensors:
 
 def _info(path: Path, name: str, entry: Any, base: int, size: int) -> TensorInfo:
     try:
-        kind, shape, (start, end) = entry["dtype"], tuple(map(int, entry["shape"])), entry["data_offsets"]
-        whole = 0 <= start <= end <= size - base
+        kind, shape, (start, end) = str(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
+        if any(type(number) is not int or number < 0 for number in (*shape, start, end)):
+            raise ValueError("not a natural number")
     except (TypeError, KeyError, ValueError) as error:
         raise UserError(f"{path}: damaged: tensor {name!r} has the header {str(entry)[:80]}") from error
     if kind not in DTYPES:
         raise UserError(
             f"{path}: tensor {name!r} has data type {kind}, which is not supported; supported: {', '.join(DTYPES)}"
         )
-    if not whole or end - start != prod(shape) * DTYPES[kind] or 0 in shape:
+    if not start <= end <= size - base or end - start != prod(shape) * DTYPES[kind] or 0 in shape:
         raise UserError(f"{path}: damaged or truncated: tensor {name!r} reaches past the end of the file")
     return TensorInfo(name, shape, kind, base + start, end - start)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -113,7 +114,11 @@ def name_of(path: Path) -> str:
 
 
 def check_spec(spec: ModelSpec, source: str) -> ModelSpec:
-    """``spec`` itself, after checking that its numbers fit together. Raises UserError."""
+    """``spec``, after checking that its numbers fit together. Raises UserError.
+
+    Ends that are no token of the model are left out: some files have -1 for "none", and a worker would refuse
+    every step that forbids such a token.
+    """
     if spec.heads % spec.kv_heads or spec.head_dim % 2:
         raise UserError(
             f"{source}: {spec.heads} heads of {spec.head_dim} cannot share {spec.kv_heads} kv heads; "
@@ -123,7 +128,7 @@ def check_spec(spec: ModelSpec, source: str) -> ModelSpec:
         raise UserError(
             f"{source}: {len(spec.rope_factors)} rope factors; heads of {spec.head_dim} need {spec.head_dim // 2}"
         )
-    return spec
+    return attrs.evolve(spec, eos=tuple(token for token in spec.eos if 0 <= token < spec.vocab))
 
 
 @attrs.frozen
@@ -137,14 +142,14 @@ class Keys:
     def count(self, key: str, default: int | None = None) -> int:
         """The value of ``key``, a positive integer that fits int32. Raises UserError if it is not."""
         value = self.metadata.get(key, default)
-        if not isinstance(value, int) or not 0 < value < 2**31:
+        if type(value) is not int or not 0 < value < 2**31:
             raise UserError(f"{self.source}: {key} must be a positive integer, got {value!r}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """The value of ``key``, a positive number. Raises UserError if it is not."""
+        """The value of ``key``, a positive finite number. Raises UserError if it is not."""
         value = self.metadata.get(key, default)
-        if not isinstance(value, int | float) or not value > 0:
+        if not isinstance(value, int | float) or not 0 < value < math.inf:
             raise UserError(f"{self.source}: {key} must be a positive number, got {value!r}")
         return float(value)
 

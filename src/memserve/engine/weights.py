@@ -303,12 +303,15 @@ def _convert(path: Path, stored: str, tiled: bool, folder: Path) -> None:
     temporary = folder.with_suffix(".partial")
     shutil.rmtree(temporary, ignore_errors=True)  # left by a converter that was killed: we hold the lock
     temporary.mkdir(mode=0o700)
-    with open_checkpoint(path) as model:
-        _write_safetensors(conversion(model, stored, tiled), temporary / "weights.safetensors")
-        save_tokenizer(model, temporary / "tokenizer.json")
-        (temporary / "spec.json").write_bytes(msgspec.json.encode(model.spec))
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    try:
+        with open_checkpoint(path) as model:
+            _write_safetensors(conversion(model, stored, tiled), temporary / "weights.safetensors")
+            save_tokenizer(model, temporary / "tokenizer.json")
+            (temporary / "spec.json").write_bytes(msgspec.json.encode(model.spec))
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # half a model could keep a full disk full
 
 
 # ---- the converted file --------------------------------------------------------------------------------------

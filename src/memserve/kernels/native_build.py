@@ -10,6 +10,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,9 +27,9 @@ _AVX512 = {
     **{name: f"-m{name}" for name in ("avx512f", "avx512bw", "avx512vl", "avx512dq", "fma")},
     "avx512_bf16": "-mavx512bf16",
 }
-"""Instructions that it uses instead if the processor has all of them."""
+"""Instructions that it uses instead if the processor and the compiler have all of them."""
 _AMX = {"amx_tile": "-mamx-tile", "amx_bf16": "-mamx-bf16"}
-"""Instructions that it uses in addition if the processor has them."""
+"""Instructions that it uses in addition if both have them."""
 _FLAGS = ("-O3", "-shared", "-fPIC")
 _BUILD_S_MAX = 120
 
@@ -39,12 +40,10 @@ HEAD_MAX = 256
 def target_flags() -> tuple[str, ...]:
     """Compiler flags that every build of the sources for this processor needs. Raises NativeUnavailable."""
     has = _processor_flags()
-    if has >= _AVX512.keys():
-        instructions = _AVX512 | (_AMX if has >= _AMX.keys() else {})
-    elif has >= _AVX2.keys():
-        instructions = _AVX2
-    else:
-        raise NativeUnavailable(f"the processor lacks {', '.join(sorted(_AVX2.keys() - has))}")
+    if missing := _AVX2.keys() - has:
+        raise NativeUnavailable(f"the processor lacks {', '.join(sorted(missing))}")
+    better = (one for one in (_AVX512 | _AMX, _AVX512) if has >= one.keys() and _is_known(one.values()))
+    instructions = next(better, _AVX2)
     # No contraction: whether a product and a sum are rounded once or twice must not depend on inlining.
     return ("-std=c++17", "-pthread", "-ffp-contract=off", *instructions.values())
 
@@ -67,6 +66,15 @@ def why_not(spec: ModelSpec, dtype: str) -> str | None:
     except NativeUnavailable as reason:
         return str(reason)
     return None
+
+
+def _is_known(flags: Iterable[str]) -> bool:
+    """Whether the compiler has these flags: it may be older than the processor."""
+    command = [_compiler(), *flags, "-E", "-x", "c++", os.devnull]
+    try:
+        return subprocess.run(command, capture_output=True, timeout=20, check=False).returncode == 0
+    except (OSError, subprocess.SubprocessError):
+        return False  # the build will say what is wrong with the compiler
 
 
 def _compiler() -> str:

@@ -47,6 +47,9 @@ LONG_ROWS = 32
 A shorter step ends soon, and asking would slow it noticeably.
 """
 
+THREADS_MAX = 255
+"""Most threads of a step, however many cores there are; interface.hpp has the same constant."""
+
 _NO_MEMORY = 2
 _NOT_A_TOKEN = -1
 _SEED_MASK = 2**64 - 1
@@ -222,14 +225,17 @@ class NativeStep:
         threads: int,
         amx: bool = True,
     ) -> None:
-        """``weights``: matrices as rows, which are copied, or in tiles. ``amx``: use AMX if available."""
-        self._library, self._vocab, self._threads = library, spec.vocab, threads
+        """``weights``: matrices as rows, which are copied, or in tiles. ``amx``: use AMX if available.
+
+        ``threads``: the most that a step runs, at most THREADS_MAX of them.
+        """
+        self._library, self._vocab, self._threads = library, spec.vocab, min(threads, THREADS_MAX)
         # The native side points to these, so they live as long as this object.
         self._weights = in_tiles(weights)
         self._rope = rope_table(spec)
         config = _Config(
             spec.layers, spec.hidden, spec.intermediate, spec.heads, spec.kv_heads, spec.head_dim,
-            spec.vocab, spec.max_context, page_tokens, MAX_ROWS, threads, amx, spec.rms_eps,
+            spec.vocab, spec.max_context, page_tokens, MAX_ROWS, self._threads, amx, spec.rms_eps,
         )  # fmt: skip
         # A field without a value stays a null pointer, which means that the model has no such weight.
         absent = {name for name, field in _OPTIONAL.items() if not getattr(spec, field, False)}
@@ -243,7 +249,7 @@ class NativeStep:
             byref(config), layers, byref(embed), byref(head), self._at("norm"), *tables
         )
         if not self._engine:
-            raise NativeUnavailable("no memory, no threads, or more than 255 of them")
+            raise NativeUnavailable("no memory or no threads")
 
     @property
     def amx(self) -> bool:
