@@ -18,9 +18,11 @@ import fake_flashinfer
 from adjustments import some_adjustments
 from backends import SPEC, Exact, needs_gpu
 from memserve.drawing import Sampling
+from memserve.engine import gpu_draws
 from memserve.engine.adjusting import adjusted
+from memserve.engine.gpu_draws import best_of
 from memserve.engine.plans import BatchPlan, Row
-from memserve.engine.sampling import ELSEWHERE, draw, draws
+from memserve.engine.sampling import ELSEWHERE, HEAD, draw, draws
 from memserve.engine.weights import map_weights, random_weights, save_weights
 from memserve.identity import ActorId
 from memserve.kernels.arena import serve_packet
@@ -129,6 +131,24 @@ def test_adjusted_logits_and_their_draws_are_those_of_the_cpu_to_the_bit():
         places = [row.end for row in rows]
         for found, drawn in zip(draws(there, hows, places).tolist(), draw(here, hows, places), strict=True):
             assert found in (drawn, ELSEWHERE)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_draws_are_launched_without_a_wait_for_the_gpu():
+    """If it failed, the GPU would be idle while the host launches a step's draws."""
+    chance = random.Random(3)
+    asked = [some_adjustments(chance, 1000) for _ in range(30)]
+    hows = [Sampling(0.4 * (i % 4), top_p=0.9, seed=i, adjust=how) for i, (how, _) in enumerate(asked)]
+    rows = {i: Row(pack([1]), 5, (0,), how, asked[i][1]) for i, how in enumerate(hows)}
+    logits = 4 * torch.randn(len(rows), 1000, device="cuda")
+    for mode in ("default", "error"):  # the first use of a kernel may wait
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            best_of(logits)
+            list(gpu_draws._launched(list(rows), rows, {i: i for i in rows}, logits, HEAD))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu
