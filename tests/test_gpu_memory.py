@@ -248,6 +248,16 @@ def test_a_page_is_refilled_after_its_contents_left_it(store):
     assert (store.host.view[3 * PAGE_BYTES], store.host.view[4 * PAGE_BYTES]) == (2, 9)
 
 
+def test_pages_that_a_request_waits_for_do_not_wait_for_others(store):
+    """If it failed, a swapped-out prefix would come back only after what another thread is swapping out."""
+    ctypes.memset(store.host.address, 9, PAGE_BYTES)
+    out = store.gpu.runtime.queued[store._streams[False]]
+    out.append((store.host.address + PAGE_BYTES, store.gpu.pages_at + PAGE_BYTES, PAGE_BYTES))
+    assert store.copy([(HOST(0), DEVICE(0), 1)]) == ()
+    assert on_device(store, 0)[0] == 9 and len(out) == 1
+    assert store.copy([(DEVICE(2), HOST(2), 1)]) == () and not out
+
+
 def test_one_copy_moves_a_run(store):
     """If it failed, a swap would launch a copy a page and never reach the link's rate."""
     store.copy([(DEVICE(i), HOST(i), 1) for i in range(4)])
