@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 from typing import Any
 
 import anycorn
+import anyio
 import attrs
 import trio
+from anycorn import tcp_server
+from anycorn.events import Event, Updated
 from anycorn.protocol.h11 import H11Protocol
 from anycorn.tcp_server import TCPServer
-from anyio.abc import SocketAttribute
+from anyio._backends import _trio as backend
+from anyio.abc import SocketAttribute, SocketStream
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from memserve.api.direct import DIRECT, DirectWriter
@@ -19,6 +24,49 @@ from memserve.api.listening import BACKLOG, listen
 KEEP_ALIVE_S = 30.0
 """Longer than the 5 s for which clients keep an idle connection: the client closes it first, so that no
 request is sent on a connection that the server is just closing."""
+
+ACCEPT_PAUSE_S = 0.1
+"""Pause after a connection could not be accepted for lack of resources."""
+LACKING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
+"""What accept() fails with then; the connection stays in the backlog."""
+
+
+class PatientListener(backend.TCPSocketListener):
+    """Waits while there is no descriptor left for another connection; anyio's listener ends the server."""
+
+    async def accept(self) -> SocketStream:
+        while True:
+            try:
+                return await super().accept()
+            except anyio.BrokenResourceError as error:
+                if not isinstance(error.__cause__, OSError) or error.__cause__.errno not in LACKING:
+                    raise
+                await trio.sleep(ACCEPT_PAUSE_S)
+
+
+class PromptServer(TCPServer):
+    """One connection, closed as soon as its client has left.
+
+    anycorn's own waits for KEEP_ALIVE_S first, so that clients with a new connection for each request would
+    use up the descriptors.
+    """
+
+    _left = False
+    """Whether the client has closed its side."""
+
+    async def _read_data(self) -> None:
+        await super()._read_data()
+        self._left = True
+        await self.idle_task.stop()
+
+    async def protocol_send(self, event: Event) -> None:
+        if not (self._left and isinstance(event, Updated)):  # an Updated would start the wait again
+            await super().protocol_send(event)
+
+
+# anycorn and anyio offer no other way to replace these two.
+backend.TCPSocketListener = PatientListener  # type: ignore[misc]
+tcp_server.TCPServer = PromptServer  # type: ignore[misc]
 
 
 async def serve_http(
