@@ -254,3 +254,61 @@ def test_every_section_runs_to_its_end(played, name, count):
     missing = [one.what for one in figures if one.value is None]
     # 30 pages were free.
     assert missing == ([f"{name[-2:]} decode step, 3 rows of 200 tokens"] if name.startswith("steps") else [])
+
+
+def test_a_figure_that_fails_costs_no_other(played, tmp_path, monkeypatch):
+    """If it failed, a batch that is too large would cost all that is measured after it, prefill among it."""
+    real = gpu_compute.decode_s
+
+    def decode_s(engine, batch, context, *more) -> float:
+        if batch == 1:
+            raise RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA")
+        return real(engine, batch, context, *more)
+
+    monkeypatch.setattr(gpu_compute, "decode_s", decode_s)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    Ceilings(3e12, 7e14, 5.5e10, 5.4e10).write(tmp_path / "ceilings.json")
+    with torch.inference_mode(), pytest.raises(SystemExit, match="2 figures could not be measured"):
+        gpu.run_section("steps-8b", tmp_path)
+    found = gpu._figures(tmp_path / "steps-8b.jsonl")
+    assert (
+        len(found) == 6
+        and [one.note for one in found if one.note.startswith("failed")]
+        == ["failed: RuntimeError: CUDA error: out of memory"] * 2
+    )
+    assert all(one.value is not None for one in found if "prefill" in one.what)
+
+
+def test_sections_are_compared_with_a_data_sheet_if_the_ceilings_failed(played):
+    """If it failed, a trouble with the link to the host would leave nothing measured."""
+    with torch.inference_mode():
+        first, *figures = gpu.figures_of("ttft-1b", None)
+    assert "data sheet" in first.what and len(figures) == 11
+
+
+def test_what_was_handed_over_before_a_failure_is_kept(played, monkeypatch):
+    """If it failed, the longest context's trouble would be that of all."""
+    real = gpu_moving.hand_over
+
+    def hand_over(*given):
+        yield next(real(*given))
+        given[1].send(b"")
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(gpu_moving, "hand_over", hand_over)
+    found = []
+    with torch.inference_mode(), pytest.raises(ExceptionGroup):
+        found.extend(gpu.SECTIONS["handoff"].run(gpu_parts.ASSUMED))  # a list keeps what came before
+    assert [one.what for one in found] == ["handoff of 20 tokens, 2 pages"]
+
+
+def test_each_sections_output_comes_back_from_a_lent_machine(tmp_path, monkeypatch):
+    """If it failed, all that is known of a section's failure would be its last line."""
+    monkeypatch.setenv("OUT", str(tmp_path))
+    with gpu.folder_of_sections() as place:
+        (place / "swap.err").write_text("why")
+    assert (tmp_path / "gpu-bench" / "swap.err").read_text() == "why"
+    monkeypatch.delenv("OUT")
+    with gpu.folder_of_sections() as place:
+        assert place.is_dir()
+    assert not place.exists()
