@@ -6,6 +6,7 @@ in which the GPU is idle most of the time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -40,7 +41,7 @@ def draw_rows(
     parts = list(_launched(others, rows, places, logits, sampling.HEAD))
     values, ids = best.tolist()  # waits
     for number, place in places.items():
-        if not np.isfinite(values[place]):
+        if not math.isfinite(values[place]):
             raise FloatingPointError(f"row {number}: the largest logit is {values[place]}")
     drawn = {number: int(ids[place]) for number, place in places.items()}
     drawn.update(zip(others, _read(parts), strict=True))
