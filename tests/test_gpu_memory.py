@@ -278,6 +278,17 @@ def test_damaged_and_unwritable_pages_are_reported(store, monkeypatch):
     assert store.copy([(DEVICE(1), DISK(0), 3)]) == (DEVICE(1), DEVICE(2), DEVICE(3))
 
 
+def test_a_shard_ends_on_the_gpu_that_it_was_on(weights):
+    """If it failed, a shard on a second GPU would make a context on the first one at its end, if that has room."""
+    cupy = fake_cupy(devices=2)
+    gpu = GpuArena.create(SHARD, 1, 2, PAGE_BYTES, weights, cupy)
+    store = open_gpu_store(gpu, memoryview(bytearray(2 * PAGE_BYTES)), None)
+    for close in (store.close, gpu.close):
+        cupy.cuda.runtime.setDevice(0)  # as in a thread that has used no GPU yet
+        close()
+        assert cupy.cuda.runtime.device == 1
+
+
 def test_host_memory_that_cannot_be_pinned_is_a_user_error(weights):
     """If it failed, the shard would crash with a CUDA error, or copy at half the rate unnoticed."""
     gpu = GpuArena.create(SHARD, 0, 1, PAGE_BYTES, weights, fake_cupy())

@@ -110,6 +110,7 @@ class GpuPageStore:
 
     def close(self) -> None:
         """Destroy the streams and unpin host memory. Does not wait: no copy may be under way."""
+        self.gpu.runtime.setDevice(self.gpu.device)  # otherwise this thread may make a context on another GPU
         for stream in self._streams.values():
             self.gpu.runtime.streamDestroy(stream)
         for pinned in (*self.staging.values(), *([self.host] if self.host else [])):
