@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -38,6 +38,8 @@ SECONDS = 540.0
 """Longest whole run: what is left of a command of ten minutes after wheels are installed."""
 STOP_S = 10.0
 """Time for a section to end after SIGTERM; a section is not started with less time than this left."""
+SAID = 1 << 20
+"""Characters that are kept of what a section's process said."""
 PACKAGES = ("torch", "flashinfer-python", "apache-tvm-ffi", "cupy-cuda13x", "memserve")
 
 
@@ -201,27 +203,24 @@ def measure(names: Sequence[str], note: Note, words: str, seconds: float) -> lis
     """Run the sections one after another for at most ``seconds``; the note is rewritten after each."""
     found: list[Ran] = []
     until = time.monotonic() + seconds
-    with folder_of_sections() as place:
+    with tempfile.TemporaryDirectory(prefix="memserve-gpu-bench-") as place:
         for name in names:
             limit = min(SECTIONS[name].limit_s, until - time.monotonic())
-            command = [sys.executable, __file__, "--section", name, "--folder", str(place)]
+            command = [sys.executable, __file__, "--section", name, "--folder", place]
             late = Ran(name, (), f"not begun: {seconds:.0f} s are over", 0.0)
-            found.append(run_apart(command, name, place, limit) if limit > STOP_S else late)
+            found.append(run_apart(command, name, Path(place), limit) if limit > STOP_S else late)
             write(note, words, found)
+            keep_output(name, Path(place, f"{name}.err"))
             print("\n\n".join(parts_of(found[-1])), flush=True)
     return found
 
 
-@contextmanager
-def folder_of_sections() -> Iterator[Path]:
-    """The folder with the figures and the output of each section: in ``$OUT``, where it stays, if that is set."""
-    if out := os.environ.get("OUT"):
-        place = Path(out, "gpu-bench")
-        place.mkdir(exist_ok=True)
-        yield place
-        return
-    with tempfile.TemporaryDirectory(prefix="memserve-gpu-bench-") as made:
-        yield Path(made)
+def keep_output(name: str, said: Path) -> None:
+    """Append the end of what a section's process said to one file in ``$OUT``, if that is set."""
+    out = os.environ.get("OUT")
+    if out and said.exists():
+        with Path(out, "gpu-bench.log").open("a") as log:
+            log.write(f"==== {name}\n{said.read_text(errors='replace')[-SAID:]}\n")
 
 
 def options() -> argparse.Namespace:

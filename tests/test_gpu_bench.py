@@ -304,11 +304,9 @@ def test_what_was_handed_over_before_a_failure_is_kept(played, monkeypatch):
 
 def test_each_sections_output_comes_back_from_a_lent_machine(tmp_path, monkeypatch):
     """If it failed, all that is known of a section's failure would be its last line."""
+    (tmp_path / "swap.err").write_text("a\nwhy\n")
+    gpu.keep_output("swap", tmp_path / "swap.err")  # without a place to keep it
     monkeypatch.setenv("OUT", str(tmp_path))
-    with gpu.folder_of_sections() as place:
-        (place / "swap.err").write_text("why")
-    assert (tmp_path / "gpu-bench" / "swap.err").read_text() == "why"
-    monkeypatch.delenv("OUT")
-    with gpu.folder_of_sections() as place:
-        assert place.is_dir()
-    assert not place.exists()
+    for name in ("swap", "shared"):
+        gpu.keep_output(name, tmp_path / f"{name}.err")
+    assert (tmp_path / "gpu-bench.log").read_text() == "==== swap\na\nwhy\n\n"
