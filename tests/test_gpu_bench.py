@@ -17,16 +17,21 @@ import gpu
 import gpu_compute
 import gpu_moving
 import gpu_parts
-from backends import SPEC
+import random_model
+from backends import SPEC, Exact
 from fake_cupy import fake_cupy
 from gpu_parts import Ceilings, Figure
+from memserve.drawing import Sampling
 from memserve.engine.cuda import CudaEngine
-from memserve.engine.weights import random_weights
+from memserve.engine.plans import Row
+from memserve.engine.tokenizer import Tokenizer
+from memserve.engine.weights import map_weights, prepare, random_weights
 from memserve.kernels import gpu_memory
 from memserve.kernels.arena import serve_packet
 from memserve.mempool.addresses import Tier, page_of, slot, tier_of
-from memserve.tokens import pages_for
+from memserve.tokens import pack, pages_for
 from notes import Note
+from test_model import Runner, prompt
 
 CONTEXTS = (20, 64, 150)
 
@@ -310,3 +315,25 @@ def test_each_sections_output_comes_back_from_a_lent_machine(tmp_path, monkeypat
     for name in ("swap", "shared"):
         gpu.keep_output(name, tmp_path / f"{name}.err")
     assert (tmp_path / "gpu-bench.log").read_text() == "==== swap\na\nwhy\n\n"
+
+
+def test_where_the_demo_model_is_not_there_a_random_one_is_served(tmp_path):
+    """If it failed, a GPU machine without a network would have no test and no figure of a served model."""
+    folder = random_model.save(tmp_path / "m", layers=2, hidden=192, intermediate=256, vocab=3000)
+    files = prepare(folder, "bfloat16", tmp_path / "cache")
+    assert (files.spec.heads, files.spec.kv_heads, files.spec.head_dim, files.spec.vocab) == (3, 1, 64, 3000)
+    tokenizer = Tokenizer.load(files.tokenizer)
+    ids = tokenizer.encode(" time year people", allow_special=False)
+    assert len(ids) == 3 and tokenizer.decode(ids) == " time year people"
+    exact = Exact.of(folder)
+    runner = Runner(files.spec, {key: one.float() for key, one in map_weights(files.weights).items()})
+    pages, answer = runner.pages(40), list[int]()
+    start = prompt(20, 1, 3000)
+    for at in range(20):
+        rows = start if not at else answer[-1:]
+        (logits,) = runner.step(Row(pack(rows), 20 + at - len(rows) if at else 0, pages, Sampling(0.0)))
+        answer.append(int(logits.argmax()))
+    exact.check(start, answer)
+    assert 2 < float(logits.std()) < 8 and len(set(answer)) > 10
+    with pytest.raises(AssertionError):
+        exact.check(start, answer[::-1])
