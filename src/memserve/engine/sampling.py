@@ -107,15 +107,14 @@ def _draw_near(
     """
     import torch
 
-    narrow = logits - logits.max(dim=-1, keepdim=True).values
-    below = narrow.double()
-    weights = (below / temperature).exp()
+    below = logits - logits.max(dim=-1, keepdim=True).values
+    weights = (below / temperature).exp_()  # float64, as the temperatures are
     vocab = weights.shape[1]
     limit = top_k
     if least is not None:
         limit = torch.minimum(top_k, (below >= least).sum(-1, keepdim=True).double())
     # Weights rise with logits, and selecting float32 takes a GPU half the passes over half the bytes.
-    ids = narrow.topk(min(head, vocab), dim=-1, sorted=False).indices.sort(dim=-1).values
+    ids = below.topk(min(head, vocab), dim=-1, sorted=False).indices.sort(dim=-1).values
     order = weights.gather(1, ids).sort(dim=-1, descending=True, stable=True)
     ordered, ids = order.values, ids.gather(1, order.indices)
     # Ties with the smallest weight of a partial selection are left out: topk selects among them arbitrarily.
