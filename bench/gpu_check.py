@@ -2,7 +2,8 @@
 
 Wheels in ``.gpu/wheels`` (``make gpu-wheels``) are installed into a temporary folder. Kernels in
 ``.gpu/aot.tar.xz`` (``make gpu-kernels``) are unpacked to where FlashInfer looks first. Either may be absent
-if its contents are installed. ``--run SCRIPT ...`` runs a script in that environment instead.
+if its contents are installed. A test that hangs or breaks the GPU's context costs no other test its result.
+``--run SCRIPT ...`` runs a script in that environment instead.
 """
 
 from __future__ import annotations
@@ -15,18 +16,24 @@ import sys
 import tarfile
 import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 from packaging.tags import sys_tags
 from packaging.utils import parse_wheel_filename
 
+from gpu_journal import PLACE, read
+
 ROOT = Path(__file__).parent.parent
-LIMIT_S = 420
+LIMIT_S = 420.0
 """Time limit of the tests; then the table is printed with the tests that have ended."""
-STOP_S = 15
-"""Time for pytest to write its report after SIGINT."""
+SILENT_S = 180.0
+"""Longest time in which no test begins or ends, imports included."""
+STOP_S = 15.0
+"""Time for pytest to end after SIGINT."""
+ENDED = (0, 1, 5)
+"""Exit statuses of pytest when it has run all tests: passed, some failed, none was left."""
 TESTS = ("tests/test_gpu.py", "tests/test_backends.py", "tests/test_common_pages.py")
 """Every file with GPU tests."""
 CHOSEN = "cuda or test_gpu.py"
@@ -69,43 +76,69 @@ def fitting(wheels: list[Path]) -> list[Path]:
     return [] if foreign else wheels
 
 
-def run_tests(report: Path, environment: dict[str, str], *more: str) -> int | None:
-    """Run pytest for at most ``LIMIT_S``; return its exit status, or None if it had to be stopped."""
-    command = [sys.executable, "-m", "pytest", "-q", *TESTS, "-k", CHOSEN, "-W", "default", *more]
+def run_tests(journal: Path, environment: dict[str, str], *more: str) -> bool:
+    """Run the tests for at most ``LIMIT_S``; return whether all have been run.
+
+    A test in which the process ends, or is silent for ``SILENT_S``, costs itself only: a new process runs the rest.
+    """
+    begun, until = -1, time.monotonic() + LIMIT_S
+    while len(read(journal)) > begun and time.monotonic() < until:
+        begun = len(read(journal))
+        if _run_once(journal, environment, until, *more) in ENDED:
+            return True
+    return False
+
+
+def _run_once(journal: Path, environment: dict[str, str], until: float, *more: str) -> int | None:
+    """Run the tests that have not begun yet; pytest's exit status, or None if it had to be stopped."""
+    command = [sys.executable, "-m", "pytest", "-v", *TESTS, "-k", CHOSEN, "-W", "default", *more]
     process = subprocess.Popen(
-        [*command, "-p", "no:cacheprovider", f"--junitxml={report}"],
+        [*command, "-p", "no:cacheprovider", "-p", "gpu_journal"],
         cwd=ROOT,
-        env=environment,
+        env={**environment, PLACE: str(journal)},
         # A shell's background jobs ignore SIGINT and pytest would inherit that; SIGINT is how it is stopped.
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
+    heard, size = time.monotonic(), -1
     try:
-        return process.wait(LIMIT_S)
-    except subprocess.TimeoutExpired:
+        while (now := time.monotonic()) < min(until, heard + SILENT_S):
+            with suppress(subprocess.TimeoutExpired):
+                return process.wait(0.5)
+            if journal.exists() and journal.stat().st_size != size:
+                heard, size = now, journal.stat().st_size
         process.send_signal(signal.SIGINT)
-    try:
-        process.wait(STOP_S)
-    except subprocess.TimeoutExpired:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_S)
+        return None
+    finally:
         process.kill()
         process.wait()
-    return None
 
 
-def table(report: Path) -> list[str]:
-    """The report as lines of a Markdown table; tests that did not pass have the first line of the reason."""
-    if not report.exists():
-        return ["no report: pytest was killed, or never began"]
+def table(journal: Path) -> list[str]:
+    """The journal as lines of a Markdown table; tests that did not pass have the last line of the reason."""
+    found = read(journal)
+    if not found:
+        return ["no test was begun"]
     lines = ["| test | result | s | why |", "|---|---|---|---|"]
-    for case in ElementTree.parse(report).iter("testcase"):
-        wrong = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
-        result, why = ("passed", "") if wrong is None else (wrong.tag, wrong.get("message") or "")
-        why = why.partition("\n")[0].replace("|", "/")[:120]
-        lines.append(f"| {case.get('name')} | {result} | {float(case.get('time') or 0):.1f} | {why} |")
+    for test, entry in found.items():
+        result, seconds = entry.get("result", "never ended"), float(str(entry["seconds"]))
+        why = str(entry.get("why", "its process was stopped or ended")).replace("|", "/")[:120]
+        lines.append(f"| {test.partition('::')[2]} | {result} | {seconds:.1f} | {why} |")
     return lines
 
 
+def report(journal: Path) -> str:
+    """The table, and of each test that failed all that pytest said."""
+    texts = {test: entry for test, entry in read(journal).items() if entry.get("result") == "failed"}
+    return "\n".join([*table(journal), *(f"\n## {test}\n\n{one['text']}" for test, one in texts.items())])
+
+
 def main() -> int:
-    """Run the tests and print the table. The exit status is pytest's, 1 if stopped, or 2 without a GPU."""
+    """Run the tests and print the table, which goes to ``$OUT`` too, if that is set, with what failing tests said.
+
+    The exit status is 1 if a test failed or was not run, 2 without a GPU.
+    """
     if shutil.which("nvidia-smi") is None:
         print("gpu-check needs an NVIDIA GPU: there is no nvidia-smi here; make check runs what needs none")
         return 2
@@ -117,11 +150,14 @@ def main() -> int:
     subprocess.run(
         ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv"], check=False
     )
-    report, began = Path(tempfile.mkdtemp()) / "report.xml", time.perf_counter()
-    status = run_tests(report, environment, *sys.argv[1:])
-    print("\n" + "\n".join(table(report)))
-    print(f"\n{time.perf_counter() - began:.0f} s in all" + ("" if status is not None else ", then stopped"))
-    return 1 if status is None else status
+    journal, began = Path(tempfile.mkdtemp()) / "journal", time.perf_counter()
+    whole = run_tests(journal, environment, *sys.argv[1:])
+    if out := os.environ.get("OUT"):
+        Path(out, "gpu-check.md").write_text(report(journal) + "\n")
+    print("\n" + "\n".join(table(journal)))
+    print(f"\n{time.perf_counter() - began:.0f} s in all" + ("" if whole else ", then stopped"))
+    results = {entry.get("result") for entry in read(journal).values()}
+    return 0 if whole and results <= {"passed", "skipped"} else 1
 
 
 if __name__ == "__main__":

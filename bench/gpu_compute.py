@@ -23,6 +23,7 @@ from gpu_parts import (
     some_ids,
     spec_of,
     tables_of,
+    tried,
     weights_for,
 )
 from memserve.engine.convert import weight_shapes
@@ -58,18 +59,25 @@ def attention(roof: Ceilings) -> Iterator[Figure]:
     spec = spec_of("8b")
     library = load_flashinfer(torch.cuda.get_device_capability(DEVICE), spec)
     for rows, context in ATTENDED:
-        rate = _attention_rate(library, spec, rows, context, dense=False)
-        yield Figure(
-            f"decode attention, {rows} rows of {context} tokens", rate / roof.copy, "of the copy's bandwidth",
-            0.8, note=f"{rate / 1e9:.0f} GB/s",
-        )  # fmt: skip
+        what = f"decode attention, {rows} rows of {context} tokens"
+        yield tried(what, "of the copy's bandwidth", _attended, roof, library, spec, rows, context)
     rows, context = ATTENDED[1]
+    what = f"aggregated pages, {rows} rows of {context} tokens"
+    yield tried(what, "of a dense tensor a layer", _aggregated, library, spec, rows, context)
+
+
+def _attended(
+    what: str, unit: str, roof: Ceilings, library: Any, spec: ModelSpec, rows: int, context: int
+) -> Figure:
+    rate = _attention_rate(library, spec, rows, context, dense=False)
+    return Figure(what, rate / roof.copy, unit, 0.8, note=f"{rate / 1e9:.0f} GB/s")
+
+
+def _aggregated(what: str, unit: str, library: Any, spec: ModelSpec, rows: int, context: int) -> Figure:
     pairs = [[_attention_rate(library, spec, rows, context, one) for one in (False, True)] for _ in range(3)]
     strided, dense = map(max, zip(*pairs, strict=True))
-    yield Figure(
-        f"aggregated pages, {rows} rows of {context} tokens", strided / dense, "of a dense tensor a layer", 0.97,
-        note=f"{strided / 1e9:.0f} against {dense / 1e9:.0f} GB/s, the better of 3 each, in turn",
-    )  # fmt: skip
+    note = f"{strided / 1e9:.0f} against {dense / 1e9:.0f} GB/s, the better of 3 each, in turn"
+    return Figure(what, strided / dense, unit, 0.97, note=note)
 
 
 def _attention_rate(library: Any, spec: ModelSpec, rows: int, context: int, dense: bool) -> float:
@@ -107,16 +115,19 @@ def steps(name: str, roof: Ceilings) -> Iterator[Figure]:
     engine = engine_on(spec, weights, private_pages(spec, pages), max(BATCHES), max(CONTEXTS) + STEPS)
     for context in CONTEXTS:
         for batch in BATCHES:
-            yield _decode(engine, spec, read, roof, batch, context, pages)
+            what = f"{spec.name} decode step, {batch} rows of {context} tokens"
+            unit = "of the bandwidth's roofline"
+            yield tried(what, unit, _decode, engine, spec, read, roof, batch, context, pages)
     for length in PROMPTS:
-        yield _prefill(engine, spec, roof, length)
+        what = f"{spec.name} prefill of {length} tokens"
+        yield tried(what, "of the measured matrix rate", _prefill, engine, spec, roof, length)
     engine.close()
 
 
 def _decode(
-    engine: CudaEngine, spec: ModelSpec, read: int, roof: Ceilings, batch: int, context: int, pages: int
-) -> Figure:
-    what, unit = f"{spec.name} decode step, {batch} rows of {context} tokens", "of the bandwidth's roofline"
+    what: str, unit: str, engine: CudaEngine, spec: ModelSpec, read: int, roof: Ceilings, batch: int, context: int,
+    pages: int,
+) -> Figure:  # fmt: skip
     need = batch * pages_for(context + STEPS, PAGE_TOKENS)
     if need > pages:
         return Figure(what, None, unit, note=f"does not fit: {need} pages, {pages} are there")
@@ -131,19 +142,24 @@ def alike(roof: Ceilings) -> Iterator[Figure]:
     spec = spec_of("8b")
     library = load_flashinfer(torch.cuda.get_device_capability(DEVICE), spec)
     for rows, common in ALIKE:
-        apart, together = (_alike_attention_s(library, spec, rows, common, least) for least in (None, 1))
-        yield Figure(
-            f"decode attention, {rows} rows after {common} common tokens", apart / together, "times as fast as each for itself",
-            note=f"{together * 1e3:.2f} against {apart * 1e3:.2f} ms of {LAYERS} layers, both in a CUDA graph",
-        )  # fmt: skip
+        what = f"decode attention, {rows} rows after {common} common tokens"
+        yield tried(what, "times as fast as each for itself", _alike_attention, library, spec, rows, common)
     most = max(tables_of(rows, common + OWN + STEPS, common)[-1][-1] for rows, common in ALIKE) + 1
     engine = engine_on(
         spec, weights_for(spec), private_pages(spec, most), max(rows for rows, _ in ALIKE),
         max(common for _, common in ALIKE) + OWN + STEPS,
     )  # fmt: skip
     for rows, common in ALIKE:
-        yield _alike_step(engine, spec, rows, common)
+        what = f"{spec.name} decode step, {rows} rows after {common} common tokens"
+        unit = "times as fast as each for itself in a CUDA graph"
+        yield tried(what, unit, _alike_step, engine, spec, rows, common)
     engine.close()
+
+
+def _alike_attention(what: str, unit: str, library: Any, spec: ModelSpec, rows: int, common: int) -> Figure:
+    apart, together = (_alike_attention_s(library, spec, rows, common, least) for least in (None, 1))
+    note = f"{together * 1e3:.2f} against {apart * 1e3:.2f} ms of {LAYERS} layers, both in a CUDA graph"
+    return Figure(what, apart / together, unit, note=note)
 
 
 def _alike_attention_s(library: Any, spec: ModelSpec, rows: int, common: int, least: int | None) -> float:
@@ -170,7 +186,7 @@ def _alike_attention_s(library: Any, spec: ModelSpec, rows: int, common: int, le
     return device_s(CudaGraphs(DEVICE).capture(run), 20)
 
 
-def _alike_step(engine: CudaEngine, spec: ModelSpec, rows: int, common: int) -> Figure:
+def _alike_step(what: str, unit: str, engine: CudaEngine, spec: ModelSpec, rows: int, common: int) -> Figure:
     took = []
     for sharing in (Sharing(None, None), Sharing(1, 1)):
         engine.sharing = sharing
@@ -178,13 +194,14 @@ def _alike_step(engine: CudaEngine, spec: ModelSpec, rows: int, common: int) -> 
     spared = (rows - 1) * common * spec.kv_heads * spec.head_dim * 2 * 2  # bytes per layer
     used = spared >= GRAPH_BYTES
     return Figure(
-        f"{spec.name} decode step, {rows} rows after {common} common tokens", took[0] / took[1],
-        "times as fast as each for itself in a CUDA graph", 1.0 if used else None,
+        what, took[0] / took[1], unit, 1.0 if used else None,
         note=f"{took[1] * 1e3:.2f} against {took[0] * 1e3:.2f} ms; {'used' if used else 'not used'}, {spared >> 20} MiB a layer are spared",
     )  # fmt: skip
 
 
-def _prefill(engine: CudaEngine, spec: ModelSpec, roof: Ceilings, length: int) -> Figure:
+def _prefill(
+    what: str, unit: str, engine: CudaEngine, spec: ModelSpec, roof: Ceilings, length: int
+) -> Figure:
     (plan,) = prompt_rows(
         some_ids(length, 1, spec.vocab), tuple(range(pages_for(length, PAGE_TOKENS))), length
     )
@@ -196,7 +213,4 @@ def _prefill(engine: CudaEngine, spec: ModelSpec, roof: Ceilings, length: int) -
     )
     flop = 2 * length * layers + 2 * length**2 * spec.heads * spec.head_dim * spec.layers
     goal = 0.55 if (spec.name, length) == ("8b", 8192) else None
-    return Figure(
-        f"{spec.name} prefill of {length} tokens", flop / took / roof.matrix, "of the measured matrix rate", goal,
-        note=f"{took * 1e3:.1f} ms",
-    )  # fmt: skip
+    return Figure(what, flop / took / roof.matrix, unit, goal, note=f"{took * 1e3:.1f} ms")

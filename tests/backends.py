@@ -196,7 +196,12 @@ class Exact:
     @classmethod
     def of_demo(cls) -> Exact:
         """The reference with the weights that clusters serve."""
-        files = prepare(find_model(DEMO), "float32")
+        return cls.of(find_model(DEMO))
+
+    @classmethod
+    def of(cls, model: Path) -> Exact:
+        """The reference of any model."""
+        files = prepare(model, "float32")
         return cls(Runner(files.spec, map_weights(files.weights)))
 
     def check(self, start: list[int], answer: list[int]) -> None:

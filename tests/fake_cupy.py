@@ -32,7 +32,8 @@ class Runtime:
         self.copies: list[tuple[int, int]] = []
         self.opened: list[int] = []
         self.opened_on: dict[int, int | None] = {}
-        self.registered: list[int] = []
+        self.registered: dict[int, int | None] = {}
+        """The device on which each address was registered."""
         self.device: int | None = None
         self.devices = 1
         self.peers: set[tuple[int, int]] = set()
@@ -113,10 +114,10 @@ class Runtime:
     def hostRegister(self, pointer: int, size: int, flags: int) -> None:
         if not self.pins:
             raise CUDARuntimeError("cudaErrorMemoryAllocation: out of memory")
-        self.registered.append(pointer)
+        self.registered[pointer] = self.device
 
     def hostUnregister(self, pointer: int) -> None:
-        self.registered.remove(pointer)
+        assert self.device == self.registered.pop(pointer), "another GPU gets a context for this"
 
 
 class SharedRuntime(Runtime):

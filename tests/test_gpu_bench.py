@@ -17,16 +17,21 @@ import gpu
 import gpu_compute
 import gpu_moving
 import gpu_parts
-from backends import SPEC
+import random_model
+from backends import SPEC, Exact
 from fake_cupy import fake_cupy
 from gpu_parts import Ceilings, Figure
+from memserve.drawing import Sampling
 from memserve.engine.cuda import CudaEngine
-from memserve.engine.weights import random_weights
+from memserve.engine.plans import Row
+from memserve.engine.tokenizer import Tokenizer
+from memserve.engine.weights import map_weights, prepare, random_weights
 from memserve.kernels import gpu_memory
 from memserve.kernels.arena import serve_packet
 from memserve.mempool.addresses import Tier, page_of, slot, tier_of
-from memserve.tokens import pages_for
+from memserve.tokens import pack, pages_for
 from notes import Note
+from test_model import Runner, prompt
 
 CONTEXTS = (20, 64, 150)
 
@@ -254,3 +259,81 @@ def test_every_section_runs_to_its_end(played, name, count):
     missing = [one.what for one in figures if one.value is None]
     # 30 pages were free.
     assert missing == ([f"{name[-2:]} decode step, 3 rows of 200 tokens"] if name.startswith("steps") else [])
+
+
+def test_a_figure_that_fails_costs_no_other(played, tmp_path, monkeypatch):
+    """If it failed, a batch that is too large would cost all that is measured after it, prefill among it."""
+    real = gpu_compute.decode_s
+
+    def decode_s(engine, batch, context, *more) -> float:
+        if batch == 1:
+            raise RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA")
+        return real(engine, batch, context, *more)
+
+    monkeypatch.setattr(gpu_compute, "decode_s", decode_s)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    Ceilings(3e12, 7e14, 5.5e10, 5.4e10).write(tmp_path / "ceilings.json")
+    with torch.inference_mode(), pytest.raises(SystemExit, match="2 figures could not be measured"):
+        gpu.run_section("steps-8b", tmp_path)
+    found = gpu._figures(tmp_path / "steps-8b.jsonl")
+    assert (
+        len(found) == 6
+        and [one.note for one in found if one.note.startswith("failed")]
+        == ["failed: RuntimeError: CUDA error: out of memory"] * 2
+    )
+    assert all(one.value is not None for one in found if "prefill" in one.what)
+
+
+def test_sections_are_compared_with_a_data_sheet_if_the_ceilings_failed(played):
+    """If it failed, a trouble with the link to the host would leave nothing measured."""
+    with torch.inference_mode():
+        first, *figures = gpu.figures_of("ttft-1b", None)
+    assert "data sheet" in first.what and len(figures) == 11
+
+
+def test_what_was_handed_over_before_a_failure_is_kept(played, monkeypatch):
+    """If it failed, the longest context's trouble would be that of all."""
+    real = gpu_moving.hand_over
+
+    def hand_over(*given):
+        yield next(real(*given))
+        given[1].send(b"")
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(gpu_moving, "hand_over", hand_over)
+    found = []
+    with torch.inference_mode(), pytest.raises(ExceptionGroup):
+        found.extend(gpu.SECTIONS["handoff"].run(gpu_parts.ASSUMED))  # a list keeps what came before
+    assert [one.what for one in found] == ["handoff of 20 tokens, 2 pages"]
+
+
+def test_each_sections_output_comes_back_from_a_lent_machine(tmp_path, monkeypatch):
+    """If it failed, all that is known of a section's failure would be its last line."""
+    (tmp_path / "swap.err").write_text("a\nwhy\n")
+    gpu.keep_output("swap", tmp_path / "swap.err")  # without a place to keep it
+    monkeypatch.setenv("OUT", str(tmp_path))
+    for name in ("swap", "shared"):
+        gpu.keep_output(name, tmp_path / f"{name}.err")
+    assert (tmp_path / "gpu-bench.log").read_text() == "==== swap\na\nwhy\n\n"
+
+
+def test_where_the_demo_model_is_not_there_a_random_one_is_served(tmp_path):
+    """If it failed, a GPU machine without a network would have no test and no figure of a served model."""
+    folder = random_model.save(tmp_path / "m", layers=2, hidden=192, intermediate=256, vocab=3000)
+    files = prepare(folder, "bfloat16", tmp_path / "cache")
+    assert (files.spec.heads, files.spec.kv_heads, files.spec.head_dim, files.spec.vocab) == (3, 1, 64, 3000)
+    tokenizer = Tokenizer.load(files.tokenizer)
+    ids = tokenizer.encode(" time year people", allow_special=False)
+    assert len(ids) == 3 and tokenizer.decode(ids) == " time year people"
+    exact = Exact.of(folder)
+    runner = Runner(files.spec, {key: one.float() for key, one in map_weights(files.weights).items()})
+    pages, answer = runner.pages(40), list[int]()
+    start = prompt(20, 1, 3000)
+    for at in range(20):
+        rows = start if not at else answer[-1:]
+        (logits,) = runner.step(Row(pack(rows), 20 + at - len(rows) if at else 0, pages, Sampling(0.0)))
+        answer.append(int(logits.argmax()))
+    exact.check(start, answer)
+    assert 2 < float(logits.std()) < 8 and len(set(answer)) > 10
+    with pytest.raises(AssertionError):
+        exact.check(start, answer[::-1])

@@ -248,6 +248,16 @@ def test_a_page_is_refilled_after_its_contents_left_it(store):
     assert (store.host.view[3 * PAGE_BYTES], store.host.view[4 * PAGE_BYTES]) == (2, 9)
 
 
+def test_pages_that_a_request_waits_for_do_not_wait_for_others(store):
+    """If it failed, a swapped-out prefix would come back only after what another thread is swapping out."""
+    ctypes.memset(store.host.address, 9, PAGE_BYTES)
+    out = store.gpu.runtime.queued[store._streams[False]]
+    out.append((store.host.address + PAGE_BYTES, store.gpu.pages_at + PAGE_BYTES, PAGE_BYTES))
+    assert store.copy([(HOST(0), DEVICE(0), 1)]) == ()
+    assert on_device(store, 0)[0] == 9 and len(out) == 1
+    assert store.copy([(DEVICE(2), HOST(2), 1)]) == () and not out
+
+
 def test_one_copy_moves_a_run(store):
     """If it failed, a swap would launch a copy a page and never reach the link's rate."""
     store.copy([(DEVICE(i), HOST(i), 1) for i in range(4)])
@@ -266,6 +276,17 @@ def test_damaged_and_unwritable_pages_are_reported(store, monkeypatch):
 
     monkeypatch.setattr(DiskFile, "write", full)
     assert store.copy([(DEVICE(1), DISK(0), 3)]) == (DEVICE(1), DEVICE(2), DEVICE(3))
+
+
+def test_a_shard_ends_on_the_gpu_that_it_was_on(weights):
+    """If it failed, a shard on a second GPU would make a context on the first one at its end, if that has room."""
+    cupy = fake_cupy(devices=2)
+    gpu = GpuArena.create(SHARD, 1, 2, PAGE_BYTES, weights, cupy)
+    store = open_gpu_store(gpu, memoryview(bytearray(2 * PAGE_BYTES)), None)
+    for close in (store.close, gpu.close):
+        cupy.cuda.runtime.setDevice(0)  # as in a thread that has used no GPU yet
+        close()
+        assert cupy.cuda.runtime.device == 1
 
 
 def test_host_memory_that_cannot_be_pinned_is_a_user_error(weights):

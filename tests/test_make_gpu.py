@@ -48,14 +48,34 @@ def test_every_file_with_gpu_tests_is_run():
     assert found == set(gpu_check.TESTS)
 
 
-def test_a_run_that_was_cut_short_still_has_its_table(tmp_path, monkeypatch):
-    """If it failed, a hanging kernel would take everything that had passed before it with it."""
-    (tmp_path / "test_it.py").write_text(
-        "import time\ndef test_cuda_quick(): pass\ndef test_cuda_slow(): time.sleep(60)\n"
-    )
-    for name, value in (("TESTS", (str(tmp_path),)), ("LIMIT_S", 6.0), ("ROOT", tmp_path)):
+TESTS_OF_A_BAD_DAY = """
+import os, time
+def test_cuda_quick(): pass
+def test_cuda_hangs(): time.sleep(60)
+def test_cuda_wrong(): assert 2 == 3, "no"
+def test_cuda_ends_the_process(): os._exit(9)
+def test_cuda_last(): pass
+"""
+
+
+def test_a_test_that_hangs_or_ends_its_process_costs_no_other(tmp_path, monkeypatch):
+    """If it failed, one bad kernel would take the results of all tests after it, on a machine that is lent for minutes."""
+    (tmp_path / "test_it.py").write_text(TESTS_OF_A_BAD_DAY)
+    # The plugin answers to SIGINT at once here; a kernel that hangs is killed.
+    for name, value in (("TESTS", (str(tmp_path),)), ("SILENT_S", 8.0), ("STOP_S", 0.1), ("ROOT", tmp_path)):
         monkeypatch.setattr(gpu_check, name, value)
-    report = tmp_path / "report.xml"
-    assert gpu_check.run_tests(report, dict(os.environ)) is None
-    assert any("test_cuda_quick | passed" in line for line in gpu_check.table(report))
-    assert gpu_check.table(tmp_path / "none") == ["no report: pytest was killed, or never began"]
+    journal = tmp_path / "journal"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "bench")}
+    assert gpu_check.run_tests(journal, environment)
+    lines = gpu_check.table(journal)[2:]
+    assert [line.split(" | ")[:2] for line in lines] == [
+        ["| test_cuda_quick", "passed"],
+        ["| test_cuda_hangs", "never ended"],
+        ["| test_cuda_wrong", "failed"],
+        ["| test_cuda_ends_the_process", "never ended"],
+        ["| test_cuda_last", "passed"],
+    ]
+    assert "assert 2 == 3" in gpu_check.report(journal)
+    monkeypatch.setattr(gpu_check, "LIMIT_S", 0.0)
+    assert not gpu_check.run_tests(tmp_path / "none", environment)
+    assert gpu_check.table(tmp_path / "none") == ["no test was begun"]

@@ -119,6 +119,7 @@ MAY_IMPORT_TORCH = {
     "engine.model",
     "engine.ops",
     "engine.cuda",
+    "engine.gpu_draws",
     "engine.sampling",
     "engine.torch_step",
     "engine.prompt_logprobs",

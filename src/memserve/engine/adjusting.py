@@ -64,7 +64,9 @@ def adjust(logits: torch.Tensor, how: Adjustments, past: Past) -> None:
         logits[places] -= number(how.frequency) * there(times.astype(np.float32))
         logits[places] -= number(how.presence)
     if past.forbidden:
-        logits[at(past.forbidden)] = -torch.inf
+        logits.index_fill_(
+            0, at(past.forbidden), -torch.inf
+        )  # to assign a number, torch waits for the device
     if past.allowed:
         bits = np.unpackbits(np.frombuffer(past.allowed, np.uint8), bitorder="little", count=len(logits))
         logits.masked_fill_(there(bits == 0), -torch.inf)

@@ -24,9 +24,8 @@ from torch.utils.dlpack import from_dlpack
 
 from memserve.config import Resolved
 from memserve.drawing import Logprobs, PromptLogprobs, Sampling
-from memserve.engine import sampling
-from memserve.engine.adjusting import adjusted, logprobs_of_draws
 from memserve.engine.cpu_budget import Cores
+from memserve.engine.gpu_draws import best_of, draw_rows
 from memserve.engine.model import BatchTensors, Llama
 from memserve.engine.plan_check import check_plan
 from memserve.engine.plans import BatchPlan, BatchResult, Row
@@ -334,8 +333,6 @@ class CudaEngine:
         positions[: len(rows)] = [row.start for row in rows]
         step.arrays.load(table.padded(step.rows, self._pages), positions)
 
-    # ---- draws -----------------------------------------------------------------------------------------------
-
     def _draw(
         self,
         plan: BatchPlan,
@@ -344,47 +341,10 @@ class CudaEngine:
         best: torch.Tensor,
         at: Sequence[int],
     ) -> tuple[tuple[int | None, ...], dict[int, Logprobs]]:
-        """The tokens drawn for rows ``wanted``, whose logits are rows ``at`` of ``logits``.
-
-        All draws are launched before the one wait for the device. Raises FloatingPointError, naming the row,
-        when logits are not finite.
-        """
-        places = dict(zip(wanted, at, strict=True))
-        others = [i for i in wanted if (row := plan.rows[i]).past or not (row.sample and row.sample.greedy)]
-        parts = self._launch_draws(plan, logits, [(i, places[i]) for i in others])
-        values, ids = best.tolist()  # waits
-        for number, place in places.items():
-            if not np.isfinite(values[place]):
-                raise FloatingPointError(f"row {number}: the largest logit is {values[place]}")
-        drawn = {number: int(ids[place]) for number, place in places.items()}
-        for number, token in zip(others, [token for part in parts for token in part.tolist()], strict=True):
-            alone = token == sampling.ELSEWHERE
-            drawn[number] = _draw_alone(logits[places[number]], plan.rows[number]) if alone else token
-        asked = [i for i in wanted if (how := plan.rows[i].sample) and how.logprobs is not None]
-        lines = [logits[places[i]] for i in asked]
-        reports = logprobs_of_draws(lines, [plan.rows[i] for i in asked], [drawn[i] for i in asked])
-        logprobs = {i: one for i, one in zip(asked, reports, strict=True) if one is not None}
+        """The tokens drawn for rows ``wanted``, whose logits are rows ``at`` of ``logits``."""
+        rows = {i: plan.rows[i] for i in wanted}
+        drawn, logprobs = draw_rows(rows, dict(zip(wanted, at, strict=True)), logits, best)
         return tuple(drawn.get(i) for i in range(len(plan.rows))), logprobs
-
-    def _launch_draws(
-        self, plan: BatchPlan, logits: torch.Tensor, others: Sequence[tuple[int, int]]
-    ) -> list[torch.Tensor]:
-        """Launch the draws of ``others``, each (row, place in ``logits``): they sample or adjust logits."""
-        parts, together = [], drawn_together(self._spec.vocab)
-        for first in range(0, len(others), together):
-            some = others[first : first + together]
-            chosen = logits[sent(np.array([place for _, place in some]), logits.device)]
-            rows = [plan.rows[number] for number, _ in some]
-            settings = [row.sample for row in rows if row.sample is not None]
-            parts.append(sampling.draws(adjusted(chosen, rows), settings, [row.end for row in rows]))
-        return parts
-
-
-def _draw_alone(logits: torch.Tensor, row: Row) -> int:
-    """``logits``: (vocab,), unadjusted."""
-    assert row.sample is not None, "a row that draws nothing"
-    (token,) = sampling.draw(adjusted(logits[None], [row]), [row.sample], [row.end])
-    return token
 
 
 def open_engine(
@@ -442,9 +402,3 @@ def weights_of(shared: GpuArena, file: Path) -> dict[str, torch.Tensor]:
 
 def _attention(library: Library, heads: int, backend: str, arena: torch.Tensor) -> FlashInferAttention:
     return FlashInferAttention(library, arena, heads, backend)
-
-
-def best_of(logits: torch.Tensor) -> torch.Tensor:
-    """Each row's largest logit and its token, (2, rows) float64, exact for both: one copy to the host."""
-    values, ids = logits.max(dim=-1)
-    return torch.stack((values.double(), ids.double()))

@@ -25,34 +25,36 @@ def check_plan(
         raise ValueError("a step needs at least one row")
     written: set[int] = set()
     for number, row in enumerate(plan.rows):
-        _check_row(number, row, spec, page_tokens)
+        reach = row.reach
+        _check_row(number, row, reach, spec, page_tokens)
         unseen = _unseen(row.pages, before[number].pages) if number < len(before) else row.pages
         if unseen and not 0 <= min(unseen) <= max(unseen) < pages:
             raise ValueError(f"row {number}: pages {row.pages}; the arena has 0 to {pages - 1}")
-        own = row.pages[row.start // page_tokens : pages_for(row.reach, page_tokens)]
-        if not written.isdisjoint(own) or len(set(own)) < len(own):
-            raise ValueError(f"row {number}: writes to a page that the step writes to already: {own}")
+        own = row.pages[row.start // page_tokens : pages_for(reach, page_tokens)]
+        expected = len(written) + len(own)
         written.update(own)
+        if len(written) < expected:
+            raise ValueError(f"row {number}: writes to a page that the step writes to already: {own}")
 
 
 def _unseen(pages: tuple[int, ...], seen: tuple[int, ...]) -> tuple[int, ...]:
+    if pages is seen:
+        return ()
     return pages[len(seen) :] if pages[: len(seen)] == seen else pages
 
 
-def _check_row(number: int, row: Row, spec: ModelSpec, page_tokens: int) -> None:
-    tokens = row.reach - row.start
-    if not row.tokens or row.start < 0 or row.reach > spec.max_context:
+def _check_row(number: int, row: Row, reach: int, spec: ModelSpec, page_tokens: int) -> None:
+    if not row.tokens or row.start < 0 or reach > spec.max_context:
         raise ValueError(
-            f"row {number}: {tokens} tokens from position {row.start}; "
+            f"row {number}: {reach - row.start} tokens from position {row.start}; "
             f"expected at least one, within {spec.max_context} positions"
         )
-    if len(row.pages) < pages_for(row.reach, page_tokens):
-        raise ValueError(
-            f"row {number}: {len(row.pages)} pages of {page_tokens} do not hold {row.reach} tokens"
-        )
-    ids = unpack(row.tokens + row.draft)
-    if min(ids) < 0 or max(ids) >= spec.vocab:
-        raise ValueError(f"row {number}: token ids {min(ids)} to {max(ids)}; the vocabulary has {spec.vocab}")
+    if len(row.pages) < pages_for(reach, page_tokens):
+        raise ValueError(f"row {number}: {len(row.pages)} pages of {page_tokens} do not hold {reach} tokens")
+    ids = unpack(row.tokens + row.draft if row.draft else row.tokens)
+    least, most = (ids[0], ids[0]) if len(ids) == 1 else (min(ids), max(ids))
+    if least < 0 or most >= spec.vocab:
+        raise ValueError(f"row {number}: token ids {least} to {most}; the vocabulary has {spec.vocab}")
     if row.draft and (row.sample is None or row.sample.logprobs is not None or row.score):
         raise ValueError(
             f"row {number}: has a draft, but draws no token or wants log probabilities; leave the draft out"

@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 
 _MASK = (1 << 64) - 1
 _GAMMA = 0x9E3779B97F4A7C15
-_HEAD = 256
+HEAD = 256
 """Most draws fall among this many most probable tokens, so the whole vocabulary need not be sorted."""
+WIDE = 4096
+"""Nearly all other draws fall among so many: the most for which torch sorts many rows in one kernel on a GPU."""
 ELSEWHERE = -1
 
 
@@ -56,11 +58,13 @@ def draw(logits: torch.Tensor, settings: Sequence[Sampling], positions: Sequence
     return tokens
 
 
-def draws(logits: torch.Tensor, settings: Sequence[Sampling], positions: Sequence[int]) -> torch.Tensor:
+def draws(
+    logits: torch.Tensor, settings: Sequence[Sampling], positions: Sequence[int], head: int = HEAD
+) -> torch.Tensor:
     """The draws of :func:`draw`, made on the logits' device without waiting for it: (rows,) int64.
 
-    ``logits``: (rows, vocab) float32. A row gets ``ELSEWHERE`` where its token is not among the most probable
-    ones; only :func:`draw` finds it then.
+    ``logits``: (rows, vocab) float32. A row gets ``ELSEWHERE`` where its token is not among the ``head`` most
+    probable ones; then only a larger ``head``, or :func:`draw`, finds it.
     """
     import numpy as np
     import torch
@@ -80,7 +84,7 @@ def draws(logits: torch.Tensor, settings: Sequence[Sampling], positions: Sequenc
     )
     temperature, top_k, top_p, u, least, greedy = columns[:, :, None].unbind(1)
     bounded = any(how.min_p > 0 for how in settings)
-    tokens, found = _draw_near(logits, temperature, top_k, top_p, u, least if bounded else None)
+    tokens, found = _draw_near(logits, temperature, top_k, top_p, u, least if bounded else None, head)
     answer = torch.where(found, tokens, ELSEWHERE)
     if any(how.greedy for how in settings):
         answer = torch.where(greedy[:, 0] > 0, logits.max(dim=-1).indices, answer)
@@ -94,21 +98,23 @@ def _draw_near(
     top_p: torch.Tensor,
     u: torch.Tensor,
     least: torch.Tensor | None,
+    head: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``_draw_one`` for all rows at once, on their ``_HEAD`` most probable tokens.
+    """``_draw_one`` for all rows at once, on their ``head`` most probable tokens.
 
     Parameters are (rows, 1) float64. ``least``: :attr:`~memserve.drawing.Sampling.reach` of each row, or None where no row has a min_p.
     Returns (rows,) tokens, and (rows,) flags that say whether each is the answer.
     """
     import torch
 
-    below = (logits - logits.max(dim=-1, keepdim=True).values).double()
-    weights = (below / temperature).exp()
+    below = logits - logits.max(dim=-1, keepdim=True).values
+    weights = (below / temperature).exp_()  # float64, as the temperatures are
     vocab = weights.shape[1]
     limit = top_k
     if least is not None:
         limit = torch.minimum(top_k, (below >= least).sum(-1, keepdim=True).double())
-    ids = weights.topk(min(_HEAD, vocab), dim=-1, sorted=False).indices.sort(dim=-1).values
+    # Weights rise with logits, and selecting float32 takes a GPU half the passes over half the bytes.
+    ids = below.topk(min(head, vocab), dim=-1, sorted=False).indices.sort(dim=-1).values
     order = weights.gather(1, ids).sort(dim=-1, descending=True, stable=True)
     ordered, ids = order.values, ids.gather(1, order.indices)
     # Ties with the smallest weight of a partial selection are left out: topk selects among them arbitrarily.
@@ -144,7 +150,7 @@ def _draw_one(logits: torch.Tensor, how: Sampling, u: float) -> int:
     limit = min(how.top_k or vocab, vocab)
     if how.min_p > 0:
         limit = min(limit, int((below >= how.reach).sum()))
-    for count in (min(_HEAD, vocab), vocab):
+    for count in (min(HEAD, vocab), vocab):
         ordered, ids = _most_probable(weights, count)
         complete = len(ordered) >= limit
         if complete or limit == vocab:

@@ -118,8 +118,12 @@ class GpuArena:
             shard=shard, pages=pages, page_bytes=page_bytes, weights=weights_digest(weights), weights_bytes=size,
             bus_id=runtime.deviceGetPCIBusId(device), arena_handle=handles[0], weights_handle=handles[1],
         )  # fmt: skip
-        # CuPy frees a block when its Memory object goes.
-        return cls(header, device, blocks[0].ptr, blocks[1].ptr, cupy, blocks.clear)
+
+        def release() -> None:
+            runtime.setDevice(device)  # per thread, and the first call of a thread makes a context
+            blocks.clear()  # CuPy frees a block when its Memory object goes
+
+        return cls(header, device, blocks[0].ptr, blocks[1].ptr, cupy, release)
 
     @property
     def runtime(self) -> Any:

@@ -7,7 +7,7 @@ of workers in other processes. Everything here blocks: call it in threads.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -48,22 +48,24 @@ class GpuPageStore:
         """
         self.gpu.runtime.setDevice(self.gpu.device)  # the device is set per thread
         bad: list[int] = []
-        up: bool | None = None
-        for run in coalesced(runs):
-            before, up = up, tier_of(run[1]) == Tier.DEVICE
-            # Streams are unordered, and a run may fill pages that an earlier one emptied.
-            if before not in (None, up):
-                self.gpu.runtime.streamSynchronize(self._streams[not up])
-            bad += self._copy_run(*run)
-        for stream in self._streams.values():
-            self.gpu.runtime.streamSynchronize(stream)
+        pending: set[bool] = set()  # streams with copies of this call; others' are not waited for
+        for source, target, pages in coalesced(runs):
+            tiers = tier_of(source), tier_of(target)
+            on = {tiers[1] == Tier.DEVICE} if Tier.DEVICE in tiers else set[bool]()
+            # Streams are unordered, and a run may read or fill pages that an earlier one filled or emptied.
+            self._wait(pending - on)
+            pending = on
+            bad += self._copy_run(source, target, pages)
+        self._wait(pending)
         return tuple(bad)
+
+    def _wait(self, streams: Iterable[bool]) -> None:
+        for up in streams:
+            self.gpu.runtime.streamSynchronize(self._streams[up])
 
     def _copy_run(self, source: int, target: int, pages: int) -> Sequence[int]:
         tiers = tier_of(source), tier_of(target)
         if Tier.DEVICE not in tiers:
-            for stream in self._streams.values():  # wait for pages that earlier runs bring to host memory
-                self.gpu.runtime.streamSynchronize(stream)
             return self._on_host.copy([(source, target, pages)])
         if Tier.DISK in tiers:
             return self._through_staging(source, target, pages)
@@ -108,6 +110,7 @@ class GpuPageStore:
 
     def close(self) -> None:
         """Destroy the streams and unpin host memory. Does not wait: no copy may be under way."""
+        self.gpu.runtime.setDevice(self.gpu.device)  # otherwise this thread may make a context on another GPU
         for stream in self._streams.values():
             self.gpu.runtime.streamDestroy(stream)
         for pinned in (*self.staging.values(), *([self.host] if self.host else [])):

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memserve.engine.plans import BatchPlan, Row
-from memserve.tokens import count, pages_for
+from memserve.tokens import TOKEN_BYTES, count
 
 Ints = NDArray[np.int32]
 
@@ -351,10 +351,12 @@ def continues(rows: Sequence[Row], before: Sequence[Row], page_tokens: int) -> b
 
     If so, the page tables made ahead for ``before`` hold, whatever the tokens are.
     """
-    return len(rows) == len(before) and all(
-        count(row.tokens) == 1
-        and row.start == old.end
-        and len(old.pages) >= pages_for(row.end, page_tokens)
-        and row.pages[: pages_for(row.end, page_tokens)] == old.pages[: pages_for(row.end, page_tokens)]
-        for row, old in zip(rows, before, strict=True)
-    )
+    if len(rows) != len(before):
+        return False
+    for row, old in zip(rows, before, strict=True):  # the GPU waits: a tuple that is the same is not read
+        if row.start != old.end or len(row.tokens) != TOKEN_BYTES:
+            return False
+        used = row.start // page_tokens + 1
+        if row.pages is not old.pages and row.pages[:used] != old.pages[:used]:
+            return False
+    return True

@@ -1,0 +1,121 @@
+"""A step's draws on a GPU, on the CPU: which tokens, and in how many launches and waits."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from adjustments import some_adjustments
+from memserve.drawing import Sampling
+from memserve.engine import gpu_draws, sampling
+from memserve.engine.adjusting import adjusted, logprobs_of
+from memserve.engine.gpu_draws import best_of, draw_rows
+from memserve.engine.plans import Row
+from memserve.engine.sampling import draw
+from memserve.tokens import pack
+
+WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "is_nonzero"}
+"""Operations whose result or shape the host must know: on a GPU, each waits for all that was launched."""
+
+
+class Launches(TorchDispatchMode):
+    """The operations that were called, and those of them that wait for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.waits: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        self.names.append(name)
+        # A number that is assigned to places is copied from memory that is not pinned. It has no dimension, as
+        # what is assigned to one place never has.
+        assigned = name == "index_put_" and args[2].dim() == 0 and args[1][0].numel() > 1
+        masked = name in ("index", "index_put_") and any(
+            one is not None and one.dtype in (torch.bool, torch.uint8) for one in args[1]
+        )
+        if name in WAITS or assigned or masked:
+            self.waits.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def rows_of(hows: list[Sampling], pasts: list[Any] | None = None) -> dict[int, Row]:
+    """One row for each of ``hows``."""
+    given = pasts or [None] * len(hows)
+    return {
+        i: Row(pack([1]), 7 + i, (0,), how, past)
+        for i, (how, past) in enumerate(zip(hows, given, strict=True))
+    }
+
+
+def drawn_alone(logits: torch.Tensor, rows: dict[int, Row]) -> dict[int, int]:
+    """The definition of right: each row's draw by itself."""
+    return {
+        i: draw(adjusted(logits[i : i + 1], [row]), [row.sample], [row.end])[0]
+        for i, row in rows.items()
+        if row.sample is not None
+    }
+
+
+def test_all_draws_are_launched_before_the_first_wait():
+    """If it failed, the GPU would be idle while the host launches the draws, in each step that samples."""
+    chance = random.Random(3)
+    asked = [some_adjustments(chance, 1000) for _ in range(30)]
+    assert any(past.forbidden for _, past in asked)
+    hows = [
+        Sampling(0.4 * (i % 4), top_p=0.9 if i % 3 else 1.0, min_p=0.1 * (i % 2), seed=i, adjust=how)
+        for i, (how, _) in enumerate(asked)
+    ]
+    rows = rows_of(hows, [past for _, past in asked])
+    logits = 4 * torch.randn(len(rows), 1000, generator=torch.Generator().manual_seed(1))
+    with Launches() as seen:
+        best_of(logits)
+        list(gpu_draws._launched(list(rows), rows, {i: i for i in rows}, logits, sampling.HEAD))
+    assert seen.names and not seen.waits
+    found, _ = draw_rows(rows, {i: i for i in rows}, logits, best_of(logits))
+    assert found == drawn_alone(logits, rows)
+
+
+@pytest.mark.parametrize("vocab", [3000, 9000])
+def test_draws_from_flat_distributions_are_found_together(vocab, monkeypatch):
+    """If it failed, rows at temperature 1 would be drawn one by one now and then, a millisecond each."""
+    logits = 0.05 * torch.randn(40, vocab, generator=torch.Generator().manual_seed(2))
+    rows = rows_of([Sampling(1.0, seed=i) for i in range(40)])
+    exact, alone = drawn_alone(logits, rows), []
+    monkeypatch.setattr(
+        gpu_draws, "_draw_alone", lambda line, row: alone.append(row) or drawn_alone(line[None], {0: row})[0]
+    )
+    found, _ = draw_rows(rows, {i: i for i in rows}, logits, best_of(logits))
+    assert found == exact
+    assert not alone if vocab <= sampling.WIDE else 5 < len(alone) < 35
+
+
+def test_log_probabilities_of_many_draws_are_those_of_each():
+    """If it failed, a client would get other log probabilities from a GPU, or another row's."""
+    logits = (3 * torch.randn(50, 700, generator=torch.Generator().manual_seed(4))).round()  # ties
+    hows = [Sampling(1.0 * (i % 2), seed=i, logprobs=(None, 0, 1, 20)[i % 4]) for i in range(24)]
+    rows = rows_of(hows)
+    places = {i: 49 - 2 * i for i in rows}
+    drawn, found = draw_rows(rows, places, logits, best_of(logits))
+    assert found.keys() == {i for i in rows if i % 4}
+    for i, one in found.items():
+        exact = logprobs_of(logits[places[i]], drawn[i], hows[i].logprobs or 0)
+        assert one.drawn == pytest.approx(exact.drawn, abs=1e-12) and one.ids == exact.ids
+        assert one.values == pytest.approx(exact.values, abs=1e-12)
+
+
+def test_the_number_of_launches_does_not_depend_on_the_number_of_rows():
+    """If it failed, a batch that asks for log probabilities would take the host longer than the GPU."""
+    logits = torch.randn(64, 500, generator=torch.Generator().manual_seed(5))
+    counts = []
+    for many in (8, 64):
+        rows = rows_of([Sampling(0.8, top_p=0.9, seed=i, logprobs=5) for i in range(many)])
+        with Launches() as seen:
+            draw_rows(rows, {i: i for i in rows}, logits, best_of(logits))
+        counts.append(len(seen.names))
+    assert counts[0] == counts[1] < 200
