@@ -150,6 +150,8 @@ def compare_runs(
     """
     from loadgen import compare, terminal
 
+    if replicates < compare.REPLICATES_MIN:
+        raise LoadgenError(f"--replicates: must be {compare.REPLICATES_MIN} or more, not {replicates}")
     groups = matched(runs)
     tables = [(group, compare.compare(group, replicates)) for group in groups]
     if json:

@@ -207,6 +207,17 @@ def test_other_forms_of_events():
     assert events.receive(b"data: 2\n\n") == [("message", b"2")]
 
 
+@given(st.lists(st.integers(1, 6), max_size=30))
+def test_line_ends_of_two_bytes_may_be_cut(reads):
+    """If it failed, two events would be read as one where the network cuts between their line ends."""
+    events, found, data = Events(), [], b"data: 1\r\n\r\ndata: 2\r\n\r\nevent: error\r\ndata: 3\r\n\r\n"
+    while data:
+        size = reads.pop() if reads else len(data)
+        found += events.receive(data[:size])
+        data = data[size:]
+    assert found == [("message", b"1"), ("message", b"2"), ("error", b"3")]
+
+
 def answered(*parts: bytes) -> Exchange:
     """An exchange that received these bytes."""
     exchange = Exchange()
@@ -263,7 +274,7 @@ def test_addresses(url, target):
     assert Target.parse(url) == target
 
 
-@pytest.mark.parametrize("url", ["ftp://host", "http://", "http://host:port", ""])
+@pytest.mark.parametrize("url", ["ftp://host", "http://", "http://host:port", "", "http://[::1"])
 def test_wrong_addresses_are_explained(url):
     """If it failed, a typing error would be a traceback."""
     with pytest.raises(LoadgenError, match="--url: must be like"):

@@ -199,6 +199,15 @@ def test_runs_without_answers_are_compared_by_what_they_have():
     assert not [one for one in rows if one.unit == "ms"]
 
 
+def test_runs_in_which_nothing_was_measured_can_be_compared():
+    """If it failed, a warm-up longer than both runs would be a traceback."""
+    nothing = run(noisy(1))
+    nothing.summary["window"] = {"start_s": 1e6, "end_s": 1e6}
+    rows = compare.compare([nothing, nothing], 100)
+    assert {one.values for one in rows} == {(None, None), (0.0, 0.0)}
+    assert {one.ratios for one in rows} == {(None,)}
+
+
 # ---- reports -------------------------------------------------------------------------------------------------
 
 
