@@ -42,6 +42,8 @@ def sessions_of(asked: SimOptions) -> tuple[Session, ...]:
     """The requests that clients will send, by session. Raises UserError."""
     if (asked.trace is None) == (not asked.workload):
         raise UserError("give either --trace FILE or --workload")
+    if asked.requests is not None and asked.requests < 1:
+        raise UserError(f"--requests must be at least 1, not {asked.requests}")
     if asked.trace is not None:
         block_tokens = round(TRACE_BLOCK_TOKENS * asked.scale)
         if block_tokens < 1:
@@ -56,8 +58,8 @@ def sessions_of(asked: SimOptions) -> tuple[Session, ...]:
     if asked.workload not in KINDS:
         raise UserError(f"--workload must be one of {', '.join(KINDS)}, not {asked.workload!r}")
     requests = REQUESTS if asked.requests is None else asked.requests
-    if asked.rate <= 0 or requests < 1:
-        raise UserError("--rate must be above 0, and --requests at least 1")
+    if not asked.rate > 0:
+        raise UserError(f"--rate must be above 0, not {asked.rate:g}")
     return tuple(generated(asked.workload, rate=asked.rate, requests=requests, seed=asked.seed))
 
 
@@ -131,6 +133,8 @@ def runs_of(asked: SimOptions) -> list[Run]:
     """One run for each configuration and policy."""
     if asked.sites is not None and asked.sites < 1:
         raise UserError(f"--sites must be at least 1, not {asked.sites}")
+    if not 0 <= asked.error < 1:
+        raise UserError(f"--error must be from 0 to less than 1, not {asked.error:g}")
     sessions, costs, kinds = sessions_of(asked), costs_of(asked.costs), faults.parse(asked.faults)
     found = []
     for name in asked.config:
@@ -154,6 +158,8 @@ def runs_of(asked: SimOptions) -> list[Run]:
 def command(asked: SimOptions, print_json: Callable[[Any], None]) -> int:
     """Run the simulations that the options ask for; the exit status. Raises UserError."""
     if asked.runs is not None:
+        if asked.runs < 1:
+            raise UserError(f"--runs must be at least 1, not {asked.runs}")
         found = search(asked.seed, asked.runs, asked.faults, asked.jobs)
         if not asked.json:
             show_search(found, asked.faults)
