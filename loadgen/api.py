@@ -249,6 +249,11 @@ def warnings(options: RunOptions, summary: dict[str, Any]) -> list[str]:
         found.append(
             f"{failed} of {figures['requests']} measured requests failed; latencies are of the others."
         )
+    if figures["uncounted_answers"] and not options.server.token_ids:
+        found.append(
+            f"{figures['uncounted_answers']} answers came without a count of their tokens: each of their events "
+            "counts as one token."
+        )
     if figures["short_answers"] and options.server.ignore_eos:
         found.append(
             f"{figures['short_answers']} answers were shorter than asked for, in spite of ignore_eos."

@@ -144,6 +144,18 @@ def test_ctrl_c_keeps_what_was_measured(url, tmp_path):
     assert len(rundir.read(out).records) == 2
 
 
+def test_a_closed_pipe_is_quiet_and_pages_are_utf8(url, tmp_path):
+    """If it failed, piping into head would print a traceback, or a locale without a sign would lose the report."""
+    words = f"run shared-prefix {' '.join(SMALL)} --clients 2 --url {url} --quiet --slo ttft=900 --out"
+    env = {**environment(), "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    command = f"{sys.executable} -m loadgen {words} a && {sys.executable} -m loadgen compare a a --json | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, check=False, env=env, cwd=tmp_path
+    )
+    assert (done.returncode, done.stderr) == (141, "")
+    assert "≤" in (tmp_path / "a" / rundir.REPORT).read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [

@@ -93,6 +93,9 @@ def test_a_shorter_piece_is_the_beginning_of_a_longer_one(seed, key, short, more
     assert all(1000 <= one < 30_000 for one in long)
     words = filler.text(Piece(key, short)).split()
     assert len(words) == short
+    text = Filler(seed, corpus=[str(i) for i in range(100)])  # shorter than some pieces
+    words = text.text(Piece(key, short + more)).split()
+    assert len(words) == short + more and text.text(Piece(key, short)).split() == words[:short]
 
 
 def test_content_depends_on_seed_salt_and_key_only():
@@ -103,7 +106,7 @@ def test_content_depends_on_seed_salt_and_key_only():
     for other in (Filler(2, "s").ids(piece), Filler(1, "t").ids(piece), Filler(1, "s").ids(Piece("b", 64))):
         assert other.tolist() != first
     corpus = Filler(corpus=[str(i) for i in range(1000)]).text(piece).split()
-    assert [int(one) for one in corpus] == list(range(int(corpus[0]), int(corpus[0]) + 64))
+    assert [int(one) for one in corpus] == [(int(corpus[0]) + i) % 1000 for i in range(64)]
 
 
 def test_a_fingerprint_tells_workloads_apart():

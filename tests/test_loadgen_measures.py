@@ -95,6 +95,7 @@ def test_goodput_counts_requests_that_keep_every_limit():
     figures = measures.figures(found, Window(0, 2), rules)
     assert figures["goodput"]["share"] == pytest.approx(2 / 5)
     assert figures["goodput"]["requests_per_s"] == pytest.approx(1.0)
+    assert not measures.kept_slos(record(tokens=0), {"ttft": 200.0}), "no token came"
     assert not measures.kept_slos(record(gap_ms=90), {"gap": 80}) and measures.kept_slos(
         record(), {"jct": 140.1}
     )

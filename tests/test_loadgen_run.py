@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import attrs
 import orjson
@@ -226,6 +227,9 @@ async def test_what_is_written_is_what_was_measured(tmp_path, autojump_clock):
     assert records.from_json(orjson.loads(run.records[0].to_json())) == run.records[0]
     with pytest.raises(LoadgenError, match="holds a run already"):
         rundir.fresh(tmp_path / "r")
+    wrong = pytest.raises(LoadgenError, match="--out /proc/self: cannot be written")
+    with wrong, rundir.journal(Path("/proc/self")):
+        pass
 
 
 async def test_over_loopback_a_thousand_events_arrive():
@@ -251,6 +255,18 @@ async def test_chats_are_sent_as_messages():
     second = stub.bodies[1]
     assert [one["role"] for one in second["messages"]] == ["user", "assistant", "user"]
     assert "ignore_eos" not in second and second["max_tokens"] == 8
+
+
+async def test_tokens_that_were_not_reported_are_a_warning(autojump_clock, monkeypatch):
+    """If it failed, a rate that counts each event as one token would pass for the server's."""
+    monkeypatch.setattr("loadgen.stub._usage", lambda *_: None)
+    run = await played(with_(tokens_per_event=4), options())
+    assert run.summary["figures"]["uncounted_answers"] == 6
+    assert run.summary["warnings"][0] == (
+        "6 answers came without a count of their tokens: each of their events counts as one token."
+    )
+    ids = ServerOptions(model="stub", token_ids=True)
+    assert not (await played(with_(tokens_per_event=4), options(server=ids))).summary["warnings"]
 
 
 async def test_a_turn_without_text_does_not_end_the_run(tmp_path):
