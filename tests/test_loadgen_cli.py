@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from loadgen import cli, rundir, sweep
+from loadgen import cli, rundir, stub, sweep
 from loadgen.errors import LoadgenError
 from loadgen.options import ArrivalOptions, RunOptions, WorkloadOptions
 
@@ -205,6 +205,14 @@ def test_mistakes_are_explained_in_one_line(words, complaint, capsys, tmp_path, 
     assert cli.run([*words, *more]) == cli.STATUS_USER_ERROR
     error = capsys.readouterr().err
     assert complaint in error and "Traceback" not in error
+
+
+def test_a_stub_on_a_port_in_use_is_one_clear_error(url, monkeypatch, capsys):
+    """If it failed, a second stub would be a traceback."""
+    monkeypatch.setattr("sys.argv", ["stub", "--port", url.rpartition(":")[2]])
+    with pytest.raises(SystemExit, match="2"):
+        stub.main()
+    assert "Address already in use" in capsys.readouterr().err
 
 
 def test_a_sweep_has_the_same_salts_each_time():

@@ -191,9 +191,10 @@ def generated(kind: str, *, rate: float, requests: int, seed: int, burst: float 
     """
     rng = random.Random(f"{seed}/{kind}")
     bodies: list[list[Turn]] = []
-    while sum(map(len, bodies)) < requests:
+    total = 0
+    while total < requests:
         bodies.append(KINDS[kind](rng, len(bodies)))
-    total = sum(map(len, bodies))
+        total += len(bodies[-1])
     arrivals = _arrivals(rng, rate * len(bodies) / total, burst)
     return [Session(f"{kind}-{i}", next(arrivals), tuple(turns)) for i, turns in enumerate(bodies)]
 
