@@ -125,10 +125,7 @@ def predict(running: Running, words: Sequence[str], sessions: tuple[Session, ...
     """The simulator's figures for the same sessions, pool sizes, sites and costs as the running cluster's."""
     members = running.members()
     layout = layout_of(CONFIG, load(str(ROOT / "configs" / CONFIG), list(words)), None)
-    sites = prediction.sites_of(members)
-    layout = attrs.evolve(
-        layout, workers=tuple(attrs.evolve(one, site=sites.get(one.name)) for one in layout.workers)
-    )
+    layout = prediction.as_running(layout, members)
     clients, _ = play(Run(layout=layout, sessions=sessions, seed=0, costs=prediction.costs_of(members)))
     calls = [one for one in clients.calls if one.complete]
     times = [(one.first_at - one.asked_at) * 1e3 for one in calls]

@@ -5,7 +5,7 @@ Used by bench/serving.py and bench/policies.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import attrs
@@ -20,6 +20,7 @@ from memserve.identity import actor_name
 from memserve.scheduling.cost_model import CostModel
 from memserve.settings.configfile import load
 from memserve.sim.clients import Call
+from memserve.sim.layout import Layout
 from memserve.sim.report import Spread, tpot_s
 from memserve.sim.run import READY_S, Run, play
 from memserve.sim.workloads import Piece, Session, Turn
@@ -40,6 +41,20 @@ def sites_of(members: Sequence[dict[str, Any]]) -> dict[str, Site]:
     Workers that report none are left out; they have cores of their own.
     """
     return {actor_name(one["id"]): msgspec.convert(one["site"], Site) for one in members if one.get("site")}
+
+
+def as_running(layout: Layout, members: Sequence[dict[str, Any]]) -> Layout:
+    """A layout with what a running cluster tells of each worker: its site, and how its steps' costs drifted.
+
+    A worker measures its costs alone at its start. Under load its steps take longer, by what the other
+    actors and the load generator take of the cores; the worker watches that for its scheduler.
+    """
+    sites = sites_of(members)
+    drift = {actor_name(one["id"]): one["load"].get("step_cost_scale", 1.0) for one in members}
+    workers = [
+        attrs.evolve(one, site=sites.get(one.name), slower=drift.get(one.name, 1.0)) for one in layout.workers
+    ]
+    return attrs.evolve(layout, workers=tuple(workers))
 
 
 def sessions_of(options: RunOptions) -> tuple[Session, ...]:
@@ -73,16 +88,14 @@ def predict(
     settings: Sequence[str],
     pages: int,
     costs: CostModel,
-    sites: Mapping[str, Site],
+    members: Sequence[dict[str, Any]],
     options: RunOptions,
 ) -> dict[str, float]:
     """Predicted figures for bench/serving.py's measures, from the requests due in the measured window.
 
-    Times are in milliseconds.
+    ``members`` are the running cluster's, after the run. Times are in milliseconds.
     """
-    layout = layout_of(name, load(name, list(settings)), pages)
-    workers = tuple(attrs.evolve(one, site=sites.get(one.name)) for one in layout.workers)
-    layout = attrs.evolve(layout, workers=workers)
+    layout = as_running(layout_of(name, load(name, list(settings)), pages), members)
     clients, _ = play(Run(layout=layout, sessions=sessions_of(options), seed=0, costs=costs))
     end = options.arrivals.duration_s or float("inf")
     measured = [

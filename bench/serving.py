@@ -21,7 +21,6 @@ from cluster import Running, cluster
 from loadgen import api
 from loadgen.errors import LoadgenError
 from loadgen.options import ArrivalOptions, Kind, RunOptions, ServerOptions, WorkloadOptions
-from memserve.scheduling.cost_model import CostModel
 from notes import commit, merged, number, save, take_pieces, told
 from serving_note import MEASURES, SAME, Layout, Sample, write_note
 
@@ -73,8 +72,10 @@ def play(
     values["cached_share"] = figures["cached_share"] or 0.0
     values["moved_mib"] = (moved_bytes(running) - before) / 2**20
     words = [*layout.settings, *given.set]
-    sites = prediction.sites_of(running.members())
-    predicted = prediction.predict(layout.path, words, pages_of(running), costs_of(running), sites, options)
+    members = running.members()
+    predicted = prediction.predict(
+        layout.path, words, pages_of(running), prediction.costs_of(members), members, options
+    )
     return Sample(layout.name, kind, rate, values, summary["lag"]["fell_behind"], predicted,
                   given.seconds, given.scale, commit())  # fmt: skip
 
@@ -83,11 +84,6 @@ def pages_of(running: Running) -> int:
     """Pages of a shard's device tier; equal for all shards of a layout."""
     shards = [one["load"] for one in running.members() if one["kind"] == "MemPoolShard"]
     return int(shards[0]["pages_total"])
-
-
-def costs_of(running: Running) -> CostModel:
-    """The step costs that the cluster's workers measured at their start."""
-    return prediction.costs_of(running.members())
 
 
 def play_layout(layout: Layout, turn: int, given: argparse.Namespace) -> Iterator[Sample]:

@@ -17,7 +17,7 @@ from loadgen.arrivals import Arrivals
 from loadgen.client import Client, Connect
 from loadgen.errors import LoadgenError
 from loadgen.measures import Rules, Window
-from loadgen.options import RunOptions, ServerOptions
+from loadgen.options import RunOptions
 from loadgen.records import Record
 from loadgen.rundir import Run
 from loadgen.runner import Manner, Outcome, Player, Progress
@@ -56,7 +56,8 @@ async def play(
     directory = rundir.fresh(out) if out else None
     client = Client(options.server.url, connect=connect)
     try:
-        model = options.server.model or await served(client, options.server)
+        keys = [options.server.api_key, *build.keys(options.workload).values()]
+        model = options.server.model or await served(client, next(filter(None, keys), ""))
         manner = _manner(options, model)
         started = datetime.now(UTC)
         outcome, records = await _played(options, work, plan, manner, client, directory, watch, signals)
@@ -86,9 +87,9 @@ def _first(group: BaseExceptionGroup[LoadgenError]) -> LoadgenError:
     return _first(inner) if isinstance(inner, BaseExceptionGroup) else inner
 
 
-async def served(client: Client, server: ServerOptions) -> str:
+async def served(client: Client, key: str) -> str:
     """The first model that a server lists. Raises LoadgenError if it lists none."""
-    headers = [("Authorization", f"Bearer {server.api_key}")] if server.api_key else []
+    headers = [("Authorization", f"Bearer {key}")] if key else []
     listed = await client.get_json("/v1/models", headers)
     try:
         return str(listed["data"][0]["id"])
@@ -247,6 +248,11 @@ def warnings(options: RunOptions, summary: dict[str, Any]) -> list[str]:
     if failed:
         found.append(
             f"{failed} of {figures['requests']} measured requests failed; latencies are of the others."
+        )
+    if figures["uncounted_answers"] and not options.server.token_ids:
+        found.append(
+            f"{figures['uncounted_answers']} answers came without a count of their tokens: each of their events "
+            "counts as one token."
         )
     if figures["short_answers"] and options.server.ignore_eos:
         found.append(

@@ -25,6 +25,11 @@ FORMATS = {
 }  # fmt: skip
 SHARE_OUTPUT_TOKENS = 200
 PREFIXES_NAME = "react_prefixes.json"
+LEAST = {
+    "sessions": 1, "turns": 1, "groups": 1, "group_size": 1, "prefix_tokens": 0, "question_tokens": 0, "prompt_tokens": 1,
+    "block_tokens": 1, "output_tokens": 1, "output_tokens_max": 1, "document_tokens": 1, "questions": 1,
+}  # fmt: skip
+"""The least values of counts, by option."""
 
 
 def workload(kind: Kind, given: WorkloadOptions) -> Workload:
@@ -56,18 +61,10 @@ def _check(kind: Kind, given: WorkloadOptions) -> None:
         raise LoadgenError(f"--data: {kind} is generated and reads no file; leave it out")
     if given.corpus and given.prompts != "text":
         raise LoadgenError("--corpus: is words, so it needs --prompts text")
-    for name in (
-        "sessions",
-        "turns",
-        "groups",
-        "group_size",
-        "prompt_tokens",
-        "block_tokens",
-        "output_tokens",
-    ):
+    for name, least in LEAST.items():
         value = getattr(given, name)
-        if value is not None and value < 1:
-            raise LoadgenError(f"--{name.replace('_', '-')}: must be 1 or more, not {value}")
+        if value is not None and value < least:
+            raise LoadgenError(f"--{name.replace('_', '-')}: must be {least} or more, not {value}")
     if not given.scale > 0:
         raise LoadgenError(f"--scale: must be above 0, not {given.scale}")
 

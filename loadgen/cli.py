@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 from collections.abc import Sequence
 from datetime import datetime
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 STATUS_USER_ERROR = 2
 STATUS_INTERRUPTED = 130
+STATUS_BROKEN_PIPE = 141
 
 app = App(
     name="memserve-loadgen",
@@ -44,13 +47,21 @@ def run(words: Sequence[str]) -> int:
 
     A wrong command line or file is explained on stderr, without a traceback.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # not every terminal's character set has all that is shown
     try:
         status = app(list(words), exit_on_error=False, print_error=False)
+        if sys.stdout is not None:  # None where the shell has closed it
+            sys.stdout.flush()
     except (LoadgenError, CycloptsError) as error:
         print(error, file=sys.stderr)
         return STATUS_USER_ERROR
     except KeyboardInterrupt:
         return STATUS_INTERRUPTED
+    except BrokenPipeError:
+        # The reader (head, less) has left. Python would complain when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return STATUS_BROKEN_PIPE
     return status if isinstance(status, int) else 0
 
 
@@ -150,6 +161,8 @@ def compare_runs(
     """
     from loadgen import compare, terminal
 
+    if replicates < compare.REPLICATES_MIN:
+        raise LoadgenError(f"--replicates: must be {compare.REPLICATES_MIN} or more, not {replicates}")
     groups = matched(runs)
     tables = [(group, compare.compare(group, replicates)) for group in groups]
     if json:

@@ -44,13 +44,14 @@ class Target:
 
         Raises LoadgenError for others.
         """
-        parts = urlsplit(url if "//" in url else f"http://{url}")
+        wrong = LoadgenError(f"--url: must be like http://HOST:PORT, not {url!r}")
         try:
+            parts = urlsplit(url if "//" in url else f"http://{url}")
             port = parts.port
         except ValueError:
-            port = -1
-        if parts.scheme not in ("http", "https") or not parts.hostname or port == -1:
-            raise LoadgenError(f"--url: must be like http://HOST:PORT, not {url!r}")
+            raise wrong from None
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise wrong
         tls = parts.scheme == "https"
         path = parts.path.rstrip("/").removesuffix("/v1")
         return cls(parts.hostname, port or (443 if tls else 80), tls, path)
@@ -73,6 +74,7 @@ class Client:
         self._connect = connect or self._dial
         self._idle: list[trio.abc.Stream] = []
         self._address = ""
+        self._tls = ssl.create_default_context() if self.target.tls else None
 
     async def post(
         self, path: str, body: bytes, on_event: OnEvent, headers: Sequence[tuple[str, str]] = ()
@@ -149,17 +151,14 @@ class Client:
         return True
 
     async def _dial(self) -> trio.abc.Stream:
+        # The first connection tries every address of the name. Later ones go where it went: otherwise a thread
+        # would look up the name for each of them.
+        stream = await trio.open_tcp_stream(self._address or self.target.host, self.target.port)
         if not self._address:
-            # Resolved once: otherwise a thread would look up the name for every connection.
-            found = await trio.socket.getaddrinfo(
-                self.target.host, self.target.port, type=trio.socket.SOCK_STREAM
-            )
-            self._address = str(found[0][4][0])
-        stream: trio.abc.Stream = await trio.open_tcp_stream(self._address, self.target.port)
-        if self.target.tls:
-            context = ssl.create_default_context()
-            stream = trio.SSLStream(stream, context, server_hostname=self.target.host, https_compatible=True)
-        return stream
+            self._address = str(stream.socket.getpeername()[0])
+        if self._tls is None:
+            return stream
+        return trio.SSLStream(stream, self._tls, server_hostname=self.target.host, https_compatible=True)
 
 
 def reason(error: BaseException) -> str:

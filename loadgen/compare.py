@@ -22,6 +22,8 @@ from loadgen.rundir import Run
 Floats = NDArray[np.float64]
 
 REPLICATES = 1000
+REPLICATES_MIN = 40
+"""With fewer, none lies outside an interval of 95 % on either side."""
 CELLS_MAX = 20_000_000
 """Maximum of values times replicates: beyond it there are fewer replicates, but at least 100."""
 PART_CELLS_MAX = 4_000_000
@@ -186,6 +188,8 @@ def _point(values: Floats, name: str) -> float:
 
 def draws(clusters: int, replicates: int, seed: int) -> Floats:
     """How often each cluster is drawn with replacement, float64 [replicates, clusters]."""
+    if not clusters:
+        return np.zeros((replicates, 0))
     rng = np.random.default_rng([seed, 4])
     return rng.multinomial(clusters, np.full(clusters, 1 / clusters), replicates).astype(float)
 

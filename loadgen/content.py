@@ -66,8 +66,9 @@ class Filler:
     def text(self, piece: Piece) -> str:
         """The piece as words, each with a space before it and about one token long."""
         if self.corpus:
-            start = int(self._draw(piece.key).integers(0, max(1, len(self.corpus) - piece.tokens)))
-            words = self.corpus[start : start + piece.tokens]
+            # The text goes round: its end is followed by its beginning.
+            start = int(self._draw(piece.key).integers(0, len(self.corpus)))
+            words = [self.corpus[i % len(self.corpus)] for i in range(start, start + piece.tokens)]
         else:
             words = [WORDS[one % len(WORDS)] for one in self.ids(piece).tolist()]
         return "".join(f" {word}" for word in words)

@@ -111,6 +111,8 @@ class Conversation:
                 joined[-1]["content"] += text if self.session.plain else f"\n{text}"
             else:
                 joined.append({"role": known, "content": text})
+        if not joined:
+            joined.append({"role": "user", "content": ""})
         joined[0]["content"] = self._salted(joined[0]["content"])
         return joined
 

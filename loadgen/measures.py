@@ -77,8 +77,12 @@ def values(records: Iterable[Record], measure: str) -> list[float]:
 
 
 def kept_slos(record: Record, slos: Mapping[str, float]) -> bool:
-    """Whether the answer is complete and within every limit; a measure without a value counts as kept."""
-    if not record.ok:
+    """Whether the answer is complete and within every limit.
+
+    Limits of a time between tokens are kept by an answer of one token; one without tokens keeps none on the
+    first.
+    """
+    if not record.ok or ("ttft" in slos and record.ttft_ms is None):
         return False
     have = {
         "ttft": record.ttft_ms,
@@ -165,6 +169,10 @@ def figures(records: Sequence[Record], window: Window, rules: Rules) -> dict[str
             [one.output_tokens for one in measured if one.output_tokens is not None]
         ),
         "short_answers": sum(one.ok and (one.output_tokens or 0) < one.asked_tokens for one in measured),
+        "uncounted_answers": sum(
+            one.ok and one.prompt_tokens is None and one.output_tokens == len(one.event_ms)
+            for one in measured
+        ),
         "stalled": {
             "after_s": rules.stall_s,
             "requests": sum(stalled(one, rules.stall_s) for one in measured),

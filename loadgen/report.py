@@ -58,7 +58,9 @@ def page(
     footer: str = "",
 ) -> str:
     """A page as HTML that needs no other file."""
-    template = Environment(autoescape=True, trim_blocks=True).from_string(TEMPLATE.read_text())
+    template = Environment(autoescape=True, trim_blocks=True).from_string(
+        TEMPLATE.read_text(encoding="utf-8")
+    )
     return template.render(
         title=title, subtitle=subtitle, sections=sections, warnings=warnings, cards=cards, footer=footer
     )
@@ -354,7 +356,7 @@ def _value(row: Row, value: float | None) -> str:
 def write(path: Path, html: str) -> Path:
     """Write a page to disk. Raises LoadgenError if that fails."""
     try:
-        path.write_text(html)
+        path.write_text(html, encoding="utf-8")
     except OSError as error:
         raise LoadgenError(f"{path}: cannot be written: {error.strerror}") from None
     return path

@@ -39,9 +39,9 @@ def fresh(directory: Path) -> Path:
 
     Raises LoadgenError if that fails, or if the directory holds a run already, so that no run is lost.
     """
-    if any((directory / name).exists() for name in (SUMMARY, REQUESTS, SWEEP)):
-        raise LoadgenError(f"--out {directory}: holds a run already; give another directory")
     try:
+        if any((directory / name).exists() for name in (SUMMARY, REQUESTS, SWEEP)):
+            raise LoadgenError(f"--out {directory}: holds a run already; give another directory")
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LoadgenError(f"--out {directory}: cannot be made: {error.strerror}") from None
@@ -50,8 +50,15 @@ def fresh(directory: Path) -> Path:
 
 @contextmanager
 def journal(directory: Path) -> Iterator[BinaryIO]:
-    """The open file for the requests' records; all lines are written when it closes."""
-    with (directory / REQUESTS).open("wb") as file:
+    """The open file for the requests' records; all lines are written when it closes.
+
+    Raises LoadgenError if it cannot be made.
+    """
+    try:
+        file = (directory / REQUESTS).open("wb")
+    except OSError as error:
+        raise LoadgenError(f"--out {directory}: cannot be written: {error.strerror}") from None
+    with file:
         yield file
 
 

@@ -140,8 +140,10 @@ class Player:
         return trio.current_time() - self._began
 
     async def _tick(self) -> None:
+        wanted = trio.current_time()
         while True:
-            wanted = trio.current_time() + TICK_S
+            # At fixed times: after a stop of half a second, all ticks that fell into it are counted, and not one.
+            wanted += TICK_S
             await trio.sleep_until(wanted)
             self.outcome.ticks_ms.append((trio.current_time() - wanted) * 1e3)
 

@@ -252,6 +252,8 @@ def main() -> None:
         trio.run(Stub(behaviour).listen, given.port)
     except KeyboardInterrupt:
         pass
+    except OSError as error:
+        parser.error(f"--port {given.port}: {error.strerror}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from pathlib import Path
 import attrs
 import trio
 
-from loadgen import api, rundir
+from loadgen import api, generated, rundir
+from loadgen.arrivals import Arrivals
 from loadgen.errors import LoadgenError
 from loadgen.options import RunOptions
 from loadgen.rundir import Run
@@ -42,6 +43,8 @@ def plan(options: RunOptions, rates: str, clients: str, shares: str, same_salt: 
         raise LoadgenError(f"--shares: belongs to the workload prefix-share, not to {options.kind}")
     if axis != "share" and (options.arrivals.rate is not None or options.arrivals.clients is not None):
         raise LoadgenError("sweep: its points say the rate or the clients; leave --rate and --clients out")
+    for value in values:
+        _check(axis, value)
     points = [_at(options, axis, value) for value in values]
     if not same_salt:
         points = [_salted(one, f"{options.workload.salt}p{i}") for i, one in enumerate(points, 1)]
@@ -50,12 +53,22 @@ def plan(options: RunOptions, rates: str, clients: str, shares: str, same_salt: 
 
 def _numbers(axis: str, text: str) -> list[float]:
     try:
-        values = [float(one) for one in text.split(",")]
+        values = [float(int(one) if axis == "clients" else float(one)) for one in text.split(",")]
     except ValueError:
         values = []
-    if not values or (axis == "clients" and any(one != int(one) for one in values)):
+    if not values:
         raise LoadgenError(f"sweep: must be numbers with commas between, such as 1,2,4, not {text!r}")
     return values
+
+
+def _check(axis: str, value: float) -> None:
+    """Raise LoadgenError for a value that cannot be played, before the points in front of it are."""
+    if axis == "share":
+        generated.prefix_share(1, 1, 1, value)
+    elif axis == "clients":
+        Arrivals("closed", clients=int(value))
+    else:
+        Arrivals("poisson", rate=value)
 
 
 def _at(options: RunOptions, axis: str, value: float) -> RunOptions:

@@ -34,9 +34,10 @@ class Events:
 
         Comments are dropped.
         """
-        if b"\r" in data:
+        data = self._rest + data
+        if b"\r" in data:  # after joining: a line end of two bytes may arrive in two parts
             data = data.replace(b"\r\n", b"\n")
-        blocks = (self._rest + data).split(b"\n\n")
+        blocks = data.split(b"\n\n")
         self._rest = blocks.pop()
         if len(self._rest) > BODY_MAX:
             raise WireError(f"an event of more than {BODY_MAX} bytes")

@@ -50,13 +50,16 @@ def test_predictions_are_of_a_layout_and_of_the_costs_told() -> None:
 
     def said(name: str) -> dict[str, float]:
         layout = layouts[name]
-        return prediction.predict(layout.path, layout.settings, 5000, COSTS, sites, options)
+        return prediction.predict(layout.path, layout.settings, 5000, COSTS, members, options)
 
-    sites = {"p0": Site("cores", 2, 2), "d0": Site("cores", 2, 2)}
+    site = msgspec.to_builtins(Site("cores", 2, 2))
+    members = [{"id": f"{name}.1", "site": site, "load": {}} for name in ("p0", "d0")]
     without, cached = said("colocated"), said("colocated-cc")
     assert without["cached_share"] == 0 and cached["cached_share"] > 0.5
     assert cached["TTFT mean"] < without["TTFT mean"]
-    sites = {}
+    members = [{**one, "load": {"step_cost_scale": 1.2}} for one in members]
+    assert said("colocated")["JCT mean"] > 1.05 * without["JCT mean"]
+    members = []
     assert said("colocated")["JCT mean"] < without["JCT mean"]
 
 

@@ -254,6 +254,26 @@ def test_ctrl_c_is_130_and_a_closed_pipe_is_quiet(monkeypatch, logs):
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize(
+    ("to", "status", "said"),
+    [
+        (">&-", 0, ""),
+        ("> /dev/full", 2, "cannot write: No space left on device\n"),
+        ("| cat > out", 0, ""),
+    ],
+)
+def test_whatever_becomes_of_the_output_there_is_no_traceback(to, status, said, logs, tmp_path):
+    """If it failed, a full disk, a closed stdout or a terminal without box characters would print a traceback."""
+    command = (
+        f"{sys.executable} -m memserve logs {logs} --request abc1 --timeline {to}; exit ${{PIPESTATUS[0]}}"
+    )
+    env = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, check=False, env=env, cwd=tmp_path
+    )
+    assert (done.returncode, done.stderr) == (status, said)
+
+
 def test_version(capsys):
     """If it failed, a bug report could not name what ran."""
     assert cli.run(["version"]) == 0

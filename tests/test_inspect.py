@@ -86,6 +86,18 @@ def test_following_shows_old_new_and_half_written_lines_once(run):
     followed.close()
 
 
+def test_following_goes_on_when_a_file_is_emptied(run):
+    """If it failed, `logs --follow` would fall silent as soon as logrotate's copytruncate had emptied a file."""
+    folder = run(LIFE[0], LIFE[4])
+
+    def sleep(_seconds: float) -> None:
+        (folder / "frontend-0.jsonl").write_bytes(json.dumps(LIFE[-1]).encode() + b"\n")
+
+    followed = inspect.follow(folder, Tally(), sleep)
+    assert [record["event"] for record in islice(followed, 3)][2] == LIFE[-1]["event"]
+    followed.close()
+
+
 @pytest.mark.parametrize(
     ("wanted", "count"),
     [

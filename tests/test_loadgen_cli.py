@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from loadgen import cli, rundir, sweep
+from loadgen import cli, rundir, stub, sweep
 from loadgen.errors import LoadgenError
 from loadgen.options import ArrivalOptions, RunOptions, WorkloadOptions
 
@@ -144,6 +144,18 @@ def test_ctrl_c_keeps_what_was_measured(url, tmp_path):
     assert len(rundir.read(out).records) == 2
 
 
+def test_a_closed_pipe_is_quiet_and_pages_are_utf8(url, tmp_path):
+    """If it failed, piping into head would print a traceback, or a locale without a sign would lose the report."""
+    words = f"run shared-prefix {' '.join(SMALL)} --clients 2 --url {url} --quiet --slo ttft=900 --out"
+    env = {**environment(), "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    command = f"{sys.executable} -m loadgen {words} a && {sys.executable} -m loadgen compare a a --json | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, check=False, env=env, cwd=tmp_path
+    )
+    assert (done.returncode, done.stderr) == (141, "")
+    assert "≤" in (tmp_path / "a" / rundir.REPORT).read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
@@ -164,6 +176,8 @@ def test_ctrl_c_keeps_what_was_measured(url, tmp_path):
         ),
         (["run", "shared-prefix", "--clients", "1", "--tenant", "a=env:NO_SUCH"], "has no NO_SUCH"),
         (["run", "shared-prefix", "--clients", "1", "--groups", "0"], "--groups: must be 1 or more, not 0"),
+        (["run", "shared-prefix", "--clients", "1", "--prefix-tokens", "-5"], "must be 0 or more, not -5"),
+        (["run", "shared-prefix", "--clients", "1", "--output-tokens-max", "0"], "must be 1 or more, not 0"),
         (["run", "prefix-share", "--clients", "1", "--share", "2"], "--share: must be from 0 to 1"),
         (["run", "shared-prefix", "--clients", "1", "--corpus", "x"], "needs --prompts text"),
         (["run", "shared-prefix", "--clients", "1", "--reference", "nowhere"], "cannot be read"),
@@ -176,7 +190,10 @@ def test_ctrl_c_keeps_what_was_measured(url, tmp_path):
             "belongs to the workload prefix-share",
         ),
         (["sweep", "shared-prefix", "--rates", "1", "--clients", "1"], "leave --rate and --clients out"),
+        (["sweep", "shared-prefix", "--clients-list", "1,nan"], "must be numbers with commas"),
+        (["sweep", "shared-prefix", "--clients-list", "4,0"], "--clients: must be 1 or more"),
         (["compare", "nowhere"], "two runs or more"),
+        (["compare", "nowhere", "elsewhere", "--replicates", "0"], "--replicates: must be 40 or more"),
         (["compare", "nowhere", "elsewhere"], "cannot be read"),
         (["report", "nowhere"], "cannot be read"),
     ],
@@ -188,6 +205,14 @@ def test_mistakes_are_explained_in_one_line(words, complaint, capsys, tmp_path, 
     assert cli.run([*words, *more]) == cli.STATUS_USER_ERROR
     error = capsys.readouterr().err
     assert complaint in error and "Traceback" not in error
+
+
+def test_a_stub_on_a_port_in_use_is_one_clear_error(url, monkeypatch, capsys):
+    """If it failed, a second stub would be a traceback."""
+    monkeypatch.setattr("sys.argv", ["stub", "--port", url.rpartition(":")[2]])
+    with pytest.raises(SystemExit, match="2"):
+        stub.main()
+    assert "Address already in use" in capsys.readouterr().err
 
 
 def test_a_sweep_has_the_same_salts_each_time():

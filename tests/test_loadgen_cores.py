@@ -93,6 +93,9 @@ def test_a_shorter_piece_is_the_beginning_of_a_longer_one(seed, key, short, more
     assert all(1000 <= one < 30_000 for one in long)
     words = filler.text(Piece(key, short)).split()
     assert len(words) == short
+    text = Filler(seed, corpus=[str(i) for i in range(100)])  # shorter than some pieces
+    words = text.text(Piece(key, short + more)).split()
+    assert len(words) == short + more and text.text(Piece(key, short)).split() == words[:short]
 
 
 def test_content_depends_on_seed_salt_and_key_only():
@@ -103,7 +106,7 @@ def test_content_depends_on_seed_salt_and_key_only():
     for other in (Filler(2, "s").ids(piece), Filler(1, "t").ids(piece), Filler(1, "s").ids(Piece("b", 64))):
         assert other.tolist() != first
     corpus = Filler(corpus=[str(i) for i in range(1000)]).text(piece).split()
-    assert [int(one) for one in corpus] == list(range(int(corpus[0]), int(corpus[0]) + 64))
+    assert [int(one) for one in corpus] == [(int(corpus[0]) + i) % 1000 for i in range(64)]
 
 
 def test_a_fingerprint_tells_workloads_apart():
@@ -207,6 +210,17 @@ def test_other_forms_of_events():
     assert events.receive(b"data: 2\n\n") == [("message", b"2")]
 
 
+@given(st.lists(st.integers(1, 6), max_size=30))
+def test_line_ends_of_two_bytes_may_be_cut(reads):
+    """If it failed, two events would be read as one where the network cuts between their line ends."""
+    events, found, data = Events(), [], b"data: 1\r\n\r\ndata: 2\r\n\r\nevent: error\r\ndata: 3\r\n\r\n"
+    while data:
+        size = reads.pop() if reads else len(data)
+        found += events.receive(data[:size])
+        data = data[size:]
+    assert found == [("message", b"1"), ("message", b"2"), ("error", b"3")]
+
+
 def answered(*parts: bytes) -> Exchange:
     """An exchange that received these bytes."""
     exchange = Exchange()
@@ -263,7 +277,7 @@ def test_addresses(url, target):
     assert Target.parse(url) == target
 
 
-@pytest.mark.parametrize("url", ["ftp://host", "http://", "http://host:port", ""])
+@pytest.mark.parametrize("url", ["ftp://host", "http://", "http://host:port", "", "http://[::1"])
 def test_wrong_addresses_are_explained(url):
     """If it failed, a typing error would be a traceback."""
     with pytest.raises(LoadgenError, match="--url: must be like"):

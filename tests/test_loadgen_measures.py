@@ -95,6 +95,7 @@ def test_goodput_counts_requests_that_keep_every_limit():
     figures = measures.figures(found, Window(0, 2), rules)
     assert figures["goodput"]["share"] == pytest.approx(2 / 5)
     assert figures["goodput"]["requests_per_s"] == pytest.approx(1.0)
+    assert not measures.kept_slos(record(tokens=0), {"ttft": 200.0}), "no token came"
     assert not measures.kept_slos(record(gap_ms=90), {"gap": 80}) and measures.kept_slos(
         record(), {"jct": 140.1}
     )
@@ -197,6 +198,15 @@ def test_runs_without_answers_are_compared_by_what_they_have():
     rows = compare.compare([run(noisy(1)), dead], 50)
     assert row(rows, "requests answered").values == (1.0, 0.0)
     assert not [one for one in rows if one.unit == "ms"]
+
+
+def test_runs_in_which_nothing_was_measured_can_be_compared():
+    """If it failed, a warm-up longer than both runs would be a traceback."""
+    nothing = run(noisy(1))
+    nothing.summary["window"] = {"start_s": 1e6, "end_s": 1e6}
+    rows = compare.compare([nothing, nothing], 100)
+    assert {one.values for one in rows} == {(None, None), (0.0, 0.0)}
+    assert {one.ratios for one in rows} == {(None,)}
 
 
 # ---- reports -------------------------------------------------------------------------------------------------

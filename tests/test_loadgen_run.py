@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import attrs
 import orjson
@@ -12,7 +13,7 @@ from rich.console import Console
 
 from loadgen import api, records, rundir, terminal
 from loadgen.errors import LoadgenError
-from loadgen.options import ArrivalOptions, MeasureOptions, ServerOptions
+from loadgen.options import ArrivalOptions, MeasureOptions, ServerOptions, WorkloadOptions
 from loadgen.stub import Behaviour, Stub
 from loadgen_stub import SMALL, on_loopback, options, played, with_
 
@@ -170,6 +171,21 @@ async def test_a_generator_that_fell_behind_says_so(autojump_clock):
     assert run.summary["warnings"][0].startswith("The generator fell behind")
 
 
+async def test_every_moment_of_a_busy_generator_is_counted(autojump_clock):
+    """If it failed, a generator that stops for half a second now and then would vouch for its latencies."""
+
+    class Stopping(Stub):
+        def _match(self, *of):
+            if self.requests % 4 == 0:
+                autojump_clock.jump(0.5)  # 6 times in 24 s: an eighth of the run
+            return super()._match(*of)
+
+    workload = attrs.evolve(SMALL, groups=1, group_size=24)
+    run = await played(Stopping(Behaviour(ttft_s=0.8)), options(workload))
+    assert run.summary["lag"]["tick_ms"]["p99"] > 400
+    assert run.summary["lag"]["fell_behind"]
+
+
 async def test_tenants_have_figures_of_their_own(autojump_clock):
     """If it failed, one tenant's bad service would hide behind another's good one."""
     workload = attrs.evolve(SMALL, group_size=10, tenants=("a=ka", "b=kb"))
@@ -178,6 +194,13 @@ async def test_tenants_have_figures_of_their_own(autojump_clock):
     assert set(tenants) == {"a", "b"}
     assert sum(one["requests"] for one in tenants.values()) == run.summary["figures"]["requests"] == 20
     assert "ka" not in orjson.dumps(run.summary).decode()
+
+
+async def test_the_model_is_asked_for_with_the_key_of_a_tenant(autojump_clock):
+    """If it failed, tenants of a server that requires a key could not be played without --model."""
+    workload = attrs.evolve(SMALL, tenants=("a=ka", "b=kb"))
+    run = await played(with_(api_keys=("ka", "kb")), options(workload, server=ServerOptions()))
+    assert run.summary["server"]["model"] == "stub"
 
 
 async def test_answers_are_checked_against_another_run(autojump_clock, tmp_path):
@@ -204,6 +227,9 @@ async def test_what_is_written_is_what_was_measured(tmp_path, autojump_clock):
     assert records.from_json(orjson.loads(run.records[0].to_json())) == run.records[0]
     with pytest.raises(LoadgenError, match="holds a run already"):
         rundir.fresh(tmp_path / "r")
+    wrong = pytest.raises(LoadgenError, match="--out /proc/self: cannot be written")
+    with wrong, rundir.journal(Path("/proc/self")):
+        pass
 
 
 async def test_over_loopback_a_thousand_events_arrive():
@@ -229,6 +255,48 @@ async def test_chats_are_sent_as_messages():
     second = stub.bodies[1]
     assert [one["role"] for one in second["messages"]] == ["user", "assistant", "user"]
     assert "ignore_eos" not in second and second["max_tokens"] == 8
+
+
+async def test_tokens_that_were_not_reported_are_a_warning(autojump_clock, monkeypatch):
+    """If it failed, a rate that counts each event as one token would pass for the server's."""
+    monkeypatch.setattr("loadgen.stub._usage", lambda *_: None)
+    run = await played(with_(tokens_per_event=4), options())
+    assert run.summary["figures"]["uncounted_answers"] == 6
+    assert run.summary["warnings"][0] == (
+        "6 answers came without a count of their tokens: each of their events counts as one token."
+    )
+    ids = ServerOptions(model="stub", token_ids=True)
+    assert not (await played(with_(tokens_per_event=4), options(server=ids))).summary["warnings"]
+
+
+async def test_a_turn_without_text_does_not_end_the_run(tmp_path):
+    """If it failed, one empty message in a published file would end a run of thousands of requests."""
+    said = [{"from": "human", "value": ""}, {"from": "gpt", "value": "Hello."}]
+    path = tmp_path / "chats.json"
+    path.write_bytes(orjson.dumps([{"id": "a", "conversations": said}]))
+    stub = with_()
+    async with on_loopback(stub) as url:
+        given = options(
+            WorkloadOptions(data=(path,)), server=ServerOptions(url=url, endpoint="chat"), kind="chat"
+        )
+        run = await api.play(given)
+    assert len(run.records) == 1
+    assert stub.bodies[0]["messages"] == [{"role": "user", "content": ""}]
+
+
+async def test_a_name_with_several_addresses_is_tried_until_one_answers(monkeypatch):
+    """If it failed, localhost would not reach a server that listens on 127.0.0.1 only."""
+    look_up = trio.socket.getaddrinfo
+
+    async def both(host, port, *more, **flags):
+        found = await look_up("127.0.0.1", port, type=trio.socket.SOCK_STREAM)
+        unreachable = (trio.socket.AF_INET6, trio.socket.SOCK_STREAM, 6, "", ("::1", port, 0, 0))
+        return [unreachable, *found]
+
+    async with on_loopback(with_()) as url:
+        monkeypatch.setattr(trio.socket, "getaddrinfo", both)
+        run = await api.play(options(server=ServerOptions(url=url.replace("127.0.0.1", "localhost"))))
+    assert run.summary["figures"]["ok"] == 6
 
 
 async def test_a_server_that_is_not_there_is_one_clear_error():

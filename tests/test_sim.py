@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
 import subprocess
@@ -209,6 +210,35 @@ def test_a_wrong_line_of_a_trace_is_named(tmp_path: Path, line: str, complaint: 
     assert complaint in str(caught_error.value)
 
 
+def test_a_damaged_gzip_file_is_one_clear_error(tmp_path: Path) -> None:
+    """A download that broke off would be a traceback."""
+    whole = gzip.compress("\n".join(json.dumps(row) for row in made_up_trace(50)).encode())
+    path = tmp_path / "trace.jsonl.gz"
+    for data in (whole[:-20], whole[:40] + b"damaged" + whole[47:]):
+        path.write_bytes(data)
+        with pytest.raises(UserError, match="cannot be read"):
+            read_trace(path, block_tokens=16)
+
+
+def test_a_trace_begins_with_its_first_request(tmp_path: Path) -> None:
+    """A part of a trace, or one with the time of day, would be simulated from 1970 on and never end."""
+    rows = [{**row, "timestamp": row["timestamp"] + 1_700_000_000_000} for row in made_up_trace(3)]
+    path = tmp_path / "trace.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows[::-1]))
+    assert [one.at_s for one in read_trace(path, block_tokens=16, speed=0.5)] == pytest.approx(
+        [0.2, 0.1, 0.0], abs=1e-6
+    )
+
+
+def test_workers_are_busy_while_there_are_requests() -> None:
+    """Counted over the cluster's start and end too, a worker that is never idle would seem half idle."""
+    run = Run(
+        layout=fixed("colocated", 1, pages=4000),
+        sessions=tuple(generated("loogle", rate=100.0, requests=40, seed=1)),
+    )
+    assert 0.8 < simulate(run).workers[0].busy <= 1.0
+
+
 # ---- the command ---------------------------------------------------------------------------------------------
 
 
@@ -272,6 +302,9 @@ def test_layouts_and_policies_are_compared_by_an_slo(capsys: pytest.CaptureFixtu
         (("--trace", "/nowhere.jsonl", "--scale", "nan"), "--scale must be above 0"),
         (("--trace", "/nowhere.jsonl", "--speed", "-1"), "--speed must be above 0"),
         (("--workload", "react", "--error", "-3"), "--error must be a share from 0 to below 1"),
+        (("--workload", "react", "--requests", "0"), "--requests must be at least 1, not 0"),
+        (("--trace", "/nowhere.jsonl", "--requests", "-1"), "--requests must be at least 1, not -1"),
+        (("--runs", "0"), "--runs must be at least 1, not 0"),
         (("--trace", "/nowhere.jsonl"), "cannot be read"),
         (("--workload", "react", "--costs", "/nowhere.toml"), "--costs /nowhere.toml"),
     ],
@@ -336,10 +369,11 @@ def test_the_search_names_the_seed_that_fails(
 ) -> None:
     """The nightly run must end with an error and with the command that shows it again."""
     assert sim("--faults", "all", "--runs", "3", capsys=capsys)[0] == 0
-    monkeypatch.setattr(Paging, "release", Paging.forget)
-    status, said = sim("--faults", "none", "--runs", "2", capsys=capsys)
-    assert status == 1
-    assert "memserve sim --faults none --runs 1 --seed 0: " in said
+    for harm in (Paging.forget, lambda *_: None.gone):
+        monkeypatch.setattr(Paging, "release", harm)
+        status, said = sim("--faults", "none", "--runs", "2", capsys=capsys)
+        assert status == 1
+        assert "memserve sim --faults none --runs 1 --seed 0: " in said
 
 
 def test_the_guide_shows_what_the_command_prints(

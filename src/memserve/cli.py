@@ -5,6 +5,8 @@ Each imports its dependencies when it is called, so that --help is quick.
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -56,19 +58,33 @@ def run(words: Sequence[str]) -> int:
 
     A wrong command line or setting is explained on stderr, without a traceback.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # not every terminal's character set has all that is shown
     try:
         status = app(list(words), exit_on_error=False, print_error=False)
+        if sys.stdout is not None:  # None where the shell has closed it
+            sys.stdout.flush()
     except (UserError, CycloptsError) as error:
         print(error, file=sys.stderr)
         return STATUS_USER_ERROR
     except KeyboardInterrupt:
         return STATUS_INTERRUPTED
     except BrokenPipeError:
-        # The reader (head, less) has left. Without this, Python would complain when it flushes stdout at
-        # exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader (head, less) has left.
+        discard_output()
         return STATUS_BROKEN_PIPE
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        discard_output()
+        print(f"cannot write: {error.strerror}", file=sys.stderr)
+        return STATUS_USER_ERROR
     return status if isinstance(status, int) else 0
+
+
+def discard_output() -> None:
+    """Send what stdout still holds to nowhere: Python would complain when it flushes stdout at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @app.command

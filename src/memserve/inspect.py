@@ -8,6 +8,7 @@ counted and skipped. Memory does not grow with the run, except for 24 bytes per 
 from __future__ import annotations
 
 import heapq
+import os
 import time
 from array import array
 from collections import Counter
@@ -141,6 +142,8 @@ def follow(run: Path, tally: Tally, sleep: Callable[[float], None] = time.sleep)
 
 
 def _new_records(file: BinaryIO, tally: Tally) -> Iterator[Record]:
+    if os.fstat(file.fileno()).st_size < file.tell():
+        file.seek(0)  # emptied since, for example by logrotate's copytruncate
     for line in whole_lines(file, tally):
         if (record := parse(line, tally)) is not None:
             yield record

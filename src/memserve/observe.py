@@ -157,7 +157,8 @@ def to_json(value: Any) -> bytes:
     try:
         return orjson.dumps(value, default=repr)
     except TypeError:  # an integer beyond 64 bits, a key that is not a string, half of a surrogate pair
-        return json.dumps(value, default=repr, skipkeys=True).encode()
+        text = json.dumps(value, default=repr, skipkeys=True, ensure_ascii=False)
+        return text.encode(errors="replace")  # orjson, which reads the logs, refuses half of a surrogate pair
 
 
 # ---- metrics -------------------------------------------------------------------------------------------------

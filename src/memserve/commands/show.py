@@ -19,7 +19,7 @@ STYLES = {"warning": "yellow", "error": "bold red", "critical": "bold red", "deb
 
 def console() -> Console | None:
     """A console for the terminal, or None when output goes to a file or a pipe."""
-    if not sys.stdout.isatty():
+    if sys.stdout is None or not sys.stdout.isatty():
         return None
     from rich.console import Console
 

@@ -163,6 +163,8 @@ def runs_of(asked: SimOptions) -> list[Run]:
 def command(asked: SimOptions, print_json: Callable[[Any], None]) -> int:
     """Run the simulations that the options ask for; the exit status. Raises UserError."""
     if asked.runs is not None:
+        if asked.runs < 1:
+            raise UserError(f"--runs must be at least 1, not {asked.runs}")
         found = search(asked.seed, asked.runs, asked.faults, asked.jobs)
         if not asked.json:
             show_search(found, asked.faults)

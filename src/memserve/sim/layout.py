@@ -28,6 +28,8 @@ class WorkerPlan:
     shard: str
     site: Site | None = None
     """The site whose cores its steps run on. None: cores of its own."""
+    slower: float = 1.0
+    """Factor on its steps' seconds, of which schedulers learn only by what the steps then take."""
 
 
 @attrs.frozen(kw_only=True)

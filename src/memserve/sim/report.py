@@ -43,7 +43,7 @@ class WorkerReport:
     role: str
     steps: int
     busy: float
-    """Share of the run's time in which a step ran."""
+    """Share of the time from the first request to the end of the last answer in which a step ran."""
     prefill_tokens: int
     decode_tokens: int
 
@@ -106,7 +106,7 @@ def report(cluster: SimCluster, clients: Clients, seed: int, faults: dict[str, i
     calls = clients.calls[warm:]
     done = [call for call in calls if call.complete]
     world, pools = cluster.world, list(cluster.pools().values())
-    workers = _workers(cluster)
+    workers = _workers(cluster, _loaded_s(clients.calls))
     outcomes: dict[str, int] = {}
     for call in calls:
         outcomes[call.outcome] = outcomes.get(call.outcome, 0) + 1
@@ -148,11 +148,21 @@ def _pages(pools: Sequence[Pool], name: str) -> int:
     return sum(int(getattr(pool.counters, name)) for pool in pools)
 
 
-def _workers(cluster: SimCluster) -> tuple[WorkerReport, ...]:
-    total = max(cluster.world.now, 1e-9)
+def _loaded_s(calls: Sequence[Call]) -> float:
+    """Seconds from the first request to the end of the last answer: the cluster's start and end are not load."""
+    ended = max((max(call.asked_at, call.last_at) for call in calls), default=0.0)
+    return max(ended - min((call.asked_at for call in calls), default=0.0), 1e-9)
+
+
+def _workers(cluster: SimCluster, loaded_s: float) -> tuple[WorkerReport, ...]:
     return tuple(
         WorkerReport(
-            plan.name, plan.role, one.steps, one.busy_s / total, one.prefill_tokens, one.decode_tokens
+            plan.name,
+            plan.role,
+            one.steps,
+            min(1.0, one.busy_s / loaded_s),
+            one.prefill_tokens,
+            one.decode_tokens,
         )
         for plan in cluster.layout.workers
         if (one := cluster.busy.get(plan.name)) is not None

@@ -48,8 +48,8 @@ class Run:
         """The cluster, not yet started."""
         network = Network(random.Random(f"{self.seed}/network"), LinkCosts())
         cluster = SimCluster(World(network), self.layout, self.costs, self.times, pages_checked=self.checked)
-        if self.error:
-            cluster.noise = _errors(self.seed, self.error, [one.name for one in self.layout.workers])
+        errors = _errors(self.seed, self.error, [one.name for one in self.layout.workers])
+        cluster.noise = {one.name: one.slower * errors[one.name] for one in self.layout.workers}
         return cluster
 
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import random
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,8 +71,8 @@ def read_trace(
 ) -> list[Session]:
     """Sessions of one turn each from a trace in Mooncake's format: JSON lines, plain or gzipped.
 
-    Lengths are scaled by ``block_tokens`` / 512, times are divided by ``speed``; only the ``first`` requests
-    are read. A line without ``hash_ids`` shares nothing. Raises UserError naming the line that is wrong.
+    Lengths are scaled by ``block_tokens`` / 512; times are divided by ``speed`` and count from the earliest
+    request; only the ``first`` requests are read. A line without ``hash_ids`` shares nothing. Raises UserError naming the line that is wrong.
     """
     sessions: list[Session] = []
     try:
@@ -81,11 +82,12 @@ def read_trace(
                     break
                 if line.strip():
                     sessions.append(_parsed(path, number, line, block_tokens, speed))
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"--trace {path} cannot be read: {error}") from error
     if not sessions:
         raise UserError(f"--trace {path} holds no request: expected a JSON object a line")
-    return sessions
+    begin = min(one.at_s for one in sessions)
+    return [attrs.evolve(one, at_s=one.at_s - begin) for one in sessions]
 
 
 def _parsed(path: Path, number: int, line: str, block_tokens: int, speed: float) -> Session:
@@ -189,9 +191,10 @@ def generated(kind: str, *, rate: float, requests: int, seed: int, burst: float 
     """
     rng = random.Random(f"{seed}/{kind}")
     bodies: list[list[Turn]] = []
-    while sum(map(len, bodies)) < requests:
+    total = 0
+    while total < requests:
         bodies.append(KINDS[kind](rng, len(bodies)))
-    total = sum(map(len, bodies))
+        total += len(bodies[-1])
     arrivals = _arrivals(rng, rate * len(bodies) / total, burst)
     return [Session(f"{kind}-{i}", next(arrivals), tuple(turns)) for i, turns in enumerate(bodies)]
 
