@@ -13,6 +13,7 @@ from trio.testing import MockClock
 from memory_cluster import PAGE_TOKENS, MemoryCluster, PageEngine, baseline, generate, memory_cluster
 from memserve.engine.plans import BatchPlan, BatchResult, Row
 from memserve.tokens import pack, unpack
+from test_cluster import prompt
 
 PD2 = (("p0", "prefill"), ("p1", "prefill"), ("d0", "decode"), ("d1", "decode"))
 ON_TWO_SHARDS = (("p0", "prefill", "s0"), ("d0", "decode", "s1"))
@@ -79,12 +80,6 @@ class DraftingCluster(MemoryCluster):
 
     def _total(self, counter: str) -> float:
         return sum(one.core.gauges().get(counter, 0.0) for one in self.actors.values())
-
-
-def prompt(seed: int, length: int) -> list[int]:
-    """Random tokens that depend on the seed alone."""
-    rng = random.Random(seed)
-    return [rng.randrange(2, 50_000) for _ in range(length)]
 
 
 @pytest.mark.parametrize("workers", [PD2, ON_TWO_SHARDS, BOTH])

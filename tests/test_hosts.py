@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from pathlib import Path
 
 import attrs
@@ -23,6 +21,7 @@ from memserve.engine.tokenizer import Tokenizer
 from memserve.engine.weights import prepare
 from memserve.settings.network import make_key
 from real_model import agreed
+from test_bus import free_port
 from test_model import DEMO
 
 IDS = Tokenizer.load(prepare(find_model(DEMO), "float32").tokenizer).encode(
@@ -47,14 +46,6 @@ class Hosts:
     settings: tuple[str, ...]
     answer: list[int] = attrs.field(factory=list)
     """The right answer to IDS, once a test has asked for it."""
-
-
-def free_port() -> int:
-    """A TCP port that is free at the moment."""
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @pytest.fixture(scope="module")

@@ -217,7 +217,7 @@ def test_bfloat16_stays_near_float32() -> None:
 def widened(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The float32 weights that int8 weights represent."""
     return {
-        name: tensor.float() * weights[name + SCALE][:, None] if name + SCALE in weights else tensor
+        name: tensor.float() * weights[name + SCALE][:, None] if name + SCALE in weights else tensor.float()
         for name, tensor in weights.items()
         if not name.endswith(SCALE)
     }

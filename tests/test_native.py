@@ -19,7 +19,7 @@ from memserve.kernels.cpu import CpuAttention
 from memserve.kernels.native import ArenaPages, NativeStep, load
 from memserve.kernels.native_build import NativeUnavailable
 from memserve.tokens import pack, pages_for, unpack
-from test_model import GREEDY, prompt, tiny_spec
+from test_model import GREEDY, prompt, tiny_spec, widened
 
 SHAPES = [(4, 2, 32), (6, 2, 64), (3, 3, 32), (9, 1, 96), (2, 1, 128), (2, 2, 256), (34, 2, 32)]
 
@@ -58,17 +58,6 @@ def native_spec(heads: int, kv_heads: int, head_dim: int) -> ModelSpec:
     return attrs.evolve(spec, hidden=96, intermediate=160, vocab=132, max_context=1024)
 
 
-def in_float32(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights in float32, with int8 weights scaled."""
-    return {
-        name: tensor.float() * weights[f"{name}.scale"][:, None]
-        if tensor.dtype == torch.int8
-        else tensor.float()
-        for name, tensor in weights.items()
-        if not name.endswith(".scale")
-    }
-
-
 def pages_of(arena: torch.Tensor) -> ArenaPages:
     """The pages of a bfloat16 arena, on the same memory, in the form that the native step takes."""
     return ArenaPages(arena.view(torch.uint16).numpy())
@@ -87,7 +76,7 @@ class Twin:
     ) -> None:
         self.spec, self.page_tokens, self.threads = spec, page_tokens, threads
         self.weights = random_weights(spec, stored, 1)
-        exact = in_float32(self.weights)
+        exact = widened(self.weights)
         shape = (pages, *spec.page_shape(page_tokens))
         self.reference = Llama(spec, exact)
         self.attention = CpuAttention(torch.full(shape, float("nan")), spec.heads)

@@ -23,17 +23,12 @@ from memserve.api.service import GenerationParams
 from memserve.drawing import PromptLogprobs, Sampling
 from memserve.engine.plans import BatchPlan, BatchResult, Row
 from memserve.tokens import count, pack, unpack
+from test_cluster import prompt
 
 PD2 = (("p0", "prefill"), ("p1", "prefill"), ("d0", "decode"), ("d1", "decode"))
 ON_TWO_SHARDS = (("p0", "prefill", "s0"), ("d0", "decode", "s1"))
 BOTH = (("w0", "both"),)
 HOW = Sampling(0.0, prompt_logprobs=1)
-
-
-def prompt(seed: int, length: int) -> list[int]:
-    """Random tokens that depend on the seed alone."""
-    rng = random.Random(seed)
-    return [rng.randrange(2, 50_000) for _ in range(length)]
 
 
 def scored_after(before: list[int], token: int) -> tuple[float, int]:
