@@ -132,7 +132,7 @@ def number(value: float) -> str:
     return f"{value:.{digits}f}"
 
 
-def told(arguments: Sequence[str]) -> list[str]:
+def quoted(arguments: Sequence[str]) -> list[str]:
     """The command-line words that a note repeats: all but ``--json`` and its path."""
     return [
         word

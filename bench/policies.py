@@ -28,7 +28,7 @@ from memserve.commands.simulate import layout_of
 from memserve.settings.configfile import load
 from memserve.sim.run import Run, play
 from memserve.sim.workloads import Piece, Session, shared_documents
-from notes import commit, merged, number, save, take_pieces, told
+from notes import commit, merged, number, quoted, save, take_pieces
 from policies_note import MEASURES, POLICIES, SAME, Sample, pools, write_note
 
 CONFIG = "3p1d.toml"
@@ -198,7 +198,7 @@ def main() -> None:
             sys.exit(f"bench-policies: {error}")
         print(write_note(samples, "make bench-policies, in pieces").read_text())
         return
-    words = " ".join(told(sys.argv[1:]))
+    words = " ".join(quoted(sys.argv[1:]))
     command = f'make bench-policies ARGS="{words}"' if words else "make bench-policies"
     for samples in measure(given):
         if given.json:

@@ -21,7 +21,7 @@ from cluster import Running, cluster
 from loadgen import api
 from loadgen.errors import LoadgenError
 from loadgen.options import ArrivalOptions, Kind, RunOptions, ServerOptions, WorkloadOptions
-from notes import commit, merged, number, save, take_pieces, told
+from notes import commit, merged, number, quoted, save, take_pieces
 from serving_note import MEASURES, SAME, Layout, Sample, write_note
 
 KINDS: tuple[Kind, ...] = ("sharegpt-like", "loogle-like", "react-like")
@@ -155,7 +155,7 @@ def main() -> None:
                 ).read_text()
             )
             return
-        words = " ".join(told(sys.argv[1:]))
+        words = " ".join(quoted(sys.argv[1:]))
         command = f'make bench-serving ARGS="{words}"' if words else "make bench-serving"
         for samples in measure(layouts, given):
             if given.json:

@@ -49,7 +49,7 @@ class Pair:
     source: memoryview
     destination: memoryview
     receiver: TcpReceiver | None
-    told: list = attrs.field(factory=list)
+    reported: list = attrs.field(factory=list)
     """What the receiving side reported, for paths in which it takes part."""
     number: int = 0
     runtime: Any = None
@@ -60,7 +60,9 @@ class Pair:
         self.number += 1
         one = PageTransfer("a.1", self.number, tuple(source), tuple(destination), granularity)
         if self.receiver is not None:
-            self.receiver.expect(Expect("a.1", one.id, one.destination, granularity, 0.0), self.told.append)
+            self.receiver.expect(
+                Expect("a.1", one.id, one.destination, granularity, 0.0), self.reported.append
+            )
         return one
 
     async def send(self, transfer, feed=None, deadline_s=20.0) -> Result:

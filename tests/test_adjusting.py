@@ -1,4 +1,4 @@
-"""Adjustments of logits on torch: their arithmetic to the bit, and that they touch nothing else."""
+"""Adjustments of logits in torch: their arithmetic to the bit, that they touch nothing else, and in a cluster."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _row(how: Sampling, past: Past | None) -> Row:
 
 @pytest.mark.parametrize("vocab", [2, 9, VOCAB])
 def test_adjusted_logits_are_the_definitions_to_the_bit(vocab: int) -> None:
-    """An engine that rounds otherwise would draw other tokens for a stream that comes from another."""
+    """Adjusted logits equal the definition to the bit, as all engines must: a stream may move between them."""
     generator = random.Random(vocab)
     for turn in range(60):
         logits = _logits(1, vocab, turn)
@@ -41,7 +41,7 @@ def test_adjusted_logits_are_the_definitions_to_the_bit(vocab: int) -> None:
 
 
 def test_every_adjustment_shows() -> None:
-    """The definition above and the code could agree to do nothing."""
+    """Each adjustment changes a logit by an amount that is worked out by hand."""
     logits = torch.tensor([[2.0, -2.0, 1.0, 0.5, 3.0]])
     past = Past(prompt=pack([0, 1]), output=pack([2, 2, 0]), forbidden=pack([4]))
     how = adjustments({3: 7.0}, repetition=2.0, frequency=0.5, presence=0.25)
@@ -51,7 +51,7 @@ def test_every_adjustment_shows() -> None:
 
 
 def test_other_rows_and_the_models_logits_stay_as_they_are() -> None:
-    """A row's penalties would change its neighbours' answers, or the log probabilities that it gets."""
+    """Adjusting a row changes neither other rows nor the logits that log probabilities are computed from."""
     logits = _logits(3)
     before = logits.clone()
     how = adjustments({5: 100.0}, presence=1.0)
@@ -65,7 +65,7 @@ def test_other_rows_and_the_models_logits_stay_as_they_are() -> None:
 
 
 def test_log_probabilities_are_those_of_the_softmax() -> None:
-    """A client that ranks answers by them would rank by something else."""
+    """Log probabilities and the most likely tokens are those of the softmax, also where logits are equal."""
     logits = _logits(1)[0].round()  # with ties
     exact = logits.double().log_softmax(-1)
     for token in (0, 17, int(logits.argmax())):
@@ -93,7 +93,7 @@ NEW = 30
 
 
 def make_believe_logits(tokens: list[int]) -> torch.Tensor:
-    """(120,) of a model that remembers all of its tokens, likes to repeat itself, and often would end its answer."""
+    """(120,) logits of a model that depends on all of its tokens, likes to repeat itself, and often would end its answer."""
     random_numbers = random.Random(pack(tokens))
     logits = torch.tensor([random_numbers.gauss(0, 2) for _ in range(120)])
     logits[tokens[-6:]] += 3
@@ -101,7 +101,7 @@ def make_believe_logits(tokens: list[int]) -> torch.Tensor:
 
 
 class AdjustingEngine(PageEngine):
-    """Draws, as engines with a model do, from what its pages hold for the whole sequence."""
+    """Draws from the tokens that its pages hold for the whole sequence, as engines with a model do."""
 
     def run(self, plan: BatchPlan) -> BatchResult:
         rows = [self.drawn(row) for row in plan.rows]
@@ -118,14 +118,14 @@ class AdjustingEngine(PageEngine):
 
 
 class AdjustingCluster(MemoryCluster):
-    """Its workers have such engines."""
+    """A cluster whose workers have such engines."""
 
     def make_engine(self, arena):
         return AdjustingEngine(arena)
 
 
 def undisturbed(prompt: list[int], new: int) -> list[tuple[int, Logprobs]]:
-    """What one engine that never stops would say."""
+    """The answer of one engine that never stops."""
     tokens, answer = list(prompt), []
     for _ in range(new):
         row = Row(pack(tokens), 0, (), HOW, past_of(HOW, tokens, len(prompt), ENDS))
@@ -156,7 +156,7 @@ async def ask(frontend, at: int, then=lambda: None) -> list[tuple[int, Logprobs]
 
 
 def test_all_adjustments_matter_to_the_answer_in_the_cluster() -> None:
-    """The tests below would hold for a cluster that forgets one of them."""
+    """Leaving out any adjustment changes the answer, so that the tests below would notice it."""
     known = [token for token, _ in undisturbed(PROMPT, NEW)]
     assert HOW.adjust is not None
     neutral = {
@@ -187,7 +187,7 @@ def test_all_adjustments_matter_to_the_answer_in_the_cluster() -> None:
     ],
 )
 async def test_a_resumed_answer_goes_on_as_if_nothing_had_happened(autojump_clock, workers, at) -> None:
-    """Tokens drawn by the dead worker would count as prompt, or not at all: penalties and least length would shift."""
+    """An answer whose worker is killed at any token goes on with the same tokens and log probabilities."""
     async with memory_cluster(*workers, kind=AdjustingCluster) as (cluster, frontend):
 
         def kill_its_worker() -> None:
@@ -202,14 +202,14 @@ async def test_a_resumed_answer_goes_on_as_if_nothing_had_happened(autojump_cloc
 
 
 async def later(do) -> None:
-    """Not from within the Frontend's turn."""
+    """Call it outside of the Frontend's turn."""
     do()
 
 
 @pytest.mark.parametrize("pages", [14, 400])
 @pytest.mark.parametrize("shards", [("s0", "s0"), ("s0", "s1")])
 async def test_handed_over_and_preempted_answers_are_the_same(autojump_clock, shards, pages) -> None:
-    """A decode worker without the prompt's tokens would not penalise them; one that recomputes would count them twice."""
+    """Handed over, moved to another shard or preempted, an answer has the same tokens and log probabilities."""
     workers = (("p0", "prefill", shards[0]), ("d0", "decode", shards[1]))
     async with memory_cluster(*workers, kind=AdjustingCluster, pages=pages) as (cluster, frontend):
         answers: list[list[tuple[int, Logprobs]]] = []

@@ -1,4 +1,4 @@
-"""Who may come in, who waits, and who is told to come back: bounds, deadlines, and nobody forgotten or told twice."""
+"""Admission: who is accepted, who waits, and who is refused. Limits, deadlines, and each request answered once."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def wish(
     name: str, scope: str = "a", *, attempt: int = 0, moved: bool = False, age_s: float = 0.0,
     ttft_s: float | None = None, run_s: float = 0.1, soonest_s: float = 0.1, priority: int = 0,
 ) -> IncomingRequest:  # fmt: skip
-    """A request that comes."""
+    """A request that arrives."""
     request = Request(name, attempt, FRONTEND, scope, pack([1]), 1, 5, (), Sampling(), priority, ttft_s)
     return IncomingRequest(Submit(request, age_s, moved), 100.0, run_s, soonest_s)
 
 
 def full(places: int, *scopes: str) -> Admission:
-    """``places`` of them, with one request waiting of each scope that is named."""
+    """Admission with ``places`` places, where one request of each scope that is named waits."""
     admission = Admission(places)
     for i, scope in enumerate(scopes):
         assert admission.ask(wish(f"w{i}", scope), 1, 0.0) is None
@@ -44,7 +44,7 @@ def full(places: int, *scopes: str) -> Admission:
 
 
 def refusal(admission: Admission, asked: IncomingRequest, now: float = 0.0) -> Refusal:
-    """It must be refused."""
+    """The refusal of a request that must be refused."""
     found = admission.ask(asked, 1, now)
     admission.check()
     assert found is not None
@@ -52,7 +52,7 @@ def refusal(admission: Admission, asked: IncomingRequest, now: float = 0.0) -> R
 
 
 def test_a_tenant_may_take_half_of_the_places_and_leaves_some_to_others() -> None:
-    """One that floods would fill the queue, and everyone else be refused for it."""
+    """A tenant may have as many requests waiting as places stay free, so that nobody fills the queue alone."""
     admission = full(8, *"aaaa")
     assert (refused := refusal(admission, wish("a5"))).code == "tenant_full"
     assert (refused.status, "4 requests waiting" in refused.message) == (429, True)
@@ -66,7 +66,7 @@ def test_a_tenant_may_take_half_of_the_places_and_leaves_some_to_others() -> Non
 
 
 def test_retry_after_is_the_predicted_wait() -> None:
-    """A client that comes back too soon is refused again, one that comes too late leaves workers idle."""
+    """Retry-After is the predicted wait."""
     admission = full(8)
     for i in range(4):
         admission.ask(wish(f"w{i}", run_s=5.0), 2, 0.0)
@@ -76,7 +76,7 @@ def test_retry_after_is_the_predicted_wait() -> None:
 
 
 def test_the_wait_is_predicted_from_how_fast_requests_leave() -> None:
-    """Where streams and not prompts keep the workers busy, the cost of prompts alone says nothing."""
+    """The wait is predicted from the rate at which requests leave, which also counts streams; outages do not count."""
     admission = full(64)
     for i in range(20):
         admission.ask(wish(f"w{i}", run_s=1.0), 4, 0.0)
@@ -87,11 +87,11 @@ def test_the_wait_is_predicted_from_how_fast_requests_leave() -> None:
     admission.excuse(20.0)
     admission.advance(False, 20.0)
     admission.advance(True, 21.0)
-    assert admission.wait_s(held(wish("x"), 21.0), 4) == pytest.approx(11 / 4), "an outage tells nothing"
+    assert admission.wait_s(held(wish("x"), 21.0), 4) == pytest.approx(11 / 4), "an outage is not measured"
 
 
 def test_how_fast_requests_leave_is_measured_over_gaps() -> None:
-    """A queue that is empty now and then would never be measured, and taken to be as fast as idle workers."""
+    """The rate is also measured over times in which the queue was empty."""
     admission = full(64)
     for second in range(4):
         admission.ask(wish(f"w{second}", run_s=1.0), 4, 10.0 * second)
@@ -100,15 +100,15 @@ def test_how_fast_requests_leave_is_measured_over_gaps() -> None:
     assert admission.wait_s(held(wish("x"), 50.0), 4) == pytest.approx(1.0)
 
 
-def test_a_refusal_tells_its_margin() -> None:
-    """A prediction that nobody can find in the costs needs an explanation."""
+def test_a_refusal_states_its_margin() -> None:
+    """The explanation of a refusal contains the margin that was added to the prediction."""
     admission = full(8)
     asked = attrs.evolve(wish("late", ttft_s=0.5, soonest_s=0.6), margin_s=0.2)
     assert admission.explain(refusal(admission, asked))["margin_ms"] == pytest.approx(200.0)
 
 
 def test_what_was_let_in_once_is_not_refused_for_lack_of_a_place() -> None:
-    """A stream that has begun would be broken off, or a request be lost with the scheduler where it waited."""
+    """A later attempt, or a request that waited at another scheduler, is accepted even if there is no place."""
     admission = full(2, "a")
     assert refusal(admission, wish("new")).status == 429
     assert admission.ask(wish("again", attempt=1, ttft_s=0.001, age_s=9.0, soonest_s=5.0), 1, 9.0) is None
@@ -118,7 +118,7 @@ def test_what_was_let_in_once_is_not_refused_for_lack_of_a_place() -> None:
 
 
 def test_a_deadline_that_cannot_be_met_is_refused_at_once() -> None:
-    """Left to wait, it would take a place for nothing and its client would learn it late."""
+    """A request whose deadline cannot be met by the prediction is refused at once."""
     admission = full(8, "a", "a")
     assert admission.ask(wish("enough", ttft_s=0.35), 1, 0.0) is None
     refused = refusal(admission, wish("late", ttft_s=0.35))
@@ -128,7 +128,7 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_once() -> None:
 
 
 def test_nobody_can_say_what_comes_when_no_worker_is_ready() -> None:
-    """While workers restart there is no prediction; the deadline itself decides."""
+    """While no worker is ready there is no prediction, and a request is refused when its deadline has nearly passed."""
     admission = full(8)
     assert admission.ask(wish("waits", ttft_s=1.0, soonest_s=INF), 0, 0.0) is None
     assert admission.deadline == pytest.approx(0.9)
@@ -139,7 +139,7 @@ def test_nobody_can_say_what_comes_when_no_worker_is_ready() -> None:
 
 
 def test_a_request_waits_for_a_worker_to_become_ready_and_not_for_ever() -> None:
-    """A restart takes seconds; a cluster without workers never serves."""
+    """Without a ready worker a request waits for HELD_S at most."""
     admission = full(8, "a")
     now = 0.0
     while now < 50.0 + HELD_S - 1:
@@ -152,8 +152,8 @@ def test_a_request_waits_for_a_worker_to_become_ready_and_not_for_ever() -> None
     assert (refused.code, refused.status) == ("no_capacity", 503)
 
 
-def test_the_log_tells_everything_about_a_refusal() -> None:
-    """Its client will ask why."""
+def test_the_log_explains_a_refusal() -> None:
+    """The explanation of a refusal has all its circumstances, and it is counted."""
     admission = full(2, "a")
     asked = wish("r", age_s=0.5, ttft_s=2.0, priority=3)
     assert admission.explain(refusal(admission, asked)) == {
@@ -167,7 +167,7 @@ def test_the_log_tells_everything_about_a_refusal() -> None:
 
 
 class Waiting(RuleBasedStateMachine):
-    """Any coming, going, asking and passing of time: each request waits, or has left in one way."""
+    """Requests that arrive, leave, are asked after and expire in any order: each waits, or has left in one way."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -243,7 +243,7 @@ class Waiting(RuleBasedStateMachine):
                 key = (refused.submit.request.id, refused.submit.request.attempt)
                 del self.waits[key]
                 assert refused.code in ("deadline_missed", "no_capacity")
-            assert self.admission.deadline > self.now, "it would be called again and again"
+            assert self.admission.deadline > self.now, "the core would be called again and again"
             for key in [one for one in self.waits if self.now - self.heard[one] >= FORGOTTEN_S]:
                 del self.waits[key]
             if not seconds:

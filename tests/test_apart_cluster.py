@@ -1,4 +1,4 @@
-"""Workers that are apart though they share a machine: bench/apart_cluster.py and its control groups."""
+"""Workers that run on separate parts of one machine's cores: bench/apart_cluster.py and its control groups."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ print(time.process_time() - used)
 
 
 def test_a_group_takes_its_part_of_a_core_and_leaves_nothing_behind() -> None:
-    """If a busy worker took more than its part, it would slow the others, and every policy would look alike."""
+    """A process in a group gets its part of a core, and groups are removed afterwards."""
     try:
         with cpu_groups({"a": 0.7, "b": 0.2}) as groups:
             used = subprocess.run(
@@ -43,13 +43,13 @@ def test_a_group_takes_its_part_of_a_core_and_leaves_nothing_behind() -> None:
 
 
 def test_every_worker_must_have_its_part() -> None:
-    """If one without a part ran on all cores, the others would wait for it."""
+    """Parts must be given for every worker of the layout."""
     with pytest.raises(SystemExit, match="must name each of d0, p0, p1, p2 once, not p0, d0"):
         up(parts("p0=0.25,d0=0.7"), "3p1d", [])
 
 
 def test_a_worker_on_a_part_of_a_core_takes_as_much_longer_for_every_step() -> None:
-    """If one part of its costs stayed as on a whole core, the scheduler would be told of a worker that does not exist."""
+    """Costs for a part of a core are larger by the same factor for every kind of step."""
     costs = StepCosts(((1.0, 0.01), (256.0, 0.1)), row_s=1e-4, read_s=1e-6, pair_s=1e-7)
     whole, part = CostModel(costs), CostModel(slower(costs, 4.0))
     for tokens, cached in ((1, 0), (100, 1000), (2000, 500)):

@@ -1,4 +1,4 @@
-"""The HTTP surface around a scripted service: what is asked of it, and what it answers."""
+"""The HTTP API around a scripted service: what it asks of the service, and what it answers to clients."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from memserve.tokens import pack
 
 
 def pack_floats(*values):
-    """As biases travel."""
+    """Float32 values as bytes, the form of biases in messages."""
     return array("f", values).tobytes()
 
 
@@ -41,7 +41,7 @@ DOCS = Path(__file__).parent.parent / "docs" / "api.md"
 
 
 async def test_a_completion_has_openais_shape_and_counts():
-    """Clients written for OpenAI would not find the text, the reason it ended, or what it cost."""
+    """A completion has OpenAI's fields: text, finish reason and token counts."""
     response = await post(
         {"prompt": "Say it", "model": "demo"}, service=FakeService(lambda _r: says("Hello", cached=1))
     )
@@ -58,7 +58,7 @@ async def test_a_completion_has_openais_shape_and_counts():
 
 
 async def test_a_chat_has_openais_shape():
-    """Chat clients would not find the message."""
+    """A chat completion has its message where OpenAI's has it."""
     response = await post({"messages": HI}, CHAT)
 
     answer = response.json()
@@ -73,7 +73,7 @@ async def test_a_chat_has_openais_shape():
 
 
 async def test_parameters_reach_the_service():
-    """A sampling setting would silently do nothing."""
+    """Sampling parameters, limits and stop tokens of a request are passed to the service."""
     service = FakeService(lambda _r: says("x"))
     body = {"prompt": [5, 6], "temperature": 0.5, "top_p": 0.9, "top_k": 7, "seed": -1, "max_tokens": 3}
     await post(body | {"stop_token_ids": [9, 9]}, service=service)
@@ -96,7 +96,7 @@ async def test_a_limit_beyond_the_vocabulary_is_none():
 
 
 async def test_adjustments_reach_the_service_of_every_answer():
-    """A penalty or a bias would silently do nothing, or for the first answer alone."""
+    """Penalties, biases, min_p and min_tokens are passed to the service for each of several answers."""
     service = FakeService(lambda _r: says("x"))
     body = {
         "min_p": 0.25,
@@ -116,7 +116,7 @@ async def test_adjustments_reach_the_service_of_every_answer():
 
 
 async def test_what_asks_for_nothing_adjusts_nothing():
-    """Rows of clients that send every field with its default would pay for it at every token."""
+    """Fields that hold their neutral values adjust nothing: every step of such a request would cost more."""
     service = FakeService(lambda _r: says("x"))
     neutral = {"presence_penalty": 0, "frequency_penalty": 0.0, "repetition_penalty": 1, "min_tokens": 0}
     await post({"prompt": "x", "logit_bias": {}, "min_p": 0, "logprobs": None} | neutral, service=service)
@@ -127,7 +127,7 @@ async def test_what_asks_for_nothing_adjusts_nothing():
 
 
 async def test_defaults_are_openais():
-    """An unset parameter would mean something else than what OpenAI documents."""
+    """Parameters that are left out have OpenAI's defaults."""
     service = FakeService(lambda _r: says("x"))
     await post({"prompt": "x"}, service=service)
     await post({"messages": HI}, CHAT, service=service)
@@ -153,7 +153,7 @@ async def test_defaults_are_openais():
     ],
 )
 async def test_prompts_come_in_four_forms(prompt, expected):
-    """A benchmark that sends token ids, or a batch of prompts, would be refused or misread."""
+    """A prompt may be text, token ids, or a list of either."""
     service = FakeService(lambda _r: says("x"))
     response = await post({"prompt": prompt}, service=service)
     encode = demo_tokenizer().encode
@@ -164,7 +164,7 @@ async def test_prompts_come_in_four_forms(prompt, expected):
 
 
 async def test_several_answers_differ_in_seed_and_count_their_prompt_once():
-    """n answers would all be the same, or the prompt would be billed n times."""
+    """Each of n answers has its own seed, and usage counts each prompt once."""
     service = FakeService(lambda request: says(str(request.params.sampling.seed), cached=len(service.opened)))
     response = await post({"prompt": ["a b", "c"], "n": 2, "seed": 10}, service=service)
     answer = response.json()
@@ -175,7 +175,7 @@ async def test_several_answers_differ_in_seed_and_count_their_prompt_once():
 
 
 async def test_token_ids_and_echo():
-    """A test harness that compares token for token would have nothing to compare."""
+    """return_token_ids adds the token ids of prompt and answer, and echo puts the prompt's text before the answer."""
     response = await post({"prompt": "Say it", "echo": True, "return_token_ids": True})
     (choice,) = response.json()["choices"]
     assert choice["text"] == "Say itHello there"
@@ -190,7 +190,7 @@ async def test_token_ids_and_echo():
 
 
 async def test_a_stop_string_ends_the_answer_and_the_request():
-    """The stop string would appear in the text, or the model would go on for nobody."""
+    """At a stop string the answer ends, without it, and the request is closed at the service."""
     service = FakeService(
         lambda _r: [Chunk(tuple(demo_tokenizer().encode("one two END three", False)), None), 60.0]
     )
@@ -206,7 +206,7 @@ async def test_a_stop_string_ends_the_answer_and_the_request():
 
 
 async def test_a_stop_string_waits_for_the_least_length():
-    """An answer would be shorter than what was asked for."""
+    """A stop string among the first min_tokens tokens does not end the answer."""
     tokens = demo_tokenizer().encode("END one END two", False)
     service = FakeService(lambda _r: [Chunk((token,)) for token in tokens] + [Chunk((IM_END,), "stop")])
     response = await post({"prompt": "x", "stop": "END", "min_tokens": 2}, service=service)
@@ -320,8 +320,8 @@ async def test_a_long_body_is_read_and_rendered_while_streams_go_on(monkeypatch)
     assert aside == [False, False, True, True]
 
 
-async def test_length_is_told():
-    """A client could not tell a cut answer from a whole one."""
+async def test_a_cut_answer_has_the_reason_length():
+    """An answer that was cut at its length has the finish reason ``length``."""
     response = await post({"prompt": "x"}, service=FakeService(lambda _r: says("and so", "length")))
     assert response.json()["choices"][0]["finish_reason"] == "length"
 
@@ -336,7 +336,7 @@ async def events(body, path=CHAT, service=None, **changes):
 
 
 async def test_a_chat_stream_begins_with_the_role_and_ends_with_done():
-    """Chat clients would not know who speaks, or would wait for the end."""
+    """A chat stream begins with the role, ends with usage and [DONE], and has the text between them."""
     *chunks, done = await events({"messages": HI, "stream_options": {"include_usage": True}})
     chunks = [json.loads(chunk) for chunk in chunks]
 
@@ -369,7 +369,7 @@ async def test_a_stream_tells_its_usage_so_far_to_those_who_ask():
 
 
 async def test_streamed_token_ids_are_all_there_and_prompts_come_first():
-    """A load generator that counts streamed tokens would count wrongly."""
+    """A stream has all token ids of the answer, with those of the prompt in its first event; characters are never cut."""
     service = FakeService(lambda _r: says("日本 <|im", delay_s=0.001))
     *chunks, _done = await events(
         {"prompt": "a b", "return_token_ids": True, "echo": True, "stop": "<|im_end|>"},
@@ -387,7 +387,7 @@ async def test_streamed_token_ids_are_all_there_and_prompts_come_first():
 
 
 async def test_waiting_tokens_share_an_event():
-    """One write per token would cap a Frontend at a few thousand tokens a second."""
+    """Tokens that are there at once share an event: one write per token would limit a Frontend's throughput."""
     tokens = tuple(demo_tokenizer().encode("one two three four five", False))
     service = FakeService(lambda _r: [*(Chunk((token,)) for token in tokens), Chunk((IM_END,), "stop")])
     chunks = await events({"messages": HI}, service=service)
@@ -396,7 +396,7 @@ async def test_waiting_tokens_share_an_event():
 
 
 async def test_a_failure_after_the_first_byte_is_an_event():
-    """The client would take a broken answer for a whole one."""
+    """A failure after the stream has begun is sent as an error event, and no [DONE] follows."""
     service = FakeService(
         lambda _r: [*says("so far", "length")[:1], 0.01, RequestFailed("worker_lost", "gone", 503)]
     )
@@ -409,7 +409,7 @@ async def test_a_failure_after_the_first_byte_is_an_event():
 
 
 async def test_a_silent_stream_is_kept_awake(autojump_clock):
-    """A proxy would cut a stream whose first token takes a minute."""
+    """A stream without tokens gets a comment at intervals, so that proxies do not close it."""
     service = FakeService(lambda _r: [40.0, *says("late")])
     response = await post({"messages": HI, "stream": True}, CHAT, service)
 
@@ -427,7 +427,7 @@ def documented(section):
 
 
 def test_every_field_is_documented_and_no_other():
-    """docs/api.md would promise what is not served, or hide what is."""
+    """The tables in docs/api.md list exactly the fields that are accepted or refused."""
     completion = {field.name for field in attrs.fields(CompletionBody)}
     chat = {field.name for field in attrs.fields(ChatBody)}
 

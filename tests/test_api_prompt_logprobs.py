@@ -1,4 +1,4 @@
-"""Log probabilities of prompts in answers: before those of a completion, and as vLLM's ``prompt_logprobs``."""
+"""Log probabilities of prompts in answers: with ``echo`` in completions, and as vLLM's ``prompt_logprobs``."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ PROMPT = demo_tokenizer().encode(TEXT, False)
 TEXTS = [demo_tokenizer().decode([token], skip_special=False) for token in PROMPT]
 SAYS = demo_tokenizer().encode(" and three", False)
 VALUES = [-1.5 - place for place in range(1, len(PROMPT))]
-"""Of the prompt's tokens from the second on."""
+"""Log probabilities of the prompt's tokens, from the second on."""
 
 
 def scores(tokens: list[int], count: int) -> tuple[PromptLogprobs, ...]:
-    """Of a prompt, in two pieces: each token is the second of the likeliest, and ``100 + place`` the first."""
+    """Scores of a prompt in two pieces: each token is the second likeliest, and ``100 + place`` the likeliest."""
     lines = [
         (
             -1.5 - place,
@@ -45,7 +45,7 @@ def scores(tokens: list[int], count: int) -> tuple[PromptLogprobs, ...]:
 
 
 def service(finish: str = "stop") -> FakeService:
-    """Says SAYS, one token a chunk, after the prompt's scores where these are wanted."""
+    """A service that answers SAYS, one token a chunk, after the scores of the prompt if they are wanted."""
 
     def script(request):
         how = request.params.sampling
@@ -63,14 +63,14 @@ def service(finish: str = "stop") -> FakeService:
 
 
 async def choices(body, path="/v1/completions") -> list[dict]:
-    """Of an answer that is not streamed."""
+    """The choices of an answer that is not streamed."""
     answer = await post(body, path, service())
     assert answer.status_code == 200, answer.text
     return answer.json()["choices"]
 
 
 async def events(body, path="/v1/completions") -> list[dict]:
-    """Of a stream."""
+    """The events of a streamed answer."""
     answer = await post(body | {"stream": True}, path, service())
     return [json.loads(data) for data in sse(answer.text) if data != "[DONE]"]
 
@@ -79,7 +79,7 @@ ECHO = {"prompt": TEXT, "echo": True, "logprobs": 1, "temperature": 0}
 
 
 async def test_an_echo_is_scored_before_the_answer():
-    """Evaluation harnesses add up the log probabilities of a prompt's last tokens, by their places in these lists."""
+    """With echo, the lists of log probabilities begin with the prompt's, where evaluation harnesses look for them."""
     (choice,) = await choices(ECHO)
     found = choice["logprobs"]
     said = [demo_tokenizer().decode([token], skip_special=False) for token in (*SAYS, IM_END)]
@@ -99,7 +99,7 @@ async def test_an_echo_is_scored_before_the_answer():
 @pytest.mark.parametrize("prompt", [TEXT, PROMPT, [TEXT, "x"], [PROMPT, PROMPT[:2]]])
 @pytest.mark.parametrize("most", [0, 1])
 async def test_what_harnesses_send_scores_each_prompt(prompt, most):
-    """lm-evaluation-harness sends texts or tokens, one or many, with ``max_tokens`` 1 or 0, and would be refused or misread."""
+    """What lm-evaluation-harness sends (texts or tokens, one or many, ``max_tokens`` 1 or 0) has each prompt scored."""
     found = await choices(ECHO | {"prompt": prompt, "max_tokens": most, "seed": 1234})
     lengths = [len(PROMPT), 1 if prompt == [TEXT, "x"] else 2][: len(found)]
     assert [one["index"] for one in found] == list(range(len(found)))
@@ -109,7 +109,7 @@ async def test_what_harnesses_send_scores_each_prompt(prompt, most):
 
 
 async def test_a_prompt_alone_is_answered_with_nothing_else():
-    """The token that a request cannot do without would be shown to a client that asked for none, or be counted."""
+    """With ``max_tokens`` 0 the answer is the prompt alone: the token that is computed anyway is not shown or counted."""
     body = ECHO | {"max_tokens": 0, "return_token_ids": True, "stop": "three"}
     answer = (await post(body, service=service("stop"))).json()
     (choice,) = answer["choices"]
@@ -123,7 +123,7 @@ async def test_a_prompt_alone_is_answered_with_nothing_else():
 
 
 async def test_prompt_logprobs_are_vllms():
-    """Clients written for vLLM would not find them: per choice in completions, once in a chat; ids are names."""
+    """``prompt_logprobs`` have vLLM's form: per choice in completions, once in a chat, with token ids as names."""
     first, second = await choices({"prompt": TEXT, "prompt_logprobs": 3, "n": 2})
     found = first["prompt_logprobs"]
     assert second["prompt_logprobs"] == found and first["logprobs"] is None and first["text"] == " and three"
@@ -150,7 +150,7 @@ async def test_prompt_logprobs_are_vllms():
 
 
 async def test_echo_and_prompt_logprobs_go_together():
-    """The larger of the two numbers would be shown in both places."""
+    """Echo and ``prompt_logprobs`` may ask for different numbers of likely tokens, and each shows its own number."""
     (choice,) = await choices(ECHO | {"prompt_logprobs": 4})
     assert {len(one) for one in choice["logprobs"]["top_logprobs"][1 : len(PROMPT)]} == {2}
     assert {len(one) for one in choice["prompt_logprobs"][1:]} == {4}
@@ -161,7 +161,7 @@ async def test_echo_and_prompt_logprobs_go_together():
 
 @pytest.mark.parametrize("n", [1, 3])
 async def test_a_stream_begins_with_the_scores_of_its_prompt(n):
-    """Parts would come in another order than a client can put together, or an answer before its prompt."""
+    """Each streamed choice begins with the scores of its prompt, and its parts add up to the answer that is not streamed."""
     asked = ECHO | {"prompt": [TEXT, "x"], "n": n, "prompt_logprobs": 2}
     whole = await choices(asked)
     parts = [one for event in await events(asked) for one in event["choices"]]
@@ -181,7 +181,7 @@ async def test_a_stream_begins_with_the_scores_of_its_prompt(n):
 
 
 async def test_only_the_first_answer_has_its_prompt_computed():
-    """Each of many answers would have a prompt computed that the first has just cached."""
+    """Of n answers to a prompt only the first has it scored, and none where no scores are wanted."""
     asked = service()
     await post(ECHO | {"prompt": [TEXT, "x"], "n": 3, "prompt_logprobs": 7}, service=asked)
     by_prompt = [
@@ -197,7 +197,7 @@ async def test_only_the_first_answer_has_its_prompt_computed():
 
 
 async def test_a_failure_before_its_prompt_is_scored_decides_the_status():
-    """A client would get an answer without its beginning, or wait for it for ever."""
+    """A request that fails before its prompt is scored has the status of the failure, streamed or not."""
     failing = FakeService(lambda request: [0.01, RequestFailed("no_capacity", "nobody is there", 503)])
     for stream in (False, True):
         assert (await post(ECHO | {"stream": stream}, service=failing)).status_code == 503

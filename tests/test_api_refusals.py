@@ -1,4 +1,4 @@
-"""How the HTTP surface refuses: every error names its field, in OpenAI's shape."""
+"""How the HTTP API refuses requests: every error names its field and has OpenAI's shape."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from memserve.scheduling.view import Health
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_refused_request_has_its_status_and_retry_after(stream):
-    """An overloaded cluster would look broken, and clients would not know when to try again."""
+    """A refused request has the status of the refusal, and Retry-After in whole seconds, rounded up."""
     service = FakeService(lambda _r: [], RequestFailed("overloaded", "Too many requests", 429, 1.5))
     response = await post({"prompt": "x", "stream": stream}, service=service)
 
@@ -40,7 +40,7 @@ async def test_a_refused_request_has_its_status_and_retry_after(stream):
 
 
 async def test_one_failed_answer_ends_them_all():
-    """The other answers of the request would run on for nobody."""
+    """When one of n answers fails, the request fails and the others are cancelled."""
     service = FakeService(
         lambda request: [RequestFailed("boom", "no", 500)] if request.params.sampling.seed == 1 else [60.0]
     )
@@ -108,7 +108,7 @@ BAD = [
 
 
 def schema(found: dict[str, object]) -> dict[str, object]:
-    """A response's format."""
+    """A response_format with this JSON schema."""
     return {"type": "json_schema", "json_schema": {"name": "x", "schema": found}}
 
 
@@ -168,7 +168,7 @@ BAD_CHATS = [
     *(("/v1/completions", *bad) for bad in BAD), *((CHAT, *bad) for bad in BAD_CHATS),
 ])  # fmt: skip
 async def test_bad_fields_are_named(path, body, param, text):
-    """A user would have to guess which field of the request is wrong, or a wrong one would be ignored."""
+    """A wrong field is refused with 400 and an error that names it; nothing is opened at the service."""
     service = FakeService(lambda _r: says("x"))
     response = await post(body, path, service)
 
@@ -182,7 +182,7 @@ async def test_bad_fields_are_named(path, body, param, text):
 
 
 async def test_values_that_ask_for_nothing_pass():
-    """Clients that always send every field with its default would be refused."""
+    """Unsupported fields are accepted when they hold null or a value that changes nothing."""
     refused = REFUSED | COMPLETIONS_ALONE
     neutral = {name: values[0] for name, values in refused.items() if values}
     nulls = dict.fromkeys(REFUSED, None)
@@ -195,7 +195,7 @@ async def test_values_that_ask_for_nothing_pass():
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b'{"prompt": "\\ud800"}', b"\xff", b"[" * 100_000])
 async def test_what_is_not_json_is_refused(data):
-    """A broken body would end in a 500."""
+    """A body that is not a JSON object in UTF-8 is refused with 400."""
     async with asking() as client:
         response = await client.post("/v1/completions", content=data)
 
@@ -216,7 +216,7 @@ async def test_what_is_not_json_is_refused(data):
     ],
 )
 async def test_unknown_paths_methods_and_models_have_openais_error_shape(method, path, status, code):
-    """Clients that parse the error would fail on its shape instead of telling it."""
+    """Unknown paths, methods and models are answered with errors of OpenAI's shape."""
     async with asking() as client:
         response = await client.request(method, path)
 
@@ -226,7 +226,7 @@ async def test_unknown_paths_methods_and_models_have_openais_error_shape(method,
 
 
 async def test_an_unknown_model_is_not_served_by_another():
-    """A client that asked for a large model would be answered by a small one."""
+    """A request for a model that is not served gets 404."""
     response = await post({"prompt": "x", "model": "gpt-4"})
 
     assert response.status_code == 404
@@ -234,12 +234,12 @@ async def test_an_unknown_model_is_not_served_by_another():
 
 
 class PanicException(BaseException):
-    """As pyo3's, which libraries in Rust raise where they give up."""
+    """Like the exception that pyo3 raises when a library in Rust panics: not an Exception."""
 
 
 @pytest.mark.parametrize("bug", [ZeroDivisionError("division by zero"), PanicException("out of bounds")])
 async def test_a_bug_is_a_500_in_the_same_shape(bug):
-    """A crash would leave the client with a bare connection error, and end the streams of all others."""
+    """An exception inside the service is answered with 500 in OpenAI's error shape."""
 
     def fails(_request):
         raise bug
@@ -256,7 +256,7 @@ async def test_a_bug_is_a_500_in_the_same_shape(bug):
 
 @pytest.mark.parametrize("header", [None, "Bearer wrong", "Bearer ", "Basic k1", "k1"])
 async def test_without_a_key_nothing_but_health_and_metrics_answers(header):
-    """Anyone could use the cluster, or read who else does."""
+    """Without a valid API key every path but /health and /metrics answers 401."""
     headers = {"authorization": header} if header else {}
     async with asking(api_keys=("k1", "k2")) as client:
         for method, path in (
@@ -274,7 +274,7 @@ async def test_without_a_key_nothing_but_health_and_metrics_answers(header):
 
 
 async def test_each_key_has_a_cache_of_its_own():
-    """One tenant could find out by timing what another has asked."""
+    """Each API key has its own cache scope, which does not contain the key; without keys it is empty."""
     service = FakeService(lambda _r: says("x"))
     async with asking(service, api_keys=("k1", "k2")) as client:
         for key in ("k1", "k2", "k1"):
@@ -292,7 +292,7 @@ async def test_each_key_has_a_cache_of_its_own():
 
 
 async def test_priority_and_deadline_reach_the_scheduler():
-    """A client's wish would be ignored, or another request would get it."""
+    """Priority and TTFT deadline of each request are passed on, with defaults where they are left out."""
     service = FakeService(lambda _r: says("x"))
     async with asking(service, ttft_ms=5000.0) as client:
         for body, headers in (
@@ -310,7 +310,7 @@ async def test_priority_and_deadline_reach_the_scheduler():
 
 @pytest.mark.parametrize("header", ["soon", "0", "-1", "nan", "inf", "86400001", ""])
 async def test_a_deadline_that_is_none_is_refused(header):
-    """A mistyped deadline would be ignored, and its client wait for ever."""
+    """A value of X-SLO-TTFT-MS that is not a sensible number of milliseconds is refused."""
     async with asking() as client:
         answer = await client.post("/v1/completions", json={"prompt": "x"}, headers={"x-slo-ttft-ms": header})
     assert answer.status_code == 400
@@ -319,7 +319,7 @@ async def test_a_deadline_that_is_none_is_refused(header):
 
 
 async def test_keys_have_the_rights_that_they_were_given():
-    """Every tenant could drain the cluster, or push in before all others."""
+    """Only administrators' keys may change workers, and only priority keys may ask for a priority below 0."""
     service = FakeService(lambda _r: says("x"))
     keys = {"api_keys": ("user", "boss", "fast"), "admin_keys": ("boss",), "priority_keys": ("fast",)}
     async with asking(service, **keys) as client:
@@ -343,7 +343,7 @@ async def test_keys_have_the_rights_that_they_were_given():
 
 
 async def test_health_models_metrics_and_cluster():
-    """A load balancer would send requests to a cluster that cannot serve, or an operator would see nothing."""
+    """/health, /v1/models, /metrics and /cluster answer what the service says, with the right status codes."""
     service = FakeService(lambda _r: [])
     async with asking(service) as client:
         assert (await client.get("/health")).status_code == 200
@@ -369,7 +369,7 @@ async def test_health_models_metrics_and_cluster():
 
 
 async def test_changes_of_workers():
-    """An operator's order would be lost or misread, or a page in a browser could give one."""
+    """A change of a worker is passed on; wrong bodies, wrong content types and unknown workers are refused."""
     service = FakeService(lambda _r: [])
     async with asking(service) as client:
         done = await client.post("/cluster/d0", json={"role": "both"})
@@ -387,10 +387,10 @@ async def test_changes_of_workers():
         for body in wrong:
             assert (await client.post("/cluster/d0", json=body)).status_code == 400, body
         for garbled in (b'{"role": "\xff"}', b'{"role": ' + b"[" * 100_000):
-            told = await client.post(
+            answer = await client.post(
                 "/cluster/d0", content=garbled, headers={"content-type": "application/json"}
             )
-            assert (told.status_code, told.json()["error"]["code"]) == (400, "invalid_value")
+            assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_value")
         plain = await client.post(
             "/cluster/d0", content='{"drain": true}', headers={"content-type": "text/plain"}
         )

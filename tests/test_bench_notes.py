@@ -1,4 +1,4 @@
-"""The benches on real clusters: what they ask, what is predicted of it, and the notes that they write."""
+"""The benchmarks on real clusters: what they send, what is predicted for it, and the notes that they write."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ COSTS = CostModel(
 
 @pytest.mark.parametrize("kind", serving.KINDS)
 def test_the_simulator_plays_what_the_load_generator_plays(kind: Any) -> None:
-    """If sessions, times or lengths were others, a prediction would be of another run than the one beside it."""
+    """The simulator plays the same sessions, times and lengths as the load generator."""
     options = serving.options_of_run(kind, 2.0, "http://127.0.0.1:1", "salt", serving.options_of([]))
     played, work = prediction.sessions_of(options), build.workload(kind, options.workload)
     assert 5 < len(played) < len(work.sessions)  # those that begin in time
@@ -43,8 +43,8 @@ def test_the_simulator_plays_what_the_load_generator_plays(kind: Any) -> None:
             assert [one.tokens for one in turn.pieces] == [length for some in lengths for length in some]
 
 
-def test_predictions_are_of_a_layout_and_of_the_costs_told() -> None:
-    """If caching, or that workers share their cores, made no difference, nothing could be planned by it."""
+def test_predictions_are_of_a_layout_and_of_reported_costs() -> None:
+    """Predictions depend on caching and on whether workers share cores."""
     options = serving.options_of_run("react-like", 2.0, "http://127.0.0.1:1", "", serving.options_of([]))
     layouts = {one.name: one for one in serving.LAYOUTS}
 
@@ -64,7 +64,7 @@ def test_predictions_are_of_a_layout_and_of_the_costs_told() -> None:
 
 
 def a_sample(layout: str, rate: float, ttft: float, **changed: Any) -> serving_note.Sample:
-    """One run of the sharegpt-like sessions."""
+    """A sample of the sharegpt-like sessions."""
     values = {"TTFT mean": ttft, "requests": 9.0, "failed": 0.0, "cached_share": 0.5, "moved_mib": 1.0}
     made = serving_note.Sample(
         layout, "sharegpt-like", rate, values, False, {"TTFT mean": ttft / 2}, 12.0, 0.25, "abc"
@@ -73,7 +73,7 @@ def a_sample(layout: str, rate: float, ttft: float, **changed: Any) -> serving_n
 
 
 def test_a_sweep_may_be_measured_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If pieces lost a sample, or mixed runs that differ, the note of a long sweep would be wrong."""
+    """Pieces of a sweep are merged without loss into one note; pieces with other settings are refused."""
     pieces = [
         [a_sample("colocated", 1.0, 100.0), a_sample("cost", 1.0, 50.0)],
         [a_sample("colocated", 3.0, 200.0), a_sample("cost", 3.0, 300.0), a_sample("cost", 3.0, 500.0)],
@@ -96,7 +96,7 @@ def test_a_sweep_may_be_measured_in_pieces(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_policies_are_asked_what_the_simulator_plays() -> None:
-    """If the sessions were others, or did not share their documents, the prediction would be of another run."""
+    """The policies benchmark sends the sessions, times and documents that the simulator plays."""
     given = policies.options_of(["--sessions", "12"])
     ours = policies.sessions_of(3, 1, given)
     theirs = [policies.asked(one) for one in ours]
@@ -113,7 +113,7 @@ def test_policies_are_asked_what_the_simulator_plays() -> None:
 
 
 def test_a_note_of_policies_says_what_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If a gain had the wrong sign, the note would praise the worse policy."""
+    """The note of policies shows gains with the right sign, and with their spread over seeds."""
     values = {
         "TTFT p50": 10.0,
         "TTFT p99": 100.0,
@@ -151,7 +151,7 @@ def test_a_note_of_policies_says_what_is_saved(tmp_path: Path, monkeypatch: pyte
 def test_a_note_of_policies_says_what_the_workers_ran_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: dict[str, str], name: str, said: str
 ) -> None:
-    """If steps that were slept passed for steps that were run, or took the place of their note, it would mislead."""
+    """The note says if steps were only slept or cores were limited, and has another name then."""
     values = dict.fromkeys(("TTFT p50", "TTFT p99", "JCT mean", "cached", "requests", "failed"), 1.0)
     monkeypatch.setattr(policies_note, "Note", lambda name: notes.Note(name, tmp_path, "2026-01-01", "abc"))
     written = policies_note.write_note([policies_note.Sample("cost", 1, values, {}, **how)], "x")
@@ -161,7 +161,7 @@ def test_a_note_of_policies_says_what_the_workers_ran_on(
 
 @pytest.mark.parametrize("scale", ["0.06", "0.5", "1"])
 def test_pools_of_policies_are_as_short_as_the_prompts(scale: str) -> None:
-    """If a slow machine's short prompts had the pools of long ones, everything would stay cached wherever it went."""
+    """Pools are scaled with the length of the prompts, so that they hold 8 to 14 documents."""
     words = policies.settings_of("cost", policies.options_of(["--scale", scale]))
     made = load(str(cluster.ROOT / "configs" / policies.CONFIG), words)
     document = 1700 * float(scale) * 23_040  # bytes
@@ -169,7 +169,7 @@ def test_pools_of_policies_are_as_short_as_the_prompts(scale: str) -> None:
 
 
 def test_samples_of_policies_are_read_back_as_they_were(tmp_path: Path) -> None:
-    """If a field were lost on the way, a note merged of pieces would be of other runs than one measured at once."""
+    """Saved samples read back as they were; those with other settings are not merged."""
     samples = [
         policies_note.Sample("cost", 2, {"cached": 0.5}, {"TTFT p50": 5.0}, "abc", seed, scale=0.06)
         for seed in (1, 2)
@@ -186,28 +186,28 @@ def test_samples_of_policies_are_read_back_as_they_were(tmp_path: Path) -> None:
 
 
 def test_a_cluster_that_does_not_start_says_why(capfd: pytest.CaptureFixture[str]) -> None:
-    """If a bench ended with a traceback of its own, nobody would learn which setting was refused."""
+    """A benchmark whose cluster does not start shows the reason and ends without a traceback."""
     with pytest.raises(SystemExit, match=r"demo\.toml ended"), cluster.cluster("demo.toml", "batch.rows=0"):
         pass
     assert "batch.rows" in capfd.readouterr().err
 
 
 def test_a_note_repeats_no_path_of_the_machine() -> None:
-    """If it did, a measurement in the repository would name somebody's folders."""
+    """The command quoted in a note leaves out the paths given."""
     words = ["--rates", "3", "--json", "somewhere/x.json", "--json=x.json", "--seconds", "12"]
-    assert notes.told(words) == ["--rates", "3", "--seconds", "12"]
+    assert notes.quoted(words) == ["--rates", "3", "--seconds", "12"]
 
 
-def test_a_cluster_that_tells_no_costs_is_said_to() -> None:
-    """If other costs were taken silently, a prediction would be of another machine."""
-    told = {"costs": msgspec.to_builtins(COSTS.steps)}
-    assert prediction.costs_of([{"costs": None}, told]).steps == COSTS.steps
+def test_a_cluster_that_reports_no_costs_is_an_error() -> None:
+    """A cluster whose workers report no costs raises an error instead of using others."""
+    worker = {"costs": msgspec.to_builtins(COSTS.steps)}
+    assert prediction.costs_of([{"costs": None}, worker]).steps == COSTS.steps
     with pytest.raises(ValueError, match="no worker"):
         prediction.costs_of([{"costs": None}])
 
 
 def test_a_prediction_knows_whose_cores_the_clusters_workers_run_on() -> None:
-    """If it failed, workers of one host would be predicted as machines of their own."""
-    told = {"id": "p0.00000001", "site": msgspec.to_builtins(Site("host", 2, 2))}
+    """A prediction uses the sites that the cluster's workers report."""
+    worker = {"id": "p0.00000001", "site": msgspec.to_builtins(Site("host", 2, 2))}
     others = [{"id": "s0.00000001", "site": None}, {"id": "d0.00000001"}]
-    assert prediction.sites_of([told, *others]) == {"p0": Site("host", 2, 2)}
+    assert prediction.sites_of([worker, *others]) == {"p0": Site("host", 2, 2)}

@@ -1,4 +1,4 @@
-"""The bus: nothing lost, nothing doubled, nobody left asleep, every queue bounded."""
+"""The bus: no message lost or doubled, no receiver left asleep, every queue bounded."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def private(tmp_path: Path) -> Path:
 
 @asynccontextmanager
 async def inbox_of(senders: int, high_water: int) -> AsyncIterator[tuple[Inbox, list[zmq.Socket[bytes]]]]:
-    """An inbox that holds few messages, and sockets that are connected to it."""
+    """An inbox that holds ``high_water`` messages a sender, and sockets that are connected to it."""
     context = zmq.Context()
     inbox, *others = [context.socket(kind) for kind in (zmq.ROUTER, *([zmq.DEALER] * senders))]
     for socket in (inbox, *others):
@@ -63,7 +63,7 @@ async def inbox_of(senders: int, high_water: int) -> AsyncIterator[tuple[Inbox, 
 
 
 async def test_a_message_that_comes_while_the_inbox_is_read_is_not_slept_over() -> None:
-    """A receive eats the descriptor's edge: whoever waits for it without having found the socket empty would hang."""
+    """Messages that arrive while others are read are received too, though ZeroMQ's descriptor signals them only once."""
     async with inbox_of(1, 100) as (inbox, [sender]):
         for round_ in range(3):
             for number in range(5):
@@ -85,7 +85,7 @@ def _send_numbered(socket: zmq.Socket[bytes], total: int, rng: random.Random) ->
 
 @pytest.mark.parametrize("seed", range(3))
 async def test_cancelled_receives_lose_and_double_nothing(seed: int) -> None:
-    """A receive may be cancelled at any time; a message must not vanish in it, and the next one must not sleep for ever."""
+    """Receives may be cancelled at any time: no message is lost or doubled, and the next receive wakes up."""
     rng = random.Random(seed)
     total, senders = 1500, 3
     got: dict[bytes, list[int]] = {}
@@ -102,7 +102,7 @@ async def test_cancelled_receives_lose_and_double_nothing(seed: int) -> None:
 
 
 async def test_a_busy_inbox_lets_other_tasks_run() -> None:
-    """A flood of messages would keep timers and clients waiting for as long as it lasts."""
+    """Other tasks run between receives even if the inbox always has a message."""
     async with inbox_of(1, 100) as (inbox, [sender]):
         for _ in range(20):
             sender.send_multipart([b"x"])
@@ -125,7 +125,7 @@ async def test_a_busy_inbox_lets_other_tasks_run() -> None:
 
 @asynccontextmanager
 async def zmq_links(private: Path, *names: str) -> AsyncIterator[list[ZmqLink]]:
-    """Bound links, each knowing how to reach all others."""
+    """Bound links, each of which knows how to reach all others."""
     async with trio.open_nursery() as nursery:
         done = trio.Event()
 
@@ -152,7 +152,7 @@ async def _exchange(a: Link, b: Link) -> None:
 
 
 def test_rows_that_ask_for_nothing_carry_nothing() -> None:
-    """Every token of every answer would take more bytes on its way, and more of a Frontend's time."""
+    """A token update without log probabilities has no field for them on the wire, to save bytes and time."""
     update = TokenUpdate("r", 0, 9, b"\1\0\0\0", 0)
     known = attrs.evolve(update, logprobs=Logprobs(-0.5, b"\2\0\0\0", (-0.25,)))
     plain, full = (encode(Tokens((one,))) for one in (update, known))
@@ -161,13 +161,13 @@ def test_rows_that_ask_for_nothing_carry_nothing() -> None:
 
 
 async def test_messages_cross_a_zmq_link(private: Path) -> None:
-    """What one actor says, the other hears, with the sender's id."""
+    """A message sent over ZeroMQ is received with its sender's id."""
     async with zmq_links(private, "a.1", "b.2") as (a, b):
         await _exchange(a, b)
 
 
 async def test_messages_cross_a_memory_link() -> None:
-    """The twin that most tests run on keeps the same contract."""
+    """The in-memory bus, which most tests use, delivers messages in the same way."""
     bus = MemoryBus()
     a, b = bus.link(ActorId("a.1")), bus.link(ActorId("b.2"))
     a.connect(b.actor, b.endpoint)
@@ -175,7 +175,7 @@ async def test_messages_cross_a_memory_link() -> None:
 
 
 async def test_a_stranger_can_be_answered(private: Path) -> None:
-    """A new worker's first call reaches the shard before the scheduler has announced the worker."""
+    """An actor can answer one that it has not connected to: a new worker calls its shard before it is announced."""
     async with zmq_links(private, "a.1") as (known,), zmq_links(private, "new.2") as (stranger,):
         stranger.connect(known.actor, known.endpoint)
         await _exchange(stranger, known)
@@ -185,7 +185,7 @@ async def test_a_stranger_can_be_answered(private: Path) -> None:
 async def test_programs_that_come_and_go_leave_no_connection(
     private: Path, monkeypatch: pytest.MonkeyPatch, introduced: bool
 ) -> None:
-    """Each program that used a pool would cost its shard a socket for good, and the thousandth the shard."""
+    """Connections to programs that have gone are closed, so that a shard does not run out of sockets."""
     monkeypatch.setattr("memserve.bus.GUEST_S", 0.0)
     async with zmq_links(private, "a.1", "friend.1") as (a, friend):
         friend.connect(a.actor, a.endpoint)
@@ -205,7 +205,7 @@ async def test_programs_that_come_and_go_leave_no_connection(
 async def test_a_guest_that_was_silent_is_answered_all_the_same(
     private: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A program that was stopped for a while would wait forever once it continues."""
+    """A program that was silent for so long that its connection was closed is answered once it calls again."""
     monkeypatch.setattr("memserve.bus.GUEST_S", 0.0)
     async with zmq_links(private, "a.1") as (a,), zmq_links(private, "slow.1", "other.1") as (slow, other):
         for one in (slow, other):
@@ -228,7 +228,7 @@ async def _answered(caller: Link, callee: Link) -> None:
 
 
 async def test_a_hello_that_names_no_endpoint_harms_nobody(private: Path) -> None:
-    """One program with a fault would end the actor that it talked to."""
+    """A hello with an invalid endpoint does not end the actor; its sender just cannot be answered."""
     async with zmq_links(private, "a.1") as (a,):
         context = zmq.Context()
         rogue = context.socket(zmq.DEALER)
@@ -245,13 +245,13 @@ async def test_a_hello_that_names_no_endpoint_harms_nobody(private: Path) -> Non
 
 
 def open_files() -> int:
-    """Descriptors of this process."""
+    """The number of this process's open file descriptors."""
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
 async def test_an_actor_with_two_ids_hears_both(private: Path) -> None:
-    """A shard's answers to a scheduler, and its heartbeats to the scheduler's name, would go on two connections: one is passed
-    over, and after a restart it may be that of the heartbeats, for good."""
+    """Messages to an actor's name and to its id use one connection, and those to the name reach its successor after a
+    restart."""
     seed, said = ActorId("b.seed"), [Cancel("r", number) for number in range(5)]
     async with zmq_links(private, "a.1") as (a,):
         async with zmq_links(private, "b.2") as (b,):
@@ -273,7 +273,7 @@ async def test_an_actor_with_two_ids_hears_both(private: Path) -> None:
 
 
 async def test_unknown_and_full_peers_are_errors(private: Path) -> None:
-    """A message that cannot be sent must be known to be unsent: the caller has a policy for that."""
+    """Sending to an unknown peer, or to one whose queue is full, raises an error: callers must know what was not sent."""
     async with zmq_links(private, "a.1") as (a,):
         with pytest.raises(PeerUnreachable):
             a.send(ActorId("nobody.0"), Cancel("r", 0))
@@ -287,7 +287,7 @@ async def test_unknown_and_full_peers_are_errors(private: Path) -> None:
 
 
 async def test_garbage_is_counted_and_survived(private: Path) -> None:
-    """A peer of another version must not take an actor down."""
+    """Messages that do not decode are counted and skipped: a peer of another version must not end an actor."""
     async with zmq_links(private, "a.1", "b.2") as (a, b):
         context = zmq.Context()
         rogue = context.socket(zmq.DEALER)
@@ -311,7 +311,7 @@ async def test_garbage_is_counted_and_survived(private: Path) -> None:
 
 
 def test_a_link_that_cannot_be_bound_says_so(tmp_path: Path) -> None:
-    """An actor whose port is taken would hang at its start, without a word, until its supervisor loses patience."""
+    """A link that cannot be bound ends the program with an error at once, instead of hanging."""
     tmp_path.chmod(0o755)
     code = f"import trio; from memserve.bus import open_link; trio.run(open_link('a.1', 'ipc://{tmp_path}/a').__aenter__)"
     done = subprocess.run(
@@ -321,7 +321,7 @@ def test_a_link_that_cannot_be_bound_says_so(tmp_path: Path) -> None:
 
 
 def test_an_open_directory_is_refused(tmp_path: Path) -> None:
-    """Whoever can reach an ipc socket controls the cluster, so its directory must be closed to others."""
+    """A socket directory that others can enter is refused: whoever reaches the socket controls the cluster."""
     tmp_path.chmod(0o755)
     with (
         zmq.Context() as context,
@@ -332,7 +332,7 @@ def test_an_open_directory_is_refused(tmp_path: Path) -> None:
 
 
 def test_every_message_has_public_fields_only() -> None:
-    """msgspec drops private fields silently when it encodes; a default would fill in at the other end."""
+    """No message has private fields: msgspec would leave them out silently."""
     from memserve import messages
 
     for kind in messages._kinds:
@@ -342,7 +342,7 @@ def test_every_message_has_public_fields_only() -> None:
 
 
 def test_codec_round_trip_and_refusals() -> None:
-    """Nested values survive the wire; wrong kinds, versions and bodies are PeerErrors that say what was wrong."""
+    """Nested values survive encoding; unknown kinds and wrong bodies raise errors that say what was wrong."""
     member = Member(
         ActorId("p0.1"), "PrefillWorker", "ipc://x", 1, "ready", "prefill", "s0", {"waiting_tokens": 2.0}
     )
@@ -357,21 +357,21 @@ def test_codec_round_trip_and_refusals() -> None:
 
 @asynccontextmanager
 async def far_links(keys: KeyPair, *names: str, address: str = "127.0.0.1") -> AsyncIterator[list[ZmqLink]]:
-    """Links on TCP ports of their own, each in a ZeroMQ context of its own, with the same keys."""
+    """Links on TCP ports, each in its own ZeroMQ context, with the same keys."""
     async with AsyncExitStack() as held:
         opened = [open_link(ActorId(name), f"tcp://{address}:*", keys) for name in names]
         yield [await held.enter_async_context(one) for one in opened]
 
 
 def key_pair() -> KeyPair:
-    """Of a cluster of its own."""
+    """The keys of a new cluster."""
     public, secret = zmq.curve_keypair()
     return KeyPair(public.decode(), secret.decode())
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "[::1]"])
 async def test_between_hosts_who_has_the_key_is_heard_and_answered(address: str) -> None:
-    """If the keys of one cluster did not fit each other, or no port were announced, no host could join."""
+    """Links on TCP with the same keys exchange messages, and announce the port that they were given."""
     if "[" in address and not socket_module.has_dualstack_ipv6():
         pytest.skip("no IPv6 here")
     async with far_links(key_pair(), "a.1", "b.1", address=address) as (a, b):
@@ -381,7 +381,7 @@ async def test_between_hosts_who_has_the_key_is_heard_and_answered(address: str)
 
 
 def _raw(context: zmq.Context[zmq.Socket[bytes]], keys: KeyPair | None, server: str) -> zmq.Socket[bytes]:
-    """A sender as somebody else would write it."""
+    """A sender that does not use ZmqLink, with the keys given."""
     socket = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.IDENTITY, b"c.1")
@@ -394,12 +394,12 @@ def _raw(context: zmq.Context[zmq.Socket[bytes]], keys: KeyPair | None, server: 
 
 @pytest.mark.parametrize("stranger", ["without keys", "with others", "who knows the public key"])
 async def test_without_the_key_nothing_arrives_and_nothing_breaks(stranger: str) -> None:
-    """The port is open to the whole network: whoever finds it could place requests and read what others ask."""
+    """Messages from senders without the cluster's keys are dropped: the port is open to the whole network."""
     keys, others = key_pair(), key_pair()
     async with far_links(keys, "a.1", "b.1") as (a, b):
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        told = None if stranger == "without keys" else others
-        socket = _raw(context, told, keys.public if stranger == "who knows the public key" else others.public)
+        own = None if stranger == "without keys" else others
+        socket = _raw(context, own, keys.public if stranger == "who knows the public key" else others.public)
         socket.connect(b.endpoint)
         socket.send_multipart(encode(Cancel("theirs", 0)))
         with trio.move_on_after(0.5):
@@ -412,7 +412,7 @@ async def test_without_the_key_nothing_arrives_and_nothing_breaks(stranger: str)
 
 
 async def test_a_new_connection_of_a_peer_counts_though_its_old_one_seems_alive() -> None:
-    """A cut cable is noticed by one end first: what it sends on a new connection must not be passed over by the other."""
+    """A peer's new connection is used even while the old one seems alive: only one end may have noticed a cut cable."""
     keys = key_pair()
     async with far_links(keys, "b.1") as (b,):
         contexts = [zmq.Context() for _ in range(2)]
@@ -427,8 +427,8 @@ async def test_a_new_connection_of_a_peer_counts_though_its_old_one_seems_alive(
             context.term()
 
 
-async def test_a_host_knocks_until_it_is_let_in_or_told_that_its_key_is_wrong() -> None:
-    """A host that joins would wait for ever for a cluster that does not take it, or give up on one that is starting."""
+async def test_a_host_knocks_until_it_is_let_in_or_its_key_is_refused() -> None:
+    """A joining host waits for a cluster that is still starting, and stops with an error if its key is wrong."""
     keys = key_pair()
     with trio.fail_after(10):
         place, said = f"tcp://127.0.0.1:{free_port()}", trio.Event()
@@ -443,7 +443,7 @@ async def test_a_host_knocks_until_it_is_let_in_or_told_that_its_key_is_wrong() 
 
 
 def free_port() -> int:
-    """A port that nobody has at present."""
+    """A TCP port that is free at the moment."""
     with socket_module.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -1,4 +1,4 @@
-"""The form of answers that call tools: whatever is drawn within it is a call that its tool understands."""
+"""The grammars of answers that call tools: whatever is drawn by them is a call that its tool understands."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def grammars():
 
 
 def special(form):
-    """The form in the demo model's control tokens: those of its marks."""
+    """The format with control tokens of the demo model as its marks."""
     marks = dict(zip(form.marks, ("<file_sep>", "<empty_output>"), strict=False))
     renamed = {
         name: tuple(marks.get(one, one) for one in getattr(form, name))
@@ -61,7 +61,7 @@ def is_good(name: str, arguments: str) -> bool:
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{form.name} {form.marker}")
 @pytest.mark.parametrize("only", [None, "f"])
 def test_a_forced_answer_is_calls_and_nothing_else(grammars, form, only):
-    """An agent that requires a call would get prose, or a call that its tool refuses."""
+    """An answer that must be calls has nothing but valid calls, of the tools that are allowed."""
     offer = Offer((tool("f"), tool("g", None)), must=True, only=only, several=only is None)
     text = call_grammar(offer, form, demo_tokenizer().specials)
     counts = set()
@@ -76,7 +76,7 @@ def test_a_forced_answer_is_calls_and_nothing_else(grammars, form, only):
 
 
 def follows(grammars, text: str, *parts: str | int) -> bool:
-    """Whether an answer of these texts and tokens is whole within the grammar."""
+    """Whether an answer of these texts and tokens is complete by the grammar."""
     output = b""
     for part in parts:
         for token in [part] if isinstance(part, int) else demo_tokenizer().encode(part, False):
@@ -88,7 +88,7 @@ def follows(grammars, text: str, *parts: str | int) -> bool:
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{form.name} {form.marker}")
 def test_a_strict_tool_is_called_by_its_schema_or_not_at_all(grammars, form):
-    """A model could not answer in words any more, or call a strict tool with what it does not understand."""
+    """With a strict tool an answer is free text or a call that follows the schema."""
     text = call_grammar(Offer((tool("f", strict=True),)), form, demo_tokenizer().specials)
     mark = "" if form.bare else demo_tokenizer().specials.get(form.marker, form.marker)
     head = "".join(form.before[1:]) + f'{{"name": "f", "{form.key}": {{"size": '
@@ -103,7 +103,7 @@ def test_a_strict_tool_is_called_by_its_schema_or_not_at_all(grammars, form):
 
 
 def test_a_forced_answer_has_an_end(grammars):
-    """A small model that repeats itself would call until its context is full."""
+    """A forced answer has at most CALLS_MAX calls."""
     text = call_grammar(Offer((tool("g", None),), must=True), HERMES, {})
     calls = ["<tool_call>\n" + '{"name": "g", "arguments": {}}' + "\n</tool_call>"] * (CALLS_MAX + 1)
     assert follows(grammars, text, "\n".join(calls[1:]))
@@ -112,7 +112,7 @@ def test_a_forced_answer_has_an_end(grammars):
 
 @pytest.mark.parametrize("strict", [None, False])
 def test_tools_that_are_not_strict_do_not_bind_an_answer(strict):
-    """Each token of every agent would cost a look at a grammar."""
+    """Tools that are not strict give no grammar, which would cost time at each token."""
     assert call_grammar(Offer((tool(strict=strict),)), HERMES, {}) == ""
 
 
@@ -123,7 +123,7 @@ def test_tools_that_are_not_strict_do_not_bind_an_answer(strict):
     (grammar_of(None, StructuredOutputs(grammar='root ::= "x" | "y"')), "y"),
 ])  # fmt: skip
 def test_an_answer_has_its_form_or_is_a_call(grammars, answer, good):
-    """An agent that wants its last answer in a form could not call tools before it."""
+    """With a response format and tools, an answer follows the format or is a call."""
     text = call_grammar(Offer((tool("g", None),)), HERMES, {}, answer)
     assert follows(grammars, text, good)
     assert follows(grammars, text, '<tool_call>\n{"name": "g", "arguments": {}}\n</tool_call>')
@@ -138,7 +138,7 @@ def test_an_answer_has_its_form_or_is_a_call(grammars, answer, good):
     ({"$ref": "#/$defs/o", "$defs": {"o": {"type": "object", "required": ["x"]}}}, "{}", False),
 ])  # fmt: skip
 def test_arguments_are_an_object_of_what_the_schema_names(grammars, parameters, arguments, fits):
-    """A small model would make up arguments without an end, or a schema with odd parts be of no use."""
+    """Arguments are an object with the properties that the schema allows, also for schemas with unsupported parts."""
     text = call_grammar(Offer((tool("f", parameters),), must=True), HERMES, {})
     call = f'<tool_call>\n{{"name": "f", "arguments": {arguments}}}\n</tool_call>'
     assert follows(grammars, text, call) == fits
@@ -152,7 +152,7 @@ def test_arguments_are_an_object_of_what_the_schema_names(grammars, parameters, 
     ([tool("a", {"description": "x" * 300_000})], "tools", "at most 131072 bytes"),
 ])  # fmt: skip
 def test_a_schema_that_cannot_be_followed_is_named(tools, param, reason):
-    """A user would have to guess which of many tools is at fault."""
+    """A tool's schema that cannot be followed is refused with the tool's place."""
     with pytest.raises(ApiError) as refused:
         call_grammar(Offer(tuple(tools), must=True), HERMES, {})
     assert refused.value.param == param
@@ -161,6 +161,6 @@ def test_a_schema_that_cannot_be_followed_is_named(tools, param, reason):
 
 
 def test_a_forced_call_is_not_beside_another_form():
-    """One of the two would be ignored."""
+    """A required call together with a response format is refused."""
     with pytest.raises(ApiError, match=r"^tool_choice: not beside response_format"):
         call_grammar(Offer((tool(),), must=True), HERMES, {}, "start: /x/")

@@ -1,4 +1,4 @@
-"""Calls of tools found in answers: whatever the pieces, the same calls once, and no text lost."""
+"""Tool calls found in answers: however the text is cut, the same calls once, and no text lost."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ F1 = '{"name": "f", "arguments": {"a": 1}}'
 
 
 def read(text: str, form: CallFormat = HERMES, cuts: tuple[int, ...] = (), several: bool = True):
-    """The text beside the calls, and the calls with their arguments, of an answer that came in these pieces."""
+    """The text outside of calls, and the calls with their arguments, of an answer that arrives in these pieces."""
     parser = CallParser(form, KNOWN, several)
     edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     found = [one for start, end in pairwise(edges) for one in parser.push(text[start:end])]
@@ -68,13 +68,13 @@ TRICKY = {"text": 'a "b" {c} \\', "close": "</tool_call>", "nested": {"x": [{}, 
     (MISTRAL, "[TOOL_CALLS] none [1]", ("[TOOL_CALLS] none [1]", [])),
 ])  # fmt: skip
 def test_calls_are_found_as_models_write_them(form, text, expected):
-    """A client would get a call as text, or with the words around it."""
+    """Calls are found in every form in which models write them."""
     for cuts in ((), tuple(range(len(text)))):
         assert read(text, form, cuts) == expected
 
 
 def test_arguments_are_passed_on_as_they_were_written():
-    """Strings with braces, quotes or markers in them would end a call early, or come out as other strings."""
+    """Arguments with braces, quotes or markers in their strings are passed on unchanged."""
     for arguments in (json.dumps(TRICKY), json.dumps(TRICKY, ensure_ascii=False, indent=1)):
         text = tagged(f'{{"name": "f", "arguments": {arguments}}}')
         for cut in range(len(text)):
@@ -89,7 +89,7 @@ def test_arguments_are_passed_on_as_they_were_written():
     f'<tool_call>{{"name": "{"f" * 300}", "arguments": {{}}}}', "<tool_call>" + '{"a":' * 2000 + "1" + "}" * 2000,
 ])  # fmt: skip
 def test_what_is_no_call_is_text_as_it_was(text):
-    """A part of an answer would be lost, or a client would be told to call what nobody named."""
+    """Text that only looks like a call is returned unchanged."""
     assert read(text) == (text, [])
     assert read(text, cuts=tuple(range(len(text)))) == (text, [])
 
@@ -110,7 +110,7 @@ PIECES = st.sampled_from([
 @example(HERMES, tagged(F1), (3,), True)
 @example(HERMES, f"<tool_call>{F1[:-1]}\\", (42,), True)
 def test_pieces_do_not_matter(form, text, cuts, several):
-    """A stream would bring other calls than a whole answer, or another stream of the same tokens others."""
+    """However an answer is cut into pieces, its text and calls are the same."""
     whole = read(text, form, (), several)
     assert read(text, form, cuts, several) == whole
     assert read(text, form, tuple(range(len(text))), several) == whole
@@ -119,7 +119,7 @@ def test_pieces_do_not_matter(form, text, cuts, several):
 
 @given(text=st.lists(PIECES, max_size=14).map("".join))
 def test_an_answer_that_has_no_call_is_whole(text):
-    """Text that looks like a call for a while would be lost or changed."""
+    """An answer without a call is returned whole, whatever it looks like."""
     for form in CALL_FORMATS.values():
         found, calls = read(text, form)
         assert calls or found == text
@@ -129,7 +129,7 @@ def test_an_answer_that_has_no_call_is_whole(text):
     st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=5,
 ), max_size=3), plain=st.booleans())  # fmt: skip
 def test_every_object_of_arguments_comes_out(arguments, plain):
-    """A tool would be called with other arguments than the model gave it."""
+    """Any object of arguments is passed on as it was written, in every format."""
     written = json.dumps(arguments, ensure_ascii=plain)
     for form in CALL_FORMATS.values():
         text = "".join(form.before) + f'{{"name": "f", "{form.key}": {written}}}' + "".join(form.after)
@@ -137,7 +137,7 @@ def test_every_object_of_arguments_comes_out(arguments, plain):
 
 
 def test_what_follows_the_first_call_can_be_left_out():
-    """A client that runs one call at a time would get two."""
+    """If only one call is wanted, what follows it is left out."""
     parser = CallParser(HERMES, KNOWN, several=False)
     found = parser.push(tagged(F1, F1))
     assert [one.name for one in found if isinstance(one, CallPart) and one.name] == ["f"]
@@ -146,7 +146,7 @@ def test_what_follows_the_first_call_can_be_left_out():
 
 
 def test_text_comes_as_soon_as_it_is_known():
-    """A stream would stand still until the answer is whole."""
+    """Text and arguments are passed on as soon as they cannot be anything else."""
     parser = CallParser(HERMES, KNOWN)
     assert parser.push("Let me see") == ["Let me see"]
     assert parser.push("  <tool") == []
@@ -161,7 +161,7 @@ def test_text_comes_as_soon_as_it_is_known():
     ('<tool_call>{"name": "', "0123456789"), ('<tool_call>{"name": "f", "arguments": {', "\\"), (tagged(F1), "\n"),
 ])  # fmt: skip
 def test_no_answer_takes_long_to_read(begun, piece):
-    """One stream that repeats itself would hold up all others of its Frontend."""
+    """Repetitive answers take linear time to read, so that a stream does not hold up the others."""
     began = time.perf_counter()
     parser = CallParser(HERMES, KNOWN)
     for one in (begun, *[piece] * 10_000):

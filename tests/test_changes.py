@@ -1,4 +1,4 @@
-"""Workers that change while they run: another role, or drained; in the core, in virtual time, and as processes."""
+"""Workers that change while they run, to another role or to draining: in the core, in virtual time, and as processes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def worker(name: str, role: str, state: str = "ready") -> Member:
     ],
 )
 def test_what_may_be_changed(name, change, code):
-    """A typing error, or draining the last prefill worker, would stop the cluster."""
+    """A change is refused for unknown workers, for those not ready, and if no prefill and decode pair would be left."""
     everyone = [SHARD, worker("p0", "prefill"), worker("p1", "prefill", "starting")]
     everyone += [worker("d0", "decode"), worker("d1", "decode")]
     if code is None:
@@ -56,7 +56,7 @@ def test_what_may_be_changed(name, change, code):
 
 
 def test_in_force():
-    """An operator would be told of a change that nobody places by yet, or wait for one for ever."""
+    """A change counts as in force once the worker reports it, or has left after a drain."""
     before = worker("d0", "decode")
     assert not in_force("d0", Change("both"), [before])
     assert in_force("d0", Change("both"), [attrs.evolve(before, role="both", role_by=HAND)])
@@ -68,7 +68,7 @@ def test_in_force():
 
 
 def test_who_gives_a_role_and_who_takes_it_back():
-    """The scheduler would undo what an operator chose, or nobody could hand a worker back to it."""
+    """A role set by hand overrides the scheduler's until it is given back with ``auto``."""
     configured = attrs.evolve(worker("d0", "decode"), role_configured="decode")
     by_scheduler = changed(configured, Change("both", by=SCHEDULER))
     assert (by_scheduler.role, by_scheduler.role_by) == ("both", SCHEDULER)
@@ -79,31 +79,31 @@ def test_who_gives_a_role_and_who_takes_it_back():
     assert changed(by_hand, DRAIN) == attrs.evolve(by_hand, state="draining")
 
 
-def told(roles: Roles, member: Member, now: float) -> Change | None:
-    """What a worker is told when its heartbeat comes."""
+def asked(roles: Roles, member: Member, now: float) -> Change | None:
+    """The change that a worker is asked for when its heartbeat arrives."""
     sends = roles.heard(member, now)
     return sends[0].message if sends else None
 
 
 def test_a_role_is_given_again_to_the_next_incarnation():
-    """A worker that dies would come back with the role of its configuration, against the operator's will."""
+    """The next incarnation of a worker is asked for the role that was set by hand, again and again until it has it."""
     before = attrs.evolve(worker("d0", "decode"), role_configured="decode")
     given, again = changed(before, Change("prefill")), attrs.evolve(before, id=ActorId("d0.2"))
     roles = Roles()
-    assert told(roles, before, 0.0) is None
-    assert told(roles, given, 1.0) is None
-    assert told(roles, attrs.evolve(again, state="starting"), 2.0) is None
+    assert asked(roles, before, 0.0) is None
+    assert asked(roles, given, 1.0) is None
+    assert asked(roles, attrs.evolve(again, state="starting"), 2.0) is None
     assert roles.seen(again).role_wanted == "prefill"
-    assert told(roles, again, 3.0) == Change("prefill")
-    assert told(roles, again, 3.5) is None, "it needs a moment"
-    assert told(roles, again, 4.1) == Change("prefill"), "the first may be lost"
+    assert asked(roles, again, 3.0) == Change("prefill")
+    assert asked(roles, again, 3.5) is None, "it needs a moment"
+    assert asked(roles, again, 4.1) == Change("prefill"), "the first may be lost"
     taken = changed(again, Change("prefill"))
-    assert told(roles, taken, 5.0) is None
+    assert asked(roles, taken, 5.0) is None
     assert roles.seen(taken) == taken
 
 
 def test_a_role_that_was_given_back_is_not_given_again():
-    """`memserve role d0 auto`, a drained worker, or another one of its name would fight an old wish for ever."""
+    """A role is forgotten when it was given back, when the worker drains, or when its configuration changed."""
     before = attrs.evolve(worker("d0", "decode"), role_configured="decode")
     given = changed(before, Change("prefill"))
     roles = Roles()
@@ -113,21 +113,21 @@ def test_a_role_that_was_given_back_is_not_given_again():
         attrs.evolve(worker("d0", "both"), role_configured="both", id=ActorId("d0.2")),
     ):
         roles.heard(given, 0.0)
-        assert told(roles, end, 1.0) is None
-        assert told(roles, attrs.evolve(before, id=ActorId("d0.3")), 9.0) is None
+        assert asked(roles, end, 1.0) is None
+        assert asked(roles, attrs.evolve(before, id=ActorId("d0.3")), 9.0) is None
 
 
 def test_a_scheduler_that_restarts_learns_the_wishes_from_the_workers():
-    """Its death would make the next death of a worker cost the worker its role."""
+    """A restarted scheduler learns from workers which roles were set by hand."""
     given = changed(attrs.evolve(worker("d0", "decode"), role_configured="decode"), Change("both"))
     roles = Roles()
-    assert told(roles, given, 0.0) is None
+    assert asked(roles, given, 0.0) is None
     again = attrs.evolve(worker("d0", "decode"), role_configured="decode", id=ActorId("d0.2"))
-    assert told(roles, again, 1.0) == Change("both")
+    assert asked(roles, again, 1.0) == Change("both")
 
 
 async def test_a_role_survives_the_worker(autojump_clock: MockClock) -> None:
-    """After a crash, requests would be placed by the role that an operator had taken from the worker."""
+    """A role set by hand is kept when its worker is killed and restarted."""
     async with memory_cluster(("p0", "prefill"), ("d0", "decode"), ("d1", "decode")) as (cluster, frontend):
         await frontend.change("d1", Change("prefill"))
         cluster.kill("d1")
@@ -141,7 +141,7 @@ async def test_a_role_survives_the_worker(autojump_clock: MockClock) -> None:
 
 
 async def test_roles_change_under_load(autojump_clock: MockClock) -> None:
-    """A request would be lost, repeated or changed because the worker under it took another role."""
+    """Roles change under load without losing, repeating or changing a request."""
     pd2 = (("p0", "prefill"), ("p1", "prefill"), ("d0", "decode"), ("d1", "decode"))
     async with memory_cluster(*pd2) as (cluster, frontend):
         results: dict[int, list[int]] = {}
@@ -165,7 +165,7 @@ async def test_roles_change_under_load(autojump_clock: MockClock) -> None:
 
 @pytest.mark.parametrize("name", ["p1", "d1"])
 async def test_a_drained_worker_gets_no_request_and_loses_none(autojump_clock: MockClock, name: str) -> None:
-    """Taking a worker out would cost tokens, or it would never become idle under load."""
+    """A drained worker gets no new request, becomes idle, and no request is lost."""
     pd2 = (("p0", "prefill"), ("p1", "prefill"), ("d0", "decode"), ("d1", "decode"))
     async with memory_cluster(*pd2) as (cluster, frontend):
         results: dict[int, list[int]] = {}
@@ -209,7 +209,8 @@ async def test_a_worker_that_dies_before_it_drains_is_drained_when_it_is_back(
 
 
 def test_role_and_drain_of_processes(tmp_path: Path) -> None:
-    """`memserve role` and `memserve drain` would lose requests, or the supervisor restart what was drained."""
+    """`memserve role` and `memserve drain` work on real processes without losing requests; a drained one is not
+    restarted."""
 
     def memserve(*words: str) -> str:
         command = [sys.executable, "-m", "memserve", *words, "--log-dir", str(tmp_path)]

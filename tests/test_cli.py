@@ -1,4 +1,4 @@
-"""The commands as users run them: what they print, how they refuse, and what they cost to start."""
+"""The commands as users run them: what they print, what they refuse, and what they load at the start."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ MEMBERS = [
 
 @pytest.fixture
 def logs(tmp_path) -> Path:
-    """A [logging] dir with one run in it."""
+    """A logging directory with one run in it."""
     folder = tmp_path / "logs" / "run1"
     folder.mkdir(parents=True)
     for record in (*LIFE, line(60, "d0", "lease expired", "warning")):
@@ -58,7 +58,7 @@ def logs(tmp_path) -> Path:
 
 @pytest.fixture
 def cluster():
-    """A server that answers GET /cluster; keys it asks for go into its ``keys``."""
+    """A server that answers GET /cluster and records POSTs in ``asked``; keys that it requires go into ``keys``."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -91,7 +91,7 @@ def cluster():
 
 
 def test_logs_are_shown_in_order_and_filtered(logs, capsys):
-    """If it failed, the first thing one does after a fault would show the wrong lines."""
+    """`memserve logs` shows lines in order of time, filtered by actor and level."""
     assert cli.run(["logs", str(logs)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 9
@@ -102,7 +102,7 @@ def test_logs_are_shown_in_order_and_filtered(logs, capsys):
 
 
 def test_logs_timeline_and_summary_for_people_and_machines(logs, capsys):
-    """If it failed, neither a person nor a script could see where a request's time went."""
+    """`memserve logs` shows a request's timeline and a summary, as text and as JSON."""
     assert cli.run(["logs", str(logs), "--request", "ab", "--timeline"]) == 0
     shown = capsys.readouterr().out
     assert "request abc1: 40.0 ms" in shown
@@ -127,7 +127,7 @@ def test_a_terminal_that_lacks_a_character_gets_its_number(logs):
 
 
 def test_damage_is_said_on_stderr(logs, capsys):
-    """If it failed, a summary of half a log would look like one of a whole log."""
+    """Corrupt log lines are skipped and counted on stderr."""
     with (logs / "run1" / "p0.jsonl").open("a") as file:
         file.write("garbage\n")
     assert cli.run(["logs", str(logs), "--summary"]) == 0
@@ -154,7 +154,7 @@ def test_damage_is_said_on_stderr(logs, capsys):
     ],
 )
 def test_mistakes_exit_2_with_one_clear_text(words, said, capsys):
-    """If it failed, a typing mistake would be answered by a traceback, or by success."""
+    """Wrong arguments exit with status 2, a clear text on stderr and no traceback."""
     assert cli.run(words) == 2
     out, err = capsys.readouterr()
     assert said in err
@@ -163,7 +163,7 @@ def test_mistakes_exit_2_with_one_clear_text(words, said, capsys):
 
 
 def test_check_prints_every_setting_and_every_decision(capsys):
-    """If it failed, what a cluster will do could not be known before it does it."""
+    """`memserve check` prints every setting and decision, without API keys."""
     assert cli.run(["check", "--set", "frontend.port=8123", "--set", 'frontend.api_keys=["s3cret"]']) == 0
     shown = capsys.readouterr().out
     for expected in (
@@ -179,7 +179,7 @@ def test_check_prints_every_setting_and_every_decision(capsys):
 
 
 def test_status_lists_the_actors(cluster, capsys):
-    """If it failed, nobody could see who is in a cluster and how busy."""
+    """`memserve status` lists the actors with roles, sites, states and loads, as text and as JSON."""
     assert cli.run(["status", "--url", cluster.url]) == 0
     head, shard, worker = capsys.readouterr().out.splitlines()
     assert head.split() == ["name", "kind", "role", "site", "pid", "state", "load"]
@@ -198,7 +198,7 @@ def test_status_lists_the_actors(cluster, capsys):
 
 
 def test_status_finds_the_cluster_of_this_directory_and_its_key(cluster, capsys, monkeypatch, tmp_path):
-    """If it failed, `memserve status` would need an address that only `up` printed."""
+    """`memserve status` finds the address and key of the cluster that logs to this directory."""
     cluster.keys = ["Bearer k1"]
     info = {"pid": 1, "url": cluster.url, "resolved": {"config": {"frontend": {"api_keys": ["k1"]}}}}
     monkeypatch.setattr("memserve.processes.place.find_running", lambda log_dir: info)
@@ -210,9 +210,9 @@ def test_status_finds_the_cluster_of_this_directory_and_its_key(cluster, capsys,
 
 
 def test_who_owns_the_cluster_may_administrate_it(monkeypatch, tmp_path):
-    """If it failed, `memserve drain` would take the first key there is, and be refused once some may not."""
-    told = {"api_keys": ["user", "boss"], "admin_keys": ["boss"]}
-    info = {"pid": 1, "url": "http://here", "resolved": {"config": {"frontend": told}}}
+    """Commands on the cluster of this directory use an administrator's key; a refusal is passed on."""
+    keys = {"api_keys": ["user", "boss"], "admin_keys": ["boss"]}
+    info = {"pid": 1, "url": "http://here", "resolved": {"config": {"frontend": keys}}}
     monkeypatch.setattr("memserve.processes.place.find_running", lambda log_dir: info)
     assert status.Target.find(None, None, tmp_path).api_key == "boss"
     assert status.Target.find(None, "mine", tmp_path).api_key == "mine"
@@ -221,7 +221,7 @@ def test_who_owns_the_cluster_may_administrate_it(monkeypatch, tmp_path):
 
 
 def test_role_and_drain_ask_the_cluster_and_pass_on_its_refusals(cluster, capsys):
-    """If it failed, a worker could not be changed from the command line, or nobody would learn why not."""
+    """`memserve role` and `memserve drain` send the change to the cluster and show its refusals."""
     assert cli.run(["role", "p0", "both", "--url", cluster.url]) == 0
     assert cli.run(["drain", "gone", "--url", cluster.url]) == 0
     assert cluster.asked == [
@@ -235,7 +235,7 @@ def test_role_and_drain_ask_the_cluster_and_pass_on_its_refusals(cluster, capsys
 
 
 def test_status_without_a_cluster_says_so(monkeypatch, tmp_path):
-    """If it failed, "nothing runs" could not be told from "it is broken"."""
+    """Without a cluster, or before it serves, `memserve status` says which of the two it is."""
     monkeypatch.setattr("memserve.processes.place.find_running", lambda log_dir: None)
     with pytest.raises(UserError, match="no running memserve logs to"):
         status.Target.find(None, None, tmp_path)
@@ -245,7 +245,7 @@ def test_status_without_a_cluster_says_so(monkeypatch, tmp_path):
 
 
 def test_ctrl_c_is_130_and_a_closed_pipe_is_quiet(monkeypatch, logs):
-    """If it failed, ending `logs --follow` or piping into head would print a traceback."""
+    """Ctrl-C exits with 130, and a closed pipe gives no traceback."""
     monkeypatch.setattr("memserve.inspect.find_run", lambda place: (_ for _ in ()).throw(KeyboardInterrupt))
     assert cli.run(["logs"]) == 130
     command = f"{sys.executable} -m memserve logs {logs} | true; exit ${{PIPESTATUS[0]}}"
@@ -275,13 +275,13 @@ def test_whatever_becomes_of_the_output_there_is_no_traceback(to, status, said, 
 
 
 def test_version(capsys):
-    """If it failed, a bug report could not name what ran."""
+    """`memserve version` prints the version."""
     assert cli.run(["version"]) == 0
     assert capsys.readouterr().out.strip() == __version__
 
 
 def test_the_command_line_loads_nothing_heavy():
-    """If it failed, every --help and every status would wait for torch, and each actor would carry rich and cyclopts."""
+    """The command line does not load torch and the like, and actors do not load the command line's libraries."""
     code = (
         "import sys, memserve.cli; memserve.cli.run(['--help']);"
         "print(*sorted({'torch','numpy','zmq','trio','starlette'} & set(sys.modules)))"

@@ -1,4 +1,4 @@
-"""The MemPool as a program uses it: over real sockets and mapped memory, with every mistake that it can make."""
+"""MemPool as a program uses it: over real sockets and mapped memory, with every mistake that it can make."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CODES = {name: value for name, value in vars(PoolError).items() if name.isupper(
 
 
 def sizes(number: int = 0, device: int = 8, host: int = 8, disk: int = 16, **more) -> ShardSettings:
-    """A small shard that moves no page by itself."""
+    """Settings of a small shard that moves no pages by itself."""
     capacity = Capacity(device, host, disk, swap_low=0.0, swap_high=0.0)
     return ShardSettings(
         capacity=capacity, page_tokens=PAGE_TOKENS, page_bytes=PAGE_BYTES, number=number, **more
@@ -46,7 +46,7 @@ async def one_shard(folder: Path, **more):
 
 
 async def store(pool, tokens, shard="s0", tier=Tier.DEVICE):
-    """Put a prompt's pages into the index, each full of its first token."""
+    """Insert the pages of a prompt into the index, each filled with its first token."""
     lease = await pool.alloc_mem(len(tokens) // PAGE_TOKENS, shard, tier)
     for i, address in enumerate(lease.addresses):
         pool.write(address, bytes([tokens[i * PAGE_TOKENS]]) * PAGE_BYTES)
@@ -55,7 +55,7 @@ async def store(pool, tokens, shard="s0", tier=Tier.DEVICE):
 
 
 async def refused(code, call, *arguments):
-    """A call that must be refused with a code."""
+    """Make a call that must be refused with this code."""
     with pytest.raises(PoolError) as caught:
         answer = call(*arguments)
         if hasattr(answer, "__await__"):
@@ -64,7 +64,7 @@ async def refused(code, call, *arguments):
 
 
 def test_the_example_runs_as_it_is_documented():
-    """If it failed, the first thing that a user copies would not work."""
+    """The example in docs/mempool.md runs and prints what the page says."""
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "mempool.md").read_text(), re.S)
     assert len([line for line in code.splitlines() if line.strip()]) <= 40
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
@@ -76,7 +76,7 @@ def test_the_example_runs_as_it_is_documented():
 
 
 def test_every_code_and_call_is_documented():
-    """If it failed, a user would meet a refusal that no page explains, or miss a call."""
+    """docs/mempool.md lists every error code and every call."""
     page = (ROOT / "docs" / "mempool.md").read_text()
     assert not [code for code in CODES.values() if f"| `{code}` |" not in page]
     assert len(set(CODES.values())) == len(CODES)
@@ -85,7 +85,7 @@ def test_every_code_and_call_is_documented():
 
 
 async def test_what_one_program_stores_another_finds(folder: Path) -> None:
-    """If the index or the memory were each program's own, there would be no pool."""
+    """What one program inserts another finds and reads, but cannot write; another scope does not find it."""
     tokens = list(range(12))
     async with one_shard(folder) as (pool, endpoint):
         await store(pool, tokens)
@@ -103,7 +103,7 @@ async def test_what_one_program_stores_another_finds(folder: Path) -> None:
 
 
 async def test_a_match_and_new_pages_make_a_longer_prompt(folder: Path) -> None:
-    """The paper's way: match, alloc_mem, insert with the addresses of both."""
+    """The paper's sequence works: match, alloc_mem, then insert with the addresses of both."""
     tokens = list(range(16))
     async with one_shard(folder) as (pool, _):
         await store(pool, tokens[:8])
@@ -119,7 +119,7 @@ async def test_a_match_and_new_pages_make_a_longer_prompt(folder: Path) -> None:
 
 
 async def test_pages_go_down_and_come_back(folder: Path) -> None:
-    """If a page lost its bytes on the way, its tokens would be another prompt's."""
+    """Pages keep their bytes when they are swapped out to host memory and disk and back."""
     tokens = list(range(16))
     async with one_shard(folder) as (pool, _):
         await store(pool, tokens)
@@ -147,7 +147,7 @@ async def test_pages_go_down_and_come_back(folder: Path) -> None:
 
 
 async def test_a_prefetched_prefix_is_there_when_it_is_wanted(folder: Path) -> None:
-    """If the hint did nothing, the request would wait for the copy that could be over."""
+    """A prefetched prefix is soon in the device tier."""
     async with one_shard(folder) as (pool, _):
         await store(pool, list(range(8)))
         await pool.swap_out(2, "s0")
@@ -162,7 +162,7 @@ async def test_a_prefetched_prefix_is_there_when_it_is_wanted(folder: Path) -> N
 
 
 async def test_every_misuse_has_its_code_and_changes_nothing(folder: Path) -> None:
-    """If a mistake of one program went through, it would be another's wrong tokens."""
+    """Each misuse of a call is refused with its own code and changes nothing."""
     async with one_shard(folder) as (pool, endpoint):
         mine = await pool.alloc_mem(3, "s0")
         a, b, c = mine.addresses
@@ -211,7 +211,7 @@ async def test_every_misuse_has_its_code_and_changes_nothing(folder: Path) -> No
 
 
 async def test_a_caller_that_gives_up_holds_nothing(folder: Path) -> None:
-    """If a cancelled acquire were granted later, its pages would be lost until the program ends."""
+    """An acquire that is cancelled while it waits holds no pages later."""
     async with one_shard(folder) as (pool, _):
         first = await pool.alloc_mem(6, "s0")
         with trio.move_on_after(0.1) as scope:
@@ -285,7 +285,7 @@ async def test_leases_that_a_program_must_forget_are_given_back(folder: Path) ->
 
 
 async def test_a_program_that_ends_or_dies_gives_back(folder: Path) -> None:
-    """If its leases outlived it, every crash would cost the pool its pages for good."""
+    """The leases of a killed program end, and its pages come free."""
     code = f"""
 import sys, trio
 from pathlib import Path
@@ -322,7 +322,7 @@ async def test_an_error_within_a_pool_s_block_comes_out_as_it_is(folder: Path, m
 
 
 async def test_a_shard_that_is_gone_is_said_to_be(folder: Path) -> None:
-    """If calls hung, a program could not tell a busy pool from a dead one."""
+    """Calls to a shard that is gone raise PeerUnreachable instead of hanging."""
     life = trio.CancelScope()
 
     async def shard(task_status) -> None:

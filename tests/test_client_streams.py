@@ -1,4 +1,4 @@
-"""What a Frontend passes on to the handlers of its clients: in turns, to its end, and each on its own account."""
+"""What a Frontend passes on to the handlers of its clients: in turns, to the end, and each separately."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GREEDY = GenerationParams(Sampling(0.0), 20, ())
 
 
 async def test_a_handler_that_wants_no_more_ends_its_request_as_stopped(autojump_clock: MockClock) -> None:
-    """A stop string would leave the model running, or be counted as a client that left."""
+    """A handler that wants no more ends its request, which counts as stopped and not as cancelled."""
     async with memory_cluster(*PD) as (cluster, frontend):
         taken: list[int] = []
 
@@ -36,7 +36,7 @@ async def test_a_handler_that_wants_no_more_ends_its_request_as_stopped(autojump
 
 
 async def test_a_handler_that_breaks_ends_its_own_request_only(autojump_clock: MockClock) -> None:
-    """Handlers are called within the Frontend's turn: one broken answer would take all others, and the process, with it."""
+    """An exception in a handler ends its own request only, although handlers run within the Frontend's turn."""
     async with memory_cluster(*PD) as (cluster, frontend):
         good: list[int] = []
 
@@ -59,7 +59,7 @@ async def test_a_handler_that_breaks_ends_its_own_request_only(autojump_clock: M
 async def test_what_comes_in_one_turn_is_one_chunk_and_late_listeners_miss_nothing(
     autojump_clock: MockClock,
 ) -> None:
-    """A Frontend that is behind would write each token by itself and fall further behind."""
+    """Tokens of one turn form one chunk, and what comes before a handler listens is kept for it."""
     async with memory_cluster(*PD) as (_cluster, frontend):
         chunks: list[Chunk] = []
         async with frontend.open(pack(FIRST), GREEDY, "") as stream:

@@ -44,7 +44,7 @@ async def two_shards(folder: Path, path: str = "auto", other=None):
 
 
 async def filled(pool, words: str, shard: str = "s0"):
-    """A lease on pages that are full of one letter each."""
+    """A lease on pages that are each filled with one letter."""
     lease = await pool.alloc_mem(len(words), shard)
     for word, address in zip(words, lease.addresses, strict=True):
         pool.write(address, word.encode() * PAGE_BYTES)
@@ -52,7 +52,7 @@ async def filled(pool, words: str, shard: str = "s0"):
 
 
 def words(pool, addresses) -> str:
-    """What pages are full of."""
+    """The letters that pages are filled with."""
     found = [bytes(pool.read(one)) for one in addresses]
     assert all(page == page[:1] * PAGE_BYTES for page in found), "a page is half written"
     return "".join(page[:1].decode() for page in found)
@@ -60,7 +60,7 @@ def words(pool, addresses) -> str:
 
 @pytest.mark.parametrize("path", ["mapped", "tcp"])
 async def test_pages_go_to_another_shard(folder, path) -> None:
-    """New pages there, or the caller's own; in every granularity; nothing is left leased."""
+    """Pages are copied to another shard, into new pages or the caller's own, and nothing stays leased."""
     async with two_shards(folder, path) as (pool, _):
         mine = await filled(pool, "abc")
         there = await pool.transfer("s1", mine.addresses[1:], granularity=Granularity.BY_LAYER)
@@ -76,7 +76,7 @@ async def test_pages_go_to_another_shard(folder, path) -> None:
 
 
 async def test_what_is_inserted_there_can_be_matched(folder) -> None:
-    """Also from a match here, and into pages there; those cannot be written from then on."""
+    """Pages sent with their tokens can be matched at the other shard and are read-only from then on."""
     async with two_shards(folder) as (pool, _):
         mine = await filled(pool, "ab")
         sent = await pool.transfer_with_insert("s1", TOKENS, mine.addresses)
@@ -95,7 +95,7 @@ async def test_what_is_inserted_there_can_be_matched(folder) -> None:
 
 
 async def test_pages_go_to_another_program(folder) -> None:
-    """The paper's handoff: pages, and what the sender has to say about the request."""
+    """Pages can be sent to another program together with private data, as in the paper's handoff."""
     async with two_shards(folder) as (pool, shards), open_pool("d", folder, shards) as other:
         mine = await filled(pool, "ab")
         async with trio.open_nursery() as nursery:
@@ -113,7 +113,7 @@ async def test_pages_go_to_another_program(folder) -> None:
 
 
 async def test_what_nobody_claims_comes_free(folder) -> None:
-    """Else a sender whose program died would leave pages at a receiver that lives for ever."""
+    """Pages that were sent and never claimed become free after a while."""
     async with two_shards(folder) as (pool, shards), open_pool("d", folder, shards) as other:
         mine = await filled(pool, "abcd")
         await pool.send("s1", mine.addresses, other.me)
@@ -123,7 +123,7 @@ async def test_what_nobody_claims_comes_free(folder) -> None:
 
 
 async def test_a_cancelled_transfer_leaves_nothing(folder) -> None:
-    """At whatever moment: the pages there come free, those here can be written again."""
+    """A transfer that is cancelled at any moment leaves no page leased on either side."""
     async with two_shards(folder, "tcp") as (pool, _):
         for after in [0.0, 0.0005, 0.001, 0.002, 0.004]:
             mine = await filled(pool, "abcd")
@@ -182,7 +182,7 @@ async def test_pages_stay_as_they_are_until_their_last_transfer_has_ended(folder
 
 
 async def test_every_misuse_has_its_code_and_changes_nothing(folder) -> None:
-    """If a mistake went through, pages of others would be overwritten, or match with wrong bytes."""
+    """Each misuse of a transfer is refused with its own code and changes nothing."""
     async with two_shards(folder) as (pool, shards):
         mine = await filled(pool, "ab")
         a, b = mine.addresses
@@ -241,14 +241,14 @@ async def test_every_misuse_has_its_code_and_changes_nothing(folder) -> None:
 
 @pytest.mark.parametrize("other", [{"path": "tcp"}, {"page_bytes": 2 * PAGE_BYTES}])
 async def test_shards_without_a_way_to_each_other_say_so(folder, other) -> None:
-    """Instead of silence until the deadline."""
+    """A transfer between shards without a common path is refused at once."""
     async with two_shards(folder, "mapped", other) as (pool, _):
         mine = await filled(pool, "a")
         await refused(PoolError.NO_PATH, pool.transfer, "s1", mine.addresses)
 
 
 async def test_a_dead_receiver_costs_a_deadline(folder) -> None:
-    """A typed end in time; the pages can be sent elsewhere."""
+    """A transfer to a dead shard ends with an error at its deadline, and the pages can be used again."""
     life = trio.CancelScope()
 
     async def shard(task_status) -> None:

@@ -1,4 +1,4 @@
-"""The whole protocol in virtual time: right tokens, nothing lost, nothing leaked, whoever dies whenever."""
+"""The whole protocol in virtual time: right tokens, no request lost and no page leaked, whichever actor dies."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BOTH = (("w0", "both"),)
 
 
 def prompt(seed: int, length: int) -> list[int]:
-    """Some tokens."""
+    """Random tokens that depend on the seed alone."""
     rng = random.Random(seed)
     return [rng.randrange(2, 50_000) for _ in range(length)]
 
@@ -31,7 +31,7 @@ def prompt(seed: int, length: int) -> list[int]:
 async def test_tokens_are_those_of_an_undisturbed_run(
     autojump_clock: MockClock, workers, chunk_tokens
 ) -> None:
-    """Layout and chunk size must not show in the tokens, and no page may stay leased."""
+    """Tokens do not depend on the layout or the chunk size, and no page stays leased."""
     async with memory_cluster(*workers, chunk_tokens=chunk_tokens) as (cluster, frontend):
         for length, new in [(1, 9), (4, 1), (17, 30), (60, 5), (16, 16)]:
             assert await generate(frontend, prompt(length, length), new) == reference(
@@ -42,7 +42,7 @@ async def test_tokens_are_those_of_an_undisturbed_run(
 
 @pytest.mark.parametrize("workers", [PD, BOTH])
 async def test_many_at_once_share_batches_and_prefixes(autojump_clock: MockClock, workers) -> None:
-    """Batched with others, with half of the prompt shared: still every stream's own tokens."""
+    """Requests that are batched together and share half of their prompt each get their own right tokens."""
     async with memory_cluster(*workers) as (cluster, frontend):
         common = prompt(0, 22)
         results: dict[int, list[int]] = {}
@@ -61,7 +61,7 @@ async def test_many_at_once_share_batches_and_prefixes(autojump_clock: MockClock
 
 @pytest.mark.parametrize("workers", [PD, BOTH])
 async def test_a_burst_computes_what_it_shares_once(autojump_clock: MockClock, workers) -> None:
-    """Before the first of them is in the index, each of many prompts about one document would compute all of it."""
+    """Of prompts that come at once and share a prefix, only the first computes it, although it is not in the index yet."""
     async with memory_cluster(*workers) as (cluster, frontend):
         common, results = prompt(0, 80), {}
 
@@ -80,7 +80,7 @@ async def test_a_burst_computes_what_it_shares_once(autojump_clock: MockClock, w
 @pytest.mark.parametrize("after", [0.0, 0.004, 0.012, 0.025, 0.045, 0.07])
 @pytest.mark.parametrize("workers", [PD, BOTH])
 async def test_the_first_of_a_burst_may_leave(autojump_clock: MockClock, workers, after) -> None:
-    """Those behind it would wait for ever for pages that nobody computes."""
+    """When the request that computes a shared prefix is cancelled, those that wait for its pages still finish."""
     async with memory_cluster(*workers) as (cluster, frontend):
         common, results = prompt(0, 80), {}
 
@@ -101,7 +101,7 @@ async def test_the_first_of_a_burst_may_leave(autojump_clock: MockClock, workers
 
 
 async def cached(frontend, tokens: list[int], new: int) -> int:
-    """Cached prompt tokens of one request."""
+    """Run one request; returns how many of its prompt tokens were cached."""
     params = GenerationParams(Sampling(0.0), new, ())
     chunks = []
     async with frontend.open(pack(tokens), params, "") as stream:
@@ -111,7 +111,7 @@ async def cached(frontend, tokens: list[int], new: int) -> int:
 
 @pytest.mark.parametrize(("retire", "expected"), [("all", 48), ("prompt", 28), ("none", 0)])
 async def test_a_second_turn_finds_prompt_and_answer(autojump_clock: MockClock, retire, expected) -> None:
-    """The next turn must not compute again what the last one left, as far as the caching mode keeps it."""
+    """The next turn of a chat finds as much of the last one cached as the caching mode keeps."""
     async with memory_cluster(*PD, retire=retire) as (cluster, frontend):
         first = prompt(1, 30)
         answer = await generate(frontend, first, 20)
@@ -120,7 +120,7 @@ async def test_a_second_turn_finds_prompt_and_answer(autojump_clock: MockClock, 
 
 
 async def test_handing_over_copies_nothing(autojump_clock: MockClock) -> None:
-    """Prefill hands decode its pages by moving the lease."""
+    """A handoff on one shard moves the lease of the pages and copies no bytes."""
     async with memory_cluster(*PD) as (cluster, frontend):
         await generate(frontend, prompt(1, 30), 20)
         gauges = cluster.actors["s0"].core.gauges()
@@ -130,7 +130,7 @@ async def test_handing_over_copies_nothing(autojump_clock: MockClock) -> None:
 
 @pytest.mark.parametrize("workers", [PD, BOTH, PD2])
 async def test_a_pool_too_small_for_all_serves_all(autojump_clock: MockClock, workers) -> None:
-    """When pages run out, requests queue and the youngest give way; everyone finishes with the right tokens."""
+    """When pages run out, requests queue and the youngest are preempted; all finish with the right tokens."""
     async with memory_cluster(*workers, pages=40) as (cluster, frontend):
         results: dict[int, list[int]] = {}
 
@@ -146,7 +146,8 @@ async def test_a_pool_too_small_for_all_serves_all(autojump_clock: MockClock, wo
 
 @pytest.mark.parametrize("workers", [PD, BOTH, PD2])
 async def test_what_left_the_arena_comes_back(autojump_clock: MockClock, workers) -> None:
-    """Prompts that return after their pages went to host memory and disk, some of them damaged: the right tokens, less work."""
+    """Prompts whose pages went to host memory and disk, some of them damaged there, get the right tokens, partly from
+    the cache."""
     async with memory_cluster(*workers, pages=60, host_pages=30, disk_pages=200) as (cluster, frontend):
         for order in (1, -1, 1):  # backwards finds the latest in host memory, forwards the oldest on disk
             results: dict[int, list[int]] = {}
@@ -170,7 +171,7 @@ async def test_what_left_the_arena_comes_back(autojump_clock: MockClock, workers
 
 
 async def test_a_request_larger_than_the_pool_is_refused(autojump_clock: MockClock) -> None:
-    """What can never fit must not wait for ever."""
+    """A request that can never fit is refused with 400 instead of waiting for ever."""
     async with memory_cluster(*BOTH, pages=10) as (cluster, frontend):
         with pytest.raises(RequestFailed, match="too_large") as caught:
             await generate(frontend, prompt(1, 60), 5)
@@ -183,7 +184,7 @@ async def test_a_request_larger_than_the_pool_is_refused(autojump_clock: MockClo
 @pytest.mark.parametrize("after", [0.0, 0.005, 0.02, 0.1, 0.2, 0.4])
 @pytest.mark.parametrize("workers", [PD, BOTH])
 async def test_a_client_that_leaves_frees_its_pages(autojump_clock: MockClock, after, workers) -> None:
-    """Cancel at every phase; pages come back at once and others go on."""
+    """A request that is cancelled at any phase is dropped within a step or two, its pages come free, and others go on."""
     async with memory_cluster(*workers) as (cluster, frontend):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(generate, frontend, prompt(1, 60), 100)
@@ -202,7 +203,7 @@ async def test_a_client_that_leaves_frees_its_pages(autojump_clock: MockClock, a
 @pytest.mark.parametrize("after", [0.001, 0.02, 0.04, 0.08, 0.3])
 @pytest.mark.parametrize("announced", [True, False])
 async def test_killing_a_worker_costs_no_token(autojump_clock: MockClock, victim, after, announced) -> None:
-    """kill -9 at any phase: every stream completes with the tokens of an undisturbed run, none twice, none missing."""
+    """A worker killed at any phase: every stream has the tokens of an undisturbed run, none twice and none missing."""
     async with memory_cluster(*PD2, announce_deaths=announced) as (cluster, frontend):
         results: dict[int, list[int]] = {}
 
@@ -224,7 +225,8 @@ async def test_killing_a_worker_costs_no_token(autojump_clock: MockClock, victim
 async def test_a_paused_worker_writes_to_nobody_elses_pages(
     autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, after, announced_by
 ) -> None:
-    """SIGSTOP in the middle of a step, SIGCONT when its pages are another's: it must have been killed by then."""
+    """A worker stopped in the middle of a step is killed before its pages are given to others, so it cannot write to
+    them."""
     if announced_by == "shard":  # nobody declares it dead: its leases expire
         monkeypatch.setattr("memserve.scheduling.membership.DEAD_AFTER_S", 100.0)
     async with memory_cluster(("w0", "both"), ("w1", "both"), pages=40) as (cluster, frontend):
@@ -245,7 +247,7 @@ async def test_a_paused_worker_writes_to_nobody_elses_pages(
 
 
 async def test_the_only_worker_dies_and_returns(autojump_clock: MockClock) -> None:
-    """Requests wait for the restarted worker instead of failing."""
+    """Requests wait for the restarted worker instead of failing, and /health says what is missing."""
     async with memory_cluster(*BOTH) as (cluster, frontend), trio.open_nursery() as nursery:
         results: list[list[int]] = []
 
@@ -270,7 +272,7 @@ async def test_the_only_worker_dies_and_returns(autojump_clock: MockClock) -> No
 
 
 async def test_a_scheduler_that_restarts_interrupts_no_stream(autojump_clock: MockClock) -> None:
-    """Membership is soft state: streams go on without a scheduler, and a new one knows all within a second or two."""
+    """Streams go on without a scheduler; a new one knows all members soon, and serves what was submitted meanwhile."""
     said: list[Health] = []
     async with memory_cluster(*PD) as (cluster, frontend), trio.open_nursery() as nursery:
         old = cluster.actors["scheduler-0"]
@@ -301,7 +303,7 @@ async def test_a_scheduler_that_restarts_interrupts_no_stream(autojump_clock: Mo
 
 
 async def test_the_dead_frontend_s_requests_are_dropped(autojump_clock: MockClock) -> None:
-    """Nobody reads those tokens any more: the workers let go and the pages come back."""
+    """Workers drop the requests of a dead Frontend, and their pages come free."""
     async with memory_cluster(*PD) as (cluster, frontend):
         other = await cluster.frontend("frontend-1")
         await cluster.settled(other)
@@ -317,7 +319,7 @@ async def test_the_dead_frontend_s_requests_are_dropped(autojump_clock: MockCloc
 
 
 async def test_a_full_frontend_refuses(autojump_clock: MockClock) -> None:
-    """Beyond frontend.max_requests a client is told 429 and when to come again, and nobody else notices."""
+    """Beyond frontend.max_requests, a client gets status 429 with a retry time."""
     async with memory_cluster(*BOTH) as (_, frontend), trio.open_nursery() as nursery:
         for i in range(64):
             nursery.start_soon(generate, frontend, prompt(i, 5), 50)
@@ -329,7 +331,8 @@ async def test_a_full_frontend_refuses(autojump_clock: MockClock) -> None:
 
 @pytest.mark.parametrize("seed", range(12))
 async def test_random_clients_and_kills(autojump_clock: MockClock, seed: int) -> None:
-    """Clients that come, share prefixes and leave, a small pool, workers that die and return: all tokens right, no leak."""
+    """Random clients that share prefixes or leave, a small pool, and workers that die and return: right tokens and no
+    leak."""
     rng = random.Random(seed)
     tiers = {"host_pages": rng.choice([0, 30]), "disk_pages": rng.choice([0, 60])}
     async with memory_cluster(*PD2, pages=rng.choice([60, 400]), rows=rng.choice([3, 8]), **tiers) as (

@@ -1,4 +1,4 @@
-"""Decode rows that begin with the same pages attend to those together: on FlashInfer's stand-in, and on a GPU."""
+"""Decode rows that begin with the same pages attend to those together: on a stand-in for FlashInfer, and on a GPU."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ LAYOUTS = {
     "a context that splits": ([("a", 100, 3), ("a", 100, 50), ("", 0, 900)], []),
     "beside chunks": ([("a", 4, 3), ("a", 4, 30), ("", 0, 20)], [("a", 4, 3, 20), ("", 0, 0, 40)]),
 }  # fmt: skip
-"""Decode rows (document, its pages, tokens of their own) and chunks (the same, then tokens of the chunk)."""
+"""Decode rows (document, its pages, further tokens) and chunks (the same, then tokens of the chunk)."""
 
 
 def rows_of(decodes, chunks) -> list[Row]:
-    """The rows of a layout, a chunk before the others where there are some: the step's order is another than the plan's."""
+    """The rows of a layout. Chunks come before the other rows, so that the step's order differs from the plan's."""
     free, begun = iter(torch.randperm(PAGES, generator=torch.Generator().manual_seed(3)).tolist()), {}
 
     def table(document: str, shared: int, own: int) -> tuple[int, ...]:
@@ -56,7 +56,7 @@ def rows_of(decodes, chunks) -> list[Row]:
 
 
 def attend(attention: FlashInferAttention, plan: BatchPlan, least: int | None, q, k, v) -> torch.Tensor:
-    """What each token of the plan finds, in the plan's order, as q, k and v are."""
+    """The attention of each token of the plan, in the order of the plan, as q, k and v are."""
     tables = StepTables.of(plan, SIZE, least)
     assert (tables.common is None) == (least is None)
     begins, at = [], 0
@@ -77,7 +77,7 @@ def attend(attention: FlashInferAttention, plan: BatchPlan, least: int | None, q
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("place", PLACES)
 def test_rows_find_together_what_each_finds_alone(place, layout, heads):
-    """If it failed, requests with one system prompt would be answered from a part of their context, or from another's."""
+    """Rows that attend to shared pages together get the values that each gets alone."""
     device, dtype, library = torch.device("cpu"), torch.float32, fake_flashinfer
     if place in CARDS:
         card = card_of(place, attrs.evolve(SPEC, heads=heads[0], kv_heads=heads[1]))
@@ -98,13 +98,13 @@ def test_rows_find_together_what_each_finds_alone(place, layout, heads):
 
 @pytest.fixture(scope="module")
 def weights():
-    """Of one random model, in bfloat16."""
+    """The weights of one random model, in bfloat16."""
     return random_weights(SPEC, "bfloat16", 5)
 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_logits_are_those_of_each_row_alone(place, weights, monkeypatch):
-    """If it failed, whoever asks about the same document at the same time would get other answers than alone."""
+    """The logits of rows that share a document are those of each row alone."""
     monkeypatch.setattr(FlashRunner, "least", 1)
     runner, exact = (
         make_runner(place, weights),
@@ -132,7 +132,10 @@ def test_logits_are_those_of_each_row_alone(place, weights, monkeypatch):
 
 
 def drive(engine, vocab: int) -> list[tuple[list[int], int, Sampling]]:
-    """Two documents that are computed once and asked about by five each, who join and leave; whole texts and prompt lengths."""
+    """Compute two documents, then run five conversations about each, which join and leave.
+
+    Returns whole texts, prompt lengths and settings.
+    """
     free = iter(torch.randperm(60, generator=torch.Generator().manual_seed(2)).tolist())
     documents = [
         (prompt(length, length, vocab), [next(free) for _ in range(length // SIZE)]) for length in (48, 80)
@@ -161,7 +164,8 @@ def drive(engine, vocab: int) -> list[tuple[list[int], int, Sampling]]:
 
 @pytest.mark.parametrize("place", PLACES)
 def test_conversations_about_one_document_get_the_tokens_of_each_alone(place, weights, tmp_path):
-    """If it failed, steps that attend together, captured ones between them, and chunks beside them would disturb one another."""
+    """Conversations about one document get the tokens of each alone, in captured and launched steps and with chunks
+    among them."""
     made = make_engine(place, weights, tmp_path, 60)
     made.engine.warm_up()
     exact = {name: one.float() for name, one in weights.items()}
@@ -182,7 +186,7 @@ def test_conversations_about_one_document_get_the_tokens_of_each_alone(place, we
 
 @pytest.fixture
 def merges(monkeypatch) -> list[int]:
-    """Rows of each merge of the stand-in."""
+    """The number of rows in each merge of the stand-in."""
     found: list[int] = []
     real = fake_flashinfer.merge_state_in_place
     monkeypatch.setattr(
@@ -194,7 +198,7 @@ def merges(monkeypatch) -> list[int]:
 
 
 def tiny_engine() -> tuple[CudaEngine, Replays]:
-    """On the stand-in, warmed up, the first eight pages of whose arena hold something."""
+    """An engine on the stand-in, warmed up, whose first eight pages are filled."""
     spec, graphs = tiny_spec(6, 2, 16), Replays()
     arena = torch.full((33, *spec.page_shape(SIZE)), float("nan"))
     engine = CudaEngine(
@@ -206,19 +210,19 @@ def tiny_engine() -> tuple[CudaEngine, Replays]:
 
 
 def alike(rows: int, at: int = 0) -> BatchPlan:
-    """Decode rows of which each has a page of its own after pages 0 and 1."""
+    """Decode rows which share pages 0 and 1 and have one more page each."""
     return BatchPlan(tuple(Row(pack([5]), 32 + at, (0, 1, 2 + i), GREEDY) for i in range(rows)))
 
 
 def test_a_start_has_run_what_rows_that_begin_alike_need(merges):
-    """If it failed, the first two requests with one system prompt would wait for a kernel to be loaded, or compiled."""
+    """Warming up also runs the kernels for shared pages, so that no request waits for their compilation."""
     engine, _ = tiny_engine()
     assert set(merges) == {2}
     engine.close()
 
 
 def test_a_graph_is_given_up_only_for_more_than_it_saves(merges):
-    """If it failed, two short chats with one greeting would each pay for launches that a graph spares them."""
+    """Shared pages are attended to together only if that saves more than the launches that a graph avoids."""
     engine, graphs = tiny_engine()
     layers, page = 2, 2 * 2 * SIZE * 16 * 4
     spared = 2 * 2 * page  # three rows, two pages
@@ -243,7 +247,7 @@ def test_a_graph_is_given_up_only_for_more_than_it_saves(merges):
 
 
 def test_a_step_planned_ahead_is_dropped_when_another_joins(merges):
-    """If it failed, a graph would run on the tables of a step that was never taken, or its rows attend for themselves for ever."""
+    """When a row joins, the step planned ahead is dropped, and the next one is planned for the new rows."""
     engine, graphs = tiny_engine()
     engine.sharing = Sharing(2 * 2 * 2 * 2 * SIZE * 16 * 4, 1)  # worth it from three rows on
     merges.clear()
@@ -254,8 +258,8 @@ def test_a_step_planned_ahead_is_dropped_when_another_joins(merges):
     engine.close()
 
 
-def test_calibration_times_rows_apart(merges):
-    """If it failed, a pool that is smaller than what is timed would make long contexts look free, and all requests come here."""
+def test_calibration_times_rows_that_share_nothing(merges):
+    """Calibration times rows that share nothing, even where the pool has fewer pages than they would need."""
     engine, _ = tiny_engine()
     engine.sharing = WHEREVER
     merges.clear()
@@ -268,8 +272,8 @@ def test_calibration_times_rows_apart(merges):
     engine.close()
 
 
-def test_heads_that_no_merge_takes_are_attended_to_apart(merges, monkeypatch):
-    """If it failed, models with very many heads would end at their start with "kernel launch failed"."""
+def test_more_heads_than_a_merge_takes_are_attended_to_alone(merges, monkeypatch):
+    """Models with more heads than the merge kernel supports attend to each row alone."""
     assert can_merge(64, 128) and not can_merge(128, 128) and can_merge(128, 64)
     assert "cascade" in libraries(tiny_spec(), "fa3") and "cascade" not in libraries(
         tiny_spec(65, 5, 128), "fa3"

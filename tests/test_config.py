@@ -1,4 +1,4 @@
-"""Configurations: what is accepted, what is refused and in which words, and what a machine makes of them."""
+"""Configurations: what is accepted, what is refused and with which words, and what a machine makes of them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ MACHINE = resolve.Machine(
 
 @pytest.fixture
 def written(tmp_path):
-    """Writes a TOML file; answers its path."""
+    """A function that writes a TOML file and returns its path."""
 
     def write(text: str) -> str:
         path = tmp_path / "cluster.toml"
@@ -60,27 +60,27 @@ def written(tmp_path):
 
 @pytest.fixture
 def toy_model(monkeypatch):
-    """Every path is a toy model's."""
+    """Every model path leads to a toy model."""
     monkeypatch.setattr(resolve, "find_model", lambda path: Path("/models") / path)
     monkeypatch.setattr(resolve, "read_spec", lambda path: SPEC)
 
 
 def problems(path: str, *overrides: str) -> list[str]:
-    """The lines of the error, without the file's name where they begin with it."""
+    """The lines of the error, without the file's name at their start."""
     with pytest.raises(ConfigError) as caught:
         configfile.load(path, overrides)
     return [line.removeprefix(f"{path}: ") for line in str(caught.value).splitlines()]
 
 
 def test_defaults_need_only_a_model(written):
-    """If it failed, the shortest file that the documentation shows would not start."""
+    """The shortest file of the documentation, which names only a model, loads with defaults for all else."""
     loaded = configfile.load(written(MINIMAL))
     assert loaded == Config(model=ModelConfig(path="m.gguf"))
     assert [worker.shard for worker in loaded.worker] == [loaded.shard[0].name]
 
 
 def test_every_mistake_is_reported_at_once_with_path_rule_value_and_hint(written):
-    """If it failed, users would repair one key a try, or not learn which of the tables is meant."""
+    """All mistakes of a file are reported at once, each with its key, the rule, the value and a suggestion."""
     text = """
     [model]
     pth = "x"
@@ -161,14 +161,14 @@ def test_every_mistake_is_reported_at_once_with_path_rule_value_and_hint(written
     ],
 )
 def test_wrong_values_are_refused_not_converted(written, key, value):
-    """If it failed, 4.7 would become port 4, or a wrong value would surface as a traceback in some actor."""
+    """Values of a wrong type or range are refused and never converted: 4.7 is no port."""
     (line,) = problems(written(MINIMAL), f"{key}={value}")
     assert line.startswith(f"--set {key}: ")
     assert "must" in line
 
 
 def test_overrides_take_toml_values_bare_strings_names_and_indexes(written):
-    """If it failed, `--set` could not reach some keys, or would need quotes within quotes."""
+    """`--set` takes TOML values and bare strings, and reaches tables of a list by name or number."""
     text = MINIMAL + '[[shard]]\nname = "s0"\n[[worker]]\nname = "p0"\n[[worker]]\nname = "d0"\n'
     loaded = configfile.load(
         written(text),
@@ -195,7 +195,7 @@ def test_overrides_take_toml_values_bare_strings_names_and_indexes(written):
 
 
 def test_overrides_reach_the_default_tables(written):
-    """If it failed, `--set worker.w0.threads=1` would only work in files that spell the worker out."""
+    """`--set` also reaches a worker and a shard that the file leaves to the defaults."""
     loaded = configfile.load(written(MINIMAL), ["worker.w0.threads=1", "shard.0.memory=4MiB"])
     assert loaded.worker[0].threads == 1
     assert loaded.shard[0].memory == 4 << 20
@@ -214,27 +214,27 @@ def test_overrides_reach_the_default_tables(written):
     ],
 )
 def test_wrong_overrides_are_named_as_such(written, override, said):
-    """If it failed, a user would look for the mistake in the file."""
+    """A mistake in an override is reported as one of `--set`, not of the file."""
     (line,) = problems(written(MINIMAL), override)
     assert line.startswith("--set ")
     assert said in line
 
 
 def test_roles_must_be_complete_on_each_shard(written):
-    """If it failed, a cluster would start in which no request can ever finish."""
+    """A shard whose workers cannot both prefill and decode is refused: no request could finish there."""
     text = MINIMAL + '[[shard]]\nname = "s0"\n[[worker]]\nname = "p0"\nrole = "prefill"\n'
     assert problems(written(text)) == ["worker must hold one that can decode, not only prefill"]
 
 
 def test_a_worker_must_say_which_of_several_shards_it_uses(written):
-    """If it failed, workers would land on a shard by accident of order."""
+    """With more than one shard, each worker must name its shard."""
     text = MINIMAL + '[[shard]]\nname = "a"\n[[shard]]\nname = "b"\n[[worker]]\nname = "w0"\n'
     assert problems(written(text)) == ["worker[0].shard is required with more than one shard; known: a, b"]
 
 
 @pytest.mark.parametrize("name", ["admin_keys", "priority_keys"])
 def test_keys_with_rights_must_be_keys(written, name):
-    """If it failed, a mistyped key would leave nobody with the right, or its holder locked out."""
+    """Keys with rights must be among the API keys, and the error does not show them."""
     path = written(MINIMAL + f'[frontend]\napi_keys = ["user", "boss"]\n{name} = ["boss"]\n')
     assert getattr(configfile.load(path).frontend, name) == ("boss",)
     for value in ('["boss", "s3cret"]', '["s3cret"]'):
@@ -246,40 +246,40 @@ def test_keys_with_rights_must_be_keys(written, name):
 
 
 def test_api_keys_never_appear_in_errors(written):
-    """If it failed, keys would end in terminals' histories and CI logs."""
+    """Error messages about API keys do not contain the keys: they would end up in CI logs."""
     path = written(MINIMAL)
     for value in ('["s3cret key"]', '"s3cret"', '["s3cret", "s3cret"]', "[3, 's3cret']"):
         assert "s3cret" not in "\n".join(problems(path, f"frontend.api_keys={value}"))
 
 
 def test_syntax_errors_say_line_and_column(written):
-    """If it failed, a missing quote would have to be found by eye."""
+    """A syntax error is reported with its line and column."""
     (line,) = problems(written('[model]\npath = "m\n'))
     assert "not valid TOML" in line
     assert "line 2, column" in line
 
 
 def test_missing_files_list_what_is_shipped(tmp_path):
-    """If it failed, `up -c dmo` would not lead to demo."""
+    """A configuration that is not found is answered with a similar name that is shipped."""
     (line,) = problems("dmo")
     assert "there is no such file; did you mean demo?" in line
     assert "cannot be read" in problems(str(tmp_path / "x"), "a=b")[0] or "no such file" in line
 
 
 def test_a_directory_is_called_one(tmp_path):
-    """If it failed, a user would be told that a path that is plainly there does not exist."""
+    """A directory instead of a file is refused as a directory, not as missing."""
     assert problems(str(tmp_path)) == ["is a directory; give a TOML file in it"]
 
 
 @pytest.mark.parametrize("name", ["demo", "colocated", "2p2d"])
 def test_shipped_configurations_load_by_name(name):
-    """If it failed, an installed memserve could not run its own examples."""
+    """Shipped configurations load by name."""
     assert name in configfile.shipped()
     assert configfile.load(name).model.path.startswith("package:")
 
 
 def test_every_setting_has_help_and_numbers_have_units():
-    """If it failed, a setting would be explained nowhere."""
+    """Every setting has a help text, and every duration says that it is in seconds."""
     for section, cls in config.section_types().items():
         for field in attrs.fields(cls):
             assert field.metadata["help"], f"{section}.{field.name}"
@@ -297,7 +297,7 @@ sections = st.sampled_from([*config.section_types(), "x"])
     st.dictionaries(sections, scalars | some_tables | st.lists(some_tables | scalars, max_size=3), max_size=5)
 )
 def test_no_tree_of_values_escapes_as_anything_but_problems(tree):
-    """If it failed, some wrong file would give a traceback instead of a list of mistakes."""
+    """Any tree of values gives either a configuration or a list of problems, never another exception."""
     configfile.fill_in(tree)
     loaded, wrong = configfile.structure(tree)
     assert (loaded is None) == bool(wrong)
@@ -308,7 +308,7 @@ def test_no_tree_of_values_escapes_as_anything_but_problems(tree):
 
 
 def test_resolved_counts_pages_and_threads_and_says_why(written, toy_model):
-    """If it failed, `check` would not explain a cluster, or actors would disagree on page counts."""
+    """Resolving computes page sizes, page counts and threads, and gives the reasons that `check` shows."""
     loaded = configfile.load(written(MINIMAL), ["shard.s0.memory=1MiB", "worker.w0.threads=99"])
     resolved = resolve.resolve(loaded, MACHINE)
     assert resolved.page_bytes == SPEC.layers * 2 * SPEC.kv_heads * 16 * SPEC.head_dim * 2 == 4096 * 1
@@ -322,7 +322,7 @@ def test_resolved_counts_pages_and_threads_and_says_why(written, toy_model):
 
 
 def test_resolved_survives_json(written, toy_model):
-    """If it failed, actors would run with other settings than the supervisor decided."""
+    """Resolved settings survive encoding as JSON: actors must run with what the supervisor decided."""
     loaded = configfile.load(written(MINIMAL), ['frontend.api_keys=["k"]', "pool.lease_s=3"])
     resolved = resolve.resolve(loaded, MACHINE)
     assert Resolved.from_json(resolved.to_json()) == resolved
@@ -340,7 +340,7 @@ def test_resolved_survives_json(written, toy_model):
     ],
 )
 def test_what_the_machine_cannot_do_is_refused(written, toy_model, overrides, said):
-    """If it failed, a cluster would be killed for want of memory, or its longest request would never fit."""
+    """More memory than the machine has, or a context longer than the model's, is refused."""
     if not said:
         assert resolve.resolve(configfile.load(written(MINIMAL), overrides), MACHINE).shard_pages == {
             "s0": 128
@@ -351,7 +351,7 @@ def test_what_the_machine_cannot_do_is_refused(written, toy_model, overrides, sa
 
 
 def test_a_shard_too_small_for_one_context_says_what_would_fit(written, toy_model, monkeypatch):
-    """If it failed, the user would have to guess the size that is enough."""
+    """A shard too small for one context is refused with the sizes that would fit."""
     monkeypatch.setattr(resolve, "read_spec", lambda path: attrs.evolve(SPEC, max_context=8192))
     with pytest.raises(ConfigError) as caught:
         resolve.resolve(configfile.load(written(MINIMAL), ["shard.s0.memory=1MiB"]), MACHINE)
@@ -362,7 +362,7 @@ def test_a_shard_too_small_for_one_context_says_what_would_fit(written, toy_mode
 
 
 def test_a_sliding_window_is_said_to_be_the_limit(written, toy_model, monkeypatch):
-    """If it failed, nobody would know why a model of 32768 tokens takes 4096."""
+    """A model with a sliding window is limited to it, and the reason says so."""
     windowed = attrs.evolve(SPEC, sliding_window=2048)
     monkeypatch.setattr(resolve, "read_spec", lambda path: windowed)
     why = {one.key: one.why for one in resolve.resolve(configfile.load(written(MINIMAL)), MACHINE).reasons}
@@ -372,7 +372,7 @@ def test_a_sliding_window_is_said_to_be_the_limit(written, toy_model, monkeypatc
 
 
 def test_a_directory_is_checked_and_named(written, tmp_path):
-    """If it failed, `check` would pass over a directory that `up` cannot serve, or not say what it lacks."""
+    """A model directory with missing files is refused, with the names of all that are missing."""
     with pytest.raises(
         ConfigError, match=r"missing config\.json; missing tokenizer\.json; missing model\.saf"
     ):
@@ -383,7 +383,7 @@ def test_a_directory_is_checked_and_named(written, tmp_path):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("weights", ["dtype", "int8"])
 def test_weights_take_what_is_said(written, toy_model, monkeypatch, tied, dtype, weights):
-    """If it failed, a machine would be taken for large enough that is not, or the other way round."""
+    """The memory that is planned for the weights equals what they take, for every dtype."""
     spec = attrs.evolve(SPEC, tied_embeddings=tied)
     monkeypatch.setattr(resolve, "read_spec", lambda path: spec)
     loaded = configfile.load(written(MINIMAL), [f"model.dtype={dtype}", f"model.weights={weights}"])
@@ -397,13 +397,13 @@ def test_weights_take_what_is_said(written, toy_model, monkeypatch, tied, dtype,
 
 
 def test_a_missing_model_is_a_config_error(written):
-    """If it failed, a wrong path would be a traceback."""
+    """A model path without a file is a ConfigError."""
     with pytest.raises(ConfigError, match=r"no file 'm\.gguf'"):
         resolve.resolve(configfile.load(written(MINIMAL)), MACHINE)
 
 
 def test_this_machine_is_measured():
-    """If it failed, threads or memory would be planned for another machine."""
+    """The machine has cores, free memory and absolute paths."""
     machine = resolve.Machine.here("logs")
     assert machine.cores >= 1
     assert machine.free_bytes > 0
@@ -424,7 +424,8 @@ def test_this_machine_is_measured():
     ],
 )
 def test_schedulers_know_whether_and_how_pages_move(name, settings, moves, path):
-    """Else pages of two GPUs would be computed again that could be fetched, or priced like another machine's."""
+    """The scheduler's policy prices fetching pages by the path between the configured shards, or not at all where none
+    move."""
     found = configfile.load(name, list(settings))
     assert (found.pages_move, found.transfer_path) == (moves, path)
     cost = make_policy(found)

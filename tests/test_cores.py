@@ -1,4 +1,4 @@
-"""The core budget between real processes, killed ones among them."""
+"""The budget of cores between real processes, some of which are killed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ LOOP = """
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Starts a worker process in a slot and waits until it printed a line, which is left unread."""
+    """A function that starts a worker process in a slot; its output is left unread."""
     children = []
 
     def run(slot: int, what: str) -> subprocess.Popen[str]:
@@ -60,7 +60,7 @@ def _line(child: subprocess.Popen[str]) -> int:
 
 
 def test_a_lone_worker_takes_every_core(tmp_path: Path) -> None:
-    """Idle workers' cores must go to the one that has work."""
+    """The only busy worker gets all cores."""
     mine, idle = Cores(tmp_path / "c", 4, 4, 0), Cores(tmp_path / "c", 4, 4, 1)
     idle.busy(True)
     idle.busy(False)
@@ -70,7 +70,7 @@ def test_a_lone_worker_takes_every_core(tmp_path: Path) -> None:
 
 
 def test_busy_workers_share_evenly(tmp_path: Path) -> None:
-    """More threads than cores collapse both steps."""
+    """Busy workers get equal shares, and no more threads run than there are cores."""
     workers = [Cores(tmp_path / "c", 8, 8, slot) for slot in range(3)]
     for worker in workers:
         worker.busy(True)
@@ -89,14 +89,14 @@ def test_a_worker_takes_no_more_than_it_wants(tmp_path: Path) -> None:
 
 
 def test_a_step_takes_what_is_left(tmp_path: Path) -> None:
-    """A worker that becomes busy during another's step must not run more threads than are free."""
+    """A worker that becomes busy during another's step gets the cores that are left."""
     first, second = Cores(tmp_path / "c", 3, 2, 0), Cores(tmp_path / "c", 3, 3, 1)
     with first.hold() as a, second.hold() as b:
         assert (a, b) == (2, 1)
 
 
 def test_cores_come_back_after_an_error(tmp_path: Path) -> None:
-    """A failed step must not shrink the host."""
+    """A step that fails gives its cores back."""
     mine = Cores(tmp_path / "c", 2, 2, 0)
     with pytest.raises(ZeroDivisionError), mine.hold():
         raise ZeroDivisionError
@@ -105,7 +105,7 @@ def test_cores_come_back_after_an_error(tmp_path: Path) -> None:
 
 
 def test_a_slot_belongs_to_one_worker(tmp_path: Path) -> None:
-    """Two workers in one slot would count as one, and both take all cores."""
+    """Two workers cannot use one slot."""
     first = Cores(tmp_path / "c", 2, 2, 5)
     first.busy(True)
     with pytest.raises(RuntimeError, match="slot 5 is another worker's"):
@@ -113,7 +113,7 @@ def test_a_slot_belongs_to_one_worker(tmp_path: Path) -> None:
 
 
 def test_who_comes_during_a_long_step_gets_a_core_of_it(start: Start, tmp_path: Path) -> None:
-    """A stream would wait for the end of another worker's prompt, for as long as dozens of its own steps take."""
+    """A worker that waits gets a core of another's long step, which takes it back when it is free again."""
     mine = Cores(tmp_path / "cores", 2, 2, 0)
     with mine.hold() as held:
         assert (held, mine.regroup(held)) == (2, 2)
@@ -124,7 +124,7 @@ def test_who_comes_during_a_long_step_gets_a_core_of_it(start: Start, tmp_path: 
         began = time.monotonic()
         while (threads := mine.regroup(2)) == 2:
             time.sleep(0.005)
-        assert threads == 1 and time.monotonic() - began > GIVE_AFTER_S, "given at the first word of it"
+        assert threads == 1 and time.monotonic() - began > GIVE_AFTER_S, "the core was given up too early"
         assert _line(child) == 1, "it had to wait for the end of this step"
         assert _line(child) == 0
         assert mine.regroup(1) == 2, "what it left stays unused"
@@ -134,7 +134,7 @@ def test_who_comes_during_a_long_step_gets_a_core_of_it(start: Start, tmp_path: 
 
 
 def test_regrouping_takes_nothing_from_others(tmp_path: Path) -> None:
-    """More threads than cores collapse both steps."""
+    """A step that regroups takes only free cores."""
     first, second = Cores(tmp_path / "c", 3, 3, 0), Cores(tmp_path / "c", 3, 1, 1)
     with second.hold(), first.hold() as held:
         assert (held, first.regroup(held)) == (1, 1)
@@ -143,7 +143,7 @@ def test_regrouping_takes_nothing_from_others(tmp_path: Path) -> None:
 
 
 def test_kill_9_in_a_step_gives_the_cores_back(start: Start, tmp_path: Path) -> None:
-    """A killed worker would take its cores with it for ever."""
+    """The cores of a killed worker become free."""
     child = start(1, HOLD_FOR_EVER)
     assert _line(child) == 2
     mine = Cores(tmp_path / "cores", 2, 2, 0)
@@ -155,7 +155,7 @@ def test_kill_9_in_a_step_gives_the_cores_back(start: Start, tmp_path: Path) -> 
 
 
 def test_waiting_ends_when_a_core_comes_free(start: Start, tmp_path: Path) -> None:
-    """A step must wait for a core, and not longer than it takes."""
+    """A step waits until a core is free, and no longer."""
     child = start(1, "with cores.hold() as k: print(k, flush=True); time.sleep(0.5)")
     assert _line(child) == 2
     began = time.monotonic()
@@ -165,7 +165,7 @@ def test_waiting_ends_when_a_core_comes_free(start: Start, tmp_path: Path) -> No
 
 
 def test_a_stopped_holder_does_not_stop_the_others(start: Start, tmp_path: Path) -> None:
-    """One paused process would pause the whole host."""
+    """A stopped process that holds all cores does not block the others: after a while they run with one thread."""
     child = start(1, HOLD_FOR_EVER)
     assert _line(child) == 2
     child.send_signal(signal.SIGSTOP)
@@ -174,7 +174,7 @@ def test_a_stopped_holder_does_not_stop_the_others(start: Start, tmp_path: Path)
 
 
 def test_three_workers_on_two_cores_all_advance(start: Start) -> None:
-    """A worker that takes its cores again at once would starve the one that waits."""
+    """Three workers on two cores all make progress at similar rates."""
     children = [start(slot, LOOP) for slot in range(3)]
     for child in children:
         _line(child)
@@ -184,7 +184,7 @@ def test_three_workers_on_two_cores_all_advance(start: Start) -> None:
 
 
 def test_cores_that_outsiders_use_are_left_to_them(tmp_path: Path) -> None:
-    """A step with more threads than free cores waits at every barrier for one that does not run."""
+    """Cores that other programs use for a while are left to them, and taken back afterwards."""
     outside, now = 3, 0.0
     got: list[int] = []
     outsiders = Outsiders(lambda: f"1.0 1.0 1.0 {got[-1] + outside}/99 1", lambda: now)
@@ -194,8 +194,8 @@ def test_cores_that_outsiders_use_are_left_to_them(tmp_path: Path) -> None:
         now += 0.01
         with mine.hold() as threads:  # a worker's own threads are no outsiders
             got.append(threads)
-    assert got[0] == 4  # one moment proves nothing
-    assert got[99] == 1  # three outsiders beside this thread
+    assert got[0] == 4  # one sample is not enough
+    assert got[99] == 1  # three outsiders besides this thread
     assert got[-1] == 4
 
 
@@ -203,7 +203,7 @@ def test_cores_that_outsiders_use_are_left_to_them(tmp_path: Path) -> None:
     len(os.sched_getaffinity(0)) != os.cpu_count(), reason="runs on a part of the host's cores"
 )
 def test_a_busy_process_is_noticed() -> None:
-    """The format is the kernel's; if it were read wrongly, no outsider would ever be seen."""
+    """A real busy process is noticed in the kernel's figures."""
     busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
         outsiders = Outsiders()
@@ -217,8 +217,8 @@ def test_a_busy_process_is_noticed() -> None:
         busy.wait()
 
 
-def test_who_shares_cores_tells_the_same_key_and_sees_the_others_work(tmp_path: Path) -> None:
-    """If it failed, a scheduler could not tell which workers crowd one another, or a crowded step would count as drift."""
+def test_workers_that_share_cores_have_one_key_and_see_each_other_at_work(tmp_path: Path) -> None:
+    """Workers that share cores have the same key, and each sees whether the other is busy."""
     mine, near, far = (Cores(tmp_path / name, 2, 2) for name in ("c", "c", "d"))
     assert mine.key == near.key != far.key
     assert str(tmp_path) not in mine.key
@@ -228,4 +228,4 @@ def test_who_shares_cores_tells_the_same_key_and_sees_the_others_work(tmp_path: 
         assert (held, mine.neighbours) == (1, 1)
     near.busy(False)
     assert mine.look() == 0
-    assert near.look() == 1, "who looks has work itself"
+    assert near.look() == 1, "the other one is still busy"

@@ -1,4 +1,4 @@
-"""What things cost: steps, prefills in chunks, bytes on their way; and fitting it to what was measured."""
+"""The cost model: the seconds of steps, chunked prefills and transfers, and fitting them to measurements."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ PRESETS = sorted((Path(__file__).parents[1] / "configs" / "costs").glob("*.toml"
     ("tokens", "seconds"), [(0, 0.010), (1, 0.010), (36, 0.026), (512, 0.4), (1024, 0.81142857)]
 )
 def test_dense_goes_in_straight_lines(tokens: int, seconds: float) -> None:
-    """If it failed, a step between two measured sizes would be mispriced."""
+    """Costs between and beyond the measured sizes follow straight lines."""
     assert MODEL.batch_s(tokens, 0, 0, 0) == pytest.approx(seconds)
 
 
@@ -52,7 +52,7 @@ def test_dense_goes_in_straight_lines(tokens: int, seconds: float) -> None:
     streams=st.lists(st.integers(1, 2000), max_size=5),
 )
 def test_a_prefill_is_the_sum_of_its_steps(tokens: int, cached: int, streams: list[int]) -> None:
-    """If it failed, the scheduler's closed form and the engine that the simulator runs step by step would disagree."""
+    """The closed form for a prefill equals the sum of its steps, which is what the simulator runs."""
     at = max(0, min(cached, tokens - 1))
     budget = COSTS.chunk_tokens * (1 if streams else ALONE)
     total = 0.0
@@ -66,20 +66,20 @@ def test_a_prefill_is_the_sum_of_its_steps(tokens: int, cached: int, streams: li
 
 
 def test_a_step_of_streams_alone() -> None:
-    """If it failed, the price of a further stream would be wrong."""
+    """The cost of a decode step depends on the number of streams and the sum of their contexts."""
     assert MODEL.decode_s(3, 600) == pytest.approx(MODEL.step_s([(1, 100), (1, 200), (1, 300)]))
     assert MODEL.decode_s(0, 0) == 0.0
 
 
 def test_scale_stretches_every_step_and_no_transfer() -> None:
-    """If it failed, a worker whose cores are shared would be priced as if it were alone."""
+    """A worker's scale multiplies the cost of its steps and leaves transfers as they are."""
     slow = CostModel(COSTS, scale=2.0)
     assert slow.prefill_s(500, 100) == pytest.approx(2 * MODEL.prefill_s(500, 100))
     assert slow.transfer_s(1e6, "mapped") == MODEL.transfer_s(1e6, "mapped")
 
 
 def test_bytes_wait_for_those_before_them() -> None:
-    """If it failed, a busy path would seem free, and every request would take it."""
+    """Transfers wait for the bytes queued before them, and handoffs and swaps cost their fixed and per-byte parts."""
     model = CostModel(
         COSTS, links={"shared": LinkModel(0.1), "tcp": LinkModel(0.5, 1e-3)}, swap=LinkModel(0.2, 1e-2)
     )
@@ -90,7 +90,7 @@ def test_bytes_wait_for_those_before_them() -> None:
 
 
 def test_from_where_a_swap_in_pays() -> None:
-    """At the break-even both take as long; where bytes are slower than computing them, there is none."""
+    """At the break-even length a swap-in takes as long as computing; where bytes are slower there is no such length."""
     steps = StepCosts(((1, 0.01), (512, 0.512)), chunk_tokens=256, token_bytes=1000)
     model = CostModel(steps, swap=LinkModel(0.02, 1e-7))
     tokens = model.swap_break_even()
@@ -101,14 +101,14 @@ def test_from_where_a_swap_in_pays() -> None:
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_what_is_shipped_loads(path: Path) -> None:
-    """If it failed, the simulator could not run a model that this machine cannot."""
+    """Every cost preset that is shipped loads and gives plausible prices."""
     model = CostModel.from_table(tomllib.loads(path.read_text()))
     assert model.steps.token_bytes > 0
     assert model.prefill_s(2000, 1000) < model.prefill_s(2000, 0) < model.prefill_s(4000, 0)
 
 
 def test_a_wrong_table_is_refused() -> None:
-    """If it failed, a mistake in a preset would show as a wrong forecast."""
+    """A cost table whose sizes do not grow, or with unknown keys, is refused."""
     with pytest.raises(ValueError, match="growing"):
         CostModel(attrs.evolve(COSTS, dense=((8, 0.1), (8, 0.2))))
     with pytest.raises(TypeError):
@@ -127,7 +127,7 @@ KNOTS = (1, 8, 64, 512)
 
 
 def sampled(costs: StepCosts, rng: random.Random, number: int, noise: float) -> list[Sample]:
-    """Steps of all kinds, as an engine with these costs would take, give or take ``noise``."""
+    """Steps of all kinds with these costs, with relative errors of up to ``noise``."""
     model = CostModel(costs)
     shapes = []
     for _ in range(number):
@@ -141,7 +141,7 @@ def sampled(costs: StepCosts, rng: random.Random, number: int, noise: float) -> 
 
 @pytest.mark.parametrize("noise", [0.0, 0.05])
 def test_the_fit_finds_the_costs_that_made_the_samples(noise: float) -> None:
-    """If it failed, every price would be wrong from the start."""
+    """Fitting samples finds the costs that made them, also if the samples are noisy."""
     rng = random.Random(3)
     found = fit_steps(sampled(COSTS, rng, 60, noise), KNOTS, 64, 7)
     assert (found.chunk_tokens, found.token_bytes) == (64, 7)
@@ -156,7 +156,7 @@ def test_the_fit_finds_the_costs_that_made_the_samples(noise: float) -> None:
 
 
 def test_no_figure_is_below_zero() -> None:
-    """If one were, a longer prompt could be cheaper than a shorter one, and all would go there."""
+    """No fitted figure is negative, and costs grow with the size of a step: a longer prompt must not be cheaper."""
     rng = random.Random(5)
     costs = attrs.evolve(COSTS, row_s=0.0, read_s=0.0)
     found = fit_steps(sampled(costs, rng, 40, 0.3), KNOTS, 64, 0)
@@ -168,7 +168,7 @@ def test_no_figure_is_below_zero() -> None:
 
 
 def test_drift_follows_slowly_and_shrugs_at_outliers() -> None:
-    """If it failed, one page fault would send a minute's requests elsewhere; or a slow machine would never be known as one."""
+    """The scale of a worker follows a lasting change of speed, moves little at outliers and is limited to 16."""
     drift = Drift()
     drift.saw(0.01, 10.0)
     assert 1.0 < drift.scale < 1.02
@@ -186,7 +186,7 @@ def test_drift_follows_slowly_and_shrugs_at_outliers() -> None:
 
 
 def test_measuring_finds_an_engine_of_known_costs() -> None:
-    """If it failed, what a worker tells of itself would be wrong."""
+    """Calibration finds the costs and the number of threads of an engine with known costs."""
     costs = attrs.evolve(COSTS, dense=((1, 0.010), (8, 0.012), (64, 0.040), (128, 0.100)))
     model = CostModel(costs)
     found, threads = measure(lambda rows: (model.step_s(rows), 2), 64, 32, 512, 9)
@@ -197,7 +197,7 @@ def test_measuring_finds_an_engine_of_known_costs() -> None:
 
 
 def test_measuring_finds_what_crowding_costs() -> None:
-    """If it failed, workers of one host would be priced as machines of their own, or as sharing one core."""
+    """Calibration finds how much slower decode and prefill steps are on part of the threads."""
     costs = attrs.evolve(COSTS, decode_crowding=0.0, prefill_crowding=0.0, chunk_tokens=64)
 
     def on(threads: int) -> TimeStep:
@@ -207,11 +207,11 @@ def test_measuring_finds_what_crowding_costs() -> None:
     found = crowding(costs, on(2), on(1), 512)
     assert (found.decode_crowding, found.prefill_crowding) == pytest.approx((0.8, 0.5))
     assert attrs.evolve(found, decode_crowding=0.0, prefill_crowding=0.0) == costs
-    assert crowding(COSTS, on(1), on(1), 512) == COSTS, "a whole that has no more threads tells nothing"
+    assert crowding(COSTS, on(1), on(1), 512) == COSTS, "nothing to measure without more threads"
 
 
 def test_a_step_beside_a_neighbour_is_no_drift() -> None:
-    """If it failed, crowding would be priced twice: in the scale that a worker reports, and by its neighbours' work."""
+    """A step slowed down by a neighbour on the host does not change the worker's scale; without a neighbour it does."""
     costs = attrs.evolve(COSTS, decode_crowding=0.8, prefill_crowding=0.5)
     site = Site("host", cores=2, threads=2)
     for tokens, crowded in ((1, 1.8), (64, 1.5)):
@@ -231,7 +231,7 @@ def test_a_step_beside_a_neighbour_is_no_drift() -> None:
     "more", [{"score": Score(pack([0]), 1)}, {"draft_most": 8}], ids=["scored", "forced"]
 )
 def test_a_step_that_does_more_than_was_foreseen_is_no_drift(more: dict[str, Any]) -> None:
-    """If it failed, an evaluation or answers in JSON would make all prompts of their worker seem slower than they are."""
+    """Steps whose work cannot be predicted, such as scoring a prompt or forced tokens, do not change the worker's scale."""
     watch, row = StepWatch(), Row(pack([0] * 64), 0, tuple(range(8)), None)
     plain, longer = BatchPlan((row,)), BatchPlan((attrs.evolve(row, **more),))
     seconds = CostModel(COSTS).step_s([(64, 0)])
@@ -244,8 +244,8 @@ def test_a_step_that_does_more_than_was_foreseen_is_no_drift(more: dict[str, Any
     assert watch.gauges()["step_cost_scale"] > 1.0
 
 
-def test_guesses_are_foreseen() -> None:
-    """If it failed, a worker that guesses would seem to have become slower, and its prompts with it."""
+def test_drafts_are_part_of_the_prediction() -> None:
+    """Draft tokens are part of a step's predicted cost, so that speculation does not change the worker's scale."""
     watch = StepWatch()
     plan = BatchPlan((Row(pack([0]), 63, tuple(range(8)), None, draft=pack([1, 2, 3])),))
     seconds = CostModel(COSTS).step_s([(1, 63)] * 4)
@@ -256,7 +256,7 @@ def test_guesses_are_foreseen() -> None:
 
 
 def test_a_step_without_all_of_its_threads_is_tried_again() -> None:
-    """Workers of a cluster start together: the first would measure what its steps cost beside another that loads."""
+    """Calibration repeats a step that lacked threads, up to PATIENCE_S in all: other workers may be loading."""
     had, slept = iter([1, 1, 2, 2, *[1] * 1000]), []
     run = patient(lambda rows: (0.01, next(had)), 2, slept.append)
     assert run(((1, 16),)) == (0.01, 2)
@@ -268,7 +268,7 @@ def test_a_step_without_all_of_its_threads_is_tried_again() -> None:
 
 
 def test_a_measurement_is_made_once_and_kept_if_it_had_its_threads(tmp_path: Path) -> None:
-    """If it failed, each start would take seconds longer; or one made on half the cores would serve for ever."""
+    """A measurement is stored and reused; one made with too few threads is reused for a while only."""
     calls = []
 
     def measuring(threads: int):
@@ -299,7 +299,7 @@ def test_a_full_disk_keeps_no_worker_from_starting(tmp_path: Path, monkeypatch: 
 
 
 def test_nothing_is_measured_beside_streams(tmp_path: Path) -> None:
-    """If it failed, a worker that joins under load would seem many times slower than it is, and get no request ever."""
+    """A worker that joins under load takes the costs of another worker, unless it has good ones of its own."""
     like = attrs.evolve(COSTS, row_s=7.0)
 
     def measuring():
@@ -319,7 +319,7 @@ def test_nothing_is_measured_beside_streams(tmp_path: Path) -> None:
     ("load", "shard", "taken"), [(1.0, "s0.1", True), (0.0, "s0.1", False), (1.0, "s1.1", False)]
 )
 def test_whose_figures_a_joining_worker_takes(load: float, shard: str, taken: bool) -> None:
-    """If it failed, those of another device would be taken, or of an idle cluster in which measuring is better."""
+    """A joining worker takes costs only from a busy worker on its own shard."""
     core = JoiningCore(ActorId("d1.1"), "s0")
     worker = Member(ActorId("d0.1"), "DecodeWorker", "", 1, "ready", "decode", ActorId(shard))
     worker = attrs.evolve(worker, load={"requests_running": load}, costs=COSTS)
@@ -335,7 +335,7 @@ def test_whose_figures_a_joining_worker_takes(load: float, shard: str, taken: bo
     ("chunk", "rows", "context"), [(1, 1, 16), (16, 4, 64), (4096, 64, 16), (256, 32, 1024)]
 )
 def test_the_smallest_engines_are_measured_too(chunk: int, rows: int, context: int) -> None:
-    """If it failed, a worker with an odd configuration would not start."""
+    """Calibration works with any chunk size, number of rows and context, and stays within the context."""
     found, _ = measure(lambda shape: (MODEL.step_s(shape), 1), chunk, rows, context, 1)
     assert CostModel(found).decode_s(1, context // 2) == pytest.approx(
         MODEL.decode_s(1, context // 2), rel=0.1
@@ -344,7 +344,7 @@ def test_the_smallest_engines_are_measured_too(chunk: int, rows: int, context: i
 
 
 def test_an_engine_that_is_slower_than_the_budget_still_gives_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One size alone prices a long prompt like a short one; two entries of one size are no table at all."""
+    """An engine too slow for the time budget is still measured at two sizes, which give a line."""
     now = [0.0]
     monkeypatch.setattr("memserve.engine.calibration.time.monotonic", lambda: now[0])
 

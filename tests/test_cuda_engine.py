@@ -1,4 +1,4 @@
-"""The CUDA engine on CPU tensors, with FlashInfer's calls computed by torch: everything of it but the kernels and the GPU."""
+"""The CUDA engine on CPU tensors, with FlashInfer's calls computed by torch: all of it but the kernels and the GPU."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def load(tmp_path_factory):
-    """A model of every family in float32."""
+    """A function that loads a model of a family in float32."""
     place = tmp_path_factory.mktemp("models")
 
     @cache
@@ -65,7 +65,7 @@ def load(tmp_path_factory):
 
 @pytest.mark.parametrize("name", TINY)
 def test_every_family_gives_the_logits_of_the_cpu(load, name):
-    """If it failed, a family's rope, biases, norms or head groups would be computed otherwise on a GPU."""
+    """For every model family the engine's logits are those of the torch model on the CPU."""
     spec, weights = load(name)
     ids = prompt(90, len(name), VOCAB)
     ours, theirs = FlashRunner(spec, weights), Runner(spec, weights)
@@ -77,7 +77,7 @@ def test_every_family_gives_the_logits_of_the_cpu(load, name):
 
 
 def test_bfloat16_stays_near_float32():
-    """If it failed, the residual stream in bfloat16 would cost more than roundings."""
+    """Logits of the engine in bfloat16 differ from those in float32 by rounding errors only."""
     spec = attrs.evolve(tiny_spec(4, 2, 64), layers=6)
     weights = random_weights(spec, "bfloat16", 2)
     exact = {name: tensor.float() for name, tensor in weights.items()}
@@ -100,7 +100,7 @@ def tiny():
 
 
 def make_engine(tiny, rows: int = 8, shared: Cores | None = None) -> tuple[CudaEngine, torch.Tensor, Replays]:
-    """An engine over an arena whose unused bytes are NaN."""
+    """An engine over an arena that is filled with NaN."""
     spec, weights = tiny
     arena = torch.full((PAGES + 1, *spec.page_shape(PAGE_TOKENS)), float("nan"))
     graphs = Replays()
@@ -111,7 +111,7 @@ def make_engine(tiny, rows: int = 8, shared: Cores | None = None) -> tuple[CudaE
 
 
 def test_warming_up_touches_no_page_of_the_pool(tiny):
-    """If it failed, a worker that joins would write into other requests' pages."""
+    """Warming up captures its graphs without writing to a page of the pool, which other requests may hold."""
     engine, arena, graphs = make_engine(tiny)
     engine.warm_up()
     assert bool(arena[:PAGES].isnan().all())
@@ -120,7 +120,7 @@ def test_warming_up_touches_no_page_of_the_pool(tiny):
 
 
 def reached_from(value: object, seen: set[int]) -> Iterator[torch.Tensor]:
-    """The tensors that a closure has, in whatever of ours it has them."""
+    """The tensors that a closure refers to, directly or through our own objects."""
     if id(value) in seen:
         return
     seen.add(id(value))
@@ -143,7 +143,7 @@ def reached_from(value: object, seen: set[int]) -> Iterator[torch.Tensor]:
 
 
 class Forgetful(Replays):
-    """Graphs as a GPU's, which know addresses and keep none of the tensors that a capture was given."""
+    """Graphs that keep, like a GPU's, none of the tensors that a capture used."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -156,7 +156,7 @@ class Forgetful(Replays):
 
 
 def test_captured_tensors_live_as_long_as_their_graph(tiny):
-    """If it failed, torch would give an array that a graph reads to something else, and rows would get others' logits."""
+    """Tensors that a captured graph uses are kept alive: otherwise torch would reuse their memory."""
     spec, weights = tiny
     arena, graphs = torch.zeros(PAGES + 1, *spec.page_shape(PAGE_TOKENS)), Forgetful()
     engine = CudaEngine(spec, weights, arena, fake_flashinfer, graphs, rows=8, backend="fa3")
@@ -167,7 +167,7 @@ def test_captured_tensors_live_as_long_as_their_graph(tiny):
 
 
 def test_calibration_writes_no_page_of_the_pool_and_draws_nothing(tiny):
-    """If it failed, a worker that joins would overwrite other requests' KV, or fail on the NaN of unused pages."""
+    """Calibration writes to no page of the pool and does not fail on the NaN of unused pages."""
     engine, arena, _ = make_engine(tiny)
     engine.warm_up()
     arena[: PAGES // 2] = 0.5
@@ -193,7 +193,8 @@ HOWS = [
 
 
 def drive(engine, spec, seed: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Sequences that prefill in chunks, decode together, join and leave; what was drawn, and prompts with their draws."""
+    """Run sequences that prefill in chunks, decode together, join and leave; returns their draws and their whole token
+    lists."""
     chance = random.Random(seed)
     free = list(range(PAGES))
     chance.shuffle(free)
@@ -229,7 +230,7 @@ def drive(engine, spec, seed: int) -> tuple[list[list[int]], list[list[int]]]:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_whole_conversations_give_the_tokens_of_the_torch_model(tiny, seed):
-    """If it failed, captured steps, steps planned ahead or draws would give other tokens than the definition of right."""
+    """With captured steps, steps that are planned ahead and batched draws, tokens are those of the torch model."""
     spec, weights = tiny
     engine, _, graphs = make_engine(tiny)
     engine.warm_up()
@@ -245,7 +246,7 @@ def test_whole_conversations_give_the_tokens_of_the_torch_model(tiny, seed):
 
 
 def test_workers_of_one_gpu_see_one_another_at_work(tiny, tmp_path):
-    """If it failed, the time that a neighbour takes from the GPU would count as drift, and be priced twice."""
+    """A step reports how many workers share the GPU at the time, so that their share is not taken for drift."""
     ours, (other, _, _) = (
         Cores(tmp_path / "gpu", 1, 1),
         make_engine(tiny, shared=Cores(tmp_path / "gpu", 1, 1)),
@@ -260,7 +261,7 @@ def test_workers_of_one_gpu_see_one_another_at_work(tiny, tmp_path):
 
 
 def test_the_next_decode_step_is_planned_while_this_one_runs(tiny, monkeypatch):
-    """If it failed, the GPU would wait for the host's planning at every token, or run on tables of another step."""
+    """While a decode step runs the next is planned, with the right tables; another row is planned again."""
     engine, _, _ = make_engine(tiny)
     engine.warm_up()
     loads = []
@@ -276,12 +277,12 @@ def test_the_next_decode_step_is_planned_while_this_one_runs(tiny, monkeypatch):
     # One plan for the first step, then each ahead of its step.
     assert [one[0] for one in loads] == [i % 16 + 1 for i in range(21)]
     loads.clear()
-    engine.run(BatchPlan((Row(pack([5]), 7, (3,), GREEDY),)))  # another row: planned anew, and ahead again
+    engine.run(BatchPlan((Row(pack([5]), 7, (3,), GREEDY),)))  # another row: planned again, and then ahead
     assert [one[0] for one in loads] == [8, 9]
 
 
 def test_a_step_that_draws_nothing_is_waited_for(tiny):
-    """If it failed, pages would be published, and read by other processes, before the GPU has written them."""
+    """The engine waits for a step that draws nothing: its pages must be written before others read them."""
     engine, _, graphs = make_engine(tiny)
     engine.warm_up()
     for row in (Row(pack([1]), 15, (0,), None), Row(pack([1, 2]), 0, (0,), None)):
@@ -292,7 +293,7 @@ def test_a_step_that_draws_nothing_is_waited_for(tiny):
 
 @pytest.mark.parametrize("heads", [32, 64])
 def test_the_workspace_holds_the_parts_of_the_largest_captured_batch(heads):
-    """If it failed, a worker with `[batch] rows` in the hundreds would end at its start with FlashInfer's "Buffer overflow"."""
+    """The workspace is large enough for the largest captured batch; with less, FlashInfer fails with "Buffer overflow"."""
     arena = torch.zeros(4, 1, 2, 8, 16, 128, dtype=torch.bfloat16)
     attention = FlashInferAttention(fake_flashinfer, arena, heads, "fa2", 1024)
     table = Table.of((), 16).padded(1024, 3)
@@ -317,7 +318,7 @@ def test_tables_of_long_contexts_are_planned_for(bias):
 
 
 def test_not_a_number_names_the_row(tiny):
-    """If it failed, a broken page would go on as token 0."""
+    """Logits that are not a number raise an error that names the row, instead of giving token 0."""
     engine, _, _ = make_engine(tiny)
     engine.warm_up()
     good, bad = Row(pack([1]), 0, (0,), GREEDY), Row(pack([1]), 5, (1,), GREEDY)  # page 1 was never written
@@ -328,14 +329,14 @@ def test_not_a_number_names_the_row(tiny):
 
 
 def test_plans_are_checked_and_the_scratch_page_is_nobodys(tiny):
-    """If it failed, a wrong page number would corrupt another request's answer in silence."""
+    """Page numbers beyond the pool are refused, also that of the engine's own scratch page."""
     engine, _, _ = make_engine(tiny)
     with pytest.raises(ValueError, match=f"the arena has 0 to {PAGES - 1}"):
         engine.run(BatchPlan((Row(pack([1]), 0, (PAGES,), GREEDY),)))
 
 
 def test_draws_together_are_the_draws_one_by_one():
-    """If it failed, a stream that moves between a GPU and a CPU, or between batches, would go on with other tokens."""
+    """Draws of a whole batch equal the draws of the CPU one by one, or are left to the CPU."""
     generator = torch.Generator().manual_seed(4)
     chance = random.Random(9)
     for vocab in (7, 100, 257, 3000):
@@ -357,7 +358,7 @@ def test_draws_together_are_the_draws_one_by_one():
 
 
 def test_kernels_are_chosen_by_the_device_and_the_head_groups():
-    """If it failed, a step would end with "Unsupported group_size", or run fa3 where it cannot."""
+    """fa3 is used on Hopper GPUs only, and tensor cores for decode only from groups of 4 heads."""
     assert [prefill_backend(one) for one in ((8, 0), (8, 9), (9, 0), (10, 0), (12, 0))] == [
         "fa2",
         "fa2",
@@ -369,7 +370,7 @@ def test_kernels_are_chosen_by_the_device_and_the_head_groups():
 
 
 def test_kernels_count_as_compiled_only_when_each_kind_is_there(tmp_path, monkeypatch):
-    """If it failed, one library of many would forbid flashinfer to compile the others, and no worker would start."""
+    """Kernels count as compiled only if every library that the model needs is there: the others must be compiled first."""
     monkeypatch.setattr(
         "importlib.util.find_spec", lambda name: SimpleNamespace(submodule_search_locations=[str(tmp_path)])
     )
@@ -396,8 +397,8 @@ def test_kernels_count_as_compiled_only_when_each_kind_is_there(tmp_path, monkey
 
 @pytest.fixture
 def played(monkeypatch):
-    """A GPU of 4 GB whose memory is the host's; what was set of torch."""
-    cupy, told = fake_cupy(), {}
+    """A GPU of 4 GB whose memory is the host's; the second value records calls of torch that set something."""
+    cupy, settings = fake_cupy(), {}
     monkeypatch.setattr(gpu_memory, "load_runtime", lambda: cupy)
     monkeypatch.setattr(cuda, "CudaGraphs", lambda device: Replays())
     monkeypatch.setattr(cuda, "load_flashinfer", lambda capability, spec: fake_flashinfer)
@@ -405,13 +406,13 @@ def played(monkeypatch):
     for name, answer in (("get_device_capability", (9, 0)), ("get_device_properties", properties)):
         monkeypatch.setattr(torch.cuda, name, lambda device, answer=answer: answer)
     for name in ("init", "set_device", "set_per_process_memory_fraction"):
-        monkeypatch.setattr(torch.cuda, name, lambda *given, name=name: told.update({name: given}))
-    return cupy, told
+        monkeypatch.setattr(torch.cuda, name, lambda *given, name=name: settings.update({name: given}))
+    return cupy, settings
 
 
 async def test_a_worker_opens_its_shards_pages_and_weights(played, tmp_path, folder):
-    """If it failed, a worker would end at its start, run another model, or take the memory of others on its GPU."""
-    cupy, told = played
+    """A worker runs on the pages and weights of its shard, within its share of the GPU's memory."""
+    cupy, settings = played
     weights = random_weights(SPEC, "bfloat16", 5)
     save_weights(weights, tmp_path / "w")
     files = ModelFiles(SPEC, tmp_path / "w", tmp_path / "tokenizer.json")
@@ -429,7 +430,7 @@ async def test_a_worker_opens_its_shards_pages_and_weights(played, tmp_path, fol
         engine = await trio.to_thread.run_sync(cuda.open_engine, resolved, files, folder / "a.sock", 0)
         nursery.cancel_scope.cancel()
     where = torch.device("cuda", 0)
-    assert told == {"init": (), "set_device": (where,), "set_per_process_memory_fraction": (0.25, where)}
+    assert settings == {"init": (), "set_device": (where,), "set_per_process_memory_fraction": (0.25, where)}
     ids, pages = prompt(40, 3, SPEC.vocab), (4, 7, 1)
     (token,) = engine.run(BatchPlan((Row(pack(ids), 0, pages, GREEDY),))).tokens
     exact = Runner(SPEC, {name: one.float() for name, one in weights.items()})

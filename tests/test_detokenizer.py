@@ -21,7 +21,7 @@ def cut(data, places):
 
 @given(st.text(), st.lists(st.integers(0, 1000)))
 def test_any_cut_of_any_text_comes_out_whole(text, places):
-    """A character would be lost, or shown as two broken halves, where a token ends within it."""
+    """Any text comes out whole however its bytes are cut, and no character is shown in parts."""
     pieces = cut(text.encode(), places)
     detokenizer = Detokenizer(pieces.__getitem__)
     outputs = [detokenizer.push(token) for token in range(len(pieces))]
@@ -33,7 +33,7 @@ def test_any_cut_of_any_text_comes_out_whole(text, places):
 
 @given(st.binary(), st.lists(st.integers(0, 1000)))
 def test_bytes_that_are_no_text_come_out_as_replacement_characters(data, places):
-    """A model that emits half a character would end its stream with an exception, or with other text than whole."""
+    """Bytes that are not UTF-8 come out as replacement characters, as when decoded at once."""
     pieces = cut(data, places)
     detokenizer = Detokenizer(pieces.__getitem__)
     outputs = [detokenizer.push(token) for token in range(len(pieces))]
@@ -42,7 +42,7 @@ def test_bytes_that_are_no_text_come_out_as_replacement_characters(data, places)
 
 
 def test_a_character_of_several_tokens_waits_for_its_last():
-    """Clients would see replacement characters flicker in streamed CJK and emoji."""
+    """A character of several tokens comes out with its last token."""
     tokenizer = demo_tokenizer()
     tokens = tokenizer.encode("日🚀", allow_special=False)
     assert len(tokens) > 3
@@ -57,7 +57,7 @@ def test_a_character_of_several_tokens_waits_for_its_last():
 
 
 def test_time_per_token_does_not_grow():
-    """A stream would slow down as it gets longer, as it does where everything is decoded again for each token."""
+    """The time for a token does not grow with the length of the stream."""
     detokenizer = Detokenizer(lambda _token: b"word ")
     scanner = StopScanner(["\n\nUser:"])
 
@@ -73,7 +73,7 @@ def test_time_per_token_does_not_grow():
 
 
 def naive(text, stops):
-    """The text up to the stop string that is complete first, the longest of those, by trying every end."""
+    """The text up to the stop string that is complete first, the longest if there are several, by trying every end."""
     for end in range(len(text) + 1):
         matches = [stop for stop in stops if text[:end].endswith(stop)]
         if matches:
@@ -88,7 +88,7 @@ stops = st.lists(st.text("ab", min_size=1, max_size=5), max_size=4)
 
 @given(letters, stops, st.lists(st.integers(0, 1000), max_size=8))
 def test_stop_strings_are_found_however_the_text_is_cut(text, stops, places):
-    """A stop string across two tokens would be missed, or a part of it would reach the client."""
+    """Stop strings are found however the text is cut, and no part of them is passed on."""
     scanner = StopScanner(stops)
     outputs = [scanner.push(part) for part in cut(text, places)]
     before, matched = naive(text, stops)
@@ -103,7 +103,7 @@ def test_stop_strings_are_found_however_the_text_is_cut(text, stops, places):
 
 @given(letters, stops)
 def test_only_what_may_become_a_stop_string_is_held_back(text, stops):
-    """Streaming with a stop string would stutter: text would wait though nothing can come of it."""
+    """Only text that may become a stop string is held back."""
     scanner = StopScanner(stops)
     output = scanner.push(text)
     if scanner.matched is None:
@@ -113,7 +113,7 @@ def test_only_what_may_become_a_stop_string_is_held_back(text, stops):
 
 
 def test_nothing_comes_out_after_a_stop():
-    """Text after the stop string would reach the client when tokens were already on their way."""
+    """No text comes out after a stop string."""
     scanner = StopScanner(["STOP"])
 
     assert scanner.push("one STOP two") == "one "
@@ -130,12 +130,12 @@ def test_nothing_comes_out_after_a_stop():
     ],
 )
 def test_stop_strings_have_limits(stops, text):
-    """A request could make every token of its stream expensive, or hold its text back for ever."""
+    """The number and length of stop strings are limited."""
     with pytest.raises(ValueError, match=text):
         check_stops(stops)
 
 
 def test_the_limits_themselves_are_allowed():
-    """A documented limit would be off by one."""
+    """As many and as long stop strings as the limits say are accepted."""
     check_stops(["x" * STOP_CHARACTERS_MAX] * STOPS_MAX)
     check_stops([])

@@ -1,4 +1,4 @@
-"""The short way of a stream's events to its socket: the same bytes, whatever the client and the socket do."""
+"""Events of a stream written straight to the socket: the same bytes, whatever the client and the socket do."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BODY = {"prompt": "x", "stream": True, "return_token_ids": True}
 
 
 def tokens_of(text: str) -> list[int]:
-    """Of all events in a body."""
+    """The token ids of all events in a body."""
     chunks = [json.loads(one) for one in sse(text) if one != "[DONE]"]
     return [token for chunk in chunks for choice in chunk["choices"] for token in choice["token_ids"]]
 
@@ -35,7 +35,7 @@ def tokens_of(text: str) -> list[int]:
 
 @pytest.fixture
 def ends():
-    """A server's socket that holds little, and its client's."""
+    """A server's socket with a small buffer, and its client's."""
     server, client = socket.socketpair()
     server.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     server.setblocking(False)
@@ -45,7 +45,7 @@ def ends():
 
 
 async def test_a_full_socket_keeps_the_rest_for_later(ends):
-    """A client that reads slowly would get a chunk with a hole in it."""
+    """What a full socket does not take is written by drain, and the chunk arrives whole."""
     server, client = ends
     writer, data = DirectWriter(server), bytes(range(256)) * 2000
     assert not writer.write(data)
@@ -62,7 +62,7 @@ async def test_a_full_socket_keeps_the_rest_for_later(ends):
 
 @pytest.mark.parametrize("how", ["client", "server", "server while it waits"])
 async def test_a_connection_that_ends_is_an_error_of_drain(ends, how):
-    """The request would go on for nobody; raised in the middle of the Frontend's turn, it would end those of all others."""
+    """A connection that ends makes drain raise, never write: that runs in a turn of the Frontend for all requests."""
     server, client = ends
     writer = DirectWriter(server)
     if how == "server":
@@ -92,7 +92,10 @@ async def test_a_connection_that_ends_is_an_error_of_drain(ends, how):
 
 @attrs.define
 class Paper:
-    """What was written of one response, by which way. ``takes``: what the socket takes of each write, True if left out."""
+    """A connection that records what was written, and how.
+
+    ``takes``: whether the socket takes each write whole, True beyond its end.
+    """
 
     takes: list[bool] = attrs.field(factory=list)
     drain_s: float = 10.0
@@ -111,7 +114,7 @@ class Paper:
             self.full = False
 
     def through(self, app):
-        """The application on a server that has a short way."""
+        """The application on a server that offers direct writes."""
 
         async def wrapped(scope, receive, send):
             async def noted(message):
@@ -130,12 +133,12 @@ class Paper:
 
     @property
     def ways(self) -> str:
-        """d for direct, s for through the server."""
+        """For each write, d for direct or s for through the server."""
         return "".join(way[0] for way, _ in self.written)
 
 
 async def answered(paper: Paper, *scripts: list, **body) -> Paper:
-    """A response to one request, of as many answers as there are scripts."""
+    """The response to one request with as many answers as there are scripts."""
     service = FakeService(lambda request: scripts[request.params.sampling.seed])
     app = build_app(service, demo_tokenizer(), demo_spec(), settings())
     transport = httpx.ASGITransport(paper.through(app), raise_app_exceptions=False)
@@ -148,13 +151,13 @@ async def answered(paper: Paper, *scripts: list, **body) -> Paper:
 
 
 def spaced(gap_s: float, *tokens: int) -> list:
-    """A script: a token each ``gap_s``, the last with the end."""
+    """A script with one token each ``gap_s``, the last one together with the end."""
     steps = [step for token in tokens for step in (gap_s, Chunk((token,)))]
     return [*steps[:-1], Chunk(tokens[-1:], "length")]
 
 
 async def test_each_event_goes_the_short_way_at_once(autojump_clock):
-    """Every token would cost two task switches and the server's layers again."""
+    """Each event is written directly, without the server's task switches."""
     paper = await answered(Paper(), spaced(1.0, *range(300, 310)))
     assert paper.ways == "d" * 10
     assert tokens_of(paper.text) == list(range(300, 310))
@@ -162,7 +165,7 @@ async def test_each_event_goes_the_short_way_at_once(autojump_clock):
 
 
 async def test_what_comes_while_a_client_does_not_take_gathers(autojump_clock):
-    """Events would overtake the rest of one that was cut, or be written into a full socket one by one."""
+    """While the socket is full, tokens gather and are sent as one event when it has room."""
     paper = await answered(Paper([True, True, False], drain_s=3.5), spaced(1.0, *range(300, 310)))
     assert paper.ways == "d" * 8
     assert tokens_of(paper.text) == list(range(300, 310))
@@ -170,7 +173,7 @@ async def test_what_comes_while_a_client_does_not_take_gathers(autojump_clock):
 
 
 async def test_pings_count_from_the_last_event_by_either_way(autojump_clock):
-    """A stream that talks would be full of pings, or a silent one would be cut by a proxy."""
+    """Pings are sent after silence only, counted from the last event, whichever way it was written."""
     steps = [*spaced(10.0, *range(300, 306))[:-1], Chunk((305,)), 40.0, Chunk((306,), "length")]
     paper = await answered(Paper(), steps)
     assert paper.ways == "d" * 9
@@ -179,7 +182,7 @@ async def test_pings_count_from_the_last_event_by_either_way(autojump_clock):
 
 
 async def test_answers_that_end_at_different_times_share_the_short_way(autojump_clock):
-    """The end of the first would be taken for the end of all, or the second would begin without its opening."""
+    """Several answers of one response, which end at different times, are each written whole."""
     scripts = spaced(1.0, 300, 301, 302), [1.5, *spaced(1.0, 400, 401, 402, 403)]
     paper = await answered(Paper(), *scripts, echo=True)
     assert paper.ways == "d" * 7
@@ -192,7 +195,7 @@ async def test_answers_that_end_at_different_times_share_the_short_way(autojump_
 
 
 async def test_the_scores_of_a_prompt_go_before_all_that_came_sooner():
-    """The short way would write an answer before its prompt, or nobody would write it until the next ping."""
+    """Tokens that arrive before the scores of their prompt are written after them."""
     values, two = array("d", [-0.5]).tobytes(), pack([2])
     scores = (PromptLogprobs(values, two, two, values),)
     scripts = (
@@ -209,7 +212,7 @@ async def test_the_scores_of_a_prompt_go_before_all_that_came_sooner():
 
 
 async def test_a_failure_after_events_of_the_short_way_is_an_event(autojump_clock):
-    """The client would take a broken answer for a whole one."""
+    """A failure after direct events is an error event, and no [DONE] follows."""
     failure = RequestFailed("worker_lost", "gone", 503)
     paper = await answered(Paper(), [1.0, Chunk((300,)), 1.0, Chunk((301,)), 1.0, failure])
     assert paper.ways == "ddd"
@@ -218,7 +221,7 @@ async def test_a_failure_after_events_of_the_short_way_is_an_event(autojump_cloc
 
 
 async def test_text_that_is_held_back_makes_no_event_by_the_short_way(autojump_clock):
-    """Half a character would be shown, or an empty chunk, which ends the body, would be written."""
+    """Incomplete characters make no event: an empty chunk would end the body."""
     steps = [1.0, *says("a 日本 done", delay_s=1.0)]
     paper = await answered(Paper(), steps, return_token_ids=False, stream_options={"include_usage": True})
     *chunks, done = list(sse(paper.text))
@@ -235,7 +238,7 @@ async def test_text_that_is_held_back_makes_no_event_by_the_short_way(autojump_c
 
 @pytest.fixture
 def direct_writes(monkeypatch):
-    """Sizes of what went the short way."""
+    """The sizes of what was written directly."""
     sizes: list[int] = []
     write = DirectWriter.write
 
@@ -263,7 +266,7 @@ async def open_client(url: str, buffer: int | None = None) -> trio.SocketStream:
 
 
 async def read_body(stream: trio.SocketStream, parser: h11.Connection) -> str:
-    """The next response's body, read strictly."""
+    """The body of the next response, read by h11."""
     body = b""
     with trio.fail_after(20):
         while not isinstance(event := parser.next_event(), h11.EndOfMessage):
@@ -275,7 +278,7 @@ async def read_body(stream: trio.SocketStream, parser: h11.Connection) -> str:
 
 
 def asking() -> h11.Connection:
-    """A parser of what a server answers to :func:`request`."""
+    """A parser for the response to :func:`request`."""
     parser = h11.Connection(h11.CLIENT)
     parser.send(h11.Request(method="POST", target="/", headers=[("host", "x")]))
     parser.send(h11.EndOfMessage())
@@ -283,7 +286,7 @@ def asking() -> h11.Connection:
 
 
 async def test_a_kept_connection_serves_one_stream_after_another(direct_writes):
-    """The server's own account of the connection would no longer match what was written past it."""
+    """Several streams on one connection work, though the server does not see what is written directly."""
     service = FakeService(lambda _r: spaced(0.005, *range(300, 320)))
     async with served(service) as url, await open_client(url) as stream:
         for _ in range(3):
@@ -294,7 +297,7 @@ async def test_a_kept_connection_serves_one_stream_after_another(direct_writes):
 
 
 async def test_a_client_that_pauses_gets_every_token_in_order(direct_writes):
-    """A full socket cuts chunks anywhere; a byte lost or doubled there breaks the whole stream."""
+    """A client that reads late gets every token in order, although the socket was full in between."""
     tokens = [300 + number % 40_000 for number in range(200_000)]
     parts = [tuple(tokens[at : at + 1000]) for at in range(0, len(tokens), 1000)]
     steps = [step for part in parts for step in (0.001, Chunk(part))]
@@ -308,7 +311,7 @@ async def test_a_client_that_pauses_gets_every_token_in_order(direct_writes):
 
 
 async def test_a_client_without_chunks_is_served_through_the_server(direct_writes):
-    """HTTP/1.0 knows no chunks: their sizes would be in its text."""
+    """A client of HTTP/1.0, which knows no chunks, is served through the server."""
     service = FakeService(lambda _r: spaced(0.005, *range(300, 320)))
     async with served(service) as url, await open_client(url) as stream:
         await stream.send_all(request(b"1.0"))

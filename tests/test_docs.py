@@ -1,4 +1,4 @@
-"""The documentation held to the code: settings, commands, events and file names."""
+"""The documentation compared with the code: settings, commands, events and file names."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from memserve.settings import configfile
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 OUTSIDE = {"cluster.toml", "logs/"}
-"""Files that users have, not the repository."""
+"""Files that users have and the repository has not."""
 WALKS = (
     ROOT / "README.md",
     *(
@@ -46,13 +46,13 @@ WALKS = (
 
 
 def text(path: Path) -> str:
-    """A page's text; a page that lacks is a failure."""
+    """The text of a page, which must exist."""
     assert path.is_file(), f"{path.relative_to(ROOT)} lacks"
     return path.read_text()
 
 
 def setting_row(field: attrs.Attribute) -> str:
-    """The line of docs/configuration.md about one setting, as its code has it."""
+    """The line about a setting that docs/configuration.md must have."""
     default, rule = field.default, field.metadata["rule"]
     default = str(default).lower() if isinstance(default, bool) else default  # as TOML has it
     shown = {attrs.NOTHING: "required", None: "unset", (): "none", "": "unset"}.get(default, f"`{default}`")
@@ -62,7 +62,7 @@ def setting_row(field: attrs.Attribute) -> str:
 
 @pytest.mark.parametrize("section", config.section_types())
 def test_every_setting_is_documented_as_it_is(section):
-    """If it failed, docs/configuration.md would lack a setting, or name another default, unit, rule or meaning."""
+    """docs/configuration.md has each setting with its default, unit, rule and meaning."""
     page = text(DOCS / "configuration.md")
     heading = f"## `[[{section}]]`" if section in ("shard", "worker") else f"## `[{section}]`"
     assert heading in page, heading
@@ -74,7 +74,7 @@ def test_every_setting_is_documented_as_it_is(section):
 
 
 def commands() -> dict[str, list[str]]:
-    """Each command's options, by their long names."""
+    """The options of each command, by their long names."""
     found = {}
     for name in ("up", "key", "check", "status", "join", "role", "drain", "logs", "sim", "version"):
         arguments = cli.app[name].assemble_argument_collection()
@@ -85,7 +85,7 @@ def commands() -> dict[str, list[str]]:
 
 
 def test_every_command_and_option_is_documented():
-    """If it failed, an option could only be found by reading the source."""
+    """docs/operations.md has every command and option."""
     page = text(DOCS / "operations.md")
     for command, options in commands().items():
         heading = f"## `memserve {command}`"
@@ -96,7 +96,7 @@ def test_every_command_and_option_is_documented():
 
 
 def test_every_documented_event_is_one_that_is_logged():
-    """If it failed, someone would search the logs for a line that is never written."""
+    """Every event that docs/operations.md lists is logged somewhere."""
     part = text(DOCS / "operations.md").partition("### Events")[2].partition("\n## ")[0]
     source = "\n".join(path.read_text() for path in (ROOT / "src").rglob("*.py"))
     events = [
@@ -110,7 +110,7 @@ def test_every_documented_event_is_one_that_is_logged():
 
 @pytest.mark.parametrize("page", WALKS, ids=lambda path: path.name)
 def test_every_file_that_is_mentioned_exists(page):
-    """If it failed, a newcomer would be sent to a file that is not there."""
+    """Every file that the pages mention exists."""
     mentioned = set(re.findall(r"`((?:[\w.-]+/)*[\w.-]+\.(?:py|toml|md|cpp|txt)|(?:[\w.-]+/)+)`", text(page)))
     mentioned |= set(re.findall(r"\]\(([^)#:]+)\)", text(page)))
     places = (ROOT, ROOT / "src" / "memserve", ROOT / "docs")
@@ -119,7 +119,7 @@ def test_every_file_that_is_mentioned_exists(page):
 
 
 def test_what_loads_is_documented_as_it_is():
-    """If it failed, someone would download a model that does not load, or not try one that does."""
+    """docs/models.md lists the families, tensor types and tokenizers that load."""
     page = text(DOCS / "models.md")
     rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \| (as )?`(\w+)` \|", page, re.M)
     assert [(name, None if other else gguf) for name, _, other, gguf in rows] == [
@@ -132,7 +132,7 @@ def test_what_loads_is_documented_as_it_is():
 
 
 def test_the_family_that_is_shown_is_the_code():
-    """If it failed, the page that explains how to add a family would explain another engine."""
+    """The code shown in docs/models.md is in the source."""
     blocks = re.findall(r"```python\n(.*?)```", text(DOCS / "models.md"), re.S)
     code = text(ROOT / "src" / "memserve" / "engine" / "families.py")
     assert len(blocks) == 2
@@ -140,7 +140,7 @@ def test_the_family_that_is_shown_is_the_code():
 
 
 def test_only_one_file_knows_the_families():
-    """If it failed, adding a family would take a search through the engine."""
+    """Names of model families appear in one file of the engine only."""
     names = {family.name for family in FAMILIES}
     elsewhere = {
         path.name
@@ -153,26 +153,26 @@ def test_only_one_file_knows_the_families():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.name)
 def test_every_shipped_configuration_loads(path):
-    """If it failed, the first command of the README could end in an error."""
+    """Every shipped configuration loads and begins with a comment on its purpose."""
     loaded = configfile.load(str(path))
     assert loaded.worker
     assert path.read_text().startswith("# "), "it must say what it is for"
 
 
 def test_the_readme_names_the_commands_that_exist():
-    """If it failed, the README's first commands would not work."""
+    """The make targets that the README names exist."""
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     named = set(re.findall(r"\bmake ([a-z-]+)", text(ROOT / "README.md")))
     assert {"up", "check"} <= named <= targets
 
 
 def choices(hint: object) -> list[object]:
-    """The values of a Literal, or of one that may be None."""
+    """The values of a Literal type, or of an optional one."""
     return [value for one in get_args(hint) for value in (get_args(one) or [one])]
 
 
 def loadgen_rows(command: str) -> list[str]:
-    """The lines of docs/benchmarking.md about one command's own options, as its code has them."""
+    """The lines about a command's own options that docs/benchmarking.md must have."""
     rows = []
     for argument in loadgen_cli.app[command].assemble_argument_collection():
         names = [name for name in argument.names if name.startswith("--") and not name.startswith("--no-")]
@@ -188,7 +188,7 @@ def loadgen_rows(command: str) -> list[str]:
 
 
 def test_every_option_of_the_load_generator_is_documented_as_it_is():
-    """If it failed, docs/benchmarking.md would lack an option, or name another default or meaning."""
+    """docs/benchmarking.md has each option of the load generator with its default and meaning."""
     page = text(DOCS / "benchmarking.md").splitlines()
     for command in ("run", "sweep", "compare", "report"):
         assert f"## `memserve-loadgen {command}`" in page
@@ -197,7 +197,7 @@ def test_every_option_of_the_load_generator_is_documented_as_it_is():
 
 
 def test_every_workload_of_the_load_generator_is_documented():
-    """If it failed, a workload or a file format could only be found by reading the source."""
+    """docs/benchmarking.md has every workload and file format."""
     page = text(DOCS / "benchmarking.md")
     kinds = get_args(loadgen_options.Kind)
     assert not [kind for kind in kinds if f"| `{kind}` |" not in page]
@@ -206,7 +206,7 @@ def test_every_workload_of_the_load_generator_is_documented():
 
 
 def test_every_documented_command_of_the_load_generator_is_understood():
-    """If it failed, an example would end in an error."""
+    """The example commands in docs/benchmarking.md parse."""
     examples = re.findall(r"^memserve-loadgen .+?(?<!\\)$", text(DOCS / "benchmarking.md"), re.M | re.S)
     assert len(examples) >= 8
     for example in examples:

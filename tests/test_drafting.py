@@ -1,4 +1,4 @@
-"""What is guessed of an answer, and how far: deciding code alone."""
+"""What is drafted of an answer, and how many tokens: the deciding code alone."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from memserve.tokens import count, pack, unpack
 PAGE_TOKENS = 16
 GREEDY = Sampling(0.0)
 WEIGHTS_ALONE = StepCosts(((1.0, 0.010), (8.0, 0.011), (16.0, 0.018), (64.0, 0.060)), row_s=0.0001)
-"""A machine on which eight tokens take hardly longer than one, and sixteen nearly twice as long."""
+"""Costs of a machine on which eight tokens take hardly longer than one, and sixteen nearly twice as long."""
 
 
 def followed(tokens: list[int], length: int, most: int) -> list[int] | None:
-    """What followed the last ``length`` tokens the last time before, said over and over where it reaches the end."""
+    """What followed the last earlier occurrence of the last ``length`` tokens, repeated where it reaches the end."""
     for end in range(len(tokens) - 1, length - 1, -1):
         if tokens[end - length : end] == tokens[len(tokens) - length :]:
             return [tokens[end + i % (len(tokens) - end)] for i in range(most)]
@@ -36,7 +36,7 @@ def followed(tokens: list[int], length: int, most: int) -> list[int] | None:
 
 @given(st.lists(st.sampled_from([0, 1, 256, 65536, 257]), max_size=60), st.integers(1, 9))
 def test_a_guess_is_what_followed_the_most_alike_tokens(tokens: list[int], most: int) -> None:
-    """Bytes that are alike across the border of two tokens, or the end found in itself, would be guessed as an answer."""
+    """A guess is what followed the longest earlier match of the last tokens, at token borders only."""
     found = guess(pack(tokens), most)
     expected = next((one for n in (5, 3, 2, 1) if (one := followed(tokens, n, most)) is not None), None)
     assert (None if found is None else list(unpack(found.tokens))) == expected
@@ -50,7 +50,7 @@ def test_a_guess_is_what_followed_the_most_alike_tokens(tokens: list[int], most:
 
 
 def test_the_more_is_alike_the_likelier_a_guess() -> None:
-    """The length of the match would not be known, and all guesses be worth the same."""
+    """A guess reports the length of its match, up to 8 tokens, by which its chance is estimated."""
     text = [7, *range(10, 20), 99, 8]
     assert [guess(pack(text + text[1 : 1 + n]), 1).suffix for n in (1, 2, 3, 4, 5, 8, 9)] == [
         1,
@@ -66,7 +66,7 @@ def test_the_more_is_alike_the_likelier_a_guess() -> None:
 
 
 def test_what_came_after_the_prompt_before_is_guessed_first() -> None:
-    """Who asks the same again would be answered as slowly as the first time."""
+    """What the index holds behind the prompt is used for guesses, unless the answer itself has a longer match."""
     sequel = pack([1, 2, 3, 4, 5, 90, 91, 92, 93])
     assert guess(pack([9, 9, 2, 3, 4, 5]), 2, sequel) == Guess(pack([90, 91]), 4)
     assert guess(pack([9, 9, 2, 3, 4, 5, 90, 91]), 8, sequel) == Guess(pack([92, 93]), 6)
@@ -76,7 +76,7 @@ def test_what_came_after_the_prompt_before_is_guessed_first() -> None:
 
 
 def test_acceptance_is_learned_and_nothing_is_learned_of_what_was_not_reached() -> None:
-    """A worker whose streams say nothing twice would guess for ever, or one wrong token would speak of all behind it."""
+    """Acceptance is learned for each match length from tokens that were checked, not from those behind a wrong one."""
     acceptance = Acceptance()
     acceptance.saw(2, drafted=3, right=1)
     assert acceptance.after(2) > ACCEPTANCE[2]
@@ -89,7 +89,7 @@ def test_acceptance_is_learned_and_nothing_is_learned_of_what_was_not_reached() 
 
 
 def test_what_was_learned_is_forgotten_where_nothing_is_tried() -> None:
-    """A worker that once served text without repetition would guess nothing for ever."""
+    """A worker whose guesses were all wrong tries one now and then, and guesses again when they become right."""
     dear = StepCosts(((1.0, 0.010), (2.0, 0.018), (9.0, 0.074)))
     drafting = Drafting(1, PAGE_TOKENS, 1000, Outbox())
 
@@ -105,18 +105,18 @@ def test_what_was_learned_is_forgotten_where_nothing_is_tried() -> None:
 
 
 def rows(number: int, context: int = 100) -> list[Row]:
-    """Streams."""
+    """Decode rows of several streams."""
     return [Row(pack([1]), context, (), GREEDY) for _ in range(number)]
 
 
 def likeliest(probability: float, number: int, length: int) -> list[tuple[float, int]]:
-    """Of streams that are all alike."""
+    """Guesses for streams that are all alike, sorted by probability."""
     found = [(probability**place, row) for row in range(number) for place in range(1, length + 1)]
     return sorted(found, reverse=True)
 
 
 def test_one_stream_guesses_far_and_many_do_not() -> None:
-    """Guesses would be run that cost more than they promise, or none where they cost nothing."""
+    """One stream drafts as far as tokens cost nothing; with many streams only drafts that pay are run."""
     model = CostModel(WEIGHTS_ALONE)
     assert worth(rows(1), likeliest(0.7, 1, 8), model) == {
         0: 7
@@ -127,13 +127,13 @@ def test_one_stream_guesses_far_and_many_do_not() -> None:
 
 
 def test_a_likely_guess_is_worth_its_costs_in_a_full_step() -> None:
-    """Drafts would end where another token begins to cost something."""
+    """Likely drafts are run even where they make the step longer."""
     found = worth(rows(16), likeliest(0.99, 16, 8), CostModel(WEIGHTS_ALONE))
     assert sum(found.values()) > 16
 
 
 def test_a_slow_prompt_in_the_step_makes_guesses_cheap() -> None:
-    """Streams that wait for a chunk would say a token in the time in which they could say several."""
+    """With a prompt chunk in the step, drafts cost relatively less, and more of them are run."""
     chunk = Row(pack(range(50)), 0, (), None)
     model = CostModel(WEIGHTS_ALONE)
     alone = worth(rows(8), likeliest(0.5, 8, 1), model)
@@ -141,7 +141,7 @@ def test_a_slow_prompt_in_the_step_makes_guesses_cheap() -> None:
 
 
 def stream(tokens: list[int], how: Sampling = GREEDY, *, prompt: int = 10, most: int = 100) -> Sequence:
-    """A sequence in mid-answer, with pages for its tokens and one more."""
+    """A sequence in the middle of its answer, with pages for its tokens and one more."""
     me, shard = ActorId("w"), ActorId("s")
     request = Request("r", 0, ActorId("f"), "", pack(tokens[:prompt]), prompt, most, (), how)
     one = Sequence(request, Plan(me, me, shard, me), pack(tokens), Phase.READY, 0.0, 0)
@@ -153,7 +153,7 @@ def stream(tokens: list[int], how: Sampling = GREEDY, *, prompt: int = 10, most:
 def drafted(
     one: Sequence, most: int = 8, max_context: int = 1000, costs: StepCosts | None = None
 ) -> list[int]:
-    """What it guesses in its next step."""
+    """The draft of its next step."""
     drafting = Drafting(most, PAGE_TOKENS, max_context, Outbox())
     batch = form_batch([one], BatchLimits(64, 8), PAGE_TOKENS)
     return list(unpack(drafting.added(batch, costs).plan.rows[0].draft))
@@ -163,11 +163,11 @@ ROUND = [*range(10, 17), *range(10, 17), 10, 11]
 
 
 def test_a_draft_is_no_longer_than_what_can_be_used() -> None:
-    """Tokens behind the last one, the context or the pages would be run, or written to nobody's page."""
+    """A draft ends at its own limit, at the answer's last token, at the context and at the last page."""
     assert drafted(stream(ROUND)) == [12, 13, 14, 15, 16, 10, 11, 12]
     assert drafted(stream(ROUND), most=3) == [12, 13, 14]
     assert drafted(stream(ROUND), most=0) == []
-    assert drafted(stream(ROUND, most=9)) == [12, 13]  # six are said, the seventh is drawn in any case
+    assert drafted(stream(ROUND, most=9)) == [12, 13]  # six are generated, the seventh is drawn in any case
     assert drafted(stream(ROUND, most=7)) == []
     assert drafted(stream(ROUND), max_context=19) == [12, 13]
     one = stream(ROUND)
@@ -177,19 +177,19 @@ def test_a_draft_is_no_longer_than_what_can_be_used() -> None:
 
 
 def test_who_wants_more_than_tokens_guesses_nothing() -> None:
-    """Log probabilities are reported for one token a step: those of a draft would be missing."""
+    """An answer with log probabilities gets no draft: they are reported for one token a step."""
     assert drafted(stream(ROUND, Sampling(0.0, logprobs=2))) == []
     assert drafted(stream(ROUND, Sampling(0.7, seed=3))) != []
 
 
 def test_a_draft_ends_where_other_tokens_are_forbidden() -> None:
-    """What would end an answer too early is forbidden up to its least length: draws behind that would still be denied it."""
+    """A draft does not cross the least length of an answer, up to which its end tokens are forbidden."""
     how = Sampling(0.0, adjust=Adjustments(presence=0.5, min_tokens=10))
     assert drafted(stream(ROUND, how)) == [
         12,
         13,
         14,
-    ]  # six are said, the tenth is the last one before others may come
+    ]  # six are generated, and the tenth is the last one for which end tokens are forbidden
     assert drafted(stream(ROUND, attrs.evolve(how, adjust=Adjustments(presence=0.5, min_tokens=6)))) == [
         *ROUND[2:7],
         *ROUND[:3],
@@ -197,7 +197,7 @@ def test_a_draft_ends_where_other_tokens_are_forbidden() -> None:
 
 
 def test_only_an_answer_that_follows_a_grammar_may_be_forced() -> None:
-    """Guides would lengthen drafts beyond what there is room for, or those of answers without a grammar."""
+    """Only an answer with a grammar allows forced tokens, and no more of them than there is room for."""
     for how, most in ((GREEDY, 0), (Sampling(0.0, adjust=Adjustments(grammar="start: /x*/")), 8)):
         drafting = Drafting(8, PAGE_TOKENS, 1000, Outbox())
         batch = form_batch([stream(ROUND, how)], BatchLimits(64, 8), PAGE_TOKENS)
@@ -211,21 +211,21 @@ def test_only_an_answer_that_follows_a_grammar_may_be_forced() -> None:
 
 
 def test_prompts_guess_nothing() -> None:
-    """A chunk's draft would be the prompt's own next tokens, or come before its first token."""
+    """A prompt chunk has no draft."""
     one = stream(ROUND)
     one.computed = 3
     assert drafted(one) == []
 
 
 def test_what_is_known_of_steps_limits_the_draft() -> None:
-    """A worker would guess as far as it may, whatever that takes."""
+    """The measured costs of steps limit the length of drafts."""
     dear = StepCosts(((1.0, 0.010), (2.0, 0.1)))
     assert drafted(stream(ROUND), costs=dear) == []
     assert drafted(stream(ROUND), costs=WEIGHTS_ALONE) == [12, 13, 14, 15, 16, 10, 11]
 
 
 def test_a_step_has_a_limit_of_guesses() -> None:
-    """Streams without number would make a step of drafts alone."""
+    """A step has at most DRAFTED_MOST draft tokens in all."""
     drafting = Drafting(64, PAGE_TOKENS, 1000, Outbox())
     many = [stream(ROUND * 4) for _ in range(8)]
     for one in many:
@@ -237,7 +237,7 @@ def test_a_step_has_a_limit_of_guesses() -> None:
 
 
 def test_nobody_looks_where_not_even_sure_guesses_would_pay(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each step of many streams would read all of their texts for nothing; or those of few streams would never be read."""
+    """With many streams, texts are searched for guesses only if even certain guesses would pay."""
     looked: list[int] = []
     monkeypatch.setattr(drafting_module, "guess", lambda tokens, most, sequel: looked.append(most))
     dear = StepCosts(((1.0, 0.010), (2.0, 0.1)), row_s=0.1)
@@ -249,7 +249,7 @@ def test_nobody_looks_where_not_even_sure_guesses_would_pay(monkeypatch: pytest.
 
 
 def test_what_came_of_guesses_is_counted() -> None:
-    """Operators could not see whether guessing pays."""
+    """Drafted, accepted and forced tokens are counted."""
     outbox = Outbox()
     drafting = Drafting(4, PAGE_TOKENS, 1000, outbox)
     one = stream(ROUND)
@@ -273,7 +273,7 @@ def test_what_came_of_guesses_is_counted() -> None:
 
 
 def test_a_sequence_ends_within_a_draft() -> None:
-    """Tokens behind the one that ends an answer would be delivered, or its count run past what was asked for."""
+    """An answer ends at a stop token, its length or the context within a draft, and drops the tokens behind that."""
     one = stream(ROUND)
     one.request = attrs.evolve(one.request, stop_tokens=(14,))
     assert one.take(16, pack([12, 13, 14, 15]), 1000) == "stop"

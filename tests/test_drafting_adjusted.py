@@ -1,4 +1,4 @@
-"""Drafts of answers whose logits are adjusted: each draw sees the past that it would have had in a step of its own."""
+"""Drafts of answers with adjusted logits: each draw sees the past that it would have in a step of its own."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ class DraftingEngine(AdjustingEngine):
 
 
 class AdjustingCluster(DraftingCluster):
-    """Its workers have such engines."""
+    """A cluster whose workers have such engines."""
 
     def make_engine(self, arena):
         return DraftingEngine(arena)
 
 
 def undisturbed(how: Sampling) -> list[int]:
-    """What one engine that never stops and never guesses would say."""
+    """The answer of one engine that never stops and never drafts."""
     tokens = list(PROMPT)
     while len(tokens) < len(PROMPT) + NEW and tokens[-1] not in ENDS:
         row = Row(pack(tokens), 0, (), how, past_of(how, tokens, len(PROMPT), ENDS))
@@ -60,7 +60,7 @@ def undisturbed(how: Sampling) -> list[int]:
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("workers", [(("p0", "prefill"), ("d0", "decode")), (("w0", "both"), ("w1", "both"))])
 async def test_drafts_change_no_adjusted_token(autojump_clock, workers, seed) -> None:
-    """Penalties would count a draft's tokens too early or too late, or an answer end before its least length."""
+    """Answers with penalties and a least length have the same tokens with drafts as without."""
     how = attrs.evolve(PLAIN, seed=seed)
     expected = undisturbed(how)
     async with memory_cluster(*workers, kind=AdjustingCluster) as (cluster, frontend):

@@ -1,4 +1,4 @@
-"""Drafts across a cluster in virtual time: the tokens of an undisturbed run without any, whoever dies whenever."""
+"""Drafts across a cluster in virtual time: the tokens of an undisturbed run without drafts, whichever worker dies."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from trio.testing import MockClock
 from memory_cluster import PAGE_TOKENS, MemoryCluster, PageEngine, baseline, generate, memory_cluster
 from memserve.engine.plans import BatchPlan, BatchResult, Row
 from memserve.tokens import pack, unpack
+from test_cluster import prompt
 
 PD2 = (("p0", "prefill"), ("p1", "prefill"), ("d0", "decode"), ("d1", "decode"))
-APART = (("p0", "prefill", "s0"), ("d0", "decode", "s1"))
+ON_TWO_SHARDS = (("p0", "prefill", "s0"), ("d0", "decode", "s1"))
 BOTH = (("w0", "both"),)
 
 
 def next_token(tokens: list[int], seed: int) -> int:
-    """What a model says that goes round in circles, and now and then says what only all of ``tokens`` lead to."""
+    """The next token of a model that mostly repeats itself, and sometimes depends on all of ``tokens``."""
     digest = hashlib.sha256(pack(tokens) + bytes([seed])).digest()
     if digest[0] % 4 == 0:
         return 10 + int.from_bytes(digest[1:5], "little") % 49_000
@@ -36,13 +37,13 @@ def reference(prompt: list[int], max_tokens: int, seed: int = 0) -> list[int]:
 
 
 def result_of(drawn: list[list[int]]) -> BatchResult:
-    """Of a step whose rows drew these tokens."""
+    """The result of a step whose rows drew these tokens."""
     more = {i: pack(one[1:]) for i, one in enumerate(drawn) if len(one) > 1}
     return BatchResult(tuple(one[0] if one else None for one in drawn), 1.0, 1, more=more)
 
 
 class DraftingEngine(PageEngine):
-    """Runs drafts as engines with a model do: all of them are written, and those that are wrong stay in the pages."""
+    """Runs drafts as engines with a model do: all draft tokens are written, and wrong ones stay in the pages."""
 
     def run(self, plan: BatchPlan) -> BatchResult:
         return result_of([self.drawn(row) for row in plan.rows])
@@ -62,7 +63,7 @@ class DraftingEngine(PageEngine):
 
 @attrs.define(eq=False)
 class DraftingCluster(MemoryCluster):
-    """Its workers have such engines."""
+    """A cluster whose workers have such engines."""
 
     draft: int = 5
 
@@ -70,27 +71,21 @@ class DraftingCluster(MemoryCluster):
         return DraftingEngine(arena)
 
     def accepted(self) -> float:
-        """Tokens that were guessed rightly, by all workers that live."""
+        """Draft tokens accepted by all workers that live."""
         return self._total("accepted_tokens_total")
 
     def steps(self) -> float:
-        """Of all workers that live."""
+        """Steps of all workers that live."""
         return self._total("steps_total")
 
     def _total(self, counter: str) -> float:
         return sum(one.core.gauges().get(counter, 0.0) for one in self.actors.values())
 
 
-def prompt(seed: int, length: int) -> list[int]:
-    """Some tokens."""
-    rng = random.Random(seed)
-    return [rng.randrange(2, 50_000) for _ in range(length)]
-
-
-@pytest.mark.parametrize("workers", [PD2, APART, BOTH])
+@pytest.mark.parametrize("workers", [PD2, ON_TWO_SHARDS, BOTH])
 @pytest.mark.parametrize("chunk_tokens", [3, 1000])
 async def test_drafts_change_no_token(autojump_clock: MockClock, workers, chunk_tokens) -> None:
-    """A wrong guess would be told, a right one be told twice, or what was written for a wrong one be read."""
+    """Answers with drafts have the tokens of a run without, in every layout and chunk size."""
     async with memory_cluster(*workers, kind=DraftingCluster, chunk_tokens=chunk_tokens) as (
         cluster,
         frontend,
@@ -103,7 +98,7 @@ async def test_drafts_change_no_token(autojump_clock: MockClock, workers, chunk_
 
 
 async def test_steps_are_fewer_with_drafts(autojump_clock: MockClock) -> None:
-    """Drafts that save no step would be work for nothing."""
+    """Drafts reduce the number of steps."""
     steps = {}
     for draft in (0, 5):
         async with memory_cluster(*BOTH, kind=DraftingCluster, draft=draft) as (cluster, frontend):
@@ -114,7 +109,7 @@ async def test_steps_are_fewer_with_drafts(autojump_clock: MockClock) -> None:
 
 
 async def test_the_next_turn_finds_an_answer_of_drafts(autojump_clock: MockClock) -> None:
-    """Pages with tokens of wrong guesses would go into the index as the answer's, or right ones not at all."""
+    """An answer that was generated with drafts is cached with the right tokens."""
     async with memory_cluster(*BOTH, kind=DraftingCluster) as (cluster, frontend):
         first = prompt(2, 21)
         second = first + await generate(frontend, first, 101) + prompt(3, 9)
@@ -125,9 +120,9 @@ async def test_the_next_turn_finds_an_answer_of_drafts(autojump_clock: MockClock
         await baseline(cluster)
 
 
-@pytest.mark.parametrize("workers", [PD2, APART, BOTH])
+@pytest.mark.parametrize("workers", [PD2, ON_TWO_SHARDS, BOTH])
 async def test_the_same_again_is_answered_in_fewer_steps(autojump_clock: MockClock, workers) -> None:
-    """What the pool has of an answer would be computed token by token again; or be told although another follows."""
+    """The same request again is drafted from the cached answer, and another seed still gets its own tokens."""
     async with memory_cluster(*workers, kind=DraftingCluster) as (cluster, frontend):
         for length in (9, 12, 47):
             tokens = prompt(length, length)
@@ -143,7 +138,7 @@ async def test_the_same_again_is_answered_in_fewer_steps(autojump_clock: MockClo
 
 @pytest.mark.parametrize("workers", [PD2, BOTH])
 async def test_a_pool_too_small_for_all_serves_all(autojump_clock: MockClock, workers) -> None:
-    """A draft would take the last page's room from a token, or a preempted stream begin at a wrong place."""
+    """In a pool that is too small for all, requests with drafts are preempted and finish with the right tokens."""
     async with memory_cluster(*workers, kind=DraftingCluster, pages=40) as (cluster, frontend):
         results: dict[int, list[int]] = {}
 
@@ -160,7 +155,7 @@ async def test_a_pool_too_small_for_all_serves_all(autojump_clock: MockClock, wo
 @pytest.mark.parametrize("victim", ["p0", "d0", "d1"])
 @pytest.mark.parametrize("after", [0.02, 0.06, 0.15, 0.3])
 async def test_killing_a_worker_costs_no_token(autojump_clock: MockClock, victim, after) -> None:
-    """A stream that goes on elsewhere would begin behind tokens that were guessed and never told."""
+    """A worker that is killed while drafts run costs no token."""
     async with memory_cluster(*PD2, kind=DraftingCluster) as (cluster, frontend):
         results: dict[int, list[int]] = {}
 
@@ -179,7 +174,7 @@ async def test_killing_a_worker_costs_no_token(autojump_clock: MockClock, victim
 
 @pytest.mark.parametrize("seed", range(6))
 async def test_random_clients_and_kills(autojump_clock: MockClock, seed: int) -> None:
-    """Clients that come, go on with what was said and leave, a small pool, workers that die and return: all tokens right."""
+    """Random clients that continue answers or leave, a small pool, and workers that die and return: all tokens right."""
     rng = random.Random(seed)
     settings = {"pages": rng.choice([90, 400]), "rows": rng.choice([3, 8]), "draft": rng.choice([1, 3, 7])}
     async with memory_cluster(*PD2, kind=DraftingCluster, **settings) as (cluster, frontend):

@@ -1,4 +1,4 @@
-"""Two shards, and clients that use every call over both and die at random: accounts balance, matched pages hold their bytes."""
+"""Two shards, and clients that use every call over both and die at random: balanced accounts and right bytes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ SIZES = [
 
 @pytest.mark.parametrize("seed", range(24))
 def test_random_calls_over_two_shards(seed: int) -> None:
-    """Fetches, handoffs and transfers among all other calls, over a wire that loses and repeats."""
+    """Random fetches, handoffs, transfers and other calls over a connection that loses and repeats messages leave
+    nothing leased."""
     pair = Pair(seed, SIZES[seed % len(SIZES)])
     pair.run(800)
     pair.end()
@@ -52,7 +53,7 @@ def test_random_calls_over_two_shards(seed: int) -> None:
 
 
 def test_the_random_calls_do_reach_what_they_are_for() -> None:
-    """A random test in which no transfer is cut, refused, claimed or late would prove nothing about them."""
+    """The random calls meet every kind of success and failure of a transfer often enough to test them."""
     seen: dict[str, int] = {}
     for seed in range(8):
         pair = Pair(seed, SIZES[seed % len(SIZES)])

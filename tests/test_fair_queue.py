@@ -1,4 +1,4 @@
-"""Whose request is next: fair shares within a bound, priorities, and nobody waits for ever."""
+"""Which request is next: fair shares within a bound, priorities, and nobody waits for ever."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def held(
 
 
 def drained(queue: FairQueue) -> list[str]:
-    """The names of all that waits, in the order in which they leave."""
+    """The names of all waiting requests in the order in which they leave."""
     names = []
     while len(queue):
         one = queue.first()
@@ -36,7 +36,7 @@ def drained(queue: FairQueue) -> list[str]:
 
 
 def filled(*waiting: HeldRequest) -> FairQueue:
-    """A queue in which these wait."""
+    """A queue in which these requests wait."""
     queue = FairQueue()
     for one in waiting:
         queue.add(one)
@@ -44,7 +44,7 @@ def filled(*waiting: HeldRequest) -> FairQueue:
 
 
 def test_a_tenant_that_floods_waits_for_itself() -> None:
-    """One tenant could otherwise keep all others waiting for its hundred requests."""
+    """A tenant with few requests is served soon, however many another tenant has waiting."""
     flood = [held(f"flood-{i}", "flood") for i in range(100)]
     queue = filled(*flood)
     for _ in range(10):
@@ -57,7 +57,7 @@ def test_a_tenant_that_floods_waits_for_itself() -> None:
 
 
 def test_shares_are_of_tokens_not_of_requests() -> None:
-    """A tenant of long prompts would get many times the work of one with short ones."""
+    """Tenants share tokens equally, whatever the length of their prompts."""
     queue = filled(
         *(held(f"long-{i}", "long", tokens=1000.0) for i in range(20)),
         *(held(f"short-{i}", "short") for i in range(100)),
@@ -67,7 +67,7 @@ def test_shares_are_of_tokens_not_of_requests() -> None:
 
 
 def test_who_comes_back_has_saved_up_nothing() -> None:
-    """A tenant that was idle for an hour would be served alone for as long."""
+    """A tenant that was idle gets its equal share when it returns, and no more."""
     queue = filled(*(held(f"a{i}", "a") for i in range(50)), held("b", "b"))
     names = [queue.first().submit.request.id for _ in range(30) if queue.serve(queue.first()) is None]
     assert len(names) == 30
@@ -78,13 +78,14 @@ def test_who_comes_back_has_saved_up_nothing() -> None:
 
 
 def test_a_tenants_own_requests_leave_in_the_order_of_their_coming() -> None:
-    """After a scheduler's restart they are submitted again in any order."""
+    """A tenant's requests leave by the time since when they wait: after a scheduler's restart they may arrive in any
+    order."""
     queue = filled(held("late", since=3.0), held("early", since=1.0), held("middle", since=2.0))
     assert drained(queue) == ["early", "middle", "late"]
 
 
 def test_a_higher_class_is_first_and_a_lower_one_has_its_turns() -> None:
-    """Without the turns, a low priority would wait for ever under load."""
+    """Higher priorities come first, and lower ones get every eighth turn, so that they do not wait for ever."""
     queue = filled(
         *(held(f"high-{i}", rank=-1) for i in range(32)),
         *(held(f"low-{i}", rank=5) for i in range(2)),
@@ -96,7 +97,7 @@ def test_a_higher_class_is_first_and_a_lower_one_has_its_turns() -> None:
 
 
 def test_what_is_ahead_is_a_fair_part_of_it() -> None:
-    """A newcomer would be told to wait for a flood that does not stand in its way."""
+    """The predicted wait counts only what is served before a new request: of a flood, a fair part."""
     queue = filled(*(held(f"a{i}", "a", run_s=2.0) for i in range(50)), held("u", "b", rank=-1, run_s=3.0))
     assert queue.ahead_s(0, "a", 2.0) == 103.0
     assert queue.ahead_s(0, "new", 2.0) == 5.0
@@ -108,7 +109,7 @@ RANKS = (-1, 0, 7)
 
 
 class Fairness(RuleBasedStateMachine):
-    """Any coming and going, against what each tenant and class must have got."""
+    """Random arrivals and departures, compared with what each tenant and class must have got."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -116,10 +117,10 @@ class Fairness(RuleBasedStateMachine):
         self.here: dict[tuple[str, int], HeldRequest] = {}
         self.names = 0
         self.got: dict[tuple[int, str, str], dict[str, float]] = {}
-        """By class and pair: tokens of each since both wait there."""
+        """By class and pair of tenants: the tokens that each got since both wait."""
         self.largest = dict.fromkeys(SCOPES, 0.0)
         self.passed: dict[int, int] = {}
-        """By class: turns since it was served, while it waits."""
+        """By class: turns since it was last served, while it has requests waiting."""
 
     @rule(scope=st.sampled_from(SCOPES), rank=st.sampled_from(RANKS), tokens=st.integers(1, 1000))
     def comes(self, scope: str, rank: int, tokens: int) -> None:
@@ -176,7 +177,7 @@ class Fairness(RuleBasedStateMachine):
 
 
 def same(one: HeldRequest, other: HeldRequest) -> bool:
-    """Of one tenant and class."""
+    """Whether two requests are of one tenant and class."""
     return (one.rank, one.scope) == (other.rank, other.scope)
 
 

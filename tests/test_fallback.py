@@ -1,4 +1,4 @@
-"""A machine or a model that cannot have the native step is served all the same, on torch, and the log says why once."""
+"""A machine or model that cannot use the native step is served by torch, and the log says why, once."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ Patch = pytest.MonkeyPatch
 
 
 def no_compiler(patch: Patch) -> None:
-    """As on a machine where g++ was never installed."""
+    """No g++ is installed."""
     patch.setenv("CXX", "/nonexistent/g++")
 
 
 def broken_compiler(patch: Patch) -> None:
-    """A compiler that says its version and then fails."""
+    """A compiler that reports its version and then fails."""
     script = Path(os.environ["MEMSERVE_CACHE"]) / "g++"
     script.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "no room left" >&2\nexit 1\n')
     script.chmod(0o755)
@@ -39,7 +39,7 @@ def broken_compiler(patch: Patch) -> None:
 
 
 def old_processor(patch: Patch) -> None:
-    """As on a processor from before AVX2."""
+    """A processor from before AVX2."""
     patch.setattr(native_build, "_processor_flags", lambda: {"avx", "sse4_2"})
 
 
@@ -52,7 +52,7 @@ LACKING: dict[Callable[[Patch], None], str] = {
 
 @pytest.fixture(params=LACKING, ids=lambda lack: lack.__name__)
 def reason(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: Patch) -> str:
-    """This machine with something missing, and an empty cache; what the log must say of it."""
+    """This machine with something missing and an empty cache; returns what the log must say of it."""
     monkeypatch.setenv("MEMSERVE_CACHE", str(tmp_path))
     monkeypatch.setattr(native_build, "_processor_flags", lambda: set(native_build._AVX2))
     request.param(monkeypatch)
@@ -60,12 +60,12 @@ def reason(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: Patch) -
 
 
 def native_shape() -> ModelSpec:
-    """A tiny model that the native step could run."""
+    """A tiny model that the native step can run."""
     return attrs.evolve(tiny_spec(4, 2, 32), hidden=96, intermediate=160, vocab=132)
 
 
 def test_the_engine_serves_without_the_native_step(reason: str, tmp_path: Path) -> None:
-    """A machine without a compiler would not start, answer otherwise than it should, or be slow without a word."""
+    """Without the native step, the engine gives the reference's tokens and logs the reason as a warning."""
     spec = native_shape()
     weights = random_weights(spec, "bfloat16", 1)
     save_weights(
@@ -92,7 +92,7 @@ def test_the_engine_serves_without_the_native_step(reason: str, tmp_path: Path) 
 
 
 def test_a_model_that_the_native_step_cannot_run_is_named(tmp_path: Path) -> None:
-    """Its operator would look for the reason in the machine."""
+    """For a model that the native step cannot run, the reason is logged and nothing is compiled."""
     spec = native_shape()
     weights = bits_of(random_weights(spec, "bfloat16", 1))
     with capture_logs() as logs:
@@ -106,7 +106,7 @@ def test_a_model_that_the_native_step_cannot_run_is_named(tmp_path: Path) -> Non
 
 
 def test_the_engine_needs_no_native_step_in_float32(tmp_path: Path) -> None:
-    """float32 is the reference: a warning at every start would be about nothing."""
+    """In float32, which the native step does not do, nothing is logged."""
     spec = native_shape()
     save_weights(random_weights(spec, "float32", 1), tmp_path / "w")
     arena = mmap.mmap(-1, spec.page_bytes(16, "float32"))

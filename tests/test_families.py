@@ -1,4 +1,4 @@
-"""Every family against transformers, from a Hugging Face directory and from GGUF, and against itself in every batch."""
+"""Every model family compared with transformers, from a Hugging Face directory and from GGUF, and in every kind of batch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Loaded = tuple[ModelSpec, dict[str, torch.Tensor]]
 
 @pytest.fixture(scope="module")
 def load(tmp_path_factory: pytest.TempPathFactory):
-    """A model in ``TINY`` through its Hugging Face directory, in float32."""
+    """A function that loads a model in ``TINY`` through its Hugging Face directory, in float32."""
     place = tmp_path_factory.mktemp("models")
 
     @cache
@@ -38,14 +38,14 @@ def load(tmp_path_factory: pytest.TempPathFactory):
 
 @cache
 def expected(name: str) -> tuple[list[int], torch.Tensor]:
-    """Ids, and transformers' logits for each of them."""
+    """Token ids, and transformers' logits for each of them."""
     ids = prompt(PREFILL + DECODED, len(name), VOCAB)
     with torch.inference_mode():
         return ids, reference(name)(torch.tensor([ids])).logits[0]
 
 
 def distance(loaded: Loaded, name: str, cuts: list[int]) -> float:
-    """The greatest difference of our logits from transformers' at the ends of pieces."""
+    """The largest difference of our logits from transformers' at the ends of the pieces."""
     ids, logits = expected(name)
     runner = Runner(*loaded)
     pages = runner.pages(len(ids))
@@ -57,13 +57,13 @@ def distance(loaded: Loaded, name: str, cuts: list[int]) -> float:
 
 @pytest.mark.parametrize("name", TINY)
 def test_prefill_and_cached_decode_equal_transformers(load, name: str) -> None:
-    """The family would not be the one whose weights it has, and answer nonsense that looks like language."""
+    """Logits of prefill, chunks and cached decode equal transformers' for every family."""
     assert distance(load(name), name, [0, PREFILL, *range(PREFILL + 1, PREFILL + DECODED + 1)]) < 1e-4
     assert distance(load(name), name, [0, 33, 65, PREFILL + DECODED]) < 1e-4
 
 
 def test_the_tiny_models_differ_as_they_should(load) -> None:
-    """Equality with transformers would prove nothing of a feature that no model has."""
+    """The tiny models together have every feature that the families differ in."""
     specs = {name: load(name)[0] for name in TINY}
 
     assert {spec.head_dim for spec in specs.values()} >= {32, 64, 128, 256}
@@ -79,7 +79,7 @@ def test_the_tiny_models_differ_as_they_should(load) -> None:
 
 @pytest.mark.parametrize("name", TINY)
 def test_gguf_is_the_same_model(load, tmp_path: Path, name: str) -> None:
-    """The same weights would answer differently, depending on where they were downloaded."""
+    """A model has the same weights and logits from GGUF as from its Hugging Face directory."""
     spec, weights = load(name)
     files = prepare(save_gguf(name, spec, tmp_path / f"{name}.gguf"), "float32", tmp_path / "cache")
     found = map_weights(files.weights)
@@ -91,7 +91,7 @@ def test_gguf_is_the_same_model(load, tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", TINY)
 def test_chunks_pages_and_company_change_no_token(load, name: str) -> None:
-    """What else the machine does would decide what a user reads."""
+    """Tokens do not depend on chunks, page sizes or other rows of the batch."""
     model, new = load(name), 6
     prompts = [prompt(length, length, VOCAB) for length in (3, 17, 64, 41)]
     alone = [Runner(*model).generate(ids, new) for ids in prompts]
@@ -110,7 +110,7 @@ def test_chunks_pages_and_company_change_no_token(load, name: str) -> None:
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("name", TINY)
 def test_every_family_serves_in_bfloat16(load, tmp_path: Path, name: str, native: bool) -> None:
-    """The default type would fail to start, or answer visibly worse than the exact one, on whichever path serves it."""
+    """Every family serves in bfloat16, with the native step and with torch, and draws nearly the best token."""
     spec, weights = load(name)
     rounded = {key: one.bfloat16() if one.ndim > 1 else one for key, one in weights.items()}
     save_weights(rounded, tmp_path / "w")
@@ -126,7 +126,7 @@ def test_every_family_serves_in_bfloat16(load, tmp_path: Path, name: str, native
 
 
 def in_company(runner: Runner, prompts: list[list[int]], new: int, chunk: int) -> list[list[int]]:
-    """Greedy tokens of all prompts in the same steps, each a chunk, then a token at a time."""
+    """Greedy tokens of all prompts, run in the same steps: chunks first, then token by token."""
     tables = [runner.pages(len(ids) + new) for ids in prompts]
     texts, ran = [list(ids) for ids in prompts], [0] * len(prompts)
     while busy := [i for i, ids in enumerate(prompts) if len(texts[i]) < len(ids) + new]:

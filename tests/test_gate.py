@@ -30,21 +30,21 @@ D1 = WorkerConfig(name="d1", role="decode", shard="s0", threads=None)
 
 @attrs.define(eq=False)
 class Home:
-    """What stands for the supervisor behind a gate."""
+    """Stands for the supervisor behind a gate."""
 
     resolved: Resolved
     gate: Gate | None = None
     is_open: bool = True
     said: list[str] = attrs.field(factory=list)
-    buried: list[ActorId] = attrs.field(factory=list)
+    died: list[ActorId] = attrs.field(factory=list)
     connections: list[EventSocket] = attrs.field(factory=list)
 
     def replace_config(self, resolved: Resolved) -> None:
-        """Take in a worker more or less."""
+        """Take the new configuration."""
         self.resolved = resolved
 
     async def knock(self, worker: WorkerConfig = D1, cores: int = 1) -> EventSocket:
-        """What `memserve join` does."""
+        """Ask to join, as `memserve join` does."""
         events, claim = await trio.to_thread.run_sync(knock, self.gate.place.path, worker, cores)
         assert os.path.samestat(os.fstat(claim), os.fstat(self.gate.place.fileno()))
         os.close(claim)
@@ -54,7 +54,7 @@ class Home:
 
 @contextlib.asynccontextmanager
 async def gate(log_dir: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Home]:
-    """A gate with nothing behind it."""
+    """A gate with such a supervisor behind it."""
     with tempfile.TemporaryDirectory(prefix="mst") as base:
         monkeypatch.setenv("XDG_RUNTIME_DIR", base)
         place = Place.claim(log_dir)
@@ -63,7 +63,7 @@ async def gate(log_dir: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[
             place,
             lambda: home.resolved,
             home.replace_config,
-            home.buried.append,
+            home.died.append,
             lambda: home.is_open,
             home.said.append,
         )
@@ -79,14 +79,15 @@ async def gate(log_dir: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[
 
 
 async def until(condition) -> None:
-    """Wait for the gate's tasks."""
+    """Wait until the gate's tasks have made the condition true."""
     with trio.fail_after(10):
         while not condition():
             await trio.sleep(0.005)
 
 
 async def test_a_guest_from_its_knock_to_its_end(tmp_path, monkeypatch) -> None:
-    """Its actors would not find their configuration, or its death not be announced, or its name stay taken."""
+    """A joined worker is in the configuration, its deaths are announced, it can be drained, and its name is free
+    afterwards."""
     async with gate(tmp_path, monkeypatch) as home:
         events = await home.knock(cores=3)
         assert home.resolved.joined == ("d1",)
@@ -102,7 +103,7 @@ async def test_a_guest_from_its_knock_to_its_end(tmp_path, monkeypatch) -> None:
         assert await events.receive() == {"event": "drain"}
         events.close()
         await guest.gone.wait()
-        assert home.buried == ["d1.1", "d1.2", "d1.3"]
+        assert home.died == ["d1.1", "d1.2", "d1.3"]
         assert (home.resolved.joined, home.gate.guests) == ((), {})
         assert home.resolved == resolved(tmp_path)
         await home.knock()
@@ -110,7 +111,7 @@ async def test_a_guest_from_its_knock_to_its_end(tmp_path, monkeypatch) -> None:
 
 @pytest.mark.parametrize("name", ["w0", "s0", "scheduler-7", "frontend-0", "supervisor-d1", "d1"])
 async def test_a_name_that_is_taken_may_not_join(tmp_path, monkeypatch, name) -> None:
-    """Two actors of one name would take turns at replacing one another, or write one log file."""
+    """A name that an actor of the cluster has, or could get, is refused with a list of those taken."""
     async with gate(tmp_path, monkeypatch) as home:
         await home.knock()
         before = home.resolved
@@ -122,7 +123,7 @@ async def test_a_name_that_is_taken_may_not_join(tmp_path, monkeypatch, name) ->
 
 
 async def test_what_else_is_refused(tmp_path, monkeypatch) -> None:
-    """A worker would wait for a shard that never comes, or join a cluster that is going."""
+    """An unknown shard, too many workers, and a cluster that is starting or ending are refused."""
     async with gate(tmp_path, monkeypatch) as home:
         with pytest.raises(UserError, match=r"--shard must be one of s0, not 's1'"):
             await home.knock(attrs.evolve(D1, shard="s1"))
@@ -141,7 +142,7 @@ async def test_what_else_is_refused(tmp_path, monkeypatch) -> None:
     "words", [b"hello\n", b"{}\n", b'{"worker": "{}", "cores": "1"}\n', b"[1]\n", b'{"event', b""]
 )
 async def test_what_is_no_request_does_not_get_in(tmp_path, monkeypatch, words) -> None:
-    """One broken connection would end the cluster's supervisor, and everything with it."""
+    """Invalid data on the supervisor's socket is ignored, and workers can still join."""
     async with gate(tmp_path, monkeypatch) as home:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stranger:
             stranger.connect(str(home.gate.place.path / "supervisor.sock"))
@@ -156,21 +157,21 @@ async def test_what_is_no_request_does_not_get_in(tmp_path, monkeypatch, words) 
 
 
 def test_a_worker_as_written(tmp_path) -> None:
-    """A mistake would be found by the cluster's actors, or by nobody."""
+    """The options of `memserve join` are checked by the rules of the configuration."""
     cluster = resolved(tmp_path)
-    told = {"name": "d1", "role": "decode", "shard": "", "threads": None}
-    assert checked(told, cluster) == D1
+    given = {"name": "d1", "role": "decode", "shard": "", "threads": None}
+    assert checked(given, cluster) == D1
     with pytest.raises(UserError) as caught:
-        checked({**told, "name": "D1", "threads": 0}, cluster)
+        checked({**given, "name": "D1", "threads": 0}, cluster)
     assert [line.partition(" must ")[0] for line in str(caught.value).splitlines()] == ["--name", "--threads"]
     two = (ShardConfig(name="s0"), ShardConfig(name="s1"))
     several = attrs.evolve(cluster, config=attrs.evolve(cluster.config, shard=two))
     with pytest.raises(UserError, match="--shard must be one of s0, s1: the cluster has several"):
-        checked(told, several)
+        checked(given, several)
 
 
 def test_what_the_machine_must_have(tmp_path) -> None:
-    """A worker would start without the cores or the GPU memory that it was promised."""
+    """A worker that needs more cores or GPU memory than there are is refused."""
     cluster = resolved(tmp_path)
     check_machine(D1, cluster, 1)
     with pytest.raises(UserError, match=r"--threads must be at most 2, .* not 3"):
@@ -189,7 +190,7 @@ def test_what_the_machine_must_have(tmp_path) -> None:
 
 
 def test_which_cluster_is_meant(tmp_path, monkeypatch) -> None:
-    """A worker would join another cluster than the one that its configuration started."""
+    """The cluster to join is found by its logging directory, given directly or through a configuration."""
     assert log_dir_of(None, [], None) == Path("logs")
     assert log_dir_of(None, [], tmp_path) == tmp_path
     assert log_dir_of("demo", [f"logging.dir={tmp_path}"], None) == tmp_path
@@ -207,7 +208,7 @@ def test_a_cluster_of_another_version_cannot_be_joined(capsys, tmp_path, monkeyp
 
 
 def test_mistakes_of_the_command_line_exit_2(capsys, tmp_path) -> None:
-    """Somebody would wait for a worker that never comes."""
+    """Mistakes in the arguments of `memserve join` exit with status 2 and the reason."""
     for words, said in (
         (["join", "--name", "d1", "--log-dir", str(tmp_path)], "no running memserve logs to"),
         (["join", "tcp://h:1", "--name", "d1"], far_away("tcp://h:1")),

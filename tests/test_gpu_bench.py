@@ -1,4 +1,4 @@
-"""What `make gpu-bench` measures and how it keeps what it has, tried without a GPU: on the stand-in of FlashInfer."""
+"""What `make gpu-bench` measures and how it keeps results, tried without a GPU on the stand-in for FlashInfer."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def engines():
 
 
 def test_a_hand_over_is_timed_and_gives_the_same_token(engines, monkeypatch):
-    """If it failed, the handoff's time would be that of something else, or its tokens wrong without a word."""
+    """A handoff is timed, and the worker that takes over draws the same tokens."""
     monkeypatch.setattr(gpu_moving, "HAND_OVERS", 3)
     gives, takes = engines
     with zmq.Context() as context, context.socket(zmq.PAIR) as one, context.socket(zmq.PAIR) as other:
@@ -80,7 +80,7 @@ class Store:
         self.copied: list[int] = []
 
     def copy(self, runs):
-        """As a page store does."""
+        """Copy runs of pages, as a page store does."""
         for source, target, pages in runs:
             (a, i), (b, j) = (place_of(one) for one in (source, target))
             self.tiers[b][j : j + pages] = self.tiers[a][i : i + pages]
@@ -89,12 +89,12 @@ class Store:
 
 
 def place_of(address: int) -> tuple[Tier, int]:
-    """Tier and page of a slot."""
+    """The tier and page of a slot."""
     return tier_of(address), page_of(address)
 
 
 def test_first_tokens_are_timed_by_cached_share(engines, monkeypatch):
-    """If it failed, figure 13 would be drawn of prompts that were computed whole, or copied when they were not."""
+    """First tokens are timed for each cached share, with the cached pages copied and the rest computed."""
     monkeypatch.setattr(gpu_moving, "PROMPT", 160)
     monkeypatch.setattr(gpu_moving, "CHUNK", 64)
     engine, ran, begun = engines[0], [], []
@@ -117,7 +117,7 @@ def test_first_tokens_are_timed_by_cached_share(engines, monkeypatch):
 
 
 def test_swaps_are_of_runs_that_nothing_joins():
-    """If it failed, a swap page by page would be measured as one copy."""
+    """Swapped runs are placed so that neighbours cannot be copied together."""
     from memserve.kernels.gpu_memory import coalesced
 
     for up in (True, False):
@@ -130,7 +130,7 @@ def test_swaps_are_of_runs_that_nothing_joins():
 
 
 def test_goals_are_bounds_on_either_side():
-    """If it failed, the note would say met of what was missed."""
+    """A goal is a lower or an upper bound, and a missing value meets none."""
     least, most = Figure("a", 0.8, "", 0.8), Figure("b", 1.2, "ms", 1.0, at_most=True)
     assert least.met is True and most.met is False
     assert Figure("c", None, "", 0.5).met is None and Figure("d", 3.0, "").met is None
@@ -141,7 +141,7 @@ def test_goals_are_bounds_on_either_side():
 
 
 def test_a_section_that_is_cut_short_keeps_its_figures(tmp_path):
-    """If it failed, a run that meets its time limit would have measured nothing."""
+    """A section that is stopped or fails keeps the figures it has and says what happened."""
     line = json.dumps(attrs.asdict(Figure("a", 1.0, "ms")))
     path = tmp_path / "swap.jsonl"
     code = f"import time; open({str(path)!r}, 'w').write({line!r} + '\\n' + {line[:9]!r}); time.sleep(60)"
@@ -154,7 +154,7 @@ def test_a_section_that_is_cut_short_keeps_its_figures(tmp_path):
 
 
 def test_the_note_is_written_after_every_section(tmp_path, monkeypatch):
-    """If it failed, the last section's trouble would be that of all."""
+    """The note is written after every section, so that a later failure loses nothing."""
     (tmp_path / "out").mkdir()
     monkeypatch.setenv("OUT", str(tmp_path / "out"))
     whole = gpu.Ran("ceilings", (Figure("a copy", 3000.0, "GB/s"),), None, 4.0)
@@ -178,20 +178,20 @@ def test_the_note_is_written_after_every_section(tmp_path, monkeypatch):
 
 
 def test_the_sections_fit_a_command_of_ten_minutes():
-    """If it failed, a run would be cut off by whoever lends the machine, its last note unwritten."""
+    """The time limits of all sections together fit in ten minutes."""
     assert gpu.SECONDS + gpu.STOP_S + 30 < 600
     assert next(iter(gpu.SECTIONS)) == "ceilings" and all(one.limit_s <= 150 for one in gpu.SECTIONS.values())
 
 
 def test_ceilings_travel_between_sections(tmp_path):
-    """If it failed, each section would be compared with another run of the ceilings."""
+    """Measured ceilings are written to a file and read back equal."""
     roof = Ceilings(3e12, 7e14, 5.5e10, 5.4e10)
     roof.write(tmp_path / "c.json")
     assert Ceilings.read(tmp_path / "c.json") == roof
 
 
 def test_prompts_run_from_where_the_cache_ends():
-    """If it failed, a cached prefix would be computed again and its time reported as a hit's."""
+    """Prompts are run in chunks from the end of their cached prefix."""
     plans = list(gpu_parts.prompt_rows(list(range(100)), tuple(range(7)), 40, 32))
     assert [(one.rows[0].start, one.rows[0].end) for one in plans] == [(32, 72), (72, 100)]
     assert [one.rows[0].sample is None for one in plans] == [True, False]
@@ -202,7 +202,7 @@ def test_prompts_run_from_where_the_cache_ends():
 
 @pytest.fixture
 def played(monkeypatch):
-    """Sections run on the CPU in this process, on tiny models; workers are threads that open the same memory."""
+    """Sections run on the CPU in this process with tiny models; workers are threads that open the same memory."""
     cupy, cpu, library = fake_cupy(), torch.device("cpu"), fake_flashinfer
     tiny = {"1b": (2, 64, 128, 4, 2, 64, 256), "8b": (2, 128, 256, 4, 1, 128, 256)}
     for module in (gpu_parts, gpu_compute):
@@ -230,7 +230,7 @@ def played(monkeypatch):
 
 
 async def in_threads(arena, folder, roles) -> list[str]:
-    """The workers of a section."""
+    """Run the workers of a section as threads; returns what they report."""
     said = [""] * len(roles)
 
     def work(number: int, role: str) -> None:
@@ -252,7 +252,7 @@ async def in_threads(arena, folder, roles) -> list[str]:
      ("ttft-1b", 11), ("ttft-8b", 11)],
 )  # fmt: skip
 def test_every_section_runs_to_its_end(played, name, count):
-    """If it failed, the first minutes on a GPU would go to a wrong argument of a benchmark."""
+    """Every section runs to its end and gives its figures, or says which did not fit in memory."""
     with torch.inference_mode():
         figures = list(gpu.SECTIONS[name].run(Ceilings(3e12, 7e14, 5.5e10, 5.4e10)))
     assert len(figures) == count and all(gpu.row(one) for one in figures)

@@ -1,4 +1,4 @@
-"""A GPU shard's memory without a GPU: the handles' way to a worker, what is refused, and copies between tiers."""
+"""A GPU shard's memory without a GPU: handles passed to workers, refusals, and copies between tiers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ DEVICE, HOST, DISK = (partial(slot, tier) for tier in Tier)
 
 @pytest.fixture
 def weights(tmp_path):
-    """A converted model of random weights."""
+    """Converted weights of a random model."""
     path = tmp_path / "w.safetensors"
     save_weights(random_weights(SPEC, "bfloat16", 1), path)
     return path
@@ -50,7 +50,7 @@ def place(tmp_path_factory):
 
 
 async def attached(arena: GpuArena, place: Path, *arguments, **more) -> GpuArena:
-    """What a worker gets of a served arena."""
+    """Attach to the arena while it is served, as a worker does."""
     async with trio.open_nursery() as nursery:
         await nursery.start(serve_packet, arena.header.encode(), (), place)
         try:
@@ -60,7 +60,7 @@ async def attached(arena: GpuArena, place: Path, *arguments, **more) -> GpuArena
 
 
 async def test_a_worker_sees_the_pages_and_weights_of_its_shard(weights, place):
-    """If it failed, a worker would compute with other weights, or write KV where the shard does not look."""
+    """A worker that attaches sees the shard's pages and weights, and closing gives the handles back."""
     cupy = fake_cupy()
     arena = GpuArena.create(SHARD, 0, 5, PAGE_BYTES, weights, cupy)
     seen = await attached(arena, place, 0, PAGE_BYTES, weights, cupy=cupy)
@@ -81,8 +81,8 @@ async def test_a_worker_sees_the_pages_and_weights_of_its_shard(weights, place):
     assert not cupy.cuda.runtime.opened
 
 
-async def test_a_worker_of_another_model_or_page_size_is_told_why(weights, place, tmp_path):
-    """If it attached anyway, it would read other tensors as its own, or write across page borders."""
+async def test_a_worker_of_another_model_or_page_size_is_refused(weights, place, tmp_path):
+    """A worker with another model or page size is refused with the reason."""
     cupy = fake_cupy()
     arena = GpuArena.create(SHARD, 0, 2, PAGE_BYTES, weights, cupy)
     other = tmp_path / "other"
@@ -95,8 +95,8 @@ async def test_a_worker_of_another_model_or_page_size_is_told_why(weights, place
     assert not cupy.cuda.runtime.opened
 
 
-async def test_a_worker_that_counts_gpus_otherwise_is_told_so(weights, place):
-    """If it attached anyway, every step would read its pages and weights over the link between two GPUs."""
+async def test_a_worker_that_counts_gpus_otherwise_is_refused(weights, place):
+    """A worker whose numbering of GPUs differs from its shard's is refused: it would use memory of another GPU."""
     cupy = fake_cupy()
     cupy.cuda.runtime.devices = 2
     arena = GpuArena.create(SHARD, 1, 2, PAGE_BYTES, weights, cupy)
@@ -112,7 +112,7 @@ async def test_a_worker_that_counts_gpus_otherwise_is_told_so(weights, place):
 
 
 async def test_arenas_of_the_other_kind_are_refused(weights, place):
-    """If they were taken, a worker would read a memfd as a handle, or the other way round."""
+    """A GPU worker refuses an arena in host memory, and a CPU worker one on a GPU."""
     cupy = fake_cupy()
     memory = Arena.create(SHARD, 1, PAGE_BYTES)
     gpu = GpuArena.create(SHARD, 0, 2, PAGE_BYTES, weights, cupy)
@@ -133,7 +133,7 @@ async def test_arenas_of_the_other_kind_are_refused(weights, place):
 
 
 async def test_pages_of_another_gpu_that_cannot_be_reached_say_why(weights, place, monkeypatch):
-    """If they were opened all the same, a transfer would write into some other GPU's memory."""
+    """Pages of another GPU are mapped for transfers, or refused with the reason if they cannot be reached."""
 
     def refused(other):
         raise CUDARuntimeError("cudaErrorTooManyPeers: peer mapping resources exhausted")
@@ -164,7 +164,7 @@ async def test_pages_of_another_gpu_that_cannot_be_reached_say_why(weights, plac
 
 
 def test_a_damaged_or_foreign_header_is_refused():
-    """If it were taken, a handle of another layout would be opened."""
+    """A header that is damaged or of another version is refused."""
     header = GpuHeader(
         shard=SHARD,
         pages=1,
@@ -183,7 +183,7 @@ def test_a_damaged_or_foreign_header_is_refused():
 
 
 async def test_where_memory_cannot_be_shared_or_had_it_is_said(weights, place):
-    """If it failed, the user would read a CUDA error number in a worker's log."""
+    """Where GPU memory cannot be shared or is too small, the user gets a sentence instead of a CUDA error."""
     cupy = fake_cupy()
     arena = GpuArena.create(SHARD, 0, 2, PAGE_BYTES, weights, cupy)
     cupy.cuda.runtime.shares = False
@@ -205,7 +205,7 @@ PAGES = 6
 
 @pytest.fixture
 def store(weights, tmp_path, monkeypatch):
-    """Six pages in each tier; device page i is full of the byte i + 1. Two pages at a time lie between GPU and disk."""
+    """Six pages in each tier; each byte of device page i is i + 1. The buffer between GPU and disk holds two pages."""
     monkeypatch.setattr(gpu_store, "STAGED_PAGES", 2)
     gpu = GpuArena.create(SHARD, 0, PAGES, PAGE_BYTES, weights, fake_cupy())
     for i in range(PAGES):
@@ -219,12 +219,12 @@ def store(weights, tmp_path, monkeypatch):
 
 
 def on_device(store, number: int) -> bytes:
-    """A device page's bytes."""
+    """The bytes of a device page."""
     return ctypes.string_at(store.gpu.pages_at + number * PAGE_BYTES, PAGE_BYTES)
 
 
 def test_pages_travel_through_all_tiers(store):
-    """If a run were cut or ordered wrongly, a request would read another page's KV."""
+    """Runs of pages are copied between device, host and disk with the right bytes."""
     assert store.copy([(DEVICE(0), HOST(3), 2), (DEVICE(4), HOST(0), 1)]) == ()
     assert bytes(store.host.view[3 * PAGE_BYTES : 5 * PAGE_BYTES]) == b"\1" * PAGE_BYTES + b"\2" * PAGE_BYTES
     assert store.copy([(HOST(3), DISK(1), 2), (HOST(0), DISK(5), 1)]) == ()
@@ -239,7 +239,7 @@ def test_pages_travel_through_all_tiers(store):
 
 
 def test_a_page_is_refilled_after_its_contents_left_it(store):
-    """If it failed, what was swapped out would be what was swapped in to its place: another prompt's KV."""
+    """Within one call, a page is copied away before new contents are copied to it."""
     for number in (2, 3):
         store.host.view[number * PAGE_BYTES : (number + 1) * PAGE_BYTES] = b"\x09" * PAGE_BYTES
     assert store.copy([(DEVICE(0), HOST(0), 1), (HOST(2), DEVICE(0), 1)]) == ()
@@ -259,14 +259,14 @@ def test_pages_that_a_request_waits_for_do_not_wait_for_others(store):
 
 
 def test_one_copy_moves_a_run(store):
-    """If it failed, a swap would launch a copy a page and never reach the link's rate."""
+    """Neighbouring pages are copied by one CUDA call."""
     store.copy([(DEVICE(i), HOST(i), 1) for i in range(4)])
     assert store.gpu.runtime.copies == [(2, 4 * PAGE_BYTES)]
     assert coalesced([(0, 5, 1), (1, 6, 2), (3, 9, 1), (4, 8, 1)]) == [(0, 5, 3), (3, 9, 1), (4, 8, 1)]
 
 
 def test_damaged_and_unwritable_pages_are_reported(store, monkeypatch):
-    """If it failed, a request would go on from KV that nobody computed."""
+    """Pages that are damaged on disk, or could not be written, are reported."""
     assert store.copy([(DEVICE(0), DISK(0), 5)]) == ()
     store.disk._checksums[3] ^= 1
     assert store.copy([(DISK(0), DEVICE(0), 5)]) == (DISK(3),)
@@ -290,7 +290,7 @@ def test_a_shard_ends_on_the_gpu_that_it_was_on(weights):
 
 
 def test_host_memory_that_cannot_be_pinned_is_a_user_error(weights):
-    """If it failed, the shard would crash with a CUDA error, or copy at half the rate unnoticed."""
+    """Host memory that cannot be pinned gives a user error that names the setting."""
     gpu = GpuArena.create(SHARD, 0, 1, PAGE_BYTES, weights, fake_cupy())
     gpu.runtime.pins = False
     with pytest.raises(UserError, match="smaller host_bytes"):
@@ -298,6 +298,6 @@ def test_host_memory_that_cannot_be_pinned_is_a_user_error(weights):
 
 
 def test_the_gpu_backend_is_importable_without_its_libraries():
-    """If it failed, every process would need cupy and flashinfer."""
+    """The modules of the GPU backend import without cupy and flashinfer."""
     code = "import sys, memserve.engine.cuda, memserve.actors.mempool_shard; sys.exit('cupy' in sys.modules or 'flashinfer' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1] / "src")

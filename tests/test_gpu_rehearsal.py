@@ -1,4 +1,4 @@
-"""The CUDA engine with FlashInfer itself, whose kernels the CPU runs (``gpu_rehearsal``): ``make gpu-rehearsal``."""
+"""The CUDA engine with FlashInfer itself, its kernels run by the CPU (``gpu_rehearsal``): ``make gpu-rehearsal``."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ MODELS = {
 
 @pytest.fixture(autouse=True)
 def on_an_h100(monkeypatch):
-    """The device has as many multiprocessors as the card that it stands for; what was launched before is forgotten."""
+    """Give the device as many multiprocessors as an H100 has, and forget earlier launches."""
     monkeypatch.setattr(flashinfer_kit, "_processors", lambda device: PROCESSORS)
     gpu_rehearsal.asked.clear()
     machine().launches()
@@ -56,7 +56,8 @@ def on_an_h100(monkeypatch):
 @pytest.mark.parametrize("backend", ["fa2", "fa3"])
 @pytest.mark.parametrize("name", MODELS)
 def test_every_step_gets_the_models_logits(name, backend):
-    """If it failed, FlashInfer would refuse a step on a GPU, a type, a stride or a plan, or its kernels read other pages than ours."""
+    """For every model shape FlashInfer accepts the steps, gives the model's logits, and asks only for libraries that
+    are listed."""
     spec = MODELS[name]
     needs_compiled(spec, backend)
     weights = random_weights(spec, "bfloat16", 3)
@@ -95,7 +96,7 @@ def test_every_step_gets_the_models_logits(name, backend):
 
 @pytest.mark.parametrize("heads", [2, 8])
 def test_rows_that_begin_alike_get_the_logits_of_each_alone(heads):
-    """If it failed, a step whose rows share a prompt's pages would end on a GPU, or be merged wrongly."""
+    """Rows that share their first pages have these attended to once, with the logits that each row has alone."""
     spec = attrs.evolve(BASE, heads=heads)
     needs_compiled(spec, "fa2")
     weights = random_weights(spec, "bfloat16", 3)
@@ -121,7 +122,7 @@ def test_rows_that_begin_alike_get_the_logits_of_each_alone(heads):
 
 
 def test_a_copy_from_pinned_memory_reads_it_when_its_turn_comes():
-    """If it failed, an array that is written again too early would be found nowhere but on a GPU."""
+    """The played device reads pinned memory when the copy runs, as a GPU does: arrays written too early show here."""
     device, pinned = machine().device, torch.full((4,), 1, dtype=torch.int32, pin_memory=True)
     there = torch.zeros(4, dtype=torch.int32, device=device)
     there.copy_(pinned, non_blocking=True)
@@ -142,7 +143,7 @@ def test_a_copy_from_pinned_memory_reads_it_when_its_turn_comes():
 
 
 def test_a_graph_keeps_none_of_its_tensors():
-    """If it failed, an array that a graph reads and nobody holds would be found nowhere but on a GPU."""
+    """A graph of the played device fails if one of its tensors was freed, where a GPU would read other data."""
     given, out = [torch.ones(4, device=machine().device)], torch.ones(4, device=machine().device)
     graph = machine().capture(lambda: out.add_(given[0]))
     for _ in range(2):
@@ -155,7 +156,7 @@ def test_a_graph_keeps_none_of_its_tensors():
 
 
 def test_a_step_waits_once_however_many_rows_draw():
-    """If it failed, the GPU would be idle between the draws of a batch, each of which is shorter than its launch."""
+    """A step in which many rows draw waits for the device once, and once more to plan the next step."""
     spec = attrs.evolve(BASE, vocab=131)
     needs_compiled(spec, "fa2")
     device, weights = machine().device, random_weights(spec, "bfloat16", 3)
@@ -183,7 +184,7 @@ def test_a_step_waits_once_however_many_rows_draw():
 
 @pytest.mark.parametrize("new", [40, 1])
 def test_what_a_step_wrote_is_there_when_it_returns(new):
-    """If it failed, a worker would publish pages, or hand them over, that its GPU has yet to write."""
+    """When a step returns, the KV that it wrote is in memory, where other processes may read it."""
     spec = attrs.evolve(BASE, vocab=131)
     needs_compiled(spec, "fa2")
     device, weights = machine().device, random_weights(spec, "bfloat16", 3)
@@ -205,7 +206,7 @@ def test_what_a_step_wrote_is_there_when_it_returns(new):
 
 @pytest.mark.parametrize("heads", [6, 8])
 def test_captured_steps_draw_what_the_model_does(heads):
-    """If it failed, a graph would go on with the grid, the tables or the positions of the plan that it was captured with."""
+    """Tokens of captured steps are those of the model, whichever batch the graph was captured with."""
     spec = attrs.evolve(BASE, heads=heads, vocab=131)
     needs_compiled(spec, "fa2")
     weights = random_weights(spec, "bfloat16", 3)
@@ -236,7 +237,7 @@ def test_captured_steps_draw_what_the_model_does(heads):
 
 
 def test_a_worker_takes_no_more_than_was_planned_for_it():
-    """If it failed, torch's allocator, held to the plan, would end a worker at its start or in its first long prompt."""
+    """A worker's peak memory stays within what is planned for it, which is all that torch's allocator may use."""
     spec = attrs.evolve(
         tiny_spec(32, 8, 64),
         layers=1,
@@ -274,18 +275,18 @@ SIZES = {
     "SmolLM2-135M": (9, 3, 64), "Llama-3.2-1B": (32, 8, 64), "Llama-3.2-3B": (24, 8, 128), "Llama-3-8B": (32, 8, 128),
     "Llama-3-70B": (64, 8, 128), "Qwen2.5-7B": (28, 4, 128), "Qwen3-0.6B": (16, 8, 128), "Qwen2.5-0.5B": (14, 2, 64),
 }  # fmt: skip
-"""Heads, kv heads, and values of a head."""
+"""Query heads, KV heads, and head dimension of each model."""
 
 
 @pytest.fixture
 def unrun():
-    """Kernels are launched and not run."""
+    """Launch kernels without running them."""
     with machine().only_noting():
         yield
 
 
 def attention_of(name: str, backend: str, most_rows: int) -> FlashInferAttention:
-    """Attention of a layer of this model, on an arena of a few pages: nothing is read from them."""
+    """The attention of one layer of this model, on an arena of a few pages that are never read."""
     heads, kv_heads, head_dim = SIZES[name]
     needs_compiled(tiny_spec(heads, kv_heads, head_dim), backend)
     arena = torch.zeros(
@@ -302,7 +303,7 @@ def row_of(new: int, before: int) -> Row:
 @pytest.mark.parametrize("rows", [16, 256, 1024])
 @pytest.mark.parametrize("name", SIZES)
 def test_captured_batches_of_every_size_find_room(name, rows, unrun):
-    """If it failed, a worker would end in FlashInfer's plan for want of workspace, or replay a graph of another shape."""
+    """FlashInfer's workspace is large enough for every captured batch, and its plan does not depend on the context."""
     attention = attention_of(name, "fa2", rows)
     for bucket in buckets_up_to(rows):
         captured = attention.captured(bucket, 8192 * rows // PAGE_TOKENS)
@@ -317,7 +318,7 @@ def test_captured_batches_of_every_size_find_room(name, rows, unrun):
 @pytest.mark.parametrize("backend", ["fa2", "fa3"])
 @pytest.mark.parametrize("name", SIZES)
 def test_steps_of_every_shape_find_room(name, backend, unrun):
-    """If it failed, a long prompt or a large mixed batch would end a worker in FlashInfer's plan."""
+    """FlashInfer's workspace is large enough for long prompts and large mixed batches of real models."""
     attention = attention_of(name, backend, 16)
     device, (heads, kv_heads, head_dim) = attention.device, SIZES[name]
     shapes = (
@@ -340,7 +341,7 @@ def test_steps_of_every_shape_find_room(name, backend, unrun):
 
 @pytest.mark.parametrize("name", SIZES)
 def test_many_rows_that_begin_alike_find_room(name, unrun):
-    """If it failed, a batch on one long document would end a worker in FlashInfer's plan."""
+    """FlashInfer's workspace is large enough for a batch whose rows share one long document."""
     attention = attention_of(name, "fa2", 256)
     if not attention.merges:
         pytest.skip("rows of so many heads are never merged")

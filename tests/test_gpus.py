@@ -1,4 +1,4 @@
-"""GPUs as a configuration sees them: found or not, large enough or not, and in which words that is said."""
+"""GPUs in a configuration: found or not, large enough or not, and the errors that say so."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ MODEL = attrs.evolve(SPEC, head_dim=64, heads=4, kv_heads=2)
 
 @pytest.fixture
 def decided(tmp_path, monkeypatch):
-    """Resolves a file on a machine with the given GPUs."""
+    """A function that resolves a file on a machine with the given GPUs."""
     monkeypatch.setattr(resolve, "find_model", lambda path: Path("/models") / path)
     monkeypatch.setattr(resolve, "read_spec", lambda path: MODEL)
 
@@ -51,7 +51,7 @@ def decided(tmp_path, monkeypatch):
 
 
 def test_what_nvidia_smi_says_is_understood():
-    """If it failed, pages would be planned for another GPU, or none be found on a machine that has some."""
+    """The output of nvidia-smi is parsed, and other lines are ignored."""
     first, second = parse(ANSWER + "some warning\n")
     assert first == H100
     assert (second.index, second.free_bytes) == (1, 1 << 30)
@@ -62,21 +62,21 @@ def test_what_nvidia_smi_says_is_understood():
     [(None, ["GPU-aa", "GPU-bb"]), ("1", ["GPU-bb"]), ("1,0", ["GPU-bb", "GPU-aa"]), ("GPU-bb", ["GPU-bb"]), ("", []), ("0,7,1", ["GPU-aa"])],
 )  # fmt: skip
 def test_gpus_are_numbered_as_cuda_does(limit, uuids):
-    """If it failed, a shard would plan one GPU's memory and take another's."""
+    """CUDA_VISIBLE_DEVICES numbers GPUs as CUDA does."""
     found = visible(parse(ANSWER), limit)
     assert [gpu.uuid for gpu in found] == uuids
     assert [gpu.index for gpu in found] == list(range(len(uuids)))
 
 
 def fake_smi(folder: Path, script: str) -> None:
-    """An ``nvidia-smi`` in ``folder``."""
+    """Write an ``nvidia-smi`` to ``folder``."""
     file = folder / "nvidia-smi"
     file.write_text(f"#!/bin/sh\n{script}\n")
     file.chmod(file.stat().st_mode | stat.S_IXUSR)
 
 
 def test_looking_for_gpus_never_raises(tmp_path, monkeypatch):
-    """If it failed, `memserve up` would end in a traceback on a machine with a broken driver."""
+    """A missing or broken nvidia-smi gives a problem text and no exception."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert find_gpus().problem == "there is no NVIDIA GPU here (no nvidia-smi)"
@@ -91,13 +91,13 @@ def test_looking_for_gpus_never_raises(tmp_path, monkeypatch):
 
 
 def test_missing_packages_are_named_with_the_remedy():
-    """If it failed, the user would meet an ImportError in a worker's log."""
+    """Missing packages are named with the command that installs them."""
     said = gpus.missing_packages({"memserve_no_such": "cupy-cuda13x", "attrs": "attrs"})
     assert said == "cupy-cuda13x is not installed: pip install 'memserve[cuda]'"
 
 
 def test_without_a_gpu_one_line_says_so(decided):
-    """If it failed, someone without a GPU would not learn which configuration would do."""
+    """A GPU configuration without a GPU is refused in one line that names an alternative."""
     with pytest.raises(ConfigError) as caught:
         decided(Gpus(problem="there is no NVIDIA GPU here (no nvidia-smi)"))
     assert str(caught.value) == (
@@ -106,7 +106,7 @@ def test_without_a_gpu_one_line_says_so(decided):
 
 
 def test_no_gpu_is_looked_for_where_no_shard_is_on_one(decided):
-    """If it failed, every start on CPUs would wait for nvidia-smi."""
+    """GPUs are not looked for if no shard is on one."""
 
     def never() -> Gpus:
         raise AssertionError("looked")
@@ -127,13 +127,13 @@ def test_no_gpu_is_looked_for_where_no_shard_is_on_one(decided):
     ],
 )  # fmt: skip
 def test_what_a_gpu_cannot_do_is_refused(decided, overrides, said):
-    """If it failed, a worker would die of it minutes later, in words of CUDA's."""
+    """A GPU that is missing, too small or does not support the dtype is refused."""
     with pytest.raises(ConfigError, match=said):
         decided(Gpus((H100,)), *overrides)
 
 
 def test_an_old_gpu_and_a_model_of_other_heads_are_refused(decided, monkeypatch):
-    """If it failed, the first step would fail with a message from inside a kernel."""
+    """GPUs that are too old, and models with other head dimensions, are refused."""
     with pytest.raises(ConfigError, match=r"compute capability 7\.5: 8\.0 or more is needed"):
         decided(Gpus((attrs.evolve(H100, capability=(7, 5)),)))
     monkeypatch.setattr(resolve, "read_spec", lambda path: SPEC)
@@ -142,7 +142,7 @@ def test_an_old_gpu_and_a_model_of_other_heads_are_refused(decided, monkeypatch)
 
 
 def test_two_shards_cannot_own_one_gpu(decided):
-    """If it failed, both would plan the same memory."""
+    """Two shards cannot be on one GPU."""
     text = ON_GPU + '[[shard]]\nname = "g1"\ndevice = "cuda:0"\n'
     text = text.replace('role = "prefill"', 'role = "prefill"\nshard = "g0"').replace(
         'role = "decode"', 'role = "decode"\nshard = "g0"'
@@ -152,7 +152,7 @@ def test_two_shards_cannot_own_one_gpu(decided):
 
 
 def test_pages_are_what_weights_and_workers_leave(decided):
-    """If it failed, the arena would leave no room for a worker, or most of the GPU would lie idle."""
+    """A GPU shard gets the memory that weights, workers and a reserve leave."""
     found = decided(Gpus((H100,)))
     weights = resolve.weight_bytes(MODEL, "bfloat16")
     taken = weights + 2 * worker_bytes(MODEL, BatchConfig()) + CONTEXT_BYTES
@@ -167,5 +167,5 @@ def test_pages_are_what_weights_and_workers_leave(decided):
 
 
 def test_written_memory_is_taken_as_written(decided):
-    """If it failed, a GPU could not be shared with other programs."""
+    """A shard's memory that is configured is used as it is."""
     assert decided(Gpus((H100,)), "shard.g0.memory=1GiB").shard_pages == {"g0": (1 << 30) // 16384}

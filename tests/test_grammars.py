@@ -1,4 +1,4 @@
-"""Grammars in the demo model's tokens: what may follow, whoever asks and whatever was asked before."""
+"""Grammars in the demo model's tokens: what may follow, whatever was asked before."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PERSON = {
 
 
 def grammar(**asked: object) -> str:
-    """Of ``structured_outputs``."""
+    """The grammar of these ``structured_outputs``."""
     return grammar_of(None, StructuredOutputs(**asked))
 
 
@@ -62,7 +62,7 @@ def tokens_of(mask: bytes) -> list[int]:
 
 
 def walk(grammars: Grammars, text: str, seed: int, most: int = 300) -> Iterator[int]:
-    """Any answer: each token one of those that are allowed, until the one that ends it."""
+    """A random answer: each token is one of those that are allowed, until the one that ends it."""
     generator, output = random.Random(seed), b""
     for _ in range(most):
         token = generator.choice(tokens_of(grammars.allowed(text, output)))
@@ -87,14 +87,14 @@ def is_person(text: str) -> bool:
     (grammar(grammar='start: "Größe " /[1-9]/ " €"'), re.compile(r"Größe [1-9] €").fullmatch),
 ])  # fmt: skip
 def test_whatever_is_drawn_follows_the_grammar(grammars, tokenizer, text, right):
-    """If it failed, a program that reads the answer would fail on it."""
+    """Whatever allowed tokens are drawn, the answer follows its JSON schema, choice, regex or grammar."""
     for seed in range(10):
         answer = tokenizer.decode(walk(grammars, text, seed))
         assert right(answer), answer
 
 
 def test_what_is_allowed_depends_on_the_answer_alone(tokenizer):
-    """If it failed, a stream that another worker resumes would go on with other tokens."""
+    """The allowed tokens depend on grammar and answer only, so that another worker can resume the stream."""
     first = made(tokenizer)
     answers = [pack(walk(first, PERSONS, seed)) for seed in range(2)]
     generator = random.Random(1)
@@ -104,7 +104,7 @@ def test_what_is_allowed_depends_on_the_answer_alone(tokenizer):
 
 
 def test_two_answers_that_begin_alike_do_not_disturb_one_another(grammars):
-    """If it failed, one of ``n`` answers to a prompt would follow another's."""
+    """Two answers with the same grammar and the same beginning do not affect each other."""
     text = grammar(choice=("yes", "yellow"))
     begun = [(), ()]
     for _ in range(2):
@@ -115,7 +115,7 @@ def test_two_answers_that_begin_alike_do_not_disturb_one_another(grammars):
 
 
 def test_ids_beyond_the_tokenizer_and_special_tokens_are_never_allowed(tokenizer):
-    """If it failed, a model's padding or a control token would be drawn within a JSON string."""
+    """Padding ids and control tokens, except those that end an answer, are never allowed."""
     found = set(tokens_of(made(tokenizer, 7).allowed(grammar(regex=r"(.|\n)*"), b"")))
     assert len(found) > 40_000
     assert max(found) < SPEC.vocab
@@ -123,7 +123,7 @@ def test_ids_beyond_the_tokenizer_and_special_tokens_are_never_allowed(tokenizer
 
 
 def test_a_grammar_that_cannot_be_followed_ends_the_answer(grammars):
-    """If it failed, an answer that left its grammar would stop every stream of its worker, or draw from nothing."""
+    """An answer that left its grammar may only end, and a log line says why."""
     with capture_logs() as logs:
         found = grammars.allowed(grammar(choice=("yes",)), pack([5, 6]))
     assert tokens_of(found) == list(SPEC.eos)
@@ -132,10 +132,10 @@ def test_a_grammar_that_cannot_be_followed_ends_the_answer(grammars):
 
 
 def test_a_panic_of_the_library_ends_the_answer_and_no_more(grammars, monkeypatch):
-    """If it failed, one answer's grammar would end its worker, and each that went on with the answer."""
+    """A panic of the grammar library ends the answer, and not the worker."""
 
     class PanicException(BaseException):
-        """As pyo3's."""
+        """Like the exception that pyo3 raises when a library in Rust panics: not an Exception."""
 
     def panics(*_given, **_named):
         raise PanicException("index out of bounds")
@@ -148,8 +148,8 @@ def test_a_panic_of_the_library_ends_the_answer_and_no_more(grammars, monkeypatc
     assert "index out of bounds" in logs[0]["reason"]
 
 
-def test_rows_with_a_grammar_are_told_what_it_allows(grammars):
-    """If it failed, answers would be free where a format was asked for, or the other rows' bound."""
+def test_rows_with_a_grammar_get_what_it_allows(grammars):
+    """Rows with a grammar get the tokens that it allows, and other rows stay as they are."""
     loaded = []
     guide = Guide(lambda: loaded.append(grammars) or grammars)
     text = grammar(choice=("yes", "no"))
@@ -167,7 +167,7 @@ def test_rows_with_a_grammar_are_told_what_it_allows(grammars):
 
 
 def ahead(grammars, text, output=b"", guess=(), most=20):
-    """What :meth:`Grammars.ahead` says, its masks looked at: they are those of an answer that had come so far by itself."""
+    """The draft of :meth:`Grammars.ahead`, whose masks are checked against those of an answer with these tokens."""
     draft, masks = grammars.ahead(text, output, grammars.allowed(text, output), pack(guess), most)
     for place, mask in enumerate(masks, 1):
         assert mask == grammars.allowed(text, output + span(draft, 0, place)), place
@@ -176,7 +176,7 @@ def ahead(grammars, text, output=b"", guess=(), most=20):
 
 
 def test_what_a_grammar_forces_goes_ahead(grammars, tokenizer):
-    """If it failed, a JSON schema's own words would take a step for each of their tokens."""
+    """Tokens that the grammar leaves no choice about become a draft, whatever was guessed."""
     schema = {
         "type": "object",
         "properties": {"city_of_birth": {"enum": ["Ulm"]}},
@@ -192,7 +192,7 @@ def test_what_a_grammar_forces_goes_ahead(grammars, tokenizer):
 
 
 def test_what_was_guessed_goes_ahead_as_far_as_it_is_allowed(grammars, tokenizer):
-    """If it failed, a guess would leave the grammar, or one that keeps to it be worth nothing."""
+    """A guess is cut where the grammar does not allow it."""
     text = grammar(regex=r"[a-z ]* end[.]")
     guess = tokenizer.encode("the cat sat; the", allow_special=False)
     found = ahead(grammars, text, guess=guess)
@@ -203,7 +203,7 @@ def test_what_was_guessed_goes_ahead_as_far_as_it_is_allowed(grammars, tokenizer
 
 
 def test_nothing_goes_ahead_of_the_end(grammars):
-    """If it failed, an answer's end would be repeated, or be followed by something."""
+    """Nothing is drafted after the end of an answer."""
     text = grammar(choice=("yes",))
     (token,) = tokens_of(grammars.allowed(grammar(regex="yes"), b""))[-1:]
     assert ahead(grammars, text, pack([token])) == []
@@ -211,7 +211,7 @@ def test_nothing_goes_ahead_of_the_end(grammars):
 
 
 def test_an_answer_that_goes_on_by_several_tokens_is_not_read_again(grammars, tokenizer):
-    """If it failed, each accepted draft would cost as much as all of the answer before it."""
+    """An answer that grows by several tokens is continued, not read from its beginning."""
     text, output = grammar(regex=r"x*"), b""
     token = tokens_of(grammars.allowed(text, b""))[-1]
     grammars_new, read = grammars._new, []
@@ -226,7 +226,7 @@ def test_an_answer_that_goes_on_by_several_tokens_is_not_read_again(grammars, to
 
 
 def test_a_guide_lengthens_and_cuts_drafts(grammars, tokenizer):
-    """If it failed, a step would run a draft without knowing what may follow it."""
+    """A guide cuts a draft where the grammar ends it and gives the allowed tokens for each of its positions."""
     guide = Guide(lambda: grammars)
     text = grammar(regex=r"[a-z ]*[.]")
     guess = pack(tokenizer.encode("the cat; the", allow_special=False))
@@ -270,7 +270,7 @@ def test_rules_that_refer_to_one_another_far_overflow_no_stack(grammars, asked):
 
 
 def test_an_answer_is_read_token_by_token(grammars):
-    """If it failed, each token of a long answer would cost as much as all before it."""
+    """An answer that grows token by token is never read from its beginning."""
     text, output = grammar(regex=r"x*"), b""
     token = tokens_of(grammars.allowed(text, b""))[-1]
     read = []

@@ -1,4 +1,4 @@
-"""Hugging Face directories: what is in their JSON, and what is said of those that cannot be served."""
+"""Hugging Face directories: what their JSON files mean, and the errors for those that cannot be served."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from memserve.errors import UserError
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny Mistral, not tied, in one file."""
+    """The tiny Mistral, with an untied head, in one file."""
     return save_hf("mistral", tmp_path_factory.mktemp("hf") / "tiny-7.5b")
 
 
 @pytest.fixture
 def folder(saved: Path, tmp_path: Path) -> Path:
-    """A copy to change."""
+    """A copy of it that a test may change."""
     copy = tmp_path / saved.name
     copy.mkdir()
     for file in saved.iterdir():
@@ -41,14 +41,14 @@ def folder(saved: Path, tmp_path: Path) -> Path:
 
 
 def change(path: Path, **keys: Any) -> Path:
-    """Set keys of a JSON file; ``...`` removes one."""
+    """Set keys of a JSON file; ``...`` removes one. Returns the directory."""
     value = (json.loads(path.read_text()) if path.exists() else {}) | keys
     path.write_text(json.dumps({key: one for key, one in value.items() if one is not ...}))
     return path.parent
 
 
 def test_shards_are_one_model(saved: Path, tmp_path: Path) -> None:
-    """Large models, which come in many files, would not load, or without the tensors of all but one."""
+    """Weights in several files give the same model as in one."""
     sharded = save_hf("mistral", tmp_path / "shards", max_shard_size="200KB")
     assert len(list(sharded.glob("*.safetensors"))) > 2
     whole, parts = (map_weights(prepare(path, "float32", tmp_path).weights) for path in (saved, sharded))
@@ -59,7 +59,7 @@ def test_shards_are_one_model(saved: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_read_exactly(folder: Path, tmp_path: Path, dtype: torch.dtype) -> None:
-    """Nearly every model is published in bfloat16."""
+    """Weights in bfloat16 and float16 are read exactly."""
     from safetensors.torch import load_file, save_file
 
     halved = {name: one.to(dtype) for name, one in load_file(folder / "model.safetensors").items()}
@@ -73,7 +73,7 @@ def test_half_precision_is_read_exactly(folder: Path, tmp_path: Path, dtype: tor
 
 
 def test_names_and_ends_and_template_are_found(folder: Path) -> None:
-    """Answers would not end, or chats would be written in another model's form."""
+    """Name, begin and end tokens and chat template are found in the files that may hold them."""
     change(folder / "config.json", eos_token_id=7, bos_token_id=5)
     change(folder / "generation_config.json", eos_token_id=[7, 9])
     change(
@@ -89,7 +89,7 @@ def test_names_and_ends_and_template_are_found(folder: Path) -> None:
 
 
 def test_old_and_new_configurations_mean_the_same(folder: Path) -> None:
-    """Models published before transformers 5 would run with plain rope and answer worse the longer the text."""
+    """The older forms of rope settings, from before transformers 5, give the same model as the new ones."""
     new = {**LLAMA3_ROPE, "rope_theta": 5e5}
     spec = read_spec(change(folder / "config.json", rope_parameters=new))
     old = change(folder / "config.json", rope_parameters=..., rope_scaling=LLAMA3_ROPE, rope_theta=5e5)
@@ -114,20 +114,20 @@ def test_old_and_new_configurations_mean_the_same(folder: Path) -> None:
 def test_a_sliding_window_is_the_longest_context(
     folder: Path, keys: dict[str, Any], context: int, window: int | None
 ) -> None:
-    """Past its window the model would see what it was never trained to see."""
+    """A sliding window limits the context: attention here is full, and beyond it the model was not trained."""
     spec = read_spec(change(folder / "config.json", **keys))
     assert (spec.max_context, spec.sliding_window) == (context, window)
 
 
 def test_a_tied_head_that_is_stored_is_not_served_twice(folder: Path, tmp_path: Path) -> None:
-    """Some tools store the head of a tied model once more; it would be refused, or take memory."""
+    """A head that is stored although it is tied is accepted and not loaded."""
     files = prepare(change(folder / "config.json", tie_word_embeddings=True), "float32", tmp_path / "cache")
     assert files.spec.tied_embeddings
     assert "head" not in map_weights(files.weights)
 
 
 def test_conversion_is_keyed_by_content_and_needs_no_torch(folder: Path, tmp_path: Path) -> None:
-    """Every start would convert anew, an edited model would be served as it was, or the supervisor would load torch."""
+    """A model is converted once for its content, again after a change, and without importing torch."""
     code = "import sys; from pathlib import Path; from memserve.engine.weights import prepare\n"
     code += "prepare(sys.argv[1], 'float32', Path(sys.argv[2])); assert 'torch' not in sys.modules"
     cache = tmp_path / "cache"
@@ -161,7 +161,7 @@ def test_conversion_is_keyed_by_content_and_needs_no_torch(folder: Path, tmp_pat
     ],
 )
 def test_what_would_answer_nonsense_is_refused_by_key(folder: Path, keys: dict[str, Any], said: str) -> None:
-    """A variant that is ignored runs and answers nonsense."""
+    """A variant that is not supported is refused with the key that says so: ignored, it would give nonsense."""
     change(folder / "config.json", **keys)
     with pytest.raises(UserError) as caught:
         read_spec(folder)
@@ -171,14 +171,14 @@ def test_what_would_answer_nonsense_is_refused_by_key(folder: Path, keys: dict[s
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "generation_config.json"])
 @pytest.mark.parametrize("content", [b"", b"[1]", b"{", b"\xff\xfe", b"[" * 100_000])
 def test_damaged_json_is_a_user_error(folder: Path, name: str, content: bytes) -> None:
-    """A directory copied from a full disk would end in a traceback."""
+    """A damaged JSON file is a user error that names the file."""
     (folder / name).write_bytes(content)
     with pytest.raises(UserError, match=f"{name}: not readable as JSON"):
         read_spec(folder)
 
 
 def test_what_a_directory_lacks_is_named_all_at_once(tmp_path: Path) -> None:
-    """The user would repair one thing at a time, and not learn what to do about a pickle or a SentencePiece file."""
+    """All that a directory lacks is named at once, with advice on pickled weights and SentencePiece files."""
     (tmp_path / "tokenizer.model").touch()
     (tmp_path / "pytorch_model.bin").touch()
     (tmp_path / "m.gguf").touch()
@@ -195,7 +195,7 @@ def test_what_a_directory_lacks_is_named_all_at_once(tmp_path: Path) -> None:
 
 
 def test_a_missing_shard_is_named_and_a_path_as_one_refused(folder: Path) -> None:
-    """A download that stopped half way would be a traceback, and an index could have any file read."""
+    """A missing weight file is named, and one whose name is a path is refused."""
     index = folder / "model.safetensors.index.json"
     index.write_text('{"weight_map": {"a": "model-2.safetensors"}}')
     with pytest.raises(UserError, match=r"missing model-2\.safetensors"):
@@ -206,7 +206,7 @@ def test_a_missing_shard_is_named_and_a_path_as_one_refused(folder: Path) -> Non
 
 
 def test_foreign_tensors_and_shapes_are_refused(folder: Path, tmp_path: Path) -> None:
-    """A Qwen2 called a Llama would run without its biases."""
+    """Tensors that the model does not have, or of other shapes, are refused; known leftovers are ignored."""
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(folder / "model.safetensors")
@@ -223,7 +223,7 @@ def test_foreign_tensors_and_shapes_are_refused(folder: Path, tmp_path: Path) ->
 
 
 def test_every_truncation_of_a_file_is_a_user_error(tmp_path: Path) -> None:
-    """A half-downloaded file must be said to be one, wherever it ends."""
+    """A safetensors file that is cut at any length, or of an unknown type, is a user error."""
     from safetensors.torch import save_file
 
     save_file({"a": torch.ones(3, 4), "b": torch.ones(2, dtype=torch.bfloat16)}, tmp_path / "w")
@@ -260,7 +260,7 @@ def test_a_hostile_header_is_a_user_error(tmp_path: Path, damage: dict[str, Any]
 
 
 def test_a_tokenizer_that_cannot_be_served_is_refused_at_conversion(folder: Path, tmp_path: Path) -> None:
-    """It would be refused by the Frontend, minutes later, when all else has started."""
+    """A tokenizer of an unsupported type is refused at conversion, before actors start."""
     from tokenizers import Tokenizer as Built
     from tokenizers import models
 
@@ -270,7 +270,7 @@ def test_a_tokenizer_that_cannot_be_served_is_refused_at_conversion(folder: Path
 
 
 def test_a_tokenizer_of_more_ids_than_the_model_is_refused(folder: Path, tmp_path: Path) -> None:
-    """A prompt with such a token would end the worker's step, and so everybody's."""
+    """A tokenizer with more ids than the embedding table is refused: such a token would end a worker's step."""
     from tokenizers import Tokenizer as Built
 
     built = Built.from_file(str(folder / "tokenizer.json"))
@@ -281,7 +281,7 @@ def test_a_tokenizer_of_more_ids_than_the_model_is_refused(folder: Path, tmp_pat
 
 
 def test_the_directorys_tokenizer_serves(saved: Path, tmp_path: Path) -> None:
-    """The Frontend would not start on a directory."""
+    """The tokenizer of a directory encodes, decodes and knows its special tokens."""
     tokenizer = Tokenizer.load(prepare(saved, "float32", tmp_path).tokenizer)
     assert tokenizer.decode(tokenizer.encode("Hi there<|eos|>", True), False) == "Hi there<|eos|>"
     assert tokenizer.specials["<|eos|>"] == 1

@@ -1,4 +1,4 @@
-"""The scheduler holds requests back while no worker has room: when, in which order, and that each is answered once."""
+"""The scheduler holds requests back while no worker has room: when, in which order, and each is answered once."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from memserve.scheduling.scheduler import SchedulerCore
 from memserve.tokens import pack
 
 COSTS = StepCosts(((1.0, 0.001), (1001.0, 1.001)), chunk_tokens=512)
-"""A token a millisecond."""
+"""One token per millisecond."""
 ME = Member(ActorId("scheduler-0.1"), "GlobalScheduler", "ipc://s", 1, "ready")
 SHARD = Member(ActorId("s0.1"), "MemPoolShard", "ipc://s0", 1, "ready")
 FRONTEND = Member(ActorId("frontend-0.1"), "Frontend", "ipc://f", 1, "ready")
 
 
 def worker(name: str = "w0", tokens: float = 0.0, rows: float = 0.0, **more) -> Member:
-    """A worker with so many tokens to run and streams to continue."""
+    """A worker that reports so many tokens waiting and so many streams."""
     load = {"waiting_tokens": tokens, "decode_rows": rows, "context_tokens": 100.0 * rows, "rows_max": 8.0}
     member = Member(
         ActorId(f"{name}.1"), "DecodeWorker", f"ipc://{name}", 1, "ready", "both", SHARD.id, load, COSTS
@@ -50,7 +50,7 @@ def submit(
     name: str, tokens: int = 100, *, scope: str = "a", attempt: int = 0, priority: int = 0,
     ttft_s: float | None = None, held: bool = False,
 ) -> Submit:  # fmt: skip
-    """A request of some tokens that no other begins with."""
+    """A request of so many tokens that shares no prefix with others."""
     prompt = pack([sum(map(ord, name)) % 1000, *range(tokens - 1)])
     return Submit(
         Request(name, attempt, FRONTEND.id, scope, prompt, tokens, 20, (), Sampling(), priority, ttft_s),
@@ -59,7 +59,7 @@ def submit(
 
 
 def scheduler(*members: Member, hold_back_s: float = 0.5, held_max: int = 64) -> SchedulerCore:
-    """A core that has heard of them at time 0."""
+    """A core that received a Load of each member at time 0."""
     core = SchedulerCore(ME, "cost", Cost(), admission=Admission(held_max), hold_back_s=hold_back_s)
     for one in (SHARD, FRONTEND, *members):
         core.receive(one.id, Load(one), 0.0)
@@ -69,7 +69,7 @@ def scheduler(*members: Member, hold_back_s: float = 0.5, held_max: int = 64) ->
 
 
 def said(core: SchedulerCore, kind: type) -> list:
-    """The messages of one kind, or the log's lines."""
+    """The core's messages of one type, or its log lines."""
     core.check()
     actions = core.take()
     if kind is Log:
@@ -78,12 +78,12 @@ def said(core: SchedulerCore, kind: type) -> list:
 
 
 def names(messages: list) -> list[str]:
-    """Of their requests."""
+    """The ids of the messages' requests."""
     return [one.request if isinstance(one.request, str) else one.request.id for one in messages]
 
 
 def test_requests_wait_while_every_worker_has_enough_and_leave_in_time() -> None:
-    """Placed at once, they would wait at a worker where nothing can overtake them any more."""
+    """A request is held while each worker has more than hold_back_s of work, and placed when one has that left."""
     core = scheduler(worker("w0", tokens=800), worker("w1", tokens=2000))
     core.receive(FRONTEND.id, submit("r"), 0.0)
     assert said(core, Inquired) == [Inquired("r", 0, held=True)]
@@ -97,7 +97,7 @@ def test_requests_wait_while_every_worker_has_enough_and_leave_in_time() -> None
 
 
 def test_a_report_of_room_lets_what_waits_leave() -> None:
-    """A worker that was faster than predicted would idle."""
+    """A report of free room has the next held request placed, earlier than predicted."""
     core = scheduler(worker("w0", tokens=5000))
     for name in ("first", "second"):
         core.receive(FRONTEND.id, submit(name, 600), 0.0)
@@ -108,7 +108,7 @@ def test_a_report_of_room_lets_what_waits_leave() -> None:
 
 
 def test_a_worker_whose_batch_is_full_has_no_room() -> None:
-    """Its prompts are short, but no stream could begin: they would wait there without a turn."""
+    """A worker with more streams than rows gets no request, however few prompt tokens it has."""
     core = scheduler(worker("w0", rows=10.0))
     core.receive(FRONTEND.id, submit("r"), 0.0)
     core.advance(2.0)
@@ -118,7 +118,7 @@ def test_a_worker_whose_batch_is_full_has_no_room() -> None:
 
 
 def test_priorities_come_first_and_tenants_take_turns() -> None:
-    """What holding back is for."""
+    """Later attempts come first, then by priority, and tenants of equal priority take turns."""
     core = scheduler(worker("w0", tokens=5000))
     for i in range(4):
         core.receive(FRONTEND.id, submit(f"a{i}", 600), 0.0)
@@ -134,7 +134,7 @@ def test_priorities_come_first_and_tenants_take_turns() -> None:
 
 
 def test_a_later_attempt_is_placed_at_once() -> None:
-    """Its stream has begun: it waits for no room, and comes before all that waits."""
+    """A later attempt is placed at once, without waiting for room and without regard to its deadline."""
     core = scheduler(worker("w0", tokens=5000), held_max=2)
     core.receive(FRONTEND.id, submit("waits"), 0.0)
     core.receive(FRONTEND.id, submit("again", attempt=3, ttft_s=0.001), 0.0)
@@ -142,14 +142,14 @@ def test_a_later_attempt_is_placed_at_once() -> None:
 
 
 def test_a_deadline_is_held_against_the_prediction() -> None:
-    """A request that comes too late is of no use; refused at once, its client can try elsewhere."""
+    """A request predicted to miss its deadline is refused at once; one that waits is refused once it cannot be met."""
     core = scheduler(worker("w0", tokens=400))
     core.receive(FRONTEND.id, submit("soon", ttft_s=0.45), 0.0)
     (refused,) = said(core, Rejected)
     assert (refused.code, refused.status) == ("deadline_unreachable", 503)
     core.receive(FRONTEND.id, submit("later", ttft_s=0.8), 0.0)
     assert names(said(core, Planned)) == ["later"]
-    # Now 0.5 s of prompts are there: this one waits, and what then comes of it is a report's to say.
+    # Now there are 0.5 s of prompts, so that this one waits, and the next report decides what becomes of it.
     core.receive(FRONTEND.id, submit("fills", 300), 0.0)
     core.receive(FRONTEND.id, submit("waits", ttft_s=1.2), 0.0)
     assert said(core, Rejected) == []
@@ -160,7 +160,7 @@ def test_a_deadline_is_held_against_the_prediction() -> None:
 
 
 def test_a_request_with_a_deadline_waits_for_a_free_row_here() -> None:
-    """At a worker whose batch is full it would wait for that worker's streams alone, however soon another's end."""
+    """A request with a deadline is held while all batches are full, and goes to the first worker with a free row."""
     core = scheduler(worker("w0", rows=8.0), worker("w1", rows=8.0))
     core.receive(FRONTEND.id, submit("timed", ttft_s=5.0), 0.0)
     assert (said(core, Planned), core.deadline > 0.0) == ([], True)
@@ -171,7 +171,7 @@ def test_a_request_with_a_deadline_waits_for_a_free_row_here() -> None:
 
 
 def test_a_request_with_a_deadline_goes_where_it_is_in_time() -> None:
-    """The cheapest worker may be a later one: what was promised for the soonest was then kept by another."""
+    """A request with a deadline is placed on a worker that meets it, even if another is cheaper."""
     workers = worker("w0", tokens=150), worker("w1", rows=7.0)
     core = scheduler(*workers)
     core.receive(FRONTEND.id, submit("whenever"), 0.0)
@@ -182,7 +182,7 @@ def test_a_request_with_a_deadline_goes_where_it_is_in_time() -> None:
 
 
 def test_every_policy_keeps_deadlines() -> None:
-    """One that looks at queues of tokens alone would pick a full batch."""
+    """A policy that looks at token queues alone does not place a request with a deadline on a full batch."""
     core = SchedulerCore(ME, "least_load", LeastLoad())
     for one in (SHARD, FRONTEND, worker("w0", rows=9.0), worker("w1", tokens=100)):
         core.receive(one.id, Load(one), 0.0)
@@ -191,7 +191,7 @@ def test_every_policy_keeps_deadlines() -> None:
 
 
 def test_every_refusal_is_explained_in_one_line() -> None:
-    """Whoever runs the cluster is asked why."""
+    """Each refusal writes one log line with its reason and is counted."""
     core = scheduler(worker("w0", tokens=5000), held_max=2)
     core.receive(FRONTEND.id, submit("waits"), 0.0)
     core.receive(FRONTEND.id, submit("refused"), 0.0)
@@ -202,7 +202,7 @@ def test_every_refusal_is_explained_in_one_line() -> None:
 
 
 def test_policies_that_predict_nothing_are_held_back_too() -> None:
-    """Priorities would depend on the policy."""
+    """Requests are held back under policies without predictions too, so that priorities always work."""
     core = SchedulerCore(ME, "least_load", LeastLoad(), hold_back_s=0.5)
     for one in (SHARD, FRONTEND, worker("w0", tokens=5000)):
         core.receive(one.id, Load(one), 0.0)
@@ -211,7 +211,8 @@ def test_policies_that_predict_nothing_are_held_back_too() -> None:
 
 
 class Answers(RuleBasedStateMachine):
-    """Messages come in any order, twice or never; workers come and go, and have room or not."""
+    """Messages in any order, repeated or lost, and workers that come, go and have room or not: each request is answered
+    once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -219,7 +220,7 @@ class Answers(RuleBasedStateMachine):
         self.now = 0.0
         self.names = 0
         self.open: dict[str, Submit] = {}
-        """Asked for, and neither planned nor refused nor cancelled."""
+        """Submitted, and neither planned nor refused nor cancelled."""
         self.plans: dict[str, Planned] = {}
         self.cancelled: set[str] = set()
 
@@ -266,7 +267,7 @@ class Answers(RuleBasedStateMachine):
             for one in (SHARD, FRONTEND, worker("w0", 5000.0)):
                 self.core.receive(one.id, Load(one), self.now)
             self.core.advance(self.now)
-            assert self.core.deadline > self.now, "it would be called again and again"
+            assert self.core.deadline > self.now, "the core would be called again and again"
             self.answers_are_right()
 
     @invariant()
@@ -288,7 +289,7 @@ class Answers(RuleBasedStateMachine):
                     del self.open[request]
 
     def teardown(self) -> None:
-        """Let there be room, and time: all that still wants a plan gets one, or is asked to submit again."""
+        """Give room and time: every open request is planned when it is submitted again."""
         for _ in range(2000):
             if not self.open:
                 return
@@ -306,7 +307,7 @@ TestAnswers.settings = settings(max_examples=60, stateful_step_count=40, deadlin
 
 
 def test_a_scheduler_that_died_is_followed_by_one_that_lets_all_of_them_wait_again() -> None:
-    """Whatever its bounds say: they were let in once, and none is lost with it."""
+    """A new scheduler accepts all requests that were held by its predecessor, even beyond its limit."""
     before = scheduler(worker("w0", tokens=9000), held_max=8)
     waiting = [submit(f"r{i}", scope=f"{i}") for i in range(6)]
     for one in waiting:
@@ -322,7 +323,7 @@ def test_a_scheduler_that_died_is_followed_by_one_that_lets_all_of_them_wait_aga
 
 
 def test_who_asks_after_nothing_is_forgotten() -> None:
-    """Its Frontend took the request elsewhere: placed here too, it would be run twice."""
+    """A held request that its Frontend no longer asks after is dropped: it may run elsewhere."""
     core = scheduler(worker("w0", tokens=5000))
     core.receive(FRONTEND.id, submit("gone"), 0.0)
     core.receive(FRONTEND.id, submit("asked"), 0.0)

@@ -1,16 +1,14 @@
-"""A cluster of two hosts, as two places on one machine with addresses of their own: prompts on one, answers on the other."""
+"""A cluster of two hosts, as two places with their own addresses on one machine: prompts on one, answers on the other."""
 
 from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from pathlib import Path
 
 import attrs
@@ -23,6 +21,7 @@ from memserve.engine.tokenizer import Tokenizer
 from memserve.engine.weights import prepare
 from memserve.settings.network import make_key
 from real_model import agreed
+from test_bus import free_port
 from test_model import DEMO
 
 IDS = Tokenizer.load(prepare(find_model(DEMO), "float32").tokenizer).encode(
@@ -35,31 +34,23 @@ IDS = Tokenizer.load(prepare(find_model(DEMO), "float32").tokenizer).encode(
 MANY = 60
 """Tokens of an answer."""
 SILENCE_S = 5.0
-"""What the scheduler bears of a member before it holds it for dead."""
+"""After so much silence the scheduler declares a member dead."""
 
 
 @attrs.frozen
 class Hosts:
-    """Both hosts' ``memserve up``, and what a third one would be started with."""
+    """Both hosts' ``memserve up``, and the settings with which a third one would be started."""
 
     first: Cluster
     second: Cluster
     settings: tuple[str, ...]
     answer: list[int] = attrs.field(factory=list)
-    """The right one to IDS, once it has been asked for."""
-
-
-def free_port() -> int:
-    """A port that nobody has at present."""
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """The right answer to IDS, once a test has asked for it."""
 
 
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
-    """Both of them; the second is started before there is anything to join."""
+    """Both hosts; the second is started before there is anything to join."""
     folder = tmp_path_factory.mktemp("hosts")
     make_key(folder / "key")
     place = f"127.0.0.1:{free_port()}"
@@ -84,7 +75,7 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
 
 
 def test_the_second_host_waits_for_the_first_and_both_know_all(hosts: Hosts) -> None:
-    """Else hosts would have to be started in the right order, or `memserve status` would show half a cluster."""
+    """A host that is started first waits for the scheduler's host, and both list all members."""
     names = {"s0", "s1", "p0", "d0", "frontend-0", "frontend-127-0-0-2-0", "scheduler-0"}
     for one in (hosts.first, hosts.second):
         members = one.members()
@@ -94,7 +85,7 @@ def test_the_second_host_waits_for_the_first_and_both_know_all(hosts: Hosts) -> 
 
 
 def test_a_chat_over_two_hosts_has_the_right_tokens(hosts: Hosts) -> None:
-    """If a page came damaged, or a second turn did not find what the first has left, nobody would be told but by this."""
+    """A chat over two hosts has the right tokens, and its second turn finds the first one cached."""
     answer = hosts.first.tokens(IDS, MANY // 2)
     again = hosts.second.complete(IDS + answer, MANY // 2, ignore_eos=True)
     hosts.answer.extend(answer + again["choices"][0]["token_ids"])
@@ -105,7 +96,7 @@ def test_a_chat_over_two_hosts_has_the_right_tokens(hosts: Hosts) -> None:
 
 
 def test_a_worker_of_the_second_host_that_is_killed_loses_no_token(hosts: Hosts) -> None:
-    """The scheduler reads no supervisor of that host: if nobody passed the death on, the stream would stand for seconds."""
+    """A killed worker of the second host is announced by that host at once, and its stream loses no token."""
     assert stream_through_a_kill(hosts.first, IDS, MANY, "d0") == hosts.answer
     gone = [line for line in hosts.first.lines() if line["event"] == "member gone"]
     assert [one["reason"] for one in gone] == ["died"]
@@ -118,10 +109,10 @@ def test_a_worker_of_the_second_host_that_is_killed_loses_no_token(hosts: Hosts)
         ("pool.page_tokens=32", "pool.page_tokens must be the same on all hosts of the cluster: 16 on"),
     ],
 )
-def test_a_host_that_does_not_belong_is_told_why(
+def test_a_host_that_does_not_belong_is_refused(
     hosts: Hosts, tmp_path: Path, setting: str, said: str
 ) -> None:
-    """If it were let in, requests would be served wrongly; if it were not told, it would be restarted for ever."""
+    """A host with another key or other settings ends with the reason."""
     make_key(tmp_path / "other")
     others = ("cluster.address=127.0.0.3", "shard.0.name=s9", "worker.0.shard=s9", "worker.0.name=d9")
     wrong = setting.format(other=tmp_path / "other")
@@ -132,12 +123,12 @@ def test_a_host_that_does_not_belong_is_told_why(
 
 
 def test_a_host_that_vanishes_is_held_for_dead_and_its_requests_go_on(hosts: Hosts) -> None:
-    """Nobody is left there to say that it died: only its silence does, and its streams and their pages must not be lost."""
+    """A host that vanishes is declared dead by its silence, and its requests go on with the same tokens."""
     events = hosts.first.stream(IDS, MANY)
     found = next(events)
     killed = time.monotonic()
     supervisor = hosts.second.process.pid
-    os.kill(supervisor, signal.SIGSTOP)  # or it, or those that it leaves behind, could say a last word
+    os.kill(supervisor, signal.SIGSTOP)  # otherwise it, or its actors, could still report something
     for pid in (*actor_processes(hosts.second.logs), supervisor):
         os.kill(pid, signal.SIGKILL)
     helper = threading.Timer(

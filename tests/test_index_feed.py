@@ -1,4 +1,4 @@
-"""What a shard tells of its index, and what a scheduler makes of gaps."""
+"""What a shard reports of its index, and what a scheduler does about gaps."""
 
 import random
 
@@ -29,8 +29,8 @@ SEED = ActorId("scheduler-0.seed")
 EVENT = IndexEvent("stored", 1, tokens=b"....", scope="anne")
 
 
-class Told:
-    """A shard whose deltas a scheduler hears, and a copy of its index made from them."""
+class ReportingShard:
+    """A shard whose reports reach a scheduler, and a copy of its index that is made from them."""
 
     def __init__(self):
         self.core = ShardCore(Pool(3000, 1, 5.0), schedulers=(SEED,))
@@ -38,7 +38,7 @@ class Told:
         self.now, self.calls = 0.0, 0
 
     def store(self, *prompt):
-        """A request comes and goes."""
+        """A request whose prompt is inserted, and which ends."""
         self.calls += 2
         self.core.receive("p.1", Acquire(self.calls, "anne", pack(prompt), 0), self.now)
         lease = next(a.message.lease for a in self.heard() if isinstance(a.message, Acquired))
@@ -47,14 +47,14 @@ class Told:
         self.heard()
 
     def heard(self):
-        """Actions; those for the scheduler are answered as it would."""
+        """The actions; those for the scheduler are answered as it would."""
         actions = self.core.take()
         for action in actions:
             if isinstance(action.message, IndexDelta | IndexSnapshot):
-                self.tell(action)
+                self.deliver(action)
         return actions
 
-    def tell(self, action):
+    def deliver(self, action):
         """A message reaches the scheduler."""
         self.mirror.hear(action.message)
         if isinstance(action.message, IndexSnapshot):
@@ -65,55 +65,55 @@ class Told:
             self.heard()
 
     def wait(self, seconds):
-        """Time passes."""
+        """Let time pass."""
         self.now += seconds
         self.core.advance(self.now)
         return self.heard()
 
 
 def test_changes_travel_together_and_soon():
-    """If each had its own message, decoding would send one for every page of every stream."""
-    told = Told()
-    told.store(1, 2)
-    told.store(1, 3)
-    assert told.core.deadline <= told.now + GATHER_S
-    (delta,) = told.wait(GATHER_S)
+    """Changes are gathered for GATHER_S at most and sent in one message."""
+    shard = ReportingShard()
+    shard.store(1, 2)
+    shard.store(1, 3)
+    assert shard.core.deadline <= shard.now + GATHER_S
+    (delta,) = shard.wait(GATHER_S)
 
     assert (delta.to, delta.message.first) == (SEED, 0)
-    assert told.mirror.prefixes() == {("anne", pack(tokens)): 0 for tokens in ([1], [1, 2], [1, 3])}
+    assert shard.mirror.prefixes() == {("anne", pack(tokens)): 0 for tokens in ([1], [1, 2], [1, 3])}
 
 
 def test_a_lost_delta_is_noticed_and_made_good():
-    """If it were not, the scheduler would route by an index that is not there."""
-    told = Told()
-    told.store(1, 2)
-    told.now += GATHER_S
-    told.core.advance(told.now)
-    told.core.take()  # lost, and nothing follows it but silence
-    assert told.wait(QUIET_S) != []
-    assert told.feed.is_whole("s0.1")
-    assert (told.feed.gaps, told.feed.snapshots) == (1, 1)
-    assert told.mirror.prefixes() == {("anne", pack([1])): 0, ("anne", pack([1, 2])): 0}
-    assert told.wait(60.0) == []
-    told.store(1, 5)
-    told.wait(GATHER_S)
-    assert ("anne", pack([1, 5])) in told.mirror.prefixes()
+    """A lost delta is noticed, also when nothing follows it, and a snapshot repairs the index."""
+    shard = ReportingShard()
+    shard.store(1, 2)
+    shard.now += GATHER_S
+    shard.core.advance(shard.now)
+    shard.core.take()  # lost, and nothing follows it but silence
+    assert shard.wait(QUIET_S) != []
+    assert shard.feed.is_whole("s0.1")
+    assert (shard.feed.gaps, shard.feed.snapshots) == (1, 1)
+    assert shard.mirror.prefixes() == {("anne", pack([1])): 0, ("anne", pack([1, 2])): 0}
+    assert shard.wait(60.0) == []
+    shard.store(1, 5)
+    shard.wait(GATHER_S)
+    assert ("anne", pack([1, 5])) in shard.mirror.prefixes()
 
 
 def test_a_large_index_comes_in_parts():
-    """If it came in one, its message could be larger than the bus takes."""
-    told = Told()
+    """A snapshot of a large index is sent in parts."""
+    shard = ReportingShard()
     rng = random.Random(1)
     for _ in range(EVENTS_MAX + 100):
-        told.store(rng.randrange(10_000))
-    told.wait(GATHER_S)
-    told.core.receive(ActorId("scheduler-0.2"), IndexWanted(0), told.now)
-    parts = [action.message for action in told.core.take()]
+        shard.store(rng.randrange(10_000))
+    shard.wait(GATHER_S)
+    shard.core.receive(ActorId("scheduler-0.2"), IndexWanted(0), shard.now)
+    parts = [action.message for action in shard.core.take()]
 
     assert [(part.part, part.parts) for part in parts] == [(0, 2), (1, 2)]
     again = Mirror(TOKEN_BYTES)
     assert not any(again.hear(part) for part in parts)
-    assert (again.prefixes(), again.next) == (told.mirror.prefixes(), told.mirror.next)
+    assert (again.prefixes(), again.next) == (shard.mirror.prefixes(), shard.mirror.next)
 
 
 def test_no_part_is_longer_than_the_bus_allows():
@@ -132,7 +132,7 @@ def test_no_part_is_longer_than_the_bus_allows():
 
 
 def test_a_scheduler_asks_once_and_again_when_nothing_comes():
-    """If it asked at every delta, a busy shard would send its whole index many times a second."""
+    """After a gap the scheduler asks for a snapshot once, and again after ASK_AGAIN_S without a whole one."""
     feed = IndexFeed(GlobalTree(1))
     assert feed.delta("s0.1", IndexDelta(7, (EVENT,)), 0.0) == [Send("s0.1", IndexWanted(0))]
     assert feed.delta("s0.1", IndexDelta(8, (EVENT,)), 1.0) == []
@@ -149,7 +149,7 @@ def test_a_scheduler_asks_once_and_again_when_nothing_comes():
 
 
 def test_without_schedulers_nothing_is_noted():
-    """If it were, a shard by itself would remember every change for ever."""
+    """A shard without schedulers keeps no events."""
     core = ShardCore(Pool(8, 4, 5.0))
     core.receive("p.1", Acquire(1, "anne", pack(range(9)), 0), 0.0)
     core.receive("p.1", Insert(2, 1, 0, pack(range(8))), 0.0)

@@ -18,7 +18,7 @@ from memserve.inspect import Filter, Tally
 
 @pytest.fixture
 def run(tmp_path):
-    """Writes records into a run's files by actor; answers its directory."""
+    """A function that writes records into a run's files by actor and returns its directory."""
 
     def write(*records: dict, name: str = "run1"):
         folder = tmp_path / "logs" / name
@@ -36,13 +36,13 @@ def events(folder, wanted=None, tally=None):
 
 
 def test_files_are_merged_by_time(run):
-    """If it failed, a request would seem to be decoded before it was received."""
+    """The lines of all actors are merged by time."""
     folder = run(*reversed(LIFE[::2]), name="other") and run(*LIFE)
     assert events(folder) == [record["event"] for record in LIFE]
 
 
 def test_damaged_lines_are_counted_and_passed_over(run):
-    """If it failed, one line cut by a full disk would hide a whole log."""
+    """Damaged lines are skipped and counted."""
     folder = run(*LIFE)
     with (folder / "p0.jsonl").open("ab") as file:
         file.write(
@@ -57,13 +57,13 @@ def test_damaged_lines_are_counted_and_passed_over(run):
 
 @given(st.binary(max_size=200))
 def test_any_bytes_can_be_read(data):
-    """If it failed, some damage would be a traceback."""
+    """Any bytes can be parsed without an exception."""
     record = inspect.parse(data, Tally())
     assert record is None or "ts" in record
 
 
 def test_following_shows_old_new_and_half_written_lines_once(run):
-    """If it failed, `logs --follow` would miss lines, repeat them, or show half of one."""
+    """Following a log shows every line once, also new files and lines that are written in parts."""
     folder = run(LIFE[0])
     path = folder / "frontend-0.jsonl"
     half = json.dumps(LIFE[4]).encode()
@@ -112,12 +112,12 @@ def test_following_goes_on_when_a_file_is_emptied(run):
     ],
 )
 def test_filters_narrow_by_actor_level_and_request(run, wanted, count):
-    """If it failed, the options of `memserve logs` would show other lines than asked for."""
+    """Filters select by actor, level and request."""
     assert len(events(run(*LIFE), wanted)) == count
 
 
-def test_an_actor_that_never_logged_is_told_who_did(run):
-    """If it failed, a mistyped name would look like an actor without a word to say."""
+def test_an_actor_that_never_logged_is_an_error(run):
+    """An actor without logs is refused with the names of those that have some."""
     folder = run(*LIFE)
     inspect.check_actor(folder, "p0.0000")
     with pytest.raises(UserError, match=r"--actor: .* has logs of .*p0.*, not of 'zz'"):
@@ -125,7 +125,7 @@ def test_an_actor_that_never_logged_is_told_who_did(run):
 
 
 def test_a_timeline_shows_one_life_across_actors(run):
-    """If it failed, where a request's time went could not be seen."""
+    """A timeline shows one request's events across actors, with their times."""
     folder = run(*LIFE, line(5, "p0", "prefill started", request="abcdef"))
     life = inspect.timeline(inspect.read_run(folder, Tally()), "abc1")
     assert (life.request, life.total_ms) == ("abc1", pytest.approx(40))
@@ -139,7 +139,7 @@ def test_a_timeline_shows_one_life_across_actors(run):
 
 
 def test_an_ambiguous_or_unknown_request_is_a_users_error(run):
-    """If it failed, the timeline would mix two requests, or be empty without a word."""
+    """A request prefix that fits several requests, or none, is an error."""
     folder = run(*LIFE, line(5, "p0", "prefill started", request="abc2"))
     with pytest.raises(UserError, match="'abc' begins 2 requests: abc1, abc2"):
         inspect.timeline(inspect.read_run(folder, Tally()), "abc")
@@ -148,7 +148,7 @@ def test_an_ambiguous_or_unknown_request_is_a_users_error(run):
 
 
 def test_bars_lie_where_their_time_lies():
-    """If it failed, the picture would contradict the figures."""
+    """Bars of the timeline lie at the place of their time."""
     assert inspect.bar(0, 5, 10, 10) == "█████·····"
     assert inspect.bar(5, 10, 10, 10) == "·····█████"
     assert inspect.bar(10, 10, 10, 10) == "·········█"
@@ -156,7 +156,7 @@ def test_bars_lie_where_their_time_lies():
 
 
 def test_a_summary_counts_outcomes_times_tokens_and_workers(run):
-    """If it failed, a run would look better or worse than it was."""
+    """A summary counts outcomes, times, tokens, workers and warnings of a run."""
     records = [line(i, "frontend-0", "request received", request=f"r{i}") for i in range(101)]
     records += [finished(1000 + i, f"r{i}", ttft_ms=float(i + 1)) for i in range(98)]
     records += [
@@ -183,7 +183,7 @@ def test_a_summary_counts_outcomes_times_tokens_and_workers(run):
 
 
 def test_the_newest_run_is_found(run, tmp_path):
-    """If it failed, `memserve logs` would show an old run."""
+    """The newest run of a log directory is found."""
     old, new = run(LIFE[0], name="b-old"), run(LIFE[0], name="a-new")
     os.utime(old / "frontend-0.jsonl", (1, 1))
     (tmp_path / "logs" / "empty").mkdir()
@@ -196,7 +196,7 @@ def test_the_newest_run_is_found(run, tmp_path):
 
 
 def test_memory_does_not_grow_with_the_run(run):
-    """If it failed, a long run's log could not be read on the machine that wrote it."""
+    """Reading a long log takes a constant amount of memory."""
     import tracemalloc
 
     folder = run(LIFE[0])

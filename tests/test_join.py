@@ -1,4 +1,4 @@
-"""A worker that joins a running cluster from another terminal, under load: real processes, the real model."""
+"""A worker that joins a running cluster from another terminal under load: real processes, the real model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from clusters import Cluster, running
 PATIENCE_S = 90.0
 NEW = 16
 PAUSE_S = 0.2
-"""Between an answer and the client's next request: streams without pause would take the cores from the one that starts."""
+"""Between an answer and the client's next request: without pauses, a worker that starts would get no cores."""
 
 
 def until(condition: Callable[[], object], what: str) -> None:
@@ -29,13 +29,13 @@ def until(condition: Callable[[], object], what: str) -> None:
 
 
 def working(cluster: Cluster, name: str) -> int | None:
-    """The process of a worker that has generated tokens; None before."""
+    """The process id of a worker that has generated tokens, or None."""
     members = [one for one in cluster.members() if one["id"].startswith(f"{name}.")]
     return next((one["pid"] for one in members if one["load"].get("generated_tokens_total")), None)
 
 
 def test_a_worker_joins_under_load_dies_and_leaves(tmp_path: Path) -> None:
-    """It would get no requests, not come back after kill -9, or cost a token as it goes."""
+    """A joined worker gets requests, returns after kill -9, and leaves without costing a token."""
     join = [sys.executable, "-m", "memserve", "join", "--name", "d1", "--log-dir", str(tmp_path)]
     with running("colocated.toml", tmp_path, "worker.0.threads=1") as cluster, ThreadPoolExecutor(3) as pool:
         prompts = [[i + 300, *range(50, 90)] for i in range(3)]

@@ -1,4 +1,4 @@
-"""The Frontend's journal: every token once, in order, whatever is repeated, late or missing."""
+"""The Frontend's journal delivers every token once and in order, whatever is repeated, late or missing."""
 
 from __future__ import annotations
 
@@ -46,19 +46,19 @@ def frontend(requests_max: int = 4) -> FrontendCore:
 
 
 def request(name: str) -> Request:
-    """Three prompt tokens, ten more wanted."""
+    """A request of three prompt tokens that wants ten more."""
     return Request(name, 0, ME, "", pack([7, 8, 9]), 3, 10, (), Sampling())
 
 
 def update(position: int, *tokens: int, attempt: int = 0, finish: str | None = None) -> Tokens:
-    """New tokens of ``r``."""
+    """A message with new tokens of ``r``."""
     timings = Timings(1, 2, 3, 4) if finish else None
     origins = Origins(*range(11, 20)) if finish else None
     return Tokens((TokenUpdate("r", attempt, position, pack(tokens), 2, finish, timings, origins),))
 
 
 def took(core: FrontendCore, kind: type) -> list:
-    """Its actions of one kind; for messages, the messages."""
+    """The core's actions of one type; for a message type, pairs of receiver and message."""
     core.check()
     actions = core.take()
     if issubclass(kind, Deliver | Log):
@@ -69,7 +69,7 @@ def took(core: FrontendCore, kind: type) -> list:
 
 
 def test_repeats_are_dropped_and_overlaps_trimmed() -> None:
-    """A client must see no token twice."""
+    """Tokens that come twice, alone or as part of a longer message, are delivered once."""
     core = frontend()
     core.receive(GS, Planned("r", 0, PLAN), 0.1)
     core.receive(P, update(3, 50), 0.2)
@@ -79,7 +79,7 @@ def test_repeats_are_dropped_and_overlaps_trimmed() -> None:
 
 
 def test_a_gap_is_another_attempt() -> None:
-    """A lost message must not become a missing token: what is left is generated again."""
+    """When tokens stay missing for OVERTAKEN_S, the rest is submitted as a new attempt, and the old one is fenced off."""
     core = frontend()
     core.receive(GS, Planned("r", 0, PLAN), 0.1)
     core.receive(P, update(3, 50), 0.2)
@@ -102,7 +102,7 @@ def test_a_gap_is_another_attempt() -> None:
 
 
 def test_tokens_that_overtake_others_wait_for_them() -> None:
-    """A decode worker's tokens would cost an attempt whenever a packet of the prefill worker's had to be sent again."""
+    """Tokens that arrive ahead of earlier ones are kept until those arrive, without a new attempt."""
     core = frontend()
     core.receive(GS, Planned("r", 0, PLAN), 0.1)
     core.receive(D, update(4, 51), 0.2)
@@ -116,8 +116,9 @@ def test_tokens_that_overtake_others_wait_for_them() -> None:
     assert took(core, Submit) == [] and core.idle
 
 
-def test_a_worker_that_did_not_hear_of_an_end_is_told_again() -> None:
-    """A lost Cancel would let it go on to the last token, with a row and pages that others wait for."""
+def test_a_worker_that_missed_a_cancel_gets_it_again() -> None:
+    """A worker that still sends tokens of a cancelled request gets the Cancel again, once per CANCEL_REPEAT_S: the
+    first may be lost."""
     core = frontend()
     core.receive(GS, Planned("r", 0, PLAN), 0.1)
     core.receive(P, update(3, 50), 0.2)
@@ -132,7 +133,7 @@ def test_a_worker_that_did_not_hear_of_an_end_is_told_again() -> None:
 
 
 def scoring() -> FrontendCore:
-    """The same, with log probabilities of its prompt, of four tokens now; and a plan."""
+    """A core whose open and planned request ``r`` has four prompt tokens and wants their log probabilities."""
     core = frontend()
     core.close("r", "cancelled", 0.0)
     asked = attrs.evolve(request("r"), tokens=pack([7, 8, 9, 10]), prompt_tokens=4)
@@ -144,18 +145,18 @@ def scoring() -> FrontendCore:
 
 
 def scores(position: int, *ranks: int, attempt: int = 0) -> PromptScores:
-    """Of tokens of the prompt, which their ranks distinguish."""
+    """Log probabilities of prompt tokens from ``position`` on; their ranks tell them apart."""
     eights = bytes(8 * len(ranks))
     return PromptScores("r", attempt, position, PromptLogprobs(eights, pack(ranks), pack(ranks), eights))
 
 
 def ranks(core: FrontendCore) -> list[list[int]]:
-    """What is delivered of the prompt."""
+    """The ranks of the prompt tokens that are delivered, one list per message."""
     return [list(unpack(one.ranks)) for delivery in took(core, Deliver) for one in delivery.prompt]
 
 
 def test_the_scores_of_a_prompt_are_delivered_once() -> None:
-    """A client would get more log probabilities than its prompt has tokens, or the same ones twice."""
+    """Log probabilities of the prompt that come twice, or again with a new attempt, are delivered once."""
     core = scoring()
     core.receive(P, scores(1, 11), 0.2)
     core.receive(P, scores(1, 11, 12), 0.3)
@@ -175,12 +176,12 @@ def test_the_scores_of_a_prompt_are_delivered_once() -> None:
     ((_, third),) = took(core, Submit)
     assert (
         third.request.sampling.prompt_logprobs is None
-    )  # all of it was scored: a cache may have the prompt now
+    )  # the whole prompt was scored, so cached pages may be used now
 
 
 @pytest.mark.parametrize("late", [scores(2, 12), update(4, 50)])
 def test_a_gap_in_the_scores_is_another_attempt(late) -> None:
-    """A lost message would leave a client without some of them, or move the others to wrong tokens."""
+    """When log probabilities of some prompt tokens stay missing, a new attempt computes all of them."""
     core = scoring()
     core.receive(P, late, 0.2)
     core.advance(0.2 + OVERTAKEN_S)
@@ -197,7 +198,8 @@ def test_a_gap_in_the_scores_is_another_attempt(late) -> None:
 def test_a_death_concerns_those_who_still_need_the_dead(
     dead: ActorId, fed_by: ActorId | None, again: bool
 ) -> None:
-    """A stream that its decode worker feeds goes on without its prefill worker."""
+    """A death leads to a new attempt only if the request still needs the dead actor: not the prefill worker once decode
+    feeds it."""
     core = frontend()
     core.receive(GS, Planned("r", 0, PLAN), 0.1)
     if fed_by is not None:
@@ -208,7 +210,8 @@ def test_a_death_concerns_those_who_still_need_the_dead(
 
 
 def test_an_unanswered_submit_goes_to_the_next_scheduler() -> None:
-    """A scheduler that is gone must not hold up a request for longer than a second."""
+    """A Submit that is not answered within SUBMIT_REPEAT_S goes to the next scheduler; one that was planned is not
+    repeated."""
     core = frontend()
     assert [to for to, _ in took(core, Submit)] == [SEEDS[0]]
     assert core.deadline == SUBMIT_REPEAT_S
@@ -220,7 +223,7 @@ def test_an_unanswered_submit_goes_to_the_next_scheduler() -> None:
 
 
 def test_failures_reach_the_client_with_their_status() -> None:
-    """A typed error, not a broken stream."""
+    """A refusal or failure is delivered with its code, message, status and retry time, and ends the request."""
     for message in (
         Rejected("r", 0, "no_capacity", "m", 503, 2.0),
         Failed("r", 0, "no_capacity", "m", 503, False, 2.0),
@@ -238,7 +241,7 @@ def test_failures_reach_the_client_with_their_status() -> None:
 
 
 def test_a_request_that_kills_its_workers_ends() -> None:
-    """One poisonous request must not restart workers for ever."""
+    """After ATTEMPTS_MAX failed attempts a request fails: it may be what kills its workers."""
     core = frontend()
     for attempt in range(ATTEMPTS_MAX):
         core.receive(P, Failed("r", attempt, "lease_lost", "m", 503, retry=True), 0.1)
@@ -247,8 +250,8 @@ def test_a_request_that_kills_its_workers_ends() -> None:
     assert delivery.failure.code == "attempts_exhausted"
 
 
-def test_the_canonical_line_tells_everything() -> None:
-    """One line a finished request, with where its time went."""
+def test_the_canonical_line_has_everything() -> None:
+    """A finished request writes one log line with its counts and where its time went."""
     core = frontend()
     core.receive(GS, Planned("r", 0, PLAN), 0.1)
     core.receive(P, update(3, 50), 1.0)
@@ -264,7 +267,7 @@ def test_the_canonical_line_tells_everything() -> None:
 
 
 def test_leaving_cancels_the_attempt_once() -> None:
-    """Workers must stop at once when nobody reads, and a late call must do no harm."""
+    """When the client leaves, both workers get one Cancel, and tokens that come later are not delivered."""
     core = frontend()
     core.receive(GS, Planned("r", 0, PLAN), 0.1)
     core.take()
@@ -276,7 +279,7 @@ def test_leaving_cancels_the_attempt_once() -> None:
 
 
 def test_its_limit_refuses_and_says_so() -> None:
-    """A request that was refused without a line in the log could be explained by nobody."""
+    """A Frontend at its limit refuses requests with status 429, logs each refusal and counts it."""
     core = frontend()
     with pytest.raises(RequestFailed, match="max_requests"):
         for i in range(5):
@@ -292,7 +295,7 @@ OTHER = ActorId("scheduler-1.1")
 
 
 def waiting() -> FrontendCore:
-    """A core whose request ``r`` waits at the first scheduler since 0.1."""
+    """A core whose request ``r`` has waited at the first scheduler since 0.1 s."""
     core = frontend()
     core.receive(GS, Inquired("r", 0, held=True), 0.1)
     core.take()
@@ -300,7 +303,7 @@ def waiting() -> FrontendCore:
 
 
 def test_a_request_that_waits_is_asked_after_and_not_submitted_again() -> None:
-    """Each second its whole prompt would travel again, and every scheduler would come to hold it."""
+    """The Frontend asks a scheduler whether it still holds a request, instead of sending the whole prompt again."""
     core = waiting()
     core.advance(2.0)
     assert took(core, Submit) == []
@@ -315,7 +318,8 @@ def test_a_request_that_waits_is_asked_after_and_not_submitted_again() -> None:
 
 @pytest.mark.parametrize("how", ["forgotten", "dead", "replaced", "silent", "the Frontend slept"])
 def test_a_request_whose_scheduler_is_no_more_waits_somewhere_else(how: str) -> None:
-    """Its first attempt is submitted again, with its age, as one that is not to be refused for lack of a place."""
+    """A request whose scheduler has lost it is submitted again with its age, marked as one that may not be refused for
+    lack of room."""
     core, now = waiting(), 4.0
     match how:
         case "forgotten":
@@ -335,7 +339,7 @@ def test_a_request_whose_scheduler_is_no_more_waits_somewhere_else(how: str) -> 
 
 
 def test_the_refusal_of_a_second_scheduler_ends_nothing() -> None:
-    """A Submit that went to two schedulers may be planned by one and refused by the other."""
+    """When a Submit reached two schedulers, a refusal by one does not end a request that the other holds or planned."""
     for answer in (Inquired("r", 0, held=True), Planned("r", 0, PLAN)):
         core = frontend()
         core.receive(GS, answer, 0.1)
@@ -345,7 +349,7 @@ def test_the_refusal_of_a_second_scheduler_ends_nothing() -> None:
 
 
 def test_a_deadline_passes_although_no_scheduler_answers() -> None:
-    """A client that wants an answer within a second would wait for as long as there is no scheduler."""
+    """A request with a TTFT deadline fails once that is past, even if no scheduler answers."""
     core = frontend()
     core.open(attrs.evolve(request("soon"), ttft_s=2.0), 0.0)
     for now in (1.0, 2.0, 2.9):
@@ -359,7 +363,8 @@ def test_a_deadline_passes_although_no_scheduler_answers() -> None:
 
 
 def test_a_stream_that_has_begun_is_not_ended_by_a_refusal() -> None:
-    """Its plan was lost, so it was submitted again, to a scheduler that does not know that it runs."""
+    """If the plan was lost, the repeated Submit may be refused; a stream that has tokens is then submitted as a new
+    attempt."""
     core = frontend()
     core.receive(P, update(3, 50), 0.5)
     core.receive(OTHER, Rejected("r", 0, "deadline_unreachable", "m", 503, 2.0), 1.2)
@@ -369,7 +374,8 @@ def test_a_stream_that_has_begun_is_not_ended_by_a_refusal() -> None:
 
 
 def test_a_plan_for_a_request_that_has_ended_is_cancelled() -> None:
-    """A scheduler that missed the Cancel would have it run to its end for nobody."""
+    """A plan that arrives for a request which has ended is cancelled at both workers: the scheduler has missed the
+    Cancel."""
     core = waiting()
     core.close("r", "cancelled", 1.0)
     core.take()

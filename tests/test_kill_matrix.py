@@ -1,8 +1,8 @@
-"""Every kind of actor killed and stopped under load, as real processes: no stream loses, repeats or changes a token.
+"""Each actor is killed and stopped under load, as a real process: no stream loses, repeats or changes a token.
 
-The rounds share one cluster, which has to recover from each. `make test` plays those that no other test has; all of them
-take three to five minutes on two cores: `make kill-matrix`. What a phase of a request does to recovery is held in virtual
-time, exhaustively (test_cluster.py); here the operating system, ZeroMQ and the supervisor take part.
+The rounds share one cluster, which has to recover from each. `make test` runs those that no other test has; all of them
+take three to five minutes on two cores: `make kill-matrix`. Whether the phase of a request matters is tested
+exhaustively in virtual time (test_cluster.py); here the operating system, ZeroMQ and the supervisor take part.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from test_model import DEMO, prompt
 
 STREAMS = 8
 STAGGER_S = 0.12
-"""Between the starts of two streams, so that they are in different phases when the blow comes."""
+"""Time between the starts of two streams, so that they are in different phases when the signal is sent."""
 PATIENCE_S = 120.0
 VOCAB = 40_000
 PHASES = {
@@ -55,14 +55,15 @@ FEW = [("scheduler-0", signal.SIGSTOP), ("s0", signal.SIGKILL), ("frontend-1", s
 WHOLE = os.environ.get("MEMSERVE_KILL_MATRIX") == "all"
 ROUNDS = ALL if WHOLE else FEW
 LAYOUT = "2p2d.toml" if WHOLE else "demo.toml"
-"""The few kill no worker: a second pair of them would only be started, and again when their shard dies."""
+"""FEW kills no worker, so a second pair would only add the time of their starts, also after their shard's death."""
 met: Counter[str] = Counter()
 """Phases in which requests were when an actor was killed or stopped, over all rounds."""
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """One scheduler, one shard, two Frontends and one or two pairs of workers. Exact, on whichever engine this machine has."""
+    """One scheduler, one shard, two Frontends and one or two pairs of workers, with a dtype whose tokens are exact on
+    this machine."""
     exact = "bfloat16" if why_not(read_spec(find_model(DEMO)), "bfloat16") is None else "float32"
     with socket.socket() as free:  # both Frontends on one port, which 0 would not give
         free.bind(("127.0.0.1", 0))
@@ -80,7 +81,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @attrs.define
 class Stream:
-    """One client, and what became of it."""
+    """One client, and what it received."""
 
     ids: list[int]
     body: dict[str, Any]
@@ -89,7 +90,7 @@ class Stream:
     """Its connection ended before its answer."""
 
     def follow(self, cluster: Cluster) -> None:
-        """Ask, and take the answer in."""
+        """Send the request and collect the tokens of its answer."""
         try:
             for event in cluster.stream(self.ids, 48, **self.body):
                 self.tokens += event
@@ -98,13 +99,13 @@ class Stream:
 
 
 def streams(salt: int) -> list[Stream]:
-    """Prompts that no round before has cached, greedy and seeded by turns."""
+    """Clients with prompts that no earlier round has cached, greedy and seeded in turn."""
     ways = ({"temperature": 0}, {"temperature": 0.8, "top_p": 0.95, "seed": 11})
     return [Stream(prompt(40 + 50 * i, 100 * salt + i, VOCAB), dict(ways[i % 2])) for i in range(STREAMS)]
 
 
 def play(cluster: Cluster, clients: list[Stream], blow: Any) -> None:
-    """Start the clients one after another, strike in their middle, and wait for all of them."""
+    """Start the clients one after another, call ``blow`` when three quarters have started, and wait for all of them."""
     threads = [threading.Thread(target=one.follow, args=(cluster,)) for one in clients]
     for i, thread in enumerate(threads):
         if i == len(threads) * 3 // 4:
@@ -117,7 +118,7 @@ def play(cluster: Cluster, clients: list[Stream], blow: Any) -> None:
 
 
 def note_phases(cluster: Cluster, at: datetime) -> None:
-    """Count what each open request was doing at that moment, by the logs."""
+    """Count what each open request was doing at that moment, according to the logs."""
     last: dict[str, str] = {}
     for line in sorted(cluster.lines(), key=lambda line: line["ts"]):
         if line["event"] in PHASES and datetime.fromisoformat(line["ts"]) <= at:
@@ -126,13 +127,13 @@ def note_phases(cluster: Cluster, at: datetime) -> None:
 
 
 def undisturbed(cluster: Cluster, client: Stream) -> list[int]:
-    """The same request with nobody dying."""
+    """The tokens of the same request while nobody dies."""
     return cluster.tokens(client.ids, 48, **client.body)
 
 
 @attrs.define
 class HealthLog:
-    """What /health says all the while: each change."""
+    """What /health answers during a round: each change."""
 
     cluster: Cluster
     said: list[tuple[int, str, str]] = attrs.field(factory=list)
@@ -140,19 +141,20 @@ class HealthLog:
     _over: threading.Event = attrs.field(factory=threading.Event)
 
     def follow(self) -> None:
-        """Ask again and again, until told to end; a Frontend that dies cannot answer."""
+        """Ask again and again until the round ends; a Frontend that has died cannot answer."""
         address = urlsplit(self.cluster.url).netloc
         while not self._over.wait(0.05):
             with suppress(OSError, HTTPException), closing(HTTPConnection(address, timeout=2.0)) as frontend:
                 frontend.request("GET", "/health")
                 answer = frontend.getresponse()
-                told = json.loads(answer.read())
-                now = (answer.status, told["status"], told.get("reason", ""))
+                found = json.loads(answer.read())
+                now = (answer.status, found["status"], found.get("reason", ""))
                 if self.said[-1:] != [now]:
                     self.said.append(now)
 
     def end(self) -> None:
-        """Wait until all is well again, and check that what was said is what a load balancer and an operator need."""
+        """Wait until all is well again, and check that each answer had the right status code, and a reason where one is
+        due."""
         deadline = time.monotonic() + PATIENCE_S
         while not (self.said and self.said[-1] == (200, "ok", "")):
             assert time.monotonic() < deadline, self.said
@@ -164,7 +166,7 @@ class HealthLog:
 
 
 def complete(cluster: Cluster) -> None:
-    """Every actor is there: one that starts would be taken for hung only after minutes."""
+    """Wait until every actor is ready: one that is starting would be taken for hung only after minutes."""
     deadline = time.monotonic() + PATIENCE_S
     while httpx.get(f"{cluster.url}/health").json()["status"] != "ok":
         assert time.monotonic() < deadline
@@ -172,7 +174,7 @@ def complete(cluster: Cluster) -> None:
 
 
 def missed(cluster: Cluster, victim: str, pid: int) -> None:
-    """A successor is there. One that stands still and has no stream is missed later than the streams are over."""
+    """Wait until the victim has a successor: a stopped one without a stream is replaced only after the streams are over."""
     deadline = time.monotonic() + PATIENCE_S
     while (
         pid in (now := [one["pid"] for one in cluster.members() if one["id"].startswith(f"{victim}.")])
@@ -183,14 +185,14 @@ def missed(cluster: Cluster, victim: str, pid: int) -> None:
 
 
 def recovered(cluster: Cluster) -> None:
-    """It serves, and nothing is leased any more."""
+    """Wait until the cluster serves again and no page is leased."""
     cluster.wait_healthy()
     cluster.wait_idle()
 
 
 @pytest.mark.parametrize(("victim", "how"), ROUNDS, ids=[f"{victim}-{how.name}" for victim, how in ROUNDS])
 def test_no_token_is_lost(cluster: Cluster, victim: str, how: signal.Signals) -> None:
-    """Whoever dies or stands still: each stream goes on to the tokens that it would have had."""
+    """Whichever actor is killed or stopped, each stream goes on with the tokens that it would have had."""
     clients = streams(salt=sum(map(ord, victim)) + int(how))
     complete(cluster)
     pid, struck, health = cluster.pid(victim), [], HealthLog(cluster)
@@ -221,7 +223,7 @@ def test_no_token_is_lost(cluster: Cluster, victim: str, how: signal.Signals) ->
 
 @pytest.mark.parametrize(("victim", "seconds"), [("scheduler-0", 7.0)])
 def test_who_wakes_in_time_harms_nobody(cluster: Cluster, victim: str, seconds: float) -> None:
-    """A scheduler that slept for longer than anybody may be silent must not bury the others on waking."""
+    """A scheduler that was stopped for longer than others may be silent declares nobody dead on waking."""
     clients, pid = streams(salt=int(seconds)), cluster.pid(victim)
     known = {one["pid"] for one in cluster.members()}
 
@@ -237,5 +239,5 @@ def test_who_wakes_in_time_harms_nobody(cluster: Cluster, victim: str, seconds: 
 
 
 def test_the_rounds_met_requests_before_and_after_their_first_token() -> None:
-    """A matrix whose blows all fall between requests proves nothing. Shorter phases are a matter of luck here: see test_cluster.py."""
+    """The rounds caught requests before and after their first token; the shorter phases are in test_cluster.py."""
     assert met["decoding"] and met["queued"] + met["prefilling"], met

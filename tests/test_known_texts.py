@@ -1,4 +1,4 @@
-"""Texts encoded before: the same tokens, in bounded memory, and no tenant learns what another has sent."""
+"""Texts that were encoded before: the same tokens, in bounded memory, and separate for each tenant."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ LONG = "What are the three states of matter, and how does one turn into another?
 
 
 def fresh() -> Tokenizer:
-    """The demo model's, which remembers nothing yet."""
+    """The demo model's tokenizer, which remembers nothing yet."""
     return Tokenizer(demo_tokenizer()._built)
 
 
 @attrs.define
 class Encoder:
-    """Counts what is really encoded."""
+    """Records the texts that are really encoded."""
 
     texts: list[str] = attrs.field(factory=list)
 
@@ -37,7 +37,7 @@ class Encoder:
 
 
 def size(keys) -> int:
-    """What these entries count for."""
+    """How much these entries count."""
     return sum(len(text) + ENTRY_CHARACTERS for _, _, text in keys)
 
 
@@ -56,7 +56,7 @@ def encoded(monkeypatch) -> list[str]:
 
 
 def test_the_turns_of_a_chat_have_the_tokens_they_always_had(encoded):
-    """A remembered message would change the prompt, or each turn would cost as much as all before it."""
+    """Each turn of a chat encodes only the new message, with the same tokens, and not faster for another tenant."""
     messages: list[ChatMessage] = []
     chat = ChatTemplate.of(demo_spec(), fresh())
     for turn in range(4):
@@ -75,7 +75,7 @@ def test_the_turns_of_a_chat_have_the_tokens_they_always_had(encoded):
 
 
 def test_a_prompt_that_continues_another_is_encoded_from_there(encoded):
-    """Agents and completion clients send one text that grows; it would cost its whole length each time."""
+    """A text that continues an earlier one is encoded from its last part on."""
     tokenizer, text = fresh(), LONG * 20
     for _ in range(3):
         assert tokenizer.encode(text, True, scope="") == fresh().encode(text, True)
@@ -85,8 +85,8 @@ def test_a_prompt_that_continues_another_is_encoded_from_there(encoded):
         assert sum(map(len, encoded)) <= PART_CHARACTERS + len(LONG) + 20
 
 
-def test_the_first_part_and_later_ones_are_told_apart():
-    """Some tokenizers put a blank before a prompt's very beginning only."""
+def test_first_and_later_parts_are_remembered_separately():
+    """The first part of a text and later ones are remembered separately: some tokenizers put a blank before the first."""
     known, encode = KnownTexts(), Encoder()
     for later in (False, True, False):
         assert known.tokens("", later, LONG, encode) is not None
@@ -94,7 +94,7 @@ def test_the_first_part_and_later_ones_are_told_apart():
 
 
 def test_a_text_that_is_too_long_is_not_kept():
-    """It would push out all others."""
+    """A text that would take most of the memory is not kept."""
     known, encode = KnownTexts(characters_max=1000), Encoder()
     for _ in range(2):
         assert list(known.tokens("", False, "y" * 950, encode)) == [ord("y")] * 950
@@ -104,7 +104,7 @@ def test_a_text_that_is_too_long_is_not_kept():
 
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 400), st.booleans()), max_size=40))
 def test_memory_is_bounded_and_the_least_recently_used_go_first(uses):
-    """A Frontend would grow with every message it has ever seen, or forget those of the chats that go on."""
+    """Memory is limited, and the least recently used texts are dropped first."""
     known, model = KnownTexts(characters_max=1000), []
     for scope, length, later in uses:
         key, encode = (scope, later, "z" * length), Encoder()
@@ -118,7 +118,7 @@ def test_memory_is_bounded_and_the_least_recently_used_go_first(uses):
 
 
 def test_threads_may_share_it():
-    """Long prompts are encoded in a thread while the event loop encodes short ones."""
+    """Several threads may use it at the same time."""
     known = KnownTexts(characters_max=2000)
     texts = [chr(65 + number) * 300 for number in range(20)]
 

@@ -16,7 +16,7 @@ def opened(leases, owner, pages, now=0.0):
 
 
 def test_an_owner_that_is_heard_keeps_all_its_leases():
-    """If a heartbeat renewed one lease only, a busy worker would lose requests while alive."""
+    """One heartbeat renews all leases of an owner."""
     leases = Leases(5.0, 1)
     opened(leases, "p.1", [0], now=0.0)
     opened(leases, "p.1", [1], now=1.0)
@@ -31,7 +31,7 @@ def test_an_owner_that_is_heard_keeps_all_its_leases():
 
 
 def test_a_late_heartbeat_does_not_shorten_a_lease():
-    """If it did, messages out of order could end a living worker's requests."""
+    """A heartbeat that arrives late does not shorten a lease."""
     leases = Leases(5.0, 1)
     opened(leases, "p.1", [0], now=10.0)
     leases.renew("p.1", 2.0)
@@ -40,7 +40,7 @@ def test_a_late_heartbeat_does_not_shorten_a_lease():
 
 
 def test_only_the_owner_gets_at_a_lease():
-    """If anyone could, one worker's mistake would free another's pages."""
+    """Only its owner can use a lease."""
     leases = Leases(5.0, 7)
     lease = opened(leases, "p.1", [0])
 
@@ -52,7 +52,7 @@ def test_only_the_owner_gets_at_a_lease():
 
 
 def test_a_moved_lease_outlives_its_former_owner():
-    """If it did not, a prefill worker's death would kill requests it had handed over."""
+    """A lease that was handed over does not end with its former owner."""
     leases = Leases(5.0, 1)
     lease = opened(leases, "p.1", [0, 1])
     leases.move(lease, "d.1", 1.0)
@@ -66,7 +66,7 @@ def test_a_moved_lease_outlives_its_former_owner():
 
 
 def test_private_pages_are_the_unretired_and_the_kept():
-    """If an indexed page counted as private, ending the lease would free a page that others read."""
+    """A lease's private pages are those that are not in the index, and the duplicates that it kept."""
     leases = Leases(5.0, 1)
     lease = opened(leases, "p.1", [10, 11, 12, 13])
     lease.retired_tokens, lease.kept = 8, [11]

@@ -14,7 +14,7 @@ from memserve.processes.lifecycle import (
 
 
 def test_restarts_come_later_and_later():
-    """An actor that cannot live would take a core with its starts, or one that died once would be missed for long."""
+    """The first restart is immediate, and the delay of further ones doubles up to 10 s."""
     policy = RestartPolicy(loop_deaths=1000)
 
     delays = [policy.died(0.0, now=100.0 * i).delay_s for i in range(8)]
@@ -22,7 +22,7 @@ def test_restarts_come_later_and_later():
 
 
 def test_health_clears_the_record():
-    """A worker that dies once a day would wait 10 s for its restart after a week."""
+    """An actor that lived for 30 s is restarted at once again."""
     policy = RestartPolicy()
     for i in range(4):
         policy.died(29.9, now=40.0 * i)
@@ -30,8 +30,8 @@ def test_health_clears_the_record():
     assert policy.died(30.0, now=500.0).delay_s == 0.0
 
 
-def test_five_deaths_in_thirty_seconds_are_a_loop_told_once():
-    """The user would get the same line for ever, or never learn that an actor does not come up."""
+def test_five_deaths_in_thirty_seconds_are_a_loop_reported_once():
+    """Five deaths within 30 s are a crash loop, which is reported once."""
     policy = RestartPolicy()
 
     restarts = [policy.died(0.0, now=7.0 * i) for i in range(7)]
@@ -41,14 +41,14 @@ def test_five_deaths_in_thirty_seconds_are_a_loop_told_once():
 
 
 def test_five_deaths_in_more_time_are_no_loop():
-    """A slow trickle of deaths would be reported as a crash loop."""
+    """Deaths at longer intervals are no crash loop."""
     policy = RestartPolicy()
 
     assert not any(policy.died(1.0, now=8.0 * i).looping for i in range(10))
 
 
 def test_an_actor_that_never_comes_up_is_a_loop_however_long_it_tries():
-    """A worker whose start takes ten seconds would be told to restart for ever, as if it had died once."""
+    """An actor that never becomes ready is a crash loop even if its starts take long."""
     policy = RestartPolicy()
 
     restarts = [policy.died(0.0, now=20.0 * i) for i in range(6)]
@@ -56,8 +56,8 @@ def test_an_actor_that_never_comes_up_is_a_loop_however_long_it_tries():
     assert not policy.died(31.0, now=500.0).looping
 
 
-def test_a_second_loop_is_told_again():
-    """An actor that recovers and fails anew would fail in silence."""
+def test_a_second_loop_is_reported_again():
+    """After a recovery, a new crash loop is reported again."""
     policy = RestartPolicy()
     for i in range(6):
         policy.died(0.0, now=float(i))
@@ -67,14 +67,14 @@ def test_a_second_loop_is_told_again():
 
 
 def test_a_thousand_deaths_do_not_overflow():
-    """The supervisor itself would crash after an hour of an actor's crash loop."""
+    """The delay stays at 10 s after thousands of deaths."""
     policy = RestartPolicy(loop_deaths=5000)
 
     assert [policy.died(0.0, now=100.0 * i) for i in range(2000)][-1].delay_s == 10.0
 
 
 def test_each_drain_stage_outlives_those_that_need_it(tmp_path):
-    """Requests in flight would lose their worker, or workers their pages, while draining."""
+    """Actors drain in stages: Frontends, workers, shards, schedulers, so that each has what it needs."""
     stages = drain_stages(roster(resolved(tmp_path, workers=2)))
 
     assert [[actor.name for actor in stage] for stage in stages] == [
@@ -86,19 +86,19 @@ def test_each_drain_stage_outlives_those_that_need_it(tmp_path):
 
 
 def test_drain_stages_that_are_empty_are_left_out():
-    """A cluster without Frontends could not be drained."""
+    """Drain stages without actors are left out."""
     assert drain_stages([ActorSpec("s0", "MemPoolShard")]) == [[ActorSpec("s0", "MemPoolShard")]]
 
 
 def test_second_signal_stops_but_an_echo_does_not():
-    """`timeout` and `make`, which signal twice, would cut requests short; or an impatient user would be ignored."""
+    """A second signal stops at once, but not one that comes directly after the first, as `timeout` and `make` send."""
     signals = StopSignals(echo_s=0.5)
 
     assert [signals.received(now) for now in (10.0, 10.1, 10.6)] == ["drain", "ignore", "stop"]
 
 
-def test_ends_are_told_in_words():
-    """The user would have to know that -9 means SIGKILL."""
+def test_ends_are_described_in_words():
+    """Exit statuses are described in words."""
     assert describe_end(-9) == "was killed by SIGKILL"
     assert describe_end(1) == "ended with status 1"
     assert "shard" in describe_end(3)

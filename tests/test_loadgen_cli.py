@@ -33,7 +33,7 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def url():
-    """A stub in a process of its own."""
+    """The address of a stub in its own process."""
     code = "import trio; from loadgen.stub import Stub, Behaviour\n"
     code += "async def main():\n async with trio.open_nursery() as n:\n"
     code += "  print(await n.start(Stub(Behaviour(token_s=0.005)).listen), flush=True)\n"
@@ -47,12 +47,12 @@ def url():
 
 
 def environment() -> dict[str, str]:
-    """The tests' own, with the checkout's packages."""
+    """The environment of this process, with the packages of the checkout."""
     return {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
 
 
 def test_a_run_a_sweep_a_comparison_and_a_report(url, tmp_path, capsys):
-    """If it failed, the way that every user goes would not work."""
+    """Two runs are made, compared and reported."""
     for name in ("a", "b"):
         words = [
             "run",
@@ -81,7 +81,7 @@ def test_a_run_a_sweep_a_comparison_and_a_report(url, tmp_path, capsys):
 
 
 def test_a_sweep_writes_its_points_and_its_page(url, tmp_path, capsys):
-    """If it failed, latency could not be plotted against load."""
+    """A sweep writes its points and its report, each point with its own salt, and sweeps can be compared."""
     words = [
         "sweep",
         "shared-prefix",
@@ -114,7 +114,7 @@ def test_a_sweep_writes_its_points_and_its_page(url, tmp_path, capsys):
 
 
 def test_ctrl_c_keeps_what_was_measured(url, tmp_path):
-    """If it failed, an hour of measuring would be lost with one key."""
+    """Ctrl-C ends a run with status 130 and keeps what was measured."""
     words = [
         "run",
         "shared-prefix",
@@ -199,7 +199,7 @@ def test_a_closed_pipe_is_quiet_and_pages_are_utf8(url, tmp_path):
     ],
 )
 def test_mistakes_are_explained_in_one_line(words, complaint, capsys, tmp_path, monkeypatch, url):
-    """If it failed, a typing error would be a traceback, or a run that measures something else."""
+    """Wrong arguments are explained in one line without a traceback."""
     monkeypatch.chdir(tmp_path)
     more = ["--url", url, "--quiet"] if words[0] in ("run", "sweep") else []
     assert cli.run([*words, *more]) == cli.STATUS_USER_ERROR
@@ -216,7 +216,7 @@ def test_a_stub_on_a_port_in_use_is_one_clear_error(url, monkeypatch, capsys):
 
 
 def test_a_sweep_has_the_same_salts_each_time():
-    """If it failed, two sweeps could not be compared, or a point would find the last one's prompts in the cache."""
+    """The salts of a sweep's points follow from its own salt, so that sweeps are comparable."""
     given = RunOptions(
         kind="prefix-share", workload=WorkloadOptions(salt="x"), arrivals=ArrivalOptions(clients=1)
     )

@@ -1,4 +1,4 @@
-"""The load generator's pure parts: arrivals, content, the paper's shapes, HTTP and events, answers."""
+"""The load generator's pure parts: arrivals, content, the paper's workload shapes, HTTP and events, answers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def sessions(count: int, at=lambda i: None) -> list:
     count=st.integers(0, 50),
 )
 def test_arrivals_are_in_order_and_repeatable(kind, rate, burstiness, seed, count):
-    """If it failed, a run could not be repeated, or would send before its time."""
+    """Arrival times are sorted, not negative, and the same for the same seed."""
     plan = Arrivals(kind, rate, burstiness, seed=seed)
     moments = times(plan, sessions(count))
     assert len(moments) == count
@@ -50,14 +50,14 @@ def test_arrivals_are_in_order_and_repeatable(kind, rate, burstiness, seed, coun
     [("poisson", 9, 1), ("constant", 9, 0), ("gamma", 0.5, 0.5), ("gamma", 2, 2)],
 )
 def test_gaps_have_the_mean_and_the_spread_that_were_asked_for(kind, burstiness, spread):
-    """If it failed, the offered rate would not be the one on the plot."""
+    """The gaps between arrivals have the mean and spread of the chosen process."""
     gaps = np.diff(times(Arrivals(kind, 5.0, burstiness, seed=3), sessions(20_000)))
     assert gaps.mean() == pytest.approx(0.2, rel=0.05)
     assert gaps.std() / gaps.mean() == pytest.approx(spread, abs=0.05 * max(1, spread))
 
 
 def test_a_trace_is_played_at_its_times():
-    """If it failed, bursts of a trace would come at other times, or before its beginning."""
+    """A trace is played at its own times from 0, scaled; times that are missing or go backwards are errors."""
     found = times(Arrivals("trace", time_factor=0.5), sessions(4, lambda i: 100.0 + i * i))
     assert found == [0.0, 0.5, 2.0, 4.5]
     with pytest.raises(LoadgenError, match="this workload has no times"):
@@ -76,7 +76,7 @@ def test_a_trace_is_played_at_its_times():
     ],
 )
 def test_arrivals_that_cannot_be_played_are_refused(plan, complaint):
-    """If it failed, a run would hang, or divide by nothing."""
+    """Arrival options that make no sense are refused with the option's name."""
     with pytest.raises(LoadgenError, match=complaint):
         Arrivals(**plan)
 
@@ -86,7 +86,7 @@ def test_arrivals_that_cannot_be_played_are_refused(plan, complaint):
 
 @given(seed=st.integers(0, 99), key=st.text(max_size=8), short=st.integers(1, 300), more=st.integers(0, 300))
 def test_a_shorter_piece_is_the_beginning_of_a_longer_one(seed, key, short, more):
-    """If it failed, two prompts that share a beginning in a trace would not share it on the server."""
+    """A piece of content is the beginning of a longer piece with the same key."""
     filler, other = Filler(seed), Filler(seed)
     long = filler.ids(Piece(key, short + more)).tolist()
     assert other.ids(Piece(key, short)).tolist() == long[:short]
@@ -99,7 +99,7 @@ def test_a_shorter_piece_is_the_beginning_of_a_longer_one(seed, key, short, more
 
 
 def test_content_depends_on_seed_salt_and_key_only():
-    """If it failed, two runs of one workload would not ask the same, or a new salt would hit old caches."""
+    """Content depends on the seed, the salt and the key only; a corpus is used word by word."""
     piece = Piece("a", 64)
     first = Filler(1, "s").ids(piece).tolist()
     assert first == Filler(1, "s").ids(piece).tolist()
@@ -110,7 +110,7 @@ def test_content_depends_on_seed_salt_and_key_only():
 
 
 def test_a_fingerprint_tells_workloads_apart():
-    """If it failed, runs of different workloads could be compared."""
+    """Workloads with other sessions or times have other fingerprints; the name does not count."""
     one = Workload("a", tuple(sessions(3)))
     assert one.fingerprint() == Workload("another name", tuple(sessions(3))).fingerprint()
     others = [Workload("a", tuple(sessions(2))), Workload("a", tuple(sessions(3, float)))]
@@ -129,7 +129,7 @@ def test_a_fingerprint_tells_workloads_apart():
     ],
 )
 def test_the_shapes_are_the_papers(kind, prompt, output, shared, none):
-    """If it failed, figures on these workloads could not be put next to the paper's."""
+    """The generated workloads have the length distributions and shares of common prefixes that the paper gives."""
     made = generated.paper_shape(kind, 4000, 1.0, 0.0, 7)
     lengths, shares = generated.shares(made)
     percents = (10, 50, 90, 99)
@@ -142,7 +142,7 @@ def test_the_shapes_are_the_papers(kind, prompt, output, shared, none):
 
 
 def test_groups_share_prefixes_and_nothing_else():
-    """If it failed, the hit rate of a shared-prefix run would not be what its settings say."""
+    """Sessions of a group share one prefix and nothing else, come mixed, and are the same for the same seed."""
     made = generated.shared_prefix(generated.Shared(groups=3, group_size=4, turns=2), seed=1)
     firsts = [session.turns[0].messages[0].content for session in made]
     assert len(made) == 12 and len({content[0] for content in firsts}) == 3
@@ -153,7 +153,7 @@ def test_groups_share_prefixes_and_nothing_else():
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_a_prefix_share_is_the_share(share):
-    """If it failed, a sweep over prefix shares would plot against wrong numbers."""
+    """Each prompt shares exactly the share of its tokens that was asked for."""
     for session in generated.prefix_share(3, 1000, 10, share):
         pieces = session.turns[0].messages[0].content
         assert sum(one.tokens for one in pieces) == 1000
@@ -189,7 +189,7 @@ PAYLOAD = st.binary(min_size=1, max_size=40).filter(lambda one: b"\n" not in one
     reads=st.lists(st.integers(1, 60), max_size=40),
 )
 def test_events_come_whole_however_the_bytes_are_cut(events, chunks, reads):
-    """If it failed, tokens would be lost or joined when the network cuts the stream at another place."""
+    """Events are read whole however chunks and reads cut the bytes."""
     data, found, exchange = served(events, chunks), [], Exchange()
     exchange.request("POST", "/", [("Host", "x")], b"{}")
     while data:
@@ -201,7 +201,7 @@ def test_events_come_whole_however_the_bytes_are_cut(events, chunks, reads):
 
 
 def test_other_forms_of_events():
-    """If it failed, servers that write events another way would seem to send nothing."""
+    """Events are read in the other forms that the format allows: comments, CRLF, several data lines, no space."""
     events = Events()
     assert events.receive(b": waiting\n\ndata:1\r\n\r\nevent: error\ndata: a\ndata: b\n\nid: 4\n") == [
         ("message", b"1"),
@@ -231,7 +231,7 @@ def answered(*parts: bytes) -> Exchange:
 
 
 def test_bodies_of_a_length_and_until_the_end():
-    """If it failed, error documents would not be read, or a connection would be used after its end."""
+    """Bodies with a length, or up to the end of the connection, are read; it is reused only where that is allowed."""
     exchange = answered(b"HTTP/1.1 429 Slow\r\ncontent-length: 5\r\n\r\nab", b"cde")
     assert (exchange.status, bytes(exchange.body), exchange.done, exchange.reusable) == (
         429,
@@ -256,7 +256,7 @@ def test_bodies_of_a_length_and_until_the_end():
     ],
 )
 def test_what_is_not_http_is_an_error(data):
-    """If it failed, garbage would be counted as an answer."""
+    """Bytes that are not HTTP are an error."""
     with pytest.raises(WireError):
         answered(data)
     assert issubclass(IncompleteError, WireError)
@@ -273,13 +273,13 @@ def test_what_is_not_http_is_an_error(data):
     ],
 )
 def test_addresses(url, target):
-    """If it failed, an address that works elsewhere would not work here."""
+    """Addresses are understood with and without scheme, port, path and brackets."""
     assert Target.parse(url) == target
 
 
 @pytest.mark.parametrize("url", ["ftp://host", "http://", "http://host:port", "", "http://[::1"])
 def test_wrong_addresses_are_explained(url):
-    """If it failed, a typing error would be a traceback."""
+    """A wrong address is refused with an explanation."""
     with pytest.raises(LoadgenError, match="--url: must be like"):
         Target.parse(url)
 
@@ -288,7 +288,7 @@ def test_wrong_addresses_are_explained(url):
 
 
 def test_an_answer_is_read_from_both_endpoints():
-    """If it failed, first tokens would be counted where there is none: a chat's first event has the role only."""
+    """Answers of both endpoints are read; a chat's first event, with the role only, does not count as a token."""
     answer = Answer()
     got = [
         answer.receive("message", data, now)
@@ -319,14 +319,14 @@ def test_an_answer_is_read_from_both_endpoints():
     ],
 )
 def test_errors_in_a_stream_are_errors(name, data, error):
-    """If it failed, half an answer would count as a fast one."""
+    """An error event, or data that is no chunk, marks the answer as failed."""
     answer = Answer()
     answer.receive(name, data, 0.0)
     assert answer.error == error and answer.detail
 
 
 def test_tokens_without_usage_are_counted_by_ids_or_events():
-    """If it failed, a server that tells no usage would have no throughput."""
+    """Without usage, output tokens are counted by their ids, or else by events."""
     answer = Answer()
     answer.receive("message", b'{"choices":[{"text":"a"}]}', 0.0)
     answer.receive("message", b'{"choices":[{"text":"b"}]}', 1.0)

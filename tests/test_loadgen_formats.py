@@ -1,4 +1,4 @@
-"""Every published file format, read from small files made here in that format."""
+"""Every published file format is read, from small files that are made here in that format."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from loadgen.workload import Session
 
 
 def lines(*records) -> str:
-    """JSON lines."""
+    """JSON lines of the records."""
     return "".join(json.dumps(one) + "\n" for one in records)
 
 
@@ -28,7 +28,7 @@ def read(tmp_path, kind: str, text: str, name: str = "file.jsonl", **chosen) -> 
 
 
 def prompts(session: Session, **style) -> list:
-    """What is sent at each turn, with recorded answers, or ``own`` where there are none."""
+    """What is sent at each turn, with the recorded answers, or ``own`` where there are none."""
     conversation = Conversation(session, Style(**style), Filler())
     found = []
     for turn in session.turns:
@@ -98,7 +98,7 @@ CHATS = {
 
 @pytest.mark.parametrize("name", CHATS)
 def test_chats_are_read_as_they_are_published(tmp_path, name):
-    """If it failed, a data set that anybody can download could not be replayed."""
+    """Each format of chats gives the same conversation, as a completion prompt and as chat messages."""
     suffix = "json" if CHATS[name].startswith("[") else "jsonl.gz"
     (session,) = read(tmp_path, "chat", CHATS[name], f"chats.{suffix}")
     assert prompts(session) == [
@@ -115,7 +115,7 @@ def test_chats_are_read_as_they_are_published(tmp_path, name):
 
 
 def test_questions_without_answers_get_the_length_that_is_asked_for(tmp_path):
-    """If it failed, MT-Bench's questions without references would get answers of one token."""
+    """Questions without recorded answers get answers of the chosen length."""
     text = lines({"question_id": 81, "turns": ["Hi", "Bye"]})
     (session,) = read(tmp_path, "chat", text, output_tokens=33)
     assert [turn.output_tokens for turn in session.turns] == [33, 33]
@@ -123,7 +123,7 @@ def test_questions_without_answers_get_the_length_that_is_asked_for(tmp_path):
 
 
 def test_growing_prompts_and_single_prompts(tmp_path):
-    """If it failed, samples that have whole prompts would get the answers in them twice."""
+    """Records whose rounds add to one prompt, and records of a single prompt, are read with their lengths."""
     text = lines(
         {"session": "a", "rounds": [{"add": "one", "output_length": 3}, {"add": " two", "output_length": 4}]}
     )
@@ -165,7 +165,7 @@ DOCUMENTS = {
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_documents_are_read_as_they_are_published(tmp_path, name):
-    """If it failed, the prompts of one document would not share it."""
+    """Each format of documents gives prompts that share the document and differ in the question."""
     (session,) = read(tmp_path, "longdoc", DOCUMENTS[name])
     assert prompts(session) == [
         "A: text.\n\nQuestion: Who?\nAnswer: ",
@@ -202,7 +202,7 @@ Observation 1: Answer is INCORRECT
 
 
 def test_reflexion_transcripts(tmp_path):
-    """If it failed, the paper's ReAct workload could not be replayed from what its users published."""
+    """Transcripts of Reflexion, which the MemServe paper's ReAct workload replays, are read with their few-shot prefix."""
     (tmp_path / "react_prefixes.json").write_text(json.dumps({"six": "Examples.\n"}))
     (session,) = read(tmp_path, "agent", REFLEXION, "100_questions.txt", trial=1)
     first, second = prompts(session)
@@ -212,7 +212,7 @@ def test_reflexion_transcripts(tmp_path):
 
 
 def test_react_trajectories_and_tasks(tmp_path):
-    """If it failed, agents with one few-shot prefix would not share it."""
+    """Agents' trajectories and tasks begin with their few-shot prefix; a missing prefix is an error."""
     prefixes = tmp_path / "p.json"
     prefixes.write_text(json.dumps({"six": "Examples.\n"}))
     steps = [{"output": "T1", "observation": "O1"}, {"output": "T2", "observation": "O2"}]
@@ -227,7 +227,7 @@ def test_react_trajectories_and_tasks(tmp_path):
 
 
 def test_tool_calls_stand_in_the_conversation(tmp_path):
-    """If it failed, tau-bench's dialogues would have holes where the model called a tool."""
+    """Tool calls and their results appear in the conversation."""
     call = {"function": {"name": "find", "arguments": '{"id":1}'}, "id": "c", "type": "function"}
     messages = [
         {"role": "system", "content": "Policy."},
@@ -262,7 +262,7 @@ def test_tool_calls_stand_in_the_conversation(tmp_path):
 
 
 def test_logged_calls(tmp_path):
-    """If it failed, contexts that an agent cut back would be sent whole."""
+    """Logged calls that keep part of an earlier context are sent with that part only, in order of time."""
     calls = [
         {"t_ms": 0, "base": -1, "keep": 0, "add": "abc", "output": "x"},
         {"t_ms": 9, "base": 0, "keep": 2, "add": "Z", "output": "y"},
@@ -284,7 +284,7 @@ MOONCAKE = lines(
 
 
 def test_block_ids_become_tokens(tmp_path):
-    """If it failed, a replayed trace would not hit the blocks that it hit where it was taken."""
+    """Equal block ids of a trace become equal tokens, and blocks of other traces differ."""
     first, second = read(tmp_path, "trace", MOONCAKE, "conv.jsonl.gz")
     (one,), (other,) = prompts(first, form="ids"), prompts(second, form="ids")
     assert (len(one), len(other)) == (1100, 1024)
@@ -299,7 +299,7 @@ def test_block_ids_become_tokens(tmp_path):
 
 
 def test_a_trace_with_other_blocks_is_refused(tmp_path):
-    """If it failed, prompts would silently be as much shorter as the blocks are smaller."""
+    """A trace whose block size differs from the one assumed is refused."""
     text = lines({"timestamp": 0, "input_length": 64, "output_length": 1, "hash_ids": [0, 1, 2, 3]})
     with pytest.raises(LoadgenError, match="4 ids for 64 tokens, expected 1"):
         read(tmp_path, "trace", text)
@@ -318,7 +318,7 @@ LENGTHS = {
 
 @pytest.mark.parametrize("name", LENGTHS)
 def test_traces_of_lengths(tmp_path, name):
-    """If it failed, Azure's and BurstGPT's files could not be replayed."""
+    """Traces with lengths only (Azure, BurstGPT) become random prompts of these lengths, optionally scaled."""
     file, text = LENGTHS[name]
     sessions = read(tmp_path, "trace", text, file, scale=0.5)
     assert [len(prompts(one, form="ids")[0]) for one in sessions] == [200, 5]
@@ -341,13 +341,13 @@ def test_traces_of_lengths(tmp_path, name):
     ],
 )
 def test_damaged_files_are_explained(tmp_path, text, complaint):
-    """If it failed, a wrong file would be a traceback."""
+    """A damaged file gives an error that says what is wrong and where."""
     with pytest.raises(LoadgenError, match=complaint):
         read(tmp_path, "chat", text)
 
 
 def test_limits_shorten_a_workload(tmp_path):
-    """If it failed, a small model could not be asked at all."""
+    """Limits on sessions, turns, context and answers shorten the workload, so that a small model can run it."""
     turns = [{"user": "x" * 40, "assistant": "y" * 40} for _ in range(5)]
     text = lines(*({"session": str(i), "turns": turns} for i in range(4)))
     sessions = read(tmp_path, "chat", text, sessions=3, turns=4, context_tokens=50, output_tokens_max=5)

@@ -27,8 +27,8 @@ def record(
     """A request with evenly spaced tokens."""
     events = [ttft_ms + gap_ms * i for i in range(tokens)]
     end_s = sent_s + (events[-1] if events else ttft_ms) / 1e3
-    told = {"output_tokens": tokens, "prompt_tokens": 100, "cached_tokens": 40} | more
-    return Record(str(session), 0, "", sent_s, sent_s, tokens, end_s=end_s, event_ms=events, **told)
+    answered = {"output_tokens": tokens, "prompt_tokens": 100, "cached_tokens": 40} | more
+    return Record(str(session), 0, "", sent_s, sent_s, tokens, end_s=end_s, event_ms=events, **answered)
 
 
 def run(found: list[Record], label: str = "a", **identity) -> Run:
@@ -55,7 +55,7 @@ def run(found: list[Record], label: str = "a", **identity) -> Run:
 
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=200))
 def test_percentiles_lie_between_the_values(values):
-    """If it failed, a report would show latencies that nobody had."""
+    """Percentiles are ordered and lie between the smallest and largest value."""
     found = measures.percentiles(values)
     assert min(values) <= found["p50"] <= found["p90"] <= found["p99"] <= found["max"] == max(values)
     assert found["count"] == len(values) and found["mean"] == pytest.approx(np.mean(values))
@@ -64,7 +64,7 @@ def test_percentiles_lie_between_the_values(values):
 
 @given(st.lists(st.floats(0, 1e4), min_size=1, max_size=60), st.integers(1, 99))
 def test_a_bootstrap_percentile_with_equal_weights_is_the_percentile(values, percent):
-    """If it failed, confidence intervals would be around another number than the one that is shown."""
+    """With equal weights, the bootstrap's percentile and mean are the ordinary ones."""
     sample = compare.Sample(np.array(values), np.arange(len(values)))
     (found,) = sample.percentile(np.ones((1, len(values))), percent)
     assert found == np.percentile(values, percent, method="inverted_cdf")
@@ -73,7 +73,7 @@ def test_a_bootstrap_percentile_with_equal_weights_is_the_percentile(values, per
 
 
 def test_latencies_of_one_request():
-    """If it failed, the four latencies would not be what their names say."""
+    """TTFT, time per token, job completion time and gaps of one request are computed as their names say."""
     one = record(ttft_ms=100, gap_ms=20, tokens=4)
     assert (one.ttft_ms, one.tpot_ms, one.jct_ms) == (100, 20, pytest.approx(160))
     assert one.gaps_ms == [20, 20, 20]
@@ -83,7 +83,7 @@ def test_latencies_of_one_request():
 
 
 def test_goodput_counts_requests_that_keep_every_limit():
-    """If it failed, fast first tokens could hide slow answers."""
+    """Goodput counts only requests that meet every limit."""
     found = [
         record(0),
         record(1, ttft_ms=300),
@@ -102,7 +102,7 @@ def test_goodput_counts_requests_that_keep_every_limit():
 
 
 def test_rates_are_of_the_window():
-    """If it failed, the warm-up or the tail would be in the throughput."""
+    """Rates count only what happened within the window."""
     found = [record(sent_s=0.0, ttft_ms=500, gap_ms=1000, tokens=4)]  # at 0.5, 1.5, 2.5 and 3.5 s
     rates = measures.throughput(found, Window(1.0, 3.0))
     assert rates["output_tokens_per_s"] == pytest.approx(1.0)
@@ -111,8 +111,8 @@ def test_rates_are_of_the_window():
     assert (rates["prompt_tokens_per_s"], rates["computed_prompt_tokens_per_s"]) == (25, 15)
 
 
-def test_shares_and_stalls_leave_out_what_was_not_told():
-    """If it failed, a server that tells no cached tokens would seem to have no cache."""
+def test_shares_and_stalls_leave_out_what_was_not_reported():
+    """Requests without reported cached tokens do not count in the cached share; a hanging request counts as stalled."""
     assert measures.cached_share([record(), record(cached_tokens=None)]) == pytest.approx(0.4)
     assert measures.cached_share([record(cached_tokens=None)]) is None
     hanging = attrs.evolve(record(), end_s=9.0, error="timeout")
@@ -120,7 +120,7 @@ def test_shares_and_stalls_leave_out_what_was_not_told():
 
 
 def test_the_answers_of_another_run_are_matched_by_prompt():
-    """If it failed, answers to different prompts would be called wrong."""
+    """Answers of two runs are compared only where their prompts were the same."""
     ours = [record(i, prompt_digest="p", answer_digest="a", answer="same") for i in range(4)]
     theirs = [
         record(0, prompt_digest="p", answer_digest="b", answer="same"),
@@ -137,7 +137,7 @@ def test_the_answers_of_another_run_are_matched_by_prompt():
 
 
 def noisy(seed: int, slower: float = 1.0, count: int = 300) -> list[Record]:
-    """Requests of which the same session is slow in every run, with a noise of its own."""
+    """Requests whose sessions are slow or fast alike in every run, each run with its own noise."""
     rng, own = np.random.default_rng(99), np.random.default_rng(seed)
     bases = rng.lognormal(5, 0.8, count)
     return [
@@ -147,12 +147,12 @@ def noisy(seed: int, slower: float = 1.0, count: int = 300) -> list[Record]:
 
 
 def row(rows: list[compare.Row], name: str) -> compare.Row:
-    """The row of this name."""
+    """The row with this name."""
     return next(one for one in rows if one.name == name)
 
 
 def test_a_true_ratio_lies_in_its_interval_and_noise_does_not_differ():
-    """If it failed, an improvement could be claimed from noise, or a real one missed."""
+    """A real difference lies within its confidence interval, and noise gives no difference."""
     base = run(noisy(1))
     faster = compare.compare([base, run(noisy(2, 0.9), "b")], 400)
     for name in ("time to first token mean", "time to first token p50", "job completion time p90"):
@@ -165,7 +165,7 @@ def test_a_true_ratio_lies_in_its_interval_and_noise_does_not_differ():
 
 
 def test_an_interval_covers_as_often_as_it_says():
-    """If it failed, 95 % would be a word only."""
+    """A 95 % interval of equal runs contains 1 about as often as it should."""
     covered = 0
     for seed in range(40):
         rows = compare.compare([run(noisy(seed, count=60)), run(noisy(seed + 1000, count=60), "b")], 200)
@@ -175,7 +175,7 @@ def test_an_interval_covers_as_often_as_it_says():
 
 
 def test_comparisons_are_repeatable_and_have_all_runs():
-    """If it failed, two people would read different intervals from the same files."""
+    """Comparing the same runs gives the same intervals, and every run has its column."""
     runs = [run(noisy(1)), run(noisy(2), "b"), run(noisy(3), "c")]
     rows = compare.compare(runs, 100)
     assert rows == compare.compare(runs, 100)
@@ -185,7 +185,7 @@ def test_comparisons_are_repeatable_and_have_all_runs():
 
 
 def test_different_workloads_are_not_compared():
-    """If it failed, a ratio between two questions would pass for one between two servers."""
+    """Runs of different workloads or arrivals are not compared."""
     with pytest.raises(LoadgenError, match="They differ in arrivals: closed and poisson"):
         compare.compare([run(noisy(1)), run(noisy(2), "b", arrivals="poisson")])
     with pytest.raises(LoadgenError, match="two runs or more"):
@@ -193,7 +193,7 @@ def test_different_workloads_are_not_compared():
 
 
 def test_runs_without_answers_are_compared_by_what_they_have():
-    """If it failed, a server that answered nothing could not be shown beside another."""
+    """A run without any answer is compared by its counts only."""
     dead = run([attrs.evolve(one, error="timeout", event_ms=[]) for one in noisy(2)], "b")
     rows = compare.compare([run(noisy(1)), dead], 50)
     assert row(rows, "requests answered").values == (1.0, 0.0)
@@ -213,7 +213,7 @@ def test_runs_in_which_nothing_was_measured_can_be_compared():
 
 
 def test_reports_are_whole_pages_that_need_nothing_else():
-    """If it failed, a report could not be mailed, or a server's text could run as code in it."""
+    """Reports are single HTML pages without scripts or links, and escape text from servers."""
     found = [*noisy(1, count=40), record(40, error="<script>", detail="<script>alert(1)</script>")]
     one, other = run(found, "a"), run(noisy(2, count=40), "b")
     one.summary["tenants"] = {"t": one.summary["figures"]}
@@ -230,7 +230,7 @@ def test_reports_are_whole_pages_that_need_nothing_else():
 
 
 def test_the_timeline_adds_up():
-    """If it failed, the plot of the load would not be the load."""
+    """The plotted load over time adds up to the requests and tokens of the run."""
     found = [
         record(0, sent_s=0.0, ttft_ms=1000, gap_ms=1000, tokens=4),
         record(1, sent_s=2.0, ttft_ms=2000, tokens=1),
@@ -243,7 +243,7 @@ def test_the_timeline_adds_up():
 
 
 def test_records_of_another_kind_are_explained(tmp_path):
-    """If it failed, a wrong directory would be a traceback."""
+    """Files that are missing or are no records give a clear error."""
     path = tmp_path / "requests.jsonl"
     with pytest.raises(LoadgenError, match="cannot be read"):
         records.read(path)

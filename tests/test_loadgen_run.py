@@ -1,4 +1,4 @@
-"""Whole runs of the load generator against its stub server: virtual time over memory streams, and loopback."""
+"""Whole runs of the load generator against its stub server, in virtual time over memory streams and over loopback."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from loadgen_stub import SMALL, on_loopback, options, played, with_
 
 
 async def test_times_are_those_of_the_server(autojump_clock):
-    """If it failed, every latency that is reported would be wrong."""
+    """Latencies and rates that are reported are those of the server."""
     run = await played(with_(ttft_s=0.5, token_s=0.1), options())
     figures = run.summary["figures"]
     assert figures["requests"] == figures["ok"] == 6
@@ -33,7 +33,7 @@ async def test_times_are_those_of_the_server(autojump_clock):
 
 
 async def test_several_tokens_in_one_event_are_all_counted(autojump_clock):
-    """If it failed, a server that writes fewer, larger events would seem slower than it is."""
+    """All tokens of an event count, in numbers and in times per token."""
     run = await played(with_(ttft_s=1.0, token_s=0.1, tokens_per_event=4), options())
     record = run.records[0]
     assert len(record.event_ms) == 2 and record.output_tokens == 8
@@ -42,14 +42,14 @@ async def test_several_tokens_in_one_event_are_all_counted(autojump_clock):
 
 
 async def test_cached_tokens_are_those_of_the_usage(autojump_clock):
-    """If it failed, nobody could tell what a prefix cache is worth."""
+    """The share of cached tokens is computed from the usage that the server reports."""
     run = await played(with_(), options())
     # Six prompts of 80 tokens; all but the first of each group find the prefix of 64.
     assert run.summary["figures"]["cached_share"] == pytest.approx(4 * 64 / (6 * 80))
 
 
 async def test_an_open_loop_does_not_wait_for_answers(autojump_clock):
-    """If it failed, a slow server would be asked less, and would look better than it is."""
+    """In an open loop requests are sent at their times, however slow the server is."""
     arrivals = ArrivalOptions(rate=2.0, arrival="constant")
     run = await played(with_(ttft_s=100.0), options(arrivals=arrivals))
     sent = sorted(one.sent_s for one in run.records)
@@ -58,13 +58,13 @@ async def test_an_open_loop_does_not_wait_for_answers(autojump_clock):
 
 
 async def test_a_closed_loop_has_so_many_requests_under_way(autojump_clock):
-    """If it failed, a concurrency that was asked for would not be the one that was measured."""
+    """A closed loop has as many requests under way as it has clients."""
     run = await played(with_(ttft_s=1.0), options(arrivals=ArrivalOptions(clients=3)))
     assert sorted(round(one.sent_s) for one in run.records) == [0, 0, 0, 1, 1, 1]
 
 
 async def test_a_turn_waits_for_the_answer_and_the_time_to_think(autojump_clock):
-    """If it failed, conversations would be asked in parallel, and their caches could not help."""
+    """The next turn is sent after the answer and the time to think."""
     workload = attrs.evolve(SMALL, groups=1, group_size=1, turns=3, think_s=2.0)
     run = await played(with_(ttft_s=1.0), options(workload))
     assert [one.turn for one in run.records] == [0, 1, 2]
@@ -72,7 +72,7 @@ async def test_a_turn_waits_for_the_answer_and_the_time_to_think(autojump_clock)
 
 
 async def test_a_conversation_carries_the_recorded_or_the_own_answer(autojump_clock):
-    """If it failed, the second turn's prompt would not continue the first."""
+    """The next prompt continues the last with the recorded answer or the server's own one, as chosen."""
     workload = attrs.evolve(SMALL, groups=1, group_size=1, turns=2)
     stub = with_()
     await played(stub, options(workload))
@@ -92,7 +92,7 @@ async def test_a_conversation_carries_the_recorded_or_the_own_answer(autojump_cl
     [("refuse_every", "http 429"), ("cut_every", "incomplete"), ("error_every", "server error")],
 )
 async def test_errors_are_counted_by_kind(autojump_clock, fault, kind):
-    """If it failed, a server that drops requests could look fast."""
+    """Refusals, cut streams and error events are counted by kind, with an example and a warning."""
     run = await played(with_(token_s=0.1, **{fault: 3}), options())
     figures = run.summary["figures"]
     assert figures["ok"] == 4
@@ -102,20 +102,20 @@ async def test_errors_are_counted_by_kind(autojump_clock, fault, kind):
 
 
 async def test_a_silent_stream_has_stalled(autojump_clock):
-    """If it failed, a stream that hangs for seconds would hide in a percentile."""
+    """A stream that is silent for longer than stall_s counts as stalled."""
     given = options(measures=MeasureOptions(stall_s=2.0))
     run = await played(with_(token_s=0.1, stall_every=2, stall_s=3.0), given)
     assert run.summary["figures"]["stalled"] == {"after_s": 2.0, "requests": 3}
 
 
 async def test_a_request_without_end_is_given_up(autojump_clock):
-    """If it failed, one hanging request would keep a run from ending."""
+    """A request that takes longer than timeout_s is given up."""
     run = await played(with_(ttft_s=1e6), options(server=ServerOptions(model="stub", timeout_s=30.0)))
     assert run.summary["figures"]["errors"]["timeout"]["count"] == 6
 
 
 async def test_a_run_ends_after_its_duration_and_its_drain(autojump_clock):
-    """If it failed, an overloaded server would keep a run going for ever."""
+    """A run ends after its duration and drain, and what is open then counts as unfinished."""
     arrivals = ArrivalOptions(rate=1.0, arrival="constant", duration_s=4.5, drain_s=10.0)
     run = await played(with_(ttft_s=12.0), options(arrivals=arrivals))
     ends = {one.session: one.error for one in run.records}
@@ -124,7 +124,7 @@ async def test_a_run_ends_after_its_duration_and_its_drain(autojump_clock):
 
 
 async def test_sessions_above_the_limit_are_counted_and_not_played(autojump_clock):
-    """If it failed, a server that hangs would fill the generator's memory, or requests would be lost from the account."""
+    """Sessions beyond in_flight_max are not played, but counted and reported."""
     arrivals = ArrivalOptions(rate=1000.0, arrival="constant", in_flight_max=2)
     run = await played(with_(ttft_s=10.0), options(arrivals=arrivals))
     assert len(run.records) == 2
@@ -132,8 +132,8 @@ async def test_sessions_above_the_limit_are_counted_and_not_played(autojump_cloc
     assert "4 sessions were not played: 2 were under way." in run.summary["warnings"]
 
 
-async def test_the_terminal_tells_how_a_run_goes(autojump_clock):
-    """If it failed, a person would wait an hour for a run that fails from its beginning."""
+async def test_the_terminal_shows_how_a_run_goes(autojump_clock):
+    """The terminal shows progress, errors and latencies during a run."""
     shown = []
 
     async def watch(progress):
@@ -151,7 +151,7 @@ async def test_the_terminal_tells_how_a_run_goes(autojump_clock):
 
 
 async def test_the_warm_up_is_not_measured(autojump_clock):
-    """If it failed, cold caches would be in the figures of a warm server."""
+    """Requests of the warm-up are recorded and not part of the figures."""
     arrivals = ArrivalOptions(rate=1.0, arrival="constant", warmup_s=2.5)
     run = await played(with_(ttft_s=0.2), options(arrivals=arrivals))
     assert len(run.records) == 6
@@ -159,7 +159,7 @@ async def test_the_warm_up_is_not_measured(autojump_clock):
 
 
 async def test_a_generator_that_fell_behind_says_so(autojump_clock):
-    """If it failed, the generator's own delay would be blamed on the server."""
+    """A generator that sends too late warns that it fell behind."""
 
     class Slow(Stub):
         def _match(self, *of):
@@ -187,7 +187,7 @@ async def test_every_moment_of_a_busy_generator_is_counted(autojump_clock):
 
 
 async def test_tenants_have_figures_of_their_own(autojump_clock):
-    """If it failed, one tenant's bad service would hide behind another's good one."""
+    """Each tenant has its own figures, and reports do not contain keys."""
     workload = attrs.evolve(SMALL, group_size=10, tenants=("a=ka", "b=kb"))
     run = await played(with_(api_keys=("ka", "kb")), options(workload))
     tenants = run.summary["tenants"]
@@ -204,7 +204,7 @@ async def test_the_model_is_asked_for_with_the_key_of_a_tenant(autojump_clock):
 
 
 async def test_answers_are_checked_against_another_run(autojump_clock, tmp_path):
-    """If it failed, a cache that gives wrong answers quickly would win."""
+    """Answers are compared with those of a reference run, where their prompts were the same."""
     workload = attrs.evolve(SMALL, turns=2)
     keep = MeasureOptions(keep_answers=True)
     await played(with_(), options(workload, measures=keep), tmp_path / "reference")
@@ -219,7 +219,7 @@ async def test_answers_are_checked_against_another_run(autojump_clock, tmp_path)
 
 
 async def test_what_is_written_is_what_was_measured(tmp_path, autojump_clock):
-    """If it failed, a report made later would tell another story than the run did."""
+    """Written records and summaries read back as they were, and a used directory is refused."""
     run = await played(with_(ttft_s=0.1), options(), tmp_path / "r")
     back = rundir.read(tmp_path / "r")
     assert back.records == run.records
@@ -233,7 +233,7 @@ async def test_what_is_written_is_what_was_measured(tmp_path, autojump_clock):
 
 
 async def test_over_loopback_a_thousand_events_arrive():
-    """If it failed, nothing would work with real sockets."""
+    """A run over real sockets receives every event."""
     stub = with_(tokens_per_event=1)
     workload = attrs.evolve(SMALL, groups=4, group_size=8, output_tokens=40)
     async with on_loopback(stub) as url:
@@ -245,7 +245,7 @@ async def test_over_loopback_a_thousand_events_arrive():
 
 
 async def test_chats_are_sent_as_messages():
-    """If it failed, servers that only chat could not be measured."""
+    """With the chat endpoint, conversations are sent as messages."""
     stub = with_()
     workload = attrs.evolve(SMALL, groups=1, group_size=1, turns=2)
     async with on_loopback(stub) as url:
@@ -300,7 +300,7 @@ async def test_a_name_with_several_addresses_is_tried_until_one_answers(monkeypa
 
 
 async def test_a_server_that_is_not_there_is_one_clear_error():
-    """If it failed, a wrong port would be a traceback, or a run of errors."""
+    """A server that does not answer is one clear error."""
     listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
     port = listeners[0].socket.getsockname()[1]
     await listeners[0].aclose()

@@ -18,7 +18,7 @@ TEXTS = [demo_tokenizer().decode([token], skip_special=False) for token in TOKEN
 
 
 def logprobs_at(place: int, count: int) -> Logprobs:
-    """Of the token at a place: it is the second of the likeliest, so the first is another."""
+    """Log probabilities of the token at a place: it is the second likeliest, and another is the likeliest."""
     ids, values = (
         [5 + place, TOKENS[place], 7, 8, 9][:count],
         [-0.5, -1.5 - place, -3.0, -4.0, float("-inf")][:count],
@@ -27,7 +27,7 @@ def logprobs_at(place: int, count: int) -> Logprobs:
 
 
 def service() -> FakeService:
-    """Says TEXT, one token a chunk."""
+    """A service that answers TEXT, one token a chunk."""
 
     def script(request):
         count = request.params.sampling.logprobs
@@ -48,7 +48,7 @@ async def chunks(body, path) -> list[dict]:
 
 
 async def test_a_completion_reports_each_token():
-    """Clients written for OpenAI would not find the log probabilities, or those of other tokens."""
+    """A completion reports tokens, log probabilities, likeliest tokens and offsets in OpenAI's shape."""
     answer = await post({"prompt": "x", "logprobs": 1}, service=service())
     found = answer.json()["choices"][0]["logprobs"]
 
@@ -61,14 +61,14 @@ async def test_a_completion_reports_each_token():
 
 
 async def test_no_likeliest_tokens_leave_the_drawn_one():
-    """`logprobs: 0` would be taken for no wish."""
+    """With ``logprobs: 0`` only the drawn token is reported."""
     answer = await post({"prompt": "x", "logprobs": 0}, service=service())
     found = answer.json()["choices"][0]["logprobs"]
     assert found["top_logprobs"] == [{text: -1.5 - place} for place, text in enumerate(TEXTS)]
 
 
 async def test_a_chat_reports_each_token():
-    """Chat clients would not find them, or could not put characters together that tokens share."""
+    """A chat reports each token with its bytes and its likeliest tokens."""
     answer = await post({"messages": HI, "logprobs": True, "top_logprobs": 5}, CHAT, service())
     found = answer.json()["choices"][0]["logprobs"]
 
@@ -82,7 +82,7 @@ async def test_a_chat_reports_each_token():
 
 
 async def test_unasked_for_nothing_is_reported():
-    """Every answer would carry what nobody reads."""
+    """Log probabilities are reported only if they are asked for."""
     chat = (await post({"messages": HI}, CHAT, service())).json()["choices"][0]
     completion = (await post({"prompt": "x"}, service=service())).json()["choices"][0]
     assert "logprobs" not in chat and completion["logprobs"] is None
@@ -92,7 +92,7 @@ async def test_unasked_for_nothing_is_reported():
 
 @pytest.mark.parametrize("n", [1, 2])
 async def test_streams_report_the_same(n):
-    """A streamed answer would lose log probabilities, or mix those of several answers."""
+    """A stream reports the same log probabilities as a whole answer, for each of several answers."""
     asked = {"messages": HI, "logprobs": True, "top_logprobs": 2, "n": n}
     whole = (await post(asked, CHAT, service())).json()["choices"]
     found = await chunks(asked, CHAT)
@@ -111,7 +111,7 @@ async def test_streams_report_the_same(n):
 
 
 async def test_nothing_is_reported_of_tokens_after_a_stop_string():
-    """Log probabilities would be of text that the answer does not have."""
+    """Tokens after a stop string have no log probabilities."""
     asked = {"messages": HI, "logprobs": True, "stop": "END", "return_token_ids": True}
     choice = (await post(asked, CHAT, service())).json()["choices"][0]
     assert choice["message"]["content"] == "one 日本 "

@@ -1,4 +1,4 @@
-"""The shell that all actors share: deadlines are met, and many actions of one turn can share one end."""
+"""The shell that all actors share: deadlines are met, and several messages of one turn share its end."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NEVER = float("inf")
 
 @attrs.define
 class Waiting:
-    """A core that only waits."""
+    """A core that only waits for its deadline."""
 
     deadline: float = NEVER
     fired: list[float] = attrs.field(factory=list)
@@ -49,7 +49,7 @@ class Waiting:
 
 
 async def test_deadlines_are_met_however_they_move(autojump_clock: MockClock) -> None:
-    """One that moved forward would be missed, or one that moved back would fire too soon or never."""
+    """Deadlines fire once and on time, however they are moved before."""
     core = Waiting()
     shell = Shell(core, MemoryBus().link(ActorId("a.1")), clock=trio.current_time)
     async with trio.open_nursery() as nursery:
@@ -62,7 +62,7 @@ async def test_deadlines_are_met_however_they_move(autojump_clock: MockClock) ->
             await trio.sleep(20.0)
             due = [start + moves[-1]] if moves[-1] < NEVER else []
             assert [one for one in core.fired if one >= start] == due, moves
-        # A core whose deadline is pushed on at every turn, as heartbeats are.
+        # A core whose deadline is postponed at every turn, as heartbeats do.
         for _ in range(30):
             shell.tell(trio.current_time() + 5.0)
             await trio.sleep(1.0)
@@ -73,7 +73,7 @@ async def test_deadlines_are_met_however_they_move(autojump_clock: MockClock) ->
 
 
 async def test_the_end_of_a_turn_comes_once_after_all_messages_that_waited(autojump_clock: MockClock) -> None:
-    """Each message would cost what a whole turn costs: a write to every client, say."""
+    """The end of a turn is called once for all messages that were waiting."""
     bus, ends = MemoryBus(), []
     link = bus.link(ActorId("a.1"))
     core = Waiting()
@@ -90,7 +90,7 @@ async def test_the_end_of_a_turn_comes_once_after_all_messages_that_waited(autoj
 
 
 async def test_the_last_word_to_a_dead_actor_ends_its_connection() -> None:
-    """A scheduler would keep a socket for each incarnation that ever died, until it had no descriptor left."""
+    """Sending Gone to the dead actor itself closes the connection to it, so that sockets do not pile up."""
     bus = MemoryBus()
     dead, other = ActorId("w0.1"), ActorId("w1.1")
     shell = Shell(Waiting(), bus.link(ActorId("scheduler-0.1")))

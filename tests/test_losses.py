@@ -1,4 +1,4 @@
-"""What evictions cost: which lost pages are counted as wanted again."""
+"""What evictions cost: which lost pages are counted as asked for again."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PROMPT = pack(range(10 * PAGE))
 
 
 class Feed:
-    """An index that hears of shards."""
+    """An index that receives the events of shards."""
 
     def __init__(self) -> None:
         self.index = IndexFeed(GlobalTree(PAGE))
@@ -37,7 +37,7 @@ def stored(tokens: bytes, entry: int = 1, parent: int = 0) -> IndexEvent:
 
 
 def test_what_is_lost_and_asked_for_again_counts_once() -> None:
-    """If it failed, evictions would be thought harmless, or one loss would count for ever."""
+    """An evicted prefix counts as wanted when it is asked for in its scope, once for each time that it was lost."""
     feed = Feed()
     feed.say(A, stored(PROMPT), IndexEvent("removed", 1))
     feed.index.match("anne", PROMPT[: 4 * PAGE * 4], 1.0)
@@ -52,7 +52,7 @@ def test_what_is_lost_and_asked_for_again_counts_once() -> None:
 
 
 def test_leaves_that_go_before_their_prefix_are_all_missed() -> None:
-    """If it failed, a document that is evicted piece by piece would count with its first piece only."""
+    """A prompt that is evicted piece by piece, leaves first, counts with all of its pages."""
     feed = Feed()
     cut = 6 * PAGE * 4
     feed.say(A, stored(PROMPT[:cut]), stored(PROMPT[cut:], 2, parent=1))
@@ -62,7 +62,7 @@ def test_leaves_that_go_before_their_prefix_are_all_missed() -> None:
 
 
 def test_what_another_shard_still_holds_is_not_lost() -> None:
-    """If it failed, dropping one of many copies would look like a loss."""
+    """Pages that another shard still holds do not count as lost; the last copy does."""
     feed = Feed()
     feed.say(A, stored(PROMPT))
     feed.say(B, stored(PROMPT), IndexEvent("removed", 1))
@@ -75,7 +75,7 @@ def test_what_another_shard_still_holds_is_not_lost() -> None:
 
 
 def test_old_evictions_fade() -> None:
-    """If it failed, a night's batch jobs would set the price for the next day's chats."""
+    """Old evictions lose their weight, so that one night's batch jobs do not set the price for the next day's chats."""
     losses = Losses(PAGE * 4, {A: 100})
     for _ in range(100):
         losses.evicted(int(WINDOW_PAGES / 10))

@@ -1,4 +1,4 @@
-"""What `make gpu-check` runs, tried without a GPU: a table of every GPU test, each skipped and saying why."""
+"""What `make gpu-check` runs, tried without a GPU: a table of every GPU test, each skipped with a reason."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import gpu_check
 
 ROOT = Path(__file__).parent.parent
 MARKS = ("@pytest.mark.gpu", "from backends import BACKENDS", "from backends import CARDS, ON_CARDS")
-"""What a file with GPU tests says."""
+"""Text by which a file with GPU tests is recognised."""
 
 
 def test_every_gpu_test_is_in_the_table(tmp_path):
-    """If it failed, `make gpu-check` would end without a table, or leave tests out that only a GPU can run."""
+    """The table lists every GPU test, skipped here with the reason."""
     tool = tmp_path / "nvidia-smi"
     tool.write_text("#!/bin/sh\nexit 0\n")
     tool.chmod(0o700)
@@ -39,7 +39,7 @@ def test_every_gpu_test_is_in_the_table(tmp_path):
 
 
 def test_every_file_with_gpu_tests_is_run():
-    """If it failed, a new file's GPU tests would never run on a GPU."""
+    """Every test file with GPU tests is run by `make gpu-check`."""
     found = {
         f"tests/{path.name}"
         for path in Path(__file__).parent.glob("test_*.py")

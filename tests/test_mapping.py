@@ -1,4 +1,4 @@
-"""Shared mappings: aligned, kept by their views, in huge pages where the kernel gives them."""
+"""Shared mappings: aligned, kept alive by their views, and in huge pages if the kernel gives them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from memserve.kernels import mapping as under_test
 from memserve.kernels.mapping import HUGE_BYTES, map_shared, shared_memory
 
 SIZE = 3 * HUGE_BYTES + 5000
-"""Three huge pages and a rest that is not even one small page."""
+"""Three huge pages and a remainder that does not end on a small page."""
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def memfd():
 
 
 def mapped(address: int) -> dict[str, int]:
-    """What the kernel says of the mapping at an address, in KB by field; empty where there is none."""
+    """What the kernel reports of the mapping at an address, in KB by field; empty if there is none."""
     fields: dict[str, int] = {}
     with open("/proc/self/smaps") as file:
         inside = False
@@ -38,13 +38,13 @@ def mapped(address: int) -> dict[str, int]:
 
 
 def reserved() -> int:
-    """Bytes of addresses that this process has taken."""
+    """Bytes of address space that this process has reserved."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_a_huge_page_can_start_where_a_mapping_starts(memfd):
-    """If mappings began anywhere, no process would be given the huge pages that the memory lies in."""
+    """Mappings begin at a multiple of the huge page size, without which they get no huge pages."""
     for _ in range(3):
         one = map_shared(memfd, SIZE, writable=True)
         assert one.address % HUGE_BYTES == 0
@@ -53,7 +53,7 @@ def test_a_huge_page_can_start_where_a_mapping_starts(memfd):
 
 
 def test_mappings_of_a_file_share_its_bytes(memfd):
-    """If one of them were a copy, workers would not see each other's KV."""
+    """Mappings of one file share its bytes, and a read-only one cannot be written."""
     mine, theirs = map_shared(memfd, SIZE, writable=True), map_shared(memfd, SIZE, writable=False)
     mine.view[SIZE - 3 :] = b"end"
     assert bytes(theirs.view[SIZE - 3 :]) == b"end"
@@ -62,7 +62,7 @@ def test_mappings_of_a_file_share_its_bytes(memfd):
 
 
 def test_the_last_view_ends_the_mapping(memfd):
-    """If it ended before, a tensor would read unmapped memory; if never, each attached arena would stay."""
+    """A mapping lasts as long as its last view."""
     one = map_shared(memfd, SIZE, writable=True)
     address, part = one.address, one.view[10:20]
     del one
@@ -76,7 +76,7 @@ def test_the_last_view_ends_the_mapping(memfd):
 
 
 def test_huge_pages_hold_what_was_there(memfd):
-    """If the change of pages lost bytes, or told more than it did, KV and figures would be wrong."""
+    """Changing to huge pages keeps the contents, and the number reported is what the kernel mapped."""
     os.pwrite(memfd, b"before", HUGE_BYTES - 3)
     one = map_shared(memfd, SIZE, writable=True)
     huge = one.make_huge(memfd)
@@ -91,7 +91,7 @@ def test_huge_pages_hold_what_was_there(memfd):
 
 
 def test_a_kernel_without_the_advice_serves_in_small_pages(memfd, monkeypatch):
-    """If an older kernel were an error, the server would not start on it."""
+    """On a kernel without these calls the mapping works with small pages."""
     monkeypatch.setattr(under_test, "_MADV_COLLAPSE", 9999)
     monkeypatch.setattr(under_test, "_MADV_POPULATE_WRITE", 9999)
     one = map_shared(memfd, SIZE, writable=True)
@@ -102,12 +102,12 @@ def test_a_kernel_without_the_advice_serves_in_small_pages(memfd, monkeypatch):
 
 
 def test_scratch_memory_is_zero():
-    """If it held anything, a calibration would read NaN from it."""
+    """Scratch memory is filled with zeros."""
     assert not any(shared_memory(HUGE_BYTES + 100))
 
 
 def test_a_file_that_cannot_be_mapped_is_an_error(tmp_path):
-    """If it were not, the first read would be a segmentation fault; addresses stay reserved for nobody."""
+    """A file that cannot be mapped is an error, and its address space is given back."""
     fd = os.open(tmp_path, os.O_RDONLY)
     size = 1 << 40  # a terabyte of addresses, which only a leak would show
     try:

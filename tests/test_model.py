@@ -1,4 +1,4 @@
-"""The forward pass against transformers' Llama, and against itself in every shape of batch."""
+"""The forward pass compared with transformers' Llama, and with itself in every shape of batch."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ GREEDY = Sampling(temperature=0.0)
 
 
 def tiny_spec(heads: int = 4, kv_heads: int = 2, head_dim: int = 16, tied: bool = True) -> ModelSpec:
-    """A Llama of two layers that runs in no time."""
+    """A small Llama of two layers that runs in milliseconds."""
     return ModelSpec(
         name="tiny",
         architecture="llama",
@@ -56,7 +56,7 @@ def tiny_spec(heads: int = 4, kv_heads: int = 2, head_dim: int = 16, tied: bool 
 
 @cache
 def reference(spec: ModelSpec) -> Any:
-    """transformers' Llama of the same shape in float32, without weights of its own."""
+    """transformers' Llama of the same shape in float32, without weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -78,7 +78,7 @@ def reference(spec: ModelSpec) -> Any:
 
 
 def load_reference(spec: ModelSpec, weights: dict[str, torch.Tensor]) -> Any:
-    """The reference with our weights, taken apart again."""
+    """The reference with our weights, which are split into transformers' tensors."""
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
@@ -108,7 +108,7 @@ def load_reference(spec: ModelSpec, weights: dict[str, torch.Tensor]) -> Any:
 
 
 class Runner:
-    """A model with an arena of its own, whose unused pages and page tails hold NaN."""
+    """A model with its own arena, whose unused pages and page tails hold NaN."""
 
     def __init__(
         self,
@@ -127,7 +127,7 @@ class Runner:
         self._free: Iterator[int] = iter(order.tolist())
 
     def pages(self, tokens: int) -> tuple[int, ...]:
-        """Pages nobody else has, in no order."""
+        """Pages that no other sequence has, in random order."""
         return tuple(next(self._free) for _ in range(pages_for(tokens, self.page_tokens)))
 
     def step(self, *rows: Row) -> torch.Tensor:
@@ -137,7 +137,7 @@ class Runner:
             return self.model.forward(BatchTensors.of(plan), self.attention.plan(plan), self.attention)
 
     def generate(self, prompt: list[int], new: int, chunk: int = 10**6) -> list[int]:
-        """Greedy tokens after a prompt run in chunks."""
+        """Greedy tokens after a prompt that is run in chunks."""
         pages, tokens = self.pages(len(prompt) + new), list(prompt)
         for start in range(0, len(prompt), chunk):
             logits = self.step(Row(pack(prompt[start : start + chunk]), start, pages, GREEDY))
@@ -149,7 +149,7 @@ class Runner:
 
 
 def prompt(length: int, seed: int, vocab: int = 131) -> list[int]:
-    """Random ids."""
+    """Random token ids."""
     return torch.randint(vocab, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
@@ -158,7 +158,7 @@ def prompt(length: int, seed: int, vocab: int = 131) -> list[int]:
     [(4, 2, 16, True), (6, 2, 8, False), (3, 3, 16, True), (8, 1, 32, False)],
 )
 def test_logits_equal_transformers(heads: int, kv_heads: int, head_dim: int, tied: bool) -> None:
-    """The model would not be the one whose weights it has: prefill, cached chunk and cached decode alike."""
+    """Logits equal those of transformers, for a first chunk, a chunk on a cache and single tokens."""
     spec = tiny_spec(heads, kv_heads, head_dim, tied)
     weights = random_weights(spec, "float32", heads)
     ids = prompt(75, heads)
@@ -174,13 +174,13 @@ def test_logits_equal_transformers(heads: int, kv_heads: int, head_dim: int, tie
 
 @pytest.fixture(scope="module")
 def tiny() -> tuple[ModelSpec, dict[str, torch.Tensor]]:
-    """One random model for the tests that compare our runs with each other."""
+    """One random model for the tests that compare our own runs with each other."""
     spec = tiny_spec()
     return spec, random_weights(spec, "float32", 1)
 
 
 def test_chunks_and_page_sizes_change_no_token(tiny: tuple[ModelSpec, dict[str, torch.Tensor]]) -> None:
-    """Where a prompt is cut and how it lies in pages are the scheduler's affairs, not the answer's."""
+    """Tokens do not depend on chunk size and page size."""
     ids = prompt(101, 5)
     expected = Runner(*tiny).generate(ids, 12)
     for page_tokens, chunk in ((8, 7), (8, 64), (16, 1), (16, 16), (16, 100), (32, 7), (32, 100)):
@@ -191,7 +191,7 @@ def test_chunks_and_page_sizes_change_no_token(tiny: tuple[ModelSpec, dict[str, 
 def test_long_chunks_run_in_query_blocks(
     tiny: tuple[ModelSpec, dict[str, torch.Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A block boundary that sees one key too many or too few shows only in long prompts."""
+    """Long chunks attend in blocks of queries, with the same tokens."""
     ids = prompt(130, 8)
     expected = Runner(*tiny).generate(ids, 4)
     monkeypatch.setattr("memserve.kernels.cpu.QUERY_BLOCK", 32)
@@ -201,7 +201,7 @@ def test_long_chunks_run_in_query_blocks(
 
 
 def test_bfloat16_stays_near_float32() -> None:
-    """The default dtype would answer visibly worse than the exact one."""
+    """Logits in bfloat16, the default dtype, differ from float32 by rounding errors only."""
     spec = tiny_spec()
     weights = random_weights(spec, "bfloat16", 2)
     exact = {name: tensor.float() for name, tensor in weights.items()}
@@ -215,9 +215,9 @@ def test_bfloat16_stays_near_float32() -> None:
 
 
 def widened(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What int8 weights stand for, in float32."""
+    """The float32 weights that int8 weights represent."""
     return {
-        name: tensor.float() * weights[name + SCALE][:, None] if name + SCALE in weights else tensor
+        name: tensor.float() * weights[name + SCALE][:, None] if name + SCALE in weights else tensor.float()
         for name, tensor in weights.items()
         if not name.endswith(SCALE)
     }
@@ -226,12 +226,13 @@ def widened(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", [(130, 48), (7, 64), (96, 192), (20_000, 64)])
 def test_int8_matrices_multiply_as_what_they_stand_for(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    """Some widths and alignments are read past their ends by torch's own int8 product, and would end the process."""
+    """Products with int8 matrices equal those with their float32 values, for widths and alignments where torch's own
+    fails."""
     weights = dict(zip(("w", "w.scale"), map(torch.from_numpy, quantise_rows(_normal(shape))), strict=True))
     exact = widened(weights)["w"].double()
-    apart = torch.empty(weights["w"].numel() + 1, dtype=torch.int8)[1:].view(shape)  # at an odd address
-    apart.copy_(weights["w"])
-    for values in (weights["w"], apart):
+    shifted = torch.empty(weights["w"].numel() + 1, dtype=torch.int8)[1:].view(shape)  # at an odd address
+    shifted.copy_(weights["w"])
+    for values in (weights["w"], shifted):
         matrix = Matrix.of(weights | {"w": values}, "w", dtype)
         assert torch.equal(matrix.rows(torch.tensor([3, 0, 3])), exact[[3, 0, 3]].float())
         for rows in (0, 1, 3, 16, 17, 40):
@@ -246,7 +247,7 @@ def test_int8_matrices_multiply_as_what_they_stand_for(shape: tuple[int, int], d
 def test_a_processor_without_products_of_bfloat16_multiplies_prompts_in_float32(
     quantised: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Row by row in bfloat16 a prompt takes sixty times as long. Decode reads the matrix as it is, in any case."""
+    """Without bfloat16 instructions, prompts are multiplied in float32, which is 60 times as fast; decode steps are not."""
     values = torch.from_numpy(_normal((96, 192)))
     weights = {"w": values.bfloat16()}
     if quantised:
@@ -277,7 +278,7 @@ def _normal(shape: tuple[int, int]) -> np.ndarray:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_int8_weights_are_the_model_they_stand_for(tied: bool) -> None:
-    """A scale at the wrong row, or forgotten in one place, is a model that talks nonsense."""
+    """A model with int8 weights gives the tokens of the float32 model that they represent."""
     spec = attrs.evolve(tiny_spec(tied=tied), hidden=64, qkv_bias=True, qk_norm=True)
     weights = random_weights(spec, "int8", 1)
     ids = prompt(101, 5)
@@ -296,13 +297,13 @@ def test_int8_weights_are_the_model_they_stand_for(tied: bool) -> None:
 
 @pytest.fixture(scope="module")
 def demo() -> tuple[ModelSpec, dict[str, torch.Tensor], Path]:
-    """The real model in float32."""
+    """The demo model in float32."""
     files = prepare(find_model(DEMO), "float32")
     return files.spec, map_weights(files.weights), files.tokenizer
 
 
 def test_demo_model_equals_transformers(demo: tuple[ModelSpec, dict[str, torch.Tensor], Path]) -> None:
-    """The model that a newcomer sees first must say what the reference says, token for token."""
+    """The demo model's greedy tokens are those of transformers."""
     from tokenizers import Tokenizer
 
     spec, weights, path = demo

@@ -1,4 +1,4 @@
-"""A chat with the real model over two shards, in every cache mode: the same tokens, and what is computed and moved is what the mode says."""
+"""A chat with the real model over two shards in every cache mode: right tokens, and only the promised work and transfers."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from memserve.kernels.native import load
 from memserve.kernels.native_build import NativeUnavailable
 from memserve.tokens import pack
 from test_model import DEMO, GREEDY
-from test_shards_cluster import APART, MODES, chat, check_mode
+from test_shards_cluster import MODES, ON_TWO_SHARDS, chat, check_mode
 
 DTYPE = "bfloat16"
 TURNS = 3
 
 
 class ModelArena(dict):
-    """Pages of KV by slot, each a part of one memory."""
+    """Pages of KV by slot, all in one memory."""
 
     def __init__(self, slots: list[int]) -> None:
         self.files = prepare(find_model(DEMO), DTYPE)
@@ -46,7 +46,7 @@ class ModelCluster(MemoryCluster):
         return ModelArena(slots)
 
     def make_engine(self, arena: ModelArena) -> CpuEngine:
-        """The native step."""
+        """An engine on these pages."""
         return arena.engine()
 
 
@@ -60,7 +60,7 @@ def _deterministic() -> None:
 
 @pytest.fixture(scope="module")
 def alone():
-    """The model's own answer, each computed once."""
+    """A function that gives the model's own answer, each computed once."""
     engine, known = ModelArena(list(range(60))).engine(), {}
 
     def answer(ids: list[int], new: int) -> list[int]:
@@ -76,7 +76,10 @@ def alone():
 
 @pytest.mark.parametrize("mode", MODES)
 async def test_a_chat_with_the_model(autojump_clock: MockClock, alone, mode) -> None:
-    """Mode 3 computes only what the user has added; 2 sends the decode worker only that; off sends all; same tokens in all."""
+    """The same tokens in every mode.
+
+    Mode 3 computes only what the user has added, mode 2 also sends only that, and off sends all.
+    """
     settings = {"policy": "least_load", "pages": 60, "kind": ModelCluster, **MODES[mode]}
-    async with memory_cluster(*APART, **settings) as (cluster, frontend):
+    async with memory_cluster(*ON_TWO_SHARDS, **settings) as (cluster, frontend):
         check_mode(cluster, mode, await chat(cluster, frontend, TURNS, alone))

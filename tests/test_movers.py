@@ -1,4 +1,4 @@
-"""All movers, held to the same tests: what arrives, what is refused, and what happens within a deadline."""
+"""The same tests for all movers: what arrives, what is refused, and what happens at a deadline."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ SCATTERED = ([7, 8, 9, 3, 30, 2, 39, 0], [1, 2, 3, 9, 8, 7, 0, 39])
 
 
 def mappings(name):
-    """How often a memfd is mapped here, but for what earlier tests left to the collector."""
+    """How often a memfd is mapped in this process, without what earlier tests left to the garbage collector."""
     gc.collect()
     return Path("/proc/self/maps").read_text().count(f"/memfd:{name} ")
 
 
 @pytest.fixture
 def place(tmp_path_factory):
-    """A directory short enough for sockets."""
+    """A directory with a path short enough for sockets."""
     return tmp_path_factory.mktemp("m")
 
 
 @pytest.mark.parametrize("granularity", Granularity)
 async def test_pages_arrive_whole_and_nothing_else_changes(path, granularity, place):
-    """If a byte were missing or out of place, a prefix would be served with wrong KV."""
+    """Scattered pages arrive whole in their places, and nothing else is written."""
     async with pair(path, place) as both:
         transfer = both.transfer(*SCATTERED, granularity)
         result = await both.send(transfer)
@@ -50,7 +50,7 @@ async def test_pages_arrive_whole_and_nothing_else_changes(path, granularity, pl
 
 
 async def test_a_whole_arena_moves_in_one_run(path, place):
-    """If only small transfers worked, long prompts would not."""
+    """A transfer of the whole arena arrives."""
     async with pair(path, place) as both:
         transfer = both.transfer(range(PAGES), range(PAGES))
         assert isinstance(await both.send(transfer), TransferDone)
@@ -58,7 +58,7 @@ async def test_a_whole_arena_moves_in_one_run(path, place):
 
 
 async def test_many_transfers_at_a_time(path, place):
-    """If two at a time disturbed each other, a busy shard would mix up its requests."""
+    """Many transfers at a time arrive without mixing up their pages."""
     async with pair(path, place) as both:
         results = []
 
@@ -78,7 +78,7 @@ async def test_many_transfers_at_a_time(path, place):
 
 
 async def test_layers_leave_as_they_become_ready(path, place):
-    """If the mover waited for the last layer, by_layer would overlap with nothing."""
+    """With by_layer, each layer is sent as soon as it is ready, also if it is announced in parts or twice."""
     async with pair(path, place) as both:
         transfer = both.transfer(*SCATTERED, Granularity.BY_LAYER)
         feed = PieceFeed(len(transfer.source), GEOMETRY.layers)
@@ -105,7 +105,7 @@ async def test_layers_leave_as_they_become_ready(path, place):
 
 
 async def test_what_is_never_ready_ends_at_the_deadline(path, place):
-    """If it did not, a prefill that died would leave its transfer behind."""
+    """A transfer whose layers never become ready fails at its deadline."""
     async with pair(path, place) as both:
         transfer = both.transfer(*SCATTERED, Granularity.BY_LAYER)
         feed = PieceFeed(len(transfer.source), GEOMETRY.layers)
@@ -115,7 +115,7 @@ async def test_what_is_never_ready_ends_at_the_deadline(path, place):
 
 
 async def test_pages_that_are_not_ones_own_are_refused(path, place):
-    """If they were read, a sender's bug would put the process's other memory on the network."""
+    """Page numbers outside the arena are refused: they would read other memory."""
     async with pair(path, place) as both:
         transfer = both.transfer([0, PAGES], [0, 1])
         result = await both.send(transfer)
@@ -124,7 +124,7 @@ async def test_pages_that_are_not_ones_own_are_refused(path, place):
 
 
 async def test_nobody_there_is_a_peer_gone(path, place):
-    """If it were anything else, the sender would wait, or try again, for a shard that is dead."""
+    """A transfer to a receiver that is not there fails with PEER_GONE."""
     nowhere = {
         "mapped": Way("mapped", str(place / "gone")),
         "cuda": Way("cuda", str(place / "gone")),
@@ -138,7 +138,7 @@ async def test_nobody_there_is_a_peer_gone(path, place):
 
 
 async def test_a_cancelled_send_leaves_nothing_running(path, place):
-    """If bytes still moved afterwards, they would land in pages that are somebody else's by then."""
+    """After a send was cancelled no more bytes are written."""
     async with pair(path, place) as both:
         transfer = both.transfer(range(PAGES), range(PAGES), Granularity.BY_LAYER)
         feed = PieceFeed(PAGES, GEOMETRY.layers)
@@ -152,7 +152,7 @@ async def test_a_cancelled_send_leaves_nothing_running(path, place):
 
 
 async def test_what_is_known_of_a_receiver_can_be_forgotten(path, place):
-    """If it could not, a shard would keep every arena mapped that it ever sent to."""
+    """Forgetting a receiver unmaps its arena; a later send maps it again."""
     async with pair(path, place) as both:
         before = mappings("memserve-b.1")
         assert isinstance(await both.send(both.transfer([1], [2])), TransferDone)
@@ -249,7 +249,7 @@ async def test_what_cannot_be_mapped_costs_its_transfer_and_nothing_else(path, e
 
 
 async def test_pages_go_from_gpu_to_gpu_without_the_host_where_they_see_each_other(path, place):
-    """If peer access were asked for on the wrong side, or not at all, every copy would lead through host memory."""
+    """Between GPUs with peer access, runs of pages are copied directly and without host memory."""
     if path != "cuda":
         return
     async with pair(path, place) as both:
@@ -260,7 +260,7 @@ async def test_pages_go_from_gpu_to_gpu_without_the_host_where_they_see_each_oth
 
 
 async def test_a_gpu_that_fails_fails_its_transfer_and_nothing_else(path, place, monkeypatch):
-    """If CUDA's error came out of the mover, the shard would die with everybody's pages."""
+    """An error of CUDA fails its transfer, and later ones work."""
     if path != "cuda":
         return
     async with pair(path, place) as both:
@@ -277,7 +277,7 @@ async def test_a_gpu_that_fails_fails_its_transfer_and_nothing_else(path, place,
 
 
 def test_a_path_is_chosen_by_the_setting(path):
-    """If the setting did not decide, an experiment would measure another path than it names."""
+    """The setting decides which path is used."""
     assert chosen_paths(path, ALL_PATHS) == (path,)
     assert path in chosen_paths("auto", ALL_PATHS)
     assert chosen_paths(path, ()) == ()

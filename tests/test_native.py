@@ -1,4 +1,4 @@
-"""The native step against the reference, where this machine can have it."""
+"""The native step compared with the reference in torch, where this machine can run it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from memserve.kernels.cpu import CpuAttention
 from memserve.kernels.native import THREADS_MAX, ArenaPages, NativeStep, load
 from memserve.kernels.native_build import NativeUnavailable
 from memserve.tokens import pack, pages_for, unpack
-from test_model import GREEDY, prompt, tiny_spec
+from test_model import GREEDY, prompt, tiny_spec, widened
 
 SHAPES = [(4, 2, 32), (6, 2, 64), (3, 3, 32), (9, 1, 96), (2, 1, 128), (2, 2, 256), (34, 2, 32)]
 
@@ -30,7 +30,7 @@ AMX = False
 
 @pytest.fixture(params=[False, True], ids=["vectors", "amx"], scope="module", autouse=True)
 def _instructions(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Every test on each of the instruction sets that there are here."""
+    """Run every test with vector instructions and with AMX, as far as this machine has them."""
     global AMX
     AMX = request.param
     try:
@@ -47,35 +47,24 @@ def _instructions(request: pytest.FixtureRequest) -> Iterator[None]:
 def native_step(
     spec: ModelSpec, weights: dict[str, torch.Tensor], page_tokens: int, threads: int
 ) -> NativeStep:
-    """A step on the instructions that the running test is about."""
+    """A step that uses the instructions of the running test."""
     library = load(default_cache_dir())
     return NativeStep(library, spec, bits_of(weights), page_tokens, threads, amx=AMX)
 
 
 def native_spec(heads: int, kv_heads: int, head_dim: int) -> ModelSpec:
-    """A tiny Llama of widths that the native step takes."""
+    """A tiny Llama with widths that the native step supports."""
     spec = tiny_spec(heads, kv_heads, head_dim, tied=heads % 2 == 0)
     return attrs.evolve(spec, hidden=96, intermediate=160, vocab=132, max_context=1024)
 
 
-def in_float32(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What the weights stand for."""
-    return {
-        name: tensor.float() * weights[f"{name}.scale"][:, None]
-        if tensor.dtype == torch.int8
-        else tensor.float()
-        for name, tensor in weights.items()
-        if not name.endswith(".scale")
-    }
-
-
 def pages_of(arena: torch.Tensor) -> ArenaPages:
-    """An arena of bfloat16 as the native step takes it, on the same memory."""
+    """The pages of a bfloat16 arena, on the same memory, in the form that the native step takes."""
     return ArenaPages(arena.view(torch.uint16).numpy())
 
 
 class Twin:
-    """A model in float32 by the reference and in bfloat16 by the native step, each with pages of its own."""
+    """One model twice, each with its own pages: in float32 by the reference and in bfloat16 by the native step."""
 
     def __init__(
         self,
@@ -87,11 +76,11 @@ class Twin:
     ) -> None:
         self.spec, self.page_tokens, self.threads = spec, page_tokens, threads
         self.weights = random_weights(spec, stored, 1)
-        exact = in_float32(self.weights)
+        exact = widened(self.weights)
         shape = (pages, *spec.page_shape(page_tokens))
         self.reference = Llama(spec, exact)
         self.attention = CpuAttention(torch.full(shape, float("nan")), spec.heads)
-        # NaN wherever nothing was written: whoever reads past a row's end shows it.
+        # NaN wherever nothing was written: a step that reads past a row's end gives NaN.
         self.arena = torch.full(shape, float("nan"), dtype=torch.bfloat16)
         self.arena_pages = pages_of(self.arena)
         self.step = native_step(spec, self.weights, page_tokens, threads)
@@ -99,7 +88,7 @@ class Twin:
         random.Random(3).shuffle(self.free)
 
     def pages(self, tokens: int) -> tuple[int, ...]:
-        """Pages nobody else has, in no order."""
+        """Pages that no other sequence has, in random order."""
         return tuple(self.free.pop() for _ in range(pages_for(tokens, self.page_tokens)))
 
     def native(self, *rows: Row) -> torch.Tensor:
@@ -121,7 +110,7 @@ class Twin:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("page_tokens", [8, 32, 128])
 def test_logits_are_near_the_reference(shape: tuple[int, int, int], page_tokens: int) -> None:
-    """Chunks from nothing, chunks on a cache and decode rows, past one attention part: all must be this model."""
+    """Logits are near the reference for first chunks, chunks on a cache and decode rows, also beyond one attention part."""
     twin = Twin(native_spec(*shape), page_tokens)
     ids, pages = prompt(300, 7), twin.pages(300)
     cuts = [0, 150, *range(174, 294, 24), 295, 296, 300]
@@ -132,7 +121,7 @@ def test_logits_are_near_the_reference(shape: tuple[int, int, int], page_tokens:
 
 
 def test_mixed_rows_are_near_the_reference() -> None:
-    """Rows of a batch must find their own pages, positions and logits."""
+    """In a batch of unequal rows each finds its own pages and positions, and rows that want no logits give none."""
     twin = Twin(native_spec(4, 2, 32))
     lengths = (1, 5, 17, 24, 31)
     tables = {length: twin.pages(length + 3) for length in lengths}
@@ -152,7 +141,7 @@ def test_mixed_rows_are_near_the_reference() -> None:
 
 
 def test_company_and_threads_change_no_bit() -> None:
-    """Greedy bfloat16 output would depend on who else is being served, and on how many cores are free."""
+    """Logits of a row are the same to the bit, alone or in a batch and on any number of threads."""
     spec = native_spec(6, 2, 64)
     results = []
     for threads in (1, 2, 3):
@@ -175,7 +164,7 @@ def test_company_and_threads_change_no_bit() -> None:
 @pytest.mark.parametrize("shape", [(6, 2, 64), (9, 1, 96), (5, 5, 32)])
 @pytest.mark.parametrize("page_tokens", [8, 16, 32, 256])
 def test_sequences_in_the_same_pages_change_no_bit(shape: tuple[int, int, int], page_tokens: int) -> None:
-    """Those that begin with the same pages attend to them together: they would get other tokens than alone."""
+    """Sequences that share their first pages attend to them together and get the same logits to the bit as alone."""
     twin = Twin(native_spec(*shape), page_tokens, pages=600)
     shared = twin.pages(512)
     twin.native(Row(pack(prompt(512, 1)), 0, shared, None))
@@ -199,7 +188,7 @@ def test_sequences_in_the_same_pages_change_no_bit(shape: tuple[int, int, int], 
 
 
 def test_more_sequences_than_a_task_takes_change_no_bit() -> None:
-    """Many that share pages are cut into tasks: one at a cut would lose the parts before it."""
+    """Sequences that share pages are cut into several tasks, and each still gets the logits that it gets alone."""
     twin = Twin(native_spec(4, 2, 32), pages=400)
     shared = twin.pages(256)
     twin.native(Row(pack(prompt(256, 1)), 0, shared, None))
@@ -213,7 +202,7 @@ def test_more_sequences_than_a_task_takes_change_no_bit() -> None:
 def in_chunks(
     twin: Twin, ids: list[int], cuts: Iterable[int], pages: tuple[int, ...]
 ) -> dict[int, torch.Tensor]:
-    """Logits of the last token before each cut."""
+    """Compute the tokens in chunks that end at ``cuts``; returns the logits at the end of each chunk."""
     return {
         end: twin.native(Row(pack(ids[start:end]), start, pages, GREEDY))[0]
         for start, end in pairwise([0, *cuts])
@@ -223,7 +212,7 @@ def in_chunks(
 @pytest.mark.parametrize("shape", [(6, 2, 64), (9, 1, 96), (5, 5, 32)])
 @pytest.mark.parametrize("page_tokens", [8, 16, 32])
 def test_chunks_change_no_bit(shape: tuple[int, int, int], page_tokens: int) -> None:
-    """A token would depend on how busy the server was when its prompt was cut, or on what was cached."""
+    """The logits of a token do not depend on how its prompt was cut into chunks."""
     generator = random.Random(page_tokens)
     twin = Twin(native_spec(*shape), page_tokens, pages=1000)
     ids = prompt(600, page_tokens)
@@ -237,7 +226,7 @@ def test_chunks_change_no_bit(shape: tuple[int, int, int], page_tokens: int) -> 
 
 
 def test_int8_weights_are_near_the_reference_and_change_no_bit() -> None:
-    """int8 is widened on its way for few rows and beforehand for many: both must be the same model, bit for bit."""
+    """int8 weights are widened in two ways, for few rows and for many: both give the same bits, near the reference."""
     twin = Twin(native_spec(9, 1, 96), pages=400, stored="int8")
     ids = prompt(300, 4)
     token_by_token = in_chunks(twin, ids, range(1, 301), twin.pages(300))
@@ -250,7 +239,7 @@ def test_int8_weights_are_near_the_reference_and_change_no_bit() -> None:
 
 @pytest.mark.parametrize("stored", ["bfloat16", "int8"])
 def test_deep_products_change_no_bit(stored: str) -> None:
-    """Products too deep for the first level are made in parts for many rows: they must sum as they do for few."""
+    """Products too deep for the first-level cache are made in parts for many rows, and sum as they do for few."""
     spec = attrs.evolve(native_spec(6, 2, 64), intermediate=1600)
     twin = Twin(spec, stored=stored)
     ids = prompt(150, 3)
@@ -262,7 +251,7 @@ def test_deep_products_change_no_bit(stored: str) -> None:
 
 @pytest.mark.parametrize("stored", ["bfloat16", "int8"])
 def test_no_number_of_rows_changes_a_bit(stored: str) -> None:
-    """Rows go in parts of several sizes, int8 weights are widened in two ways: each must sum as a row alone does."""
+    """Rows are computed in parts of several sizes: for each number of rows the logits are those of a row alone."""
     spec = attrs.evolve(native_spec(6, 2, 64), hidden=416, intermediate=800)
     twin = Twin(spec, stored=stored, pages=400)
     ids = prompt(36, 3)
@@ -273,7 +262,7 @@ def test_no_number_of_rows_changes_a_bit(stored: str) -> None:
 
 
 def test_threads_with_rows_of_their_own_change_no_bit() -> None:
-    """Many rows are cut into one block a thread: results would depend on how many cores are free."""
+    """Many rows are cut into one block per thread, and the logits do not depend on the number of threads."""
     spec = native_spec(6, 2, 64)
     results = []
     for threads in (1, 2, 3, 5):
@@ -287,7 +276,7 @@ def test_threads_with_rows_of_their_own_change_no_bit() -> None:
 
 
 def test_cache_and_company_of_chunks_change_no_bit() -> None:
-    """A resumed or cached sequence would diverge from the same one served in one go, alone."""
+    """A sequence on cached pages and in a batch has the logits that it has alone and in one chunk."""
     twin = Twin(native_spec(6, 2, 64), pages=400)
     ids, other = prompt(420, 1), prompt(420, 2)
     whole = in_chunks(twin, ids, [420], twin.pages(420))[420]
@@ -306,7 +295,7 @@ def test_cache_and_company_of_chunks_change_no_bit() -> None:
 
 
 def test_steps_beyond_its_buffers_change_no_bit() -> None:
-    """A large step would fail, or give other tokens than the same rows in small steps."""
+    """A step larger than the buffers gives the same logits as its rows in small steps."""
     twin = Twin(native_spec(4, 2, 32), pages=400)
     prompts = [prompt(length, length) for length in (1, 511, 700, 1, 320)]
     alone = [twin.native(Row(pack(ids), 0, twin.pages(len(ids)), GREEDY)) for ids in prompts]
@@ -316,7 +305,7 @@ def test_steps_beyond_its_buffers_change_no_bit() -> None:
 
 
 def test_what_is_not_there_is_refused() -> None:
-    """A wrong page, token or position would read or write the memory of others."""
+    """Pages, tokens and positions out of range are refused: they would read or write memory of others."""
     twin = Twin(native_spec(4, 2, 32), pages=4)
     for row in (
         Row(pack([1]), 0, (4,), GREEDY),
@@ -335,7 +324,7 @@ def test_what_is_not_there_is_refused() -> None:
 
 
 def written_out(spec: ModelSpec, weights: dict[str, torch.Tensor], ids: list[int]) -> torch.Tensor:
-    """Logits of every position, float32, written out."""
+    """Logits of every position in float32, by the formulas of the model."""
     w = {name: tensor.float() for name, tensor in weights.items()}
     tokens, half, eps = len(ids), spec.head_dim // 2, spec.rms_eps
     angles = torch.outer(
@@ -377,7 +366,7 @@ def written_out(spec: ModelSpec, weights: dict[str, torch.Tensor], ids: list[int
 )
 @pytest.mark.parametrize("shape", [(4, 2, 64), (2, 1, 256), (18, 1, 32)])
 def test_families_are_near_float32(shape: tuple[int, int, int], qkv_bias: bool, qk_norm: bool) -> None:
-    """Qwen2's biases and Qwen3's norms of q and k must be applied, in the right order, to the right heads."""
+    """Qwen2's biases and Qwen3's norms of q and k are applied in the right order and to the right heads."""
     spec = attrs.evolve(native_spec(*shape), qkv_bias=qkv_bias, qk_norm=qk_norm)
     weights = random_weights(spec, "bfloat16", 1)
     generator = torch.Generator().manual_seed(2)
@@ -401,7 +390,7 @@ def test_families_are_near_float32(shape: tuple[int, int, int], qkv_bias: bool, 
 
 
 def test_thread_counts_may_change_from_step_to_step() -> None:
-    """Cores come and go; a thread left out of one step must be neither lost nor late in the next."""
+    """Each step may use another number of threads, and its logits stay the same."""
     twin = Twin(native_spec(4, 2, 32), threads=4)
     row = Row(pack([7]), 0, twin.pages(1), GREEDY)
     expected = twin.native(row)
@@ -421,7 +410,7 @@ def test_a_machine_of_more_cores_than_it_counts_runs_it_too() -> None:
 
 
 def test_threads_may_come_and_go_within_a_step() -> None:
-    """A thread that leaves or joins between two layers must be neither missed nor run a layer twice."""
+    """Threads may leave and join between two layers; tokens and KV stay the same, and each layer is asked for once."""
     spec = attrs.evolve(native_spec(4, 2, 32), layers=6)
     twin = Twin(spec, threads=4)
     row = Row(pack(prompt(90, 1)), 0, twin.pages(90), GREEDY)
@@ -441,8 +430,8 @@ def test_threads_may_come_and_go_within_a_step() -> None:
     twin.step.close()
 
 
-def test_a_short_step_is_not_asked_who_goes_on() -> None:
-    """Asking takes as long as a tenth of a stream's layer."""
+def test_a_short_step_does_not_ask_for_threads_between_layers() -> None:
+    """A step of one decode row does not ask for its threads between layers: that costs a tenth of a layer."""
     twin = Twin(native_spec(4, 2, 32), threads=2)
     row = Row(pack([7]), 0, twin.pages(1), GREEDY)
     asked: list[int] = []

@@ -1,4 +1,4 @@
-"""The native step's C++ for every set of instructions that it knows, whichever this machine has."""
+"""The native step's C++ for every instruction set that it supports, whichever this machine has."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PROCESSORS = {
     "Zen 4": (BF16, WITH_BF16),
     "Sapphire Rapids": (BF16 | {"amx_tile", "amx_bf16"}, WITH_BF16 | {"-mamx-tile", "-mamx-bf16"}),
 }
-"""What the kernel says that a processor has, and what of it the build uses."""
+"""Which features the kernel reports for a processor, and which flags the build uses for it."""
 
 LINEAR = """
 #include "scratch.hpp"
@@ -38,7 +38,7 @@ JUMP = re.compile(r"\tj(?!mp)\w+\t(\.L\d+)")
 
 
 def compiled(source: Path, flags: tuple[str, ...], *how: str) -> str:
-    """What the compiler makes of a file that includes the step's parts. Skips where there is none."""
+    """The compiler's output for a file that includes parts of the step. Skips the test if there is no compiler."""
     compiler = os.environ.get("CXX", "g++")
     if not shutil.which(compiler):
         pytest.skip(f"no C++ compiler here: there is no {compiler}")
@@ -49,7 +49,7 @@ def compiled(source: Path, flags: tuple[str, ...], *how: str) -> str:
 
 
 def inner_loops(assembly: str) -> Iterator[list[str]]:
-    """The lines of every loop that holds no other."""
+    """The lines of every loop that contains no other."""
     lines = assembly.splitlines()
     label_at = {line[:-1]: at for at, line in enumerate(lines) if line.endswith(":")}
     jumps = [(at, label_at[jump[1]]) for at, line in enumerate(lines) if (jump := JUMP.match(line))]
@@ -61,7 +61,7 @@ def inner_loops(assembly: str) -> Iterator[list[str]]:
 
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_it_compiles_for_every_processor(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A change tried on one machine would leave the others on torch, unseen."""
+    """The step compiles for every kind of processor, with the flags for it."""
     has, used = PROCESSORS[name]
     monkeypatch.setattr(native_build, "_processor_flags", lambda: has)
     flags = target_flags()
@@ -88,7 +88,7 @@ def test_a_compiler_older_than_the_processor_builds_what_it_knows(
 def test_sums_of_products_stay_in_registers(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Stored with every product, as they once were, they make decode steps of 8 rows half as slow again, and nothing else."""
+    """The inner loops of products keep their sums in registers: stored, they make steps of 8 rows half as slow again."""
     monkeypatch.setattr(native_build, "_processor_flags", lambda: PROCESSORS[name][0])
     source = tmp_path / "linear.cpp"
     source.write_text(LINEAR)
@@ -101,7 +101,7 @@ def test_sums_of_products_stay_in_registers(
 
 
 def test_what_is_to_be_fetched_ahead_is(tmp_path: Path) -> None:
-    """The compiler may take a function that only fetches for one without effects: attention once fetched nothing, unseen."""
+    """Prefetches are compiled: the compiler may drop a function that only prefetches as one without effects."""
     source = tmp_path / "fetch.cpp"
     source.write_text(
         '#include "vectors.hpp"\n'

@@ -1,4 +1,4 @@
-"""Drafts in the native step: the very tokens of steps of one token each, and the KV of what was right."""
+"""Drafts in the native step give the tokens of steps of one token each, and the KV of those that were right."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ENDS = (4, 5)
 
 @pytest.fixture(params=[False, True], ids=["vectors", "amx"])
 def twin(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Twin:
-    """On each of the instruction sets that there are here."""
+    """A twin for each instruction set that this machine has."""
     monkeypatch.setattr(test_native, "AMX", request.param)
     twin = Twin(native_spec(4, 2, 32), page_tokens=8, threads=2, pages=900)
     if twin.step.amx != request.param:
@@ -37,7 +37,7 @@ def twin(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Twi
 
 
 def said(twin: Twin, ids: list[int], how: Sampling) -> tuple[list[int], tuple[int, ...]]:
-    """Prompt and answer of steps of one token each, and the pages."""
+    """The tokens of prompt and answer in steps of one token each, and their pages."""
     pages = twin.pages(len(ids) + ANSWER)
     whole, start = list(ids), 0
     while len(whole) < len(ids) + ANSWER:
@@ -57,7 +57,7 @@ def with_wrong(tokens: list[int], at: int) -> bytes:
 )
 @pytest.mark.parametrize("length", [5, 64, 300])
 def test_drafts_give_the_tokens_of_single_steps(twin: Twin, how: Sampling, length: int) -> None:
-    """An answer would depend on what was guessed of it; or what was written for a wrong guess would be read later."""
+    """Right, partly right and wrong drafts give the tokens and KV of single steps."""
     ids = prompt(length, length)
     whole, pages = said(twin, ids, how)
     assert how is not LISTED or not any(token % 3 for token in whole[length:])
@@ -79,7 +79,7 @@ def test_drafts_give_the_tokens_of_single_steps(twin: Twin, how: Sampling, lengt
 
 
 def test_each_token_of_a_draft_is_followed_by_what_its_grammar_allows(twin: Twin) -> None:
-    """A draw behind a draft would leave the grammar, or be denied what it allows there."""
+    """After each draft token the draw uses the tokens that the grammar allows there."""
     ids, vocab = prompt(20, 3), twin.spec.vocab
     how = Sampling(0.0, adjust=Adjustments(grammar="any"))
     generator = random.Random(1)
@@ -98,7 +98,7 @@ def test_each_token_of_a_draft_is_followed_by_what_its_grammar_allows(twin: Twin
 
 
 def test_drafts_in_company_change_no_token(twin: Twin) -> None:
-    """Another row's guesses would be taken for this one's, beside prompts and rows that want nothing."""
+    """Drafts of several rows in one step, together with a prompt, give each row its own tokens."""
     hows = [GREEDY, DRAWN, Sampling(0.8, seed=9), GREEDY]
     answers = [said(twin, prompt(20 + i, i), how) for i, how in enumerate(hows)]
     rows, expected = [Row(pack(prompt(30, 9)), 0, twin.pages(30), None)], []
@@ -114,7 +114,7 @@ def test_drafts_in_company_change_no_token(twin: Twin) -> None:
 
 
 def test_a_draft_beyond_the_buffers_is_cut(twin: Twin) -> None:
-    """A step of many drafts would be refused, or run into another's memory."""
+    """A draft that does not fit in the step's buffers is cut."""
     whole, pages = said(twin, prompt(30, 1), GREEDY)
     long = Row(pack(prompt(MAX_ROWS - 3, 2)), 0, twin.pages(MAX_ROWS), None)
     short = Row(pack(whole[29:30]), 29, pages, GREEDY, draft=pack(whole[30:38]))
@@ -124,7 +124,7 @@ def test_a_draft_beyond_the_buffers_is_cut(twin: Twin) -> None:
 
 
 def test_a_draft_whose_logits_are_not_numbers_names_its_row(twin: Twin) -> None:
-    """A broken row would get a token that was never drawn."""
+    """A draft with NaN logits raises an error that names its row."""
     whole, pages = said(twin, prompt(30, 1), GREEDY)
     fine = Row(pack(whole[29:30]), 29, pages, GREEDY, draft=pack(whole[30:33]))
     broken = Row(pack(whole[29:30]), 29, twin.pages(40), GREEDY, draft=pack(whole[30:33]))

@@ -1,4 +1,4 @@
-"""Draws in the native step: the tokens of ``engine/sampling.py``, whatever the logits and the settings."""
+"""Draws in the native step give the tokens of ``engine/sampling.py``, whatever the logits and the settings."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ TEMPERATURES = (1e-300, 0.01, 0.3, 0.7, 1.0, 2.0, 100.0, 1e4)
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """``sampling.hpp`` alone, for any logits."""
+    """``sampling.hpp`` compiled alone, so that it takes any logits."""
     try:
         load(default_cache_dir())
     except NativeUnavailable as reason:
@@ -58,7 +58,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 @pytest.fixture(scope="module")
 def native(library: ctypes.CDLL) -> Draw:
-    """The tokens of rows."""
+    """A function that draws a token for each row."""
     library.draws.restype = None
 
     def drawn(logits: torch.Tensor, settings: list[Sampling], positions: list[int]) -> list[int]:
@@ -73,7 +73,7 @@ def native(library: ctypes.CDLL) -> Draw:
 
 
 def some_logits(generator: random.Random, vocab: int) -> torch.Tensor:
-    """(vocab,) float32 of one of many shapes: bells of all widths, ties, excluded tokens, one that towers."""
+    """(vocab,) float32 of one of many shapes: normal of any width, ties, excluded tokens, one far above the others."""
     noise = torch.randn(vocab, generator=torch.Generator().manual_seed(generator.randrange(2**32)))
     shape = generator.randrange(7)
     if shape == 0:
@@ -95,7 +95,7 @@ def some_logits(generator: random.Random, vocab: int) -> torch.Tensor:
 
 
 def some_settings(generator: random.Random, vocab: int) -> Sampling:
-    """Settings with every edge among them."""
+    """Random settings, edge cases included."""
     return Sampling(
         temperature=generator.choice((*TEMPERATURES, generator.uniform(0.05, 2))),
         top_k=generator.choice((0, 0, 1, 2, 40, 64, 65, vocab - 1, vocab, vocab + 1, 2**40, 2**70)),
@@ -106,8 +106,11 @@ def some_settings(generator: random.Random, vocab: int) -> Sampling:
 
 
 def is_at_a_boundary(logits: torch.Tensor, how: Sampling, position: int) -> bool:
-    """Whether a sum of weights is so near a limit that rounding decides which side it is on: sums are taken in
-    another order, and the last bit of e^x differs. Where all sums are exact, nothing is rounded."""
+    """Whether a sum of weights is so close to a limit that rounding decides on which side it is.
+
+    The native step adds in another order, and the last bit of e^x differs. Where all sums are exact, nothing is
+    rounded.
+    """
     below = (logits - logits.max()).double()
     weights = (below / how.temperature).exp()
     kept = weights.sort(descending=True, stable=True).values[: int((below >= how.reach).sum())]
@@ -125,7 +128,7 @@ def is_at_a_boundary(logits: torch.Tensor, how: Sampling, position: int) -> bool
 
 @pytest.mark.parametrize("vocab", VOCABS)
 def test_tokens_equal_the_reference(native: Draw, vocab: int) -> None:
-    """A stream that moves between a native worker and a torch worker would change its words."""
+    """Native draws equal those of the reference: a stream may move between native and torch workers."""
     generator, compared = random.Random(vocab), 0
     for _ in range(400):
         logits, how = some_logits(generator, vocab), some_settings(generator, vocab)
@@ -139,7 +142,7 @@ def test_tokens_equal_the_reference(native: Draw, vocab: int) -> None:
 
 
 def test_tokens_of_a_large_vocabulary_equal_the_reference(native: Draw) -> None:
-    """Buckets with thousands of tokens, which small vocabularies never fill."""
+    """The same with a large vocabulary, whose buckets hold thousands of tokens."""
     generator, vocab = random.Random(3), 49_152
     rows = [some_logits(generator, vocab) for _ in range(60)]
     settings = [some_settings(generator, vocab) for _ in rows]
@@ -155,7 +158,7 @@ def test_tokens_of_a_large_vocabulary_equal_the_reference(native: Draw) -> None:
 
 
 def test_equal_logits_are_ordered_by_id(native: Draw) -> None:
-    """Ties broken by memory order would make draws differ between machines."""
+    """Tokens with equal logits are ordered by id, so that draws do not differ between machines."""
     logits = torch.zeros(1, 4096)
     for position in range(200):
         u = uniform(0, position)
@@ -167,7 +170,7 @@ def test_equal_logits_are_ordered_by_id(native: Draw) -> None:
 
 @pytest.mark.parametrize("vocab", [*VOCABS, 49_152])
 def test_greedy_takes_the_lowest_of_the_largest(native: Draw, vocab: int) -> None:
-    """Greedy output must be reproducible to the token, the last of the vocabulary included."""
+    """Greedy draws take the lowest id among the largest logits, for every size of vocabulary."""
     generator = random.Random(vocab)
     settings = [
         Sampling(temperature=0.0),
@@ -188,7 +191,7 @@ def test_greedy_takes_the_lowest_of_the_largest(native: Draw, vocab: int) -> Non
 @pytest.mark.parametrize("vocab", [1, 8, 100, 3001])
 @pytest.mark.parametrize("strange", [float("nan"), INF, -float("nan")])
 def test_logits_that_are_not_numbers_give_no_token(native: Draw, vocab: int, strange: float) -> None:
-    """A broken kernel must end its request with an error, not with a token."""
+    """A row with NaN or infinite logits gives -1 instead of a token, and the other rows get theirs."""
     generator = random.Random(vocab)
     for how in (Sampling(temperature=0.0), Sampling()):
         logits = torch.randn(3, vocab, generator=torch.Generator().manual_seed(vocab))
@@ -202,7 +205,7 @@ def test_logits_that_are_not_numbers_give_no_token(native: Draw, vocab: int, str
 
 @pytest.mark.parametrize("vocab", [2, 9, 500])
 def test_adjusted_logits_are_the_definitions_to_the_bit(library: ctypes.CDLL, vocab: int) -> None:
-    """A stream that moves between a native worker and a torch worker would change its words."""
+    """Penalties and biases give the same logits, to the bit, as their definition in torch."""
     generator = random.Random(vocab)
     for _ in range(100):
         logits = some_logits(generator, vocab)
@@ -219,7 +222,7 @@ def test_adjusted_logits_are_the_definitions_to_the_bit(library: ctypes.CDLL, vo
 
 
 def rows_of_all_kinds(twin: Twin) -> list[Row]:
-    """Chunks longer than its buffers, decode rows and rows that want no token, of many settings."""
+    """Chunks longer than the buffers, decode rows and rows that want no token, with many settings."""
     how = [
         GREEDY, Sampling(seed=4), None, Sampling(temperature=1.7, top_p=0.8, seed=2**63), Sampling(top_k=3, seed=-1),
         Sampling(temperature=0.5, top_p=0.95, top_k=50, seed=9), None, GREEDY, Sampling(temperature=2.0),
@@ -233,7 +236,7 @@ def rows_of_all_kinds(twin: Twin) -> list[Row]:
 
 @pytest.mark.usefixtures("native")
 def test_a_step_draws_from_its_own_logits() -> None:
-    """A token drawn with another row's logits, settings or position is another user's answer."""
+    """Each row of a step draws with its own logits, settings and position, on any number of threads."""
     twin = Twin(native_spec(4, 2, 32), threads=3)
     rows = rows_of_all_kinds(twin)
     wanted = [row for row in rows if row.sample is not None]
@@ -248,7 +251,7 @@ def test_a_step_draws_from_its_own_logits() -> None:
 
 @pytest.mark.usefixtures("native")
 def test_a_step_adjusts_its_rows_and_reports_the_logits_as_they_were() -> None:
-    """Another row's past would shape an answer, or log probabilities would be those of penalised logits."""
+    """Each row is adjusted by its own past, and log probabilities are those of the logits before that."""
     twin = Twin(native_spec(4, 2, 32), threads=3)
     vocab = twin.spec.vocab
     hows = [
@@ -277,7 +280,7 @@ def test_a_step_adjusts_its_rows_and_reports_the_logits_as_they_were() -> None:
 
 @pytest.mark.usefixtures("native")
 def test_a_past_with_tokens_that_are_not_there_is_refused() -> None:
-    """A damaged message would make the step write where others' memory is."""
+    """A past with tokens outside the vocabulary is refused: the step would write to other memory."""
     twin = Twin(native_spec(4, 2, 32))
     how = Sampling(adjust=adjustments(presence=1.0))
     for wrong in (-1, twin.spec.vocab):
@@ -288,7 +291,7 @@ def test_a_past_with_tokens_that_are_not_there_is_refused() -> None:
 
 @pytest.mark.usefixtures("native")
 def test_a_step_with_logits_that_are_not_numbers_names_its_row() -> None:
-    """The request with the broken row must be found among those of the batch."""
+    """A step whose row has NaN logits raises an error that names the row."""
     twin = Twin(native_spec(4, 2, 32))
     pages = twin.pages(4)  # where nothing was written, and so all is NaN
     fine = Row(pack([5]), 0, twin.pages(1), GREEDY)
@@ -297,21 +300,21 @@ def test_a_step_with_logits_that_are_not_numbers_names_its_row() -> None:
 
 
 class Recorder(TorchDispatchMode):
-    """Notes every operation of torch."""
+    """Records every operation of torch."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Note it and go on."""
+        """Record it and run it."""
         self.seen.append(str(func))
         return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.usefixtures("native")
 def test_an_engine_with_a_native_step_leaves_torch_alone(tmp_path: Path) -> None:
-    """Torch's threads would wake beside the step's own, on the same cores; and draws cost milliseconds there."""
+    """A step of the native engine calls no torch operation: torch's threads would compete with its own."""
     spec = native_spec(4, 2, 32)
     save_weights(random_weights(spec, "bfloat16", 1), tmp_path / "w")
     arena = mmap.mmap(-1, 8 * spec.page_bytes(16, "bfloat16"))

@@ -1,4 +1,4 @@
-"""The native step's C++ under the compiler's sanitizers, in a program of its own."""
+"""The native step's C++ under the compiler's sanitizers, in its own program."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DRIVER = Path(__file__).parent / "native" / "driver.cpp"
 
 @pytest.mark.parametrize(("sanitizer", "optimized"), [("address,undefined", "-O0"), ("thread", "-O1")])
 def test_steps_are_clean(sanitizer: str, optimized: str, tmp_path: Path) -> None:
-    """A read past a buffer, undefined behaviour or a race would corrupt other requests, rarely and unexplained."""
+    """Steps run without errors of the address, undefined behaviour and thread sanitizers."""
     try:
         load(default_cache_dir())
     except NativeUnavailable as reason:
@@ -44,6 +44,6 @@ def test_steps_are_clean(sanitizer: str, optimized: str, tmp_path: Path) -> None
 
 
 def _run(*command: str) -> str:
-    """What it said, when it failed."""
+    """Its output if it failed, otherwise nothing."""
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     return (done.stdout + done.stderr or f"exit status {done.returncode}") if done.returncode else ""

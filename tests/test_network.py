@@ -1,4 +1,4 @@
-"""What a host needs to be one of several: a private key, an address of its own, and the same model as all others."""
+"""What a host of several needs: a private key, its own address, and the same model as all others."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def key(tmp_path: Path) -> Path:
 
 
 def test_a_key_is_private_and_never_overwritten(key: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Whoever reads it is in the cluster; and a second key in its place would shut every other host out."""
+    """A new key is readable by its owner only, is never overwritten, and is refused if others can read it."""
     assert stat.S_IMODE(key.stat().st_mode) == 0o600
     assert cli.run(["key", str(key)]) == 2
     assert "exists" in capsys.readouterr().err
@@ -57,7 +57,7 @@ def test_a_key_that_cannot_be_written_leaves_no_file(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_no_key_is_called_so(tmp_path: Path) -> None:
-    """ZeroMQ would fail in an actor with nothing but 'invalid argument'."""
+    """A missing or wrong key file is refused with a clear error."""
     with pytest.raises(UserError, match=r"does not exist: make it on one host with `memserve key"):
         read_key(tmp_path / "key")
     (tmp_path / "key").touch(mode=0o600)
@@ -68,7 +68,7 @@ def test_a_file_that_is_no_key_is_called_so(tmp_path: Path) -> None:
 
 
 def test_both_hosts_find_their_place(key: Path) -> None:
-    """The scheduler's address must be one for all; the others' ports are chosen by the system."""
+    """Both hosts find their addresses: the scheduler's is fixed, and the system chooses the ports of the others."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -84,7 +84,7 @@ def test_both_hosts_find_their_place(key: Path) -> None:
 
 
 def test_an_address_must_be_this_machines_and_its_port_free() -> None:
-    """An actor that cannot bind would be restarted for ever, without a word about the configuration."""
+    """An address that is not this machine's, or whose port is in use, is refused with the setting's name."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -113,8 +113,8 @@ def test_an_address_must_be_this_machines_and_its_port_free() -> None:
         ("[cluster]\nlisten = 'a:1'\nkey = 'k'\n[transfer]\npath = 'mapped'", "transfer.path must be auto, tcp or"),
     ],
 )  # fmt: skip
-def test_a_wrong_cluster_table_is_told_what_is_wrong(tmp_path: Path, text: str, said: str) -> None:
-    """Two hosts that misunderstand each other are hard to look at: what one file can tell, it must."""
+def test_a_wrong_cluster_table_is_refused_with_the_reason(tmp_path: Path, text: str, said: str) -> None:
+    """A wrong [cluster] table is refused with what is wrong."""
     (tmp_path / "c.toml").write_text(MODEL + text)
     with pytest.raises(ConfigError) as wrong:
         load(str(tmp_path / "c.toml"))
@@ -122,7 +122,7 @@ def test_a_wrong_cluster_table_is_told_what_is_wrong(tmp_path: Path, text: str, 
 
 
 def test_a_host_of_several_may_have_one_side_only(tmp_path: Path) -> None:
-    """Prompts on one host and answers on another is what the second host is for."""
+    """A host of a cluster may have prefill or decode workers only."""
     (tmp_path / "c.toml").write_text(
         MODEL + "[[worker]]\nname = 'p0'\nrole = 'prefill'\n[cluster]\nlisten = 'a:1'\nkey = 'k'"
     )
@@ -130,7 +130,7 @@ def test_a_host_of_several_may_have_one_side_only(tmp_path: Path) -> None:
 
 
 def test_pages_between_hosts_are_priced_as_they_go() -> None:
-    """A fetch from another host costs more than a copy on this one; priced alike, it would be done where computing is faster."""
+    """Transfers between hosts are priced by the network, those within a host by the local path."""
     cost, fleet = Cost(Weights(path="mapped", far_path="tcp")), Fleet()
     for name, host in (("s0", HEAD), ("s1", HEAD), ("s2", "10.0.0.2")):
         fleet.heard(Member(ActorId(f"{name}.1"), "MemPoolShard", "", 1, "ready", host=host), 0.0)
@@ -150,7 +150,7 @@ def member(name: str, host: str, incarnation: int = 1) -> Member:
 
 @pytest.fixture
 def core() -> SchedulerCore:
-    """A scheduler of a cluster of several hosts that has heard from its own host's worker."""
+    """The scheduler of a cluster of several hosts, which has heard from a worker of its own host."""
     me = Member(ActorId("scheduler-0.1"), "GlobalScheduler", "tcp://10.0.0.1:7070", 1, "ready", host=HEAD)
     core = SchedulerCore(me, "round_robin", RoundRobin())
     core.terms = TERMS
@@ -160,14 +160,14 @@ def core() -> SchedulerCore:
 
 
 def answers(core: SchedulerCore, one: Member, terms: dict[str, str], now: float = 1.0) -> list[str]:
-    """Why a newcomer is refused."""
+    """The reasons for which a newcomer is refused."""
     core.receive(one.id, Load(one, terms), now)
     sent = [action.message for action in core.take() if isinstance(action, Send) and action.to == one.id]
     return [message.reason for message in sent if isinstance(message, Refused)]
 
 
 def test_who_has_another_model_is_refused_before_anything_is_placed_on_it(core: SchedulerCore) -> None:
-    """It would continue other hosts' streams with another model's tokens."""
+    """A worker with another model is refused and never becomes a member."""
     other = TERMS | {"model.path": "content 2"}
     (reason,) = answers(core, member("w1", "10.0.0.2"), other)
     assert (
@@ -188,7 +188,7 @@ def test_a_host_that_is_refused_leaves_no_connection(core: SchedulerCore) -> Non
 
 
 def test_a_name_belongs_to_the_host_that_has_it(core: SchedulerCore) -> None:
-    """Two hosts with one name would declare each other's worker dead in turn."""
+    """A name that an actor of another host has is refused; a successor on the same host is accepted."""
     (reason,) = answers(core, member("w0", "10.0.0.2", incarnation=5), TERMS)
     assert reason == "the name w0 is taken by an actor of the host 10.0.0.1: choose another on 10.0.0.2"
     assert answers(core, member("w0", HEAD, incarnation=2), TERMS) == []
@@ -196,9 +196,11 @@ def test_a_name_belongs_to_the_host_that_has_it(core: SchedulerCore) -> None:
 
 
 def test_a_death_that_is_passed_on_is_announced_at_once(core: SchedulerCore) -> None:
-    """Else every death on another host would take its requests five seconds."""
+    """A death that a shard of another host reports is announced at once."""
     answers(core, member("w1", "10.0.0.2"), TERMS)
     core.receive(ActorId("s1.1"), Ended((ActorId("w1.1"),)), 2.0)
-    told = [action for action in core.take() if isinstance(action, Send) and isinstance(action.message, Gone)]
-    assert Send(ActorId("w0.1"), Gone((ActorId("w1.1"),))) in told
+    announced = [
+        action for action in core.take() if isinstance(action, Send) and isinstance(action.message, Gone)
+    ]
+    assert Send(ActorId("w0.1"), Gone((ActorId("w1.1"),))) in announced
     assert ActorId("w1.1") not in core.membership.members

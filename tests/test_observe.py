@@ -1,4 +1,4 @@
-"""Logs and metrics: what is written, in which form, and that neither ever stops the serving."""
+"""Logs and metrics: what is written and in which form, and that neither ever stops the serving."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from memserve.observe import Histogram, LineFile, render_metrics
 
 @pytest.fixture
 def logged(tmp_path):
-    """Configures logging as an actor does; answers a reader of what was written. Undone afterwards."""
+    """A function that configures logging as an actor does and returns a reader of what was written. Undone afterwards."""
     root, before = logging.getLogger(), (logging.getLogger().handlers[:], logging.getLogger().level)
     path = tmp_path / "run" / "p0.jsonl"
 
@@ -35,7 +35,7 @@ def logged(tmp_path):
 
 
 def test_a_line_says_when_who_and_what_in_a_fixed_order(logged):
-    """If it failed, `memserve logs` could not merge the actors' files, or people could not read one."""
+    """A log line begins with time, level, event, actor, kind and pid, and has the bound request."""
     read = logged()
     with structlog.contextvars.bound_contextvars(request="r1"):
         structlog.get_logger().info("prefill finished", prefill_ms=1.5, attempt=0)
@@ -53,7 +53,7 @@ def test_a_line_says_when_who_and_what_in_a_fixed_order(logged):
 
 
 def test_lines_below_the_level_are_not_written(logged):
-    """If it failed, [logging] level would have no effect."""
+    """Lines below the configured level are not written."""
     read = logged("warning")
     structlog.get_logger().info("quiet")
     structlog.get_logger().error("loud")
@@ -61,7 +61,7 @@ def test_lines_below_the_level_are_not_written(logged):
 
 
 def test_exceptions_are_data_without_local_variables(logged):
-    """If it failed, prompts and keys that stand in local variables would be written to disk."""
+    """Exceptions are logged as data without local variables, which may hold prompts and keys."""
     read = logged()
     try:
         secret = "s3cret"
@@ -75,22 +75,21 @@ def test_exceptions_are_data_without_local_variables(logged):
 
 @pytest.mark.parametrize("value", [object(), 1 << 80, "\ud800", {1: 2}, b"\xff", float("nan"), {"a": {2}}])
 def test_any_value_can_be_logged(logged, value):
-    """If it failed, a rare value would turn a log line into an exception in the middle of serving, or into a
-    line that `memserve logs` counts as corrupt."""
+    """Any value can be logged, without an exception and as a line that `memserve logs` can read."""
     read = logged()
     structlog.get_logger().info("odd", value=value)
     assert read()[0]["event"] == "odd"
 
 
 def test_other_libraries_warnings_are_lines_too(logged):
-    """If it failed, a library's complaint would be lost, or would break the JSON of the file."""
+    """Warnings of other libraries are written as log lines."""
     read = logged()
     logging.getLogger("some.library").warning("careful: %s", 1)
     assert [(line["library"], line["message"]) for line in read()] == [("some.library", "careful: 1")]
 
 
 def test_a_full_disk_loses_lines_but_neither_the_actor_nor_the_next_line():
-    """If it failed, a full disk would end requests, or leave a file that cannot be parsed from there on."""
+    """On a full disk lines are lost and counted; later ones are whole, and nothing raises."""
     disk, into = os.pipe()  # holds 64 KiB, then takes part of a line, then nothing: as a disk does
     os.set_blocking(into, False)
     sink = LineFile(into, {"actor": "p0"})
@@ -111,7 +110,7 @@ def test_a_full_disk_loses_lines_but_neither_the_actor_nor_the_next_line():
 
 
 def test_an_unwritable_log_directory_is_a_users_error(tmp_path):
-    """If it failed, a wrong [logging] dir would be a traceback."""
+    """A log directory that cannot be written is a user error."""
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"logging\.dir: cannot write"):
         observe.configure(tmp_path / "file" / "p0.jsonl", "info", actor="p0", kind="x")
@@ -125,7 +124,7 @@ def member(name: str, kind: str, state: str = "ready", **load: float) -> Member:
 
 
 def parse(text: bytes) -> dict[str, float]:
-    """Samples by name and labels; asserts the rules of the text format on the way."""
+    """The samples by name and labels; asserts the rules of the text format."""
     samples, seen, current = {}, set(), ""
     for line in text.decode().splitlines():
         if match := re.fullmatch(r"# (HELP|TYPE) ([a-zA-Z_:][a-zA-Z0-9_:]*) (.+)", line):
@@ -153,7 +152,7 @@ def parse(text: bytes) -> dict[str, float]:
 
 
 def test_members_load_becomes_metrics_with_actor_and_kind():
-    """If it failed, Prometheus would refuse the page, or could not tell the workers apart."""
+    """The load of members becomes valid Prometheus metrics with actor and kind, and vLLM's sums."""
     samples = parse(
         render_metrics(
             [
@@ -183,7 +182,7 @@ def test_members_load_becomes_metrics_with_actor_and_kind():
 
 
 def test_histograms_are_cumulative():
-    """If it failed, every quantile computed from them would be wrong."""
+    """Histograms are rendered as cumulative buckets, with escaped labels."""
     histogram = Histogram((0.1, 1.0))
     for value in (0.1, 0.5, 2.0):
         histogram.observe(value)

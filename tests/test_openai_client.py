@@ -1,4 +1,4 @@
-"""The official openai client against a real server: what users of OpenAI's API will do first."""
+"""The official openai client with a real server: what users of OpenAI's API do first."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ async def with_client(service, use, **changes):
                 return use(client)
 
         result = await trio.to_thread.run_sync(outcome.capture, in_thread)
-    # Not before the server is gone: its nursery would wrap the error in a group.
+    # Unwrapped only after the server has ended: its nursery would wrap the error in a group.
     return result.unwrap()
 
 
@@ -34,7 +34,7 @@ def greeting(**changes):
 
 
 async def test_completions():
-    """The client would not parse a completion."""
+    """The client parses a completion."""
     answer = await with_client(
         greeting(), lambda c: c.completions.create(model="demo", prompt="Say it", max_tokens=9)
     )
@@ -46,7 +46,7 @@ async def test_completions():
 
 
 async def test_log_probabilities():
-    """The client would not parse them, or not find them where its types say that they are."""
+    """The client parses log probabilities of completions and of streamed chats."""
     whole = await with_client(
         scored(), lambda c: c.completions.create(model="demo", prompt="x", logprobs=2, logit_bias={"7": -100})
     )
@@ -70,7 +70,7 @@ async def test_log_probabilities():
 
 
 async def test_streamed_completions():
-    """The client would not parse a streamed completion, or lose a part of it."""
+    """The client parses a streamed completion, with usage and token ids."""
 
     def use(client):
         extra = {"return_token_ids": True}
@@ -91,7 +91,7 @@ async def test_streamed_completions():
 
 
 async def test_chat():
-    """The client would not parse a chat answer."""
+    """The client parses several chat answers."""
     answer = await with_client(
         greeting(), lambda c: c.chat.completions.create(model="demo", messages=MESSAGES, n=2)
     )
@@ -101,7 +101,7 @@ async def test_chat():
 
 
 async def test_streamed_chat():
-    """The client would not parse a streamed chat answer."""
+    """The client parses a streamed chat answer."""
     create = partial(lambda c: list(c.chat.completions.create(model="demo", messages=MESSAGES, stream=True)))
     chunks = await with_client(greeting(delay_s=0.005), create)
 
@@ -111,7 +111,7 @@ async def test_streamed_chat():
 
 
 async def test_tools():
-    """The client would not find the calls in an answer, or not put a stream of them together."""
+    """The client finds calls in whole, parsed and streamed answers, and can send their results."""
     from test_tools import CALL, PARIS, WEATHER
 
     class GetWeather(openai.BaseModel):
@@ -148,7 +148,7 @@ async def test_tools():
 
 
 async def test_models():
-    """The client would not list what is served."""
+    """The client lists the model."""
     models = await with_client(greeting(), lambda client: list(client.models.list()))
 
     assert [model.id for model in models] == ["demo"]
@@ -164,14 +164,14 @@ async def test_models():
     ],
 )  # fmt: skip
 async def test_errors_are_the_clients_own(use, error, param):
-    """The client would raise a generic error, without the field at fault."""
+    """The client raises its specific errors, with the field at fault."""
     with pytest.raises(error) as caught:
         await with_client(greeting(), use)
     assert caught.value.param == param
 
 
 async def test_keys_and_refusals():
-    """The client would not tell a wrong key from an overload."""
+    """A wrong key and an overload raise the client's own errors."""
 
     def use(client):
         return client.completions.create(model="demo", prompt="x")
@@ -186,7 +186,7 @@ async def test_keys_and_refusals():
 
 
 async def test_a_stream_that_fails_raises():
-    """The client would take half an answer for a whole one."""
+    """A stream that fails raises an error in the client."""
     script = [
         *says("so far", "length", delay_s=0.01)[:2],
         0.05,
@@ -200,7 +200,7 @@ async def test_a_stream_that_fails_raises():
 
 
 async def test_closing_a_stream_cancels_its_request():
-    """A user who presses stop would still pay for the rest of the answer."""
+    """Closing a stream cancels its request."""
     service = FakeService(lambda _request: says("word " * 1000, delay_s=0.005))
 
     def use(client):

@@ -1,4 +1,5 @@
-"""What a request with a deadline can expect: when its first token comes, by which workers in time, and what it waits for."""
+"""What a request with a deadline can expect: when its first token comes, which workers are in time, and what it waits
+for."""
 
 from __future__ import annotations
 
@@ -15,14 +16,14 @@ INF = float("inf")
 
 
 def looked_at(world: World) -> list[Forecast]:
-    """The forecasts of a prompt that nobody has cached."""
+    """The forecasts of a prompt that is not cached anywhere."""
     match = world.index.match("anne", pack(range(PROMPT)), world.now)
     found = forecasts(world.fleet, match, PROMPT, ANSWER, world.now)
     return sorted(found, key=lambda one: one.worker.member.id)
 
 
 def test_a_prompt_waits_for_a_row_where_the_batch_is_full() -> None:
-    """Its queue is empty: by that alone its first token would be promised at once, and come seconds later."""
+    """On a full batch, the forecast includes the wait for a free row."""
     world = World("w0", "w1")
     world.report("w0", decode_rows=31.0, rows_max=32.0)
     world.report("w1", decode_rows=39.0, rows_max=32.0)
@@ -33,15 +34,15 @@ def test_a_prompt_waits_for_a_row_where_the_batch_is_full() -> None:
     assert prospect([free, full], INF, INF, world.now).soonest_s == free.seconds
 
 
-def test_a_worker_that_tells_no_rows_is_taken_to_have_one() -> None:
-    """One that only prefills has no streams, whatever a step of it may hold."""
+def test_a_worker_that_reports_no_rows_is_taken_to_have_one() -> None:
+    """A worker that reports no limit of rows, as one that only prefills, has no wait for a row."""
     world = World("w0")
     world.report("w0", decode_rows=500.0)
     assert looked_at(world)[0].row_s == 0.0
 
 
 def test_only_workers_with_room_and_time_enough_are_timely() -> None:
-    """A full one, one with a long queue, and one that requests are held back from would be late, or may be."""
+    """Workers that are full, late, or held back from are not timely; when one will have room is reported."""
     world = World("w0", "w1", "w2")
     world.report("w0", decode_rows=32.0, rows_max=32.0)
     world.report("w1", **busy(1000))
@@ -60,7 +61,7 @@ def test_only_workers_with_room_and_time_enough_are_timely() -> None:
 
 
 def test_who_was_late_before_needs_a_margin() -> None:
-    """Neighbours, messages, caches that forget: whatever is not in a prediction is in how the last ones came out."""
+    """A worker whose first tokens came late before gets a margin on its forecasts."""
     world = World("w0", "w1")
     world.report("w0", first_tokens_late_share=0.5)
     late, punctual = found = looked_at(world)
@@ -72,6 +73,6 @@ def test_who_was_late_before_needs_a_margin() -> None:
 
 
 def test_nobody_is_expected_of_where_nobody_is() -> None:
-    """While all workers restart, only the deadline itself decides."""
+    """Without workers there is no forecast."""
     assert prospect([], 1.0, 1.0, 0.0) == Prospect()
     assert Prospect().soonest_s == INF and not Prospect().timely

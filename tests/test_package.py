@@ -29,7 +29,7 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
 
 
 def test_the_wheel_holds_every_module_configuration_and_kernel(wheel):
-    """If it failed, an installed memserve would lack what a checkout has."""
+    """The wheel has every module, configuration and native source, and no compiled files or tests."""
     held = set(wheel.namelist())
     package = ROOT / "src" / "memserve"
     wanted = {
@@ -49,7 +49,7 @@ def test_the_wheel_holds_every_module_configuration_and_kernel(wheel):
 
 
 def test_the_wheel_names_its_licence_and_command(wheel):
-    """If it failed, nobody could tell under which terms it may be used, or start it."""
+    """The wheel names its licence, Python version and commands."""
     held = {name.rpartition("/")[2]: name for name in wheel.namelist() if ".dist-info/" in name}
     metadata = wheel.read(held["METADATA"]).decode()
     assert "License-Expression: Apache-2.0" in metadata
@@ -61,7 +61,7 @@ def test_the_wheel_names_its_licence_and_command(wheel):
 
 
 def test_the_wheel_runs_outside_of_the_checkout(wheel, tmp_path):
-    """If it failed, memserve would only work where it was written."""
+    """memserve runs from the wheel, with its configurations, outside of the checkout."""
     wheel.extractall(tmp_path / "installed")
     code = f"import sys; sys.path.insert(0, {str(tmp_path / 'installed')!r}); from memserve import __main__; from memserve.settings import configfile;"
     code += "print(__main__.__file__, configfile.load('demo').worker[0].name, configfile.load('2p2d').worker[3].name)"
@@ -73,7 +73,7 @@ def test_the_wheel_runs_outside_of_the_checkout(wheel, tmp_path):
 
 
 def test_the_load_generator_runs_outside_of_the_checkout(wheel, tmp_path):
-    """If it failed, `memserve-loadgen` would only work where it was written."""
+    """The load generator runs from the wheel outside of the checkout."""
     wheel.extractall(tmp_path / "installed")
     code = f"import sys; sys.path.insert(0, {str(tmp_path / 'installed')!r}); sys.argv = ['loadgen', 'run', '--help'];"
     code += "import loadgen.__main__ as it; print(it.__file__); sys.exit(it.main())"

@@ -1,4 +1,4 @@
-"""Bytes of pages: what is copied arrives, and what rots on disk is never served."""
+"""The bytes of pages: what is copied arrives, and what was damaged on disk is never served."""
 
 import errno
 import os
@@ -17,7 +17,7 @@ PAGES = 6
 
 @pytest.fixture
 def store(tmp_path):
-    """Six pages in each tier; device page i is full of the byte i + 1."""
+    """Six pages in each tier; each byte of device page i is i + 1."""
     device = bytearray(b"".join(bytes([i + 1]) * PAGE for i in range(PAGES)))
     disk = DiskFile.create(tmp_path, PAGES, PAGE)
     memory = {Tier.DEVICE: memoryview(device), Tier.HOST: memoryview(bytearray(PAGES * PAGE))}
@@ -26,7 +26,7 @@ def store(tmp_path):
 
 
 def page(store: PageStore, tier: Tier, number: int) -> bytes:
-    """A page's bytes."""
+    """The bytes of a page."""
     return bytes(store.memory[tier][number * PAGE : (number + 1) * PAGE])
 
 
@@ -34,7 +34,7 @@ DEVICE, HOST, DISK = (lambda n, tier=tier: slot(tier, n) for tier in Tier)
 
 
 def test_pages_travel_through_all_tiers(store):
-    """If a run were cut wrongly, a request would read another page's KV."""
+    """Runs of pages are copied between all tiers with the right bytes."""
     assert store.copy([(DEVICE(0), HOST(3), 2), (DEVICE(4), HOST(0), 1)]) == ()
     assert store.copy([(HOST(3), DISK(1), 2), (HOST(0), DISK(5), 1)]) == ()
     assert store.copy([(DISK(1), DEVICE(2), 2), (DISK(5), HOST(5), 1)]) == ()
@@ -52,7 +52,7 @@ def test_pages_travel_through_all_tiers(store):
 @pytest.mark.parametrize("at", [0, 1, PAGE - 1])
 @pytest.mark.parametrize("bit", [0, 7])
 def test_a_flipped_bit_is_found(store, at, bit):
-    """If it were served, a request would go on from KV that nobody computed."""
+    """A flipped bit on disk is reported for its page."""
     store.copy([(DEVICE(0), DISK(0), 4)])
     byte = os.pread(store.disk.fd, 1, 2 * PAGE + at)[0]
     os.pwrite(store.disk.fd, bytes([byte ^ 1 << bit]), 2 * PAGE + at)
@@ -62,7 +62,7 @@ def test_a_flipped_bit_is_found(store, at, bit):
 
 
 def test_a_torn_page_is_found(store):
-    """If half of a write is lost, the page is the old one in one half and the new one in the other."""
+    """A page on disk that is half old and half new is reported."""
     store.copy([(DEVICE(0), DISK(0), 1)])
     old = os.pread(store.disk.fd, PAGE // 2, 0)
     store.copy([(DEVICE(1), DISK(0), 1)])
@@ -72,12 +72,12 @@ def test_a_torn_page_is_found(store):
 
 
 def test_a_page_that_was_never_written_is_bad(store):
-    """If zeros passed for a page, a wrong slot would be noticed by nobody."""
+    """A page on disk that was never written is reported."""
     assert store.copy([(DISK(4), HOST(0), 2)]) == (DISK(4), DISK(5))
 
 
 def test_a_truncated_file_is_bad_and_not_the_end(store):
-    """If a short read raised or looped, one bad disk would take the shard with it."""
+    """The missing pages of a truncated file are reported, without an exception."""
     store.copy([(DEVICE(0), DISK(0), 6)])
     os.ftruncate(store.disk.fd, 2 * PAGE + 100)
 
@@ -85,7 +85,7 @@ def test_a_truncated_file_is_bad_and_not_the_end(store):
 
 
 def test_a_write_that_fails_is_reported_and_what_was_there_is_not_served(store, monkeypatch):
-    """If a failed write left the old checksum, the half that was written would pass for the old page."""
+    """A failed write is reported, and the page that was there before counts as damaged."""
     store.copy([(DEVICE(0), DISK(0), 2)])
 
     def fail(fd, data, offset):
@@ -98,13 +98,13 @@ def test_a_write_that_fails_is_reported_and_what_was_there_is_not_served(store, 
 
 
 def test_the_file_has_no_name_and_its_room_is_taken_at_start(store, tmp_path):
-    """If it had one, a killed shard would leave it behind; if it were sparse, a full disk would be found too late."""
+    """The file has no name, so that nothing is left behind, and its space is allocated at the start."""
     assert list(tmp_path.iterdir()) == []
     assert os.fstat(store.disk.fd).st_blocks * 512 >= PAGES * PAGE
 
 
 def test_too_little_room_is_said_at_start(tmp_path):
-    """If it were not, swap-outs would fail one by one later."""
+    """Too little space, or a wrong directory, is a user error at the start."""
     with pytest.raises(UserError, match="no room for"):
         DiskFile.create(tmp_path, 1 << 40, 1 << 20)
     (tmp_path / "file").write_text("")
@@ -115,7 +115,7 @@ def test_too_little_room_is_said_at_start(tmp_path):
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 17), st.integers(0, 17)), max_size=30))
 def test_any_order_of_copies_is_that_of_a_dictionary(tmp_path_factory, copies):
-    """If a copy could change a page that it does not name, tests of the core would prove nothing."""
+    """Any sequence of copies gives the contents that a dictionary of pages has."""
     device = bytearray(os.urandom(PAGES * PAGE))
     disk = DiskFile.create(tmp_path_factory.mktemp("disk"), PAGES, PAGE)
     store = PageStore(

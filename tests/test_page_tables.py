@@ -1,4 +1,4 @@
-"""FlashInfer's index arrays against what they mean, position by position."""
+"""FlashInfer's index arrays compared with what they mean, position by position."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ GREEDY = Sampling(temperature=0.0)
 
 @st.composite
 def plans(draw: st.DrawFn) -> tuple[BatchPlan, int]:
-    """Rows of any lengths on pages of their own, and the size of a page."""
+    """Rows of any lengths, each with its own pages, and the page size."""
     page_tokens = draw(st.sampled_from([8, 16, 32]))
     rows, page = [], 0
     for length, start, spare, wanted in draw(
@@ -46,7 +46,7 @@ def plans(draw: st.DrawFn) -> tuple[BatchPlan, int]:
 
 @st.composite
 def plans_alike(draw: st.DrawFn) -> tuple[BatchPlan, int]:
-    """Decode rows and chunks whose tables begin with branches of one tree of pages, then have pages of their own."""
+    """Decode rows and chunks whose page tables begin with branches of one tree of pages and continue with other pages."""
     page_tokens = draw(st.sampled_from([1, 16]))
     tree: dict[tuple[int, ...], int] = {}
     rows = []
@@ -73,7 +73,7 @@ def positions_of(table: Table, row: int, page_tokens: int) -> list[tuple[int, in
 @settings(deadline=None)  # a busy machine is no fault of the arrays
 @given(plans() | plans_alike(), st.sampled_from([None, 1, 10**6]))
 def test_the_arrays_mean_what_the_plan_says(case, least):
-    """If it failed, a kernel would read or write another request's pages, in silence."""
+    """The arrays give each row the pages, positions and tokens of the plan."""
     plan, page_tokens = case
     tables = StepTables.of(plan, page_tokens, least)
     rows = [plan.rows[i] for i in tables.order]
@@ -107,12 +107,12 @@ def test_the_arrays_mean_what_the_plan_says(case, least):
 
 
 def begun_alike(tables: list[tuple[int, ...]]) -> int:
-    """How many pages all of them begin with."""
+    """How many pages all of the tables begin with."""
     return sum(1 for _ in takewhile(lambda pages: len(set(pages)) == 1, zip(*tables, strict=False)))
 
 
 def most_spared(tables: list[tuple[int, ...]]) -> int:
-    """Pages that the best grouping of rows spares, of all groupings that there are."""
+    """The pages that the best of all possible groupings saves."""
     if not tables:
         return 0
     first, *others = tables
@@ -128,7 +128,7 @@ def most_spared(tables: list[tuple[int, ...]]) -> int:
 @settings(deadline=None)  # a busy machine is no fault of the groups
 @given(plans_alike())
 def test_groups_spare_nearly_the_most_and_leave_each_row_its_last_page(case):
-    """If it failed, rows would attend to another's page, or to one that is being written, or the GPU read pages twice for nothing."""
+    """Groups share full pages only and save at least 80 % of what the best grouping saves."""
     plan, page_tokens = case
     rows = [row for row in plan.rows if count(row.tokens) == 1]
     full = [row.pages[: pages_for(row.end, page_tokens) - 1] for row in rows]
@@ -147,7 +147,7 @@ def test_groups_spare_nearly_the_most_and_leave_each_row_its_last_page(case):
 @settings(deadline=None)  # a busy machine is no fault of the arrays
 @given(plans_alike())
 def test_a_common_part_and_the_rest_are_each_row_once(case):
-    """If it failed, a position would be attended to twice, or not at all."""
+    """The common part and the rest together cover each position of a row exactly once."""
     plan, page_tokens = case
     tables = StepTables.of(plan, page_tokens, 1)
     common = tables.common
@@ -164,11 +164,11 @@ def test_a_common_part_and_the_rest_are_each_row_once(case):
 
 
 def test_a_document_goes_before_the_system_prompt_that_all_begin_with():
-    """If it failed, ten questions about one long document would read it ten times, because others share their first page."""
+    """Rows with one long document are grouped by it, although all rows share a system prompt."""
     tables = [(0, *range(10, 50), 100 + i) for i in range(3)] + [(0, 200 + i) for i in range(4)]
     tables += [
         (0, 300, 400 + i) for i in range(2)
-    ]  # whose second page is worth less than being with the others
+    ]  # sharing their second page saves less than being in the large group
     rows = [Row(pack([1]), 16 * len(pages) - 1, pages, GREEDY) for pages in tables]
     groups = {group.rows: group.pages for group in common_groups(Table.of(rows, 16))}
     assert {tuple(sorted(rows)): pages for rows, pages in groups.items()} == {
@@ -178,7 +178,7 @@ def test_a_document_goes_before_the_system_prompt_that_all_begin_with():
 
 
 def test_a_long_chain_of_prefixes_is_no_burden():
-    """If it failed, a thousand turns of one conversation, each the start of the next, would end a step in a RecursionError."""
+    """A thousand rows, each of which continues the one before it, are grouped without deep recursion."""
     rows = [Row(pack([1]), turn + 1, (*range(turn + 1), 10**6 + turn), GREEDY) for turn in range(1000)]
     groups = common_groups(Table.of(rows, 1))
     # The last 500 or so have the first 500 pages in common: n rows spare (n - 1) * (1001 - n) pages.
@@ -188,7 +188,7 @@ def test_a_long_chain_of_prefixes_is_no_burden():
 @settings(deadline=None)  # a busy machine is no fault of the arrays
 @given(plans(), st.integers(0, 5))
 def test_padding_rows_see_only_the_scratch_page(case, more):
-    """If it failed, a padding row would write into a page that is somebody's."""
+    """Padding rows refer to the scratch page only."""
     plan, page_tokens = case
     table = StepTables.of(plan, page_tokens).all_rows
     rows = len(plan.rows)
@@ -200,7 +200,7 @@ def test_padding_rows_see_only_the_scratch_page(case, more):
 
 
 def test_every_batch_has_a_bucket_that_is_not_much_larger():
-    """If it failed, a step would be captured while a request waits, or pay for rows that are not there."""
+    """Every number of rows up to the limit has a bucket of at most twice its size."""
     for most in (1, 3, 64, 65, 1000, 1024):
         buckets = buckets_up_to(most)
         assert list(buckets) == sorted(set(buckets)) and set(buckets) <= set(BUCKETS)
@@ -213,7 +213,7 @@ def test_every_batch_has_a_bucket_that_is_not_much_larger():
 @settings(deadline=None)  # a busy machine is no fault of the arrays
 @given(plans())
 def test_the_next_step_is_recognised_only_when_it_is_the_next(case):
-    """If it failed, a step would run on page tables made for other positions or other pages."""
+    """A step counts as the planned next one only if it has the same rows, positions and pages."""
     plan, page_tokens = case
     before = [row for row in plan.rows if len(row.pages) >= pages_for(row.end + 1, page_tokens)]
     after = [Row(pack([7]), row.end, row.pages, row.sample) for row in before]

@@ -1,4 +1,4 @@
-"""The page allocator, against a set."""
+"""The page allocator, compared with a set."""
 
 import pytest
 from hypothesis import settings
@@ -11,7 +11,7 @@ COUNT = 20
 
 
 class PagesAgainstModel(RuleBasedStateMachine):
-    """Random takes and gives; the model is the list of holdings."""
+    """Random takes and gives; the model is a list of what is held."""
 
     def __init__(self):
         super().__init__()
@@ -55,7 +55,7 @@ TestPages.__doc__ = "A page handed out twice would let two requests write each o
 
 
 def test_runs_survive_a_round_trip():
-    """If pages came back in another order, neighbours would scatter and copies of runs would fall apart."""
+    """Pages that are given back are taken in the same order again, so that neighbours stay together."""
     pages = Pages(8)
     first, second = pages.take(3), pages.take(3)
     pages.give(first)
@@ -65,7 +65,7 @@ def test_runs_survive_a_round_trip():
 
 
 def test_check_sees_a_corrupted_free_list():
-    """A check that cannot fail would hide a page that is lost."""
+    """check() notices a page that is both free and taken."""
     pages = Pages(4)
     pages.take(1)
     pages._free.append(0)

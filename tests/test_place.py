@@ -20,7 +20,7 @@ from memserve.processes.place import Place, PlaceGone, find_running, place_path
 
 @pytest.fixture
 def log_dir(tmp_path, monkeypatch):
-    """A [logging] dir whose place is in a short directory of this test's own."""
+    """A logging directory whose runtime directory is in a short temporary directory."""
     with tempfile.TemporaryDirectory(prefix="mst") as base:
         monkeypatch.setenv("XDG_RUNTIME_DIR", base)
         yield tmp_path
@@ -28,7 +28,7 @@ def log_dir(tmp_path, monkeypatch):
 
 
 def vanish(place: Place) -> None:
-    """What the kernel does for a process that is killed."""
+    """Close the files of a place, as the kernel does when a process is killed."""
     for fd in (place._roll_fd, place._claim_fd):
         if fd is not None:
             os.close(fd)
@@ -46,7 +46,7 @@ def info(pid: int, state: str = "ready") -> dict[str, object]:
 
 
 def test_place_is_private(log_dir):
-    """Another user could read API keys or connect to the sockets."""
+    """The runtime directory and its files can be read by their owner only."""
     place = Place.claim(log_dir)
     place.write_info(info(1))
 
@@ -56,8 +56,8 @@ def test_place_is_private(log_dir):
     assert not place.path.exists()
 
 
-def test_second_claim_tells_who_runs_here(log_dir):
-    """Two clusters would share sockets and logs, or the user would not know what to stop."""
+def test_second_claim_names_what_runs_here(log_dir):
+    """A second claim is refused with pid, address and start of the cluster that runs."""
     place = Place.claim(log_dir)
     place.write_info(info(os.getpid()))
 
@@ -76,7 +76,7 @@ def test_second_claim_tells_who_runs_here(log_dir):
 
 
 def test_claim_during_shutdown_says_so(log_dir):
-    """The user would be told to kill a process that is ending, or one that is gone."""
+    """A claim while a cluster is shutting down is refused with that reason."""
     place = Place.claim(log_dir)
     for left in (None, info(dead_pid()), info(os.getpid(), state="draining")):
         if left:
@@ -89,7 +89,7 @@ def test_claim_during_shutdown_says_so(log_dir):
 
 
 def test_other_log_dirs_are_other_places(log_dir):
-    """Two clusters of one user could not run side by side."""
+    """Different logging directories have different runtime directories."""
     one, two = Place.claim(log_dir / "a"), Place.claim(log_dir / "b")
 
     assert one.path != two.path
@@ -98,7 +98,7 @@ def test_other_log_dirs_are_other_places(log_dir):
 
 
 def test_symlinked_log_dir_is_the_same_place(log_dir):
-    """Two clusters would write the same log files."""
+    """A symbolic link to a logging directory has the same runtime directory."""
     (log_dir / "real").mkdir()
     (log_dir / "link").symlink_to("real")
 
@@ -106,7 +106,7 @@ def test_symlinked_log_dir_is_the_same_place(log_dir):
 
 
 def test_claim_after_everything_was_killed_clears_the_place(log_dir):
-    """One kill -9 of all processes would block the place or leave sockets for ever."""
+    """After all processes were killed, a new claim succeeds and removes what they left."""
     dead = Place.claim(log_dir)
     dead.write_info(info(1))
     dead.socket_path("w0.00000000.sock").touch()
@@ -118,7 +118,7 @@ def test_claim_after_everything_was_killed_clears_the_place(log_dir):
 
 
 def test_claim_lives_as_long_as_any_process_that_inherited_it(log_dir):
-    """A new cluster would meet actors of the old one."""
+    """The claim lasts until the last process that inherited it has ended."""
     place = Place.claim(log_dir)
     wait_for_input = [sys.executable, "-c", "import sys; sys.stdin.read()"]
     with subprocess.Popen(wait_for_input, stdin=subprocess.PIPE, pass_fds=[place.fileno()]):
@@ -130,7 +130,7 @@ def test_claim_lives_as_long_as_any_process_that_inherited_it(log_dir):
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
 def test_the_last_to_leave_removes_everything(log_dir, order):
-    """Files of a killed actor would stay, or be taken from under actors that still use them."""
+    """The last process to leave removes all files, in any order and also those of a killed one."""
     supervisor = Place.claim(log_dir)
     supervisor.write_info(info(1))
     everyone = [supervisor, *(Place.join(supervisor.path) for _ in range(3))]
@@ -145,7 +145,7 @@ def test_the_last_to_leave_removes_everything(log_dir, order):
 
 
 def test_leave_removes_own_sockets_only(log_dir):
-    """An actor that ends would cut off its neighbours, or leave its own socket."""
+    """An actor that leaves removes its own sockets only."""
     place = Place.claim(log_dir)
     actor = Place.join(place.path)
     for name in ("w0.0000000a.sock", "w0.0000000a.arena", "w0.sock", "w0.0000000b.sock", "w00.sock"):
@@ -157,7 +157,7 @@ def test_leave_removes_own_sockets_only(log_dir):
 
 
 def test_joining_an_ended_cluster_is_refused(log_dir):
-    """An actor that starts late would run on in no cluster."""
+    """Joining the directory of an ended cluster is refused."""
     place = Place.claim(log_dir)
     place.leave()
 
@@ -166,7 +166,7 @@ def test_joining_an_ended_cluster_is_refused(log_dir):
 
 
 def test_find_running_is_none_without_a_living_supervisor(log_dir):
-    """`memserve status` would ask a cluster that is gone."""
+    """A cluster is found only while its supervisor lives."""
     assert find_running(log_dir) is None
     place = Place.claim(log_dir)
     place.write_info(info(os.getpid()))
@@ -195,7 +195,7 @@ def test_a_cluster_is_found_from_another_environment(log_dir, monkeypatch):
 
 
 def test_looking_does_not_disturb_a_claim(log_dir):
-    """`memserve status` at the wrong moment would make `memserve up` fail."""
+    """Looking for a cluster never makes a claim fail."""
     place = Place.claim(log_dir)
     stop = threading.Event()
 
@@ -214,7 +214,7 @@ def test_looking_does_not_disturb_a_claim(log_dir):
 
 
 def test_at_most_one_of_many_claims_wins(log_dir):
-    """Two supervisors that start together, or while another leaves, would both run."""
+    """Of many claims at the same time at most one holds."""
     holders, most, wins = 0, 0, 0
     lock = threading.Lock()
 
@@ -242,7 +242,7 @@ def test_at_most_one_of_many_claims_wins(log_dir):
 
 
 def test_place_open_to_others_is_refused(log_dir):
-    """Sockets and keys would be put where another user can reach them."""
+    """A runtime directory that others can enter is refused."""
     place_path(log_dir).mkdir(mode=0o755)
 
     with pytest.raises(UserError, match=r"not private.*0755.*0700"):
@@ -251,7 +251,7 @@ def test_place_open_to_others_is_refused(log_dir):
 
 
 def test_place_that_is_a_link_is_refused(log_dir):
-    """Another user could point it at a directory of their choice."""
+    """A runtime directory that is a symbolic link is refused."""
     place_path(log_dir).symlink_to(log_dir)
 
     with pytest.raises(UserError, match="not a directory of this user"):
@@ -260,7 +260,7 @@ def test_place_that_is_a_link_is_refused(log_dir):
 
 
 def test_long_runtime_directory_is_passed_over(log_dir, monkeypatch):
-    """ZeroMQ would fail to bind with a message that names no remedy."""
+    """A runtime directory too long for socket paths is not used."""
     (log_dir / ("x" * 80)).mkdir()
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(log_dir / ("x" * 80)))
 
@@ -269,7 +269,7 @@ def test_long_runtime_directory_is_passed_over(log_dir, monkeypatch):
 
 
 def test_endpoint_names_the_socket_or_says_that_it_is_too_long(log_dir):
-    """A long name would fail in ZeroMQ, without the word that it is the name."""
+    """An endpoint names the actor's socket, or is refused if the actor's name is too long."""
     place = Place.claim(log_dir)
 
     assert place.endpoint("w0.0000000a") == f"ipc://{place.path}/w0.0000000a.sock"

@@ -1,6 +1,7 @@
-"""Whole clusters on GPUs that are played: every process, message, handle and copy is real, the cards are not.
+"""Whole clusters on played GPUs: every process, message, handle and copy is real, and the cards are not.
 
-``played_gpu`` stands for the driver, CuPy and FlashInfer in all processes; the card's memory lies in files that they share.
+``played_gpu`` stands for the driver, CuPy and FlashInfer in all processes; the card's memory is in files that they
+share.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ ON_TWO = ("shard.g0.memory=100MiB", "shard.g1.memory=100MiB", *SMALL)
 
 @pytest.fixture(params=["computed", "flashinfer"])
 def cards(request, tmp_path, monkeypatch):
-    """Sets how many cards there are; FlashInfer's calls are computed by torch, or by its own kernels where they were compiled."""
+    """A function that sets how many cards there are.
+
+    FlashInfer's calls are computed by torch, or by its own kernels if they were compiled.
+    """
     if request.param == "flashinfer" and (why := gpu_rehearsal.missing()):
         pytest.skip(f"no rehearsal: {why}")
     memory = tmp_path / "memory"
@@ -46,12 +50,13 @@ def exact() -> Exact:
 
 
 def moved_bytes(cluster: Cluster) -> set[int]:
-    """Of K and V, between the workers of each request."""
+    """Bytes of KV moved between the workers of each request."""
     return {line["moved_bytes"] for line in cluster.lines() if line["event"] == "decode started"}
 
 
 def test_one_gpu_serves_two_workers_from_one_copy_whatever_becomes_of_them(cards, exact, tmp_path):
-    """If it failed, what users start with `memserve up -c one-gpu` would not come up, share nothing, or lose a request."""
+    """The one-gpu configuration serves with right tokens, cached prefixes and scores, without moving pages, through a
+    kill."""
     cards(1)
     ids = prompt(100, 2, 10_000)
     with running("one-gpu.toml", tmp_path / "logs", *ON_ONE, "pool.host_bytes=40MiB") as cluster:
@@ -59,13 +64,13 @@ def test_one_gpu_serves_two_workers_from_one_copy_whatever_becomes_of_them(cards
         assert [one["usage"]["prompt_tokens_details"]["cached_tokens"] for one in (cold, warm)] == [0, 96]
         for one in (cold, warm):
             exact.check(ids, one["choices"][0]["token_ids"])
-        told = cluster.complete(ids, 6, ignore_eos=True, logprobs=1)["choices"][0]
-        whole = ids + told["token_ids"]
+        answer = cluster.complete(ids, 6, ignore_eos=True, logprobs=1)["choices"][0]
+        whole = ids + answer["token_ids"]
         scored = cluster.complete(whole, 0, echo=True, logprobs=1)["choices"][0]["logprobs"]
         assert len(scored["tokens"]) == len(whole)
-        # Rows of a prompt and of an answer go through products of other shapes, and bfloat16 tells that.
+        # Rows of a prompt and of an answer go through products of other shapes, which round differently in bfloat16.
         assert scored["token_logprobs"][len(ids) :] == pytest.approx(
-            told["logprobs"]["token_logprobs"], abs=0.25
+            answer["logprobs"]["token_logprobs"], abs=0.25
         )
         found = stream_through_a_kill(cluster, ids[:40], 16, "g0")  # of d0 alone: below
         assert len(found) == 16
@@ -75,7 +80,7 @@ def test_one_gpu_serves_two_workers_from_one_copy_whatever_becomes_of_them(cards
 
 
 def test_pages_go_from_one_gpu_to_another(cards, exact, tmp_path):
-    """If it failed, a prompt computed on one card would be continued on another from pages that are not its own."""
+    """With two GPUs, pages are copied from one to the other, with right tokens and through a kill."""
     cards(2)
     ids = prompt(100, 3, 10_000)
     with running("two-gpus.toml", tmp_path / "logs", *ON_TWO) as cluster:
@@ -88,8 +93,8 @@ def test_pages_go_from_one_gpu_to_another(cards, exact, tmp_path):
     assert min(moved_bytes(cluster)) > 0
 
 
-def test_a_card_that_is_not_there_is_told_in_one_line(cards, tmp_path):
-    """If it failed, a user with one card would meet a traceback from a worker in place of the remedy."""
+def test_a_card_that_is_not_there_is_refused_in_one_line(cards, tmp_path):
+    """A configuration for more GPUs than there are is refused in one line with an alternative."""
     cards(1)
     done = subprocess.run(
         command("two-gpus.toml", tmp_path / "logs", *ON_TWO),

@@ -1,4 +1,4 @@
-"""Which workers a request is given to: situations made by hand, and what the answer must be."""
+"""Which workers a policy chooses for a request, in situations that are set up by hand."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from placement_world import COSTS, DOCUMENT, World, busy, fetching
 
 
 def test_an_idle_worker_with_the_prefix_wins() -> None:
-    """If it failed, nothing that is cached would be found again."""
+    """Of idle workers, the one whose shard has the prompt cached gets the request."""
     world = World("w0", "w1", "w2", "w3", "w4", "w5")
     world.cache("s-w4", DOCUMENT)
     choice = world.place()
@@ -29,7 +29,7 @@ def test_an_idle_worker_with_the_prefix_wins() -> None:
 
 
 def test_a_queue_longer_than_the_saving_loses() -> None:
-    """If it failed, a popular prefix would pile its requests up on one worker."""
+    """A worker with the prefix is not chosen if its queue takes longer than the cache saves."""
     world = World("w1")
     world.report("w0", **busy(4000))
     world.cache("s-w0", DOCUMENT)
@@ -40,7 +40,7 @@ def test_a_queue_longer_than_the_saving_loses() -> None:
 
 
 def test_a_hot_prefix_gets_a_second_home() -> None:
-    """If it failed, one worker would serve all that begin alike while others idle. Replication comes of the prices."""
+    """Requests for a hot prefix spread to other workers, which then hold it too: replication follows from the prices."""
     world = World("w0", "w1", "w2")
     world.cache("s-w0", DOCUMENT)
     homes = [world.place(DOCUMENT + pack(range(5000 + 300 * i, 5300 + 300 * i))).prefill for i in range(12)]
@@ -55,7 +55,7 @@ def test_a_hot_prefix_gets_a_second_home() -> None:
 
 
 def test_a_short_prefill_where_the_answer_is_made_beats_a_hand_over() -> None:
-    """If it failed, every turn of a warm chat would pay a handoff."""
+    """A short prefill runs on the decode worker itself, which is cheaper than a handoff."""
     world = World("p0@s0", "w0@s0")
     world.cache("s0", DOCUMENT)
     choice = world.place(DOCUMENT + pack(range(30)))
@@ -63,7 +63,7 @@ def test_a_short_prefill_where_the_answer_is_made_beats_a_hand_over() -> None:
 
 
 def test_a_long_prefill_is_run_away_from_many_streams() -> None:
-    """If it failed, disaggregation would bring nothing: every stream would wait for every prompt."""
+    """A long prefill does not run on a worker with many streams, which would all wait for it."""
     world = World("p0@s0")
     world.report("w0@s0", **busy(0, rows=12))
     choice = world.place()
@@ -72,7 +72,7 @@ def test_a_long_prefill_is_run_away_from_many_streams() -> None:
 
 @pytest.mark.parametrize(("byte_s", "fetched"), [(1 / 4e9, True), (1 / 20e6, False)])
 def test_a_prefix_is_fetched_exactly_when_that_is_cheaper(byte_s: float, fetched: bool) -> None:
-    """If it failed, transfers would be made that take longer than computing, or not be made that save seconds."""
+    """A prefix on another shard is fetched if that takes less time than computing it, and only then."""
     world = World("w0", "w1", policy=fetching(byte_s))
     world.cache("s-w0", DOCUMENT)
     world.report("w0", **busy(8000))
@@ -86,7 +86,7 @@ def test_a_prefix_is_fetched_exactly_when_that_is_cheaper(byte_s: float, fetched
 
 
 def test_transfers_from_one_shard_wait_for_one_another() -> None:
-    """If it failed, a hundred requests would each believe that they have the link to themselves."""
+    """Planned transfers from one shard count as queued, so that later requests compute the prefix instead."""
     world = World("w0", *(f"w{i}" for i in range(1, 9)), policy=fetching(1e-8))
     world.cache("s-w0", DOCUMENT)
     world.report("w0", **busy(80_000))
@@ -95,7 +95,8 @@ def test_transfers_from_one_shard_wait_for_one_another() -> None:
 
 
 def test_a_stream_goes_on_where_it_is_rather_than_afar() -> None:
-    """If it failed, pages would be moved for nothing: the last page of a prompt is in nobody's index."""
+    """A request decodes on the shard where it prefills, not on another that has the same prefix: its last page is in no
+    index."""
     world = World("p0@s0", "d0@s0", "d1@s1", policy=fetching(1e-9))
     world.cache("s0", DOCUMENT)
     world.cache("s1", DOCUMENT)
@@ -105,7 +106,7 @@ def test_a_stream_goes_on_where_it_is_rather_than_afar() -> None:
 
 
 def test_transfers_are_priced_by_the_path_they_take() -> None:
-    """If it failed, shards that only a slow network joins would be treated like neighbours."""
+    """Transfers cost what the configured path costs, so that a slow network is not used like a mapped copy."""
     policy = Cost(
         Weights(fetch=True, path="tcp"), {"mapped": LinkModel(0.0, 0.0), "tcp": LinkModel(9.0, 0.0)}
     )
@@ -116,14 +117,14 @@ def test_transfers_are_priced_by_the_path_they_take() -> None:
 
 
 def full(world: World, *shards: str) -> None:
-    """Shards report that no page is free."""
+    """Have the shards report that no page is free."""
     for one in shards:
         member = Member(ActorId(f"{one}.1"), "MemPoolShard", "", 1, "ready", load={"pages_free": 0.0})
         world.fleet.heard(member, world.now)
 
 
 def test_a_second_copy_costs_what_it_evicts() -> None:
-    """If it failed, small pools would fill with copies, and everyone would lose what they come back for."""
+    """On full shards a second copy of a prefix costs what it evicts, so that requests stay with the first."""
     world = World("w0", "w1")
     world.cache("s-w0", DOCUMENT)
     world.report("w0", **busy(1800))
@@ -136,7 +137,7 @@ def test_a_second_copy_costs_what_it_evicts() -> None:
 
 
 def test_what_nobody_asks_for_again_costs_nothing() -> None:
-    """If it failed, pools full of rubbish would keep a hot prefix on one worker."""
+    """If evicted pages are hardly ever asked for again, evicting costs little, and a hot prefix may be copied."""
     world = World("w0", "w1")
     world.cache("s-w0", DOCUMENT)
     for number in range(60):
@@ -150,7 +151,7 @@ def test_what_nobody_asks_for_again_costs_nothing() -> None:
 
 
 def test_what_lies_in_a_slow_tier_costs_its_way_back() -> None:
-    """If it failed, a prefix in the arena would be no better than one on disk."""
+    """A prefix in host memory is used, but one in the arena is preferred: the copy back has a price."""
     world = World("w0", "w1")
     world.cache("s-w0", DOCUMENT, tier=1)
     assert world.place().prefill == "w0.1"
@@ -162,7 +163,7 @@ def test_what_lies_in_a_slow_tier_costs_its_way_back() -> None:
 
 
 def test_a_long_prompt_is_kept_from_the_home_of_sessions_that_ask_often() -> None:
-    """If it failed, many short prompts would wait behind a document that could have been read elsewhere."""
+    """A long prompt goes to the worker that sessions use less often, although the other was used longest ago."""
     world = World("p0@s0", "p1@s1", "d0@s0", policy=fetching(1e-10))
     chats = [pack(range(5000 + 2000 * i, 5000 + 2000 * i + 1600)) for i in range(8)]
     for i, chat in enumerate(chats):
@@ -177,7 +178,7 @@ def test_a_long_prompt_is_kept_from_the_home_of_sessions_that_ask_often() -> Non
 
 
 def test_a_worker_is_busy_until_a_fetched_prompt_is_run() -> None:
-    """If it failed, a long prompt would be put before one whose prefix is on its way, because nothing seems to wait there."""
+    """A worker counts as busy while the prefix of its next prompt is fetched, until it reports that the prompt ran."""
     world = World("w0", "w1", policy=fetching(1 / 80e6))
     world.cache("s-w0", DOCUMENT)
     world.report("w0", **busy(8000))
@@ -192,7 +193,7 @@ def test_a_worker_is_busy_until_a_fetched_prompt_is_run() -> None:
 
 
 def test_reports_that_lag_are_made_up_for() -> None:
-    """If it failed, a burst would land on one worker; and a placement must not count twice for ever."""
+    """Placements count as load until a report can include them, and not twice afterwards."""
     world = World("w0", "w1", "w2", "w3")
     homes = [world.place(pack(range(1000 * i, 1000 * i + 900))).prefill for i in range(8)]
     assert sorted(homes) == sorted(2 * ["w0.1", "w1.1", "w2.1", "w3.1"])
@@ -204,7 +205,7 @@ def test_reports_that_lag_are_made_up_for() -> None:
 
 
 def test_a_report_that_includes_a_placement_ends_it_at_once() -> None:
-    """If it failed, for a tenth of a second a worker that was just given a prompt would seem twice as busy as it is."""
+    """A report that counts a prompt as taken ends that placement's own count at once."""
     world = World("w0")
     world.place(pack(range(900)))
     world.place(pack(range(1000, 1900)))
@@ -216,7 +217,7 @@ def test_a_report_that_includes_a_placement_ends_it_at_once() -> None:
 
 
 def test_a_prompt_that_fits_the_last_step_of_a_queue_is_priced_so() -> None:
-    """If it failed, warm turns would be sent away from a worker that would run them beside what it has, for nothing."""
+    """A short prompt that fits in the last step of a queue costs only its share of that step."""
     world = World("w0")
     world.report("w0", **busy(300))
     worker = world.fleet.workers[ActorId("w0.1")]
@@ -226,7 +227,7 @@ def test_a_prompt_that_fits_the_last_step_of_a_queue_is_priced_so() -> None:
 
 
 def test_one_that_only_decodes_gets_no_prompt() -> None:
-    """If it failed, a role would be no more than a wish."""
+    """A worker with the decode role gets no prompt, even if it is the only one."""
     world = World("p0@s0", "d0@s0")
     for _ in range(20):
         choice = world.place()
@@ -237,7 +238,7 @@ def test_one_that_only_decodes_gets_no_prompt() -> None:
 
 
 def test_workers_whose_shard_is_gone_are_not_chosen() -> None:
-    """If it failed, a request would wait for pages that nobody can grant."""
+    """Workers that drain, or whose shard is gone, are not chosen."""
     world = World("w0", "w1")
     world.fleet.forget(ActorId("s-w0.1"))
     assert {world.place().prefill for _ in range(4)} == {"w1.1"}
@@ -247,7 +248,7 @@ def test_workers_whose_shard_is_gone_are_not_chosen() -> None:
 
 
 def test_a_role_may_change() -> None:
-    """If it failed, a worker would be ranked where it no longer belongs."""
+    """A worker that changes its role is chosen by the new one."""
     world = World("p0@s0", "d0@s0")
     decode = world.fleet.workers[ActorId("d0.1")].member
     world.fleet.heard(attrs.evolve(decode, role="prefill"), world.now)
@@ -257,7 +258,7 @@ def test_a_role_may_change() -> None:
 
 
 def test_a_session_stays_where_it_began() -> None:
-    """If it failed, the policy that others have would be compared unfairly."""
+    """The session policy places every turn of a session on the worker of its first."""
     world = World("w0", "w1", policy=StickySession())
     greeting = pack(range(40))
     first = [world.place(greeting + pack([i])).prefill for i in range(2)]
@@ -269,7 +270,7 @@ def test_a_session_stays_where_it_began() -> None:
 
 
 def test_sessions_are_forgotten_beyond_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If it failed, a scheduler would grow with every prompt that it has seen."""
+    """The session policy remembers at most SESSIONS_MAX sessions."""
     monkeypatch.setattr("memserve.scheduling.policies.SESSIONS_MAX", 3)
     policy = StickySession()
     world = World("w0", "w1", policy=policy)
@@ -281,7 +282,7 @@ def test_sessions_are_forgotten_beyond_a_number(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_longest_prefix_wins_whatever_the_load() -> None:
-    """If it failed, the paper's section 6 would be compared unfairly."""
+    """The longest-prefix policy, from section 6 of the paper, ignores load."""
     world = World("w0", policy=LongestPrefix())
     world.report("w1", **busy(50_000))
     world.cache("s-w1", DOCUMENT)
@@ -291,14 +292,14 @@ def test_the_longest_prefix_wins_whatever_the_load() -> None:
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_every_policy_says_what_it_expects(name: str) -> None:
-    """If it failed, a stale hint could not be told from a good one."""
+    """Every policy reports how many tokens it expects to be cached."""
     world = World("w0", policy=PLAIN[name]())
     world.cache("s-w0", DOCUMENT)
     assert world.place().expected_tokens == 1600
 
 
 def test_lengths_of_answers_are_learned_by_tenant() -> None:
-    """If it failed, a tenant of long answers would be priced as one of short ones; or memory would grow for ever."""
+    """The expected length of answers is learned for each tenant, limited by max_tokens, for at most TENANTS_MAX tenants."""
     lengths = OutputLengths()
     request = Request("r", 0, ActorId("f.1"), "anne", pack(range(12)), 10, 1000, (), Sampling())
     assert lengths.expect(request) == UNKNOWN_TOKENS
@@ -313,7 +314,7 @@ def test_lengths_of_answers_are_learned_by_tenant() -> None:
 
 
 def test_a_worker_with_senseless_figures_is_priced_like_one_without() -> None:
-    """One worker's bad heartbeat would end the scheduler, and its successor, and so the cluster."""
+    """A worker that reports invalid costs is accepted and priced without them, instead of ending the scheduler."""
     world = World("w0")
     world.report("w1", costs=attrs.evolve(COSTS, dense=((1.0, 0.01), (1.0, 0.01))))
     assert {one.member.id for one in world.fleet.workers.values()} == {"w0.1", "w1.1"}

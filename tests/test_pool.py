@@ -1,4 +1,4 @@
-"""The pool's calls, against a model that also writes and reads the pages."""
+"""The pool's calls, compared with a model that also writes and reads the pages."""
 
 import pytest
 from hypothesis import settings
@@ -20,7 +20,7 @@ prompts = st.lists(st.integers(0, 1), max_size=12).map(pack)
 
 
 class ModelLease:
-    """What the owner of a lease knows: scope, tokens so far, page table, how much it has retired."""
+    """What the owner of a lease knows: scope, tokens so far, page table, and how many tokens it has inserted."""
 
     def __init__(self, owner, scope, tokens, pages, retired):
         self.owner, self.scope, self.tokens, self.pages, self.retired = (
@@ -33,11 +33,9 @@ class ModelLease:
 
 
 class PoolAgainstModel(RuleBasedStateMachine):
-    """Workers that die, fall silent, hand over and share prefixes, and one memory that all of them write.
-
-    A page's content is what the KV of its tokens depends on: the scope and every token up to them. Reading
-    anything else through a page table is the bug that this machine hunts.
-    """
+    """Random calls by owners that die, fall silent, hand over leases and share prefixes, all of them writing one
+    memory. The content of a page is what the KV of its tokens depends on: the scope and every token up to its end. A
+    request that would read anything else through its page table fails the test."""
 
     caching = True
 
@@ -50,7 +48,7 @@ class PoolAgainstModel(RuleBasedStateMachine):
         self.now = 0.0
 
     def write(self, lease, start):
-        """Fill the pages of tokens ``start`` onwards, as a step would."""
+        """Fill the pages from token ``start`` onwards, as a model step would."""
         for index in range(start // PAGE, pages_for(count(lease.tokens), PAGE)):
             self.content[lease.pages[index]] = (lease.scope, span(lease.tokens, 0, (index + 1) * PAGE))
 
@@ -58,7 +56,7 @@ class PoolAgainstModel(RuleBasedStateMachine):
         self.deadlines[owner] = self.now + LEASE_S
 
     def lose(self, owner):
-        """Forget an owner's leases; the pages that must come free."""
+        """Forget the leases of an owner in the model; returns how many pages the pool has free before it does the same."""
         free = self.pool.free_pages
         self.deadlines.pop(owner, None)
         for number in [number for number, lease in self.leases.items() if lease.owner == owner]:
@@ -236,7 +234,7 @@ class PoolAgainstModel(RuleBasedStateMachine):
 
 
 class PoolWithoutCaching(PoolAgainstModel):
-    """The same with caching off: nothing is ever indexed."""
+    """The same with caching off: no page is ever indexed."""
 
     caching = False
 
@@ -257,7 +255,7 @@ TestPoolWithoutCaching.__doc__ = "A comparison without caching would be worthles
 
 
 def test_one_token_is_always_left_to_compute():
-    """If a whole prompt could be cached, there would be no position to sample the first token from."""
+    """At least one token of a prompt is never granted as cached: the first token is sampled from its logits."""
     pool = Pool(10, 4, LEASE_S)
     grant = pool.acquire("p.1", "anne", pack(range(8)), 0, 0.0)
     pool.insert("p.1", grant.lease, 0, pack(range(8)))
@@ -268,7 +266,7 @@ def test_one_token_is_always_left_to_compute():
 
 
 def test_a_duplicate_page_stays_with_its_request():
-    """If the page that lost the race were freed or swapped, a running step would read garbage."""
+    """When two requests insert the same prefix, the second keeps its own pages until it frees them: its steps read them."""
     pool = Pool(10, 4, LEASE_S)
     first = pool.acquire("p.1", "anne", pack(range(8)), 0, 0.0)
     second = pool.acquire("p.2", "anne", pack(range(12)), 0, 0.0)
@@ -282,7 +280,7 @@ def test_a_duplicate_page_stays_with_its_request():
 
 
 def test_the_next_turn_finds_prompt_and_answer():
-    """If generated pages were not retired, every turn of a chat would recompute the last answer."""
+    """Pages of prompt and answer that were inserted before the lease ended are cached for the next turn of a chat."""
     pool = Pool(10, 4, LEASE_S)
     grant = pool.acquire("p.1", "anne", pack(range(6)), 1, 0.0)
     pool.insert("p.1", grant.lease, 0, pack(range(4)))
@@ -296,7 +294,7 @@ def test_the_next_turn_finds_prompt_and_answer():
 
 
 def test_acquire_never_evicts_what_it_has_just_matched():
-    """If it did, the grant would name pages whose KV is being overwritten."""
+    """An acquire that has to evict takes other pages than those it matched."""
     pool = Pool(4, 2, LEASE_S)
     for tokens in ([1, 1, 1, 1], [2, 2, 2, 2]):
         grant = pool.acquire("p.1", "anne", pack(tokens), 0, 0.0)
@@ -311,7 +309,7 @@ def test_acquire_never_evicts_what_it_has_just_matched():
 
 
 def test_leases_of_an_earlier_run_are_unknown():
-    """If ids started over, a worker's late free would end a stranger's request in the restarted shard."""
+    """A restarted pool does not know the lease ids of its predecessor: a worker's late free must not end another's lease."""
     old = Pool(4, 2, LEASE_S, home=Home(0, 0x9F3A1C22)).acquire("p.1", "anne", pack([1]), 0, 0.0)
     new = Pool(4, 2, LEASE_S, home=Home(0, 1))
     new.acquire("p.1", "anne", pack([1]), 0, 0.0)
@@ -321,7 +319,7 @@ def test_leases_of_an_earlier_run_are_unknown():
 
 
 def test_an_acquire_that_must_wait_evicts_nothing():
-    """If it did, every retry of a waiting request would empty the cache a little more, for nothing."""
+    """A call that cannot be granted evicts nothing: otherwise each retry would shrink the cache for nothing."""
     pool = Pool(6, 2, LEASE_S)
     running = pool.acquire("p.1", "anne", pack([1, 1, 1, 1]), 2, 0.0)
     pool.insert("p.1", running.lease, 0, pack([1, 1, 1, 1]))

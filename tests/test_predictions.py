@@ -1,4 +1,4 @@
-"""What a scheduler believes of its workers' queues, and the first tokens that it predicts by it."""
+"""What a scheduler knows of its workers' queues, and the first tokens that it predicts from that."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ME, SHARD = ActorId("p0.1"), ActorId("s0.1")
 
 
 def arrived(tokens: int, expected: int = 0, fetched: int = 0) -> Sequence:
-    """A prompt that has come, and has no pages yet."""
+    """A prompt that has arrived and has no pages yet."""
     plan = Plan(ME, ME, SHARD, ActorId("scheduler-0.1"), source_tokens=fetched, expected_tokens=expected)
     request = Request("r1", 0, ActorId("f.1"), "anne", pack(range(tokens)), tokens, 9, (), Sampling())
     return Sequence(request, plan, request.tokens, Phase.WAITING, 0.0, 1)
@@ -40,37 +40,37 @@ def arrived(tokens: int, expected: int = 0, fetched: int = 0) -> Sequence:
     ],
 )
 def test_a_prompt_without_pages_counts_as_its_plan_says(one: Sequence, missing: int) -> None:
-    """If it failed, each cached prompt that comes would be reported as a long queue until its pages are there."""
-    told = load_of([one], ME, PAGE)
-    assert told["waiting_tokens"] == missing
-    assert told["waiting_pairs"] == (one.length**2 - (one.length - missing) ** 2) // 2
+    """Until a prompt has its pages, its plan says how many of its tokens count as waiting."""
+    found = load_of([one], ME, PAGE)
+    assert found["waiting_tokens"] == missing
+    assert found["waiting_pairs"] == (one.length**2 - (one.length - missing) ** 2) // 2
     one.phase, one.computed = Phase.READY, 48
     assert load_of([one], ME, PAGE)["waiting_tokens"] == one.length - 48, (
-        "what was found counts, once it is known"
+        "what was really cached counts, once it is known"
     )
 
 
 def test_a_step_under_way_ends_when_it_ends() -> None:
-    """If it failed, a step of 64 tokens that is all but over would count as long as a whole one of 6 tokens."""
+    """A load report counts only what is left of the step under way."""
     watch, model = StepWatch(), CostModel(COSTS)
     watch.began(COSTS, BatchPlan((Row(pack(range(64)), 0, tuple(range(4)), None),)), now=10.0)
     whole_s = model.step_s([(64, 0)])
     load = {"waiting_tokens": 200.0, "waiting_pairs": 20_000.0}
-    told = watch.under_way(load, 10.0 + 0.75 * whole_s)
-    assert told["step_left_s"] == pytest.approx(whole_s / 4)
-    assert (told["step_tokens"], told["waiting_tokens"]) == pytest.approx((16, 152))
-    assert told["waiting_pairs"] == 20_000 - 64 * 32
+    found = watch.under_way(load, 10.0 + 0.75 * whole_s)
+    assert found["step_left_s"] == pytest.approx(whole_s / 4)
+    assert (found["step_tokens"], found["waiting_tokens"]) == pytest.approx((16, 152))
+    assert found["waiting_pairs"] == 20_000 - 64 * 32
     world = World()
-    world.report("p0", COSTS, **told)
+    world.report("p0", COSTS, **found)
     worker = world.fleet.workers[ActorId("p0.1")]
-    expected = whole_s / 4 + model.queue_s(136, told["waiting_pairs"])
+    expected = whole_s / 4 + model.queue_s(136, found["waiting_pairs"])
     assert worker.queue_s(world.now) == pytest.approx(expected)
     watch.ended(10.0 + whole_s)
     assert watch.under_way(load, 11.0) == load
 
 
 def test_a_prompt_behind_a_queue_waits_for_no_other_step() -> None:
-    """If it failed, half a step would be added to each queue at a worker with streams, whose end is the end of a step."""
+    """A prompt behind a queue does not wait for half a step in addition: the queue ends with a step."""
     world = World("w0")
     world.report("w0", COSTS, **busy(0, 5))
     worker = world.fleet.workers[ActorId("w0.1")]
@@ -85,7 +85,7 @@ def test_a_prompt_behind_a_queue_waits_for_no_other_step() -> None:
 
 
 def test_first_tokens_come_when_they_are_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If it failed, prompts would be sent away from workers that only seem busy."""
+    """Simulated first tokens of cached prompts come hardly ever earlier than predicted."""
     predicted: dict[str, float] = {}
     plain = Clients._logged
 

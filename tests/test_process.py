@@ -1,4 +1,4 @@
-"""An actor's side of its lifeline, and the ways in which its process ends. (As a whole: test_supervisor.py.)"""
+"""An actor's side of its lifeline, and how its process ends (with the supervisor: test_supervisor.py)."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ NO_MEMORY = (
 
 @pytest.fixture
 def ends():
-    """Both ends of a lifeline: a raw socket, and what an actor has."""
+    """Both ends of a lifeline: a raw socket, and the actor's side."""
     raw, theirs = socket.socketpair()
     with raw, theirs:
         yield raw, EventSocket(theirs)
 
 
 async def test_events_arrive_whole_however_they_are_cut(ends):
-    """A drain that comes in two pieces would crash the actor or be lost."""
+    """Events are received whole, also if their bytes arrive in pieces."""
     raw, events = ends
     raw.send(b'{"event": "drain"}\n{"event": "di')
     assert await events.receive() == {"event": "drain"}
@@ -59,7 +59,7 @@ async def check_next(events: EventSocket, expected: dict[str, str] | None) -> No
 
 @pytest.mark.parametrize("cut", [b"", b'{"event": "dr'])
 async def test_end_of_file_is_the_end(ends, cut):
-    """An actor would not notice that its supervisor is gone."""
+    """The end of the connection is reported as the end, also within an event, and sending fails from then on."""
     raw, events = ends
     raw.send(cut or b'{"event": "drain"}\n')
     raw.close()
@@ -71,7 +71,7 @@ async def test_end_of_file_is_the_end(ends, cut):
 
 
 async def test_endless_line_is_the_end(ends):
-    """A broken supervisor could fill the actor's memory."""
+    """A line without end is treated as the end of the connection instead of filling the memory."""
     raw, events = ends
     raw.setblocking(False)
     stream = trio.SocketStream(trio.socket.from_stdlib_socket(raw))
@@ -83,7 +83,7 @@ async def test_endless_line_is_the_end(ends):
 
 
 async def test_send_never_blocks(ends):
-    """A hung actor would hang its supervisor, and with it everybody."""
+    """Sending to a peer that does not read fails instead of blocking."""
     _, events = ends
 
     lines = 0
@@ -94,8 +94,8 @@ async def test_send_never_blocks(ends):
     assert raw.recv(1 << 24).endswith(b'"w0.1"}\n')
 
 
-async def test_lifeline_tells_what_the_supervisor_says(ends):
-    """An actor would not drain, or a scheduler would not hear of a death."""
+async def test_lifeline_passes_on_what_the_supervisor_sends(ends):
+    """The lifeline passes on deaths, up to a limit, the drain, and the supervisor's end."""
     raw, events = ends
     lifeline = Lifeline(ActorId("scheduler-0.1"), events)
     async with trio.open_nursery() as nursery:
@@ -128,8 +128,8 @@ async def test_an_actor_goes_on_to_report_after_its_supervisor_was_stopped(
         nursery.cancel_scope.cancel()
 
 
-def test_ready_is_told_once(ends):
-    """The supervisor would take an actor that has been up for an hour for a new one."""
+def test_ready_is_reported_once(ends):
+    """An actor reports once that it is ready."""
     raw, events = ends
     lifeline = Lifeline(ActorId("w0.1"), events)
 
@@ -156,7 +156,7 @@ def test_ready_is_told_once(ends):
     ],
 )
 def test_exit_status_says_how_an_actor_failed(error, status, text, capsys, monkeypatch):
-    """A bug would look like a user's mistake, or a user's mistake be restarted for ever with a traceback."""
+    """User errors, restarts, lack of memory and bugs have different exit statuses and texts."""
     monkeypatch.setattr(memory, "memory_available", lambda: 0)  # else it changes between two calls
     assert _explain(error) == status
     shown = capsys.readouterr().err
@@ -164,7 +164,7 @@ def test_exit_status_says_how_an_actor_failed(error, status, text, capsys, monke
 
 
 def test_actor_of_an_ended_cluster_does_not_start():
-    """An actor that starts slowly would outlive its cluster."""
+    """An actor whose cluster has ended does not start."""
     code = "import sys; from memserve.processes.actor import run_actor; sys.exit(run_actor(*sys.argv[1:3], int(sys.argv[3])))"
     with tempfile.TemporaryDirectory() as empty:
         ours, theirs = socket.socketpair()
@@ -182,7 +182,7 @@ PREPARE = "import sys; from memserve.processes.actor import prepare_weights; sys
 
 
 def prepare(path, **more):
-    """The command that readies the weights, to its end, with an open lifeline."""
+    """Run the command that prepares the weights, to its end, with an open lifeline."""
     command = [sys.executable, "-c", PREPARE, str(path), "bfloat16", "bfloat16"]
     read, write = os.pipe()
     done = subprocess.run(
@@ -207,23 +207,28 @@ def test_an_actor_may_open_what_its_system_allows():
 
 def test_a_shard_with_many_connections_fences_a_worker_off():
     """It would end with "descriptor out of range", and all of its pages with it."""
-    worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "w0"])
+    title = (
+        "import setproctitle, time; setproctitle.setproctitle('memserve w0 here'); print(); time.sleep(60)"
+    )
+    worker = subprocess.Popen([sys.executable, "-u", "-c", title], stdout=subprocess.PIPE)
+    assert worker.stdout is not None and worker.stdout.readline()
     raise_descriptor_limit()
     with contextlib.ExitStack() as held:
         for _ in range(1_024):
             held.callback(os.close, os.dup(0))
         fence(Kill(ActorId("w0.1"), worker.pid))
     assert worker.wait(10) == -signal.SIGKILL
+    worker.stdout.close()
 
 
 def test_weights_are_ready_without_a_compiler():
-    """`memserve up` would end before its first actor starts, over a compiler that it can do without."""
+    """Weights are prepared without a C++ compiler."""
     done = prepare(find_model(DEMO), CXX="/nonexistent/g++")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_weights_that_cannot_be_used_are_a_user_error(tmp_path):
-    """A mistyped model path would end in a traceback."""
+    """A wrong model path is a user error."""
     done = prepare(tmp_path / "absent.gguf")
     assert done.returncode == 2, done.stderr
     assert "absent.gguf" in done.stderr
@@ -231,7 +236,7 @@ def test_weights_that_cannot_be_used_are_a_user_error(tmp_path):
 
 
 def test_a_shell_s_limit_is_named_and_not_the_machine():
-    """A user with memory enough would set smaller shards, again and again, in place of lifting `ulimit -v`."""
+    """Memory that `ulimit -v` limits is reported as that limit, not as too small a machine."""
     code = (
         "import resource; from memserve.processes.actor import _explain; from memserve.kernels.arena import Arena\n"
         "words = open('/proc/self/statm').read().split(); used = int(words[0]) * resource.getpagesize()\n"
@@ -248,7 +253,7 @@ def test_a_shell_s_limit_is_named_and_not_the_machine():
 
 
 def test_weights_are_given_up_with_the_supervisor(tmp_path):
-    """A conversion of minutes would go on for nobody."""
+    """Preparing weights ends when the supervisor ends."""
     waiting = tmp_path / "never-written.gguf"
     os.mkfifo(waiting)
     command = [sys.executable, "-c", PREPARE, str(waiting), "bfloat16", "bfloat16"]
@@ -260,6 +265,6 @@ def test_weights_are_given_up_with_the_supervisor(tmp_path):
 
 
 def test_supervisor_and_actor_processes_start_without_torch():
-    """Five processes would each take 300 MB and two seconds before they do anything."""
+    """The supervisor imports neither torch nor numpy."""
     code = "import sys, memserve.supervisor; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], env=environment(), check=True)

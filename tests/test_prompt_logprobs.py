@@ -1,4 +1,4 @@
-"""Log probabilities of prompts: what step engines report about the tokens that are there, however a prompt is cut and in whatever company."""
+"""Log probabilities of prompts: what step engines report, however a prompt is cut and whatever else is in the step."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ GREEDY = Sampling(temperature=0.0, logprobs=3)
 
 @pytest.fixture(scope="module")
 def weights():
-    """Of one random model, in bfloat16."""
+    """The weights of one random model, in bfloat16."""
     return random_weights(SPEC, "bfloat16", 5)
 
 
 @pytest.fixture(params=ENGINES)
 def made(request, weights, tmp_path):
-    """Each engine, ready."""
+    """Each engine, warmed up."""
     one = make_engine(request.param, weights, tmp_path, PAGES)
     one.engine.warm_up()
     yield one
@@ -42,19 +42,19 @@ def made(request, weights, tmp_path):
 
 
 def right(weights, ids: list[int], spec=SPEC) -> torch.Tensor:
-    """The log probabilities that transformers' model has after each token, (tokens, vocab) float64."""
+    """The log probabilities of transformers' model after each token, (tokens, vocab) float64."""
     with torch.inference_mode():
         return load_reference(spec, weights)(torch.tensor([ids])).logits[0].double().log_softmax(-1)
 
 
 def chunk(ids: list[int], start: int, stop: int, pages: tuple[int, ...], count: int, how=None) -> Row:
-    """A row of a prompt, which scores the tokens behind its own."""
+    """A row of a prompt that scores the token after each of its own."""
     follows = pack(ids[start + 1 : stop + 1])
     return Row(pack(ids[start:stop]), start, pages, how, score=Score(follows, count) if follows else None)
 
 
 def opened(scores: PromptLogprobs) -> tuple[list[float], list[int], list[list[int]], list[list[float]]]:
-    """Values, ranks, most probable ids, their values."""
+    """Values, ranks, most probable ids and their values, as lists."""
     tokens = len(scores)
     ids = np.frombuffer(scores.ids, "<i4").reshape(tokens, -1).tolist()
     likeliest = np.frombuffer(scores.likeliest, "<f8").reshape(tokens, -1).tolist()
@@ -62,7 +62,7 @@ def opened(scores: PromptLogprobs) -> tuple[list[float], list[int], list[list[in
 
 
 def scores_in(made, ids: list[int], pages: tuple[int, ...], count: int, cuts: list[int]) -> list[tuple]:
-    """All scores of a prompt that runs alone, in chunks up to ``cuts``: a tuple for each of its tokens but the first."""
+    """The scores of a prompt that runs alone, in chunks up to ``cuts``: a tuple for each token but the first."""
     found, start = [], 0
     for stop in cuts:
         result = made.engine.run(BatchPlan((chunk(ids, start, stop, pages, count),)))
@@ -72,7 +72,7 @@ def scores_in(made, ids: list[int], pages: tuple[int, ...], count: int, cuts: li
 
 
 def test_a_prompt_is_scored_as_the_reference_does(made, weights):
-    """Evaluations would score answers by other probabilities than the model's."""
+    """The log probabilities, ranks and most probable tokens of a prompt are those of transformers."""
     ids, pages = prompt(150, 3, SPEC.vocab), tuple(range(pages_for(150, 16)))
     expected = right(weights, ids)
     near = {"abs": 1e-3} if made.exact else {"abs": 0.5, "rel": 0.01}  # logits in bfloat16
@@ -91,7 +91,7 @@ def test_a_prompt_is_scored_as_the_reference_does(made, weights):
 
 
 def test_cuts_and_company_change_no_scores(made):
-    """A prompt's score would depend on what else the worker did, or on another row's tokens."""
+    """The scores of a prompt do not depend on its chunks or on other rows of the step."""
     ids, others = prompt(90, 7, SPEC.vocab), prompt(60, 8, SPEC.vocab)
     pages, free = tuple(range(6)), tuple(range(6, 30))
     alone = scores_in(made, ids, pages, 2, [90])
@@ -121,7 +121,7 @@ def test_cuts_and_company_change_no_scores(made):
 
 
 def test_a_draft_beside_it_changes_no_scores(made):
-    """A prompt would be scored by what a stream of the same step has guessed."""
+    """The scores of a prompt do not depend on a draft in the same step."""
     if not sums_in_one_order(made):
         pytest.skip("only the native step runs drafts")
     length = MAX_ROWS + 40
@@ -133,12 +133,12 @@ def test_a_draft_beside_it_changes_no_scores(made):
 
 
 def sums_in_one_order(made) -> bool:
-    """Whether its sums are taken in one order, whatever else a step does."""
+    """Whether the engine adds in one order whatever else a step does, so that results are equal to the bit."""
     return bool(getattr(made.engine, "native", False))
 
 
 def test_a_draw_is_reported_like_the_same_token_of_a_prompt(made):
-    """A prompt that is an earlier prompt and its answer would be scored otherwise than the answer was."""
+    """A generated token has the same log probability when it is scored as part of a prompt later."""
     ids, pages = prompt(40, 9, SPEC.vocab), tuple(range(5))
     text, drawn = list(ids), []
     start = 0
@@ -158,7 +158,7 @@ def test_a_draw_is_reported_like_the_same_token_of_a_prompt(made):
 
 
 def test_a_prompt_of_several_pieces_is_scored_whole(made, weights):
-    """A long chunk, which runs in pieces, would be scored at some of its tokens only, or of each in another's place."""
+    """A long chunk, which runs in pieces, has every token scored in its own place."""
     length = MAX_ROWS + 3 * SCORED_AT_ONCE + 7
     ids, pages = prompt(length, 4, SPEC.vocab), tuple(range(pages_for(length, 16)))
     before = Row(pack([9] * 20), 0, (90, 91), None)
@@ -170,7 +170,7 @@ def test_a_prompt_of_several_pieces_is_scored_whole(made, weights):
 
 
 def test_the_demo_model_scores_text_as_a_plain_forward_does():
-    """Scores of the shipped model would not be those that others publish."""
+    """The demo model scores a text as transformers does, within the rounding of bfloat16."""
     files = prepare(find_model(MODEL_PATH), "bfloat16")
     text = "Virtual memory lets a program use more memory than a machine has. 日本 too, it is said, 3.14159 times."
     ids = demo_tokenizer().encode(text, False)
@@ -187,7 +187,7 @@ def test_the_demo_model_scores_text_as_a_plain_forward_does():
 
 
 def test_rows_without_scores_pay_nothing(made):
-    """Every prompt would have its logits made for nobody."""
+    """A row that wants no scores gets none."""
     result = made.engine.run(BatchPlan((Row(pack([1, 2, 3]), 0, (0,), GREEDY),)))
     assert not result.prompts
 
@@ -206,13 +206,13 @@ def test_rows_without_scores_pay_nothing(made):
     ],
 )
 def test_what_is_not_there_cannot_be_scored(made, score, message):
-    """A damaged message would read another place's memory."""
+    """Scores of impossible numbers of tokens, or of tokens outside the vocabulary, are refused."""
     with pytest.raises(ValueError, match=message):
         made.engine.run(BatchPlan((Row(pack([1, 2]), 0, (0,), None, score=score),)))
 
 
 def test_logits_that_are_not_numbers_name_their_row(made):
-    """A broken page would be scored as if it were text."""
+    """Scoring with NaN logits raises an error that names the row."""
     made.engine.run(BatchPlan((Row(pack([1]), 0, (1,), None),)))
     with pytest.raises(
         FloatingPointError, match="row"
@@ -222,7 +222,7 @@ def test_logits_that_are_not_numbers_name_their_row(made):
 
 @pytest.mark.parametrize("count", [0, 1, 5, 20])
 def test_many_at_once_are_scored_as_one_is(count):
-    """The likeliest tokens of a prompt would be others than those of a draw after the same tokens, above all among equals."""
+    """Scores of many tokens at once are those of one by one, also where logits are equal."""
     generator = torch.Generator().manual_seed(count)
     logits = (
         torch.randn(7, 300, generator=generator).mul(3).round().div(2)
@@ -241,13 +241,13 @@ def test_many_at_once_are_scored_as_one_is(count):
 
 
 def test_a_small_vocabulary_has_no_more_to_report():
-    """More tokens would be reported than there are."""
+    """No more tokens are reported than the vocabulary has."""
     lines = scores_of(torch.tensor([[0.5, 1.5, 1.0]]), torch.tensor([0]), 20)
     assert lines[0, 1:5].tolist() == [3, 1, 2, 0] and lines.shape == (1, 8)
 
 
 def test_pieces_are_cut_where_some_is_known():
-    """What another attempt reports again would be delivered twice, or in another place."""
+    """The part of the scores after the first n tokens has their values, ranks and ids."""
     whole = PromptLogprobs(
         np.arange(4.0).tobytes(), pack([1, 2, 3, 4]), pack(range(8)), np.arange(8.0).tobytes()
     )

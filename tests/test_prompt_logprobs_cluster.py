@@ -1,4 +1,4 @@
-"""Log probabilities of prompts across a cluster in virtual time: all of them, once, in order, whoever dies whenever."""
+"""Log probabilities of prompts across a cluster in virtual time: all of them, once and in order, whichever worker dies."""
 
 from __future__ import annotations
 
@@ -23,21 +23,16 @@ from memserve.api.service import GenerationParams
 from memserve.drawing import PromptLogprobs, Sampling
 from memserve.engine.plans import BatchPlan, BatchResult, Row
 from memserve.tokens import count, pack, unpack
+from test_cluster import prompt
 
 PD2 = (("p0", "prefill"), ("p1", "prefill"), ("d0", "decode"), ("d1", "decode"))
-APART = (("p0", "prefill", "s0"), ("d0", "decode", "s1"))
+ON_TWO_SHARDS = (("p0", "prefill", "s0"), ("d0", "decode", "s1"))
 BOTH = (("w0", "both"),)
 HOW = Sampling(0.0, prompt_logprobs=1)
 
 
-def prompt(seed: int, length: int) -> list[int]:
-    """Some tokens."""
-    rng = random.Random(seed)
-    return [rng.randrange(2, 50_000) for _ in range(length)]
-
-
 def scored_after(before: list[int], token: int) -> tuple[float, int]:
-    """The log probability and rank that the make-believe model gives a token: any change of those before it changes them."""
+    """The log probability and rank of a token in the make-believe model, which depend on every token before it."""
     rng = random.Random(pack([*before, token]))
     return -rng.random(), rng.randrange(1, 50_000)
 
@@ -48,7 +43,7 @@ def of_prompt(tokens: list[int]) -> list[tuple[float, int]]:
 
 
 class ScoringEngine(PageEngine):
-    """Scores, as engines with a model do, what the tokens in its pages make of those that follow."""
+    """Scores tokens by those that its pages hold before them, as engines with a model do."""
 
     def run(self, plan: BatchPlan) -> BatchResult:
         result = super().run(plan)
@@ -68,7 +63,7 @@ class ScoringEngine(PageEngine):
 
 @attrs.define(eq=False)
 class ScoringCluster(MemoryCluster):
-    """Its workers have such engines."""
+    """A cluster whose workers have such engines."""
 
     engines: list[ScoringEngine] = attrs.field(factory=list)
 
@@ -78,7 +73,8 @@ class ScoringCluster(MemoryCluster):
 
 
 async def ask(frontend, tokens: list[int], new: int) -> tuple[list[tuple[float, int]], list[int], int]:
-    """The scores of a prompt, which must come before any token; the answer; prompt tokens found in the cache."""
+    """Returns the scores of a prompt, which must come before any token, the answer, and the number of cached prompt
+    tokens."""
     found: list[tuple[float, int]] = []
     answer: list[int] = []
     cached = set()
@@ -97,12 +93,12 @@ async def ask(frontend, tokens: list[int], new: int) -> tuple[list[tuple[float, 
     return found, answer, max(cached)
 
 
-@pytest.mark.parametrize("workers", [PD2, APART, BOTH])
+@pytest.mark.parametrize("workers", [PD2, ON_TWO_SHARDS, BOTH])
 @pytest.mark.parametrize("chunk_tokens", [3, 16, 1000])
 async def test_all_of_a_prompt_is_scored_before_its_answer(
     autojump_clock: MockClock, workers, chunk_tokens
 ) -> None:
-    """A chunk's log probabilities would be missing, be another's, or come after clients have read on."""
+    """Every token of a prompt is scored before the answer begins, in every layout and chunk size."""
     async with memory_cluster(*workers, kind=ScoringCluster, chunk_tokens=chunk_tokens) as (
         cluster,
         frontend,
@@ -113,9 +109,9 @@ async def test_all_of_a_prompt_is_scored_before_its_answer(
         await baseline(cluster)
 
 
-@pytest.mark.parametrize("workers", [PD2, APART, BOTH])
+@pytest.mark.parametrize("workers", [PD2, ON_TWO_SHARDS, BOTH])
 async def test_what_is_cached_is_computed_again_and_serves_others(autojump_clock: MockClock, workers) -> None:
-    """Positions found in a cache have no logits: scores would begin behind them. What was computed is worth caching."""
+    """A scored prompt is computed whole although it is cached, and its pages serve later requests."""
     async with memory_cluster(*workers, kind=ScoringCluster) as (cluster, frontend):
         tokens = prompt(5, 50)
         await generate(frontend, tokens, 6)
@@ -130,7 +126,7 @@ async def test_what_is_cached_is_computed_again_and_serves_others(autojump_clock
 
 
 async def test_nobody_waits_for_what_is_of_no_use_to_it(autojump_clock: MockClock) -> None:
-    """One that has to compute all of its prompt would wait for another to compute it first."""
+    """A request that must compute its whole prompt does not wait for another one with the same prefix."""
     async with memory_cluster(*BOTH, kind=ScoringCluster, chunk_tokens=10) as (cluster, frontend):
         tokens = prompt(7, 100)
         async with trio.open_nursery() as nursery:
@@ -147,7 +143,7 @@ async def test_nobody_waits_for_what_is_of_no_use_to_it(autojump_clock: MockCloc
 
 
 async def test_preempted_prompts_are_scored_once(autojump_clock: MockClock) -> None:
-    """A prompt whose pages were taken from it begins anew, and must neither report twice nor find its own pages."""
+    """A preempted prompt reports each score once, and does not use its own cached pages."""
     async with memory_cluster(*BOTH, kind=ScoringCluster, pages=44, chunk_tokens=12) as (cluster, frontend):
         results = {}
 
@@ -170,7 +166,7 @@ async def test_preempted_prompts_are_scored_once(autojump_clock: MockClock) -> N
 async def test_killing_a_worker_reports_nothing_twice(
     autojump_clock: MockClock, victim, after, announced
 ) -> None:
-    """kill -9 in any chunk, at the handoff, within the answer: another attempt reports what is missing, and only that."""
+    """A worker is killed at any phase: the next attempt reports the missing scores and no others."""
     setting = {"kind": ScoringCluster, "announce_deaths": announced, "chunk_tokens": 8}
     async with memory_cluster(*PD2, **setting) as (cluster, frontend):
         results = {}
@@ -191,7 +187,7 @@ async def test_killing_a_worker_reports_nothing_twice(
 
 
 async def test_a_later_attempt_computes_only_what_is_missing(autojump_clock: MockClock) -> None:
-    """A stream whose decode worker dies would wait for its whole prompt again, which was scored long ago."""
+    """When a decode worker dies, a prompt that was scored already is not computed whole again."""
     async with memory_cluster(*PD2, kind=ScoringCluster, chunk_tokens=8) as (cluster, frontend):
         tokens, results = prompt(3, 80), []
 

@@ -1,4 +1,4 @@
-"""The prefix index, against a plain dict from whole prefixes to pages."""
+"""The prefix index, compared with a plain dict from whole prefixes to pages."""
 
 import attrs
 import pytest
@@ -16,7 +16,7 @@ from memserve.tokens import pack
 PAGE = 2
 PAGE_BYTES = PAGE * 4
 HOST = slot(Tier.HOST, 0)
-"""Slots from here on are not in the device tier."""
+"""The first slot beyond the device tier."""
 prompts = st.lists(st.integers(0, 1), max_size=14).map(pack)
 scopes = st.sampled_from(["anne", "bob"])
 
@@ -32,7 +32,7 @@ def whole(tokens: bytes) -> bytes:
 
 
 class TreeAgainstModel(RuleBasedStateMachine):
-    """The model maps (scope, prefix) to a page, and remembers the prefix of every pin."""
+    """Random calls. The model maps (scope, prefix) to a page, and keeps the prefix of every pin."""
 
     def __init__(self):
         super().__init__()
@@ -112,7 +112,7 @@ class TreeAgainstModel(RuleBasedStateMachine):
         self.pins[pin] = (scope, before + more)
 
     def sources(self, inbound):
-        """Slots under copy in one direction, whose result is still wanted."""
+        """Slots that are being copied in one direction, and whose copy is still wanted."""
         moves = [move for job in self.jobs for move in job.moves if move.node is not None]
         return {page for move in moves if move.inbound == inbound for page in move.source}
 
@@ -161,7 +161,7 @@ class TreeAgainstModel(RuleBasedStateMachine):
         assert len(gone) >= min(n, len(free))
         roots = [key for key, page in self.model.items() if page in gone]
         for scope, tokens in (key for key, page in self.model.items() if page in freed and page not in gone):
-            # What lies elsewhere goes only with what it continued.
+            # Pages of other tiers go only together with the prefix that they continue.
             assert any(scope == where and tokens.startswith(start) for where, start in roots)
         self.remove(freed)
 
@@ -199,7 +199,7 @@ TestTree.__doc__ = "A wrong page for a prefix would give a request another promp
 
 
 def store(tree, tokens, pages, scope="anne"):
-    """Insert and let go: what a finished request leaves behind."""
+    """Insert pages and unpin them, as a finished request does."""
     pin = tree.pin(scope, b"")
     tree.insert(pin, pack(tokens), pages)
     tree.unpin(pin)
@@ -207,7 +207,7 @@ def store(tree, tokens, pages, scope="anne"):
 
 @given(order=st.lists(st.integers(0, 5), max_size=20), n=st.integers(1, 12))
 def test_eviction_goes_by_last_use(order, n):
-    """If a recently used prompt went first, the busiest conversations would be recomputed."""
+    """Pages are evicted in the order of their last use."""
     tree = PromptTree(PAGE)
     prompt = {i: [i, i, i, i] for i in range(6)}
     age = list(range(6))
@@ -225,7 +225,7 @@ def test_eviction_goes_by_last_use(order, n):
 
 
 def test_eviction_trims_the_tail_of_a_long_leaf():
-    """If a whole long leaf went for one page, a long chat's cache would vanish at the first pressure."""
+    """Evicting one page of a long leaf takes its last page and keeps the others."""
     tree = PromptTree(PAGE)
     store(tree, [1, 2, 3, 4, 5, 6, 7, 8], [0, 1, 2, 3])
 
@@ -235,7 +235,7 @@ def test_eviction_trims_the_tail_of_a_long_leaf():
 
 
 def test_a_pin_survives_a_split_below_it():
-    """If split made the old object the prefix, a running request would lose its last pages to eviction."""
+    """A pin still covers all of its pages after its node was split."""
     tree = PromptTree(PAGE)
     pin = tree.pin("anne", b"")
     tree.insert(pin, pack([1, 2, 3, 4]), [0, 1])
@@ -247,7 +247,7 @@ def test_a_pin_survives_a_split_below_it():
 
 
 def test_a_chat_that_grows_page_by_page_stays_one_node():
-    """If each retired page made a node, matching a long chat would be a loop over its pages."""
+    """Pages that are inserted one after another stay one node, so that matching stays fast."""
     tree = PromptTree(PAGE)
     pin = tree.pin("anne", b"")
     for page in range(100):
@@ -257,7 +257,7 @@ def test_a_chat_that_grows_page_by_page_stays_one_node():
 
 
 def test_scopes_do_not_see_each_other():
-    """If they did, one tenant could read and time another's cache."""
+    """A scope neither matches nor deletes the prompts of another."""
     tree = PromptTree(PAGE)
     store(tree, [1, 2], [0], scope="anne")
 
@@ -267,7 +267,7 @@ def test_scopes_do_not_see_each_other():
 
 
 def test_deleting_a_prompt_keeps_what_others_share():
-    """If the shared part went too, deleting one chat would slow every chat with the same system prompt."""
+    """Deleting a prompt keeps the prefix that it shares with others."""
     tree = PromptTree(PAGE)
     store(tree, [1, 2, 3, 4], [0, 1])
     store(tree, [1, 2, 5, 6, 7, 8], [9, 2, 3])
@@ -279,7 +279,7 @@ def test_deleting_a_prompt_keeps_what_others_share():
 
 
 def test_deletions_leave_no_heap_entries_behind():
-    """If dead entries piled up, a shard that deletes a lot would grow without limit."""
+    """Deleted nodes leave the eviction heap, so that it does not grow without limit."""
     tree = PromptTree(PAGE)
     for i in range(200):
         store(tree, [i, i, i, i], [0, 1])
@@ -291,7 +291,7 @@ def test_deletions_leave_no_heap_entries_behind():
 
 
 def test_ending_a_pin_twice_is_a_bug():
-    """If it passed, another lease's pages would become evictable under it."""
+    """Unpinning twice raises an AssertionError."""
     tree = PromptTree(PAGE)
     pin = tree.pin("anne", pack([1, 2]))
     tree.unpin(pin)

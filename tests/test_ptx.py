@@ -1,4 +1,4 @@
-"""Kernels of PTX on the CPU: what threads of a warp and a block see of one another, and what is refused."""
+"""PTX kernels on the CPU: what threads of a warp and a block see of each other, and what is refused."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ Holds = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_size_t)
 
 @pytest.fixture
 def run(tmp_path):
-    """Runs a body's instructions as a block of ``threads``; ``%rd4`` is the thread's word of an array, ``%r1`` a number given."""
+    """A function that runs instructions as a block of ``threads``; ``%rd4`` is the thread's word of an array, ``%r1`` a
+    given number."""
 
     def made(body: str, threads: int = 32, number: int = 0, words: int = 0) -> list[int]:
         made_at = tmp_path / f"{len(list(tmp_path.iterdir()))}.so"
@@ -59,7 +60,7 @@ def run(tmp_path):
 
 
 def test_lanes_see_one_anothers_values(run):
-    """If it failed, sums over a warp would be of other lanes' values."""
+    """Shuffles read the values of other lanes."""
     found = run("shfl.sync.bfly.b32 %r3, %r2, 5, 31, -1; st.global.u32 [%rd4], %r3;")
     assert found == [lane ^ 5 for lane in range(32)]
     found = run(
@@ -69,7 +70,7 @@ def test_lanes_see_one_anothers_values(run):
 
 
 def test_a_barrier_is_passed_by_all_or_none(run):
-    """If it failed, a thread would read what another has yet to write to shared memory."""
+    """After a barrier, each thread sees what the others wrote to shared memory before it."""
     found = run("""
         mov.u32 %r3, smem; shl.b32 %r4, %r2, 2; add.s32 %r5, %r3, %r4; mul.lo.s32 %r6, %r2, %r2; st.shared.u32 [%r5], %r6;
         bar.sync 0;
@@ -79,7 +80,7 @@ def test_a_barrier_is_passed_by_all_or_none(run):
 
 
 def test_branches_blocks_and_labels_of_their_own(run):
-    """If it failed, threads would run each other's branches, or inline assembly used twice would jump into its first copy."""
+    """Threads branch independently, and inline code that is used twice has its own labels."""
     again = "{ .reg .pred q; AGAIN: add.u32 %r3, %r3, 1; setp.lt.u32 q, %r3, %r4; @q bra AGAIN; }"
     found = run(
         f"mov.u32 %r3, 0; add.u32 %r4, %r2, 1; {again} add.u32 %r4, %r4, %r1; {again} st.global.u32 [%rd4], %r3;",
@@ -89,7 +90,7 @@ def test_branches_blocks_and_labels_of_their_own(run):
 
 
 def test_a_product_of_a_warp(run):
-    """If it failed, attention's products would take a row for a column: 16x16 of bfloat16 by 16x8 here, row 3 and column 2 marked."""
+    """The matrix product of a warp puts row 3 and column 2 in the right place (16x16 by 16x8 in bfloat16)."""
     one, two = 0x3F80, 0x4000
     body = f"""
         mov.u32 %r10, 0; mov.u32 %r11, 0; mov.u32 %r12, 0; mov.u32 %r13, 0; mov.u32 %r14, 0; mov.u32 %r15, 0; mov.f32 %f9, 0f00000000;
@@ -100,7 +101,7 @@ def test_a_product_of_a_warp(run):
     """
     found = run(body, words=128)
     values = struct.unpack("<128f", struct.pack("<128I", *found))
-    # Row 3 is of lanes 12 to 15, and columns 2 and 3 are those of the second.
+    # Lanes 12 to 15 hold row 3, and the second of them its columns 2 and 3.
     assert {at: value for at, value in enumerate(values) if value} == {13 * 4: 2.0}
 
 
@@ -110,13 +111,13 @@ def test_a_product_of_a_warp(run):
     ("mov.u32 %r3, 262144; ld.shared.u32 %r4, [%r3];", "out of bounds"),
     ("setp.lt.u32 %p1, %r2, 8; @%p1 bra $ON; bar.sync 0, 32; $ON: bar.sync 1, 32;", "wait for one another"),
 ])  # fmt: skip
-def test_what_would_fail_or_hang_on_a_gpu_is_told(run, body, why):
-    """If it failed, a kernel that reads beyond its tensors, or never ends, would pass for one that works."""
+def test_what_would_fail_or_hang_on_a_gpu_is_an_error(run, body, why):
+    """Reads out of bounds, unaligned access and deadlocks raise an error that says why."""
     with pytest.raises(RuntimeError, match=why):
         run(body)
 
 
 def test_an_unknown_instruction_is_named():
-    """If it failed, a kernel of another version would be run with an instruction left out."""
+    """An instruction that is not supported is refused by its name."""
     with pytest.raises(NotTranslated, match=r"prmt\.b32 %r3"):
         ptx.translate(HEAD + ENTRY.format(body="prmt.b32 %r3, %r1, %r2, 0x7610;"), "k")

@@ -1,4 +1,4 @@
-"""The margin that deadlines need beyond predictions: as large as lateness is, no larger, and gone when lateness is."""
+"""The margin that deadlines need beyond predictions: as large as the lateness so far, and no larger."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from memserve.scheduling.punctuality import FIXED_S, KEPT, SHARE_MAX, Punctualit
 
 
 def late_of(punctuality: Punctuality, lateness: list[float], predicted_s: float = 0.75) -> float:
-    """The share that come later than prediction and margin, of first tokens so much later than predicted."""
+    """The share of first tokens that come later than prediction and margin, if they are late by so many seconds."""
     late = 0
     for seconds in lateness:
         late += seconds > margin_s(punctuality.share, predicted_s)
@@ -19,7 +19,7 @@ def late_of(punctuality: Punctuality, lateness: list[float], predicted_s: float 
 
 
 def test_nearly_all_first_tokens_are_within_the_margin() -> None:
-    """That is what it is for; and were all of them, it would refuse those that could be served."""
+    """The margin covers the share KEPT of first tokens, and not more."""
     rng, punctuality = random.Random(1), Punctuality()
     late_of(punctuality, [rng.gauss(0.1, 0.05) for _ in range(500)])
     late = late_of(punctuality, [rng.gauss(0.1, 0.05) for _ in range(5000)])
@@ -27,7 +27,7 @@ def test_nearly_all_first_tokens_are_within_the_margin() -> None:
 
 
 def test_predictions_that_hold_need_no_margin() -> None:
-    """Else a cluster without an error would refuse what it can serve."""
+    """The margin disappears when predictions hold."""
     punctuality = Punctuality()
     late_of(punctuality, [0.2] * 20)
     assert punctuality.share > 0.1
@@ -36,7 +36,7 @@ def test_predictions_that_hold_need_no_margin() -> None:
 
 
 def test_a_worker_that_stood_still_costs_a_bounded_margin() -> None:
-    """One stop of minutes must not refuse everyone for an hour."""
+    """The margin is limited, and one long pause changes it little."""
     punctuality = Punctuality()
     late_of(punctuality, [600.0] * 1000)
     assert punctuality.share == SHARE_MAX
@@ -46,6 +46,6 @@ def test_a_worker_that_stood_still_costs_a_bounded_margin() -> None:
 
 
 def test_a_margin_is_more_than_a_share_of_short_predictions() -> None:
-    """A step's end comes a step late, however short the prompt."""
+    """The margin has a fixed part too: short prompts also wait for the end of a step."""
     assert margin_s(0.1, 0.0) == pytest.approx(0.1 * FIXED_S)
     assert margin_s(0.1, 1.0) == pytest.approx(0.1 * (1.0 + FIXED_S))

@@ -1,4 +1,4 @@
-"""Roles that follow the load: what the scheduler decides, and that it pays, and never costs more than doing both."""
+"""Roles that follow the load: what the scheduler decides, that it pays, and that it is no worse than all roles at once."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHARD = Member(ActorId("s0.1"), "MemPoolShard", "", 1, "ready")
 
 @attrs.define
 class Office:
-    """A scheduler's roles and its fleet, with workers that do as they are told."""
+    """A scheduler's roles and its fleet, with workers that change their role when asked."""
 
     roles: Roles = attrs.field(factory=lambda: Roles(True, Prices(3.0)))
     fleet: Fleet = attrs.field(factory=Fleet)
@@ -38,7 +38,7 @@ class Office:
 
     @classmethod
     def of(cls, *workers: tuple[str, str]) -> Office:
-        """With workers of these names and roles, that have nothing to do."""
+        """An office with workers of these names and roles, which have nothing to do."""
         office = cls()
         office.fleet.heard(SHARD, 0.0)
         for name, role in workers:
@@ -54,15 +54,15 @@ class Office:
         self.members[name] = attrs.evolve(self.members[name], load=load)
 
     def by_hand(self, name: str, role: str) -> None:
-        """An operator's choice."""
+        """An operator sets the role."""
         self.members[name] = changed(self.members[name], Change(role))
 
     def lose(self, name: str) -> None:
-        """It dies, and does not come back."""
+        """The worker dies and does not come back."""
         self.fleet.forget(self.members.pop(name).id)
 
     def run(self, seconds: float) -> dict[str, str]:
-        """Let time pass, with a heartbeat every TICK_S; the roles then."""
+        """Let time pass, with a heartbeat every TICK_S; returns the roles afterwards."""
         end = self.now + seconds
         while self.now < end:
             self.now += TICK_S
@@ -82,20 +82,20 @@ class Office:
                 self.members[name] = changed(self.members[name], action.message)
 
     def settle(self, site: Site, *names: str) -> None:
-        """Let workers share the cores of a site."""
+        """Put workers on the cores of one site."""
         for name in names:
             self.members[name] = attrs.evolve(self.members[name], site=site)
 
 
 def pd(prefills: int, decodes: int) -> Office:
-    """Some of each."""
+    """An office with so many prefill and decode workers."""
     return Office.of(
         *((f"p{i}", "prefill") for i in range(prefills)), *((f"d{i}", "decode") for i in range(decodes))
     )
 
 
 def test_where_prompts_wait_a_decode_worker_helps():
-    """A fixed layout lets prompts queue beside idle workers."""
+    """While prompts wait, the idle decode worker also prefills, and a second later another one."""
     office = pd(1, 3)
     office.load("p0", waiting=4000.0)
     office.load("d0", rows=5.0)
@@ -111,7 +111,7 @@ def test_where_prompts_wait_a_decode_worker_helps():
 
 
 def test_where_streams_are_crowded_a_prefill_worker_helps():
-    """A fixed layout lets answers crawl beside idle workers."""
+    """While streams are crowded, an idle prefill worker also decodes."""
     office = pd(3, 1)
     office.load("d0", rows=60.0)
     office.load("p0", waiting=10.0)
@@ -122,7 +122,7 @@ def test_where_streams_are_crowded_a_prefill_worker_helps():
 
 
 def test_one_burst_is_no_mix_of_load():
-    """Roles would follow every gust, and streams be disturbed for a queue that is gone when help comes."""
+    """A short burst changes no role."""
     office = pd(2, 2)
     office.run(1.0)
     for name in ("p0", "p1"):
@@ -134,7 +134,7 @@ def test_one_burst_is_no_mix_of_load():
 
 
 def test_where_both_sides_are_dear_nobody_helps_the_other():
-    """Help would make as much worse as better, and change back and forth."""
+    """While both prefill and decode workers are busy, no role changes."""
     office = pd(2, 2)
     for name in office.members:
         office.load(name, waiting=300.0 if name[0] == "p" else 0.0, rows=5.0 if name[0] == "d" else 0.0)
@@ -146,20 +146,18 @@ HOST = Site("host", cores=2, threads=2)
 
 
 def test_who_would_help_on_the_same_cores_takes_nothing_off():
-    """Prompts would be run beside streams on one host, twice as slowly each, and nobody would have gained."""
-    apart, together = pd(1, 1), pd(1, 1)
+    """An idle worker on the cores of the busy one does not help: it would slow it down as much."""
+    separate, together = pd(1, 1), pd(1, 1)
     together.settle(HOST, "p0", "d0")
-    for office in (apart, together):
+    for office in (separate, together):
         office.load("p0", waiting=600.0)
-    assert (apart.run(1.0)["d0"], together.run(1.0)["d0"]) == ("both", "decode")
+    assert (separate.run(1.0)["d0"], together.run(1.0)["d0"]) == ("both", "decode")
     together.load("d0", rows=5.0)
-    assert together.run(2.0)["d0"] == "both", (
-        "it is at work already, and slows the queue down whatever it does"
-    )
+    assert together.run(2.0)["d0"] == "both", "it is busy already, and slows the queue down whatever it does"
 
 
 def test_streams_that_neighbours_crowd_are_helped_by_another_host():
-    """Streams at half their speed, beside a host that has nothing to do, would not count as crowded."""
+    """Streams that neighbours slow down count as crowded, and a worker on another host helps."""
     crowded = pd(2, 1)
     crowded.settle(HOST, "p0", "d0")
     crowded.load("p0", waiting=30.0)
@@ -176,7 +174,7 @@ def test_streams_that_neighbours_crowd_are_helped_by_another_host():
 
 
 def test_when_all_of_a_side_help_the_other_side_does_too():
-    """Streams would be disturbed by prompts wherever they are, and still be kept from half of the workers."""
+    """When all decode workers also prefill, the prefill workers also decode."""
     office = pd(2, 2)
     for name in ("p0", "p1"):
         office.load(name, waiting=4000.0)
@@ -188,7 +186,7 @@ def test_when_all_of_a_side_help_the_other_side_does_too():
 
 @pytest.mark.parametrize(("gone", "left"), [("p0", "d0"), ("d0", "p0")])
 def test_when_the_last_of_a_side_dies_another_one_takes_over(gone, left):
-    """Requests would wait for a restart beside a worker that could serve them."""
+    """When the last worker of a role has been gone for EMPTY_SIDE_S, another takes its role over."""
     office = Office.of(("p0", "prefill"), ("d0", "decode"))
     office.run(1.0)
     office.lose(gone)
@@ -197,7 +195,7 @@ def test_when_the_last_of_a_side_dies_another_one_takes_over(gone, left):
 
 
 def test_at_the_start_workers_may_come_one_after_another():
-    """Each start of a cluster, or of its scheduler, would change roles."""
+    """Workers that report one after another at the start change no roles."""
     office = Office.of(("d0", "decode"))
     assert office.run(EMPTY_SIDE_S - TICK_S) == {"d0": "decode"}
     office.members |= Office.of(("p0", "prefill")).members
@@ -206,7 +204,7 @@ def test_at_the_start_workers_may_come_one_after_another():
 
 
 def test_what_an_operator_chose_stays_through_a_restart_under_load():
-    """The worker's successor, not told yet, would be taken for one that may be asked."""
+    """A role set by an operator is kept when the worker restarts under load."""
     office = pd(1, 1)
     office.by_hand("d0", "decode")
     office.run(1.0)
@@ -220,7 +218,7 @@ def test_what_an_operator_chose_stays_through_a_restart_under_load():
 
 
 def test_what_an_operator_chose_stays():
-    """`memserve role` would hold until the next tick."""
+    """A role set by an operator is kept until the operator gives it back with ``auto``."""
     office = pd(1, 2)
     office.by_hand("d0", "decode")
     office.load("p0", waiting=9000.0)
@@ -232,7 +230,7 @@ def test_what_an_operator_chose_stays():
 
 
 def test_calm_gives_everyone_their_own_role_and_a_relapse_makes_it_wait_longer():
-    """Streams would be disturbed for good by one rush, or roles go back and forth with a load at the limit."""
+    """After CALM_S without need, workers return to their own role; the time grows if help is soon needed again."""
     office = pd(1, 2)
     office.load("p0", waiting=4000.0)
     office.run(10.0)
@@ -247,7 +245,7 @@ def test_calm_gives_everyone_their_own_role_and_a_relapse_makes_it_wait_longer()
 
 
 def test_calm_leaves_the_last_of_a_side_where_it_is():
-    """When the prefill workers are gone, their place would be given up with nobody to take it."""
+    """A worker that took over a role with no other worker keeps it."""
     office = pd(1, 1)
     office.run(1.0)
     office.lose("p0")
@@ -255,7 +253,7 @@ def test_calm_leaves_the_last_of_a_side_where_it_is():
 
 
 def test_a_scheduler_that_may_not_decide_never_wakes():
-    """A fixed layout would change, or a second scheduler undo what the first decided."""
+    """With fixed roles nothing changes, and no deadline is set."""
     office = pd(1, 1)
     office.roles = Roles()
     office.load("p0", waiting=9000.0)
@@ -267,7 +265,7 @@ def test_a_scheduler_that_may_not_decide_never_wakes():
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_whatever_the_load_somebody_serves_and_operators_win(data):
-    """Any mix of loads and choices by hand: both sides stay served, and no choice is overruled."""
+    """Under any loads and operators' choices both roles stay served, and no choice is overruled."""
     roles = st.sampled_from(("prefill", "decode", "both"))
     kinds = data.draw(st.lists(roles, min_size=0, max_size=3))
     office = Office.of(("p", "prefill"), ("d", "decode"), *((f"w{i}", role) for i, role in enumerate(kinds)))
@@ -291,13 +289,13 @@ def test_whatever_the_load_somebody_serves_and_operators_win(data):
 
 
 def shifted(kind: str, roles: str) -> Report:
-    """Four instances on one shard, with a load that shifts from long prompts to long answers."""
+    """A simulation of four instances on one shard, with a load that shifts from long prompts to long answers."""
     sessions = tuple(generated("shifting", rate=20, requests=200, seed=3))
     return simulate(Run(layout=fixed(kind, 4, pages=20_000, shared=True, roles=roles), sessions=sessions))
 
 
 def test_roles_that_follow_the_load_rescue_a_fixed_layout():
-    """The setting would not be worth having: a fixed layout queues, and workers that do both everywhere do better."""
+    """Automatic roles make a fixed layout much faster under a shifting load, about as fast as workers that do both."""
     layout, auto, both = shifted("2P2D", "fixed"), shifted("2P2D", "auto"), shifted("colocated", "fixed")
     assert auto.ttft_s.mean < layout.ttft_s.mean / 3
     assert auto.jct_s.mean < layout.jct_s.mean * 0.85

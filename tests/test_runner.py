@@ -1,4 +1,4 @@
-"""The step engine at its border: shapes checked, threads taken, draws returned."""
+"""The step engine from outside: rows get their tokens, threads are those it may use, and foreign pages stay as they are."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def engine(tmp_path: Path) -> CpuEngine:
 
 
 def test_a_step_returns_a_token_where_one_is_wanted(engine: CpuEngine) -> None:
-    """Tokens given to the wrong row are another user's answer."""
+    """Each row that wants a token gets its own, the same as when it runs alone."""
     rows = (
         Row(pack(prompt(20, 1)), 0, (3, 1), GREEDY),
         Row(pack(prompt(9, 2)), 0, (4,), None),
@@ -46,7 +46,7 @@ def test_a_step_returns_a_token_where_one_is_wanted(engine: CpuEngine) -> None:
 
 
 def test_warming_up_touches_no_page(tmp_path: Path) -> None:
-    """The arena may hold other requests' KV already when a worker joins."""
+    """Warming up writes to no page: the arena may hold other requests' KV."""
     spec = tiny_spec()
     save_weights(random_weights(spec, "bfloat16", 1), tmp_path / "w")
     arena = mmap.mmap(-1, spec.page_bytes(16, "bfloat16"))
@@ -62,7 +62,7 @@ def test_warming_up_touches_no_page(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_int8_weights_serve_in_either_dtype(tmp_path: Path, dtype: str) -> None:
-    """`[model] weights = "int8"` would end at the first step, or answer as another model."""
+    """int8 weights serve with KV in bfloat16 and float32, and draw nearly the best token."""
     spec = attrs.evolve(tiny_spec(4, 2, 32), hidden=96, intermediate=160, vocab=132)
     weights = random_weights(spec, "int8", 1)
     save_weights(weights, tmp_path / "w")
@@ -80,7 +80,7 @@ def test_int8_weights_serve_in_either_dtype(tmp_path: Path, dtype: str) -> None:
 
 
 def test_a_step_runs_on_the_cores_it_holds(tmp_path: Path) -> None:
-    """More threads than free cores make a step 5 to 30 times slower."""
+    """A step uses as many threads as it holds cores: more would make it many times slower."""
     spec = tiny_spec()
     save_weights(random_weights(spec, "float32", 1), tmp_path / "w")
     arena = mmap.mmap(-1, spec.page_bytes(16, "float32"))
@@ -97,7 +97,7 @@ def test_a_step_runs_on_the_cores_it_holds(tmp_path: Path) -> None:
 
 
 def test_steps_are_timed_on_pages_of_their_own(engine: CpuEngine) -> None:
-    """If it failed, measuring what steps cost would write over what the shard has cached."""
+    """Timing steps does not write to pages of the shard."""
     before = engine.run(BatchPlan((Row(pack(prompt(20, 1)), 0, (3, 1), GREEDY),))).tokens
     run = engine.timer(rows=4, context=64)
     for shape in ([(16, 0)], [(1, 63)] * 4, [(30, 30), (1, 40), (1, 17)]):

@@ -1,8 +1,8 @@
-"""The default type through a real cluster: the very tokens of one engine that serves the prompt alone, in one piece.
+"""A real cluster with the default dtype gives the tokens that one engine gives for the same prompt alone, in one piece.
 
-The native step is deterministic: a row's bits depend on its sequence alone. So in bfloat16, too, whatever the cluster
-does with a request must not change one token of its answer: cut its prompt, mix it with others, find its prefix in the
-cache, whoever computed that, hand it over, begin anew where a dead worker left it.
+The native step is deterministic: the bits of a row depend on its sequence alone. So also in bfloat16 nothing that the
+cluster does may change a token: cutting prompts, batching, cached prefixes of any worker, handoffs, and going on where
+a dead worker stopped.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ from test_model import DEMO, GREEDY, prompt
 PAGES, PAGE_TOKENS = 64, 16
 VOCAB = 40_000
 CHUNK = 40
-"""Prompt tokens a step of the cluster; no multiple of a page, so that pages fill in several steps."""
+"""Prompt tokens per step of the cluster; not a multiple of a page, so that pages fill in several steps."""
 LONG = prompt(900, 1, VOCAB)
-"""More than its chunks can do in the time that it takes to kill a worker."""
+"""A prompt so long that its chunks are not done before a worker is killed."""
 STREAMS = [prompt(length, length, VOCAB) for length in (33, 75)]
 STREAMED = 120
-"""Tokens of a stream: more than it gets until the workers are killed, however slow this process is."""
+"""Tokens of a stream: more than are sent until the workers are killed, even if this process is slow."""
 
 
 class Alone:
-    """One engine in this process. Runs every prompt in one piece, and nothing beside it."""
+    """One engine in this process, which runs every prompt alone and in one piece."""
 
     def __init__(self) -> None:
         files = prepare(find_model(DEMO), "bfloat16")
@@ -82,7 +82,7 @@ def alone() -> Alone:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """One prefill and one decode worker in the default type, with chunks of its own size."""
+    """One prefill and one decode worker with the default dtype and chunks of CHUNK tokens."""
     settings = (f"batch.chunk_tokens={CHUNK}",)
     with running("demo.toml", tmp_path_factory.mktemp("rounded"), *settings) as started:
         assert not [line for line in started.lines() if line["event"] == "native step unavailable"]
@@ -90,7 +90,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 def test_chunks_cache_and_hand_over_change_no_token(cluster: Cluster, alone: Alone) -> None:
-    """A chat's next turn would go on otherwise than without a cache: its pages come from decode steps and chunks."""
+    """Answers with and without a cache, and on a cache written by decode steps and chunks, have the same tokens."""
     ids = prompt(210, 2, VOCAB)
     expected = alone.tokens(ids, 40)
     cold = cluster.complete(ids, 40, ignore_eos=True)
@@ -105,7 +105,7 @@ def test_chunks_cache_and_hand_over_change_no_token(cluster: Cluster, alone: Alo
 
 
 def test_company_changes_no_token(cluster: Cluster, alone: Alone) -> None:
-    """What a user reads would depend on who else is being served."""
+    """The tokens of a request do not depend on the others in its batch."""
     prompts = [prompt(length, length, VOCAB) for length in range(3, 150, 10)]
     expected = {i: alone.tokens(prompts[i], 12) for i in (0, 7, 14)}
     with ThreadPoolExecutor(len(prompts)) as pool:
@@ -115,10 +115,10 @@ def test_company_changes_no_token(cluster: Cluster, alone: Alone) -> None:
 
 
 def test_lost_workers_change_no_token(cluster: Cluster, alone: Alone) -> None:
-    """Both workers killed, one within a prompt, one within streams: every answer would else have a seam in it."""
+    """Both workers are killed, one during a prompt and one during streams: all answers have the same tokens."""
     hows = [
         Sampling(1.0, seed=seed) for seed in (3, 4)
-    ]  # greedily, they say the same again and again, in large steps
+    ]  # greedy answers repeat themselves, and speculation would end them too early
     streamed = [alone.tokens(ids, STREAMED, how) for ids, how in zip(STREAMS, hows, strict=True)]
     expected = [*streamed, alone.tokens(LONG, 8)]
     found: dict[int, list[int]] = {}
@@ -169,13 +169,13 @@ ASKED = {
     "repetition_penalty": 1.2, "frequency_penalty": 0.5, "presence_penalty": 0.3, "min_tokens": 50, "logprobs": 2,
     "allowed_token_ids": [*ALLOWED],
 }  # fmt: skip
-"""The same, as a request says it."""
+"""The same settings as fields of a request."""
 
 
 def test_an_adjusted_answer_goes_on_as_it_was_when_its_worker_is_killed(
     cluster: Cluster, alone: Alone
 ) -> None:
-    """Penalties would be counted from where the dead worker left off, and the answer would have a seam in it."""
+    """An answer with penalties and biases keeps its tokens when its worker is killed: they count from its beginning."""
     ends = (15, 24)
     ids = prompt(90, 5, VOCAB)
     known = alone.tokens(ids, STREAMED, HOW, ends)
@@ -205,12 +205,12 @@ FORM = {
 
 
 def test_an_answer_of_a_given_form_keeps_it_when_its_worker_is_killed(cluster: Cluster) -> None:
-    """The new worker would begin the form anew in the middle of it, and no program could read the answer."""
+    """An answer with a JSON schema stays valid and keeps its tokens when its worker is killed."""
     form = {"type": "json_schema", "json_schema": {"name": "thing", "schema": FORM}}
     asked = {"temperature": 1.0, "seed": 4, "response_format": form, "ignore_eos": False}
     ids = prompt(90, 6, VOCAB)
     known = [token for event in cluster.stream(ids, STREAMED, **asked) for token in event]
-    victim = cluster.pid("d0")  # asked for before: an answer that is known already is soon there
+    victim = cluster.pid("d0")  # looked up before: a known answer goes fast, by speculation
     stream = cluster.stream(ids, STREAMED, **asked)
     found = next(stream)
     os.kill(victim, signal.SIGKILL)
@@ -233,7 +233,7 @@ TOOL = {"type": "function", "function": {"name": "write_story", "parameters": ST
 
 
 def test_a_call_of_a_tool_is_the_same_and_made_once_when_its_worker_is_killed(cluster: Cluster) -> None:
-    """An agent would run a tool twice, or with arguments that are put together of two."""
+    """A tool call is sent once and with the same arguments when its worker is killed."""
     asked = {"tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False, "temperature": 1.0}
     messages = [{"role": "user", "content": "Write about a fox"}]
 
@@ -254,7 +254,7 @@ def test_a_call_of_a_tool_is_the_same_and_made_once_when_its_worker_is_killed(cl
     os.kill(victim, signal.SIGKILL)
     found += stream
     assert begun["function"] == first["function"] == {"name": "write_story", "arguments": ""}
-    written = ["".join(one["function"]["arguments"] for one in told) for told in (known, found)]
+    written = ["".join(one["function"]["arguments"] for one in parts) for parts in (known, found)]
     assert written[0] == written[1]
     assert 300 <= len(json.loads(written[0])["text"]) <= 400
     assert not [one for one in found if "id" in one], "the call began once"
@@ -263,17 +263,17 @@ def test_a_call_of_a_tool_is_the_same_and_made_once_when_its_worker_is_killed(cl
     assert [line["attempts"] for line in cluster.lines() if line["event"] == "request finished"][-1] == 2
 
 
-def test_an_answer_that_is_asked_about_was_told_the_same_log_probabilities(cluster: Cluster) -> None:
-    """An evaluation would score an answer otherwise than the model did when it gave it: by the cache, by chunks, by chance."""
+def test_an_answer_scored_as_a_prompt_has_the_same_log_probabilities(cluster: Cluster) -> None:
+    """Scoring a prompt that contains an earlier answer gives the log probabilities of that answer, and caches the prompt."""
     ids = prompt(130, 8, VOCAB)
-    told = cluster.complete(ids, 50, ignore_eos=True, logprobs=5)["choices"][0]
-    whole = ids + told["token_ids"]
+    answer = cluster.complete(ids, 50, ignore_eos=True, logprobs=5)["choices"][0]
+    whole = ids + answer["token_ids"]
     for _ in range(2):
         asked = cluster.complete(whole, 0, echo=True, logprobs=5, prompt_logprobs=2)
         (choice,) = asked["choices"]
         assert asked["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
         for column in ("tokens", "token_logprobs", "top_logprobs"):
-            assert choice["logprobs"][column][len(ids) :] == told["logprobs"][column]
+            assert choice["logprobs"][column][len(ids) :] == answer["logprobs"][column]
         values = [
             known[str(token)]["logprob"]
             for token, known in zip(whole[1:], choice["prompt_logprobs"][1:], strict=True)
@@ -283,8 +283,8 @@ def test_an_answer_that_is_asked_about_was_told_the_same_log_probabilities(clust
 
 
 @pytest.mark.parametrize(("victim", "doing"), [("p0", "prefill"), ("d0", "decode")])
-def test_a_prompt_is_told_once_when_its_worker_is_killed(cluster: Cluster, victim: str, doing: str) -> None:
-    """What a dead worker had told would be told twice, or never."""
+def test_a_prompt_is_scored_once_when_its_worker_is_killed(cluster: Cluster, victim: str, doing: str) -> None:
+    """When a worker is killed, each prompt token is scored once in the answer, with the same values."""
     asked = {"echo": True, "logprobs": 3, "ignore_eos": True}
     ids = prompt(900, 9, VOCAB)
     calm = cluster.complete(ids, STREAMED, **asked)["choices"][0]
@@ -305,5 +305,5 @@ def test_a_prompt_is_told_once_when_its_worker_is_killed(cluster: Cluster, victi
 
 
 def started(cluster: Cluster, doing: str = "prefill") -> int:
-    """Prompts that a prefill worker has begun, or answers that a decode worker goes on with."""
+    """How many prompts a prefill worker has begun, or answers a decode worker has continued."""
     return sum(line["event"] == f"{doing} started" for line in cluster.lines())

@@ -1,4 +1,4 @@
-"""Draws: their distribution, their determinism, and the edges of the settings."""
+"""Draws: their distribution, their determinism, and the edge cases of the settings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _logits(rows: int, seed: int = 0, vocab: int = VOCAB) -> torch.Tensor:
 
 
 def _by_definition(logits: torch.Tensor, how: Sampling, u: float) -> int:
-    """The draw as the documentation words it, one token at a time."""
+    """The draw as the documentation defines it, one token at a time."""
     weights = ((logits - logits.max()).double() / how.temperature).exp().tolist()
     order = sorted(range(len(weights)), key=lambda token: (-weights[token], token))
     least = how.min_p * weights[order[0]]
@@ -37,7 +37,7 @@ def _by_definition(logits: torch.Tensor, how: Sampling, u: float) -> int:
 
 
 def test_uniform_is_pinned() -> None:
-    """A changed hash would break every resumed stream and every GPU kernel that repeats it."""
+    """The random numbers are fixed for ever: resumed streams and GPU kernels depend on them."""
     assert uniform(0, 0) == (0xE220A8397B1DCDAF >> 11) * 2.0**-53  # SplitMix64's first output from seed 0
     assert [uniform(0, 1), uniform(1, 0), uniform(-1, 7)] == [
         0.43152799704850997,
@@ -48,7 +48,7 @@ def test_uniform_is_pinned() -> None:
 
 
 def test_uniform_is_uniform_and_uncorrelated() -> None:
-    """Neighbouring seeds or positions that give neighbouring numbers make streams alike."""
+    """Numbers of neighbouring seeds and positions are uniform and not correlated."""
     grid = torch.tensor([[uniform(seed, position) for position in range(400)] for seed in range(50)])
 
     assert float(grid.min()) >= 0 and float(grid.max()) < 1
@@ -78,7 +78,7 @@ def test_uniform_is_uniform_and_uncorrelated() -> None:
     ],
 )
 def test_draws_equal_the_definition(how: Sampling) -> None:
-    """The short cut over the most probable tokens must never change a draw."""
+    """Draws equal the definition for every combination of settings."""
     logits = _logits(1)
     for position in range(60):
         [token] = draw(logits, [how], [position])
@@ -86,7 +86,7 @@ def test_draws_equal_the_definition(how: Sampling) -> None:
 
 
 def test_equal_logits_are_ordered_by_id() -> None:
-    """Ties broken by memory order would make draws differ between machines."""
+    """Tokens with equal logits are ordered by id, so that draws do not differ between machines."""
     logits = torch.zeros(1, VOCAB)
     for position in range(50):
         [token] = draw(logits, [Sampling()], [position])
@@ -95,7 +95,7 @@ def test_equal_logits_are_ordered_by_id() -> None:
 
 
 def test_frequencies_follow_the_probabilities() -> None:
-    """A draw that is deterministic but skewed would pass every other test here."""
+    """Over many positions, tokens are drawn as often as their probabilities say."""
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]])
     expected = logits.softmax(-1)[0]
     drawn = torch.tensor([draw(logits, [Sampling(seed=11)], [position])[0] for position in range(4000)])
@@ -104,7 +104,7 @@ def test_frequencies_follow_the_probabilities() -> None:
 
 
 def test_rows_of_a_batch_do_not_influence_each_other() -> None:
-    """A request's tokens would depend on its company."""
+    """The draw of a row does not depend on the other rows of its batch."""
     logits = _logits(5)
     settings = [
         Sampling(temperature=0.0),
@@ -125,7 +125,7 @@ def test_rows_of_a_batch_do_not_influence_each_other() -> None:
 
 
 def test_greedy_takes_the_lowest_of_equals() -> None:
-    """Greedy output must be reproducible to the token."""
+    """A greedy draw takes the lowest id among the largest logits."""
     logits = torch.zeros(1, 50_000)
     logits[0, [7, 49_000]] = 1.0
 
@@ -133,7 +133,7 @@ def test_greedy_takes_the_lowest_of_equals() -> None:
 
 
 def test_logits_that_are_not_numbers_are_refused() -> None:
-    """A broken kernel must end its request with an error, not with a token."""
+    """NaN logits raise an error that names the row."""
     logits = torch.zeros(2, 8)
     logits[1, 3] = float("nan")
 

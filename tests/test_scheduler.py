@@ -1,4 +1,4 @@
-"""The GlobalScheduler's core: who is there, who gets what, who is announced dead."""
+"""The GlobalScheduler's core: it keeps the list of members, places requests, and announces deaths."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ def decode(name: str, **more) -> Member:
 
 
 def submit(name: str, attempt: int = 0, tokens: int = 10) -> Submit:
-    """A request of some tokens."""
+    """A Submit of a request whose prompt has this many tokens."""
     return Submit(Request(name, attempt, FRONTEND.id, "", pack(range(tokens)), tokens, 5, (), Sampling()))
 
 
 def scheduler(*members: Member, policy=None) -> SchedulerCore:
-    """A core that has heard of the members at time 0."""
+    """A core that received a Load of each member at time 0."""
     core = SchedulerCore(ME, "least_load", policy or LeastLoad())
     for one in members:
         core.receive(one.id, Load(one), 0.0)
@@ -70,13 +70,13 @@ def scheduler(*members: Member, policy=None) -> SchedulerCore:
 
 
 def sent(core: SchedulerCore, kind: type) -> list[Send]:
-    """What it sends of one kind."""
+    """The core's messages of one type."""
     core.check()
     return [one for one in core.take() if isinstance(one, Send) and isinstance(one.message, kind)]
 
 
 def test_pairs_share_a_ready_shard() -> None:
-    """A handoff between workers on different shards would hand over pages the other cannot see."""
+    """Only workers that are ready and on the same ready shard form a pair: one cannot read the pages of another shard."""
     other = member("s1", "MemPoolShard")
     workers = [prefill("p0"), prefill("p1", shard="s1.1"), decode("d0"), decode("d1", shard="s1.1")]
     starting = decode("d2", state="starting")
@@ -89,7 +89,7 @@ def test_pairs_share_a_ready_shard() -> None:
 
 
 def test_a_plan_goes_to_worker_and_frontend_and_repeats_alike() -> None:
-    """A repeated Submit must not start a second attempt elsewhere."""
+    """The plan is sent to the prefill worker and the Frontend; a repeated Submit is answered with the same plan."""
     core = scheduler(SHARD, FRONTEND, prefill("p0"), prefill("p1"), decode("d0"))
     core.receive(FRONTEND.id, submit("r"), 1.0)
     first = core.take()
@@ -102,7 +102,7 @@ def test_a_plan_goes_to_worker_and_frontend_and_repeats_alike() -> None:
 
 
 def test_least_load_spreads_a_burst() -> None:
-    """Reports lag; without counting its own placements a burst would land on one worker."""
+    """The policy counts its own recent placements, because load reports lag: a burst does not all go to one worker."""
     core = scheduler(SHARD, prefill("p0", waiting_tokens=30.0), prefill("p1"), decode("d0"), decode("d1"))
     for i in range(9):
         core.receive(FRONTEND.id, submit(f"r{i}"), 1.0)
@@ -120,7 +120,7 @@ def test_round_robin_takes_turns() -> None:
 
 
 def test_requests_wait_for_a_worker_then_are_refused() -> None:
-    """While a worker restarts a request waits; for ever would be lost."""
+    """A request waits while there is no worker; after HELD_S seconds it is refused with 503."""
     core = scheduler(SHARD, FRONTEND)
     core.receive(FRONTEND.id, submit("placed"), 0.0)
     core.receive(FRONTEND.id, submit("cancelled"), 0.0)
@@ -145,7 +145,7 @@ def test_requests_wait_for_a_worker_then_are_refused() -> None:
 
 
 def test_a_request_that_waits_is_placed_when_it_is_asked_for_again() -> None:
-    """A worker may have become able to take it unannounced; held on as well, it would be placed a second time."""
+    """A repeated Submit of a waiting request places it, if a worker has become free unannounced, and only once."""
     core = scheduler(SHARD, FRONTEND)
     core.receive(FRONTEND.id, submit("r"), 0.0)
     core.fleet.heard(decode("w0"), 0.5)
@@ -157,7 +157,7 @@ def test_a_request_that_waits_is_placed_when_it_is_asked_for_again() -> None:
 
 
 def test_what_a_waiting_request_needs_is_brought_in_meanwhile() -> None:
-    """Else it would wait a second time, for pages of a slower tier, when its turn has come."""
+    """While a request waits, its pages on slower tiers are prefetched, so that it does not wait for them afterwards."""
     core = scheduler(SHARD, FRONTEND)
     for entry, (tier, tokens) in enumerate(((0, pack(range(16))), (1, pack(range(16, 32)))), start=1):
         event = IndexEvent("stored", entry, entry - 1, tokens=tokens, tier=tier)
@@ -169,13 +169,13 @@ def test_what_a_waiting_request_needs_is_brought_in_meanwhile() -> None:
     assert (hint.to, hint.message) == (SHARD.id, Prefetch("", pack(range(32))))
 
 
-def test_a_prompt_that_is_told_of_is_placed_as_if_nothing_of_it_were_cached() -> None:
-    """It is computed whole: taken for cached it would be sent behind others, and be said to come sooner than it can."""
-    for told, expected in ((None, 32), (0, 0)):
+def test_a_prompt_with_log_probabilities_is_placed_as_if_nothing_of_it_were_cached() -> None:
+    """A request for log probabilities of its prompt is placed with 0 cached tokens: such a prompt is computed whole."""
+    for logprobs, expected in ((None, 32), (0, 0)):
         core = scheduler(SHARD, FRONTEND, prefill("p0"), decode("d0"))
         core.receive(SHARD.id, IndexDelta(0, (IndexEvent("stored", 1, 0, tokens=pack(range(32))),)), 0.0)
         plain = submit("r", tokens=40)
-        request = attrs.evolve(plain.request, sampling=Sampling(prompt_logprobs=told))
+        request = attrs.evolve(plain.request, sampling=Sampling(prompt_logprobs=logprobs))
         core.receive(FRONTEND.id, attrs.evolve(plain, request=request), 1.0)
         (placed,) = sent(core, Prefill)
         assert placed.message.plan.expected_tokens == expected
@@ -183,7 +183,8 @@ def test_a_prompt_that_is_told_of_is_placed_as_if_nothing_of_it_were_cached() ->
 
 
 def test_a_cancel_that_crosses_the_plan_follows_it() -> None:
-    """A client that leaves before its Frontend knows the plan would otherwise be served to the end."""
+    """A Cancel that comes after the request was planned is passed on to its workers: its Frontend may not know the plan
+    yet."""
     core = scheduler(SHARD, FRONTEND, prefill("p0"), decode("d0"))
     core.receive(FRONTEND.id, submit("r"), 1.0)
     core.take()
@@ -193,7 +194,8 @@ def test_a_cancel_that_crosses_the_plan_follows_it() -> None:
 
 @pytest.mark.parametrize("how", ["silent", "died", "replaced"])
 def test_the_dead_are_announced_and_fenced_off(how: str) -> None:
-    """Whoever waits for a dead actor must learn of it; one that wakes up must not go on."""
+    """A death is announced to everyone, whether by silence, report or a successor; the dead actor is answered with Gone
+    if it returns."""
     core = scheduler(SHARD, FRONTEND, prefill("p0"), decode("d0"))
     now = 1.0
     if how == "died":
@@ -208,8 +210,8 @@ def test_the_dead_are_announced_and_fenced_off(how: str) -> None:
         assert core.deadline <= now
         core.advance(now)
     announced = [one for one in core.take() if isinstance(one, Send)]
-    told = {one.to for one in announced if isinstance(one.message, Gone) and "d0.1" in one.message.actors}
-    assert told >= {SHARD.id, FRONTEND.id, "p0.1", "d0.1"}
+    informed = {one.to for one in announced if isinstance(one.message, Gone) and "d0.1" in one.message.actors}
+    assert informed >= {SHARD.id, FRONTEND.id, "p0.1", "d0.1"}
     views = [one.message for one in announced if isinstance(one.message, Cluster) and one.to == FRONTEND.id]
     assert "d0.1" in views[-1].gone
     assert "d0.1" not in {one.id for one in views[-1].members}
@@ -229,7 +231,7 @@ def test_a_late_heartbeat_of_a_dead_frontend_harms_no_successor() -> None:
 
 
 def test_one_that_died_unseen_is_declared_dead_when_somebody_waits_for_it() -> None:
-    """It died while no scheduler lived: whoever hands a request over to it would offer that for ever."""
+    """An actor that died while there was no scheduler is declared dead once a worker reports that it waits for it."""
     waiting = attrs.evolve(prefill("p0"), needs=(ActorId("d0.0"),))
     core = scheduler(SHARD, waiting)
     for second in range(1, int(DEAD_AFTER_S) + 1):
@@ -244,7 +246,7 @@ def test_one_that_died_unseen_is_declared_dead_when_somebody_waits_for_it() -> N
 
 
 def test_the_dead_leave_no_trace() -> None:
-    """Every restart has a new id: a scheduler that remembered them all would grow for ever."""
+    """Nothing is kept about dead actors: each restart has a new id, so a scheduler that kept them would grow without end."""
     core = scheduler(SHARD, FRONTEND, prefill("p0"), decode("d0"))
     stored = IndexEvent("stored", 1, tokens=pack(range(16)))
     core.receive(SHARD.id, IndexDelta(0, (stored,)), 1.0)
@@ -258,7 +260,8 @@ def test_the_dead_leave_no_trace() -> None:
 
 
 def test_a_scheduler_that_was_stopped_calls_nobody_silent() -> None:
-    """On waking it would bury the whole cluster: what everyone said meanwhile is still in its inbox."""
+    """A scheduler that was suspended declares nobody dead on waking: what the others sent meanwhile is still in its
+    inbox."""
     core = scheduler(SHARD, prefill("p0"), decode("d0"))
     for second in range(3):
         core.advance(float(second))
@@ -271,8 +274,9 @@ def test_a_scheduler_that_was_stopped_calls_nobody_silent() -> None:
     assert set(gone) == {prefill("p0").id, decode("d0").id}
 
 
-def test_in_a_large_cluster_changes_are_told_together() -> None:
-    """If each of a thousand that start were told to all at once, a view for everyone each time, none would ever be heard."""
+def test_in_a_large_cluster_changes_are_announced_together() -> None:
+    """In a large cluster, views are sent at most once per interval: one for each of a thousand starts would drown
+    everyone."""
     core = scheduler(SHARD, *(decode(f"d{i}") for i in range(2 * SMALL_CLUSTER)))
     more = [decode(f"e{i}") for i in range(50)]
     core.advance(0.5)
@@ -290,7 +294,7 @@ def test_in_a_large_cluster_changes_are_told_together() -> None:
 
 
 def test_one_that_still_starts_may_be_silent_for_longer() -> None:
-    """On a busy machine its imports block it for seconds: fenced off, it would begin anew, and again."""
+    """A member that is still starting is declared dead only after DEAD_STARTING_S: its imports may block it for seconds."""
     core = scheduler(SHARD, decode("d0", state="starting"))
     for second in range(int(DEAD_STARTING_S)):
         core.receive(SHARD.id, Load(SHARD), float(second))
@@ -305,7 +309,7 @@ STORED = (IndexEvent("stored", 1, 0, tokens=pack(range(32))),)
 
 @pytest.mark.parametrize("late", [IndexDelta(0, STORED), IndexSnapshot(1, 0, 1, STORED)])
 def test_what_a_shard_said_before_it_died_is_not_heard_after(late) -> None:
-    """Its pages would be looked for as long as this scheduler lives."""
+    """Index messages that arrive after their shard's death are ignored."""
     core = scheduler(SHARD, prefill("p0"), decode("d0"))
     core.receive(ME.id, Died(SHARD.id), 1.0)
     core.receive(SHARD.id, late, 1.1)

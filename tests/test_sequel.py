@@ -1,4 +1,4 @@
-"""What the index says came after a prompt: its own words, the newest, and nobody else's."""
+"""What the index holds behind a prompt: its own tokens, the newest, and no other tenant's."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ PAGE = 4
 
 
 class Index:
-    """A tree with pages without number."""
+    """A tree with an unlimited number of pages."""
 
     def __init__(self) -> None:
         self.tree = PromptTree(PAGE)
         self.pages = 0
 
     def add(self, tokens: list[int], scope: str = "") -> None:
-        """Retire a sequence's whole pages."""
+        """Insert a sequence's whole pages."""
         whole = tokens[: len(tokens) // PAGE * PAGE]
         pin = self.tree.pin(scope, pack(whole))
         new = whole[pin.tokens :]
@@ -30,12 +30,12 @@ class Index:
         self.tree.unpin(pin)
 
     def sequel(self, tokens: list[int], most: int = 100, scope: str = "") -> list[int]:
-        """As a worker is told."""
+        """The tokens behind a prompt, as a worker gets them."""
         return list(unpack(sequel_of(self.tree, scope, pack(tokens), most)))
 
 
 def test_an_answer_is_found_behind_its_prompt() -> None:
-    """Who asks the same again would wait for what is known."""
+    """The answer that followed a prompt is found, from any place in it, up to a limit."""
     index = Index()
     index.add([*range(10), *range(50, 73)])
     assert index.sequel(list(range(10))) == list(range(50, 72))  # 33 tokens: the last fills no page
@@ -46,7 +46,7 @@ def test_an_answer_is_found_behind_its_prompt() -> None:
 
 
 def test_nothing_is_found_behind_what_is_not_there() -> None:
-    """Another prompt's answer would be guessed, whose tokens this one's is unlike."""
+    """Nothing is found behind a prompt that is not in the index, or at its end."""
     index = Index()
     assert index.sequel([1, 2]) == []
     index.add(list(range(12)))
@@ -58,16 +58,16 @@ def test_nothing_is_found_behind_what_is_not_there() -> None:
     assert index.sequel(list(range(20))) == []
 
 
-def test_another_tenant_s_words_are_not_told() -> None:
-    """One tenant would be told what another's model has said."""
+def test_another_tenant_s_tokens_are_not_found() -> None:
+    """Tokens of another scope are not found."""
     index = Index()
     index.add(list(range(12)), scope="anne")
     assert index.sequel(list(range(5)), scope="ben") == []
     assert index.sequel(list(range(5)), scope="anne") == list(range(5, 12))
 
 
-def test_of_several_the_newest_is_told() -> None:
-    """What was said long ago would be guessed in place of what was said just now."""
+def test_of_several_the_newest_is_found() -> None:
+    """Of several answers the newest is found."""
     index = Index()
     for answer in (20, 30, 40):
         index.add([*range(6), *range(answer, answer + 6)])
@@ -75,8 +75,8 @@ def test_of_several_the_newest_is_told() -> None:
     assert index.sequel([*range(6), 30]) == list(range(31, 36))
 
 
-def test_it_looks_at_few_of_many_and_tells_no_more_than_its_limit() -> None:
-    """A prompt that is a thousand others' beginning would hold up all of the shard's calls."""
+def test_it_looks_at_few_of_many_and_returns_no_more_than_its_limit() -> None:
+    """Only the NEWEST branches are searched, and at most SEQUEL_MAX tokens returned."""
     index = Index()
     for answer in range(NEWEST + 1):
         index.add([*range(4), answer, 1, 2, 3])
@@ -92,7 +92,7 @@ def test_it_looks_at_few_of_many_and_tells_no_more_than_its_limit() -> None:
     st.integers(0, 9),
 )
 def test_it_is_what_some_sequence_goes_on_with(said: list[list[int]], prompt: list[int], most: int) -> None:
-    """Tokens that never stood there, or an empty answer where there is one."""
+    """What is found is the continuation of some sequence, and found if there is one."""
     index = Index()
     for one in said:
         index.add(one)

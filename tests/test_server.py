@@ -1,4 +1,4 @@
-"""The HTTP server on a real socket: limits, clients that leave, shutdown."""
+"""The HTTP server on a real socket: limits, clients that disconnect, shutdown."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from memserve.errors import UserError
 
 
 async def raw(url, *parts, until=b"", wait_s=5.0):
-    """Send bytes on a new connection; what came back until ``until`` was in it or the end."""
+    """Send bytes on a new connection; returns what is received until ``until`` is in it, or the end."""
     host, port = url.removeprefix("http://").split(":")
     stream = await trio.open_tcp_stream(host, int(port))
     received = b""
@@ -54,7 +54,7 @@ WEBSOCKET = (
 
 
 async def test_bodies_are_limited_in_size_time_and_framing():
-    """One client could fill the Frontend's memory, hold its connections, or smuggle requests past a proxy."""
+    """Bodies that are too large, too slow or ambiguously framed are refused."""
     service = FakeService(lambda _r: says("x"))
     async with served(service, body_bytes_max=1000, body_timeout_s=0.2) as url:
         too_large = await raw(url, head(1001))
@@ -83,7 +83,7 @@ async def test_bodies_are_limited_in_size_time_and_framing():
     ],
 )
 async def test_what_never_becomes_a_request_has_a_status_alone(sent, status):
-    """docs/api.md tells clients where no JSON is to be expected: they would fail on parsing it."""
+    """What is no valid HTTP request is answered with a status and no body, as docs/api.md says."""
     async with served(FakeService(lambda _r: says("x"))) as url:
         answer = await raw(url, sent)
     line, _, body = answer.partition(b"\r\n\r\n")
@@ -94,7 +94,7 @@ async def test_what_never_becomes_a_request_has_a_status_alone(sent, status):
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("script", ["silent", "talking"])
 async def test_a_client_that_leaves_cancels_its_request(stream, script):
-    """Workers would go on generating for nobody, and pages would stay taken."""
+    """When a client disconnects, its requests are cancelled at once, streamed or not."""
     talk = [step for _ in range(2000) for step in (Chunk((29,)), 0.005)]
     service = FakeService(lambda _r: talk if script == "talking" else [600.0])
     body = json.dumps({"prompt": "x", "stream": stream, "n": 2}).encode()
@@ -135,7 +135,7 @@ async def test_a_client_that_sends_more_and_leaves_cancels_its_request(more, mon
 
 
 async def test_a_client_that_leaves_in_the_middle_of_its_body_harms_nobody():
-    """A half-sent request would be run, or end in an error that hides real ones."""
+    """A client that disconnects within its body starts no request and disturbs no other."""
     service = FakeService(lambda _r: says("x"))
     async with served(service) as url:
         host, port = url.removeprefix("http://").split(":")
@@ -146,7 +146,7 @@ async def test_a_client_that_leaves_in_the_middle_of_its_body_harms_nobody():
 
 
 async def test_shutdown_lets_running_streams_finish_and_refuses_new_ones():
-    """Ctrl-C would cut answers that were a second from their end."""
+    """During a shutdown running streams finish, and new connections are refused."""
     app = build_app(
         FakeService(lambda _r: says("one two three", delay_s=0.1)), demo_tokenizer(), demo_spec(), settings()
     )
@@ -175,7 +175,7 @@ async def test_shutdown_lets_running_streams_finish_and_refuses_new_ones():
 
 @pytest.mark.parametrize("stream", [True, False])
 async def test_shutdown_does_not_wait_for_idle_connections(stream):
-    """Every client keeps its connection after an answer: each stop would take frontend.drain_s, and end by force."""
+    """A shutdown does not wait for connections that clients keep open after an answer."""
     app = build_app(FakeService(lambda _r: says("x")), demo_tokenizer(), demo_spec(), settings())
     shutdown, ended = trio.Event(), trio.Event()
     body = json.dumps({"prompt": "x", "stream": stream}).encode()
@@ -199,7 +199,7 @@ async def test_shutdown_does_not_wait_for_idle_connections(stream):
 
 
 async def test_a_client_that_stops_reading_cannot_keep_the_server_from_ending(monkeypatch):
-    """One suspended curl would make Ctrl-C hang for good: the server's writes cannot be cancelled."""
+    """A client that does not read is cut off, so that the server can end."""
     monkeypatch.setattr("memserve.api.listening.SILENT_CLIENT_S", 1)
     flood = [step for _ in range(300) for step in (Chunk(tuple(range(300, 5300))), 0.0)]
     service = FakeService(lambda _r: [*flood, 600.0])
@@ -217,7 +217,7 @@ async def test_a_client_that_stops_reading_cannot_keep_the_server_from_ending(mo
 
 
 async def test_an_address_that_cannot_be_bound_is_named():
-    """A second server would end in a traceback instead of saying which setting to change."""
+    """An address that cannot be bound gives an error with the setting's name."""
     service, shutdown = FakeService(lambda _r: []), trio.Event()
     async with served(service) as url:
         port = int(url.rpartition(":")[2])

@@ -1,4 +1,4 @@
-"""The shard's core: what it answers, to whom, how often; what time does to it; and the caller's side."""
+"""The shard's core: its answers, the order of the queue, what happens on its timer, and the caller's side of calls."""
 
 import math
 
@@ -33,7 +33,7 @@ PROMPT = pack(range(9))  # three pages
 
 
 class Shard:
-    """A core with a clock that the test moves."""
+    """A core with a clock that the test advances."""
 
     def __init__(self, pages=8, **limits):
         self.core = ShardCore(Pool(pages, PAGE, 5.0), **limits)
@@ -51,7 +51,7 @@ class Shard:
         return self.heard()
 
     def heard(self):
-        """(to, message) of every Send, every Kill and log event as plain text."""
+        """Its actions: (to, message) for a Send, text for a Kill or a log event."""
         return [_plain(action) for action in self.core.take()]
 
 
@@ -70,7 +70,8 @@ def load(actor):
 
 
 def test_the_way_of_one_request():
-    """If any of these answers were wrong, no request could go from prefill to decode."""
+    """The calls of one request, from the prefill worker's Acquire to the decode worker's FreeMem, and the gauges after
+    them."""
     shard = Shard()
     [(_, acquired)] = shard.say("p.1", Acquire(1, "anne", PROMPT, 1))
     lease = acquired.lease
@@ -87,7 +88,7 @@ def test_the_way_of_one_request():
 
 
 def test_waiting_acquires_are_granted_in_order():
-    """If a small one overtook, a long prompt could starve behind a stream of short ones."""
+    """Waiting acquires are granted in order of arrival: a small one must not overtake a long prompt again and again."""
     shard = Shard(pages=4)
     [(_, first)] = shard.say("p.1", Acquire(1, "anne", PROMPT, 0))
 
@@ -98,7 +99,7 @@ def test_waiting_acquires_are_granted_in_order():
 
 
 def test_an_acquire_is_granted_once_however_often_it_is_repeated():
-    """If a repeat made a second lease, its pages would be held by nobody for as long as the worker lives."""
+    """A repeated Acquire gets the first answer again and no second lease; after the lease ended it is refused."""
     shard = Shard(pages=4)
     [granted] = shard.say("p.1", Acquire(1, "anne", PROMPT, 0))
 
@@ -113,7 +114,7 @@ def test_an_acquire_is_granted_once_however_often_it_is_repeated():
 
 
 def test_a_repeated_alloc_mem_adds_no_pages():
-    """If it did, the shard's page table would be longer than the worker's, and the next pages off by one."""
+    """A repeated AllocMem gets the first answer again and adds no pages."""
     shard = Shard()
     [(_, granted)] = shard.say("p.1", Acquire(1, "anne", PROMPT, 0))
     answer = shard.say("p.1", AllocMem(2, granted.lease, 2))
@@ -123,7 +124,7 @@ def test_a_repeated_alloc_mem_adds_no_pages():
 
 
 def test_a_withdrawn_acquire_is_not_granted():
-    """If it were, a cancelled request would take pages from those that wait."""
+    """A waiting Acquire that was withdrawn is never granted, and late repeats of it are ignored."""
     shard = Shard(pages=4)
     [(_, first)] = shard.say("p.1", Acquire(1, "anne", PROMPT, 0))
     shard.say("p.1", Acquire(2, "anne", PROMPT, 0))
@@ -137,7 +138,7 @@ def test_a_withdrawn_acquire_is_not_granted():
 
 
 def test_a_withdrawal_that_crosses_the_grant_ends_the_lease():
-    """If it did not, nobody would: the worker has forgotten the call when the answer arrives."""
+    """Withdrawing an Acquire that was just granted ends its lease: the worker no longer expects the answer."""
     shard = Shard()
     [(_, granted)] = shard.say("p.1", Acquire(1, "anne", PROMPT, 0))
 
@@ -166,7 +167,7 @@ def test_a_withdrawal_that_crosses_a_lease_s_growth_takes_the_pages_back():
 
 
 def test_the_queue_has_a_limit():
-    """If it had none, a stuck pool would take all memory before anyone noticed."""
+    """Beyond waiting_max an Acquire is refused with QUEUE_FULL; one that can never fit is refused at once."""
     shard = Shard(pages=3, waiting_max=1)
     shard.say("p.1", Acquire(1, "anne", PROMPT, 0))
     shard.say("p.1", Acquire(2, "anne", PROMPT, 0))
@@ -192,7 +193,7 @@ def test_a_wrong_call_is_refused_at_once_and_not_from_the_queue():
 
 
 def test_alloc_mem_never_waits():
-    """If it did, two running requests could wait for each other's pages for ever."""
+    """An AllocMem that cannot be granted is refused at once: two running requests must not wait for each other."""
     shard = Shard(pages=3)
     [(_, granted)] = shard.say("p.1", Acquire(1, "anne", PROMPT, 0))
     [(_, refused)] = shard.say("p.1", AllocMem(2, granted.lease, 1))
@@ -206,7 +207,7 @@ def test_alloc_mem_never_waits():
 
 
 def test_what_comes_free_goes_first_to_a_lease_that_was_refused():
-    """If it went to the queue, one who gives way would be granted the pages that it gave up, again and again."""
+    """Free pages go to a lease whose AllocMem was refused before the queue, where the request that gave them up waits."""
     shard = Shard(pages=4)
     [(_, old)] = shard.say("p.1", Acquire(1, "anne", pack([1]), 0))
     [(_, young)] = shard.say("p.1", Acquire(2, "bob", PROMPT, 0))
@@ -219,7 +220,7 @@ def test_what_comes_free_goes_first_to_a_lease_that_was_refused():
 
 
 def test_a_refused_lease_that_asks_no_more_holds_nobody_up():
-    """If it did, a client that lives with what it has would stop everyone else."""
+    """A refused lease that does not ask again holds up the queue for STARVED_S at most."""
     shard = Shard(pages=4)
     [(_, old)] = shard.say("p.1", Acquire(1, "anne", pack([1]), 0))
     [(_, young)] = shard.say("p.1", Acquire(2, "bob", PROMPT, 0))
@@ -231,7 +232,7 @@ def test_a_refused_lease_that_asks_no_more_holds_nobody_up():
 
 
 def test_a_silent_owner_loses_its_leases_on_the_timer():
-    """If reclaim needed new work to run, an idle cluster would never get a dead worker's pages back."""
+    """An owner without heartbeats is killed and its leases end on a timer, without any new call."""
     shard = Shard()
     shard.say("p.1", Acquire(1, "anne", PROMPT, 0))
     assert shard.core.deadline == 5.0
@@ -246,7 +247,7 @@ def test_a_silent_owner_loses_its_leases_on_the_timer():
 
 
 def test_a_silent_waiter_leaves_the_queue():
-    """If the dead kept their place, those behind them would wait for a grant that nobody takes."""
+    """Waiting acquires of an owner without heartbeats are removed."""
     shard = Shard(pages=3)
     shard.say("p.1", Acquire(1, "anne", PROMPT, 0))
     shard.say("p.2", Acquire(1, "anne", PROMPT, 0))
@@ -258,7 +259,7 @@ def test_a_silent_waiter_leaves_the_queue():
 
 
 def test_the_pages_of_the_gone_go_to_the_waiting():
-    """If they did not, a worker's death would cost the cluster its memory until the lease ran out."""
+    """When an owner is announced gone, its leases and waiting calls end, and the next in the queue gets the pages."""
     shard = Shard(pages=3)
     shard.say("p.1", Acquire(1, "anne", PROMPT, 0))
     shard.say("p.1", Acquire(2, "anne", PROMPT, 0))
@@ -270,7 +271,7 @@ def test_the_pages_of_the_gone_go_to_the_waiting():
 
 
 def test_misuse_is_refused_and_logged():
-    """If a stale free went through, it would end another request."""
+    """Calls on a lease by anyone but its owner are refused, and messages that a shard does not expect are logged."""
     shard = Shard()
     [(_, granted)] = shard.say("p.1", Acquire(1, "anne", PROMPT, 0))
 
@@ -284,7 +285,7 @@ def test_misuse_is_refused_and_logged():
 
 
 def test_old_answers_are_forgotten_but_not_granted_again():
-    """If forgetting an answer made its call new, a very late repeat would leak a lease."""
+    """A very late repeat of a call whose answer was forgotten is refused instead of granted again."""
     shard = Shard(remembered_max=4)
     for call in range(1, 11):
         [(_, granted)] = shard.say("p.1", Acquire(call, "anne", PROMPT, 0))
@@ -296,7 +297,7 @@ def test_old_answers_are_forgotten_but_not_granted_again():
 
 
 class ShardUnderFire(RuleBasedStateMachine):
-    """Workers that send, repeat, withdraw and die in any order; no lease may outlive all knowledge of it."""
+    """Workers that send, repeat, withdraw and die in any order: each lease of the shard is known to its owner."""
 
     def __init__(self):
         super().__init__()
@@ -306,7 +307,7 @@ class ShardUnderFire(RuleBasedStateMachine):
         self.leases: dict[int, str] = {}
 
     def hear(self, heard):
-        """Workers take their answers; a grant that nobody waits for is given back, as the contract says."""
+        """Workers take their answers; a grant that nobody waits for is given back, as the protocol demands."""
         while heard:
             item = heard.pop(0)
             if isinstance(item, str):
@@ -318,7 +319,7 @@ class ShardUnderFire(RuleBasedStateMachine):
             elif isinstance(answer, Acquired) and self.leases.get(answer.lease) != to:
                 heard += self.shard.say(to, FreeMem(answer.lease))
 
-    def tell(self, sender, message):
+    def send(self, sender, message):
         if isinstance(message, Acquire | AllocMem):
             self.sent.append((sender, message))
         self.hear(self.shard.say(sender, message))
@@ -326,34 +327,34 @@ class ShardUnderFire(RuleBasedStateMachine):
     @rule(sender=st.sampled_from(["p.1", "d.1"]), tokens=st.integers(1, 20), extra=st.integers(0, 2))
     def acquire(self, sender, tokens, extra):
         key = len(self.sent) % 5
-        self.tell(sender, self.calls[sender].acquire(key, "anne", pack(range(tokens)), extra))
+        self.send(sender, self.calls[sender].acquire(key, "anne", pack(range(tokens)), extra))
 
     @precondition(lambda self: self.sent)
     @rule(data=st.data())
     def repeat(self, data):
-        self.tell(*data.draw(st.sampled_from(self.sent)))
+        self.send(*data.draw(st.sampled_from(self.sent)))
 
     @rule(sender=st.sampled_from(["p.1", "d.1"]), key=st.integers(0, 4))
     def give_up(self, sender, key):
         for withdrawal in self.calls[sender].forget(key):
-            self.tell(sender, withdrawal)
+            self.send(sender, withdrawal)
 
     @precondition(lambda self: self.leases)
     @rule(data=st.data(), n=st.integers(0, 3))
     def alloc(self, data, n):
         lease = data.draw(st.sampled_from(sorted(self.leases)))
         sender = self.leases[lease]
-        self.tell(sender, self.calls[sender].alloc("a", lease, n))
+        self.send(sender, self.calls[sender].alloc("a", lease, n))
 
     @precondition(lambda self: self.leases)
     @rule(data=st.data())
     def free(self, data):
         lease = data.draw(st.sampled_from(sorted(self.leases)))
-        self.tell(self.leases.pop(lease), FreeMem(lease))
+        self.send(self.leases.pop(lease), FreeMem(lease))
 
     @rule(actor=st.sampled_from(["p.1", "d.1"]))
     def die(self, actor):
-        """A dead actor is replaced under the same name with new numbers; the old one's repeats stop."""
+        """A dead actor is replaced under the same name with new call numbers, and the old one's repeats stop."""
         self.leases = {lease: owner for lease, owner in self.leases.items() if owner != actor}
         self.sent = [(sender, message) for sender, message in self.sent if sender != actor]
         self.calls[actor] = ShardCalls()
@@ -378,7 +379,7 @@ TestShardUnderFire.__doc__ = "A lease that only the shard knows of is memory los
 
 
 def test_calls_remember_what_they_are_for():
-    """If an answer found the wrong request, it would get another's pages."""
+    """ShardCalls numbers calls, finds the request that an answer belongs to, and withdraws forgotten calls."""
     calls = ShardCalls()
     acquire, alloc = calls.acquire("r1", "anne", PROMPT, 2), calls.alloc("r2", 7, 3)
 
@@ -394,7 +395,7 @@ def test_calls_remember_what_they_are_for():
 
 
 def test_a_shard_that_was_stopped_ends_nobodys_leases():
-    """On waking it would kill every worker: their heartbeats are still in its inbox."""
+    """A shard that was suspended gives every owner a full lease time: their heartbeats are still in its inbox."""
     shard = Shard()
     shard.say("p.1", Acquire(1, "anne", PROMPT, 0))
     shard.now = 60.0
@@ -405,7 +406,7 @@ def test_a_shard_that_was_stopped_ends_nobodys_leases():
 
 
 def test_log_lines_carry_their_figures():
-    """If they did not, nobody could tell from the logs where the pages went."""
+    """The log line of an expired lease has its owner and how many leases and pages it freed."""
     shard = Shard()
     shard.core.receive("p.1", Acquire(1, "anne", PROMPT, 0), 0.0)
     shard.core.take()

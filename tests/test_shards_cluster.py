@@ -1,4 +1,4 @@
-"""The whole protocol over two shards, in virtual time: pages that move, or fail to, and always the right tokens."""
+"""The whole protocol over two shards in virtual time: pages that are moved, or fail to be, and always the right tokens."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from trio.testing import MockClock
 
 from memory_cluster import PAGE_BYTES, baseline, generate, memory_cluster, reference
 
-APART = (("p0", "prefill", "s0"), ("d0", "decode", "s1"))
-APART2 = (
+ON_TWO_SHARDS = (("p0", "prefill", "s0"), ("d0", "decode", "s1"))
+PAIRS_ON_TWO_SHARDS = (
     ("p0", "prefill", "s0"),
     ("p1", "prefill", "s0"),
     ("d0", "decode", "s1"),
@@ -27,15 +27,16 @@ MODES = {
 
 
 def prompt(seed: int, length: int) -> list[int]:
-    """Some tokens."""
+    """Random tokens that depend on the seed alone."""
     rng = random.Random(seed)
     return [rng.randrange(2, 49_000) for _ in range(length)]
 
 
 async def chat(cluster, frontend, turns: int = 4, expected=reference) -> list[tuple[int, int, int]]:
-    """Turns of one chat, each checked; of each (prefilled by p0, bytes to s1, bytes to s0).
+    """Turns of one chat, each checked.
 
-    What the request's line in the log says must be what the shards have counted.
+    Returns for each turn the tokens that p0 prefilled, the bytes to s1 and the bytes to s0. What the log line of a
+    request says must be what the shards counted.
     """
     tokens, spent = [], []
 
@@ -71,17 +72,17 @@ def check_line(lines, prompt_tokens, prefilled, to_decode, back) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 async def test_a_chat_over_two_shards(autojump_clock: MockClock, mode) -> None:
-    """The same tokens in every mode; what is computed and moved is what the mode says.
+    """In every caching mode the tokens are right, and what is computed and moved is what the mode promises.
 
-    Policy ``cost`` would also fetch from D what mode 2 has left there.
+    The policy is not ``cost``, which in mode 2 would also fetch from D.
     """
-    async with memory_cluster(*APART, policy="least_load", **MODES[mode]) as (cluster, frontend):
+    async with memory_cluster(*ON_TWO_SHARDS, policy="least_load", **MODES[mode]) as (cluster, frontend):
         spent = await chat(cluster, frontend)
         check_mode(cluster, mode, spent)
 
 
 def check_mode(cluster, mode, spent) -> None:
-    """What was computed and moved in each turn is what the mode says."""
+    """Assert that each turn computed and moved what the mode promises."""
     decoded = cluster.actors["d0"].core.gauges().get("prefill_tokens_total", 0)
     assert decoded == 0, "D computed what P had sent it"
     assert cluster.actors["s1"].core.gauges()["handoff_bytes_copied_total"] == sum(one[1] for one in spent)
@@ -105,15 +106,15 @@ def check_mode(cluster, mode, spent) -> None:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("fails", [lambda n: True, lambda n: n % 2 == 0])
 async def test_transfers_that_break_cost_time_only(autojump_clock: MockClock, mode, fails) -> None:
-    """A fetch that fails is computed again: the same tokens, and nothing stays leased."""
-    async with memory_cluster(*APART, move_fails=fails, **MODES[mode]) as (cluster, frontend):
+    """What a broken transfer did not bring is computed again: the same tokens, and nothing stays leased."""
+    async with memory_cluster(*ON_TWO_SHARDS, move_fails=fails, **MODES[mode]) as (cluster, frontend):
         await chat(cluster, frontend)
 
 
 @pytest.mark.parametrize("mode", MODES)
 async def test_transfers_that_are_late_cost_time_only(autojump_clock: MockClock, mode) -> None:
-    """Past the deadline the pages that a slow sender still writes to are nobody else's."""
-    async with memory_cluster(*APART, move_s=3.0, fetch_s=0.7, **MODES[mode]) as (cluster, frontend):
+    """Pages whose transfer missed its deadline are not reused while a slow sender still writes to them."""
+    async with memory_cluster(*ON_TWO_SHARDS, move_s=3.0, fetch_s=0.7, **MODES[mode]) as (cluster, frontend):
         await chat(cluster, frontend, 3)
 
 
@@ -121,8 +122,11 @@ async def test_transfers_that_are_late_cost_time_only(autojump_clock: MockClock,
 @pytest.mark.parametrize("victim", ["p0", "d0", "s0", "s1"])
 @pytest.mark.parametrize("after", [0.021, 0.041, 0.055, 0.065, 0.075, 0.09, 0.2, 0.5])
 async def test_any_death_at_any_phase(autojump_clock: MockClock, mode, victim, after) -> None:
-    """kill -9 of any worker or shard while pages move: every stream completes with the tokens of an undisturbed run."""
-    async with memory_cluster(*APART2, move_s=0.03, pages=90, **MODES[mode]) as (cluster, frontend):
+    """Any worker or shard is killed while pages move: every stream has the tokens of an undisturbed run."""
+    async with memory_cluster(*PAIRS_ON_TWO_SHARDS, move_s=0.03, pages=90, **MODES[mode]) as (
+        cluster,
+        frontend,
+    ):
         results: dict[int, list[int]] = {}
 
         async def one(i: int) -> None:
@@ -137,7 +141,7 @@ async def test_any_death_at_any_phase(autojump_clock: MockClock, mode, victim, a
             if victim in ("s0", "s1"):  # the supervisor starts it again, and its workers with it
                 await trio.sleep(0.5)
                 await cluster.shard(victim)
-                for name, role, shard in APART2:
+                for name, role, shard in PAIRS_ON_TWO_SHARDS:
                     if shard == victim:
                         await cluster.worker(name, role, shard)
         assert results == {i: reference(prompt(i, 40), 30, seed=i) for i in range(8)}
@@ -146,8 +150,8 @@ async def test_any_death_at_any_phase(autojump_clock: MockClock, mode, victim, a
 
 @pytest.mark.parametrize("mode", ["2", "3"])
 async def test_small_pools_serve_all(autojump_clock: MockClock, mode) -> None:
-    """Two pools too small for everyone, one waiting for the other: all finish."""
-    async with memory_cluster(*APART2, pages=40, **MODES[mode]) as (cluster, frontend):
+    """Two pools that are too small for all requests, with waiting on both: all finish."""
+    async with memory_cluster(*PAIRS_ON_TWO_SHARDS, pages=40, **MODES[mode]) as (cluster, frontend):
         results: dict[int, list[int]] = {}
 
         async def one(i: int) -> None:
@@ -164,8 +168,8 @@ async def test_small_pools_serve_all(autojump_clock: MockClock, mode) -> None:
 async def test_an_answer_that_does_not_come_back_is_asked_for_once_more(
     autojump_clock: MockClock, fails, returned
 ) -> None:
-    """One broken transfer costs the next turn nothing; one that breaks always is counted."""
-    async with memory_cluster(*APART, move_fails=fails, **MODES["3"]) as (cluster, frontend):
+    """Returning an answer's pages is tried twice, and a return that fails both times is counted."""
+    async with memory_cluster(*ON_TWO_SHARDS, move_fails=fails, **MODES["3"]) as (cluster, frontend):
         with capture_logs() as lines:
             await generate(frontend, prompt(0, 8), 9)
             await trio.sleep(1)
@@ -182,10 +186,10 @@ async def test_an_answer_that_does_not_come_back_is_asked_for_once_more(
     ("ahead", "move_s", "transfers"), [(False, 0.01, 1), (True, 0.001, 5), (True, 0.015, 4), (True, 0.2, 2)]
 )
 async def test_pages_go_ahead_of_the_hand_over(autojump_clock: MockClock, ahead, move_s, transfers) -> None:
-    """What is full is sent while the rest of the prompt is computed; no page goes twice, however slow the way is."""
+    """Full pages are sent while the rest of the prompt is computed, and no page is sent twice."""
     moves: list[int] = []
     settings = {"ahead": ahead, "move_s": move_s, "policy": "least_load", "move_fails": moves.append}
-    async with memory_cluster(*APART, **settings, **MODES["2"]) as (cluster, frontend):
+    async with memory_cluster(*ON_TWO_SHARDS, **settings, **MODES["2"]) as (cluster, frontend):
         tokens = prompt(1, 130)  # five steps
         with capture_logs() as lines:
             assert await generate(frontend, tokens, 20) == reference(tokens, 20)

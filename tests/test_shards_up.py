@@ -1,4 +1,4 @@
-"""Two shards as a user starts them, with pages going over TCP: a chat whose second turn finds what the first has left on both."""
+"""Two shards as a user starts them, with pages sent over TCP: the second turn of a chat finds the first on both."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TURN = 40
 
 
 def test_a_chat_whose_pages_go_over_tcp(tmp_path: Path) -> None:
-    """If the movers of a real cluster were never started, every handoff would be computed again, and nobody would notice."""
+    """Pages are sent, returned and found again over TCP, with right tokens and counts."""
     settings = ("transfer.path=tcp", "scheduler.policy=least_load", "model.dtype=float32")
     with running("2shards.toml", tmp_path, *settings) as cluster:
         first = prompt(100, 1, VOCAB)

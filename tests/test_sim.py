@@ -1,4 +1,4 @@
-"""The simulator: hundreds of seeded runs in which everything goes wrong, and proof that it would notice."""
+"""The simulator: hundreds of seeded runs with every kind of fault, and tests that it would notice a violation."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ GROUPS += [(f"all:{start}", KINDS, range(start, start + 20)) for start in range(
 
 @pytest.mark.parametrize(("kinds", "seeds"), [one[1:] for one in GROUPS], ids=[one[0] for one in GROUPS])
 def test_whatever_goes_wrong_nothing_is_lost(kinds, seeds) -> None:
-    """Each request ends once with the right tokens, no page has two writers, all comes to rest: else the seed is printed."""
+    """Under any faults each request ends once with the right tokens, no page has two writers, and all comes to rest."""
     bad = [(one.seed, one.violation) for one in (fuzz(seed, kinds) for seed in seeds) if one.violation]
     assert not bad, f"memserve sim --faults {','.join(kinds)} --runs 1 --seed {bad[0][0]}: {bad[0][1]}"
 
@@ -48,22 +48,22 @@ def test_whatever_goes_wrong_nothing_is_lost(kinds, seeds) -> None:
         (
             "pause",
             39,
-            "a shard that was held for dead while it slept was never told to leave, and no worker could join it",
+            "a shard that was declared dead while it was paused never learned of it, and no worker could join it",
         ),
         (
             "pause",
             34,
-            "a Frontend that was held for dead while it slept went on without a view, its requests dropped",
+            "a Frontend that was declared dead while it was paused went on without a view, its requests dropped",
         ),
-        ("partition", 14, "a scheduler span when a member's silence ended between two floats"),
+        ("partition", 14, "a scheduler looped for ever when a member's silence ended between two floats"),
         ("partition", 0, "a worker that missed the one view that named its shard waited for ever"),
         (
             "all",
             230,
-            "a decode worker with another lease of an attempt said that it had taken this one too: it leaked",
+            "a decode worker with another lease of an attempt answered that it had taken this one too: it leaked",
         ),
-        ("loss", 1, "an AllocMem that was lost was never repeated, and its stream stood still"),
-        ("loss", 4, "a Prefill or a last Tokens that was lost was missed by nobody"),
+        ("loss", 1, "an AllocMem that was lost was never repeated, and its stream stopped"),
+        ("loss", 4, "nobody noticed that a Prefill or the last Tokens was lost"),
         ("loss", 10, "an Acquire that was lost was never repeated"),
         (
             "duplication",
@@ -73,58 +73,58 @@ def test_whatever_goes_wrong_nothing_is_lost(kinds, seeds) -> None:
         (
             "all",
             258,
-            "a shard that died together with the scheduler was mourned by nobody, and its workers stayed with it",
+            "a shard that died together with the scheduler was never announced dead, and its workers stayed with it",
         ),
         (
             "all",
             1118,
-            "a decode worker that died together with the scheduler was mourned by nobody, and offered a request for ever",
+            "a decode worker that died together with the scheduler was never announced dead, and was offered a request for ever",
         ),
     ],
 )
-def test_what_the_simulator_found_stays_mended(kinds, seed, harm) -> None:
-    """These seeds failed once, for the reason given."""
+def test_what_the_simulator_found_stays_fixed(kinds, seed, harm) -> None:
+    """Seeds that failed once, for the reason given, do not fail again."""
     found = fuzz(seed, tuple(one for one in parse(kinds) if one != "tear"), across=False)
     assert found.violation == "", harm
 
 
 def caught(kinds: str, seeds: range) -> list[str]:
-    """What the runs complain about."""
+    """The violations that the runs with these seeds report."""
     return [one.violation for one in (fuzz(seed, parse(kinds)) for seed in seeds) if one.violation]
 
 
 def test_a_lost_release_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If it were not, a worker that forgets to give pages back would empty the pool unseen."""
+    """The simulator notices workers that do not give their pages back."""
     monkeypatch.setattr(Paging, "release", Paging.forget)
     assert any("leases" in one for one in caught("none", range(6)))
 
 
 def test_a_missing_fence_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If it were not, a worker that wakes up would write to pages that are another's by now."""
+    """The simulator notices a worker that wakes up and writes to pages which belong to another."""
     monkeypatch.setattr(ShardCore, "_fence", lambda self, owner: None)
     assert any("is written by" in one or "writes to pages" in one for one in caught("pause", range(20)))
 
 
 def test_a_page_that_is_still_written_to_from_afar_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If it were not, a receiver that is tired of waiting would give pages away that a slow sender still fills."""
+    """The simulator notices a receiver that gives pages away while a slow sender still writes to them."""
     monkeypatch.setattr(Incoming, "_ask_to_stop", lambda self, key, one, now: self._release(key))
     assert any("no transfer holds" in one or "at once" in one for one in caught("pause", range(40)))
 
 
 def test_a_page_shown_before_it_is_there_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If it were not, what broke off in the middle would be served."""
+    """The simulator notices pages that are served although their transfer broke off."""
     monkeypatch.setattr(Exchange, "release", Exchange.commit)
     assert any("hold other tokens" in one or "an undisturbed run" in one for one in caught("tear", range(20)))
 
 
 def test_a_skipped_snapshot_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If it were not, a scheduler would route by an index that it does not know."""
+    """The simulator notices a scheduler that ignores an index snapshot."""
     monkeypatch.setattr(IndexFeed, "snapshot", lambda self, sender, part, now: [])
     assert any("does not know the index" in one for one in caught("loss", range(20)))
 
 
 def test_one_seed_is_one_run() -> None:
-    """Byte for byte, whatever order sets of this process have: else a seed that failed could not be looked at."""
+    """A seed gives the same run byte for byte, whatever the hash seed: a failing seed must be reproducible."""
     code = "from memserve.sim.fuzz import fuzz; print([fuzz(seed) for seed in (3, 5)])"
     found = {
         subprocess.run(
@@ -143,7 +143,7 @@ def test_one_seed_is_one_run() -> None:
 
 
 def made_up_trace(lines: int) -> list[dict]:
-    """Requests whose hash ids chain as in Mooncake's traces: an id stands for a block and all before it."""
+    """Requests whose hash ids chain as in Mooncake's traces: an id stands for a block and all blocks before it."""
     rng = random.Random(7)
     ids: dict[tuple[int, ...], int] = {}
     rows = []
@@ -160,7 +160,8 @@ def made_up_trace(lines: int) -> list[dict]:
 
 
 def reused_blocks(rows: list[dict]) -> int:
-    """Full blocks at the beginning of each prompt that came before, by the ids alone; a last token is always computed."""
+    """The number of full blocks at the start of prompts that came before, by the ids alone; a last token is always
+    computed."""
     seen: set[int] = set()
     hits = 0
     for row in rows:
@@ -176,7 +177,7 @@ def reused_blocks(rows: list[dict]) -> int:
 
 @pytest.mark.parametrize("layout", ["colocated", "1P1D"])
 def test_a_trace_finds_exactly_what_its_ids_say(tmp_path: Path, layout: str) -> None:
-    """If it failed, tokens of different blocks would be alike, or pages would be lost, and no hit share could be trusted."""
+    """A replayed trace has as many cached tokens as its hash ids promise."""
     rows = made_up_trace(80)
     path = tmp_path / "trace.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows))
@@ -202,7 +203,7 @@ def test_a_trace_finds_exactly_what_its_ids_say(tmp_path: Path, layout: str) -> 
     ],
 )
 def test_a_wrong_line_of_a_trace_is_named(tmp_path: Path, line: str, complaint: str) -> None:
-    """Someone with a file of another format must learn at once which line is wrong and what it should be."""
+    """A wrong line of a trace file is reported with its number and what was expected."""
     path = tmp_path / "trace.jsonl"
     path.write_text(line)
     with pytest.raises(UserError, match="line 1") as caught_error:
@@ -243,14 +244,14 @@ def test_workers_are_busy_while_there_are_requests() -> None:
 
 
 def sim(*words: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
-    """Exit status and output of `memserve sim`."""
+    """Run `memserve sim`; returns its exit status and output."""
     status = cli.run(["sim", *words])
     said = capsys.readouterr()
     return status, said.out + said.err
 
 
 def test_a_run_with_faults_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
-    """The whole way of the command, on a real configuration; twice the same words give the same bytes."""
+    """The command runs a real configuration with faults and reports it; the same arguments give the same bytes."""
     words = (
         "--workload",
         "react",
@@ -271,7 +272,7 @@ def test_a_run_with_faults_is_reported(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_layouts_and_policies_are_compared_by_an_slo(capsys: pytest.CaptureFixture[str]) -> None:
-    """Capacity planning: one table says which layout and policy keeps a promise, and which does not."""
+    """One table compares layouts and policies and says which of them meet the SLO."""
     configs = [str(ROOT / "configs" / name) for name in ("colocated.toml", "2p2d.toml")]
     words = ("--workload", "loogle", "--rate", "40", "--requests", "60", "--pages", "4000", "--json")
     status, said = sim(
@@ -310,14 +311,14 @@ def test_layouts_and_policies_are_compared_by_an_slo(capsys: pytest.CaptureFixtu
     ],
 )
 def test_what_cannot_be_simulated_is_explained(words, complaint, capsys: pytest.CaptureFixture[str]) -> None:
-    """One line that names the option, no traceback."""
+    """Wrong arguments give one line that names the option, and no traceback."""
     status, said = sim(*words, capsys=capsys)
     assert status == cli.STATUS_USER_ERROR
     assert complaint in said and "Traceback" not in said
 
 
 def test_workers_of_one_site_crowd_one_another_and_cost_knows_it() -> None:
-    """If it failed, a plan for one small host would be one for two, and streams would be spread over its workers."""
+    """Workers on one host slow each other down, and the ``cost`` policy therefore keeps streams together."""
     costs = costs_of(ROOT / "configs/costs/135m-two-cores.toml")
     sessions = tuple(generated("sharegpt", rate=1.5, requests=60, seed=3))
 
@@ -325,9 +326,9 @@ def test_workers_of_one_site_crowd_one_another_and_cost_knows_it() -> None:
         layout = fixed("colocated", 2, pages=4000, shared=True, policy=policy)
         return simulate(Run(layout=on_sites(layout, sites), sessions=sessions, costs=costs, seed=3))
 
-    spread, apart = run("least_load", 1), run("least_load", 0)
-    assert spread.jct_s.mean > 1.3 * apart.jct_s.mean
-    assert run("least_load", 2).digest != "" and run("least_load", 2).jct_s == apart.jct_s
+    spread, separate = run("least_load", 1), run("least_load", 0)
+    assert spread.jct_s.mean > 1.3 * separate.jct_s.mean
+    assert run("least_load", 2).digest != "" and run("least_load", 2).jct_s == separate.jct_s
     together = run("cost", 1)
     assert together.jct_s.mean < 0.85 * spread.jct_s.mean
     assert max(one.decode_tokens for one in together.workers) > 0.8 * sum(
@@ -336,14 +337,14 @@ def test_workers_of_one_site_crowd_one_another_and_cost_knows_it() -> None:
 
 
 def test_a_step_is_crowded_for_as_long_as_its_neighbour_is_in_one() -> None:
-    """A prompt beside a short step would be told as slow to its end, and a stream beside a prompt as if it had the cores."""
+    """A step is slowed down exactly while its neighbour runs one, and a decode step waits for its share of the cores."""
     costs = StepCosts(((1, 0.1),), decode_crowding=0.5, prefill_crowding=1.0)
     world, site, ends = World(Network(random.Random(0))), Site("one", 2, 2), []
     sites = Sites(world, costs)
 
     def begin(name: str, seconds: float, prompts: bool, where: Site | None = site) -> None:
-        def done(took: float, beside: float) -> None:
-            ends.append((name, *(round(one, 9) for one in (world.now, took, beside))))
+        def done(took: float, shared: float) -> None:
+            ends.append((name, *(round(one, 9) for one in (world.now, took, shared))))
 
         sites.begin(where, name, seconds, prompts, done)
 
@@ -351,8 +352,8 @@ def test_a_step_is_crowded_for_as_long_as_its_neighbour_is_in_one() -> None:
     world.at(0.2, begin, "stream", 0.2, False)
     world.at(1.01, begin, "stream", 0.1, False)
     world.run(10.0)
-    # The stream waits until 0.7, takes half as long again, and in these 0.3 s the prompt does half of what it would. Its next
-    # step follows at once, and has its share at once.
+    # The stream waits until 0.7 and takes 1.5 times as long; in these 0.3 s the prompt runs at half its speed. The stream's
+    # next step follows at once, and gets its share at once.
     assert ends == [("stream", 1.0, 0.3, 1.0), ("stream", 1.16, 0.15, 1.0), ("prompt", 1.225, 1.225, 0.225)]
     ends.clear()
     world.at(2.0, begin, "prompt", 0.2, True)
@@ -367,7 +368,7 @@ def test_a_step_is_crowded_for_as_long_as_its_neighbour_is_in_one() -> None:
 def test_the_search_names_the_seed_that_fails(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The nightly run must end with an error and with the command that shows it again."""
+    """A search that finds a failing seed ends with an error and prints the command that repeats it."""
     assert sim("--faults", "all", "--runs", "3", capsys=capsys)[0] == 0
     for harm in (Paging.forget, lambda *_: None.gone):
         monkeypatch.setattr(Paging, "release", harm)
@@ -379,7 +380,7 @@ def test_the_search_names_the_seed_that_fails(
 def test_the_guide_shows_what_the_command_prints(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever tries the example would doubt that a run is the same everywhere."""
+    """The output in docs/simulator.md is what its command prints."""
     monkeypatch.chdir(ROOT)
     guide = (ROOT / "docs/simulator.md").read_text()
     command = next(line for line in guide.replace("\\\n", " ").splitlines() if "--slo ttft=0.2" in line)
@@ -391,13 +392,13 @@ def test_the_guide_shows_what_the_command_prints(
 
 
 def test_every_kind_of_fault_is_documented() -> None:
-    """One that is not would be asked for by nobody."""
+    """Every kind of fault is named in docs/operations.md and docs/simulator.md."""
     said = (ROOT / "docs/operations.md").read_text(), (ROOT / "docs/simulator.md").read_text()
     assert all(f"`{kind}`" in text for kind in KINDS for text in said)
 
 
 def test_gpus_of_one_host_move_pages_in_the_simulator_too(capsys: pytest.CaptureFixture[str]) -> None:
-    """A path that real shards have and simulated ones have not could not be planned for."""
+    """Simulated shards move pages over the ``cuda`` path as real ones do."""
     words = ("--workload", "sharegpt", "--requests", "10", "--pages", "4000", "--json")
     status, said = sim("-c", str(ROOT / "configs/two-gpus.toml"), *words, capsys=capsys)
     assert status == 0, said

@@ -1,4 +1,4 @@
-"""Which workers a request is given to where several share the cores of a host, or a GPU."""
+"""Placement of requests where several workers share the cores of a host, or a GPU."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ def two_workers(*sites: Site | None, **load: float) -> World:
 
 
 def test_streams_of_one_site_are_put_together_where_answers_are_long() -> None:
-    """If it failed, two workers would read the weights from the same memory, each on half of the cores."""
+    """Streams of one host are placed on one worker: two would share its cores and read the weights twice."""
     short = pack(range(32))
-    together, apart = two_workers(HOST, HOST, **busy(0, 5)), two_workers(None, None, **busy(0, 5))
+    together, separate = two_workers(HOST, HOST, **busy(0, 5)), two_workers(None, None, **busy(0, 5))
     assert [together.place(short, 300).decode for _ in range(4)] == ["w0.1"] * 4
-    assert apart.place(short, 300).decode == "w1.1", "another machine's cores are free for the asking"
+    assert separate.place(short, 300).decode == "w1.1", "the cores of another machine are free"
 
 
 def test_streams_that_are_on_both_workers_of_a_site_come_together_again() -> None:
-    """If it failed, one stream on each would keep both busy for ever."""
+    """A new stream goes to the worker with more streams, so that the other one becomes idle."""
     world = two_workers(HOST, HOST, **busy(0, 5))
     world.report("w1@s0", SHARING, HOST, **busy(0, 1))
     assert world.place(pack(range(32)), 300).decode == "w0.1"
 
 
 def test_a_queue_is_shared_with_the_other_worker_of_the_site() -> None:
-    """If it failed, a host would run prompts on one worker; two together are faster, because one uses two cores badly."""
+    """A queue of prompts is shared between both workers of a host: one alone uses the cores badly."""
     world = two_workers(HOST, HOST, **busy(2000))
     assert world.place(max_tokens=2).prefill == "w1.1"
     many = [world.place(pack(range(i * 500, i * 500 + 480)), 2).prefill for i in range(8)]
@@ -50,7 +50,7 @@ def test_a_queue_is_shared_with_the_other_worker_of_the_site() -> None:
 
 
 def test_streams_are_not_crowded_for_a_prompt_that_gains_little() -> None:
-    """If it failed, ten streams would run at half their speed for the sake of one short prompt."""
+    """A short prompt does not start a second worker beside many streams, unless it would wait long."""
     world = two_workers(HOST, HOST, **busy(0, 10))
     assert world.place(pack(range(8)), 2).prefill == "w0.1"
     world.report("w0@s0", SHARING, HOST, **busy(8000, 10))
@@ -58,7 +58,7 @@ def test_streams_are_not_crowded_for_a_prompt_that_gains_little() -> None:
 
 
 def test_a_warm_turn_runs_in_a_step_of_many_streams_rather_than_beside_it() -> None:
-    """If it failed, an overloaded host would give each warm turn half of its cores, for first tokens at the cost of all answers."""
+    """A cached turn joins a step of many streams instead of taking half of the cores, unless others' delay counts little."""
     world = two_workers(HOST, HOST, **busy(0, 30))
     world.cache("s0", DOCUMENT)
     assert world.place(DOCUMENT + pack(range(4)), 30).prefill == "w0.1"
@@ -67,37 +67,37 @@ def test_a_warm_turn_runs_in_a_step_of_many_streams_rather_than_beside_it() -> N
 
 
 def test_times_are_those_beside_busy_neighbours() -> None:
-    """If it failed, deadlines would be promised by the speed that a worker has alone."""
-    alone, beside = (two_workers(site, HOST, **busy(0)) for site in (None, HOST))
-    for world in (alone, beside):
+    """Predicted times include the slowdown by busy neighbours, and change as soon as these report."""
+    alone, shared = (two_workers(site, HOST, **busy(0)) for site in (None, HOST))
+    for world in (alone, shared):
         world.report("w1@s0", SHARING, HOST, **busy(0, 3))
-    one, other = (world.fleet.workers[ActorId("w0.1")] for world in (alone, beside))
+    one, other = (world.fleet.workers[ActorId("w0.1")] for world in (alone, shared))
     assert other.prefill_s(512, 0, 100.0) == pytest.approx(1.55 * one.prefill_s(512, 0, 100.0))
     assert other.streams_crowded() == pytest.approx(1 + 0.85 * 3 / 4), "the third of three has ended by then"
-    beside.report("w0@s0", SHARING, HOST, **busy(0, 4))
-    neighbour = beside.fleet.workers[ActorId("w1.1")]
-    assert neighbour.step_s == pytest.approx(1.85 * neighbour.alone_s), "it was told at once"
-    beside.fleet.forget(ActorId("w0.1"))
-    beside.report("w1@s0", SHARING, HOST, **busy(0, 3))
+    shared.report("w0@s0", SHARING, HOST, **busy(0, 4))
+    neighbour = shared.fleet.workers[ActorId("w1.1")]
+    assert neighbour.step_s == pytest.approx(1.85 * neighbour.alone_s), "the new load counts at once"
+    shared.fleet.forget(ActorId("w0.1"))
+    shared.report("w1@s0", SHARING, HOST, **busy(0, 3))
     assert neighbour.step_s == neighbour.alone_s
-    beside.fleet.forget(ActorId("w1.1"))
-    assert beside.fleet.sites == {}
+    shared.fleet.forget(ActorId("w1.1"))
+    assert shared.fleet.sites == {}
 
 
 def test_sites_of_their_own_change_no_decision() -> None:
-    """If it failed, clusters of one worker a host or a GPU would be placed differently than before."""
+    """Workers that share no cores are placed as if they reported no site."""
     decided = []
-    for told in (False, True):
+    for reported in (False, True):
         world, rng = World(policy=fetching(1 / 4e9)), random.Random(7)
         for _ in range(150):
             name = f"w{rng.randrange(6)}"
-            site = Site(name, cores=2, threads=2) if told else None
+            site = Site(name, cores=2, threads=2) if reported else None
             world.report(
                 f"{name}@s{name[1:]}", SHARING, site, **busy(rng.choice((0, 300, 4000)), rng.randrange(9))
             )
             begin = rng.randrange(0, 40_000, 500)
             choice = world.place(pack(range(begin, begin + rng.choice((64, 900)))), rng.choice((2, 100)))
-            decided.append((told, choice.prefill, choice.decode, choice.seconds, choice.candidates))
+            decided.append((reported, choice.prefill, choice.decode, choice.seconds, choice.candidates))
             world.now += 0.02
     half = len(decided) // 2
     assert [one[1:] for one in decided[:half]] == [one[1:] for one in decided[half:]]
@@ -105,7 +105,7 @@ def test_sites_of_their_own_change_no_decision() -> None:
 
 
 def test_the_busiest_of_a_site_is_looked_at_among_many_hosts() -> None:
-    """If it failed, idle workers beside busy ones, with the shortest queues, would be all that is priced."""
+    """Among many hosts, busy workers are priced too, not only idle ones beside them."""
     world = World()
     for host in range(8):
         for i in range(2):
@@ -115,7 +115,7 @@ def test_the_busiest_of_a_site_is_looked_at_among_many_hosts() -> None:
 
 
 def test_slices_of_a_site() -> None:
-    """If it failed, workers with cores enough for all of them would be priced as if they crowded one another."""
+    """Workers with enough cores for all of them are not slowed down."""
     assert Site("a", cores=64, threads=16).slices(3) == 1.0
     assert Site("a", cores=64, threads=16).slices(7) == 2.0
     assert Site("gpu").slices(1) == 2.0

@@ -1,4 +1,4 @@
-"""A supervisor and its actors as real processes; the actors do nothing but live and die (see fake_cluster.py)."""
+"""A supervisor and its actors as real processes; the actors only start, report and die (see fake_cluster.py)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PATIENCE_S = 20.0
 
 
 def until(condition: Callable[[], object]) -> float:
-    """Wait for other processes; the seconds it took."""
+    """Wait until the condition holds; returns the seconds that it took."""
     begun = time.monotonic()
     while not condition():
         assert time.monotonic() < begun + PATIENCE_S, "it did not happen"
@@ -54,11 +54,11 @@ class Cluster:
         return (self.log_dir / "output").read_text()
 
     def said(self, name: str) -> str:
-        """By a `memserve join`."""
+        """The output of a `memserve join`."""
         return (self.log_dir / f"output-{name}").read_text()
 
     def join(self, name: str, **behaviour: str) -> subprocess.Popen[str]:
-        """Add a worker from another terminal."""
+        """Add a worker, as from another terminal."""
         command = [sys.executable, fake_cluster.__file__, "join", str(self.log_dir), json.dumps(behaviour)]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         with (self.log_dir / f"output-{name}").open("w") as output:
@@ -76,7 +76,7 @@ class Cluster:
 
     @property
     def down(self) -> list[dict[str, str]]:
-        """What the Frontends were told of actors that do not live, each change."""
+        """The reports to Frontends about actors that are down, one for each change."""
         file = self.log_dir / "down"
         return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
@@ -84,7 +84,7 @@ class Cluster:
         return [name for found, name, _ in self.notes if found == word]
 
     def pid(self, actor: str) -> int:
-        """Of the actor's last incarnation."""
+        """The process id of the actor's last incarnation."""
         return next(int(pid) for word, name, pid in reversed(self.notes) if word == "ready" and name == actor)
 
     @property
@@ -94,25 +94,25 @@ class Cluster:
 
     @property
     def pids(self) -> list[int]:
-        """Of every actor ever started."""
+        """The process ids of all actors ever started."""
         return [int(str(line["child_pid"])) for line in self.events if line["event"] == "actor started"]
 
     def until_ready(self, actors: int = 4) -> None:
         until(lambda: len(self.names("ready")) == actors and "curl" in self.output)
 
     def end(self, number: int = signal.SIGTERM) -> int:
-        """Send a signal and wait; the exit status."""
+        """Send a signal and wait; returns the exit status."""
         self.process.send_signal(number)
         return self.process.wait(PATIENCE_S)
 
     def left(self) -> list[object]:
-        """What a cluster must not leave behind."""
+        """Processes and files that a cluster must not leave behind."""
         return [*filter(alive, self.pids), *place_path(self.log_dir).parent.iterdir()]
 
 
 @pytest.fixture
 def start(tmp_path, monkeypatch) -> Iterator[Callable[..., Cluster]]:
-    """Start a fake cluster with the given behaviour of its actors; nothing of it may be left after the test."""
+    """A function that starts a fake cluster whose actors behave as given; nothing of it may be left after the test."""
     clusters: list[Cluster] = []
     with tempfile.TemporaryDirectory(prefix="mst") as base:
         monkeypatch.setenv("XDG_RUNTIME_DIR", base)
@@ -137,7 +137,7 @@ def start(tmp_path, monkeypatch) -> Iterator[Callable[..., Cluster]]:
 
 
 def test_life_of_a_cluster(start):
-    """A cluster could not be found, started twice, would burn CPU while idle, or stop in an order that loses requests."""
+    """A cluster can be found, refuses a second start, takes no CPU while idle, and stops its actors in the right order."""
     cluster = start()
     cluster.until_ready()
     assert find_running(cluster.log_dir)["url"] == "http://127.0.0.1:1"
@@ -156,7 +156,7 @@ def test_life_of_a_cluster(start):
 
 
 def idle_share(pids: list[int]) -> float:
-    """Cores that the processes take while nothing happens, measured over half a second."""
+    """Cores that the processes use while nothing happens, measured over half a second."""
 
     def used_ns() -> int:
         return sum(int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) for pid in pids)
@@ -168,7 +168,7 @@ def idle_share(pids: list[int]) -> float:
 
 
 def test_killed_actor_comes_back_and_its_death_is_announced(start):
-    """kill -9 of a worker would cost its capacity for good, or requests would wait for the dead until they time out."""
+    """An actor that was killed is restarted, and the scheduler and the Frontends learn of its death."""
     cluster = start()
     cluster.until_ready()
     killed = cluster.pid("w0")
@@ -184,13 +184,13 @@ def test_killed_actor_comes_back_and_its_death_is_announced(start):
 
 
 def test_kill_of_the_supervisor_leaves_nothing(start):
-    """Actors would go on in the background, hold their port and memory, and block the next start."""
+    """When the supervisor is killed, its actors end as well; until a stopped one has ended, no successor may start."""
     cluster = start(w0="hung", scheduler_0="blocked")
     cluster.until_ready()
     os.kill(cluster.pid("s0"), signal.SIGSTOP)
     os.kill(cluster.process.pid, signal.SIGKILL)
     cluster.process.wait()
-    # A stopped process still holds the place: its successor may not start, and it ends as soon as it runs again.
+    # A stopped process still holds the place, so that no successor may start; it ends as soon as it continues.
     until(lambda: sum(map(alive, cluster.pids)) == 1)
     with pytest.raises(UserError, match="still shutting down"):
         Place.claim(cluster.log_dir)
@@ -200,7 +200,7 @@ def test_kill_of_the_supervisor_leaves_nothing(start):
 
 
 def test_actors_that_stand_still_are_replaced(start):
-    """Their processes exist, so nobody else would ever start others: requests would wait for them for good."""
+    """Actors that hang are killed and restarted, and no others."""
     cluster, still = start(), ("scheduler-0", "s0")
     cluster.until_ready()
     for actor in still:
@@ -209,12 +209,12 @@ def test_actors_that_stand_still_are_replaced(start):
     for actor in still:
         until(lambda: cluster.names("ready").count(actor) == 2)  # noqa: B023
         assert f"{actor} hung and was killed; restarting it" in cluster.output
-    assert len(cluster.names("ready")) == 6  # nobody else
+    assert len(cluster.names("ready")) == 6  # no other actor was restarted
     assert cluster.end() == 0
 
 
 def test_a_cluster_that_was_stopped_as_a_whole_goes_on(start):
-    """Ctrl-Z and fg: nobody could speak meanwhile, so nobody may be taken for hung."""
+    """After Ctrl-Z and fg of the whole cluster, no actor is taken for hung."""
     cluster = start()
     cluster.until_ready()
     everyone = [cluster.process.pid, *cluster.pids]
@@ -248,7 +248,7 @@ def test_a_full_disk_ends_no_cluster(start):
 
 
 def test_actor_that_ignores_the_drain_is_killed(start):
-    """One stuck actor would keep Ctrl-C from ever ending."""
+    """An actor that does not finish draining in time is killed, and the shutdown goes on."""
     cluster = start(w0="deaf")
     cluster.until_ready()
 
@@ -258,7 +258,7 @@ def test_actor_that_ignores_the_drain_is_killed(start):
 
 
 def test_second_signal_stops_at_once(start):
-    """The user would have to wait for requests that they have given up."""
+    """A second signal ends the shutdown at once, without waiting for the drain."""
     cluster = start(frontend_0="deaf", w0="hung")
     cluster.until_ready()
     cluster.process.terminate()
@@ -271,7 +271,7 @@ def test_second_signal_stops_at_once(start):
 
 
 def test_user_error_of_an_actor_ends_the_start(start):
-    """A port in use would be a crash loop with tracebacks instead of one sentence."""
+    """A user error of an actor, such as a port in use, ends the start with one sentence."""
     cluster = start(frontend_0="user error")
 
     assert cluster.process.wait(PATIENCE_S) == 2
@@ -282,7 +282,7 @@ def test_user_error_of_an_actor_ends_the_start(start):
 
 
 def test_crashing_actor_is_shown_and_takes_nobody_along(start):
-    """The user would not see why an actor fails, or one bad actor would end the cluster."""
+    """An actor that crashes again and again is shown in the output and in /health, while the others go on."""
     cluster = start(w0="crash", s0="restart")
     until(
         lambda: {"ended", "lost"} <= set(cluster.output.split()) and "scheduler-0" in cluster.names("ready")
@@ -299,13 +299,13 @@ def test_crashing_actor_is_shown_and_takes_nobody_along(start):
     first = cluster.pid("frontend-0")
     os.kill(first, signal.SIGKILL)
     until(lambda: cluster.names("ready").count("frontend-0") == 2)
-    until(lambda: {"w0", "s0"} <= cluster.down[-1].keys())  # its successor was told all of it
+    until(lambda: {"w0", "s0"} <= cluster.down[-1].keys())  # its successor got the whole report
     assert cluster.end() == 0
     assert cluster.names("drained") == ["frontend-0", "scheduler-0"]
 
 
 def test_signal_during_the_start_ends_it(start):
-    """Ctrl-C in the first second would be ignored, or leave half a cluster."""
+    """A signal during the start ends it and leaves nothing behind."""
     cluster = start()
     until(lambda: cluster.pids)
 
@@ -313,8 +313,8 @@ def test_signal_during_the_start_ends_it(start):
     assert cluster.left() == []
 
 
-def test_actor_told_to_end_by_hand_is_replaced(start):
-    """`kill` of one actor, to make room or reload, would leave the cluster without it."""
+def test_actor_that_a_user_ends_is_replaced(start):
+    """An actor that was ended with `kill` drains and is restarted."""
     cluster = start()
     cluster.until_ready()
     os.kill(cluster.pid("w0"), signal.SIGTERM)
@@ -329,7 +329,7 @@ def test_actor_told_to_end_by_hand_is_replaced(start):
 
 
 def test_life_of_a_joined_worker(start):
-    """It would not be restarted, its death not be announced, or its name stay taken after it left."""
+    """A joined worker is restarted after a death, which is announced, and its name is free again once it has left."""
     cluster = start()
     cluster.until_ready()
     joiner = cluster.join("d1")
@@ -354,7 +354,7 @@ def test_life_of_a_joined_worker(start):
 
 
 def test_a_cluster_that_drains_takes_its_joined_workers_along(start):
-    """Ctrl-C would leave workers of other terminals without a shard, or take the shard from under their streams."""
+    """When the cluster stops, joined workers drain with the others, before the shard, and their commands end."""
     cluster = start()
     cluster.until_ready()
     joiners = [cluster.join("d1"), cluster.join("d2", d2="deaf")]
@@ -372,7 +372,7 @@ def test_a_cluster_that_drains_takes_its_joined_workers_along(start):
 
 
 def test_kill_of_either_supervisor_leaves_no_joined_worker(start):
-    """A worker without a cluster would hold its memory for ever, or one without its supervisor never come back."""
+    """A joined worker ends when its own command or the cluster's supervisor is killed, and its death is announced."""
     cluster = start()
     cluster.until_ready()
     first, second = cluster.join("d1", d1="hung"), cluster.join("d2")

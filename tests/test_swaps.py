@@ -1,4 +1,5 @@
-"""Copies between tiers, one at a time: what waits for what, what is asked of the shell, what happens when it fails."""
+"""Copies between tiers, one at a time: what waits for what, what the shell is asked to do, and what happens when it
+fails."""
 
 import pytest
 
@@ -17,7 +18,7 @@ PAGE = 2
 
 
 def stored(pool, tokens, tiers):
-    """Put a prompt into the index and move its tail down, pages a tier as given."""
+    """Insert a prompt and swap its tail out, as many pages from each tier as given."""
     grant = pool.acquire("p.1", "anne", tokens, 0, 0.0)
     pool.insert("p.1", grant.lease, 0, tokens)
     pool.free_mem("p.1", grant.lease)
@@ -28,7 +29,7 @@ def stored(pool, tokens, tiers):
 
 
 def test_a_match_longer_than_the_arena_is_cut_and_does_not_wait_for_ever():
-    """If it waited for more device pages than there are, everyone behind it would wait for ever too."""
+    """A match longer than the device tier is cut to what fits, instead of waiting for ever."""
     pool = Pool(Capacity(6, 6, 12, 0.0, 0.0), PAGE, 10.0)
     first, second = pack(range(12)), pack(range(24))
     stored(pool, first, [(0, 6), (1, 6)])
@@ -47,7 +48,7 @@ def test_a_match_longer_than_the_arena_is_cut_and_does_not_wait_for_ever():
 
 
 def test_two_who_hold_half_each_do_not_wait_for_one_another():
-    """If a swap-in queued for pages while its caller holds some, two callers could wait for each other for ever."""
+    """A swap-in that finds no free pages is refused: two callers that hold pages must not wait for each other."""
     pool = Pool(Capacity(4, 4, 0, 0.0, 0.0), PAGE, 10.0)
     leases = []
     for owner, token in (("p.1", 1), ("p.2", 2)):
@@ -66,7 +67,7 @@ def test_a_tier_that_is_too_large_to_be_addressed_says_so():
 
 
 def test_a_page_is_in_one_piece_with_its_neighbours():
-    """If every page were a copy of its own, a swap would take a call a page instead of one."""
+    """Neighbouring pages are swapped as one run."""
     pool = Pool(Capacity(8, 8, 0, 0.0, 0.0), PAGE, 10.0)
     grant = pool.acquire("p.1", "anne", pack(range(16)), 0, 0.0)
     pool.insert("p.1", grant.lease, 0, pack(range(16)))
@@ -77,7 +78,7 @@ def test_a_page_is_in_one_piece_with_its_neighbours():
 
 
 def test_a_disk_that_cannot_be_written_is_left_alone_and_nothing_is_lost():
-    """If a failing disk were tried again and again, or pages were dropped for it, it would take the pool with it."""
+    """After a failed write the pages stay where they are, and the disk is not used any more."""
     pool = Pool(Capacity(4, 0, 8, 0.0, 0.0), PAGE, 10.0)
     grant = pool.acquire("p.1", "anne", pack(range(8)), 0, 0.0)
     pool.insert("p.1", grant.lease, 0, pack(range(8)))
@@ -94,7 +95,7 @@ def test_a_disk_that_cannot_be_written_is_left_alone_and_nothing_is_lost():
 
 
 def test_a_grant_waits_for_its_own_room_and_the_next_one_goes_on():
-    """If a request waited for another's swap-in, one cold prompt would stop a warm server."""
+    """A request waits only for the swap-in of its own pages, and the next one is granted meanwhile."""
     core = ShardCore(Pool(Capacity(6, 6, 0, 0.0, 0.0), PAGE, 10.0))
     stored(core.pool, pack([1] * 8), [(0, 4)])
     core.receive("p.1", Acquire(1, "anne", pack([1] * 9), 0), 0.0)  # brings four pages in
@@ -109,7 +110,7 @@ def test_a_grant_waits_for_its_own_room_and_the_next_one_goes_on():
 
 
 def test_the_dead_are_killed_before_anything_is_copied_into_their_pages():
-    """If a copy went first, a worker that wakes up could still write over what was brought in."""
+    """A dead owner is killed before anything is copied into its pages: it might only be stopped."""
     core = ShardCore(Pool(Capacity(4, 4, 0, 0.0, 0.0), PAGE, 10.0))
     stored(core.pool, pack([1] * 8), [(0, 4)])
     core.receive("p.1", Load(Member("p.1", "PrefillWorker", "", 1, "ready")), 0.0)
@@ -121,7 +122,7 @@ def test_the_dead_are_killed_before_anything_is_copied_into_their_pages():
 
 
 class Shard:
-    """A core whose arena is full of what is cached, with a client that holds one page."""
+    """A core whose arena is full of cached pages, with a client that holds one page."""
 
     def __init__(self, host=4):
         self.core = ShardCore(Pool(Capacity(4, host, 0, 0.0, 0.0), PAGE, 10.0))
@@ -129,7 +130,7 @@ class Shard:
         self.lease = self.core.pool.alloc_new("p.1", "anne", 1, 0, 0.0).lease
 
     def say(self, sender, message):
-        """Every action that follows; other than Copies, as plain messages."""
+        """The copies that follow, and the messages."""
         self.core.receive(sender, message, 0.0)
         self.core.check()
         actions = self.core.take()
@@ -139,7 +140,7 @@ class Shard:
 
 
 def test_a_lease_that_grows_waits_for_copies_and_drops_nothing():
-    """If it dropped what is cached, the next turn of that chat would be computed again, with room for it in the host tier."""
+    """A lease that grows waits for cached pages to be copied to the host tier, and none is dropped."""
     shard = Shard()
     copies, answers = shard.say("p.1", AllocMem(1, shard.lease, 2))
     assert answers == [] and len(copies) == 1
@@ -151,7 +152,7 @@ def test_a_lease_that_grows_waits_for_copies_and_drops_nothing():
 
 
 def test_a_lease_that_grows_does_not_wait_for_others():
-    """Where no copy makes room it drops what is cached, and is refused when that is not enough: it holds pages itself."""
+    """Where no copy makes room, cached pages are dropped, and if that is not enough the call is refused at once."""
     shard = Shard(host=0)
     _, [answer] = shard.say("p.1", AllocMem(1, shard.lease, 2))
     assert isinstance(answer, Allocated) and shard.core.pool.room.evicted_pages == 2
@@ -193,7 +194,7 @@ def test_pages_in_host_memory_do_not_keep_a_grant_waiting_for_pages_on_disk():
 
 
 def test_a_copy_that_fails_ends_the_wait():
-    """A disk that is full must not hold a stream: what is cached is dropped then."""
+    """When the copy fails, cached pages are dropped and the lease grows."""
     shard = Shard()
     copies, _ = shard.say("p.1", AllocMem(1, shard.lease, 1))
     _, answers = shard.say("s0.1", CopyDone(copies[0].id, (copies[0].runs[0][0],)))
@@ -202,7 +203,7 @@ def test_a_copy_that_fails_ends_the_wait():
 
 @pytest.mark.parametrize("end", [Gone(("p.1",)), FreeMem(0, 1)])
 def test_who_does_not_wait_any_more_gets_nothing(end):
-    """Pages granted to nobody would be lost."""
+    """An owner that is gone, or has withdrawn its call, gets no pages when the copy ends."""
     shard = Shard()
     copies, _ = shard.say("p.1", AllocMem(1, shard.lease, 1))
     shard.say("p.1", end)
@@ -213,7 +214,7 @@ def test_who_does_not_wait_any_more_gets_nothing(end):
 
 @pytest.mark.parametrize(("least", "cached", "ready"), [(0, 8, False), (4, 8, False), (5, 4, True)])
 def test_a_few_tokens_are_not_worth_a_copy(least, cached, ready):
-    """Below the break-even the request would wait longer for its pages than for computing them."""
+    """Fewer tokens than the break-even are computed instead of swapped in."""
     pool = Pool(Capacity(8, 8, 0, 0.0, 0.0), PAGE, 10.0)
     tokens = pack(range(8))
     stored(pool, tokens, [(0, 2)])

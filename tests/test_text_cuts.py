@@ -1,4 +1,4 @@
-"""Texts in parts have the tokens of the whole, for every tokenizer that is cut; the others are left whole."""
+"""Texts that are encoded in parts have the tokens of the whole; tokenizers for which that is not known are not cut."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EXAMPLE = ["it's", "the", "  ", "A B", "\n", "'s"] * 5
 
 
 def kinds() -> dict[str, Built]:
-    """The demo model's vocabulary behind each of the rules, as a GGUF file's tokenizer would be built."""
+    """The demo model's vocabulary with each of the pre-tokenizers, as it would be built from a GGUF file."""
     with read_gguf(find_model(MODEL_PATH)) as file:
         return {
             name: build_tokenizer({**file.metadata, "tokenizer.ggml.pre": name}) for name in PRE_TOKENIZERS
@@ -35,7 +35,7 @@ KINDS = kinds()
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_parts_have_the_tokens_of_the_whole(kind, monkeypatch):
-    """The model would see other tokens than it was trained on, and the cache would hold pages of a prompt never seen."""
+    """The tokens of a text's parts are those of the whole text, for every pre-tokenizer."""
     built = KINDS[kind]
     assert text_cuts.may_be_cut(built)
     monkeypatch.setattr(text_cuts, "PART_CHARACTERS", 0)
@@ -55,7 +55,7 @@ def test_parts_have_the_tokens_of_the_whole(kind, monkeypatch):
 
 @given(st.text("ab 1\n", max_size=60), st.text("ab 1\n", max_size=20), st.text("ab 1\n", max_size=20))
 def test_texts_that_begin_alike_have_like_parts(start, one, other):
-    """A prompt that goes on would have new parts from its beginning, and nothing would be remembered."""
+    """Texts that begin alike have the same parts up to where they differ, so that these are remembered."""
     size, text_cuts.PART_CHARACTERS = text_cuts.PART_CHARACTERS, 8
     try:
         ends = []
@@ -80,7 +80,7 @@ def built_with(pre_tokenizer, normalizer=None) -> Built:
 
 
 def test_only_what_is_known_to_cut_at_words_is_cut():
-    """A rule that looks back, or that joins words, would give other tokens for the parts."""
+    """Texts are cut only for tokenizers that are known to cut at words."""
     level = pre_tokenizers.ByteLevel
     known = Regex(text_cuts.CL100K % r"\p{N}")
     assert text_cuts.may_be_cut(built_with(level(add_prefix_space=False), normalizers.NFC()))
@@ -104,5 +104,5 @@ def test_only_what_is_known_to_cut_at_words_is_cut():
 
 
 def test_the_demo_models_texts_are_cut():
-    """The gain would be for none."""
+    """Texts are cut for the demo model's tokenizer."""
     assert demo_tokenizer()._may_be_cut

@@ -1,4 +1,4 @@
-"""What a model thinks first, told apart from its answer."""
+"""A model's thoughts, separated from its answer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PIECES = st.lists(st.sampled_from([OPEN, CLOSE, " ", "\n", "<thi", "</thi", "nk>
 
 
 def parsed(pieces: list[str], begun: bool = False) -> tuple[str, str]:
-    """The thought and the answer of a text that comes in pieces."""
+    """The thought and the answer of a text that arrives in pieces."""
     parser = ThoughtParser(begun)
     found = [one for piece in pieces for one in parser.push(piece)] + parser.finish()
     thought = "".join(one.text for one in found if isinstance(one, Thought))
@@ -44,20 +44,20 @@ def parsed(pieces: list[str], begun: bool = False) -> tuple[str, str]:
     ],
 )
 def test_a_thought_is_what_its_marks_enclose_at_the_head(text, begun, thought, answer):
-    """If it failed, an answer would be shown as a thought, or lost, or a thought as the answer."""
+    """A thought is the text between its marks at the beginning of an answer."""
     assert parsed([text], begun) == (thought, answer)
 
 
 @given(PIECES, st.booleans())
 def test_cuts_change_nothing(pieces, begun):
-    """If it failed, what a client is told would depend on which tokens happened to come together."""
+    """Thought and answer do not depend on how the text is cut."""
     whole = parsed(["".join(pieces)], begun)
     assert parsed(pieces, begun) == parsed(list("".join(pieces)), begun) == whole
 
 
 @given(PIECES)
 def test_nothing_but_marks_and_blanks_is_lost(pieces):
-    """If it failed, a client would miss a part of what it paid for."""
+    """No text is lost but marks and blanks."""
     text = "".join(pieces)
     thought, answer = parsed([text])
     squeezed = (
@@ -75,14 +75,14 @@ def thinking(text: str) -> FakeService:
 
 
 async def asked(text: str, reasoning: str = "apart", **changes):
-    """The only choice of an answer in which the model says ``text``."""
+    """The response to a chat in which the model writes ``text``."""
     response = await post({"messages": HI} | changes, CHAT, thinking(text), reasoning=reasoning)
     assert response.status_code == 200, response.text
     return response
 
 
 async def test_thoughts_are_reasoning_content_where_that_is_wanted():
-    """If it failed, thoughts would be shown to users as answers, or be gone."""
+    """Thoughts are reported as reasoning_content, or left in the text, as configured."""
     text = "<think>\nA fox.\n</think>\n\nYes."
     (choice,) = (await asked(text)).json()["choices"]
     assert choice["message"]["reasoning_content"] == "A fox." and choice["message"]["content"] == "Yes."
@@ -90,8 +90,8 @@ async def test_thoughts_are_reasoning_content_where_that_is_wanted():
     assert choice["message"]["content"] == text and "reasoning_content" not in choice["message"]
 
 
-async def test_a_stream_tells_thoughts_before_the_answer_and_calls():
-    """If it failed, a client could not tell when the answer begins, or would run a call that was only thought of."""
+async def test_a_stream_has_thoughts_before_the_answer_and_calls():
+    """A stream has thoughts first, then the answer, then calls, and finds no call in a thought."""
     text = f"<think>\nI could say {CALL}\n</think>\n\nI look.\n{CALL}"
     *events, done = sse((await asked(text, tools=[WEATHER], stream=True)).text)
     assert done == "[DONE]"
@@ -117,14 +117,14 @@ async def test_an_answer_may_continue_a_thought():
 
 
 async def test_an_answer_of_a_given_form_has_no_thoughts():
-    """If it failed, an answer whose prompt ends within a thought would be taken for one."""
+    """An answer with a response format is not searched for thoughts."""
     form = {"type": "json_object"}
     (choice,) = (await asked('{"a": "</think>"}', response_format=form)).json()["choices"]
     assert choice["message"]["content"] == '{"a": "</think>"}'
 
 
-def test_templates_are_told_what_was_thought_before():
-    """If it failed, a model that goes on after a tool's result would have forgotten why it asked for it."""
+def test_templates_get_what_was_thought_before():
+    """Templates get the reasoning_content of earlier messages, with control tokens disarmed."""
     tokenizer = demo_tokenizer()
     written = "{% for m in messages %}[{{ m.reasoning_content }}|{{ m.content }}]{% endfor %}"
     template = ChatTemplate(environment().from_string(written), tokenizer, {})

@@ -1,4 +1,4 @@
-"""The project's own rules, which no linter knows: who may import whom, what is banned, and how long things may be."""
+"""Rules of this project that no linter knows: which module may import which, what is banned, and how long things may be."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ LAYERS = {
         "supervisor",
     ),
 }
-"""The first layer with a matching pattern is a module's own."""
+"""A module is in the first layer that has a matching pattern."""
 
 MAY_IMPORT = {
     "words": {"words"},
@@ -134,7 +134,7 @@ MAY_PRINT = {"cli", "commands.show", "processes.keeping", "processes.actor", "__
 FUNCTION_LINES_MAX = 60
 FILE_LINES_MAX = 450
 DISTRIBUTIONS = {"zmq": "pyzmq", "cupy": "cupy-cuda13x", "flashinfer": "flashinfer-python"}
-"""Packages whose import name is not their own."""
+"""Import names that differ from the name of their package."""
 
 
 @cache
@@ -172,7 +172,7 @@ def own_imports(path: Path) -> Iterator[str]:
 
 
 def layer(module: str) -> str:
-    """The layer of a module; a new module must be put into one."""
+    """The layer of a module; a new module must be added to one."""
     for name, patterns in LAYERS.items():
         if any(fnmatch(module, pattern) for pattern in patterns):
             return name
@@ -181,26 +181,26 @@ def layer(module: str) -> str:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_go_one_way(module):
-    """If it failed, a core could come to depend on sockets or on an actor, and the simulator could not run it."""
+    """A module imports only from the layers that its own layer may use: the simulator runs cores without sockets."""
     allowed = MAY_IMPORT[layer(module)]
     wrong = {name for name in own_imports(MODULES[module]) if layer(name) not in allowed}
     assert not wrong, f"{module} ({layer(module)}) may import {sorted(allowed)} only"
 
 
 def test_no_modules_need_one_another():
-    """If it raised CycleError, neither of two files could be read, or tested, without the other."""
+    """No modules import one another in a circle; CycleError names the circle."""
     TopologicalSorter({name: {*own_imports(path)} - {name} for name, path in MODULES.items()}).prepare()
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if layer(name) in ("words", "cores")])
 def test_cores_are_pure(module):
-    """If it failed, a core would see the clock, chance or the network, and its tests would not be reproducible."""
+    """Cores import no clock, randomness or I/O, so that their tests and the simulator are reproducible."""
     used = {name.partition(".")[0] for name in imports(MODULES[module])}
     assert not used & IMPURE - ({"sys"} if module == "tokens" else set())
 
 
 def test_the_cores_of_the_load_generator_are_pure():
-    """If it failed, a workload or a statistic would depend on a clock, a socket or unseeded chance."""
+    """The load generator's cores import no clock or socket and use only seeded randomness."""
     cores = [path for path in LOADGEN if path.stem in LOADGEN_CORES]
     assert len(cores) == len(LOADGEN_CORES)
     for path in cores:
@@ -211,7 +211,7 @@ def test_the_cores_of_the_load_generator_are_pure():
 
 
 def test_torch_stays_in_the_engine():
-    """If it failed, actors without a model would take 200 MiB more and start seconds later."""
+    """Only listed modules of the engine, and kernels, import torch: it costs 200 MiB and seconds at the start."""
     found = {
         name for name, path in MODULES.items() if any(one.split(".")[0] == "torch" for one in imports(path))
     }
@@ -219,7 +219,7 @@ def test_torch_stays_in_the_engine():
 
 
 def test_processes_without_a_model_do_not_load_torch():
-    """If it failed, actors, or workers with the native step, would take 190 MiB more and start a second later."""
+    """Actors without a model, and workers with the native step, start without torch: it takes 190 MiB and a second."""
     imports = "from memserve import supervisor; from memserve.actors import frontend, global_scheduler, mempool_shard"
     workers = "from memserve.actors import worker; from memserve.engine import calibration, cpu_budget, grammars, runner"
     code = f"import sys; {imports}; {workers}; print('torch' in sys.modules)"
@@ -230,7 +230,7 @@ def test_processes_without_a_model_do_not_load_torch():
 
 
 def test_gpu_libraries_stay_in_the_gpu_backend():
-    """If it failed, memserve would not start on a machine without them, or each actor would hold a CUDA context."""
+    """Only the GPU backend imports cupy and flashinfer, and not at module level: most machines do not have them."""
     for module, path in MODULES.items():
         used = {name.partition(".")[0] for name in imports(path)} & {"cupy", "flashinfer"}
         assert used <= MAY_IMPORT_GPU.get(module, set()), module
@@ -241,7 +241,7 @@ def test_gpu_libraries_stay_in_the_gpu_backend():
 
 
 def test_nothing_is_ever_pickled():
-    """If it failed, a peer's message or a file could run code."""
+    """Nothing uses pickle or its like: a message or a file could run code."""
     banned = {"pickle", "cloudpickle", "dill", "shelve", "marshal"}
     calls = re.compile(r"send_pyobj|recv_pyobj|allow_pickle|weights_only=False|torch\.load\(")
     for path in [*MODULES.values(), *LOADGEN]:
@@ -250,7 +250,7 @@ def test_nothing_is_ever_pickled():
 
 
 def test_only_commands_print():
-    """If it failed, a forgotten print would go where nobody reads it, or into a command's JSON."""
+    """Only commands and the start of processes call print."""
     for module, path in MODULES.items():
         if module not in MAY_PRINT:
             called = {
@@ -269,7 +269,7 @@ def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
 
 
 def test_functions_and_files_stay_short():
-    """If it failed, a function or a file would have grown beyond what a newcomer reads in one go."""
+    """Functions and files stay within the length limits."""
     long_functions = [
         f"{path.relative_to(ROOT)}:{node.lineno} {node.name}: {node.end_lineno - node.lineno + 1} lines"
         for path in [*MODULES.values(), *LOADGEN, *TESTS]
@@ -282,7 +282,7 @@ def test_functions_and_files_stay_short():
 
 
 def test_public_things_have_docstrings():
-    """If it failed, a newcomer would have to read a thing's code to learn what it is for."""
+    """Public modules, classes, functions and methods have docstrings."""
     explained = set(protocol_methods())
     missing = [
         f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 1)}"
@@ -304,7 +304,7 @@ def protocol_methods() -> Iterator[str]:
 def public(
     part: ast.Module | ast.ClassDef,
 ) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
-    """What must explain itself: a module with anything in it, and its public classes, functions and methods.
+    """The parts that must have docstrings: a module with anything in it, and its public classes, functions and methods.
 
     Methods of a class with a base are left out: the base explains them.
     """
@@ -319,7 +319,7 @@ def public(
 
 
 def functions_in(part: ast.Module | ast.ClassDef) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    """The functions that stand directly in a module or class."""
+    """The functions that are defined directly in a module or class."""
     yield from (node for node in part.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
 
 
@@ -328,8 +328,8 @@ def is_overload(node: ast.AST) -> bool:
     return any("overload" in ast.unparse(one) for one in getattr(node, "decorator_list", ()))
 
 
-def test_every_test_says_what_would_be_wrong():
-    """If it failed, a failing test would name a symptom but not the harm."""
+def test_every_test_has_a_docstring():
+    """Every test has a docstring that says what it checks."""
     silent = [
         f"{path.name}:{node.lineno} {node.name}"
         for path in TESTS
@@ -340,7 +340,7 @@ def test_every_test_says_what_would_be_wrong():
 
 
 def files() -> list[Path]:
-    """Everything that is, or would be, in the repository."""
+    """Every file that is, or would be, in the repository."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if listed.returncode:
@@ -349,14 +349,14 @@ def files() -> list[Path]:
 
 
 def test_no_file_names_a_place_on_somebodys_machine():
-    """If it failed, a command or a figure would only be true on the machine that it was written on."""
+    """No file contains a path of the machine that it was written on."""
     places = re.compile(rb"(?<![\w.}])/(" + rb"|".join((b"home", b"root", b"Users", b"work")) + rb")/[\w.-]")
     found = [str(path.relative_to(ROOT)) for path in files() if places.search(path.read_bytes())]
     assert not found
 
 
 def test_nothing_is_left_for_later():
-    """If it failed, unfinished work would hide in a comment instead of standing in an issue."""
+    """No file has a comment that marks unfinished work."""
     words = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|XX" + r"X|HA" + r"CK)\b")
     assert not [
         str(path)
@@ -379,7 +379,7 @@ def names(requirements: list[str]) -> set[str]:
 
 
 def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
-    """If it failed, the wheel would not run in a clean environment, or would install what nothing uses."""
+    """The declared dependencies are exactly the packages that are imported."""
     used = {name.partition(".")[0] for path in MODULES.values() for name in imports(path)}
     foreign = used - set(sys.stdlib_module_names) - {"memserve"}
     optional = project()["optional-dependencies"]
@@ -388,7 +388,7 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
 
 
 def test_what_the_load_generator_imports_is_declared():
-    """If it failed, `pip install 'memserve[loadgen]'` would not be enough to run it."""
+    """The ``loadgen`` extra has everything that the load generator imports beyond the dependencies of memserve."""
     used = {name.partition(".")[0] for path in LOADGEN for name in imports(path)}
     foreign = used - set(sys.stdlib_module_names) - {"memserve", "loadgen"}
     given = project()
@@ -398,7 +398,7 @@ def test_what_the_load_generator_imports_is_declared():
 
 
 def test_every_dependency_is_pinned_for_installation():
-    """If it failed, two installations of one commit could behave differently."""
+    """constraints.txt pins every dependency, so that two installations of one commit are alike."""
     pins = dict(
         line.lower().split("==")
         for line in (ROOT / "constraints.txt").read_text().splitlines()
@@ -410,7 +410,7 @@ def test_every_dependency_is_pinned_for_installation():
 
 
 def test_the_version_is_the_same_everywhere():
-    """If it failed, `memserve version` and the wheel's name would disagree."""
+    """The version in pyproject.toml is that of the package."""
     from memserve import __version__
 
     assert project()["version"] == __version__

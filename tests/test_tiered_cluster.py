@@ -1,4 +1,4 @@
-"""A real cluster whose arena is far too small for what it caches: prompts come back from host memory and from disk."""
+"""A real cluster whose arena is much too small for its cache: prompts come back from host memory and disk."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ PROMPTS = 10
 LENGTH = 300
 """Tokens of a prompt."""
 WHOLE = LENGTH // 16 * 16
-"""Those in whole pages of 16."""
+"""Tokens of a prompt in whole pages of 16."""
 
 
 async def test_prompts_come_back_from_every_tier(tmp_path: Path) -> None:
-    """Cached or computed, from whichever tier: the same tokens; and what has left the arena is not computed again."""
+    """Prompts that left the arena come back from every tier with the same tokens, and are not computed again."""
     rng = random.Random(5)
     prompts = [[rng.randrange(2, 40_000) for _ in range(LENGTH)] for _ in range(PROMPTS)]
     settings = (
@@ -46,8 +46,8 @@ async def test_prompts_come_back_from_every_tier(tmp_path: Path) -> None:
         one["choices"][0]["token_ids"] for one in first
     ]
     missing = [WHOLE - one["usage"]["prompt_tokens_details"]["cached_tokens"] for one in again]
-    # What is sooner computed than brought in stays where it is, and of what a request cannot wait for a slow disk to take
-    # the pool drops the coldest, and says so.
+    # What is faster computed than copied back stays where it is. When a request cannot wait for a slow disk, the pool drops
+    # the least recently used pages and counts them.
     least = max(swap_least(one, LENGTH) for one in costs)
     assert sum(one for one in missing if one >= least) <= 16 * shard["evicted_pages_total"]
     assert shard["swapped_out_pages_total"] > 100

@@ -1,4 +1,5 @@
-"""Three tiers under one pool, against a model with real bytes: whoever moves what whenever, nobody reads wrong pages."""
+"""Three tiers under one pool, against a model with real bytes: in any order of calls and copies, nobody reads wrong
+pages."""
 
 import pytest
 from hypothesis import settings
@@ -26,7 +27,7 @@ def content(scope: str, tokens: bytes, page: int) -> tuple[str, bytes]:
 
 
 def attempt(call, *arguments):
-    """What a call answers, and the code with which it was refused."""
+    """The result of a call, and the code with which it was refused."""
     try:
         return call(*arguments), None
     except PoolError as refused:
@@ -42,10 +43,10 @@ class Model:
 
 
 class TieredPool(RuleBasedStateMachine):
-    """A memory of slots; copies take their time, end in any order, and some of what was on disk comes back damaged.
+    """A memory of pages whose copies end in any order, and where some pages on disk come back damaged.
 
-    A page that is the target of a copy, or the source of one whose result is still wanted, must not change meanwhile: the
-    copy reads when it ends, so that a page that was given out too early shows as wrong bytes.
+    While a copy runs, its target must not change, nor its source if the result is still wanted. The model copies when
+    the copy ends, so that a page that was given out too early shows as wrong bytes.
     """
 
     capacity = Capacity(8, host=6, disk=8, swap_low=0.2, swap_high=0.4)
@@ -61,7 +62,7 @@ class TieredPool(RuleBasedStateMachine):
     # ---- what owners do ------------------------------------------------------------------------------------
 
     def granted(self, grant, lease):
-        """Owners read what is cached, and fill the rest."""
+        """The owner checks what is cached, and fills the rest."""
         self.leases[grant.lease] = lease
         lease.pages, lease.retired = list(grant.pages), grant.cached_tokens
         for index in range(grant.cached_tokens // PAGE):
@@ -98,7 +99,7 @@ class TieredPool(RuleBasedStateMachine):
 
     @rule(scope=scopes, tokens=prompts, again=prompts)
     def finished_requests(self, scope, tokens, again):
-        """Requests that come and go: what fills the index."""
+        """Requests that come and end, which fills the index."""
         for prompt in (tokens, again):
             grant = self.pool.acquire("d.3", scope, prompt, 0, 0.0)
             if grant is None:
@@ -212,7 +213,7 @@ class TieredPool(RuleBasedStateMachine):
     @precondition(lambda self: self.copies)
     @rule(data=st.data(), damaged=st.integers(0, 3), torn=st.integers(0, 5))
     def copied(self, data, damaged, torn):
-        """A copy ends; now and then a page that comes from disk is damaged, and says so."""
+        """A copy ends; sometimes a page from disk is reported as damaged."""
         copy = self.copies.pop(data.draw(st.integers(0, len(self.copies) - 1)))
         bad = []
         for source, target, n in copy.runs:
@@ -262,7 +263,7 @@ class TieredPool(RuleBasedStateMachine):
                 )
 
     def teardown(self):
-        """Whatever was under way, everything ends: no copy is waited for in vain, no page is lost."""
+        """Let all copies end and drop all owners: no page stays leased."""
         self.copies_are_asked_for_once()
         while self.copies:
             copy = self.copies.pop()
@@ -277,7 +278,7 @@ class TieredPool(RuleBasedStateMachine):
 
 
 class WithoutHost(TieredPool):
-    """Device pages go to disk at once."""
+    """Without host memory, pages go from the device straight to disk."""
 
     capacity = Capacity(8, disk=8, swap_low=0.2, swap_high=0.4)
 
@@ -314,7 +315,8 @@ TestWithoutHost.__doc__ = "A shard may have a disk and no host memory to spare."
 
 @pytest.mark.parametrize("seed", range(25))
 def test_random_calls_of_clients_that_die(seed):
-    """Every call, repeated, withdrawn, interleaved with copies and deaths: accounts balance, every page is whose it was."""
+    """Random calls, repeated, withdrawn and mixed with copies and deaths: the accounts balance and each page has one
+    owner."""
     sizes = [Capacity(14, 10, 12, 0.2, 0.4), Capacity(12, 0, 20, 0.1, 0.3), Capacity(16, 8), Capacity(16)]
     world = World(seed, sizes[seed % 4])
     world.lost_messages = seed % 2 == 1
@@ -329,7 +331,7 @@ def test_random_calls_of_clients_that_die(seed):
 
 
 def test_the_random_calls_do_reach_what_they_are_for():
-    """A random test that never meets a damaged page, a swap or a refusal would prove nothing about them."""
+    """The random calls meet every kind of copy, damaged pages, deaths and refusals often enough to test them."""
     seen: dict[str, int] = {}
     for seed in (0, 1, 4):
         world = World(seed, Capacity(14, 10, 12, 0.2, 0.4))
@@ -351,7 +353,7 @@ def test_the_random_calls_do_reach_what_they_are_for():
 
 
 def prefixes(pool: Pool) -> dict[tuple[str, bytes], int]:
-    """Every cached prefix in whole pages, and the tier of its last page."""
+    """Every cached prefix in whole pages, with the tier of its last page."""
     found = {}
     for node in pool.tree.nodes():
         path = list(node.path())

@@ -1,4 +1,4 @@
-"""The tokenizer against its rules, and against messages that try to speak in control tokens."""
+"""The tokenizer compared with its rules, and messages that try to contain control tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from memserve.errors import UserError
 
 MARK = chr(0xF0000)
 UNKNOWN_BYTES = {4, 6, 19, 20, 22, 29, *range(0xF1, 0xF4)}
-"""Bytes that occur in UTF-8 and that the demo model has no token for: llama.cpp drops them, and so do we."""
+"""Bytes that occur in UTF-8 and for which the demo model has no token: llama.cpp drops them, and so do we."""
 
 
 @cache
@@ -44,7 +44,7 @@ def reference_bpe(words):
 
 
 def stand_in(byte):
-    """GPT-2's character for a byte: itself where printable, else the n-th from U+0100 on."""
+    """GPT-2's character for a byte: itself if printable, otherwise the n-th from U+0100 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [other for other in range(256) if other not in printable]
     return chr(byte) if byte in printable else chr(256 + others.index(byte))
@@ -62,12 +62,12 @@ def stand_in(byte):
     ],
 )
 def test_words_are_cut_by_smollms_rules_and_merged_by_rank(words):
-    """The prompt would reach the model in other tokens than it was trained on."""
+    """Text is cut by SmolLM's rules and merged by rank, as a plain implementation does."""
     assert demo_tokenizer().encode("".join(words), allow_special=False) == list(reference_bpe(words))
 
 
 def test_digits_are_single_tokens_and_blanks_before_them_stay_whole():
-    """Numbers would be cut as GPT-2 cuts them, as one known converter does, and arithmetic would suffer."""
+    """Each digit is one token, and blanks before a digit stay together."""
     tokenizer = demo_tokenizer()
 
     assert [tokenizer.piece(token) for token in tokenizer.encode("a 1234", False)] == [
@@ -79,7 +79,7 @@ def test_digits_are_single_tokens_and_blanks_before_them_stay_whole():
 
 
 def test_special_tokens_count_only_where_they_may():
-    """A user could end a turn by typing the control token, or a template could not."""
+    """Control tokens are recognised only where they are allowed, and otherwise encoded as text."""
     tokenizer = demo_tokenizer()
 
     assert tokenizer.encode("<|im_start|>hi<|im_end|>", True) == [
@@ -100,14 +100,14 @@ def known(text):
 
 @given(st.text().filter(known))
 def test_text_survives_a_round_trip(text):
-    """What a user wrote would not be what the model reads."""
+    """Decoding an encoded text gives the text back."""
     tokenizer = demo_tokenizer()
 
     assert tokenizer.decode(tokenizer.encode(text, allow_special=False)) == text
 
 
 def test_long_text_is_encoded_like_short():
-    """The path that leaves other threads running would cut text differently."""
+    """Long texts, which are encoded on another path, get the same tokens as short ones."""
     tokenizer = demo_tokenizer()
     text = "It was 1984. " * 2000
 
@@ -126,7 +126,7 @@ fragments = st.lists(
 
 @given(fragments, fragments.filter(bool), fragments)
 def test_no_special_token_is_read_in_disarmed_text_nor_across_its_edges(before, content, after):
-    """A message could close its own turn and speak as the system: prompt injection by control token."""
+    """No control token is read within a disarmed text or across its borders, and the text stays the same."""
     tokenizer = demo_tokenizer()
 
     tokens = tokenizer.encode(before + tokenizer.disarm(content, MARK) + after, allow_special=True, mark=MARK)
@@ -138,7 +138,7 @@ def test_no_special_token_is_read_in_disarmed_text_nor_across_its_edges(before, 
 
 
 def test_harmless_text_is_not_touched_by_disarming():
-    """Ordinary messages would be cut differently, and would miss the cache of the same text."""
+    """Text without parts of control tokens is not changed by disarming."""
     tokenizer = demo_tokenizer()
 
     for text in ("Hello there.", "x < y", "if a > b: pass", "", " 12 "):
@@ -150,7 +150,7 @@ def with_changes(**changes):
 
 
 def test_bos_is_known_where_the_model_wants_one():
-    """Models that need a first token would answer nonsense; models that have none would be given one."""
+    """The begin token is known for models that want one, and encode does not add it."""
     assert demo_tokenizer().bos == ()
     with_bos = Tokenizer(with_changes(add_bos_token=True))
     assert with_bos.bos == (IM_START,)
@@ -158,7 +158,7 @@ def test_bos_is_known_where_the_model_wants_one():
 
 
 def test_user_defined_tokens_are_one_token_wherever_they_are_written():
-    """Tokens such as <think> would be cut into characters."""
+    """User-defined tokens such as <think> are one token wherever they are written."""
     types = list(metadata()["tokenizer.ggml.token_type"])
     texts = list(metadata()["tokenizer.ggml.tokens"])
     types[100], texts[100] = 4, "<think>"
@@ -181,13 +181,13 @@ def test_user_defined_tokens_are_one_token_wherever_they_are_written():
     ],
 )
 def test_metadata_that_cannot_be_served_is_refused_by_name(changes, text):
-    """A model with another tokenizer would be served with wrong tokens."""
+    """Unsupported or damaged tokenizer metadata is refused with its key."""
     with pytest.raises(UserError, match=text):
         with_changes(**changes)
 
 
 def test_missing_metadata_and_a_file_that_is_none_are_refused(tmp_path):
-    """A damaged model would end in a traceback."""
+    """Missing metadata, or a file that is no tokenizer, is refused."""
     with pytest.raises(UserError, match=r"tokenizer\.ggml\.model: missing"):
         build_tokenizer({})
     (tmp_path / "tokenizer.json").write_text("{}")
@@ -196,7 +196,7 @@ def test_missing_metadata_and_a_file_that_is_none_are_refused(tmp_path):
 
 
 def test_a_saved_tokenizer_loads_as_the_same(tmp_path):
-    """The cached file would tokenize differently from the model it was made of."""
+    """A saved tokenizer loads with the same behaviour."""
     path = tmp_path / "tokenizer.json"
     with_changes(add_bos_token=True).save(str(path))
     loaded, text = Tokenizer.load(path), "<|im_start|>user 12 日本<|im_end|>"

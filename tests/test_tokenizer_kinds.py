@@ -1,4 +1,4 @@
-"""The kinds of tokenizer that models come with, each against its definition or the library's own reading of it."""
+"""The kinds of tokenizers that models have, each compared with its definition or with the library's result."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ SPM = {
 
 
 def sentencepiece(text: str) -> list[str]:
-    """SentencePiece by its definition: join the neighbours that make the token of highest score until there are none."""
+    """SentencePiece by its definition: join the neighbours that make the token with the highest score until there are
+    none."""
     parts = list(SPACE + text.replace(" ", SPACE))
     score = dict(zip(TEXTS, SCORES, strict=True))
     while ways := [(score[a + b], -at) for at, (a, b) in enumerate(pairwise(parts)) if a + b in WORDS]:
@@ -41,7 +42,7 @@ def sentencepiece(text: str) -> list[str]:
 
 @given(st.text("abc é日", min_size=1, max_size=30))
 def test_scores_give_sentencepieces_tokens(text):
-    """Llama 2 and Mistral from GGUF would read other tokens than they were trained on."""
+    """A tokenizer with scores gives SentencePiece's tokens."""
     tokenizer = Tokenizer(build_tokenizer(SPM))
     tokens = tokenizer.encode(text, allow_special=True)
 
@@ -50,7 +51,7 @@ def test_scores_give_sentencepieces_tokens(text):
 
 
 def test_sentencepieces_pieces_are_bytes_and_bos_is_wanted():
-    """A character in several byte tokens would come out as their names, and prompts would lack their first token."""
+    """Byte tokens are decoded to their bytes, and the begin token is known."""
     tokenizer = Tokenizer(build_tokenizer(SPM))
     tokens = tokenizer.encode("a日", allow_special=True)
 
@@ -63,7 +64,7 @@ def test_sentencepieces_pieces_are_bytes_and_bos_is_wanted():
 
 
 def test_a_blank_comes_before_the_text_only_where_the_model_has_it_so():
-    """After each special token, Mistral would read a blank that nobody wrote."""
+    """A blank before the text, or after control tokens, is added only as the model's scheme says."""
     model = build_tokenizer(SPM).model
     for scheme in ("first", "always", "never"):
         built = Built(model)
@@ -97,7 +98,7 @@ ALPHABET = sorted(_bytes_of_characters())
 
 
 def byte_level(pre: str, words: tuple[str, ...], merges: tuple[str, ...], **more: object) -> Tokenizer:
-    """A GGUF byte-level tokenizer of all bytes and some words."""
+    """A byte-level GGUF tokenizer with all bytes and some words."""
     metadata = {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": pre,
@@ -118,13 +119,13 @@ DIGITS = (("12", "123", "1234"), ("1 2", "12 3", "123 4"))
 
 
 def test_llama3_keeps_three_digits_together_and_qwen_none():
-    """Numbers would be read as other tokens than in training, and arithmetic would suffer."""
+    """Llama 3 keeps three digits together, Qwen cuts them all."""
     assert pieces(byte_level("llama-bpe", *DIGITS), "12345") == ["123", "4", "5"]
     assert pieces(byte_level("qwen2", *DIGITS), "1234") == ["1", "2", "3", "4"]
 
 
 def test_llama3_prefers_whole_words_and_wants_bos():
-    """Words without merges of their own, which Llama 3 has, would fall apart; prompts would lack their first token."""
+    """Llama 3 uses whole words without merges and has a begin token; Qwen has neither."""
     llama = byte_level("llama-bpe", ("abc",), ())
     assert pieces(llama, "abc") == ["abc"]
     assert llama.bos == (257,)
@@ -135,14 +136,14 @@ def test_llama3_prefers_whole_words_and_wants_bos():
 
 
 def test_qwen_composes_accents():
-    """The same word, typed on another system, would be other tokens."""
+    """Qwen's tokenizer composes accents before it encodes."""
     assert byte_level("qwen2", (), ()).encode("e\u0301", True) == byte_level("qwen2", (), ()).encode(
         "é", True
     )
 
 
 def test_what_a_post_processor_puts_behind_a_text_is_no_bos():
-    """A tokenizer that ends texts would have every prompt begin with an end."""
+    """Only tokens that the post-processor puts before a text count as begin tokens."""
     built = build_tokenizer(SPM)
     built.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
@@ -151,6 +152,6 @@ def test_what_a_post_processor_puts_behind_a_text_is_no_bos():
 
 
 def test_scores_must_be_complete():
-    """A damaged file would be a traceback."""
+    """Scores of another number than the tokens are refused."""
     with pytest.raises(UserError, match="1 scores and 273 types for 273 tokens"):
         build_tokenizer(SPM | {"tokenizer.ggml.scores": [0.0]})

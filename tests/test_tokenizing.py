@@ -1,4 +1,4 @@
-"""/tokenize, /detokenize and /version: what clients of vLLM's server find here too."""
+"""/tokenize, /detokenize and /version, as clients of vLLM's server use them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TEXT = "The capital of France is <|im_end|>"
 
 
 async def tokenize(**body):
-    """The answer, which is no error."""
+    """The answer of /tokenize, which must be no error."""
     response = await post(body, "/tokenize")
     assert response.status_code == 200, response.text
     return response.json()
@@ -26,7 +26,7 @@ async def tokenize(**body):
     "body", [{"prompt": TEXT}, {"messages": HI}, {"messages": HI, "add_generation_prompt": False}]
 )
 async def test_tokens_are_those_that_a_request_would_have(body):
-    """A client that counts before it asks would be told another number than it gets."""
+    """/tokenize gives the tokens that a request with the same text has."""
     service = FakeService(lambda _r: says("x"))
     path = "/v1/completions" if "prompt" in body else "/v1/chat/completions"
     await post({**body, "max_tokens": 1}, path, service)
@@ -37,7 +37,7 @@ async def test_tokens_are_those_that_a_request_would_have(body):
 
 
 async def test_tokens_are_shown_as_the_vocabulary_has_them_and_turned_back():
-    """A client that looks at tokens, or cuts a text at one, would get other texts than it gave."""
+    """Tokens are shown as in the vocabulary, and /detokenize gives the text back."""
     found = await tokenize(prompt=TEXT, return_token_strs=True)
     assert found["token_strs"][:2] + found["token_strs"][-1:] == ["The", "\u0120capital", "<|im_end|>"]
     back = await post({"tokens": found["tokens"]}, "/detokenize")
@@ -45,7 +45,7 @@ async def test_tokens_are_shown_as_the_vocabulary_has_them_and_turned_back():
 
 
 async def test_bos_is_left_out_on_demand(monkeypatch):
-    """A text that goes behind another would get a beginning of its own."""
+    """The begin token is left out with add_special_tokens = false."""
     monkeypatch.setattr(demo_tokenizer(), "bos", (1,))
     assert (await tokenize(prompt="x"))["count"] == 2
     assert (await tokenize(prompt="x", add_special_tokens=False))["count"] == 1
@@ -70,20 +70,20 @@ async def test_bos_is_left_out_on_demand(monkeypatch):
     ],
 )  # fmt: skip
 async def test_bad_fields_are_named(path, body, param):
-    """A wrong field would be ignored, or be a server error."""
+    """A wrong field is refused with an error that names it."""
     response = await post(body, path)
     assert response.status_code == (404 if param == "model" else 400), response.text
     assert response.json()["error"]["param"] == param
 
 
-async def test_the_version_is_told():
-    """A client could not know what it may expect of this server."""
+async def test_the_version_is_reported():
+    """/version reports the version."""
     async with asking() as client:
         assert (await client.get("/version")).json() == {"version": __version__}
 
 
 def test_every_field_is_documented():
-    """docs/api.md would promise what is not served, or hide what is."""
+    """docs/api.md lists exactly the fields of these endpoints."""
     kinds = (TokenizeBody, TokenizeChatBody, DetokenizeBody)
     served = {field.name for kind in kinds for field in attrs.fields(kind)}
     elsewhere = {field.name for kind in (ChatBody, CompletionBody) for field in attrs.fields(kind)}

@@ -1,4 +1,4 @@
-"""Tools at the HTTP surface: what is offered, what is called, and how clients are told, whole and streamed."""
+"""Tools in the HTTP API: what is offered, what is called, and how calls are reported, whole and streamed."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def saying(text, finish="stop"):
 
 
 async def whole(text, service=None, finish="stop", **changes):
-    """The choices of an answer in which the model says ``text``."""
+    """The choices of an answer in which the model writes ``text``."""
     response = await post(ASKED | changes, CHAT, service or saying(text, finish))
     assert response.status_code == 200, response.text
     return response.json()["choices"]
 
 
 async def streamed(text, service=None, finish="stop", **changes):
-    """The first choice's chunks of the same as a stream."""
+    """The chunks of the first choice when the same answer is streamed."""
     response = await post(ASKED | changes | {"stream": True}, CHAT, service or saying(text, finish))
     *events, done = sse(response.text)
     assert done == "[DONE]"
@@ -71,7 +71,7 @@ async def test_tools_that_may_be_called_in_any_form_wait_for_no_grammar():
 
 
 def joined(chunks):
-    """A stream put together as clients do it: its text, its calls and how it ended."""
+    """A stream put together as clients do it: its text, its calls and its finish reason."""
     text, calls = "", {}
     for chunk in chunks:
         text += chunk["delta"].get("content") or ""
@@ -85,14 +85,14 @@ def joined(chunks):
 
 
 def answered(choice):
-    """A whole answer in the same words."""
+    """The same of an answer that is not streamed: text, calls and finish reason."""
     message = choice["message"]
     calls = [[one["id"], *one["function"].values()] for one in message.get("tool_calls", ())]
     return message["content"] or "", calls, choice["finish_reason"]
 
 
-async def test_calls_are_told_in_openais_shape():
-    """A client would find no calls, or not know that it has to run them."""
+async def test_calls_have_openais_shape():
+    """Calls are reported in OpenAI's shape, each with its own id."""
     (choice,) = await whole(TWO)
     first, second = choice["message"]["tool_calls"]
     assert choice["message"]["content"] is None
@@ -107,8 +107,8 @@ async def test_calls_are_told_in_openais_shape():
     TWO, f"I look it up.\n{CALL}", f"{CALL}\nDone.", "No need: x < 5 <tool_", '<tool_call>{"name": "get_weather" oops}</tool_call>', "", "<tool_call>",
 ])  # fmt: skip
 @pytest.mark.parametrize("finish", ["stop", "length"])
-async def test_a_stream_tells_the_same(text, finish):
-    """Whether a client streams would decide what it is to call."""
+async def test_a_stream_reports_the_same(text, finish):
+    """A streamed answer has the same text, calls and finish reason as a whole one."""
     if not text and finish == "length":
         return
     (choice,) = await whole(text, finish=finish)
@@ -116,28 +116,28 @@ async def test_a_stream_tells_the_same(text, finish):
 
 
 async def test_arguments_are_streamed_as_they_come():
-    """A client would wait for the end of a long argument without a sign of life."""
+    """Arguments of a call are streamed in pieces, after the text that precedes the call."""
     chunks = await streamed(
         f"I look.\n{CALL}", FakeService(lambda _r: says(f"I look.\n{CALL}", delay_s=0.001))
     )
     deltas = [chunk["delta"] for chunk in chunks]
     assert deltas[0] == {"role": "assistant", "content": ""}
     kinds = ["calls" if "tool_calls" in delta else "text" for delta in deltas[1:-1]]
-    assert kinds == sorted(kinds, reverse=True), "text that comes before a call is told before it"
+    assert kinds == sorted(kinds, reverse=True), "text that comes before a call is sent before it"
     assert kinds.count("calls") > 4
     assert deltas[-1] == {}
 
 
 async def test_what_is_no_call_is_content():
-    """An answer would be lost where the model fails to write a call, or the request would fail."""
+    """Text that is not a valid call is returned as content."""
     text = '<tool_call>{"name": "get_weather", "arguments": nonsense}</tool_call>'
     (choice,) = await whole(text)
     assert answered(choice) == (text, [], "stop")
     assert "tool_calls" not in choice["message"]
 
 
-async def test_a_call_that_is_cut_off_is_not_told_as_whole():
-    """A client would run a tool with half of its arguments."""
+async def test_a_call_that_is_cut_off_is_not_reported_as_whole():
+    """A call that was cut off is reported with its partial arguments and not with the finish reason tool_calls."""
     text = CALL.partition("ris")[0]
     (choice,) = await whole(text, finish="length")
     content, ((_, name, arguments),), finish = answered(choice)
@@ -149,7 +149,7 @@ async def test_a_call_that_is_cut_off_is_not_told_as_whole():
     ({"tool_choice": NAMED}, "stop"), ({"tool_choice": "required", "parallel_tool_calls": False}, "tool_calls"), ({"parallel_tool_calls": False}, "tool_calls"),
 ])  # fmt: skip
 async def test_one_call_ends_the_answer_where_one_is_wanted(asked, finish):
-    """A client that cannot run two calls at once would get two, or pay for tokens that nobody reads."""
+    """Where one call at most is wanted, the answer ends after it."""
     service = FakeService(lambda _r: [*says(TWO)[:-1], 60.0])
     with trio.fail_after(5):
         (choice,) = await whole("", service, **asked)
@@ -160,7 +160,7 @@ async def test_one_call_ends_the_answer_where_one_is_wanted(asked, finish):
 
 
 async def test_calls_that_nobody_offered_are_text():
-    """A chat about prompts would be taken for one with tools."""
+    """Without tools, or with tool_choice ``none``, a call is plain text, and the prompt does not mention tools."""
     for asked in ({"tools": []}, {"tools": None}, {"tool_choice": "none"}):
         service = saying(CALL)
         (choice,) = await whole("", service, **asked)
@@ -169,22 +169,22 @@ async def test_calls_that_nobody_offered_are_text():
 
 
 async def test_several_answers_have_their_own_calls():
-    """Two answers of a request would have calls of the same id."""
+    """Calls of several answers to one request have different ids."""
     choices = await whole(CALL, n=3, seed=0)
     ids = {call["id"] for choice in choices for call in choice["message"]["tool_calls"]}
     assert len(choices) == len(ids) == 3
 
 
-async def test_ids_are_the_same_within_a_request_and_others_in_the_next():
-    """A conversation of several turns would have two calls of one id."""
+async def test_ids_differ_between_requests():
+    """Calls of different requests have different ids."""
     service = saying(CALL)
     ids = [answered(choice)[1][0][0] for _ in range(2) for choice in await whole("", service)]
     assert len(set(ids)) == 2
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_tokens_are_told_beside_calls(stream):
-    """A client that counts or scores tokens would lose those of which a call is made."""
+async def test_tokens_of_calls_are_reported_too(stream):
+    """Token ids and log probabilities of an answer include the tokens of its calls."""
     ids = [*demo_tokenizer().encode(CALL, False), IM_END]
     if stream:
         chunks = await streamed(CALL, return_token_ids=True)
@@ -198,14 +198,14 @@ async def test_tokens_are_told_beside_calls(stream):
 
 
 async def test_a_stop_string_ends_a_call():
-    """Stop strings would do nothing where there are tools, or a client run a tool with half of its arguments."""
+    """A stop string within a call ends the answer, and the call is not reported as complete."""
     (choice,) = await whole(f"Well. {CALL}", stop="Paris")
     content, ((_, name, arguments),), finish = answered(choice)
     assert (content, name, arguments, finish) == ("Well.", "get_weather", '{"city": "', "stop")
 
 
 async def test_marks_may_be_control_tokens(monkeypatch):
-    """Calls of a model whose marks are control tokens would never be found: an answer does not show those."""
+    """Calls whose marks are control tokens are found, although the text of an answer leaves these out."""
     special = attrs.evolve(HERMES, marker="<file_sep>", close="<empty_output>")
     monkeypatch.setitem(CALL_FORMATS, "hermes", special)
     ids = demo_tokenizer().specials
@@ -226,7 +226,7 @@ async def test_marks_may_be_control_tokens(monkeypatch):
 
 
 async def test_the_configured_format_is_read():
-    """A model whose template does not tell its format could not call tools."""
+    """The format that is configured is used for reading calls; every format can be configured."""
     text = f'[TOOL_CALLS] [{{"name": "get_weather", "arguments": {PARIS}}}]'
     response = await post(ASKED, CHAT, saying(text), tool_format="mistral")
     ((call_id, name, arguments),) = answered(response.json()["choices"][0])[1]
@@ -237,7 +237,7 @@ async def test_the_configured_format_is_read():
 
 
 def test_an_id_is_made_of_its_request():
-    """Two calls would have one id, or one call two where it is told twice."""
+    """The id of a call follows from its request, choice and number, and no two are equal."""
     places = [
         (request, choice, call)
         for request in ("r1", "r2", "r1 1")
@@ -251,7 +251,7 @@ def test_an_id_is_made_of_its_request():
 
 
 async def test_a_forced_call_reaches_the_worker_as_a_grammar():
-    """A small model would say what it likes where a call is required, or be bound where none is."""
+    """A required or strict call reaches the worker as a grammar, and an optional one does not."""
     strict = WEATHER | {"function": WEATHER["function"] | {"strict": True}}
     for asked, bound in (
         ({}, False),
@@ -270,7 +270,7 @@ async def test_a_forced_call_reaches_the_worker_as_a_grammar():
 
 
 async def test_tokenize_counts_tools():
-    """A client that plans its context would count without the tools, which are most of it."""
+    """/tokenize counts the tokens that tools add to the prompt."""
     service = saying("x")
     await whole("", service)
     response = await post(ASKED, "/tokenize")
@@ -280,7 +280,7 @@ async def test_tokenize_counts_tools():
 
 
 def test_formats_and_limits_are_documented_as_they_are():
-    """A user would meet a limit that no page tells, or configure a format that there is not."""
+    """docs/api.md lists the formats and limits that the code has."""
     page = DOCS.read_text().partition("\n## Tools\n")[2].partition("\n## ")[0]
     assert re.findall(r"^\| `(\w+)` \|", page.partition("**Formats.**")[2], re.M) == list(CALL_FORMATS)
     said = (

@@ -1,4 +1,4 @@
-"""The two cores of a transfer under loss, repetition, delay, cuts, pauses and death, in virtual time."""
+"""The two cores of a transfer under loss, repetition, delay, cuts, pauses and deaths, in virtual time."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ EVENT = st.tuples(
     st.integers(0, 1 << 32),
 )
 def test_nothing_leaks_and_no_half_written_page_is_ever_acknowledged(faults, events, paths, seed):
-    """If it failed, some order of losses, pauses and deaths would leak pages, or serve one request another's KV.
+    """In any order of losses, pauses and deaths no page leaks, and only whole pages are acknowledged.
 
-    The world asserts at every store that the page is still the transfer's, and at every commit that it is whole.
+    The world asserts at every write that the page still belongs to the transfer, and at every commit that it is whole.
     """
     world = World(faults, seed)
     names = ["a", "b", "c"]
@@ -78,7 +78,7 @@ def test_nothing_leaks_and_no_half_written_page_is_ever_acknowledged(faults, eve
 
 @pytest.mark.parametrize("path", ["mapped", "tcp"])
 def test_in_a_good_world_everything_arrives(path):
-    """If it failed, the hypothesis above could hold because nothing ever arrives."""
+    """Without faults every transfer arrives."""
     world = World(Faults(), 1)
     sender, receiver = world.shard("a", paths=(path,)), world.shard("b", paths=(path,))
     numbers = [world.send(sender, receiver, 3, 5.0, fed=bool(i % 2)) for i in range(4)]
@@ -90,7 +90,7 @@ def test_in_a_good_world_everything_arrives(path):
 
 
 def test_a_full_receiver_says_so_at_once():
-    """If the sender had to wait for its deadline, every transfer to a full shard would cost a request seconds."""
+    """A full receiver refuses at once instead of letting the sender wait for its deadline."""
     world = World(Faults(), 1)
     sender, receiver = world.shard("a"), world.shard("b", pages=4)
     number = world.send(sender, receiver, 5, seconds=60.0)
@@ -101,7 +101,7 @@ def test_a_full_receiver_says_so_at_once():
 
 
 def test_the_model_pool_is_one():
-    """If the world's pool did not count, the leak test above could not fail."""
+    """The model's pool notices incomplete pages and a lack of pages."""
     world = World(Faults(), 1)
     shard = world.shard("a", pages=2)
     pool = Pool(shard, [0, 1])

@@ -40,7 +40,7 @@ LEASE = 7
 
 
 class ReceivingPool:
-    """Grants pages 0, 1, 2, ... and writes down what it is told."""
+    """Grants pages 0, 1, 2, ... and records its calls."""
 
     def __init__(self, refuse=None):
         self.calls, self.next, self.refuse = [], 0, refuse
@@ -65,13 +65,13 @@ class ReceivingPool:
 
 
 def incoming(*ways, refuse=None, **limits):
-    """A receiver's core, and its pool."""
+    """A receiver's core and its pool."""
     pool = ReceivingPool(refuse)
     return Incoming(GEOMETRY, "host", pool, ways, **limits), pool
 
 
 def test_written_by_the_sender_it_is_complete_when_the_sender_says_so():
-    """If anything were acknowledged before, a sender could count on pages that cannot be matched."""
+    """Pages that the sender writes itself are committed when it reports that they are sent."""
     core, pool = incoming(MAPPED, TCP)
     core.receive("a.1", OFFER, 0.0)
     assert core.take() == [Post("a.1", TransferGranted(1, (0, 1), MAPPED))]
@@ -83,7 +83,7 @@ def test_written_by_the_sender_it_is_complete_when_the_sender_says_so():
 
 
 def test_read_here_it_is_complete_when_it_was_read():
-    """If the sender's word counted, bytes that are still in a socket would be served."""
+    """Pages that the receiver reads from a socket are committed when it has read them, not when they were sent."""
     core, pool = incoming(TCP)
     core.receive("a.1", OFFER, 0.0)
     expect = Expect("a.1", 1, (0, 1), Granularity.AGGREGATED, 5.0)
@@ -97,7 +97,7 @@ def test_read_here_it_is_complete_when_it_was_read():
 
 
 def test_every_repeat_gets_the_same_answer_and_no_second_grant():
-    """If a lost answer led to a second grant, the first pages would leak."""
+    """A repeated message gets the first answer again, without a second grant."""
     core, pool = incoming(MAPPED)
     for _ in range(3):
         core.receive("a.1", OFFER, 0.0)
@@ -112,7 +112,7 @@ def test_every_repeat_gets_the_same_answer_and_no_second_grant():
 
 
 def test_late_pages_stay_taken_until_their_writer_has_stopped():
-    """If they were freed at the deadline, a slow sender would write into another request's KV."""
+    """After the deadline, pages are released only when their writer has confirmed that it stopped."""
     core, pool = incoming(MAPPED)
     core.receive("a.1", OFFER, 0.0)
     core.take()
@@ -129,7 +129,7 @@ def test_late_pages_stay_taken_until_their_writer_has_stopped():
 
 
 def test_what_is_read_here_stops_here():
-    """If the pages were freed before the socket is left alone, its bytes would land in another request's KV."""
+    """After the deadline, pages are released only when the receiver has stopped reading them."""
     core, pool = incoming(TCP)
     core.receive("a.1", OFFER, 0.0)
     core.take()
@@ -142,7 +142,7 @@ def test_what_is_read_here_stops_here():
 
 
 def test_a_dead_sender_is_killed_for_good_before_its_pages_are_free():
-    """If it only slept, it would go on copying when it wakes, into pages that are somebody else's."""
+    """A sender that was announced dead is killed before its pages are released: it might only be stopped."""
     core, pool = incoming(MAPPED)
     for number in (1, 2):
         core.receive("a.1", attrs.evolve(OFFER, id=number), 0.0)
@@ -157,7 +157,7 @@ def test_a_dead_sender_is_killed_for_good_before_its_pages_are_free():
 
 
 def test_a_dead_sender_with_rdma_is_waited_for():
-    """If its pages were freed at once, a write that its network card still repeats would land in them."""
+    """Pages of a dead RDMA sender are released after QUARANTINE_S: its network card may still write."""
     core, pool = incoming(NIXL)
     core.receive("a.1", OFFER, 0.0)
     core.receive("scheduler", Gone(("a.1",)), 1.0)
@@ -171,14 +171,14 @@ def test_a_dead_sender_with_rdma_is_waited_for():
 
 
 def test_the_dead_are_remembered_within_limits():
-    """If every dead actor were remembered, a shard would grow as long as its cluster lives."""
+    """Only GONE_REMEMBERED dead actors are remembered."""
     core, _ = incoming(MAPPED)
     core.receive("scheduler", Gone(tuple(f"a.{i}" for i in range(GONE_REMEMBERED + 10))), 1.0)
     core.check()
 
 
 def test_an_offer_after_its_own_withdrawal_is_not_granted():
-    """If it were, its pages would be held until a deadline for nobody."""
+    """An offer that arrives after its withdrawal is not granted."""
     core, _ = incoming(MAPPED)
     core.receive("a.1", TransferWithdrawn(1), 0.0)
     core.receive("a.1", OFFER, 0.1)
@@ -204,7 +204,7 @@ def test_an_offer_after_its_own_withdrawal_is_not_granted():
     ],
 )
 def test_what_cannot_be_received_is_refused_with_a_reason(offer, ways, refuse, failure, text):
-    """If the sender were told nothing, or granted what does not fit, it would wait, or write across page borders."""
+    """Offers of other pages, without a common path, or for a full pool are refused with the reason."""
     core, _ = incoming(*ways, refuse=refuse)
     core.receive("a.1", offer, 0.0)
     [post] = core.take()
@@ -213,7 +213,7 @@ def test_what_cannot_be_received_is_refused_with_a_reason(offer, ways, refuse, f
 
 
 def test_transfers_under_way_are_limited():
-    """If they were not, one shard's senders could fill another's memory with its records."""
+    """At most receiving_max transfers are under way."""
     core, _ = incoming(MAPPED, receiving_max=1)
     core.receive("a.1", OFFER, 0.0)
     core.take()
@@ -222,7 +222,7 @@ def test_transfers_under_way_are_limited():
 
 
 def test_a_refused_insert_is_no_arrival():
-    """If it were acknowledged, the sender would free pages that nobody has."""
+    """If the pool refuses to commit, the sender gets a refusal, and the pages are released."""
     core, pool = incoming(MAPPED, refuse="commit")
     core.receive("a.1", OFFER, 0.0)
     core.take()
@@ -235,7 +235,7 @@ def test_a_refused_insert_is_no_arrival():
 
 
 def test_what_is_too_old_to_be_remembered_does_not_begin_again():
-    """If a message from long ago were granted again, its pages would be held for nobody."""
+    """An offer whose number is too old is refused instead of granted again."""
     core, _ = incoming(MAPPED, remembered_max=2)
     for number in (1, 2, 3):
         core.receive("a.1", attrs.evolve(OFFER, id=number), 0.0)

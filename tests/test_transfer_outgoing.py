@@ -1,4 +1,4 @@
-"""The sender's core, step by step: what it says, repeats and reports, and when it says that it has stopped."""
+"""The sender's core, step by step: what it sends, repeats and reports, and when it confirms that it has stopped."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def outgoing(**limits):
 
 
 def started(core, order=ORDER):
-    """Begin a transfer and have it granted; the actions of the grant."""
+    """Begin a transfer and have it granted; returns the actions of the grant."""
     core.receive("a.1", order, 0.0)
     core.take()
     core.receive("b.1", TransferGranted(order.id, (0, 1), MAPPED), 0.0)
@@ -55,17 +55,17 @@ def started(core, order=ORDER):
 
 
 def messages(core):
-    """What a core posts now."""
+    """The messages that a core posts now."""
     return [action.message for action in core.take() if isinstance(action, Post)]
 
 
 def reports(core):
-    """What a core reports now."""
+    """The results that a core reports now."""
     return [action.result for action in core.take() if isinstance(action, Report)]
 
 
 def test_it_sends_and_asks_until_it_is_answered():
-    """If anything were said once only, one lost message would cost a whole transfer."""
+    """Offers and completions are repeated until they are answered."""
     core = outgoing()
     core.receive("a.1", ORDER, 0.0)
     core.advance(core.deadline)
@@ -84,7 +84,7 @@ def test_it_sends_and_asks_until_it_is_answered():
 
 
 def test_stopped_is_said_when_it_is_true_and_not_before():
-    """If it were said while the mover still runs, the receiver would free pages that are being written to."""
+    """The sender confirms a stop only when its mover has stopped: until then pages are being written."""
     core = outgoing()
     started(core)
     core.receive("b.1", TransferStop(1), 5.0)
@@ -102,7 +102,7 @@ def test_stopped_is_said_when_it_is_true_and_not_before():
 
 
 def test_the_result_comes_at_the_deadline_even_if_the_mover_does_not_stop():
-    """If the result waited for the mover, a stuck copy would hang its request."""
+    """At the deadline the failure is reported, even if the mover does not stop."""
     core = outgoing()
     started(core)
     core.advance(10.0)
@@ -123,7 +123,7 @@ def test_the_result_comes_at_the_deadline_even_if_the_mover_does_not_stop():
     ],
 )
 def test_every_end_is_reported_once_in_every_state(state, said, failure):
-    """If an end were missed, the request behind it would wait for its deadline; told twice, it would end twice."""
+    """Every way to end is reported exactly once, in every state."""
     core = outgoing()
     core.receive("a.1", ORDER, 0.0)
     if state != "offered":
@@ -141,7 +141,7 @@ def test_every_end_is_reported_once_in_every_state(state, said, failure):
 
 
 def test_what_is_kept_for_a_receiver_goes_with_it():
-    """If it stayed, every shard that ever died would leave its whole arena mapped in the others."""
+    """When a receiver is gone, what is kept for it is forgotten."""
     core = outgoing()
     started(core)
     core.receive("a.1", Wrote(1, 8), 1.0)
@@ -154,7 +154,7 @@ def test_what_is_kept_for_a_receiver_goes_with_it():
 
 
 def test_a_mover_that_fails_ends_it():
-    """If a cut were not passed on, the receiver would hold its pages until the deadline."""
+    """A mover that fails ends the transfer, and the receiver is informed."""
     core = outgoing()
     started(core)
     core.receive("a.1", WriteFailed(1, Failure.CUT, "the connection broke"), 1.0)
@@ -165,7 +165,7 @@ def test_a_mover_that_fails_ends_it():
 
 
 def test_layers_are_passed_on_as_they_come_and_kept_until_there_is_somewhere_to_send_them():
-    """If those that are ready before the grant were dropped, the transfer would never be whole."""
+    """Layers that are ready before the grant are kept and then sent, later ones at once."""
     core = outgoing()
     order = attrs.evolve(ORDER, granularity=Granularity.BY_LAYER, fed=True)
     core.receive("a.1", order, 0.0)
@@ -190,7 +190,7 @@ def test_layers_are_passed_on_as_they_come_and_kept_until_there_is_somewhere_to_
     ],
 )
 def test_a_wrong_order_is_refused_here(order, text):
-    """If it went out, the receiver would allocate for something that cannot be sent."""
+    """A wrong order is refused by the sender itself."""
     core = outgoing()
     core.receive("a.1", order, 0.0)
     [report] = core.take()
@@ -198,7 +198,7 @@ def test_a_wrong_order_is_refused_here(order, text):
 
 
 def test_a_piece_outside_the_transfer_ends_it():
-    """If it were moved, it would be somebody else's page."""
+    """A piece outside of the transfer's pages ends it."""
     core = outgoing()
     started(core, attrs.evolve(ORDER, granularity=Granularity.BY_LAYER, fed=True))
     core.receive("a.1", Ready(1, (Piece(1, 2, 0),)), 0.1)
@@ -206,7 +206,7 @@ def test_a_piece_outside_the_transfer_ends_it():
 
 
 def test_too_many_at_a_time_and_wrong_grants_are_refused():
-    """If they were not, a queue would have no limit, and a faulty receiver could mix up pages."""
+    """More than sending_max transfers are refused; grants from others are ignored, and invalid ones end the transfer."""
     core = outgoing(sending_max=1)
     core.receive("a.1", ORDER, 0.0)
     core.take()
@@ -219,7 +219,7 @@ def test_too_many_at_a_time_and_wrong_grants_are_refused():
 
 
 def test_a_grant_that_comes_too_late_writes_nothing():
-    """If it did, a page that the receiver has given to another by now could be overwritten."""
+    """After a grant at the deadline nothing is written: the pages may belong to another."""
     core = outgoing()
     core.receive("a.1", ORDER, 0.0)
     core.take()

@@ -1,4 +1,4 @@
-"""Transfers between real processes: killed in the middle, and between two hosts whose link goes down in the middle."""
+"""Transfers between real processes that are killed in the middle, and between two hosts whose link goes down."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ from memserve.tokens import pack
 HOST = Path(__file__).with_name("transfer_host.py")
 LAYERS, PAGES = 8, 32
 DEADLINE_S = 8.0
-"""Of transfers in these tests."""
+"""The deadline of the transfers in these tests."""
 SLACK_S = 8.0
-"""For a busy machine."""
+"""Added to limits, for a busy machine."""
 WATCHDOG_S = 60.0
 
 
 @attrs.define(eq=False)
 class Process:
-    """A shard process of tests/transfer_host.py, and what it said."""
+    """A shard process of tests/transfer_host.py, and its output."""
 
     id: str
     process: subprocess.Popen
     port: int = 0
 
     def command(self, *words):
-        """Tell it something."""
+        """Send it a command."""
         self.process.stdin.write(" ".join(map(str, words)) + "\n")
         self.process.stdin.flush()
 
     def wait_for(self, event):
-        """The next line about ``event``; other lines pass by."""
+        """The next line about ``event``, skipping others."""
         for line in self.process.stdout:
             said = json.loads(line)
             if said["event"] == event:
@@ -60,7 +60,7 @@ class Process:
 
 @contextlib.contextmanager
 def started(actor, path, address, peer="", prefix=()):
-    """A process, ended with the block."""
+    """A process that is killed at the end of the block."""
     environment = {**os.environ, "PYTHONPATH": str(Path(memserve.__file__).parents[1])}
     command = [
         *prefix,
@@ -95,7 +95,7 @@ def two(path, hosts=("127.0.0.1", "127.0.0.1"), prefixes=((), ())):
 
 
 def half_way(sender, receiver):
-    """Begin a transfer and bring it to where some layers are there and others are not; when it must be over."""
+    """Begin a transfer and send half of its layers; returns the time by which it must have ended."""
     until = time.monotonic() + DEADLINE_S + SLACK_S
     sender.command("send", 1, PAGES, DEADLINE_S, receiver.id)
     sender.command("layers", 1, 0, LAYERS // 2, PAGES)
@@ -105,7 +105,7 @@ def half_way(sender, receiver):
 
 @pytest.mark.parametrize("path", ["mapped", "tcp"])
 def test_it_arrives_between_processes(path):
-    """If it did not, the tests below would only show that nothing ever works."""
+    """A transfer between two processes arrives whole."""
     with two(path) as (sender, receiver):
         half_way(sender, receiver)
         sender.command("layers", 1, LAYERS // 2, LAYERS, PAGES)
@@ -115,11 +115,11 @@ def test_it_arrives_between_processes(path):
 
 @pytest.mark.parametrize("path", ["mapped", "tcp"])
 def test_a_sender_killed_in_the_middle(path):
-    """If its half-written pages leaked or were inserted, every crash would cost memory or wrong answers."""
+    """When a sender is killed in the middle, the receiver frees the pages and inserts nothing."""
     with two(path) as (sender, receiver):
         until = half_way(sender, receiver)
         sender.kill()
-        if path == "mapped":  # no connection tells: the membership does
+        if path == "mapped":  # no connection breaks: the scheduler announces it
             receiver.command("gone", sender.id)
         released = receiver.wait_for("release")
         assert released["free"] == 64 and time.monotonic() < until
@@ -127,7 +127,7 @@ def test_a_sender_killed_in_the_middle(path):
 
 
 def test_a_sender_that_sleeps_is_ended_before_its_pages_are_used_again():
-    """If it only slept, it would wake up and write into pages that are somebody else's by then."""
+    """A stopped sender is killed before the pages that it maps are freed: it could wake up and write to them."""
     with two("mapped") as (sender, receiver):
         half_way(sender, receiver)
         os.kill(sender.process.pid, signal.SIGSTOP)
@@ -141,7 +141,7 @@ def test_a_sender_that_sleeps_is_ended_before_its_pages_are_used_again():
     [("mapped", True, "peer_gone"), ("mapped", False, "deadline"), ("tcp", False, "cut")],
 )
 def test_a_receiver_killed_in_the_middle(path, announced, failure):
-    """If the sender waited for ever, or took it for done, its request would hang or lose its KV."""
+    """When a receiver is killed in the middle, the sender reports a failure in time."""
     with two(path) as (sender, receiver):
         until = half_way(sender, receiver)
         receiver.kill()
@@ -196,13 +196,13 @@ def hosts():
 
 
 def between(hosts):
-    """A sender on one host, a receiver on the other."""
+    """A sender on one host and a receiver on the other."""
     prefixes = [("ip", "netns", "exec", name) for name in hosts[0]]
     return two("tcp", ("10.117.0.1", "10.117.0.2"), prefixes)
 
 
 def test_it_arrives_between_two_hosts(hosts):
-    """If it did not, memserve would be a system for one machine."""
+    """A transfer between two hosts arrives whole."""
     with between(hosts) as (sender, receiver):
         half_way(sender, receiver)
         sender.command("layers", 1, LAYERS // 2, LAYERS, PAGES)
@@ -212,7 +212,7 @@ def test_it_arrives_between_two_hosts(hosts):
 
 @pytest.mark.parametrize("side", [0, 1])
 def test_the_link_goes_down_in_the_middle(hosts, side):
-    """If either side waited for the other, a pulled cable would hold a request and its pages."""
+    """When the link goes down in the middle, both sides report a cut in time, and the receiver frees the pages."""
     names, links = hosts
     with between(hosts) as (sender, receiver):
         until = half_way(sender, receiver)
@@ -247,7 +247,7 @@ SHARD_PAGES, PAGE_BYTES = 32, 65_536
 
 @contextlib.contextmanager
 def shards_on(hosts, folder):
-    """A shard on each host; their endpoints. Messages go through the file system, pages over the link."""
+    """A shard on each host; yields their endpoints. Messages go through the file system, pages over the link."""
     running, endpoints = [], {}
     try:
         for i, name in enumerate(hosts[0]):
@@ -264,7 +264,7 @@ def shards_on(hosts, folder):
 
 
 async def soon(transfer):
-    """Until it succeeds: a link that was put up again takes a moment."""
+    """Repeat until it succeeds: a link that was put up again takes a moment."""
     with trio.fail_after(DEADLINE_S + SLACK_S):
         while True:
             try:
@@ -276,7 +276,7 @@ async def soon(transfer):
 
 
 async def test_a_cable_pulled_between_two_shards(hosts, folder):
-    """Half the pages are there when the link goes down: a typed end, nothing to be matched, nothing lost, and it goes on."""
+    """The link goes down when half of the pages are there: an error, no match, no page lost, and later transfers work."""
     names, links = hosts
     slow = (
         "tc",

@@ -1,4 +1,5 @@
-"""The TCP path against wrong, damaged, repeated and broken connections: neither side waits, no page is complete by mistake."""
+"""The TCP path with wrong, damaged, repeated and broken connections: no side waits, and no transfer is complete by
+mistake."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from movers import GEOMETRY, PAGES, pair
 
 @pytest.fixture
 def place(tmp_path_factory):
-    """Where the arenas would serve."""
+    """The directory where arenas are served."""
     return tmp_path_factory.mktemp("t")
 
 
@@ -32,14 +33,14 @@ def hello(both, number, **changes):
 
 @asynccontextmanager
 async def connected(both):
-    """A connection of our own to the receiver."""
+    """A connection to the receiver that the test writes to itself."""
     host, port = both.way.address.split(":")
     async with await trio.open_tcp_stream(host, int(port)) as stream:
         yield stream
 
 
 async def rest(stream):
-    """Everything that still comes."""
+    """Everything that is still received."""
     received = b""
     while some := await stream.receive_some():
         received += some
@@ -48,7 +49,7 @@ async def rest(stream):
 
 @asynccontextmanager
 async def proxy(way, spoil):
-    """A way through a relay that gives every chunk to ``spoil`` and forwards what it returns; None cuts."""
+    """A path through a relay that gives every chunk to ``spoil`` and forwards the result; None cuts the connection."""
 
     async def relay(client):
         host, port = way.address.split(":")
@@ -85,19 +86,19 @@ async def proxy(way, spoil):
     ],
 )
 async def test_only_what_was_granted_is_let_in(changes, text, place):
-    """If anything else were, whoever reaches the port could write into a running request's KV."""
+    """A hello with a wrong token, sender, id or size is refused, and nothing is written."""
     async with pair("tcp", place) as both:
         transfer = both.transfer([0], [1])
         async with connected(both) as stream:
             await stream.send_all(hello(both, transfer.id, **changes) + bytes(50_000))
             answer = await rest(stream)
         assert answer.startswith(b"F") and b"refused" in answer and text.encode() in answer
-        assert not any(both.destination) and both.told == []
-        assert isinstance(await both.send(transfer), TransferDone), "the real one is still welcome"
+        assert not any(both.destination) and both.reported == []
+        assert isinstance(await both.send(transfer), TransferDone), "the granted transfer still works"
 
 
 async def test_a_hello_that_was_overheard_opens_nothing_else(place):
-    """The network between two hosts may be listened to: who reads one transfer's hello must not be able to send another's pages."""
+    """The proof in one transfer's hello does not work for another transfer: the network may be listened to."""
     async with pair("tcp", place) as both:
         transfer = both.transfer([0], [1])
         heard = hello(both, transfer.id + 1)
@@ -118,7 +119,7 @@ async def test_a_hello_that_was_overheard_opens_nothing_else(place):
     [b"GET / HTTP/1.1\r\n\r\n" + bytes(100), b"\0" * 200, tcp_wire.MAGIC + b"\xff" * 200],
 )
 async def test_noise_is_refused(noise, place):
-    """If a port scan could stop a receiver, or be let in, the network would have to be empty."""
+    """Bytes that are no hello are refused, and nothing is written."""
     async with pair("tcp", place) as both, connected(both) as stream:
         await stream.send_all(noise)
         assert (await rest(stream)).startswith(b"F")
@@ -126,18 +127,18 @@ async def test_noise_is_refused(noise, place):
 
 
 async def test_who_says_nothing_is_let_go(place, monkeypatch):
-    """If silent connections stayed, a few of them would keep every sender out."""
+    """Connections that send nothing are closed, so that they do not keep senders out."""
     monkeypatch.setattr(tcp, "CONNECT_S", 0.1)
     monkeypatch.setattr(tcp, "CONNECTIONS_MAX", 1)
     async with pair("tcp", place) as both:
-        async with connected(both) as silent, connected(both) as turned_away:
-            assert await turned_away.receive_some() == b""
+        async with connected(both) as silent, connected(both) as refused:
+            assert await refused.receive_some() == b""
             assert (await rest(silent)).startswith(b"F")
         assert isinstance(await both.send(both.transfer([0], [0])), TransferDone)
 
 
 async def test_a_second_connection_for_one_transfer_is_refused_and_harmless(place):
-    """If both were read, a duplicate's end could pass for the transfer's."""
+    """A second connection for a running or finished transfer is refused and changes nothing."""
     async with pair("tcp", place) as both:
         transfer = both.transfer([0, 1], [2, 3], Granularity.BY_LAYER)
         feed = PieceFeed(2, GEOMETRY.layers)
@@ -154,15 +155,15 @@ async def test_a_second_connection_for_one_transfer_is_refused_and_harmless(plac
             again = await both.send(transfer)
             assert again.failure is Failure.REFUSED and "coming in already" in again.message
             feed.put(tuple(Piece(0, 2, layer) for layer in range(1, GEOMETRY.layers)))
-        assert isinstance(outcome[0], TransferDone) and both.told == [Received("a.1", 1)]
+        assert isinstance(outcome[0], TransferDone) and both.reported == [Received("a.1", 1)]
         both.assert_moved(transfer)
         late = await both.send(transfer)
-        assert late.failure is Failure.REFUSED and both.told == [Received("a.1", 1)]
+        assert late.failure is Failure.REFUSED and both.reported == [Received("a.1", 1)]
         both.assert_moved(transfer)
 
 
 async def test_damaged_bytes_fail_on_both_sides(place):
-    """If a flipped bit were let through, a request would go on with wrong KV and nobody would know."""
+    """A flipped bit fails the transfer on both sides."""
     seen = 0
 
     def flip(chunk):
@@ -176,11 +177,11 @@ async def test_damaged_bytes_fail_on_both_sides(place):
     async with pair("tcp", place) as both, proxy(both.way, flip) as both.way:
         result = await both.send(both.transfer(range(8), range(8)))
         assert result.failure is Failure.CHECKSUM
-        assert [told.failure for told in both.told] == [Failure.CHECKSUM]
+        assert [one.failure for one in both.reported] == [Failure.CHECKSUM]
 
 
 async def test_a_connection_cut_in_the_middle_fails_on_both_sides(place):
-    """If one side took half for the whole, or waited, that is what its request would get."""
+    """A connection that is cut in the middle fails the transfer on both sides."""
     left = 100_000
 
     def cut(chunk):
@@ -190,15 +191,15 @@ async def test_a_connection_cut_in_the_middle_fails_on_both_sides(place):
 
     async with pair("tcp", place) as both, proxy(both.way, cut) as both.way:
         result = await both.send(both.transfer(range(PAGES), range(PAGES)))
-        while not both.told:
+        while not both.reported:
             await trio.sleep(0.001)
         assert result.failure is Failure.CUT
-        assert [told.failure for told in both.told] == [Failure.CUT]
+        assert [one.failure for one in both.reported] == [Failure.CUT]
         assert any(both.destination), "cut too early to mean anything"
 
 
 async def test_a_line_that_goes_dead_fails_on_both_sides(place, monkeypatch):
-    """If silence were not noticed, a pulled cable would hold pages and request until the deadline."""
+    """A connection without any data for STALL_S fails the transfer on both sides."""
     monkeypatch.setattr(tcp_wire, "STALL_S", 0.3)
     left = 100_000
 
@@ -209,14 +210,14 @@ async def test_a_line_that_goes_dead_fails_on_both_sides(place, monkeypatch):
 
     async with pair("tcp", place) as both, proxy(both.way, swallow) as both.way:
         result = await both.send(both.transfer(range(PAGES), range(PAGES)), deadline_s=60.0)
-        while not both.told:
+        while not both.reported:
             await trio.sleep(0.01)
         assert result.failure is Failure.CUT
-        assert [told.failure for told in both.told] == [Failure.CUT]
+        assert [one.failure for one in both.reported] == [Failure.CUT]
 
 
 async def test_a_slow_prefill_is_not_a_dead_line(place, monkeypatch):
-    """If a pause between two layers counted as a cut, by_layer would fail for every long prompt."""
+    """Pauses between two layers, longer than STALL_S, do not fail a transfer."""
     monkeypatch.setattr(tcp_wire, "STALL_S", 0.15)
     async with pair("tcp", place) as both:
         transfer = both.transfer([5], [6], Granularity.BY_LAYER)
@@ -234,7 +235,7 @@ async def test_a_slow_prefill_is_not_a_dead_line(place, monkeypatch):
 
 
 async def test_a_receiver_that_stops_says_so_and_writes_no_more(place):
-    """If it went on reading, bytes would land in pages that it has just given to somebody else."""
+    """A receiver that stops a transfer reports it to the sender and writes no more bytes."""
     async with pair("tcp", place) as both:
         transfer = both.transfer([0, 1], [2, 3], Granularity.BY_LAYER)
         feed = PieceFeed(2, GEOMETRY.layers)
@@ -253,7 +254,7 @@ async def test_a_receiver_that_stops_says_so_and_writes_no_more(place):
         feed.put((Piece(0, 2, 1),))
         await trio.sleep(0.02)
         assert outcome[0].failure is Failure.WITHDRAWN
-        assert [type(told) for told in both.told] == [ReceiveFailed]
+        assert [type(one) for one in both.reported] == [ReceiveFailed]
         assert not any(both.destination)
         both.transfer([0], [0])
         assert not both.receiver.stop(("a.1", 2)), "nothing had come in"
@@ -261,7 +262,7 @@ async def test_a_receiver_that_stops_says_so_and_writes_no_more(place):
 
 
 async def test_repeated_frames_are_harmless_and_strange_ones_end_it(place):
-    """If a repeated frame counted twice, a transfer with a hole would be complete."""
+    """A repeated frame does not count twice, and an invalid one ends the transfer."""
     async with pair("tcp", place) as both, connected(both) as stream:
         transfer = both.transfer([0, 1], [2, 3])
         payload = bytes(both.source[: GEOMETRY.page_bytes])
@@ -269,8 +270,8 @@ async def test_repeated_frames_are_harmless_and_strange_ones_end_it(place):
         await stream.send_all(hello(both, transfer.id, pages=2) + 2 * frame)
         while bytes(both.destination[2 * GEOMETRY.page_bytes :][: len(payload)]) != payload:
             await trio.sleep(0.001)
-        assert both.told == []
+        assert both.reported == []
         await stream.send_all(struct.pack("<IIII", 1, 2, 0, 0))
         answer = await rest(stream)
         assert answer.startswith(b"AF") and b"refused" in answer
-        assert [told.failure for told in both.told] == [Failure.REFUSED]
+        assert [one.failure for one in both.reported] == [Failure.REFUSED]

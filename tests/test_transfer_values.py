@@ -1,4 +1,4 @@
-"""Runs, pieces and extents: whatever the granularity, every byte of every page moves exactly once."""
+"""Runs, pieces and extents: in every granularity each byte of every page moves exactly once."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LISTS = st.integers(1, PAGES).flatmap(
 
 @given(LISTS)
 def test_runs_pair_the_lists_and_are_as_few_as_can_be(lists):
-    """If they paired wrongly, one request's KV would land in another's page; if they were more, copies would be."""
+    """Runs pair the pages of both lists in order, and no two runs could be joined."""
     found = runs(*lists)
     paired = [(run.source + i, run.destination + i) for run in found for i in range(run.pages)]
     assert paired == list(zip(*lists, strict=True))
@@ -43,7 +43,7 @@ def test_runs_pair_the_lists_and_are_as_few_as_can_be(lists):
 
 
 def test_neighbours_are_one_run():
-    """If they were not, a prompt of 128 pages would take 128 copies instead of one."""
+    """Neighbouring pages form one run."""
     assert runs((3, 4, 5, 9), (7, 8, 9, 10)) == [Run(3, 7, 3), Run(9, 10, 1)]
     assert runs((), ()) == []
 
@@ -51,7 +51,7 @@ def test_neighbours_are_one_run():
 @pytest.mark.parametrize("granularity", Granularity)
 @given(LISTS)
 def test_every_byte_moves_once_by_copies_and_by_frames(granularity, lists):
-    """If a byte were left out or moved twice to different places, KV would be wrong only sometimes."""
+    """Copies and frames each move every byte of the pages once, to the right place."""
     transfer = PageTransfer("a.1", 1, tuple(lists[0]), tuple(lists[1]), granularity)
     parts = GEOMETRY.parts(granularity)
     size = GEOMETRY.page_bytes
@@ -76,8 +76,8 @@ def test_every_byte_moves_once_by_copies_and_by_frames(granularity, lists):
     assert coverage.complete
 
 
-def test_repeats_count_once_and_strangers_not_at_all():
-    """If a repeated piece counted twice, a transfer with a hole would pass for complete."""
+def test_repeats_count_once_and_other_pieces_are_refused():
+    """Repeated pieces count once, and pieces outside of the transfer are refused."""
     coverage = Coverage(pages=3, parts=2)
     assert coverage.add(Piece(0, 2, 0)) and not coverage.add(Piece(1, 1, 0))
     assert coverage.add(Piece(0, 3, 1)) and not coverage.complete
@@ -92,12 +92,12 @@ def test_repeats_count_once_and_strangers_not_at_all():
     [((), (), "at least 1"), ((1, 2), (1,), "from 2 pages to 1"), ((1, 2), (3, 3), "twice")],
 )
 def test_a_transfer_pairs_pages(source, destination, text):
-    """If it did not, which bytes a page holds would depend on the order of two copies."""
+    """A transfer needs as many source as destination pages, at least one and none twice."""
     with pytest.raises(ValueError, match=text):
         PageTransfer("a.1", 1, source, destination)
 
 
 def test_a_page_divides_into_its_layers():
-    """If it did not, a layer's bytes would begin in the middle of a number."""
+    """A page size that its layers do not divide is refused."""
     with pytest.raises(ValueError, match="100 bytes does not divide into K and V of 3 layers"):
         Geometry(100, 3)

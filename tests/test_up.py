@@ -1,4 +1,4 @@
-"""`memserve up` as a user meets it: real processes, real ZeroMQ, the real model, `kill -9` among them."""
+"""`memserve up` as a user meets it: real processes, real ZeroMQ, the real model, and actors that are stopped or killed."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from real_model import greedy
 
 FLOAT32 = "model.dtype=float32"
 CAPITAL = [504, 3575, 282, 4649, 314]
-"""The capital of France is"""
+"""The tokens of: The capital of France is"""
 NEW = 12
-"""Tokens generated where every one of them is compared."""
+"""Tokens generated where each of them is compared."""
 DRAINED = 50
-"""Tokens of a stream that is under way when the cluster is told to end."""
+"""Tokens of a stream that is under way when the cluster is stopped."""
 PREFIX = [(i * 37) % 40_000 + 20 for i in range(150)]
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """One prefill and one decode worker on a shard, exact."""
+    """One prefill and one decode worker on a shard, in float32."""
     with running("demo.toml", tmp_path_factory.mktemp("demo"), FLOAT32) as cluster:
         yield cluster
 
 
 @pytest.fixture(scope="module")
 def expected() -> dict[str, list[int]]:
-    """What transformers says, greedily, on the same weights."""
+    """The greedy tokens of transformers with the same weights."""
     return {
         "capital": greedy(CAPITAL, NEW),
         "long": greedy(PREFIX + CAPITAL, NEW),
@@ -48,7 +48,7 @@ def expected() -> dict[str, list[int]]:
 
 
 def test_tokens_equal_transformers_cold_and_warm(demo: Cluster, expected: dict[str, list[int]]) -> None:
-    """Whatever is cached, greedy float32 output is that of a single-process reference run."""
+    """Greedy tokens in float32 are those of transformers, with and without cached prefixes."""
     assert demo.tokens(CAPITAL, NEW) == expected["capital"]
     cold = demo.complete(PREFIX + CAPITAL, NEW, ignore_eos=True)
     warm = demo.complete(PREFIX + CAPITAL, NEW, ignore_eos=True)
@@ -60,7 +60,7 @@ def test_tokens_equal_transformers_cold_and_warm(demo: Cluster, expected: dict[s
 
 
 def test_tokens_equal_in_a_full_batch(demo: Cluster, expected: dict[str, list[int]]) -> None:
-    """A stream's tokens do not depend on the fifteen others beside it."""
+    """The tokens of a stream do not depend on the fifteen others in its batch."""
     with ThreadPoolExecutor(16) as pool:
         others = [pool.submit(demo.tokens, [i + 50, *PREFIX[: i * 9]], 12) for i in range(15)]
         assert demo.tokens(PREFIX + CAPITAL, NEW) == expected["long"]
@@ -78,7 +78,7 @@ def test_tokens_equal_in_a_full_batch(demo: Cluster, expected: dict[str, list[in
 def test_other_layouts_have_the_same_tokens_and_leave_nothing(
     tmp_path: Path, expected: dict[str, list[int]], config: str, settings: tuple[str, ...], whole_group: bool
 ) -> None:
-    """Any page size or chunk would change tokens; and SIGTERM cut streams off, or leave processes, sockets or files."""
+    """Other layouts, page and chunk sizes give the same tokens; SIGTERM lets streams finish and leaves nothing behind."""
     cluster = start(config, tmp_path, FLOAT32, *settings)
     for _ in range(2):
         assert cluster.tokens(PREFIX + CAPITAL, NEW) == expected["long"]
@@ -98,7 +98,7 @@ def test_other_layouts_have_the_same_tokens_and_leave_nothing(
 
 
 def test_a_second_chat_turn_is_cached(demo: Cluster) -> None:
-    """The first turn's prompt and answer are found by the next, through the official client."""
+    """With the official client, the next turn finds prompt and answer of the last one cached."""
     client = openai.OpenAI(base_url=f"{demo.url}/v1", api_key="none")
     model = client.models.list().data[0].id
     talk = [{"role": "user", "content": "Name three rivers of Europe, with one sentence about each."}]
@@ -118,13 +118,13 @@ def test_a_second_chat_turn_is_cached(demo: Cluster) -> None:
 
 
 def test_seeded_draws_repeat(demo: Cluster) -> None:
-    """A seed makes a sampled answer repeatable, cold or warm, and another seed another answer."""
+    """The same seed gives the same answer, with and without a cache, and another seed another one."""
     one, two, other = (demo.tokens(CAPITAL, 10, temperature=1.0, top_p=0.9, seed=seed) for seed in (7, 7, 8))
     assert one == two != other
 
 
 def test_64_streams_and_back_to_the_baseline(demo: Cluster) -> None:
-    """Many at once finish without an error, and every page comes back."""
+    """64 streams at once finish without an error, and every page is released."""
     before = demo.wait_idle()
     with ThreadPoolExecutor(64) as pool:
         answers = list(pool.map(lambda i: demo.tokens([i + 90, i + 3, 7], 8), range(64)))
@@ -135,7 +135,7 @@ def test_64_streams_and_back_to_the_baseline(demo: Cluster) -> None:
 
 
 def test_workers_of_one_host_say_so(demo: Cluster) -> None:
-    """If it failed, they would be taken for machines of their own, and streams be spread over them."""
+    """Workers of one host report the same site and how many cores they have."""
     sites = {one["id"]: one["site"] for one in demo.members() if one["role"]}
     assert len(sites) == 2 and len({one["key"] for one in sites.values()}) == 1
     cores = len(os.sched_getaffinity(0))
@@ -143,7 +143,7 @@ def test_workers_of_one_host_say_so(demo: Cluster) -> None:
 
 
 def test_a_client_that_leaves_frees_its_pages(demo: Cluster) -> None:
-    """Nobody reads that stream any more, so nothing may work on it."""
+    """When a client disconnects, its request is cancelled and its pages are released."""
     stream = demo.stream(PREFIX[:40], 1500)
     next(stream)
     stream.close()
@@ -154,7 +154,7 @@ def test_a_client_that_leaves_frees_its_pages(demo: Cluster) -> None:
 
 
 def test_a_stopped_worker_costs_no_token(demo: Cluster) -> None:
-    """One that stands still in the middle of streams: all complete with the tokens of an undisturbed run. Killed ones: test_same_tokens.py."""
+    """Streams whose worker is stopped complete with the same tokens. Killed workers: test_same_tokens.py."""
     prompts = [[i + 200, *PREFIX[:60]] for i in range(4)]
     done: dict[int, list[int]] = {}
     begun = threading.Barrier(5)
@@ -187,8 +187,8 @@ def test_actors_without_an_engine_stay_small(demo: Cluster) -> None:
         assert kib < 64 * 1024, (name, rollup)
 
 
-def test_logs_tell_every_request_s_life(demo: Cluster) -> None:
-    """One canonical line a finished request, the id on every line about it, and no byte copied at a handoff."""
+def test_logs_show_every_request_s_life(demo: Cluster) -> None:
+    """A finished request has one canonical line, its id is on every line about it, and the handoff copied no byte."""
     answer = demo.complete(PREFIX[:33], 12, ignore_eos=True)
     request = answer["id"].partition("-")[2]
     lines = [line for line in demo.lines() if line.get("request") == request]
@@ -209,7 +209,7 @@ def test_logs_tell_every_request_s_life(demo: Cluster) -> None:
 
 
 def test_a_second_up_says_so(demo: Cluster) -> None:
-    """Two clusters in one place would mix their sockets; the message names the one that runs."""
+    """A second `memserve up` with the same log directory is refused and names the one that runs."""
     second = subprocess.run(
         command("demo.toml", demo.logs, FLOAT32), capture_output=True, text=True, timeout=60
     )
@@ -220,8 +220,8 @@ def test_a_second_up_says_so(demo: Cluster) -> None:
 
 
 @pytest.mark.parametrize("frontends", [1, 2])
-def test_a_taken_port_is_told_before_anything_starts(tmp_path: Path, frontends: int) -> None:
-    """A model would be loaded first, for a minute; and two clusters whose Frontends share ports would share their clients."""
+def test_a_taken_port_is_refused_before_anything_starts(tmp_path: Path, frontends: int) -> None:
+    """A port in use is refused before anything starts, also with several Frontends, which share their port."""
     with socket.socket() as taken:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         taken.bind(("127.0.0.1", 0))
@@ -237,7 +237,7 @@ def test_a_taken_port_is_told_before_anything_starts(tmp_path: Path, frontends: 
 
 
 def test_sigkill_of_the_supervisor_leaves_nothing(tmp_path: Path) -> None:
-    """Nobody is left to clean up but the actors themselves, and they do."""
+    """When the supervisor is killed, the actors end by themselves and remove their files."""
     cluster = start("colocated.toml", tmp_path)
     assert len(actor_processes(tmp_path)) == 5  # with the zygote
     cluster.process.kill()

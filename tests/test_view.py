@@ -1,4 +1,4 @@
-"""What /health says, whatever is missing: the truth, with its reason."""
+"""What /health reports, whatever is missing, with the reason."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ WHOLE = (SCHEDULER, ME, SHARD, P0, P1, D0, D1)
 
 
 def seen(*members: Member, now: float = 0.0) -> ClusterView:
-    """A view in which these are there."""
+    """A view of a cluster with these members."""
     view = ClusterView()
     view.heard(Cluster(GS, members), now)
     return view
 
 
 def without(*missing: Member) -> tuple[Member, ...]:
-    """All but these."""
+    """All members but these."""
     return tuple(one for one in WHOLE if one not in missing)
 
 
@@ -49,26 +49,26 @@ def without(*missing: Member) -> tuple[Member, ...]:
     ],
 )
 def test_what_cannot_be_served_is_unavailable(lacking: tuple[Member, ...], reason: str) -> None:
-    """A load balancer would go on sending requests here, and an operator would have to guess."""
+    """Without a ready shard, or a ready worker of one role, the cluster is unavailable, with the reason."""
     status = "unavailable" if reason else "ok"
     assert seen(*without(*lacking)).health(ME, {}, 0.5) == Health(status, reason)
 
 
 def test_workers_that_cannot_reach_each_other_serve_nothing() -> None:
-    """One that prefills and one that decodes are there, and the shard of one is not."""
+    """Workers whose shard is missing do not count as ready."""
     far = attrs.evolve(D0, shard=ActorId("s1.1"))
     assert seen(SHARD, P0, far).health(ME, {}, 0.0).reason == "no decode worker is ready"
 
 
 def test_a_frontend_alone_serves_nothing() -> None:
-    """It starts before it has heard of anyone, and drains while everyone is there."""
+    """A Frontend is unavailable before it has heard from a scheduler, and while it drains."""
     assert ClusterView().health(ME, {}, 9.0).reason == "no GlobalScheduler has been heard of yet"
     draining = attrs.evolve(ME, state="draining")
     assert seen(*WHOLE).health(draining, {}, 0.0) == Health("unavailable", "frontend-0 is draining")
 
 
 def test_a_view_that_nobody_renews_is_not_trusted() -> None:
-    """A scheduler that is stopped tells of no death: what it said last would be true for ever."""
+    """A view that no scheduler has renewed for SILENT_S counts as unavailable."""
     view = seen(*WHOLE)
     assert view.health(ME, {}, SILENT_S - 0.1) == Health("ok")
     assert view.health(ME, {}, SILENT_S) == Health(
@@ -77,7 +77,7 @@ def test_a_view_that_nobody_renews_is_not_trusted() -> None:
 
 
 def test_a_death_is_missed_until_the_successor_is_ready() -> None:
-    """While a worker is away, the others serve: less than all, and said so."""
+    """After a death the cluster is degraded until the successor is ready."""
     view = seen(*WHOLE)
     view.gone((D0.id,), 0.1)
     assert view.health(ME, {}, 0.1) == Health("degraded", "d0 is gone")
@@ -89,16 +89,16 @@ def test_a_death_is_missed_until_the_successor_is_ready() -> None:
 
 
 def test_who_was_drained_is_not_missed() -> None:
-    """An operator wanted it so: it would be degraded for ever."""
+    """A worker that drained and left does not make the cluster degraded."""
     view = seen(*without(D0), attrs.evolve(D0, state="draining"))
     assert view.health(ME, {}, 0.0) == Health("ok")
-    for now in (0.1, 1.1):  # deaths are told again and again
+    for now in (0.1, 1.1):  # deaths are announced repeatedly
         view.gone((D0.id,), now)
         assert view.health(ME, {}, now) == Health("ok")
 
 
 def test_who_left_for_good_is_not_missed_for_ever() -> None:
-    """A joined worker that was killed comes back only if somebody wants it to."""
+    """A worker that does not come back counts as missing for MISSED_S only."""
     view = seen(*WHOLE)
     view.gone((D0.id,), 0.1)
     view.heard(Cluster(GS, without(D0)), MISSED_S)
@@ -106,15 +106,15 @@ def test_who_left_for_good_is_not_missed_for_ever() -> None:
     assert view.health(ME, {}, MISSED_S + 0.1) == Health("ok")
 
 
-def test_a_death_that_is_told_late_is_not_missed() -> None:
-    """The successor is there already."""
+def test_a_death_that_is_announced_late_is_not_missed() -> None:
+    """A death that is announced when the successor is already there changes nothing."""
     view = seen(*without(D0), member("d0.2", "DecodeWorker", "decode"))
     view.gone((D0.id,), 0.1)
     assert view.health(ME, {}, 0.0) == Health("ok")
 
 
 def test_the_supervisors_word_comes_before_the_schedulers() -> None:
-    """It sees a process end at once, and a crash loop that no scheduler can know."""
+    """What the supervisor reports of an actor is shown at once, before the scheduler knows."""
     view = seen(*WHOLE)
     down = {"d1": "was killed by SIGKILL and is being restarted"}
     assert view.health(ME, down, 0.0) == Health("degraded", "d1 was killed by SIGKILL and is being restarted")
@@ -126,7 +126,7 @@ def test_the_supervisors_word_comes_before_the_schedulers() -> None:
 
 
 def test_two_schedulers_make_one_view_and_an_old_one_is_forgotten() -> None:
-    """What a dead scheduler had said would be believed beside what its successor says."""
+    """The views of two schedulers are merged, and that of a dead one is dropped."""
     view = seen(SHARD, P0)
     assert view.heard(Cluster(ActorId("scheduler-1.1"), (SHARD, D0)), 0.0) == []
     assert view.health(ME, {}, 0.0) == Health("ok")
@@ -138,11 +138,11 @@ COLLECTING = Health("degraded", "a scheduler that has just started is still coll
 GS2 = ActorId("scheduler-0.2")
 
 
-@pytest.mark.parametrize("told", [False, True])
-def test_a_scheduler_s_successor_that_knows_nobody_yet_takes_nobody_away(told: bool) -> None:
-    """A load balancer would take a cluster out that goes on serving, each time that its scheduler restarts."""
+@pytest.mark.parametrize("announced", [False, True])
+def test_a_scheduler_s_successor_that_knows_nobody_yet_takes_nobody_away(announced: bool) -> None:
+    """While a restarted scheduler collects reports, the cluster is degraded for a while and not unavailable."""
     view = seen(*WHOLE)
-    if told:
+    if announced:
         view.gone((GS,), 1.0)
         assert view.health(ME, {}, 1.0) == attrs.evolve(
             COLLECTING, reason=f"scheduler-0 is gone; {COLLECTING.reason}"
@@ -154,8 +154,8 @@ def test_a_scheduler_s_successor_that_knows_nobody_yet_takes_nobody_away(told: b
     assert view.health(ME, {}, 3.0) == Health("ok")
 
 
-def test_who_died_beside_the_scheduler_is_not_there() -> None:
-    """What the old scheduler had said would hide for two seconds that nothing can be served."""
+def test_an_actor_that_died_with_the_scheduler_is_not_there() -> None:
+    """An actor that died together with the scheduler is not counted as present."""
     view = seen(*WHOLE)
     view.heard(Cluster(GS2, ()), 1.0)
     down = {"s0": "was killed by SIGKILL and is being restarted"}
@@ -169,7 +169,7 @@ def test_who_died_beside_the_scheduler_is_not_there() -> None:
 
 
 def test_a_scheduler_that_restarts_twice_takes_nobody_away_either() -> None:
-    """The second successor would count as if the first, which had heard from nobody yet, had known that nobody is there."""
+    """A scheduler that restarts twice in a row leaves the cluster degraded as well."""
     view = seen(*WHOLE)
     view.heard(Cluster(GS2, ()), 1.0)
     view.heard(Cluster(ActorId("scheduler-0.3"), ()), 2.0)

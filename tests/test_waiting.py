@@ -1,4 +1,4 @@
-"""Waiting, as clients of a whole cluster see it: through HTTP, with real cores and shells, in virtual time."""
+"""Waiting requests as clients of a whole cluster see them: through HTTP, with real cores and shells, in virtual time."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from memserve.api.app import build_app
 
 ONE = (("w0", "both"),)
 PROMPT_TOKENS = 60
-"""About a tenth of a second of a worker that has measured nothing."""
+"""About a tenth of a second of work for a worker without measured costs."""
 
 
 def prompt(salt: int) -> list[int]:
-    """One that no other begins with."""
+    """A prompt that shares no prefix with others."""
     return [salt + 10, *range(100, 99 + PROMPT_TOKENS)]
 
 
 @asynccontextmanager
-async def serving(**told) -> AsyncIterator[tuple[MemoryCluster, httpx.AsyncClient]]:
-    """A cluster of one worker with little room, and a client of it."""
-    async with memory_cluster(*ONE, rows=2, hold_back_s=0.05, **told) as (cluster, frontend):
+async def serving(**changes) -> AsyncIterator[tuple[MemoryCluster, httpx.AsyncClient]]:
+    """A cluster of one worker with little room, and an HTTP client."""
+    async with memory_cluster(*ONE, rows=2, hold_back_s=0.05, **changes) as (cluster, frontend):
         app = build_app(
             frontend, demo_tokenizer(), demo_spec(), settings(max_context=190, api_keys=("k1", "k2"))
         )
@@ -53,7 +53,7 @@ async def ask(
 
 
 def whole(answer: httpx.Response, salt: int) -> bool:
-    """Whether it has all of its tokens."""
+    """Whether an answer has all of its tokens."""
     assert answer.status_code == 200, answer.text
     return answer.json()["choices"][0]["token_ids"] == reference(prompt(salt), 6)
 
@@ -61,7 +61,7 @@ def whole(answer: httpx.Response, salt: int) -> bool:
 async def flood(
     client: httpx.AsyncClient, nursery: trio.Nursery, salts: range, answers: dict[int, httpx.Response]
 ) -> None:
-    """Ask all of it at once as one tenant; the answers come by and by."""
+    """Ask all of it at once as one tenant; the answers arrive later."""
 
     async def one(salt: int) -> None:
         answers[salt] = await ask(client, salt)
@@ -72,7 +72,7 @@ async def flood(
 
 
 async def test_a_flood_is_refused_in_part_and_holds_up_nobody_else(autojump_clock: MockClock) -> None:
-    """One key that sends too much would fill the queue, and others wait behind all of it."""
+    """A key that sends too much is refused in part, and requests of another key are served soon."""
     async with serving(held_max=16) as (cluster, client), trio.open_nursery() as nursery:
         answers: dict[int, httpx.Response] = {}
         await flood(client, nursery, range(30), answers)
@@ -92,7 +92,7 @@ async def test_a_flood_is_refused_in_part_and_holds_up_nobody_else(autojump_cloc
 
 
 async def test_deadlines_and_priorities_through_http(autojump_clock: MockClock) -> None:
-    """They are a client's to give, and would be lost on the way."""
+    """Deadlines and priorities given through HTTP take effect."""
     async with serving() as (_, client), trio.open_nursery() as nursery:
         assert whole(await ask(client, 200, ttft_ms=5000), 200)
         answers: dict[int, httpx.Response] = {}
@@ -105,7 +105,7 @@ async def test_deadlines_and_priorities_through_http(autojump_clock: MockClock) 
 
 
 async def test_a_scheduler_that_dies_loses_nothing_that_waits(autojump_clock: MockClock) -> None:
-    """Its queue dies with it; its successor is given every request again, and refuses none of them."""
+    """When the scheduler dies, its successor gets every waiting request again and refuses none."""
     async with serving(held_max=32) as (cluster, client), trio.open_nursery() as nursery:
         answers: dict[int, httpx.Response] = {}
         await flood(client, nursery, range(14), answers)
@@ -127,7 +127,7 @@ async def test_a_scheduler_that_dies_loses_nothing_that_waits(autojump_clock: Mo
 async def test_a_worker_that_dies_has_its_requests_continued_before_all_that_wait(
     autojump_clock: MockClock,
 ) -> None:
-    """Their streams have begun: behind a long queue, or refused by it, they would stand still or break."""
+    """When the worker dies, its requests continue before those that wait, and /health says what is missing."""
     async with serving(held_max=16) as (cluster, client), trio.open_nursery() as nursery:
         answers: dict[int, httpx.Response] = {}
         await flood(client, nursery, range(20), answers)

@@ -1,4 +1,4 @@
-"""Conversion: what the cached file holds, and that it is made once."""
+"""Conversion of weights: what the cached file holds, and that it is made once."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _write(path: Path, tensors: dict[str, np.ndarray]) -> Path:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_converted_tensors_are_the_files(tmp_path: Path, tied: bool) -> None:
-    """A wrong concatenation, permutation or rounding is a model that talks nonsense."""
+    """Converted tensors are those of the file, joined and permuted as the model needs them."""
     source = _tensors(tied)
     files = prepare(_write(tmp_path / "tiny.gguf", source), "float32", tmp_path / "cache")
     found = map_weights(files.weights)
@@ -85,7 +85,7 @@ def test_converted_tensors_are_the_files(tmp_path: Path, tied: bool) -> None:
 
 
 def test_bfloat16_equals_torchs_rounding(tmp_path: Path) -> None:
-    """The two roundings must agree, or a float32 and a bfloat16 run are of different models."""
+    """Conversion rounds to bfloat16 as torch does, and keeps norms in float32."""
     source = _tensors(True)
     path = _write(tmp_path / "tiny.gguf", source)
     found = map_weights(prepare(path, "bfloat16", tmp_path / "cache").weights)
@@ -96,7 +96,7 @@ def test_bfloat16_equals_torchs_rounding(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_int8_is_the_nearest(tmp_path: Path, tied: bool) -> None:
-    """Rounded otherwise, or by another row's scale, the model would answer worse than it must."""
+    """int8 weights are the nearest to the exact ones, with one scale per row."""
     source = _tensors(tied)
     source["blk.0.ffn_down.weight"][3] = 0
     source["blk.1.attn_v.weight"][5] *= 1000
@@ -120,7 +120,7 @@ def test_int8_is_the_nearest(tmp_path: Path, tied: bool) -> None:
 
 
 def test_int8_of_what_is_not_finite_is_refused(tmp_path: Path) -> None:
-    """A damaged model would be turned into one that answers nonsense."""
+    """Weights that are not finite cannot be stored as int8 and are refused."""
     source = _tensors(True)
     source["blk.1.ffn_up.weight"][7, 7] = np.nan
     with pytest.raises(UserError, match=r"blk\.1\.ffn_up\.weight.*not finite.*model\.weights"):
@@ -129,7 +129,7 @@ def test_int8_of_what_is_not_finite_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stored", ["bfloat16", "int8"])
 def test_the_file_is_safetensors_and_aligned(tmp_path: Path, stored: str) -> None:
-    """Other tools must be able to open it, and no matrix row may straddle a cache line for nothing."""
+    """The converted file is valid safetensors, and its tensors are aligned."""
     files = prepare(_write(tmp_path / "tiny.gguf", _tensors(True)), stored, tmp_path / "cache")
 
     with safe_open(files.weights, "pt") as file:
@@ -142,7 +142,7 @@ def test_the_file_is_safetensors_and_aligned(tmp_path: Path, stored: str) -> Non
 
 
 def test_a_second_call_converts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every start would take seconds; and a renamed copy of a file is the same model."""
+    """A file that was converted before, also under another name, is not converted again."""
     path = _write(tmp_path / "tiny.gguf", _tensors(True))
     first = prepare(path, "float32", tmp_path / "cache")
     monkeypatch.setattr(under_test, "_convert", lambda *_: pytest.fail("converted again"))
@@ -155,7 +155,7 @@ def test_a_second_call_converts_nothing(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_damaged_conversion_is_made_again(tmp_path: Path) -> None:
-    """A machine that lost power while converting must come back by itself."""
+    """A damaged converted file is replaced."""
     path = _write(tmp_path / "tiny.gguf", _tensors(True))
     files = prepare(path, "float32", tmp_path / "cache")
     whole = files.weights.read_bytes()
@@ -165,7 +165,7 @@ def test_a_damaged_conversion_is_made_again(tmp_path: Path) -> None:
 
 
 def test_two_processes_convert_once(tmp_path: Path) -> None:
-    """Workers that start together would write over each other's files."""
+    """Two processes that start together convert a model once."""
     path = _write(tmp_path / "tiny.gguf", _tensors(True))
     code = "import sys; from memserve.engine.weights import prepare; from pathlib import Path\n"
     code += "print(prepare(sys.argv[1], 'float32', Path(sys.argv[2])).weights.stat().st_ino)"
@@ -177,7 +177,7 @@ def test_two_processes_convert_once(tmp_path: Path) -> None:
 
 
 def test_foreign_and_missing_tensors_are_named(tmp_path: Path) -> None:
-    """A model with biases would run without them and answer nonsense."""
+    """Tensors that are missing, or that the model does not have, are named and refused."""
     tensors = _tensors(True)
     extra = tensors | {"blk.0.attn_q.bias": np.zeros(64, np.float32)}
     with pytest.raises(UserError, match=r"blk\.0\.attn_q\.bias"):
@@ -189,7 +189,7 @@ def test_foreign_and_missing_tensors_are_named(tmp_path: Path) -> None:
 
 
 def test_an_unwritable_cache_is_a_user_error(tmp_path: Path) -> None:
-    """A full or read-only disk must be named with the way out."""
+    """A cache that cannot be written is a user error that names MEMSERVE_CACHE."""
     path = _write(tmp_path / "tiny.gguf", _tensors(True))
     (tmp_path / "cache").write_text("a file, not a folder")
 
@@ -216,7 +216,7 @@ def test_a_conversion_that_failed_leaves_the_disk_as_it_was(
 
 @pytest.mark.parametrize("stored", ["bfloat16", "int8"])
 def test_written_weights_come_back(tmp_path: Path, stored: str) -> None:
-    """Tests of random models would run on other weights than they compare with."""
+    """Saved weights read back as they were."""
     spec = read_spec(_write(tmp_path / "tiny.gguf", _tensors(False)))
     weights = random_weights(spec, stored, 3)
     save_weights(weights, tmp_path / "w")
@@ -228,7 +228,7 @@ def test_written_weights_come_back(tmp_path: Path, stored: str) -> None:
 
 @pytest.mark.parametrize("stored", ["bfloat16", "int8"])
 def test_the_demo_model_converts_without_torch(tmp_path: Path, stored: str) -> None:
-    """The supervisor, which converts, would carry torch in its memory, or the whole model twice."""
+    """The demo model converts without torch and within 450 MiB."""
     code = """if True:
         import sys
         from pathlib import Path
@@ -246,7 +246,7 @@ def test_the_demo_model_converts_without_torch(tmp_path: Path, stored: str) -> N
 
 @pytest.mark.parametrize("stored", ["bfloat16", "int8"])
 def test_tiles_hold_the_rows(tmp_path: Path, stored: str) -> None:
-    """A value in the wrong place of a tile is a model that talks nonsense, on some machines only."""
+    """Weights stored in tiles have the values of those in rows, each in its place."""
     path = _write(tmp_path / "tiny.gguf", _tensors(False))
     rows, tiles = (
         prepare(path, stored, tmp_path / "cache"),

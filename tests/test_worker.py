@@ -1,4 +1,4 @@
-"""A worker's core by itself: what it takes on, what it gives up, and the order in which it speaks."""
+"""The core of a worker by itself: which requests it accepts, which it fails, and the order of its messages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SCHEDULER = ActorId("scheduler-0.1")
 
 
 def worker(requests_max: int = 2) -> WorkerCore:
-    """One that prefills and decodes."""
+    """A worker that prefills and decodes."""
     presence = Presence(
         Member(ME, "PrefillWorker", "ipc://w", 1, "ready", "both", SHARD), (seed_id("scheduler-0"),)
     )
@@ -31,23 +31,23 @@ def worker(requests_max: int = 2) -> WorkerCore:
 
 
 def request(name: str, attempt: int = 0) -> Request:
-    """Ten tokens, five more wanted."""
+    """A request with a prompt of ten tokens that wants five more."""
     return Request(name, attempt, FRONTEND, "", pack(range(10)), 10, 5, (), Sampling())
 
 
 def prefill(core: WorkerCore, name: str, attempt: int = 0) -> None:
-    """The scheduler places a request on it."""
+    """Have the scheduler place a request on the worker."""
     core.receive(SCHEDULER, Prefill(request(name, attempt), Plan(ME, ME, SHARD, SCHEDULER)), 0.0)
 
 
 def sent(core: WorkerCore, kind: type) -> list:
-    """What it says of one kind."""
+    """The messages of one type that the core sends."""
     core.check()
     return [one.message for one in core.take() if isinstance(one, Send) and isinstance(one.message, kind)]
 
 
 def test_a_full_worker_refuses_what_has_not_begun() -> None:
-    """It would fail an answer that a client has begun to read, or tell others another status than the Frontend does."""
+    """A worker at its limit refuses a first attempt with status 429, as the Frontend does, but accepts a resumed request."""
     core = worker(requests_max=2)
     for name in ("a", "b", "c"):
         prefill(core, name)
@@ -69,7 +69,7 @@ def test_a_full_worker_refuses_what_has_not_begun() -> None:
 def test_pages_that_are_refused_end_what_has_not_begun(
     code: str, attempt: int, status: int, retry: bool
 ) -> None:
-    """A full shard would end answers in their middle; or what can never fit would be tried eight times."""
+    """When the shard refuses pages, only a resumed request (attempt 1 or later) is tried again, unless it can never fit."""
     core = worker()
     prefill(core, "a", attempt)
     (acquire,) = sent(core, Acquire)
@@ -79,7 +79,7 @@ def test_pages_that_are_refused_end_what_has_not_begun(
 
 
 def test_the_first_token_leaves_before_the_sequence() -> None:
-    """The decode worker's token could reach the Frontend before the one that it follows, and look like the end of a gap."""
+    """The outbox sends a request's first token before its handoff, so that the decode worker's tokens do not overtake it."""
     outbox = Outbox()
     one = Sequence(request("r"), Plan(ME, OTHER, SHARD, SCHEDULER), pack(range(11)), Phase.LEAVING, 0.0, 0)
     one.token_at = 0.0
