@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from memserve.engine.checkpoint import read_spec
-from memserve.engine.gguf import GGML_NAMES, read_gguf
-from memserve.engine.quants import dequantise, round_to_bfloat16
+from memserve.engine.ggml_blocks import dequantise
+from memserve.engine.gguf import BLOCKS, GGML_NAMES, read_gguf
+from memserve.engine.quants import round_to_bfloat16
 from memserve.engine.spec import ModelSpec, find_model
 from memserve.errors import UserError
 
@@ -140,9 +141,9 @@ def test_bfloat16_rounds_to_nearest_even() -> None:
 
 def test_an_unsupported_type_is_named_with_what_is_supported(tmp_path: Path) -> None:
     """A tensor of an unsupported type is refused with a list of supported ones."""
-    path = write_gguf(tmp_path / "k.gguf", {}, {"w": ("Q4_K", (256,), b"\0" * 144)})
+    path = write_gguf(tmp_path / "k.gguf", {}, {"w": ("IQ3_S", (256,), b"\0" * 110)})
 
-    with pytest.raises(UserError, match=r"'w' has type Q4_K.*supported: F32, F16, BF16, Q8_0, Q4_0, Q4_1"):
+    with pytest.raises(UserError, match=rf"'w' has type IQ3_S.*supported: {', '.join(BLOCKS)}"):
         read_gguf(path)
 
 

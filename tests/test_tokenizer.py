@@ -172,7 +172,7 @@ def test_user_defined_tokens_are_one_token_wherever_they_are_written():
     ("changes", "text"),
     [
         ({"model": "t5"}, "tokenizer.ggml.model: 't5' is not supported; supported: gpt2, llama"),
-        ({"pre": "tekken"}, "tokenizer.ggml.pre: 'tekken' is not supported; supported: smollm"),
+        ({"pre": "gpt-4o"}, "tokenizer.ggml.pre: 'gpt-4o' is not supported; supported: smollm"),
         ({"model": "llama"}, "tokenizer.ggml.scores: missing"),
         ({"merges": ["a nonsense"]}, "tokenizer.ggml.merges: .* damaged"),
         ({"tokens": ["a", "a"]}, "tokenizer.ggml.tokens: 2 tokens, 1 of them distinct"),

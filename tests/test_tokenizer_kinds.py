@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, decoders, pre_tokenizers, processors
 from tokenizers import Tokenizer as Built
 
 from memserve.engine.detokenizer import Detokenizer
@@ -97,9 +97,9 @@ def test_a_special_token_takes_the_blanks_that_are_its_own(left, right):
 ALPHABET = sorted(_bytes_of_characters())
 
 
-def byte_level(pre: str, words: tuple[str, ...], merges: tuple[str, ...], **more: object) -> Tokenizer:
-    """A byte-level GGUF tokenizer with all bytes and some words."""
-    metadata = {
+def byte_level_metadata(pre: str, words: tuple[str, ...], merges: tuple[str, ...]) -> dict[str, object]:
+    """The metadata of a GGUF byte-level tokenizer of all bytes and some words."""
+    return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": pre,
         "tokenizer.ggml.tokens": [*ALPHABET, *words, "<|bos|>"],
@@ -107,7 +107,11 @@ def byte_level(pre: str, words: tuple[str, ...], merges: tuple[str, ...], **more
         "tokenizer.ggml.merges": list(merges),
         "tokenizer.ggml.bos_token_id": 256 + len(words),
     }
-    return Tokenizer(build_tokenizer(metadata | more))
+
+
+def byte_level(pre: str, words: tuple[str, ...], merges: tuple[str, ...], **more: object) -> Tokenizer:
+    """The tokenizer of ``byte_level_metadata``, with ``more`` metadata."""
+    return Tokenizer(build_tokenizer(byte_level_metadata(pre, words, merges) | more))
 
 
 def pieces(tokenizer: Tokenizer, text: str) -> list[str]:
@@ -133,6 +137,45 @@ def test_llama3_prefers_whole_words_and_wants_bos():
     qwen = byte_level("qwen2", ("abc",), ())
     assert pieces(qwen, "abc") == ["a", "b", "c"]
     assert qwen.bos == ()
+
+
+TEKKEN = (
+    "[^\\r\\n\\p{L}\\p{N}]?[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}]*[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}]+"
+    "|[^\\r\\n\\p{L}\\p{N}]?[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}]+[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}]*"
+    "|\\p{N}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n/]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
+)
+"""The rule in the tokenizer.json of Mistral Nemo."""
+
+
+@given(
+    st.lists(
+        st.sampled_from(
+            ["aB", "Ba", "ǅ", "日本", "e\u0301", "'s", " ", "  ", "12", "/", "\n", "\r\n", "://", "_", "ʰ"]
+        )
+    ).map("".join)
+)
+def test_tekken_splits_as_mistrals_own_tokenizer(text):
+    """Mistral Nemo and Small from GGUF would read other tokens than they were trained on."""
+    split = pre_tokenizers.Split(Regex(TEKKEN), behavior="isolated")
+    found = build_tokenizer(byte_level_metadata("tekken", (), ())).pre_tokenizer.pre_tokenize_str(text)
+    assert [place for _, place in found] == [place for _, place in split.pre_tokenize_str(text)]
+
+
+def test_tekken_splits_before_capitals_and_at_every_digit():
+    """Identifiers and numbers would be read as other tokens than in training."""
+    built = build_tokenizer(byte_level_metadata("tekken", (), ()))
+    words = [word for word, _ in built.pre_tokenizer.pre_tokenize_str("getHTMLPage don't 2024 x/\n")]
+    assert words == ["get", "HTMLPage", "Ġdon", "'t", "Ġ", "2", "0", "2", "4", "Ġx", "/Ċ"]
+    tekken = byte_level("tekken", ("abc",), ())
+    assert pieces(tekken, "abc") == ["abc"]
+    assert tekken.bos == (257,)
+
+
+@pytest.mark.parametrize("name", ["llama3", "llama-v3"])
+def test_other_names_of_llama3s_rule_are_known(name):
+    """Early conversions of Llama 3 name it differently, and would be refused."""
+    other, usual = (byte_level_metadata(one, *DIGITS) for one in (name, "llama-bpe"))
+    assert build_tokenizer(other).to_str() == build_tokenizer(usual).to_str()
 
 
 def test_qwen_composes_accents():

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memserve.engine.checkpoint import Checkpoint
-from memserve.engine.quants import dequantise, quantise_rows, round_to_bfloat16
+from memserve.engine.ggml_blocks import dequantise
+from memserve.engine.quants import quantise_rows, round_to_bfloat16
 from memserve.engine.spec import STORED_BYTES, ModelSpec
 from memserve.engine.tiles import STRIP, tiles_shape, to_tiles, whole_strips
 from memserve.errors import UserError

@@ -1,7 +1,7 @@
 """Builds the tokenizer in a GGUF file's metadata for the ``tokenizers`` library, equal to llama.cpp's.
 
-There are two kinds. Byte-level BPE (``gpt2``: Llama 3, Qwen, SmolLM) has its merges in the file, and names a
-rule for splitting text before BPE. SentencePiece (``llama``: Llama 2, Mistral) has scores, from which the
+There are two kinds. Byte-level BPE (``gpt2``: Llama 3, Qwen, SmolLM, newer Mistral) has its merges in the file, and names a
+rule for splitting text before BPE. SentencePiece (``llama``: Llama 2, Mistral 7B) has scores, from which the
 merges follow.
 """
 
@@ -14,7 +14,7 @@ import attrs
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from memserve.engine.text_cuts import CL100K
+from memserve.engine.text_cuts import CL100K, TEKKEN
 from memserve.engine.tokenizer import SPACE
 from memserve.errors import UserError
 
@@ -32,10 +32,10 @@ def _smollm() -> pre_tokenizers.PreTokenizer:
     )
 
 
-def _words(digits: str) -> pre_tokenizers.PreTokenizer:
+def _words(rule: str) -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(CL100K % digits), behavior="isolated"),
+            pre_tokenizers.Split(Regex(rule), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -53,11 +53,14 @@ class _Cut:
     normalizer: normalizers.Normalizer | None = None
 
 
-_QWEN2 = _Cut(lambda: _words(r"\p{N}"), normalizer=normalizers.NFC())
-_LLAMA3 = _Cut(lambda: _words(r"\p{N}{1,3}"), ignore_merges=True, bos=True)
+_QWEN2 = _Cut(lambda: _words(CL100K % r"\p{N}"), normalizer=normalizers.NFC())
+_LLAMA3 = _Cut(lambda: _words(CL100K % r"\p{N}{1,3}"), ignore_merges=True, bos=True)
 PRE_TOKENIZERS = {
     "smollm": _Cut(_smollm),
     "llama-bpe": _LLAMA3,
+    "llama3": _LLAMA3,
+    "llama-v3": _LLAMA3,
+    "tekken": _Cut(lambda: _words(TEKKEN), ignore_merges=True, bos=True),
     "qwen2": _QWEN2,
     "deepseek-r1-qwen": _QWEN2,
 }

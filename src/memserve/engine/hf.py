@@ -167,7 +167,7 @@ def _refuse_variants(keys: Keys) -> None:
     if "quantization_config" in keys.metadata:
         raise UserError(
             f"{keys.source}: quantization_config: quantised safetensors are not supported; take the model in "
-            "BF16, F16 or F32, or a GGUF file in Q8_0, Q4_0 or Q4_1"
+            "BF16, F16 or F32, or a GGUF file"
         )
 
 

@@ -20,7 +20,13 @@ PART_CHARACTERS = 256
 _CUT = re.compile("[A-Za-z](?= [A-Za-z])")
 CL100K = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 """The split rule of cl100k and its descendants, which differ in how many digits stay together."""
-_KNOWN_RULES = frozenset(CL100K % digits for digits in (r"\p{N}", r"\p{N}{1,3}"))
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""The split rule of Mistral's Tekken: it also splits where a lower-case letter precedes an upper-case one."""
+_KNOWN_RULES = frozenset((CL100K % r"\p{N}", CL100K % r"\p{N}{1,3}", TEKKEN))
 
 
 def parts(text: str) -> Iterator[str]:

@@ -52,6 +52,7 @@ CONVERTER = (
         "checkpoint.py",
         "convert.py",
         "families.py",
+        "ggml_blocks.py",
         "gguf.py",
         "gguf_spec.py",
         "gguf_tokenizer.py",
