@@ -21,8 +21,9 @@ from memserve.api.tools import CHOICES, TOOLS_MAX, Offer, Tool, ToolChoice, chec
 from memserve.drawing import LOGPROBS_MAX
 from memserve.engine.detokenizer import check_stops
 
-LONG_BODY = 262_144
-"""Bytes from which to check and render a body takes tens of milliseconds: call it from a thread then."""
+LONG_BODY = 1_048_576
+"""Bytes from which to check and render a body can take over a tenth of a second: call it from a thread then.
+Most prompts that fill a long context have fewer; they do not wait for the thread twice more."""
 CHOICES_MAX = 64
 """Most answers that one HTTP request may ask for: prompts times ``n``."""
 STOP_TOKENS_MAX = 1024
