@@ -118,12 +118,12 @@ class Zygote:
             with trio.CancelScope(shield=True):
                 async with self._turn:
                     pid = await self._ordered(name, lifeline.fileno(), writing)
+                return Forked(pid, output)
         except OSError:
             await trio.aclose_forcefully(output)
             raise
         finally:
             os.close(writing)
-        return Forked(pid, output)
 
     async def _start(self) -> None:
         if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
