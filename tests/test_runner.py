@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import tracemalloc
 from pathlib import Path
 
 import attrs
@@ -15,6 +16,7 @@ from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.runner import CpuEngine
 from memserve.engine.weights import random_weights, save_weights
 from memserve.tokens import pack
+from test_fallback import native_shape
 from test_model import GREEDY, Runner, prompt, tiny_spec, widened
 
 PAGES = 16
@@ -43,6 +45,25 @@ def test_a_step_returns_a_token_where_one_is_wanted(engine: CpuEngine) -> None:
     assert result.tokens[1] is None
     assert result.threads == 2
     assert result.step_ms > 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_an_engine_is_made_for_the_context_that_is_served(tmp_path: Path, dtype: str) -> None:
+    """Each worker of a model of a million positions would take seconds longer to start, and half a GB of its own."""
+    spec = attrs.evolve(native_shape(), max_context=1_000_000)
+    save_weights(random_weights(spec, dtype, 1), tmp_path / "w")
+    arena = mmap.mmap(-1, PAGES * spec.page_bytes(16, dtype))
+    tracemalloc.start()
+    engine = CpuEngine(spec, tmp_path / "w", arena, PAGES, 16, dtype, max_context=64)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    engine.warm_up()
+
+    assert peak < 20 << 20
+    assert engine.run(BatchPlan((Row(pack(prompt(64, 1)), 0, (0, 1, 2, 3), GREEDY),))).tokens[0] is not None
+    with pytest.raises(ValueError, match="within 64 positions"):
+        engine.run(BatchPlan((Row(pack(prompt(65, 1)), 0, (0, 1, 2, 3, 4), GREEDY),)))
+    engine.close()
 
 
 def test_warming_up_touches_no_page(tmp_path: Path) -> None:

@@ -153,7 +153,10 @@ def start_engine(
     threads = resolved.threads[context.name]
     cores = Cores(context.place.path / CORES_FILE, resolved.cores, threads, outsiders=Outsiders())
     pages = arena.header.pages
-    engine = CpuEngine(files.spec, files.weights, arena.memory, pages, page_tokens, model.dtype, cores)
+    engine = CpuEngine(
+        files.spec, files.weights, arena.memory, pages, page_tokens, model.dtype, cores,
+        max_context=resolved.max_context,
+    )  # fmt: skip
     engine.warm_up()
     found.site = Site(cores.key, resolved.cores, threads)
     found.drafts = engine.native  # torch's sums for a chunk differ from those for a single token

@@ -54,12 +54,15 @@ class CpuEngine:
         cores: Cores | None = None,
         threads: int = 1,
         native: bool = True,
+        max_context: int | None = None,
     ) -> None:
         """``arena``: writable memory with ``pages`` pages of ``spec.page_shape(page_tokens)``.
 
         ``threads``: threads of a step where ``cores`` is None. ``native``: use the native step where it is
-        available.
+        available. ``max_context``: most tokens of a row; unset, the model's.
         """
+        # Tables of positions are as long as the context, in each worker's own memory.
+        spec = attrs.evolve(spec, max_context=min(max_context or spec.max_context, spec.max_context))
         expected = pages * spec.page_bytes(page_tokens, dtype)
         if len(memoryview(arena).cast("B")) < expected:
             raise ValueError(f"the arena has {len(memoryview(arena))} bytes; {pages} pages take {expected}")
