@@ -15,11 +15,13 @@ import attrs
 
 from memserve.identity import ActorId
 from memserve.mempool.shard import ShardCore
+from memserve.messages import Gone
 from memserve.scheduling.cost_model import LINKS, LinkModel
 from memserve.sim.pages import Arenas
 from memserve.sim.world import Actor, Violation, World
 from memserve.transfer.actions import (
     Expect,
+    Probe,
     Received,
     ReceiveFailed,
     StopReceiving,
@@ -94,6 +96,8 @@ class Movers:
                 self.arenas.claim(shard.id, pages, (sender, number))
             case StopReceiving(sender, number):
                 self._refuse(shard, (sender, number), Failure.WITHDRAWN)
+            case Probe(sender) if self.world.find(sender) is None:
+                self._later(shard, Gone((sender,)))
 
     def drop(self, actor: Actor) -> None:
         """An actor is dead: what its process was writing breaks off; what its network card sends does not."""
