@@ -28,20 +28,25 @@ request is sent on a connection that the server is just closing."""
 LOOK_S = 2.0
 """Interval at which a waiting request's connection is looked at."""
 ACCEPT_PAUSE_S = 0.1
-"""Pause after a connection could not be accepted for lack of resources."""
-LACKING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
-"""What accept() fails with then; the connection stays in the backlog."""
+"""Pause after a connection could not be accepted."""
+PASSING = (
+    errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS,
+    errno.ECONNABORTED, errno.EPERM, errno.EPROTO, errno.ENETDOWN, errno.ENOPROTOOPT, errno.EHOSTDOWN, errno.ENONET,
+    errno.EHOSTUNREACH, errno.EOPNOTSUPP, errno.ENETUNREACH,
+)  # fmt: skip
+"""Errors of accept() that say nothing about the listener: no resources for another connection, which then stays
+in the backlog, or an error of the connection itself (accept(2))."""
 
 
 class PatientListener(backend.TCPSocketListener):
-    """Waits while there is no descriptor left for another connection; anyio's listener ends the server."""
+    """Goes on after errors that pass; anyio's listener ends the server at every error."""
 
     async def accept(self) -> backend.SocketStream:
         while True:
             try:
                 return await super().accept()
             except anyio.BrokenResourceError as error:
-                if not isinstance(error.__cause__, OSError) or error.__cause__.errno not in LACKING:
+                if not isinstance(error.__cause__, OSError) or error.__cause__.errno not in PASSING:
                     raise
                 await trio.sleep(ACCEPT_PAUSE_S)
 

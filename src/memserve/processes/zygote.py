@@ -118,7 +118,7 @@ class Zygote:
             with trio.CancelScope(shield=True):
                 async with self._turn:
                     pid = await self._ordered(name, lifeline.fileno(), writing)
-                return Forked(pid, output)
+            return Forked(pid, output)
         except OSError:
             await trio.aclose_forcefully(output)
             raise
