@@ -184,15 +184,20 @@ def fake_cupy(room: int = 1 << 30, folder: Path | None = None, devices: int = 1)
 
         def __init__(self, size: int) -> None:
             assert size % (2 << 20) == 0, "a smaller allocation may share its block"
-            left[0] -= size
-            if left[0] < 0:
+            self._size = 0
+            if size > left[0]:
                 raise CUDARuntimeError("cudaErrorMemoryAllocation: out of memory")
+            left[0] -= size
+            self._size = size
             if isinstance(runtime, SharedRuntime):
                 self._memory = runtime.allocate(size)
                 self.ptr = self._memory.address
             else:
                 self._bytes = np.full(size, 0xFF, np.uint8)
                 self.ptr = int(self._bytes.ctypes.data)
+
+        def __del__(self) -> None:
+            left[0] += self._size
 
     def ndarray(shape: tuple[int], dtype: Any, pointer: Any) -> np.ndarray:
         return np.ctypeslib.as_array((ctypes.c_uint8 * shape[0]).from_address(pointer.address))

@@ -19,7 +19,7 @@ from memserve.engine.cuda import pages_of, weights_of
 from memserve.engine.weights import map_weights, random_weights, save_weights
 from memserve.errors import PeerError, PeerUnreachable, UserError
 from memserve.identity import ActorId
-from memserve.kernels import gpu_store
+from memserve.kernels import gpu_memory, gpu_store
 from memserve.kernels.arena import Arena, attach_arena, serve_arena, serve_packet
 from memserve.kernels.gpu_memory import GpuArena, GpuHeader, attach_gpu_arena, coalesced
 from memserve.kernels.gpu_store import open_gpu_store
@@ -182,7 +182,24 @@ def test_a_damaged_or_foreign_header_is_refused():
         GpuHeader.decode(attrs.evolve(header, version=99).encode())
 
 
-async def test_where_memory_cannot_be_shared_or_had_it_is_said(weights, place):
+def test_a_shard_waits_for_the_memory_of_the_one_before_it(weights, monkeypatch):
+    """If it failed, a shard that is restarted would say that its memory is set too large, again and again."""
+    cupy = fake_cupy(room=10 << 20)
+    old, waits = [cupy.cuda.Memory(8 << 20)], []
+
+    def ended(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 3:
+            old.clear()  # the last worker that had it mapped
+
+    monkeypatch.setattr(gpu_memory.time, "sleep", ended)
+    arena = GpuArena.create(SHARD, 0, 2, PAGE_BYTES, weights, cupy)
+    assert len(waits) == 3
+    arena.close()
+    assert cupy.cuda.Memory(10 << 20).ptr  # no attempt kept a part
+
+
+async def test_where_memory_cannot_be_shared_or_had_it_is_said(weights, place, monkeypatch):
     """Where GPU memory cannot be shared or is too small, the user gets a sentence instead of a CUDA error."""
     cupy = fake_cupy()
     arena = GpuArena.create(SHARD, 0, 2, PAGE_BYTES, weights, cupy)
@@ -192,6 +209,7 @@ async def test_where_memory_cannot_be_shared_or_had_it_is_said(weights, place):
     with pytest.raises(ExceptionGroup) as caught:
         await attached(arena, place, 0, PAGE_BYTES, weights, cupy=cupy)
     assert "cudaIpcOpenMemHandle" in str(caught.value.exceptions[0])
+    monkeypatch.setattr(gpu_memory, "ROOM_S", 0.3)
     with pytest.raises(UserError, match=r"cuda:0 has no room for 99 pages .*smaller \[\[shard\]\] memory"):
         GpuArena.create(SHARD, 0, 99, PAGE_BYTES, weights, fake_cupy(room=2 << 20))
     with pytest.raises(UserError, match="invalid device ordinal"):

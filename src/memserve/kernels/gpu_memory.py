@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,11 @@ from memserve.settings.gpu_room import SCRATCH_PAGES
 MAGIC = b"MEMSCUDA"
 ALIGN = 2 << 20
 """Unit in bytes of allocations: smaller ones may share a block, which a handle would expose whole."""
+ROOM_S, ROOM_STEP_S = 15.0, 0.2
+"""How long a shard waits for room, and between two attempts.
+
+After a shard's death its memory comes free only when all its workers, which have it mapped, have ended.
+"""
 _COPY_BYTES = 64 << 20
 """Bytes of the weights' file copied at a time."""
 
@@ -102,11 +108,10 @@ class GpuArena:
         """
         cupy = cupy or load_runtime()
         runtime = cupy.cuda.runtime
-        size, blocks = os.path.getsize(weights), list[Any]()
+        size = os.path.getsize(weights)
         try:
             runtime.setDevice(device)
-            for wanted in ((pages + SCRATCH_PAGES) * page_bytes, size):
-                blocks.append(cupy.cuda.Memory(-(-wanted // ALIGN) * ALIGN))
+            blocks = _allocated(cupy, [(pages + SCRATCH_PAGES) * page_bytes, size])
         except runtime.CUDARuntimeError as error:
             raise UserError(
                 f"cuda:{device} has no room for {pages} pages of {page_bytes} bytes beside {size >> 20} MiB of weights: "
@@ -140,6 +145,22 @@ class GpuArena:
         """Release the memory, which nothing may still use: no tensor, no captured graph, no copy."""
         release, self._release = self._release, lambda: None
         release()
+
+
+def _allocated(cupy: Any, sizes: Sequence[int]) -> list[Any]:
+    """A block of at least each size. Waits for up to ``ROOM_S`` if there is no room; then raises CuPy's error."""
+    until = time.monotonic() + ROOM_S
+    while True:
+        blocks = list[Any]()
+        try:
+            for size in sizes:
+                blocks.append(cupy.cuda.Memory(-(-size // ALIGN) * ALIGN))
+            return blocks
+        except cupy.cuda.runtime.CUDARuntimeError:
+            blocks.clear()
+            if time.monotonic() >= until:
+                raise
+        time.sleep(ROOM_STEP_S)
 
 
 def _exported(runtime: Any, pointer: int, device: int) -> bytes:
