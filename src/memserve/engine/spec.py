@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -57,6 +58,8 @@ class ModelSpec:
     """Whether each head of q and k is normalised before rope."""
     rope_factors: tuple[float, ...] | None = None
     """Divisors of rope's inverse frequencies, head_dim / 2 of them, or None for plain rope."""
+    rope_scale: float = 1.0
+    """Multiplies rope's cosines and sines: YaRN's attention factor."""
     sliding_window: int | None = None
     """Tokens that the model's own attention reaches back, or None if it reaches all.
 
@@ -143,7 +146,7 @@ class Keys:
     def number(self, key: str, default: float | None = None) -> float:
         """The value of ``key``, a positive number. Raises UserError if it is not."""
         value = self.metadata.get(key, default)
-        if not isinstance(value, int | float) or not value > 0:
+        if not isinstance(value, int | float) or not 0 < value < math.inf:
             raise UserError(f"{self.source}: {key} must be a positive number, got {value!r}")
         return float(value)
 
