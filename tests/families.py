@@ -26,6 +26,15 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 LINEAR_ROPE = {"rope_type": "linear", "factor": 4.0}
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 128,
+    "beta_fast": 8.0,
+    "beta_slow": 2.0,
+}
+SCALED = {"llama3": "llama", "linear": "llama", "yarn": "qwen2"}
+"""The families of the models that are named after their rope."""
 
 TINY = {
     "llama": {
@@ -36,11 +45,12 @@ TINY = {
     },
     "llama3": {"num_attention_heads": 3, "num_key_value_heads": 1, "rope_parameters": LLAMA3_ROPE},
     "linear": {"num_attention_heads": 3, "num_key_value_heads": 3, "rope_parameters": LINEAR_ROPE},
+    "yarn": {"num_attention_heads": 3, "num_key_value_heads": 1, "rope_parameters": YARN_ROPE},
     "mistral": {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 128, "sliding_window": None},
     "qwen2": {"num_attention_heads": 3, "num_key_value_heads": 1, "tie_word_embeddings": True},
     "qwen3": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 256},
 }
-"""Each model's differences from ``_COMMON``; the key is its family, or names a Llama with a scaled rope."""
+"""Each model's differences from ``_COMMON``; the key is its family, or one of ``SCALED``."""
 
 _COMMON = {
     "vocab_size": VOCAB,
@@ -66,8 +76,7 @@ def reference(name: str, seed: int = 0) -> Any:
 
     changes = dict(TINY[name])
     rope = {"rope_type": "default", "rope_theta": 10_000.0, **changes.pop("rope_parameters", {})}
-    family = "llama" if name in ("llama3", "linear") else name
-    config = AutoConfig.for_model(family, **_COMMON | changes, rope_parameters=rope)
+    config = AutoConfig.for_model(SCALED.get(name, name), **_COMMON | changes, rope_parameters=rope)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -136,7 +145,17 @@ def _permuted(weight: np.ndarray, head_dim: int) -> np.ndarray:
 
 def _metadata(name: str, spec: ModelSpec, a: str) -> dict[str, Any]:
     texts = ["<|bos|>", "<|eos|>", "a", "b", "ab", *("c" * number for number in range(1, VOCAB - 4))]
-    scaled = {f"{a}.rope.scaling.type": "linear", f"{a}.rope.scaling.factor": LINEAR_ROPE["factor"]}
+    scaling = f"{a}.rope.scaling."
+    scaled = {
+        "linear": {scaling + "type": "linear", scaling + "factor": LINEAR_ROPE["factor"]},
+        "yarn": {
+            scaling + "type": "yarn",
+            scaling + "factor": YARN_ROPE["factor"],
+            scaling + "original_context_length": YARN_ROPE["original_max_position_embeddings"],
+            scaling + "yarn_beta_fast": YARN_ROPE["beta_fast"],
+            scaling + "yarn_beta_slow": YARN_ROPE["beta_slow"],
+        },
+    }
     return {
         "general.architecture": a,
         f"{a}.block_count": spec.layers,
@@ -155,4 +174,4 @@ def _metadata(name: str, spec: ModelSpec, a: str) -> dict[str, Any]:
         "tokenizer.ggml.token_type": [3, 3, *[1] * (VOCAB - 2)],
         "tokenizer.ggml.merges": ["a b"],
         "tokenizer.ggml.eos_token_id": 1,
-    } | (scaled if name == "linear" else {})
+    } | scaled.get(name, {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 from functools import cache
 from itertools import pairwise
@@ -71,6 +72,9 @@ def test_the_tiny_models_differ_as_they_should(load) -> None:
     assert specs["qwen2"].qkv_bias and specs["qwen2"].tied_embeddings
     assert specs["qwen3"].qk_norm and specs["qwen3"].head_dim * specs["qwen3"].heads != specs["qwen3"].hidden
     assert specs["linear"].rope_factors == (4.0,) * 16
+    yarn = specs["yarn"].rope_factors
+    assert yarn is not None and specs["yarn"].rope_scale == pytest.approx(1 + 0.1 * math.log(4))
+    assert yarn[0] == 1.0 and yarn[-1] == pytest.approx(4.0) and any(1 < factor < 4 for factor in yarn)
     factors = specs["llama3"].rope_factors
     assert factors is not None
     assert factors[0] == 1.0 and factors[-1] == 8.0 and any(1 < factor < 8 for factor in factors)

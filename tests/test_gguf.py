@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 import time
@@ -215,7 +216,8 @@ def test_demo_model_header_is_read_at_once() -> None:
             "architecture 'mamba' is not supported; supported: llama, qwen2, qwen3",
         ),
         ("llama.rope.dimension_count", 8, "rope over part of a head"),
-        ("llama.rope.scaling.type", "yarn", "supported: none, linear"),
+        ("llama.rope.scaling.type", "longrope", "supported: none, linear, yarn"),
+        ("llama.rope.scaling.type", "yarn", "llama.rope.scaling.factor must be a positive number, got None"),
         ("llama.expert_count", 8, "mixtures of experts"),
         ("llama.block_count", 0, "llama.block_count must be a positive integer, got 0"),
         ("llama.attention.head_count_kv", 3, "multiple of kv heads"),
@@ -267,6 +269,64 @@ def test_ends_outside_the_vocabulary_are_none(tmp_path: Path) -> None:
     ends = {"tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.eot_token_id": 0xFFFFFFFF}
 
     assert read_spec(write_gguf(tmp_path / "m.gguf", LLAMA | ends)).eos == (2,)
+
+
+YARN = {"type": "yarn", "factor": 4.0, "original_context_length": 32}
+
+
+@pytest.mark.parametrize(
+    ("keys", "scale", "context"),
+    [
+        ({}, 1 + 0.1 * math.log(4), 128),
+        ({"factor": 8.0}, 1 + 0.1 * math.log(8), 256),
+        ({"attn_factor": 0.5}, 0.5 * (1 + 0.1 * math.log(4)), 128),
+        (
+            {"yarn_ext_factor": 1.0, "yarn_attn_factor": 1.0, "yarn_log_multiplier": 0.0},
+            1 + 0.1 * math.log(4),
+            128,
+        ),
+        ({"factor": 0.5}, 1.0, 128),
+    ],
+)
+def test_yarn_means_what_llama_cpp_means(
+    tmp_path: Path, keys: dict[str, Any], scale: float, context: int
+) -> None:
+    """A file would be answered otherwise than by the program that it was made for."""
+    scaling = {f"llama.rope.scaling.{key}": value for key, value in (YARN | keys).items()}
+    spec = read_spec(write_gguf(tmp_path / "m.gguf", LLAMA | scaling))
+
+    assert spec.rope_scale == pytest.approx(scale)
+    assert spec.max_context == context
+    assert spec.rope_factors is not None and spec.rope_factors[0] == 1.0
+    assert spec.rope_factors[-1] == pytest.approx((YARN | keys)["factor"])
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"yarn_ext_factor": 0.5}, "yarn_ext_factor is 0.5, expected 1.0"),
+        ({"yarn_attn_factor": 1.5}, "yarn_attn_factor is 1.5, expected 1.0"),
+        ({"yarn_log_multiplier": 0.1}, "yarn_log_multiplier is"),
+        ({"yarn_beta_fast": 0.5}, "a beta_fast not below beta_slow"),
+        ({"factor": -4.0}, "llama.rope.scaling.factor must be a positive number"),
+    ],
+)
+def test_yarn_that_llama_cpp_reads_otherwise_is_refused(
+    tmp_path: Path, keys: dict[str, Any], said: str
+) -> None:
+    """The model would run, and answer worse than it can."""
+    scaling = {f"llama.rope.scaling.{key}": value for key, value in (YARN | keys).items()}
+    with pytest.raises(UserError, match=re.escape(said)):
+        read_spec(write_gguf(tmp_path / "m.gguf", LLAMA | scaling))
+
+
+def test_divisors_of_another_number_are_refused(tmp_path: Path) -> None:
+    """Those that fit would be used, and the rest of the frequencies be wrong."""
+    factors = {"rope_freqs.weight": ("F32", (16,), b"\0\0\x80\x3f" * 16)}
+    for scaling in ({}, {"llama.rope.scaling.factor": 2.0}):
+        path = write_gguf(tmp_path / "m.gguf", LLAMA | scaling, factors)
+        with pytest.raises(UserError, match=r"rope_freqs\.weight holds 16 values; heads of 16 need 8"):
+            read_spec(path)
 
 
 def test_missing_package_says_how_to_get_it() -> None:

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+import numpy as np
 import pytest
 import torch
 
 from families import LLAMA3_ROPE, save_hf
 from memserve.engine.checkpoint import read_spec
-from memserve.engine.hf import llama3_factors
+from memserve.engine.rope import rope_table
+from memserve.engine.rope_scaling import llama3_factors
 from memserve.engine.safetensors import Safetensors
 from memserve.engine.spec import find_model
 from memserve.engine.tokenizer import Tokenizer
@@ -100,6 +102,72 @@ def test_old_and_new_configurations_mean_the_same(folder: Path) -> None:
     assert read_spec(change(folder / "config.json", rope_scaling=legacy)).rope_factors == (2.0,) * 64
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"rope_theta": 1e6, "beta_fast": 16, "beta_slow": 0.5},
+        {"truncate": False, "original_max_position_embeddings": 100},
+        {"attention_factor": 1.25},
+        {"mscale": 0.707, "mscale_all_dim": 1.0},
+        {"mscale": 0.707},
+        {"factor": 1.0},
+        {"factor": None},
+        {"original_max_position_embeddings": 8},
+        {"beta_fast": 2, "beta_slow": 2, "truncate": False},
+    ],
+)
+def test_yarn_is_transformers_yarn(folder: Path, changes: dict[str, Any]) -> None:
+    """Long contexts of Qwen2.5 and Qwen3 would be answered worse, the further in the text a word stands."""
+    from transformers import AutoConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = {"rope_theta": 10_000.0, **YARN, **changes}
+    spec = read_spec(change(folder / "config.json", rope_parameters=rope))
+    config = AutoConfig.for_model("mistral", head_dim=128, max_position_embeddings=512, rope_parameters=rope)
+    frequencies, scale = ROPE_INIT_FUNCTIONS["yarn"](config)
+    cosines, sines = rope_table(spec)
+
+    assert cosines.shape == (512, 64)
+    assert spec.rope_scale == pytest.approx(scale)
+    angles = np.arange(512)[:, None] * frequencies.double().numpy()
+    assert np.abs(cosines - np.cos(angles) * scale).max() < 1e-4
+    assert np.abs(sines - np.sin(angles) * scale).max() < 1e-4
+
+
+def test_yarn_extends_the_context(folder: Path) -> None:
+    """Who adds YaRN to Qwen2.5's config.json as its page says would still be refused long prompts."""
+    config = folder / "config.json"
+    assert read_spec(change(config, rope_parameters={**YARN, "factor": 8.0})).max_context == 1024
+    assert read_spec(change(config, rope_parameters={**YARN, "factor": 2.0})).max_context == 512
+    old = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+    assert read_spec(change(config, rope_parameters=..., rope_scaling=old)).max_context == 2048
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"factor": math.inf}, "factor must be a positive number, got inf"),
+        ({"factor": 1e9}, "YaRN over 128000000000 positions"),
+        ({"beta_fast": 1, "beta_slow": 2}, "a beta_fast not below beta_slow"),
+        ({"rope_theta": 1.0}, "YaRN needs a rope_theta above 1"),
+        ({"original_max_position_embeddings": 4}, "YaRN from 4 positions fits no frequency"),
+        ({"truncate": "no"}, "truncate must be true or false, got 'no'"),
+        ({"extrapolation_factor": 0.5}, "extrapolation_factor is 0.5, expected 1.0"),
+        ({"attn_factor": 2.0}, "attn_factor is 2.0, expected 1.0"),
+        ({"attention_factor": 0}, "attention_factor must be a positive number"),
+        ({"original_max_position_embeddings": "x"}, "original_max_position_embeddings must be"),
+    ],
+)
+def test_yarn_that_is_not_known_is_refused(folder: Path, changes: dict[str, Any], said: str) -> None:
+    """A model would run with another rope than it was trained for, or not start for an unclear reason."""
+    with pytest.raises(UserError, match=re.escape(said)):
+        read_spec(change(folder / "config.json", rope_parameters={**YARN, **changes}))
+
+
 @pytest.mark.parametrize(
     ("keys", "context", "window"),
     [
@@ -148,8 +216,8 @@ def test_conversion_is_keyed_by_content_and_needs_no_torch(folder: Path, tmp_pat
         ),
         ({"architectures": ["MistralForSequenceClassification"]}, "only ...ForCausalLM"),
         (
-            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
-            "'yarn' is not supported; supported: default, ",
+            {"rope_parameters": {"rope_type": "longrope", "factor": 4.0}},
+            "'longrope' is not supported; supported: default, ",
         ),
         ({"rope_parameters": {"rope_type": "linear"}}, "factor must be a positive number, got None"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope over part of a head"),

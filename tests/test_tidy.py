@@ -76,6 +76,7 @@ LAYERS = {
         "engine.gguf",
         "engine.gguf_spec",
         "engine.hf",
+        "engine.rope_scaling",
         "engine.safetensors",
         "engine.families",
         "engine.checkpoint",

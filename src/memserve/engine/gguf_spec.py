@@ -8,8 +8,11 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+import attrs
+
 from memserve.engine.families import family_of
 from memserve.engine.gguf import Gguf
+from memserve.engine.rope_scaling import Scaling, gguf_yarn, linear
 from memserve.engine.spec import Keys, ModelSpec, check_spec, name_of
 from memserve.errors import UserError
 
@@ -41,6 +44,7 @@ def gguf_spec(file: Gguf) -> ModelSpec:
     hidden, heads = keys.count(f"{a}.embedding_length"), keys.count(f"{a}.attention.head_count")
     head_dim = keys.count(f"{a}.attention.key_length", hidden // heads)
     context = keys.count(f"{a}.context_length")
+    theta, scaling, context = _rope(file, keys, f"{a}.rope.", head_dim, context)
     window = keys.count(f"{a}.attention.sliding_window", context)
     spec = ModelSpec(
         name=name_of(file.path),
@@ -52,7 +56,7 @@ def gguf_spec(file: Gguf) -> ModelSpec:
         kv_heads=keys.count(f"{a}.attention.head_count_kv", heads),
         head_dim=head_dim,
         vocab=keys.count(f"{a}.vocab_size", len(metadata.get("tokenizer.ggml.tokens", ()))),
-        rope_theta=keys.number(f"{a}.rope.freq_base", 10000.0),
+        rope_theta=theta,
         rms_eps=keys.number(f"{a}.attention.layer_norm_rms_epsilon", 1e-5),
         max_context=min(context, window),
         tied_embeddings=not set(family.tables["head"].gguf) <= file.tensors.keys(),
@@ -61,7 +65,8 @@ def gguf_spec(file: Gguf) -> ModelSpec:
         chat_template=metadata.get("tokenizer.chat_template"),
         qkv_bias=family.qkv_bias,
         qk_norm=family.qk_norm,
-        rope_factors=_rope_factors(file, keys, f"{a}.rope.", head_dim // 2),
+        rope_factors=scaling.factors,
+        rope_scale=scaling.scale,
         sliding_window=window if window < context else None,
     )
     keys.must_be(f"{a}.rope.dimension_count", head_dim, "rope over part of a head is not supported")
@@ -86,23 +91,41 @@ def _ends(metadata: dict[str, Any]) -> tuple[int, ...]:
     return tuple(dict.fromkeys(metadata[key] for key in _ENDS if key in metadata))
 
 
-def _rope_factors(file: Gguf, keys: Keys, prefix: str, half: int) -> tuple[float, ...] | None:
+def _rope(file: Gguf, keys: Keys, prefix: str, head_dim: int, context: int) -> tuple[float, Scaling, int]:
+    """Theta, the scaling, and the longest context with it; ``context``: the one without."""
+    theta = keys.number(prefix + "freq_base", 10000.0)
     # A factor without a type is linear, as in llama.cpp. Some converters write a factor of 1 for no scaling.
-    factor = keys.number(prefix + "scaling.factor", keys.number(prefix + "scale_linear", 1.0))
     kind = file.metadata.get(prefix + "scaling.type", "linear")
-    if kind not in ("none", "linear"):
+    if kind not in ("none", "linear", "yarn"):
         raise UserError(
-            f"{keys.source}: {prefix}scaling.type {kind!r} is not supported; supported: none, linear, "
+            f"{keys.source}: {prefix}scaling.type {kind!r} is not supported; supported: none, linear, yarn, "
             f"and Llama 3's, which is a tensor {ROPE_FACTORS}"
         )
-    factor = factor if kind == "linear" else 1.0
+    scaling = Scaling()
+    if kind == "yarn":
+        scaling, context = gguf_yarn(keys, prefix, theta, head_dim, context)
+    elif kind == "linear":
+        factor = keys.number(prefix + "scaling.factor", keys.number(prefix + "scale_linear", 1.0))
+        scaling = scaling if factor == 1.0 else linear(factor, head_dim)
+    if (divisors := _divisors(file, keys.source)) is not None:
+        if len(divisors) != head_dim // 2:
+            text = f"{ROPE_FACTORS} holds {len(divisors)} values; heads of {head_dim} need {head_dim // 2}"
+            raise UserError(f"{keys.source}: {text}")
+        factors = scaling.factors or (1.0,) * len(divisors)
+        together = tuple(one * other for one, other in zip(factors, divisors, strict=True))
+        scaling = attrs.evolve(scaling, factors=together)
+    return theta, scaling, context
+
+
+def _divisors(file: Gguf, source: str) -> tuple[float, ...] | None:
+    """The values of the tensor ``ROPE_FACTORS``, or None if there is none."""
     if (tensor := file.tensors.get(ROPE_FACTORS)) is None:
-        return None if factor == 1.0 else (factor,) * half
+        return None
     if tensor.type != "F32":
-        raise UserError(f"{keys.source}: {ROPE_FACTORS} has type {tensor.type}, expected F32")
+        raise UserError(f"{source}: {ROPE_FACTORS} has type {tensor.type}, expected F32")
     values = array("f", bytes(file.data(tensor)))
     if sys.byteorder == "big":
         values.byteswap()
     if not all(value > 0 for value in values):
-        raise UserError(f"{keys.source}: {ROPE_FACTORS} holds values that are not positive: it is damaged")
-    return tuple(factor * value for value in values)
+        raise UserError(f"{source}: {ROPE_FACTORS} holds values that are not positive: it is damaged")
+    return tuple(values)

@@ -12,16 +12,16 @@ The files of the last two lines are optional. Key names are those of transformer
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 from memserve.engine.families import Family, family_of
+from memserve.engine.rope_scaling import Scaling, hf_yarn, linear, llama3_factors
 from memserve.engine.safetensors import Safetensors
 from memserve.engine.spec import Keys, ModelSpec, check_spec
 from memserve.errors import UserError
 
-ROPE_TYPES = ("default", "linear", "llama3")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Supported values of ``rope_type``."""
 
 _INDEX = "model.safetensors.index.json"
@@ -126,9 +126,9 @@ def hf_spec(folder: Path, weights: Safetensors) -> ModelSpec:
     hidden, heads = keys.count("hidden_size"), keys.count("num_attention_heads")
     head_dim = keys.count("head_dim", hidden // heads)
     context = keys.count("max_position_embeddings")
+    theta, scaling, context = _rope(keys, head_dim, context)
     slides = "sliding_window" in config and config.get("use_sliding_window", False)
     window = keys.count("sliding_window") if slides else context
-    theta, factors = _rope(keys, head_dim, context)
     bos, eos, template = _texts(folder, config)
     spec = ModelSpec(
         name=folder.name,
@@ -149,7 +149,8 @@ def hf_spec(folder: Path, weights: Safetensors) -> ModelSpec:
         chat_template=template,
         qkv_bias=family.qkv_bias,
         qk_norm=family.qk_norm,
-        rope_factors=factors,
+        rope_factors=scaling.factors,
+        rope_scale=scaling.scale,
         sliding_window=window if window < context else None,
     )
     return check_spec(spec, source)
@@ -180,13 +181,13 @@ def _tied(family: Family, config: dict[str, Any], weights: Safetensors) -> bool:
 # ---- rope ----------------------------------------------------------------------------------------------------
 
 
-def _rope(keys: Keys, head_dim: int, context: int) -> tuple[float, tuple[float, ...] | None]:
-    """Theta, and the divisors of the inverse frequencies, or None for plain rope."""
+def _rope(keys: Keys, head_dim: int, context: int) -> tuple[float, Scaling, int]:
+    """Theta, the scaling, and the longest context with it; ``context``: the one without."""
     # transformers 5 has rope_parameters; earlier versions have rope_theta and, for scaled rope, rope_scaling.
     given = keys.metadata.get("rope_parameters", keys.metadata.get("rope_scaling", {}))
     if not isinstance(given, dict):
         raise UserError(f"{keys.source}: rope_parameters must be an object, got {given!r}")
-    rope = Keys(given, keys.source)
+    rope = Keys({key: value for key, value in given.items() if value is not None}, keys.source)
     theta = rope.number("rope_theta", keys.number("rope_theta", 10000.0))
     rope.must_be("partial_rotary_factor", 1.0, "rope over part of a head is not supported")
     keys.must_be("partial_rotary_factor", 1.0, "rope over part of a head is not supported")
@@ -196,31 +197,17 @@ def _rope(keys: Keys, head_dim: int, context: int) -> tuple[float, tuple[float, 
             f"{keys.source}: rope_type {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}"
         )
     if kind == "default":
-        return theta, None
+        return theta, Scaling(), context
+    if kind == "yarn":
+        return theta, *hf_yarn(rope, theta, head_dim, context)
     factor = rope.number("factor")
     if kind == "linear":
-        return theta, (factor,) * (head_dim // 2)
+        return theta, linear(factor, head_dim), context
     low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
     if not low < high:
         raise UserError(f"{keys.source}: low_freq_factor {low} must be below high_freq_factor {high}")
     trained = rope.number("original_max_position_embeddings", context)
-    return theta, llama3_factors(theta, head_dim, factor, low, high, trained)
-
-
-def llama3_factors(
-    theta: float, head_dim: int, factor: float, low: float, high: float, trained: float
-) -> tuple[float, ...]:
-    """Llama 3.1's rule: divide slow frequencies by ``factor``, keep fast ones, interpolate smoothly between.
-
-    Fast means a wavelength below ``trained / high`` positions, slow one above ``trained / low``; ``trained``
-    is the context before the scaling. Equal to transformers' rope type ``llama3``.
-    """
-    factors = []
-    for index in range(head_dim // 2):
-        wavelength = 2 * math.pi * theta ** (2 * index / head_dim)
-        smooth = min(max((trained / wavelength - low) / (high - low), 0.0), 1.0)
-        factors.append(1 / ((1 - smooth) / factor + smooth))
-    return tuple(factors)
+    return theta, Scaling(llama3_factors(theta, head_dim, factor, low, high, trained)), context
 
 
 # ---- tokens and texts ----------------------------------------------------------------------------------------

@@ -20,4 +20,5 @@ def rope_table(spec: ModelSpec) -> tuple[NDArray[np.float32], NDArray[np.float32
         frequencies /= np.array(spec.rope_factors, np.float32)
     angles = np.arange(spec.max_context, dtype=np.float32)[:, None] * frequencies
     wide = angles.astype(np.float64)
-    return np.cos(wide).astype(np.float32), np.sin(wide).astype(np.float32)
+    scale = spec.rope_scale
+    return (np.cos(wide) * scale).astype(np.float32), (np.sin(wide) * scale).astype(np.float32)

@@ -59,6 +59,8 @@ class ModelSpec:
     """Whether each head of q and k is normalised before rope."""
     rope_factors: tuple[float, ...] | None = None
     """Divisors of rope's inverse frequencies, head_dim / 2 of them, or None for plain rope."""
+    rope_scale: float = 1.0
+    """Multiplies rope's cosines and sines: YaRN's attention factor."""
     sliding_window: int | None = None
     """Tokens that the model's own attention reaches back, or None if it reaches all.
 

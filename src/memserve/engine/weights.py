@@ -58,6 +58,7 @@ CONVERTER = (
         "gguf_tokenizer.py",
         "hf.py",
         "quants.py",
+        "rope_scaling.py",
     ),
     *("safetensors.py", "spec.py", "tiles.py", "tokenizer.py", "weights.py"),
 )
