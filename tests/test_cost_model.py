@@ -112,6 +112,14 @@ def test_a_wrong_table_is_refused() -> None:
         CostModel(attrs.evolve(COSTS, dense=((8, 0.1), (8, 0.2))))
     with pytest.raises(TypeError):
         CostModel.from_table({"dense": [[1, 1]], "rows": 1})
+    wrong = (
+        {"dense": [[1, -1]]},
+        {"dense": [[1, 1]], "row_s": "x"},
+        {"dense": [[1, 1]], "swap": {"fixed_s": -1, "byte_s": 0}},
+    )
+    for table in wrong:
+        with pytest.raises(ValueError, match="numbers of 0 or more"):
+            CostModel.from_table(table)
 
 
 # ---- fitting -------------------------------------------------------------------------------------------------

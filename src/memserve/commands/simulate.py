@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -45,12 +46,12 @@ def sessions_of(asked: SimOptions) -> tuple[Session, ...]:
     if asked.requests is not None and asked.requests < 1:
         raise UserError(f"--requests must be at least 1, not {asked.requests}")
     if asked.trace is not None:
-        block_tokens = round(TRACE_BLOCK_TOKENS * asked.scale)
+        block_tokens = round(TRACE_BLOCK_TOKENS * asked.scale) if math.isfinite(asked.scale) else 0
         if block_tokens < 1:
             raise UserError(
                 f"--scale must leave a block of {TRACE_BLOCK_TOKENS} at least one token, not {asked.scale}"
             )
-        if asked.speed <= 0:
+        if not asked.speed > 0:
             raise UserError(f"--speed must be above 0, not {asked.speed:g}")
         return tuple(
             read_trace(asked.trace, block_tokens=block_tokens, speed=asked.speed, first=asked.requests)
@@ -133,6 +134,8 @@ def runs_of(asked: SimOptions) -> list[Run]:
     """One run for each configuration and policy."""
     if asked.sites is not None and asked.sites < 1:
         raise UserError(f"--sites must be at least 1, not {asked.sites}")
+    if asked.pages is not None and asked.pages < 1:
+        raise UserError(f"--pages must be at least 1, not {asked.pages}")
     if not 0 <= asked.error < 1:
         raise UserError(f"--error must be from 0 to less than 1, not {asked.error:g}")
     sessions, costs, kinds = sessions_of(asked), costs_of(asked.costs), faults.parse(asked.faults)

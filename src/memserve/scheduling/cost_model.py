@@ -76,7 +76,12 @@ class CostModel:
         links = {path: LinkModel(**one) for path, one in values.pop("links", {}).items()}
         swap = LinkModel(**values.pop("swap")) if "swap" in values else SWAP
         values["dense"] = tuple((float(tokens), float(seconds)) for tokens, seconds in values["dense"])
-        return cls(StepCosts(**values), links={**LINKS, **links}, swap=swap)
+        steps = StepCosts(**values)
+        figures = [*(one for pair in steps.dense for one in pair), *attrs.astuple(steps, recurse=False)[1:]]
+        figures += [one for link in (*links.values(), swap) for one in attrs.astuple(link)]
+        if not all(isinstance(one, int | float) and one >= 0 for one in figures):
+            raise ValueError("all costs must be numbers of 0 or more")
+        return cls(steps, links={**LINKS, **links}, swap=swap)
 
     @property
     def token_s(self) -> float:
