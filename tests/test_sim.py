@@ -200,6 +200,8 @@ def test_a_trace_finds_exactly_what_its_ids_say(tmp_path: Path, layout: str) -> 
         ),
         ('{"timestamp": 0, "output_length": 3, "hash_ids": [1]}', "lacks 'input_length'"),
         ("timestamp,input", "expected an object with timestamp"),
+        ('{"timestamp": 0, "input_length": -5, "output_length": 3}', "input_length -5 and output_length 3"),
+        ('{"timestamp": NaN, "input_length": 5, "output_length": 3}', "timestamp nan"),
     ],
 )
 def test_a_wrong_line_of_a_trace_is_named(tmp_path: Path, line: str, complaint: str) -> None:
@@ -306,6 +308,9 @@ def test_layouts_and_policies_are_compared_by_an_slo(capsys: pytest.CaptureFixtu
         (("--workload", "react", "--requests", "0"), "--requests must be at least 1, not 0"),
         (("--trace", "/nowhere.jsonl", "--requests", "-1"), "--requests must be at least 1, not -1"),
         (("--runs", "0"), "--runs must be at least 1, not 0"),
+        (("--workload", "react", "--pages", "0"), "--pages must be at least 1, not 0"),
+        (("--trace", "/nowhere.jsonl", "--scale", "nan"), "--scale must leave a block of 512"),
+        (("--trace", "/nowhere.jsonl", "--speed", "nan"), "--speed must be above 0, not nan"),
         (("--trace", "/nowhere.jsonl"), "cannot be read"),
         (("--workload", "react", "--costs", "/nowhere.toml"), "--costs /nowhere.toml"),
     ],

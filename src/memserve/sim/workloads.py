@@ -103,13 +103,16 @@ def trace_session(row: dict[str, Any], id: str, block_tokens: int, speed: float 
     """One trace line: a piece of ``block_tokens`` tokens per hash id.
 
     The last piece is shorter where it was in the trace: a block is full exactly when it was full there.
-    Raises ValueError where ids and length do not agree.
+    Raises ValueError where ids and length do not agree, or a figure is out of range.
     """
     length, output = int(row["input_length"]), int(row["output_length"])
+    at_s = row["timestamp"] / 1000 / speed
+    if min(length, output) < 0 or not math.isfinite(at_s):
+        raise ValueError(f"timestamp {row['timestamp']}, input_length {length} and output_length {output}")
     scaled = max(1, round(output * block_tokens / TRACE_BLOCK_TOKENS))
     if "hash_ids" not in row:
         tokens = max(1, length * block_tokens // TRACE_BLOCK_TOKENS)
-        return Session(id, row["timestamp"] / 1000 / speed, (Turn((Piece(id, tokens),), scaled),))
+        return Session(id, at_s, (Turn((Piece(id, tokens),), scaled),))
     ids = row["hash_ids"]
     if len(ids) != pages_for(length, TRACE_BLOCK_TOKENS) or length < 1:
         raise ValueError(
@@ -118,7 +121,7 @@ def trace_session(row: dict[str, Any], id: str, block_tokens: int, speed: float 
     last = length - (len(ids) - 1) * TRACE_BLOCK_TOKENS
     pieces = [Piece(f"block/{one}", block_tokens) for one in ids[:-1]]
     pieces.append(Piece(f"block/{ids[-1]}", max(1, last * block_tokens // TRACE_BLOCK_TOKENS)))
-    return Session(id, row["timestamp"] / 1000 / speed, (Turn(tuple(pieces), scaled),))
+    return Session(id, at_s, (Turn(tuple(pieces), scaled),))
 
 
 # ---- generated -----------------------------------------------------------------------------------------------
