@@ -298,6 +298,18 @@ def test_a_full_disk_keeps_no_worker_from_starting(tmp_path: Path, monkeypatch: 
     assert [one.name for one in tmp_path.iterdir()] == ["costs.lock"]
 
 
+def test_figures_in_a_cache_that_is_read_only_serve(tmp_path: Path) -> None:
+    """If it failed, no worker would start from an image that brings its cache along."""
+    name: dict[str, object] = {"model": "m"}
+    calibrated(tmp_path, name, lambda: (COSTS, 2), 2)
+    (tmp_path / "costs.lock").unlink()
+    (
+        tmp_path / "costs.lock"
+    ).mkdir()  # cannot be opened, as in a read-only folder; root may write to any other
+    assert calibrated(tmp_path, name, lambda: pytest.fail("measured"), 2) == COSTS
+    assert calibrated(tmp_path, {"model": "other"}, lambda: (COSTS, 2), 2) == COSTS
+
+
 def test_nothing_is_measured_beside_streams(tmp_path: Path) -> None:
     """A worker that joins under load takes the costs of another worker, unless it has good ones of its own."""
     like = attrs.evolve(COSTS, row_s=7.0)

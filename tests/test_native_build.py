@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from memserve.kernels import native_build
-from memserve.kernels.native_build import SOURCES, target_flags
+from memserve.kernels.native_build import SOURCES, built_library, target_flags
 
 AVX2 = {"avx", "avx2", "fma"}
 AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
@@ -82,6 +82,17 @@ def test_a_compiler_older_than_the_processor_builds_what_it_knows(
     monkeypatch.setattr(native_build, "_processor_flags", lambda: PROCESSORS["Sapphire Rapids"][0])
 
     assert {flag for flag in target_flags() if flag.startswith("-m")} == PROCESSORS[like][1]
+
+
+def test_a_library_in_a_cache_that_is_read_only_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From an image that brings its cache along, everything would run on torch."""
+    monkeypatch.setattr(native_build, "_compile", lambda compiler, flags, library: library.touch())
+    library = built_library(tmp_path)
+    library.with_suffix(".lock").unlink()
+    library.with_suffix(".lock").mkdir()  # cannot be opened, as in a read-only folder
+    assert built_library(tmp_path) == library
 
 
 @pytest.mark.parametrize("name", ["Zen 3", "Zen 4"])

@@ -197,6 +197,18 @@ def test_an_unwritable_cache_is_a_user_error(tmp_path: Path) -> None:
         prepare(path, "float32", tmp_path / "cache")
 
 
+def test_a_conversion_in_a_cache_that_is_read_only_serves(tmp_path: Path) -> None:
+    """In an image that brings its cache along, the model's file has another inode than when it was converted."""
+    path = _write(tmp_path / "tiny.gguf", _tensors(True))
+    files = prepare(path, "float32", tmp_path / "cache")
+    (tmp_path / "cache" / "seen").rename(tmp_path / "elsewhere")
+    (tmp_path / "cache" / "seen").write_text(
+        "a file, in which nothing can be written, as in a read-only folder"
+    )
+
+    assert prepare(path, "float32", tmp_path / "cache") == files
+
+
 def test_a_conversion_that_failed_leaves_the_disk_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

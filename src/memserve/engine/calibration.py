@@ -15,7 +15,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import attrs
@@ -168,6 +168,8 @@ def calibrated(
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     path = cache_dir / f"costs-{key}.json"
     rough = path.with_suffix(".rough")
+    if (costs := _read(path)) is not None:
+        return costs
     with _alone(cache_dir):
         known = _read(path) or at_work() or _read(rough, younger_s=ROUGH_S)
         if known is not None:
@@ -194,9 +196,12 @@ def machine() -> str:
 
 @contextmanager
 def _alone(cache_dir: Path) -> Iterator[None]:
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    with open(cache_dir / "costs.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    """Hold the lock of those who measure; in a read-only cache, which has none, hold nothing."""
+    with ExitStack() as stack:
+        with suppress(OSError):
+            cache_dir.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(open(cache_dir / "costs.lock", "w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 

@@ -22,7 +22,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -265,10 +265,11 @@ def _file_digest(path: Path, cache: Path) -> str:
         return digest
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:32]
-    seen.parent.mkdir(parents=True, exist_ok=True)
-    temporary = seen.with_suffix(f".{os.getpid()}")
-    temporary.write_text(digest)
-    temporary.rename(seen)
+    with suppress(OSError):  # a read-only cache may hold the conversion all the same
+        seen.parent.mkdir(parents=True, exist_ok=True)
+        temporary = seen.with_suffix(f".{os.getpid()}")
+        temporary.write_text(digest)
+        temporary.rename(seen)
     return digest
 
 

@@ -92,6 +92,8 @@ def built_library(cache_dir: Path) -> Path:
     sources = b"".join(path.read_bytes() for path in SOURCES)
     key = hashlib.sha256(sources + version + " ".join(flags).encode()).hexdigest()[:16]
     library = cache_dir / "native" / f"step-{key}.so"
+    if library.exists():
+        return library  # without the lock, which a read-only cache cannot have
     library.parent.mkdir(parents=True, exist_ok=True)
     # Several processes may need it at once: one builds, the others wait.
     with library.with_suffix(".lock").open("w") as lock:
