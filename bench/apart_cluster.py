@@ -87,14 +87,14 @@ def be_worker(options: argparse.Namespace) -> int:
 
 
 def calibrate(
-    whole: Callable[..., StepCosts], options: argparse.Namespace, *told: object, **named: object
+    whole: Callable[..., StepCosts], options: argparse.Namespace, *given: object, **named: object
 ) -> StepCosts:
     """The worker's step costs: those that ``whole`` gives for a whole core, scaled to the worker's part.
 
     Measuring takes seconds; ``whole`` remembers the result, so that not every worker measures again. Then the
     process enters its control group.
     """
-    engine, resolved, threads, kind, _ = told
+    engine, resolved, threads, kind, _ = given
     costs = whole(engine, resolved, threads, kind, lambda: None, **named)
     enter(options.group)
     return slower(costs, 1 / options.cores)

@@ -131,10 +131,10 @@ def alike(roof: Ceilings) -> Iterator[Figure]:
     spec = spec_of("8b")
     library = load_flashinfer(torch.cuda.get_device_capability(DEVICE), spec)
     for rows, common in ALIKE:
-        apart, together = (_alike_attention_s(library, spec, rows, common, least) for least in (None, 1))
+        separate, together = (_alike_attention_s(library, spec, rows, common, least) for least in (None, 1))
         yield Figure(
-            f"decode attention, {rows} rows after {common} common tokens", apart / together, "times as fast as each for itself",
-            note=f"{together * 1e3:.2f} against {apart * 1e3:.2f} ms of {LAYERS} layers, both in a CUDA graph",
+            f"decode attention, {rows} rows after {common} common tokens", separate / together, "times as fast as each for itself",
+            note=f"{together * 1e3:.2f} against {separate * 1e3:.2f} ms of {LAYERS} layers, both in a CUDA graph",
         )  # fmt: skip
     most = max(tables_of(rows, common + OWN + STEPS, common)[-1][-1] for rows, common in ALIKE) + 1
     engine = engine_on(
