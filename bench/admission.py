@@ -86,7 +86,7 @@ def shown(values: Sequence[float]) -> str:
     return f"{percentile(values, 0.5):.2f}; {percentile(values, 0.99):.2f}" if values else "none"
 
 
-def beside_a_flood(seeds: Sequence[int], **calm: object) -> str:
+def next_to_a_flood(seeds: Sequence[int], **calm: object) -> str:
     """A table of the TTFT of both tenants, and of the time at which the flood has been answered."""
     rows = []
     for kind in ("colocated", "2P2D"):
@@ -125,24 +125,26 @@ class Overload:
     """``alone`` (requests that share no prefix), or one of the paper's workloads."""
     noise: Mapping[str, float] = attrs.field(factory=dict)
 
-    def shares(self, seeds: Sequence[int], told: float | None) -> tuple[str, str]:
+    def shares(self, seeds: Sequence[int], deadline_s: float | None) -> tuple[str, str]:
         """Shares of all requests that were answered in time and answered late.
 
-        ``told``: the TTFT deadline that requests carry, or None.
+        ``deadline_s``: the TTFT deadline that requests carry, or None.
         """
         calls = [
-            call for seed in seeds for call in play(self.sessions(seed, told), self.where, seed, self.noise)
+            call
+            for seed in seeds
+            for call in play(self.sessions(seed, deadline_s), self.where, seed, self.noise)
         ]
         waits = [ttft_s(one) for one in calls if one.complete]
         good = sum(one <= self.wanted_s for one in waits)
         return f"{good / len(calls):.0%}", f"{(len(waits) - good) / len(calls):.1%}"
 
-    def sessions(self, seed: int, told: float | None) -> list[Session]:
-        """Ten to fifteen seconds of requests, with the deadline ``told`` or without one."""
+    def sessions(self, seed: int, deadline_s: float | None) -> list[Session]:
+        """Ten to fifteen seconds of requests that carry the TTFT deadline ``deadline_s``, or none."""
         if self.workload == "alone":
-            return rushed(self.rate, seed, told)
+            return rushed(self.rate, seed, deadline_s)
         made = generated(self.workload, rate=self.rate, requests=int(10 * self.rate), seed=seed)
-        return [attrs.evolve(one, ttft_s=told) for one in made]
+        return [attrs.evolve(one, ttft_s=deadline_s) for one in made]
 
 
 UNEVEN = {"w0": 0.6, "w1": 0.8, "w2": 1.2, "w3": 1.6}
@@ -180,18 +182,19 @@ def too_much_load(cases: Sequence[Overload]) -> Callable[[Sequence[int]], str]:
             ]
             for one in cases
         ]
-        columns = ["told: in time", "told: late", "not told: in time", "not told: late"]
+        columns = ["with deadline: in time", "with: late", "without: in time", "without: late"]
         return table(["cluster", "workload", "req/s", "wanted TTFT, s", *columns], rows)
 
     return measure
 
 
-def rushed(rate: float, seed: int, told: float | None) -> list[Session]:
+def rushed(rate: float, seed: int, deadline_s: float | None) -> list[Session]:
     """Fifteen seconds of requests that share no prefix."""
     rng, at, made = random.Random(f"{seed}/rush"), 0.0, []
     while at < 15.0:
         at += rng.expovariate(rate)
-        made.append(single(f"r/{len(made)}", at, rng.randint(200, 2500), rng.randint(50, 300), ttft_s=told))
+        prompt, answer = rng.randint(200, 2500), rng.randint(50, 300)
+        made.append(single(f"r/{len(made)}", at, prompt, answer, ttft_s=deadline_s))
     return made
 
 
@@ -220,21 +223,21 @@ def latencies(seeds: Sequence[int]) -> str:
 
 PARTS: dict[str, tuple[str, Callable[[Sequence[int]], str]]] = {
     "flood": (
-        f"## A flood beside a calm tenant\n\n{FLOOD} requests of one tenant at once, and {CALM_RATE:g} a second of another for"
+        f"## A flood next to a calm tenant\n\n{FLOOD} requests of one tenant at once, and {CALM_RATE:g} a second of another for"
         f" {CALM_S:g} s, on four instances of {ROWS} rows.",
-        beside_a_flood,
+        next_to_a_flood,
     ),
     "priority": (
         "## The same, all of one tenant\n\nThe calm requests have `priority` -1.",
-        lambda seeds: beside_a_flood(seeds, scope="flood", priority=-1),
+        lambda seeds: next_to_a_flood(seeds, scope="flood", priority=-1),
     ),
     "deadline": (
-        "## Deadlines under too much load\n\nRequests that share nothing, for 15 s. *Told*: they carry their deadline, and"
+        "## Deadlines under too much load\n\nRequests that share nothing, for 15 s. *With deadline*: they carry it, and"
         " those that cannot meet it are refused; *in time* and *late* are shares of all.",
         too_much_load(COLOCATED),
     ),
     "layouts": (
-        "### Other clusters\n\n*Uneven*: steps take from 0.6 to 1.6 times what schedulers are told at first. *On one host*:"
+        "### Other clusters\n\n*Uneven*: steps take from 0.6 to 1.6 times what schedulers assume at first. *On one host*:"
         " the instances share its cores, and a step of one takes longer while others have work.",
         too_much_load(OTHERS),
     ),

@@ -91,14 +91,14 @@ def fork_actors(options: argparse.Namespace) -> NoReturn:
 
 
 def calibrate(
-    whole: Callable[..., StepCosts], group: Path, cores: float, *told: object, **named: object
+    whole: Callable[..., StepCosts], group: Path, cores: float, *given: object, **named: object
 ) -> StepCosts:
     """The worker's step costs: those that ``whole`` gives for a whole core, scaled to the worker's part.
 
     Measuring takes seconds; ``whole`` remembers the result, so that not every worker measures again. Then the
     process enters its control group.
     """
-    engine, resolved, threads, kind, _ = told
+    engine, resolved, threads, kind, _ = given
     costs = whole(engine, resolved, threads, kind, lambda: None, **named)
     enter(group)
     return slower(costs, 1 / cores)

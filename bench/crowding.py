@@ -47,7 +47,7 @@ def main() -> None:
         for kind in kinds:
             alone[kind] = _run(pipes, options.seconds, kind, None)[0]
             lone_core[kind] = _run(pipes, options.seconds, kind, None, want=1)[0]
-        beside = {
+        next_to = {
             (kind, other): _run(pipes, options.seconds, kind, other)[0] for kind in kinds for other in kinds
         }
         for pipe in pipes:
@@ -57,19 +57,19 @@ def main() -> None:
             kind,
             f"{alone[kind] * 1e3:.1f}",
             f"{lone_core[kind] / alone[kind]:.2f}",
-            *(f"{beside[kind, other] / alone[kind]:.2f}" for other in kinds),
+            *(f"{next_to[kind, other] / alone[kind]:.2f}" for other in kinds),
         ]
         for kind in kinds
     ]
     print(
-        table(["steps of", "alone, ms", "alone on one core", *(f"beside {other}" for other in kinds)], rows)
+        table(["steps of", "alone, ms", "alone on one core", *(f"next to {other}" for other in kinds)], rows)
     )
     if options.json:
-        told = {
+        figures = {
             "alone": alone,
-            "beside": {f"{one} | {other}": value for (one, other), value in beside.items()},
+            "next_to": {f"{one} | {other}": value for (one, other), value in next_to.items()},
         }
-        options.json.write_text(json.dumps(told, indent=1))
+        options.json.write_text(json.dumps(figures, indent=1))
 
 
 def _options() -> argparse.Namespace:
@@ -116,8 +116,8 @@ def _worker(pipe: Connection, model: str, cores: int, place: str) -> None:
     engine.rest()
     step = engine.timer(ROWS_MAX, CONTEXT_MAX)
     pipe.send("ready")
-    while (told := pipe.recv()) is not None:
-        kind, until, want = told
+    while (order := pipe.recv()) is not None:
+        kind, until, want = order
         shared.want = want or cores
         took = []
         while kind is not None and time.monotonic() < until:

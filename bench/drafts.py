@@ -107,7 +107,7 @@ class Case:
     form: bool = False
     """Whether answers must match ``PLACE``."""
 
-    def anew(self, place: int) -> Case:
+    def numbered(self, place: int) -> Case:
         """This case with a number before each prompt, so that no prompt was asked before."""
         return attrs.evolve(self, prompts=tuple(f"No. {place}. {prompt}" for prompt in self.prompts))
 
@@ -166,7 +166,7 @@ def _measured(case: Case, place: int, guessing: Running, plain: Running, rounds:
     took: dict[str, list[float]] = {guessing.url: [], plain.url: []}
     counted = [0.0] * len(COUNTERS)
     for turn in range(rounds):
-        answers, new = {}, case.anew(place * rounds + turn)
+        answers, new = {}, case.numbered(place * rounds + turn)
         for running in (guessing, plain) if turn % 2 else (plain, guessing):
             if case.again:
                 _asked(running, new)
@@ -185,8 +185,8 @@ def _measured(case: Case, place: int, guessing: Running, plain: Running, rounds:
         case.name,
         f"{case.temperature:g}",
         str(case.streams),
-        _told(without),
-        _told(with_drafts),
+        _with_range(without),
+        _with_range(with_drafts),
         f"**{statistics.median(without) / statistics.median(with_drafts):.2f}**",
         f"{accepted:.0f} of {drafted:.0f}",
         f"{forced:.0f}",
@@ -222,7 +222,7 @@ def _counters(running: Running) -> tuple[float, ...]:
     return tuple(sum(load.get(name, 0.0) for load in loads) for name in COUNTERS)
 
 
-def _told(values: Sequence[float]) -> str:
+def _with_range(values: Sequence[float]) -> str:
     return f"{statistics.median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
 
 

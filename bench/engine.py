@@ -105,7 +105,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--model", default=DEMO)
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPE_BYTES)
-    parser.add_argument("--int8", action="store_true", help="int8 weights beside those in DTYPE")
+    parser.add_argument("--int8", action="store_true", help="int8 weights in addition to those in DTYPE")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--chunk", type=int, default=512, help="tokens of a prompt that run in one step")

@@ -213,7 +213,7 @@ def chat_turns(running: Running, key: int) -> None:
             messages.append({"role": "assistant", "content": " ".join(["the answer"] * 16)})
 
 
-def beside(other: Path, rounds: int) -> str:
+def compared(other: Path, rounds: int) -> str:
     """Tables of CPU microseconds by kind of actor in this checkout and another.
 
     They have the medians of interleaved rounds, and their ratios.
@@ -353,7 +353,7 @@ def main() -> None:
     parser.add_argument("--beside", type=Path, metavar="CHECKOUT", help="only compare CPU with this one's")
     options = parser.parse_args()
     if options.beside:
-        print(beside(options.beside.resolve(), options.rounds))
+        print(compared(options.beside.resolve(), options.rounds))
         return
     found = measure(options)
     if options.json:

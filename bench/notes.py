@@ -77,11 +77,13 @@ def merged(paths: Iterable[Path], kind: type[Sample], same: Sequence[str]) -> li
         raise ValueError("no samples to merge")
     for what in same:
         if len(found := {getattr(one, what) for one in samples}) > 1:
-            raise ValueError(f"runs of {what} {', '.join(sorted(map(_told, found)))} are not to be compared")
+            raise ValueError(
+                f"runs of {what} {', '.join(sorted(map(_as_text, found)))} are not to be compared"
+            )
     return samples
 
 
-def _told(value: object) -> str:
+def _as_text(value: object) -> str:
     """A value as a person would write it in a command."""
     return f"{value:g}" if isinstance(value, float) else str(value)
 

@@ -135,18 +135,18 @@ def exactly(tokens: int) -> Callable[[int], tuple[int, int]]:
 def decode_rate(records: Sequence[Record]) -> float:
     """Tokens per second of a single stream after its first token."""
     [one] = records
-    return 1e3 / _told(one.tpot_ms)
+    return 1e3 / _present(one.tpot_ms)
 
 
 def prefill_rate(records: Sequence[Record]) -> float:
     """Prompt tokens per second of TTFT."""
     [one] = records
-    return _told(one.prompt_tokens) / first_ms(one) * 1e3
+    return _present(one.prompt_tokens) / first_ms(one) * 1e3
 
 
 def total_rate(records: Sequence[Record]) -> float:
     """Output tokens of all streams per second of the whole run, prefill included."""
-    return sum(_told(one.output_tokens) for one in records) / wall_s(records)
+    return sum(_present(one.output_tokens) for one in records) / wall_s(records)
 
 
 def wall_s(records: Sequence[Record]) -> float:
@@ -165,7 +165,7 @@ def first_ms(record: Record) -> float:
     A single output token without text (half a character) causes no event but the final one, which then
     counts.
     """
-    return _told(record.jct_ms if record.ttft_ms is None and record.asked_tokens == 1 else record.ttft_ms)
+    return _present(record.jct_ms if record.ttft_ms is None and record.asked_tokens == 1 else record.ttft_ms)
 
 
 def ttft_of(session: str) -> Callable[[Sequence[Record]], float]:
@@ -183,7 +183,7 @@ def jct_s(records: Sequence[Record]) -> float:
     return statistics.mean(one.jct_ms for one in records) / 1e3
 
 
-def _told(value: float | None) -> float:
+def _present(value: float | None) -> float:
     if value is None:
         raise Wrong("an answer without the event that is measured")
     return value

@@ -140,8 +140,8 @@ def measure(
 def best_peer(case: Case, figure: Figure, found: Sequence[Measured]) -> float | None:
     """The best value of a row among the servers other than memserve."""
     values = [one.value(case, figure) for one in found if not one.server.name.startswith(OURS)]
-    told = [one for one in values if one is not None]
-    return (max if figure.higher_is_better else min)(told) if told else None
+    known = [one for one in values if one is not None]
+    return (max if figure.higher_is_better else min)(known) if known else None
 
 
 def ahead(value: float | None, best: float | None, figure: Figure) -> float | None:
@@ -223,7 +223,7 @@ def write_note(
     plot = note.plot("ratios")
     draw(found, cases, plot)
     return note.write(
-        "memserve beside its peers",
+        "memserve compared with its peers",
         command,
         f"One server at a time, the load generator on the same cores, {rounds} interleaved rounds; medians (range). Greedy, "
         "answers of fixed length, the same prompts for all; token counts were checked in every answer. In the last columns "

@@ -32,7 +32,7 @@ def costs_of(members: Sequence[dict[str, Any]]) -> CostModel:
     for one in members:
         if one.get("costs"):
             return CostModel(msgspec.convert(one["costs"], StepCosts))
-    raise ValueError("no worker of the cluster tells what its steps cost")
+    raise ValueError("no worker of the cluster reports what its steps cost")
 
 
 def sites_of(members: Sequence[dict[str, Any]]) -> dict[str, Site]:

@@ -200,7 +200,7 @@ def report(found: dict[str, Quality], options: argparse.Namespace) -> None:
     figures = {name: quality.figures for name, quality in found.items()}
     base = next(iter(figures.values()))["nll"]
     print(f"{options.model}: {next(iter(found.values())).positions} positions of Python's help")
-    print(f"{'':18}{'NLL':>9}{'beside':>10}{'argmax':>10}{'rms':>9}{'max':>9}  of the logits")
+    print(f"{'':18}{'NLL':>9}{'more':>10}{'argmax':>10}{'rms':>9}{'max':>9}  of the logits")
     for name, one in figures.items():
         print(
             f"{name:18}{one['nll']:9.4f}{one['nll'] - base:+10.4f}{one['argmax']:10.2%}{one['rms']:9.4f}{one['max']:9.3f}"

@@ -119,12 +119,12 @@ def results(samples: Sequence[Sample], kind: str, rate: float, layouts: Sequence
     ]
     rows = []
     for layout in layouts:
-        told = [cell(samples, layout.name, kind, rate, one.name) for one in MEASURES]
+        measured = [cell(samples, layout.name, kind, rate, one.name) for one in MEASURES]
         cached, moved, asked, failed = (
             median(samples, layout.name, kind, rate, name) or 0.0
             for name in ("cached_share", "moved_mib", "requests", "failed")
         )
-        rows.append([layout.name, *told, f"{cached:.0%}", number(moved), f"{asked:.0f}", f"{failed:.0f}"])
+        rows.append([layout.name, *measured, f"{cached:.0%}", number(moved), f"{asked:.0f}", f"{failed:.0f}"])
     return table(head, rows)
 
 
@@ -156,7 +156,7 @@ def error_of(samples: Sequence[Sample], layout: str, kind: str, rate: float, nam
 def errors(samples: Sequence[Sample]) -> str:
     """The predictions' median errors, in words: of values, and of ratios to the base, which planning uses."""
     cells = sorted({(one.layout, one.kind, one.rate) for one in samples})
-    told = []
+    medians = []
     for one in MEASURES:
         shares = {cell: share for cell in cells if (share := error_of(samples, *cell, one.name)) is not None}
         to_base = [share / shares[BASE, kind, rate] for (layout, kind, rate), share in shares.items()
@@ -165,11 +165,11 @@ def errors(samples: Sequence[Sample]) -> str:
             absolute, relative = (
                 statistics.median(abs(share - 1) for share in many) for many in (shares.values(), to_base)
             )
-            told.append(f"{one.name} {absolute:.0%} ({relative:.0%})")
+            medians.append(f"{one.name} {absolute:.0%} ({relative:.0%})")
     return (
         "Median error of the predictions (in brackets: of their ratio to "
         + f"{BASE}): "
-        + ", ".join(told)
+        + ", ".join(medians)
         + "."
     )
 

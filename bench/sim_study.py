@@ -313,7 +313,7 @@ def layouts_text(requests: int) -> str:
     """The conditions of the third part, in words."""
     return (
         f"Equal instances on one pool of {POOL_PAGES * 16:,} tokens each, {requests} requests a run, bursts of three times the calm rate, every "
-        "instance up to 20 % faster or slower than the scheduler is told, another draw for each seed. *Adaptive*: every instance may prefill and decode, `cost` decides for each "
+        "instance up to 20 % faster or slower than the scheduler assumes, another draw for each seed. *Adaptive*: every instance may prefill and decode, `cost` decides for each "
         "request. *Fixed*: colocated (`least_load`), 1P3D, 2P2D and 3P1D, or 1P2D and 2P1D (`cost` within the roles) with caching, colocated and 2P2D (`least_load`) "
         "without; 1P1D is 2P2D here, for equal instances; prompts are chunked in all of them. Each cell: adaptive / best fixed, by the means over "
         f"{len(LAYOUT_SEEDS)} seeds, ± the standard error of the ratios of one seed (adaptive; which fixed one and its value). The best of several noisy "

@@ -134,7 +134,7 @@ async def receive(options: argparse.Namespace) -> None:
             _, number, granularity, scattered = line.split()
             pages = _destination(options.pages, bool(int(scattered)))
             expect = Expect(SENDER, int(number), pages, Granularity(granularity), 0.0)
-            receiver.expect(expect, lambda told: None)
+            receiver.expect(expect, lambda outcome: None)
             print("ok", flush=True)
         os._exit(0)
 

@@ -112,10 +112,10 @@ class Site(World):
         else:
             self._moved(number, Wrote(number, PAGE_BYTES * len(transfer.source)))
 
-    def _moved(self, number: int, told: object) -> None:
+    def _moved(self, number: int, outcome: object) -> None:
         del self.streams[number]
-        self.count(type(told).__name__)
-        self.say(self.core.me, told)
+        self.count(type(outcome).__name__)
+        self.say(self.core.me, outcome)
 
     # ---- calls that concern both shards ----------------------------------------------------------------------
 
@@ -163,9 +163,9 @@ class Site(World):
             if count(held.tokens) and count(held.tokens) <= len(held.pages) * PAGE:
                 self.pair.read_from.add(lease)
                 more = held.tokens + pack([self.rng.randrange(3)])
-                told = (self.patience(), lease, owner.id, self.rng.random() < 0.5, self.request())
+                options = (self.patience(), lease, owner.id, self.rng.random() < 0.5, self.request())
                 self.acquire_from(
-                    client, held.scope, more, Source(self.other.core.me, count(held.tokens), *told)
+                    client, held.scope, more, Source(self.other.core.me, count(held.tokens), *options)
                 )
 
     def acquire_from(self, client: Client, scope: str, tokens: bytes, source: Source) -> None:

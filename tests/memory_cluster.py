@@ -195,7 +195,7 @@ class MemoryCluster:
 
     async def _move(self, shard: Actor, write: Write, moving: dict[int, trio.CancelScope]) -> None:
         """A mover: it writes page by page over ``move_s``; a broken transfer leaves half of them written."""
-        transfer, told = write.transfer, None
+        transfer, outcome = write.transfer, None
         source, target = self.arenas[shard.id], self.arenas[write.way.address]
         broken = len(transfer.source) // 2 if self.move_fails(transfer.id) else -1
         with trio.CancelScope() as moving[transfer.id]:
@@ -205,12 +205,12 @@ class MemoryCluster:
                     return
                 target[there][:] = [-2] * PAGE_TOKENS if i == broken else source[page]
                 if i == broken:
-                    told = WriteFailed(transfer.id, Failure.CUT, "broken off")
+                    outcome = WriteFailed(transfer.id, Failure.CUT, "broken off")
                     break
             else:
-                told = Wrote(transfer.id, len(transfer.source) * PAGE_BYTES)
+                outcome = Wrote(transfer.id, len(transfer.source) * PAGE_BYTES)
         if not shard.scope.cancel_called:
-            shard.shell.tell(told or WriteFailed(transfer.id, Failure.WITHDRAWN, "stopped"))
+            shard.shell.tell(outcome or WriteFailed(transfer.id, Failure.WITHDRAWN, "stopped"))
 
     async def _copy(self, shard: Actor, copy: Copy) -> None:
         """A copy between tiers: it ends late and only then reads the pages; some from disk are damaged."""
@@ -233,7 +233,7 @@ class MemoryCluster:
         presence = self._presence(link, kind, role, home.id)
         presence.also = (home.id,)
         limits = BatchLimits(self.chunk_tokens, self.rows)
-        told = WorkerSettings(
+        settings = WorkerSettings(
             limits,
             PAGE_TOKENS,
             MAX_CONTEXT,
@@ -244,7 +244,7 @@ class MemoryCluster:
             PAGE_BYTES,
             self.draft,
         )
-        core = WorkerCore(presence, home.id, told)
+        core = WorkerCore(presence, home.id, settings)
         engine = self.make_engine(self.arenas[home.id])
         actor = await self._start(name, link, core, Reporting(core, presence, core.needs))
 

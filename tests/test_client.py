@@ -134,7 +134,7 @@ async def test_pages_go_down_and_come_back(folder: Path) -> None:
         await pool.free_mem(there)
         assert await pool.swap_out(4, "s0") == 4
         assert await pool.swap_out(4, "s0", Tier.HOST) == 4
-        back = await pool.match(pack(tokens), "s0")  # disk pages come in: nobody could read them
+        back = await pool.match(pack(tokens), "s0")  # match loads pages from disk
         assert [(unpack(one).tier, pool.read(one)[9]) for one in back.addresses] == [
             (0, 0),
             (0, 4),

@@ -111,7 +111,7 @@ def test_the_tree_is_what_the_shards_hold(seed: int, loss: float, steps: int) ->
         shards[number].send(rng, now, loss)
         feed.tree.check()
     for shard in shards:
-        for _ in range(2):  # once to notice what was lost, once to be answered
+        for _ in range(2):  # once to notice the loss, once to get the answer
             now += ASK_AGAIN_S
             shard.send(rng, now, 0.0)
     feed.tree.check()

@@ -31,8 +31,8 @@ def test_steps_are_clean(sanitizer: str, optimized: str, tmp_path: Path) -> None
         pytest.skip(f"{compiler} has no {sanitizer} sanitizer here")
     program = str(tmp_path / "driver")
     build = (
-        optimized,  # what is sooner built and run in all
-        "-g1",  # lines for a report, without what a debugger would want of every template
+        optimized,  # the level at which building plus running takes least
+        "-g1",  # line numbers for reports, without the full debug information of every template
         "-fno-sanitize-recover=all",
         flag,
         *target_flags(),

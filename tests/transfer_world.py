@@ -293,10 +293,10 @@ class Shard:
             receiver.tell(receiver.id, Received(granted.sender, granted.id))
         self._ended(stream, Wrote(number, 0))
 
-    def _ended(self, stream, told):
+    def _ended(self, stream, outcome):
         stream.ended = True
         self.streams.pop(stream.write.transfer.id)
-        self.world.at(0.0, lambda: self.tell(self.id, told))
+        self.world.at(0.0, lambda: self.tell(self.id, outcome))
 
 
 @attrs.define(eq=False)

@@ -1,4 +1,4 @@
-// Draws for the tests of sampling, which need any logits and not a model's.
+// Draws from given logits, without a model, for the tests of sampling.
 
 #include "sampling.hpp"
 
@@ -13,6 +13,6 @@ extern "C" void draws(const float* logits, int rows, int vocab, const ms_samplin
 extern "C" void adjusted(const float* logits, int vocab, const ms_adjustments* how, float* to) {
     Sampler sampler;
     sampler.resize(vocab);
-    for (int again = 0; again < 2; again++)  // what the first leaves behind must not show
+    for (int again = 0; again < 2; again++)  // twice, because the first call's leftovers must not change the second
         std::copy_n(sampler.adjust(logits, *how), vocab, to);
 }

@@ -1,7 +1,7 @@
-// Steps of a tiny random model, in a program of its own so that a sanitizer sees all of it: chunks, decode rows and both
-// together, on threads that change from step to step and within one, scattered pages and pages that sequences share, and draws from logits of all shapes and
-// sizes. Ends with 1 when a token's logits, or the token drawn from them, depend on how it was computed, or when a bad batch
-// is taken.
+// Runs steps of a tiny random model, in a program of its own so that a sanitizer sees all of it: chunks, decode rows and
+// both together; a number of threads that changes between and within steps; scattered pages and pages that sequences
+// share. Then it draws tokens from logits of many shapes and sizes. Exits with status 1 if a token's logits, or the token
+// drawn from them, depend on how they were computed, or if a bad batch is accepted.
 
 #include "step.cpp"
 
@@ -12,14 +12,14 @@ namespace {
 
 constexpr int LAYERS = 4, HIDDEN = 64, INNER = 96, HEADS = 6, KV_HEADS = 2, HEAD = 32, VOCAB = 132, CONTEXT = 320;
 constexpr int PAGE = 8, PAGES = 2 * CONTEXT / PAGE, MAX_ROWS = 64, THREADS = 3, TOKENS = 300;
-constexpr int SHARED = 256, SHARING = 5;  // first positions that so many sequences have in the same pages
+constexpr int SHARED = 256, SHARING = 5;  // SHARING sequences have their first SHARED positions in the same pages
 
 std::mt19937 random_numbers(1);
 
-// Other threads after each layer, fewer and more in turns.
+// Changes the number of threads after each layer: fewer and more in turns.
 int32_t changing_crew(int32_t threads) { return 1 + (threads + 1) % THREADS; }
 
-// Values of a matrix in tiles, which random ones may be called.
+// A matrix in tiles. The order of values in tiles does not matter, because they are random.
 Buffer<bf16> matrix(size_t outputs, size_t width) {
     Buffer<bf16> values(whole_tiles((int)outputs) * width);
     for (auto& value : values) {
@@ -58,8 +58,8 @@ struct Model {
     }
     ~Model() { ms_close(engine); }
 
-    // Tokens `start` to `end` of sequence 0, and in the same step token `other`, if any, of sequence 1, which has the
-    // same ids. Logits of the last of each, and with `draws` in a second step the tokens drawn from them.
+// Compute tokens `start` to `end` of sequence 0 and, in the same step, token `other` (-1: none) of sequence 1, which has
+    // the same ids. Gives the logits of the last token of each; with `draws`, a second step draws tokens from them.
     int step(int start, int end, int other, int threads, std::vector<float>& logits, bool draws = false) {
         std::vector<int32_t> tokens, positions, table_at, wanted;
         auto row = [&](int position, int sequence) {
@@ -71,7 +71,7 @@ struct Model {
         return run(tokens, positions, table_at, wanted, threads, logits, draws);
     }
 
-    // One token at position `at[i]` for each sequence, whose tables are at `table_at`.
+// Compute one token at position `at[i]` of each sequence i, whose page table begins at `table_at[i]`.
     int decode(const std::vector<int32_t>& at, const std::vector<int32_t>& table_at, int threads, std::vector<float>& logits) {
         std::vector<int32_t> tokens(at.size(), 7), wanted;
         for (size_t i = 0; i < at.size(); i++) wanted.push_back((int)i);
@@ -105,7 +105,7 @@ bool refuses_what_is_not_there(bool amx) {
     return !taken && model.step(0, 1, -1, 1, logits);
 }
 
-// Sequence 0 in chunks, sequence 1 token by token beside it; then whether both gave the same logits.
+// Whether sequence 0, in chunks, and sequence 1, token by token in the same steps, get the same logits and drawn tokens.
 bool agrees(bool amx) {
     Model model(amx);
     std::vector<float> logits;
@@ -113,7 +113,7 @@ bool agrees(bool amx) {
     std::vector<int32_t> drawn(TOKENS), drawn_chunked(TOKENS, -1);
     int start = 0, token = 0, failed = 0;
     for (int turn = 0; token < TOKENS; turn++) {
-        if (start == TOKENS) start--;  // its last token again, over its own K and V
+        if (start == TOKENS) start--;  // compute its last token again, which overwrites its own K and V
         int end = std::min(TOKENS, start + 1 + turn * 13 % 63);
         failed |= model.step(start, end, token, 1 + turn % THREADS, logits, true);
         chunked[end - 1].assign(logits.begin(), logits.begin() + VOCAB);
@@ -128,7 +128,8 @@ bool agrees(bool amx) {
     return !failed;
 }
 
-// Logits of all rows of a step, a few at a time behind it, are those of each row alone; of another step's rows there are none.
+// Whether ms_again gives, a few rows at a time, the logits that the last step gave for all its rows, and refuses a batch
+// with another number of rows.
 bool goes_on_with_the_last_step(bool amx) {
     Model model(amx);
     for (int threads = 1; threads <= THREADS; threads++) {
@@ -149,14 +150,15 @@ bool goes_on_with_the_last_step(bool amx) {
     return true;
 }
 
-// Sequences whose first pages are the same, together and each alone. In pages of 16 tokens, as 8 are not attended to together.
+// Whether sequences that share their first pages get the same logits in one step as each alone. Pages have 16 tokens here,
+// because the engine does not attend to shared pages of 8 together.
 bool shares_pages(bool amx) {
     constexpr int TOKENS_A_PAGE = 16, OWN = 2;
     Model model(amx, TOKENS_A_PAGE);
     std::vector<float> alone, together;
     for (int start = 0; start < SHARED; start += MAX_ROWS) model.step(start, start + MAX_ROWS, -1, 1, alone);
     std::vector<int32_t> at, table_at;
-    for (int i = 0; i < SHARING; i++) {  // the last shares half of them only
+    for (int i = 0; i < SHARING; i++) {  // the last sequence shares only half of them
         int pages = (i == SHARING - 1 ? SHARED / 2 : SHARED) / TOKENS_A_PAGE;
         table_at.push_back((int)model.tables.size()), at.push_back(pages * TOKENS_A_PAGE);
         for (int shared = 0; shared < pages; shared++) model.tables.push_back(int(model.tables[shared]));
@@ -173,7 +175,8 @@ bool shares_pages(bool amx) {
     return true;
 }
 
-// Logits that a row adjusts, and what is reported: at both ends of the vocabulary, some tokens several times, every other one allowed.
+// Checks a draw with adjusted logits, and its logprobs. The adjustments concern both ends of the vocabulary, name some
+// tokens several times, and allow every other token only.
 bool adjusts_what_there_is(const std::vector<float>& logits, ms_sampling how, Sampler& sampler) {
     const int vocab = (int)logits.size();
     const int32_t ids[] = {vocab - 1, 0, vocab / 2, 0, vocab - 1};
@@ -189,7 +192,7 @@ bool adjusts_what_there_is(const std::vector<float>& logits, ms_sampling how, Sa
     return fine && token >= 0 && token < vocab;
 }
 
-// A token that is there already, at both ends of the vocabulary: it is kept, and reported.
+// Whether a draw whose token is given keeps that token and reports its logprob, also at both ends of the vocabulary.
 bool reports_a_given_token(const std::vector<float>& logits, ms_sampling how, Sampler& sampler) {
     const int vocab = (int)logits.size();
     if (largest(logits.data(), vocab) == NOT_A_TOKEN) return true;
@@ -203,14 +206,15 @@ bool reports_a_given_token(const std::vector<float>& logits, ms_sampling how, Sa
     return true;
 }
 
-// Bells, ties and exclusions; a draw must not leave the vocabulary, nor take what is excluded.
+// Draws from normally distributed logits, with ties, all equal, and with excluded tokens. A draw must give a token of the
+// vocabulary that is not excluded.
 bool draws_what_there_is() {
     std::normal_distribution<float> normal;
     for (int vocab = 1; vocab < 700; vocab += vocab < 70 ? 1 : 97)
         for (int shape = 0; shape < 4; shape++) {
             Sampler sampler;
             sampler.resize(vocab);
-            std::vector<float> logits(vocab);  // its end is the end of its memory
+            std::vector<float> logits(vocab);  // of exactly this size, so that a sanitizer sees a read beyond it
             for (float& logit : logits) {
                 logit = normal(random_numbers) * 3;
                 if (shape == 1) logit = std::round(logit);
@@ -236,11 +240,11 @@ bool draws_what_there_is() {
 
 int main() {
     for (bool amx : {false, true}) {
-        if (!refuses_what_is_not_there(amx)) return std::puts("a bad batch was taken"), 1;
+        if (!refuses_what_is_not_there(amx)) return std::puts("a bad batch was accepted"), 1;
         if (!agrees(amx)) return std::puts("logits depend on how a token was computed"), 1;
-        if (!goes_on_with_the_last_step(amx)) return std::puts("a step's other logits are not those of its rows"), 1;
-        if (!shares_pages(amx)) return std::puts("sequences in the same pages attend to them apart, or to others"), 1;
+        if (!goes_on_with_the_last_step(amx)) return std::puts("ms_again does not give the logits of the last step"), 1;
+        if (!shares_pages(amx)) return std::puts("sequences that share pages do not attend to them together, or get other logits than alone"), 1;
     }
-    if (!draws_what_there_is()) return std::puts("a token was drawn that is not there"), 1;
+    if (!draws_what_there_is()) return std::puts("a draw gave a token that is excluded or outside the vocabulary"), 1;
     return 0;
 }

@@ -1,4 +1,4 @@
-"""CuPy as memserve uses it, on memory that lies in files of the folder ``PLAYED_GPU``."""
+"""The part of CuPy that memserve uses, on memory that lies in files of the folder ``PLAYED_GPU``."""
 
 import os
 from pathlib import Path

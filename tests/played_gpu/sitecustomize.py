@@ -1,8 +1,8 @@
-"""A machine with GPUs, played in every process that has this folder in PYTHONPATH: their memory lies in files.
+"""Plays a machine with GPUs in every process that has this folder in PYTHONPATH; GPU memory lies in files.
 
-``cupy`` here keeps what a process allocates in a file of its own, so that handles open in other processes as CUDA's do;
-``bin/nvidia-smi`` tells of the cards; FlashInfer's calls are computed by torch on the CPU, or by FlashInfer's kernels there
-(``gpu_rehearsal``) where the environment asks for that. All else is the program's own.
+``cupy`` here keeps what a process allocates in a file of its own, so that other processes can open handles to it, as
+with CUDA. ``bin/nvidia-smi`` lists the cards. FlashInfer's calls are computed by torch on the CPU, or by FlashInfer's
+own kernels on the CPU (``gpu_rehearsal``) if the environment asks for that. Everything else is the program's own code.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ REHEARSED = os.environ.get("PLAYED_GPU_LIBRARY") == "flashinfer"
 
 
 def change_gpus(gpus: Any) -> None:
-    """A torch without CUDA will do, because nothing of it is called."""
+    """Accept a torch without CUDA: nothing of its CUDA is called."""
     real = gpus.missing_packages
 
     def missing() -> str | None:
@@ -30,7 +30,7 @@ def change_gpus(gpus: Any) -> None:
 
 
 def change_engine(engine: Any) -> None:
-    """What the engine asks of torch's CUDA, and what a graph is."""
+    """Replace what the engine asks of torch's CUDA, its graphs and FlashInfer."""
     import torch
 
     properties = SimpleNamespace(total_memory=8 << 30, multi_processor_count=132)
@@ -61,7 +61,7 @@ CHANGES: dict[str, Callable[[Any], None]] = {
 
 
 class Changed(importlib.abc.MetaPathFinder):
-    """Finds the modules of ``CHANGES`` as ever, and changes them once they have run."""
+    """Finds the modules of ``CHANGES`` as usual, and changes each right after it was imported."""
 
     def find_spec(
         self, name: str, path: Any = None, target: Any = None

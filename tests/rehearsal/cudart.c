@@ -1,4 +1,5 @@
-// CUDA's runtime as far as FlashInfer's host code asks it, without a GPU: an H100's limits; kernels are noted, and run by who offers to.
+// The part of CUDA's runtime that FlashInfer's host code calls, without a GPU. It has the limits of an H100. It notes
+// each launch of a kernel, and passes it to the function given to `run_kernels`, if any.
 
 #include <stddef.h>
 #include <stdint.h>
@@ -44,16 +45,16 @@ static int launch(const void *host, dim3 grid, dim3 block, size_t shared, void *
     return runner ? failed(runner(kernels[which].name, &grid, &block, shared, args)) : OK;
 }
 
-// ---- for whoever looks at what was launched ----
+// ---- called by the tests ----
 
 const char *noted_launches(void) { return notes; }
 void forget_launches(void) { noted = 0; notes[0] = 0; }
-// From now on `given` runs each kernel that is launched, by its name; NULL: nothing does.
+// From now on, call `given` with the name and arguments of each kernel that is launched. NULL: kernels do not run.
 void run_kernels(int (*given)(const char *, const dim3 *, const dim3 *, size_t, void **)) { runner = given; }
-// From now on `given` copies, and tells why it cannot.
+// From now on, `given` does the copies. It returns an error message, or NULL.
 void copy_with(const char *(*given)(void *, const void *, size_t, int)) { copier = given; }
 
-// ---- what nvcc's own code calls ----
+// ---- called by code that nvcc generates ----
 
 void **__cudaRegisterFatBinary(void *binary) { static void *handle; (void)binary; return &handle; }
 void __cudaRegisterFatBinaryEnd(void **handle) { (void)handle; }
@@ -98,7 +99,7 @@ int cudaFuncSetAttribute(const void *host, int attribute, int value) {
 }
 int cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *blocks, const void *host, int threads, size_t shared, unsigned flags) {
     (void)flags;
-    // Registers are not counted: as many blocks as there could be at most, of which each wants its part of a workspace.
+// Registers are not counted, so this is an upper bound. It is the safe side: each block needs a part of a workspace.
     const int by_threads = 2048 / threads, by_shared = (int)(SHARED_OF_PROCESSOR / (shared + 1024));
     *blocks = by_threads < by_shared ? by_threads : by_shared;
     return find(host) < 0 ? failed(INVALID_VALUE) : OK;
@@ -123,7 +124,8 @@ int cudaMemcpyAsync(void *to, const void *from, size_t bytes, int kind, void *st
     (void)stream;
     return copier(to, from, bytes, kind) ? failed(INVALID_VALUE) : OK;
 }
-// fa3 describes to the copy engine what it will read; as strict as cuTensorMapEncodeTiled's documentation.
+// FlashAttention 3 describes the memory that the copy engine will read. Checked as strictly as the documentation of
+// cuTensorMapEncodeTiled says.
 static int encode_tensor_map(void *map, int type, unsigned rank, const void *address, const uint64_t *dims, const uint64_t *strides,
                              const uint32_t *box, const uint32_t *steps, int interleave, int swizzle, int promotion, int fill) {
     static const int bytes_of[] = {1, 2, 4, 4, 8, 8, 2, 4, 8, 2, 4, 4, 4};

@@ -1,5 +1,5 @@
-// A torch device whose memory is the host's, apart from it by name: an operation on tensors of both ends in an error,
-// as it does on a GPU. Operations are launched on a stream, and computed by the CPU's kernels when somebody waits for it.
+// A torch device that behaves like a GPU but uses the host's memory. An operation that mixes its tensors with the host's
+// fails, as on a GPU. Operations are launched on a stream, and the CPU's kernels compute them when the host waits for it.
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/native/CPUFallback.h>
@@ -29,7 +29,7 @@ extern "C" bool device_holds(const void *data, size_t bytes);
 namespace {
 
 constexpr auto DEVICE = c10::DeviceType::PrivateUse1;
-// While a step is captured the host may neither wait nor copy: what it did then would not be done again by a replay.
+// During a capture the host may neither wait nor copy, because a replay would not repeat it.
 void forbid_in_capture(const char *what) {
     TORCH_CHECK(!stream::graph || stream::within_step, what, " within a capture: on a GPU this ends the capture with an error");
 }
@@ -39,7 +39,7 @@ void wait() {
     TORCH_CHECK(!wrong, "on the device: ", wrong);
 }
 
-// Where tensors lie: a kernel may touch nothing else.
+// The memory of all tensors, by address; a kernel may touch nothing else.
 std::mutex places_guard;
 std::map<const char *, size_t> places;
 std::atomic<unsigned> places_changed{0};
@@ -55,13 +55,13 @@ void displace(const void *data) {
     places_changed++;
 }
 
-// Bytes allocated now, and at most since peak was last set.
+// Bytes allocated now, and the most that were allocated at once since peak was last reset.
 std::atomic<size_t> taken{0}, peak{0};
 
 struct Block {
     void *data = nullptr;
     size_t bytes;
-    // Neither the memory of a graph, of which other tensors of its capture would be made, nor what a step of this device needs for itself.
+// `of_graph`: the graph owns the memory, and frees it. `counted`: not allocated by a step of this device for itself.
     bool of_graph = false, counted = !stream::within_step;
     explicit Block(size_t size) : bytes(size) {
         if (size && posix_memalign(&data, 512, size)) throw std::bad_alloc();
@@ -70,7 +70,7 @@ struct Block {
         peak = std::max(peak.load(), taken.load());
         if (data) place(data, size);
     }
-    // It counts as free at once, because whatever takes it next comes later on the stream.
+// It counts as free at once, because anything that reuses it comes later on the stream.
     ~Block() {
         if (counted) taken -= bytes;
         if (!data || of_graph) return;
@@ -89,7 +89,7 @@ struct Memory final : c10::Allocator {
 };
 Memory memory;
 
-// Memory of the host that copies read and write without the host's waiting for them.
+// Pinned memory of the host: copies from and to it are done while the host goes on.
 std::map<const char *, size_t> pinned;
 bool is_pinned(const void *data) {
     const std::lock_guard held(places_guard);
@@ -149,12 +149,12 @@ at::Tensor empty_strided(c10::SymIntArrayRef size, c10::SymIntArrayRef stride, s
                                              c10::DispatchKeySet(c10::DispatchKey::PrivateUse1), type.value_or(at::kFloat));
 }
 
-// The same bytes as a tensor that owns nothing: of the CPU, to be computed with, or of the same device, to be launched with.
+// The same bytes as a tensor that does not own them: on the CPU, to compute with it, or on this device, for a launch.
 at::Tensor on(const at::Tensor &self, c10::DeviceType type) {
     return at::for_blob(self.data_ptr(), self.sizes()).strides(self.strides()).options(self.options().device(type)).target_device(type == DEVICE ? c10::Device(DEVICE, 0) : c10::Device(c10::kCPU)).make_tensor();
 }
 
-// Whether a tensor's memory is still there, when its step runs: neither a stream nor a graph keeps it.
+// Whether a tensor's memory is still allocated when its step runs. Neither a stream nor a graph keeps it allocated.
 bool is_there(const at::Tensor &one) {
     if (!one.defined() || one.device().type() != DEVICE || !one.numel()) return true;
     int64_t last = 0;
@@ -173,7 +173,8 @@ void launch_copy(const at::Tensor &from, const at::Tensor &to) {
     });
 }
 
-// Of the host's memory only what is pinned is read and written while the host goes on.
+// Between host and device, with `without_waiting`: a copy to or from pinned memory is launched, and one from other memory
+// of the host reads it now. Any other copy between them is done before this returns.
 at::Tensor copy_from(const at::Tensor &self, const at::Tensor &to, bool without_waiting) {
     if (stream::within_step) return on_host(to).copy_(on_host(self)), to;
     const bool both = self.device() == to.device();
@@ -220,7 +221,7 @@ at::Scalar local_scalar(const at::Tensor &self) {
 
 using Change = std::function<at::Tensor(const at::Tensor &)>;
 
-// A value with each tensor of the device in it changed.
+// A copy of `value` in which `change` was applied to each tensor of the device.
 c10::IValue changed(const c10::IValue &value, const Change &change) {
     auto one = [&](const at::Tensor &tensor) { return tensor.defined() && !tensor.is_cpu() ? change(tensor) : tensor; };
     if (value.isTensor()) return one(value.toTensor());
@@ -243,7 +244,7 @@ torch::jit::Stack changed(const torch::jit::Stack &values, const Change &change)
     return found;
 }
 
-// Which argument a result is, for an operation that writes where it is told.
+// The index of the argument into which the operation writes this result; nullopt if it allocates the result.
 std::optional<size_t> written(const c10::FunctionSchema &schema, size_t result) {
     const auto *alias = schema.returns()[result].alias_info();
     for (size_t i = 0; alias && i < schema.arguments().size(); i++)
@@ -251,7 +252,7 @@ std::optional<size_t> written(const c10::FunctionSchema &schema, size_t result) 
     return std::nullopt;
 }
 
-// Tensors for the results of an operation, found without computing it.
+// Tensors for the results of an operation. Their shapes are found without computing it.
 std::vector<at::Tensor> results_of(const c10::OperatorHandle &op, const torch::jit::Stack &given) {
     auto shapes = changed(given, [](const at::Tensor &one) { return at::empty_strided(one.sizes(), one.strides(), one.options().device(c10::kMeta)); });
     for (auto &value : shapes) if (value.isDevice() && value.toDevice().type() == DEVICE) value = c10::Device(c10::kMeta);
@@ -269,7 +270,7 @@ std::vector<at::Tensor> results_of(const c10::OperatorHandle &op, const torch::j
     return found;
 }
 
-// An operation, once it is its turn: on the CPU's kernels, its results where they are expected.
+// A step that computes an operation with the CPU's kernels and copies the results to `results`.
 stream::Step computed(const c10::OperatorHandle &op, const torch::jit::Stack &given, const std::vector<at::Tensor> &results) {
     const Change here = [](const at::Tensor &one) { return on(one, DEVICE); };
     std::vector<at::Tensor> places;
@@ -289,8 +290,8 @@ stream::Step computed(const c10::OperatorHandle &op, const torch::jit::Stack &gi
     };
 }
 
-// Of an operation's tensors: whether some are of the host and some of the device, and whether any is an index that says which to take,
-// whose number of them has to be read back.
+// About an operation's tensors. `mixed`: some are on the host and some on the device. `mask`: one is a boolean index; how
+// many elements it selects must be read back to the host.
 struct Found { bool mixed, mask; };
 Found look_at(const torch::jit::Stack &given) {
     bool device = false, host = false, mask = false;
@@ -308,7 +309,7 @@ Found look_at(const torch::jit::Stack &given) {
     return {device && host, mask};
 }
 
-// Any other operation: launched, once its tensors were found to be where a GPU's would want them.
+// Any other operation: check that its tensors are where a GPU would need them, and launch it.
 void compute(const c10::OperatorHandle &op, torch::jit::Stack *stack) {
     static const std::set<std::string> indexed_from_host{"aten::index", "aten::index_put_", "aten::_index_put_impl_", "aten::index.Tensor_out"};
     static const std::set<std::string> waiting{"aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::equal",
@@ -343,7 +344,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
     m.impl("set_.source_Tensor", &at::native::set_tensor_);
 }
 
-// Bytes that something else allocated, as a tensor; they must outlive it.
+// A tensor on bytes that something else allocated; they must outlive it.
 at::Tensor bytes_at(int64_t address, int64_t bytes) {
     const c10::Device device(DEVICE, 0);
     place(reinterpret_cast<void *>(address), bytes);
@@ -358,12 +359,12 @@ TORCH_LIBRARY_IMPL(_, PrivateUse1, m) { m.fallback(torch::CppFunction::makeFromB
 
 extern "C" {
 void device_register() { at::RegisterPrivateUse1HooksInterface(new Hooks()); }
-// How many steps have been launched; device_wait runs them, and tells why one failed, or nothing.
+// How many steps have been launched. device_wait runs the first `mark` of them and returns an error message, or null.
 size_t device_mark() { return stream::launched_steps; }
 const char *device_wait(size_t mark) { return stream::wait(mark); }
-// How often the host has waited for something that was not done, since the last call.
+// How often the host has waited for steps that were not done, since the last call.
 size_t device_waits() { return std::exchange(stream::waits, 0); }
-// Begin a graph; what device_end_capture gives is replayed and dropped by whoever has it.
+// Begin to capture a graph. The caller of device_end_capture gets it, and may replay it and must drop it.
 void device_begin_capture() { stream::graph = new stream::Graph; }
 void *device_end_capture() { return std::exchange(stream::graph, nullptr); }
 void device_replay(void *held) { stream::replay(static_cast<stream::Graph *>(held)); }
@@ -374,7 +375,8 @@ void device_drop(void *held) {
         return delete dropped, nullptr;
     });
 }
-// cudaMemcpyAsync of the runtime. The host's memory is read and written while the host goes on if it is pinned; other memory is read now.
+// cudaMemcpyAsync of the runtime. A copy from memory of the host that is not pinned reads it now, and a copy to such memory
+// is done before this returns. Any other copy is only launched.
 const char *device_copy(void *to, const void *from, size_t bytes, int kind) {
     enum { UP = 1, DOWN = 2 };
     if (kind == DOWN && !is_pinned(to)) {
@@ -399,7 +401,7 @@ bool device_holds(const void *data, size_t bytes) {
     as_of = places_changed, begin = found->first, end = begin + found->second;
     return asked + bytes <= end;
 }
-// A kernel of ptx_kernels.py was launched.
+// Launch a kernel that ptx_kernels.py has compiled.
 struct Dim { unsigned x, y, z; };
 struct alignas(128) Params { char bytes[4096]; };
 using Run = const char *(*)(Dim, Dim, size_t, const char *, bool (*)(const void *, size_t));

@@ -1,9 +1,9 @@
-// What Hopper brought: barriers in shared memory, the copy engine, products of four warps.
+// What Hopper added: barriers in shared memory (mbarrier), the copy engine (TMA), matrix products of four warps (wgmma).
 #pragma once
 
 #include "warps.hpp"
 
-// Of 64 bits in shared memory: arrivals that a phase needs, those still missing, bytes still to come, and the phase.
+// An mbarrier, 64 bits in shared memory: arrivals that a phase needs, those still missing, bytes still to come, the phase.
 struct Phases { u16 needed, missing; s32 bytes : 31; u32 phase : 1; };
 static_assert(sizeof(Phases) == 8);
 template <class Change> inline void change_phases(u64 address, Change change) {
@@ -27,11 +27,11 @@ inline bool phases_passed(u64 address, u32 parity) {
     return false;
 }
 
-// What cuTensorMapEncodeTiled writes; cudart.c writes it.
+// The result of cuTensorMapEncodeTiled; cudart.c writes it.
 struct TensorMap { u64 address, strides[4]; u32 dims[5]; u16 box[5]; u8 rank, bytes, swizzle; };
 static_assert(sizeof(TensorMap) <= 128);
 
-// Rows of 16 bytes are rearranged by where they lie: of a swizzle of 1, 2, 3 that many bits of the address.
+// Swizzling: rows of 16 bytes are rearranged by their address. `bits` (1, 2 or 3) is how many bits of it are used.
 inline u64 swizzled(u64 address, u32 bits) { return address ^ (address >> 7 & ((1u << bits) - 1)) << 4; }
 
 inline void copy_box(u64 to, u64 map_at, const s32 *from, u64 phases) {
@@ -55,12 +55,13 @@ inline void copy_box(u64 to, u64 map_at, const s32 *from, u64 phases) {
     change_phases(phases, [&](Phases &found) { found.bytes -= s32(copied); });
 }
 
-// Of a matrix that a descriptor tells of: where value (row, k) lies, rows being M or N. CUTLASS, mma_traits_sm90_gmma.hpp.
+// A matrix in shared memory, as its descriptor says. Gives the address of value (row, k); a row is along M or N.
+// Follows CUTLASS, mma_traits_sm90_gmma.hpp.
 struct Described {
     u32 start, leading, stride, swizzle;
     explicit Described(u64 bits) : start((bits & 0x3fff) << 4), leading((bits >> 16 & 0x3fff) << 4), stride((bits >> 32 & 0x3fff) << 4) {
         const u32 kind = bits >> 62;
-        swizzle = kind ? 4 - kind : 0;  // 1, 2, 3: of 128, 64, 32 bytes
+        swizzle = kind ? 4 - kind : 0;  // kinds 1, 2, 3 swizzle 128, 64, 32 bytes
         if (bits >> 49 & 7) fail("a matrix that does not begin where its swizzle does");
     }
     u32 by_k(u32 row, u32 k) const {
@@ -77,7 +78,7 @@ struct Described {
     }
 };
 
-// d = a * b + d: 64xN of float, 64x16 and 16xN of bfloat16. Done when it is issued.
+// wgmma: d = a * b + d; d is 64xN of float, a 64x16 and b 16xN of bfloat16. It is computed as soon as it is issued.
 template <u32 N> struct WideProduct { f32 *d[N / 2]; bool a_in_registers; u32 a[4]; u64 a_at, b_at; bool add; s32 sign_a, sign_b; bool a_transposed, b_transposed; };
 template <u32 N> void wide_product_all(WideProduct<N> **of) {
     const auto &first = *of[0];

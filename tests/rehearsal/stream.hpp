@@ -1,5 +1,6 @@
-// What was launched on the device and has not run. Nothing runs before somebody waits for it: that is as late as a GPU may be, so that
-// whoever reads too early, or writes too early what a copy has yet to read, is found out.
+// The device's stream: operations that were launched and have not run. Nothing runs until the host waits for it, which
+// is as late as a real GPU may be. So a test finds code that reads a result too early, or overwrites memory that a copy
+// has yet to read.
 #pragma once
 
 #include <atomic>
@@ -13,22 +14,22 @@
 
 namespace stream {
 
-// Done in the order of launches; what it returns is why it failed, or null.
+// One operation; they run in the order of launches. Returns an error message, or null.
 using Step = std::function<const char *()>;
 
-// A captured step, as a graph holds it: operations and kernels with the tensors, numbers and addresses of then. What was allocated while it
-// was captured stays where it is until the graph is dropped.
+// A captured graph: operations and kernels with the tensors, numbers and addresses at the time of capture. Memory that
+// was allocated during the capture stays allocated until the graph is dropped.
 struct Graph {
     std::vector<Step> steps;
     std::vector<void *> memory;
 };
 
-inline Graph *graph = nullptr;  // the one that is captured
+inline Graph *graph = nullptr;  // the graph that is being captured, or null
 inline std::recursive_mutex guard;
 inline std::deque<Step> pending;
 inline size_t launched_steps = 0, waits = 0;
-inline std::string failure, told;
-// Within a step of the device, whose own allocations and copies are done at once.
+inline std::string failure, reported;
+// More than 0 while this thread runs a step of the device. The step's own allocations and copies are done at once.
 inline thread_local int within_step = 0;
 
 struct Within {
@@ -36,21 +37,21 @@ struct Within {
     ~Within() { within_step--; }
 };
 
-// While a step is captured it is part of the graph, and does not run.
+// Launch a step. During a capture it becomes part of the graph and does not run.
 inline void launch(Step step) {
     const std::lock_guard held(guard);
     if (graph) return graph->steps.push_back(std::move(step));
     pending.push_back(std::move(step)), launched_steps++;
 }
 
-// What gives memory back, once nothing that was launched can need it any more.
+// Run `step`, which frees memory, after everything launched so far, because that may still use the memory.
 inline void when_done(Step step) {
     const std::lock_guard held(guard);
     if (pending.empty()) step();
     else pending.push_back(std::move(step)), launched_steps++;
 }
 
-// Run until so many steps, of all that were ever launched, are done. Returns how the first one failed that nobody was told of, or null.
+// Run steps until `until` of all that were ever launched are done. Returns the first error since the last call, or null.
 inline const char *wait(size_t until) {
     const std::lock_guard held(guard);
     const Within step;
@@ -60,8 +61,8 @@ inline const char *wait(size_t until) {
         pending.pop_front();
         if (const char *wrong = next(); wrong && failure.empty()) failure = wrong;
     }
-    told = std::exchange(failure, "");
-    return told.empty() ? nullptr : told.c_str();
+    reported = std::exchange(failure, "");
+    return reported.empty() ? nullptr : reported.c_str();
 }
 
 inline const char *wait_for_all() { return wait(launched_steps); }

@@ -1,6 +1,6 @@
-// Runs a kernel's threads on the CPU, each as a fiber. A fiber goes on until its thread must meet others: its warp at an
-// instruction of all lanes, its block at a barrier. Blocks run one after another. A kernel of PTX is translated to C++ that
-// includes this (ptx.py); what is said of an instruction here is what the PTX ISA says of it.
+// Runs a kernel's threads on the CPU, each as a fiber. A fiber runs until its thread must wait for others: for its warp
+// at an instruction of all lanes, for its block at a barrier. Blocks run one after another. ptx.py translates a kernel
+// from PTX to C++ that includes this file. Instructions do what the PTX ISA says.
 #pragma once
 
 #include <bit>
@@ -22,12 +22,12 @@ struct Dim { u32 x, y, z; };
 
 // ---- threads -------------------------------------------------------------------------------------------------
 
-constexpr u32 SHARED_ROOM = 227 << 10, SHARED_FIRST = 1 << 10;  // a block's shared memory begins after what the system keeps
+constexpr u32 SHARED_ROOM = 227 << 10, SHARED_FIRST = 1 << 10;  // the system reserves the bytes before SHARED_FIRST
 constexpr size_t STACK = 256 << 10;
 
 struct Thread;
 
-// Where the lanes of a warp, or the threads of four, meet: the last one to arrive does it for all.
+// Where the threads of one warp, or of four, wait for one another; the last to arrive does the work for all.
 struct Meeting {
     void *of[128];
     u32 size = 0, arrived = 0;
@@ -93,7 +93,7 @@ switch_fiber:
     std::abort();
 }
 
-// Let the block's next thread go on.
+// Switch to the block's next thread. Fails if all threads wait for one another.
 inline void others_first() {
     if (block.progress != block.seen) block.seen = block.progress, block.idle = 0;
     else if (++block.idle > 2 * block.threads) fail("all threads wait for one another");
@@ -114,7 +114,7 @@ inline void thread_begins() {
     switch_fiber(&nowhere, block.outside);
 }
 
-// All of `meeting` come here with something each; the last to come does `together` to all of them.
+// Each thread of `meeting` calls this with a value of its own; the last to arrive calls `together` on all values.
 template <class T>
 void meet(Meeting &meeting, u32 place, T &mine, void (*together)(T **)) {
     if (meeting.arrived && meeting.what != reinterpret_cast<const void *>(together)) fail("lanes of a warp meet at different instructions");
@@ -129,14 +129,14 @@ void meet(Meeting &meeting, u32 place, T &mine, void (*together)(T **)) {
     while (meeting.times == times) others_first();
 }
 
-// Before a store to global memory: a warp's lanes go in step, so that what one of them writes no other has yet to read by an
-// instruction before. FlashInfer's rotation in place lives by that.
+// Called before a store to global memory, so that a warp's lanes advance together: all have done their earlier reads
+// before one of them writes. FlashInfer's rotation in place depends on that.
 inline void in_step() {
     block.progress++;
     others_first();
 }
 
-// bar.sync: of all threads that have not ended, or of `many`.
+// bar.sync: wait for all threads that have not ended, or for `many` of them.
 inline void barrier(u32 which, u32 many = 0) {
     Barrier &at = block.barriers[which];
     const u64 times = at.times;
@@ -166,12 +166,12 @@ inline const char *run_kernel(void (*body)(Thread &), Dim grid, Dim dim, const c
         b.thread.assign(b.threads, {});
         b.warps.assign(warps, {}), b.warpgroups.assign((warps + 3) / 4, {});
         for (auto &one : b.barriers) one = {};
-        std::memset(shared_memory, 0xff, sizeof shared_memory);  // NaN: nothing is there before it is written
+        std::memset(shared_memory, 0xff, sizeof shared_memory);  // all NaN, to find reads of what was never written
         for (u32 t = 0; t < b.threads; t++) {
             Thread &thread = b.thread[t];
             thread = {nullptr, stacks[t], {t % dim.x, t / dim.x % dim.y, t / dim.x / dim.y}, t, t % 32, &b.warps[t / 32], &b.warpgroups[t / 128], false};
             thread.warp->size++, thread.warpgroup->size++;
-            // As if it had been switched from: six registers, and where to return to. The stack is then as after a call.
+// The stack of a fiber that was switched away from: six registers and a return address, placed as after a call.
             auto *top = reinterpret_cast<void **>(thread.stack + STACK - 64);
             *--top = nullptr;
             *--top = reinterpret_cast<void *>(thread_begins);
@@ -188,7 +188,7 @@ inline const char *run_kernel(void (*body)(Thread &), Dim grid, Dim dim, const c
 
 // ---- values ----------------------------------------------------------------------------------------------------
 
-// A register's value as an instruction of another type sees it.
+// A register's value as an instruction of another type reads it.
 template <class T, class S> inline T as(S value) {
     if constexpr (std::is_same_v<T, S>) return value;
     else if constexpr (std::is_same_v<T, bool> || std::is_same_v<S, bool>) return static_cast<T>(value);
@@ -199,7 +199,7 @@ template <class T, class S> inline T as(S value) {
     else if constexpr (!std::is_integral_v<T>) return as<T>(static_cast<std::conditional_t<sizeof(T) == 4, u32, u64>>(value));
     else return static_cast<T>(value);
 }
-// A register takes a value: wider than the value's type, it is extended as that type is.
+// Write a value to a register. If the register is wider, the value is extended as its type requires.
 template <class D, class S> inline void put(D &to, S value) { to = as<D>(value); }
 
 inline f32 from_bf16(u16 bits) { return std::bit_cast<f32>(u32(bits) << 16); }
@@ -227,7 +227,8 @@ inline char *in_shared(u64 address, u32 bytes) {
     if (address < SHARED_FIRST || address + bytes > SHARED_FIRST + SHARED_ROOM || address % (bytes > 16 ? 16 : bytes)) fail("an address of shared memory is out of bounds or not aligned");
     return shared_memory + address;
 }
-// Of a global address, or one of any kind: what lies in shared memory or in the parameters has the host's address too.
+// The host's pointer for a global or generic address. It may also lie in shared memory or in the kernel's parameters,
+// because these are addressed by the host's addresses too.
 inline char *in_global(u64 address, u32 bytes) {
     auto *found = reinterpret_cast<char *>(address);
     if (address % bytes) fail("an address of global memory is not aligned");
@@ -239,7 +240,7 @@ inline char *in_global(u64 address, u32 bytes) {
 template <class T> inline T load(const char *from) { T value; std::memcpy(&value, from, sizeof value); return value; }
 template <class T> inline void store(char *to, T value) { std::memcpy(to, &value, sizeof value); }
 
-// cp.async, done at once: `bytes` of `size` are read, and the rest is zero.
+// cp.async, done at once: `bytes` of the `size` bytes are copied, and the rest is set to zero.
 inline void copy_async(u64 to, u64 from, u32 size, u32 bytes) {
     char *at = in_shared(to, size);
     std::memset(at, 0, size);
@@ -275,7 +276,7 @@ inline Shuffle shuffle(Thread &t, char mode, u32 value, u32 by, u32 clamp, u32 m
     return mine;
 }
 
-// Rows of eight 16-bit values; lane i gives the address of row i, and holds two values of each matrix.
+// ldmatrix and stmatrix: rows of eight 16-bit values. Lane i gives the address of row i, and holds two values per matrix.
 struct Matrices { u32 address, many; bool transposed, stored; u32 part[4]; };
 inline void matrices_all(Matrices **of) {
     const Matrices &first = *of[0];
@@ -294,7 +295,7 @@ inline void matrices_all(Matrices **of) {
 inline void whole_warp(const Thread &t) { if (t.warp->size != 32) fail("an instruction of a warp in a warp of fewer lanes"); }
 inline void matrices(Thread &t, Matrices &mine) { whole_warp(t), meet(*t.warp, t.lane, mine, matrices_all); }
 
-// d = a * b + c: 16x8 of float, 16x16 and 16x8 of bfloat16.
+// mma: d = a * b + c; d and c are 16x8 of float, a is 16x16 and b 16x8 of bfloat16.
 struct Product { f32 d[4]; u32 a[4], b[2]; f32 c[4]; };
 inline void pair(f32 *to, u32 bits) { to[0] = from_bf16(u16(bits)), to[1] = from_bf16(u16(bits >> 16)); }
 inline void spread_a(f32 (*a)[16], const u32 *part, u32 lane) {

@@ -1,1 +1,1 @@
-"""There, so that it is found; what is called in its place is ``fake_flashinfer``."""
+"""An empty module, so that FlashInfer counts as installed; ``fake_flashinfer`` is called in its place."""
