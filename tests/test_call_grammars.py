@@ -8,13 +8,13 @@ import attrs
 import pytest
 
 from fake_service import IM_END, demo_tokenizer
-from memserve.api.call_formats import CALL_FORMATS, HERMES, LLAMA3_JSON, MISTRAL
+from memserve.api.call_formats import CALL_FORMATS, HERMES, LLAMA3_JSON, MISTRAL, MISTRAL_ARGS
 from memserve.api.call_grammars import CALLS_MAX, call_grammar
 from memserve.api.errors import ApiError
 from memserve.api.formats import ResponseFormat, StructuredOutputs, grammar_of
 from memserve.api.tools import Function, Offer, Tool
 from memserve.tokens import pack
-from test_call_parser import read
+from test_call_parser import call_parts, read
 from test_grammars import made, tokens_of, walk
 
 SCHEMA = {
@@ -41,10 +41,19 @@ def special(form):
         name: tuple(marks.get(one, one) for one in getattr(form, name))
         for name in ("before", "between", "after")
     }
-    return attrs.evolve(form, marker=marks[form.marker], close=marks.get(form.close, ""), **renamed)
+    inner = ("<repo_name>",) if form.inner else ()
+    return attrs.evolve(
+        form, marker=marks[form.marker], close=marks.get(form.close, ""), inner=inner, **renamed
+    )
 
 
-FORMS = [*CALL_FORMATS.values(), special(HERMES), special(MISTRAL), special(LLAMA3_JSON)]
+FORMS = [
+    *CALL_FORMATS.values(),
+    special(HERMES),
+    special(MISTRAL),
+    special(LLAMA3_JSON),
+    special(MISTRAL_ARGS),
+]
 
 
 def said(tokens) -> str:
@@ -91,13 +100,22 @@ def test_a_strict_tool_is_called_by_its_schema_or_not_at_all(grammars, form):
     """A model could not answer in words any more, or call a strict tool with what it does not understand."""
     text = call_grammar(Offer((tool("f", strict=True),)), form, demo_tokenizer().specials)
     mark = "" if form.bare else demo_tokenizer().specials.get(form.marker, form.marker)
-    head = "".join(form.before[1:]) + f'{{"name": "f", "{form.key}": {{"size": '
+
+    def call(size: str) -> list[str | int]:
+        """The texts and tokens of a call, with neighbouring texts joined: they are encoded together."""
+        parts = (*form.before[1:], *call_parts(form, "f", f'{{"size": {size}}}'), *form.after)
+        found: list[str | int] = [""]
+        for part in (demo_tokenizer().specials.get(part, part) for part in parts):
+            if isinstance(part, str) and isinstance(found[-1], str):
+                found[-1] += part
+            else:
+                found.append(part)
+        return found
+
     assert follows(grammars, text, "Hello <b> {x} [1]\n")
     assert follows(grammars, text)
-    assert follows(grammars, text, *([mark] if mark else []), head + "5}}", *(
-        demo_tokenizer().specials.get(part, part) for part in form.after
-    ))  # fmt: skip
-    assert not follows(grammars, text, *([mark] if mark else []), head + '"x"}}')
+    assert follows(grammars, text, *([mark] if mark else []), *call("5"))
+    assert not follows(grammars, text, *([mark] if mark else []), *call('"x"'))
     if not form.bare:
         assert not follows(grammars, text, "Well, ", mark, " what?")
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from memserve.api.call_formats import CALL_FORMATS, HERMES, LLAMA3_JSON, MISTRAL, CallFormat
+from memserve.api.call_formats import CALL_FORMATS, HERMES, LLAMA3_JSON, MISTRAL, MISTRAL_ARGS, CallFormat
 from memserve.api.call_parser import CallParser, CallPart
 
 KNOWN = frozenset(("f", "g"))
@@ -39,6 +39,18 @@ def tagged(*calls: str) -> str:
     return "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in calls)
 
 
+def forced(form: CallFormat, name: str, arguments: str) -> str:
+    """An answer of one call, as a forced one is written."""
+    return "".join((*form.before, *call_parts(form, name, arguments), *form.after))
+
+
+def call_parts(form: CallFormat, name: str, arguments: str) -> tuple[str, ...]:
+    """The text and the marks of one call, as a forced answer has them."""
+    if form.style == "named":
+        return name, form.inner[-1], arguments
+    return (f'{{"name": "{name}", "{form.key}": {arguments}}}',)
+
+
 TRICKY = {"text": 'a "b" {c} \\', "close": "</tool_call>", "nested": {"x": [{}, {"y": "}"}]}, "é": "\u65e5\n"}
 
 
@@ -65,6 +77,13 @@ TRICKY = {"text": 'a "b" {c} \\', "close": "</tool_call>", "nested": {"x": [{}, 
     (MISTRAL, f"[TOOL_CALLS] [{F1}, {F1}]", ("", [("f", '{"a": 1}')] * 2)),
     (MISTRAL, f'Yes.[TOOL_CALLS][{F1[:-1]}, "id": "123456789"}}] ', ("Yes.", [("f", '{"a": 1}')])),
     (MISTRAL, f"[TOOL_CALLS][{F1}, none]", (", none]", [("f", '{"a": 1}')])),
+    (MISTRAL_ARGS, '[TOOL_CALLS]f[ARGS]{"a": 1}', ("", [("f", '{"a": 1}')])),
+    (MISTRAL_ARGS, 'So.[TOOL_CALLS]f[ARGS]{"a": "[ARGS]}"}[TOOL_CALLS] g [ARGS] {} ', ("So.", [("f", '{"a": "[ARGS]}"}'), ("g", "{}")])),
+    (MISTRAL_ARGS, '[TOOL_CALLS]f[CALL_ID]a1B2c3D4e[ARGS]{"a": 1}', ("", [("f", '{"a": 1}')])),
+    (MISTRAL_ARGS, '[TOOL_CALLS]f{"a": 1}[TOOL_CALLS]new_1.x-y{} Done', ("Done", [("f", '{"a": 1}'), ("new_1.x-y", "{}")])),
+    (MISTRAL_ARGS, f'[TOOL_CALLS] [{F1}, {F1}]', ("", [("f", '{"a": 1}')] * 2)),
+    (MISTRAL_ARGS, '[TOOL_CALLS]f[ARGS]{"a": "b', ("", [("f", '{"a": "b')])),
+    (MISTRAL_ARGS, '[TOOL_CALLS]f[ARGS]{}} x', ("} x", [("f", "{}")])),
     (MISTRAL, "[TOOL_CALLS] none [1]", ("[TOOL_CALLS] none [1]", [])),
 ])  # fmt: skip
 def test_calls_are_found_as_models_write_them(form, text, expected):
@@ -86,18 +105,21 @@ def test_arguments_are_passed_on_as_they_were_written():
     '<tool_call>{"name": 5, "arguments": {}}</tool_call>!', '<tool_call>{"name": "", "arguments": {}}', "<tool_call>{name: f(x)}</tool_call> and",
     '<tool_call>{"name": "f", "arguments": "x"}', '<tool_call>{"name": "f", "arguments": "{"}', "x < y <tool", " \n", "a  <tool_call> b ",
     '<tool_call>{"name": "\\ud800", "arguments": {}}', "<tool_call>[]", "<tool_call>[[{", '<tool_call>{"arguments": {"a": 1}',
+    "[TOOL_CALLS]", "[TOOL_CALLS]f", "[TOOL_CALLS]f[ARGS", "[TOOL_CALLS]f[ARGS]", "[TOOL_CALLS]f[ARGS]null", "[TOOL_CALLS]f[CALL_ID]{}", "[TOOL_CALLS]f g {}",
+    "[TOOL_CALLS]f[ARGS][ARGS]{}", '[TOOL_CALLS]é{"a": 1}', "[TOOL_CALLS][f{}]", "[TOOL_CALLS]" + "f" * 300 + "{}", "a [TOOL_CALLS]f" + " " * 200 + "{}", "[TOOL",
     f'<tool_call>{{"name": "{"f" * 300}", "arguments": {{}}}}', "<tool_call>" + '{"a":' * 2000 + "1" + "}" * 2000,
 ])  # fmt: skip
 def test_what_is_no_call_is_text_as_it_was(text):
     """A part of an answer would be lost, or a client would be told to call what nobody named."""
-    assert read(text) == (text, [])
-    assert read(text, cuts=tuple(range(len(text)))) == (text, [])
+    form = MISTRAL_ARGS if "[TOOL" in text else HERMES
+    assert read(text, form) == (text, [])
+    assert read(text, form, cuts=tuple(range(len(text)))) == (text, [])
 
 
 PIECES = st.sampled_from([
     "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>", "<tool", "_call>", "[", "]", "{", "}", ",", '"', "\\", "\\u00e9", "\\\\", ":",
     " ", "\n", '"name"', '"f"', '"arguments"', '"parameters"', '{"name": "f", "arguments": {', '{"name": "f", "parameters": {"a": "}', F1, "é日", "text",
-    tagged(F1), f"[TOOL_CALLS] [{F1}", '"id": 1',
+    tagged(F1), f"[TOOL_CALLS] [{F1}", "[ARGS]", "[CALL_ID]", "f[ARGS]{", "f{", "[TOOL_CALLS]f[ARGS]{}", '"id": 1',
 ])  # fmt: skip
 
 
@@ -132,7 +154,7 @@ def test_every_object_of_arguments_comes_out(arguments, plain):
     """A tool would be called with other arguments than the model gave it."""
     written = json.dumps(arguments, ensure_ascii=plain)
     for form in CALL_FORMATS.values():
-        text = "".join(form.before) + f'{{"name": "f", "{form.key}": {written}}}' + "".join(form.after)
+        text = forced(form, "f", written)
         assert read(text, form, tuple(range(len(text)))) == ("", [("f", written)])
 
 
@@ -157,13 +179,14 @@ def test_text_comes_as_soon_as_it_is_known():
 
 
 @pytest.mark.parametrize(("begun", "piece"), [
+    ("[TOOL_CALLS]", "f"), ("[TOOL_CALLS]f", "["), ("[TOOL_CALLS]f", " "), ("[TOOL_CALLS]f[ARGS]{", "{"), ("", "[TOOL_CALLS]f"),
     ("", "<tool_call>{"), ("<tool_call>{", "{"), ("<tool_call>{", '{"name": "'), ("<tool_call>{", "\n"), ("<tool_call>", "\n"), ("", "\n"), ("", "<"),
     ('<tool_call>{"name": "', "0123456789"), ('<tool_call>{"name": "f", "arguments": {', "\\"), (tagged(F1), "\n"),
 ])  # fmt: skip
 def test_no_answer_takes_long_to_read(begun, piece):
     """One stream that repeats itself would hold up all others of its Frontend."""
     began = time.perf_counter()
-    parser = CallParser(HERMES, KNOWN)
+    parser = CallParser(MISTRAL_ARGS if "[" in begun + piece else HERMES, KNOWN)
     for one in (begun, *[piece] * 10_000):
         parser.push(one)
     parser.finish()

@@ -223,6 +223,24 @@ async def test_the_configured_format_is_read():
     assert rule.known == ("auto", *CALL_FORMATS)
 
 
+@pytest.mark.parametrize("text", [
+    f"I look.[TOOL_CALLS]get_weather[ARGS]{PARIS}[TOOL_CALLS]get_time[ARGS]{{}}", f"[TOOL_CALLS]get_weather[CALL_ID]a1b2c3d4e[ARGS]{PARIS}",
+    "[TOOL_CALLS]get_weather[ARGS]Paris", f"[TOOL_CALLS]get_weather[ARGS]{PARIS[:-4]}",
+])  # fmt: skip
+async def test_newer_mistrals_calls_are_the_same_in_a_stream(text):
+    """Whether a client streams would decide what it is to call."""
+    asked = ASKED | {"stream": True}
+    *events, _ = sse((await post(asked, CHAT, saying(text), tool_format="mistral_args")).text)
+    chunks = [choice for event in events for choice in json.loads(event)["choices"]]
+    response = await post(ASKED, CHAT, saying(text), tool_format="mistral_args")
+    content, calls, finish = joined(chunks)
+    whole_answer = answered(response.json()["choices"][0])
+    assert whole_answer[0] == content
+    assert [call[1:] for call in whole_answer[1]] == [call[1:] for call in calls]
+    assert whole_answer[2] == finish
+    assert (content == text) == ("]Paris" in text)
+
+
 def test_an_id_is_made_of_its_request():
     """Two calls would have one id, or one call two where it is told twice."""
     places = [

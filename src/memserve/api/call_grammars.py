@@ -57,7 +57,7 @@ def _rules(offer: Offer, form: CallFormat, specials: Mapping[str, int], answered
     names = [f"call{number}" for number, _ in enumerate(offer.allowed)]
     yield f"call: {' | '.join(names)}"
     for name, tool in zip(names, offer.allowed, strict=True):
-        yield f'{name}: {_text(_head(tool, form))} {_schema(tool, offer)} "}}"'
+        yield f"{name}: {_call(tool, offer, form, specials)}"
 
 
 def _among_text(form: CallFormat, specials: Mapping[str, int], calls: str) -> Iterable[str]:
@@ -83,8 +83,13 @@ def _text(text: str) -> str:
     return json.dumps(text)
 
 
-def _head(tool: Tool, form: CallFormat) -> str:
-    return f'{{"name": "{tool.function.name}", "{form.key}": '
+def _call(tool: Tool, offer: Offer, form: CallFormat, specials: Mapping[str, int]) -> str:
+    """One call of the tool. Raises ApiError (400)."""
+    name, schema = tool.function.name, _schema(tool, offer)
+    if form.style == "named":
+        return f"{_text(name)} {_written(form.inner[-1], specials)} {schema}"
+    head = f'{{"name": "{name}", "{form.key}": '
+    return f'{_text(head)} {schema} "}}"'
 
 
 def _size(tool: Tool) -> int:

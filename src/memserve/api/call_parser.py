@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Container
+from functools import cache
 from typing import Any
 
 import attrs
@@ -89,6 +90,8 @@ class CallParser:
         self._begun = False
         """Whether anything but whitespace has come; then the answer as a whole cannot be a call."""
         self._listed = False
+        self._named = False
+        """Whether the call's arguments are not within an object of the call."""
         self._final = False
         self._braces = _Braces()
         self._found: list[Found] = []
@@ -147,11 +150,21 @@ class CallParser:
             at = self._rest.index("[") + 1
             self._opened, self._rest = self._opened + self._rest[:at], self._rest[at:]
             return True
+        if self._form.style == "named" and body[0] not in "{[" and not self._listed:
+            return self._at_name(body)
         if body[0] != "{":
             return self._no_call(0)
         self._opened += self._rest[: len(self._rest) - len(body)]
         self._rest = body
         return self._to(self._in_object)
+
+    def _at_name(self, body: str) -> bool:
+        whole, begun = _named_heads(self._form.inner)
+        if (head := whole.match(body)) is None:
+            return begun.fullmatch(body) is None and self._no_call(0)
+        self._begin(head[1])
+        self._rest, self._named = body[head.end() :], True
+        return self._to(self._in_arguments)
 
     def _in_object(self) -> bool:
         head = _HEAD.match(self._rest)
@@ -173,7 +186,9 @@ class CallParser:
         known = len(self._rest) if end is None and self._final else self._braces.at
         self._argue(self._rest[:known])
         self._rest, self._braces.at = self._rest[known:], 0
-        return end is not None and self._to(self._behind_arguments)
+        if end is None:
+            return False
+        return self._ended() if self._named else self._to(self._behind_arguments)
 
     def _behind_arguments(self) -> bool:
         """Skip what else the call's object holds. A call without its last brace also ends here."""
@@ -194,7 +209,7 @@ class CallParser:
 
     def _ended(self) -> bool:
         self.enough = not self._several
-        self._opened = ""
+        self._opened, self._named = "", False
         return self._to(self._behind_call)
 
     def _behind_call(self) -> bool:
@@ -263,6 +278,21 @@ class CallParser:
                 return None
         arguments = {} if arguments is None else arguments
         return (name, msgspec.json.encode(arguments).decode()) if isinstance(arguments, dict) else None
+
+
+@cache
+def _named_heads(marks: tuple[str, ...]) -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """What the head of a call is whose name is before its arguments, and what may become such a head.
+
+    Between the two there may be ``marks``: after each but the last, an id, which is not the one that clients
+    get. The second expression also matches a few other texts.
+    """
+    *before_ids, last = map(re.escape, marks)
+    ids = "".join(rf"(?:{mark}\s{{0,8}}[A-Za-z0-9_-]{{1,64}}\s{{0,8}})?" for mark in before_ids)
+    name = r"[A-Za-z0-9_.-]{1,256}"
+    whole = re.compile(rf"({name})\s{{0,8}}{ids}(?:{last}\s{{0,8}})?(?=\{{)")
+    characters = re.escape("".join(sorted(set("".join(marks)))))
+    return whole, re.compile(rf"{name}[A-Za-z0-9_\s\-{characters}]{{0,160}}")
 
 
 def _read(text: str) -> Any:
