@@ -213,7 +213,7 @@ class Api:
             marks += MARKS
         if offer is not None:
             form = self.served.call_format
-            calls = CallParser(form, offer.names, offer.several and form.several)
+            calls = CallParser(form, offer.names, offer.several and form.several, offer.schemas)
             marks += form.marks
         return Choice(
             index, at, self.served.with_marks(marks), order.stops, body.min_tokens or 0,

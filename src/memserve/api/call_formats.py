@@ -9,8 +9,8 @@ from typing import Literal
 import attrs
 
 Key = Literal["arguments", "parameters"]
-Style = Literal["json", "named"]
-"""How a call is written: as a JSON object with its name in it, or as its name before a JSON object."""
+Style = Literal["json", "named", "xml"]
+"""How a call is written: a JSON object with its name in it, its name and a JSON object, or XML-like tags."""
 
 _BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
@@ -60,6 +60,8 @@ class CallFormat:
 
 _OPEN, _CLOSE, _TOOL_CALLS, _PYTHON = "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>"
 _CALL_ID, _ARGS = "[CALL_ID]", "[ARGS]"
+FUNCTION, PARAMETER = "<function=", "<parameter="
+PARAMETER_END, FUNCTION_END = "</parameter>", "</function>"
 
 HERMES = CallFormat(
     name="hermes",
@@ -70,6 +72,8 @@ HERMES = CallFormat(
     after=("\n", _CLOSE),
 )
 """A pair of tags around each call: Qwen, Hermes and many models trained after them."""
+QWEN3_CODER = attrs.evolve(HERMES, name="qwen3_coder", style="xml")
+"""Tags for the name and for each argument within Hermes' pair of tags: Qwen3-Coder and later Qwen models."""
 LLAMA3_JSON = CallFormat(
     name="llama3_json", marker=_PYTHON, key="parameters", before=(), bare=True, several=False
 )
@@ -85,7 +89,7 @@ MISTRAL_ARGS = CallFormat(
 )  # fmt: skip
 """A control token before each call's name, and mostly another between the name and the arguments: newer Mistral."""
 
-CALL_FORMATS = {one.name: one for one in (HERMES, LLAMA3_JSON, MISTRAL, MISTRAL_ARGS)}
+CALL_FORMATS = {one.name: one for one in (HERMES, QWEN3_CODER, LLAMA3_JSON, MISTRAL, MISTRAL_ARGS)}
 _MENTIONS_TOOLS = re.compile(r"\btools\b")
 
 
@@ -101,6 +105,8 @@ def format_of(template: str | None) -> CallFormat:
     assert template is not None
     if _TOOL_CALLS in template:
         return MISTRAL_ARGS if _ARGS in template else MISTRAL
+    if _OPEN in template and FUNCTION in template and PARAMETER in template:
+        return QWEN3_CODER
     if _OPEN not in template and (_PYTHON in template or re.search(r'"parameters\\?": ', template)):
         return LLAMA3_JSON
     return HERMES

@@ -8,20 +8,34 @@ turns out not to be a call is returned unchanged as text.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 import attrs
 import msgspec
 
-from memserve.api.call_formats import CallFormat
+from memserve.api.call_formats import FUNCTION, FUNCTION_END, PARAMETER, CallFormat
+from memserve.api.call_xml import XmlArguments
 from memserve.api.thoughts import held
 
 NAME_MAX = 256
 """Most characters in a name that a model may call."""
 _STRING = r'"(?:[^"\\]|\\.){1,1600}"'
 _HEAD = re.compile(r'\{\s*"name"\s*:\s*(' + _STRING + r')\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
+_FUNCTION = re.compile(rf"{FUNCTION}([^<>\s]{{1,{NAME_MAX}}})>\s*(?={PARAMETER}|{FUNCTION_END})")
+
+
+def _begun(text: str) -> str:
+    """A regular expression of the beginnings of ``text``, the empty one included."""
+    return f"(?:{text[0]}{_begun(text[1:])})?" if text else ""
+
+
+_MAYBE_FUNCTION = re.compile(
+    rf"{_begun(FUNCTION)}|{FUNCTION}[^<>\s]{{1,{NAME_MAX}}}(?:>\s*(?:{_begun(PARAMETER)}|{_begun(FUNCTION_END)}))?"
+)
+"""Matches every beginning of what ``_FUNCTION`` matches."""
 _QUOTES_AND_BRACES = re.compile(r'["\\{}]')
 
 
@@ -73,10 +87,21 @@ class _Braces:
 class CallParser:
     """Parses one answer: ``push`` its text, then ``finish``; both return what is known by then."""
 
-    def __init__(self, form: CallFormat, known: Container[str], several: bool = True) -> None:
-        """``known``: the names of the tools. Without ``several``, text after the first call is ignored."""
+    def __init__(
+        self,
+        form: CallFormat,
+        known: Container[str],
+        several: bool = True,
+        schemas: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    ) -> None:
+        """``known``: the names of the tools. Without ``several``, text after the first call is ignored.
+
+        ``schemas``: those of the tools' arguments, by name; they say what the values in XML are.
+        """
         self._form = form
         self._known = known
+        self._schemas = schemas
+        self._xml = XmlArguments({})
         self._several = several
         self.calls = 0
         """How many calls have begun."""
@@ -99,7 +124,7 @@ class CallParser:
     @property
     def cut(self) -> bool:
         """Whether the arguments of the last call are incomplete."""
-        return self._state == self._in_arguments
+        return self._state in (self._in_arguments, self._in_parameters)
 
     def push(self, text: str) -> list[Found]:
         """Take in ``text`` and return what is now known, in order."""
@@ -152,6 +177,8 @@ class CallParser:
             return True
         if self._form.style == "named" and body[0] not in "{[" and not self._listed:
             return self._at_name(body)
+        if self._form.style == "xml" and body[0] == "<" and not self._listed:
+            return self._at_function(body)
         if body[0] != "{":
             return self._no_call(0)
         self._opened += self._rest[: len(self._rest) - len(body)]
@@ -165,6 +192,18 @@ class CallParser:
         self._begin(head[1])
         self._rest, self._named = body[head.end() :], True
         return self._to(self._in_arguments)
+
+    def _at_function(self, body: str) -> bool:
+        if (head := _FUNCTION.match(body)) is None:
+            return _MAYBE_FUNCTION.fullmatch(body) is None and self._no_call(0)
+        self._begin(head[1])
+        self._rest, self._xml = body[head.end() :], XmlArguments(self._schemas.get(head[1], {}))
+        return self._to(self._in_parameters)
+
+    def _in_parameters(self) -> bool:
+        made, self._rest = self._xml.take(self._rest)
+        self._argue(made)
+        return self._xml.ended and self._ended()
 
     def _in_object(self) -> bool:
         head = _HEAD.match(self._rest)

@@ -14,9 +14,9 @@ from typing import Any
 
 import msgspec
 
+from memserve.api.call_formats import FUNCTION_END, PARAMETER, PARAMETER_END
 from memserve.api.thoughts import held
 
-PARAMETER, PARAMETER_END, FUNCTION_END = "<parameter=", "</parameter>", "</function>"
 KEY = "[^<>\n]{1,256}"
 """A regular expression of the keys that can be written."""
 VALUE_ENDS = (PARAMETER_END, PARAMETER, FUNCTION_END)
@@ -25,25 +25,35 @@ VALUE_ENDS = (PARAMETER_END, PARAMETER, FUNCTION_END)
 _TEXT = frozenset(("string",))
 _NEXT = re.compile(f"<parameter=({KEY})>|</function>|</tool_call>")
 _VALUE_END = re.compile("|".join(VALUE_ENDS))
-_REFERENCES_MAX = 16
+_WIDER = {"integer": "number"}
+_LEVELS_MAX = 32
 
 Schema = Mapping[str, Any]
 
 
-def kinds_of(schema: Any, root: Schema, left: int = _REFERENCES_MAX) -> frozenset[str]:
+def kinds_of(schema: Any, root: Schema) -> frozenset[str]:
     """The JSON types that a schema permits; ``string`` alone if it does not say.
 
     ``root``: the schema that references are resolved in.
     """
+    return _kinds(schema, root, set(), _LEVELS_MAX) or _TEXT
+
+
+def _kinds(schema: Any, root: Schema, seen: set[str], left: int) -> frozenset[str]:
+    # Each reference is followed once: schemas may refer to themselves.
     if not isinstance(schema, Mapping) or not left:
         return _TEXT
-    if isinstance(reference := schema.get("$ref"), str):
-        return kinds_of(referred(reference, root), root, left - 1)
-    if (kind := schema.get("type")) is not None:
-        return frozenset(kind) if isinstance(kind, list) else frozenset((kind,))
+    reference, kind = schema.get("$ref"), schema.get("type")
+    if isinstance(reference, str):
+        if reference in seen:
+            return frozenset()
+        seen.add(reference)
+        return _kinds(referred(reference, root), root, seen, left - 1)
+    if kind is not None:
+        return frozenset(one for one in (kind if isinstance(kind, list) else [kind]) if isinstance(one, str))
     for key in ("anyOf", "oneOf", "allOf"):
         if isinstance(parts := schema.get(key), list) and parts:
-            return frozenset().union(*(kinds_of(part, root, left - 1) for part in parts))
+            return frozenset().union(*(_kinds(part, root, seen, left - 1) for part in parts))
     values = schema.get("enum", [schema["const"]] if "const" in schema else [])
     return frozenset(map(_kind, values)) if isinstance(values, list) and values else _TEXT
 
@@ -81,8 +91,8 @@ def as_json(text: str, kinds: frozenset[str]) -> str:
     except (msgspec.DecodeError, RecursionError):
         return json.dumps(text, ensure_ascii=False)
     kind = _kind(value)
-    fits = kind in kinds or (kind == "integer" and "number" in kinds) or "string" not in kinds
-    return bare if fits and kind != "string" or kinds.isdisjoint(_TEXT) else json.dumps(text, ensure_ascii=False)
+    plain = "string" in kinds and (kind == "string" or kinds.isdisjoint((kind, _WIDER.get(kind, kind))))
+    return json.dumps(text, ensure_ascii=False) if plain else bare
 
 
 class XmlArguments:
@@ -98,6 +108,8 @@ class XmlArguments:
         """What the value that is being read may be; None between values."""
         self._started = False
         """Whether the first character of the value has come."""
+        self._searched = 0
+        """Index up to which no end of a value that is JSON has been found."""
         self.ended = False
         """Whether the call's last parameter has been read."""
 
@@ -128,15 +140,14 @@ class XmlArguments:
         return rest[found.end() :], True
 
     def _value(self, rest: str) -> tuple[str, bool]:
-        found = _VALUE_END.search(rest)
         if not self._started and self._kinds == _TEXT and rest:
             self._started = True
             return rest.removeprefix("\n"), True
-        if found is None:
+        if (found := _VALUE_END.search(rest, self._searched)) is None:
             if self._kinds != _TEXT:
+                self._searched = max(0, len(rest) - len(PARAMETER_END))
                 return rest, False
             keep = max(held(rest, end) for end in VALUE_ENDS)
-            keep += rest[: len(rest) - keep].endswith("\n")
             self._say(rest[: len(rest) - keep])
             return rest[len(rest) - keep :], False
         value = rest[: found.start()].removesuffix("\n")
@@ -146,7 +157,7 @@ class XmlArguments:
         else:
             assert self._kinds is not None
             self._made += as_json(value.removeprefix("\n"), self._kinds)
-        self._kinds = None
+        self._kinds, self._searched = None, 0
         return rest[found.end() if found[0] == PARAMETER_END else found.start() :], True
 
     def _say(self, text: str) -> None:

@@ -83,6 +83,11 @@ class Offer:
         return tuple(tool for tool in self.tools if self.only in (None, tool.function.name))
 
     @property
+    def schemas(self) -> dict[str, dict[str, Any]]:
+        """The schemas of all tools' arguments, by name."""
+        return {tool.function.name: tool.function.parameters or {} for tool in self.tools}
+
+    @property
     def names(self) -> frozenset[str]:
         """The names of all tools."""
         return frozenset(tool.function.name for tool in self.tools)
