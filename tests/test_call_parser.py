@@ -10,16 +10,37 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from memserve.api.call_formats import CALL_FORMATS, HERMES, LLAMA3_JSON, MISTRAL, CallFormat
+from memserve.api.call_formats import (
+    CALL_FORMATS,
+    HERMES,
+    LLAMA3_JSON,
+    MISTRAL,
+    MISTRAL_ARGS,
+    QWEN3_CODER,
+    CallFormat,
+)
 from memserve.api.call_parser import CallParser, CallPart
 
 KNOWN = frozenset(("f", "g"))
+KINDS = {
+    "a": {"type": "integer"}, "t": {"type": "string"}, "b": {"type": "boolean"}, "o": {"$ref": "#/$defs/o"}, "n": {"type": "number"},
+    "m": {"anyOf": [{"type": "string"}, {"type": "null"}]}, "u": {"type": ["string", "integer"]}, "e": {"enum": ["x", "y"]}, "l": {"type": "array"},
+    "loop": {"$ref": "#/$defs/loop"}, "odd": {"type": {"x": [1]}}, "any": {},
+}  # fmt: skip
+SCHEMAS = {
+    "f": {
+        "properties": KINDS,
+        "$defs": {"o": {"type": "object"}, "loop": {"anyOf": [{"$ref": "#/$defs/loop"}] * 9}},
+    }
+}
 F1 = '{"name": "f", "arguments": {"a": 1}}'
 
 
-def read(text: str, form: CallFormat = HERMES, cuts: tuple[int, ...] = (), several: bool = True):
+def read(
+    text: str, form: CallFormat = HERMES, cuts: tuple[int, ...] = (), several: bool = True, schemas=SCHEMAS
+):
     """The text outside of calls, and the calls with their arguments, of an answer that arrives in these pieces."""
-    parser = CallParser(form, KNOWN, several)
+    parser = CallParser(form, KNOWN, several, schemas)
     edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     found = [one for start, end in pairwise(edges) for one in parser.push(text[start:end])]
     found += parser.finish()
@@ -37,6 +58,27 @@ def read(text: str, form: CallFormat = HERMES, cuts: tuple[int, ...] = (), sever
 
 def tagged(*calls: str) -> str:
     return "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in calls)
+
+
+def forced(form: CallFormat, name: str, arguments: str) -> str:
+    """An answer of one call, as a forced one is written."""
+    return "".join((*form.before, *call_parts(form, name, arguments), *form.after))
+
+
+def call_parts(form: CallFormat, name: str, arguments: str) -> tuple[str, ...]:
+    """The text and the marks of one call, as a forced answer has them."""
+    if form.style == "named":
+        return name, form.inner[-1], arguments
+    if form.style == "xml":
+        return (xml(name, **json.loads(arguments)),)
+    return (f'{{"name": "{name}", "{form.key}": {arguments}}}',)
+
+
+def xml(name: str, **values: object) -> str:
+    """A call as Qwen3-Coder's template writes it, without the outer tags."""
+    texts = {key: one if isinstance(one, str) else json.dumps(one) for key, one in values.items()}
+    parameters = "".join(f"<parameter={key}>\n{text}\n</parameter>\n" for key, text in texts.items())
+    return f"<function={name}>\n{parameters}</function>"
 
 
 TRICKY = {"text": 'a "b" {c} \\', "close": "</tool_call>", "nested": {"x": [{}, {"y": "}"}]}, "é": "\u65e5\n"}
@@ -65,6 +107,31 @@ TRICKY = {"text": 'a "b" {c} \\', "close": "</tool_call>", "nested": {"x": [{}, 
     (MISTRAL, f"[TOOL_CALLS] [{F1}, {F1}]", ("", [("f", '{"a": 1}')] * 2)),
     (MISTRAL, f'Yes.[TOOL_CALLS][{F1[:-1]}, "id": "123456789"}}] ', ("Yes.", [("f", '{"a": 1}')])),
     (MISTRAL, f"[TOOL_CALLS][{F1}, none]", (", none]", [("f", '{"a": 1}')])),
+    (QWEN3_CODER, "<tool_call>\n<function=f>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>", ("", [("f", '{"a": 1}')])),
+    (QWEN3_CODER, "So.\n<tool_call>\n<function=f>\n</function>\n</tool_call>\n<tool_call><function=g></function></tool_call> x", ("So.x", [("f", "{}"), ("g", "{}")])),
+    (QWEN3_CODER, "<tool_call><function=f><parameter=t>a</parameter><parameter=b>True</parameter></function></tool_call>", ("", [("f", '{"t": "a", "b": true}')])),
+    (QWEN3_CODER, "<tool_call><function=f><parameter=t>\n\n a\n\n</parameter></function></tool_call>", ("", [("f", '{"t": "\\n a\\n"}')])),
+    (QWEN3_CODER, "<tool_call><function=f><parameter=t>\n</parameter><parameter=e></parameter></function>", ("", [("f", '{"t": "", "e": ""}')])),
+    (QWEN3_CODER, '<tool_call><function=f><parameter=t>\n"q" \\ <b> </par </parameter></function>', ("", [("f", '{"t": "\\"q\\" \\\\ <b> </par "}')])),
+    (QWEN3_CODER, "<tool_call><function=f><parameter=t>null</parameter><parameter=m>null</parameter><parameter=u>null</parameter></function>",
+        ("", [("f", '{"t": "null", "m": null, "u": "null"}')])),
+    (QWEN3_CODER, '<tool_call><function=f><parameter=m>"1"</parameter><parameter=u>1</parameter><parameter=u>1.5</parameter></function>',
+        ("", [("f", '{"m": "\\"1\\"", "u": 1, "u": "1.5"}')])),
+    (QWEN3_CODER, '<tool_call><function=f><parameter=o>\n{"x":\n [1]}\n</parameter><parameter=l>[</parameter></function>', ("", [("f", '{"o": {"x":\n [1]}, "l": "["}')])),
+    (QWEN3_CODER, "<tool_call><function=f><parameter=loop>1</parameter><parameter=odd>1</parameter><parameter=any>1</parameter></function>",
+        ("", [("f", '{"loop": "1", "odd": "1", "any": "1"}')])),
+    (QWEN3_CODER, "<tool_call><function=new><parameter=é>1</parameter> so <b> <parameter=x>2\n</function></tool_call>.", (".", [("new", '{"é": "1", "x": "2"}')])),
+    (QWEN3_CODER, "<tool_call><function=f><parameter=t>a<parameter=n>2</parameter></tool_call>.", (".", [("f", '{"t": "a", "n": 2}')])),
+    (QWEN3_CODER, "<tool_call><function=f><parameter=t>\nab c\n</par", ("", [("f", '{"t": "ab c')])),
+    (QWEN3_CODER, "<tool_call><function=f><parameter=a>\n12", ("", [("f", '{"a": ')])),
+    (QWEN3_CODER, f"<tool_call>\n{F1}\n</tool_call>", ("", [("f", '{"a": 1}')])),
+    (MISTRAL_ARGS, '[TOOL_CALLS]f[ARGS]{"a": 1}', ("", [("f", '{"a": 1}')])),
+    (MISTRAL_ARGS, 'So.[TOOL_CALLS]f[ARGS]{"a": "[ARGS]}"}[TOOL_CALLS] g [ARGS] {} ', ("So.", [("f", '{"a": "[ARGS]}"}'), ("g", "{}")])),
+    (MISTRAL_ARGS, '[TOOL_CALLS]f[CALL_ID]a1B2c3D4e[ARGS]{"a": 1}', ("", [("f", '{"a": 1}')])),
+    (MISTRAL_ARGS, '[TOOL_CALLS]f{"a": 1}[TOOL_CALLS]new_1.x-y{} Done', ("Done", [("f", '{"a": 1}'), ("new_1.x-y", "{}")])),
+    (MISTRAL_ARGS, f'[TOOL_CALLS] [{F1}, {F1}]', ("", [("f", '{"a": 1}')] * 2)),
+    (MISTRAL_ARGS, '[TOOL_CALLS]f[ARGS]{"a": "b', ("", [("f", '{"a": "b')])),
+    (MISTRAL_ARGS, '[TOOL_CALLS]f[ARGS]{}} x', ("} x", [("f", "{}")])),
     (MISTRAL, "[TOOL_CALLS] none [1]", ("[TOOL_CALLS] none [1]", [])),
 ])  # fmt: skip
 def test_calls_are_found_as_models_write_them(form, text, expected):
@@ -86,18 +153,24 @@ def test_arguments_are_passed_on_as_they_were_written():
     '<tool_call>{"name": 5, "arguments": {}}</tool_call>!', '<tool_call>{"name": "", "arguments": {}}', "<tool_call>{name: f(x)}</tool_call> and",
     '<tool_call>{"name": "f", "arguments": "x"}', '<tool_call>{"name": "f", "arguments": "{"}', "x < y <tool", " \n", "a  <tool_call> b ",
     '<tool_call>{"name": "\\ud800", "arguments": {}}', "<tool_call>[]", "<tool_call>[[{", '<tool_call>{"arguments": {"a": 1}',
+    "<tool_call><f", "<tool_call>\n<function=", "<tool_call><function=f", "<tool_call><function=f>", "<tool_call><function=f>\n\n<param", "<tool_call><function=f> x",
+    "<tool_call><function=f g></function>", "<tool_call><function=></function>", "<function=f></function>", "<tool_call><function=f></tool_call>", "<tool_call> <fun!",
+    "[TOOL_CALLS]", "[TOOL_CALLS]f", "[TOOL_CALLS]f[ARGS", "[TOOL_CALLS]f[ARGS]", "[TOOL_CALLS]f[ARGS]null", "[TOOL_CALLS]f[CALL_ID]{}", "[TOOL_CALLS]f g {}",
+    "[TOOL_CALLS]f[ARGS][ARGS]{}", '[TOOL_CALLS]é{"a": 1}', "[TOOL_CALLS][f{}]", "[TOOL_CALLS]" + "f" * 300 + "{}", "a [TOOL_CALLS]f" + " " * 200 + "{}", "[TOOL",
     f'<tool_call>{{"name": "{"f" * 300}", "arguments": {{}}}}', "<tool_call>" + '{"a":' * 2000 + "1" + "}" * 2000,
 ])  # fmt: skip
 def test_what_is_no_call_is_text_as_it_was(text):
     """Text that only looks like a call is returned unchanged."""
-    assert read(text) == (text, [])
-    assert read(text, cuts=tuple(range(len(text)))) == (text, [])
+    form = MISTRAL_ARGS if "[TOOL" in text else QWEN3_CODER if "<f" in text else HERMES
+    assert read(text, form) == (text, [])
+    assert read(text, form, cuts=tuple(range(len(text)))) == (text, [])
 
 
 PIECES = st.sampled_from([
     "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>", "<tool", "_call>", "[", "]", "{", "}", ",", '"', "\\", "\\u00e9", "\\\\", ":",
     " ", "\n", '"name"', '"f"', '"arguments"', '"parameters"', '{"name": "f", "arguments": {', '{"name": "f", "parameters": {"a": "}', F1, "é日", "text",
-    tagged(F1), f"[TOOL_CALLS] [{F1}", '"id": 1',
+    "<function=f>", "<parameter=t>", "<parameter=a>", "</parameter>", "</function>", "</par", "<tool_call><function=f><parameter=t>", "1", "<",
+    tagged(F1), f"[TOOL_CALLS] [{F1}", "[ARGS]", "[CALL_ID]", "f[ARGS]{", "f{", "[TOOL_CALLS]f[ARGS]{}", '"id": 1',
 ])  # fmt: skip
 
 
@@ -108,6 +181,7 @@ PIECES = st.sampled_from([
     several=st.booleans(),
 )
 @example(HERMES, tagged(F1), (3,), True)
+@example(QWEN3_CODER, "<tool_call><function=f><parameter=t>a \n \n</parameter>", (38,), True)
 @example(HERMES, f"<tool_call>{F1[:-1]}\\", (42,), True)
 def test_pieces_do_not_matter(form, text, cuts, several):
     """However an answer is cut into pieces, its text and calls are the same."""
@@ -132,8 +206,39 @@ def test_every_object_of_arguments_comes_out(arguments, plain):
     """Any object of arguments is passed on as it was written, in every format."""
     written = json.dumps(arguments, ensure_ascii=plain)
     for form in CALL_FORMATS.values():
-        text = "".join(form.before) + f'{{"name": "f", "{form.key}": {written}}}' + "".join(form.after)
+        if form.style == "xml":
+            continue
+        text = forced(form, "f", written)
         assert read(text, form, tuple(range(len(text)))) == ("", [("f", written)])
+
+
+@given(
+    values=st.dictionaries(
+        st.sampled_from(list(KINDS)), st.text('<>/=parmetfuncio\n "\\é', max_size=30), max_size=4
+    )
+)
+def test_every_text_comes_out_of_xml(values):
+    """A file that a model writes would lose lines at its ends, or be cut where it holds a tag that is none."""
+    if any(end in text for text in values.values() for end in ("</parameter>", "<parameter=", "</function>")):
+        return
+    schemas = {"f": {"properties": {key: {"type": "string"} for key in values}}}
+    text = "".join((*QWEN3_CODER.before, xml("f", **values), *QWEN3_CODER.after))
+    content, ((name, arguments),) = read(text, QWEN3_CODER, tuple(range(len(text))), schemas=schemas)
+    assert (content, name, json.loads(arguments)) == ("", "f", values)
+    assert read(text, QWEN3_CODER, schemas=schemas) == (content, [(name, arguments)])
+
+
+def test_texts_in_xml_come_as_they_are_written():
+    """A client would wait for the end of a long file without a sign of life."""
+    parser = CallParser(QWEN3_CODER, KNOWN, schemas=SCHEMAS)
+    assert parser.push("<tool_call>\n<function=f>") == []
+    assert parser.push("\n<parameter=") == [CallPart(0, "f"), CallPart(0, None, "{")]
+    assert parser.push("t>\nab") == [CallPart(0, None, '"t": "ab')]
+    assert parser.push(' "c\n') == [CallPart(0, None, ' \\"c')]
+    assert parser.push("</para") == []
+    assert parser.cut
+    assert parser.push("meter>\n</function>") == [CallPart(0, None, '"}')]
+    assert not parser.cut
 
 
 def test_what_follows_the_first_call_can_be_left_out():
@@ -157,13 +262,17 @@ def test_text_comes_as_soon_as_it_is_known():
 
 
 @pytest.mark.parametrize(("begun", "piece"), [
+    ("<tool_call><function=f><parameter=t>", "0123456789"), ("<tool_call><function=f><parameter=l>", "0123456789"), ("<tool_call><function=f>", "\n"),
+    ("<tool_call><function=f><parameter=t>", "<"), ("<tool_call><function=f><parameter=t>", "\n"), ("<tool_call><function=f></tool", "<parameter=t"), ("<tool_call><function=", "f"),
+    ("[TOOL_CALLS]", "f"), ("[TOOL_CALLS]f", "["), ("[TOOL_CALLS]f", " "), ("[TOOL_CALLS]f[ARGS]{", "{"), ("", "[TOOL_CALLS]f"),
     ("", "<tool_call>{"), ("<tool_call>{", "{"), ("<tool_call>{", '{"name": "'), ("<tool_call>{", "\n"), ("<tool_call>", "\n"), ("", "\n"), ("", "<"),
     ('<tool_call>{"name": "', "0123456789"), ('<tool_call>{"name": "f", "arguments": {', "\\"), (tagged(F1), "\n"),
 ])  # fmt: skip
 def test_no_answer_takes_long_to_read(begun, piece):
     """Repetitive answers take linear time to read, so that a stream does not hold up the others."""
     began = time.perf_counter()
-    parser = CallParser(HERMES, KNOWN)
+    form = MISTRAL_ARGS if "[" in begun + piece else QWEN3_CODER if "<f" in begun else HERMES
+    parser = CallParser(form, KNOWN, schemas=SCHEMAS)
     for one in (begun, *[piece] * 10_000):
         parser.push(one)
     parser.finish()

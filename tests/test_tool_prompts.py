@@ -11,7 +11,15 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from api_client import CHAT, HI, post
 from fake_service import IM_END, IM_START, FakeService, demo_spec, demo_tokenizer, says
 from memserve.api.bodies import ChatBody, read_body
-from memserve.api.call_formats import HERMES, LLAMA3_JSON, MISTRAL, format_named, format_of
+from memserve.api.call_formats import (
+    HERMES,
+    LLAMA3_JSON,
+    MISTRAL,
+    MISTRAL_ARGS,
+    QWEN3_CODER,
+    format_named,
+    format_of,
+)
 from memserve.api.chat import ChatTemplate
 from memserve.api.messages import CALLS_MAX, DEPTH_MAX
 from memserve.api.tools import TOOLS_MAX
@@ -159,6 +167,8 @@ def test_the_words_of_a_schema_reach_a_template_as_they_are():
 @pytest.mark.parametrize(("template", "expected"), [
     (None, HERMES), ("{{ messages }}", HERMES), ("{% if tools %}<tools>{{ tools }}</tools> <tool_call>{% endif %}", HERMES),
     ("{% if tools is not none %}[AVAILABLE_TOOLS]{% endif %}{{ '[TOOL_CALLS] [' }}", MISTRAL), ("{{ '[TOOL_CALLS]' }}", HERMES),
+    ("{% if tools %}<tool_call>\n<function=example>\n<parameter=one>{% endif %}", QWEN3_CODER), ("{{ tools }}<tool_call><function=f>{}", HERMES),
+    ("{{ tools }}{{ '[TOOL_CALLS]' + name + '[CALL_ID]' + id + '[ARGS]' + arguments }}", MISTRAL_ARGS),
     ("{%- if tools %}{{ 'Respond in the format {\"name\": function name, \"parameters\": its arguments}' }}{% endif %}", LLAMA3_JSON),
     ("{%- set tools = none %}{{ '<|python_tag|>' }}", LLAMA3_JSON), ("{{ '{\\\"name\\\": n, \\\"parameters\\\": p}' }}{{ tools }}", LLAMA3_JSON),
     ("{{ tools }}{{ '<|tool_calls_section|>' }}", HERMES), ("{{ tools }}<tool_call><|python_tag|>", HERMES),

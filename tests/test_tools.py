@@ -236,6 +236,33 @@ async def test_the_configured_format_is_read():
     assert rule.known == ("auto", *CALL_FORMATS)
 
 
+XML = "<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n</function>\n</tool_call>"
+
+
+@pytest.mark.parametrize(("form", "text", "kept"), [
+    ("mistral_args", f"I look.[TOOL_CALLS]get_weather[ARGS]{PARIS}[TOOL_CALLS]get_time[ARGS]{{}}", "I look."),
+    ("mistral_args", f"[TOOL_CALLS]get_weather[CALL_ID]a1b2c3d4e[ARGS]{PARIS}", ""), ("mistral_args", f"[TOOL_CALLS]get_weather[ARGS]{PARIS[:-4]}", ""),
+    ("mistral_args", "[TOOL_CALLS]get_weather[ARGS]Paris", "[TOOL_CALLS]get_weather[ARGS]Paris"),
+    ("qwen3_coder", f"I look.\n{XML}\n<tool_call>\n<function=get_time>\n</function>\n</tool_call>", "I look."), ("qwen3_coder", XML.partition("ris")[0], ""),
+    ("qwen3_coder", "<tool_call>\n<function=get_weather>\nParis</function>", "<tool_call>\n<function=get_weather>\nParis</function>"),
+])  # fmt: skip
+async def test_calls_of_newer_models_are_the_same_in_a_stream(form, text, kept):
+    """Whether a client streams would decide what it is to call."""
+    asked = ASKED | {"stream": True}
+    *events, _ = sse((await post(asked, CHAT, saying(text), tool_format=form)).text)
+    chunks = [choice for event in events for choice in json.loads(event)["choices"]]
+    response = await post(ASKED, CHAT, saying(text), tool_format=form)
+    content, calls, finish = joined(chunks)
+    whole_answer = answered(response.json()["choices"][0])
+    assert whole_answer[0] == content
+    assert [call[1:] for call in whole_answer[1]] == [call[1:] for call in calls]
+    assert whole_answer[2] == finish
+    assert content == kept
+    assert finish == ("tool_calls" if calls and text[-1] in "}>" else "stop")
+    if calls and finish == "tool_calls":
+        assert calls[0][1:] == ["get_weather", PARIS]
+
+
 def test_an_id_is_made_of_its_request():
     """The id of a call follows from its request, choice and number, and no two are equal."""
     places = [

@@ -221,7 +221,7 @@ class Api:
             marks += MARKS
         if offer is not None:
             form = self.served.call_format
-            calls = CallParser(form, offer.names, offer.several and form.several)
+            calls = CallParser(form, offer.names, offer.several and form.several, offer.schemas)
             marks += form.marks
         piece = self.served.with_marks(marks, skip_special=body.skip_special_tokens is not False)
         return Choice(

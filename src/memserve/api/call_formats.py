@@ -9,19 +9,24 @@ from typing import Literal
 import attrs
 
 Key = Literal["arguments", "parameters"]
+Style = Literal["json", "named", "xml"]
+"""How a call is written: a JSON object with its name in it, its name and a JSON object, or XML-like tags."""
 
 _BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
 
 @attrs.frozen(kw_only=True)
 class CallFormat:
-    """One format of tool calls. In each, a call is a JSON object: a name, and an object of arguments."""
+    """One format of tool calls."""
 
     name: str
     marker: str
     """Announces calls; may occur anywhere in an answer."""
     close: str = ""
     """Follows each call; empty: no mark does."""
+    style: Style = "json"
+    inner: tuple[str, ...] = ()
+    """Marks within a call; the last one is between a name and its arguments in a forced answer."""
     key: Key = "arguments"
     """Key of the arguments in a forced answer; the parser accepts either."""
     before: tuple[str, ...]
@@ -41,7 +46,7 @@ class CallFormat:
     @property
     def marks(self) -> tuple[str, ...]:
         """Marks that may be special tokens of the tokenizer, whose text answers otherwise do not show."""
-        return (self.marker, self.close) if self.close else (self.marker,)
+        return (self.marker, *((self.close,) if self.close else ()), *self.inner)
 
     def call_id(self, request: str, choice: int, number: int) -> str:
         """The id of a call: different for every call, and the same each time that it is computed."""
@@ -54,6 +59,9 @@ class CallFormat:
 
 
 _OPEN, _CLOSE, _TOOL_CALLS, _PYTHON = "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>"
+_CALL_ID, _ARGS = "[CALL_ID]", "[ARGS]"
+FUNCTION, PARAMETER = "<function=", "<parameter="
+PARAMETER_END, FUNCTION_END = "</parameter>", "</function>"
 
 HERMES = CallFormat(
     name="hermes",
@@ -64,6 +72,8 @@ HERMES = CallFormat(
     after=("\n", _CLOSE),
 )
 """A pair of tags around each call: Qwen, Hermes and many models trained after them."""
+QWEN3_CODER = attrs.evolve(HERMES, name="qwen3_coder", style="xml")
+"""Tags for the name and for each argument within Hermes' pair of tags: Qwen3-Coder and later Qwen models."""
 LLAMA3_JSON = CallFormat(
     name="llama3_json", marker=_PYTHON, key="parameters", before=(), bare=True, several=False
 )
@@ -72,9 +82,14 @@ MISTRAL = CallFormat(
     name="mistral", marker=_TOOL_CALLS, before=(_TOOL_CALLS, " ["), between=(", ",), after=("]",),
     id_prefix="", id_characters=9,  # their templates refuse ids of other lengths
 )  # fmt: skip
-"""A JSON array after a control token: Mistral."""
+"""A JSON array after a control token: Mistral until 2025."""
+MISTRAL_ARGS = CallFormat(
+    name="mistral_args", marker=_TOOL_CALLS, style="named", inner=(_CALL_ID, _ARGS),
+    before=(_TOOL_CALLS,), between=(_TOOL_CALLS,), id_prefix="", id_characters=9,
+)  # fmt: skip
+"""A control token before each call's name, and mostly another between the name and the arguments: newer Mistral."""
 
-CALL_FORMATS = {one.name: one for one in (HERMES, LLAMA3_JSON, MISTRAL)}
+CALL_FORMATS = {one.name: one for one in (HERMES, QWEN3_CODER, LLAMA3_JSON, MISTRAL, MISTRAL_ARGS)}
 _MENTIONS_TOOLS = re.compile(r"\btools\b")
 
 
@@ -89,7 +104,9 @@ def format_of(template: str | None) -> CallFormat:
         return HERMES
     assert template is not None
     if _TOOL_CALLS in template:
-        return MISTRAL
+        return MISTRAL_ARGS if _ARGS in template else MISTRAL
+    if _OPEN in template and FUNCTION in template and PARAMETER in template:
+        return QWEN3_CODER
     if _OPEN not in template and (_PYTHON in template or re.search(r'"parameters\\?": ', template)):
         return LLAMA3_JSON
     return HERMES

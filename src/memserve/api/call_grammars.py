@@ -10,6 +10,7 @@ import msgspec
 from llguidance import LLMatcher
 
 from memserve.api.call_formats import CallFormat
+from memserve.api.call_xml_grammars import XmlRules
 from memserve.api.errors import ApiError
 from memserve.api.formats import COMPACT, cannot
 from memserve.api.tools import Offer, Tool
@@ -57,7 +58,10 @@ def _rules(offer: Offer, form: CallFormat, specials: Mapping[str, int], answered
     names = [f"call{number}" for number, _ in enumerate(offer.allowed)]
     yield f"call: {' | '.join(names)}"
     for name, tool in zip(names, offer.allowed, strict=True):
-        yield f'{name}: {_text(_head(tool, form))} {_schema(tool, offer)} "}}"'
+        if form.style == "xml":
+            yield from _xml_call(name, tool, offer)
+        else:
+            yield f"{name}: {_call(tool, offer, form, specials)}"
 
 
 def _among_text(form: CallFormat, specials: Mapping[str, int], calls: str) -> Iterable[str]:
@@ -83,8 +87,25 @@ def _text(text: str) -> str:
     return json.dumps(text)
 
 
-def _head(tool: Tool, form: CallFormat) -> str:
-    return f'{{"name": "{tool.function.name}", "{form.key}": '
+def _call(tool: Tool, offer: Offer, form: CallFormat, specials: Mapping[str, int]) -> str:
+    """One call of the tool. Raises ApiError (400)."""
+    name, schema = tool.function.name, _schema(tool, offer)
+    if form.style == "named":
+        return f"{_text(name)} {_written(form.inner[-1], specials)} {schema}"
+    head = f'{{"name": "{name}", "{form.key}": '
+    return f'{_text(head)} {schema} "}}"'
+
+
+def _xml_call(rule: str, tool: Tool, offer: Offer) -> Iterable[str]:
+    """The rules of one call of the tool in XML. Raises ApiError (400)."""
+    field, strict = _field(tool, offer), bool(tool.function.strict)
+
+    def as_json(schema: dict[str, Any]) -> str:
+        return _json(schema, strict, field)
+
+    lines = list(XmlRules(rule, field, strict, as_json).lines(tool.function.name, _object(tool, field)))
+    _check("\n".join(["%llguidance {}", f"start: {rule}", *lines]), field)
+    return lines
 
 
 def _size(tool: Tool) -> int:
@@ -93,13 +114,31 @@ def _size(tool: Tool) -> int:
 
 def _schema(tool: Tool, offer: Offer) -> str:
     """The part of the grammar for the tool's arguments. Raises ApiError (400)."""
-    field = f"tools[{offer.tools.index(tool)}].function.parameters"
-    schema = _closed(tool.function.parameters or {"properties": {}}, field)
-    options = COMPACT if tool.function.strict else {**COMPACT, "lenient": True}
+    field = _field(tool, offer)
+    return _json(_object(tool, field), bool(tool.function.strict), field)
+
+
+def _field(tool: Tool, offer: Offer) -> str:
+    return f"tools[{offer.tools.index(tool)}].function.parameters"
+
+
+def _object(tool: Tool, field: str) -> dict[str, Any]:
+    """The schema of the object of the tool's arguments. Raises ApiError (400)."""
+    return _closed(tool.function.parameters or {"properties": {}}, field)
+
+
+def _json(schema: dict[str, Any], strict: bool, field: str) -> str:
+    """The grammar for JSON of a schema. Raises ApiError (400)."""
+    options = COMPACT if strict else {**COMPACT, "lenient": True}
     made = "%json " + json.dumps({**schema, "x-guidance": options})
-    if wrong := wrong_with(LLMatcher.grammar_from_lark(f"start: {made}")):
-        raise cannot(field, wrong.partition("\n")[0].partition("): ")[2] or wrong)
+    _check(f"start: {made}", field)
     return made
+
+
+def _check(lark: str, field: str) -> None:
+    """Raise ApiError (400) if a grammar cannot be followed."""
+    if wrong := wrong_with(LLMatcher.grammar_from_lark(lark)):
+        raise cannot(field, wrong.partition("\n")[0].partition("): ")[2] or wrong)
 
 
 def _closed(schema: dict[str, Any], field: str) -> dict[str, Any]:

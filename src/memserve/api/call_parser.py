@@ -8,19 +8,34 @@ turns out not to be a call is returned unchanged as text.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
+from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 import attrs
 import msgspec
 
-from memserve.api.call_formats import CallFormat
+from memserve.api.call_formats import FUNCTION, FUNCTION_END, PARAMETER, CallFormat
+from memserve.api.call_xml import XmlArguments
 from memserve.api.thoughts import held
 
 NAME_MAX = 256
 """Most characters in a name that a model may call."""
 _STRING = r'"(?:[^"\\]|\\.){1,1600}"'
 _HEAD = re.compile(r'\{\s*"name"\s*:\s*(' + _STRING + r')\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
+_FUNCTION = re.compile(rf"{FUNCTION}([^<>\s]{{1,{NAME_MAX}}})>\s*(?={PARAMETER}|{FUNCTION_END})")
+
+
+def _begun(text: str) -> str:
+    """A regular expression of the beginnings of ``text``, the empty one included."""
+    return f"(?:{text[0]}{_begun(text[1:])})?" if text else ""
+
+
+_MAYBE_FUNCTION = re.compile(
+    rf"{_begun(FUNCTION)}|{FUNCTION}[^<>\s]{{1,{NAME_MAX}}}(?:>\s*(?:{_begun(PARAMETER)}|{_begun(FUNCTION_END)}))?"
+)
+"""Matches every beginning of what ``_FUNCTION`` matches."""
 _QUOTES_AND_BRACES = re.compile(r'["\\{}]')
 
 
@@ -72,10 +87,21 @@ class _Braces:
 class CallParser:
     """Parses one answer: ``push`` its text, then ``finish``; both return what is known by then."""
 
-    def __init__(self, form: CallFormat, known: Container[str], several: bool = True) -> None:
-        """``known``: the names of the tools. Without ``several``, text after the first call is ignored."""
+    def __init__(
+        self,
+        form: CallFormat,
+        known: Container[str],
+        several: bool = True,
+        schemas: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    ) -> None:
+        """``known``: the names of the tools. Without ``several``, text after the first call is ignored.
+
+        ``schemas``: those of the tools' arguments, by name; they say what the values in XML are.
+        """
         self._form = form
         self._known = known
+        self._schemas = schemas
+        self._xml = XmlArguments({})
         self._several = several
         self.calls = 0
         """How many calls have begun."""
@@ -89,6 +115,8 @@ class CallParser:
         self._begun = False
         """Whether anything but whitespace has come; then the answer as a whole cannot be a call."""
         self._listed = False
+        self._named = False
+        """Whether the call's arguments are not within an object of the call."""
         self._final = False
         self._braces = _Braces()
         self._found: list[Found] = []
@@ -96,7 +124,7 @@ class CallParser:
     @property
     def cut(self) -> bool:
         """Whether the arguments of the last call are incomplete."""
-        return self._state == self._in_arguments
+        return self._state in (self._in_arguments, self._in_parameters)
 
     def push(self, text: str) -> list[Found]:
         """Take in ``text`` and return what is now known, in order."""
@@ -147,11 +175,35 @@ class CallParser:
             at = self._rest.index("[") + 1
             self._opened, self._rest = self._opened + self._rest[:at], self._rest[at:]
             return True
+        if self._form.style == "named" and body[0] not in "{[" and not self._listed:
+            return self._at_name(body)
+        if self._form.style == "xml" and body[0] == "<" and not self._listed:
+            return self._at_function(body)
         if body[0] != "{":
             return self._no_call(0)
         self._opened += self._rest[: len(self._rest) - len(body)]
         self._rest = body
         return self._to(self._in_object)
+
+    def _at_name(self, body: str) -> bool:
+        whole, begun = _named_heads(self._form.inner)
+        if (head := whole.match(body)) is None:
+            return begun.fullmatch(body) is None and self._no_call(0)
+        self._begin(head[1])
+        self._rest, self._named = body[head.end() :], True
+        return self._to(self._in_arguments)
+
+    def _at_function(self, body: str) -> bool:
+        if (head := _FUNCTION.match(body)) is None:
+            return _MAYBE_FUNCTION.fullmatch(body) is None and self._no_call(0)
+        self._begin(head[1])
+        self._rest, self._xml = body[head.end() :], XmlArguments(self._schemas.get(head[1], {}))
+        return self._to(self._in_parameters)
+
+    def _in_parameters(self) -> bool:
+        made, self._rest = self._xml.take(self._rest)
+        self._argue(made)
+        return self._xml.ended and self._ended()
 
     def _in_object(self) -> bool:
         head = _HEAD.match(self._rest)
@@ -173,7 +225,9 @@ class CallParser:
         known = len(self._rest) if end is None and self._final else self._braces.at
         self._argue(self._rest[:known])
         self._rest, self._braces.at = self._rest[known:], 0
-        return end is not None and self._to(self._behind_arguments)
+        if end is None:
+            return False
+        return self._ended() if self._named else self._to(self._behind_arguments)
 
     def _behind_arguments(self) -> bool:
         """Skip what else the call's object holds. A call without its last brace also ends here."""
@@ -194,7 +248,7 @@ class CallParser:
 
     def _ended(self) -> bool:
         self.enough = not self._several
-        self._opened = ""
+        self._opened, self._named = "", False
         return self._to(self._behind_call)
 
     def _behind_call(self) -> bool:
@@ -263,6 +317,21 @@ class CallParser:
                 return None
         arguments = {} if arguments is None else arguments
         return (name, msgspec.json.encode(arguments).decode()) if isinstance(arguments, dict) else None
+
+
+@cache
+def _named_heads(marks: tuple[str, ...]) -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """What the head of a call is whose name is before its arguments, and what may become such a head.
+
+    Between the two there may be ``marks``: after each but the last, an id, which is not the one that clients
+    get. The second expression also matches a few other texts.
+    """
+    *before_ids, last = map(re.escape, marks)
+    ids = "".join(rf"(?:{mark}\s{{0,8}}[A-Za-z0-9_-]{{1,64}}\s{{0,8}})?" for mark in before_ids)
+    name = r"[A-Za-z0-9_.-]{1,256}"
+    whole = re.compile(rf"({name})\s{{0,8}}{ids}(?:{last}\s{{0,8}})?(?=\{{)")
+    characters = re.escape("".join(sorted(set("".join(marks)))))
+    return whole, re.compile(rf"{name}[A-Za-z0-9_\s\-{characters}]{{0,160}}")
 
 
 def _read(text: str) -> Any:

@@ -88,6 +88,11 @@ class Offer:
         return self.must or any(tool.function.strict for tool in self.tools)
 
     @property
+    def schemas(self) -> dict[str, dict[str, Any]]:
+        """The schemas of all tools' arguments, by name."""
+        return {tool.function.name: tool.function.parameters or {} for tool in self.tools}
+
+    @property
     def names(self) -> frozenset[str]:
         """The names of all tools."""
         return frozenset(tool.function.name for tool in self.tools)

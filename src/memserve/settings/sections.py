@@ -64,7 +64,7 @@ class ModelConfig:
     )
     tool_format: str = setting(
         "auto",
-        rule=one_of("auto", "hermes", "llama3_json", "mistral"),
+        rule=one_of("auto", "hermes", "qwen3_coder", "llama3_json", "mistral", "mistral_args"),
         help="how the model writes tool calls; auto: as its chat template shows, or hermes if that shows no format",
     )
     reasoning: str = setting(

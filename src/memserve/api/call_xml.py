@@ -1,0 +1,164 @@
+"""Arguments of calls that are written as XML-like parameters, as Qwen3-Coder does, turned into JSON.
+
+A call is ``<function=NAME>``, parameters, and ``</function>``. A parameter is ``<parameter=KEY>``, its value, and
+``</parameter>``; one line break after the first tag and one before the last are not part of the value. The
+tool's schema says whether a value is text or JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from memserve.api.call_formats import FUNCTION_END, PARAMETER, PARAMETER_END
+from memserve.api.thoughts import held
+
+KEY = "[^<>\n]{1,256}"
+"""A regular expression of the keys that can be written."""
+VALUE_ENDS = (PARAMETER_END, PARAMETER, FUNCTION_END)
+"""Each ends a value: models forget the first at times, and Qwen's own parser then ends it as well."""
+
+_TEXT = frozenset(("string",))
+_NEXT = re.compile(f"<parameter=({KEY})>|</function>|</tool_call>")
+_VALUE_END = re.compile("|".join(VALUE_ENDS))
+_WIDER = {"integer": "number"}
+_LEVELS_MAX = 32
+
+Schema = Mapping[str, Any]
+
+
+def kinds_of(schema: Any, root: Schema) -> frozenset[str]:
+    """The JSON types that a schema permits; ``string`` alone if it does not say.
+
+    ``root``: the schema that references are resolved in.
+    """
+    return _kinds(schema, root, set(), _LEVELS_MAX) or _TEXT
+
+
+def _kinds(schema: Any, root: Schema, seen: set[str], left: int) -> frozenset[str]:
+    # Each reference is followed once: schemas may refer to themselves.
+    if not isinstance(schema, Mapping) or not left:
+        return _TEXT
+    reference, kind = schema.get("$ref"), schema.get("type")
+    if isinstance(reference, str):
+        if reference in seen:
+            return frozenset()
+        seen.add(reference)
+        return _kinds(referred(reference, root), root, seen, left - 1)
+    if kind is not None:
+        return frozenset(one for one in (kind if isinstance(kind, list) else [kind]) if isinstance(one, str))
+    for key in ("anyOf", "oneOf", "allOf"):
+        if isinstance(parts := schema.get(key), list) and parts:
+            return frozenset().union(*(_kinds(part, root, seen, left - 1) for part in parts))
+    values = schema.get("enum", [schema["const"]] if "const" in schema else [])
+    return frozenset(map(_kind, values)) if isinstance(values, list) and values else _TEXT
+
+
+def referred(reference: str, root: Schema) -> Any:
+    """The part of ``root`` that ``reference`` names, or None if it names none."""
+    found: Any = root
+    for step in reference.removeprefix("#").split("/")[1:]:
+        found = found.get(step) if isinstance(found, Mapping) else None
+    return found if reference.startswith("#") else None
+
+
+def property_of(schema: Schema, key: str) -> Any:
+    """The schema of the argument ``key`` in the schema of a tool's arguments."""
+    if isinstance(reference := schema.get("$ref"), str) and "properties" not in schema:
+        schema = found if isinstance(found := referred(reference, schema), Mapping) else schema
+    properties = schema.get("properties")
+    if isinstance(properties, Mapping) and key in properties:
+        return properties[key]
+    return schema.get("additionalProperties")
+
+
+def _kind(value: Any) -> str:
+    names = {bool: "boolean", str: "string", list: "array", dict: "object", int: "integer", float: "number"}
+    return names.get(type(value), "null")
+
+
+def as_json(text: str, kinds: frozenset[str]) -> str:
+    """The JSON text of a parameter's value: as it is if that is JSON of one of ``kinds``, or else a string."""
+    bare = text.strip()
+    if bare.lower() in ("true", "false", "null"):
+        bare = bare.lower()
+    try:
+        value = msgspec.json.decode(bare)
+    except (msgspec.DecodeError, RecursionError):
+        return json.dumps(text, ensure_ascii=False)
+    kind = _kind(value)
+    plain = "string" in kinds and (kind == "string" or kinds.isdisjoint((kind, _WIDER.get(kind, kind))))
+    return json.dumps(text, ensure_ascii=False) if plain else bare
+
+
+class XmlArguments:
+    """Reads the parameters of one call: ``take`` the text that is there, as often as there is more."""
+
+    def __init__(self, schema: Schema) -> None:
+        """``schema``: that of the tool's arguments; empty if the tool is not known."""
+        self._schema = schema
+        self._made = "{"
+        """JSON that is not reported yet."""
+        self._keys = 0
+        self._kinds: frozenset[str] | None = None
+        """What the value that is being read may be; None between values."""
+        self._started = False
+        """Whether the first character of the value has come."""
+        self._searched = 0
+        """Index up to which no end of a value that is JSON has been found."""
+        self.ended = False
+        """Whether the call's last parameter has been read."""
+
+    def take(self, rest: str) -> tuple[str, str]:
+        """Read what can be read of ``rest``: more of the arguments' JSON, and what of ``rest`` is left."""
+        more = True
+        while more and not self.ended:
+            rest, more = self._between(rest) if self._kinds is None else self._value(rest)
+        made, self._made = self._made, ""
+        return made, rest
+
+    def _between(self, rest: str) -> tuple[str, bool]:
+        """Go to the next value, or to the end; anything else between parameters is ignored."""
+        if (found := _NEXT.search(rest)) is None:
+            # A tag holds no "<", so only what follows the last one may become a tag.
+            at = rest.rfind("<")
+            return rest[at:] if at >= 0 else "", False
+        if found[1] is None:
+            self._made += "}"
+            self.ended = True
+            return rest[found.end() if found[0] == FUNCTION_END else found.start() :], False
+        self._made += ", " if self._keys else ""
+        self._made += json.dumps(found[1], ensure_ascii=False) + ": "
+        self._keys += 1
+        self._kinds = kinds_of(property_of(self._schema, found[1]), self._schema)
+        self._made += '"' if self._kinds == _TEXT else ""
+        self._started = False
+        return rest[found.end() :], True
+
+    def _value(self, rest: str) -> tuple[str, bool]:
+        if not self._started and self._kinds == _TEXT and rest:
+            self._started = True
+            return rest.removeprefix("\n"), True
+        if (found := _VALUE_END.search(rest, self._searched)) is None:
+            if self._kinds != _TEXT:
+                self._searched = max(0, len(rest) - len(PARAMETER_END))
+                return rest, False
+            keep = max(held(rest, end) for end in VALUE_ENDS)
+            self._say(rest[: len(rest) - keep])
+            return rest[len(rest) - keep :], False
+        value = rest[: found.start()].removesuffix("\n")
+        if self._kinds == _TEXT:
+            self._say(value)
+            self._made += '"'
+        else:
+            assert self._kinds is not None
+            self._made += as_json(value.removeprefix("\n"), self._kinds)
+        self._kinds, self._searched = None, 0
+        return rest[found.end() if found[0] == PARAMETER_END else found.start() :], True
+
+    def _say(self, text: str) -> None:
+        self._made += json.dumps(text, ensure_ascii=False)[1:-1]
