@@ -6,7 +6,6 @@ Each imports its dependencies when it is called, so that --help is quick.
 from __future__ import annotations
 
 import errno
-import io
 import os
 import sys
 from collections.abc import Sequence
@@ -58,8 +57,6 @@ def run(words: Sequence[str]) -> int:
 
     A wrong command line or setting is explained on stderr, without a traceback.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # not every terminal's character set has all that is shown
     try:
         status = app(list(words), exit_on_error=False, print_error=False)
         if sys.stdout is not None:  # None where the shell has closed it

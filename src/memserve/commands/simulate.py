@@ -44,7 +44,7 @@ def sessions_of(asked: SimOptions) -> tuple[Session, ...]:
     if (asked.trace is None) == (not asked.workload):
         raise UserError("give either --trace FILE or --workload")
     if asked.trace is not None:
-        block_tokens = round(TRACE_BLOCK_TOKENS * asked.scale) if math.isfinite(asked.scale) else 0
+        block_tokens = round(TRACE_BLOCK_TOKENS * asked.scale)
         if block_tokens < 1:
             raise UserError(
                 f"--scale must leave a block of {TRACE_BLOCK_TOKENS} at least one token, not {asked.scale}"

@@ -25,10 +25,12 @@ class FlashInferOps(TorchOps):
     """
 
     def __init__(self, library: Library, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__(spec, dtype, device)
-        self.residual = dtype
-        self._library = library
-        self._cos_sin = torch.from_numpy(np.concatenate(rope_table(spec), axis=-1)).to(device)
+        self.spec, self.dtype, self.residual, self._library = spec, dtype, dtype, library
+        # One table of angles, torch's or FlashInfer's: for a million positions each takes half a gigabyte.
+        if spec.qkv_bias:
+            super().__init__(spec, dtype, device)
+        else:
+            self._cos_sin = torch.from_numpy(np.concatenate(rope_table(spec), axis=-1)).to(device)
 
     def add_norm(
         self, x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, dtype: torch.dtype

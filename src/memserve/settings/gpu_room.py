@@ -64,14 +64,16 @@ def worker_bytes(spec: ModelSpec, batch: BatchConfig) -> int:
     """GPU memory of one worker besides shared weights and pages: context, workspaces and activations."""
     tokens = 2 * batch.chunk_tokens + batch.rows
     wide = 3 * spec.intermediate + 6 * spec.hidden + 2 * spec.head_dim * (spec.heads + 2 * spec.kv_heads)
-    # The logits in bfloat16 and float32, and the float64 weights and sums of those rows that are drawn at
-    # once.
+    # The logits in bfloat16 and float32, of captured steps and of others, and the float64 weights and sums of
+    # those rows that are drawn at once.
     rows = max(16, batch.rows * 3 // 2)  # of the largest captured batch size, at most
-    logits = rows * spec.vocab * 6 + drawn_together(spec.vocab) * spec.vocab * DRAW_BYTES
+    logits = (rows + batch.rows) * spec.vocab * 6 + drawn_together(spec.vocab) * spec.vocab * DRAW_BYTES
+    # Cosines and sines of all positions: torch's table, which biases need, has each of them twice.
+    angles = spec.max_context * spec.head_dim * 4 * (2 if spec.qkv_bias else 1)
     # Rows that attend together: bfloat16 values of the common part, and float32 weights of both parts.
     together = batch.rows * spec.heads * (2 * spec.head_dim + 2 * 4)
     workspace = workspace_bytes(spec.heads, spec.kv_heads, spec.head_dim, rows, PROCESSORS_MAX)
-    return CONTEXT_BYTES + PLAN_BYTES + workspace + 2 * tokens * wide + together + logits
+    return CONTEXT_BYTES + PLAN_BYTES + workspace + 2 * tokens * wide + together + logits + angles
 
 
 def gpu_pages(
