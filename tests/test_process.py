@@ -212,6 +212,7 @@ def test_a_shard_with_many_connections_fences_a_worker_off():
     )
     worker = subprocess.Popen([sys.executable, "-u", "-c", title], stdout=subprocess.PIPE)
     assert worker.stdout is not None and worker.stdout.readline()
+    worker.send_signal(signal.SIGSTOP)
     raise_descriptor_limit()
     with contextlib.ExitStack() as held:
         for _ in range(1_024):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
 import subprocess
 import sys
 from contextlib import asynccontextmanager
@@ -13,10 +10,7 @@ import attrs
 import pytest
 import trio
 
-from memserve.actions import Kill
-from memserve.actors.mempool_shard import fence
 from memserve.errors import UserError
-from memserve.identity import ActorId, actor_name
 from memserve.kernels.arena import Arena, serve_arena
 from memserve.messages import Gone
 from memserve.settings.rules import RuleError
@@ -179,16 +173,3 @@ async def test_a_sender_that_has_ended_is_found_out(place):
         one.perform[Probe](Probe("a.2", process.pid))
         await until(told, 2)
         assert told == [Gone(("a.1",)), Gone(("a.2",))]
-
-
-def test_a_paused_process_is_killed_however_many_descriptors_are_open(place):
-    """A shard that a thousand clients are connected to would end instead, and take all that it has cached."""
-    actor = ActorId("w0.0000000f")
-    command = [sys.executable, "-c", "import time; print(flush=True); time.sleep(60)", actor_name(actor)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as process, contextlib.ExitStack() as held:
-        process.stdout.readline()
-        process.send_signal(signal.SIGSTOP)
-        for _ in range(1100):
-            held.callback(os.close, os.dup(0))
-        fence(Kill(actor, process.pid))
-        assert process.wait(5) == -signal.SIGKILL
