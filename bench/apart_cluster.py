@@ -101,14 +101,7 @@ def calibrate(
     engine, resolved, threads, kind, _ = given
     costs = whole(engine, resolved, threads, kind, lambda: None, **named)
     enter(group)
-    return slower(costs, 1 / cores)
-
-
-def slower(costs: StepCosts, times: float) -> StepCosts:
-    """The step costs on a machine where everything takes ``times`` times as long."""
-    parts = {name: times * getattr(costs, name) for name in ("row_s", "read_s", "pair_s")}
-    dense = tuple((tokens, times * seconds) for tokens, seconds in costs.dense)
-    return attrs.evolve(costs, dense=dense, **parts)
+    return costs.scaled(1 / cores)
 
 
 def main() -> int:

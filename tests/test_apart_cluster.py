@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from apart_cluster import parts, slower, up
+from apart_cluster import parts, up
 from cpu_groups import cpu_groups
 from memserve.costs import StepCosts
 from memserve.scheduling.cost_model import CostModel
@@ -51,7 +51,7 @@ def test_every_worker_must_have_its_part() -> None:
 def test_a_worker_on_a_part_of_a_core_takes_as_much_longer_for_every_step() -> None:
     """Costs for a part of a core are larger by the same factor for every kind of step."""
     costs = StepCosts(((1.0, 0.01), (256.0, 0.1)), row_s=1e-4, read_s=1e-6, pair_s=1e-7)
-    whole, part = CostModel(costs), CostModel(slower(costs, 4.0))
+    whole, part = CostModel(costs), CostModel(costs.scaled(4.0))
     for tokens, cached in ((1, 0), (100, 1000), (2000, 500)):
         assert part.prefill_s(tokens, cached) == pytest.approx(4 * whole.prefill_s(tokens, cached))
     assert part.decode_s(8, 4000) == pytest.approx(4 * whole.decode_s(8, 4000))

@@ -331,14 +331,14 @@ def test_nothing_is_measured_beside_streams(tmp_path: Path) -> None:
     ("load", "shard", "taken"), [(1.0, "s0.1", True), (0.0, "s0.1", False), (1.0, "s1.1", False)]
 )
 def test_whose_figures_a_joining_worker_takes(load: float, shard: str, taken: bool) -> None:
-    """A joining worker takes costs only from a busy worker on its own shard."""
+    """A joining worker takes costs only from a busy worker on its own shard, corrected as that one corrects them."""
     core = JoiningCore(ActorId("d1.1"), "s0")
     worker = Member(ActorId("d0.1"), "DecodeWorker", "", 1, "ready", "decode", ActorId(shard))
-    worker = attrs.evolve(worker, load={"requests_running": load}, costs=COSTS)
+    worker = attrs.evolve(worker, load={"requests_running": load, "step_cost_scale": 0.5}, costs=COSTS)
     home = Member(ActorId("s0.1"), "MemPoolShard", "", 1, "ready")
     core.receive(ActorId("scheduler-0.1"), Cluster(ActorId("scheduler-0.1"), (home, worker)), 0.0)
     assert core.found == home.id
-    assert core.at_work == (COSTS if taken else None)
+    assert core.at_work == (COSTS.scaled(0.5) if taken else None)
     core.receive(ActorId("scheduler-0.1"), Cluster(ActorId("scheduler-0.1"), ()), 1.0)
     assert (core.found, core.at_work) == (home.id, None)
 

@@ -45,6 +45,11 @@ class StepCosts:
         """
         return 1.0 + (self.prefill_crowding if prompts else self.decode_crowding) * (slices - 1.0)
 
+    def scaled(self, times: float) -> StepCosts:
+        """The costs of steps that take ``times`` times as long."""
+        seconds = {name: times * getattr(self, name) for name in ("row_s", "read_s", "pair_s")}
+        return attrs.evolve(self, dense=tuple((tokens, times * one) for tokens, one in self.dense), **seconds)
+
 
 GIVE_AFTER_S = 0.5
 """Seconds that a worker waits for a core before a native step under way gives it one, at the end of its

@@ -22,7 +22,8 @@ class JoiningCore:
     found: ActorId | None = None
     """The shard to attach to, once a scheduler lists it as ready."""
     at_work: StepCosts | None = None
-    """Step costs of a worker of the shard that has requests at present; None while none of them has."""
+    """Step costs of a worker of the shard that has requests at present, as long as its steps take now; None while
+    no worker has requests."""
     _actions: list[Action] = attrs.field(factory=list, init=False)
 
     def receive(self, sender: ActorId, message: Message, now: float) -> None:
@@ -34,7 +35,7 @@ class JoiningCore:
                 self._actions.append(Stop("fenced off: the cluster presumes this worker dead"))
             case Cluster(_, members):
                 near = [one for one in members if actor_name(one.shard) == self.shard]
-                self.at_work = next((one.costs for one in near if one.costs and _has_requests(one)), None)
+                self.at_work = next((_costs(one) for one in near if one.costs and _has_requests(one)), None)
                 shards = (one for one in members if one.kind == "MemPoolShard" and one.state == "ready")
                 home = next((one.id for one in shards if actor_name(one.id) == self.shard), None)
                 self.found = self.found or home
@@ -58,6 +59,15 @@ class JoiningCore:
 
     def undeliverable(self, to: ActorId, message: Message, now: float) -> None:
         """Do nothing: this core sends no messages."""
+
+
+def _costs(worker: Member) -> StepCosts | None:
+    """What a worker's steps take, by its own correction of what they took at its start.
+
+    Uncorrected, costs that were measured on a busy machine would keep a worker that adopts them from ever being
+    given a request, and so from correcting them.
+    """
+    return worker.costs and worker.costs.scaled(worker.load.get("step_cost_scale", 1.0))
 
 
 def _has_requests(worker: Member) -> bool:
