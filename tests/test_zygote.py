@@ -98,38 +98,49 @@ async def test_actors_outlive_their_zygote_and_the_next_has_another(place):
     """A zygote killed or stopped by hand costs the cluster nothing, and only time at the next restart."""
     async with Zygote(place, argv=argv) as zygote, forked(zygote, "1") as (first, _):
         os.kill(zygote._process.pid, signal.SIGKILL)
+        await zygote._process.wait()
         async with forked(zygote, "2") as (second, _):
             assert alive(first.pid)
             assert alive(second.pid)
 
 
 async def test_a_zygote_that_hangs_is_replaced(place, monkeypatch):
-    """If it failed, no actor could be restarted any more."""
+    """An order that a hanging zygote does not answer fails; the next one has another zygote."""
     monkeypatch.setattr(module, "FORK_S", 3.0)
     monkeypatch.setattr(module, "END_S", 0.1)
     async with Zygote(place, argv=argv) as zygote:
         stopped = zygote._process.pid
         os.kill(stopped, signal.SIGSTOP)
+        ours, theirs = socket.socketpair()
+        with ours, theirs, pytest.raises(OSError, match="the zygote does not answer"):
+            await zygote.fork("1", theirs)
+        assert not alive(stopped)
         async with forked(zygote, "1"):
             assert zygote._process.pid != stopped
-            assert not alive(stopped)
 
 
-async def test_a_program_that_is_no_zygote_is_an_error(place):
-    """A supervisor reports it as the actor's failure, and tries again later."""
-    broken = Zygote(place, argv=lambda *_: [sys.executable, "-c", ""])
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        async with broken:
-            with pytest.raises(OSError, match="the zygote does not answer"):
-                await broken.fork("1", theirs)
+async def test_an_order_that_was_perhaps_followed_is_not_repeated(place):
+    """A zygote that dies after it has forked leaves an actor, which ends with its lifeline; it gets no twin there."""
+    dies = "import os, socket, sys, time; order = socket.socket(fileno=int(sys.argv[1])); socket.recv_fds(order, 9, 2)"
+    orders = []
+
+    def counted(_dir: Path, _modules: list[str], orders_fd: int) -> list[str]:
+        orders.append(orders_fd)
+        return [sys.executable, "-c", dies, str(orders_fd)]
+
+    async with Zygote(place, argv=counted) as zygote:
+        ours, theirs = socket.socketpair()
+        with ours, theirs, pytest.raises(OSError, match="the zygote does not answer"):
+            await zygote.fork("1", theirs)
+        assert len(orders) == 1
 
 
 async def test_a_zygote_ends_with_its_supervisor(place):
-    """If it failed, each cluster would leave a process behind."""
+    """A zygote ends by itself when its orders' socket is closed, as the kernel does for a supervisor that was killed."""
     async with Zygote(place, argv=argv) as zygote:
-        pid = zygote._process.pid
-    assert not alive(pid)
+        zygote._orders.close()
+        with trio.fail_after(10):
+            assert await zygote._process.wait() == 0
 
 
 def test_a_real_zygote_has_one_thread(tmp_path):

@@ -64,9 +64,8 @@ def adjust(logits: torch.Tensor, how: Adjustments, past: Past) -> None:
         logits[places] -= number(how.frequency) * there(times.astype(np.float32))
         logits[places] -= number(how.presence)
     if past.forbidden:
-        logits.index_fill_(
-            0, at(past.forbidden), -torch.inf
-        )  # to assign a number, torch waits for the device
+        # To assign a number, torch waits for the device.
+        logits.index_fill_(0, at(past.forbidden), -torch.inf)
     if past.allowed:
         bits = np.unpackbits(np.frombuffer(past.allowed, np.uint8), bitorder="little", count=len(logits))
         logits.masked_fill_(there(bits == 0), -torch.inf)

@@ -10,7 +10,7 @@ import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,7 +42,9 @@ def target_flags() -> tuple[str, ...]:
     has = _processor_flags()
     if missing := _AVX2.keys() - has:
         raise NativeUnavailable(f"the processor lacks {', '.join(sorted(missing))}")
-    better = (one for one in (_AVX512 | _AMX, _AVX512) if has >= one.keys() and _is_known(one.values()))
+    better = (
+        one for one in (_AVX512 | _AMX, _AVX512) if has >= one.keys() and _knows(_compiler(), *one.values())
+    )
     instructions = next(better, _AVX2)
     # No contraction: whether a product and a sum are rounded once or twice must not depend on inlining.
     return ("-std=c++17", "-pthread", "-ffp-contract=off", *instructions.values())
@@ -68,9 +70,10 @@ def why_not(spec: ModelSpec, dtype: str) -> str | None:
     return None
 
 
-def _is_known(flags: Iterable[str]) -> bool:
-    """Whether the compiler has these flags: it may be older than the processor."""
-    command = [_compiler(), *flags, "-E", "-x", "c++", os.devnull]
+@cache
+def _knows(compiler: str, *flags: str) -> bool:
+    """Whether a compiler has these flags: it may be older than the processor."""
+    command = [compiler, *flags, "-E", "-x", "c++", os.devnull]
     try:
         return subprocess.run(command, capture_output=True, timeout=20, check=False).returncode == 0
     except (OSError, subprocess.SubprocessError):

@@ -137,10 +137,6 @@ class ActorMain(Protocol):
 def run_actor(name: str, runtime_dir: str, lifeline_fd: int) -> int:
     """Run the actor ``name`` until it is drained or its supervisor is gone; a ``STATUS_*`` exit status."""
     raise_descriptor_limit()
-    for from_terminal in (signal.SIGINT, signal.SIGHUP):
-        # Ctrl-C and a closing terminal reach every process of the group; the supervisor decides what they
-        # mean.
-        signal.signal(from_terminal, signal.SIG_IGN)
     try:
         place = Place.join(Path(runtime_dir))
         resolved = Resolved.from_json(json.dumps(place.read_info()["resolved"]).encode())
