@@ -22,6 +22,7 @@ from memserve.api.service import GenerationParams
 from memserve.drawing import Sampling
 from memserve.engine.batching import BatchLimits, WorkerSettings
 from memserve.engine.plans import BatchPlan, BatchResult
+from memserve.engine.steps import AHEAD
 from memserve.engine.worker import WorkerCore
 from memserve.identity import ActorId
 from memserve.journal import FrontendCore
@@ -109,6 +110,7 @@ class MemoryCluster:
     chunk_tokens: int = 16
     rows: int = 8
     draft: int = 0
+    overlaps: bool = False
     retire: str = "all"
     returns: bool = False
     step_s: float = 0.01
@@ -243,6 +245,7 @@ class MemoryCluster:
             self.ahead and self.retire == "all",
             PAGE_BYTES,
             self.draft,
+            self.overlaps,
         )
         core = WorkerCore(presence, home.id, settings)
         engine = self.make_engine(self.arenas[home.id])
@@ -257,7 +260,14 @@ class MemoryCluster:
                 core.check()
                 actor.shell.tell(BatchDone(engine.run(plan)))
 
-        actor.shell.perform[RunBatch] = lambda action: self.nursery.start_soon(step, action.plan)
+        give, given = trio.open_memory_channel[BatchPlan](AHEAD)
+
+        async def steps() -> None:
+            async for plan in given:
+                await step(plan)
+
+        self.nursery.start_soon(steps)
+        actor.shell.perform[RunBatch] = lambda action: give.send_nowait(action.plan)
         return actor
 
     def make_arena(self, slots: list[int]):

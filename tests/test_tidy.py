@@ -55,6 +55,7 @@ LAYERS = {
         "engine.load",
         "engine.outbox",
         "engine.paging",
+        "engine.steps",
         "mempool*",
         "scheduling*",
         "transfer.values",

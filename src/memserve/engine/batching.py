@@ -54,6 +54,8 @@ class WorkerSettings:
     """Size of one page's KV in bytes, for the counters."""
     draft: int = 0
     """Draft tokens per stream and step, at most; see :mod:`memserve.engine.drafting`."""
+    overlaps: bool = False
+    """Whether the engine takes the next step while one is running; see :mod:`memserve.engine.steps`."""
     requests_max: int = 1024
     """Sequences held at once. With that many, a first attempt is answered with Failed (overloaded)."""
 
@@ -78,13 +80,13 @@ def form_batch(ready: Iterable[Sequence], limits: BatchLimits, page_tokens: int)
 
     Decode rows come first, in the order of ``ready`` (longest-waiting first), then prompts in arrival order.
     """
-    runnable = [one for one in ready if one.room(page_tokens) > 0 and one.computed < one.length]
-    chosen: list[tuple[Sequence, int]] = [(one, 1) for one in runnable if one.decoding][: limits.rows]
+    runnable = [one for one in ready if one.room(page_tokens) > 0 and one.to_run > 0]
+    chosen: list[tuple[Sequence, int]] = [(one, 1) for one in runnable if one.decodes_next][: limits.rows]
     budget = limits.chunk_tokens if chosen else ALONE * limits.chunk_tokens
-    for one in sorted((one for one in runnable if not one.decoding), key=lambda one: one.order):
+    for one in sorted((one for one in runnable if not one.decodes_next), key=lambda one: one.order):
         if not budget or len(chosen) == limits.rows:
             break
-        chunk = min(budget, one.length - one.computed, one.room(page_tokens))
+        chunk = min(budget, one.to_run, one.room(page_tokens))
         chosen.append((one, chunk))
         budget -= chunk
     if not chosen:

@@ -19,6 +19,7 @@ class Outbox:
 
     counters: dict[str, float] = attrs.field(factory=dict)
     """Running totals since start."""
+    _first: list[Action] = attrs.field(factory=list)
     _actions: list[Action] = attrs.field(factory=list)
     _updates: dict[ActorId, list[TokenUpdate]] = attrs.field(factory=dict)
 
@@ -27,8 +28,11 @@ class Outbox:
         self._actions.append(action)
 
     def first(self, action: Action) -> None:
-        """Put an action before all others, so that the engine need not wait for the last step's messages."""
-        self._actions.insert(0, action)
+        """Put an action before all others, so that the engine need not wait for the last step's messages.
+
+        Several of them keep their order.
+        """
+        self._first.append(action)
 
     def send(self, to: ActorId, message: Message) -> None:
         """Append one message."""
@@ -63,10 +67,12 @@ class Outbox:
 
         If a Handoff left before the first token, the decode worker's token could reach the Frontend first.
         """
+        first, self._first = self._first, []
         actions, self._actions = self._actions, []
         tokens = [Send(to, Tokens(tuple(updates))) for to, updates in self._updates.items()]
         self._updates.clear()
         return [
+            *first,
             *(one for one in actions if not _hands_over(one)),
             *tokens,
             *(one for one in actions if _hands_over(one)),

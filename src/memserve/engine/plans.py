@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import attrs
 
@@ -73,6 +73,11 @@ class Row:
 
     The grammar adds tokens that it forces, and removes draft tokens that it forbids.
     """
+    follows: int | None = None
+    """Row of the step before whose draw is this row's only token; ``tokens`` has a zero in its place.
+
+    Set where that step was still running when this one was planned; see :mod:`memserve.engine.steps`.
+    """
 
     @property
     def end(self) -> int:
@@ -98,6 +103,8 @@ class BatchPlan:
     """One step: any mix of prefill chunks and decode rows."""
 
     rows: tuple[Row, ...]
+    followed: bool = False
+    """Whether the engine may be given the next step before this one has ended."""
 
 
 @attrs.frozen
@@ -123,6 +130,21 @@ class BatchResult:
 
     As many draft tokens were accepted, and their KV is in the pages.
     """
+    void: frozenset[int] = frozenset()
+    """Rows that count as not run, by row number.
+
+    Their draw was not found before the next step was launched, or they follow such a row.
+    """
+
+
+class RunningStep(Protocol):
+    """A step that was launched on a device."""
+
+    def done(self) -> bool:
+        """Whether the device has run it."""
+
+    def result(self) -> BatchResult:
+        """Wait for the step; its outcome. Called once, and of two steps of the one launched first."""
 
 
 class StepEngine(Protocol):
@@ -136,3 +158,11 @@ class StepEngine(Protocol):
 
     def close(self) -> None:
         """Release the arena and the weights."""
+
+
+@runtime_checkable
+class OverlappingEngine(StepEngine, Protocol):
+    """A StepEngine that takes a step while one is running."""
+
+    def launch(self, plan: BatchPlan) -> RunningStep:
+        """Start a step behind the running one, if there is one. At most two may be unfinished."""

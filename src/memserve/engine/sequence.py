@@ -47,6 +47,20 @@ TRANSITIONS: dict[Phase, frozenset[Phase]] = {
 }
 
 
+@attrs.frozen
+class Flight:
+    """A sequence's row in the latest step that was given to the engine and has not ended."""
+
+    step: int
+    """Number of the step."""
+    row: int
+    """Number of the row in it."""
+    end: int
+    """Tokens whose KV is in the pages once the step has ended."""
+    draws: bool
+    """Whether the row draws a token."""
+
+
 @attrs.define(eq=False)
 class Sequence:
     """A request, its tokens so far and its lease."""
@@ -77,6 +91,10 @@ class Sequence:
     """Log probabilities of the latest token, where the request wants them."""
     dropped: bool = False
     """Whether it ended while a step or an Adopt was under way; it is released when that has finished."""
+    flight: Flight | None = None
+    """Its latest unfinished row; None while the engine has none of it."""
+    voided: bool = False
+    """Whether its last row was void: the next one is drawn before another is launched."""
     timings: Timings = Timings()
     started_at: float | None = None
     """When its first batch started."""
@@ -249,23 +267,46 @@ class Sequence:
     def _note(self, **origins: int) -> None:
         self.origins = attrs.evolve(self.origins, **origins)
 
+    @property
+    def next_start(self) -> int:
+        """Position at which its next row begins: behind the row that the engine has, if it has one."""
+        return self.computed if self.flight is None else self.flight.end
+
+    @property
+    def to_run(self) -> int:
+        """Tokens for its next rows: those behind the row that the engine has, and the one that this row draws."""
+        return self.length - self.next_start + (self.flight is not None and self.flight.draws)
+
+    @property
+    def decodes_next(self) -> bool:
+        """Whether its next row is a decode row: :attr:`decoding`, once the row that the engine has is done."""
+        return self.decoding if self.flight is None else self.flight.draws
+
+    def launched(self, step: int, number: int, row: Row) -> None:
+        """Record that the engine was given ``row``, number ``number`` of step ``step``."""
+        self.flight = Flight(step, number, row.end, row.sample is not None)
+
     def row(self, limit: int) -> Row:
         """The next row of at most ``limit`` tokens."""
-        stop = min(self.length, self.computed + limit)
-        assert self.computed < stop, f"{self.key}: nothing to run"
+        if self.flight is not None and self.flight.draws:
+            at, sampling = self.flight.end, self.request.sampling
+            return Row(pack([0]), at, self.pages, sampling, follows=self.flight.row)
+        start = self.next_start
+        stop = min(self.length, start + limit)
+        assert start < stop, f"{self.key}: nothing to run"
         sample = self.request.sampling if stop == self.length else None
         return Row(
-            tokens=span(self.tokens, self.computed, stop),
-            start=self.computed,
+            tokens=span(self.tokens, start, stop),
+            start=start,
             pages=self.pages,
             sample=sample,
             past=None if sample is None or sample.adjust is None else self._past(sample.adjust),
-            score=None if (most := self.score_count) is None else self._score(most, stop),
+            score=None if (most := self.score_count) is None else self._score(most, start, stop),
         )
 
-    def _score(self, most: int, stop: int) -> Score | None:
-        """What a row that ends at ``stop`` reports: prompt tokens only, see :attr:`score_count`."""
-        follows = span(self.tokens, self.computed + 1, stop + 1)
+    def _score(self, most: int, start: int, stop: int) -> Score | None:
+        """What a row from ``start`` to ``stop`` reports: prompt tokens only, see :attr:`score_count`."""
+        follows = span(self.tokens, start + 1, stop + 1)
         return Score(follows, most) if follows else None
 
     def _past(self, adjust: Adjustments) -> Past:
@@ -289,7 +330,7 @@ class Sequence:
         The KV of all drawn tokens but the last is in the pages already. Tokens after one that ends the
         sequence are dropped.
         """
-        finish = None
+        finish, self.voided = None, False
         for token in unpack(drawn):
             self.tokens += pack([token])
             if (finish := self._finish_reason(max_context)) is not None:
@@ -304,8 +345,8 @@ class Sequence:
         return attrs.evolve(update, timings=self.timings, origins=self.origins) if finish else update
 
     def room(self, page_tokens: int) -> int:
-        """Tokens that can be run before another page is needed."""
-        return len(self.pages) * page_tokens - self.computed
+        """Tokens that can be run, behind those that the engine has, before another page is needed."""
+        return len(self.pages) * page_tokens - self.next_start
 
     def _finish_reason(self, max_context: int) -> str | None:
         newest = int.from_bytes(self.tokens[-TOKEN_BYTES:], "little")

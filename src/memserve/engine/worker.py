@@ -18,7 +18,7 @@ import attrs
 from msgspec import UNSET
 
 from memserve.actions import Action, BatchDone, Log, RunBatch, Stop
-from memserve.engine.batching import Batch, WorkerSettings, form_batch
+from memserve.engine.batching import WorkerSettings
 from memserve.engine.drafting import SEQUEL_TOKENS, Drafting
 from memserve.engine.ended import EndedAttempts
 from memserve.engine.following import Following
@@ -26,6 +26,7 @@ from memserve.engine.load import StepWatch, load_of, swap_least
 from memserve.engine.outbox import Outbox
 from memserve.engine.paging import Paging
 from memserve.engine.sequence import Phase, Sequence
+from memserve.engine.steps import Steps
 from memserve.errors import PoolError
 from memserve.identity import ActorId
 from memserve.messages import (
@@ -58,10 +59,9 @@ class WorkerCore:
     _outbox: Outbox = attrs.field(factory=Outbox, init=False)
     _paging: Paging = attrs.field(init=False)
     _following: Following = attrs.field(init=False)
-    _drafting: Drafting = attrs.field(init=False)
+    _steps: Steps = attrs.field(init=False)
     _live: dict[tuple[str, int], Sequence] = attrs.field(factory=dict, init=False)
     _ended: EndedAttempts = attrs.field(factory=EndedAttempts, init=False)
-    _batch: Batch | None = attrs.field(default=None, init=False)
     _watch: StepWatch = attrs.field(factory=StepWatch, init=False)
     _arrivals: int = attrs.field(default=0, init=False)
 
@@ -72,7 +72,8 @@ class WorkerCore:
             self._outbox, settings.fetch_s, settings.ahead, least, SEQUEL_TOKENS if settings.draft else 0,
         )  # fmt: skip
         self._following = Following(self._paging, settings.retire)
-        self._drafting = Drafting(settings.draft, settings.page_tokens, settings.max_context, self._outbox)
+        drafting = Drafting(settings.draft, settings.page_tokens, settings.max_context, self._outbox)
+        self._steps = Steps(self.presence.member.id, settings, drafting, self._watch)
 
     # ---- the five verbs ------------------------------------------------------------------------------------
 
@@ -84,13 +85,14 @@ class WorkerCore:
             handler(self, sender, message, now)
 
     def advance(self, now: float) -> None:
-        """Act on expired deadlines, and start a step when none is running."""
+        """Act on expired deadlines, and give the engine the steps that it takes."""
         self._paging.now = now
         self._paging.repeat()
         self._repeat_handoffs(now)
-        if self._batch is None:
+        if self._steps.idle:
             self._paging.relieve_shortage(self._in_phase(Phase.READY), now)
-            self._start_batch(now)
+        while self._start_step(now):
+            pass
 
     def take(self) -> list[Action]:
         """All pending actions. New tokens leave as one message per Frontend."""
@@ -100,13 +102,13 @@ class WorkerCore:
     def deadline(self) -> float:
         """When ``advance`` must be called next."""
         repeats = [one.asked_at + HANDOFF_REPEAT_S for one in self._in_phase(Phase.LEAVING)]
-        shortage = self._paging.deadline if self._batch is None else float("inf")
+        shortage = self._paging.deadline if self._steps.idle else float("inf")
         return min([self._paging.repeat_at, shortage, *repeats])
 
     @property
     def idle(self) -> bool:
         """Whether no sequence is held and no step is running."""
-        return not self._live and self._batch is None
+        return not self._live and self._steps.idle
 
     def check(self) -> None:
         """Assert every invariant."""
@@ -116,8 +118,7 @@ class WorkerCore:
             assert one.computed <= len(one.pages) * self.settings.page_tokens, one.key
             assert (one.lease == 0) == (one.phase is Phase.WAITING), one.key
             assert one.behind is None or one.behind.key in self._live, one.key
-        in_batch = self._batch.sequences if self._batch else ()
-        assert len({id(one) for one in in_batch}) == len(in_batch), "a sequence twice in one batch"
+        self._steps.check()
 
     def gauges(self) -> dict[str, float]:
         """Load gauges and counters for the heartbeat."""
@@ -254,38 +255,38 @@ class WorkerCore:
                 one.go(Phase.READY)
             self._fail(one, "lease_lost", message.message, status=503, retry=True)
 
-    # ---- batches -------------------------------------------------------------------------------------------
+    # ---- steps ---------------------------------------------------------------------------------------------
 
-    def _start_batch(self, now: float) -> None:
-        batch = form_batch(self._in_phase(Phase.READY), self.settings.limits, self.settings.page_tokens)
+    def _start_step(self, now: float) -> bool:
+        """Give the engine one more step; whether there was one to give."""
+        batch = self._steps.next(self._in_phase(Phase.READY), self.presence.member.costs, now)
         if batch is None:
-            return
-        batch = self._drafting.added(batch, self.presence.member.costs)
+            return False
         for one in batch.sequences:
             if one.started_at is None:
                 queued = one.begin(now)
                 self._outbox.log("prefill started", one, cached_tokens=one.cached_tokens, queue_ms=queued)
             self._live[one.key] = self._live.pop(one.key)  # moves behind those that got no row
-        self._batch = batch
-        self._watch.began(self.presence.member.costs, batch.plan, now)
         self._outbox.first(RunBatch(batch.plan))
+        return True
 
     def _on_batch_done(self, sender: ActorId, message: BatchDone, now: float) -> None:
-        batch, self._batch = self._batch, None
-        assert batch is not None, "a batch is done that was never started"
-        self._watch.ended(now, self.presence.member.site, message.result.neighbours)
+        member = self.presence.member
+        batch = self._steps.ended(message.result, member.site, member.costs, now)
         self._outbox.count("steps_total", 1)
         self._outbox.count("step_ms_total", message.result.step_ms)
         self._outbox.count("step_threads_total", message.result.threads)
         self._outbox.report_scores(batch.sequences, message.result.prompts)
-        self._drafting.saw(batch, message.result)
         for row, (one, end) in enumerate(zip(batch.sequences, batch.ends, strict=True)):
-            one.logprobs = message.result.logprobs.get(row, UNSET)
             if not one.decoding:
                 self._outbox.count("prefill_tokens_total", end - one.computed)
             if one.dropped:
-                self._let_go(one)
+                if one.flight is None:
+                    self._let_go(one)
+            elif row in message.result.void:
+                one.voided = True
             else:
+                one.logprobs = message.result.logprobs.get(row, UNSET)
                 self._take(one, end, batch.drawn(row, message.result), now)
 
     def _take(self, one: Sequence, end: int, drawn: bytes, now: float) -> None:
@@ -396,8 +397,7 @@ class WorkerCore:
 
     def _end(self, one: Sequence) -> None:
         """End a sequence and free what it holds, as soon as no step and no Adopt of it is under way."""
-        in_batch = self._batch is not None and one in self._batch.sequences
-        if in_batch or one.phase is Phase.ADOPTING:
+        if one.flight is not None or one.phase is Phase.ADOPTING:
             one.dropped = True
         else:
             self._let_go(one)
