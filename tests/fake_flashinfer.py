@@ -34,9 +34,17 @@ class Replays:
 
         return replay
 
-    def mark(self) -> Callable[[], None]:
-        """A wait that is only logged."""
-        return lambda: self.log.append("wait")
+    def mark(self) -> Replays:
+        """A mark whose waits are only logged."""
+        return self
+
+    def wait(self) -> None:
+        """Of a mark: nothing is launched that is not done."""
+        self.log.append("wait")
+
+    def reached(self) -> bool:
+        """Of a mark."""
+        return True
 
 
 def _ints(*tensors: torch.Tensor) -> None:

@@ -322,18 +322,34 @@ Rehearsed: Any = _FlashInfer()
 # ---- captured steps, and the whole of a worker ---------------------------------------------------------------------
 
 
+@attrs.frozen
+class Mark:
+    """Stands for a CUDA event."""
+
+    launched: int
+
+    def wait(self) -> None:
+        """See the protocol."""
+        machine().wait(self.launched)
+
+    def reached(self) -> bool:
+        """Wait, as nothing runs on this device before somebody waits for it."""
+        self.wait()
+        return True
+
+
 class Graphs:
     """Stands for CUDA graphs and events, on the machine."""
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         """See the protocol."""
         run()
-        self.mark()()
+        self.mark().wait()
         return machine().capture(run).replay
 
-    def mark(self) -> Callable[[], None]:
+    def mark(self) -> Mark:
         """See the protocol."""
-        return functools.partial(machine().wait, machine().mark())
+        return Mark(machine().mark())
 
 
 def take_over(engine: Any) -> None:

@@ -19,11 +19,10 @@ import random_model
 from adjustments import some_adjustments
 from backends import SPEC, Exact, needs_gpu
 from memserve.drawing import Sampling
-from memserve.engine import gpu_draws
 from memserve.engine.adjusting import adjusted
-from memserve.engine.gpu_draws import best_of
+from memserve.engine.gpu_draws import best_of, launch_draws
 from memserve.engine.plans import BatchPlan, Row
-from memserve.engine.sampling import ELSEWHERE, HEAD, draw, draws
+from memserve.engine.sampling import ELSEWHERE, draw, draws
 from memserve.engine.spec import find_model
 from memserve.engine.weights import map_weights, random_weights, save_weights
 from memserve.identity import ActorId
@@ -147,8 +146,7 @@ def test_draws_are_launched_without_a_wait_for_the_gpu():
     for mode in ("default", "error"):  # the first use of a kernel may wait
         torch.cuda.set_sync_debug_mode(mode)
         try:
-            best_of(logits)
-            list(gpu_draws._launched(list(rows), rows, {i: i for i in rows}, logits, HEAD))
+            launch_draws(rows, {i: i for i in rows}, logits, best_of(logits))
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

@@ -10,10 +10,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adjustments import some_adjustments
-from memserve.drawing import Sampling
+from memserve.drawing import Logprobs, Sampling
 from memserve.engine import gpu_draws, sampling
 from memserve.engine.adjusting import adjusted, logprobs_of
-from memserve.engine.gpu_draws import best_of, draw_rows
+from memserve.engine.gpu_draws import best_of, launch_draws
 from memserve.engine.plans import Row
 from memserve.engine.sampling import draw
 from memserve.tokens import pack
@@ -62,6 +62,15 @@ def drawn_alone(logits: torch.Tensor, rows: dict[int, Row]) -> dict[int, int]:
     }
 
 
+def draw_rows(
+    rows: dict[int, Row], places: dict[int, int], logits: torch.Tensor
+) -> tuple[dict[int, int], dict[int, Logprobs]]:
+    """The tokens and log probabilities of rows whose logits are kept until they are read."""
+    drawn, logprobs, void = launch_draws(rows, places, logits, best_of(logits)).read()
+    assert not void
+    return drawn, logprobs
+
+
 def test_all_draws_are_launched_before_the_first_wait():
     """If it failed, the GPU would be idle while the host launches the draws, in each step that samples."""
     chance = random.Random(3)
@@ -74,10 +83,9 @@ def test_all_draws_are_launched_before_the_first_wait():
     rows = rows_of(hows, [past for _, past in asked])
     logits = 4 * torch.randn(len(rows), 1000, generator=torch.Generator().manual_seed(1))
     with Launches() as seen:
-        best_of(logits)
-        list(gpu_draws._launched(list(rows), rows, {i: i for i in rows}, logits, sampling.HEAD))
+        launch_draws(rows, {i: i for i in rows}, logits, best_of(logits))
     assert seen.names and not seen.waits
-    found, _ = draw_rows(rows, {i: i for i in rows}, logits, best_of(logits))
+    found, _ = draw_rows(rows, {i: i for i in rows}, logits)
     assert found == drawn_alone(logits, rows)
 
 
@@ -90,9 +98,25 @@ def test_draws_from_flat_distributions_are_found_together(vocab, monkeypatch):
     monkeypatch.setattr(
         gpu_draws, "_draw_alone", lambda line, row: alone.append(row) or drawn_alone(line[None], {0: row})[0]
     )
-    found, _ = draw_rows(rows, {i: i for i in rows}, logits, best_of(logits))
+    found, _ = draw_rows(rows, {i: i for i in rows}, logits)
     assert found == exact
     assert not alone if vocab <= sampling.WIDE else 5 < len(alone) < 35
+
+
+def test_draws_that_need_logits_which_are_gone_are_void():
+    """When the next step has overwritten the logits, rows whose tokens were not found are void, and the others exact."""
+    logits = 0.05 * torch.randn(40, 3000, generator=torch.Generator().manual_seed(2))
+    rows = rows_of([Sampling(float(i % 3), top_k=0 if i % 2 else 30, seed=i) for i in range(40)])
+    draws, exact = (
+        launch_draws(rows, {i: i for i in rows}, logits, best_of(logits)),
+        drawn_alone(logits, rows),
+    )
+    draws.give_up_logits()
+    logits.fill_(float("nan"))
+    drawn, _, void = draws.read()
+    assert 5 < len(void) < 20
+    assert drawn == {i: token for i, token in exact.items() if i not in void}
+    assert draws.tokens.tolist() == [sampling.ELSEWHERE if i in void else exact[i] for i in rows]
 
 
 def test_log_probabilities_of_many_draws_are_those_of_each():
@@ -101,7 +125,7 @@ def test_log_probabilities_of_many_draws_are_those_of_each():
     hows = [Sampling(1.0 * (i % 2), seed=i, logprobs=(None, 0, 1, 20)[i % 4]) for i in range(24)]
     rows = rows_of(hows)
     places = {i: 49 - 2 * i for i in rows}
-    drawn, found = draw_rows(rows, places, logits, best_of(logits))
+    drawn, found = draw_rows(rows, places, logits)
     assert found.keys() == {i for i in rows if i % 4}
     for i, one in found.items():
         exact = logprobs_of(logits[places[i]], drawn[i], hows[i].logprobs or 0)
@@ -116,6 +140,6 @@ def test_the_number_of_launches_does_not_depend_on_the_number_of_rows():
     for many in (8, 64):
         rows = rows_of([Sampling(0.8, top_p=0.9, seed=i, logprobs=5) for i in range(many)])
         with Launches() as seen:
-            draw_rows(rows, {i: i for i in rows}, logits, best_of(logits))
+            draw_rows(rows, {i: i for i in rows}, logits)
         counts.append(len(seen.names))
     assert counts[0] == counts[1] < 200

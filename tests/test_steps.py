@@ -182,7 +182,7 @@ def test_a_void_row_is_run_again_with_its_token_known() -> None:
 class OverlappingPages(PageEngine):
     """An engine that fills in the tokens that rows follow; some draws are not found in time and come back void."""
 
-    latest: list[int | None] = []
+    latest: list[int | None] = attrs.field(factory=list)
     followed: int = 0
     """Rows that followed another."""
     void: int = 0

@@ -122,6 +122,7 @@ MAY_IMPORT_TORCH = {
     "engine.ops",
     "engine.cuda",
     "engine.gpu_draws",
+    "engine.gpu_launch",
     "engine.sampling",
     "engine.torch_step",
     "engine.prompt_logprobs",

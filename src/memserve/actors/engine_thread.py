@@ -15,11 +15,11 @@ from functools import partial
 import trio
 
 from memserve.engine.guide import Guide
-from memserve.engine.plans import BatchPlan, BatchResult, StepEngine
+from memserve.engine.plans import BatchPlan, BatchResult, OverlappingEngine, RunningStep, StepEngine
 
 
 class EngineThread:
-    """Runs the steps of the engine that ``make`` builds, one at a time and in order.
+    """Runs the steps of the engine that ``make`` builds, in order, and one at a time unless it overlaps them.
 
     ``guide`` fills in which tokens the grammars allow.
     """
@@ -27,7 +27,7 @@ class EngineThread:
     def __init__(self, make: Callable[[], StepEngine], guide: Guide) -> None:
         self._make, self._guide = make, guide
         self._plans: queue.SimpleQueue[BatchPlan | None] = queue.SimpleQueue()
-        """Holds at most one plan: a core starts a step only after the previous one is done."""
+        """Holds one plan, or two for an engine that overlaps steps: a core gives it no more unfinished steps."""
         self._token = trio.lowlevel.current_trio_token()
         self._ready = trio.Event()
         self._ended = trio.Event()
@@ -62,13 +62,40 @@ class EngineThread:
             engine = self._make()
             self._soon(self._ready.set)
             while (plan := self._next(engine)) is not None:
-                result = engine.run(self._guide.filled(plan))
-                self._soon(partial(self._deliver, result))
+                if isinstance(engine, OverlappingEngine):
+                    self._overlap(engine, plan)
+                else:
+                    self._report(engine.run(self._guide.filled(plan)))
             engine.close()
         except BaseException as failure:
             self._failure = failure
         self._soon(self._ready.set)
         self._soon(self._ended.set)
+
+    def _overlap(self, engine: OverlappingEngine, plan: BatchPlan) -> None:
+        """Run a step, and behind it every step whose plan comes before the previous one has ended."""
+        running = engine.launch(self._guide.filled(plan))
+        while plan.followed and (following := self._plan_during(running)) is not None:
+            plan, behind = following, engine.launch(self._guide.filled(following))
+            self._report(running.result())
+            running = behind
+        self._report(running.result())
+
+    def _plan_during(self, running: RunningStep) -> BatchPlan | None:
+        """The next plan, if it comes before the step has ended."""
+        while True:
+            try:
+                plan = self._plans.get(timeout=LOOK_S)
+            except queue.Empty:
+                if running.done():
+                    return None
+                continue
+            if plan is None:
+                self._plans.put(None)  # the end of all plans, for whoever waits for the next one
+            return plan
+
+    def _report(self, result: BatchResult) -> None:
+        self._soon(partial(self._deliver, result))
 
     def _next(self, engine: StepEngine) -> BatchPlan | None:
         """The next plan. After IDLE_S without one, the engine leaves its cores to other workers."""
@@ -89,3 +116,5 @@ STEP_S_MAX = 30.0
 """How long an ending actor waits for the running step."""
 IDLE_S = 0.002
 """Pause between steps after which a worker counts as idle; one turn of the event loop takes far less."""
+LOOK_S = 1e-4
+"""How often the thread looks whether a step that may be followed has ended, while it waits for the next plan."""

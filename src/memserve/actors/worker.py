@@ -60,6 +60,8 @@ class Found:
     site: Site | None = None
     drafts: bool = False
     """Whether the engine runs draft tokens."""
+    overlaps: bool = False
+    """Whether the engine takes a step while one is running."""
 
 
 async def run_worker(context: ActorContext, task_status: trio.TaskStatus[None]) -> None:
@@ -83,7 +85,7 @@ async def run_worker(context: ActorContext, task_status: trio.TaskStatus[None]) 
             engine = EngineThread(make, Guide(partial(read_grammars, context)))
             await nursery.start(engine.run)
             presence.member = attrs.evolve(presence.member, costs=found.costs, site=found.site)
-            core = WorkerCore(presence, shard, settings_of(context.resolved, found.drafts))
+            core = WorkerCore(presence, shard, settings_of(context.resolved, found))
             take_charge(shell, core, engine)
             task_status.started()
             await until_drained(shell, core, context)
@@ -100,11 +102,8 @@ async def shard_found(shell: Shell, joining: JoiningCore) -> ActorId:
     return joining.found
 
 
-def settings_of(resolved: Resolved, drafts: bool = False) -> WorkerSettings:
-    """The core's settings, derived from the configuration.
-
-    ``drafts``: whether the engine runs draft tokens.
-    """
+def settings_of(resolved: Resolved, found: Found) -> WorkerSettings:
+    """The core's settings, from the configuration and from what the engine can do."""
     config = resolved.config
     limits = BatchLimits(config.batch.chunk_tokens, config.batch.rows)
     return WorkerSettings(
@@ -116,7 +115,8 @@ def settings_of(resolved: Resolved, drafts: bool = False) -> WorkerSettings:
         returns=config.cache.mode == "3",
         ahead=config.transfer.ahead and RETIRE[config.cache.mode] == "all",
         page_bytes=resolved.page_bytes,
-        draft=config.batch.draft if drafts else 0,
+        draft=config.batch.draft if found.drafts else 0,
+        overlaps=found.overlaps,
     )
 
 
@@ -248,7 +248,7 @@ def start_engine_on_gpu(
         engine = open_engine(resolved, files, context.place.socket_path(f"{shard}.arena"), device, shared)
     except (PeerError, PeerUnreachable) as error:
         raise RestartNeeded(str(error)) from error
-    found.site = Site(shared.key)
+    found.site, found.overlaps = Site(shared.key), True
     found.costs = calibrate(engine, resolved, 1, f"flashinfer on {engine.device_name}", at_work)
     return engine
 

@@ -3,10 +3,14 @@
 A step of decode rows alone is one CUDA graph, captured at start for each batch size in
 ``page_tables.BUCKETS``; padding rows write to a scratch page behind the pool's. Other steps launch kernels
 one by one, and so do decode rows that share a prefix, if attending to it together saves more than a graph
-does. While a captured step runs, the host plans the next one, for the same rows one token further.
+does.
 
-:meth:`CudaEngine.run` returns when the GPU has finished: any process may then read a page that the step
-reported as written, and a page that it read may be reassigned.
+The host works while the GPU runs: a step that may be followed (:mod:`memserve.engine.steps`) has the next one
+launched behind it, which takes the tokens that it follows from the device. While a captured step runs that
+may not be followed, the next one is planned, for the same rows one token further.
+
+A step's result is there when the GPU has finished it: any process may then read a page that the step reported
+as written, and a page that no later step reads may be reassigned.
 """
 
 from __future__ import annotations
@@ -15,7 +19,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import attrs
 import numpy as np
@@ -23,9 +26,10 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from memserve.config import Resolved
-from memserve.drawing import Logprobs, PromptLogprobs, Sampling
+from memserve.drawing import PromptLogprobs, Sampling
 from memserve.engine.cpu_budget import Cores
-from memserve.engine.gpu_draws import best_of, draw_rows
+from memserve.engine.gpu_draws import Draws, best_of, launch_draws
+from memserve.engine.gpu_launch import CudaGraphs, Graphs, LaunchedStep
 from memserve.engine.model import BatchTensors, Llama
 from memserve.engine.plan_check import check_plan
 from memserve.engine.plans import BatchPlan, BatchResult, Row
@@ -50,52 +54,8 @@ from memserve.tokens import count, pack, pages_for
 WARM_TOKENS = 512
 """Tokens of the chunk that is run at start, so that the first request finds kernels and libraries loaded."""
 
-_Drawn = tuple[tuple[int | None, ...], dict[int, Logprobs], dict[int, PromptLogprobs]]
-"""The token of each row; by row number, the log probabilities asked for: of draws, and of prompts."""
-
-
-class Graphs(Protocol):
-    """The operations on a device's streams that the engine needs; on a GPU, :class:`CudaGraphs`."""
-
-    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
-        """Record what ``run`` launches; the returned function launches it again, on the same addresses.
-
-        ``run`` is called twice. Launches before the second call have finished by then: host buffers are free.
-        """
-
-    def mark(self) -> Callable[[], None]:
-        """Mark what has been launched so far; the returned function waits until the device has done it."""
-
-
-class CudaGraphs:
-    """CUDA graphs and events on one GPU. Graphs run one after another, so they share a memory pool.
-
-    A graph lives as long as the function that ``capture`` returned.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
-        current = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            run()  # what the first use allocates must not be captured
-        current.wait_stream(self._stream)
-        torch.cuda.synchronize(self._device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-            run()
-        replay: Callable[[], None] = graph.replay
-        return replay
-
-    def mark(self) -> Callable[[], None]:
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(self._device))
-        wait: Callable[[], None] = event.synchronize
-        return wait
+_Launched = tuple[Draws | None, dict[int, PromptLogprobs]]
+"""The draws of a step, if it draws, and the prompt log probabilities asked for, by row number."""
 
 
 @attrs.define(eq=False)
@@ -171,6 +131,9 @@ class CudaEngine:
         self._row_pages = pages_for(min(max_context or spec.max_context, spec.max_context), self._page_tokens)
         self._steps: dict[int, _DecodeStep] = {}
         self._ahead: _PlannedStep | None = None
+        self._latest: LaunchedStep | None = None
+        self._loaded = graphs.mark()
+        """Behind the copies of the host arrays that planning a step fills in."""
         self._checked: Sequence[Row] = ()
         self.sharing = Sharing()
         """When decode rows attend together to a shared prefix."""
@@ -185,12 +148,21 @@ class CudaEngine:
 
     def run(self, plan: BatchPlan) -> BatchResult:
         """Run one step. Raises ValueError, naming the row, for a plan that uses pages not its own."""
-        check_plan(plan, self._spec, self._pages, self._page_tokens, self._checked)
+        return self.launch(plan).result()
+
+    def launch(self, plan: BatchPlan) -> LaunchedStep:
+        """Launch one step, behind the latest one if its result was not read. Raises ValueError as ``run``."""
+        check_plan(plan, self._spec, self._pages, self._page_tokens, self._checked, overlaps=True)
         self._checked = plan.rows
         neighbours = self._shared.look() if self._shared is not None else 0
-        began = time.perf_counter()
-        tokens, logprobs, prompts = self._step(plan, self.sharing)
-        return BatchResult(tokens, (time.perf_counter() - began) * 1000, 1, neighbours, logprobs, prompts)
+        began, before = time.perf_counter(), self._latest
+        if before is not None:
+            before.overtake()
+        draws, prompts = self._launch(plan, self.sharing)
+        running = None if before is None or before.read else before
+        mark = self._graphs.mark()
+        self._latest = LaunchedStep(plan, draws, prompts, mark, began, neighbours, running)
+        return self._latest
 
     def warm_up(self) -> None:
         """Load every kernel and capture every batch size, writing to no page but the scratch page."""
@@ -212,7 +184,10 @@ class CudaEngine:
         alike = attrs.evolve(first, pages=(*pages[:-1], len(pages)))  # all pages shared but the one it writes
         for rows in ((Row(pack([0] * length), 0, pages, None),), (first,), (first, alike)):
             plan = BatchPlan(rows)
-            self._run_any(plan, self._tables(plan, 1), attention)
+            draws, _ = self._launch_any(plan, self._tables(plan, 1), attention)
+            if draws is not None:
+                self._graphs.mark().wait()
+                draws.read()
 
     def timer(self, rows: int, context: int) -> Callable[[Sequence[tuple[int, int]]], tuple[float, int]]:
         """A function that times a step of rows, each (new tokens, earlier tokens): seconds, and 1 thread.
@@ -225,8 +200,8 @@ class CudaEngine:
         def run(shapes: Sequence[tuple[int, int]]) -> tuple[float, int]:
             plan = BatchPlan(tuple(self._timed_row(number, *shape) for number, shape in enumerate(shapes)))
             began = time.perf_counter()
-            self._step(plan, Sharing(None, None))
-            self._graphs.mark()()
+            self._launch(plan, Sharing(None, None))
+            self._graphs.mark().wait()
             seconds, self._ahead = time.perf_counter() - began, None
             return seconds, 1
 
@@ -245,26 +220,27 @@ class CudaEngine:
 
     def close(self) -> None:
         """Let go of the arena and the weights."""
-        self._graphs.mark()()
-        self._steps, self._ahead = {}, None
+        self._graphs.mark().wait()
+        self._steps, self._ahead, self._latest = {}, None, None
         self._attention = self._model = self._logits = None
         self._release()
 
-    def _step(self, plan: BatchPlan, sharing: Sharing) -> _Drawn:
+    def _launch(self, plan: BatchPlan, sharing: Sharing) -> _Launched:
         assert self._attention is not None, "the engine is closed"
+        self._loaded.wait()  # host arrays are filled in again
         ahead, self._ahead = self._ahead, None
         bucket = bucket_of(len(plan.rows), tuple(self._steps))
         with torch.inference_mode():
             if bucket is None or any(count(row.tokens) > 1 or row.score is not None for row in plan.rows):
-                return self._run_any(plan, self._tables(plan, sharing.launched), self._attention)
+                return self._launch_any(plan, self._tables(plan, sharing.launched), self._attention)
             step = self._steps[bucket]
             # Continuing rows share the same prefix as before, which was too short to attend together.
             if ahead is None or not ahead.holds_for(step, plan.rows, self._page_tokens):
                 tables = self._tables(plan, sharing.captured)
                 if tables.common is not None:
-                    return self._run_any(plan, tables, self._attention)
+                    return self._launch_any(plan, tables, self._attention)
                 self._load(step, tables.decode, plan.rows)
-            return self._run_captured(plan, step)
+            return self._launch_captured(plan, step), {}
 
     def _tables(self, plan: BatchPlan, least_bytes: int | None) -> StepTables:
         """``least_bytes``: K and V of a layer that attending together must save; None: never together."""
@@ -275,23 +251,21 @@ class CudaEngine:
 
     # ---- any mix of rows -------------------------------------------------------------------------------------
 
-    def _run_any(self, plan: BatchPlan, tables: StepTables, attention: FlashInferAttention) -> _Drawn:
+    def _launch_any(self, plan: BatchPlan, tables: StepTables, attention: FlashInferAttention) -> _Launched:
         assert self._model is not None, "the engine is closed"
         planned = attention.plan_tables(tables)
-        batch = BatchTensors(
-            sent(tables.ids, self._device),
-            planned.append.positions,
-            sent(tables.wanted, self._device),
-        )
+        self._loaded = self._graphs.mark()
+        # Rows that follow others have one token, so they come first and are where ``order`` says.
+        ids = self._filled_in(sent(tables.ids, self._device), [plan.rows[i] for i in tables.order])
+        batch = BatchTensors(ids, planned.append.positions, sent(tables.wanted, self._device))
         head = partial(self._model.head, *self._model.layers(batch, planned, attention))
         rows = [(i, plan.rows[i]) for i in tables.order]
         prompts = score_prompts(rows, head, self._device, drawn_together(self._spec.vocab))
         wanted = [i for i, row in rows if row.sample is not None]
         if not wanted:
-            self._graphs.mark()()  # earlier chunks are published too: their pages must be written
-            return (None,) * len(plan.rows), {}, prompts
-        logits = head(batch.wanted)
-        return *self._draw(plan, wanted, logits, best_of(logits), range(len(wanted))), prompts
+            return None, prompts
+        logits, lines = head(batch.wanted), {number: line for line, number in enumerate(wanted)}
+        return launch_draws({i: plan.rows[i] for i in wanted}, lines, logits, best_of(logits)), prompts
 
     # ---- decode rows alone -----------------------------------------------------------------------------------
 
@@ -310,41 +284,44 @@ class CudaEngine:
         step.replay = self._graphs.capture(launch)
         return step
 
-    def _run_captured(self, plan: BatchPlan, step: _DecodeStep) -> _Drawn:
+    def _launch_captured(self, plan: BatchPlan, step: _DecodeStep) -> Draws | None:
         ids = np.zeros(step.rows, np.int32)
         ids[: len(plan.rows)] = np.frombuffer(b"".join(row.tokens for row in plan.rows), np.int32)
         step.arrays.load_ids(ids)
-        loaded = self._graphs.mark()
+        self._loaded = self._graphs.mark()
+        self._filled_in(step.arrays.ids, plan.rows)
         step.replay()
+        assert self._logits is not None and step.best is not None, "a captured step that never ran"
+        rows = {i: row for i, row in enumerate(plan.rows) if row.sample is not None}
+        draws = launch_draws(rows, {i: i for i in rows}, self._logits, step.best) if rows else None
+        if not plan.followed:
+            self._plan_ahead(plan, step)
+        return draws
+
+    def _plan_ahead(self, plan: BatchPlan, step: _DecodeStep) -> None:
+        """Plan a decode step of the same rows, one token further, if their pages have room for it."""
         if all(len(row.pages) * self._page_tokens > row.end for row in plan.rows):
-            loaded()  # FlashInfer plans in one pinned buffer: it must be read before it is rewritten
             rows = [Row(row.tokens, row.end, row.pages, None) for row in plan.rows]
+            self._loaded.wait()  # FlashInfer plans in one pinned buffer: it must be read before it is rewritten
             self._load(step, Table.of(rows, self._page_tokens), rows)
             self._ahead = _PlannedStep(step, plan.rows)
-        assert self._logits is not None and step.best is not None, "a captured step that never ran"
-        wanted = [i for i, row in enumerate(plan.rows) if row.sample is not None]
-        if not wanted:
-            self._graphs.mark()()  # a prompt's chunk may be one token: its page is published too
-            return (None,) * len(plan.rows), {}, {}
-        return *self._draw(plan, wanted, self._logits, step.best, wanted), {}
+
+    def _filled_in(self, ids: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+        """Fill in the tokens of ``rows`` that follow others, in ``ids``, (tokens,) int32 in the order of ``rows``."""
+        follows = {i: row.follows for i, row in enumerate(rows) if row.follows is not None}
+        if follows:
+            assert self._latest is not None, "rows follow a step that was never launched"
+            drawn, places = self._latest.drawn_by(list(follows.values())), list(follows)
+            if places == list(range(len(places))):
+                ids[: len(places)].copy_(drawn)
+            else:
+                ids.index_copy_(0, sent(np.array(places), self._device), drawn.to(ids.dtype))
+        return ids
 
     def _load(self, step: _DecodeStep, table: Table, rows: Sequence[Row]) -> None:
         positions = np.zeros(step.rows, np.int32)
         positions[: len(rows)] = [row.start for row in rows]
         step.arrays.load(table.padded(step.rows, self._pages), positions)
-
-    def _draw(
-        self,
-        plan: BatchPlan,
-        wanted: Sequence[int],
-        logits: torch.Tensor,
-        best: torch.Tensor,
-        at: Sequence[int],
-    ) -> tuple[tuple[int | None, ...], dict[int, Logprobs]]:
-        """The tokens drawn for rows ``wanted``, whose logits are rows ``at`` of ``logits``."""
-        rows = {i: plan.rows[i] for i in wanted}
-        drawn, logprobs = draw_rows(rows, dict(zip(wanted, at, strict=True)), logits, best)
-        return tuple(drawn.get(i) for i in range(len(plan.rows))), logprobs
 
 
 def open_engine(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
+import attrs
 import numpy as np
 import torch
 
@@ -17,7 +18,7 @@ from memserve.engine import sampling
 from memserve.engine.adjusting import adjusted
 from memserve.engine.plans import Row
 from memserve.engine.prompt_logprobs import scores_of
-from memserve.kernels.sending import sent
+from memserve.kernels.sending import fetched, sent
 from memserve.settings.gpu_room import drawn_together
 from memserve.tokens import pack
 
@@ -28,29 +29,70 @@ def best_of(logits: torch.Tensor) -> torch.Tensor:
     return torch.stack((values.double(), ids.double()))
 
 
-def draw_rows(
+@attrs.define(eq=False)
+class Draws:
+    """The draws of one step's rows, launched behind it; :meth:`read` may be called once the device made them."""
+
+    rows: Mapping[int, Row]
+    """The rows that draw, by number, in order."""
+    tokens: torch.Tensor
+    """(rows,) int64 on the device: the drawn tokens, or ``ELSEWHERE``."""
+    _found: torch.Tensor
+    """(2, rows) float64 on the host: each row's largest logit, and its token of ``tokens``."""
+    _places: Mapping[int, int]
+    _logits: torch.Tensor | None
+
+    def give_up_logits(self) -> None:
+        """Allow the logits to be overwritten: draws that would still need them become void."""
+        self._logits = None
+
+    def read(self) -> tuple[dict[int, int], dict[int, Logprobs], frozenset[int]]:
+        """The drawn tokens and the log probabilities that rows ask for, by row number, and the void rows.
+
+        Raises FloatingPointError, naming the row, when logits are not finite.
+        """
+        values, ids = self._found.tolist()
+        for number, value in zip(self.rows, values, strict=True):
+            if not math.isfinite(value):
+                raise FloatingPointError(f"row {number}: the largest logit is {value}")
+        drawn = {number: int(token) for number, token in zip(self.rows, ids, strict=True)}
+        far = [number for number, token in drawn.items() if token == sampling.ELSEWHERE]
+        if self._logits is None:
+            return {i: token for i, token in drawn.items() if i not in far}, {}, frozenset(far)
+        drawn.update(self._drawn_far(far, self._logits))
+        return drawn, _reports(self.rows, self._places, self._logits, drawn), frozenset()
+
+    def _drawn_far(self, far: Sequence[int], logits: torch.Tensor) -> dict[int, int]:
+        """The tokens of rows that are not among their ``HEAD`` most probable ones."""
+        parts = list(_launched(far, self.rows, self._places, logits, sampling.WIDE))
+        found = dict(zip(far, (token for part in parts for token in part.tolist()), strict=True))
+        for number, token in found.items():
+            if token == sampling.ELSEWHERE:
+                found[number] = _draw_alone(logits[self._places[number]], self.rows[number])
+        return found
+
+
+def launch_draws(
     rows: Mapping[int, Row], places: Mapping[int, int], logits: torch.Tensor, best: torch.Tensor
-) -> tuple[dict[int, int], dict[int, Logprobs]]:
-    """The tokens that ``rows`` draw and the log probabilities that they ask for, by row number.
+) -> Draws:
+    """Launch the draws of ``rows`` and the copy of their tokens to the host, without a wait for the device.
 
     ``places``: each row's line in ``logits``, (lines, vocab) float32, and in ``best``, what :func:`best_of`
-    found in them. All likely draws are launched before the first wait for the device. Raises
-    FloatingPointError, naming the row, when logits are not finite.
+    found in them.
     """
-    others = [i for i, row in rows.items() if row.past or not (row.sample and row.sample.greedy)]
-    parts = list(_launched(others, rows, places, logits, sampling.HEAD))
-    values, ids = best.tolist()  # waits
-    for number, place in places.items():
-        if not math.isfinite(values[place]):
-            raise FloatingPointError(f"row {number}: the largest logit is {values[place]}")
-    drawn = {number: int(ids[place]) for number, place in places.items()}
-    drawn.update(zip(others, _read(parts), strict=True))
-    far = [i for i in others if drawn[i] == sampling.ELSEWHERE]
-    drawn.update(zip(far, _read(_launched(far, rows, places, logits, sampling.WIDE)), strict=True))
-    for number in far:
-        if drawn[number] == sampling.ELSEWHERE:
-            drawn[number] = _draw_alone(logits[places[number]], rows[number])
-    return drawn, _reports(rows, places, logits, drawn)
+    numbers, others = list(rows), [i for i, row in rows.items() if not _takes_the_best(row)]
+    values, tokens = _lines(best.T, [places[number] for number in numbers]).unbind(1)
+    tokens = tokens.long()
+    if parts := list(_launched(others, rows, places, logits, sampling.HEAD)):
+        drawn = torch.cat(parts)
+        at = {number: index for index, number in enumerate(numbers)}
+        at_others = sent(np.array([at[number] for number in others]), logits.device)
+        tokens = drawn if others == numbers else tokens.index_copy(0, at_others, drawn)
+    return Draws(rows, tokens, fetched(torch.stack((values, tokens.double()))), places, logits)
+
+
+def _takes_the_best(row: Row) -> bool:
+    return row.past is None and row.sample is not None and row.sample.greedy
 
 
 def _launched(
@@ -66,10 +108,6 @@ def _launched(
         settings = [row.sample for row in chosen if row.sample is not None]
         lines = adjusted(_lines(logits, [places[number] for number in some]), chosen)
         yield sampling.draws(lines, settings, [row.end for row in chosen], head)
-
-
-def _read(parts: Iterator[torch.Tensor] | Sequence[torch.Tensor]) -> list[int]:
-    return [token for part in list(parts) for token in part.tolist()]
 
 
 def _cut(numbers: Sequence[int], logits: torch.Tensor) -> Iterator[Sequence[int]]:

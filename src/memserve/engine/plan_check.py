@@ -13,13 +13,19 @@ from memserve.tokens import count, pages_for, unpack
 
 
 def check_plan(
-    plan: BatchPlan, spec: ModelSpec, pages: int, page_tokens: int, before: Sequence[Row] = ()
+    plan: BatchPlan,
+    spec: ModelSpec,
+    pages: int,
+    page_tokens: int,
+    before: Sequence[Row] = (),
+    overlaps: bool = False,
 ) -> None:
     """Raise ValueError, naming the row, for a malformed plan or one that would access memory not its own.
 
     A wrong page id would silently corrupt another request's tokens. ``pages``: how many the arena has.
     ``before``: rows of the plan checked last. A row that continues from there has hundreds of pages and few
-    new ones, and only the new ones are compared with the arena's size.
+    new ones, and only the new ones are compared with the arena's size. ``overlaps``: whether the engine lets
+    rows follow rows of that plan.
     """
     if not plan.rows:
         raise ValueError("a step needs at least one row")
@@ -27,6 +33,8 @@ def check_plan(
     for number, row in enumerate(plan.rows):
         reach = row.reach
         _check_row(number, row, reach, spec, page_tokens)
+        if row.follows is not None:
+            _check_follows(number, row, row.follows, before if overlaps else ())
         unseen = _unseen(row.pages, before[number].pages) if number < len(before) else row.pages
         if unseen and not 0 <= min(unseen) <= max(unseen) < pages:
             raise ValueError(f"row {number}: pages {row.pages}; the arena has 0 to {pages - 1}")
@@ -63,6 +71,12 @@ def _check_row(number: int, row: Row, reach: int, spec: ModelSpec, page_tokens: 
         _check_score(number, row, row.score, spec)
     if row.sample is not None and row.sample.adjust is not None:
         _check_adjustments(number, row, spec)
+
+
+def _check_follows(number: int, row: Row, follows: int, before: Sequence[Row]) -> None:
+    drawing = 0 <= follows < len(before) and before[follows].sample is not None
+    if not drawing or before[follows].end != row.start or count(row.tokens) != 1:
+        raise ValueError(f"row {number}: does not follow row {follows} of the step before by one token")
 
 
 def _check_score(number: int, row: Row, score: Score, spec: ModelSpec) -> None:

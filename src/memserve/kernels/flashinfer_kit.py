@@ -18,7 +18,7 @@ import torch
 from memserve.engine.plans import BatchPlan
 from memserve.engine.spec import ModelSpec
 from memserve.kernels.page_tables import Common, Ints, StepTables, Table
-from memserve.kernels.sending import sent
+from memserve.kernels.sending import pinned, sent
 from memserve.settings.gpu_room import workspace_bytes
 from memserve.settings.gpus import gpu_environment
 
@@ -225,19 +225,19 @@ class FlashInferAttention:
     def plan_tables(self, tables: StepTables) -> FlashInferPlan:
         """A plan for any mix of rows, in the order of ``tables``."""
         everything = tables.all_rows
-        there = partial(sent, device=self.device)
+        there, here = partial(sent, device=self.device), partial(pinned, device=self.device)
         append = Append(
             there(tables.batch_indices), there(tables.positions), there(everything.indices),
             there(everything.indptr), there(everything.last_page_len),
         )  # fmt: skip
         decode = prefill = together = None
         if tables.decodes:
-            # Host arrays: FlashInfer would read device arrays back, which waits for the GPU.
+            # Host arrays, from pinned memory: FlashInfer would read device arrays back, which waits for the GPU.
             decode, rows = self._decode, tables.decode if tables.common is None else tables.common.rest
             decode.plan(
-                indptr=torch.from_numpy(rows.indptr),
-                indices=torch.from_numpy(rows.indices),
-                last_page_len=torch.from_numpy(rows.last_page_len),
+                indptr=here(rows.indptr),
+                indices=there(rows.indices),
+                last_page_len=here(rows.last_page_len),
                 **self.shape.decode(),
             )
         if tables.common is not None:
@@ -258,11 +258,12 @@ class FlashInferAttention:
         return Together(rows, self._common, out, weights, rest)
 
     def _plan_prefill(self, wrapper: Any, qo_indptr: Ints, table: Table, causal: bool) -> None:
+        here = partial(pinned, device=self.device)
         wrapper.plan(
-            qo_indptr=torch.from_numpy(qo_indptr),
-            paged_kv_indptr=torch.from_numpy(table.indptr),
-            paged_kv_indices=torch.from_numpy(table.indices),
-            paged_kv_last_page_len=torch.from_numpy(table.last_page_len),
+            qo_indptr=here(qo_indptr),
+            paged_kv_indptr=here(table.indptr),
+            paged_kv_indices=sent(table.indices, self.device),
+            paged_kv_last_page_len=here(table.last_page_len),
             **self.shape.prefill(causal),
         )
 

@@ -1,4 +1,4 @@
-"""Copies small host arrays to a device without delaying its steps."""
+"""Copies small arrays between host and device without waiting for what the device runs."""
 
 from __future__ import annotations
 
@@ -12,5 +12,16 @@ def sent(values: np.ndarray, device: torch.device) -> torch.Tensor:
     A copy from unpinned memory would wait for everything launched before. torch keeps the pinned memory until
     the copy is done.
     """
-    there = torch.from_numpy(values.copy())
-    return there if device.type == "cpu" else there.pin_memory().to(device, non_blocking=True)
+    return pinned(values, device).to(device, non_blocking=True)
+
+
+def pinned(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A copy of ``values`` on the host, from which copying to ``device`` need not wait."""
+    here = torch.from_numpy(values.copy())
+    return here if device.type == "cpu" else here.pin_memory()
+
+
+def fetched(values: torch.Tensor) -> torch.Tensor:
+    """A copy of ``values`` on the host, valid once the device has done all that was launched so far."""
+    here = torch.empty_like(values, device="cpu", pin_memory=values.device.type != "cpu")
+    return here.copy_(values, non_blocking=True)

@@ -1,0 +1,155 @@
+"""The thread that runs an engine: which steps it launches behind which, and what it reports when."""
+
+from __future__ import annotations
+
+import threading
+
+import attrs
+import pytest
+import trio
+
+from memserve.actors.engine_thread import EngineThread
+from memserve.engine.guide import Guide
+from memserve.engine.plans import BatchPlan, BatchResult, Row
+from memserve.tokens import pack
+
+
+def plan(start: int, followed: bool = False) -> BatchPlan:
+    """A step of one row."""
+    return BatchPlan((Row(pack([1]), start, (0,), None),), followed)
+
+
+def result(number: int) -> BatchResult:
+    """The result of step ``number``."""
+    return BatchResult((number,), 1.0, 1)
+
+
+@attrs.define(eq=False)
+class Step:
+    """A step on a device that ends when the test says so."""
+
+    number: int
+    log: list[str]
+    ended: threading.Event = attrs.field(factory=threading.Event)
+
+    def done(self) -> bool:
+        """Whether it has ended."""
+        return self.ended.is_set()
+
+    def result(self) -> BatchResult:
+        """Wait for it."""
+        assert self.ended.wait(10)
+        self.log.append(f"read {self.number}")
+        return result(self.number)
+
+
+@attrs.define(eq=False)
+class Device:
+    """An engine that overlaps steps; each step's number is where its row starts."""
+
+    log: list[str] = attrs.field(factory=list)
+    steps: dict[int, Step] = attrs.field(factory=dict)
+
+    def launch(self, given: BatchPlan) -> Step:
+        """Note the launch."""
+        number = given.rows[0].start
+        if number < 0:
+            raise RuntimeError("the device is gone")
+        self.log.append(f"launch {number}")
+        self.steps[number] = Step(number, self.log)
+        return self.steps[number]
+
+    def run(self, given: BatchPlan) -> BatchResult:
+        """Not used where steps overlap."""
+        raise AssertionError(given)
+
+    def rest(self) -> None:
+        """Nothing to release."""
+
+    def close(self) -> None:
+        """Note it."""
+        self.log.append("close")
+
+
+class Running:
+    """An engine thread, and what it has reported."""
+
+    def __init__(self, device: Device) -> None:
+        self.device, self.reported = device, list[int | None]()
+        self.thread = EngineThread(lambda: device, Guide(lambda: pytest.fail("no grammar was given")))
+
+    def give(self, given: BatchPlan) -> None:
+        """Submit a plan."""
+        self.thread.submit(given, lambda found: self.reported.append(found.tokens[0]))
+
+    async def until(self, *log: str) -> None:
+        """Wait until the device's log is ``log``."""
+        with trio.fail_after(10):
+            while self.device.log != list(log):
+                await trio.sleep(0.001)
+
+    async def until_reported(self, *numbers: int) -> None:
+        """Wait until the results of steps ``numbers`` were reported, in this order."""
+        with trio.fail_after(10):
+            while self.reported != list(numbers):
+                await trio.sleep(0.001)
+
+
+async def test_a_step_is_launched_behind_one_that_runs() -> None:
+    """A plan that comes while a step runs is launched at once; results are reported in order."""
+    running = Running(Device())
+    async with trio.open_nursery() as nursery:
+        await nursery.start(running.thread.run)
+        running.give(plan(1, followed=True))
+        running.give(plan(2, followed=True))
+        await running.until("launch 1", "launch 2")
+        running.device.steps[1].ended.set()
+        await running.until_reported(1)
+        running.give(plan(3))
+        await running.until("launch 1", "launch 2", "read 1", "launch 3")
+        running.device.steps[2].ended.set()
+        running.device.steps[3].ended.set()
+        await running.until_reported(1, 2, 3)
+        nursery.cancel_scope.cancel()
+    assert running.device.log[-1] == "close"
+
+
+async def test_a_step_that_ends_first_is_reported_without_another() -> None:
+    """A step that may be followed is reported when it ends, whether another plan comes or not."""
+    running = Running(Device())
+    async with trio.open_nursery() as nursery:
+        await nursery.start(running.thread.run)
+        running.give(plan(1, followed=True))
+        await running.until("launch 1")
+        running.device.steps[1].ended.set()
+        await running.until_reported(1)
+        running.give(plan(2))
+        await running.until("launch 1", "read 1", "launch 2")
+        running.device.steps[2].ended.set()
+        await running.until_reported(1, 2)
+        nursery.cancel_scope.cancel()
+
+
+async def test_the_thread_ends_while_a_step_runs() -> None:
+    """An actor that ends while its engine waits for the next plan still ends the engine, once the step is over."""
+    running = Running(Device())
+    async with trio.open_nursery() as nursery:
+        await nursery.start(running.thread.run)
+        running.give(plan(1, followed=True))
+        await running.until("launch 1")
+        nursery.cancel_scope.cancel()
+        running.device.steps[1].ended.set()
+    assert running.device.log == ["launch 1", "read 1", "close"]
+
+
+async def test_a_failed_launch_ends_the_worker() -> None:
+    """What the engine raises ends the actor, also when it happens behind a running step."""
+    running = Running(Device())
+    with trio.fail_after(10):
+        with pytest.raises(ExceptionGroup) as raised:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(running.thread.run)
+                running.give(plan(1, followed=True))
+                running.give(plan(-1))
+                await trio.sleep_forever()
+    assert raised.group_contains(RuntimeError, match="the device is gone")

@@ -1,0 +1,200 @@
+"""A worker's core and a GPU's engine together: steps that are launched behind a running one draw the tokens of single steps."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from itertools import count as numbers
+
+import pytest
+import torch
+
+import fake_flashinfer
+from adjustments import adjustments
+from backends import ON_CARDS, SPEC, make_engine
+from memserve.actions import BatchDone, RunBatch, Send
+from memserve.drawing import Sampling
+from memserve.engine import sampling
+from memserve.engine.batching import BatchLimits, WorkerSettings
+from memserve.engine.gpu_launch import LaunchedStep
+from memserve.engine.plans import BatchPlan, Row
+from memserve.engine.weights import random_weights
+from memserve.engine.worker import WorkerCore
+from memserve.messages import Cancel, Member, Plan, Prefill, Request, Tokens
+from memserve.pool_messages import Acquire, Acquired, Allocated, AllocMem, Freed, FreeMem, Insert, Inserted
+from memserve.presence import Presence, seed_id
+from memserve.tokens import count, pack, pages_for, unpack
+from test_model import GREEDY, prompt
+from test_worker import FRONTEND, ME, SCHEDULER, SHARD
+
+PAGES, PAGE_TOKENS = 200, 16
+
+
+@pytest.fixture(params=["stand-in", *ON_CARDS])
+def engine(request, tmp_path):
+    """A warm engine on FlashInfer's calls, or on its kernels."""
+    made = make_engine(request.param, random_weights(SPEC, "bfloat16", 3), tmp_path, PAGES)
+    made.engine.warm_up()
+    yield made.engine
+    made.engine.close()
+
+
+class Worker:
+    """A worker's core and its engine, without an actor: the shard answers at once, and a page is never used twice."""
+
+    def __init__(self, engine, overlaps: bool) -> None:
+        me = Member(ME, "PrefillWorker", "ipc://w", 1, "ready", "both", SHARD)
+        limits = BatchLimits(24, 8)
+        settings = WorkerSettings(limits, PAGE_TOKENS, 400, "all", overlaps=overlaps)
+        self.core = WorkerCore(Presence(me, (seed_id("scheduler-0"),)), SHARD, settings)
+        self.engine, self.running = engine, deque[LaunchedStep]()
+        self.pages, self.leases = numbers(), numbers(1)
+        self.answers: dict[str, list[int]] = {}
+        self.together = self.void = 0
+        """Steps launched behind another, and void rows."""
+
+    def ask(self, name: str, length: int, new: int, how: Sampling, ends: tuple[int, ...] = ()) -> None:
+        """Place a request."""
+        tokens = prompt(length, length, SPEC.vocab)
+        request = Request(name, 0, FRONTEND, "", pack(tokens), length, new, ends, how)
+        self.core.receive(SCHEDULER, Prefill(request, Plan(ME, ME, SHARD, SCHEDULER)), 0.0)
+        self.answers[name] = []
+
+    def turn(self) -> None:
+        """Let the core decide, and end a step if the engine has all that the core gives it."""
+        self.core.advance(0.0)
+        self.core.check()
+        actions = self.core.take()
+        for action in actions:
+            if isinstance(action, RunBatch):
+                self.together += bool(self.running)
+                self.running.append(self.engine.launch(action.plan))
+            elif isinstance(action, Send):
+                self.hear(action.message)
+        if not actions and self.running:
+            result = self.running.popleft().result()
+            self.void += len(result.void)
+            self.core.receive(ME, BatchDone(result), 0.0)
+
+    def hear(self, message) -> None:
+        """Answer as the shard does, or note tokens as a Frontend does."""
+        match message:
+            case Acquire(call=call, tokens=tokens):
+                pages = tuple(next(self.pages) for _ in range(pages_for(count(tokens) + 1, PAGE_TOKENS)))
+                self.core.receive(SHARD, Acquired(call, next(self.leases), pages, 0), 0.0)
+            case AllocMem(call=call, lease=lease):
+                self.core.receive(SHARD, Allocated(call, lease, (next(self.pages),)), 0.0)
+            case Insert(call=call):
+                self.core.receive(SHARD, Inserted(call, 0), 0.0)
+            case FreeMem(call=call):
+                self.core.receive(SHARD, Freed(call, 0), 0.0)
+            case Tokens(updates):
+                for update in updates:
+                    assert update.position == len(self.answers[update.request]) + prompt_length(
+                        update.request
+                    )
+                    self.answers[update.request] += unpack(update.tokens)
+
+    def finish(self) -> dict[str, list[int]]:
+        """Run until every request has ended; all answers."""
+        for _ in range(5000):
+            if self.core.idle:
+                self.turn()  # the last tokens leave
+                return self.answers
+            self.turn()
+        raise AssertionError("requests do not end")
+
+
+def prompt_length(name: str) -> int:
+    """Each request's name ends with the length of its prompt."""
+    return int(name.rpartition("-")[2])
+
+
+HOWS = [
+    GREEDY,
+    Sampling(temperature=0.8, top_p=0.9, seed=1),
+    Sampling(temperature=1.0, top_k=40, seed=2),
+    Sampling(temperature=1.5, seed=3),
+]
+ADJUSTED = Sampling(temperature=0.7, seed=4, adjust=adjustments(presence=1.5))
+
+
+def conversation(engine, overlaps: bool, seed: int, *more: Sampling) -> Worker:
+    """A worker after requests that came one by one, with prompts of several chunks; some end at an end token."""
+    chance, worker = random.Random(seed), Worker(engine, overlaps)
+    for i, how in enumerate((*HOWS, *more, *HOWS)):
+        length = chance.choice([1, 15, 16, 40, 70])
+        ends = tuple(chance.sample(range(SPEC.vocab), 40)) if i % 2 else ()
+        worker.ask(f"{i}-{length}", length, chance.randrange(5, 25), how, ends)
+        for _ in range(chance.randrange(12)):
+            worker.turn()
+    worker.finish()
+    return worker
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_tokens_are_those_of_single_steps(engine, seed):
+    """Requests that come and go get the same tokens from overlapping steps as from steps one by one."""
+    single, overlapping = (conversation(engine, overlaps, seed) for overlaps in (False, True))
+    assert single.together == 0 and overlapping.together > 15
+    assert overlapping.answers == single.answers
+
+
+def test_streams_that_need_their_tokens_run_beside_others(engine):
+    """With a stream that has penalties, steps wait for its tokens, and overlap again once it has ended."""
+    single, overlapping = (conversation(engine, overlaps, 5, ADJUSTED) for overlaps in (False, True))
+    assert overlapping.together > 10
+    assert overlapping.answers == single.answers
+
+
+def test_draws_that_are_not_found_in_time_are_made_again(engine, monkeypatch):
+    """If hardly any draw is found among the most probable tokens, rows come back void, and no token changes."""
+    monkeypatch.setattr(sampling, "HEAD", 3)
+    single, overlapping = (conversation(engine, overlaps, 1) for overlaps in (False, True))
+    assert overlapping.void > 10 and single.void == 0
+    assert overlapping.answers == single.answers
+
+
+def test_a_cancelled_request_leaves_the_others_alone(engine):
+    """A request that is cancelled while two steps have rows of it changes no token of another."""
+    answers = []
+    for cancelled in (False, True):
+        worker = Worker(engine, True)
+        worker.ask("a-20", 20, 60, GREEDY)
+        worker.ask("b-30", 30, 30, GREEDY)
+        for _ in range(30):
+            worker.turn()
+        if cancelled:
+            worker.core.receive(FRONTEND, Cancel("a-20", 0), 0.0)
+        answers.append(worker.finish())
+    assert answers[0]["b-30"] == answers[1]["b-30"] and len(answers[1]["a-20"]) < 60 == len(
+        answers[0]["a-20"]
+    )
+
+
+def test_a_step_is_launched_before_the_last_one_is_read(tmp_path):
+    """Nothing waits for the GPU between two steps that overlap, but for host arrays that it has read long before."""
+    made = make_engine("stand-in", random_weights(SPEC, "bfloat16", 3), tmp_path, PAGES)
+    graphs, engine = made.engine._graphs, made.engine
+    assert isinstance(graphs, fake_flashinfer.Replays)
+    engine.warm_up()
+    first = engine.launch(BatchPlan((Row(pack([5]), 0, (3,), GREEDY),), followed=True))
+    graphs.log.clear()
+    second = engine.launch(BatchPlan((Row(pack([0]), 1, (3,), GREEDY, follows=0),), followed=True))
+    assert graphs.log == ["wait", "replay"]
+    drawn = first.result().tokens, second.result().tokens
+    plan = BatchPlan((Row(pack([drawn[0][0]]), 1, (3,), GREEDY),))
+    assert engine.run(plan).tokens == drawn[1]
+
+
+def test_a_row_that_follows_nothing_is_refused(tmp_path):
+    """A row that names a row which drew nothing, or ended elsewhere, is refused before anything is launched."""
+    made = make_engine("stand-in", random_weights(SPEC, "bfloat16", 3), tmp_path, PAGES)
+    made.engine.warm_up()
+    made.engine.launch(
+        BatchPlan((Row(pack([5]), 0, (3,), GREEDY), Row(pack([6]), 0, (4,), None)), followed=True)
+    )
+    for start, follows in ((1, 1), (2, 0), (1, 2), (1, -1)):
+        with pytest.raises(ValueError, match=f"row 0: does not follow row {follows} of the step before"):
+            made.engine.launch(BatchPlan((Row(pack([0]), start, (3,), GREEDY, follows=follows),)))
+    assert torch.isnan(made.pages()[5:]).all()
