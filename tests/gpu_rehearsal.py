@@ -330,7 +330,8 @@ class Mark:
 
     def wait(self) -> None:
         """See the protocol."""
-        machine().wait(self.launched)
+        with torch.inference_mode():  # in which the engine launched what is computed now
+            machine().wait(self.launched)
 
     def reached(self) -> bool:
         """Wait, as nothing runs on this device before somebody waits for it."""

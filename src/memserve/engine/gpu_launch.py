@@ -132,7 +132,8 @@ class LaunchedStep:
             lost = before._result.void
             void = frozenset(i for i, row in enumerate(self.plan.rows) if row.follows in lost)
             began = max(began, before._ended)
-        drawn, logprobs, far = ({}, {}, void) if self._draws is None else self._draws.read()
+        with torch.inference_mode():
+            drawn, logprobs, far = ({}, {}, void) if self._draws is None else self._draws.read()
         void |= far
         tokens = tuple(None if i in void else drawn.get(i) for i in range(len(self.plan.rows)))
         took_ms = (self._ended - began) * 1000
