@@ -67,6 +67,9 @@ bench-engine: setup  ## speed of the engine against what the machine can do
 bench-quality: setup  ## what bfloat16 and int8 cost in quality, on real text
 	$(BIN)/python bench/quality.py $(ARGS)
 
+bench-overlap: setup-test  ## how long a GPU would wait for its host between two steps, overlapped or not
+	$(BIN)/python bench/overlap.py $(ARGS)
+
 bench-cluster: setup-test  ## memory, idle CPU, latency and throughput of a whole cluster
 	$(BIN)/python bench/cluster.py $(ARGS)
 
@@ -144,7 +147,7 @@ gpu-kernels: .gpu/venv/stamp  ## compile FlashInfer for ARCH=9.0a into .gpu, wit
 	PATH="$(CURDIR)/.gpu/venv/bin:$$PATH" .gpu/venv/bin/python bench/gpu_kernels.py --arch $(ARCH) $(ARGS)
 
 gpu-rehearsal: .gpu/venv/stamp  ## the CUDA engine on what gpu-kernels compiled, without a GPU: the kernels run on the CPU
-	.gpu/venv/bin/python -m pytest tests/test_gpu_rehearsal.py tests/test_played_gpu.py tests/test_backends.py tests/test_common_pages.py tests/test_prompt_logprobs.py -k "rehears or played" $(ARGS)
+	.gpu/venv/bin/python -m pytest tests/test_gpu_rehearsal.py tests/test_played_gpu.py tests/test_backends.py tests/test_common_pages.py tests/test_prompt_logprobs.py tests/test_overlapping_engine.py -k "rehears or played" $(ARGS)
 
 gpu-wheels:  ## fetch what a GPU machine without a network lacks into .gpu/wheels
 	$(GPU_PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \

@@ -107,7 +107,7 @@ def _attention_rate(library: Any, spec: ModelSpec, rows: int, context: int, dens
 
 
 def steps(name: str, roof: Ceilings) -> Iterator[Figure]:
-    """Decode steps and prefills of a whole model through ``CudaEngine.run``, host time included."""
+    """Decode steps and prefills of a whole model through ``CudaEngine``, host time included."""
     spec = spec_of(name)
     weights = weights_for(spec)
     read = sum(t.nbytes for key, t in weights.items() if key != "embed" or spec.tied_embeddings)
@@ -131,10 +131,11 @@ def _decode(
     need = batch * pages_for(context + STEPS, PAGE_TOKENS)
     if need > pages:
         return Figure(what, None, unit, note=f"does not fit: {need} pages, {pages} are there")
-    took = decode_s(engine, batch, context, STEPS)
+    took, alone = (decode_s(engine, batch, context, STEPS, overlap=overlap) for overlap in (True, False))
     least = (read + batch * context * spec.kv_values_per_token * 2) / roof.copy
     goal = 0.7 if spec.name == "8b" else None
-    return Figure(what, least / took, unit, goal, note=f"{took * 1e3:.2f} ms, {batch / took:.0f} tokens/s")
+    note = f"{took * 1e3:.2f} ms, {batch / took:.0f} tokens/s; {alone * 1e3:.2f} ms if read before the next"
+    return Figure(what, least / took, unit, goal, note=note)
 
 
 def alike(roof: Ceilings) -> Iterator[Figure]:

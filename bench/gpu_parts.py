@@ -7,6 +7,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -181,19 +182,32 @@ def tables_of(batch: int, context: int, common: int = 0) -> list[tuple[int, ...]
     return [(*range(shared), *range(shared + i * own, shared + (i + 1) * own)) for i in range(batch)]
 
 
-def decode_s(engine: CudaEngine, batch: int, context: int, steps: int = 30, common: int = 0) -> float:
+def decode_s(
+    engine: CudaEngine, batch: int, context: int, steps: int = 30, common: int = 0, overlap: bool = True
+) -> float:
     """Median seconds of a decode step, host time included; each step advances every row by one token.
 
-    ``common``: tokens of the prefix that all rows share.
+    ``common``: tokens of the prefix that all rows share. ``overlap``: whether each step is launched before the
+    last one has ended, as workers do for streams without penalties, grammars and log probabilities.
     """
     tables = tables_of(batch, context + steps, common)
-    times = []
+    times, running = [time.perf_counter()], None
     for step in range(steps):
-        plan = BatchPlan(tuple(Row(pack([1]), context + step, table, GREEDY) for table in tables))
-        began = time.perf_counter()
-        engine.run(plan)
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[steps // 6 :])
+        follows = [number if overlap and step else None for number in range(batch)]
+        rows = zip(tables, follows, strict=True)
+        plan = BatchPlan(
+            tuple(Row(pack([0]), context + step, table, GREEDY, follows=row) for table, row in rows),
+            followed=overlap and step < steps - 1,
+        )
+        launched = engine.launch(plan)
+        for one in (running,) if overlap else (launched,):
+            if one is not None:
+                one.result()
+                times.append(time.perf_counter())
+        running = launched
+    if overlap and running is not None:
+        running.result()
+    return statistics.median([end - begin for begin, end in pairwise(times)][steps // 6 :])
 
 
 def prompt_rows(

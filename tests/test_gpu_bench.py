@@ -265,10 +265,10 @@ def test_a_figure_that_fails_costs_no_other(played, tmp_path, monkeypatch):
     """If it failed, a batch that is too large would cost all that is measured after it, prefill among it."""
     real = gpu_compute.decode_s
 
-    def decode_s(engine, batch, context, *more) -> float:
+    def decode_s(engine, batch, context, *more, **how) -> float:
         if batch == 1:
             raise RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA")
-        return real(engine, batch, context, *more)
+        return real(engine, batch, context, *more, **how)
 
     monkeypatch.setattr(gpu_compute, "decode_s", decode_s)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
