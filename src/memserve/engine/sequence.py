@@ -47,7 +47,7 @@ TRANSITIONS: dict[Phase, frozenset[Phase]] = {
 }
 
 
-@attrs.frozen
+@attrs.define(eq=False)
 class Flight:
     """A sequence's row in the latest step that was given to the engine and has not ended."""
 
