@@ -8,6 +8,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from cluster_scenarios import answers, die_and_return
 from memory_cluster import baseline, generate, memory_cluster, reference
 from memserve.api.service import GenerationParams
 from memserve.drawing import Sampling
@@ -132,15 +133,9 @@ async def test_handing_over_copies_nothing(autojump_clock: MockClock) -> None:
 async def test_a_pool_too_small_for_all_serves_all(autojump_clock: MockClock, workers) -> None:
     """When pages run out, requests queue and the youngest are preempted; all finish with the right tokens."""
     async with memory_cluster(*workers, pages=40) as (cluster, frontend):
-        results: dict[int, list[int]] = {}
-
-        async def one(i: int) -> None:
-            results[i] = await generate(frontend, prompt(i, 20), 60)
-
-        async with trio.open_nursery() as nursery:
-            for i in range(12):
-                nursery.start_soon(one, i)
-        assert results == {i: reference(prompt(i, 20), 60) for i in range(12)}
+        prompts = [prompt(i, 20) for i in range(12)]
+        found = await answers(frontend, prompts, 60, [0] * 12)
+        assert found == [reference(text, 60) for text in prompts]
         await baseline(cluster)
 
 
@@ -205,18 +200,14 @@ async def test_a_client_that_leaves_frees_its_pages(autojump_clock: MockClock, a
 async def test_killing_a_worker_costs_no_token(autojump_clock: MockClock, victim, after, announced) -> None:
     """A worker killed at any phase: every stream has the tokens of an undisturbed run, none twice and none missing."""
     async with memory_cluster(*PD2, announce_deaths=announced) as (cluster, frontend):
-        results: dict[int, list[int]] = {}
+        prompts = [prompt(i, 40) for i in range(8)]
 
-        async def one(i: int) -> None:
-            await trio.sleep(i * 0.01)
-            results[i] = await generate(frontend, prompt(i, 40), 30, seed=i)
-
-        async with trio.open_nursery() as nursery:
-            for i in range(8):
-                nursery.start_soon(one, i)
+        async def kill() -> None:
             await trio.sleep(after)
             cluster.kill(victim)
-        assert results == {i: reference(prompt(i, 40), 30, seed=i) for i in range(8)}
+
+        found = await answers(frontend, prompts, 30, range(8), 0.01, meanwhile=kill)
+        assert found == [reference(text, 30, seed=i) for i, text in enumerate(prompts)]
         await baseline(cluster)
 
 
@@ -352,16 +343,8 @@ async def test_random_clients_and_kills(autojump_clock: MockClock, seed: int) ->
                 if not patience.cancelled_caught:
                     assert got == reference(text, new, seed=i % 3)
 
-        async def killer(names: dict[str, str]) -> None:
-            for _ in range(4):
-                await trio.sleep(rng.random() * 0.4)
-                name = rng.choice(sorted(names))
-                cluster.kill(name)
-                await trio.sleep(rng.random() * 0.3)
-                await cluster.worker(name, names[name])
-
         async with trio.open_nursery() as nursery:
             for i in range(10):
                 nursery.start_soon(client, i)
-            nursery.start_soon(killer, dict(PD2))
+            nursery.start_soon(die_and_return, cluster, dict(PD2), rng)
         await baseline(cluster)

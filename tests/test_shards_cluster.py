@@ -9,6 +9,7 @@ import trio
 from structlog.testing import capture_logs
 from trio.testing import MockClock
 
+from cluster_scenarios import answers
 from memory_cluster import PAGE_BYTES, baseline, generate, memory_cluster, reference
 
 ON_TWO_SHARDS = (("p0", "prefill", "s0"), ("d0", "decode", "s1"))
@@ -127,15 +128,9 @@ async def test_any_death_at_any_phase(autojump_clock: MockClock, mode, victim, a
         cluster,
         frontend,
     ):
-        results: dict[int, list[int]] = {}
+        prompts = [prompt(i, 40) for i in range(8)]
 
-        async def one(i: int) -> None:
-            await trio.sleep(i * 0.01)
-            results[i] = await generate(frontend, prompt(i, 40), 30, seed=i)
-
-        async with trio.open_nursery() as nursery:
-            for i in range(8):
-                nursery.start_soon(one, i)
+        async def kill() -> None:
             await trio.sleep(after)
             cluster.kill(victim)
             if victim in ("s0", "s1"):  # the supervisor starts it again, and its workers with it
@@ -144,7 +139,9 @@ async def test_any_death_at_any_phase(autojump_clock: MockClock, mode, victim, a
                 for name, role, shard in PAIRS_ON_TWO_SHARDS:
                     if shard == victim:
                         await cluster.worker(name, role, shard)
-        assert results == {i: reference(prompt(i, 40), 30, seed=i) for i in range(8)}
+
+        found = await answers(frontend, prompts, 30, range(8), 0.01, meanwhile=kill)
+        assert found == [reference(text, 30, seed=i) for i, text in enumerate(prompts)]
         await baseline(cluster)
 
 
@@ -152,15 +149,9 @@ async def test_any_death_at_any_phase(autojump_clock: MockClock, mode, victim, a
 async def test_small_pools_serve_all(autojump_clock: MockClock, mode) -> None:
     """Two pools that are too small for all requests, with waiting on both: all finish."""
     async with memory_cluster(*PAIRS_ON_TWO_SHARDS, pages=40, **MODES[mode]) as (cluster, frontend):
-        results: dict[int, list[int]] = {}
-
-        async def one(i: int) -> None:
-            results[i] = await generate(frontend, prompt(i, 20), 60)
-
-        async with trio.open_nursery() as nursery:
-            for i in range(12):
-                nursery.start_soon(one, i)
-        assert results == {i: reference(prompt(i, 20), 60) for i in range(12)}
+        prompts = [prompt(i, 20) for i in range(12)]
+        found = await answers(frontend, prompts, 60, [0] * 12)
+        assert found == [reference(text, 60) for text in prompts]
         await baseline(cluster)
 
 

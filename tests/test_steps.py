@@ -10,6 +10,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from cluster_scenarios import answers, chats_while_workers_die
 from memory_cluster import (
     PAGE_TOKENS,
     MemoryCluster,
@@ -279,15 +280,9 @@ async def test_the_next_turn_finds_the_answer(autojump_clock: MockClock) -> None
 async def test_a_pool_too_small_for_all_serves_all(autojump_clock: MockClock, workers) -> None:
     """In a pool that is too small for all, requests are preempted between steps and finish with the right tokens."""
     async with memory_cluster(*workers, kind=OverlappingCluster, pages=40) as (cluster, frontend):
-        results: dict[int, list[int]] = {}
-
-        async def one(i: int) -> None:
-            results[i] = await generate(frontend, prompt(i, 20), 60)
-
-        async with trio.open_nursery() as nursery:
-            for i in range(12):
-                nursery.start_soon(one, i)
-        assert results == {i: reference(prompt(i, 20), 60) for i in range(12)}
+        prompts = [prompt(i, 20) for i in range(12)]
+        found = await answers(frontend, prompts, 60, [0] * 12)
+        assert found == [reference(text, 60) for text in prompts]
         await baseline(cluster)
 
 
@@ -296,18 +291,14 @@ async def test_a_pool_too_small_for_all_serves_all(autojump_clock: MockClock, wo
 async def test_killing_a_worker_costs_no_token(autojump_clock: MockClock, victim, after) -> None:
     """A worker that is killed while it has two steps costs no token."""
     async with memory_cluster(*PD2, kind=OverlappingCluster) as (cluster, frontend):
-        results: dict[int, list[int]] = {}
+        prompts = [prompt(i, 40) for i in range(8)]
 
-        async def one(i: int) -> None:
-            await trio.sleep(i * 0.01)
-            results[i] = await generate(frontend, prompt(i, 40), 60, seed=i)
-
-        async with trio.open_nursery() as nursery:
-            for i in range(8):
-                nursery.start_soon(one, i)
+        async def kill() -> None:
             await trio.sleep(after)
             cluster.kill(victim)
-        assert results == {i: reference(prompt(i, 40), 60, seed=i) for i in range(8)}
+
+        found = await answers(frontend, prompts, 60, range(8), 0.01, meanwhile=kill)
+        assert found == [reference(text, 60, seed=i) for i, text in enumerate(prompts)]
         await baseline(cluster)
 
 
@@ -321,27 +312,6 @@ async def test_random_clients_and_kills(autojump_clock: MockClock, seed: int) ->
         "chunk_tokens": rng.choice([5, 16, 64]),
     }
     async with memory_cluster(*PD2, kind=OverlappingCluster, **settings) as (cluster, frontend):
-
-        async def client(i: int) -> None:
-            text = prompt(1000 + i % 3, rng.randrange(1, 30))
-            for _ in range(3):
-                new = rng.randrange(1, 40)
-                with trio.move_on_after(rng.choice([0.1, 1e4])) as patience:
-                    got = await generate(frontend, text, new, seed=i % 3)
-                if not patience.cancelled_caught:
-                    assert got == reference(text, new, seed=i % 3)
-                    text = text + got
-
-        async def killer(names: dict[str, str]) -> None:
-            for _ in range(4):
-                await trio.sleep(rng.random() * 0.4)
-                name = rng.choice(sorted(names))
-                cluster.kill(name)
-                await trio.sleep(rng.random() * 0.3)
-                await cluster.worker(name, names[name])
-
-        async with trio.open_nursery() as nursery:
-            for i in range(8):
-                nursery.start_soon(client, i)
-            nursery.start_soon(killer, dict(PD2))
+        prompts = [prompt(1000 + i, 30) for i in range(3)]
+        await chats_while_workers_die(cluster, frontend, dict(PD2), prompts, reference, rng)
         await baseline(cluster)
