@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from array import array
 
 import attrs
 import pytest
@@ -27,10 +28,12 @@ from memserve.drawing import Adjustments, Sampling
 from memserve.engine.batching import BatchLimits, WorkerSettings
 from memserve.engine.plans import BatchPlan, BatchResult, Row
 from memserve.engine.worker import WorkerCore
+from memserve.errors import PoolError
 from memserve.messages import Cancel, Member, Plan, Prefill, Request, Tokens
-from memserve.pool_messages import Acquire, Acquired, FreeMem
+from memserve.pool_messages import Acquire, Acquired, AllocMem, FreeMem, PoolRefused
 from memserve.presence import Presence, seed_id
 from memserve.tokens import pack, unpack
+from placement_world import COSTS
 from test_cluster import prompt
 from test_worker import FRONTEND, ME, OTHER, SCHEDULER, SHARD
 
@@ -174,6 +177,46 @@ def test_a_void_row_is_run_again_with_its_token_known() -> None:
     assert [(row.start, row.follows) for row in third.rows] == [(11, 1)]  # "a" is still in the second step
     (again,) = plans(done(core, None, 8, void=frozenset({0})))
     assert [(row.start, row.follows) for row in again.rows] == [(12, 0), (0, None)] and not again.followed
+
+
+def test_a_prompt_that_is_reported_on_waits_until_no_step_runs() -> None:
+    """The engine waits for the device to report on a prompt: no step is left waiting in front of it."""
+    core = worker()
+    start(core, "a")
+    first, _ = given(core)
+    start(core, "b", sampling=Sampling(prompt_logprobs=1))
+    assert first.followed and not plans(done(core, 5))  # without "b" there would be a third step
+    (third,) = plans(done(core, 6))
+    assert [row.score is not None for row in third.rows] == [False, True] and not third.followed
+
+
+def test_a_shortage_of_pages_ends_the_overlap() -> None:
+    """A stream without room for its next token has the youngest preempted, although others could go on and on."""
+    core = worker()
+    start(core, "a", 20, new=200)
+    start(core, "b", 3, new=200)
+    running = given(core)
+    for _ in range(80):
+        actions = done(core, *(9 if row.sample else None for row in running.pop(0).rows))
+        running += plans(actions)
+        if sent(actions, FreeMem):
+            break
+        for call in sent(actions, AllocMem):
+            core.receive(SHARD, PoolRefused(call.call, PoolError.NO_PAGES, "full"), 0.0)
+    assert sent(actions, FreeMem) and not running[1:]
+    assert [unpack(one.tokens)[:3] for one in sent(actions, Acquire)] == [array("i", range(3))]
+
+
+def test_the_load_is_that_of_the_step_that_runs() -> None:
+    """Behind a step that has ended, the load's gauges describe the one that runs now."""
+    core = worker()
+    core.presence.member = attrs.evolve(core.presence.member, costs=COSTS)
+    start(core, "a", 60)
+    first, second = given(core)
+    assert [plan.rows[0].end for plan in (first, second)] == [32, 60]
+    assert core.gauges()["step_tokens"] == 32
+    done(core, None)
+    assert core.gauges()["step_tokens"] == 28
 
 
 # ---- whole clusters ----------------------------------------------------------------------------------------------

@@ -101,7 +101,7 @@ class Steps:
         """Whether a sequence surely has another row here, behind the one that the engine has."""
         if one.flight is None or one.dropped:
             return not one.dropped
-        return not one.flight.draws or (not one.voided and self._streams_on(one))
+        return not one.flight.draws or self._streams_on(one)
 
     def _streams_on(self, one: Sequence) -> bool:
         """Whether a sequence is decoded here after its present draw, unless that draw is an end token."""
