@@ -196,7 +196,7 @@ def test_a_shortage_of_pages_ends_the_overlap() -> None:
     start(core, "a", 20, new=200)
     start(core, "b", 3, new=200)
     running = given(core)
-    for _ in range(80):
+    for _ in range(52):  # "b" has room for 60
         actions = done(core, *(9 if row.sample else None for row in running.pop(0).rows))
         running += plans(actions)
         if sent(actions, FreeMem):
