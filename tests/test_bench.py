@@ -16,10 +16,12 @@ import attrs
 import httpx
 import pytest
 import torch
+import trio
 
 import frontend
 import install_peers
 import notes
+import overlap
 import peer_servers
 import peer_weights
 import peer_workloads
@@ -337,6 +339,13 @@ def test_the_null_engine_answers_by_position() -> None:
     greedy = Sampling(temperature=0.0, top_p=1.0, top_k=0, seed=0)
     rows = (Row(pack([5, 6]), 0, (0,), None), Row(pack([7]), 66, (0,), greedy))
     assert NullEngine().run(BatchPlan(rows)).tokens == (None, TOKENS[3])
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_a_clock_runs_the_steps_of_streams(overlaps: bool) -> None:
+    """Both kinds of steps are timed, as many as asked for, and none is shorter than the device's own time."""
+    periods = trio.run(overlap.steps_of, 3, 0.0005, overlaps)
+    assert len(periods) >= overlap.STEPS and min(periods) >= 0.000499
 
 
 def test_steps_that_are_slept_take_what_they_cost() -> None:
