@@ -145,7 +145,7 @@ async def steps_of(rows: int, step_s: float, overlaps: bool) -> list[float]:
     async with trio.open_nursery() as nursery:
         await nursery.start(engine.run)
         await nursery.start(shell.run)
-        while len(clock.ends) < STEPS + 20:
+        while len(clock.ends) <= STEPS + 20:
             await shell.turned.wait()
         nursery.cancel_scope.cancel()
     return [end - begin for begin, end in pairwise(clock.ends[20:])]
