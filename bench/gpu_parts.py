@@ -188,7 +188,7 @@ def decode_s(
     """Median seconds of a decode step, host time included; each step advances every row by one token.
 
     ``common``: tokens of the prefix that all rows share. ``overlap``: whether each step is launched before the
-    last one has ended, as workers do for streams without penalties, grammars and log probabilities.
+    last one has ended, as workers do for streams without penalties and grammars.
     """
     tables = tables_of(batch, context + steps, common)
     times, running = [time.perf_counter()], None

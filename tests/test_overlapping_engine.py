@@ -8,12 +8,13 @@ from itertools import count as numbers
 
 import pytest
 import torch
+from msgspec import UNSET
 
 import fake_flashinfer
 from adjustments import adjustments
 from backends import ON_CARDS, SPEC, make_engine
 from memserve.actions import BatchDone, RunBatch, Send
-from memserve.drawing import Sampling
+from memserve.drawing import Logprobs, Sampling
 from memserve.engine import sampling
 from memserve.engine.batching import BatchLimits, WorkerSettings
 from memserve.engine.gpu_launch import LaunchedStep
@@ -50,6 +51,7 @@ class Worker:
         self.engine, self.running = engine, deque[LaunchedStep]()
         self.pages, self.leases = numbers(), numbers(1)
         self.answers: dict[str, list[int]] = {}
+        self.logprobs: dict[str, list[Logprobs]] = {}
         self.together = self.void = 0
         """Steps launched behind another, and void rows."""
 
@@ -58,7 +60,7 @@ class Worker:
         tokens = prompt(length, length, SPEC.vocab)
         request = Request(name, 0, FRONTEND, "", pack(tokens), length, new, ends, how)
         self.core.receive(SCHEDULER, Prefill(request, Plan(ME, ME, SHARD, SCHEDULER)), 0.0)
-        self.answers[name] = []
+        self.answers[name], self.logprobs[name] = [], []
 
     def turn(self) -> None:
         """Let the core decide, and end a step if the engine has all that the core gives it."""
@@ -94,6 +96,8 @@ class Worker:
                         update.request
                     )
                     self.answers[update.request] += unpack(update.tokens)
+                    if update.logprobs is not UNSET:
+                        self.logprobs[update.request].append(update.logprobs)
 
     def finish(self) -> dict[str, list[int]]:
         """Run until every request has ended; all answers."""
@@ -113,8 +117,8 @@ def prompt_length(name: str) -> int:
 HOWS = [
     GREEDY,
     Sampling(temperature=0.8, top_p=0.9, seed=1),
-    Sampling(temperature=1.0, top_k=40, seed=2),
-    Sampling(temperature=1.5, seed=3),
+    Sampling(temperature=1.0, top_k=40, seed=2, logprobs=3),
+    Sampling(temperature=1.5, seed=3, logprobs=0),
 ]
 ADJUSTED = Sampling(temperature=0.7, seed=4, adjust=adjustments(presence=1.5))
 
@@ -132,12 +136,25 @@ def conversation(engine, overlaps: bool, seed: int, *more: Sampling) -> Worker:
     return worker
 
 
+def check_logprobs(one: Worker, other: Worker) -> None:
+    """Check that two workers reported the same tokens' log probabilities, but for what the batch's size rounds."""
+    assert sum(map(len, other.logprobs.values())) > 30
+    for name, reports in other.logprobs.items():
+        assert len(one.logprobs[name]) == len(reports) in (0, len(other.answers[name]))
+        for ours, theirs in zip(one.logprobs[name], reports, strict=True):
+            assert ours.drawn == pytest.approx(theirs.drawn, abs=0.1) and len(ours.values) == len(
+                theirs.values
+            )
+            assert ours.values == pytest.approx(theirs.values, abs=0.1)
+
+
 @pytest.mark.parametrize("seed", range(2))
 def test_tokens_are_those_of_single_steps(engine, seed):
     """Requests that come and go get the same tokens from overlapping steps as from steps one by one."""
     single, overlapping = (conversation(engine, overlaps, seed) for overlaps in (False, True))
     assert single.together == 0 and overlapping.together > 15
     assert overlapping.answers == single.answers
+    check_logprobs(overlapping, single)
 
 
 def test_streams_that_need_their_tokens_run_beside_others(engine):
@@ -153,6 +170,7 @@ def test_draws_that_are_not_found_in_time_are_made_again(engine, monkeypatch):
     single, overlapping = (conversation(engine, overlaps, 1) for overlaps in (False, True))
     assert overlapping.void > 10 and single.void == 0
     assert overlapping.answers == single.answers
+    check_logprobs(overlapping, single)
 
 
 def test_a_cancelled_request_leaves_the_others_alone(engine):

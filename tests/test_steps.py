@@ -138,15 +138,10 @@ def test_a_request_cancelled_in_two_steps_ends_after_both() -> None:
     assert sent(done(core, 6), FreeMem) and core.idle
 
 
-@pytest.mark.parametrize(
-    "how",
-    [Sampling(adjust=Adjustments(presence=1.0)), Sampling(logprobs=2)],
-    ids=["penalties", "log probabilities"],
-)
-def test_what_needs_the_token_waits_for_it(how) -> None:
-    """A stream with penalties or log probabilities has the next step given only when its token is known."""
+def test_what_needs_the_token_waits_for_it() -> None:
+    """A stream with penalties has the next step given only when its token is known."""
     core = worker()
-    start(core, "a", sampling=how)
+    start(core, "a", sampling=Sampling(adjust=Adjustments(presence=1.0)))
     start(core, "b")
     (first,) = given(core)
     assert not first.followed

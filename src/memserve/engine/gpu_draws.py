@@ -7,7 +7,7 @@ in which the GPU is idle most of the time.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import attrs
 import numpy as np
@@ -39,6 +39,8 @@ class Draws:
     """(rows,) int64 on the device: the drawn tokens, or ``ELSEWHERE``."""
     _found: torch.Tensor
     """(2, rows) float64 on the host: each row's largest logit, and its token of ``tokens``."""
+    _reports: Sequence[tuple[Sequence[int], torch.Tensor]]
+    """Row numbers, and on the host what :func:`scores_of` says of their draws."""
     _places: Mapping[int, int]
     _logits: torch.Tensor | None
 
@@ -56,14 +58,20 @@ class Draws:
             if not math.isfinite(value):
                 raise FloatingPointError(f"row {number}: the largest logit is {value}")
         drawn = {number: int(token) for number, token in zip(self.rows, ids, strict=True)}
+        reports = _read_reports(self.rows, self._reports)
         far = [number for number, token in drawn.items() if token == sampling.ELSEWHERE]
+        if not far:
+            return drawn, reports, frozenset()
         if self._logits is None:
-            return {i: token for i, token in drawn.items() if i not in far}, {}, frozenset(far)
-        drawn.update(self._drawn_far(far, self._logits))
-        return drawn, _reports(self.rows, self._places, self._logits, drawn), frozenset()
+            kept = {i: token for i, token in drawn.items() if token != sampling.ELSEWHERE}
+            return kept, {i: one for i, one in reports.items() if i in kept}, frozenset(far)
+        found = self._drawn_far(far, self._logits)
+        scores = _scored(far, self.rows, self._places, self._logits, _on(self._logits, list(found.values())))
+        reports |= _read_reports(self.rows, [(some, part.cpu()) for some, part in scores])
+        return drawn | found, reports, frozenset()
 
     def _drawn_far(self, far: Sequence[int], logits: torch.Tensor) -> dict[int, int]:
-        """The tokens of rows that are not among their ``HEAD`` most probable ones."""
+        """The tokens of rows ``far``, in their order, which are not among their ``HEAD`` most probable ones."""
         parts = list(_launched(far, self.rows, self._places, logits, sampling.WIDE))
         found = dict(zip(far, (token for part in parts for token in part.tolist()), strict=True))
         for number, token in found.items():
@@ -86,9 +94,11 @@ def launch_draws(
     if parts := list(_launched(others, rows, places, logits, sampling.HEAD)):
         drawn = torch.cat(parts)
         at = {number: index for index, number in enumerate(numbers)}
-        at_others = sent(np.array([at[number] for number in others]), logits.device)
+        at_others = _on(logits, [at[number] for number in others])
         tokens = drawn if others == numbers else tokens.index_copy(0, at_others, drawn)
-    return Draws(rows, tokens, fetched(torch.stack((values, tokens.double()))), places, logits)
+    scores = _scored(numbers, rows, places, logits, tokens.clamp(min=0))
+    reports = [(some, fetched(part)) for some, part in scores]
+    return Draws(rows, tokens, fetched(torch.stack((values, tokens.double()))), reports, places, logits)
 
 
 def _takes_the_best(row: Row) -> bool:
@@ -116,12 +126,17 @@ def _cut(numbers: Sequence[int], logits: torch.Tensor) -> Iterator[Sequence[int]
     return (numbers[first : first + together] for first in range(0, len(numbers), together))
 
 
-def _lines(logits: torch.Tensor, places: Sequence[int]) -> torch.Tensor:
-    """The lines of ``logits`` at ``places``; not copied where they follow one another."""
+def _lines(values: torch.Tensor, places: Sequence[int]) -> torch.Tensor:
+    """The lines of ``values`` at ``places``; not copied where they follow one another."""
     first = places[0]
     if list(places) == list(range(first, first + len(places))):
-        return logits[first : first + len(places)]
-    return logits[sent(np.array(places), logits.device)]
+        return values[first : first + len(places)]
+    return values[_on(values, places)]
+
+
+def _on(values: torch.Tensor, numbers: Sequence[int]) -> torch.Tensor:
+    """``numbers`` as (numbers,) int64 on the device of ``values``."""
+    return sent(np.array(numbers, np.int64), values.device)
 
 
 def _draw_alone(logits: torch.Tensor, row: Row) -> int:
@@ -131,19 +146,35 @@ def _draw_alone(logits: torch.Tensor, row: Row) -> int:
     return token
 
 
-def _reports(
-    rows: Mapping[int, Row], places: Mapping[int, int], logits: torch.Tensor, drawn: Mapping[int, int]
+def _scored(
+    numbers: Sequence[int],
+    rows: Mapping[int, Row],
+    places: Mapping[int, int],
+    logits: torch.Tensor,
+    tokens: torch.Tensor,
+) -> Iterator[tuple[Sequence[int], torch.Tensor]]:
+    """Launch the reports on the draws of those of rows ``numbers`` that ask for log probabilities.
+
+    ``tokens``: (numbers,) int64 on the device. Yields row numbers with what :func:`scores_of` says of them.
+    """
+    at = {number: index for index, number in enumerate(numbers)}
+    counts = {i: _most(rows[i]) for i in numbers if _most(rows[i]) is not None}
+    for some in _cut(list(counts), logits):
+        lines, drawn = _lines(logits, [places[i] for i in some]), _lines(tokens, [at[i] for i in some])
+        yield some, scores_of(lines, drawn, max(counts[i] or 0 for i in some))
+
+
+def _most(row: Row) -> int | None:
+    """How many most probable tokens the row's draw reports; None: it reports nothing."""
+    return None if row.sample is None else row.sample.logprobs
+
+
+def _read_reports(
+    rows: Mapping[int, Row], parts: Iterable[tuple[Sequence[int], torch.Tensor]]
 ) -> dict[int, Logprobs]:
-    """The log probabilities of the draws of the rows that ask for them, by row number."""
-    counts = {i: row.sample.logprobs for i, row in rows.items() if row.sample}
-    asked = {i: count for i, count in counts.items() if count is not None}
-    found: dict[int, Logprobs] = {}
-    for some in _cut(list(asked), logits):
-        tokens = sent(np.array([drawn[i] for i in some]), logits.device)
-        lines = _lines(logits, [places[i] for i in some])
-        scores = scores_of(lines, tokens, max(asked[i] for i in some)).tolist()  # waits
-        found.update((i, _report(line, asked[i])) for i, line in zip(some, scores, strict=True))
-    return found
+    """The log probabilities of draws, by row number, from parts of :func:`_scored` on the host."""
+    lines = [(i, line) for some, part in parts for i, line in zip(some, part.tolist(), strict=True)]
+    return {i: _report(line, _most(rows[i]) or 0) for i, line in lines}
 
 
 def _report(line: Sequence[float], count: int) -> Logprobs:

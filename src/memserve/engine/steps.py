@@ -7,9 +7,8 @@ fills in the token on the device. A stream that ends with that token has run one
 ignored; its pages are freed once that row has ended.
 
 A step may be followed in this way only if no stream's next row depends otherwise on what it draws: for
-penalties and grammars, the core must know the token; for log probabilities, the engine keeps the logits. A
-draw that the engine cannot make on the device alone comes back as a void row, and is made again in a step
-that is not followed.
+penalties and grammars, the core must know the token. A draw that the engine cannot make on the device alone
+comes back as a void row, and is made again in a step that is not followed.
 """
 
 from __future__ import annotations
@@ -113,7 +112,5 @@ class Steps:
 
     def _must_be_known(self, one: Sequence, row: Row) -> bool:
         """Whether the result of ``row`` must be known before the next step is launched."""
-        if row.score is not None or row.sample is None:
-            return row.score is not None
-        adjusted = row.sample.adjust is not None and self._streams_on(one)
-        return adjusted or one.voided or row.sample.logprobs is not None
+        adjusted = row.sample is not None and row.sample.adjust is not None
+        return one.voided or row.score is not None or (adjusted and self._streams_on(one))
