@@ -50,6 +50,12 @@ from memserve.tokens import count, pack, pages_for
 WARM_TOKENS = 512
 """Tokens of the chunk that is run at start, so that the first request finds kernels and libraries loaded."""
 
+GROUPED_PRODUCTS = (9, 10)
+"""Major compute capabilities for which torch has a kernel of grouped products (Hopper, Blackwell).
+
+On others it makes them one by one, and waits for the GPU to learn their sizes: this cannot be captured.
+"""
+
 _Drawn = tuple[tuple[int | None, ...], dict[int, Logprobs], dict[int, PromptLogprobs]]
 """The token of each row; by row number, the log probabilities asked for: of draws, and of prompts."""
 
@@ -149,12 +155,14 @@ class CudaEngine:
         max_context: int | None = None,
         release: Callable[[], None] = lambda: None,
         shared: Cores | None = None,
+        captures: bool = True,
     ) -> None:
         """``arena``: (pages + 1, layers, 2, kv_heads, page_tokens, head_dim); the last page is scratch.
 
         ``weights``: on the arena's device, matrices in its dtype. ``rows``: most rows of a step. ``backend``:
         of prefill, fa2 or fa3. ``max_context``: most tokens of a row; unset, the model's. ``release``: called
-        by ``close`` after the last use of both. ``shared``: the GPU's other users.
+        by ``close`` after the last use of both. ``shared``: the GPU's other users. ``captures``: capture steps
+        of decode rows; otherwise they launch kernels one by one as other steps do.
         """
         self._spec, self._graphs = spec, graphs
         self._pages, self._page_tokens = len(arena) - 1, arena.shape[4]
@@ -162,6 +170,7 @@ class CudaEngine:
         ops = FlashInferOps(library, spec, dtype, arena.device)
         self._model: Llama | None = Llama(spec, norms_as(weights, dtype), dtype, ops)
         self._buckets = buckets_up_to(rows)
+        self._captures = captures
         self._attention: FlashInferAttention | None = FlashInferAttention(
             library, arena, spec.heads, backend, self._buckets[-1]
         )
@@ -196,6 +205,8 @@ class CudaEngine:
         """Load every kernel and capture every batch size, writing to no page but the scratch page."""
         with torch.inference_mode():
             self._load_kernels()
+            if not self._captures:
+                return
             self._logits = torch.empty(self._buckets[-1], self._spec.vocab, device=self._device)
             found = {rows: self._capture(rows) for rows in sorted(self._buckets, reverse=True)}
         self._steps = {rows: found[rows] for rows in self._buckets}
@@ -375,6 +386,7 @@ def open_engine(
         max_context=resolved.max_context,
         release=shared.close,
         shared=neighbours,
+        captures=not spec.experts or capability[0] in GROUPED_PRODUCTS,
     )
     engine.warm_up()
     return engine
