@@ -57,8 +57,6 @@ class NativeUnavailable(Exception):
 def why_not(spec: ModelSpec, dtype: str) -> str | None:
     """Why a model cannot run in ``dtype`` on this machine's native step, as far as known without a build."""
     widths = (spec.hidden, spec.intermediate, spec.head_dim)
-    if spec.experts:
-        return "it has no experts"
     if dtype != "bfloat16":
         return f"it computes in bfloat16, the model in {dtype}"
     if any(width % TILE for width in widths) or spec.head_dim > HEAD_MAX:
