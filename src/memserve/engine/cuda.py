@@ -24,6 +24,7 @@ from torch.utils.dlpack import from_dlpack
 
 from memserve.config import Resolved
 from memserve.drawing import Logprobs, PromptLogprobs, Sampling
+from memserve.engine.calibration import timed_tokens
 from memserve.engine.cpu_budget import Cores
 from memserve.engine.gpu_draws import best_of, draw_rows
 from memserve.engine.model import BatchTensors, Llama
@@ -247,7 +248,7 @@ class CudaEngine:
         read = before // self._page_tokens
         pages = [(number * read + i) % self._pages for i in range(read)]
         pages += [self._pages] * (pages_for(before + new, self._page_tokens) - read)
-        return Row(pack([0] * new), before, tuple(pages), None)
+        return Row(timed_tokens(number, new, self._spec.vocab), before, tuple(pages), None)
 
     def rest(self) -> None:
         """Report to the GPU's other users that this worker is idle; an idle engine launches nothing."""
