@@ -13,6 +13,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import fake_flashinfer
+import gpu_rehearsal
 from adjustments import expected, past_of
 from fake_flashinfer import Replays
 from families import save_gguf, save_hf
@@ -20,11 +21,13 @@ from memserve.engine.checkpoint import open_checkpoint, read_spec
 from memserve.engine.convert import SCALE, conversion, weight_shapes
 from memserve.engine.cuda import CudaEngine
 from memserve.engine.gguf import read_gguf
-from memserve.engine.ops import chosen_experts
+from memserve.engine.model import Layer
+from memserve.engine.ops import Ops, TorchOps, chosen_experts
 from memserve.engine.plans import Row
 from memserve.engine.spec import ModelSpec
 from memserve.engine.weights import in_rows, in_tiles, map_bits, map_weights, prepare, random_weights
 from memserve.errors import UserError
+from memserve.kernels.flashinfer_ops import FlashInferOps
 from memserve.settings.gpu_room import worker_bytes
 from memserve.settings.sections import BatchConfig
 from memserve.tokens import pack
@@ -237,6 +240,35 @@ def test_conversations_on_a_gpu_give_the_tokens_of_the_torch_model(captures: boo
             row = Row(pack(whole[start:at]), start, pages, how, past_of(how, whole[:at], first, ENDS))
             assert expected(runner.step(row)[0], row) == whole[at]
     engine.close()
+
+
+def test_experts_on_a_gpu_need_no_wait_and_can_be_captured() -> None:
+    """A step that read back which experts were chosen would wait for the GPU in each layer and could be no graph."""
+    device, spec = gpu_rehearsal.machine().device, attrs.evolve(with_experts(), hidden=64, intermediate=64)
+    weights = random_weights(spec, "bfloat16", 1)
+    placed = {name: one.to(device) for name, one in weights.items()}
+    layers = [Layer.of(one, 0, torch.bfloat16) for one in (weights, placed)]
+    x = torch.randn(20, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    on_device = x.to(device)
+    reference = TorchOps(spec, torch.bfloat16, torch.device("cpu"))
+    ops = FlashInferOps(fake_flashinfer, spec, torch.bfloat16, device)
+    made: list[torch.Tensor] = []
+
+    def run(x: torch.Tensor, layer: Layer, ops: Ops) -> torch.Tensor:
+        assert layer.router is not None
+        return ops.experts(
+            x, layer, *chosen_experts(torch.nn.functional.linear(x.float(), layer.router), spec)
+        )
+
+    expected = run(x, layers[0], reference).float()
+    gpu_rehearsal.machine().waits()
+    graph = gpu_rehearsal.machine().capture(lambda: made.append(run(on_device, layers[1], ops)))
+    graph.replay()
+    assert gpu_rehearsal.machine().waits() == 0
+    assert float((made[0].cpu().float() - expected).norm() / expected.norm()) < 0.01
+    on_device.copy_(x.flip(0))
+    graph.replay()
+    assert float((made[0].cpu().float() - expected.flip(0)).norm() / expected.norm()) < 0.01
 
 
 def test_a_gpu_worker_has_room_for_what_its_experts_compute() -> None:

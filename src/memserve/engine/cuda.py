@@ -34,6 +34,7 @@ from memserve.engine.prompt_logprobs import score_prompts
 from memserve.engine.safetensors import read_header
 from memserve.engine.spec import ModelSpec
 from memserve.engine.weights import ModelFiles
+from memserve.errors import UserError
 from memserve.kernels.flashinfer_kit import (
     CapturedDecode,
     FlashInferAttention,
@@ -367,6 +368,8 @@ def open_engine(
     ``neighbours``: the GPU's other users. Raises PeerUnreachable, PeerError, UserError: see
     ``attach_gpu_arena``.
     """
+    if files.spec.experts and not hasattr(torch.nn.functional, "grouped_mm"):
+        raise UserError(f"experts on a GPU need torch 2.10 or later, not {torch.__version__}")
     where = torch.device("cuda", device)
     torch.cuda.init()  # type: ignore[no-untyped-call]
     torch.cuda.set_device(where)  # torch and CuPy share the device's primary context

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import grouped_mm
+from torch.nn import functional
 
 from memserve.engine.ops import ExpertWeights, HeadWeights, TorchOps
 from memserve.engine.rope import rope_table
@@ -84,8 +84,8 @@ class FlashInferOps(TorchOps):
         ordered, pairs = torch.sort(chosen.flatten(), stable=True)
         ends = torch.searchsorted(ordered, self._experts, right=True, out_int32=True)
         gate_up, down = (self._of_experts(one.values) for one in (layer.gate_up, layer.down))
-        inner = self.swiglu(grouped_mm(x[pairs // chosen.shape[1]], gate_up, offs=ends))
-        made = grouped_mm(inner, down, offs=ends)
+        inner = self.swiglu(functional.grouped_mm(x[pairs // chosen.shape[1]], gate_up, offs=ends))
+        made = functional.grouped_mm(inner, down, offs=ends)
         mixed = torch.empty_like(made).index_copy_(0, pairs, made).view(*chosen.shape, -1)
         return (mixed * weights[..., None]).sum(dim=1).to(x.dtype)
 
