@@ -12,7 +12,7 @@
 namespace {
 
 constexpr int EXPERT_STAGES = 4;  // stages of run_experts
-constexpr int TASKS_EACH = 12;    // tasks of a stage per thread, if there are enough columns
+constexpr int TASKS_EACH = 32;    // tasks of a stage per thread, if there are enough columns
 
 // Writes the numbers and weights of the `used` experts with the greatest logits: of equal ones, the lower number. The
 // weights are a softmax over all experts, divided by their sum if `normed`. Where a logit is NaN, so is every weight.
