@@ -16,7 +16,7 @@ import fake_flashinfer
 import gpu_rehearsal
 from adjustments import expected, past_of
 from fake_flashinfer import Replays
-from families import save_gguf, save_hf
+from families import VOCAB, save_gguf, save_hf
 from memserve.engine.checkpoint import open_checkpoint, read_spec
 from memserve.engine.convert import SCALE, conversion, weight_shapes
 from memserve.engine.cuda import CudaEngine
@@ -32,7 +32,7 @@ from memserve.settings.gpu_room import worker_bytes
 from memserve.settings.sections import BatchConfig
 from memserve.tokens import pack
 from test_cuda_engine import ENDS, HOWS, PAGE_TOKENS, PAGES, drive
-from test_gguf import write_gguf
+from test_gguf import LLAMA, write_gguf
 from test_hf import change
 from test_model import GREEDY, Runner, prompt, tiny_spec, widened
 
@@ -69,6 +69,23 @@ def test_what_the_files_say_is_the_spec(saved: dict[str, Path], folder: Path) ->
     assert read_spec(change(config, num_local_experts=..., num_experts=12)) == attrs.evolve(qwen, name="copy")
     assert not read_spec(change(config, norm_topk_prob=False)).experts_normed
     assert not read_spec(change(config, norm_topk_prob=...)).experts_normed  # as transformers assumes
+
+
+def test_weights_that_are_not_normed_are_transformers(folder: Path, tmp_path: Path) -> None:
+    """A model whose experts' weights are not divided by their sum has the logits that transformers computes."""
+    from transformers import AutoModelForCausalLM
+
+    change(folder / "config.json", norm_topk_prob=False)
+    ids = prompt(60, 3, VOCAB)
+    with torch.inference_mode():
+        exact = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(torch.tensor([ids])).logits[
+            0
+        ]
+    files = prepare(folder, "float32", tmp_path / "cache")
+    runner = Runner(files.spec, map_weights(files.weights))
+    found = runner.step(Row(pack(ids), 0, runner.pages(60), GREEDY))[0]
+    assert not files.spec.experts_normed
+    assert float((found - exact[-1]).abs().max()) < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -145,6 +162,14 @@ def test_variants_in_gguf_are_refused(gguf: Path, key: str, value: Any, said: st
     """A mixture of another kind would run but answer nonsense."""
     with pytest.raises(UserError, match=re.escape(said)):
         read_spec(rewritten(gguf, {f"qwen3moe.expert_{key}": value}))
+
+
+def test_experts_of_a_family_without_them_are_refused(tmp_path: Path) -> None:
+    """A GGUF file of a family that has no experts would lose its router."""
+    metadata = {key.replace("llama", "qwen2"): one for key, one in LLAMA.items()}
+    metadata |= {"general.architecture": "qwen2", "qwen2.expert_count": 4, "qwen2.expert_used_count": 2}
+    with pytest.raises(UserError, match="experts of this family are not supported"):
+        read_spec(write_gguf(tmp_path / "m.gguf", metadata))
 
 
 def test_quantised_experts_of_gguf_are_cut_where_they_end(gguf: Path, tmp_path: Path) -> None:
