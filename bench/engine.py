@@ -7,10 +7,10 @@ Its rounds are interleaved, so that a noisy neighbour disturbs all figures alike
 With ``--int8``, int8 weights are measured in addition to those in ``--dtype``, in the same rounds but fewer
 cases.
 
-Shares are of two rooflines. Decoding cannot be faster than reading all weights once a step. Prefilling cannot
-be faster than its floating point operations (attention's causal half included) at the GEMM peak: that of
-``--dtype`` or of float32, whichever is higher, because a processor without bfloat16 instructions multiplies
-in float32.
+Shares are of two rooflines. Decoding cannot be faster than reading all weights once a step; of experts, those that
+are chosen. Prefilling cannot be faster than its floating point operations (attention's causal half included) at the
+GEMM peak: that of ``--dtype`` or of float32, whichever is higher, because a processor without bfloat16 instructions
+multiplies in float32.
 """
 
 from __future__ import annotations
@@ -219,7 +219,7 @@ def _prefill(spec: ModelSpec, engine: CpuEngine, prompt: int, chunk: int) -> Cal
 
 
 def _decode_share(spec: ModelSpec, stored: str, batch: int) -> Callable[[float, dict[str, float]], float]:
-    values = sum(shape[0] * shape[1] for shape in weight_shapes(spec).values() if len(shape) == 2)
+    values = sum(_matrices(spec, _experts_share(spec, batch)).values())
     if not spec.tied_embeddings:
         values -= spec.vocab * spec.hidden  # of a separate embedding table, only single rows are read
     gigabytes = values * STORED_BYTES[stored] / 1e9
@@ -227,13 +227,25 @@ def _decode_share(spec: ModelSpec, stored: str, batch: int) -> Callable[[float, 
 
 
 def _prefill_share(spec: ModelSpec, dtype: str, prompt: int) -> Callable[[float, dict[str, float]], float]:
-    shapes = {name: shape for name, shape in weight_shapes(spec).items() if len(shape) == 2}
-    matrices = sum(
-        rows * columns for name, (rows, columns) in shapes.items() if name not in ("embed", "head")
-    )
+    sizes = _matrices(spec, _experts_share(spec, 1))
+    matrices = sum(values for name, values in sizes.items() if name not in ("embed", "head"))
     attention = spec.layers * 4 * spec.heads * spec.head_dim * prompt * (prompt + 1) / 2
     gigaflops = (2 * matrices * prompt + attention + 2 * spec.vocab * spec.hidden) / 1e9
     return lambda rate, machine: rate / prompt * gigaflops / machine[_gemm_peak(machine, dtype)]
+
+
+def _matrices(spec: ModelSpec, experts: float) -> dict[str, float]:
+    """Values of each matrix that are used; of the MLPs' matrices, the share ``experts``."""
+    return {
+        name: shape[0] * shape[1] * (experts if name.endswith(("gate_up", "down")) else 1)
+        for name, shape in weight_shapes(spec).items()
+        if len(shape) == 2
+    }
+
+
+def _experts_share(spec: ModelSpec, batch: int) -> float:
+    """Share of the experts that a step of ``batch`` rows uses, if they choose independently; without experts, 1."""
+    return 1 - (1 - spec.experts_used / spec.experts) ** batch if spec.experts else 1.0
 
 
 def _gemm_peak(medians: dict[str, float], dtype: str) -> str:

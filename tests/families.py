@@ -8,10 +8,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.numpy import load_file
 
 from memserve.engine.families import family_named
 from memserve.engine.spec import ModelSpec
@@ -49,6 +51,22 @@ TINY = {
     "mistral": {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 128, "sliding_window": None},
     "qwen2": {"num_attention_heads": 3, "num_key_value_heads": 1, "tie_word_embeddings": True},
     "qwen3": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 256},
+    "qwen3_moe": {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "num_experts": 12,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 64,
+        "norm_topk_prob": True,
+    },
+    "mixtral": {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
 }
 """Each model's differences from ``_COMMON``; the key is its family, or one of ``SCALED``."""
 
@@ -87,7 +105,7 @@ def reference(name: str, seed: int = 0) -> Any:
             elif key.endswith("bias"):
                 tensor.copy_(values)
             else:
-                tensor.copy_(values * (1.0 if "embed" in key else tensor.shape[1] ** -0.5))
+                tensor.copy_(values * (1.0 if "embed" in key else tensor.shape[-1] ** -0.5))
     return model
 
 
@@ -116,21 +134,39 @@ def save_hf(name: str, folder: Path, **options: Any) -> Path:
 
 def save_gguf(name: str, spec: ModelSpec, path: Path) -> Path:
     """A model in ``TINY`` as a GGUF file. ``spec`` is read from the model's Hugging Face directory."""
-    state = {key: tensor.detach().numpy() for key, tensor in reference(name).state_dict().items()}
+    with TemporaryDirectory() as folder:
+        reference(name).save_pretrained(folder)
+        state = load_file(Path(folder, "model.safetensors"))
     family = family_named("llama" if spec.architecture == "mistral" else spec.architecture)
-    hf = family.sources("hf", spec.layers, spec.tied_embeddings)
-    gguf = family.sources("gguf", spec.layers, spec.tied_embeddings)
-    tensors = {}
+    hf = family.sources("hf", spec.layers, spec.tied_embeddings, spec.experts)
+    gguf = family.sources("gguf", spec.layers, spec.tied_embeddings, spec.experts)
+    matrices: dict[str, np.ndarray] = {}
     for ours, names in gguf.items():
         for source, target in zip(hf[ours], names, strict=True):
             values = state[source]
-            if family.name == "llama" and target.endswith(("attn_q.weight", "attn_k.weight")):
+            if family.gguf == "llama" and target.endswith(("attn_q.weight", "attn_k.weight")):
                 values = _permuted(values, spec.head_dim)
-            tensors[target] = ("F32", values.shape, np.ascontiguousarray(values).tobytes())
+            matrices[target] = values
+    tensors = {
+        key: ("F32", values.shape, np.ascontiguousarray(values).tobytes())
+        for key, values in _stacked(matrices).items()
+    }
     if name == "llama3":
         factors = np.array(spec.rope_factors, np.float32)
         tensors["rope_freqs.weight"] = ("F32", factors.shape, factors.tobytes())
     return write_gguf(path, _metadata(name, spec, str(family.gguf)), tensors)
+
+
+def _stacked(matrices: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The matrices, those of a layer's experts in one tensor as llama.cpp's converter stores them."""
+    found: dict[str, Any] = {}
+    for key, values in matrices.items():
+        name, _, number = key.rpartition(".")
+        if number.isdecimal():
+            found.setdefault(name, []).append(values)
+        else:
+            found[key] = values
+    return {key: np.stack(one) if isinstance(one, list) else one for key, one in found.items()}
 
 
 def _permuted(weight: np.ndarray, head_dim: int) -> np.ndarray:
@@ -156,6 +192,11 @@ def _metadata(name: str, spec: ModelSpec, a: str) -> dict[str, Any]:
             scaling + "yarn_beta_slow": YARN_ROPE["beta_slow"],
         },
     }
+    if spec.experts:
+        experts = {f"{a}.expert_count": spec.experts, f"{a}.expert_used_count": spec.experts_used}
+        if a == "qwen3moe":
+            experts[f"{a}.expert_feed_forward_length"] = spec.intermediate
+        scaled[name] = experts
     return {
         "general.architecture": a,
         f"{a}.block_count": spec.layers,

@@ -382,9 +382,10 @@ def test_a_directory_is_checked_and_named(written, tmp_path):
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("weights", ["dtype", "int8"])
-def test_weights_take_what_is_said(written, toy_model, monkeypatch, tied, dtype, weights):
+@pytest.mark.parametrize("experts", [0, 5])
+def test_weights_take_what_is_said(written, toy_model, monkeypatch, tied, dtype, weights, experts):
     """The memory that is planned for the weights equals what they take, for every dtype."""
-    spec = attrs.evolve(SPEC, tied_embeddings=tied)
+    spec = attrs.evolve(SPEC, tied_embeddings=tied, experts=experts, experts_used=min(experts, 2))
     monkeypatch.setattr(resolve, "read_spec", lambda path: spec)
     loaded = configfile.load(written(MINIMAL), [f"model.dtype={dtype}", f"model.weights={weights}"])
     resolved = resolve.resolve(loaded, MACHINE)

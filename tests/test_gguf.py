@@ -218,7 +218,7 @@ def test_demo_model_header_is_read_at_once() -> None:
         ("llama.rope.dimension_count", 8, "rope over part of a head"),
         ("llama.rope.scaling.type", "longrope", "supported: none, linear, yarn"),
         ("llama.rope.scaling.type", "yarn", "llama.rope.scaling.factor must be a positive number, got None"),
-        ("llama.expert_count", 8, "mixtures of experts"),
+        ("llama.expert_count", 8, "llama.expert_used_count must be a positive integer, got None"),
         ("llama.block_count", 0, "llama.block_count must be a positive integer, got 0"),
         ("llama.attention.head_count_kv", 3, "multiple of kv heads"),
     ],

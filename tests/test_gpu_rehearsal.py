@@ -40,6 +40,8 @@ MODELS = {
     "groups of 16": attrs.evolve(BASE, heads=16, kv_heads=1),
     "biases": attrs.evolve(BASE, qkv_bias=True),
     "normalised heads": attrs.evolve(BASE, qk_norm=True),
+    # Every token runs through all experts, so that rounding changes no choice.
+    "experts": attrs.evolve(BASE, intermediate=64, experts=6, experts_used=6),
     "heads of 128": attrs.evolve(BASE, heads=4, head_dim=128),
     "heads of 256": attrs.evolve(BASE, heads=4, head_dim=256),
 }

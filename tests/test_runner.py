@@ -11,9 +11,12 @@ import pytest
 import torch
 
 from memserve.drawing import Sampling
+from memserve.engine import model
 from memserve.engine.cpu_budget import Cores
+from memserve.engine.ops import chosen_experts
 from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.runner import CpuEngine
+from memserve.engine.spec import ModelSpec
 from memserve.engine.weights import random_weights, save_weights
 from memserve.tokens import pack
 from test_fallback import native_shape
@@ -115,6 +118,28 @@ def test_a_step_runs_on_the_cores_it_holds(tmp_path: Path) -> None:
         assert torch.get_num_threads() == 1
     other.busy(False)
     assert engine.run(BatchPlan((row,))).threads == 2
+
+
+def test_rows_are_timed_on_experts_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of equal tokens would choose the same experts, and a batch would seem to cost no more than one row."""
+    spec = attrs.evolve(tiny_spec(), experts=16, experts_used=2)
+    save_weights(random_weights(spec, "float32", 1), tmp_path / "w")
+    arena = mmap.mmap(-1, spec.page_bytes(16, "float32"))
+    engine = CpuEngine(spec, tmp_path / "w", arena, 1, 16, "float32")
+    used: list[int] = []
+
+    def watched(logits: torch.Tensor, spec: ModelSpec) -> tuple[torch.Tensor, torch.Tensor]:
+        weights, chosen = chosen_experts(logits, spec)
+        used.append(len(set(chosen.flatten().tolist())))
+        return weights, chosen
+
+    monkeypatch.setattr(model, "chosen_experts", watched)
+    run = engine.timer(rows=8, context=64)
+    for shape in ([(1, 20)] * 8, [(30, 0)]):
+        used.clear()
+        run(shape)
+        assert min(used) > 6
+    engine.close()
 
 
 def test_steps_are_timed_on_pages_of_their_own(engine: CpuEngine) -> None:

@@ -1,4 +1,4 @@
-// Runs steps of a tiny random model, in a program of its own so that a sanitizer sees all of it: chunks, decode rows and
+// Runs steps of tiny random models, one of them with experts, in a program of its own so that a sanitizer sees all of it: chunks, decode rows and
 // both together; a number of threads that changes between and within steps; scattered pages and pages that sequences
 // share. Then it draws tokens from logits of many shapes and sizes. Exits with status 1 if a token's logits, or the token
 // drawn from them, depend on how they were computed, or if a bad batch is accepted.
@@ -12,6 +12,7 @@ namespace {
 
 constexpr int LAYERS = 4, HIDDEN = 64, INNER = 96, HEADS = 6, KV_HEADS = 2, HEAD = 32, VOCAB = 132, CONTEXT = 320;
 constexpr int PAGE = 8, PAGES = 2 * CONTEXT / PAGE, MAX_ROWS = 64, THREADS = 3, TOKENS = 300;
+constexpr int EXPERTS = 20, EXPERTS_USED = 3;
 constexpr int SHARED = 256, SHARING = 5;  // SHARING sequences have their first SHARED positions in the same pages
 
 std::mt19937 random_numbers(1);
@@ -33,7 +34,8 @@ Buffer<bf16> matrix(size_t outputs, size_t width) {
 
 struct Model {
     Buffer<bf16> embed = matrix(VOCAB, HIDDEN), qkv = matrix((HEADS + 2 * KV_HEADS) * HEAD, HIDDEN),
-                 o = matrix(HIDDEN, HEADS * HEAD), gate_up = matrix(2 * INNER, HIDDEN), down = matrix(HIDDEN, INNER);
+                 o = matrix(HIDDEN, HEADS * HEAD), router = matrix(EXPERTS, HIDDEN), gate_up = matrix(EXPERTS * 2 * INNER, HIDDEN),
+                 down = matrix(EXPERTS * HIDDEN, INNER);
     std::vector<float> norm = std::vector<float>(HIDDEN, 1.1f), head_norm = std::vector<float>(HEAD, 0.9f),
                        bias = std::vector<float>((HEADS + 2 * KV_HEADS) * HEAD, 0.05f),
                        cosines = std::vector<float>(CONTEXT * HEAD / 2, 0.8f),
@@ -43,15 +45,16 @@ struct Model {
     std::vector<int32_t> drawn;
     Engine* engine = nullptr;
 
-    explicit Model(bool amx, int page = PAGE) {
+    explicit Model(bool amx, bool experts, int page = PAGE) {
         arena.assign((size_t)PAGES * LAYERS * 2 * KV_HEADS * page * HEAD, 0x7fc0);  // NaN
         for (int i = 0; i < PAGES; i++) tables[i] = i * 37 % PAGES;
         for (int i = 0; i < TOKENS; i++) ids[i] = i * 29 % VOCAB;
         ms_config config = {LAYERS, HIDDEN, INNER, HEADS, KV_HEADS, HEAD, VOCAB, CONTEXT, page, MAX_ROWS, THREADS, amx,
-                            1e-5f};
+                            experts ? EXPERTS : 0, experts ? EXPERTS_USED : 0, false, 1e-5f};
         auto in_bfloat16 = [](const Buffer<bf16>& values) { return Matrix{values.data(), nullptr}; };
         ms_layer layer = {norm.data(), in_bfloat16(qkv), bias.data(), head_norm.data(), head_norm.data(),
-                          in_bfloat16(o), norm.data(), in_bfloat16(gate_up), in_bfloat16(down)};
+                          in_bfloat16(o), norm.data(), experts ? in_bfloat16(router) : Matrix{}, in_bfloat16(gate_up),
+                          in_bfloat16(down)};
         std::vector<ms_layer> layers(LAYERS, layer);
         Matrix table = in_bfloat16(embed);
         engine = ms_open(&config, layers.data(), &table, &table, norm.data(), cosines.data(), sines.data());
@@ -95,7 +98,7 @@ struct Model {
 };
 
 bool refuses_what_is_not_there(bool amx) {
-    Model model(amx);
+    Model model(amx, false);
     std::vector<float> logits;
     bool taken = !model.step(0, MAX_ROWS + 1, -1, 1, logits) || !model.step(0, 1, -1, THREADS + 1, logits) ||
                  !model.step(0, 1, -1, 0, logits);
@@ -106,8 +109,8 @@ bool refuses_what_is_not_there(bool amx) {
 }
 
 // Whether sequence 0, in chunks, and sequence 1, token by token in the same steps, get the same logits and drawn tokens.
-bool agrees(bool amx) {
-    Model model(amx);
+bool agrees(bool amx, bool experts) {
+    Model model(amx, experts);
     std::vector<float> logits;
     std::vector<std::vector<float>> alone(TOKENS), chunked(TOKENS);
     std::vector<int32_t> drawn(TOKENS), drawn_chunked(TOKENS, -1);
@@ -131,7 +134,7 @@ bool agrees(bool amx) {
 // Whether ms_again gives, a few rows at a time, the logits that the last step gave for all its rows, and refuses a batch
 // with another number of rows.
 bool goes_on_with_the_last_step(bool amx) {
-    Model model(amx);
+    Model model(amx, true);
     for (int threads = 1; threads <= THREADS; threads++) {
         std::vector<float> logits, again(3 * VOCAB);
         std::vector<int32_t> tokens, positions, table_at(MAX_ROWS, 0), wanted;
@@ -154,7 +157,7 @@ bool goes_on_with_the_last_step(bool amx) {
 // because the engine does not attend to shared pages of 8 together.
 bool shares_pages(bool amx) {
     constexpr int TOKENS_A_PAGE = 16, OWN = 2;
-    Model model(amx, TOKENS_A_PAGE);
+    Model model(amx, false, TOKENS_A_PAGE);
     std::vector<float> alone, together;
     for (int start = 0; start < SHARED; start += MAX_ROWS) model.step(start, start + MAX_ROWS, -1, 1, alone);
     std::vector<int32_t> at, table_at;
@@ -241,7 +244,8 @@ bool draws_what_there_is() {
 int main() {
     for (bool amx : {false, true}) {
         if (!refuses_what_is_not_there(amx)) return std::puts("a bad batch was accepted"), 1;
-        if (!agrees(amx)) return std::puts("logits depend on how a token was computed"), 1;
+        for (bool experts : {false, true})
+            if (!agrees(amx, experts)) return std::puts("logits depend on how a token was computed"), 1;
         if (!goes_on_with_the_last_step(amx)) return std::puts("ms_again does not give the logits of the last step"), 1;
         if (!shares_pages(amx)) return std::puts("sequences that share pages do not attend to them together, or get other logits than alone"), 1;
     }

@@ -342,6 +342,8 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
     m.impl("resize_", &resize);
     m.impl("_local_scalar_dense", &local_scalar);
     m.impl("set_.source_Tensor", &at::native::set_tensor_);
+    // One kernel on an H100. Without this, torch would make the products one by one and read back how large they are.
+    m.impl("_grouped_mm", torch::CppFunction::makeFromBoxedFunction<&compute>());
 }
 
 // A tensor on bytes that something else allocated; they must outlive it.

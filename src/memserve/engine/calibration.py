@@ -25,6 +25,7 @@ import structlog
 from memserve.costs import StepCosts
 from memserve.engine.batching import ALONE
 from memserve.scheduling.cost_fit import Rows, Sample, fit_steps
+from memserve.tokens import pack
 
 BUDGET_S = 3.0
 """Approximate time limit of a calibration; a slow machine measures fewer sizes."""
@@ -44,12 +45,22 @@ PATIENCE_STEP_S = 0.02
 SLICED = 2
 """Number of slices of a worker's threads; crowding is measured on one slice."""
 SLICED_REPEATS = 4
+_SCATTER = 7919
+"""A prime: its multiples are spread over the vocabulary."""
 VERSION = 3
 """Version of what is measured and how; part of the cache key."""
 
 log = structlog.get_logger()
 TimeStep = Callable[[Rows], tuple[float, int]]
 """Runs one step of these rows; seconds, and the threads it had."""
+
+
+def timed_tokens(row: int, new: int, vocab: int) -> bytes:
+    """The ``new`` tokens of a timed step's row with this number: others in each row.
+
+    Rows of equal tokens would run through the same experts, and take less time than a batch of requests.
+    """
+    return pack([(row + at) * _SCATTER % vocab for at in range(new)])
 
 
 def patient(run: TimeStep, threads: int, sleep: Callable[[float], None] = time.sleep) -> TimeStep:

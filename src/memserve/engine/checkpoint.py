@@ -73,13 +73,28 @@ def _of_gguf(file: Gguf) -> Checkpoint:
     return Checkpoint(
         path=file.path,
         spec=spec,
-        tensors=file.tensors,
+        tensors=_each_experts(file.tensors),
         data=file.data,
-        sources=family.sources("gguf", spec.layers, spec.tied_embeddings),
+        sources=family.sources("gguf", spec.layers, spec.tied_embeddings, spec.experts),
         interleaved_suffixes=family.gguf_interleaved,
         ignored_suffixes=(ROPE_FACTORS,),  # the spec has them
         tokenizer=file.metadata,
     )
+
+
+def _each_experts(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """``tensors``, those of all experts cut into one matrix for each: ``NAME.{number}``."""
+    found = {}
+    for name, tensor in tensors.items():
+        if len(tensor.shape) < 3:
+            found[name] = tensor
+            continue
+        size = tensor.nbytes // tensor.shape[0]  # whole rows, and so whole blocks
+        for expert in range(tensor.shape[0]):
+            one = f"{name}.{expert}"
+            offset = tensor.offset + expert * size
+            found[one] = attrs.evolve(tensor, name=one, shape=tensor.shape[1:], offset=offset, nbytes=size)
+    return found
 
 
 def _of_folder(path: Path, weights: Safetensors) -> Checkpoint:
@@ -92,7 +107,7 @@ def _of_folder(path: Path, weights: Safetensors) -> Checkpoint:
         spec=spec,
         tensors=weights.tensors,
         data=weights.data,
-        sources=family.sources("hf", spec.layers, spec.tied_embeddings),
+        sources=family.sources("hf", spec.layers, spec.tied_embeddings, spec.experts),
         interleaved_suffixes=(),
         ignored_suffixes=ignored_suffixes,
         tokenizer=path / "tokenizer.json",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from memserve.errors import UserError
 Values = NDArray[Any]
 """Values of a tensor: float32, bfloat16 as uint16 bits, or int8."""
 
+ROUTER = ".router"
+"""Suffix of the name of a layer's router."""
 SCALE = ".scale"
 """Suffix of the name of an int8 matrix's scales, (out,) float32."""
 
@@ -45,13 +47,14 @@ class Weight:
     """A unit of conversion: one tensor, or an int8 matrix and its scales."""
 
     tensors: tuple[Tensor, ...]
-    make: Callable[[], tuple[Values, ...]]
-    """Make the values of each tensor; called only when they are written."""
+    pieces: Callable[[], Iterator[tuple[Values, ...]]]
+    """Make the values of each tensor piece by piece, each some of the rows; called only when they are written."""
 
 
 def weight_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Name and shape of every weight, matrices as (out, in). These are all the weight names that a model has.
 
+    ``gate_up`` and ``down`` of a layer with experts hold those of all experts, one expert after another.
     Vectors (norm weights and biases) are float32; matrices have the requested type. The scales of an int8
     matrix are a weight of their own, under the matrix's name plus ``SCALE``.
     """
@@ -63,9 +66,11 @@ def weight_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
             f"{layer}.qkv": (q + 2 * kv, spec.hidden),
             f"{layer}.o": (spec.hidden, q),
             f"{layer}.mlp_norm": (spec.hidden,),
-            f"{layer}.gate_up": (2 * spec.intermediate, spec.hidden),
-            f"{layer}.down": (spec.hidden, spec.intermediate),
+            f"{layer}.gate_up": (spec.mlps * 2 * spec.intermediate, spec.hidden),
+            f"{layer}.down": (spec.mlps * spec.hidden, spec.intermediate),
         }
+        if spec.experts:
+            shapes[f"{layer}.router"] = (spec.experts, spec.hidden)
         if spec.qkv_bias:
             shapes[f"{layer}.qkv_bias"] = (q + 2 * kv,)
         if spec.qk_norm:
@@ -74,6 +79,16 @@ def weight_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     if not spec.tied_embeddings:
         shapes["head"] = (spec.vocab, spec.hidden)
     return shapes
+
+
+def stored_as(name: str, shape: tuple[int, ...], stored: str) -> str:
+    """The type of a weight in a model whose matrices are ``stored`` in the given type.
+
+    A router is never int8: it is small, and another choice of experts costs more than rounding.
+    """
+    if len(shape) == 1:
+        return "float32"
+    return "bfloat16" if stored == "int8" and name.endswith(ROUTER) else stored
 
 
 def conversion(model: Checkpoint, stored: str, tiled: bool) -> list[Weight]:
@@ -103,33 +118,34 @@ def _planned(model: Checkpoint, name: str, shape: tuple[int, ...], stored: str) 
     found = [model.tensors[part].shape for part in parts]
     if sum(one[0] for one in found if one) != shape[0] or {one[1:] for one in found} != {shape[1:]}:
         raise UserError(f"{model.path}: {parts} have shapes {found}, expected {shape} together")
-    target = stored if len(shape) > 1 else "float32"
+    target = stored_as(name, shape, stored)
     tensors = [Tensor(name, shape, target)]
     if target == "int8":
         tensors.append(Tensor(name + SCALE, shape[:1], "float32"))
 
-    def make() -> tuple[Values, ...]:
-        # Parts are concatenated by row, and each row is quantised on its own: so less of a matrix is float32
-        # at a time.
-        made = [
-            _quantised(model, part) if target == "int8" else (_values(model, part, target),) for part in parts
-        ]
-        return tuple(one[0] if len(one) == 1 else np.concatenate(one) for one in zip(*made, strict=True))
+    def pieces() -> Iterator[tuple[Values, ...]]:
+        # Parts follow one another by row, and each row is quantised on its own. So no more than one part is in
+        # memory: the experts of one layer may take gigabytes.
+        for part in parts:
+            yield _quantised(model, part) if target == "int8" else (_values(model, part, target),)
 
-    return Weight(tuple(tensors), make)
+    return Weight(tuple(tensors), pieces)
 
 
 def _tiled(weight: Weight) -> Weight:
-    """The matrix in tiles, and its scales, if any, padded to whole strips."""
+    """The matrix in tiles, and its scales, if any, padded to whole strips.
+
+    All pieces but the last have whole strips of rows, because the widths of a model with tiles are multiples.
+    """
     matrix, *scales = weight.tensors
     whole = [attrs.evolve(scale, shape=(-(-scale.shape[0] // STRIP) * STRIP,)) for scale in scales]
 
-    def make() -> tuple[Values, ...]:
-        values, *scales = weight.make()
-        return to_tiles(values), *(whole_strips(scale) for scale in scales)
+    def pieces() -> Iterator[tuple[Values, ...]]:
+        for values, *scales in weight.pieces():
+            yield to_tiles(values), *(whole_strips(scale) for scale in scales)
 
     tiles = attrs.evolve(matrix, shape=tiles_shape(*matrix.shape))
-    return Weight((tiles, *whole), make)
+    return Weight((tiles, *whole), pieces)
 
 
 def _quantised(model: Checkpoint, part: str) -> tuple[Values, ...]:

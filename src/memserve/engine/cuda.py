@@ -27,6 +27,7 @@ from torch.utils.dlpack import from_dlpack
 
 from memserve.config import Resolved
 from memserve.drawing import PromptLogprobs, Sampling
+from memserve.engine.calibration import timed_tokens
 from memserve.engine.cpu_budget import Cores
 from memserve.engine.gpu_draws import Draws, best_of, launch_draws
 from memserve.engine.gpu_launch import CudaGraphs, Graphs, LaunchedStep
@@ -37,6 +38,7 @@ from memserve.engine.prompt_logprobs import score_prompts
 from memserve.engine.safetensors import read_header
 from memserve.engine.spec import ModelSpec
 from memserve.engine.weights import ModelFiles
+from memserve.errors import UserError
 from memserve.kernels.flashinfer_kit import (
     CapturedDecode,
     FlashInferAttention,
@@ -53,6 +55,12 @@ from memserve.tokens import count, pack, pages_for
 
 WARM_TOKENS = 512
 """Tokens of the chunk that is run at start, so that the first request finds kernels and libraries loaded."""
+
+GROUPED_PRODUCTS = (9, 10)
+"""Major compute capabilities for which torch has a kernel of grouped products (Hopper, Blackwell).
+
+On others it makes them one by one, and waits for the GPU to learn their sizes: this cannot be captured.
+"""
 
 _Launched = tuple[Draws | None, dict[int, PromptLogprobs]]
 """The draws of a step, if it draws, and the prompt log probabilities asked for, by row number."""
@@ -109,12 +117,14 @@ class CudaEngine:
         max_context: int | None = None,
         release: Callable[[], None] = lambda: None,
         shared: Cores | None = None,
+        captures: bool = True,
     ) -> None:
         """``arena``: (pages + 1, layers, 2, kv_heads, page_tokens, head_dim); the last page is scratch.
 
         ``weights``: on the arena's device, matrices in its dtype. ``rows``: most rows of a step. ``backend``:
         of prefill, fa2 or fa3. ``max_context``: most tokens of a row; unset, the model's. ``release``: called
-        by ``close`` after the last use of both. ``shared``: the GPU's other users.
+        by ``close`` after the last use of both. ``shared``: the GPU's other users. ``captures``: capture steps
+        of decode rows; otherwise they launch kernels one by one as other steps do.
         """
         self._spec, self._graphs = spec, graphs
         self._pages, self._page_tokens = len(arena) - 1, arena.shape[4]
@@ -122,6 +132,7 @@ class CudaEngine:
         ops = FlashInferOps(library, spec, dtype, arena.device)
         self._model: Llama | None = Llama(spec, norms_as(weights, dtype), dtype, ops)
         self._buckets = buckets_up_to(rows)
+        self._captures = captures
         self._attention: FlashInferAttention | None = FlashInferAttention(
             library, arena, spec.heads, backend, self._buckets[-1]
         )
@@ -168,6 +179,8 @@ class CudaEngine:
         """Load every kernel and capture every batch size, writing to no page but the scratch page."""
         with torch.inference_mode():
             self._load_kernels()
+            if not self._captures:
+                return
             self._logits = torch.empty(self._buckets[-1], self._spec.vocab, device=self._device)
             found = {rows: self._capture(rows) for rows in sorted(self._buckets, reverse=True)}
         self._steps = {rows: found[rows] for rows in self._buckets}
@@ -211,7 +224,7 @@ class CudaEngine:
         read = before // self._page_tokens
         pages = [(number * read + i) % self._pages for i in range(read)]
         pages += [self._pages] * (pages_for(before + new, self._page_tokens) - read)
-        return Row(pack([0] * new), before, tuple(pages), None)
+        return Row(timed_tokens(number, new, self._spec.vocab), before, tuple(pages), None)
 
     def rest(self) -> None:
         """Report to the GPU's other users that this worker is idle; an idle engine launches nothing."""
@@ -332,6 +345,8 @@ def open_engine(
     ``neighbours``: the GPU's other users. Raises PeerUnreachable, PeerError, UserError: see
     ``attach_gpu_arena``.
     """
+    if files.spec.experts and not hasattr(torch.nn.functional, "grouped_mm"):
+        raise UserError(f"experts on a GPU need torch 2.10 or later, not {torch.__version__}")
     where = torch.device("cuda", device)
     torch.cuda.init()  # type: ignore[no-untyped-call]
     torch.cuda.set_device(where)  # torch and CuPy share the device's primary context
@@ -352,6 +367,7 @@ def open_engine(
         max_context=resolved.max_context,
         release=shared.close,
         shared=neighbours,
+        captures=not spec.experts or capability[0] in GROUPED_PRODUCTS,
     )
     engine.warm_up()
     return engine

@@ -3,7 +3,7 @@
 A family is a table: for each of the engine's weights, the checkpoint's tensors that it is concatenated from,
 by their names in a Hugging Face directory and in a GGUF file. What a family adds to Llama's layers follows
 from that table: with a ``qkv_bias`` it has biases, with ``q_norm`` and ``k_norm`` it normalises the heads of
-q and k. ``docs/models.md`` describes how to add a family.
+q and k, with a ``router`` its MLPs are experts. ``docs/models.md`` describes how to add a family.
 """
 
 from __future__ import annotations
@@ -22,7 +22,11 @@ Form = Literal["hf", "gguf"]
 
 @attrs.frozen
 class Parts:
-    """The checkpoint's tensors that one weight is concatenated from, in order."""
+    """The checkpoint's tensors that one weight is concatenated from, in order.
+
+    A name with ``{}`` stands for one tensor of each expert; all tensors of an expert precede the next one's.
+    In GGUF, one tensor holds a matrix of all experts: ``NAME.{}`` stands for the part of one.
+    """
 
     hf: tuple[str, ...]
     gguf: tuple[str, ...]
@@ -69,6 +73,35 @@ QK_NORM: Mapping[str, Parts] = MappingProxyType(
     }
 )
 
+EXPERTS_GGUF: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "router": ("ffn_gate_inp.weight",),
+        "gate_up": ("ffn_gate_exps.weight.{}", "ffn_up_exps.weight.{}"),
+        "down": ("ffn_down_exps.weight.{}",),
+    }
+)
+EXPERTS: Mapping[str, Parts] = MappingProxyType(
+    {
+        "router": Parts(("mlp.gate.weight",), EXPERTS_GGUF["router"]),
+        "gate_up": Parts(
+            ("mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight"), EXPERTS_GGUF["gate_up"]
+        ),
+        "down": Parts(("mlp.experts.{}.down_proj.weight",), EXPERTS_GGUF["down"]),
+    }
+)
+MIXTRAL_EXPERTS: Mapping[str, Parts] = MappingProxyType(
+    {
+        "router": Parts(("block_sparse_moe.gate.weight",), EXPERTS_GGUF["router"]),
+        "gate_up": Parts(
+            ("block_sparse_moe.experts.{}.w1.weight", "block_sparse_moe.experts.{}.w3.weight"),
+            EXPERTS_GGUF["gate_up"],
+        ),
+        "down": Parts(("block_sparse_moe.experts.{}.w2.weight",), EXPERTS_GGUF["down"]),
+    }
+)
+FUSED_EXPERTS = "experts.gate_up_proj"
+"""End of the name of a tensor in which transformers holds the experts of a layer, but does not store them."""
+
 _LAYER_PREFIX: Mapping[Form, str] = MappingProxyType({"hf": "model.layers.{}.", "gguf": "blk.{}."})
 
 
@@ -79,13 +112,25 @@ class Family:
     name: str
     """Name of the family: ``model_type`` in config.json, and ``ModelSpec.architecture``."""
     gguf: str | None
-    """``general.architecture`` of its GGUF files, or None if these are written as another family's."""
+    """``general.architecture`` of its GGUF files, or None if these are written as another family's.
+
+    Two families may have the same: one with experts and one without.
+    """
     layer: Mapping[str, Parts] = LAYER
     tables: Mapping[str, Parts] = TABLES
     gguf_interleaved: tuple[str, ...] = ()
     """Suffixes of tensors whose rows llama.cpp's converter reorders, so that rope's pairs are adjacent."""
     defaults: Mapping[str, Any] = attrs.field(factory=dict)
     """Values that transformers assumes for keys missing in config.json, where they differ from Llama's."""
+    width: str = "intermediate_size"
+    """The key of the MLP's width in config.json; of one expert's, if there are experts."""
+    normed: str | None = None
+    """The key of ``ModelSpec.experts_normed`` in config.json, or None if the experts' weights always are."""
+
+    @property
+    def experts(self) -> bool:
+        """Whether the MLPs are experts, among which a router chooses."""
+        return "router" in self.layer
 
     @property
     def qkv_bias(self) -> bool:
@@ -97,7 +142,7 @@ class Family:
         """Whether each head of q and k is normalised before rope."""
         return "q_norm" in self.layer
 
-    def sources(self, form: Form, layers: int, tied: bool) -> dict[str, tuple[str, ...]]:
+    def sources(self, form: Form, layers: int, tied: bool, experts: int = 0) -> dict[str, tuple[str, ...]]:
         """For each weight of a model, the checkpoint's tensors that it is concatenated from."""
         found = {
             name: getattr(parts, form) for name, parts in self.tables.items() if not (tied and name == "head")
@@ -105,8 +150,15 @@ class Family:
         for layer in range(layers):
             prefix = _LAYER_PREFIX[form].format(layer)
             for name, parts in self.layer.items():
-                found[f"{layer}.{name}"] = tuple(prefix + part for part in getattr(parts, form))
+                names = _of_each_expert(getattr(parts, form), experts)
+                found[f"{layer}.{name}"] = tuple(prefix + part for part in names)
         return found
+
+
+def _of_each_expert(parts: tuple[str, ...], experts: int) -> tuple[str, ...]:
+    if not any("{}" in part for part in parts):
+        return parts
+    return tuple(part.format(expert) for expert in range(experts) for part in parts)
 
 
 FAMILIES = (
@@ -118,6 +170,21 @@ FAMILIES = (
     ),
     Family("qwen2", gguf="qwen2", layer={**LAYER, **QKV_BIAS}),
     Family("qwen3", gguf="qwen3", layer={**LAYER, **QK_NORM}, defaults={"head_dim": 128}),
+    Family(
+        "qwen3_moe",
+        gguf="qwen3moe",
+        layer={**LAYER, **QK_NORM, **EXPERTS},
+        defaults={"num_key_value_heads": 4},
+        width="moe_intermediate_size",
+        normed="norm_topk_prob",
+    ),
+    Family(
+        "mixtral",
+        gguf="llama",
+        layer={**LAYER, **MIXTRAL_EXPERTS},
+        gguf_interleaved=("attn_q.weight", "attn_k.weight"),
+        defaults={"num_key_value_heads": 8, "rope_theta": 1_000_000.0, "use_sliding_window": True},
+    ),
 )
 """All supported families."""
 
@@ -127,11 +194,16 @@ def family_named(name: str) -> Family:
     return next(family for family in FAMILIES if family.name == name)
 
 
-def family_of(form: Form, name: object, source: str) -> Family:
-    """The family that a checkpoint names. ``source`` names the checkpoint in errors. Raises UserError."""
-    names = {family.gguf if form == "gguf" else family.name: family for family in FAMILIES}
+def family_of(form: Form, name: object, source: str, experts: bool = False) -> Family:
+    """The family that a checkpoint names. ``source`` names the checkpoint in errors. Raises UserError.
+
+    ``experts``: whether a GGUF file says that the model has experts, in case two families have this name.
+    """
+    names: dict[str | None, list[Family]] = {}
+    for family in FAMILIES:
+        names.setdefault(family.gguf if form == "gguf" else family.name, []).append(family)
     if isinstance(name, str) and name in names:
-        return names[name]
+        return next((one for one in names[name] if one.experts == experts), names[name][0])
     key = "architecture" if form == "gguf" else "model_type"
     known = ", ".join(one for one in names if one)
     raise UserError(f"{source}: {key} {name!r} is not supported; supported: {known}")

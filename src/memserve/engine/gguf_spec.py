@@ -16,6 +16,8 @@ from memserve.engine.rope_scaling import Scaling, gguf_yarn, linear
 from memserve.engine.spec import Keys, ModelSpec, check_spec, name_of
 from memserve.errors import UserError
 
+_SOFTMAX = 1
+"""llama.cpp's number of the function that makes weights of the router's logits."""
 ROPE_FACTORS = "rope_freqs.weight"
 """The tensor in which converters of Llama 3.1 and later store the divisors of rope's inverse frequencies."""
 
@@ -39,7 +41,9 @@ def gguf_spec(file: Gguf) -> ModelSpec:
     """The spec of an open file. Raises UserError for a variant that would run but give wrong tokens."""
     metadata, source = file.metadata, str(file.path)
     _check_types(metadata, source)
-    family = family_of("gguf", metadata.get("general.architecture"), source)
+    architecture = metadata.get("general.architecture")
+    has_experts = metadata.get(f"{architecture}.expert_count", 0) != 0
+    family = family_of("gguf", architecture, source, has_experts)
     a, keys = family.gguf, Keys(metadata, source)
     hidden, heads = keys.count(f"{a}.embedding_length"), keys.count(f"{a}.attention.head_count")
     head_dim = keys.count(f"{a}.attention.key_length", hidden // heads)
@@ -69,10 +73,29 @@ def gguf_spec(file: Gguf) -> ModelSpec:
         rope_scale=scaling.scale,
         sliding_window=window if window < context else None,
     )
+    if family.experts:
+        spec = _with_experts(spec, keys, f"{a}.expert_")
+    else:
+        keys.must_be(f"{a}.expert_count", 0, "mixtures of experts of this family are not supported")
     keys.must_be(f"{a}.rope.dimension_count", head_dim, "rope over part of a head is not supported")
     keys.must_be(f"{a}.attention.value_length", head_dim, "keys and values of unequal size are not supported")
-    keys.must_be(f"{a}.expert_count", 0, "mixtures of experts are not supported")
     return check_spec(spec, source)
+
+
+def _with_experts(spec: ModelSpec, keys: Keys, prefix: str) -> ModelSpec:
+    """``spec`` with what the file says of experts; their weights are normed, as llama.cpp does it."""
+    keys.must_be(prefix + "gating_func", _SOFTMAX, "other functions of the router's logits are not supported")
+    keys.must_be(prefix + "weights_norm", True, "weights of experts that are not normed are not supported")
+    keys.must_be(prefix + "weights_scale", 1.0, "scaled weights of experts are not supported")
+    keys.must_be(prefix + "shared_count", 0, "shared experts are not supported")
+    keys.must_be(prefix + "shared_feed_forward_length", 0, "shared experts are not supported")
+    keys.must_be(prefix + "group_count", 1, "groups of experts are not supported")
+    return attrs.evolve(
+        spec,
+        experts=keys.count(prefix + "count"),
+        experts_used=keys.count(prefix + "used_count"),
+        intermediate=keys.count(prefix + "feed_forward_length", spec.intermediate),
+    )
 
 
 def _check_types(metadata: dict[str, Any], source: str) -> None:

@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from memserve.engine.families import Family, family_of
+from memserve.engine.families import FUSED_EXPERTS, Family, family_of
 from memserve.engine.rope_scaling import Scaling, hf_yarn, linear, llama3_factors
 from memserve.engine.safetensors import Safetensors
 from memserve.engine.spec import Keys, ModelSpec, check_spec
@@ -135,7 +135,7 @@ def hf_spec(folder: Path, weights: Safetensors) -> ModelSpec:
         architecture=family.name,
         layers=keys.count("num_hidden_layers"),
         hidden=hidden,
-        intermediate=keys.count("intermediate_size"),
+        intermediate=keys.count(family.width),
         heads=heads,
         kv_heads=keys.count("num_key_value_heads", heads),
         head_dim=head_dim,
@@ -152,6 +152,7 @@ def hf_spec(folder: Path, weights: Safetensors) -> ModelSpec:
         rope_factors=scaling.factors,
         rope_scale=scaling.scale,
         sliding_window=window if window < context else None,
+        **_experts(family, keys, weights),
     )
     return check_spec(spec, source)
 
@@ -165,11 +166,33 @@ def _refuse_variants(keys: Keys) -> None:
     keys.must_be("hidden_act", "silu", "other activations are not supported")
     keys.must_be("attention_bias", False, "a family has its own biases, others are not supported")
     keys.must_be("mlp_bias", False, "biases of the MLP are not supported")
+    keys.must_be("mlp_only_layers", [], "layers without experts beside others are not supported")
+    keys.must_be("decoder_sparse_step", 1, "layers without experts beside others are not supported")
+    keys.must_be("n_shared_experts", 0, "shared experts are not supported")
+    keys.must_be("scoring_func", "softmax", "other functions of the router's logits are not supported")
+    keys.must_be("routed_scaling_factor", 1.0, "scaled weights of experts are not supported")
     if "quantization_config" in keys.metadata:
         raise UserError(
             f"{keys.source}: quantization_config: quantised safetensors are not supported; take the model in "
             "BF16, F16 or F32, or a GGUF file"
         )
+
+
+def _experts(family: Family, keys: Keys, weights: Safetensors) -> dict[str, Any]:
+    """The fields of the spec that only a family with experts has."""
+    if not family.experts:
+        return {}
+    if fused := [name for name in weights.tensors if name.endswith(FUSED_EXPERTS)]:
+        raise UserError(
+            f"{keys.source}: {fused[0]!r} holds all experts of a layer, which is not supported; save the model "
+            "with transformers' save_pretrained, which writes one tensor for each expert"
+        )
+    return {
+        # transformers 5 writes num_local_experts for every family, earlier versions what the family calls it.
+        "experts": keys.count("num_local_experts", keys.metadata.get("num_experts")),
+        "experts_used": keys.count("num_experts_per_tok"),
+        "experts_normed": family.normed is None or keys.flag(family.normed, default=False),
+    }
 
 
 def _tied(family: Family, config: dict[str, Any], weights: Safetensors) -> bool:

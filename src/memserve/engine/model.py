@@ -17,7 +17,7 @@ import torch
 from torch.nn.functional import embedding, linear
 
 from memserve.engine.convert import SCALE
-from memserve.engine.ops import Ops, TorchOps
+from memserve.engine.ops import Ops, TorchOps, chosen_experts
 from memserve.engine.plans import BatchPlan
 from memserve.engine.spec import ModelSpec
 from memserve.kernels import AttentionBackend
@@ -70,6 +70,11 @@ class Matrix:
         scale = weights.get(name + SCALE)
         return cls(weights[name], None if scale is None else scale.to(dtype))
 
+    def part(self, number: int, parts: int) -> Matrix:
+        """One of ``parts`` matrices of equally many rows that follow one another in this one."""
+        first, end = (at * len(self.values) // parts for at in (number, number + 1))
+        return Matrix(self.values[first:end], None if self.scale is None else self.scale[first:end])
+
     def rows(self, ids: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The rows with the numbers ``ids``, as (ids, in) in ``dtype``."""
         found = embedding(ids, self.values).to(dtype)
@@ -120,8 +125,9 @@ class Layer:
     qkv: Matrix  # ((heads + 2 * kv_heads) * head_dim, hidden)
     o: Matrix  # (hidden, heads * head_dim)
     mlp_norm: torch.Tensor  # (hidden,) float32
-    gate_up: Matrix  # (2 * intermediate, hidden)
-    down: Matrix  # (hidden, intermediate)
+    gate_up: Matrix  # (2 * intermediate, hidden), or those of all experts, one after another
+    down: Matrix  # (hidden, intermediate), or those of all experts
+    router: torch.Tensor | None = None  # (experts, hidden) float32
     qkv_bias: torch.Tensor | None = None  # ((heads + 2 * kv_heads) * head_dim,) float32
     q_norm: torch.Tensor | None = None  # (head_dim,) float32
     k_norm: torch.Tensor | None = None  # (head_dim,) float32
@@ -132,7 +138,11 @@ class Layer:
         found: dict[str, Any] = {}
         for field in attrs.fields(cls):
             key = f"{layer}.{field.name}"
-            if key in weights:
+            if key not in weights:
+                continue
+            if field.name == "router":
+                found[field.name] = weights[key].float()
+            else:
                 found[field.name] = Matrix.of(weights, key, dtype) if weights[key].ndim == 2 else weights[key]
         return cls(**found)
 
@@ -190,10 +200,17 @@ class Llama:
             q, k, v = ops.qkv(layer.qkv.apply(normed), layer, rotation)
             attention.run(plan, index, q, k, v, attended)
             normed = ops.add_norm(x, layer.o.apply(attended.view(len(x), -1)), layer.mlp_norm, dtype)
-            # (tokens, intermediate) -> (tokens, hidden)
-            delta = layer.down.apply(ops.swiglu(layer.gate_up.apply(normed)))
+            delta = self._mlp(normed, layer)
         assert delta is not None, "a model without layers"
         return x, delta
+
+    def _mlp(self, x: torch.Tensor, layer: Layer) -> torch.Tensor:
+        """The MLP of a layer, or those of its experts that each token runs through: (tokens, hidden)."""
+        if layer.router is None:
+            # (tokens, intermediate) -> (tokens, hidden)
+            return layer.down.apply(self._ops.swiglu(layer.gate_up.apply(x)))
+        weights, chosen = chosen_experts(linear(x.float(), layer.router), self.spec)
+        return self._ops.experts(x, layer, weights, chosen)
 
     def head(
         self, x: torch.Tensor, delta: torch.Tensor, places: torch.Tensor, out: torch.Tensor | None = None

@@ -1,4 +1,4 @@
-"""The parts of a layer that are neither matrix products nor attention: norms, rope, activation.
+"""The parts of a layer that are neither attention nor products with one matrix: norms, rope, activation, experts.
 
 :class:`TorchOps` is the reference on any device; a GPU's backend replaces the parts that its kernels do
 faster. Here the residual stream and the norms are float32 even in a bfloat16 run: they cost little on a CPU,
@@ -35,6 +35,32 @@ class HeadWeights(Protocol):
         """Weight of the norm of each head of k, (head_dim,), or None."""
 
 
+class ManyMatrices(Protocol):
+    """A weight matrix, which may hold those of all experts; see :class:`memserve.engine.model.Matrix`."""
+
+    @property
+    def values(self) -> torch.Tensor:
+        """(out, in), those of the experts one after another."""
+
+    def part(self, number: int, parts: int) -> ManyMatrices:
+        """One of ``parts`` matrices of equally many rows."""
+
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        """The product of ``x``, (rows, in), and the matrix: (rows, out)."""
+
+
+class ExpertWeights(Protocol):
+    """The weights of a layer's experts; see :class:`memserve.engine.model.Layer`."""
+
+    @property
+    def gate_up(self) -> ManyMatrices:
+        """(experts * 2 * intermediate, hidden)."""
+
+    @property
+    def down(self) -> ManyMatrices:
+        """(experts * hidden, intermediate)."""
+
+
 class Ops(Protocol):
     """One implementation of these parts. Tokens are in the batch's order."""
 
@@ -63,6 +89,25 @@ class Ops(Protocol):
 
     def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
         """silu(gate) * up of (tokens, 2 * intermediate), gate first: (tokens, intermediate)."""
+
+    def experts(
+        self, x: torch.Tensor, layer: ExpertWeights, weights: torch.Tensor, chosen: torch.Tensor
+    ) -> torch.Tensor:
+        """The weighted sum of each token's experts, (tokens, hidden) in the dtype of ``x``.
+
+        ``weights``, ``chosen``: of ``chosen_experts``.
+        """
+
+
+def chosen_experts(logits: torch.Tensor, spec: ModelSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weights of each token's experts, float32, and their numbers, int64: both (tokens, experts_used).
+
+    ``logits``: of the router, (tokens, experts) float32. Of equal ones, the lower number is chosen.
+    """
+    ordered, numbers = torch.sort(logits, dim=-1, descending=True, stable=True)
+    best = ordered[:, : spec.experts_used]
+    total = torch.logsumexp(best if spec.experts_normed else ordered, dim=-1, keepdim=True)
+    return (best - total).exp(), numbers[:, : spec.experts_used]
 
 
 class TorchOps:
@@ -115,3 +160,14 @@ class TorchOps:
     def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
         return silu(gate).mul_(up)
+
+    def experts(
+        self, x: torch.Tensor, layer: ExpertWeights, weights: torch.Tensor, chosen: torch.Tensor
+    ) -> torch.Tensor:
+        count = self.spec.experts
+        found = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        for expert in sorted(set(chosen.flatten().tolist())):
+            rows, rank = (chosen == expert).nonzero(as_tuple=True)
+            inner = self.swiglu(layer.gate_up.part(expert, count).apply(x[rows]))
+            found[rows] += layer.down.part(expert, count).apply(inner).float() * weights[rows, rank, None]
+        return found.to(x.dtype)

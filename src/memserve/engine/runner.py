@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memserve.drawing import Sampling
+from memserve.engine.calibration import timed_tokens
 from memserve.engine.plan_check import check_plan
 from memserve.engine.plans import BatchPlan, BatchResult, Row
 from memserve.engine.spec import ModelSpec
@@ -121,7 +122,8 @@ class CpuEngine:
                 pages = [(number * length + i) % shared for i in range(length)]
                 if len(shapes) > 1 and new == 1:
                     pages[-1] = shared + number  # no other row may read or write the page that a row writes
-                plan.append(Row(pack([0] * new), before, tuple(pages), greedy))
+                tokens = timed_tokens(number, new, self._spec.vocab)
+                plan.append(Row(tokens, before, tuple(pages), greedy))
             with self._hold() as held:
                 threads = min(held, most or held)
                 began = time.perf_counter()

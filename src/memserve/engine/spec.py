@@ -66,6 +66,20 @@ class ModelSpec:
 
     Attention here is full, so ``max_context`` is at most this.
     """
+    experts: int = 0
+    """Number of experts in each layer's MLP, or 0 for an MLP that all tokens run through.
+
+    With experts, ``intermediate`` is the width of one of them.
+    """
+    experts_used: int = 0
+    """Number of experts that a token runs through: those with the greatest router logits."""
+    experts_normed: bool = True
+    """Whether the weights of a token's experts, a softmax over all experts, are divided by their sum."""
+
+    @property
+    def mlps(self) -> int:
+        """Number of MLPs in a layer: its experts, or one."""
+        return max(self.experts, 1)
 
     @property
     def kv_values_per_token(self) -> int:
@@ -130,6 +144,10 @@ def check_spec(spec: ModelSpec, source: str) -> ModelSpec:
         raise UserError(
             f"{source}: {len(spec.rope_factors)} rope factors; heads of {spec.head_dim} need {spec.head_dim // 2}"
         )
+    if spec.experts_used > spec.experts:
+        raise UserError(
+            f"{source}: {spec.experts_used} experts for each token, but a layer has {spec.experts}"
+        )
     return attrs.evolve(spec, eos=tuple(token for token in spec.eos if 0 <= token < spec.vocab))
 
 
@@ -154,6 +172,13 @@ class Keys:
         if not isinstance(value, int | float) or not 0 < value < math.inf:
             raise UserError(f"{self.source}: {key} must be a positive number, got {value!r}")
         return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """The value of ``key``, true or false. Raises UserError if it is neither."""
+        value = self.metadata.get(key, default)
+        if not isinstance(value, bool):
+            raise UserError(f"{self.source}: {key} must be true or false, got {value!r}")
+        return value
 
     def must_be(self, key: str, expected: object, otherwise: str) -> None:
         """Raise UserError if ``key`` is present with another value than ``expected``."""

@@ -25,7 +25,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import attrs
 import msgspec
@@ -33,7 +33,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memserve.engine.checkpoint import checkpoint_files, open_checkpoint
-from memserve.engine.convert import SCALE, Tensor, Weight, conversion, save_tokenizer, weight_shapes
+from memserve.engine.convert import (
+    SCALE,
+    Tensor,
+    Weight,
+    conversion,
+    save_tokenizer,
+    stored_as,
+    weight_shapes,
+)
 from memserve.engine.quants import quantise_rows
 from memserve.engine.safetensors import read_header
 from memserve.engine.spec import STORED_BYTES, ModelSpec, name_of
@@ -212,11 +220,11 @@ def random_weights(spec: ModelSpec, stored: str, seed: int) -> dict[str, torch.T
         else:
             scale = 1.0 if name == "embed" else shape[1] ** -0.5
             values = scale * torch.randn(shape, generator=generator)
-            if stored == "int8":
+            if (target := stored_as(name, shape, stored)) == "int8":
                 quantised, scales = quantise_rows(values.numpy())
                 weights |= {name: torch.from_numpy(quantised), name + SCALE: torch.from_numpy(scales)}
             else:
-                weights[name] = values.to(getattr(torch, stored))
+                weights[name] = values.to(getattr(torch, target))
     return weights
 
 
@@ -228,7 +236,7 @@ def save_weights(tensors: dict[str, torch.Tensor], path: Path) -> None:
     planned = [
         Weight(
             (Tensor(name, tuple(tensor.shape), names[tensor.dtype]),),
-            lambda tensor=tensor: (tensor.contiguous().view(torch.uint8).numpy(),),  # type: ignore[misc]
+            lambda tensor=tensor: iter([(tensor.contiguous().view(torch.uint8).numpy(),)]),  # type: ignore[misc]
         )
         for name, tensor in tensors.items()
     ]
@@ -323,8 +331,10 @@ def _convert(path: Path, stored: str, tiled: bool, folder: Path) -> None:
 def _write_safetensors(weights: list[Weight], path: Path) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "memserve", "converter": _converter()}}
     offset = 0
+    offsets = {}
     for tensor in (tensor for weight in weights for tensor in weight.tensors):
         end = offset + tensor.nbytes
+        offsets[tensor.name] = offset
         header[tensor.name] = {
             "dtype": _SAFETENSORS_NAMES[tensor.dtype],
             "shape": tensor.shape,
@@ -336,9 +346,20 @@ def _write_safetensors(weights: list[Weight], path: Path) -> None:
             header[f"_pad.{end}"] = {"dtype": "U8", "shape": (offset - end,), "data_offsets": (end, offset)}
     text = json.dumps(header).encode()
     text += b" " * (-(len(text) + 8) % ALIGNMENT)
+    base = 8 + len(text)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for weight in weights:
-            for tensor, values in zip(weight.tensors, weight.make(), strict=True):
-                file.write(memoryview(values).cast("B"))  # type: ignore[arg-type]
-                file.write(b"\0" * (-tensor.nbytes % ALIGNMENT))
+            _write_weight(weight, [base + offsets[tensor.name] for tensor in weight.tensors], file)
+        file.truncate(base + offset)
+
+
+def _write_weight(weight: Weight, at: list[int], file: BinaryIO) -> None:
+    """Write the values of each tensor from its place on; what lies between tensors reads as zeros."""
+    ends = [start + tensor.nbytes for start, tensor in zip(at, weight.tensors, strict=True)]
+    for piece in weight.pieces():
+        for i, values in enumerate(piece):
+            file.seek(at[i])
+            file.write(memoryview(values).cast("B"))  # type: ignore[arg-type]
+            at[i] += values.nbytes
+    assert at == ends, weight.tensors

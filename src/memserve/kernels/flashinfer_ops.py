@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional
 
-from memserve.engine.ops import HeadWeights, TorchOps
+from memserve.engine.ops import ExpertWeights, HeadWeights, TorchOps
 from memserve.engine.rope import rope_table
 from memserve.engine.spec import ModelSpec
 from memserve.kernels.flashinfer_kit import Library
@@ -26,6 +27,7 @@ class FlashInferOps(TorchOps):
 
     def __init__(self, library: Library, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
         self.spec, self.dtype, self.residual, self._library = spec, dtype, dtype, library
+        self._experts = torch.arange(spec.experts, device=device)
         # One table of angles, torch's or FlashInfer's: for a million positions each takes half a gigabyte.
         if spec.qkv_bias:
             super().__init__(spec, dtype, device)
@@ -71,6 +73,25 @@ class FlashInferOps(TorchOps):
     def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
         found: torch.Tensor = self._library.silu_and_mul(gate_up)
         return found
+
+    def experts(
+        self, x: torch.Tensor, layer: ExpertWeights, weights: torch.Tensor, chosen: torch.Tensor
+    ) -> torch.Tensor:
+        if not len(x):
+            return torch.empty_like(x)
+        # Each token once for each of its experts, in the experts' order. Shapes depend on nothing that only the
+        # GPU knows, so that the host need not wait and a graph can be captured.
+        ordered, pairs = torch.sort(chosen.flatten(), stable=True)
+        ends = torch.searchsorted(ordered, self._experts, right=True, out_int32=True)
+        gate_up, down = (self._of_experts(one.values) for one in (layer.gate_up, layer.down))
+        inner = self.swiglu(functional.grouped_mm(x[pairs // chosen.shape[1]], gate_up, offs=ends))
+        made = functional.grouped_mm(inner, down, offs=ends)
+        mixed = torch.empty_like(made).index_copy_(0, pairs, made).view(*chosen.shape, -1)
+        return (mixed * weights[..., None]).sum(dim=1).to(x.dtype)
+
+    def _of_experts(self, values: torch.Tensor) -> torch.Tensor:
+        """The matrices of all experts, (experts, in, out), of (experts * out, in)."""
+        return values.view(self.spec.experts, -1, values.shape[1]).transpose(1, 2)
 
 
 def norms_as(weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:

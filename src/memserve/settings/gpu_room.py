@@ -63,7 +63,8 @@ def drawn_together(vocab: int) -> int:
 def worker_bytes(spec: ModelSpec, batch: BatchConfig) -> int:
     """GPU memory of one worker besides shared weights and pages: context, workspaces and activations."""
     tokens = 2 * batch.chunk_tokens + batch.rows
-    wide = 3 * spec.intermediate + 6 * spec.hidden + 2 * spec.head_dim * (spec.heads + 2 * spec.kv_heads)
+    wide = 6 * spec.hidden + 2 * spec.head_dim * (spec.heads + 2 * spec.kv_heads)
+    wide += _expert_values(spec) if spec.experts else 3 * spec.intermediate
     # The logits in bfloat16 and float32, of captured steps and of others, and the float64 weights and sums of
     # those rows that are drawn at once.
     rows = max(16, batch.rows * 3 // 2)  # of the largest captured batch size, at most
@@ -73,7 +74,19 @@ def worker_bytes(spec: ModelSpec, batch: BatchConfig) -> int:
     # Rows that attend together: bfloat16 values of the common part, and float32 weights of both parts.
     together = batch.rows * spec.heads * (2 * spec.head_dim + 2 * 4)
     workspace = workspace_bytes(spec.heads, spec.kv_heads, spec.head_dim, rows, PROCESSORS_MAX)
-    return CONTEXT_BYTES + PLAN_BYTES + workspace + 2 * tokens * wide + together + logits + angles
+    routers = spec.layers * spec.experts * spec.hidden * 4  # each worker's own, in float32
+    fixed = CONTEXT_BYTES + PLAN_BYTES + workspace + routers
+    return fixed + 2 * tokens * wide + together + logits + angles
+
+
+def _expert_values(spec: ModelSpec) -> int:
+    """Activations of one token in a layer of experts, counted in bfloat16 values.
+
+    For each expert that it runs through: its input, output and the output in its place, in float32 once it is
+    weighted; gate, up and their product. Then the router's float32 input and, for all experts, its logits,
+    ordered ones and their numbers.
+    """
+    return spec.experts_used * (3 * spec.intermediate + 5 * spec.hidden) + 2 * spec.hidden + 8 * spec.experts
 
 
 def gpu_pages(

@@ -178,15 +178,18 @@ def resolve(config: Config, machine: Machine | None = None) -> Resolved:
 def weight_bytes(spec: ModelSpec, stored: str) -> int:
     """Bytes of the weights, which all workers of a host map once."""
     attention = 2 * spec.hidden * spec.head_dim * (spec.heads + spec.kv_heads)
-    rows = spec.head_dim * (spec.heads + 2 * spec.kv_heads) + 2 * spec.intermediate + 2 * spec.hidden
+    mlp_rows = spec.mlps * (2 * spec.intermediate + spec.hidden)
+    rows = spec.head_dim * (spec.heads + 2 * spec.kv_heads) + spec.hidden + mlp_rows
     tables = 1 if spec.tied_embeddings else 2
     matrices = tables * spec.vocab * spec.hidden + spec.layers * (
-        attention + 3 * spec.hidden * spec.intermediate
+        attention + spec.mlps * 3 * spec.hidden * spec.intermediate
     )
+    routers = spec.layers * spec.experts * spec.hidden
     float32s = (2 * spec.layers + 1) * spec.hidden
     if stored == "int8":
         float32s += tables * spec.vocab + spec.layers * rows  # the scales
-    return matrices * STORED_BYTES[stored] + float32s * STORED_BYTES["float32"]
+    router_bytes = STORED_BYTES["bfloat16" if stored == "int8" else stored]
+    return matrices * STORED_BYTES[stored] + routers * router_bytes + float32s * STORED_BYTES["float32"]
 
 
 def context_problems(resolved: Resolved, gpus: Gpus) -> Iterator[str]:

@@ -66,6 +66,7 @@ class _Config(Structure):
             (name, c_int32)
             for name in ("vocab", "max_context", "page_tokens", "max_rows", "max_threads", "amx")
         ),
+        *((name, c_int32) for name in ("experts", "experts_used", "experts_normed")),
         ("rms_eps", c_float),
     ]
 
@@ -75,10 +76,10 @@ class _Matrix(Structure):
 
 
 _LAYER_FIELDS = (
-    "attn_norm", "qkv", "qkv_bias", "q_norm", "k_norm", "o", "mlp_norm", "gate_up", "down",
+    "attn_norm", "qkv", "qkv_bias", "q_norm", "k_norm", "o", "mlp_norm", "router", "gate_up", "down",
 )  # fmt: skip
-_MATRICES = {"qkv", "o", "gate_up", "down"}
-_OPTIONAL = {"qkv_bias": "qkv_bias", "q_norm": "qk_norm", "k_norm": "qk_norm"}
+_MATRICES = {"qkv", "o", "router", "gate_up", "down"}
+_OPTIONAL = {"router": "experts", "qkv_bias": "qkv_bias", "q_norm": "qk_norm", "k_norm": "qk_norm"}
 """Weights that only some models have, with the spec's field that says whether."""
 
 
@@ -235,7 +236,8 @@ class NativeStep:
         self._rope = rope_table(spec)
         config = _Config(
             spec.layers, spec.hidden, spec.intermediate, spec.heads, spec.kv_heads, spec.head_dim,
-            spec.vocab, spec.max_context, page_tokens, MAX_ROWS, self._threads, amx, spec.rms_eps,
+            spec.vocab, spec.max_context, page_tokens, MAX_ROWS, self._threads, amx,
+            spec.experts, spec.experts_used, spec.experts_normed, spec.rms_eps,
         )  # fmt: skip
         # A field without a value stays a null pointer, which means that the model has no such weight.
         absent = {name for name, field in _OPTIONAL.items() if not getattr(spec, field, False)}

@@ -20,34 +20,24 @@
 #include <memory>
 #include <thread>
 
-#include "scratch.hpp"
+#include "experts.hpp"
 
 // ---- the model -------------------------------------------------------------------------------------------
 
 namespace {
 
-constexpr int FEW = 16;                    // rows up to which every thread prepares all inputs for itself
-constexpr int LAYER_STAGES = 9;            // stages of run_layer
-constexpr int HEAD_COLUMNS = 8 * COLUMNS;  // outputs of one task of the head
+constexpr int LAYER_STAGES = 7 + EXPERT_STAGES;  // stages of run_layer at most
+constexpr int HEAD_COLUMNS = 8 * COLUMNS;        // outputs of one task of the head
 
-struct Engine {
-    ms_config c;
-    std::vector<ms_layer> layers;
+struct Engine : Experts {
     Matrix embed, head;
     const float *norm, *cosines, *sines;  // (max_context, head_dim / 2)
     bool amx;
 
-    Buffer<float> residual;       // (max_rows, hidden)
     Buffer<Operand> q;            // (max_rows, heads, head_dim)
-    Buffer<Operand> hidden;       // (max_rows, intermediate) in tiles
-    Buffer<Operand> shared;       // (max_rows, widest input) in tiles: a linear's input when rows are many
     Buffer<float> parts;          // (parts, heads, result_size): see Cut::part_at
     Buffer<float> logits;         // (most wanted so far, vocab): used if the caller passes none
-    Cut cut;
-    std::vector<Scratch> scratch;
-    std::vector<Word> counters;  // tasks taken, per block of each stage of a step
 
-    ms_batch b{};
     Barrier barriers[2];  // used by shifts in turn: a thread may enter the next before all left the last one
     Word epoch;     // a count of shifts and, in the low byte, the threads that take part in the latest
     int first = 0;  // layer at which the latest shift begins
@@ -56,59 +46,10 @@ struct Engine {
 
     int group() const { return c.heads / c.kv_heads; }
 
-    // Runs task(block, i) for every i below count(block), each on whichever thread takes it first; threads start with
-    // their own blocks. So a thread that lost its core for a while takes fewer. All threads must pass the same stages
-    // in the same order.
-    template <class Count, class F>
-    void stage(int index, int me, int blocks_here, Count count, F task) {
-        for (int k = 0; k < blocks_here; k++) {
-            int block = (me + k) % blocks_here, end = count(block);
-            auto& taken = counters[(size_t)index * Cut::most_blocks(c.max_rows) + block].value;
-            for (int i; (i = taken.fetch_add(1, std::memory_order_relaxed)) < end;) task(block, i);
-        }
-        scratch[me].barrier->wait(b.threads);
-    }
-
-    // A stage with `columns` tasks for each block: task(column, first row, rows).
-    template <class F>
-    void columns(int index, int me, int columns, F task) {
-        stage(index, me, cut.blocks, [&](int) { return columns; }, [&](int block, int column) {
-            int row = block * cut.block_rows;
-            task(column, row, std::min(cut.block_rows, b.rows - row));
-        });
-    }
-
-    // A stage over all rows, TILE rows per task.
-    template <class F>
-    void each_row(int index, int me, F task) {
-        columns(index, me, cut.block_rows / TILE, [&](int tile, int row, int rows) {
-            for (int i = tile * TILE; i < std::min(rows, (tile + 1) * TILE); i++) task(row + i);
-        });
-    }
-
     bf16* slot(int row, int position, int layer, int half, int head) {
         long page = b.tables[b.table_at[row] + position / c.page_tokens];
         long block = ((page * c.layers + layer) * 2 + half) * c.kv_heads + head;
         return b.arena + (block * c.page_tokens + position % c.page_tokens) * c.head_dim;
-    }
-
-    // Writes one row of the residual stream, normed, to `to`.
-    void normed(int row, const float* weight, InputRow to) {
-        rms_norm(&residual[(long)row * c.hidden], weight, c.hidden, c.rms_eps,
-                 [&](int i, Floats v) { store(to.at(i), v); });
-    }
-
-    // A linear's input; fill(row, to) makes one row of it. With few rows every thread makes all of it for itself,
-    // which is cheaper than one more barrier; many rows are divided among the threads.
-    template <class F>
-    const Operand* input(int index, int me, int width, F fill) {
-        Scratch& mine = scratch[me];
-        if (b.rows > FEW) {
-            each_row(index, me, [&](int row) { fill(row, InputRow(shared.data(), row, width)); });
-            return shared.data();
-        }
-        for (int row = 0; row < b.rows; row++) fill(row, InputRow(mine.x.data(), row, width));
-        return mine.x.data();
     }
 
     // Computes one head of q, k or v, biased, normed and rotated as the model has it, into the q buffer or its page.
@@ -263,33 +204,6 @@ struct Engine {
         for (int i = 0; i < head_dim; i += 16) store(to.at(at + i), load(sums + i) * share);
     }
 
-    // Computes COLUMNS outputs of a linear and adds them to the residual stream.
-    void add(const Matrix& weight, int K, int task, const Operand* x, int row, int rows, Scratch& mine) {
-        const int first = task * COLUMNS;
-        const float* outs = mine.outs.data();
-        float* to = &residual[(long)row * c.hidden + first];
-        const long width = c.hidden;
-        mine.linear.strips(weight, first, first + TILE, K, x + (long)row * K, rows, mine.outs.data(), COLUMNS, [=](int i) {
-            for (int n = 0; n < COLUMNS; n += TILE)
-                store(to + i * width + n, load(to + i * width + n) + load(outs + i * COLUMNS + n));
-        });
-    }
-
-    // Computes COLUMNS values of silu(gate) * up. For each TILE of them gate and up are computed side by side.
-    void gate(const Matrix& weight, int task, const Operand* x, int row, int rows, Scratch& mine) {
-        const float* outs = mine.outs.data();
-        const long K = c.intermediate;
-        for (int first = task * COLUMNS; first < (task + 1) * COLUMNS; first += TILE) {
-            Operand* to = InputRow(hidden.data(), row, K).at(first);
-            auto finish = [=](int i) {
-                Floats g = load(outs + i * COLUMNS), u = load(outs + i * COLUMNS + TILE);
-                store(InputRow(to, i, K).start, g * u / (every(1.f) + exponential(every(0.f) - g)));
-            };
-            const Operand* from = x + (long)row * c.hidden;
-            mine.linear.strips(weight, first, K + first, c.hidden, from, rows, mine.outs.data(), COLUMNS, finish);
-        }
-    }
-
     // Runs a shift: layers that the same threads run. A step is one shift, or several if its caller lends out or gets
     // cores during the step: then all threads return, and those of the next shift continue at layer `first`.
     void run(int me, int shift) {
@@ -375,8 +289,9 @@ struct Engine {
         at++;
         columns(at++, me, tasks, [&](int task, int row, int rows) { add(w.o, width, task, x, row, rows, mine); });
         x = input(at++, me, c.hidden, [&](int row, InputRow to) { normed(row, w.mlp_norm, to); });
+        if (c.experts) return run_experts(w, x, at, me);
         columns(at++, me, c.intermediate / COLUMNS,
-                [&](int task, int row, int rows) { gate(w.gate_up, task, x, row, rows, mine); });
+                [&](int task, int row, int rows) { gate(w.gate_up, 0, task, x + (long)row * c.hidden, row, rows, mine); });
         columns(at++, me, tasks, [&](int task, int row, int rows) {
             add(w.down, c.intermediate, task, hidden.data(), row, rows, mine);
         });
@@ -444,7 +359,8 @@ Engine* ms_open(const ms_config* config, const ms_layer* layers, const Matrix* e
         size_t rows = whole_tiles(c.max_rows), width = std::max(c.hidden, c.heads * c.head_dim);
         engine->residual.resize(rows * c.hidden);
         engine->q.resize(rows * c.heads * c.head_dim);
-        engine->hidden.resize(rows * c.intermediate);
+        engine->hidden.resize((c.experts ? Groups::most_places(c) : rows) * c.intermediate);
+        if (c.experts) engine->resize_experts();
         engine->shared.resize(rows * width);
         engine->scratch.resize(c.max_threads);
         for (auto& scratch : engine->scratch) scratch.resize(c, engine->amx);
