@@ -13,10 +13,10 @@ from fake_service import (
     says,
 )
 from memserve.api.bodies import COMPLETIONS_ALONE, REFUSED
-from memserve.api.guard import cache_scope
 from memserve.errors import RequestFailed
 from memserve.messages import Change
 from memserve.scheduling.view import Health
+from memserve.scopes import scope_of_key
 
 # ---- refusals ------------------------------------------------------------------------------------------------
 
@@ -285,8 +285,8 @@ async def test_each_key_has_a_cache_of_its_own():
     await post({"prompt": "x"}, service=service)
     first, second, again, without = (request.scope for request in service.opened)
 
-    assert first == again == cache_scope("k1")
-    assert second == cache_scope("k2") != first
+    assert first == again == scope_of_key("k1")
+    assert second == scope_of_key("k2") != first
     assert "k1" not in first
     assert without == ""
 

@@ -115,6 +115,11 @@ def test_a_second_chat_turn_is_cached(demo: Cluster) -> None:
     )
     text = "".join(one.choices[0].delta.content or "" for one in streamed)
     assert text == second.choices[0].message.content
+    salt = {"extra_body": {"cache_salt": "another user"}, "max_tokens": 8, "temperature": 0}
+    salted = [client.chat.completions.create(model=model, messages=talk, **salt) for _ in range(2)]
+    assert {one.choices[0].message.content for one in salted} == {text}
+    cached = [one.usage.prompt_tokens_details.cached_tokens for one in salted]
+    assert (cached[0], cached[1] >= known // 16 * 16 - 16) == (0, True)
 
 
 def test_seeded_draws_repeat(demo: Cluster) -> None:

@@ -372,7 +372,7 @@ class FrontendCore:
         del self._entries[entry.request.id]
         self._count(f"requests_{outcome}_total")
         if outcome in ("stop", "length"):
-            ended = Finished(entry.request.id, entry.request.scope, count(entry.sent))
+            ended = Finished(entry.request.id, entry.request.tenant, count(entry.sent))
             self._actions += [Send(one, ended) for one in self.presence.schedulers]
         self._log("info", "request finished", entry, outcome=outcome, **extra, **entry.canonical(now))
         self.presence.changed()

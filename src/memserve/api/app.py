@@ -38,6 +38,7 @@ from memserve.api.wire import ChatWire, CompletionWire, Wire
 from memserve.engine.spec import ModelSpec
 from memserve.engine.tokenizer import Tokenizer
 from memserve.errors import RequestFailed
+from memserve.scopes import salted
 
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -88,17 +89,15 @@ class Api:
     async def completions(self, request: Request) -> Response:
         """POST /v1/completions."""
         body = await self._body(request, CompletionBody)
-        caller: Caller = request.scope[CALLER]
-        prompts = await completion_prompts(body, self.served, caller.cache_scope, _draw_seed)
+        prompts = await completion_prompts(body, self.served, _scope(request, body), _draw_seed)
         wire = CompletionWire(prompts, bool(body.return_token_ids), self._piece(body))
         return self._generate(request, body, prompts, wire)
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
         body = await self._body(request, ChatBody)
-        caller: Caller = request.scope[CALLER]
         long = len(await request.body()) >= LONG_BODY
-        prompt = await chat_prompt(body, self.served, caller.cache_scope, _draw_seed, long)
+        prompt = await chat_prompt(body, self.served, _scope(request, body), _draw_seed, long)
         wire = ChatWire(prompt, bool(body.return_token_ids), self._piece(body), self.served.call_format)
         return self._generate(request, body, [prompt], wire)
 
@@ -109,7 +108,7 @@ class Api:
         body = await self.served.aside(long, partial(read_tokenize, data))
         self._check_model(body.model)
         caller: Caller = request.scope[CALLER]
-        return _json(await tokenized(body, self.served, caller.cache_scope, long))
+        return _json(await tokenized(body, self.served, caller.tenant, long))
 
     async def detokenize(self, request: Request) -> Response:
         """POST /detokenize."""
@@ -205,7 +204,7 @@ class Api:
             stream=bool(body.stream),
             include_usage=bool(options.include_usage),
             usage_so_far=bool(options.continuous_usage_stats),
-            cache_scope=caller.cache_scope,
+            cache_scope=_scope(request, body),
             ping_s=self.served.settings.ping_s,
             prompt_reports=self._prompt_reports(body, prompts),
         )
@@ -246,6 +245,12 @@ class Api:
             "owned_by": "memserve",
             "max_model_len": settings.max_context,
         }
+
+
+def _scope(request: Request, body: CompletionBody | ChatBody) -> str:
+    """The scope of the request: what it computes is shared with requests of the same scope alone."""
+    caller: Caller = request.scope[CALLER]
+    return salted(caller.tenant, body.cache_salt)
 
 
 def _draw_seed() -> int:

@@ -119,6 +119,7 @@ class _Body:
     priority: Annotated[int, Meta(ge=-PRIORITY_MAX, le=PRIORITY_MAX)] | None = None
     return_token_ids: bool | None = None
     prompt_logprobs: Annotated[int, Meta(ge=0, le=LOGPROBS_MAX)] | None = None
+    cache_salt: Annotated[str, Meta(min_length=1)] | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:
