@@ -15,7 +15,7 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from memserve import __version__
 from memserve.api import errors
@@ -24,6 +24,7 @@ from memserve.api.bodies import LONG_BODY, SEED_BITS, Body, ChatBody, Completion
 from memserve.api.call_parser import CallParser
 from memserve.api.chat import ChatTemplate
 from memserve.api.choices import Choice
+from memserve.api.cross_origin import open_to
 from memserve.api.errors import ApiError, from_failure
 from memserve.api.generation import Generation, GenerationOrder
 from memserve.api.guard import CALLER, Caller, Guard
@@ -43,7 +44,7 @@ from memserve.scopes import salted
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
-def build_app(service: Service, tokenizer: Tokenizer, spec: ModelSpec, settings: ApiSettings) -> Starlette:
+def build_app(service: Service, tokenizer: Tokenizer, spec: ModelSpec, settings: ApiSettings) -> ASGIApp:
     """Build the application. Raises UserError when the model's chat template does not compile."""
     api = Api(service, Model(spec, tokenizer, ChatTemplate.of(spec, tokenizer), settings))
     app = Starlette(
@@ -64,7 +65,7 @@ def build_app(service: Service, tokenizer: Tokenizer, spec: ModelSpec, settings:
         exception_handlers=errors.handlers(),
     )
     app.router.redirect_slashes = False
-    return app
+    return open_to(app, settings.cors_origins)
 
 
 class _Answer(Response):
