@@ -193,6 +193,28 @@ async def test_values_that_ask_for_nothing_pass():
         assert (await post({"prompt": "x"} | more)).status_code == 200
 
 
+async def test_unknown_fields_are_ignored_at_any_depth():
+    """What other servers know and this one does not is ignored, in the body as well as in the objects within it."""
+    tool = {
+        "type": "function",
+        "cache_control": None,
+        "function": {"name": "f", "x": 1, "parameters": {"x-y": 1}},
+    }
+    call = {"id": "c", "index": 0, "type": "function", "function": {"name": "f", "arguments": "{}", "x": 1}}
+    body = {
+        "stream": True, "stream_options": {"include_usage": True, "include_obfuscation": True, "x": 1}, "x": {"y": 1},
+        "response_format": {"type": "text", "x": 1}, "tools": [tool], "safety_identifier": "s",
+        "tool_choice": "none", "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "Hi", "cache_control": {"type": "ephemeral"}}], "x": 1},
+            {"role": "assistant", "content": None, "refusal": None, "annotations": [], "audio": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "c", "content": "", "x": 1},
+        ],
+    }  # fmt: skip
+    answer = await post(body, CHAT)
+    assert answer.status_code == 200, answer.text
+    assert '"usage":{' in answer.text and "obfuscation" not in answer.text
+
+
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b'{"prompt": "\\ud800"}', b"\xff", b"[" * 100_000])
 async def test_what_is_not_json_is_refused(data):
     """A body that is not a JSON object in UTF-8 is refused with 400."""
