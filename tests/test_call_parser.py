@@ -81,6 +81,7 @@ def xml(name: str, **values: object) -> str:
     return f"<function={name}>\n{parameters}</function>"
 
 
+TAGS = '["</parameter>\\n<parameter=a>", "\\\\", "\\"</function>", {"</tool_call>": 1}]'
 TRICKY = {"text": 'a "b" {c} \\', "close": "</tool_call>", "nested": {"x": [{}, {"y": "}"}]}, "é": "\u65e5\n"}
 
 
@@ -125,6 +126,14 @@ TRICKY = {"text": 'a "b" {c} \\', "close": "</tool_call>", "nested": {"x": [{}, 
     (QWEN3_CODER, "<tool_call><function=f><parameter=t>\nab c\n</par", ("", [("f", '{"t": "ab c')])),
     (QWEN3_CODER, "<tool_call><function=f><parameter=a>\n12", ("", [("f", '{"a": ')])),
     (QWEN3_CODER, f"<tool_call>\n{F1}\n</tool_call>", ("", [("f", '{"a": 1}')])),
+    (QWEN3_CODER, f"<tool_call><function=f><parameter=l>\n{TAGS}\n</parameter><parameter=m>{TAGS}</parameter></function>",
+        ("", [("f", f'{{"l": {TAGS}, "m": {json.dumps(TAGS)}}}')])),
+    (QWEN3_CODER, '<tool_call><function=f><parameter=l>["a</parameter>\n<parameter=a>1</parameter></function>', ("", [("f", '{"l": "[\\"a", "a": 1}')])),
+    (QWEN3_CODER, '<tool_call><function=f><parameter=l>["a</parameter><parameter=t>"b"</parameter></function></tool_call>',
+        ("", [("f", '{"l": "[\\"a", "t": "\\"b\\""}')])),
+    (QWEN3_CODER, '<tool_call><function=f><parameter=l>["a</parameter></function></tool_call>', ("", [("f", '{"l": "[\\"a"}')])),
+    (QWEN3_CODER, '<tool_call><function=f><parameter=l>["a\\</parameter>\n</function>', ("", [("f", '{"l": "[\\"a\\\\"}')])),
+    (QWEN3_CODER, '<tool_call><function=f><parameter=m>"a" b</parameter></function>', ("", [("f", '{"m": "\\"a\\" b"}')])),
     (MISTRAL_ARGS, '[TOOL_CALLS]f[ARGS]{"a": 1}', ("", [("f", '{"a": 1}')])),
     (MISTRAL_ARGS, 'So.[TOOL_CALLS]f[ARGS]{"a": "[ARGS]}"}[TOOL_CALLS] g [ARGS] {} ', ("So.", [("f", '{"a": "[ARGS]}"}'), ("g", "{}")])),
     (MISTRAL_ARGS, '[TOOL_CALLS]f[CALL_ID]a1B2c3D4e[ARGS]{"a": 1}', ("", [("f", '{"a": 1}')])),
@@ -228,6 +237,27 @@ def test_every_text_comes_out_of_xml(values):
     assert read(text, QWEN3_CODER, schemas=schemas) == (content, [(name, arguments)])
 
 
+JSONS = st.recursive(
+    st.none() | st.integers() | st.text(alphabet=st.sampled_from('</>"\\\n a')) | st.sampled_from(["</parameter>", "<parameter=a>\n1\n", "\n</function>"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["x", "</parameter>"]), inner, max_size=3), max_leaves=6,
+)  # fmt: skip
+
+
+@given(
+    values=st.lists(JSONS.filter(lambda one: not isinstance(one, str)), min_size=1, max_size=3),
+    indent=st.none() | st.just(1),
+)
+def test_every_json_comes_out_of_xml(values, indent):
+    """A value that is JSON is never cut at what looks like a tag in one of its texts."""
+    named = {f"k{i}": one for i, one in enumerate(values)}
+    schemas = {"f": {"properties": {key: {"type": ["object", "array", "integer", "null"]} for key in named}}}
+    call = xml("f", **{key: json.dumps(one, indent=indent) for key, one in named.items()})
+    text = "".join((*QWEN3_CODER.before, call, *QWEN3_CODER.after))
+    content, ((name, arguments),) = read(text, QWEN3_CODER, tuple(range(len(text))), schemas=schemas)
+    assert (content, name, json.loads(arguments)) == ("", "f", named)
+    assert read(text, QWEN3_CODER, schemas=schemas) == (content, [(name, arguments)])
+
+
 def test_texts_in_xml_come_as_they_are_written():
     """A client would wait for the end of a long file without a sign of life."""
     parser = CallParser(QWEN3_CODER, KNOWN, schemas=SCHEMAS)
@@ -263,7 +293,8 @@ def test_text_comes_as_soon_as_it_is_known():
 
 @pytest.mark.parametrize(("begun", "piece"), [
     ("<tool_call><function=f><parameter=t>", "0123456789"), ("<tool_call><function=f><parameter=l>", "0123456789"), ("<tool_call><function=f>", "\n"),
-    ("<tool_call><function=f><parameter=t>", "<"), ("<tool_call><function=f><parameter=t>", "\n"), ("<tool_call><function=f></tool", "<parameter=t"), ("<tool_call><function=", "f"),
+    ("<tool_call><function=f><parameter=t>", "<"), ("<tool_call><function=f><parameter=t>", "\n"), ('<tool_call><function=f><parameter=l>["', "</parameter>"),
+    ('<tool_call><function=f><parameter=l>["', "\\"), ('<tool_call><function=f><parameter=l>["', '"'), ("<tool_call><function=f></tool", "<parameter=t"), ("<tool_call><function=", "f"),
     ("[TOOL_CALLS]", "f"), ("[TOOL_CALLS]f", "["), ("[TOOL_CALLS]f", " "), ("[TOOL_CALLS]f[ARGS]{", "{"), ("", "[TOOL_CALLS]f"),
     ("", "<tool_call>{"), ("<tool_call>{", "{"), ("<tool_call>{", '{"name": "'), ("<tool_call>{", "\n"), ("<tool_call>", "\n"), ("", "\n"), ("", "<"),
     ('<tool_call>{"name": "', "0123456789"), ('<tool_call>{"name": "f", "arguments": {', "\\"), (tagged(F1), "\n"),

@@ -201,7 +201,7 @@ class CallParser:
         return self._to(self._in_parameters)
 
     def _in_parameters(self) -> bool:
-        made, self._rest = self._xml.take(self._rest)
+        made, self._rest = self._xml.take(self._rest, self._final)
         self._argue(made)
         return self._xml.ended and self._ended()
 
