@@ -221,7 +221,9 @@ class Api:
             marks += MARKS
         if offer is not None:
             form = self.served.call_format
-            calls = CallParser(form, offer.names, offer.several and form.several, offer.schemas)
+            several = offer.several and form.several
+            free = not self._followed(order.prompts[at])
+            calls = CallParser(form, offer.names, several, offer.schemas, unmarked=free)
             marks += form.marks
         piece = self.served.with_marks(marks, skip_special=body.skip_special_tokens is not False)
         return Choice(
@@ -234,8 +236,13 @@ class Api:
 
     def _apart(self, body: CompletionBody | ChatBody, prompt: Prompt) -> bool:
         """Whether to report thoughts apart from the text. An answer that follows a grammar has none."""
-        grammar = prompt.params.sampling.adjust is not None and prompt.params.sampling.adjust.grammar
-        return isinstance(body, ChatBody) and self.served.settings.reasoning == "apart" and not grammar
+        apart = isinstance(body, ChatBody) and self.served.settings.reasoning == "apart"
+        return apart and not self._followed(prompt)
+
+    def _followed(self, prompt: Prompt) -> bool:
+        """Whether the answer follows a grammar."""
+        adjust = prompt.params.sampling.adjust
+        return adjust is not None and bool(adjust.grammar)
 
     def _model_card(self) -> dict[str, Any]:
         settings = self.served.settings
