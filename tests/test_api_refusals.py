@@ -71,7 +71,7 @@ BAD = [
     ({"prompt": "x" * 700_000}, "prompt", r"at least 8641 tokens"),
     ({"prompt": "1" * 700_000, "truncate_prompt_tokens": 9}, "prompt", r"at least 8641 tokens"),  # no cheap work either
     ({"prompt": "x", "temperature": 2.5}, "temperature", "temperature: expected float <= 2.0, got 2.5"),
-    ({"prompt": "x", "top_p": 0}, "top_p", "top_p: expected float > 0"),
+    ({"prompt": "x", "top_p": -0.1}, "top_p", "top_p: expected float >= 0"),
     ({"prompt": "x", "priority": 101}, "priority", "priority: expected int <= 100, got 101"),
     ({"prompt": "x", "priority": 0.5}, "priority", "priority: expected int, got 0.5"),
     ({"prompt": "x", "n": 65}, "n", "n: expected int <= 64, got 65"),
@@ -127,6 +127,7 @@ BAD_CHATS = [
     ({"messages": HI, "response_format": {"type": "xml"}}, "response_format.type", "expected one of text, json_object, json_schema"),
     ({"messages": HI, "response_format": {"type": "json_schema"}}, "response_format.json_schema", "this field is required"),
     ({"messages": HI, "response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "response_format.json_schema.schema", "required"),
+    ({"messages": HI, "response_format": {"type": "json_object", "schema": {"not": {}}}}, "response_format.schema", "Unimplemented keys"),
     ({"messages": HI, "response_format": schema({"not": {}})}, "response_format.json_schema.schema", "Unimplemented keys"),
     ({"messages": HI, "response_format": schema({"description": "x" * 70_000})}, "response_format.json_schema.schema", "at most 65536 bytes"),
     ({"messages": HI, "response_format": {"type": "json_object"}, "min_tokens": 3}, "min_tokens", "not beside response_format"),
