@@ -189,6 +189,10 @@ def calls(arguments="{}", **changes):
     return [{"role": "assistant", "content": None, "tool_calls": [call | changes]}]
 
 
+def allowed(mode, *names):
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools(*names)}}
+
+
 DEEP = json.loads('{"x":' * (DEPTH_MAX + 1) + "1" + "}" * (DEPTH_MAX + 1))
 
 BAD = [
@@ -205,7 +209,13 @@ BAD = [
     ({"tool_choice": {"type": "function", "function": {"name": "a"}}}, "tool_choice", "without tools"),
     ({"tools": tools("a"), "tool_choice": "any"}, "tool_choice", "one of none, auto, required, an object, got"),
     ({"tools": tools("a"), "tool_choice": {"type": "function", "function": {"name": "b"}}}, "tool_choice.function.name", "one of tools, got b"),
-    ({"tools": tools("a"), "tool_choice": {"type": "tool"}}, "tool_choice.type", 'expected one of function, got "tool"'),
+    ({"tools": tools("a"), "tool_choice": {"type": "tool"}}, "tool_choice.type", 'expected one of function, allowed_tools, got "tool"'),
+    ({"tools": tools("a"), "tool_choice": {"type": "function"}}, "tool_choice.function", "this field is required"),
+    ({"tools": tools("a"), "tool_choice": {"type": "allowed_tools"}}, "tool_choice.allowed_tools", "this field is required"),
+    ({"tools": tools("a"), "tool_choice": allowed("none", "a")}, "tool_choice.allowed_tools.mode", 'expected one of auto, required, got "none"'),
+    ({"tools": tools("a"), "tool_choice": allowed("auto")}, "tool_choice.allowed_tools.tools", "length >= 1"),
+    ({"tools": tools("a"), "tool_choice": allowed("auto", "a", "b")}, "tool_choice.allowed_tools.tools[1].function.name", "one of tools, got b"),
+    ({"tool_choice": allowed("auto", "a")}, "tool_choice", "without tools"),
     ({"tools": tools("a"), "parallel_tool_calls": "no"}, "parallel_tool_calls", 'expected bool, got "no"'),
     ({"tools": tools("a"), "tool_choice": "required", "min_tokens": 2}, "min_tokens", "not beside tools"),
     ({"tools": tools("a", strict=True), "ignore_eos": True}, "ignore_eos", "not beside tools"),

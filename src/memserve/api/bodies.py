@@ -303,6 +303,8 @@ _KNOWN = (
     (r"\.role$", ROLES),
     (r"^response_format", FORMATS),
     (r"^tool_choice$", CHOICES),
+    (r"^tool_choice\.type$", ("function", "allowed_tools")),
+    (r"^tool_choice\.allowed_tools\.mode$", ("auto", "required")),
     (r"^tool|\.tool_calls", ("function",)),
     ("", ("text",)),
 )
