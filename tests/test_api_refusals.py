@@ -117,6 +117,8 @@ BAD_CHATS = [
     ({"messages": "x"}, "messages", 'messages: expected array, got "x"'),
     ({"messages": HI * 10_001}, "messages", "messages: expected array of length <= 10000, got"),
     ({"messages": HI, "echo": True}, "echo", "echo is not supported"),
+    ({"messages": HI, "guided_json": {}}, "guided_json", "guided_json is not supported by this server; send structured_outputs.json$"),
+    ({"messages": HI, "functions": [{"name": "f"}]}, "functions", "send tools$"),
     ({"messages": HI, "add_special_tokens": True}, "add_special_tokens", "add_special_tokens is not supported"),
     ({"messages": HI, "skip_special_tokens": 0}, "skip_special_tokens", "expected bool, got 0"),
     ({"messages": [{"content": "x"}]}, "messages[0].role", "this field is required"),

@@ -51,6 +51,15 @@ REFUSED: dict[str, tuple[object, ...]] = {
 }
 """Fields that are not supported, with the values that pass as they request nothing (null always passes)."""
 
+REMEDIES = {
+    "function_call": "send tool_choice",
+    "functions": "send tools",
+    **{
+        f"guided_{kind}": f"send structured_outputs.{kind}" for kind in ("choice", "grammar", "json", "regex")
+    },
+}
+"""What to send in place of a field that is not supported; the others must be left out."""
+
 CHATS_ALONE: dict[str, tuple[object, ...]] = {
     "add_generation_prompt": (True,),
     "chat_template_kwargs": ({},),
@@ -296,7 +305,7 @@ def _refuse(raw: dict[str, Any], served: Mapping[str, Any]) -> None:
         passing = _SOMEWHERE_REFUSED[name]
         neutral = any(type(value) is type(passes) and value == passes for passes in passing)
         if value is not None and not neutral:
-            raise unsupported(name)
+            raise unsupported(name, REMEDIES.get(name, "leave it out"))
 
 
 _KNOWN = (
