@@ -77,6 +77,8 @@ TEMPLATE_NAMES = frozenset(
     ("add_generation_prompt", "bos_token", "documents", "eos_token", "messages", "raise_exception", "strftime_now", "tools")
 )  # fmt: skip
 """Variables of chat templates that ``chat_template_kwargs`` may not set."""
+EFFORT = "reasoning_effort"
+"""A field, and the variable of chat templates in which those that know efforts expect it."""
 Scalar = str | int | float | bool | None
 
 Ending = Literal["answer", "closed", "open"]
@@ -168,6 +170,8 @@ class Conversation:
     messages: Annotated[tuple[ChatMessage, ...], Meta(min_length=1, max_length=MESSAGES_MAX)]
     chat_template_kwargs: dict[str, Scalar] | None = None
     """Further variables of the model's chat template, such as Qwen3's ``enable_thinking``."""
+    reasoning_effort: Annotated[str, Meta(max_length=64)] | None = None
+    """The same, for the one variable that OpenAI's API has a field for."""
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     tools: Annotated[tuple[Tool, ...], Meta(max_length=TOOLS_MAX)] | None = None
@@ -178,6 +182,12 @@ class Conversation:
     def offer(self) -> Offer | None:
         """The tools that the answer may call; None: it may not call any."""
         return offered(self.tools, self.tool_choice, self.parallel_tool_calls)
+
+    @property
+    def template_arguments(self) -> dict[str, Scalar]:
+        """The variables that the client sets for the chat template; those that it names itself take precedence."""
+        effort = {} if self.reasoning_effort is None else {EFFORT: self.reasoning_effort}
+        return effort | (self.chat_template_kwargs or {})
 
     @property
     def ending(self) -> Ending:
