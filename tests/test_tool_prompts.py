@@ -216,6 +216,7 @@ BAD = [
     ({"tools": tools("a"), "tool_choice": allowed("auto")}, "tool_choice.allowed_tools.tools", "length >= 1"),
     ({"tools": tools("a"), "tool_choice": allowed("auto", "a", "b")}, "tool_choice.allowed_tools.tools[1].function.name", "one of tools, got b"),
     ({"tool_choice": allowed("auto", "a")}, "tool_choice", "without tools"),
+    ({"tools": [*tools("a"), *tools("b", strict=True, parameters={"not": {}})], "tool_choice": allowed("auto", "b")}, "tools[1].function.parameters", "Unimplemented keys"),
     ({"tools": tools("a"), "parallel_tool_calls": "no"}, "parallel_tool_calls", 'expected bool, got "no"'),
     ({"tools": tools("a"), "tool_choice": "required", "min_tokens": 2}, "min_tokens", "not beside tools"),
     ({"tools": tools("a", strict=True), "ignore_eos": True}, "ignore_eos", "not beside tools"),

@@ -102,6 +102,13 @@ class Offer:
     """Name of the only tool that may be called; then it must be called exactly once."""
     several: bool = True
     """Whether the answer may have more than one call."""
+    places: tuple[int, ...] = ()
+    """Indexes of the tools in the body; empty: all of the body's tools are offered."""
+
+    def path(self, tool: Tool) -> str:
+        """The path of one of the tools in the body."""
+        at = self.tools.index(tool)
+        return f"tools[{self.places[at] if self.places else at}]"
 
     @property
     def allowed(self) -> tuple[Tool, ...]:
@@ -134,8 +141,9 @@ def offered(tools: Sequence[Tool] | None, choice: ToolChoice | None, parallel: b
             (name,) = choice.named.values()
             return Offer(tuple(tools), True, name, several=False)
         allowed = {*choice.named.values()}
-        tools = [tool for tool in tools if tool.function.name in allowed]
-        return Offer(tuple(tools), choice.allowed_tools.mode == "required", None, several)
+        places = tuple(at for at, tool in enumerate(tools) if tool.function.name in allowed)
+        must = choice.allowed_tools.mode == "required"
+        return Offer(tuple(tools[at] for at in places), must, None, several, places)
     return Offer(tuple(tools), choice == "required", None, several)
 
 
