@@ -318,7 +318,7 @@ def test_text_comes_as_soon_as_it_is_known():
 
 
 @pytest.mark.parametrize(("begun", "piece"), [
-    ("<tool_call><function=f><parameter=t>", "0123456789"), ("<tool_call><function=f><parameter=l>", "0123456789"), ("<tool_call><function=f>", "\n"),
+    ("<tool_call><function=f><parameter=t>", "0123456789"), ("<tool_call><function=f><parameter=l>", "0123456789"), ("<tool_call><function=f>", "\n" * 9),
     ("<tool_call><function=f><parameter=t>", "<"), ("<tool_call><function=f><parameter=t>", "\n"), ('<tool_call><function=f><parameter=l>["', "</parameter>"),
     ('<tool_call><function=f><parameter=l>["', "\\"), ('<tool_call><function=f><parameter=l>["', '"'), ("<tool_call><function=f></tool", "<parameter=t"), ("<tool_call><function=", "f"),
     ("[TOOL_CALLS]", "f"), ("[TOOL_CALLS]f", "["), ("[TOOL_CALLS]f", " "), ("[TOOL_CALLS]f[ARGS]{", "{"), ("", "[TOOL_CALLS]f"),

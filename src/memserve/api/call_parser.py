@@ -22,9 +22,11 @@ from memserve.api.thoughts import held
 
 NAME_MAX = 256
 """Most characters in a name that a model may call."""
+BLANKS_MAX = 1000
+"""Most blanks after ``<function=NAME>``: they are looked through again with each token."""
 _STRING = r'"(?:[^"\\]|\\.){1,1600}"'
 _HEAD = re.compile(r'\{\s*"name"\s*:\s*(' + _STRING + r')\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
-_FUNCTION = re.compile(rf"{FUNCTION}([^<>\s]{{1,{NAME_MAX}}})>\s*(?={PARAMETER}|{FUNCTION_END})")
+_FUNCTION = re.compile(rf"{FUNCTION}([^<>\s]{{1,{NAME_MAX}}})>\s{{0,{BLANKS_MAX}}}(?={PARAMETER}|{FUNCTION_END})")
 
 
 def _begun(text: str) -> str:
@@ -33,7 +35,7 @@ def _begun(text: str) -> str:
 
 
 _MAYBE_FUNCTION = re.compile(
-    rf"{_begun(FUNCTION)}|{FUNCTION}[^<>\s]{{1,{NAME_MAX}}}(?:>\s*(?:{_begun(PARAMETER)}|{_begun(FUNCTION_END)}))?"
+    rf"{_begun(FUNCTION)}|{FUNCTION}[^<>\s]{{1,{NAME_MAX}}}(?:>\s{{0,{BLANKS_MAX}}}(?:{_begun(PARAMETER)}|{_begun(FUNCTION_END)}))?"
 )
 """Matches every beginning of what ``_FUNCTION`` matches."""
 _NAME, _KEYS, _SPACE = '"name"', ('"arguments"', '"parameters"'), r"\s{0,64}"
