@@ -26,7 +26,9 @@ BLANKS_MAX = 1000
 """Most blanks after ``<function=NAME>``: they are looked through again with each token."""
 _STRING = r'"(?:[^"\\]|\\.){1,1600}"'
 _HEAD = re.compile(r'\{\s*"name"\s*:\s*(' + _STRING + r')\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
-_FUNCTION = re.compile(rf"{FUNCTION}([^<>\s]{{1,{NAME_MAX}}})>\s{{0,{BLANKS_MAX}}}(?={PARAMETER}|{FUNCTION_END})")
+_FUNCTION = re.compile(
+    rf"{FUNCTION}([^<>\s]{{1,{NAME_MAX}}})>\s{{0,{BLANKS_MAX}}}(?={PARAMETER}|{FUNCTION_END})"
+)
 
 
 def _begun(text: str) -> str:
