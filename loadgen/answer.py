@@ -17,6 +17,8 @@ class Answer:
 
     event_s: list[float] = attrs.field(factory=list)
     """When each event with tokens arrived."""
+    first_tokens: int | None = None
+    """Tokens up to the end of the first event with tokens, by its ids or its usage; None if it has neither."""
     parts: list[str] = attrs.field(factory=list)
     ids: list[int] | None = None
     usage: dict[str, Any] | None = None
@@ -42,7 +44,12 @@ class Answer:
             self._failed("server error", error_text(chunk))
             return 0
         self.usage = chunk.get("usage") or self.usage
-        return sum(self._choice(one, now) for one in chunk.get("choices") or ())
+        first = not self.event_s
+        brought = sum(self._choice(one, now) for one in chunk.get("choices") or ())
+        if first and brought:
+            so_far = (chunk.get("usage") or {}).get("completion_tokens")
+            self.first_tokens = so_far or (len(self.ids) if self.ids is not None else None)
+        return brought
 
     def _choice(self, choice: dict[str, Any], now: float) -> int:
         self.finish_reason = choice.get("finish_reason") or self.finish_reason

@@ -93,7 +93,29 @@ def _from_files(kind: Kind, given: WorkloadOptions, ruler: Ruler) -> list[Sessio
         block_tokens=given.block_tokens,
         scale=given.scale,
     )
-    return [one for path in given.data for one in files.read(path, FORMATS[kind], settings)]
+    names = distinct([files.stem(path) for path in given.data])
+    found = [
+        one
+        for path, name in zip(given.data, names, strict=True)
+        for one in files.read(path, FORMATS[kind], settings, name)
+    ]
+    return [
+        attrs.evolve(one, id=id) for one, id in zip(found, distinct([one.id for one in found]), strict=True)
+    ]
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """``names``, with ``~2``, ``~3``, ... behind each that came before."""
+    taken, counts, made = set(names), dict[str, int](), []
+    for name in names:
+        counts[name] = counts.get(name, 0) + 1
+        new = name
+        while counts[name] > 1 and new in taken:
+            new = f"{name}~{counts[name]}"
+            counts[name] += new in taken
+        taken.add(new)
+        made.append(new)
+    return made
 
 
 def _prefixes(given: WorkloadOptions) -> dict[str, str]:

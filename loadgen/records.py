@@ -33,6 +33,8 @@ class Record:
     detail: str = ""
     event_ms: list[float] = attrs.field(factory=list)
     """When each event with tokens arrived, in milliseconds since the request was sent."""
+    first_tokens: int | None = None
+    """Tokens up to the end of the first event, if the server says how many there are."""
     prompt_tokens: int | None = None
     cached_tokens: int | None = None
     output_tokens: int | None = None
@@ -65,11 +67,11 @@ class Record:
 
     @property
     def tpot_ms(self) -> float | None:
-        """Time per output token after the first; None for answers of one token or one event."""
-        tokens = self.output_tokens or len(self.event_ms)
-        if tokens < 2 or len(self.event_ms) < 2:
+        """Time per output token after those of the first event; None for answers of one event."""
+        later = (self.output_tokens or len(self.event_ms)) - (self.first_tokens or 1)
+        if later < 1 or len(self.event_ms) < 2:
             return None
-        return (self.event_ms[-1] - self.event_ms[0]) / (tokens - 1)
+        return (self.event_ms[-1] - self.event_ms[0]) / later
 
     @property
     def gaps_ms(self) -> list[float]:

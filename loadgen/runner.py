@@ -253,6 +253,7 @@ class Player:
         record.end_s = self._now()
         sent = record.sent_s + self._began
         record.event_ms = [round((at - sent) * 1e3, 3) for at in answer.event_s]
+        record.first_tokens = answer.first_tokens
         record.prompt_tokens = answer.tokens("prompt_tokens")
         record.cached_tokens = answer.cached_tokens
         record.output_tokens = answer.output_tokens

@@ -128,7 +128,10 @@ class Stub:
                     await wire.event({"error": {"message": "the worker is gone"}}, b"event: error\n")
                     return False
                 await trio.sleep(behaviour.stall_s * faults.pop("stall", False))
-            await wire.event(self._chunk(asked, part, start + len(part) >= count))
+            chunk = self._chunk(asked, part, start + len(part) >= count)
+            if (asked.get("stream_options") or {}).get("continuous_usage_stats"):
+                chunk["usage"] = _usage(len(tokens), cached, start + len(part))
+            await wire.event(chunk)
         self._insert(key, [*tokens, *answer])
         await wire.event({"choices": [], "usage": _usage(len(tokens), cached, count)})
         await wire.close()

@@ -13,10 +13,10 @@ from fake_service import (
     says,
 )
 from memserve.api.bodies import COMPLETIONS_ALONE, REFUSED
-from memserve.api.guard import cache_scope
 from memserve.errors import RequestFailed
 from memserve.messages import Change
 from memserve.scheduling.view import Health
+from memserve.scopes import scope_of_key
 
 # ---- refusals ------------------------------------------------------------------------------------------------
 
@@ -71,7 +71,7 @@ BAD = [
     ({"prompt": "x" * 700_000}, "prompt", r"at least 8641 tokens"),
     ({"prompt": "1" * 700_000, "truncate_prompt_tokens": 9}, "prompt", r"at least 8641 tokens"),  # no cheap work either
     ({"prompt": "x", "temperature": 2.5}, "temperature", "temperature: expected float <= 2.0, got 2.5"),
-    ({"prompt": "x", "top_p": 0}, "top_p", "top_p: expected float > 0"),
+    ({"prompt": "x", "top_p": -0.1}, "top_p", "top_p: expected float >= 0"),
     ({"prompt": "x", "priority": 101}, "priority", "priority: expected int <= 100, got 101"),
     ({"prompt": "x", "priority": 0.5}, "priority", "priority: expected int, got 0.5"),
     ({"prompt": "x", "n": 65}, "n", "n: expected int <= 64, got 65"),
@@ -117,6 +117,8 @@ BAD_CHATS = [
     ({"messages": "x"}, "messages", 'messages: expected array, got "x"'),
     ({"messages": HI * 10_001}, "messages", "messages: expected array of length <= 10000, got"),
     ({"messages": HI, "echo": True}, "echo", "echo is not supported"),
+    ({"messages": HI, "guided_json": {}}, "guided_json", "guided_json is not supported by this server; send structured_outputs.json$"),
+    ({"messages": HI, "functions": [{"name": "f"}]}, "functions", "send tools$"),
     ({"messages": HI, "add_special_tokens": True}, "add_special_tokens", "add_special_tokens is not supported"),
     ({"messages": HI, "skip_special_tokens": 0}, "skip_special_tokens", "expected bool, got 0"),
     ({"messages": [{"content": "x"}]}, "messages[0].role", "this field is required"),
@@ -127,6 +129,7 @@ BAD_CHATS = [
     ({"messages": HI, "response_format": {"type": "xml"}}, "response_format.type", "expected one of text, json_object, json_schema"),
     ({"messages": HI, "response_format": {"type": "json_schema"}}, "response_format.json_schema", "this field is required"),
     ({"messages": HI, "response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "response_format.json_schema.schema", "required"),
+    ({"messages": HI, "response_format": {"type": "json_object", "schema": {"not": {}}}}, "response_format.schema", "Unimplemented keys"),
     ({"messages": HI, "response_format": schema({"not": {}})}, "response_format.json_schema.schema", "Unimplemented keys"),
     ({"messages": HI, "response_format": schema({"description": "x" * 70_000})}, "response_format.json_schema.schema", "at most 65536 bytes"),
     ({"messages": HI, "response_format": {"type": "json_object"}, "min_tokens": 3}, "min_tokens", "not beside response_format"),
@@ -191,6 +194,28 @@ async def test_values_that_ask_for_nothing_pass():
     assert (await post({"messages": HI} | nulls, CHAT)).status_code == 200
     for more in ({"best_of": 1}, {"n": 2, "best_of": 2}):
         assert (await post({"prompt": "x"} | more)).status_code == 200
+
+
+async def test_unknown_fields_are_ignored_at_any_depth():
+    """What other servers know and this one does not is ignored, in the body as well as in the objects within it."""
+    tool = {
+        "type": "function",
+        "cache_control": None,
+        "function": {"name": "f", "x": 1, "parameters": {"x-y": 1}},
+    }
+    call = {"id": "c", "index": 0, "type": "function", "function": {"name": "f", "arguments": "{}", "x": 1}}
+    body = {
+        "stream": True, "stream_options": {"include_usage": True, "include_obfuscation": True, "x": 1}, "x": {"y": 1},
+        "response_format": {"type": "text", "x": 1}, "tools": [tool], "safety_identifier": "s",
+        "tool_choice": "none", "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "Hi", "cache_control": {"type": "ephemeral"}}], "x": 1},
+            {"role": "assistant", "content": None, "refusal": None, "annotations": [], "audio": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "c", "content": "", "x": 1},
+        ],
+    }  # fmt: skip
+    answer = await post(body, CHAT)
+    assert answer.status_code == 200, answer.text
+    assert '"usage":{' in answer.text and "obfuscation" not in answer.text
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b'{"prompt": "\\ud800"}', b"\xff", b"[" * 100_000])
@@ -285,8 +310,8 @@ async def test_each_key_has_a_cache_of_its_own():
     await post({"prompt": "x"}, service=service)
     first, second, again, without = (request.scope for request in service.opened)
 
-    assert first == again == cache_scope("k1")
-    assert second == cache_scope("k2") != first
+    assert first == again == scope_of_key("k1")
+    assert second == scope_of_key("k2") != first
     assert "k1" not in first
     assert without == ""
 

@@ -173,6 +173,16 @@ XML = [
     ({"type": "integer"}, ["5", "-1"], ["x", "1.5", ""]),
     ({"type": "boolean"}, ["true"], ["True", "1"]),
     ({"type": "array", "items": {"$ref": "#/$defs/d"}}, ['["p", "q"]'], ['["x"]', "p"]),
+    (
+        {"type": "array", "items": {"type": "string"}},
+        ['["</parameter>"]', '["<parameter=v>\\\\", "\\"</function>"]'],
+        ['["\n"]'],
+    ),
+    (
+        {"type": "object"},
+        ['{"</function>": "</parameter>\\n</function>\\n</tool_call>"}'],
+        ["{}</parameter>"],
+    ),
     ({"$ref": "#/$defs/d"}, ["p"], ["r"]),
     ({"anyOf": [{"type": "string"}, {"type": "null"}]}, ["null", "x"], ["<parameter="]),
     ({"anyOf": [{"type": "integer"}, {"type": "null"}]}, ["null", "7"], ["x"]),

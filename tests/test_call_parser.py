@@ -81,6 +81,7 @@ def xml(name: str, **values: object) -> str:
     return f"<function={name}>\n{parameters}</function>"
 
 
+TAGS = '["</parameter>\\n<parameter=a>", "\\\\", "\\"</function>", {"</tool_call>": 1}]'
 TRICKY = {"text": 'a "b" {c} \\', "close": "</tool_call>", "nested": {"x": [{}, {"y": "}"}]}, "é": "\u65e5\n"}
 
 
@@ -125,6 +126,20 @@ TRICKY = {"text": 'a "b" {c} \\', "close": "</tool_call>", "nested": {"x": [{}, 
     (QWEN3_CODER, "<tool_call><function=f><parameter=t>\nab c\n</par", ("", [("f", '{"t": "ab c')])),
     (QWEN3_CODER, "<tool_call><function=f><parameter=a>\n12", ("", [("f", '{"a": ')])),
     (QWEN3_CODER, f"<tool_call>\n{F1}\n</tool_call>", ("", [("f", '{"a": 1}')])),
+    (QWEN3_CODER, f"<tool_call><function=f><parameter=l>\n{TAGS}\n</parameter><parameter=m>{TAGS}</parameter></function>",
+        ("", [("f", f'{{"l": {TAGS}, "m": {json.dumps(TAGS)}}}')])),
+    (QWEN3_CODER, '<tool_call><function=f><parameter=l>["a</parameter>\n<parameter=a>1</parameter></function>', ("", [("f", '{"l": "[\\"a", "a": 1}')])),
+    (QWEN3_CODER, '<tool_call><function=f><parameter=l>["a</parameter><parameter=t>"b"</parameter></function></tool_call>',
+        ("", [("f", '{"l": "[\\"a", "t": "\\"b\\""}')])),
+    (QWEN3_CODER, '<tool_call><function=f><parameter=l>["a</parameter></function></tool_call>', ("", [("f", '{"l": "[\\"a"}')])),
+    (QWEN3_CODER, '<tool_call><function=f><parameter=l>["a\\</parameter>\n</function>', ("", [("f", '{"l": "[\\"a\\\\"}')])),
+    (QWEN3_CODER, '<tool_call><function=f><parameter=m>"a" b</parameter></function>', ("", [("f", '{"m": "\\"a\\" b"}')])),
+    (QWEN3_CODER, "I look.\n\n<function=f>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>", ("I look.", [("f", '{"a": 1}')])),
+    (QWEN3_CODER, "<function=f></function>\n<function=g></function> x", ("x", [("f", "{}"), ("g", "{}")])),
+    (QWEN3_CODER, "<function=other></function> <tool_call><function=other></function></tool_call>", ("<function=other></function>", [("other", "{}")])),
+    (QWEN3_CODER, f" {F1}\n", ("", [("f", '{"a": 1}')])),
+    (HERMES, F1, ("", [("f", '{"a": 1}')])),
+    (HERMES, '\n\n{ "name": "g",\n "parameters": {"x": [{"y": "}"}]} }\n', ("", [("g", '{"x": [{"y": "}"}]}')])),
     (MISTRAL_ARGS, '[TOOL_CALLS]f[ARGS]{"a": 1}', ("", [("f", '{"a": 1}')])),
     (MISTRAL_ARGS, 'So.[TOOL_CALLS]f[ARGS]{"a": "[ARGS]}"}[TOOL_CALLS] g [ARGS] {} ', ("So.", [("f", '{"a": "[ARGS]}"}'), ("g", "{}")])),
     (MISTRAL_ARGS, '[TOOL_CALLS]f[CALL_ID]a1B2c3D4e[ARGS]{"a": 1}', ("", [("f", '{"a": 1}')])),
@@ -154,9 +169,11 @@ def test_arguments_are_passed_on_as_they_were_written():
     '<tool_call>{"name": "f", "arguments": "x"}', '<tool_call>{"name": "f", "arguments": "{"}', "x < y <tool", " \n", "a  <tool_call> b ",
     '<tool_call>{"name": "\\ud800", "arguments": {}}', "<tool_call>[]", "<tool_call>[[{", '<tool_call>{"arguments": {"a": 1}',
     "<tool_call><f", "<tool_call>\n<function=", "<tool_call><function=f", "<tool_call><function=f>", "<tool_call><function=f>\n\n<param", "<tool_call><function=f> x",
-    "<tool_call><function=f g></function>", "<tool_call><function=></function>", "<function=f></function>", "<tool_call><function=f></tool_call>", "<tool_call> <fun!",
+    "<tool_call><function=f g></function>", "<tool_call><function=></function>", "<function=other></function>", "<function=f", "<function=f> so", "a <function=<function=", "<tool_call><function=f></tool_call>", "<tool_call> <fun!",
     "[TOOL_CALLS]", "[TOOL_CALLS]f", "[TOOL_CALLS]f[ARGS", "[TOOL_CALLS]f[ARGS]", "[TOOL_CALLS]f[ARGS]null", "[TOOL_CALLS]f[CALL_ID]{}", "[TOOL_CALLS]f g {}",
     "[TOOL_CALLS]f[ARGS][ARGS]{}", '[TOOL_CALLS]é{"a": 1}', "[TOOL_CALLS][f{}]", "[TOOL_CALLS]" + "f" * 300 + "{}", "a [TOOL_CALLS]f" + " " * 200 + "{}", "[TOOL",
+    F1 + " so", f"So: {F1}", F1[:-1], f"{F1}{F1}", F1.replace("f", "other"), F1.replace("1}", "1}, \"id\": 1"), '{"name": "f"}', '{"name": "f", "x": {}}',
+    '{"name": "f", "arguments": [1]}', f"[{F1}]", "{", "{}", '{"na', '{"name": "f", "arguments": {"a": 1}} }', '{"name": ["f"], "arguments": {}}', f"```json\n{F1}\n```",
     f'<tool_call>{{"name": "{"f" * 300}", "arguments": {{}}}}', "<tool_call>" + '{"a":' * 2000 + "1" + "}" * 2000,
 ])  # fmt: skip
 def test_what_is_no_call_is_text_as_it_was(text):
@@ -166,11 +183,29 @@ def test_what_is_no_call_is_text_as_it_was(text):
     assert read(text, form, cuts=tuple(range(len(text)))) == (text, [])
 
 
+def test_calls_that_must_follow_a_grammar_have_their_marker():
+    """Where a grammar says what follows the marker, what looks like a call without one is text."""
+    for form, text in ((HERMES, F1), (QWEN3_CODER, F1), (QWEN3_CODER, "<function=f></function>")):
+        parser = CallParser(form, KNOWN, unmarked=False)
+        assert "".join(map(str, [*parser.push(text), *parser.finish()])) == text
+        assert parser.calls == 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"name": "x y', '{"city": "Paris",', '{"name": "f", "age', "{ so", '{"name": "other", "arguments": {'],
+)
+def test_json_that_is_no_call_is_not_held_back(text):
+    """An answer in JSON streams as soon as it cannot be a call any more."""
+    parser = CallParser(HERMES, KNOWN)
+    assert "".join(map(str, parser.push(text))) == text
+
+
 PIECES = st.sampled_from([
     "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>", "<tool", "_call>", "[", "]", "{", "}", ",", '"', "\\", "\\u00e9", "\\\\", ":",
     " ", "\n", '"name"', '"f"', '"arguments"', '"parameters"', '{"name": "f", "arguments": {', '{"name": "f", "parameters": {"a": "}', F1, "é日", "text",
     "<function=f>", "<parameter=t>", "<parameter=a>", "</parameter>", "</function>", "</par", "<tool_call><function=f><parameter=t>", "1", "<",
-    tagged(F1), f"[TOOL_CALLS] [{F1}", "[ARGS]", "[CALL_ID]", "f[ARGS]{", "f{", "[TOOL_CALLS]f[ARGS]{}", '"id": 1',
+    tagged(F1), f"[TOOL_CALLS] [{F1}", "[ARGS]", F1, "<function=", "f></function>", "[CALL_ID]", "f[ARGS]{", "f{", "[TOOL_CALLS]f[ARGS]{}", '"id": 1',
 ])  # fmt: skip
 
 
@@ -228,6 +263,27 @@ def test_every_text_comes_out_of_xml(values):
     assert read(text, QWEN3_CODER, schemas=schemas) == (content, [(name, arguments)])
 
 
+JSONS = st.recursive(
+    st.none() | st.integers() | st.text(alphabet=st.sampled_from('</>"\\\n a')) | st.sampled_from(["</parameter>", "<parameter=a>\n1\n", "\n</function>"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["x", "</parameter>"]), inner, max_size=3), max_leaves=6,
+)  # fmt: skip
+
+
+@given(
+    values=st.lists(JSONS.filter(lambda one: not isinstance(one, str)), min_size=1, max_size=3),
+    indent=st.none() | st.just(1),
+)
+def test_every_json_comes_out_of_xml(values, indent):
+    """A value that is JSON is never cut at what looks like a tag in one of its texts."""
+    named = {f"k{i}": one for i, one in enumerate(values)}
+    schemas = {"f": {"properties": {key: {"type": ["object", "array", "integer", "null"]} for key in named}}}
+    call = xml("f", **{key: json.dumps(one, indent=indent) for key, one in named.items()})
+    text = "".join((*QWEN3_CODER.before, call, *QWEN3_CODER.after))
+    content, ((name, arguments),) = read(text, QWEN3_CODER, tuple(range(len(text))), schemas=schemas)
+    assert (content, name, json.loads(arguments)) == ("", "f", named)
+    assert read(text, QWEN3_CODER, schemas=schemas) == (content, [(name, arguments)])
+
+
 def test_texts_in_xml_come_as_they_are_written():
     """A client would wait for the end of a long file without a sign of life."""
     parser = CallParser(QWEN3_CODER, KNOWN, schemas=SCHEMAS)
@@ -262,10 +318,11 @@ def test_text_comes_as_soon_as_it_is_known():
 
 
 @pytest.mark.parametrize(("begun", "piece"), [
-    ("<tool_call><function=f><parameter=t>", "0123456789"), ("<tool_call><function=f><parameter=l>", "0123456789"), ("<tool_call><function=f>", "\n"),
-    ("<tool_call><function=f><parameter=t>", "<"), ("<tool_call><function=f><parameter=t>", "\n"), ("<tool_call><function=f></tool", "<parameter=t"), ("<tool_call><function=", "f"),
+    ("<tool_call><function=f><parameter=t>", "0123456789"), ("<tool_call><function=f><parameter=l>", "0123456789"), ("<tool_call><function=f>", "\n" * 9),
+    ("<tool_call><function=f><parameter=t>", "<"), ("<tool_call><function=f><parameter=t>", "\n"), ('<tool_call><function=f><parameter=l>["', "</parameter>"),
+    ('<tool_call><function=f><parameter=l>["', "\\"), ('<tool_call><function=f><parameter=l>["', '"'), ("<tool_call><function=f></tool", "<parameter=t"), ("<tool_call><function=", "f"),
     ("[TOOL_CALLS]", "f"), ("[TOOL_CALLS]f", "["), ("[TOOL_CALLS]f", " "), ("[TOOL_CALLS]f[ARGS]{", "{"), ("", "[TOOL_CALLS]f"),
-    ("", "<tool_call>{"), ("<tool_call>{", "{"), ("<tool_call>{", '{"name": "'), ("<tool_call>{", "\n"), ("<tool_call>", "\n"), ("", "\n"), ("", "<"),
+    ("", "<tool_call>{"), ('{"name": "f", "arguments": {"a": "', "{ }"), ("{", "\n"), ("<tool_call></tool_call>", "<function="), (F1, "\n"), ("<tool_call>{", "{"), ("<tool_call>{", '{"name": "'), ("<tool_call>{", "\n"), ("<tool_call>", "\n"), ("", "\n"), ("", "<"),
     ('<tool_call>{"name": "', "0123456789"), ('<tool_call>{"name": "f", "arguments": {', "\\"), (tagged(F1), "\n"),
 ])  # fmt: skip
 def test_no_answer_takes_long_to_read(begun, piece):

@@ -14,7 +14,7 @@ from fake_service import (
     demo_spec,
     demo_tokenizer,
 )
-from memserve.api.bodies import ChatBody
+from memserve.api.bodies import ChatBody, read_body
 from memserve.api.chat import ChatTemplate
 from memserve.api.messages import ChatMessage
 from memserve.errors import UserError
@@ -75,6 +75,25 @@ def test_a_template_gets_the_arguments_that_clients_send():
     tokens = chat_tokens(HI, THINKING, enable_thinking=False, effort="high", budget=8)
     assert demo_tokenizer().decode(tokens).endswith("short high 8Hi")
     assert demo_tokenizer().decode(chat_tokens(HI, THINKING, enable_thinking=True)).endswith("  Hi")
+
+
+def test_a_template_that_knows_efforts_gets_the_one_asked_for():
+    """reasoning_effort reaches the template as a variable, chat_template_kwargs first; an effort that it refuses is named."""
+    from memserve.api.errors import ApiError
+
+    def read(**fields):
+        return read_body(json.dumps({"messages": HI, **fields}).encode(), ChatBody)
+
+    def written(template, **fields):
+        return demo_tokenizer().decode(chat_tokens(HI, template, **read(**fields).template_arguments))
+
+    knows = "{{ reasoning_effort | default('none') }}{% if reasoning_effort == 'huge' %}{{ raise_exception('no') }}{% endif %}"
+    assert written(knows, reasoning_effort="low") == "low"
+    assert written(knows, reasoning_effort=None) == written(knows) == "none"
+    assert written(knows, reasoning_effort="low", chat_template_kwargs={"reasoning_effort": "high"}) == "high"
+    assert written("{{ messages[0].content }}", reasoning_effort="low") == "Hi"
+    with pytest.raises(ApiError, match=r"^reasoning_effort: the model's"):
+        written(knows, reasoning_effort="huge")
 
 
 @pytest.mark.parametrize("template", ["{{ 6 / n }}", "{% for i in range(n + 10 ** 6) %}{% endfor %}"])
@@ -152,7 +171,7 @@ def test_an_argument_cannot_write_control_tokens():
 )
 def test_arguments_that_are_none_are_refused(given, rule):
     """Arguments that would replace the server's own, too many, or of wrong types are refused."""
-    from memserve.api.bodies import CompletionBody, read_body
+    from memserve.api.bodies import CompletionBody
     from memserve.api.errors import ApiError
 
     body = {"messages": HI, "chat_template_kwargs": given}

@@ -176,6 +176,8 @@ def test_check_prints_every_setting_and_every_decision(capsys):
     ):
         assert expected in shown
     assert "s3cret" not in shown
+    assert cli.run(["check", "--set", 'frontend.cors_origins=["*"]']) == 0
+    assert "web page" in " ".join(capsys.readouterr().out.split())
 
 
 def test_status_lists_the_actors(cluster, capsys):

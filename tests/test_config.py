@@ -148,6 +148,12 @@ def test_every_mistake_is_reported_at_once_with_path_rule_value_and_hint(written
         ("frontend.api_keys", "[1]"),
         ("frontend.api_keys", '["a b"]'),
         ("frontend.api_keys", '["a", "a"]'),
+        ("frontend.cors_origins", "*"),
+        ("frontend.cors_origins", '["http://localhost:3000/"]'),
+        ("frontend.cors_origins", '["localhost:3000"]'),
+        ("frontend.cors_origins", '["HTTP://localhost"]'),
+        ("frontend.cors_origins", '["https://example.com:443"]'),
+        ("frontend.cors_origins", '["https://*.example.com"]'),
         ("frontend.host", '"localhost:80"'),
         ("frontend.host", '"300.1.1.1"'),
         ("pool.page_tokens", "12"),
@@ -178,6 +184,7 @@ def test_overrides_take_toml_values_bare_strings_names_and_indexes(written):
             "worker.0.threads=1",
             "worker.d0.threads = 2",
             'frontend.api_keys=["a", "b"]',
+            'frontend.cors_origins=["*", "http://[::1]:3000", "app://obsidian.md"]',
             "frontend.host=0.0.0.0",
             "shard.s0.memory=2GiB",
             "cache.mode=2",
@@ -188,6 +195,7 @@ def test_overrides_take_toml_values_bare_strings_names_and_indexes(written):
     assert loaded.model.dtype == "float32"
     assert [worker.threads for worker in loaded.worker] == [1, 2]
     assert loaded.frontend.api_keys == ("a", "b")
+    assert loaded.frontend.cors_origins == ("*", "http://[::1]:3000", "app://obsidian.md")
     assert loaded.frontend.host == "0.0.0.0"
     assert loaded.shard[0].memory == 2 << 30
     assert loaded.cache.mode == "2"

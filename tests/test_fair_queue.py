@@ -12,6 +12,7 @@ from memserve.drawing import Sampling
 from memserve.identity import ActorId
 from memserve.messages import Request, Submit
 from memserve.scheduling.fair_queue import TURNS, FairQueue, HeldRequest
+from memserve.scopes import salted
 from memserve.tokens import pack
 
 FRONTEND = ActorId("frontend-0.1")
@@ -54,6 +55,17 @@ def test_a_tenant_that_floods_waits_for_itself() -> None:
     names = drained(queue)
     assert names.index("one") <= 1
     assert names.index("two") <= 3
+
+
+def test_salts_do_not_multiply_a_tenant_s_share() -> None:
+    """Requests of one key with many different salts wait as one tenant's."""
+    queue = filled(*(held(f"flood-{i}", salted("flood", f"salt {i}")) for i in range(100)))
+    for _ in range(10):
+        queue.serve(queue.first())
+    queue.add(held("one", "small"))
+    queue.add(held("two", salted("small", "s")))
+    names = drained(queue)
+    assert (names.index("one") <= 1, names.index("two") <= 3) == (True, True)
 
 
 def test_shares_are_of_tokens_not_of_requests() -> None:

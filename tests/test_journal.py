@@ -266,6 +266,18 @@ def test_the_canonical_line_has_everything() -> None:
     }  # fmt: skip
 
 
+def test_tokens_that_came_with_the_first_one_took_no_time_after_it() -> None:
+    """tpot_ms is the mean time of the tokens after the first update, which may bring several; without any it is null."""
+    for first, second, expected in ((1, 2, 250.0), (2, 1, 500.0), (3, 0, None)):
+        core = frontend()
+        core.receive(GS, Planned("r", 0, PLAN), 0.1)
+        core.receive(P, update(3, *range(50, 50 + first), finish=None if second else "length"), 1.0)
+        if second:
+            core.receive(D, update(3 + first, *range(60, 60 + second), finish="length"), 1.5)
+        line = next(one.data for one in took(core, Log) if one.event == "request finished")
+        assert line["tpot_ms"] == expected
+
+
 def test_leaving_cancels_the_attempt_once() -> None:
     """When the client leaves, both workers get one Cancel, and tokens that come later are not delivered."""
     core = frontend()

@@ -331,5 +331,6 @@ def test_tokens_without_usage_are_counted_by_ids_or_events():
     answer.receive("message", b'{"choices":[{"text":"a"}]}', 0.0)
     answer.receive("message", b'{"choices":[{"text":"b"}]}', 1.0)
     assert answer.output_tokens == 2 and answer.cached_tokens is None
+    assert answer.first_tokens is None
     answer.receive("message", b'{"choices":[{"text":"","token_ids":[1,2,3]}]}', 2.0)
     assert answer.output_tokens == 3 and math.isclose(answer.event_s[-1], 2.0)

@@ -356,3 +356,28 @@ def test_limits_shorten_a_workload(tmp_path):
     assert [turn.output_tokens for turn in sessions[0].turns] == [5, 5, 5]
     with pytest.raises(LoadgenError, match="no session is left"):
         read(tmp_path, "chat", text, context_tokens=5)
+
+
+@pytest.mark.parametrize(("kind", "row"), [
+    ("chat", {"id": "a", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}),
+    ("trace", {"timestamp": 0, "input_length": 600, "output_length": 2, "hash_ids": [1, 2]}),
+])  # fmt: skip
+def test_sessions_of_several_files_stay_apart(tmp_path, kind, row):
+    """Sessions of files with equal ids or equal names have distinct ids, and requests of two traces share no content."""
+    paths = [tmp_path / folder / "file.jsonl" for folder in ("one", "two")]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text(lines(row, row))
+    alone, both = (
+        build.workload(kind, WorkloadOptions(data=tuple(given))).sessions for given in (paths[:1], paths)
+    )
+    assert [one.id for one in both[:2]] == [one.id for one in alone]
+    assert len({one.id for one in both}) == 4
+    if kind == "trace":
+        first, second = (prompts(one) for one in (both[0], both[2]))
+        assert first != second and prompts(both[1]) == first
+
+
+def test_distinct_names_are_distinct():
+    """Names that repeat get a number behind them, whatever the other names are."""
+    assert build.distinct(["a", "a~2", "a", "b", "a"]) == ["a", "a~2", "a~3", "b", "a~4"]

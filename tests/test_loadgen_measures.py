@@ -80,6 +80,8 @@ def test_latencies_of_one_request():
     single = record(tokens=1)
     assert single.tpot_ms is None and single.gaps_ms == []
     assert attrs.evolve(one, output_tokens=7).tpot_ms == 10
+    assert attrs.evolve(one, output_tokens=7, first_tokens=4).tpot_ms == 20
+    assert attrs.evolve(one, output_tokens=4, first_tokens=4).tpot_ms is None
 
 
 def test_goodput_counts_requests_that_keep_every_limit():

@@ -37,7 +37,14 @@ async def test_several_tokens_in_one_event_are_all_counted(autojump_clock):
     run = await played(with_(ttft_s=1.0, token_s=0.1, tokens_per_event=4), options())
     record = run.records[0]
     assert len(record.event_ms) == 2 and record.output_tokens == 8
-    assert record.tpot_ms == pytest.approx(400 / 7)
+    assert record.tpot_ms == pytest.approx(400 / 7), "nothing says how many tokens the first event had"
+    for said in (
+        "return_token_ids=true",
+        'stream_options={"include_usage":true,"continuous_usage_stats":true}',
+    ):
+        server = ServerOptions(model="stub", body=(said,))
+        run = await played(with_(ttft_s=1.0, token_s=0.1, tokens_per_event=4), options(server=server))
+        assert run.records[0].tpot_ms == pytest.approx(400 / 4)
     assert run.summary["figures"]["output_tokens"]["mean"] == 8
 
 

@@ -13,6 +13,7 @@ from memserve.scheduling.fleet import SURE_S, Placed
 from memserve.scheduling.outputs import TENANTS_MAX, UNKNOWN_TOKENS, OutputLengths
 from memserve.scheduling.policies import PLAIN, LongestPrefix, StickySession
 from memserve.scheduling.pricing import Cost, Weights
+from memserve.scopes import salted
 from memserve.tokens import pack
 from placement_world import COSTS, DOCUMENT, World, busy, fetching
 
@@ -308,6 +309,7 @@ def test_lengths_of_answers_are_learned_by_tenant() -> None:
     assert lengths.expect(request) == pytest.approx(20, abs=0.1)
     assert lengths.expect(attrs.evolve(request, max_tokens=5)) == 3
     assert lengths.expect(attrs.evolve(request, scope="bert")) == UNKNOWN_TOKENS
+    assert lengths.expect(attrs.evolve(request, scope=salted("anne", "x"))) == lengths.expect(request)
     for i in range(TENANTS_MAX + 5):
         lengths.learn(f"t{i}", 1)
     assert len(lengths._means) == TENANTS_MAX

@@ -38,6 +38,7 @@ LAYERS = {
         "costs",
         "drawing",
         "tokens",
+        "scopes",
         "messages",
         "pool_messages",
         "transfer_messages",

@@ -70,6 +70,21 @@ async def test_tools_that_may_be_called_in_any_form_wait_for_no_grammar():
     assert prompt.params.sampling.adjust is None
 
 
+@pytest.mark.parametrize("mode", ["auto", "required"])
+async def test_some_of_the_tools_may_be_allowed(mode):
+    """With allowed_tools, the prompt describes these tools alone, and the answer may or must call one of them."""
+    named = {"type": "function", "function": {"name": "get_time"}}
+    choice = {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": [named]}}
+    service = saying('<tool_call>\n{"name": "get_time", "arguments": {}}\n</tool_call>')
+    response = await post(ASKED | {"tool_choice": choice}, CHAT, service)
+    assert answered(response.json()["choices"][0])[1][0][1:] == ["get_time", "{}"]
+    await post(ASKED | {"tools": [TIME], "tool_choice": mode}, CHAT, service)
+    first, second = service.opened
+    assert first.prompt == second.prompt
+    assert first.params.sampling.adjust == second.params.sampling.adjust
+    assert (first.params.sampling.adjust is not None) == (mode == "required")
+
+
 def joined(chunks):
     """A stream put together as clients do it: its text, its calls and its finish reason."""
     text, calls = "", {}

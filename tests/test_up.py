@@ -27,13 +27,16 @@ NEW = 12
 """Tokens generated where each of them is compared."""
 DRAINED = 50
 """Tokens of a stream that is under way when the cluster is stopped."""
+PAGE = "http://localhost:3000"
+"""A web page's origin."""
 PREFIX = [(i * 37) % 40_000 + 20 for i in range(150)]
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """One prefill and one decode worker on a shard, in float32."""
-    with running("demo.toml", tmp_path_factory.mktemp("demo"), FLOAT32) as cluster:
+    page = f'frontend.cors_origins=["{PAGE}"]'
+    with running("demo.toml", tmp_path_factory.mktemp("demo"), FLOAT32, page) as cluster:
         yield cluster
 
 
@@ -115,6 +118,19 @@ def test_a_second_chat_turn_is_cached(demo: Cluster) -> None:
     )
     text = "".join(one.choices[0].delta.content or "" for one in streamed)
     assert text == second.choices[0].message.content
+    salt = {"extra_body": {"cache_salt": "another user"}, "max_tokens": 8, "temperature": 0}
+    salted = [client.chat.completions.create(model=model, messages=talk, **salt) for _ in range(2)]
+    assert {one.choices[0].message.content for one in salted} == {text}
+    cached = [one.usage.prompt_tokens_details.cached_tokens for one in salted]
+    assert (cached[0], cached[1] >= known // 16 * 16 - 16) == (0, True)
+
+
+def test_a_web_page_may_ask(demo: Cluster) -> None:
+    """A browser lets a page of an origin that the configuration names read a stream."""
+    body = {"prompt": CAPITAL, "max_tokens": NEW, "stream": True}
+    answer = httpx.post(f"{demo.url}/v1/completions", json=body, headers={"origin": PAGE}, timeout=60)
+    assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, PAGE)
+    assert answer.text.endswith("data: [DONE]\n\n")
 
 
 def test_seeded_draws_repeat(demo: Cluster) -> None:

@@ -111,17 +111,17 @@ def _lines(path: Path, text: str) -> list[Record]:
     return found
 
 
-def read(path: Path, formats: Sequence[Format], settings: Settings) -> list[Session]:
+def read(path: Path, formats: Sequence[Format], settings: Settings, name: str) -> list[Session]:
     """The sessions of a file in the first of these formats that the fields of its first record match.
 
-    Raises LoadgenError if none matches, or if the records are not as that format's.
+    ``name``: begins the ids of sessions and of content for which the file has none of its own. Raises LoadgenError if none matches, or if the records are not as that format's.
     """
     found = records(path)
     keys = set(found[0])
     for one in formats:
         if one.fields <= keys:
             try:
-                return one.read(found, settings, stem(path))
+                return one.read(found, settings, name)
             except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
                 raise LoadgenError(
                     f"--data {path}: is not {one.name} as published: {type(error).__name__} {error}"

@@ -318,7 +318,7 @@ class FrontendCore:
         fresh = update.tokens[(have - update.position) * 4 :]
         if not fresh:
             return
-        self._note_first_token(entry, update, now)
+        self._note_first_token(entry, update, count(fresh), now)
         entry.last_token_at = now
         entry.sent += fresh
         entry.timings = update.timings or entry.timings
@@ -330,9 +330,10 @@ class FrontendCore:
         if update.finish is not None:
             self._finish(entry, update.finish, now)
 
-    def _note_first_token(self, entry: JournalEntry, update: TokenUpdate, now: float) -> None:
+    def _note_first_token(self, entry: JournalEntry, update: TokenUpdate, tokens: int, now: float) -> None:
+        """Note the first time at which tokens come, and how many ``tokens`` do."""
         if entry.first_token_at is None:
-            entry.first_token_at = now
+            entry.first_token_at, entry.first_tokens = now, tokens
             entry.cached_tokens = update.cached_tokens
             self._count("cached_tokens_total", update.cached_tokens)
             self._log("info", "first token", entry, ttft_ms=(now - entry.received_at) * 1e3)
@@ -372,7 +373,7 @@ class FrontendCore:
         del self._entries[entry.request.id]
         self._count(f"requests_{outcome}_total")
         if outcome in ("stop", "length"):
-            ended = Finished(entry.request.id, entry.request.scope, count(entry.sent))
+            ended = Finished(entry.request.id, entry.request.tenant, count(entry.sent))
             self._actions += [Send(one, ended) for one in self.presence.schedulers]
         self._log("info", "request finished", entry, outcome=outcome, **extra, **entry.canonical(now))
         self.presence.changed()

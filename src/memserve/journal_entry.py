@@ -52,6 +52,8 @@ class JournalEntry:
     fed_by_decode: bool = False
     """The decode worker of this attempt has sent tokens."""
     first_token_at: float | None = None
+    first_tokens: int = 0
+    """Tokens that came at that time: several, if a worker guessed ahead."""
     last_token_at: float | None = None
     timings: Timings = Timings()
     origins: Origins = attrs.field(factory=Origins)
@@ -115,7 +117,8 @@ class JournalEntry:
     def canonical(self, now: float) -> dict[str, object]:
         """Everything about a finished request, for its one log line."""
         first, last, output = self.first_token_at, self.last_token_at, count(self.sent)
-        between = None if first is None or last is None or output < 2 else (last - first) * 1e3 / (output - 1)
+        later = output - self.first_tokens
+        between = None if first is None or last is None or not later else (last - first) * 1e3 / later
         return {
             "prompt_tokens": self.request.prompt_tokens,
             "cached_tokens": self.cached_tokens,

@@ -77,6 +77,7 @@ from memserve.pool_messages import (
     Transfer,
     Transferred,
 )
+from memserve.scopes import tenant_of
 from memserve.transfer_messages import (
     Pull,
     PullRefused,
@@ -105,7 +106,8 @@ class Request:
     frontend: ActorId
     """The Frontend that receives the tokens."""
     scope: str
-    """Root of the prefix index, derived from the API key, so that no tenant can see another's cache."""
+    """Root of the prefix index, derived from the API key, so that no tenant can see another's cache, and from
+    the request's salt; see :mod:`memserve.scopes`."""
     tokens: bytes
     """The prompt and every token already sent."""
     prompt_tokens: int
@@ -119,6 +121,11 @@ class Request:
     """Priority class while the request waits for a worker; lower goes first."""
     ttft_s: float | None = None
     """Deadline of the first token, in seconds after its Frontend received the request; None: no deadline."""
+
+    @property
+    def tenant(self) -> str:
+        """The scope of its tenant."""
+        return tenant_of(self.scope)
 
     @property
     def findable(self) -> bytes:
@@ -233,7 +240,7 @@ class Finished:
     """A request has ended with its last token. Schedulers learn from it how long a tenant's answers are."""
 
     request: str
-    scope: str
+    tenant: str
     output_tokens: int
 
 

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import attrs
 import structlog
 import trio
-from starlette.applications import Starlette
+from starlette.types import ASGIApp
 
 from memserve import observe
 from memserve.actions import Deliver
@@ -232,7 +232,7 @@ class Http:
     When drained, it accepts no new connection; open ones may finish within frontend.drain_s.
     """
 
-    app: Starlette
+    app: ASGIApp
     context: ActorContext
     ended: trio.Event = attrs.field(factory=trio.Event, init=False)
     """Set when the last answer has been sent, not only generated."""
@@ -252,7 +252,7 @@ class Http:
         self.ended.set()
 
 
-def make_app(context: ActorContext, service: FrontendService) -> Starlette:
+def make_app(context: ActorContext, service: FrontendService) -> ASGIApp:
     """The HTTP surface with the tokenizer loaded. Blocks while loading, so it must run off the event loop."""
     resolved = context.resolved
     model = resolved.config.model
@@ -267,6 +267,7 @@ def make_app(context: ActorContext, service: FrontendService) -> Starlette:
         api_keys=frontend.api_keys,
         admin_keys=frontend.admin_keys,
         priority_keys=frontend.priority_keys,
+        cors_origins=frontend.cors_origins,
         ttft_ms=frontend.ttft_ms,
         tool_format=model.tool_format,
         reasoning=model.reasoning,

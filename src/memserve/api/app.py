@@ -15,7 +15,7 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from memserve import __version__
 from memserve.api import errors
@@ -24,6 +24,7 @@ from memserve.api.bodies import LONG_BODY, SEED_BITS, Body, ChatBody, Completion
 from memserve.api.call_parser import CallParser
 from memserve.api.chat import ChatTemplate
 from memserve.api.choices import Choice
+from memserve.api.cross_origin import open_to
 from memserve.api.errors import ApiError, from_failure
 from memserve.api.generation import Generation, GenerationOrder
 from memserve.api.guard import CALLER, Caller, Guard
@@ -38,11 +39,12 @@ from memserve.api.wire import ChatWire, CompletionWire, Wire
 from memserve.engine.spec import ModelSpec
 from memserve.engine.tokenizer import Tokenizer
 from memserve.errors import RequestFailed
+from memserve.scopes import salted
 
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
-def build_app(service: Service, tokenizer: Tokenizer, spec: ModelSpec, settings: ApiSettings) -> Starlette:
+def build_app(service: Service, tokenizer: Tokenizer, spec: ModelSpec, settings: ApiSettings) -> ASGIApp:
     """Build the application. Raises UserError when the model's chat template does not compile."""
     api = Api(service, Model(spec, tokenizer, ChatTemplate.of(spec, tokenizer), settings))
     app = Starlette(
@@ -63,7 +65,7 @@ def build_app(service: Service, tokenizer: Tokenizer, spec: ModelSpec, settings:
         exception_handlers=errors.handlers(),
     )
     app.router.redirect_slashes = False
-    return app
+    return open_to(app, settings.cors_origins)
 
 
 class _Answer(Response):
@@ -88,17 +90,15 @@ class Api:
     async def completions(self, request: Request) -> Response:
         """POST /v1/completions."""
         body = await self._body(request, CompletionBody)
-        caller: Caller = request.scope[CALLER]
-        prompts = await completion_prompts(body, self.served, caller.cache_scope, _draw_seed)
+        prompts = await completion_prompts(body, self.served, _scope(request, body), _draw_seed)
         wire = CompletionWire(prompts, bool(body.return_token_ids), self._piece(body))
         return self._generate(request, body, prompts, wire)
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
         body = await self._body(request, ChatBody)
-        caller: Caller = request.scope[CALLER]
         long = len(await request.body()) >= LONG_BODY
-        prompt = await chat_prompt(body, self.served, caller.cache_scope, _draw_seed, long)
+        prompt = await chat_prompt(body, self.served, _scope(request, body), _draw_seed, long)
         wire = ChatWire(prompt, bool(body.return_token_ids), self._piece(body), self.served.call_format)
         return self._generate(request, body, [prompt], wire)
 
@@ -109,7 +109,7 @@ class Api:
         body = await self.served.aside(long, partial(read_tokenize, data))
         self._check_model(body.model)
         caller: Caller = request.scope[CALLER]
-        return _json(await tokenized(body, self.served, caller.cache_scope, long))
+        return _json(await tokenized(body, self.served, caller.tenant, long))
 
     async def detokenize(self, request: Request) -> Response:
         """POST /detokenize."""
@@ -205,7 +205,7 @@ class Api:
             stream=bool(body.stream),
             include_usage=bool(options.include_usage),
             usage_so_far=bool(options.continuous_usage_stats),
-            cache_scope=caller.cache_scope,
+            cache_scope=_scope(request, body),
             ping_s=self.served.settings.ping_s,
             prompt_reports=self._prompt_reports(body, prompts),
         )
@@ -221,7 +221,9 @@ class Api:
             marks += MARKS
         if offer is not None:
             form = self.served.call_format
-            calls = CallParser(form, offer.names, offer.several and form.several, offer.schemas)
+            several = offer.several and form.several
+            free = not self._followed(order.prompts[at])
+            calls = CallParser(form, offer.names, several, offer.schemas, unmarked=free)
             marks += form.marks
         piece = self.served.with_marks(marks, skip_special=body.skip_special_tokens is not False)
         return Choice(
@@ -234,8 +236,13 @@ class Api:
 
     def _apart(self, body: CompletionBody | ChatBody, prompt: Prompt) -> bool:
         """Whether to report thoughts apart from the text. An answer that follows a grammar has none."""
-        grammar = prompt.params.sampling.adjust is not None and prompt.params.sampling.adjust.grammar
-        return isinstance(body, ChatBody) and self.served.settings.reasoning == "apart" and not grammar
+        apart = isinstance(body, ChatBody) and self.served.settings.reasoning == "apart"
+        return apart and not self._followed(prompt)
+
+    def _followed(self, prompt: Prompt) -> bool:
+        """Whether the answer follows a grammar."""
+        adjust = prompt.params.sampling.adjust
+        return adjust is not None and bool(adjust.grammar)
 
     def _model_card(self) -> dict[str, Any]:
         settings = self.served.settings
@@ -246,6 +253,12 @@ class Api:
             "owned_by": "memserve",
             "max_model_len": settings.max_context,
         }
+
+
+def _scope(request: Request, body: CompletionBody | ChatBody) -> str:
+    """The scope of the request: what it computes is shared with requests of the same scope alone."""
+    caller: Caller = request.scope[CALLER]
+    return salted(caller.tenant, body.cache_salt)
 
 
 def _draw_seed() -> int:

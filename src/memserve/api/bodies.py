@@ -51,6 +51,15 @@ REFUSED: dict[str, tuple[object, ...]] = {
 }
 """Fields that are not supported, with the values that pass as they request nothing (null always passes)."""
 
+REMEDIES = {
+    "function_call": "send tool_choice",
+    "functions": "send tools",
+    **{
+        f"guided_{kind}": f"send structured_outputs.{kind}" for kind in ("choice", "grammar", "json", "regex")
+    },
+}
+"""What to send in place of a field that is not supported; the others must be left out."""
+
 CHATS_ALONE: dict[str, tuple[object, ...]] = {
     "add_generation_prompt": (True,),
     "chat_template_kwargs": ({},),
@@ -68,6 +77,8 @@ TEMPLATE_NAMES = frozenset(
     ("add_generation_prompt", "bos_token", "documents", "eos_token", "messages", "raise_exception", "strftime_now", "tools")
 )  # fmt: skip
 """Variables of chat templates that ``chat_template_kwargs`` may not set."""
+EFFORT = "reasoning_effort"
+"""A field, and the variable of chat templates in which those that know efforts expect it."""
 Scalar = str | int | float | bool | None
 
 Ending = Literal["answer", "closed", "open"]
@@ -96,7 +107,7 @@ class _Body:
     """Accepted only if it requests nothing: equal to ``n``."""
     max_tokens: Count | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=-1)] | None = None
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     presence_penalty: Penalty | None = None
@@ -119,6 +130,7 @@ class _Body:
     priority: Annotated[int, Meta(ge=-PRIORITY_MAX, le=PRIORITY_MAX)] | None = None
     return_token_ids: bool | None = None
     prompt_logprobs: Annotated[int, Meta(ge=0, le=LOGPROBS_MAX)] | None = None
+    cache_salt: Annotated[str, Meta(min_length=1)] | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -158,6 +170,8 @@ class Conversation:
     messages: Annotated[tuple[ChatMessage, ...], Meta(min_length=1, max_length=MESSAGES_MAX)]
     chat_template_kwargs: dict[str, Scalar] | None = None
     """Further variables of the model's chat template, such as Qwen3's ``enable_thinking``."""
+    reasoning_effort: Annotated[str, Meta(max_length=64)] | None = None
+    """The same, for the one variable that OpenAI's API has a field for."""
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     tools: Annotated[tuple[Tool, ...], Meta(max_length=TOOLS_MAX)] | None = None
@@ -168,6 +182,12 @@ class Conversation:
     def offer(self) -> Offer | None:
         """The tools that the answer may call; None: it may not call any."""
         return offered(self.tools, self.tool_choice, self.parallel_tool_calls)
+
+    @property
+    def template_arguments(self) -> dict[str, Scalar]:
+        """The variables that the client sets for the chat template; those that it names itself take precedence."""
+        effort = {} if self.reasoning_effort is None else {EFFORT: self.reasoning_effort}
+        return effort | (self.chat_template_kwargs or {})
 
     @property
     def ending(self) -> Ending:
@@ -295,13 +315,15 @@ def _refuse(raw: dict[str, Any], served: Mapping[str, Any]) -> None:
         passing = _SOMEWHERE_REFUSED[name]
         neutral = any(type(value) is type(passes) and value == passes for passes in passing)
         if value is not None and not neutral:
-            raise unsupported(name)
+            raise unsupported(name, REMEDIES.get(name, "leave it out"))
 
 
 _KNOWN = (
     (r"\.role$", ROLES),
     (r"^response_format", FORMATS),
     (r"^tool_choice$", CHOICES),
+    (r"^tool_choice\.type$", ("function", "allowed_tools")),
+    (r"^tool_choice\.allowed_tools\.mode$", ("auto", "required")),
     (r"^tool|\.tool_calls", ("function",)),
     ("", ("text",)),
 )

@@ -37,6 +37,8 @@ class CallFormat:
     """Marks and text that a forced answer writes after its last call."""
     bare: bool = False
     """Whether an answer that begins with a call's object is a call, without any marker."""
+    alone: bool = False
+    """Whether an answer that is a call's object and nothing else is a call, without any marker."""
     several: bool = True
     """Whether an answer may have several calls."""
     id_prefix: str = "call_"
@@ -70,10 +72,12 @@ HERMES = CallFormat(
     before=(_OPEN, "\n"),
     between=("\n", _CLOSE, "\n", _OPEN, "\n"),
     after=("\n", _CLOSE),
+    alone=True,
 )
 """A pair of tags around each call: Qwen, Hermes and many models trained after them."""
 QWEN3_CODER = attrs.evolve(HERMES, name="qwen3_coder", style="xml")
-"""Tags for the name and for each argument within Hermes' pair of tags: Qwen3-Coder and later Qwen models."""
+"""Tags for the name and for each argument within Hermes' pair of tags: Qwen3-Coder and later Qwen models. They at
+times forget the first tag of the pair."""
 LLAMA3_JSON = CallFormat(
     name="llama3_json", marker=_PYTHON, key="parameters", before=(), bare=True, several=False
 )

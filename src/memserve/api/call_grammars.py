@@ -119,7 +119,7 @@ def _schema(tool: Tool, offer: Offer) -> str:
 
 
 def _field(tool: Tool, offer: Offer) -> str:
-    return f"tools[{offer.tools.index(tool)}].function.parameters"
+    return f"{offer.path(tool)}.function.parameters"
 
 
 def _object(tool: Tool, field: str) -> dict[str, Any]:

@@ -22,9 +22,13 @@ from memserve.api.thoughts import held
 
 NAME_MAX = 256
 """Most characters in a name that a model may call."""
+BLANKS_MAX = 1000
+"""Most blanks after ``<function=NAME>``: they are looked through again with each token."""
 _STRING = r'"(?:[^"\\]|\\.){1,1600}"'
 _HEAD = re.compile(r'\{\s*"name"\s*:\s*(' + _STRING + r')\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
-_FUNCTION = re.compile(rf"{FUNCTION}([^<>\s]{{1,{NAME_MAX}}})>\s*(?={PARAMETER}|{FUNCTION_END})")
+_FUNCTION = re.compile(
+    rf"{FUNCTION}([^<>\s]{{1,{NAME_MAX}}})>\s{{0,{BLANKS_MAX}}}(?={PARAMETER}|{FUNCTION_END})"
+)
 
 
 def _begun(text: str) -> str:
@@ -33,9 +37,18 @@ def _begun(text: str) -> str:
 
 
 _MAYBE_FUNCTION = re.compile(
-    rf"{_begun(FUNCTION)}|{FUNCTION}[^<>\s]{{1,{NAME_MAX}}}(?:>\s*(?:{_begun(PARAMETER)}|{_begun(FUNCTION_END)}))?"
+    rf"{_begun(FUNCTION)}|{FUNCTION}[^<>\s]{{1,{NAME_MAX}}}(?:>\s{{0,{BLANKS_MAX}}}(?:{_begun(PARAMETER)}|{_begun(FUNCTION_END)}))?"
 )
 """Matches every beginning of what ``_FUNCTION`` matches."""
+_NAME, _KEYS, _SPACE = '"name"', ('"arguments"', '"parameters"'), r"\s{0,64}"
+_ALONE = re.compile(
+    rf'\{{{_SPACE}{_NAME}{_SPACE}:{_SPACE}"([A-Za-z0-9_.-]{{1,64}})"{_SPACE},{_SPACE}(?:{"|".join(_KEYS)}){_SPACE}:{_SPACE}\{{'
+)
+_MAYBE_ALONE = re.compile(
+    rf'\{{{_SPACE}(?:{_begun(_NAME)}|{_NAME}{_SPACE}(?::{_SPACE}(?:"[A-Za-z0-9_.-]{{0,64}}|"[A-Za-z0-9_.-]{{1,64}}"{_SPACE}'
+    rf"(?:,{_SPACE}(?:{'|'.join(map(_begun, _KEYS))}|(?:{'|'.join(_KEYS)}){_SPACE}(?::{_SPACE})?)?)?)?)?)"
+)
+"""Matches every beginning of what ``_ALONE`` matches."""
 _QUOTES_AND_BRACES = re.compile(r'["\\{}]')
 
 
@@ -93,14 +106,20 @@ class CallParser:
         known: Container[str],
         several: bool = True,
         schemas: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+        *,
+        unmarked: bool = True,
     ) -> None:
         """``known``: the names of the tools. Without ``several``, text after the first call is ignored.
 
-        ``schemas``: those of the tools' arguments, by name; they say what the values in XML are.
+        ``schemas``: those of the tools' arguments, by name; they say what the values in XML are. ``unmarked``:
+        whether a known tool's call counts without the marker before it, where models are known to forget it.
         """
         self._form = form
         self._known = known
         self._schemas = schemas
+        self._alone = form.alone and unmarked
+        """Whether the answer as a whole may still be a call's object."""
+        self._markers = (form.marker, FUNCTION) if form.style == "xml" and unmarked else (form.marker,)
         self._xml = XmlArguments({})
         self._several = several
         self.calls = 0
@@ -148,17 +167,43 @@ class CallParser:
     def _in_text(self) -> bool:
         if self._form.bare and not self._begun and self._rest.lstrip().startswith("{"):
             return self._announced(len(self._rest) - len(self._rest.lstrip()))
-        marker = self._form.marker
-        at = self._rest.find(marker)
-        if at >= 0:
-            text = self._rest[:at]
-            self._add_text(text.rstrip())
-            self._rest = self._rest[len(text.rstrip()) :]
-            return self._announced(at - len(text.rstrip()) + len(marker))
-        keep = 0 if self._final else held(self._rest, marker)
+        if self._alone and not self._begun and self._rest.lstrip().startswith("{"):
+            return self._to(self._in_alone)
+        found = [at for at in map(self._rest.find, self._markers) if at >= 0]
+        if found:
+            before = self._rest[: min(found)]
+            self._add_text(before.rstrip())
+            self._rest = self._rest[len(before.rstrip()) :]
+            space, marker = len(before) - len(before.rstrip()), self._form.marker
+            return self._announced(space + (len(marker) if self._rest.startswith(marker, space) else 0))
+        keep = 0 if self._final else max(held(self._rest, marker) for marker in self._markers)
         self._add_text(self._rest[: len(self._rest) - keep])
         self._rest = self._rest[len(self._rest) - keep :]
         return False
+
+    def _in_alone(self) -> bool:
+        """The answer may be a call's object and nothing else, which is known at its end."""
+        body = self._rest.lstrip()
+        possible = self._may_be_alone(body)
+        if possible and not self._final:
+            return False
+        self._alone = False
+        if not possible or not self._is_call(_read(body)):
+            return self._to(self._in_text)
+        self._rest, self._begun = body, True
+        return self._to(self._in_object)
+
+    def _may_be_alone(self, body: str) -> bool:
+        if (head := _ALONE.match(body)) is None:
+            return _MAYBE_ALONE.fullmatch(body) is not None
+        braces = self._braces
+        end = braces.at if braces.at and not braces.depth else braces.end(body)
+        return head[1] in self._known and (end is None or not body[end:].strip())
+
+    def _is_call(self, given: Any) -> bool:
+        """Whether a JSON value is the call of a tool and nothing more."""
+        called = isinstance(given, dict) and len(given) == 2 and isinstance(given.get("name"), str)
+        return called and isinstance(given.get("arguments", given.get("parameters")), dict)
 
     def _announced(self, length: int) -> bool:
         """A call may follow the first ``length`` characters of the rest."""
@@ -194,14 +239,17 @@ class CallParser:
         return self._to(self._in_arguments)
 
     def _at_function(self, body: str) -> bool:
+        marked = bool(self._opened.strip())
         if (head := _FUNCTION.match(body)) is None:
-            return _MAYBE_FUNCTION.fullmatch(body) is None and self._no_call(0)
+            return _MAYBE_FUNCTION.fullmatch(body) is None and self._no_call(0 if marked else 1)
+        if not marked and head[1] not in self._known:
+            return self._no_call(1)
         self._begin(head[1])
         self._rest, self._xml = body[head.end() :], XmlArguments(self._schemas.get(head[1], {}))
         return self._to(self._in_parameters)
 
     def _in_parameters(self) -> bool:
-        made, self._rest = self._xml.take(self._rest)
+        made, self._rest = self._xml.take(self._rest, self._final)
         self._argue(made)
         return self._xml.ended and self._ended()
 
@@ -274,7 +322,7 @@ class CallParser:
 
     def _to(self, state: Callable[[], bool]) -> bool:
         self._state = state
-        if state in (self._in_object, self._in_arguments, self._behind_arguments):
+        if state in (self._in_alone, self._in_object, self._in_arguments, self._behind_arguments):
             self._braces = _Braces()
         return True
 

@@ -2,7 +2,8 @@
 
 A call is ``<function=NAME>``, parameters, and ``</function>``. A parameter is ``<parameter=KEY>``, its value, and
 ``</parameter>``; one line break after the first tag and one before the last are not part of the value. The
-tool's schema says whether a value is text or JSON.
+tool's schema says whether a value is text or JSON. A text ends at the first tag, JSON at the first one outside of
+its strings.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import attrs
 import msgspec
 
 from memserve.api.call_formats import FUNCTION_END, PARAMETER, PARAMETER_END
@@ -25,6 +27,9 @@ VALUE_ENDS = (PARAMETER_END, PARAMETER, FUNCTION_END)
 _TEXT = frozenset(("string",))
 _NEXT = re.compile(f"<parameter=({KEY})>|</function>|</tool_call>")
 _VALUE_END = re.compile("|".join(VALUE_ENDS))
+_QUOTE_OR_END = re.compile(f'"|{_VALUE_END.pattern}')
+_IN_STRING = re.compile(r'(?:[^"\\\x00-\x1f]++|\\[^\x00-\x1f])*+')
+"""What a JSON string may hold: it escapes control characters, line breaks among them."""
 _WIDER = {"integer": "number"}
 _LEVELS_MAX = 32
 
@@ -95,6 +100,66 @@ def as_json(text: str, kinds: frozenset[str]) -> str:
     return json.dumps(text, ensure_ascii=False) if plain else bare
 
 
+@attrs.define
+class _ValueEnd:
+    """Finds the end of a value that is reported whole: the first tag, but if the value is JSON, the first one
+    outside of its strings."""
+
+    _json: bool | None = None
+    """Whether the value still looks like JSON with strings; None before its first character."""
+    _at: int = 0
+    """Index up to which there is no end."""
+    _in_string: bool = False
+
+    def find(self, rest: str, final: bool) -> re.Match[str] | None:
+        """The end in ``rest``, which begins with the value; None if more is needed, unless ``final``."""
+        if self._json is None and (bare := rest.lstrip()):
+            self._json = bare[0] in '{["'
+        if self._json:
+            found, undecided = self._outside_strings(rest)
+            if undecided and not final:
+                return None
+            if found is not None and _is_json(rest[: found.start()]):
+                return found
+            self._json, self._at = False, 0
+        found = _VALUE_END.search(rest, self._at)
+        self._at = max(0, len(rest) - len(PARAMETER_END))
+        return found
+
+    def _outside_strings(self, rest: str) -> tuple[re.Match[str] | None, bool]:
+        """The first end outside of a string, and whether more text may bring it. Neither: no JSON has this string."""
+        while True:
+            if self._in_string:
+                self._at = at = _in_string_until(rest, self._at)
+                if at >= len(rest) - (rest[at : at + 1] == "\\"):
+                    return None, True
+                if rest[at] != '"':
+                    return None, False
+                self._at, self._in_string = at + 1, False
+            found = _QUOTE_OR_END.search(rest, self._at)
+            if found is None:
+                self._at = max(self._at, len(rest) - len(PARAMETER_END))
+                return None, True
+            if found[0] != '"':
+                return found, False
+            self._at, self._in_string = found.end(), True
+
+
+def _in_string_until(rest: str, at: int) -> int:
+    """Index of what ends the part of a JSON string that begins at ``at``."""
+    found = _IN_STRING.match(rest, at)
+    assert found is not None, "the expression also matches nothing"
+    return found.end()
+
+
+def _is_json(text: str) -> bool:
+    try:
+        msgspec.json.decode(text)
+    except (msgspec.DecodeError, RecursionError):
+        return False
+    return True
+
+
 class XmlArguments:
     """Reads the parameters of one call: ``take`` the text that is there, as often as there is more."""
 
@@ -108,16 +173,19 @@ class XmlArguments:
         """What the value that is being read may be; None between values."""
         self._started = False
         """Whether the first character of the value has come."""
-        self._searched = 0
-        """Index up to which no end of a value that is JSON has been found."""
+        self._end = _ValueEnd()
+        """Finds the end of the value that is being read, if that is not a text."""
         self.ended = False
         """Whether the call's last parameter has been read."""
 
-    def take(self, rest: str) -> tuple[str, str]:
-        """Read what can be read of ``rest``: more of the arguments' JSON, and what of ``rest`` is left."""
+    def take(self, rest: str, final: bool = False) -> tuple[str, str]:
+        """Read what can be read of ``rest``: more of the arguments' JSON, and what of ``rest`` is left.
+
+        ``final``: no more text follows.
+        """
         more = True
         while more and not self.ended:
-            rest, more = self._between(rest) if self._kinds is None else self._value(rest)
+            rest, more = self._between(rest) if self._kinds is None else self._value(rest, final)
         made, self._made = self._made, ""
         return made, rest
 
@@ -139,13 +207,13 @@ class XmlArguments:
         self._started = False
         return rest[found.end() :], True
 
-    def _value(self, rest: str) -> tuple[str, bool]:
+    def _value(self, rest: str, final: bool) -> tuple[str, bool]:
         if not self._started and self._kinds == _TEXT and rest:
             self._started = True
             return rest.removeprefix("\n"), True
-        if (found := _VALUE_END.search(rest, self._searched)) is None:
+        found = _VALUE_END.search(rest) if self._kinds == _TEXT else self._end.find(rest, final)
+        if found is None:
             if self._kinds != _TEXT:
-                self._searched = max(0, len(rest) - len(PARAMETER_END))
                 return rest, False
             keep = max(held(rest, end) for end in VALUE_ENDS)
             self._say(rest[: len(rest) - keep])
@@ -157,7 +225,7 @@ class XmlArguments:
         else:
             assert self._kinds is not None
             self._made += as_json(value.removeprefix("\n"), self._kinds)
-        self._kinds, self._searched = None, 0
+        self._kinds, self._end = None, _ValueEnd()
         return rest[found.end() if found[0] == PARAMETER_END else found.start() :], True
 
     def _say(self, text: str) -> None:

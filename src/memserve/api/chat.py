@@ -15,7 +15,7 @@ from typing import Any
 import attrs
 import jinja2
 
-from memserve.api.bodies import Ending, Scalar
+from memserve.api.bodies import EFFORT, Ending, Scalar
 from memserve.api.call_formats import mentions_tools
 from memserve.api.errors import ApiError
 from memserve.api.hermes import in_words
@@ -101,7 +101,8 @@ class ChatTemplate:
         try:
             return written(self.template, given | known)
         except _REFUSALS as error:
-            field = "chat_template_kwargs" if given and self._takes(known) else "messages"
+            theirs = EFFORT if given.keys() == {EFFORT} else "chat_template_kwargs"
+            field = theirs if given and self._takes(known) else "messages"
             message = f"{field}: the model's chat template refuses them: {error}"
             raise ApiError(message, field, code="invalid_value") from error
 

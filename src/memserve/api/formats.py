@@ -48,6 +48,8 @@ class ResponseFormat:
 
     type: Literal[FORMATS]  # type: ignore[valid-type]
     json_schema: JsonSchema | None = None
+    schema: dict[str, Any] | None = None
+    """Beside ``json_object``, as llama.cpp and others define it; OpenAI has it in ``json_schema`` alone."""
 
 
 @attrs.frozen(kw_only=True)
@@ -82,6 +84,8 @@ def grammar_of(response: ResponseFormat | None, structured: StructuredOutputs | 
 def _of_response(asked: ResponseFormat | None) -> tuple[str, str]:
     if asked is None or asked.type == "text":
         return "", ""
+    if asked.type == "json_object" and asked.schema is not None:
+        return "response_format.schema", _made("response_format.schema", "json", asked.schema)
     if asked.type == "json_object":
         return "response_format", _made("response_format", "json_object", True)
     field = "response_format.json_schema"

@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from memserve.api.errors import ApiError
 from memserve.api.service import ApiSettings
 from memserve.panics import panics_as_errors
+from memserve.scopes import scope_of_key
 
 OPEN_PATHS = ("/health", "/metrics")
 """Paths that load balancers and metrics scrapers request, which have no key."""
@@ -24,17 +25,12 @@ CALLER = "memserve.caller"
 class Caller:
     """The owner of a request's key, and what this key may do."""
 
-    cache_scope: str
-    """The tenant, as the root of its cache."""
+    tenant: str
+    """Its scope, see :mod:`memserve.scopes`."""
     may_administrate: bool = True
     """Whether it may change workers."""
     may_hurry: bool = True
     """Whether it may ask for a priority below 0."""
-
-
-def cache_scope(key: str) -> str:
-    """The root of a key's cache: a hash, which is the same in every Frontend and does not reveal the key."""
-    return hashlib.blake2b(key.encode(), digest_size=16, person=b"memserve-scope").hexdigest()
 
 
 ANYONE = Caller("")
@@ -44,7 +40,7 @@ ANYONE = Caller("")
 def caller(key: str, settings: ApiSettings) -> Caller:
     """The tenant and the permissions of a key."""
     return Caller(
-        cache_scope(key),
+        scope_of_key(key),
         may_administrate=not settings.admin_keys or key in settings.admin_keys,
         may_hurry=not settings.priority_keys or key in settings.priority_keys,
     )

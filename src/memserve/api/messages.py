@@ -20,6 +20,10 @@ CALLS_MAX = 128
 DEPTH_MAX = 64
 """How deeply objects and arrays may be nested in JSON that templates write."""
 
+WRONG_ARGUMENTS = "arguments"
+"""Name under which templates get arguments that are no JSON object. Templates take objects alone, and a client that
+could not send back what the model wrote could not tell it what is wrong."""
+
 Label = Annotated[str, Meta(min_length=1, max_length=256)]
 """An id, or a name that a model made up."""
 
@@ -38,12 +42,16 @@ class Called:
 
     name: Label
     arguments: str = ""
-    """Text of a JSON object; empty: no arguments."""
+    """Text of a JSON object, or what the model wrote instead of one; empty: no arguments."""
 
     @property
-    def values(self) -> Any:
-        """The arguments, parsed. Raises msgspec.DecodeError or RecursionError if the text is not JSON."""
-        return msgspec.json.decode(self.arguments) if self.arguments.strip() else {}
+    def values(self) -> dict[str, Any]:
+        """The arguments by name. A text that is no JSON object, as of a call that was cut off, is one argument."""
+        try:
+            found = msgspec.json.decode(self.arguments) if self.arguments.strip() else {}
+        except (msgspec.DecodeError, RecursionError):
+            found = None
+        return found if isinstance(found, dict) else {WRONG_ARGUMENTS: self.arguments}
 
 
 @attrs.frozen(kw_only=True)
@@ -61,7 +69,7 @@ class ChatMessage:
 
     role: Literal[ROLES]  # type: ignore[valid-type]
     content: str | tuple[TextPart, ...] | None = None
-    """May be None only if the message has tool calls."""
+    """May be None only in an assistant's message, which may have said nothing."""
     name: str | None = None
     reasoning_content: str | None = None
     """What the model thought before this message, for templates that use it."""
@@ -88,11 +96,11 @@ def check_messages(messages: tuple[ChatMessage, ...], raw: dict[str, Any]) -> No
         _check_content(message, given, path)
         _check_tool_fields(message, path)
         for number, call in enumerate(message.tool_calls or ()):
-            _check_arguments(call.function, f"{path}.tool_calls[{number}].function.arguments")
+            check_depth(call.function.values, f"{path}.tool_calls[{number}].function.arguments")
 
 
 def _check_content(message: ChatMessage, given: dict[str, Any], path: str) -> None:
-    if message.content is not None or message.tool_calls:
+    if message.content is not None or message.role == "assistant":
         return
     field = f"{path}.content"
     if "content" not in given:
@@ -109,19 +117,6 @@ def _check_tool_fields(message: ChatMessage, path: str) -> None:
     if message.role == "tool" and not message.tool_call_id:
         field = f"{path}.tool_call_id"
         raise ApiError(f"{field}: this field is required", field, code="missing_required_parameter")
-
-
-def _check_arguments(called: Called, field: str) -> None:
-    try:
-        values = called.values
-    except (msgspec.DecodeError, RecursionError) as error:
-        shown = msgspec.json.encode(called.arguments[:60]).decode()
-        text = f"{field}: expected the text of a JSON object, got {shown} ({error})"
-        raise ApiError(text, field, code="invalid_value") from error
-    if not isinstance(values, dict):
-        text = f"{field}: expected the text of a JSON object, got one of {type(values).__name__}"
-        raise ApiError(text, field, code="invalid_value")
-    check_depth(values, field)
 
 
 def check_depth(value: Any, field: str) -> None:

@@ -169,7 +169,7 @@ async def chat_tokens(body: Conversation, model: Model, scope: str, long: bool =
 
 def _rendered(body: Conversation, model: Model) -> Rendered:
     tools = () if body.offer is None else body.offer.tools
-    rendered = model.template.render(body.messages, body.chat_template_kwargs, body.ending, tools)
+    rendered = model.template.render(body.messages, body.template_arguments, body.ending, tools)
     _not_hopeless(rendered.text, "messages", model)
     return rendered
 

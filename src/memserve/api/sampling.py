@@ -12,6 +12,8 @@ from memserve.drawing import BIASES_MAX, Adjustments, Sampling
 from memserve.tokens import pack
 
 BIAS_MAX = 100.0
+TOP_P_LEAST = 1e-9
+"""Used for 0, which OpenAI's API permits: as for every share that the likeliest token reaches, only that one is left."""
 _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 
 
@@ -28,7 +30,7 @@ def sampling_of(
     return Sampling(
         temperature=1.0 if body.temperature is None else body.temperature,
         top_k=min(max(body.top_k or 0, 0), vocabulary),  # messages carry no larger integers than 64 bits
-        top_p=1.0 if body.top_p is None else body.top_p,
+        top_p=1.0 if body.top_p is None else max(body.top_p, TOP_P_LEAST),
         seed=(draw() if body.seed is None else body.seed) % 2**SEED_BITS,
         min_p=body.min_p or 0.0,
         adjust=_adjustments(body, vocabulary, grammar),

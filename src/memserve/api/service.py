@@ -101,6 +101,8 @@ class ApiSettings:
     """Keys that may change workers; empty: all."""
     priority_keys: tuple[str, ...] = ()
     """Keys that may ask for a priority below 0; empty: all."""
+    cors_origins: tuple[str, ...] = ()
+    """Origins of web pages that may call the server from a browser; "*": any; empty: none but its own."""
     ttft_ms: float | None = None
     """Deadline for the first token of a request that does not set one, in milliseconds; None: no deadline."""
     tool_format: str = "auto"

@@ -47,20 +47,46 @@ class Tool:
 
 @attrs.frozen(kw_only=True)
 class NamedFunction:
-    """``tool_choice.function``."""
+    """``function`` of a named tool."""
 
     name: str
 
 
 @attrs.frozen(kw_only=True)
 class NamedTool:
-    """``tool_choice`` if it names one tool."""
+    """One element of ``tool_choice.allowed_tools.tools``."""
 
     type: Literal["function"]
     function: NamedFunction
 
 
-ToolChoice = Literal["none", "auto", "required"] | NamedTool
+@attrs.frozen(kw_only=True)
+class AllowedTools:
+    """``tool_choice.allowed_tools``: some of the tools, and whether the answer must call one of them."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[tuple[NamedTool, ...], Meta(min_length=1, max_length=TOOLS_MAX)]
+
+
+@attrs.frozen(kw_only=True)
+class ChosenTools:
+    """``tool_choice`` if it names tools: one that the answer must call, or those that it may call."""
+
+    type: Literal["function", "allowed_tools"]
+    function: NamedFunction | None = None
+    allowed_tools: AllowedTools | None = None
+
+    @property
+    def named(self) -> dict[str, str]:
+        """The names of the tools, by the fields that name them."""
+        if self.function is not None and self.type == "function":
+            return {"tool_choice.function.name": self.function.name}
+        tools = self.allowed_tools.tools if self.allowed_tools is not None else ()
+        path = "tool_choice.allowed_tools.tools"
+        return {f"{path}[{i}].function.name": tool.function.name for i, tool in enumerate(tools)}
+
+
+ToolChoice = Literal["none", "auto", "required"] | ChosenTools
 CHOICES = ("none", "auto", "required", "an object")
 """The values that ``tool_choice`` may have, in words."""
 
@@ -76,6 +102,13 @@ class Offer:
     """Name of the only tool that may be called; then it must be called exactly once."""
     several: bool = True
     """Whether the answer may have more than one call."""
+    places: tuple[int, ...] = ()
+    """Indexes of the tools in the body; empty: all of the body's tools are offered."""
+
+    def path(self, tool: Tool) -> str:
+        """The path of one of the tools in the body."""
+        at = self.tools.index(tool)
+        return f"tools[{self.places[at] if self.places else at}]"
 
     @property
     def allowed(self) -> tuple[Tool, ...]:
@@ -103,8 +136,14 @@ def offered(tools: Sequence[Tool] | None, choice: ToolChoice | None, parallel: b
     if not tools or choice == "none":
         return None
     several = parallel is not False
-    if isinstance(choice, NamedTool):
-        return Offer(tuple(tools), True, choice.function.name, several=False)
+    if isinstance(choice, ChosenTools):
+        if choice.allowed_tools is None or choice.type == "function":
+            (name,) = choice.named.values()
+            return Offer(tuple(tools), True, name, several=False)
+        allowed = {*choice.named.values()}
+        places = tuple(at for at, tool in enumerate(tools) if tool.function.name in allowed)
+        must = choice.allowed_tools.mode == "required"
+        return Offer(tuple(tools[at] for at in places), must, None, several, places)
     return Offer(tuple(tools), choice == "required", None, several)
 
 
@@ -121,7 +160,11 @@ def check_tools(tools: Sequence[Tool] | None, choice: ToolChoice | None) -> None
     if choice not in (None, "none", "auto") and not tools:
         text = "tool_choice: only none and auto without tools"
         raise ApiError(text, "tool_choice", code="invalid_value")
-    if isinstance(choice, NamedTool) and choice.function.name not in seen:
-        field = "tool_choice.function.name"
-        text = f"{field}: expected the name of one of tools, got {choice.function.name[:60]}"
-        raise ApiError(text, field, code="invalid_value")
+    if isinstance(choice, ChosenTools):
+        if getattr(choice, choice.type) is None:
+            field = f"tool_choice.{choice.type}"
+            raise ApiError(f"{field}: this field is required", field, code="missing_required_parameter")
+        for field, name in choice.named.items():
+            if name not in seen:
+                text = f"{field}: expected the name of one of tools, got {name[:60]}"
+                raise ApiError(text, field, code="invalid_value")

@@ -65,7 +65,7 @@ class Delivery:
 
 
 class MemPool(ShardConversation):
-    """The pool; :func:`open_pool` makes one. ``scope``: the scope whose prefixes it sees.
+    """The pool; :func:`open_pool` makes one. ``scope``: the scope whose prefixes it sees (:mod:`memserve.scopes`).
 
     See the module's text. Every call raises PoolError when it is refused, and PeerUnreachable when the shard
     does not answer. Tokens are packed (:func:`memserve.tokens.pack`).

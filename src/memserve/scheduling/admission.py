@@ -126,11 +126,11 @@ class Admission:
 
     def ask(self, wish: IncomingRequest, workers: int, now: float) -> Refusal | None:
         """Queue a request, or return its refusal. It must not be in the queue already."""
-        submit, scope = wish.submit, wish.submit.request.scope
+        submit, tenant = wish.submit, wish.submit.request.tenant
         one = held(wish, now)
         wait = self.wait_s(one, workers)
         predicted = wait + wish.soonest_s
-        words = self._no_place(scope) if submit.request.attempt == 0 and not submit.held else None
+        words = self._no_place(tenant) if submit.request.attempt == 0 and not submit.held else None
         if words is not None:
             return self._refused(submit, *words, predicted, wait)
         if wish.soonest_s < float("inf") and now + predicted > one.by:
@@ -141,14 +141,14 @@ class Admission:
         self._count("requests_held_total")
         return None
 
-    def _no_place(self, scope: str) -> tuple[str, str, int] | None:
+    def _no_place(self, tenant: str) -> tuple[str, str, int] | None:
         """Code, text and HTTP status if a tenant's next request has no place; None if it has one."""
         free = self.held_max - len(self.queue)
         rule = f"scheduler.held_max = {self.held_max}"
         if free <= 0:
             text = f"the cluster is full: {len(self.queue)} requests wait for a worker already ({rule})"
             return "cluster_full", text, 503
-        mine = self.queue.of_tenant(scope)
+        mine = self.queue.of_tenant(tenant)
         if mine >= free:
             text = f"this key has {mine} requests waiting, and may not have more than places are left free, {free} ({rule})"
             return "tenant_full", text, 429
@@ -281,7 +281,7 @@ class Admission:
             "predicted_ttft_ms": predicted * 1e3 if predicted < float("inf") else None,
             "margin_ms": refusal.margin_s * 1e3,
             "waiting": len(self.queue),
-            "waiting_of_tenant": self.queue.of_tenant(request.scope),
+            "waiting_of_tenant": self.queue.of_tenant(request.tenant),
         }
 
     def gauges(self) -> dict[str, float]:

@@ -51,7 +51,7 @@ class HeldRequest:
     @property
     def scope(self) -> str:
         """Scope of its tenant."""
-        return self.submit.request.scope
+        return self.submit.request.tenant
 
     @property
     def latest(self) -> float:

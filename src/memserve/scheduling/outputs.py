@@ -18,18 +18,18 @@ TENANTS_MAX = 10_000
 
 @attrs.define
 class OutputLengths:
-    """Moving averages by scope; the most recently updated scopes are kept."""
+    """Moving averages by tenant; the most recently updated tenants are kept."""
 
     _means: OrderedDict[str, float] = attrs.field(factory=OrderedDict)
 
-    def learn(self, scope: str, tokens: int) -> None:
+    def learn(self, tenant: str, tokens: int) -> None:
         """Take in an answer of ``tokens`` tokens."""
-        mean = self._means.pop(scope, UNKNOWN_TOKENS)
-        self._means[scope] = mean + WEIGHT * (tokens - mean)
+        mean = self._means.pop(tenant, UNKNOWN_TOKENS)
+        self._means[tenant] = mean + WEIGHT * (tokens - mean)
         if len(self._means) > TENANTS_MAX:
             self._means.popitem(last=False)
 
     def expect(self, request: Request) -> float:
         """Expected new tokens of this attempt; at least 1."""
         left = request.max_tokens - (count(request.tokens) - request.prompt_tokens)
-        return max(1.0, min(float(left), self._means.get(request.scope, UNKNOWN_TOKENS)))
+        return max(1.0, min(float(left), self._means.get(request.tenant, UNKNOWN_TOKENS)))

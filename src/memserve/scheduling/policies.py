@@ -75,7 +75,7 @@ class Policy(Protocol):
         ``only``: workers that may run its prompt; empty: any.
         """
 
-    def learn(self, scope: str, tokens: int) -> None:
+    def learn(self, tenant: str, tokens: int) -> None:
         """Take in the length of a tenant's answer."""
 
     def forget(self, actor: ActorId) -> None:
@@ -109,7 +109,7 @@ class PairPolicy:
         """One of ``pairs``, which has at least one."""
         raise NotImplementedError
 
-    def learn(self, scope: str, tokens: int) -> None:
+    def learn(self, tenant: str, tokens: int) -> None:
         """Do nothing: answer lengths are not used."""
 
     def forget(self, actor: ActorId) -> None:

@@ -146,9 +146,9 @@ class Cost:
         count_placement(fleet, choice, request, start.cached, sure_s, now, start.bring_s)
         return choice
 
-    def learn(self, scope: str, tokens: int) -> None:
+    def learn(self, tenant: str, tokens: int) -> None:
         """Take in the length of a tenant's answer."""
-        self.outputs.learn(scope, tokens)
+        self.outputs.learn(tenant, tokens)
 
     def forget(self, actor: ActorId) -> None:
         """Drop what is remembered of a dead actor."""

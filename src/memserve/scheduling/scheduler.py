@@ -286,8 +286,8 @@ class SchedulerCore:
         self._log("warning", "request refused", **self.admission.explain(refusal))
 
     def _on_finished(self, sender: ActorId, message: Finished, now: float) -> None:
-        self.policy.learn(message.scope, message.output_tokens)
-        self._lengths.learn(message.scope, message.output_tokens)
+        self.policy.learn(message.tenant, message.output_tokens)
+        self._lengths.learn(message.tenant, message.output_tokens)
         self.roles.prices.learn(message.output_tokens)
 
     def _on_cancel(self, sender: ActorId, message: Cancel, now: float) -> None:

@@ -310,9 +310,9 @@ def reasons(resolved: Resolved, weights: int, machine: Machine) -> Iterator[Reas
         )
         yield Reason("cluster", network.address, why)
     if not config.frontend.api_keys:
-        yield Reason(
-            "frontend.api_keys", "none", "whoever reaches the port may use it, and all share one cache"
-        )
+        others = ", any web page in a browser included" if "*" in config.frontend.cors_origins else ""
+        why = f"whoever reaches the port may use it{others}, and all share one cache"
+        yield Reason("frontend.api_keys", "none", why)
 
 
 def longest(spec: ModelSpec) -> str:

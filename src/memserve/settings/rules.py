@@ -118,6 +118,12 @@ def are_keys(value: tuple[str, ...]) -> bool:
     return len(set(value)) == len(value) and all(re.fullmatch(r"[\x21-\x7e]{1,256}", key) for key in value)
 
 
+def are_origins(value: tuple[str, ...]) -> bool:
+    """Whether each of ``value`` is "*" or can equal a browser's Origin header (RFC 6454, 6.2)."""
+    origin = re.compile(r"\*|(?!http://[^/]*:80$|https://[^/]*:443$)[a-z][a-z0-9+.-]*://[a-z0-9._\-\[\]:]+")
+    return all(origin.fullmatch(one) for one in value)
+
+
 a_name = matching(
     "[a-z][a-z0-9-]{0,31}", "be 1 to 32 characters: a lower-case letter, then letters, digits or '-'"
 )
@@ -129,6 +135,11 @@ a_reachable_host = Rule(
 a_host_port = Rule(
     "be HOST:PORT, with an IP address or a host name other than 0.0.0.0 and ::, and a port from 1 to 65535",
     is_host_port,
+)
+some_origins = Rule(
+    'be "*" or origins as browsers send them: scheme://host, a port if it is not the default one, all in lower '
+    "case, and nothing after that",
+    are_origins,
 )
 some_keys = Rule("be distinct keys of 1 to 256 printable ASCII characters without blanks", are_keys)
 

@@ -21,6 +21,7 @@ from memserve.settings.rules import (
     parse_mode,
     parse_size,
     some_keys,
+    some_origins,
 )
 
 
@@ -315,6 +316,11 @@ class FrontendConfig:
         rule=some_keys,
         secret=True,
         help="those of api_keys that may request a priority below 0, ahead of all others; empty: all of them",
+    )
+    cors_origins: tuple[str, ...] = setting(
+        (),
+        rule=some_origins,
+        help='web pages of these origins may call the server from a browser ("*": of all), but change no workers',
     )
     ttft_ms: float | None = setting(
         None,
