@@ -40,6 +40,17 @@ def alive(pid: int) -> bool:
         return False
 
 
+def children(pid: int) -> list[int]:
+    """The process ids of a process's children, zombies included."""
+    lists = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(word) for one in lists for word in one.read_text().split()]
+
+
+def descendants(pid: int) -> list[int]:
+    """The process ids of a process's children, of their children, and so on."""
+    return [one for child in children(pid) for one in (child, *descendants(child))]
+
+
 @attrs.define
 class Cluster:
     """A running fake cluster."""
@@ -180,6 +191,21 @@ def test_killed_actor_comes_back_and_its_death_is_announced(start):
     assert "w0 was killed by SIGKILL; restarting it" in cluster.output
     until(lambda: len(cluster.down) == 2)
     assert cluster.down == [{"w0": "was killed by SIGKILL and is being restarted"}, {}]
+    assert cluster.end() == 0
+
+
+def test_what_a_killed_actor_had_started_ends_with_it(start):
+    """Its children, and theirs, become the supervisor's: none runs on, and none stays as a zombie."""
+    cluster = start(w0="parent")
+    cluster.until_ready()
+    worker, others = cluster.pid("w0"), children(cluster.process.pid)
+    until(lambda: len(descendants(worker)) == 3)
+    started = descendants(worker)
+    os.kill(worker, signal.SIGKILL)
+    until(lambda: cluster.names("ready").count("w0") == 2)
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in (worker, *started)))
+    assert len(children(cluster.process.pid)) == len(others)
+    assert [line["event"] for line in cluster.events].count("orphan ended") == len(started)
     assert cluster.end() == 0
 
 

@@ -109,6 +109,7 @@ class Child:
                     process = self.process = await zygote.fork(self.spec.name, theirs)
                 except OSError as error:  # out of processes or memory: no reason to end the other actors
                     self.tail = str(error).encode()
+                    await zygote.end_orphans()  # the order may have been followed
                     return STATUS_CRASHED
             log.info("actor started", child=self.spec.name, child_pid=process.pid)
             try:
@@ -118,6 +119,7 @@ class Child:
             finally:
                 await _reap(process)
                 self.process = self.events = None
+                await zygote.end_orphans()
 
     def _begin(self, events: EventSocket) -> None:
         """Reset the state of the previous incarnation."""
