@@ -68,6 +68,7 @@ LAYERS = {
     ),
     "settings": (
         "config",
+        "accepting",
         "settings*",
         "observe",
         "processes.lifecycle",
