@@ -34,6 +34,7 @@ LAYERS = {
         "errors",
         "accounts",
         "panics",
+        "percentiles",
         "identity",
         "costs",
         "drawing",
