@@ -273,6 +273,20 @@ def test_a_full_disk_ends_no_cluster(start):
     assert cluster.names("drained") == ["frontend-0", "s0", "scheduler-0"]
 
 
+def test_a_supervisor_without_descriptors_ends_no_cluster(start):
+    """An actor that dies meanwhile is restarted when there are some again, and the others go on."""
+    cluster = start()
+    cluster.until_ready()
+    pid, limits = cluster.process.pid, resource.prlimit(cluster.process.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, limits[1]))
+    os.kill(cluster.pid("w0"), signal.SIGKILL)
+    until(lambda: "w0 | [Errno 24]" in cluster.output or not alive(pid))
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+    until(lambda: cluster.names("ready").count("w0") == 2)
+    assert len(cluster.names("ready")) == 5
+    assert cluster.end() == 0
+
+
 def test_actor_that_ignores_the_drain_is_killed(start):
     """An actor that does not finish draining in time is killed, and the shutdown goes on."""
     cluster = start(w0="deaf")

@@ -101,13 +101,17 @@ class Child:
 
         ``listen`` handles its events in the meantime.
         """
-        ours, theirs = socket.socketpair()
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError as error:  # out of descriptors, as below
+            self.tail = str(error).encode()
+            return STATUS_CRASHED
         with ours:
             self._begin(EventSocket(ours))
             with theirs:
                 try:
                     process = self.process = await zygote.fork(self.spec.name, theirs)
-                except OSError as error:  # out of processes or memory: no reason to end the other actors
+                except OSError as error:  # no processes, memory or descriptors: the others go on
                     self.tail = str(error).encode()
                     await zygote.end_orphans()  # the order may have been followed
                     return STATUS_CRASHED
