@@ -256,6 +256,21 @@ def test_a_cluster_that_was_stopped_as_a_whole_goes_on(start):
     assert cluster.end() == 0
 
 
+def test_an_actor_comes_back_without_its_log(start):
+    """A disk that becomes read-only after weeks would keep every actor that dies from coming back."""
+    cluster = start()
+    cluster.until_ready()
+    log = cluster.log_dir / "run" / "w0.jsonl"
+    log.unlink()
+    log.mkdir()  # cannot be opened, as on such a disk; root may write to any other file
+    os.kill(cluster.pid("w0"), signal.SIGKILL)
+    until(lambda: cluster.names("ready").count("w0") == 2)
+    log.rmdir()
+    assert cluster.end() == 0
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["event"] for line in lines] == ["actor drained"]
+
+
 def test_a_full_disk_ends_no_cluster(start):
     """Its state could not be written, and the supervisor would die of that: every stream with it."""
     cluster = start(w0="deaf")
