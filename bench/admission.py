@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import attrs
 
+from memserve.percentiles import percentile
 from memserve.sim.audit import Audit
 from memserve.sim.clients import Call, Clients
 from memserve.sim.layout import Layout, fixed, on_sites
@@ -76,14 +77,10 @@ def ttft_s(call: Call) -> float:
     return call.first_at - call.asked_at
 
 
-def percentile(values: Sequence[float], share: float) -> float:
-    """The value below which ``share`` of ``values`` lie; ``values`` must not be empty."""
-    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
-
-
 def shown(values: Sequence[float]) -> str:
     """Median and 99th percentile in seconds, as text."""
-    return f"{percentile(values, 0.5):.2f}; {percentile(values, 0.99):.2f}" if values else "none"
+    ordered = sorted(values)
+    return f"{percentile(ordered, 50):.2f}; {percentile(ordered, 99):.2f}" if values else "none"
 
 
 def next_to_a_flood(seeds: Sequence[int], **calm: object) -> str:
@@ -216,7 +213,7 @@ def latencies(seeds: Sequence[int]) -> str:
                         )
                     ]
                     jct = sum(one.last_at - one.asked_at for one in calls) / len(calls)
-                    cells.append(f"{jct:.2f}; {percentile([ttft_s(one) for one in calls], 0.99):.2f}")
+                    cells.append(f"{jct:.2f}; {percentile(sorted(map(ttft_s, calls)), 99):.2f}")
                 rows.append(cells)
     return table(["workload", "req/s", "layout", *(f"{one:g} s" for one in HOLD_BACKS_S)], rows)
 

@@ -30,6 +30,7 @@ from typing import Any
 import attrs
 import httpx
 
+from memserve.percentiles import percentile
 from notes import ROOT, Note, number, table
 from raw_client import Stream, closed_loop, request_bytes, run_streams
 
@@ -119,7 +120,7 @@ def added_ttft(running: Running, repeats: int) -> dict[str, float]:
             [one] = run_streams(running.port, [completion(i + tokens * 10_000, tokens, 2)])
             times.append((one.first - one.began) * 1e3)
         figures[f"ttft_{tokens}_p50_ms"] = statistics.median(times)
-        figures[f"ttft_{tokens}_p99_ms"] = quantile(times, 0.99)
+        figures[f"ttft_{tokens}_p99_ms"] = percentile(sorted(times), 99)
     return figures
 
 
@@ -151,7 +152,7 @@ def throughput(running: Running, streams: int, rounds: int) -> dict[str, Any]:
         "tok_s_range": [min(rates), max(rates)],
         "tokens_per_event": statistics.median(per_event),
         "gap_p50_ms": statistics.median(gaps),
-        "gap_p99_ms": quantile(gaps, 0.99),
+        "gap_p99_ms": percentile(sorted(gaps), 99),
         "cpu_us_per_token": {
             kind: statistics.median(one[kind] for one in cpu) / tokens * 1e6 for kind in cpu[0]
         },
@@ -163,11 +164,6 @@ def rate_of(done: Sequence[Stream]) -> float:
     if wrong := [one.output_tokens for one in done if one.output_tokens != STREAM_TOKENS]:
         raise ValueError(f"streams of {STREAM_TOKENS} tokens ended with {wrong[:5]}")
     return len(done) * STREAM_TOKENS / (max(one.last for one in done) - min(one.began for one in done))
-
-
-def quantile(values: Sequence[float], share: float) -> float:
-    """The value below which ``share`` of ``values`` lie."""
-    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:

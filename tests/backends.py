@@ -18,7 +18,7 @@ from memserve.engine.model import BatchTensors, Llama
 from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.runner import CpuEngine
 from memserve.engine.spec import ModelSpec, find_model
-from memserve.engine.weights import map_weights, prepare, save_weights
+from memserve.engine.weights import map_weights, prepare, random_weights, save_weights
 from memserve.kernels.flashinfer_kit import (
     FlashInferAttention,
     Library,
@@ -172,6 +172,21 @@ def make_engine(name: str, weights: dict[str, torch.Tensor], folder: Path, pages
         pages,
         rows,
     )
+
+
+@pytest.fixture(scope="module")
+def weights():
+    """The weights of one random model, in bfloat16."""
+    return random_weights(SPEC, "bfloat16", 5)
+
+
+@pytest.fixture(params=ENGINES)
+def made(request, weights, tmp_path):
+    """Each engine with as many pages as the module's ``PAGES``, warmed up."""
+    one = make_engine(request.param, weights, tmp_path, request.module.PAGES)
+    one.engine.warm_up()
+    yield one
+    one.engine.close()
 
 
 def _cuda(

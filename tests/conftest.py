@@ -49,6 +49,19 @@ def _one_thread_each() -> None:
         torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session")
+def native_step() -> None:
+    """Skip the test where the native step cannot run: no compiler, or a processor without its instructions."""
+    from memserve.engine.weights import default_cache_dir
+    from memserve.kernels.native import load
+    from memserve.kernels.native_build import NativeUnavailable
+
+    try:
+        load(default_cache_dir())
+    except NativeUnavailable as reason:
+        pytest.skip(f"no native step here: {reason}")
+
+
 @pytest.fixture
 def autojump_clock() -> trio.testing.MockClock:
     """A clock that jumps to the next deadline when every task waits. Not for real sockets or processes."""

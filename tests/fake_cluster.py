@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -31,6 +32,8 @@ from memserve.supervisor import Supervisor, supervise
 
 HUNG_S = 4.0
 """Silence after which an actor counts as hung: two of its heartbeats."""
+STARTED: list[subprocess.Popen[bytes]] = []
+"""What an actor has started. As long as these exist, nobody waits for the processes."""
 SPEC = ModelSpec("fake", "llama", 1, 8, 8, 1, 1, 8, 16, 1e4, 1e-5, 64, True, None, (), None)
 
 
@@ -72,6 +75,9 @@ async def main(context: ActorContext, *, task_status: trio.TaskStatus[None]) -> 
     """An actor with a socket file, which behaves as its word says and otherwise drains when asked to."""
     word = json.loads(os.environ["FAKE_BEHAVIOUR"]).get(context.name)
     context.place.socket_path(f"{context.id}.sock").touch()
+    if word == "parent":
+        commands = ("sleep 60 & wait", "true")
+        STARTED.extend(subprocess.Popen(["sh", "-c", one]) for one in commands)  # noqa: ASYNC220
     if word == "user error":
         raise UserError("frontend.port: 80 is taken; choose another with --set frontend.port=8081")
     if word == "crash":

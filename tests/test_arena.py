@@ -1,5 +1,6 @@
 """The arena between real processes: passed over a socket, sealed, and freed with its last user."""
 
+import errno
 import fcntl
 import os
 import resource
@@ -169,6 +170,33 @@ def test_a_process_without_descriptors_serves_again_when_it_has_some(place):
         arena.close()
 
     trio.run(main)
+
+
+@pytest.mark.parametrize("error", [errno.ENOMEM, errno.ENOBUFS, errno.ENFILE])
+def test_a_shortage_of_the_system_passes(place, monkeypatch, error):
+    """A moment without memory for one more connection would end the shard, and all of its pages with it."""
+    failures = [OSError(error, os.strerror(error))]
+
+    async def main():
+        with trio.socket.socket() as some:
+            kind, accept = type(some), type(some).accept
+
+        async def scarce(listener):
+            if failures:
+                raise failures.pop()
+            return await accept(listener)
+
+        monkeypatch.setattr(kind, "accept", scarce)
+        arena = Arena.create("kv.1", PAGES, PAGE_BYTES)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(serve_arena, arena, place)
+            worker = await trio.to_thread.run_sync(attach_arena, place, PAGE_BYTES)
+            worker.close()
+            nursery.cancel_scope.cancel()
+        arena.close()
+
+    trio.run(main)
+    assert not failures
 
 
 def test_another_user_gets_no_descriptor(place, monkeypatch):

@@ -394,14 +394,6 @@ def test_missing_tokens_make_no_rate() -> None:
         frontend.rate_of([stream])
 
 
-def test_quantiles_are_values_that_occurred() -> None:
-    """Quantiles are values of the list, at the right index."""
-    values = [float(one) for one in range(1, 101)]
-    assert frontend.quantile(values, 0.99) == 100.0
-    assert frontend.quantile(values[::-1], 0.5) == 51.0
-    assert frontend.quantile([3.0], 0.99) == 3.0
-
-
 def test_a_comparison_is_of_medians_and_says_which_is_which(tmp_path: Path) -> None:
     """The comparison of two checkouts gives medians, ranges and a ratio, under the right headings."""
     here, there = [{"Frontend": 1.0}, {"Frontend": 2.0}, {"Frontend": 9.0}], [{"Frontend": 8.0}]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
 from contextlib import asynccontextmanager
@@ -308,6 +309,46 @@ trio.run(main)
         with trio.fail_after(10):
             got = await pool.acquire(pack(range(8 * PAGE_TOKENS)), 0, "s0")  # waits for the timer
         assert len(got.addresses) == 8
+
+
+async def test_a_program_that_was_stopped_does_not_use_pages_that_others_have(folder: Path) -> None:
+    """It tries before it has heard anything, and again after it has: its first calls must not revive its leases."""
+    code = f"""
+import sys, trio
+from pathlib import Path
+from memserve.client import open_pool
+from memserve.errors import PoolError
+def tried(call, *arguments):
+    try:
+        call(*arguments)
+    except PoolError as error:
+        return error.code
+    return "done"
+async def main():
+    async with open_pool("victim", Path({str(folder)!r}), {{"s0": sys.argv[1]}}) as pool:
+        mine = await pool.alloc_mem(8, "s0")
+        print("ready", flush=True)
+        sys.stdin.readline()  # it is stopped here, and its tasks with it
+        for _ in range(2):
+            print(tried(pool.write, mine.addresses[0], b"late"), tried(pool.read, mine.addresses[0]), flush=True)
+            await pool.evict(0, "s0")
+trio.run(main)
+"""
+    async with one_shard(folder, lease_s=2.0) as (pool, endpoint):
+        victim = await trio.lowlevel.open_process(
+            [sys.executable, "-c", code, endpoint], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        assert await victim.stdout.receive_some(5) == b"ready"
+        victim.send_signal(signal.SIGSTOP)
+        with trio.fail_after(10):
+            got = await pool.acquire(pack(range(8 * PAGE_TOKENS)), 0, "s0")
+        pool.write(got.addresses[0], b"others")
+        victim.send_signal(signal.SIGCONT)
+        await victim.stdin.send_all(b"\n")
+        assert await victim.wait() == 0
+        said = b"".join([chunk async for chunk in victim.stdout]).split()
+        assert said == [b"not_held"] * 4
+        assert bytes(pool.read(got.addresses[0])[:6]) == b"others"
 
 
 async def test_an_error_within_a_pool_s_block_comes_out_as_it_is(folder: Path, monkeypatch) -> None:

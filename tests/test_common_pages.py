@@ -6,6 +6,7 @@ import attrs
 import pytest
 import torch
 
+import backends
 import fake_flashinfer
 from backends import CARDS, ON_CARDS, SPEC, FlashRunner, card_of, make_engine, make_runner
 from fake_flashinfer import Replays
@@ -23,6 +24,7 @@ from test_model import GREEDY, Runner, prompt, tiny_spec
 PLACES = ["stand-in", *ON_CARDS]
 WHEREVER, NEVER = Sharing(1, 1), Sharing(None, None)
 PAGES, SIZE = 400, 16
+weights = backends.weights
 
 LAYOUTS = {
     "one document": ([("a", 7, 5), ("a", 7, 16), ("a", 7, 1), ("a", 7, 40)], []),
@@ -94,12 +96,6 @@ def test_rows_find_together_what_each_finds_alone(place, layout, heads):
     assert error < (0.02 if place in CARDS else 1e-5), error  # NaN fails too
     again = attend(attention, plan, 1, q, k, v).float()
     assert torch.equal(again, together)
-
-
-@pytest.fixture(scope="module")
-def weights():
-    """The weights of one random model, in bfloat16."""
-    return random_weights(SPEC, "bfloat16", 5)
 
 
 @pytest.mark.parametrize("place", PLACES)

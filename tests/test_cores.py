@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from memserve.costs import GIVE_AFTER_S
-from memserve.engine.cpu_budget import Cores, Outsiders
+from memserve.engine.cpu_budget import Cores, Outsiders, waited_s
 
 Start = Callable[[int, str], "subprocess.Popen[str]"]
 
@@ -215,6 +215,27 @@ def test_a_busy_process_is_noticed() -> None:
     finally:
         busy.kill()
         busy.wait()
+
+
+def test_the_wait_for_cores_is_noticed(tmp_path: Path) -> None:
+    """A thread that shares one core with another process waits about half of the time; alone, hardly ever."""
+    pin = f"import os; os.sched_setaffinity(0, {{{min(os.sched_getaffinity(0))}}})\n"
+    measured = (
+        pin
+        + """if True:
+        import time; from memserve.engine.cpu_budget import threads_had, waited_s
+        began, waited = time.monotonic(), waited_s()
+        while (took := time.monotonic() - began) < 0.5: pass
+        print(threads_had(1, took, waited_s() - waited))
+    """
+    )
+    with subprocess.Popen([sys.executable, "-c", pin + "while True: pass"]) as busy:
+        try:
+            found = subprocess.check_output([sys.executable, "-c", measured], text=True)
+        finally:
+            busy.kill()
+    assert int(found) == 0
+    assert waited_s(tmp_path) == 0.0  # a kernel without these figures
 
 
 def test_workers_that_share_cores_have_one_key_and_see_each_other_at_work(tmp_path: Path) -> None:

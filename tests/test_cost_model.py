@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from memserve.costs import Site, StepCosts
 from memserve.engine.batching import ALONE
 from memserve.engine.calibration import PATIENCE_S, TimeStep, calibrated, cases, crowding, measure, patient
+from memserve.engine.cpu_budget import threads_had
 from memserve.engine.load import StepWatch, swap_least
 from memserve.engine.plans import BatchPlan, Row, Score
 from memserve.identity import ActorId
@@ -207,7 +208,8 @@ def test_measuring_finds_what_crowding_costs() -> None:
     found = crowding(costs, on(2), on(1), 512)
     assert (found.decode_crowding, found.prefill_crowding) == pytest.approx((0.8, 0.5))
     assert attrs.evolve(found, decode_crowding=0.0, prefill_crowding=0.0) == costs
-    assert crowding(COSTS, on(1), on(1), 512) == COSTS, "nothing to measure without more threads"
+    assert crowding(COSTS, on(1), on(1), 512) is None, "nothing to measure without more threads"
+    assert crowding(COSTS, on(2), lambda rows: (0.01, 0), 512) is None, "other programs had the cores"
 
 
 def test_a_step_beside_a_neighbour_is_no_drift() -> None:
@@ -284,6 +286,29 @@ def test_a_measurement_is_made_once_and_kept_if_it_had_its_threads(tmp_path: Pat
     assert calibrated(tmp_path, name, lambda: measuring(3), 2) == COSTS
     assert calibrated(tmp_path, {"model": "other"}, lambda: measuring(4), 2) == COSTS
     assert calls == [1, 2, 4]
+
+
+def test_figures_from_a_busy_machine_serve_one_cluster(tmp_path: Path) -> None:
+    """If they were remembered for later clusters, these would place requests by costs twice too high."""
+    slow, name = COSTS.scaled(2.0), {"model": "m"}
+    assert calibrated(tmp_path, name, lambda: (slow, threads_had(1, 0.02, 0.02)), 1, run="first") == slow
+    assert calibrated(tmp_path, name, lambda: pytest.fail("measured"), 1, run="first") == slow
+    assert calibrated(tmp_path, name, lambda: (COSTS, threads_had(1, 0.02, 0.001)), 1, run="second") == COSTS
+    assert calibrated(tmp_path, name, lambda: pytest.fail("measured"), 1, run="third") == COSTS
+
+
+def test_of_a_disturbed_step_and_another_the_other_counts() -> None:
+    """A step beside a busy program takes longer; a repeat without one is what the engine costs."""
+    runs = iter(range(10**6))
+
+    def run(rows: Rows) -> tuple[float, int]:
+        disturbed = next(runs) % 2
+        return MODEL.step_s(rows) * (0.5 + disturbed), 2 if disturbed else 0
+
+    found, threads = measure(run, 64, 32, 512, 9)
+    assert threads == 2
+    assert CostModel(found).step_s([(64, 0)]) == pytest.approx(1.5 * MODEL.step_s([(64, 0)]), rel=0.05)
+    assert measure(lambda rows: (MODEL.step_s(rows), 0), 64, 32, 512, 9)[1] == 0
 
 
 def test_a_full_disk_keeps_no_worker_from_starting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from log_lines import LIFE, finished, line
 from memserve import inspect
 from memserve.errors import UserError
 from memserve.inspect import Filter, Tally
+from memserve.percentiles import percentile
 
 
 @pytest.fixture
@@ -209,3 +210,11 @@ def test_memory_does_not_grow_with_the_run(run):
         assert tracemalloc.get_traced_memory()[1] < 4 << 20
     finally:
         tracemalloc.stop()
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1), st.integers(1, 100))
+def test_a_percentile_is_a_value_that_occurred(values: list[float], percent: int) -> None:
+    """At least that share of the values do not exceed it, and fewer do not exceed any smaller value."""
+    found = percentile(sorted(values), percent)
+    assert 100 * sum(one <= found for one in values) >= percent * len(values)
+    assert 100 * sum(one < found for one in values) < percent * len(values)

@@ -11,13 +11,12 @@ from memory_cluster import PAGE_TOKENS, MemoryCluster, memory_cluster
 from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.runner import CpuEngine
 from memserve.engine.spec import find_model
-from memserve.engine.weights import default_cache_dir, prepare
-from memserve.kernels.native import load
-from memserve.kernels.native_build import NativeUnavailable
+from memserve.engine.weights import prepare
 from memserve.tokens import pack
 from test_model import DEMO, GREEDY
 from test_shards_cluster import MODES, ON_TWO_SHARDS, chat, check_mode
 
+pytestmark = pytest.mark.usefixtures("native_step")
 DTYPE = "bfloat16"
 TURNS = 3
 
@@ -48,14 +47,6 @@ class ModelCluster(MemoryCluster):
     def make_engine(self, arena: ModelArena) -> CpuEngine:
         """An engine on these pages."""
         return arena.engine()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _deterministic() -> None:
-    try:
-        load(default_cache_dir())
-    except NativeUnavailable as reason:
-        pytest.skip(f"no native step here: {reason}")
 
 
 @pytest.fixture(scope="module")

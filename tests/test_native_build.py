@@ -6,6 +6,8 @@ import os
 import re
 import shutil
 import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -88,11 +90,33 @@ def test_a_library_in_a_cache_that_is_read_only_serves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From an image that brings its cache along, everything would run on torch."""
-    monkeypatch.setattr(native_build, "_compile", lambda compiler, flags, library: library.touch())
+    monkeypatch.setattr(native_build, "_compile", lambda compiler, flags, library, lock: library.touch())
     library = built_library(tmp_path)
     library.with_suffix(".lock").unlink()
     library.with_suffix(".lock").mkdir()  # cannot be opened, as in a read-only folder
     assert built_library(tmp_path) == library
+
+
+def test_a_compiler_that_outlives_its_caller_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two compilers that wrote to one file would leave a damaged library, for every later start."""
+    slow, log = tmp_path / "g++", tmp_path / "log"
+    slow.write_text(
+        '#!/bin/sh\nfor last; do true; done\ncase "$*" in *-shared*) ;; *) exit 0;; esac\n'
+        f'echo begin >> {log}; sleep 1; echo built > "$last"; echo end >> {log}\n'
+    )
+    slow.chmod(0o755)
+    monkeypatch.setenv("CXX", str(slow))
+    code = "import sys, pathlib; from memserve.kernels.native_build import built_library as b; b(pathlib.Path(sys.argv[1]))"
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) as caller:
+        deadline = time.monotonic() + 20
+        while not log.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        caller.kill()
+
+    assert built_library(tmp_path).read_text() == "built\n"
+    assert log.read_text().split() == ["begin", "end"] * 2
 
 
 @pytest.mark.parametrize("name", ["Zen 3", "Zen 4"])

@@ -21,10 +21,10 @@ from memserve.engine.adjusting import logprobs_of
 from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.runner import CpuEngine
 from memserve.engine.sampling import draw, uniform
-from memserve.engine.weights import default_cache_dir, random_weights, save_weights
-from memserve.kernels.native import NativeAdjustments, load, sampling_bytes
+from memserve.engine.weights import random_weights, save_weights
+from memserve.kernels.native import NativeAdjustments, sampling_bytes
 from memserve.kernels.native.pieces import MAX_ROWS
-from memserve.kernels.native_build import SOURCES, NativeUnavailable, target_flags
+from memserve.kernels.native_build import SOURCES, target_flags
 from memserve.tokens import pack, unpack
 from test_model import GREEDY, prompt
 from test_native import Twin, native_spec
@@ -37,12 +37,8 @@ TEMPERATURES = (1e-300, 0.01, 0.3, 0.7, 1.0, 2.0, 100.0, 1e4)
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+def library(native_step: None, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """``sampling.hpp`` compiled alone, so that it takes any logits."""
-    try:
-        load(default_cache_dir())
-    except NativeUnavailable as reason:
-        pytest.skip(f"no native step here: {reason}")
     built = tmp_path_factory.mktemp("draws") / "draws.so"
     command = [
         os.environ.get("CXX", "g++"),

@@ -9,20 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from memserve.engine.weights import default_cache_dir
-from memserve.kernels.native import load
-from memserve.kernels.native_build import SOURCES, NativeUnavailable, target_flags
+from memserve.kernels.native_build import SOURCES, target_flags
 
 DRIVER = Path(__file__).parent / "native" / "driver.cpp"
 
 
 @pytest.mark.parametrize(("sanitizer", "optimized"), [("address,undefined", "-O0"), ("thread", "-O1")])
-def test_steps_are_clean(sanitizer: str, optimized: str, tmp_path: Path) -> None:
+def test_steps_are_clean(native_step: None, sanitizer: str, optimized: str, tmp_path: Path) -> None:
     """Steps run without errors of the address, undefined behaviour and thread sanitizers."""
-    try:
-        load(default_cache_dir())
-    except NativeUnavailable as reason:
-        pytest.skip(f"no native step here: {reason}")
     compiler, flag = os.environ.get("CXX", "g++"), f"-fsanitize={sanitizer}"
     (tmp_path / "empty.cpp").write_text("int main() { return 0; }\n")
     if not shutil.which(compiler) or _run(

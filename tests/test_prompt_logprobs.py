@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from backends import ENGINES, SPEC, make_engine
+import backends
+from backends import SPEC
 from fake_service import MODEL_PATH, demo_tokenizer
 from memserve.drawing import LOGPROBS_MAX, PromptLogprobs, Sampling
 from memserve.engine.adjusting import logprobs_of
@@ -16,7 +17,7 @@ from memserve.engine.plans import BatchPlan, Row, Score
 from memserve.engine.prompt_logprobs import scores_of
 from memserve.engine.runner import CpuEngine
 from memserve.engine.spec import find_model
-from memserve.engine.weights import map_weights, prepare, random_weights
+from memserve.engine.weights import map_weights, prepare
 from memserve.kernels.native.pieces import MAX_ROWS
 from memserve.kernels.native.prompt_logprobs import SCORED_AT_ONCE
 from memserve.tokens import pack, pages_for, unpack
@@ -25,20 +26,7 @@ from test_model import load_reference, prompt
 PAGES = 96
 GREEDY = Sampling(temperature=0.0, logprobs=3)
 
-
-@pytest.fixture(scope="module")
-def weights():
-    """The weights of one random model, in bfloat16."""
-    return random_weights(SPEC, "bfloat16", 5)
-
-
-@pytest.fixture(params=ENGINES)
-def made(request, weights, tmp_path):
-    """Each engine, warmed up."""
-    one = make_engine(request.param, weights, tmp_path, PAGES)
-    one.engine.warm_up()
-    yield one
-    one.engine.close()
+weights, made = backends.weights, backends.made
 
 
 def right(weights, ids: list[int], spec=SPEC) -> torch.Tensor:

@@ -28,12 +28,11 @@ from memserve.drawing import Sampling
 from memserve.engine.plans import BatchPlan, Row
 from memserve.engine.runner import CpuEngine
 from memserve.engine.spec import find_model
-from memserve.engine.weights import default_cache_dir, prepare
-from memserve.kernels.native import load
-from memserve.kernels.native_build import NativeUnavailable
+from memserve.engine.weights import prepare
 from memserve.tokens import pack
 from test_model import DEMO, GREEDY, prompt
 
+pytestmark = pytest.mark.usefixtures("native_step")
 PAGES, PAGE_TOKENS = 64, 16
 VOCAB = 40_000
 CHUNK = 40
@@ -64,14 +63,6 @@ class Alone:
             start = len(text)
             text += [token for token in self._engine.run(BatchPlan((row,))).tokens if token is not None]
         return text[len(ids) :]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _deterministic() -> None:
-    try:
-        load(default_cache_dir())
-    except NativeUnavailable as reason:
-        pytest.skip(f"no native step here: {reason}")
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from functools import partial
 import pytest
 import trio
 import trio.testing
+import zmq
 
 from fake_service import (
     FakeService,
@@ -246,11 +247,13 @@ async def test_a_client_that_leaves_takes_its_connection_along():
 
 
 FEW_DESCRIPTORS = """
-import resource, trio
+import resource, sys, trio, zmq
 from starlette.applications import Starlette
 from memserve.api.server import serve_http
 
 async def main():
+    inbox = zmq.Context.instance().socket(zmq.ROUTER)
+    inbox.bind(sys.argv[1])
     resource.setrlimit(resource.RLIMIT_NOFILE, (48, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     async with trio.open_nursery() as nursery:
         serve = lambda task_status: serve_http(
@@ -262,14 +265,22 @@ trio.run(main)
 """
 
 
-async def test_more_clients_than_descriptors_end_no_server():
-    """Somebody who opens a thousand connections would end the Frontend, and every stream with it."""
+async def test_more_clients_than_descriptors_end_no_server(folder):
+    """Somebody who opens a thousand connections would end the Frontend, and every stream with it.
+
+    Nor may they take the last descriptors: ZeroMQ aborts the process if it has none for another actor's connection.
+    """
+    inbox = f"ipc://{folder}/inbox.sock"
     async with trio.open_nursery() as nursery:
-        start = partial(trio.run_process, [sys.executable, "-c", FEW_DESCRIPTORS], stdout=subprocess.PIPE)
+        command = [sys.executable, "-c", FEW_DESCRIPTORS, inbox]
+        start = partial(trio.run_process, command, stdout=subprocess.PIPE)
         process = await nursery.start(start)
         url = f"http://127.0.0.1:{int(await process.stdout.receive_some(20))}"
         clients = [await trio.open_tcp_stream("127.0.0.1", int(url.rpartition(":")[2])) for _ in range(60)]
         await trio.sleep(0.3)
+        with zmq.Context() as context, context.socket(zmq.DEALER) as actor:
+            actor.connect(inbox)
+            await trio.sleep(0.3)
         for client in clients:
             await client.aclose()
         assert (await raw(url, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", until=b"Not Found")).startswith(

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from memserve import cli
-from memserve.commands.simulate import costs_of
+from memserve.commands.sim_options import SimOptions
+from memserve.commands.simulate import costs_of, runs_of
 from memserve.costs import Site, StepCosts
 from memserve.engine.paging import Paging
 from memserve.errors import UserError
@@ -339,6 +340,22 @@ def test_workers_of_one_site_crowd_one_another_and_cost_knows_it() -> None:
     assert max(one.decode_tokens for one in together.workers) > 0.8 * sum(
         one.decode_tokens for one in together.workers
     )
+
+
+def test_steps_wait_for_cores_of_a_host_and_not_for_a_gpu() -> None:
+    """What `--sites` simulates is what docs/simulator.md says: on a host, a step waits while another has all cores."""
+
+    def sites(config: str) -> list[Site | None]:
+        asked = SimOptions(
+            config=(str(ROOT / "configs" / config),), sites=1, pages=100, workload="react", requests=1
+        )
+        (run,) = runs_of(asked)
+        return [one.site for one in run.layout.workers]
+
+    host, gpu = sites("2p2d.toml"), sites("one-gpu.toml")
+    assert len({one.key for one in host}) == len({one.key for one in gpu}) == 1
+    assert all(one.threads == one.cores > 1 for one in host)
+    assert all(one.threads == one.cores == 1 for one in gpu)
 
 
 def test_a_step_is_crowded_for_as_long_as_its_neighbour_is_in_one() -> None:

@@ -40,6 +40,17 @@ def alive(pid: int) -> bool:
         return False
 
 
+def children(pid: int) -> list[int]:
+    """The process ids of a process's children, zombies included."""
+    lists = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(word) for one in lists for word in one.read_text().split()]
+
+
+def descendants(pid: int) -> list[int]:
+    """The process ids of a process's children, of their children, and so on."""
+    return [one for child in children(pid) for one in (child, *descendants(child))]
+
+
 @attrs.define
 class Cluster:
     """A running fake cluster."""
@@ -183,6 +194,21 @@ def test_killed_actor_comes_back_and_its_death_is_announced(start):
     assert cluster.end() == 0
 
 
+def test_what_a_killed_actor_had_started_ends_with_it(start):
+    """Its children, and theirs, become the supervisor's: none runs on, and none stays as a zombie."""
+    cluster = start(w0="parent")
+    cluster.until_ready()
+    worker, others = cluster.pid("w0"), children(cluster.process.pid)
+    until(lambda: len(descendants(worker)) == 3)
+    started = descendants(worker)
+    os.kill(worker, signal.SIGKILL)
+    until(lambda: cluster.names("ready").count("w0") == 2)
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in (worker, *started)))
+    assert len(children(cluster.process.pid)) == len(others)
+    assert [line["event"] for line in cluster.events].count("orphan ended") == len(started)
+    assert cluster.end() == 0
+
+
 def test_kill_of_the_supervisor_leaves_nothing(start):
     """When the supervisor is killed, its actors end as well; until a stopped one has ended, no successor may start."""
     cluster = start(w0="hung", scheduler_0="blocked")
@@ -230,6 +256,21 @@ def test_a_cluster_that_was_stopped_as_a_whole_goes_on(start):
     assert cluster.end() == 0
 
 
+def test_an_actor_comes_back_without_its_log(start):
+    """A disk that becomes read-only after weeks would keep every actor that dies from coming back."""
+    cluster = start()
+    cluster.until_ready()
+    log = cluster.log_dir / "run" / "w0.jsonl"
+    log.unlink()
+    log.mkdir()  # cannot be opened, as on such a disk; root may write to any other file
+    os.kill(cluster.pid("w0"), signal.SIGKILL)
+    until(lambda: cluster.names("ready").count("w0") == 2)
+    log.rmdir()
+    assert cluster.end() == 0
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["event"] for line in lines] == ["actor drained"]
+
+
 def test_a_full_disk_ends_no_cluster(start):
     """Its state could not be written, and the supervisor would die of that: every stream with it."""
     cluster = start(w0="deaf")
@@ -245,6 +286,20 @@ def test_a_full_disk_ends_no_cluster(start):
     resource.prlimit(cluster.process.pid, resource.RLIMIT_FSIZE, unlimited)  # its output is a file, too
     assert cluster.process.wait(PATIENCE_S) == 0
     assert cluster.names("drained") == ["frontend-0", "s0", "scheduler-0"]
+
+
+def test_a_supervisor_without_descriptors_ends_no_cluster(start):
+    """An actor that dies meanwhile is restarted when there are some again, and the others go on."""
+    cluster = start()
+    cluster.until_ready()
+    pid, limits = cluster.process.pid, resource.prlimit(cluster.process.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, limits[1]))
+    os.kill(cluster.pid("w0"), signal.SIGKILL)
+    until(lambda: "w0 | [Errno 24]" in cluster.output or not alive(pid))
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+    until(lambda: cluster.names("ready").count("w0") == 2)
+    assert len(cluster.names("ready")) == 5
+    assert cluster.end() == 0
 
 
 def test_actor_that_ignores_the_drain_is_killed(start):

@@ -34,6 +34,7 @@ LAYERS = {
         "errors",
         "accounts",
         "panics",
+        "percentiles",
         "identity",
         "costs",
         "drawing",
@@ -70,6 +71,7 @@ LAYERS = {
     ),
     "settings": (
         "config",
+        "accepting",
         "settings*",
         "observe",
         "processes.lifecycle",

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -133,6 +134,22 @@ async def test_an_order_that_was_perhaps_followed_is_not_repeated(place):
         with ours, theirs, pytest.raises(OSError, match="the zygote does not answer"):
             await zygote.fork("1", theirs)
         assert len(orders) == 1
+
+
+async def test_only_what_actors_left_is_ended_as_such(place):
+    """Children of this process, actors that run and the zygote itself are no orphans."""
+    older = subprocess.Popen(["sleep", "60"])  # noqa: ASYNC220
+    try:
+        async with Zygote(place, argv=argv) as zygote, forked(zygote, "1") as (actor, _):
+            parent = ["sh", "-c", "sleep 60 >/dev/null & echo $!"]  # it ends before its child
+            orphan = int(subprocess.check_output(parent, stderr=subprocess.DEVNULL).split()[0])  # noqa: ASYNC221
+            await zygote.end_orphans()
+            assert not alive(orphan)
+            assert all(map(alive, (older.pid, actor.pid, zygote._process.pid)))
+            assert older.poll() is actor.returncode is zygote._process.returncode is None
+    finally:
+        older.kill()
+        older.wait()
 
 
 async def test_a_zygote_ends_with_its_supervisor(place):

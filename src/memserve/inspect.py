@@ -23,6 +23,7 @@ import orjson
 
 from memserve.errors import UserError
 from memserve.observe import FIRST_KEYS, LEVELS
+from memserve.percentiles import percentile
 
 Record = dict[str, Any]
 
@@ -347,8 +348,7 @@ def summarize(records: Iterable[Record]) -> Summary:
 def percentiles(values: Sequence[float]) -> dict[str, float]:
     """p50, p90 and p99 by the nearest rank; empty for no values."""
     ordered = sorted(values)
-    ranks = {f"p{p}": -(-len(ordered) * p // 100) - 1 for p in (50, 90, 99)}
-    return {name: round(ordered[rank], 3) for name, rank in ranks.items()} if ordered else {}
+    return {f"p{p}": round(percentile(ordered, p), 3) for p in (50, 90, 99)} if ordered else {}
 
 
 def whole(value: Any) -> int:

@@ -35,13 +35,16 @@ FIRST_KEYS = ("ts", "level", "event", "actor", "kind", "pid")
 # ---- logs ----------------------------------------------------------------------------------------------------
 
 
-def configure(path: str | Path, level: str, *, actor: str, kind: str, pid: int | None = None) -> None:
+def configure(
+    path: str | Path, level: str, *, actor: str, kind: str, pid: int | None = None, later: bool = False
+) -> None:
     """Write this process's structlog lines, and libraries' warnings, to the file ``path`` as JSON lines.
 
-    Raises UserError when the file cannot be opened.
+    Raises UserError when the file cannot be opened, unless it may be opened ``later``, with the first line for
+    which it can be.
     """
     identity = {"actor": actor, "kind": kind, "pid": os.getpid() if pid is None else pid}
-    sink = LineFile.open(Path(path), identity)
+    sink = LineFile.open(Path(path), identity, later=later)
     processors: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
@@ -68,18 +71,25 @@ class LineFile:
     """
 
     _fd: int
+    """-1 while the file is not open."""
     _identity: Mapping[str, object]
+    _path: Path | None = None
+    """The file to open with the next line; None: it is not opened again."""
     lost: int = attrs.field(init=False, default=0)
     """Lines that could not be written since the last one that could."""
     _torn: bool = attrs.field(init=False, default=False)
 
     @classmethod
-    def open(cls, path: Path, identity: Mapping[str, object]) -> LineFile:
-        """Open the file for appending, and make its directories. Raises UserError when that fails."""
+    def open(cls, path: Path, identity: Mapping[str, object], *, later: bool = False) -> LineFile:
+        """Open the file for appending, and make its directories.
+
+        If that fails, it is tried again with each line if it may be opened ``later``. Otherwise raises UserError.
+        """
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            return cls(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644), identity)
+            return cls(_opened(path), identity)
         except OSError as error:
+            if later:
+                return cls(-1, identity, path)
             raise UserError(f"logging.dir: cannot write {path}: {error.strerror}") from error
 
     def write(self, line: bytes) -> None:
@@ -97,8 +107,9 @@ class LineFile:
 
     def close(self) -> None:
         """Close the file; later lines are counted as lost."""
-        fd, self._fd = self._fd, -1
-        os.close(fd)
+        fd, self._fd, self._path = self._fd, -1, None
+        if fd >= 0:
+            os.close(fd)
 
     def _append(self, line: bytes) -> bool:
         """Whether the whole line was written.
@@ -107,6 +118,8 @@ class LineFile:
         """
         data = b"\n" + line + b"\n" if self._torn else line + b"\n"
         try:
+            if self._fd < 0 and self._path is not None:
+                self._fd = _opened(self._path)
             written = os.write(self._fd, data)
         except OSError:
             return False
@@ -118,6 +131,12 @@ class LineFile:
         return to_json(
             {"ts": now, "level": "warning", "event": "log lines lost", **self._identity, "lines": self.lost}
         )
+
+
+def _opened(path: Path) -> int:
+    """A descriptor to append to a file, which is made, with its directories, if it is missing. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
 
 
 class ForeignLines(logging.Handler):

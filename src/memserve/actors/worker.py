@@ -215,10 +215,11 @@ def calibrate(
         costs, fewest = measure(whole, chunk, rows, context, token_bytes)
         if sliced is None or threads < SLICED:
             return costs, fewest  # a GPU or a single core is shared in time
-        return crowding(costs, whole, sliced(rows, context, threads // SLICED), context), fewest
+        crowded = crowding(costs, whole, sliced(rows, context, threads // SLICED), context)
+        return (crowded, fewest) if crowded is not None else (costs, 0)
 
     engine.rest()  # while this worker waits for its turn to measure, others may use its cores
-    costs = calibrated(default_cache_dir(), name, measuring, threads, at_work)
+    costs = calibrated(default_cache_dir(), name, measuring, threads, at_work, resolved.run)
     engine.rest()
     return costs
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import select
 import socket
 from typing import Any
 
 import anycorn
-import anyio
 import attrs
 import trio
 from anycorn import tcp_server
@@ -19,6 +17,7 @@ from anyio._backends import _trio as backend
 from anyio.abc import SocketAttribute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from memserve.accepting import accepted
 from memserve.api.direct import DIRECT, DirectWriter
 from memserve.api.listening import BACKLOG, listen
 
@@ -27,28 +26,13 @@ KEEP_ALIVE_S = 30.0
 request is sent on a connection that the server is just closing."""
 LOOK_S = 2.0
 """Interval at which a waiting request's connection is looked at."""
-ACCEPT_PAUSE_S = 0.1
-"""Pause after a connection could not be accepted."""
-PASSING = (
-    errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS,
-    errno.ECONNABORTED, errno.EPERM, errno.EPROTO, errno.ENETDOWN, errno.ENOPROTOOPT, errno.EHOSTDOWN, errno.ENONET,
-    errno.EHOSTUNREACH, errno.EOPNOTSUPP, errno.ENETUNREACH,
-)  # fmt: skip
-"""Errors of accept() that say nothing about the listener: no resources for another connection, which then stays
-in the backlog, or an error of the connection itself (accept(2))."""
 
 
 class PatientListener(backend.TCPSocketListener):
     """Goes on after errors that pass; anyio's listener ends the server at every error."""
 
     async def accept(self) -> backend.SocketStream:
-        while True:
-            try:
-                return await super().accept()
-            except anyio.BrokenResourceError as error:
-                if not isinstance(error.__cause__, OSError) or error.__cause__.errno not in PASSING:
-                    raise
-                await trio.sleep(ACCEPT_PAUSE_S)
+        return await accepted(super().accept)
 
 
 class PromptServer(TCPServer):

@@ -108,7 +108,8 @@ class ShardConversation:
 
     async def _introduce(self, at: Shard) -> None:
         at.about = await self._ask(at, DescribePool)
-        at.renewed(trio.current_time(), trio.current_time())
+        # Not later, as it was to wait for the shard: leases, of which there are none yet, can end sooner.
+        at.valid_until = trio.current_time() + at.known.lease_s
         await trio.to_thread.run_sync(at.map)
 
     async def _renew(self, at: Shard) -> None:

@@ -54,7 +54,10 @@ class Shard:
     to: ActorId
     endpoint: str
     valid_until: float
-    """Until when our leases certainly live: ``lease_s`` from the sending of the last answered call."""
+    """Until when our leases certainly live: ``lease_s`` from the sending of the last answered call.
+
+    Before the first answer: until when the shard may take to give it.
+    """
     about: PoolDescribed | None = None
     arenas: dict[Tier, Arena] = attrs.field(factory=dict)
     memory: dict[Tier, memoryview] = attrs.field(factory=dict)

@@ -24,7 +24,7 @@ from memserve.settings.configfile import load
 from memserve.settings.sections import ShardConfig
 from memserve.sim import faults, fuzz
 from memserve.sim.engines import PAPER
-from memserve.sim.layout import Layout, ShardPlan, WorkerPlan, on_sites
+from memserve.sim.layout import HOST_CORES, Layout, ShardPlan, WorkerPlan, on_sites
 from memserve.sim.report import Report, Spread
 from memserve.sim.run import Run, simulate
 from memserve.sim.workloads import KINDS, TRACE_BLOCK_TOKENS, Session, generated, read_trace
@@ -145,9 +145,11 @@ def runs_of(asked: SimOptions) -> list[Run]:
     for name in asked.config:
         for policy in asked.policy.split(","):
             words = [*asked.overrides, f"scheduler.policy={policy}"] if policy else list(asked.overrides)
-            layout = layout_of(Path(name).stem, load(name, words), asked.pages)
+            config = load(name, words)
+            layout = layout_of(Path(name).stem, config, asked.pages)
             if asked.sites is not None:
-                layout = on_sites(layout, asked.sites)
+                on_gpus = any(shard.on_gpu for shard in config.shard)
+                layout = on_sites(layout, asked.sites, 1.0 if on_gpus else HOST_CORES)
             found.append(
                 Run(
                     layout=layout, sessions=sessions, seed=asked.seed, costs=costs, faults=kinds, error=asked.error,

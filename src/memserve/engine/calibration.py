@@ -30,16 +30,18 @@ from memserve.tokens import pack
 BUDGET_S = 3.0
 """Approximate time limit of a calibration; a slow machine measures fewer sizes."""
 REPEATS = 2
-"""Runs of a short step, of which the fastest counts: noise only ever adds time."""
+"""Runs of a short step. The one with the most threads counts, and of equals the fastest: noise only ever adds
+time."""
 SHORT_S = 0.15
 """Seconds up to which a step counts as short and is repeated."""
 ROUGH_S = 600.0
-"""How long figures measured on fewer cores than requested stay valid.
+"""How long figures stay valid that were measured on fewer cores than requested, or beside other programs.
 
-They spare the workers of one cluster start from measuring one by one.
+They spare the workers of one cluster from measuring one by one. The next cluster measures again.
 """
 PATIENCE_S = 1.5
-"""Total time spent on repeating steps that had too few threads because another worker was starting."""
+"""Total time spent on repeating steps that had too few threads: another worker was starting, or another
+program used the cores."""
 PATIENCE_STEP_S = 0.02
 """Pause before such a step is repeated."""
 SLICED = 2
@@ -47,12 +49,12 @@ SLICED = 2
 SLICED_REPEATS = 4
 _SCATTER = 7919
 """A prime: its multiples are spread over the vocabulary."""
-VERSION = 3
+VERSION = 4
 """Version of what is measured and how; part of the cache key."""
 
 log = structlog.get_logger()
 TimeStep = Callable[[Rows], tuple[float, int]]
-"""Runs one step of these rows; seconds, and the threads it had."""
+"""Runs one step of these rows; seconds, and the threads it had: 0 if other programs used their cores."""
 
 
 def timed_tokens(row: int, new: int, vocab: int) -> bytes:
@@ -100,7 +102,7 @@ def cases(chunk_tokens: int, rows: int, context: int) -> list[Rows]:
 def measure(
     run: TimeStep, chunk_tokens: int, rows: int, context: int, token_bytes: int
 ) -> tuple[StepCosts, int]:
-    """Calibrate an engine: its cost figures, and the fewest threads that any measured step had.
+    """Calibrate an engine: its cost figures, and the fewest threads that any step had that counts for them.
 
     Sizes that would exceed the time budget are left out; costs beyond the largest one are extrapolated
     linearly.
@@ -119,12 +121,14 @@ def measure(
         left = BUDGET_S - (time.monotonic() - began)
         if len(samples) >= len(always) and per_token * tokens > left:
             break
-        best = float("inf")
+        best, had = float("inf"), -1
         for _ in range(REPEATS):
             seconds, threads = run(case)
-            best, fewest = min(best, seconds), min(fewest, threads)
+            if (threads, -seconds) > (had, -best):
+                best, had = seconds, threads
             if seconds > SHORT_S:
                 break
+        fewest = min(fewest, had)
         samples.append(Sample(case, best))
         per_token = best / tokens
     most = max(sum(new for new, _ in one.rows) for one in samples)
@@ -134,31 +138,38 @@ def measure(
     return fit_steps(samples, knots, chunk_tokens, token_bytes), fewest
 
 
-def crowding(costs: StepCosts, whole: TimeStep, sliced: TimeStep, context: int) -> StepCosts:
+def crowding(costs: StepCosts, whole: TimeStep, sliced: TimeStep, context: int) -> StepCosts | None:
     """``costs`` with crowding figures: ``sliced`` steps, on part of the threads, against ``whole`` ones.
 
-    Returned unchanged where whole steps never had more threads. The measurement runs alone: two workers that
-    compete for memory bandwidth are slower than it says, which shows in the step cost scale that they report.
+    None where whole steps never had more threads, or other programs disturbed all of a kind. The measurement
+    runs alone: two workers that compete for memory bandwidth are slower than it says, which shows in the step
+    cost scale that they report.
     """
     tokens = min(costs.chunk_tokens, context)
     decode = _stretch(whole, sliced, ((1, min(300, context - 1)),) * 4)
     prefill = _stretch(whole, sliced, ((tokens, 0),))
     if decode is None or prefill is None:
-        return costs
+        return None
     return attrs.evolve(costs, decode_crowding=decode, prefill_crowding=prefill)
 
 
 def _stretch(whole: TimeStep, sliced: TimeStep, rows: Rows) -> float | None:
-    """Relative slowdown of a step per additional slice of its threads; None if all runs had equally many."""
+    """Relative slowdown of a step per additional slice of its threads.
+
+    None if all runs that nobody disturbed had equally many.
+    """
     best: dict[int, float] = {}
     for _ in range(SLICED_REPEATS):  # alternating, so that a disturbance hits both
         for run in (whole, sliced):
             seconds, threads = run(rows)
-            best[threads] = min(seconds, best.get(threads, math.inf))
+            if threads:
+                best[threads] = min(seconds, best.get(threads, math.inf))
         if sum(best.values()) > 2 * SHORT_S and len(best) > 1:
             break
+    if len(best) < 2:
+        return None
     most, least = max(best), min(best)
-    return max(0.0, best[least] / best[most] - 1.0) / (most / least - 1.0) if most > least else None
+    return max(0.0, best[least] / best[most] - 1.0) / (most / least - 1.0)
 
 
 def calibrated(
@@ -167,8 +178,12 @@ def calibrated(
     measuring: Callable[[], tuple[StepCosts, int]],
     threads: int,
     at_work: Callable[[], StepCosts | None] = lambda: None,
+    run: str = "",
 ) -> StepCosts:
     """Costs cached under ``name``, or measured now; cached permanently if all ``threads`` were available.
+
+    Otherwise the figures are rough, and cached for the cluster ``run`` alone. A machine that is busy while it
+    is measured may be idle for later clusters, which would then place requests by figures twice too high.
 
     ``at_work``: the figures of a similar worker that is running requests, or None. If there are such figures,
     they are used instead of rough ones, and nothing is measured. Next to that worker's streams every step
@@ -182,12 +197,17 @@ def calibrated(
     if (costs := _read(path)) is not None:
         return costs
     with _alone(cache_dir):
-        known = _read(path) or at_work() or _read(rough, younger_s=ROUGH_S)
+        known = _read(path) or at_work() or _read_rough(rough, run)
         if known is not None:
             return known
         costs, fewest = measuring()
+        if fewest < threads:
+            log.info("step costs are rough", threads=threads, threads_had=fewest)
         try:
-            _write(path if fewest >= threads else rough, msgspec.json.encode(costs))
+            if fewest >= threads:
+                _write(path, msgspec.json.encode(costs))
+            else:
+                _write(rough, msgspec.json.encode(_Rough(run, costs)))
         except OSError as error:  # a full disk must not keep a worker from starting
             log.warning(
                 "step costs not saved", reason=str(error), consequence="the next start measures again"
@@ -216,13 +236,27 @@ def _alone(cache_dir: Path) -> Iterator[None]:
         yield
 
 
-def _read(path: Path, younger_s: float = math.inf) -> StepCosts | None:
-    try:
-        if time.time() - path.stat().st_mtime > younger_s:
-            return None
+@attrs.frozen
+class _Rough:
+    """Figures that serve a single cluster, and the name of its run."""
+
+    run: str
+    costs: StepCosts
+
+
+def _read(path: Path) -> StepCosts | None:
+    with suppress(OSError, msgspec.MsgspecError):
         return msgspec.json.decode(path.read_bytes(), type=StepCosts)
-    except (OSError, msgspec.MsgspecError):
-        return None
+    return None
+
+
+def _read_rough(path: Path, run: str) -> StepCosts | None:
+    """The rough figures of this run; None if there are none, or they are older than ROUGH_S."""
+    with suppress(OSError, msgspec.MsgspecError):
+        age_s = time.time() - path.stat().st_mtime
+        found = msgspec.json.decode(path.read_bytes(), type=_Rough)
+        return found.costs if found.run == run and age_s <= ROUGH_S else None
+    return None
 
 
 def _write(path: Path, data: bytes) -> None:

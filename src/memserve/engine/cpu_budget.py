@@ -23,7 +23,7 @@ import os
 import struct
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from memserve.costs import GIVE_AFTER_S
@@ -86,6 +86,33 @@ class Outsiders:
             self._sampled_at = now
             runnable = int(self._read().split()[3].partition("/")[0])
             self._cores += self.WEIGHT * (max(0, runnable - workers) - self._cores)
+
+
+DISTURBED = 0.1
+"""Part of a step's duration for which its threads together may wait for cores; a step that waited for more was
+disturbed. Alone on its cores a step waits for less than a hundredth; beside one busy process on two cores, two
+threads wait for as long as the step takes, and it takes up to twice as long."""
+
+
+def threads_had(threads: int, seconds: float, waited_s: float) -> int:
+    """The threads that count for a step of ``threads``: 0 if other processes used its cores meanwhile.
+
+    ``waited_s``: how long its threads, in total, were ready to run and had no core.
+    """
+    return threads if waited_s <= DISTURBED * seconds else 0
+
+
+def waited_s(tasks: Path = Path("/proc/self/task")) -> float:
+    """Seconds in which this process's threads were ready to run and had no core, since they began.
+
+    It falls when a thread ends. 0 where the kernel does not count it (it does if built with
+    CONFIG_SCHED_INFO).
+    """
+    total = 0
+    for task in tasks.iterdir():
+        with suppress(OSError):  # the thread has just ended, or the kernel does not count
+            total += int((task / "schedstat").read_text().split()[1])
+    return total / 1e9
 
 
 def _loadavg() -> Callable[[], str]:

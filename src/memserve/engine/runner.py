@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from memserve.drawing import Sampling
 from memserve.engine.calibration import timed_tokens
+from memserve.engine.cpu_budget import threads_had, waited_s
 from memserve.engine.plan_check import check_plan
 from memserve.engine.plans import BatchPlan, BatchResult, Row
 from memserve.engine.spec import ModelSpec
@@ -107,6 +108,8 @@ class CpuEngine:
     ) -> Callable[[Sequence[tuple[int, int]]], tuple[float, int]]:
         """A function that times a step of rows (new tokens, tokens before them): seconds, and threads used.
 
+        The number of threads is 0 where other processes used their cores during the step.
+
         ``most``: limit on the threads of a step. The steps run on scratch pages that exceed the machine's
         caches, and each row reads from another place.
         """
@@ -125,10 +128,11 @@ class CpuEngine:
                 tokens = timed_tokens(number, new, self._spec.vocab)
                 plan.append(Row(tokens, before, tuple(pages), greedy))
             with self._hold() as held:
-                threads = min(held, most or held)
+                threads, waited = min(held, most or held), waited_s()
                 began = time.perf_counter()
                 self._step(BatchPlan(tuple(plan)), scratch, threads)
-                return time.perf_counter() - began, threads
+                seconds = time.perf_counter() - began
+                return seconds, threads_had(threads, seconds, waited_s() - waited)
 
         return run
 

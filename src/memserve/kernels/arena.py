@@ -25,6 +25,7 @@ from pathlib import Path
 import attrs
 import trio
 
+from memserve.accepting import accepted
 from memserve.errors import PeerError, PeerUnreachable, UserError
 from memserve.identity import ActorId
 from memserve.kernels.mapping import Mapping, map_shared
@@ -39,8 +40,6 @@ _FIXED = struct.Struct("<8sIIQQQ")
 _UCRED = struct.Struct("3i")
 """struct ucred: pid, uid, gid."""
 _HANDSHAKE_S = 1.0
-_NO_DESCRIPTOR_S = 0.1
-"""Pause before another attempt to take a connection, after one for which no descriptor was left."""
 _HEADROOM_BYTES = 64 << 20
 """Bytes that must stay available to the system after the arena is allocated."""
 
@@ -186,24 +185,12 @@ async def serve_packet(
             listener.listen(128)
             task_status.started()
             while True:
-                with await _accepted(listener) as connection:
+                connection, _ = await accepted(listener.accept)
+                with connection:
                     if _peer_uid(connection) == os.getuid():
                         await _send_packet(connection, packet, rights)
         finally:
             os.unlink(socket_path)
-
-
-async def _accepted(listener: trio.socket.SocketType) -> trio.socket.SocketType:
-    """The next connection, once this process has a descriptor for it."""
-    while True:
-        try:
-            connection, _ = await listener.accept()
-        except OSError as error:
-            if error.errno not in (errno.EMFILE, errno.ENFILE):
-                raise
-            await trio.sleep(_NO_DESCRIPTOR_S)
-        else:
-            return connection
 
 
 async def _bind(listener: trio.socket.SocketType, path: Path) -> None:

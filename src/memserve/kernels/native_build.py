@@ -102,15 +102,22 @@ def built_library(cache_dir: Path) -> Path:
     with library.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
-            _compile(compiler, flags, library)
+            _compile(compiler, flags, library, lock.fileno())
     return library
 
 
-def _compile(compiler: str, flags: tuple[str, ...], library: Path) -> None:
+def _compile(compiler: str, flags: tuple[str, ...], library: Path, lock: int) -> None:
+    """Compile the library. Raises NativeUnavailable.
+
+    The compiler inherits the descriptor of the lock, so the lock is held until the compiler has ended, even
+    if this process is killed: two compilers would write to the same file.
+    """
     partial = library.with_suffix(".partial")
     command = [compiler, *flags, str(_FOLDER / "step.cpp"), "-o", str(partial)]
     try:
-        built = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_S_MAX, check=False)
+        built = subprocess.run(
+            command, capture_output=True, text=True, timeout=_BUILD_S_MAX, check=False, pass_fds=[lock]
+        )
     except subprocess.TimeoutExpired as error:
         raise NativeUnavailable(f"{compiler} took more than {_BUILD_S_MAX} s") from error
     if built.returncode:

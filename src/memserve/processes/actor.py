@@ -169,7 +169,10 @@ def _context(name: str, resolved: Resolved, place: Place, events: EventSocket) -
     lifeline = Lifeline(actor, events, _freeze_start_up)
     lifeline.hello()
     path = Path(resolved.run_dir) / f"{name}.jsonl"
-    observe.configure(path, resolved.config.logging.level, actor=actor, kind=kind, pid=os.getpid())
+    # Later: the supervisor could write here when the cluster began, and a disk may have become read-only since.
+    observe.configure(
+        path, resolved.config.logging.level, actor=actor, kind=kind, pid=os.getpid(), later=True
+    )
     return ActorContext(name, kind, actor, incarnation, resolved, place, lifeline)
 
 

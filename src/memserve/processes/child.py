@@ -101,14 +101,19 @@ class Child:
 
         ``listen`` handles its events in the meantime.
         """
-        ours, theirs = socket.socketpair()
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError as error:  # out of descriptors, as below
+            self.tail = str(error).encode()
+            return STATUS_CRASHED
         with ours:
             self._begin(EventSocket(ours))
             with theirs:
                 try:
                     process = self.process = await zygote.fork(self.spec.name, theirs)
-                except OSError as error:  # out of processes or memory: no reason to end the other actors
+                except OSError as error:  # no processes, memory or descriptors: the others go on
                     self.tail = str(error).encode()
+                    await zygote.end_orphans()  # the order may have been followed
                     return STATUS_CRASHED
             log.info("actor started", child=self.spec.name, child_pid=process.pid)
             try:
@@ -118,6 +123,7 @@ class Child:
             finally:
                 await _reap(process)
                 self.process = self.events = None
+                await zygote.end_orphans()
 
     def _begin(self, events: EventSocket) -> None:
         """Reset the state of the previous incarnation."""

@@ -24,6 +24,7 @@ import msgspec
 import structlog
 import trio
 
+from memserve.accepting import accepted
 from memserve.config import RESERVED_NAME, Resolved
 from memserve.errors import UserError
 from memserve.identity import ActorId
@@ -39,8 +40,6 @@ KNOCK_S = 5.0
 """Longest wait from a connection to its request."""
 GUESTS_MAX = 256
 """Most workers that may have joined at a time; further ones are refused."""
-ACCEPT_PAUSE_S = 1.0
-"""Pause after the system refused a connection: it may have no descriptor left."""
 
 
 @attrs.define(eq=False)
@@ -91,23 +90,14 @@ class Gate:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Accept connections until cancelled."""
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-            listener.bind(str(self.place.socket_path(SOCKET_NAME)))
+        with trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+            await listener.bind(str(self.place.socket_path(SOCKET_NAME)))
             listener.listen()
-            listener.setblocking(False)
             task_status.started()
             async with trio.open_nursery() as nursery:
                 while True:
-                    await trio.lowlevel.wait_readable(listener)
-                    try:
-                        connection, _ = listener.accept()
-                    except BlockingIOError:
-                        continue
-                    except OSError as error:
-                        log.warning("join not accepted", reason=str(error))
-                        await trio.sleep(ACCEPT_PAUSE_S)
-                        continue
-                    nursery.start_soon(self._serve, connection)
+                    connection, _ = await accepted(listener.accept)
+                    nursery.start_soon(self._serve, socket.socket(fileno=connection.detach()))
 
     async def _serve(self, connection: socket.socket) -> None:
         """Serve one connection from its request to its end."""

@@ -331,9 +331,13 @@ def _read_info(path: Path) -> dict[str, Any] | None:
 
 
 def _entries(path: Path) -> list[Path]:
+    """The files of a directory that may be gone.
+
+    None without a descriptor to read it: what stays then is removed with the place, or by the next cluster.
+    """
     try:
         return list(path.iterdir())
-    except FileNotFoundError:
+    except OSError:
         return []
 
 

@@ -7,7 +7,8 @@ The zygote waits at a socket for orders: the name of an actor, with its lifeline
 For each it forks twice, and the process in the middle ends at once. So the kernel makes the actor a child of
 its supervisor, which has declared itself the reaper of such orphans (PR_SET_CHILD_SUBREAPER). The supervisor
 waits for it as for any child, and nothing is lost with a zygote: if it dies, the next order starts another.
-An actor's own children become the supervisor's too if they outlive it, and are not waited for: a compiler, at most.
+An actor's own children become the supervisor's too if they outlive it, and are ended: see
+:mod:`memserve.processes.orphans`.
 
 A process can be forked safely while it has a single thread, and before it has a ZeroMQ context, an event loop
 or a GPU. A zygote imports modules and does nothing else.
@@ -37,6 +38,7 @@ from setproctitle import setproctitle
 
 from memserve.engine.cpu_budget import engine_environment
 from memserve.processes.lifecycle import process_title
+from memserve.processes.orphans import Orphans
 from memserve.processes.place import Place
 from memserve.settings.gpus import gpu_environment
 
@@ -100,6 +102,9 @@ class Zygote:
     _process: trio.Process | None = attrs.field(init=False, default=None)
     _orders: trio.socket.SocketType | None = attrs.field(init=False, default=None)
     _turn: trio.Lock = attrs.field(init=False, factory=trio.Lock)
+    _forked: set[Forked] = attrs.field(init=False, factory=set)
+    """The processes that it forked and that may not have been waited for."""
+    _orphans: Orphans = attrs.field(init=False, factory=Orphans)
 
     async def __aenter__(self) -> Self:
         """Start its process, which imports while the caller does something else. Raises OSError."""
@@ -109,6 +114,7 @@ class Zygote:
     async def __aexit__(self, *_: object) -> None:
         """End its process, but none of those that it forked."""
         await self._end()
+        await self.end_orphans()
 
     async def fork(self, name: str, lifeline: socket.socket) -> Forked:
         """Fork an actor, which gets ``lifeline``. Raises OSError."""
@@ -119,12 +125,23 @@ class Zygote:
             with trio.CancelScope(shield=True):
                 async with self._turn:
                     pid = await self._ordered(name, lifeline.fileno(), writing)
-            return Forked(pid, output)
+                    process = Forked(pid, output)
+                    self._forked.add(process)
+            return process
         except OSError:
             await trio.aclose_forcefully(output)
             raise
         finally:
             os.close(writing)
+
+    async def end_orphans(self) -> None:
+        """End what an actor left behind, to be called when one has ended or could not be started."""
+        # A process that is being forked is not known yet, and so would be taken for an orphan.
+        with trio.CancelScope(shield=True):
+            async with self._turn:
+                self._forked = {process for process in self._forked if process.returncode is None}
+                known = {process.pid for process in self._forked}
+                await self._orphans.end(known | ({self._process.pid} if self._process else set()))
 
     async def _start(self) -> None:
         if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):

@@ -7,6 +7,9 @@ import attrs
 from memserve.costs import Site
 from memserve.scheduling.pricing import Weights
 
+HOST_CORES = 2.0
+"""Cores of a simulated host whose workers share them."""
+
 
 @attrs.frozen
 class ShardPlan:
@@ -113,11 +116,18 @@ def fixed(kind: str, instances: int, *, pages: int, shared: bool = False, **sett
     return Layout(name=kind, shards=shards, workers=workers, **settings)  # type: ignore[arg-type]
 
 
-def on_sites(layout: Layout, sites: int) -> Layout:
-    """The layout with its workers spread in turn over ``sites`` sites; 0 leaves each worker its own."""
+def on_sites(layout: Layout, sites: int, cores: float = 1.0) -> Layout:
+    """The layout with its workers spread in turn over ``sites`` sites; 0 leaves each worker its own.
+
+    ``cores``: of each site, all of which a step takes that is alone there. How many does not matter beyond
+    one, which is a GPU: steps share its time and never wait for one another.
+    """
     if not sites:
         return layout
-    workers = tuple(attrs.evolve(one, site=Site(f"site-{i % sites}")) for i, one in enumerate(layout.workers))
+    workers = tuple(
+        attrs.evolve(one, site=Site(f"site-{i % sites}", cores, cores))
+        for i, one in enumerate(layout.workers)
+    )
     return attrs.evolve(layout, workers=workers)
 
 

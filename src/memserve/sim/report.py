@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import attrs
 
 from memserve.mempool.pool import Pool
+from memserve.percentiles import percentile
 from memserve.sim.clients import Call, Clients
 from memserve.sim.cluster import SimCluster
 from memserve.tokens import count
 
-SHARES = (0.5, 0.9, 0.99)
+PERCENTS = (50, 90, 99)
 
 
 @attrs.frozen
@@ -31,8 +31,7 @@ class Spread:
         if not seconds:
             return cls(0.0, 0.0, 0.0, 0.0)
         ordered = sorted(seconds)
-        ranks = [ordered[max(0, math.ceil(share * len(ordered)) - 1)] for share in SHARES]
-        return cls(sum(ordered) / len(ordered), *ranks)
+        return cls(sum(ordered) / len(ordered), *(percentile(ordered, percent) for percent in PERCENTS))
 
 
 @attrs.frozen

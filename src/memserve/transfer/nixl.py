@@ -79,23 +79,37 @@ class NixlAgent:
 
 
 @attrs.define(eq=False)
+class _Peer:
+    """Another agent, as this process's agent knows it."""
+
+    name: str = ""
+    """Its name; empty before it is attached."""
+    users: int = 0
+    """Transfers that attach it or write to it."""
+    forgotten: bool = False
+    """Its shard is gone: it is to be detached after the last transfer to it."""
+    attaching: trio.Lock = attrs.field(factory=trio.Lock)
+
+
+@attrs.define(eq=False)
 class NixlMover:
     """Writes from the agent's arena into those of other agents."""
 
     agent: NixlAgent
     path: str = attrs.field(default="nixl", init=False)
-    _peers: dict[bytes, str] = attrs.field(factory=dict, init=False)
-    """Names of the other agents, by their metadata."""
+    _peers: dict[bytes, _Peer] = attrs.field(factory=dict, init=False)
+    """The other agents, by their metadata."""
 
     async def send(self, transfer: PageTransfer, way: Way, feed: PieceFeed, deadline_s: float) -> Result:
         """See Mover. Fails with PEER_GONE when the agent cannot be reached, CUT when a write breaks off."""
         return await settle(transfer, deadline_s, partial(self._move, transfer, way, feed))
 
     def forget(self, way: Way) -> None:
-        """Disconnect from an agent."""
-        name = self._peers.pop(way.data, None)
-        if name is not None:
-            self._raw.remove_remote_agent(name)
+        """Disconnect from an agent, now or when the last transfer to it has ended."""
+        peer = self._peers.get(way.data)
+        if peer is not None:
+            peer.forgotten = True
+            self._detach_unused(way)
 
     def close(self) -> None:
         """Disconnect from all agents and release this process's arena."""
@@ -109,7 +123,16 @@ class NixlMover:
 
     async def _move(self, transfer: PageTransfer, way: Way, feed: PieceFeed) -> int:
         check_pages(transfer, self.agent.memory.pages)
-        name = await self._known(way)
+        peer = self._peers.setdefault(way.data, _Peer())
+        peer.forgotten = False
+        peer.users += 1
+        try:
+            return await self._write_all(transfer, way, feed, await self._attached(peer, way))
+        finally:
+            peer.users -= 1
+            self._detach_unused(way)
+
+    async def _write_all(self, transfer: PageTransfer, way: Way, feed: PieceFeed, name: str) -> int:
         moved = 0
         while some := await feed.take():
             todo = [one for piece in some for one in extents(piece, transfer, self.agent.memory.geometry)]
@@ -119,16 +142,25 @@ class NixlMover:
             moved += sum(one.nbytes for one in todo)
         return moved
 
-    async def _known(self, way: Way) -> str:
-        if way.data not in self._peers:
-            try:
-                name = await trio.to_thread.run_sync(self._raw.add_remote_agent, way.data)
-            except Exception as error:
-                raise MoveError(
-                    Failure.PEER_GONE, f"NIXL does not take the receiver's metadata: {error}"
-                ) from error
-            self._peers[way.data] = name.decode() if isinstance(name, bytes) else name
-        return self._peers[way.data]
+    async def _attached(self, peer: _Peer, way: Way) -> str:
+        """The name of an agent, which is attached first if it is not yet. Raises MoveError."""
+        async with peer.attaching:
+            if not peer.name:
+                try:
+                    name = await trio.to_thread.run_sync(self._raw.add_remote_agent, way.data)
+                except Exception as error:
+                    text = f"NIXL does not take the receiver's metadata: {error}"
+                    raise MoveError(Failure.PEER_GONE, text) from error
+                peer.name = name.decode() if isinstance(name, bytes) else name
+        return peer.name
+
+    def _detach_unused(self, way: Way) -> None:
+        """Drop an agent that no transfer uses, if it is forgotten or was never attached."""
+        peer = self._peers[way.data]
+        if not peer.users and (peer.forgotten or not peer.name):
+            del self._peers[way.data]
+            if peer.name:
+                self._raw.remove_remote_agent(peer.name)
 
     async def _write(self, here: list[Any], there: list[Any], name: str) -> None:
         """Run one operation; returns only when nothing of it is under way any more, whatever happens."""
