@@ -256,6 +256,26 @@ def test_a_cluster_that_was_stopped_as_a_whole_goes_on(start):
     assert cluster.end() == 0
 
 
+def test_a_reader_that_stands_still_stops_no_supervisor(start, tmp_path):
+    """As a terminal after Ctrl-S. An actor that died would not be restarted until somebody looks."""
+    (tmp_path / "output").unlink(missing_ok=True)
+    os.mkfifo(tmp_path / "output")
+    reading = os.open(tmp_path / "output", os.O_RDONLY | os.O_NONBLOCK)
+    cluster = start()
+    until(lambda: len(cluster.names("ready")) == 4)
+    filling = os.open(tmp_path / "output", os.O_WRONLY | os.O_NONBLOCK)
+    with pytest.raises(BlockingIOError):
+        while True:
+            os.write(filling, b"x" * 4096)
+    os.kill(cluster.pid("w0"), signal.SIGKILL)
+    until(lambda: cluster.names("ready").count("w0") == 2)
+    os.kill(cluster.pid("w0"), signal.SIGKILL)
+    until(lambda: cluster.names("ready").count("w0") == 3)
+    assert cluster.end() == 0
+    os.close(filling)
+    os.close(reading)
+
+
 def test_an_actor_comes_back_without_its_log(start):
     """A disk that becomes read-only after weeks would keep every actor that dies from coming back."""
     cluster = start()
