@@ -48,7 +48,7 @@ def errors(twin: Twin, ids: list[int], cuts: list[int]) -> torch.Tensor:
     return (torch.stack(found) - exact).norm(dim=1) / exact.norm(dim=1)
 
 
-CUTS = [0, 100, *range(118, 250, 22), *range(250, 290)]
+CUTS = [0, 100, *range(118, 250, 22), *range(250, 265)]
 
 
 @pytest.mark.parametrize("stored", ["bfloat16", "int8"])
@@ -56,14 +56,14 @@ CUTS = [0, 100, *range(118, 250, 22), *range(250, 290)]
 def test_experts_are_near_the_reference(stored: str, normed: bool) -> None:
     """Where all experts are used, so that rounding changes no choice, every logit is near the reference."""
     twin = Twin(with_experts(7, 7, normed), stored=stored)
-    assert float(errors(twin, prompt(289, 5), CUTS).max()) < 0.03
+    assert float(errors(twin, prompt(264, 5), CUTS).max()) < 0.03
 
 
 @pytest.mark.parametrize("normed", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_chosen_experts_are_the_references(shape: tuple[int, int], normed: bool) -> None:
     """Logits are near the reference but for the few tokens for which two experts are all but equally good."""
-    found = errors(Twin(with_experts(*shape, normed)), prompt(289, 5), CUTS)
+    found = errors(Twin(with_experts(*shape, normed)), prompt(264, 5), CUTS)
     assert float(found.median()) < 0.03, found
     assert float((found < 0.05).float().mean()) > 0.6, found
 

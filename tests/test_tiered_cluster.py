@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
+import time
 from pathlib import Path
 
 import msgspec
@@ -55,3 +58,29 @@ async def test_prompts_come_back_from_every_tier(tmp_path: Path) -> None:
     assert shard["matched_disk_tokens_total"] > 0
     assert shard["bad_pages_total"] == 0
     assert not list((tmp_path / "pages").iterdir())
+
+
+def test_a_shard_comes_back_without_its_disk(tmp_path: Path) -> None:
+    """A disk that became full or read-only would keep a shard that dies from coming back, and nothing would be served."""
+    pages = tmp_path / "pages"
+    settings = (
+        "shard.s0.memory=20MiB",
+        "model.max_context=512",
+        "pool.disk_bytes=20MiB",
+        f"pool.disk_path={pages}",
+    )
+    with running("colocated.toml", tmp_path / "logs", *settings) as cluster:
+        before = cluster.tokens([7, 8, 9], 4)
+        pages.rmdir()
+        pages.write_text("in the way")
+        os.kill(cluster.pid("s0"), signal.SIGKILL)
+        deadline = time.monotonic() + 60
+        while not any(line["event"] == "disk tier lost" for line in cluster.lines()):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        cluster.wait_healthy()
+        assert cluster.tokens([7, 8, 9], 4) == before
+    assert [line["disk_pages"] > 0 for line in cluster.lines() if line["event"] == "arena ready"] == [
+        True,
+        False,
+    ]

@@ -26,7 +26,7 @@ from memserve.actions import Copy, CopyDone, Kill, MoverOrder
 from memserve.actors.loop import Shell
 from memserve.actors.membership import introduce, pass_on_deaths
 from memserve.bus import open_link
-from memserve.errors import unwrapped
+from memserve.errors import UserError, unwrapped
 from memserve.identity import ActorId, actor_name
 from memserve.kernels.arena import Arena, serve_arena, serve_packet
 from memserve.kernels.gpu_memory import GpuArena
@@ -90,6 +90,9 @@ class ShardSettings:
 async def main(context: ActorContext, *, task_status: trio.TaskStatus[None]) -> None:
     """Serve pool calls until drained; by then the supervisor has drained the workers."""
     settings = settings_of(context)
+    disk = await trio.to_thread.run_sync(open_disk, settings, context.host_serves())
+    if disk is None:
+        settings = attrs.evolve(settings, capacity=attrs.evolve(settings.capacity, disk=0))
     async with open_link(context.id, context.inbox, context.keys) as link:
         presence = introduce(context, link)
         sockets = arena_sockets(context.id, settings, context.place.socket_path)
@@ -98,7 +101,7 @@ async def main(context: ActorContext, *, task_status: trio.TaskStatus[None]) -> 
         async with trio.open_nursery() as nursery:
             await nursery.start(shell.run)
             nursery.start_soon(pass_on_deaths, context, shell)
-            huge_bytes = await nursery.start(keep_pages, shell, core.exchange, settings, sockets)
+            huge_bytes = await nursery.start(keep_pages, shell, core.exchange, settings, sockets, disk)
             sizes = settings.capacity
             log.info(
                 "arena ready",
@@ -160,7 +163,8 @@ async def open_shard(name: str, folder: Path, settings: ShardSettings) -> AsyncI
             core = make_core(actor, settings, sockets, ())
             shell = Shell(core, link)
             await nursery.start(shell.run)
-            await nursery.start(keep_pages, shell, core.exchange, settings, sockets)
+            disk = await trio.to_thread.run_sync(open_disk, settings)
+            await nursery.start(keep_pages, shell, core.exchange, settings, sockets, disk)
             yield endpoint
             nursery.cancel_scope.cancel()
 
@@ -202,20 +206,23 @@ async def keep_pages(
     exchange: Exchange,
     settings: ShardSettings,
     sockets: dict[Tier, Path],
+    disk: DiskFile | None,
     *,
     task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Hold the memory of all tiers, hand out the arenas, and make the copies that the core orders.
 
-    Runs until cancelled. Once ready, reports through ``task_status`` how many bytes of host memory are in
-    huge pages. Raises UserError when there is too little memory or disk space.
+    Runs until cancelled, and closes ``disk`` then. Once ready, reports through ``task_status`` how many bytes of host memory are in
+    huge pages. Raises UserError when there is too little memory.
     """
     copiers = Copiers(shell, trio.Event())
     shell.perform[Kill] = fence
     with contextlib.ExitStack() as held:  # closed when the tasks that use it have ended, threads included
+        if disk is not None:
+            held.callback(disk.close)
         async with trio.open_nursery() as nursery:
             shell.perform[Copy] = lambda copy: nursery.start_soon(copiers.copy, copy)
-            device, arenas = await open_memory(held, copiers, exchange.me, settings)
+            device, arenas = await open_memory(held, copiers, exchange.me, settings, disk)
             if isinstance(device, GpuArena):
                 await nursery.start(serve_packet, device.header.encode(), (), sockets[Tier.DEVICE])
             for tier, arena in arenas.items():
@@ -227,16 +234,18 @@ async def keep_pages(
 
 
 async def open_memory(
-    held: contextlib.ExitStack, copiers: Copiers, actor: ActorId, settings: ShardSettings
+    held: contextlib.ExitStack,
+    copiers: Copiers,
+    actor: ActorId,
+    settings: ShardSettings,
+    disk: DiskFile | None,
 ) -> tuple[Arena | GpuArena, dict[Tier, Arena]]:
     """Allocate the memory of all tiers and give ``copiers`` a store over it.
 
     Returns the device tier and all arenas in host memory. ``held`` closes the memory. Raises UserError.
     """
     # Prefaulting takes a second for each GiB, so it runs in a thread, and heartbeats keep going out.
-    arenas, disk = await trio.to_thread.run_sync(allocate, actor, settings)
-    if disk is not None:
-        held.callback(disk.close)
+    arenas = await trio.to_thread.run_sync(allocate, actor, settings)
     for arena in arenas.values():
         held.callback(arena.close)
     memory = {tier: arena.memory for tier, arena in arenas.items()}
@@ -270,16 +279,30 @@ async def move_pages(
         await trio.sleep_forever()
 
 
-def allocate(actor: ActorId, settings: ShardSettings) -> tuple[dict[Tier, Arena], DiskFile | None]:
-    """The memory and the file for the pages of all tiers on the host.
+def open_disk(settings: ShardSettings, may_lack: bool = False) -> DiskFile | None:
+    """The file for the pages of the disk tier; None if the shard has no such tier.
+
+    Also None if the file cannot be had and the shard ``may_lack`` it. Otherwise raises UserError then. Blocks.
+    """
+    if not settings.capacity.disk:
+        return None
+    try:
+        return DiskFile.create(settings.disk_dir, settings.capacity.disk, settings.page_bytes)
+    except UserError as error:
+        if not may_lack:
+            raise
+        log.error("disk tier lost", reason=str(error))
+        return None
+
+
+def allocate(actor: ActorId, settings: ShardSettings) -> dict[Tier, Arena]:
+    """The memory for the pages of all tiers in the host's memory.
 
     Blocks. Raises UserError when the machine has too little.
     """
     sizes, page_bytes = settings.capacity, settings.page_bytes
-    disk = DiskFile.create(settings.disk_dir, sizes.disk, page_bytes) if sizes.disk else None
     pages = {Tier.DEVICE: sizes.device if settings.gpu is None else 0, Tier.HOST: sizes.host}
-    arenas = {tier: Arena.create(actor, n, page_bytes) for tier, n in pages.items() if n}
-    return arenas, disk
+    return {tier: Arena.create(actor, n, page_bytes) for tier, n in pages.items() if n}
 
 
 def allocate_on_gpu(actor: ActorId, settings: ShardSettings) -> GpuArena:

@@ -121,6 +121,10 @@ class ActorContext:
         network = self.resolved.network
         return network.head if network else self.place.endpoint(name)
 
+    def host_serves(self) -> bool:
+        """Whether the cluster has served before: this actor follows one that died, or has joined."""
+        return bool(self.place.read_info()["state"] == "ready")
+
     def host_drains(self) -> bool:
         """Whether all actors of this host are asked to end. Then requests can come from other hosts only."""
         with contextlib.suppress(PlaceGone):

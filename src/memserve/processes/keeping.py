@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import select
+import sys
 from collections.abc import Callable
 
 import attrs
@@ -18,10 +21,27 @@ from memserve.processes.zygote import Zygote
 log = structlog.get_logger()
 
 
+SAY_MS = 100
+"""Longest wait for a reader of our output, in milliseconds."""
+
+
 def say(line: str) -> None:
-    """Print a line for the user. A closed pipe or terminal is no reason to stop serving."""
-    with contextlib.suppress(OSError):
+    """Print a line for the user, or drop what is left of it after SAY_MS.
+
+    A pipe or terminal that is closed, or that takes nothing (after Ctrl-S, or because its reader is stopped),
+    is no reason to stop serving.
+    """
+    try:
+        output = sys.stdout.fileno()
+    except (OSError, AttributeError):  # not a file, as in tests, or closed before the start
         print(line, flush=True)
+        return
+    data = f"{line}\n".encode(errors="replace")
+    room = select.poll()
+    room.register(output, select.POLLOUT)
+    with contextlib.suppress(OSError):
+        while data and room.poll(SAY_MS):
+            data = data[os.write(output, data[: select.PIPE_BUF]) :]
 
 
 @attrs.define(eq=False)
