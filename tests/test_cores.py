@@ -217,6 +217,9 @@ def test_a_busy_process_is_noticed() -> None:
         busy.wait()
 
 
+@pytest.mark.skipif(
+    not Path("/proc/self/schedstat").exists(), reason="the kernel counts no waits (CONFIG_SCHED_INFO)"
+)
 def test_the_wait_for_cores_is_noticed(tmp_path: Path) -> None:
     """A thread that shares one core with another process waits about half of the time; alone, hardly ever."""
     pin = f"import os; os.sched_setaffinity(0, {{{min(os.sched_getaffinity(0))}}})\n"

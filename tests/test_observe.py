@@ -109,6 +109,16 @@ def test_a_full_disk_loses_lines_but_neither_the_actor_nor_the_next_line():
     assert sink.lost == 1
 
 
+def test_a_log_can_be_copied_and_truncated(tmp_path):
+    """As logrotate does: otherwise a file would grow for weeks, or continue behind a hole as long as it was."""
+    sink = LineFile.open(tmp_path / "p0.jsonl", {})
+    sink.write(b'{"n":1}')
+    os.truncate(tmp_path / "p0.jsonl", 0)
+    sink.write(b'{"n":2}')
+    sink.close()
+    assert (tmp_path / "p0.jsonl").read_bytes() == b'{"n":2}\n'
+
+
 def test_an_unwritable_log_directory_is_a_users_error(tmp_path):
     """A log directory that cannot be written is a user error."""
     (tmp_path / "file").write_text("")

@@ -193,6 +193,10 @@ def test_killed_actor_comes_back_and_its_death_is_announced(start):
     assert cluster.end() == 0
 
 
+@pytest.mark.skipif(
+    not Path("/proc/thread-self/children").exists(),
+    reason="the kernel lists no children (CONFIG_PROC_CHILDREN)",
+)
 def test_what_a_killed_actor_had_started_ends_with_it(start):
     """Its children, and theirs, become the supervisor's: none runs on, and none stays as a zombie."""
     cluster = start(w0="parent")

@@ -136,6 +136,10 @@ async def test_an_order_that_was_perhaps_followed_is_not_repeated(place):
         assert len(orders) == 1
 
 
+@pytest.mark.skipif(
+    not Path("/proc/thread-self/children").exists(),
+    reason="the kernel lists no children (CONFIG_PROC_CHILDREN)",
+)
 async def test_only_what_actors_left_is_ended_as_such(place):
     """Children of this process, actors that run and the zygote itself are no orphans."""
     older = subprocess.Popen(["sleep", "60"])  # noqa: ASYNC220

@@ -113,7 +113,6 @@ class Child:
                     process = self.process = await zygote.fork(self.spec.name, theirs)
                 except OSError as error:  # no processes, memory or descriptors: the others go on
                     self.tail = str(error).encode()
-                    await zygote.end_orphans()  # the order may have been followed
                     return STATUS_CRASHED
             log.info("actor started", child=self.spec.name, child_pid=process.pid)
             try:
@@ -123,7 +122,6 @@ class Child:
             finally:
                 await _reap(process)
                 self.process = self.events = None
-                await zygote.end_orphans()
 
     def _begin(self, events: EventSocket) -> None:
         """Reset the state of the previous incarnation."""

@@ -81,9 +81,12 @@ class Keeper:
             now = trio.current_time()
             restart = child.policy.died(child.ready_s(now), now)
             self._report(child, returncode, restart)
+            # After all reports of the death: this may have to wait for another actor's fork.
+            await self.zygote.end_orphans()
             with trio.move_on_after(restart.delay_s):
                 await child.leaving.wait()
         child.gone.set()
+        await self.zygote.end_orphans()
 
     async def _incarnation(self, child: Child) -> int:
         try:
