@@ -142,6 +142,12 @@ def conversation(engine, overlaps: bool, seed: int, *more: Sampling, slow: bool 
     return worker
 
 
+def few_are_found(monkeypatch) -> None:
+    """Have draws looked for among so few tokens that many are not found."""
+    monkeypatch.setattr(sampling, "HEAD", 3)
+    monkeypatch.setattr(sampling, "WIDE", 3)
+
+
 def check_logprobs(one: Worker, other: Worker) -> None:
     """Check that two workers reported the same tokens' log probabilities, but for what the batch's size rounds."""
     assert sum(map(len, other.logprobs.values())) > 30
@@ -172,7 +178,7 @@ def test_streams_that_need_their_tokens_run_beside_others(engine):
 
 def test_draws_that_are_not_found_in_time_are_made_again(engine, monkeypatch):
     """If hardly any draw is found among the most probable tokens, rows come back void, and no token changes."""
-    monkeypatch.setattr(sampling, "HEAD", 3)
+    few_are_found(monkeypatch)
     single, overlapping = (conversation(engine, overlaps, 1) for overlaps in (False, True))
     assert overlapping.void > 10 and single.void == 0
     assert overlapping.answers == single.answers
@@ -181,7 +187,7 @@ def test_draws_that_are_not_found_in_time_are_made_again(engine, monkeypatch):
 
 def test_rows_follow_a_step_that_was_read(engine, monkeypatch):
     """A row may follow a step that the engine has read, although the core has not heard of it; no token changes."""
-    monkeypatch.setattr(sampling, "HEAD", 3)
+    few_are_found(monkeypatch)
     single, overlapping = (conversation(engine, slow, 1, slow=slow) for slow in (False, True))
     assert overlapping.void > 10 and overlapping.together > 10
     assert overlapping.answers == single.answers
