@@ -119,6 +119,27 @@ def test_draws_that_need_logits_which_are_gone_are_void():
     assert draws.tokens.tolist() == [sampling.ELSEWHERE if i in void else exact[i] for i in rows]
 
 
+def test_draws_of_a_followed_step_are_made_in_time():
+    """If it failed, streams at temperature 1 in a large batch would come back void step by step, and nothing would overlap."""
+    logits = 0.05 * torch.randn(40, 3000, generator=torch.Generator().manual_seed(2))
+    rows = rows_of([Sampling(float(i % 3), top_k=0 if i % 2 else 30, seed=i) for i in range(40)])
+    draws = launch_draws(rows, {i: i for i in rows}, logits, best_of(logits), followed=True)
+    draws.give_up_logits()
+    drawn, _, void = draws.read()
+    assert not void and drawn == drawn_alone(logits, rows)
+
+
+def test_draws_from_few_tokens_sort_few(monkeypatch):
+    """Rows with a small top_k are drawn from few tokens, also in a step that is followed."""
+    logits, heads = torch.randn(8, 3000), []
+    made = sampling.draws
+    monkeypatch.setattr(sampling, "draws", lambda *given: heads.append(given[3]) or made(*given))
+    for top_k in (20, 0):
+        rows = rows_of([Sampling(1.0, top_k=top_k, seed=i) for i in range(8)])
+        launch_draws(rows, {i: i for i in rows}, logits, best_of(logits), followed=True)
+    assert heads == [sampling.HEAD, sampling.WIDE]
+
+
 def test_log_probabilities_of_many_draws_are_those_of_each():
     """If it failed, a client would get other log probabilities from a GPU, or another row's."""
     logits = (3 * torch.randn(50, 700, generator=torch.Generator().manual_seed(4))).round()  # ties

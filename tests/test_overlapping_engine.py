@@ -18,7 +18,7 @@ from memserve.drawing import Logprobs, Sampling
 from memserve.engine import sampling
 from memserve.engine.batching import BatchLimits, WorkerSettings
 from memserve.engine.gpu_launch import LaunchedStep
-from memserve.engine.plans import BatchPlan, Row
+from memserve.engine.plans import BatchPlan, BatchResult, Row
 from memserve.engine.weights import random_weights
 from memserve.engine.worker import WorkerCore
 from memserve.messages import Cancel, Member, Plan, Prefill, Request, Tokens
@@ -43,12 +43,16 @@ def engine(request, tmp_path):
 class Worker:
     """A worker's core and its engine, without an actor: the shard answers at once, and a page is never used twice."""
 
-    def __init__(self, engine, overlaps: bool) -> None:
+    def __init__(self, engine, overlaps: bool, slow: bool = False) -> None:
+        """``slow``: whether both of two steps have been read when the core hears of the first."""
+        self.slow = slow
         me = Member(ME, "PrefillWorker", "ipc://w", 1, "ready", "both", SHARD)
         limits = BatchLimits(24, 8)
         settings = WorkerSettings(limits, PAGE_TOKENS, 400, "all", overlaps=overlaps)
         self.core = WorkerCore(Presence(me, (seed_id("scheduler-0"),)), SHARD, settings)
         self.engine, self.running = engine, deque[LaunchedStep]()
+        self.read = deque[BatchResult]()
+        """Results that the engine's thread has read and the core has not heard of."""
         self.pages, self.leases = numbers(), numbers(1)
         self.answers: dict[str, list[int]] = {}
         self.logprobs: dict[str, list[Logprobs]] = {}
@@ -73,8 +77,10 @@ class Worker:
                 self.running.append(self.engine.launch(action.plan))
             elif isinstance(action, Send):
                 self.hear(action.message)
-        if not actions and self.running:
-            result = self.running.popleft().result()
+        if not actions and (self.running or self.read):
+            for _ in range(0 if self.read else len(self.running) if self.slow else 1):
+                self.read.append(self.running.popleft().result())
+            result = self.read.popleft()
             self.void += len(result.void)
             self.core.receive(ME, BatchDone(result), 0.0)
 
@@ -123,9 +129,9 @@ HOWS = [
 ADJUSTED = Sampling(temperature=0.7, seed=4, adjust=adjustments(presence=1.5))
 
 
-def conversation(engine, overlaps: bool, seed: int, *more: Sampling) -> Worker:
+def conversation(engine, overlaps: bool, seed: int, *more: Sampling, slow: bool = False) -> Worker:
     """A worker after requests that came one by one, with prompts of several chunks; some end at an end token."""
-    chance, worker = random.Random(seed), Worker(engine, overlaps)
+    chance, worker = random.Random(seed), Worker(engine, overlaps, slow)
     for i, how in enumerate((*HOWS, *more, *HOWS)):
         length = chance.choice([1, 15, 16, 40, 70])
         ends = tuple(chance.sample(range(SPEC.vocab), 40)) if i % 2 else ()
@@ -134,6 +140,12 @@ def conversation(engine, overlaps: bool, seed: int, *more: Sampling) -> Worker:
             worker.turn()
     worker.finish()
     return worker
+
+
+def few_are_found(monkeypatch) -> None:
+    """Have draws looked for among so few tokens that many are not found."""
+    monkeypatch.setattr(sampling, "HEAD", 3)
+    monkeypatch.setattr(sampling, "WIDE", 3)
 
 
 def check_logprobs(one: Worker, other: Worker) -> None:
@@ -166,11 +178,19 @@ def test_streams_that_need_their_tokens_run_beside_others(engine):
 
 def test_draws_that_are_not_found_in_time_are_made_again(engine, monkeypatch):
     """If hardly any draw is found among the most probable tokens, rows come back void, and no token changes."""
-    monkeypatch.setattr(sampling, "HEAD", 3)
+    few_are_found(monkeypatch)
     single, overlapping = (conversation(engine, overlaps, 1) for overlaps in (False, True))
     assert overlapping.void > 10 and single.void == 0
     assert overlapping.answers == single.answers
     check_logprobs(overlapping, single)
+
+
+def test_rows_follow_a_step_that_was_read(engine, monkeypatch):
+    """A row may follow a step that the engine has read, although the core has not heard of it; no token changes."""
+    few_are_found(monkeypatch)
+    single, overlapping = (conversation(engine, slow, 1, slow=slow) for slow in (False, True))
+    assert overlapping.void > 10 and overlapping.together > 10
+    assert overlapping.answers == single.answers
 
 
 def test_a_cancelled_request_leaves_the_others_alone(engine):

@@ -138,6 +138,24 @@ def test_a_request_cancelled_in_two_steps_ends_after_both() -> None:
     assert sent(done(core, 6), FreeMem) and core.idle
 
 
+def test_prompt_tokens_are_counted_as_they_are_run() -> None:
+    """A prompt's tokens are counted as often as they were run, also if it is cancelled in two steps or comes back void."""
+    core = worker()
+    start(core, "a", 60)
+    given(core)
+    core.receive(FRONTEND, Cancel("a", 0), 0.0)
+    done(core, None)
+    done(core, 6)
+    assert core.gauges()["prefill_tokens_total"] == 60
+    start(core, "b", 20)
+    given(core)
+    done(core, None, void=frozenset({0}))
+    done(core, None, void=frozenset({0}))
+    assert core.gauges()["prefill_tokens_total"] == 60 + 20
+    done(core, 5)
+    assert core.gauges()["prefill_tokens_total"] == 60 + 20 + 20
+
+
 def test_what_needs_the_token_waits_for_it() -> None:
     """A stream with penalties has the next step given only when its token is known."""
     core = worker()

@@ -195,8 +195,9 @@ class CudaEngine:
         attention = self._fresh(own)
         first = Row(pack([0]), length, pages, Sampling(temperature=1.0, seed=1))
         alike = attrs.evolve(first, pages=(*pages[:-1], len(pages)))  # all pages shared but the one it writes
-        for rows in ((Row(pack([0] * length), 0, pages, None),), (first,), (first, alike)):
-            plan = BatchPlan(rows)
+        chunk = Row(pack([0] * length), 0, pages, None)
+        # A step that is followed draws from more tokens, with other kernels.
+        for plan in (BatchPlan((chunk,)), BatchPlan((first,)), BatchPlan((first, alike), followed=True)):
             draws, _ = self._launch_any(plan, self._tables(plan, 1), attention)
             if draws is not None:
                 self._graphs.mark().wait()
@@ -278,7 +279,8 @@ class CudaEngine:
         if not wanted:
             return None, prompts
         logits, lines = head(batch.wanted), {number: line for line, number in enumerate(wanted)}
-        return launch_draws({i: plan.rows[i] for i in wanted}, lines, logits, best_of(logits)), prompts
+        drawing = {i: plan.rows[i] for i in wanted}
+        return launch_draws(drawing, lines, logits, best_of(logits), plan.followed), prompts
 
     # ---- decode rows alone -----------------------------------------------------------------------------------
 
@@ -306,7 +308,9 @@ class CudaEngine:
         step.replay()
         assert self._logits is not None and step.best is not None, "a captured step that never ran"
         rows = {i: row for i, row in enumerate(plan.rows) if row.sample is not None}
-        draws = launch_draws(rows, {i: i for i in rows}, self._logits, step.best) if rows else None
+        draws = None
+        if rows:
+            draws = launch_draws(rows, {i: i for i in rows}, self._logits, step.best, plan.followed)
         if not plan.followed:
             self._plan_ahead(plan, step)
         return draws

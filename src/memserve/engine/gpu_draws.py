@@ -81,17 +81,23 @@ class Draws:
 
 
 def launch_draws(
-    rows: Mapping[int, Row], places: Mapping[int, int], logits: torch.Tensor, best: torch.Tensor
+    rows: Mapping[int, Row],
+    places: Mapping[int, int],
+    logits: torch.Tensor,
+    best: torch.Tensor,
+    followed: bool = False,
 ) -> Draws:
     """Launch the draws of ``rows`` and the copy of their tokens to the host, without a wait for the device.
 
     ``places``: each row's line in ``logits``, (lines, vocab) float32, and in ``best``, what :func:`best_of`
-    found in them.
+    found in them. ``followed``: whether the logits may be overwritten before the draws are read. A draw that is
+    not found by then costs its stream three steps, so it is looked for among more tokens at once.
     """
     numbers, others = list(rows), [i for i, row in rows.items() if not _takes_the_best(row)]
     values, tokens = _lines(best.T, [places[number] for number in numbers]).unbind(1)
     tokens = tokens.long()
-    if parts := list(_launched(others, rows, places, logits, sampling.HEAD)):
+    head = sampling.WIDE if followed else sampling.HEAD
+    if parts := list(_launched(others, rows, places, logits, head)):
         drawn = torch.cat(parts)
         at = {number: index for index, number in enumerate(numbers)}
         at_others = _on(logits, [at[number] for number in others])
@@ -112,12 +118,16 @@ def _launched(
     logits: torch.Tensor,
     head: int,
 ) -> Iterator[torch.Tensor]:
-    """Launch the draws of rows ``numbers`` from their ``head`` most probable tokens, many rows at a time."""
+    """Launch the draws of rows ``numbers`` from their ``head`` most probable tokens, many rows at a time.
+
+    Rows that draw from few tokens in any case (greedy ones, and a small ``top_k``) need no more than ``HEAD``.
+    """
     for some in _cut(numbers, logits):
         chosen = [rows[number] for number in some]
         settings = [row.sample for row in chosen if row.sample is not None]
         lines = adjusted(_lines(logits, [places[number] for number in some]), chosen)
-        yield sampling.draws(lines, settings, [row.end for row in chosen], head)
+        few = all(how.greedy or 0 < how.top_k < sampling.HEAD for how in settings)
+        yield sampling.draws(lines, settings, [row.end for row in chosen], sampling.HEAD if few else head)
 
 
 def _cut(numbers: Sequence[int], logits: torch.Tensor) -> Iterator[Sequence[int]]:

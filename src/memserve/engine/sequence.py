@@ -274,7 +274,10 @@ class Sequence:
 
     @property
     def to_run(self) -> int:
-        """Tokens for its next rows: those behind the row that the engine has, and the one that this row draws."""
+        """Tokens for its next rows: those behind the row that the engine has, and the one that this row draws.
+
+        0 where its last row was void and the engine has the row behind it, which is void too.
+        """
         return self.length - self.next_start + (self.flight is not None and self.flight.draws)
 
     @property

@@ -98,9 +98,9 @@ class Steps:
 
     def _goes_on(self, one: Sequence) -> bool:
         """Whether a sequence surely has another row here, behind the one that the engine has."""
-        if one.flight is None or one.dropped:
-            return not one.dropped
-        return not one.flight.draws or self._streams_on(one)
+        if one.dropped:
+            return False
+        return one.flight is None or not one.flight.draws or self._streams_on(one)
 
     def _streams_on(self, one: Sequence) -> bool:
         """Whether a sequence is decoded here after its present draw, unless that draw is an end token."""

@@ -278,8 +278,9 @@ class WorkerCore:
         self._outbox.count("step_threads_total", message.result.threads)
         self._outbox.report_scores(batch.sequences, message.result.prompts)
         for row, (one, end) in enumerate(zip(batch.sequences, batch.ends, strict=True)):
-            if not one.decoding:
-                self._outbox.count("prefill_tokens_total", end - one.computed)
+            ran = batch.plan.rows[row]
+            if not one.decoding and ran.follows is None:
+                self._outbox.count("prefill_tokens_total", count(ran.tokens))
             if one.dropped:
                 if one.flight is None:
                     self._let_go(one)
