@@ -19,6 +19,7 @@ import trio
 
 from clusters import running
 from memserve.processes import zygote as module
+from memserve.processes.orphans import BEGUN_BY
 from memserve.processes.place import Place
 from memserve.processes.zygote import Zygote, end, serve
 
@@ -141,15 +142,24 @@ async def test_an_order_that_was_perhaps_followed_is_not_repeated(place):
     reason="the kernel lists no children (CONFIG_PROC_CHILDREN)",
 )
 async def test_only_what_actors_left_is_ended_as_such(place):
-    """Children of this process, actors that run and the zygote itself are no orphans."""
+    """Children of this process, actors that run and the zygote itself are no orphans, nor is what others left."""
     older = subprocess.Popen(["sleep", "60"])  # noqa: ASYNC220
     try:
         async with Zygote(place, argv=argv) as zygote, forked(zygote, "1") as (actor, _):
             parent = ["sh", "-c", "sleep 60 >/dev/null & echo $!"]  # it ends before its child
-            orphan = int(subprocess.check_output(parent, stderr=subprocess.DEVNULL).split()[0])  # noqa: ASYNC221
+            begun_by = {**os.environ, BEGUN_BY: str(place.path)}
+            orphan, foreign = (
+                int(subprocess.check_output(parent, stderr=subprocess.DEVNULL, env=env).split()[0])  # noqa: ASYNC221
+                for env in (begun_by, {**begun_by, BEGUN_BY: "another"})
+            )
             await zygote.end_orphans()
             assert not alive(orphan)
-            assert all(map(alive, (older.pid, actor.pid, zygote._process.pid)))
+            assert all(map(alive, (older.pid, actor.pid, zygote._process.pid, foreign)))
+            os.kill(foreign, signal.SIGKILL)
+            with trio.fail_after(10):
+                while alive(foreign):  # what has ended is waited for, whoever began it
+                    await zygote.end_orphans()
+                    await trio.sleep(0.01)
             assert older.poll() is actor.returncode is zygote._process.returncode is None
     finally:
         older.kill()

@@ -38,7 +38,7 @@ from setproctitle import setproctitle
 
 from memserve.engine.cpu_budget import engine_environment
 from memserve.processes.lifecycle import process_title
-from memserve.processes.orphans import Orphans
+from memserve.processes.orphans import BEGUN_BY, Orphans
 from memserve.processes.place import Place
 from memserve.settings.gpus import gpu_environment
 
@@ -104,7 +104,11 @@ class Zygote:
     _turn: trio.Lock = attrs.field(init=False, factory=trio.Lock)
     _forked: set[Forked] = attrs.field(init=False, factory=set)
     """The processes that it forked and that may not have been waited for."""
-    _orphans: Orphans = attrs.field(init=False, factory=Orphans)
+    _orphans: Orphans = attrs.field(init=False)
+
+    @_orphans.default
+    def _orphans_of_the_place(self) -> Orphans:
+        return Orphans(self.place.path)
 
     async def __aenter__(self) -> Self:
         """Start its process, which imports while the caller does something else. Raises OSError."""
@@ -152,7 +156,7 @@ class Zygote:
             # The place stays claimed while the zygote or an actor lives: they inherit the claim's descriptor.
             self._process = await trio.lowlevel.open_process(
                 list(self.argv(self.place.path, self.modules, theirs.fileno())),
-                env={**os.environ, **zygote_environment()},
+                env={**os.environ, **zygote_environment(), BEGUN_BY: str(self.place.path)},
                 pass_fds=(theirs.fileno(), self.place.fileno()),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
