@@ -24,8 +24,6 @@ PASSING = (
 )  # fmt: skip
 """Errors of accept() that say nothing about the listener: no resources for another connection, which then stays
 in the backlog, or an error of the connection itself (accept(2))."""
-
-
 KEPT = 8
 """Accepted connections leave one in so many descriptors free. ZeroMQ aborts the process if it has no
 descriptor for a connection to a Unix socket: another actor's, whenever that one is restarted."""

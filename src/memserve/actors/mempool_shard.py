@@ -212,8 +212,8 @@ async def keep_pages(
 ) -> None:
     """Hold the memory of all tiers, hand out the arenas, and make the copies that the core orders.
 
-    Runs until cancelled, and closes ``disk`` then. Once ready, reports through ``task_status`` how many bytes of host memory are in
-    huge pages. Raises UserError when there is too little memory.
+    Runs until cancelled, and closes ``disk`` then. Once ready, reports through ``task_status`` how many bytes
+    of host memory are in huge pages. Raises UserError when there is too little memory.
     """
     copiers = Copiers(shell, trio.Event())
     shell.perform[Kill] = fence
