@@ -101,7 +101,7 @@ def up(*, config: ConfigPath = "demo", set_: Overrides = None) -> int:
 
 @app.command
 def join(
-    head: str = "",
+    head: Annotated[str, Parameter(show=False)] = "",
     /,
     *,
     name: str,
@@ -335,6 +335,6 @@ def print_json(value: Any) -> None:
 
 def setting_text(value: Any) -> str:
     """A setting's value as `memserve check` shows it."""
-    if value is None:
+    if value in (None, ""):
         return "(unset)"
     return ", ".join(value) or "(none)" if isinstance(value, tuple) else str(value)
