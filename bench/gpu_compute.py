@@ -134,7 +134,7 @@ def _decode(
     took, alone = (decode_s(engine, batch, context, STEPS, overlap=overlap) for overlap in (True, False))
     least = (read + batch * context * spec.kv_values_per_token * 2) / roof.copy
     goal = 0.7 if spec.name == "8b" else None
-    note = f"{took * 1e3:.2f} ms, {batch / took:.0f} tokens/s; {alone * 1e3:.2f} ms if read before the next"
+    note = f"{took * 1e3:.2f} ms, {batch / took:.0f} tokens/s; {alone * 1e3:.2f} ms if steps do not overlap"
     return Figure(what, least / took, unit, goal, note=note)
 
 

@@ -144,6 +144,8 @@ def test_damage_is_said_on_stderr(logs, capsys):
         (["check", "-c", "dmo"], "did you mean demo?"),
         (["check", "--set", "frontend.prt=1"], "did you mean port?"),
         (["up", "-c", "dmo"], "did you mean demo?"),
+        (["up", "cluster.toml"], "-c cluster.toml"),
+        (["up", "--port", "8000"], "Unknown option: --port. A file is given with -c"),
         (["status", "--url", "localhost:1"], "--url must begin with http://"),
         (["status", "--url", "http://[::1"], "--url must be an address such as http://127.0.0.1:8080"),
         (["status", "--url", "http://127.0.0.1:1"], "no answer at http://127.0.0.1:1"),

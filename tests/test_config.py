@@ -104,7 +104,8 @@ def test_every_mistake_is_reported_at_once_with_path_rule_value_and_hint(written
     port = 99999
     """
     assert problems(written(text)) == [
-        "model.path is required and missing",
+        "model.path is required and missing: a .gguf file or a Hugging Face directory; package:MODULE/FILE finds "
+        "either in an installed Python package",
         'model.dtype must be one of bfloat16, float32, not "bfloat61"; did you mean "bfloat16"?',
         'model.weights must be one of dtype, int8, not "int4"; did you mean "int8"?',
         'model.pth is not a known key (value "x"); did you mean path?',
@@ -219,6 +220,10 @@ def test_overrides_reach_the_default_tables(written):
         ("frontend.prt=1", "is not a known key (value 1); did you mean port?"),
         ("frontned.port=1", "did you mean frontend?"),
         ("model.path.x=1", "model.path is not a table"),
+        ("port=1", "port is not a known key (value 1); did you mean frontend.port?"),
+        ("model.port=1", "model.port is not a known key (value 1); did you mean frontend.port?"),
+        ("path=x", "did you mean model.path or transfer.path?"),
+        ("frontend.cors_origins=['http://a', 'http://b/']", 'cors_origins[1] must be "*" or an origin'),
     ],
 )
 def test_wrong_overrides_are_named_as_such(written, override, said):
@@ -231,7 +236,8 @@ def test_wrong_overrides_are_named_as_such(written, override, said):
 def test_roles_must_be_complete_on_each_shard(written):
     """A shard whose workers cannot both prefill and decode is refused: no request could finish there."""
     text = MINIMAL + '[[shard]]\nname = "s0"\n[[worker]]\nname = "p0"\nrole = "prefill"\n'
-    assert problems(written(text)) == ["worker must hold one that can decode, not only prefill"]
+    said = 'worker must hold one that can decode, not only prefill: add a [[worker]] with role = "decode"'
+    assert problems(written(text)) == [said]
 
 
 def test_a_worker_must_say_which_of_several_shards_it_uses(written):

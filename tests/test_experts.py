@@ -99,8 +99,8 @@ def test_weights_that_are_not_normed_are_transformers(folder: Path, tmp_path: Pa
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"norm_topk_prob": "yes"}, "norm_topk_prob must be true or false, got 'yes'"),
         ({"num_experts_per_tok": 13}, "13 experts for each token, but a layer has 12"),
-        ({"num_experts_per_tok": ...}, "num_experts_per_tok must be a positive integer, got None"),
-        ({"num_local_experts": ...}, "num_local_experts must be a positive integer, got None"),
+        ({"num_experts_per_tok": ...}, "num_experts_per_tok must be a positive integer, but is missing"),
+        ({"num_local_experts": ...}, "num_local_experts must be a positive integer, but is missing"),
     ],
 )
 def test_variants_are_refused_by_key(folder: Path, keys: dict[str, Any], said: str) -> None:

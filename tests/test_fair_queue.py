@@ -162,8 +162,8 @@ class Fairness(RuleBasedStateMachine):
 
     def note(self, one: HeldRequest) -> None:
         for (rank, *pair), got in self.got.items():
-            if rank == one.rank and one.scope in pair:
-                got[one.scope] += one.tokens
+            if rank == one.rank and one.tenant in pair:
+                got[one.tenant] += one.tokens
         for rank in self.passed:
             self.passed[rank] += 1
         self.passed[one.rank] = 0
@@ -172,7 +172,7 @@ class Fairness(RuleBasedStateMachine):
     def shares_are_fair(self) -> None:
         self.queue.check()
         assert len(self.queue) == len(self.here)
-        waiting = {(one.rank, one.scope) for one in self.here.values()}
+        waiting = {(one.rank, one.tenant) for one in self.here.values()}
         for rank in RANKS:
             for one, other in combinations(SCOPES, 2):
                 if {(rank, one), (rank, other)} <= waiting:
@@ -190,7 +190,7 @@ class Fairness(RuleBasedStateMachine):
 
 def same(one: HeldRequest, other: HeldRequest) -> bool:
     """Whether two requests are of one tenant and class."""
-    return (one.rank, one.scope) == (other.rank, other.scope)
+    return (one.rank, one.tenant) == (other.rank, other.tenant)
 
 
 TestFairness = Fairness.TestCase

@@ -219,7 +219,7 @@ def test_conversion_is_keyed_by_content_and_needs_no_torch(folder: Path, tmp_pat
             {"rope_parameters": {"rope_type": "longrope", "factor": 4.0}},
             "'longrope' is not supported; supported: default, ",
         ),
-        ({"rope_parameters": {"rope_type": "linear"}}, "factor must be a positive number, got None"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "factor must be a positive number, but is missing"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope over part of a head"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', expected 'silu'"),
         ({"attention_bias": True}, "attention_bias"),

@@ -30,6 +30,12 @@ def test_a_byte_order_mark_is_no_mistake(file):
     assert configfile.load(file("\ufeff" + MINIMAL)).model.path == "m.gguf"
 
 
+def test_a_missing_table_is_reported_as_its_missing_key(file):
+    """A file without [model] is told what to write, as one whose [model] has no path."""
+    (line,) = problems(file("[frontend]\nport = 8000\n"))
+    assert line.startswith("model.path is required and missing: a .gguf file or")
+
+
 @pytest.mark.parametrize("networked", [False, True])
 def test_roles_must_be_complete_on_each_side_of_the_bus(file, networked):
     """If it failed, prompts would run in host memory whose pages no decode worker could ever get."""
@@ -39,7 +45,8 @@ def test_roles_must_be_complete_on_each_side_of_the_bus(file, networked):
     cluster = '[cluster]\nlisten = "127.0.0.1:7070"\nkey = "k"\n' if networked else ""
     found = problems(file(text + cluster))
     said = "must hold one that can prefill on a GPU, not only decode: pages do not move between GPUs and host memory"
-    assert f"worker {said}" in found
+    remedy = 'so add a [[worker]] with role = "prefill" there'
+    assert f"worker {said}, {remedy}" in found
     assert len(found) == (1 if networked else 2), "another host may have what is missing in host memory"
     assert configfile.load(file(text), ["worker.p0.role=both", "worker.d0.role=both"])
 

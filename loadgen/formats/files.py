@@ -114,7 +114,8 @@ def _lines(path: Path, text: str) -> list[Record]:
 def read(path: Path, formats: Sequence[Format], settings: Settings, name: str) -> list[Session]:
     """The sessions of a file in the first of these formats that the fields of its first record match.
 
-    ``name``: begins the ids of sessions and of content for which the file has none of its own. Raises LoadgenError if none matches, or if the records are not as that format's.
+    ``name``: begins the ids of sessions and of content for which the file has none of its own. Raises
+    LoadgenError if no format matches, or if the records are not as that format's.
     """
     found = records(path)
     keys = set(found[0])

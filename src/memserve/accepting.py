@@ -24,8 +24,6 @@ PASSING = (
 )  # fmt: skip
 """Errors of accept() that say nothing about the listener: no resources for another connection, which then stays
 in the backlog, or an error of the connection itself (accept(2))."""
-
-
 KEPT = 8
 """Accepted connections leave one in so many descriptors free. ZeroMQ aborts the process if it has no
 descriptor for a connection to a Unix socket: another actor's, whenever that one is restarted."""
@@ -34,8 +32,8 @@ descriptor for a connection to a Unix socket: another actor's, whenever that one
 async def accepted(accept: Callable[[], Awaitable[Connection]]) -> Connection:
     """The next connection from ``accept``, which is called again after an error that passes.
 
-    It is first called when there are descriptors for other purposes, too: until then connections wait in the
-    backlog. Raises its other errors. An error of a library counts as the OSError that caused it.
+    It is called only while enough descriptors are left for other purposes; until then connections wait in the
+    backlog. Its other errors are raised. An error of a library counts as the OSError that caused it.
     """
     reported = False
     while True:

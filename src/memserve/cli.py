@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, Parameter, UnknownOptionError, UnusedCliTokensError
 
 from memserve import __version__
 from memserve.commands.cluster_options import ClusterOptions
@@ -62,7 +62,7 @@ def run(words: Sequence[str]) -> int:
         if sys.stdout is not None:  # None where the shell has closed it
             sys.stdout.flush()
     except (UserError, CycloptsError) as error:
-        print(error, file=sys.stderr)
+        print(f"{error}{how_to_configure(words, error)}", file=sys.stderr)
         return STATUS_USER_ERROR
     except KeyboardInterrupt:
         return STATUS_INTERRUPTED
@@ -77,6 +77,13 @@ def run(words: Sequence[str]) -> int:
         print(f"cannot write: {error.strerror}", file=sys.stderr)
         return STATUS_USER_ERROR
     return status if isinstance(status, int) else 0
+
+
+def how_to_configure(words: Sequence[str], error: Exception) -> str:
+    """How to give a configuration, for command lines such as ``up my.toml`` and ``up --port 8000``."""
+    if not isinstance(error, UnknownOptionError | UnusedCliTokensError) or words[0] not in ("up", "check"):
+        return ""
+    return " A file is given with -c, as in -c cluster.toml; a setting with --set, as in --set frontend.port=8123."
 
 
 def discard_output() -> None:
@@ -94,7 +101,7 @@ def up(*, config: ConfigPath = "demo", set_: Overrides = None) -> int:
 
 @app.command
 def join(
-    head: str = "",
+    head: Annotated[str, Parameter(show=False)] = "",
     /,
     *,
     name: str,
@@ -328,6 +335,6 @@ def print_json(value: Any) -> None:
 
 def setting_text(value: Any) -> str:
     """A setting's value as `memserve check` shows it."""
-    if value is None:
+    if value in (None, ""):
         return "(unset)"
     return ", ".join(value) or "(none)" if isinstance(value, tuple) else str(value)

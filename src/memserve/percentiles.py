@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def percentile(ordered: Sequence[float], percent: int) -> float:
-    """The least of ``ordered`` that at least ``percent`` of 100 of them do not exceed.
+    """The least of ``ordered`` that at least ``percent`` percent of them do not exceed.
 
     ``ordered`` ascends and is not empty; ``percent`` is from 1 to 100.
     """

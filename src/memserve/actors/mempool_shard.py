@@ -212,8 +212,8 @@ async def keep_pages(
 ) -> None:
     """Hold the memory of all tiers, hand out the arenas, and make the copies that the core orders.
 
-    Runs until cancelled, and closes ``disk`` then. Once ready, reports through ``task_status`` how many bytes of host memory are in
-    huge pages. Raises UserError when there is too little memory.
+    Runs until cancelled, and closes ``disk`` then. Once ready, reports through ``task_status`` how many bytes
+    of host memory are in huge pages. Raises UserError when there is too little memory.
     """
     copiers = Copiers(shell, trio.Event())
     shell.perform[Kill] = fence
@@ -282,7 +282,7 @@ async def move_pages(
 def open_disk(settings: ShardSettings, may_lack: bool = False) -> DiskFile | None:
     """The file for the pages of the disk tier; None if the shard has no such tier.
 
-    Also None if the file cannot be had and the shard ``may_lack`` it. Otherwise raises UserError then. Blocks.
+    Also None if the file cannot be made and the shard ``may_lack`` it; if it may not, raises UserError. Blocks.
     """
     if not settings.capacity.disk:
         return None

@@ -127,7 +127,7 @@ class _ValueEnd:
         return found
 
     def _outside_strings(self, rest: str) -> tuple[re.Match[str] | None, bool]:
-        """The first end outside of a string, and whether more text may bring it. Neither: no JSON has this string."""
+        """The first end outside of a string, and whether more text may bring it. Neither, if no JSON has such a string."""
         while True:
             if self._in_string:
                 self._at = at = _in_string_until(rest, self._at)

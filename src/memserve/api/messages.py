@@ -21,8 +21,8 @@ DEPTH_MAX = 64
 """How deeply objects and arrays may be nested in JSON that templates write."""
 
 WRONG_ARGUMENTS = "arguments"
-"""Name under which templates get arguments that are no JSON object. Templates take objects alone, and a client that
-could not send back what the model wrote could not tell it what is wrong."""
+"""Name under which templates get arguments that are not the text of a JSON object. Templates take only objects, and
+the model must see what it wrote to mend it."""
 
 Label = Annotated[str, Meta(min_length=1, max_length=256)]
 """An id, or a name that a model made up."""

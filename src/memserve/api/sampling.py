@@ -13,7 +13,7 @@ from memserve.tokens import pack
 
 BIAS_MAX = 100.0
 TOP_P_LEAST = 1e-9
-"""Used for 0, which OpenAI's API permits: as for every share that the likeliest token reaches, only that one is left."""
+"""Used in place of 0, which OpenAI's API permits: it leaves only the likeliest token, which alone reaches this share."""
 _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 
 

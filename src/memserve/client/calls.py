@@ -108,7 +108,7 @@ class ShardConversation:
 
     async def _introduce(self, at: Shard) -> None:
         at.about = await self._ask(at, DescribePool)
-        # Not later, as it was to wait for the shard: leases, of which there are none yet, can end sooner.
+        # OPEN_S, the time for the first answer, may be longer than leases live: their life counts from here.
         at.valid_until = trio.current_time() + at.known.lease_s
         await trio.to_thread.run_sync(at.map)
 

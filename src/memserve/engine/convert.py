@@ -95,8 +95,8 @@ def conversion(model: Checkpoint, stored: str, tiled: bool) -> list[Weight]:
     """The weights to write, after checking that the checkpoint holds exactly this model's tensors in the
     right shapes.
 
-    ``stored``: the type of matrices. ``tiled``: store them in tiles, not as rows. ``make`` reads the
-    checkpoint, so it must stay open. Raises UserError.
+    ``stored``: the type of matrices. ``tiled``: store them in tiles, not as rows. Their ``pieces`` are
+    read from the checkpoint, so it must stay open. Raises UserError.
     """
     parts = {part for sources in model.sources.values() for part in sources}
     if missing := sorted(parts - model.tensors.keys()):
@@ -135,7 +135,8 @@ def _planned(model: Checkpoint, name: str, shape: tuple[int, ...], stored: str) 
 def _tiled(weight: Weight) -> Weight:
     """The matrix in tiles, and its scales, if any, padded to whole strips.
 
-    All pieces but the last have whole strips of rows, because the widths of a model with tiles are multiples.
+    All pieces but the last have whole strips of rows, because the widths of a model with tiles are multiples of
+    a strip.
     """
     matrix, *scales = weight.tensors
     whole = [attrs.evolve(scale, shape=(-(-scale.shape[0] // STRIP) * STRIP,)) for scale in scales]

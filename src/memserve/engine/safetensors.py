@@ -35,10 +35,10 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         if not 2 <= size <= _HEADER_MAX:
-            raise ValueError(f"{path}: not a safetensors file")
+            raise ValueError("its first 8 bytes are not the length of a header")
         header = json.loads(file.read(size))
     if not isinstance(header, dict):
-        raise ValueError(f"{path}: not a safetensors file")
+        raise ValueError("its header is not a JSON object")
     return header, 8 + size
 
 

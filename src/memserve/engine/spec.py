@@ -151,6 +151,10 @@ def check_spec(spec: ModelSpec, source: str) -> ModelSpec:
     return attrs.evolve(spec, eos=tuple(token for token in spec.eos if 0 <= token < spec.vocab))
 
 
+def _told(value: object) -> str:
+    return "but is missing" if value is None else f"got {value!r}"
+
+
 @attrs.frozen
 class Keys:
     """Checked access to a checkpoint's metadata."""
@@ -163,14 +167,14 @@ class Keys:
         """The value of ``key``, a positive integer that fits int32. Raises UserError if it is not."""
         value = self.metadata.get(key, default)
         if type(value) is not int or not 0 < value < 2**31:
-            raise UserError(f"{self.source}: {key} must be a positive integer, got {value!r}")
+            raise UserError(f"{self.source}: {key} must be a positive integer, {_told(value)}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
         """The value of ``key``, a positive finite number. Raises UserError if it is not."""
         value = self.metadata.get(key, default)
         if not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise UserError(f"{self.source}: {key} must be a positive number, got {value!r}")
+            raise UserError(f"{self.source}: {key} must be a positive number, {_told(value)}")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:

@@ -122,7 +122,7 @@ class ActorContext:
         return network.head if network else self.place.endpoint(name)
 
     def host_serves(self) -> bool:
-        """Whether the cluster has served before: this actor follows one that died, or has joined."""
+        """Whether this host's cluster has been ready: then this actor follows one that died, or has joined."""
         return bool(self.place.read_info()["state"] == "ready")
 
     def host_drains(self) -> bool:

@@ -261,7 +261,7 @@ class Admission:
         """Predicted seconds in the queue for a request that arrives now."""
         if not len(self.queue):
             return 0.0
-        return self.queue.ahead_s(one.rank, one.scope, one.run_s) / self._pace.at(workers)
+        return self.queue.ahead_s(one.rank, one.tenant, one.run_s) / self._pace.at(workers)
 
     def explain(self, refusal: Refusal) -> dict[str, object]:
         """Everything about a refusal, for its one log line."""

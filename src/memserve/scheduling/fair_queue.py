@@ -49,8 +49,8 @@ class HeldRequest:
         return self.submit.request.id, self.submit.request.attempt
 
     @property
-    def scope(self) -> str:
-        """Scope of its tenant."""
+    def tenant(self) -> str:
+        """The scope of its tenant."""
         return self.submit.request.tenant
 
     @property
@@ -87,21 +87,21 @@ class FairClass:
 
     def add(self, one: HeldRequest) -> None:
         """Queue a request."""
-        tenant = self._tenants.get(one.scope)
+        tenant = self._tenants.get(one.tenant)
         if tenant is None:
-            tenant = self._tenants[one.scope] = Tenant(self._now)
+            tenant = self._tenants[one.tenant] = Tenant(self._now)
         if tenant.start < self._now:
             tenant.start, tenant.listed = self._now, False
         insort(tenant.held, one, key=lambda other: other.since)
         tenant.run_s += one.run_s
         self.waiting += 1
-        self._list(tenant, one.scope)
+        self._list(tenant, one.tenant)
 
     def first(self) -> HeldRequest:
         """The next request to leave; the class must not be empty."""
         while True:
-            start, scope = self._order[0]
-            tenant = self._tenants[scope]
+            start, name = self._order[0]
+            tenant = self._tenants[name]
             if tenant.held and tenant.start == start:
                 return tenant.held[0]
             heappop(self._order)
@@ -109,27 +109,27 @@ class FairClass:
 
     def serve(self, one: HeldRequest, turn: int) -> None:
         """Remove the request that ``first`` gave, and charge its tenant for it."""
-        tenant = self._tenants[one.scope]
+        tenant = self._tenants[one.tenant]
         self._now, self.passed_at = tenant.start, turn
         tenant.start, tenant.listed = tenant.start + one.tokens, False
         self.drop(one)
-        self._list(tenant, one.scope)
+        self._list(tenant, one.tenant)
 
     def drop(self, one: HeldRequest) -> None:
         """Remove a request that was not served."""
-        tenant = self._tenants[one.scope]
+        tenant = self._tenants[one.tenant]
         tenant.held.remove(one)
         tenant.run_s = tenant.run_s - one.run_s if tenant.held else 0.0
         self.waiting -= 1
 
-    def _list(self, tenant: Tenant, scope: str) -> None:
+    def _list(self, tenant: Tenant, name: str) -> None:
         if tenant.held and not tenant.listed:
             tenant.listed = True
-            heappush(self._order, (tenant.start, scope))
+            heappush(self._order, (tenant.start, name))
 
-    def ahead_s(self, scope: str, run_s: float) -> float:
-        """Seconds of the prompts that leave before a request of ``scope`` that arrives now."""
-        own = self._tenants.get(scope)
+    def ahead_s(self, tenant: str, run_s: float) -> float:
+        """Seconds of the prompts that leave before a request of ``tenant`` that arrives now."""
+        own = self._tenants.get(tenant)
         mine = run_s + (own.run_s if own else 0.0)
         others = (min(one.run_s, mine) for one in self._tenants.values() if one is not own)
         return mine - run_s + sum(others)
@@ -142,10 +142,10 @@ class FairClass:
     def check(self) -> None:
         """Assert every invariant."""
         assert self.waiting == sum(len(tenant.held) for tenant in self._tenants.values())
-        for scope, tenant in self._tenants.items():
-            assert all(one.scope == scope for one in tenant.held)
-            listed = self._order.count((tenant.start, scope))
-            assert listed == tenant.listed and (listed or not tenant.held), f"{scope} has {listed} turns"
+        for name, tenant in self._tenants.items():
+            assert all(one.tenant == name for one in tenant.held)
+            listed = self._order.count((tenant.start, name))
+            assert listed == tenant.listed and (listed or not tenant.held), f"{name} has {listed} turns"
 
 
 @attrs.define
@@ -167,15 +167,15 @@ class FairQueue:
         """The request, if it waits."""
         return self._held.get(key)
 
-    def of_tenant(self, scope: str) -> int:
+    def of_tenant(self, tenant: str) -> int:
         """Number of waiting requests of a tenant."""
-        return self._of_tenant.get(scope, 0)
+        return self._of_tenant.get(tenant, 0)
 
     def add(self, one: HeldRequest) -> None:
         """Queue a request, which must not be in the queue yet."""
         assert one.key not in self._held, f"{one.key} waits already"
         self._held[one.key] = one
-        self._of_tenant[one.scope] = self.of_tenant(one.scope) + 1
+        self._of_tenant[one.tenant] = self.of_tenant(one.tenant) + 1
         if one.rank not in self._classes:
             self._classes[one.rank] = FairClass(self._turn)
         self._classes[one.rank].add(one)
@@ -195,14 +195,14 @@ class FairQueue:
         self._classes[one.rank].drop(one)
         self._forget(one)
 
-    def ahead_s(self, rank: int, scope: str, run_s: float) -> float:
+    def ahead_s(self, rank: int, tenant: str, run_s: float) -> float:
         """Seconds of the prompts that leave before a request that arrives now.
 
         The turns of lower classes are not counted.
         """
         higher = sum(one.run_s for other, one in self._classes.items() if other < rank)
         here = self._classes.get(rank)
-        return higher + (here.ahead_s(scope, run_s) if here else 0.0)
+        return higher + (here.ahead_s(tenant, run_s) if here else 0.0)
 
     def check(self) -> None:
         """Assert every invariant."""
@@ -222,9 +222,9 @@ class FairQueue:
 
     def _forget(self, one: HeldRequest) -> None:
         del self._held[one.key]
-        self._of_tenant[one.scope] -= 1
-        if not self._of_tenant[one.scope]:
-            del self._of_tenant[one.scope]
+        self._of_tenant[one.tenant] -= 1
+        if not self._of_tenant[one.tenant]:
+            del self._of_tenant[one.tenant]
         here = self._classes[one.rank]
         if not here.waiting:
             del self._classes[one.rank]

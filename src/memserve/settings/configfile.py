@@ -283,12 +283,23 @@ def explain(path: Path_, cause: Exception, tree: Tree) -> Problem:
         shown = "hidden" if may_be_secret(path, value) else show(value)
         return Problem(where, f"is not a known key (value {shown}){suggest_key(str(path[-1]), cause.cl)}")
     if isinstance(cause, KeyError):
-        return Problem(where, "is required and missing")
+        return missing(path)
     if isinstance(cause, RuleError):
+        if cause.at is not None:
+            where, value = f"{where}[{cause.at}]", value[cause.at]
         guess = nearest(value, cause.known) if isinstance(value, str) else ""
         hint = f"; did you mean {json.dumps(guess)}?" if guess else ""
         return Problem(where, f"{cause}, not {show(value, is_secret(path))}{hint}")
     raise cause
+
+
+def missing(path: Path_) -> Problem:
+    """A required key, or a table that has one, is not there."""
+    section, *between = path[:-1] if len(path) > 1 else path
+    fields = {field.name: field for field in attrs.fields(section_types()[str(section)])}
+    key = str(path[-1]) if len(path) > 1 else next(n for n, f in fields.items() if f.default is attrs.NOTHING)
+    where = f"{section}{''.join(f'[{part}]' for part in between)}.{key}"
+    return Problem(where, f"is required and missing: {fields[key].metadata['help']}")
 
 
 def look_up(tree: Any, path: Path_) -> Any:
@@ -324,13 +335,14 @@ def may_be_secret(path: Path_, value: object) -> bool:
 
 
 def suggest_key(word: str, cls: type) -> str:
-    """A hint with the nearest key of this table, an exact match in another table, or all keys of this one."""
+    """A hint: this key in other tables, the nearest one in this table or in others, or all keys of this one."""
+    elsewhere: dict[str, list[str]] = {}
+    for table, kind in section_types().items():
+        for field in attrs.fields(kind):
+            elsewhere.setdefault(field.name, []).append(f"{table}.{field.name}")
     names = [field.name for field in attrs.fields(cls)]
-    if guess := nearest(word, names):
+    if word not in elsewhere and (guess := nearest(word, names)):
         return f"; did you mean {guess}?"
-    elsewhere = {
-        f.name: f"{table}.{f.name}" for table, kind in section_types().items() for f in attrs.fields(kind)
-    }
     if close := difflib.get_close_matches(word, elsewhere, n=1, cutoff=0.8):
-        return f"; did you mean {elsewhere[close[0]]}?"
+        return f"; did you mean {' or '.join(elsewhere[close[0]])}?"
     return f"; known: {', '.join(names)}"

@@ -168,8 +168,9 @@ def check_roles(roles: set[str], where: str) -> Iterator[Problem]:
         (only,) = roles
         missing = "decode" if only == "prefill" else "prefill"
         place = f" {where}" if where else ""
-        why = ": pages do not move between GPUs and host memory" if where else ""
-        yield Problem("worker", f"must hold one that can {missing}{place}, not only {only}{why}")
+        why = "pages do not move between GPUs and host memory, so " if where else ""
+        remedy = f'{why}add a [[worker]] with role = "{missing}"{" there" if where else ""}'
+        yield Problem("worker", f"must hold one that can {missing}{place}, not only {only}: {remedy}")
 
 
 # ---- words and tables ------------------------------------------------------------------------------------------------

@@ -335,7 +335,7 @@ def threads_why(asked: int | None, machine: Machine) -> str:
 
 def size(count: int) -> str:
     """A number of bytes for people to read."""
-    for unit, shift in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+    for unit, shift in (("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)):
         if count >= 1 << shift:
             return f"{count / (1 << shift):.4g} {unit}"
     return f"{count} bytes"

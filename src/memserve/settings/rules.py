@@ -23,13 +23,15 @@ SIZE_UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": GIB, "TiB": 
 class RuleError(ValueError):
     """A value breaks its setting's rule.
 
-    ``rule`` continues a sentence after "must"; ``known`` has values to suggest.
+    ``rule`` continues a sentence after "must"; ``known`` has values to suggest. ``at``: index of the element
+    that breaks it, if the value has elements.
     """
 
-    def __init__(self, rule: str, known: Sequence[str] = ()) -> None:
+    def __init__(self, rule: str, known: Sequence[str] = (), at: int | None = None) -> None:
         super().__init__(f"must {rule}")
         self.rule = rule
         self.known = tuple(known)
+        self.at = at
 
 
 @attrs.frozen
@@ -44,6 +46,16 @@ class Rule:
     def __call__(self, _instance: object, _attribute: object, value: Any) -> None:
         if not self.holds(value):
             raise RuleError(self.text, self.known)
+
+
+@attrs.frozen
+class EachRule(Rule):
+    """What each element of a setting's value must be."""
+
+    def __call__(self, _instance: object, _attribute: object, value: Sequence[Any]) -> None:
+        for at, one in enumerate(value):
+            if not self.holds(one):
+                raise RuleError(self.text, self.known, at)
 
 
 def one_of(*known: str | int) -> Rule:
@@ -118,10 +130,10 @@ def are_keys(value: tuple[str, ...]) -> bool:
     return len(set(value)) == len(value) and all(re.fullmatch(r"[\x21-\x7e]{1,256}", key) for key in value)
 
 
-def are_origins(value: tuple[str, ...]) -> bool:
-    """Whether each of ``value`` is "*" or can equal a browser's Origin header (RFC 6454, 6.2)."""
-    origin = re.compile(r"\*|(?!http://[^/]*:80$|https://[^/]*:443$)[a-z][a-z0-9+.-]*://[a-z0-9._\-\[\]:]+")
-    return all(origin.fullmatch(one) for one in value)
+def is_origin(value: str) -> bool:
+    """Whether ``value`` is "*" or can equal a browser's Origin header (RFC 6454, 6.2)."""
+    origin = r"\*|(?!http://[^/]*:80$|https://[^/]*:443$)[a-z][a-z0-9+.-]*://[a-z0-9._\-\[\]:]+"
+    return re.fullmatch(origin, value) is not None
 
 
 a_name = matching(
@@ -136,10 +148,10 @@ a_host_port = Rule(
     "be HOST:PORT, with an IP address or a host name other than 0.0.0.0 and ::, and a port from 1 to 65535",
     is_host_port,
 )
-some_origins = Rule(
-    'be "*" or origins as browsers send them: scheme://host, a port if it is not the default one, all in lower '
+each_an_origin = EachRule(
+    'be "*" or an origin as browsers send it: scheme://host, a port if it is not the default one, all in lower '
     "case, and nothing after that",
-    are_origins,
+    is_origin,
 )
 some_keys = Rule("be distinct keys of 1 to 256 printable ASCII characters without blanks", are_keys)
 

@@ -15,13 +15,13 @@ from memserve.settings.rules import (
     a_name,
     a_reachable_host,
     between,
+    each_an_origin,
     matching,
     one_of,
     or_unset,
     parse_mode,
     parse_size,
     some_keys,
-    some_origins,
 )
 
 
@@ -319,7 +319,7 @@ class FrontendConfig:
     )
     cors_origins: tuple[str, ...] = setting(
         (),
-        rule=some_origins,
+        rule=each_an_origin,
         help='web pages of these origins may call the server from a browser ("*": of all), but change no workers',
     )
     ttft_ms: float | None = setting(

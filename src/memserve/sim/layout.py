@@ -119,8 +119,8 @@ def fixed(kind: str, instances: int, *, pages: int, shared: bool = False, **sett
 def on_sites(layout: Layout, sites: int, cores: float = 1.0) -> Layout:
     """The layout with its workers spread in turn over ``sites`` sites; 0 leaves each worker its own.
 
-    ``cores``: of each site, all of which a step takes that is alone there. How many does not matter beyond
-    one, which is a GPU: steps share its time and never wait for one another.
+    ``cores``: how many each site has; a step that is alone there takes all of them. One stands for a GPU, whose
+    time steps share without waiting for one another. Any larger number stands for a host.
     """
     if not sites:
         return layout
