@@ -91,7 +91,7 @@ class Api:
         """POST /v1/completions."""
         body = await self._body(request, CompletionBody)
         prompts = await completion_prompts(body, self.served, _scope(request, body), _draw_seed)
-        wire = CompletionWire(prompts, bool(body.return_token_ids), self._piece(body))
+        wire = CompletionWire(prompts, bool(body.return_token_ids), self._piece(body), _options(body))
         return self._generate(request, body, prompts, wire)
 
     async def chat(self, request: Request) -> Response:
@@ -99,7 +99,8 @@ class Api:
         body = await self._body(request, ChatBody)
         long = len(await request.body()) >= LONG_BODY
         prompt = await chat_prompt(body, self.served, _scope(request, body), _draw_seed, long)
-        wire = ChatWire(prompt, bool(body.return_token_ids), self._piece(body), self.served.call_format)
+        form = self.served.call_format
+        wire = ChatWire(prompt, bool(body.return_token_ids), self._piece(body), form, _options(body))
         return self._generate(request, body, [prompt], wire)
 
     async def tokenize(self, request: Request) -> Response:
@@ -195,7 +196,6 @@ class Api:
     ) -> Response:
         caller: Caller = request.scope[CALLER]
         asked = request.headers.get(TTFT_HEADER)
-        options = body.stream_options or StreamOptions()
         order = GenerationOrder(
             prompts=with_urgency(prompts, body, asked, caller, self.served.settings.ttft_ms),
             n=body.n or 1,
@@ -203,8 +203,6 @@ class Api:
             wire=wire,
             model=self.served.settings.model,
             stream=bool(body.stream),
-            include_usage=bool(options.include_usage),
-            usage_so_far=bool(options.continuous_usage_stats),
             cache_scope=_scope(request, body),
             ping_s=self.served.settings.ping_s,
             prompt_reports=self._prompt_reports(body, prompts),
@@ -259,6 +257,10 @@ def _scope(request: Request, body: CompletionBody | ChatBody) -> str:
     """The scope of the request: what it computes is shared with requests of the same scope alone."""
     caller: Caller = request.scope[CALLER]
     return salted(caller.tenant, body.cache_salt)
+
+
+def _options(body: CompletionBody | ChatBody) -> StreamOptions:
+    return body.stream_options or StreamOptions()
 
 
 def _draw_seed() -> int:
