@@ -31,6 +31,8 @@ from memserve.api.guard import CALLER, Caller, Guard
 from memserve.api.logprobs import Piece
 from memserve.api.prompt_logprobs import PromptReport
 from memserve.api.prompts import Model, Prompt, chat_prompt, completion_prompts
+from memserve.api.response_wire import ResponseWire
+from memserve.api.responses import echoed, own_names, read_response
 from memserve.api.service import ApiSettings, Service
 from memserve.api.thoughts import MARKS, ThoughtParser
 from memserve.api.tokenizing import detokenized, read_detokenize, read_tokenize, tokenized
@@ -51,6 +53,7 @@ def build_app(service: Service, tokenizer: Tokenizer, spec: ModelSpec, settings:
         routes=[
             Route("/v1/completions", api.completions, methods=["POST"]),
             Route("/v1/chat/completions", api.chat, methods=["POST"]),
+            Route("/v1/responses", api.responses, methods=["POST"]),
             Route("/tokenize", api.tokenize, methods=["POST"]),
             Route("/detokenize", api.detokenize, methods=["POST"]),
             Route("/v1/models", api.models),
@@ -102,6 +105,17 @@ class Api:
         form = self.served.call_format
         wire = ChatWire(prompt, bool(body.return_token_ids), self._piece(body), form, _options(body))
         return self._generate(request, body, [prompt], wire)
+
+    async def responses(self, request: Request) -> Response:
+        """POST /v1/responses: a chat in another form."""
+        data = await request.body()
+        long = len(data) >= LONG_BODY
+        body, chat = await self.served.aside(long, partial(read_response, data))
+        self._check_model(body.model)
+        with own_names():
+            prompt = await chat_prompt(chat, self.served, _scope(request, chat), _draw_seed, long)
+        wire = ResponseWire(prompt, echoed(body), self._piece(chat), self.served.call_format)
+        return self._generate(request, chat, [prompt], wire)
 
     async def tokenize(self, request: Request) -> Response:
         """POST /tokenize."""
