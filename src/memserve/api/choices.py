@@ -69,6 +69,8 @@ class Delta:
 
 def _joined(pieces: Sequence[Piece | TokenLogprobs]) -> list[Piece | TokenLogprobs]:
     """The pieces, with those that continue one another merged."""
+    if len(pieces) == 1:
+        return list(pieces)
     return [one for _, group in groupby(pieces, _kind) for one in _merged(list(group))]
 
 
@@ -207,11 +209,14 @@ class Choice:
     def take(self) -> Delta:
         """Everything new since the last ``take``."""
         delta, self._new = self._new, Delta()
+        pieces = self._pieces
         if self._thoughts is None and self._calls is None and not delta.logprobs:
-            delta.text = "".join(self._pieces)  # type: ignore[arg-type]  # nothing but text
-        else:
-            delta.fill(self._pieces)
-        self._pieces.clear()
+            delta.text = "".join(pieces)  # type: ignore[arg-type]  # nothing but text
+        elif len(pieces) == 1 and isinstance(pieces[0], str):
+            delta.text = pieces[0]
+        elif pieces:
+            delta.fill(pieces)
+        pieces.clear()
         return delta
 
     def _end(self, finish: str) -> None:

@@ -210,8 +210,12 @@ class Generation:
 
     def _events(self) -> bytes:
         """The pending events of all choices; takes their deltas."""
-        pending = [(choice, choice.take()) for choice in self._choices if not choice.withheld]
-        return b"".join([self._stream.events(choice, delta) for choice, delta in pending if delta])
+        events = [
+            self._stream.events(choice, delta)
+            for choice in self._choices
+            if not choice.withheld and (delta := choice.take())
+        ]
+        return b"".join(events)
 
     def _id_header(self) -> list[tuple[bytes, bytes]]:
         return [(b"x-request-id", self._id.encode())] if self._id else []

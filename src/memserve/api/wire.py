@@ -236,12 +236,17 @@ class ChunkStream:
         self._wire, self._head, self._choices = wire, head, choices
         self._counted = bool(wire.options.include_usage)
         self._counted_so_far = self._counted and bool(wire.options.continuous_usage_stats)
+        self._changing = wire.per_token or self._counted_so_far
+        """Whether more than the text changes from one event to the next."""
         self._moulds: dict[int, Mould] = {}
         """Event templates by choice, for choices whose first event was written."""
 
     def events(self, choice: Choice, delta: Delta) -> bytes:
-        opening = b"" if choice.index in self._moulds else self._opening(choice)
-        return opening + b"".join([self._event(choice, part) for part in delta.parts])
+        if choice.index not in self._moulds:
+            return self._opening(choice) + self.events(choice, delta)
+        if not delta.pieces:
+            return self._event(choice, delta)
+        return b"".join([self._event(choice, part) for part in delta.parts])
 
     def ending(self) -> bytes:
         if not self._counted:
@@ -257,8 +262,7 @@ class ChunkStream:
 
         Empty if its text is held back: half a character, or what may begin a stop string or a call.
         """
-        changing = self._wire.per_token or self._counted_so_far
-        if delta.finish or delta.calls or delta.thought or changing:
+        if delta.finish or delta.calls or delta.thought or self._changing:
             return event(self._chunk(choice, delta))
         return self._moulds[choice.index].event(delta.text) if delta.text else b""
 
