@@ -247,9 +247,13 @@ class Api:
         )  # fmt: skip
 
     def _apart(self, body: CompletionBody | ChatBody, prompt: Prompt) -> bool:
-        """Whether to report thoughts apart from the text. An answer that follows a grammar has none."""
-        apart = isinstance(body, ChatBody) and self.served.settings.reasoning == "apart"
-        return apart and not self._followed(prompt)
+        """Whether to report thoughts apart from the text. An answer of a given form has none.
+
+        With strict tools an answer follows a grammar, which allows any text before a call.
+        """
+        if not isinstance(body, ChatBody) or self.served.settings.reasoning != "apart":
+            return False
+        return body.may_be_text or not self._followed(prompt)
 
     def _followed(self, prompt: Prompt) -> bool:
         """Whether the answer follows a grammar."""

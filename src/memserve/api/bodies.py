@@ -217,6 +217,12 @@ class ChatBody(Conversation, _Body):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
+    def may_be_text(self) -> bool:
+        """Whether the answer may be any text: it has no given form, and need not be a call."""
+        plain = self.response_format is None or self.response_format.type == "text"
+        return plain and self.structured_outputs is None and not (self.offer is not None and self.offer.must)
+
+    @property
     def scores_of_echo(self) -> None:
         """None: a chat has no echo."""
 
