@@ -15,6 +15,7 @@ from fake_service import IM_END, FakeService, demo_tokenizer, says
 from memserve.api.bodies import ChatBody, CompletionBody, SharedFields
 from memserve.api.responses import REFUSED, ResponseBody
 from memserve.api.service import Chunk
+from memserve.drawing import Logprobs
 from memserve.errors import RequestFailed
 from test_api import DOCS
 from test_logprobs import service as scored
@@ -196,6 +197,20 @@ async def test_log_probabilities_are_those_of_the_text():
     told = [one for event in events if event["type"].endswith("text.delta") for one in event["logprobs"]]
     assert told == expected == events[-1]["response"]["output"][0]["content"][0]["logprobs"]
     assert (await whole({}, scored()))["output"][0]["content"][0]["logprobs"] == []
+
+
+async def test_log_probabilities_skip_thoughts_and_calls():
+    """Tokens of thoughts and calls are not among those of the text, however the answer is cut into events."""
+    tokens = demo_tokenizer().encode(f"{THOUGHT}I look.\n{CALL}", False)
+    known = Logprobs(-1.0, b"", ())
+    steps = [Chunk((token,), None, 0, (known,)) for token in tokens] + [Chunk((IM_END,), "stop", 0, (known,))]
+    body = {"tools": FLAT, "include": ["message.output_text.logprobs"]}
+    answer = await whole(body, FakeService(lambda _request: steps), reasoning="apart")
+    (message,) = (item for item in answer["output"] if item["type"] == "message")
+    assert "".join(one["token"] for one in message["content"][0]["logprobs"]).strip() == "I look."
+    slow = [step for one in steps for step in (one, 0.001)]
+    events = await streamed(body, FakeService(lambda _request: slow), reasoning="apart")
+    assert put_together(events) == events[-1]["response"]["output"] == answer["output"]
 
 
 async def test_a_stream_is_written_piece_by_piece():
