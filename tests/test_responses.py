@@ -7,19 +7,28 @@ import re
 
 import attrs
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from openai.types import responses as openai_types
 from pydantic import TypeAdapter
 
 from api_client import CHAT, HI, post
-from fake_service import IM_END, FakeService, demo_tokenizer, says
+from fake_service import IM_END, FakeService, demo_tokenizer, says, sse
 from memserve.api.bodies import ChatBody, CompletionBody, SharedFields
+from memserve.api.call_formats import CALL_FORMATS
+from memserve.api.call_parser import CallParser
+from memserve.api.choices import Choice
+from memserve.api.prompts import Prompt
+from memserve.api.response_wire import ResponseWire
 from memserve.api.responses import REFUSED, ResponseBody
 from memserve.api.service import Chunk
+from memserve.api.thoughts import ThoughtParser
+from memserve.api.wire import Head
 from memserve.drawing import Logprobs
 from memserve.errors import RequestFailed
 from test_api import DOCS
 from test_logprobs import service as scored
-from test_tools import CALL, TIME, TWO, WEATHER
+from test_tools import CALL, PARIS, TIME, TWO, WEATHER
 
 RESPONSES = "/v1/responses"
 EVENT = TypeAdapter(openai_types.ResponseStreamEvent)
@@ -169,6 +178,42 @@ async def test_a_stream_ends_with_what_a_whole_response_is(text, kinds, finish):
         assert put_together(events) == final["output"] == expected["output"]
         same = ("status", "usage", "tools", "tool_choice", "incomplete_details")
         assert {name: final[name] for name in same} == {name: expected[name] for name in same}
+
+
+PIECES = st.lists(st.sampled_from([
+    "<think>", "</think>", " ", "\n", "a", "x < y", CALL, CALL[:40], CALL[40:], "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", PARIS, "get_weather", "{", "}",
+    f"[TOOL_CALLS]get_weather[ARGS]{PARIS}", f'[TOOL_CALLS][{{"name": "get_weather", "arguments": {PARIS}}}]', f'{{"name": "get_weather", "parameters": {PARIS}}}',
+    "<function=get_weather>", "<parameter=city>", "Paris", "</parameter>", "</function>",
+]), max_size=12)  # fmt: skip
+
+
+def answered(form, pieces, finish):
+    """The response, and its events, of an answer that comes in these pieces of text."""
+    tokens = [Chunk(tuple(demo_tokenizer().encode(text, False))) for text in pieces if text]
+    chunks = [*tokens, Chunk((IM_END,), finish)]
+    schemas = {tool["name"]: tool.get("parameters") or {} for tool in FLAT}
+    calls = CallParser(form, frozenset(schemas), form.several, schemas)
+    choice = Choice(0, 0, demo_tokenizer().piece, (), thoughts=ThoughtParser(False), calls=calls)
+    wire, events = ResponseWire(Prompt((1,), None), {}, calls=form), b""
+    stream = wire.stream(Head("r", 0, "demo"), [choice])
+    for chunk in chunks:
+        choice.feed(chunk)
+        if (delta := choice.take()) and choice.finish is None:
+            events += stream.events(choice, delta)
+        elif delta:
+            events += stream.events(choice, delta) + stream.ending()
+            break
+    return [json.loads(data) for data in sse(events.decode())]
+
+
+@given(PIECES, st.sampled_from([*CALL_FORMATS.values()]), st.sampled_from(["stop", "length"]))
+def test_cuts_change_nothing(pieces, form, finish):
+    """Whatever a model writes, in whichever format, the items do not depend on how the answer is cut."""
+    text = "".join(pieces)
+    whole, events = answered(form, [text], finish), answered(form, list(text), finish)
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    for one in (whole, events, answered(form, pieces, finish)):
+        assert put_together(one) == one[-1]["response"]["output"] == whole[-1]["response"]["output"]
 
 
 async def test_thoughts_are_items_and_are_counted():
