@@ -147,6 +147,119 @@ async def test_tools():
     assert (await with_client(greeting(), go_on)).choices[0].message.content == "Hello there, 日本"
 
 
+async def test_responses():
+    """The client parses a response, whole and streamed, and finds its text, its usage and its end."""
+
+    def use(client):
+        whole = client.responses.create(
+            model="demo", input="Hi", instructions="Be brief", metadata={"a": "b"}
+        )
+        with client.responses.stream(model="demo", input="Hi", instructions="Be brief") as stream:
+            deltas = [event.delta for event in stream if event.type == "response.output_text.delta"]
+            return whole, stream.get_final_response(), deltas
+
+    whole, final, deltas = await with_client(greeting(delay_s=0.005), use)
+    for answer in (whole, final):
+        assert (answer.output_text, answer.status, answer.store) == ("Hello there, 日本", "completed", False)
+        assert answer.usage.input_tokens_details.cached_tokens == 3
+    assert whole._request_id == "r1" and whole.metadata == {"a": "b"}
+    assert len(deltas) > 4 and "".join(deltas) == final.output_text
+
+
+async def test_a_loop_of_tools_in_responses():
+    """The client finds calls in whole, parsed and streamed responses, and sends their outputs back with the items."""
+    from test_tools import CALL, PARIS
+
+    class GetWeather(openai.BaseModel):
+        city: str
+
+    tool = openai.pydantic_function_tool(GetWeather, name="get_weather")
+    asked = {"model": "demo", "tools": [{"type": "function", **tool["function"]}]}
+    typed = {"model": "demo", "tools": [tool]}
+
+    def script(request):
+        answered = "18 degrees" in demo_tokenizer().decode(request.prompt)
+        return says("It is 18 degrees." if answered else f"I look.\n{CALL}", delay_s=0.001)
+
+    def use(client):
+        talk = [{"role": "user", "content": "Weather in Paris?"}]
+        plain = client.responses.create(**asked, input=talk)
+        parsed = client.responses.parse(**typed, input=talk)
+        with client.responses.stream(**typed, input=talk) as stream:
+            pieces = [
+                event.delta for event in stream if event.type == "response.function_call_arguments.delta"
+            ]
+            answers = [plain, parsed, stream.get_final_response()]
+        ends = []
+        for answer in answers:
+            (call,) = (item for item in answer.output if item.type == "function_call")
+            result = {"type": "function_call_output", "call_id": call.call_id, "output": "18 degrees"}
+            ends.append(client.responses.create(**asked, input=[*talk, *answer.output, result]))
+        return answers, pieces, ends
+
+    service = FakeService(script)
+    answers, pieces, ends = await with_client(service, use)
+    assert "".join(pieces) == PARIS and len(pieces) > 1
+    for answer in answers:
+        message, call = answer.output
+        assert message.content[0].text == "I look."
+        assert (call.name, call.arguments) == ("get_weather", PARIS)
+    assert [answer.output[1].parsed_arguments for answer in answers[1:]] == [GetWeather(city="Paris")] * 2
+    assert [end.output_text for end in ends] == ["It is 18 degrees."] * 3
+    first, later = service.opened[0].prompt, service.opened[3].prompt
+    assert later[: len(first)] == first, "the second turn finds the first one's prompt in the cache"
+
+
+async def test_structured_responses():
+    """The client parses a response of a pydantic model's form, whole and streamed, and the grammar is asked for."""
+
+    class Place(openai.BaseModel):
+        city: str
+
+    def use(client):
+        asked = {"model": "demo", "input": "Where?", "text_format": Place}
+        with client.responses.stream(**asked) as stream:
+            return client.responses.parse(**asked), stream.get_final_response()
+
+    service = FakeService(lambda _request: says('{"city": "Paris"}', delay_s=0.001))
+    for answer in await with_client(service, use):
+        assert answer.output_parsed == Place(city="Paris")
+        assert answer.text.format.name == "Place"
+    assert all(one.params.sampling.adjust.grammar for one in service.opened)
+
+
+async def test_responses_that_fail_or_are_left():
+    """The client gets its own errors for refusals, a failed response in a stream, and may leave at any time."""
+
+    def refused(client):
+        client.responses.create(model="demo", input="Hi", previous_response_id="resp_1")
+
+    with pytest.raises(openai.BadRequestError, match="send the whole conversation") as caught:
+        await with_client(greeting(), refused)
+    assert caught.value.param == "previous_response_id"
+
+    script = [
+        *says("so far", "length", delay_s=0.01)[:2],
+        0.05,
+        RequestFailed("worker_lost", "It is gone", 503),
+    ]
+
+    def failing(client):
+        return list(client.responses.create(model="demo", input="Hi", stream=True))
+
+    *_, last = await with_client(FakeService(lambda _request: script), failing)
+    assert (last.type, last.response.error.message) == ("response.failed", "It is gone")
+
+    service = FakeService(lambda _request: says("word " * 1000, delay_s=0.005))
+
+    def leaving(client):
+        with client.responses.create(model="demo", input="Hi", stream=True) as stream:
+            next(iter(stream))
+
+    await with_client(service, leaving)
+    assert service.opened[0].outcome == "cancelled"
+
+
 async def test_models():
     """The client lists the model."""
     models = await with_client(greeting(), lambda client: list(client.models.list()))

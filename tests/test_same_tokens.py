@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import attrs
+import httpx
 import openai
 import pytest
 
@@ -298,3 +299,27 @@ def test_a_prompt_is_scored_once_when_its_worker_is_killed(cluster: Cluster, vic
 def started(cluster: Cluster, doing: str = "prefill") -> int:
     """How many prompts a prefill worker has begun, or answers a decode worker has continued."""
     return sum(line["event"] == f"{doing} started" for line in cluster.lines())
+
+
+def test_a_response_is_the_chat_that_it_asks_for_though_its_worker_is_killed(cluster: Cluster) -> None:
+    """The same conversation has the same text as a chat and as a response, whose worker is killed while it is streamed."""
+    text, how = "Write a long story about a lighthouse.", {"temperature": 1.0, "seed": 5}
+    chat = {"messages": [{"role": "user", "content": text}], "max_tokens": STREAMED, **how}
+    known = httpx.post(f"{cluster.url}/v1/chat/completions", json=chat, timeout=120).json()
+    with openai.OpenAI(base_url=f"{cluster.url}/v1", api_key="k", max_retries=0, timeout=120) as client:
+        asked = {"temperature": 1.0, "max_output_tokens": STREAMED, "extra_body": {"seed": 5}}
+        found, killed = "", False
+        for event in client.responses.create(
+            model=client.models.list().data[0].id, input=text, stream=True, **asked
+        ):
+            if event.type == "response.output_text.delta":
+                found += event.delta
+                if not killed:
+                    os.kill(cluster.pid("d0"), signal.SIGKILL)
+                    killed = True
+    last = event.response
+    assert found == last.output_text == known["choices"][0]["message"]["content"]
+    assert last.usage.output_tokens == known["usage"]["completion_tokens"]
+    assert [line["attempts"] for line in cluster.lines() if line["event"] == "request finished"][-1] == 2
+    cluster.wait_healthy()
+    cluster.wait_idle()

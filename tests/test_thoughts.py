@@ -104,6 +104,18 @@ async def test_a_stream_has_thoughts_before_the_answer_and_calls():
     assert "".join(calls) == PARIS
 
 
+async def test_strict_tools_leave_thoughts_apart():
+    """Agents offer strict tools by default: their calls follow a grammar, but what comes before is still a thought and a text."""
+    strict = WEATHER | {"function": WEATHER["function"] | {"strict": True}}
+    text = f"<think>\nA fox.\n</think>\n\nI look.\n{CALL}"
+    (choice,) = (await asked(text, tools=[strict])).json()["choices"]
+    message = choice["message"]
+    assert (message["reasoning_content"], message["content"]) == ("A fox.", "I look.")
+    assert message["tool_calls"][0]["function"]["arguments"] == PARIS
+    (choice,) = (await asked(CALL, tools=[strict], tool_choice="required")).json()["choices"]
+    assert choice["message"]["tool_calls"][0]["function"]["arguments"] == PARIS
+
+
 async def test_an_answer_may_continue_a_thought():
     """If it failed, the rest of a thought that a client began would be shown to users, with its closing mark."""
     begun = [*HI, {"role": "assistant", "content": "<think>\nA"}]

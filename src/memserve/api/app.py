@@ -31,6 +31,8 @@ from memserve.api.guard import CALLER, Caller, Guard
 from memserve.api.logprobs import Piece
 from memserve.api.prompt_logprobs import PromptReport
 from memserve.api.prompts import Model, Prompt, chat_prompt, completion_prompts
+from memserve.api.response_wire import ResponseWire
+from memserve.api.responses import echoed, own_names, read_response
 from memserve.api.service import ApiSettings, Service
 from memserve.api.thoughts import MARKS, ThoughtParser
 from memserve.api.tokenizing import detokenized, read_detokenize, read_tokenize, tokenized
@@ -51,6 +53,7 @@ def build_app(service: Service, tokenizer: Tokenizer, spec: ModelSpec, settings:
         routes=[
             Route("/v1/completions", api.completions, methods=["POST"]),
             Route("/v1/chat/completions", api.chat, methods=["POST"]),
+            Route("/v1/responses", api.responses, methods=["POST"]),
             Route("/tokenize", api.tokenize, methods=["POST"]),
             Route("/detokenize", api.detokenize, methods=["POST"]),
             Route("/v1/models", api.models),
@@ -91,7 +94,7 @@ class Api:
         """POST /v1/completions."""
         body = await self._body(request, CompletionBody)
         prompts = await completion_prompts(body, self.served, _scope(request, body), _draw_seed)
-        wire = CompletionWire(prompts, bool(body.return_token_ids), self._piece(body))
+        wire = CompletionWire(prompts, bool(body.return_token_ids), self._piece(body), _options(body))
         return self._generate(request, body, prompts, wire)
 
     async def chat(self, request: Request) -> Response:
@@ -99,8 +102,20 @@ class Api:
         body = await self._body(request, ChatBody)
         long = len(await request.body()) >= LONG_BODY
         prompt = await chat_prompt(body, self.served, _scope(request, body), _draw_seed, long)
-        wire = ChatWire(prompt, bool(body.return_token_ids), self._piece(body), self.served.call_format)
+        form = self.served.call_format
+        wire = ChatWire(prompt, bool(body.return_token_ids), self._piece(body), form, _options(body))
         return self._generate(request, body, [prompt], wire)
+
+    async def responses(self, request: Request) -> Response:
+        """POST /v1/responses: a chat in another form."""
+        data = await request.body()
+        long = len(data) >= LONG_BODY
+        body, chat = await self.served.aside(long, partial(read_response, data))
+        self._check_model(body.model)
+        with own_names():
+            prompt = await chat_prompt(chat, self.served, _scope(request, chat), _draw_seed, long)
+        wire = ResponseWire(prompt, echoed(body), self._piece(chat), self.served.call_format)
+        return self._generate(request, chat, [prompt], wire)
 
     async def tokenize(self, request: Request) -> Response:
         """POST /tokenize."""
@@ -195,7 +210,6 @@ class Api:
     ) -> Response:
         caller: Caller = request.scope[CALLER]
         asked = request.headers.get(TTFT_HEADER)
-        options = body.stream_options or StreamOptions()
         order = GenerationOrder(
             prompts=with_urgency(prompts, body, asked, caller, self.served.settings.ttft_ms),
             n=body.n or 1,
@@ -203,8 +217,6 @@ class Api:
             wire=wire,
             model=self.served.settings.model,
             stream=bool(body.stream),
-            include_usage=bool(options.include_usage),
-            usage_so_far=bool(options.continuous_usage_stats),
             cache_scope=_scope(request, body),
             ping_s=self.served.settings.ping_s,
             prompt_reports=self._prompt_reports(body, prompts),
@@ -235,9 +247,13 @@ class Api:
         )  # fmt: skip
 
     def _apart(self, body: CompletionBody | ChatBody, prompt: Prompt) -> bool:
-        """Whether to report thoughts apart from the text. An answer that follows a grammar has none."""
-        apart = isinstance(body, ChatBody) and self.served.settings.reasoning == "apart"
-        return apart and not self._followed(prompt)
+        """Whether to report thoughts apart from the text. An answer of a given form has none.
+
+        With strict tools an answer follows a grammar, which allows any text before a call.
+        """
+        if not isinstance(body, ChatBody) or self.served.settings.reasoning != "apart":
+            return False
+        return body.may_be_text or not self._followed(prompt)
 
     def _followed(self, prompt: Prompt) -> bool:
         """Whether the answer follows a grammar."""
@@ -259,6 +275,10 @@ def _scope(request: Request, body: CompletionBody | ChatBody) -> str:
     """The scope of the request: what it computes is shared with requests of the same scope alone."""
     caller: Caller = request.scope[CALLER]
     return salted(caller.tenant, body.cache_salt)
+
+
+def _options(body: CompletionBody | ChatBody) -> StreamOptions:
+    return body.stream_options or StreamOptions()
 
 
 def _draw_seed() -> int:

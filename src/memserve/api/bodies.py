@@ -16,7 +16,7 @@ from msgspec import Meta
 
 from memserve.api.errors import ApiError, unsupported
 from memserve.api.formats import FORMATS, ResponseFormat, StructuredOutputs
-from memserve.api.messages import MESSAGES_MAX, ROLES, ChatMessage, check_messages
+from memserve.api.messages import MESSAGES_MAX, ROLES, SPEAKERS, ChatMessage, check_messages
 from memserve.api.tools import CHOICES, TOOLS_MAX, Offer, Tool, ToolChoice, check_tools, offered
 from memserve.drawing import LOGPROBS_MAX
 from memserve.engine.detokenizer import check_stops
@@ -71,7 +71,7 @@ CHATS_ALONE: dict[str, tuple[object, ...]] = {
 """Fields that only chats support, with the values that pass elsewhere because they request nothing."""
 COMPLETIONS_ALONE: dict[str, tuple[object, ...]] = {"add_special_tokens": (False,), "echo": (False,)}
 """Fields that only completions support, likewise."""
-_SOMEWHERE_REFUSED = REFUSED | CHATS_ALONE | COMPLETIONS_ALONE
+SOMEWHERE_REFUSED = REFUSED | CHATS_ALONE | COMPLETIONS_ALONE
 TEMPLATE_ARGUMENTS_MAX = 32
 TEMPLATE_NAMES = frozenset(
     ("add_generation_prompt", "bos_token", "documents", "eos_token", "messages", "raise_exception", "strftime_now", "tools")
@@ -98,14 +98,11 @@ class StreamOptions:
 
 
 @attrs.frozen(kw_only=True)
-class _Body:
+class SharedFields:
+    """The fields that mean the same wherever text is generated."""
+
     model: str | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    n: Annotated[int, Meta(ge=1, le=CHOICES_MAX)] | None = None
-    best_of: int | None = None
-    """Accepted only if it requests nothing: equal to ``n``."""
-    max_tokens: Count | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=-1)] | None = None
@@ -117,7 +114,6 @@ class _Body:
     logit_bias: dict[str, Any] | None = None
     """Biases by token id; :mod:`memserve.api.sampling` parses them."""
     min_tokens: Annotated[int, Meta(ge=0)] | None = None
-    response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: str | tuple[str, ...] | None = None
@@ -128,14 +124,24 @@ class _Body:
     truncate_prompt_tokens: Count | None = None
     ignore_eos: bool | None = None
     priority: Annotated[int, Meta(ge=-PRIORITY_MAX, le=PRIORITY_MAX)] | None = None
-    return_token_ids: bool | None = None
-    prompt_logprobs: Annotated[int, Meta(ge=0, le=LOGPROBS_MAX)] | None = None
     cache_salt: Annotated[str, Meta(min_length=1)] | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:
         """The stop strings, whether the body has one text or several."""
         return (self.stop,) if isinstance(self.stop, str) else self.stop or ()
+
+
+@attrs.frozen(kw_only=True)
+class _Body(SharedFields):
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Meta(ge=1, le=CHOICES_MAX)] | None = None
+    best_of: int | None = None
+    """Accepted only if it requests nothing: equal to ``n``."""
+    max_tokens: Count | None = None
+    response_format: ResponseFormat | None = None
+    return_token_ids: bool | None = None
+    prompt_logprobs: Annotated[int, Meta(ge=0, le=LOGPROBS_MAX)] | None = None
 
 
 @attrs.frozen(kw_only=True)
@@ -211,12 +217,19 @@ class ChatBody(Conversation, _Body):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
+    def may_be_text(self) -> bool:
+        """Whether the answer may be any text: it has no given form, and need not be a call."""
+        plain = self.response_format is None or self.response_format.type == "text"
+        return plain and self.structured_outputs is None and not (self.offer is not None and self.offer.must)
+
+    @property
     def scores_of_echo(self) -> None:
         """None: a chat has no echo."""
 
 
 Body = TypeVar("Body", CompletionBody, ChatBody)
 Fields = TypeVar("Fields", bound=attrs.AttrsInstance)
+Part = TypeVar("Part")
 
 
 def read_body(data: bytes, kind: type[Body]) -> Body:
@@ -225,15 +238,20 @@ def read_body(data: bytes, kind: type[Body]) -> Body:
     _check_logprobs(body)
     _check_max_tokens(body)
     _check_best_of(body)
+    check_shared(body, body.stream_options)
+    return body
+
+
+def check_shared(body: SharedFields, stream_options: object) -> None:
+    """Check what the types of the shared fields do not express. Raises ApiError (400)."""
     try:
         check_stops(body.stops)
     except ValueError as error:
         raise ApiError(f"stop: {error}", "stop", code="invalid_value") from error
-    if body.stream_options is not None and not body.stream:
+    if stream_options is not None and not body.stream:
         raise ApiError(
             "stream_options: only allowed when stream is true", "stream_options", code="invalid_value"
         )
-    return body
 
 
 def _check_logprobs(body: CompletionBody | ChatBody) -> None:
@@ -250,14 +268,23 @@ def _check_max_tokens(body: _Body) -> None:
 
 def read_fields(raw: dict[str, Any], kind: type[Fields]) -> Fields:
     """Convert ``raw`` to a body, checking each field by itself. Raises ApiError (400)."""
-    _refuse(raw, attrs.fields_dict(kind))
-    try:
-        body = msgspec.convert(raw, kind)
-    except msgspec.ValidationError as error:
-        raise _invalid(raw, str(error)) from error
+    refuse(raw, attrs.fields_dict(kind), SOMEWHERE_REFUSED, REMEDIES)
+    body = converted(raw, raw, kind)
     if isinstance(body, Conversation):
         _check_conversation(body, raw)
     return body
+
+
+def converted(raw: dict[str, Any], value: Any, kind: type[Part], path: str = "") -> Part:
+    """``value``, found at ``path`` in the body ``raw``, as a ``kind``. Raises ApiError (400)."""
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        text = str(error)
+        if path:  # msgspec writes " - at `$.name`", or nothing if the value itself is wrong
+            rule, _, within = text.partition(" - at `$")
+            text = f"{rule} - at `$.{path}{within or '`'}"
+        raise _invalid(raw, text) from error
 
 
 def read_object(data: bytes) -> dict[str, Any]:
@@ -284,13 +311,13 @@ def _check_best_of(body: _Body) -> None:
 def _check_conversation(body: Conversation, raw: dict[str, Any]) -> None:
     check_messages(body.messages, raw)
     check_tools(body.tools, body.tool_choice)
-    _check_template_arguments(body.chat_template_kwargs or {})
+    check_template_arguments(body.chat_template_kwargs or {})
     if body.continue_final_message and body.add_generation_prompt:
         message = "continue_final_message: not together with add_generation_prompt; set one of them"
         raise ApiError(message, "continue_final_message", code="invalid_value")
 
 
-def _check_template_arguments(given: dict[str, Scalar]) -> None:
+def check_template_arguments(given: dict[str, Scalar]) -> None:
     """Check the number and the names of ``chat_template_kwargs``: they become variables of the template.
 
     The template decides which values it accepts.
@@ -309,16 +336,29 @@ def _check_template_arguments(given: dict[str, Scalar]) -> None:
             raise ApiError(f"{field}: {rule}, got {_shown(name)}", field, code="invalid_value")
 
 
-def _refuse(raw: dict[str, Any], served: Mapping[str, Any]) -> None:
-    for name in (raw.keys() & _SOMEWHERE_REFUSED.keys()) - served.keys():
+def refuse(
+    raw: dict[str, Any],
+    served: Mapping[str, Any],
+    refused: Mapping[str, tuple[object, ...]],
+    remedies: Mapping[str, str],
+) -> None:
+    """Raise ApiError (400) if the body has one of the fields ``refused``, with a value that requests something.
+
+    Fields in ``served`` pass.
+    """
+    for name in (raw.keys() & refused.keys()) - served.keys():
         value = raw[name]
-        passing = _SOMEWHERE_REFUSED[name]
-        neutral = any(type(value) is type(passes) and value == passes for passes in passing)
+        neutral = any(type(value) is type(passes) and value == passes for passes in refused[name])
         if value is not None and not neutral:
-            raise unsupported(name, REMEDIES.get(name, "leave it out"))
+            raise unsupported(name, remedies.get(name, "leave it out"))
 
 
 _KNOWN = (
+    (r"^input\[\d+\]\.role$", SPEAKERS),
+    (r"^input.*\.type$", ("input_text", "output_text")),
+    (r"^text\.format", FORMATS),
+    (r"^truncation$", ("disabled", "auto")),
+    (r"^tool_choice\.mode$", ("auto", "required")),
     (r"\.role$", ROLES),
     (r"^response_format", FORMATS),
     (r"^tool_choice$", CHOICES),

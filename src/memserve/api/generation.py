@@ -6,20 +6,19 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cached_property, partial
-from typing import Any
 
 import attrs
 import msgspec
 import trio
 from starlette.types import Receive, Scope, Send
 
-from memserve.api.choices import Choice, Delta
+from memserve.api.choices import Choice
 from memserve.api.direct import DIRECT, DirectWriter
 from memserve.api.errors import ApiError, from_failure
 from memserve.api.prompt_logprobs import PromptReport
 from memserve.api.prompts import Prompt, of_choice
 from memserve.api.service import Chunk, Service
-from memserve.api.wire import DONE, PING, Head, Mould, Wire, error_event, event, token_counts, usage
+from memserve.api.wire import PING, EventStream, Head, Wire
 from memserve.errors import RequestFailed
 
 _SSE_HEADERS = [
@@ -39,9 +38,6 @@ class GenerationOrder:
     wire: Wire
     model: str
     stream: bool
-    include_usage: bool
-    usage_so_far: bool = False
-    """With ``include_usage``: each chunk of a stream has the usage of its answer so far."""
     cache_scope: str
     ping_s: float
     prompt_reports: Sequence[PromptReport] = ()
@@ -67,8 +63,6 @@ class Generation:
         self._at_once: DirectWriter | None = None
         """The fast path, set only while nothing else is being written."""
         self._wrote_at = float("-inf")
-        self._moulds: dict[int, Mould] = {}
-        """Event templates by choice, for choices whose first event was written."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run and write the answers.
@@ -164,6 +158,11 @@ class Generation:
         """Fields that all events share; must not be read before a stream is open."""
         return Head(self._id, int(time.time()), self._order.model)
 
+    @cached_property
+    def _stream(self) -> EventStream:
+        """The response as events; must not be read before a stream is open, or one has failed."""
+        return self._order.wire.stream(self._head, self._choices)
+
     async def _write_whole(self, send: Send) -> None:
         while not self._over:
             await self._wait()
@@ -171,7 +170,7 @@ class Generation:
             return await _send_error(send, from_failure(self._failure), self._id_header())
         await self._show_prompts()
         whole = self._order.wire.whole(self._head, [(choice, choice.take()) for choice in self._choices])
-        body = msgspec.json.encode(whole | {"usage": usage(self._order.prompts, self._choices)})
+        body = msgspec.json.encode(whole)
         headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
         await send({"type": "http.response.start", "status": 200, "headers": [*headers, *self._id_header()]})
         await send({"type": "http.response.body", "body": body})
@@ -206,52 +205,17 @@ class Generation:
 
     def _ending(self) -> bytes:
         if self._failure is not None:
-            return error_event(from_failure(self._failure).body())
-        if not self._order.include_usage:
-            return DONE
-        last = self._order.wire.last(self._head) | {"usage": usage(self._order.prompts, self._choices)}
-        return event(last) + DONE
+            return self._stream.failure(from_failure(self._failure))
+        return self._stream.ending()
 
     def _events(self) -> bytes:
         """The pending events of all choices; takes their deltas."""
-        events = []
-        for choice in self._choices:
-            if choice.withheld or not (delta := choice.take()):
-                continue
-            if choice.index not in self._moulds:
-                events.append(self._opening(choice))
-            events += [self._event(choice, part) for part in delta.parts]
+        events = [
+            self._stream.events(choice, delta)
+            for choice in self._choices
+            if not choice.withheld and (delta := choice.take())
+        ]
         return b"".join(events)
-
-    def _event(self, choice: Choice, delta: Delta) -> bytes:
-        """The event for ``delta``.
-
-        Empty if its text is held back: half a character, or what may begin a stop string or a call.
-        """
-        changing = self._order.wire.per_token or self._order.usage_so_far
-        if delta.finish or delta.calls or delta.thought or changing:
-            return event(self._chunk(choice, delta))
-        return self._moulds[choice.index].event(delta.text) if delta.text else b""
-
-    def _opening(self, choice: Choice) -> bytes:
-        """The event that opens a choice's stream; may be empty."""
-        self._moulds[choice.index] = Mould.of(lambda text: self._chunk(choice, Delta(text)))
-        opening = self._order.wire.opening(self._head, choice)
-        return b"" if opening is None else event(opening | self._usage_yet(choice, 0))
-
-    def _chunk(self, choice: Choice, delta: Delta) -> dict[str, Any]:
-        return self._order.wire.chunk(self._head, choice, delta) | self._usage_yet(
-            choice, choice.output_tokens
-        )
-
-    def _usage_yet(self, choice: Choice, tokens: int) -> dict[str, Any]:
-        """A chunk's usage, if requested: unknown, or that of the choice after ``tokens`` tokens."""
-        if not self._order.include_usage:
-            return {}
-        if not self._order.usage_so_far:
-            return {"usage": None}
-        prompt = self._order.prompts[choice.prompt]
-        return {"usage": token_counts(len(prompt.tokens), tokens, choice.cached_tokens)}
 
     def _id_header(self) -> list[tuple[bytes, bytes]]:
         return [(b"x-request-id", self._id.encode())] if self._id else []

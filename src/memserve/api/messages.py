@@ -12,6 +12,8 @@ from memserve.api.errors import ApiError, unsupported
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 """Roles of messages. The set is fixed, because templates write roles among their control tokens."""
+SPEAKERS = ("system", "developer", "user", "assistant")
+"""Roles of the messages in the input of /v1/responses, where results of tools are items of their own."""
 MESSAGES_MAX = 10_000
 """Most messages in one chat. To check and render one takes some ten microseconds of the interpreter, which all
 streams of the Frontend share."""

@@ -41,7 +41,14 @@ class ThoughtParser:
         self._state: Callable[[], bool] = self._in_thought if begun else self._at_head
         self._thinking = False
         """Whether any of the thought has been reported."""
+        self.began = begun
+        """Whether there was a thought, which may be empty."""
         self._found: list[Thought | str] = []
+
+    @property
+    def over(self) -> bool:
+        """Whether what follows belongs to the answer."""
+        return self._state in (self._behind_thought, self._in_answer)
 
     def push(self, text: str) -> list[Thought | str]:
         """Take in ``text`` and return what is now known, in order."""
@@ -69,14 +76,15 @@ class ThoughtParser:
         elif not head.startswith(OPEN):
             return self._to(self._in_answer)
         self._rest = head[len(OPEN) :]
+        self.began = True
         return self._to(self._in_thought)
 
     def _in_thought(self) -> bool:
         text, closed, behind = self._rest.partition(CLOSE)
         thought = text.rstrip() if closed else text[: len(text) - held(text, CLOSE)]
         shown = thought if self._thinking else thought.lstrip()
-        if shown:
-            self._thinking = True
+        if shown or closed:  # even an empty one tells where it ends
+            self._thinking = self._thinking or bool(shown)
             self._found.append(Thought(shown))
         self._rest = behind if closed else text[len(thought) :]
         return bool(closed) and self._to(self._behind_thought)

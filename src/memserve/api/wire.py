@@ -9,15 +9,20 @@ from typing import Any, Protocol
 import attrs
 import msgspec
 
+from memserve.api.bodies import StreamOptions
 from memserve.api.call_formats import HERMES, CallFormat
 from memserve.api.calls import call_deltas, whole_calls
 from memserve.api.choices import Choice, Delta
+from memserve.api.errors import ApiError
 from memserve.api.logprobs import Piece, chat_logprobs, completion_logprobs
 from memserve.api.prompt_logprobs import behind_echo
 from memserve.api.prompts import Prompt
 
 DONE = b"data: [DONE]\n\n"
 PING = b": waiting\n\n"
+
+
+_NO_OPTIONS = StreamOptions()
 
 
 @attrs.frozen
@@ -30,8 +35,39 @@ class Head:
     model: str
 
 
+class EventStream(Protocol):
+    """One response as server-sent events. It may hold state: each delta is shown once, in order."""
+
+    def events(self, choice: Choice, delta: Delta) -> bytes:
+        """The events for what is new in one of the answers; may be empty."""
+
+    def ending(self) -> bytes:
+        """The events after the last delta of the last answer."""
+
+    def failure(self, error: ApiError) -> bytes:
+        """The events that end the response if it fails instead."""
+
+
 class Wire(Protocol):
-    """One of OpenAI's two response formats."""
+    """One of OpenAI's response formats."""
+
+    def whole(self, head: Head, answers: Sequence[tuple[Choice, Delta]]) -> dict[str, Any]:
+        """A response that is not streamed."""
+
+    def stream(self, head: Head, choices: Sequence[Choice]) -> EventStream:
+        """A response that is streamed."""
+
+
+class ChunkWire(Protocol):
+    """A format whose streams consist of chunks: objects of one shape for everything that is new."""
+
+    @property
+    def prompts(self) -> Sequence[Prompt]:
+        """The prompts of the request."""
+
+    @property
+    def options(self) -> StreamOptions:
+        """What the client wants to know of its usage."""
 
     @property
     def per_token(self) -> bool:
@@ -42,9 +78,6 @@ class Wire(Protocol):
 
     def chunk(self, head: Head, choice: Choice, delta: Delta) -> dict[str, Any]:
         """A chunk of a choice's stream."""
-
-    def whole(self, head: Head, answers: Sequence[tuple[Choice, Delta]]) -> dict[str, Any]:
-        """A response that is not streamed, without its usage."""
 
     def last(self, head: Head) -> dict[str, Any]:
         """The chunk without choices that carries a stream's usage."""
@@ -58,6 +91,7 @@ class CompletionWire:
     token_ids: bool
     piece: Piece | None = None
     """Set if log probabilities are requested."""
+    options: StreamOptions = _NO_OPTIONS
 
     @property
     def per_token(self) -> bool:
@@ -74,7 +108,11 @@ class CompletionWire:
         return self._object(head, [self._choice(choice, delta)])
 
     def whole(self, head: Head, answers: Sequence[tuple[Choice, Delta]]) -> dict[str, Any]:
-        return self._object(head, [self._with_prompt(choice, delta) for choice, delta in answers])
+        whole = self._object(head, [self._with_prompt(choice, delta) for choice, delta in answers])
+        return whole | {"usage": usage(self.prompts, [choice for choice, _ in answers])}
+
+    def stream(self, head: Head, choices: Sequence[Choice]) -> EventStream:
+        return ChunkStream(self, head, choices)
 
     def last(self, head: Head) -> dict[str, Any]:
         return self._object(head, [])
@@ -122,6 +160,11 @@ class ChatWire:
     """Set if log probabilities are requested."""
     calls: CallFormat = HERMES
     """Format in which the model writes tool calls; it determines what their ids look like."""
+    options: StreamOptions = _NO_OPTIONS
+
+    @property
+    def prompts(self) -> Sequence[Prompt]:
+        return (self.prompt,)
 
     @property
     def per_token(self) -> bool:
@@ -153,7 +196,11 @@ class ChatWire:
                 message |= {"content": delta.text or None, "tool_calls": whole_calls(delta.calls, call_id)}
             answer = {"index": choice.index, "message": message, "finish_reason": delta.finish}
             choices.append(answer | self._details(delta))
-        return self._object(head, "chat.completion", choices) | self._of_prompt(answers[0][0])
+        whole = self._object(head, "chat.completion", choices) | self._of_prompt(answers[0][0])
+        return whole | {"usage": usage(self.prompts, [choice for choice, _ in answers])}
+
+    def stream(self, head: Head, choices: Sequence[Choice]) -> EventStream:
+        return ChunkStream(self, head, choices)
 
     def last(self, head: Head) -> dict[str, Any]:
         return self._object(head, "chat.completion.chunk", [])
@@ -180,6 +227,62 @@ class ChatWire:
             "model": head.model,
             "choices": choices,
         }
+
+
+class ChunkStream:
+    """The stream of a completion or a chat."""
+
+    def __init__(self, wire: ChunkWire, head: Head, choices: Sequence[Choice]) -> None:
+        self._wire, self._head, self._choices = wire, head, choices
+        self._counted = bool(wire.options.include_usage)
+        self._counted_so_far = self._counted and bool(wire.options.continuous_usage_stats)
+        self._changing = wire.per_token or self._counted_so_far
+        """Whether more than the text changes from one event to the next."""
+        self._moulds: dict[int, Mould] = {}
+        """Event templates by choice, for choices whose first event was written."""
+
+    def events(self, choice: Choice, delta: Delta) -> bytes:
+        if choice.index not in self._moulds:
+            return self._opening(choice) + self.events(choice, delta)
+        if not delta.pieces:
+            return self._event(choice, delta)
+        return b"".join([self._event(choice, part) for part in delta.parts])
+
+    def ending(self) -> bytes:
+        if not self._counted:
+            return DONE
+        last = self._wire.last(self._head) | {"usage": usage(self._wire.prompts, self._choices)}
+        return event(last) + DONE
+
+    def failure(self, error: ApiError) -> bytes:
+        return error_event(error.body())
+
+    def _event(self, choice: Choice, delta: Delta) -> bytes:
+        """The event for ``delta``.
+
+        Empty if its text is held back: half a character, or what may begin a stop string or a call.
+        """
+        if delta.finish or delta.calls or delta.thought or self._changing:
+            return event(self._chunk(choice, delta))
+        return self._moulds[choice.index].event(delta.text) if delta.text else b""
+
+    def _opening(self, choice: Choice) -> bytes:
+        """The event that opens a choice's stream; may be empty."""
+        self._moulds[choice.index] = Mould.of(lambda text: self._chunk(choice, Delta(text)))
+        opening = self._wire.opening(self._head, choice)
+        return b"" if opening is None else event(opening | self._usage_yet(choice, 0))
+
+    def _chunk(self, choice: Choice, delta: Delta) -> dict[str, Any]:
+        return self._wire.chunk(self._head, choice, delta) | self._usage_yet(choice, choice.output_tokens)
+
+    def _usage_yet(self, choice: Choice, tokens: int) -> dict[str, Any]:
+        """A chunk's usage, if requested: unknown, or that of the choice after ``tokens`` tokens."""
+        if not self._counted:
+            return {}
+        if not self._counted_so_far:
+            return {"usage": None}
+        prompt = self._wire.prompts[choice.prompt]
+        return {"usage": token_counts(len(prompt.tokens), tokens, choice.cached_tokens)}
 
 
 def usage(prompts: Sequence[Prompt], choices: Sequence[Choice]) -> dict[str, Any]:
