@@ -219,7 +219,7 @@ def calibrate(
         return (crowded, fewest) if crowded is not None else (costs, 0)
 
     engine.rest()  # while this worker waits for its turn to measure, others may use its cores
-    costs = calibrated(default_cache_dir(), name, measuring, threads, at_work, resolved.run)
+    costs = calibrated(default_cache_dir(), name, measuring, threads, at_work)
     engine.rest()
     return costs
 

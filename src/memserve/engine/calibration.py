@@ -37,7 +37,7 @@ SHORT_S = 0.15
 ROUGH_S = 600.0
 """How long figures stay valid that were measured on fewer cores than requested, or beside other programs.
 
-They spare the workers of one cluster from measuring one by one. The next cluster measures again.
+They spare workers that start soon after one another from measuring one by one. Later ones measure again.
 """
 PATIENCE_S = 1.5
 """Total time spent on repeating steps that had too few threads: another worker was starting, or another
@@ -178,12 +178,11 @@ def calibrated(
     measuring: Callable[[], tuple[StepCosts, int]],
     threads: int,
     at_work: Callable[[], StepCosts | None] = lambda: None,
-    run: str = "",
 ) -> StepCosts:
     """Costs cached under ``name``, or measured now; cached permanently if all ``threads`` were available.
 
-    Otherwise the figures are rough, and cached for the cluster ``run`` alone. A machine that is busy while it
-    is measured may be idle for later clusters, which would then place requests by figures twice too high.
+    Otherwise the figures are rough, and cached for ROUGH_S. A machine that is busy while it is measured may be
+    idle for later clusters, which would then place requests by figures twice too high.
 
     ``at_work``: the figures of a similar worker that is running requests, or None. If there are such figures,
     they are used instead of rough ones, and nothing is measured. Next to that worker's streams every step
@@ -197,17 +196,14 @@ def calibrated(
     if (costs := _read(path)) is not None:
         return costs
     with _alone(cache_dir):
-        known = _read(path) or at_work() or _read_rough(rough, run)
+        known = _read(path) or at_work() or _read(rough, younger_s=ROUGH_S)
         if known is not None:
             return known
         costs, fewest = measuring()
         if fewest < threads:
             log.info("step costs are rough", threads=threads, threads_had=fewest)
         try:
-            if fewest >= threads:
-                _write(path, msgspec.json.encode(costs))
-            else:
-                _write(rough, msgspec.json.encode(_Rough(run, costs)))
+            _write(path if fewest >= threads else rough, msgspec.json.encode(costs))
         except OSError as error:  # a full disk must not keep a worker from starting
             log.warning(
                 "step costs not saved", reason=str(error), consequence="the next start measures again"
@@ -236,26 +232,10 @@ def _alone(cache_dir: Path) -> Iterator[None]:
         yield
 
 
-@attrs.frozen
-class _Rough:
-    """Figures that serve a single cluster, and the name of its run."""
-
-    run: str
-    costs: StepCosts
-
-
-def _read(path: Path) -> StepCosts | None:
+def _read(path: Path, younger_s: float = math.inf) -> StepCosts | None:
     with suppress(OSError, msgspec.MsgspecError):
-        return msgspec.json.decode(path.read_bytes(), type=StepCosts)
-    return None
-
-
-def _read_rough(path: Path, run: str) -> StepCosts | None:
-    """The rough figures of this run; None if there are none, or they are older than ROUGH_S."""
-    with suppress(OSError, msgspec.MsgspecError):
-        age_s = time.time() - path.stat().st_mtime
-        found = msgspec.json.decode(path.read_bytes(), type=_Rough)
-        return found.costs if found.run == run and age_s <= ROUGH_S else None
+        if time.time() - path.stat().st_mtime <= younger_s:
+            return msgspec.json.decode(path.read_bytes(), type=StepCosts)
     return None
 
 
