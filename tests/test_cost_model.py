@@ -298,6 +298,13 @@ def test_figures_from_a_busy_machine_serve_for_a_while(tmp_path: Path) -> None:
     assert calibrated(tmp_path, name, lambda: pytest.fail("measured"), 1) == COSTS
 
 
+def test_rough_figures_give_way_to_those_of_a_worker_that_begins_meanwhile(tmp_path: Path) -> None:
+    """If they did not, a worker that joins beside a busy one would look slow, and never get a request."""
+    at_work = iter([None, COSTS])
+    found = calibrated(tmp_path, {"model": "m"}, lambda: (COSTS.scaled(3.0), 0), 2, lambda: next(at_work))
+    assert found == COSTS and not list(tmp_path.glob("*.rough"))
+
+
 def test_of_a_disturbed_step_and_another_the_other_counts() -> None:
     """A step beside a busy program takes longer; a repeat without one is what the engine costs."""
     runs = iter(range(10**6))

@@ -202,6 +202,8 @@ def calibrated(
         costs, fewest = measuring()
         if fewest < threads:
             log.info("step costs are rough", threads=threads, threads_had=fewest)
+            if (known := at_work()) is not None:  # that worker began, or went on, while this one measured
+                return known
         try:
             _write(path if fewest >= threads else rough, msgspec.json.encode(costs))
         except OSError as error:  # a full disk must not keep a worker from starting
