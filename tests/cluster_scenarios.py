@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 import trio
 
-from memory_cluster import MemoryCluster, generate
+from memory_cluster import MemoryCluster, baseline, generate
 from memserve.actors.frontend import FrontendService
 
 Reference = Callable[..., list[int]]
@@ -38,6 +38,35 @@ async def answers(
             nursery.start_soon(one, i)
         await meanwhile()
     return [found[i] for i in range(len(prompts))]
+
+
+async def all_are_served(
+    cluster: MemoryCluster, frontend: FrontendService, prompts: Sequence[list[int]], reference: Reference
+) -> None:
+    """All prompts at once get the right 60 tokens, and leave no page leased."""
+    found = await answers(frontend, prompts, 60, [0] * len(prompts))
+    assert found == [reference(text, 60) for text in prompts]
+    await baseline(cluster)
+
+
+async def a_worker_dies_under_load(
+    cluster: MemoryCluster,
+    frontend: FrontendService,
+    victim: str,
+    after_s: float,
+    prompts: Sequence[list[int]],
+    new: int,
+    reference: Reference,
+) -> None:
+    """``victim`` is killed ``after_s`` seconds into the prompts' answers: all tokens are right, no page is leaked."""
+
+    async def kill() -> None:
+        await trio.sleep(after_s)
+        cluster.kill(victim)
+
+    found = await answers(frontend, prompts, new, range(len(prompts)), 0.01, meanwhile=kill)
+    assert found == [reference(text, new, seed=i) for i, text in enumerate(prompts)]
+    await baseline(cluster)
 
 
 async def die_and_return(cluster: MemoryCluster, workers: Mapping[str, str], rng: random.Random) -> None:

@@ -8,7 +8,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from cluster_scenarios import answers, die_and_return
+from cluster_scenarios import a_worker_dies_under_load, all_are_served, die_and_return
 from memory_cluster import baseline, generate, memory_cluster, reference
 from memserve.api.service import GenerationParams
 from memserve.drawing import Sampling
@@ -133,10 +133,7 @@ async def test_handing_over_copies_nothing(autojump_clock: MockClock) -> None:
 async def test_a_pool_too_small_for_all_serves_all(autojump_clock: MockClock, workers) -> None:
     """When pages run out, requests queue and the youngest are preempted; all finish with the right tokens."""
     async with memory_cluster(*workers, pages=40) as (cluster, frontend):
-        prompts = [prompt(i, 20) for i in range(12)]
-        found = await answers(frontend, prompts, 60, [0] * 12)
-        assert found == [reference(text, 60) for text in prompts]
-        await baseline(cluster)
+        await all_are_served(cluster, frontend, [prompt(i, 20) for i in range(12)], reference)
 
 
 @pytest.mark.parametrize("workers", [PD, BOTH, PD2])
@@ -201,14 +198,7 @@ async def test_killing_a_worker_costs_no_token(autojump_clock: MockClock, victim
     """A worker killed at any phase: every stream has the tokens of an undisturbed run, none twice and none missing."""
     async with memory_cluster(*PD2, announce_deaths=announced) as (cluster, frontend):
         prompts = [prompt(i, 40) for i in range(8)]
-
-        async def kill() -> None:
-            await trio.sleep(after)
-            cluster.kill(victim)
-
-        found = await answers(frontend, prompts, 30, range(8), 0.01, meanwhile=kill)
-        assert found == [reference(text, 30, seed=i) for i, text in enumerate(prompts)]
-        await baseline(cluster)
+        await a_worker_dies_under_load(cluster, frontend, victim, after, prompts, 30, reference)
 
 
 @pytest.mark.parametrize("announced_by", ["scheduler", "shard"])

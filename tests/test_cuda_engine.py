@@ -193,8 +193,7 @@ HOWS = [
 
 
 def drive(engine, spec, seed: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Run sequences that prefill in chunks, decode together, join and leave; returns their draws and their whole token
-    lists."""
+    """Run sequences that prefill in chunks, decode together, join and leave; their draws, and all of their tokens."""
     chance = random.Random(seed)
     free = list(range(PAGES))
     chance.shuffle(free)
@@ -228,6 +227,17 @@ def drive(engine, spec, seed: int) -> tuple[list[list[int]], list[list[int]]]:
     return [tokens[len(ids) :] for tokens, ids in zip(sequences, prompts, strict=True)], sequences
 
 
+def check_by_the_torch_model(spec, weights, drawn, sequences) -> None:
+    """Check that what ``drive`` returned are the torch model's tokens."""
+    for tokens, whole, how in zip(drawn, sequences, HOWS, strict=True):
+        runner = Runner(spec, weights)
+        pages, first = runner.pages(len(whole)), len(whole) - len(tokens)
+        for at in range(first, len(whole)):
+            start = 0 if at == first else at - 1
+            row = Row(pack(whole[start:at]), start, pages, how, past_of(how, whole[:at], first, ENDS))
+            assert expected(runner.step(row)[0], row) == whole[at]
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_whole_conversations_give_the_tokens_of_the_torch_model(tiny, seed):
     """With captured steps, steps that are planned ahead and batched draws, tokens are those of the torch model."""
@@ -236,13 +246,7 @@ def test_whole_conversations_give_the_tokens_of_the_torch_model(tiny, seed):
     engine.warm_up()
     drawn, sequences = drive(engine, spec, seed)
     assert graphs.log.count("replay") > 20
-    for tokens, whole, how in zip(drawn, sequences, HOWS, strict=True):
-        runner = Runner(spec, weights)
-        pages, first = runner.pages(len(whole)), len(whole) - len(tokens)
-        for at in range(first, len(whole)):
-            start = 0 if at == first else at - 1
-            row = Row(pack(whole[start:at]), start, pages, how, past_of(how, whole[:at], first, ENDS))
-            assert expected(runner.step(row)[0], row) == whole[at]
+    check_by_the_torch_model(spec, weights, drawn, sequences)
 
 
 def test_workers_of_one_gpu_see_one_another_at_work(tiny, tmp_path):

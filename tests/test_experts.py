@@ -14,7 +14,6 @@ from safetensors.numpy import load_file, save_file
 
 import fake_flashinfer
 import gpu_rehearsal
-from adjustments import expected, past_of
 from fake_flashinfer import Replays
 from families import VOCAB, save_gguf, save_hf
 from memserve.engine.checkpoint import open_checkpoint, read_spec
@@ -31,7 +30,7 @@ from memserve.kernels.flashinfer_ops import FlashInferOps
 from memserve.settings.gpu_room import worker_bytes
 from memserve.settings.sections import BatchConfig
 from memserve.tokens import pack
-from test_cuda_engine import ENDS, HOWS, PAGE_TOKENS, PAGES, drive
+from test_cuda_engine import PAGE_TOKENS, PAGES, check_by_the_torch_model, drive
 from test_gguf import LLAMA, write_gguf
 from test_hf import change
 from test_model import GREEDY, Runner, prompt, tiny_spec, widened
@@ -257,13 +256,7 @@ def test_conversations_on_a_gpu_give_the_tokens_of_the_torch_model(captures: boo
     engine.warm_up()
     drawn, sequences = drive(engine, spec, 1)
     assert (graphs.log.count("replay") > 20) == (graphs.captured > 0) == captures
-    for tokens, whole, how in zip(drawn, sequences, HOWS, strict=True):
-        runner = Runner(spec, weights)
-        pages, first = runner.pages(len(whole)), len(whole) - len(tokens)
-        for at in range(first, len(whole)):
-            start = 0 if at == first else at - 1
-            row = Row(pack(whole[start:at]), start, pages, how, past_of(how, whole[:at], first, ENDS))
-            assert expected(runner.step(row)[0], row) == whole[at]
+    check_by_the_torch_model(spec, weights, drawn, sequences)
     engine.close()
 
 

@@ -9,7 +9,7 @@ import trio
 from structlog.testing import capture_logs
 from trio.testing import MockClock
 
-from cluster_scenarios import answers
+from cluster_scenarios import all_are_served, answers
 from memory_cluster import PAGE_BYTES, baseline, generate, memory_cluster, reference
 
 ON_TWO_SHARDS = (("p0", "prefill", "s0"), ("d0", "decode", "s1"))
@@ -149,10 +149,7 @@ async def test_any_death_at_any_phase(autojump_clock: MockClock, mode, victim, a
 async def test_small_pools_serve_all(autojump_clock: MockClock, mode) -> None:
     """Two pools that are too small for all requests, with waiting on both: all finish."""
     async with memory_cluster(*PAIRS_ON_TWO_SHARDS, pages=40, **MODES[mode]) as (cluster, frontend):
-        prompts = [prompt(i, 20) for i in range(12)]
-        found = await answers(frontend, prompts, 60, [0] * 12)
-        assert found == [reference(text, 60) for text in prompts]
-        await baseline(cluster)
+        await all_are_served(cluster, frontend, [prompt(i, 20) for i in range(12)], reference)
 
 
 @pytest.mark.parametrize(("fails", "returned"), [(lambda n: n == 1, 2), (lambda n: True, 0)])

@@ -11,7 +11,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from cluster_scenarios import answers, chats_while_workers_die
+from cluster_scenarios import a_worker_dies_under_load, all_are_served, chats_while_workers_die
 from memory_cluster import (
     PAGE_TOKENS,
     MemoryCluster,
@@ -336,10 +336,7 @@ async def test_the_next_turn_finds_the_answer(autojump_clock: MockClock) -> None
 async def test_a_pool_too_small_for_all_serves_all(autojump_clock: MockClock, workers) -> None:
     """In a pool that is too small for all, requests are preempted between steps and finish with the right tokens."""
     async with memory_cluster(*workers, kind=OverlappingCluster, pages=40) as (cluster, frontend):
-        prompts = [prompt(i, 20) for i in range(12)]
-        found = await answers(frontend, prompts, 60, [0] * 12)
-        assert found == [reference(text, 60) for text in prompts]
-        await baseline(cluster)
+        await all_are_served(cluster, frontend, [prompt(i, 20) for i in range(12)], reference)
 
 
 @pytest.mark.parametrize("victim", ["p0", "d0", "d1"])
@@ -348,14 +345,7 @@ async def test_killing_a_worker_costs_no_token(autojump_clock: MockClock, victim
     """A worker that is killed while it has two steps costs no token."""
     async with memory_cluster(*PD2, kind=OverlappingCluster) as (cluster, frontend):
         prompts = [prompt(i, 40) for i in range(8)]
-
-        async def kill() -> None:
-            await trio.sleep(after)
-            cluster.kill(victim)
-
-        found = await answers(frontend, prompts, 60, range(8), 0.01, meanwhile=kill)
-        assert found == [reference(text, 60, seed=i) for i, text in enumerate(prompts)]
-        await baseline(cluster)
+        await a_worker_dies_under_load(cluster, frontend, victim, after, prompts, 60, reference)
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -185,7 +185,7 @@ def calibrated(
     idle for later clusters, which would then place requests by figures twice too high.
 
     ``at_work``: the figures of a similar worker that is running requests, or None. If there are such figures,
-    they are used instead of rough ones, and nothing is measured. Next to that worker's streams every step
+    they are used instead of rough ones, at once or after measuring. Next to that worker's streams every step
     takes several times as long. Figures from such steps, of this start or an earlier one, would keep requests
     away from this worker, and it would never get the chance to correct them.
     """
@@ -201,9 +201,9 @@ def calibrated(
             return known
         costs, fewest = measuring()
         if fewest < threads:
-            log.info("step costs are rough", threads=threads, threads_had=fewest)
             if (known := at_work()) is not None:  # that worker began, or went on, while this one measured
                 return known
+            log.info("step costs are rough", threads=threads, threads_had=fewest)
         try:
             _write(path if fewest >= threads else rough, msgspec.json.encode(costs))
         except OSError as error:  # a full disk must not keep a worker from starting
