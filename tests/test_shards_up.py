@@ -5,9 +5,12 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import pytest
+
 from clusters import Cluster, running
 from test_model import prompt
 
+pytestmark = pytest.mark.usefixtures("native_step")
 VOCAB = 40_000
 TURN = 40
 """Tokens of an answer."""
@@ -15,7 +18,7 @@ TURN = 40
 
 def test_a_chat_whose_pages_go_over_tcp(tmp_path: Path) -> None:
     """Pages are sent, returned and found again over TCP, with right tokens and counts."""
-    settings = ("transfer.path=tcp", "scheduler.policy=least_load", "model.dtype=float32")
+    settings = ("transfer.path=tcp", "scheduler.policy=least_load")
     with running("2shards.toml", tmp_path, *settings) as cluster:
         first = prompt(100, 1, VOCAB)
         answer = cluster.tokens(first, TURN)
