@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import hypothesis  # noqa: F401 - before the objects are frozen that it looks for with the garbage collector
 import pytest
 import trio
 import trio.testing
