@@ -106,12 +106,14 @@ class Cluster:
             assert time.monotonic() < deadline
             time.sleep(0.2)
 
-    def lines(self) -> list[dict[str, Any]]:
-        """Every log line of the latest run."""
-        run = max(self.logs.iterdir())
-        return [
-            json.loads(line) for file in sorted(run.glob("*.jsonl")) for line in file.read_text().splitlines()
-        ]
+    def lines(self, event: str = "") -> list[dict[str, Any]]:
+        """The log lines of the latest run: those of ``event``, or all."""
+        files = sorted(max(self.logs.iterdir()).glob("*.jsonl"))
+        # Tests look again and again while they wait: a line of another event is not read.
+        found = (
+            json.loads(line) for file in files for line in file.read_text().splitlines() if event in line
+        )
+        return [line for line in found if event in ("", line["event"])]
 
 
 def command(config: str, logs: Path, *settings: str) -> list[str]:

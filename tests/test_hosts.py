@@ -95,14 +95,14 @@ def test_a_chat_over_two_hosts_has_the_right_tokens(hosts: Hosts, expected: list
     again = hosts.second.complete(IDS + answer, MANY // 2, ignore_eos=True)
     assert answer + again["choices"][0]["token_ids"] == expected
     assert again["usage"]["prompt_tokens_details"]["cached_tokens"] >= len(IDS) - 16
-    finished = [line for line in hosts.first.lines() if line["event"] == "request finished"]
+    finished = hosts.first.lines("request finished")
     assert [one["bytes_to_decode"] > 0 for one in finished] == [True]
 
 
 def test_a_worker_of_the_second_host_that_is_killed_loses_no_token(hosts: Hosts, expected: list[int]) -> None:
     """A killed worker of the second host is announced by that host at once, and its stream loses no token."""
     assert stream_through_a_kill(hosts.first, IDS, MANY, "d0") == expected
-    gone = [line for line in hosts.first.lines() if line["event"] == "member gone"]
+    gone = hosts.first.lines("member gone")
     assert [one["reason"] for one in gone] == ["died"]
 
 

@@ -50,7 +50,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """One prefill and one decode worker with the default dtype and chunks of CHUNK tokens."""
     settings = (f"batch.chunk_tokens={CHUNK}",)
     with running("demo.toml", tmp_path_factory.mktemp("rounded"), *settings) as started:
-        assert not [line for line in started.lines() if line["event"] == "native step unavailable"]
+        assert not started.lines("native step unavailable")
         yield started
 
 
@@ -115,7 +115,7 @@ def test_lost_workers_change_no_token(cluster: Cluster, alone: Alone) -> None:
         thread.join(60)
 
     assert [found.get(i) for i in range(3)] == expected
-    finished = [line["attempts"] for line in cluster.lines() if line["event"] == "request finished"][-3:]
+    finished = [line["attempts"] for line in cluster.lines("request finished")][-3:]
     assert min(finished) >= 2, finished  # each was under way when its worker died
     cluster.wait_healthy()
     cluster.wait_idle()
@@ -153,7 +153,7 @@ def test_an_adjusted_answer_goes_on_as_it_was_when_its_worker_is_killed(
     for event in stream:
         found = found + event
     assert found == known
-    assert [line["attempts"] for line in cluster.lines() if line["event"] == "request finished"][-1] == 2
+    assert cluster.lines("request finished")[-1]["attempts"] == 2
     cluster.wait_healthy()
     cluster.wait_idle()
 
@@ -184,7 +184,7 @@ def test_an_answer_of_a_given_form_keeps_it_when_its_worker_is_killed(cluster: C
     assert found == known
     answer = json.loads(demo_tokenizer().decode(found))
     assert 30 <= len(answer["name"]) <= 60 and 5 <= len(answer["parts"]) <= 8
-    assert [line["attempts"] for line in cluster.lines() if line["event"] == "request finished"][-1] == 2
+    assert cluster.lines("request finished")[-1]["attempts"] == 2
     cluster.wait_healthy()
     cluster.wait_idle()
 
@@ -225,7 +225,7 @@ def test_a_call_of_a_tool_is_the_same_and_made_once_when_its_worker_is_killed(cl
     assert not [one for one in found if "id" in one], "the call began once"
     cluster.wait_healthy()
     cluster.wait_idle()
-    assert [line["attempts"] for line in cluster.lines() if line["event"] == "request finished"][-1] == 2
+    assert cluster.lines("request finished")[-1]["attempts"] == 2
 
 
 def test_an_answer_scored_as_a_prompt_has_the_same_log_probabilities(cluster: Cluster) -> None:
@@ -264,14 +264,14 @@ def test_a_prompt_is_scored_once_when_its_worker_is_killed(cluster: Cluster, vic
     thread.join(90)
     (choice,) = found[0]["choices"]
     assert choice["logprobs"] == calm["logprobs"] and choice["token_ids"] == calm["token_ids"]
-    assert [line["attempts"] for line in cluster.lines() if line["event"] == "request finished"][-1] >= 2
+    assert cluster.lines("request finished")[-1]["attempts"] >= 2
     cluster.wait_healthy()
     cluster.wait_idle()
 
 
 def started(cluster: Cluster, doing: str = "prefill") -> int:
     """How many prompts a prefill worker has begun, or answers a decode worker has continued."""
-    return sum(line["event"] == f"{doing} started" for line in cluster.lines())
+    return len(cluster.lines(f"{doing} started"))
 
 
 def test_a_response_is_the_chat_that_it_asks_for_though_its_worker_is_killed(cluster: Cluster) -> None:
@@ -291,6 +291,6 @@ def test_a_response_is_the_chat_that_it_asks_for_though_its_worker_is_killed(clu
     last = event.response
     assert found == last.output_text == known["choices"][0]["message"]["content"]
     assert last.usage.output_tokens == known["usage"]["completion_tokens"]
-    assert [line["attempts"] for line in cluster.lines() if line["event"] == "request finished"][-1] == 2
+    assert cluster.lines("request finished")[-1]["attempts"] == 2
     cluster.wait_healthy()
     cluster.wait_idle()

@@ -23,12 +23,12 @@ def test_a_chat_whose_pages_go_over_tcp(tmp_path: Path) -> None:
         first = prompt(100, 1, VOCAB)
         answer = cluster.tokens(first, TURN)
         deadline = time.monotonic() + 20
-        while not (back := [one for one in cluster.lines() if one["event"] == "answer returned"]):
+        while not (back := cluster.lines("answer returned")):
             assert time.monotonic() < deadline, "the answer's pages never came back"
             time.sleep(0.1)
         again = cluster.tokens(first + answer[:20], TURN - 20)
 
-        one, two = (line for line in cluster.lines() if line["event"] == "request finished")
+        one, two = cluster.lines("request finished")
         moved = one["bytes_to_decode"] + two["bytes_to_decode"]
         deadline = time.monotonic() + 20
         while loads(cluster)["s0"]["transfer_out_bytes_total"] != moved:  # a heartbeat later

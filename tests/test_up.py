@@ -136,9 +136,7 @@ def test_a_client_that_leaves_frees_its_pages(demo: Cluster) -> None:
     next(stream)
     stream.close()
     demo.wait_idle()
-    assert [line["outcome"] for line in demo.lines() if line["event"] == "request finished"][
-        -1
-    ] == "cancelled"
+    assert demo.lines("request finished")[-1]["outcome"] == "cancelled"
 
 
 def test_a_stopped_worker_costs_no_token(demo: Cluster) -> None:
