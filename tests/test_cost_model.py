@@ -25,7 +25,7 @@ from memserve.identity import ActorId
 from memserve.messages import Cluster, Member
 from memserve.scheduling.cost_fit import Drift, Rows, Sample, fit_steps
 from memserve.scheduling.cost_model import CostModel, LinkModel
-from memserve.scheduling.joining import JoiningCore
+from memserve.scheduling.joining import AT_WORK_S, JoiningCore
 from memserve.tokens import pack
 
 COSTS = StepCosts(
@@ -373,7 +373,10 @@ def test_whose_figures_a_joining_worker_takes(load: float, shard: str, taken: bo
     assert core.found == home.id
     assert core.at_work == (COSTS.scaled(0.5) if taken else None)
     core.receive(ActorId("scheduler-0.1"), Cluster(ActorId("scheduler-0.1"), ()), 1.0)
-    assert (core.found, core.at_work) == (home.id, None)
+    core.advance(AT_WORK_S - 0.1)
+    assert core.at_work == (COSTS.scaled(0.5) if taken else None), "between two requests it is no other"
+    core.advance(AT_WORK_S)
+    assert (core.found, core.at_work, core.deadline) == (home.id, None, float("inf"))
 
 
 @pytest.mark.parametrize(
