@@ -204,6 +204,7 @@ def calibrated(
             if (known := at_work()) is not None:  # that worker began, or went on, while this one measured
                 return known
             log.info("step costs are rough", threads=threads, threads_had=fewest)
+            costs = attrs.evolve(costs, rough=True)
         try:
             _write(path if fewest >= threads else rough, msgspec.json.encode(costs))
         except OSError as error:  # a full disk must not keep a worker from starting
