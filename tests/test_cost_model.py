@@ -6,6 +6,7 @@ import errno
 import math
 import os
 import random
+import time
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -328,6 +329,11 @@ def test_figures_from_a_busy_machine_serve_for_a_while(tmp_path: Path) -> None:
     slow, name = attrs.evolve(COSTS.scaled(2.0), rough=True), {"model": "m"}
     assert calibrated(tmp_path, name, lambda: (slow, threads_had(1, 0.02, 0.02)), 1) == slow
     assert calibrated(tmp_path, name, lambda: pytest.fail("measured"), 1) == slow
+    later = time.time() + 3600.0  # as if the clock had been wrong then
+    os.utime(next(tmp_path.glob("*.rough")), (later, later))
+    measured = []
+    calibrated(tmp_path, name, lambda: (measured.append(1) or slow, 0), 1)
+    assert measured
     os.utime(next(tmp_path.glob("*.rough")), (0, 0))
     assert calibrated(tmp_path, name, lambda: (COSTS, threads_had(1, 0.02, 0.001)), 1) == COSTS
     assert calibrated(tmp_path, name, lambda: pytest.fail("measured"), 1) == COSTS

@@ -6,8 +6,7 @@ import random
 
 import pytest
 
-from memserve.scheduling.cost_fit import KEPT_S
-from memserve.scheduling.punctuality import FIXED_S, KEPT, SHARE_MAX, Punctuality, margin_s
+from memserve.scheduling.punctuality import FIXED_S, KEPT, SHARE_KEPT_S, SHARE_MAX, Punctuality, margin_s
 
 
 def late_of(punctuality: Punctuality, lateness: list[float], predicted_s: float = 0.75) -> float:
@@ -56,7 +55,7 @@ def test_lateness_is_forgotten_while_nobody_comes() -> None:
     """If it were not, a deadline could be refused for ever: the share shrinks only with first tokens in time."""
     punctuality = Punctuality()
     late_of(punctuality, [600.0] * 1000)
-    assert punctuality.share(KEPT_S) == SHARE_MAX
-    assert punctuality.share(KEPT_S + 60.0) < 0.02
-    punctuality.saw(1.0, 1.0, KEPT_S + 60.0)
-    assert punctuality.share(KEPT_S + 60.0) < 0.02
+    assert punctuality.share(SHARE_KEPT_S) == SHARE_MAX
+    assert punctuality.share(SHARE_KEPT_S + 60.0) < 0.02
+    punctuality.saw(1.0, 1.0, SHARE_KEPT_S + 60.0)
+    assert punctuality.share(SHARE_KEPT_S + 60.0) < 0.02

@@ -137,14 +137,16 @@ PROVEN_STEPS = 100
 """Steps after which rough figures, corrected by the scale, are as good as any."""
 
 
-def remembered(idle_s: float) -> float:
+def remembered(idle_s: float, kept_s: float = KEPT_S) -> float:
     """The part of a bad experience that counts ``idle_s`` seconds later, when nothing was seen since.
+
+    ``kept_s``: see KEPT_S.
 
     Whoever is believed to be slow gets no requests, and cannot show that this is over: that another program
     has left the cores, for example. So experience fades until a request is worth a try. Where nothing has
     changed, that one request in some tens of seconds is what it costs.
     """
-    return math.exp2(-max(0.0, idle_s - KEPT_S) / HALF_S)
+    return math.exp2(-max(0.0, idle_s - kept_s) / HALF_S)
 
 
 @attrs.define

@@ -23,6 +23,9 @@ RATE = 0.02
 """Learning rate. A late first token adds RATE * KEPT to the share, any other takes off RATE * (1 - KEPT): the
 two balance when KEPT of them are in time."""
 SHARE_MAX = 1.0
+SHARE_KEPT_S = 30.0
+"""Seconds without a first token for which the share is kept in full. It is learned from many of them, which may
+come one by one."""
 
 
 def margin_s(share: float, predicted_s: float) -> float:
@@ -40,7 +43,7 @@ class Punctuality:
 
     def share(self, now: float) -> float:
         """The share by which later first tokens must be expected to be late."""
-        return self._share * (1.0 if self._at is None else remembered(now - self._at))
+        return self._share * (1.0 if self._at is None else remembered(now - self._at, SHARE_KEPT_S))
 
     def saw(self, predicted_s: float, seconds: float, now: float) -> None:
         """Take in a first token that came after ``seconds``."""
