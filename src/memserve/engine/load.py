@@ -69,6 +69,7 @@ class StepWatch:
         """Record the start of a step and predict its duration."""
         if costs is None:
             return
+        self.drift.begin(costs.rough, now)
         if self._model is None or self._model.steps is not costs:
             self._model = CostModel(costs)
         rows = [(count(row.tokens), row.start) for row in plan.rows]
@@ -87,7 +88,7 @@ class StepWatch:
         if site is not None and neighbours and self._model is not None:
             crowded = self._model.steps.crowded(site.slices(neighbours), self._prompt_tokens > 0)
         if self._foreseen:
-            self.drift.saw(self._predicted_s * crowded, now - self._began)
+            self.drift.saw(self._predicted_s * crowded, now - self._began, now)
         self._prompt_tokens, self._prompt_pairs = 0, 0.0
 
     def under_way(self, load: dict[str, float], now: float) -> dict[str, float]:
@@ -97,7 +98,7 @@ class StepWatch:
         seconds; it reads all weights however few of its tokens are left. None of the ``waiting_pairs`` belong
         to it.
         """
-        expected_s = self._predicted_s * self.drift.scale
+        expected_s = self._predicted_s * self.drift.scale(self._began)
         if not self._prompt_tokens or not expected_s:
             return load
         left_s = max(0.0, expected_s - (now - self._began))
@@ -111,7 +112,10 @@ class StepWatch:
             "step_left_s": left_s,
         }
 
-    def gauges(self) -> dict[str, float]:
+    def gauges(self, costs: StepCosts | None, now: float) -> dict[str, float]:
         """Drift and lateness gauges: a scale of 1 is as measured at start, a share of 0 is as predicted."""
-        late = {"first_tokens_late_share": self.punctuality.share}
-        return late if self._model is None else {"step_cost_scale": self.drift.scale, **late}
+        late = {"first_tokens_late_share": self.punctuality.share(now)}
+        if costs is None:
+            return late
+        self.drift.begin(costs.rough, now)
+        return {"step_cost_scale": self.drift.scale(now), **late}
