@@ -237,9 +237,8 @@ def _alone(cache_dir: Path) -> Iterator[None]:
 
 def _read(path: Path, younger_s: float = math.inf) -> StepCosts | None:
     with suppress(OSError, msgspec.MsgspecError):
-        if (
-            abs(time.time() - path.stat().st_mtime) <= younger_s
-        ):  # a clock that was set back makes files of the future
+        age_s = abs(time.time() - path.stat().st_mtime)  # a clock that was set back makes files of the future
+        if age_s <= younger_s:
             return msgspec.json.decode(path.read_bytes(), type=StepCosts)
     return None
 
