@@ -74,11 +74,6 @@ class Pool:
         return self.room.free(Tier.DEVICE)
 
     @property
-    def indexed_pages(self) -> int:
-        """Number of device pages in the index, pinned or not."""
-        return self.tree.indexed[Tier.DEVICE]
-
-    @property
     def evictable_pages(self) -> int:
         """Number of device pages in the index that no lease pins."""
         return self.tree.evictable[Tier.DEVICE]
