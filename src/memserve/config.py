@@ -183,6 +183,12 @@ class Resolved:
         """The configuration of the shard called ``name``."""
         return next(shard for shard in self.config.shard if shard.name == name)
 
+    def arena_bytes(self, shard: ShardConfig) -> int:
+        """Bytes that the shard's arena is meant to have: as configured, or as found for it."""
+        if shard.on_gpu:
+            return shard.memory or self.shard_pages[shard.name] * self.page_bytes
+        return shard.host_memory
+
     @property
     def frontend_names(self) -> tuple[str, ...]:
         """Actor names of this host's Frontends."""

@@ -39,7 +39,8 @@ from memserve.processes.place import Place, PlaceGone, find_running
 from memserve.processes.zygote import Zygote
 from memserve.settings.configfile import load
 from memserve.settings.gpus import Gpus, device_index, find_gpus
-from memserve.settings.resolve import size, usable_cores
+from memserve.settings.machine import usable_cores
+from memserve.settings.rules import size_text
 from memserve.settings.sections import WorkerConfig
 from memserve.supervisor import run_supervisor, stop_signals
 
@@ -249,7 +250,7 @@ def check_machine(
         )
     if gpu.free_bytes < resolved.gpu_worker_bytes:
         raise UserError(
-            f"a worker needs {size(resolved.gpu_worker_bytes)} of {device}, and {size(gpu.free_bytes)} are free: start"
+            f"a worker needs {size_text(resolved.gpu_worker_bytes)} of {device}, and {size_text(gpu.free_bytes)} are free: start"
             f" the cluster with less memory for the shard {worker.shard}"
         )
 
