@@ -171,7 +171,7 @@ class Exchange:
             case Gone(actors):
                 self.outgoing.receive(sender, message, now)
                 self.incoming.receive(sender, message, now)
-                self._bury(set(actors))
+                self._forget_dead(set(actors))
             case _ if isinstance(message, _TO_INCOMING):
                 self.incoming.receive(sender, message, now)
             case _ if isinstance(message, _TO_OUTGOING):
@@ -396,10 +396,10 @@ class Exchange:
 
     # ---- inside --------------------------------------------------------------------------------------------
 
-    def _bury(self, actors: set[ActorId]) -> None:
+    def _forget_dead(self, actors: set[ActorId]) -> None:
         for one in [one for one in self._fetches.values() if one.source.shard in actors]:
             self._fail(one, f"{one.source.shard} is gone")
-        self.serving.bury(actors)
+        self.serving.forget_dead(actors)
 
     def _pass_on(self) -> None:
         """Turn the actions of the transfer cores into actions of this shard."""
