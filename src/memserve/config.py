@@ -179,6 +179,10 @@ class Resolved:
         joined = tuple(one for one in self.joined if one != name)
         return attrs.evolve(self, config=config, threads=threads, joined=joined)
 
+    def worker(self, name: str) -> WorkerConfig:
+        """The configuration of the worker called ``name``."""
+        return next(worker for worker in self.config.worker if worker.name == name)
+
     def shard(self, name: str) -> ShardConfig:
         """The configuration of the shard called ``name``."""
         return next(shard for shard in self.config.shard if shard.name == name)
