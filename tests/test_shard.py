@@ -78,7 +78,7 @@ def test_the_way_of_one_request():
 
     assert acquired == Acquired(1, lease, (0, 1, 2, 3), 0)
     assert shard.say("p.1", Insert(2, lease, 0, PROMPT[:32])) == [("p.1", Inserted(2, 0))]
-    assert shard.say("d.1", Adopt(1, lease, "p.1")) == [("d.1", Adopted(1, lease))]
+    assert shard.say("d.1", Adopt(1, lease, "p.1")) == [("d.1", Adopted(1))]
     assert shard.say("d.1", AllocMem(2, lease, 2)) == [("d.1", Allocated(2, lease, (4, 5)))]
     assert shard.say("d.1", FreeMem(lease)) == []
     gauges = shard.core.gauges()

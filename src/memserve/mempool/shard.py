@@ -242,7 +242,7 @@ class ShardCore:
     def _adopt(self, sender: ActorId, call: Adopt, now: float) -> Answer:
         self.pool.adopt(sender, call.lease, call.previous, now)
         self.exchange.pushing.claimed(call.lease)
-        return Adopted(call.call, call.lease)
+        return Adopted(call.call)
 
     def _delete(self, sender: ActorId, call: Delete, now: float) -> Answer:
         return Freed(call.call, self.pool.delete(call.scope, call.tokens))
