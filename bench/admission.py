@@ -155,7 +155,7 @@ OTHERS = [
     Overload("1 colocated", layout("colocated", instances=1), 20.0),
     Overload("1 colocated", layout("colocated", instances=1), 40.0),
     Overload("4 colocated, of uneven speed", layout("colocated"), 80.0, noise=UNEVEN),
-    Overload("4 colocated on one host", on_sites(layout("colocated"), 1), 40.0),
+    Overload("4 colocated on one GPU", on_sites(layout("colocated"), 1), 40.0),
 ]
 SHARING = [
     Overload("4 colocated", layout("colocated"), 250.0, workload="react"),
@@ -234,8 +234,8 @@ PARTS: dict[str, tuple[str, Callable[[Sequence[int]], str]]] = {
         too_much_load(COLOCATED),
     ),
     "layouts": (
-        "### Other clusters\n\n*Uneven*: steps take from 0.6 to 1.6 times what schedulers assume at first. *On one host*:"
-        " the instances share its cores, and a step of one takes longer while others have work.",
+        "### Other clusters\n\n*Uneven*: steps take from 0.6 to 1.6 times what schedulers assume at first. *On one GPU*:"
+        " the instances share its time, and a step of one takes longer while others have work.",
         too_much_load(OTHERS),
     ),
     "sharing": (

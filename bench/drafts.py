@@ -6,14 +6,13 @@ to change, and requests for JSON of a given schema. Streams run alone or several
 or were asked before. The answers of both clusters must be identical to the letter; the program ends if any
 differs.
 
-Takes a quarter of an hour. TPOT is the time from a stream's first token to its last, divided by the number of
-tokens after the first; a table row has the medians of all streams.
+Takes a quarter of an hour. TPOT is the time from a stream's first event with tokens to its last, divided by the
+number of tokens after those of the first event; a table row has the medians of all streams.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -24,6 +23,7 @@ from pathlib import Path
 import attrs
 
 from cluster import CLIENT, Running, cluster
+from loadgen.answer import Answer
 from notes import Note, table
 
 ROOT = Path(__file__).parent.parent
@@ -196,24 +196,24 @@ def _measured(case: Case, place: int, guessing: Running, plain: Running, rounds:
 
 def _asked(running: Running, case: Case) -> list[Asked]:
     with ThreadPoolExecutor(case.streams) as crew:
-        return list(crew.map(lambda one: _ask(running.url, one, case), case.prompts))
+        return list(crew.map(lambda one: ask(running.url, one, case), case.prompts))
 
 
-def _ask(url: str, prompt: str, case: Case) -> Asked:
+def ask(url: str, prompt: str, case: Case) -> Asked:
+    """Ask for one answer, and time it."""
     body = {"messages": [{"role": "user", "content": prompt}], "max_tokens": ANSWER_TOKENS, "stream": True}
-    body |= {"temperature": case.temperature, "seed": 1, "stream_options": {"include_usage": True}}
+    body |= {"temperature": case.temperature, "seed": 1}
+    body |= {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
     schema = {"type": "json_schema", "json_schema": {"name": "place", "schema": PLACE}}
     body |= {"response_format": schema} if case.form else {"ignore_eos": True}
-    text, times, tokens = "", [], 0
-    with CLIENT.stream("POST", f"{url}/v1/chat/completions", json=body) as answer:
-        answer.raise_for_status()
-        for line in answer.iter_lines():
-            event = json.loads(line[6:]) if line.startswith("data: {") else {}
-            tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
-            for choice in event.get("choices", ()):
-                text += choice["delta"].get("content") or ""
-                times.append(time.perf_counter())
-    return Asked(text, (times[-1] - times[0]) / (tokens - 1))
+    answer = Answer()
+    with CLIENT.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
+        response.raise_for_status()
+        for line in response.iter_lines():
+            if line.startswith("data: "):
+                answer.receive("", line[6:].encode(), time.perf_counter())
+    later = answer.output_tokens - (answer.first_tokens or 1)  # the first event may bring several
+    return Asked(answer.text, (answer.event_s[-1] - answer.event_s[0]) / later)
 
 
 def _counters(running: Running) -> tuple[float, ...]:

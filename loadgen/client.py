@@ -66,11 +66,9 @@ class Target:
 class Client:
     """Sends requests to one server. Owned by one trio task tree; close it with ``aclose``."""
 
-    def __init__(
-        self, url: str, headers: Sequence[tuple[str, str]] = (), connect: Connect | None = None
-    ) -> None:
+    def __init__(self, url: str, connect: Connect | None = None) -> None:
         self.target = Target.parse(url)
-        self._headers = [("Host", self.target.authority), ("Accept", "*/*"), *headers]
+        self._headers = [("Host", self.target.authority), ("Accept", "*/*")]
         self._connect = connect or self._dial
         self._idle: list[trio.abc.Stream] = []
         self._address = ""

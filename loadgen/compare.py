@@ -106,7 +106,7 @@ def comparable(runs: Sequence[Run]) -> None:
             )
 
 
-def compare(runs: Sequence[Run], replicates: int = REPLICATES, seed: int = 0) -> list[Row]:
+def compare(runs: Sequence[Run], replicates: int = REPLICATES) -> list[Row]:
     """All figures of runs of one workload, with ratios to the first run.
 
     Raises LoadgenError for fewer than two runs, or for different workloads.
@@ -119,9 +119,9 @@ def compare(runs: Sequence[Run], replicates: int = REPLICATES, seed: int = 0) ->
         [record for record in run.records if window.has(record.due_s)]
         for run, window in zip(runs, windows, strict=True)
     ]
-    rows = [row for measure in LATENCIES for row in _latency_rows(measure, measured, replicates, seed)]
-    rows += [_share_row("cached share", measured, _cached, replicates, seed)]
-    rows += [_share_row("requests answered", measured, _answered, replicates, seed)]
+    rows = [row for measure in LATENCIES for row in _latency_rows(measure, measured, replicates)]
+    rows += [_share_row("cached share", measured, _cached, replicates)]
+    rows += [_share_row("requests answered", measured, _answered, replicates)]
     if slos := runs[0].summary["figures"]["goodput"]["slos_ms"]:
         rows += [
             _share_row(
@@ -129,12 +129,11 @@ def compare(runs: Sequence[Run], replicates: int = REPLICATES, seed: int = 0) ->
                 measured,
                 lambda one: (measures.kept_slos(one, slos), 1.0),
                 replicates,
-                seed,
             )
         ]
     pairs = list(zip(runs, windows, strict=True))
-    return [*rows, _rate_row("output tokens", "1/s", pairs, _tokens, replicates, seed),
-            _rate_row("requests", "1/s", pairs, _requests, replicates, seed)]  # fmt: skip
+    return [*rows, _rate_row("output tokens", "1/s", pairs, _tokens, replicates),
+            _rate_row("requests", "1/s", pairs, _requests, replicates)]  # fmt: skip
 
 
 # ---- latencies -----------------------------------------------------------------------------------------------
@@ -157,13 +156,13 @@ def sample(records: Sequence[Record], measure: str, numbers: Mapping[str, int]) 
     return Sample(np.asarray(found, float), np.asarray(sessions, np.int64))
 
 
-def _latency_rows(measure: str, runs: Sequence[Sequence[Record]], replicates: int, seed: int) -> list[Row]:
+def _latency_rows(measure: str, runs: Sequence[Sequence[Record]], replicates: int) -> list[Row]:
     numbers = _numbers(runs)
     samples = [sample(records, measure, numbers) for records in runs]
     if not all(len(one.values) for one in samples):
         return []
     size = max(len(one.values) for one in samples)
-    weights = draws(len(numbers), min(replicates, max(100, CELLS_MAX // size)), seed)
+    weights = draws(len(numbers), min(replicates, max(100, CELLS_MAX // size)))
     rows = []
     for name, statistic in STATISTICS.items():
         points = [_point(one.values, name) for one in samples]
@@ -186,11 +185,14 @@ def _point(values: Floats, name: str) -> float:
     return float(values.mean()) if name == "mean" else float(np.percentile(values, float(name[1:])))
 
 
-def draws(clusters: int, replicates: int, seed: int) -> Floats:
-    """How often each cluster is drawn with replacement, float64 [replicates, clusters]."""
+def draws(clusters: int, replicates: int, stream: int = 0) -> Floats:
+    """How often each cluster is drawn with replacement, float64 [replicates, clusters].
+
+    Always the same for one ``stream``; those of different ones are independent.
+    """
     if not clusters:
         return np.zeros((replicates, 0))
-    rng = np.random.default_rng([seed, 4])
+    rng = np.random.default_rng([stream, 4])
     return rng.multinomial(clusters, np.full(clusters, 1 / clusters), replicates).astype(float)
 
 
@@ -219,7 +221,7 @@ def _answered(record: Record) -> tuple[float, float]:
     return float(record.ok), 1.0
 
 
-def _share_row(name: str, runs: Sequence[Sequence[Record]], part: Part, replicates: int, seed: int) -> Row:
+def _share_row(name: str, runs: Sequence[Sequence[Record]], part: Part, replicates: int) -> Row:
     numbers = _numbers(runs)
     sums = np.zeros((len(runs), 2, len(numbers)))
     for i, records in enumerate(runs):
@@ -227,7 +229,7 @@ def _share_row(name: str, runs: Sequence[Sequence[Record]], part: Part, replicat
             sums[i, :, numbers[record.session]] += part(record)
     totals = sums.sum(axis=2)
     points = [float(above / below) if below else None for above, below in totals]
-    weights = draws(len(numbers), replicates, seed)
+    weights = draws(len(numbers), replicates)
     replicas = [(weights @ above) / np.maximum(weights @ below, 1e-12) for above, below in sums]
     ratios = tuple(
         interval(points[0], one, replicas[0], many) if points[0] is not None and one is not None else None
@@ -252,7 +254,6 @@ def _rate_row(
     runs: Sequence[tuple[Run, Window]],
     events: Callable[[Sequence[Record]], tuple[Floats, Floats]],
     replicates: int,
-    seed: int,
 ) -> Row:
     """A rate over the window.
 
@@ -264,7 +265,7 @@ def _rate_row(
         edges = np.linspace(window.start_s, window.end_s + measures.ROUNDING_S, SLICES + 1)
         slices.append(np.histogram(at, edges, weights=count)[0] * SLICES / window.length_s)
     points = [float(one.mean()) for one in slices]
-    replicas = [draws(SLICES, replicates, seed + i) @ one / SLICES for i, one in enumerate(slices)]
+    replicas = [draws(SLICES, replicates, i) @ one / SLICES for i, one in enumerate(slices)]
     ratios = [
         interval(points[0], one, replicas[0], many)
         for one, many in zip(points[1:], replicas[1:], strict=True)

@@ -89,7 +89,6 @@ class TokenizerRuler(Ruler):
     """Measures exact lengths with a Hugging Face ``tokenizer.json``."""
 
     def __init__(self, tokenizer: Any) -> None:
-        super().__init__()
         self.tokenizer = tokenizer
 
     def tokens(self, text: str) -> int:

@@ -101,7 +101,6 @@ class Player:
         client: Client,
         filler: Filler,
         sink: Callable[[Record], None],
-        progress: Progress | None = None,
     ) -> None:
         self.workload = workload
         self.arrivals = arrivals
@@ -109,7 +108,7 @@ class Player:
         self.client = client
         self.filler = filler
         self.sink = sink
-        self.progress = progress or Progress(workload.requests)
+        self.progress = Progress(workload.requests)
         self.outcome = Outcome()
         self._scope = trio.CancelScope()
         self._began = 0.0

@@ -109,19 +109,20 @@ def tokens_of(content: Content, ruler: Ruler) -> int:
     return sum(piece.tokens for piece in content)
 
 
+CHARS_PER_TOKEN = 4
+"""Of English text, about; for lengths without a tokenizer."""
+
+
 class Ruler:
     """Measures text in tokens, here as an estimate from characters; see also ``content.TokenizerRuler``."""
 
-    def __init__(self, chars_per_token: float = 4.0) -> None:
-        self.chars_per_token = chars_per_token
-
     def tokens(self, text: str) -> int:
         """The length of a text; 0 for an empty one."""
-        return max(1, round(len(text) / self.chars_per_token)) if text else 0
+        return max(1, round(len(text) / CHARS_PER_TOKEN)) if text else 0
 
     def cut(self, text: str, tokens: int) -> str:
         """The beginning of a text, of at most ``tokens`` tokens."""
-        return text[: round(tokens * self.chars_per_token)]
+        return text[: round(tokens * CHARS_PER_TOKEN)]
 
 
 @attrs.frozen

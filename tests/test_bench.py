@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import attrs
@@ -18,6 +19,7 @@ import pytest
 import torch
 import trio
 
+import drafts
 import frontend
 import install_peers
 import notes
@@ -416,3 +418,20 @@ def test_the_clock_of_a_process_counts_its_ended_threads() -> None:
     thread.start()
     thread.join()
     assert frontend.cpu_s(os.getpid()) - before >= spent[0]
+
+
+def test_tokens_of_the_first_event_took_no_time_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream's TPOT counts the tokens after those of its first event, which may bring several."""
+    times = iter(range(10))
+    events = [
+        {"choices": [{"delta": {"content": text}}], "usage": {"completion_tokens": so_far}}
+        for text, so_far in (("", 0), ("one two three", 3), (" four", 4), (" five", 5))
+    ]
+    lines = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
+    transport = httpx.MockTransport(lambda _: httpx.Response(200, text=lines))
+    monkeypatch.setattr(drafts, "CLIENT", httpx.Client(transport=transport))
+    monkeypatch.setattr(drafts, "time", SimpleNamespace(perf_counter=lambda: float(next(times))))
+
+    answer = drafts.ask("http://test", "Count.", drafts.Case("count", ("Count.",), 0.0, 1))
+
+    assert answer == drafts.Asked("one two three four five", 1.0)

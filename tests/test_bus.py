@@ -17,7 +17,7 @@ import trio
 import zmq
 
 from memory_bus import MemoryBus
-from memserve.bus import HELLO, Inbox, Link, Received, ZmqLink, bind_private, knock, open_link
+from memserve.bus import HELLO, Inbox, Link, Received, ZmqLink, bind_private, open_link, wait_for_head
 from memserve.costs import Site, StepCosts
 from memserve.drawing import Logprobs, Sampling
 from memserve.errors import PeerError, PeerFull, PeerUnreachable, UserError
@@ -433,13 +433,13 @@ async def test_a_host_knocks_until_it_is_let_in_or_its_key_is_refused() -> None:
     with trio.fail_after(10):
         place, said = f"tcp://127.0.0.1:{free_port()}", trio.Event()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(knock, place, keys, said.set)
+            nursery.start_soon(wait_for_head, place, keys, said.set)
             await said.wait()
             async with open_link(ActorId("s.1"), place, keys):
                 while nursery.child_tasks:
                     await trio.sleep(0.05)
                 with pytest.raises(UserError, match="does not take this key"):
-                    await knock(place, key_pair(), said.set)
+                    await wait_for_head(place, key_pair(), said.set)
 
 
 def free_port() -> int:

@@ -16,6 +16,8 @@ from memserve.engine.spec import ModelSpec
 from memserve.engine.weights import random_weights
 from memserve.errors import ConfigError
 from memserve.settings import configfile, resolve
+from memserve.settings.machine import Machine
+from memserve.settings.rules import size_text
 from memserve.settings.sections import ModelConfig
 
 MINIMAL = '[model]\npath = "m.gguf"\n'
@@ -37,7 +39,7 @@ SPEC = ModelSpec(
     eos=(2,),
     chat_template="{{ messages }}",
 )
-MACHINE = resolve.Machine(
+MACHINE = Machine(
     cores=4,
     free_bytes=8 << 30,
     log_dir="/tmp/logs",
@@ -407,7 +409,7 @@ def test_weights_take_what_is_said(written, toy_model, monkeypatch, tied, dtype,
     assert resolve.weight_bytes(spec, loaded.model.stored) == whole
     (said,) = [one for one in resolved.reasons if one.key == "model.weights"]
     assert said.why == f"as {loaded.model.stored}, mapped once for all workers"
-    assert said.value == resolve.size(whole)
+    assert said.value == size_text(whole)
     assert resolved.page_bytes == spec.page_bytes(16, dtype)
 
 
@@ -419,7 +421,7 @@ def test_a_missing_model_is_a_config_error(written):
 
 def test_this_machine_is_measured():
     """The machine has cores, free memory and absolute paths."""
-    machine = resolve.Machine.here("logs")
+    machine = Machine.here("logs")
     assert machine.cores >= 1
     assert machine.free_bytes > 0
     assert Path(machine.log_dir).is_absolute()

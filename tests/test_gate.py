@@ -19,7 +19,7 @@ from memserve.config import Resolved
 from memserve.errors import UserError
 from memserve.identity import ActorId
 from memserve.processes.gate import Gate
-from memserve.processes.join import check_machine, checked, far_away, knock, log_dir_of
+from memserve.processes.join import ask_to_join, check_machine, checked, how_hosts_join, log_dir_of
 from memserve.processes.lifeline import EventSocket
 from memserve.processes.place import Place
 from memserve.settings.gpus import Gpu, Gpus
@@ -43,9 +43,9 @@ class Home:
         """Take the new configuration."""
         self.resolved = resolved
 
-    async def knock(self, worker: WorkerConfig = D1, cores: int = 1) -> EventSocket:
+    async def ask_to_join(self, worker: WorkerConfig = D1, cores: int = 1) -> EventSocket:
         """Ask to join, as `memserve join` does."""
-        events, claim = await trio.to_thread.run_sync(knock, self.gate.place.path, worker, cores)
+        events, claim = await trio.to_thread.run_sync(ask_to_join, self.gate.place.path, worker, cores)
         assert os.path.samestat(os.fstat(claim), os.fstat(self.gate.place.fileno()))
         os.close(claim)
         self.connections.append(events)
@@ -89,7 +89,7 @@ async def test_a_guest_from_its_knock_to_its_end(tmp_path, monkeypatch) -> None:
     """A joined worker is in the configuration, its deaths are announced, it can be drained, and its name is free
     afterwards."""
     async with gate(tmp_path, monkeypatch) as home:
-        events = await home.knock(cores=3)
+        events = await home.ask_to_join(cores=3)
         assert home.resolved.joined == ("d1",)
         assert home.resolved.config.worker[-1] == D1
         assert home.resolved.threads["d1"] == 1, "not more than the cluster may use"
@@ -106,17 +106,17 @@ async def test_a_guest_from_its_knock_to_its_end(tmp_path, monkeypatch) -> None:
         assert home.died == ["d1.1", "d1.2", "d1.3"]
         assert (home.resolved.joined, home.gate.guests) == ((), {})
         assert home.resolved == resolved(tmp_path)
-        await home.knock()
+        await home.ask_to_join()
 
 
 @pytest.mark.parametrize("name", ["w0", "s0", "scheduler-7", "frontend-0", "supervisor-d1", "d1"])
 async def test_a_name_that_is_taken_may_not_join(tmp_path, monkeypatch, name) -> None:
     """A name that an actor of the cluster has, or could get, is refused with a list of those taken."""
     async with gate(tmp_path, monkeypatch) as home:
-        await home.knock()
+        await home.ask_to_join()
         before = home.resolved
         with pytest.raises(UserError) as caught:
-            await home.knock(attrs.evolve(D1, name=name))
+            await home.ask_to_join(attrs.evolve(D1, name=name))
         taken = "choose a name other than scheduler-0, s0, w0, d1, frontend-0"
         assert str(caught.value) == f"--name {name} is taken in this cluster: {taken}"
         assert home.resolved == before
@@ -126,16 +126,16 @@ async def test_what_else_is_refused(tmp_path, monkeypatch) -> None:
     """An unknown shard, too many workers, and a cluster that is starting or ending are refused."""
     async with gate(tmp_path, monkeypatch) as home:
         with pytest.raises(UserError, match=r"--shard must be one of s0, not 's1'"):
-            await home.knock(attrs.evolve(D1, shard="s1"))
+            await home.ask_to_join(attrs.evolve(D1, shard="s1"))
         monkeypatch.setattr("memserve.processes.gate.GUESTS_MAX", 1)
-        await home.knock()
+        await home.ask_to_join()
         with pytest.raises(UserError, match="1 workers have joined, and more may not"):
-            await home.knock(attrs.evolve(D1, name="d2"))
+            await home.ask_to_join(attrs.evolve(D1, name="d2"))
         home.is_open = False
         with pytest.raises(UserError, match="the cluster is shutting down"):
-            await home.knock(attrs.evolve(D1, name="d2"))
+            await home.ask_to_join(attrs.evolve(D1, name="d2"))
     with pytest.raises(UserError, match="accepts no worker now: it is starting or ending"):
-        knock(tmp_path, D1, 1)
+        ask_to_join(tmp_path, D1, 1)
 
 
 @pytest.mark.parametrize(
@@ -148,12 +148,12 @@ async def test_what_is_no_request_does_not_get_in(tmp_path, monkeypatch, words) 
             stranger.connect(str(home.gate.place.path / "supervisor.sock"))
             stranger.send(words)
             await trio.sleep(0.01)
-        events = await home.knock()
+        events = await home.ask_to_join()
         events.send(event="hello")  # without an id
         await until(lambda: not home.gate.guests)
 
 
-# ---- before the knock ----------------------------------------------------------------------------------------
+# ---- before the supervisor is asked --------------------------------------------------------------------------
 
 
 def test_a_worker_as_written(tmp_path) -> None:
@@ -211,7 +211,7 @@ def test_mistakes_of_the_command_line_exit_2(capsys, tmp_path) -> None:
     """Mistakes in the arguments of `memserve join` exit with status 2 and the reason."""
     for words, said in (
         (["join", "--name", "d1", "--log-dir", str(tmp_path)], "no running memserve logs to"),
-        (["join", "tcp://h:1", "--name", "d1"], far_away("tcp://h:1")),
+        (["join", "tcp://h:1", "--name", "d1"], how_hosts_join("tcp://h:1")),
         (["join"], "--name"),
         (["join", "--name", "d1", "--role", "boss"], "boss"),
     ):

@@ -9,6 +9,7 @@ import pytest
 
 from memserve.errors import UserError
 from memserve.settings import configfile, resolve
+from memserve.settings.machine import Machine
 from memserve.settings.network import find_network
 from memserve.settings.sections import ClusterConfig
 from test_config import MINIMAL, problems
@@ -95,7 +96,7 @@ def test_a_home_that_is_not_there_is_called_so():
     with pytest.raises(UserError, match=f"--config: '~nobody-x/c.toml' {missing}"):
         configfile.load("~nobody-x/c.toml")
     with pytest.raises(UserError, match=f"logging.dir: '~nobody-x' {missing}"):
-        resolve.Machine.here("~nobody-x")
+        Machine.here("~nobody-x")
     key = ClusterConfig(listen="127.0.0.1:7070", key="~nobody-x/key")
     with pytest.raises(UserError, match=f"cluster.key: '~nobody-x/key' {missing}"):
         find_network(key)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from memserve.errors import PoolError
-from memserve.mempool.addresses import Home
+from memserve.mempool.addresses import Home, Tier
 from memserve.mempool.audit import check_pool
 from memserve.mempool.pool import Pool
 from memserve.tokens import count, pack, pages_for, span
@@ -67,7 +67,7 @@ class PoolAgainstModel(RuleBasedStateMachine):
         return (
             self.pool.free_pages,
             self.pool.leased_pages,
-            self.pool.indexed_pages,
+            self.pool.tree.indexed[Tier.DEVICE],
             self.pool.evictable_pages,
         )
 
@@ -168,7 +168,6 @@ class PoolAgainstModel(RuleBasedStateMachine):
             self.heard(new)
         lease.owner = new
         assert self.pool.counters.handed_over_pages - handed == moves * len(lease.pages)
-        assert self.pool.counters.handed_over_bytes_copied == 0
 
     @precondition(lambda self: self.leases)
     @rule(data=st.data())
@@ -222,7 +221,7 @@ class PoolAgainstModel(RuleBasedStateMachine):
     @invariant()
     def accounts_balance(self):
         check_pool(self.pool)
-        assert self.pool.free_pages + self.pool.leased_pages + self.pool.indexed_pages == TOTAL
+        assert self.pool.free_pages + self.pool.leased_pages + self.pool.tree.indexed[Tier.DEVICE] == TOTAL
         assert len(self.pool.leases) == len(self.leases)
 
     @invariant()
@@ -240,7 +239,7 @@ class PoolWithoutCaching(PoolAgainstModel):
 
     @invariant()
     def nothing_is_indexed(self):
-        assert self.pool.indexed_pages == 0
+        assert self.pool.tree.indexed[Tier.DEVICE] == 0
 
 
 RUN = settings(max_examples=80, stateful_step_count=40, deadline=None)
@@ -290,7 +289,6 @@ def test_the_next_turn_finds_prompt_and_answer():
 
     assert pool.acquire("p.1", "anne", pack(range(20)), 0, 0.0).cached_tokens == 12
     assert pool.counters.handed_over_pages == 3
-    assert pool.counters.handed_over_bytes_copied == 0
 
 
 def test_acquire_never_evicts_what_it_has_just_matched():

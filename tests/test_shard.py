@@ -78,7 +78,7 @@ def test_the_way_of_one_request():
 
     assert acquired == Acquired(1, lease, (0, 1, 2, 3), 0)
     assert shard.say("p.1", Insert(2, lease, 0, PROMPT[:32])) == [("p.1", Inserted(2, 0))]
-    assert shard.say("d.1", Adopt(1, lease, "p.1")) == [("d.1", Adopted(1, lease))]
+    assert shard.say("d.1", Adopt(1, lease, "p.1")) == [("d.1", Adopted(1))]
     assert shard.say("d.1", AllocMem(2, lease, 2)) == [("d.1", Allocated(2, lease, (4, 5)))]
     assert shard.say("d.1", FreeMem(lease)) == []
     gauges = shard.core.gauges()
@@ -327,7 +327,12 @@ class ShardUnderFire(RuleBasedStateMachine):
     @rule(sender=st.sampled_from(["p.1", "d.1"]), tokens=st.integers(1, 20), extra=st.integers(0, 2))
     def acquire(self, sender, tokens, extra):
         key = len(self.sent) % 5
-        self.send(sender, self.calls[sender].acquire(key, "anne", pack(range(tokens)), extra))
+        self.send(
+            sender,
+            self.calls[sender].ask(
+                key, lambda call: Acquire(call, "anne", pack(range(tokens)), extra), grants=True
+            ),
+        )
 
     @precondition(lambda self: self.sent)
     @rule(data=st.data())
@@ -344,7 +349,7 @@ class ShardUnderFire(RuleBasedStateMachine):
     def alloc(self, data, n):
         lease = data.draw(st.sampled_from(sorted(self.leases)))
         sender = self.leases[lease]
-        self.send(sender, self.calls[sender].alloc("a", lease, n))
+        self.send(sender, self.calls[sender].ask("a", lambda call: AllocMem(call, lease, n)))
 
     @precondition(lambda self: self.leases)
     @rule(data=st.data())
@@ -381,12 +386,12 @@ TestShardUnderFire.__doc__ = "A lease that only the shard knows of is memory los
 def test_calls_remember_what_they_are_for():
     """ShardCalls numbers calls, finds the request that an answer belongs to, and withdraws forgotten calls."""
     calls = ShardCalls()
-    acquire, alloc = calls.acquire("r1", "anne", PROMPT, 2), calls.alloc("r2", 7, 3)
+    acquire = calls.ask("r1", lambda call: Acquire(call, "anne", PROMPT, 2), grants=True)
+    alloc = calls.ask("r2", lambda call: AllocMem(call, 7, 3))
 
-    assert acquire == Acquire(1, "anne", PROMPT, 2)
-    assert alloc == AllocMem(2, 7, 3)
-    assert calls.insert("r1", 7, 16, PROMPT) == Insert(3, 7, 16, PROMPT)
-    assert calls.adopt("r2", 7, "p.1") == Adopt(4, 7, "p.1")
+    assert (acquire.call, alloc.call) == (1, 2)
+    assert calls.ask("r1", lambda call: Insert(call, 7, 16, PROMPT)) == Insert(3, 7, 16, PROMPT)
+    assert calls.ask("r2", lambda call: Adopt(call, 7, "p.1")) == Adopt(4, 7, "p.1")
     assert calls.answered(2) == "r2"
     assert calls.answered(2) is None
     assert calls.forget("r1") == (FreeMem(lease=0, call=1),)

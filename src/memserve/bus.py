@@ -342,7 +342,7 @@ def as_client(socket: zmq.Socket[bytes], keys: KeyPair, endpoint: str) -> None:
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MS_MAX)
 
 
-async def knock(head: str, keys: KeyPair, on_no_answer: Callable[[], None]) -> None:
+async def wait_for_head(head: str, keys: KeyPair, on_no_answer: Callable[[], None]) -> None:
     """Wait until the inbox at ``head`` accepts a connection with ``keys``.
 
     Calls ``on_no_answer`` if there is no answer within LATE_S, and keeps waiting. Raises UserError when the key is
@@ -357,10 +357,10 @@ async def knock(head: str, keys: KeyPair, on_no_answer: Callable[[], None]) -> N
     try:
         socket.connect(head)
         with trio.move_on_after(LATE_S) as in_time:
-            await _let_in(events, head)
+            await _until_let_in(events, head)
         if in_time.cancelled_caught:
             on_no_answer()
-            await _let_in(events, head)
+            await _until_let_in(events, head)
     finally:
         socket.disable_monitor()
         monitor.close()
@@ -368,7 +368,7 @@ async def knock(head: str, keys: KeyPair, on_no_answer: Callable[[], None]) -> N
         context.term()
 
 
-async def _let_in(events: Inbox, head: str) -> None:
+async def _until_let_in(events: Inbox, head: str) -> None:
     """Follow a connection's attempts.
 
     If it is made and then dropped several times, the key is refused: raises UserError.

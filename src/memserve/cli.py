@@ -134,7 +134,7 @@ def join(
     from memserve.processes import join
 
     if head:
-        raise UserError(join.far_away(head))
+        raise UserError(join.how_hosts_join(head))
     worker = {"name": name, "role": role, "shard": shard, "threads": threads}
     return join.join(worker, join.log_dir_of(config, set_ or [], log_dir))
 

@@ -179,9 +179,19 @@ class Resolved:
         joined = tuple(one for one in self.joined if one != name)
         return attrs.evolve(self, config=config, threads=threads, joined=joined)
 
+    def worker(self, name: str) -> WorkerConfig:
+        """The configuration of the worker called ``name``."""
+        return next(worker for worker in self.config.worker if worker.name == name)
+
     def shard(self, name: str) -> ShardConfig:
         """The configuration of the shard called ``name``."""
         return next(shard for shard in self.config.shard if shard.name == name)
+
+    def arena_bytes(self, shard: ShardConfig) -> int:
+        """Bytes that the shard's arena is meant to have: as configured, or as found for it."""
+        if shard.on_gpu:
+            return shard.memory or self.shard_pages[shard.name] * self.page_bytes
+        return shard.host_memory
 
     @property
     def frontend_names(self) -> tuple[str, ...]:

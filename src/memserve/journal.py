@@ -119,7 +119,7 @@ class FrontendCore:
         """Whether an operator's change of a worker is in force."""
         return in_force(worker, change, self.members(now), self._view.expects(worker, now))
 
-    # ---- the five verbs -------------------------------------------------------------------------------------
+    # ---- verbs ----------------------------------------------------------------------------------------------
 
     def receive(self, sender: ActorId, message: Message, now: float) -> None:
         """Process one message. Kinds that a Frontend does not handle are ignored."""

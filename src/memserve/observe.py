@@ -218,12 +218,12 @@ class Exposition:
 
     _families: dict[str, tuple[str, list[str]]] = attrs.field(init=False, factory=dict)
 
-    def add(self, name: str, value: Metric, labels: Labels, help: str = "") -> None:
+    def add(self, name: str, value: Metric, labels: Labels) -> None:
         """Add one sample, or all of a histogram's. A name that ends in ``_total`` is a counter."""
         kind = (
             "histogram" if isinstance(value, Histogram) else "counter" if name.endswith("_total") else "gauge"
         )
-        header = f"# HELP {name} {_escaped(help or describe(name))}\n# TYPE {name} {kind}"
+        header = f"# HELP {name} {_escaped(describe(name))}\n# TYPE {name} {kind}"
         _, samples = self._families.setdefault(name, (header, []))
         if not isinstance(value, Histogram):
             samples.append(f"{name}{_braced(labels)} {_number(value)}")

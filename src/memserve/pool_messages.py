@@ -161,7 +161,6 @@ class Adopted:
     """The lease now belongs to the sender of the Adopt."""
 
     call: int
-    lease: int
 
 
 @attrs.frozen
@@ -315,8 +314,6 @@ class Arrival:
     pages: tuple[int, ...]
     cached_tokens: int
     """How many tokens, from the first on, are in the index."""
-    shard: ActorId
-    """Shard that the pages come from."""
     sender: ActorId
     """Actor whose Transfer sent them."""
     private: bytes

@@ -199,13 +199,13 @@ class Supervisor:
         network = self.resolved.network
         if network is None or not network.joins:
             return
-        from memserve.bus import knock  # only where there is a network: a supervisor stays small
+        from memserve.bus import wait_for_head  # only where there is a network: a supervisor stays small
 
         def on_no_answer() -> None:
             log.warning("cluster not found yet", head=network.head)
             self.say(f"memserve: waiting for the cluster: no answer at {network.head}")
 
-        await knock(network.head, network.keys, on_no_answer)
+        await wait_for_head(network.head, network.keys, on_no_answer)
         log.info("cluster found", head=network.head)
         self.say(f"memserve: found the cluster at {network.head}; this host is {network.address} in it")
 

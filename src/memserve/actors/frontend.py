@@ -26,7 +26,7 @@ from memserve.identity import actor_name
 from memserve.journal import FrontendCore
 from memserve.messages import Change, Member, Request
 from memserve.presence import Reporting
-from memserve.processes.actor import ActorContext, ready_model
+from memserve.processes.actor import ActorContext
 from memserve.scheduling.changes import find_worker
 from memserve.scheduling.view import Health
 from memserve.tokens import count
@@ -255,12 +255,8 @@ class Http:
 def make_app(context: ActorContext, service: FrontendService) -> ASGIApp:
     """The HTTP surface with the tokenizer loaded. Blocks while loading, so it must run off the event loop."""
     resolved = context.resolved
-    model = resolved.config.model
-    files = ready_model(
-        resolved.model_path, resolved.spec, model.stored, model.dtype, on_gpus=resolved.on_gpus
-    )
-    tokenizer = Tokenizer.load(files.tokenizer)
-    frontend = resolved.config.frontend
+    tokenizer = Tokenizer.load(context.model_files().tokenizer)
+    model, frontend = resolved.config.model, resolved.config.frontend
     settings = ApiSettings(
         model=resolved.spec.name,
         max_context=resolved.max_context,

@@ -71,11 +71,10 @@ class Shell:
 
     def hear(self, received: Received) -> None:
         """Give one message to the core, and update the link's directory with the actors that it names."""
-        now = self.clock()
-        self.core.receive(received.sender, received.message, now)
-        self._note(received.sender, received.message, now)
+        self.core.receive(received.sender, received.message, self.clock())
+        self._note(received.sender, received.message)
 
-    def _note(self, sender: ActorId, message: Message, now: float) -> None:
+    def _note(self, sender: ActorId, message: Message) -> None:
         match message:
             case Cluster(_, members, gone):
                 for member in members:

@@ -15,7 +15,6 @@ import select
 import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from functools import partial
 from pathlib import Path
 
 import attrs
@@ -38,7 +37,7 @@ from memserve.mempool.pool import Pool
 from memserve.mempool.room import Capacity
 from memserve.mempool.shard import ShardCore
 from memserve.presence import Reporting
-from memserve.processes.actor import ActorContext, ready_model
+from memserve.processes.actor import ActorContext
 from memserve.processes.lifecycle import process_title
 from memserve.settings.gpus import device_index
 from memserve.transfer.mover import host_identity
@@ -138,14 +137,8 @@ def settings_of(context: ActorContext) -> ShardSettings:
         transfer=TransferSettings(path=transfer.path, host=resolved.transfer_host),
         granularity=GRANULARITY[transfer.granularity],
         gpu=device_index(resolved.shard(context.name).device),
-        weights=partial(weights_of, context),
+        weights=lambda: context.model_files(on_gpus=True).weights,
     )
-
-
-def weights_of(context: ActorContext) -> Path:
-    """The file of the converted weights in the form that a GPU takes."""
-    resolved, model = context.resolved, context.resolved.config.model
-    return ready_model(resolved.model_path, resolved.spec, model.stored, model.dtype, on_gpus=True).weights
 
 
 @asynccontextmanager

@@ -28,7 +28,7 @@ from memserve.engine.worker import WorkerCore
 from memserve.errors import PeerError, PeerUnreachable
 from memserve.identity import ActorId
 from memserve.presence import Reporting
-from memserve.processes.actor import ActorContext, RestartNeeded, ready_model
+from memserve.processes.actor import ActorContext, RestartNeeded
 from memserve.processes.lifeline import Lifeline
 from memserve.scheduling.joining import SHARD_WAIT_S, JoiningCore
 from memserve.settings.gpus import device_index
@@ -69,7 +69,7 @@ async def run_worker(context: ActorContext, task_status: trio.TaskStatus[None]) 
 
     Raises RestartNeeded when the shard is gone or this incarnation is fenced off.
     """
-    config = next(one for one in context.resolved.config.worker if one.name == context.name)
+    config = context.resolved.worker(context.name)
     async with open_link(context.id, context.inbox, context.keys) as link:
         presence = introduce(context, link, config.role)
         joining = JoiningCore(context.id, config.shard)
@@ -147,9 +147,7 @@ def start_engine(
     except (PeerError, PeerUnreachable) as error:
         raise RestartNeeded(str(error)) from error
     model, page_tokens = resolved.config.model, resolved.config.pool.page_tokens
-    files = ready_model(
-        resolved.model_path, resolved.spec, model.stored, model.dtype, on_gpus=resolved.on_gpus
-    )
+    files = context.model_files()
     threads = resolved.threads[context.name]
     cores = Cores(context.place.path / CORES_FILE, resolved.cores, threads, outsiders=Outsiders())
     pages = arena.header.pages
@@ -173,10 +171,7 @@ def read_grammars(context: ActorContext) -> Grammars:
     from memserve.engine.grammars import Grammars
     from memserve.engine.tokenizer import Tokenizer
 
-    resolved, model = context.resolved, context.resolved.config.model
-    files = ready_model(
-        resolved.model_path, resolved.spec, model.stored, model.dtype, on_gpus=resolved.on_gpus
-    )
+    files = context.model_files()
     return Grammars(Tokenizer.load(files.tokenizer), files.spec.vocab, files.spec.eos)
 
 
@@ -226,8 +221,7 @@ def calibrate(
 
 def shard_of(context: ActorContext) -> ShardConfig:
     """The configuration of the shard whose pages this worker uses."""
-    config = next(one for one in context.resolved.config.worker if one.name == context.name)
-    return context.resolved.shard(config.shard)
+    return context.resolved.shard(context.resolved.worker(context.name).shard)
 
 
 def start_engine_on_gpu(
@@ -240,8 +234,7 @@ def start_engine_on_gpu(
     from memserve.engine.cpu_budget import Cores
     from memserve.engine.cuda import open_engine
 
-    resolved, model = context.resolved, context.resolved.config.model
-    files = ready_model(resolved.model_path, resolved.spec, model.stored, model.dtype, on_gpus=True)
+    resolved, files = context.resolved, context.model_files(on_gpus=True)
     device = device_index(shard_of(context).device)
     assert device is not None, "a worker of a shard that is on no GPU"
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from memserve import __version__
 from memserve.api import errors
 from memserve.api.administration import read_change
-from memserve.api.bodies import SEED_BITS, Body, ChatBody, CompletionBody, StreamOptions, is_long, read_body
+from memserve.api.bodies import SEED_BITS, ChatBody, CompletionBody, StreamOptions, is_long, read_body
 from memserve.api.call_parser import CallParser
 from memserve.api.chat import ChatTemplate
 from memserve.api.choices import Choice
@@ -30,7 +30,7 @@ from memserve.api.generation import Generation, GenerationOrder
 from memserve.api.guard import CALLER, Caller, Guard
 from memserve.api.logprobs import Piece
 from memserve.api.prompt_logprobs import PromptReport
-from memserve.api.prompts import Model, Prompt, chat_prompt, completion_prompts
+from memserve.api.prompts import Found, Model, Prompt, chat_prompt, completion_prompts
 from memserve.api.response_wire import ResponseWire
 from memserve.api.responses import echoed, own_names, read_response
 from memserve.api.service import ApiSettings, Service
@@ -92,15 +92,16 @@ class Api:
 
     async def completions(self, request: Request) -> Response:
         """POST /v1/completions."""
-        body = await self._body(request, CompletionBody)
+        body, _ = await self._read(request, lambda data: read_body(data, CompletionBody))
+        self._check_model(body.model)
         prompts = await completion_prompts(body, self.served, _scope(request, body), _draw_seed)
         wire = CompletionWire(prompts, bool(body.return_token_ids), self._piece(body), _options(body))
         return self._generate(request, body, prompts, wire)
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
-        body = await self._body(request, ChatBody)
-        long = is_long(await request.body())
+        body, long = await self._read(request, lambda data: read_body(data, ChatBody))
+        self._check_model(body.model)
         prompt = await chat_prompt(body, self.served, _scope(request, body), _draw_seed, long)
         form = self.served.call_format
         wire = ChatWire(prompt, bool(body.return_token_ids), self._piece(body), form, _options(body))
@@ -108,9 +109,7 @@ class Api:
 
     async def responses(self, request: Request) -> Response:
         """POST /v1/responses: a chat in another form."""
-        data = await request.body()
-        long = is_long(data)
-        body, chat = await self.served.aside(long, partial(read_response, data))
+        (body, chat), long = await self._read(request, read_response)
         self._check_model(body.model)
         with own_names():
             prompt = await chat_prompt(chat, self.served, _scope(request, chat), _draw_seed, long)
@@ -119,18 +118,14 @@ class Api:
 
     async def tokenize(self, request: Request) -> Response:
         """POST /tokenize."""
-        data = await request.body()
-        long = is_long(data)
-        body = await self.served.aside(long, partial(read_tokenize, data))
+        body, long = await self._read(request, read_tokenize)
         self._check_model(body.model)
         caller: Caller = request.scope[CALLER]
         return _json(await tokenized(body, self.served, caller.tenant, long))
 
     async def detokenize(self, request: Request) -> Response:
         """POST /detokenize."""
-        data = await request.body()
-        long = is_long(data)
-        body = await self.served.aside(long, partial(read_detokenize, data))
+        body, long = await self._read(request, read_detokenize)
         self._check_model(body.model)
         return _json(await self.served.aside(long, partial(detokenized, body, self.served)))
 
@@ -174,11 +169,11 @@ class Api:
             raise from_failure(failure) from failure
         return _json({"worker": request.path_params["worker"], "role": body.role, "drain": body.drain})
 
-    async def _body(self, request: Request, kind: type[Body]) -> Body:
+    async def _read(self, request: Request, read: Callable[[bytes], Found]) -> tuple[Found, bool]:
+        """The request's body, parsed, and whether it is long: then work on it needs a thread."""
         data = await request.body()
-        body = await self.served.aside(is_long(data), partial(read_body, data, kind))
-        self._check_model(body.model)
-        return body
+        long = is_long(data)
+        return await self.served.aside(long, partial(read, data)), long
 
     def _piece(self, body: CompletionBody | ChatBody) -> Piece | None:
         """How to show tokens next to their log probabilities; None if these are not requested."""

@@ -14,6 +14,7 @@ from urllib.request import ProxyHandler, Request, build_opener
 import attrs
 
 from memserve.errors import UserError
+from memserve.identity import actor_name
 
 TIMEOUT_S = 15.0
 """Timeout of a request: longer than a Frontend waits for a worker to change."""
@@ -82,7 +83,7 @@ class Target:
 
     def wait_gone(self, worker: str) -> None:
         """Wait until no member has this name. Raises UserError when the cluster does not answer."""
-        while any(str(one["id"]).rpartition(".")[0] == worker for one in self.members()):
+        while any(actor_name(one["id"]) == worker for one in self.members()):
             time.sleep(LEAVE_POLL_S)
 
 

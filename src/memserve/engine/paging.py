@@ -95,11 +95,20 @@ class Paging:
 
         Missing pages are fetched from ``source``.
         """
-        extra = one.headroom(self.page_tokens, self.max_context)
-        scope, least = one.request.scope, self.swap_least
-        uncached = one.score_count is not None
-        sequel = self.sequel_tokens
-        self._send(self._calls.acquire(one, scope, one.tokens, extra, source, least, uncached, sequel))
+
+        def make(call: int) -> Acquire:
+            return Acquire(
+                call,
+                one.request.scope,
+                one.tokens,
+                one.headroom(self.page_tokens, self.max_context),
+                source,
+                swap_least=self.swap_least,
+                uncached=one.score_count is not None,
+                sequel_tokens=self.sequel_tokens,
+            )
+
+        self._send(self._calls.ask(one, make, grants=True))
 
     def fetch(self, one: Sequence) -> None:
         """Acquire pages, and have the prefix fetched that the plan names, before the prompt runs."""
@@ -124,13 +133,13 @@ class Paging:
 
     def adopt(self, one: Sequence, previous: ActorId) -> None:
         """Ask the shard to transfer the lease from ``previous`` to this worker."""
-        self._send(self._calls.adopt(one, one.lease, previous))
+        self._send(self._calls.ask(one, lambda call: Adopt(call, one.lease, previous)))
 
     def grow(self, one: Sequence) -> None:
         """Ask for the next page if the last one is in use and the sequence may outgrow it."""
         if not one.growing and one.pages_wanted(self.page_tokens, self.max_context):
             one.growing = True
-            self._send(self._calls.alloc(one, one.lease, 1))
+            self._send(self._calls.ask(one, lambda call: AllocMem(call, one.lease, 1)))
 
     def retire(self, one: Sequence) -> None:
         """Give the full pages to the index.
@@ -144,13 +153,14 @@ class Paging:
         full = min(one.computed, limit) // self.page_tokens * self.page_tokens
         if full > one.retired:
             start = one.acknowledged
-            self._send(self._calls.insert(one, one.lease, start, span(one.tokens, start, full)))
+            tokens = span(one.tokens, start, full)
+            self._send(self._calls.ask(one, lambda call: Insert(call, one.lease, start, tokens)))
             one.retired = full
             rest = count(one.request.tokens) > one.computed
             if rest and self.ahead and one.crosses and not one.came_with:
-                tokens, to = span(one.tokens, 0, full), one.plan.decode_shard
+                prefix, to = span(one.tokens, 0, full), one.plan.decode_shard
                 self.outbox.send(
-                    self.shard, Return(one.request.scope, tokens, to, self.fetch_s, one.request.id, True)
+                    self.shard, Return(one.request.scope, prefix, to, self.fetch_s, one.request.id, True)
                 )
 
     def release(self, one: Sequence) -> None:

@@ -171,12 +171,12 @@ class Exchange:
             case Gone(actors):
                 self.outgoing.receive(sender, message, now)
                 self.incoming.receive(sender, message, now)
-                self._bury(set(actors))
+                self._forget_dead(set(actors))
             case _ if isinstance(message, _TO_INCOMING):
                 self.incoming.receive(sender, message, now)
             case _ if isinstance(message, _TO_OUTGOING):
                 self.outgoing.receive(sender, message, now)
-        self._pass_on(now)
+        self._pass_on()
 
     def advance(self, now: float) -> None:
         """Give up late fetches, and repeat messages that are not answered."""
@@ -189,7 +189,7 @@ class Exchange:
                 self._fail(one, "not there in time")
             elif now >= one.repeat_at:
                 self._ask(one, now)
-        self._pass_on(now)
+        self._pass_on()
 
     def take(self) -> list[Action]:
         """Actions to perform, returned once."""
@@ -266,7 +266,7 @@ class Exchange:
                 del self._fetches[one.id]
         for order in self.pushing.forget(sender, call):
             self.outgoing.receive(self.me, Withdraw(order), self._now)
-        self._pass_on(self._now)
+        self._pass_on()
 
     def unreachable(self, to: ActorId, message: object, now: float) -> None:
         """Handle a message of this core that could not be sent.
@@ -279,7 +279,7 @@ class Exchange:
             self._fail(one, text)
         elif isinstance(message, TransferOffer):
             self.outgoing.receive(to, TransferRefused(message.id, Failure.PEER_GONE, text), now)
-            self._pass_on(now)
+            self._pass_on()
 
     def bring(self, scope: str, tokens: bytes) -> Grant | None:
         """Pages for a prefix that no call waits for, under a lease of this shard's own.
@@ -381,12 +381,12 @@ class Exchange:
             raise PoolError(PoolError.QUEUE_FULL, f"{len(self.outgoing)} transfers are under way already")
         order = self.pushing.order(next(self._orders), sender, call, now)
         self.outgoing.receive(self.me, order, now)
-        self._pass_on(now)
+        self._pass_on()
 
     def warm(self, grant: Grant, now: float) -> None:
         """Send the pages that were brought in for a Pull."""
         self.serving.warm(grant, now)
-        self._pass_on(now)
+        self._pass_on()
 
     def _reported(self, result: TransferDone | TransferFailed) -> None:
         if isinstance(result, TransferDone):
@@ -396,12 +396,12 @@ class Exchange:
 
     # ---- inside --------------------------------------------------------------------------------------------
 
-    def _bury(self, actors: set[ActorId]) -> None:
+    def _forget_dead(self, actors: set[ActorId]) -> None:
         for one in [one for one in self._fetches.values() if one.source.shard in actors]:
             self._fail(one, f"{one.source.shard} is gone")
-        self.serving.bury(actors)
+        self.serving.forget_dead(actors)
 
-    def _pass_on(self, now: float) -> None:
+    def _pass_on(self) -> None:
         """Turn the actions of the transfer cores into actions of this shard."""
         while actions := [*self.outgoing.take(), *self.incoming.take()]:
             for action in actions:

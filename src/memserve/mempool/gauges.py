@@ -18,7 +18,6 @@ def pool_gauges(pool: Pool) -> dict[str, float]:
     """
     swaps = pool.room.swaps
     figures = attrs.asdict(pool.counters)
-    figures["handoff_bytes_copied"] = figures.pop("handed_over_bytes_copied")
     figures |= {
         "evicted_pages": pool.room.evicted_pages,
         "swapped_out_pages": swaps.out_pages,

@@ -55,8 +55,3 @@ class Counters:
     """Pages freed by leases that ended because their owner died or fell silent."""
     expired_leases: int = 0
     handed_over_pages: int = 0
-    handed_over_bytes_copied: int = 0
-    """Bytes of KV moved by handoffs.
-
-    :meth:`Pool.adopt` moves none; a code path that copies pages must add its bytes here.
-    """

@@ -49,7 +49,6 @@ class Pool:
         *,
         caching: bool = True,
         home: Home | None = None,
-        events: bool = False,
     ) -> None:
         home = home or Home(0, 0)
         assert 0 <= home.incarnation < 2**32, f"incarnation {home.incarnation} does not fit 32 bits"
@@ -57,7 +56,7 @@ class Pool:
         self.caching = caching
         self.home = home
         self.counters = Counters()
-        self.tree = PromptTree(page_tokens, [] if events else None)
+        self.tree = PromptTree(page_tokens)
         self.room = Room(pages if isinstance(pages, Capacity) else Capacity(pages), self.tree)
         self.total = self.room.capacity.device
         self.demands = Demands(self.room, page_tokens)
@@ -72,11 +71,6 @@ class Pool:
     def free_pages(self) -> int:
         """Number of device pages that hold nothing."""
         return self.room.free(Tier.DEVICE)
-
-    @property
-    def indexed_pages(self) -> int:
-        """Number of device pages in the index, pinned or not."""
-        return self.tree.indexed[Tier.DEVICE]
 
     @property
     def evictable_pages(self) -> int:

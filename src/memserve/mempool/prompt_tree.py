@@ -228,8 +228,8 @@ class PromptTree:
         else:
             beyond = []  # the prompt is cached only in part: below that part there are only other prompts
         freed: list[int] = []
-        for doomed in reversed(beyond):  # children before their parents
-            freed += self._drop(doomed)
+        for below in reversed(beyond):  # children before their parents
+            freed += self._drop(below)
         while node.parent is not None and not node.pins and not node.children:
             parent = node.parent
             freed += self._drop(node)
@@ -238,8 +238,8 @@ class PromptTree:
 
     def remove_subtree(self, node: Node) -> list[int]:
         """Take out an unpinned node and all that continues it; returns the pages, which the caller owns."""
-        assert not node.pins, "a pinned node is felled"
-        return [page for doomed in reversed(list(node.walk())) for page in self._drop(doomed)]
+        assert not node.pins, "a pinned node is taken out"
+        return [page for one in reversed(list(node.walk())) for page in self._drop(one)]
 
     # ---- the accounts --------------------------------------------------------------------------------------
 

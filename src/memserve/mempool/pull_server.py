@@ -66,7 +66,7 @@ class Serving:
         """Every lease that is lent here, once for each mover."""
         return (one.lease for one in self._sending.values())
 
-    def bury(self, actors: set[ActorId]) -> None:
+    def forget_dead(self, actors: set[ActorId]) -> None:
         """Forget the Pulls of these dead shards."""
         for key in [key for key in self._pulls if key[0] in actors]:
             del self._pulls[key]

@@ -80,7 +80,6 @@ class _Arrived:
     """Pages that their owner has not claimed yet."""
 
     purpose: Purpose
-    shard: ActorId
     until: float
 
 
@@ -237,7 +236,7 @@ class Pushing:
         del self._receiving[key]
         self.lending.take_back(lease.id)
         if not purpose.destination:
-            self._arrived[lease.id] = _Arrived(purpose, key[0], now + self.pool.leases.lease_s)
+            self._arrived[lease.id] = _Arrived(purpose, now + self.pool.leases.lease_s)
             self._announce()
         return lease.id
 
@@ -267,7 +266,7 @@ class Pushing:
                 del self._waiting[sender, call]
                 pages, tokens = tuple(lease.pages), lease.retired_tokens
                 caller, private = one.purpose.caller, one.purpose.private
-                answer = Arrival(call, lease.id, pages, tokens, one.shard, caller, private)
+                answer = Arrival(call, lease.id, pages, tokens, caller, private)
                 self._answers.append((sender, answer))
 
     def _next_for(self, owner: ActorId) -> Lease | None:

@@ -10,8 +10,8 @@ the :class:`~memserve.mempool.exchange.Exchange` that moves pages between this s
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import attrs
 
@@ -70,8 +70,6 @@ class ShardCore:
     Verbs: receive, advance, take, deadline, check.
     """
 
-    calls: ClassVar[Mapping[type[Any], Callable[..., Answer | None]]]
-    """Handler for each kind of call; it returns None if the answer comes later."""
     pool: Pool
     waiting_max: int = 1024
     """Maximum number of calls that wait for pages or copies; one more is refused with QUEUE_FULL."""
@@ -133,7 +131,7 @@ class ShardCore:
                 self._pids[member.id] = member.pid
                 self.pool.renew(member.id, now)
             case Gone(actors):
-                self._bury(actors)
+                self._free_all_of(actors)
                 self.exchange.receive(sender, message, now)
             case Overslept():
                 self.pool.leases.excuse(now)
@@ -145,7 +143,7 @@ class ShardCore:
             case _ if isinstance(message, HEARD):
                 self.exchange.receive(sender, message, now)
                 self._waiting.warmed()
-            case _ if type(message) in self.calls:
+            case _ if type(message) in _CALLS:
                 self._call(sender, message, now)
             case _:
                 data: dict[str, object] = {"sender": sender, "kind": type(message).__name__}
@@ -222,7 +220,7 @@ class ShardCore:
             self._actions += [Send(sender, again)] if again is not None else []
             return
         try:
-            answer = self.calls[type(call)](self, sender, call, now)
+            answer = _CALLS[type(call)](self, sender, call, now)
         except PoolError as refused:
             answer = PoolRefused(call.call, refused.code, refused.message)
         if answer is not None:
@@ -244,7 +242,7 @@ class ShardCore:
     def _adopt(self, sender: ActorId, call: Adopt, now: float) -> Answer:
         self.pool.adopt(sender, call.lease, call.previous, now)
         self.exchange.pushing.claimed(call.lease)
-        return Adopted(call.call, call.lease)
+        return Adopted(call.call)
 
     def _delete(self, sender: ActorId, call: Delete, now: float) -> Answer:
         return Freed(call.call, self.pool.delete(call.scope, call.tokens))
@@ -334,7 +332,7 @@ class ShardCore:
         self._replies.forget(owner)
         return self._waiting.forget(owner)
 
-    def _bury(self, actors: Iterable[ActorId]) -> None:
+    def _free_all_of(self, actors: Iterable[ActorId]) -> None:
         """Free what dead actors owned.
 
         An actor that comes back after all is heard again, but its old leases are unknown.
@@ -363,7 +361,7 @@ class ShardCore:
             self._actions.append(Log("warning", event, data))
 
 
-ShardCore.calls = {
+_CALLS: dict[type[Any], Callable[[ShardCore, ActorId, Any, float], Answer | None]] = {
     Acquire: ShardCore._take_in,
     Match: ShardCore._take_in,
     AllocMem: ShardCore._alloc_mem,
@@ -378,3 +376,4 @@ ShardCore.calls = {
     NextArrival: ShardCore._next_arrival,
     DescribePool: ShardCore._describe,
 }
+"""Handler for each kind of call; it returns None if the answer comes later."""

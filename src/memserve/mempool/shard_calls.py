@@ -7,8 +7,7 @@ from typing import Generic, TypeVar
 
 import attrs
 
-from memserve.identity import ActorId
-from memserve.pool_messages import Acquire, Adopt, AllocMem, FreeMem, Insert, Source
+from memserve.pool_messages import FreeMem
 
 Key = TypeVar("Key", bound=Hashable)
 Call = TypeVar("Call")
@@ -16,7 +15,7 @@ Call = TypeVar("Call")
 
 @attrs.define
 class ShardCalls(Generic[Key]):
-    """Builds the messages to shards. ``key`` is whatever the caller finds its request by.
+    """Numbers the calls to shards. ``key`` is whatever the caller finds its request by.
 
     A number is never reused within an incarnation: the shard would take the new call for a repeat.
     """
@@ -30,35 +29,10 @@ class ShardCalls(Generic[Key]):
         return len(self._pending)
 
     def ask(self, key: Key, make: Callable[[int], Call], *, grants: bool = False) -> Call:
-        """Number any call, which ``make`` builds; ``grants``: its answer may be a new lease."""
-        return make(self._number(key, grants))
-
-    def acquire(
-        self,
-        key: Key,
-        scope: str,
-        tokens: bytes,
-        extra_pages: int,
-        source: Source | None = None,
-        swap_least: int = 0,
-        uncached: bool = False,
-        sequel_tokens: int = 0,
-    ) -> Acquire:
-        """Ask for a lease on pages for ``tokens`` and ``extra_pages`` more; the answer may take a while."""
-        call = self._number(key, grants=True)
-        return Acquire(call, scope, tokens, extra_pages, source, swap_least, uncached, sequel_tokens)
-
-    def alloc(self, key: Key, lease: int, pages: int) -> AllocMem:
-        """Ask for ``pages`` more pages for a lease."""
-        return AllocMem(self._number(key), lease, pages)
-
-    def insert(self, key: Key, lease: int, start: int, tokens: bytes) -> Insert:
-        """Retire whole pages: ``tokens`` from position ``start``."""
-        return Insert(self._number(key), lease, start, tokens)
-
-    def adopt(self, key: Key, lease: int, previous: ActorId) -> Adopt:
-        """Take over a lease from ``previous``."""
-        return Adopt(self._number(key), lease, previous)
+        """Number a call, which ``make`` builds; ``grants``: its answer may be a new lease."""
+        self._last += 1
+        self._pending[self._last] = (key, grants)
+        return make(self._last)
 
     def answered(self, call: int) -> Key | None:
         """The key of the call that this answer ends; None when no request waits for it.
@@ -83,8 +57,3 @@ class ShardCalls(Generic[Key]):
         for call in ended:
             del self._pending[call]
         return withdrawn
-
-    def _number(self, key: Key, grants: bool = False) -> int:
-        self._last += 1
-        self._pending[self._last] = (key, grants)
-        return self._last

@@ -121,6 +121,15 @@ class ActorContext:
         network = self.resolved.network
         return network.head if network else self.place.endpoint(name)
 
+    def model_files(self, on_gpus: bool | None = None) -> ModelFiles:
+        """The model's files, in the form for GPUs, or if not given, in that of all shards together.
+
+        Blocks for as long as it takes to make missing ones. Raises UserError.
+        """
+        resolved, model = self.resolved, self.resolved.config.model
+        form = resolved.on_gpus if on_gpus is None else on_gpus
+        return ready_model(resolved.model_path, resolved.spec, model.stored, model.dtype, on_gpus=form)
+
     def host_serves(self) -> bool:
         """Whether this host's cluster has been ready: then this actor follows one that died, or has joined."""
         return bool(self.place.read_info()["state"] == "ready")

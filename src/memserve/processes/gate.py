@@ -170,16 +170,16 @@ class Gate:
                 if event["event"] == "hello":
                     guest.id = ActorId(event["id"])
                 elif event["event"] == "died":
-                    self._bury(guest)
+                    self._end_guest(guest)
         finally:
-            self._bury(guest)
+            self._end_guest(guest)
             del self.guests[guest.spec.name]
             self._remove(guest.spec.name)
             guest.gone.set()
             log.info("joined worker left", child=guest.spec.name)
             self.say(f"memserve: {guest.spec.name} has left")
 
-    def _bury(self, guest: Guest) -> None:
+    def _end_guest(self, guest: Guest) -> None:
         if guest.id is not None:
             self.place.remove_files_of(guest.id)
             self.on_end(guest.id)

@@ -39,7 +39,8 @@ from memserve.processes.place import Place, PlaceGone, find_running
 from memserve.processes.zygote import Zygote
 from memserve.settings.configfile import load
 from memserve.settings.gpus import Gpus, device_index, find_gpus
-from memserve.settings.resolve import size, usable_cores
+from memserve.settings.machine import usable_cores
+from memserve.settings.rules import size_text
 from memserve.settings.sections import WorkerConfig
 from memserve.supervisor import run_supervisor, stop_signals
 
@@ -72,7 +73,7 @@ class Joiner:
     def __attrs_post_init__(self) -> None:
         self._child = Child(worker_spec(self.worker), self.policy(), self.hung_s)
         self._keeper = Keeper(
-            self.zygote, self.resolved.run_dir, self.say, lambda: self._was_ready, self._on_event, self._buried,
+            self.zygote, self.resolved.run_dir, self.say, lambda: self._was_ready, self._on_event, self._announce_death,
             self._left,
         )  # fmt: skip
 
@@ -101,7 +102,7 @@ class Joiner:
                 f" {self.worker.shard}{self.where}; Ctrl-C lets it finish its requests and leave"
             )
 
-    def _buried(self, actor: ActorId) -> None:
+    def _announce_death(self, actor: ActorId) -> None:
         self.gate.send(event="died", id=actor)
 
     def _left(self, child: Child, returncode: int) -> None:
@@ -152,6 +153,35 @@ def join(
     Returns when the worker has left. Raises UserError when there is no such cluster, when the cluster refuses
     the worker, and when this machine does not have what the worker needs.
     """
+    resolved, where = running_cluster(log_dir)
+    joining = checked(worker, resolved)
+    cores = usable_cores()
+    check_machine(joining, resolved, cores)
+    runtime_dir = Path(resolved.runtime_dir)
+    gate, claim_fd = ask_to_join(runtime_dir, joining, cores)
+    try:
+        place = Place.join(runtime_dir, claim_fd)
+    except PlaceGone as error:
+        raise UserError(str(error)) from error
+    try:
+        if len(resolved.config.worker) + 1 > resolved.cores:
+            say(
+                f"memserve: {len(resolved.config.worker) + 1} workers share {resolved.cores} cores of this host"
+            )
+        modules = modules_of([worker_spec(joining)], resolved)
+        joiner = Joiner(resolved, joining, zygote(place, modules), gate, where, hung_s=hung_s)
+        run_supervisor(joiner.run, resolved, f"supervisor-{joining.name}")
+    finally:
+        gate.close()
+        place.leave()
+    return 0
+
+
+def running_cluster(log_dir: Path) -> tuple[Resolved, str]:
+    """What the cluster that logs to ``log_dir`` has decided, and " of" its URL, once it has one.
+
+    Raises UserError when there is none.
+    """
     running = find_running(log_dir)
     if running is None:
         raise UserError(
@@ -164,28 +194,7 @@ def join(
         raise UserError(
             f"the cluster that logs to {log_dir.resolve()} was started by another version of memserve: restart it"
         ) from error
-    joining = checked(worker, resolved)
-    cores = usable_cores()
-    check_machine(joining, resolved, cores)
-    runtime_dir = Path(resolved.runtime_dir)
-    gate, claim_fd = knock(runtime_dir, joining, cores)
-    try:
-        place = Place.join(runtime_dir, claim_fd)
-    except PlaceGone as error:
-        raise UserError(str(error)) from error
-    try:
-        if len(resolved.config.worker) + 1 > resolved.cores:
-            say(
-                f"memserve: {len(resolved.config.worker) + 1} workers share {resolved.cores} cores of this host"
-            )
-        where = f" of {running['url']}" if running.get("url") else ""
-        modules = modules_of([worker_spec(joining)], resolved)
-        joiner = Joiner(resolved, joining, zygote(place, modules), gate, where, hung_s=hung_s)
-        run_supervisor(joiner.run, resolved, f"supervisor-{joining.name}")
-    finally:
-        gate.close()
-        place.leave()
-    return 0
+    return resolved, f" of {running['url']}" if running.get("url") else ""
 
 
 def log_dir_of(config: str | None, overrides: Sequence[str], log_dir: Path | None) -> Path:
@@ -199,7 +208,7 @@ def log_dir_of(config: str | None, overrides: Sequence[str], log_dir: Path | Non
     return Path(load(config, overrides).logging.dir)
 
 
-def far_away(head: str) -> str:
+def how_hosts_join(head: str) -> str:
     """The text that explains how another host joins."""
     place = head.removeprefix("tcp://")
     return (
@@ -249,12 +258,12 @@ def check_machine(
         )
     if gpu.free_bytes < resolved.gpu_worker_bytes:
         raise UserError(
-            f"a worker needs {size(resolved.gpu_worker_bytes)} of {device}, and {size(gpu.free_bytes)} are free: start"
+            f"a worker needs {size_text(resolved.gpu_worker_bytes)} of {device}, and {size_text(gpu.free_bytes)} are free: start"
             f" the cluster with less memory for the shard {worker.shard}"
         )
 
 
-def knock(runtime_dir: Path, worker: WorkerConfig, cores: int) -> tuple[EventSocket, int]:
+def ask_to_join(runtime_dir: Path, worker: WorkerConfig, cores: int) -> tuple[EventSocket, int]:
     """Ask the cluster's supervisor to let a worker in; the connection to it and the claim's descriptor.
 
     Raises UserError.

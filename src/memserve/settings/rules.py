@@ -169,6 +169,14 @@ def parse_size(value: object) -> int:
     return int(float(match[1]) * SIZE_UNITS[match[2]])
 
 
+def size_text(count: int) -> str:
+    """A number of bytes for people to read."""
+    for unit, shift in (("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if count >= 1 << shift:
+            return f"{count / (1 << shift):.4g} {unit}"
+    return f"{count} bytes"
+
+
 def parse_mode(value: object) -> object:
     """A caching mode's name: modes 1, 2 and 3 may be written as numbers."""
     return str(value) if type(value) is int else value

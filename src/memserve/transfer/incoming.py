@@ -185,7 +185,7 @@ class Incoming:
             case ReceiveFailed(source, number, failure, text):
                 self._receive_failed((source, number), failure, text)
             case Gone(actors):
-                self._bury(actors, now)
+                self._end_all_of(actors, now)
 
     def advance(self, now: float) -> None:
         """Fail transfers past their deadline, end quarantines, and repeat unanswered TransferStops."""
@@ -305,7 +305,7 @@ class Incoming:
         if not one.written_here:
             self._release(key)
 
-    def _bury(self, actors: Iterable[ActorId], now: float) -> None:
+    def _end_all_of(self, actors: Iterable[ActorId], now: float) -> None:
         for actor in actors:
             mine = [key for key in self._receiving if key[0] == actor]
             here = [key for key in mine if self._receiving[key].way.path in ON_ONE_HOST]
@@ -316,11 +316,11 @@ class Incoming:
             self._gone[actor] = None
             self._memories.pop(actor, None)
             for key in mine:
-                self._bury_one(key, now)
+                self._end_one(key, now)
         while len(self._gone) > GONE_REMEMBERED:
             del self._gone[next(iter(self._gone))]
 
-    def _bury_one(self, key: Key, now: float) -> None:
+    def _end_one(self, key: Key, now: float) -> None:
         one = self._receiving[key]
         if one.failed is None:
             self._fail(key, Failure.PEER_GONE, f"{key[0]} is gone", now)

@@ -126,7 +126,7 @@ class Outgoing:
             case WriteFailed(number, failure, text):
                 self._write_failed(number, failure, text)
             case Gone(actors):
-                self._bury(frozenset(actors))
+                self._end_all_of(frozenset(actors))
             case _:
                 self._hear(sender, message, now)
 
@@ -253,7 +253,7 @@ class Outgoing:
         else:
             del self._sending[number]
 
-    def _bury(self, actors: frozenset[ActorId]) -> None:
+    def _end_all_of(self, actors: frozenset[ActorId]) -> None:
         for number, one in list(self._sending.items()):
             if one.order.to in actors:
                 self._give_up(number, Failure.PEER_GONE, f"{one.order.to} is gone")

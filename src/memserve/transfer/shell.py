@@ -67,8 +67,6 @@ class TransferShell:
     receiver: TcpReceiver | None
     tell: Callable[[Told], None]
     nursery: trio.Nursery
-    clock: Callable[[], float] = time.monotonic
-    """The cores' clock, in seconds."""
     _writing: dict[int, _Writing] = attrs.field(factory=dict, init=False)
 
     @property
@@ -128,7 +126,7 @@ class TransferShell:
         if mover is None:
             text = f"no {write.way.path} path here; see path in its TransferSettings"
             return WriteFailed(write.transfer.id, Failure.REFUSED, text)
-        return _told(await mover.send(write.transfer, write.way, one.feed, write.deadline - self.clock()))
+        return _told(await mover.send(write.transfer, write.way, one.feed, write.deadline - time.monotonic()))
 
     # ---- receiving -------------------------------------------------------------------------------------------
 
