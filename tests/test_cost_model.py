@@ -17,7 +17,16 @@ from hypothesis import strategies as st
 
 from memserve.costs import Site, StepCosts
 from memserve.engine.batching import ALONE
-from memserve.engine.calibration import PATIENCE_S, TimeStep, calibrated, cases, crowding, measure, patient
+from memserve.engine.calibration import (
+    BUDGET_S,
+    PATIENCE_S,
+    TimeStep,
+    calibrated,
+    cases,
+    crowding,
+    measure,
+    patient,
+)
 from memserve.engine.cpu_budget import threads_had
 from memserve.engine.load import StepWatch, swap_least
 from memserve.engine.plans import BatchPlan, Row, Score
@@ -386,6 +395,29 @@ def test_the_smallest_engines_are_measured_too(chunk: int, rows: int, context: i
         MODEL.decode_s(1, context // 2), rel=0.1
     )
     assert all(new + before <= context for case in cases(chunk, rows, context) for new, before in case)
+
+
+@pytest.mark.parametrize("wall", [1.0, 2.0, 4.0])
+def test_what_prompts_cost_is_measured_before_all_batches_of_streams(
+    monkeypatch: pytest.MonkeyPatch, wall: float
+) -> None:
+    """On a busy machine the time is up before all sizes are measured. With no prompt among them, prompts would cost
+    nothing by the last line of the table, which is level while a step takes as long as reading the weights."""
+    costs = attrs.evolve(COSTS, dense=((1, 0.024), (32, 0.026), (512, 0.3)))
+    model, now = CostModel(costs), [0.0]
+    monkeypatch.setattr("memserve.engine.calibration.time.monotonic", lambda: now[0])
+
+    def run(shape: Rows) -> tuple[float, int]:
+        seconds = model.step_s(shape)
+        now[0] += wall * seconds
+        return seconds, 1
+
+    fitted = CostModel(measure(run, 256, 32, 1024, 9)[0])
+    assert now[0] < 2 * BUDGET_S
+    for shape in ([(512, 0)], [(200, 0)], [(256, 700)]):
+        assert fitted.step_s(shape) == pytest.approx(model.step_s(shape), rel=0.3), shape
+    for shape in ([(1, 500)], [(1, 500)] * 8):
+        assert fitted.step_s(shape) == pytest.approx(model.step_s(shape), rel=0.1), shape
 
 
 def test_an_engine_that_is_slower_than_the_budget_still_gives_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
