@@ -238,6 +238,18 @@ def test_a_step_beside_a_neighbour_is_no_drift() -> None:
         assert watch.gauges()["step_cost_scale"] == pytest.approx(crowded, rel=0.01)
 
 
+def test_waiting_for_a_neighbours_step_is_no_drift() -> None:
+    """A step that had to wait for cores took no longer than measured; with more workers than cores, crowding has it."""
+    site = Site("host", cores=2, threads=2)
+    plan, seconds = BatchPlan((Row(pack([0]), 0, tuple(range(8)), None),)), MODEL.step_s([(1, 0)])
+    for neighbours, drifts in ((1.0, False), (2.0, True)):
+        watch, crowded = StepWatch(), COSTS.crowded(site.slices(neighbours), prompts=False)
+        for at in range(200):
+            watch.began(COSTS, plan, float(at))
+            watch.ended(at + crowded * seconds + 0.01, site, neighbours, waited_s=0.01)
+        assert (watch.gauges()["step_cost_scale"] > 1.01) == drifts
+
+
 @pytest.mark.parametrize(
     "more", [{"score": Score(pack([0]), 1)}, {"draft_most": 8}], ids=["scored", "forced"]
 )

@@ -108,8 +108,8 @@ def measure(
 ) -> tuple[StepCosts, int]:
     """Calibrate an engine: its cost figures, and the fewest threads that any step had that counts for them.
 
-    Prompt chunks are measured before batches of streams. Sizes that would exceed the time budget are left out;
-    costs beyond the largest one are extrapolated linearly.
+    Prompt chunks are measured first, then streams and mixes from both ends of their sizes. What would exceed the
+    time budget is left out; costs beyond the largest size are extrapolated linearly.
     """
     began = time.monotonic()
     samples: list[Sample] = []
@@ -121,7 +121,7 @@ def measure(
     ]  # two sizes make a line, however slow the engine
     others = sorted(cases(chunk_tokens, rows, context), key=lambda one: sum(new for new, _ in one))
     prompts = [one for one in others if len(one) == 1 and one[0][0] > 16]
-    others = [one for one in others if one not in prompts]
+    others = list(_inwards([one for one in others if one not in prompts]))
     fastest = float("inf")
     for case in always + prompts + others:
         tokens = sum(new for new, _ in case)
@@ -144,6 +144,12 @@ def measure(
     knots.append(float(most))
     samples *= -(-(len(knots) + 3) // len(samples))  # an engine of few sizes: as many equations as unknowns
     return fit_steps(samples, knots, chunk_tokens, token_bytes), fewest
+
+
+def _inwards(ordered: list[Rows]) -> Iterator[Rows]:
+    """The last, the first, the last but one, and so on: a few of them already span all sizes."""
+    for place in range(len(ordered)):
+        yield ordered[place // 2] if place % 2 else ordered[-1 - place // 2]
 
 
 def crowding(costs: StepCosts, whole: TimeStep, sliced: TimeStep, context: int) -> StepCosts | None:

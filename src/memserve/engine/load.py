@@ -78,16 +78,22 @@ class StepWatch:
         self._prompt_tokens = sum(tokens for tokens, _ in rows if tokens > 1)
         self._prompt_pairs = sum(tokens * (start + tokens / 2) for tokens, start in rows if tokens > 1)
 
-    def ended(self, now: float, site: Site | None = None, neighbours: float = 0.0) -> None:
+    def ended(
+        self, now: float, site: Site | None = None, neighbours: float = 0.0, waited_s: float = 0.0
+    ) -> None:
         """Record the end of the step; ``neighbours`` other workers of the site had work.
 
-        Slowdown by crowding is not drift: the scheduler prices it.
+        It had no core for ``waited_s``. Slowdown by crowding is not drift, nor is waiting for the end of a
+        neighbour's step: the scheduler prices them. With more workers than cores each step waits, and crowding
+        includes that.
         """
         crowded = 1.0
         if site is not None and neighbours and self._model is not None:
             crowded = self._model.steps.crowded(site.slices(neighbours), self._prompt_tokens > 0)
+        if site is None or neighbours + 1.0 > site.cores:
+            waited_s = 0.0
         if self._foreseen:
-            self.drift.saw(self._predicted_s * crowded, now - self._began)
+            self.drift.saw(self._predicted_s * crowded, now - self._began - waited_s)
         self._prompt_tokens, self._prompt_pairs = 0, 0.0
 
     def under_way(self, load: dict[str, float], now: float) -> dict[str, float]:

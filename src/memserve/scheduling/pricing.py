@@ -5,8 +5,8 @@ For a request, a prefill worker p and a decode worker d (the same one, or two), 
     ttft_weight * (ttft + delayed_p + lost) + handoff + answer * step_d + slow_d
         + others_weight * (rows_p * added_p + rows_d * answer * longer_d / 2) + crowded
 
-``ttft``: the step under way, the queue at p (or bringing the prefix, where that takes longer), and the
-missing tokens next to p's streams. ``step_d``: a step of d's streams with this one. ``slow_d``: prompts
+``ttft``: the step under way (at p, or that of a neighbour which has all cores while p has no work), the queue
+at p (or bringing the prefix, where that takes longer), and the missing tokens next to p's streams. ``step_d``: a step of d's streams with this one. ``slow_d``: prompts
 queued at d, which lengthen its first steps.
 
 The other terms are what other requests lose. ``delayed_p``: prompts that come to p while this one is queued
@@ -246,7 +246,7 @@ class Quote:
         run_s = one.prefill_s(self.tokens, cached, self.now)
         if queue_s <= bring_s:
             queue_s = max(0.0, queue_s)
-            ttft = one.step_s / 2 + bring_s + run_s
+            ttft = one.begins_s(self.now) + bring_s + run_s
         else:
             run_s -= one.shared_s(max(1, self.tokens - cached), one.tokens, self.now)
             ttft = queue_s + run_s
