@@ -52,6 +52,10 @@ class StepWatch:
     """
 
     drift: Drift = attrs.field(factory=Drift)
+    """Of steps of streams; of all steps until the first one of those."""
+    prompt_drift: Drift = attrs.field(factory=Drift)
+    """Of steps with prompt tokens, beyond ``drift``. Figures from a busy machine are wrong in shape, too: a short step
+    is disturbed more than a long one. Streams, whose steps are many, would set one scale for both."""
     punctuality: Punctuality = attrs.field(factory=Punctuality)
     _model: CostModel | None = None
     _predicted_s: float = 0.0
@@ -59,6 +63,8 @@ class StepWatch:
     """Prompt tokens in the running step."""
     _prompt_pairs: float = 0.0
     _began: float = 0.0
+    _streamed: bool = False
+    """Whether it has seen a step of streams alone."""
     _foreseen: bool = True
     """Whether the cost figures cover the running step.
 
@@ -93,8 +99,19 @@ class StepWatch:
         if site is None or neighbours + 1.0 > site.cores:
             waited_s = 0.0
         if self._foreseen:
-            self.drift.saw(self._predicted_s * crowded, now - self._began - waited_s)
+            self._saw(self._predicted_s * crowded, now - self._began - waited_s)
         self._prompt_tokens, self._prompt_pairs = 0, 0.0
+
+    def _saw(self, predicted_s: float, seconds: float) -> None:
+        if self._prompt_tokens and self._streamed:
+            self.prompt_drift.saw(self.drift.scale * predicted_s, seconds)
+        else:
+            self._streamed = not self._prompt_tokens
+            self.drift.saw(predicted_s, seconds)
+
+    @property
+    def _prompt_scale(self) -> float:
+        return self.drift.scale * self.prompt_drift.scale
 
     def under_way(self, load: dict[str, float], now: float) -> dict[str, float]:
         """The gauges of :func:`load_of`, less what a running prompt step should have computed by ``now``.
@@ -103,7 +120,7 @@ class StepWatch:
         seconds; it reads all weights however few of its tokens are left. None of the ``waiting_pairs`` belong
         to it.
         """
-        expected_s = self._predicted_s * self.drift.scale
+        expected_s = self._predicted_s * self._prompt_scale
         if not self._prompt_tokens or not expected_s:
             return load
         left_s = max(0.0, expected_s - (now - self._began))
@@ -120,4 +137,6 @@ class StepWatch:
     def gauges(self) -> dict[str, float]:
         """Drift and lateness gauges: a scale of 1 is as measured at start, a share of 0 is as predicted."""
         late = {"first_tokens_late_share": self.punctuality.share}
-        return late if self._model is None else {"step_cost_scale": self.drift.scale, **late}
+        if self._model is None:
+            return late
+        return {"step_cost_scale": self.drift.scale, "prompt_cost_scale": self._prompt_scale, **late}

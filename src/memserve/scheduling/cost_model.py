@@ -47,10 +47,13 @@ SWAP = LinkModel(0.001, 1 / 2e9)
 
 @attrs.define
 class CostModel:
-    """The costs of one instance. ``scale`` is how much longer steps take at present than ``steps`` says."""
+    """The costs of one instance."""
 
     steps: StepCosts
     scale: float = 1.0
+    """How much longer steps take at present than ``steps`` says."""
+    prompt_scale: float | None = None
+    """The same for steps with prompt tokens; None: as for all others."""
     links: Mapping[str, LinkModel] = attrs.field(factory=lambda: LINKS)
     swap: LinkModel = SWAP
     _tokens: tuple[float, ...] = attrs.field(init=False, repr=False)
@@ -87,14 +90,18 @@ class CostModel:
         return cls(steps, links={**LINKS, **links}, swap=swap)
 
     @property
+    def _prompts(self) -> float:
+        return self.scale if self.prompt_scale is None else self.prompt_scale
+
+    @property
     def token_s(self) -> float:
         """Seconds for one more prompt token in a large step."""
-        return self.scale * self._lines[-1][2]
+        return self._prompts * self._lines[-1][2]
 
     # ---- steps ----------------------------------------------------------------------------------------------
 
     def step_s(self, rows: Iterable[tuple[int, int]]) -> float:
-        """Seconds of one step of any mix of rows, each (new tokens, context tokens before them)."""
+        """Seconds of one step of any mix of rows, each (new tokens, context tokens before them), by ``scale``."""
         tokens = number = context = 0
         pairs = 0.0
         for new, before in rows:
@@ -131,7 +138,7 @@ class CostModel:
         read = steps * cached + chunk * steps * (steps - 1) / 2
         own = known.row_s * steps + known.read_s * read + known.pair_s * left * (cached + left / 2)
         others = steps * (known.row_s * rows + known.read_s * context + known.pair_s * (context + rows / 2))
-        return self.scale * (dense + own + others)
+        return self._prompts * (dense + own + others)
 
     def shared_s(self, queued: float, left_s: float, tokens: float, rows: float = 0) -> float:
         """Seconds saved by running ``tokens`` in the last step of a queue, not in a step of their own.
@@ -144,9 +151,9 @@ class CostModel:
         if left_s <= 0 or not rest or rest + tokens > chunk:
             return 0.0
         last = self._dense(rest + rows)
-        if left_s <= self.scale * last:
+        if left_s <= self._prompts * last:
             return 0.0
-        return self.scale * max(0.0, last + self._dense(tokens + rows) - self._dense(rest + tokens + rows))
+        return self._prompts * max(0.0, last + self._dense(tokens + rows) - self._dense(rest + tokens + rows))
 
     def queue_s(self, tokens: float, pairs: float, rows: float = 0, context: float = 0) -> float:
         """Seconds to run ``tokens`` of several prompts, with ``pairs`` in all, next to ``rows`` streams."""
@@ -157,7 +164,7 @@ class CostModel:
         dense = full * self._dense(chunk + rows) + (self._dense(rest + rows) if rest else 0.0)
         known, steps = self.steps, full + (rest > 0)
         others = known.row_s * (1 + rows) + known.read_s * context + known.pair_s * (context + rows / 2)
-        return self.scale * (dense + known.pair_s * pairs + steps * others)
+        return self._prompts * (dense + known.pair_s * pairs + steps * others)
 
     def _dense(self, tokens: float) -> float:
         after = bisect_right(self._tokens, tokens)

@@ -89,6 +89,7 @@ class Worker:
         if member.costs is not None and member.costs != self.member.costs:
             self.model = CostModel(member.costs)
         self.model.scale = load.get("step_cost_scale", 1.0)
+        self.model.prompt_scale = load.get("prompt_cost_scale")
         self.late_share = load.get("first_tokens_late_share", 0.0)
         self.member = member
         self._confirm(load.get("prompts_taken_total", 0.0), now)
